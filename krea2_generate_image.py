@@ -1,10 +1,10 @@
-"""Generate images with Krea 2, raw and Turbo. All options: python krea2_generate_image.py --help"""
+"""Generate or edit images with Krea 2, raw and Turbo. All options: python krea2_generate_image.py --help"""
 
 import argparse
 
 import modules.interpreter  # noqa: F401
 from blissful_tuner.video_to_video_options import SourceDefaults
-from generation.prompt_lines import IMAGE_GENERATION_OPTIONS, LineOption, read_number
+from generation.prompt_lines import IMAGE_GENERATION_OPTIONS, REFERENCES, LineOption, read_number
 from generation.script_options import PICTURE_FPS, PICTURE_OUTPUTS, ScriptDefaults
 from generation.scripts import generation_script
 from krea2.options import EXTRAS, REPLACED, SIDE, settle_generation
@@ -39,7 +39,7 @@ DEFAULTS = ScriptDefaults(
         "infer_steps": "number of denoising steps; default: 8 for Turbo, else 28",
     },
     sample_solver="vanilla",
-    media=frozenset(),
+    media=frozenset({"control_image_path"}),
     source=SourceDefaults(share="strength", denoise=0.75, takes_video=False),
     splits_attention=True,
     size=(SIDE, SIDE),
@@ -48,6 +48,7 @@ DEFAULTS = ScriptDefaults(
     extras=EXTRAS,
     line_options={
         **IMAGE_GENERATION_OPTIONS,
+        **REFERENCES,
         **{
             name: LineOption("flow_shift" if name == "fs" else name, read_number, instead_of=others)
             for name, others in REPLACED.items()

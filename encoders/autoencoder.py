@@ -20,16 +20,7 @@ from torch import Tensor, nn
 
 from encoders.autoencoder_blocks import AutoencoderConfig, AutoencoderDecoder, AutoencoderEncoder
 from encoders.tiles import Cut, compute_in_tiles, sample_posterior
-from modules.checkpoints.dialects import (
-    LoadPlan,
-    Names,
-    count,
-    load_planned,
-    other_kind,
-    rename_sources,
-    shapes_of,
-    translate_name,
-)
+from modules.checkpoints import dialects
 from modules.checkpoints.encoders import ALL_IN_ONE, check_groups, stated_groups
 from modules.checkpoints.model_files import inside, read_once
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
@@ -57,7 +48,7 @@ class AutoencoderKind:
 
 FLUX_KIND = AutoencoderKind()
 
-DIFFUSERS: Names = (  # which counts the decoder's levels from the latents: see `_our_name`
+DIFFUSERS: dialects.Names = (  # which counts the decoder's levels from the latents: see `_our_name`
     (r"encoder\.down_blocks\.(\d+)\.(.+)", r"encoder.down.\1.\2"),
     (r"(encoder|decoder)\.mid_block\.resnets\.0\.(.+)", r"\1.mid.block_1.\2"),
     (r"(encoder|decoder)\.mid_block\.resnets\.1\.(.+)", r"\1.mid.block_2.\2"),
@@ -69,17 +60,17 @@ DIFFUSERS: Names = (  # which counts the decoder's levels from the latents: see 
     (r"(post_quant_conv\..+)", r"decoder.\1"),
 )
 ATTENTION = r".+\.attn_1\.(q|k|v|proj_out)\.weight"  # 1x1 convolutions in files, linear layers here
-DIFFUSERS_LEVEL: Names = (  # inside a numbered level
+DIFFUSERS_LEVEL: dialects.Names = (  # inside a numbered level
     (r"(.+\.\d+)\.resnets\.(.+)", r"\1.block.\2"),
     (r"(.+\.\d+)\.downsamplers\.0\.(.+)", r"\1.downsample.\2"),
     (r"(.+\.\d+)\.upsamplers\.0\.(.+)", r"\1.upsample.\2"),
 )
-SHORTCUT: Names = ((r"(.+)\.conv_shortcut\.(.+)", r"\1.nin_shortcut.\2"),)
+SHORTCUT: dialects.Names = ((r"(.+)\.conv_shortcut\.(.+)", r"\1.nin_shortcut.\2"),)
 
 
 def read_autoencoder(
     checkpoint: Checkpoint, kind: AutoencoderKind = FLUX_KIND
-) -> LoadPlan[AutoencoderConfig]:
+) -> dialects.LoadPlan[AutoencoderConfig]:
     """Plan how to load an autoencoder: released file, diffusers layout, or a part of an all-in-one file.
 
     Raises CheckpointError for any other file.
@@ -88,13 +79,13 @@ def read_autoencoder(
     checkpoint = checkpoint.without_prefix("first_stage_model.", "vae.", others=(*others, "model."))
     sources = plain_sources(checkpoint)
     if "encoder.down_blocks.0.resnets.0.conv1.weight" in sources:
-        levels = count(sources, r"decoder\.up_blocks\.\d+")
-        sources = rename_sources(sources, lambda name: _our_name(name, levels))
-    wrong = other_kind(checkpoint, kind.what, kind.option, kind.release)
+        levels = dialects.count(sources, r"decoder\.up_blocks\.\d+")
+        sources = dialects.rename_sources(sources, lambda name: _our_name(name, levels))
+    wrong = dialects.other_kind(checkpoint, kind.what, kind.option, kind.release)
     if "encoder.down.0.block.0.conv1.weight" not in sources or "decoder.conv_in.weight" not in sources:
         raise wrong
     as_matrices(sources, ATTENTION)
-    shape = shapes_of(checkpoint, sources, wrong)
+    shape = dialects.shapes_of(checkpoint, sources, wrong)
     channels = shape("decoder.conv_in.weight")[1]
     is_quantised = any(name in sources for name in ("quant_conv.weight", "encoder.quant_conv.weight"))
     if (channels, is_quantised) != (kind.channels, kind.is_quantised):
@@ -106,7 +97,7 @@ def read_autoencoder(
             checkpoint.path,
         )
     for start in (r"encoder\.down", r"decoder\.up"):
-        found = count(sources, rf"{start}\.\d+")
+        found = dialects.count(sources, rf"{start}\.\d+")
         if found != LEVELS:
             raise CheckpointError(
                 f"{checkpoint.path}: {start.replace(chr(92), '')} has {found} levels, that of FLUX has "
@@ -120,10 +111,10 @@ def read_autoencoder(
         channels,
         groups,
         widths,
-        count(sources, r"encoder\.down\.0\.block\.\d+"),
-        count(sources, r"decoder\.up\.0\.block\.\d+"),
+        dialects.count(sources, r"encoder\.down\.0\.block\.\d+"),
+        dialects.count(sources, r"decoder\.up\.0\.block\.\d+"),
     )
-    return LoadPlan(config, checkpoint, sources, ("bn.*",) if kind.is_quantised else ())
+    return dialects.LoadPlan(config, checkpoint, sources, ("bn.*",) if kind.is_quantised else ())
 
 
 def _our_name(name: str, levels: int) -> str:
@@ -131,7 +122,7 @@ def _our_name(name: str, levels: int) -> str:
     if up:
         name = f"decoder.up.{levels - 1 - int(up[1])}.{up[2]}"
     for table in (DIFFUSERS, DIFFUSERS_LEVEL, SHORTCUT):
-        name = translate_name(name, table)
+        name = dialects.translate_name(name, table)
     return name
 
 
@@ -169,12 +160,10 @@ class PictureVae(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The compute dtype."""
         return self.encoder.get_parameter("norm_out.weight").dtype
 
     @property
     def device(self) -> torch.device:
-        """The device of the weights."""
         return self.encoder.get_parameter("norm_out.weight").device
 
     @torch.no_grad()
@@ -199,10 +188,7 @@ class PictureVae(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Return pixels B 3 1 H W, float32, -1..1. latents: B Z 1 h w, on any device.
-
-        The result is on the VAE's device, with tiles in host memory.
-        """
+        """Return pixels B 3 1 H W float32, -1..1, on the device, or host with tiles. latents: B Z 1 h w."""
         return self.decode_unclamped(latents).clamp_(-1, 1)
 
     @torch.no_grad()
@@ -251,10 +237,7 @@ class Autoencoder(PictureVae):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
-        """Return a sample or the mean of the posterior in model space, as `PictureVae.encode`.
-
-        Logarithms of variances are not clamped, as in the released code.
-        """
+        """As `PictureVae.encode`, but logarithms of variances are not clamped, as in the released code."""
         return super().encode(pixels, generators).sub_(SHIFT).mul_(SCALE)
 
     def in_tiles(
@@ -282,7 +265,7 @@ def load_autoencoder(
     path = inside(path, "vae")
     with open_checkpoint(path) as checkpoint:
         plan = read_autoencoder(checkpoint)
-        network = load_planned(
+        network = dialects.load_planned(
             plan, lambda config: Autoencoder(config, tile), device, dtype, "the autoencoder of FLUX"
         )
     lay_out(network, device)

@@ -62,7 +62,6 @@ class ClipUse:
 
     @property
     def keys(self) -> frozenset[str]:
-        """Return the keys of the encoder's outputs."""
         return frozenset({self.pooled} if self.mask is None else {self.pooled, self.mask})
 
     def read_width(self, checkpoint: Checkpoint) -> int:

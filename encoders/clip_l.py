@@ -65,7 +65,6 @@ def load_clip_words(files: TokenizerFiles, file: Path) -> ClipWords:
 
 
 def _read_clip(files: TokenizerFiles, file: Path) -> Tokenizer:
-    """Read tokenizer.json, or vocab.json with merges.txt."""
     merges = merges_of(file)
     if merges is None:
         return files.read(file)
@@ -130,14 +129,12 @@ class PooledClip(FileTextEncoder[ClipText]):
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """Return fingerprints of checkpoint and tokenizer, config.json's values and the dtype."""
         with open_checkpoint(self.path) as checkpoint:
             config = read_clip_text(checkpoint, self.use).config
         said = f"{config.num_heads} heads, {config.activation}, eps {config.eps}"
         return self.identify(self.use.name, config=said, dtype=dtype_name(self.dtype))
 
     def write(self, prompt: Prompt) -> Written:
-        """Return the prompt's second text, if it has one."""
         return Written(prompt.text if prompt.second is None else prompt.second, ())
 
     def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
@@ -148,7 +145,6 @@ class PooledClip(FileTextEncoder[ClipText]):
             raise self.source.files.unreadable(tokenizer.file, why)
 
     def load_network(self, device: torch.device) -> ClipText:
-        """Load the text tower."""
         clip = load_clip_text(self.path, device, self.dtype, self.use)
         logger.info("%s: %s, computing in %s", self.what, self.path, dtype_name(self.dtype))
         return clip

@@ -37,7 +37,6 @@ from modules.run_blocks import Hidden, run_blocks
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """Apply OpenAI's approximation of GELU."""
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -66,10 +65,7 @@ class LayerConfig(Protocol):
 
 
 def check_activation(config: LayerConfig, path: Path, usual: str) -> None:
-    """Raise CheckpointError if config.json asks for an unknown activation.
-
-    usual: the value expected in config.json, for the message.
-    """
+    """Raise CheckpointError for an unknown activation in config.json. usual: one to name in the message."""
     if config.activation not in ACTIVATIONS:
         raise CheckpointError(
             f"{path}: its config.json asks for the activation {config.activation}; {usual}.", path
@@ -170,12 +166,10 @@ class ClipText(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """The device of the weights."""
         return self.final_layer_norm.weight.device
 
     @property
     def num_layers(self) -> int:
-        """The number of layers."""
         return len(self.encoder.layers)
 
     def forward(self, ids: Tensor, ends: Tensor) -> Tensor:
@@ -218,10 +212,7 @@ class ClipText(nn.Module):
 
 
 def load_clip_text(path: Path, device: torch.device, dtype: torch.dtype, use: ClipUse) -> ClipText:
-    """Load the text tower; fp8 weights are dequantized. use: names it in messages.
-
-    Raises CheckpointError if the file is damaged or holds another model.
-    """
+    """Load the text tower, fp8 weights dequantized. Raises CheckpointError for a damaged or another file."""
     with open_checkpoint(path) as checkpoint:
         plan = read_clip_text(checkpoint, use)
         check_activation(plan.config, path, "CLIP-L has quick_gelu")

@@ -52,7 +52,6 @@ class TransformerFiles(ABC):
         return replace(self, dit=dit, dit_dtype=choose_compute_dtype(dtype, "--dit_dtype", None))
 
     def add_vae(self, options: VaeOptions) -> Self:
-        """Return a copy with the options of the VAE."""
         dtype = choose_compute_dtype(options.vae_dtype, "--vae_dtype", None)
         return replace(self, vae=options.vae, vae_dtype=dtype, vae_tile=options.tile)
 
@@ -66,11 +65,9 @@ class TransformerFiles(ABC):
         return inside(path, self.vae_folder)
 
     def dit_header(self) -> DitHeader[Any]:
-        """Read dimensions, dialect and dtype of the transformer file."""
         return read_once(self.dit_path, self.format.read_header)
 
     def compute_dtype(self) -> torch.dtype | None:
-        """Return the transformer's compute dtype; None if there is no transformer."""
         return self.dit_dtype or (None if self.dit is None else self.dit_header().compute_dtype)
 
     def beside(self, chosen: torch.dtype | None, usual: torch.dtype | None = None) -> torch.dtype:
@@ -145,11 +142,9 @@ class OneTransformer:
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Names of this model in saved files."""
         return self.metadata_of(self.named)
 
     def text_encoders(self) -> Sequence[TextEncoder]:
-        """Return the text encoders; their files are opened when they are loaded."""
         return self.files.text_encoders()
 
     @property
@@ -159,12 +154,10 @@ class OneTransformer:
 
     @property
     def experts(self) -> tuple[Expert, ...]:
-        """The one network, for all noise levels."""
         return ONE_EXPERT
 
     @property
     def references(self) -> ReferenceRules | None:
-        """Return None: it takes no reference pictures."""
         return None
 
     @property
@@ -178,37 +171,30 @@ class OneTransformer:
         return next((f"{path}: {said[1]}" for path, said in told if said is not None and said[0]), None)
 
     def check_given_files(self) -> None:
-        """Check every file that an option names, needed or not. Loads nothing."""
         self.files.check()
 
     @property
     def media_identity(self) -> Mapping[str, str]:
-        """Encoder and switches that cached latents depend on."""
         return self.files.vae_identity()
 
     def sections_of(self, table: MediaTable, frames: int) -> int | None:
-        """Return None: an item has one file."""
         return None
 
     def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
-        """Return the VAE."""
         return MediaEncoders(self.files.load_vae(device))
 
     @property
     def dit_files(self) -> tuple[Path, ...]:
-        """Path of the transformer's checkpoint, checked against the options."""
         self.files.dit_header()
         return (self.files.dit_path,)
 
     def block_counts(self) -> tuple[int, ...]:
-        """Return the number of blocks, or of double and of single blocks; the file's header says them."""
         config = self.files.dit_header().config
         if hasattr(config, "num_layers"):
             return (config.num_layers,)
         return config.double_blocks, config.single_blocks
 
     def compute_dtype(self, placement: Placement) -> torch.dtype:
-        """Return the dtype that the transformer computes in without autocast; its file is not loaded."""
         return choose_dtype(self.files.dit_header().block_dtype, with_dtype(placement, self.files.dit_dtype))
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
@@ -219,14 +205,8 @@ class OneTransformer:
         return network
 
     def metadata_of(self, names: Mapping[str, str]) -> Mapping[str, str]:
-        """Return the names of a model in saved files, with those of its files."""
         files = {"sd_model_name": self.files.dit, "vae_name": self.files.vae}
         return {**names, **{key: path.name for key, path in files.items() if path is not None}}
 
     def check_files(self, media: bool) -> None:
-        """Check the files that every generation needs. media: also that of the VAE.
-
-        Raises OptionError if one is not given or does not fit, CheckpointError if it is missing or of another
-        kind.
-        """
         self.files.check(("dit", "texts", *(("vae",) if media else ())))

@@ -100,20 +100,17 @@ def read_qwen_tokenizer(files: TokenizerFiles, file: Path) -> Tokenizer:
     return tokenizer
 
 
-def qwen_tokenizer(option: str, repository: str, folder: str = "tokenizer") -> TokenizerSource:
+def qwen_tokenizer(option: str, repository: str) -> TokenizerSource:
     """Return where the tokenizer of a Qwen model may be. option: that names it. repository: on the hub."""
     # inside the encoder's folder; beside a file; beside text_encoder
     beside = (".", "qwen_3", "tokenizer", "../tokenizer")
     names = ("tokenizer.json", "vocab.json")
-    files = TokenizerFiles(option, names, folder, repository, beside, token="<|im_start|>")
+    files = TokenizerFiles(option, names, "tokenizer", repository, beside, token="<|im_start|>")
     return TokenizerSource(files, adds_own=False, read_file=read_qwen_tokenizer)
 
 
 def qwen3_chat(thinks: bool) -> tuple[str, str]:
-    """Return the text before and after a prompt: Qwen3's chat template, of one message.
-
-    thinks: `enable_thinking` there.
-    """
+    """Return the text around a prompt, Qwen3's chat of one message. thinks: its `enable_thinking`."""
     answer = "<|im_start|>assistant\n" + ("" if thinks else "<think>\n\n</think>\n\n")
     return "<|im_start|>user\n", f"<|im_end|>\n{answer}"
 
@@ -147,17 +144,14 @@ class LanguageUse:
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """Return the numbers of layers before the states that are read, in either form."""
         return self.stacked or self.states
 
     @property
     def keys(self) -> frozenset[str]:
-        """Return the keys of what `encode` returns."""
         return frozenset({self.states_key, self.mask_key} - {""})
 
     @property
     def template(self) -> str:
-        """Return the text around a prompt, with `{}` in its place, and around its pictures."""
         return f"{self.before}{self.pictures.text if self.pictures else ''}{{}}{self.after}"
 
     @property
@@ -167,7 +161,6 @@ class LanguageUse:
 
     @property
     def fingerprint(self) -> str:
-        """What records of caches say of the template."""
         return hashlib.sha256(self.template.encode()).hexdigest()[:16]
 
 
@@ -208,7 +201,6 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """Return fingerprints of checkpoint and tokenizer, config.json's values and the options used."""
         with open_checkpoint(self.path) as checkpoint:
             config = read_language_model(checkpoint, self.use.model, self.use.numbers).config
         return self.identify(
@@ -221,12 +213,10 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         )
 
     def write(self, prompt: Prompt) -> Written:
-        """Return the prompt in its template."""
         use = self.use
         return Written(prompt.text, prompt.spans, use.before, use.after, keeps_after=use.keeps_after)
 
     def count_dropped(self, tokenizer: TextTokenizer) -> int:
-        """Return the number of tokens before the prompt, as of the model's own tokenizer."""
         known = self.use.dropped
         return len(tokenizer.read(self.use.before).ids) if known is None else known
 
@@ -243,7 +233,6 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             )
 
     def load(self, device: torch.device) -> None:
-        """Load encoder and tokenizer. If they are loaded already, move the encoder to the device."""
         super().load(CPU if self.on_cpu else device)
 
     def load_network(self, device: torch.device) -> nn.Module:
@@ -253,7 +242,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         """
         use, room, tower = self.use, None, None
         blocks = None if self.on_cpu else self.blocks  # of processes that compute elsewhere
-        if use.pictures is not None:
+        if use.pictures is not None and use.pictures.always:
             tower = load_vision_tower(self.path, use.model, device, self.dtype)
         if device.type == "cuda" and blocks is None:
             room = spare_bytes(device)
@@ -268,7 +257,6 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         return network
 
     def waiting_bytes(self, room: int) -> int:
-        """Return the bytes of the layers that stay in host memory if a device has this room."""
         if self.on_cpu:
             return 0
         with open_checkpoint(self.path) as checkpoint:
@@ -284,7 +272,6 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         return number
 
     def find_pad(self, tokenizer: TextTokenizer) -> int:
-        """Return the id to pad rows with."""
         return self.find_token(tokenizer, self.use.pad) if self.use.pad else 0
 
     def compute(
@@ -337,6 +324,9 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         if use is None or not any(prompt.pictures for prompt in prompts):
             return super().encode(prompts)
         network, tokenizer = self._loaded.get()
+        if not use.always and not hasattr(network, "visual"):
+            device = network.get_parameter(self.embedding).device
+            network.visual = load_vision_tower(self.path, self.use.model, device, self.dtype)
         tower = network.get_submodule("visual")
         shown = [
             read_pictures(tower, [use.read(path, one.picture_size) for path in use.choose(one.pictures)], use)
@@ -368,7 +358,6 @@ class LanguageModelFiles(TransformerFiles):
         """What is taken from the language model."""
 
     def add_text(self, options: TextEncoderOptions) -> Self:
-        """Return a copy with the options of the text encoder."""
         return replace(
             self,
             text_encoder=options.text_encoder,
@@ -395,7 +384,6 @@ class LanguageModelFiles(TransformerFiles):
         )
 
     def text_encoders(self) -> list[TextEncoder]:
-        """Return the language model alone."""
         return [self.language_model()]
 
     def text_width(self) -> int:
@@ -403,15 +391,18 @@ class LanguageModelFiles(TransformerFiles):
         return read_once(self.language_model().path, _state_width, self.text_use)
 
     def check_texts(self, config: Any, needed: bool) -> None:
-        """Check the text encoder: `TransformerFiles.check_texts`."""
         use, model = self.text_use, self.text_use.model
         if self.text_encoder is not None or needed:
             path, takes = self.language_model().path, None if config is None else config.text_dim
             check_state_width(model.option, path, self.text_width(), self.dit, takes, model.files)
-            if use.pictures is not None:
-                read_once(path, _tower_of, use)
+            if use.pictures is not None and use.pictures.always:
+                self.check_tower()
         if self.text_encoder_tokenizer is not None:
             use.source.files.check_given(self.text_encoder_tokenizer)
+
+    def check_tower(self) -> None:
+        """Raise CheckpointError if the language model has no vision tower, or one of another model."""
+        read_once(self.language_model().path, _tower_of, self.text_use)
 
 
 def _state_width(checkpoint: Checkpoint, use: LanguageUse) -> int:

@@ -164,7 +164,6 @@ class LanguageConfig:
 
     @property
     def further(self) -> str:
-        """What the identity says of further settings."""
         return "".join(f", {name} {value}" for name, value in self.settings.items())
 
 
@@ -175,44 +174,35 @@ def read_language_model(
 
     Reads files with all published prefixes, in 16 or 8 bits. model: which one it has to be. states: numbers
     of layers before each state, ascending; a negative one counts from the end, -1 is the last, normed; or
-    ALL_STATES.
-    final_norm: norm another last state too. Raises CheckpointError for any other file, or if it has fewer
-    layers.
+    ALL_STATES. final_norm: norm another last state too. Raises CheckpointError for any other file, or if it
+    has fewer layers.
     """
+    path = checkpoint.path
     own = network_in(checkpoint, "embed_tokens.weight", "layers.0.self_attn.q_proj.weight", BESIDE)
     if own is None or model.marks != _marks_of(own, checkpoint):
         raise other_kind(checkpoint, model.what, model.option, model.files)
     sources = plain_sources(own)
-    damaged = f"{checkpoint.path}: its tensors do not have the sizes of {model.what}. Give {model.files} to"
-    shape = shapes_of(own, sources, CheckpointError(f"{damaged} {model.option}.", checkpoint.path))
+    damaged = f"{path}: its tensors do not have the sizes of {model.what}. Give {model.files} to"
+    shape = shapes_of(own, sources, CheckpointError(f"{damaged} {model.option}.", path))
     all_layers = count(sources, r"layers\.\d+")
     states = states or all_states(all_layers)
-    num_layers = states[-1] if states[-1] >= 0 else all_layers + 1 + states[-1]
-    if not 0 <= num_layers <= all_layers:
-        chosen = f"{model.skip_option} {-1 - states[-1]}: " if model.skip_option else ""
-        remedy = "a smaller number" if model.skip_option else f"{model.files} to {model.option}"
-        needed = f"has only {all_layers} layers" + ("" if chosen else f", {abs(states[-1])} are needed")
-        raise CheckpointError(f"{chosen}{checkpoint.path} {needed}. Give {remedy}.", checkpoint.path)
+    num_layers = _layers_before(states[-1], all_layers, path, model)
     vocabulary, dim = shape("embed_tokens.weight", 2)
     rows, key_rows = (shape(f"layers.0.self_attn.{letter}_proj.weight", 2)[0] for letter in "qk")
-    told = told_beside(checkpoint.path, "text_config", model.kind, dim, model.defaults)
+    told = told_beside(path, "text_config", model.kind, dim, model.defaults)
     said = told.get("head_dim")
     usual = said if isinstance(said, int) and said > 0 else model.head_width
-    width = (
-        shape(f"layers.0.{Q_NORM}", 1)[0]
-        if Q_NORM in model.marks
-        else head_width(checkpoint.path, rows, told, usual)
-    )
+    has_norm = Q_NORM in model.marks
+    width = shape(f"layers.0.{Q_NORM}", 1)[0] if has_norm else head_width(path, rows, told, usual)
     # Qwen2.5-VL's heads are as wide together as the model; frequencies come in pairs
     is_uneven = width < 2 or width % 2 or key_rows % width or rows % width or dim % (rows // width or 1)
     if is_uneven or (rows // width) % max(1, key_rows // width) or (Q_BIAS in model.marks and rows != dim):
         raise CheckpointError(
-            f"{checkpoint.path}: {rows} rows of queries and {key_rows} of keys cannot be divided into heads "
-            f"of {width} channels. "
-            "Put the model's config.json beside it, or give another copy of the file.",
-            checkpoint.path,
+            f"{path}: {rows} rows of queries and {key_rows} of keys cannot be divided into heads of {width} "
+            "channels. Put the model's config.json beside it, or give another copy of the file.",
+            path,
         )
-    theta, eps, sections, settings = _read_constants(checkpoint.path, told, model, num_layers, width)
+    theta, eps, sections, settings = _read_constants(path, told, model, num_layers, width)
     is_normed = final_norm or states[-1] == -1
     config = LanguageConfig(
         vocabulary=vocabulary,
@@ -236,6 +226,16 @@ def read_language_model(
         *(() if is_normed else ("norm.weight",)),
     )
     return LoadPlan(config, own, sources, unused)
+
+
+def _layers_before(state: int, all_layers: int, path: Path, model: LanguageModel) -> int:
+    num_layers = state if state >= 0 else all_layers + 1 + state
+    if not 0 <= num_layers <= all_layers:
+        chosen = f"{model.skip_option} {-1 - state}: " if model.skip_option else ""
+        remedy = "a smaller number" if model.skip_option else f"{model.files} to {model.option}"
+        needed = f"has only {all_layers} layers" + ("" if chosen else f", {abs(state)} are needed")
+        raise CheckpointError(f"{chosen}{path} {needed}. Give {remedy}.", path)
+    return num_layers
 
 
 def _marks_of(own: Checkpoint, whole: Checkpoint) -> tuple[str, ...]:
@@ -276,7 +276,6 @@ def _read_constants(
 
 
 def all_states(num_layers: int) -> tuple[int, ...]:
-    """Return the numbers of ALL_STATES of a model with so many layers."""
     return (*range(num_layers), -1)
 
 

@@ -56,13 +56,12 @@ class PictureUse:
     shown: int | None = None  # the first pictures that are shown; None: all
     fewest: int = 3136  # pixels; smaller pictures are enlarged
     most: int = 12845056  # pixels; larger pictures are reduced
+    always: bool = True  # prompts have some; else the tower is loaded when one does
 
     def choose(self, paths: Sequence[Path]) -> Sequence[Path]:
-        """Return the files that are shown."""
         return paths[: self.shown]
 
     def write(self, number: int, tokens: int) -> str:
-        """Return the text of a picture, which stands for so many tokens."""
         return self.text.format(number=number, tokens=self.token * tokens)
 
 
@@ -75,7 +74,6 @@ class ReadPictures:
 
     @property
     def counts(self) -> list[int]:
-        """Return the number of tokens of each picture."""
         return [rows * columns for rows, columns in self.sides]
 
 

@@ -4,6 +4,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -29,6 +30,8 @@ from modules.contract.family import NoiseSource
 from modules.contract.requests import (
     NO_MEDIA,
     Prepared,
+    Prompt,
+    Prompts,
     Request,
     check_size,
     keep_usable_media,
@@ -42,6 +45,7 @@ from modules.control_codes import shorten
 from modules.devices import send, send_ahead
 from modules.errors import CacheError, DatasetError, MediaError, OptionError
 from modules.families import share_latents
+from modules.media.buckets import fit_within
 from modules.media.pixels import byte_clips
 
 logger = logging.getLogger(__name__)
@@ -80,11 +84,9 @@ class AutoencoderFiles(TransformerFiles):
     vae_folder: ClassVar[str] = "vae"
 
     def load_vae(self, device: torch.device) -> Any:
-        """Load the autoencoder."""
         return load_autoencoder(self.vae_path, device, self.beside(self.vae_dtype), self.vae_tile)
 
     def check_vae(self) -> None:
-        """Raise CheckpointError if the file is no such autoencoder."""
         read_autoencoder_header(self.vae_path, self.vae_option)
 
 
@@ -127,6 +129,30 @@ def references_in(cond: Conditions, device: torch.device) -> list[Tensor]:
     found = {name: value for name, value in cond.items() if name.startswith(CONTROL)}
     ordered = sorted(found, key=lambda name: int(name.removeprefix(CONTROL).lstrip("_") or 0))
     return [send(value, device) for name in ordered if isinstance(value := found[name], Tensor)]
+
+
+def read_reference(path: Path, area: int | None, step: int) -> Tensor:
+    """Read a reference, 1 1 H W 3 uint8: reduced to an area in pixels, cut around its middle.
+
+    area: None keeps its size. step: its sides become multiples of this. Source: the released code of FLUX.2.
+    """
+    from modules.media.reading import fit_frame, read_image
+
+    frame = read_image(path)
+    fit = fit_within((frame.shape[1], frame.shape[0]), area, step)
+    return torch.from_numpy(fit_frame(frame, fit)[None, None].copy())
+
+
+def show_references(prepared: Prepared, size: tuple[int, int] | None = None) -> Prepared:
+    """Return the request with its reference pictures in all prompts. size: `Prompt.picture_size`."""
+    paths, texts = prepared.asked.control_images, prepared.prompts[0]
+
+    def shown(prompt: Prompt | None) -> Prompt:
+        return replace(prompt or Prompt(""), pictures=paths, picture_size=size)
+
+    away = None if texts.away is None else shown(texts.away)
+    prompts = Prompts(shown(texts.positive), shown(texts.negative), shown(texts.blank), away)
+    return replace(prepared, prompts={0: prompts})
 
 
 def guidance_in(cond: Conditions, device: torch.device) -> Tensor | None:
@@ -237,7 +263,6 @@ class ModelOfPictures(OneTransformer):
         return request
 
     def needs_media(self, prepared: Prepared) -> bool:
-        """Whether there are reference pictures, which must be encoded before denoising."""
         return bool(prepared.asked.control_images)
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
@@ -246,12 +271,10 @@ class ModelOfPictures(OneTransformer):
 
     @property
     def same_latents(self) -> frozenset[str]:
-        """Return the models, as outputs name them, whose latents it can start from."""
         return share_latents(self.name)
 
     @property
     def source(self) -> SourceRules:
-        """Return the rules for starts of denoising."""
         return SourceRules((IMAGE, LATENTS), self.called, False, self.same_latents)
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
@@ -275,23 +298,18 @@ class ModelOfPictures(OneTransformer):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the one section for the denoising loop."""
         conditions = dict(inputs.get(0, {}))
         if prepared.embedded_guidance is not None:
             conditions[GUIDANCE] = torch.tensor([prepared.embedded_guidance])
         return (yield prompts[0].section(self.draw_noise(prepared, noise), conditions))
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
-        """Decode to pixels B 3 1 H W in -1..1."""
         yield encoders.vae.decode(latents)
 
 
 def picture_defaults(
     steps: int, guidance_scale: float, side: int, flow_shift: float | None = None, **others: Any
 ) -> SamplingDefaults:
-    """Return the defaults of a model of square pictures: Euler's steps, and no embedded guidance.
-
-    others: fields of `SamplingDefaults` that differ.
-    """
+    """Return defaults of square pictures, by Euler's steps. others: further fields of `SamplingDefaults`."""
     usual = SamplingDefaults(steps, 1.0, guidance_scale, None, flow_shift, "euler", side, side, 1)
     return replace(usual, **others)

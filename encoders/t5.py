@@ -81,7 +81,6 @@ class T5Use:
 
     @property
     def keys(self) -> frozenset[str]:
-        """Return the keys of the encoder's outputs."""
         return frozenset({self.states} if self.mask is None else {self.states, self.mask})
 
     def read_width(self, checkpoint: Checkpoint) -> int:
@@ -128,7 +127,6 @@ class T5TextEncoder(FileTextEncoder[T5Network]):
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """Return fingerprints of checkpoint and tokenizer, and how they are used. Reads a few MB."""
         return self.identify(
             self.name,
             dtype="of the file" if self.dtype is None else dtype_name(self.dtype),

@@ -289,7 +289,6 @@ class T5Network(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """The device of the weights."""
         return self.norm.weight.device
 
     def forward(self, ids: Sequence[Tensor], visible: Sequence[int] | None = None) -> list[Tensor]:

@@ -90,7 +90,6 @@ class TokenizerSource:
         return None, is_inside
 
     def identity(self, path: Path | None, checkpoint_path: Path) -> str:
-        """Return what distinguishes the tokenizer in cache records. path: as for `find`."""
         file, is_inside = self.find(path, checkpoint_path)
         if is_inside:
             return "inside the checkpoint"
@@ -166,7 +165,6 @@ class TokenizerSource:
 
 
 def merges_of(file: Path | None) -> Path | None:
-    """Return the second file of a tokenizer in the form of CLIP's release, or None for any other."""
     return file.with_name("merges.txt") if file is not None and file.name == "vocab.json" else None
 
 
@@ -223,12 +221,10 @@ class Written(NamedTuple):
 
     @property
     def end(self) -> float:
-        """Return the place of the first character that stays when the prompt is cut."""
         return len(self.before) + len(self.own) if self.keeps_after else math.inf
 
     @property
     def text(self) -> str:
-        """Return all that is read."""
         return f"{self.before}{self.own}{self.after}"
 
 
@@ -276,7 +272,6 @@ class FileTextEncoder(ABC, Generic[Network]):
         return {f"{name}{fact}": value for fact, value in found.items()}
 
     def write(self, prompt: Prompt) -> Written:
-        """Return a prompt as the encoder reads it."""
         return Written(prompt.text, prompt.spans)
 
     def count_dropped(self, tokenizer: TextTokenizer) -> int:
@@ -380,5 +375,4 @@ class FileTextEncoder(ABC, Generic[Network]):
         return {**found, self.weighed: [weigh_rows(one, weights) for one in states]}
 
     def free(self) -> None:
-        """Release the encoder and its memory."""
         self._loaded.free()

@@ -62,14 +62,12 @@ class FluxConfig:
 
     @property
     def kind(self) -> str:
-        """DEV, SCHNELL or CHROMA."""
         if self.approximator is not None:
             return CHROMA
         return DEV if self.has_guidance else SCHNELL
 
     @property
     def channels(self) -> int:
-        """Number of latent channels."""
         return self.token_dim // PATCH**2
 
     @property

@@ -85,7 +85,6 @@ class FluxControl(nn.Module):
 
 
 def _spread(made: list[Tensor] | None, blocks: int) -> list[Tensor | None]:
-    """Return for each of so many blocks its residual."""
     if not made:
         return [None] * blocks
     span = math.ceil(blocks / len(made))

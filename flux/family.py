@@ -17,16 +17,7 @@ from encoders.pictures import (
     picture_defaults,
     references_in,
 )
-from flux.configs import (
-    ARCHITECTURES,
-    BASE_VERSIONS,
-    CHROMA,
-    DEV,
-    EMBEDDED_GUIDANCE,
-    RELEASES,
-    SCHNELL,
-    STEPS,
-)
+from flux import configs
 from flux.files import FluxFiles
 from flux.model import FluxModel, unpack
 from flux.names import LORA
@@ -104,7 +95,7 @@ class Flux(ModelOfPictures):
 
     def why_few_steps(self) -> str | None:
         """Return what says that the transformer was distilled to few steps, as schnell."""
-        if self.files.kind == SCHNELL:
+        if self.files.kind == configs.SCHNELL:
             return f"{self.files.dit_path} is FLUX.1 schnell"
         return super().why_few_steps()
 
@@ -120,34 +111,31 @@ class Flux(ModelOfPictures):
 
     @property
     def dit(self) -> DitSpec:
-        """Names in the transformer."""
         return dit_spec(self.files.kind)
 
     @property
     def text_keys(self) -> frozenset[str]:
-        """Return the names of all tensors of a text cache."""
         return frozenset({STATES, MASK, POOLED} if self.files.has_pooled else {STATES, MASK})
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """Defaults of a generation."""
         kind = self.files.kind
-        scale = CHROMA_SCALE if kind == CHROMA else 1.0
-        return picture_defaults(STEPS[kind], scale, 1024, embedded_guidance=EMBEDDED_GUIDANCE[kind])
+        scale = CHROMA_SCALE if kind == configs.CHROMA else 1.0
+        return picture_defaults(
+            configs.STEPS[kind], scale, 1024, embedded_guidance=configs.EMBEDDED_GUIDANCE[kind]
+        )
 
     @property
     def release(self) -> ModelRelease:
-        """Where the model comes from."""
-        return RELEASES[self.files.kind]
+        return configs.RELEASES[self.files.kind]
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Name of this model in saved files."""
         kind = self.files.kind
-        is_chroma = kind == CHROMA
+        is_chroma = kind == configs.CHROMA
         names = {
-            "architecture": ARCHITECTURES[kind],
-            "base_model_version": BASE_VERSIONS[kind],
+            "architecture": configs.ARCHITECTURES[kind],
+            "base_model_version": configs.BASE_VERSIONS[kind],
             "implementation": "https://huggingface.co/lodestones/Chroma1-HD"
             if is_chroma
             else "https://github.com/black-forest-labs/flux",
@@ -192,7 +180,6 @@ class Flux(ModelOfPictures):
             check_control_net(self.controlnet, self.files.dit_header().config)
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
-        """Load the transformer, and the ControlNet beside it."""
         dit = super().load_dit(placement, expert)
         if self.controlnet is not None:
             from flux.control_net import load_control_net
@@ -227,11 +214,11 @@ class Flux(ModelOfPictures):
         config = self.files.dit_header().config
         widths = {STATES: config.text_dim} | ({POOLED: config.pooled_dim} if self.files.has_pooled else {})
         batch.check_widths(widths, self.files.dit_path, f"{remedy} and the text encoders of FLUX.1")
-        is_chroma, most = self.files.kind == CHROMA, self.files.t5_tokens
+        is_chroma, most = self.files.kind == configs.CHROMA, self.files.t5_tokens
         for made in batch.made_by:
             mask = made.encoder.get("t5_mask")
             if mask not in (None, "used" if self.files.uses_mask else "not used"):
-                option = CHROMA if is_chroma else "--apply_t5_attn_mask"
+                option = configs.CHROMA if is_chroma else "--apply_t5_attn_mask"
                 how = f"for {option}" if self.files.uses_mask else "without --apply_t5_attn_mask"
                 raise CacheError(
                     f"{made.path}: T5's mask of padding was {mask} when it was made, and this training is "
@@ -259,11 +246,7 @@ class Flux(ModelOfPictures):
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
     ) -> Tensor:
-        """Predict the velocity, B C 1 H W in float32.
-
-        cond: t5_out B T D, t5_attn_mask B T, l_pooled B E (not of Chroma), guidance B; of Kontext also
-        latents_control B C 1 h w.
-        """
+        """cond: t5_out B T D, t5_attn_mask B T, l_pooled B E, guidance B; of Kontext also latents_control."""
         device, pictures = noisy.device, references_in(cond, noisy.device)
         is_control = self.controlnet is not None and bool(pictures)
         return dit(
@@ -279,10 +262,6 @@ class Flux(ModelOfPictures):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill open fields of the request and check sizes and files. Nothing is loaded.
-
-        Raises OptionError if a size cannot be made, CheckpointError if a file is missing or of another kind.
-        """
         self.files.check(("dit",))
         kind = self.files.kind
         request = self.keep_media(request, str(self.files.dit_path))
@@ -290,19 +269,19 @@ class Flux(ModelOfPictures):
             logger.warning("--prompt_2 is ignored because Chroma has no second text encoder")
         usual = self.defaults
         asked = request.embedded_guidance
-        if asked not in (None, usual.embedded_guidance, USUAL_GUIDANCE) and kind != DEV:
-            why = "is made for 0" if kind == CHROMA else "has no input for it"
+        if asked not in (None, usual.embedded_guidance, USUAL_GUIDANCE) and kind != configs.DEV:
+            why = "is made for 0" if kind == configs.CHROMA else "has no input for it"
             logger.warning(
                 "the embedded guidance %g (--embedded_cfg_scale) is ignored because %s %s",
                 asked,
                 self.files.dit_path,
                 why,
             )
-        if kind != DEV:
+        if kind != configs.DEV:
             request = replace(request, embedded_guidance=None)
         size = (*size_of(request, usual)[:2], 1)
         check_size(size, LATENT)
-        shift = 1.0 if kind == SCHNELL else size_shift(tokens_of(size[1], size[0]))
+        shift = 1.0 if kind == configs.SCHNELL else size_shift(tokens_of(size[1], size[0]))
         flow_shift = shift if request.flow_shift is None else request.flow_shift
         return settle(request, usual, size, flow_shift, "" if self.negative_is_empty else None)
 
@@ -326,17 +305,14 @@ def _tell_unused_control() -> None:
 
 
 def family_for_latent_caching(options: FluxLatentCachingOptions) -> Flux:
-    """Describe the family for flux_cache_latents.py."""
     return Flux(FluxFiles().add_vae(options.vae), controlnet=options.controlnet)
 
 
 def family_for_text_caching(options: FluxTextCachingOptions) -> Flux:
-    """Describe the family for flux_cache_text_encoder_outputs.py."""
     return Flux(FluxFiles(says_chroma=options.model_type == SAYS_CHROMA).add_text(options.text))
 
 
 def family_for_training(options: FluxTrainingOptions) -> Flux:
-    """Describe the family for flux_train_network.py."""
     return Flux(
         _files(options),
         trained_guidance=options.embedded_guidance,
@@ -346,7 +322,6 @@ def family_for_training(options: FluxTrainingOptions) -> Flux:
 
 
 def family_for_generation(options: FluxGenerationOptions) -> Flux:
-    """Describe the family for flux_generate_image.py."""
     return Flux(_files(options))
 
 

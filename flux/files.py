@@ -115,7 +115,6 @@ read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMA
 
 @lru_cache
 def _tell_chroma(path: Path) -> None:
-    """Say once that the file, not --model_type, decides."""
     logger.info("%s is Chroma: it is used as --model_type chroma, without CLIP-L", path)
 
 
@@ -138,7 +137,6 @@ class FluxFiles(AutoencoderFiles):
     t5_use: ClassVar = USE
 
     def add_text(self, options: FluxTextOptions) -> "FluxFiles":
-        """Return a copy with the options of the text encoders."""
         return replace(
             self,
             clip_l=options.clip_l,
@@ -176,28 +174,23 @@ class FluxFiles(AutoencoderFiles):
 
     @property
     def kind(self) -> str:
-        """DEV, SCHNELL or CHROMA; without a transformer that of --model_type."""
         if self.dit is None:
             return CHROMA if self.says_chroma else DEV
         return self.dit_header().kind
 
     @property
     def has_pooled(self) -> bool:
-        """Whether CLIP-L is one of the encoders."""
         return self.kind != CHROMA
 
     @property
     def uses_mask(self) -> bool:
-        """Whether T5 does not attend to padding."""
         return self.masks_text or self.kind == CHROMA
 
     @property
     def t5_tokens(self) -> int:
-        """How many tokens T5 reads."""
         return self.max_tokens or T5_TOKENS[self.kind]
 
     def text_encoders(self) -> list[TextEncoder]:
-        """Return CLIP-L (not of Chroma) and T5; their files are opened when they are loaded."""
         dtype = self.beside(self.text_dtype)
         t5 = T5TextEncoder(
             self.t5xxl_path,
@@ -211,7 +204,6 @@ class FluxFiles(AutoencoderFiles):
         return [*([self._clip(dtype)] if self.has_pooled else []), t5]
 
     def check_texts(self, config: Any, needed: bool) -> None:
-        """Check CLIP-L and T5: `TransformerFiles.check_texts`."""
         pooled_dim, text_dim = (
             (None, None) if config is None else (config.pooled_dim or None, config.text_dim)
         )

@@ -125,7 +125,6 @@ class FluxModel(nn.Module):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Dtype that the blocks compute in without autocast."""
         return self.get_parameter("img_in.bias").dtype  # the weights of blocks may be in 8 bits
 
     def forward(

@@ -45,7 +45,6 @@ class FluxModelOptions(MinimalLoraOptions, title="model"):
 
     @property
     def dit_dtype(self) -> str:
-        """Return the dtype that the transformer computes in."""
         named = None if is_fp8(self.flux_dtype) else self.flux_dtype
         return named or self.base_dtype
 
@@ -80,7 +79,6 @@ class FluxPictureOptions(Options, title="what to make"):
 
     @property
     def size(self) -> tuple[int, int]:
-        """Return height and width, rounded up to whole tokens."""
         return round_up(self.height), round_up(self.width)
 
 
@@ -98,17 +96,14 @@ def read_minimal(description: str | None, argv: Sequence[str] | None) -> FluxMin
 
 
 def is_fp8(dtype: str | None) -> bool:
-    """Return whether a dtype, as the guides write it, has 8 bits."""
     return dtype is not None and "8" in dtype and "16" not in dtype
 
 
 def round_up(side: int) -> int:
-    """Return the next multiple of 16."""
     return -(-side // SIZE_STEP) * SIZE_STEP
 
 
 def generation_words(options: FluxMinimalOptions) -> list[str]:
-    """Return the same command as options of flux_generate_image.py."""
     model, picture = options.model, options.picture
     values = {
         "--dit": model.ckpt_path,
@@ -140,7 +135,6 @@ NO_NEGATIVE = "-"  # in a line: no negative prompt
 
 
 def negative(text: str) -> str:
-    """Return the negative prompt that a line asks for."""
     return "" if text == NO_NEGATIVE else text
 
 

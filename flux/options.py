@@ -119,7 +119,6 @@ class FluxGenerationOptions(Options, title=NAME):
 
 
 def caching_options(options: FluxTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the commands that make missing caches of latents and of texts."""
     latents = {"--ae": options.vae.vae or "AE_FILE", CONTROL_NET: options.controlnet}
     return latents, _text_options(options)
 

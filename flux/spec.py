@@ -37,7 +37,6 @@ CHROMA_DIT = replace(FLUX_DIT, teacache_coefficients=())  # calibrate first
 
 
 def dit_spec(kind: str) -> DitSpec:
-    """Return the names inside a transformer of a kind: DEV, SCHNELL or CHROMA."""
     return CHROMA_DIT if kind == CHROMA else FLUX_DIT
 
 
@@ -52,5 +51,4 @@ def tokens_of(height: int, width: int) -> int:
 
 
 def size_shift(tokens: int) -> float:
-    """Return the flow shift of the schedule for so many tokens."""
     return schedule.size_shift(tokens, FEW, MANY)

@@ -27,7 +27,6 @@ class Flux2Config:
 
     @property
     def kind(self) -> str:
-        """Return dev, whose guidance is an input, or klein."""
         return "dev" if self.has_guidance else "klein"
 
 

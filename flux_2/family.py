@@ -4,7 +4,6 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +14,7 @@ from encoders.pictures import (
     ModelOfPictures,
     encode_pictures,
     guidance_in,
+    read_reference,
     references_in,
     references_of,
 )
@@ -90,7 +90,6 @@ class Flux2(ModelOfPictures):
 
     @property
     def name(self) -> str:
-        """Name of the release's size in caches and LoRAs."""
         return self.files.version.name
 
     @property
@@ -100,27 +99,22 @@ class Flux2(ModelOfPictures):
 
     @property
     def cache_tag(self) -> str:
-        """End of the names of cache files."""
         return self.files.version.cache_tag
 
     @property
     def release(self) -> ModelRelease:
-        """Where the model comes from."""
         return self.files.version.release
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """Defaults of a generation."""
         return self.files.version.defaults
 
     @property
     def references(self) -> ReferenceRules:
-        """It edits pictures, or makes one from a text alone."""
         return ReferenceRules(most=MOST_REFERENCES)
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Name of this model in saved files."""
         version = self.files.version
         names = {
             "architecture": version.architecture,
@@ -152,10 +146,7 @@ class Flux2(ModelOfPictures):
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
     ) -> Tensor:
-        """Predict the velocity, B C 1 H W in float32.
-
-        cond: ctx_vec B T D; guidance B, of dev; latents_control_0 B C 1 h w, and so on.
-        """
+        """cond: ctx_vec B T D; guidance B, of dev; latents_control_0 B C 1 h w, and so on."""
         device = noisy.device
         velocity: Tensor = dit(
             noisy,
@@ -170,12 +161,7 @@ class Flux2(ModelOfPictures):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill open fields of the request, cut the size to whole latents, check files. Nothing is loaded.
-
-        Without a flow shift the noise levels are the release's, which follow the size and the number of
-        steps. Raises OptionError if a size or a reference cannot be used, CheckpointError if a file is
-        missing or of another kind.
-        """
+        """Without a flow shift the noise levels are the release's, which follow size and number of steps."""
         version = self.files.version
         usual = DEV.defaults.embedded_guidance  # that of the script, whatever the release
         if version.defaults.embedded_guidance is None and request.embedded_guidance not in (None, usual):
@@ -205,7 +191,9 @@ class Flux2(ModelOfPictures):
         area = (ALONE if len(paths) == 1 else AMONG_SEVERAL) if self.resizes_references else None
         return {
             0: {
-                f"{CONTROL}_{number}": encoders.vae.encode(byte_clips(read_reference(path, area)))
+                f"{CONTROL}_{number}": encoders.vae.encode(
+                    byte_clips(read_reference(path, area, LATENT.pixel_step))
+                )
                 for number, path in enumerate(paths)
             }
         }
@@ -229,31 +217,11 @@ def empirical_mu(tokens: int, steps: int) -> float:
     return slope * steps + of_200 - 200 * slope
 
 
-def read_reference(path: Path, area: int | None) -> Tensor:
-    """Read a reference, 1 1 H W 3 uint8: reduced to an area in pixels, cut around its middle.
-
-    area: None keeps its size. Its sides become multiples of a latent pixel's. Source: the released code.
-    """
-    from modules.media.reading import read_image, resize_frame
-
-    frame, step = read_image(path), LATENT.pixel_step
-    height, width = frame.shape[:2]
-    if area is not None and height * width > area:
-        scale = math.sqrt(area / (height * width))
-        height, width = max(int(height * scale), step), max(int(width * scale), step)
-        frame = resize_frame(frame, (width, height), "lanczos")
-    top, left = height % step // 2, width % step // 2
-    cut = frame[top : top + height // step * step, left : left + width // step * step]
-    return torch.from_numpy(cut[None, None].copy())
-
-
 def family_for_latent_caching(options: Flux2LatentCachingOptions) -> Flux2:
-    """Describe the family for flux_2_cache_latents.py."""
     return Flux2(Flux2Files(model_version=options.model_version).add_vae(options.vae.file))
 
 
 def family_for_text_caching(options: Flux2TextCachingOptions) -> Flux2:
-    """Describe the family for flux_2_cache_text_encoder_outputs.py."""
     return Flux2(Flux2Files(model_version=options.model_version).add_text(options.text))
 
 
@@ -268,7 +236,6 @@ def family_for_training(options: Flux2TrainingOptions) -> Flux2:
 
 
 def family_for_generation(options: Flux2GenerationOptions) -> Flux2:
-    """Describe the family for flux_2_generate_image.py."""
     return Flux2(files_of(options), resizes_references=not options.no_resize_control)
 
 

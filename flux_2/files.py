@@ -75,7 +75,6 @@ def _sources(checkpoint: Checkpoint, header: DitHeader[Flux2Config]) -> Mapping[
 
 
 def describe(header: DitHeader[Flux2Config]) -> str:
-    """Return how messages call a transformer: dev, or klein and its width."""
     return f"a {NAME} dev transformer" if header.config.has_guidance else f"a {NAME} klein transformer"
 
 
@@ -94,12 +93,10 @@ class Flux2Files(LanguageModelFiles):
 
     @property
     def version(self) -> Flux2Version:
-        """Return the facts of the release."""
         return VERSIONS[self.model_version]
 
     @property
     def text_use(self) -> LanguageUse:
-        """What is taken from the language model."""
         return self.version.use
 
     def check_texts(self, config: Any, needed: bool) -> None:
@@ -130,15 +127,12 @@ class Flux2Files(LanguageModelFiles):
         return header
 
     def load_vae(self, device: torch.device) -> Flux2Vae:
-        """Load the autoencoder."""
         return load_vae(self.vae_path, device, self.beside(self.vae_dtype), self.vae_tile)
 
     def check_vae(self) -> None:
-        """Raise CheckpointError if the file is no autoencoder of FLUX.2."""
         read_once(self.vae_path, read_vae)
 
 
 def files_of(options: Flux2TrainingOptions | Flux2GenerationOptions) -> Flux2Files:
-    """Return the files of a training or a generation."""
     files = Flux2Files(model_version=options.model_version).add_dit(options.dit, options.dit_dtype)
     return files.add_vae(options.vae.file).add_text(options.text)

@@ -15,16 +15,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from flux_2.configs import AXES, DIT, Flux2Config
-from hunyuan_model.blocks import (
-    DoubleStreamBlock,
-    EmbeddedText,
-    Heads,
-    HunyuanTokens,
-    TokensWithTurnedText,
-    attend_turned,
-    join_tokens,
-    split_heads,
-)
+from hunyuan_model import blocks
 from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.layers.modulation import add_gated, modulate
 from modules.layers.norms import Float32LayerNorm, ScaleNorm, activation_dtype, in_own_dtype, run_float32
@@ -112,7 +103,7 @@ class GatedMlp(nn.Sequential):
         return in_own_dtype(second, gate_half(in_own_dtype(first, x)))
 
 
-class Flux2DoubleBlock(DoubleStreamBlock):
+class Flux2DoubleBlock(blocks.DoubleStreamBlock):
     """Block in which picture and text have separate weights and share one attention."""
 
     def __init__(self, config: Flux2Config) -> None:
@@ -126,9 +117,9 @@ class Flux2DoubleBlock(DoubleStreamBlock):
             return self.txt_rows, self.txt_attn.proj, self.txt_mlp
         return self.img_rows, self.img_attn.proj, self.img_mlp
 
-    def heads(self, x: Tensor, is_text: bool) -> Heads:
+    def heads(self, x: Tensor, is_text: bool) -> blocks.Heads:
         of = self.txt_attn if is_text else self.img_attn
-        return split_heads(x, of.qkv, of.num_heads, of.norm.query_norm, of.norm.key_norm)
+        return blocks.split_heads(x, of.qkv, of.num_heads, of.norm.query_norm, of.norm.key_norm)
 
 
 class Flux2SingleBlock(nn.Module):
@@ -145,13 +136,13 @@ class Flux2SingleBlock(nn.Module):
         self.norm = PairNorm(config)
         self.linear2 = nn.Linear(dim + config.ffn_dim, dim, bias=False)
 
-    def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
+    def forward(self, x: Tensor, tokens: blocks.HunyuanTokens) -> Tensor:
         # x: B L+T C
         shift, scale, gate = self.rows(tokens.vector)
         h = in_own_dtype(self.linear1, modulate(self.pre_norm(x), shift, scale, tokens.dtype, tokens.split))
         *qkv, hidden = h.split(self.widths, dim=-1)  # in one split, so that its gradient is written once
         q, k, v = (one.unflatten(-1, (self.num_heads, -1)) for one in qkv)
-        seen = attend_turned(self.norm.query_norm(q), self.norm.key_norm(k), v, tokens)
+        seen = blocks.attend_turned(self.norm.query_norm(q), self.norm.key_norm(k), v, tokens)
         made = in_own_dtype(self.linear2, torch.cat([seen, gate_half(hidden)], dim=-1))
         return add_gated(x, gate, made, tokens.split)
 
@@ -165,7 +156,7 @@ class Flux2FinalLayer(nn.Module):
         self.linear = nn.Linear(config.dim, config.channels, bias=False)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.dim, 2 * config.dim, bias=False))
 
-    def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
+    def forward(self, x: Tensor, tokens: blocks.HunyuanTokens) -> Tensor:
         vector = functional.silu(tokens.vector[:, :1, EMBEDDING_ROW])
         shift, scale = in_own_dtype(self.adaLN_modulation[1], vector).float().chunk(2, dim=-1)
         return in_own_dtype(self.linear, modulate(self.norm_final(x), shift, scale, tokens.dtype))
@@ -198,7 +189,6 @@ class Flux2Model(nn.Module):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Dtype that the blocks compute in without autocast."""
         # other weights may be in 8 bits
         return self.get_parameter("double_blocks.0.img_attn.norm.query_norm.scale").dtype
 
@@ -231,7 +221,7 @@ class Flux2Model(nn.Module):
         guidance: Tensor | None = None,
         tweaks: Tweaks = NO_TWEAKS,
         references: Sequence[Tensor] = (),
-    ) -> tuple[Tensor, HunyuanTokens]:
+    ) -> tuple[Tensor, blocks.HunyuanTokens]:
         """Return picture and text tokens, B L+T C, and the other inputs of the blocks.
 
         References come behind the picture, a second text behind the first one.
@@ -260,7 +250,8 @@ class Flux2Model(nn.Module):
         vector = torch.cat(rows, dim=1).unsqueeze(1)  # B 1 16 C float32: all modulations, the embedding
         given = tweaks.texts(len(noisy), text=text)
         texts = [
-            EmbeddedText(in_own_dtype(self.txt_in, each["text"]).to(dtype), None, vector) for each in given
+            blocks.EmbeddedText(in_own_dtype(self.txt_in, each["text"]).to(dtype), None, vector)
+            for each in given
         ]
         # a picture's token stands at (picture, row, column, 0), a text's at (0, 0, 0, place)
         grids = [
@@ -272,9 +263,9 @@ class Flux2Model(nn.Module):
         length = sum(one.shape[1] for one in pictures)
         inputs = {"grid": (1, *noisy.shape[-2:]), "dtype": dtype, "attention": self.attention}
         inputs |= {"rotary": rotary, "rotary_of_picture": rotary[:length]}
-        return join_tokens(pictures, texts, tweaks.steer, TokensWithTurnedText, **inputs)
+        return blocks.join_tokens(pictures, texts, tweaks.steer, blocks.TokensWithTurnedText, **inputs)
 
-    def unembed(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
+    def unembed(self, x: Tensor, tokens: blocks.HunyuanTokens) -> Tensor:
         """Turn tokens B L+T C into the velocity, B Z 1 H W in float32."""
         _, rows, columns = tokens.grid
         made = self.final_layer(x[:, : rows * columns], tokens).float()

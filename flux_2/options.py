@@ -72,7 +72,6 @@ class Flux2GenerationOptions(Options, title=NAME):
 
 
 def caching_options(options: Flux2TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the commands that make missing caches of latents and of texts."""
     version = {"--model_version": options.model_version}
     latents = {"--vae": options.vae.file.vae or "VAE_FILE", **version}
     return latents, {**options.text.words("TEXT_ENCODER"), **version}

@@ -72,10 +72,7 @@ class Flux2Vae(Autoencoder):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
-        """Return the posterior's means, packed and normalised: B C 1 h w float32. Nothing is drawn.
-
-        pixels: as for `PictureVae.encode`.
-        """
+        """As `PictureVae.encode`, but the posterior's means, packed and normalised: nothing is drawn."""
         return self.moments(pixels)
 
     def _moments(self, pixels: Tensor) -> Tensor:

@@ -27,7 +27,6 @@ class FramePackConfig(JointConfig):
 
     @property
     def kind(self) -> str:
-        """Return the condition besides the text: always an image."""
         return "i2v"
 
 

@@ -108,7 +108,6 @@ class FramePack(OneTransformer):
 
     @property
     def order(self) -> Order:
-        """Return the order in which sections are generated, with the context of each."""
         return F1 if self.is_f1 else ANTI_DRIFTING
 
     @property
@@ -125,16 +124,15 @@ class FramePack(OneTransformer):
             height=256,
             frames=video_frames(count_sections(USUAL_SECONDS, self.window), self.window),
             noise_on_cpu=True,
+            extras=("one_frame",),
         )
 
     @property
     def release(self) -> ModelRelease:
-        """Where the model comes from."""
         return FRAMEPACK_F1 if self.is_f1 else FRAMEPACK
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Name of this model in saved files."""
         names = {
             "architecture": "framepack",
             "implementation": "https://github.com/lllyasviel/FramePack",
@@ -149,7 +147,6 @@ class FramePack(OneTransformer):
 
     @property
     def media_identity(self) -> Mapping[str, str]:
-        """Encoders and switches that cached latents depend on."""
         kind = "f1" if self.is_f1 else "anti-drifting"
         if self.one_frame is not None:
             left_out = {"no 2x": not self.one_frame.has_2x, "no 4x": not self.one_frame.has_4x}
@@ -162,7 +159,6 @@ class FramePack(OneTransformer):
         }
 
     def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
-        """Return the VAE, and SigLIP if images are encoded."""
         files = self.files
         siglip = load_siglip(files.image_encoder_path, device, files.beside(None)) if images else None
         return MediaEncoders(files.load_vae(device), siglip)
@@ -189,17 +185,14 @@ class FramePack(OneTransformer):
 
     @property
     def moments(self) -> MomentsRules:
-        """Moments do not: sections have conditions that only frames give."""
         return MomentsRules(caching.NO_MOMENTS)
 
     def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
-        """Raise DatasetError, always."""
         raise DatasetError(f"{media.keys[0]}: {caching.NO_MOMENTS}")
 
     # the network
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
-        """Load the transformer."""
         return self.files.multiply_text(super().load_dit(placement, expert))
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
@@ -251,18 +244,9 @@ class FramePack(OneTransformer):
     # generation
 
     def check_files(self, media: bool) -> None:
-        """Check the files that every generation needs. media: also those of the VAE and the image encoder.
-
-        Raises OptionError if one is not given, CheckpointError if it is missing or of another kind.
-        """
         self.files.check(("dit", "texts", *(("vae", "image_encoder") if media else ())))
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill open fields of the request and check sizes, images and files. Nothing is loaded.
-
-        Raises OptionError if an image is missing or the request is impossible, CheckpointError if a file is
-        missing or of another kind.
-        """
         if self.one_frame is not None:  # samples of a training of pictures
             request = replace(request, extra={"one_frame": "default", **request.extra})
         self.files.check(("dit", "image_encoder"))
@@ -272,20 +256,16 @@ class FramePack(OneTransformer):
         return prepared
 
     def needs_media(self, prepared: Prepared) -> bool:
-        """Return True: there is always an image."""
         return True
 
     @property
     def source(self) -> SourceRules:
-        """Return the rules for starts of denoising, section by section; HunyuanVideo has the same VAE."""
         return SourceRules((VIDEO, LATENTS), "FramePack", False, frozenset({"framepack", "hunyuan"}))
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
-        """Encode frames 1 F H W 3 uint8 as a posterior sample in model space, 1 C f h w on the CPU."""
         return encode_clip(encoders.vae, frames, seed, self.window)
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        """Encode the images for every section, on the CPU."""
         own: FramePackRequest = prepared.own
         return (
             video_inputs(encoders, prepared)
@@ -313,12 +293,10 @@ class FramePack(OneTransformer):
         return video_sections(prompts, inputs, noise, guidance, self.order, self.window, self.paddings)
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
-        """Decode to pixels B 3 F H W in -1..1, chunk by chunk in playing order."""
         return decode_video(encoders.vae, latents, self.window, self.bulk_decode)
 
     @property
     def caching_switches(self) -> tuple[str, ...]:
-        """Return the options of fpack_cache_latents.py that this training needs."""
         return tuple(
             switch
             for switch, is_on in {"--f1": self.is_f1, "--one_frame": self.one_frame is not None}.items()
@@ -327,7 +305,6 @@ class FramePack(OneTransformer):
 
 
 def family_for_latent_caching(options: FramePackLatentCachingOptions) -> FramePack:
-    """Describe the family for fpack_cache_latents.py."""
     files = _tiled(FramePackFiles(image_encoder=options.image_encoder).add_chunks(options.vae))
     one_frame = OneFrame(has_2x=not options.one_frame_no_2x, has_4x=not options.one_frame_no_4x)
     return FramePack(
@@ -338,7 +315,6 @@ def family_for_latent_caching(options: FramePackLatentCachingOptions) -> FramePa
 
 
 def family_for_text_caching(options: FramePackTextCachingOptions) -> FramePack:
-    """Describe the family for fpack_cache_text_encoder_outputs.py."""
     return FramePack(FramePackFiles().add_text(options.text))
 
 
@@ -357,7 +333,6 @@ def family_for_training(options: FramePackTrainingOptions) -> FramePack:
 
 
 def family_for_generation(options: FramePackGenerationOptions) -> FramePack:
-    """Describe the family for fpack_generate_video.py."""
     if options.f1 and options.latent_paddings is not None:
         logger.warning(
             "--latent_paddings %s is ignored because --f1 generates a video from its start",
@@ -381,10 +356,7 @@ def _tiled(files: FramePackFiles) -> FramePackFiles:
 
 
 def _all_files(options: FramePackTrainingOptions | FramePackGenerationOptions) -> FramePackFiles:
-    """Return the files of the transformer and all encoders.
-
-    Clips that are decoded together are not tiled in time, because sections have their own transitions.
-    """
+    """Return all files. Clips decoded together are not tiled in time: sections have their own transitions."""
     files = FramePackFiles(options.dit, image_encoder=options.image_encoder, vae_tile_frames=UNCUT)
     return _tiled(files.add_encoders(options.vae, options.text))
 

@@ -62,7 +62,6 @@ class FramePackClip(PooledClip):
     """Text encoder 2: CLIP-L's pooled state, one vector for each prompt, each encoded alone."""
 
     def __init__(self, path: Path, dtype: torch.dtype = torch.float16, tokenizer: Path | None = None) -> None:
-        """Set up the encoder. Arguments as of `PooledClip`."""
         super().__init__(path, dtype, tokenizer, FRAMEPACK_CLIP)
         self.name = "clip_l"
 
@@ -131,7 +130,6 @@ class FramePackFiles(HunyuanFiles):
         )
 
     def check(self, needed: Collection[str] = ()) -> None:
-        """Check the files that are given or needed ("image_encoder" too): `TransformerFiles.check`."""
         super().check(needed)
         if self.image_encoder is not None or "image_encoder" in needed:
             path, takes = self.image_encoder_path, None

@@ -52,7 +52,6 @@ class SiglipConfig:
 
     @property
     def num_tokens(self) -> int:
-        """Number of whole patches in an image."""
         return (self.image_size // self.patch_size) ** 2
 
 
@@ -131,20 +130,15 @@ class SiglipVision(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The compute dtype."""
         return self.post_layernorm.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        """The device of the weights."""
         return self.post_layernorm.weight.device
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Encode images. pixels: B 3 H W in -1..1, of any size.
-
-        Returns B 729 C in the compute dtype, on the encoder's device.
-        """
+        """Encode pixels B 3 H W in -1..1, of any size: B 729 C in the compute dtype, on the device."""
         prepared = self.prepare(pixels).to(self.device, self.dtype)
         return self.post_layernorm(self.encoder(self.embeddings(prepared)))
 

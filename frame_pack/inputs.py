@@ -121,10 +121,7 @@ def latent_mask(alpha: Tensor, height: int, width: int) -> Tensor:
 
 
 def apply_masks(latents: Tensor, alpha: Tensor | None) -> Tensor:
-    """Multiply latents B C F h w by the masks of `alpha`, B H W uint8. Returns their dtype.
-
-    If `alpha` is None, the latents are returned unchanged.
-    """
+    """Multiply latents B C F h w, in their dtype, by the masks of `alpha`, B H W uint8; None: unchanged."""
     if alpha is None:
         return latents
     masks = torch.stack([latent_mask(one, *latents.shape[-2:]) for one in alpha])

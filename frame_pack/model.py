@@ -261,7 +261,6 @@ class FramePackModel(nn.Module):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Dtype that the blocks compute in without autocast."""
         # the weight may be in 8 bits
         return self.get_parameter("transformer_blocks.0.attn.to_add_out.bias").dtype
 

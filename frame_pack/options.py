@@ -198,7 +198,6 @@ class FramePackGenerationOptions(Options, title="FramePack"):
 
 
 def caching_options(options: FramePackTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the commands that make missing caches of latents and of texts."""
     text = options.text
     latents = {"--vae": options.vae.file.vae or "VAE"}
     latents["--image_encoder"] = options.image_encoder or "IMAGE_ENCODER"

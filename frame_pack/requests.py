@@ -99,10 +99,6 @@ def prepare_request(
         flow_shift = flow_shift_for(count_tokens(1 if is_picture else window, rows, columns))
     prepared = settle(request, usual, (width, height, frames), flow_shift, "")
     others = prepared.prompts[0]
-    texts = _entries_of(request.prompt, "--prompt", sections, is_picture)
-    second: tuple[str | None, ...] = (None,) * len(texts)
-    if request.second_prompt is not None:
-        second = _entries_of(request.second_prompt, "--prompt_2", sections, is_picture)
     # in files of results, by the names of options
     said = {name: value for name, value in request.extra.items() if name != "video_seconds"}
     said |= {"latent_window_size": str(window), "video_sections": str(sections), "f1": str(is_f1)}
@@ -112,8 +108,8 @@ def prepare_request(
         prepared,
         solver=SOLVER if prepared.solver == "unipc" else prepared.solver,  # the released one is its own unipc
         prompts={
-            index: replace(others, positive=Prompt(text, second=for_clip))
-            for index, (text, for_clip) in enumerate(zip(texts, second, strict=True))
+            index: replace(others, positive=prompt)
+            for index, prompt in enumerate(_prompts_of(request, sections, is_picture))
         },
         own=own,
         own_metadata=said,
@@ -133,6 +129,14 @@ def tell_unused_paddings(paddings: Sequence[int], own: FramePackRequest) -> None
             sections,
             paddings[sections - 1],
         )
+
+
+def _prompts_of(request: Request, sections: int, is_picture: bool) -> list[Prompt]:
+    texts = _entries_of(request.prompt, "--prompt", sections, is_picture)
+    if request.second_prompt is None:
+        return [Prompt(text) for text in texts]
+    second = _entries_of(request.second_prompt, "--prompt_2", sections, is_picture)
+    return [Prompt(text, second=for_clip) for text, for_clip in zip(texts, second, strict=True)]
 
 
 def _with_media(request: Request, is_f1: bool, is_picture: bool) -> Request:

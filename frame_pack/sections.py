@@ -78,27 +78,22 @@ def count_sections(seconds: float, window: int, sections: int | None = None) -> 
 
 
 def sections_in(latent_frames: int, window: int) -> int:
-    """Return the number of whole sections after a training video's first frame; 0 if it is too short."""
     return (latent_frames - 1) // window
 
 
 def video_latents(sections: int, window: int) -> int:
-    """Return the number of latent frames of the whole video: the start image and its sections."""
     return sections * window + 1
 
 
 def video_frames(sections: int, window: int) -> int:
-    """Return the number of frames of the whole video."""
     return pixel_frames(video_latents(sections, window))
 
 
 def section_frames(window: int) -> int:
-    """Return the number of frames that one section decodes to; two neighbouring clips overlap by as many."""
     return pixel_frames(window)
 
 
 def pixel_frames(latent_frames: int) -> int:
-    """Return the number of frames that `latent_frames` latent frames decode to."""
     return LATENT_STRIDE * (latent_frames - 1) + 1
 
 
@@ -166,10 +161,7 @@ def f1_indices(window: int) -> Indices:
 
 
 def entry_for(entries: Mapping[int, Entry], index: int, sections: int) -> Entry:
-    """Return the entry of a section (a prompt, an image): by its index from the end, from the start, else 0.
-
-    The last section has index -1 from the end.
-    """
+    """Return a section's entry: by its index from the end (-1 is the last), from the start, else 0."""
     return next(entries[key] for key in (index - sections, index, 0) if key in entries)
 
 
@@ -227,7 +219,6 @@ class Order:
         return CleanLatents(torch.cat([start, near], dim=2), half, quarter)
 
     def grown(self, history: Tensor, section: Tensor) -> Tensor:
-        """Return the history with the section that was just made."""
         return torch.cat([section, history] if self.in_front else [history, section], dim=2)
 
     def video(self, start: Tensor, history: Tensor, made: int) -> Tensor:
@@ -263,10 +254,7 @@ def flow_shift_for(tokens: int) -> float:
 
 
 def decoding_slices(sections: int, window: int) -> tuple[slice, ...]:
-    """Return the latent frames to decode together, in playing order: each section with the next one.
-
-    Decoding both together keeps the seam smooth.
-    """
+    """Return the latent frames to decode together, in playing order: two sections each, for a smooth seam."""
     total = video_latents(sections, window)
     starts = [0, *(index * window + 1 for index in range(1, sections))]
     ends = [min((index + 2) * window + 1, total) for index in range(sections)]

@@ -51,6 +51,13 @@ def _leading(pattern: str, text: str) -> str:
     return found[0]
 
 
+# settings of single models, which arrive in `Request.extra`
+OF_SOME_MODELS: Mapping[str, LineOption] = {
+    "of": LineOption("one_frame", read_name),
+    "ctr": LineOption("cfg_trunc_ratio", _leading_number),
+    "rcfg": LineOption("renorm_cfg", _leading_number),
+    **{name: LineOption(name, _leading_number) for name in ("mu", "y1", "y2")},
+}
 # prompt files of training samples; numbers are read from their leading digits, as other trainers do
 SAMPLE_OPTIONS: Mapping[str, LineOption] = {
     "w": LineOption("width", _leading_whole),
@@ -66,10 +73,8 @@ SAMPLE_OPTIONS: Mapping[str, LineOption] = {
     "ei": LineOption("end_image_path", read_path),
     "cn": LineOption("control_video_path", read_path),
     "ci": LineOption("control_image_path", read_path, repeats=True),
-    "of": LineOption("one_frame", read_name),
     "ss": LineOption("sample_sampler", read_name),
-    "ctr": LineOption("cfg_trunc_ratio", _leading_number),
-    "rcfg": LineOption("renorm_cfg", _leading_number),
+    **OF_SOME_MODELS,
 }
 
 

@@ -27,7 +27,6 @@ class HunyuanImageConfig(JointConfig):
 
     @property
     def kind(self) -> str:
-        """Return the condition besides the text: nothing."""
         return "t2i"
 
 

@@ -85,7 +85,6 @@ class HunyuanImage(ModelOfPictures):
     # the network
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return the conditions for training: states and masks of both texts."""
         remedy = "hunyuan_image_cache_text_encoder_outputs.py"
         batch.check(dict.fromkeys(sorted(TEXT_INPUTS.values()), remedy), "the transformer")
         config = self.files.dit_header().config
@@ -96,10 +95,7 @@ class HunyuanImage(ModelOfPictures):
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
     ) -> Tensor:
-        """Predict the velocity, B C 1 H W in float32. The network was trained with whole timesteps.
-
-        cond: vlm_embed T D and vlm_mask T of each sample, byt5_embed B G E, byt5_mask B G.
-        """
+        """cond: vlm_embed T D and vlm_mask T each, byt5_embed B G E, byt5_mask B G. Whole timesteps."""
         velocity = dit(
             noisy.squeeze(2),
             timesteps.float().trunc(),
@@ -111,10 +107,6 @@ class HunyuanImage(ModelOfPictures):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill open fields of the request, cut the size to whole latents, check files. Nothing is loaded.
-
-        Raises OptionError if a size cannot be made, CheckpointError if a file is missing or of another kind.
-        """
         prepared = self.settle_picture(request, FLOW_SHIFT)
         options, has_letters = self.projection, bool(find_quoted(request.prompt))
         projection = Projection(  # a picture with letters keeps the plain formula for longer
@@ -127,22 +119,18 @@ class HunyuanImage(ModelOfPictures):
         return replace(prepared, rules=GuidanceRules(projection=projection))
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
-        """Decode to pixels B 3 1 H W in -1..1."""
         yield encoders.vae.decode(latents / LATENT.scale)
 
 
 def family_for_latent_caching(options: HunyuanImageLatentCachingOptions) -> HunyuanImage:
-    """Describe the family for hunyuan_image_cache_latents.py."""
     return HunyuanImage(HunyuanImageFiles().add_rows(options.vae))
 
 
 def family_for_text_caching(options: HunyuanImageTextCachingOptions) -> HunyuanImage:
-    """Describe the family for hunyuan_image_cache_text_encoder_outputs.py."""
     return HunyuanImage(HunyuanImageFiles().add_text(options.text))
 
 
 def family_for_training(options: HunyuanImageTrainingOptions) -> HunyuanImage:
-    """Describe the family for hunyuan_image_train_network.py."""
     files = HunyuanImageFiles(dit_option="--pretrained_model_name_or_path").add_dit(
         options.dit, options.dit_dtype
     )
@@ -151,7 +139,6 @@ def family_for_training(options: HunyuanImageTrainingOptions) -> HunyuanImage:
 
 
 def family_for_generation(options: HunyuanImageGenerationOptions) -> HunyuanImage:
-    """Describe the family for hunyuan_image_generate_image.py."""
     files = HunyuanImageFiles().add_dit(options.dit, options.dit_dtype)
     files = files.add_rows(options.vae).add_text(options.text)
     return HunyuanImage(files, options.projection)

@@ -140,12 +140,10 @@ class HunyuanImageFiles(TransformerFiles):
     usual: ClassVar[torch.dtype] = torch.float16
 
     def add_rows(self, options: HunyuanImageVaeOptions) -> "HunyuanImageFiles":
-        """Return a copy with the options of the VAE."""
         files = self.add_vae(options.file)
         return replace(files, vae_tile=options.tile, vae_chunk_size=options.vae_chunk_size)
 
     def add_text(self, options: HunyuanImageTextOptions) -> "HunyuanImageFiles":
-        """Return a copy with the options of the text encoders."""
         return replace(
             self,
             text_encoder=options.text_encoder,
@@ -166,7 +164,6 @@ class HunyuanImageFiles(TransformerFiles):
         return require_file(self.byt5, BYT5.option, "ByT5 encodes the texts to be written in the picture")
 
     def text_encoders(self) -> list[TextEncoder]:
-        """Return Qwen2.5-VL's language model and the encoder of letters."""
         qwen = QwenTextEncoder(
             self.text_encoder_path,
             self.beside(self.text_dtype, TEXT_DTYPE),
@@ -177,16 +174,13 @@ class HunyuanImageFiles(TransformerFiles):
         return [qwen, GlyphTextEncoder(self.byt5_path, self.beside(self.text_dtype), self.text_on_cpu)]
 
     def load_vae(self, device: torch.device) -> HunyuanImageVae:
-        """Load the VAE. Raises as `hunyuan_image.vae.load_vae`."""
         dtype = self.beside(self.vae_dtype)
         return load_vae(self.vae_path, device, dtype, self.vae_chunk_size, self.vae_tile)
 
     def check_vae(self) -> None:
-        """Raise CheckpointError if the file is no VAE of the model."""
         read_once(self.vae_path, read_vae)
 
     def check_texts(self, config: Any, needed: bool) -> None:
-        """Check the text encoders: `TransformerFiles.check_texts`."""
         if self.text_encoder is not None or needed:
             path, qwen = QwenTextEncoder(self.text_encoder_path).path, QWEN_USE.model
             width, takes = read_once(path, _text_width), None if config is None else config.text_dim

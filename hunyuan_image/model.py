@@ -83,7 +83,6 @@ class HunyuanImageModel(nn.Module):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Dtype that the blocks compute in without autocast."""
         return self.get_parameter("double_blocks.0.img_attn_proj.bias").dtype  # the weight may be in 8 bits
 
     def forward(

@@ -43,7 +43,6 @@ class HunyuanImageVaeOptions(Options):
 
     @property
     def tile(self) -> int | None:
-        """Return the edge of a tile in pixels, None for no tiling. A size implies tiling."""
         size = self.file.vae_spatial_tile_sample_min_size
         return size or (TILE if self.file.vae_tiling else None)
 
@@ -153,12 +152,10 @@ def translate_training(args: argparse.Namespace) -> None:
 
 
 def caching_options(options: HunyuanImageTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the commands that make missing caches of latents and of texts."""
     return {"--vae": options.vae.file.vae or "VAE_FILE"}, _text_options(options.text)
 
 
 def generation_options(options: HunyuanImageTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
     files = {"--dit": options.dit or "DIT_FILE", "--vae": options.vae.file.vae or "VAE_FILE"}
     return files | _text_options(options.text)
 

@@ -77,7 +77,6 @@ def find_quoted(prompt: str) -> list[str]:
 
 
 def glyph_text(prompt: str) -> str | None:
-    """Return the part of a prompt that the glyph encoder reads; None if nothing is to be written."""
     quoted = find_quoted(prompt)
     return "".join(f'Text "{text}". ' for text in quoted) if quoted else None
 
@@ -96,7 +95,6 @@ class QwenTextEncoder(LanguageModelEncoder):
         in_fp8: bool = False,
         on_cpu: bool = False,
     ) -> None:
-        """Set up the encoder. Arguments as of `LanguageModelEncoder`."""
         super().__init__(QWEN_USE, path, dtype, tokenizer, in_fp8, on_cpu)
 
     @property
@@ -127,7 +125,6 @@ class GlyphTextEncoder:
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """Return a fingerprint of the checkpoint, and the dtype. Reads a few MB."""
         return {"byt5": fingerprint(self.path), "byt5_dtype": dtype_name(self.dtype)}
 
     def token_counter(self) -> CountTokens:
@@ -142,7 +139,6 @@ class GlyphTextEncoder:
         return count
 
     def load(self, device: torch.device) -> None:
-        """Load the encoder. If it is loaded already, move it to the device."""
         self._loaded.load(CPU if self.on_cpu else device, self._read)
 
     def _read(self, device: torch.device) -> tuple[T5Network, None]:
@@ -172,5 +168,4 @@ class GlyphTextEncoder:
         return results
 
     def free(self) -> None:
-        """Release the encoder and its memory."""
         self._loaded.free()

@@ -48,7 +48,6 @@ class HunyuanTokens:
     part: "TokenPart | None" = None  # the tokens that this process has; None: all
 
     def cut(self, part: "TokenPart") -> Self:
-        """Return the inputs of the blocks for a part of the tokens."""
         return replace(self, rotary=part.rows(self.rotary), part=part)
 
     @property
@@ -93,12 +92,10 @@ class TokensWithTurnedText(HunyuanTokens):
     rotary_of_picture: Tensor = field(kw_only=True)  # its first L rows; compiled code leaves shapes open
 
     def cut(self, part: "TokenPart") -> Self:
-        """Return the inputs of the blocks for a part of the tokens."""
         return replace(super().cut(part), rotary_of_picture=part.rows(self.rotary_of_picture))
 
     @property
     def video(self) -> int:
-        """Number of picture tokens, L."""
         return self.rotary_of_picture.shape[-4]
 
     def join(self, video: Heads, text: Heads) -> Heads:
@@ -217,10 +214,7 @@ class DoubleStreamBlock(nn.Module):
         scale: Tensor,
         gate: Tensor,
     ) -> Tensor:
-        """Add the feed-forward branch of a stream to x; each token is processed independently.
-
-        x: B L C; shift, scale, gate: B S C float32.
-        """
+        """Add a stream's feed-forward branch to x, B L C, by token. shift, scale, gate: B S C float32."""
         return add_gated(x, gate, mlp(modulate(self.norm(x), shift, scale, dtype, split)), split)
 
 

@@ -96,7 +96,6 @@ class HunyuanVideo(OneTransformer):
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """Defaults of a generation."""
         has_guidance = self.files.dit is None or self.files.dit_header().config.has_guidance
         return SamplingDefaults(
             steps=50,
@@ -112,20 +111,17 @@ class HunyuanVideo(OneTransformer):
 
     @property
     def release(self) -> ModelRelease:
-        """Return the model's release; SkyReels V1's text-to-video counts as HunyuanVideo."""
         return SKYREELS_I2V if self.files.dit_header().kind == "i2v" else HUNYUAN_VIDEO
 
     # encoding
 
     def check_given_files(self) -> None:
-        """Check every file that an option names, needed or not. Loads nothing."""
         if self.files.dit is not None:
             self._check_dit()
         self.files.check()
 
     @property
     def media_identity(self) -> Mapping[str, str]:
-        """Encoder and switches that cached latents depend on."""
         identity = self.files.vae_identity()
         return {**identity, "image": "first frame"} if self.caches_image else identity
 
@@ -138,27 +134,21 @@ class HunyuanVideo(OneTransformer):
             )
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Latents of every clip; with `caches_image` also those of its first frame alone.
-
-        Stored in the VAE's dtype, not scaled.
-        """
+        """Latents, with `caches_image` of first frames too: in the VAE's dtype, not scaled."""
         parts = media.split_for(encoders.vae.device)
         return [[entry] for part in parts for entry in encode_latents(encoders.vae, part, self.caches_image)]
 
     @property
     def moments(self) -> MomentsRules:
-        """Moments do; with `caches_image` those of the first frame alone too."""
         return MomentsRules(with_image=self.caches_image)
 
     def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
-        """Samples of the posteriors, seeded as those of clips that are encoded here."""
         return sample_moments(media, self.files.beside(self.files.vae_dtype))
 
     # the network
 
     @property
     def dit_files(self) -> tuple[Path, ...]:
-        """Path of the transformer's checkpoint, checked against --dit_in_channels."""
         self._check_dit()
         return (self.files.dit_path,)
 
@@ -173,7 +163,6 @@ class HunyuanVideo(OneTransformer):
             )
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
-        """Load the transformer: `OneTransformer.load_dit`."""
         return self.files.multiply_text(super().load_dit(placement, expert))
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
@@ -224,20 +213,10 @@ class HunyuanVideo(OneTransformer):
     # generation
 
     def check_files(self, media: bool) -> None:
-        """Check the files that every generation needs. media: also that of the VAE.
-
-        Raises OptionError if one is not given or does not fit, CheckpointError if it is missing or of another
-        kind.
-        """
         self._check_dit()
         super().check_files(media)
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill open fields of the request and check sizes, images and files. Nothing is loaded.
-
-        Raises OptionError if a needed image is missing or a size cannot be made, CheckpointError if a file is
-        missing or of another kind.
-        """
         self._check_dit()
         self.files.check()
         taken = {
@@ -264,18 +243,15 @@ class HunyuanVideo(OneTransformer):
         return settle(request, usual, size, flow_shift, "")
 
     def needs_media(self, prepared: Prepared) -> bool:
-        """Whether an image must be encoded before denoising."""
         return self._starts_from_image
 
     @property
     def source(self) -> SourceRules:
-        """Return the rules for starts of denoising; FramePack has the same VAE."""
         return SourceRules(
             (VIDEO, IMAGE, LATENTS), "HunyuanVideo", False, frozenset({"hunyuan", "framepack"})
         )
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
-        """Encode frames 1 F H W 3 uint8 as a posterior sample in model space, 1 C f h w."""
         return encoders.vae.encode(byte_clips(frames), [posterior_generator(seed)]) * LATENT.scale
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
@@ -302,10 +278,7 @@ class HunyuanVideo(OneTransformer):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the one section for the denoising loop.
-
-        Noise is drawn frame by frame, in bfloat16, so that a longer video starts with a shorter one's noise.
-        """
+        """Noise is drawn frame by frame, in bfloat16: a longer video starts with a shorter one's noise."""
         batch, channels, latent_frames, rows, columns = LATENT.shape(
             prepared.frames, prepared.height, prepared.width
         )
@@ -318,12 +291,10 @@ class HunyuanVideo(OneTransformer):
         return (yield prompts[0].section(torch.cat(drawn, dim=2).float(), conditions))
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
-        """Decode to pixels B 3 F H W in -1..1, chunk by chunk in playing order."""
         yield from encoders.vae.decode(latents / LATENT.scale)
 
     @property
     def caching_switches(self) -> tuple[str, ...]:
-        """Return the options of cache_latents.py that this transformer needs."""
         return ("--i2v",) if self.files.dit is not None and self._starts_from_image else ()
 
     @property
@@ -332,17 +303,14 @@ class HunyuanVideo(OneTransformer):
 
 
 def family_for_latent_caching(options: HunyuanLatentCachingOptions) -> HunyuanVideo:
-    """Describe the family for cache_latents.py."""
     return HunyuanVideo(HunyuanFiles().add_chunks(options.vae), caches_image=options.i2v)
 
 
 def family_for_text_caching(options: HunyuanTextCachingOptions) -> HunyuanVideo:
-    """Describe the family for cache_text_encoder_outputs.py."""
     return HunyuanVideo(HunyuanFiles().add_text(options.text))
 
 
 def family_for_training(options: HunyuanTrainingOptions) -> HunyuanVideo:
-    """Describe the family for hv_train_network.py and hv_train.py."""
     dtype = choose_compute_dtype(options.dit_dtype, "--dit_dtype", None)
     return HunyuanVideo(
         HunyuanFiles(options.dit, dtype).add_encoders(options.vae, options.text),
@@ -354,7 +322,6 @@ def family_for_training(options: HunyuanTrainingOptions) -> HunyuanVideo:
 
 
 def family_for_generation(options: HunyuanGenerationOptions) -> HunyuanVideo:
-    """Describe the family for hv_generate_video.py."""
     return HunyuanVideo(
         HunyuanFiles(options.dit, reading=options.reading).add_encoders(options.vae, options.text),
         dit_channels=options.dit_in_channels,

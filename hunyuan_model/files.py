@@ -56,15 +56,12 @@ class HunyuanFiles(TransformerFiles):
         return require_file(self.text_encoder2, "--text_encoder2", "CLIP-L encodes the prompts too")
 
     def add_encoders(self, vae: HunyuanVaeOptions, text: HunyuanTextOptions) -> Self:
-        """Return a copy with the options of VAE and text encoders."""
         return self.add_chunks(vae).add_text(text)
 
     def add_chunks(self, options: HunyuanVaeOptions) -> Self:
-        """Return a copy with the options of the VAE."""
         return replace(self.add_vae(options.file), vae_chunk_size=options.vae_chunk_size)
 
     def add_text(self, options: HunyuanTextOptions) -> Self:
-        """Return a copy with the options of the text encoders."""
         return replace(
             self,
             text_encoder1=options.text_encoder1,
@@ -76,7 +73,6 @@ class HunyuanFiles(TransformerFiles):
         )
 
     def text_encoders(self) -> list[TextEncoder]:
-        """Return LLaVA's language model and CLIP-L; their files are opened when they are loaded."""
         dtype, reading, (llava, clip) = self.beside(self.text_dtype), self.reading, self.encoders
         return [
             llava(
@@ -98,16 +94,13 @@ class HunyuanFiles(TransformerFiles):
         return dit
 
     def load_vae(self, device: torch.device) -> HunyuanVae:
-        """Load the VAE. Raises as `hunyuan_model.vae.load_vae`."""
         dtype, frames = self.beside(self.vae_dtype), self.vae_tile_frames
         return load_vae(self.vae_path, device, dtype, self.vae_chunk_size, self.vae_tile, tile_frames=frames)
 
     def check_vae(self) -> None:
-        """Raise CheckpointError if the file is no VAE of HunyuanVideo."""
         read_once(self.vae_path, read_vae)
 
     def check_texts(self, config: Any, needed: bool) -> None:
-        """Check the text encoders: `TransformerFiles.check_texts`."""
         text_dim, pooled_dim = (None, None) if config is None else (config.text_dim, config.pooled_dim)
         if self.text_encoder1 is not None or needed:
             path = LlavaTextEncoder(self.text_encoder1_path).path

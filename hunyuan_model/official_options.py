@@ -33,12 +33,10 @@ PRECISIONS = ("bf16", "fp16", "fp32")
 
 
 def _precision(default: str = "fp16") -> Any:
-    """Return a field for the dtype of a network."""
     return option("dtype that the network computes in", default=default, choices=PRECISIONS)
 
 
 def _only(value: str | int, reason: str = _FILES_SAY) -> Refusal:
-    """Return an option that can only have its default."""
     return unsupported(reason, f"only {value}", type=type(value), default=value)
 
 
@@ -76,7 +74,6 @@ class OfficialVideoOptions(Options, title="what to make", dashed=True):
 
     @property
     def size(self) -> tuple[int, int]:
-        """Return height and width, rounded up to sizes that the model takes."""
         height, width = self.video_size if len(self.video_size) == 2 else self.video_size * 2
         return -(-height // SIZE_STEP) * SIZE_STEP, -(-width // SIZE_STEP) * SIZE_STEP
 
@@ -160,7 +157,6 @@ class OfficialOptions(Options, title="output", dashed=True):
 
     @property
     def folder(self) -> Path:
-        """Return where videos are written to."""
         return Path(f"{self.save_path}_{self.save_path_suffix}") if self.save_path_suffix else self.save_path
 
 
@@ -196,7 +192,6 @@ def read_official(description: str | None, argv: Sequence[str] | None) -> Offici
 
 
 def generation_words(options: OfficialOptions) -> list[str]:
-    """Return the same command as options of hv_generate_video.py."""
     video, model = options.video, options.model
     base = model.model_base
     values: dict[str, Any] = {

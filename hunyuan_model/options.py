@@ -153,7 +153,6 @@ def _check_channels(channels: int) -> None:
 
 
 def caching_options(options: HunyuanTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the commands that make missing caches of latents and of texts."""
     text = options.text
     encoders = {"--text_encoder1": text.text_encoder1 or "ENCODER1"}
     encoders["--text_encoder2"] = text.text_encoder2 or "ENCODER2"
@@ -172,7 +171,6 @@ def generation_options(options: HunyuanTrainingOptions, sample: Mapping[str, Any
 
 
 def model_options(dit: Path | None, vae: HunyuanVaeOptions, text: HunyuanTextOptions) -> dict[str, Any]:
-    """Return the options that name the models of a training, as generation takes them."""
     return {
         "--dit": dit or "DIT_FILE",
         "--vae": vae.file.vae or "VAE_FILE",

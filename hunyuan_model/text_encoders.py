@@ -64,13 +64,11 @@ class PromptTemplate:
 
     @property
     def before(self) -> str:
-        """Return all text before the prompt."""
         system = f"<|start_header_id|>system<|end_header_id|>\n\n{self.system}<|eot_id|>"
         return system + "<|start_header_id|>user<|end_header_id|>\n\n"
 
     @property
     def text(self) -> str:
-        """Return the template as the release writes it, with `{}` in place of the prompt."""
         return f"{self.before}{{}}{self.after}"
 
 
@@ -83,15 +81,9 @@ VIDEO_TEMPLATE = PromptTemplate(
     "5. camera angles, movements, and transitions used in the video:",
     crop_start=95,
 )
-IMAGE_TEMPLATE = PromptTemplate(
-    "Describe the image by detailing the color, shape, size, texture, "
-    "quantity, text, spatial relationships of the objects and background:",
-    crop_start=36,
-)
 
 
 def template_of(system: str | None) -> PromptTemplate:
-    """Return the template with a system text of one's own; None: the release's for videos."""
     return VIDEO_TEMPLATE if system is None else PromptTemplate(system)
 
 
@@ -141,7 +133,6 @@ class LlavaTextEncoder(LanguageModelEncoder):
 
     @property
     def state(self) -> str:
-        """What the identity says of the state that is read."""
         return f"{-1 - self.use.states[0]} layers skipped" + (", normed" if self.use.final_norm else "")
 
     def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
@@ -152,7 +143,6 @@ class LlavaTextEncoder(LanguageModelEncoder):
             logger.info(said, self.template.system, self.count_dropped(tokenizer))
 
     def find_pad(self, tokenizer: TextTokenizer) -> int:
-        """Return the id to pad rows with, by the tokenizer's own files."""
         return find_pad(tokenizer)
 
 
@@ -172,5 +162,4 @@ class HunyuanClip(ClipTextEncoder):
     """Text encoder 2: CLIP-L."""
 
     def __init__(self, path: Path, dtype: torch.dtype = torch.float16, tokenizer: Path | None = None) -> None:
-        """Set up the encoder. Arguments as of `ClipTextEncoder`."""
         super().__init__(path, dtype, tokenizer, CLIP)

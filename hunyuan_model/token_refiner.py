@@ -122,10 +122,7 @@ def refine_tokens(
     counts: Sequence[int] | None,
     attention: AttentionChoice,
 ) -> Tensor:
-    """Run the refiner's blocks on text tokens B T C.
-
-    vector: B C float32; counts: as for `TokenRefiner.forward`.
-    """
+    """Run the blocks on tokens B T C. vector: B C float32. counts: as for `TokenRefiner.forward`."""
     # an empty text keeps one key, because its rows need something to attend to
     lengths = None if counts is None else lengths_on([max(1, count) for count in counts], x.device)
     for block in blocks:

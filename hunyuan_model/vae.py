@@ -66,12 +66,10 @@ class HunyuanVae(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The compute dtype."""
         return self.quant_conv.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        """The device of the weights."""
         return self.quant_conv.weight.device
 
     @torch.no_grad()
@@ -245,10 +243,7 @@ def _copied(moments: Tensor) -> Tensor:
 
 
 def first_frame_condition(first: Tensor, frames: int) -> Tensor:
-    """Build the further channels, B C F h w float32.
-
-    first: B C 1 h w, in model space. frames: F, latent frames of the video.
-    """
+    """Build the further channels, B C F h w float32, of F latent frames. first: B C 1 h w, in model space."""
     condition = first.new_zeros((*first.shape[:2], frames, *first.shape[3:]), dtype=torch.float32)
     condition[:, :, :1] = first
     return condition

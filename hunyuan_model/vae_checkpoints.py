@@ -109,9 +109,6 @@ def _widths(
 
 
 def _groups(checkpoint: Checkpoint, narrowest: int) -> int:
-    """Return the number of norm groups, which cannot be read from the tensors.
-
-    It is the number in a config.json beside the file, else 32, or fewer so that each has two channels.
-    """
+    """Return the number of norm groups: config.json's, else 32, or fewer, of two channels each."""
     stated = stated_groups(checkpoint, CONFIG_CLASSES)
     return stated if stated is not None else max(1, min(MOST_GROUPS, narrowest // 2))

@@ -1,4 +1,4 @@
-"""Krea 2, raw and Turbo: read family.py first, then model.py.
+"""Krea 2, raw, Turbo and edits: read family.py first, then model.py.
 
 configs: dimensions of a transformer, latents, noise, names of parts
 family: Krea 2, described for the shared loops

@@ -62,7 +62,7 @@ class Krea2Config(Krea2StreamConfig):
 
 
 LATENT = QWEN_LATENT  # of the same VAE
-NOISE = NoiseSpec(tokens=count_picture_tokens)
+NOISE = NoiseSpec(tokens=count_picture_tokens)  # 1000 sigma + 1 in training, as the known trainer
 DIT = DitSpec(
     block_lists=("blocks",),
     lora_lists=("txtfusion", "first", "last", "tmlp", "txtmlp", "tproj"),  # all layers, as the known trainer

@@ -2,17 +2,37 @@
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from encoders.pictures import ModelOfPictures, encode_pictures, picture_defaults
-from krea2.configs import DIT, KREA_2, LATENT, NOISE
-from krea2.files import FEW_STEPS, KEY, KREA_2_USE, Krea2Files, told_turbo
+from encoders.language_encoder import LanguageUse
+from encoders.pictures import (
+    ModelOfPictures,
+    encode_pictures,
+    picture_defaults,
+    read_reference,
+    references_in,
+    references_of,
+    show_references,
+)
+from krea2.configs import DIT, KREA_2, LATENT, NOISE, PATCH
+from krea2.files import (
+    EDIT_USE,
+    FEW_STEPS,
+    KEY,
+    KREA_2_USE,
+    MEGAPIXEL,
+    MIXED_USE,
+    MOST,
+    Krea2Files,
+    told_turbo,
+)
 from krea2.names import LORA
 from krea2.options import (
+    EXTRAS,
     GUIDANCE_OF_TURBO,
     MU_OF_FEW,
     MU_OF_MANY,
@@ -29,28 +49,30 @@ from krea2.options import (
     check_mu,
 )
 from modules.contract.data import (
+    CONTROL,
     Batch,
     CacheEntry,
     Conditions,
     LatentSpec,
     MediaBatch,
     MediaEncoders,
+    MediaTable,
     SamplingDefaults,
     name_text_and_mask,
 )
 from modules.contract.family import Abilities, DitSpec, Family, NoiseSpec, count_picture_tokens
 from modules.contract.requests import Prepared, Request
-from modules.contract.rules import ModelRelease
+from modules.contract.rules import ModelRelease, ReferenceRules
 from modules.contract.steps import NO_TWEAKS, Tweaks
-from modules.errors import CacheError, OptionError
+from modules.errors import CacheError, DatasetError, OptionError
 from modules.flow.schedule import size_shift
 from modules.media.pixels import to_pixels
 from modules.options import NO_OPTIONS
 
 logger = logging.getLogger(__name__)
 
-TEXTS_AGAIN = "krea2_cache_text_encoder_outputs.py"
-DEFAULTS = picture_defaults(28, 5.5, SIDE)
+TEXTS_AGAIN, LATENTS_AGAIN = "krea2_cache_text_encoder_outputs.py", "krea2_cache_latents.py"
+DEFAULTS = picture_defaults(28, 5.5, SIDE, extras=tuple(EXTRAS))
 TURBO = replace(DEFAULTS, steps=STEPS_OF_TURBO, guidance_scale=GUIDANCE_OF_TURBO)
 FEW, MANY = 256, 6400  # tokens of pictures at which mu is given
 
@@ -62,17 +84,11 @@ class Krea2(ModelOfPictures):
     files: Krea2Files
     options: Any = NO_OPTIONS  # of a training
     samples_on_turbo: bool = False  # the transformer is that of --turbo_dit
+    references: ReferenceRules | None = None
+    isolated: bool = False  # references attend to each other alone
 
-    can: ClassVar = Abilities(tell_few_steps=True, sample_apart="--turbo_dit")
-    name: str = field(default="krea2", init=False)
-    named: ClassVar = {
-        "architecture": "krea2",
-        "resolution": f"{SIDE}x{SIDE}",
-        "implementation": "https://github.com/krea-ai/krea-2",
-        "model_type": "krea2",
-    }
     few_steps: ClassVar = FEW_STEPS
-    cache_tag: str = field(default="kr2", init=False)
+    can: ClassVar = Abilities(tell_few_steps=True, sample_apart="--turbo_dit")
     lora_module: str = field(default=LORA[0].network_module, init=False)
     latent: LatentSpec = field(default=LATENT, init=False)
     noise: NoiseSpec = field(default=NOISE, init=False)
@@ -80,6 +96,32 @@ class Krea2(ModelOfPictures):
     release: ModelRelease = field(default=KREA_2, init=False)
     text_keys: frozenset[str] = field(default=KREA_2_USE.keys, init=False)
     called: str = field(default=NAME, init=False)
+
+    @property
+    def edits(self) -> bool:
+        """Whether caches and trainings are of edits."""
+        return self.references is not None and self.references.edits
+
+    @property
+    def name(self) -> str:
+        """Name of the model in caches and LoRAs."""
+        return "krea2_edit" if self.edits else "krea2"
+
+    @property
+    def cache_tag(self) -> str:
+        """What names of caches end with."""
+        return "kr2e" if self.edits else "kr2"
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """Name of this model in saved files."""
+        names = {
+            "architecture": "Krea-2",
+            "resolution": f"{SIDE}x{SIDE}",
+            "implementation": "https://github.com/krea-ai/krea-2",
+            "model_type": "krea2",
+        }
+        return self.metadata_of(names | ({"task": "edit"} if self.edits else {}))
 
     @property
     def is_turbo(self) -> bool:
@@ -98,17 +140,37 @@ class Krea2(ModelOfPictures):
 
     # encoding
 
+    def check_table(self, table: MediaTable) -> None:
+        """Raise DatasetError if a table has clips, or control images without --edit."""
+        if table.kind == "image" and table.has_control and self.references is None:
+            raise DatasetError(
+                f"{table.name}: the table has control images, which {NAME} takes as references of an edit. "
+                "Give --edit to caching and training, or remove them."
+            )
+        super().check_table(table)
+
+    @property
+    def media_identity(self) -> Mapping[str, str]:
+        """What cached latents depend on: the VAE, and how large references may be."""
+        if self.references is None:
+            return super().media_identity
+        area = "the target's" if self.references.area is None else str(self.references.area)
+        return {**super().media_identity, "reference_pixels": area}
+
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Return the cache entry of each picture: normalised means, in the VAE's dtype."""
+        """Return the cache entry of each picture: normalised means of it and its references, in the VAE's
+        dtype.
+        """
         vae = encoders.vae
         return encode_pictures(media, vae.device, lambda frames: vae.encode(to_pixels(frames)).to(vae.dtype))
 
     # the network
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return the conditions for training: the captions' states.
+        """Return the conditions for training: the captions' states, and the references of an edit.
 
-        Raises CacheError for states of another encoder, or of another number of its layers.
+        Raises CacheError for states of another encoder, or of another number of its layers, and for captions
+        of an edit that were encoded without pictures.
         """
         batch.check({KEY: TEXTS_AGAIN}, "the transformer")
         config, remedy = self.files.dit_header().config, f"{TEXTS_AGAIN} and Qwen3-VL (4B)"
@@ -119,20 +181,30 @@ class Krea2(ModelOfPictures):
                     f"{batch.keys[0]}: {KEY} in its cache is {'x'.join(map(str, states.shape))}, not "
                     f"{config.states} states of each token. Cache again with {remedy}."
                 )
-        return {KEY: batch.tensors[KEY]}
+        use = self.files.text_use
+        for made in batch.made_by:
+            if (
+                made.part == use.name
+                and made.encoder.get(use.template_key, use.fingerprint) != use.fingerprint
+            ):
+                how, words = ("without pictures", " with --edit") if self.edits else ("for edits", "")
+                raise CacheError(f"{made.path}: the caption was encoded {how}. Run {TEXTS_AGAIN}{words}.")
+        return {KEY: batch.tensors[KEY], **references_of(batch, LATENT.channels, PATCH, LATENTS_AGAIN)}
 
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
     ) -> Tensor:
         """Predict the velocity, B C 1 H W in float32.
 
-        cond: krea2_vl_embed, T n D of each sample.
+        cond: krea2_vl_embed, T n D of each sample; latents_control_0, ..., B C 1 h w, of its references.
         """
         velocity: Tensor = dit(
             noisy,
             timesteps.float(),
             **name_text_and_mask(cond, "text", KEY, noisy.device),
             tweaks=tweaks.rename_away(lambda text: name_text_and_mask(text, "text", KEY, noisy.device)),
+            references=references_in(cond, noisy.device),
+            isolated=self.isolated,
         )
         return velocity
 
@@ -146,9 +218,19 @@ class Krea2(ModelOfPictures):
         another kind.
         """
         prepared = self.settle_picture(request, 1.0)
-        told = {name: float(text) for name, text in request.extra.items() if name in {"mu", "y1", "y2"}}
+        if prepared.asked.control_images:
+            if self.files.text_encoder is not None:
+                self.files.check_tower()
+            prepared = show_references(prepared)
+        told = {name: float(text) for name, text in request.extra.items() if name in EXTRAS}
         for name, value in told.items():
             check_mu(value, f"--{name}")
+        if prepared.guidance_scale == (1.0,) and not (told_turbo(self.files.dit) or (True,))[0]:
+            logger.warning(
+                "%s is raw, whose pictures are blurred without guidance. Give Turbo, a LoRA that makes it "
+                "Turbo, or a --guidance_scale such as %g",
+                *(self.files.dit, DEFAULTS.guidance_scale),
+            )
         check_levels(told, request.flow_shift is not None)
         if request.flow_shift is not None:
             return prepared
@@ -160,6 +242,15 @@ class Krea2(ModelOfPictures):
         tokens = count_picture_tokens(LATENT.shape(1, prepared.height, prepared.width))
         by_size = size_shift(tokens, (FEW, ends[0]), (MANY, ends[1]))
         return replace(prepared, flow_shift=by_size if mu is None else math.exp(mu))
+
+    def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
+        """Encode the references as `latents_control_0`, ..., each 1 C 1 h w: means."""
+        area = None if self.references is None else self.references.area
+        found: dict[str, Tensor | list[Tensor]] = {}
+        for index, path in enumerate(prepared.asked.control_images):
+            frames = read_reference(path, area or prepared.width * prepared.height, LATENT.pixel_step)
+            found[f"{CONTROL}_{index}"] = encoders.vae.encode(to_pixels(frames))
+        return {0: found}
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
         """Encode a picture, 1 1 H W 3 uint8, in model space, 1 C 1 h w. Nothing is drawn."""
@@ -173,17 +264,25 @@ class Krea2(ModelOfPictures):
 
 def family_for_latent_caching(options: Krea2LatentCachingOptions) -> Krea2:
     """Describe the family for krea2_cache_latents.py."""
-    return Krea2(Krea2Files().add_vae(options.vae.file))
+    rules = _rules(options) if options.edit else None
+    return Krea2(Krea2Files().add_vae(options.vae.file), references=rules)
 
 
 def family_for_text_caching(options: Krea2TextCachingOptions) -> Krea2:
     """Describe the family for krea2_cache_text_encoder_outputs.py."""
-    return Krea2(Krea2Files().add_text(options.text))
+    files = Krea2Files(text_use=EDIT_USE if options.edit else KREA_2_USE).add_text(options.text)
+    return Krea2(files, references=_rules(options) if options.edit else None)
 
 
 def family_for_training(options: Krea2TrainingOptions) -> Krea2:
     """Describe the family for krea2_train_network.py."""
-    return Krea2(_files(options), options)
+    return _family_for_training(options, options)
+
+
+def _family_for_training(files: Krea2TrainingOptions, options: Krea2TrainingOptions) -> Krea2:
+    use = EDIT_USE if options.edit else KREA_2_USE
+    rules = _rules(options) if options.edit else None
+    return Krea2(_files(files, use), options, references=rules, isolated=options.kv_cache)
 
 
 def family_for_samples(options: Krea2TrainingOptions) -> Krea2 | None:
@@ -200,16 +299,23 @@ def family_for_samples(options: Krea2TrainingOptions) -> Krea2 | None:
             f"--turbo_dit {turbo}: it says that it is raw ({where}), which makes no picture in eight steps. "
             "Give turbo.safetensors, or leave the option out"
         )
-    return Krea2(_files(replace(options, dit=turbo, turbo_dit=None)), options, samples_on_turbo=True)
+    made = _family_for_training(replace(options, dit=turbo, turbo_dit=None), options)
+    return replace(made, samples_on_turbo=True)
 
 
 def family_for_generation(options: Krea2GenerationOptions) -> Krea2:
     """Describe the family for krea2_generate_image.py."""
-    return Krea2(_files(options))
+    rules = replace(_rules(options), edits=False)
+    return Krea2(_files(options, MIXED_USE), references=rules, isolated=options.kv_cache)
 
 
-def _files(options: Krea2ModelOptions) -> Krea2Files:
-    files = Krea2Files().add_dit(options.dit, options.dit_dtype)
+def _rules(options: Any) -> ReferenceRules:
+    area = None if getattr(options, "match_target_res", False) else MEGAPIXEL
+    return ReferenceRules(MOST, seen_by_text=True, edits=True, own_shape=True, area=area)
+
+
+def _files(options: Krea2ModelOptions, use: LanguageUse) -> Krea2Files:
+    files = Krea2Files(text_use=use).add_dit(options.dit, options.dit_dtype)
     return files.add_vae(options.vae.file).add_text(options.text)
 
 

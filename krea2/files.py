@@ -5,14 +5,16 @@ Files have the released names (ComfyUI's too) or diffusers'. Raw and Turbo have 
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 from encoders.files import told_few_steps
 from encoders.language_encoder import LanguageUse
 from encoders.language_models import QWEN3_VL
+from encoders.picture_prompts import PictureUse, read_within
 from krea2.configs import PATCH, STATES, Krea2Config, Krea2StreamConfig
 from krea2.model import Krea2Model
 from krea2.names import KREA_2
@@ -40,6 +42,16 @@ KREA_2_USE = replace(
     keeps_after=True,
     stacked=STATES,
 )
+MEGAPIXEL, SHOWN_AREA = 1024 * 1024, 384 * 384  # of a reference at most, for the VAE and in a prompt
+SHOWN = PictureUse(
+    "Picture {number}: <|vision_start|>{tokens}<|vision_end|>",
+    read=partial(read_within, area=SHOWN_AREA),
+    fewest=256 * 256,
+)
+EDIT_USE = replace(KREA_2_USE, pictures=SHOWN)
+# of a generation, most of which show none
+MIXED_USE = replace(KREA_2_USE, pictures=replace(SHOWN, always=False))
+MOST = 10  # references
 WHAT = f"a {NAME} transformer"
 OPTION = "--dit"
 FILES = (
@@ -53,6 +65,7 @@ FEW_STEPS = FewSteps(
 )
 # dialect -> a tensor that only it has
 DIALECTS = {"released": "txtfusion.projector.weight", "diffusers": "text_fusion.projector.weight"}
+TEXT_BLOCKS = tuple((f"txtfusion.{name}_blocks", 2) for name in ("layerwise", "refiner"))
 PATTERNS = {"released": (), "diffusers": tensor_patterns(KREA_2)}
 
 
@@ -69,6 +82,17 @@ def _stream(found: DitShapes, start: str) -> Krea2StreamConfig:
             found.path,
         )
     return Krea2StreamConfig(dim, found.of(f"{start}.0.mlp.gate.weight")[0], heads, kv_heads)
+
+
+def _blocks(found: DitShapes, name: str, released: Iterable[tuple[str, int]]) -> int:
+    """Return how many blocks a list has. Raises CheckpointError if that of the release has more."""
+    number, wanted = found.blocks(name), dict(released).get(name, 0)
+    if number < wanted:
+        raise CheckpointError(
+            f"{found.path}: {number} of {wanted} blocks of {name} are there. Give the complete file.",
+            found.path,
+        )
+    return number
 
 
 def _header(checkpoint: Checkpoint) -> DitHeader[Krea2Config]:
@@ -91,9 +115,9 @@ def _header(checkpoint: Checkpoint) -> DitHeader[Krea2Config]:
         num_heads=blocks.num_heads,
         num_kv_heads=blocks.num_kv_heads,
         text=text,
-        num_layers=found.blocks("blocks"),
-        layerwise_blocks=found.blocks("txtfusion.layerwise_blocks"),
-        refiner_blocks=found.blocks("txtfusion.refiner_blocks"),
+        num_layers=_blocks(found, "blocks", dict(KREA_2.released).get(blocks.dim, ())),
+        layerwise_blocks=_blocks(found, "txtfusion.layerwise_blocks", TEXT_BLOCKS),
+        refiner_blocks=_blocks(found, "txtfusion.refiner_blocks", TEXT_BLOCKS),
         states=found.of("txtfusion.projector.weight")[1],
         channels=numbers // PATCH**2,
         freq_dim=found.of("tmlp.0.weight")[1],

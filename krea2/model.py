@@ -1,13 +1,17 @@
 """The transformer of Krea 2: single-stream blocks over a picture and the fused states of a language model.
 
 Names of modules are the released ones. Source: the released code (krea-ai/krea-2). Always float32: the
-embedding of time, modulation, norms, rotary angles. Attention is Lumina's, gated; the picture stands first,
-the released code has the text first. Attention does not depend on the order: all texts stand at position 0.
+embedding of time, modulation, norms, rotary angles. Attention is Lumina's, gated; references of an edit stand
+first, then the picture, then the text. Attention does not depend on the order, only on positions: those of
+all texts are 0, those of references on the first axis 1, 2, ... Source of edits: ai-toolkit's `edit: true`.
 """
-# Letters: B batch, L picture tokens, T text tokens, n states of each, N heads, D head width, C = N * D
+# Letters: B batch, R tokens of references, L of the picture, T of text, n states of each, N heads, D head
+# width, C = N * D, S 1, or 2 if there are references: time 0, theirs, stands before the picture's
 
-from dataclasses import replace
-from typing import Any, NamedTuple
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as functional
@@ -19,11 +23,14 @@ from lumina.blocks import GroupedAttention, Heads, LuminaTokens, serve
 from lumina.model import real_tokens
 from modules.attention.attend import Lengths, SecondText, attend, lengths_on
 from modules.contract.steps import NO_TWEAKS, Tweaks
-from modules.layers.modulation import add_gated, modulate
+from modules.layers.modulation import add_gated, modulate, split_segments
 from modules.layers.norms import CentredNorm, activation_dtype, in_own_dtype, run_float32
 from modules.layers.rope import GridTable, exact_table, sinusoid
 from modules.run_blocks import Hidden, run_blocks
 from modules.speed_options import SDPA, AttentionChoice
+
+if TYPE_CHECKING:  # loaded only if processes share tokens
+    from modules.offload.context import TokenPart
 
 ROWS = 6  # that modulate a block: scale, shift and gate of attention and of feed-forward
 
@@ -31,6 +38,19 @@ ROWS = 6  # that modulate a block: scale, shift and gate of attention and of fee
 def gelu(x: Tensor) -> Tensor:
     """Return GELU in its form with tanh, as trained."""
     return functional.gelu(x, approximate="tanh")
+
+
+@dataclass(frozen=True)
+class Krea2Tokens(LuminaTokens):
+    """Inputs of the blocks; x is B R+L+T C, `time` B 7 S C: six rows for the blocks, one for the end."""
+
+    references: int = 0  # R
+    isolated: bool = False  # references attend to each other alone
+    split: int = 0  # where the tokens behind references begin, among those that this process has
+
+    def cut(self, part: "TokenPart") -> "Krea2Tokens":
+        """Return the inputs of the blocks for a part of the tokens."""
+        return replace(super().cut(part), split=part.of_first(self.references))
 
 
 class QueryKeyScales(nn.Module):
@@ -62,6 +82,17 @@ class GatedAttention(GroupedAttention):
 
     def forward(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
         return self.gated(x, self.see(x, tokens))
+
+    def look(
+        self, heads: Iterable[Tensor], rotary: Tensor, tokens: LuminaTokens, lengths: Lengths | None
+    ) -> Tensor:
+        heads = tuple(heads)
+        seen = super().look(heads, rotary, tokens, lengths)
+        if not isinstance(tokens, Krea2Tokens) or not tokens.isolated:
+            return seen
+        own = (one[:, : tokens.references] for one in heads)
+        theirs = super().look(own, rotary[: tokens.references], tokens, None)
+        return torch.cat([theirs, seen[:, tokens.references :]], dim=1)
 
     def see_text(self, x: Tensor, choice: AttentionChoice, lengths: Lengths | None) -> Tensor:
         """Return the attention of text tokens, B T C, which have no positions: their output."""
@@ -139,23 +170,26 @@ class Krea2Block(StreamBlock):
         super().__init__(config)
         self.mod = Table(ROWS * config.dim)
 
-    def rows(self, tokens: LuminaTokens) -> tuple[Tensor, ...]:
-        """Return scale, shift and gate of attention and of feed-forward, each B 1 C float32."""
+    def rows(self, tokens: Krea2Tokens) -> tuple[Tensor, ...]:
+        """Return scale, shift and gate of attention and of feed-forward, each B S C float32."""
         own = self.mod.lin.float().unflatten(0, (ROWS, 1, -1))
-        return (tokens.time[:, :ROWS, None] + own).unbind(1)
+        return (tokens.time[:, :ROWS] + own).unbind(1)
 
-    def forward(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
-        # x: B L+T C
-        scale1, shift1, gate1, scale2, shift2, gate2 = self.rows(tokens)
-        branch = self.attn(modulate(self.prenorm(x), shift1, scale1, tokens.dtype), tokens)
-        x = add_gated(x, gate1, branch)
+    def forward(self, x: Tensor, tokens: Krea2Tokens) -> Tensor:
+        # x: B R+L+T C
+        scale1, shift1, gate1, *rows = self.rows(tokens)
+        branch = self.attn(modulate(self.prenorm(x), shift1, scale1, tokens.dtype, tokens.split), tokens)
+        x = add_gated(x, gate1, branch, tokens.split)
         # the expensive one last: if it runs in pieces, recomputing the block stops here
-        return self.feed(x, scale2, shift2, gate2, tokens.dtype)
+        segments = split_segments(tokens.split, rows, x)
+        parts = [self.feed(part, scale, shift, gate, tokens.dtype) for part, scale, shift, gate in segments]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    def modulated_input(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
-        """Return the input of attention for the picture's tokens of x: B L+T C -> B L C."""
-        scale, shift, *_ = self.rows(tokens)
-        return modulate(self.prenorm(x[:, : tokens.image]), shift, scale, tokens.dtype)
+    def modulated_input(self, x: Tensor, tokens: Krea2Tokens) -> Tensor:
+        """Return the input of attention for the picture's tokens of x: B R+L+T C -> B L C."""
+        scale, shift, *_ = (row[:, -1:] for row in self.rows(tokens))
+        own = x[:, tokens.split : tokens.split + tokens.image]
+        return modulate(self.prenorm(own), shift, scale, tokens.dtype)
 
     def feed(self, x: Tensor, scale: Tensor, shift: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:
         """Add the feed-forward branch to x, B L C; each token is processed independently."""
@@ -171,8 +205,8 @@ class LastLayer(nn.Module):
         self.linear = nn.Linear(config.dim, config.channels * PATCH**2)
         self.modulation = Table(2, config.dim)
 
-    def forward(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
-        scale, shift = (tokens.time[:, ROWS:] + self.modulation.lin.float()).chunk(2, dim=1)
+    def forward(self, x: Tensor, tokens: Krea2Tokens) -> Tensor:
+        scale, shift = (tokens.time[:, ROWS:, -1] + self.modulation.lin.float()).chunk(2, dim=1)
         return in_own_dtype(self.linear, modulate(self.norm(x), shift, scale, tokens.dtype))
 
 
@@ -181,6 +215,7 @@ class Krea2Layout(NamedTuple):
 
     grid: tuple[int, int]  # rows, columns of the picture's tokens
     texts: int  # tokens of the texts
+    references: tuple[tuple[int, int], ...] = ()  # as the grid, of each reference
 
 
 class Krea2Model(nn.Module):
@@ -212,35 +247,48 @@ class Krea2Model(nn.Module):
         return self.get_parameter("blocks.0.mod.lin").dtype  # weights may be in 8 bits, norms in float32
 
     def forward(
-        self, noisy: Tensor, timesteps: Tensor, text: Tensor, text_mask: Tensor, tweaks: Tweaks = NO_TWEAKS
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        text: Tensor,
+        text_mask: Tensor,
+        tweaks: Tweaks = NO_TWEAKS,
+        references: Sequence[Tensor] = (),
+        isolated: bool = False,
     ) -> Tensor:
         """Velocity B Z 1 H W in float32.
 
         noisy: B Z 1 H W. timesteps: B, 0..1000. text: B T n text_dim, states of the language model.
         text_mask: B T, true or 1 for real tokens, which come first. tweaks: ideas that change this call;
-        their second text has the names text and text_mask. Raises ValueError if sizes do not fit.
+        their second text has the names text and text_mask. references: clean latents of pictures to edit,
+        each B Z 1 h w of its own size. isolated: these attend to each other alone. Raises ValueError if
+        sizes do not fit.
         """
-        hidden = Hidden(*self.embed(noisy, timesteps, text, text_mask, tweaks))
+        given = (noisy, timesteps, text, text_mask, tweaks, references, isolated)
+        hidden = Hidden(*self.embed(*given))
         run_blocks(self, hidden, tweaks)
         return self.unembed(hidden.x, hidden.tokens)
 
     def embed(
-        self, noisy: Tensor, timesteps: Tensor, text: Tensor, text_mask: Tensor, tweaks: Tweaks = NO_TWEAKS
-    ) -> tuple[Tensor, LuminaTokens]:
-        """Return picture and text tokens, B L+T C, and the other inputs of the blocks.
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        text: Tensor,
+        text_mask: Tensor,
+        tweaks: Tweaks = NO_TWEAKS,
+        references: Sequence[Tensor] = (),
+        isolated: bool = False,
+    ) -> tuple[Tensor, Krea2Tokens]:
+        """Return the tokens of references, picture and text, B R+L+T C, and the other inputs of the blocks.
 
         A second text comes behind the first one.
         """
-        if noisy.shape[1] != self.config.channels or any(size % PATCH for size in noisy.shape[-2:]):
-            raise ValueError(
-                f"latents of {tuple(noisy.shape[1:])}: {self.config.channels} channels, even sides"
-            )
         if text_mask.shape != text.shape[:2]:
             raise ValueError(f"a text mask of {tuple(text_mask.shape)} for text of {tuple(text.shape)}")
         dtype, device = activation_dtype(noisy.device, self.compute_dtype), noisy.device
-        grid = noisy.shape[-2] // PATCH, noisy.shape[-1] // PATCH
-        patches = rearrange(noisy, "b z 1 (h ph) (w pw) -> b (h w) (z ph pw)", ph=PATCH, pw=PATCH)
-        picture = in_own_dtype(self.first, patches).to(dtype)
+        *grids, grid = (self.grid_of(one) for one in (*references, noisy))
+        pictures = [self.embed_picture(one).to(dtype) for one in (*references, noisy)]
+        picture = pictures[0] if not references else torch.cat(pictures, dim=1)
         embedded = []
         for given in tweaks.texts(len(noisy), text=text, text_mask=text_mask):
             longest, counts = real_tokens(given["text_mask"])
@@ -250,22 +298,36 @@ class Krea2Model(nn.Module):
             states = self.embed_text(given["text"][:, :longest].to(dtype), alone)
             embedded.append((states.to(dtype), behind))
         x = torch.cat([picture, *(states for states, _ in embedded)], dim=1)
-        rotary = self._rotary.of(Krea2Layout(grid, x.shape[1] - picture.shape[1]), device)
+        layout = Krea2Layout(grid, x.shape[1] - picture.shape[1], tuple(grids))
+        rotary, time = self._rotary.of(layout, device), self.embed_time(timesteps)[:, :, None]
+        before = picture.shape[1] - math.prod(grid)
+        if references:
+            time = torch.cat([self.embed_time(torch.zeros_like(timesteps))[:, :, None], time], dim=2)
         (states, lengths), *others = embedded
         count = picture.shape[1] + states.shape[1]
-        inputs: dict[str, Any] = {
-            "grid": grid,
-            "time": self.embed_time(timesteps),
-            "dtype": dtype,
-            "lengths": lengths,
-        }
+        inputs: dict[str, Any] = {"grid": grid, "time": time, "dtype": dtype, "lengths": lengths}
+        inputs |= {"references": before, "split": before, "isolated": isolated and bool(references)}
         inputs |= {"attention": self.attention, "rotary": rotary[:count]}
         for second, behind in others:
             assert tweaks.steer is not None  # it comes with a second text
             length = second.shape[1]
             inputs["second"] = SecondText(picture.shape[1], length, behind, tweaks.steer)
             inputs["second_rotary"] = rotary[: picture.shape[1] + length]
-        return x, LuminaTokens(**inputs)
+        return x, Krea2Tokens(**inputs)
+
+    def grid_of(self, latents: Tensor) -> tuple[int, int]:
+        """Return rows and columns of a picture's tokens. Raises ValueError if its sizes do not fit."""
+        channels, _, height, width = latents.shape[1:]
+        if channels != self.config.channels or height % PATCH or width % PATCH:
+            raise ValueError(
+                f"latents of {tuple(latents.shape[1:])}: {self.config.channels} channels, even sides"
+            )
+        return height // PATCH, width // PATCH
+
+    def embed_picture(self, latents: Tensor) -> Tensor:
+        """Return the tokens of a picture: B Z 1 H W -> B L C."""
+        patches = rearrange(latents, "b z 1 (h ph) (w pw) -> b (h w) (z ph pw)", ph=PATCH, pw=PATCH)
+        return in_own_dtype(self.first, patches)
 
     def embed_time(self, timesteps: Tensor) -> Tensor:
         """Return the rows that modulate all blocks, and the embedded time behind them: B -> B 7 C float32."""
@@ -280,21 +342,23 @@ class Krea2Model(nn.Module):
         fused = self.txtfusion(states, self.attention, lengths)
         return in_own_dtype(second, gelu(in_own_dtype(first, norm(fused))))
 
-    def unembed(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
-        """Turn tokens B L+T C into the velocity, B Z 1 H W in float32."""
-        (rows, columns), patch = tokens.grid, PATCH
-        patches = self.last(x[:, : tokens.image], tokens).float()
+    def unembed(self, x: Tensor, tokens: Krea2Tokens) -> Tensor:
+        """Turn tokens B R+L+T C into the velocity, B Z 1 H W in float32."""
+        (rows, columns), patch, before = tokens.grid, PATCH, tokens.references
+        patches = self.last(x[:, before : before + tokens.image], tokens).float()
         return rearrange(
             patches, "b (h w) (z ph pw) -> b z 1 (h ph) (w pw)", h=rows, w=columns, ph=patch, pw=patch
         )
 
     def _make_table(self, layout: Krea2Layout, /, *, device: torch.device) -> Tensor:
-        """Return (cosine, sine) pairs of all tokens, L+T 1 D/2 2 float32, from float64 angles.
+        """Return (cosine, sine) pairs of all tokens, R+L+T 1 D/2 2 float32, from float64 angles.
 
-        A picture's token stands at (0, row, column), each token of a text at (0, 0, 0).
+        A picture's token stands at (0, row, column), that of a reference at (its number from 1, row, column),
+        each token of a text at (0, 0, 0).
         """
         widths, theta = self.config.rotary_widths, self.config.rope_theta
-        picture, still = (
-            exact_table(sizes, widths, theta, device) for sizes in ((1, *layout.grid), (1, 1, 1))
+        numbered = [*enumerate(layout.references, 1), (0, layout.grid), (0, (1, 1))]
+        *pictures, still = (
+            exact_table((1, *grid), widths, theta, device, first=number) for number, grid in numbered
         )
-        return torch.cat([picture, still.expand(layout.texts, -1, -1, -1)])
+        return torch.cat([*pictures, still.expand(layout.texts, -1, -1, -1)])

@@ -10,6 +10,7 @@ ENTRY = FamilyEntry(
     record="Krea2",
     encoders=(("vae", "--vae", PICTURES),),
     texts="--text_encoder QWEN3_VL_FILE",
+    repeated=("edit",),
     same_latents="qwen_image",
 )
 _TEXT_BLOCKS = ("layerwise_blocks.{n}.", "refiner_blocks.{n}.")
@@ -36,7 +37,7 @@ _OUTSIDE = (
 )
 KREA_2 = FamilyNames(
     "krea2",
-    "krea2",
+    "Krea-2",
     parts=(
         *(part for theirs, ours in _BLOCKS for part in renamed_parts(theirs, ours, _LAYERS)),
         *renamed_parts("", "", _OUTSIDE),
@@ -66,6 +67,14 @@ KREA_2 = FamilyNames(
         *(("txtmlp.", "1 3"), ("last.", "linear"), ("tproj.", "1")),
     ),
     network_module="networks.lora_krea2",
+    refused=(
+        (
+            # the extension of ai-toolkit that trains them calls its architecture so
+            r"^(?!ss_network_module=networks\.).*(identity[ _-]?edit|krea2_edit .*ai-toolkit)",
+            "its metadata say that it is an identity edit, whose references have the time of the picture and "
+            "stand in front of it: that is not built. Use a LoRA of ai-toolkit's own edits, or of --edit.",
+        ),
+    ),
 )
 LORA = (KREA_2,)
 MARKS: Marks = (

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.errors import OptionError
-from modules.options import FREE, OF_DECODING, OF_REQUEST, Options, not_needed, option
+from modules.options import FREE, HABIT, OF_DECODING, OF_REQUEST, Options, not_needed, option
 from modules.speed_options import TextEncoderOptions, VaeOptions, dit_dtype_option
 
 NAME = "Krea 2"
@@ -16,6 +16,12 @@ MOST_SIDE = 16384
 MOST_MU = 20.0  # e^20: all steps at pure noise
 # mu of the noise levels at 256 and at 6400 tokens; Turbo's at all sizes. Source: the released code
 MU_OF_FEW, MU_OF_MANY, MU_OF_TURBO = 0.5, 1.15, 1.15
+_EDIT = "edits: control images of the dataset are references, which the text encoder sees too"
+_MATCH = (
+    "reduce a reference to at most the pixels of the picture that is made, in its own shape: larger ones of "
+    "the same shape get its size; default: to a megapixel"
+)
+_ALONE = "references attend to each other alone"
 # options of a generation -> their names in Request.extra
 EXTRAS = {name: name for name in ("mu", "y1", "y2")}
 # options of a prompt line -> what of the command line they replace
@@ -51,12 +57,15 @@ class Krea2LatentCachingOptions(Options, title=NAME):
     """Options of krea2_cache_latents.py besides the shared ones."""
 
     vae: Krea2VaeOptions
+    edit: bool = option(f"for {_EDIT}")
+    match_target_res: bool = option(_MATCH, only_with="edit")
 
 
 class Krea2TextCachingOptions(Options, title=NAME):
     """Options of krea2_cache_text_encoder_outputs.py besides the shared ones."""
 
     text: Krea2TextOptions = option(settings={"text_encoder": {"required": True}})
+    edit: bool = option(f"for {_EDIT}")
 
 
 class Krea2ModelOptions(Options, title=NAME):
@@ -75,6 +84,13 @@ class Krea2TrainingOptions(Krea2ModelOptions, title=NAME):
         "transformer of Turbo, to make samples with in place of --dit, under what is trained: eight steps "
         "without guidance. Both wait in host memory while the other one works",
         facts=FREE,
+    )
+    edit: bool = option(f"learn {_EDIT}. Caches need the same option", facts=HABIT)
+    match_target_res: bool = option(f"of samples: {_MATCH}", only_with="edit", facts=FREE)
+    kv_cache: bool = option(
+        f"{_ALONE}, which a generation with --kv_cache needs the LoRA to have learned",
+        only_with="edit",
+        facts=HABIT,
     )
     turbo_dit_cache = not_needed("the transformer of --turbo_dit is kept in host memory anyway.")
 
@@ -112,6 +128,11 @@ class Krea2GenerationOptions(Krea2ModelOptions, title=NAME):
         default=MU_OF_MANY,
         facts=OF_REQUEST,
     )
+
+    kv_cache: bool = option(
+        f"{_ALONE}, for LoRAs of edits that were trained with --kv_cache", facts=OF_REQUEST
+    )
+    match_target_res: bool = option(_MATCH, facts=OF_REQUEST)
 
     def __post_init__(self) -> None:
         for name in EXTRAS:
@@ -158,18 +179,26 @@ def settle_generation(options: Any, own: Krea2GenerationOptions) -> tuple[Any, K
 
 def caching_options(options: Krea2TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the options of the commands that make missing caches of latents and of texts."""
-    return {"--vae": options.vae.file.vae or "VAE_FILE"}, options.text.words("QWEN3_VL_FILE")
+    match, edit = {"--match_target_res": options.match_target_res}, {"--edit": options.edit}
+    latents = {"--vae": options.vae.file.vae or "VAE_FILE", **edit, **match}
+    return latents, {**options.text.words("QWEN3_VL_FILE"), **edit}
 
 
 def generation_options(options: Krea2TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
     usual = {"--steps": STEPS_OF_TURBO, "--guidance_scale": GUIDANCE_OF_TURBO}
+    controls = sample.get("control_images") or ()
+    given, of_turbo = sample.get("extra") or {}, {} if options.turbo_dit is None else {"mu": MU_OF_TURBO}
+    levels = {name: given[name] for name in EXTRAS if name in given}
     return {
         "--dit": options.turbo_dit or options.dit or "DIT_FILE",
-        "--mu": None if options.turbo_dit is None else MU_OF_TURBO,
+        **{f"--{name}": value for name, value in (levels or of_turbo).items()},
         # a sample says its own; the file's name need not say that it is Turbo
         **({} if options.turbo_dit is None or sample else usual),
         "--vae": options.vae.file.vae or "VAE_FILE",
         **options.text.words("QWEN3_VL_FILE"),
         "--dit_dtype": options.dit_dtype,
+        "--control_image_path": controls,
+        "--match_target_res": bool(controls) and options.match_target_res,
+        "--kv_cache": options.kv_cache,
     }

@@ -57,11 +57,9 @@ class Stream:
 
     @property
     def length(self) -> int:
-        """Number of its tokens."""
         return self.rotary.shape[-4]
 
     def cut(self, part: "TokenPart") -> "Stream":
-        """Return the inputs for a part of its tokens."""
         cross = self.cross and replace(self.cross, rotary=part.rows(self.cross.rotary))
         given = part.of_first(self.given)
         return replace(self, rotary=part.rows(self.rotary), cross=cross, given=given, part=part)
@@ -83,16 +81,13 @@ class LtxTokens:
     sees_values: bool = False  # self-attention is replaced by its values
 
     def without_self_attention(self) -> "LtxTokens":
-        """Return the inputs of a block whose self-attention is replaced by its values."""
         return replace(self, sees_values=True)
 
     @property
     def stream_lengths(self) -> tuple[int, ...]:
-        """Number of tokens of each stream."""
         return tuple(stream.length for stream in self.streams.values())
 
     def cut(self, *parts: "TokenPart") -> "LtxTokens":
-        """Return the inputs of the blocks for a part of each stream's tokens."""
         named = zip(self.streams.items(), parts, strict=True)
         return replace(self, streams={names: stream.cut(part) for (names, stream), part in named})
 
@@ -104,7 +99,6 @@ class LtxTokens:
         return {names: one[..., : stream.time.shape[-1]] for (names, stream), one in found}
 
     def join(self, parts: Parts) -> Tensor:
-        """Return x of the tokens of each stream."""
         if len(parts) == 1:
             return next(iter(parts.values()))
         width = max(one.shape[-1] for one in parts.values())
@@ -132,11 +126,9 @@ class LtxAttention(nn.Module):
         return self._turned(self.q_norm(in_own_dtype(self.to_q, x)), rotary)
 
     def keys(self, x: Tensor, rotary: Tensor | None = None) -> Tensor:
-        """Return the keys of x, B L N D."""
         return self._turned(self.k_norm(in_own_dtype(self.to_k, x)), rotary)
 
     def values(self, x: Tensor) -> Tensor:
-        """Return the values of x, B L N D."""
         return in_own_dtype(self.to_v, x).unflatten(-1, (self.num_heads, -1))
 
     def project(self, x: Tensor, seen: Tensor) -> Tensor:
@@ -260,10 +252,7 @@ class LtxBlock(nn.Module):
     def feed_forward(
         self, x: Tensor, layer: nn.Module, dtype: torch.dtype, shift: Tensor, scale: Tensor, gate: Tensor
     ) -> Tensor:
-        """Add a feed-forward branch to x; each token is processed independently.
-
-        x: B L C, of one segment; shift, scale, gate: B 1 C float32.
-        """
+        """Add a feed-forward branch to a segment x, B L C, by token. shift, scale, gate: B 1 C float32."""
         return add_gated(x, gate, layer(modulate(norm_tokens(x.float()), shift, scale, dtype)))
 
     def _see_itself(self, names: StreamNames, x: Tensor, tokens: LtxTokens) -> Tensor:

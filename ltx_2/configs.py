@@ -70,17 +70,14 @@ class LtxConfig:
 
     @property
     def dim(self) -> int:
-        """Return the width of the video's stream."""
         return self.video.dim
 
     @property
     def kind(self) -> str:
-        """Return the version."""
         return "2.3" if self.is_gated else "2.0"
 
     @property
     def streams(self) -> dict[StreamNames, StreamConfig]:
-        """Return the streams that the network has, the video first."""
         return {VIDEO: self.video} | ({} if self.sound is None else {SOUND: self.sound})
 
 

@@ -89,7 +89,6 @@ class ConnectorsConfig:
     longest: int  # rows that positions are measured by
 
     def projection(self, stream: str) -> str:
-        """Return the name of the projection of a stream."""
         return SHARED if self.is_shared else f"{stream}_{SHARED}"
 
 

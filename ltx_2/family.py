@@ -24,6 +24,7 @@ from ltx_2.options import (
 )
 from ltx_2.sound import SoundVae, Vocoder
 from ltx_2.text_encoder import MASK, prompt_key
+from modules.contract import rules
 from modules.contract.data import (
     FIRST_FRAME,
     FPS,
@@ -57,19 +58,6 @@ from modules.contract.requests import (
     size_of,
     whole_frames,
 )
-from modules.contract.rules import (
-    IMAGE,
-    LATENTS,
-    PICTURE_STREAM,
-    SOUND_STREAM,
-    GuidanceRules,
-    ModelRelease,
-    ShiftedLogit,
-    SoundLearning,
-    SourceRules,
-    StreamGuidance,
-)
-from modules.contract.rules import VIDEO as START
 from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from modules.errors import DatasetError, OptionError
 from modules.media.pixels import image_pixels, to_pixels, video_pixels
@@ -78,7 +66,7 @@ from modules.options import NO_OPTIONS
 FIRST = "first_latents"  # condition: clean latents of the given frames in front, B C F H W
 SOLVER = "euler-tenth"
 # --ltx2_train_direction -> the stream that is given
-GIVEN = {"joint": "", "a2v": SOUND_STREAM, "v2a": PICTURE_STREAM}
+GIVEN = {"joint": "", "a2v": rules.SOUND_STREAM, "v2a": rules.PICTURE_STREAM}
 LATENTS_AGAIN, TEXTS_AGAIN = "ltx2_cache_latents.py", "ltx2_cache_text_encoder_outputs.py"
 
 
@@ -90,7 +78,7 @@ class Ltx2(OneTransformer):
     guidance: Ltx2GuidanceOptions = Ltx2GuidanceOptions.usual()
     noise: NoiseSpec = NOISE
     dit: DitSpec = DIT
-    sound_learning: SoundLearning = SoundLearning()
+    sound_learning: rules.SoundLearning = rules.SoundLearning()
     size: tuple[int, int, int] = (768, 512, 121)  # width, height, frames where nothing is said
     image_crf: int = 33  # H.264 quality at which the first image is seen; 0: as it is
     drive_video: Path | None = None  # of a generation: it stays as it is, and its sound is made
@@ -113,34 +101,29 @@ class Ltx2(OneTransformer):
 
     @property
     def latent(self) -> LatentSpec:
-        """The latent space of the video VAE."""
         return self.files.latent
 
     @property
     def sound(self) -> SoundSpec | None:
-        """The latents of sound; None: the run is without."""
         return self.files.sound
 
     @property
     def fuller(self) -> tuple[str, ...]:
-        """What a teacher is told besides: the dropped caption, the first frame."""
         return (*super().fuller, FIRST_FRAME)
 
     @property
     def defaults(self) -> SamplingDefaults:
         """Defaults of a generation. The flow shift is that of 4096 tokens at any size, as released."""
         width, height, frames = self.size
-        shift, steps = ShiftedLogit().shift(4096), RELEASES[self.version].steps
+        shift, steps = rules.ShiftedLogit().shift(4096), RELEASES[self.version].steps
         return SamplingDefaults(steps, 24.0, 3.0, None, shift, SOLVER, width, height, frames)
 
     @property
-    def release(self) -> ModelRelease:
-        """Where the model comes from."""
+    def release(self) -> rules.ModelRelease:
         return RELEASES[self.version].release
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Name of this model in saved files."""
         names = {
             "architecture": f"ltx-{self.version}",
             "implementation": "https://github.com/Lightricks/LTX-2",
@@ -152,7 +135,6 @@ class Ltx2(OneTransformer):
 
     @property
     def text_keys(self) -> frozenset[str]:
-        """What a whole text cache holds."""
         return frozenset({*map(prompt_key, self.files.streams), MASK})
 
     def check_table(self, table: MediaTable) -> None:
@@ -164,7 +146,6 @@ class Ltx2(OneTransformer):
             )
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Return the latents of each clip, in the VAE's dtype."""
         vae, dtype = encoders.vae, self.files.beside(self.files.vae_dtype)
         return [
             [CacheEntry({"latents": one})]
@@ -174,32 +155,26 @@ class Ltx2(OneTransformer):
 
     @property
     def moments(self) -> MomentsRules:
-        """Caches are made from frames."""
         return MomentsRules(f"{NAME} is given clips alone. Leave out load_tensors")
 
     def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
-        """Raise DatasetError: `moments` says why."""
         raise DatasetError(f"load_tensors: {self.moments.refusal}.")
 
     # sound
 
     @property
     def sound_identity(self) -> Mapping[str, str]:
-        """What cached sound depends on besides its samples."""
         return self.files.sound_identity()
 
     def sound_networks(self, device: torch.device, decodes: bool) -> tuple[SoundVae, Vocoder | None]:
-        """Load the audio VAE, to decode with the vocoder."""
         return self.files.load_sound(device, decodes)
 
     def encode_sound(
         self, networks: tuple[SoundVae, Vocoder | None], samples: Tensor, frames: int, fps: float
     ) -> Tensor:
-        """Encode samples B 2 S of a clip of so many frames to latents B C T M."""
         return networks[0].encode_clip(samples, frames, fps)
 
     def decode_sound(self, networks: tuple[SoundVae, Vocoder | None], latents: Tensor) -> Sound:
-        """Decode latents 1 C T M to the track."""
         vae, vocoder = networks
         assert vocoder is not None, "loaded to encode"
         return Sound(vocoder.decode(vae.decode(latents))[0], vocoder.rate)
@@ -207,7 +182,6 @@ class Ltx2(OneTransformer):
     # the network
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
-        """Load the transformer, for video alone without the sound's stream."""
         network = self.files.load_dit(placement)
         network.spec = self.dit
         return network
@@ -254,11 +228,6 @@ class Ltx2(OneTransformer):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill open fields of the request, settle size and guidance, and check files. Nothing is loaded.
-
-        Raises OptionError if a size or number cannot be, CheckpointError if a file is missing or of another
-        kind.
-        """
         self.files.check(("dit",))
         taken = {**NO_MEDIA, "image_path": True}
         request = keep_usable_media(request, taken, f"{NAME} does not take it")
@@ -290,7 +259,7 @@ class Ltx2(OneTransformer):
         solver = SOLVER if prepared.solver == "euler" else prepared.solver
         return replace(prepared, joint=joint, solver=solver, rules=self._rules(request))
 
-    def _rules(self, request: Request) -> GuidanceRules:
+    def _rules(self, request: Request) -> rules.GuidanceRules:
         """Return the guidance of both streams. Source: the released pipelines."""
         told, steered = self.guidance, _given_or(1.0, self.guidance.stg_scale)
         scales = {VIDEO: told.video_cfg_scale, AUDIO: told.audio_cfg_scale}
@@ -302,18 +271,17 @@ class Ltx2(OneTransformer):
         if max(blocks) >= count:
             raise OptionError(f"--stg_blocks {max(blocks)}: the model has the blocks 0 to {count - 1}")
 
-        def rule(stream: str) -> StreamGuidance:
-            return StreamGuidance(
+        def rule(stream: str) -> rules.StreamGuidance:
+            return rules.StreamGuidance(
                 text=scales[stream],
                 perturbed=steered if told.stg_mode in (None, "both", stream) else 0.0,
                 modality=_given_or(3.0, away[stream]),
                 rescale=_given_or(0.7, told.rescaling(stream)),
             )
 
-        return GuidanceRules(streams=(rule(VIDEO), rule(AUDIO)), perturbed_blocks=frozenset(blocks))
+        return rules.GuidanceRules(streams=(rule(VIDEO), rule(AUDIO)), perturbed_blocks=frozenset(blocks))
 
     def needs_media(self, prepared: Prepared) -> bool:
-        """Whether an image or a video must be encoded before denoising."""
         return prepared.asked.image_path is not None or self.drive_video is not None
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
@@ -328,12 +296,11 @@ class Ltx2(OneTransformer):
         return {0: {FIRST: encoders.vae.encode(pixels.to(encoders.vae.device)).float().cpu()}}
 
     @property
-    def source(self) -> SourceRules:
-        """Return the rules for starts of denoising."""
-        return SourceRules((START, IMAGE, LATENTS), NAME, True, frozenset({self.name}))
+    def source(self) -> rules.SourceRules:
+        kinds = (rules.VIDEO, rules.IMAGE, rules.LATENTS)
+        return rules.SourceRules(kinds, NAME, True, frozenset({self.name}))
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
-        """Encode frames 1 F H W 3 uint8 as the means of the posterior, 1 C f h w."""
         vae = encoders.vae
         return vae.encode(to_pixels(frames.to(vae.device))).float()
 
@@ -344,7 +311,7 @@ class Ltx2(OneTransformer):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the one section for the denoising loop. The sound's noise is drawn last."""
+        """The sound's noise is drawn last."""
         start = noise.draw(self.latent.shape(prepared.frames, prepared.height, prepared.width))
         conditions = {**inputs.get(0, {}), FPS: torch.tensor([round(1000 * prepared.fps)])}
         first = conditions.pop(FIRST, None)
@@ -356,7 +323,6 @@ class Ltx2(OneTransformer):
         return (yield section)
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
-        """Decode to pixels B 3 F H W in -1..1, chunk by chunk in playing order."""
         yield from encoders.vae.decode(latents)
 
 
@@ -365,13 +331,11 @@ def _given_or(usual: float, given: float | None) -> float:
 
 
 def family_for_latent_caching(options: Ltx2LatentCachingOptions) -> Ltx2:
-    """Describe the family for ltx2_cache_latents.py."""
     model = options.model
     return Ltx2(Ltx2Files(checkpoint=model.ltx2_checkpoint, streams=model.streams).add_vaes(options.vae))
 
 
 def family_for_text_caching(options: Ltx2TextCachingOptions) -> Ltx2:
-    """Describe the family for ltx2_cache_text_encoder_outputs.py."""
     model = options.model
     files = Ltx2Files(checkpoint=model.ltx2_checkpoint, streams=model.streams)
     return Ltx2(files.add_text(options.text, options.text_dtype))
@@ -381,7 +345,7 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
     """Describe the family for ltx2_train_network.py."""
     files = files_of(options, options.model.streams)
     check_version(files, options)
-    learning = SoundLearning(
+    learning = rules.SoundLearning(
         options.video_loss_weight,
         options.audio_loss_weight,
         options.independent_audio_timestep,

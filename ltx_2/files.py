@@ -72,7 +72,6 @@ class Ltx2Files(TransformerFiles):
     format: ClassVar = FORMAT
 
     def add_vaes(self, options: Ltx2VaeOptions) -> Self:
-        """Return a copy with the options of both autoencoders."""
         return replace(self.add_vae(options.file), audio_vae=options.audio_vae)
 
     def add_text(self, options: Ltx2TextOptions, dtype: str | None = None) -> Self:
@@ -91,7 +90,6 @@ class Ltx2Files(TransformerFiles):
 
     @property
     def has_sound(self) -> bool:
-        """Return whether clips of this run can have sound."""
         return AUDIO in self.streams
 
     def _part(self, given: Path | None, option: str, folder: str, what: str) -> Path:
@@ -133,11 +131,9 @@ class Ltx2Files(TransformerFiles):
         )
 
     def load_vae(self, device: torch.device) -> LtxVideoVae:
-        """Load the video VAE."""
         return load_video_vae(self.vae_path, device, self.beside(self.vae_dtype), self.vae_tile)
 
     def check_vae(self) -> None:
-        """Raise CheckpointError if a file is no VAE of LTX-2."""
         read_once(self.vae_path, _read_video_vae)
         if self.has_sound:
             read_once(self.sound_path("audio_vae"), _read_sound_vae)
@@ -160,7 +156,6 @@ class Ltx2Files(TransformerFiles):
         return {"audio_vae": fingerprint(self.sound_path("audio_vae"))}
 
     def load_sound(self, device: torch.device, decodes: bool) -> tuple[SoundVae, Vocoder | None]:
-        """Load the audio VAE, to decode with the vocoder."""
         option = AUDIO_VAE if self.audio_vae else RELEASED
         vocoder = load_vocoder(self.sound_path("vocoder"), device, option) if decodes else None
         return load_sound_vae(self.sound_path("audio_vae"), device, option), vocoder

@@ -93,7 +93,6 @@ class LtxModel(nn.Module):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Dtype that the blocks compute in without autocast."""
         return self.get_parameter("transformer_blocks.0.attn1.to_q.bias").dtype  # the weight may be in 8 bits
 
     def forward(
@@ -219,7 +218,6 @@ class LtxModel(nn.Module):
         return rows, time
 
     def _rotation(self, names: StreamNames, latents: Tensor, fps: Fps, by_time: bool = False) -> Tensor:
-        """Return the rotations of a stream's tokens."""
         width = self.config.cross_dim if by_time else self.config.streams[names].dim
         if names is SOUND:
             places = Places(width, (latents.shape[2],), (), by_time)
@@ -246,5 +244,4 @@ class LtxModel(nn.Module):
 
 
 def see_one(seen: Tensor) -> Tensor:
-    """Return the attention to the only text."""
     return seen

@@ -67,7 +67,6 @@ class Ltx2ModelOptions(Options):
 
     @property
     def streams(self) -> tuple[str, ...]:
-        """Return what is trained or made, of `STREAMS`."""
         return MODES[self.ltx_mode]
 
 
@@ -94,17 +93,14 @@ class Ltx2TextOptions(Options):
 
     @property
     def gemma(self) -> Path:
-        """Return the file or folder of Gemma."""
         return self.gemma_safetensors or self.gemma_root
 
     @property
     def tokenizer(self) -> Path | None:
-        """Return where --gemma_root has the tokenizer of --gemma_safetensors; None: look for it."""
         is_there = self.gemma_root != GEMMA or self.gemma_root.is_dir()
         return self.gemma_root if self.gemma_safetensors is not None and is_there else None
 
     def words(self) -> dict[str, Any]:
-        """Return the options that encode texts in the same way."""
         return {
             "--gemma_root": self.gemma_root,
             "--gemma_safetensors": self.gemma_safetensors,
@@ -161,7 +157,6 @@ class Ltx2GuidanceOptions(Options, title="guidance of both streams"):
     )
 
     def rescaling(self, stream: str) -> float | None:
-        """Return the rescaling of a stream; None: that of the release."""
         own = self.video_rescale_scale if stream == VIDEO else self.audio_rescale_scale
         return self.rescale_scale if own is None else own
 
@@ -222,7 +217,6 @@ class Ltx2TransformerOptions(Options, title=NAME):
 
     @property
     def dit_file(self) -> Path:
-        """Return the file of the transformer."""
         return self.dit or self.model.ltx2_checkpoint
 
 
@@ -409,7 +403,6 @@ declare_all(Ltx2GenerationOptions, GENERATION)
 
 
 def caching_options(options: Ltx2TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the commands that make missing caches of latents and of texts."""
     model = {"--ltx2_checkpoint": options.model.ltx2_checkpoint, "--ltx2_mode": options.model.ltx_mode}
     latents = {"--vae": options.vae.file.vae, "--audio_vae": options.vae.audio_vae}
     return {**model, **latents}, {**model, **options.text.words()}

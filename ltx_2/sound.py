@@ -97,7 +97,6 @@ class SoundVae:
 
     @property
     def device(self) -> torch.device:
-        """The device of the weights."""
         device: torch.device = self._network.latents_mean.device
         return device
 

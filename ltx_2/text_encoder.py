@@ -128,7 +128,6 @@ GEMMA_USE = LanguageUse(
 
 
 def prompt_key(stream: str) -> str:
-    """Return the name of a stream's text in caches and conditions."""
     return f"{stream}_prompt_embeds"
 
 
@@ -162,7 +161,6 @@ class Ltx2TextEncoder(LanguageModelEncoder):
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """Return the facts of `LanguageModelEncoder.identity`, and the file of the connectors."""
         return {**super().identity, "connectors": fingerprint(self.connectors)}
 
     def check(self) -> int:
@@ -189,13 +187,11 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         return sum(one.numel() for one in connectors.parameters()) * self.dtype.itemsize
 
     def write(self, prompt: Prompt) -> Written:
-        """Return the prompt without blanks around it; there is no template."""
         text = prompt.text.strip()
         cut = len(prompt.text) - len(prompt.text.lstrip())
         return Written(text, tuple((first - cut, last - cut, weight) for first, last, weight in prompt.spans))
 
     def load_network(self, device: torch.device) -> nn.Module:
-        """Load Gemma, with the connectors beside its layers."""
         self.check()
         with open_checkpoint(self.connectors) as checkpoint:  # first: Gemma takes the room that is left
             plan = read_connectors(checkpoint, self.streams)
@@ -207,11 +203,9 @@ class Ltx2TextEncoder(LanguageModelEncoder):
 
     @property
     def text_side(self) -> nn.Module:
-        """Return the loaded connectors."""
         return self.network.get_submodule("connectors")
 
     def waiting_bytes(self, room: int) -> int:
-        """Return the bytes of the layers of Gemma that stay in host memory if a device has this room."""
         return super().waiting_bytes(max(room - self.check(), 0))
 
     def compute(

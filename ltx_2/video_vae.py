@@ -47,12 +47,10 @@ class LtxVideoVae(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The compute dtype."""
         return self.encoder.conv_in.conv.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        """The device of the weights."""
         return self.encoder.conv_in.conv.weight.device
 
     @torch.no_grad()
@@ -93,7 +91,6 @@ class LtxVideoVae(nn.Module):
         yield from decode_in_tiles(self._pixels, latents, grid, self.config.stride)
 
     def _tiles(self, size: int) -> tuple[Tile, ...]:
-        """Return the tiles of an axis of `size` latent pixels."""
         edge = size if self.tile is None else self.tile // self.config.stride[1]
         return tiles(size, max(LEAST_TILE, edge))
 
@@ -116,7 +113,6 @@ class LtxVideoVae(nn.Module):
         return self.latents_mean.view(1, -1, 1, 1, 1), self.latents_std.view(1, -1, 1, 1, 1)
 
     def _place(self, x: Tensor) -> Tensor:
-        """Move to the VAE's device, dtype and memory layout, which all layers keep."""
         return x.to(self.device, self.dtype, memory_format=layouts(self.device)[0])
 
 

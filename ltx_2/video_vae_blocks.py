@@ -42,7 +42,6 @@ class Resampling:
     is_residual: bool  # a shortcut without weights is added
 
     def has_shortcut(self, is_down: bool) -> bool:
-        """Return whether there is a shortcut between these widths."""
         block = prod(self.factors)
         if is_down:  # averages groups of channels
             return self.width_in * block % self.width_out == 0
@@ -63,7 +62,6 @@ class HalfConfig:
 
     @property
     def resamplings(self) -> tuple[Resampling, ...]:
-        """Return the parts that change the resolution."""
         return tuple(part for part in self.parts if isinstance(part, Resampling))
 
     @property
@@ -97,7 +95,6 @@ class ClipMemory:
         self._started: set[nn.Module] = set()
 
     def take(self, layer: nn.Module) -> Tensor | None:
-        """Return and forget the frames kept for the layer; None if there are none."""
         return self._frames.pop(layer, None)
 
     def keep(self, layer: nn.Module, frames: Tensor) -> None:
@@ -252,7 +249,6 @@ class ResidualBlocks(nn.Module):
 
 
 def _flat(groups: nn.ModuleList) -> list[nn.Module]:
-    """Return residual blocks and resamplings in computing order."""
     layers: list[nn.Module] = []
     for group in groups:
         layers += group.res_blocks if isinstance(group, ResidualBlocks) else [group]

@@ -42,7 +42,6 @@ class LuminaConfig:
 
     @property
     def head_width(self) -> int:
-        """Return the channels of a head."""
         return self.dim // self.num_heads
 
     @property

@@ -12,6 +12,7 @@ from lumina.files import LuminaFiles
 from lumina.names import LORA
 from lumina.options import (
     CFG_TRUNC_RATIO,
+    EXTRAS,
     RENORM_CFG,
     LuminaGenerationOptions,
     LuminaLatentCachingOptions,
@@ -47,7 +48,7 @@ TEXT_KEYS = GemmaTextEncoder.keys
 TEXT_INPUTS = {"caption": "hidden_state", "caption_mask": "attention_mask"}  # of the network -> in caches
 FLOW_SHIFT = 6.0  # where nothing is said
 SOLVER = "euler-trained"  # Euler's steps, at the noise levels of the release
-DEFAULTS = picture_defaults(36, 3.5, 1024, FLOW_SHIFT, solver=SOLVER)
+DEFAULTS = picture_defaults(36, 3.5, 1024, FLOW_SHIFT, solver=SOLVER, extras=tuple(EXTRAS))
 UNIT = 1000  # of timesteps; the model takes the share of data, 1 - timestep / UNIT
 
 
@@ -78,7 +79,6 @@ class Lumina(ModelOfPictures):
     # the network
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return the conditions for training: the caption's states and their mask."""
         remedy = "lumina_cache_text_encoder_outputs.py"
         batch.check(dict.fromkeys(sorted(TEXT_INPUTS.values()), remedy), "the transformer")
         width = self.files.dit_header().config.text_dim
@@ -103,11 +103,6 @@ class Lumina(ModelOfPictures):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill open fields of the request, cut the size to whole patches, check files. Nothing is loaded.
-
-        Raises OptionError if a size or a number cannot be, CheckpointError if a file is missing or of another
-        kind.
-        """
         prepared = self.settle_picture(request, FLOW_SHIFT)
         texts = prepared.prompts[0]
         # the system prompt does not stand before these
@@ -139,22 +134,18 @@ def guidance_rules(extra: Mapping[str, str], usual_ratio: float, usual_limit: fl
 
 
 def family_for_latent_caching(options: LuminaLatentCachingOptions) -> Lumina:
-    """Describe the family for lumina_cache_latents.py."""
     return Lumina(LuminaFiles().add_vae(options.vae))
 
 
 def family_for_text_caching(options: LuminaTextCachingOptions) -> Lumina:
-    """Describe the family for lumina_cache_text_encoder_outputs.py."""
     return Lumina(LuminaFiles().add_text(options.text))
 
 
 def family_for_training(options: LuminaTrainingOptions) -> Lumina:
-    """Describe the family for lumina_train_network.py."""
     return Lumina(_files(options), options)
 
 
 def family_for_generation(options: LuminaGenerationOptions) -> Lumina:
-    """Describe the family for lumina_generate_image.py."""
     in_negative = options.add_system_prompt_to_negative_prompt
     return Lumina(replace(_files(options), system_prompt_in_negative=in_negative))
 

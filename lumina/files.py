@@ -103,7 +103,6 @@ class LuminaFiles(AutoencoderFiles):
     format: ClassVar = FORMAT
 
     def add_text(self, options: LuminaTextOptions) -> "LuminaFiles":
-        """Return a copy with the options of the text encoder."""
         return replace(
             self,
             gemma2=options.gemma2,
@@ -118,7 +117,6 @@ class LuminaFiles(AutoencoderFiles):
         return require_file(self.gemma2, GEMMA_OPTION, "Gemma 2 encodes the prompts")
 
     def text_encoders(self) -> list[TextEncoder]:
-        """Return Gemma 2; its file is opened when it is loaded."""
         gemma = GemmaTextEncoder(
             self.gemma2_path,
             self.beside(self.text_dtype),
@@ -130,7 +128,6 @@ class LuminaFiles(AutoencoderFiles):
         return [gemma]
 
     def check_texts(self, config: Any, needed: bool) -> None:
-        """Check the text encoders: `TransformerFiles.check_texts`."""
         if self.gemma2 is not None or needed:
             path, takes = GemmaTextEncoder(self.gemma2_path).path, None if config is None else config.text_dim
             check_state_width(GEMMA_OPTION, path, read_once(path, _gemma_width), self.dit, takes, GEMMA_NAMES)

@@ -63,12 +63,10 @@ class LuminaModel(nn.Module):
 
     @property
     def last(self) -> LuminaFinalLayer:
-        """The last layer."""
         return self.final_layer
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Dtype that the blocks compute in without autocast."""
         return self.get_parameter("layers.0.attention_norm1.weight").dtype  # others may be in 8 bits
 
     def forward(
@@ -148,7 +146,6 @@ class LuminaModel(nn.Module):
         return in_own_dtype(self.cap_embedder[1], text).to(dtype)
 
     def count_tokens(self, real: int) -> int:
-        """Return the number of tokens of a text or an image with so many real ones."""
         return real
 
     def _read_caption(

@@ -60,7 +60,6 @@ class LuminaPictureOptions(Options, title="what to make"):
 
     @property
     def size(self) -> tuple[int, int]:
-        """Return height and width, cut to sizes that the model makes."""
         return self.image_height // SIZE_STEP * SIZE_STEP, self.image_width // SIZE_STEP * SIZE_STEP
 
 
@@ -78,7 +77,6 @@ def read_minimal(description: str | None, argv: Sequence[str] | None) -> LuminaM
 
 
 def generation_words(options: LuminaMinimalOptions) -> list[str]:
-    """Return the same command as options of lumina_generate_image.py."""
     model, picture = options.model, options.picture
     values = {
         "--pretrained_model_name_or_path": model.pretrained_model_name_or_path,

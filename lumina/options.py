@@ -112,7 +112,6 @@ def check_trunc_ratio(ratio: float, option: str) -> None:
 
 
 def check_renorm(limit: float, option: str) -> None:
-    """Raise OptionError for a limit of a norm that is none."""
     if not 0 <= limit <= 1000:
         raise OptionError(f"{option} {limit:g}: give a number from 0 (no limit) to 1000; 1 is usual")
 
@@ -129,7 +128,6 @@ def translate_training(args: argparse.Namespace) -> None:
 
 
 def caching_options(options: LuminaTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the commands that make missing caches of latents and of texts."""
     return {"--ae": options.vae.vae or "AE_FILE"}, _text_options(options.text)
 
 
@@ -146,7 +144,6 @@ def generation_options(options: LuminaTrainingOptions, sample: Mapping[str, Any]
 
 
 def say_extras(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a generation that say what a sample has in `Request.extra`."""
     given = sample.get("extra") or {}
     return {f"--{option}": given.get(name) for option, name in EXTRAS.items()}
 

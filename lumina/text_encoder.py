@@ -75,10 +75,7 @@ def read_gemma(checkpoint: Checkpoint) -> LoadPlan[LanguageConfig]:
 def load_gemma(
     path: Path, device: torch.device, dtype: torch.dtype, blocks: BlockPlace | None = None
 ) -> nn.Module:
-    """Load Gemma 2 onto the device. fp8 weights are multiplied out.
-
-    blocks: takes each layer. Raises CheckpointError if the file is damaged or holds another model.
-    """
+    """Load Gemma 2, fp8 multiplied out. blocks: takes each layer. Raises CheckpointError for another file."""
     return load_language_model(path, GEMMA_2, device, dtype, STATES, blocks=blocks)
 
 
@@ -137,7 +134,6 @@ class GemmaTextEncoder(FileTextEncoder[nn.Module]):
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """Return fingerprints of checkpoint and tokenizer, config.json's values and the options used."""
         with open_checkpoint(self.path) as checkpoint:
             config = read_gemma(checkpoint).config
         said = f"{config.num_heads} heads, theta {config.theta}, scaled by {config.settings[SCALAR]}"
@@ -145,7 +141,6 @@ class GemmaTextEncoder(FileTextEncoder[nn.Module]):
         return {**found, "system_prompt": self.system_prompt}
 
     def write(self, prompt: Prompt) -> Written:
-        """Return the prompt, behind the system prompt if that stands before it."""
         has_system = self.system_prompt and (self.in_negative or not prompt.is_negative)
         before = f"{self.system_prompt} {PROMPT_START} " if has_system else ""
         return Written(prompt.text, prompt.spans, before)
@@ -156,7 +151,6 @@ class GemmaTextEncoder(FileTextEncoder[nn.Module]):
             raise GEMMA_FILES.unreadable(tokenizer.file, ValueError(f"it has no {BEGIN}"))
 
     def load_network(self, device: torch.device) -> nn.Module:
-        """Load Gemma 2."""
         gemma = load_gemma(self.path, device, self.dtype, self.blocks)
         logger.info("text encoder: %s, computing in %s", self.path, dtype_name(self.dtype))
         if self.system_prompt:

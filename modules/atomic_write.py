@@ -194,10 +194,7 @@ def _sweep(folder: Path) -> None:
 
 
 def give_name(file: Path, path: Path) -> None:
-    """Rename a finished file within its folder, replacing an existing one.
-
-    Raises OutputError if that fails.
-    """
+    """Rename a finished file within its folder, replacing another one. Raises OutputError if that fails."""
     with explain_errors(path):
         os.replace(file, path)
         flush_folder(path.parent)
@@ -215,10 +212,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def append_text(path: Path, text: str) -> None:
-    """Append `text` as UTF-8 to a list of lines; a kill may leave the last line unfinished.
-
-    Raises OutputError if that fails.
-    """
+    """Append `text` as UTF-8; a kill may leave its last line unfinished. Raises OutputError if it fails."""
     with explain_errors(path), path.open("ab") as file:
         file.write(text.encode("utf-8"))
         file.flush()
@@ -286,7 +280,6 @@ _PROC = Path("/proc")
 
 
 def temporary_name(path: Path) -> Path:
-    """Return a new temporary path in the folder of `path`."""
     mark = f"{identify_machine():08x}{os.getpid() & 0xFFFFFF:06x}{secrets.token_hex(2)}"
     return path.with_name(f".{path.name}.{mark}.tmp")
 

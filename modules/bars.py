@@ -60,7 +60,6 @@ class Bar:
         self.close()
 
     def update(self, amount: float = 1) -> None:
-        """Note that more is done."""
         self.done += amount
         if not self.shown:
             return
@@ -102,7 +101,6 @@ class Bar:
         return f"{self.what}{', step ' if self.unit == STEPS else ': '}{', '.join(parts)}"
 
     def close(self) -> None:
-        """Remove the bar."""
         self._bar = None
         self._open.close()
 

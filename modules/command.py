@@ -64,7 +64,6 @@ def start_logging(level: int = logging.INFO) -> None:
 
 
 def draws_boxes(stream: Any) -> bool:
-    """Return whether the stream is a terminal that can show more than plain lines."""
     return stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
@@ -205,7 +204,6 @@ def explain_compilation(error: Exception) -> str | None:
 
 
 def tell_loading() -> None:
-    """Say on a terminal that libraries are loaded, which takes seconds."""
     if draws_boxes(sys.stderr) and "torch" not in sys.modules and os.environ.get("LOCAL_RANK", "0") == "0":
         print("Loading torch ...", file=sys.stderr, flush=True)
 

@@ -72,7 +72,6 @@ class CompileWords(Options):
 
     @property
     def given(self) -> dict[str, str]:
-        """Return what differs from the defaults, by its place in --compile_args."""
         values = {
             "BACKEND": self.compile_backend if self.compile_backend != INDUCTOR else None,
             "MODE": self.compile_mode if self.compile_mode != DEFAULT_MODE else None,
@@ -193,7 +192,6 @@ class GenerationCompileOptions(Options):
 
     @property
     def choice(self) -> Compilation | None:
-        """Return how to compile the blocks; None: not at all."""
         return compilation_of(self.compile_args, self.words) if self.compile else None
 
 

@@ -95,7 +95,6 @@ def draw_box(
 
 
 def show_traceback() -> None:
-    """Draw the traceback of the error that is being handled, to standard error."""
     from rich.console import Console  # slow, and only for an error of ours on a terminal
 
     Console(stderr=True).print_exception()

@@ -36,7 +36,6 @@ def escape_control_codes(text: str) -> str:
 
 
 def replace_control_codes(name: str) -> str:
-    """Return a file's name with `_` in the place of each control code, newline and tab."""
     return re.sub(r"[\n\t]", "_", _CODES.sub("_", name))
 
 
@@ -49,7 +48,6 @@ def shorten(text: str, most: int) -> str:
 
 
 def shorten_lines(text: str, most: int) -> str:
-    """Return the text with each line shortened to about `most` characters."""
     return "\n".join(shorten(line, most) for line in text.split("\n"))
 
 
@@ -80,7 +78,6 @@ def fold(text: str, columns: int | None) -> str:
 
 
 def columns_of(stream: Any) -> int | None:
-    """Return the width of the terminal that a stream writes to; None if it is none."""
     try:
         return os.get_terminal_size(stream.fileno()).columns or None if stream.isatty() else None
     except (AttributeError, OSError, ValueError):  # closed, or replaced

@@ -99,10 +99,7 @@ IN_COMMAND = 64 << 10
 
 
 def send_ahead(tensor: Tensor, device: torch.device) -> Tensor:
-    """Send a host tensor to a device without waiting for the work that is queued there.
-
-    MPS waits: it might read the host's memory after it is freed.
-    """
+    """Send a host tensor without waiting for queued work; MPS waits, as it might read freed memory."""
     is_large = tensor.device.type == "cpu" and tensor.nbytes > IN_COMMAND
     if device.type == "cuda" and is_large and not tensor.is_pinned():
         tensor = pin(tensor)  # torch keeps this memory until the copy is done
@@ -131,18 +128,12 @@ def empty_pinned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def numbers_on(device: torch.device, numbers: Sequence[Any], dtype: torch.dtype = torch.int64) -> Tensor:
-    """Make a tensor of numbers, or of rows of them, on a device.
-
-    Does not wait for the device, as `torch.tensor` with a device would.
-    """
+    """Make a tensor of numbers, or rows of them, on a device; unlike `torch.tensor` it does not wait."""
     return send_ahead(torch.tensor(numbers, dtype=dtype), device)
 
 
 def make_deterministic() -> None:
-    """Make torch use deterministic algorithms; operations without one give a warning.
-
-    Call before the first CUDA call.
-    """
+    """Make torch deterministic; operations that cannot be warn. Call before the first CUDA call."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -192,10 +183,7 @@ def choose_compute_dtype(name: str | None, option: str, usual: Usual) -> torch.d
 
 
 def half_where_fast(device: torch.device, dtype: torch.dtype, what: str) -> torch.dtype:
-    """Return float32 instead of float16 on a CPU, which has no fast float16; else `dtype`.
-
-    what: name of the network, for the log.
-    """
+    """Return float32 for float16 on a CPU, where it is slow; else `dtype`. what: the network, for the log."""
     if device.type != "cpu" or dtype != torch.float16:
         return dtype
     logger.info("%s computes in float32: the CPU has no fast float16", what)
@@ -203,7 +191,6 @@ def half_where_fast(device: torch.device, dtype: torch.dtype, what: str) -> torc
 
 
 def dtype_of(dit: nn.Module) -> torch.dtype:
-    """Return the dtype in which the DiT computes without autocast."""
     own = getattr(dit, "compute_dtype", None)
     return own if isinstance(own, torch.dtype) else next(dit.parameters()).dtype
 
@@ -228,7 +215,6 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def free_memory(device: torch.device) -> None:
-    """Collect garbage, and release unused memory of the host and of the device."""
     gc.collect()
     release_heap()
     if device.type == "cuda":
@@ -238,10 +224,7 @@ def free_memory(device: torch.device) -> None:
 
 
 def release_heap() -> None:
-    """Give the host's freed memory back to the system.
-
-    glibc keeps what lies between pieces that are in use, which may be as much as a network.
-    """
+    """Give freed host memory back: glibc keeps what lies between pieces in use, as much as a network."""
     _call_glibc("malloc_trim", 0)
 
 
@@ -266,7 +249,6 @@ def _call_glibc(name: str, *numbers: int) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that a device or the host has too little memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in NO_MEMORY)
@@ -348,7 +330,6 @@ class Failures:
 
 
 def gib(size: int) -> str:
-    """Return bytes as GiB with two decimals."""
     return f"{size / GIB:.2f}"
 
 
@@ -365,6 +346,5 @@ def host_peak() -> int:
 
 
 def peak_in_words(device: torch.device) -> str:
-    """Return the most memory used so far: of a CUDA device, else of this process."""
     used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else host_peak()
     return f"{gib(used)} GiB"

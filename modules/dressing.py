@@ -32,22 +32,17 @@ class Checkpointing:
 def swapped_weights(
     spec: DitSpec, swap: SwapOptions, device: torch.device, whole: bool = False
 ) -> HostWeights | None:
-    """Return the place in host memory for weights that are swapped, to load the network with; or None.
-
-    whole: the place for all weights, of a network that takes turns.
-    """
+    """Return host memory for weights that are swapped, or None. whole: for all, of one that takes turns."""
     plan = SwapPlan(spec, swap.number, swap.img_in_txt_in_offloading, swap.block_swap_ring_size)
     return host_weights(plan, device, whole=whole)
 
 
 def have_joined() -> bool:
-    """Return whether this process works together with others."""
     has_joined = distributed.is_available() and distributed.is_initialized()
     return has_joined and distributed.get_world_size() > 1
 
 
 def shares_processes(sharding: ShardingOptions) -> bool:
-    """Return whether several processes have joined to share a transformer."""
     return sharding.shard_base and have_joined()
 
 

@@ -111,5 +111,4 @@ def _install(python: Path, wanted: list[str]) -> None:
 
 
 def _runs(python: Path, *arguments: str) -> bool:
-    """Return whether this call of Python succeeds; its output is discarded."""
     return subprocess.run([str(python), *arguments], capture_output=True).returncode == 0

@@ -44,12 +44,10 @@ class FamilyEntry:
 
     @property
     def generation_script(self) -> str:
-        """Return the module of its generation script."""
         return f"{self.script}_generate_{self.makes}"
 
     @property
     def options(self) -> ModuleType:
-        """Return its options.py, imported."""
         return import_own(f"{self.room}.options")
 
     def options_record(self, kind: str) -> Any:
@@ -85,7 +83,6 @@ class FamilyEntry:
         return [f"{self.generation_script}.py", *option_words(self.options.generation_options(own, sample))]
 
     def make_family(self, kind: str, own: Any) -> Any:
-        """Return the family for the loops, from its options. kind: latent_caching, training, ..."""
         return getattr(import_own(f"{self.room}.family"), f"family_for_{kind}")(own)
 
 
@@ -132,7 +129,6 @@ def with_scripts() -> Mapping[str, FamilyEntry]:
 
 
 def read_names() -> list[ModuleType]:
-    """Return names.py of each family, imported."""
     return [import_own(f"{folder}.names") for folder in FOLDERS.values()]
 
 
@@ -179,11 +175,9 @@ class Script:
     main: Callable[..., None]  # takes the words behind the script's name; None: those of the command line
 
     def __call__(self, *args: Any, **named: Any) -> None:
-        """Run the script in this process."""
         self.main(*args, **named)
 
     def run(self) -> None:
-        """Run the script as a program, with the options of the command line."""
         command_line(self.main, explain=identify)
 
 

@@ -103,7 +103,6 @@ def _in_short(formatter: argparse.HelpFormatter, action: argparse.Action, width:
 
 
 def _first_clauses(text: str) -> str:
-    """Return the beginning of a help text that can stand alone: its first clauses, if they are short."""
     first, *others = re.split(r"; |(?<!e\.g)\. ", text)[0].split(": ")
     for other in others:
         first += f": {other}" if len(f"{first}: {other}") <= LONGEST_CLAUSE else ""
@@ -123,7 +122,6 @@ def _default_of(action: argparse.Action) -> str:
 
 
 def _rank(group: argparse._ArgumentGroup) -> int:
-    """Return the place of a group in the help: most used ones first, in the order of the parser."""
     actions = group._group_actions
     if not any(action.required or not action.option_strings for action in actions):
         return 1 if any(getattr(action, "often", False) for action in actions) else 2

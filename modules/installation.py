@@ -62,15 +62,11 @@ DISTRIBUTIONS = {
 
 
 def import_own(name: str) -> ModuleType:
-    """Import a module of ours by the name that it has in a checkout, such as `wan.family`."""
     return importlib.import_module(PREFIX + name)
 
 
 def own_name(name: str) -> str:
-    """Return the name to import a module by that is ours or somebody else's.
-
-    name: as a user types it: `tests.my_network`, `lycoris.kohya`.
-    """
+    """Return the name to import a module by, ours or others': `tests.my_network`, `lycoris.kohya`."""
     if not PREFIX or not re.fullmatch(r"\w+(\.\w+)*", name):
         return name
     file = ROOT.joinpath(*name.split("."))
@@ -107,10 +103,7 @@ def command_words(words: Sequence[str]) -> list[str]:
 
 
 def find_script(word: str) -> Path | None:
-    """Return the path in ROOT of the script that a word of a command names; None if it names none.
-
-    word: `wan_train_network.py`, `tools/compare.py`; the room and .py may be left out.
-    """
+    """Return the path in ROOT of a command's script, with or without its room and .py, or None."""
     if re.fullmatch(rf"(({'|'.join(SCRIPT_ROOMS)})/)?\w+(\.py)?", word) is None:
         return None
     name = f"{word.removesuffix('.py')}.py"
@@ -118,7 +111,6 @@ def find_script(word: str) -> Path | None:
 
 
 def program_words(script: Path) -> list[str]:
-    """Return what follows the interpreter to run a script of ours. script: its path in ROOT."""
     return ["-m", PREFIX + ".".join(script.with_suffix("").parts)] if PREFIX else [str(ROOT / script)]
 
 
@@ -130,7 +122,6 @@ def program_environment(**more: str) -> dict[str, str]:
 
 
 def read_requirements() -> list[str]:
-    """Return the lines of requirements.txt, without comments."""
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 

@@ -156,7 +156,6 @@ class OtherProcesses:
 
     @property
     def _tells(self) -> bool:
-        """Whether this process is the first of its machine that was not lost."""
         local = int(os.environ.get("LOCAL_RANK", "0"))
         is_lost = self._lost is not None and self._lost[0] == self._rank - local
         return local == int(is_lost)

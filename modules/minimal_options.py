@@ -32,7 +32,6 @@ class MinimalLoraOptions(Options):
 
     @property
     def lora_options(self) -> dict[str, Any]:
-        """Return the options of a generation script that add the LoRAs."""
         return {
             "--lora_weight": [path for path, _ in self.loras],
             "--lora_multiplier": [f"{strength:g}" for _, strength in self.loras],

@@ -95,7 +95,6 @@ def check_numbers(option: str, value: Any) -> None:
 
 
 def show_number(number: float) -> str:
-    """Return a number in few characters."""
     if isinstance(number, int) and abs(number) >= 10**40:
         return f"of {len(str(abs(number)))} digits"
     return str(number) if isinstance(number, int) else f"{number:.12g}"

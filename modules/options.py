@@ -122,7 +122,6 @@ class Refusal(NamedTuple):
 
 
 def refusal_of(action: argparse.Action) -> Refusal | None:
-    """Return why the parser refuses an option, or has no need of it; None for others."""
     return vars(action).get("refusal")
 
 
@@ -189,7 +188,6 @@ class Options:
 
     @classmethod
     def usual(cls, **values: Any) -> Self:
-        """Return the record with these values, by the names of its fields, and defaults for the others."""
         return cls(**values)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -218,7 +216,6 @@ def _values(record: Any) -> Iterator[Any]:
 
 
 def hints_of(cls: type) -> dict[str, Any]:
-    """Return the types of a record's fields by name."""
     if cls not in _HINTS:
         _HINTS[cls] = typing.get_type_hints(cls)
     return _HINTS[cls]
@@ -243,7 +240,6 @@ def default_of(cls: type, field: "dataclasses.Field[Any]") -> Any:
 
 
 def is_given(record: Any, field: "dataclasses.Field[Any]") -> bool:
-    """Return whether a record's field has another value than its default."""
     try:
         return bool(getattr(record, field.name) != default_of(type(record), field))
     except TypeError:  # it has none
@@ -387,7 +383,6 @@ def facts_of(cls: type) -> dict[str, dict[str, Any]]:
 
 
 def options_with(cls: type, fact: str, value: Any) -> tuple[str, ...]:
-    """Return the public names of a record's options that have this value of a fact."""
     return tuple(name for name, facts in facts_of(cls).items() if facts.get(fact) == value)
 
 
@@ -398,5 +393,4 @@ def record_of(hint: Any) -> Any:
 
 
 def option_name(field: "dataclasses.Field[Any]") -> str:
-    """Return the public name of a record's field."""
     return str(field.metadata.get("option", field.name))

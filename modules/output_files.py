@@ -83,12 +83,10 @@ Answer = Literal["overwrite", "leave", "free"]
 
 
 def has_terminal() -> bool:
-    """Return whether somebody can be asked."""
     return sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
 
 
 def ask_on_terminal(question: str) -> str:
-    """Show a question and return the line that is typed; empty at the end of input."""
     sys.stderr.write(question)  # standard output is for results
     sys.stderr.flush()
     return sys.stdin.readline()
@@ -114,7 +112,6 @@ def ask_at_console(
 
 
 def ask_yes_or_no(question: str) -> Answer | None:
-    """Ask as `ask_at_console`, for results that have no other name."""
     return ask_at_console(question, offers_name=False)
 
 

@@ -75,13 +75,11 @@ class Parser(argparse.ArgumentParser):
         self._print_message(text, file)
 
     def format_help(self) -> str:
-        """Return all options, by group."""
         from modules.help_text import full_help  # only -h and --help need it
 
         return full_help(self)
 
     def format_short_help(self) -> str:
-        """Return one screen of the options that people use; all if they are few."""
         from modules.help_text import short_help  # likewise
 
         return short_help(self)
@@ -177,7 +175,6 @@ class Parser(argparse.ArgumentParser):
         return found
 
     def _show_help(self, words: Sequence[str]) -> None:
-        """Print the help and end if a word asks for it."""
         asked = {word for word in words if word == "-h" or (word[3:] and "--help".startswith(word))}
         if asked:
             self.print_help(is_short=asked == {"-h"})
@@ -360,7 +357,6 @@ def add_options(
 
 
 def group_of(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
-    """Return the parser's group of that title; it is made if there is none."""
     found = [group for group in parser._action_groups if group.title == title]
     return found[0] if found else parser.add_argument_group(title)
 

@@ -51,7 +51,6 @@ def check_length(path: Path) -> None:
 
 
 def path_from(folder: Path, path: Path) -> str:
-    """Return a path as seen from a folder; absolute on another drive of Windows."""
     try:
         return os.path.relpath(path, folder)
     except ValueError:
@@ -138,12 +137,10 @@ _AZURE = re.compile(r"s[eiprtv]|sr[ts]|spr|sip|sdd|sk(oid|tid|t|e|s|v)", re.IGNO
 
 
 def is_address(text: str) -> bool:
-    """Return whether a text is an address, not a path."""
     return _ADDRESS.match(text) is not None
 
 
 def protocol_of(address: str) -> str:
-    """Return `https` of an address, in lower case."""
     found = _ADDRESS.match(address)
     assert found is not None
     return found[1].lower()
@@ -184,7 +181,6 @@ def address_identity(address: str) -> str:
 
 
 def address_name(address: str) -> str:
-    """Return the last part of an address's path, `cat 1.png`; "" if it has none."""
     path = address.partition("://")[2].partition("?")[0].partition("#")[0].partition("/")[2]
     return unquote(path.rstrip("/").rpartition("/")[2], errors="replace")
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo as disable_dynamo  # torch.compiler.disable imports Dynamo at once
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.overrides import _get_current_function_mode_stack as function_modes
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as disable_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -23,6 +24,7 @@ __all__ = [
     "disable_modes",
     "dynamo",
     "exchange_rows",
+    "function_modes",
     "has_cpp_compiler",
     "has_triton",
     "has_triton_package",
@@ -38,13 +40,11 @@ READ_NUMBER = torch.ops.aten._local_scalar_dense.default  # what `Tensor.item` c
 
 
 def scaled_product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, **settings: Any) -> Tensor:
-    """Multiply matrices in 8 bits on fp8 units: a, b, and the scales of both."""
     # not functional.scaled_mm, which torch 2.10 and 2.11 do not compile (pytorch/pytorch#180604)
     return torch._scaled_mm(a, b, scale_a, scale_b, **settings)
 
 
 def lerp_each(values: list[Tensor], ends: Sequence[Tensor], share: float) -> None:
-    """Move each value that share of the way to its end, all by few kernels."""
     torch._foreach_lerp_(values, list(ends), share)
 
 
@@ -67,7 +67,6 @@ def release_host_cache() -> None:
 
 
 def dynamo() -> Any:
-    """Return torch's module of `torch.compile`, for its settings."""
     import torch._dynamo
 
     return torch._dynamo
@@ -86,14 +85,12 @@ def has_cpp_compiler() -> bool:
 
 
 def has_triton_package() -> bool:
-    """Return whether Triton is installed."""
     from torch.utils import _triton
 
     return _triton.has_triton_package()
 
 
 def has_triton() -> bool:
-    """Return whether Triton is installed and supports this machine's GPU."""
     from torch.utils import _triton
 
     return _triton.has_triton()

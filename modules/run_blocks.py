@@ -47,7 +47,6 @@ Runner = Callable[[nn.Module, Hidden, Tweaks], None]  # has the blocks of the ne
 
 
 def run_blocks(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
-    """Send `hidden.x` through the network's blocks."""
     runner_of(dit)(dit, hidden, tweaks)
 
 
@@ -72,7 +71,6 @@ def run_in_order(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
 
 
 def runner_of(dit: nn.Module) -> Runner:
-    """Return the present runner of the network's blocks."""
     return dit.__dict__.get(_RUNNER, run_in_order)
 
 

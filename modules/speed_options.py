@@ -137,12 +137,10 @@ class TrainingAttentionOptions(Options, title="attention"):
 
     @property
     def choice(self) -> AttentionChoice:
-        """Return the first back end given, in the order of `TRAINING_FLAGS`; torch's own if there is none."""
         return AttentionChoice(next(iter(self._given), "sdpa"), self.split_attn)
 
     @property
     def ignored(self) -> tuple[str, ...]:
-        """Return the flags that an earlier one overrides."""
         return tuple(TRAINING_FLAGS[mode] for mode in self._given[1:])
 
     @property
@@ -165,12 +163,10 @@ class GenerationAttentionOptions(Options):
 
     @property
     def choice(self) -> AttentionChoice:
-        """Return the back end that --attn_mode names."""
         return AttentionChoice(GENERATION_VALUES[self.attn_mode], self.split_attn)
 
 
 def flag_of(mode: str, training: bool) -> str:
-    """Return the option that selects a back end: `--flash_attn`, or `--attn_mode flash`."""
     if training:
         return TRAINING_FLAGS[mode]
     return f"--attn_mode {next(name for name, meant in GENERATION_VALUES.items() if meant == mode)}"
@@ -218,7 +214,6 @@ class TrainingFp8Options(Options):
 
     @property
     def quantisation(self) -> Quantisation | None:
-        """Return how to store the weights in 8 bits; None if they keep the dtype that other options set."""
         if not self.fp8_base:
             return None
         kind = "rows" if self.fp8_scaled else "cast"
@@ -240,10 +235,7 @@ class GenerationFp8Options(Options):
 
     @property
     def quantisation(self) -> Quantisation | None:
-        """Return how to store the weights in 8 bits, None if neither option is given.
-
-        --fp8_scaled replaces --fp8.
-        """
+        """--fp8_scaled replaces --fp8."""
         if self.fp8_scaled:
             return Quantisation("rows", self.upcast_quantization, self.upcast_linear, self.fp8_fast)
         return Quantisation("cast", fp8_matmul=self.fp8_fast) if self.fp8 else None
@@ -336,7 +328,6 @@ class ShardingOptions(Options):
 
     @property
     def is_asked(self) -> bool:
-        """Return whether several processes work on the same micro-batch or prompt."""
         return bool(self.shared_by)
 
     def groups_of(self, processes: int, passes: int = 1) -> int:
@@ -391,7 +382,6 @@ class PlanOptions(Options):
 
     @property
     def is_asked(self) -> bool:
-        """Return whether to print the plan and exit."""
         return self.plan is not None
 
     @property
@@ -445,7 +435,6 @@ class GenerationSpeedOptions(Options, title="memory and speed"):
 
     @property
     def shared_by(self) -> tuple[str, ...]:
-        """Return the options by which several processes make each prompt together, as they are typed."""
         return (*self.sharding.shared_by, *(["--cfg_parallel"] if self.cfg_parallel else []))
 
 
@@ -453,5 +442,4 @@ Speed = TypeVar("Speed", TrainingSpeedOptions, GenerationSpeedOptions)
 
 
 def set_blocks_to_swap(speed: Speed, blocks: int) -> Speed:
-    """Return the options with that number of blocks to swap, as after resolving --blocks_to_swap auto."""
     return replace(speed, swap=replace(speed.swap, blocks_to_swap=blocks))

@@ -102,7 +102,6 @@ class StepCache:
         branch.residual = residual_of(dit, hidden.x, before)
 
     def forget(self) -> None:
-        """Free all residuals, even if others still refer to the cache: the section is done."""
         self._branches.clear()
 
 
@@ -231,7 +230,6 @@ def relative_change(before: Tensor, now: Tensor) -> Tensor:
 
 
 def polynomial(coefficients: tuple[float, ...], x: float) -> float:
-    """Return the value at x of the polynomial. coefficients: highest power first."""
     value = 0.0
     for coefficient in coefficients:
         value = value * x + coefficient
@@ -268,7 +266,6 @@ class Ratios:
         self._found: dict[int, list[Tensor]] = {}
 
     def forget(self) -> None:
-        """Forget the last step, and free what was kept of it: the section is done."""
         self._sizes.clear()
 
     def measure(self, turn: Turn, signal: Signal, residual: Tensor) -> None:
@@ -297,11 +294,9 @@ class Changes:
         self._found: list[tuple[Tensor, Tensor]] = []
 
     def forget(self) -> None:
-        """Forget the last step, and free its tensors: the section is done."""
         self._before.clear()
 
     def measure(self, turn: Turn, signal: Signal, residual: Tensor) -> None:
-        """Note the relative changes of both."""
         entered = signal()
         step, before, residual_before = self._before.get(turn.which, (None, entered, residual))
         if step == turn.step - 1:

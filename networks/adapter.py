@@ -44,7 +44,6 @@ class NormReport:
 
     @classmethod
     def of(cls, numbers: Sequence[float]) -> "NormReport":
-        """Build the report from the numbers of `scale_norms`, read from the device."""
         keys_scaled, mean_norm, max_norm = numbers
         return cls(int(keys_scaled), mean_norm, max_norm)
 
@@ -89,10 +88,7 @@ class ForeignNetwork:
         return parts
 
     def set_dropout_seed(self, seed: int) -> None:
-        """Seed all dropout until the next call.
-
-        The network draws from torch's global generators, so these are seeded for it.
-        """
+        """Seed all dropout until the next call: torch's global generators, from which the network draws."""
         getattr(self.module, "set_dropout_seed", torch.manual_seed)(seed)
 
     def set_multiplier(self, multiplier: float) -> None:

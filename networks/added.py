@@ -42,7 +42,6 @@ class ChangedPlace:
 
     @property
     def module_path(self) -> str:
-        """Path of the module, or of a parameter of another name than `weight`."""
         return self.path.removesuffix(".weight")
 
     @property
@@ -100,7 +99,6 @@ class AddedPart:
 
     @property
     def is_made_whole(self) -> bool:
-        """Whether each pass makes a change as large as the weight: it is not of low rank."""
         return bool(self._whole)
 
     def add_to(self, out: Tensor, x: Tensor) -> Tensor:
@@ -185,7 +183,6 @@ class AddedLayer(nn.Module):
         self._original[0].forward = self.forward
 
     def place_on(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Copy the factors to the device, in the dtype to compute in."""
         for part in self.parts:
             part.place_on(device, dtype)
 
@@ -244,7 +241,6 @@ class AddedLoras:
         self.layers = layers
 
     def place_on(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Copy the factors to the device, where they stay, in the dtype to compute in."""
         for layer in self.layers:
             layer.place_on(device, dtype)
 

@@ -311,7 +311,6 @@ class LoraPatch:
         return self._found[name]
 
     def _keys(self, use: LoraUse) -> list[str]:
-        """Return the keys of a file that the patterns keep."""
         return [
             key
             for key, changes in self._changes.items()
@@ -347,7 +346,6 @@ class OriginalWeights:
         return weight
 
     def keep(self, network: nn.Module) -> None:
-        """Do the same for all parameters of a network that is loaded."""
         for name, parameter in network.named_parameters():
             self(name, parameter)
 

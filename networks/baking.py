@@ -151,7 +151,6 @@ def _with_norms(lora: LoraFile, family: FamilyNames | None, baking: Baking, are_
 
 
 def _with(lora: LoraFile, modules: Mapping[str, Factors], metadata: Mapping[str, str]) -> LoraFile:
-    """Return the LoRA with other factors, of the transformer's modules and of text encoders'."""
     texts = deltas.ungroup({name: one for name, one in modules.items() if not name.startswith(OURS)})
     own = deltas.ungroup({name: one for name, one in modules.items() if name.startswith(OURS)})
     return replace(lora, tensors=own, text_tensors=texts, metadata=metadata)

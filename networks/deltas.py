@@ -50,7 +50,6 @@ def group_by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor
 
 
 def ungroup(modules: Mapping[str, Factors]) -> dict[str, Tensor]:
-    """Do the reverse of `group_by_module`."""
     return {f"{name}.{part}": tensor for name, factors in modules.items() for part, tensor in factors.items()}
 
 
@@ -60,7 +59,6 @@ def without_alpha(factors: Factors) -> Factors:
 
 
 def hollow(like: Tensor | TensorInfo) -> Tensor:
-    """Return a tensor of the same shape and dtype without memory, on the meta device."""
     return torch.empty(like.shape, dtype=like.dtype, device=META)
 
 
@@ -151,7 +149,6 @@ def strength(factors: Factors) -> float:
 
 
 def has_input_magnitudes(factors: Factors) -> bool:
-    """Tell whether DoRA's magnitudes are the norms of the weight's columns."""
     return DORA in factors and len(factors[DORA]) < factors[DORA].numel()
 
 
@@ -246,7 +243,6 @@ def bias_delta(factors: Factors, device: torch.device) -> Tensor | None:
 
 
 def stored_bias(factors: Factors) -> Tensor | None:
-    """Return the change of the bias on the CPU, in the dtype that it is stored in."""
     bias = bias_delta(factors, CPU)
     return None if bias is None else bias.to(factors[next(part for part in OF_BIAS if part in factors)].dtype)
 

@@ -162,7 +162,6 @@ class _HadamardLinear(torch.autograd.Function):
 
 
 def _parts(factors: Mapping[str, Tensor], name: str) -> list[Tensor]:
-    """Return a matrix of a LoKr as the factors to apply one after the other."""
     return [factors[name]] if name in factors else [factors[f"{name}_b"], factors[f"{name}_a"]]
 
 

@@ -184,7 +184,6 @@ def to_native(
 
 
 def _alias(module: str, families: Sequence[FamilyNames]) -> str:
-    """Return our name for one of another layout, if it is the same in all families that it may be for."""
     found = {alias(module, family) for family in families}
     return found.pop() if len(found) == 1 else module
 
@@ -237,7 +236,6 @@ def _name_of_text(key: str, start: str, number: int, path: str, family: FamilyNa
 
 
 def start_of(expert: str | None) -> str:
-    """Return what a pipeline of diffusers calls an expert's network; that of a single one for None."""
     return next((start for start, name in NETWORKS.items() if name == expert), layouts.IN_DIFFUSERS)
 
 
@@ -268,7 +266,6 @@ def split_names(names: Iterable[str]) -> dict[str | None, list[str]]:
 
 
 def other_kind(keys: Iterable[str]) -> tuple[str, str] | None:
-    """Return the kind of network that is not supported and a key that shows it, or None if there is none."""
     return next(
         ((kind, key) for key in keys for kind, endings in _OTHER_KINDS.items() if key.endswith(endings)), None
     )
@@ -337,7 +334,6 @@ def _without_starts(path: str) -> list[tuple[str, str]]:
 
 
 def bare_path(path: str) -> str:
-    """Return a module's path without what a program writes before it."""
     return _bare(path)[0]
 
 

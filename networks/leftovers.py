@@ -104,7 +104,6 @@ def _kind_of_module(module: str, leaf: str, model: FamilyNames | None, holds_sid
 
 
 def module_of(name: str) -> str:
-    """`lora_unet_blocks_0_ffn_0.weight` -> `blocks_0_ffn_0`."""
     return name.removeprefix(OURS).partition(".")[0]
 
 

@@ -36,6 +36,8 @@ from networks.patterns import describe_unfit, in_any_spelling
 logger = getLogger(__name__)
 SHOWN = 6  # names listed in a message
 # in a name of every kind of network beside a model, read here or not
+# metadata in which a LoRA may say what it needs, in the order that `FamilyNames.refused` reads them
+_SAYING = ("ss_network_module", TRAINED_ON, "modelspec.architecture", "modelspec.title", "name", "software")
 _OF_NETWORKS = re.compile(r"lora|hada|lokr|oft|dora|vera|ia3|alpha|magnitude|diff(_[bm])?$|norm$")
 A_FEW = 0.1  # share of a file that may be unused with only a plain warning
 # what of a model's uses a LoRA has learned, in words: `Family.metadata` as trained_for
@@ -270,7 +272,6 @@ def refuse_unknown(lora: LoraFile, option: str = "") -> None:
 
 
 def list_some(names: Sequence[str], most: int = SHOWN) -> str:
-    """`a, b, c and 9 more`."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
@@ -300,10 +301,7 @@ class LoraUse:
     exclude: str | None = None
 
     def for_expert(self, expert: str | None) -> "LoraUse":
-        """Return the same for an expert's part of the file, if it has parts, and warn if it is another one's.
-
-        Raises as `LoraFile.for_expert`.
-        """
+        """Return the same for an expert's part; warns if it is another's. Raises as `LoraFile.for_expert`."""
         lora = self.lora.for_expert(expert)
         warn_of_other_expert(lora, expert)
         return replace(self, lora=lora)
@@ -415,7 +413,14 @@ def on_side(uses: Iterable[LoraUse], is_text: bool) -> list[LoraUse]:
 
 
 def warn_of_other_family(lora: LoraFile, model: FamilyNames | None) -> None:
-    """Warn if a LoRA fits by its names but its metadata say that it was trained for another model."""
+    """Warn if a LoRA fits by its names but its metadata say that it was trained for another model.
+
+    Raises CheckpointError if they say that it needs what is not built of this model.
+    """
+    told = " ".join(f"{key}={lora.metadata.get(key, '')}" for key in _SAYING)
+    for pattern, why in () if model is None else model.refused:
+        if re.search(pattern, told, re.IGNORECASE):
+            raise CheckpointError(f"{lora.path}: {why}", lora.path)
     made = read_family(lora.metadata)
     if made is None or model is None or made is model or made.name in model.takes:
         return

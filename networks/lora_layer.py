@@ -47,10 +47,7 @@ class DropoutSeed:
     value: int | None = None
 
     def derive(self, layer: int, kind: str, part: int = 0) -> int:
-        """Return the seed of one layer's mask. part: which one of the tokens it is for.
-
-        If no value is set, each call draws one from torch's global generator.
-        """
+        """Return the seed of a mask, for a part of the tokens; without a value each call draws a new one."""
         value = int(torch.randint(1 << 62, ())) if self.value is None else self.value
         return derive_seed(value, layer, kind, part) if part else derive_seed(value, layer, kind)
 
@@ -159,7 +156,6 @@ class LoraLayer(nn.Module):
 
     @property
     def original(self) -> nn.Linear | nn.Conv2d:
-        """The frozen module."""
         return self._original[0]
 
     def factor_pairs(self) -> list[tuple[Tensor, Tensor]]:
@@ -180,7 +176,6 @@ class LoraLayer(nn.Module):
         return self.scale * torch.stack(squares).sum().sqrt()
 
     def shrink(self, ratio: Tensor) -> None:
-        """Multiply the change by a number, a part of it in each factor."""
         self.lora_down.weight.mul_(ratio.sqrt())
         self.lora_up.weight.mul_(ratio.sqrt())
 
@@ -300,10 +295,7 @@ def keep_mask(shape: Sequence[int], share: float, seed: Halves, device: torch.de
 
 
 def _hash(x: Tensor) -> Tensor:
-    """Mix the bits of 32-bit numbers held in int64.
-
-    Source: C. Wellons, "Prospecting for hash functions", lowbias32.
-    """
+    """Mix the bits of 32-bit numbers in int64. Source: C. Wellons, "Prospecting for hash functions"."""
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _32_BITS
     x = ((x ^ (x >> 15)) * 0x846CA68B) & _32_BITS
     return x ^ (x >> 16)

@@ -62,11 +62,9 @@ class OwnNetwork(nn.Module):
 
     @property
     def module(self) -> nn.Module:
-        """The module that holds the parameters, as other packages' networks have one."""
         return self
 
     def set_multiplier(self, multiplier: float) -> None:
-        """Set the strength of the network; 1 during training."""
         for layer in self.layers:
             layer.multiplier = multiplier
 

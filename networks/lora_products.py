@@ -131,10 +131,7 @@ def _add_parts(out: Tensor, hidden: Tensor, up: Tensor, heights: tuple[int, ...]
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Return total + left @ right, in the memory of `total` if that is contiguous.
-
-    total: ... C. left: M K. right: K C.
-    """
+    """Return total + left @ right, if contiguous in place of `total`, ... C. left: M K. right: K C."""
     # in place, because torch begins a product with a result of its own by copying `total` there
     total = total.contiguous()
     total.view(-1, total.shape[-1]).addmm_(left, right)

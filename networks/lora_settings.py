@@ -198,7 +198,6 @@ def fit_patterns(settings: LoraSettings, modules: Sequence[tuple[str, str]]) -> 
 
 
 def find_by_pattern(pairs: ByPattern, name: str) -> tuple[int, ...]:
-    """Return the places of the patterns that a name fits; the last of them counts."""
     return tuple(place for place, (pattern, _) in enumerate(pairs) if pattern.search(name))
 
 

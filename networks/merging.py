@@ -108,7 +108,6 @@ def _write_sum(
     dtype: torch.dtype | None,
     device: torch.device,
 ) -> None:
-    """Write a merged LoRA with metadata that name its parts."""
     loras = [use.lora for use in uses]
     tensors = _add_up(uses, options.concat, dtype or DTYPES[options.precision], device)
     ranks = sorted({len(one) for name, one in tensors.items() if name.endswith(LORA[0])})

@@ -43,7 +43,6 @@ def expert_of(metadata: Mapping[str, str], path: Path) -> str | None:
 
 
 def in_words(expert: str) -> str:
-    """`high_noise` -> `high-noise expert`."""
     return f"{expert.replace('_', '-')} expert"
 
 
@@ -85,7 +84,6 @@ def add_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> di
 
 
 def layout_hash(tensors: Mapping[str, Tensor | TensorInfo]) -> str:
-    """Return a short hash of names, dtypes and shapes."""
     lines = sorted(f"{name} {tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items())
     return hashlib.sha256("\n".join(lines).encode("utf-8")).hexdigest()[:16]
 
@@ -164,10 +162,7 @@ def describe_lora(checkpoint: Checkpoint) -> str | None:
 
 
 def lora_hashes(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return the checksums that model browsers look a LoRA up by, as training writes them into its metadata.
-
-    Empty if the file is no LoRA, or too large to be one.
-    """
+    """Return the checksums by which browsers find a LoRA; {} if it is none, or too large to be one."""
     size = sum(info.size_bytes for info in checkpoint.tensors.values())
     if size > LARGEST or describe_lora(checkpoint) is None:
         return {}

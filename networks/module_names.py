@@ -16,12 +16,10 @@ _DIGITS = re.compile(r"\d+")
 
 
 def family_named(name: str) -> FamilyNames:
-    """Return a family by its `name`, which must be known."""
     return next(one for one in FAMILIES if one.name == name)
 
 
 def replace_dots(path: str) -> str:
-    """`blocks.0.self_attn.q` -> `blocks_0_self_attn_q`."""
     return path.replace(".", "_")
 
 
@@ -165,7 +163,6 @@ def module_path(name: str, family: FamilyNames) -> str | None:
 
 @cache
 def is_optional(name: str, family: FamilyNames) -> bool:
-    """Tell whether an underscored name is of a module that only some models of the family have."""
     return _Table((path, path) for path in family.optional).find(name) is not None
 
 
@@ -183,7 +180,6 @@ def on_text_side(name: str) -> str:
 
 
 def is_unprefixed(path: str) -> bool:
-    """Tell whether files write a path without the prefix of the transformer."""
     return path.startswith(tuple(start for family in FAMILIES for start in family.unprefixed))
 
 
@@ -205,7 +201,6 @@ def is_stacked(name: str, family: FamilyNames) -> bool:
 
 
 def has_module(name: str, family: FamilyNames) -> bool:
-    """Tell whether an underscored name is of a module of the family, in any layout."""
     tables = _tables(family)
     return any(one.find(name) is not None for one in (tables.own, tables.foreign, tables.cut))
 
@@ -318,7 +313,6 @@ class _Table:
             self._places.setdefault(template, (place, target))
 
     def find(self, name: str) -> str | None:
-        """Return the meaning of the first template that fits, its number filled in; None if none does."""
         found = self.place(name)
         return None if found is None else found[0].replace("{n}", found[1])
 

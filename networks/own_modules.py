@@ -95,7 +95,6 @@ def _choose(
 
 
 def _is_excluded(path: str, settings: LoraSettings, is_unasked: bool = False) -> bool:
-    """Tell whether patterns leave a module out. is_unasked: it is out unless one includes it."""
     is_excluded = is_unasked or any(one.match(path) for one in settings.exclude)
     return is_excluded and not any(one.match(path) for one in settings.include)
 
@@ -259,7 +258,6 @@ def _factors_for(
 
 
 def _in_encoder(encoder: nn.Module) -> Iterator[tuple[str, LoraModule]]:
-    """Yield the modules in the blocks of a text encoder, by published paths."""
     for path, module in _modules_below(encoder, tuple(f"{name}." for name in spec_of(encoder).block_lists)):
         yield published_path(path), module
 

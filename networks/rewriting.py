@@ -5,6 +5,8 @@ XLabs      double_blocks.0.processor.qkv_lora1.down.weight (lora1: picture, lora
            adds to queries, keys and values of linear1, the second to linear2)
 numbered   lora_unet_double_blocks_0_img_attn_qkv.lora_down.0.weight, .1., .2. (sd-scripts' split_dims): for
            the parts of a joined layer; also ..._qkv.0.lora_down.weight
+fused      transformer_blocks.0.attn.to_qkv.lora_A.weight (diffusers' `fuse_qkv_projections`, as SimpleTuner
+           trains): for to_q, to_k and to_v; also to_added_qkv, to_kv
 """
 
 import re
@@ -29,6 +31,13 @@ _NUMBERED = (
     re.compile(r"(?P<module>.+)[._](?P<number>\d+)\.lora_(?P<factor>A|B|down|up)\.weight"),
     re.compile(r"(?P<module>.+)[._](?P<number>\d+)\.(?P<factor>alpha)"),
 )
+_FUSED = re.compile(r"(?P<start>(?:.+[._])?)to_(?P<layer>qkv|added_qkv|kv)\.(?P<end>.+)")
+_FUSED_PARTS = {
+    "qkv": ("to_q", "to_k", "to_v"),
+    "added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+    "kv": ("to_k", "to_v"),
+}
+_FACTOR = re.compile(r"lora(?:_linear_layer)?[._](?P<factor>A|B|down|up)(?![a-z])")
 # a tensor of this name alone counts for all modules without one
 FOR_ALL = ("alpha", "lora_alpha", "network_alpha")
 
@@ -44,14 +53,14 @@ class Usual:
 
 
 def rewrite(tensors: Mapping[str, Tensor]) -> Usual:
-    """Bring XLabs' and numbered factors into the usual arrangement; leave other tensors as they are.
+    """Bring XLabs', fused and numbered factors into the usual arrangement; leave other tensors as they are.
 
     The change of the weights stays the same: numbered factors become one LoRA whose up factor is
     block-diagonal, with as many times the rank and alpha.
     """
     usual: dict[str, Tensor] = {}
     family_name = ""
-    for key, tensor in tensors.items():
+    for key, tensor in _take_apart(tensors).items():
         found = _XLABS.fullmatch(key)
         names = [] if found is None else _in_flux(found)
         if found is None or not names:
@@ -75,6 +84,36 @@ def _in_flux(found: re.Match[str]) -> list[str]:
     if found["what"] == "proj":
         return [f"{start}single_blocks.{n}.linear2.{end}"]
     return [f"{start}single_transformer_blocks.{n}.attn.to_{x}.{end}" for x in "qkv"]
+
+
+def _take_apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors with those for fused queries, keys and values as such for each of them.
+
+    As queries are as wide as what they are made of, two factors tell the rows of keys and values, which may
+    have fewer heads. Layers without two such factors stay whole.
+    """
+    layers: dict[tuple[str, str], dict[str, str]] = {}  # start and layer -> what follows -> key
+    for key in tensors:
+        if (found := _FUSED.fullmatch(key)) is not None:
+            layers.setdefault((found["start"], found["layer"]), {})[found["end"]] = key
+    apart = dict(tensors)
+    for (start, layer), keys in layers.items():
+        named = {end: one["factor"] for end in keys if (one := _FACTOR.match(end)) is not None}
+        sides = {_FACTORS[factor]: tensors[keys[end]] for end, factor in named.items() if ".bias" not in end}
+        if any(side not in sides or sides[side].ndim != 2 for side in LORA):
+            continue
+        whole, width = len(sides[LORA[1]]), sides[LORA[0]].shape[1]
+        first = () if layer == "kv" else (width,)
+        rows, left = divmod(whole - sum(first), 2)
+        if left or rows <= 0 or width % rows:
+            continue
+        heights, parts = [*first, rows, rows], _FUSED_PARTS[layer]
+        for end, key in keys.items():
+            tensor = apart.pop(key)
+            by_rows = _FACTORS.get(named.get(end, "")) != LORA[0] and tensor.ndim and len(tensor) == whole
+            pieces = tensor.split(heights) if by_rows else [tensor] * len(parts)
+            apart |= {f"{start}{part}.{end}": one.clone() for part, one in zip(parts, pieces, strict=True)}
+    return apart
 
 
 def _put_together(tensors: Mapping[str, Tensor], family_name: str) -> Usual:

@@ -123,7 +123,6 @@ class TensorPiece:
 
 
 def is_whole(names: Iterable[str]) -> bool:
-    """Whether tensors of these names are a U-Net together with text encoders."""
     starts = {name.partition(".")[0] for name in names}
     return "model" in starts and not starts.isdisjoint({"cond_stage_model", "conditioner"})
 

@@ -135,7 +135,9 @@ def choose_model(options: NewOptions, memory: float) -> tuple[ModelSet, str | No
         table = _task_table(tasks, memory)
         task = _ask("--task", lambda text: _read_task(_by_number(text, known), tasks), table)
     elif task is None:
-        raise OptionError(f"--task is missing: give one of {', '.join(one.task for one in tasks)}")
+        raise OptionError(
+            "--task is missing: give one of " + ", ".join(f"{one.task} ({one.about})" for one in tasks)
+        )
     word = options.trigger_word
     if asks and word is None:
         word = _ask("--trigger_word (a made-up word for what is learned; empty: none)", _read_trigger, "")
@@ -182,6 +184,10 @@ def _read_family(text: str, models: Sequence[ModelSet]) -> tuple[str, str | None
     for one in models:
         if plain in {_plain(name + one.task) for name, family in spelled.items() if family == one.family}:
             return one.family, one.task
+    released = [one for one in models if plain in map(_plain, (one.released_by, Path(one.released_by).name))]
+    if released:  # by the name of its repository
+        first = released[0]
+        return first.family, first.task if len(released) == 1 else None
     near = list(dict.fromkeys(name for each, name in spelled.items() if len(plain) > 1 and plain in each))
     if not near and len(plain) > 2:
         same = [(one.family, one.task) for one in models if plain in _plain(one.task)]

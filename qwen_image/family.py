@@ -86,32 +86,26 @@ class QwenImage(ModelOfPictures):
 
     @property
     def name(self) -> str:
-        """Name of the model in caches and LoRAs; releases that edit have one in common."""
         return self.version.name
 
     @property
     def cache_tag(self) -> str:
-        """What names of caches end with."""
         return self.version.cache_tag
 
     @property
     def called(self) -> str:
-        """Name of the release in messages."""
         return self.version.called
 
     @property
     def release(self) -> ModelRelease:
-        """The release that is trained."""
         return self.version.release
 
     @property
     def references(self) -> ReferenceRules | None:
-        """How it takes pictures to edit, if it does."""
         return self.version.references
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Name of this model in saved files."""
         names = {
             "architecture": self.version.architecture,
             "resolution": "1328x1328" if self.references is None else "1024x1024",
@@ -130,9 +124,7 @@ class QwenImage(ModelOfPictures):
         return {**super().media_identity, **PIXELS}
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Return the cache entry of each picture: normalised means of it and its references, in the VAE's
-        dtype.
-        """
+        """Return each picture's entry: normalised means of it and its references, in the VAE's dtype."""
         vae = encoders.vae
         return encode_pictures(media, vae.device, lambda frames: vae.encode(to_pixels(frames)).to(vae.dtype))
 
@@ -166,10 +158,7 @@ class QwenImage(ModelOfPictures):
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
     ) -> Tensor:
-        """Predict the velocity, B C 1 H W in float32.
-
-        cond: vl_embed, T D of each sample; latents_control_0, ..., B C 1 h w, of its references.
-        """
+        """cond: vl_embed, T D of each sample; latents_control_0, ..., B C 1 h w, of its references."""
         velocity: Tensor = dit(
             noisy,
             timesteps.float(),
@@ -183,12 +172,7 @@ class QwenImage(ModelOfPictures):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill open fields of the request, cut the size to whole patches, check files. Nothing is loaded.
-
-        Without a flow shift the noise levels are the release's, which follow the size; one that is given is a
-        plain shift. Raises OptionError if a size cannot be made or a picture cannot be edited,
-        CheckpointError if a file is missing or of another kind.
-        """
+        """Without a flow shift the noise levels are the release's, by size; one that is given is plain."""
         if request.control_images and self.references is None:
             raise OptionError(
                 f"--control_image_path: {self.called} makes pictures from texts alone. Give --model_version "
@@ -224,7 +208,6 @@ class QwenImage(ModelOfPictures):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the one section for the denoising loop."""
         section = prompts[0].section(self.draw_noise(prepared, noise), inputs.get(0))
         first = inputs.get(0, {}).get(f"{CONTROL}_0")
         if isinstance(first, Tensor):
@@ -232,29 +215,24 @@ class QwenImage(ModelOfPictures):
         return (yield section)
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
-        """Decode to pixels B 3 1 H W in -1..1."""
         yield from encoders.vae.decode(latents)
 
 
 def family_for_latent_caching(options: QwenImageLatentCachingOptions) -> QwenImage:
-    """Describe the family for qwen_image_cache_latents.py."""
     return QwenImage(QwenImageFiles().add_vae(options.vae.file), VERSIONS[options.version.name])
 
 
 def family_for_text_caching(options: QwenImageTextCachingOptions) -> QwenImage:
-    """Describe the family for qwen_image_cache_text_encoder_outputs.py."""
     version = VERSIONS[options.version.name]
     return QwenImage(QwenImageFiles(text_use=version.use).add_text(options.text), version)
 
 
 def family_for_training(options: QwenImageTrainingOptions) -> QwenImage:
-    """Describe the family for qwen_image_train_network.py."""
     version = VERSIONS[options.version.name]
     return QwenImage(files_of(options, version.use), version, options)
 
 
 def family_for_generation(options: QwenImageGenerationOptions) -> QwenImage:
-    """Describe the family for qwen_image_generate_image.py."""
     version, references = VERSIONS[options.version.name], options.references
     use = version.use
     if use.pictures is not None and not references.resize_control_to_official_size:

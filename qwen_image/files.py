@@ -155,15 +155,12 @@ class QwenImageFiles(LanguageModelFiles):
     called: ClassVar[str] = NAME
 
     def load_vae(self, device: torch.device) -> WanVae:
-        """Load the VAE."""
         return load_vae(self.vae_path, device, self.beside(self.vae_dtype), tile=self.vae_tile)
 
     def check_vae(self) -> None:
-        """Raise CheckpointError if the file is no VAE of the model."""
         check_latents(read_once(self.vae_path, read_vae).config, WAN_LATENT, self.vae_path, self.called)
 
 
 def files_of(options: QwenImageModelOptions, use: LanguageUse) -> QwenImageFiles:
-    """Return the files of a training or a generation."""
     files = QwenImageFiles(text_use=use).add_dit(options.dit, options.dit_dtype)
     return files.add_vae(options.vae.file).add_text(options.text)

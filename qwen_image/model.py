@@ -48,13 +48,11 @@ class QwenTokens(TokensWithTurnedText):
     rotary_of_clean: Tensor = field(kw_only=True)
 
     def cut(self, part: "TokenPart") -> Self:
-        """Return the inputs of the blocks for a part of the tokens."""
         of_clean = part.rows(self.rotary_of_clean, self.video - self.rotary_of_clean.shape[-4])
         return replace(super().cut(part), rotary_of_clean=of_clean)
 
     @property
     def rows(self) -> tuple[Tensor, Tensor]:
-        """What modulates the pictures' tokens, and what the texts'."""
         return self.vector, self.vector[:, :1]
 
     @property
@@ -208,7 +206,6 @@ class QwenImageModel(nn.Module):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Dtype that the blocks compute in without autocast."""
         return self.get_parameter("transformer_blocks.0.attn.to_q.bias").dtype  # the weight may be in 8 bits
 
     def forward(

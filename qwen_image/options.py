@@ -42,7 +42,6 @@ class QwenImageVersionOptions(Options):
 
     @property
     def name(self) -> str:
-        """The release, of `VERSIONS`."""
         return self.model_version or (EDIT_2509 if self.edit_plus else EDIT if self.edit else ORIGINAL)
 
 
@@ -171,7 +170,6 @@ class QwenImageGenerationOptions(QwenImageModelOptions, title=NAME):
 
 
 def caching_options(options: QwenImageTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the commands that make missing caches of latents and of texts."""
     version = {"--model_version": _not_original(options.version)}
     return {"--vae": options.vae.file.vae or "VAE_FILE", **version}, {
         **options.text.words("QWEN_FILE"),

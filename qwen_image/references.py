@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from modules.contract.requests import Prepared, Prompt, Prompts, Request
+from encoders.pictures import show_references
+from modules.contract.requests import Prepared, Request
 from modules.contract.rules import ConsistencyRules
 from modules.contract.steps import Anchor
 from modules.errors import MediaError, OptionError
@@ -39,7 +40,6 @@ def official_size(size: Size, area: int) -> Size:
 
 
 def taken_size(size: Size, area: int | None, target: Size | None = None) -> Size:
-    """Return the size that `read_reference` gives a picture of `size`."""
     if target is not None:
         return target
     return (size[0] // STEP * STEP, size[1] // STEP * STEP) if area is None else official_size(size, area)
@@ -102,13 +102,6 @@ def add_pictures(prepared: Prepared, options: QwenImageReferenceOptions) -> Prep
         return prepared
     if options.resize_control_to_image_size:
         target = prepared.width, prepared.height
-
-    def shown(prompt: Prompt | None) -> Prompt:
-        return replace(prompt or Prompt(""), pictures=paths, picture_size=target)
-
-    texts = prepared.prompts[0]
-    away = None if texts.away is None else shown(texts.away)
-    prompts = Prompts(shown(texts.positive), shown(texts.negative), shown(texts.blank), away)
     if mask is not None or rcm:
         option = "--rcm_threshold" if rcm else f"--{MASK} {mask}"
         size = taken_size(image_size(paths[0]), area_of(options), target)
@@ -122,7 +115,7 @@ def add_pictures(prepared: Prepared, options: QwenImageReferenceOptions) -> Prep
     if mask is not None:
         own[MASK] = Path(mask).name
     end = f"_{paths[0].stem}" if options.append_original_name else ""
-    return replace(prepared, prompts={0: prompts}, own_metadata=own, name_end=end)
+    return replace(show_references(prepared, target), own_metadata=own, name_end=end)
 
 
 def _check_mask(path: Path, has_picture: bool, rcm: bool) -> None:

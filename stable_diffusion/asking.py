@@ -47,7 +47,6 @@ class Seeds:
     round_seed: int | None = None
 
     def begin_round(self) -> None:
-        """Draw the seed of the next round."""
         self.round_seed = _draw(self.random)
 
     def for_line(self, given: tuple[int, ...] | None) -> Iterator[int]:

@@ -122,11 +122,11 @@ def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> LoadPlan[
     down = [depths_of("down", level, layer) for level, layer in enumerate(layers)]
     up = [depths_of("up", level, layer + 1) for level, layer in enumerate(layers[::-1])]
     has_middle = any(name.startswith("mid_block.attentions.0.") for name in sources)
-    attended = next((depths for depths in down[::-1] if any(depths)), None)
-    if attended is None or not has_middle:
+    attended = [level for level, depths in enumerate(down) if any(depths)]
+    if not attended or not has_middle:
         raise broken("it has no attention to the text")
-    level = max(level for level, depths in enumerate(down) if any(depths))
-    first = f"down_blocks.{level}.attentions.0."
+    first = f"down_blocks.{attended[-1]}.attentions.0."
+    projection = sources.get(f"{first}proj_in.weight")
     config: dict[str, Any] = {
         "sample_size": kind.size // 8,
         "in_channels": shape("conv_in.weight")[1],
@@ -137,33 +137,31 @@ def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> LoadPlan[
         "up_block_types": tuple(_block_type(depths, "Up") for depths in up),
         "norm_num_groups": GROUPS,
         "cross_attention_dim": shape(f"{first}transformer_blocks.0.attn2.to_k.weight", 2)[1],
-        "use_linear_projection": len(checkpoint.tensors[sources[f"{first}proj_in.weight"].names[0]].shape)
-        == 2
-        if f"{first}proj_in.weight" in sources
-        else False,
+        "use_linear_projection": projection is not None and len(names[projection.names[0]].shape) == 2,
         # diffusers' name for the number of heads
         "attention_head_dim": tuple(
             SD1_HEADS if kind is SD1 else max(1, width // HEAD_WIDTH) for width in widths
         ),
         **_depth_settings(down, up),
     }
-    if kind is SDXL:  # conditions beside the text: its pooled state, and sizes as waves
-        width = shape("add_embedding.linear_1.weight", 2)[1]
-        waves, rest = divmod(width - pooled, SIZE_NUMBERS)
-        if rest or waves < 2 or waves % 2:
-            raise broken(
-                f"label_emb takes {width} numbers, no pooled text of {pooled} and {SIZE_NUMBERS} sizes"
-            )
-        config |= {
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": waves,
-            "projection_class_embeddings_input_dim": width,
-        }
-    heads = SD1_HEADS if kind is SD1 else HEAD_WIDTH
+    if kind is SDXL:
+        config |= _pooled_settings(shape("add_embedding.linear_1.weight", 2)[1], pooled, broken)
     for width, depths in zip(widths, down, strict=True):
-        if width % GROUPS or (any(depths) and width % heads):
+        if width % GROUPS or (any(depths) and width % (SD1_HEADS if kind is SD1 else HEAD_WIDTH)):
             raise broken(f"a width of {width} channels cannot be divided into groups and heads")
     return LoadPlan(config, checkpoint, sources)
+
+
+def _pooled_settings(width: int, pooled: int, broken: Callable[[str], Exception]) -> dict[str, Any]:
+    """Return the settings of conditions beside the text: its pooled state, and sizes as waves."""
+    waves, rest = divmod(width - pooled, SIZE_NUMBERS)
+    if rest or waves < 2 or waves % 2:
+        raise broken(f"label_emb takes {width} numbers, no pooled text of {pooled} and {SIZE_NUMBERS} sizes")
+    return {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": waves,
+        "projection_class_embeddings_input_dim": width,
+    }
 
 
 def _block_type(depths: Sequence[int], way: str) -> str:

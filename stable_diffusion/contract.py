@@ -73,7 +73,6 @@ class Model:
 
     @property
     def is_inpainting(self) -> bool:
-        """Whether the U-Net takes a mask and the masked picture beside the latents (9 channels)."""
         return int(self.unet.config.in_channels) == 9
 
 

@@ -211,7 +211,6 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _largest(value: Any) -> float:
-    """Return the largest number in a value of JSON; 0 if it has none."""
     if isinstance(value, list):
         return max(map(_largest, value), default=0)
     return value if isinstance(value, int | float) else 0

@@ -219,7 +219,6 @@ class Inputs:
         return _in_turn(self.images, number)
 
     def mask(self, number: int) -> Path | None:
-        """Return its mask."""
         return _in_turn(self.masks, number)
 
     def guides_of(self, number: int) -> tuple[Path, ...]:
@@ -277,7 +276,6 @@ class Line:
 
     @property
     def is_plain(self) -> bool:
-        """Return whether the text is a bare prompt, without options and variants."""
         return self.image_number is not None
 
 

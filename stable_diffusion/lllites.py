@@ -226,7 +226,6 @@ class Lllites:
 
 
 def _path_of(name: str) -> str | None:
-    """Return the path of a layer of the U-Net by its name in a file; None if SDXL lacks it."""
     return module_path(alias(name.removeprefix(PREFIX), SDXL_NAMES), SDXL_NAMES)
 
 

@@ -26,16 +26,7 @@ from modules.devices import dtype_name
 from modules.errors import CheckpointError, OptionError
 from modules.paths import explain_missing
 from modules.speed_options import AttentionChoice
-from stable_diffusion.checkpoints import (
-    SIZE_NUMBERS,
-    USES,
-    UnetSizes,
-    VaeSizes,
-    band_convolutions,
-    build_network,
-    read_unet,
-    read_vae,
-)
+from stable_diffusion import checkpoints
 from stable_diffusion.contract import SD2, SDXL, Model, ModelKind, TextTower
 from stable_diffusion.files import EMA, GIVE, UNET, Marks, check_told, read_marks
 from stable_diffusion.folders import (
@@ -60,8 +51,8 @@ class OpenedCheckpoint:
 
     path: Path
     marks: Marks
-    unet: LoadPlan[UnetSizes]
-    vae: LoadPlan[VaeSizes]
+    unet: LoadPlan[checkpoints.UnetSizes]
+    vae: LoadPlan[checkpoints.VaeSizes]
     texts: tuple[TextPlan, ...]
 
     @property
@@ -115,7 +106,7 @@ def load_release(options: ModelOptions, release: OpenedCheckpoint, device: torch
         for network in (unet, vae):
             network.to(memory_format=torch.channels_last)
     if options.vae_slices is not None and options.vae_slices > 1:
-        band_convolutions(vae, options.vae_slices)
+        checkpoints.band_convolutions(vae, options.vae_slices)
     return Model(
         kind=release.kind,
         path=release.path,
@@ -166,9 +157,9 @@ def open_release(options: ModelOptions, files: ExitStack) -> OpenedCheckpoint:
             logger.info("%s says that it predicts v%s", path, also)
         texts = read_texts(checkpoint, marks.kind)
         own = checkpoint.without_prefix(UNET, others=("",))
-        unet = read_unet(own, marks.kind, _pooled(texts))
+        unet = checkpoints.read_unet(own, marks.kind, _pooled(texts))
         vae = (
-            read_vae(checkpoint, "--ckpt", marks.kind.latent_scale)
+            checkpoints.read_vae(checkpoint, "--ckpt", marks.kind.latent_scale)
             if options.vae is None
             else _read_vae(options.vae, "--vae", marks, files)
         )
@@ -198,7 +189,6 @@ def find_checkpoint(ckpt: Path) -> Path:
 
 
 def _is_of_hub(path: Path) -> bool:
-    """Return whether a path that is not here has the form `owner/name`."""
     return path.suffix.lower() not in SUFFIXES and path.as_posix().count("/") == 1
 
 
@@ -209,7 +199,7 @@ def _require(path: Path, option: str, give: str) -> None:
         )
 
 
-def _read_vae(path: Path, option: str, marks: Marks, files: ExitStack) -> LoadPlan[VaeSizes]:
+def _read_vae(path: Path, option: str, marks: Marks, files: ExitStack) -> LoadPlan[checkpoints.VaeSizes]:
     if option == "--ckpt" or path.is_dir():
         inner = path / "vae"
         folder = inner if not (path / "config.json").is_file() and inner.is_dir() else path
@@ -219,7 +209,7 @@ def _read_vae(path: Path, option: str, marks: Marks, files: ExitStack) -> LoadPl
         return _read_vae(path, option, marks, files)
     _require(path, option, "a VAE of Stable Diffusion: a single file, or a folder in the layout of diffusers")
     checkpoint = files.enter_context(open_checkpoint(path))
-    return read_vae(checkpoint, option, marks.kind.latent_scale)
+    return checkpoints.read_vae(checkpoint, option, marks.kind.latent_scale)
 
 
 PATTERNS_VAE = ("config.json", "diffusion_pytorch_model.safetensors", "vae/*.json", "vae/*.safetensors")
@@ -234,7 +224,7 @@ def _check_together(release: OpenedCheckpoint) -> None:
     """Raise CheckpointError if the U-Net takes other channels than a sampler gives, or other text states."""
     config, path = release.unet.config, release.path
     channels = config.get("in_channels", 4)
-    if channels not in USES:
+    if channels not in checkpoints.USES:
         raise CheckpointError(
             f"--ckpt {path}: its U-Net takes {channels} channels; those that take 4 (pictures) and 9 "
             f"(inpainting) can be used.\n  Give {GIVE}.",
@@ -250,12 +240,13 @@ def _check_together(release: OpenedCheckpoint) -> None:
         )
     if release.kind is SDXL:
         pooled = _pooled(release.texts)
-        needed = pooled + SIZE_NUMBERS * (config.get("addition_time_embed_dim") or 0)
+        needed = pooled + checkpoints.SIZE_NUMBERS * (config.get("addition_time_embed_dim") or 0)
         taken_beside = config.get("projection_class_embeddings_input_dim")
         if taken_beside != needed:
             raise CheckpointError(
                 f"--ckpt {path}: its U-Net takes {taken_beside} numbers beside the text, its second text "
-                f"encoder and {SIZE_NUMBERS} sizes make {needed}. Parts of different models were joined.",
+                f"encoder and {checkpoints.SIZE_NUMBERS} sizes make {needed}. Parts of different "
+                "models were joined.",
                 path,
             )
 
@@ -269,8 +260,8 @@ def _make_networks(release: OpenedCheckpoint, dtype: torch.dtype, vae_dtype: tor
         check_activation(plan.network.config, release.path, "CLIP has quick_gelu or gelu")
     with META:
         texts = [(ClipText(plan.network.config), plan.network) for plan in release.texts]
-    unet = build_network(UNet2DConditionModel, release.unet.config, release.unet.checkpoint.path)
-    vae = build_network(AutoencoderKL, release.vae.config, release.vae.checkpoint.path)
+    unet = checkpoints.build_network(UNet2DConditionModel, release.unet.config, release.unet.checkpoint.path)
+    vae = checkpoints.build_network(AutoencoderKL, release.vae.config, release.vae.checkpoint.path)
     return [
         *((*text, dtype, "the text encoder of --ckpt") for text in texts),
         (unet, release.unet, dtype, "the U-Net of --ckpt"),

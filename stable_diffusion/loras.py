@@ -207,7 +207,6 @@ def load_networks(
 
 
 def _folded(targets: Sequence[_Target], uses: Sequence[LoraUse]) -> Callable[[Multipliers], None]:
-    """Return a function that folds the files in with any strengths, always from the original weights."""
     originals = []
     for target in targets:
         given = uses_for(uses, target.prefix)
@@ -242,8 +241,6 @@ def _added(target: _Target, uses: Sequence[LoraUse], model: Model) -> list[dict[
 
 
 def _shown(metadata: Mapping[str, str]) -> str:
-    """Return metadata as JSON, with JSON inside of it taken apart."""
-
     def value(text: str) -> Any:
         try:
             return json.loads(text) if text[:1] in "{[" else text

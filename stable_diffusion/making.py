@@ -77,7 +77,6 @@ class Maker:
 
     @cached_property
     def _scheduler(self) -> Any:
-        """The scheduler that all batches use one after the other."""
         options = self.sampling
         velocity = self.model.predicts_velocity
         return make_scheduler(
@@ -200,7 +199,6 @@ class Maker:
     # Texts
 
     def _chunks(self, picture: AskedPicture) -> int:
-        """Return how many chunks the texts of a picture need: the longest one says."""
         return max(map(self.texts.chunks, [*self._parts(picture), *self._avoided(picture)]))
 
     def _parts(self, picture: AskedPicture) -> list[str]:

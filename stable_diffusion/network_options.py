@@ -78,12 +78,10 @@ class ControlOptions(Options, title="ControlNet"):
 
     @property
     def flag(self) -> str:
-        """Return the option that names the models."""
         return "--control_net_lllite_models" if self.control_net_lllite_models else "--control_net_models"
 
     @property
     def uses(self) -> tuple[ControlUse, ...]:
-        """How each model is used, in the order of their guide pictures."""
         paths = self.control_net_models or self.control_net_lllite_models or ()
         count = len(paths)
         return tuple(
@@ -193,12 +191,10 @@ class GuideOptions(Options, title="guidance by other networks"):
 
     @property
     def uses_clip(self) -> bool:
-        """Whether CLIP steers."""
         return self.clip_guidance_scale > 0 or self.clip_image_guidance_scale > 0
 
     @property
     def picture_option(self) -> str | None:
-        """The first option that needs a guide picture; None: none does."""
         scales = ("clip_image_guidance_scale", "vgg16_guidance_scale")
         return next((f"--{name}" for name in scales if getattr(self, name) > 0), None)
 
@@ -283,17 +279,14 @@ class AddedNetworkOptions(Options, title="LoRA and other networks"):
 
     @property
     def multipliers(self) -> tuple[float, ...]:
-        """Strength of each file."""
         return multipliers_for(self.files, self.network_mul or (), "--network_mul")
 
     @property
     def num_merged(self) -> int:
-        """How many of the files, from the first, are folded into the model for good."""
         return len(self.files) if self.network_merge else self.network_merge_n_models or 0
 
     @property
     def num_adjustable(self) -> int:
-        """How many of the files have strengths that a prompt may choose (--am)."""
         return len(self.files) - self.num_merged
 
     def check_strengths(self, multipliers: Sequence[float]) -> None:

@@ -69,7 +69,6 @@ SEPARATOR = " AND "
 
 
 def split_parts(prompt: str) -> list[str]:
-    """Return the parts of a prompt, without blanks around them; one if it has no " AND "."""
     return [part.strip() for part in prompt.split(SEPARATOR)]
 
 
@@ -242,7 +241,6 @@ class _Batch:
 
 
 def put_back(module: Any, forward: Callable[..., Tensor] | None) -> None:
-    """Give a module the forward that it had itself, or its class's."""
     if forward is None:
         del module.forward
     else:

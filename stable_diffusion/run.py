@@ -190,7 +190,6 @@ class Run:
         return paths
 
     def _make(self, batch: Sequence[AskedPicture]) -> list[Path]:
-        """Make a batch and write its pictures as soon as a stage of them is there."""
         paths = []
         try:
             for stage in make_pictures(self.maker, self.highres, batch):

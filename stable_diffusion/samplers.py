@@ -159,7 +159,6 @@ class SchedulerSolver:
 
     @property
     def noise_level(self) -> float:
-        """The standard deviation of start noise."""
         return float(self.scheduler.init_noise_sigma)
 
     def model_input(self, index: int, sample: Tensor) -> Tensor:

@@ -71,7 +71,6 @@ class DeepShrinks:
 
 
 def input_blocks(unet: Any) -> list[nn.Module]:
-    """Return the first module of each input block of diffusers' U-Net, in the order of their depths."""
     blocks = [unet.conv_in]
     for block in unet.down_blocks:
         blocks += [*block.resnets, *(block.downsamplers or ())]
@@ -88,7 +87,6 @@ def make_smaller(features: Tensor, ratio: float) -> Tensor:
 
 
 def smaller_size(size: Size, ratio: float) -> Size:
-    """Return the size that `make_smaller` gives."""
     return max(int(size[0] * ratio), 1), max(int(size[1] * ratio), 1)
 
 

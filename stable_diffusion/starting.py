@@ -48,10 +48,7 @@ def vary_noise(noise: Tensor, options: StartNoiseOptions, generator: torch.Gener
 
 
 def add_offset(noise: Tensor, amount: float, generator: torch.Generator) -> Tensor:
-    """Add one normal number times `amount` to each channel of C h w.
-
-    Source: Guttenberg 2023, "Diffusion with Offset Noise".
-    """
+    """Add a normal number times `amount` to each channel of C h w: "Offset Noise", Guttenberg 2023."""
     return noise + amount * _draw((len(noise), 1, 1), noise, generator)
 
 
@@ -137,7 +134,6 @@ def is_masked(picture: AskedPicture) -> bool:
 
 
 def strength_of(picture: AskedPicture, start: SecondStart | None) -> float | None:
-    """Return the share of the steps that are made of a picture; None: all, from noise."""
     return None if picture.image is None and start is None else picture.settings.strength
 
 
@@ -222,7 +218,6 @@ STRIDE = 8  # pixels of one latent
 
 
 def latent_size(settings: PictureSettings) -> tuple[int, int]:
-    """Return height and width of a picture's latents."""
     return settings.height // STRIDE, settings.width // STRIDE
 
 
@@ -239,7 +234,6 @@ def to_pixels(picture: Image.Image, width: int, height: int) -> Tensor:
 
 
 def fit(picture: Image.Image, width: int, height: int) -> Image.Image:
-    """Return a picture at that size, whatever becomes of its proportions."""
     if picture.size == (width, height):
         return picture
     return picture.resize((width, height), Image.Resampling.LANCZOS)
@@ -287,10 +281,7 @@ def to_image(pixels: Tensor, label: str) -> Image.Image:
 
 
 def vae_batch(size: float | None, count: int) -> int:
-    """Return how many of `count` pictures the autoencoder takes at once.
-
-    size: --vae_batch_size; None: all.
-    """
+    """Return how many of `count` pictures the VAE takes at once. size: --vae_batch_size; None: all."""
     if size is None:
         return count
     return max(int(size * count if size < 1 else size), 1)

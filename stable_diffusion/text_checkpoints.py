@@ -49,7 +49,6 @@ class PooledProjection:
     width: int  # C'
 
     def read(self) -> Tensor:
-        """Read it to the CPU, in the file's dtype."""
         return self.source.make([self.checkpoint.read(name) for name in self.source.names]).contiguous()
 
 

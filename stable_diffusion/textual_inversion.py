@@ -138,14 +138,12 @@ def with_words(
 
 
 def _alone(name: str) -> str:
-    """Return the pattern of a word that is no part of a longer one."""
     before = r"(?<!\w)" if re.match(r"\w", name) else ""
     behind = r"(?!\w)" if re.search(r"\w\Z", name) else ""
     return before + re.escape(name) + behind
 
 
 def _count(word: LearnedWord) -> int:
-    """Return how many tokens a word stands for."""
     return len(word.vectors[0]) // word.layers
 
 

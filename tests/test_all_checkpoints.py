@@ -32,7 +32,7 @@ import tests.tiny.z_image as tiny_z_image
 import wan.checkpoints
 import z_image.files
 from flux_2.model import Flux2Model
-from krea2.configs import StreamConfig
+from krea2.configs import Krea2StreamConfig
 from modules import families
 from modules.checkpoints.model_files import read_once
 from modules.contract.loading import Placement
@@ -355,7 +355,7 @@ FLUX_2 = {
 Z = {"num_layers": 30, "dim": 3840, "num_heads": 30, "rotary_widths": (32, 48, 48)}
 KREA = {
     **{"dim": 6144, "ffn_dim": 16384, "num_heads": 48, "num_kv_heads": 12, "num_layers": 28, "states": 12},
-    **{"rotary_widths": (32, 48, 48), "text": StreamConfig(2560, 6912, 20, 20)},
+    **{"rotary_widths": (32, 48, 48), "text": Krea2StreamConfig(2560, 6912, 20, 20)},
 }
 # manifest -> name of KINDS, dimensions of the released model
 PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {

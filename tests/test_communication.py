@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from modules.families import FAMILIES
-from modules.planning.communication import Division, WorkCounter, count_traffic
+from modules.planning.communication import Division, Work, WorkCounter, gathered_bytes
 from networks.options import NetworkOptions
 from tests.commands import ROOT, run_in_processes, run_script
 from tests.test_shard_base import RUN, SIZE, USUAL, Shared, with_slow
@@ -66,6 +66,18 @@ ROWS = {
     "shared tokens": (Division(2, context=2), ("--context_parallel", "2")),
     "both": (Division(2, True, 2), ("--shard_base", "--context_parallel", "2", *CHECKPOINTED, *TWICE)),
 }
+
+
+def count_traffic(work: Work, division: Division) -> dict[str, int]:
+    """Bytes of a step by collective, in one process, by the terms that `estimate_time` has."""
+    processes, context, count = division.processes, division.context, work.micro_batches
+    gathered = work.passes * gathered_bytes(work.blocks, processes) if division.shards else 0
+    joined, attended = (work.joined, work.attended // context) if context > 1 else (0, 0)
+    return {
+        "all-gather": count * (gathered + joined),
+        "all-reduce": work.gradients if processes > 1 else 0,
+        "all-to-all": count * attended,
+    }
 
 
 # of the others, `both` sends everything

@@ -19,7 +19,7 @@ from blissful_tuner.metadata import as_png_texts, as_tags, output_metadata
 from blissful_tuner.options import NO_PREVIEW, PreviewOptions
 from generation.denoise import OnSection, make_latents
 from generation.prompt_lines import SOLVERS
-from generation.sample_lines import read_all, read_sample_prompts
+from generation.sample_lines import OF_SOME_MODELS, read_all, read_sample_prompts
 from generation.session import (
     NO_ENCODERS,
     Session,
@@ -255,6 +255,12 @@ def _warn_of_unread(entries: Sequence[Mapping[str, Any]], family: Family, prompt
             "%s: the embedded guidance (--g) is ignored because this model has none; --l guides it",
             prompt_file,
         )
+    for word, one in OF_SOME_MODELS.items():
+        is_given = any(entry.get(one.key) is not None for entry in entries)
+        if is_given and one.key not in family.defaults.extras:
+            logger.warning(
+                "%s: %s (--%s) is ignored because this model has no such setting", prompt_file, one.key, word
+            )
 
 
 def _remove_unfinished(folder: Path, name: str) -> None:
@@ -310,8 +316,7 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
         return None if key not in values else float(values[key])
 
     controls = values.get("control_image_path") or []
-    extras = ("one_frame", "cfg_trunc_ratio", "renorm_cfg")
-    extra: dict[str, str] = {name: str(values[name]) for name in extras if name in values}
+    extra = {one.key: str(values[one.key]) for one in OF_SOME_MODELS.values() if one.key in values}
     scale = number("cfg_scale")
     named = [expert.name for expert in family.experts if expert.name]
     sides = ("width", usual.width), ("height", usual.height), ("frame_count", usual.frames)

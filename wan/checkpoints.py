@@ -208,7 +208,6 @@ def _config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig:
 
 
 def _names_of(header: DitHeader[WanConfig]) -> str:
-    """Return the names of the tasks that a file fits, and why they are several if that may surprise."""
     names = _fitting(header)
     both = len({TASKS[name].version for name in names}) > 1
     return " or ".join(names) + (" (their files have the same tensors)" if both else "")

@@ -77,12 +77,10 @@ class WanClipVision(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The compute dtype."""
         return self.patch_embedding.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        """The device of the weights."""
         return self.patch_embedding.weight.device
 
     @torch.no_grad()
@@ -99,10 +97,7 @@ class WanClipVision(nn.Module):
         return x.to(self.dtype)
 
     def prepare(self, pixels: Tensor) -> Tensor:
-        """Resize to the tower's square and normalise; returns float32.
-
-        Bicubic without antialiasing, and without keeping the aspect ratio, as in the released code.
-        """
+        """Resize to the tower's square, bicubic without antialiasing, as released; normalise, float32."""
         size = (self.image_size, self.image_size)
         pixels = F.interpolate(pixels.to(self.device).float(), size=size, mode="bicubic", align_corners=False)
         mean, std = (torch.tensor(values, device=self.device).view(3, 1, 1) for values in (MEAN, STD))

@@ -24,13 +24,11 @@ class VaeRelease:
 
     @property
     def about(self) -> str:
-        """Describe it in words."""
         size = f"{self.channels} latent channels, {self.stride[1]}x{self.stride[2]} pixels each"
         return f"the {self.name} VAE (of {self.models}: {size})"
 
     @property
     def files(self) -> str:
-        """The published files, to recommend one."""
         return f"{self.file}, {self.others}"
 
 
@@ -105,10 +103,7 @@ class WanConfig:
 
     @property
     def kind(self) -> str:
-        """Return the kind of condition: a name of `INPUT_CHANNELS`.
-
-        Text-to-video models of Wan2.1 and of Wan2.2 have the same tensors.
-        """
+        """Return the name of `INPUT_CHANNELS`. Text-to-video of Wan2.1 and of 2.2 have the same tensors."""
         if self.image_positions:
             return "flf2v"
         kinds = {channels: kind for kind, channels in INPUT_CHANNELS[self.has_image].items()}
@@ -148,7 +143,6 @@ class WanTask:
 
     @property
     def release(self) -> ModelRelease:
-        """Where the task's model comes from."""
         return ModelRelease(
             self.repositories, "Apache-2.0", "apache-2.0", "https://www.apache.org/licenses/LICENSE-2.0"
         )
@@ -165,12 +159,10 @@ class WanTask:
 
     @property
     def has_features(self) -> bool:
-        """Whether the network attends to features of the image, which CLIP makes."""
         return self.takes_image and self.version == "2.1"
 
     @property
     def model_kind(self) -> str:
-        """The `WanConfig.kind` that the task needs."""
         if self.has_control:
             return "fun-control" if self.version == "2.1" else "fun-control-2.2"
         return "i2v-2.2" if self.kind == "i2v" and self.version == "2.2" else self.kind
@@ -182,7 +174,6 @@ class WanTask:
 
     @property
     def in_dim(self) -> int:
-        """Input channels of the network."""
         kinds = {"flf2v": 36, **INPUT_CHANNELS[True], **INPUT_CHANNELS[False]}
         return kinds[self.model_kind]
 

@@ -50,7 +50,6 @@ UMT5 = T5Kind(
 
 
 def read_t5(checkpoint: Checkpoint) -> LoadPlan[T5Config]:
-    """Plan how to load Wan's umT5 encoder, as `encoders.t5_network.read_t5` does."""
     return read_any_t5(checkpoint, UMT5)
 
 

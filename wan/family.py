@@ -89,22 +89,18 @@ class Wan(OneTransformer):
 
     @property
     def task(self) -> WanTask:
-        """The kind of model, as --task says it."""
         return self.files.task
 
     @property
     def latent(self) -> LatentSpec:
-        """The latent space of the task's VAE."""
         return latent_of(self.task)
 
     @property
     def noise(self) -> NoiseSpec:
-        """Rectified flow; how often training gives the first frame."""
         return replace(FLOW, first_frame_probability=self.first_frame_probability)
 
     @property
     def fuller(self) -> tuple[str, ...]:
-        """What a teacher is told besides: the dropped caption; if the model takes one, the first frame."""
         return (*super().fuller, FIRST_FRAME) if self.task.keeps_image else super().fuller
 
     @property
@@ -117,7 +113,6 @@ class Wan(OneTransformer):
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """Defaults of a generation of the task."""
         task, high = self.task, self.task.high_noise_guidance
         strong = {} if high is None else {HIGH_NOISE: high}
         return SamplingDefaults(
@@ -136,12 +131,10 @@ class Wan(OneTransformer):
 
     @property
     def release(self) -> ModelRelease:
-        """Where the task's model comes from."""
         return self.task.release
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Name of this model in saved files."""
         names = {
             "architecture": f"wan{self.task.version}",
             "implementation": f"https://github.com/Wan-Video/Wan{self.task.version}",
@@ -157,7 +150,6 @@ class Wan(OneTransformer):
 
     @property
     def media_identity(self) -> Mapping[str, str]:
-        """Encoders and switches that cached latents depend on."""
         identity = dict(self.files.vae_identity())
         if self.image_kind is not None:
             clip = {} if self.files.clip is None else {"clip": fingerprint(self.files.clip_path)}
@@ -165,14 +157,12 @@ class Wan(OneTransformer):
         return identity
 
     def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
-        """Load the VAE; with `images` also the image encoder, if the model or the cache needs it."""
         files = self.files
         wants_image = files.clip is not None if self.image_kind is not None else self.task.has_features
         clip = load_clip(files.clip_path, device) if images and wants_image else None
         return MediaEncoders(files.load_vae(device), clip)
 
     def check_table(self, table: MediaTable) -> None:
-        """Raise DatasetError if an item has a control image or video that cannot be used."""
         check_controls(self.task, table)
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
@@ -186,7 +176,6 @@ class Wan(OneTransformer):
 
     @property
     def moments(self) -> MomentsRules:
-        """Return the rules for cached moments: enough unless an image's conditions are cached too."""
         return MomentsRules() if self.image_kind is None else MomentsRules(NO_MOMENTS)
 
     def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
@@ -199,12 +188,10 @@ class Wan(OneTransformer):
 
     @property
     def dit_files(self) -> tuple[Path, ...]:
-        """Paths of the transformers' checkpoints, checked against --task."""
         self.files.check_dits()
         return self.files.dits
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
-        """Load the transformer of an expert, checked against --task."""
         path = self.dit_files[expert]
         note_task(self.files.dit_header(), self.task, path, self.compute_dtype(placement))
         placement = with_dtype(placement, self.files.dit_dtype)
@@ -233,18 +220,9 @@ class Wan(OneTransformer):
     # generation
 
     def check_files(self, media: bool) -> None:
-        """Check the files that the task needs. media: also those of the VAE and the image encoder.
-
-        Raises OptionError if one is not given, CheckpointError if it is missing or does not fit --task.
-        """
         self.files.check(("dit", "texts", *(("vae", *self._images) if media else ())))
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill open fields of the request, settle the size, and check files and images. Nothing is loaded.
-
-        Raises OptionError if a needed image or control video is missing or a size cannot be made,
-        CheckpointError if a file is missing or does not fit --task.
-        """
         self.files.check_dits()
         request = take_inputs(self.task, request)
         self.files.check(("dit", *self._images))
@@ -252,15 +230,11 @@ class Wan(OneTransformer):
         return prepare_request(*given)
 
     def needs_media(self, prepared: Prepared) -> bool:
-        """Whether images or a control video must be encoded before denoising."""
         keeps_one = self.task.keeps_image and prepared.asked.image_path is not None
         return self.task.takes_image or self.task.has_control or keeps_one
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        """Encode the request's images and control video as CLIP features and condition channels.
-
-        On the CPU, with a batch dimension.
-        """
+        """Encode images and control video as CLIP features and condition channels: B ..., on the CPU."""
         conditions = encode_inputs(encoders, prepared, self.task)
         zeros = no_features(self.files.dit_header().config, 1) if self._feature_zeros else {}
         return {0: zeros | conditions}
@@ -278,7 +252,6 @@ class Wan(OneTransformer):
         )
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
-        """Encode frames 1 F H W 3 uint8 as the means of the posterior, 1 C f h w."""
         return encoders.vae.encode(to_pixels(frames))
 
     def sections(
@@ -311,12 +284,10 @@ class Wan(OneTransformer):
         return (yield section)
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
-        """Decode to pixels B 3 F H W in -1..1, chunk by chunk in playing order."""
         yield from encoders.vae.decode(latents.to(encoders.vae.device))
 
     @property
     def _images(self) -> tuple[str, ...]:
-        """The encoder of images, by its name in `WanFiles.check`, if the task has features of them."""
         return ("clip",) if self.task.has_features else ()
 
     @property
@@ -331,13 +302,11 @@ def family_for_latent_caching(options: WanLatentCachingOptions) -> Wan:
 
 
 def family_for_text_caching(options: WanTextCachingOptions) -> Wan:
-    """Describe the family for wan_cache_text_encoder_outputs.py."""
     text = options.text
     return Wan(WanFiles(t5=text.t5, t5_tokenizer=text.t5_tokenizer, t5_in_fp8=text.fp8_t5))
 
 
 def family_for_training(options: WanTrainingOptions) -> Wan:
-    """Describe the family for wan_train_network.py."""
     files = files_of(options)
     if options.first_frame_probability is None:  # what was trained with is recorded and compared
         options = replace(options, first_frame_probability=files.task.first_frame_probability)

@@ -51,7 +51,6 @@ class WanFiles(TransformerFiles):
 
     @property
     def has_dit(self) -> bool:
-        """Whether a transformer is given."""
         return self.dit is not None or self.dit_high_noise is not None
 
     @property
@@ -96,36 +95,29 @@ class WanFiles(TransformerFiles):
         return read_once(self.dits[0], read_dit_header)
 
     def compute_dtype(self) -> torch.dtype | None:
-        """Return the transformer's compute dtype; None if there is no transformer."""
         return (self.dit_dtype or self.dit_header().compute_dtype) if self.has_dit else None
 
     def beside(self, chosen: torch.dtype | None, usual: torch.dtype | None = None) -> torch.dtype:
-        """Return the VAE's dtype: `chosen`, else the transformer's, else the usual one."""
         return chosen or self.compute_dtype() or usual or self.usual
 
     def text_encoders(self) -> list[TextEncoder]:
-        """Return umT5; its file is opened when it is loaded."""
         return [WanTextEncoder(self.t5_path, self.t5_tokenizer, self.t5_in_fp8)]
 
     def load_vae(self, device: torch.device) -> WanVae:
-        """Load the VAE."""
         dtype = self.beside(self.vae_dtype)
         return load_vae(self.vae_path, device, dtype, self.vae_cache_cpu, self.vae_tile)
 
     def check_vae(self) -> None:
-        """Raise CheckpointError if the file is not the VAE of the task's latents."""
         config = read_once(self.vae_path, read_vae).config
         check_latents(config, latent_of(self.task), self.vae_path, f"--task {self.task.name}")
 
     def check_texts(self, config: Any, needed: bool) -> None:
-        """Check umT5: `TransformerFiles.check_texts`."""
         if self.t5 is not None or needed:
             read_once(self.t5_path, read_t5)
         if self.t5_tokenizer is not None:
             TOKENIZER.files.check_given(self.t5_tokenizer)
 
     def check(self, needed: Collection[str] = ()) -> None:
-        """Check the files that are given or needed ("clip" too): `TransformerFiles.check`."""
         if self.has_dit or "dit" in needed:
             self.check_dits()
         super().check(needed)

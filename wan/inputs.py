@@ -125,7 +125,6 @@ FIRST_LATENTS = "first_latents"  # condition: clean latents of an image, B C 1 h
 
 
 def appends_end(task: WanTask, request: Request) -> bool:
-    """Whether an end image adds a latent frame (image-to-video of Wan2.1), or lies inside the clip."""
     return task.appends_end and request.end_image_path is not None
 
 

@@ -134,10 +134,7 @@ class WanAttentionBlock(nn.Module):
     def feed_forward(
         self, x: Tensor, dtype: torch.dtype, shift: Tensor, scale: Tensor, gate: Tensor
     ) -> Tensor:
-        """Add the feed-forward branch to x; each token is processed independently.
-
-        x: B L C float32, of one segment; shift, scale, gate: B 1 C.
-        """
+        """Add the feed-forward branch to a segment x, B L C float32, by token. shift, scale, gate: B 1 C."""
         h = modulate(self.norm2(x), shift, scale, dtype)
         h = in_own_dtype(self.ffn[2], self.ffn[1](in_own_dtype(self.ffn[0], h)))
         return add_gated(x, gate, h)
@@ -233,7 +230,6 @@ class WanModel(nn.Module):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Dtype that the blocks compute in without autocast."""
         # not the weight's dtype: it may be 8 bits, which nothing computes in
         return self.get_parameter("blocks.0.ffn.0.bias").dtype
 

@@ -218,7 +218,6 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
 
 
 def caching_options(options: WanTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the commands that make missing caches of latents and of texts."""
     task = TASKS[options.task]
     latents = {
         "--vae": options.vae.vae or f"WAN_{'2.2' if task.kind == 'ti2v' else '2.1'}_VAE_FILE",

@@ -54,7 +54,6 @@ LATENT_5B = LatentSpec(channels=48, stride=(4, 16, 16), pixel_step=32, frame_ste
 
 
 def latent_of(task: WanTask) -> LatentSpec:
-    """Return the latent space of a task."""
     return LATENT_5B if task.kind == "ti2v" else LATENT
 
 
@@ -106,12 +105,10 @@ class WanTokens:
     part: "TokenPart | None" = None  # the tokens that this process has; None: all
 
     def cut(self, part: "TokenPart") -> "WanTokens":
-        """Return the inputs of the blocks for a part of the tokens."""
         return replace(self, rotary=part.rows(self.rotary), given=part.of_first(self.given), part=part)
 
 
 def see_one(seen: Tensor) -> Tensor:
-    """Return the attention to the only text."""
     return seen
 
 

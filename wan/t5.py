@@ -90,21 +90,17 @@ class WanTextEncoder(FileTextEncoder[T5Network]):
     blocks: BlockPlace | None = None  # splits the network over processes
 
     def __init__(self, path: Path, tokenizer: Path | None = None, in_fp8: bool = False) -> None:
-        """Set up the encoder, in the dtype of its file. in_fp8: keep the linear layers in 8 bits."""
         super().__init__(path, tokenizer)
         self.in_fp8 = in_fp8
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """Return fingerprints of checkpoint and tokenizer, and how weights are kept. Reads a few MB."""
         return self.identify("t5", weights="fp8" if self.in_fp8 else None)
 
     def write(self, prompt: Prompt) -> Written:
-        """Return the cleaned prompt, and where in it the parts are."""
         return Written(*clean_spans(prompt.text, prompt.spans))
 
     def load_network(self, device: torch.device) -> T5Network:
-        """Load umT5."""
         return load_t5(self.path, device, UMT5, in_fp8=self.in_fp8, blocks=self.blocks)
 
     def compute(

@@ -43,12 +43,10 @@ class WanVae(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The compute dtype."""
         return self.conv1.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        """The device of the weights."""
         return self.conv1.weight.device
 
     @torch.no_grad()
@@ -96,7 +94,6 @@ class WanVae(nn.Module):
         yield from decode_in_tiles(self._decode, latents, grid, self.config.stride)
 
     def _tiles(self, size: int) -> tuple[Tile, ...]:
-        """Return the tiles of an axis of `size` latent pixels."""
         return tiles(size, size if self.tile is None else max(1, self.tile // self.config.stride[1]))
 
     def _encode(self, pixels: Tensor) -> Tensor:
@@ -134,10 +131,7 @@ class WanVae(nn.Module):
 
 
 def normalise(means: Tensor) -> Tensor:
-    """Return the latents of caches and of the model, B Z f h w float32, for the means of posteriors.
-
-    Which VAE it is, the number of channels says.
-    """
+    """Return latents of caches and model, B Z f h w float32, of means; their channels say whose VAE it is."""
     mean, std = _statistics(means.shape[1], means.device)
     return ((means.float() - mean) / std).contiguous()
 

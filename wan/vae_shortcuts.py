@@ -17,10 +17,7 @@ Factors = tuple[int, int, int]  # frames, rows, columns of a block
 
 
 def fold_patches(pixels: Tensor, patch: int) -> Tensor:
-    """Return blocks of patch x patch pixels as channels, B C T H W to B CPP T H/P W/P.
-
-    Unlike `pixel_unshuffle`, the column in a block changes slower than the row.
-    """
+    """Fold blocks of pixels, B C T H W to B CPP T H/P W/P. Unlike `pixel_unshuffle`, columns are outer."""
     if patch == 1:
         return pixels
     return rearrange(pixels, "b c t (h row) (w column) -> b (c column row) t h w", row=patch, column=patch)
@@ -34,7 +31,6 @@ def unfold_patches(channels: Tensor, patch: int) -> Tensor:
 
 
 def fits_shortcut(width: int, width_out: int, factors: Factors, is_down: bool) -> bool:
-    """Return whether there is a shortcut from so many channels to so many."""
     block, pair = prod(factors), (width, width_out)
     if is_down:
         return width * block % width_out == 0

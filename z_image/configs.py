@@ -31,7 +31,6 @@ class ZImageConfig(LuminaConfig):
 
     @property
     def rotary_widths(self) -> tuple[int, int, int]:
-        """Return the channels of a head that encode the place in the caption, rows and columns."""
         return self.head_width // 4, 3 * self.head_width // 8, 3 * self.head_width // 8
 
 

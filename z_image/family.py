@@ -13,6 +13,7 @@ from encoders.language_encoder import LanguageModelFiles, LanguageUse, qwen3_cha
 from encoders.language_models import QWEN3
 from encoders.pictures import AutoencoderFiles, ModelOfPictures, picture_defaults
 from lumina.family import guidance_rules
+from lumina.options import EXTRAS
 from modules.attention.attend import BACKENDS
 from modules.contract.data import (
     Batch,
@@ -64,7 +65,7 @@ Z_IMAGE_USE = LanguageUse(
 FLOW_SHIFT = 3.0  # where nothing is said
 SOLVER = "euler-thousandth"  # Euler's steps, at the noise levels of the known tuner
 # of a transformer whose name says no release: those of the known tuner
-DEFAULTS = picture_defaults(25, 0.0, 1024, FLOW_SHIFT, solver=SOLVER)
+DEFAULTS = picture_defaults(25, 0.0, 1024, FLOW_SHIFT, solver=SOLVER, extras=tuple(EXTRAS))
 # of the releases, which names tell apart: tensors do not. Source: the model cards
 TURBO = replace(DEFAULTS, steps=8)
 BASE = replace(DEFAULTS, steps=28, guidance_scale=4.0)
@@ -83,7 +84,6 @@ class ZImageFiles(AutoencoderFiles, LanguageModelFiles):
 
     @property
     def text_use(self) -> LanguageUse:
-        """What is taken from the language model."""
         return Z_IMAGE_USE
 
 
@@ -156,7 +156,6 @@ class ZImage(ModelOfPictures):
         return super().load_dit(placement, expert)
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return the conditions for training: the captions' states."""
         remedy = "zimage_cache_text_encoder_outputs.py"
         batch.check({KEY: remedy}, "the transformer")
         width = self.files.dit_header().config.text_dim
@@ -181,11 +180,7 @@ class ZImage(ModelOfPictures):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill open fields of the request, cut the size to whole patches, check files. Nothing is loaded.
-
-        Guidance scales count from 0, and below that there is no guidance either. Raises OptionError if a size
-        or a number cannot be, CheckpointError if a file is missing or of another kind.
-        """
+        """Guidance scales count from 0, and below that there is no guidance either."""
         prepared = self.settle_picture(request, FLOW_SHIFT)
         extra, is_euler = request.extra, prepared.solver in {"euler", SOLVER}
         rules = guidance_rules(extra, CFG_TRUNC_RATIO, RENORM_CFG)
@@ -201,27 +196,22 @@ class ZImage(ModelOfPictures):
         )
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
-        """Encode a picture, 1 1 H W 3 uint8, as a posterior sample in model space, 1 C 1 h w."""
         return super().encode_source(encoders, frames, seed) / LATENT.scale
 
 
 def family_for_latent_caching(options: ZImageLatentCachingOptions) -> ZImage:
-    """Describe the family for zimage_cache_latents.py."""
     return ZImage(ZImageFiles().add_vae(options.vae))
 
 
 def family_for_text_caching(options: ZImageTextCachingOptions) -> ZImage:
-    """Describe the family for zimage_cache_text_encoder_outputs.py."""
     return ZImage(ZImageFiles().add_text(options.text))
 
 
 def family_for_training(options: ZImageTrainingOptions) -> ZImage:
-    """Describe the family for zimage_train_network.py and zimage_train.py."""
     return ZImage(_files(options), options, options.use_32bit_attention)
 
 
 def family_for_generation(options: ZImageGenerationOptions) -> ZImage:
-    """Describe the family for zimage_generate_image.py."""
     return ZImage(_files(options), NO_OPTIONS, options.use_32bit_attention, options.even_steps)
 
 

@@ -41,7 +41,6 @@ class ZImageAttention(GroupedAttention):
         return self.norm_q(query), self.norm_k(key), value
 
     def project(self, seen: Tensor) -> Tensor:
-        """Return the output, B L C, of the heads' attention side by side, B L C."""
         return in_own_dtype(self.to_out[0], seen)
 
 
@@ -69,7 +68,6 @@ class ZImageModel(LuminaModel):
 
     @property
     def last(self) -> LuminaFinalLayer:
-        """The last layer."""
         layer = self.all_final_layer[PART]
         assert isinstance(layer, LuminaFinalLayer)
         return layer

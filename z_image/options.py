@@ -80,7 +80,6 @@ class ZImageGenerationOptions(ZImageModelOptions, title=NAME):
 
 
 def caching_options(options: ZImageTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the commands that make missing caches of latents and of texts."""
     return {"--vae": options.vae.vae or "VAE_FILE"}, options.text.words("QWEN3_FILE")
 
 

@@ -353,7 +353,9 @@ def _show_one(
     try:
         frame = read_image(path)
         size = (frame.shape[1], frame.shape[0])
-        fit = None if source.table.references is None else fit_reference(source.table, size, path)
+        own = source.table.references is not None
+        bucket = None if image is None else image.bucket
+        fit = fit_reference(source.table, size, path, bucket) if own else None
     except MediaError as error:
         return ShownReference(name, text=str(error), is_bad=True)
     if fit is None and image is not None:

@@ -82,6 +82,11 @@ def text_faults(
         changed = difference({**usual, **made_with}, now)
         if changed is not None:
             yield f"{changed} in {table.name}"
+    if table.references is not None and table.references.seen_by_text:
+        there = min(_references_now(item) or 0, table.references.most)
+        seen = min((len(one.references) for one in records.values()), default=there)
+        if seen < there:
+            yield f"its caption was encoded with {seen} of its {count_of(there, 'reference picture')}"
     if table.directory is None:
         return
     for record in records.values():
@@ -210,20 +215,26 @@ def _reference_faults(item: TrainingItem, tensors: Iterable[str]) -> Iterator[st
         return
     cached = sum(key.startswith(CONTROL) and not key.endswith(FLIPPED) for key in tensors)
     made_with = f"it was made with {count_of(cached, 'reference picture')}"
+    there = _references_now(item)
+    if table.directory is None:
+        if there is not None and min(there, rules.most) != cached:
+            yield f"{made_with}, now {table.source} names {there}"
+    elif cached and table.control_directory is None:
+        yield f"it was made with reference pictures, {table.name} has no control_directory"
+    elif there is not None and cached < min(there, rules.most):
+        yield f"{made_with}, now its image has {min(there, rules.most)}"
+
+
+def _references_now(item: TrainingItem) -> int | None:
+    """Return how many reference pictures an item has, whatever a model takes; None: it is not known."""
+    table = item.table
     if table.directory is None:
         from dataset.sources.tables import count_named_references
 
-        named = count_named_references(table, item.source_stem)
-        if named is not None and min(named, rules.most) != cached:
-            yield f"{made_with}, now {table.source} names {named}"
-    elif cached and table.control_directory is None:
-        yield f"it was made with reference pictures, {table.name} has no control_directory"
-    elif cached < rules.most:
-        from dataset.sources.folders import count_references
+        return count_named_references(table, item.source_stem)
+    from dataset.sources.folders import count_references
 
-        there = min(count_references(table, item.source_stem), rules.most)
-        if cached < there:
-            yield f"{made_with}, now its image has {there}"
+    return None if table.control_directory is None else count_references(table, item.source_stem)
 
 
 def as_shape(shape: Iterable[int]) -> str:

@@ -158,7 +158,7 @@ def _decode_image(
     control = []
     for path in source.control:
         if table.references is not None:
-            control.append(read_reference(path, source, place, is_mirrored))
+            control.append(read_reference(path, source, fit.bucket, place, is_mirrored))
             continue
         # alpha apart from the colours: Pillow would darken these by it, and generation does not
         colours, own_alpha = _colours_and_alpha(read_image(path, keeps_alpha))

@@ -16,7 +16,7 @@ from dataset.sources.fetching import fetch
 from dataset.sources.media_source import Fault, MediaSource
 from modules.errors import DatasetError, MediaError
 from modules.media.augmenting import mirror
-from modules.media.buckets import Fit, Size, bucket_sizes, choose_bucket, fit_cover
+from modules.media.buckets import Fit, Size, bucket_sizes, choose_bucket, fit_cover, fit_within
 from modules.media.reading import Frame, fit_frame, image_size, read_image
 
 logger = logging.getLogger(__name__)
@@ -85,16 +85,16 @@ def limit_references(table: DatasetTable, sources: list[MediaSource]) -> list[Me
 
 
 def read_reference(
-    path: Path, source: MediaSource, place: Callable[[Frame], Frame], is_mirrored: bool
+    path: Path, source: MediaSource, bucket: Size, place: Callable[[Frame], Frame], is_mirrored: bool
 ) -> NDArray[np.uint8]:
     """Read a reference picture of an image, 1 H W 3.
 
-    place: resizes, crops and mirrors it like the image. is_mirrored: mirror one that keeps its size too.
-    Raises MediaError if it cannot be used.
+    bucket: of the image. place: resizes, crops and mirrors it like the image. is_mirrored: mirror one that
+    keeps its size or shape too. Raises MediaError if it cannot be used.
     """
     try:
         picture = read_image(path)
-        fit = fit_reference(source.table, (picture.shape[1], picture.shape[0]), path)
+        fit = fit_reference(source.table, (picture.shape[1], picture.shape[0]), path, bucket)
     except MediaError as error:
         raise explain_reference(source, error) from error
     if fit is None:
@@ -127,7 +127,7 @@ def reference_buckets(source: MediaSource, bucket: Size) -> tuple[Size, ...]:
     if source.origins:
         return ()
     try:
-        fits = [fit_reference(source.table, image_size(path), path) for path in source.control]
+        fits = [fit_reference(source.table, image_size(path), path, bucket) for path in source.control]
     except MediaError as error:
         raise explain_reference(source, error) from error
     return tuple(bucket if fit is None else fit.bucket for fit in fits)
@@ -139,21 +139,24 @@ def explain_reference(source: MediaSource, error: Exception) -> MediaError:
     return MediaError(f"{text.rstrip('.')}. Replace it, or remove it")
 
 
-def fit_reference(table: DatasetTable, size: Size, path: Path) -> Fit | None:
+def fit_reference(table: DatasetTable, size: Size, path: Path, bucket: Size | None = None) -> Fit | None:
     """Return how a reference picture of `size` is resized and cropped; None: like its image.
 
-    What keeps its size loses pixels at the right and below only, as in other tuners' caches. Raises
-    MediaError if it is too small, DatasetError if control_resolution is.
+    bucket: of the image; None: not known yet. What keeps its size loses pixels at the right and below only,
+    as in other tuners' caches. Raises MediaError if it is too small, DatasetError if control_resolution is.
     """
-    assert table.references is not None
-    (width, height), step, resolution = size, table.references.step, table.control_resolution
+    rules = table.references
+    assert rules is not None
+    (width, height), step, resolution = size, rules.step, table.control_resolution
     if min(size) < step:
         raise MediaError(f"{path} has {width}x{height} pixels, each side needs at least {step}")
     area = None if resolution is None else resolution[0] * resolution[1]
     if table.no_resize_control and (area is None or width * height <= area):
         return Fit(size, (0, 0), (width // step * step, height // step * step), "none")
     if resolution is None or area is None:
-        return None
+        if not rules.own_shape or bucket is None:
+            return None
+        return fit_within(size, bucket[0] * bucket[1] if rules.area is None else rules.area, step)
     try:
         sizes = _bucket_sizes(*resolution, step)
     except ValueError as error:

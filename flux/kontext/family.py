@@ -84,7 +84,6 @@ class KontextFiles(FluxFiles):
     t5_use: ClassVar = T5
 
     def add_encoders(self, options: KontextTextOptions) -> "KontextFiles":
-        """Return a copy with the options of the text encoders."""
         return replace(
             self,
             t5xxl=options.text_encoder1,
@@ -131,12 +130,10 @@ class Kontext(Flux):
 
     @property
     def references(self) -> ReferenceRules:
-        """It edits one picture, or makes one from a text alone."""
         return ReferenceRules(most=1, edits=True)
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Name of this model in saved files."""
         own = {"base_model_version": "flux_kontext", "model_type": "flux_kontext", "task": "kontext"}
         # the architecture as the known tuner of Kontext has it; that of FLUX.1 has another spelling
         return {**super().metadata, **own, "architecture": "Flux.1-dev"}
@@ -199,17 +196,14 @@ class Kontext(Flux):
 
 
 def family_for_latent_caching(options: KontextLatentCachingOptions) -> Kontext:
-    """Describe the family for flux_kontext_cache_latents.py."""
     return Kontext(KontextFiles().add_vae(options.vae.file))
 
 
 def family_for_text_caching(options: KontextTextCachingOptions) -> Kontext:
-    """Describe the family for flux_kontext_cache_text_encoder_outputs.py."""
     return Kontext(KontextFiles().add_encoders(options.text))
 
 
 def family_for_training(options: KontextTrainingOptions) -> Kontext:
-    """Describe the family for flux_kontext_train_network.py."""
     return Kontext(
         _kontext_files(options),
         trained_guidance=options.embedded_guidance,
@@ -219,7 +213,6 @@ def family_for_training(options: KontextTrainingOptions) -> Kontext:
 
 
 def family_for_generation(options: KontextGenerationOptions) -> Kontext:
-    """Describe the family for flux_kontext_generate_image.py."""
     return Kontext(_kontext_files(options), resizes_references=not options.no_resize_control)
 
 

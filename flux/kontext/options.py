@@ -73,7 +73,6 @@ class KontextGenerationOptions(Options, title=NAME):
 
 
 def caching_options(options: KontextTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the commands that make missing caches of latents and of texts."""
     return {"--vae": options.vae.file.vae or "VAE_FILE"}, _text_options(options.text)
 
 

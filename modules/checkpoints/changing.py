@@ -57,7 +57,6 @@ class Selection:
     excluded: tuple[str, ...] = ()
 
     def takes(self, name: str) -> bool:
-        """Return whether the name has a part of `targets` and no part of `excluded`."""
         is_target = not self.targets or any(part in name for part in self.targets)
         return is_target and not any(part in name for part in self.excluded)
 
@@ -87,7 +86,6 @@ class NewFile:
 
     @property
     def size_bytes(self) -> int:
-        """Return the bytes of all tensors."""
         return sum(info.size_bytes for info in self.tensors.values())
 
 
@@ -99,7 +97,7 @@ def plan_change(checkpoint: Checkpoint, change: CheckpointChange, stale: Sequenc
     unknown and a dtype is to be changed.
     """
     names = [name for name in checkpoint.tensors if change.kept.takes(name)]
-    _check_selections(checkpoint, change, names)
+    _check_selections(change, names)
     plain = plain_sources(checkpoint) if change.dtype is not None else {}
     scales = scales_in(checkpoint.tensors)
     unscaled = {  # weights that are multiplied by their scales; whole numbers stay, with theirs
@@ -154,13 +152,12 @@ def plan_change(checkpoint: Checkpoint, change: CheckpointChange, stale: Sequenc
 
 
 def rename(name: str, change: CheckpointChange) -> str:
-    """Return the name in the new file."""
     for prefix in change.strip:
         name = name.removeprefix(prefix)
     return change.add + name
 
 
-def _check_selections(checkpoint: Checkpoint, change: CheckpointChange, names: Sequence[str]) -> None:
+def _check_selections(change: CheckpointChange, names: Sequence[str]) -> None:
     if not names:
         raise OptionError("--full_target_keys and --full_exclude_keys leave no tensor: give other names")
     if change.dtype is not None and not any(change.cast.takes(name) for name in names):
@@ -204,7 +201,6 @@ def _as_dtype(
 def _metadata(
     checkpoint: Checkpoint, change: CheckpointChange, unscaled: set[str], stale: Sequence[str]
 ) -> tuple[dict[str, str], list[str]]:
-    """Return the metadata of the new file, and notes on missing entries."""
     old = checkpoint.metadata
     kept = {key: text for key, text in old.items() if not key.startswith(tuple(stale))}
     notes = [f"{key} is left out: it is that of the old tensors" for key in old if key not in kept]

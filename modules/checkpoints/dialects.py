@@ -90,7 +90,6 @@ def translate_name(name: str, table: Names) -> str:
 def rename_sources(
     sources: Mapping[str, TensorSource], name_of: Callable[[str], str]
 ) -> dict[str, TensorSource]:
-    """Return the same sources under the names that `name_of` returns."""
     return {name_of(name): source for name, source in sources.items()}
 
 
@@ -153,7 +152,6 @@ class DitShapes:
         return dim, in_dim, (frames, rows, columns)
 
     def blocks(self, start: str) -> int:
-        """Return the number of blocks in the list of that name."""
         return count(self.shapes, rf"{re.escape(start)}\.\d+")
 
 

@@ -72,12 +72,10 @@ class DitHeader(Generic[Config]):
 
     @property
     def kind(self) -> str:
-        """Return the kind of the model's condition: t2v, i2v, ..."""
         return self.config.kind
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Return the dtype that the model computes in unless an option says otherwise."""
         return choose_own_dtype(self.block_dtype)
 
 
@@ -182,10 +180,7 @@ def bare_names(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def choose_own_dtype(block_dtype: torch.dtype, for_fp8: torch.dtype | None = None) -> torch.dtype:
-    """Return the default compute dtype of a file whose block weights have this dtype.
-
-    That is the file's own; fp8 files compute in `for_fp8` or bfloat16.
-    """
+    """Return a file's usual compute dtype by that of its blocks: the same; of fp8 `for_fp8` or bfloat16."""
     return block_dtype if block_dtype.itemsize > 1 else for_fp8 or FP8_COMPUTE
 
 

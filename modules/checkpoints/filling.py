@@ -72,10 +72,7 @@ FIRST_WEIGHTS = {init.constant_, init.kaiming_uniform_, init.normal_, init.unifo
 
 @contextlib.contextmanager
 def on_meta_device() -> Iterator[None]:
-    """Make modules without weights, for a file to fill.
-
-    torch's random functions load its compiler on that device, which takes a second: they are not called.
-    """
+    """Make modules without weights. Random functions, which would load torch's compiler, are not called."""
     with torch.device("meta"), _NoFirstWeights():
         yield
 

@@ -44,7 +44,6 @@ def require_file(path: Path | None, option: str, why: str, default: Path | None 
 
 
 def inside(path: Path, folder: str) -> Path:
-    """Return `path`, or that folder in it if it is a whole release."""
     return path / folder if (path / folder).is_dir() else path
 
 

@@ -89,10 +89,7 @@ class Checkpoint:
         return Checkpoint(self.path, places, self._files)
 
     def starting_with(self, *prefixes: str) -> "Checkpoint":
-        """Return the tensors whose names begin with one of these, of a file that holds several networks.
-
-        The files stay shared, as of `without_prefix`.
-        """
+        """Return the tensors whose names begin with one of these; the files stay shared."""
         places = {name: place for name, place in self._places.items() if name.startswith(prefixes)}
         return Checkpoint(self.path, places, self._files)
 

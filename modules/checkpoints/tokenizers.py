@@ -183,7 +183,6 @@ class TokenizerFiles:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's text, or its class if it has no text."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

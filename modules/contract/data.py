@@ -236,9 +236,7 @@ class CacheEntry:
 
 
 def add_batch_axis(conditions: Conditions) -> Conditions:
-    """Give conditions of a single sample their batch dimension: tensors gain an axis, lists stay (one entry
-    per sample).
-    """
+    """Give a single sample's conditions a batch axis; lists stay, as they have one entry per sample."""
     return {
         name: value if isinstance(value, list) else value.unsqueeze(0) for name, value in conditions.items()
     }
@@ -355,6 +353,7 @@ class SamplingDefaults:
     # guidance scales of experts that have one of their own, by name
     expert_guidance: Mapping[str, float] = field(default_factory=dict)
     experts: tuple[Expert, ...] = ONE_EXPERT  # that the model has, given or not, by their lowest timestep
+    extras: tuple[str, ...] = ()  # what it reads of `Request.extra`, of a line of a training's samples
 
 
 def weigh_rows(rows: Tensor | list[Tensor], weights: Sequence[float]) -> Tensor:

@@ -112,7 +112,6 @@ class DitSpec:
     teacache_coefficients: tuple[float, ...] = ()
 
     def blocks(self, dit: nn.Module) -> dict[str, list[nn.Module]]:
-        """Return the blocks of each list by its name, in the order in which they run."""
         return {name: list(dit.get_submodule(name).children()) for name in self.block_lists}
 
 
@@ -177,7 +176,6 @@ class LearningEncoder(TextEncoder, Protocol):
 
 
 def can_learn(encoder: TextEncoder) -> TypeGuard[LearningEncoder]:
-    """Return whether a text encoder, loaded or not, is a `LearningEncoder`."""
     return encoder.can.learn
 
 
@@ -189,7 +187,6 @@ class EncoderWithSide(TextEncoder, Protocol):
 
 
 def has_text_side(encoder: TextEncoder) -> TypeGuard[EncoderWithSide]:
-    """Return whether a text encoder is an `EncoderWithSide`."""
     return encoder.can.have_side
 
 
@@ -200,7 +197,6 @@ class LayeredEncoder(TextEncoder, Protocol):
 
 
 def is_layered(encoder: TextEncoder) -> TypeGuard[LayeredEncoder]:
-    """Return whether a text encoder is a `LayeredEncoder`."""
     return encoder.can.wait
 
 
@@ -214,7 +210,6 @@ class DividedEncoder(TextEncoder, Protocol):
 
 
 def can_divide(encoder: TextEncoder) -> TypeGuard[DividedEncoder]:
-    """Return whether a text encoder is a `DividedEncoder`."""
     return encoder.can.divide
 
 
@@ -323,7 +318,6 @@ class KnowsFewSteps(Protocol):
 
 
 def knows_few_steps(family: Described) -> TypeGuard[KnowsFewSteps]:
-    """Return whether a family is a `KnowsFewSteps`."""
     return family.can.tell_few_steps
 
 
@@ -351,12 +345,10 @@ class HearsSound(Protocol):
 
 
 def hears_sound(family: Described) -> TypeGuard[HearsSound]:
-    """Return whether clips of this run can have sound."""
     return sound_of(family) is not None
 
 
 def sound_of(family: Described) -> SoundSpec | None:
-    """Return what a family's sound is made from; None if clips of this run can have none."""
     return cast("HearsSound", family).sound if family.can.hear else None
 
 
@@ -395,10 +387,13 @@ class Predicts(Passes, Protocol):
 class Generates(Protocol):
     """From a request to pixels, around the network: for generation and for training samples."""
 
-    # raises if one of the DiT or text encoders is missing or wrong; media: VAE too
+    # OptionError if the DiT or a text encoder is not given, CheckpointError if its file is missing or wrong;
+    # media: those of VAE and image encoder too
     def check_files(self, media: bool) -> None: ...
 
-    def prepare(self, request: Request) -> Prepared: ...  # final sizes and numbers, or raises; nothing loaded
+    # final sizes and numbers; OptionError for a request that cannot be, CheckpointError for a missing or
+    # wrong file, MediaError for a picture that cannot be read; nothing is loaded
+    def prepare(self, request: Request) -> Prepared: ...
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]: ...
 

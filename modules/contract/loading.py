@@ -45,7 +45,6 @@ class TensorSource:
         return tensors[0] if self.build is None else self.build(*tensors)
 
     def make_fp8(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Return the weight in 8 bits, and its scale."""
         assert self.as_fp8 is not None
         return self.as_fp8(*tensors)
 

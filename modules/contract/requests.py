@@ -116,7 +116,6 @@ class Prepared:
 
     @property
     def num_steps(self) -> int:
-        """How many steps are made."""
         return self.steps - self.first_step
 
 
@@ -147,7 +146,6 @@ VALUES = {
 
 
 def size_of(request: Request, usual: SamplingDefaults) -> tuple[int, int, int]:
-    """Return width, height and frames, with the defaults if the request does not say them."""
     return request.width or usual.width, request.height or usual.height, request.frames or usual.frames
 
 

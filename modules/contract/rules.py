@@ -19,7 +19,6 @@ class Expert:
 
     @property
     def words(self) -> str:
-        """Return how messages call it: `high-noise transformer`."""
         return f"{self.name.replace('_', '-')} transformer".lstrip()
 
 
@@ -63,10 +62,7 @@ def expert_of_file(path: Path, folders: Mapping[str, str]) -> str | None:
 
 
 def expert_at(timestep: float, experts: Sequence[Expert]) -> int:
-    """Return the index of the expert that a timestep belongs to: of those that begin at or below it the last.
-
-    What lies below all of them belongs to the lowest.
-    """
+    """Return the index of the timestep's expert: the last that begins at or below it, else the lowest."""
     start = max(timestep, min(expert.lowest for expert in experts))
     begun = [(expert.lowest, index) for index, expert in enumerate(experts) if expert.lowest <= start]
     return max(begun)[1]
@@ -185,12 +181,10 @@ class Source:
 
     @property
     def extra_option(self) -> str:
-        """The option of the extra noise."""
         return "i2_extra_noise" if self.option == IMAGE else "v2v_extra_noise"
 
     @property
     def needs_vae(self) -> bool:
-        """Whether it has to be encoded."""
         return self.option != LATENTS
 
     def in_words(self) -> Mapping[str, object]:
@@ -265,7 +259,6 @@ class TokenCount:
 
     @property
     def cut_text(self) -> str:
-        """Return the end of the text, which is not read."""
         return self.text[self.kept :]
 
 
@@ -337,10 +330,13 @@ class SoundLearning:
 class ReferenceRules:
     """How a family takes reference pictures: the control images of an item, or of a request.
 
-    Each keeps a size of its own: that of the target, or what the keys of its table say.
+    Each keeps a size of its own: that of the target, or what the keys of its table or `own_shape` say.
     """
 
     most: int  # of one item or request
     step: int = 16  # sides are multiples of this, in pixels
     seen_by_text: bool = False  # by a text encoder: a changed one makes texts stale
     edits: bool = False  # the model was trained to have one: a request without any is warned of
+    # one of an item keeps its shape, whatever the target's, and is reduced to `area`
+    own_shape: bool = False
+    area: int | None = None  # pixels at most; None: as many as the target has

@@ -104,7 +104,6 @@ class Tweaks:
 
     @property
     def steer(self) -> Steer | None:
-        """What combines what attention sees of two texts; None: there is one."""
         return None if self.away is None else self.away.steer
 
     def texts(self, batch: int, **text: Any) -> list[dict[str, Any]]:
@@ -150,7 +149,6 @@ class Anchor:
     rules: ConsistencyRules | None = None
 
     def to(self, device: torch.device) -> "Anchor":
-        """Return a copy on the device."""
         changed = None if self.changed is None else self.changed.to(device)
         return replace(self, latents=self.latents.to(device), changed=changed)
 

@@ -113,10 +113,7 @@ def _parts(x: Tensor, piece: int) -> list[slice]:
 
 
 def supports_fp8(device: torch.device) -> bool:
-    """Return whether torch can use fp8 units of the device: NVIDIA from compute capability 8.9.
-
-    AMD's fp8 has another format.
-    """
+    """Return whether torch can use fp8 units: NVIDIA's from 8.9 on; AMD's have another format."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
@@ -163,10 +160,7 @@ def choose_product(
 
 
 def add_product(quantisation: Quantisation | None, device: torch.device) -> Quantisation | None:
-    """Return the quantisation with its `product` chosen for the device, if --fp8_fast is given.
-
-    Raises OptionError as `choose_product` does.
-    """
+    """Return the quantisation with the device's `product` for --fp8_fast. Raises as `choose_product`."""
     if quantisation is None or not quantisation.fp8_matmul:
         return quantisation
     return replace(quantisation, product=choose_product(device))

@@ -24,7 +24,6 @@ _BLOCK_ELEMENTS = 1 << 20
 
 
 def is_fp8(dtype: torch.dtype) -> bool:
-    """Return whether a dtype is one of the float8 formats."""
     return dtype.itemsize == 1 and dtype.is_floating_point
 
 
@@ -110,7 +109,6 @@ def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 def scale_of(layer: nn.Linear) -> Tensor | None:
-    """Return the layer's `scale_weight` buffer."""
     scale = layer.scale_weight
     assert scale is None or isinstance(scale, Tensor)
     return scale

@@ -89,10 +89,7 @@ Compute = Callable[[Tensor], Tensor]
 
 
 def compute_piece(compute: Compute, piece: Tensor) -> Tensor:
-    """Return `compute(piece)`.
-
-    Its result and the memory that it uses must be proportional to the last two axes.
-    """
+    """Return `compute(piece)`, whose result and memory must be proportional to the last two axes."""
     if has_torch_function((piece,)):  # true while a mode such as `dry_run.OneOfManyPieces` is active
         result: Tensor = handle_torch_function(compute_piece, (piece,), compute, piece)
         return result

@@ -9,15 +9,11 @@ from torch import Tensor, nn
 
 
 def activation_dtype(device: torch.device, weights: torch.dtype) -> torch.dtype:
-    """Return the dtype of activations between layers: autocast's if it is on, else that of the weights."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weights
 
 
 def in_own_dtype(layer: nn.Module, x: Tensor) -> Tensor:
-    """Return layer(x) with x cast to the dtype of the layer's weight.
-
-    Under autocast, and with fp8 weights, x is not cast: the layer chooses.
-    """
+    """Return layer(x), x cast to its weight's dtype; under autocast or in fp8 the layer chooses."""
     dtype = _weight_dtype(layer)
     if x.dtype == dtype or dtype.itemsize == 1 or torch.is_autocast_enabled(x.device.type):
         return layer(x)

@@ -88,7 +88,6 @@ def exact_table(
 
 
 def turns(angles: Tensor) -> Tensor:
-    """Return cosine and sine of each angle in a new last dimension."""
     return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
@@ -142,7 +141,6 @@ class GridTable(Generic[Layout]):
         self._last: tuple[Layout, Tensor] | None = None
 
     def of(self, grid: Layout, device: torch.device) -> Tensor:
-        """Return the table of a grid on a device."""
         if self._last is None or self._last[0] != grid or self._last[1].device != device:
             with torch.inference_mode(False):  # a table made for a sample also serves the next training step
                 self._last = grid, self._make(grid, device=device)

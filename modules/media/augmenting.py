@@ -96,5 +96,4 @@ def _start(
 
 
 def mirror(frame: Frame) -> Frame:
-    """Return a picture, or its mask, with left and right exchanged. frame: ... H W C, or H W."""
     return np.ascontiguousarray(frame[:, ::-1])

@@ -66,6 +66,19 @@ def fit_cover(size: Size, bucket: Size) -> Fit:
     return Fit(resized, crop, bucket, "lanczos" if scale > 1 else "area")
 
 
+def fit_within(size: Size, area: int | None, step: int) -> Fit:
+    """Return how to reduce a picture to so many pixels in its shape, and cut it around its middle.
+
+    area: None keeps the size. step: sides become multiples of this.
+    """
+    resized, how = size, "none"
+    if area is not None and size[0] * size[1] > area:
+        scale, how = math.sqrt(area / (size[0] * size[1])), "lanczos"
+        resized = max(int(size[0] * scale), step), max(int(size[1] * scale), step)
+    crop = resized[0] % step // 2, resized[1] % step // 2
+    return Fit(resized, crop, (resized[0] // step * step, resized[1] // step * step), how)
+
+
 # The buckets of image trainers: sizes by a shortest and a longest side, and how a picture fits one.
 #
 # Sizes are (width, height) in pixels. Numbers only: no pixels are read here.
@@ -88,7 +101,6 @@ def image_bucket_sizes(resolution: Size, shortest: int, longest: int, step: int)
 
 
 def choose_image_bucket(size: Size, sizes: Sequence[Size]) -> Size:
-    """Return the bucket of exactly that size, else the first of those whose proportions are nearest."""
     if size in sizes:
         return size
     aspect = size[0] / size[1]
@@ -126,7 +138,6 @@ def fit_like(fit: Fit, size: Size, like: Size) -> Fit:
 
 
 def how_to_resize(size: Size, resized: Size) -> str:
-    """Return "none" if the size stays, "area" if both sides shrink, else "lanczos"."""
     if size == resized:
         return "none"
     return "area" if resized[0] < size[0] and resized[1] < size[1] else "lanczos"

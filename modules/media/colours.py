@@ -106,7 +106,6 @@ def coded_pixels(pixels: NDArray[np.uint8], codes: tuple[int, int]) -> NDArray[n
 
 
 def is_coded(codes: tuple[int, int]) -> bool:
-    """Return whether `coded_pixels` changes anything."""
     return _of_codes(*codes) is not None
 
 

@@ -68,7 +68,6 @@ class Companions:
 
     @property
     def tags(self) -> dict[str, str]:
-        """The tags of the file."""
         return self._cleaned(self._source.metadata)
 
     def add_streams(self, target: Any, video: Any) -> None:

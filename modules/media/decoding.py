@@ -85,7 +85,6 @@ Turned = TypeVar("Turned", bound=NDArray[Any])
 
 
 def has_alpha(frame: Any) -> bool:
-    """Return whether a frame of FFmpeg, or a stream's codec, has a channel of transparency."""
     return any(part.is_alpha for part in frame.format.components)
 
 
@@ -174,7 +173,6 @@ def first_picture(path: Path, container: Any, stream: Any) -> tuple[Any, int, in
 
 
 def is_sideways(frame: Any) -> bool:
-    """Return whether a frame of FFmpeg is to be turned by a quarter."""
     return round(frame.rotation / 90) % 2 == 1
 
 

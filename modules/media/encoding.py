@@ -53,7 +53,6 @@ def in_eight_bits(pixels: Pixels) -> NDArray[np.uint8]:
 
 
 def in_sixteen_bits(pixels: Pixels) -> NDArray[np.uint16]:
-    """Return pixels with 16 bits."""
     if pixels.dtype == np.uint16:
         return np.asarray(pixels, dtype=np.uint16)
     return pixels.astype(np.uint16) * np.uint16(257)
@@ -94,7 +93,6 @@ MUXERS = {".mp4": "mp4", ".mkv": "matroska", ".mov": "mov"}
 
 
 def encoder_for(codec: str, width: int, height: int) -> str:
-    """Return the codec to use for pictures of a size: h264 in place of h265 for tiny ones."""
     is_tiny = width // 2 * 2 < SMALLEST_H265[0] or height // 2 * 2 < SMALLEST_H265[1]
     return "h264" if codec == "h265" and is_tiny else codec
 
@@ -270,5 +268,4 @@ def keep_proportions(path: Path, source: Any, video: Any) -> None:
 
 
 def needs_own_tags(tags: Iterable[str]) -> bool:
-    """Return whether MP4 has no fields of its own for some of these tags."""
     return any(name.lower() not in _MP4_TAGS for name in tags)

@@ -45,15 +45,11 @@ CLIP_FRAMES = 4  # whose hashes are a clip's
 
 
 def brightness(frame: Frame) -> float:
-    """Return the mean luma, from 0 (black) to 1 (white)."""
     return float(_grey(frame, BLACK_SIDE).mean())
 
 
 def is_black(frame: Frame, threshold: float = BLACK_PIXEL, share: float = BLACK_SHARE) -> bool:
-    """Return whether at least `share` of the pixels have a luma below `threshold` (0..1).
-
-    Source: the defaults of FFmpeg's filter blackdetect.
-    """
+    """Return whether `share` of pixels have a luma below `threshold`, 0..1. Source: FFmpeg's blackdetect."""
     return bool((_grey(frame, BLACK_SIDE) < threshold).mean() >= share)
 
 
@@ -140,7 +136,6 @@ def hashed_frames(frames: Sequence[Frame]) -> list[Frame]:
 
 
 def _grey(frame: Frame, longest: int) -> Grey:
-    """Return the luma 0..1 of a frame, reduced so that its longer side has at most `longest` pixels."""
     return _reduce(frame, longest / max(frame.shape[:2]))
 
 

@@ -130,7 +130,6 @@ def open_container(path: Path, formats: Sequence[str] = VIDEO_FORMATS) -> Any:
 
 
 def is_cover(stream: Any) -> bool:
-    """Return whether a stream of pictures is a single one that stands for the file."""
     return bool(int(stream.disposition) & ATTACHED_PICTURE)
 
 

@@ -15,12 +15,10 @@ class CodecOptions(Options, title="video format"):
 
     @property
     def suffix(self) -> str:
-        """Suffix of a video file; ProRes needs Matroska."""
         return ".mkv" if self.is_deep else f".{self.container}"
 
     @property
     def is_deep(self) -> bool:
-        """Whether the codec holds more than 8 bits a channel."""
         return self.codec == "prores"
 
 

@@ -65,7 +65,6 @@ def check_clip(pixels: Tensor, frame_step: int, side_step: int) -> None:
 
 
 def image_size(path: Path) -> Size:
-    """Return the (width, height) of an image file, or of a video whose first frame serves as one."""
     from modules.media.reading import frame_size
 
     return frame_size(path)
@@ -137,10 +136,7 @@ def video_pixels(
 
 
 def cross_fade(earlier: Tensor, later: Tensor) -> Tensor:
-    """Blend linearly from `earlier` at the first frame to `later` at the last; computed in float32.
-
-    earlier, later: B C F H W, the frames that both clips share. Returns the dtype of `later`.
-    """
+    """Blend B C F H W linearly from `earlier` to `later`, in float32; returns the dtype of `later`."""
     weights = torch.linspace(1, 0, later.shape[2], dtype=torch.float32, device=later.device).view(
         1, 1, -1, 1, 1
     )

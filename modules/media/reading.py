@@ -23,6 +23,7 @@ from PIL import Image, features
 
 from modules.errors import MediaError
 from modules.limits import MAX_SHOWN_SECONDS, MAX_TAG_CHARACTERS
+from modules.media import decoding
 from modules.media.buckets import Fit, Size, fit_cover
 from modules.media.colours import (
     Colours,
@@ -32,21 +33,6 @@ from modules.media.colours import (
     look_at,
     shown_pixels,
     upright,
-)
-from modules.media.decoding import (
-    animation_durations,
-    animation_frames,
-    colour_codes,
-    decode_frames,
-    first_picture,
-    frame_pixels,
-    has_alpha,
-    hdr_of,
-    hides_alpha,
-    is_animation,
-    is_sideways,
-    square_width,
-    turn_upright,
 )
 from modules.media.opening import open_image, open_video
 
@@ -132,29 +118,29 @@ def media_colours(path: Path) -> Colours:
     if path.suffix.lower() in VIDEO_SUFFIXES:
         with open_video(path) as (container, stream):
             codec, is_transparent = stream.codec_context, False
-            if hides_alpha(stream) or (codec.format is not None and has_alpha(codec)):
-                first, _ = next(decode_frames(path, container, stream))
-                shown, plain = (frame_pixels(first, stream), first.to_ndarray(format="rgb24", threads=1))
+            if decoding.hides_alpha(stream) or (codec.format is not None and decoding.has_alpha(codec)):
+                first, _ = next(decoding.decode_frames(path, container, stream))
+                shown, plain = (
+                    decoding.frame_pixels(first, stream),
+                    first.to_ndarray(format="rgb24", threads=1),
+                )
                 is_transparent = not np.array_equal(shown, plain)
-            is_converted, fields = is_coded(colour_codes(codec)), int(codec.field_order)
+            is_converted, fields = is_coded(decoding.colour_codes(codec)), int(codec.field_order)
             return Colours(
                 is_transparent,
                 is_converted,
-                hdr=hdr_of(codec),
+                hdr=decoding.hdr_of(codec),
                 is_interlaced=fields > PROGRESSIVE,
                 by_codes=is_converted,
-                is_square=square_width(codec, stream) == codec.width,
+                is_square=decoding.square_width(codec, stream) == codec.width,
             )
     with open_image(path) as file:
         colours = look_at(path, file)
-        return replace(colours, is_transparent=False) if is_animation(path) else colours
+        return replace(colours, is_transparent=False) if decoding.is_animation(path) else colours
 
 
 def read_mask(path: Path) -> Frame:
-    """Read an image as a mask, H W 3: white counts; of one that is drawn by transparency what is opaque.
-
-    Raises MediaError if the image cannot be read.
-    """
+    """Read a mask, H W 3: white counts; of one drawn by transparency what is opaque. Raises MediaError."""
     look, frame = MaskLook(), read_image(path, alpha=True)
     on_white, opacity = look.add(frame)
     return np.repeat(opacity[..., None], 3, axis=2) if look.is_drawn else on_white
@@ -184,15 +170,11 @@ class MaskLook:
 
     @property
     def is_drawn(self) -> bool:
-        """Return what was found in the frames so far."""
         return self._is_transparent and int((self._highs - self._lows).max()) <= ONE_COLOUR
 
 
 def image_size(path: Path) -> Size:
-    """Return (width, height) of the upright image, read from the header only.
-
-    Raises MediaError if the image cannot be read.
-    """
+    """Return (width, height) of the upright image, by its header. Raises MediaError if it cannot be read."""
     with open_image(path) as image:
         width, height = image.size
         return (height, width) if image.getexif().get(ORIENTATION, 1) >= 5 else (width, height)
@@ -240,25 +222,18 @@ def resize_frame(frame: Frame, size: Size, interpolation: str) -> Frame:
 
 
 def resize_stretched(frame: Frame, size: Size) -> Frame:
-    """Resize a frame to exactly `size`, bicubic, whatever becomes of its proportions."""
     if (frame.shape[1], frame.shape[0]) == size:
         return frame
     return np.array(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC))
 
 
 def first_frame(path: Path, alpha: bool = False) -> Frame:
-    """Read an image, or the first frame of a video file or of a folder of images: H W 3.
-
-    alpha: as of `read_image`. Raises MediaError if it cannot be read.
-    """
+    """Read an image or a clip's first frame, H W 3. alpha: as of `read_image`. Raises MediaError."""
     return next(video_frames(path, alpha)) if _plays(path) else read_image(path, alpha)
 
 
 def frame_size(path: Path) -> Size:
-    """Return (width, height) of an image, or of the frames of a video file or of a folder of images.
-
-    Raises MediaError if it cannot be read.
-    """
+    """Return (width, height) of an image or of a clip's frames. Raises MediaError if it cannot be read."""
     if not _plays(path):
         return image_size(path)
     info = video_info(path)
@@ -285,21 +260,23 @@ def video_frames(path: Path, alpha: bool = False, threads: int = 0) -> Iterator[
 
 def timed_frames(path: Path, alpha: bool = False, threads: int = 0) -> Iterator[tuple[Frame, float, float]]:
     """Yield all frames of a video file as `video_frames` does, each with its start and its end in seconds."""
-    if is_animation(path):
+    if decoding.is_animation(path):
         end = 0.0
-        for pixels, seconds in animation_frames(path):
+        for pixels, seconds in decoding.animation_frames(path):
             yield pixels if alpha else blend_on_white(pixels), end, end + seconds
             end += seconds
         return
     with open_video(path) as (container, stream):
         usual_seconds = 1 / float(stream.average_rate) if stream.average_rate else 0.0
         stream.codec_context.thread_count = threads
-        for frame, start in decode_frames(path, container, stream):
+        for frame, start in decoding.decode_frames(path, container, stream):
             shown = float(frame.duration * stream.time_base) if frame.duration else usual_seconds
-            pixels = coded_pixels(frame_pixels(frame, stream, alpha=alpha), colour_codes(frame))
-            if (width := square_width(frame, stream)) != frame.width:
+            pixels = coded_pixels(
+                decoding.frame_pixels(frame, stream, alpha=alpha), decoding.colour_codes(frame)
+            )
+            if (width := decoding.square_width(frame, stream)) != frame.width:
                 pixels = resize_frame(pixels, (width, frame.height), "lanczos")
-            yield turn_upright(pixels, frame.rotation), start, start + shown
+            yield decoding.turn_upright(pixels, frame.rotation), start, start + shown
 
 
 def slots(rate: float) -> Iterator[float]:
@@ -345,14 +322,14 @@ def video_info(path: Path) -> VideoInfo:
         images = folder_images(path)
         width, height = image_size(images[0])
         return VideoInfo(width, height, len(images), None)
-    if is_animation(path):
-        durations = animation_durations(path)
+    if decoding.is_animation(path):
+        durations = decoding.animation_durations(path)
         shown = sum(durations)
         return VideoInfo(*image_size(path), len(durations), len(durations) / shown, shown)
     with open_video(path) as (container, stream):
-        first, _, _ = first_picture(path, container, stream)
-        width, height = square_width(first, stream), first.height
-        width, height = (height, width) if is_sideways(first) else (width, height)
+        first, _, _ = decoding.first_picture(path, container, stream)
+        width, height = decoding.square_width(first, stream), first.height
+        width, height = (height, width) if decoding.is_sideways(first) else (width, height)
         # a header may claim any number of frames; each takes a byte at least
         frames = stream.frames if 0 < stream.frames <= path.stat().st_size else None
         fps = float(stream.average_rate) if stream.average_rate else None

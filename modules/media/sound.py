@@ -26,7 +26,6 @@ def add_aac_stream(target: Any, channels: int, rate: int) -> Any:
 
 
 def layout_of(channels: int) -> str:
-    """Return FFmpeg's name of the usual layout of so many channels."""
     return _LAYOUTS.get(channels, "stereo")
 
 
@@ -151,7 +150,6 @@ Format: Layer, Start, End, Style, Name, MarginL, MarginR, MarginV, Effect, Text
 
 
 def is_text(stream: Any) -> bool:
-    """Return whether a stream of subtitles is text that can be repacked; others are pictures."""
     return stream.codec_context is not None and stream.codec_context.name in _TEXT
 
 

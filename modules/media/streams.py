@@ -12,20 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from modules.errors import MediaError
+from modules.media import decoding
 from modules.media.colours import blend_on_white
-from modules.media.decoding import (
-    animation_durations,
-    animation_frames,
-    check_size,
-    decode_frames,
-    first_picture,
-    frame_pixels,
-    hdr_of,
-    is_animation,
-    stated_end,
-    time_origin,
-    turn_upright,
-)
 from modules.media.encoding import Picture, in_eight_bits
 from modules.media.opening import open_video
 from modules.media.reading import image_size
@@ -55,13 +43,13 @@ def source_info(path: Path) -> SourceInfo:
     Raises MediaError if it is missing, empty, no video, without a video stream, without any picture, or
     shorter than its header says.
     """
-    if is_animation(path):
-        durations = animation_durations(path)
+    if decoding.is_animation(path):
+        durations = decoding.animation_durations(path)
         rate = len(durations) / sum(map(_animation_seconds, durations), Fraction(0))
         return SourceInfo(*image_size(path), rate, len(durations), is_deep=False)
     with open_video(path) as (container, stream):
-        check_size(path, container, stream)
-        first, width, height = first_picture(path, container, stream)
+        decoding.check_size(path, container, stream)
+        first, width, height = decoding.first_picture(path, container, stream)
         rate = _plain_rate(stream)
         # a header may claim any number of frames; each takes a byte at least
         count, most = int(stream.frames), path.stat().st_size
@@ -84,7 +72,7 @@ def shown_frames(path: Path, deep: bool = False, limit: int | None = None) -> It
     if limit is not None and limit < 1:
         return
     previous: Picture | None = None
-    for number, frame in enumerate(_animation(path) if is_animation(path) else _timed(path, deep)):
+    for number, frame in enumerate(_animation(path) if decoding.is_animation(path) else _timed(path, deep)):
         if previous is not None:
             yield Picture(previous.pixels, previous.start, frame.start - previous.start)
         if number == limit:
@@ -102,7 +90,7 @@ def shown_frames(path: Path, deep: bool = False, limit: int | None = None) -> It
 
 def _animation(path: Path) -> Iterator[Picture]:
     start = Fraction(0)
-    for pixels, duration in animation_frames(path):
+    for pixels, duration in decoding.animation_frames(path):
         seconds = _animation_seconds(duration)
         yield Picture(blend_on_white(pixels), start, seconds)
         start += seconds
@@ -114,10 +102,10 @@ def _animation_seconds(duration: float) -> Fraction:
 
 def _timed(path: Path, deep: bool) -> Iterator[Picture]:
     with open_video(path) as (container, stream):
-        rate, origin = _plain_rate(stream), time_origin(container)
+        rate, origin = _plain_rate(stream), decoding.time_origin(container)
         clock = Clock(rate, Fraction(stream.time_base))
         # when the last picture ends: files keep no duration of it, or that of the one stored last
-        end = stated_end(container, stream)
+        end = decoding.stated_end(container, stream)
         if "mov" in container.format.name and stream.duration:
             end = ((stream.start_time or 0) + stream.duration) * Fraction(stream.time_base)
         if end is not None and container.duration:
@@ -126,10 +114,10 @@ def _timed(path: Path, deep: bool) -> Iterator[Picture]:
             end = min(end, length) - origin
         else:
             end = None
-        for number, (frame, _) in enumerate(decode_frames(path, container, stream)):
+        for number, (frame, _) in enumerate(decoding.decode_frames(path, container, stream)):
             base = frame.time_base or stream.time_base
             if number == 0:
-                hdr = hdr_of(frame)
+                hdr = decoding.hdr_of(frame)
                 if hdr is not None:
                     logger.warning(
                         "%s is an HDR video (%s). Its brightness is not converted: the result looks pale, "
@@ -140,12 +128,12 @@ def _timed(path: Path, deep: bool) -> Iterator[Picture]:
                 if container.format.name == "avi":  # it has no times: FFmpeg guesses a delay of its decoder
                     origin = (frame.pts or 0) * base
             start = clock.place(None if frame.pts is None else frame.pts * base - origin)
-            pixels = frame_pixels(frame, stream, _is_deep(frame))
+            pixels = decoding.frame_pixels(frame, stream, _is_deep(frame))
             pixels = pixels if deep else in_eight_bits(pixels)
             seconds = clock.duration(Fraction(frame.duration * base) if frame.duration else None)
             if end is not None and end - start > seconds + 1 / rate:
                 seconds = end - start  # of the last one; of the others it is not known yet
-            yield Picture(turn_upright(pixels, frame.rotation), start, seconds)
+            yield Picture(decoding.turn_upright(pixels, frame.rotation), start, seconds)
 
 
 class Clock:

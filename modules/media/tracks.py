@@ -29,7 +29,6 @@ class TrackSound:
         self._stream: Any = None
 
     def add_streams(self, target: Any, _: Any) -> None:
-        """Add a stream of sound to the new file."""
         self._stream = add_aac_stream(target, len(self._samples), self._rate)
 
     def write(self, target: Any, seconds: Fraction | None) -> None:

@@ -122,7 +122,6 @@ class Timing:
 
     @property
     def seconds(self) -> Fraction:
-        """From the first picture to the end of the last one."""
         return self._end - self._begin
 
     def note(self, frames: Iterable[Picture]) -> Iterator[Pixels]:
@@ -306,7 +305,6 @@ def _replace_tags(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, s
 
 
 def _muxing(suffix: str, rate: Fraction, tags: Mapping[str, str]) -> dict[str, str]:
-    """Return the options of a container."""
     options = {"max_interleave_delta": "1000000"}  # microseconds: gaps in subtitles hold nothing up
     if suffix != ".mkv":
         options["movie_timescale"] = str(ticks_per_second(rate))  # of the start; usually milliseconds

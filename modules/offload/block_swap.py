@@ -66,7 +66,6 @@ class Slot:
     is_changed: bool = False  # the host's copies are out of date
 
     def views(self, unit: Unit) -> list[Tensor]:
-        """Return the memory as views with the shapes of a unit's weights."""
         places = zip(self.memory, unit.host, strict=False)  # another block may have more
         return [memory[: host.nbytes].view(host.dtype).view(host.shape) for memory, host in places]
 
@@ -339,7 +338,6 @@ def _report(
 
 
 def swap_of(network: nn.Module) -> BlockSwap | None:
-    """Return the network's `BlockSwap`; None if all its weights are on the device."""
     found = getattr(network, _NAME, None)
     return found if isinstance(found, BlockSwap) else None
 

@@ -20,7 +20,7 @@ import math
 import types
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -39,6 +39,7 @@ from torch.utils.checkpoint import (
 from modules.contract.family import DitSpec
 from modules.contract.loading import TensorInfo
 from modules.offload.host_memory import Transfer, allocate, transfer_to
+from modules.private_torch import function_modes
 
 ALIGNMENT = 256  # bytes
 
@@ -67,7 +68,6 @@ class HostMemory:
         return self._make(size_bytes)
 
     def put(self, piece: Tensor) -> None:
-        """Make a piece free to be taken again."""
         self._free.append(piece)
 
 
@@ -98,7 +98,6 @@ class Offload:
         self._last = None
 
     def hooks(self) -> saved_tensors_hooks:
-        """Return a context in which tensors that autograd keeps go to host memory."""
         return saved_tensors_hooks(self._pack, self._unpack)
 
     def _pack(self, tensor: Tensor) -> "Tensor | _Away":
@@ -317,6 +316,7 @@ class _Given:
         self._tensors: list[Tensor] | None = tensors
         self._pieces = x.chunk(count, dim=1)  # split once, so that the pieces' gradients are joined once
         self._done = 0  # recomputed pieces
+        self._modes = function_modes()  # a rehearsal's: torch turns them off during `backward`
 
     def forget(self) -> None:
         """Release everything until the backward pass: all pieces are computed."""
@@ -338,4 +338,7 @@ class _Given:
             self._done += 1
             if self._done == self._count:
                 self.forget()
-        return self._method(self._block, *inputs)
+        with ExitStack() as stack:
+            for mode in self._modes if is_again else ():
+                stack.enter_context(mode)
+            return self._method(self._block, *inputs)

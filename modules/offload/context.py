@@ -119,15 +119,12 @@ class TokenPart:
 
     @property
     def run(self) -> slice:
-        """Return which tokens these are."""
         return slice(min(self.index * self.size, self.length), min((self.index + 1) * self.size, self.length))
 
     def of_first(self, count: int) -> int:
-        """Return how many of the first `count` tokens are here."""
         return min(max(count - self.run.start, 0), self.run.stop - self.run.start)
 
     def of_last(self, count: int) -> int:
-        """Return how many of the last `count` tokens are here."""
         return self.run.stop - self.run.start - self.of_first(self.length - count)
 
     def rows(self, table: Tensor, before: int = 0) -> Tensor:

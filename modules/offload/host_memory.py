@@ -114,7 +114,6 @@ def _lay_out(sizes: Sequence[int]) -> tuple[list[int], list[range]]:
 
 
 def wait_for_all(machine: Machine) -> None:
-    """Return when every process has called this."""
     if machine.is_shared:
         torch.distributed.barrier()
 
@@ -171,7 +170,6 @@ def _share(size: int, machine: Machine) -> mmap.mmap | None:
 
 
 def _gather(value: Any) -> list[Any]:
-    """Return the value of every process, in order of rank."""
     values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
@@ -240,7 +238,6 @@ class Transfer:
         self._device = device
 
     def memory(self, size_bytes: int) -> Tensor:
-        """Return memory on the device: uint8, uninitialised."""
         return torch.empty(size_bytes, dtype=torch.uint8, device=self._device)
 
     def mark(self) -> Any:
@@ -289,7 +286,6 @@ class CudaTransfer(Transfer):
 
 
 def transfer_to(device: torch.device) -> Transfer:
-    """Return the transfer for the device."""
     return CudaTransfer(device) if device.type == "cuda" else Transfer(device)
 
 
@@ -349,7 +345,6 @@ class LoadedNetwork(Generic[Network, Beside]):
         return self._pair
 
     def free(self) -> None:
-        """Free the memory of both."""
         if self._pair is not None:
             device = next(self._pair[0].parameters()).device
             self._pair = None

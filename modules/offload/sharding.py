@@ -151,7 +151,6 @@ def _run_inside(root: nn.Module, forward: Callable[..., Any], *args: Any, **name
 
 
 def _blocks_of(network: nn.Module) -> dict[str, nn.Module]:
-    """Return the blocks by their paths, in the order in which they run."""
     lists = spec_of(network).blocks(network).items()
     return {f"{name}.{index}": block for name, blocks in lists for index, block in enumerate(blocks)}
 
@@ -178,7 +177,6 @@ def _keep_no_copies(inner: Runner, dit: nn.Module, hidden: Hidden, tweaks: Tweak
 
 
 def is_sharded(network: nn.Module) -> bool:
-    """Return whether a network's blocks are split over processes."""
     return hasattr(network, _NAME)
 
 
@@ -201,7 +199,6 @@ def gather_weight(weight: Tensor) -> Tensor:
 
 
 def rows_here(weight: Any) -> Tensor:
-    """Return the rows that this process has of a split weight."""
     rows: Tensor = weight.to_local().detach()
     return rows
 
@@ -226,7 +223,6 @@ def gather_rows(part: Tensor, weight: Tensor) -> Tensor:
 
 
 def is_split(weight: Tensor) -> bool:
-    """Return whether this process has a weight in part."""
     return hasattr(weight, "to_local")
 
 
@@ -279,7 +275,6 @@ def take_turns(work: Callable[[U], T], own: U) -> T:
 
 
 def launched_processes(environment: Mapping[str, str] = os.environ) -> int:
-    """Return how many processes a launcher started; 1 without one."""
     return int(environment.get("WORLD_SIZE", "1"))
 
 
@@ -322,10 +317,7 @@ def join_processes(
 
 
 def agree(value: T, group: "distributed.ProcessGroup | None" = None) -> T:
-    """Return the value that the first process gives, of all or of a group.
-
-    All must call it, after `join_processes`.
-    """
+    """Return the value of the first process, of all or of a group. All call it, after `join_processes`."""
     first, values = 0 if group is None else distributed.get_global_rank(group, 0), [value]
     distributed.broadcast_object_list(values, first, group, device=torch.device("cpu"))
     found: T = values[0]

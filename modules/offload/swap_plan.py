@@ -44,10 +44,7 @@ def plan_list(name: str, num_blocks: int, swapped: int, slots: int = SLOTS) -> L
 
 
 def most_blocks(num_blocks: Sequence[int], counts: Callable[[int], Sequence[int]]) -> int:
-    """Return the largest possible --blocks_to_swap.
-
-    num_blocks: of each list. counts: `DitSpec.swap_counts`.
-    """
+    """Return the largest --blocks_to_swap. num_blocks: of each list. counts: `DitSpec.swap_counts`."""
     return next(n for n in range(sum(num_blocks), -1, -1) if n == 0 or _fits(num_blocks, counts(n)))
 
 
@@ -68,27 +65,20 @@ class SwapPlan:
         return self.blocks > 0 or self.input_layers
 
     def lists(self, dit: nn.Module) -> list[ListPlan]:
-        """Return the plan of each list of blocks.
-
-        Raises OptionError if the network has too few blocks.
-        """
+        """Return the plan of each list of blocks. Raises OptionError if the network has too few."""
         totals = [len(blocks) for blocks in self.spec.blocks(dit).values()]
         swapped = check_swap(self.spec, self.blocks, totals)
         rows = zip(self.spec.block_lists, totals, swapped, strict=True)
         return [plan_list(*each, self.slots) for each in rows]
 
     def names(self, dit: nn.Module) -> list[str]:
-        """Return the names of all weights in host memory, in order of use.
-
-        Raises OptionError as `lists` does.
-        """
+        """Return the names of all weights in host memory, in order of use. Raises as `lists` does."""
         names = [name for path in self.input_layer_names(dit) for name in big_weights(dit, path)]
         for each in self.lists(dit):
             names += [name for index in each.streamed for name in big_weights(dit, f"{each.name}.{index}")]
         return names
 
     def input_layer_names(self, dit: nn.Module) -> list[str]:
-        """Return the names of the offloaded input layers that this variant of the network has."""
         return [name for name in self.spec.input_layers if hasattr(dit, name)] if self.input_layers else []
 
 
@@ -114,7 +104,6 @@ def big_weights(network: nn.Module, path: str) -> Iterator[str]:
 
 
 def big_layers(network: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (path, layer) of the layers in a part of a network whose weights are worth moving."""
     for name, module in network.get_submodule(path).named_modules(prefix=path):
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
             yield name, module
@@ -144,7 +133,6 @@ class HostWeights:
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:
-        """Return the memory by name; none before loading."""
         return {} if self._held is None else self._held.tensors
 
     def finish(self) -> None:
@@ -168,10 +156,7 @@ class HostWeights:
 
 
 def host_weights(plan: SwapPlan, device: torch.device, whole: bool = False) -> HostWeights | None:
-    """Return the host memory for the weights that the plan keeps off the device; None if there are none.
-
-    whole: for all weights.
-    """
+    """Return memory for weights that the plan keeps off the device, or None. whole: for all weights."""
     if not (plan or whole):
         return None
     return HostWeights(plan, device.type == "cuda", machine_of(os.environ), whole)

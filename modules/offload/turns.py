@@ -79,7 +79,6 @@ class HostCopy:
 
     @property
     def is_here(self) -> bool:
-        """Return whether the network can work: it is on its device."""
         return self._transfer is None or self._is_here
 
     @property

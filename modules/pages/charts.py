@@ -94,7 +94,6 @@ class _Axis:
         return self._start + (self._end - self._start) * (value - self._low) / (self._high - self._low)
 
     def ticks(self) -> Iterator[tuple[float, str]]:
-        """Return places of round values and how they are written."""
         span = self._high - self._low
         step = 10.0 ** math.floor(math.log10(span / MOST_TICKS))
         step *= next(factor for factor in (1, 2, 5, 10) if span / (step * factor) <= MOST_TICKS)
@@ -130,7 +129,6 @@ def _draw_curve(curve: Curve, across: _Axis, up: _Axis, colour: str) -> Iterator
 
 
 def _runs(points: Sequence[Point]) -> Iterator[list[Point]]:
-    """Return the pieces between values that are not finite."""
     for is_finite, run in groupby(points, lambda point: math.isfinite(point[1])):
         if is_finite:
             yield list(run)

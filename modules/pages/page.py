@@ -66,10 +66,7 @@ def file_policy() -> str:
 
 
 def write_page(path: Path, template: Path, title: str, values: Mapping[str, Any]) -> None:
-    """Write the page of `template` with these values, completely or not at all.
-
-    Raises as `render_page`, and OutputError if the file cannot be written.
-    """
+    """Write the page of `template`, completely or not at all. Raises as `render_page`, and OutputError."""
     write_text(path, render_page(template, title, values))
 
 

@@ -29,7 +29,6 @@ from modules.planning.memory_plan import BlockWeights, Swapped
 from modules.private_torch import TorchDispatchMode
 from modules.run_blocks import Hidden, runner_of, set_runner
 
-ALL_GATHER, ALL_REDUCE, ALL_TO_ALL = "all-gather", "all-reduce", "all-to-all"
 # What ways are compared with, not measured: a fast consumer card in 16 bits, and PCIe 4 x16
 OPERATIONS_A_SECOND = 100e12
 BYTES_A_SECOND = 25e9
@@ -156,18 +155,6 @@ def gathered_bytes(blocks: Sequence[BlockWeights], processes: int) -> int:
     """
     weights = (weight for block in blocks for weight in block)
     return sum(-(-rows // processes) * processes * (size // rows) for rows, size in weights)
-
-
-def count_traffic(work: Work, division: Division) -> dict[str, int]:
-    """Return the bytes of a step by collective, in one process."""
-    processes, context, count = division.processes, division.context, work.micro_batches
-    gathered = work.passes * gathered_bytes(work.blocks, processes) if division.shards else 0
-    joined, attended = (work.joined, work.attended // context) if context > 1 else (0, 0)
-    return {
-        ALL_GATHER: count * (gathered + joined),
-        ALL_REDUCE: work.gradients if processes > 1 else 0,
-        ALL_TO_ALL: count * attended,
-    }
 
 
 def estimate_time(work: Work, division: Division, swapped: Swapped) -> tuple[float, float]:

@@ -58,10 +58,7 @@ def spills(total: int, free: int, reserved: int) -> bool:
 
 
 def spare_bytes(device: torch.device) -> int:
-    """Return the bytes still free for tensors on a CUDA device, in the driver and in torch's allocator.
-
-    A margin is subtracted.
-    """
+    """Return the bytes free for tensors, in the CUDA driver and torch's allocator, less a margin."""
     free, total = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return free + unused - round(MARGIN * total)

@@ -44,7 +44,6 @@ Moment = Mapping[str, int]  # bytes by kind
 
 
 def round_up_bytes(size: int) -> int:
-    """Return the bytes that an allocation takes."""
     return -(-size // GRANULE) * GRANULE
 
 
@@ -94,7 +93,6 @@ class Ledger(TorchDispatchMode):
         self._compare()
 
     def forget_peaks(self) -> None:
-        """Discard the peaks and start again."""
         self.peaks = {}
 
     def rise(self, run: Callable[[], Tensor]) -> tuple[Tensor, int]:
@@ -336,7 +334,6 @@ Extrapolate = Callable[[Callable[[Counts], Mapping[str, Moment]], Counts], dict[
 
 
 def plainly(_: nn.Module) -> Extrapolate:
-    """Return `extrapolate`: of the network nothing else is noticed."""
     return extrapolate
 
 

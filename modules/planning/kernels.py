@@ -65,7 +65,6 @@ def attention_backward(
 
 @planned
 def attention_workspace(query: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the memory that the backward pass needs beside the gradients."""
     return query.new_empty(query.shape, dtype=torch.float32), _row_numbers(query)
 
 

@@ -16,21 +16,8 @@ from modules.devices import GIB, gib
 from modules.errors import MemoryPlanError, OptionError, UserError
 from modules.offload.sharding import launched_processes
 from modules.offload.swap_plan import SwapPlan, big_weights, most_blocks
+from modules.planning import dry_run
 from modules.planning.device_memory import CONTEXT, Room
-from modules.planning.dry_run import (
-    ADAPTER,
-    ATTENTION,
-    BATCH,
-    GRADIENTS,
-    KEPT,
-    NETWORK,
-    OPTIMIZER,
-    TEXTS,
-    WEIGHTS,
-    WORKING,
-    Moment,
-    round_up_bytes,
-)
 from modules.speed_options import (
     GenerationSpeedOptions,
     Speed,
@@ -81,7 +68,6 @@ class MemoryPlan:
 
     @property
     def worst(self) -> Phase:
-        """Return the phase that needs most device memory."""
         return max(self.phases, key=lambda phase: phase.device)
 
     @property
@@ -127,7 +113,7 @@ def plan_swapped_bytes(dit: nn.Module, plan: SwapPlan) -> Swapped:
     """
 
     def size(names: Iterable[str]) -> int:
-        return sum(round_up_bytes(dit.get_parameter(name).nbytes) for name in names)
+        return sum(dry_run.round_up_bytes(dit.get_parameter(name).nbytes) for name in names)
 
     ring = max((size(big_weights(dit, name)) for name in plan.input_layer_names(dit)), default=0)
     for each in plan.lists(dit):
@@ -140,10 +126,7 @@ GATHERED = 3  # blocks: one computes, one is gathered, and the buffer that it is
 
 
 def sharing_processes(speed: TrainingSpeedOptions | GenerationSpeedOptions) -> int:
-    """Return how many processes share the transformer.
-
-    A plan without a launcher is for the cards that --plan tells, and for two if it tells none.
-    """
+    """Return how many processes share the transformer; without a launcher --plan's cards, or two."""
     if not speed.sharding.shard_base:
         return 1
     launched = launched_processes()
@@ -183,35 +166,35 @@ def weights_by_block(dit: nn.Module, spec: DitSpec) -> tuple[BlockWeights, ...]:
 
 def share_blocks(blocks: Sequence[BlockWeights], processes: int) -> Swapped:
     """Return the effect of --shard_base."""
-    whole = [sum(round_up_bytes(size) for _, size in block) for block in blocks]
+    whole = [sum(dry_run.round_up_bytes(size) for _, size in block) for block in blocks]
     total = sum(whole)
     return Swapped(0, GATHERED * max(whole, default=0), total - total // processes, processes)
 
 
 NAMES = {
-    WEIGHTS: "weights of the transformer",
-    TEXTS: "weights of text encoders",
-    ADAPTER: "LoRA in training steps alone",
-    NETWORK: "network (LoRA)",
-    GRADIENTS: "gradients",
-    OPTIMIZER: "optimizer",
-    BATCH: "batch",
-    KEPT: "kept activations",
-    ATTENTION: "attention workspace",
-    WORKING: "work on one block",
+    dry_run.WEIGHTS: "weights of the transformer",
+    dry_run.TEXTS: "weights of text encoders",
+    dry_run.ADAPTER: "LoRA in training steps alone",
+    dry_run.NETWORK: "network (LoRA)",
+    dry_run.GRADIENTS: "gradients",
+    dry_run.OPTIMIZER: "optimizer",
+    dry_run.BATCH: "batch",
+    dry_run.KEPT: "kept activations",
+    dry_run.ATTENTION: "attention workspace",
+    dry_run.WORKING: "work on one block",
 }
 
 
 def parts_of(
-    moment: Moment, swap: Swapped, notes: Mapping[str, str], waiting: int = 0
+    moment: dry_run.Moment, swap: Swapped, notes: Mapping[str, str], waiting: int = 0
 ) -> tuple[MemoryPart, ...]:
     """Return a moment as lines of a plan. waiting: bytes of activations in host memory."""
     parts = []
     for kind, name in NAMES.items():
         size, host = moment.get(kind, 0), 0
-        if kind == WEIGHTS:
+        if kind == dry_run.WEIGHTS:
             size, host = size - swap.saved, swap.host
-        elif kind == KEPT:
+        elif kind == dry_run.KEPT:
             host = waiting
         if size or host:
             parts.append(MemoryPart(name, size, host, notes.get(kind, "")))
@@ -223,7 +206,7 @@ def dtypes_of(dit: nn.Module) -> str:
     sizes: dict[str, int] = {}
     for tensor in [*dit.parameters(), *dit.buffers()]:
         name = str(tensor.dtype).removeprefix("torch.")
-        sizes[name] = sizes.get(name, 0) + round_up_bytes(tensor.nbytes)
+        sizes[name] = sizes.get(name, 0) + dry_run.round_up_bytes(tensor.nbytes)
     ordered = sorted(sizes.items(), key=lambda item: -item[1])
     return ", ".join(
         f"{gib(size)} {name}" for name, size in ordered if size >= GIB // 200 or name == ordered[0][0]
@@ -247,7 +230,6 @@ def verdict(plan: MemoryPlan, room: Room | None, advice: Sequence[str] = ()) -> 
 
 
 def show(plan: MemoryPlan, last_line: str) -> None:
-    """Print the plan as a table (part, device, host, note), and its last line."""
     rows = [("GiB", "device", "host", "")]
     for phase in plan.phases:
         marked = f"{phase.name} (largest)" if phase is plan.worst and len(plan.phases) > 1 else phase.name

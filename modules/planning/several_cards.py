@@ -70,7 +70,6 @@ class Way:
 
 
 def with_division(speed: Speed, division: Division) -> Speed:
-    """Return the options of a process of a division, which swaps no block."""
     given = {"shard_base": division.shards, "context_parallel": division.context, "blocks_to_swap": None}
     return override_options(speed, given)
 
@@ -160,7 +159,6 @@ def print_ways(runs: Iterable[Rehearsed], cards: int, room: Room, is_training: b
 
 
 def table_of(ways: Sequence[Way], is_training: bool) -> list[str]:
-    """Return the lines of a table of ways, by their words."""
     rows = [("way", "GiB a card", "host", "", "seconds", "at once", "GB received")]
     for way in ways:
         if way.memory is not None:

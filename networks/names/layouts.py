@@ -110,6 +110,8 @@ class FamilyNames:
     # what others write in `ss_base_model_version`, if it is not the name; `ss_network_module` too then
     written_version: str = ""
     versions: tuple[str, ...] = ()  # how else `ss_base_model_version` may begin, in lower case
+    # (regular expression of metadata that tell a LoRA that cannot be used, why): networks/loading.py
+    refused: tuple[tuple[str, str], ...] = ()
     # text encoders that LoRAs change: (start of their modules' names in LoRA files, how their layers' names
     # begin); of several with the same layers the first one counts as the first
     encoders: tuple[tuple[str, str], ...] = (("lora_te1", OF_CLIP), ("lora_te3", OF_T5))
@@ -130,18 +132,15 @@ class FamilyNames:
 
     @cached_property
     def modules(self) -> tuple[str, ...]:
-        """Return our paths of all modules that LoRAs change."""
         named = (*(ours for _, ours in self.aliases), *(part.ours for part in self.parts), *self.further)
         return tuple(dict.fromkeys(named))
 
 
 def each(start: str, endings: str) -> tuple[str, ...]:
-    """Return `start` + each of `endings`, which are separated by blanks."""
     return tuple(start + ending for ending in endings.split())
 
 
 def in_both_streams(endings: str) -> str:
-    """Return the endings for the streams of picture and text, `{x}`, one after the other."""
     return " ".join(endings.replace("{x}", stream) for stream in ("img", "txt"))
 
 

@@ -16,7 +16,6 @@ _PUBLISHED = (
 
 
 def _translated(table: Pairs, name: str) -> str | None:
-    """Return a name by the first pattern of a table that is all of it; None if there is none."""
     found = ((re.fullmatch(pattern, name), target) for pattern, target in table)
     return next((match.expand(target) for match, target in found if match is not None), None)
 
@@ -27,7 +26,6 @@ def published_path(path: str) -> str:
 
 
 def published_parameter(name: str) -> str:
-    """Return the published name of a parameter of a text encoder."""
     path, _, leaf = name.rpartition(".")
     return f"{published_path(path)}.{leaf}".lstrip(".")
 
@@ -70,7 +68,6 @@ _IN_DIFFUSERS = (
 
 
 def diffusers_path_of_text(name: str) -> str | None:
-    """Return the path of a text encoder's module in diffusers' pipelines, None if they have none."""
     return _translated(_IN_DIFFUSERS, name)
 
 

@@ -12,8 +12,8 @@ from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from PIL import Image
 
-from encoders.pictures import references_in
-from flux_2.family import AMONG_SEVERAL, MOST_REFERENCES, Flux2, empirical_mu, read_reference
+from encoders.pictures import read_reference, references_in
+from flux_2.family import AMONG_SEVERAL, MOST_REFERENCES, Flux2, empirical_mu
 from flux_2.files import Flux2Files
 from flux_2.versions import VERSIONS
 from modules.contract.data import Batch
@@ -114,7 +114,7 @@ def test_a_reference_is_reduced_and_cut_as_in_diffusers(tmp_path: Path, size: tu
     pixels = numpy.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=numpy.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
 
-    ours = read_reference(tmp_path / "a.png", AMONG_SEVERAL)[0, 0]
+    ours = read_reference(tmp_path / "a.png", AMONG_SEVERAL, 16)[0, 0]
 
     picture, processor = Image.fromarray(pixels), Flux2ImageProcessor()
     if size[0] * size[1] > AMONG_SEVERAL:
@@ -123,7 +123,7 @@ def test_a_reference_is_reduced_and_cut_as_in_diffusers(tmp_path: Path, size: tu
     there = processor.preprocess(picture, height=height, width=width, resize_mode="crop")[0]
     expected = ((there + 1) * 127.5).round().permute(1, 2, 0).to(torch.uint8)
     assert torch.equal(ours, expected)
-    own = read_reference(tmp_path / "a.png", None)
+    own = read_reference(tmp_path / "a.png", None, 16)
     assert own.shape == (1, 1, size[1] // 16 * 16, size[0] // 16 * 16, 3)
 
 

@@ -1,6 +1,6 @@
 """A tiny Krea 2, its inputs, and diffusers' network with the same weights."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,4 +65,33 @@ def predict_with(dit: Any, given: Mapping[str, Tensor]) -> Tensor:
         return_dict=False,
     )[0]
     assert isinstance(found, Tensor)
+    return found
+
+
+def predict_edit(
+    dit: Any, noisy: Tensor, time: Tensor, text: Tensor, references: Sequence[Tensor], isolated: bool = False
+) -> Tensor:
+    """The velocity B L 4Z of diffusers' modules: text, picture, references; these at time 0 and in frames
+    of their own. time: B, 0..1.
+    """
+    pictures = [noisy, *references]
+    tokens = [dit.img_in(pack(one)) for one in pictures]
+    places = [torch.zeros(text.shape[1], 3)]
+    for frame, one in enumerate(pictures):
+        rows, columns = torch.arange(one.shape[-2] // 2), torch.arange(one.shape[-1] // 2)
+        places.append(torch.cartesian_prod(torch.tensor([frame]), rows, columns).float())
+    x = torch.cat([dit.txt_in(dit.text_fusion(text)), *tokens], dim=1)
+    clean = sum(one.shape[1] for one in tokens[1:])
+    now = dit.time_embed(time, dtype=torch.float32)
+    embedded = [now.expand(-1, x.shape[1] - clean, -1)]
+    embedded.append(dit.time_embed(torch.zeros_like(time), dtype=torch.float32).expand(-1, clean, -1))
+    rows = dit.time_mod_proj(torch.nn.functional.gelu(torch.cat(embedded, dim=1), approximate="tanh"))
+    mask = None
+    if isolated:
+        is_clean = torch.arange(x.shape[1]) >= x.shape[1] - clean
+        mask = (~is_clean[:, None] | is_clean)[None, None]
+    rotary = dit.rotary_emb(torch.cat(places))
+    for block in dit.transformer_blocks:
+        x = block(x, rows, rotary, mask)
+    found: Tensor = dit.final_layer(x[:, text.shape[1] : x.shape[1] - clean], now)
     return found

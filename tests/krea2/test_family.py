@@ -22,6 +22,7 @@ from modules.contract.loading import Placement
 from modules.contract.requests import Prepared, Request
 from modules.errors import CacheError, CheckpointError, OptionError
 from modules.flow.solvers import solver_for
+from tests.manifests import tensor_list, write_hollow
 from tests.tiny.krea2 import CONFIG, tiny_state, write_dit, write_tiny_krea2
 
 CPU = Placement(torch.device("cpu"))
@@ -227,6 +228,37 @@ def test_states_of_another_encoder_are_refused_with_what_to_do(family: Krea2) ->
     ):
         with pytest.raises(CacheError, match=f"{words}.*krea2_cache_text_encoder_outputs.py"):
             conditions(*shape)
+
+
+@pytest.mark.parametrize("dialect", ["safetensors", "diffusers_sharded"])
+@pytest.mark.parametrize("start", ["txtfusion.refiner_blocks.1.", "txtfusion.layerwise_blocks.1."])
+def test_a_file_without_blocks_of_the_texts_is_not_taken_for_a_smaller_model(
+    tmp_path: Path, dialect: str, start: str
+) -> None:
+    state = {name: tensor for name, tensor in tiny_state().items() if not name.startswith(start)}
+    path = write_dit(tmp_path, state, dialect)
+    with pytest.raises(CheckpointError, match="1 of 2 blocks of txtfusion.*Give the complete file"):
+        Krea2Files(path).dit_header()
+
+
+def test_the_release_has_28_blocks(tmp_path: Path) -> None:
+    tensors = tensor_list("krea2-dit")
+    whole = write_hollow(tmp_path / "whole.safetensors", tensors)
+    assert Krea2Files(whole).dit_header().config.num_layers == 28
+    cut = {name: one for name, one in tensors.items() if not name.startswith("blocks.27.")}
+    with pytest.raises(CheckpointError, match="27 of 28 blocks of blocks are there"):
+        Krea2Files(write_hollow(tmp_path / "cut.safetensors", cut)).dit_header()
+
+
+def test_raw_without_guidance_is_warned_of(
+    family: Krea2, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    raw = replace(family, files=replace(family.files, dit=write_dit(tmp_path, tiny_state(), name="raw")))
+    prepare(raw)
+    prepare(family, guidance_scale=1.0)  # its name says nothing
+    assert not caplog.text
+    prepare(raw, guidance_scale=1.0)
+    assert "raw.safetensors is raw, whose pictures are blurred without guidance" in caplog.text
 
 
 def test_tensors_of_the_first_days_are_left_out(tmp_path: Path) -> None:

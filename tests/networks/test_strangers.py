@@ -15,8 +15,11 @@ import convert_lora
 import merge_lora
 from modules.checkpoints.opening import open_checkpoint
 from modules.errors import CheckpointError
+from networks.key_formats import to_native
 from networks.loading import read_lora
 from networks.metadata import describe_lora
+from networks.module_names import replace_dots
+from networks.rewriting import rewrite
 from tests.networks.making import add_lora, inputs, tiny_dit, wan_network
 
 WIDTH, RANK = 8, 2
@@ -288,6 +291,43 @@ def test_xlabs_factors_are_those_of_both_streams_and_of_single_blocks(model: Pat
 
     check(model, write(model, tensors), expected)
     assert read_lora(write(model, tensors)).metadata["ss_base_model_version"] == "flux"
+
+
+@pytest.mark.parametrize(("stream", "layer"), [("img", "to_qkv"), ("txt", "to_added_qkv")])
+@pytest.mark.parametrize("alpha", [None, 1.0])
+def test_fused_layers_of_diffusers_are_queries_keys_and_values(
+    model: Path, stream: str, layer: str, alpha: float | None
+) -> None:
+    down, up = drawn(RANK, WIDTH), drawn(3 * WIDTH, RANK)
+    name = f"transformer.transformer_blocks.0.attn.{layer}"
+    tensors = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+    tensors |= {} if alpha is None else {f"{name}.alpha": torch.tensor(alpha)}
+
+    expected = product(down, up, 1.0 if alpha is None else alpha / RANK)
+    check(model, write(model, tensors), {f"double_blocks.0.{stream}_attn.qkv": expected})
+
+
+def test_keys_and_values_of_fewer_heads_are_told_by_the_sizes() -> None:
+    """As in Krea 2: queries of 48 heads, keys and values of 12; in its text blocks of equally many."""
+    fused = {"transformer_blocks.3": 12, "text_fusion.refiner_blocks.1": 48}
+    down, tensors, expected = drawn(RANK, 48), {}, {}
+    for path, rows in fused.items():
+        up, magnitudes = drawn(48 + 2 * rows, RANK, seed=rows), drawn(48 + 2 * rows, seed=rows)
+        ends = {"lora_A.weight": down, "lora_B.weight": up, "lora_magnitude_vector": magnitudes}
+        tensors |= {f"transformer.{path}.attn.to_qkv.{end}": tensor for end, tensor in ends.items()}
+        for letter, place in {"q": (0, 48), "k": (48, 48 + rows), "v": (48 + rows, 48 + 2 * rows)}.items():
+            name = f"lora_unet_{replace_dots(path)}_attn_to_{letter}"
+            expected |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up[slice(*place)]}
+            expected[f"{name}.dora_scale"] = magnitudes[slice(*place), None]
+
+    found = to_native(tensors)
+
+    assert found.family is not None
+    assert found.family.name == "krea2"
+    assert found.tensors.keys() == expected.keys()
+    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in expected.items())
+    odd = {name: tensor[:-1] if "lora_B" in name else tensor for name, tensor in tensors.items()}
+    assert rewrite(odd).tensors.keys() == odd.keys()
 
 
 @pytest.mark.parametrize("place", ["{name}.lora_down.{n}.weight", "{name}_{n}.lora_down.weight"])

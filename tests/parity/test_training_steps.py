@@ -52,7 +52,7 @@ from tests.parity.training import (
     shuffled,
     uniform_of,
 )
-from tests.tiny.families import family_called
+from tests.tiny.families import family_called, write_references
 from tests.tiny.project import write_image
 
 Parts = dict[str, list[str]]  # name of a module in LoRA files -> its modules in diffusers' network
@@ -151,6 +151,18 @@ def error_of_krea2(dit: nn.Module, batch: Sequence[Item], step: int) -> Tensor:
     timesteps = 1000 * sigmas + 1  # as the known tuner's
     given = {"noisy": noisy, "timesteps": timesteps, "text": text, "text_mask": mask}
     return krea2.predict_with(dit, given) - qwen_image.pack(wanted)
+
+
+def error_of_krea2_edit(dit: nn.Module, batch: Sequence[Item], step: int, isolated: bool = False) -> Tensor:
+    """Each by itself, as there is no padding then."""
+    sigmas = by_size(batch, step, many=6400, shift=1.15)
+    noisy, wanted = mixed(batch, step, sigmas)
+    times, references, found = sigmas + 0.001, references_of(batch), []
+    for index, item in enumerate(batch):
+        one, own = slice(index, index + 1), [each[index : index + 1] for each in references]
+        text = item.text[None]
+        found.append(krea2.predict_edit(dit, noisy[one], times[one], text, own, isolated))
+    return torch.cat(found) - qwen_image.pack(wanted)
 
 
 def error_of_z_image(dit: nn.Module, batch: Sequence[Item], step: int) -> Tensor:
@@ -257,6 +269,15 @@ def two_references_of_other_sizes(folder: Path) -> None:
         for number, (width, height) in enumerate(((64, 40), (32, 48))):
             write_image(folder / "control" / f"picture {index}_{number}.png", width, height)
     keep_sizes(folder)
+
+
+def edits_of_two(folder: Path) -> None:
+    """Two references for each picture, of other sizes, and captions of unequal lengths."""
+    write_references(folder, ("_0", "_1"))
+    for index in range(4):
+        for number, size in enumerate(((64, 32), (32, 48))):
+            write_image(folder / "control" / f"picture {index}_{number}.png", *size)
+    write_caption("picture 1", LONG, folder)
 
 
 def keep_sizes(folder: Path) -> None:
@@ -404,6 +425,18 @@ CASES: dict[str, Training] = {
         change=partial(write_caption, "picture 1", LONG),  # so that rows of padding are masked
         share=1e-7,  # layers of the texts move the picture little
     ),
+    **{
+        f"krea2 edit{option}": Training(
+            *("kr2e", "krea2_vl_embed", 20.0),
+            options=("--timestep_sampling", "krea2_shift", *option.split()),
+            network=krea2.in_diffusers,
+            parts=krea2_parts,
+            error=partial(error_of_krea2_edit, isolated=bool(option)),
+            change=edits_of_two,
+            family="krea2",
+        )
+        for option in ("", " --kv_cache")
+    },
     "z_image": Training(
         *("zi", "llm_embed", 20.0),
         options=("--timestep_sampling", "shift", "--discrete_flow_shift", 2.2),
@@ -443,6 +476,8 @@ def cached(folder: Path, name: str) -> list[Item]:
 
 def version_of(name: str) -> Sequence[str]:
     """The option of the release, if it is another than the family's."""
+    if name.startswith("krea2 edit"):
+        return ("--edit",)
     return ("--model_version", name.split()[1]) if "qwen" in CASES[name].family else ()
 
 

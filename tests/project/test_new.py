@@ -216,6 +216,10 @@ def test_prompts_are_as_the_page_recommends(tmp_path: Path) -> None:
         (["flux.2", "klein", "4", "ohwx"], ("flux_2", "klein-base-9b"), "ohwx"),
         (["LTX-2", "9", "2", ""], ("ltx_2", "v"), None),
         (["flf2v", ""], ("wan", "flf2v-14B"), None),
+        (["krea", "raw", ""], ("krea2", "raw"), None),
+        (["krea2-turbo", ""], ("krea2", "turbo"), None),
+        (["krea/Krea-2-Raw", ""], ("krea2", "raw"), None),
+        (["Z-Image-Turbo", ""], ("z_image", "turbo"), None),
     ],
 )
 def test_a_terminal_is_asked_until_the_answer_is_right(

@@ -413,7 +413,7 @@ def test_what_does_not_fit_is_told(copied: Path, capfd: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ("--family wan", "--task is missing: give one of t2v-1.3B, "),
+        ("--family wan", "--task is missing: give one of t2v-1.3B ("),
         ("--task t2v-1.3B", "--family is missing: give one of wan, "),
         ("--family won", "Did you mean wan?"),
         ("--family hunyuan", "Did you mean hunyuan_image or hunyuan_video?"),

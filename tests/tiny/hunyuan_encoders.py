@@ -14,7 +14,7 @@ from torch import Tensor
 from encoders.clip_checkpoints import ClipTextConfig
 from encoders.clip_layers import ClipText
 from encoders.language_models import LanguageConfig, build_language_model
-from hunyuan_model.text_encoders import IMAGE_TEMPLATE, VIDEO_TEMPLATE
+from hunyuan_model.text_encoders import VIDEO_TEMPLATE, PromptTemplate
 from modules.checkpoints.filling import on_meta_device
 from tests.tiny.dit_files import write_tensors
 from tests.tiny.wan_encoders import CORPUS, random_tensors
@@ -27,6 +27,11 @@ LLAMA_VOCABULARY, CLIP_VOCABULARY = 640, 704  # rows of the tables, a few more t
 LLAMA_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| "
     r"?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+IMAGE_TEMPLATE = PromptTemplate(
+    "Describe the image by detailing the color, shape, size, texture, "
+    "quantity, text, spatial relationships of the objects and background:",
+    crop_start=36,
 )
 LLAMA_SPECIAL = (
     *(

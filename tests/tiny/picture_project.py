@@ -120,14 +120,18 @@ def lay_out_z_image(folder: Path) -> None:
 
 
 def lay_out_krea2(folder: Path) -> None:
-    """Krea 2, raw and Turbo, and what they need; beside the folder prompts for samples."""
+    """Krea 2, raw and Turbo, and what they need; beside the folder prompts for samples, and references."""
     for seed, name in enumerate(("raw", "turbo")):
         krea2.write_dit(folder, krea2.tiny_state(seed, torch.bfloat16), name=name)
     files = krea2.write_tiny_krea2(folder / "whole")
     files.vae.rename(folder / "qwen_image_vae.safetensors")
     (files.text_encoder / "model.safetensors").rename(folder / "qwen3vl_4b_bf16.safetensors")
+    (files.text_encoder / "config.json").rename(folder / "config.json")  # tells how the tiny tower is cut up
     files.text_encoder.rename(folder / "qwen_3_vl")
     (folder.parent / "samples.txt").write_text("a cat --w 32 --h 32 --d 1 --s 1", encoding="utf-8")
+    (folder.parent / "control").mkdir()
+    for name in ("start", "control/0", "control/1"):
+        write_image(folder.parent / f"{name}.png", SIDE, SIDE)
 
 
 def lay_out_qwen_image(folder: Path) -> None:

@@ -197,7 +197,7 @@ def test_metadata_count_the_parts_of_captions_by_folder(
             "1024x1024",
             "qwen_image",
         ),
-        (Krea2(Krea2Files()), "krea2", "1024x1024", "krea2"),
+        (Krea2(Krea2Files()), "Krea-2", "1024x1024", "krea2"),
         (ZImage(ZImageFiles()), "Z-Image", "1024x1024", "z_image"),
         (Flux2(Flux2Files(model_version="dev")), "Flux.2-dev", "1280x720", "flux_2"),
         (Flux2(Flux2Files(model_version="klein-base-4b")), "Flux.2-klein-4b", "1280x720", "flux_2"),

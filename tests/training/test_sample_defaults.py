@@ -11,15 +11,18 @@ import pytest
 
 from blissful_tuner.metadata import output_metadata
 from generation.request import prepare_line
+from krea2.family import family_for_samples
 from modules.contract.requests import Prepared
 from modules.families import FAMILIES as ENTRIES
 from networks.options import NetworkOptions
 from tests.tiny.families import FAMILIES, OUTPUT, family_called
 from tests.tiny.flux import write_tiny_flux
+from tests.tiny.krea2 import tiny_state, write_dit
 from tests.tiny.project import write_image
 from training.following import say_sample
 from training.image_options import read_image_training
 from training.options import read_training
+from training.samples import _warn_of_unread as warn_of_unread
 from training.samples import read_requests, sample_values
 
 MEDIA = ("image_path", "end_image_path", "control_path", "control_images", "extra")
@@ -147,3 +150,34 @@ def test_a_line_that_says_nothing_is_made_as_the_generation_script_makes_it(
     assert replace(again, asked=made.asked, own_metadata=made.own_metadata) == made
     assert {key: getattr(made, key) for key in expected} == expected
     assert (made.joint is not None) == (case == "ltx_2 with sound")
+
+
+@pytest.mark.parametrize(
+    ("words", "mu"),
+    [("--mu 0.3", 0.3), ("--y1 1", 1 + 0.15 * 3840 / 6144), ("--y1 1 --y2 2", 1 + 3840 / 6144)],
+)
+def test_a_line_sets_the_noise_levels_of_krea_2(
+    tmp_path: Path, words: str, mu: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of 1024 x 1024 pixels, 4096 tokens; the command that makes it again says them, that of Turbo too."""
+    tiny = family_called("krea2")
+    tiny.prepare(tmp_path)
+    (tmp_path / "prompts.txt").write_text(f"a cat --d 7 {words} --ctr 0.5", encoding="utf-8")
+    turbo, made = write_dit(tmp_path / "model", tiny_state(), name="turbo"), []
+
+    with contextlib.chdir(tmp_path):
+        entry, family, own = training_of([*tiny.train, *OUTPUT, "--turbo_dit", str(turbo)])
+        for one in (family, family_for_samples(own)):
+            ((said,), (sample,)) = read_requests(one, Path("prompts.txt"))
+            printed = sample_values(sample, True, one)
+            script, *argv = entry.generation_words(own, printed)
+            import_module(script.removesuffix(".py")).main(
+                [*argv, *say_sample(printed), "--save_path", "made"],
+                lambda family, options: made.append(prepare_line(family, options, {})),
+            )
+            assert sample.flow_shift == made[-1].flow_shift == pytest.approx(math.exp(mu))
+        warn_of_unread([said], family, Path("prompts.txt"))
+
+    assert "cfg_trunc_ratio (--ctr) is ignored because this model has no such setting" in caplog.text
+    assert "--mu" not in caplog.text
+    assert "--y1" not in caplog.text

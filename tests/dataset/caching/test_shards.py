@@ -22,7 +22,7 @@ from dataset.cache.store import open_store
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.caching.on_ray import CachingActor, conclude_shards
 from dataset.config import DatasetConfig
-from dataset.options import SCRIPTS, ShardOptions, read_ray_options
+from dataset.options import ShardOptions, caching_scripts, read_ray_options
 from modules.contract.data import Conditions
 from modules.contract.requests import Prompt
 from modules.errors import CacheError, DatasetError, OptionError
@@ -272,7 +272,7 @@ def test_what_an_actor_cannot_do_is_told_in_its_row(tmp_path: Path) -> None:
 
 def test_all_caching_scripts_run_on_a_cluster_and_no_others() -> None:
     scripts = {path.stem for path in ROOT.glob("*cache_*.py")} - {"cache_on_ray"}
-    assert scripts == set(SCRIPTS)
+    assert scripts == set(caching_scripts())
     read = read_ray_options(None, ["--num_actors", "2", "some/wan_cache_latents.py", "--vae", "V"])
     assert (read.script, read.is_latents, read.command[1:]) == ("wan_cache_latents", True, ("--vae", "V"))
 

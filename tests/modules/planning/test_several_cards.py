@@ -9,14 +9,10 @@ import pytest
 from modules.devices import GIB
 from modules.errors import OptionError
 from modules.planning.communication import (
-    ALL_GATHER,
-    ALL_REDUCE,
-    ALL_TO_ALL,
     BYTES_A_SECOND,
     OPERATIONS_A_SECOND,
     Division,
     Work,
-    count_traffic,
     estimate_time,
 )
 from modules.planning.device_memory import Room
@@ -30,23 +26,6 @@ WORK = Work(
     **{"operations": 10**12, "attended": 4000, "largest": 500, "heads": 12, "tokens": 30, "joined": 60},
     **{"passes": 3, "blocks": BLOCKS, "gradients": 700, "micro_batches": 2},
 )
-
-
-@pytest.mark.parametrize(
-    ("division", "gathered", "summed", "dealt"),
-    [
-        (Division(1), 0, 0, 0),
-        (Division(2), 0, 700, 0),
-        (Division(2, shards=True), 2 * 3 * 2 * (32 + 8), 700, 0),
-        (Division(3, shards=True), 2 * 3 * 2 * (24 + 12), 700, 0),
-        (Division(4, context=2), 2 * 60, 700, 2 * 2000),
-        (Division(4, shards=True, context=4), 2 * (3 * 2 * (32 + 8) + 60), 700, 2 * 1000),
-    ],
-)
-def test_the_bytes_of_a_step_by_collective(
-    division: Division, gathered: int, summed: int, dealt: int
-) -> None:
-    assert count_traffic(WORK, division) == {ALL_GATHER: gathered, ALL_REDUCE: summed, ALL_TO_ALL: dealt}
 
 
 def test_weights_come_while_blocks_compute_and_the_rest_is_waited_for() -> None:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from hunyuan_model.family import family_for_training as hunyuan_family
 from hunyuan_model.options import HunyuanTrainingOptions
+from krea2.family import family_for_training as krea2_family
+from krea2.options import Krea2TrainingOptions
 from modules import dressing
 from modules.contract.data import Batch
 from modules.contract.family import Family
@@ -22,7 +24,7 @@ from modules.planning.dry_run import ADAPTER, BATCH, HOST, NETWORK, WEIGHTS, Led
 from modules.planning.kernels import PlannedKernels
 from networks.adapter import make_network
 from tests.manifests import tensor_list, write_hollow
-from tests.tiny import hunyuan_dit, wan_dit
+from tests.tiny import hunyuan_dit, krea2, wan_dit
 from tests.tiny.project import write_lora
 from training.learning_options import ExpertTrainingOptions, WholeDitOptions
 from training.loss import NoisyBatch
@@ -230,6 +232,20 @@ def test_feed_forwards_in_pieces_take_what_was_predicted_and_less_than_whole_one
 
     least, most = (sum(largest(each)[1].values()) for each in (in_pieces, predicted(family, whole, batch)))
     assert least < 0.9 * most
+
+
+def test_norms_in_pieces_keep_what_their_kernels_keep(tmp_path: Path) -> None:
+    """A step of Krea 2, whose feed-forwards have their norm in them, is computed again as at first."""
+    dit = krea2.write_dit(tmp_path, krea2.tiny_state(dtype=torch.bfloat16))
+    words = ("--dit", dit, *CHECKPOINTED, "--gradient_checkpointing_cpu_offload")
+    own, options = read_family(Krea2TrainingOptions, False, *words)
+    text = torch.zeros(5, krea2.CONFIG.states, krea2.CONFIG.text_dim, dtype=torch.bfloat16)
+    latents = torch.zeros(1, 16, 1, 128, 130, dtype=torch.bfloat16)  # 4160 tokens and the text: two pieces
+
+    found = predicted(krea2_family(own), options, noisy({"latents": latents, "krea2_vl_embed": [text]}))
+
+    stream = 4165 * krea2.CONFIG.dim
+    assert largest(found)[1]["working"] > 2 * 2 * stream
 
 
 def full_size(folder: Path, *more: str) -> tuple[Family, TrainingOptions, NoisyBatch]:

@@ -1,0 +1,107 @@
+"""Edits with Krea 2: what caches hold, and one message for each input that cannot be used."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from tests.faults.messages import assert_one_message, run_here, succeed_here
+from tests.tiny.families import OUTPUT, family_called, write_references
+from tests.tiny.project import write_image
+
+FAMILY = family_called("krea2")
+TRAIN = (*FAMILY.train, *OUTPUT, "--max_train_steps", "1")
+AGAIN = "krea2_cache_text_encoder_outputs.py --dataset_config dataset.toml --text_encoder model/text_encoder"
+START = ("--control_image_path", "start.png")
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    FAMILY.prepare(tmp_path)
+    write_references(tmp_path)
+    return tmp_path
+
+
+def refuse(folder: Path, script: str, *words: object, told: Sequence[object]) -> None:
+    assert_one_message(*run_here(script, *words, folder=folder), *told)
+
+
+def test_captions_without_pictures_and_tables_with_them_are_refused(project: Path) -> None:
+    """Cached before there were references; cached for text to image, under the name of an edit's."""
+    dataset, cache = project / "dataset.toml", project / "cache"
+    with_references = dataset.read_text(encoding="utf-8")
+    dataset.write_text(with_references.partition("control_directory")[0], encoding="utf-8")
+    succeed_here(*FAMILY.cache_texts, "--edit", folder=project)
+    succeed_here(*FAMILY.cache_texts, folder=project)
+    dataset.write_text(with_references, encoding="utf-8")
+    refuse(project, *FAMILY.cache_latents, told=["has control images", "Give --edit"])
+    succeed_here(*FAMILY.cache_latents, "--edit", folder=project)
+    refuse(project, *TRAIN, told=["no latent cache"])
+    told = [f"python {AGAIN} --edit", "its caption was encoded with 0 of its 1 reference picture"]
+    refuse(project, *TRAIN, "--edit", told=told)
+    code, said = run_here(*TRAIN, "--edit", "--check", folder=project)
+    assert code == 1
+    for path in cache.glob("*_kr2_te.safetensors"):
+        path.replace(path.with_name(path.name.replace("_kr2_te", "_kr2e_te")))
+    dataset.write_text(with_references.partition("control_directory")[0], encoding="utf-8")
+    succeed_here(*FAMILY.cache_latents, "--edit", folder=project)
+    refuse(project, *TRAIN, "--edit", told=["was encoded without pictures", "outputs.py with --edit"])
+
+
+@pytest.mark.parametrize(
+    ("words", "size"), [((), (64, 32)), (("--match_target_res",), (48, 32))], ids=["megapixel", "target"]
+)
+def test_references_keep_their_shape_up_to_an_area(
+    project: Path, words: Sequence[str], size: tuple[int, int]
+) -> None:
+    """70 x 44 pixels are cut around their middle, or before reduced to as many as 48 x 48: 60 x 38."""
+    for path in (project / "control").iterdir():
+        write_image(path, 70, 44)
+    succeed_here(*FAMILY.cache_latents, "--edit", *words, folder=project)
+    found = load_file(project / "cache" / "picture 0_0048x0048_kr2e.safetensors")
+    width, height = size
+    assert found[f"latents_control_0_1x{height // 8}x{width // 8}_float32"].shape[-2:] == (
+        height // 8,
+        width // 8,
+    )
+    said = succeed_here(*FAMILY.cache_latents, "--edit", *words, folder=project)
+    assert "0 written, 4 kept" in said
+    other = () if words else ("--match_target_res",)
+    assert "4 written" in succeed_here(*FAMILY.cache_latents, "--edit", *other, folder=project)
+
+
+def test_references_that_cannot_be_used_are_refused(project: Path) -> None:
+    write_image(project / "point.png", 1, 1)
+    Image.new("1", (20000, 10000)).save(project / "huge.png")
+    for name, told in (("point.png", "1 x 1 pixels are too few"), ("huge.png", "million")):
+        refuse(
+            project, *FAMILY.generate, "--prompt", "x", "--save_path", "o", START[0], name, told=[name, told]
+        )
+    for name, told in (("point.png", "1x1 pixels"), ("huge.png", "million")):
+        (project / name).replace(project / "control" / "picture 0.png")
+        refuse(project, *FAMILY.cache_latents, "--edit", told=["picture 0.png", told])
+        refuse(project, *FAMILY.cache_texts, "--edit", told=["picture 0.png", told])
+
+
+def test_an_encoder_without_its_tower_makes_pictures_but_no_edits(project: Path) -> None:
+    path = project / "model" / "text_encoder" / "model.safetensors"
+    save_file({name: one for name, one in load_file(path).items() if "visual.patch" not in name}, path)
+    make = (*FAMILY.generate, "--prompt", "x", "--save_path", "o", "--image_size", "32", "32", "--steps", "1")
+    succeed_here(*make, "--kv_cache", "--match_target_res", folder=project)
+    refuse(project, *make, *START, told=["has no vision tower", "--text_encoder"])
+
+
+def test_loras_of_the_other_form_are_refused(project: Path) -> None:
+    lora = {f"diffusion_model.blocks.0.attn.wq.lora_{side}.weight": torch.ones(64, 1) for side in "AB"}
+    lora["diffusion_model.blocks.0.attn.wq.lora_A.weight"] = torch.ones(1, 64)
+    make = (*FAMILY.generate, "--prompt", "x", "--save_path", "o", "--image_size", "32", "32", "--steps", "1")
+    make = (*make, "--lora_weight", "lora.safetensors")
+    trainer = {"ss_base_model_version": "krea2_edit", "software": '{"name": "ai-toolkit"}'}
+    for metadata in ({"name": "krea2_identity_edit_v1_2"}, trainer):
+        save_file(lora, project / "lora.safetensors", metadata)
+        refuse(project, *make, told=["lora.safetensors", "identity edit", "not built"])
+    save_file(lora, project / "lora.safetensors", {**trainer, "ss_network_module": "networks.lora_krea2"})
+    succeed_here(*make, folder=project)
