@@ -7,7 +7,7 @@ from blissful_tuner.video_to_video_options import SourceDefaults
 from generation.prompt_lines import IMAGE_GENERATION_OPTIONS, REFERENCES, LineOption, read_number
 from generation.script_options import PICTURE_FPS, PICTURE_OUTPUTS, ScriptDefaults
 from generation.scripts import generation_script
-from krea2.options import EXTRAS, SIDE, settle_generation
+from krea2.options import EXTRAS, REPLACED, SIDE, settle_generation
 
 
 def _one(text: str) -> int:
@@ -32,6 +32,8 @@ DEFAULTS = ScriptDefaults(
     guidance_scale=5.5,
     infer_steps=28,
     by_model={
+        **dict.fromkeys(("video_size", "width", "height", "y1", "y2"), ""),
+        "flow_shift": "time shift of the schedule, e^mu, in place of --mu; default: by size, of Turbo e^1.15",
         "guidance_scale": "weight of the prompt: negative + weight * (positive - negative); 1 turns guidance "
         "off. Others count it from 0, one less; default: 1 for Turbo, else 5.5",
         "infer_steps": "number of denoising steps; default: 8 for Turbo, else 28",
@@ -47,7 +49,10 @@ DEFAULTS = ScriptDefaults(
     line_options={
         **IMAGE_GENERATION_OPTIONS,
         **REFERENCES,
-        **{name: LineOption(name, read_number) for name in EXTRAS},
+        **{
+            name: LineOption("flow_shift" if name == "fs" else name, read_number, instead_of=others)
+            for name, others in REPLACED.items()
+        },
         "i": LineOption("pictures_of_line", _one),
     },
     output_types=PICTURE_OUTPUTS,

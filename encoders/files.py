@@ -3,6 +3,7 @@
 A family derives its files from `TransformerFiles` and itself from `OneTransformer`.
 """
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,13 +15,14 @@ from torch import nn
 
 from modules.checkpoints.dits import DitFormat, DitHeader, choose_dtype, with_dtype
 from modules.checkpoints.model_files import inside, read_once, require_file
-from modules.checkpoints.opening import fingerprint, open_checkpoint
+from modules.checkpoints.opening import Checkpoint, fingerprint
 from modules.contract.data import CAPTION, REFERENCE, MediaEncoders, MediaTable
 from modules.contract.family import Abilities, DitSpec, TextEncoder
 from modules.contract.few_steps import FewSteps
 from modules.contract.loading import Placement
 from modules.contract.rules import ONE_EXPERT, Expert, ReferenceRules
 from modules.devices import choose_compute_dtype, dtype_name
+from modules.errors import CheckpointError
 from modules.speed_options import VaeOptions
 
 
@@ -106,6 +108,21 @@ class TransformerFiles(ABC):
         self.check_texts(config, "texts" in needed)
 
 
+def told_few_steps(rule: FewSteps, dit: Path) -> tuple[bool, str] | None:
+    """Return whether a transformer was distilled to few steps, and what says so: see `FewSteps.told_by`.
+
+    A file that is missing or cannot be read, which other checks say, is told by its name.
+    """
+    metadata: Mapping[str, str] = {}
+    with contextlib.suppress(CheckpointError, OSError):
+        metadata = read_once(dit, _metadata)
+    return rule.told_by(dit, metadata)
+
+
+def _metadata(checkpoint: Checkpoint) -> Mapping[str, str]:
+    return checkpoint.metadata
+
+
 class OneTransformer:
     """The part of a family that follows from the files of its one transformer; families derive from it."""
 
@@ -149,12 +166,9 @@ class OneTransformer:
         return (CAPTION,) if self.references is None else (CAPTION, REFERENCE)
 
     def why_few_steps(self) -> str | None:
-        for path in self.dit_files:
-            with open_checkpoint(path) as checkpoint:
-                name = self.few_steps.found_in(path, checkpoint.metadata)
-            if name is not None:
-                return f"{path}: its name is {name}"
-        return None
+        """Return what says that a transformer was distilled to few steps; None if nothing does."""
+        told = ((path, told_few_steps(self.few_steps, path)) for path in self.dit_files)
+        return next((f"{path}: {said[1]}" for path, said in told if said is not None and said[0]), None)
 
     def check_given_files(self) -> None:
         self.files.check()

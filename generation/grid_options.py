@@ -128,8 +128,7 @@ def cells_of(
         place = place[::-1]
         values = {key: value for key, value in line.items() if key not in {axis.option.key for axis in axes}}
         for axis in axes:  # what a value is instead of must not count either, unless it is an axis
-            if axis.option.instead_of is not None:
-                values[axis.option.instead_of] = None
+            values.update(dict.fromkeys(axis.option.instead_of))
         for axis, index in zip(axes, place, strict=True):
             store(values, axis.option, axis.values[index])
         yield place, values

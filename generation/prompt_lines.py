@@ -44,8 +44,8 @@ class LineOption:
     read: Callable[[str], Value]
     empty: tuple[str, ...] = ()  # texts that are no value, and may be meant
     repeats: bool = False  # each use adds to a list; otherwise the last one wins
-    # key of the command line that the option replaces, unless the line gives that key too
-    instead_of: str | None = None
+    # keys of the command line that the option replaces, unless the line gives them too
+    instead_of: tuple[str, ...] = ()
 
 
 def read_seed(text: str) -> int:
@@ -142,7 +142,7 @@ REFERENCES = {"ci": LineOption("control_image_path", read_path, CANCELS, repeats
 # and lengths are in seconds
 SECTIONED_GENERATION_OPTIONS: Mapping[str, LineOption] = {
     **{letter: option for letter, option in GENERATION_OPTIONS.items() if letter not in {"cn", "ii"}},
-    "f": LineOption("video_seconds", read_number, instead_of="video_sections"),
+    "f": LineOption("video_seconds", read_number, instead_of=("video_sections",)),
     "vs": LineOption("video_sections", read_whole),
     "embedded_cfg_scale": LineOption("embedded_cfg_scale", read_number),
     **REFERENCES,
@@ -189,8 +189,8 @@ def store(values: dict[str, Any], option: LineOption, value: Value) -> None:
         values.setdefault(option.key, []).append(value)
     else:
         values[option.key] = value
-    if option.instead_of is not None:
-        values.setdefault(option.instead_of, None)
+    for key in option.instead_of:
+        values.setdefault(key, None)
 
 
 def parse_generation_line(

@@ -272,7 +272,8 @@ class ScriptDefaults:
     size: tuple[int, int] = (256, 256)  # height, width
     pictures: bool = False  # the script makes single pictures; what only videos have is refused by name
     has_experts: bool = False  # whether there are models with two experts, and options for them
-    # options whose default is the model's own, if it has one, and that stands here else -> their help
+    # options, of the family too, that are None where they are not given: their default is the model's own, or
+    # it counts who gave them -> their help, "" as it is
     by_model: Mapping[str, str] = field(default_factory=dict)
     has_sound: bool = False  # whether videos can have sound, and there is a --save_audio
     noise_on_cpu: bool = False  # always, so that there is no --cpu_noise
@@ -329,7 +330,7 @@ class ScriptDefaults:
             "optimized": {"help": OPTIMIZED.format(usual)},
             "riflex_index": {"help": long},
             "video_size": {"help": "size in pixels; default {} {}".format(*self.size)},
-            **{name: {"help": about} for name, about in self.by_model.items()},
+            **{name: {"help": about} for name, about in self.by_model.items() if about},
         }
         return {
             "without": {*source["without"], *self._absent()},

@@ -21,28 +21,31 @@ from encoders.pictures import (
 from krea2.configs import DIT, KREA_2, LATENT, NOISE, PATCH
 from krea2.files import (
     EDIT_USE,
+    FEW_STEPS,
     KEY,
     KREA_2_USE,
     MEGAPIXEL,
     MIXED_USE,
     MOST,
     Krea2Files,
-    is_raw,
-    is_turbo,
+    told_turbo,
 )
 from krea2.names import LORA
 from krea2.options import (
     EXTRAS,
+    GUIDANCE_OF_TURBO,
     MU_OF_FEW,
     MU_OF_MANY,
     MU_OF_TURBO,
     NAME,
     SIDE,
+    STEPS_OF_TURBO,
     Krea2GenerationOptions,
     Krea2LatentCachingOptions,
     Krea2ModelOptions,
     Krea2TextCachingOptions,
     Krea2TrainingOptions,
+    check_levels,
     check_mu,
 )
 from modules.contract.data import (
@@ -57,8 +60,7 @@ from modules.contract.data import (
     SamplingDefaults,
     name_text_and_mask,
 )
-from modules.contract.family import DitSpec, Family, NoiseSpec, count_picture_tokens
-from modules.contract.few_steps import FewSteps
+from modules.contract.family import Abilities, DitSpec, Family, NoiseSpec, count_picture_tokens
 from modules.contract.requests import Prepared, Request
 from modules.contract.rules import ModelRelease, ReferenceRules
 from modules.contract.steps import NO_TWEAKS, Tweaks
@@ -71,7 +73,7 @@ logger = logging.getLogger(__name__)
 
 TEXTS_AGAIN, LATENTS_AGAIN = "krea2_cache_text_encoder_outputs.py", "krea2_cache_latents.py"
 DEFAULTS = picture_defaults(28, 5.5, SIDE, extras=tuple(EXTRAS))
-TURBO = replace(DEFAULTS, steps=8, guidance_scale=1.0)
+TURBO = replace(DEFAULTS, steps=STEPS_OF_TURBO, guidance_scale=GUIDANCE_OF_TURBO)
 FEW, MANY = 256, 6400  # tokens of pictures at which mu is given
 
 
@@ -85,10 +87,8 @@ class Krea2(ModelOfPictures):
     references: ReferenceRules | None = None
     isolated: bool = False  # references attend to each other alone
 
-    few_steps: ClassVar = FewSteps(
-        "Train on raw (raw.safetensors), whose LoRAs work on Turbo too, or give --training_adapter with a "
-        "LoRA that undoes the distillation"
-    )
+    few_steps: ClassVar = FEW_STEPS
+    can: ClassVar = Abilities(tell_few_steps=True, sample_apart="--turbo_dit")
     lora_module: str = field(default=LORA[0].network_module, init=False)
     latent: LatentSpec = field(default=LATENT, init=False)
     noise: NoiseSpec = field(default=NOISE, init=False)
@@ -126,7 +126,7 @@ class Krea2(ModelOfPictures):
     @property
     def is_turbo(self) -> bool:
         """Whether the transformer is Turbo."""
-        return self.samples_on_turbo or is_turbo(self.files.dit)
+        return self.samples_on_turbo or (told_turbo(self.files.dit) or (False,))[0]
 
     @property
     def defaults(self) -> SamplingDefaults:
@@ -135,8 +135,8 @@ class Krea2(ModelOfPictures):
 
     def why_few_steps(self) -> str | None:
         """Return what says that a transformer is Turbo."""
-        told = f"{self.files.dit} is {NAME} Turbo, as its folder says"
-        return super().why_few_steps() or (told if self.is_turbo else None)
+        is_turbo, where = told_turbo(self.files.dit) or (False, "")
+        return f"{self.files.dit} is {NAME} Turbo: {where}" if is_turbo else None
 
     # encoding
 
@@ -222,19 +222,23 @@ class Krea2(ModelOfPictures):
             if self.files.text_encoder is not None:
                 self.files.check_tower()
             prepared = show_references(prepared)
-        if request.flow_shift is not None:
-            return prepared
         told = {name: float(text) for name, text in request.extra.items() if name in EXTRAS}
         for name, value in told.items():
             check_mu(value, f"--{name}")
-        ends = told.get("y1", MU_OF_FEW), told.get("y2", MU_OF_MANY)
-        mu = told.get("mu", MU_OF_TURBO if self.is_turbo and ends == (MU_OF_FEW, MU_OF_MANY) else None)
-        if prepared.guidance_scale == (1.0,) and self.files.dit and is_raw(self.files.dit):
+        if prepared.guidance_scale == (1.0,) and not (told_turbo(self.files.dit) or (True,))[0]:
             logger.warning(
                 "%s is raw, whose pictures are blurred without guidance. Give Turbo, a LoRA that makes it "
                 "Turbo, or a --guidance_scale such as %g",
                 *(self.files.dit, DEFAULTS.guidance_scale),
             )
+        check_levels(told, request.flow_shift is not None)
+        if request.flow_shift is not None:
+            return prepared
+        if "mu" in told and len(told) > 1:
+            idle = " ".join(f"--{name}" for name in told if name != "mu")
+            logger.warning("%s is ignored because --mu %g fixes the noise levels", idle, told["mu"])
+        mu = told.get("mu", MU_OF_TURBO if self.is_turbo and not told else None)
+        ends = told.get("y1", MU_OF_FEW), told.get("y2", MU_OF_MANY)
         tokens = count_picture_tokens(LATENT.shape(1, prepared.height, prepared.width))
         by_size = size_shift(tokens, (FEW, ends[0]), (MANY, ends[1]))
         return replace(prepared, flow_shift=by_size if mu is None else math.exp(mu))
@@ -289,10 +293,11 @@ def family_for_samples(options: Krea2TrainingOptions) -> Krea2 | None:
     turbo = options.turbo_dit
     if turbo is None:
         return None
-    if is_raw(turbo):
+    is_turbo, where = told_turbo(turbo) or (True, "")
+    if not is_turbo:
         raise OptionError(
-            f"--turbo_dit {turbo}: it says that it is raw, which makes no picture in eight steps. Give "
-            "turbo.safetensors, or leave the option out"
+            f"--turbo_dit {turbo}: it says that it is raw ({where}), which makes no picture in eight steps. "
+            "Give turbo.safetensors, or leave the option out"
         )
     made = _family_for_training(replace(options, dit=turbo, turbo_dit=None), options)
     return replace(made, samples_on_turbo=True)

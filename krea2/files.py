@@ -1,6 +1,6 @@
 """Transformer files of Krea 2, and the files of a run: transformer, Qwen-Image's VAE and Qwen3-VL.
 
-Files have the released names (ComfyUI's too) or diffusers'. Raw and Turbo have the same tensors: `is_turbo`.
+Files have the released names (ComfyUI's too) or diffusers'. Raw and Turbo have equal tensors: `told_turbo`.
 """
 
 import json
@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
+from encoders.files import told_few_steps
 from encoders.language_encoder import LanguageUse
 from encoders.language_models import QWEN3_VL
 from encoders.picture_prompts import PictureUse, read_within
@@ -21,6 +22,7 @@ from krea2.options import NAME
 from modules.checkpoints.dialects import DitShapes, join_parts, joined_shapes, other_kind
 from modules.checkpoints.dits import DitFormat, DitHeader
 from modules.checkpoints.opening import Checkpoint, plain_sources
+from modules.contract.few_steps import FewSteps
 from modules.contract.loading import TensorSource
 from modules.errors import CheckpointError
 from modules.text_files import read_text
@@ -55,6 +57,11 @@ OPTION = "--dit"
 FILES = (
     "raw.safetensors of krea/Krea-2-Raw, turbo.safetensors of krea/Krea-2-Turbo, the folder transformer of "
     "either, or krea2_raw_bf16.safetensors of Comfy-Org"
+)
+FEW_STEPS = FewSteps(
+    "Train on raw (raw.safetensors), whose LoRAs work on Turbo too, or give --training_adapter with a LoRA "
+    "that undoes the distillation",
+    unless=r"(?<![a-z])raw(?=_|\d|bf|fp|$)",
 )
 # dialect -> a tensor that only it has
 DIALECTS = {"released": "txtfusion.projector.weight", "diffusers": "text_fusion.projector.weight"}
@@ -133,29 +140,23 @@ FORMAT = DitFormat(
 read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMAT.load
 
 
-def is_turbo(dit: Path | None) -> bool:
-    """Return whether a transformer is Turbo: as the release's model_index.json says, else by its name."""
-    return dit is not None and _says(dit, "turbo", is_distilled=True)
+def told_turbo(dit: Path | None) -> tuple[bool, str] | None:
+    """Return whether a transformer is Turbo, False for raw, and what says so; None if nothing does.
 
-
-def is_raw(dit: Path) -> bool:
-    """Return whether a transformer says that it is raw, as for `is_turbo`."""
-    return not is_turbo(dit) and _says(dit, "raw", is_distilled=False)
-
-
-def _says(dit: Path, word: str, is_distilled: bool) -> bool:
+    It is the release's model_index.json, else the nearest name as for `FewSteps.told_by`.
+    """
+    if dit is None:
+        return None
     folder = dit.absolute().parent if dit.suffix else dit.absolute()
-    index, names = folder.parent / "model_index.json", [dit.stem]
-    if folder.name == "transformer":
-        names += folder.parts[-5:]
-        if index.is_file():
-            try:
-                told = json.loads(read_text(index)).get("is_distilled")
-            except (OSError, ValueError, AttributeError) as error:
-                raise CheckpointError(f"{index} cannot be read ({error}). Copy it again.", index) from error
-            if isinstance(told, bool):
-                return told is is_distilled
-    return any(re.search(rf"(?<![a-z]){word}(?![a-z])", name.lower()) for name in names)
+    index = folder.parent / "model_index.json"
+    if folder.name == "transformer" and index.is_file():
+        try:
+            told = json.loads(read_text(index)).get("is_distilled")
+        except (OSError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{index} cannot be read ({error}). Copy it again.", index) from error
+        if isinstance(told, bool):
+            return told, f"{index} has is_distilled {str(told).lower()}"
+    return told_few_steps(FEW_STEPS, dit)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ _LAYERS = (
     *(("attn.to_gate", "attn.gate"), ("attn.to_out.0", "attn.wo")),
     *((f"ff.{name}", f"mlp.{name}") for name in ("gate", "up", "down")),
 )
+_ORDER = "attn.wq attn.wk attn.wv attn.gate attn.wo mlp.gate mlp.up mlp.down"  # of registration
 _NORMS = (
     *((f"norm{number}.weight", f"{ours}norm.scale") for number, ours in ((1, "pre"), (2, "post"))),
     *((f"attn.norm_{letter}.weight", f"attn.qknorm.{letter}norm.scale") for letter in "qk"),
@@ -48,13 +49,23 @@ KREA_2 = FamilyNames(
         ("final_layer.scale_shift_table", "last.modulation.lin"),
     ),
     versions=("krea2", "krea-2", "krea_2"),
+    # of the blocks over the picture: the text's have a width and heads of their own
     sides=(
-        *((f".attn.{name}", 1, 1) for name in ("wq", "gate", "wo")),
-        *((f".attn.{name}", 1 / 4, 1) for name in ("wk", "wv")),
-        *((f".mlp.{name}", 8 / 3, 1) for name in ("gate", "up")),
-        (".mlp.down", 1, 8 / 3),
+        *((f".blocks.{{n}}.attn.{name}", 1, 1) for name in ("wq", "gate", "wo")),
+        *((f".blocks.{{n}}.attn.{name}", 1 / 4, 1) for name in ("wk", "wv")),
+        *((f".blocks.{{n}}.mlp.{name}", 8 / 3, 1) for name in ("gate", "up")),
+        (".blocks.{n}.mlp.down", 1, 8 / 3),
     ),
     released=((6144, (("blocks", 28),)),),
+    numbered=(
+        ("", "first"),
+        ("blocks.{n}.", _ORDER),
+        ("tmlp.", "0 2"),
+        ("txtfusion.layerwise_blocks.{n}.", _ORDER),
+        ("txtfusion.", "projector"),
+        ("txtfusion.refiner_blocks.{n}.", _ORDER),
+        *(("txtmlp.", "1 3"), ("last.", "linear"), ("tproj.", "1")),
+    ),
     network_module="networks.lora_krea2",
     refused=(
         (

@@ -1,7 +1,7 @@
 """Krea 2's own options for caching, training and generation. Standard library only."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,13 @@ _MATCH = (
 _ALONE = "references attend to each other alone"
 # options of a generation -> their names in Request.extra
 EXTRAS = {name: name for name in ("mu", "y1", "y2")}
+# options of a prompt line -> what of the command line they replace
+REPLACED = {
+    "fs": ("mu", "y1", "y2"),
+    "mu": ("flow_shift", "y1", "y2"),
+    **dict.fromkeys(("y1", "y2"), ("flow_shift", "mu")),
+}
+STEPS_OF_TURBO, GUIDANCE_OF_TURBO = 8, 1.0
 _VAE: Mapping[str, Any] = {"vae": {"help": "Qwen-Image's VAE: file or folder"}}
 
 
@@ -98,25 +105,25 @@ class Krea2TrainingOptions(Krea2ModelOptions, title=NAME):
 class Krea2GenerationOptions(Krea2ModelOptions, title=NAME):
     """Options of krea2_generate_image.py besides the shared ones."""
 
-    width: int = option(
+    width: int | None = option(
         "width in pixels, another spelling of the second number of --image_size",
         default=SIDE,
         least=16,
         most=MOST_SIDE,
         facts=OF_REQUEST,
     )
-    height: int = option("height in pixels", default=SIDE, least=16, most=MOST_SIDE, facts=OF_REQUEST)
+    height: int | None = option("height in pixels", default=SIDE, least=16, most=MOST_SIDE, facts=OF_REQUEST)
     mu: float | None = option(
         "how far the noise levels are shifted, as the exponent of --flow_shift (--mu in a prompt line); "
         f"default: {MU_OF_TURBO} for Turbo, else by the size",
         facts=OF_REQUEST,
     )
-    y1: float = option(
+    y1: float | None = option(
         "mu of a picture of 256 tokens, 256 x 256 pixels (--y1 in a prompt line); it grows evenly to --y2",
         default=MU_OF_FEW,
         facts=OF_REQUEST,
     )
-    y2: float = option(
+    y2: float | None = option(
         "mu of a picture of 6400 tokens, 1280 x 1280 pixels (--y2 in a prompt line)",
         default=MU_OF_MANY,
         facts=OF_REQUEST,
@@ -139,17 +146,34 @@ def check_mu(mu: float, option: str) -> None:
         raise OptionError(f"{option} {mu:g}: give a number from -{MOST_MU:g} to {MOST_MU:g}; 1.15 is usual")
 
 
-def settle_generation(options: Any, own: Krea2GenerationOptions) -> tuple[Any, Krea2GenerationOptions]:
-    """Put --width and --height into the size. Raises OptionError if --image_size says another one."""
-    size, usual = (own.height, own.width), (SIDE, SIDE)
-    asked = tuple(options.request.video_size)
-    if size in (usual, asked):
-        return options, own
-    if asked != usual:
+def check_levels(told: Collection[str], has_shift: bool) -> None:
+    """Raise OptionError for noise levels that are said in two ways. told: which of `EXTRAS` are given."""
+    if told and has_shift:
+        typed = " ".join(f"--{name}" for name in told)
         raise OptionError(
-            f"--width {own.width} --height {own.height} and --image_size {' '.join(map(str, asked))} differ: "
-            "give one of them (--image_size has the height first)"
+            f"--flow_shift and {typed}: each says the noise levels alone. Leave one of them out"
         )
+
+
+def settle_generation(options: Any, own: Krea2GenerationOptions) -> tuple[Any, Krea2GenerationOptions]:
+    """Put --width and --height into the size. Raises OptionError if --image_size says another one.
+
+    The size, width and height are None where they are not given; so are mu, y1 and y2.
+    """
+    check_levels(
+        [name for name in EXTRAS if getattr(own, name) is not None], options.request.flow_shift is not None
+    )
+    given, asked = {"width": own.width, "height": own.height}, options.request.video_size
+    size = own.height or SIDE, own.width or SIDE
+    if asked is not None:
+        size = tuple(asked)
+        there = {"width": size[1], "height": size[0]}
+        if any(value not in (None, there[name]) for name, value in given.items()):
+            typed = " ".join(f"--{name} {value}" for name, value in given.items() if value is not None)
+            raise OptionError(
+                f"{typed} and --image_size {' '.join(map(str, size))} differ: give one of them (--image_size "
+                "has the height first)"
+            )
     return replace(options, request=replace(options.request, video_size=size)), own
 
 
@@ -162,12 +186,15 @@ def caching_options(options: Krea2TrainingOptions) -> tuple[dict[str, Any], dict
 
 def generation_options(options: Krea2TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
+    usual = {"--steps": STEPS_OF_TURBO, "--guidance_scale": GUIDANCE_OF_TURBO}
     controls = sample.get("control_images") or ()
     given, of_turbo = sample.get("extra") or {}, {} if options.turbo_dit is None else {"mu": MU_OF_TURBO}
     levels = {name: given[name] for name in EXTRAS if name in given}
     return {
         "--dit": options.turbo_dit or options.dit or "DIT_FILE",
         **{f"--{name}": value for name, value in (levels or of_turbo).items()},
+        # a sample says its own; the file's name need not say that it is Turbo
+        **({} if options.turbo_dit is None or sample else usual),
         "--vae": options.vae.file.vae or "VAE_FILE",
         **options.text.words("QWEN3_VL_FILE"),
         "--dit_dtype": options.dit_dtype,

@@ -38,7 +38,8 @@ class FamilyEntry:
     texts: str = ""  # options of the files that encode texts, in a command that is shown
     training: tuple[str, ...] = ()  # likewise, of its training script
     repeated: tuple[str, ...] = ()  # its options that the next command is given too: "model_version"
-    others: tuple[str, ...] = ()  # further models that its scripts run, as LoRA files name them
+    # further models that its scripts run, as outputs and LoRA files name them, with its latents
+    others: tuple[str, ...] = ()
     same_latents: str = ""  # the family whose autoencoder it has too
 
     @property

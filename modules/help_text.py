@@ -137,4 +137,6 @@ def _usage(parser: argparse.ArgumentParser) -> str:
         elif action.required:
             value = formatter._format_args(action, action.dest.upper())
             words.append(f"{action.option_strings[-1]} {value}".strip())
+        elif getattr(action, "by_place", False):
+            words.append(f"[{action.dest.upper()}{'' if action.nargs is None else ' ...'}]")
     return " ".join(["%(prog)s", *(word.replace("%", "%%") for word in words), "[options]"])

@@ -121,7 +121,7 @@ def _rules(
     for name, size in sizes.items():
         path, _, is_cut = _place(name, family) or ("", "", False)
         for end, rows, columns in family.sides:
-            if path.endswith(end) and (columns or not is_cut):
+            if f".{path}".endswith(end) and (columns or not is_cut):
                 yield size, 0 if is_cut else rows, columns
                 break
 

@@ -12,6 +12,7 @@ ENTRY = FamilyEntry(
     encoders=(("vae", "--vae", PICTURES),),
     texts="--text_encoder QWEN_FILE",
     repeated=("model_version", "edit", "edit_plus"),
+    others=("qwen_image_edit",),
 )
 
 # Qwen-Image, whose own layout is that of diffusers

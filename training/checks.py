@@ -53,7 +53,7 @@ def check_before_loading(
     if sampling is not None and options.speed.sharding.shard_base:
         raise OptionError(
             "--shard_base: samples by further transformers need networks that take turns, which are not "
-            "split over processes. Leave --sample_dit_other or --turbo_dit out"
+            f"split over processes. Leave {family.can.sample_apart} out"
         )
     counts = family.block_counts()
     swap = options.speed.swap

@@ -147,10 +147,7 @@ def note_experts(family: Family, options: TrainingOptions, samples_with_others: 
     if len(experts) == 1 and options.by_expert.offload_inactive_dit and not samples_with_others:
         logger.warning("--offload_inactive_dit is ignored because one transformer is loaded")
     if samples_with_others and options.samples.sample_prompts is None:
-        logger.warning(
-            "%s is ignored because there is no --sample_prompts",
-            "--sample_dit_other" if len(usual) > 1 else "the transformer for samples",
-        )
+        logger.warning("%s is ignored because there is no --sample_prompts", family.can.sample_apart)
     if len(usual) == 1:
         return
     trained = expert_trained(family, options)
@@ -161,7 +158,8 @@ def note_experts(family: Family, options: TrainingOptions, samples_with_others: 
         if (network.network_module or family.lora_module) in OWN_MODULES:
             warn_of_other_expert(read_lora(network.network_weights), (trained or expert).name)
     if len(experts) == 1 and options.samples.sample_prompts is not None and not samples_with_others:
-        logger.info("Samples are made by the trained transformer alone; give --sample_dit_other for both.")
+        other = family.can.sample_apart
+        logger.info("Samples are made by the trained transformer alone; give %s for both.", other)
     boundary = max(expert.lowest for expert in experts) or usual[-1].lowest
     if len(experts) > 1:
         logger.info("Timesteps from %g on train --dit_high_noise, the others --dit.", boundary)

@@ -120,8 +120,8 @@ def _plan(
     found = require_items(find_items(config, *parts, stores, tables, sound_of(family)), commands)
     check_channels(found, family.latent, commands, stores)
     items, _ = split_validation(found, options.validation.validation_split)
-    has_others = sampling is not None and options.samples.are_made
-    sampled = len(sampling.experts) - len(family.experts) if sampling is not None and has_others else 0
+    others = sampling.dit_files if sampling is not None and options.samples.are_made else ()
+    sampled = len({*others} - {*family.dit_files})  # which are loaded beside those that are trained
     sources = BatchSources(stores, tables)
     plan_training(family, options, items or found, commands, choose_device(None), sampled, sources, texts)
 

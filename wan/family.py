@@ -4,7 +4,7 @@ import logging
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from modules.contract.data import (
     MomentsRules,
     SamplingDefaults,
 )
-from modules.contract.family import FLOW, DitSpec, Family, NoiseSource, NoiseSpec
+from modules.contract.family import FLOW, Abilities, DitSpec, Family, NoiseSource, NoiseSpec
 from modules.contract.loading import Placement
 from modules.contract.requests import Prepared, Request
 from modules.contract.rules import IMAGE, LATENTS, ONE_EXPERT, VIDEO, Expert, ModelRelease, SourceRules
@@ -80,6 +80,7 @@ class Wan(OneTransformer):
     boundary: float | None = None  # timestep from which on the high-noise expert works; None: there is none
     first_frame_probability: float = 0.0  # of a training, see `NoiseSpec`
 
+    can: ClassVar = Abilities(tell_few_steps=True, sample_apart="--sample_dit_other")
     name: str = field(default="wan", init=False)
     cache_tag: str = field(default="wan", init=False)
     lora_module: str = field(default=LORA[0].network_module, init=False)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from encoders.autoencoder import SCALE, SHIFT
+from encoders.files import told_few_steps
 from encoders.language_encoder import LanguageModelFiles, LanguageUse, qwen3_chat, qwen_tokenizer
 from encoders.language_models import QWEN3
 from encoders.pictures import AutoencoderFiles, ModelOfPictures, picture_defaults
@@ -65,13 +66,10 @@ FLOW_SHIFT = 3.0  # where nothing is said
 SOLVER = "euler-thousandth"  # Euler's steps, at the noise levels of the known tuner
 # of a transformer whose name says no release: those of the known tuner
 DEFAULTS = picture_defaults(25, 0.0, 1024, FLOW_SHIFT, solver=SOLVER, extras=tuple(EXTRAS))
-# pattern of a name -> defaults of that release; tensors do not tell them apart. Source: the model cards
-RELEASED = {
-    r"turbo": replace(DEFAULTS, steps=8),
-    r"(^|--)z[-_ ]?image([-_](base|bf16|fp16|fp32|fp8\w*))*$": replace(
-        DEFAULTS, steps=28, guidance_scale=4.0
-    ),
-}
+# of the releases, which names tell apart: tensors do not. Source: the model cards
+TURBO = replace(DEFAULTS, steps=8)
+BASE = replace(DEFAULTS, steps=28, guidance_scale=4.0)
+CALLED_BASE = r"(^|--)z[-_ ]?image([-_](base|bf16|fp16|fp32|fp8\w*))*$"
 UNIT = 1000  # of timesteps; the model takes the share of data, 1 - timestep / UNIT
 
 
@@ -126,12 +124,13 @@ class ZImage(ModelOfPictures):
         dit = self.files.dit
         if dit is None:
             return DEFAULTS
+        told = told_few_steps(self.few_steps, dit)
+        if told is not None and told[0]:
+            return TURBO
         repository = dit.absolute().parts[-5:] if "transformer" in dit.parts[-2:] else ()
         names = [dit.name.removesuffix(".safetensors"), *repository]
-        for pattern, usual in RELEASED.items():
-            if any(re.search(pattern, name, re.IGNORECASE) for name in names):
-                return usual
-        return DEFAULTS
+        is_base = any(re.search(CALLED_BASE, name, re.IGNORECASE) for name in names)
+        return BASE if is_base else DEFAULTS
 
     # encoding
 

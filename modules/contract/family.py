@@ -220,6 +220,7 @@ class Abilities:
     hear: bool = False  # it is a `HearsSound`: its clips can have sound, in some runs
     rate: bool = False  # the model is told how many frames make a second, in runs without sound too
     tell_few_steps: bool = False  # it is a `KnowsFewSteps`
+    sample_apart: str = ""  # its option of a transformer that makes samples of a training and does not learn
 
 
 class Described(Protocol):

@@ -7,8 +7,9 @@ from pathlib import Path
 
 _ANYWHERE = "turbo|lightning|schnell|distill?ed|distill|lightx2v|causvid|accvid|fusionx|fastwan|fasthunyuan"
 _WORDS = r"lcm|dmd2?|hyper|[248](?:_steps|steps?)"  # whole words alone: they are part of others
-# such a model undone again, or one that was distilled only to take its guidance as a number
-_UNDONE = re.compile(r"(?:de|un|non)_?(?:turbo|schnell|distill?(?:ed)?)|(?:cfg|guidance)_?distill?(?:ed)?")
+# such a model undone again, and one that was distilled only to take its guidance as a number
+_UNDONE = re.compile(r"(?:(?<![a-z])(?:de|un|non)_|de|un|non)(?:turbo|schnell|distill?(?:ed)?)")
+_GUIDED = re.compile(r"(?:cfg|guidance)_?distill?(?:ed)?")
 _TITLES = ("modelspec.title", "modelspec.architecture", "title", "name", "general.name", "model_name")
 # names of files that say nothing of their model, which their folder then does
 _PLAIN = re.compile(r"(diffusion_pytorch_)?model.*|transformer.*|unet.*")
@@ -25,24 +26,39 @@ class FewSteps:
         "distillation"
     )
     words: str = ""  # regular expression of further words in names
-    unless: str = ""  # names with this word are of the model itself
+    # likewise: names with it, "KreaRaw" as "krea_raw", are of the model itself
+    unless: str = ""
 
     def found_in(self, path: Path, metadata: Mapping[str, str]) -> str | None:
-        """Return what says that a transformer was distilled: the name of its file or folder, or its metadata.
+        """Return what says that a transformer was distilled, as `told_by`; None if nothing does."""
+        told = self.told_by(path, metadata)
+        return None if told is None or not told[0] else told[1]
 
-        None if nothing does.
+    def told_by(self, path: Path, metadata: Mapping[str, str]) -> tuple[bool, str] | None:
+        """Return whether a transformer was distilled, as the nearest name says, and which name it is.
+
+        Names are that of the file, those of its folders if that one says nothing of a model, and those in its
+        metadata. None if none says either.
         """
         path = path.absolute()
-        names = [path.name if path.is_dir() else path.stem]
-        if _PLAIN.fullmatch(names[0].lower()):
-            names += [folder.name for folder in path.parents[:_FOLDERS]]
-        names += [metadata[key] for key in _TITLES if key in metadata]
-        return next((name for name in names if self._says(name)), None)
+        name = path.name if path.is_dir() else path.stem
+        names = [(name, f"its name is {name}")]
+        if _PLAIN.fullmatch(name.lower()):
+            names += [(one.name, f"its folder is {one}") for one in path.parents[:_FOLDERS]]
+        names += [(metadata[key], f"its {key} is {metadata[key]}") for key in _TITLES if key in metadata]
+        told = ((self._says(name), where) for name, where in names)
+        return next(((says, where) for says, where in told if says is not None), None)
 
-    def _says(self, name: str) -> bool:
-        plain = re.sub(r"[^a-z0-9]+", "_", name.lower())
-        if self.unless and self.unless in plain:
+    def _says(self, name: str) -> bool | None:
+        plain, apart = _plain(name), _plain(re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name))
+        if self.unless and re.search(self.unless, apart):
             return False
         words = "|".join(filter(None, (_WORDS, self.words)))
-        pattern = rf"{_ANYWHERE}|(?<![a-z0-9])(?:{words})(?![a-z0-9])"
-        return re.search(pattern, _UNDONE.sub("", plain)) is not None
+        left = _UNDONE.sub("", _GUIDED.sub("", plain))
+        if re.search(rf"{_ANYWHERE}|(?<![a-z0-9])(?:{words})(?![a-z0-9])", left):
+            return True
+        return False if _UNDONE.search(_GUIDED.sub("", plain)) else None
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", name.lower())

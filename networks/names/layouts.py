@@ -115,8 +115,8 @@ class FamilyNames:
     # text encoders that LoRAs change: (start of their modules' names in LoRA files, how their layers' names
     # begin); of several with the same layers the first one counts as the first
     encoders: tuple[tuple[str, str], ...] = (("lora_te1", OF_CLIP), ("lora_te3", OF_T5))
-    # by which families with equal names are told apart: (end of our path, rows and columns of the weight in
-    # widths of a block; 0: not told), and the published models. Of U-Nets the width is that of the texts.
+    # by which families with equal names are told apart: (end of "." and our path, rows and columns of the
+    # weight in widths of a block; 0: not told), and the published models. Of U-Nets it is the texts' width.
     sides: Sides = ()
     released: Released = ()
     # (what a pipeline of diffusers calls an expert's network, the expert), if there are several

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from safetensors.torch import load_file, save_file
 import krea2_generate_image
 from generation.prompt_lines import parse_generation_line
 from generation.request import prepare_line
-from krea2.family import Krea2
-from krea2.files import Krea2Files, load_dit
+from krea2.family import Krea2, family_for_samples
+from krea2.files import Krea2Files, load_dit, told_turbo
+from krea2.options import Krea2TrainingOptions
 from modules.contract.data import Batch
 from modules.contract.loading import Placement
 from modules.contract.requests import Prepared, Request
@@ -74,7 +76,8 @@ def test_noise_levels_of_raw_follow_the_size_and_those_of_turbo_do_not(family: K
 def test_noise_levels_can_be_asked_for(family: Krea2, turbo: Krea2, extra: dict[str, str], mu: float) -> None:
     for one in (family, turbo):
         assert prepare(one, extra=extra).flow_shift == pytest.approx(math.exp(mu))
-        assert prepare(one, extra=extra, flow_shift=3.0).flow_shift == 3.0
+        with pytest.raises(OptionError, match=f"--flow_shift and --{' --'.join(extra)}: each says the noise"):
+            prepare(one, extra=extra, flow_shift=3.0)
     with pytest.raises(OptionError, match="--mu 99: give a number from -20 to 20"):
         prepare(family, extra={"mu": "99"})
 
@@ -87,11 +90,40 @@ def test_noise_levels_can_be_asked_for(family: Krea2, turbo: Krea2, extra: dict[
         ("models--krea--Krea-2-Turbo/snapshots/1a/transformer", True),
         ("Krea-2-Raw/transformer", False),
         ("turbo/raw.safetensors", False),
+        ("Krea2TurboFP8.safetensors", True),
+        ("krea2-turbofp8.safetensors", True),
+        ("myturbomix.safetensors", True),
+        ("krea2_distilled_8steps.safetensors", True),
+        ("krea2_de-turbo.safetensors", False),
+        ("krea2_non-turbo.safetensors", False),
+        ("turbo_lora_merged_raw.safetensors", False),
+        ("turbo/Krea2RawFP8.safetensors", False),
+        ("/data/turbo/Krea-2-Raw/transformer", False),
+        ("turbo/transformer.safetensors", True),
+        ("strawberry_turbo.safetensors", True),
     ],
 )
 def test_a_name_says_which_one_it_is(family: Krea2, path: str, is_turbo: bool) -> None:
+    """The same rule chooses the defaults, warns of a training, and refuses --turbo_dit."""
     named = replace(family, files=replace(family.files, dit=Path(path)))
-    assert named.defaults.steps == (8 if is_turbo else 28)
+    why, (_, where) = named.why_few_steps(), told_turbo(Path(path)) or (False, "")
+    assert (named.defaults.steps, named.defaults.guidance_scale) == ((8, 1.0) if is_turbo else (28, 5.5))
+    assert why == (f"{Path(path)} is Krea 2 Turbo: {where}" if is_turbo else None)
+    options = Krea2TrainingOptions(turbo_dit=Path(path))
+    if is_turbo:
+        assert family_for_samples(options) is not None
+    else:
+        with pytest.raises(OptionError, match=re.escape(f"it says that it is raw ({where})")):
+            family_for_samples(options)
+
+
+def test_metadata_and_folders_say_it_too(tmp_path: Path) -> None:
+    path = write_dit(tmp_path / "Krea-2-Turbo", tiny_state(), name="model")
+    assert told_turbo(path) == (True, f"its folder is {tmp_path / 'Krea-2-Turbo'}")
+    path = path.rename(tmp_path / "mine.safetensors")
+    assert told_turbo(path) is None
+    save_file(load_file(path), path, {"modelspec.title": "Krea 2 Turbo"})
+    assert told_turbo(path) == (True, "its modelspec.title is Krea 2 Turbo")
 
 
 def test_a_release_says_it_in_its_own_words_and_training_is_warned(family: Krea2, tmp_path: Path) -> None:
@@ -125,8 +157,50 @@ def test_the_words_of_the_known_tuner_are_read() -> None:
     assert options.num_videos == 3
     assert request.extras["mu"] == ("mu", 1.15)
     assert options_of("--prompt", "a cat", "--num_images", "2").num_videos == 2
-    with pytest.raises(OptionError, match="--width 832 --height 480 and --image_size 64 64 differ"):
-        options_of("a cat", *size, "--image_size", "64", "64")
+    for given, asked, words in (
+        (size, "64 64", "--width 832 --height 480 and --image_size 64 64 differ"),
+        (("--width", "1024", "--height", "1024"), "64 64", "--width 1024 --height 1024 and .* 64 64 differ"),
+        (("--width", "512"), "1024 1024", "--width 512 and --image_size 1024 1024 differ"),
+        ((), "64 64", ""),
+        (size, "480 832", ""),
+    ):
+        if words:
+            with pytest.raises(OptionError, match=words):
+                options_of("a cat", *given, "--image_size", *asked.split())
+        else:
+            found = options_of("a cat", *given, "--image_size", *asked.split()).request.video_size
+            assert " ".join(map(str, found)) == asked
+    assert tuple(options_of("a cat", "--width", "512").request.video_size) == (1024, 512)
+    assert tuple(options_of("a cat").request.video_size) == (1024, 1024)
+
+
+def test_noise_levels_that_are_said_twice_are_told(family: Krea2, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(OptionError, match="--flow_shift and --mu --y2: each says the noise levels alone"):
+        options_of("a cat", "--flow_shift", "3", "--mu", "1", "--y2", "1.15")
+    options = options_of("a cat", "--mu", "1.15", "--y1", "0.5")
+    assert prepare_line(family, options, {}).flow_shift == pytest.approx(math.exp(1.15))
+    assert "--y1 is ignored because --mu 1.15 fixes the noise levels" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("typed", "line", "shift"),
+    [
+        ("--flow_shift 3", "--mu 0.5", math.exp(0.5)),
+        ("--flow_shift 3", "--y1 1 --y2 1", math.exp(1)),
+        ("--mu 0.5", "--y1 1 --y2 1", math.exp(1)),
+        ("--y1 1 --y2 1", "--mu 0.5", math.exp(0.5)),
+        ("--mu 0.5", "--fs 3", 3),
+        ("--y1 2 --y2 2", "--flow_shift 3", 3),
+        ("--y1 1", "--y2 1", math.exp(1)),
+    ],
+)
+def test_a_line_replaces_what_the_command_says_of_noise_levels(
+    family: Krea2, caplog: pytest.LogCaptureFixture, typed: str, line: str, shift: float
+) -> None:
+    options = options_of("a cat", *typed.split())
+    prepared = prepare_line(family, options, parse_generation_line(f"a dog {line}", options.line_options))
+    assert prepared.flow_shift == pytest.approx(shift)
+    assert "ignored" not in caplog.text
 
 
 def test_a_prompt_line_has_noise_levels_and_makes_one_picture(family: Krea2) -> None:

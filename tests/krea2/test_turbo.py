@@ -1,5 +1,6 @@
 """Samples of a training on raw that are made on Turbo, under what is trained."""
 
+import re
 from pathlib import Path
 
 import numpy
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import krea2_train_network
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.tiny.families import OUTPUT, family_called
 from tests.tiny.krea2 import tiny_state, write_dit
@@ -53,4 +55,27 @@ def test_raw_is_refused_as_turbo_and_turbo_is_warned_of(tmp_path: Path) -> None:
     assert_one_message(code, said, "--turbo_dit", "this is what --dit trains")
     said = succeed_here(*words, "--dit", turbo, folder=tmp_path)
     assert "distilled to few steps" in said
+    assert f"is Krea 2 Turbo: its name is {turbo.stem}" in said
     assert "Train on raw (raw.safetensors)" in said
+
+
+def test_a_plan_counts_turbo_and_commands_say_its_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both transformers have all their weights in host memory, also the one at work."""
+    family = family_called("krea2")
+    make_project(family, tmp_path)
+    turbo = write_dit(tmp_path / "model", tiny_state(seed=5), name="other")
+    (tmp_path / "prompts.txt").write_text("a cat --w 32 --h 32", encoding="utf-8")
+    words = (*family.train, *OUTPUT, "--max_train_steps", "1", "--turbo_dit", turbo)
+    prompts = ("--sample_prompts", "prompts.txt", "--sample_every_n_steps", "1")
+
+    monkeypatch.chdir(tmp_path)
+    for more, is_loaded in ((prompts, True), ((), False)):
+        capsys.readouterr()
+        krea2_train_network.main([*map(str, words[1:]), *more, "--plan"])
+        rows = re.findall("further transformers.*they take turns on the device", capsys.readouterr().out)
+        assert len(rows) == is_loaded
+    said = succeed_here(*words, folder=tmp_path)
+    assert "--turbo_dit is ignored because there is no --sample_prompts" in said
+    assert "other.safetensors --mu 1.15 --steps 8 --guidance_scale 1.0" in said

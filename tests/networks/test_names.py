@@ -21,11 +21,12 @@ from flux_2.names import FLUX_2
 from frame_pack.names import FRAMEPACK
 from hunyuan_image.names import HUNYUAN_IMAGE
 from hunyuan_model.names import HUNYUAN_VIDEO
+from krea2.names import KREA_2
 from lumina.names import LUMINA
 from networks.apply import LIKELY_MODEL
 from networks.deltas import group_by_module
 from networks.key_formats import families_of, module_of_tensor, to_native
-from networks.module_names import alias, choose_family, diffusers_path, module_path, to_alias
+from networks.module_names import alias, choose_family, diffusers_path, module_path, sizes_fit, to_alias
 from networks.names.layouts import FamilyNames, tensor_patterns
 from qwen_image.names import QWEN_IMAGE
 from stable_diffusion.names import SD1, SD2, SDXL
@@ -243,6 +244,20 @@ def test_damaged_factors_tell_no_family_by_their_sizes(shapes: dict[str, tuple[i
         ("down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k", {SD1, SD2, SDXL}),
     ):
         assert set(families_of({f"lora_unet_{module}": factors})) == known
+
+
+def test_all_layers_of_krea_2_have_the_released_sizes() -> None:
+    """The text's blocks have their own heads and widths; keys as wide as queries are another model's."""
+    sizes = {
+        name.removesuffix(".weight").replace(".", "_"): shape
+        for name, (_, shape) in tensor_list("krea2-dit").items()
+        if name.endswith(".weight") and len(shape) == 2
+    }
+    wrong = {**sizes, "blocks_3_attn_wk": sizes["blocks_3_attn_wq"]}
+
+    assert len(sizes) == 264
+    assert sizes_fit(KREA_2, sizes, sizes.get)
+    assert not sizes_fit(KREA_2, wrong, wrong.get)
 
 
 RELEASED = {

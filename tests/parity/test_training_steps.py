@@ -84,6 +84,7 @@ class Training:
     unused: int = 0
     caching: Sequence[object] = ()  # options of caching latents
     tolerance: float = 1e-4  # of the largest weight
+    share: float | None = None  # see `assert_descent`
     family: str = ""
 
 
@@ -422,6 +423,7 @@ CASES: dict[str, Training] = {
         parts=krea2_parts,
         error=error_of_krea2,
         change=partial(write_caption, "picture 1", LONG),  # so that rows of padding are masked
+        share=1e-7,  # layers of the texts move the picture little
     ),
     **{
         f"krea2 edit{option}": Training(
@@ -503,7 +505,9 @@ def test_two_steps_equal_those_computed_with_diffusers(tmp_path: Path, name: str
         assert len(every) - len(learned) == case.unused
         return learned
 
-    assert_steps_of_descent(tmp_path / "out", parts, case.rate, gradients_at, name, case.tolerance)
+    assert_steps_of_descent(
+        tmp_path / "out", parts, case.rate, gradients_at, name, case.tolerance, case.share
+    )
     if case.lora is not None:
         assert_same_effect(case, dit_file, tmp_path / "out" / "lora.safetensors", items)
 

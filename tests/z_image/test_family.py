@@ -49,6 +49,8 @@ def test_what_is_not_said_is_as_in_the_known_tuner(family: ZImage) -> None:
         ("models/z_image_bf16.safetensors", (28, 4.0)),
         ("Z-Image/transformer", (28, 4.0)),
         ("models--Tongyi-MAI--Z-Image-Turbo/snapshots/1a/transformer", (8, 0.0)),
+        ("z_image_de_turbo_v1_bf16.safetensors", (25, 0.0)),  # as a training is not warned of it
+        ("zit_bf16.safetensors", (8, 0.0)),
         ("zimage_TURBO_fp8_e4m3fn.safetensors", (8, 0.0)),
         ("z_image/my_z_image.safetensors", (25, 0.0)),
         ("z_image_style.safetensors", (25, 0.0)),

@@ -50,6 +50,15 @@ IN_BLOCK = {
 }
 RECORDED |= {name: [f"lora_unet_{start}_0_{one}" for one in ends] for name, (start, ends) in IN_BLOCK.items()}
 RECORDED["flux_2"] += ["lora_unet_single_blocks_0_linear1", "lora_unet_single_blocks_0_linear2"]
+# all layers, those outside the blocks too
+IN_KREA = [f"attn_{one}" for one in ("wq", "wk", "wv", "gate", "wo")] + ["mlp_gate", "mlp_up", "mlp_down"]
+KREA = ("first", "blocks_0", "tmlp_0", "tmlp_2", "txtfusion_layerwise_blocks_0", "txtfusion_projector")
+KREA += ("txtfusion_refiner_blocks_0", "txtmlp_1", "txtmlp_3", "last_linear", "tproj_1")
+RECORDED["krea2"] = [
+    f"lora_unet_{part}{one}"
+    for part in KREA
+    for one in ([f"_{x}" for x in IN_KREA] if "blocks" in part else [""])
+]
 FACTORS = {
     "lora": ("lora_down.weight", "lora_up.weight"),
     "loha": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
