@@ -15,21 +15,21 @@ ROOT = Path(__file__).resolve().parent.parent
 # room -> lines and files of Python at most; `scripts` are the files of the root
 BUDGET = {
     "blissful_tuner": (3550, 21),
-    "browser": (3060, 14),
+    "browser": (3070, 14),
     "data_tools": (6180, 30),
-    "dataset": (13340, 61),
+    "dataset": (13360, 61),
     "downloads": (760, 6),
-    "encoders": (4000, 17),
+    "encoders": (4010, 17),
     "flux": (2070, 15),
     "flux_2": (1160, 9),
     "frame_pack": (2910, 16),
-    "generation": (5740, 23),
+    "generation": (5750, 23),
     "hunyuan_image": (1270, 9),
     "hunyuan_model": (3070, 17),
-    "krea2": (1180, 7),
+    "krea2": (1230, 7),
     "ltx_2": (3910, 18),
     "lumina": (1350, 10),
-    "modules": (20410, 108),
+    "modules": (20440, 108),
     "networks": (8490, 40),
     "package": (380, 6),
     "post": (7510, 38),
@@ -38,11 +38,11 @@ BUDGET = {
     "scripts": (1520, 73),
     "stable_diffusion": (7150, 30),
     "tools": (390, 13),
-    "training": (12780, 55),
+    "training": (12790, 55),
     "wan": (3530, 18),
     "z_image": (660, 7),
 }
-TESTS = 94320  # lines
+TESTS = 94590  # lines
 # files, functions and kinds of records of ours on each way, as `python benchmarks/way.py` prints them
 WAYS = {"one clip, cache and train": (170, 1150, 135), "one prompt with a LoRA": (104, 690, 60)}
 LONGEST, LONG = 60, 3  # lines of a function, without decorators; how many may be longer
