@@ -45,7 +45,7 @@ BUDGET = {
 TESTS = 94590  # lines
 # files, functions and kinds of records of ours on each way, as `python benchmarks/way.py` prints them
 WAYS = {"one clip, cache and train": (170, 1150, 135), "one prompt with a LoRA": (104, 690, 60)}
-LONGEST, LONG = 60, 3  # lines of a function, without decorators; how many may be longer
+LONGEST, LONG = 60, 4  # lines of a function, without decorators; how many may be longer
 LARGEST, LARGE = 400, 10  # lines of a file; how many may be longer
 GROWTH = 1.05
 NOT_PRODUCT = {"tests", "benchmarks", "docs", "pocket"}
