@@ -80,6 +80,7 @@ SMALLER = {
     **dict.fromkeys(("hv_train.py", "qwen_image_train.py", "wan_train.py", "zimage_train.py"), TRAINING),
     **{f"{name}_train_network.py": LORA for name in ("hv", "ltx2", "wan", *OF_PICTURES)},
     **{f"{name}_generate_image.py": PICTURE for name in OF_PICTURES if name != "hunyuan_image"},
+    "krea2_generate_image.py": f"{PICTURE} --width 64 --height 64",
 }
 NOT_ON_CPU = {"gen_img.py": {"--fp16"}}  # left out: a CPU takes long in float16
 LIGHTER = {  # what a page gives an option -> what runs on tiny models; appended too

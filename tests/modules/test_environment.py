@@ -155,6 +155,7 @@ NAMES = {
     "torch.ops._c10d_functional",
     "torch.ops.aten._local_scalar_dense",
     "torch.ops.aten._local_scalar_dense.default",
+    "torch.overrides._get_current_function_mode_stack",
     "torch.utils._python_dispatch.TorchDispatchMode",
     "torch.utils._python_dispatch._disable_current_modes",
     "torch.utils._pytree.tree_leaves",

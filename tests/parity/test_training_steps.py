@@ -434,6 +434,7 @@ CASES: dict[str, Training] = {
             error=partial(error_of_krea2_edit, isolated=bool(option)),
             change=edits_of_two,
             family="krea2",
+            share=1e-8,  # beside two references still less
         )
         for option in ("", " --kv_cache")
     },

@@ -315,7 +315,10 @@ def test_ctrl_c_ends_the_command_and_the_run(collected: Path, tmp_path: Path) ->
     folder = copy(collected, tmp_path / "clips")
     words = [sys.executable, str(ROOT / "reelsmith.py"), "run", str(folder)]
     settings: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "process_group": 0}
+    # a shell's job in the background ignores Ctrl-C, and so does what it starts
+    kept = signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(words, env={**os.environ, **QUIET}, **settings) as process:
+        signal.signal(signal.SIGINT, kept)
         assert process.stdout is not None
         next(line for line in process.stdout if line.startswith(("tokenizer", "Files")))
         os.killpg(process.pid, signal.SIGINT)
