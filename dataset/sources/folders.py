@@ -101,8 +101,7 @@ def _media_in(table: DatasetTable, faults: list[Fault]) -> list[Path]:
     suffixes, spare = media_suffixes(table.kind), media_suffixes(table.kind, spare=True)
     key = f"{table.kind}_directory" if table.group is None else "image_dir"
     entries = list_entries(table.directory, f"{table.name}: {key}")
-    # as Path.suffix, which takes longer
-    ends = [os.path.splitext(entry.name)[1].lower() for entry in entries]  # noqa: PTH122
+    ends = [split_name(entry.name)[1].lower() for entry in entries]
     there: list[Path] = []
     no_files: list[Path] = []
     for entry, end in zip(entries, ends, strict=True):
@@ -272,6 +271,12 @@ def list_entries(folder: Path, key: str) -> Sequence["os.DirEntry[str]"]:
             near = similar_path(folder, only_folders=True)
             hint = hint if near is None else f"Did you mean {near}?"
         raise DatasetError(f"{key} = {folder}: {error.strerror}{looked}. {hint}") from error
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Return stem and suffix of a file's name as `Path` does, which takes longer."""
+    stem, suffix = os.path.splitext(name)  # noqa: PTH122
+    return (name, "") if suffix == "." else (stem, suffix)
 
 
 # --- the files of its kind

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dataset.config import DatasetConfig, DatasetTable
-from dataset.sources.folders import folder_id, is_file, list_entries, media_suffixes
+from dataset.sources.folders import folder_id, is_file, list_entries, media_suffixes, split_name
 from dataset.sources.media_source import is_of_shards
 from modules.errors import MediaError
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
@@ -55,25 +55,27 @@ def left_out_files(config: DatasetConfig, table: DatasetTable) -> str | None:
         return None
     kinds = {str(one.kind) for one in sharing}
     captions = {one.caption_extension for one in sharing if one.caption_extension}
-    entries = list_entries(table.directory, table.name)
+    caption_ends = {one.lower() for one in captions}
     read = frozenset().union(*(_all_suffixes(kind) for kind in kinds))
     if place in _other_folders(config):
         read |= frozenset().union(SOUND_SUFFIXES, *map(_all_suffixes, _KINDS))
-    stems = {Path(one.name).stem for one in entries if Path(one.name).suffix.lower() in read}
+    # without a Path for each: there may be a million
+    there = [(entry, *split_name(entry.name)) for entry in list_entries(table.directory, table.name)]
+    stems = {stem for _, stem, suffix in there if suffix.lower() in read}
     counts: dict[str, Counter[str]] = {}  # by what to do
-    for entry in entries:
-        path = table.directory / entry.name
-        end = path.suffix.lower()
-        is_caption = end in {one.lower() for one in captions}
-        if (path.suffix in captions and path.stem in stems) or entry.name.lower() in _NO_MEDIA:
+    for entry, stem, suffix in there:
+        end = suffix.lower()
+        is_caption = end in caption_ends
+        if (suffix in captions and stem in stems) or entry.name.lower() in _NO_MEDIA:
             continue
         if not is_caption and end in _USUAL:
             continue
-        if end in read and not (kinds == {"video"} and _is_still(path)):
+        may_be_still = kinds == {"video"} and end in ANIMATION_SUFFIXES
+        if end in read and not (may_be_still and _is_still(table.directory / entry.name)):
             continue
         if is_file(entry) and not is_of_shards(entry.name):
             why = f"captions of no {table.kind}" if is_caption else _explain(end, kinds)
-            shown = path.suffix if is_caption else end
+            shown = suffix if is_caption else end
             counts.setdefault(why, Counter())[shown or "no suffix"] += 1
     if not counts:
         return None
@@ -97,9 +99,9 @@ def _other_folders(config: DatasetConfig) -> set[str]:
 
 
 def _is_still(path: Path) -> bool:
-    """Return whether a file among clips has the suffix of an animation, and is none."""
+    """Return whether a file with the suffix of an animation is none."""
     try:
-        return path.suffix.lower() in ANIMATION_SUFFIXES and not is_animation(path)
+        return not is_animation(path)
     except MediaError:  # which decoding reports
         return False
 
