@@ -34,15 +34,13 @@ from tests.encoders.their_t5 import their_t5
 from tests.parity.hunyuan import load_clip
 from tests.parity.hunyuan_image import language_model
 from tests.tiny import picture_encoders
+from tests.tiny.dit_files import TinyModel
 from tests.tiny.flux import TinyFlux
 from tests.tiny.flux_2 import TEXT_LAYERS, TinyFlux2
 from tests.tiny.hunyuan_encoders import clip_config_json
-from tests.tiny.krea2 import TinyKrea2
 from tests.tiny.language_models import QWEN3_TEMPLATE, mistral3, qwen3, qwen3_vl
 from tests.tiny.lumina import GEMMA, TinyLumina, gemma_state
-from tests.tiny.qwen_image import TinyQwenImage
 from tests.tiny.wan_encoders import vae_diffusers_tensors
-from tests.tiny.z_image import TinyZImage
 
 # of the release's scheduler_config.json
 FLUX_2_SCHEDULER = {"use_dynamic_shifting": True, "time_shift_type": "exponential", "max_shift": 1.15}
@@ -159,7 +157,7 @@ def lumina(files: TinyLumina) -> Lumina2Pipeline:
     return quiet(pipe)
 
 
-def z_image(files: TinyZImage) -> ZImagePipeline:
+def z_image(files: TinyModel) -> ZImagePipeline:
     vae = diffusers_autoencoder()
     vae.register_to_config(scaling_factor=SCALE, shift_factor=SHIFT)
     tokenizer = PreTrainedTokenizerFast(
@@ -184,7 +182,7 @@ def qwen_image_vae(path: Path) -> AutoencoderKLQwenImage:
     return vae.eval()
 
 
-def qwen_image(files: TinyQwenImage, scheduler: FlowMatchEulerDiscreteScheduler) -> QwenImagePipeline:
+def qwen_image(files: TinyModel, scheduler: FlowMatchEulerDiscreteScheduler) -> QwenImagePipeline:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(files.text_encoder / "tokenizer.json"),
         pad_token="<|endoftext|>",
@@ -200,7 +198,7 @@ def qwen_image(files: TinyQwenImage, scheduler: FlowMatchEulerDiscreteScheduler)
     return quiet(pipe)
 
 
-def krea2(files: TinyKrea2, is_distilled: bool = False) -> Krea2Pipeline:
+def krea2(files: TinyModel, is_distilled: bool = False) -> Krea2Pipeline:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(files.text_encoder / "tokenizer.json"),
         pad_token="<|endoftext|>",

@@ -12,7 +12,8 @@ from tests.krea2.making import in_diffusers, predict_with, tiny_inputs
 from tests.parity import pipelines
 from tests.parity.running import assert_equal
 from tests.parity.test_training_steps import cached, train
-from tests.tiny.krea2 import TinyKrea2, write_dit
+from tests.tiny.dit_files import TinyModel
+from tests.tiny.krea2 import write_dit
 
 # what a file of the target begins with
 TARGETS = {"other": "diffusion_model.", "diffusers": "transformer."}
@@ -29,7 +30,7 @@ def dit(tmp_path: Path) -> Path:
 def test_every_dialect_of_a_trained_lora_has_its_effect_in_diffusers(dit: Path, tmp_path: Path) -> None:
     """Of all layers; and merged with our tool into files of both layouts."""
     models = tmp_path / "model"
-    files = TinyKrea2(dit, models / "vae.safetensors", models / "text_encoder")
+    files = TinyModel(dit, models / "vae.safetensors", models / "text_encoder")
     lora, given = tmp_path / "out" / "lora.safetensors", tiny_inputs()
     without, merged = predict_with(in_diffusers(load_file(files.dit)), given), tmp_path / "merged.safetensors"
     folder = write_dit(tmp_path / "release", load_file(files.dit), "diffusers_sharded")

@@ -21,7 +21,8 @@ from tests.krea2.making import in_diffusers, predict_edit
 from tests.parity.pipelines import krea2, qwen_image_vae
 from tests.parity.running import assert_equal, latents_in
 from tests.qwen_image.making import pack
-from tests.tiny.krea2 import TinyKrea2, write_tiny_krea2
+from tests.tiny.dit_files import TinyModel
+from tests.tiny.krea2 import write_tiny_krea2
 from tests.tiny.language_models import qwen3_vl
 from tests.tiny.project import write_image
 
@@ -31,7 +32,7 @@ SIZES = ((96, 64), (32, 48))  # width and height of references
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> TinyKrea2:
+def files(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     return write_tiny_krea2(tmp_path_factory.mktemp("models"))
 
 
@@ -44,7 +45,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return paths
 
 
-def picture_latents(files: TinyKrea2, pictures: Sequence[Path]) -> list[Tensor]:
+def picture_latents(files: TinyModel, pictures: Sequence[Path]) -> list[Tensor]:
     """Normalised means, each 1 16 1 h w."""
     vae = qwen_image_vae(files.vae)
     means, stds = (
@@ -80,7 +81,7 @@ def states_of(pipe: Krea2Pipeline, prompt: str, pictures: Sequence[Path]) -> Ten
 
 
 @torch.no_grad()
-def expected(files: TinyKrea2, pictures: Sequence[Path], isolated: bool, scale: float) -> Tensor:
+def expected(files: TinyModel, pictures: Sequence[Path], isolated: bool, scale: float) -> Tensor:
     """The tokens of the latents that an edit makes, 1 L 4Z."""
     pipe, dit = krea2(files), in_diffusers(load_file(files.dit))
     references = picture_latents(files, pictures)
@@ -97,7 +98,7 @@ def expected(files: TinyKrea2, pictures: Sequence[Path], isolated: bool, scale: 
     return pack(x)
 
 
-def made(files: TinyKrea2, folder: Path, *words: object) -> Tensor:
+def made(files: TinyModel, folder: Path, *words: object) -> Tensor:
     options = [*files.models, "--vae_dtype", "float32", "--prompt", PROMPT]
     options += ["--image_size", str(HEIGHT), str(WIDTH)]
     options += ["--infer_steps", str(STEPS), "--seed", str(SEED), "--output_type", "latent"]
@@ -109,7 +110,7 @@ def made(files: TinyKrea2, folder: Path, *words: object) -> Tensor:
     ("count", "isolated", "scale"), [(1, False, 1), (2, False, 4), (1, True, 4), (2, True, 1)]
 )
 def test_edits_equal_a_plain_computation(
-    files: TinyKrea2, pictures: list[Path], tmp_path: Path, count: int, isolated: bool, scale: float
+    files: TinyModel, pictures: list[Path], tmp_path: Path, count: int, isolated: bool, scale: float
 ) -> None:
     words = ["--control_image_path", *pictures[:count], "--guidance_scale", scale]
     words += [*(["--kv_cache"] if isolated else []), *(["--negative_prompt", NEGATIVE] if scale != 1 else [])]

@@ -40,13 +40,14 @@ from tests.parity.hunyuan_image import guider, load_pipeline
 from tests.parity.running import assert_equal, latents_in, picture_in
 from tests.parity.training import RANK
 from tests.qwen_image.test_family import SCHEDULER
+from tests.tiny.dit_files import TinyModel
 from tests.tiny.flux import TinyFlux, write_tiny_flux
 from tests.tiny.flux_2 import write_tiny_flux_2
 from tests.tiny.hunyuan_image import write_tiny_hunyuan_image
-from tests.tiny.krea2 import TinyKrea2, write_dit, write_tiny_krea2
+from tests.tiny.krea2 import write_dit, write_tiny_krea2
 from tests.tiny.lumina import write_tiny_lumina
 from tests.tiny.project import write_image
-from tests.tiny.qwen_image import TinyQwenImage, write_tiny_qwen_image
+from tests.tiny.qwen_image import write_tiny_qwen_image
 from tests.tiny.z_image import write_tiny_z_image
 
 PROMPT, NEGATIVE, SEED = "a small rabbit runs through the grass", "low quality, blurred", 20
@@ -200,13 +201,13 @@ def picture_of_wan(pipe: Any, latents: Tensor) -> Tensor:
 def qwen_image(lora: bool = False, **settings: Any) -> Model:
     """settings: of diffusers' scheduler. lora: with names as those of lightx2v's for few steps."""
 
-    def write(folder: Path) -> TinyQwenImage:
+    def write(folder: Path) -> TinyModel:
         files = write_tiny_qwen_image(folder)
         if lora:
             write_lightning(files, files.dit.with_name("lightning.safetensors"))
         return files
 
-    def pipe(files: TinyQwenImage) -> Any:
+    def pipe(files: TinyModel) -> Any:
         scheduler = FlowMatchEulerDiscreteScheduler(**{**SCHEDULER, **settings})
         made = pipelines.qwen_image(files, scheduler)
         if lora:
@@ -214,7 +215,7 @@ def qwen_image(lora: bool = False, **settings: Any) -> Model:
             assert made.transformer.peft_config
         return made
 
-    def models(files: TinyQwenImage) -> list[str]:
+    def models(files: TinyModel) -> list[str]:
         more = ["--lora_weight", str(files.dit.with_name("lightning.safetensors"))] if lora else []
         return [*files.models, *more]
 
@@ -224,13 +225,13 @@ def qwen_image(lora: bool = False, **settings: Any) -> Model:
 def krea2(turbo: str = "", dialect: str = "") -> Model:
     """turbo: in the name of the file. dialect: the layout of the transformer."""
 
-    def write(folder: Path) -> TinyKrea2:
+    def write(folder: Path) -> TinyModel:
         files = write_tiny_krea2(folder, name=f"dit{turbo}")
         if dialect:
             write_dit(folder, load_file(files.dit), dialect)
         return files
 
-    def models(files: TinyKrea2) -> list[str]:
+    def models(files: TinyModel) -> list[str]:
         dit = files.dit.parent / "transformer" if dialect else files.dit
         return [*files.models, "--dit", str(dit)]
 
@@ -244,7 +245,7 @@ def krea2(turbo: str = "", dialect: str = "") -> Model:
     )
 
 
-def write_lightning(files: TinyQwenImage, path: Path) -> Path:
+def write_lightning(files: TinyModel, path: Path) -> Path:
     """Write a LoRA with names as those of lightx2v's LoRAs for few steps: bare paths and kohya's endings."""
     generator, tensors = torch.Generator().manual_seed(4), {}
     for name, weight in load_file(files.dit).items():

@@ -33,9 +33,10 @@ from tests.parity.pipelines import qwen_image_vae
 from tests.parity.running import assert_equal, latents_in, picture_in
 from tests.qwen_image.making import in_diffusers, pack
 from tests.qwen_image.test_family import SCHEDULER
+from tests.tiny.dit_files import TinyModel
 from tests.tiny.language_models import qwen25_vl
 from tests.tiny.project import write_image
-from tests.tiny.qwen_image import TinyQwenImage, write_tiny_qwen_image
+from tests.tiny.qwen_image import write_tiny_qwen_image
 
 PROMPT, NEGATIVE, SEED = "a red cat sits down", "dull", 20
 HEIGHT, WIDTH, STEPS = 64, 48, 3
@@ -45,7 +46,7 @@ AREA = 96 * 64
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> TinyQwenImage:
+def files(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     return write_tiny_qwen_image(tmp_path_factory.mktemp("models"), edits=True)
 
 
@@ -57,7 +58,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [folder / f"picture {index}.png" for index in range(len(SIZES))]
 
 
-def theirs(files: TinyQwenImage, version: str, kind: type[Any] | None = None) -> Any:
+def theirs(files: TinyModel, version: str, kind: type[Any] | None = None) -> Any:
     """diffusers' pipeline of a release, or another kind, with the weights of these files, in float32."""
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(files.text_encoder / "tokenizer.json"),
@@ -109,7 +110,12 @@ def own_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def ours(
-    files: TinyQwenImage, folder: Path, version: str, shown: Sequence[Path], *words: str, size: Sequence[int]
+    files: TinyModel,
+    folder: Path,
+    version: str,
+    shown: Sequence[Path],
+    *words: str,
+    size: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     """Latents as tokens, 1 L 4Z, and the picture H W 3, 0..255, of our command line."""
     options = [*files.models, "--model_version", version, "--vae_dtype", "float32", "--prompt", PROMPT]
@@ -145,7 +151,7 @@ CASES: dict[str, tuple[str, int, float]] = {
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.usefixtures("own_sizes")
 def test_pictures_equal_those_of_diffusers(
-    files: TinyQwenImage, pictures: list[Path], tmp_path: Path, name: str
+    files: TinyModel, pictures: list[Path], tmp_path: Path, name: str
 ) -> None:
     version, count, scale = CASES[name]
     guided = ["--guidance_scale", str(scale)] + ["--negative_prompt", NEGATIVE] * (scale != 1)
@@ -159,7 +165,7 @@ def test_pictures_equal_those_of_diffusers(
 
 @pytest.mark.usefixtures("own_sizes")
 def test_a_mask_keeps_the_rest_as_in_diffusers(
-    files: TinyQwenImage, pictures: list[Path], tmp_path: Path
+    files: TinyModel, pictures: list[Path], tmp_path: Path
 ) -> None:
     mask = Image.new("L", (WIDTH, HEIGHT))
     mask.paste(255, (10, 20, 40, 50))

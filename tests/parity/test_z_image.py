@@ -13,12 +13,13 @@ from tests.parity import pipelines
 from tests.parity.running import assert_equal
 from tests.parity.test_training_steps import CASES, cached, train
 from tests.parity.training import descent
-from tests.tiny.z_image import TinyZImage, comfy_state, write_dit, write_tiny_z_image
+from tests.tiny.dit_files import TinyModel
+from tests.tiny.z_image import comfy_state, write_dit, write_tiny_z_image
 from tests.z_image.making import in_diffusers, predict_with, tiny_inputs
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> TinyZImage:
+def files(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     return write_tiny_z_image(tmp_path_factory.mktemp("models"))
 
 
@@ -30,7 +31,7 @@ def lora(tmp_path: Path) -> Path:
 
 
 @torch.no_grad()
-def test_every_dialect_of_a_trained_lora_has_its_effect_in_diffusers(files: TinyZImage, lora: Path) -> None:
+def test_every_dialect_of_a_trained_lora_has_its_effect_in_diffusers(files: TinyModel, lora: Path) -> None:
     """And merged with our tool into models of both layouts."""
     folder, given = lora.parent, tiny_inputs()
     without = predict_with(pipelines.z_image(files).transformer, given)
@@ -61,7 +62,7 @@ def test_every_dialect_of_a_trained_lora_has_its_effect_in_diffusers(files: Tiny
             torch.testing.assert_close(found[1][name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_the_whole_transformer_is_saved_for_diffusers(files: TinyZImage, tmp_path: Path) -> None:
+def test_the_whole_transformer_is_saved_for_diffusers(files: TinyModel, tmp_path: Path) -> None:
     cached(tmp_path, "z_image")
     words = ["--dataset_config", "dataset.toml", "--dit", files.dit, "--sdpa", *descent(1.0, steps=1)]
     words += CASES["z_image"].options

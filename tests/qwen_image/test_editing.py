@@ -35,17 +35,18 @@ from qwen_image.options import (
 from qwen_image.references import AS_TRAINED, MEGAPIXEL, SHOWN_AREA, official_size, read_mask, read_reference
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.foreign_caches import train_with_and_without_records
+from tests.tiny.dit_files import TinyModel
 from tests.tiny.families import TinyFamily, family_called
 from tests.tiny.project import write_image
-from tests.tiny.qwen_image import TinyQwenImage, write_tiny_qwen_image
+from tests.tiny.qwen_image import write_tiny_qwen_image
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> TinyQwenImage:
+def files(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     return write_tiny_qwen_image(tmp_path_factory.mktemp("models"), edits=True)
 
 
-def family_of(files: TinyQwenImage, version: str = "edit-2509", **edit: Any) -> QwenImage:
+def family_of(files: TinyModel, version: str = "edit-2509", **edit: Any) -> QwenImage:
     options = QwenImageGenerationOptions.usual(
         dit=files.dit,
         version=QwenImageVersionOptions(model_version=version),
@@ -66,7 +67,7 @@ def test_official_sizes_are_those_of_the_release() -> None:
 
 
 def test_a_request_without_a_picture_is_told_and_no_option_that_nobody_typed(
-    files: TinyQwenImage, caplog: pytest.LogCaptureFixture
+    files: TinyModel, caplog: pytest.LogCaptureFixture
 ) -> None:
     of_training = replace(family_of(files), edit=AS_TRAINED)
     prepare(of_training)
@@ -93,7 +94,7 @@ def test_a_picture_is_stretched_or_cut_or_fitted(tmp_path: Path) -> None:
     assert fitted.shape == (64, 64, 3)
 
 
-def test_every_text_of_a_request_sees_the_pictures(files: TinyQwenImage, tmp_path: Path) -> None:
+def test_every_text_of_a_request_sees_the_pictures(files: TinyModel, tmp_path: Path) -> None:
     write_image(tmp_path / "a.png", 64, 48)
     write_image(tmp_path / "b.png", 48, 96)
     paths = (tmp_path / "a.png", tmp_path / "b.png")
@@ -129,7 +130,7 @@ def test_templates_are_those_of_the_releases() -> None:
     ],
 )
 def test_a_picture_that_cannot_be_used_is_refused(
-    files: TinyQwenImage, tmp_path: Path, names: list[str], version: str, message: str
+    files: TinyModel, tmp_path: Path, names: list[str], version: str, message: str
 ) -> None:
     write_image(tmp_path / "dot.png", 1, 1)
     write_image(tmp_path / "good.png", 32, 32)
@@ -138,7 +139,7 @@ def test_a_picture_that_cannot_be_used_is_refused(
         prepare(family_of(files, version), *(tmp_path / name for name in names), width=32, height=32)
 
 
-def test_what_stays_needs_a_picture_of_the_size_of_the_result(files: TinyQwenImage, tmp_path: Path) -> None:
+def test_what_stays_needs_a_picture_of_the_size_of_the_result(files: TinyModel, tmp_path: Path) -> None:
     write_image(tmp_path / "a.png", 70, 48)
     sized = {"width": 96, "height": 48}
     family, mask = family_of(files, rcm_threshold=0.1), {"mask_path": str(tmp_path / "none.png")}
@@ -152,7 +153,7 @@ def test_what_stays_needs_a_picture_of_the_size_of_the_result(files: TinyQwenIma
 
 
 def test_what_holds_to_a_picture_is_not_ignored_in_silence(
-    files: TinyQwenImage, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    files: TinyModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_image(tmp_path / "a.png", 64, 48)
     (tmp_path / "text.png").write_text("a cat", encoding="utf-8")
@@ -224,7 +225,7 @@ def test_what_hardly_differs_is_set_back_before_a_step_and_what_a_mask_keeps_beh
 
 
 def test_changed_parts_are_written_and_results_named_after_their_picture(
-    files: TinyQwenImage, tmp_path: Path
+    files: TinyModel, tmp_path: Path
 ) -> None:
     write_image(tmp_path / "my cat.png", 48, 32)
     edit = "--prompt hat --image_size 32 48 --infer_steps 3 --guidance_scale 1 --seed 3 --device cpu --edit"
@@ -267,7 +268,7 @@ def test_caches_of_the_known_tuner_are_trained_on_as_they_are(tmp_path: Path) ->
     assert shapes["picture 3"] == target
 
 
-def test_caches_of_another_release_are_one_message(files: TinyQwenImage, tmp_path: Path) -> None:
+def test_caches_of_another_release_are_one_message(files: TinyModel, tmp_path: Path) -> None:
     """Those of `original` have other names; those of edit and edit-2509 the same, and another template."""
     family = project(tmp_path)
     plain = [one for one in family.train if one not in ("--model_version", "edit-2511")]
@@ -288,7 +289,7 @@ def test_caches_of_another_release_are_one_message(files: TinyQwenImage, tmp_pat
 
 
 def test_the_plan_counts_references_and_the_vision_tower(
-    files: TinyQwenImage, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    files: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_image(tmp_path / "a.png", 160, 160)
     words = "--prompt hat --image_size 64 64 --plan 8 --save_path out"

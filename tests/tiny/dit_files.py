@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,6 +12,21 @@ from torch import Tensor, nn
 
 SHARDS = 3
 Network = TypeVar("Network", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """Paths of a tiny checkpoint set, as given to --dit, --vae, --text_encoder."""
+
+    dit: Path
+    vae: Path
+    text_encoder: Path
+
+    @property
+    def models(self) -> list[str]:
+        """The options that name the models of a training or generation."""
+        files = ["--dit", str(self.dit), "--vae", str(self.vae)]
+        return [*files, "--text_encoder", str(self.text_encoder)]
 
 
 def draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -11,7 +11,7 @@ from encoders.autoencoder_blocks import AutoencoderConfig
 from flux_2.configs import Flux2Config
 from flux_2.model import Flux2Model
 from flux_2.vae import Flux2Vae
-from tests.tiny.dit_files import draw_state, write_dialect
+from tests.tiny.dit_files import TinyModel, draw_state, write_dialect
 from tests.tiny.hunyuan_encoders import save
 from tests.tiny.language_models import DIM, mistral3, qwen3, write_mistral_tokenizer, write_model
 from tests.tiny.language_models import write_qwen_tokenizer as write_tokenizer
@@ -124,19 +124,15 @@ def vae_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
-class TinyFlux2:
-    """Paths of a tiny checkpoint set, as given to --dit, --vae, --text_encoder."""
+class TinyFlux2(TinyModel):
+    """The same with a release."""
 
-    dit: Path
-    vae: Path
-    text_encoder: Path
     version: str
 
     @property
     def models(self) -> list[str]:
         """The options that name the models of a training or generation."""
-        files = ["--dit", str(self.dit), "--vae", str(self.vae), "--text_encoder", str(self.text_encoder)]
-        return [*files, "--model_version", self.version]
+        return [*super().models, "--model_version", self.version]
 
 
 def write_text_encoder(folder: Path, kind: str = "klein") -> Path:

@@ -1,7 +1,7 @@
 """A complete tiny Krea 2 on disk, in the released file layouts."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from krea2.configs import STATES, Krea2Config, Krea2StreamConfig
 from krea2.model import Krea2Model
-from tests.tiny.dit_files import draw_state, write_dialect
+from tests.tiny.dit_files import TinyModel, draw_state, write_dialect
 from tests.tiny.hunyuan_encoders import save
 from tests.tiny.language_models import DIM, qwen3_vl, write_model, write_qwen_tokenizer
 from tests.tiny.wan_encoders import vae_tensors
@@ -18,21 +18,6 @@ from tests.tiny.wan_encoders import vae_tensors
 CONFIG = Krea2Config(
     *(64, 96, 2, 1), text=Krea2StreamConfig(DIM, 80, DIM // 16, DIM // 16), num_layers=2, freq_dim=32
 )
-
-
-@dataclass(frozen=True)
-class TinyKrea2:
-    """Paths of a tiny checkpoint set, as given to --dit, --vae, --text_encoder."""
-
-    dit: Path
-    vae: Path
-    text_encoder: Path
-
-    @property
-    def models(self) -> list[str]:
-        """The options that name the models of a training or generation."""
-        files = ["--dit", str(self.dit), "--vae", str(self.vae)]
-        return [*files, "--text_encoder", str(self.text_encoder)]
 
 
 def tiny_state(seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: int) -> dict[str, Tensor]:
@@ -61,7 +46,7 @@ def write_dit(
 
 def write_tiny_krea2(
     folder: Path, dtype: torch.dtype = torch.float32, name: str = "dit", **sizes: int
-) -> TinyKrea2:
+) -> TinyModel:
     """Write transformer, VAE and text encoder with its tokenizer below `folder`.
 
     name: of the transformer's file. sizes: of the transformer.
@@ -70,4 +55,4 @@ def write_tiny_krea2(
     vae = save(folder / "vae.safetensors", vae_tensors())
     text_encoder = write_qwen_tokenizer(folder / "text_encoder")
     write_model(text_encoder / "model.safetensors", qwen3_vl(layers=STATES[-1] + 1))
-    return TinyKrea2(dit, vae, text_encoder)
+    return TinyModel(dit, vae, text_encoder)

@@ -1,6 +1,6 @@
 """A complete tiny Qwen-Image on disk, in the released file layouts."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -8,28 +8,13 @@ from torch import Tensor
 
 from qwen_image.configs import QwenImageConfig
 from qwen_image.model import QwenImageModel
-from tests.tiny.dit_files import draw_state, write_dialect
+from tests.tiny.dit_files import TinyModel, draw_state, write_dialect
 from tests.tiny.hunyuan_encoders import save
 from tests.tiny.hunyuan_image import TEXT_DIM, write_qwen
 from tests.tiny.language_models import qwen25_vl, write_model, write_qwen_tokenizer
 from tests.tiny.wan_encoders import vae_tensors
 
 CONFIG = QwenImageConfig(dim=64, ffn_dim=256, num_heads=2, num_layers=2, channels=16, text_dim=TEXT_DIM)
-
-
-@dataclass(frozen=True)
-class TinyQwenImage:
-    """Paths of a tiny checkpoint set, as given to --dit, --vae, --text_encoder."""
-
-    dit: Path
-    vae: Path
-    text_encoder: Path
-
-    @property
-    def models(self) -> list[str]:
-        """The options that name the models of a training or generation."""
-        files = ["--dit", str(self.dit), "--vae", str(self.vae)]
-        return [*files, "--text_encoder", str(self.text_encoder)]
 
 
 def tiny_state(seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: int) -> dict[str, Tensor]:
@@ -48,7 +33,7 @@ def write_dit(
 
 def write_tiny_qwen_image(
     folder: Path, dtype: torch.dtype = torch.float32, edits: bool = False, **sizes: int
-) -> TinyQwenImage:
+) -> TinyModel:
     """Write transformer, VAE and text encoder with its tokenizer below `folder`.
 
     edits: the text encoder sees pictures. sizes: of the transformer.
@@ -57,5 +42,5 @@ def write_tiny_qwen_image(
     vae = save(folder / "vae.safetensors", vae_tensors())
     if edits:
         tokenizer = write_qwen_tokenizer(folder / "text_encoder")
-        return TinyQwenImage(dit, vae, write_model(tokenizer / "model.safetensors", qwen25_vl()).parent)
-    return TinyQwenImage(dit, vae, write_qwen(folder / "text_encoder"))
+        return TinyModel(dit, vae, write_model(tokenizer / "model.safetensors", qwen25_vl()).parent)
+    return TinyModel(dit, vae, write_qwen(folder / "text_encoder"))

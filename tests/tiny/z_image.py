@@ -1,13 +1,13 @@
 """A complete tiny Z-Image on disk, in the released file layouts and ComfyUI's."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from tests.tiny.dit_files import draw_state, write_dialect
+from tests.tiny.dit_files import TinyModel, draw_state, write_dialect
 from tests.tiny.hunyuan_encoders import save
 from tests.tiny.language_models import DIM, qwen3, write_model, write_qwen_tokenizer
 from tests.tiny.picture_encoders import write_autoencoder
@@ -35,21 +35,6 @@ _COMFY_NAMES = (
     ("all_x_embedder.2-1", "x_embedder"),
     ("all_final_layer.2-1", "final_layer"),
 )
-
-
-@dataclass(frozen=True)
-class TinyZImage:
-    """Paths of a tiny checkpoint set, as given to --dit, --vae, --text_encoder."""
-
-    dit: Path
-    vae: Path
-    text_encoder: Path
-
-    @property
-    def models(self) -> list[str]:
-        """The options that name the models of a training or generation."""
-        files = ["--dit", str(self.dit), "--vae", str(self.vae)]
-        return [*files, "--text_encoder", str(self.text_encoder)]
 
 
 def tiny_state(seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: int) -> dict[str, Tensor]:
@@ -86,14 +71,14 @@ def write_qwen3(folder: Path) -> Path:
     return write_qwen_tokenizer(folder)
 
 
-def write_tiny_z_image(folder: Path, dtype: torch.dtype = torch.float32, **sizes: int) -> TinyZImage:
+def write_tiny_z_image(folder: Path, dtype: torch.dtype = torch.float32, **sizes: int) -> TinyModel:
     """Write transformer, VAE and text encoder with its tokenizer below `folder`.
 
     sizes: of the transformer.
     """
     dit = write_dit(folder, tiny_state(dtype=dtype, **sizes), name="dit")
     vae = write_autoencoder(folder / "vae.safetensors")
-    return TinyZImage(dit, vae, write_qwen3(folder / "text_encoder"))
+    return TinyModel(dit, vae, write_qwen3(folder / "text_encoder"))
 
 
 def write_adapter(path: Path, seed: int = 3) -> Path:
