@@ -87,6 +87,8 @@ def _typed(python: Path, command: list[str], setting: dict[str, str]) -> str:
 def _run(python: Path, command: list[str], setting: dict[str, str]) -> int:
     print(f"\n== {_typed(python, command, setting)}", flush=True)
     environment = {**os.environ, **THREADS, **setting, "PYTHONUTF8": "1", "HF_HUB_OFFLINE": "1"}
+    # hundreds of processes start: each would compile our modules, and each worker all tests
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     code = subprocess.run([str(python), "-m", *command], cwd=ROOT, env=environment).returncode
     if command[0] == "pytest" and code == TESTS_FAILED and AGAIN not in command:
         print("\nThese tests failed. Alone, on a quiet machine, they:")

@@ -48,7 +48,7 @@ def load_dataset_config(path: Path, given: SubsetOptions | None = None) -> Datas
     if any(key.startswith("subset") for entry in entries for key in entry):  # the image guides' form
         tables = read_subsets(path, content, given, problems)
     else:
-        if unused := sorted(set(typed_options(given).values())):
+        if given is not None and (unused := sorted(set(typed_options(given).values()))):
             logger.warning("%s: ignored because the tables of %s have no subsets", ", ".join(unused), path)
         general = forms.without_nulls(content.get("general"), "[general]", problems)
         entries = _entries(content, problems)

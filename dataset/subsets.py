@@ -41,7 +41,9 @@ def read_subsets(
         )
         entries = [entries]
     tables: list[DatasetTable] = []
-    unused = dict(typed_options(given))  # those that no subset takes from the command line
+    unused = (
+        {} if given is None else dict(typed_options(given))
+    )  # those that no subset takes from the command line
     from_options = {name: usual[name] for name in unused}
     usual |= _read_level(general, "[general]", problems, DATASET)
     for number, entry in enumerate(entries):
@@ -75,7 +77,7 @@ def read_subsets(
     return _with_cache_directories(tables)
 
 
-def typed_options(given: SubsetOptions | None) -> dict[str, str]:
+def typed_options(given: SubsetOptions) -> dict[str, str]:
     """Return the options that have another value than their default, by the keys that they stand for."""
     usual, values = _given_values(SubsetOptions.usual()), _given_values(given)
     keys = {name: key.option or name for name, key in SUBSET_KEYS.items()}

@@ -128,7 +128,7 @@ def generation_words(options: FluxMinimalOptions) -> list[str]:
         "--image_size": picture.size,
         **model.lora_options,
     }
-    return option_words(values, joined=True)  # a prompt may begin with a dash
+    return option_words(values)
 
 
 NO_NEGATIVE = "-"  # in a line: no negative prompt

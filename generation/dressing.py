@@ -16,7 +16,6 @@ from generation.options import GenerationOptions
 from generation.script_options import as_typed
 from modules.attention.attend import check_backend
 from modules.checkpoints.opening import open_checkpoint
-from modules.compile import check_compilation
 from modules.contract.family import Family
 from modules.contract.loading import Placement
 from modules.contract.rules import Expert
@@ -24,7 +23,7 @@ from modules.devices import dtype_of, own_stream, warn_if_emulated
 from modules.dressing import dress, share_tokens, shared_blocks, swapped_weights
 from modules.errors import OptionError
 from modules.families import HIGH_NOISE
-from modules.fp8.products import add_product
+from modules.installation import import_own
 from modules.offload.swap_plan import HostWeights
 from modules.offload.turns import HostCopy
 from modules.options import override_options
@@ -102,7 +101,9 @@ def dit_loader(
 
     uses: by expert; empty: none has LoRAs. originals: by expert. Raises OptionError.
     """
-    fp8 = add_product(options.speed.fp8.quantisation, device)
+    fp8 = options.speed.fp8.quantisation
+    if fp8 is not None:
+        fp8 = import_own("modules.fp8.products").add_product(fp8, device)
     return DitLoader(family, uses, device, options, fp8, originals)
 
 
@@ -211,9 +212,13 @@ def leave_out_missing(family: Family, options: GenerationOptions, device: torch.
     # each raises OptionError
     checks: dict[str, Callable[[GenerationSpeedOptions], object]] = {
         "attn_mode": check_attention,
-        "compile": lambda speed: check_compilation(speed.compilation.choice, device),
+        "compile": lambda speed: import_own("modules.compile").check_compilation(
+            speed.compilation.choice, device
+        ),
         "fp8_scaled": lambda _: _check_rounding(files, device),
-        "fp8_fast": lambda speed: add_product(speed.fp8.quantisation, device),
+        "fp8_fast": lambda speed: import_own("modules.fp8.products").add_product(
+            speed.fp8.quantisation, device
+        ),
         "fp16_accumulation": lambda _: _check_fp16_sums(device),
     }
     speed, left_out = options.speed, []

@@ -27,7 +27,6 @@ from generation.session import Session
 from modules.atomic_write import make_folder
 from modules.attention.attend import check_backend
 from modules.checkpoints.model_files import SavedLatents, load_latents
-from modules.compile import check_compilation
 from modules.contract.family import Family, hears_sound
 from modules.contract.loading import Placement
 from modules.devices import Failures, allow_fp16_accumulation, choose_device
@@ -142,7 +141,8 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
     if options.save_merged_model is not None:
         save_merged_model(family, uses, options.save_merged_model, device)
         return
-    check_compilation(options.speed.compilation.choice, device)
+    if options.speed.compilation.choice is not None:
+        import_own("modules.compile").check_compilation(options.speed.compilation.choice, device)
     if options.speed.plan.is_asked:
         if options.post.tools:
             logger.warning("--plan does not count what the networks of --post take beside the VAE")

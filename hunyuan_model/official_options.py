@@ -218,7 +218,7 @@ def generation_words(options: OfficialOptions) -> list[str]:
         "--apply_final_norm": model.apply_final_norm,
         "--reproduce": model.reproduce,
     }
-    words = option_words(values, joined=True)  # a prompt may begin with a dash
+    words = option_words(values)
     if video.cfg_scale != 1:
         words.append(f"--negative_prompt={NEGATIVE_PROMPT if video.neg_prompt is None else video.neg_prompt}")
     return words + [f"--post={text}" for text in options.post or ()]

@@ -104,4 +104,4 @@ def generation_words(options: LuminaMinimalOptions) -> list[str]:
         "--image_size": picture.size,
         **model.lora_options,
     }
-    return option_words(values, joined=True)  # a prompt may begin with a dash
+    return option_words(values)

@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 NARROWEST, WIDEST = 40, 110  # columns of a box
 Row = tuple[str, str | None]
+SHOWN = 6  # names listed in a message
 MOST_SECONDS = 1e10  # that are told: 300 years; a file may say any number
 
 
@@ -132,6 +133,11 @@ def count_of(number: int, what: str) -> str:
     """Return a count with its noun: `1 clip`, `2 clips`, `2 batches`."""
     end = "" if number == 1 else "es" if what.endswith(("tch", "sh", "x")) else "s"
     return f"{number} {what}{end}"
+
+
+def list_some(names: Sequence[str], most: int = SHOWN) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 _VERBS = {"are": "is", "were": "was", "have": "has", "give": "gives", "need": "needs"}

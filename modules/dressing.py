@@ -9,11 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import distributed, nn
 
-from modules.compile import compile_blocks
 from modules.compile_options import Compilation
 from modules.contract.family import DitSpec
 from modules.offload.block_swap import swap_blocks
-from modules.offload.checkpointing import checkpoint_blocks, compute_in_pieces, offload_to_host
 from modules.offload.swap_plan import HostWeights, SwapPlan, host_weights
 from modules.speed_options import ShardingOptions, SwapOptions
 
@@ -33,6 +31,8 @@ def swapped_weights(
     spec: DitSpec, swap: SwapOptions, device: torch.device, whole: bool = False
 ) -> HostWeights | None:
     """Return host memory for weights that are swapped, or None. whole: for all, of one that takes turns."""
+    if not (whole or swap.number or swap.img_in_txt_in_offloading):
+        return None
     plan = SwapPlan(spec, swap.number, swap.img_in_txt_in_offloading, swap.block_swap_ring_size)
     return host_weights(plan, device, whole=whole)
 
@@ -85,10 +85,16 @@ def dress(
     Raises OptionError if the network has fewer blocks than are to be swapped.
     """
     if in_pieces:
+        from modules.offload.checkpointing import compute_in_pieces
+
         compute_in_pieces(dit, spec)
     if compilation is not None:
+        from modules.compile import compile_blocks
+
         compile_blocks(dit, spec, compilation)
     if checkpointing is not None:
+        from modules.offload.checkpointing import checkpoint_blocks, offload_to_host
+
         offload = offload_to_host(device) if checkpointing.inputs_on_host else None
         checkpoint_blocks(dit, spec, checkpointing.keeps_attention, offload)
     swap_blocks(dit, host, device)

@@ -249,18 +249,27 @@ def few_digits(text: str) -> int:
     return int(text)
 
 
-def option_words(values: Mapping[str, Any], joined: bool = False) -> list[str]:
-    """Return options as they are typed: True is a switch, a sequence several words; None, False and an empty
-    sequence leave one out.
-
-    values: by option. joined: write --option=value, for texts that may begin with a dash.
-    """
+def option_words(values: Mapping[str, Any]) -> list[str]:
+    """Return options as they are typed: True is a switch; None, False and an empty sequence leave one out."""
     words: list[str] = []
     for name, value in values.items():
         if value is True:
             words.append(name)
-        elif isinstance(value, (list, tuple)):
-            words += [name, *map(str, value)] if value else []
-        elif value is not None and value is not False:
-            words += [f"{name}={value}"] if joined else [name, str(value)]
+        elif value is not False and (texts := value_words(value)):
+            words += type_option(name, *texts)
     return words
+
+
+def type_option(name: str, *texts: str) -> list[str]:
+    """Return the words of an option; a text that begins with - goes behind an equals sign."""
+    is_dashed = len(texts) == 1 and texts[0].startswith("-")
+    return [f"{name}={texts[0]}"] if is_dashed else [name, *texts]
+
+
+def value_words(value: Any) -> list[str]:
+    """Return an option's value as the words of a command line; None has none, a sequence several."""
+    if value is None:
+        return []
+    if isinstance(value, (list, tuple)):
+        return [text for each in value for text in value_words(each)]
+    return [repr(value) if isinstance(value, float) else str(value)]

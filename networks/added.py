@@ -16,13 +16,14 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
+from modules.console import list_some
 from modules.errors import CheckpointError
 from networks import deltas, loading
 from networks.apply import changes_of
 from networks.deltas import CPU, DORA, LORA, OF_BIAS, OF_LOW_RANK, Factors
 from networks.key_formats import OURS
 from networks.leftovers import text_side_of
-from networks.loading import LoraFile, LoraUse, list_some
+from networks.loading import LoraFile, LoraUse
 from networks.lora_products import add_product
 from networks.module_names import choose_family, replace_dots
 from networks.names.layouts import FIRST_LAYERS

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from modules.checkpoints.dits import refuse_fp8_file
 from modules.checkpoints.opening import open_checkpoint
+from modules.console import list_some
 from modules.errors import CheckpointError
 from modules.offload.sharding import gather_weight, set_weight
 from modules.speed_options import Quantisation
@@ -22,7 +23,7 @@ from networks import deltas
 from networks.deltas import CPU, DORA, META, Factors, has_input_magnitudes, other_channels
 from networks.key_formats import OURS, module_of_tensor
 from networks.leftovers import text_side_of
-from networks.loading import LoraUse, list_some, refuse_unknown, warn_of_absent, warn_of_other_family
+from networks.loading import LoraUse, refuse_unknown, warn_of_absent, warn_of_other_family
 from networks.module_names import Relative, alias, choose_family, on_text_side, relatives
 from networks.names.layouts import FIRST_LAYERS
 from networks.parts import is_cut, part_rows

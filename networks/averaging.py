@@ -15,8 +15,8 @@ from torch import Tensor
 from modules.checkpoints.finite import FiniteCheck
 from modules.checkpoints.opening import Checkpoint, open_checkpoint
 from modules.checkpoints.writing import save_tensors, stream_tensors
+from modules.console import list_some
 from modules.errors import CheckpointError
-from networks.loading import list_some
 from networks.metadata import STALE, add_hashes, expert_of
 from networks.tool_options import AveragingOptions
 

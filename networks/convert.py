@@ -10,7 +10,7 @@ from torch import Tensor
 
 from modules.checkpoints.opening import checkpoint_paths, open_checkpoint
 from modules.checkpoints.writing import save_tensors
-from modules.console import as_size, show_box
+from modules.console import as_size, list_some, show_box
 from modules.devices import choose_device
 from modules.errors import CheckpointError, OptionError
 from modules.families import HIGH_NOISE, LOW_NOISE
@@ -19,7 +19,7 @@ from networks.alphas import without_alphas
 from networks.baking import OTHER_KINDS, Baking, bake, with_norms
 from networks.deltas import DORA, add_missing_alphas, group_by_module, ungroup
 from networks.key_formats import NETWORKS, OURS, can_be_for, dialect_in_words
-from networks.loading import LoraFile, list_some, read_lora, warn_of_other_expert
+from networks.loading import LoraFile, read_lora, warn_of_other_expert
 from networks.metadata import PARTS_METADATA, STALE, add_hashes
 from networks.module_names import (
     FAMILIES,

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from modules.checkpoints.opening import open_checkpoint, refuse_quantised
-from modules.console import count_of, count_words
+from modules.console import count_of, count_words, list_some
 from modules.errors import CheckpointError, OptionError
 from networks import key_formats
 from networks.alphas import read_alphas
@@ -34,7 +34,6 @@ from networks.parts import mend_split_alphas
 from networks.patterns import describe_unfit, in_any_spelling
 
 logger = getLogger(__name__)
-SHOWN = 6  # names listed in a message
 # in a name of every kind of network beside a model, read here or not
 # metadata in which a LoRA may say what it needs, in the order that `FamilyNames.refused` reads them
 _SAYING = ("ss_network_module", TRAINED_ON, "modelspec.architecture", "modelspec.title", "name", "software")
@@ -287,11 +286,6 @@ def refuse_unknown(lora: LoraFile, option: str = "") -> None:
             "  Give the file as its program wrote it, or take that off its names.".lstrip(),
             lora.path,
         )
-
-
-def list_some(names: Sequence[str], most: int = SHOWN) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def warn_of_rest(path: Path, rest: Sequence[str], whole: int, what: str, loss: str = "") -> None:

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modules.console import count_of
+from modules.console import count_of, list_some
 from modules.errors import CheckpointError
 from networks import deltas, loading
 from networks.deltas import LORA, Factors, add_missing_alphas, group_by_module, ungroup
 from networks.key_formats import OURS
 from networks.leftovers import text_side_of
-from networks.loading import list_some, read_lora
+from networks.loading import read_lora
 from networks.lora_layer import DropoutSeed, LoraLayer
 from networks.lora_products import mean_row_norm, row_strengths
 from networks.lora_settings import LoraSettings, find_by_pattern, log_overlaps

@@ -10,12 +10,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from modules.checkpoints.opening import open_checkpoint
+from modules.console import list_some
 from modules.errors import CheckpointError, OptionError
 from modules.run_blocks import spec_of
 from networks.deltas import DORA, LORA, Factors, add_missing_alphas, group_by_module, rank_of, without_alpha
 from networks.factored import FactoredLayer
 from networks.key_formats import OURS
-from networks.loading import list_some
 from networks.lora_layer import LoraLayer
 from networks.lora_network import OwnNetwork
 from networks.lora_products import diagonal_blocks, fused_heights

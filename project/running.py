@@ -217,7 +217,7 @@ def _check_media(
 
     def check(family: Any, config: Any, options: Any, *_: Any) -> None:
         checks = installation.import_own("data_tools.report.check")
-        workers = installation.import_own("dataset.caching.work").workers_of(options)
+        workers = installation.import_own("dataset.caching.prefetch").workers_of(options)
         result = checks.check_caching(
             family, config, workers, options.skip_existing, options.verify, validation=validation
         )

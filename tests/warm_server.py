@@ -29,7 +29,9 @@ LOADED = (
     *("torch", "torch._dynamo", "torch.distributed.fsdp", "torch.utils.tensorboard", "accelerate", "av"),
     *("cv2", "matplotlib.figure", "pandas", "transformers", "training.run", "generation.run"),
     "modules.families",
-    *("dataset.caching.loop", "networks.lora_wan"),
+    *("dataset.caching.work", "dataset.caching.texts", "dataset.batches.starting", "networks.lora_wan"),
+    *("modules.compile", "modules.offload.checkpointing", "training.samples", "training.planning.memory"),
+    *("generation.sheets", "generation.memory", "blissful_tuner.latent_preview"),
     *sorted(f"{file.parent.name}.family" for file in ROOT.glob("*/family.py")),
 )
 

@@ -77,7 +77,7 @@ def check_before_loading(
             uses = [LoraUse(read_lora_for(path, expert), strength) for path, strength in samples.loras()]
             for use in uses:
                 refuse_dora(use.lora, "--sample_lora")
-            if file is not None:
+            if uses and file is not None:
                 check_loras_fit(file, uses)
     folder, name = options.saving.output_dir, options.saving.output_name
     if folder is not None and name is not None and folder.is_dir():
@@ -115,7 +115,7 @@ def check_networks(family: Family, options: TrainingOptions) -> None:
             if adapter is not None:
                 refuse_dora(adapter.lora, TRAINING_ADAPTER)
                 uses.append(adapter)
-            if file is not None:
+            if uses and file is not None:
                 check_loras_fit(file, uses)
 
 

@@ -10,9 +10,10 @@ from modules.command import quote_for_powershell
 from modules.contract.rules import ONE_EXPERT, Expert
 from modules.families import HIGH_NOISE
 from modules.installation import command_words
+from modules.option_values import option_words
 from networks.module_names import read_family
 from networks.names.layouts import TRAINED_ON
-from training.options import GivenOption, TrainingOptions, type_option, value_words
+from training.options import GivenOption, TrainingOptions
 from training.plan import TrainingPlan
 from training.reports.history import PageCommand
 from training.saving.files import Names
@@ -169,13 +170,14 @@ class NextSteps:
 
 def say_sample(sample: Mapping[str, Any]) -> list[str]:
     """Return the words of shared options that make a sample; see `Generation`."""
-    words = type_option("--prompt", sample.get("prompt") or "what it should show")
-    size = [str(sample[side]) for side in ("height", "width") if sample.get(side)]
-    words += ["--video_size", *size] if len(size) == 2 else []
-    for name in OF_SAMPLES:
-        value = sample.get(OTHER_NAMES.get(name, name))
-        words += [] if value is None else type_option(f"--{name}", *value_words(value))
-    return words
+    size = [sample[side] for side in ("height", "width") if sample.get(side)]
+    return option_words(
+        {
+            "--prompt": sample.get("prompt") or "what it should show",
+            "--video_size": size if len(size) == 2 else None,
+            **{f"--{name}": sample.get(OTHER_NAMES.get(name, name)) for name in OF_SAMPLES},
+        }
+    )
 
 
 def _command(title: str, words: Sequence[str], note: str = "") -> PageCommand:

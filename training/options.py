@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 from dataset.options import CachingInRunOptions
 from dataset.subset_options import SubsetOptions
 from modules.errors import OptionError
-from modules.option_values import require
+from modules.option_values import require, type_option, value_words
 from modules.options import FREE, HABIT, Options, option, option_values, read_options
 from modules.parser import Parser, add_options, refuse_unsupported
 from modules.speed_options import TrainingSpeedOptions
@@ -217,21 +217,6 @@ def given_options(parser: argparse.ArgumentParser, *records: Options) -> list[Gi
         words = [name] if action.nargs == 0 else type_option(name, *texts)
         found.append(GivenOption(action.dest, " ".join(texts), words, is_changed))
     return found
-
-
-def type_option(name: str, *texts: str) -> list[str]:
-    """Return the words of an option; a text that begins with - goes behind an equals sign."""
-    is_dashed = len(texts) == 1 and texts[0].startswith("-")
-    return [f"{name}={texts[0]}"] if is_dashed else [name, *texts]
-
-
-def value_words(value: Any) -> list[str]:
-    """Return an option's value as the words of a command line."""
-    if value is None:
-        return []
-    if isinstance(value, (list, tuple)):
-        return [text for each in value for text in value_words(each)]
-    return [repr(value) if isinstance(value, float) else str(value)]
 
 
 def read_training(

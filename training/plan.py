@@ -18,11 +18,9 @@ from dataset.cache.store import Stores, npz_names
 from dataset.config import DatasetConfig, for_family, load_dataset_config
 from dataset.sources.media_source import NO_REFERENCE
 from dataset.subsets import folders_config
-from modules.compile import check_compilation
 from modules.contract.family import Family, sound_of
 from modules.dressing import shares_processes
 from modules.errors import DatasetError, OptionError, OutputError
-from modules.fp8.products import add_product
 from modules.installation import import_own
 from modules.option_values import require
 from modules.speed_options import Quantisation
@@ -212,8 +210,11 @@ def join_processes(family: Family, options: TrainingOptions) -> Iterator[JoinedP
         check_fused_backward(options.optimizer.optimizer_type, accelerator.num_processes)
     if options.whole_dit is not None and shares_processes(options.speed.sharding):
         check_split(options.optimizer.optimizer_type)
-    fp8 = add_product(options.speed.fp8.quantisation, accelerator.device)
-    check_compilation(options.speed.compilation.choice, accelerator.device)
+    fp8, compilation = options.speed.fp8.quantisation, options.speed.compilation.choice
+    if fp8 is not None:
+        fp8 = import_own("modules.fp8.products").add_product(fp8, accelerator.device)
+    if compilation is not None:
+        import_own("modules.compile").check_compilation(compilation, accelerator.device)
     with ExitStack() as held:
         others = None
         if accelerator.num_processes > 1:

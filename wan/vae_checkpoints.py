@@ -60,11 +60,10 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[WanVaeConfig]:
         "first_stage_model.", "vae.", others=("model.diffusion_model.", "text_encoders.")
     )
     names, sources = checkpoint.tensors, plain_sources(checkpoint)
-    files = f"{WAN_2_1.files} (Qwen-Image: qwen_image_vae.safetensors); for TI2V-5B {WAN_2_2.files}"
-    refusal = other_kind(checkpoint, "a VAE of Wan2.1 or Wan2.2", "--vae", files)
-    if kind_of(names, OF_OTHERS) is not None:  # a relative, whose layers have the same names
-        raise refusal
-    if "quant_conv.weight" in names and "encoder.down_blocks.0.conv1.weight" in names:
+    translate: Callable[[str], str] | None = None
+    if kind_of(names, OF_OTHERS) is not None:
+        pass  # a relative, whose layers have the same names
+    elif "quant_conv.weight" in names and "encoder.down_blocks.0.conv1.weight" in names:
         translate = _flat_names(names)
     elif "quant_conv.weight" in names and "encoder.down_blocks.0.resnets.0.norm1.gamma" in names:
         translate = _staged_names(names)
@@ -72,8 +71,9 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[WanVaeConfig]:
         f"encoder.downsamples.0.{inner}residual.2.weight" in names for inner in ("", "downsamples.0.")
     ):
         translate = str
-    else:
-        raise refusal
+    if translate is None:
+        files = f"{WAN_2_1.files} (Qwen-Image: qwen_image_vae.safetensors); for TI2V-5B {WAN_2_2.files}"
+        raise other_kind(checkpoint, "a VAE of Wan2.1 or Wan2.2", "--vae", files)
     sources = rename_sources(sources, translate)
     shape = shapes_of(checkpoint, sources)
     config = WanVaeConfig(

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from data_tools.cogvideox.models import DTYPES, EncodeMoments
 from data_tools.cogvideox.options import ClipSourceOptions, EncodingOptions, PrepareOptions, ShapeOptions
+from dataset.cache.records import require_finite
 from dataset.caching.given import describe_embeds, embeds_note
-from dataset.caching.latents import require_finite
 from dataset.caching.prefetch import DECODED_BYTES, Failure, WriteBehind, run_ahead
 from dataset.config import DatasetTable
 from dataset.sources.cogvideox import missing_clips, read_rows

@@ -24,10 +24,9 @@ from dataset.cache.store import Stores, npz_names
 from dataset.caching.existing import LatentNames, media_table, names_of
 from dataset.caching.given import use_moments
 from dataset.caching.planning import Recipe, SourcePlan, complete, plan_all
-from dataset.caching.prefetch import Failure, map_ahead, read_ahead
+from dataset.caching.prefetch import Failure, map_ahead, read_ahead, workers_of
 from dataset.caching.sound import HearingFamily, SoundWork
 from dataset.caching.text_plans import TextRecipe, list_caption_files
-from dataset.caching.work import workers_of
 from dataset.config import DatasetConfig
 from dataset.options import CachingOptions, CheckPageOptions
 from dataset.sources.clock import find_other_lengths

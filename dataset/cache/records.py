@@ -19,12 +19,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+from torch import Tensor
+
 from dataset.cache.files import Entry, Header, checksum
 from dataset.config import DatasetTable
 from dataset.config_keys import SECTIONS
 from dataset.sources.captions import captions_in, read_caption
 from dataset.sources.media_source import Origin, ParquetCell, Remote, TarMember, member_pieces
 from dataset.table import defaults_of
+from modules.checkpoints.finite import is_finite
 from modules.contract.data import LatentSpec
 from modules.errors import CacheError
 from modules.limits import MAX_FRAMES
@@ -177,6 +181,19 @@ def verify_tensors(entry: Entry, crc32: Mapping[str, str]) -> None:
             raise CacheError(f"{entry.header.path}: damaged, it has no tensor {name}, which its record lists")
         if checksum(name, entry.named[name]) != expected:
             raise CacheError(f"{entry.header.path}: damaged, the data of {name} do not match their checksum")
+
+
+def require_finite(tensor: Tensor, item: str, key: str) -> None:
+    """Raise CacheError if a value that would be cached is NaN or infinite, which would spread through all of
+    training.
+    """
+    if is_finite(tensor):
+        return
+    wrong = tensor.numel() - int(torch.isfinite(tensor.float()).sum())
+    raise CacheError(
+        f"{item}: {wrong} of {tensor.numel()} values of {key} are NaN or infinite, so it is not cached.\n"
+        "  Give the encoder a wider dtype (bfloat16 or float32 instead of float16), or another file."
+    )
 
 
 def difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:

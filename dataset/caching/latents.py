@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dataset.cache import files as cache_files
-from dataset.cache.records import ClipFacts, FileIdentity, LatentRecord, identify, latent_metadata
+from dataset.cache import records
+from dataset.cache.records import ClipFacts, FileIdentity, LatentRecord, identify
 from dataset.cache.store import CacheStore
 from dataset.caching.existing import Names, media_table
 from dataset.caching.planning import Recipe, SourcePlan, complete
@@ -21,11 +22,10 @@ from dataset.sources.fetching import fetch
 from dataset.sources.frames import Span, frames_wanted, shrink_mask
 from dataset.sources.media_source import MediaSource
 from dataset.sources.sound import kept_rate
-from modules.checkpoints.finite import is_finite
 from modules.contract import data
 from modules.contract.family import Caches
 from modules.devices import free_memory, warn_if_emulated
-from modules.errors import CacheError, MediaError
+from modules.errors import MediaError
 from modules.media.buckets import Size
 
 PARTIAL_BYTES = 1 << 29  # limit for the frames of items that wait until their batch is full
@@ -253,19 +253,6 @@ def name_tensors(item: Item, entry: data.CacheEntry, spec: data.LatentSpec) -> d
     }
 
 
-def require_finite(tensor: Tensor, item: str, key: str) -> None:
-    """Raise CacheError if a value that would be cached is NaN or infinite, which would spread through all of
-    training.
-    """
-    if is_finite(tensor):
-        return
-    wrong = tensor.numel() - int(torch.isfinite(tensor.float()).sum())
-    raise CacheError(
-        f"{item}: {wrong} of {tensor.numel()} values of {key} are NaN or infinite, so it is not cached.\n"
-        "  Give the encoder a wider dtype (bfloat16 or float32 instead of float16), or another file."
-    )
-
-
 def write_entry(
     store: CacheStore,
     family: Caches,
@@ -279,10 +266,10 @@ def write_entry(
     Raises OutputError, or CacheError if a value is NaN or infinite.
     """
     for name, tensor in named.items():
-        require_finite(tensor, file, cache_files.tensor_key(name))
+        records.require_finite(tensor, file, cache_files.tensor_key(name))
     sums = {name: cache_files.checksum(name, tensor) for name, tensor in named.items()}
     metadata = {"architecture": family.name, "format_version": cache_files.FORMAT_VERSION, **facts}
-    store.write(file, named, metadata | latent_metadata(dataclasses.replace(record, crc32=sums)))
+    store.write(file, named, metadata | records.latent_metadata(dataclasses.replace(record, crc32=sums)))
 
 
 def _stack_batch(tensors: Sequence[Tensor]) -> Tensor:

@@ -18,9 +18,7 @@ import torch
 import torch.distributed as dist
 
 from dataset.cache.store import Stores
-from dataset.caching.prefetch import CacheReport, conclude, join_reports
-from dataset.caching.texts import TextWork
-from dataset.caching.work import MediaWork, workers_of
+from dataset.caching.prefetch import CacheReport, conclude, join_reports, workers_of
 from dataset.config import DatasetConfig
 from dataset.options import CachingOptions, DebugOptions
 from modules.command import COUNT, LOCAL_RANK, RANK
@@ -32,6 +30,8 @@ from modules.installation import import_own
 
 T = TypeVar("T")
 
+# the work of each half, of which a run loads one
+LATENTS, TEXTS = "dataset.caching.work:MediaWork", "dataset.caching.texts:TextWork"
 STAYS = "What is cached so far stays; the same command goes on from there."
 PATIENCE = datetime.timedelta(days=7)  # timeout: one share may take far longer than another
 
@@ -109,7 +109,7 @@ def cache_media(
     are loaded only if there is something to encode. Raises DatasetError if the dataset cannot be used,
     CheckpointError if an encoder cannot be loaded, OutputError if a file cannot be written.
     """
-    return _cache(MediaWork, family, config, options, stores)
+    return _cache(LATENTS, family, config, options, stores)
 
 
 def cache_texts(
@@ -121,20 +121,21 @@ def cache_texts(
     continues. Raises DatasetError if a caption is missing, CheckpointError if an encoder cannot be loaded,
     OutputError if a file cannot be written.
     """
-    return _cache(TextWork, family, config, options, stores)
+    return _cache(TEXTS, family, config, options, stores)
 
 
 def _cache(
-    kind: type[MediaWork] | type[TextWork],
+    kind: str,
     family: Caches,
     config: DatasetConfig,
     options: CachingOptions,
     stores: Stores | None = None,
 ) -> CacheReport:
-    """Do the work of one half, in all processes of a launcher together."""
-    shard = options.shard
+    """Do the work of one half, LATENTS or TEXTS, in all processes of a launcher together."""
+    shard, (room, name) = options.shard, kind.split(":")
     with join_processes() as share:
-        work: Any = kind(family, config, options, choose_device(share.device_name(options.device)), stores)
+        device = choose_device(share.device_name(options.device))
+        work = getattr(import_own(room), name)(family, config, options, device, stores)
         who = f", --shard_index {shard.shard_index} of {shard.num_shards} shards" if shard.is_given else ""
         if share.count > 1:
             who += f", process {share.rank + 1} of {share.count}"
@@ -168,9 +169,7 @@ def run_latent_caching(
         return
     if options.check:
         raise SystemExit(import_own("data_tools.report.check").check_script(family, config, options, False))
-    _cache_and_conclude(
-        MediaWork, family, config, options, "sources", ("Next, cache the captions", following)
-    )
+    _cache_and_conclude(LATENTS, family, config, options, "sources", ("Next, cache the captions", following))
 
 
 def run_text_caching(
@@ -183,11 +182,11 @@ def run_text_caching(
     if options.check:
         raise SystemExit(import_own("data_tools.report.check").check_script(family, config, options, True))
     next_command = "Next, check all before training", following
-    _cache_and_conclude(TextWork, family, config, options, "captions", next_command)
+    _cache_and_conclude(TEXTS, family, config, options, "captions", next_command)
 
 
 def _cache_and_conclude(
-    kind: type[MediaWork] | type[TextWork],
+    kind: str,
     family: Caches,
     config: DatasetConfig,
     options: CachingOptions,

@@ -10,9 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from dataset.config import DatasetConfig, DatasetTable
 from dataset.config_keys import AUTO
+from dataset.options import CachingOptions
 from dataset.sources.frames import frames_wanted
-from dataset.sources.media_source import MediaSource
+from dataset.sources.listing import find_all_sources
+from dataset.sources.media_source import Fault, MediaSource
 from modules.bars import Bar
 from modules.console import Row, count_words, show_box
 from modules.errors import DatasetError, MediaError, UserError
@@ -62,6 +65,20 @@ class CacheReport:
     is_main: bool = True  # whether this process reports for all
     # table index and name of each valid entry of latents and of sound
     right: frozenset[tuple[int, str]] = field(default=frozenset(), compare=False, repr=False)
+
+
+def list_sources(
+    config: DatasetConfig, captions: bool
+) -> tuple[list[MediaSource], CacheReport, list[DatasetTable]]:
+    """Return all sources, a report of unreadable ones, such as the end of a tar, and the completely listed
+    tables: only their entries can be stale.
+    """
+    skipped: list[tuple[DatasetTable, Fault]] = []
+    sources = find_all_sources(config, captions, skipped=skipped)
+    failures = [Failure(table.source, fault.text, table.index, fault.stem or "") for table, fault in skipped]
+    broken = {table.index for table, _ in skipped}
+    whole = [table for table in config.datasets if table.index not in broken]
+    return sources, CacheReport(failures=tuple(failures)), whole
 
 
 def join_reports(reports: Sequence[CacheReport]) -> CacheReport:
@@ -149,6 +166,10 @@ AHEAD_PER_WORKER = 2  # results waiting for each worker, so that one slow clip d
 WRITES_BEHIND = 4
 MANY = 4096  # entries: of so many the values are not read to compare them, which training does
 AT_ONCE = 64  # values that a thread of `map_ahead` takes
+
+
+def workers_of(options: CachingOptions) -> int:
+    return options.num_workers or max(1, (os.cpu_count() or 2) - 1)
 
 
 def run_ahead(

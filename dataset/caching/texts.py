@@ -30,13 +30,11 @@ from dataset.cache.files import (
     tensor_name,
 )
 from dataset.cache.form import require_form
-from dataset.cache.records import TextRecord, identify, text_metadata, text_records
+from dataset.cache.records import TextRecord, identify, require_finite, text_metadata, text_records
 from dataset.cache.store import Stores, npz_names
 from dataset.caching.existing import refuse_changing, remove_caches
-from dataset.caching.latents import require_finite
-from dataset.caching.prefetch import NAMED, CacheReport, Failure, WriteBehind
+from dataset.caching.prefetch import NAMED, CacheReport, Failure, WriteBehind, list_sources, workers_of
 from dataset.caching.text_plans import CaptionFile, TextRecipe, distinct_texts, list_caption_files
-from dataset.caching.work import list_sources, workers_of
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.options import CachingOptions
 from dataset.sources.captions import describe_cut
@@ -247,7 +245,8 @@ class TextWork:
         """
         try:
             with contextlib.ExitStack() as held:
-                pictures = [held.enter_context(hold_references(file.source)) for file in batch]
+                sources = (file.source for file in batch)
+                pictures = [held.enter_context(hold_references(one)) if one else () for one in sources]
                 texts = zip(batch, pictures, strict=True)
                 encoded = encoder.encode([Prompt(file.caption or "", pictures=seen) for file, seen in texts])
             return list(zip(batch, encoded, strict=True))

@@ -1,5 +1,4 @@
-"""The work of caching a dataset, in parts that any process on any machine can do by itself: the latents, and
-what the texts (texts.py) need too.
+"""The latents of a dataset, in parts that any process on any machine can make by itself.
 
 Names of existing caches are listed before the sources are: an entry that was there belongs to a source that
 was there, so additions meanwhile never count as stale.
@@ -8,10 +7,9 @@ was there, so additions meanwhile never count as stale.
 import contextlib
 import dataclasses
 import logging
-import os
 from collections.abc import Collection, Generator, Sequence
 from functools import partial
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -22,16 +20,23 @@ from dataset.cache.store import Stores, npz_names
 from dataset.caching import existing
 from dataset.caching.latents import EncodersOnDemand, Item, batches, decode, encode, name_tensors, write_entry
 from dataset.caching.planning import Recipe, SourcePlan, plan_all
-from dataset.caching.prefetch import CacheReport, Failure, WriteBehind, join_reports, read_ahead
-from dataset.caching.sound import HearingFamily, SoundWork
+from dataset.caching.prefetch import (
+    CacheReport,
+    Failure,
+    WriteBehind,
+    join_reports,
+    list_sources,
+    read_ahead,
+    workers_of,
+)
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.options import CachingOptions
 from dataset.sources.clock import find_other_lengths
 from dataset.sources.colours import find_colours
 from dataset.sources.decoding import check_resolution
 from dataset.sources.frames import find_wrong_rates
-from dataset.sources.listing import find_all_sources, warn_captions, warn_unused
-from dataset.sources.media_source import LISTED, Fault, MediaSource, list_faults
+from dataset.sources.listing import warn_captions, warn_unused
+from dataset.sources.media_source import LISTED, MediaSource, list_faults
 from modules.atomic_write import free_bytes
 from modules.bars import Bar
 from modules.console import Row, as_size, count_of, count_words, show_box
@@ -39,6 +44,9 @@ from modules.contract.data import FPS
 from modules.contract.family import Caches, hears_sound
 from modules.control_codes import escape_control_codes
 from modules.errors import DatasetError
+
+if TYPE_CHECKING:  # it is loaded only for families that hear
+    from dataset.caching.sound import HearingFamily, SoundWork
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +77,10 @@ class MediaWork:
         }
         self._sound: SoundWork | None = None
         if hears_sound(family):
+            from dataset.caching import sound
+
             how = options.skip_existing, options.verify, device
-            self._sound = SoundWork(cast(HearingFamily, family), config.datasets, self.stores, *how)
+            self._sound = sound.SoundWork(cast("HearingFamily", family), config.datasets, self.stores, *how)
         sources, self.not_listed, self.whole_tables = list_sources(config, captions=False)
         problems = []
         controlled = {source.table.index for source in sources if source.control}
@@ -266,28 +276,10 @@ class MediaWork:
         return f"about {as_size(needed)}, more with control or start images; {as_size(free)} free"
 
 
-def list_sources(
-    config: DatasetConfig, captions: bool
-) -> tuple[list[MediaSource], CacheReport, list[DatasetTable]]:
-    """Return all sources, a report of unreadable ones, such as the end of a tar, and the completely listed
-    tables: only their entries can be stale.
-    """
-    skipped: list[tuple[DatasetTable, Fault]] = []
-    sources = find_all_sources(config, captions, skipped=skipped)
-    failures = [Failure(table.source, fault.text, table.index, fault.stem or "") for table, fault in skipped]
-    broken = {table.index for table, _ in skipped}
-    whole = [table for table in config.datasets if table.index not in broken]
-    return sources, CacheReport(failures=tuple(failures)), whole
-
-
 MASKS_HINT = (
     " If conditioning_data_dir holds masks of the loss, train with --masked_loss, or call the key "
     "mask_directory."
 )
-
-
-def workers_of(options: CachingOptions) -> int:
-    return options.num_workers or max(1, (os.cpu_count() or 2) - 1)
 
 
 def _warn_of_outdated(reasons: Sequence[str]) -> None:

@@ -4,14 +4,17 @@ import errno
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dataset.config import DatasetTable
 from dataset.table import CaptionChanges
 from modules.contract.rules import TokenCount
 from modules.errors import DatasetError
 from modules.limits import MAX_CAPTION_BYTES, MAX_CAPTIONS
-from modules.text_encodings import EncodingGuess, guess_encodings
 from modules.text_files import bad_character, read_content, read_text
+
+if TYPE_CHECKING:  # it is loaded only for files that are not UTF-8
+    from modules.text_encodings import EncodingGuess
 
 
 def caption_path(media: Path, extension: str) -> Path:
@@ -112,11 +115,13 @@ def add_trigger(caption: str, trigger: str) -> str:
     return f"{trigger}, {caption}" if caption else trigger
 
 
-def guess_captions(paths: Sequence[Path]) -> list[EncodingGuess | None]:
+def guess_captions(paths: Sequence[Path]) -> "list[EncodingGuess | None]":
     """Guess the encoding of caption files that are not UTF-8, judged together.
 
     None for a file that is probably no text, or cannot be read.
     """
+    from modules.text_encodings import guess_encodings
+
     contents = []
     for path in paths:
         try:

@@ -64,7 +64,7 @@ def find_sources(
         raise DatasetError(f"{table.name}: {table.source} {holds}. Add some, or correct the path.{hint}")
     if table.directory is None:  # those of a folder are sorted
         sources.sort(key=lambda source: str(source.path))
-    sources = limit_references(table, sources)
+    sources = sources if table.references is None else limit_references(table, sources)
     first: dict[str, MediaSource] = {}  # by stem: the beginning of the names of caches
     same = f"pairs of {table.name} would share a cache file; rename one of each, or use two tables"
     twice = f"rows of {table.name} repeat another one and would share a cache file; take them out"
@@ -145,7 +145,7 @@ def warn_unused(config: DatasetConfig, sources: Sequence[MediaSource]) -> None:
         unread = [fault for table in listed for fault in find_unread(table)]
     if unread:
         logger.warning("%s", escape_control_codes("\n".join(list_faults(unread, LISTED))))
-    if lack_references(config.datasets, sources):
+    if any(table.references for table in config.datasets) and lack_references(config.datasets, sources):
         logger.warning("%s", NO_REFERENCE)
 
 

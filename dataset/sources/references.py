@@ -55,7 +55,8 @@ def limit_references(table: DatasetTable, sources: list[MediaSource]) -> list[Me
 
     Warns of those with more, and of those without any while others have some.
     """
-    if table.references is None or not any(source.control for source in sources):
+    assert table.references is not None
+    if not any(source.control for source in sources):
         return sources
     most, number = table.references.most, len(sources)
     over = [source for source in sources if len(source.control) > most]
@@ -103,14 +104,11 @@ def read_reference(
 
 
 @contextlib.contextmanager
-def hold_references(source: MediaSource | None) -> Iterator[tuple[Path, ...]]:
-    """Yield the files of a source's reference pictures until the block ends; None: no picture.
+def hold_references(source: MediaSource) -> Iterator[tuple[Path, ...]]:
+    """Yield the files of a source's reference pictures until the block ends.
 
     Raises MediaError if one is missing or too small, by its header alone.
     """
-    if source is None:
-        yield ()
-        return
     with fetch(source) as here:
         for path in here.control:
             fit_reference(source.table, image_size(path), path)

@@ -13,11 +13,11 @@ from hunyuan_model.family import family_for_training as hunyuan_family
 from hunyuan_model.options import HunyuanTrainingOptions
 from krea2.family import family_for_training as krea2_family
 from krea2.options import Krea2TrainingOptions
-from modules import dressing
 from modules.contract.data import Batch
 from modules.contract.family import Family
 from modules.contract.loading import Placement
 from modules.devices import GIB
+from modules.offload import checkpointing
 from modules.options import Options, read_options
 from modules.parser import add_options
 from modules.planning.dry_run import ADAPTER, BATCH, HOST, NETWORK, WEIGHTS, Ledger, Moment, largest
@@ -223,7 +223,7 @@ def test_feed_forwards_in_pieces_take_what_was_predicted_and_less_than_whole_one
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # on a CPU, what waits there would count as on the device
-    monkeypatch.setattr(dressing, "offload_to_host", lambda device: None)
+    monkeypatch.setattr(checkpointing, "offload_to_host", lambda device: None)
     family, whole = wan(tmp_path, *CHECKPOINTED)
     options = replace(whole, loop=replace(whole.loop, gradient_checkpointing_cpu_offload=True))
     batch = wan_batch(1, (8, 64, 72))  # 9216 tokens, three pieces
