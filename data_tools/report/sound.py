@@ -13,8 +13,9 @@ from dataset.caching.sound import SoundWork
 from dataset.config import DatasetTable
 from dataset.config_keys import IGNORE, REQUIRED
 from dataset.sources.fetching import fetch
+from dataset.sources.frames import kept_rate
 from dataset.sources.media_source import Fault, MediaSource
-from dataset.sources.sound import NoSound, find_sound, kept_rate, read_sounds
+from dataset.sources.sound import NoSound, find_sound, read_sounds
 from modules.bars import Bar
 from modules.console import count_words
 from modules.contract.data import SoundSpec

@@ -19,9 +19,8 @@ from dataset.caching.prefetch import check_memory
 from dataset.config import DatasetTable
 from dataset.sources.decoding import DecodedSource, decode_source
 from dataset.sources.fetching import fetch
-from dataset.sources.frames import Span, frames_wanted, shrink_mask
+from dataset.sources.frames import Span, frames_wanted, kept_rate, shrink_mask
 from dataset.sources.media_source import MediaSource
-from dataset.sources.sound import kept_rate
 from modules.contract import data
 from modules.contract.family import Caches
 from modules.devices import free_memory, warn_if_emulated

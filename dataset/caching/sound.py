@@ -30,8 +30,9 @@ from dataset.caching.prefetch import MANY, CacheReport, Failure, WriteBehind, re
 from dataset.config import DatasetTable
 from dataset.config_keys import IGNORE, REQUIRED
 from dataset.sources.fetching import fetch
+from dataset.sources.frames import kept_rate
 from dataset.sources.media_source import MediaSource, Origin
-from dataset.sources.sound import NoSound, find_sound, kept_rate, read_sounds
+from dataset.sources.sound import NoSound, find_sound, read_sounds
 from modules.bars import Bar
 from modules.contract.data import SOUND
 from modules.contract.family import Caches, HearsSound

@@ -15,9 +15,8 @@ from dataset.sources.frames import files_by_stem, mask_suffixes
 from dataset.sources.media_source import Fault, MediaSource
 from modules.errors import DatasetError, MediaError
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
-from modules.media.opening import open_image
+from modules.media.opening import SOUND_SUFFIXES, open_image
 from modules.media.reading import TIFF_SUFFIXES, TOOL_TAG, VIDEO_SUFFIXES, image_suffixes, read_tags
-from modules.media.samples import SOUND_SUFFIXES
 from modules.paths import similar_path
 from modules.text_files import bad_character, require_regular_file
 

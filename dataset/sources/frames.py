@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dataset.config import DatasetTable
+from dataset.config_keys import AUTO
 from dataset.sources.media_source import Fault, MediaSource
 from modules.console import count_of
 from modules.errors import DatasetError, MediaError
@@ -126,6 +127,20 @@ def file_rate(path: Path) -> float | None:
         return None
     with open_video(path) as (_, stream):
         return float(stream.average_rate) if stream.average_rate else None
+
+
+def kept_rate(source: MediaSource, fps: float) -> float:
+    """Return how many of the frames that are kept make a second. Only the header of a clip is read.
+
+    source: fetched. fps: of the family, which frames are dropped to. Pictures, and folders of images, have
+    that rate, too. Raises MediaError if a clip cannot be read.
+    """
+    table, stated = source.table, source.table.stated_fps
+    if table.kind == "image" or table.source_fps == AUTO or source.tensors is not None:
+        return fps
+    if stated is not None:
+        return min(stated, fps)
+    return file_rate(source.path) or fps
 
 
 def compare_rates(found: float | None, stated: object, fps: float) -> str | None:

@@ -11,7 +11,7 @@ from dataset.sources.folders import folder_id, is_file, list_entries, media_suff
 from dataset.sources.media_source import is_of_shards
 from modules.errors import MediaError
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
-from modules.media.samples import SOUND_SUFFIXES
+from modules.media.opening import SOUND_SUFFIXES
 
 LOOKED_INTO = 1000  # names of a folder inside a folder
 # what lies beside media without being read: files of runs and caches, captions of other programs

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dataset.config_keys import AUTO
 from dataset.sources.frames import Span, file_rate
 from dataset.sources.media_source import MediaSource
 from modules.contract.data import SoundSpec
@@ -20,20 +19,6 @@ SAME_RATE = 0.01  # by how much the rate of a clip may differ from source_fps, s
 
 class NoSound(MediaError):
     """The clip has no sound that fits its frames; the text says why."""
-
-
-def kept_rate(source: MediaSource, fps: float) -> float:
-    """Return how many of the frames that are kept make a second. Only the header of a clip is read.
-
-    source: fetched. fps: of the family, which frames are dropped to. Pictures, and folders of images, have
-    that rate, too. Raises MediaError if a clip cannot be read.
-    """
-    table, stated = source.table, source.table.stated_fps
-    if table.kind == "image" or table.source_fps == AUTO or source.tensors is not None:
-        return fps
-    if stated is not None:
-        return min(stated, fps)
-    return file_rate(source.path) or fps
 
 
 def find_sound(source: MediaSource) -> Path:

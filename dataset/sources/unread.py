@@ -14,8 +14,8 @@ from dataset.sources.rows import control_number
 from dataset.sources.tables import CAPTION_COLUMNS, choose_columns, names_read
 from modules.control_codes import shorten
 from modules.media.decoding import ANIMATION_SUFFIXES
+from modules.media.opening import SOUND_SUFFIXES
 from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
-from modules.media.samples import SOUND_SUFFIXES
 from modules.paths import expand_path, hide_secrets, path_exists
 
 LOOKED_AT = 1000  # rows of a file

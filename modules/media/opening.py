@@ -42,6 +42,9 @@ VIDEO_FORMATS = (
     *("mpegvideo", "m4v", "h264", "hevc", "ivf", "obu", "mjpeg", "yuv4mpegpipe"),
     *("png_pipe", "jpeg_pipe", "bmp_pipe", "webp_pipe", "tiff_pipe"),
 )
+# of sound files, lower case
+SOUND_SUFFIXES = frozenset({".wav", ".flac", ".mp3", ".m4a", ".aac", ".ogg", ".oga", ".opus", ".aif"})
+SOUND_SUFFIXES |= {".aiff", ".wma", ".mka", ".ac3"}
 # and those that hold only sound
 SOUND_FORMATS = (
     *VIDEO_FORMATS,

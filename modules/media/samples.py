@@ -20,24 +20,6 @@ logger = getLogger(__name__)
 
 Samples = NDArray[np.float32]  # channels S
 
-# of sound files, lower case
-SOUND_SUFFIXES = frozenset(
-    {
-        ".wav",
-        ".flac",
-        ".mp3",
-        ".m4a",
-        ".aac",
-        ".ogg",
-        ".oga",
-        ".opus",
-        ".aif",
-        ".aiff",
-        ".wma",
-        ".mka",
-        ".ac3",
-    }
-)
 EARLIER = 1  # seconds before a section at which reading begins: decoders need some packets to settle
 ROUNDING = Fraction(1, 20)  # seconds; times of sound that are off by less are rounded, not gaps
 LAYOUTS = {1: "mono", 2: "stereo"}  # that samples are converted to, by channels
