@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 from tests.faults.messages import assert_one_message, run_here
@@ -95,8 +96,8 @@ def test_losses_stay_near_those_in_16_bits(project: TinyProject, form: str, most
     steps = ["--max_train_steps", "10", "--mixed_precision", "bf16", "--log_with", "tensorboard"]
     losses = []
     for name, how in (("plain", []), (form, FORMS[form][0])):
-        folder = f"losses of {name}"
-        project.train(folder, *steps, "--logging_dir", f"{folder}/logs", *how)
+        folder = f"losses of {name} beside {form}"
+        project.train(folder, *steps, "--learning_rate", "1e-3", "--logging_dir", f"{folder}/logs", *how)
         losses.append(read_losses(project.folder / folder / "logs"))
 
     assert len(losses[0]) == len(losses[1]) == 10
@@ -106,8 +107,6 @@ def test_losses_stay_near_those_in_16_bits(project: TinyProject, form: str, most
 
 
 def read_losses(folder: Path) -> list[float]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     (path,) = folder.glob("**/events*")
     events = EventAccumulator(str(path))
     events.Reload()

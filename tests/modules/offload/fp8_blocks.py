@@ -15,7 +15,7 @@ from modules.contract.steps import NO_TWEAKS  # noqa: E402
 from modules.offload.sharding import ShardedBlocks  # noqa: E402
 from modules.run_blocks import Hidden, run_blocks  # noqa: E402
 from modules.speed_options import Quantisation  # noqa: E402
-from modules.stored.forms import Stored, attach  # noqa: E402
+from modules.stored.forms import Stored, attach, form_of  # noqa: E402
 from modules.stored.fp8 import Fp8  # noqa: E402
 from tests.fp8_reference import emulated_product  # noqa: E402
 
@@ -31,6 +31,9 @@ class Block(nn.Module):
             scale = parts.abs().amax(-1, keepdim=True) / 448
             weight = (parts / scale).to(torch.float8_e4m3fn).view(WIDTH, WIDTH)
             attach(self.linear, Stored(Fp8(quantisation), (WIDTH, WIDTH), (weight, scale)))
+        elif scales in {"int8", "nf4"}:
+            quantisation = Quantisation(scales, form=scales)
+            attach(self.linear, form_of(quantisation).quantise(self.linear.weight.data))
         else:
             quantisation = Quantisation(scales, product=emulated_product)
             attach(self.linear, Fp8(quantisation).quantise(self.linear.weight.data))
