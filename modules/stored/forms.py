@@ -22,6 +22,7 @@ from modules.installation import import_own
 from modules.speed_options import Quantisation
 
 Shape = tuple[int, int]  # out x in, of the value
+MOST_TENSORS = 5  # of a form: the weight and its companions
 Tensors = tuple[Tensor | None, ...]  # the weight of a layer and its companions, in the form's order
 
 
@@ -150,7 +151,8 @@ def value_of(layer: nn.Module, weight: Tensor) -> Tensor:
 
 def multiply_value(form: Form, x: Tensor, tensors: Tensors, shape: Shape, bias: Tensor | None) -> Tensor:
     """Compute x W^T + b in the dtype of x from the value of W, which the backward pass makes anew."""
-    out: Tensor = _Product.apply(x, None if bias is None else bias.to(x.dtype), form, shape, *tensors)
+    filled = (*tensors, *[None] * (MOST_TENSORS - len(tensors)))
+    out: Tensor = _Product.apply(x, None if bias is None else bias.to(x.dtype), form, shape, *filled)
     return out
 
 
@@ -161,12 +163,25 @@ def computed_dtype(x: Tensor) -> torch.dtype:
 
 
 class _Product(torch.autograd.Function):
-    """Linear layer that keeps only its stored weight for the backward pass."""
+    """Linear layer that keeps only its stored weight for the backward pass.
+
+    The tensors have names, as Dynamo counts the arguments: with `*tensors` it would miss `ctx`.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, bias: Tensor | None, form: Form, shape: Shape, *tensors: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        form: Form,
+        shape: Shape,
+        weight: Tensor,
+        first: Tensor | None,
+        second: Tensor | None,
+        third: Tensor | None,
+        fourth: Tensor | None,
     ) -> Tensor:
+        tensors = (weight, first, second, third, fourth)[: 1 + len(form.companions)]
         ctx.save_for_backward(*tensors)
         ctx.form, ctx.shape = form, shape
         return functional.linear(x, form.value(tensors, shape, x.dtype), bias)
@@ -178,7 +193,7 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             of_x = gradient @ ctx.form.value(tensors, ctx.shape, gradient.dtype)
         of_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
-        return of_x, of_bias, None, None, *[None] * len(tensors)
+        return of_x, of_bias, None, None, *[None] * MOST_TENSORS
 
 
 def linear_weights(

@@ -1,4 +1,4 @@
-"""Run in two processes blocks in 8 bits, split and whole; print whether outputs and gradients are equal."""
+"""Run in two processes blocks in 8 and 4 bits, split and whole; print whether outputs and gradients are equal."""
 
 import os
 import sys
