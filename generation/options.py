@@ -354,7 +354,7 @@ def read_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) 
     for name in args.by_model.keys() - given_among(parser, argv, {*args.by_model}):
         setattr(args, name, None)
     if args.optimized:
-        others = given_among(parser, argv, {"fp8", "convrot_int8", "nf4"})  # instead of --fp8_scaled
+        others = given_among(parser, argv, {"fp8", "convrot_int8", "nf4_base"})  # instead of --fp8_scaled
         given = given_among(parser, argv, {*args.preset}) | others
         left = given | {"fp8_scaled"} if others else given
         left = left | {"fp8_fast"} if others - {"fp8"} else left

@@ -256,9 +256,9 @@ class GenerationFp8Options(Options):
         "with --fp8_scaled: compute these layers in float32; slow", needs="fp8_scaled"
     )
     upcast_quantization: bool = option(_UPCAST, only_with="fp8_scaled")
-    convrot_int8: bool = option(_INT8, excludes=("fp8", "fp8_scaled", "nf4"), hint=_ONE_FORM, often=True)
-    nf4: bool = option(
-        _NF4, flags=("--nf4_base",), excludes=("fp8", "fp8_scaled"), hint=_ONE_FORM, often=True
+    convrot_int8: bool = option(_INT8, excludes=("fp8", "fp8_scaled", "nf4_base"), hint=_ONE_FORM, often=True)
+    nf4_base: bool = option(
+        _NF4, flags=("--nf4",), excludes=("fp8", "fp8_scaled"), hint=_ONE_FORM, often=True
     )
 
     @property
@@ -266,8 +266,8 @@ class GenerationFp8Options(Options):
         """--fp8_scaled replaces --fp8."""
         if self.convrot_int8:
             return Quantisation("rows", form="int8", asked_by="--convrot_int8")
-        if self.nf4:
-            return Quantisation("blocks", form="nf4", asked_by="--nf4")
+        if self.nf4_base:
+            return Quantisation("blocks", form="nf4", asked_by="--nf4_base")
         if self.fp8_scaled:
             return Quantisation("rows", self.upcast_quantization, self.upcast_linear, self.fp8_fast)
         return Quantisation("cast", fp8_matmul=self.fp8_fast) if self.fp8 else None

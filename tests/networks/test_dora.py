@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from modules.errors import CheckpointError
 from modules.speed_options import Quantisation
-from modules.stored.forms import attach
+from modules.stored.forms import Form, attach
+from modules.stored.int8 import Int8
+from modules.stored.nf4 import Nf4
 from modules.stored.fp8 import Fp8
 from networks.apply import LoraPatch
 from networks.convert import convert_file
@@ -165,14 +167,13 @@ def test_a_dora_for_a_fused_weight_is_cut_up_with_its_magnitudes(place: int, let
 CPU = torch.device("cpu")
 
 
-def random_layer(bias: bool = True, is_fp8: bool = False) -> tuple[nn.Linear, Tensor, LoraLayer]:
+def random_layer(bias: bool = True, form: Form | None = None) -> tuple[nn.Linear, Tensor, LoraLayer]:
     """A layer, its weight as it counts, and a DoRA with random values."""
     torch.manual_seed(2)
     original = nn.Linear(16, 24, bias=bias).requires_grad_(False)
     weight = original.weight.detach().clone()
-    if is_fp8:
-        how = Quantisation(kind="rows")
-        stored = Fp8(how).quantise(weight)
+    if form is not None:
+        stored = form.quantise(weight)
         attach(original, stored)
         weight = stored.value()
     layer = LoraLayer(original, 3, 1.5, decomposes=True)
@@ -182,11 +183,14 @@ def random_layer(bias: bool = True, is_fp8: bool = False) -> tuple[nn.Linear, Te
     return original, weight, layer
 
 
+# of few tokens, which int8 layers multiply by the value of their weight
 @pytest.mark.parametrize(
-    ("bias", "is_fp8"), [(True, False), (False, False), (True, True)], ids=["bias", "plain", "fp8"]
+    ("bias", "form"),
+    [(True, None), (False, None), (True, Fp8(Quantisation("rows"))), (True, Int8()), (True, Nf4())],
+    ids=["bias", "plain", "fp8", "int8", "nf4"],
 )
-def test_the_output_is_that_of_the_weight_that_generation_makes(bias: bool, is_fp8: bool) -> None:
-    original, weight, layer = random_layer(bias, is_fp8)
+def test_the_output_is_that_of_the_weight_that_generation_makes(bias: bool, form: Form | None) -> None:
+    original, weight, layer = random_layer(bias, form)
     x = torch.randn(2, 5, 16)
     factors = layer.state_dict()
     assert factors.keys() == {"alpha", "lora_down.weight", "lora_up.weight", "dora_scale"}
