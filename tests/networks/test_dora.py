@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from modules.errors import CheckpointError
 from modules.speed_options import Quantisation
 from modules.stored.forms import Form, attach
+from modules.stored.fp8 import Fp8
 from modules.stored.int8 import Int8
 from modules.stored.nf4 import Nf4
-from modules.stored.fp8 import Fp8
 from networks.apply import LoraPatch
 from networks.convert import convert_file
 from networks.deltas import decompose, find_fault, weight_delta

@@ -1,4 +1,4 @@
-"""Run in two processes blocks in 8 and 4 bits, split and whole; print whether outputs and gradients are equal."""
+"""Run blocks in 8 and 4 bits in two processes, split and whole; print whether all numbers are equal."""
 
 import os
 import sys
