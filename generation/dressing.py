@@ -28,6 +28,7 @@ from modules.offload.swap_plan import HostWeights
 from modules.offload.turns import HostCopy
 from modules.options import override_options
 from modules.speed_options import GenerationSpeedOptions, Quantisation
+from modules.stored.forms import prepare
 from networks.apply import LoraPatch, OriginalWeights
 from networks.loading import LoraUse, lora_uses, on_side
 from networks.names.layouts import FOR_BOTH
@@ -44,7 +45,7 @@ class DitLoader:
     uses: LorasByExpert
     device: torch.device
     options: GenerationOptions
-    fp8: Quantisation | None
+    quantisation: Quantisation | None
     # by expert: notes the weights while they are loaded, in place of merging
     originals: Sequence[OriginalWeights] | None = None
 
@@ -75,7 +76,7 @@ class DitLoader:
             self.device,
             attention=speed.attention.choice,
             patch=patch,
-            fp8=self.fp8,
+            quantisation=self.quantisation,
             host=host,
             blocks=shares,
             check=check,
@@ -101,10 +102,8 @@ def dit_loader(
 
     uses: by expert; empty: none has LoRAs. originals: by expert. Raises OptionError.
     """
-    fp8 = options.speed.fp8.quantisation
-    if fp8 is not None:
-        fp8 = import_own("modules.fp8.products").add_product(fp8, device)
-    return DitLoader(family, uses, device, options, fp8, originals)
+    quantisation = prepare(options.speed.fp8.quantisation, device)
+    return DitLoader(family, uses, device, options, quantisation, originals)
 
 
 logger = logging.getLogger(__name__)
@@ -216,9 +215,7 @@ def leave_out_missing(family: Family, options: GenerationOptions, device: torch.
             speed.compilation.choice, device
         ),
         "fp8_scaled": lambda _: _check_rounding(files, device),
-        "fp8_fast": lambda speed: import_own("modules.fp8.products").add_product(
-            speed.fp8.quantisation, device
-        ),
+        "fp8_fast": lambda speed: prepare(speed.fp8.quantisation, device),
         "fp16_accumulation": lambda _: _check_fp16_sums(device),
     }
     speed, left_out = options.speed, []

@@ -24,6 +24,7 @@ from modules.errors import DatasetError, OptionError, OutputError
 from modules.installation import import_own
 from modules.option_values import require
 from modules.speed_options import Quantisation
+from modules.stored.forms import prepare
 from training.checks import check_before_loading, check_teacher, list_unused_options
 from training.data.live import NO_TEXTS, BatchSources, LiveTexts
 from training.experts import check_computing, note_experts, warn_of_few_steps
@@ -46,7 +47,7 @@ class JoinedProcesses:
     """Hold the processes of a run, once its options are known to fit their device."""
 
     accelerator: Accelerator
-    fp8: Quantisation | None  # with what multiplies on the device
+    quantisation: Quantisation | None  # with what multiplies on the device
     others: Any  # `OtherProcesses` of several processes; None of one
 
 
@@ -102,7 +103,7 @@ def make_plan(
     is_main, device = accelerator.is_main_process, accelerator.device
     saved = find_state(options, is_main)
     progress = first_progress(options, saved)
-    check_computing(family, options, device, processes.fp8)
+    check_computing(family, options, device, processes.quantisation)
     if options.caching is not None:  # before minutes of encoding
         check_before_loading(family, options, options.loop.known_steps, sampling)
     texts, sources = _find_sources(family, options, config, device)
@@ -210,9 +211,8 @@ def join_processes(family: Family, options: TrainingOptions) -> Iterator[JoinedP
         check_fused_backward(options.optimizer.optimizer_type, accelerator.num_processes)
     if options.whole_dit is not None and shares_processes(options.speed.sharding):
         check_split(options.optimizer.optimizer_type)
-    fp8, compilation = options.speed.fp8.quantisation, options.speed.compilation.choice
-    if fp8 is not None:
-        fp8 = import_own("modules.fp8.products").add_product(fp8, accelerator.device)
+    quantisation, compilation = options.speed.fp8.quantisation, options.speed.compilation.choice
+    quantisation = prepare(quantisation, accelerator.device)
     if compilation is not None:
         import_own("modules.compile").check_compilation(compilation, accelerator.device)
     with ExitStack() as held:
@@ -233,7 +233,7 @@ def join_processes(family: Family, options: TrainingOptions) -> Iterator[JoinedP
             raise error
         if code is not None:
             raise SystemExit(code)
-        yield JoinedProcesses(accelerator, fp8, others)
+        yield JoinedProcesses(accelerator, quantisation, others)
 
 
 def read_config(options: TrainingOptions, family: Family) -> DatasetConfig:

@@ -23,8 +23,8 @@ from modules.contract.loading import TensorInfo, TensorSource
 from modules.control_codes import shorten
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
-from modules.fp8.weights import dequantise, is_fp8, store_scale
 from modules.paths import explain_missing
+from modules.stored.fp8 import dequantise, is_fp8, stored_fp8
 from modules.text_files import parse_json, read_text, require_regular_file
 
 LISTED = 8  # file names in a message
@@ -335,17 +335,14 @@ def plain_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
     beside = set(scales.values())
     sources = {}
 
-    def keep(weight: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        return weight, None if scale is None else store_scale(scale)
-
     for name in checkpoint.tensors:
         if name in beside or any(fnmatch.fnmatchcase(name, pattern) for pattern in QUANT_EXTRAS):
             continue
         in_fp8 = is_fp8(checkpoint.tensors[name].dtype)
         if name in scales:
-            sources[name] = TensorSource((name, scales[name]), dequantise, keep if in_fp8 else None)
+            sources[name] = TensorSource((name, scales[name]), dequantise, stored_fp8 if in_fp8 else None)
         else:
-            sources[name] = TensorSource((name,), as_fp8=keep if in_fp8 else None)
+            sources[name] = TensorSource((name,), as_stored=stored_fp8 if in_fp8 else None)
     return sources
 
 

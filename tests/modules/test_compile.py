@@ -10,9 +10,12 @@ from torch._dynamo.utils import counters
 from modules.compile import check_compilation, compile_blocks
 from modules.compile_options import Compilation
 from modules.errors import OptionError
-from modules.fp8.weights import attach, quantise
 from modules.offload.checkpointing import checkpoint_blocks, offload_to_host
 from modules.speed_options import Quantisation
+from modules.stored.forms import Form, attach
+from modules.stored.fp8 import Fp8
+from modules.stored.int8 import Int8
+from modules.stored.nf4 import Nf4
 from tests.tiny.dits import DITS, ONE_OF_EACH, TinyDit, gradients
 
 # torch's own kernels, called by what Dynamo has captured: an error where it cannot
@@ -89,16 +92,19 @@ def test_learning_blocks_share_theirs_when_sizes_and_dropout_change(tiny: TinyDi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("float32_linear", [False, True])
+@pytest.mark.parametrize(
+    "form",
+    [Fp8(Quantisation("rows")), Fp8(Quantisation("rows", float32_linear=True)), Int8(), Nf4()],
+    ids=["fp8", "float32", "int8", "nf4"],
+)
 @pytest.mark.parametrize("tiny", ONE_OF_EACH, ids=lambda dit: dit.name)
-def test_fp8_blocks_share_theirs_and_keep_their_numbers(tiny: TinyDit, float32_linear: bool) -> None:
+def test_blocks_of_stored_weights_share_theirs_and_keep_their_numbers(tiny: TinyDit, form: Form) -> None:
     results = []
     for compiled in (False, True):
         dit = tiny.make(3)
-        quantisation = Quantisation("rows", float32_linear=float32_linear)
         for layer in [part for name in tiny.spec.block_lists for part in dit.get_submodule(name).modules()]:
             if isinstance(layer, nn.Linear):
-                attach(layer, *quantise(layer.weight.data, quantisation), quantisation)
+                attach(layer, form.quantise(layer.weight.data))
         if compiled:
             compile_blocks(dit, tiny.spec, EAGER)
         with torch.no_grad():

@@ -10,8 +10,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from modules.errors import CheckpointError
-from modules.fp8.weights import attach, dequantise, quantise
 from modules.speed_options import Quantisation
+from modules.stored.forms import Form, attach
+from modules.stored.fp8 import Fp8
+from modules.stored.int8 import Int8
+from modules.stored.nf4 import Nf4
 from networks.apply import LoraPatch
 from networks.convert import convert_file
 from networks.deltas import decompose, find_fault, weight_delta
@@ -164,16 +167,15 @@ def test_a_dora_for_a_fused_weight_is_cut_up_with_its_magnitudes(place: int, let
 CPU = torch.device("cpu")
 
 
-def random_layer(bias: bool = True, is_fp8: bool = False) -> tuple[nn.Linear, Tensor, LoraLayer]:
+def random_layer(bias: bool = True, form: Form | None = None) -> tuple[nn.Linear, Tensor, LoraLayer]:
     """A layer, its weight as it counts, and a DoRA with random values."""
     torch.manual_seed(2)
     original = nn.Linear(16, 24, bias=bias).requires_grad_(False)
     weight = original.weight.detach().clone()
-    if is_fp8:
-        how = Quantisation(kind="rows")
-        rounded, scale = quantise(weight, how)
-        attach(original, rounded, scale, how)
-        weight = dequantise(rounded, scale)
+    if form is not None:
+        stored = form.quantise(weight)
+        attach(original, stored)
+        weight = stored.value()
     layer = LoraLayer(original, 3, 1.5, decomposes=True)
     assert layer.dora_scale is not None
     nn.init.normal_(layer.lora_up.weight)
@@ -181,11 +183,14 @@ def random_layer(bias: bool = True, is_fp8: bool = False) -> tuple[nn.Linear, Te
     return original, weight, layer
 
 
+# of few tokens, which int8 layers multiply by the value of their weight
 @pytest.mark.parametrize(
-    ("bias", "is_fp8"), [(True, False), (False, False), (True, True)], ids=["bias", "plain", "fp8"]
+    ("bias", "form"),
+    [(True, None), (False, None), (True, Fp8(Quantisation("rows"))), (True, Int8()), (True, Nf4())],
+    ids=["bias", "plain", "fp8", "int8", "nf4"],
 )
-def test_the_output_is_that_of_the_weight_that_generation_makes(bias: bool, is_fp8: bool) -> None:
-    original, weight, layer = random_layer(bias, is_fp8)
+def test_the_output_is_that_of_the_weight_that_generation_makes(bias: bool, form: Form | None) -> None:
+    original, weight, layer = random_layer(bias, form)
     x = torch.randn(2, 5, 16)
     factors = layer.state_dict()
     assert factors.keys() == {"alpha", "lora_down.weight", "lora_up.weight", "dora_scale"}
