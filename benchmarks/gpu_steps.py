@@ -27,8 +27,8 @@ from modules.contract.data import Batch
 from modules.contract.requests import Prepared, Request, settle
 from modules.contract.steps import EncodedPrompts
 from modules.dressing import swapped_weights
-from modules.fp8.products import add_product
 from modules.planning.memory_plan import workspace
+from modules.stored.forms import prepare
 from networks.adapter import make_network
 from training.experts import dress, placement_of
 from training.loss import NoisyBatch, training_loss
@@ -66,7 +66,7 @@ def train_steps(row: Row, path: Path, device: torch.device) -> Bench:
     planned = predict(family, options, batch, device).device(options.speed.swap.number)
     begun = time.monotonic()
     host = swapped_weights(family.dit, options.speed.swap, device)
-    placement = placement_of(options, device, add_product(options.speed.fp8.quantisation, device))
+    placement = placement_of(options, device, prepare(options.speed.fp8.quantisation, device))
     dit = NoisyFamily(family).load_dit(replace(placement, host=host)).requires_grad_(False)
     loading = time.monotonic() - begun
     assert options.network is not None

@@ -97,7 +97,7 @@ def _load(path: Path, target: str) -> None:
     start = time.perf_counter()
     cpu = torch.device("cpu")
     placement = (
-        Placement(cpu, fp8=Quantisation("rows"))
+        Placement(cpu, quantisation=Quantisation("rows"))
         if target == "fp8"
         else Placement(cpu, compute_dtype=getattr(torch, target))
     )

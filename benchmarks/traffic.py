@@ -170,7 +170,7 @@ def count_denoising(
 
     choice = replace(options.speed.attention.choice, mode="sdpa")
     with quiet():
-        dit = family.load_dit(Placement(META, attention=choice, fp8=options.speed.fp8.quantisation))
+        dit = family.load_dit(Placement(META, attention=choice, quantisation=options.speed.fp8.quantisation))
     dit.eval().requires_grad_(False)
     blocks = family.dit.blocks(dit)
     with quiet(), dry_run() as ledger, torch.no_grad():

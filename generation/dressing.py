@@ -24,11 +24,11 @@ from modules.devices import dtype_of, own_stream, warn_if_emulated
 from modules.dressing import dress, share_tokens, shared_blocks, swapped_weights
 from modules.errors import OptionError
 from modules.families import HIGH_NOISE
-from modules.fp8.products import add_product
 from modules.offload.swap_plan import HostWeights
 from modules.offload.turns import HostCopy
 from modules.options import override_options
 from modules.speed_options import GenerationSpeedOptions, Quantisation
+from modules.stored.forms import prepare
 from networks.apply import LoraPatch, OriginalWeights
 from networks.loading import LoraUse, lora_uses, on_side
 from networks.names.layouts import FOR_BOTH
@@ -45,7 +45,7 @@ class DitLoader:
     uses: LorasByExpert
     device: torch.device
     options: GenerationOptions
-    fp8: Quantisation | None
+    quantisation: Quantisation | None
     # by expert: notes the weights while they are loaded, in place of merging
     originals: Sequence[OriginalWeights] | None = None
 
@@ -76,7 +76,7 @@ class DitLoader:
             self.device,
             attention=speed.attention.choice,
             patch=patch,
-            fp8=self.fp8,
+            quantisation=self.quantisation,
             host=host,
             blocks=shares,
             check=check,
@@ -102,8 +102,8 @@ def dit_loader(
 
     uses: by expert; empty: none has LoRAs. originals: by expert. Raises OptionError.
     """
-    fp8 = add_product(options.speed.fp8.quantisation, device)
-    return DitLoader(family, uses, device, options, fp8, originals)
+    quantisation = prepare(options.speed.fp8.quantisation, device)
+    return DitLoader(family, uses, device, options, quantisation, originals)
 
 
 logger = logging.getLogger(__name__)
@@ -213,7 +213,7 @@ def leave_out_missing(family: Family, options: GenerationOptions, device: torch.
         "attn_mode": check_attention,
         "compile": lambda speed: check_compilation(speed.compilation.choice, device),
         "fp8_scaled": lambda _: _check_rounding(files, device),
-        "fp8_fast": lambda speed: add_product(speed.fp8.quantisation, device),
+        "fp8_fast": lambda speed: prepare(speed.fp8.quantisation, device),
         "fp16_accumulation": lambda _: _check_fp16_sums(device),
     }
     speed, left_out = options.speed, []

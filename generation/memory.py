@@ -189,7 +189,7 @@ def rehearse_denoising(
     """Rehearse the step that takes most memory. watch: as of `predict`."""
     speed = options.speed
     choice = replace(speed.attention.choice, mode="sdpa")  # the stand-in of all kernels
-    dit = family.load_dit(Placement(META, attention=choice, fp8=speed.fp8.quantisation))
+    dit = family.load_dit(Placement(META, attention=choice, quantisation=speed.fp8.quantisation))
     dit.eval().requires_grad_(False)
     weights, swaps = dtypes_of(dit), swaps_of(dit, family.dit, speed.swap, sharing_processes(speed))
     blocks, sizes = family.dit.blocks(dit), weights_by_block(dit, family.dit)

@@ -19,7 +19,7 @@ from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sourc
 from modules.contract.family import DitSpec
 from modules.contract.loading import TensorSource
 from modules.errors import CheckpointError
-from modules.fp8.weights import dequantise, store_scale
+from modules.stored.fp8 import dequantise, stored_fp8
 from networks.names.layouts import swapped_tensors, tensor_patterns
 
 TABLE_MULTIPLE = 32  # a head width that 32 divides splits into whole pairs for frames, rows and columns
@@ -245,7 +245,7 @@ def _times(name: str, scale: float) -> TensorSource:
     return TensorSource(
         (name,),
         lambda weight: dequantise(weight, factor(weight)),
-        lambda weight: (weight, store_scale(factor(weight))),
+        lambda weight: stored_fp8(weight, factor(weight)),
     )
 
 

@@ -20,7 +20,6 @@ errors: errors that a user can correct
 families: families by name: places, scripts, kinds of files
 file_locks: locks on open files that end with their process
 flow/: noise schedules and the solvers that follow them
-fp8/: linear layers with weights in 8 bits
 help_text: what -h and --help print of a parser's options
 installation: checkout or package, imports by name
 interpreter: refuse a Python that cannot run Reelsmith
@@ -43,6 +42,7 @@ run_blocks: the one loop over a transformer's blocks
 seeds: seeds for independent random streams, derived from names and numbers
 speed_options: options of attention, fp8, block swap, VAE, plan
 step_cache: rules decide which passes to skip; a runner skips
+stored/: linear layers with weights in 8 or 4 bits
 text_encodings: guess the encoding of a file not in UTF-8
 text_files: text files that a user names, read safely
 varints: read whole numbers of varying length

@@ -174,15 +174,17 @@ def flag_of(mode: str, training: bool) -> str:
 
 @dataclass(frozen=True)
 class Quantisation:
-    """How weights are stored in 8 bits, and how layers compute with them."""
+    """How weights are stored in 8 or 4 bits, and how layers compute with them."""
 
-    # cast: rounded as they are; tensor, rows: first divided by a scale, one per weight or one per row
+    # of fp8. cast: rounded as they are; tensor, rows: first divided by a scale, one per weight or one per row
     kind: str
     float32_scales: bool = False  # scales and quotients in float32 instead of the weight's dtype
     float32_linear: bool = False  # the layers compute in float32
     fp8_matmul: bool = False  # the layers should multiply in 8 bits
-    # the 8-bit product, a modules.fp8.products.Product; None: multiply in 16 bits
+    # the 8-bit product, a modules.stored.fp8_products.Product; None: multiply in 16 bits
     product: Callable[..., Any] | None = None
+    form: str = "fp8"  # name of its file in modules/stored
+    int8_backward: bool = False  # of int8: gradients are rounded to 8 bits too
 
 
 _BASE = (

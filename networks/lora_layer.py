@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from modules.devices import numbers_on
-from modules.fp8.weights import dequantise, is_fp8, scale_of
 from modules.offload.sharding import TOKEN_PART, gather_weight
 from modules.seeds import derive_seed
+from modules.stored.forms import value_of
 from networks.lora_products import BlockUp, add_up, branch, hold, perturbed
 
 _32_BITS = 0xFFFFFFFF
@@ -94,8 +94,7 @@ class LoraLayer(nn.Module):
         self.joins_from = JOINS_FROM
         self.dora_scale: nn.Parameter | None = None  # out x 1: the norms of the rows
         if decomposes and isinstance(original, nn.Linear):
-            weight = gather_weight(original.weight)
-            weight = dequantise(weight, scale_of(original)) if is_fp8(weight.dtype) else weight
+            weight = value_of(original, gather_weight(original.weight))
             norms = torch.linalg.vector_norm(weight.detach(), dim=1, dtype=torch.float32).cpu()
             self.dora_scale = nn.Parameter(norms.view(-1, 1))
             self.register_buffer("squares", norms.square(), persistent=False)

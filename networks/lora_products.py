@@ -17,8 +17,8 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from modules.fp8.weights import dequantise, is_fp8, scale_of
 from modules.private_torch import disable_dynamo
+from modules.stored.forms import value_of
 
 
 def branch(x: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
@@ -242,10 +242,8 @@ def _row_squares(left: Tensor, right: Tensor) -> Tensor:
 @torch.no_grad()
 def mean_row_norm(layer: nn.Linear, seed: int) -> Tensor:
     """Return the mean norm of up to MOST_ROWS rows of a frozen weight, chosen by the seed; float32, CPU."""
-    weight = layer.weight
-    rows = torch.randperm(len(weight), generator=torch.Generator().manual_seed(seed))[:MOST_ROWS]
-    chosen = dequantise(weight, scale_of(layer)) if is_fp8(weight.dtype) else weight
-    chosen = chosen[rows.to(weight.device)]
+    rows = torch.randperm(layer.out_features, generator=torch.Generator().manual_seed(seed))[:MOST_ROWS]
+    chosen = value_of(layer, layer.weight)[rows.to(layer.weight.device)]
     return torch.linalg.vector_norm(chosen, dim=1, dtype=torch.float32).mean().cpu()
 
 

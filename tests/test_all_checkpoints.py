@@ -329,7 +329,7 @@ def test_a_patch_sees_published_names_and_unrounded_whole_weights(tmp_path: Path
 def test_blocks_without_their_modulation_are_kept_in_8_bits(
     tmp_path: Path, name: str, blocks: tuple[str, ...], kept: set[str]
 ) -> None:
-    kind, place = KINDS[name], Placement(torch.device("cpu"), fp8=Quantisation("scaled"))
+    kind, place = KINDS[name], Placement(torch.device("cpu"), quantisation=Quantisation("rows"))
 
     loaded = kind.checkpoints.load_dit(kind.write(tmp_path, kind.state(dtype=torch.bfloat16)), place)
 

@@ -49,7 +49,7 @@ FLOORS = {
         {"options"},
         {"compile_options", "help_text"},
         {"speed_options"},
-        {"command", "console", "environment", "fp8"},
+        {"command", "console", "environment", "stored"},
         {"lost_processes", "mistyped"},
         {"downloading", "parser"},
         {"families"},

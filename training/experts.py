@@ -234,7 +234,9 @@ def expert_trained(family: Family, options: TrainingOptions) -> Expert | None:
 AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}  # of --mixed_precision
 
 
-def placement_of(options: TrainingOptions, device: torch.device, fp8: Quantisation | None) -> Placement:
+def placement_of(
+    options: TrainingOptions, device: torch.device, quantisation: Quantisation | None
+) -> Placement:
     """Return where the DiT goes and its dtype.
 
     A frozen DiT keeps the file's dtype; a trained one is kept in bf16 (--full_bf16) or float32.
@@ -245,7 +247,7 @@ def placement_of(options: TrainingOptions, device: torch.device, fp8: Quantisati
         storage_dtype=None if whole is None else torch.bfloat16 if whole.full_bf16 else torch.float32,
         fp8_compute_dtype=torch.float16 if options.accelerator.mixed_precision == "fp16" else None,
         attention=options.speed.attention.choice,
-        fp8=fp8,
+        quantisation=quantisation,
     )
 
 
@@ -270,11 +272,11 @@ def dress(
 
 
 def check_computing(
-    family: Family, options: TrainingOptions, device: torch.device, fp8: Quantisation | None
+    family: Family, options: TrainingOptions, device: torch.device, quantisation: Quantisation | None
 ) -> None:
     """Raise OptionError if the requested attention or precision is not available; nothing is loaded yet."""
     autocast = AUTOCAST.get(options.accelerator.mixed_precision)
-    placement = placement_of(options, device, fp8)
+    placement = placement_of(options, device, quantisation)
     check_backend(
         placement.attention,
         placement.device,

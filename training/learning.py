@@ -165,7 +165,7 @@ class Loading:
         files = zip(network.base_weights or (), network.base_multipliers(), strict=True) if network else ()
         merged = [LoraUse(experts.read_lora_for(path, expert), multiplier) for path, multiplier in files]
         patch = LoraPatch(merged) if merged else None
-        placement = experts.placement_of(options, device, plan.processes.fp8)
+        placement = experts.placement_of(options, device, plan.processes.quantisation)
         dit = family.load_dit(replace(placement, patch=patch, host=host, blocks=shares), index)
         if patch is not None:
             patch.check()
@@ -187,7 +187,7 @@ class Loading:
             self.sample_loras.append(add_loras(dit, extra, is_compiled))
         experts.dress(dit, family.dit, options.loop, device, options.speed.compilation.choice, host, shares)
         share_tokens(dit, sharding, device)
-        if plan.processes.fp8 is not None and device.type == "cpu":
+        if plan.processes.quantisation is not None and device.type == "cpu":
             keep_heap_small()  # else weights that a product makes whole leave holes between what is kept
         if self.takes_turns:
             self.copies[dit] = HostCopy(dit, device, host)

@@ -22,10 +22,10 @@ from modules.compile import check_compilation
 from modules.contract.family import Family, sound_of
 from modules.dressing import shares_processes
 from modules.errors import DatasetError, OptionError, OutputError
-from modules.fp8.products import add_product
 from modules.installation import import_own
 from modules.option_values import require
 from modules.speed_options import Quantisation
+from modules.stored.forms import prepare
 from training.checks import check_before_loading, check_teacher, list_unused_options
 from training.data.live import NO_TEXTS, BatchSources, LiveTexts
 from training.experts import check_computing, note_experts, warn_of_few_steps
@@ -48,7 +48,7 @@ class JoinedProcesses:
     """Hold the processes of a run, once its options are known to fit their device."""
 
     accelerator: Accelerator
-    fp8: Quantisation | None  # with what multiplies on the device
+    quantisation: Quantisation | None  # with what multiplies on the device
     others: Any  # `OtherProcesses` of several processes; None of one
 
 
@@ -104,7 +104,7 @@ def make_plan(
     is_main, device = accelerator.is_main_process, accelerator.device
     saved = find_state(options, is_main)
     progress = first_progress(options, saved)
-    check_computing(family, options, device, processes.fp8)
+    check_computing(family, options, device, processes.quantisation)
     if options.caching is not None:  # before minutes of encoding
         check_before_loading(family, options, options.loop.known_steps, sampling)
     texts, sources = _find_sources(family, options, config, device)
@@ -212,7 +212,7 @@ def join_processes(family: Family, options: TrainingOptions) -> Iterator[JoinedP
         check_fused_backward(options.optimizer.optimizer_type, accelerator.num_processes)
     if options.whole_dit is not None and shares_processes(options.speed.sharding):
         check_split(options.optimizer.optimizer_type)
-    fp8 = add_product(options.speed.fp8.quantisation, accelerator.device)
+    quantisation = prepare(options.speed.fp8.quantisation, accelerator.device)
     check_compilation(options.speed.compilation.choice, accelerator.device)
     with ExitStack() as held:
         others = None
@@ -232,7 +232,7 @@ def join_processes(family: Family, options: TrainingOptions) -> Iterator[JoinedP
             raise error
         if code is not None:
             raise SystemExit(code)
-        yield JoinedProcesses(accelerator, fp8, others)
+        yield JoinedProcesses(accelerator, quantisation, others)
 
 
 def read_config(options: TrainingOptions, family: Family) -> DatasetConfig:

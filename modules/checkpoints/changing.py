@@ -34,7 +34,7 @@ from modules.console import count_of
 from modules.contract.loading import TensorInfo
 from modules.devices import dtype_name
 from modules.errors import CheckpointError, OptionError
-from modules.fp8.weights import dequantise, is_fp8
+from modules.stored.fp8 import dequantise, is_fp8
 from modules.text_files import parse_json, read_text
 
 logger = logging.getLogger(__name__)

@@ -12,13 +12,13 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from modules.checkpoints.filling import Fp8Loading, find_fp8_weights, load_module, on_meta_device
+from modules.checkpoints.filling import StoredLoading, find_stored_weights, load_module, on_meta_device
 from modules.checkpoints.kinds import kind_of
 from modules.checkpoints.opening import Checkpoint, refuse_quantised
 from modules.contract.loading import BlockPlace, HostPlace, TensorSource
 from modules.errors import CheckpointError
-from modules.fp8.weights import linear_weights
 from modules.speed_options import Quantisation
+from modules.stored.forms import Stored, form_of, linear_weights
 
 Config = TypeVar("Config")
 Network = TypeVar("Network", bound=nn.Module)
@@ -56,11 +56,12 @@ def load_planned(
     with on_meta_device():
         network = build(plan.config)
     dtype_of = (lambda *_: dtype) if isinstance(dtype, torch.dtype) else dtype
-    fp8 = None
+    linear, stored = linear_weights(network), None
+    kept = find_stored_weights(linear, plan.sources, plan.checkpoint.tensors, in_fp8)
     if in_fp8:  # embeddings and norms are not rounded, and what the file has in 8 bits stays as it is
-        linear = linear_weights(network)
-        kept = find_fp8_weights(linear, plan.sources, plan.checkpoint.tensors)
-        fp8 = Fp8Loading(Quantisation("rows", float32_scales=True), linear - kept, kept)
+        stored = StoredLoading(form_of(Quantisation("rows", float32_scales=True)), linear - kept, kept)
+    elif kept:
+        stored = StoredLoading(None, kept=kept)
     load_module(
         network,
         plan.checkpoint,
@@ -69,7 +70,7 @@ def load_planned(
         dtype=dtype_of,
         ignore=plan.ignore,
         what=what,
-        fp8=fp8,
+        stored=stored,
         host=host,
         filled=None if blocks is None else blocks.watch(network),
     )
@@ -219,30 +220,26 @@ def _join(parts: list[TensorSource]) -> TensorSource:
         dtype = torch.float32 if any(row.dtype.itemsize == 1 for row in rows) else rows[0].dtype
         return torch.cat([row.to(dtype) for row in rows])
 
-    def as_fp8(*tensors: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Stack the rows as fp8, with a scale for each row."""
-        weights, scales, rest = [], [], list(tensors)
+    def as_stored(*tensors: Tensor) -> Stored | None:
+        found: list[Stored] = []
+        rest = list(tensors)
         for part in parts:
-            weight, scale = part.make_fp8(rest[: len(part.names)])
+            stored = part.make_stored(rest[: len(part.names)])
             rest = rest[len(part.names) :]
-            weights.append(weight)
-            scales.append(torch.ones(1, device=weight.device) if scale is None else scale)
-        whole = torch.cat([weight.view(torch.uint8) for weight in weights]).view(weights[0].dtype)
-        if any(scale.ndim == 3 for scale in scales):
-            return whole, torch.cat(scales)
-        return whole, torch.cat(
-            [scale.expand(len(weight), 1) for weight, scale in zip(weights, scales, strict=True)]
-        )
+            if stored is None or (found and stored.form != found[0].form):
+                return None
+            found.append(stored)
+        return found[0].form.join(found)
 
     names = tuple(name for part in parts for name in part.names)
-    kept = all(part.as_fp8 is not None for part in parts)
-    return TensorSource(names, build, as_fp8 if kept else None)
+    kept = all(part.as_stored is not None for part in parts)
+    return TensorSource(names, build, as_stored if kept else None)
 
 
 def cut_parts(stored: Mapping[str, TensorSource], cuts: Cuts) -> dict[str, TensorSource]:
     """Return sources of the tensors that a file has stacked by rows; other tensors keep their names.
 
-    An fp8 weight stays in fp8, each part with its rows of the scale.
+    A stored weight keeps its form, each part with its rows of the scales.
     """
     sources: dict[str, TensorSource] = {}
     for name, source in stored.items():
@@ -272,17 +269,15 @@ def _parts_in(name: str, cuts: Cuts) -> tuple[str, ...]:
 def _cut(source: TensorSource, index: int, count: int) -> TensorSource:
     """Return the source of one of `count` equal parts of the rows of a tensor."""
 
-    def rows_of(whole: Tensor, height: int) -> Tensor:
-        # a scale may be for the whole weight; for blocks of rows it has a row for each
-        return whole if len(whole) % count or height % count else whole.chunk(count)[index]
-
     def build(*tensors: Tensor) -> Tensor:
         whole = source.make(tensors)
-        return rows_of(whole, len(whole)).contiguous()
+        return (whole if len(whole) % count else whole.chunk(count)[index]).contiguous()
 
-    def as_fp8(*tensors: Tensor) -> tuple[Tensor, Tensor | None]:
-        weight, scale = source.make_fp8(tensors)
-        part = rows_of(weight, len(weight)).contiguous()
-        return part, None if scale is None else rows_of(scale, len(weight))
+    def as_stored(*tensors: Tensor) -> Stored | None:
+        stored = source.make_stored(tensors)
+        if stored is None or stored.shape[0] % count:
+            return stored
+        height = stored.shape[0] // count
+        return stored.form.cut(stored, index * height, height)
 
-    return TensorSource(source.names, build, None if source.as_fp8 is None else as_fp8)
+    return TensorSource(source.names, build, None if source.as_stored is None else as_stored)

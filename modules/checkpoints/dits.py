@@ -9,15 +9,15 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import nn
 
-from modules.checkpoints.filling import Fp8Loading, find_fp8_weights, load_module, on_meta_device
+from modules.checkpoints.filling import StoredLoading, find_stored_weights, load_module, on_meta_device
 from modules.checkpoints.kinds import OF_OTHERS, kind_of
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources, refuse_quantised
 from modules.contract.family import DitSpec
 from modules.contract.loading import Placement, TensorSource
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
-from modules.fp8.weights import linear_weights
 from modules.speed_options import Quantisation
+from modules.stored.forms import form_of, linear_weights
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +161,7 @@ class DitFormat(Generic[Config, Dit]):
                 patch=placement.patch,
                 ignore=self.ignore,
                 what=what,
-                fp8=_fp8_layers(dit, checkpoint, sources, placement, spec),
+                stored=_stored_layers(dit, checkpoint, sources, placement, spec),
                 host=placement.host,
                 check=placement.check,
                 filled=None if placement.blocks is None else placement.blocks.watch(dit),
@@ -199,20 +199,25 @@ def with_dtype(placement: Placement, dit_dtype: torch.dtype | None) -> Placement
     return placement if asks else replace(placement, compute_dtype=dit_dtype)
 
 
-def _fp8_layers(
+def _stored_layers(
     dit: nn.Module,
     checkpoint: Checkpoint,
     sources: Mapping[str, TensorSource],
     placement: Placement,
     spec: DitSpec,
-) -> Fp8Loading | None:
-    """Return the linear layers of the blocks that are kept in 8 bits: the file's, else the family's choice.
+) -> StoredLoading | None:
+    """Return the linear layers of the blocks that are stored in a form: the file's, else the family's choice.
 
     If the layers multiply in 8 bits too, the last blocks stay in 16 bits: see `LAST_IN_16_BITS`.
     """
-    quantisation = placement.fp8
+    quantisation = placement.quantisation
     if quantisation is None:
-        return None
+        kept = find_stored_weights(linear_weights(dit), sources, checkpoint.tensors, asked=False)
+        if kept and placement.patch is not None:
+            text = "%s: %d packed layers are kept in 16 bits, as LoRAs are merged into them"
+            logger.info(text, checkpoint.path, len(kept))
+            return None
+        return StoredLoading(None, kept=kept) if kept else None
     blocks = [f"{name}.{index}." for name, found in spec.blocks(dit).items() for index in range(len(found))]
     wide: tuple[str, ...] = ()
     if quantisation.fp8_matmul and len(blocks) >= 4 * LAST_IN_16_BITS:
@@ -221,11 +226,12 @@ def _fp8_layers(
     def others(names: frozenset[str]) -> frozenset[str]:
         return frozenset(name for name in names if not name.startswith(wide))
 
-    kept = find_fp8_weights(others(linear_weights(dit, spec.block_lists)), sources, checkpoint.tensors)
+    linear, form = others(linear_weights(dit, spec.block_lists)), form_of(quantisation)
+    kept = find_stored_weights(linear, sources, checkpoint.tensors, asked=True)
     if not kept:
-        return Fp8Loading(quantisation, others(linear_weights(dit, spec.block_lists, spec.fp8_exclude)))
+        return StoredLoading(form, others(linear_weights(dit, spec.block_lists, spec.fp8_exclude)))
     refuse_fp8_file(checkpoint.path, quantisation, placement.patch is not None)
-    return Fp8Loading(quantisation, kept=kept)
+    return StoredLoading(form, kept=kept)
 
 
 def refuse_fp8_file(path: Path, quantisation: Quantisation, has_loras: bool) -> None:

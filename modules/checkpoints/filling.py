@@ -16,6 +16,7 @@ import contextlib
 import fnmatch
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,37 +31,48 @@ from modules.checkpoints.finite import FiniteCheck
 from modules.checkpoints.opening import QUANT_EXTRAS, Checkpoint
 from modules.contract.loading import HostPlace, TensorInfo, TensorSource, WeightPatch
 from modules.devices import empty_pinned, release_heap, release_pinned_memory
-from modules.errors import CheckpointError, OptionError
-from modules.fp8.weights import E4M3, attach, dequantise, is_fp8, quantise
-from modules.speed_options import Quantisation
+from modules.errors import CheckpointError
+from modules.stored.forms import Form, Stored, attach
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Fp8Loading:
-    """Hold which weights of linear layers are kept in 8 bits while a network is loaded."""
+class StoredLoading:
+    """Hold which weights of linear layers are stored in a form while a network is loaded."""
 
-    quantisation: Quantisation
+    form: Form | None  # that options ask for
     rounded: frozenset[str] = frozenset()
-    kept: frozenset[str] = frozenset()  # which the file has in 8 bits already
+    kept: frozenset[str] = frozenset()  # as the file has them
 
     def __contains__(self, name: str) -> bool:
         return name in self.rounded or name in self.kept
 
 
-def find_fp8_weights(
-    names: Collection[str], sources: Mapping[str, TensorSource], tensors: Mapping[str, TensorInfo]
+def find_stored_weights(
+    names: Collection[str],
+    sources: Mapping[str, TensorSource],
+    tensors: Mapping[str, TensorInfo],
+    asked: bool,
 ) -> frozenset[str]:
-    """Return those of the weights that a file with these tensors holds in 8 bits."""
+    """Return those of the weights that layers keep in the form that the file has them in.
+
+    asked: an option asks for a form; else only forms that stay without one.
+    """
     kept = set()
-    for source_name in names:
-        source = sources.get(source_name)
-        if source is not None and source.as_fp8 is not None:
-            formats = {tensors[name].dtype for name in source.names if is_fp8(tensors[name].dtype)}
-            if len(formats) == 1:  # rows joined from two formats have no common format
-                kept.add(source_name)
+    for name in names:
+        source = sources.get(name)
+        stored = None if source is None else stored_as(source, tensors)
+        if stored is not None and (asked or stored.form.stays):
+            kept.add(name)
     return frozenset(kept)
+
+
+def stored_as(source: TensorSource, tensors: Mapping[str, TensorInfo]) -> Stored | None:
+    """Return the form of a weight in the file, with tensors on the meta device; None of a plain weight."""
+    if source.as_stored is None:
+        return None
+    return source.as_stored(*[tensors[part].hollow() for part in source.names])
 
 
 # what it takes to make weights leaves holes between them; milliseconds each time that they are given back
@@ -95,7 +107,7 @@ def load_module(
     patch: WeightPatch | None = None,
     ignore: Sequence[str] = (),
     what: str = "this model",
-    fp8: Fp8Loading | None = None,
+    stored: StoredLoading | None = None,
     host: HostPlace | None = None,
     check: Callable[[], None] | None = None,
     filled: Callable[[str], None] | None = None,
@@ -111,14 +123,14 @@ def load_module(
     end the loading. filled: called with each name once its tensor is there. Parameters come out with
     `requires_grad` off. On the meta device nothing is read. Raises CheckpointError listing every missing,
     unexpected and misshaped tensor, before anything is read, and naming those with values that are NaN or
-    infinite; OptionError if the device has no fp8.
+    infinite; OptionError if the device cannot hold a form.
     """
-    if fp8 is not None and device.type == "mps":
-        raise OptionError("Apple's GPUs do not support fp8: leave the fp8 options out, or use --device cpu")
+    if stored is not None and stored.form is not None:
+        stored.form.check_device(device)
     wanted = module.state_dict()
     _check_fit(wanted, checkpoint, sources, ignore, what)
     dtypes = {name: dtype(name, checkpoint.tensors[sources[name].names[0]].dtype) for name in wanted}
-    filling = _Filling(module, checkpoint, sources, dtypes, device, patch, fp8, host)
+    filling = _Filling(module, checkpoint, sources, dtypes, device, patch, stored, host)
     sizes = {
         name: sum(checkpoint.tensors[part].size_bytes for part in sources[name].names) for name in wanted
     }
@@ -141,29 +153,33 @@ def load_module(
             release_heap()
             untrimmed = 0
     filling.finish()
-    if fp8 is not None:
-        _tell_errors(fp8, filling.errors, what)
+    if stored is not None:
+        _tell_forms(stored, filling, what)
     if filling.held and host is not None:
         host.finish()
 
 
-def _tell_errors(fp8: Fp8Loading, by_name: Mapping[str, Tensor], what: str) -> None:
-    """Log the errors of rounding to fp8. Raises CheckpointError if one is NaN or infinite."""
-    if fp8.kept:
-        logger.info("%s: %d linear layers stay in fp8 as the file has them", what, len(fp8.kept))
-    if not by_name:
+def _tell_forms(stored: StoredLoading, filling: "_Filling", what: str) -> None:
+    """Log forms and errors of rounding. Raises CheckpointError if one is NaN or infinite."""
+    for form, number in Counter(filling.kept_forms).items():
+        logger.info("%s: %d linear layers stay in %s as the file has them", what, number, form)
+    if not filling.errors:
         return
-    how = "cast to fp8" if fp8.quantisation.kind == "cast" else "in fp8 with a scale per row"
-    errors = torch.stack([error.cpu() for error in by_name.values()])
-    wrong = errors.isfinite().logical_not().nonzero().flatten().tolist()
-    if wrong:  # the file's own are finite: a LoRA made them so
-        raise CheckpointError(
-            f"{what}: {list(by_name)[wrong[0]]} has NaN or infinite values, which fp8 cannot hold. Copy the "
-            "file again."
-        )
-    mean, low, high = (100 * float(one) for one in (errors.mean(), errors.min(), errors.max()))
-    text = "%s: %d linear layers %s, relative error %.2f %% (%.2f to %.2f %%)"
-    logger.info(text, what, len(errors), how, mean, low, high)
+    by_how: dict[str, list[str]] = {}
+    for name, how in filling.rounded_forms.items():
+        by_how.setdefault(how, []).append(name)
+    for how, names in by_how.items():
+        errors = torch.stack([filling.errors[name].cpu() for name in names])
+        wrong = errors.isfinite().logical_not().nonzero().flatten().tolist()
+        if wrong:  # the file's own are finite: a LoRA made them so
+            form = "" if stored.form is None else stored.form.name
+            raise CheckpointError(
+                f"{what}: {names[wrong[0]]} has NaN or infinite values, which {form} cannot hold. Copy the "
+                "file again."
+            )
+        mean, low, high = (100 * float(one) for one in (errors.mean(), errors.min(), errors.max()))
+        text = "%s: %d linear layers %s, relative error %.2f %% (%.2f to %.2f %%)"
+        logger.info(text, what, len(errors), how, mean, low, high)
 
 
 _ALIGNMENT = 64  # bytes; where tensors begin in the buffer for reading
@@ -180,25 +196,27 @@ class _Filling:
         dtypes: Mapping[str, torch.dtype],
         device: torch.device,
         patch: WeightPatch | None,
-        fp8: Fp8Loading | None,
+        stored: StoredLoading | None,
         host: HostPlace | None,
     ) -> None:
-        """dtypes: to keep if not in 8 bits. The rest: see `load_module`."""
+        """dtypes: to keep if not stored in a form. The rest: see `load_module`."""
         self._module, self._checkpoint, self._sources = module, checkpoint, sources
-        self._dtypes, self._device, self._patch, self._fp8 = dtypes, device, patch, fp8
+        self._dtypes, self._device, self._patch, self._stored = dtypes, device, patch, stored
         self._shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
         self.held: Mapping[str, Tensor] = {}  # memory for the tensors that stay on the host
         if host is not None and device.type != "meta":
             infos = {}
             for name, shape in self._shapes.items():
-                kept = dtypes[name] if fp8 is None or name not in fp8 else E4M3
-                if fp8 is not None and name in fp8.kept:
-                    kept = self._stored_dtype(name)
-                infos[name] = TensorInfo(kept, shape)
+                infos[name] = TensorInfo(dtypes[name], shape)
+                if stored is not None and name in stored:
+                    weight = self._empty(name).weight
+                    infos[name] = TensorInfo(weight.dtype, tuple(weight.shape))
             self.held = host.hold(module, infos)
         self._is_filled_here = host is None or host.is_filled_here
         self._finite = FiniteCheck(checkpoint.path)
-        self.errors: dict[str, Tensor] = {}  # of rounding to 8 bits, by name
+        self.errors: dict[str, Tensor] = {}  # of rounding, by name
+        self.rounded_forms: dict[str, str] = {}  # by name, as the log tells them
+        self.kept_forms: list[str] = []  # of the file's own
         # one buffer for all reading: temporary tensors would leave holes in the heap between those that stay
         room = max(
             (
@@ -216,10 +234,10 @@ class _Filling:
 
     def fill(self, name: str) -> None:
         """Read, make and place one tensor of the network."""
-        place, dtype, fp8 = self.held.get(name), self._dtypes[name], self._fp8
+        place, dtype, loading = self.held.get(name), self._dtypes[name], self._stored
         parent_name, _, leaf = name.rpartition(".")
         parent = self._module.get_submodule(parent_name)
-        if fp8 is None or name not in fp8:
+        if loading is None or name not in loading:
             if place is not None and not self._is_filled_here:
                 tensor = place
                 if self._patch is not None:  # it notes which deltas find their weight
@@ -233,22 +251,41 @@ class _Filling:
             else:
                 parent._buffers[leaf] = tensor
             return
-        # a linear layer in 8 bits: the file's own weight, or the file's rounded after the patch. All
-        # processes that share places make the scales, one of them writes the weights
+        # a stored weight: the file's own, or the file's rounded after the patch. All processes that share
+        # places make the companions, one of them writes the weights
         assert isinstance(parent, nn.Linear)
-        scale: Tensor | None
         if self._device.type == "meta":
-            weight, scale = torch.empty(parent.weight.shape, dtype=E4M3, device="meta"), None
-        elif name in fp8.kept:
-            weight, scale = self._sources[name].make_fp8(self._parts(self._sources[name]))
-            weight = weight.clone() if place is None else weight  # not a view of the buffer
+            stored = self._empty(name)
+        elif name in loading.kept:
+            found = self._sources[name].make_stored(self._parts(self._sources[name]))
+            assert found is not None
+            stored = Stored(found.form, (parent.out_features, parent.in_features), found.tensors)
+            self.kept_forms.append(stored.form.name)
         else:
+            assert loading.form is not None
             made = self._make(name, self._stored_dtype(name))
-            weight, scale = quantise(made, fp8.quantisation)
-            self.errors[name] = _rounding_error(made, weight, scale)
+            stored = loading.form.quantise(made)
+            self.errors[name], self.rounded_forms[name] = _rounding_error(made, stored), stored.form.how
+        form = stored.form if loading.form is None else stored.form.computing_as(loading.form)
+        weight, *beside = stored.tensors
+        assert weight is not None
         if place is not None:
             weight = place.copy_(weight) if self._is_filled_here else place
-        attach(parent, weight, None if scale is None else scale.clone(), fp8.quantisation)
+        elif name in loading.kept and self._device.type != "meta":
+            weight = weight.clone()  # not a view of the buffer
+        own = [None if tensor is None else tensor.clone() for tensor in beside]
+        attach(parent, Stored(form, stored.shape, (weight, *own)))
+
+    def _empty(self, name: str) -> Stored:
+        """Return the stored weight of a layer on the meta device."""
+        assert self._stored is not None
+        if name in self._stored.kept:
+            found = stored_as(self._sources[name], self._checkpoint.tensors)
+        else:
+            rows, columns = self._shapes[name]
+            found = None if self._stored.form is None else self._stored.form.empty((rows, columns))
+        assert found is not None
+        return found
 
     def finish(self) -> None:
         """Check that all values are finite, and free the buffer."""
@@ -281,6 +318,8 @@ class _Filling:
         """Make a tensor on the device, not yet rounded to its dtype; it may be a view of the buffer."""
         source = self._sources[name]
         tensor = source.make(self._parts(source))
+        if self._checkpoint.tensors[source.names[0]].packing is not None:  # it may be padded
+            tensor = tensor[tuple(slice(length) for length in self._shapes[name])]
         if self._patch is None:
             return tensor
         if tensor.dtype.itemsize == 1 and tensor.is_floating_point():
@@ -298,15 +337,15 @@ class _Filling:
         return parts
 
 
-def _rounding_error(weight: Tensor, rounded: Tensor, scale: Tensor | None) -> Tensor:
+def _rounding_error(weight: Tensor, stored: Stored) -> Tensor:
     """Return the sum of |difference| over that of |weight|, on some rows; NaN if a scale is not finite."""
-    step = max(1, len(weight) // _SAMPLED_ROWS)
-    sample = weight[::step].float()
-    some = scale if scale is None or scale.ndim == 1 else scale[::step]
-    # rows of a float8 tensor as bytes: not every operation supports the dtype
-    back = dequantise(rounded.view(torch.uint8)[::step].view(E4M3), some)
-    error = (back - sample).abs().sum() / sample.abs().sum().clamp_min(torch.finfo(torch.float32).tiny)
-    return error if scale is None else error + 0 * scale.sum()
+    sample = weight[:: max(1, len(weight) // _SAMPLED_ROWS)]
+    back = stored.form.quantise(sample).value()
+    wide = sample.float()
+    error = (back - wide).abs().sum() / wide.abs().sum().clamp_min(torch.finfo(torch.float32).tiny)
+    for companion in stored.tensors[1:]:
+        error = error if companion is None else error + 0 * companion.float().sum()
+    return error
 
 
 def _check_fit(
@@ -337,11 +376,11 @@ def _check_fit(
             shape: tuple[int, ...] | None = infos[0].shape
             if source.build is not None:
                 try:
-                    parts = [torch.empty(info.shape, dtype=info.dtype, device="meta") for info in infos]
-                    shape = tuple(source.make(parts).shape)
+                    shape = tuple(source.make([info.hollow() for info in infos]).shape)
                 except (RuntimeError, IndexError):
                     shape = None  # the parts do not even go together
-            if shape != wanted_shape:
+            packing = infos[0].packing
+            if shape != wanted_shape and (packing is None or shape != packing.padded(wanted_shape)):
                 lines.append(f"  {name}: the file has {_sizes(shape)}, {_sizes(wanted_shape)} is needed")
     if lines:
         text = "\n".join(lines)

@@ -8,7 +8,6 @@ with open_checkpoint(path) as checkpoint:
 import contextlib
 import fnmatch
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
@@ -23,8 +22,9 @@ from modules.contract.loading import TensorInfo, TensorSource
 from modules.control_codes import shorten
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
-from modules.fp8.weights import dequantise, is_fp8, store_scale
 from modules.paths import explain_missing
+from modules.stored.forms import Stored
+from modules.stored.fp8 import dequantise, is_fp8, stored_fp8
 from modules.text_files import parse_json, read_text, require_regular_file
 
 LISTED = 8  # file names in a message
@@ -356,9 +356,6 @@ def plain_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
     beside = set(scales.values())
     sources = {}
 
-    def keep(weight: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        return weight, None if scale is None else store_scale(scale)
-
     packed = {name: info for name, info in checkpoint.tensors.items() if info.packing is not None}
     beside |= {part for name, info in packed.items() for part in companions_of(name, info)}
     for name in checkpoint.tensors:
@@ -369,9 +366,9 @@ def plain_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
             continue
         in_fp8 = is_fp8(checkpoint.tensors[name].dtype)
         if name in scales:
-            sources[name] = TensorSource((name, scales[name]), dequantise, keep if in_fp8 else None)
+            sources[name] = TensorSource((name, scales[name]), dequantise, stored_fp8 if in_fp8 else None)
         else:
-            sources[name] = TensorSource((name,), as_fp8=keep if in_fp8 else None)
+            sources[name] = TensorSource((name,), as_stored=stored_fp8 if in_fp8 else None)
     return sources
 
 

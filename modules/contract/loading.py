@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from modules.speed_options import SDPA, AttentionChoice, Quantisation
+from modules.stored.forms import Stored
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,9 @@ class Packing:
     beside: tuple[str, ...]  # what the names of its companions end in, in place of "weight"
     keep: Callable[..., Stored]  # of the weight and the companions; ValueError for scales that are none
     pad: int = 1  # rows and columns are rounded up to multiples of it
+
+    def padded(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(-(-length // self.pad) * self.pad for length in shape)
 
 
 @dataclass(frozen=True)
@@ -37,19 +41,23 @@ class TensorInfo:
     def size_bytes(self) -> int:
         return math.prod(self.stored_shape) * self.dtype.itemsize
 
+    def hollow(self) -> Tensor:
+        """Return the tensor of the file on the meta device."""
+        return torch.empty(self.stored_shape, dtype=self.dtype, device="meta")
+
 
 @dataclass(frozen=True)
 class TensorSource:
     """Hold how one tensor is made: names in the file, and a function of these tensors.
 
     `build` None takes the only tensor; it also runs on meta tensors, to compare shapes before anything is
-    read. as_fp8: for an 8-bit weight, the same without multiplying it out: the weight, and its scale if it
-    has one.
+    read. as_stored: for a weight that the file has in 8 or 4 bits, the same as it is stored; None where its
+    parts have no common form. It runs on meta tensors too.
     """
 
     names: tuple[str, ...]
     build: Callable[..., Tensor] | None = None
-    as_fp8: Callable[..., tuple[Tensor, Tensor | None]] | None = None
+    as_stored: Callable[..., Stored | None] | None = None
 
     def then(self, change: Callable[[Tensor], Tensor]) -> "TensorSource":
         """Return the same source with a further step, such as cutting rows or transposing."""
@@ -59,9 +67,8 @@ class TensorSource:
     def make(self, tensors: Sequence[Tensor]) -> Tensor:
         return tensors[0] if self.build is None else self.build(*tensors)
 
-    def make_fp8(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-        assert self.as_fp8 is not None
-        return self.as_fp8(*tensors)
+    def make_stored(self, tensors: Sequence[Tensor]) -> Stored | None:
+        return None if self.as_stored is None else self.as_stored(*tensors)
 
 
 # (parameter name, loaded weight) -> weight with LoRA deltas added, same dtype
@@ -106,8 +113,8 @@ class Placement:
     keep_file_dtypes: bool = False  # every tensor as the file stores it, if it mixes dtypes
     attention: AttentionChoice = SDPA
     patch: WeightPatch | None = None  # LoRA deltas to add while loading, before any rounding
-    # how the linear layers of the blocks are kept in 8 bits; None: they are not
-    fp8: Quantisation | None = None
+    # how the linear layers of the blocks are kept in 8 or 4 bits; None: as the file has them, fp8 in 16 bits
+    quantisation: Quantisation | None = None
     host: HostPlace | None = None  # keeps some weights in host memory; None: all go to the device
     blocks: BlockPlace | None = None  # takes each block when it is loaded; None: it stays as it is
     # called before each tensor, in place of showing how far loading is; may raise to end it

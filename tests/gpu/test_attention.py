@@ -18,7 +18,9 @@ from torch import Tensor
 from modules.attention.attend import BACKENDS, attend, check_backend, lengths_on
 from modules.attention.sdpa import attend_with_bias, kernels
 from modules.errors import OptionError
-from modules.fp8.products import (
+from modules.speed_options import SDPA, AttentionChoice, Quantisation
+from modules.stored.fp8 import dequantise, quantise
+from modules.stored.fp8_products import (
     LEAST_CAPABILITY,
     Product,
     choose_product,
@@ -27,8 +29,6 @@ from modules.fp8.products import (
     supports_fp8,
     tensor_scaled_product,
 )
-from modules.fp8.weights import dequantise, quantise
-from modules.speed_options import SDPA, AttentionChoice, Quantisation
 from tests.gpu.measuring import equal_bits, relative_error
 
 pytestmark = pytest.mark.gpu

@@ -14,12 +14,13 @@ from torch._dynamo.utils import counters
 from generation.denoise import SeededNoise
 from modules.compile import check_compilation, compile_blocks
 from modules.compile_options import Compilation
-from modules.fp8.products import choose_product, supports_fp8
-from modules.fp8.weights import attach, quantise
 from modules.layers.modulation import add_gated, modulate
 from modules.offload.block_swap import move_network
 from modules.offload.checkpointing import checkpoint_blocks
 from modules.speed_options import Quantisation
+from modules.stored.forms import attach
+from modules.stored.fp8 import Fp8
+from modules.stored.fp8_products import choose_product, supports_fp8
 from networks.lora_layer import keep_mask
 from tests.gpu.measuring import equal_bits, relative_error, sent
 from tests.modules.fake_device import FakeDevice
@@ -83,7 +84,7 @@ def test_compiled_blocks_with_fp8_products(cuda: torch.device) -> None:
         dit = tiny.make(2).to(cuda, torch.bfloat16)
         for layer in [part for name in tiny.spec.block_lists for part in dit.get_submodule(name).modules()]:
             if isinstance(layer, nn.Linear):
-                attach(layer, *quantise(layer.weight.data, quantisation), quantisation)
+                attach(layer, Fp8(quantisation).quantise(layer.weight.data))
         if compiled:
             compile_blocks(dit, tiny.spec, choice_on(cuda))
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):

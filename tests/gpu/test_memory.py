@@ -19,7 +19,6 @@ from modules.attention.attend import attend
 from modules.contract.data import Batch
 from modules.contract.requests import Request, settle
 from modules.contract.steps import EncodedPrompts
-from modules.fp8.products import add_product, supports_fp8
 from modules.layers.modulation import add_gated, modulate
 from modules.layers.norms import Float32LayerNorm, RMSNorm
 from modules.layers.rope import rotate
@@ -27,6 +26,8 @@ from modules.offload.swap_plan import SwapPlan, host_weights
 from modules.planning.device_memory import TOLERANCE
 from modules.planning.dry_run import ACCELERATOR, dry_run
 from modules.planning.memory_plan import workspace
+from modules.stored.forms import prepare
+from modules.stored.fp8_products import supports_fp8
 from networks.adapter import make_network
 from tests.gpu.measuring import peak_of, release_cuda
 from tests.manifests import tensor_list, write_hollow
@@ -193,7 +194,7 @@ def training_step(path: Path, case: Case, device: torch.device) -> tuple[float, 
     batch = NoisyBatch(Batch(tensors, ("",), ("",)), torch.randn(shape), one / 2, one * 500, one)
     planned = predict(family, options, batch, device).device(options.speed.swap.number)
     host = host_weights(SwapPlan(family.dit, options.speed.swap.number), device)
-    placement = placement_of(options, device, add_product(options.speed.fp8.quantisation, device))
+    placement = placement_of(options, device, prepare(options.speed.fp8.quantisation, device))
     dit = family.load_dit(replace(placement, host=host)).requires_grad_(False)
     network = make_network(options.network, family.lora_module, dit, seed=0)
     network.module.to(device)

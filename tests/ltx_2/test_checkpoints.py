@@ -97,7 +97,7 @@ def test_linear_layers_of_blocks_alone_are_kept_in_8_bits(tmp_path: Path) -> Non
     path = tmp_path / "dit.safetensors"
     save_file(dit_state(dtype=torch.bfloat16), path)
 
-    dit = FORMAT.load(path, Placement(torch.device("cpu"), fp8=Quantisation("scaled")))
+    dit = FORMAT.load(path, Placement(torch.device("cpu"), quantisation=Quantisation("rows")))
 
     in_8_bits = {name for name, weight in dit.state_dict().items() if weight.dtype.itemsize == 1}
     assert {

@@ -10,9 +10,10 @@ from torch._dynamo.utils import counters
 from modules.compile import check_compilation, compile_blocks
 from modules.compile_options import Compilation
 from modules.errors import OptionError
-from modules.fp8.weights import attach, quantise
 from modules.offload.checkpointing import checkpoint_blocks, offload_to_host
 from modules.speed_options import Quantisation
+from modules.stored.forms import attach
+from modules.stored.fp8 import Fp8
 from tests.tiny.dits import DITS, ONE_OF_EACH, TinyDit, gradients
 
 # torch's own kernels, called by what Dynamo has captured: an error where it cannot
@@ -98,7 +99,7 @@ def test_fp8_blocks_share_theirs_and_keep_their_numbers(tiny: TinyDit, float32_l
         quantisation = Quantisation("rows", float32_linear=float32_linear)
         for layer in [part for name in tiny.spec.block_lists for part in dit.get_submodule(name).modules()]:
             if isinstance(layer, nn.Linear):
-                attach(layer, *quantise(layer.weight.data, quantisation), quantisation)
+                attach(layer, Fp8(quantisation).quantise(layer.weight.data))
         if compiled:
             compile_blocks(dit, tiny.spec, EAGER)
         with torch.no_grad():

@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from modules.errors import CheckpointError
-from modules.fp8.weights import attach, dequantise, quantise
 from modules.speed_options import Quantisation
+from modules.stored.forms import attach
+from modules.stored.fp8 import Fp8
 from networks.apply import LoraPatch
 from networks.convert import convert_file
 from networks.deltas import decompose, find_fault, weight_delta
@@ -171,9 +172,9 @@ def random_layer(bias: bool = True, is_fp8: bool = False) -> tuple[nn.Linear, Te
     weight = original.weight.detach().clone()
     if is_fp8:
         how = Quantisation(kind="rows")
-        rounded, scale = quantise(weight, how)
-        attach(original, rounded, scale, how)
-        weight = dequantise(rounded, scale)
+        stored = Fp8(how).quantise(weight)
+        attach(original, stored)
+        weight = stored.value()
     layer = LoraLayer(original, 3, 1.5, decomposes=True)
     assert layer.dora_scale is not None
     nn.init.normal_(layer.lora_up.weight)

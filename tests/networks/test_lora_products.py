@@ -8,8 +8,9 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from modules.fp8.weights import attach, quantise
 from modules.speed_options import Quantisation
+from modules.stored.forms import attach
+from modules.stored.fp8 import Fp8
 from networks.lora_layer import Dropouts, LoraLayer
 from networks.lora_products import add_up, branch, hold
 from tests.fp8_reference import emulated_product
@@ -82,7 +83,7 @@ def test_a_layer_is_its_frozen_weight_plus_the_product_of_its_factors(kind: str,
     if kind.startswith("fp8"):
         product = emulated_product if kind == "fp8 products" else None
         quantisation = Quantisation("rows", fp8_matmul=product is not None, product=product)
-        attach(original, *quantise(original.weight, quantisation), quantisation)
+        attach(original, Fp8(quantisation).quantise(original.weight))
     layer = LoraLayer(original, 4, 2.0)
     layer.joins_from = 0
     nn.init.normal_(layer.lora_up.weight)

@@ -18,9 +18,9 @@ from torch import nn
 import wan_cache_latents
 import wan_cache_text_encoder_outputs
 from modules.contract.loading import Placement
-from modules.fp8.products import Product
 from modules.options import read_options
 from modules.parser import add_options
+from modules.stored.fp8_products import Product
 from pocket.clips import write_clips
 from pocket.concepts import CONCEPTS, draw_known
 from pocket.measure import POCKET, model_options
@@ -53,7 +53,7 @@ class Emulating:
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
         assert placement.fp8 is not None
         fp8 = dataclasses.replace(placement.fp8, fp8_matmul=True, product=self.product)
-        return self.family.load_dit(dataclasses.replace(placement, fp8=fp8), expert)
+        return self.family.load_dit(dataclasses.replace(placement, quantisation=fp8), expert)
 
 
 def cached(folder: Path, clips: int, validation: int, batch_size: int) -> Path:

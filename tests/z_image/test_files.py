@@ -21,7 +21,7 @@ CPU, META = Placement(torch.device("cpu")), Placement(torch.device("meta"))
 def test_a_joined_weight_in_8_bits_is_cut_in_8_bits(tmp_path: Path, form: str) -> None:
     """Each part with its rows of the scale: it computes what the weight in 16 bits does."""
     path = write_dit(tmp_path, comfy_state(tiny_state()), form)
-    kept = load_dit(path, Placement(torch.device("cpu"), fp8=Quantisation("cast")))
+    kept = load_dit(path, Placement(torch.device("cpu"), quantisation=Quantisation("cast")))
     wide = load_dit(path, CPU)
     x = torch.randn(3, CONFIG.dim, generator=torch.Generator().manual_seed(0)).bfloat16()
 

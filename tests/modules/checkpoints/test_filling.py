@@ -19,8 +19,8 @@ from modules.checkpoints.finite import is_finite
 from modules.checkpoints.opening import open_checkpoint, plain_sources
 from modules.contract.loading import Placement, TensorSource
 from modules.errors import CheckpointError
-from modules.fp8.weights import E4M3
 from modules.speed_options import Quantisation
+from modules.stored.fp8 import E4M3
 from pocket.measure import POCKET
 from tests.fp8_reference import emulated_product, quantised_layers
 from tests.modules.making import write
@@ -205,7 +205,7 @@ LAST = f"blocks.{BLOCKS - 1}.ffn.0.weight"
 
 
 def quantised_blocks(path: Path, quantisation: Quantisation) -> set[int]:
-    dit = load_dit(path, replace(PLAIN, fp8=quantisation))
+    dit = load_dit(path, replace(PLAIN, quantisation=quantisation))
     return {int(name.split(".")[1]) for name in quantised_layers(dit)}
 
 
@@ -214,7 +214,7 @@ def test_the_last_two_blocks_stay_in_16_bits_where_the_others_multiply_in_8() ->
 
     assert quantised_blocks(path, ROWS) == set(range(BLOCKS))
     assert quantised_blocks(path, FAST) == set(range(BLOCKS - 2))
-    last = load_dit(path, replace(PLAIN, fp8=FAST)).get_parameter(LAST)
+    last = load_dit(path, replace(PLAIN, quantisation=FAST)).get_parameter(LAST)
     assert torch.equal(last, load_file(path)[LAST])
 
 
@@ -224,11 +224,11 @@ def test_a_network_of_few_blocks_multiplies_in_8_bits_in_all(tmp_path: Path) -> 
 
 def test_the_last_blocks_of_an_fp8_file_are_multiplied_out(tmp_path: Path) -> None:
     state, fast = load_file(POCKET / "dit.safetensors"), replace(FAST, kind="cast")
-    for name in quantised_layers(load_dit(POCKET / "dit.safetensors", replace(PLAIN, fp8=ROWS))):
+    for name in quantised_layers(load_dit(POCKET / "dit.safetensors", replace(PLAIN, quantisation=ROWS))):
         state[f"{name}.weight"] = state[f"{name}.weight"].to(E4M3)
     save_file(state, tmp_path / "dit.safetensors")
 
-    last = load_dit(tmp_path / "dit.safetensors", replace(PLAIN, fp8=fast)).get_parameter(LAST)
+    last = load_dit(tmp_path / "dit.safetensors", replace(PLAIN, quantisation=fast)).get_parameter(LAST)
 
     assert quantised_blocks(tmp_path / "dit.safetensors", fast) == set(range(BLOCKS - 2))
     assert torch.equal(last, state[LAST].bfloat16())
@@ -241,7 +241,7 @@ def test_a_network_that_multiplies_in_8_bits_predicts_nearly_the_same(how: Quant
     inputs = noisy, torch.tensor([500.0]), [torch.zeros(3, 64)]
 
     with torch.no_grad():
-        expected, found = (load_dit(path, one)(*inputs) for one in (PLAIN, replace(PLAIN, fp8=how)))
+        expected, found = (load_dit(path, one)(*inputs) for one in (PLAIN, replace(PLAIN, quantisation=how)))
 
     # 2.7 % in ten layers of each of six blocks, beside a stream that passes them unrounded
     assert 0.001 < (found - expected).norm() / expected.norm() < 0.1

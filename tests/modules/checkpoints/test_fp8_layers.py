@@ -20,8 +20,8 @@ from hunyuan_model.spec import DIT as HUNYUAN_DIT
 from modules.contract.family import DitSpec
 from modules.contract.loading import Placement
 from modules.errors import CheckpointError, OptionError
-from modules.fp8.weights import E4M3, dequantise, quantise, scale_of
 from modules.speed_options import Quantisation
+from modules.stored.fp8 import E4M3, dequantise, quantise
 from tests.commands import ROOT, run_python
 from tests.fp8_reference import quantised_layers
 from tests.tiny import framepack_dit, hunyuan_dit, wan_dit
@@ -79,14 +79,14 @@ def test_loading_gives_what_rounding_the_loaded_model_would(
     path = kind.write(tmp_path, in_bf16(kind))
     plain = kind.load(path, CPU)
 
-    dit = kind.load(path, replace(CPU, fp8=quantisation))
+    dit = kind.load(path, replace(CPU, quantisation=quantisation))
 
     layers = quantised_layers(dit)
     assert len(layers) == kind.rounded
     for name, layer in layers.items():
         weight, scale = quantise(plain.get_parameter(f"{name}.weight"), quantisation)
         assert same_bytes(layer.weight, weight), name
-        assert scale is None if scale_of(layer) is None else torch.equal(scale_of(layer), scale), name
+        assert scale is None if layer.scale_weight is None else torch.equal(layer.scale_weight, scale), name
     weights = {f"{name}.weight" for name in layers}
     others = {name: tensor for name, tensor in plain.state_dict().items() if name not in weights}
     assert all(torch.equal(dit.state_dict()[name], tensor) for name, tensor in others.items())
@@ -101,7 +101,7 @@ def test_deltas_are_added_before_the_rounding(tmp_path: Path) -> None:
         assert weight.dtype == torch.bfloat16
         return weight + 0.01 if weight.ndim == 2 else weight
 
-    dit = kind.load(kind.write(tmp_path, state), replace(CPU, fp8=ROWS, patch=patch))
+    dit = kind.load(kind.write(tmp_path, state), replace(CPU, quantisation=ROWS, patch=patch))
 
     for name, layer in quantised_layers(dit).items():
         assert same_bytes(layer.weight, quantise(state[f"{name}.weight"] + 0.01, ROWS)[0]), name
@@ -112,11 +112,15 @@ def test_deltas_are_added_before_the_rounding(tmp_path: Path) -> None:
     [
         (
             "safetensors",
-            replace(CPU, fp8=ROWS, patch=lambda _, one: one * torch.inf),
+            replace(CPU, quantisation=ROWS, patch=lambda _, one: one * torch.inf),
             "NaN or infinite",
         ),
-        ("safetensors", Placement(torch.device("mps"), fp8=ROWS), "Apple's GPUs do not support fp8"),
-        ("fp8", replace(CPU, fp8=CAST, patch=lambda _, one: one), r"too coarse .*LoRA to.\n  Give the bf16"),
+        ("safetensors", Placement(torch.device("mps"), quantisation=ROWS), "Apple's GPUs do not support fp8"),
+        (
+            "fp8",
+            replace(CPU, quantisation=CAST, patch=lambda _, one: one),
+            r"too coarse .*LoRA to.\n  Give the bf16",
+        ),
     ],
     ids=["infinite", "Apple", "LoRA"],
 )
@@ -139,7 +143,7 @@ def test_released_fp8_files_stay_as_they_are_beside_layers_in_the_computing_dtyp
     path = kind.write(tmp_path, kind.state(), dialect)
     multiplied_out = kind.load(path, replace(CPU, compute_dtype=torch.float32))
 
-    dit = kind.load(path, replace(CPU, fp8=CAST, fp8_compute_dtype=kept))
+    dit = kind.load(path, replace(CPU, quantisation=CAST, fp8_compute_dtype=kept))
 
     layers, narrow = quantised_layers(dit), kept or torch.bfloat16
     assert len(layers) == kind.in_blocks
@@ -147,7 +151,9 @@ def test_released_fp8_files_stay_as_they_are_beside_layers_in_the_computing_dtyp
     for name, tensor in dit.named_parameters():
         layer = layers.get(name.removesuffix(".weight"))
         if layer is not None:
-            assert torch.equal(dequantise(tensor, scale_of(layer)), multiplied_out.get_parameter(name)), name
+            assert torch.equal(dequantise(tensor, layer.scale_weight), multiplied_out.get_parameter(name)), (
+                name
+            )
         else:
             assert tensor.dtype == (torch.float32 if name.startswith(kind.spec.keep_float32) else narrow), (
                 name
@@ -158,7 +164,7 @@ def test_e5m2_files_stay_as_they_are(tmp_path: Path) -> None:
     state = in_bf16(KINDS["wan"])
     stored = {name: t.to(torch.float8_e5m2) if t.ndim == 2 else t for name, t in state.items()}
     save_file(stored, tmp_path / "dit.safetensors")
-    layers = quantised_layers(wan.load_dit(tmp_path / "dit.safetensors", replace(CPU, fp8=CAST)))
+    layers = quantised_layers(wan.load_dit(tmp_path / "dit.safetensors", replace(CPU, quantisation=CAST)))
     assert len(layers) == KINDS["wan"].in_blocks
     assert all(same_bytes(layer.weight, stored[f"{name}.weight"]) for name, layer in layers.items())
 
@@ -170,7 +176,7 @@ def test_rows_put_together_from_two_formats_are_widened(tmp_path: Path) -> None:
     odd = "transformer_blocks.0.attn.to_k.weight"
     stored[odd] = state[odd].to(torch.float8_e5m2)
     save_file(stored, tmp_path / "dit.safetensors")
-    dit = hunyuan.load_dit(tmp_path / "dit.safetensors", replace(CPU, fp8=CAST))
+    dit = hunyuan.load_dit(tmp_path / "dit.safetensors", replace(CPU, quantisation=CAST))
     layers = quantised_layers(dit)
     assert "double_blocks.1.img_attn_qkv" in layers
     assert "double_blocks.0.img_attn_qkv" not in layers
@@ -204,9 +210,10 @@ def load(path, placement):
     sampler.join()
     return dit, max(peak, anonymous()) - before
 
-placement = Placement(torch.device("cpu"), fp8=Quantisation(sys.argv[1]))
+placement = Placement(torch.device("cpu"), quantisation=Quantisation(sys.argv[1]))
 if sys.argv[1] == "patched":
-    placement = replace(placement, fp8=Quantisation("rows"), patch=lambda name, weight: weight.clone())
+    rows = Quantisation("rows")
+    placement = replace(placement, quantisation=rows, patch=lambda name, weight: weight.clone())
 load(write_dit(Path("warm"), tiny_state("t2v", dtype=torch.bfloat16)), placement)
 dit, peak = load(Path("wan.safetensors"), placement)
 kept = sum(tensor.nbytes for tensor in dit.state_dict().values())

@@ -12,10 +12,11 @@ from torch import Tensor, distributed, nn  # noqa: E402
 
 from modules.contract.family import DitSpec  # noqa: E402
 from modules.contract.steps import NO_TWEAKS  # noqa: E402
-from modules.fp8.weights import attach, quantise  # noqa: E402
 from modules.offload.sharding import ShardedBlocks  # noqa: E402
 from modules.run_blocks import Hidden, run_blocks  # noqa: E402
 from modules.speed_options import Quantisation  # noqa: E402
+from modules.stored.forms import Stored, attach  # noqa: E402
+from modules.stored.fp8 import Fp8  # noqa: E402
 from tests.fp8_reference import emulated_product  # noqa: E402
 
 WIDTH, TOKENS = 32, 24
@@ -29,10 +30,10 @@ class Block(nn.Module):
             parts, quantisation = self.linear.weight.data.view(WIDTH, 2, -1), Quantisation("rows")
             scale = parts.abs().amax(-1, keepdim=True) / 448
             weight = (parts / scale).to(torch.float8_e4m3fn).view(WIDTH, WIDTH)
-            attach(self.linear, weight, scale, quantisation)
+            attach(self.linear, Stored(Fp8(quantisation), (WIDTH, WIDTH), (weight, scale)))
         else:
             quantisation = Quantisation(scales, product=emulated_product)
-            attach(self.linear, *quantise(self.linear.weight.data, quantisation), quantisation)
+            attach(self.linear, Fp8(quantisation).quantise(self.linear.weight.data))
 
     def forward(self, x: Tensor, _: Any) -> Tensor:
         return x + self.linear(self.norm(x))

@@ -80,10 +80,10 @@ def test_weights_are_read_straight_to_where_they_wait(
     tmp_path: Path, quantisation: Quantisation | None
 ) -> None:
     path = write_dit(tmp_path / "dit.safetensors", tiny_state("t2v", num_layers=5))
-    plain = load_dit(path, Placement(CPU, fp8=quantisation)).eval()
+    plain = load_dit(path, Placement(CPU, quantisation=quantisation)).eval()
     place, device = host_weights(SwapPlan(WAN.spec, 0), CPU, whole=True), FakeDevice()
     assert place is not None
-    dit = load_dit(path, Placement(CPU, fp8=quantisation, host=place)).eval()
+    dit = load_dit(path, Placement(CPU, quantisation=quantisation, host=place)).eval()
     addresses = {tensor.data_ptr() for tensor in place.tensors.values()}
     copy = taking_turns(dit, device, place)
 

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from modules.fp8.weights import E4M3, attach, dequantise, quantise, scale_of, store_scale
 from modules.parser import parse_options
 from modules.speed_options import GenerationFp8Options, Quantisation, TrainingFp8Options
+from modules.stored.forms import attach, stored_in
+from modules.stored.fp8 import E4M3, Fp8, dequantise, quantise, store_scale
 from tests.golden_cases import read_case
 
 CAST, TENSOR, ROWS = (Quantisation(kind) for kind in ("cast", "tensor", "rows"))
@@ -24,12 +25,14 @@ def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
 def quantised(layer: nn.Linear, quantisation: Quantisation) -> nn.Linear:
     """A copy of the layer with its weight in 8 bits."""
     layer = copy.deepcopy(layer).requires_grad_(False)
-    attach(layer, *quantise(layer.weight, quantisation), quantisation)
+    attach(layer, Fp8(quantisation).quantise(layer.weight))
     return layer
 
 
 def multiplied_out(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
-    return dequantise(layer.weight, scale_of(layer), dtype)
+    stored = stored_in(layer)
+    assert stored is not None
+    return stored.value(dtype)
 
 
 @pytest.mark.parametrize("case", GOLDEN)
@@ -48,7 +51,7 @@ def test_a_layer_gives_the_golden_output() -> None:
     _, golden = read_case("fp8_scaled")
     weight = golden["normal.float32.weight"]
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    attach(layer, *quantise(weight, TENSOR), TENSOR)
+    attach(layer, Fp8(TENSOR).quantise(weight))
     # two sums of 40 products in another order
     torch.testing.assert_close(layer(golden["x"]), golden["linear_out_dequant_fp32"], rtol=1e-5, atol=1e-5)
 
@@ -94,7 +97,7 @@ def test_a_plain_cast_saturates_rather_than_becoming_no_number() -> None:
 def test_large_weights_are_rounded_in_pieces_to_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = drawn(37, 24)
     whole, _ = quantise(weight, ROWS)
-    monkeypatch.setattr("modules.fp8.weights._BLOCK_ELEMENTS", 100)  # four rows
+    monkeypatch.setattr("modules.stored.fp8._BLOCK_ELEMENTS", 100)  # four rows
     pieces, _ = quantise(weight, ROWS)
     assert torch.equal(whole.view(torch.uint8), pieces.view(torch.uint8))
 

@@ -23,7 +23,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modules.errors import OptionError
-from modules.fp8.products import (
+from modules.speed_options import Quantisation
+from modules.stored.forms import attach
+from modules.stored.fp8 import Fp8
+from modules.stored.fp8_products import (
     FEW_TOKENS,
     FEWEST_ROWS,
     Product,
@@ -34,8 +37,6 @@ from modules.fp8.products import (
     suits_fp8,
     tensor_scaled_product,
 )
-from modules.fp8.weights import attach, quantise
-from modules.speed_options import Quantisation
 from tests.fp8_reference import emulated_product
 
 CPU = torch.device("cpu")
@@ -251,7 +252,7 @@ def test_the_first_product_that_works_is_taken(caplog: pytest.LogCaptureFixture)
 def in_fp8(quantisation: Quantisation, rows: int = N) -> nn.Linear:
     layer = nn.Linear(K, rows, device="meta", dtype=torch.bfloat16).requires_grad_(False)
     layer.bias = nn.Parameter(random(rows, seed=3), requires_grad=False)
-    attach(layer, *quantise(random(rows, K, seed=2), quantisation), quantisation)
+    attach(layer, Fp8(quantisation).quantise(random(rows, K, seed=2)))
     return layer
 
 

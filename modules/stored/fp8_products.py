@@ -19,7 +19,6 @@ Micikevicius et al. 2022, arXiv 2209.05433, with row-wise scales as in torchao.
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,7 +26,6 @@ from torch import Tensor
 
 from modules.errors import OptionError
 from modules.private_torch import scaled_product
-from modules.speed_options import Quantisation
 
 logger = logging.getLogger(__name__)
 
@@ -157,13 +155,6 @@ def choose_product(
         f"--fp8_fast: torch {torch.__version__} cannot multiply in fp8 on {_name(device)}: {reasons[-1]}. "
         f"{remedy}"
     )
-
-
-def add_product(quantisation: Quantisation | None, device: torch.device) -> Quantisation | None:
-    """Return the quantisation with the device's `product` for --fp8_fast. Raises as `choose_product`."""
-    if quantisation is None or not quantisation.fp8_matmul:
-        return quantisation
-    return replace(quantisation, product=choose_product(device))
 
 
 def _name(device: torch.device) -> str:

@@ -1,0 +1,5 @@
+"""Linear layers whose weights are stored in 8 or 4 bits.
+
+forms: what every form of a stored weight can be asked; layers that compute with one
+fp8, fp8_products: floats of 8 bits; products of a frozen fp8 weight, with gradient
+"""
