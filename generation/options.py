@@ -354,9 +354,10 @@ def read_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) 
     for name in args.by_model.keys() - given_among(parser, argv, {*args.by_model}):
         setattr(args, name, None)
     if args.optimized:
-        given = given_among(parser, argv, {*args.preset, "fp8"})
-        # --fp8 is the other way to keep weights in fp8, which --fp8_scaled would replace
-        left = given | {"fp8_scaled"} if "fp8" in given else given
+        others = given_among(parser, argv, {"fp8", "convrot_int8", "nf4"})  # instead of --fp8_scaled
+        given = given_among(parser, argv, {*args.preset}) | others
+        left = given | {"fp8_scaled"} if others else given
+        left = left | {"fp8_fast"} if others - {"fp8"} else left
         args.by_preset = tuple(name for name in args.preset if name not in left)
         args.not_by_preset = tuple(name for name in args.preset if name in left)
         for name in args.by_preset:

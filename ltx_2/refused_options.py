@@ -60,8 +60,8 @@ STAGES = (
 TERMS = "the loss is that of the release; further terms are not built"
 TILES = "the edge of tiles is --vae_spatial_tile_sample_min_size, or that of --vae_tiling"
 WEIGHTS = (
-    "weights are kept in 8 bits by --fp8_base (generation: --fp8) and --fp8_scaled; other formats are not"
-    " built"
+    "weights are kept in 8 bits by --fp8_base (generation: --fp8), --fp8_scaled and --convrot_int8, in 4 "
+    "bits by --nf4_base; other formats are not built"
 )
 # what happens without an option that is not needed
 FILES_SO = "files are read tensor by tensor, written whole or not at all, and say how they were made."
@@ -260,7 +260,7 @@ TRAINING: Table = {
         fp8_gemm_grad_dtype=e4m3 fp8_gemm_min_numel=16384 fp8_gemm_compile?=True fp8_gemm_scaling=tensor
         int8_weights int8_weights_targets=video int8_weights_min_numel=16384 int8_weights_group_size=0
         int8_weights_outlier_quantile=1.0 int8_weights_sparse_ratio=0.0 int8_weights_convrot=
-        int8_weights_w8a8 int8_weights_prequant:str nf4_base nf4_block_size=32 quantize_device:str
+        int8_weights_w8a8 int8_weights_prequant:str nf4_block_size=32 quantize_device:str
         loftq_init loftq_iters=2 awq_calibration awq_alpha=0.25 awq_num_batches=8
     """,
     FILES_SO: "save_checkpoint_metadata ltx2_low_ram_load",
@@ -306,7 +306,7 @@ GENERATION: Table = {
     TILES: _TILES,
     WEIGHTS: """
         fp8_base fp8_keep_blocks:str fp8_w8a8 w8a8_mode=int8 fp8_upcast fp8_upcast_stochastic
-        fp8_upcast_seed=0 nf4_base nf4_block_size=64 int4_convrot_base int4_convrot_dynamic
+        fp8_upcast_seed=0 nf4_block_size=64 int4_convrot_base int4_convrot_dynamic
         int4_convrot_groupsize=auto int4_convrot_no_mse_clip int4_convrot_scale_refine_steps=0
         int4_convrot_group_scales=0 int4_convrot_group_ratio_q8 quantize_device:str loftq_init loftq_iters=2
         awq_calibration awq_alpha=0.25 awq_num_batches=8 network_dim=0

@@ -28,6 +28,7 @@ __all__ = [
     "has_cpp_compiler",
     "has_triton",
     "has_triton_package",
+    "int8_product",
     "lerp_each",
     "release_host_cache",
     "scaled_product",
@@ -42,6 +43,20 @@ READ_NUMBER = torch.ops.aten._local_scalar_dense.default  # what `Tensor.item` c
 def scaled_product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, **settings: Any) -> Tensor:
     # not functional.scaled_mm, which torch 2.10 and 2.11 do not compile (pytorch/pytorch#180604)
     return torch._scaled_mm(a, b, scale_a, scale_b, **settings)
+
+
+def int8_product(a: Tensor, b: Tensor) -> Tensor:
+    """Return the sums of products of int8 values, int32. a: M K. b: K N, column-major.
+
+    CUDA wants more than 16 rows and multiples of 32 (on Turing; later ones of 8): zeros are added there.
+    """
+    rows, columns = len(a), b.shape[1]
+    if a.device.type == "cuda":
+        inner = -a.shape[1] % 32
+        a = torch.nn.functional.pad(a, (0, inner, 0, max(0, 17 - rows)))
+        if inner or columns % 32:
+            b = torch.nn.functional.pad(b.t(), (0, inner, 0, -columns % 32)).t()
+    return torch._int_mm(a, b)[:rows, :columns]
 
 
 def lerp_each(values: list[Tensor], ends: Sequence[Tensor], share: float) -> None:

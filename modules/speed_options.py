@@ -185,6 +185,7 @@ class Quantisation:
     product: Callable[..., Any] | None = None
     form: str = "fp8"  # name of its file in modules/stored
     int8_backward: bool = False  # of int8: gradients are rounded to 8 bits too
+    asked_by: str = dataclasses.field(default="--fp8_scaled", compare=False)  # for messages
 
 
 _BASE = (
@@ -201,6 +202,14 @@ _FAST = (
 _UPCAST = "with --fp8_scaled: compute scales and rounding in float32 instead of the file's dtype"
 
 
+_ONE_FORM = "the weights are kept in one form"
+_INT8 = (
+    "keep the linear layers of the model's blocks in int8, rotated so that outliers cost nothing (ConvRot), "
+    "and multiply them in int8: half the memory of bf16, closer to it than fp8, fast on GPUs without fp8 too"
+)
+_NF4 = "keep the linear layers of the model's blocks in 4 bits (nf4): a quarter of bf16's memory, less exact"
+
+
 class TrainingFp8Options(Options):
     """How training stores the frozen model."""
 
@@ -213,9 +222,22 @@ class TrainingFp8Options(Options):
     upcast_quantization: bool = option(
         _UPCAST, acts_if={"it needs --fp8_base --fp8_scaled": lambda own: own.fp8_scaled}
     )
+    convrot_int8: bool = option(_INT8, excludes=("fp8_base", "nf4_base"), hint=_ONE_FORM, often=True)
+    convrot_int8_bwd: str = option(
+        "what computes the gradients of these layers' inputs: bf16, or int8, which is faster and less exact",
+        default="bf16",
+        choices=("bf16", "int8"),
+        acts_if={"it needs --convrot_int8": lambda own: own.convrot_int8},
+    )
+    nf4_base: bool = option(_NF4, excludes="fp8_base", hint=_ONE_FORM, often=True)
 
     @property
     def quantisation(self) -> Quantisation | None:
+        if self.convrot_int8:
+            narrow = self.convrot_int8_bwd == "int8"
+            return Quantisation("rows", form="int8", int8_backward=narrow, asked_by="--convrot_int8")
+        if self.nf4_base:
+            return Quantisation("blocks", form="nf4", asked_by="--nf4_base")
         if not self.fp8_base:
             return None
         kind = "rows" if self.fp8_scaled else "cast"
@@ -234,10 +256,18 @@ class GenerationFp8Options(Options):
         "with --fp8_scaled: compute these layers in float32; slow", needs="fp8_scaled"
     )
     upcast_quantization: bool = option(_UPCAST, only_with="fp8_scaled")
+    convrot_int8: bool = option(_INT8, excludes=("fp8", "fp8_scaled", "nf4"), hint=_ONE_FORM, often=True)
+    nf4: bool = option(
+        _NF4, flags=("--nf4_base",), excludes=("fp8", "fp8_scaled"), hint=_ONE_FORM, often=True
+    )
 
     @property
     def quantisation(self) -> Quantisation | None:
         """--fp8_scaled replaces --fp8."""
+        if self.convrot_int8:
+            return Quantisation("rows", form="int8", asked_by="--convrot_int8")
+        if self.nf4:
+            return Quantisation("blocks", form="nf4", asked_by="--nf4")
         if self.fp8_scaled:
             return Quantisation("rows", self.upcast_quantization, self.upcast_linear, self.fp8_fast)
         return Quantisation("cast", fp8_matmul=self.fp8_fast) if self.fp8 else None

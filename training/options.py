@@ -150,10 +150,12 @@ class TrainingOptions(Options):
                 "--shard_base with --mixed_precision fp16: each process has parts of the gradients, and "
                 "cannot tell whether fp16's scaled ones overflowed in others. Use bf16 or no"
             )
-        if self.speed.fp8.fp8_base:
+        stored = self.speed.fp8.quantisation
+        if stored is not None:
+            asked = "--fp8_base" if self.speed.fp8.fp8_base else stored.asked_by
             raise OptionError(
-                "--fp8_base: trained weights are kept in float32, or in bfloat16 with --full_bf16, because "
-                "fp8 would lose the steps; leave it out, or train a LoRA"
+                f"{asked}: trained weights are kept in float32, or in bfloat16 with --full_bf16, because "
+                f"{stored.form} would lose the steps; leave it out, or train a LoRA"
             )
         if self.average.sample_ema:
             raise OptionError(

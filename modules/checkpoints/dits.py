@@ -238,9 +238,9 @@ def refuse_fp8_file(path: Path, quantisation: Quantisation, has_loras: bool) -> 
     """Raise CheckpointError if a file in fp8 is to be rounded again, or to get LoRAs and stay in fp8."""
     if quantisation.kind != "cast":
         raise CheckpointError(
-            f"--fp8_scaled: {path} is already in fp8; rounding it again would only lose more.\n"
-            "  Leave --fp8_scaled out: --fp8_base (training) and --fp8 (generation) keep the file as it is. "
-            "Or give the bf16 file.",
+            f"{quantisation.asked_by}: {path} is already in fp8; rounding it again would only lose more.\n"
+            f"  Leave {quantisation.asked_by} out: --fp8_base (training) and --fp8 (generation) keep the "
+            "file as it is. Or give the bf16 file.",
             path,
         )
     if has_loras:

@@ -1,0 +1,114 @@
+"""Frozen transformers in int8 and nf4 from the command line to files: training, resuming, generation."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tests.faults.messages import assert_one_message, run_here
+from tests.test_fp8 import CHOSEN, apart, generated, load_weights, with_dit
+from tests.tiny.dit_files import as_fp8
+from tests.tiny.runs import TinyProject, make_project
+
+FORMS = {  # options in training, those in generation, the form's name, least cosine of the gradient
+    "int8": (["--convrot_int8"], ["--convrot_int8"], "int8", 0.99),
+    "both ways": (["--convrot_int8", "--convrot_int8_bwd", "int8"], ["--convrot_int8"], "int8", 0.99),
+    "nf4": (["--nf4_base"], ["--nf4"], "nf4", 0.95),
+}
+EACH = pytest.mark.parametrize("form", FORMS)
+
+
+@pytest.fixture(scope="module", params=CHOSEN)
+def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TinyProject:
+    return make_project(request.param, tmp_path_factory.mktemp("small"))
+
+
+def cosine(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    """Of all tensors together."""
+    assert one.keys() == other.keys()
+    flat = [torch.cat([each[name].flatten().double() for name in other]) for each in (one, other)]
+    return float(torch.nn.functional.cosine_similarity(*flat, dim=0))
+
+
+@EACH
+def test_the_gradient_has_nearly_the_direction_of_that_in_16_bits(project: TinyProject, form: str) -> None:
+    """With plain gradient descent the factor `up` is after one step the gradient itself, times the rate."""
+    how, _, name, least = FORMS[form]
+    one_step = ["--optimizer_type", "SGD", "--max_train_steps", "1", "--learning_rate", "1"]
+    expected = project.train("plain", *one_step)
+    found = project.train(form, *one_step, *how)
+
+    ups = [{k: t for k, t in lora.items() if k.endswith("lora_up.weight")} for lora in (found, expected)]
+    assert found.keys() == expected.keys()
+    assert least < cosine(*ups) < 1 - 1e-7
+    with safe_open(project.folder / form / "x.safetensors", "pt") as file:
+        assert file.metadata()["ss_base_form"] == name
+        assert file.metadata()["ss_fp8_base"] == "False"
+
+
+@pytest.mark.parametrize("form", ["int8", "nf4"])
+def test_a_resumed_run_ends_with_equal_bytes(project: TinyProject, form: str) -> None:
+    how = [*FORMS[form][0], "--mixed_precision", "bf16", "--gradient_checkpointing", "--blocks_to_swap", "1"]
+    whole = project.train(f"whole {form}", *how, "--save_state", "--save_every_n_steps", "2")
+
+    resumed = project.train(f"resumed {form}", *how, "--resume", f"whole {form}/x-step00000002-state")
+
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+    said = project.run(
+        *project.family.train,
+        *("--output_name", "x", "--seed", "1", "--max_data_loader_n_workers", "0", "--max_train_steps", "3"),
+        *("--output_dir", f"other {form}", "--resume", f"whole {form}/x-step00000002-state"),
+    )
+    assert f"{FORMS[form][0][0]} was True when the state was saved" in said
+
+
+@pytest.mark.parametrize(("form", "most"), [("int8", 0.1), ("nf4", 0.5)])
+def test_generation_makes_nearly_the_same(
+    project: TinyProject, tmp_path: Path, form: str, most: float
+) -> None:
+    how = FORMS[form][1]
+    expected, found = generated(project, tmp_path / "plain"), generated(project, tmp_path / form, *how)
+
+    assert all(1e-4 < one < most for one in apart(found, expected))
+    swapped = generated(project, tmp_path / "swapped", *how, "--blocks_to_swap", "1")
+    assert max(apart(swapped, found)) == 0
+
+
+def test_two_forms_and_files_in_fp8_are_refused_by_name(project: TinyProject, tmp_path: Path) -> None:
+    usual = ("--output_dir", "o", "--output_name", "x", "--max_train_steps", "1")
+    for options in (["--convrot_int8", "--nf4_base"], ["--nf4_base", "--fp8_base"]):
+        found = run_here(*project.family.train, *usual, *options, folder=project.folder)
+        assert_one_message(*found, options[0], options[1])
+    save_file(as_fp8(load_weights(project), "fp8_scaled"), tmp_path / "dit.safetensors")
+    released = with_dit(project, tmp_path / "dit.safetensors")
+    found = run_here(*released.family.train, *usual, "--convrot_int8", folder=project.folder)
+    assert_one_message(*found, "--convrot_int8: ", "already in fp8")
+
+
+@pytest.mark.parametrize(("form", "most"), [("int8", 0.03), ("nf4", 0.08)])
+def test_losses_stay_near_those_in_16_bits(project: TinyProject, form: str, most: float) -> None:
+    steps = ["--max_train_steps", "10", "--mixed_precision", "bf16", "--log_with", "tensorboard"]
+    losses = []
+    for name, how in (("plain", []), (form, FORMS[form][0])):
+        folder = f"losses of {name}"
+        project.train(folder, *steps, "--logging_dir", f"{folder}/logs", *how)
+        losses.append(read_losses(project.folder / folder / "logs"))
+
+    assert len(losses[0]) == len(losses[1]) == 10
+    for plain, stored in zip(*losses, strict=True):
+        assert math.isclose(stored, plain, rel_tol=most)
+    assert losses[0] != losses[1]
+
+
+def read_losses(folder: Path) -> list[float]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (path,) = folder.glob("**/events*")
+    events = EventAccumulator(str(path))
+    events.Reload()
+    return [event.value for event in events.Scalars("loss/current")]
