@@ -67,25 +67,20 @@ GGUF_KINDS = ("Q8_0", "Q5_0", "Q4_0", "Q4_K", "Q6_K", "BF16")
 
 def is_packed(name: str, tensor: Tensor) -> bool:
     """Whether a tensor is a weight of a linear layer of a block, whose rows are whole blocks of 64."""
-    is_inside = re.match(r".*(blocks|layers|refiner)\.\d+\..*weight", name)
-    return is_inside is not None and tensor.ndim == 2 and tensor.shape[1] % 64 == 0
-
-
-def read_bf16(path: Path) -> dict[str, Tensor]:
-    return {name: tensor.to(torch.bfloat16) for name, tensor in load_file(path).items()}
+    return re.match(r".*\.\d+\..*weight", name) is not None and tensor.ndim == 2 and tensor.shape[1] % 64 == 0
 
 
 def pack_file(path: Path, form: str, header: bool = False) -> Path:
-    """Write the weights of a safetensors file packed beside it, and unpacked in bf16 in its place.
+    """Write the weights of a safetensors file packed beside it, and unpacked in its place.
 
     header: say the forms in the metadata too, without the names' prefix. Returns the packed file's path.
     """
     plain, new, layers = {}, {}, {}
-    for name, tensor in read_bf16(path).items():
+    for name, tensor in load_file(path).items():
         plain[name] = new[name] = tensor
         if is_packed(name, tensor):
             parts, value, mark = FORMS[form](tensor.float())
-            plain[name] = value.to(torch.bfloat16)
+            plain[name] = value.float()
             new |= {name + end: part.contiguous() for end, part in parts.items()}
             if mark:
                 layer = name.removesuffix(".weight")
@@ -100,7 +95,7 @@ def pack_file(path: Path, form: str, header: bool = False) -> Path:
 
 
 def gguf_file(path: Path, kind: str) -> Path:
-    """Write a GGUF file of a safetensors file's weights beside it, and these in bf16 in its place.
+    """Write a GGUF file of a safetensors file's weights beside it, and these in its place.
 
     Kinds that the package cannot write have blocks of random bytes with small scales.
     """
@@ -111,7 +106,7 @@ def gguf_file(path: Path, kind: str) -> Path:
     packed = path.with_name(f"{kind}.bin")  # the beginning says what it is, not the name
     writer = gguf.GGUFWriter(packed, "wan")
     plain = {}
-    for number, (name, tensor) in enumerate(read_bf16(path).items()):
+    for number, (name, tensor) in enumerate(load_file(path).items()):
         plain[name] = tensor
         if not is_packed(name, tensor) or tensor.shape[1] % weights:
             writer.add_tensor(name, tensor.float().numpy())
@@ -128,7 +123,7 @@ def gguf_file(path: Path, kind: str) -> Path:
             stored = gguf.quants.quantize(tensor.float().numpy(), theirs)
         writer.add_tensor(name, stored, raw_dtype=theirs)
         value = torch.from_numpy(gguf.quants.dequantize(stored, theirs))
-        plain[name] = value.reshape(tensor.shape).to(torch.bfloat16)
+        plain[name] = value.reshape(tensor.shape)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -129,7 +129,7 @@ class GgufFile:
         return TensorInfo(torch.uint8, _full_shape(name, shape), packing)
 
     def _name_like_transformers(self) -> None:
-        """Give tensors with llama.cpp's names those of transformers; llama.cpp permutes rows of Llama's q and k.
+        """Rename tensors of llama.cpp as in transformers; it permutes the rows of Llama's q and k.
 
         Raises CheckpointError for models whose weights it changes otherwise.
         """
@@ -174,7 +174,7 @@ class GgufFile:
                 self.path,
             )
         found = room.view(info.dtype).view(info.stored_shape)
-        if name in self._heads:  # pairs lie side by side in llama.cpp's rows, in halves in those of transformers
+        if name in self._heads:  # pairs of rows lie side by side, for transformers in halves
             found = found.unflatten(0, (self._heads[name], -1, 2)).transpose(1, 2).flatten(0, 2)
         return found
 
@@ -234,8 +234,10 @@ def _full_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
     All released models with one have patches of 1 x 2 x 2.
     """
-    if name.endswith("patch_embedding.weight") and len(shape) in (2, 4) or (
-        name.endswith("img_in.proj.weight") and shape[-2:] == (2, 2) and len(shape) == 4
+    if (
+        name.endswith("patch_embedding.weight")
+        and len(shape) in (2, 4)
+        or (name.endswith("img_in.proj.weight") and shape[-2:] == (2, 2) and len(shape) == 4)
     ):
         channels = math.prod(shape[1:]) // 4
         if math.prod(shape[1:]) == channels * 4:

@@ -1,4 +1,4 @@
-"""Recognise packed weights by what a safetensors file says of its layers: ComfyUI's marks, bitsandbytes' states.
+"""Recognise packed weights by what a file says of its layers: ComfyUI's marks, bitsandbytes' states.
 
 A weight's `TensorInfo` then has the shape of the value, and a `Packing`. Sources: ComfyUI's `quant_ops.py`,
 comfy-kitchen's layouts, bitsandbytes' `QuantState`.
@@ -18,6 +18,7 @@ from torch import Tensor
 from modules.contract.loading import Packing, TensorInfo
 from modules.stored import packed
 from modules.stored.forms import Stored
+from modules.stored.int8 import GROUPS, Int8
 from modules.stored.packed import FourBits, RowForm
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,9 @@ def find_packed(
             try:
                 _bitsandbytes(_Layer(stem, _parse(read, tensors, name), tensors, found), read)
             except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"the layer {stem}: its bitsandbytes state cannot be read ({error})") from error
+                raise ValueError(
+                    f"the layer {stem}: its bitsandbytes state cannot be read ({error})"
+                ) from error
     return found
 
 
@@ -69,7 +72,9 @@ def _marks(
 ) -> dict[str, Mapping[str, Any]]:
     """Return the settings of each marked layer, by its name in the file."""
     marks = {
-        name.removesuffix(MARK): _settings(_parse(read, tensors, name)) for name in tensors if name.endswith(MARK)
+        name.removesuffix(MARK): _settings(_parse(read, tensors, name))
+        for name in tensors
+        if name.endswith(MARK)
     }
     header = _table(json.loads(metadata.get(HEADER, "{}"))).get("layers", {})
     prefix = _prefix_of(_table(header), tensors)
@@ -79,7 +84,9 @@ def _marks(
             raise ValueError(f"the layer {stem} is marked as {marks[stem]} and as {settings}")
     missing = [stem for stem in marks if f"{stem}.weight" not in tensors]
     if missing:
-        logger.info("marks of %d layers that are not in the file count for nothing: %s", len(missing), missing[0])
+        logger.info(
+            "marks of %d layers that are not in the file count for nothing: %s", len(missing), missing[0]
+        )
     return {stem: settings for stem, settings in marks.items() if f"{stem}.weight" in tensors}
 
 
@@ -137,8 +144,10 @@ class _Layer:
 
     def rotation(self, columns: int, usual: int = 256) -> int:
         size = self.number("convrot_groupsize", usual)
-        if size & (size - 1) or size.bit_length() % 2 == 0 or columns % size:
-            raise ValueError(f"has {columns} columns, which groups of {size} for its rotation do not divide")
+        if size not in GROUPS or columns % size:
+            raise ValueError(
+                f"has {columns} columns, rotated in groups of {size}; those of {GROUPS} are read"
+            )
         return size
 
     def pair(self, *dtypes: torch.dtype) -> tuple[int, int]:
@@ -169,7 +178,9 @@ class _Layer:
                 return end
         raise ValueError(f"is marked as {self.settings['format']}, but {self.stem}.weight_scale is not there")
 
-    def set(self, shape: tuple[int, ...], beside: tuple[str, ...], keep: Callable[..., Stored], pad: int = 1) -> None:
+    def set(
+        self, shape: tuple[int, ...], beside: tuple[str, ...], keep: Callable[..., Stored], pad: int = 1
+    ) -> None:
         info = self.weight
         packing = Packing(info.shape, beside, keep, pad)
         self.found[f"{self.stem}.weight"] = TensorInfo(info.dtype, shape, packing)
@@ -194,12 +205,14 @@ def _int8(layer: _Layer) -> None:
     by_row: tuple[tuple[int, ...], ...] = ((shape[0], *[1] * (len(shape) - 1)), (shape[0], 1), (shape[0],))
     rotation = layer.rotation(columns) if layer.settings.get("convrot") else 0
     end = layer.scale(*by_row, *(() if rotation and shape[0] > 1 else ((), (1,))))
-    layer.set(shape, (end,), partial(_keep_int8, rotation))
+    layer.set(
+        shape, (end,), partial(_keep_int8, rotation, bool(layer.settings.get("full_precision_matrix_mult")))
+    )
 
 
-def _keep_int8(rotation: int, weight: Tensor, scale: Tensor) -> Stored:
+def _keep_int8(rotation: int, in_16_bits: bool, weight: Tensor, scale: Tensor) -> Stored:
     flat = weight.flatten(1)
-    form = RowForm("int8", ("scale_weight",), packed.int8_rows, rotation)
+    form = RowForm("int8", ("scale_weight",), packed.int8_rows, rotation) if in_16_bits else Int8(rotation)
     return Stored(form, (flat.shape[0], flat.shape[1]), (flat, _per_row(scale, len(flat))))
 
 
@@ -274,7 +287,13 @@ def _w4a8(layer: _Layer) -> None:
 
 
 def _keep_w4a8(
-    bits: int, columns: int, rotation: int, weight: Tensor, scales: Tensor, scale: Tensor, codes: Tensor | None = None
+    bits: int,
+    columns: int,
+    rotation: int,
+    weight: Tensor,
+    scales: Tensor,
+    scale: Tensor,
+    codes: Tensor | None = None,
 ) -> Stored:
     rows = packed.w4a8_rows if bits == 4 else packed.w6a8_rows
     form = RowForm("asym_w4a8_int8", ("scale_blocks", "scale_weight", "codebook"), rows, rotation)
@@ -312,7 +331,7 @@ def _bitsandbytes(layer: _Layer, read: Callable[[str], Tensor]) -> None:
     """Recognise 4 bits of bitsandbytes; `settings` are its state of the weight."""
     state, block = layer.settings, layer.number("blocksize", 64)
     rows, columns = state["shape"]
-    if not (type(rows) is type(columns) is int and 0 < rows and 0 < columns) or columns % block:
+    if not (type(rows) is type(columns) is int and rows > 0 and columns > 0) or columns % block:
         raise ValueError(f"rows of {columns} weights are not whole blocks of {block}")
     blocks, stem = rows * columns // block, f"{layer.stem}.weight"
     if layer.weight.dtype != torch.uint8 or math.prod(layer.weight.shape) != rows * columns // 2:
@@ -325,13 +344,21 @@ def _bitsandbytes(layer: _Layer, read: Callable[[str], Tensor]) -> None:
         layer.beside(ends[2], _FLOATS, (256,))
     layer.beside(ends[0], (torch.uint8,) if len(ends) > 1 else _FLOATS, (blocks,))
     layer.beside("weight.quant_map", _FLOATS, (16,))
-    form = RowForm(state["quant_type"], ("largest",), FourBits(tuple(read(f"{stem}.quant_map").tolist())).rows)
+    form = RowForm(
+        state["quant_type"], ("largest",), FourBits(tuple(read(f"{stem}.quant_map").tolist())).rows
+    )
     offset, nested = float(state.get("nested_offset", 0)), layer.number("nested_blocksize", 256)
     layer.set((rows, columns), tuple(ends), partial(_keep_four_bits, form, (rows, columns), offset, nested))
 
 
 def _keep_four_bits(
-    form: RowForm, shape: tuple[int, int], offset: float, nested: int, weight: Tensor, largest: Tensor, *more: Tensor
+    form: RowForm,
+    shape: tuple[int, int],
+    offset: float,
+    nested: int,
+    weight: Tensor,
+    largest: Tensor,
+    *more: Tensor,
 ) -> Stored:
     if more:  # the largest magnitudes are in 8 bits themselves
         scales, levels = more

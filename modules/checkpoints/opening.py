@@ -303,10 +303,8 @@ def refuse_quantised(checkpoint: Checkpoint) -> None:
         )
 
 
-def _recognise(
-    path: Path, places: Mapping[str, tuple[TensorFile, str]], files: Sequence[TensorFile]
-) -> str:
-    """Tell the files which of their tensors are packed weights; return why that cannot be told, "" if it can."""
+def _recognise(path: Path, places: Mapping[str, tuple[TensorFile, str]], files: Sequence[TensorFile]) -> str:
+    """Tell the files which tensors are packed weights; return why that cannot be told, else ""."""
     marked = any(name.endswith(".comfy_quant") or _STATE in name for name in places)
     if not marked and not any(_HEADER in file.metadata for file in files):
         return ""
@@ -383,9 +381,13 @@ def _packed_source(path: Path, name: str, info: TensorInfo) -> TensorSource:
             raise CheckpointError(f"{path}: {name} {error}. Download or copy it again.", path) from error
 
     def build(*tensors: Tensor) -> Tensor:
+        if tensors[0].device.type == "meta":
+            return torch.empty(info.shape, device="meta")
         return as_stored(*tensors).value().view(info.shape)
 
-    return TensorSource((name, *companions_of(name, info)), build, as_stored if len(info.shape) == 2 else None)
+    return TensorSource(
+        (name, *companions_of(name, info)), build, as_stored if len(info.shape) == 2 else None
+    )
 
 
 def scales_in(names: Iterable[str]) -> dict[str, str]:

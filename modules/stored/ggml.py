@@ -8,7 +8,7 @@ CPU) read the kinds that are not in `KINDS`.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import numpy
 import torch
@@ -137,7 +137,7 @@ KINDS = {  # by the number in files
 }
 
 
-@lru_cache(maxsize=None)  # equal kinds are one object
+@cache  # equal kinds are one object
 def kind_of_package(number: int) -> Kind | None:
     """Return a kind that only the package `gguf` reads; None if it has none of this number.
 

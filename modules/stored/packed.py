@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from modules.stored.forms import Form, Shape, Stored, Tensors, computed_dtype, multiply_value
+from modules.stored.int8 import rotate
 
 _PIECE = 1 << 22  # values made at once: float32 temporaries of 16 MiB
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -27,7 +28,7 @@ class RowForm:
     name: str
     companions: tuple[str, ...] = ()
     make: Callable[..., Tensor] = torch.Tensor.float
-    rotation: int = 0  # columns that are rotated together (see `rotate`); 0: none
+    rotation: int = 0  # columns that are rotated together ; 0: none
     stays = True
 
     @property
@@ -62,7 +63,7 @@ class RowForm:
         return Stored(self, (count, stored.shape[1]), tuple(parts))
 
     def join(self, parts: Sequence[Stored]) -> Stored | None:
-        """Stack the rows; None if a part has a companion that is for all its rows, or one that others lack."""
+        """Stack the rows; None if a companion is for all rows of a part, or others lack it."""
         columns = [[part.tensors[index] for part in parts] for index in range(1 + len(self.companions))]
         joined: list[Tensor | None] = []
         for column in columns:
@@ -81,27 +82,8 @@ class RowForm:
         pass
 
 
-@lru_cache(maxsize=16)
-def regular_hadamard(size: int, device: torch.device) -> Tensor:
-    """Return the symmetric matrix of +-1 / sqrt(size) that ConvRot rotates by. size: a power of 4.
-
-    Source: arXiv 2512.03673.
-    """
-    four = torch.tensor([[1.0, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], device=device) / 2
-    matrix = torch.ones(1, 1, device=device)
-    while len(matrix) < size:
-        matrix = torch.kron(matrix, four)
-    return matrix
-
-
-def rotate(values: Tensor, size: int) -> Tensor:
-    """Multiply each `size` columns of float32 values by the matrix, which is its own inverse."""
-    turned = values.reshape(-1, size) @ regular_hadamard(size, values.device)
-    return turned.view(values.shape)
-
-
 def untile(scales: Tensor, rows: int, columns: int) -> Tensor:
-    """Return scales as rows x columns from tiles of 128 x 4, of which row 32 a + b lies in line b from 4 a on.
+    """Return scales as rows x columns from tiles of 128 x 4: row 32 a + b of one lies in line b from 4 a on.
 
     scales: rows and columns rounded up to whole tiles. Source: cuBLAS, "1D block scaling factors layout".
     """
