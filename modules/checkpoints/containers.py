@@ -13,7 +13,7 @@ import warnings
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -32,8 +32,12 @@ from modules.limits import (
 )
 from modules.text_files import read_tensor_header, require_regular_file
 
+if TYPE_CHECKING:
+    from modules.checkpoints.gguf_files import GgufFile
+
 # the first bytes of what `torch.save` writes, now and in its older format
 ZIP, PICKLE = b"PK\x03\x04", b"\x80"
+GGUF = b"GGUF"
 LFS_POINTER = b"version https://"
 ONNX = re.compile(rb"\x08[\x03-\x14]\x12")  # the number of its format, then who made it
 
@@ -77,6 +81,10 @@ def open_file(path: Path) -> "TensorFile":
             start = file.read(16)
         if not start:
             raise CheckpointError(f"{path} is empty. Download or copy it again.", path)
+        if start[:4] == GGUF:
+            from modules.checkpoints.gguf_files import GgufFile  # of no use to other files
+
+            return GgufFile(path)
         if start[8:9] == b"{":  # first: the length before it may begin like a pickle
             return SafetensorsFile(path)
         if start[:4] == ZIP or start[:1] == PICKLE:
@@ -97,8 +105,8 @@ def is_pointer_or_page(start: bytes) -> bool:
 
 def describe_kind(start: bytes) -> str:
     """Return the kind of a file with this beginning that is no model, and a remedy."""
-    if start.startswith(b"GGUF"):
-        return "is a GGUF file, which is not supported. Give the safetensors file of the same model."
+    if start.startswith(GGUF):
+        return "is a GGUF file, which is not read here. Give the safetensors or .pth file of the same model."
     if ONNX.match(start):
         return "is an ONNX file, which only yolo_blur.py --model takes. Give a safetensors or .pth file."
     if start.startswith(LFS_POINTER):
@@ -186,7 +194,7 @@ class SafetensorsFile:
                 f"{self.path} ends inside {name}: it was cut short while being read. Copy it again.",
                 self.path,
             )
-        return room.view(info.dtype).view(info.shape)
+        return room.view(info.dtype).view(info.stored_shape)
 
     def close(self) -> None:
         self._file.close()
@@ -226,7 +234,8 @@ class TorchFile:
                 )
 
     def borrow(self, name: str, scratch: Tensor) -> Tensor:
-        return self._tensors[name].detach()  # mapped: its pages belong to the file
+        # mapped: its pages belong to the file; bytes that are floats of 8 bits are taken as these
+        return self._tensors[name].detach().view(self.tensors[name].dtype)
 
     def close(self) -> None:
         self._tensors = {}
@@ -237,7 +246,7 @@ def _check_name(name: str) -> None:
         raise ValueError(f"a tensor has a name of {len(name)} characters, {shorten(name, 60)}")
 
 
-TensorFile = SafetensorsFile | TorchFile  # one open file of named tensors
+TensorFile: TypeAlias = "SafetensorsFile | TorchFile | GgufFile"  # one open file of named tensors
 
 
 def load_pickled(path: Path, times: int = 1) -> Any:

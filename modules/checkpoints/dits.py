@@ -213,6 +213,10 @@ def _stored_layers(
     quantisation = placement.quantisation
     if quantisation is None:
         kept = find_stored_weights(linear_weights(dit), sources, checkpoint.tensors, asked=False)
+        if kept and placement.patch is not None:
+            text = "%s: %d packed layers are kept in 16 bits, as LoRAs are merged into them"
+            logger.info(text, checkpoint.path, len(kept))
+            return None
         return StoredLoading(None, kept=kept) if kept else None
     blocks = [f"{name}.{index}." for name, found in spec.blocks(dit).items() for index in range(len(found))]
     wide: tuple[str, ...] = ()

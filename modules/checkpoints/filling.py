@@ -72,8 +72,7 @@ def stored_as(source: TensorSource, tensors: Mapping[str, TensorInfo]) -> Stored
     """Return the form of a weight in the file, with tensors on the meta device; None of a plain weight."""
     if source.as_stored is None:
         return None
-    infos = [tensors[part] for part in source.names]
-    return source.as_stored(*[torch.empty(info.shape, dtype=info.dtype, device="meta") for info in infos])
+    return source.as_stored(*[tensors[part].hollow() for part in source.names])
 
 
 # what it takes to make weights leaves holes between them; milliseconds each time that they are given back
@@ -260,7 +259,7 @@ class _Filling:
         elif name in loading.kept:
             found = self._sources[name].make_stored(self._parts(self._sources[name]))
             assert found is not None
-            stored = found
+            stored = Stored(found.form, (parent.out_features, parent.in_features), found.tensors)
             self.kept_forms.append(stored.form.name)
         else:
             assert loading.form is not None
@@ -319,6 +318,8 @@ class _Filling:
         """Make a tensor on the device, not yet rounded to its dtype; it may be a view of the buffer."""
         source = self._sources[name]
         tensor = source.make(self._parts(source))
+        if self._checkpoint.tensors[source.names[0]].packing is not None:  # it may be padded
+            tensor = tensor[tuple(slice(length) for length in self._shapes[name])]
         if self._patch is None:
             return tensor
         if tensor.dtype.itemsize == 1 and tensor.is_floating_point():
@@ -375,11 +376,11 @@ def _check_fit(
             shape: tuple[int, ...] | None = infos[0].shape
             if source.build is not None:
                 try:
-                    parts = [torch.empty(info.shape, dtype=info.dtype, device="meta") for info in infos]
-                    shape = tuple(source.make(parts).shape)
+                    shape = tuple(source.make([info.hollow() for info in infos]).shape)
                 except (RuntimeError, IndexError):
                     shape = None  # the parts do not even go together
-            if shape != wanted_shape:
+            packing = infos[0].packing
+            if shape != wanted_shape and (packing is None or shape != packing.padded(wanted_shape)):
                 lines.append(f"  {name}: the file has {_sizes(shape)}, {_sizes(wanted_shape)} is needed")
     if lines:
         text = "\n".join(lines)

@@ -8,7 +8,6 @@ with open_checkpoint(path) as checkpoint:
 import contextlib
 import fnmatch
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
@@ -24,12 +23,13 @@ from modules.control_codes import shorten
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
 from modules.paths import explain_missing
+from modules.stored.forms import Stored
 from modules.stored.fp8 import dequantise, is_fp8, stored_fp8
 from modules.text_files import parse_json, read_text, require_regular_file
 
 LISTED = 8  # file names in a message
 MOST_OF_NAME = 200  # characters of a name there
-SUFFIXES = (".safetensors", ".sft", ".pth", ".pt", ".bin", ".ckpt")
+SUFFIXES = (".safetensors", ".sft", ".gguf", ".pth", ".pt", ".bin", ".ckpt")
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
 
 
@@ -37,9 +37,15 @@ class Checkpoint:
     """List the named tensors of one or several files without reading them. Use it as a context manager."""
 
     def __init__(
-        self, path: Path, places: Mapping[str, tuple[TensorFile, str]], files: Sequence[TensorFile]
+        self,
+        path: Path,
+        places: Mapping[str, tuple[TensorFile, str]],
+        files: Sequence[TensorFile],
+        refusal: str = "",
     ) -> None:
+        """refusal: why the packed weights cannot be read."""
         self.path = path
+        self.refusal = refusal
         self._files = files
         self._places = dict(places)  # our name -> file and the name there
         self.tensors: dict[str, TensorInfo] = {
@@ -56,7 +62,7 @@ class Checkpoint:
         """
         info = self.tensors[name]
         if tensor is None:
-            tensor = torch.empty(info.shape, dtype=info.dtype)
+            tensor = torch.empty(info.stored_shape, dtype=info.dtype)
         found = self.borrow(name, tensor.view(-1).view(torch.uint8))
         # a mapped file lends its own memory, also a view of a larger storage
         return tensor if found.data_ptr() == tensor.data_ptr() else tensor.copy_(found)
@@ -86,12 +92,12 @@ class Checkpoint:
             rest = places.keys() - own.keys()
             if own and all(name.startswith(tuple(others)) for name in rest):
                 places = {name.removeprefix(prefix): place for name, place in own.items()}
-        return Checkpoint(self.path, places, self._files)
+        return Checkpoint(self.path, places, self._files, self.refusal)
 
     def starting_with(self, *prefixes: str) -> "Checkpoint":
         """Return the tensors whose names begin with one of these; the files stay shared."""
         places = {name: place for name, place in self._places.items() if name.startswith(prefixes)}
-        return Checkpoint(self.path, places, self._files)
+        return Checkpoint(self.path, places, self._files, self.refusal)
 
     def close(self) -> None:
         for file in self._files:
@@ -143,7 +149,7 @@ def open_files(
         for file in files:
             file.close()
         raise
-    return Checkpoint(path, places, files)
+    return Checkpoint(path, places, files, _recognise(path, places, files))
 
 
 def checkpoint_paths(path: Path) -> list[Path]:
@@ -259,15 +265,18 @@ def fingerprint(path: Path) -> str:
 
 
 _SCALES = (".scale_weight", ".weight_scale")
+_STATE, _HEADER = ".quant_state.bitsandbytes__", "_quantization_metadata"
 # unused once the weights are plain
-QUANT_EXTRAS = ("scaled_fp8", "*.scale_input", "*.input_scale", "*.comfy_quant")
-_QUANT_FORMATS = {"float8_e4m3fn", "float8_e5m2"}
+QUANT_EXTRAS = (
+    *("scaled_fp8", "*.scale_input", "*.input_scale", "*.comfy_quant"),
+    *("*.weight.quant_map", "*.weight.quant_state.*"),
+)
 # end of a tensor's name -> what made it. Sources: the packages' files, comfy-kitchen's layouts
 _FOREIGN = {
     ".weight_scale_2": "nvfp4",
     ".weight_s_rel": "asym_w4a8_int8",
     ".weight_zeros": "awq_w4a16",
-    **dict.fromkeys((".absmax", ".quant_map"), "nf4 or fp4 of bitsandbytes"),
+    ".absmax": "4 bits of bitsandbytes without a state",
     ".SCB": "int8 of bitsandbytes",
     **dict.fromkeys((".wscales", ".smooth_factor"), "SVDQuant of nunchaku"),
     **dict.fromkeys((".qweight", ".qzeros", ".g_idx"), "GPTQ or AWQ"),
@@ -279,43 +288,53 @@ _FOREIGN = {
 
 
 def refuse_quantised(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError, naming the form, for quantised weights that are not read: other than scaled fp8.
+    """Raise CheckpointError, naming the form, for quantised weights that are not read.
 
     Call it before shapes are judged, as packed weights have others. Only the marks of layers are read.
     """
-    how = _marked_formats(checkpoint) or _find_form(checkpoint.tensors)
+    if checkpoint.refusal:
+        raise CheckpointError(f"{checkpoint.path}: {checkpoint.refusal}.", checkpoint.path)
+    how = _find_form(checkpoint.tensors)
     if how:
         raise CheckpointError(
             f"{checkpoint.path} is quantised in a way that is not supported ({how}). Give the bf16, fp16 or "
-            "fp8 file of the model.",
+            "fp8 file of the model, or one that ComfyUI, bitsandbytes or GGUF mark.",
             checkpoint.path,
         )
 
 
-def _marked_formats(checkpoint: Checkpoint) -> str:
-    """Return the formats that a file's marks name and that are not read. Raises CheckpointError."""
+def _recognise(path: Path, places: Mapping[str, tuple[TensorFile, str]], files: Sequence[TensorFile]) -> str:
+    """Tell the files which tensors are packed weights; return why that cannot be told, else ""."""
+    marked = any(name.endswith(".comfy_quant") or _STATE in name for name in places)
+    if not marked and not any(_HEADER in file.metadata for file in files):
+        return ""
+    from modules.checkpoints.marks import find_packed  # of no use to other files
+
+    checkpoint = Checkpoint(path, places, files)
     try:
-        layers = json.loads(checkpoint.metadata.get("_quantization_metadata", "{}")).get("layers", {})
-        formats = {layer if isinstance(layer, str) else str(layer["format"]) for layer in layers.values()}
-        for name in checkpoint.tensors:
-            if name.endswith(".comfy_quant"):
-                formats.add(str(json.loads(bytes(checkpoint.read(name).tolist()))["format"]))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{checkpoint.path}: its record of quantisation cannot be read ({error!r}).", checkpoint.path
-        ) from error
-    return ", ".join(sorted(formats - _QUANT_FORMATS))
+        for name, info in find_packed(checkpoint.tensors, checkpoint.metadata, checkpoint.read).items():
+            file, stored = places[name]
+            file.tensors[stored] = info
+    except (ValueError, RecursionError) as error:
+        return str(error)
+    return ""
+
+
+def companions_of(name: str, info: TensorInfo) -> tuple[str, ...]:
+    """Return the names of what belongs to a packed weight."""
+    assert info.packing is not None
+    return tuple(name.removesuffix("weight") + end for end in info.packing.beside)
 
 
 def _find_form(tensors: Mapping[str, TensorInfo]) -> str | None:
     """Return the form of quantised weights without marks, and a tensor that shows it."""
+    read = {name for name, info in tensors.items() if info.packing is not None}
+    read |= {part for name in read for part in companions_of(name, tensors[name])}
+    tensors = {name: info for name, info in tensors.items() if name not in read}
     for ending, form in _FOREIGN.items():
         name = next((name for name in tensors if name.endswith(ending)), None)
         if name is not None:
             return f"{form}: it has {name}"
-    name = next((name for name in tensors if ".quant_state." in name), None)
-    if name is not None:
-        return f"nf4 or fp4 of bitsandbytes: it has {name}"
     for name, info in tensors.items():
         if name.endswith(_SCALES) and len(info.shape) == 2 and min(info.shape) > 1:
             is_float = info.dtype.is_floating_point and info.dtype.itemsize > 1
@@ -335,7 +354,12 @@ def plain_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
     beside = set(scales.values())
     sources = {}
 
+    packed = {name: info for name, info in checkpoint.tensors.items() if info.packing is not None}
+    beside |= {part for name, info in packed.items() for part in companions_of(name, info)}
     for name in checkpoint.tensors:
+        if name in packed:
+            sources[name] = _packed_source(checkpoint.path, name, packed[name])
+            continue
         if name in beside or any(fnmatch.fnmatchcase(name, pattern) for pattern in QUANT_EXTRAS):
             continue
         in_fp8 = is_fp8(checkpoint.tensors[name].dtype)
@@ -344,6 +368,26 @@ def plain_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
         else:
             sources[name] = TensorSource((name,), as_stored=stored_fp8 if in_fp8 else None)
     return sources
+
+
+def _packed_source(path: Path, name: str, info: TensorInfo) -> TensorSource:
+    assert info.packing is not None
+    keep = info.packing.keep
+
+    def as_stored(*tensors: Tensor) -> Stored:
+        try:
+            return keep(*tensors)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {name} {error}. Download or copy it again.", path) from error
+
+    def build(*tensors: Tensor) -> Tensor:
+        if tensors[0].device.type == "meta":
+            return torch.empty(info.shape, device="meta")
+        return as_stored(*tensors).value().view(info.shape)
+
+    return TensorSource(
+        (name, *companions_of(name, info)), build, as_stored if len(info.shape) == 2 else None
+    )
 
 
 def scales_in(names: Iterable[str]) -> dict[str, str]:

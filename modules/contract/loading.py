@@ -13,15 +13,37 @@ from modules.stored.forms import Stored
 
 
 @dataclass(frozen=True)
+class Packing:
+    """How a file holds a weight in another shape, or with more beside it, than its value has."""
+
+    shape: tuple[int, ...]  # of the tensor in the file
+    beside: tuple[str, ...]  # what the names of its companions end in, in place of "weight"
+    keep: Callable[..., Stored]  # of the weight and the companions; ValueError for scales that are none
+    pad: int = 1  # rows and columns are rounded up to multiples of it
+
+    def padded(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(-(-length // self.pad) * self.pad for length in shape)
+
+
+@dataclass(frozen=True)
 class TensorInfo:
-    """Hold the facts about a tensor before it is read."""
+    """Hold the facts about a tensor before it is read: dtype in the file, shape of the value."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
+    packing: Packing | None = None
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        return self.shape if self.packing is None else self.packing.shape
 
     @property
     def size_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return math.prod(self.stored_shape) * self.dtype.itemsize
+
+    def hollow(self) -> Tensor:
+        """Return the tensor of the file on the meta device."""
+        return torch.empty(self.stored_shape, dtype=self.dtype, device="meta")
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,10 @@ def in_own_dtype(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def run_float32(layer: nn.Module, x: Tensor) -> Tensor:
-    """Return layer(x) as float32, computed outside autocast in the dtype of the layer's weight."""
+    """Return layer(x) as float32, without autocast in its weight's dtype, with a packed one in float32."""
+    dtype = _weight_dtype(layer)
     with torch.autocast(x.device.type, enabled=False):
-        return layer(x.to(_weight_dtype(layer))).float()
+        return layer(x.to(torch.float32 if dtype.itemsize == 1 else dtype)).float()
 
 
 def _weight_dtype(layer: nn.Module) -> torch.dtype:

@@ -225,7 +225,6 @@ def test_a_pickled_tensor_with_an_endless_name_is_refused(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("start", "message"),
     [
-        (b"GGUF\x03\0\0\0" + bytes(9), "is a GGUF file"),
         (b"\x08\x08\x12\x07pytorch", "is an ONNX file"),
         (b"version https://git-lfs.github.com/spec/v1", "is a Git LFS pointer"),
         (b"<!DOCTYPE html><html>", "is a web page"),

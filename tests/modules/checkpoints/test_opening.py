@@ -93,9 +93,6 @@ def _comfy_quant(kind: str) -> Tensor:
         ({"0.weight.SCB": torch.ones(4)}, {}, "int8 of bitsandbytes"),
         ({"0.qweight": torch.ones(4, 2, dtype=torch.int32)}, {}, "GPTQ or AWQ"),
         ({"0.wscales": torch.ones(4, 2)}, {}, "SVDQuant"),
-        ({}, {"_quantization_metadata": '{"layers": {"0": "mxfp8"}}'}, "mxfp8"),
-        ({"0.comfy_quant": _comfy_quant("nvfp4")}, {}, "nvfp4"),
-        ({}, {"_quantization_metadata": '{"layers": {"0": {"format": "int8_tensorwise"}}}'}, "int8_tensor"),
     ],
 )
 def test_other_quantisations_are_refused(

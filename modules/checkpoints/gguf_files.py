@@ -1,0 +1,245 @@
+"""Read GGUF files: a header of keys and tensors, then aligned data.
+
+Written anew, as the package's reader maps the file, and never ends for a header that lies. Source: the
+specification in ggml's docs/gguf.md; names of text encoders: llama.cpp's `tensor_mapping.py`.
+"""
+
+import math
+import re
+import struct
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import torch
+from torch import Tensor
+
+from modules.contract.loading import Packing, TensorInfo
+from modules.control_codes import shorten
+from modules.errors import CheckpointError
+from modules.limits import MAX_ELEMENTS, MAX_HEADER_BYTES, MAX_TENSOR_NAME
+from modules.stored.forms import Stored
+from modules.stored.ggml import KINDS, Kind, kind_of_package
+from modules.stored.packed import RowForm
+
+_PLAIN = {0: torch.float32, 1: torch.float16, 28: torch.float64, 30: torch.bfloat16}
+_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_TEXT, _LIST = 8, 9
+_MAX_AXES = 8
+
+_T5 = {
+    **{f"attn_{letter}": f"layer.0.SelfAttention.{letter}" for letter in "qkvo"},
+    "attn_rel_b": "layer.0.SelfAttention.relative_attention_bias",
+    "attn_norm": "layer.0.layer_norm",
+    **{"ffn_gate": "layer.1.DenseReluDense.wi_0", "ffn_up": "layer.1.DenseReluDense.wi_1"},
+    **{"ffn_down": "layer.1.DenseReluDense.wo", "ffn_norm": "layer.1.layer_norm"},
+}
+_LLAMA = {
+    **{f"attn_{letter}": f"self_attn.{letter}_proj" for letter in "qkv"},
+    **{"attn_output": "self_attn.o_proj", "attn_norm": "input_layernorm"},
+    **{f"attn_{letter}_norm": f"self_attn.{letter}_norm" for letter in "qk"},
+    **{f"ffn_{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")},
+    "ffn_norm": "post_attention_layernorm",
+}
+_OUTSIDE = {
+    "enc.output_norm": "encoder.final_layer_norm",
+    **{"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"},
+}
+# parts of names in files of models whose weights llama.cpp changes in ways that are not undone here
+_CHANGED = {"post_attention_norm": "Gemma", "ffn_gate_exps": "a mixture of experts"}
+
+
+class GgufFile:
+    """A GGUF file of tensors. Text encoders have the names of transformers, and rows in its order."""
+
+    left_out: Sequence[str] = ()
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tensors: dict[str, TensorInfo] = {}
+        self.metadata: dict[str, str] = {}
+        self._places: dict[str, int] = {}
+        self._heads: dict[str, int] = {}  # of tensors whose rows are permuted within each head
+        self._file = path.open("rb")
+        try:
+            self._read_header(path.stat().st_size)
+            self._name_like_transformers()
+        except (ValueError, struct.error) as error:
+            self._file.close()
+            raise CheckpointError(
+                f"{path} is damaged or incomplete: its GGUF header cannot be read ({error}). Download or "
+                "copy it again.",
+                path,
+            ) from error
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _read_header(self, size: int) -> None:
+        head = _Header(self._file, min(size, MAX_HEADER_BYTES))
+        head.take(4)
+        version = head.number("I")
+        if version not in (2, 3):
+            raise ValueError(f"its version is {version}, 2 and 3 are known")
+        count, keys = head.number("Q"), head.number("Q")
+        for _ in range(keys):
+            key, value = head.text(), head.value(head.number("I"))
+            if value is not None:
+                self.metadata[key] = str(value)
+        places, starts = [], {}
+        for _ in range(count):
+            name, axes = head.text(MAX_TENSOR_NAME), head.number("I")
+            if axes > _MAX_AXES or name in self.tensors:
+                raise ValueError(f"{shorten(name, 60)} has {axes} axes, or is there twice")
+            shape = tuple(head.number("Q") for _ in range(axes))[::-1]
+            if math.prod(max(length, 1) for length in shape) > MAX_ELEMENTS:
+                raise ValueError(f"{name} has the impossible shape {shape}")
+            self.tensors[name] = self._info(name, head.number("I"), shape)
+            starts[name] = head.number("Q")
+        align = int(self.metadata.get("general.alignment", 32))
+        if align < 1:
+            raise ValueError(f"its alignment is {align}")
+        data = -(-head.place // align) * align
+        for name, start in starts.items():
+            self._places[name] = data + start
+            places.append((data + start, data + start + self.tensors[name].size_bytes, name))
+        last = data
+        for begin, end, name in sorted(places):
+            if begin < last or end > size:
+                raise ValueError(f"{name} lies at bytes {begin} to {end} of {size}, others end at {last}")
+            last = end
+
+    def _info(self, name: str, number: int, shape: tuple[int, ...]) -> TensorInfo:
+        if number in _PLAIN:
+            return TensorInfo(_PLAIN[number], _full_shape(name, shape))
+        kind = KINDS.get(number) or kind_of_package(number)
+        if kind is None:
+            known = ", ".join(["F32", "F16", "BF16", *(one.name for one in KINDS.values())])
+            raise CheckpointError(
+                f"{self.path}: {name} is of the unknown GGUF type {number}. Those known are {known}, and "
+                "what the package gguf has beside them.",
+                self.path,
+            )
+        if not shape or shape[-1] % kind.weights:
+            raise ValueError(f"{name} has the shape {shape}, {kind.name} is stored in rows of {kind.weights}")
+        rows, columns = math.prod(shape[:-1]), shape[-1]
+        packed = (rows, columns // kind.weights * kind.size)
+        packing = Packing(packed, (), partial(_keep, kind, (rows, columns)))
+        return TensorInfo(torch.uint8, _full_shape(name, shape), packing)
+
+    def _name_like_transformers(self) -> None:
+        """Rename tensors of llama.cpp as in transformers; it permutes the rows of Llama's q and k.
+
+        Raises CheckpointError for models whose weights it changes otherwise.
+        """
+        if "token_embd.weight" not in self.tensors:
+            return
+        for mark, what in _CHANGED.items():
+            if any(f".{mark}." in name for name in self.tensors):
+                raise CheckpointError(
+                    f"{self.path} is {what} with llama.cpp's names, which is not supported. Give the "
+                    "safetensors file of the model.",
+                    self.path,
+                )
+        is_t5 = "enc.blk.0.attn_q.weight" in self.tensors
+        is_llama = not is_t5 and not {"blk.0.attn_q.bias", "blk.0.attn_q_norm.weight"} & set(self.tensors)
+        outside = _OUTSIDE | ({"token_embd": "shared"} if is_t5 else {})
+        for old in list(self.tensors):
+            found = re.fullmatch(r"(?:enc\.)?blk\.(\d+)\.(\w+)\.(weight|bias)", old)
+            start, _, kind = old.rpartition(".")
+            new = f"{outside.get(start, start)}.{kind}"
+            if found:
+                inside = (_T5 if is_t5 else _LLAMA).get(found[2], found[2])
+                new = f"{'encoder.block' if is_t5 else 'model.layers'}.{found[1]}.{inside}.{found[3]}"
+                if is_llama and found[2] in ("attn_q", "attn_k"):
+                    self._heads[new] = self._head_count(found[2], self.tensors[old])
+            self.tensors[new], self._places[new] = self.tensors.pop(old), self._places.pop(old)
+
+    def _head_count(self, part: str, info: TensorInfo) -> int:
+        key = "llama.attention.head_count" + ("_kv" if part == "attn_k" else "")
+        heads = int(self.metadata.get(key, 0))
+        if heads < 1 or info.shape[0] % (2 * heads):
+            raise ValueError(f"{key} is {heads}, which does not divide {info.shape[0]} rows into pairs")
+        return heads
+
+    def borrow(self, name: str, scratch: Tensor) -> Tensor:
+        """Return a tensor to be copied from at once; its bytes may lie in `scratch` (uint8)."""
+        info = self.tensors[name]
+        room = scratch[: info.size_bytes]
+        self._file.seek(self._places[name])
+        if self._file.readinto(memoryview(cast(Any, room.numpy()))) != len(room):
+            raise CheckpointError(
+                f"{self.path} ends inside {name}: it was cut short while being read. Copy it again.",
+                self.path,
+            )
+        found = room.view(info.dtype).view(info.stored_shape)
+        if name in self._heads:  # pairs of rows lie side by side, for transformers in halves
+            found = found.unflatten(0, (self._heads[name], -1, 2)).transpose(1, 2).flatten(0, 2)
+        return found
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _Header:
+    """The numbers and texts at the beginning of a file; ValueError for what lies beyond `most` bytes."""
+
+    def __init__(self, file: BinaryIO, most: int) -> None:
+        self._file, self._most, self.place = file, most, 0
+
+    def take(self, size: int) -> bytes:
+        self.place += size
+        if self.place > self._most:
+            raise ValueError(f"it claims more than {self._most:,} bytes")
+        return self._file.read(size)
+
+    def number(self, code: str) -> Any:
+        return struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}")))[0]
+
+    def text(self, most: int | None = None) -> str:
+        length = self.number("Q")
+        if most is not None and length > most:
+            raise ValueError(f"a tensor has a name of {length} bytes")
+        return self.take(length).decode("utf-8")
+
+    def value(self, kind: int) -> str | float | None:
+        """Return a text or a number; a list is passed over, and None."""
+        if kind in _NUMBERS:
+            found: float = self.number(_NUMBERS[kind])
+            return found
+        if kind == _TEXT:
+            return self.text()
+        if kind != _LIST:
+            raise ValueError(f"a value is of the unknown kind {kind}")
+        inner, count = self.number("I"), self.number("Q")
+        if inner in _NUMBERS:
+            self.take(count * struct.calcsize(_NUMBERS[inner]))
+        elif inner == _TEXT:
+            for _ in range(count):
+                self.take(self.number("Q"))
+        else:
+            raise ValueError(f"a list has values of the kind {inner}")
+        return None
+
+
+def _keep(kind: Kind, shape: tuple[int, int], packed: Tensor) -> Stored:
+    if packed.device.type != "meta" and not kind.is_sound(packed):
+        raise ValueError("has scales that are NaN or infinite")
+    return Stored(RowForm(kind.name, make=kind.rows), shape, (packed,))
+
+
+def _full_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the five axes of a patch embedding that a writer with at most four axes has flattened.
+
+    All released models with one have patches of 1 x 2 x 2.
+    """
+    if (
+        name.endswith("patch_embedding.weight")
+        and len(shape) in (2, 4)
+        or (name.endswith("img_in.proj.weight") and shape[-2:] == (2, 2) and len(shape) == 4)
+    ):
+        channels = math.prod(shape[1:]) // 4
+        if math.prod(shape[1:]) == channels * 4:
+            return (shape[0], channels, 1, 2, 2)
+    return shape

@@ -1,0 +1,163 @@
+"""Values of the kinds of GGUF files. A row of a weight is whole blocks of bytes, each with its own scales.
+
+Source: ggml's block layouts; the tests compare with the package `gguf`, whose own functions (numpy, on the
+CPU) read the kinds that are not in `KINDS`.
+"""
+
+# Letters: B blocks. Each function takes the bytes of blocks, B x size, and returns B x weights, float32
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import numpy
+import torch
+from torch import Tensor
+
+from modules.errors import CheckpointError
+
+
+def _half(blocks: Tensor, start: int) -> Tensor:
+    """Return a float16 of each block, B 1."""
+    return blocks[:, start : start + 2].contiguous().view(torch.float16).float()
+
+
+def _planes(codes: Tensor, bits: int) -> Tensor:
+    """Cut bytes B n into their parts of so many bits, lowest first, one behind the other: B 8/bits n."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
+    return (codes[:, None] >> shifts[:, None]) & ((1 << bits) - 1)
+
+
+def _fifth_bits(blocks: Tensor, start: int) -> Tensor:
+    """Return 32 bits of four bytes as the value 16 or 0, B 32."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=blocks.device)
+    return ((blocks[:, start : start + 4, None] >> shifts & 1) << 4).flatten(1)
+
+
+def _q8_0(blocks: Tensor) -> Tensor:
+    return _half(blocks, 0) * blocks[:, 2:].view(torch.int8)
+
+
+def _q4_0(blocks: Tensor) -> Tensor:
+    return _half(blocks, 0) * (_planes(blocks[:, 2:], 4).flatten(1).float() - 8)
+
+
+def _q4_1(blocks: Tensor) -> Tensor:
+    return _half(blocks, 0) * _planes(blocks[:, 4:], 4).flatten(1) + _half(blocks, 2)
+
+
+def _q5_0(blocks: Tensor) -> Tensor:
+    codes = _planes(blocks[:, 6:], 4).flatten(1) | _fifth_bits(blocks, 2)
+    return _half(blocks, 0) * (codes.float() - 16)
+
+
+def _q5_1(blocks: Tensor) -> Tensor:
+    codes = _planes(blocks[:, 8:], 4).flatten(1) | _fifth_bits(blocks, 4)
+    return _half(blocks, 0) * codes + _half(blocks, 2)
+
+
+def _sixths(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the 8 scales and 8 minima of 6 bits in 12 bytes of Q4_K and Q5_K, each B 8."""
+    first, second, third = packed[:, :4], packed[:, 4:8], packed[:, 8:]
+    scales = torch.cat((first & 63, third & 15 | first >> 6 << 4), dim=1)
+    return scales, torch.cat((second & 63, third >> 4 | second >> 6 << 4), dim=1)
+
+
+def _with_minima(blocks: Tensor, codes: Tensor) -> Tensor:
+    """Apply the scales and minima of 8 x 32 codes, B 8 32."""
+    scales, minima = _sixths(blocks[:, 4:16])
+    scales, minima = _half(blocks, 0) * scales, _half(blocks, 2) * minima
+    return (scales[..., None] * codes - minima[..., None]).flatten(1)
+
+
+def _q4_k(blocks: Tensor) -> Tensor:
+    # 4 x 32 bytes, each two times 32 codes
+    return _with_minima(blocks, _planes(blocks[:, 16:].reshape(-1, 32), 4).reshape(-1, 8, 32))
+
+
+def _q5_k(blocks: Tensor) -> Tensor:
+    low = _planes(blocks[:, 48:].reshape(-1, 32), 4).reshape(-1, 8, 32)
+    return _with_minima(blocks, low | _planes(blocks[:, 16:48], 1) << 4)
+
+
+def _q6_k(blocks: Tensor) -> Tensor:
+    # two halves of 128 weights: 64 bytes of low nibbles, 32 of the upper two bits
+    low = _planes(blocks[:, :128].reshape(-1, 64), 4).reshape(-1, 2, 128)
+    codes = low | _planes(blocks[:, 128:192].reshape(-1, 32), 2).reshape(-1, 2, 128) << 4
+    scales = _half(blocks, 208) * blocks[:, 192:208].view(torch.int8)
+    return (scales[..., None] * (codes.reshape(-1, 16, 16).float() - 32)).flatten(1)
+
+
+def _q2_k(blocks: Tensor) -> Tensor:
+    codes = _planes(blocks[:, 16:80].reshape(-1, 32), 2).reshape(-1, 16, 16)
+    scales, minima = _half(blocks, 80) * (blocks[:, :16] & 15), _half(blocks, 82) * (blocks[:, :16] >> 4)
+    return (scales[..., None] * codes - minima[..., None]).flatten(1)
+
+
+def _q3_k(blocks: Tensor) -> Tensor:
+    low = _planes(blocks[:, 32:96].reshape(-1, 32), 2).reshape(-1, 8, 32)
+    codes = (low | _planes(blocks[:, :32], 1) << 2).float() - 4
+    packed = blocks[:, 96:108]  # 16 scales of 6 bits: 8 bytes of nibbles, 4 of the upper two bits
+    scales = _planes(packed[:, :8], 4).flatten(1) | _planes(packed[:, 8:], 2).flatten(1) << 4
+    scales = _half(blocks, 108) * (scales.float() - 32)
+    return (scales[..., None] * codes.reshape(-1, 16, 16)).flatten(1)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of GGUF: weights and bytes of a block, where its float16 numbers are, and its values."""
+
+    name: str
+    weights: int
+    size: int
+    halves: tuple[int, ...]
+    values: Callable[[Tensor], Tensor]
+
+    def rows(self, packed: Tensor) -> Tensor:
+        """Return the values of rows of bytes, N K/weights*size."""
+        return self.values(packed.reshape(-1, self.size)).view(len(packed), -1)
+
+    def is_sound(self, packed: Tensor) -> bool:
+        """Return whether all float16 numbers of rows of bytes are finite."""
+        blocks = packed.reshape(-1, self.size)
+        return all(bool(_half(blocks, start).isfinite().all()) for start in self.halves)
+
+
+KINDS = {  # by the number in files
+    2: Kind("Q4_0", 32, 18, (0,), _q4_0),
+    3: Kind("Q4_1", 32, 20, (0, 2), _q4_1),
+    6: Kind("Q5_0", 32, 22, (0,), _q5_0),
+    7: Kind("Q5_1", 32, 24, (0, 2), _q5_1),
+    8: Kind("Q8_0", 32, 34, (0,), _q8_0),
+    10: Kind("Q2_K", 256, 84, (80, 82), _q2_k),
+    11: Kind("Q3_K", 256, 110, (108,), _q3_k),
+    12: Kind("Q4_K", 256, 144, (0, 2), _q4_k),
+    13: Kind("Q5_K", 256, 176, (0, 2), _q5_k),
+    14: Kind("Q6_K", 256, 210, (208,), _q6_k),
+}
+
+
+@cache  # equal kinds are one object
+def kind_of_package(number: int) -> Kind | None:
+    """Return a kind that only the package `gguf` reads; None if it has none of this number.
+
+    Raises CheckpointError if the package is missing.
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise CheckpointError(
+            f"GGUF type {number} is read by the package gguf, which is not installed. Run: pip install gguf"
+        ) from None
+    try:
+        kind = gguf.GGMLQuantizationType(number)
+        gguf.quants.dequantize(numpy.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), numpy.uint8), kind)
+    except (ValueError, KeyError, NotImplementedError):
+        return None
+
+    def values(blocks: Tensor) -> Tensor:
+        found = torch.from_numpy(gguf.quants.dequantize(blocks.cpu().numpy(), kind))
+        return found.to(blocks.device)
+
+    weights, size = gguf.GGML_QUANT_SIZES[kind]
+    return Kind(kind.name, weights, size, (), values)

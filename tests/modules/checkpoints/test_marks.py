@@ -1,0 +1,147 @@
+"""What marks of packed layers say, and marks and GGUF headers that lie: one message each."""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from modules.checkpoints.opening import open_checkpoint, plain_sources
+from modules.errors import CheckpointError
+from tests.tiny.dit_files import write_tensors
+
+INT8 = {"m.0.weight": torch.ones(4, 64, dtype=torch.int8), "m.0.weight_scale": torch.full((4, 1), 0.5)}
+
+
+def text(mark: Any) -> Tensor:
+    return torch.tensor(list(json.dumps(mark).encode()), dtype=torch.uint8)
+
+
+def marked(mark: Any, **changed: Tensor) -> dict[str, Tensor]:
+    found = INT8 | {f"m.0.{name}": one for name, one in changed.items()}
+    return {**found, "m.0.comfy_quant": mark if isinstance(mark, Tensor) else text(mark)}
+
+
+def value(path: Path) -> Tensor:
+    with open_checkpoint(path) as checkpoint:
+        source = plain_sources(checkpoint)["m.0.weight"]
+        return source.make([checkpoint.read(name) for name in source.names])
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (4,), (), (1,)])
+@pytest.mark.parametrize(
+    "layers", [{}, {"m.0": "int8_tensorwise"}, {"0": {"format": "int8_tensorwise"}}, {"gone": "nvfp4"}]
+)
+def test_both_ways_of_marks_are_read_and_every_shape_of_scales(
+    tmp_path: Path, shape: tuple[int, ...], layers: dict[str, Any]
+) -> None:
+    state = marked({"format": "int8_tensorwise"}, weight_scale=torch.full(shape, 0.5))
+    if layers and "gone" not in layers:
+        del state["m.0.comfy_quant"]
+    path = tmp_path / "a.safetensors"
+    save_file(state, path, {"_quantization_metadata": json.dumps({"layers": layers})})
+
+    assert torch.equal(value(path), torch.full((4, 64), 0.5))
+
+
+BAD = {
+    "unknown": (marked({"format": "int3"}), "m.0 is in the unknown form 'int3'.*known are.*nvfp4"),
+    "no_json": (marked(torch.ones(9, dtype=torch.uint8)), "m.0.comfy_quant is no JSON"),
+    "deep": (marked(torch.full((60_000,), 91, dtype=torch.uint8)), "m.0.comfy_quant (is no JSON|has tables)"),
+    "long": (marked(torch.zeros(1 << 17, dtype=torch.uint8)), "m.0.comfy_quant is no text"),
+    "list": (marked([1]), "in place of a table"),
+    "no_format": (marked({}), "m.0: its mark cannot be read"),
+    "no_scales": (marked({"format": "nvfp4"}), "m.0 has a weight of"),
+    "group": (marked({"format": "int8_tensorwise", "convrot": True}), "64 columns, rotated in groups of 256"),
+    "huge": (
+        marked({"format": "int8_tensorwise", "convrot": 1, "convrot_groupsize": 1 << 40}),
+        "convrot_groupsize",
+    ),
+    "zero": (marked({"format": "int8_tensorwise"}, weight_scale=torch.zeros(4, 1)), "m.0.weight has scales"),
+    "nan": (marked({"format": "int8_tensorwise"}, weight_scale=torch.full((4, 1), torch.nan)), "NaN"),
+    "inf": (marked({"format": "int8_tensorwise"}, weight_scale=torch.full((4, 1), torch.inf)), "infinite"),
+    "shape": (
+        marked({"format": "int8_tensorwise"}, weight_scale=torch.ones(3, 1)),
+        "does not fit its weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_marks_that_lie_are_refused_by_the_layer(tmp_path: Path, name: str) -> None:
+    state, message = BAD[name]
+    path = write_tensors(tmp_path / "a.safetensors", state)
+
+    with pytest.raises(CheckpointError, match=message):
+        value(path)
+
+
+def header(count: int, keys: int = 0, rest: bytes = b"") -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, count, keys) + rest
+
+
+def tensor(name: bytes, shape: tuple[int, ...], kind: int, start: int) -> bytes:
+    axes = struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
+    return struct.pack("<Q", len(name)) + name + axes + struct.pack("<IQ", kind, start)
+
+
+BROKEN = {
+    "empty": (b"GGUF", "claims more than"),
+    "version": (b"GGUF" + bytes(20), "its version is 0"),
+    "many tensors": (header(1 << 60), "claims more than"),
+    "many keys": (header(0, 1 << 60), "claims more than"),
+    "long text": (header(0, 1, struct.pack("<Q", 1 << 62)), "claims more than"),
+    "long list": (header(0, 1, struct.pack("<QcIIQ", 1, b"a", 9, 4, 1 << 60)), "claims more than"),
+    "list of lists": (header(0, 1, struct.pack("<QcIIQ", 1, b"a", 9, 9, 1)), "a list has values"),
+    "big": (header(1, 0, tensor(b"a", (1 << 30, 1 << 30), 0, 0)), "impossible shape"),
+    "axes": (header(1, 0, tensor(b"a", (1,) * 9, 0, 0)), "9 axes"),
+    "twice": (header(2, 0, tensor(b"a", (1,), 0, 0) * 2 + bytes(64)), "is there twice"),
+    "beyond": (header(1, 0, tensor(b"a", (64,), 0, 0)), "lies at bytes"),
+    "shared": (
+        header(2, 0, tensor(b"a", (8,), 0, 0) + tensor(b"b", (8,), 0, 0) + bytes(128)),
+        "lies at bytes",
+    ),
+    "uneven": (header(1, 0, tensor(b"a", (33,), 8, 0) + bytes(64)), "rows of 32"),
+    "kind": (header(1, 0, tensor(b"a", (32,), 77, 0) + bytes(64)), "unknown GGUF type 77.*Q4_K"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_gguf_headers_that_lie_are_refused(tmp_path: Path, name: str) -> None:
+    content, message = BROKEN[name]
+    (tmp_path / "a.gguf").write_bytes(content)
+
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tmp_path / "a.gguf")
+
+
+def test_infinite_scales_of_gguf_are_refused(tmp_path: Path) -> None:
+    block = b"\x00\x7c" + bytes(32)
+    data = header(1, 0, tensor(b"m.0.weight", (32,), 8, 0))
+    (tmp_path / "a.gguf").write_bytes(data + bytes(-len(data) % 32) + block)
+
+    with pytest.raises(CheckpointError, match=r"m\.0\.weight has scales that are NaN or infinite"):
+        value(tmp_path / "a.gguf")
+
+
+def test_text_encoders_get_the_names_of_transformers_and_llamas_rows_in_order(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    rows = torch.randn(16, 32)  # two heads of eight
+    writer = gguf.GGUFWriter(tmp_path / "a.bin", "llama")
+    writer.add_head_count(2)
+    permuted = rows.unflatten(0, (2, 2, 4)).transpose(1, 2).flatten(0, 2)
+    for name, one in {"token_embd": rows, "blk.0.attn_q": permuted, "blk.0.ffn_down": rows}.items():
+        writer.add_tensor(f"{name}.weight", one.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    with open_checkpoint(tmp_path / "a.bin") as checkpoint:
+        names = {"model.embed_tokens", "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"}
+        assert checkpoint.tensors.keys() == {f"{name}.weight" for name in names}
+        assert all(torch.equal(checkpoint.read(name), rows) for name in checkpoint.tensors)
