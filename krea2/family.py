@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -60,10 +60,10 @@ from modules.contract.data import (
     SamplingDefaults,
     name_text_and_mask,
 )
-from modules.contract.family import Abilities, DitSpec, Family, NoiseSpec, count_picture_tokens
+from modules.contract.family import Abilities, DitSpec, Family, NoiseSource, NoiseSpec, count_picture_tokens
 from modules.contract.requests import Prepared, Request
 from modules.contract.rules import ModelRelease, ReferenceRules
-from modules.contract.steps import NO_TWEAKS, Tweaks
+from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from modules.errors import CacheError, DatasetError, OptionError
 from modules.flow.schedule import size_shift
 from modules.media.pixels import to_pixels
@@ -256,6 +256,16 @@ class Krea2(ModelOfPictures):
         """Encode a picture, 1 1 H W 3 uint8, in model space, 1 C 1 h w. Nothing is drawn."""
         latents: Tensor = encoders.vae.encode(to_pixels(frames))
         return latents
+
+    def sections(
+        self,
+        prepared: Prepared,
+        prompts: Mapping[int, EncodedPrompts],
+        inputs: Mapping[int, Conditions],
+        noise: NoiseSource,
+    ) -> Generator[Section, Tensor, Tensor]:
+        section = prompts[0].section(self.draw_noise(prepared, noise), inputs.get(0))
+        return (yield replace(section, tweaks=Tweaks(kept={})) if self.isolated else section)
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
         """Decode to pixels B 3 1 H W in -1..1."""
