@@ -2,8 +2,9 @@
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -60,10 +61,10 @@ from modules.contract.data import (
     SamplingDefaults,
     name_text_and_mask,
 )
-from modules.contract.family import Abilities, DitSpec, Family, NoiseSpec, count_picture_tokens
+from modules.contract.family import Abilities, DitSpec, Family, NoiseSource, NoiseSpec, count_picture_tokens
 from modules.contract.requests import Prepared, Request
 from modules.contract.rules import ModelRelease, ReferenceRules
-from modules.contract.steps import NO_TWEAKS, Tweaks
+from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from modules.errors import CacheError, DatasetError, OptionError
 from modules.flow.schedule import size_shift
 from modules.media.pixels import to_pixels
@@ -257,6 +258,16 @@ class Krea2(ModelOfPictures):
         latents: Tensor = encoders.vae.encode(to_pixels(frames))
         return latents
 
+    def sections(
+        self,
+        prepared: Prepared,
+        prompts: Mapping[int, EncodedPrompts],
+        inputs: Mapping[int, Conditions],
+        noise: NoiseSource,
+    ) -> Generator[Section, Tensor, Tensor]:
+        section = prompts[0].section(self.draw_noise(prepared, noise), inputs.get(0))
+        return (yield replace(section, tweaks=Tweaks(kept={})) if self.isolated else section)
+
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
         """Decode to pixels B 3 1 H W in -1..1."""
         yield from encoders.vae.decode(latents)
@@ -264,25 +275,20 @@ class Krea2(ModelOfPictures):
 
 def family_for_latent_caching(options: Krea2LatentCachingOptions) -> Krea2:
     """Describe the family for krea2_cache_latents.py."""
-    rules = _rules(options) if options.edit else None
-    return Krea2(Krea2Files().add_vae(options.vae.file), references=rules)
+    return Krea2(Krea2Files().add_vae(options.vae.file), references=_rules(options))
 
 
 def family_for_text_caching(options: Krea2TextCachingOptions) -> Krea2:
     """Describe the family for krea2_cache_text_encoder_outputs.py."""
     files = Krea2Files(text_use=EDIT_USE if options.edit else KREA_2_USE).add_text(options.text)
-    return Krea2(files, references=_rules(options) if options.edit else None)
+    return Krea2(files, references=_rules(options))
 
 
-def family_for_training(options: Krea2TrainingOptions) -> Krea2:
-    """Describe the family for krea2_train_network.py."""
-    return _family_for_training(options, options)
-
-
-def _family_for_training(files: Krea2TrainingOptions, options: Krea2TrainingOptions) -> Krea2:
+def family_for_training(options: Krea2TrainingOptions, dit: Path | None = None) -> Krea2:
+    """Describe the family for krea2_train_network.py. dit: a transformer in place of the trained one."""
     use = EDIT_USE if options.edit else KREA_2_USE
-    rules = _rules(options) if options.edit else None
-    return Krea2(_files(files, use), options, references=rules, isolated=options.kv_cache)
+    files = _files(options, use, dit)
+    return Krea2(files, options, references=_rules(options), isolated=options.kv_cache)
 
 
 def family_for_samples(options: Krea2TrainingOptions) -> Krea2 | None:
@@ -299,23 +305,24 @@ def family_for_samples(options: Krea2TrainingOptions) -> Krea2 | None:
             f"--turbo_dit {turbo}: it says that it is raw ({where}), which makes no picture in eight steps. "
             "Give turbo.safetensors, or leave the option out"
         )
-    made = _family_for_training(replace(options, dit=turbo, turbo_dit=None), options)
-    return replace(made, samples_on_turbo=True)
+    return replace(family_for_training(options, turbo), samples_on_turbo=True)
 
 
 def family_for_generation(options: Krea2GenerationOptions) -> Krea2:
     """Describe the family for krea2_generate_image.py."""
-    rules = replace(_rules(options), edits=False)
-    return Krea2(_files(options, MIXED_USE), references=rules, isolated=options.kv_cache)
+    return Krea2(_files(options, MIXED_USE), references=_rules(options), isolated=options.kv_cache)
 
 
-def _rules(options: Any) -> ReferenceRules:
+def _rules(options: Any) -> ReferenceRules | None:
+    is_edit = getattr(options, "edit", None)  # None: of a generation, which may be one
+    if is_edit is False:
+        return None
     area = None if getattr(options, "match_target_res", False) else MEGAPIXEL
-    return ReferenceRules(MOST, seen_by_text=True, edits=True, own_shape=True, area=area)
+    return ReferenceRules(MOST, seen_by_text=True, edits=bool(is_edit), own_shape=True, area=area)
 
 
-def _files(options: Krea2ModelOptions, use: LanguageUse) -> Krea2Files:
-    files = Krea2Files(text_use=use).add_dit(options.dit, options.dit_dtype)
+def _files(options: Krea2ModelOptions, use: LanguageUse, dit: Path | None = None) -> Krea2Files:
+    files = Krea2Files(text_use=use).add_dit(dit or options.dit, options.dit_dtype)
     return files.add_vae(options.vae.file).add_text(options.text)
 
 

@@ -4,6 +4,8 @@ Names of modules are the released ones. Source: the released code (krea-ai/krea-
 embedding of time, modulation, norms, rotary angles. Attention is Lumina's, gated; references of an edit stand
 first, then the picture, then the text. Attention does not depend on the order, only on positions: those of
 all texts are 0, those of references on the first axis 1, 2, ... Source of edits: ai-toolkit's `edit: true`.
+References that attend to each other alone, at time 0, are the same in all passes of a generation: their keys
+and values are computed once (`Krea2Model.remember`).
 """
 # Letters: B batch, R tokens of references, L of the picture, T of text, n states of each, N heads, D head
 # width, C = N * D, S 1, or 2 if there are references: time 0, theirs, stands before the picture's
@@ -21,11 +23,11 @@ from torch import Tensor, nn
 from krea2.configs import DIT, PATCH, Krea2Config, Krea2StreamConfig
 from lumina.blocks import GroupedAttention, Heads, LuminaTokens, serve
 from lumina.model import real_tokens
-from modules.attention.attend import Lengths, SecondText, attend, lengths_on
+from modules.attention.attend import Lengths, SecondText, attend, lengths_on, unpack
 from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.layers.modulation import add_gated, modulate, split_segments
 from modules.layers.norms import CentredNorm, activation_dtype, in_own_dtype, run_float32
-from modules.layers.rope import GridTable, exact_table, sinusoid
+from modules.layers.rope import GridTable, exact_table, rotate, sinusoid
 from modules.run_blocks import Hidden, run_blocks
 from modules.speed_options import SDPA, AttentionChoice
 
@@ -45,7 +47,8 @@ class Krea2Tokens(LuminaTokens):
     """Inputs of the blocks; x is B R+L+T C, `time` B 7 S C: six rows for the blocks, one for the end."""
 
     references: int = 0  # R
-    isolated: bool = False  # references attend to each other alone
+    isolated: int = 0  # of these, how many attend to each other alone; `lengths` are of all others
+    remembers: bool = False  # there are references alone, whose keys and values the blocks keep
     split: int = 0  # where the tokens behind references begin, among those that this process has
 
     def cut(self, part: "TokenPart") -> "Krea2Tokens":
@@ -71,6 +74,7 @@ class GatedAttention(GroupedAttention):
         self.wk, self.wv = (nn.Linear(dim, rows, bias=False) for _ in range(2))
         self.qknorm = QueryKeyScales(config)
         self.head_width = config.head_width
+        self.kept: Sequence[Tensor] = ()  # keys, rotated, and values of references in front, 1 R K D
 
     def heads(self, x: Tensor) -> Heads:
         """Return query (B L N D), key and value (B L K D) of tokens B L C; the first two normed."""
@@ -86,13 +90,20 @@ class GatedAttention(GroupedAttention):
     def look(
         self, heads: Iterable[Tensor], rotary: Tensor, tokens: LuminaTokens, lengths: Lengths | None
     ) -> Tensor:
-        heads = tuple(heads)
-        seen = super().look(heads, rotary, tokens, lengths)
-        if not isinstance(tokens, Krea2Tokens) or not tokens.isolated:
+        assert isinstance(tokens, Krea2Tokens)
+        query, key, value = heads
+        query, key = rotate(query, rotary), rotate(key, rotary)
+        if tokens.remembers:
+            self.kept = key, value
+        elif self.kept:
+            before = (one.expand(len(key), -1, -1, -1) for one in self.kept)
+            key, value = (torch.cat(both, dim=1) for both in zip(before, (key, value), strict=True))
+        key, value = serve(query, key, value)
+        alone, choice = tokens.isolated, tokens.attention
+        seen = look_back(query[:, alone:], key, value, choice, lengths)
+        if not alone:
             return seen
-        own = (one[:, : tokens.references] for one in heads)
-        theirs = super().look(own, rotary[: tokens.references], tokens, None)
-        return torch.cat([theirs, seen[:, tokens.references :]], dim=1)
+        return torch.cat([attend(*(one[:, :alone] for one in (query, key, value)), choice), seen], dim=1)
 
     def see_text(self, x: Tensor, choice: AttentionChoice, lengths: Lengths | None) -> Tensor:
         """Return the attention of text tokens, B T C, which have no positions: their output."""
@@ -102,6 +113,23 @@ class GatedAttention(GroupedAttention):
     def gated(self, x: Tensor, seen: Tensor) -> Tensor:
         """Return the output for tokens x and what they see, each B L C."""
         return in_own_dtype(self.wo, seen * in_own_dtype(self.gate, x).sigmoid())
+
+
+def look_back(
+    query: Tensor, key: Tensor, value: Tensor, choice: AttentionChoice, lengths: Lengths | None
+) -> Tensor:
+    """Return the attention, B L N D, of the last tokens to those in front too, all of which are real.
+
+    query: B L N D. key, value: B S+L N D. lengths: how many of the L tokens are real.
+    """
+    front = key.shape[1] - query.shape[1]
+    if lengths is None or not front:
+        return attend(query, key, value, choice, lengths)
+    rows = [
+        attend(one[None, :count], *(part[None, : front + count] for part in of_all), choice)[0]
+        for one, *of_all, count in zip(query, key, value, lengths.counts, strict=True)
+    ]
+    return unpack(torch.cat(rows), lengths, query.shape[1])
 
 
 class SwiGlu(nn.Module):
@@ -261,13 +289,38 @@ class Krea2Model(nn.Module):
         noisy: B Z 1 H W. timesteps: B, 0..1000. text: B T n text_dim, states of the language model.
         text_mask: B T, true or 1 for real tokens, which come first. tweaks: ideas that change this call;
         their second text has the names text and text_mask. references: clean latents of pictures to edit,
-        each B Z 1 h w of its own size. isolated: these attend to each other alone. Raises ValueError if
-        sizes do not fit.
+        each B Z 1 h w of its own size. isolated: these attend to each other alone; with `tweaks.kept` they
+        are computed once. Raises ValueError if sizes do not fit.
         """
-        given = (noisy, timesteps, text, text_mask, tweaks, references, isolated)
-        hidden = Hidden(*self.embed(*given))
-        run_blocks(self, hidden, tweaks)
+        kept = tweaks.kept if isolated and references else None
+        try:
+            if kept is not None and not kept:
+                kept.update(self.remember([one[:1] for one in references]))
+            if kept is not None and not tweaks.leaves_out:
+                references = ()
+                for attention, pair in kept.items():
+                    attention.kept = pair
+            hidden = Hidden(*self.embed(noisy, timesteps, text, text_mask, tweaks, references, isolated))
+            run_blocks(self, hidden, tweaks)
+        finally:
+            for block in self.blocks:
+                block.attn.kept = ()
         return self.unembed(hidden.x, hidden.tokens)
+
+    def remember(self, references: Sequence[Tensor]) -> dict[nn.Module, Sequence[Tensor]]:
+        """Return what the attention of each block keeps of references, each 1 Z 1 h w: see `kept` there."""
+        device = references[0].device
+        dtype, times = activation_dtype(device, self.compute_dtype), torch.zeros(1, device=device)
+        x = torch.cat([self.embed_picture(one).to(dtype) for one in references], dim=1)
+        layout = Krea2Layout((0, 0), 0, tuple(self.grid_of(one) for one in references))
+        inputs: dict[str, Any] = {"grid": layout.grid, "lengths": None, "dtype": dtype}
+        inputs |= {"rotary": self._rotary.of(layout, device), "time": self.embed_time(times)[:, :, None]}
+        tokens = Krea2Tokens(**inputs, attention=self.attention, remembers=True)
+        run_blocks(self, Hidden(x, tokens), NO_TWEAKS)
+        found = {block.attn: block.attn.kept for block in self.blocks}
+        for attention in found:
+            attention.kept = ()
+        return found
 
     def embed(
         self,
@@ -289,24 +342,25 @@ class Krea2Model(nn.Module):
         *grids, grid = (self.grid_of(one) for one in (*references, noisy))
         pictures = [self.embed_picture(one).to(dtype) for one in (*references, noisy)]
         picture = pictures[0] if not references else torch.cat(pictures, dim=1)
-        embedded = []
+        before, embedded = picture.shape[1] - math.prod(grid), []
+        alone = before if isolated else 0
+        ahead = picture.shape[1] - alone  # tokens whose attention sees all, before the texts
         for given in tweaks.texts(len(noisy), text=text, text_mask=text_mask):
             longest, counts = real_tokens(given["text_mask"])
             equal = len(set(counts)) == 1  # then there is no padding, and attention gets no mask
-            alone = None if equal else lengths_on(counts, device)
-            behind = None if equal else lengths_on([picture.shape[1] + one for one in counts], device)
-            states = self.embed_text(given["text"][:, :longest].to(dtype), alone)
+            of_text = None if equal else lengths_on(counts, device)
+            behind = None if equal else lengths_on([ahead + one for one in counts], device)
+            states = self.embed_text(given["text"][:, :longest].to(dtype), of_text)
             embedded.append((states.to(dtype), behind))
         x = torch.cat([picture, *(states for states, _ in embedded)], dim=1)
         layout = Krea2Layout(grid, x.shape[1] - picture.shape[1], tuple(grids))
         rotary, time = self._rotary.of(layout, device), self.embed_time(timesteps)[:, :, None]
-        before = picture.shape[1] - math.prod(grid)
         if references:
             time = torch.cat([self.embed_time(torch.zeros_like(timesteps))[:, :, None], time], dim=2)
         (states, lengths), *others = embedded
         count = picture.shape[1] + states.shape[1]
         inputs: dict[str, Any] = {"grid": grid, "time": time, "dtype": dtype, "lengths": lengths}
-        inputs |= {"references": before, "split": before, "isolated": isolated and bool(references)}
+        inputs |= {"references": before, "split": before, "isolated": alone}
         inputs |= {"attention": self.attention, "rotary": rotary[:count]}
         for second, behind in others:
             assert tweaks.steer is not None  # it comes with a second text

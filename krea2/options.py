@@ -1,5 +1,6 @@
 """Krea 2's own options for caching, training and generation. Standard library only."""
 
+import logging
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -9,6 +10,9 @@ from typing import Any
 from modules.errors import OptionError
 from modules.options import FREE, HABIT, OF_DECODING, OF_REQUEST, Options, not_needed, option
 from modules.speed_options import TextEncoderOptions, VaeOptions, dit_dtype_option
+from modules.text_files import read_safetensors_texts
+
+logger = logging.getLogger(__name__)
 
 NAME = "Krea 2"
 SIDE = 1024  # of pictures, where nothing is said
@@ -155,14 +159,32 @@ def check_levels(told: Collection[str], has_shift: bool) -> None:
         )
 
 
+def warn_of_other_references(path: Path, isolated: bool) -> None:
+    """Warn if the metadata of a LoRA of edits, as trained here, say the opposite of `isolated`."""
+    try:
+        metadata = read_safetensors_texts(path)
+    except (OSError, ValueError):  # the reader of LoRAs says what is wrong, and reads other formats
+        return
+    learned = metadata.get("ss_edit") == "True" and metadata.get("ss_kv_cache")
+    if learned and learned != str(isolated):
+        how, mend = ("without", "Leave it out") if isolated else ("with", "Give it")
+        logger.warning(
+            f"{path} was trained {how} --kv_cache, as its metadata say: its references look another way at "
+            f"each other. {mend} here too"
+        )
+
+
 def settle_generation(options: Any, own: Krea2GenerationOptions) -> tuple[Any, Krea2GenerationOptions]:
     """Put --width and --height into the size. Raises OptionError if --image_size says another one.
 
-    The size, width and height are None where they are not given; so are mu, y1 and y2.
+    Warn of LoRAs of edits with other references. The size, width and height are None where they are not
+    given; so are mu, y1 and y2.
     """
     check_levels(
         [name for name in EXTRAS if getattr(own, name) is not None], options.request.flow_shift is not None
     )
+    for path in options.lora.lora_weight or ():
+        warn_of_other_references(path, own.kv_cache)
     given, asked = {"width": own.width, "height": own.height}, options.request.video_size
     size = own.height or SIDE, own.width or SIDE
     if asked is not None:

@@ -105,3 +105,17 @@ def test_loras_of_the_other_form_are_refused(project: Path) -> None:
         refuse(project, *make, told=["lora.safetensors", "identity edit", "not built"])
     save_file(lora, project / "lora.safetensors", {**trainer, "ss_network_module": "networks.lora_krea2"})
     succeed_here(*make, folder=project)
+
+
+def test_a_lora_that_was_trained_with_other_references_is_warned_of(project: Path) -> None:
+    """Its metadata are those that a training writes."""
+    save = ("--edit", "--overwrite")
+    for cached in (FAMILY.cache_latents, FAMILY.cache_texts):
+        succeed_here(*cached, "--edit", folder=project)
+    make = (*FAMILY.generate, "--prompt", "x", "--save_path", "o", "--image_size", "32", "32", "--steps", "1")
+    make = (*make, *START, "--lora_weight", "output/lora.safetensors")
+    for trained, how in (((), "without"), (("--kv_cache",), "with")):
+        succeed_here(*TRAIN, *save, *trained, folder=project)
+        told = f"lora.safetensors was trained {how} --kv_cache, as its metadata say"
+        for given in ((), ("--kv_cache",)):
+            assert (told in succeed_here(*make, *given, folder=project)) == (given != trained)

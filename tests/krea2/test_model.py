@@ -1,9 +1,17 @@
 """The Krea 2 transformer against diffusers' in float32."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from torch import nn
 
 from krea2.configs import STATES
+from modules.attention.attend import Steer
+from modules.compile import compile_blocks
+from modules.compile_options import Compilation
+from modules.contract.steps import Away, Tweaks
 from modules.layers.norms import CentredNorm, rms_norm
 from tests.krea2.making import in_diffusers, predict_with, tiny_inputs, tiny_model
 from tests.parity.running import assert_equal
@@ -42,3 +50,54 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
         tiny_model()(**{**given, "noisy": given["noisy"][..., :-1]})
     with pytest.raises(ValueError, match="a text mask of"):
         tiny_model()(**{**given, "text_mask": given["text_mask"][:, :-1]})
+
+
+def compiled(model: nn.Module) -> None:
+    compile_blocks(model, model.spec, Compilation(backend="eager", fullgraph=True))  # type: ignore[arg-type]
+
+
+STEER: Steer = lambda first, second: first + 2 * (first - second)  # noqa: E731
+
+
+@pytest.mark.parametrize(
+    ("batch", "dress"),
+    [(1, None), (2, None), pytest.param(1, compiled, marks=pytest.mark.slow)],
+    ids=["no padding", "padded", "compiled"],
+)
+@torch.no_grad()
+def test_references_that_see_each_other_alone_are_computed_once(
+    batch: int, dress: Callable[[nn.Module], None] | None
+) -> None:
+    """With what is kept of a pass, other noise, times and texts have the velocities of a whole pass."""
+    model = tiny_model()
+    if dress is not None:
+        dress(model)
+    given: dict[str, Any]
+    given, draw = {**tiny_inputs(batch)}, torch.Generator().manual_seed(3)
+    references = [torch.randn(1, 16, 1, *size, generator=draw) for size in ((4, 6), (8, 2))]
+    given["references"] = [one.expand(batch, -1, -1, -1, -1) for one in references]
+    given["isolated"] = True
+    second = {"text": given["text"][:1].flip(1), "text_mask": given["text_mask"][:1]}
+    counts: list[int] = []
+    model.blocks[0].register_forward_pre_hook(lambda _, inputs: counts.append(inputs[0].shape[1]))
+    first = {name: given[name][:1] for name in ("timesteps", "text", "text_mask")}
+    first["references"] = [one[:1] for one in given["references"]]
+    changes: list[dict[str, Any]] = [
+        {},
+        {"timesteps": given["timesteps"] / 3, "text": -given["text"]},
+        {"noisy": -given["noisy"][:1], **first},
+        {"tweaks": {"away": Away(second, STEER)}},
+        {"tweaks": {"skip_blocks": frozenset({1})}},
+    ]
+    kept: dict[Any, Any] = {}
+    for change in changes[: 2 if dress else None]:  # each variant is compiled anew
+        told = change.pop("tweaks", {})
+        asked = {**given, **change}
+        counts.clear()
+        plain = model(**asked, tweaks=Tweaks(**told))
+        assert counts == [counts[0]]
+        found = model(**asked, tweaks=Tweaks(kept=kept, **told))
+        assert_equal(found, plain, "velocity", 1e-5)
+        once = [10] if not change and not told else []  # tokens of both references
+        assert counts[1:] == [*once, counts[0] - (0 if "skip_blocks" in told else 10)]
+    assert not any(block.attn.kept for block in model.blocks)

@@ -262,7 +262,8 @@ def _qwen_image(edits: bool = False) -> TinyDit:
     return TinyDit(name, QwenImageModel.spec, make, "lora_qwen_image", with_reference if edits else inputs)
 
 
-def _krea2() -> TinyDit:
+def _krea2(edits: bool = False) -> TinyDit:
+    """With edits: a reference that attends to itself alone."""
     config = krea2.CONFIG
 
     def inputs(size: Size, batch: int) -> dict[str, Any]:
@@ -274,8 +275,13 @@ def _krea2() -> TinyDit:
             "text_mask": _mask(batch, text),
         }
 
+    def with_reference(size: Size, batch: int) -> dict[str, Any]:
+        reference = _drawing(8)(batch, config.channels, 1, 4, 6)
+        return {**inputs(size, batch), "references": [reference], "isolated": True}
+
     make = _maker(Krea2Model, config, krea2.tiny_state, "num_layers")
-    return TinyDit("krea2", Krea2Model.spec, make, "lora_krea2", inputs)
+    name = "krea2 edit" if edits else "krea2"
+    return TinyDit(name, Krea2Model.spec, make, "lora_krea2", with_reference if edits else inputs)
 
 
 class FlatLtx(LtxModel):
@@ -295,7 +301,7 @@ Z_IMAGE = _single_stream("z_image", ZImageModel, z_image, "lora_zimage")
 DITS = (
     *(_wan("t2v"), _wan("i2v"), _hunyuan("t2v"), _framepack()),
     *(LUMINA, _flux("dev"), _flux("chroma"), _flux_2(), _hunyuan_image(), _qwen_image()),
-    *(_qwen_image(edits=True), Z_IMAGE, _krea2(), _ltx("2.0"), _ltx("2.3")),
+    *(_qwen_image(edits=True), Z_IMAGE, _krea2(), _krea2(edits=True), _ltx("2.0"), _ltx("2.3")),
 )
 ONE_OF_EACH = (DITS[0], DITS[2], DITS[3])
 

@@ -321,12 +321,24 @@ def _z_image() -> TinyFamily:
     )
 
 
-def _krea2() -> TinyFamily:
-    return _pictures(
-        *("krea2", "krea2", "lora_krea2", lambda folder: write_tiny_krea2(folder / "model")),
+def _krea2(edits: bool = False) -> TinyFamily:
+    """Krea 2, or its edits with references that attend to each other alone."""
+
+    def write(folder: Path) -> None:
+        write_tiny_krea2(folder / "model")
+        if edits:
+            write_references(folder)
+
+    made = _pictures(
+        *("krea2 edit" if edits else "krea2", "krea2", "lora_krea2", write),
         vae=VAE,
         texts=TEXTS,
+        training=["--sdpa", *["--edit", "--kv_cache"] * edits],
+        making=["--control_image_path", "start.png", "--kv_cache"] * edits,
+        line="--ci start.png" * edits,
     )
+    edit = ["--edit"] * edits
+    return replace(made, cache_latents=[*made.cache_latents, *edit], cache_texts=[*made.cache_texts, *edit])
 
 
 def _hunyuan_image() -> TinyFamily:
@@ -389,6 +401,7 @@ FAMILIES = (
     _qwen_image("edit-2511"),
     _z_image(),
     _krea2(),
+    _krea2(edits=True),
     _ltx_2("ltx_2", "v"),
     _ltx_2("ltx_2 with sound", "av"),
 )
@@ -413,7 +426,7 @@ def write_deep(family: TinyFamily, folder: Path, clips: WriteClips = write_clips
         "flux_2": write_tiny_flux_2,
         "lumina": write_tiny_lumina,
         "z_image": write_tiny_z_image,
-        "krea2": write_tiny_krea2,
+        **dict.fromkeys(("krea2", "krea2 edit"), write_tiny_krea2),
         "qwen_image": write_tiny_qwen_image,
         "qwen_image edit-2511": partial(write_tiny_qwen_image, edits=True),
         "ltx_2": write_release,
