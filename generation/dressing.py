@@ -25,6 +25,7 @@ from modules.dressing import dress, share_tokens, shared_blocks, swapped_weights
 from modules.errors import OptionError
 from modules.families import HIGH_NOISE
 from modules.fp8.products import add_product
+from modules.installation import import_own
 from modules.offload.swap_plan import HostWeights
 from modules.offload.turns import HostCopy
 from modules.options import override_options
@@ -86,6 +87,9 @@ class DitLoader:
         if patch is not None:
             patch.check()
         dit.eval().requires_grad_(False)
+        if "stage_lora" in vars(dit):
+            is_compiled = speed.compilation.choice is not None
+            import_own("networks.added").add_stage_lora(dit, is_compiled)
         dress(dit, family.dit, self.device, speed.compilation.choice, host, shares=shares)
         share_tokens(dit, speed.sharding, self.device)
         return dit

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ltx_2.refused_options import ALWAYS_GIVEN, GENERATION, LATENTS, SOUND, TEXTS, TRAINING, declare_all
+from ltx_2.stage_options import Ltx2OfficialStages, Ltx2StageOptions
 from modules.errors import OptionError
 from modules.options import (
     FREE,
@@ -297,6 +298,7 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
         "frames of samples, likewise; made 8n + 1", default=45, least=1, facts=FREE
     )
     guidance: Ltx2GuidanceOptions = option(facts=FREE)
+    stages: Ltx2StageOptions = option(facts=FREE)
     silent: bool = _silent()
     sample_i2v_token_timestep_mask = _given_first()
     log_timestep_distribution_tensorboard = not_needed(_TIMES, action="store_true", default=True)
@@ -325,6 +327,7 @@ class Ltx2GenerationOptions(Ltx2TransformerOptions, title=NAME):
 
     model: Ltx2ModelOptions = option(defaults={"ltx_mode": "video"})
     guidance: Ltx2GuidanceOptions = option(facts=OF_REQUEST)
+    stages: Ltx2OfficialStages = option(facts=OF_REQUEST)
     silent: bool = _silent()
     ltx_version = _version()
     height: int | None = option("with --width: the same as --video_size", least=1, facts=NO_PIXELS)

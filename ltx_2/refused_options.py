@@ -53,10 +53,6 @@ SPEED = (
     "kernels and memory are chosen by --attn_mode or --flash_attn, --compile, --gradient_checkpointing "
     "and --blocks_to_swap"
 )
-STAGES = (
-    "the latent upscalers are not built, so that all steps run at full size. A distilled LoRA goes to "
-    "--lora_weight"
-)
 TERMS = "the loss is that of the release; further terms are not built"
 TILES = "the edge of tiles is --vae_spatial_tile_sample_min_size, or that of --vae_tiling"
 WEIGHTS = (
@@ -66,7 +62,6 @@ WEIGHTS = (
 # what happens without an option that is not needed
 FILES_SO = "files are read tensor by tensor, written whole or not at all, and say how they were made."
 KERNELS_SO = "torch's own kernels are the default of --attn_mode."
-ONE_STAGE_SO = "all steps run at full size, so that there is no second stage."
 SAMPLES_SO = "a training encodes the texts and pictures of its samples itself."
 SOUND_SO = (
     "sound keeps its speed, clips without it leave that of others in their batch alone, and a video file "
@@ -79,11 +74,6 @@ WORK_SO = "processes share the work, and weights wait in host memory, where that
 Table = Mapping[str, str]
 
 # of training and generation
-_STAGES = """
-    sample_two_stage spatial_upsampler_path,spatial-upsampler-path:str temporal_upsampler_path:str
-    distilled_lora_path:str sample_stage2_steps=3 sample_stage1_distilled_lora_multiplier:float
-    sample_stage2_distilled_lora_multiplier:float
-"""
 _TILES = """
     sample_tiled_vae sample_vae_tile_size=512 sample_vae_tile_overlap=64 sample_vae_temporal_tile_size=0
     sample_vae_temporal_tile_overlap=8
@@ -224,7 +214,6 @@ TRAINING: Table = {
         split_attn_mode:str split_attn_chunk_size=0 ffn_chunk_target:str ffn_chunk_size=0
         blockwise_checkpointing blocks_to_checkpoint=-1
     """,
-    STAGES: _STAGES,
     TERMS: """
         weight_noise_mode=none weight_noise_scale=0.01 huber_delta=1.0 differential_guidance
         differential_guidance_scale=3.0 differential_guidance_schedule=constant
@@ -301,8 +290,6 @@ GENERATION: Table = {
         flash_attn flash3 cudnn_attn xformers sage_attn split_attn_target*:str split_attn_mode:str
         split_attn_chunk_size=0 ffn_chunk_target*:str ffn_chunk_size=0
     """,
-    STAGES: f"{_STAGES} distilled-lora*:str",
-    ONE_STAGE_SO: "skip-stage-2",
     TILES: _TILES,
     WEIGHTS: """
         fp8_base fp8_keep_blocks:str fp8_w8a8 w8a8_mode=int8 fp8_upcast fp8_upcast_stochastic
