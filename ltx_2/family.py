@@ -240,7 +240,7 @@ class Ltx2(OneTransformer):
         if request.image_path is not None and self.drive_video is not None:
             raise OptionError("--image_path and --drive_video: the video has all frames. Give one of them")
         if self.drive_video is not None and self.stages is not None:
-            raise OptionError("--drive_video with --sample_two_stage: its pictures stay. Leave one of them out")
+            raise OptionError("--drive_video and --sample_two_stage: its pictures stay. Give one of them")
         for name, path in (("image_path", request.image_path), ("drive_video", self.drive_video)):
             if path is not None:
                 check_opens(name, path, is_image=name == "image_path")

@@ -12,8 +12,8 @@ class Ltx2StageOptions(Options, title="two stages"):
     """A small clip first, which an upscaler enlarges and a few steps refine."""
 
     sample_two_stage: bool = option(
-        "make clips in two stages: smaller ones with all steps and guidance, whose latents are then enlarged and "
-        "refined in a few steps without guidance. Size, length and rate are those of the result"
+        "make clips in two stages: smaller ones with all steps and guidance, whose latents are then enlarged "
+        "and refined in a few steps without guidance. Size, length and rate are those of the result"
     )
     spatial_upsampler_path: Path | None = option(
         "latent upscaler of pictures, such as ltx-2.3-spatial-upscaler-x2-1.1.safetensors",
@@ -45,7 +45,7 @@ class Ltx2StageOptions(Options, title="two stages"):
 
     def __post_init__(self) -> None:
         if self.sample_two_stage and not (self.spatial_upsampler_path or self.temporal_upsampler_path):
-            raise OptionError("--sample_two_stage: give --spatial_upsampler_path, which enlarges the first stage")
+            raise OptionError("--sample_two_stage: give --spatial_upsampler_path, which enlarges clips")
 
     @property
     def lora(self) -> tuple[Path | None, float, float]:
@@ -84,7 +84,9 @@ class Ltx2OfficialStages(Ltx2StageOptions, title="two stages"):
             (strength,) = map(float, more or ["1"])
         except ValueError:
             words = " ".join(self.distilled_lora)
-            raise OptionError(f"--distilled-lora {words}: give a file, and a strength if it is not 1") from None
+            raise OptionError(
+                f"--distilled-lora {words}: give a file, and a strength if it is not 1"
+            ) from None
         if not Path(file).exists():
             raise OptionError(f"--distilled-lora {file}: no such file. Correct the path")
         return Path(file), first, strength

@@ -1,4 +1,4 @@
-"""Clips in two stages equal those of diffusers: its upscaler's network, and its pipelines one after the other."""
+"""Clips in two stages equal those of diffusers: its upscaler, and its pipelines one after the other."""
 
 import json
 from collections.abc import Sequence
@@ -51,7 +51,9 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> TinyRelease:
 def upscaler(kind: str) -> LTX2LatentUpsamplerModel:
     with torch.random.fork_rng():
         torch.manual_seed(8)
-        made = LTX2LatentUpsamplerModel(in_channels=16, mid_channels=32, num_blocks_per_stage=2, **KINDS[kind])
+        made = LTX2LatentUpsamplerModel(
+            in_channels=16, mid_channels=32, num_blocks_per_stage=2, **KINDS[kind]
+        )
         for parameter in made.parameters():
             parameter.data.add_(0.05 * torch.randn(parameter.shape))
     return made.eval().requires_grad_(False)
@@ -70,7 +72,10 @@ def write_upscaler(path: Path, kind: str) -> LTX2LatentUpsamplerModel:
 def test_latents_are_enlarged_as_in_diffusers(
     release: TinyRelease, tmp_path: Path, kind: str, is_folder: bool
 ) -> None:
-    path, theirs = tmp_path / "up scaler.safetensors", write_upscaler(tmp_path / "up scaler.safetensors", kind)
+    path, theirs = (
+        tmp_path / "up scaler.safetensors",
+        write_upscaler(tmp_path / "up scaler.safetensors", kind),
+    )
     if is_folder:
         path = tmp_path / "latent_upsampler"
         theirs.save_pretrained(path)
@@ -242,7 +247,9 @@ def start_from(pipe: Any, path: Path, size: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of an image; guide and modulate as the release (see `test_family`), and make the
     image smaller as we do.
     """
-    pipe.video_processor.preprocess = lambda *_, **__: image_pixels(path, size["width"], size["height"])[:, :, 0]
+    pipe.video_processor.preprocess = lambda *_, **__: image_pixels(path, size["width"], size["height"])[
+        :, :, 0
+    ]
     times: list[Tensor] = []
 
     def start(_: Any, __: Any, given: dict[str, Any]) -> None:
@@ -259,7 +266,13 @@ def start_from(pipe: Any, path: Path, size: dict[str, Any]) -> dict[str, Any]:
 
 def test_the_first_stage_alone_is_a_clip_of_its_size(release: TinyRelease, tmp_path: Path) -> None:
     write_upscaler(tmp_path / "up.safetensors", "three halves")
-    words = ["--sample_two_stage", "--spatial-upsampler-path", tmp_path / "up.safetensors", "--ltx2_mode", "v"]
+    words = [
+        "--sample_two_stage",
+        "--spatial-upsampler-path",
+        tmp_path / "up.safetensors",
+        "--ltx2_mode",
+        "v",
+    ]
 
     early = generate(release, tmp_path / "early", *words, "--skip-stage-2", "--video_size", 96, 192)
     small = generate(release, tmp_path / "small", "--ltx2_mode", "v", "--video_size", 64, 128)
@@ -277,9 +290,12 @@ def test_the_first_stage_alone_is_a_clip_of_its_size(release: TinyRelease, tmp_p
         (["--sample_two_stage", SPATIAL, "wide"], "takes 24 latent channels, the VAE makes 16"),
         (["--sample_two_stage", SPATIAL, "reduces"], "say a scale of 0.75; 1.5 is known"),
         (["--sample_two_stage", SPATIAL, "plain", "--video_size", "96", "192"], "must be multiples of 64"),
-        (["--sample_two_stage", SPATIAL, "plain", "--drive_video", "clip"], "Leave one of them out"),
+        (["--sample_two_stage", SPATIAL, "plain", "--drive_video", "clip"], "Give one of them"),
         (["--sample_two_stage", SPATIAL, "plain", "--video_path", "clip"], "Leave one of them out"),
-        (["--sample_two_stage", SPATIAL, "plain", "--distilled-lora", "a", "b"], "give a file, and a strength"),
+        (
+            ["--sample_two_stage", SPATIAL, "plain", "--distilled-lora", "a", "b"],
+            "give a file, and a strength",
+        ),
         (["--sample_two_stage", SPATIAL, "plain", "--distilled-lora", "none"], "no such file"),
     ],
 )
@@ -312,7 +328,13 @@ def test_samples_of_a_training_are_made_in_two_stages(tmp_path: Path) -> None:
     write_upscaler(project.folder / "up.safetensors", "rational")
     lora, _ = write_lora(project.folder)
     (project.folder / "prompts.txt").write_text("a cat --w 64 --h 64 --f 9 --s 2 --d 1\n", encoding="utf-8")
-    stages = ["--sample_two_stage", "--spatial_upsampler_path", "up.safetensors", "--distilled_lora_path", lora]
+    stages = [
+        "--sample_two_stage",
+        "--spatial_upsampler_path",
+        "up.safetensors",
+        "--distilled_lora_path",
+        lora,
+    ]
 
     slow = ["--learning_rate", 1e-3]  # else the clip depends on the last digits of the weights
     project.train(*run("plain", 4), *slow)

@@ -265,6 +265,17 @@ def test_a_dataset_without_any_sound_is_refused(alone: Project) -> None:
     assert_one_message(1, said, "no clip of the dataset has cached sound", "--ltx2_mode video")
 
 
+def test_sound_that_caching_left_out_is_told_of(project: Project) -> None:
+    first = sorted((project.folder / "cache").glob("*_audio.safetensors"))[0]
+    first.rename(first.with_suffix(".away"))
+    try:
+        said = project.train(*run("away", 1))
+    finally:
+        first.with_suffix(".away").rename(first)
+    assert said.count("1 clip with sound that is not cached") == 1
+    assert "that is not cached" not in project.train(*run("there", 1))
+
+
 def test_lengths_are_rounded_down_by_the_step_of_the_model(alone: Project) -> None:
     text = (alone.folder / "dataset.toml").read_text(encoding="utf-8")
     other = text.replace("target_frames = [9]", "target_frames = [1, 14]").replace('/cache"', '/cache 2"')
