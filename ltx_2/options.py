@@ -184,7 +184,24 @@ class Ltx2LatentCachingOptions(Options, title=NAME):
 
     model: Ltx2ModelOptions
     vae: Ltx2VaeOptions
+    ltx2_audio_source: str = option(
+        "where sound is: in the clips, or in files of their names; a table's audio_directory goes before",
+        default="video",
+        choices=("video", "audio_files"),
+    )
+    ltx2_audio_dir: Path | None = option(
+        "folder of the files of --ltx2_audio_source audio_files; default: beside the clips",
+        place="there",
+        only_with="ltx2_audio_source",
+    )
     ltx_version = _version()
+
+    @property
+    def sound_files(self) -> tuple[str, Path | None] | None:
+        """Return the option that takes sound from files, and their folder."""
+        if self.ltx2_audio_source == "video":
+            return None
+        return "--ltx2_audio_source audio_files", self.ltx2_audio_dir
 
 
 class Ltx2TextCachingOptions(Options, title=NAME):

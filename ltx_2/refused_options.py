@@ -45,10 +45,7 @@ REFERENCES = (
 REPORTS = "--log_with, --show_timesteps and --check report on a run"
 RESUMING = "--resume STATE_FOLDER goes on from a whole state, --network_weights starts anew from a LoRA"
 SOUND = "sound alone is not built. --ltx2_mode av trains and makes it with its pictures"
-SOUND_FILES = (
-    "sound is read from the clips, or from files of their names in the folder that audio_directory names in "
-    "the dataset's table, and cached in float32. Write audio_directory"
-)
+SOUND_DTYPE = "sound is cached in float32, as its VAE computes"
 SPEED = (
     "kernels and memory are chosen by --attn_mode or --flash_attn, --compile, --gradient_checkpointing "
     "and --blocks_to_swap"
@@ -63,6 +60,7 @@ WEIGHTS = (
 FILES_SO = "files are read tensor by tensor, written whole or not at all, and say how they were made."
 KERNELS_SO = "torch's own kernels are the default of --attn_mode."
 SAMPLES_SO = "a training encodes the texts and pictures of its samples itself."
+SOUND_NAMES_SO = "a file of the clip's name is its sound, whatever it ends with."
 SOUND_SO = (
     "sound keeps its speed, clips without it leave that of others in their batch alone, and a video file "
     "holds its sound."
@@ -85,9 +83,8 @@ LATENTS: Table = {
         audio_video_latent_channels:int audio_video_latent_dtype:str audio_only_target_resolution:int
         audio_only_target_fps=25.0 audio_only_sequence_resolution=64
     """,
-    SOUND_FILES: """
-        ltx2_audio_source=video ltx2_audio_dir:str ltx2_audio_ext=.wav ltx2_audio_dtype:str
-    """,
+    SOUND_DTYPE: "ltx2_audio_dtype:str",
+    SOUND_NAMES_SO: "ltx2_audio_ext=.wav",
     TILES: """
         vae_chunk_size:int vae_spatial_tile_size:int vae_spatial_tile_overlap=64 vae_temporal_tile_size:int
         vae_temporal_tile_overlap=24
