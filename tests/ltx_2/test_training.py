@@ -267,7 +267,7 @@ def test_a_dataset_without_any_sound_is_refused(alone: Project) -> None:
 
 def test_sound_comes_from_files_if_the_command_says_so(alone: Project, tmp_path: Path) -> None:
     """From a folder, or from beside the clips; as audio_directory in the table says it."""
-    tracks = Track((0.2,), loud=0.5)
+    tracks = Track((0.2,), loud=0.5, codec="pcm_s16le")
     (alone.folder / "sounds").mkdir()
     write_media(alone.folder / "sounds" / "a.wav", tracks, frames=0)
     text = (alone.folder / "dataset.toml").read_text(encoding="utf-8")
