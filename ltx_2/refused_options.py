@@ -44,7 +44,11 @@ REFERENCES = (
 )
 REPORTS = "--log_with, --show_timesteps and --check report on a run"
 RESUMING = "--resume STATE_FOLDER goes on from a whole state, --network_weights starts anew from a LoRA"
-SOUND = "sound alone is not built. --ltx2_mode av trains and makes it with its pictures"
+SOUND = (
+    "sound alone is not built: items of a dataset and results are clips, and each has pictures. "
+    "--ltx2_mode av trains and makes sound with its pictures, --audio_loss_weight and --lora_target_preset "
+    "audio learn it alone from clips, --drive_video makes it for pictures that are there"
+)
 SOUND_DTYPE = "sound is cached in float32, as its VAE computes"
 SPEED = (
     "kernels and memory are chosen by --attn_mode or --flash_attn, --compile, --gradient_checkpointing "
