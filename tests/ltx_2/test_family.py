@@ -218,6 +218,7 @@ def test_a_file_that_nobody_typed_is_named_as_the_default_of_its_option() -> Non
         Ltx2Files(gemma=Path("other")).text_encoder()
 
 
+@each_version
 def test_sound_for_a_given_video_equals_that_of_diffusers(release: TinyRelease, tmp_path: Path) -> None:
     """There with the pictures' time at 0 and no velocity of theirs, and gates of the other stream's time."""
     folder = tmp_path / "clip"
