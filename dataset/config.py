@@ -119,6 +119,22 @@ def for_family(
     return with_references(with_lengths(config, frame_step), rules)
 
 
+def with_sound_files(config: DatasetConfig, option: str, folder: Path | None) -> DatasetConfig:
+    """Return a configuration whose folders of clips have their sound in files of the clips' names.
+
+    folder: of these files; None: beside the clips. Tables with an audio_directory keep it. option: that asks
+    for it, for the warning of tables that name the sound in their rows.
+    """
+    tables = []
+    for table in config.datasets:
+        if table.kind == "video" and table.audio_directory is None and table.directory is None:
+            logger.warning("%s: %s is ignored: audio_path in its rows names their sound", table.name, option)
+        elif table.kind == "video" and table.audio_directory is None:
+            table = replace(table, audio_directory=folder or table.directory)
+        tables.append(table)
+    return replace(config, datasets=tuple(tables))
+
+
 def with_lengths(config: DatasetConfig, frame_step: int) -> DatasetConfig:
     """Return a configuration whose target_frames are frame_step * n + 1, rounded down; a warning says so.
 

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from dataset.config import for_family, load_dataset_config
+from dataset.config import for_family, load_dataset_config, with_sound_files
 from dataset.options import read_latent_caching, read_text_caching
 from modules.command import as_typed, tell_loading
 from modules.families import FAMILIES, Script
@@ -33,6 +33,9 @@ def cache_family_latents(
         for name, option, why in entry.encoders:
             require(values[name], option, f"{why}; only --debug_mode and --check work without it")
     config = load_dataset_config(options.dataset_config)
+    sounds = getattr(own, "sound_files", None)  # of families that hear, whose options may say where it is
+    if sounds is not None:
+        config = with_sound_files(config, *sounds)
 
     tell_loading()
     from dataset.caching.loop import run_latent_caching  # torch loads here, after every option has been read

@@ -1,7 +1,7 @@
 """THE denoising loop, section by section: a solver follows the velocity that guidance makes of the passes."""
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,7 +29,7 @@ from modules.contract.steps import (
     Tweaks,
     Watcher,
 )
-from modules.devices import send, send_ahead
+from modules.devices import dtype_of, send, send_ahead
 from modules.flow.solvers import Solver, solver_for
 from modules.seeds import derive_seed
 
@@ -205,12 +205,15 @@ def make_latents(
             if on_section is not None:
                 on_section(section)
             section = on_device(replace(section, made=None), device)
+            now = prepared.stages[section.stage] if prepared.stages else prepared
             # what a solver draws continues the generator that the section's start came from
             solver = solver_for(
-                *(prepared.solver, prepared.steps, prepared.flow_shift, family.noise.table),
-                *(noise.draw, prepared.levels),
+                *(now.solver, now.steps, now.flow_shift, family.noise.table),
+                *(noise.draw, now.levels),
             )
-            guidance = make_guidance(prepared, guidance_options, family.experts, run)
+            guidance = make_guidance(
+                now, PLAIN_GUIDANCE if section.stage else guidance_options, family.experts, run
+            )
             start, source = LoopStart(section.noise), prepared.asked.source
             if section.source is not None and source is not None:
                 step = prepared.first_step
@@ -218,7 +221,12 @@ def make_latents(
                 if extra is not None:
                     begun = begun + source.extra_noise * extra.draw(begun.shape)
                 start = LoopStart(begun, step)
-            with nullcontext(dit_at) if caches is None else caches.section(dit_at) as cached_at:
+            is_plain = caches is None or section.stage
+            with ExitStack() as stack:
+                if now.added:
+                    dit = dit_at(float(solver.schedule.timesteps[0]))
+                    stack.enter_context(dit.stage_loras.switched_on(device, dtype_of(dit), now.added))
+                cached_at = dit_at if is_plain else stack.enter_context(caches.section(dit_at))
                 latents = denoise(family, cached_at, section, start, solver, guidance, watchers, split)
             section = sections.send(latents)
     except StopIteration as end:

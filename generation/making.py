@@ -252,7 +252,8 @@ def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[l
                 video.add(section.made)
             elif section.made is None and section.count > 1 and output.shows_progress and hides:
                 logger.info("There is no preview of the video: it would show what a tool of --post hides.")
-            bar.append(bars.enter_context(Bar(prepared.num_steps, section.label or "Denoising")))
+            now = prepared.stages[section.stage] if prepared.stages else prepared
+            bar.append(bars.enter_context(Bar(now.num_steps, section.label or "Denoising")))
 
         yield [advance, *watchers], on_section
 

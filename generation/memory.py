@@ -22,7 +22,7 @@ from modules.contract.loading import Placement
 from modules.contract.requests import Prepared, Prompt
 from modules.contract.rules import Expert, noisiest
 from modules.contract.steps import DitAt, EncodedPrompts, Step
-from modules.devices import gib
+from modules.devices import dtype_of, gib
 from modules.errors import MemoryPlanError, OptionError
 from modules.installation import import_own
 from modules.options import override_options
@@ -194,8 +194,13 @@ def rehearse_denoising(
     weights, swaps = dtypes_of(dit), swaps_of(dit, family.dit, speed.swap, sharing_processes(speed))
     blocks, sizes = family.dit.blocks(dit), weights_by_block(dit, family.dit)
     extended = watch(dit)
+    if prepared.added:
+        import_own("networks.added").add_stage_lora(dit)
     with rehearsing(dit) as ledger:
         dry.watch_blocks(blocks, ledger)
+        if prepared.added:  # on the device beside the weights
+            with ledger.allocating(dry.ADAPTER):
+                dit.stage_loras.place_on(dry.ACCELERATOR, dtype_of(dit))
         section = on_device(
             next(sections_of(family, prepared, encoded, inputs, SeededNoise(0, dry.ACCELERATOR))),
             dry.ACCELERATOR,
@@ -308,7 +313,8 @@ def predict_largest(
     device: torch.device,
     room: Room | None = None,
 ) -> tuple[Prepared, PhasePrediction]:
-    turns, candidates = turns_of(family, options, requests), largest_of(family, requests)
+    turns = turns_of(family, options, requests)
+    candidates = [stage for one in largest_of(family, requests) for stage in one.stages or (one,)]
     predictions = [(each, predict(family, options, each, device, turns, room)) for each in candidates]
     return max(predictions, key=lambda each: each[1].device(0))
 

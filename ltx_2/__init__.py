@@ -13,7 +13,10 @@ refused_options: options of the known tuner that are refused, as data
 released: parts of a released file, and their settings
 rope: positions in seconds and pixels, and rotation by them
 sound: mel spectrograms, audio VAE, vocoders, and their files
+stage_options: options of making clips in two stages
+stages: the two stages of a clip
 text_encoder: Gemma 3 with the connectors behind it
+upscaler: latent upscalers, for the second stage
 vae_checkpoints: files of the video VAE: dialects, list of layers
 video_vae: the video VAE: pixels to latents and back
 video_vae_blocks: its layers, with memory between chunks

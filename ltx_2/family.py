@@ -2,6 +2,7 @@
 
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,7 +24,9 @@ from ltx_2.options import (
     Ltx2TrainingOptions,
 )
 from ltx_2.sound import SoundVae, Vocoder
+from ltx_2.stages import TwoStages, stage_sections, two_stages
 from ltx_2.text_encoder import MASK, prompt_key
+from ltx_2.upscaler import enlarge
 from modules.contract import rules
 from modules.contract.data import (
     FIRST_FRAME,
@@ -83,6 +86,7 @@ class Ltx2(OneTransformer):
     image_crf: int = 33  # H.264 quality at which the first image is seen; 0: as it is
     drive_video: Path | None = None  # of a generation: it stays as it is, and its sound is made
     makes_sound: bool = True  # False: samples of a training with sound are silent
+    stages: TwoStages | None = None
     options: Any = NO_OPTIONS  # of a training
 
     can: ClassVar = Abilities(hear=True, rate=True, tell_few_steps=True)
@@ -184,6 +188,8 @@ class Ltx2(OneTransformer):
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
         network = self.files.load_dit(placement)
         network.spec = self.dit
+        if self.stages is not None and any(self.stages.strengths):
+            vars(network)["stage_lora"] = self.stages.lora, "--distilled_lora_path"
         return network
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
@@ -233,15 +239,18 @@ class Ltx2(OneTransformer):
         request = keep_usable_media(request, taken, f"{NAME} does not take it")
         if request.image_path is not None and self.drive_video is not None:
             raise OptionError("--image_path and --drive_video: the video has all frames. Give one of them")
+        if self.drive_video is not None and self.stages is not None:
+            raise OptionError("--drive_video and --sample_two_stage: its pictures stay. Give one of them")
         for name, path in (("image_path", request.image_path), ("drive_video", self.drive_video)):
             if path is not None:
                 check_opens(name, path, is_image=name == "image_path")
         latent = self.latent
+        steps = latent if self.stages is None else self.stages.whole(latent)
         width, height, frames = size_of(request, self.defaults)
-        frames = whole_frames(frames, latent)
-        check_size((width, height, frames), latent)
-        if min(width, height) < 2 * latent.pixel_step and self.version == "2.0":
-            least = 2 * latent.pixel_step
+        frames = whole_frames(frames, steps)
+        check_size((width, height, frames), steps)
+        if min(width, height) < 2 * steps.pixel_step and self.version == "2.0":
+            least = 2 * steps.pixel_step
             raise OptionError(
                 f"--video_size {height} {width}: version 2.0 makes {least} pixels a side or more"
             )
@@ -257,7 +266,8 @@ class Ltx2(OneTransformer):
                 f"--drive_video {self.drive_video}: a single picture has no sound. Make it longer"
             )
         solver = SOLVER if prepared.solver == "euler" else prepared.solver
-        return replace(prepared, joint=joint, solver=solver, rules=self._rules(request))
+        prepared = replace(prepared, joint=joint, solver=solver, rules=self._rules(request))
+        return prepared if self.stages is None else self.stages.split(prepared, latent)
 
     def _rules(self, request: Request) -> rules.GuidanceRules:
         """Return the guidance of both streams. Source: the released pipelines."""
@@ -286,6 +296,9 @@ class Ltx2(OneTransformer):
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Encode what is given: an image as the first latent frame, or a video as all; on the CPU."""
+        if prepared.stages:
+            found = (self.request_conditions(encoders, one) for one in prepared.stages)
+            return {number: one[0] for number, one in enumerate(found) if one}
         path, size = prepared.asked.image_path, (prepared.width, prepared.height)
         if self.drive_video is not None:
             pixels = video_pixels(self.drive_video, "--drive_video", *size, prepared.frames)
@@ -312,15 +325,29 @@ class Ltx2(OneTransformer):
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
         """The sound's noise is drawn last."""
-        start = noise.draw(self.latent.shape(prepared.frames, prepared.height, prepared.width))
-        conditions = {**inputs.get(0, {}), FPS: torch.tensor([round(1000 * prepared.fps)])}
-        first = conditions.pop(FIRST, None)
-        if prepared.joint is not None:
-            start = prepared.joint.join(start, noise.draw((1, *prepared.joint.sound)))
-        section = prompts[0].section(start, conditions)
-        if isinstance(first, Tensor):
-            section = replace(section, given=first, tweaks=Tweaks(given_frames=first.shape[2]))
-        return (yield section)
+
+        def draw(made: Prepared) -> Tensor:
+            start = noise.draw(self.latent.shape(made.frames, made.height, made.width))
+            joint = made.joint
+            return start if joint is None else joint.join(start, noise.draw((1, *joint.sound)))
+
+        def begin(made: Prepared, number: int, start: Tensor) -> Section:
+            conditions = {**inputs.get(number, {}), FPS: torch.tensor([round(1000 * made.fps)])}
+            first = conditions.pop(FIRST, None)
+            section = prompts[0].section(start, conditions)
+            if isinstance(first, Tensor):
+                section = replace(section, given=first, tweaks=Tweaks(given_frames=first.shape[2]))
+            return section
+
+        if self.stages is None or not prepared.stages:  # one stage of two is rehearsed by itself
+            return (yield begin(prepared, 0, draw(prepared)))
+        larger = partial(
+            enlarge,
+            upscalers=self.stages.upscalers,
+            vae=self.files.vae_path,
+            dtype=self.files.beside(self.files.vae_dtype),
+        )
+        return (yield from stage_sections(prepared, draw, begin, larger, noise))
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
         yield from encoders.vae.decode(latents)
@@ -364,6 +391,7 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
         learning,
         (options.width, options.height, options.sample_num_frames),
         makes_sound=not options.silent,
+        stages=two_stages(options.stages),
         options=options,
     )
 
@@ -376,6 +404,7 @@ def family_for_generation(options: Ltx2GenerationOptions) -> Ltx2:
         options.guidance,
         image_crf=options.image_crf,
         drive_video=options.drive_video,
+        stages=two_stages(options.stages),
     )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ltx_2.refused_options import ALWAYS_GIVEN, GENERATION, LATENTS, SOUND, TEXTS, TRAINING, declare_all
+from ltx_2.stage_options import Ltx2OfficialStages, Ltx2StageOptions
 from modules.errors import OptionError
 from modules.options import (
     FREE,
@@ -183,7 +184,24 @@ class Ltx2LatentCachingOptions(Options, title=NAME):
 
     model: Ltx2ModelOptions
     vae: Ltx2VaeOptions
+    ltx2_audio_source: str = option(
+        "where sound is: in the clips, or in files of their names; a table's audio_directory goes before",
+        default="video",
+        choices=("video", "audio_files"),
+    )
+    ltx2_audio_dir: Path | None = option(
+        "folder of the files of --ltx2_audio_source audio_files; default: beside the clips",
+        place="there",
+        only_with="ltx2_audio_source",
+    )
     ltx_version = _version()
+
+    @property
+    def sound_files(self) -> tuple[str, Path | None] | None:
+        """Return the option that takes sound from files, and their folder."""
+        if self.ltx2_audio_source == "video":
+            return None
+        return "--ltx2_audio_source audio_files", self.ltx2_audio_dir
 
 
 class Ltx2TextCachingOptions(Options, title=NAME):
@@ -297,6 +315,7 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
         "frames of samples, likewise; made 8n + 1", default=45, least=1, facts=FREE
     )
     guidance: Ltx2GuidanceOptions = option(facts=FREE)
+    stages: Ltx2StageOptions = option(facts=FREE)
     silent: bool = _silent()
     sample_i2v_token_timestep_mask = _given_first()
     log_timestep_distribution_tensorboard = not_needed(_TIMES, action="store_true", default=True)
@@ -325,6 +344,7 @@ class Ltx2GenerationOptions(Ltx2TransformerOptions, title=NAME):
 
     model: Ltx2ModelOptions = option(defaults={"ltx_mode": "video"})
     guidance: Ltx2GuidanceOptions = option(facts=OF_REQUEST)
+    stages: Ltx2OfficialStages = option(facts=OF_REQUEST)
     silent: bool = _silent()
     ltx_version = _version()
     height: int | None = option("with --width: the same as --video_size", least=1, facts=NO_PIXELS)

@@ -44,18 +44,15 @@ REFERENCES = (
 )
 REPORTS = "--log_with, --show_timesteps and --check report on a run"
 RESUMING = "--resume STATE_FOLDER goes on from a whole state, --network_weights starts anew from a LoRA"
-SOUND = "sound alone is not built. --ltx2_mode av trains and makes it with its pictures"
-SOUND_FILES = (
-    "sound is read from the clips, or from files of their names in the folder that audio_directory names in "
-    "the dataset's table, and cached in float32. Write audio_directory"
+SOUND = (
+    "sound alone is not built: items of a dataset and results are clips, and each has pictures. "
+    "--ltx2_mode av trains and makes sound with its pictures, --audio_loss_weight and --lora_target_preset "
+    "audio learn it alone from clips, --drive_video makes it for pictures that are there"
 )
+SOUND_DTYPE = "sound is cached in float32, as its VAE computes"
 SPEED = (
     "kernels and memory are chosen by --attn_mode or --flash_attn, --compile, --gradient_checkpointing "
     "and --blocks_to_swap"
-)
-STAGES = (
-    "the latent upscalers are not built, so that all steps run at full size. A distilled LoRA goes to "
-    "--lora_weight"
 )
 TERMS = "the loss is that of the release; further terms are not built"
 TILES = "the edge of tiles is --vae_spatial_tile_sample_min_size, or that of --vae_tiling"
@@ -66,8 +63,8 @@ WEIGHTS = (
 # what happens without an option that is not needed
 FILES_SO = "files are read tensor by tensor, written whole or not at all, and say how they were made."
 KERNELS_SO = "torch's own kernels are the default of --attn_mode."
-ONE_STAGE_SO = "all steps run at full size, so that there is no second stage."
 SAMPLES_SO = "a training encodes the texts and pictures of its samples itself."
+SOUND_NAMES_SO = "a file of the clip's name is its sound, whatever it ends with."
 SOUND_SO = (
     "sound keeps its speed, clips without it leave that of others in their batch alone, and a video file "
     "holds its sound."
@@ -79,11 +76,6 @@ WORK_SO = "processes share the work, and weights wait in host memory, where that
 Table = Mapping[str, str]
 
 # of training and generation
-_STAGES = """
-    sample_two_stage spatial_upsampler_path,spatial-upsampler-path:str temporal_upsampler_path:str
-    distilled_lora_path:str sample_stage2_steps=3 sample_stage1_distilled_lora_multiplier:float
-    sample_stage2_distilled_lora_multiplier:float
-"""
 _TILES = """
     sample_tiled_vae sample_vae_tile_size=512 sample_vae_tile_overlap=64 sample_vae_temporal_tile_size=0
     sample_vae_temporal_tile_overlap=8
@@ -95,9 +87,8 @@ LATENTS: Table = {
         audio_video_latent_channels:int audio_video_latent_dtype:str audio_only_target_resolution:int
         audio_only_target_fps=25.0 audio_only_sequence_resolution=64
     """,
-    SOUND_FILES: """
-        ltx2_audio_source=video ltx2_audio_dir:str ltx2_audio_ext=.wav ltx2_audio_dtype:str
-    """,
+    SOUND_DTYPE: "ltx2_audio_dtype:str",
+    SOUND_NAMES_SO: "ltx2_audio_ext=.wav",
     TILES: """
         vae_chunk_size:int vae_spatial_tile_size:int vae_spatial_tile_overlap=64 vae_temporal_tile_size:int
         vae_temporal_tile_overlap=24
@@ -224,7 +215,6 @@ TRAINING: Table = {
         split_attn_mode:str split_attn_chunk_size=0 ffn_chunk_target:str ffn_chunk_size=0
         blockwise_checkpointing blocks_to_checkpoint=-1
     """,
-    STAGES: _STAGES,
     TERMS: """
         weight_noise_mode=none weight_noise_scale=0.01 huber_delta=1.0 differential_guidance
         differential_guidance_scale=3.0 differential_guidance_schedule=constant
@@ -301,8 +291,6 @@ GENERATION: Table = {
         flash_attn flash3 cudnn_attn xformers sage_attn split_attn_target*:str split_attn_mode:str
         split_attn_chunk_size=0 ffn_chunk_target*:str ffn_chunk_size=0
     """,
-    STAGES: f"{_STAGES} distilled-lora*:str",
-    ONE_STAGE_SO: "skip-stage-2",
     TILES: _TILES,
     WEIGHTS: """
         fp8_base fp8_keep_blocks:str fp8_w8a8 w8a8_mode=int8 fp8_upcast fp8_upcast_stochastic

@@ -20,11 +20,12 @@ def own_part(checkpoint: Checkpoint, prefix: str) -> Checkpoint:
 def read_settings(checkpoint: Checkpoint, part: str, class_name: str) -> Mapping[str, Any]:
     """Return the settings of a part in the file's metadata, else in config.json beside it; {} without both.
 
-    class_name: of the part in diffusers, which its config.json names. Raises CheckpointError if they cannot
-    be read.
+    part: "" if the file is of this part alone. class_name: of the part in diffusers, which its config.json
+    names. Raises CheckpointError if they cannot be read.
     """
     try:
-        found = parse_json(checkpoint.metadata.get(CONFIG, "{}")).get(part) or {}
+        found = parse_json(checkpoint.metadata.get(CONFIG, "{}"))
+        found = (found.get(part) if part else found) or {}
         if not isinstance(found, dict):
             raise TypeError(f"{part}: {found!r:.40}")
     except (ValueError, TypeError, AttributeError) as error:

@@ -258,10 +258,16 @@ class AddedLoras:
                 layer.is_on = was_on
 
     @contextlib.contextmanager
-    def switched_on(self, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-        """Add the LoRAs while the model computes. dtype: in which it does so."""
+    def switched_on(
+        self, device: torch.device, dtype: torch.dtype, strength: float | None = None
+    ) -> Iterator[None]:
+        """Add the LoRAs while the model computes. dtype: in which it does so. strength: of all; None: that of
+        each.
+        """
         try:
             for layer in self.layers:
+                for part in layer.parts if strength is not None else ():
+                    part.multiplier = strength
                 layer.switch_on(device, dtype)
             yield
         finally:
@@ -291,6 +297,17 @@ def add_loras(
             found = {name: factors for name, factors in found.items() if name not in left_out}
         parts.append({name: AddedPart(known[name], one, use.multiplier) for name, one in found.items()})
     return AddedLoras(attach_parts(parts, known))
+
+
+def add_stage_lora(dit: nn.Module, is_compiled: bool = False) -> None:
+    """Put the LoRA that a family's stages have into its network, switched off, as `dit.stage_loras`.
+
+    Its file and the option that names it are the network's `stage_lora`, which few networks have. Raises as
+    `add_loras`.
+    """
+    path, option = vars(dit)["stage_lora"]
+    use = LoraUse(loading.read_lora(path))
+    vars(dit)["stage_loras"] = add_loras(dit, [use], is_compiled, option)
 
 
 def attach_parts(

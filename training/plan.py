@@ -271,7 +271,8 @@ def _find_items(
     starting, live = import_own("dataset.batches.starting"), LiveParts(sources.tables)
     starting.check_caches(family, found, commands, sources.stores, live, bool(texts.encoders), process)
     if process[0] == 0:
-        starting.compare_sources(config.datasets, listed, commands, family.cache_tag)
+        hears = sound_of(family) is not None
+        starting.compare_sources(config.datasets, listed, commands, family.cache_tag, hears)
     preserving = next((table for table in config.datasets if table.preserves_output), None)
     if preserving is not None and options.network is None:
         raise OptionError(

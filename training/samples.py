@@ -111,7 +111,7 @@ class Sampler:
             what = f"sample {place} of {len(self.samples)}"
             with (
                 preview_clip(self.previews, prepared.fps) as (watchers, also),
-                _show_steps(what, prepared.num_steps, check, tell, also) as (watch, on_section),
+                _show_steps(what, prepared, check, tell, also) as (watch, on_section),
                 autocast(),
             ):
                 latents = make_latents(
@@ -167,7 +167,7 @@ class Sampler:
 
 @contextmanager
 def _show_steps(
-    what: str, steps: int, check: Callable[[], None], tell: Callable[[str], None], also: OnSection
+    what: str, prepared: Prepared, check: Callable[[], None], tell: Callable[[str], None], also: OnSection
 ) -> Iterator[tuple[Watcher, OnSection]]:
     """Yield a watcher and a function for sections that show on a bar which step of a sample is done."""
     bars: list[Bar] = []
@@ -177,7 +177,8 @@ def _show_steps(
             also(section)
             stack.close()
             name = ", ".join(filter(None, (what, section.label)))
-            bars.append(stack.enter_context(Bar(steps, name)))
+            now = prepared.stages[section.stage] if prepared.stages else prepared
+            bars.append(stack.enter_context(Bar(now.num_steps, name)))
 
         def watch(_: StepDone) -> bool:
             bars[-1].update()

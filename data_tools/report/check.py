@@ -35,6 +35,7 @@ from dataset.sources.decoding import check_resolution, decode_source
 from dataset.sources.frames import find_wrong_rates
 from dataset.sources.media_source import NO_REFERENCE, Fault
 from dataset.sources.references import find_equal_references, lack_references, reference_buckets
+from dataset.sources.sound import list_unheard
 from modules.bars import Bar
 from modules.console import count_of, count_words
 from modules.contract.data import LatentSpec, MediaTable, SoundSpec
@@ -224,7 +225,7 @@ def check_training(
             references = (side * latent.stride[1] for side in some[0].references)
             found.add_items(([one.source_stem for one in some]), (*some[0].bucket, *references))
         _check_caches(found, items, cached, latent, encoders)
-        _compare_sources(config, found, items, counters)
+        _compare_sources(config, found, items, counters, sound is not None)
         is_held_back = ", for validation" if table.validation else ""
         found.title = f"{table.name}: {len(items)} cached items{is_held_back}"
         tables.append(found)
@@ -343,8 +344,11 @@ def _compare_sources(
     found: findings.TableFindings,
     items: Sequence[TrainingItem],
     counters: findings.Counters,
+    hears: bool,
 ) -> None:
-    """Add remarks about sources without a cache or a caption, if the sources exist: they are not needed."""
+    """Add remarks about sources without a cache, a caption or cached sound, if they exist: they are not
+    needed.
+    """
     if any(map(is_address, found.table.tars or ())):  # listing them would download them
         found.caches.append("its sources are not checked: they are in tars at addresses")
         return
@@ -361,3 +365,8 @@ def _compare_sources(
     found.caches += sources.caches
     found.remarks += [*sources.faults, *sources.remarks]
     found.remarks += [Fault(kind, str(one.path), one.stem) for one in found.sources if one.stem not in stems]
+    if hears and is_heard(found.table):
+        silent = {item.source_stem for item in items if not item.has_sound}
+        kind = "have sound that is not cached: learned silent until latents are cached again"
+        unheard = list_unheard(found.sources, silent)
+        found.remarks += [Fault(kind, str(path), path.stem) for path in unheard]

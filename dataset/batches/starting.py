@@ -15,9 +15,11 @@ from dataset.cache.files import parse_latent_name, text_file_name
 from dataset.cache.records import CacheChecks
 from dataset.cache.store import Stores
 from dataset.config import DatasetTable
+from dataset.config_keys import IGNORE
 from dataset.sources.clock import kept_one_clock
 from dataset.sources.listing import find_sources
 from dataset.sources.media_source import MediaSource
+from dataset.sources.sound import list_unheard
 from modules.console import count_of
 from modules.contract.family import Family
 from modules.errors import DatasetError, MediaError
@@ -97,16 +99,23 @@ def _compare_clocks(older: Sequence[TrainingItem], fps: float, commands: Caching
 
 
 def compare_sources(
-    tables: Iterable[DatasetTable], found: FoundItems, commands: CachingCommands, tag: str
+    tables: Iterable[DatasetTable],
+    found: FoundItems,
+    commands: CachingCommands,
+    tag: str,
+    hears: bool = False,
 ) -> None:
-    """Warn of files in folders that have no latents, and of latents whose file is gone.
+    """Warn of files in folders that have no latents, of latents whose file is gone, and of sound that is not
+    cached: caching may have been stopped between a clip's latents and its sound.
 
-    tag: the family's cache_tag. Folders of more than MOST_LISTED files are left out.
+    tag: the family's cache_tag. hears: the run is with sound. Folders of more than MOST_LISTED files are left
+    out.
     """
     untold = {path.name for path in found.missing_text}  # have latents, and a warning of their own
     for table in tables:
         _compare_lengths(table, [item for item in found.items if item.table.index == table.index], commands)
-        cached = {item.source_stem for item in found.items if item.table.index == table.index}
+        items = [item for item in found.items if item.table.index == table.index]
+        cached = {item.source_stem for item in items}
         if table.directory is None or not cached or table.cache_format == "npz":
             continue
         try:
@@ -122,10 +131,15 @@ def compare_sources(
             if stem not in cached and text_file_name(stem, tag) not in untold
         ]
         gone = sorted(cached - sources.keys())
+        unheard: list[str] = []
+        if hears and table.kind == "video" and table.audio != IGNORE:
+            silent = {item.source_stem for item in items if not item.has_sound}
+            unheard = [*map(str, list_unheard(sources.values(), silent))]
         kind = table.kind if table.kind == "image" else "clip"
         for names, what, does in (
             (new, "no latents", "not cached, too short or unreadable: left out"),
             (gone, "caches but no file any more", "trained on until the caches are made again"),
+            (unheard, "sound that is not cached", "learned silent"),
         ):
             if names:
                 logger.warning(

@@ -75,6 +75,8 @@ def _find_companions(
     try:
         listed = list_entries(folder, "mask_directory" if of_masks else "audio_directory")
         suffixes = mask_suffixes(table.kind) if of_masks else SOUND_SUFFIXES | VIDEO_SUFFIXES
+        if not of_masks and folder == table.directory:  # a clip is not a file beside itself
+            suffixes = SOUND_SUFFIXES
         there = files_by_stem(map(Path, listed), suffixes, of_masks and table.kind == "video")
         found = {path: there[path.stem] for path in media if path.stem in there}
         doubled = next((files for files in found.values() if len(files) > 1), None)

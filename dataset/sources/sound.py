@@ -1,6 +1,8 @@
 """The sound of clips: which file has it, at which seconds their frames are, and why one has none."""
 
-from collections.abc import Sequence
+import contextlib
+import itertools
+from collections.abc import Collection, Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,8 +14,9 @@ from dataset.sources.media_source import MediaSource
 from modules.contract.data import SoundSpec
 from modules.errors import MediaError
 from modules.media.decoding import is_animation
-from modules.media.samples import read_track
+from modules.media.samples import read_track, track_facts
 
+MOST_ASKED = 2000  # clips, of each table: headers of some milliseconds
 SAME_RATE = 0.01  # by how much the rate of a clip may differ from source_fps, so that its sound fits
 
 
@@ -46,6 +49,21 @@ def find_sound(source: MediaSource) -> Path:
             'the frames. Write source_fps = "auto"'
         )
     return path
+
+
+def list_unheard(sources: Iterable[MediaSource], silent: Collection[str]) -> list[Path]:
+    """Return the clips that have sound although none is cached.
+
+    silent: stems of clips without cached sound. At most MOST_ASKED files are opened, none is downloaded, and
+    one that cannot be read is passed over.
+    """
+    asked = (one for one in sources if one.stem in silent and not any(one.origins))
+    found = []
+    for source in itertools.islice(asked, MOST_ASKED):
+        with contextlib.suppress(MediaError, OSError):
+            if source.path.exists() and (source.sound is None or source.sound[1] is None):
+                found += [source.path] if track_facts(find_sound(source)) is not None else []
+    return found
 
 
 def read_sounds(path: Path, spans: Sequence[Span], rate: float, spec: SoundSpec) -> list[Tensor]:

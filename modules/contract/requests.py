@@ -110,6 +110,10 @@ class Prepared:
     rules: GuidanceRules = AS_PLAIN  # of the model's guidance
     joint: Joint | None = None  # the latents are those of a picture and its sound
     levels: tuple[float, ...] = ()  # noise levels of all steps, then 0, in place of the solver's own
+    # requests that it is made of, one after the other, each from what the one before it made; guidance and
+    # step caches of the options are those of the first
+    stages: tuple["Prepared", ...] = ()
+    added: float = 0.0  # strength of the network's LoRA for stages (`networks.added.add_stage_lora`)
     own: Any = None  # what only the family reads, in a record of its own
     name_end: str = ""  # behind the names of its files
     own_metadata: Mapping[str, str] = field(default_factory=dict)  # what outputs say of it, by name

@@ -175,6 +175,7 @@ class Section:
     made: Piece | None = None  # what the section before this one added to the video
     label: str = ""  # which one it is of several ("section 2 of 4"), for the progress bar
     count: int = 1  # how many sections the clip is made in
+    stage: int = 0  # of `Prepared.stages`
 
     @property
     def held(self) -> tuple[bool, bool]:

@@ -9,9 +9,11 @@ from typing import Any
 import av
 import pytest
 
+from data_tools.report.check import check_training
 from dataset.batches.finding import FoundItems, find_items, require_items
-from dataset.batches.items import group_items
+from dataset.batches.items import CachingCommands, group_items
 from dataset.batches.reading import read_batch
+from dataset.batches.starting import compare_sources
 from dataset.cache.converting import files_to_shards, shards_to_files
 from dataset.cache.files import read_entry, write_tensors
 from dataset.caching.loop import cache_media, cache_texts
@@ -384,3 +386,27 @@ def test_sound_that_is_cached_leaves_the_encoders_of_pictures_loaded(tmp_path: P
     actor = CachingActor(main_of(family, config), ("--words",), True, 3, 1)
     assert sum(actor({"shard_index": [0, 1, 2]})["written"]) == 5
     assert loaded == ["pictures"]
+
+
+def test_sound_that_a_kill_left_out_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """By a training and by its --check; a clip without sound is no fault of caching."""
+    for name in "ab":
+        write_media(tmp_path / f"{name}.mp4", Track(CLICKS))
+    write_media(tmp_path / "silent.mp4")
+    config = make_set(tmp_path)
+    cache(config)
+    said = "1 clip with sound that is not cached, such as {}: learned silent"
+
+    def told() -> tuple[bool, bool]:
+        caplog.clear()
+        compare_sources(config.datasets, find(config), CachingCommands(), "toy", hears=True)
+        checked = "\n".join(check_training(config, "toy", PLAIN, sound=hearing().sound).lines)
+        words = said.format(tmp_path / "a.mp4")
+        return words in caplog.text, "a.mp4" in checked and "has sound that is not cached" in checked
+
+    assert told() == (False, False)
+    for path in (tmp_path / "cache").glob("a_*_audio.safetensors"):
+        path.unlink()
+    assert told() == (True, True)
+    cache(config)
+    assert told() == (False, False)

@@ -216,3 +216,34 @@ def test_a_file_that_nobody_typed_is_named_as_the_default_of_its_option() -> Non
         Ltx2Files(gemma=GEMMA).text_encoder()
     with pytest.raises(CheckpointError, match="^--gemma_root other: no such file"):
         Ltx2Files(gemma=Path("other")).text_encoder()
+
+
+@each_version
+def test_sound_for_a_given_video_equals_that_of_diffusers(release: TinyRelease, tmp_path: Path) -> None:
+    """There with the pictures' time at 0 and no velocity of theirs, and gates of the other stream's time."""
+    folder = tmp_path / "clip"
+    folder.mkdir()
+    for number, frame in enumerate(moving_square(FRAMES, WIDTH, HEIGHT, 3)):
+        write_png(folder / f"{number:03d}.png", frame)
+    words = ["--ltx2_mode", "av", "--drive_video", folder, *scale_words(PLAIN, PLAIN)]
+
+    made = generate(release, tmp_path, *words)
+
+    pipe, times = theirs(release), [torch.zeros(1)]
+    dit = pipe.transformer
+
+    def start(_: Any, __: Any, given: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+        times[:] = [given["timestep"]]
+        still = torch.zeros_like(times[0])
+        of_sound = {"audio_timestep": times[0], "audio_sigma": times[0]}
+        return (), {**given, **of_sound, "timestep": still, "sigma": still, "use_cross_timestep": False}
+
+    def stay(_: Any, __: Any, made: tuple[Tensor, Tensor]) -> None:
+        made[0].zero_()
+
+    dit.register_forward_pre_hook(start, with_kwargs=True)
+    dit.register_forward_hook(stay)
+    dit.av_cross_attn_video_a2v_gate.register_forward_pre_hook(lambda *_: (times[0],))
+    dit.av_cross_attn_audio_v2a_gate.register_forward_pre_hook(lambda *_: (torch.zeros_like(times[0]),))
+    given = pipe.vae.encode(video_pixels(folder, "", WIDTH, HEIGHT, FRAMES)).latent_dist.mode()
+    assert_as_there(pipe, made, tmp_path / "shown", 24, PLAIN, PLAIN, latents=given, noise_scale=0.0)

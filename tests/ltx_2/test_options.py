@@ -78,7 +78,7 @@ def test_the_dtype_of_texts_has_two_names() -> None:
 @pytest.mark.parametrize(
     ("script", "words", "message"),
     [
-        ("ltx2_cache_latents", ("--ltx2_audio_source", "audio_files"), "Write audio_directory"),
+        ("ltx2_cache_latents", ("--ltx2_audio_dtype", "bfloat16"), "cached in float32"),
         ("ltx2_train_network", ("--video_loss_weight", "0", "--audio_loss_weight", "0"), "nothing would be"),
         *(
             ("ltx2_train_network", words, "without sound .*--ltx2_mode av")
@@ -97,7 +97,8 @@ def test_the_dtype_of_texts_has_two_names() -> None:
             ("--no-sample_i2v_token_timestep_mask",),
             "first frame that is given has time 0",
         ),
-        ("ltx2_generate_video", ("--distilled-lora", "a.safetensors", "0.5"), "goes to --lora_weight"),
+        ("ltx2_generate_video", ("--distilled-lora", "a.safetensors", "0.5"), "no such file"),
+        ("ltx2_train_network", ("--sample_two_stage",), "give --spatial_upsampler_path"),
         ("ltx2_generate_video", ("--video-conditioning", "a.mp4", "1"), "IC-LoRA"),
         ("ltx2_generate_video", ("--duration-head-path", "a"), "Give --video_length"),
         ("ltx2_generate_video", ("--output_name", "a/b"), "it holds a folder"),

@@ -265,6 +265,49 @@ def test_a_dataset_without_any_sound_is_refused(alone: Project) -> None:
     assert_one_message(1, said, "no clip of the dataset has cached sound", "--ltx2_mode video")
 
 
+def test_sound_comes_from_files_if_the_command_says_so(alone: Project, tmp_path: Path) -> None:
+    """From a folder, or from beside the clips; as audio_directory in the table says it."""
+    tracks = Track((0.2,), loud=0.5, codec="pcm_s16le")
+    (alone.folder / "sounds").mkdir()
+    write_media(alone.folder / "sounds" / "a.wav", tracks, frames=0)
+    text = (alone.folder / "dataset.toml").read_text(encoding="utf-8")
+    found = []
+    for number, (words, more) in enumerate(
+        (
+            ([], ""),
+            ([], 'audio_directory = "sounds"'),
+            (["--ltx2_audio_source", "audio_files", "--ltx2_audio_dir", "sounds"], ""),
+            (["--ltx2_audio_source", "audio_files"], ""),
+        )
+    ):
+        if number == 3:
+            shutil.copy(alone.folder / "sounds" / "a.wav", alone.folder / "clips" / "a.wav")
+        cache = alone.folder / f"sounding {number}"
+        changed = text.replace('/cache"', f'/sounding {number}"') + f"\n{more}\n"
+        (alone.folder / "sounds.toml").write_text(changed, encoding="utf-8")
+        command = [*alone.release.words, "--ltx2_mode", "av", "--dataset_config", "sounds.toml", *words]
+        succeed_here("ltx2_cache_latents.py", *command, folder=alone.folder)
+        (path,) = cache.glob("*_audio.safetensors")
+        found.append(next(one for name, one in load_file(path).items() if name.startswith("audio_latents")))
+    (alone.folder / "clips" / "a.wav").unlink()
+
+    own, table, folder, beside = found
+    assert torch.equal(folder, table)
+    assert torch.equal(beside, table)
+    assert not torch.equal(own, table)
+
+
+def test_sound_that_caching_left_out_is_told_of(project: Project) -> None:
+    first = sorted((project.folder / "cache").glob("*_audio.safetensors"))[0]
+    first.rename(first.with_suffix(".away"))
+    try:
+        said = project.train(*run("away", 1))
+    finally:
+        first.with_suffix(".away").rename(first)
+    assert said.count("1 clip with sound that is not cached") == 1
+    assert "that is not cached" not in project.train(*run("there", 1))
+
+
 def test_lengths_are_rounded_down_by_the_step_of_the_model(alone: Project) -> None:
     text = (alone.folder / "dataset.toml").read_text(encoding="utf-8")
     other = text.replace("target_frames = [9]", "target_frames = [1, 14]").replace('/cache"', '/cache 2"')

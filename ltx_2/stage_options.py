@@ -1,0 +1,92 @@
+"""Options of making a clip in two stages. Standard library only."""
+
+from pathlib import Path
+
+from modules.errors import OptionError
+from modules.options import Options, option
+
+_STAGES, _LORA = "sample_two_stage", "distilled_lora_path"
+
+
+class Ltx2StageOptions(Options, title="two stages"):
+    """A small clip first, which an upscaler enlarges and a few steps refine."""
+
+    sample_two_stage: bool = option(
+        "make clips in two stages: smaller ones with all steps and guidance, whose latents are then enlarged "
+        "and refined in a few steps without guidance. Size, length and rate are those of the result"
+    )
+    spatial_upsampler_path: Path | None = option(
+        "latent upscaler of pictures, such as ltx-2.3-spatial-upscaler-x2-1.1.safetensors",
+        flags=("--spatial-upsampler-path",),
+        place="there",
+        only_with=_STAGES,
+    )
+    temporal_upsampler_path: Path | None = option(
+        "latent upscaler that doubles the frames: the first stage then has half of them, at half the rate",
+        place="there",
+        only_with=_STAGES,
+    )
+    distilled_lora_path: Path | None = option(
+        "LoRA for few steps, which the second stage has", place="there", only_with=_STAGES
+    )
+    sample_stage2_steps: int = option(
+        "steps of the second stage; 3 have the released noise levels, others are spread along these",
+        default=3,
+        least=1,
+        most=1000,
+        only_with=_STAGES,
+    )
+    sample_stage1_distilled_lora_multiplier: float | None = option(
+        f"strength of --{_LORA} in the first stage; default: 0", only_with=_LORA
+    )
+    sample_stage2_distilled_lora_multiplier: float | None = option(
+        f"strength of --{_LORA} in the second stage; default: 1", only_with=_LORA
+    )
+
+    def __post_init__(self) -> None:
+        if self.sample_two_stage and not (self.spatial_upsampler_path or self.temporal_upsampler_path):
+            raise OptionError("--sample_two_stage: give --spatial_upsampler_path, which enlarges clips")
+
+    @property
+    def lora(self) -> tuple[Path | None, float, float]:
+        """Return the LoRA and its strength in each stage."""
+        first, second = (
+            self.sample_stage1_distilled_lora_multiplier,
+            self.sample_stage2_distilled_lora_multiplier,
+        )
+        return self.distilled_lora_path, first or 0.0, 1.0 if second is None else second
+
+
+class Ltx2OfficialStages(Ltx2StageOptions, title="two stages"):
+    """The same, with what the official scripts say otherwise."""
+
+    distilled_lora: tuple[str, ...] | None = option(
+        f"FILE [STRENGTH]: as --{_LORA} with --sample_stage2_distilled_lora_multiplier",
+        flags=("--distilled-lora",),
+        excludes=(_LORA, "sample_stage2_distilled_lora_multiplier"),
+        only_with=_STAGES,
+    )
+    skip_stage_2: bool = option(
+        "end with the first stage's clip", flags=("--skip-stage-2",), only_with=_STAGES
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.lora
+
+    @property
+    def lora(self) -> tuple[Path | None, float, float]:
+        path, first, second = super().lora
+        if self.distilled_lora is None:
+            return path, first, second
+        file, *more = self.distilled_lora
+        try:
+            (strength,) = map(float, more or ["1"])
+        except ValueError:
+            words = " ".join(self.distilled_lora)
+            raise OptionError(
+                f"--distilled-lora {words}: give a file, and a strength if it is not 1"
+            ) from None
+        if not Path(file).exists():
+            raise OptionError(f"--distilled-lora {file}: no such file. Correct the path")
+        return Path(file), first, strength

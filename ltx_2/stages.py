@@ -1,0 +1,142 @@
+"""Two stages of a clip: small, with all steps and guidance; then enlarged, and refined in a few steps.
+
+Source: the released pipelines. The second stage has fixed noise levels, no guidance and a LoRA for few steps;
+the sound of the result is that of the first stage.
+"""
+
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+
+import numpy
+from einops import rearrange
+from torch import Tensor
+
+from ltx_2.stage_options import Ltx2OfficialStages, Ltx2StageOptions
+from ltx_2.upscaler import SPATIAL, TEMPORAL, factors
+from modules.contract.data import Joint, LatentSpec
+from modules.contract.family import NoiseSource
+from modules.contract.requests import Prepared
+from modules.contract.rules import AS_PLAIN
+from modules.contract.steps import Section
+from modules.errors import OptionError
+
+LEVELS = (0.909375, 0.725, 0.421875, 0.0)  # of the second stage, as released
+
+
+@dataclass(frozen=True)
+class TwoStages:
+    """How clips of a run are made in two stages."""
+
+    upscalers: Mapping[str, Path]  # by their options, in the order of their work
+    steps: int  # of the second stage
+    lora: Path | None
+    strengths: tuple[float, float]  # of the LoRA in each stage
+    ends_early: bool = False  # the first stage's clip is the result
+
+    def growth(self, latent: LatentSpec) -> tuple[int, Fraction]:
+        """Return by how much the upscalers multiply frames and sides. Raises as `factors`."""
+        frames, side = 1, Fraction(1)
+        for option, path in self.upscalers.items():
+            more, larger = factors(path, option, latent.channels)
+            frames, side = frames * more, side * larger
+        return frames, side
+
+    def whole(self, latent: LatentSpec) -> LatentSpec:
+        """Return the latent space with the steps of size and length that both stages can make."""
+        frames, side = self.growth(latent)
+        return replace(
+            latent,
+            pixel_step=latent.pixel_step * side.numerator,
+            frame_step=latent.frame_step * frames,
+        )
+
+    def split(self, prepared: Prepared, latent: LatentSpec) -> Prepared:
+        """Return the request of a clip as one in two stages."""
+        asked = prepared.asked
+        if asked.source is not None:
+            raise OptionError(
+                f"--{asked.source.option} with --sample_two_stage: the first stage starts from noise. Leave "
+                "one of them out"
+            )
+        frames, side = self.growth(latent)
+        width, height = (int(edge / side) for edge in (prepared.width, prepared.height))
+        count = (prepared.frames - 1) // frames + 1
+        joint = prepared.joint
+        if joint is not None:  # the sound is that of the result from the beginning
+            _, *picture = latent.shape(count, height, width)
+            joint = Joint((picture[0], picture[1], picture[2], picture[3]), joint.sound)
+        first = replace(
+            prepared,
+            width=width,
+            height=height,
+            frames=count,
+            fps=prepared.fps / frames,
+            joint=joint,
+            added=self.strengths[0],
+        )
+        if self.ends_early:
+            return first
+        places = numpy.linspace(0, len(LEVELS) - 1, self.steps + 1)
+        second = replace(
+            prepared,
+            asked=replace(asked, cfg_schedule=None, step_cache=None),
+            steps=self.steps,
+            levels=tuple(map(float, numpy.interp(places, range(len(LEVELS)), LEVELS))),
+            solver="euler",
+            guidance_scale=(1.0,),
+            rules=AS_PLAIN,
+            added=self.strengths[1],
+        )
+        return replace(prepared, stages=(first, second))
+
+
+def two_stages(options: Ltx2StageOptions) -> TwoStages | None:
+    if not options.sample_two_stage:
+        return None
+    given = {SPATIAL: options.spatial_upsampler_path, TEMPORAL: options.temporal_upsampler_path}
+    lora, *strengths = options.lora
+    return TwoStages(
+        {option: path for option, path in given.items() if path is not None},
+        options.sample_stage2_steps,
+        lora,
+        (0.0, 0.0) if lora is None else (strengths[0], strengths[1]),
+        isinstance(options, Ltx2OfficialStages) and options.skip_stage_2,
+    )
+
+
+def stage_sections(
+    prepared: Prepared,
+    draw: Callable[[Prepared], Tensor],
+    begin: Callable[[Prepared, int, Tensor], Section],
+    enlarge: Callable[[Tensor], Tensor],
+    noise: NoiseSource,
+) -> Generator[Section, Tensor, Tensor]:
+    """Make both stages. draw: the noise that a clip starts from. begin: a stage, its number, and what it
+    starts from -> its section. enlarge: latents B C F H W of the first stage -> those of the second.
+    """
+    first, second = prepared.stages
+    made = yield _of_stage(begin(first, 0, draw(first)), first, 0)
+    picture, sound = (made, None) if first.joint is None else first.joint.split(made)
+    picture, level = enlarge(picture), second.levels[0]
+
+    def blend(clean: Tensor, drawn: Tensor) -> Tensor:
+        return (1 - level) * clean + level * drawn.to(clean.device)
+
+    # drawn token by token, as the released pipelines do here
+    _, channels, frames, rows, columns = picture.shape
+    drawn = noise.draw((1, frames * rows * columns, channels))
+    start = blend(picture, rearrange(drawn, "b (f h w) c -> b c f h w", f=frames, h=rows))
+    if second.joint is None or sound is None:
+        return (yield _of_stage(begin(second, 1, start), second, 1))
+    _, channels, moments, bins = sound.shape
+    drawn = noise.draw((1, moments, channels * bins))
+    start = second.joint.join(start, blend(sound, rearrange(drawn, "b t (c m) -> b c t m", c=channels)))
+    made = yield _of_stage(begin(second, 1, start), second, 1)
+    return second.joint.join(second.joint.split(made)[0], sound)
+
+
+def _of_stage(section: Section, made: Prepared, number: int) -> Section:
+    tweaks = replace(section.tweaks, joint=made.joint)
+    return replace(section, tweaks=tweaks, stage=number, label=f"stage {number + 1} of 2")

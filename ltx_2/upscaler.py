@@ -1,0 +1,135 @@
+"""LTX-2's latent upscalers: latents of a larger picture, or of twice the frames, from those of a clip.
+
+The network is diffusers' class, whose names the official files have too. It takes latents as the VAE makes
+them, without the model's normalisation. Sizes and kind are read from the tensors. By how much a resampler
+enlarges is in no tensor if it multiplies sides by 3 (1.5 or 0.75): then the record of settings tells.
+"""
+
+import logging
+from collections.abc import Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ltx_2.released import read_settings
+from ltx_2.vae_checkpoints import read_video_vae
+from modules.checkpoints.dialects import LoadPlan, count, load_planned, other_kind, shapes_of
+from modules.checkpoints.model_files import read_once, require_file
+from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from modules.devices import free_memory
+from modules.errors import CheckpointError, OptionError
+from modules.installation import hide_packages
+
+logger = logging.getLogger(__name__)
+
+SPATIAL, TEMPORAL = "--spatial_upsampler_path", "--temporal_upsampler_path"
+FILES = "ltx-2.3-spatial-upscaler-x2-1.1.safetensors, or diffusers' folder latent_upsampler"
+DIFFUSERS_CLASS = "LTX2LatentUpsamplerModel"
+GROUPS = 32  # of every norm, as released
+SCALES = {2: 2.0, 4: 4.0}  # by what a resampler multiplies the sides -> what is left when it has blurred
+Settings = Mapping[str, Any]  # of the class of diffusers
+
+
+def read_upscaler(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
+    """Plan how to load a latent upscaler. option: that named the file.
+
+    Raises CheckpointError for any other file.
+    """
+    refusal = other_kind(checkpoint, "a latent upscaler of LTX-2", option, FILES)
+    names, sources = checkpoint.tensors, plain_sources(checkpoint)
+    if "post_upsample_res_blocks.0.conv1.weight" not in names or "initial_conv.weight" not in names:
+        raise refusal
+    shape = shapes_of(checkpoint, sources, refusal)
+    axes = len(names["initial_conv.weight"].shape)
+    width, channels = shape("initial_conv.weight", axes)[:2]
+    is_rational = "upsampler.conv.weight" in names
+    layer = "upsampler.conv.weight" if is_rational else "upsampler.0.weight"
+    is_timed = layer in names and len(names[layer].shape) == 5
+    block, rest = divmod(shape(layer, 5 if is_timed else 4)[0], width)
+    side = {2: 1, 8: 2}.get(block) if is_timed else {4: 2, 9: 3, 16: 4}.get(block)
+    if axes not in (4, 5) or rest or width % GROUPS or side is None or (side > 2 and not is_rational):
+        raise refusal
+    settings = {
+        "in_channels": channels,
+        "mid_channels": width,
+        "num_blocks_per_stage": count(names, r"res_blocks\.\d+"),
+        "dims": axes - 2,
+        "spatial_upsample": side > 1,
+        "temporal_upsample": is_timed,
+        "use_rational_resampler": is_rational,
+        "rational_spatial_scale": SCALES.get(side, 2.0) if side != 3 else _scale(checkpoint, option),
+    }
+    return LoadPlan(settings, checkpoint, sources)
+
+
+def _scale(checkpoint: Checkpoint, option: str) -> float:
+    """Return the scale of a resampler that multiplies sides by 3. Raises CheckpointError for a reduction."""
+    told = read_settings(checkpoint, "", DIFFUSERS_CLASS)
+    scale = told.get("rational_spatial_scale", told.get("spatial_scale"))
+    if scale != 1.5:
+        raise CheckpointError(
+            f"{option} {checkpoint.path}: its settings, in the file or in config.json beside it, say a scale "
+            f"of {scale}; 1.5 is known.\n  Give {FILES}.",
+            checkpoint.path,
+        )
+    return 1.5
+
+
+def factors(path: Path, option: str, channels: int) -> tuple[int, Fraction]:
+    """Return by how much an upscaler multiplies frames and sides. channels: of the latents.
+
+    Raises CheckpointError if the file is another one, OptionError if it is for the other option.
+    """
+    told = read_once(require_file(path, option, "it enlarges latents"), _read_settings, option)
+    if told["in_channels"] != channels:
+        raise CheckpointError(
+            f"{option} {path} takes {told['in_channels']} latent channels, the VAE makes {channels}.\n"
+            "  Give the upscaler of this release.",
+            path,
+        )
+    if told["spatial_upsample"] != (option == SPATIAL):
+        other = SPATIAL if told["spatial_upsample"] else TEMPORAL
+        raise OptionError(f"{option} {path}: this upscaler is for {other}")
+    side = Fraction(told["rational_spatial_scale"]) if told["spatial_upsample"] else Fraction(1)
+    return 1 + told["temporal_upsample"], side
+
+
+@torch.no_grad()
+def enlarge(latents: Tensor, upscalers: Mapping[str, Path], vae: Path, dtype: torch.dtype) -> Tensor:
+    """Return enlarged latents, B C F H W float32, normalised as the given ones, on their device.
+
+    upscalers: by their options; each is loaded for itself. vae: the file with the numbers of normalisation.
+    """
+    mean, std = (one.to(latents.device) for one in read_once(vae, _read_statistics))
+    latents = latents.float() * std + mean
+    for option, path in upscalers.items():
+        with open_checkpoint(path) as checkpoint:
+            plan = read_upscaler(checkpoint, option)
+            network = load_planned(plan, build, latents.device, dtype, "the latent upscaler of LTX-2")
+        logger.info("Latent upscaler: %s", path)
+        latents = network(latents.to(dtype)).float()
+        del network
+        free_memory(latents.device)
+    return (latents - mean) / std
+
+
+def build(settings: Settings) -> nn.Module:
+    with hide_packages("bitsandbytes"):  # it would be loaded for nothing
+        from diffusers.pipelines.ltx2.latent_upsampler import LTX2LatentUpsamplerModel
+
+    network: Any = LTX2LatentUpsamplerModel(**settings)
+    return network
+
+
+def _read_settings(checkpoint: Checkpoint, option: str) -> Settings:
+    return read_upscaler(checkpoint, option).config
+
+
+def _read_statistics(checkpoint: Checkpoint) -> list[Tensor]:
+    """Return mean and standard deviation of the VAE's latents, 1 C 1 1 1 float32."""
+    plan = read_video_vae(checkpoint)
+    names = (plan.sources[name].names[0] for name in ("latents_mean", "latents_std"))
+    return [plan.checkpoint.read(name).float().view(1, -1, 1, 1, 1) for name in names]
