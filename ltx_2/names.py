@@ -93,6 +93,7 @@ _LTX_PARAMETERS = (
         for one in _LTX_STREAMS
     ),
     *((f"{prefix}scale_shift_table",) * 2 for prefix in ("", "audio_")),
+    ("keyframes_abs_pos_embedding",) * 2,
     *_LTX_REGISTERS,
 )
 _LTX_NUMBERED = (
