@@ -1,4 +1,4 @@
-"""LTX-2 and LTX-2.3, video with sound: read family.py first, then model.py.
+"""LTX-2, 2.3 and 2.5, video with sound: read family.py first, then model.py.
 
 blocks: blocks of two streams, video and sound, and their attention
 checkpoints: transformer files: what one is, and loading
@@ -7,13 +7,14 @@ connectors: from Gemma's states to texts of both streams
 family: LTX-2 and 2.3, described for the shared loops
 files: paths of a run, parts of a released file
 model: the transformer around the blocks
+gemma_4: the language model of LTX-2.5's texts
 names: what it is called everywhere, from scripts to tensors
 options: own options for caching, training and generation
 refused_options: options of the known tuner that are refused, as data
 released: parts of a released file, and their settings
 rope: positions in seconds and pixels, and rotation by them
 sound: mel spectrograms, audio VAE, vocoders, and their files
-text_encoder: Gemma 3 with the connectors behind it
+text_encoder: Gemma with the connectors behind it
 vae_checkpoints: files of the video VAE: dialects, list of layers
 video_vae: the video VAE: pixels to latents and back
 video_vae_blocks: its layers, with memory between chunks
