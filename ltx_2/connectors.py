@@ -105,7 +105,8 @@ def open_connectors(path: Path, gemma: Path) -> Checkpoint:
     """Open a file of connectors, and Gemma's too if the projections in front of them are there (LTX-2.5)."""
     parts = checkpoint_paths(path)
     with open_checkpoint(path) as alone:
-        is_whole = any(name.startswith(PROJECTIONS) for name in alone.tensors)
+        found = {name.startswith(PROJECTIONS) for name in alone.tensors if name.startswith(PARTS)}
+    is_whole = found != {False}
     return open_files(path, parts if is_whole else [*parts, *checkpoint_paths(gemma)])
 
 

@@ -130,11 +130,13 @@ class Ltx2Files(TransformerFiles):
 
     @property
     def latent(self) -> LatentSpec:
-        """Return the latent space of the video VAE; that of the releases if its file is not there."""
+        """Return the latent space of the video VAE; if its file is not there, the releases' of the same
+        channels as the transformer.
+        """
         try:
             config: VideoVaeConfig = read_once(self.vae_path, _read_video_vae)
         except (OptionError, OSError):
-            return LATENT
+            return LATENT if self.dit is None else replace(LATENT, channels=self._channels())
         frames, height, _ = config.stride
         return replace(
             LATENT,
@@ -143,6 +145,10 @@ class Ltx2Files(TransformerFiles):
             pixel_step=height,
             frame_step=frames,
         )
+
+    def _channels(self) -> int:
+        channels: int = self.dit_header().config.video.channels
+        return channels
 
     def load_vae(self, device: torch.device) -> LtxVideoVae:
         return load_video_vae(self.vae_path, device, self.beside(self.vae_dtype), self.vae_tile)
