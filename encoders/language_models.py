@@ -25,7 +25,7 @@ from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sourc
 from modules.contract.family import DitSpec
 from modules.contract.loading import BlockPlace
 from modules.devices import send_ahead
-from modules.errors import CheckpointError
+from modules.errors import CheckpointError, OptionError
 from modules.offload.block_swap import swap_blocks
 from modules.offload.swap_plan import SwapPlan, host_weights
 
@@ -35,17 +35,21 @@ SPEC = DitSpec(block_lists=("layers",))
 WORKING = 3 << 29  # bytes beside the weights while prompts of the usual length are read
 Q_BIAS, Q_NORM = "self_attn.q_proj.bias", "self_attn.q_norm.weight"
 FEED_NORM = "pre_feedforward_layernorm.weight"  # Gemma has it
+SCALAR = "layer_scalar"  # Gemma 4 has it
 # tensors of a layer that some kinds of models have
-_MARKS = (Q_BIAS, Q_NORM, FEED_NORM)
+_MARKS = (Q_BIAS, Q_NORM, FEED_NORM, SCALAR)
 PLACES = f"visual.{TOWER_PLACES}"  # of Qwen3-VL's tower: the layers of its text half look like Qwen3's
-_PARTS = ("lm_head.", "visual.", "vision_tower.", "vision_model.", "multi_modal_projector.", "image_newline")
+_PARTS = (
+    *("lm_head.", "visual.", "vision_tower.", "vision_model.", "multi_modal_projector.", "image_newline"),
+    *("audio_projector.", "vision_embedder.", "embed_vision.", "embed_audio."),  # Gemma 4's
+)
 ALL_STATES: tuple[int, ...] = ()  # the embeddings, the states behind each layer, the last one normed
 NEAR, FAR = "sliding_attention", "full_attention"  # kinds of layers: tokens see a window, or all before them
 # beginnings of the names of tensors beside the wanted network: other parts of the same model, and the bytes
-# of a tokenizer in ComfyUI's files
+# of files such as a tokenizer's
 BESIDE = (
     *(f"{prefix}{part}" for prefix in ("", "model.", "language_model.") for part in _PARTS),
-    *("tokenizer", "tekken_model", "logit_scale", SPIECE_MODEL),
+    *("tokenizer", "tekken_model", "logit_scale", SPIECE_MODEL, "hf_asset__", "text_embedding_projection."),
 )
 # saved by old versions of transformers; computed here
 _COMPUTED = ("rotary_emb.inv_freq", "layers.*.rotary_emb.inv_freq")
@@ -71,9 +75,13 @@ class LanguageModel:
     tower: VisionTower | None = None  # that sees pictures in prompts
     skip_option: str = ""  # that chooses the state by the number of layers behind it
     settings: Mapping[str, Any] = field(default_factory=dict)  # further ones of transformers' configuration
-    # likewise, made of a config.json's values ({} if there is none), the number of layers that are run, and
-    # the channels of a head
-    read_settings: Callable[[Mapping[str, Any], int, int], Mapping[str, Any]] = lambda *_: {}
+    # likewise, made of a config.json's values ({} if there is none), the number of layers that are run, the
+    # channels of a head, and the shapes of all tensors by their names
+    read_settings: Callable[
+        [Mapping[str, Any], int, int, Mapping[str, tuple[int, ...]]], Mapping[str, Any]
+    ] = lambda *_: {}
+    told_key: str = ""  # of the config.json in the metadata of its file
+    since: str = ""  # the first version of transformers that has its classes; "": all that serve
 
 
 LLAMA = LanguageModel(
@@ -189,7 +197,8 @@ def read_language_model(
     num_layers = _layers_before(states[-1], all_layers, path, model)
     vocabulary, dim = shape("embed_tokens.weight", 2)
     rows, key_rows = (shape(f"layers.0.self_attn.{letter}_proj.weight", 2)[0] for letter in "qk")
-    told = told_beside(path, "text_config", model.kind, dim, model.defaults)
+    written = own.metadata.get(model.told_key)
+    told = told_beside(path, "text_config", model.kind, dim, model.defaults, written)
     said = told.get("head_dim")
     usual = said if isinstance(said, int) and said > 0 else model.head_width
     has_norm = Q_NORM in model.marks
@@ -202,7 +211,8 @@ def read_language_model(
             "channels. Put the model's config.json beside it, or give another copy of the file.",
             path,
         )
-    theta, eps, sections, settings = _read_constants(path, told, model, num_layers, width)
+    shapes = {name: own.tensors[source.names[0]].shape for name, source in sources.items()}
+    theta, eps, sections, settings = _read_constants(path, told, model, num_layers, width, shapes)
     is_normed = final_norm or states[-1] == -1
     config = LanguageConfig(
         vocabulary=vocabulary,
@@ -244,7 +254,12 @@ def _marks_of(own: Checkpoint, whole: Checkpoint) -> tuple[str, ...]:
 
 
 def _read_constants(
-    path: Path, told: Mapping[str, Any], model: LanguageModel, num_layers: int, width: int
+    path: Path,
+    told: Mapping[str, Any],
+    model: LanguageModel,
+    num_layers: int,
+    width: int,
+    shapes: Mapping[str, tuple[int, ...]],
 ) -> tuple[float, float, tuple[int, ...], Mapping[str, Any]]:
     """Return the base of the rotary frequencies, the number that norms add, sections of the frequencies, and
     further settings of the model.
@@ -261,7 +276,7 @@ def _read_constants(
             raise ValueError(f"mrope_section {list(sections)} for heads of {width} channels")
         if not (0 < theta < math.inf and 0 <= eps < math.inf):
             raise ValueError(f"rope_theta {theta}, rms_norm_eps {eps}")
-        settings = model.read_settings(told, num_layers, width)
+        settings = model.read_settings(told, num_layers, width, shapes)
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(
             f"{path}: the config.json beside it cannot be read ({error}). Copy it again, or remove it.", path
@@ -324,6 +339,11 @@ def build_language_model(config: LanguageConfig) -> nn.Module:
         sections = config.sections or (*shares, half - sum(shares))
         settings["rope_scaling"] = {"rope_type": "default", "mrope_section": list(sections)}
     classes = config.model.classes
+    if not hasattr(transformers, f"{classes}Model"):
+        raise OptionError(
+            f"{config.model.what} needs transformers {config.model.since} or later, not "
+            f"{transformers.__version__}: pip install --upgrade transformers"
+        )
     told = getattr(transformers, f"{classes}Config")(**settings)
     network: Any = getattr(transformers, f"{classes}Model")(told)
     if not config.final_norm:

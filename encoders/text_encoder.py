@@ -18,14 +18,15 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from modules.checkpoints.encoders import SPIECE_MODEL
-from modules.checkpoints.opening import fingerprint, open_checkpoint
+from modules.checkpoints.encoders import SPIECE_MODEL, TOKENIZER_JSON
+from modules.checkpoints.opening import Checkpoint, fingerprint, open_checkpoint
 from modules.checkpoints.tokenizers import TokenizerFiles, check_sentencepiece, piece_surfaces
 from modules.contract.data import Conditions, weigh_rows
 from modules.contract.family import EncoderAbilities
 from modules.contract.requests import Prompt, Spans
 from modules.contract.rules import CountTokens, Place, TokenCount, kept_characters, token_weights
 from modules.errors import CheckpointError
+from modules.limits import MAX_TOKENIZER_BYTES
 from modules.offload.block_swap import move_network
 from modules.offload.host_memory import LoadedNetwork
 
@@ -74,7 +75,7 @@ class TokenizerSource:
     begin: str = ""  # put in front of a text, if the file leaves that to its reader
     end: str = ""  # warn if texts do not end with it, with which the encoder was trained
     adds_own: bool = True  # the tokens that a file puts around a text count; else there are none
-    may_be_inside: bool = False  # as a SentencePiece model in the bytes of the checkpoint
+    may_be_inside: bool = False  # as bytes of the checkpoint: a SentencePiece model or a tokenizer.json
     read_file: Callable[[TokenizerFiles, Path], Tokenizer] = TokenizerFiles.read
 
     def find(self, path: Path | None, checkpoint_path: Path) -> tuple[Path | None, bool]:
@@ -86,8 +87,7 @@ class TokenizerSource:
         if file is not None or not self.may_be_inside:
             return file, False
         with open_checkpoint(checkpoint_path) as checkpoint:
-            is_inside = any(name.endswith(SPIECE_MODEL) for name in checkpoint.tensors)
-        return None, is_inside
+            return None, _inside(checkpoint) is not None
 
     def identity(self, path: Path | None, checkpoint_path: Path) -> str:
         file, is_inside = self.find(path, checkpoint_path)
@@ -107,18 +107,22 @@ class TokenizerSource:
         if is_inside:
             logger.info("tokenizer of %s: the one inside %s", what, checkpoint_path)
             with open_checkpoint(checkpoint_path) as checkpoint:
-                name = next(name for name in checkpoint.tensors if name.endswith(SPIECE_MODEL))
-                model = checkpoint.read(name).numpy().tobytes()
+                name = _inside(checkpoint) or ""
+                info = checkpoint.tensors[name]
+                if math.prod(info.shape) * info.dtype.itemsize > MAX_TOKENIZER_BYTES:
+                    raise self.files.unreadable(checkpoint_path, ValueError(f"{name} is too large"))
+                model = checkpoint.read(name).view(torch.uint8).numpy().tobytes()
+            if name.endswith(TOKENIZER_JSON):
+                return self._use(self.files.read(checkpoint_path, model), checkpoint_path)
             return self._read_pieces(model, checkpoint_path)
         if file is None:
             file = self.files.download(checkpoint_path, may_download)
         logger.info("tokenizer of %s: %s", what, file)
         if file.suffix == ".json":
-            return self._read_json(file)
+            return self._use(self.read_file(self.files, file), file)
         return self._read_pieces(self.files.read_bytes(file), file)
 
-    def _read_json(self, file: Path) -> TextTokenizer:
-        tokenizer = self.read_file(self.files, file)
+    def _use(self, tokenizer: Tokenizer, file: Path) -> TextTokenizer:
         begin = tokenizer.token_to_id(self.begin) if self.begin else None
         has_own = tokenizer.encode("").ids[:1] == [begin]
         first = [] if begin is None or has_own else [begin]
@@ -162,6 +166,11 @@ class TokenizerSource:
             return Tokens([*first, *ids, *last], [*(None for _ in first), *places, *(None for _ in last)])
 
         return TextTokenizer(read, processor.piece_to_id, origin)
+
+
+def _inside(checkpoint: Checkpoint) -> str | None:
+    """Return the name of the tensor that holds a tokenizer's bytes; None if there is none."""
+    return next((name for name in checkpoint.tensors if name.endswith((SPIECE_MODEL, TOKENIZER_JSON))), None)
 
 
 def merges_of(file: Path | None) -> Path | None:

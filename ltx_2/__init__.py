@@ -1,4 +1,4 @@
-"""LTX-2 and LTX-2.3, video with sound: read family.py first, then model.py.
+"""LTX-2, 2.3 and 2.5, video with sound: read family.py first, then model.py.
 
 blocks: blocks of two streams, video and sound, and their attention
 checkpoints: transformer files: what one is, and loading
@@ -7,6 +7,7 @@ connectors: from Gemma's states to texts of both streams
 family: LTX-2 and 2.3, described for the shared loops
 files: paths of a run, parts of a released file
 model: the transformer around the blocks
+gemma_4: the language model of LTX-2.5's texts
 names: what it is called everywhere, from scripts to tensors
 options: own options for caching, training and generation
 refused_options: options of the known tuner that are refused, as data
@@ -15,7 +16,7 @@ rope: positions in seconds and pixels, and rotation by them
 sound: mel spectrograms, audio VAE, vocoders, and their files
 stage_options: options of making clips in two stages
 stages: the two stages of a clip
-text_encoder: Gemma 3 with the connectors behind it
+text_encoder: Gemma with the connectors behind it
 upscaler: latent upscalers, for the second stage
 vae_checkpoints: files of the video VAE: dialects, list of layers
 video_vae: the video VAE: pixels to latents and back

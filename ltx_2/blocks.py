@@ -50,7 +50,8 @@ class Stream:
     texts: tuple[Tensor, ...]  # each B T C; usually one
     rows: Tensor  # B S R C float32: shifts, scales and gates by time, R 6 or 9
     time: Tensor  # B S C float32, embedded
-    text_rows: Tensor | None  # B 1 2 C float32: shift and scale of the text; None: it has none
+    # B 1 2 C float32: shift and scale of the text, or 0 if no time changes them; None: it has none
+    text_rows: Tensor | None
     given: int = 0  # tokens in front whose time is 0; S is 2 if there are any
     cross: CrossInputs | None = None  # None: it sees no other stream
     part: "TokenPart | None" = None  # its tokens that this process has; None: all
@@ -146,10 +147,10 @@ class LtxAttention(nn.Module):
 class LtxFeedForward(nn.Module):
     """Two layers with a GELU between them."""
 
-    def __init__(self, dim: int, ffn_dim: int) -> None:
+    def __init__(self, dim: int, ffn_dim: int, bias: bool = True) -> None:
         super().__init__()
-        first = nn.ModuleDict({"proj": nn.Linear(dim, ffn_dim)})
-        self.net = nn.ModuleList([first, nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim)])
+        first = nn.ModuleDict({"proj": nn.Linear(dim, ffn_dim, bias=bias)})
+        self.net = nn.ModuleList([first, nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim, bias=bias)])
 
     def forward(self, x: Tensor) -> Tensor:
         first, gelu, last = self.net
@@ -175,7 +176,7 @@ class LtxBlock(nn.Module):
             prefix, rows = names.prefix, 9 if config.modulates_text else 6
             for name in ("attn1", "attn2"):
                 setattr(self, prefix + name, attention(*(one.dim,) * 3))
-            setattr(self, f"{prefix}ff", LtxFeedForward(one.dim, one.ffn_dim))
+            setattr(self, f"{prefix}ff", LtxFeedForward(one.dim, one.ffn_dim, one.ff_bias))
             setattr(self, f"{prefix}scale_shift_table", nn.Parameter(torch.zeros(rows, one.dim)))
             if config.modulates_text:
                 setattr(self, f"{prefix}prompt_scale_shift_table", nn.Parameter(torch.zeros(2, one.dim)))

@@ -17,8 +17,8 @@ from modules.errors import CheckpointError
 from networks.names.layouts import tensor_patterns
 
 FILES = (
-    "ltx-2-19b-dev.safetensors, ltx-2.3-22b-dev.safetensors, or the folder transformer of its release in "
-    "diffusers layout"
+    "ltx-2-19b-dev.safetensors, ltx-2.3-22b-dev.safetensors, ltx-2.5-22b-dev-transformer-bf16.safetensors, "
+    "or the folder transformer of its release in diffusers layout"
 )
 OPTION = "--dit"
 # dialect -> a tensor that only it has, its names
@@ -30,6 +30,7 @@ DIALECTS: dict[str, tuple[str, Names]] = {
 CONNECTORS = ("video_embeddings_connector.*", "audio_embeddings_connector.*")
 DIFFUSERS_CLASS = "LTX2VideoTransformer3DModel"
 BLOCK = "transformer_blocks.0"
+PROMPT_TIMES, MARKER = "prompt_adaln_single.linear.weight", "keyframes_abs_pos_embedding"
 USUAL_HEADS = 32  # of all releases; without gates no tensor tells
 
 
@@ -41,13 +42,6 @@ def _header(checkpoint: Checkpoint) -> DitHeader[LtxConfig]:
     known = joined_shapes({name: info.shape for name, info in names.items()}, DIALECTS[dialect][1])
     shapes = DitShapes(checkpoint.path, known, NAME)
     is_gated = f"{BLOCK}.attn1.to_gate_logits.weight" in known
-    modulates_text = "prompt_adaln_single.linear.weight" in known
-    if f"{BLOCK}.ff.net.2.bias" not in known or is_gated != modulates_text:
-        raise CheckpointError(
-            f"{checkpoint.path} is a transformer of LTX-2.5, which is not supported yet.\n  Give {FILES} to "
-            f"{OPTION}.",
-            checkpoint.path,
-        )
     told = read_settings(checkpoint, "transformer", DIFFUSERS_CLASS)
     if CONFIG in checkpoint.metadata:  # what the released reader takes if a record does not say
         told = {"av_ca_timestep_scale_multiplier": 1.0, **told}
@@ -56,14 +50,16 @@ def _header(checkpoint: Checkpoint) -> DitHeader[LtxConfig]:
         gates = f"{BLOCK}.attn1.to_gate_logits.weight"
         heads = shapes.of(gates)[0] if is_gated else int(told.get("num_attention_heads", USUAL_HEADS))
         config = LtxConfig(
-            video=_stream(shapes, VIDEO, projects),
-            sound=_stream(shapes, SOUND, projects),
+            video=_stream(shapes, VIDEO, projects, told),
+            sound=_stream(shapes, SOUND, projects, told),
             num_heads=heads,
             num_layers=shapes.blocks("transformer_blocks"),
             cross_dim=shapes.of(f"{BLOCK}.{VIDEO.cross_attn}.to_q.weight")[0],
             projects_text=projects,
             is_gated=is_gated,
-            modulates_text=modulates_text,
+            modulates_text=f"{BLOCK}.prompt_scale_shift_table" in known,
+            times_text=_switch(told, "use_prompt_adaln_single", PROMPT_TIMES in known or not is_gated),
+            marks_first=_switch(told, "use_keyframes_abs_pos_embedding", MARKER in known),
             freq_dim=shapes.of("adaln_single.emb.timestep_embedder.linear_1.weight")[1],
             **_told_fields(told),
         )
@@ -111,7 +107,18 @@ def _told_fields(told: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _stream(shapes: DitShapes, names: StreamNames, projects: bool) -> StreamConfig:
+def _switch(told: Mapping[str, Any], key: str, found: bool) -> bool:
+    """Return what the record of settings says, else what the tensors show.
+
+    Raises ValueError if it is neither true nor false. If they differ, loading names the tensors.
+    """
+    value = told.get(key, found)
+    if type(value) is not bool:
+        raise ValueError(f"{key} {value!r}")
+    return value
+
+
+def _stream(shapes: DitShapes, names: StreamNames, projects: bool, told: Mapping[str, Any]) -> StreamConfig:
     block = f"{BLOCK}.{names.prefix}"
     text = f"{names.prefix}caption_projection.linear_1" if projects else f"{block}attn2.to_k"
     dim, channels = shapes.of(f"{names.prefix}patchify_proj.weight")
@@ -120,6 +127,7 @@ def _stream(shapes: DitShapes, names: StreamNames, projects: bool) -> StreamConf
         ffn_dim=shapes.of(f"{block}ff.net.2.weight")[1],
         channels=channels,
         text_dim=shapes.of(f"{text}.weight")[1],
+        ff_bias=_switch(told, f"{names.prefix}ff_bias", f"{block}ff.net.2.bias" in shapes.shapes),
     )
 
 

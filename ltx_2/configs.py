@@ -46,6 +46,7 @@ class StreamConfig:
     ffn_dim: int
     channels: int  # numbers of a token: of a latent pixel, or of a moment of sound
     text_dim: int  # width of the states that it is given; if `LtxConfig.projects_text`, before projection
+    ff_bias: bool = True  # of the feed-forward layers; LTX-2.5: False for video
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,9 @@ class LtxConfig:
     cross_dim: int  # width of the attention between the streams
     projects_text: bool  # LTX-2.0: states are projected here; later versions do so in front of the connectors
     is_gated: bool  # LTX-2.3: heads have gates
-    modulates_text: bool  # LTX-2.3: the time modulates attention to the text too
+    modulates_text: bool  # LTX-2.3: attention to the text is modulated too
+    times_text: bool = True  # if so: the text itself by the time; False: always the same
+    marks_first: bool = False  # LTX-2.5: a vector is added to the tokens of the first latent frame
     splits_heads: bool = True  # rotary pairs are channels of a head's two halves; False: neighbours
     # by what the time of the gates between the streams is multiplied, as a share of that of all else
     gate_time: float = 1.0
@@ -74,7 +77,8 @@ class LtxConfig:
 
     @property
     def kind(self) -> str:
-        return "2.3" if self.is_gated else "2.0"
+        is_new = self.marks_first or not self.video.ff_bias
+        return "2.5" if is_new else "2.3" if self.is_gated else "2.0"
 
     @property
     def streams(self) -> dict[StreamNames, StreamConfig]:
@@ -108,12 +112,14 @@ class Ltx2Release:
     release: ModelRelease
     steps: int
     perturbed: int  # the block that guidance weakens
+    crf: int  # H.264 quality at which it is shown a first image; 0: as it is
 
 
 _LICENCE = ("LTX-2 Community License", "other", "https://github.com/Lightricks/LTX-2/blob/main/LICENSE")
 RELEASES = {
-    "2.0": Ltx2Release(ModelRelease(("Lightricks/LTX-2",), *_LICENCE), 40, 29),
-    "2.3": Ltx2Release(ModelRelease(("Lightricks/LTX-2.3",), *_LICENCE), 30, 28),
+    "2.0": Ltx2Release(ModelRelease(("Lightricks/LTX-2",), *_LICENCE), 40, 29, 33),
+    "2.3": Ltx2Release(ModelRelease(("Lightricks/LTX-2.3",), *_LICENCE), 30, 28, 33),
+    "2.5": Ltx2Release(ModelRelease(("Lightricks/LTX-2.5",), *_LICENCE), 30, 28, 18),
 }
 # as released
 NEGATIVE_PROMPT = (

@@ -11,6 +11,7 @@ show.
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -30,19 +31,27 @@ from modules.checkpoints.dialects import (
     shapes_of,
     translate_name,
 )
-from modules.checkpoints.opening import Checkpoint, plain_sources
+from modules.checkpoints.opening import (
+    Checkpoint,
+    checkpoint_paths,
+    open_checkpoint,
+    open_files,
+    plain_sources,
+)
 from modules.errors import CheckpointError
 from modules.layers.rope import THETA
 
 OPTION = "--ltx2_checkpoint"
 FILES = (
-    "ltx-2.3-22b-dev.safetensors, ltx-2-19b-dev.safetensors, or the folder of a release in diffusers' layout"
+    "ltx-2.3-22b-dev.safetensors, ltx-2-19b-dev.safetensors, ltx-2.5-22b-dev-transformer-bf16.safetensors, "
+    "or the folder of a release in diffusers' layout"
 )
 HEAD_WIDTH = 128  # of LTX-2 2.0, whose tensors do not show it
 LONGEST = 4096  # rows that the positions are measured by
 DIFFUSERS_CLASS = "LTX2TextConnectors"
 RANGE = 8  # 2.0: the states of a layer lie in a range of this size
 SHARED = "aggregate_embed"  # 2.0: the one projection
+PROJECTIONS = ("text_embedding_projection.", "video_text_proj_in.", "audio_text_proj_in.", "text_proj_in.")
 # beginnings of our tensors' names in files
 PARTS = (
     *(
@@ -50,9 +59,8 @@ PARTS = (
         for start in ("model.diffusion_model.", "")
         for stream in STREAMS
     ),
-    "text_embedding_projection.",
+    *PROJECTIONS,
     *(f"{stream}_connector." for stream in STREAMS),
-    *("video_text_proj_in.", "audio_text_proj_in.", "text_proj_in."),
 )
 _BLOCK = r"(video|audio)_connector\.transformer_blocks\.(\d+)\."
 _OURS = r"\1_embeddings_connector.transformer_1d_blocks.\2."
@@ -76,6 +84,7 @@ class ConnectorConfig:
     num_layers: int
     registers: int
     is_gated: bool  # 2.3: a gate for each head
+    ff_bias: bool = True  # of the feed-forward layers
 
 
 @dataclass(frozen=True)
@@ -92,18 +101,20 @@ class ConnectorsConfig:
         return SHARED if self.is_shared else f"{stream}_{SHARED}"
 
 
+def open_connectors(path: Path, gemma: Path) -> Checkpoint:
+    """Open a file of connectors, and Gemma's too if the projections in front of them are there (LTX-2.5)."""
+    parts = checkpoint_paths(path)
+    with open_checkpoint(path) as alone:
+        found = {name.startswith(PROJECTIONS) for name in alone.tensors if name.startswith(PARTS)}
+    is_whole = found != {False}
+    return open_files(path, parts if is_whole else [*parts, *checkpoint_paths(gemma)])
+
+
 def read_connectors(checkpoint: Checkpoint, streams: Collection[str] = STREAMS) -> LoadPlan[ConnectorsConfig]:
     """Plan how to load the connectors of these streams, from the official file or diffusers' folder.
 
-    Raises CheckpointError if the file has none, is damaged, or is one of LTX-2.5.
+    Raises CheckpointError if the file has none, or is damaged.
     """
-    version = checkpoint.metadata.get("model_version", "")
-    if version.startswith("2.5") or "gemma_version" in checkpoint.metadata:
-        raise CheckpointError(
-            f"{checkpoint.path} belongs to LTX-2.5, which reads texts with Gemma 4 and is not supported yet. "
-            f"Give {FILES} to {OPTION}.",
-            checkpoint.path,
-        )
     own = checkpoint.starting_with(*PARTS)
     sources = rename_sources(plain_sources(own), lambda name: translate_name(name, NAMES))
     if f"{VIDEO}_embeddings_connector.learnable_registers" not in sources:
@@ -113,6 +124,13 @@ def read_connectors(checkpoint: Checkpoint, streams: Collection[str] = STREAMS) 
         checkpoint.path,
     )
     shape, told = shapes_of(own, sources, damaged), read_settings(checkpoint, "transformer", DIFFUSERS_CLASS)
+    if not any(name.startswith("text_embedding_projection.") for name in sources):
+        raise CheckpointError(
+            f"{checkpoint.path} has connectors without projections in front of them: LTX-2.5 has those in "
+            "the file of its text encoder. Give gemma4-12b-with-proj-ltx-2.5-bf16.safetensors to "
+            "--ltx2_text_encoder_checkpoint.",
+            checkpoint.path,
+        )
     start = "text_embedding_projection."
     is_shared = f"{start}{SHARED}.weight" in sources
     first = SHARED if is_shared else f"{next(iter(streams))}_{SHARED}"
@@ -129,7 +147,10 @@ def read_connectors(checkpoint: Checkpoint, streams: Collection[str] = STREAMS) 
             raise damaged
         layers = count(sources, rf"{name}\.transformer_1d_blocks\.\d+")
         ffn_dim = shape(f"{block}ff.net.0.proj.weight", 2)[0]
-        found[stream] = ConnectorConfig(dim, ffn_dim, heads, layers, registers, is_gated)
+        found[stream] = ConnectorConfig(
+            *(dim, ffn_dim, heads, layers, registers, is_gated),
+            ff_bias=f"{block}ff.net.0.proj.bias" in sources,
+        )
     try:  # positions of another kind are refused
         usual = told.get("connector_rope_base_seq_len", LONGEST)
         (longest,) = told.get("connector_positional_embedding_max_pos", [usual])
@@ -206,7 +227,7 @@ class ConnectorBlock(nn.Module):
     def __init__(self, config: ConnectorConfig) -> None:
         super().__init__()
         self.attn1 = LtxAttention(config.num_heads, config.is_gated, True, *(config.dim,) * 3)
-        self.ff = LtxFeedForward(config.dim, config.ffn_dim)
+        self.ff = LtxFeedForward(config.dim, config.ffn_dim, config.ff_bias)
 
     def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
         # x: 1 T S

@@ -1,4 +1,4 @@
-"""LTX-2 and LTX-2.3, described for the shared loops: video, with or without sound."""
+"""LTX-2, 2.3 and 2.5, described for the shared loops: video, with or without sound."""
 
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -25,7 +25,7 @@ from ltx_2.options import (
 )
 from ltx_2.sound import SoundVae, Vocoder
 from ltx_2.stages import TwoStages, stage_sections, two_stages
-from ltx_2.text_encoder import MASK, prompt_key
+from ltx_2.text_encoder import GEMMA_USE, MASK, prompt_key
 from ltx_2.upscaler import enlarge
 from modules.contract import rules
 from modules.contract.data import (
@@ -62,7 +62,7 @@ from modules.contract.requests import (
     whole_frames,
 )
 from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
-from modules.errors import DatasetError, OptionError
+from modules.errors import CacheError, DatasetError, OptionError
 from modules.media.pixels import image_pixels, to_pixels, video_pixels
 from modules.options import NO_OPTIONS
 
@@ -83,7 +83,7 @@ class Ltx2(OneTransformer):
     dit: DitSpec = DIT
     sound_learning: rules.SoundLearning = rules.SoundLearning()
     size: tuple[int, int, int] = (768, 512, 121)  # width, height, frames where nothing is said
-    image_crf: int = 33  # H.264 quality at which the first image is seen; 0: as it is
+    image_crf: int | None = None  # H.264 quality at which the first image is seen; None: the release's
     drive_video: Path | None = None  # of a generation: it stays as it is, and its sound is made
     makes_sound: bool = True  # False: samples of a training with sound are silent
     stages: TwoStages | None = None
@@ -199,6 +199,13 @@ class Ltx2(OneTransformer):
         needed = {prompt_key(stream): widths[stream] for stream in self.files.streams}
         batch.check(dict.fromkeys(needed, TEXTS_AGAIN), "the transformer")
         batch.check_widths(needed, self.files.dit_path, f"{TEXTS_AGAIN} and its release")
+        for made in batch.made_by:  # caches of other tools have no records
+            if made.part == GEMMA_USE.name and ("gemma4" in made.encoder) != (config.kind == "2.5"):
+                found = "LTX-2.5 (Gemma 4)" if "gemma4" in made.encoder else "LTX-2.3 or 2.0 (Gemma 3)"
+                raise CacheError(
+                    f"{made.path}: the caption was encoded for {found}, {self.files.dit_path} is of "
+                    f"LTX-{config.kind}. Cache again with {TEXTS_AGAIN} and its release."
+                )
         return {name: batch.tensors[name] for name in (*needed, FPS, HAS_SOUND) if name in batch.tensors}
 
     def predict(
@@ -303,7 +310,8 @@ class Ltx2(OneTransformer):
         if self.drive_video is not None:
             pixels = video_pixels(self.drive_video, "--drive_video", *size, prepared.frames)
         elif path is not None:
-            pixels = image_pixels(path, *size, crf=self.image_crf)
+            crf = RELEASES[self.version].crf if self.image_crf is None else self.image_crf
+            pixels = image_pixels(path, *size, crf=crf)
         else:
             return {}
         return {0: {FIRST: encoders.vae.encode(pixels.to(encoders.vae.device)).float().cpu()}}

@@ -9,10 +9,11 @@ from typing import ClassVar, Self
 import torch
 
 from encoders.files import TransformerFiles
+from ltx_2 import gemma_4
 from ltx_2.checkpoints import FORMAT, SILENT
 from ltx_2.checkpoints import identify as identify  # files.py has it in every family's folder
 from ltx_2.configs import LATENT, LtxConfig
-from ltx_2.connectors import FILES, read_connectors
+from ltx_2.connectors import FILES, open_connectors, read_connectors
 from ltx_2.model import LtxModel
 from ltx_2.options import (
     AUDIO,
@@ -36,14 +37,14 @@ from ltx_2.sound import (
     load_vocoder,
     read_sound_vae,
 )
-from ltx_2.text_encoder import Ltx2TextEncoder
+from ltx_2.text_encoder import GEMMA_USE, Ltx2TextEncoder
 from ltx_2.vae_checkpoints import read_video_vae
 from ltx_2.video_vae import LtxVideoVae, load_video_vae
 from ltx_2.video_vae_blocks import VideoVaeConfig
 from modules.checkpoints.dits import with_dtype
 from modules.checkpoints.encoders import check_state_width
 from modules.checkpoints.model_files import inside, read_once, require_file
-from modules.checkpoints.opening import Checkpoint, fingerprint, open_checkpoint
+from modules.checkpoints.opening import Checkpoint, fingerprint
 from modules.contract.data import LatentSpec, SoundSpec
 from modules.contract.family import TextEncoder
 from modules.contract.loading import Placement
@@ -54,6 +55,13 @@ from modules.errors import OptionError
 logger = logging.getLogger(__name__)
 
 RELEASED, AUDIO_VAE = "--ltx2_checkpoint", "--audio_vae"
+# parts that LTX-2.5 has in files of their own
+APART = {
+    "vae": "ltx-2.5-video-vae-conv-bf16.safetensors",
+    **dict.fromkeys(("audio_vae", "vocoder"), "ltx-2.5-audio-vae-bf16.safetensors"),
+}
+# of the releases' sound, where its file is not there
+SOUND_SETTINGS: Settings = {"latent_channels": 8, "mel_bins": 64, "in_channels": 2}
 
 
 @dataclass(frozen=True)
@@ -93,8 +101,14 @@ class Ltx2Files(TransformerFiles):
         return AUDIO in self.streams
 
     def _part(self, given: Path | None, option: str, folder: str, what: str) -> Path:
-        path = require_file(given or self.checkpoint, option if given else RELEASED, what, CHECKPOINT)
-        return inside(path, folder)
+        found = require_file(given or self.checkpoint, option if given else RELEASED, what, CHECKPOINT)
+        path = inside(found, folder)
+        if given is None and folder in APART and read_once(path, _lacks, f"{folder}."):
+            raise OptionError(
+                f"{RELEASED} {path} has a transformer, but not this part, which LTX-2.5 has in a file of its "
+                f"own. Give {APART[folder]} to {option}: {what}"
+            )
+        return path
 
     # the transformer
 
@@ -116,11 +130,13 @@ class Ltx2Files(TransformerFiles):
 
     @property
     def latent(self) -> LatentSpec:
-        """Return the latent space of the video VAE; that of the releases if its file is not there."""
+        """Return the latent space of the video VAE; if its file is not there, the releases' of the same
+        channels as the transformer.
+        """
         try:
             config: VideoVaeConfig = read_once(self.vae_path, _read_video_vae)
         except (OptionError, OSError):
-            return LATENT
+            return LATENT if self.dit is None else replace(LATENT, channels=self._channels())
         frames, height, _ = config.stride
         return replace(
             LATENT,
@@ -129,6 +145,10 @@ class Ltx2Files(TransformerFiles):
             pixel_step=height,
             frame_step=frames,
         )
+
+    def _channels(self) -> int:
+        channels: int = self.dit_header().config.video.channels
+        return channels
 
     def load_vae(self, device: torch.device) -> LtxVideoVae:
         return load_video_vae(self.vae_path, device, self.beside(self.vae_dtype), self.vae_tile)
@@ -147,7 +167,10 @@ class Ltx2Files(TransformerFiles):
         """Return the latents of sound; None: the run is without."""
         if not self.has_sound:
             return None
-        told: Settings = read_once(self.sound_path("audio_vae"), _read_sound_vae)
+        try:
+            told: Settings = read_once(self.sound_path("audio_vae"), _read_sound_vae)
+        except OptionError:  # a training from caches needs no VAE
+            told = SOUND_SETTINGS
         shape = partial(sound_shape, told["latent_channels"], told["mel_bins"] // JOINED)
         return SoundSpec(RATE, told["in_channels"], shape, without="--ltx2_mode video")
 
@@ -164,15 +187,30 @@ class Ltx2Files(TransformerFiles):
 
     def text_encoder(self) -> Ltx2TextEncoder:
         """Return Gemma with the connectors; their files are opened when they are loaded."""
-        gemma = require_file(self.gemma, "--gemma_root", "Gemma 3 encodes the prompts", GEMMA)
+        apart, gemma = self.connectors, None
+        if apart is not None and read_once(require_file(apart, gemma_4.OPTION, ""), gemma_4.is_gemma_4):
+            apart, gemma = None, apart  # LTX-2.5's file: Gemma with the projections
+        if gemma is None:
+            near = apart or self.checkpoint
+            is_missing = self.gemma is not None and not self.gemma.exists()
+            if is_missing and near and near.is_file() and read_once(near, gemma_4.wanted_gemma):
+                raise OptionError(
+                    f"{near} is of LTX-2.5, whose texts Gemma 4 encodes. Give {gemma_4.FILE} to "
+                    f"{gemma_4.OPTION}"
+                )
+            found = require_file(self.gemma, "--gemma_root", "Gemma 3 encodes the prompts", GEMMA)
+            gemma = inside(found, "text_encoder")
+        connectors = self._part(apart, gemma_4.OPTION, "connectors", "it joins texts")
+        gemma_4.check_version(connectors, gemma)
         return Ltx2TextEncoder(
-            inside(gemma, "text_encoder"),
-            self._part(self.connectors, "--ltx2_text_encoder_checkpoint", "connectors", "it joins texts"),
+            gemma,
+            connectors,
             self.beside(self.text_dtype),
             self.tokenizer,
             self.text_in_fp8,
             self.text_on_cpu,
             self.streams,
+            gemma_4.GEMMA_4_USE if read_once(gemma, gemma_4.is_gemma_4) else GEMMA_USE,
         )
 
     def text_encoders(self) -> list[TextEncoder]:
@@ -184,7 +222,12 @@ class Ltx2Files(TransformerFiles):
             return
         encoder = self.text_encoder()
         encoder.check()
-        with open_checkpoint(encoder.connectors) as checkpoint:
+        if config is not None and (config.kind == "2.5") != (encoder.use is not GEMMA_USE):
+            raise OptionError(
+                f"{encoder.path} is {encoder.use.model.what}, {self.dit_path} is of LTX-{config.kind}, which "
+                "reads texts with another one. Give the text encoder of its release"
+            )
+        with open_connectors(encoder.connectors, encoder.path) as checkpoint:
             connectors = read_connectors(checkpoint, self.streams).config.streams
         widths = dict(zip(config.streams, (VIDEO, AUDIO), strict=False)) if config is not None else {}
         for names, stream in widths.items():
@@ -199,6 +242,13 @@ def _read_video_vae(checkpoint: Checkpoint) -> VideoVaeConfig:
 
 def _read_sound_vae(checkpoint: Checkpoint) -> Settings:
     return read_sound_vae(checkpoint, AUDIO_VAE).config
+
+
+def _lacks(checkpoint: Checkpoint, part: str) -> bool:
+    """Return whether a file has a transformer, but not the part whose names begin so."""
+    names = checkpoint.tensors
+    has_dit = any(name.endswith("audio_patchify_proj.weight") for name in names)
+    return has_dit and not any(name.startswith(part) for name in names)
 
 
 def sound_shape(channels: int, bins: int, frames: int, fps: float) -> tuple[int, int, int]:
@@ -219,6 +269,7 @@ def files_of(options: Ltx2TransformerOptions, streams: tuple[str, ...]) -> Ltx2F
 def check_version(files: Ltx2Files, options: Ltx2TrainingOptions) -> None:
     """Compare --ltx_version with the file. Raises OptionError if they differ and that is to be an error."""
     found, said = files.dit_header().config.kind, options.ltx_version
+    said = said or found
     message = f"--ltx_version {said}: {files.dit_path} is of version {found}. Give --ltx_version {found}"
     if found != said and options.ltx_version_check_mode == "error":
         raise OptionError(message)

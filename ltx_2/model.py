@@ -76,7 +76,7 @@ class LtxModel(nn.Module):
             if config.projects_text:
                 setattr(self, f"{prefix}caption_projection", TextProjection(one.text_dim, one.dim))
             setattr(self, f"{prefix}adaln_single", time(9 if config.modulates_text else 6))
-            if config.modulates_text:
+            if config.modulates_text and config.times_text:
                 setattr(self, f"{prefix}prompt_adaln_single", time(2))
             if config.sound is not None:
                 setattr(self, names.cross_rows, time(4))
@@ -84,6 +84,8 @@ class LtxModel(nn.Module):
             setattr(self, f"{prefix}scale_shift_table", nn.Parameter(torch.zeros(2, one.dim)))
             setattr(self, f"{prefix}proj_out", nn.Linear(one.dim, one.channels))
             setattr(self, f"{prefix}norm_out", Float32LayerNorm(one.dim, EPS))
+        if config.marks_first:
+            self.keyframes_abs_pos_embedding = nn.Parameter(torch.zeros(1, config.dim))
         self.transformer_blocks = nn.ModuleList(LtxBlock(config) for _ in range(config.num_layers))
         # each of the tables of a pass: positions of either stream, for itself and for the other
         make = partial(make_table, config)
@@ -159,9 +161,13 @@ class LtxModel(nn.Module):
             # B F*H*W Z of a video's latents, B M Z*K of a sound's
             flat = one.flatten(2).mT if names is VIDEO else one.transpose(1, 2).flatten(2)
             parts[names] = in_own_dtype(self._part(names, "patchify_proj"), flat).to(dtype)
+            if names is VIDEO and self.config.marks_first:
+                parts[names] = self._mark_first(parts[names], one.shape[-1] * one.shape[-2])
             rows, time = self._embed_times(self._part(names, "adaln_single"), own, given > 0)
             text_rows = cross = None
-            if self.config.modulates_text:
+            if self.config.modulates_text and not self.config.times_text:
+                text_rows = rows.new_zeros(1, 1, 2, 1)
+            elif self.config.modulates_text:
                 text_rows, _ = self._embed_times(self._part(names, "prompt_adaln_single"), own)
             if has_cross:  # shifts and scales follow its own times, the gate the other stream's
                 others = timesteps[SOUND if names is VIDEO else VIDEO] * self.config.gate_time
@@ -202,6 +208,10 @@ class LtxModel(nn.Module):
             else:
                 made[names] = out.unflatten(2, (-1, tokens.bins)).transpose(1, 2)
         return made
+
+    def _mark_first(self, x: Tensor, count: int) -> Tensor:
+        """Mark the first tokens of x, B L C: they are of the latent frame that shows one frame of pixels."""
+        return torch.cat([x[:, :count] + self.keyframes_abs_pos_embedding.to(x.dtype), x[:, count:]], dim=1)
 
     def _part(self, names: StreamNames, name: str) -> Any:
         return getattr(self, names.prefix + name)

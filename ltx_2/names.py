@@ -93,6 +93,7 @@ _LTX_PARAMETERS = (
         for one in _LTX_STREAMS
     ),
     *((f"{prefix}scale_shift_table",) * 2 for prefix in ("", "audio_")),
+    ("keyframes_abs_pos_embedding",) * 2,
     *_LTX_REGISTERS,
 )
 _LTX_NUMBERED = (
@@ -106,6 +107,8 @@ LTX_2 = FamilyNames(
     _LTX_ALIASES,
     converted_for="diffusers, LTX-2's own pipelines and musubi-tuner's fork",
     versions=("ltx2", "ltx-2", "ltx_2"),
+    told_release=r"(?:architecture=ltx-|model_version=)(\d\.\d)",
+    newest=("2.5", "keyframes_abs_pos_embedding"),
     optional=tuple(ours for _, ours in (*_LTX_ALIASES, *_LTX_PARAMETERS) if _LTX_SOUND.search(ours)),
     optional_words="sound (it was trained with --ltx2_mode av or audio), which this run is without",
     parameters=_LTX_PARAMETERS,

@@ -33,7 +33,7 @@ MODES = {  # of --ltx2_mode: streams that are trained or made
     **dict.fromkeys(("v", "video"), (VIDEO,)),
     **dict.fromkeys(("av", "va"), STREAMS),
 }
-VERSIONS = ("2.0", "2.3")
+VERSIONS = ("2.0", "2.3", "2.5")
 # of --lora_target_preset: modules of a block that get a LoRA
 PRESETS = ("t2v", "video_sa", "video_sa_ff", "video_sa_ca_ff", "audio", "audio_v2a", "full")
 _REFERENCES = "it is for clips and sounds as references (IC-LoRA), which are not built"
@@ -49,8 +49,8 @@ class Ltx2ModelOptions(Options):
     """The released file, and what is taken from it."""
 
     ltx2_checkpoint: Path = option(
-        "the released file, with transformer, autoencoders, vocoder and connectors; or the folder of a "
-        "release in diffusers' layout",
+        "the released file, with transformer, autoencoders, vocoder and connectors (LTX-2.5: transformer and "
+        "connectors); or the folder of a release in diffusers' layout",
         flags=("--transformer-path",),
         default=CHECKPOINT,
         facts={**FREE, **OF_DECODING},
@@ -72,14 +72,17 @@ class Ltx2ModelOptions(Options):
 
 
 class Ltx2TextOptions(Options):
-    """Gemma 3, and how it runs."""
+    """Gemma, and how it runs."""
 
-    gemma_root: Path = option("folder of the Gemma 3 (12B) text encoder", default=GEMMA, often=True)
+    gemma_root: Path = option(
+        "folder of the Gemma 3 (12B) text encoder; not for LTX-2.5", default=GEMMA, often=True
+    )
     gemma_safetensors: Path | None = option(
         "Gemma 3 as one file; its tokenizer is then in --gemma_root, or in or beside the file"
     )
     ltx2_text_encoder_checkpoint: Path | None = option(
-        "file with text projections and connectors, if they are not in --ltx2_checkpoint",
+        "file with text projections and connectors, if they are not in --ltx2_checkpoint; or LTX-2.5's text "
+        "encoder, Gemma 4 with projections and tokenizer",
         flags=("--text-encoder-path",),
     )
     text_encoder_dtype: str | None = option(
@@ -263,9 +266,8 @@ class Ltx2SigmaOptions(Options):
 class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
     """Options of ltx2_train_network.py besides the shared ones."""
 
-    ltx_version: str = option(
+    ltx_version: str | None = option(
         "which release the file is; only compared with the file, which says so itself",
-        default="2.3",
         choices=VERSIONS,
         facts=FREE,
     )
@@ -357,10 +359,9 @@ class Ltx2GenerationOptions(Ltx2TransformerOptions, title=NAME):
     discrete_flow_shift: float | None = option("the same as --flow_shift", facts=NO_PIXELS)
     mixed_precision: str | None = _precision("--dit_dtype", facts=NO_PIXELS)
     output_name: str | None = option("start of file names, before time and seed", facts=NO_PIXELS)
-    image_crf: int = option(
+    image_crf: int | None = option(
         "show the first image as a video of this H.264 quality has it, as the frames were that the model "
-        "learned from; 0: as it is",
-        default=33,
+        "learned from; 0: as it is; default: 33, of LTX-2.5 18",
         least=0,
         most=51,
         facts=OF_REQUEST,

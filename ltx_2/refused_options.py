@@ -27,7 +27,7 @@ BITS = (
 )
 CONNECTORS = "texts are cached behind the connectors, which are not trained"
 DATA = "the dataset configuration says how clips, sound and captions are read"
-DURATION = "a network that chooses the duration is of LTX-2.5, which is not built. Give --video_length"
+DURATION = "LTX-2.5's network that chooses the duration is not built. Give --video_length"
 DEVICES = "devices share a model by accelerate launch, with --shard_base or --context_parallel"
 GIVEN = "of given tokens, only the first frame is trained: --ltx2_first_frame_conditioning_p"
 MODULES = (

@@ -1,4 +1,4 @@
-"""LTX-2's text encoder, as the shared loops use it: the states of all layers of Gemma 3, and the connectors.
+"""LTX-2's text encoder, as the shared loops use it: the states of all layers of Gemma, and the connectors.
 
 Names of the outputs are those of the known caches, with the connectors already run. Source: the released
 model code; for Gemma 3 Gemma Team 2025, arXiv 2503.19786, and the config.json of google/gemma-3-12b-it.
@@ -25,7 +25,7 @@ from encoders.language_models import (
 )
 from encoders.picture_prompts import ReadPictures
 from encoders.text_encoder import TextTokenizer, TokenizerSource, Written
-from ltx_2.connectors import FILES, OPTION, TextConnectors, read_connectors
+from ltx_2.connectors import FILES, OPTION, TextConnectors, open_connectors, read_connectors
 from ltx_2.options import STREAMS
 from modules.checkpoints.dialects import load_planned
 from modules.checkpoints.encoders import check_state_width
@@ -45,7 +45,9 @@ PATTERN = 6  # every so manieth layer is FAR
 THETA, NEAR_THETA = 1e6, 1e4  # bases of the rotary frequencies
 
 
-def read_settings(told: Mapping[str, Any], num_layers: int, head_width: int) -> dict[str, Any]:
+def read_settings(
+    told: Mapping[str, Any], num_layers: int, head_width: int, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Any]:
     """Return settings of transformers' Gemma3TextConfig: `LanguageModel.read_settings`.
 
     Reads the keys of transformers 4 and 5. Raises ValueError or TypeError for values that are none.
@@ -132,7 +134,7 @@ def prompt_key(stream: str) -> str:
 
 
 class Ltx2TextEncoder(LanguageModelEncoder):
-    """Gemma 3 and the connectors. Each prompt gives 1024 rows for each stream."""
+    """Gemma and the connectors. Each prompt gives 1024 rows for each stream."""
 
     can = EncoderAbilities(wait=True, divide=True, have_side=True)
 
@@ -145,14 +147,15 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         in_fp8: bool = False,
         on_cpu: bool = False,
         streams: Collection[str] = STREAMS,
+        use: LanguageUse = GEMMA_USE,
     ) -> None:
         """Set up the encoder; `load` reads the files.
 
         path: file or folder of Gemma. connectors: file that holds them, or a release's folder. streams: whose
         texts are wanted. dtype, tokenizer, in_fp8, on_cpu: as of `LanguageModelEncoder`; the connectors stay
-        in `dtype`.
+        in `dtype`. use: which Gemma.
         """
-        super().__init__(GEMMA_USE, path, dtype, tokenizer, in_fp8, on_cpu)
+        super().__init__(use, path, dtype, tokenizer, in_fp8, on_cpu)
         self.connectors, self.streams = inside(connectors, "connectors"), tuple(streams)
         self.keys = frozenset({*map(prompt_key, self.streams), MASK})
         self.variable_length = frozenset()
@@ -168,14 +171,13 @@ class Ltx2TextEncoder(LanguageModelEncoder):
 
         Raises CheckpointError if a file is of another kind, or the connectors take other states.
         """
+        model = self.use.model
         with open_checkpoint(self.path) as checkpoint:
-            gemma = read_language_model(checkpoint, GEMMA_3, ALL_STATES).config
-        with open_checkpoint(self.connectors) as checkpoint:
+            gemma = read_language_model(checkpoint, model, ALL_STATES).config
+        with open_connectors(self.connectors, self.path) as checkpoint:
             plan = read_connectors(checkpoint, self.streams)
         width = gemma.dim * len(all_states(gemma.num_layers))
-        check_state_width(
-            GEMMA_3.option, self.path, width, self.connectors, plan.config.text_dim, GEMMA_3.files
-        )
+        check_state_width(model.option, self.path, width, self.connectors, plan.config.text_dim, model.files)
         if any(ROWS % one.registers for one in plan.config.streams.values()):
             raise CheckpointError(
                 f"{self.connectors}: its connectors have a number of registers that does not divide {ROWS}. "
@@ -193,7 +195,9 @@ class Ltx2TextEncoder(LanguageModelEncoder):
 
     def load_network(self, device: torch.device) -> nn.Module:
         self.check()
-        with open_checkpoint(self.connectors) as checkpoint:  # first: Gemma takes the room that is left
+        with open_connectors(
+            self.connectors, self.path
+        ) as checkpoint:  # first: Gemma takes the room that is left
             plan = read_connectors(checkpoint, self.streams)
             what = f"LTX-2's text connectors ({OPTION})"
             connectors = load_planned(plan, TextConnectors, device, self.dtype, what)

@@ -30,6 +30,8 @@ FILES = "the official file of LTX-2 or LTX-2.3, its video VAE alone, or diffuser
 FACTORS: dict[int, Factors] = {2: (2, 1, 1), 4: (1, 2, 2), 8: (2, 2, 2)}  # by the size of their blocks
 ZEROS, REFLECT = "zeros", "reflect"
 DIFFUSERS_CLASS = "AutoencoderKLLTX2Video"
+# of the decoder with neighbourhood attention that LTX-2.5 has beside the usual one
+_DIFFUSION = ("decoder.det_stages.", "decoder.diff_blocks.")
 _TIMED = re.compile(r"decoder\.(?:.+\.)?(?:last_)?(?:time_embedder|timestep_scale_multiplier)\b.*")
 _LEVEL = re.compile(
     r"(?:en|de)coder\.(?:mid_block|(?:down|up)_blocks\.(\d+))\.(?:resnets|((?:down|up)samplers\.0))\.(.+)"
@@ -44,6 +46,12 @@ def read_video_vae(checkpoint: Checkpoint) -> LoadPlan[VideoVaeConfig]:
     checkpoint = own_part(checkpoint, "vae.")
     names, sources = checkpoint.tensors, plain_sources(checkpoint)
     refusal = other_kind(checkpoint, "a video VAE of LTX-2", "--vae", FILES)
+    if any(name.startswith(_DIFFUSION) for name in names):
+        raise CheckpointError(
+            f"{checkpoint.path} has the diffusion decoder of LTX-2.5, which is not supported. Give "
+            "ltx-2.5-video-vae-conv-bf16.safetensors to --vae: it decodes the same latents.",
+            checkpoint.path,
+        )
     if any(map(_TIMED.fullmatch, names)):
         raise CheckpointError(
             f"{checkpoint.path}: its decoder takes a time step, as LTX-Video's does, which is not supported. "

@@ -41,7 +41,9 @@ STATES = (-2,)  # before the last layer; the model was trained with states witho
 SCALAR = "query_pre_attn_scalar"  # attention is scaled by its inverse square root
 
 
-def read_settings(told: Mapping[str, Any], num_layers: int, head_width: int) -> dict[str, Any]:
+def read_settings(
+    told: Mapping[str, Any], num_layers: int, head_width: int, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Any]:
     """Return settings of transformers' Gemma2Config: `LanguageModel.read_settings`.
 
     Raises ValueError or TypeError for a value that is no number.

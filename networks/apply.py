@@ -255,7 +255,7 @@ class LoraPatch:
                 logger.warning(f"{path} changes nothing, because its patterns leave no tensor that fits")
             else:
                 logger.info(f"{path}: {len(taken)} weights changed, multiplier {use.multiplier:g}")
-                warn_of_other_family(use.lora, family)
+                warn_of_other_family(use.lora, family, self._modules)
                 missed = [key for key in keys if key not in self._seen]
                 what = f"weights are not in {self._model}"
                 warn_of_absent(path, missed, len(keys), what, family, any(map(on_text_side, self._modules)))

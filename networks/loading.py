@@ -36,7 +36,15 @@ from networks.patterns import describe_unfit, in_any_spelling
 logger = getLogger(__name__)
 # in a name of every kind of network beside a model, read here or not
 # metadata in which a LoRA may say what it needs, in the order that `FamilyNames.refused` reads them
-_SAYING = ("ss_network_module", TRAINED_ON, "modelspec.architecture", "modelspec.title", "name", "software")
+_SAYING = (
+    "ss_network_module",
+    TRAINED_ON,
+    "modelspec.architecture",
+    "modelspec.title",
+    "name",
+    "software",
+    "model_version",
+)
 _OF_NETWORKS = re.compile(r"lora|hada|lokr|oft|dora|vera|ia3|alpha|magnitude|diff(_[bm])?$|norm$")
 A_FEW = 0.1  # share of a file that may be unused with only a plain warning
 # what of a model's uses a LoRA has learned, in words: `Family.metadata` as trained_for
@@ -424,15 +432,24 @@ def on_side(uses: Iterable[LoraUse], is_text: bool) -> list[LoraUse]:
     return parts
 
 
-def warn_of_other_family(lora: LoraFile, model: FamilyNames | None) -> None:
+def warn_of_other_family(lora: LoraFile, model: FamilyNames | None, modules: Collection[str] = ()) -> None:
     """Warn if a LoRA fits by its names but its metadata say that it was trained for another model.
 
-    Raises CheckpointError if they say that it needs what is not built of this model.
+    modules: of the model, which tell its release. Raises CheckpointError if they say that it needs what is
+    not built of this model.
     """
     told = " ".join(f"{key}={lora.metadata.get(key, '')}" for key in _SAYING)
     for pattern, why in () if model is None else model.refused:
         if re.search(pattern, told, re.IGNORECASE):
             raise CheckpointError(f"{lora.path}: {why}", lora.path)
+    if model is not None and model.told_release:
+        release, mark = model.newest
+        said = re.search(model.told_release, told, re.IGNORECASE)
+        if said is not None and mark in modules and said[1] != release:
+            logger.info(
+                f"{lora.path} was trained for {said[1]}, as its metadata say, and is used on {release}: most "
+                "of what it has learned carries over, what it adds may be weaker or stronger"
+            )
     made = read_family(lora.metadata)
     if made is None or model is None or made is model or made.name in model.takes:
         return

@@ -30,7 +30,7 @@ SIZE: Size = (2, 4, 6, 9)
 NEAR = 1e-5  # of the largest value, in float32
 NEAR_IN_BF16 = 0.05
 # their blocks are those of another one
-LIKE_ANOTHER = {"wan t2v", "flux chroma", "hunyuan_image", "qwen_image edit", "ltx_2 2.0"}
+LIKE_ANOTHER = {"wan t2v", "flux chroma", "hunyuan_image", "qwen_image edit", "ltx_2 2.0", "ltx_2 2.5"}
 ONE_OF_EACH_BLOCK = [each for each in DITS if each.name not in LIKE_ANOTHER]
 HIDING = [each for each in DITS if each.name != "flux chroma"]  # which sees one row of padding, as trained
 of_each_that_hides = pytest.mark.parametrize("tiny", HIDING, ids=lambda each: each.name)

@@ -24,7 +24,8 @@ ALL_IN_ONE = (
     "scaled_fp8",
 )
 
-SPIECE_MODEL = "spiece_model"  # the bytes of a tokenizer in ComfyUI's files
+# the bytes of a tokenizer: in ComfyUI's files, and in LTX-2.5's
+SPIECE_MODEL, TOKENIZER_JSON = "spiece_model", "tokenizer_json"
 
 
 def network_in(
@@ -82,17 +83,26 @@ def config_beside(path: Path) -> tuple[Path, Any]:
         ) from error
 
 
-def told_beside(path: Path, part: str, kind: str, dim: int, defaults: Mapping[str, Any]) -> Mapping[str, Any]:
+def told_beside(
+    path: Path,
+    part: str,
+    kind: str,
+    dim: int,
+    defaults: Mapping[str, Any],
+    written: str | None = None,
+) -> Mapping[str, Any]:
     """Return the settings of the network from the config.json in its folder.
 
     Empty if the file is missing or belongs to another model. part: key of the network's own settings if the
     model has several. kind: prefix of its model_type. dim: the width by the tensors. defaults: values of
-    missing keys. Raises CheckpointError if config.json cannot be read.
+    missing keys. written: the config.json that the model's file holds. Raises CheckpointError if config.json
+    cannot be read.
     """
-    file, whole = config_beside(path)
+    file, whole = config_beside(path) if written is None else (path, {})
     if whole is None:
         return {}
     try:
+        whole = whole if written is None else parse_json(written)
         config = whole.get(part, whole)
         named = config.get("model_type")
         settings: dict[str, Any] = {**(defaults if named is not None else {}), **config}

@@ -32,7 +32,6 @@ OF_OTHERS: Marks = (
     ("cond_type_embedding.weight", _HUNYUAN_15),
     ("audio_patch_proj.weight", _H3),
     ("token_refiner.refiner_blocks.0.attn.to_q.weight", _H3),
-    ("keyframes_abs_pos_embedding", f"a transformer of LTX-2.5, {_NOT_YET}"),
     (
         "post_upsample_res_blocks.0.conv1.weight",
         "a latent upscaler of LTX-Video or LTX-2, which is not supported yet",

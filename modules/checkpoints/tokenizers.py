@@ -105,14 +105,15 @@ class TokenizerFiles:
                 checkpoint_path,
             ) from error
 
-    def read(self, file: Path) -> Tokenizer:
+    def read(self, file: Path, content: bytes | None = None) -> Tokenizer:
         """Read the tokenizer of a tokenizer.json, without padding and truncation.
 
-        Raises CheckpointError if it cannot be read.
+        content: what is read instead, from inside `file`. Raises CheckpointError if it cannot be read.
         """
-        self.check_bytes(file)
+        if content is None:
+            self.check_bytes(file)
         try:
-            tokenizer = Tokenizer.from_file(str(file))
+            tokenizer = Tokenizer.from_file(str(file)) if content is None else Tokenizer.from_buffer(content)
             if tokenizer.normalizer is not None:
                 _check(_growth(json.loads(tokenizer.normalizer.__getstate__())))
         except Exception as error:  # the library raises nothing more precise

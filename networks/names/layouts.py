@@ -112,6 +112,10 @@ class FamilyNames:
     versions: tuple[str, ...] = ()  # how else `ss_base_model_version` may begin, in lower case
     # (regular expression of metadata that tell a LoRA that cannot be used, why): networks/loading.py
     refused: tuple[tuple[str, str], ...] = ()
+    # releases whose LoRAs have the same names: a regular expression that finds one in such metadata, and the
+    # newest with a parameter that only it has
+    told_release: str = ""
+    newest: tuple[str, str] = ("", "")
     # text encoders that LoRAs change: (start of their modules' names in LoRA files, how their layers' names
     # begin); of several with the same layers the first one counts as the first
     encoders: tuple[tuple[str, str], ...] = (("lora_te1", OF_CLIP), ("lora_te3", OF_T5))

@@ -1,5 +1,6 @@
 """A whole tiny LTX-2 on disk, as it is released: one file of all parts, and Gemma's folder."""
 
+import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from tests.tiny.dit_files import draw_state
 SIZES = {
     "2.0": (StreamConfig(48, 192, 16, 32), StreamConfig(32, 128, 16, 32)),
     "2.3": (StreamConfig(24, 96, 16, 24), StreamConfig(16, 64, 16, 16)),
+    "2.5": (StreamConfig(24, 96, 16, 24, ff_bias=False), StreamConfig(16, 64, 16, 16)),
 }
+MARKER = "keyframes_abs_pos_embedding"
 
 
 def dit_config(version: str, **changes: Any) -> LtxConfig:
@@ -31,7 +34,7 @@ class TinyRelease:
     """Paths of a release, and diffusers' networks with its weights."""
 
     checkpoint: Path
-    gemma: Path
+    gemma: Path  # of 2.5: the file with projections and tokenizer
     networks: dict[str, Any] = field(repr=False)
 
     @property
@@ -39,19 +42,38 @@ class TinyRelease:
         """Options that every script takes."""
         return ["--ltx2_checkpoint", str(self.checkpoint), "--ltx_version", self.networks["version"]]
 
+    @property
+    def texts(self) -> list[str]:
+        """Options of scripts that encode texts."""
+        is_one = self.gemma.is_file()
+        return ["--ltx2_text_encoder_checkpoint" if is_one else "--gemma_root", str(self.gemma)]
+
+    @property
+    def vaes(self) -> list[str]:
+        """Options of scripts that encode or decode media."""
+        folder = self.checkpoint.parent
+        is_apart = self.networks["version"] == "2.5"
+        files = {"--ltx2_video_vae": "video vae", "--ltx2_audio_vae": "audio vae"} if is_apart else {}
+        return [word for flag, name in files.items() for word in (flag, str(folder / f"{name}.safetensors"))]
+
 
 def write_release(folder: Path, version: str = "2.3", **changes: Any) -> TinyRelease:
     """Write a release into a folder. changes: of the transformer's dimensions."""
     folder.mkdir(parents=True, exist_ok=True)
-    gemma = tiny_text.text_write_gemma(folder / "gemma", gemma_network := tiny_text.text_gemma())
-    config = dit_config(version, **changes)
+    config, is_apart = dit_config(version, **changes), version == "2.5"
     parts: dict[str, Any] = {
-        "vae": tiny_media.video_vae(version),
+        "vae": tiny_media.video_vae("2.3" if is_apart else version),
         "audio_vae": tiny_media.sound_vae(),
         "vocoder": tiny_media.vocoder(version),
         "connectors": tiny_text.text_connectors(version),
     }
     state = draw_state(lambda: LtxModel(config), seed=3)
+    if is_apart:
+        state[MARKER] = 4 * state[MARKER]  # so that latents tell whether it is there
+        gemma_network = tiny_text.text_gemma_4()
+        gemma = tiny_text.text_write_gemma_4(folder / "text.safetensors", gemma_network, parts["connectors"])
+    else:
+        gemma = tiny_text.text_write_gemma(folder / "gemma", gemma_network := tiny_text.text_gemma())
     tensors: dict[str, Tensor] = {f"model.diffusion_model.{name}": one for name, one in state.items()}
     tensors |= tiny_media.video_vae_official(parts["vae"].state_dict())
     tensors |= tiny_media.sound_vae_official(parts["audio_vae"].state_dict())
@@ -60,7 +82,18 @@ def write_release(folder: Path, version: str = "2.3", **changes: Any) -> TinyRel
     heads = {"num_attention_heads": config.num_heads, "av_ca_timestep_scale_multiplier": 1000}
     path = folder / "ltx 2.3.safetensors"
     record = tiny_text.official_record(parts["connectors"], **heads)
-    save_file({name: one.contiguous() for name, one in tensors.items()}, path, record)
+    files = {path: ("",)}
+    if is_apart:
+        named = {"gemma_version": tiny_text.GEMMA_VERSION, "ltx_version": "2.5.0"}
+        record |= {"model_version": "2.5.0", "gemma_source_checkpoint": json.dumps(named)}
+        files = {
+            path: ("model.diffusion_model.",),
+            folder / "video vae.safetensors": ("vae.",),
+            folder / "audio vae.safetensors": ("audio_vae.", "vocoder."),
+        }
+    for file, starts in files.items():
+        own = {name: one.contiguous() for name, one in tensors.items() if name.startswith(starts)}
+        save_file(own, file, record)
     return TinyRelease(
         path, gemma, {"version": version, "state": state, "text_encoder": gemma_network, **parts}
     )

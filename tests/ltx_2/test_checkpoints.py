@@ -34,6 +34,9 @@ CPU, META = Placement(torch.device("cpu")), Placement(torch.device("meta"))
         # the tiny model has another number of heads than the released ones: files need a record of it
         ("2.0", "official", True),
         ("2.0", "diffusers", False),
+        ("2.5", "official", True),
+        ("2.5", "safetensors", False),
+        ("2.5", "diffusers_sharded", True),
     ],
 )
 def test_every_layout_gives_the_same_weights_and_dimensions(
@@ -76,6 +79,7 @@ def test_settings_that_no_tensor_shows_are_read(tmp_path: Path) -> None:
         {"positional_embedding_max_pos": [0, 2048, 2048]},
         {"positional_embedding_theta": -1},
         {"vae_scale_factors": [8, 32]},
+        {"ff_bias": 1},
     ],
 )
 def test_settings_without_sense_are_one_message(tmp_path: Path, settings: dict[str, object]) -> None:
@@ -109,17 +113,24 @@ def test_linear_layers_of_blocks_alone_are_kept_in_8_bits(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("layout", "with_sound", "weights"),
-    [("dit", True, 18988838144), ("dit", False, 13124316288), ("dit-diffusers", True, 18988838144)],
+    [
+        ("2.3-dit", True, 18988838144),
+        ("2.3-dit", False, 13124316288),
+        ("2.3-dit-diffusers", True, 18988838144),
+        ("2.5-dit", True, 18923347200),
+        ("2.5-dit-diffusers", True, 18923347200),
+    ],
 )
 def test_released_files_load_without_leftovers(
     tmp_path: Path, layout: str, with_sound: bool, weights: int
 ) -> None:
-    path = write_hollow(tmp_path / "dit.safetensors", tensor_list(f"ltx2.3-{layout}"))
+    path = write_hollow(tmp_path / "dit.safetensors", tensor_list(f"ltx{layout}"))
 
     dit = (FORMAT if with_sound else SILENT).load(path, META)
 
     assert sum(weight.numel() for weight in dit.parameters()) == weights
     assert (dit.config.num_layers, dit.config.num_heads, dit.config.dim) == (48, 32, 4096)
+    assert dit.config.kind == layout[:3]
 
 
 def test_a_file_of_the_first_release_loads_without_leftovers(tmp_path: Path) -> None:
@@ -136,8 +147,8 @@ def test_a_file_of_the_first_release_loads_without_leftovers(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("left_out", "words"),
     [
-        ("ff.net.2.bias", "LTX-2.5, which is not supported yet"),
-        ("prompt_adaln_single.linear.weight", "LTX-2.5, which is not supported yet"),
+        ("1.ff.net.2.bias", "missing: transformer_blocks.1.ff.net.2.bias"),
+        ("adaln_single.emb.timestep_embedder.linear_1.bias", "missing: .*adaln_single.emb.timestep_embedder"),
         ("audio_patchify_proj.weight", "incomplete.*audio_patchify_proj.weight"),
         ("attn1.to_q.bias", "missing: transformer_blocks.*attn1.to_q.bias"),
         ("av_ca_a2v_gate_adaln_single.linear.weight", "is not an LTX-2 transformer"),
@@ -149,6 +160,21 @@ def test_other_versions_and_incomplete_files_are_refused(tmp_path: Path, left_ou
 
     with pytest.raises(CheckpointError, match=rf"(?s){words}"):
         FORMAT.load(path, CPU)
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ({"ff_bias": True}, "missing: transformer_blocks.*ff.net"),
+        ({"use_prompt_adaln_single": True}, "missing: .*prompt_adaln_single"),
+        ({"use_keyframes_abs_pos_embedding": False}, "unexpected: keyframes_abs_pos_embedding"),
+    ],
+)
+def test_a_switch_that_the_tensors_contradict_is_an_error(
+    tmp_path: Path, told: dict[str, bool], words: str
+) -> None:
+    with pytest.raises(CheckpointError, match=rf"(?s){words}"):
+        FORMAT.load(write_dit(tmp_path, "2.5", "official", **told), CPU)
 
 
 @pytest.mark.parametrize(

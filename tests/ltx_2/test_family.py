@@ -23,6 +23,7 @@ from modules.media.samples import read_track
 from modules.media.writing import write_png
 from tests.ltx_2.release import TinyRelease, dit_config, write_release
 from tests.ltx_2.tiny_dit import dit_in_diffusers
+from tests.ltx_2.tiny_text import text_tokenizer
 from tests.parity.running import assert_equal
 from tests.tiny.project import moving_square, write_image
 
@@ -50,7 +51,7 @@ def theirs(release: TinyRelease) -> LTX2Pipeline:
         audio_vae=there["audio_vae"],
         text_encoder=there["text_encoder"],
         tokenizer=PreTrainedTokenizerFast(
-            tokenizer_file=str(release.gemma / "tokenizer.json"), pad_token="<pad>", bos_token="<bos>"
+            tokenizer_object=text_tokenizer(), pad_token="<pad>", bos_token="<bos>"
         ),
         connectors=there["connectors"],
         transformer=dit_in_diffusers(there["version"], there["state"], config=dit_config(there["version"])),
@@ -63,8 +64,8 @@ def theirs(release: TinyRelease) -> LTX2Pipeline:
 def generate(release: TinyRelease, folder: Path, *words: object) -> dict[str, Tensor]:
     """Run the script; return the latents of the only video. PNG and WAV files of them are in `shown`."""
     size = ["--video_size", HEIGHT, WIDTH, "--video_length", FRAMES, "--infer_steps", STEPS, "--seed", SEED]
-    said = ["--prompt", PROMPT, "--negative_prompt", NEGATIVE, "--gemma_root", release.gemma]
-    command = [*release.words, "--device", "cpu", *words]
+    said = ["--prompt", PROMPT, "--negative_prompt", NEGATIVE, *release.texts]
+    command = [*release.words, *release.vaes, "--device", "cpu", *words]
     made = ["--output_type", "latent", "--save_path", folder / "made"]
     ltx2_generate_video.main([str(word) for word in [*command, *size, *said, *made]])
     (path,) = (folder / "made").iterdir()
@@ -102,9 +103,11 @@ def scale_words(picture: Scales, sound: Scales) -> list[object]:
         ("2.3", "v", 12, GUIDED | {"modality_scale": 1.0}, PLAIN),
         ("2.0", "av", 12, GUIDED, OF_SOUND),
         ("2.0", "av", 24, PLAIN, PLAIN),
+        ("2.5", "av", 24, RELEASED, RELEASED | {"guidance_scale": 7.0}),
+        ("2.5", "v", 12, GUIDED | {"modality_scale": 1.0}, PLAIN),
     ],
     indirect=["release"],
-    ids=["as released", "video alone", "guided", "plain"],
+    ids=["as released", "video alone", "guided", "plain", "2.5", "2.5 alone"],
 )
 def test_videos_and_their_sound_equal_those_of_diffusers(
     release: TinyRelease, tmp_path: Path, mode: str, fps: int, picture: Scales, sound: Scales
@@ -157,7 +160,7 @@ def assert_as_there(
 
 @pytest.mark.parametrize(
     ("release", "mode", "crf"),
-    [("2.3", "av", None), ("2.0", "av", 0), ("2.3", "v", 18)],
+    [("2.3", "av", None), ("2.0", "av", 0), ("2.3", "v", 18), ("2.5", "av", None)],
     indirect=["release"],
 )
 def test_a_video_from_an_image_equals_that_of_diffusers(
@@ -186,7 +189,12 @@ def test_a_video_from_an_image_equals_that_of_diffusers(
     dit.av_cross_attn_video_a2v_gate.register_forward_pre_hook(lambda *_: tuple(times))
     if mode == "v":
         dit.register_forward_pre_hook(alone, with_kwargs=True)
-    asked = {"image": Image.open(tmp_path / "start.png"), "image_crf": crf, "use_cross_timestep": False}
+    usual = 18 if release.networks["version"] == "2.5" else 33  # as the official pipelines have it
+    asked = {
+        "image": Image.open(tmp_path / "start.png"),
+        "image_crf": usual if crf is None else crf,
+        "use_cross_timestep": False,
+    }
     assert_as_there(pipe, made, tmp_path / "shown", 24, picture, OF_SOUND, **asked)
 
 

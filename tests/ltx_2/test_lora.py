@@ -221,6 +221,34 @@ def test_connectors_learned_in_a_lora_are_used_in_generation_as_in_the_merged_fi
         assert {name.partition(".")[0] for name in names} == {"transformer", "connectors"}
 
 
+@pytest.mark.parametrize(
+    ("version", "record", "note"),
+    [
+        ("2.5", {"modelspec.architecture": "ltx-2.3/lora"}, "was trained for 2.3, as its metadata say"),
+        ("2.5", {"model_version": "2.3.0"}, "was trained for 2.3, as its metadata say"),
+        ("2.5", {"modelspec.architecture": "ltx-2.5/lora"}, ""),
+        ("2.5", {}, ""),
+        ("2.3", {"modelspec.architecture": "ltx-2.3/lora"}, ""),
+    ],
+)
+def test_a_lora_of_an_older_release_loads_with_a_note(
+    version: str, record: dict[str, str], note: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    release, path = write_release(tmp_path, version), tmp_path / "lora.safetensors"
+    factors = {"lora_A": torch.ones(1, 24), "lora_B": torch.ones(24, 1)}
+    start = "diffusion_model.transformer_blocks.0.attn1.to_q"
+    save_file({f"{start}.{name}.weight": one for name, one in factors.items()}, path, record or None)
+    patch = LoraPatch([LoraUse(read_lora(path), 1.0)])
+    FORMAT.load(release.checkpoint, Placement(torch.device("cpu"), patch=patch))
+
+    patch.check()
+
+    assert "1 weights changed" in caplog.text
+    assert ("was trained for" in caplog.text) == bool(note)
+    assert note in caplog.text
+
+
 @pytest.mark.parametrize("way", ["loaded", "added", "network"])
 def test_what_changes_connectors_is_named_where_there_are_none(
     way: str, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -13,7 +13,7 @@ from tests.parity.running import assert_as_exact, assert_equal
 
 FRAMES, ROWS, COLUMNS = 3, 4, 5
 TENSORS = {"noisy", "text", "sound", "sound_text"}  # that a network computes in its dtype
-each_version = pytest.mark.parametrize("version", ["2.0", "2.3"])
+each_version = pytest.mark.parametrize("version", ["2.0", "2.3", "2.5"])
 
 
 def in_diffusers(dit: Any, given: dict[str, Any], sample: int = 0, **changed: Any) -> tuple[Tensor, Tensor]:

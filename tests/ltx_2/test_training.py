@@ -50,6 +50,10 @@ class Project:
 
     @property
     def words(self) -> list[str]:
+        return [*self.text_words, *self.release.vaes]
+
+    @property
+    def text_words(self) -> list[str]:
         return [*self.release.words, "--ltx2_mode", "av", "--dataset_config", "dataset.toml"]
 
     def train(self, *words: object, code: int = 0) -> str:
@@ -70,12 +74,12 @@ def write_project(folder: Path, version: str = "2.3", batch_size: int = 3, sound
         (folder / "clips" / f"{name}.txt").write_text(f"a grey wall {name}", encoding="utf-8")
     write_dataset(folder, size=64, frames="9", batch_size=batch_size)
     succeed_here("ltx2_cache_latents.py", *project.words, folder=folder)
-    texts = ["ltx2_cache_text_encoder_outputs.py", *project.words, "--gemma_root", project.release.gemma]
+    texts = ["ltx2_cache_text_encoder_outputs.py", *project.text_words, *project.release.texts]
     succeed_here(*texts, "--text_encoder_dtype", "float32", folder=folder)
     return project
 
 
-@pytest.fixture(scope="module", params=["2.3", "2.0"])
+@pytest.fixture(scope="module", params=["2.3", "2.0", "2.5"])
 def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Project:
     return write_project(tmp_path_factory.mktemp("größe 2"), request.param)
 
@@ -202,7 +206,7 @@ def run(name: str, steps: int) -> list[object]:
 
 def samples(project: Project) -> list[object]:
     """Options that make a sample of the last of some steps."""
-    prompts = ["--sample_prompts", "prompts.txt", "--gemma_root", project.release.gemma]
+    prompts = ["--sample_prompts", "prompts.txt", *project.release.texts]
     return [*prompts, "--sample_every_n_steps", 4]
 
 
@@ -253,6 +257,32 @@ def test_samples_are_silent_if_asked(alone: Project) -> None:
     (path,) = (alone.folder / "out" / "sample").glob("quiet*.mp4")
     with av.open(str(path)) as container:
         assert not container.streams.audio
+
+
+def test_texts_of_another_release_are_refused_and_made_again(alone: Project, tmp_path: Path) -> None:
+    """Caching keeps none, even if it is to skip what is there; latents stay: both releases have the same."""
+    other = write_release(tmp_path, "2.5")
+    kept = shutil.copytree(alone.folder / "cache", tmp_path / "kept")
+    new = Project(alone.folder, other)
+    texts = ["ltx2_cache_text_encoder_outputs.py", *new.text_words, *other.texts, "--skip_existing"]
+    try:
+        said = new.train(*run("mixed", 1), code=1)
+        assert_one_message(1, said, r"LTX-2.3 or 2.0 (Gemma 3)", "is of LTX-2.5. Cache again with")
+        succeed_here(*texts, "--text_encoder_dtype", "float32", folder=alone.folder)
+        new.train(*run("new", 1))
+        silent = [
+            "ltx2_train_network.py",
+            *other.words,
+            "--dataset_config",
+            "dataset.toml",
+            *run("silent", 1),
+        ]
+        succeed_here(*silent, "--network_module", "networks.lora_ltx2", folder=alone.folder)  # needs no VAE
+        said = alone.train(*run("mixed", 1), code=1)
+        assert_one_message(1, said, "LTX-2.5 (Gemma 4)", "is of LTX-2.3. Cache again with")
+    finally:
+        shutil.rmtree(alone.folder / "cache")
+        shutil.move(kept, alone.folder / "cache")
 
 
 def test_a_dataset_without_any_sound_is_refused(alone: Project) -> None:

@@ -28,6 +28,12 @@ DIT_CONFIGS = {
         modulates_text=True,
     ),
 }
+DIT_CONFIGS["2.5"] = replace(
+    DIT_CONFIGS["2.3"],
+    video=replace(DIT_CONFIGS["2.3"].video, ff_bias=False),
+    times_text=False,
+    marks_first=True,
+)
 
 
 def dit_state(
@@ -95,9 +101,22 @@ def dit_in_diffusers(
         rope_type=rope,
         use_prompt_embeddings=not is_new,
         perturbed_attn=True,
+        ff_bias=config.video.ff_bias,
+        audio_ff_bias=config.sound.ff_bias,
+        use_prompt_adaln_single=config.times_text,
+        use_keyframes_abs_pos_embedding=config.marks_first,
     )
     model.load_state_dict(dit_diffusers_state(state))
+    model.register_forward_pre_hook(_mark_first, with_kwargs=True)
     return model.eval().requires_grad_(False)
+
+
+def _mark_first(model: Any, _: Any, given: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+    """Mark the tokens of the first latent frame, as the official code does; diffusers' pipelines do not."""
+    hidden = given["hidden_states"]
+    mask = hidden.new_zeros(len(hidden), hidden.shape[1], 1)
+    mask[:, : given["height"] * given["width"]] = 1
+    return (), {**given, "video_keyframes_mask": mask}
 
 
 def dit_inputs(

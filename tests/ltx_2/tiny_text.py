@@ -31,6 +31,45 @@ CONNECTORS: dict[str, dict[str, Any]] = {
     },
 }
 
+CONNECTORS["2.5"] = CONNECTORS["2.3"]
+GEMMA_VERSION = "gemma4-12b-ltx-v1"
+
+
+def text_gemma_4(**settings: Any) -> Any:
+    """The whole of Gemma 4 with what sees and hears. settings: of its text half."""
+    from transformers import Gemma4UnifiedConfig, Gemma4UnifiedForConditionalGeneration
+
+    near, far = "sliding_attention", "full_attention"
+    text = {
+        **{"vocab_size": 400, "hidden_size": TEXT_DIM, "intermediate_size": 48, "head_dim": 16},
+        **{"num_hidden_layers": TEXT_LAYERS, "num_attention_heads": 4, "num_key_value_heads": 2},
+        **{"global_head_dim": 24, "num_global_key_value_heads": 1, "attention_k_eq_v": True},
+        **{"sliding_window": 6, "layer_types": [near, near, far, near, near, near, far], **settings},
+    }
+    vision = {"mm_embed_dim": 16, "mm_posemb_size": 4, "patch_size": 2, "output_proj_dims": TEXT_DIM}
+    config = Gemma4UnifiedConfig(text_config=text, vision_config=vision, audio_config={"audio_embed_dim": 8})
+    return filled(Gemma4UnifiedForConditionalGeneration(config))
+
+
+def text_write_gemma_4(path: Path, model: Any, connectors: Any, **told: Any) -> Path:
+    """Write LTX-2.5's file: Gemma, projections, tokenizer. told: in its configuration. Returns the file."""
+    named = {}
+    for name, tensor in model.state_dict().items():
+        if name.startswith("model.language_model."):
+            named[name.replace("language_model.", "")] = tensor.clone()
+        elif name != "lm_head.weight":
+            named[f"vision_model.{name.removeprefix('model.')}"] = tensor.clone()
+    projections = text_official_names(connectors.state_dict())
+    named |= {name: one for name, one in projections.items() if "aggregate_embed" in name}
+    tokenizer = text_tokenizer()
+    tokenizer.post_processor = processors.Sequence([])  # as released: <bos> is left to the reader
+    for name, text in {"tokenizer_json": tokenizer.to_str(), "hf_asset__a.json": "{}"}.items():
+        named[name] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    config = {**model.config.to_dict(), "gemma_version": GEMMA_VERSION, **told}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(named, path, {"gemma_config": json.dumps(config)})
+    return path
+
 
 def text_gemma(**settings: Any) -> Any:
     """The whole of Gemma 3 with a vision tower. settings: of its text half."""

@@ -301,7 +301,8 @@ Z_IMAGE = _single_stream("z_image", ZImageModel, z_image, "lora_zimage")
 DITS = (
     *(_wan("t2v"), _wan("i2v"), _hunyuan("t2v"), _framepack()),
     *(LUMINA, _flux("dev"), _flux("chroma"), _flux_2(), _hunyuan_image(), _qwen_image()),
-    *(_qwen_image(edits=True), Z_IMAGE, _krea2(), _krea2(edits=True), _ltx("2.0"), _ltx("2.3")),
+    *(_qwen_image(edits=True), Z_IMAGE, _krea2(), _krea2(edits=True)),
+    *(_ltx("2.0"), _ltx("2.3"), _ltx("2.5")),
 )
 ONE_OF_EACH = (DITS[0], DITS[2], DITS[3])
 

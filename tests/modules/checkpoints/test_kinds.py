@@ -39,7 +39,6 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("Kandinsky5Transformer3DModel", {"num_text_blocks": 1, "num_visual_blocks": 1}, "Kandinsky 5"),
     ("Kandinsky6Transformer3DModel", {"num_text_blocks": 1, "num_visual_blocks": 1}, "Kandinsky 6"),
     ("Kandinsky6SRTransformer3DModel", {"num_visual_blocks": 1}, "upscaling transformer of Kandinsky 6"),
-    ("LTX2VideoTransformer3DModel", {**ONE, "use_keyframes_abs_pos_embedding": True}, "LTX-2.5"),
     ("LTXVideoTransformer3DModel", ONE, "LTX-Video 0.9, another network"),
     ("AutoencoderKLLTXVideo", {}, "a VAE of LTX-Video"),
     ("AutoencoderKLLTX2Video", {}, "a VAE of LTX-Video or LTX-2"),
@@ -128,7 +127,7 @@ def test_each_mark_says_its_own_kind_and_of_several_the_most_special_counts() ->
 @pytest.mark.parametrize("folder", FORMATS)
 @pytest.mark.parametrize(
     "case",
-    [case for case in CASES if case[2] in {"LTX-2.5", "Nucleus-Image", "HunyuanVideo 1.5"}],
+    [case for case in CASES if case[2] in {"Nucleus-Image", "HunyuanVideo 1.5"}],
     ids=lambda case: case[2],
 )
 def test_every_family_refuses_another_model_by_its_name(

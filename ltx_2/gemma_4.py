@@ -1,0 +1,127 @@
+"""Gemma 4, which reads the texts of LTX-2.5: the language model, and whether it is that of the release.
+
+Source: transformers' Gemma4UnifiedTextConfig, and the released reader for the metadata of files.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from encoders.language_models import FAR, FEED_NORM, NEAR, Q_NORM, SCALAR, LanguageModel
+from ltx_2.text_encoder import GEMMA_USE, NEAR_THETA, THETA, TOKENIZER_FILES, WINDOW
+from modules.checkpoints.encoders import config_beside
+from modules.checkpoints.model_files import read_once
+from modules.checkpoints.opening import Checkpoint
+from modules.errors import CheckpointError
+from modules.text_files import parse_json
+
+OPTION = "--ltx2_text_encoder_checkpoint"
+FILE = "gemma4-12b-with-proj-ltx-2.5-bf16.safetensors"
+CONFIG, SOURCE = "gemma_config", "gemma_source_checkpoint"  # metadata of its file; of a transformer's
+
+
+def read_settings(
+    told: Mapping[str, Any], num_layers: int, head_width: int, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Any]:
+    """Return settings of transformers' Gemma4UnifiedTextConfig: `LanguageModel.read_settings`.
+
+    Layers without a projection of values see all tokens, with wider heads, and their keys are values too.
+    Raises ValueError or TypeError for values that are none, and for another pattern of layers.
+    """
+    layers = [NEAR if f"layers.{n}.self_attn.v_proj.weight" in shapes else FAR for n in range(num_layers)]
+    rope = told.get("rope_parameters") or {}
+    far, near = rope.get(FAR) or {}, rope.get(NEAR) or {}
+    theta, near_theta = float(far.get("rope_theta", THETA)), float(near.get("rope_theta", NEAR_THETA))
+    share = float(far.get("partial_rotary_factor", 0.25))
+    window = int(told.get("sliding_window", WINDOW))
+    kinds = far.get("rope_type", "proportional"), near.get("rope_type", "default")
+    if kinds != ("proportional", "default") or not all(0 < x < math.inf for x in (theta, near_theta, window)):
+        raise ValueError(f"rotary frequencies {rope}, sliding_window {window}")
+    if not 0 < share <= 1 or layers != list(told.get("layer_types") or layers)[:num_layers]:
+        raise ValueError(f"partial_rotary_factor {share}, layer_types {told.get('layer_types')} for {layers}")
+    if layers[-1] != FAR:
+        raise ValueError(f"{num_layers} layers, of which the last one sees a window of tokens")
+    start = f"layers.{layers.index(FAR)}.self_attn"
+    (width,) = shapes.get(f"{start}.q_norm.weight", (0,))
+    rows = shapes.get(f"{start}.k_proj.weight", (0,))[0]
+    if width < 2 or rows < width or rows % width:
+        raise ValueError(f"{rows} rows of keys for heads of {width} channels")
+    return {
+        "layer_types": layers,
+        "global_head_dim": width,
+        "num_global_key_value_heads": rows // width,
+        "attention_k_eq_v": True,
+        "sliding_window": window,
+        "rope_parameters": {
+            NEAR: {"rope_type": "default", "rope_theta": near_theta},
+            FAR: {"rope_type": "proportional", "partial_rotary_factor": share, "rope_theta": theta},
+        },
+    }
+
+
+GEMMA_4 = LanguageModel(
+    what="a Gemma 4 language model",
+    option=OPTION,
+    files=f"{FILE}, or the folder of a release in diffusers' layout to --gemma_root",
+    classes="Gemma4UnifiedText",
+    kind="gemma4",
+    defaults={"hidden_size": 2304, "num_attention_heads": 8, "rms_norm_eps": 1e-6},
+    theta=THETA,
+    eps=1e-6,
+    marks=(Q_NORM, FEED_NORM, SCALAR),
+    read_settings=read_settings,
+    told_key=CONFIG,
+    since="5.15",
+)
+# the place in records of caches stays the same: so that texts of another release are not taken for these
+GEMMA_4_USE = replace(
+    GEMMA_USE,
+    model=GEMMA_4,
+    source=replace(
+        GEMMA_USE.source,
+        files=replace(
+            TOKENIZER_FILES, option=OPTION, folder="", repository="google/gemma-4-12B-it", token="<|turn>"
+        ),
+    ),
+    record="gemma4",
+)
+
+
+def is_gemma_4(checkpoint: Checkpoint) -> bool:
+    return any(name.endswith(f"layers.0.{SCALAR}") for name in checkpoint.tensors)
+
+
+def wanted_gemma(checkpoint: Checkpoint) -> str | None:
+    """Return which Gemma a transformer was trained with; None if its file does not say."""
+    return _version(checkpoint, SOURCE)
+
+
+def _own_version(checkpoint: Checkpoint) -> str | None:
+    return _version(checkpoint, CONFIG)
+
+
+def _version(checkpoint: Checkpoint, key: str) -> str | None:
+    try:
+        told = parse_json(checkpoint.metadata[key]) if key in checkpoint.metadata else {}
+        if not told and key == CONFIG:
+            told = config_beside(checkpoint.path)[1] or {}
+        found = told.get("gemma_version")
+        return None if found is None else str(found)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{checkpoint.path}: {key} in its metadata cannot be read ({error}). Copy the file again.",
+            checkpoint.path,
+        ) from error
+
+
+def check_version(transformer: Path, gemma: Path) -> None:
+    """Raise CheckpointError if the transformer's file says that it was trained with another Gemma."""
+    wanted, found = read_once(transformer, wanted_gemma), read_once(gemma, _own_version)
+    if wanted is not None and found != wanted:
+        raise CheckpointError(
+            f"{gemma} is not the Gemma of LTX-2.5: {transformer} was trained with {wanted}, this is "
+            f"{found or 'one that does not say which it is'}. Give {FILE} to {OPTION}.",
+            gemma,
+        )
