@@ -22,6 +22,18 @@ from ltx_2.options import (
     Ltx2TextCachingOptions,
     Ltx2TrainingOptions,
 )
+from ltx_2.reference_options import MOST
+from ltx_2.references import (
+    check_size as check_reference_size,
+)
+from ltx_2.references import (
+    factor_metadata,
+    is_picture,
+    read_pixels,
+    reference_key,
+    references_of,
+    thin_out,
+)
 from ltx_2.sound import SoundVae, Vocoder
 from ltx_2.text_encoder import MASK, prompt_key
 from modules.contract import rules
@@ -29,6 +41,7 @@ from modules.contract.data import (
     FIRST_FRAME,
     FPS,
     HAS_SOUND,
+    REFERENCE_LATENTS,
     Batch,
     CacheEntry,
     Conditions,
@@ -84,6 +97,8 @@ class Ltx2(OneTransformer):
     drive_video: Path | None = None  # of a generation: it stays as it is, and its sound is made
     makes_sound: bool = True  # False: samples of a training with sound are silent
     options: Any = NO_OPTIONS  # of a training
+    references: rules.ReferenceRules | None = rules.ReferenceRules(MOST, clips=True)
+    given_references: tuple[Path, ...] = ()  # of a generation
 
     can: ClassVar = Abilities(hear=True, rate=True, tell_few_steps=True)
     name: str = field(default="ltx2_v1", init=False)
@@ -116,7 +131,8 @@ class Ltx2(OneTransformer):
         """Defaults of a generation. The flow shift is that of 4096 tokens at any size, as released."""
         width, height, frames = self.size
         shift, steps = rules.ShiftedLogit().shift(4096), RELEASES[self.version].steps
-        return SamplingDefaults(steps, 24.0, 3.0, None, shift, SOLVER, width, height, frames)
+        made = SamplingDefaults(steps, 24.0, 3.0, None, shift, SOLVER, width, height, frames)
+        return replace(made, extras=("reference_video",))
 
     @property
     def release(self) -> rules.ModelRelease:
@@ -129,7 +145,17 @@ class Ltx2(OneTransformer):
             "implementation": "https://github.com/Lightricks/LTX-2",
             "model_type": self.name,
         }
+        if self.references is not None and self.learns_references:
+            names |= factor_metadata(self.references)
         return self.metadata_of(names)
+
+    @property
+    def learns_references(self) -> bool:
+        told = self.options
+        is_asked = (
+            getattr(told, "ic_lora_strategy", "") == "v2v" or getattr(told, "lora_target_preset", "") == "v2v"
+        )
+        return is_asked or (self.references is not None and self.references.factors[:2] != (1, 1))
 
     # encoding
 
@@ -147,11 +173,18 @@ class Ltx2(OneTransformer):
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
         vae, dtype = encoders.vae, self.files.beside(self.files.vae_dtype)
-        return [
-            [CacheEntry({"latents": one})]
-            for part in media.split_for(vae.device)
-            for one in vae.encode(to_pixels(part.frames.to(vae.device))).to(dtype)
-        ]
+        entries = []
+        for part in media.split_for(vae.device):
+            named = {"latents": part.frames}
+            for number, frames in enumerate(part.references):
+                assert self.references is not None
+                named[reference_key(number)] = thin_out(frames, self.references, self.latent.frame_step)
+            made = {name: vae.encode(to_pixels(one.to(vae.device))).to(dtype) for name, one in named.items()}
+            entries += [
+                [CacheEntry({name: each[index] for name, each in made.items()})]
+                for index in range(len(part.keys))
+            ]
+        return entries
 
     @property
     def moments(self) -> MomentsRules:
@@ -193,7 +226,10 @@ class Ltx2(OneTransformer):
         needed = {prompt_key(stream): widths[stream] for stream in self.files.streams}
         batch.check(dict.fromkeys(needed, TEXTS_AGAIN), "the transformer")
         batch.check_widths(needed, self.files.dit_path, f"{TEXTS_AGAIN} and its release")
-        return {name: batch.tensors[name] for name in (*needed, FPS, HAS_SOUND) if name in batch.tensors}
+        found = {name: batch.tensors[name] for name in (*needed, FPS, HAS_SOUND) if name in batch.tensors}
+        return found | {
+            name: one for name, one in batch.tensors.items() if name.startswith(REFERENCE_LATENTS)
+        }
 
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
@@ -221,6 +257,8 @@ class Ltx2(OneTransformer):
             sound_timesteps=times[1],
             has_sound=None if sound is None or not isinstance(has_sound, Tensor) else has_sound,
             tweaks=tweaks.rename_away(texts),
+            references=[self.latent.to_model(one.to(noisy.device)) for one in references_of(cond)],
+            reference_time=1 if self.references is None else self.references.time_factor,
             **texts(cond),
         )
         return velocity if joint is None else joint.join(velocity, heard)
@@ -240,6 +278,9 @@ class Ltx2(OneTransformer):
         width, height, frames = size_of(request, self.defaults)
         frames = whole_frames(frames, latent)
         check_size((width, height, frames), latent)
+        given = self._references_for(request)
+        if given and self.references is not None:
+            check_reference_size(width, height, self.references, latent)
         if min(width, height) < 2 * latent.pixel_step and self.version == "2.0":
             least = 2 * latent.pixel_step
             raise OptionError(
@@ -257,7 +298,16 @@ class Ltx2(OneTransformer):
                 f"--drive_video {self.drive_video}: a single picture has no sound. Make it longer"
             )
         solver = SOLVER if prepared.solver == "euler" else prepared.solver
-        return replace(prepared, joint=joint, solver=solver, rules=self._rules(request))
+        said = {"reference_video": ", ".join(path.name for path in given)} if given else {}
+        made = replace(prepared, joint=joint, solver=solver, rules=self._rules(request), own=given)
+        return replace(made, own_metadata=said)
+
+    def _references_for(self, request: Request) -> tuple[Path, ...]:
+        line = request.extra.get("reference_video")
+        paths = self.given_references if line is None else (Path(line),)
+        for path in paths:
+            check_opens("reference_video", path, is_image=is_picture(path))
+        return paths
 
     def _rules(self, request: Request) -> rules.GuidanceRules:
         """Return the guidance of both streams. Source: the released pipelines."""
@@ -282,18 +332,23 @@ class Ltx2(OneTransformer):
         return rules.GuidanceRules(streams=(rule(VIDEO), rule(AUDIO)), perturbed_blocks=frozenset(blocks))
 
     def needs_media(self, prepared: Prepared) -> bool:
-        return prepared.asked.image_path is not None or self.drive_video is not None
+        return prepared.asked.image_path is not None or self.drive_video is not None or bool(prepared.own)
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Encode what is given: an image as the first latent frame, or a video as all; on the CPU."""
         path, size = prepared.asked.image_path, (prepared.width, prepared.height)
+        vae, found = encoders.vae, dict[str, Tensor]()
+        for number, reference in enumerate(prepared.own):
+            assert self.references is not None
+            shown = read_pixels(reference, (*size, prepared.frames), self.references, self.latent)
+            found[reference_key(number)] = vae.encode(shown.to(vae.device)).float().cpu()
         if self.drive_video is not None:
             pixels = video_pixels(self.drive_video, "--drive_video", *size, prepared.frames)
         elif path is not None:
             pixels = image_pixels(path, *size, crf=self.image_crf)
         else:
-            return {}
-        return {0: {FIRST: encoders.vae.encode(pixels.to(encoders.vae.device)).float().cpu()}}
+            return {0: found} if found else {}
+        return {0: {FIRST: vae.encode(pixels.to(vae.device)).float().cpu(), **found}}
 
     @property
     def source(self) -> rules.SourceRules:
@@ -332,7 +387,8 @@ def _given_or(usual: float, given: float | None) -> float:
 
 def family_for_latent_caching(options: Ltx2LatentCachingOptions) -> Ltx2:
     model = options.model
-    return Ltx2(Ltx2Files(checkpoint=model.ltx2_checkpoint, streams=model.streams).add_vaes(options.vae))
+    files = Ltx2Files(checkpoint=model.ltx2_checkpoint, streams=model.streams).add_vaes(options.vae)
+    return Ltx2(files, references=options.references.rules())
 
 
 def family_for_text_caching(options: Ltx2TextCachingOptions) -> Ltx2:
@@ -365,6 +421,7 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
         (options.width, options.height, options.sample_num_frames),
         makes_sound=not options.silent,
         options=options,
+        references=None if options.ic_lora_strategy == "none" else options.references.rules(),
     )
 
 
@@ -376,6 +433,8 @@ def family_for_generation(options: Ltx2GenerationOptions) -> Ltx2:
         options.guidance,
         image_crf=options.image_crf,
         drive_video=options.drive_video,
+        references=options.references.rules(),
+        given_references=options.references.paths,
     )
 
 

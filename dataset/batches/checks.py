@@ -183,6 +183,12 @@ def _option_faults(
         then = usual | {key: value for key, value in options.items() if key in usual}
         changed.append(difference(then, usual | table.changed(REFERENCES)))
     yield from (f"{keys} in {table.name}" for keys in changed if keys is not None)
+    rules = table.clip_references
+    if rules is not None and CLIP_REFERENCES in options:
+        then, now = tuple(options[CLIP_REFERENCES][1:]), rules.factors
+        if then != now:
+            shown = "size factor {}, time factor {} and {} frames (0: all)"
+            yield f"its references were made with {shown.format(*then)}, this run has {shown.format(*now)}"
 
 
 def sound_faults(

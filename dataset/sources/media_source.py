@@ -25,7 +25,7 @@ from modules.paths import address_identity, address_name, short_hash, split_addr
 # folders beside that of the clips, in CogVideoX form
 MOMENTS, IMAGE_MOMENTS, EMBEDS = "video_latents", "image_latents", "prompt_embeds"
 PIECE = 1 << 20  # bytes
-# in the options of a record: how many references, and by what their sides are smaller; that there is a mask
+# in the options of a record: how many references, and `ReferenceRules.factors`; that there is a mask
 CLIP_REFERENCES, CONTROL_MASK = "references", "control_mask"
 # what is said of a model that takes reference pictures and gets none
 NO_REFERENCE = (
@@ -124,7 +124,7 @@ class MediaSource:
     def control_keys(self) -> dict[str, Any]:
         keys = self.table.changed(REFERENCES) if self.control else {}
         if self.references and (rules := self.table.clip_references) is not None:
-            keys |= {CLIP_REFERENCES: [len(self.references), rules.size_factor]}
+            keys |= {CLIP_REFERENCES: [len(self.references), *rules.factors]}
         return keys if self.control_mask is None else keys | {CONTROL_MASK: True}
 
     @property

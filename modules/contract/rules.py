@@ -345,4 +345,10 @@ class ReferenceRules:
     # its target's, a picture is one frame
     clips: bool = False
     size_factor: int = 1  # by which their sides are smaller than their target's
+    time_factor: int = 1  # of their frames the first is taken, then each of so many
+    frames: int = 0  # at most; 0: as many as the target has
     control_masks: bool = False  # control_mask_directory and control_mask_path too: white is made anew
+
+    @property
+    def factors(self) -> tuple[int, int, int]:
+        return self.size_factor, self.time_factor, self.frames
