@@ -425,16 +425,18 @@ declare_all(Ltx2GenerationOptions, GENERATION)
 
 def caching_options(options: Ltx2TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
     model = {"--ltx2_checkpoint": options.model.ltx2_checkpoint, "--ltx2_mode": options.model.ltx_mode}
-    latents = {"--vae": options.vae.file.vae, "--audio_vae": options.vae.audio_vae}
-    latents |= options.references.words()
+    latents: dict[str, Any] = {"--vae": options.vae.file.vae, "--audio_vae": options.vae.audio_vae}
+    latents = {**latents, **options.references.words()}
     return {**model, **latents}, {**model, **options.text.words()}
 
 
 def generation_options(options: Ltx2TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
     latents, texts = caching_options(options)
+    reference = sample.get("extra", {}).get("reference_video")
     return {
-        **latents,
+        **{name: value for name, value in latents.items() if name not in options.references.words()},
+        "--reference_video": reference,  # the LoRA says by which factors it is smaller
         **texts,
         "--dit": options.dit_file,  # the page of a run adds the LoRA to it
         "--dit_dtype": options.dit_dtype,

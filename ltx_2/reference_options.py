@@ -41,8 +41,10 @@ class Ltx2ReferenceOptions(Options, title="references (IC-LoRA)"):
 
     def words(self) -> dict[str, int | None]:
         return {
-            "--reference_downscale": self.reference_downscale,
-            "--reference_temporal_scale": self.reference_temporal_scale,
+            "--reference_downscale": self.reference_downscale if self.reference_downscale > 1 else None,
+            "--reference_temporal_scale": self.reference_temporal_scale
+            if self.reference_temporal_scale > 1
+            else None,
             "--reference_frames": self.reference_frames,
         }
 

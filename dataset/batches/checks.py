@@ -185,10 +185,10 @@ def _option_faults(
     yield from (f"{keys} in {table.name}" for keys in changed if keys is not None)
     rules = table.clip_references
     if rules is not None and CLIP_REFERENCES in options:
-        then, now = tuple(options[CLIP_REFERENCES][1:]), rules.factors
-        if then != now:
-            shown = "size factor {}, time factor {} and {} frames (0: all)"
-            yield f"its references were made with {shown.format(*then)}, this run has {shown.format(*now)}"
+        made, shown = options[CLIP_REFERENCES][1:], "size factor {}, time factor {} and {} frames (0: all)"
+        if made != [*rules.factors]:
+            here = shown.format(*rules.factors)
+            yield f"its references were made with {shown.format(*made)}, this run has {here}"
 
 
 def sound_faults(
