@@ -145,17 +145,10 @@ class Ltx2(OneTransformer):
             "implementation": "https://github.com/Lightricks/LTX-2",
             "model_type": self.name,
         }
-        if self.references is not None and self.learns_references:
+        asked = [getattr(self.options, name, None) for name in ("ic_lora_strategy", "lora_target_preset")]
+        if self.references is not None and ("v2v" in asked or self.references.factors[:2] != (1, 1)):
             names |= factor_metadata(self.references)
         return self.metadata_of(names)
-
-    @property
-    def learns_references(self) -> bool:
-        told = self.options
-        is_asked = (
-            getattr(told, "ic_lora_strategy", "") == "v2v" or getattr(told, "lora_target_preset", "") == "v2v"
-        )
-        return is_asked or (self.references is not None and self.references.factors[:2] != (1, 1))
 
     # encoding
 
@@ -164,11 +157,11 @@ class Ltx2(OneTransformer):
         return frozenset({*map(prompt_key, self.files.streams), MASK})
 
     def check_table(self, table: MediaTable) -> None:
-        """Raise DatasetError for control videos and pictures, which are references that it does not take."""
+        """Raise DatasetError for control videos and pictures: its references have keys of their own."""
         if table.has_control:
             raise DatasetError(
-                f"{table.name}: references of LTX-2 (IC-LoRA) are not built. Remove control_directory or "
-                "control_path."
+                f"{table.name}: LTX-2 follows no control clips. What a clip is made from is a reference: name "
+                "its folder reference_directory, not control_directory, and in lists reference_path."
             )
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:

@@ -433,7 +433,7 @@ def caching_options(options: Ltx2TrainingOptions) -> tuple[dict[str, Any], dict[
 def generation_options(options: Ltx2TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
     latents, texts = caching_options(options)
-    reference = sample.get("extra", {}).get("reference_video")
+    reference = (sample.get("extra") or {}).get("reference_video")
     return {
         **{name: value for name, value in latents.items() if name not in options.references.words()},
         "--reference_video": reference,  # the LoRA says by which factors it is smaller
