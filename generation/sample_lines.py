@@ -55,6 +55,7 @@ def _leading(pattern: str, text: str) -> str:
 # settings of single models, which arrive in `Request.extra`
 OF_SOME_MODELS: Mapping[str, LineOption] = {
     "of": LineOption("one_frame", read_name),
+    "v": LineOption("reference_video", read_path),
     "ctr": LineOption("cfg_trunc_ratio", _leading_number),
     "rcfg": LineOption("renorm_cfg", _leading_number),
     **{name: LineOption(name, _leading_number) for name in ("mu", "y1", "y2")},

@@ -160,6 +160,7 @@ LORA_PRESETS: dict[str, tuple[str, ...]] = {
     "video_sa": (_VIDEO_SELF,),
     "video_sa_ff": (_VIDEO_SELF, _VIDEO_FFN),
     "video_sa_ca_ff": (_VIDEO_SELF, rf".*\.attn2\.{_LINEARS}", _VIDEO_FFN),
+    "v2v": (_VIDEO_SELF, rf".*\.attn2\.{_LINEARS}", _VIDEO_FFN),
     "audio": _AUDIO,
     "audio_v2a": (*_AUDIO, _CROSS[SOUND.cross_attn]),
     "full": (".*",),

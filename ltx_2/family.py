@@ -23,6 +23,18 @@ from ltx_2.options import (
     Ltx2TextCachingOptions,
     Ltx2TrainingOptions,
 )
+from ltx_2.reference_options import MOST
+from ltx_2.references import (
+    check_size as check_reference_size,
+)
+from ltx_2.references import (
+    factor_metadata,
+    is_picture,
+    read_pixels,
+    reference_key,
+    references_of,
+    thin_out,
+)
 from ltx_2.sound import SoundVae, Vocoder
 from ltx_2.stages import TwoStages, stage_sections, two_stages
 from ltx_2.text_encoder import GEMMA_USE, MASK, prompt_key
@@ -32,6 +44,7 @@ from modules.contract.data import (
     FIRST_FRAME,
     FPS,
     HAS_SOUND,
+    REFERENCE_LATENTS,
     Batch,
     CacheEntry,
     Conditions,
@@ -88,6 +101,8 @@ class Ltx2(OneTransformer):
     makes_sound: bool = True  # False: samples of a training with sound are silent
     stages: TwoStages | None = None
     options: Any = NO_OPTIONS  # of a training
+    references: rules.ReferenceRules | None = rules.ReferenceRules(MOST, clips=True)
+    given_references: tuple[Path, ...] = ()  # of a generation
 
     can: ClassVar = Abilities(hear=True, rate=True, tell_few_steps=True)
     name: str = field(default="ltx2_v1", init=False)
@@ -120,7 +135,8 @@ class Ltx2(OneTransformer):
         """Defaults of a generation. The flow shift is that of 4096 tokens at any size, as released."""
         width, height, frames = self.size
         shift, steps = rules.ShiftedLogit().shift(4096), RELEASES[self.version].steps
-        return SamplingDefaults(steps, 24.0, 3.0, None, shift, SOLVER, width, height, frames)
+        made = SamplingDefaults(steps, 24.0, 3.0, None, shift, SOLVER, width, height, frames)
+        return replace(made, extras=("reference_video",))
 
     @property
     def release(self) -> rules.ModelRelease:
@@ -133,6 +149,9 @@ class Ltx2(OneTransformer):
             "implementation": "https://github.com/Lightricks/LTX-2",
             "model_type": self.name,
         }
+        asked = [getattr(self.options, name, None) for name in ("ic_lora_strategy", "lora_target_preset")]
+        if self.references is not None and ("v2v" in asked or self.references.factors[:2] != (1, 1)):
+            names |= factor_metadata(self.references)
         return self.metadata_of(names)
 
     # encoding
@@ -142,20 +161,27 @@ class Ltx2(OneTransformer):
         return frozenset({*map(prompt_key, self.files.streams), MASK})
 
     def check_table(self, table: MediaTable) -> None:
-        """Raise DatasetError for control videos and pictures, which are references that it does not take."""
+        """Raise DatasetError for control videos and pictures: its references have keys of their own."""
         if table.has_control:
             raise DatasetError(
-                f"{table.name}: references of LTX-2 (IC-LoRA) are not built. Remove control_directory or "
-                "control_path."
+                f"{table.name}: LTX-2 follows no control clips. What a clip is made from is a reference: name "
+                "its folder reference_directory, not control_directory, and in lists reference_path."
             )
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
         vae, dtype = encoders.vae, self.files.beside(self.files.vae_dtype)
-        return [
-            [CacheEntry({"latents": one})]
-            for part in media.split_for(vae.device)
-            for one in vae.encode(to_pixels(part.frames.to(vae.device))).to(dtype)
-        ]
+        entries = []
+        for part in media.split_for(vae.device):
+            named = {"latents": part.frames}
+            for number, frames in enumerate(part.references):
+                assert self.references is not None
+                named[reference_key(number)] = thin_out(frames, self.references, self.latent.frame_step)
+            made = {name: vae.encode(to_pixels(one.to(vae.device))).to(dtype) for name, one in named.items()}
+            entries += [
+                [CacheEntry({name: each[index] for name, each in made.items()})]
+                for index in range(len(part.keys))
+            ]
+        return entries
 
     @property
     def moments(self) -> MomentsRules:
@@ -206,7 +232,10 @@ class Ltx2(OneTransformer):
                     f"{made.path}: the caption was encoded for {found}, {self.files.dit_path} is of "
                     f"LTX-{config.kind}. Cache again with {TEXTS_AGAIN} and its release."
                 )
-        return {name: batch.tensors[name] for name in (*needed, FPS, HAS_SOUND) if name in batch.tensors}
+        found = {name: batch.tensors[name] for name in (*needed, FPS, HAS_SOUND) if name in batch.tensors}
+        return found | {
+            name: one for name, one in batch.tensors.items() if name.startswith(REFERENCE_LATENTS)
+        }
 
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
@@ -234,6 +263,8 @@ class Ltx2(OneTransformer):
             sound_timesteps=times[1],
             has_sound=None if sound is None or not isinstance(has_sound, Tensor) else has_sound,
             tweaks=tweaks.rename_away(texts),
+            references=[self.latent.to_model(one.to(noisy.device)) for one in references_of(cond)],
+            reference_time=1 if self.references is None else self.references.time_factor,
             **texts(cond),
         )
         return velocity if joint is None else joint.join(velocity, heard)
@@ -256,6 +287,7 @@ class Ltx2(OneTransformer):
         width, height, frames = size_of(request, self.defaults)
         frames = whole_frames(frames, steps)
         check_size((width, height, frames), steps)
+        given = self._references_for(request)
         if min(width, height) < 2 * steps.pixel_step and self.version == "2.0":
             least = 2 * steps.pixel_step
             raise OptionError(
@@ -273,8 +305,22 @@ class Ltx2(OneTransformer):
                 f"--drive_video {self.drive_video}: a single picture has no sound. Make it longer"
             )
         solver = SOLVER if prepared.solver == "euler" else prepared.solver
-        prepared = replace(prepared, joint=joint, solver=solver, rules=self._rules(request))
-        return prepared if self.stages is None else self.stages.split(prepared, latent)
+        said = {"reference_video": ", ".join(path.name for path in given)} if given else {}
+        prepared = replace(prepared, joint=joint, rules=self._rules(request), solver=solver)
+        prepared = replace(prepared, own=given, own_metadata=said)
+        if self.stages is not None:
+            prepared = self.stages.split(prepared, latent)
+        if given and self.references is not None:
+            first = prepared.stages[0] if prepared.stages else prepared
+            check_reference_size(first.width, first.height, self.references, latent)
+        return prepared
+
+    def _references_for(self, request: Request) -> tuple[Path, ...]:
+        line = request.extra.get("reference_video")
+        paths = self.given_references if line is None else (Path(line),)
+        for path in paths:
+            check_opens("reference_video", path, is_image=is_picture(path))
+        return paths
 
     def _rules(self, request: Request) -> rules.GuidanceRules:
         """Return the guidance of both streams. Source: the released pipelines."""
@@ -299,7 +345,7 @@ class Ltx2(OneTransformer):
         return rules.GuidanceRules(streams=(rule(VIDEO), rule(AUDIO)), perturbed_blocks=frozenset(blocks))
 
     def needs_media(self, prepared: Prepared) -> bool:
-        return prepared.asked.image_path is not None or self.drive_video is not None
+        return prepared.asked.image_path is not None or self.drive_video is not None or bool(prepared.own)
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Encode what is given: an image as the first latent frame, or a video as all; on the CPU."""
@@ -307,14 +353,19 @@ class Ltx2(OneTransformer):
             found = (self.request_conditions(encoders, one) for one in prepared.stages)
             return {number: one[0] for number, one in enumerate(found) if one}
         path, size = prepared.asked.image_path, (prepared.width, prepared.height)
+        vae, found = encoders.vae, dict[str, Tensor]()
+        for number, reference in enumerate(prepared.own):
+            assert self.references is not None
+            shown = read_pixels(reference, (*size, prepared.frames), self.references, self.latent)
+            found[reference_key(number)] = vae.encode(shown.to(vae.device)).float().cpu()
         if self.drive_video is not None:
             pixels = video_pixels(self.drive_video, "--drive_video", *size, prepared.frames)
         elif path is not None:
             crf = RELEASES[self.version].crf if self.image_crf is None else self.image_crf
             pixels = image_pixels(path, *size, crf=crf)
         else:
-            return {}
-        return {0: {FIRST: encoders.vae.encode(pixels.to(encoders.vae.device)).float().cpu()}}
+            return {0: found} if found else {}
+        return {0: {FIRST: vae.encode(pixels.to(vae.device)).float().cpu(), **found}}
 
     @property
     def source(self) -> rules.SourceRules:
@@ -367,7 +418,8 @@ def _given_or(usual: float, given: float | None) -> float:
 
 def family_for_latent_caching(options: Ltx2LatentCachingOptions) -> Ltx2:
     model = options.model
-    return Ltx2(Ltx2Files(checkpoint=model.ltx2_checkpoint, streams=model.streams).add_vaes(options.vae))
+    files = Ltx2Files(checkpoint=model.ltx2_checkpoint, streams=model.streams).add_vaes(options.vae)
+    return Ltx2(files, references=options.references.rules())
 
 
 def family_for_text_caching(options: Ltx2TextCachingOptions) -> Ltx2:
@@ -401,6 +453,7 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
         makes_sound=not options.silent,
         stages=two_stages(options.stages),
         options=options,
+        references=None if options.ic_lora_strategy == "none" else options.references.rules(),
     )
 
 
@@ -413,6 +466,8 @@ def family_for_generation(options: Ltx2GenerationOptions) -> Ltx2:
         image_crf=options.image_crf,
         drive_video=options.drive_video,
         stages=two_stages(options.stages),
+        references=options.references.rules(),
+        given_references=options.references.paths,
     )
 
 

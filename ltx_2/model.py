@@ -7,6 +7,7 @@ of the other one. `blocks` lists the steps in float32.
 # Letters: B batch, L video tokens, M sound tokens, S segments (2 with given frames), C width of a stream,
 # W of the wider one
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from ltx_2.blocks import CrossInputs, LtxBlock, LtxTokens, Stream
 from ltx_2.configs import DIT, EPS, SOUND, VIDEO, LtxConfig, StreamNames
-from ltx_2.rope import Places, make_table
+from ltx_2.rope import Places, make_tables
 from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.layers.modulation import modulate
 from modules.layers.norms import Float32LayerNorm, activation_dtype, in_own_dtype, run_float32
@@ -88,9 +89,11 @@ class LtxModel(nn.Module):
             self.keyframes_abs_pos_embedding = nn.Parameter(torch.zeros(1, config.dim))
         self.transformer_blocks = nn.ModuleList(LtxBlock(config) for _ in range(config.num_layers))
         # each of the tables of a pass: positions of either stream, for itself and for the other
-        make = partial(make_table, config)
+        make = partial(make_tables, config)
         self._rotary = {
-            (names, by_time): GridTable[Places](make) for names in (VIDEO, SOUND) for by_time in (False, True)
+            (names, by_time): GridTable[tuple[Places, ...]](make)
+            for names in (VIDEO, SOUND)
+            for by_time in (False, True)
         }
 
     @property
@@ -108,6 +111,8 @@ class LtxModel(nn.Module):
         sound_text: Tensor | None = None,
         has_sound: Tensor | None = None,
         tweaks: Tweaks = NO_TWEAKS,
+        references: Sequence[Tensor] = (),
+        reference_time: int = 1,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return the velocities of video and sound, in float32; None for one that is not given.
 
@@ -118,7 +123,8 @@ class LtxModel(nn.Module):
         sound_text: B T text_dim, states for the sound's stream. has_sound: B, whether a sample has sound:
         without, its sound has no influence on its video; None: all have it. tweaks: ideas that change this
         call; their second text has the names text and sound_text. Their given frames have the time 0, and
-        their velocity is 0.
+        their velocity is 0. references: each B Z f h w, clean latents that the video is made from, sides
+        smaller by a whole number; reference_time: every so many-th of their frames was taken.
         Raises ValueError if sizes do not go together, or for sound if the network has no stream for it.
         """
         latents = {VIDEO: noisy, SOUND: sound}
@@ -131,6 +137,8 @@ class LtxModel(nn.Module):
                 fps,
                 has_sound,
                 tweaks,
+                references,
+                reference_time,
             )
         )
         run_blocks(self, hidden, tweaks)
@@ -145,8 +153,14 @@ class LtxModel(nn.Module):
         fps: Fps = USUAL_FPS,
         has_sound: Tensor | None = None,
         tweaks: Tweaks = NO_TWEAKS,
+        references: Sequence[Tensor] = (),
+        reference_time: int = 1,
     ) -> tuple[Tensor, LtxTokens]:
-        """Return the tokens of all streams, B L+M W, and the other inputs of the blocks."""
+        """Return the tokens of all streams, B L+M W, and the other inputs of the blocks.
+
+        References stand in front of the video's tokens: as given frames they have time 0, and attention knows
+        no order but that of positions.
+        """
         self._check(latents, texts)
         first = next(iter(latents.values()))
         dtype = activation_dtype(first.device, self.compute_dtype)
@@ -156,10 +170,13 @@ class LtxModel(nn.Module):
             texts_of = [each["sound_text" if names is SOUND else "text"] for each in asked]
             if self.config.projects_text:
                 texts_of = list(map(self._part(names, "caption_projection"), texts_of))
-            given = tweaks.given_frames if names is VIDEO else 0
+            before = references if names is VIDEO else ()
+            given = tweaks.given_frames * one.shape[-1] * one.shape[-2] if names is VIDEO else 0
+            given += sum(each[0, 0].numel() for each in before)
             own = timesteps[names]
             # B F*H*W Z of a video's latents, B M Z*K of a sound's
             flat = one.flatten(2).mT if names is VIDEO else one.transpose(1, 2).flatten(2)
+            flat = torch.cat([*(each.flatten(2).mT for each in before), flat], dim=1) if before else flat
             parts[names] = in_own_dtype(self._part(names, "patchify_proj"), flat).to(dtype)
             if names is VIDEO and self.config.marks_first:
                 parts[names] = self._mark_first(parts[names], one.shape[-1] * one.shape[-2])
@@ -176,15 +193,15 @@ class LtxModel(nn.Module):
                 heard = None
                 if names is VIDEO and has_sound is not None:
                     heard = has_sound.to(rows.device, torch.float32).view(-1, 1, 1)
-                by_time = self._rotation(names, one, fps, by_time=True)
+                by_time = self._rotation(names, one, fps, True, before, reference_time)
                 cross = CrossInputs(by_time, cross_rows, gate.squeeze(2), heard)
             streams[names] = Stream(
-                self._rotation(names, one, fps),
+                self._rotation(names, one, fps, False, before, reference_time),
                 tuple(each.to(dtype) for each in texts_of),
                 rows,
                 time,
                 text_rows,
-                given * one.shape[-1] * one.shape[-2],
+                given,
                 cross,
             )
         grid = tuple(latents[VIDEO].shape[2:]) if VIDEO in latents else ()
@@ -204,6 +221,7 @@ class LtxModel(nn.Module):
             if stream.given:
                 out = torch.cat([torch.zeros_like(out[:, : stream.given]), out[:, stream.given :]], dim=1)
             if names is VIDEO:
+                out = out[:, -math.prod(tokens.grid) :]  # without references
                 made[names] = out.transpose(1, 2).unflatten(2, tokens.grid)
             else:
                 made[names] = out.unflatten(2, (-1, tokens.bins)).transpose(1, 2)
@@ -227,15 +245,27 @@ class LtxModel(nn.Module):
         rows, time = (torch.stack([one[-1:].expand_as(one[:-1]), one[:-1]], dim=1) for one in (rows, time))
         return rows, time
 
-    def _rotation(self, names: StreamNames, latents: Tensor, fps: Fps, by_time: bool = False) -> Tensor:
+    def _rotation(
+        self,
+        names: StreamNames,
+        latents: Tensor,
+        fps: Fps,
+        by_time: bool,
+        references: Sequence[Tensor] = (),
+        reference_time: int = 1,
+    ) -> Tensor:
         width = self.config.cross_dim if by_time else self.config.streams[names].dim
         if names is SOUND:
-            places = Places(width, (latents.shape[2],), (), by_time)
+            places: tuple[Places, ...] = (Places(width, (latents.shape[2],), (), by_time),)
         else:
             given = fps.tolist() if isinstance(fps, Tensor) else fps
             each = (given,) if isinstance(given, (int, float)) else tuple(given)
             rates = each if len(set(each)) > 1 else each[:1]
-            places = Places(width, tuple(latents.shape[2:]), rates, by_time)
+            factors = [(latents.shape[-1] // one.shape[-1], reference_time) for one in references]
+            factors.append((1, 1))
+            grids = [tuple(one.shape[2:]) for one in (*references, latents)]
+            both = zip(grids, factors, strict=True)
+            places = tuple(Places(width, grid, rates, by_time, factor) for grid, factor in both)
         return self._rotary[names, by_time].of(places, latents.device)
 
     def _check(self, latents: dict[StreamNames, Tensor], texts: dict[StreamNames, Tensor | None]) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ltx_2.reference_options import Ltx2GivenReferences, Ltx2ReferenceOptions
 from ltx_2.refused_options import ALWAYS_GIVEN, GENERATION, LATENTS, SOUND, TEXTS, TRAINING, declare_all
 from ltx_2.stage_options import Ltx2OfficialStages, Ltx2StageOptions
 from modules.errors import OptionError
@@ -35,8 +36,8 @@ MODES = {  # of --ltx2_mode: streams that are trained or made
 }
 VERSIONS = ("2.0", "2.3", "2.5")
 # of --lora_target_preset: modules of a block that get a LoRA
-PRESETS = ("t2v", "video_sa", "video_sa_ff", "video_sa_ca_ff", "audio", "audio_v2a", "full")
-_REFERENCES = "it is for clips and sounds as references (IC-LoRA), which are not built"
+PRESETS = ("t2v", "video_sa", "video_sa_ff", "video_sa_ca_ff", "audio", "audio_v2a", "v2v", "full")
+_REFERENCES = "it is for sounds as references, which are not built; v2v has clips and pictures"
 _TIMES = "--show_timesteps draws the distribution of timesteps."
 _ONE_FILE = "one LoRA file is saved, and convert_lora.py makes others of it"
 FPS = 24.0  # of the release
@@ -197,6 +198,7 @@ class Ltx2LatentCachingOptions(Options, title=NAME):
         place="there",
         only_with="ltx2_audio_source",
     )
+    references: Ltx2ReferenceOptions
     ltx_version = _version()
 
     @property
@@ -280,11 +282,12 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
     lora_target_preset: str = option(
         "modules that get a LoRA. t2v: all attention of the trained streams, and between them; full: "
         "feed-forward too; video_sa, video_sa_ff, video_sa_ca_ff: self-attention (feed-forward, attention to "
-        "texts) of pictures; audio: all of sound; audio_v2a: and its attention to pictures",
+        "texts) of pictures; v2v: all of pictures, for references; audio: all of sound; audio_v2a: and its "
+        "attention to pictures",
         default="t2v",
         choices=PRESETS,
         refused={
-            **dict.fromkeys(("v2v", "audio_ref_ic", "av_ic", "video_ref_only_av"), _REFERENCES),
+            **dict.fromkeys(("audio_ref_ic", "av_ic", "video_ref_only_av"), _REFERENCES),
             "lycoris": "--network_module chooses LoHa, LoKr or LyCORIS, and this option their modules",
         },
         facts=IDENTITY,
@@ -315,6 +318,15 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
     width: int = option("width of samples, likewise", default=768, least=1, facts=FREE)
     sample_num_frames: int = option(
         "frames of samples, likewise; made 8n + 1", default=45, least=1, facts=FREE
+    )
+    references: Ltx2ReferenceOptions = option(facts=HABIT)
+    ic_lora_strategy: str = option(
+        "what references are: auto and v2v: clips or pictures, of tables with reference_directory; none: "
+        "refuse such tables",
+        default="auto",
+        choices=("auto", "none", "v2v"),
+        refused=dict.fromkeys(("av_ic", "video_ref_only_av", "audio_ref_ic"), _REFERENCES),
+        facts=HABIT,
     )
     guidance: Ltx2GuidanceOptions = option(facts=FREE)
     stages: Ltx2StageOptions = option(facts=FREE)
@@ -347,6 +359,7 @@ class Ltx2GenerationOptions(Ltx2TransformerOptions, title=NAME):
     model: Ltx2ModelOptions = option(defaults={"ltx_mode": "video"})
     guidance: Ltx2GuidanceOptions = option(facts=OF_REQUEST)
     stages: Ltx2OfficialStages = option(facts=OF_REQUEST)
+    references: Ltx2GivenReferences
     silent: bool = _silent()
     ltx_version = _version()
     height: int | None = option("with --width: the same as --video_size", least=1, facts=NO_PIXELS)
@@ -406,8 +419,16 @@ def settle_generation(shared: T, own: Ltx2GenerationOptions) -> tuple[T, Ltx2Gen
         found["video_size"] = (own.height, own.width)
     if own.output_name is not None:
         found["name_start"] = own.output_name
+    loras = getattr(getattr(shared, "lora", None), "lora_weight", None) or ()
+    references: Any = own.references
+    if references.paths and loras:
+        from ltx_2.references import settle_factors
+
+        references = settle_factors(references, [Path(one) for one in loras])
     dtype = _one_of("dit_dtype", own.dit_dtype, DTYPES.get(own.mixed_precision or ""))
-    return override_options(shared, found), override_options(own, {"dit_dtype": dtype})
+    return override_options(shared, found), override_options(
+        own, {"dit_dtype": dtype, "references": references}
+    )
 
 
 def _one_of(name: str, ours: Any, theirs: Any, other: str = "mixed_precision") -> Any:
@@ -425,15 +446,18 @@ declare_all(Ltx2GenerationOptions, GENERATION)
 
 def caching_options(options: Ltx2TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
     model = {"--ltx2_checkpoint": options.model.ltx2_checkpoint, "--ltx2_mode": options.model.ltx_mode}
-    latents = {"--vae": options.vae.file.vae, "--audio_vae": options.vae.audio_vae}
+    latents: dict[str, Any] = {"--vae": options.vae.file.vae, "--audio_vae": options.vae.audio_vae}
+    latents = {**latents, **options.references.words()}
     return {**model, **latents}, {**model, **options.text.words()}
 
 
 def generation_options(options: Ltx2TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
     latents, texts = caching_options(options)
+    reference = (sample.get("extra") or {}).get("reference_video")
     return {
-        **latents,
+        **{name: value for name, value in latents.items() if name not in options.references.words()},
+        "--reference_video": reference,  # the LoRA says by which factors it is smaller
         **texts,
         "--dit": options.dit_file,  # the page of a run adds the LoRA to it
         "--dit_dtype": options.dit_dtype,

@@ -39,8 +39,9 @@ PRESET = (
     "another thing"
 )
 REFERENCES = (
-    "clips, pictures and sounds as references (IC-LoRA) and as parts of the result are not built. "
-    "--image_path gives the first frame"
+    "references are clips or pictures that are seen whole and clean (--reference_video, "
+    "--reference_videos; in training reference_directory); sounds as references, and other parts of the "
+    "result that are given than the first frame (--image_path), are not built"
 )
 REPORTS = "--log_with, --show_timesteps and --check report on a run"
 RESUMING = "--resume STATE_FOLDER goes on from a whole state, --network_weights starts anew from a LoRA"
@@ -95,8 +96,8 @@ LATENTS: Table = {
     """,
     FILES_SO: "cpu_staged_checkpoint_loading atomic_cache_writes",
     SAMPLES_SO: """
-        precache_sample_latents sample_prompts:str sample_latents_cache:str reference_frames=1
-        reference_downscale=1 reference_temporal_scale=1 sample_sampling_preset,sampling_preset=defaults
+        precache_sample_latents sample_prompts:str sample_latents_cache:str
+        sample_sampling_preset,sampling_preset=defaults
         height=512 width=768 sample_num_frames=45
     """,
     SOUND_SO: "preserve_audio_timing:switch",
@@ -189,10 +190,10 @@ TRAINING: Table = {
         sample_disable_flash_attn
     """,
     REFERENCES: """
-        ic_lora_strategy=auto ic_lora_ref_probability=1.0 av_multi_ref?=False
+        ic_lora_ref_probability=1.0 av_multi_ref?=False
         audio_ref_use_negative_positions?=False audio_ref_mask_cross_attention_to_reference?=False
         audio_ref_mask_reference_from_text_attention?=False audio_ref_identity_guidance_scale=0.0
-        sample_include_reference reference_downscale=1 reference_temporal_scale=1 reference_frames=1
+        sample_include_reference
     """,
     REPORTS: """
         log_cuda_memory_every_n_steps:int log_grad_metrics log_timestep_distribution_interval=100
@@ -278,9 +279,8 @@ GENERATION: Table = {
         sample_sampler=auto av_bimodal_cfg? av_bimodal_scale:float sample_disable_flash_attn
     """,
     REFERENCES: """
-        reference_downscale=1 reference_frames=1 sample_include_reference
-        reference_video,reference-video:str reference_strength=1.0 video-conditioning*:str
-        conditioning-attention-mask*:str reference_videos+:str ic_lora_strategy=auto reference_audio:str
+        sample_include_reference reference_strength=1.0 video-conditioning*:str
+        conditioning-attention-mask*:str ic_lora_strategy=auto reference_audio:str
         inpaint_mask:str inpaint_source:str inpaint_invert? inpaint_threshold:float extend_prefix:str
         extend_prefix_frames:int outpaint_region:str outpaint_source:str drive_audio:str audio_prefix:str
         audio_prefix_seconds:float audio_inpaint_audio:str audio_inpaint_interval:str

@@ -26,6 +26,8 @@ class Places(NamedTuple):
     # frames a second of each sample, or one number for all; (): sound, whose latents have a rate of their own
     fps: tuple[float, ...] = ()
     by_time: bool = False  # alone: rotations of a frame are those of all its tokens
+    # by which sides, and seconds, of a reference are multiplied: it covers what its target does
+    factors: tuple[int, int] = (1, 1)
 
 
 def make_table(config: LtxConfig, places: Places, /, *, device: torch.device) -> Tensor:
@@ -34,15 +36,23 @@ def make_table(config: LtxConfig, places: Places, /, *, device: torch.device) ->
     turned = partial(_turn, config.rope_theta, places.width // (2 * count), device)
     if places.fps:
         frames = _bounds(places.grid[0], config.stride[0], is_causal=True)
-        times = [turned(frames / fps, config.longest[0]) for fps in places.fps]
+        # a frame in front of the others is one frame long still
+        spread = (frames * places.factors[1] - (places.factors[1] - 1)).clamp(min=0)
+        times = [turned(spread / fps, config.longest[0]) for fps in places.fps]
     else:
         times = [turned(_bounds(places.grid[0], MEL_STRIDE, is_causal=True) / MEL_RATE, config.longest[0])]
     sides = [
-        turned(_bounds(places.grid[axis], config.stride[axis]), config.longest[axis])
+        turned(_bounds(places.grid[axis], config.stride[axis]) * places.factors[0], config.longest[axis])
         for axis in range(1, count)
     ]
     tables = [_join([time, *sides], places, config.num_heads) for time in times]
     return tables[0] if len(tables) == 1 else torch.stack(tables)
+
+
+def make_tables(config: LtxConfig, places: tuple[Places, ...], /, *, device: torch.device) -> Tensor:
+    """Return the same for tokens that stand one behind the other."""
+    tables = [make_table(config, one, device=device) for one in places]
+    return tables[0] if len(tables) == 1 else torch.cat(tables, dim=-4)
 
 
 def make_row_table(rows: int, longest: float, width: int, heads: int, device: torch.device) -> Tensor:

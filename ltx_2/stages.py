@@ -87,6 +87,7 @@ class TwoStages:
             solver="euler",
             guidance_scale=(1.0,),
             rules=AS_PLAIN,
+            own=(),  # references are for the first stage alone
             added=self.strengths[1],
         )
         return replace(prepared, stages=(first, second))

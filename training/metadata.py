@@ -69,6 +69,7 @@ def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[
             "ss_network_alpha": "Dynamic" if network.dim_from_weights else network.network_alpha,
             "ss_network_args": json.dumps(network.arguments(), ensure_ascii=False),
         }
+    values |= {key: value for key, value in facts.items() if key.startswith("reference_")}
     if not options.metadata.no_metadata:
         own = own_values(family.options, "identity", "habit")
         values |= {f"ss_{name}": value for name, value in own.items()}

@@ -99,12 +99,12 @@ def test_the_dtype_of_texts_has_two_names() -> None:
         ),
         ("ltx2_generate_video", ("--distilled-lora", "a.safetensors", "0.5"), "no such file"),
         ("ltx2_train_network", ("--sample_two_stage",), "give --spatial_upsampler_path"),
-        ("ltx2_generate_video", ("--video-conditioning", "a.mp4", "1"), "IC-LoRA"),
+        ("ltx2_generate_video", ("--video-conditioning", "a.mp4", "1"), "whole and clean"),
         ("ltx2_generate_video", ("--duration-head-path", "a"), "Give --video_length"),
         ("ltx2_generate_video", ("--output_name", "a/b"), "it holds a folder"),
         ("ltx2_generate_video", ("--height", "512"), "give both"),
         ("ltx2_generate_video", ("--ltx2_mode", "v", "--drive_video", "."), "no sound is made"),
-        ("ltx2_generate_video", ("--reference_videos", "a.mp4", "b.mp4"), "IC-LoRA"),
+        ("ltx2_generate_video", ("--reference_strength", "0.5"), "whole and clean"),
     ],
 )
 def test_wrong_values_are_one_message(script: str, words: tuple[str, ...], message: str) -> None:
@@ -115,7 +115,7 @@ def test_wrong_values_are_one_message(script: str, words: tuple[str, ...], messa
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (("--lora_target_preset", "av_ic"), "references (IC-LoRA)"),
+        (("--lora_target_preset", "av_ic"), "sounds as references"),
         (("--ltx2_mode", "audio"), "sound alone is not built"),
         (("--ltx_mode", "a"), "--ltx2_mode av"),
     ],

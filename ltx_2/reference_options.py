@@ -1,0 +1,92 @@
+"""Options of references (IC-LoRA): clips and pictures that a clip is made from. Standard library only."""
+
+from pathlib import Path
+
+from modules.contract.rules import ReferenceRules
+from modules.errors import OptionError
+from modules.options import HABIT, OF_REQUEST, Options, option
+
+MOST = 8  # references of a clip
+# in the metadata of a LoRA, the newer name last. Source: the trainer of LTX-2
+SIZE_FACTOR = ("reference_downscale_factor", "reference_spatial_scale_factor")
+TIME_FACTOR = ("reference_temporal_scale_factor",)
+
+
+class Ltx2ReferenceOptions(Options, title="references (IC-LoRA)"):
+    """How references are made smaller, in caching and training."""
+
+    reference_downscale: int = option(
+        "factor by which the sides of references are smaller than their clip's",
+        default=1,
+        least=1,
+        facts=HABIT,
+    )
+    reference_temporal_scale: int = option(
+        "take the first frame of references, and then each of so many", default=1, least=1, facts=HABIT
+    )
+    reference_frames: int | None = option(
+        "frames of a reference at most, made 8n + 1; 1: its first; default: those of its clip",
+        least=1,
+        facts=HABIT,
+    )
+
+    def rules(self) -> ReferenceRules:
+        return ReferenceRules(
+            MOST,
+            clips=True,
+            size_factor=self.reference_downscale,
+            time_factor=self.reference_temporal_scale,
+            frames=self.reference_frames or 0,
+        )
+
+    def words(self) -> dict[str, int | None]:
+        return {
+            "--reference_downscale": self.reference_downscale if self.reference_downscale > 1 else None,
+            "--reference_temporal_scale": self.reference_temporal_scale
+            if self.reference_temporal_scale > 1
+            else None,
+            "--reference_frames": self.reference_frames,
+        }
+
+
+class Ltx2GivenReferences(Options, title="references (IC-LoRA)"):
+    """References of what is generated."""
+
+    reference_video: Path | None = option(
+        "clip, folder of images or picture that the video is made from, with an IC-LoRA",
+        flags=("--reference-video",),
+        place="there",
+        facts=OF_REQUEST,
+    )
+    reference_videos: tuple[Path, ...] | None = option(
+        "several of them, for a LoRA that has learned from several", place="there", facts=OF_REQUEST
+    )
+    reference_downscale: int | None = option(
+        "factor by which their sides are smaller; default: as the LoRA's metadata says, else 1",
+        least=1,
+        facts=OF_REQUEST,
+    )
+    reference_temporal_scale: int | None = option(
+        "take their first frame, and then each of so many; default: likewise", least=1, facts=OF_REQUEST
+    )
+    reference_frames: int | None = option(
+        "frames of a reference at most; default: those of the video", least=1, facts=OF_REQUEST
+    )
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        first = () if self.reference_video is None else (self.reference_video,)
+        return (*first, *(self.reference_videos or ()))
+
+    def rules(self) -> ReferenceRules:
+        return ReferenceRules(
+            MOST,
+            clips=True,
+            size_factor=self.reference_downscale or 1,
+            time_factor=self.reference_temporal_scale or 1,
+            frames=self.reference_frames or 0,
+        )
+
+    def __post_init__(self) -> None:
+        if len(self.paths) > MOST:
+            raise OptionError(f"--reference_videos: {len(self.paths)} references, at most {MOST} are taken")

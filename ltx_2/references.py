@@ -1,0 +1,125 @@
+"""References of LTX-2 (IC-LoRA): what is read of them, and the factors that a LoRA has learned.
+
+Their tokens are clean and have time 0 and positions of their own, from 0: pixels times the size factor, and
+seconds times the time factor S, less (S - 1) frames. Source: the released code of LTX-2.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+
+import numpy
+import torch
+from torch import Tensor
+
+from ltx_2.reference_options import SIZE_FACTOR, TIME_FACTOR, Ltx2GivenReferences
+from modules.checkpoints.opening import open_checkpoint
+from modules.contract.data import REFERENCE_LATENTS, Conditions, LatentSpec
+from modules.contract.rules import ReferenceRules
+from modules.errors import CheckpointError, OptionError
+from modules.media.decoding import is_animation
+from modules.media.pixels import to_pixels
+from modules.media.reading import image_suffixes, read_image, resize_cover, video_frames
+from modules.options import override_options
+
+logger = logging.getLogger(__name__)
+
+
+def thin_out(frames: Tensor, rules: ReferenceRules, frame_step: int) -> Tensor:
+    """Return the frames of a reference that are encoded, of B F H W C.
+
+    With the time factor S these are 0, 1, 1 + S, 1 + 2S, ..., and 8n + 1 in number.
+    """
+    taken = torch.cat([frames[:, :1], frames[:, 1 :: rules.time_factor]], dim=1)
+    most = min(taken.shape[1], rules.frames or taken.shape[1])
+    return taken[:, : (most - 1) // frame_step * frame_step + 1]
+
+
+def reference_key(number: int) -> str:
+    return f"{REFERENCE_LATENTS}_{number}"
+
+
+def references_of(cond: Conditions) -> tuple[Tensor, ...]:
+    """Return the latents of references among conditions, each B C f h w, in their order."""
+    names = sorted(name for name in cond if name.startswith(REFERENCE_LATENTS))
+    found = [cond[name] for name in names]
+    return tuple(one for one in found if isinstance(one, Tensor))
+
+
+def read_pixels(path: Path, size: tuple[int, int, int], rules: ReferenceRules, latent: LatentSpec) -> Tensor:
+    """Read a clip, folder of images or picture: 1 3 f h w, -1..1, scaled to cover the size divided.
+
+    size: width, height and frames of the target. A shorter clip is taken as far as it goes.
+    """
+    small = size[0] // rules.size_factor, size[1] // rules.size_factor
+    frames = [read_image(path)] if is_picture(path) else islice(video_frames(path), size[2])
+    found = [resize_cover(numpy.ascontiguousarray(one[..., :3]), small) for one in frames]
+    taken = thin_out(torch.from_numpy(numpy.stack(found)[None]), rules, latent.frame_step)
+    return to_pixels(taken)
+
+
+def check_size(width: int, height: int, rules: ReferenceRules, latent: LatentSpec) -> None:
+    step = latent.pixel_step * rules.size_factor
+    if width % step or height % step:
+        raise OptionError(
+            f"--video_size {height} {width}: with references {rules.size_factor} times smaller, sides are "
+            f"multiples of {step}"
+        )
+
+
+def factors_of(loras: Sequence[Path], version: str = "") -> dict[str, int]:
+    """Return the factors that LoRAs say in their metadata, by the options of generation.
+
+    Raises OptionError if two say different ones, or one says no whole number.
+    """
+    found: dict[str, tuple[int, Path]] = {}
+    for path in loras:
+        try:
+            with open_checkpoint(path) as checkpoint:
+                metadata: Mapping[str, str] = checkpoint.metadata
+        except (CheckpointError, OSError):  # loading it says what is wrong
+            continue
+        for option, names in {
+            "reference_downscale": SIZE_FACTOR,
+            "reference_temporal_scale": TIME_FACTOR,
+        }.items():
+            said = [metadata[name] for name in names if name in metadata]
+            if not said:
+                continue
+            if len(set(said)) > 1 or not (said[0].isascii() and said[0].isdecimal() and int(said[0]) > 0):
+                raise OptionError(f"--lora_weight {path}: its metadata say {names[0]} = {' and '.join(said)}")
+            factor, other = found.setdefault(option, (int(said[0]), path))
+            if factor != int(said[0]):
+                raise OptionError(
+                    f"--lora_weight {path} has learned references with {names[0]} {said[0]}, {other} with "
+                    f"{factor}: they do not work together. Give one of them"
+                )
+    return {option: factor for option, (factor, _) in found.items()}
+
+
+def settle_factors(given: Ltx2GivenReferences, loras: Sequence[Path]) -> Ltx2GivenReferences:
+    """Return the options with the factors that LoRAs say in place of those that are not given."""
+    said = factors_of(loras)
+    if not said:
+        logger.info(
+            "no LoRA says by which factors its references were smaller: --reference_downscale does, else 1"
+        )
+    for option, factor in said.items():
+        own = getattr(given, option)
+        if own is not None and own != factor:
+            logger.warning("--%s %d: the LoRA has learned with %d", option, own, factor)
+        elif own is None:
+            logger.info("--%s %d, as the LoRA says", option, factor)
+            given = override_options(given, {option: factor})
+    return given
+
+
+def is_picture(path: Path) -> bool:
+    return path.suffix.lower() in image_suffixes() and not path.is_dir() and not is_animation(path)
+
+
+def factor_metadata(rules: ReferenceRules) -> dict[str, str]:
+    """Return what a LoRA's metadata say of the references that it has learned, under all names."""
+    sizes = dict.fromkeys(SIZE_FACTOR, str(rules.size_factor))
+    return sizes | dict.fromkeys(TIME_FACTOR, str(rules.time_factor))

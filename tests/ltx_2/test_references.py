@@ -1,0 +1,306 @@
+"""References of LTX-2 by its command lines: videos equal diffusers', and steps those computed with it."""
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import LTX2InContextPipeline
+from diffusers.pipelines.ltx2 import pipeline_ltx2_ic_lora as theirs_module
+from diffusers.pipelines.ltx2.pipeline_ltx2_ic_lora import LTX2ReferenceCondition
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import ltx2_cache_latents
+from ltx_2.references import thin_out
+from ltx_2.rope import Places, make_table
+from modules.contract.rules import ReferenceRules
+from modules.media.writing import write_png
+from tests.faults.messages import assert_one_message, run_here, succeed_here
+from tests.ltx_2 import test_family as pipelines
+from tests.ltx_2.release import TinyRelease, dit_config, write_release
+from tests.ltx_2.test_training import RATE, Heard
+from tests.ltx_2.tiny_dit import dit_diffusers_state, dit_in_diffusers
+from tests.parity.running import assert_equal
+from tests.parity.training import (
+    RANK,
+    Factors,
+    assert_steps_of_descent,
+    descent,
+    learning,
+    noise_of,
+    shuffled,
+    uniform_of,
+)
+from tests.sound_media import write_media
+from tests.tiny.project import moving_square, write_dataset
+
+HEIGHT, WIDTH = 64, 128
+SCALES = {"guidance_scale": 3.0, "stg_scale": 0.0, "modality_scale": 1.0, "guidance_rescale": 0.0}
+LINEAR = re.compile(r"(?:\.attn[12]\.(?:to_[qkv]|to_out\.0)|\.ff\.net\.(?:0\.proj|2))\.weight$")
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> TinyRelease:
+    return write_release(tmp_path_factory.mktemp("größe"), "2.3")
+
+
+def write_reference(folder: Path, number: int, factor: int, frames: int = 9) -> list[Image.Image]:
+    """A folder of frames of the very size that is encoded; returns them."""
+    folder.mkdir()
+    clip = moving_square(frames, WIDTH // factor, HEIGHT // factor, number)
+    for place, frame in enumerate(clip):
+        write_png(folder / f"{place:03d}.png", frame)
+    return [Image.fromarray(frame) for frame in clip]
+
+
+def write_lora(path: Path, **metadata: str) -> Path:
+    """A LoRA that changes nothing and says something."""
+    name = "diffusion_model.transformer_blocks.0.attn1.to_q"
+    save_file(
+        {f"{name}.lora_A.weight": torch.ones(2, 24), f"{name}.lora_B.weight": torch.zeros(24, 2)},
+        path,
+        metadata,
+    )
+    return path
+
+
+def asked_there(
+    release: TinyRelease, monkeypatch: pytest.MonkeyPatch, clips: list[list[Image.Image]], factor: int
+) -> Tensor:
+    """The latents that diffusers' pipeline makes from the same noise, which it would draw token by token."""
+    parts = pipelines.theirs(release).components
+    taken = inspect.signature(LTX2InContextPipeline.__init__).parameters
+    pipe = LTX2InContextPipeline(**{name: part for name, part in parts.items() if name in taken})
+    pipe.set_progress_bar_config(disable=True)
+    pipe.transformer.register_forward_pre_hook(pipelines.alone, with_kwargs=True)
+    grid = (2, HEIGHT // 32, WIDTH // 32)
+    channels = pipe.transformer.config.in_channels
+    noise = torch.randn((1, channels, *grid), generator=torch.Generator().manual_seed(pipelines.SEED))
+
+    def draw(shape: Any, **_: Any) -> Tensor:
+        drawn = torch.zeros(tuple(shape))
+        tokens = noise.flatten(2).mT
+        if len(shape) == 3 and shape[2] == channels and shape[1] >= tokens.shape[1]:
+            drawn[:, : tokens.shape[1]] = tokens
+        elif tuple(shape) == tuple(noise.shape):
+            drawn = noise
+        return drawn
+
+    monkeypatch.setattr(theirs_module, "randn_tensor", draw)
+    latents, _ = pipe(
+        prompt=pipelines.PROMPT,
+        negative_prompt=pipelines.NEGATIVE,
+        height=HEIGHT,
+        width=WIDTH,
+        num_frames=9,
+        frame_rate=24.0,
+        num_inference_steps=pipelines.STEPS,
+        reference_conditions=[LTX2ReferenceCondition(clip) for clip in clips],
+        reference_downscale_factor=factor,
+        return_dict=False,
+        output_type="latent",
+        generator=torch.Generator().manual_seed(0),
+        **SCALES,
+    )
+    normed: Tensor = pipe._normalize_latents(latents, pipe.vae.latents_mean, pipe.vae.latents_std)
+    return normed[0]
+
+
+CASES = {
+    "a clip": (1, [9], False),
+    "a picture": (1, [1], False),
+    "half the size": (2, [9], False),
+    "two": (1, [9, 1], False),
+    "the factor of a LoRA": (2, [9], True),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_videos_with_references_equal_those_of_diffusers(
+    release: TinyRelease, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    factor, lengths, by_lora = CASES[case]
+    clips, paths = [], []
+    for number, length in enumerate(lengths):
+        folder = tmp_path / f"reference {number}"
+        clips.append(write_reference(folder, number, factor, length))
+        paths.append(folder / "000.png" if length == 1 else folder)
+    words: list[object] = ["--ltx2_mode", "video", "--reference_videos", *paths]
+    if by_lora:
+        lora = write_lora(tmp_path / "lora.safetensors", reference_downscale_factor="2")
+        words += ["--lora_weight", lora]
+    elif factor > 1:
+        words += ["--reference_downscale", factor]
+    words += pipelines.scale_words(SCALES, SCALES)
+    monkeypatch.setattr(pipelines, "WIDTH", WIDTH)
+
+    made = pipelines.generate(release, tmp_path, *words)
+
+    assert_equal(made["latent"], asked_there(release, monkeypatch, clips, factor), "latents")
+
+
+def test_loras_of_other_factors_do_not_work_together(release: TinyRelease, tmp_path: Path) -> None:
+    write_reference(tmp_path / "reference", 0, 1)
+    loras = [
+        write_lora(tmp_path / f"{number}.safetensors", reference_spatial_scale_factor=number)
+        for number in "12"
+    ]
+    words = [*release.words, "--prompt", "a cat", "--reference_video", "reference", "--lora_weight", *loras]
+
+    code, said = run_here("ltx2_generate_video.py", *words, "--save_path", "made", folder=tmp_path)
+
+    assert_one_message(code, said, "2.safetensors has learned references with", "do not work together")
+
+
+def test_positions_of_a_reference_are_spread_over_its_target() -> None:
+    """Frames 0, 1, 5, 9, ... stand where those of the target do."""
+    config = dit_config("2.3")
+    whole = Places(config.dim, (3, 2, 2), (24.0,))
+    tables = [
+        make_table(config, one, device=torch.device("cpu"))
+        for one in (whole, whole._replace(factors=(1, 2)), whole._replace(factors=(2, 1)))
+    ]
+    assert_equal(tables[1][:4], tables[0][:4], "the first latent is of one frame")
+    assert (tables[1][4:] - tables[0][4:]).abs().max() > 1e-3
+    assert (tables[2] - tables[0]).abs().max() > 1e-3
+    frames = torch.arange(33)[None, :, None, None, None]
+    assert thin_out(frames, ReferenceRules(1, time_factor=4), 8).flatten().tolist() == [0, *range(1, 33, 4)]
+    assert thin_out(frames, ReferenceRules(1, frames=10), 8).shape[1] == 9
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TinyRelease]:
+    """Two clips whose references have half their size, and caches."""
+    folder = tmp_path_factory.mktemp("größe 3")
+    release = write_release(folder / "model", "2.3")
+    for place in ("clips", "references"):
+        (folder / place).mkdir()
+        for number, name in enumerate("ab"):
+            write_media(folder / place / f"{name}.mp4", frames=10 + number + 8 * (place == "references"))
+    for name in "ab":
+        (folder / "clips" / f"{name}.txt").write_text(f"a grey wall {name}", encoding="utf-8")
+    more = f'reference_directory = "{(folder / "references").as_posix()}"'
+    write_dataset(folder, size=64, frames="9", batch_size=2, more=more)
+    words = [*release.words, "--dataset_config", "dataset.toml"]
+    succeed_here("ltx2_cache_latents.py", *words, "--reference_downscale", 2, folder=folder)
+    texts = ["ltx2_cache_text_encoder_outputs.py", *words, "--gemma_root", release.gemma]
+    succeed_here(*texts, "--text_encoder_dtype", "float32", folder=folder)
+    return folder, release
+
+
+def train(project: tuple[Path, TinyRelease], *words: object) -> tuple[int, str]:
+    folder, release = project
+    command = [*release.words, "--dataset_config", "dataset.toml", "--network_module", "networks.lora_ltx2"]
+    command += ["--network_dim", RANK, "--timestep_sampling", "uniform", "--lora_target_preset", "v2v"]
+    command += ["--ltx2_first_frame_conditioning_p", 0, *descent(RATE), *words]
+    return run_here("ltx2_train_network.py", *command, folder=folder)
+
+
+def loss_of(dit: Any, items: list[Heard], references: list[Tensor], step: int) -> Tensor:
+    """The mean loss of the targets alone; references stand behind them, clean and at the time 0."""
+    sigmas, noise = uniform_of(items, step).float(), noise_of(items, step)
+    found = []
+    for place, (item, reference) in enumerate(zip(items, references, strict=True)):
+        sigma, grid = sigmas[place], item.latents.shape[1:]
+        mixed = (1 - sigma) * item.latents + sigma * noise[place]
+        tokens = torch.cat([mixed.flatten(1).T, reference.flatten(1).T])[None]
+        count, time = mixed[0].numel(), 1000 * sigma.view(1)
+        times = torch.cat([time.expand(count), torch.zeros(reference[0].numel())])[None]
+        coords = dit.rope.prepare_video_coords(1, *grid, "cpu", fps=item.fps)
+        others = dit.rope.prepare_video_coords(1, *reference.shape[1:], "cpu", fps=item.fps)
+        others[:, 1:] *= 2
+        made = dit(
+            hidden_states=tokens,
+            audio_hidden_states=torch.zeros(1, 1, dit.config.audio_in_channels),
+            encoder_hidden_states=item.text[None],
+            audio_encoder_hidden_states=torch.zeros(1, 4, dit_config("2.3").streams.popitem()[1].text_dim),
+            timestep=times,
+            sigma=time,
+            audio_timestep=time,
+            audio_sigma=time,
+            num_frames=grid[0],
+            height=grid[1],
+            width=grid[2],
+            audio_num_frames=1,
+            fps=item.fps,
+            video_coords=torch.cat([coords, others], dim=2),
+            isolate_modalities=True,
+        )
+        velocity = made.sample[0, :count].T.unflatten(1, grid)
+        found.append((velocity - (noise[place] - item.latents)).square().mean())
+    return torch.stack(found).mean()
+
+
+def test_two_steps_with_references_equal_those_computed_with_diffusers(
+    project: tuple[Path, TinyRelease], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, release = project
+    code, said = train(project, "--reference_downscale", 2)
+    assert code == 0, said[-4000:]
+
+    items, references = [], {}
+    for path in sorted((folder / "cache").glob("*_ltx2.safetensors")):
+        stored = load_file(path)
+        (name,) = (name for name in stored if name.startswith("latents_reference_0_"))
+        (own,) = (name for name in stored if re.match(r"latents_\d", name))
+        assert name.split("_")[3] == "2x1x1"
+        text = load_file(folder / "cache" / f"{path.name.rsplit('_', 3)[0]}_ltx2_te.safetensors")
+        (embeds,) = (one for key, one in text.items() if key.startswith("video_prompt_embeds"))
+        with safe_open(path, "pt") as file:
+            fps = float(file.metadata()["reelsmith_fps"])
+        items.append(Heard(stored[own].float(), embeds.float(), fps=fps))
+        references[id(items[-1])] = stored[name].float()
+    state = release.networks["state"]
+    paths = [name.removesuffix(".weight") for name in state if LINEAR.search(name)]
+    parts = {
+        path.replace(".", "_"): [name.removesuffix(".weight")]
+        for path in paths
+        for name in dit_diffusers_state({f"{path}.weight": state[f"{path}.weight"]})
+    }
+
+    def gradients(factors: Factors, step: int) -> Factors:
+        dit = dit_in_diffusers("2.3", state, config=dit_config("2.3"))
+        with learning(dit, parts, factors) as found:
+            batch = shuffled(items, step)
+            loss_of(dit, batch, [references[id(one)] for one in batch], step).backward()
+        return found()
+
+    assert_steps_of_descent(folder / "out", parts, RATE, gradients, "LTX-2")
+    with safe_open(folder / "out" / "lora.safetensors", "pt") as file:
+        said_there = file.metadata()
+    names = "reference_downscale_factor", "reference_spatial_scale_factor", "reference_temporal_scale_factor"
+    assert [said_there[name] for name in names] == ["2", "2", "1"]
+
+
+def test_references_of_another_factor_are_not_trained(project: tuple[Path, TinyRelease]) -> None:
+    code, said = train(project)
+    assert_one_message(code, said, "references were made with size factor 2", "this run has size factor 1")
+
+
+def test_samples_are_made_from_the_reference_of_their_line(project: tuple[Path, TinyRelease]) -> None:
+    folder, release = project
+    line = "a cat --w 64 --h 64 --f 9 --s 2 --d 1"
+    (folder / "prompts.txt").write_text(f"{line}\n{line} --v references/a.mp4\n", encoding="utf-8")
+    words = ["--sample_prompts", "prompts.txt", "--gemma_root", release.gemma, "--sample_at_first"]
+
+    code, said = train(project, "--reference_downscale", 2, *words, "--max_train_steps", 1)
+
+    assert code == 0, said[-4000:]
+    made = sorted((folder / "out" / "sample").glob("lora_e000000_*.mp4"))
+    assert len(made) == 2
+    assert made[0].read_bytes() != made[1].read_bytes()
+
+
+def test_checks_show_pairs(
+    project: tuple[Path, TinyRelease], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, release = project
+    monkeypatch.chdir(folder)
+    words = [*release.words, "--dataset_config", "dataset.toml", "--check", "--reference_downscale", "2"]
+    ltx2_cache_latents.main(words)
+    assert "references: 2 items with 1" in capsys.readouterr().out
