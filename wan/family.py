@@ -33,6 +33,7 @@ from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from modules.families import HIGH_NOISE, LOW_NOISE
 from modules.media.pixels import to_pixels
 from modules.options import NO_OPTIONS
+from wan import vace
 from wan.caching import (
     NO_MOMENTS,
     batch_conditions,
@@ -42,7 +43,7 @@ from wan.caching import (
 )
 from wan.checkpoints import load_dit, note_task
 from wan.clip import load_clip
-from wan.configs import WanTask
+from wan.configs import VACE, WanTask
 from wan.files import WanFiles, boundary_of, caching_files, files_and_boundary, files_of
 from wan.inputs import (
     FIRST_LATENTS,
@@ -58,11 +59,13 @@ from wan.options import (
     WanTextCachingOptions,
     WanTrainingOptions,
 )
-from wan.spec import DIT, LATENT, latent_of
+from wan.spec import DIT, LATENT, VACE_DIT, latent_of
 from wan.t5 import WanTextEncoder
 from wan.vae import normalise
 
 logger = logging.getLogger(__name__)
+
+VACE_INPUTS = (("vace_control", "control"), ("vace_scales", "hint_scales"))  # conditions -> of the network
 
 
 @dataclass(frozen=True)
@@ -84,12 +87,19 @@ class Wan(OneTransformer):
     name: str = field(default="wan", init=False)
     cache_tag: str = field(default="wan", init=False)
     lora_module: str = field(default=LORA[0].network_module, init=False)
-    dit: DitSpec = field(default=DIT, init=False)
     text_keys: frozenset[str] = field(default=WanTextEncoder.keys, init=False)
 
     @property
     def task(self) -> WanTask:
         return self.files.task
+
+    @property
+    def dit(self) -> DitSpec:
+        return VACE_DIT if self.task.kind == VACE else DIT
+
+    def block_counts(self) -> tuple[int, ...]:
+        config = self.files.dit_header().config
+        return (config.num_layers, config.vace_layers)[: len(self.dit.block_lists)]
 
     @property
     def latent(self) -> LatentSpec:
@@ -215,7 +225,10 @@ class Wan(OneTransformer):
         if isinstance(extra, Tensor):
             noisy = torch.cat([noisy, extra.to(noisy)], dim=1)
         features = clip.to(noisy.device) if isinstance(clip, Tensor) else None
-        return dit(noisy, timesteps, given(cond)["text"], features, tweaks.rename_away(given))
+        more = {
+            name: cond[key].to(noisy.device) for key, name in VACE_INPUTS if isinstance(cond.get(key), Tensor)
+        }
+        return dit(noisy, timesteps, given(cond)["text"], features, tweaks.rename_away(given), **more)
 
     # generation
 
@@ -224,17 +237,23 @@ class Wan(OneTransformer):
 
     def prepare(self, request: Request) -> Prepared:
         self.files.check_dits()
+        control = None
+        if self.task.kind == VACE:
+            request, control = vace.take_control(request, self.files.dit_header().config.vace_layers)
         request = take_inputs(self.task, request)
         self.files.check(("dit", *self._images))
         given = self.task, request, self.defaults, self.latent, self.experts
-        return prepare_request(*given)
+        prepared = prepare_request(*given)
+        return prepared if control is None else vace.tell_control(prepared, control)
 
     def needs_media(self, prepared: Prepared) -> bool:
         keeps_one = self.task.keeps_image and prepared.asked.image_path is not None
-        return self.task.takes_image or self.task.has_control or keeps_one
+        return self.task.takes_image or self.task.has_control or keeps_one or self.task.kind == VACE
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Encode images and control video as CLIP features and condition channels: B ..., on the CPU."""
+        if self.task.kind == VACE:
+            return {0: vace.encode_control(encoders.vae, prepared)}
         conditions = encode_inputs(encoders, prepared, self.task)
         zeros = no_features(self.files.dit_header().config, 1) if self._feature_zeros else {}
         return {0: zeros | conditions}
@@ -267,7 +286,10 @@ class Wan(OneTransformer):
         it. An image that is the first frame of the video is given to the section.
         """
         batch, channels, frames, *area = self.latent.shape(prepared.frames, prepared.height, prepared.width)
-        start = noise.draw((batch, channels, frames + appends_end(self.task, prepared.asked), *area))
+        # references of VACE stand in front and are cut off; Fun-Control and the like have none here
+        front = len(prepared.asked.control_images)
+        behind = appends_end(self.task, prepared.asked)
+        start = noise.draw((batch, channels, front + frames + behind, *area))
         conditions = dict(inputs.get(0, {}))
         first = conditions.pop(FIRST_LATENTS, None)
         if self.image_noise and self.task.takes_image:
@@ -281,7 +303,8 @@ class Wan(OneTransformer):
         section = prompts[0].section(start, conditions)
         if isinstance(first, Tensor):
             section = replace(section, given=first, tweaks=Tweaks(given_frames=first.shape[2]))
-        return (yield section)
+        made = yield section
+        return made[:, :, front:]
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
         yield from encoders.vae.decode(latents.to(encoders.vae.device))

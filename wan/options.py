@@ -18,11 +18,9 @@ from modules.options import (
     unsupported,
 )
 from modules.speed_options import VaeOptions, dit_dtype_option
-from wan.configs import TASKS
+from wan.configs import TASKS, VACE
 
-_NO_VACE = "VACE is not built yet; --task t2v-14B-FC and --control_path follow a control video"
 NOT_BUILT = {
-    **dict.fromkeys(("vace-1.3B", "vace-14B", "vace-A14B"), _NO_VACE),
     "s2v-14B": "speech to video is not built yet; i2v-A14B starts from an image, without sound",
     "animate-14B": "a character that follows a video is not built yet; i2v-A14B-FC follows a video of poses",
 }
@@ -86,7 +84,6 @@ class WanLatentCachingOptions(Options, title="Wan"):
         hint="--clip has the image encoder, which encodes both frames; Wan2.2 has none and takes --i2v",
     )
     one_frame = unsupported(f"{_NO_ONE_FRAME} and --task t2i-14B or t2v-A14B", "one-frame mode")
-    vace = unsupported(_NO_VACE)
 
 
 class WanTextCachingOptions(Options, title="Wan"):
@@ -154,8 +151,6 @@ class WanTrainingOptions(WanModelOptions, title="Wan"):
         facts=IDENTITY,
     )
     one_frame = unsupported(_NO_ONE_FRAME, "one-frame mode")
-    vace = unsupported(_NO_VACE, type=str, metavar="VALUE")
-    vace_high_noise = unsupported(_NO_VACE, type=str, metavar="VALUE")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -182,6 +177,44 @@ class WanTrainingOptions(WanModelOptions, title="Wan"):
             )
 
 
+SOURCE, MASK, REFERENCES, SCALE = "src_video", "src_mask", "src_ref_images", "vace_scale"
+CONTROL = {
+    name: name for name in (SOURCE, MASK, REFERENCES, SCALE)
+}  # options -> their names in Request.extra
+MOST_HINT_SCALE = 100
+
+
+class WanControlOptions(Options, title="VACE"):
+    """What a VACE model is given besides the text; a prompt line may give each of these too."""
+
+    src_video: Path | None = option(
+        "video to change, or to follow (depth, poses, scribbles); --control_path is the same for VACE",
+        flags=("--src_video", "--vace_video"),
+        facts=OF_REQUEST,
+    )
+    src_mask: Path | None = option(
+        "video or picture of what is made new of --src_video: white is new, black is kept (a loss mask of a "
+        "training is white where it learns); without it all is new",
+        flags=("--src_mask", "--vace_video_mask"),
+        facts=OF_REQUEST,
+    )
+    src_ref_images: tuple[str, ...] | None = option(
+        "reference pictures: a person, a thing, a place",
+        flags=("--src_ref_images", "--vace_reference_image"),
+        facts=OF_REQUEST,
+        nargs="+",
+    )
+    vace_scale: tuple[float, ...] = option(
+        "how strongly these act: one number, or one for each layer of VACE; 0 is text to video",
+        default=(1.0,),
+        flags=("--vace_scale", "--context_scale", "--conditioning_scale"),
+        least=-MOST_HINT_SCALE,
+        most=MOST_HINT_SCALE,
+        facts=OF_REQUEST,
+        nargs="+",
+    )
+
+
 class WanGenerationOptions(WanModelOptions, title="Wan"):
     """Options of wan_generate_video.py besides the shared ones."""
 
@@ -198,12 +231,7 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
         "noise added to the image condition, for more motion", least=0, most=10, hint="0.02 to 0.04 are usual"
     )
     riflex_index: int = option()  # read here only to be checked early
-    vace = unsupported(_NO_VACE, type=str, metavar="VALUE")
-    vace_high_noise = unsupported(_NO_VACE, type=str, metavar="VALUE")
-    vace_scale = unsupported(_NO_VACE, type=float, default=1.0, metavar="VALUE")
-    src_video = unsupported(_NO_VACE, type=str, metavar="VALUE")
-    src_mask = unsupported(_NO_VACE, type=str, metavar="VALUE")
-    src_ref_images = unsupported(_NO_VACE, type=str, nargs="+", metavar="VALUE")
+    control: WanControlOptions
     one_frame_inference = unsupported(_NO_CONTROLS, "one-frame mode", type=str)
     control_image_path = unsupported(_NO_CONTROLS, "one-frame mode", type=str, nargs="*")
     control_image_mask_path = unsupported(_NO_CONTROLS, "one-frame mode", type=str, nargs="*")
@@ -215,6 +243,12 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
                 "of --rope_func comfy. Add --rope_func comfy."
             )
         super().__post_init__()
+        given = [name for name in (SOURCE, MASK, REFERENCES) if getattr(self.control, name)]
+        if given and TASKS[self.task].kind != VACE:
+            raise OptionError(
+                f"--{given[0]}: --task {self.task} has no use for it. Use --task vace-1.3B, vace-14B or "
+                "vace-A14B, with a checkpoint of VACE"
+            )
 
 
 def caching_options(options: WanTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:

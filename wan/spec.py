@@ -77,6 +77,18 @@ DIT = DitSpec(
 )
 
 
+VACE_DIT = replace(
+    DIT,
+    block_lists=("blocks", "vace_blocks"),
+    side_list="vace_blocks",
+    # of the released sizes 5 or 2 blocks stand beside one of VACE
+    swap_counts=lambda blocks: (blocks - blocks // 6, blocks // 6),
+    input_layers=(*DIT.input_layers, "vace_patch_embedding"),
+    # the base stays that of T2V: the LoRA is small, and LoRAs of T2V fit beside it
+    lora_exclude=(".blocks.", "before_proj", "after_proj"),
+)
+
+
 # Letters: B batch, L video tokens, S segments of them, T text tokens, I image tokens, C width
 
 
@@ -103,6 +115,7 @@ class WanTokens:
     attention: AttentionChoice
     combine: Callable[..., Tensor]  # of what attention sees of each text, B L N D
     part: "TokenPart | None" = None  # the tokens that this process has; None: all
+    hint_scales: Tensor | None = None  # B layers, of VACE
 
     def cut(self, part: "TokenPart") -> "WanTokens":
         return replace(self, rotary=part.rows(self.rotary), given=part.of_first(self.given), part=part)
