@@ -14,11 +14,11 @@ from modules.checkpoints.kinds import kind_of
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.contract.loading import TensorSource
 from modules.errors import CheckpointError
+from modules.installation import import_own
 from networks.names.layouts import tensor_patterns
 from wan.configs import HEAD_WIDTH, INPUT_CHANNELS, TASKS, VACE, WanConfig, WanTask
 from wan.model import WanModel
 from wan.names import WAN
-from wan.vace_model import WanVaceModel
 
 logger = logging.getLogger(__name__)
 
@@ -252,7 +252,9 @@ def _difference(config: WanConfig, task: WanTask) -> str:
 
 
 def make_dit(config: WanConfig, *settings: Any) -> WanModel:
-    return (WanVaceModel if config.kind == VACE else WanModel)(config, *settings)
+    network = import_own("wan.vace_model").WanVaceModel if config.kind == VACE else WanModel
+    made: WanModel = network(config, *settings)
+    return made
 
 
 FORMAT = DitFormat(_header, lambda header: KIND_WORDS[header.kind], make_dit, _sources)

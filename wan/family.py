@@ -31,9 +31,9 @@ from modules.contract.requests import Prepared, Request
 from modules.contract.rules import IMAGE, LATENTS, ONE_EXPERT, VIDEO, Expert, ModelRelease, SourceRules
 from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from modules.families import HIGH_NOISE, LOW_NOISE
+from modules.installation import import_own
 from modules.media.pixels import to_pixels
 from modules.options import NO_OPTIONS
-from wan import vace
 from wan.caching import (
     NO_MOMENTS,
     batch_conditions,
@@ -225,9 +225,8 @@ class Wan(OneTransformer):
         if isinstance(extra, Tensor):
             noisy = torch.cat([noisy, extra.to(noisy)], dim=1)
         features = clip.to(noisy.device) if isinstance(clip, Tensor) else None
-        more = {
-            name: cond[key].to(noisy.device) for key, name in VACE_INPUTS if isinstance(cond.get(key), Tensor)
-        }
+        given_more = ((name, cond.get(key)) for key, name in VACE_INPUTS)
+        more = {name: one.to(noisy.device) for name, one in given_more if isinstance(one, Tensor)}
         return dit(noisy, timesteps, given(cond)["text"], features, tweaks.rename_away(given), **more)
 
     # generation
@@ -239,12 +238,14 @@ class Wan(OneTransformer):
         self.files.check_dits()
         control = None
         if self.task.kind == VACE:
-            request, control = vace.take_control(request, self.files.dit_header().config.vace_layers)
+            request, control = import_own("wan.vace").take_control(
+                request, self.files.dit_header().config.vace_layers
+            )
         request = take_inputs(self.task, request)
         self.files.check(("dit", *self._images))
         given = self.task, request, self.defaults, self.latent, self.experts
         prepared = prepare_request(*given)
-        return prepared if control is None else vace.tell_control(prepared, control)
+        return prepared if control is None else control.tell(prepared)
 
     def needs_media(self, prepared: Prepared) -> bool:
         keeps_one = self.task.keeps_image and prepared.asked.image_path is not None
@@ -253,7 +254,7 @@ class Wan(OneTransformer):
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Encode images and control video as CLIP features and condition channels: B ..., on the CPU."""
         if self.task.kind == VACE:
-            return {0: vace.encode_control(encoders.vae, prepared)}
+            return {0: import_own("wan.vace").encode_control(encoders.vae, prepared)}
         conditions = encode_inputs(encoders, prepared, self.task)
         zeros = no_features(self.files.dit_header().config, 1) if self._feature_zeros else {}
         return {0: zeros | conditions}

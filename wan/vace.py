@@ -11,14 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy
 import torch
 import torch.nn.functional as functional
 from einops import rearrange
+from numpy.typing import NDArray
 from torch import Tensor
 
 from modules.contract.requests import Prepared, Request, check_opens
 from modules.errors import OptionError
-from modules.media.pixels import image_pixels, read_pixels, video_pixels
+from modules.media.pixels import image_pixels, to_pixels, video_pixels
 from modules.option_values import to_path
 from wan.options import MASK, MOST_HINT_SCALE, REFERENCES, SCALE, SOURCE
 from wan.spec import LATENT
@@ -33,6 +35,16 @@ class VaceRequest:
 
     mask: Path | None
     scales: tuple[float, ...]  # of the hints, one a layer
+
+    def tell(self, prepared: Prepared) -> Prepared:
+        """Return the prepared request with this in it, and in the metadata of its files."""
+        own = dict(prepared.own_metadata)
+        if self.mask is not None:
+            own["src_mask_path"] = str(self.mask)
+        if set(self.scales) != {1.0}:
+            different = self.scales if len(set(self.scales)) > 1 else self.scales[:1]
+            own["vace_scale"] = ", ".join(f"{scale:g}" for scale in different)
+        return replace(prepared, own=self, own_metadata=own)
 
 
 def take_control(request: Request, layers: int) -> tuple[Request, VaceRequest]:
@@ -90,24 +102,14 @@ def read_scales(text: str, layers: int) -> tuple[float, ...]:
     return found * layers if len(found) == 1 else found
 
 
-def tell_control(prepared: Prepared, control: VaceRequest) -> Prepared:
-    """Return the prepared request with its control in it, and in the metadata of its files."""
-    own = dict(prepared.own_metadata)
-    if control.mask is not None:
-        own["src_mask_path"] = str(control.mask)
-    if set(control.scales) != {1.0}:
-        own["vace_scale"] = ", ".join(f"{scale:g}" for scale in dict.fromkeys(control.scales))
-        if len(set(control.scales)) > 1:
-            own["vace_scale"] = ", ".join(f"{scale:g}" for scale in control.scales)
-    return replace(prepared, own=control, own_metadata=own)
-
-
 def encode_control(vae: WanVae, prepared: Prepared) -> dict[str, Tensor | list[Tensor]]:
     """Return `vace_control`, 1 96 K+L h w with K references in front, and `vace_scales`, 1 layers.
 
     On the CPU. Nothing at a strength of 0: hints are then not computed. Raises MediaError if a video is too
     short.
     """
+    from modules.media.reading import first_frame
+
     asked, own = prepared.asked, prepared.own
     assert isinstance(own, VaceRequest)
     if not any(own.scales):
@@ -122,7 +124,8 @@ def encode_control(vae: WanVae, prepared: Prepared) -> dict[str, Tensor | list[T
         pixels = torch.zeros(1, 3, prepared.frames, prepared.height, prepared.width)
     halves = torch.cat(encode_halves(vae, pixels, mask), dim=1).cpu()
     channels = mask_channels(prepared.frames, *size) if mask is None else fold_mask(mask)
-    references = [vae.encode(on_white(read_pixels(path), *size)).cpu() for path in asked.control_images]
+    frames = [first_frame(path) for path in asked.control_images]
+    references = [vae.encode(on_white(frame, *size)).cpu() for frame in frames]
     control = join_control(halves, channels, references)
     return {"vace_control": control, "vace_scales": torch.tensor([own.scales])}
 
@@ -172,14 +175,20 @@ def latent_frames(frames: int) -> int:
     return (frames - 1) // LATENT.stride[0] + 1
 
 
-def on_white(image: Tensor, width: int, height: int) -> Tensor:
-    """Scale an image, 1 3 1 H W in -1..1, to fit, and centre it on white of that size.
+def on_white(frame: NDArray[numpy.uint8], width: int, height: int) -> Tensor:
+    """Scale a picture, H W 3, to fit, and centre it on white of that size: 1 3 1 H W in -1..1.
 
-    Bilinear without a filter before, sides rounded down: as diffusers' pipeline does.
+    As diffusers' pipeline does: sides are first cut to multiples of 8, by Lanczos, and then scaled, bilinear
+    without a filter before and rounded down.
     """
-    scale = min(height / image.shape[3], width / image.shape[4])
-    rows, columns = (max(int(side * scale), 1) for side in image.shape[3:])
-    scaled = functional.interpolate(image[:, :, 0], (rows, columns), mode="bilinear", align_corners=False)
+    from modules.media.reading import resize_frame
+
+    rows, columns = (max(side // LATENT.stride[1], 1) * LATENT.stride[1] for side in frame.shape[:2])
+    frame = resize_frame(frame, (columns, rows), "none" if (rows, columns) == frame.shape[:2] else "lanczos")
+    scale = min(height / rows, width / columns)
+    rows, columns = (max(int(side * scale), 1) for side in (rows, columns))
+    image = to_pixels(torch.from_numpy(frame[None, None]))[:, :, 0]
+    scaled = functional.interpolate(image, (rows, columns), mode="bilinear", align_corners=False)
     canvas = image.new_ones(1, 3, 1, height, width)
     top, left = (height - rows) // 2, (width - columns) // 2
     canvas[:, :, 0, top : top + rows, left : left + columns] = scaled

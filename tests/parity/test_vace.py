@@ -119,7 +119,7 @@ class Scene:
         made = pipeline(
             prompt=PROMPT,
             negative_prompt=NEGATIVE,
-            **dict(height=HEIGHT, width=WIDTH, num_frames=FRAMES, num_inference_steps=STEPS),
+            **{"height": HEIGHT, "width": WIDTH, "num_frames": FRAMES, "num_inference_steps": STEPS},
             guidance_scale=5.0,
             latents=noise[None],
             **{"output_type": "latent", **asked},
