@@ -54,6 +54,8 @@ from wan.inputs import (
 )
 from wan.names import LORA
 from wan.options import (
+    MASK,
+    SCALE,
     WanGenerationOptions,
     WanLatentCachingOptions,
     WanTextCachingOptions,
@@ -137,6 +139,7 @@ class Wan(OneTransformer):
             frames=task.frames,
             expert_guidance=strong,
             experts=ONE_EXPERT if self.boundary is None else _experts(self.boundary),
+            extras=(MASK, SCALE) if task.kind == VACE else (),
         )
 
     @property

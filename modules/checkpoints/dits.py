@@ -213,7 +213,9 @@ def _fp8_layers(
     quantisation = placement.fp8
     if quantisation is None:
         return None
-    blocks = [f"{name}.{index}." for name, found in spec.blocks(dit).items() for index in range(len(found))]
+    lists = {name: len(found) for name, found in spec.blocks(dit).items()}
+    named = [f"{name}.{index}." for name, count in lists.items() for index in range(count)]
+    blocks = [named[place] for place in spec.order([*lists.values()])]
     wide: tuple[str, ...] = ()
     if quantisation.fp8_matmul and len(blocks) >= 4 * LAST_IN_16_BITS:
         wide = tuple(blocks[-LAST_IN_16_BITS:])
