@@ -36,6 +36,7 @@ from modules.media.pixels import to_pixels
 from modules.options import NO_OPTIONS
 from wan.caching import (
     NO_MOMENTS,
+    NO_VACE_MOMENTS,
     batch_conditions,
     check_controls,
     encode_together,
@@ -75,7 +76,7 @@ class Wan(OneTransformer):
     """Description of a Wan model for one run, built by the `family_for_...` functions below."""
 
     files: WanFiles
-    image_kind: str | None = None  # caching: i2v, flf2v, or None for text-to-video caches
+    image_kind: str | None = None  # caching: i2v, flf2v, vace, or None for text-to-video caches
     rope: str = "default"
     precision: torch.dtype = torch.float32  # of time embedding, modulation and rotation by position
     keep_file_dtypes: bool = False
@@ -189,7 +190,8 @@ class Wan(OneTransformer):
 
     @property
     def moments(self) -> MomentsRules:
-        return MomentsRules() if self.image_kind is None else MomentsRules(NO_MOMENTS)
+        refusals = {None: None, VACE: NO_VACE_MOMENTS}
+        return MomentsRules(refusals.get(self.image_kind, NO_MOMENTS))
 
     def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
         """Return normalised means of the posteriors: no sample is drawn, as for clips encoded here."""

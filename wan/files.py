@@ -24,7 +24,7 @@ from modules.paths import explain_missing
 from modules.text_files import parse_json, read_text
 from wan.checkpoints import FORMAT, check_task, read_dit_header
 from wan.checkpoints import identify as identify  # files.py has it in every family's folder
-from wan.configs import RELEASES, TASKS, WAN_2_1, WAN_2_2, WanConfig, WanTask
+from wan.configs import RELEASES, TASKS, VACE, WAN_2_1, WAN_2_2, WanConfig, WanTask
 from wan.encoder_checkpoints import read_clip, read_t5
 from wan.names import WAN
 from wan.options import MOST_TIMESTEP, WanGenerationOptions, WanLatentCachingOptions, WanTrainingOptions
@@ -303,13 +303,13 @@ def boundary_of(
 
 
 def caching_files(options: WanLatentCachingOptions) -> tuple[WanFiles, str | None]:
-    """Return the files with a task whose latents the VAE makes, and the kind of image condition to cache.
+    """Return the files with a task whose latents the VAE makes, and the kind of condition to cache.
 
-    The kind is i2v or flf2v; None for text-to-video caches. Raises OptionError for switches that those
+    The kind is i2v, flf2v or vace; None for text-to-video caches. Raises OptionError for switches that those
     latents have no use for.
     """
     files = WanFiles(clip=options.clip, vae_cache_cpu=options.vae_cache_cpu).add_vae(options.vae)
-    kind = "i2v" if options.i2v or options.clip is not None else None
+    kind = VACE if options.vace else "i2v" if options.i2v or options.clip is not None else None
     image_kind = "flf2v" if options.flf2v else kind
     release = None
     if files.vae is not None:
@@ -317,6 +317,8 @@ def caching_files(options: WanLatentCachingOptions) -> tuple[WanFiles, str | Non
     if release is None:
         logger.info("Sizes are those of %s; for others give --vae", WAN_2_1.about)
     if release is WAN_2_2 and image_kind is not None:
+        if image_kind == VACE:
+            raise OptionError(f"--vace: --vae {options.vae.vae} is {WAN_2_2.about}; VACE has that of Wan2.1")
         given = "--clip" if options.clip is not None else "--i2v"
         raise OptionError(
             f"{given}: --vae {options.vae.vae} is {WAN_2_2.about}. That model starts from an image by the "

@@ -83,6 +83,12 @@ class WanLatentCachingOptions(Options, title="Wan"):
         needs=("clip", "i2v"),
         hint="--clip has the image encoder, which encodes both frames; Wan2.2 has none and takes --i2v",
     )
+    vace: bool = option(
+        "cache for VACE: control videos (control_directory), masks of what of them is made new, white "
+        "(control_mask_directory), and references (reference_directory), of items that have them",
+        excludes=("clip", "i2v"),
+        often=True,
+    )
     one_frame = unsupported(f"{_NO_ONE_FRAME} and --task t2i-14B or t2v-A14B", "one-frame mode")
 
 
@@ -258,8 +264,15 @@ def caching_options(options: WanTrainingOptions) -> tuple[dict[str, Any], dict[s
         "--clip": (options.clip or "CLIP_FILE") if task.has_features else None,
         "--i2v": task.takes_image and not task.has_features,
         "--flf2v": options.task.startswith("flf2v"),
+        "--vace": task.kind == VACE,
     }
     return latents, {"--t5": options.text.t5 or "T5_FILE"}
+
+
+def _say_control(sample: Mapping[str, Any]) -> dict[str, Any]:
+    extra = sample.get("extra") or {}
+    found = {f"--{name}": extra.get(name) for name in (MASK, SCALE)}
+    return {**found, "--src_ref_images": sample.get("control_images") or None}
 
 
 def generation_options(options: WanTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
@@ -280,5 +293,6 @@ def generation_options(options: WanTrainingOptions, sample: Mapping[str, Any]) -
         "--image_path": sample.get("image_path") or ("IMAGE_FILE" if task.takes_image else None),
         "--end_image_path": sample.get("end_image_path"),
         "--control_path": sample.get("control_path") or ("CONTROL_FILE" if task.has_control else None),
+        **_say_control(sample),
         "--video_length": sample.get("frames"),
     }

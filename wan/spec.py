@@ -14,7 +14,7 @@ from torch import Tensor
 from modules.contract.data import LatentSpec
 from modules.contract.family import DitSpec
 from modules.speed_options import SDPA, AttentionChoice
-from wan.configs import WanTask
+from wan.configs import VACE, WanTask
 
 if TYPE_CHECKING:  # loaded only if processes share tokens
     from modules.offload.context import TokenPart
@@ -49,12 +49,14 @@ LATENT = LatentSpec(
     preview_bias=PREVIEW_BIAS,
 )
 
+LATENT_VACE = replace(LATENT, references_first=True)
+
 # of TI2V-5B, whose VAE folds 2 x 2 pixels more into each latent
 LATENT_5B = LatentSpec(channels=48, stride=(4, 16, 16), pixel_step=32, frame_step=4)
 
 
 def latent_of(task: WanTask) -> LatentSpec:
-    return LATENT_5B if task.kind == "ti2v" else LATENT
+    return {"ti2v": LATENT_5B, VACE: LATENT_VACE}.get(task.kind, LATENT)
 
 
 DIT = DitSpec(

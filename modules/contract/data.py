@@ -27,6 +27,8 @@ CAPTION, FIRST_FRAME = "the caption before dropout", "the first frame"
 REFERENCE = "the reference pictures before dropout"
 # latents of a control video or a reference picture, in caches and conditions; of several with _0, _1, ...
 CONTROL = "latents_control"
+# latents of references beside control media, with _0, _1, ...
+REFERENCE_LATENTS = "latents_reference"
 
 # latents of a clip's sound, in caches (C T M), batches and conditions (B C T M)
 SOUND = "audio_latents"
@@ -183,6 +185,9 @@ class MediaBatch:
     control: tuple[Tensor, ...] = ()
     alpha: Tensor | None = None  # B H W uint8: of pictures that are transparent somewhere
     table: MediaTable = MediaTable()
+    # of reference_directory, as `ReferenceRules.clips` says: each B f h w 3 uint8, f = 1 or F
+    references: tuple[Tensor, ...] = ()
+    control_mask: Tensor | None = None  # B F H W uint8: 255 is made anew
 
     def split_for(self, device: torch.device) -> "list[MediaBatch]":
         """The items as an encoder on that device takes them: all in one batch, on a CPU each by itself.
@@ -200,6 +205,8 @@ class MediaBatch:
                 spans=self.spans[one],
                 control=tuple(control[one] for control in self.control),
                 alpha=None if self.alpha is None else self.alpha[one],
+                references=tuple(reference[one] for reference in self.references),
+                control_mask=None if self.control_mask is None else self.control_mask[one],
             )
             for one in (slice(index, index + 1) for index in range(len(self.keys)))
         ]
@@ -272,6 +279,8 @@ class LatentSpec:
     # latents of pictures are 0 where these are transparent; else they are laid on white
     masks_latents: bool = False
     names_frames: bool = True  # names of latents in cache files say F x H x W; else H x W
+    # in training the latents of an item's references stand in front of its clip's, the last one first
+    references_first: bool = False
     # frames a second of clips in caches of other programs, which do not say it; None: they do, or need not
     unsaid_fps: float | None = None
 
