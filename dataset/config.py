@@ -151,13 +151,23 @@ def with_references(config: DatasetConfig, rules: ReferenceRules | None) -> Data
             f"{flips[0]}: flip_aug mirrors reference pictures, but not what the text encoder sees of them. "
             "Leave it out"
         )
-    if rules is not None:
+    takes_clips = rules is not None and rules.clips
+    if rules is not None and not takes_clips:
         of_images = [
             replace(one, references=rules) if one.kind == "image" else one for one in config.datasets
         ]
-        return replace(config, datasets=tuple(of_images))
+        config = replace(config, datasets=tuple(of_images))
     problems = []
     for table in config.datasets:
+        if table.reference_directory is not None and not takes_clips:
+            other = "none" if rules is None else "them from control_directory"
+            why = f"this model takes {other}. Leave it out"
+            problems.append(f"{table.name}: reference_directory has clips and pictures as references; {why}")
+        if table.control_mask_directory is not None and not (takes_clips and rules and rules.control_masks):
+            why = "this model takes no masks of control clips; those of the loss are in mask_directory"
+            problems.append(f"{table.name}: control_mask_directory: {why}. Leave it out")
+        if rules is not None and not takes_clips:
+            continue
         if table.reference_dropout_rate:
             why = "this model takes no reference pictures. Leave it out"
             problems.append(f"{table.name}: reference_dropout_rate: {why}")
@@ -167,6 +177,9 @@ def with_references(config: DatasetConfig, rules: ReferenceRules | None) -> Data
             problems.append(f"{table.name}: {keys}: {why} take reference pictures. Leave them out")
     if problems:
         raise DatasetError("\n".join(problems))
+    if takes_clips:
+        tables = tuple(replace(one, clip_references=rules) for one in config.datasets)
+        config = replace(config, datasets=tables)
     return config
 
 
@@ -254,6 +267,8 @@ def _complete(fields: dict[str, Any], source_key: str, where: str, problems: lis
             " and ".join(unused),
         )
     fields["cache_directory"] = fields["cache_directory"] or folder
+    if fields["target_fps"] is not None and fields["source_fps"] is None:
+        fields["source_fps"] = forms.AUTO  # frames are dropped or repeated by their times
     fields["bucket_no_upscale"] = fields["bucket_no_upscale"] and fields["enable_bucket"]
     fields["target_frames"] = tuple(sorted(set(fields["target_frames"])))
     if fields["frame_extraction"] == "uniform" and fields["frame_sample"] == 1:

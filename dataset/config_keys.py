@@ -139,6 +139,9 @@ RATE = number(
     lambda value: RATES[0] <= value <= RATES[1],
     f'"{AUTO}", or a number above 0, such as 30 or 29.97 ({RATES[0]} to {RATES[1]})',
 )
+TARGET_FPS = number(
+    lambda value: RATES[0] <= value <= RATES[1], f"a number above 0, such as 25 ({RATES[0]} to {RATES[1]})"
+)
 SOURCE_FPS = Form(lambda value: AUTO if value == AUTO else RATE.read(value), RATE.allowed)
 SIZE = Form(
     _size,
@@ -233,21 +236,12 @@ SPELLINGS: Mapping[str, str] = {
 
 # keys of musubi-tuner's fork for LTX-2 that have no counterpart, and why
 SOUND_ALONE = "sound alone is not built. In a table of clips, audio_directory or audio_path names their sound"
-_REFERENCES = (
-    "clips, pictures and sounds as references (IC-LoRA) are not built. control_directory holds what "
-    "Fun-Control follows, or the pictures that a model edits"
-)
 NO_KEYS: Mapping[str, str] = {
-    "target_fps": 'clips are learned at the rate of their model: source_fps = "auto" takes the frames that '
-    "are shown at it; without source_fps all frames are used, and LTX-2 is told the rate of each clip. --fps "
-    "is the rate of what is generated",
     **dict.fromkeys(("audio_jsonl_file", "audio_bucket_strategy", "audio_bucket_interval"), SOUND_ALONE),
+    "reference_cache_directory": "latents of references are cached with those of their clip",
     **dict.fromkeys(
-        (
-            *("reference_directory", "reference_cache_directory", "reference_audio_directory"),
-            "reference_audio_cache_directory",
-        ),
-        _REFERENCES,
+        ("reference_audio_directory", "reference_audio_cache_directory"),
+        "sounds as references are not built. reference_directory has clips and pictures",
     ),
     "separate_audio_buckets": "clips without sound leave the sound of others in their batch alone",
     "bucket_batch_sizes": "batch_size is that of all sizes; make a [[datasets]] table for each",

@@ -142,6 +142,10 @@ class DatasetTable:
     # where these are kept; None: in the cache directory
     download_directory: Path | None = key(forms.PATH, only_with=OF_TABLES, stale=NOTHING)
     control_directory: Path | None = key(forms.PATH, only_with=OF_FOLDERS, stale=NOTHING)
+    # clips or pictures that a result is made from, and what of a control clip is new; the files themselves
+    # are compared with caches
+    reference_directory: Path | None = key(forms.PATH, only_with=("directory",), stale=NOTHING)
+    control_mask_directory: Path | None = key(forms.PATH, only_with=("directory",), stale=NOTHING)
     mask_directory: Path | None = key(forms.PATH, only_with=OF_FOLDERS, stale=LATENTS | LEARNING, rank=6)
     # of models that hear: whether clips have sound, and where it is instead of in the clips
     audio: str = key(forms.AUDIO, forms.IF_PRESENT, kinds=VIDEO, stale=LEARNING, rank=5)
@@ -161,6 +165,8 @@ class DatasetTable:
     max_frames: int = key(forms.COUNT, 129, kinds=VIDEO, stale=FRAMES)
     # AUTO: by the times in each file
     source_fps: float | str | None = key(forms.SOURCE_FPS, kinds=VIDEO, stale=FRAMES)
+    # frames a second that clips are learned at; None: those of the model
+    target_fps: float | None = key(forms.TARGET_FPS, kinds=VIDEO, in_general=True, stale=FRAMES)
     fp_latent_window_size: int = key(forms.COUNT, 9, stale=SECTIONS)
     fp_1f_clean_indices: tuple[int, ...] | None = key(forms.PLACES, kinds=IMAGE, stale=SECTIONS)
     fp_1f_target_index: int | None = key(forms.PLACE, kinds=IMAGE, stale=SECTIONS)
@@ -176,6 +182,8 @@ class DatasetTable:
     multiple_target: bool = key(forms.NO_LAYERS, False, kinds=IMAGE, stale=NOTHING)
     # how the family takes control images as references; None: they are fitted like their picture
     references: ReferenceRules | None = None
+    # how the family takes references of clips, and masks of control clips; None: it takes neither
+    clip_references: ReferenceRules | None = None
     lists_controls: bool = True  # False: control media are of no interest, whatever lists name
     # --- of a subset of the image guides' form; our own tables have the defaults
     group: int | None = None  # index of its dataset, whose subsets share batches; None: it shares none
@@ -308,7 +316,8 @@ class DatasetTable:
         entry["has_control"] = self.control_directory is not None if has_control is None else has_control
         if self.kind == "video":
             entry["target_frames"] = list(self.target_frames)
-            entry |= {name: getattr(self, name) for name in defaults_of(FRAMES) if name != "target_frames"}
+            unsaid = {"target_frames"} | ({"target_fps"} if self.target_fps is None else set())
+            entry |= {name: getattr(self, name) for name in defaults_of(FRAMES) if name not in unsaid}
         return entry | self.changed(SECTIONS) | self.learning_keys
 
 

@@ -49,7 +49,7 @@ def ask_family(model: ModelSet, files: Mapping[str, str] = MappingProxyType({}))
         family = entry.make_family("latent_caching", own)
     finally:
         logging.disable(logging.NOTSET)
-    references = 0 if family.references is None else family.references.most
+    references = 0 if family.references is None or family.references.clips else family.references.most
     needs = "--control_image_path" in shlex.split(model.commands["generate"])
     options = [part.option for part in transformers_of(model)]
     dit = next((Path(files[name]) for one in options if one and (name := one.lstrip("-")) in files), None)

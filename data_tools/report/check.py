@@ -21,7 +21,7 @@ from dataset.batches.reading import read_batch, stores_for
 from dataset.cache.files import EMPTY
 from dataset.cache.form import list_shard_faults, other_form
 from dataset.cache.store import Stores, npz_names
-from dataset.caching.existing import LatentNames, media_table, names_of
+from dataset.caching.existing import LatentNames, media_table, names_of, refuse_companions
 from dataset.caching.given import use_moments
 from dataset.caching.planning import Recipe, SourcePlan, complete, plan_all
 from dataset.caching.prefetch import Failure, map_ahead, read_ahead
@@ -179,6 +179,7 @@ def _check_media(
         check_resolution(table, recipe.latent.pixel_step)
         if with_latents:
             family.check_table(media_table(table, any(source.control for source in found.sources)))
+            refuse_companions(table, found.sources)
             found.sources = use_moments(family, found.sources)
         plans = _check_sources(found, recipe, workers)
         if recipe.encoder and hears_sound(family) and is_heard(table):

@@ -84,8 +84,8 @@ def _list_parts(source: MediaSource) -> list[Numbers]:
     """Return the media of a source, its control media and its mask: paths, and where they are held."""
     parts = []
     for path, origin in zip(
-        (source.path, *source.control, *filter(None, [source.mask])),
-        source.origins or (None,) * (2 + len(source.control)),
+        (path for path, _ in source.parts) if source.tensors is None else (source.path,),
+        source.origins or (None,) * (3 + len(source.control) + len(source.references)),
         strict=False,
     ):
         part: Numbers = {"path": str(path)}

@@ -218,6 +218,10 @@ def find_table(config: DatasetConfig, table: DatasetTable) -> TableFindings:
         found.caches.append(f"reference pictures: {words}")
         kind = "have no reference picture, while others have"
         found.remarks += [Fault(kind, str(one.path), one.stem) for one in found.sources if not one.control]
+    if any(one.references or one.control_mask for one in found.sources):
+        from dataset.sources.companions import companion_lines
+
+        found.caches += companion_lines(found.sources, found.remarks)
     if (line := left_out_files(config, table)) is not None:
         found.remarks.append(Fault("folders are not read whole", line))
     if table is config.datasets[0]:

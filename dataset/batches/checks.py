@@ -14,9 +14,20 @@ from dataset.cache.records import CacheChecks, LatentRecord, TextRecord, differe
 from dataset.cache.store import Stores
 from dataset.config_keys import REFERENCES, SECTIONS, TEXTS
 from dataset.sources.frames import bucket_of, has_mask
+from dataset.sources.media_source import CLIP_REFERENCES, CONTROL_MASK
 from dataset.table import FROM_ALPHA, FROM_FILE, defaults_of
 from modules.console import count_of
-from modules.contract.data import CONTROL, FPS, LATENTS_MADE, LOSS_MASK, SOUND, SOUND_MADE, LatentSpec, MadeBy
+from modules.contract.data import (
+    CONTROL,
+    FPS,
+    LATENTS_MADE,
+    LOSS_MASK,
+    REFERENCE_LATENTS,
+    SOUND,
+    SOUND_MADE,
+    LatentSpec,
+    MadeBy,
+)
 from modules.errors import CacheError
 
 logger = logging.getLogger(__name__)
@@ -138,9 +149,12 @@ def latent_faults(
         yield from _option_faults(item, tensors, record, latent)
         if record.parts != item.parts:
             yield f"{record.parts} files of its clip belong together, {item.parts} are there"
-        folders = [table.directory, *[table.control_directory] * (len(record.files) - 1)]
-        if record.options.get("mask") == FROM_FILE:
-            folders[-1] = table.mask_directory
+        references = record.options.get(CLIP_REFERENCES, [0])[0]
+        others = [table.mask_directory] * (record.options.get("mask") == FROM_FILE)
+        others += [table.control_mask_directory] * (CONTROL_MASK in record.options)
+        others += [table.reference_directory] * references
+        controls = len(record.files) - 1 - len(others)
+        folders = [table.directory, *[table.control_directory] * controls, *others]
         yield from _source_faults(item, folders, record, checks)
     width, height, frames = (*item.bucket, 1)[:3]
     expected = list(latent.shape(frames, height, width)[1:])
@@ -210,6 +224,14 @@ def _reference_faults(item: TrainingItem, tensors: Iterable[str]) -> Iterator[st
     fault, but those that a list no longer names.
     """
     table, rules = item.table, item.table.references
+    if table.clip_references is not None and table.directory is not None:
+        cached = sum(key.startswith(REFERENCE_LATENTS) and not key.endswith(FLIPPED) for key in tensors)
+        if cached or table.reference_directory is not None:
+            from dataset.sources.companions import count_companions
+
+            now = count_companions(table, item.source_stem)
+            if now is not None and now != cached:
+                yield f"it was made with {count_of(cached, 'reference')}, now {table.name} has {now} for it"
     if rules is None:
         return
     cached = sum(key.startswith(CONTROL) and not key.endswith(FLIPPED) for key in tensors)

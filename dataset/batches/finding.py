@@ -27,7 +27,7 @@ from dataset.config_keys import IGNORE, REQUIRED
 from dataset.sources.frames import bucket_of
 from dataset.sources.media_source import is_of_shards, pause_collection
 from modules.console import count_of, count_words
-from modules.contract.data import CONTROL, FPS, LatentSpec, SoundSpec
+from modules.contract.data import CONTROL, FPS, REFERENCE_LATENTS, LatentSpec, SoundSpec
 from modules.errors import CacheError, DatasetError
 from modules.paths import explain_missing
 
@@ -122,7 +122,8 @@ class _Search:
         }
         del names, text_names, latent_files  # a million names: what is needed of them is held elsewhere
         kind = ItemKind(self.tag, self.text_keys, not live.media, not live.texts)
-        has_references = table.references is not None and table.batch_size > 1 and kind.has_latents
+        takes = table.references or table.clip_references
+        has_references = takes is not None and table.batch_size > 1 and kind.has_latents
         buckets: dict[int, tuple[int, ...]] = {}  # by the meaning of the end of a name, by identity
         sizes: dict[tuple[int, ...], tuple[int, ...]] = {}  # each once: of references, of sound
         is_empty, folder = True, table.cache_directory
@@ -195,8 +196,8 @@ def learn_no_references(
 
 
 def _reference_sizes(store: CacheStore, name: str) -> tuple[int, ...]:
-    """Return width and height of an entry's latents of control media, in order, without mirrored ones; none
-    if it is damaged, as reading it for a batch says.
+    """Return width and height of an entry's latents of control media and references, in order, without
+    mirrored ones; none if it is damaged, as reading it for a batch says. The height is that of all frames.
     """
     try:
         shapes = store.read(name, is_whole=False).header.shapes
@@ -204,9 +205,11 @@ def _reference_sizes(store: CacheStore, name: str) -> tuple[int, ...]:
         return ()
     keys = [(cache_files.tensor_key(name), shape) for name, shape in sorted(shapes.items())]
     found = [
-        shape[-2:] for key, shape in keys if key.startswith(CONTROL) and not key.endswith(cache_files.FLIPPED)
+        (shape[-1], shape[-2] * (shape[-3] if key.startswith(REFERENCE_LATENTS) else 1))
+        for key, shape in keys
+        if key.startswith((CONTROL, REFERENCE_LATENTS)) and not key.endswith(cache_files.FLIPPED)
     ]
-    return tuple(side for shape in found for side in reversed(shape))
+    return tuple(side for sides in found for side in sides)
 
 
 class _TextNames:

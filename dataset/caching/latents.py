@@ -46,6 +46,8 @@ class Item:
     alpha: Tensor | None = None  # H W uint8
     mask: Tensor | None = None  # F H W uint8: of the loss
     moments: tuple[Tensor, ...] = ()  # instead of frames: 2C F h w of the clip, then of its first frame alone
+    references: tuple[Tensor, ...] = ()  # each f h w C uint8
+    control_mask: Tensor | None = None  # F H W uint8
     # what the record of its entries says
     files: tuple[FileIdentity, ...] = ()
     clip: ClipFacts | None = None
@@ -63,7 +65,8 @@ class Item:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return (self.frames, *self.control, *(() if self.alpha is None else (self.alpha,)), *self.moments)
+        masks = (one for one in (self.alpha, self.control_mask) if one is not None)
+        return (self.frames, *self.control, *masks, *self.references, *self.moments)
 
     @property
     def size_bytes(self) -> int:
@@ -121,6 +124,10 @@ def cut(media: DecodedSource, span: Span, **facts: Any) -> Item:
         for clip in (media.crop(span), *media.control_crops(span))
     )
     alpha, mask = media.alpha, media.mask_crop(span)
+    if media.references or media.control_mask is not None:
+        from dataset.sources.companions import cut_companions
+
+        facts |= cut_companions(media, span)
     return Item(
         *(media.source, media.size, media.bucket, span, frames, tuple(control)),
         None if alpha is None else torch.from_numpy(alpha),
@@ -188,6 +195,10 @@ def batch_media(items: Sequence[Item], keys: Sequence[str]) -> data.MediaBatch:
             _stack_batch(controls) for controls in zip(*(item.control for item in items), strict=True)
         ),
         alpha=_stack_batch(alphas) if alphas else None,
+        references=tuple(map(_stack_batch, zip(*(item.references for item in items), strict=True))),
+        control_mask=_stack_batch([one.control_mask for one in items if one.control_mask is not None])
+        if items[0].control_mask is not None
+        else None,
         table=media_table(items[0].table, bool(items[0].control)),
     )
 
@@ -219,6 +230,8 @@ def _mirror(media: data.MediaBatch) -> data.MediaBatch:
         keys=tuple(f"{key}{cache_files.FLIPPED}" for key in media.keys),
         control=tuple(control.flip(3) for control in media.control),
         alpha=None if media.alpha is None else media.alpha.flip(2),
+        references=tuple(reference.flip(3) for reference in media.references),
+        control_mask=None if media.control_mask is None else media.control_mask.flip(3),
     )
 
 

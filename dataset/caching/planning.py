@@ -57,7 +57,7 @@ class Recipe:
         table, mask_from, options = source.table, source.mask_from, dict[str, Any]()
         if table.kind == "video":
             options["source_fps"] = table.source_fps
-            options["fps"] = None if table.source_fps is None else self.fps
+            options["fps"] = table.target_fps or (None if table.source_fps is None else self.fps)
         if mask_from is not None:
             options["mask"] = mask_from
         if source.tensors is not None:

@@ -287,7 +287,8 @@ def estimate_decoded_bytes(source: MediaSource) -> int:
         except UserError:
             frames = 0  # decoding reports the reason
     width, height = table.resolution
-    channels = 3 * (1 + len(source.control)) + (source.mask_from is not None)
+    clips = 1 + len(source.control) + len(source.references)
+    channels = 3 * clips + (source.mask_from is not None) + (source.control_mask is not None)
     return int(frames) * width * height * channels
 
 

@@ -82,6 +82,7 @@ class MediaWork:
                 existing.refuse_moments(family, table)
                 check_resolution(table, family.latent.pixel_step)
                 family.check_table(existing.media_table(table, has_control))
+                existing.refuse_companions(table, sources)
             except DatasetError as error:
                 is_hint = has_control and table.conditioning_directory is not None
                 problems.append(f"{error}{MASKS_HINT if is_hint else ''}")

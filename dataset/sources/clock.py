@@ -35,6 +35,7 @@ def kept_frames(path: Path, table: DatasetTable, fps: float, alpha: bool = False
     source_fps of their table if it is a number, as if they were clips of that rate. A folder of images has no
     times: all of them are frames. alpha: with their transparency, if they have any.
     """
+    fps = table.target_fps or fps
     rate = table.stated_fps or fps
     frames: Iterable[Kept]
     if _is_timed(path, table):
@@ -72,7 +73,7 @@ def frames_beside(
     if not _Pair(path, clip, table, fps).is_numbered:
         if not path.is_dir():
             return (frame for frame, _, _ in reading.frames_at(path, [second for _, second in kept], alpha))
-        numbers = [int(second * (table.stated_fps or fps)) for _, second in kept]
+        numbers = [int(second * (table.stated_fps or table.target_fps or fps)) for _, second in kept]
     return _numbered(reading.video_frames(path, alpha), numbers)
 
 
@@ -111,7 +112,7 @@ class _Pair:
     """A clip, and a control clip or mask beside it, by their headers. Raises MediaError."""
 
     def __init__(self, path: Path, clip: Path, table: DatasetTable, fps: float) -> None:
-        self._path, self._clip, self._usual = path, clip, table.stated_fps or fps
+        self._path, self._clip, self._usual = path, clip, table.stated_fps or table.target_fps or fps
         self._is_timed = [_is_timed(one, table) for one in (path, clip)]
         # frames of a folder are numbered as those of its clip, whatever rate that one's header says
         self._in_step = path.is_dir() and table.stated_fps is not None and not self._is_timed[1]
@@ -161,12 +162,12 @@ class _Pair:
 def _beside(source: MediaSource) -> Iterator[Path]:
     if source.table.kind == "video" and source.tensors is None:
         yield from source.control
-        if source.mask is not None and not is_still(source.mask):
-            yield source.mask
+        others = (source.mask, source.control_mask, *source.references)
+        yield from (path for path in others if path is not None and not is_still(path))
 
 
 def has_beside(source: MediaSource) -> bool:
-    has_any = bool(source.control) or source.mask is not None
+    has_any = any((source.control, source.mask, source.control_mask, source.references))
     return source.table.kind == "video" and source.tensors is None and has_any
 
 

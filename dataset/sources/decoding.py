@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,6 +59,9 @@ class DecodedSource:
     reason: str | None  # why there is no span: "12 frames, the shortest of target_frames is 17"
     alpha: NDArray[np.uint8] | None = None  # H W, of an image with transparency
     mask: Mask | None = None  # of the loss: 255 is learned; as many as frames; None: all of them whole
+    # each f h w 3: of a clip as many as frames, of a picture one
+    references: tuple[Clip, ...] = ()
+    control_mask: Mask | None = None  # 255 is made anew; as many as frames
 
     def key(self, span: Span) -> str:
         """Return the name of an item for messages: `pic`, or `clip_00000-017`."""
@@ -127,7 +131,12 @@ def decode_source(
             clip, _ = _gather(frames_beside(path, here.path, table, fps, clock), bucket, count)
             missing = count - len(clip)
             control.append(np.concatenate([clip, *[clip[-1:]] * missing]) if missing else clip)
-    return DecodedSource(source, size, bucket, frames, tuple(control), found, reason, mask=mask)
+        more: dict[str, Any] = {}
+        if found and (here.references or here.control_mask is not None):
+            from dataset.sources.companions import read_companions
+
+            more = read_companions(here, size, bucket, count, fps, clock)
+    return DecodedSource(source, size, bucket, frames, tuple(control), found, reason, mask=mask, **more)
 
 
 def _decode_image(
@@ -167,8 +176,13 @@ def _decode_image(
     mask = None if source.mask is None else read_still(source.mask, place, size, 1)
     if table.alpha_mask:
         mask, alpha = stack_alphas([alpha]), None
-    frames = place(image)[None]
-    return DecodedSource(source, size, fit.bucket, frames, tuple(control), IMAGE_SPANS, None, alpha, mask)
+    frames, more = place(image)[None], dict[str, Any]()
+    if source.references or source.control_mask is not None:
+        from dataset.sources.companions import read_companions
+
+        more = read_companions(source, size, fit.bucket, 1)
+    ends = IMAGE_SPANS, None, alpha, mask
+    return DecodedSource(source, size, fit.bucket, frames, tuple(control), *ends, **more)
 
 
 def plan_source(source: MediaSource, fps: float, step: int = 16, frame_step: int = 4) -> DecodedSource:
@@ -187,7 +201,7 @@ def plan_source(source: MediaSource, fps: float, step: int = 16, frame_step: int
             if info.frames is None or table.source_fps == AUTO or is_animation(here.path):
                 kept = sum(1 for _ in kept_frames(here.path, table, fps))
             else:
-                kept = len(resample_indices(info.frames, table.stated_fps, fps))
+                kept = len(resample_indices(info.frames, table.stated_fps, table.target_fps or fps))
             found, reason = spans_or_reason(table, kept, frame_step)
         bucket = bucket_of(table, size, step, here.path)
     return DecodedSource(source, size, bucket, NO_FRAMES, (), found, reason)

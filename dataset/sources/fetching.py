@@ -7,7 +7,9 @@ import tempfile
 import time
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from dataset.sources.media_source import MediaSource, ParquetCell, Remote, TarMember, member_pieces
 from modules.errors import MediaError
@@ -48,10 +50,11 @@ def fetch(source: MediaSource) -> Iterator[MediaSource]:
                     download(origin.address, path)
                 paths.append(path)
         try:
-            count = 1 + len(source.control)
-            mask = None if source.mask is None else paths[count]
-            control = tuple(paths[1:count])
-            yield dataclasses.replace(source, path=paths[0], control=control, mask=mask, origins=())
+            left = iter(paths)
+            here: dict[str, Any] = {"path": next(left), "control": tuple(islice(left, len(source.control)))}
+            here["mask"] = None if source.mask is None else next(left)
+            here["control_mask"] = None if source.control_mask is None else next(left)
+            yield dataclasses.replace(source, **here, references=tuple(left), origins=())
         except MediaError as error:
             text = str(error)
             for copy, path in places.items():

@@ -95,6 +95,7 @@ def _all_suffixes(kind: str) -> frozenset[str]:
 def _other_folders(config: DatasetConfig) -> set[str]:
     """Return the folders of what belongs to media: controls, masks, sound, caches."""
     keys = [f"{kind}_directory" for kind in ("cache", "control", "mask", "audio", "download")]
+    keys += ["reference_directory", "control_mask_directory"]
     return {folder_id(path) for table in config.datasets for key in keys if (path := getattr(table, key))}
 
 

@@ -25,6 +25,8 @@ from modules.paths import address_identity, address_name, short_hash, split_addr
 # folders beside that of the clips, in CogVideoX form
 MOMENTS, IMAGE_MOMENTS, EMBEDS = "video_latents", "image_latents", "prompt_embeds"
 PIECE = 1 << 20  # bytes
+# in the options of a record: how many references, and by what their sides are smaller; that there is a mask
+CLIP_REFERENCES, CONTROL_MASK = "references", "control_mask"
 # what is said of a model that takes reference pictures and gets none
 NO_REFERENCE = (
     "no image has a reference: this trains text to image. To train edits, give control_directory, or "
@@ -103,22 +105,27 @@ class MediaSource:
     origins: tuple[Origin | None, ...] = ()  # of each of `parts`; (): all of them are on disk
     # of a clip: the file that has its sound, and where it is if not on disk; None: the clip itself, if any
     sound: tuple[Path, Remote | None] | None = None
+    references: tuple[Path, ...] = ()  # clips, folders of images or images; not the control images
+    control_mask: Path | None = None  # an image, clip or folder of images: white is made anew
 
     @property
     def parts(self) -> tuple[tuple[Path, Origin | None], ...]:
         """Return the files or folders that latents are made from, and where each is if not on disk.
 
-        The media, its control media and its mask; or what was computed before.
+        The media, its control media, mask, control mask and references; or what was computed before.
         """
         if self.tensors is not None:
             given = (self.tensors.moments, self.tensors.image)
             return tuple((path, None) for path in given if path is not None)
-        paths = (self.path, *self.control, *(() if self.mask is None else (self.mask,)))
+        paths = (self.path, *self.control, *filter(None, (self.mask, self.control_mask)), *self.references)
         return tuple(zip(paths, self.origins or (None,) * len(paths), strict=True))
 
     @property
     def control_keys(self) -> dict[str, Any]:
-        return self.table.changed(REFERENCES) if self.control else {}
+        keys = self.table.changed(REFERENCES) if self.control else {}
+        if self.references and (rules := self.table.clip_references) is not None:
+            keys |= {CLIP_REFERENCES: [len(self.references), rules.size_factor]}
+        return keys if self.control_mask is None else keys | {CONTROL_MASK: True}
 
     @property
     def mask_from(self) -> str | None:
@@ -195,7 +202,8 @@ def number_repeats(sources: Sequence[MediaSource]) -> list[MediaSource]:
     numbered = []
     for source in sources:
         file = source.path, source.origins[:1]
-        rest = source.caption, source.more_captions, source.control, source.mask, source.sound
+        beside = source.control, source.mask, source.sound, source.references, source.control_mask
+        rest = source.caption, source.more_captions, *beside
         stems = seen.setdefault(file, {}) if places[file] > 1 else {}
         if rest not in stems:
             stem, number = source.stem, len(stems) + 1

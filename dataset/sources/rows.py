@@ -66,22 +66,30 @@ class RowReader:
             (stem, media), identity = held, held[0]
         found = self._captions(values, where)
         captions = complete_captions(found, self.table) if found else None
-        numbered: dict[int, str] = {}  # control_path, or control_path_<number>
+        found_beside: dict[str, dict[int, str]] = {"control_path": {}, "reference_path": {}}
         for name in values:
-            number = 0 if name == self.table.control_column else control_number(name)
-            if number is None or (text := self._text(name, values, where)) is None:
-                continue
-            if number in numbered:
-                raise DatasetError(
-                    f"{where}: {name} repeats the number of another control_path; control_path and "
-                    "control_column are control_path_0"
-                )
-            numbered[number] = text
-        first_ones = sorted(numbered)[: self.table.control_count]
-        controls = [self._locate(numbered[number], where) for number in first_ones]
+            for start, numbered in found_beside.items():
+                is_named = start == "control_path" and name == self.table.control_column
+                number = 0 if is_named else control_number(name, start)
+                if number is None or (text := self._text(name, values, where)) is None:
+                    continue
+                if number in numbered:
+                    more = " and control_column are" if start == "control_path" else " is"
+                    raise DatasetError(
+                        f"{where}: {name} repeats the number of another {start}; {start}{more} {start}_0"
+                    )
+                numbered[number] = text
+        controls, references = (
+            [self._locate(text, where) for _, text in sorted(numbered.items())]
+            for numbered in found_beside.values()
+        )
+        del controls[self.table.control_count :]
+        mask_of_control = self._text("control_mask_path", values, where)
         mask_text = self._text("mask_path", values, where)
         mask = None if mask_text is None else self._locate(mask_text, where)
-        source = make_source(self.table, where, stem, media, captions, controls, mask)
+        white = None if mask_of_control is None else self._locate(mask_of_control, where)
+        beside = controls, mask, references, white
+        source = make_source(self.table, where, stem, media, captions, *beside)
         sound_text = self._text("audio_path", values, where) if self.table.kind == "video" else None
         if sound_text is not None:
             source = replace(source, sound=self._locate(sound_text, where))
@@ -168,12 +176,14 @@ def make_source(
     captions: tuple[str, ...] | None,
     controls: Sequence[Part] = (),
     mask: Part | None = None,
+    references: Sequence[Part] = (),
+    control_mask: Part | None = None,
 ) -> media_source.MediaSource:
     """Return the source of what stands in one row, or is one sample of a tar. where: for messages."""
     if mask is not None and table.alpha_mask:
         raise DatasetError(f"{where}: its mask and alpha_mask = true exclude each other; leave out one.")
     first, more = first_and_more(captions, where)
-    parts = (media, *controls, *(() if mask is None else (mask,)))
+    parts = (media, *controls, *filter(None, (mask, control_mask)), *references)
     origins = tuple(origin for _, origin in parts)
     return media_source.MediaSource(
         media[0],
@@ -185,14 +195,16 @@ def make_source(
         more,
         None if mask is None else mask[0],
         origins=origins if any(origins) else (),
+        references=tuple(path for path, _ in references),
+        control_mask=None if control_mask is None else control_mask[0],
     )
 
 
-def control_number(name: str) -> int | None:
+def control_number(name: str, start: str = "control_path") -> int | None:
     """Return 0 for `control_path`, 2 for `control_path_2`, None for other columns."""
-    if not name.startswith("control_path"):
+    if not name.startswith(start):
         return None
-    match = re.fullmatch(r"control_path(?:_(\d{1,9}))?", name)
+    match = re.fullmatch(r"(?:_(\d{1,9}))?", name[len(start) :])
     return None if match is None else int(match[1] or 0)
 
 

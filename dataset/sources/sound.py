@@ -29,6 +29,7 @@ def kept_rate(source: MediaSource, fps: float) -> float:
     that rate, too. Raises MediaError if a clip cannot be read.
     """
     table, stated = source.table, source.table.stated_fps
+    fps = table.target_fps or fps
     if table.kind == "image" or table.source_fps == AUTO or source.tensors is not None:
         return fps
     if stated is not None:

@@ -105,7 +105,8 @@ def _open_table(table: DatasetTable, path: Path) -> tuple[RowReader, Cells | Non
     base = None if cells else _base_of(path, path_column)
     wanted = names_read(table, path_column, caption_column or "")
     wanted -= {path_column} if cells else set()
-    wanted |= {name for name in columns if control_number(name) is not None}
+    beside = "control_path", "reference_path"
+    wanted |= {name for name in columns if any(control_number(name, one) is not None for one in beside)}
     rows = RowReader(table, path, path_column, caption_column, base=base)
     return rows, cells, None if table_format(path) == JSONL else wanted
 
@@ -127,7 +128,7 @@ def choose_columns(table: DatasetTable, columns: Sequence[str]) -> tuple[str, st
 
 
 def names_read(table: DatasetTable, path_column: str, caption_column: str) -> set[str]:
-    names = {path_column, caption_column, table.control_column or "", "mask_path"}
+    names = {path_column, caption_column, table.control_column or "", "mask_path", "control_mask_path"}
     names |= {"captions"} if table.multi_caption else set()
     return (names | ({"audio_path"} if table.kind == "video" else set())) - {""}
 

@@ -52,7 +52,7 @@ def find_unread(table: DatasetTable) -> list[Fault]:
         for name in _beyond(values, table):
             found[name] = f": of such files the model takes {table.control_count} an item"
         for name, value in values.items():
-            if name in read or name in found or control_number(name) is not None:
+            if name in read or name in found or _is_beside(name):
                 continue
             if is_list and name in CAPTION_COLUMNS and not values.get("caption"):
                 found[name] = ": did you mean 'caption'?"
@@ -72,7 +72,7 @@ def _open(table: DatasetTable, path: Path) -> tuple[str, list[str], Iterator[Map
     media, caption = choose_columns(table, columns)
     read = names_read(table, media, caption or "") - {media}
     control = [name for name in columns if control_number(name) is not None]
-    unread = [name for name in columns if name not in read and name not in control]
+    unread = [name for name in columns if name not in read and not _is_beside(name)]
     plain, held = plain_columns(path, unread)
     if table.control_count is not None and len(control) > table.control_count - (
         table.control_column in columns
@@ -80,6 +80,10 @@ def _open(table: DatasetTable, path: Path) -> tuple[str, list[str], Iterator[Map
         plain = [*plain, *plain_columns(path, control)[0]]
     rows = read_columns(path, plain)
     return media, [name for name in held if name != media], (_without(row.values, read) for row in rows)
+
+
+def _is_beside(name: str) -> bool:
+    return control_number(name) is not None or control_number(name, "reference_path") is not None
 
 
 def _beyond(values: Mapping[str, Any], table: DatasetTable) -> list[str]:
@@ -125,6 +129,7 @@ def _exists(text: str, path: Path) -> bool:
 def _near(name: str, table: DatasetTable) -> str | None:
     bare = re.sub(r"_?\d+$", "", name.lower())
     known = [f"{table.kind}_path", "caption", "control_path", "mask_path", "audio_path"]
+    known += ["reference_path", "control_mask_path"]
     return next(iter(difflib.get_close_matches(bare, known, 1, NEAR)), None)
 
 

@@ -330,7 +330,8 @@ class SoundLearning:
 class ReferenceRules:
     """How a family takes reference pictures: the control images of an item, or of a request.
 
-    Each keeps a size of its own: that of the target, or what the keys of its table or `own_shape` say.
+    Each keeps a size of its own: that of the target, or what the keys of its table or `own_shape` say. If it
+    takes clips, `most` and `clips` and what follows are all that counts.
     """
 
     most: int  # of one item or request
@@ -340,3 +341,8 @@ class ReferenceRules:
     # one of an item keeps its shape, whatever the target's, and is reduced to `area`
     own_shape: bool = False
     area: int | None = None  # pixels at most; None: as many as the target has
+    # those of reference_directory and reference_path, beside control media: a clip has a frame for each of
+    # its target's, a picture is one frame
+    clips: bool = False
+    size_factor: int = 1  # by which their sides are smaller than their target's
+    control_masks: bool = False  # control_mask_directory and control_mask_path too: white is made anew

@@ -208,8 +208,8 @@ def test_the_manual_of_pictures_names_every_key_with_where_it_may_stand() -> Non
 @pytest.mark.parametrize(
     ("key", "reason"),
     [
-        ("target_fps = 25", 'source_fps = "auto" takes the frames .*--fps'),
-        ("reference_directory = 'r'", r"references \(IC-LoRA\) are not built"),
+        ("reference_cache_directory = 'r'", "cached with those of their clip"),
+        ("reference_audio_directory = 'r'", "sounds as references are not built"),
         ("audio_bucket_strategy = 'pad'", "sound alone is not built"),
         ("audio_bucket_interval = 2.0", "sound alone is not built"),
         ("separate_audio_buckets = true", "leave the sound of others in their batch alone"),
@@ -282,6 +282,7 @@ OTHER = {  # another value, as a table holds it, of each key that makes caches s
     "frame_sample": 3,
     "max_frames": 7,
     "source_fps": 30.0,
+    "target_fps": 25.0,
     "fp_latent_window_size": 4,
     "fp_1f_clean_indices": (0, 3),
     "fp_1f_target_index": 2,

@@ -1,0 +1,182 @@
+"""References of clips, and masks of what is new in their control clips: found by name, read, cut."""
+
+import functools
+import logging
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from dataset.config import DatasetTable
+from dataset.sources.clock import frames_beside
+from dataset.sources.folders import list_entries, media_suffixes
+from dataset.sources.frames import Mask, Span, is_still, read_moving, read_still
+from dataset.sources.media_source import Fault, MediaSource
+from modules.console import count_of
+from modules.errors import DatasetError, MediaError
+from modules.media.buckets import Size
+from modules.media.decoding import ANIMATION_SUFFIXES
+from modules.media.reading import image_suffixes, read_image, resize_cover
+
+if TYPE_CHECKING:
+    from dataset.sources.decoding import Clip, DecodedSource
+
+logger = logging.getLogger(__name__)
+REFERENCE, MASK = "reference_directory", "control_mask_directory"
+NONE = {REFERENCE: "have no reference, while others have", MASK: "have no control mask, while others have"}
+
+
+def add_companions(table: DatasetTable, sources: list[MediaSource], faults: list[Fault]) -> list[MediaSource]:
+    """Return sources of a folder with what the table's folders of companions have of their names.
+
+    `cat.mp4`, `cat.png` or a folder `cat` belongs to `cat.mp4`; of references also `cat_0.mp4`, `cat_1.mp4`,
+    ..., in this order. Two of one number, and a folder that fits none, are faults; a warning tells what has
+    no partner.
+    """
+    stems = frozenset(source.stem for source in sources)
+    for key in (REFERENCE, MASK):
+        folder = getattr(table, key)
+        if folder is None:
+            continue
+        try:
+            paired, alone = _pair(folder, key, stems)
+            if not paired:
+                example = next(iter(sorted(stems)), "clip")
+                raise DatasetError(
+                    f"{folder} has nothing for any {table.kind}. Files and folders there are named like "
+                    f"their {table.kind}: {example}.mp4, {example}.png"
+                    + (f" or {example}_0.mp4, {example}_1.mp4" if key == REFERENCE else "")
+                )
+        except DatasetError as error:
+            faults.append(Fault(f"problems with {key} of {table.name}", f"{str(error).rstrip('.')}."))
+            continue
+        lacking = [source for source in sources if source.stem not in paired]
+        for what, paths in (
+            (f"of {len(sources)} {table.kind}s {NONE[key]}", [source.path for source in lacking]),
+            (f"in {key} belong to no {table.kind} by their name, and are not read", alone),
+        ):
+            if paths:
+                logger.warning("%s: %d %s, such as %s", table.name, len(paths), what, paths[0])
+        found = []
+        for one in sources:
+            there = paired.get(one.stem, ())
+            changes = {"references": there} if key == REFERENCE else {"control_mask": next(iter(there), None)}
+            found.append(replace(one, **changes))
+        sources = found
+    return sources
+
+
+def _pair(folder: Path, key: str, stems: Collection[str]) -> tuple[dict[str, tuple[Path, ...]], list[Path]]:
+    """Return what belongs to each stem, in order, and what belongs to none. Raises DatasetError."""
+    suffixes = image_suffixes() | ANIMATION_SUFFIXES | media_suffixes("video")
+    numbered: dict[str, dict[int, Path]] = {}
+    alone = []
+    for entry in list_entries(folder, key):
+        path = folder / entry.name
+        name = entry.name if entry.is_dir() else path.stem
+        if not entry.is_dir() and path.suffix.lower() not in suffixes:
+            continue
+        first, _, number = name.rpartition("_")
+        if name in stems:
+            first, number = name, "-1"
+        elif key == MASK or first not in stems or not (number.isdecimal() and number.isascii()):
+            alone.append(path)
+            continue
+        other = numbered.setdefault(first, {}).setdefault(int(number), path)
+        if other != path:
+            raise DatasetError(f"{other} and {path.name} have the same name but for the suffix. Keep one")
+    return {stem: tuple(path for _, path in sorted(of.items())) for stem, of in numbered.items()}, alone
+
+
+def count_companions(table: DatasetTable, stem: str) -> int | None:
+    """Return how many references the folder has for an item now; None: it cannot be listed."""
+    assert table.directory is not None
+    if table.reference_directory is None:
+        return 0
+    try:
+        return _count_all(table.reference_directory, table.directory, table.kind).get(stem, 0)
+    except DatasetError:  # training needs the caches only
+        return None
+
+
+@functools.lru_cache(maxsize=16)
+def _count_all(folder: Path, media: Path, kind: str) -> dict[str, int]:
+    suffixes = media_suffixes(kind) | media_suffixes(kind, spare=True)
+    paths = (Path(entry.name) for entry in list_entries(media, "directory"))
+    stems = frozenset(path.stem for path in paths if path.suffix.lower() in suffixes)
+    return {stem: len(found) for stem, found in _pair(folder, REFERENCE, stems)[0].items()}
+
+
+def companion_lines(sources: Sequence[MediaSource], faults: list[Fault]) -> Iterator[str]:
+    """Yield lines about the pairs of a table for its report; add a remark for each item without partner."""
+    for key, counts in (
+        (REFERENCE, [len(one.references) for one in sources]),
+        (MASK, [int(one.control_mask is not None) for one in sources]),
+    ):
+        if any(counts):
+            words = (f"{count_of(n, 'item')} with {number}" for number, n in sorted(Counter(counts).items()))
+            yield f"{'references' if key == REFERENCE else 'control masks'}: {', '.join(words)}"
+            pairs = zip(sources, counts, strict=True)
+            faults += [Fault(NONE[key], str(one.path), one.stem) for one, count in pairs if not count]
+
+
+def read_companions(
+    here: MediaSource,
+    size: Size,
+    bucket: Size,
+    count: int,
+    fps: float = 0.0,
+    clock: Sequence[tuple[int, float]] = (),
+) -> dict[str, Any]:
+    """Read references and the control mask of a fetched source, as fields of `DecodedSource`.
+
+    References cover and are cropped to the bucket divided by the family's factor. A clip has `count` frames,
+    those shown at the times of `clock`, its last one repeated; a picture one. Raises MediaError.
+    """
+    found: dict[str, Any] = {}
+    factor = 1 if here.table.clip_references is None else here.table.clip_references.size_factor
+    if bucket[0] % factor or bucket[1] % factor:
+        sides = f"{bucket[0]}x{bucket[1]} pixels"
+        raise MediaError(f"{here.path}: its {sides} cannot be divided by the references' factor {factor}")
+    small = bucket[0] // factor, bucket[1] // factor
+
+    def read(path: Path) -> "Clip":
+        if is_still(path) or here.table.kind == "image":
+            return resize_cover(read_image(path), small)[None]
+        frames = frames_beside(path, here.path, here.table, fps, clock)
+        clip = [resize_cover(np.ascontiguousarray(frame[..., :3]), small) for frame in frames][:count]
+        return np.stack(clip + clip[-1:] * (count - len(clip)))
+
+    found["references"] = tuple(map(read, here.references))
+    if here.control_mask is not None:
+        found["control_mask"] = _read_mask(here, here.control_mask, (size, bucket), count, fps, clock)
+    return found
+
+
+def _read_mask(
+    here: MediaSource,
+    path: Path,
+    sizes: tuple[Size, Size],
+    count: int,
+    fps: float,
+    clock: Sequence[tuple[int, float]],
+) -> Mask:
+    place = functools.partial(resize_cover, bucket=sizes[1])
+    if is_still(path):
+        return read_still(path, place, sizes[0], count)
+    beside = frames_beside(path, here.path, here.table, fps, clock, alpha=True)
+    return read_moving(path, beside, place, sizes[0], count)
+
+
+def cut_companions(media: "DecodedSource", span: Span) -> dict[str, Any]:
+    """Return the references and the control mask of a span, as fields of `Item`, copied."""
+    begin, end, whole, mask = span[0], sum(span), len(media.frames), media.control_mask
+    crops = (one[begin:end] if len(one) == whole else one for one in media.references)
+    return {
+        "references": tuple(torch.from_numpy(one.copy()) for one in crops),
+        "control_mask": None if mask is None else torch.from_numpy(mask[begin:end].copy()),
+    }
