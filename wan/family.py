@@ -13,6 +13,7 @@ from encoders.files import OneTransformer
 from modules.checkpoints.dits import with_dtype
 from modules.checkpoints.opening import fingerprint
 from modules.contract.data import (
+    CAPTION,
     FIRST_FRAME,
     Batch,
     CacheEntry,
@@ -28,7 +29,16 @@ from modules.contract.data import (
 from modules.contract.family import FLOW, Abilities, DitSpec, Family, NoiseSource, NoiseSpec
 from modules.contract.loading import Placement
 from modules.contract.requests import Prepared, Request
-from modules.contract.rules import IMAGE, LATENTS, ONE_EXPERT, VIDEO, Expert, ModelRelease, SourceRules
+from modules.contract.rules import (
+    IMAGE,
+    LATENTS,
+    ONE_EXPERT,
+    VIDEO,
+    Expert,
+    ModelRelease,
+    ReferenceRules,
+    SourceRules,
+)
 from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from modules.families import HIGH_NOISE, LOW_NOISE
 from modules.installation import import_own
@@ -56,6 +66,7 @@ from wan.inputs import (
 from wan.names import LORA
 from wan.options import (
     MASK,
+    MOST_REFERENCES,
     SCALE,
     WanGenerationOptions,
     WanLatentCachingOptions,
@@ -69,6 +80,7 @@ from wan.vae import normalise
 logger = logging.getLogger(__name__)
 
 VACE_INPUTS = (("vace_control", "control"), ("vace_scales", "hint_scales"))  # conditions -> of the network
+VACE_REFERENCES = ReferenceRules(MOST_REFERENCES, clips=True, on_white=True, control_masks=True)
 
 
 @dataclass(frozen=True)
@@ -113,8 +125,13 @@ class Wan(OneTransformer):
         return replace(FLOW, first_frame_probability=self.first_frame_probability)
 
     @property
+    def references(self) -> ReferenceRules | None:
+        """Return how items' references are cached and learned; those of requests are in `wan.vace`."""
+        return VACE_REFERENCES if VACE in (self.image_kind, self.task.kind) else None
+
+    @property
     def fuller(self) -> tuple[str, ...]:
-        return (*super().fuller, FIRST_FRAME) if self.task.keeps_image else super().fuller
+        return (CAPTION, FIRST_FRAME) if self.task.keeps_image else (CAPTION,)
 
     @property
     def experts(self) -> tuple[Expert, ...]:
@@ -332,7 +349,8 @@ def family_for_latent_caching(options: WanLatentCachingOptions) -> Wan:
 
 def family_for_text_caching(options: WanTextCachingOptions) -> Wan:
     text = options.text
-    return Wan(WanFiles(t5=text.t5, t5_tokenizer=text.t5_tokenizer, t5_in_fp8=text.fp8_t5))
+    files = WanFiles(t5=text.t5, t5_tokenizer=text.t5_tokenizer, t5_in_fp8=text.fp8_t5)
+    return Wan(files, image_kind=VACE)  # captions may be those of items with references
 
 
 def family_for_training(options: WanTrainingOptions) -> Wan:

@@ -188,6 +188,7 @@ CONTROL = {
     name: name for name in (SOURCE, MASK, REFERENCES, SCALE)
 }  # options -> their names in Request.extra
 MOST_HINT_SCALE = 100
+MOST_REFERENCES = 8  # each is a latent frame more; the release was trained with few
 
 
 class WanControlOptions(Options, title="VACE"):

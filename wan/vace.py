@@ -11,18 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy
 import torch
 import torch.nn.functional as functional
 from einops import rearrange
-from numpy.typing import NDArray
 from torch import Tensor
 
 from modules.contract.requests import Prepared, Request, check_opens
 from modules.errors import OptionError
-from modules.media.pixels import image_pixels, to_pixels, video_pixels
+from modules.media.pixels import image_pixels, video_pixels
 from modules.option_values import to_path
-from wan.options import MASK, MOST_HINT_SCALE, REFERENCES, SCALE, SOURCE
+from wan.options import MASK, MOST_HINT_SCALE, MOST_REFERENCES, REFERENCES, SCALE, SOURCE
 from wan.spec import LATENT
 from wan.vae import WanVae
 
@@ -65,6 +63,8 @@ def take_control(request: Request, layers: int) -> tuple[Request, VaceRequest]:
         raise OptionError(
             f"--src_mask {mask}: it says what of a video is made new, and there is none. Give --src_video"
         )
+    if len(references) > MOST_REFERENCES:
+        raise OptionError(f"{len(references)} reference pictures: give at most {MOST_REFERENCES}")
     if references and request.source is not None:
         raise OptionError(
             f"--{request.source.option} {request.source.path} with reference pictures, which stand in front "
@@ -108,6 +108,8 @@ def encode_control(vae: WanVae, prepared: Prepared) -> dict[str, Tensor | list[T
     On the CPU. Nothing at a strength of 0: hints are then not computed. Raises MediaError if a video is too
     short.
     """
+    # with the libraries of media, which networks run without
+    from modules.media.canvas import on_white
     from modules.media.reading import first_frame
 
     asked, own = prepared.asked, prepared.own
@@ -173,26 +175,6 @@ def mask_channels(frames: int, width: int, height: int) -> Tensor:
 
 def latent_frames(frames: int) -> int:
     return (frames - 1) // LATENT.stride[0] + 1
-
-
-def on_white(frame: NDArray[numpy.uint8], width: int, height: int) -> Tensor:
-    """Scale a picture, H W 3, to fit, and centre it on white of that size: 1 3 1 H W in -1..1.
-
-    As diffusers' pipeline does: sides are first cut to multiples of 8, by Lanczos, and then scaled, bilinear
-    without a filter before and rounded down.
-    """
-    from modules.media.reading import resize_frame
-
-    rows, columns = (max(side // LATENT.stride[1], 1) * LATENT.stride[1] for side in frame.shape[:2])
-    frame = resize_frame(frame, (columns, rows), "none" if (rows, columns) == frame.shape[:2] else "lanczos")
-    scale = min(height / rows, width / columns)
-    rows, columns = (max(int(side * scale), 1) for side in (rows, columns))
-    image = to_pixels(torch.from_numpy(frame[None, None]))[:, :, 0]
-    scaled = functional.interpolate(image, (rows, columns), mode="bilinear", align_corners=False)
-    canvas = image.new_ones(1, 3, 1, height, width)
-    top, left = (height - rows) // 2, (width - columns) // 2
-    canvas[:, :, 0, top : top + rows, left : left + columns] = scaled
-    return canvas
 
 
 def join_control(halves: Tensor, mask: Tensor, references: Sequence[Tensor]) -> Tensor:

@@ -345,4 +345,7 @@ class ReferenceRules:
     # its target's, a picture is one frame
     clips: bool = False
     size_factor: int = 1  # by which their sides are smaller than their target's
+    on_white: bool = (
+        False  # each is one picture, a clip its first frame, and stands whole on white of that size
+    )
     control_masks: bool = False  # control_mask_directory and control_mask_path too: white is made anew

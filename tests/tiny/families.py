@@ -77,7 +77,15 @@ def _wan(
         write_image(folder / "end.png", 32, 32)
 
     texts = ["--t5", "model/t5.safetensors"]
-    models = ["--task", task, "--dit", "model/dit.safetensors", *VAE, *texts, *(with_clip[:2] if with_clip[:1] == CLIP[:1] else [])]
+    models = [
+        "--task",
+        task,
+        "--dit",
+        "model/dit.safetensors",
+        *VAE,
+        *texts,
+        *(with_clip[:2] if with_clip[:1] == CLIP[:1] else []),
+    ]
     return TinyFamily(
         name=f"wan {task}",
         prepare=prepare,
