@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,28 @@ def _header(checkpoint: Checkpoint) -> DitHeader[WanConfig]:
         )
     block_weight = "blocks.0.attn1.to_q.weight" if dialect == "diffusers" else "blocks.0.self_attn.q.weight"
     return DitHeader(_config(path, shapes), dialect, names[block_weight].dtype)
+
+
+def add_vace_header(checkpoint: Checkpoint, header: DitHeader[WanConfig], dit: Path) -> DitHeader[WanConfig]:
+    """Return the header of a transformer with VACE's blocks from a file of their own (--vace).
+
+    Raises CheckpointError if it is another file, or of another size, or if the transformer has such blocks.
+    """
+    shapes, path = _shapes(bare_names(checkpoint)), checkpoint.path
+    weight = shapes.get("vace_patch_embedding.weight", ())
+    layers = _count_blocks(shapes, "vace_blocks")
+    if len(weight) != 5 or not layers:
+        raise CheckpointError(f"--vace {path}: it has no blocks of VACE. Give a file with vace_blocks.", path)
+    config, (width, channels, *_) = header.config, weight
+    if config.vace_layers:
+        raise CheckpointError(f"{dit} has blocks of VACE itself: leave --vace {path} out.", path)
+    if width != config.dim or config.num_layers % layers:
+        raise CheckpointError(
+            f"--vace {path}: {layers} blocks of width {width}; {dit} has {config.num_layers} of width "
+            f"{config.dim}. Give the two of one model.",
+            path,
+        )
+    return replace(header, config=replace(config, vace_layers=layers, vace_dim=channels))
 
 
 def _config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig:

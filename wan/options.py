@@ -122,6 +122,12 @@ class WanModelOptions(Options, title="Wan"):
         "for LoRAs trained that way",
         facts=HABIT,
     )
+    vace: Path | None = option(
+        "the blocks of VACE alone, as a file beside a text-to-video --dit that has none", facts=FREE
+    )
+    vace_high_noise: Path | None = option(
+        "likewise beside --dit_high_noise; it may be the same file", needs="vace", facts=FREE
+    )
     vae: VaeOptions = option(facts={**FREE, **OF_DECODING})
     vae_cache_cpu: bool = option(_CACHE_CPU, facts={**FREE, **NO_PIXELS})
     text: WanTextOptions = option(facts=FREE)
@@ -138,6 +144,15 @@ class WanModelOptions(Options, title="Wan"):
             raise OptionError(
                 f"--dit_dtype {self.dit_dtype} with --mixed_precision_transformer, which keeps those of the "
                 "file: leave one of them out"
+            )
+        if self.vace is not None and TASKS[self.task].kind != VACE:
+            raise OptionError(
+                f"--vace {self.vace}: --task {self.task} has no blocks of VACE. Use --task vace-1.3B, "
+                "vace-14B or vace-A14B"
+            )
+        if self.vace is not None and (self.vace_high_noise is None) != (self.experts.dit_high_noise is None):
+            raise OptionError(
+                "--vace with two transformers: give --dit_high_noise and --vace_high_noise both, or neither"
             )
 
 
@@ -286,6 +301,8 @@ def generation_options(options: WanTrainingOptions, sample: Mapping[str, Any]) -
         "--timestep_boundary": None if high is None else options.experts.timestep_boundary,
         "--dit": low or "DIT_FILE",
         "--dit_high_noise": high,
+        "--vace": options.vace,
+        "--vace_high_noise": options.vace_high_noise,
         "--vae": options.vae.vae or "VAE_FILE",
         "--t5": options.text.t5 or "T5_FILE",
         "--clip": (options.clip or "CLIP_FILE") if task.has_features else None,

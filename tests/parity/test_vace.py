@@ -209,6 +209,25 @@ def test_the_pictures_are_those_of_the_pipeline(tmp_path: Path, scene: Scene) ->
         assert abs(difference).max() <= 1
 
 
+def test_the_second_stack_in_a_file_of_its_own(tmp_path: Path, scene: Scene) -> None:
+    """Beside a transformer of text to video in diffusers' names."""
+    state = load_file(scene.models / "dit.safetensors")
+    shutil.copytree(scene.models, tmp_path / "apart")
+    own = {name: tensor for name, tensor in state.items() if name.startswith("vace_")}
+    base = {name: tensor for name, tensor in state.items() if name not in own}
+    save_file(own, tmp_path / "module.safetensors")
+    save_file(diffusers_state(base), tmp_path / "apart" / "dit.safetensors")
+    given = [*scene.video, *scene.mask]
+
+    whole = generate(tmp_path / "a", scene.models, "vace-1.3B", *ASK, *given)
+    apart = generate(
+        *(tmp_path / "b", tmp_path / "apart", "vace-1.3B", *ASK, *given),
+        *("--vace", tmp_path / "module.safetensors"),
+    )
+
+    assert torch.equal(whole, apart)
+
+
 def test_without_control_it_is_text_to_video_to_the_bit(tmp_path: Path, scene: Scene) -> None:
     """At a strength of 0, with a LoRA of text to video, and with the second stack in the file or not."""
     state = load_file(scene.models / "dit.safetensors")
