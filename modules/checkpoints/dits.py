@@ -128,7 +128,8 @@ class DitFormat(Generic[Config, Dit]):
         dtype: see `choose_dtype`; some layers are always kept in float32, and with
         `placement.keep_file_dtypes` each layer has the dtype of its weight in the file. `placement.patch` is
         called with the published parameter names. beside: a file with further tensors of it. Raises
-        CheckpointError if the file is another model's, is incomplete, or has unknown tensors, and if an fp8 file is to be rounded again or patched.
+        CheckpointError if the file is another model's, is incomplete, or has unknown tensors, and if an fp8
+        file is to be rounded again or patched.
         """
         with contextlib.ExitStack() as opened:
             checkpoint = bare_names(opened.enter_context(open_checkpoint(path)))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from diffusers.loaders import WanLoraLoaderMixin
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -186,3 +187,26 @@ def test_a_checkpoint_of_vace_is_told_from_text_to_video(project: Path) -> None:
     code, message = run_here("wan_train_network.py", *models, *saved, folder=project)
 
     assert_one_message(code, message, "2 blocks of VACE", "--task vace-1.3B")
+
+
+def test_the_lora_is_read_by_other_tools(project: Path) -> None:
+    """ComfyUI's names are the released ones; diffusers loads its own names, and the effect is the same."""
+    trained = train(project, "shared")
+    for target in ("comfyui", "diffusers"):
+        files = ["--input", "out/shared.safetensors", "--output", f"out/{target}.safetensors"]
+        succeed_here("convert_lora.py", *files, "--target", target, folder=project)
+
+    comfy = load_file(project / "out" / "comfyui.safetensors")
+    assert "diffusion_model.vace_blocks.1.cross_attn.q.lora_A.weight" in comfy
+    assert all(name.startswith("diffusion_model.vace_blocks.") for name in comfy)
+    dit: Any = their_dit(project / "models" / "dit.safetensors")
+    state = WanLoraLoaderMixin.lora_state_dict(str(project / "out" / "diffusers.safetensors"))
+    WanLoraLoaderMixin.load_lora_into_transformer(state, dit, adapter_name="ours")
+    inner = {name: module for name, module in dit.named_modules() if hasattr(module, "lora_A")}
+    ups = [name.removesuffix(".lora_up.weight") for name in trained if name.endswith("lora_up.weight")]
+    assert inner.keys() == {their_name(name) for name in ups}
+    for name in ups:
+        theirs = inner[their_name(name)]
+        product = theirs.lora_B["ours"].weight @ theirs.lora_A["ours"].weight * theirs.scaling["ours"]
+        ours = trained[f"{name}.lora_up.weight"] @ trained[f"{name}.lora_down.weight"] * ALPHA / RANK
+        assert_equal(product.detach(), ours, name, 1e-6)

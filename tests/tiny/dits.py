@@ -122,7 +122,7 @@ def _wan(kind: str) -> TinyDit:
             given["image_embeds"] = draw(batch, 257, config.image_dim)
         if config.vace_layers:
             given["control"] = draw(batch, config.vace_dim, *grid)
-            given["hint_scales"] = draw(batch, config.vace_layers)
+            given["hint_scales"] = draw(batch, 8)  # of as many layers at most
         return given
 
     model, lists = WanModel, ["num_layers"]
