@@ -1,8 +1,10 @@
 """Generate videos and images with Wan2.1 and Wan2.2. All options: python wan_generate_video.py --help"""
 
 import modules.interpreter  # noqa: F401
+from generation.prompt_lines import CANCELS, GENERATION_OPTIONS, LineOption, read_name, read_path
 from generation.script_options import FASTER, ScriptDefaults
 from generation.scripts import generation_script
+from wan.options import CONTROL, MASK, REFERENCES, SCALE, SOURCE
 
 DEFAULTS = ScriptDefaults(
     fps=16,
@@ -11,6 +13,14 @@ DEFAULTS = ScriptDefaults(
     has_experts=True,
     optimized={**FASTER, "fp16_accumulation": True, "rope_func": "comfy"},
     riflex_frequencies=22,
+    line_options={
+        **GENERATION_OPTIONS,
+        "sv": LineOption(SOURCE, read_path, CANCELS),
+        "sm": LineOption(MASK, read_path, CANCELS),
+        "sr": LineOption(REFERENCES, read_path, CANCELS, repeats=True),
+        "vs": LineOption(SCALE, read_name),
+    },
+    extras=CONTROL,
 )
 main = generation_script("wan", DEFAULTS, __doc__)
 

@@ -284,9 +284,10 @@ def check_models(run: GenerationRun) -> None:
     if counts:
         check_swap(run.family.dit, run.options.speed.swap.number, counts)
         layers = run.options.guidance.skipped_layers
-        if layers and max(layers) >= sum(counts):
+        own = sum(counts[:-1] if run.family.dit.side_list else counts)
+        if layers and max(layers) >= own:
             raise OptionError(
-                f"--slg_layers: there is no block {max(layers)}, the model has blocks 0 to {sum(counts) - 1}"
+                f"--slg_layers: there is no block {max(layers)}, the model has blocks 0 to {own - 1}"
             )
 
 

@@ -59,6 +59,9 @@ OF_SOME_MODELS: Mapping[str, LineOption] = {
     "ctr": LineOption("cfg_trunc_ratio", _leading_number),
     "rcfg": LineOption("renorm_cfg", _leading_number),
     **{name: LineOption(name, _leading_number) for name in ("mu", "y1", "y2")},
+    # of VACE, whose video and references are --cn and --ci
+    "sm": LineOption("src_mask", read_path),
+    "vs": LineOption("vace_scale", read_name),
 }
 # prompt files of training samples; numbers are read from their leading digits, as other trainers do
 SAMPLE_OPTIONS: Mapping[str, LineOption] = {

@@ -164,8 +164,8 @@ class Ltx2(OneTransformer):
         """Raise DatasetError for control videos and pictures: its references have keys of their own."""
         if table.has_control:
             raise DatasetError(
-                f"{table.name}: LTX-2 follows no control clips. What a clip is made from is a reference: name "
-                "its folder reference_directory, not control_directory, and in lists reference_path."
+                f"{table.name}: LTX-2 follows no control clips. What a clip is made from is a reference: "
+                "name its folder reference_directory, not control_directory, and in lists reference_path."
             )
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:

@@ -41,6 +41,7 @@ class Hidden:
     tokens: Any  # the model's own record
     # B L' C for each block, added to the first L' tokens behind it; None: nothing is
     added: Sequence[Tensor | None] = ()
+    side: Tensor | None = None  # B L C of `DitSpec.side_list`; None: its blocks do not run
 
 
 Runner = Callable[[nn.Module, Hidden, Tweaks], None]  # has the blocks of the network change `hidden.x`
@@ -54,20 +55,26 @@ def run_in_order(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
     """Run all blocks one after the other, except `tweaks.skip_blocks`: those pass their input through.
 
     Those of `tweaks.skip_self_attention` get inputs that say so, which the model's record of tokens makes.
-    Blocks are counted over all lists, in the order of `DitSpec.block_lists`.
+    Blocks are counted over all lists, in the order of `DitSpec.block_lists`. A block of the second stream is
+    given that stream and `x`; it returns the stream, and what is added to `x` behind the next block.
     """
-    index = 0
-    for blocks in spec_of(dit).blocks(dit).values():
-        for block in blocks:
-            if index not in tweaks.skip_blocks:
-                skips = index in tweaks.skip_self_attention
-                tokens = hidden.tokens.without_self_attention() if skips else hidden.tokens
-                hidden.x = block(hidden.x, tokens)
-            if hidden.added and (more := hidden.added[index]) is not None:
-                hidden.x = hidden.x + pad(
-                    more.to(hidden.x.dtype), (0, 0, 0, hidden.x.shape[1] - more.shape[1])
-                )
-            index += 1
+    spec, hint = spec_of(dit), None
+    lists = spec.blocks(dit)
+    blocks = [(block, name == spec.side_list) for name, found in lists.items() for block in found]
+    for index in spec.order([len(found) for found in lists.values()]):
+        block, is_side = blocks[index]
+        if is_side:
+            if hidden.side is not None:
+                hidden.side, hint = block(hidden.side, hidden.x, hidden.tokens)
+            continue
+        if index not in tweaks.skip_blocks:
+            skips = index in tweaks.skip_self_attention
+            tokens = hidden.tokens.without_self_attention() if skips else hidden.tokens
+            hidden.x = block(hidden.x, tokens)
+        if hidden.added and (more := hidden.added[index]) is not None:
+            hidden.x = hidden.x + pad(more.to(hidden.x.dtype), (0, 0, 0, hidden.x.shape[1] - more.shape[1]))
+        if hint is not None:
+            hidden.x, hint = hidden.x + hint, None
 
 
 def runner_of(dit: nn.Module) -> Runner:

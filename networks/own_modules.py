@@ -83,7 +83,7 @@ def _choose(
         size = _size(path, module, settings)
         if places:
             size = int(settings.reg_ranks[places[-1]][1]), settings.alpha
-        is_unasked = any(part in path for part in unasked) and _rank_of_kind(path, settings) is None
+        is_unasked = any(part in f".{path}" for part in unasked) and _rank_of_kind(path, settings) is None
         if size is None or size[0] <= 0 or _is_excluded(path, settings, is_unasked):
             size = None
         if settings.verbose:

@@ -12,13 +12,15 @@ from modules.contract.data import (
     MediaTable,
 )
 from modules.errors import CacheError, DatasetError
+from modules.installation import import_own
 from modules.media.pixels import to_pixels
-from wan.configs import WanConfig, WanTask
+from wan.configs import VACE, WanConfig, WanTask
 from wan.inputs import (
     control_channels,
     first_last_condition,
     image_condition,
 )
+from wan.spec import LATENT
 
 
 def check_controls(task: WanTask, table: MediaTable) -> None:
@@ -40,10 +42,12 @@ def encode_together(
 ) -> list[CacheEntry]:
     """Encode all items in one batch: latents, those of control videos, and with `image_kind` the image's.
 
-    store: dtype of the latents. image_kind: i2v, flf2v, or None for text-to-video caches. Without an image
-    encoder there are no image features: Wan2.2 takes none.
+    store: dtype of the latents. image_kind: i2v, flf2v, vace, or None for text-to-video caches. Without an
+    image encoder there are no image features: Wan2.2 takes none.
     """
     vae = encoders.vae
+    if image_kind == VACE:
+        return import_own("wan.vace_training").encode_items(vae, media, store)
     pixels = to_pixels(media.frames.to(vae.device))  # as bytes it is a quarter to copy
     tensors = {"latents": vae.encode(pixels).to(store)}
     if media.control:
@@ -69,6 +73,7 @@ NO_MOMENTS = (
     "features of the image, for which the frames are needed. Leave out load_tensors, or --i2v, --clip "
     "and --flf2v"
 )
+NO_VACE_MOMENTS = "VACE's caches hold what stays and what changes of a clip, for which frames are needed"
 CLIP_TOKENS = 257  # per image: 16 x 16 patches and the class token
 
 
@@ -82,6 +87,9 @@ def batch_conditions(
     something is missing or the number of images is wrong.
     """
     needed = {"t5": "a text cache"}
+    if task.kind == VACE:
+        batch.check({**needed, "latents_control": "wan_cache_latents.py --vace"}, f"--task {task.name}")
+        return {"t5": batch.tensors["t5"], **import_own("wan.vace_training").batch_control(batch)}
     if task.has_features:
         needed |= {"clip": "wan_cache_latents.py --clip", "latents_image": "wan_cache_latents.py --clip"}
     elif task.takes_image:
@@ -107,6 +115,11 @@ def batch_conditions(
     image = batch.tensor("latents_image").float() if task.takes_image else None
     if task.has_control:
         control = batch.tensor("latents_control").float()
+        if control.shape[1] != LATENT.channels:
+            raise CacheError(
+                f"{batch.keys[0]}: its control is cached for VACE. Cache again with wan_cache_latents.py, "
+                "without --vace."
+            )
         conditions["condition_latents"] = control_channels(task, control, image)
     elif image is not None:
         conditions["condition_latents"] = image

@@ -3,7 +3,9 @@
 import logging
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,8 +15,9 @@ from modules.checkpoints.kinds import kind_of
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.contract.loading import TensorSource
 from modules.errors import CheckpointError
+from modules.installation import import_own
 from networks.names.layouts import tensor_patterns
-from wan.configs import HEAD_WIDTH, INPUT_CHANNELS, TASKS, WanConfig, WanTask
+from wan.configs import HEAD_WIDTH, INPUT_CHANNELS, TASKS, VACE, WanConfig, WanTask
 from wan.model import WanModel
 from wan.names import WAN
 
@@ -29,10 +32,11 @@ KIND_WORDS = {
     "i2v-2.2": "Wan2.2 I2V",
     "ti2v": "Wan TI2V-5B",
     "fun-control-2.2": "Wan2.2 Fun-Control",
+    VACE: "Wan VACE",
 }
 
 # Networks that share Wan's names but need other inputs: how tensors of theirs begin, what they are ({} is 2.1
-# or 2.2), and what to use. Source: Wan-Video/Wan2.2 (S2V, Animate), ali-vilab/VACE, VideoX-Fun.
+# or 2.2), and what to use. Source: Wan-Video/Wan2.2 (S2V, Animate), VideoX-Fun.
 OTHER_VARIANTS = (
     (
         "control_adapter.",
@@ -48,11 +52,6 @@ OTHER_VARIANTS = (
         ("face_adapter.", "motion_encoder.", "pose_patch_embedding."),
         "Wan2.2 Animate (a character that follows a video)",
         "A Fun-Control checkpoint follows a video of poses: --task i2v-A14B-FC.",
-    ),
-    (
-        ("vace_blocks.", "vace_patch_embedding."),
-        "Wan VACE (of Wan2.1, or Fun-VACE of Wan2.2)",
-        "A Fun-Control checkpoint follows a control video: --task t2v-14B-FC or t2v-A14B-FC.",
     ),
 )
 
@@ -171,6 +170,28 @@ def _header(checkpoint: Checkpoint) -> DitHeader[WanConfig]:
     return DitHeader(_config(path, shapes), dialect, names[block_weight].dtype)
 
 
+def add_vace_header(checkpoint: Checkpoint, header: DitHeader[WanConfig], dit: Path) -> DitHeader[WanConfig]:
+    """Return the header of a transformer with VACE's blocks from a file of their own (--vace).
+
+    Raises CheckpointError if it is another file, or of another size, or if the transformer has such blocks.
+    """
+    shapes, path = _shapes(bare_names(checkpoint)), checkpoint.path
+    weight = shapes.get("vace_patch_embedding.weight", ())
+    layers = _count_blocks(shapes, "vace_blocks")
+    if len(weight) != 5 or not layers:
+        raise CheckpointError(f"--vace {path}: it has no blocks of VACE. Give a file with vace_blocks.", path)
+    config, (width, channels, *_) = header.config, weight
+    if config.vace_layers:
+        raise CheckpointError(f"{dit} has blocks of VACE itself: leave --vace {path} out.", path)
+    if width != config.dim or config.num_layers % layers:
+        raise CheckpointError(
+            f"--vace {path}: {layers} blocks of width {width}; {dit} has {config.num_layers} of width "
+            f"{config.dim}. Give the two of one model.",
+            path,
+        )
+    return replace(header, config=replace(config, vace_layers=layers, vace_dim=channels))
+
+
 def _config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig:
     needed = (
         "blocks.0.ffn.0.weight",
@@ -185,6 +206,14 @@ def _config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig:
             path,
         )
     dim, in_dim, *patch = shapes["patch_embedding.weight"]
+    layers, vace_layers = _count_blocks(shapes, "blocks"), _count_blocks(shapes, "vace_blocks")
+    vace_dim = shapes.get("vace_patch_embedding.weight", (0, 0))[1]
+    if vace_layers and (layers % vace_layers or not vace_dim):
+        raise CheckpointError(
+            f"{path}: {vace_layers} VACE blocks beside {layers} blocks, and a vace_patch_embedding for "
+            f"{vace_dim} channels. Every block of VACE belongs to equally many others. Download it again.",
+            path,
+        )
     if dim % HEAD_WIDTH:
         raise CheckpointError(
             f"{path}: width {dim} is not a multiple of {HEAD_WIDTH}, the head width of Wan models.", path
@@ -196,7 +225,9 @@ def _config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig:
         freq_dim=shapes["time_embedding.0.weight"][1],
         text_dim=shapes["text_embedding.0.weight"][1],
         num_heads=dim // HEAD_WIDTH,
-        num_layers=1 + max(int(name.split(".")[1]) for name in shapes if re.match(r"blocks\.\d+\.", name)),
+        num_layers=layers,
+        vace_layers=vace_layers,
+        vace_dim=vace_dim,
         in_dim=in_dim,
         out_dim=shapes["head.head.weight"][0] // (patch[0] * patch[1] * patch[2]),
         patch_size=(patch[0], patch[1], patch[2]),
@@ -204,6 +235,12 @@ def _config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig:
         image_dim=image[0] if image else WanConfig.image_dim,
         image_positions=shapes["img_emb.emb_pos"][1] if "img_emb.emb_pos" in shapes else 0,
         has_ref_conv="ref_conv.weight" in shapes,
+    )
+
+
+def _count_blocks(shapes: Mapping[str, tuple[int, ...]], blocks: str) -> int:
+    return 1 + max(
+        (int(name.split(".")[1]) for name in shapes if re.match(rf"{blocks}\.\d+\.", name)), default=-1
     )
 
 
@@ -223,6 +260,9 @@ def _fitting(header: DitHeader[WanConfig]) -> list[str]:
 def _difference(config: WanConfig, task: WanTask) -> str:
     if config.in_dim != task.in_dim:
         return f"patch_embedding.weight takes {config.in_dim} input channels, {task.name} has {task.in_dim}."
+    if (config.kind == VACE) != (task.kind == VACE):
+        found = f"{config.vace_layers or 'no'} blocks of VACE, {task.name} has "
+        return f"The file has {found}{'them' if task.kind == VACE else 'none'}."
     has_image = task.model_kind in INPUT_CHANNELS[True] or task.kind == "flf2v"
     if config.has_image != has_image:
         return (
@@ -234,7 +274,13 @@ def _difference(config: WanConfig, task: WanTask) -> str:
     return f"img_emb.emb_pos is missing, with which {task.name} tells two images apart."
 
 
-FORMAT = DitFormat(_header, lambda header: KIND_WORDS[header.kind], WanModel, _sources)
+def make_dit(config: WanConfig, *settings: Any) -> WanModel:
+    network = import_own("wan.vace_model").WanVaceModel if config.kind == VACE else WanModel
+    made: WanModel = network(config, *settings)
+    return made
+
+
+FORMAT = DitFormat(_header, lambda header: KIND_WORDS[header.kind], make_dit, _sources)
 read_dit_header, load_dit = (
     FORMAT.read_header,
     FORMAT.load,

@@ -78,6 +78,7 @@ WAN_2_2 = VaeRelease(
 RELEASES = {release.channels: release for release in (WAN_2_1, WAN_2_2)}  # by the channels of their latents
 
 
+VACE = "vace"  # the kind of a text-to-video model with a second stack, for control, masks and references
 HEAD_WIDTH = 128  # of all released sizes; cannot be read from the tensors of a file
 
 
@@ -100,10 +101,14 @@ class WanConfig:
     image_dim: int = 1280  # width of the CLIP features that img_emb takes
     image_positions: int = 0  # length of img_emb.emb_pos (FLF2V: 514); 0: the model has none
     has_ref_conv: bool = False  # Fun-Control v1.1 and of Wan2.2
+    vace_layers: int = 0  # blocks of VACE's second stack; 0: the model has none
+    vace_dim: int = 0  # channels that vace_patch_embedding takes
 
     @property
     def kind(self) -> str:
         """Return the name of `INPUT_CHANNELS`. Text-to-video of Wan2.1 and of 2.2 have the same tensors."""
+        if self.vace_layers:
+            return VACE if self.in_dim == INPUT_CHANNELS[False]["t2v"] else "unknown"
         if self.image_positions:
             return "flf2v"
         kinds = {channels: kind for kind, channels in INPUT_CHANNELS[self.has_image].items()}
@@ -124,7 +129,7 @@ class WanTask:
     """Requirements of a `--task` on the checkpoint, and its defaults for generation."""
 
     name: str
-    # t2v, i2v, flf2v: what conditions the video; ti2v: a text, and an image if there is one
+    # t2v, i2v, flf2v: what conditions the video; ti2v: a text, and an image if there is one; vace: see `VACE`
     kind: str
     has_control: bool
     dim: int  # of the released checkpoint; if a file has another, this is logged and the file used
@@ -174,7 +179,7 @@ class WanTask:
 
     @property
     def in_dim(self) -> int:
-        kinds = {"flf2v": 36, **INPUT_CHANNELS[True], **INPUT_CHANNELS[False]}
+        kinds = {"flf2v": 36, VACE: 16, **INPUT_CHANNELS[True], **INPUT_CHANNELS[False]}
         return kinds[self.model_kind]
 
 
@@ -216,6 +221,14 @@ TASKS: dict[str, WanTask] = {
             guidance=3.5,
             high_noise_guidance=3.5,
             boundary=900.0,
+        ),
+        WanTask("vace-1.3B", VACE, False, 1536, 50, 81, _480P, ("Wan-AI/Wan2.1-VACE-1.3B",)),
+        WanTask("vace-14B", VACE, False, 5120, 50, 81, _720P, ("Wan-AI/Wan2.1-VACE-14B",)),
+        WanTask(
+            *("vace-A14B", VACE, False, 5120, 50, 81, _720P, ("alibaba-pai/Wan2.2-VACE-Fun-A14B",)),
+            version="2.2",
+            high_noise_guidance=5.0,
+            boundary=875.0,
         ),
         WanTask("t2v-A14B-FC", "t2v", True, 5120, 50, 81, _720P, _FUN_A14B, **_FUN_A14B_SETTINGS),
         WanTask("i2v-A14B-FC", "i2v", True, 5120, 50, 81, _720P, _FUN_A14B, **_FUN_A14B_SETTINGS),

@@ -13,6 +13,7 @@ from encoders.files import OneTransformer
 from modules.checkpoints.dits import with_dtype
 from modules.checkpoints.opening import fingerprint
 from modules.contract.data import (
+    CAPTION,
     FIRST_FRAME,
     Batch,
     CacheEntry,
@@ -28,13 +29,24 @@ from modules.contract.data import (
 from modules.contract.family import FLOW, Abilities, DitSpec, Family, NoiseSource, NoiseSpec
 from modules.contract.loading import Placement
 from modules.contract.requests import Prepared, Request
-from modules.contract.rules import IMAGE, LATENTS, ONE_EXPERT, VIDEO, Expert, ModelRelease, SourceRules
+from modules.contract.rules import (
+    IMAGE,
+    LATENTS,
+    ONE_EXPERT,
+    VIDEO,
+    Expert,
+    ModelRelease,
+    ReferenceRules,
+    SourceRules,
+)
 from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from modules.families import HIGH_NOISE, LOW_NOISE
+from modules.installation import import_own
 from modules.media.pixels import to_pixels
 from modules.options import NO_OPTIONS
 from wan.caching import (
     NO_MOMENTS,
+    NO_VACE_MOMENTS,
     batch_conditions,
     check_controls,
     encode_together,
@@ -42,7 +54,7 @@ from wan.caching import (
 )
 from wan.checkpoints import load_dit, note_task
 from wan.clip import load_clip
-from wan.configs import WanTask
+from wan.configs import VACE, WanTask
 from wan.files import WanFiles, boundary_of, caching_files, files_and_boundary, files_of
 from wan.inputs import (
     FIRST_LATENTS,
@@ -53,16 +65,22 @@ from wan.inputs import (
 )
 from wan.names import LORA
 from wan.options import (
+    MASK,
+    MOST_REFERENCES,
+    SCALE,
     WanGenerationOptions,
     WanLatentCachingOptions,
     WanTextCachingOptions,
     WanTrainingOptions,
 )
-from wan.spec import DIT, LATENT, latent_of
+from wan.spec import DIT, LATENT, VACE_DIT, latent_of
 from wan.t5 import WanTextEncoder
 from wan.vae import normalise
 
 logger = logging.getLogger(__name__)
+
+VACE_INPUTS = (("vace_control", "control"), ("vace_scales", "hint_scales"))  # conditions -> of the network
+VACE_REFERENCES = ReferenceRules(MOST_REFERENCES, clips=True, on_white=True, control_masks=True)
 
 
 @dataclass(frozen=True)
@@ -70,7 +88,7 @@ class Wan(OneTransformer):
     """Description of a Wan model for one run, built by the `family_for_...` functions below."""
 
     files: WanFiles
-    image_kind: str | None = None  # caching: i2v, flf2v, or None for text-to-video caches
+    image_kind: str | None = None  # caching: i2v, flf2v, vace, or None for text-to-video caches
     rope: str = "default"
     precision: torch.dtype = torch.float32  # of time embedding, modulation and rotation by position
     keep_file_dtypes: bool = False
@@ -84,12 +102,19 @@ class Wan(OneTransformer):
     name: str = field(default="wan", init=False)
     cache_tag: str = field(default="wan", init=False)
     lora_module: str = field(default=LORA[0].network_module, init=False)
-    dit: DitSpec = field(default=DIT, init=False)
     text_keys: frozenset[str] = field(default=WanTextEncoder.keys, init=False)
 
     @property
     def task(self) -> WanTask:
         return self.files.task
+
+    @property
+    def dit(self) -> DitSpec:
+        return VACE_DIT if self.task.kind == VACE else DIT
+
+    def block_counts(self) -> tuple[int, ...]:
+        config = self.files.dit_header().config
+        return (config.num_layers, config.vace_layers)[: len(self.dit.block_lists)]
 
     @property
     def latent(self) -> LatentSpec:
@@ -100,8 +125,13 @@ class Wan(OneTransformer):
         return replace(FLOW, first_frame_probability=self.first_frame_probability)
 
     @property
+    def references(self) -> ReferenceRules | None:
+        """Return how items' references are cached and learned; those of requests are in `wan.vace`."""
+        return VACE_REFERENCES if VACE in (self.image_kind, self.task.kind) else None
+
+    @property
     def fuller(self) -> tuple[str, ...]:
-        return (*super().fuller, FIRST_FRAME) if self.task.keeps_image else super().fuller
+        return (CAPTION, FIRST_FRAME) if self.task.keeps_image else (CAPTION,)
 
     @property
     def experts(self) -> tuple[Expert, ...]:
@@ -127,6 +157,7 @@ class Wan(OneTransformer):
             frames=task.frames,
             expert_guidance=strong,
             experts=ONE_EXPERT if self.boundary is None else _experts(self.boundary),
+            extras=(MASK, SCALE) if task.kind == VACE else (),
         )
 
     @property
@@ -176,7 +207,8 @@ class Wan(OneTransformer):
 
     @property
     def moments(self) -> MomentsRules:
-        return MomentsRules() if self.image_kind is None else MomentsRules(NO_MOMENTS)
+        refusals = {None: None, VACE: NO_VACE_MOMENTS}
+        return MomentsRules(refusals.get(self.image_kind, NO_MOMENTS))
 
     def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
         """Return normalised means of the posteriors: no sample is drawn, as for clips encoded here."""
@@ -196,7 +228,7 @@ class Wan(OneTransformer):
         note_task(self.files.dit_header(), self.task, path, self.compute_dtype(placement))
         placement = with_dtype(placement, self.files.dit_dtype)
         placement = replace(placement, keep_file_dtypes=self.keep_file_dtypes)
-        return load_dit(path, placement, self.rope, self.precision)
+        return load_dit(path, placement, self.rope, self.precision, beside=self.files.vace_of(path))
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """Return the conditions for training: text, by task CLIP features, `condition_latents` B C F H W."""
@@ -215,7 +247,9 @@ class Wan(OneTransformer):
         if isinstance(extra, Tensor):
             noisy = torch.cat([noisy, extra.to(noisy)], dim=1)
         features = clip.to(noisy.device) if isinstance(clip, Tensor) else None
-        return dit(noisy, timesteps, given(cond)["text"], features, tweaks.rename_away(given))
+        given_more = ((name, cond.get(key)) for key, name in VACE_INPUTS)
+        more = {name: one.to(noisy.device) for name, one in given_more if isinstance(one, Tensor)}
+        return dit(noisy, timesteps, given(cond)["text"], features, tweaks.rename_away(given), **more)
 
     # generation
 
@@ -224,17 +258,25 @@ class Wan(OneTransformer):
 
     def prepare(self, request: Request) -> Prepared:
         self.files.check_dits()
+        control = None
+        if self.task.kind == VACE:
+            request, control = import_own("wan.vace").take_control(
+                request, self.files.dit_header().config.vace_layers
+            )
         request = take_inputs(self.task, request)
         self.files.check(("dit", *self._images))
         given = self.task, request, self.defaults, self.latent, self.experts
-        return prepare_request(*given)
+        prepared = prepare_request(*given)
+        return prepared if control is None else control.tell(prepared)
 
     def needs_media(self, prepared: Prepared) -> bool:
         keeps_one = self.task.keeps_image and prepared.asked.image_path is not None
-        return self.task.takes_image or self.task.has_control or keeps_one
+        return self.task.takes_image or self.task.has_control or keeps_one or self.task.kind == VACE
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Encode images and control video as CLIP features and condition channels: B ..., on the CPU."""
+        if self.task.kind == VACE:
+            return {0: import_own("wan.vace").encode_control(encoders.vae, prepared)}
         conditions = encode_inputs(encoders, prepared, self.task)
         zeros = no_features(self.files.dit_header().config, 1) if self._feature_zeros else {}
         return {0: zeros | conditions}
@@ -267,7 +309,10 @@ class Wan(OneTransformer):
         it. An image that is the first frame of the video is given to the section.
         """
         batch, channels, frames, *area = self.latent.shape(prepared.frames, prepared.height, prepared.width)
-        start = noise.draw((batch, channels, frames + appends_end(self.task, prepared.asked), *area))
+        # references of VACE stand in front and are cut off; Fun-Control and the like have none here
+        front = len(prepared.asked.control_images)
+        behind = appends_end(self.task, prepared.asked)
+        start = noise.draw((batch, channels, front + frames + behind, *area))
         conditions = dict(inputs.get(0, {}))
         first = conditions.pop(FIRST_LATENTS, None)
         if self.image_noise and self.task.takes_image:
@@ -281,7 +326,8 @@ class Wan(OneTransformer):
         section = prompts[0].section(start, conditions)
         if isinstance(first, Tensor):
             section = replace(section, given=first, tweaks=Tweaks(given_frames=first.shape[2]))
-        return (yield section)
+        made = yield section
+        return made[:, :, front:]
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
         yield from encoders.vae.decode(latents.to(encoders.vae.device))
@@ -303,7 +349,8 @@ def family_for_latent_caching(options: WanLatentCachingOptions) -> Wan:
 
 def family_for_text_caching(options: WanTextCachingOptions) -> Wan:
     text = options.text
-    return Wan(WanFiles(t5=text.t5, t5_tokenizer=text.t5_tokenizer, t5_in_fp8=text.fp8_t5))
+    files = WanFiles(t5=text.t5, t5_tokenizer=text.t5_tokenizer, t5_in_fp8=text.fp8_t5)
+    return Wan(files, image_kind=VACE)  # captions may be those of items with references
 
 
 def family_for_training(options: WanTrainingOptions) -> Wan:

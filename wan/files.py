@@ -22,9 +22,9 @@ from modules.errors import CheckpointError, OptionError
 from modules.families import HIGH_NOISE, LOW_NOISE
 from modules.paths import explain_missing
 from modules.text_files import parse_json, read_text
-from wan.checkpoints import FORMAT, check_task, read_dit_header
+from wan.checkpoints import FORMAT, add_vace_header, check_task, read_dit_header
 from wan.checkpoints import identify as identify  # files.py has it in every family's folder
-from wan.configs import RELEASES, TASKS, WAN_2_1, WAN_2_2, WanConfig, WanTask
+from wan.configs import RELEASES, TASKS, VACE, WAN_2_1, WAN_2_2, WanConfig, WanTask
 from wan.encoder_checkpoints import read_clip, read_t5
 from wan.names import WAN
 from wan.options import MOST_TIMESTEP, WanGenerationOptions, WanLatentCachingOptions, WanTrainingOptions
@@ -43,6 +43,8 @@ class WanFiles(TransformerFiles):
     t5_tokenizer: Path | None = None
     clip: Path | None = None
     dit_high_noise: Path | None = None
+    vace: Path | None = None  # blocks of VACE beside `dit`
+    vace_high_noise: Path | None = None
     vae_cache_cpu: bool = False
     t5_in_fp8: bool = False
     task: WanTask = TASKS["t2v-14B"]
@@ -65,7 +67,7 @@ class WanFiles(TransformerFiles):
         """Raise OptionError or CheckpointError if a transformer is missing, or does not fit --task."""
         both = {"--dit": self.dit, "--dit_high_noise": self.dit_high_noise}
         paths = {option: path for option, path in both.items() if path in self.dits}
-        headers = {option: read_once(path, read_dit_header) for option, path in paths.items()}
+        headers = {option: self.header_of(path) for option, path in paths.items()}
         for option, path in paths.items():
             check_task(headers[option], self.task, path, option)
         sizes = [
@@ -92,7 +94,19 @@ class WanFiles(TransformerFiles):
 
     def dit_header(self) -> DitHeader[WanConfig]:
         """Read variant, dialect and dtype of the first transformer file; those of experts are alike."""
-        return read_once(self.dits[0], read_dit_header)
+        return self.header_of(self.dits[0])
+
+    def vace_of(self, dit: Path) -> Path | None:
+        """Return the file of VACE's blocks that belongs to a transformer's, if it is one of its own."""
+        given, option = (self.vace, "--vace")
+        if dit == self.dit_high_noise and dit != self.dit:
+            given, option = self.vace_high_noise, "--vace_high_noise"
+        return None if given is None else require_file(given, option, "it has the blocks of VACE")
+
+    def header_of(self, dit: Path) -> DitHeader[WanConfig]:
+        """Read the header of a transformer, with that of VACE's blocks if they are in a file of their own."""
+        header, vace = read_once(dit, read_dit_header), self.vace_of(dit)
+        return header if vace is None else read_once(vace, add_vace_header, header, dit)
 
     def compute_dtype(self) -> torch.dtype | None:
         return (self.dit_dtype or self.dit_header().compute_dtype) if self.has_dit else None
@@ -255,6 +269,8 @@ def files_of(options: WanTrainingOptions | WanGenerationOptions) -> WanFiles:
         t5_tokenizer=text.t5_tokenizer,
         clip=clip,
         dit_high_noise=high,
+        vace=options.vace,
+        vace_high_noise=options.vace_high_noise,
         vae_cache_cpu=options.vae_cache_cpu,
         t5_in_fp8=text.fp8_t5,
         task=TASKS[options.task],
@@ -303,13 +319,13 @@ def boundary_of(
 
 
 def caching_files(options: WanLatentCachingOptions) -> tuple[WanFiles, str | None]:
-    """Return the files with a task whose latents the VAE makes, and the kind of image condition to cache.
+    """Return the files with a task whose latents the VAE makes, and the kind of condition to cache.
 
-    The kind is i2v or flf2v; None for text-to-video caches. Raises OptionError for switches that those
+    The kind is i2v, flf2v or vace; None for text-to-video caches. Raises OptionError for switches that those
     latents have no use for.
     """
     files = WanFiles(clip=options.clip, vae_cache_cpu=options.vae_cache_cpu).add_vae(options.vae)
-    kind = "i2v" if options.i2v or options.clip is not None else None
+    kind = VACE if options.vace else "i2v" if options.i2v or options.clip is not None else None
     image_kind = "flf2v" if options.flf2v else kind
     release = None
     if files.vae is not None:
@@ -317,6 +333,8 @@ def caching_files(options: WanLatentCachingOptions) -> tuple[WanFiles, str | Non
     if release is None:
         logger.info("Sizes are those of %s; for others give --vae", WAN_2_1.about)
     if release is WAN_2_2 and image_kind is not None:
+        if image_kind == VACE:
+            raise OptionError(f"--vace: --vae {options.vae.vae} is {WAN_2_2.about}; VACE has that of Wan2.1")
         given = "--clip" if options.clip is not None else "--i2v"
         raise OptionError(
             f"{given}: --vae {options.vae.vae} is {WAN_2_2.about}. That model starts from an image by the "

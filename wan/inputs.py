@@ -29,7 +29,7 @@ from modules.contract.rules import Expert
 from modules.errors import OptionError
 from modules.media.pixels import image_pixels, image_size, read_pixels, video_pixels
 from modules.option_values import require
-from wan.configs import FIRST_LAST_NEGATIVE_PROMPT, NEGATIVE_PROMPT, WanTask, default_flow_shift
+from wan.configs import FIRST_LAST_NEGATIVE_PROMPT, NEGATIVE_PROMPT, VACE, WanTask, default_flow_shift
 from wan.spec import LATENT
 from wan.vae import WanVae
 
@@ -139,8 +139,8 @@ def take_inputs(task: WanTask, request: Request) -> Request:
     taken = {
         "image_path": task.takes_image or task.keeps_image,
         "end_image_path": task.takes_image,
-        "control_path": task.has_control,
-        "control_images": False,
+        "control_path": task.has_control or task.kind == VACE,
+        "control_images": task.kind == VACE,
     }
     return keep_usable_media(request, taken, f"--task {task.name} does not take it")
 

@@ -251,6 +251,10 @@ class WanModel(nn.Module):
         Raises ValueError where sizes do not go together.
         """
         hidden = Hidden(*self.embed(noisy, timesteps, text, image_embeds, tweaks))
+        return self.run_from(hidden, tweaks)
+
+    def run_from(self, hidden: Hidden, tweaks: Tweaks) -> Tensor:
+        """Run the blocks, and return the velocity."""
         run_blocks(self, hidden, tweaks)
         velocity = self.unembed(hidden.x, hidden.tokens)
         given = tweaks.given_frames

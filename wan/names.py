@@ -23,22 +23,31 @@ _DIFFUSERS_ATTENTION = (
     *(("norm_q", "norm_q"), ("norm_k", "norm_k")),
 )
 
+# of a block: (in diffusers, ours)
+_BLOCK = (
+    *(
+        (f"{there}.{theirs}", f"{here}.{ours}")
+        for there, here in (("attn1", "self_attn"), ("attn2", "cross_attn"))
+        for theirs, ours in _DIFFUSERS_ATTENTION
+    ),
+    *(("ffn.net.0.proj", "ffn.0"), ("ffn.net.2", "ffn.2"), ("norm2", "norm3")),
+)
+
 WAN = FamilyNames(
     "wan",
     "wan2.1",
     # diffusers layout
     (
         *(
-            (f"blocks.{{n}}.{there}.{theirs}", f"blocks.{{n}}.{here}.{ours}")
-            for there, here in (("attn1", "self_attn"), ("attn2", "cross_attn"))
-            for theirs, ours in _DIFFUSERS_ATTENTION
+            (f"{blocks}.{{n}}.{theirs}", f"{blocks}.{{n}}.{ours}")
+            for blocks in ("blocks", "vace_blocks")
+            for theirs, ours in _BLOCK
         ),
+        ("vace_blocks.{n}.proj_in", "vace_blocks.{n}.before_proj"),
+        ("vace_blocks.{n}.proj_out", "vace_blocks.{n}.after_proj"),
         ("blocks.{n}.attn2.add_k_proj", "blocks.{n}.cross_attn.k_img"),
         ("blocks.{n}.attn2.add_v_proj", "blocks.{n}.cross_attn.v_img"),
         ("blocks.{n}.attn2.norm_added_k", "blocks.{n}.cross_attn.norm_k_img"),
-        ("blocks.{n}.ffn.net.0.proj", "blocks.{n}.ffn.0"),
-        ("blocks.{n}.ffn.net.2", "blocks.{n}.ffn.2"),
-        ("blocks.{n}.norm2", "blocks.{n}.norm3"),
         *(
             (f"condition_embedder.{what}_embedder.linear_{number}", f"{what}_embedding.{layer}")
             for what in ("text", "time")
@@ -51,7 +60,7 @@ WAN = FamilyNames(
         ("condition_embedder.image_embedder.norm2", "img_emb.proj.4"),
         ("proj_out", "head.head"),
     ),
-    further=("patch_embedding", "ref_conv"),
+    further=("patch_embedding", "ref_conv", "vace_patch_embedding"),
     versions=("wan2", "wan-2", "wan_2"),
     experts=(("transformer", HIGH_NOISE), ("transformer_2", LOW_NOISE)),
     more_experts=(
@@ -63,6 +72,7 @@ WAN = FamilyNames(
     optional_words="the attention to images of Wan2.1's image-to-video models",
     parameters=(
         ("blocks.{n}.scale_shift_table", "blocks.{n}.modulation"),
+        ("vace_blocks.{n}.scale_shift_table", "vace_blocks.{n}.modulation"),
         ("scale_shift_table", "head.modulation"),
         ("condition_embedder.image_embedder.pos_embed", "img_emb.emb_pos"),
     ),

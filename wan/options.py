@@ -18,11 +18,9 @@ from modules.options import (
     unsupported,
 )
 from modules.speed_options import VaeOptions, dit_dtype_option
-from wan.configs import TASKS
+from wan.configs import TASKS, VACE
 
-_NO_VACE = "VACE is not built yet; --task t2v-14B-FC and --control_path follow a control video"
 NOT_BUILT = {
-    **dict.fromkeys(("vace-1.3B", "vace-14B", "vace-A14B"), _NO_VACE),
     "s2v-14B": "speech to video is not built yet; i2v-A14B starts from an image, without sound",
     "animate-14B": "a character that follows a video is not built yet; i2v-A14B-FC follows a video of poses",
 }
@@ -85,8 +83,13 @@ class WanLatentCachingOptions(Options, title="Wan"):
         needs=("clip", "i2v"),
         hint="--clip has the image encoder, which encodes both frames; Wan2.2 has none and takes --i2v",
     )
+    vace: bool = option(
+        "cache for VACE: control videos (control_directory), masks of what of them is made new, white "
+        "(control_mask_directory), and references (reference_directory), of items that have them",
+        excludes=("clip", "i2v"),
+        often=True,
+    )
     one_frame = unsupported(f"{_NO_ONE_FRAME} and --task t2i-14B or t2v-A14B", "one-frame mode")
-    vace = unsupported(_NO_VACE)
 
 
 class WanTextCachingOptions(Options, title="Wan"):
@@ -119,6 +122,12 @@ class WanModelOptions(Options, title="Wan"):
         "for LoRAs trained that way",
         facts=HABIT,
     )
+    vace: Path | None = option(
+        "the blocks of VACE alone, as a file beside a text-to-video --dit that has none", facts=FREE
+    )
+    vace_high_noise: Path | None = option(
+        "likewise beside --dit_high_noise; it may be the same file", needs="vace", facts=FREE
+    )
     vae: VaeOptions = option(facts={**FREE, **OF_DECODING})
     vae_cache_cpu: bool = option(_CACHE_CPU, facts={**FREE, **NO_PIXELS})
     text: WanTextOptions = option(facts=FREE)
@@ -135,6 +144,15 @@ class WanModelOptions(Options, title="Wan"):
             raise OptionError(
                 f"--dit_dtype {self.dit_dtype} with --mixed_precision_transformer, which keeps those of the "
                 "file: leave one of them out"
+            )
+        if self.vace is not None and TASKS[self.task].kind != VACE:
+            raise OptionError(
+                f"--vace {self.vace}: --task {self.task} has no blocks of VACE. Use --task vace-1.3B, "
+                "vace-14B or vace-A14B"
+            )
+        if self.vace is not None and (self.vace_high_noise is None) != (self.experts.dit_high_noise is None):
+            raise OptionError(
+                "--vace with two transformers: give --dit_high_noise and --vace_high_noise both, or neither"
             )
 
 
@@ -154,8 +172,6 @@ class WanTrainingOptions(WanModelOptions, title="Wan"):
         facts=IDENTITY,
     )
     one_frame = unsupported(_NO_ONE_FRAME, "one-frame mode")
-    vace = unsupported(_NO_VACE, type=str, metavar="VALUE")
-    vace_high_noise = unsupported(_NO_VACE, type=str, metavar="VALUE")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -182,6 +198,45 @@ class WanTrainingOptions(WanModelOptions, title="Wan"):
             )
 
 
+SOURCE, MASK, REFERENCES, SCALE = "src_video", "src_mask", "src_ref_images", "vace_scale"
+CONTROL = {
+    name: name for name in (SOURCE, MASK, REFERENCES, SCALE)
+}  # options -> their names in Request.extra
+MOST_HINT_SCALE = 100
+MOST_REFERENCES = 8  # each is a latent frame more; the release was trained with few
+
+
+class WanControlOptions(Options, title="VACE"):
+    """What a VACE model is given besides the text; a prompt line may give each of these too."""
+
+    src_video: Path | None = option(
+        "video to change, or to follow (depth, poses, scribbles); --control_path is the same for VACE",
+        flags=("--src_video", "--vace_video"),
+        facts=OF_REQUEST,
+    )
+    src_mask: Path | None = option(
+        "video or picture of what is made new of --src_video: white is new, black is kept (a loss mask of a "
+        "training is white where it learns); without it all is new",
+        flags=("--src_mask", "--vace_video_mask"),
+        facts=OF_REQUEST,
+    )
+    src_ref_images: tuple[str, ...] | None = option(
+        "reference pictures: a person, a thing, a place",
+        flags=("--src_ref_images", "--vace_reference_image"),
+        facts=OF_REQUEST,
+        nargs="+",
+    )
+    vace_scale: tuple[float, ...] = option(
+        "how strongly these act: one number, or one for each layer of VACE; 0 is text to video",
+        default=(1.0,),
+        flags=("--vace_scale", "--context_scale", "--conditioning_scale"),
+        least=-MOST_HINT_SCALE,
+        most=MOST_HINT_SCALE,
+        facts=OF_REQUEST,
+        nargs="+",
+    )
+
+
 class WanGenerationOptions(WanModelOptions, title="Wan"):
     """Options of wan_generate_video.py besides the shared ones."""
 
@@ -198,12 +253,7 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
         "noise added to the image condition, for more motion", least=0, most=10, hint="0.02 to 0.04 are usual"
     )
     riflex_index: int = option()  # read here only to be checked early
-    vace = unsupported(_NO_VACE, type=str, metavar="VALUE")
-    vace_high_noise = unsupported(_NO_VACE, type=str, metavar="VALUE")
-    vace_scale = unsupported(_NO_VACE, type=float, default=1.0, metavar="VALUE")
-    src_video = unsupported(_NO_VACE, type=str, metavar="VALUE")
-    src_mask = unsupported(_NO_VACE, type=str, metavar="VALUE")
-    src_ref_images = unsupported(_NO_VACE, type=str, nargs="+", metavar="VALUE")
+    control: WanControlOptions
     one_frame_inference = unsupported(_NO_CONTROLS, "one-frame mode", type=str)
     control_image_path = unsupported(_NO_CONTROLS, "one-frame mode", type=str, nargs="*")
     control_image_mask_path = unsupported(_NO_CONTROLS, "one-frame mode", type=str, nargs="*")
@@ -215,6 +265,12 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
                 "of --rope_func comfy. Add --rope_func comfy."
             )
         super().__post_init__()
+        given = [name for name in (SOURCE, MASK, REFERENCES) if getattr(self.control, name)]
+        if given and TASKS[self.task].kind != VACE:
+            raise OptionError(
+                f"--{given[0]}: --task {self.task} has no use for it. Use --task vace-1.3B, vace-14B or "
+                "vace-A14B, with a checkpoint of VACE"
+            )
 
 
 def caching_options(options: WanTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -224,8 +280,15 @@ def caching_options(options: WanTrainingOptions) -> tuple[dict[str, Any], dict[s
         "--clip": (options.clip or "CLIP_FILE") if task.has_features else None,
         "--i2v": task.takes_image and not task.has_features,
         "--flf2v": options.task.startswith("flf2v"),
+        "--vace": task.kind == VACE,
     }
     return latents, {"--t5": options.text.t5 or "T5_FILE"}
+
+
+def _say_control(sample: Mapping[str, Any]) -> dict[str, Any]:
+    extra = sample.get("extra") or {}
+    found = {f"--{name}": extra.get(name) for name in (MASK, SCALE)}
+    return {**found, "--src_ref_images": sample.get("control_images") or None}
 
 
 def generation_options(options: WanTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
@@ -238,6 +301,8 @@ def generation_options(options: WanTrainingOptions, sample: Mapping[str, Any]) -
         "--timestep_boundary": None if high is None else options.experts.timestep_boundary,
         "--dit": low or "DIT_FILE",
         "--dit_high_noise": high,
+        "--vace": options.vace,
+        "--vace_high_noise": options.vace_high_noise,
         "--vae": options.vae.vae or "VAE_FILE",
         "--t5": options.text.t5 or "T5_FILE",
         "--clip": (options.clip or "CLIP_FILE") if task.has_features else None,
@@ -246,5 +311,6 @@ def generation_options(options: WanTrainingOptions, sample: Mapping[str, Any]) -
         "--image_path": sample.get("image_path") or ("IMAGE_FILE" if task.takes_image else None),
         "--end_image_path": sample.get("end_image_path"),
         "--control_path": sample.get("control_path") or ("CONTROL_FILE" if task.has_control else None),
+        **_say_control(sample),
         "--video_length": sample.get("frames"),
     }

@@ -14,7 +14,7 @@ from torch import Tensor
 from modules.contract.data import LatentSpec
 from modules.contract.family import DitSpec
 from modules.speed_options import SDPA, AttentionChoice
-from wan.configs import WanTask
+from wan.configs import VACE, WanTask
 
 if TYPE_CHECKING:  # loaded only if processes share tokens
     from modules.offload.context import TokenPart
@@ -49,12 +49,14 @@ LATENT = LatentSpec(
     preview_bias=PREVIEW_BIAS,
 )
 
+LATENT_VACE = replace(LATENT, references_first=True)
+
 # of TI2V-5B, whose VAE folds 2 x 2 pixels more into each latent
 LATENT_5B = LatentSpec(channels=48, stride=(4, 16, 16), pixel_step=32, frame_step=4)
 
 
 def latent_of(task: WanTask) -> LatentSpec:
-    return LATENT_5B if task.kind == "ti2v" else LATENT
+    return {"ti2v": LATENT_5B, VACE: LATENT_VACE}.get(task.kind, LATENT)
 
 
 DIT = DitSpec(
@@ -74,6 +76,18 @@ DIT = DitSpec(
     modulated_input="modulated_input",
     # as they compute so; under 1 % of the model
     keep_float32=("time_embedding.", "time_projection.", "head.head."),
+)
+
+
+VACE_DIT = replace(
+    DIT,
+    block_lists=("blocks", "vace_blocks"),
+    side_list="vace_blocks",
+    # of the released sizes 5 or 2 blocks stand beside one of VACE
+    swap_counts=lambda blocks: (blocks - blocks // 6, blocks // 6),
+    input_layers=(*DIT.input_layers, "vace_patch_embedding"),
+    # the base stays that of T2V: the LoRA is small, and LoRAs of T2V fit beside it
+    lora_exclude=(".blocks.", "before_proj", "after_proj"),
 )
 
 
@@ -103,6 +117,7 @@ class WanTokens:
     attention: AttentionChoice
     combine: Callable[..., Tensor]  # of what attention sees of each text, B L N D
     part: "TokenPart | None" = None  # the tokens that this process has; None: all
+    hint_scales: Tensor | None = None  # B layers, of VACE
 
     def cut(self, part: "TokenPart") -> "WanTokens":
         return replace(self, rotary=part.rows(self.rotary), given=part.of_first(self.given), part=part)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor
 
 from dataset.batches.checks import as_shape, latent_faults, sound_faults, text_faults
@@ -66,6 +67,8 @@ def read_batch(
             ones = torch.ones(one.tensors["latents"].shape[1:], dtype=torch.float16)
             one.tensors.setdefault(data.LOSS_MASK, ones)
     tensors = {**_stack(media, commands.latents), **_stack(texts, commands.text)}
+    if latent.references_first:
+        _put_in_front(tensors)
     if any(has_sound):
         tensors[data.HAS_SOUND] = torch.tensor(has_sound)
     if isinstance(rates := tensors.get(data.FPS), Tensor):
@@ -237,6 +240,18 @@ def _stack(parts: Sequence[_Part], command: str) -> dict[str, Tensor | list[Tens
                 )
         stacked[name] = torch.stack(tensors)
     return stacked
+
+
+def _put_in_front(tensors: dict[str, Tensor | list[Tensor]]) -> None:
+    """Put the latents of references, B C 1 H W each, in front of those of their clips; losses count there."""
+    names = sorted(name for name in tensors if name.startswith(data.REFERENCE_LATENTS))
+    names.sort(key=lambda name: int(name.rpartition("_")[2]), reverse=True)
+    if not names:
+        return
+    fronts, latents = [tensors[name] for name in names], tensors["latents"]
+    tensors["latents"] = torch.cat([*fronts, latents], dim=2)  # type: ignore[list-item]
+    if isinstance(mask := tensors.get(data.LOSS_MASK), Tensor):
+        tensors[data.LOSS_MASK] = functional.pad(mask, (0, 0, 0, 0, len(names), 0), value=1.0)
 
 
 @contextlib.contextmanager

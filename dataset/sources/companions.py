@@ -20,7 +20,8 @@ from modules.console import count_of
 from modules.errors import DatasetError, MediaError
 from modules.media.buckets import Size
 from modules.media.decoding import ANIMATION_SUFFIXES
-from modules.media.reading import image_suffixes, read_image, resize_cover
+from modules.media.pixels import pixels_to_uint8
+from modules.media.reading import first_frame, image_suffixes, read_image, resize_cover
 
 if TYPE_CHECKING:
     from dataset.sources.decoding import Clip, DecodedSource
@@ -134,7 +135,8 @@ def read_companions(
 ) -> dict[str, Any]:
     """Read references and the control mask of a fetched source, as fields of `DecodedSource`.
 
-    References cover and are cropped to the bucket divided by the family's factor. A clip has `count` frames,
+    References cover and are cropped to the bucket divided by the family's factor, or stand on white. A clip
+    has `count` frames,
     those shown at the times of `clock`, its last one repeated; a picture one. Raises MediaError.
     """
     found: dict[str, Any] = {}
@@ -145,6 +147,10 @@ def read_companions(
     small = bucket[0] // factor, bucket[1] // factor
 
     def read(path: Path) -> "Clip":
+        if here.table.clip_references is not None and here.table.clip_references.on_white:
+            from modules.media.canvas import on_white  # few models have their references so
+
+            return pixels_to_uint8(on_white(first_frame(path), *small))
         if is_still(path) or here.table.kind == "image":
             return resize_cover(read_image(path), small)[None]
         frames = frames_beside(path, here.path, here.table, fps, clock)

@@ -1,5 +1,6 @@
 """Load transformers of every family: prefixes of names, the dtype of weights, filling a network."""
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -121,17 +122,20 @@ class DitFormat(Generic[Config, Dit]):
         except CheckpointError:
             return None
 
-    def load(self, path: Path, placement: Placement, *settings: Any) -> Dit:
+    def load(self, path: Path, placement: Placement, *settings: Any, beside: Path | None = None) -> Dit:
         """Load a transformer tensor by tensor to its device and dtype, in eval mode, without gradients.
 
         dtype: see `choose_dtype`; some layers are always kept in float32, and with
         `placement.keep_file_dtypes` each layer has the dtype of its weight in the file. `placement.patch` is
-        called with the published parameter names. Raises CheckpointError if the file is another model's, is
-        incomplete, or has unknown tensors, and if an fp8 file is to be rounded again or patched.
+        called with the published parameter names. beside: a file with further tensors of it. Raises
+        CheckpointError if the file is another model's, is incomplete, or has unknown tensors, and if an fp8
+        file is to be rounded again or patched.
         """
-        with open_checkpoint(path) as opened:
-            checkpoint = bare_names(opened)
-            header = self.read_header(opened)
+        with contextlib.ExitStack() as opened:
+            checkpoint = bare_names(opened.enter_context(open_checkpoint(path)))
+            if beside is not None:
+                checkpoint = checkpoint.join(bare_names(opened.enter_context(open_checkpoint(beside))))
+            header = self.read_header(checkpoint)
             what, target = self.describe(header), choose_dtype(header.block_dtype, placement)
             with on_meta_device():
                 dit = self.network(header.config, placement.attention, *settings)
@@ -218,7 +222,9 @@ def _stored_layers(
             logger.info(text, checkpoint.path, len(kept))
             return None
         return StoredLoading(None, kept=kept) if kept else None
-    blocks = [f"{name}.{index}." for name, found in spec.blocks(dit).items() for index in range(len(found))]
+    lists = {name: len(found) for name, found in spec.blocks(dit).items()}
+    named = [f"{name}.{index}." for name, count in lists.items() for index in range(count)]
+    blocks = [named[place] for place in spec.order([*lists.values()])]
     wide: tuple[str, ...] = ()
     if quantisation.fp8_matmul and len(blocks) >= 4 * LAST_IN_16_BITS:
         wide = tuple(blocks[-LAST_IN_16_BITS:])

@@ -99,6 +99,10 @@ class Checkpoint:
         places = {name: place for name, place in self._places.items() if name.startswith(prefixes)}
         return Checkpoint(self.path, places, self._files, self.refusal)
 
+    def join(self, other: "Checkpoint") -> "Checkpoint":
+        """Return the tensors of both; the files stay shared. Of a tensor that both have this one counts."""
+        return Checkpoint(self.path, {**other._places, **self._places}, [*self._files, *other._files])
+
     def close(self) -> None:
         for file in self._files:
             file.close()

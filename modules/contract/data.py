@@ -279,6 +279,8 @@ class LatentSpec:
     # latents of pictures are 0 where these are transparent; else they are laid on white
     masks_latents: bool = False
     names_frames: bool = True  # names of latents in cache files say F x H x W; else H x W
+    # in training the latents of an item's references stand in front of its clip's, the last one first
+    references_first: bool = False
     # frames a second of clips in caches of other programs, which do not say it; None: they do, or need not
     unsaid_fps: float | None = None
 

@@ -91,8 +91,11 @@ class DitSpec:
     """Names inside a DiT for code that acts on it from outside."""
 
     block_lists: tuple[str, ...]  # attribute names of the nn.ModuleLists that hold the blocks
+    # the last of two lists, if its blocks are those of a second stream (`Hidden.side`): each runs before the
+    # first of an equal share of the other list's blocks
+    side_list: str = ""
     fp8_exclude: tuple[str, ...] = ()  # parts of parameter names never stored in fp8
-    # parts of module paths in blocks on which a LoRA is put only if asked for
+    # parts of module paths in blocks, with a "." in front, on which a LoRA is put only if asked for
     lora_exclude: tuple[str, ...] = ()
     # patterns of module paths in blocks; a LoRA is put on those that match one, if there are any
     lora_choice: tuple[str, ...] = ()
@@ -113,6 +116,24 @@ class DitSpec:
 
     def blocks(self, dit: nn.Module) -> dict[str, list[nn.Module]]:
         return {name: list(dit.get_submodule(name).children()) for name in self.block_lists}
+
+    def order(self, counts: Sequence[int]) -> list[int]:
+        """Return the places of all blocks in the order in which they run. counts: of each list.
+
+        Places are counted over all lists, in the order of `block_lists`.
+        """
+        places = list(range(sum(counts)))
+        if not self.side_list:
+            return places
+        main, side = counts
+        each = -(-main // max(side, 1))
+        return sorted(places, key=lambda place: place if place < main else (place - main) * each - 0.5)
+
+    def in_order(self, dit: nn.Module) -> list[nn.Module]:
+        """Return all blocks in the order in which they run."""
+        lists = self.blocks(dit).values()
+        blocks = [block for found in lists for block in found]
+        return [blocks[place] for place in self.order([len(found) for found in lists])]
 
 
 class NoiseSource(Protocol):

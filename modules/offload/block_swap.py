@@ -45,7 +45,7 @@ _NAME = "_block_swap"  # under which a network carries its own
 class Unit:
     """A streamed block."""
 
-    position: int  # among all blocks, in the order in which they run
+    position: int  # among all blocks, list by list
     weights: Sequence[Parameter]
     host: Sequence[Tensor]  # their places in host memory
 
@@ -117,12 +117,15 @@ class BlockSwap:
     """Copies the weights of one network to the device before they are needed. Made by `swap_blocks`."""
 
     def __init__(
-        self, rings: Sequence[Ring], num_blocks: int, held: Set[Parameter], transfer: Transfer
+        self, rings: Sequence[Ring], order: Sequence[int], held: Set[Parameter], transfer: Transfer
     ) -> None:
-        """num_blocks: streamed or not. held: all parameters in host memory, also those outside blocks."""
+        """order: positions of all blocks, as they run. held: all parameters in host memory, also those
+        outside blocks.
+        """
         self.rings, self.held = rings, held
         self._ring_of = {position: ring for ring in rings for position in ring.units}
-        self._num_blocks, self._transfer = num_blocks, transfer
+        self._order, self._transfer = order, transfer
+        self._turn_of = {position: turn for turn, position in enumerate(order)}
         self._owners: dict[int, tuple[Slot, int]] = {}  # address of device memory -> whose, which part
         self._turns, self._skipped = False, frozenset[int]()
         self._at: tuple[int, bool] | None = None
@@ -145,7 +148,8 @@ class BlockSwap:
         """Run the blocks by the runner that was set before; `modules.run_blocks` calls this."""
         # with gradients a backward pass follows
         self._turns, self._skipped, self._at = torch.is_grad_enabled(), frozenset(tweaks.skip_blocks), None
-        self._prepare(next(self._route(0, False), 0), False)
+        first = self._order[0]
+        self._prepare(next(self._route(first, False), first), False)
         inner(dit, hidden, tweaks)
 
     def enter(self, position: int, backward: bool) -> None:
@@ -198,13 +202,13 @@ class BlockSwap:
 
     def _route(self, position: int, backward: bool) -> Iterator[int]:
         """Yield the positions that will be entered, in order from this one on; the next pass is a guess."""
-        everything = range(self._num_blocks)
+        everything, turn = self._order, self._turn_of[position]
         taken = [each for each in everything if each not in self._skipped]
         if backward:
-            yield from (each for each in reversed(taken) if each <= position)
+            yield from (each for each in reversed(taken) if self._turn_of[each] <= turn)
             yield from everything
         else:
-            yield from (each for each in taken if each >= position)
+            yield from (each for each in taken if self._turn_of[each] >= turn)
             yield from reversed(taken) if self._turns else everything
 
     def _prepare(self, position: int, backward: bool) -> None:
@@ -308,7 +312,8 @@ def swap_blocks(
         if units:
             rings.append(Ring(units, [Slot() for _ in range(each.slots)]))
         start += each.num_blocks
-    swap = BlockSwap(rings, len(blocks), held, transfer or transfer_to(device))
+    order = host.plan.spec.order([each.num_blocks for each in lists])
+    swap = BlockSwap(rings, order, held, transfer or transfer_to(device))
     for position, block in enumerate(blocks):
         block.forward = functools.partial(swap.run, position, block.forward)
     set_runner(dit, functools.partial(swap.run_all, runner_of(dit)))

@@ -216,7 +216,7 @@ def checkpoint_blocks(
     needed next. Has an effect in train mode with gradients on only. Call after LoRA and compilation: it wraps
     the `forward` that a block has then.
     """
-    blocks = list(chain.from_iterable(spec.blocks(dit).values()))
+    blocks = spec.in_order(dit)
     for index, block in enumerate(blocks):
         place = None if block is blocks[-1] else offload
         block.forward = _Block(block, block.forward, keep_attention, place, is_first=index == 0)

@@ -95,6 +95,8 @@ def _run_part(
     hidden.x = torch.cat([part.take(stream) for part, stream in streams], dim=1)
     hidden.tokens, whole = tokens.cut(*parts), hidden.added
     hidden.added = [None if one is None else parts[0].take(one) for one in whole]
+    if hidden.side is not None:
+        hidden.side = parts[0].take(hidden.side)
     inner(dit, hidden, tweaks)
     hidden.added = whole
     here = hidden.x.split([part.of_first(part.length) for part in parts], dim=1)

@@ -287,8 +287,9 @@ def _watch(
             ledger.enter(f"forward of {name}, {where}")
             result = forward(x, *others)
         ledger.enter("forward outside the blocks")
-        if result.requires_grad:
-            result.register_hook(entering(f"backward of {name}, {where}"))
+        last = result[-1] if isinstance(result, tuple) else result  # a second stream's returns two
+        if last.requires_grad:
+            last.register_hook(entering(f"backward of {name}, {where}"))
         return result
 
     return run

@@ -36,6 +36,7 @@ from tests.tiny import (
 )
 from tests.tiny.loras import make_lora
 from wan.model import WanModel
+from wan.vace_model import WanVaceModel
 from z_image.model import ZImageModel
 
 Size = tuple[int, int, int, int]  # latent frames, rows, columns, tokens of the text
@@ -119,10 +120,16 @@ def _wan(kind: str) -> TinyDit:
         }
         if config.has_image:
             given["image_embeds"] = draw(batch, 257, config.image_dim)
+        if config.vace_layers:
+            given["control"] = draw(batch, config.vace_dim, *grid)
+            given["hint_scales"] = draw(batch, 8)  # of as many layers at most
         return given
 
-    make = _maker(WanModel, config, partial(wan_dit.tiny_state, kind), "num_layers")
-    return TinyDit(f"wan {kind}", WanModel.spec, make, "lora_wan", inputs)
+    model, lists = WanModel, ["num_layers"]
+    if config.vace_layers:
+        model, lists = WanVaceModel, ["num_layers", "vace_layers"]
+    make = _maker(model, config, partial(wan_dit.tiny_state, kind), *lists)
+    return TinyDit(f"wan {kind}", model.spec, make, "lora_wan", inputs)
 
 
 def _hunyuan_inputs(config: Any, draw: Callable[..., Tensor], size: Size, batch: int) -> dict[str, Any]:
@@ -302,7 +309,7 @@ DITS = (
     *(_wan("t2v"), _wan("i2v"), _hunyuan("t2v"), _framepack()),
     *(LUMINA, _flux("dev"), _flux("chroma"), _flux_2(), _hunyuan_image(), _qwen_image()),
     *(_qwen_image(edits=True), Z_IMAGE, _krea2(), _krea2(edits=True)),
-    *(_ltx("2.0"), _ltx("2.3"), _ltx("2.5")),
+    *(_ltx("2.0"), _ltx("2.3"), _ltx("2.5"), _wan("vace")),
 )
 ONE_OF_EACH = (DITS[0], DITS[2], DITS[3])
 

@@ -77,7 +77,15 @@ def _wan(
         write_image(folder / "end.png", 32, 32)
 
     texts = ["--t5", "model/t5.safetensors"]
-    models = ["--task", task, "--dit", "model/dit.safetensors", *VAE, *texts, *with_clip[:2]]
+    models = [
+        "--task",
+        task,
+        "--dit",
+        "model/dit.safetensors",
+        *VAE,
+        *texts,
+        *(with_clip[:2] if with_clip[:1] == CLIP[:1] else []),
+    ]
     return TinyFamily(
         name=f"wan {task}",
         prepare=prepare,
@@ -379,6 +387,13 @@ FAMILIES = (
         line=f"{FROM} {ALONG}",
         more=CONTROL,
     ),
+    _wan(
+        *("vace-1.3B", "vace"),
+        with_clip=["--vace"],
+        media=["--src_video", "control/clip 0.mp4", "--src_ref_images", "start.png"],
+        line=f"{ALONG} --ci start.png",
+        more=CONTROL,
+    ),
     _wan("ti2v-5B", "ti2v", with_clip=[], media=START, line=FROM),
     _hunyuan("hunyuan_video", "t2v", caching=[], media=[]),
     _hunyuan("skyreels i2v", "i2v", caching=["--i2v"], media=START, line=FROM),
@@ -437,4 +452,5 @@ def write_deep(family: TinyFamily, folder: Path, clips: WriteClips = write_clips
     elif family.name in writers:
         writers[family.name](folder / "model", num_layers=4)
     else:
-        write_dit(folder / "model", tiny_state("t2v", num_layers=4), name="dit")
+        kind = "vace" if "vace" in family.name else "t2v"
+        write_dit(folder / "model", tiny_state(kind, num_layers=4), name="dit")

@@ -183,6 +183,7 @@ def lay_out_models(folder: Path) -> None:
     write_dit(
         folder, tiny_state("i2v", dtype=torch.bfloat16, image_dim=CLIP_DIM), name="wan2.1_i2v_480p_14B_bf16"
     )
+    write_dit(folder, tiny_state("vace", dtype=torch.float16), name="wan2.1_vace_1.3B_fp16")
     write_experts(folder)
 
 

@@ -26,6 +26,7 @@ CONFIGS: dict[str, WanConfig] = {
     "i2v-2.2": replace(_BASE, in_dim=36),
     "ti2v": replace(_BASE, in_dim=48, out_dim=48),
     "fun-control-2.2": replace(_BASE, in_dim=52),
+    "vace": replace(_BASE, num_layers=4, vace_layers=2, vace_dim=96),
     "camera": replace(_BASE, in_dim=32, has_image=True),
 }
 DIALECTS = (
@@ -78,7 +79,8 @@ def shapes(config: WanConfig, camera: bool = False) -> Shapes:
     ):
         linear(name, rows, columns)
     found["head.modulation"] = (1, 2, dim)
-    for block in (f"blocks.{index}" for index in range(config.num_layers)):
+    stacks = {"blocks": config.num_layers, "vace_blocks": config.vace_layers}
+    for block in (f"{name}.{index}" for name, count in stacks.items() for index in range(count)):
         found[f"{block}.modulation"] = (1, 6, dim)
         found[f"{block}.norm3.weight"] = found[f"{block}.norm3.bias"] = (dim,)
         for attention in ("self_attn", "cross_attn"):
@@ -91,6 +93,12 @@ def shapes(config: WanConfig, camera: bool = False) -> Shapes:
             found[f"{block}.cross_attn.norm_k_img.weight"] = (dim,)
         linear(f"{block}.ffn.0", config.ffn_dim, dim)
         linear(f"{block}.ffn.2", dim, config.ffn_dim)
+    if config.vace_layers:
+        patches = (dim, config.vace_dim, *config.patch_size)
+        found["vace_patch_embedding.weight"], found["vace_patch_embedding.bias"] = patches, (dim,)
+        linear("vace_blocks.0.before_proj", dim, dim)
+        for index in range(config.vace_layers):
+            linear(f"vace_blocks.{index}.after_proj", dim, dim)
     if config.has_image:
         width = config.image_dim
         found["img_emb.proj.0.weight"] = found["img_emb.proj.0.bias"] = (width,)
@@ -148,7 +156,9 @@ def diffusers_name(name: str) -> str:
         (r"^img_emb\.proj\.4", "condition_embedder.image_embedder.norm2"),
         (r"^img_emb\.emb_pos", "condition_embedder.image_embedder.pos_embed"),
         (r"^head\.head", "proj_out"),
-        (r"^(blocks\.\d+|head)\.modulation", r"\1.scale_shift_table"),
+        (r"\.before_proj\.", ".proj_in."),
+        (r"\.after_proj\.", ".proj_out."),
+        (r"^((?:vace_)?blocks\.\d+|head)\.modulation", r"\1.scale_shift_table"),
         (r"^head\.scale_shift_table", "scale_shift_table"),
         (r"\.norm3\.", ".norm2."),
         (r"\.norm_k_img\.", ".norm_added_k."),

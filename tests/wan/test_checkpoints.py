@@ -59,7 +59,6 @@ def _relative(in_dim: int, out_dim: int = 16, camera: bool = False) -> TensorLis
     ("tensors", "name"),
     [
         (_relative(36, camera=True), "Wan2.2 Fun-Control-Camera"),
-        (_relative(16) | {"vace_blocks.0.modulation": ("F32", (1, 6, 128))}, "Wan VACE"),
         (_relative(16) | {"casual_audio_encoder.weights": ("F32", (1, 25, 1, 1))}, "Wan2.2 S2V"),
         (_relative(36) | {"face_adapter.fuser_blocks.0.k_norm.weight": ("F32", (128,))}, "Wan2.2 Animate"),
         (_relative(20), "an unknown variant of Wan with 20 input channels"),

@@ -1,0 +1,30 @@
+"""A reference picture on a white canvas of its clip's size."""
+
+import numpy
+import torch
+import torch.nn.functional as functional
+from numpy.typing import NDArray
+from torch import Tensor
+
+from modules.media.pixels import to_pixels
+from modules.media.reading import resize_frame
+
+STEP = 8  # pixels, of a latent
+
+
+def on_white(frame: NDArray[numpy.uint8], width: int, height: int) -> Tensor:
+    """Scale a picture, H W 3, to fit, and centre it on white of that size: 1 3 1 H W in -1..1.
+
+    As diffusers' WanVACEPipeline does: sides are first cut to multiples of 8, by Lanczos, and then scaled,
+    bilinear without a filter before and rounded down.
+    """
+    rows, columns = (max(side // STEP, 1) * STEP for side in frame.shape[:2])
+    frame = resize_frame(frame, (columns, rows), "none" if (rows, columns) == frame.shape[:2] else "lanczos")
+    scale = min(height / rows, width / columns)
+    rows, columns = (max(int(side * scale), 1) for side in (rows, columns))
+    image = to_pixels(torch.from_numpy(frame[None, None]))[:, :, 0]
+    scaled = functional.interpolate(image, (rows, columns), mode="bilinear", align_corners=False)
+    canvas = image.new_ones(1, 3, 1, height, width)
+    top, left = (height - rows) // 2, (width - columns) // 2
+    canvas[:, :, 0, top : top + rows, left : left + columns] = scaled
+    return canvas

@@ -1,0 +1,106 @@
+"""VACE's second stack beside the first: order, block swap, messages."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from modules.checkpoints.model_files import read_once
+from modules.contract.requests import Request
+from modules.errors import CheckpointError, OptionError
+from modules.offload.block_swap import swap_blocks, swap_of
+from modules.offload.swap_plan import HostWeights, SwapPlan
+from tests.faults.messages import assert_one_message, run_here
+from tests.tiny.dits import dit_called
+from tests.tiny.wan import write_tiny_wan
+from tests.tiny.wan_dit import tiny_state, write_dit
+from wan.checkpoints import read_dit_header
+from wan.spec import VACE_DIT
+from wan.vace import read_references, read_scales, take_control
+
+CPU = torch.device("cpu")
+
+
+def test_each_block_of_vace_runs_before_its_share_of_the_others() -> None:
+    order = VACE_DIT.order([40, 8])
+
+    assert order[:8] == [40, 0, 1, 2, 3, 4, 41, 5]
+    assert order[-6:] == [47, 35, 36, 37, 38, 39]
+    assert VACE_DIT.order([30, 15])[:5] == [30, 0, 1, 31, 2]
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_swapped_blocks_of_both_stacks_give_the_same_bits(learns: bool) -> None:
+    tiny = dit_called("wan vace")
+    inputs, found = tiny.inputs((2, 4, 6, 9), 2), []
+    for blocks in (0, 6):
+        dit = tiny.make((12, 4))
+        if blocks:
+            plan = SwapPlan(VACE_DIT, blocks)
+            assert [len(each.streamed) > 0 for each in plan.lists(dit)] == [True, True]
+            swap_blocks(dit, HostWeights(plan, pinned=False), CPU)
+            assert swap_of(dit) is not None
+        given = {**inputs, "control": inputs["control"].clone().requires_grad_(learns)}
+        for _ in range(2):
+            velocity = dit(**given)
+            if learns:
+                velocity.square().mean().backward()
+        found.append((velocity.detach(), given["control"].grad))
+
+    assert torch.equal(found[0][0], found[1][0])
+    assert not learns or torch.equal(found[0][1], found[1][1])
+
+
+def test_skipped_blocks_are_numbered_as_in_text_to_video(tmp_path: Path) -> None:
+    files = write_tiny_wan(tmp_path / "models", "vace")
+    skip = ["--slg_mode", "original", "--slg_layers", 4, "--prompt", "a cat", "--save_path", "made"]
+    code, message = run_here(
+        "wan_generate_video.py", *files.models, "--task", "vace-1.3B", *skip, folder=tmp_path
+    )
+
+    assert_one_message(code, message, "blocks 0 to 3", remedy=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"), [("0.5", (0.5, 0.5)), ("1, 0", (1.0, 0.0)), ("1\n0.25", (1.0, 0.25))]
+)
+def test_strengths_are_one_number_or_one_a_layer(text: str, found: tuple[float, ...]) -> None:
+    assert read_scales(text, 2) == found
+
+
+@pytest.mark.parametrize("text", ["much", "nan", "1 2 3", "1000"])
+def test_other_strengths_are_refused(text: str) -> None:
+    with pytest.raises(OptionError, match="--vace_scale"):
+        read_scales(text, 2)
+
+
+def test_references_are_divided_at_commas_unless_a_file_has_one(tmp_path: Path) -> None:
+    names = [tmp_path / name for name in ("a.png", "b.png", "c,d.png")]
+    for path in names:
+        path.touch()
+
+    assert read_references(f"{names[0]},{names[1]}\n{names[2]}") == tuple(names)
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [({"src_mask": "m.png"}, "Give --src_video"), ({"src_ref_images": "\n".join("abcdefghi")}, "at most 8")],
+)
+def test_what_has_no_use_is_refused(extra: dict[str, str], words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        take_control(Request("a cat", 1, extra=extra), 2)
+
+
+def test_options_of_vace_are_refused_beside_other_tasks(tmp_path: Path) -> None:
+    files = write_tiny_wan(tmp_path / "models")
+    said = [*files.models, "--prompt", "a cat", "--save_path", "made", "--task", "t2v-1.3B"]
+    for given in (["--src_video", "clip.mp4"], ["--vace", "vace.safetensors"]):
+        code, message = run_here("wan_generate_video.py", *said, *given, folder=tmp_path)
+        assert_one_message(code, message, given[0], "vace-1.3B")
+
+
+def test_blocks_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
+    path = write_dit(tmp_path, tiny_state("vace", num_layers=5), name="odd")
+
+    with pytest.raises(CheckpointError, match="2 VACE blocks beside 5 blocks"):
+        read_once(path, read_dit_header)

@@ -1,0 +1,190 @@
+"""The control of VACE models: a video, a mask of what is made new, and reference pictures, as 96 channels.
+
+16 channels are the latents of what stays, 16 those of what changes, 64 the mask, whose 8 x 8 pixels of a
+latent pixel are channels. Without a mask all of a video changes: it is followed, as one of depth or poses.
+Each reference is a latent frame in front of the clip, also in the noise; it is cut off in the end. Source:
+the released code (ali-vilab/VACE) and diffusers' WanVACEPipeline, whose order of references is kept: the
+first one stands beside the clip.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as functional
+from einops import rearrange
+from torch import Tensor
+
+from modules.contract.requests import Prepared, Request, check_opens
+from modules.errors import OptionError
+from modules.media.pixels import image_pixels, video_pixels
+from modules.option_values import to_path
+from wan.options import MASK, MOST_HINT_SCALE, MOST_REFERENCES, REFERENCES, SCALE, SOURCE
+from wan.spec import LATENT
+from wan.vae import WanVae
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # a mask that is one holds for all frames
+
+
+@dataclass(frozen=True)
+class VaceRequest:
+    """What a request asks of VACE besides its video and its references."""
+
+    mask: Path | None
+    scales: tuple[float, ...]  # of the hints, one a layer
+
+    def tell(self, prepared: Prepared) -> Prepared:
+        """Return the prepared request with this in it, and in the metadata of its files."""
+        own = dict(prepared.own_metadata)
+        if self.mask is not None:
+            own["src_mask_path"] = str(self.mask)
+        if set(self.scales) != {1.0}:
+            different = self.scales if len(set(self.scales)) > 1 else self.scales[:1]
+            own["vace_scale"] = ", ".join(f"{scale:g}" for scale in different)
+        return replace(prepared, own=self, own_metadata=own)
+
+
+def take_control(request: Request, layers: int) -> tuple[Request, VaceRequest]:
+    """Return the request with its control video and references, and the rest. layers: blocks of VACE.
+
+    Raises OptionError if a file is missing, or if something is given twice or for nothing.
+    """
+    extra = request.extra
+    video, mask = (to_path(f"--{key}", extra[key]) if extra.get(key) else None for key in (SOURCE, MASK))
+    references = read_references(extra.get(REFERENCES, ""))
+    if None not in (video, request.control_path) and video != request.control_path:
+        raise OptionError(
+            f"--src_video {video} and --control_path {request.control_path}: for VACE they are the same. "
+            "Leave one of them out"
+        )
+    video, references = video or request.control_path, references or request.control_images
+    if mask is not None and video is None:
+        raise OptionError(
+            f"--src_mask {mask}: it says what of a video is made new, and there is none. Give --src_video"
+        )
+    if len(references) > MOST_REFERENCES:
+        raise OptionError(f"{len(references)} reference pictures: give at most {MOST_REFERENCES}")
+    if references and request.source is not None:
+        raise OptionError(
+            f"--{request.source.option} {request.source.path} with reference pictures, which stand in front "
+            "of the clip: leave one of them out, or give the video to --src_video"
+        )
+    request = replace(request, control_path=video, control_images=references)
+    for option, path in [(MASK, mask), *((REFERENCES, one) for one in references)]:
+        if path is not None:
+            check_opens(option, path, is_image=option == REFERENCES or path.suffix.lower() in PICTURES)
+    return request, VaceRequest(mask, read_scales(extra.get(SCALE, "1"), layers))
+
+
+def read_references(text: str) -> tuple[Path, ...]:
+    """Read paths, one a line; commas divide a line too, as in the release, unless it is a file as it is."""
+    words = []
+    for line in text.split("\n"):
+        words += [line] if Path(line).exists() else line.split(",")
+    return tuple(to_path(f"--{REFERENCES}", word.strip()) for word in words if word.strip())
+
+
+def read_scales(text: str, layers: int) -> tuple[float, ...]:
+    """Read one number for all layers, or one for each. Raises OptionError."""
+    try:
+        found = tuple(float(word) for word in text.replace(",", " ").split())
+        if not all(abs(scale) <= MOST_HINT_SCALE for scale in found):  # nan too
+            raise ValueError
+    except ValueError:
+        raise OptionError(
+            f"--vace_scale {text!r}: give a number of at most {MOST_HINT_SCALE}, or one for each layer"
+        ) from None
+    if len(found) not in (1, layers):
+        raise OptionError(
+            f"--vace_scale {text!r}: {len(found)} numbers, and VACE has {layers} layers. Give one or {layers}"
+        )
+    return found * layers if len(found) == 1 else found
+
+
+def encode_control(vae: WanVae, prepared: Prepared) -> dict[str, Tensor | list[Tensor]]:
+    """Return `vace_control`, 1 96 K+L h w with K references in front, and `vace_scales`, 1 layers.
+
+    On the CPU. Nothing at a strength of 0: hints are then not computed. Raises MediaError if a video is too
+    short.
+    """
+    # with the libraries of media, which networks run without
+    from modules.media.canvas import on_white
+    from modules.media.reading import first_frame
+
+    asked, own = prepared.asked, prepared.own
+    assert isinstance(own, VaceRequest)
+    if not any(own.scales):
+        return {}
+    size = prepared.width, prepared.height
+    pixels = mask = None
+    if asked.control_path is not None:
+        pixels = video_pixels(asked.control_path, "--src_video", *size, prepared.frames)
+    if own.mask is not None:
+        mask = read_mask(own.mask, *size, prepared.frames)
+    if pixels is None:
+        pixels = torch.zeros(1, 3, prepared.frames, prepared.height, prepared.width)
+    halves = torch.cat(encode_halves(vae, pixels, mask), dim=1).cpu()
+    channels = mask_channels(prepared.frames, *size) if mask is None else fold_mask(mask)
+    frames = [first_frame(path) for path in asked.control_images]
+    references = [vae.encode(on_white(frame, *size)).cpu() for frame in frames]
+    control = join_control(halves, channels, references)
+    return {"vace_control": control, "vace_scales": torch.tensor([own.scales])}
+
+
+def read_mask(path: Path, width: int, height: int, frames: int) -> Tensor:
+    """Read a mask, 1 1 F H W in 0..1 (1, white: made new). A single picture holds for all frames."""
+    if path.suffix.lower() in PICTURES and path.is_file():
+        pixels = image_pixels(path, width, height).expand(-1, -1, frames, -1, -1)
+    else:
+        pixels = video_pixels(path, "--src_mask", width, height, frames)
+    return ((pixels[:, :1] + 1) / 2).clamp(0, 1)
+
+
+def encode_halves(vae: WanVae, pixels: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the latents of what stays, and of what changes, each B 16 L h w.
+
+    pixels: B 3 F H W in -1..1. mask: B 1 F H W, above 0.5 where it changes; None: all does. What is not in a
+    half is grey.
+    """
+    if mask is None:
+        return vae.encode(torch.zeros_like(pixels)), vae.encode(pixels)
+    changes = (mask > 0.5).to(pixels)
+    return vae.encode(pixels * (1 - changes)), vae.encode(pixels * changes)
+
+
+def fold_mask(mask: Tensor) -> Tensor:
+    """Turn a mask, B 1 F H W, into B 64 L h w: the pixels of a latent pixel become channels, row by row.
+
+    Its levels stay as they are, as in the release, which divides the clip alone at 0.5.
+
+    Of the frames those nearest to the middles of L equal parts are taken, as in the release: others than the
+    latent frames hold, as the first of these is one frame.
+    """
+    _, rows, columns = LATENT.stride
+    frames = latent_frames(mask.shape[2])
+    folded = rearrange(mask, "b 1 f (h r) (w c) -> b (r c) f h w", r=rows, c=columns)
+    return functional.interpolate(folded, size=(frames, *folded.shape[3:]), mode="nearest-exact")
+
+
+def mask_channels(frames: int, width: int, height: int) -> Tensor:
+    """Return the channels where there is no mask: all of them 1, 1 64 L h w."""
+    _, rows, columns = LATENT.stride
+    return torch.ones(1, rows * columns, latent_frames(frames), height // rows, width // columns)
+
+
+def latent_frames(frames: int) -> int:
+    return (frames - 1) // LATENT.stride[0] + 1
+
+
+def join_control(halves: Tensor, mask: Tensor, references: Sequence[Tensor]) -> Tensor:
+    """Return B 96 K+L h w: references (B 16 1 h w each) in front, the last one first, their mask 0.
+
+    halves: B 32 L h w, what stays before what changes. mask: B 64 L h w.
+    """
+    control = torch.cat([halves, mask.to(halves)], dim=1)
+    fronts = [
+        functional.pad(one.to(control), (0, 0) * 3 + (0, control.shape[1] - one.shape[1]))
+        for one in references
+    ]
+    return torch.cat([*reversed(fronts), control], dim=2)

@@ -1,0 +1,81 @@
+"""VACE: a second stack of Wan's blocks, whose stream holds the control and gives hints to the first.
+
+The stream c begins as the embedded control. Its first block adds x, as it enters the network's first block;
+each block then runs on c as Wan's do on x, with the same text, time and positions, and a projection of its c
+is the hint that is added behind a block of the first stack. Source: the released code (ali-vilab/VACE) and
+Jiang et al. 2025, arXiv 2503.07598.
+"""
+# Letters: B batch, L video tokens, C width
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from einops import rearrange
+from torch import Tensor, nn
+
+from modules.contract.steps import NO_TWEAKS, Tweaks
+from modules.layers.norms import in_own_dtype
+from modules.run_blocks import Hidden
+from wan.configs import WanConfig
+from wan.model import WanAttentionBlock, WanModel
+from wan.spec import VACE_DIT, WanTokens
+
+
+class WanVaceBlock(WanAttentionBlock):
+    """A block of the second stack: its stream and x -> the stream, and the hint; all B L C float32."""
+
+    def __init__(self, config: WanConfig, index: int) -> None:
+        super().__init__(config)
+        self.index = index
+        if index == 0:
+            self.before_proj = nn.Linear(config.dim, config.dim)
+        self.after_proj = nn.Linear(config.dim, config.dim)
+
+    def forward(self, side: Tensor, x: Tensor, tokens: WanTokens) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        if self.index == 0:
+            side = in_own_dtype(self.before_proj, side).float() + x
+        side = super().forward(side, tokens)
+        hint = in_own_dtype(self.after_proj, side).float()
+        if tokens.hint_scales is not None:
+            hint = hint * tokens.hint_scales[:, self.index, None, None]
+        return side, hint
+
+
+class WanVaceModel(WanModel):
+    """Wan's text-to-video network with the second stack. Without control it is that of text to video."""
+
+    spec = VACE_DIT
+
+    def __init__(self, config: WanConfig, *settings: Any) -> None:
+        super().__init__(config, *settings)
+        self.vace_patch_embedding = nn.Conv3d(
+            config.vace_dim, config.dim, config.patch_size, config.patch_size
+        )
+        self.vace_blocks = nn.ModuleList(WanVaceBlock(config, index) for index in range(config.vace_layers))
+
+    def forward(
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        text: Sequence[Tensor] | Tensor,
+        image_embeds: Tensor | None = None,
+        tweaks: Tweaks = NO_TWEAKS,
+        control: Tensor | None = None,
+        hint_scales: Tensor | None = None,
+    ) -> Tensor:
+        """As `WanModel.forward`. control: B vace_dim F H W, of the noisy latents' size; None: no hints.
+
+        hint_scales: B layers; None: hints are added as they are.
+        """
+        hidden = Hidden(*self.embed(noisy, timesteps, text, image_embeds, tweaks))
+        if control is not None:
+            if control.shape[1] != self.config.vace_dim or control.shape[2:] != noisy.shape[2:]:
+                raise ValueError(
+                    f"control of {tuple(control.shape[1:])}, the model takes {self.config.vace_dim} channels "
+                    f"of {tuple(noisy.shape[2:])}"
+                )
+            patches = in_own_dtype(self.vace_patch_embedding, control).float()
+            hidden.side = rearrange(patches, "b c f h w -> b (f h w) c").contiguous()
+            hidden.tokens = replace(hidden.tokens, hint_scales=hint_scales)
+        return self.run_from(hidden, tweaks)

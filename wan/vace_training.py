@@ -1,0 +1,57 @@
+"""What VACE learns from: control, mask and references of a dataset's items, to caches and to conditions.
+
+In caches: `latents_control` C 32 (what stays, what changes), `vace_mask` as bytes where there is a mask, and
+`latents_reference_0`, ... of one frame each. In training the references are clean frames in front of the clip
+too, which are noised and learned with it: so sampling has them. Source: DiffSynth-Studio's training of VACE.
+"""
+
+import torch
+from torch import Tensor
+
+from modules.contract.data import REFERENCE_LATENTS, Batch, CacheEntry, MediaBatch
+from modules.errors import CacheError
+from modules.media.pixels import to_pixels
+from wan.spec import LATENT
+from wan.vace import encode_halves, fold_mask, join_control
+from wan.vae import WanVae
+
+VACE_MASK = "vace_mask"  # C 64 L h w uint8
+
+
+def encode_items(vae: WanVae, media: MediaBatch, store: torch.dtype) -> list[CacheEntry]:
+    """Encode items of one size for VACE. store: dtype of the latents.
+
+    Items without a control video have grey, all of it to be made new.
+    """
+    pixels = to_pixels(media.frames.to(vae.device))
+    followed = to_pixels(media.control[0].to(vae.device)) if media.control else torch.zeros_like(pixels)
+    mask = None if media.control_mask is None else media.control_mask.to(vae.device)[:, None]
+    levels = None if mask is None else mask.float() / 255
+    tensors = {
+        "latents": vae.encode(pixels).to(store),
+        "latents_control": torch.cat(encode_halves(vae, followed, levels), dim=1).to(store),
+    }
+    if mask is not None:
+        tensors[VACE_MASK] = fold_mask(mask.float()).to(torch.uint8)
+    for index, reference in enumerate(media.references):
+        tensors[f"{REFERENCE_LATENTS}_{index}"] = vae.encode(to_pixels(reference.to(vae.device))).to(store)
+    return [
+        CacheEntry({name: tensor[item] for name, tensor in tensors.items()}) for item in range(len(pixels))
+    ]
+
+
+def batch_control(batch: Batch) -> dict[str, Tensor | list[Tensor]]:
+    """Return `vace_control`, B 96 K+L h w. Raises CacheError for control that was cached for other models."""
+    halves = batch.tensor("latents_control").float()
+    if halves.shape[1] != 2 * LATENT.channels:
+        raise CacheError(
+            f"{batch.keys[0]}: its control has {halves.shape[1]} channels in the cache, VACE takes "
+            f"{2 * LATENT.channels}. Cache again with wan_cache_latents.py --vace."
+        )
+    if VACE_MASK in batch.tensors:
+        mask = batch.tensor(VACE_MASK).to(halves) / 255
+    else:
+        mask = halves.new_ones(len(halves), LATENT.stride[1] * LATENT.stride[2], *halves.shape[2:])
+    names = [name for name in batch.tensors if name.startswith(REFERENCE_LATENTS)]
+    names.sort(key=lambda name: int(name.rpartition("_")[2]))
+    return {"vace_control": join_control(halves, mask, [batch.tensor(name) for name in names])}
