@@ -26,7 +26,9 @@ ATTENTIONS = {
     **dict.fromkeys(("hunyuan t2v", "framepack", "flux dev", "flux chroma", "lumina"), (2, 0)),
     **dict.fromkeys(("hunyuan_image", "qwen_image", "qwen_image edit", "krea2"), (2, 0)),
     **dict.fromkeys(("z_image", "flux_2"), (1, 0)),  # all tokens of FLUX.2 count
-    **dict.fromkeys(("ltx_2 2.0", "ltx_2 2.3", "ltx_2 2.5"), (6, 2)),  # short to the video: its text, and sound
+    **dict.fromkeys(
+        ("ltx_2 2.0", "ltx_2 2.3", "ltx_2 2.5"), (6, 2)
+    ),  # short to the video: its text, and sound
     **{"wan t2v": (2, 1), "wan i2v": (3, 1), "wan vace": (2, 1)},
 }
 LEARNS_BEFORE = {"lumina", "krea2"}  # a LoRA is in their refiners too
