@@ -34,7 +34,7 @@ SLACK = 12_000_000  # bytes: activations, and the interpreter's objects
 
 T2V = "--task t2v-1.3B --dit M/dit.safetensors"
 ENCODERS = "--vae M/vae.safetensors --t5 M/t5.safetensors"
-MAKES = "--video_size 32 32 --video_length 5 --infer_steps 2 --flow_shift 5 --seed 1 --save_path out"
+MAKES = "--video_size 32 32 --video_length 5 --infer_steps 4 --flow_shift 5 --seed 1 --save_path out"
 ONE = f"wan_generate_video.py {T2V} {ENCODERS} {MAKES} --prompt cat"
 LATENT = f"{ONE} --output_type latent".replace("M/t5", "small/t5")
 PAIR = f"{LATENT} --dit_high_noise M/dit_high.safetensors --task t2v-A14B"
