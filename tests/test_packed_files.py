@@ -7,7 +7,7 @@ import pytest
 
 from tests.packing import FORMS, GGUF_KINDS, gguf_file, pack_file
 from tests.tiny.families import FAMILIES
-from tests.tiny.runs import TinyProject
+from tests.tiny.runs import TinyProject, make_project
 
 pytest.importorskip("comfy_kitchen")
 pytest.importorskip("gguf")
@@ -59,3 +59,17 @@ def test_generation_is_that_of_the_values(
         compare(project, packed, 3e-2 if form in {"int8", "convrot"} else 1e-4)
 
     assert form == "BF16" or "as the file has them" in caplog.text
+
+
+def test_a_lora_learns_on_a_gguf_file_as_on_its_values(tmp_path: Path) -> None:
+    project = make_project(CHOSEN["z_image"], tmp_path)
+    dit = tmp_path / "model" / "dit.safetensors"
+    packed = gguf_file(dit, "Q8_0")
+    plain = project.train("plain", "--mixed_precision", "no")
+    packed.replace(dit)
+
+    found = project.train("packed", "--mixed_precision", "no")
+
+    assert found.keys() == plain.keys()
+    for name, tensor in plain.items():
+        assert (found[name] - tensor).abs().max() <= 1e-4 * tensor.abs().max().clamp_min(1e-9)

@@ -236,6 +236,13 @@ def _stored_layers(
     kept = find_stored_weights(linear, sources, checkpoint.tensors, asked=True)
     if not kept:
         return StoredLoading(form, others(linear_weights(dit, spec.block_lists, spec.fp8_exclude)))
+    is_packed = any(checkpoint.tensors[sources[name].names[0]].packing is not None for name in kept)
+    if is_packed and quantisation.kind != "cast":
+        raise CheckpointError(
+            f"{quantisation.asked_by}: {checkpoint.path} is quantised already; rounding it again would only "
+            f"lose more.\n  Leave {quantisation.asked_by} out: layers stay as the file has them.",
+            checkpoint.path,
+        )
     refuse_fp8_file(checkpoint.path, quantisation, placement.patch is not None)
     return StoredLoading(form, kept=kept)
 
