@@ -103,7 +103,8 @@ class GatedAttention(GroupedAttention):
         seen = look_back(query[:, alone:], key, value, choice, lengths)
         if not alone:
             return seen
-        return torch.cat([attend(*(one[:, :alone] for one in (query, key, value)), choice), seen], dim=1)
+        theirs = attend(query[:, :alone], key[:, :alone], value[:, :alone], choice)
+        return torch.cat([theirs, seen], dim=1)
 
     def see_text(self, x: Tensor, choice: AttentionChoice, lengths: Lengths | None) -> Tensor:
         """Return the attention of text tokens, B T C, which have no positions: their output."""
@@ -126,8 +127,8 @@ def look_back(
     if lengths is None or not front:
         return attend(query, key, value, choice, lengths)
     rows = [
-        attend(one[None, :count], *(part[None, : front + count] for part in of_all), choice)[0]
-        for one, *of_all, count in zip(query, key, value, lengths.counts, strict=True)
+        attend(q[None, :count], k[None, : front + count], v[None, : front + count], choice)[0]
+        for q, k, v, count in zip(query, key, value, lengths.counts, strict=True)
     ]
     return unpack(torch.cat(rows), lengths, query.shape[1])
 
@@ -298,16 +299,16 @@ class Krea2Model(nn.Module):
                 kept.update(self.remember([one[:1] for one in references]))
             if kept is not None and not tweaks.leaves_out:
                 references = ()
-                for attention, pair in kept.items():
-                    attention.kept = pair
+                for layer, pair in kept.items():
+                    layer.kept = pair
             hidden = Hidden(*self.embed(noisy, timesteps, text, text_mask, tweaks, references, isolated))
             run_blocks(self, hidden, tweaks)
         finally:
-            for block in self.blocks:
-                block.attn.kept = ()
+            for attention in self.attentions():
+                attention.kept = ()
         return self.unembed(hidden.x, hidden.tokens)
 
-    def remember(self, references: Sequence[Tensor]) -> dict[nn.Module, Sequence[Tensor]]:
+    def remember(self, references: Sequence[Tensor]) -> dict[GatedAttention, Sequence[Tensor]]:
         """Return what the attention of each block keeps of references, each 1 Z 1 h w: see `kept` there."""
         device = references[0].device
         dtype, times = activation_dtype(device, self.compute_dtype), torch.zeros(1, device=device)
@@ -317,10 +318,13 @@ class Krea2Model(nn.Module):
         inputs |= {"rotary": self._rotary.of(layout, device), "time": self.embed_time(times)[:, :, None]}
         tokens = Krea2Tokens(**inputs, attention=self.attention, remembers=True)
         run_blocks(self, Hidden(x, tokens), NO_TWEAKS)
-        found = {block.attn: block.attn.kept for block in self.blocks}
+        found = {attention: attention.kept for attention in self.attentions()}
         for attention in found:
             attention.kept = ()
         return found
+
+    def attentions(self) -> list[GatedAttention]:
+        return [block.attn for block in self.blocks if isinstance(block, Krea2Block)]
 
     def embed(
         self,
