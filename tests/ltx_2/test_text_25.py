@@ -219,3 +219,15 @@ def test_an_old_transformers_is_named(gemma: Any, tmp_path: Path) -> None:
         plan = read_language_model(opened, replace(GEMMA_4, classes="Absent"), ALL_STATES)
     with pytest.raises(OptionError, match=r"Gemma 4 language model needs transformers 5\.15 or later"):
         build_language_model(plan.config)
+
+
+def test_parts_that_are_not_there_are_named_and_the_diffusion_decoder_is_refused(tmp_path: Path) -> None:
+    dit, vae = tmp_path / "dit.safetensors", tmp_path / "vae.safetensors"
+    save_file({"model.diffusion_model.audio_patchify_proj.weight": torch.ones(2, 2)}, dit)
+    save_file({"vae.decoder.det_stages.0.0.attn.to_q.weight": torch.ones(2, 2)}, vae)
+    with pytest.raises(OptionError, match="Give ltx-2.5-video-vae-conv-bf16.safetensors to --vae"):
+        _ = Ltx2Files(checkpoint=dit).vae_path
+    with pytest.raises(OptionError, match="Give ltx-2.5-audio-vae-bf16.safetensors to --audio_vae"):
+        Ltx2Files(checkpoint=dit).sound_path("vocoder")
+    with pytest.raises(CheckpointError, match="diffusion decoder of LTX-2.5.*video-vae-conv"):
+        Ltx2Files(checkpoint=dit, vae=vae).check_vae()
