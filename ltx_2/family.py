@@ -32,6 +32,7 @@ from ltx_2.references import (
     read_pixels,
     reference_key,
     references_of,
+    rules_of,
     thin_out,
 )
 from ltx_2.sound import SoundVae, Vocoder
@@ -160,8 +161,8 @@ class Ltx2(OneTransformer):
         """Raise DatasetError for control videos and pictures: its references have keys of their own."""
         if table.has_control:
             raise DatasetError(
-                f"{table.name}: LTX-2 follows no control clips. What a clip is made from is a reference: name "
-                "its folder reference_directory, not control_directory, and in lists reference_path."
+                f"{table.name}: LTX-2 follows no control clips. What a clip is made from is a reference: "
+                "name its folder reference_directory, not control_directory, and in lists reference_path."
             )
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
@@ -381,7 +382,7 @@ def _given_or(usual: float, given: float | None) -> float:
 def family_for_latent_caching(options: Ltx2LatentCachingOptions) -> Ltx2:
     model = options.model
     files = Ltx2Files(checkpoint=model.ltx2_checkpoint, streams=model.streams).add_vaes(options.vae)
-    return Ltx2(files, references=options.references.rules())
+    return Ltx2(files, references=rules_of(options.references))
 
 
 def family_for_text_caching(options: Ltx2TextCachingOptions) -> Ltx2:
@@ -414,7 +415,7 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
         (options.width, options.height, options.sample_num_frames),
         makes_sound=not options.silent,
         options=options,
-        references=None if options.ic_lora_strategy == "none" else options.references.rules(),
+        references=None if options.ic_lora_strategy == "none" else rules_of(options.references),
     )
 
 
@@ -426,7 +427,7 @@ def family_for_generation(options: Ltx2GenerationOptions) -> Ltx2:
         options.guidance,
         image_crf=options.image_crf,
         drive_video=options.drive_video,
-        references=options.references.rules(),
+        references=rules_of(options.references),
         given_references=options.references.paths,
     )
 
