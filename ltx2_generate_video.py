@@ -3,6 +3,7 @@
 All options: python ltx2_generate_video.py --help
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import modules.interpreter  # noqa: F401
@@ -10,7 +11,6 @@ from generation.options import GenerationOptions
 from generation.script_options import ScriptDefaults
 from generation.scripts import generation_script
 from ltx_2.options import Ltx2GenerationOptions, settle_generation
-from modules.options import override_options
 
 DEFAULTS = ScriptDefaults(
     fps=24,
@@ -32,7 +32,7 @@ def settle(
     from ltx_2.references import settle_factors
 
     found = settle_factors(own.references, [Path(one) for one in shared.lora.lora_weight])
-    return shared, override_options(own, {"references": found})
+    return shared, replace(own, references=found)
 
 
 main = generation_script("ltx_2", DEFAULTS, __doc__, settle=settle)
