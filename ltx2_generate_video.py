@@ -3,10 +3,14 @@
 All options: python ltx2_generate_video.py --help
 """
 
+from dataclasses import replace
+from pathlib import Path
+
 import modules.interpreter  # noqa: F401
+from generation.options import GenerationOptions
 from generation.script_options import ScriptDefaults
 from generation.scripts import generation_script
-from ltx_2.options import settle_generation
+from ltx_2.options import Ltx2GenerationOptions, settle_generation
 
 DEFAULTS = ScriptDefaults(
     fps=24,
@@ -16,7 +20,22 @@ DEFAULTS = ScriptDefaults(
     has_sound=True,
     spellings={"save_path": "--output_dir"},
 )
-main = generation_script("ltx_2", DEFAULTS, __doc__, settle=settle_generation)
+
+
+def settle(
+    shared: GenerationOptions, own: Ltx2GenerationOptions
+) -> tuple[GenerationOptions, Ltx2GenerationOptions]:
+    """Settle what has two names, and take the factors of references from LoRAs that say them."""
+    shared, own = settle_generation(shared, own)
+    if not own.references.paths or not shared.lora.lora_weight:
+        return shared, own
+    from ltx_2.references import settle_factors
+
+    found = settle_factors(own.references, [Path(one) for one in shared.lora.lora_weight])
+    return shared, replace(own, references=found)
+
+
+main = generation_script("ltx_2", DEFAULTS, __doc__, settle=settle)
 
 
 if __name__ == "__main__":

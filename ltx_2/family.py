@@ -33,6 +33,7 @@ from ltx_2.references import (
     read_pixels,
     reference_key,
     references_of,
+    rules_of,
     thin_out,
 )
 from ltx_2.sound import SoundVae, Vocoder
@@ -419,7 +420,7 @@ def _given_or(usual: float, given: float | None) -> float:
 def family_for_latent_caching(options: Ltx2LatentCachingOptions) -> Ltx2:
     model = options.model
     files = Ltx2Files(checkpoint=model.ltx2_checkpoint, streams=model.streams).add_vaes(options.vae)
-    return Ltx2(files, references=options.references.rules())
+    return Ltx2(files, references=rules_of(options.references))
 
 
 def family_for_text_caching(options: Ltx2TextCachingOptions) -> Ltx2:
@@ -453,7 +454,7 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
         makes_sound=not options.silent,
         stages=two_stages(options.stages),
         options=options,
-        references=None if options.ic_lora_strategy == "none" else options.references.rules(),
+        references=None if options.ic_lora_strategy == "none" else rules_of(options.references),
     )
 
 
@@ -466,7 +467,7 @@ def family_for_generation(options: Ltx2GenerationOptions) -> Ltx2:
         image_crf=options.image_crf,
         drive_video=options.drive_video,
         stages=two_stages(options.stages),
-        references=options.references.rules(),
+        references=rules_of(options.references),
         given_references=options.references.paths,
     )
 

@@ -419,16 +419,8 @@ def settle_generation(shared: T, own: Ltx2GenerationOptions) -> tuple[T, Ltx2Gen
         found["video_size"] = (own.height, own.width)
     if own.output_name is not None:
         found["name_start"] = own.output_name
-    loras = getattr(getattr(shared, "lora", None), "lora_weight", None) or ()
-    references: Any = own.references
-    if references.paths and loras:
-        from ltx_2.references import settle_factors
-
-        references = settle_factors(references, [Path(one) for one in loras])
     dtype = _one_of("dit_dtype", own.dit_dtype, DTYPES.get(own.mixed_precision or ""))
-    return override_options(shared, found), override_options(
-        own, {"dit_dtype": dtype, "references": references}
-    )
+    return override_options(shared, found), override_options(own, {"dit_dtype": dtype})
 
 
 def _one_of(name: str, ours: Any, theirs: Any, other: str = "mixed_precision") -> Any:

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from modules.contract.rules import ReferenceRules
 from modules.errors import OptionError
 from modules.options import HABIT, OF_REQUEST, Options, option
 
@@ -29,15 +28,6 @@ class Ltx2ReferenceOptions(Options, title="references (IC-LoRA)"):
         least=1,
         facts=HABIT,
     )
-
-    def rules(self) -> ReferenceRules:
-        return ReferenceRules(
-            MOST,
-            clips=True,
-            size_factor=self.reference_downscale,
-            time_factor=self.reference_temporal_scale,
-            frames=self.reference_frames or 0,
-        )
 
     def words(self) -> dict[str, int | None]:
         return {
@@ -77,15 +67,6 @@ class Ltx2GivenReferences(Options, title="references (IC-LoRA)"):
     def paths(self) -> tuple[Path, ...]:
         first = () if self.reference_video is None else (self.reference_video,)
         return (*first, *(self.reference_videos or ()))
-
-    def rules(self) -> ReferenceRules:
-        return ReferenceRules(
-            MOST,
-            clips=True,
-            size_factor=self.reference_downscale or 1,
-            time_factor=self.reference_temporal_scale or 1,
-            frames=self.reference_frames or 0,
-        )
 
     def __post_init__(self) -> None:
         if len(self.paths) > MOST:

@@ -13,7 +13,13 @@ import numpy
 import torch
 from torch import Tensor
 
-from ltx_2.reference_options import SIZE_FACTOR, TIME_FACTOR, Ltx2GivenReferences
+from ltx_2.reference_options import (
+    MOST,
+    SIZE_FACTOR,
+    TIME_FACTOR,
+    Ltx2GivenReferences,
+    Ltx2ReferenceOptions,
+)
 from modules.checkpoints.opening import open_checkpoint
 from modules.contract.data import REFERENCE_LATENTS, Conditions, LatentSpec
 from modules.contract.rules import ReferenceRules
@@ -117,6 +123,16 @@ def settle_factors(given: Ltx2GivenReferences, loras: Sequence[Path]) -> Ltx2Giv
 
 def is_picture(path: Path) -> bool:
     return path.suffix.lower() in image_suffixes() and not path.is_dir() and not is_animation(path)
+
+
+def rules_of(options: Ltx2ReferenceOptions | Ltx2GivenReferences) -> ReferenceRules:
+    return ReferenceRules(
+        MOST,
+        clips=True,
+        size_factor=options.reference_downscale or 1,
+        time_factor=options.reference_temporal_scale or 1,
+        frames=options.reference_frames or 0,
+    )
 
 
 def factor_metadata(rules: ReferenceRules) -> dict[str, str]:

@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dataset.config import DatasetTable
 from dataset.sources.clock import frames_beside
@@ -23,8 +24,7 @@ from modules.media.decoding import ANIMATION_SUFFIXES
 from modules.media.pixels import pixels_to_uint8
 from modules.media.reading import first_frame, image_suffixes, read_image, resize_cover
 
-if TYPE_CHECKING:
-    from dataset.sources.decoding import Clip, DecodedSource
+Clip = NDArray[np.uint8]  # F H W C
 
 logger = logging.getLogger(__name__)
 REFERENCE, MASK = "reference_directory", "control_mask_directory"
@@ -146,7 +146,7 @@ def read_companions(
         raise MediaError(f"{here.path}: its {sides} cannot be divided by the references' factor {factor}")
     small = bucket[0] // factor, bucket[1] // factor
 
-    def read(path: Path) -> "Clip":
+    def read(path: Path) -> Clip:
         if here.table.clip_references is not None and here.table.clip_references.on_white:
             from modules.media.canvas import on_white  # few models have their references so
 
@@ -178,8 +178,8 @@ def _read_mask(
     return read_moving(path, beside, place, sizes[0], count)
 
 
-def cut_companions(media: "DecodedSource", span: Span) -> dict[str, Any]:
-    """Return the references and the control mask of a span, as fields of `Item`, copied."""
+def cut_companions(media: Any, span: Span) -> dict[str, Any]:
+    """Return references and control mask of a span of a `DecodedSource`, as fields of `Item`, copied."""
     begin, end, whole, mask = span[0], sum(span), len(media.frames), media.control_mask
     crops = (one[begin:end] if len(one) == whole else one for one in media.references)
     return {

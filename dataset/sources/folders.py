@@ -53,10 +53,6 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
         sound = (sounds[path], None) if path in sounds else None
         mask = masks.get(path)
         sources.append(MediaSource(path, stem, first, text_path, control, table, more, mask, sound=sound))
-    if table.reference_directory is not None or table.control_mask_directory is not None:
-        from dataset.sources.companions import add_companions
-
-        sources = add_companions(table, sources, faults)
     if bad:
         messages = explain_captions(list(bad), [message for _, message in bad.values()])
         kind = "have a caption that cannot be used"

@@ -55,6 +55,10 @@ def find_sources(
             if not table.directory.is_dir() and (hint := _hint_of_start(table)):
                 raise DatasetError(f"{table.name}: there is no such folder from here.{hint}")
             sources = list_table_folder(table, captions, found)
+            if table.reference_directory is not None or table.control_mask_directory is not None:
+                from dataset.sources.companions import add_companions
+
+                sources = add_companions(table, sources, found)
         else:
             sources = _lister(table)(table, found)
     if not sources and not found:
