@@ -221,12 +221,14 @@ def make_latents(
                 if extra is not None:
                     begun = begun + source.extra_noise * extra.draw(begun.shape)
                 start = LoopStart(begun, step)
-            is_plain = caches is None or section.stage
             with ExitStack() as stack:
                 if now.added:
                     dit = dit_at(float(solver.schedule.timesteps[0]))
-                    stack.enter_context(dit.stage_loras.switched_on(device, dtype_of(dit), now.added))
-                cached_at = dit_at if is_plain else stack.enter_context(caches.section(dit_at))
+                    loras = vars(dit)["stage_loras"]  # see `add_stage_lora`
+                    stack.enter_context(loras.switched_on(device, dtype_of(dit), now.added))
+                cached_at = dit_at
+                if caches is not None and not section.stage:
+                    cached_at = stack.enter_context(caches.section(dit_at))
                 latents = denoise(family, cached_at, section, start, solver, guidance, watchers, split)
             section = sections.send(latents)
     except StopIteration as end:

@@ -200,7 +200,7 @@ def rehearse_denoising(
         dry.watch_blocks(blocks, ledger)
         if prepared.added:  # on the device beside the weights
             with ledger.allocating(dry.ADAPTER):
-                dit.stage_loras.place_on(dry.ACCELERATOR, dtype_of(dit))
+                vars(dit)["stage_loras"].place_on(dry.ACCELERATOR, dtype_of(dit))
         section = on_device(
             next(sections_of(family, prepared, encoded, inputs, SeededNoise(0, dry.ACCELERATOR))),
             dry.ACCELERATOR,

@@ -228,9 +228,9 @@ class Ltx2(OneTransformer):
         batch.check_widths(needed, self.files.dit_path, f"{TEXTS_AGAIN} and its release")
         for made in batch.made_by:  # caches of other tools have no records
             if made.part == GEMMA_USE.name and ("gemma4" in made.encoder) != (config.kind == "2.5"):
-                found = "LTX-2.5 (Gemma 4)" if "gemma4" in made.encoder else "LTX-2.3 or 2.0 (Gemma 3)"
+                other = "LTX-2.5 (Gemma 4)" if "gemma4" in made.encoder else "LTX-2.3 or 2.0 (Gemma 3)"
                 raise CacheError(
-                    f"{made.path}: the caption was encoded for {found}, {self.files.dit_path} is of "
+                    f"{made.path}: the caption was encoded for {other}, {self.files.dit_path} is of "
                     f"LTX-{config.kind}. Cache again with {TEXTS_AGAIN} and its release."
                 )
         found = {name: batch.tensors[name] for name in (*needed, FPS, HAS_SOUND) if name in batch.tensors}
@@ -351,8 +351,8 @@ class Ltx2(OneTransformer):
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Encode what is given: an image as the first latent frame, or a video as all; on the CPU."""
         if prepared.stages:
-            found = (self.request_conditions(encoders, one) for one in prepared.stages)
-            return {number: one[0] for number, one in enumerate(found) if one}
+            given = (self.request_conditions(encoders, one) for one in prepared.stages)
+            return {number: one[0] for number, one in enumerate(given) if one}
         path, size = prepared.asked.image_path, (prepared.width, prepared.height)
         vae, found = encoders.vae, dict[str, Tensor]()
         for number, reference in enumerate(prepared.own):

@@ -266,8 +266,8 @@ class AddedLoras:
         """
         try:
             for layer in self.layers:
-                for part in layer.parts if strength is not None else ():
-                    part.multiplier = strength
+                for part in layer.parts:
+                    part.multiplier = part.multiplier if strength is None else strength
                 layer.switch_on(device, dtype)
             yield
         finally:
