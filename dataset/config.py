@@ -185,7 +185,7 @@ def with_references(config: DatasetConfig, rules: ReferenceRules | None) -> Data
         if rules is not None and not takes_clips:
             continue
         if table.reference_dropout_rate:
-            why = "this model takes no reference pictures. Leave it out"
+            why = "this model takes no reference pictures that are left out at times. Leave it out"
             problems.append(f"{table.name}: reference_dropout_rate: {why}")
         if of_references := table.changed(forms.REFERENCES):
             why = "this model fits control images to the size of their picture; the keys are for models that"

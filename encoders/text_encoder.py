@@ -109,8 +109,9 @@ class TokenizerSource:
             with open_checkpoint(checkpoint_path) as checkpoint:
                 name = _inside(checkpoint) or ""
                 info = checkpoint.tensors[name]
-                if math.prod(info.shape) * info.dtype.itemsize > MAX_TOKENIZER_BYTES:
-                    raise self.files.unreadable(checkpoint_path, ValueError(f"{name} is too large"))
+                if len(info.shape) != 1 or math.prod(info.shape) * info.dtype.itemsize > MAX_TOKENIZER_BYTES:
+                    error = ValueError(f"{name} is too large, or no row of bytes")
+                    raise self.files.unreadable(checkpoint_path, error)
                 model = checkpoint.read(name).view(torch.uint8).numpy().tobytes()
             if name.endswith(TOKENIZER_JSON):
                 return self._use(self.files.read(checkpoint_path, model), checkpoint_path)

@@ -8,14 +8,12 @@ too, which are noised and learned with it: so sampling has them. Source: DiffSyn
 import torch
 from torch import Tensor
 
-from modules.contract.data import REFERENCE_LATENTS, Batch, CacheEntry, MediaBatch
+from modules.contract.data import CONTROL_MASK, REFERENCE_LATENTS, Batch, CacheEntry, MediaBatch
 from modules.errors import CacheError
 from modules.media.pixels import to_pixels
 from wan.spec import LATENT
 from wan.vace import encode_halves, fold_mask, join_control
 from wan.vae import WanVae
-
-VACE_MASK = "vace_mask"  # C 64 L h w uint8
 
 
 def encode_items(vae: WanVae, media: MediaBatch, store: torch.dtype) -> list[CacheEntry]:
@@ -32,7 +30,7 @@ def encode_items(vae: WanVae, media: MediaBatch, store: torch.dtype) -> list[Cac
         "latents_control": torch.cat(encode_halves(vae, followed, levels), dim=1).to(store),
     }
     if mask is not None:
-        tensors[VACE_MASK] = fold_mask(mask.float()).to(torch.uint8)
+        tensors[CONTROL_MASK] = fold_mask(mask.float()).to(torch.uint8)
     for index, reference in enumerate(media.references):
         tensors[f"{REFERENCE_LATENTS}_{index}"] = vae.encode(to_pixels(reference.to(vae.device))).to(store)
     return [
@@ -48,8 +46,8 @@ def batch_control(batch: Batch) -> dict[str, Tensor | list[Tensor]]:
             f"{batch.keys[0]}: its control has {halves.shape[1]} channels in the cache, VACE takes "
             f"{2 * LATENT.channels}. Cache again with wan_cache_latents.py --vace."
         )
-    if VACE_MASK in batch.tensors:
-        mask = batch.tensor(VACE_MASK).to(halves) / 255
+    if CONTROL_MASK in batch.tensors:
+        mask = batch.tensor(CONTROL_MASK).to(halves) / 255
     else:
         mask = halves.new_ones(len(halves), LATENT.stride[1] * LATENT.stride[2], *halves.shape[2:])
     names = [name for name in batch.tensors if name.startswith(REFERENCE_LATENTS)]

@@ -58,10 +58,11 @@ def read_batch(
     ]
     texts = [reader.read_text(item, number) for item, number in zip(items, numbers, strict=True)]
     has_sound = [data.SOUND in one.tensors for one in media]
-    for one in media:
-        if any(has_sound):  # of the others it is not learned
-            like = media[has_sound.index(True)].tensors[data.SOUND]
-            one.tensors.setdefault(data.SOUND, torch.zeros_like(like))
+    # of clips without sound it is not learned; without a mask of the control, all is made anew
+    for name, value in ((data.SOUND, 0), (data.CONTROL_MASK, 255)):
+        given = [one.tensors[name] for one in media if name in one.tensors]
+        for one in media if given else ():
+            one.tensors.setdefault(name, torch.full_like(given[0], value))
     if any(data.LOSS_MASK in one.tensors for one in media):
         for one in media:  # one without a mask gets ones, which change nothing
             ones = torch.ones(one.tensors["latents"].shape[1:], dtype=torch.float16)

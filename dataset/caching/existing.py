@@ -92,17 +92,19 @@ def refuse_changing(table: DatasetTable, keys: Sequence[str], what: str) -> None
 
 
 def refuse_companions(table: DatasetTable, sources: Sequence[MediaSource]) -> None:
-    """Raise DatasetError for references, and masks of controls, that the model does not take."""
+    """Raise DatasetError for references, and masks of controls, that the model does not take.
+
+    sources: those of the table that have some.
+    """
     rules = table.clip_references
     for source in sources:
-        if source.table.index == table.index:
-            if len(source.references) > (0 if rules is None else rules.most):
-                takes = "none beside control_path" if rules is None else f"{rules.most} at most"
-                raise DatasetError(f"{table.name}: {source.path} has references; this model takes {takes}.")
-            if source.control_mask is not None and not (rules is not None and rules.control_masks):
-                raise DatasetError(
-                    f"{table.name}: {source.path} has a control mask, which this model does not take."
-                )
+        if len(source.references) > (0 if rules is None else rules.most):
+            takes = "none beside control_path" if rules is None else f"{rules.most} at most"
+            raise DatasetError(f"{table.name}: {source.path} has references; this model takes {takes}.")
+        if source.control_mask is not None and not (rules is not None and rules.control_masks):
+            raise DatasetError(
+                f"{table.name}: {source.path} has a control mask, which this model does not take."
+            )
 
 
 def media_table(table: DatasetTable, has_control: bool = False) -> MediaTable:

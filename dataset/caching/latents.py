@@ -141,7 +141,8 @@ def batches(items: Iterable[Item], size: int | None) -> Iterator[list[Item]]:
     """
     waiting: dict[tuple[object, ...], list[Item]] = {}
     for item in items:
-        group = (item.table.index, *(tensor.shape for tensor in item.tensors))
+        counts = len(item.control), len(item.references)
+        group = (item.table.index, counts, *(tensor.shape for tensor in item.tensors))
         same = waiting.setdefault(group, [])
         same.append(item)
         is_full = len(same) >= (size or item.table.batch_size)

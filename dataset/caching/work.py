@@ -84,6 +84,10 @@ class MediaWork:
         sources, self.not_listed, self.whole_tables = list_sources(config, captions=False)
         problems = []
         controlled = {source.table.index for source in sources if source.control}
+        companions: dict[int, list[MediaSource]] = {}
+        for source in sources:
+            if source.references or source.control_mask is not None:
+                companions.setdefault(source.table.index, []).append(source)
         for table in config.datasets:
             has_control = table.index in controlled
             try:
@@ -92,7 +96,7 @@ class MediaWork:
                 existing.refuse_moments(family, table)
                 check_resolution(table, family.latent.pixel_step)
                 family.check_table(existing.media_table(table, has_control))
-                existing.refuse_companions(table, sources)
+                existing.refuse_companions(table, companions.get(table.index, ()))
             except DatasetError as error:
                 is_hint = has_control and table.conditioning_directory is not None
                 problems.append(f"{error}{MASKS_HINT if is_hint else ''}")

@@ -16,7 +16,7 @@ from modules.errors import MediaError
 from modules.media.decoding import is_animation
 from modules.media.samples import read_track, track_facts
 
-MOST_ASKED = 2000  # clips, of each table: headers of some milliseconds
+MOST_ASKED = 200  # clips, of each table: headers of some milliseconds each
 SAME_RATE = 0.01  # by how much the rate of a clip may differ from source_fps, so that its sound fits
 
 

@@ -85,6 +85,12 @@ class GgufFile:
         count, keys = head.number("Q"), head.number("Q")
         for _ in range(keys):
             key, value = head.text(), head.value(head.number("I"))
+            if key.startswith("comfy.gguf.orig_shape."):
+                raise CheckpointError(
+                    f"{self.path}: {shorten(key, 120)} says that a tensor lies in another shape than its "
+                    "own, as in files of Stable Diffusion, which is not supported. Give the safetensors.",
+                    self.path,
+                )
             if value is not None:
                 self.metadata[key] = str(value)
         places, starts = [], {}
@@ -145,7 +151,7 @@ class GgufFile:
         is_t5 = "enc.blk.0.attn_q.weight" in self.tensors
         is_llama = not is_t5 and not {"blk.0.attn_q.bias", "blk.0.attn_q_norm.weight"} & set(self.tensors)
         outside = _OUTSIDE | ({"token_embd": "shared"} if is_t5 else {})
-        for old in list(self.tensors):
+        for old in [name for name in self.tensors if "." in name]:
             found = re.fullmatch(r"(?:enc\.)?blk\.(\d+)\.(\w+)\.(weight|bias)", old)
             start, _, kind = old.rpartition(".")
             new = f"{outside.get(start, start)}.{kind}"
@@ -154,13 +160,15 @@ class GgufFile:
                 new = f"{'encoder.block' if is_t5 else 'model.layers'}.{found[1]}.{inside}.{found[3]}"
                 if is_llama and found[2] in ("attn_q", "attn_k"):
                     self._heads[new] = self._head_count(found[2], self.tensors[old])
+            if new != old and new in self.tensors:
+                raise ValueError(f"{shorten(old, 60)} and {shorten(new, 60)} are the same tensor")
             self.tensors[new], self._places[new] = self.tensors.pop(old), self._places.pop(old)
 
     def _head_count(self, part: str, info: TensorInfo) -> int:
         key = "llama.attention.head_count" + ("_kv" if part == "attn_k" else "")
         heads = int(self.metadata.get(key, 0))
-        if heads < 1 or info.shape[0] % (2 * heads):
-            raise ValueError(f"{key} is {heads}, which does not divide {info.shape[0]} rows into pairs")
+        if heads < 1 or len(info.shape) != 2 or info.shape[0] % (2 * heads):
+            raise ValueError(f"{key} is {heads}, which does not divide rows of {info.shape} into pairs")
         return heads
 
     def borrow(self, name: str, scratch: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ OF_OTHERS: Marks = (
     ("token_refiner.refiner_blocks.0.attn.to_q.weight", _H3),
     (
         "post_upsample_res_blocks.0.conv1.weight",
-        "a latent upscaler of LTX-Video or LTX-2, which is not supported yet",
+        "a latent upscaler of LTX-Video or LTX-2 (of LTX-2: --spatial_upsampler_path)",
     ),
     ("latents_mean", _OF_LTX),
     ("vae.per_channel_statistics.mean-of-means", _OF_LTX),

@@ -13,13 +13,14 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor
 
 from modules.contract.loading import Packing, TensorInfo
 from modules.stored import packed
 from modules.stored.forms import Stored
 from modules.stored.int8 import GROUPS, Int8
-from modules.stored.packed import FourBits, RowForm
+from modules.stored.packed import RowForm, four_bits
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +163,7 @@ class _Layer:
         name = f"{self.stem}.{end}"
         info = self.tensors.get(name)
         if info is None:
-            raise ValueError(f"is marked as {self.settings['format']}, but {name} is not there")
+            raise ValueError(f"is stored in a form whose {name} is not there")
         if info.dtype == torch.uint8 and dtypes[0].itemsize == 1:
             info = self.found[name] = replace(info, dtype=dtypes[0])
         if info.dtype not in dtypes or (shapes and info.shape not in shapes):
@@ -253,7 +254,8 @@ def _nvfp4(layer: _Layer) -> None:
 def _keep_nvfp4(weight: Tensor, scales: Tensor, scale: Tensor, of_input: Tensor | None = None) -> Stored:
     rows, half = weight.shape
     form = RowForm("nvfp4", ("scale_blocks", "scale_weight", "scale_of_input"), packed.nvfp4_rows)
-    of_input = None if of_input is None else of_input.float().reshape(1, -1)
+    if of_input is not None:  # it lacks columns that only fill the weight up
+        of_input = functional.pad(of_input.float(), (0, 2 * half - len(of_input)), value=1.0).reshape(1, -1)
     beside = packed.untile(scales, rows, half // 8), _per_row(scale, rows), of_input
     return Stored(form, (rows, 2 * half), (weight, *beside))
 
@@ -275,7 +277,7 @@ def _w4a8(layer: _Layer) -> None:
         raise ValueError("has a weight_correction, which is not supported")
     shape = layer.beside("weight_s_rel", (_E4M3, torch.float32))
     columns = math.prod(shape[1:]) * layer.number("group_size", 16)
-    bits = 8 * width // columns
+    bits = 8 * width // max(columns, 1)
     if len(shape) != 2 or shape[0] != rows or columns * bits != 8 * width or bits not in (4, 6):
         raise ValueError(f"has {width} bytes for {columns} columns, in place of 4 or 6 bits for each")
     layer.beside("weight_s_channel", _FLOATS, (rows,), (rows, 1))
@@ -331,7 +333,9 @@ def _bitsandbytes(layer: _Layer, read: Callable[[str], Tensor]) -> None:
     """Recognise 4 bits of bitsandbytes; `settings` are its state of the weight."""
     state, block = layer.settings, layer.number("blocksize", 64)
     rows, columns = state["shape"]
-    if not (type(rows) is type(columns) is int and rows > 0 and columns > 0) or columns % block:
+    if state["quant_type"] not in ("nf4", "fp4"):
+        raise ValueError(f"the form {str(state['quant_type'])[:60]!r}; nf4 and fp4 are read")
+    if not (type(rows) is type(columns) is int and rows > 0 and columns > 0) or columns % block or block % 2:
         raise ValueError(f"rows of {columns} weights are not whole blocks of {block}")
     blocks, stem = rows * columns // block, f"{layer.stem}.weight"
     if layer.weight.dtype != torch.uint8 or math.prod(layer.weight.shape) != rows * columns // 2:
@@ -344,10 +348,11 @@ def _bitsandbytes(layer: _Layer, read: Callable[[str], Tensor]) -> None:
         layer.beside(ends[2], _FLOATS, (256,))
     layer.beside(ends[0], (torch.uint8,) if len(ends) > 1 else _FLOATS, (blocks,))
     layer.beside("weight.quant_map", _FLOATS, (16,))
-    form = RowForm(
-        state["quant_type"], ("largest",), FourBits(tuple(read(f"{stem}.quant_map").tolist())).rows
-    )
+    levels = tuple(read(f"{stem}.quant_map").float().tolist())
     offset, nested = float(state.get("nested_offset", 0)), layer.number("nested_blocksize", 256)
+    if not all(map(math.isfinite, (offset, *levels))):
+        raise ValueError("its levels or its nested_offset are NaN or infinite")
+    form = RowForm(state["quant_type"], ("largest",), four_bits(levels))
     layer.set((rows, columns), tuple(ends), partial(_keep_four_bits, form, (rows, columns), offset, nested))
 
 

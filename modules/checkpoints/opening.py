@@ -101,7 +101,8 @@ class Checkpoint:
 
     def join(self, other: "Checkpoint") -> "Checkpoint":
         """Return the tensors of both; the files stay shared. Of a tensor that both have this one counts."""
-        return Checkpoint(self.path, {**other._places, **self._places}, [*self._files, *other._files])
+        places, files = {**other._places, **self._places}, [*self._files, *other._files]
+        return Checkpoint(self.path, places, files, self.refusal or other.refusal)
 
     def close(self) -> None:
         for file in self._files:

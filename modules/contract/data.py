@@ -21,6 +21,7 @@ Conditions = Mapping[str, Tensor | list[Tensor]]
 
 # key of the mask of the loss in batches and caches: 1 is learned, 0 is not; F H W of the latents
 LOSS_MASK = "reelsmith_loss_mask"
+CONTROL_MASK = "vace_mask"  # uint8, 255 is made anew; of clips whose control has none, all is
 
 # what a model can be told that a sample in training may lack (`Described.fuller`)
 CAPTION, FIRST_FRAME = "the caption before dropout", "the first frame"

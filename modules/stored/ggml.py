@@ -147,7 +147,8 @@ def kind_of_package(number: int) -> Kind | None:
         import gguf
     except ImportError:
         raise CheckpointError(
-            f"GGUF type {number} is read by the package gguf, which is not installed. Run: pip install gguf"
+            f"GGUF type {number} may be read by the package gguf, which is not installed. Run: "
+            "pip install gguf"
         ) from None
     try:
         kind = gguf.GGMLQuantizationType(number)

@@ -12,6 +12,7 @@ import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -29,6 +30,12 @@ LEVELS = (
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
 PIECE = 1 << 24  # weights rounded at a time
+
+
+@lru_cache(maxsize=4)
+def _pairs(device: torch.device) -> Tensor:
+    """Return the two values of each byte, 256 2; made once, as each copy to a card waits for it."""
+    return torch.cartesian_prod(*[torch.tensor(LEVELS, device=device)] * 2)
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,7 @@ class Nf4:
             peaks = wide.view(-1)[: len(peaks)] + offset
         if self.expand is not None:
             return self.expand(packed.reshape(-1, 1), peaks, BLOCK, "nf4", shape, dtype)
-        pairs = torch.cartesian_prod(*[torch.tensor(LEVELS, device=packed.device)] * 2)  # of each byte
+        pairs = _pairs(packed.device)
         count = math.prod(shape)
         flat = pairs.index_select(0, packed.reshape(-1).int()).view(-1)[:count]
         return (_padded(flat, BLOCK) * peaks[:, None]).to(dtype).view(-1)[:count].view(shape)

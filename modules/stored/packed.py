@@ -9,7 +9,7 @@ comfy-kitchen 0.2.40, with whose CPU back end the tests compare.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -104,9 +104,9 @@ def _grouped(values: Tensor, scales: Tensor) -> Tensor:
     return (values.unflatten(1, (scales.shape[1], -1)) * scales.float()[..., None]).flatten(1)
 
 
-@lru_cache(maxsize=4)
-def _levels(device: torch.device) -> Tensor:
-    return torch.tensor(_E2M1, device=device)
+@lru_cache(maxsize=8)
+def _levels(device: torch.device, values: tuple[float, ...] = _E2M1) -> Tensor:
+    return torch.tensor(values, device=device)  # once: each copy to a card waits for it
 
 
 def mxfp8_rows(weight: Tensor, scales: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def mxfp8_rows(weight: Tensor, scales: Tensor) -> Tensor:
 def nvfp4_rows(weight: Tensor, scales: Tensor, scale: Tensor, input_scale: Tensor | None) -> Tensor:
     # N K/2, N K/16 e4m3, N 1; 1 K: what the layer's input is multiplied by, which the weight may be as well
     values = _grouped(_levels(weight.device)[_nibbles(weight, high_first=True).int()], scales.float() * scale)
-    return values if input_scale is None else values[:, : input_scale.shape[1]] * input_scale
+    return values if input_scale is None else values * input_scale
 
 
 def w4a4_rows(weight: Tensor, scale: Tensor) -> Tensor:
@@ -156,13 +156,12 @@ def int8_rows(weight: Tensor, scale: Tensor) -> Tensor:
     return weight.float() * scale
 
 
-@dataclass(frozen=True)
-class FourBits:
-    """Levels of bitsandbytes' nf4 or fp4, for codes 0 to 15."""
+@cache
+def four_bits(values: tuple[float, ...]) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return what makes rows of bitsandbytes' nf4 or fp4, of codes 0 to 15: one function for equal values."""
 
-    levels: tuple[float, ...]
-
-    def rows(self, weight: Tensor, largest: Tensor) -> Tensor:
+    def rows(weight: Tensor, largest: Tensor) -> Tensor:
         # N K/2, N K/64: the largest magnitude of a block
-        levels = torch.tensor(self.levels, device=weight.device)
-        return _grouped(levels[_nibbles(weight, high_first=True).int()], largest)
+        return _grouped(_levels(weight.device, values)[_nibbles(weight, high_first=True).int()], largest)
+
+    return rows

@@ -48,6 +48,15 @@ def test_both_ways_of_marks_are_read_and_every_shape_of_scales(
     assert torch.equal(value(path), torch.full((4, 64), 0.5))
 
 
+def of_four_bits(**changed: Any) -> dict[str, Tensor]:
+    state = {"quant_type": "nf4", "blocksize": 64, "shape": [4, 64], **changed}
+    beside = {"absmax": torch.ones(4, dtype=torch.uint8), "quant_map": torch.linspace(-1, 1, 16)}
+    nested = {"nested_absmax": torch.ones(1), "nested_quant_map": torch.ones(256)}
+    tensors = {f"m.0.weight.{name}": one for name, one in (beside | nested).items()}
+    tensors["m.0.weight.quant_state.bitsandbytes__nf4"] = text(state)
+    return {"m.0.weight": torch.zeros(128, 1, dtype=torch.uint8), **tensors}
+
+
 BAD = {
     "unknown": (marked({"format": "int3"}), "m.0 is in the unknown form 'int3'.*known are.*nvfp4"),
     "no_json": (marked(torch.ones(9, dtype=torch.uint8)), "m.0.comfy_quant is no JSON"),
@@ -68,6 +77,18 @@ BAD = {
         marked({"format": "int8_tensorwise"}, weight_scale=torch.ones(3, 1)),
         "does not fit its weight",
     ),
+    "no groups": (
+        marked({"format": "asym_w4a8_int8"}, weight_s_rel=torch.ones(4, 0)),
+        "64 bytes for 0 columns",
+    ),
+    **{
+        f"bitsandbytes {name}": (of_four_bits(**changed), message)
+        for name, changed, message in (
+            ("offset", {"nested_offset": float("nan")}, "NaN or infinite"),
+            ("odd", {"shape": [4, 63], "blocksize": 1}, "not whole blocks"),
+            ("kind", {"quant_type": ["nf4"]}, "nf4 and fp4 are read"),
+        )
+    },
 }
 
 
@@ -89,6 +110,10 @@ def tensor(name: bytes, shape: tuple[int, ...], kind: int, start: int) -> bytes:
     return struct.pack("<Q", len(name)) + name + axes + struct.pack("<IQ", kind, start)
 
 
+def encoder(name: bytes) -> bytes:
+    return header(2, 0, tensor(b"token_embd.weight", (), 0, 0) + tensor(name, (), 0, 32)) + bytes(128)
+
+
 BROKEN = {
     "empty": (b"GGUF", "claims more than"),
     "version": (b"GGUF" + bytes(20), "its version is 0"),
@@ -107,6 +132,12 @@ BROKEN = {
     ),
     "uneven": (header(1, 0, tensor(b"a", (33,), 8, 0) + bytes(64)), "rows of 32"),
     "kind": (header(1, 0, tensor(b"a", (32,), 77, 0) + bytes(64)), "unknown GGUF type 77.*Q4_K"),
+    "same name": (encoder(b"model.embed_tokens.weight"), "are the same tensor"),
+    "no axes": (encoder(b"blk.0.attn_q.weight"), r"does not divide rows of \(\)"),
+    "other shape": (
+        header(0, 1, struct.pack("<Q25sII", 25, b"comfy.gguf.orig_shape.a.b", 4, 1)),
+        "another shape than its own",
+    ),
 }
 
 
