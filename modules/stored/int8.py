@@ -33,7 +33,7 @@ PIECE = 1 << 24  # values that have a float32 copy at a time: 64 MiB
 
 @dataclass(frozen=True)
 class Int8:
-    """The form. The companion `scale_weight` is float32: [out, 1], of files also [1]."""
+    """The form. The companion `scale_weight` is float32, out x 1."""
 
     group: int | None = None  # columns that are rotated together; 0: none; None: by the width of a layer
     rounds_gradients: bool = False
@@ -78,15 +78,12 @@ class Int8:
     def cut(self, stored: Stored, first: int, count: int) -> Stored | None:
         codes, scale = _pair(stored.tensors)
         rows = slice(first, first + count)
-        return Stored(
-            self, (count, stored.shape[1]), (codes[rows], scale if scale.numel() == 1 else scale[rows])
-        )
+        return Stored(self, (count, stored.shape[1]), (codes[rows], scale[rows]))
 
     def join(self, parts: Sequence[Stored]) -> Stored | None:
         pairs = [_pair(part.tensors) for part in parts]
-        scales = [scale.expand(len(codes), 1) for codes, scale in pairs]
-        codes = torch.cat([codes for codes, _ in pairs])
-        return Stored(self, (len(codes), parts[0].shape[1]), (codes, torch.cat(scales)))
+        codes, scales = (torch.cat(column) for column in zip(*pairs, strict=True))
+        return Stored(self, (len(codes), parts[0].shape[1]), (codes, scales))
 
     def computing_as(self, asked: Form) -> Form:
         if not isinstance(asked, Int8):
@@ -200,7 +197,7 @@ def _pair(tensors: Tensors) -> tuple[Tensor, Tensor]:
 
 
 def _scaled(codes: Tensor, scale: Tensor, part: slice) -> Tensor:
-    return codes[part] * (scale if scale.numel() == 1 else scale[part])
+    return codes[part] * scale[part]
 
 
 def _parts(x: Tensor) -> list[slice]:

@@ -5,6 +5,7 @@ transformer at the same noise: the factors that begin at zero are then the rate 
 other factors.
 """
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,11 @@ from diffusers.loaders import WanLoraLoaderMixin
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dataset.batches.finding import find_items, require_items
+from dataset.batches.order import BatchOrder
+from dataset.batches.reading import read_batch
+from dataset.config import load_dataset_config
+from modules.contract.data import CONTROL_MASK
 from modules.media.writing import write_png, write_video
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.parity.reference import to_pixels
@@ -24,6 +30,7 @@ from tests.parity.test_vace import their_dit
 from tests.parity.theirs import Theirs
 from tests.parity.training import ALPHA, RANK, SEED, Item
 from tests.tiny.wan import write_tiny_wan
+from wan.spec import LATENT
 
 WIDTH, HEIGHT, FRAMES = 48, 32, 9
 DATASET = """
@@ -161,6 +168,29 @@ def test_the_first_step_is_that_of_plain_torch_in_both_stacks(project: Path) -> 
         assert_equal(trained[f"{name}.lora_up.weight"], expected, name, TOLERANCE)
         seen[name.split("_")[2]] += bool(expected.abs().max() > 1e-6)
     assert seen == {"blocks": 40, "vace": 20}
+
+
+def test_controls_with_and_without_a_mask_learn_together(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(project, tmp_path / "two")
+    folder = tmp_path / "two"
+    for path in [path for name in ("clips", "control", "references") for path in (folder / name).iterdir()]:
+        shutil.copy(path, path.with_name(path.name.replace("a", "b", 1)))
+    (folder / "dataset.toml").write_text(
+        DATASET.replace("batch_size = 1", "batch_size = 2"), encoding="utf-8"
+    )
+    vae = ("--vae", "models/vae.safetensors", "--vae_dtype", "float32")
+    succeed_here("wan_cache_latents.py", *ENCODE, *vae, "--vace", folder=folder)
+    succeed_here("wan_cache_text_encoder_outputs.py", *ENCODE, "--t5", "models/t5.safetensors", folder=folder)
+    monkeypatch.chdir(folder)
+    items = require_items(find_items(load_dataset_config(Path("dataset.toml")), "wan", LATENT))
+
+    (batch,) = BatchOrder(items, 1).epoch(0)
+    masks = read_batch(batch, LATENT).tensors[CONTROL_MASK]
+
+    found = {item.source_stem: mask.unique().tolist() for item, mask in zip(batch, masks, strict=True)}
+    assert found == {"a": [0, 255], "b": [255]}
 
 
 def test_a_lora_is_in_the_second_stack_unless_asked(project: Path) -> None:
