@@ -67,15 +67,15 @@ class DitLoader:
         """Load an expert to the device, or as `aside` does. Raises OptionError."""
         family, speed = self.family, self.options.speed
         uses = self.uses[expert] if self.uses else ()
-        patch = (
-            self.originals[expert] if self.originals else (LoraPatch(on_side(uses, False)) if uses else None)
-        )
+        merged = LoraPatch(on_side(uses, False)) if uses and not self.originals else None
+        patch = self.originals[expert] if self.originals else merged
         host = place or swapped_weights(family.dit, speed.swap, self.device)
         shares = shared_blocks(speed.sharding, self.device)
         placement = Placement(
             self.device,
             attention=speed.attention.choice,
             patch=patch,
+            beside=merged.leave_beside if merged else None,
             quantisation=self.quantisation,
             host=host,
             blocks=shares,
@@ -85,6 +85,8 @@ class DitLoader:
         warn_if_emulated(self.device, dtype_of(dit), "the transformer")
         if patch is not None:
             patch.check()
+        if merged is not None and merged.beside:
+            import_own("networks.added").add_beside(dit, merged.beside, self.device, dtype_of(dit))
         dit.eval().requires_grad_(False)
         if "stage_lora" in vars(dit):
             is_compiled = speed.compilation.choice is not None
@@ -227,7 +229,7 @@ def leave_out_missing(family: Family, options: GenerationOptions, device: torch.
             checks[name](speed)
         except OptionError as error:
             logger.warning("--optimized goes without --%s here. %s", name, error)
-            speed = _without(speed, name, has_loras=bool(options.lora.lora_weight))
+            speed = _without(speed, name)
             left_out.append(name)
     values = dict.fromkeys(options.speed.by_preset, True) | dict(options.settings)
     used = [as_typed(values, name) for name in options.speed.by_preset if name not in left_out]
@@ -249,10 +251,10 @@ def leave_out_missing(family: Family, options: GenerationOptions, device: torch.
     return replace(options, speed=speed, settings=settings)
 
 
-def _without(speed: GenerationSpeedOptions, name: str, has_loras: bool) -> GenerationSpeedOptions:
+def _without(speed: GenerationSpeedOptions, name: str) -> GenerationSpeedOptions:
     changes: dict[str, Any] = {name: "torch" if name == "attn_mode" else False}
-    if name == "fp8_scaled":  # a file in fp8 stays as it is, unless a LoRA has to be merged into it
-        changes |= {"fp8": not has_loras, "fp8_fast": speed.fp8.fp8_fast and not has_loras}
+    if name == "fp8_scaled":  # a file in fp8 stays as it is
+        changes["fp8"] = True
     by_preset = tuple(one for one in speed.by_preset if one != name)
     return override_options(replace(speed, by_preset=by_preset), changes)
 

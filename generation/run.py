@@ -169,7 +169,7 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
         return
     check_models(run)
     for file, of_expert in zip(family.dit_files, uses, strict=False):
-        check_loras_fit(file, of_expert, options.speed.fp8.quantisation)
+        check_loras_fit(file, of_expert)
     if options.preview.preview_latent_every is not None:
         run = run.with_previews()
     if options.interactive:

@@ -9,6 +9,7 @@ otherwise calls the one before it, so that training computes what it would compu
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from logging import getLogger
 from typing import Any
 
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 
 from modules.console import list_some
 from modules.errors import CheckpointError
+from modules.stored.forms import stored_in
 from networks import deltas, loading
-from networks.apply import changes_of
+from networks.apply import Change, changes_of
 from networks.deltas import CPU, DORA, LORA, OF_BIAS, OF_LOW_RANK, Factors
 from networks.key_formats import OURS
 from networks.leftovers import text_side_of
@@ -50,6 +52,12 @@ class ChangedPlace:
         found = getattr(self.module, self.leaf)
         assert isinstance(found, Tensor)
         return found
+
+    @property
+    def shaped(self) -> Tensor:
+        """The parameter; of a weight stored in 8 or 4 bits a stand-in with its value's shape alone."""
+        stored = stored_in(self.module) if self.leaf == "weight" else None
+        return self.parameter if stored is None else torch.empty(1).expand(stored.shape)
 
     @property
     def is_linear(self) -> bool:
@@ -310,6 +318,26 @@ def add_stage_lora(dit: nn.Module, is_compiled: bool = False) -> None:
     vars(dit)["stage_loras"] = add_loras(dit, [use], is_compiled, option)
 
 
+def add_beside(
+    dit: nn.Module, changes: Mapping[str, Sequence[Change]], device: torch.device, dtype: torch.dtype
+) -> None:
+    """Put changes of stored weights round their layers, switched on. Call before networks and compilation.
+
+    changes: `LoraPatch.beside`. dtype: to compute in.
+    """
+    for name, found in changes.items():
+        place = ChangedPlace(name, dit.get_submodule(name.removesuffix(".weight")))
+        height = len(place.shaped)
+        parts = [AddedPart(place, change.factors, change.use.multiplier) for change in found]
+        for part, change in zip(parts, found, strict=True):
+            if change.rows is not None:  # the addition is to some of the outputs
+                around = change.rows.start, height - change.rows.stop
+                part.region = partial(functional.pad, pad=around)
+        layer = AddedLayer(place, parts)
+        layer.attach()
+        layer.switch_on(device, dtype)
+
+
 def attach_parts(
     parts: Sequence[Mapping[str, AddedPart]], known: Mapping[str, ChangedPlace]
 ) -> list[AddedLayer]:
@@ -356,7 +384,7 @@ def fitting(lora: LoraFile, known: Mapping[str, ChangedPlace], option: str) -> d
 
     option: that names the file, for messages. Raises CheckpointError if the file does not fit the model.
     """
-    heights = {name: len(place.parameter) for name, place in known.items()}
+    heights = {name: len(place.shaped) for name, place in known.items()}
     stored = deltas.group_by_module(for_model(lora.tensors, heights.get))
     missed = [name for name in stored if name not in known]
     found: dict[str, Factors] = {name: factors for name, factors in stored.items() if name in known}
@@ -373,7 +401,7 @@ def fitting(lora: LoraFile, known: Mapping[str, ChangedPlace], option: str) -> d
             lora.path,
         )
     for name, factors in list(found.items()):
-        place, weight = known[name], known[name].parameter
+        place, weight = known[name], known[name].shaped
         other = deltas.other_channels(factors, weight) if place.path.endswith(FIRST_LAYERS) else None
         if other is not None:
             logger.warning(f"{lora.path}: {other}; the rest is used without it")

@@ -13,12 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from modules.checkpoints.dits import refuse_fp8_file
 from modules.checkpoints.opening import open_checkpoint
 from modules.console import list_some
 from modules.errors import CheckpointError
 from modules.offload.sharding import gather_weight, set_weight
-from modules.speed_options import Quantisation
 from networks import deltas
 from networks.deltas import CPU, DORA, META, Factors, has_input_magnitudes, other_channels
 from networks.key_formats import OURS, module_of_tensor
@@ -178,6 +176,8 @@ class LoraPatch:
             for module, factors in use.lora.modules().items():
                 for change in changes_of(use, factors):
                     self._changes.setdefault(f"{module}.{change.leaf}", []).append(change)
+        # parameter -> its changes, which are not merged: `networks.added.add_beside` puts them into a network
+        self.beside: dict[str, list[Change]] = {}
         self._seen: set[str] = set()  # keys that a weight handed over has in one layout or another
         # use -> those of its keys that change something
         self._taken: dict[int, set[str]] = {id(use): set() for use in uses}
@@ -201,13 +201,7 @@ class LoraPatch:
         another number of channels is left out, and `check` reports it. Raises CheckpointError if a LoRA has
         another size.
         """
-        changes = []
-        for key, change, relative in self._find(name):
-            if name.endswith(FIRST_LAYERS) and (other := other_channels(change.factors, weight)) is not None:
-                self._narrower[id(change.use)] = other
-                continue
-            self._taken[id(change.use)].add(key)
-            changes.append(change.fit(relative, weight, name, self._model).on(weight.device))
+        changes = [change.on(weight.device) for change in self._fitting(name, weight)]
         for rows in () if weight.is_meta else _blocks(weight, changes):
             part = weight if rows is None else weight[rows]
             total = torch.zeros(part.shape, dtype=torch.float32, device=part.device)
@@ -215,6 +209,30 @@ class LoraPatch:
                 change.add_to(total, rows, part)
             part.copy_(total.add_(part))
         return weight
+
+    def leave_beside(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Note in `beside` the changes of a weight that stays stored in 8 or 4 bits; return False, and note
+        nothing, if one has to be merged: a DoRA depends on the weight, and a whole matrix is as large as it.
+
+        Raises CheckpointError if a LoRA has another size.
+        """
+        changes = self._fitting(name, torch.empty(1).expand(shape))  # of that shape, and no memory
+        if any(change.factors.keys() & {DORA, "diff"} for change in changes):
+            return False
+        if changes:
+            self.beside[name] = changes
+        return True
+
+    def _fitting(self, name: str, weight: Tensor) -> list[Change]:
+        """Return the changes of a parameter as they lie in it. Raises as `add_to`."""
+        changes = []
+        for key, change, relative in self._find(name):
+            if name.endswith(FIRST_LAYERS) and (other := other_channels(change.factors, weight)) is not None:
+                self._narrower[id(change.use)] = other
+                continue
+            self._taken[id(change.use)].add(key)
+            changes.append(change.fit(relative, weight, name, self._model))
+        return changes
 
     @torch.no_grad()
     def bake(self, network: nn.Module, published: Callable[[str], str] = str) -> None:
@@ -363,11 +381,10 @@ class OriginalWeights:
             parameter.copy_(patch(self._published(name), original.to(parameter.device)))
 
 
-def check_loras_fit(model: Path, uses: Sequence[LoraUse], fp8: Quantisation | None = None) -> None:
+def check_loras_fit(model: Path, uses: Sequence[LoraUse]) -> None:
     """Compare names and shapes of LoRAs with the header of a transformer's file, before it is loaded.
 
-    fp8: how the model is to be kept. Raises CheckpointError if a LoRA has another size, if no part of it has
-    a weight, or if it changes weights that are stored in fp8 and are to stay in it.
+    Raises CheckpointError if a LoRA has another size, or if no part of it has a weight.
     """
     if not uses:
         return
@@ -375,6 +392,4 @@ def check_loras_fit(model: Path, uses: Sequence[LoraUse], fp8: Quantisation | No
         patch = LoraPatch(uses, checkpoint.tensors, model)
         for name, info in checkpoint.tensors.items():
             patch.add_to(name, deltas.hollow(info))
-            if fp8 is not None and info.dtype.itemsize == 1 and patch.touches(name):
-                refuse_fp8_file(model, fp8, has_loras=True)
     patch.refuse_misfits()

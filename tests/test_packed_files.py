@@ -4,9 +4,12 @@ import logging
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from tests.packing import FORMS, GGUF_KINDS, gguf_file, pack_file
 from tests.tiny.families import FAMILIES
+from tests.tiny.project import write_lora
 from tests.tiny.runs import TinyProject, make_project
 
 pytest.importorskip("comfy_kitchen")
@@ -73,3 +76,62 @@ def test_a_lora_learns_on_a_gguf_file_as_on_its_values(tmp_path: Path) -> None:
     assert found.keys() == plain.keys()
     for name, tensor in plain.items():
         assert (found[name] - tensor).abs().max() <= 1e-4 * tensor.abs().max().clamp_min(1e-9)
+
+
+def lora_for(dit: Path, path: Path, kind: str) -> None:
+    """A LoRA, LoKr or DoRA of a Wan, or a LoRA of the queries of a FLUX.2, whose weights join them."""
+    if kind != "queries":
+        write_lora(path, dit, kind=kind)
+        return
+    width = load_file(dit)["double_blocks.0.img_attn.qkv.weight"].shape[1]
+    start = "transformer.transformer_blocks.0.attn.to_q"
+    random = torch.Generator().manual_seed(0)
+    down, up = (torch.randn(shape, generator=random) * 0.1 for shape in ((2, width), (width, 2)))
+    save_file({f"{start}.lora_A.weight": down, f"{start}.lora_B.weight": up}, path)
+
+
+@pytest.mark.parametrize(
+    ("form", "kind", "kept"),
+    [
+        *((form, "LoRA", True) for form in ("int8", "mxfp8", "nvfp4", "nf4", "Q8_0")),
+        *(("Q4_0", "LoKr", True), ("nvfp4", "DoRA", False), ("nvfp4", "queries", True)),
+    ],
+)
+def test_a_lora_is_added_beside_packed_layers(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, form: str, kind: str, kept: bool
+) -> None:
+    """The values with the LoRA merged give the same; a DoRA's layers alone are made plain."""
+    project = project_of("flux_2" if kind == "queries" else "wan t2v-1.3B", tmp_path)
+    dit, lora = tmp_path / "model" / "dit.safetensors", tmp_path / "lora.safetensors"
+    lora_for(dit, lora, kind)
+    packed = gguf_file(dit, form) if form in GGUF_KINDS else pack_file(dit, form)
+    (without,) = project.generate("without", *SAY)
+    (merged,) = project.generate("merged", *SAY, "--lora_weight", lora)
+    assert any((merged[name] - tensor).abs().max() > 1e-2 for name, tensor in without.items())
+
+    with caplog.at_level(logging.INFO):
+        compare(project, packed, 3e-2 if form == "int8" else 1e-4, "--lora_weight", lora)
+
+    assert "stay in" in caplog.text
+    assert ("stored layers are kept in 16 bits" in caplog.text) != kept
+    assert kept or "3 of " in caplog.text
+
+
+def test_a_lora_learns_on_packed_layers_that_have_another_beside_them(tmp_path: Path) -> None:
+    """`--base_weights` and `--training_adapter` go beside; for a DoRA, which learns norms, all is merged."""
+    project = make_project(CHOSEN["z_image"], tmp_path)
+    project.train("first", "--mixed_precision", "no")
+    dit, lora = tmp_path / "model" / "dit.safetensors", "first/x.safetensors"
+    packed, plain = pack_file(dit, "nvfp4"), dit.read_bytes()
+    # plain descent, as it does not enlarge rounding: three steps with gradients of 1e-5 of each other
+    how = ("--mixed_precision", "no", "--optimizer_type", "SGD", "--learning_rate", "1")
+    how = (*how, "--training_adapter", lora, "--base_weights", lora)
+    for kind, more in (("LoRA", ()), ("DoRA", ("--network_args", "dora_wd=True"))):
+        dit.write_bytes(plain)
+        expected = project.train(f"{kind} plain", *how, *more)
+        dit.write_bytes(packed.read_bytes())
+        found = project.train(f"{kind} packed", *how, *more)
+
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert (found[name] - tensor).abs().max() <= 1e-4 * tensor.abs().max().clamp_min(1e-9), name

@@ -19,7 +19,7 @@ from modules.offload.turns import HostCopy
 from modules.planning.device_memory import MemoryWatch, bytes_on, spare_bytes
 from modules.speed_options import SwapOptions
 from networks.adapter import make_network
-from networks.added import AddedLoras, add_loras, add_stage_lora
+from networks.added import AddedLoras, add_beside, add_loras, add_stage_lora
 from networks.apply import LoraPatch
 from networks.loading import LoraUse
 from training import experts
@@ -166,12 +166,16 @@ class Loading:
         merged = [LoraUse(experts.read_lora_for(path, expert), multiplier) for path, multiplier in files]
         patch = LoraPatch(merged) if merged else None
         placement = experts.placement_of(options, device, plan.processes.quantisation)
-        dit = family.load_dit(replace(placement, patch=patch, host=host, blocks=shares), index)
-        if patch is not None:
-            patch.check()
-        del merged, patch  # tensors of files: what follows fills the host's memory
+        # a DoRA learns the norms of the weights, which are those with what is merged
+        beside = None if patch is None or (network and network.decomposes) else patch.leave_beside
+        placement = replace(placement, patch=patch, beside=beside, host=host, blocks=shares)
+        dit = family.load_dit(placement, index)
         experts.check_dtype(family, options, dtype_of(dit))
         computed = experts.AUTOCAST.get(options.accelerator.mixed_precision) or dtype_of(dit)
+        if patch is not None:
+            patch.check()
+            add_beside(dit, patch.beside, device, computed)
+        del merged, patch  # tensors of files: what follows fills the host's memory
         warn_if_emulated(device, computed, "the transformer")
         dit.requires_grad_(False)
         if shares is not None and plan.splits_model:

@@ -17,7 +17,6 @@ from modules.contract.family import DitSpec
 from modules.contract.loading import Placement, TensorSource
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
-from modules.speed_options import Quantisation
 from modules.stored.forms import form_of, linear_weights
 
 logger = logging.getLogger(__name__)
@@ -129,7 +128,7 @@ class DitFormat(Generic[Config, Dit]):
         `placement.keep_file_dtypes` each layer has the dtype of its weight in the file. `placement.patch` is
         called with the published parameter names. beside: a file with further tensors of it. Raises
         CheckpointError if the file is another model's, is incomplete, or has unknown tensors, and if an fp8
-        file is to be rounded again or patched.
+        file is to be rounded again.
         """
         with contextlib.ExitStack() as opened:
             checkpoint = bare_names(opened.enter_context(open_checkpoint(path)))
@@ -217,10 +216,7 @@ def _stored_layers(
     quantisation = placement.quantisation
     if quantisation is None:
         kept = find_stored_weights(linear_weights(dit), sources, checkpoint.tensors, asked=False)
-        if kept and placement.patch is not None:
-            text = "%s: %d packed layers are kept in 16 bits, as LoRAs are merged into them"
-            logger.info(text, checkpoint.path, len(kept))
-            return None
+        kept = _without_patched(kept, dit, checkpoint.path, placement)
         return StoredLoading(None, kept=kept) if kept else None
     lists = {name: len(found) for name, found in spec.blocks(dit).items()}
     named = [f"{name}.{index}." for name, count in lists.items() for index in range(count)]
@@ -243,23 +239,25 @@ def _stored_layers(
             f"lose more.\n  Leave {quantisation.asked_by} out: layers stay as the file has them.",
             checkpoint.path,
         )
-    refuse_fp8_file(checkpoint.path, quantisation, placement.patch is not None)
-    return StoredLoading(form, kept=kept)
-
-
-def refuse_fp8_file(path: Path, quantisation: Quantisation, has_loras: bool) -> None:
-    """Raise CheckpointError if a file in fp8 is to be rounded again, or to get LoRAs and stay in fp8."""
     if quantisation.kind != "cast":
         raise CheckpointError(
-            f"{quantisation.asked_by}: {path} is already in fp8; rounding it again would only lose more.\n"
-            f"  Leave {quantisation.asked_by} out: --fp8_base (training) and --fp8 (generation) keep the "
-            "file as it is. Or give the bf16 file.",
-            path,
+            f"{quantisation.asked_by}: {checkpoint.path} is already in fp8; rounding it again would only "
+            f"lose more.\n  Leave {quantisation.asked_by} out: --fp8_base (training) and --fp8 (generation) keep "
+            "the file as it is. Or give the bf16 file.",
+            checkpoint.path,
         )
-    if has_loras:
-        raise CheckpointError(
-            f"{path} is in fp8, too coarse to add a LoRA to.\n"
-            "  Give the bf16 file to --dit; or leave out --fp8_base and --fp8, so that the model is "
-            "converted to 16 bits.",
-            path,
-        )
+    return StoredLoading(form, kept=_without_patched(kept, dit, checkpoint.path, placement))
+
+
+def _without_patched(
+    names: frozenset[str], dit: nn.Module, path: Path, placement: Placement
+) -> frozenset[str]:
+    """Return the stored weights without those that the patch has to change in 16 bits."""
+    if placement.patch is None or not names:
+        return names
+    wanted, beside = dit.state_dict(), placement.beside
+    kept = frozenset(name for name in names if beside is not None and beside(name, tuple(wanted[name].shape)))
+    if kept != names:
+        text = "%s: %d of %d stored layers are kept in 16 bits, as LoRAs are merged into them"
+        logger.info(text, path, len(names - kept), len(names))
+    return kept

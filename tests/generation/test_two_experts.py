@@ -156,15 +156,22 @@ def test_the_transformer_for_much_noise_alone_makes_no_video(tmp_path: Path, fil
         wan_generate_video.main([str(word) for word in (*words, "--dit_high_noise", files.dit_high_noise)])
 
 
-def test_a_lora_for_a_file_in_fp8_that_works_late_is_refused_before_anything_loads(
+def test_a_lora_is_added_beside_the_layers_of_a_file_in_fp8(
     tmp_path: Path, files: TinyWan, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """One of the experts that share the device, and come to it in turns."""
     caplog.set_level(logging.INFO)
     low = write_dit(tmp_path, tiny_state("t2v"), "fp8_scaled")
-    words = [*replace(files, dit=low).models, *LENGTH, *loras(files, "low")]
-    with pytest.raises(CheckpointError, match="too coarse to add a LoRA"):
-        Script(wan_generate_video.main, words).run(tmp_path, "--fp8")
-    assert "Loading" not in caplog.text
+    words = [*replace(files, dit=low).models, *LENGTH]
+    without = Script(wan_generate_video.main, words).latents(tmp_path / "without", "--fp8")
+    expected = Script(wan_generate_video.main, [*words, *loras(files, "low")]).latents(tmp_path / "merged")
+    assert "linear layers stay in fp8" in caplog.text
+    caplog.clear()
+    found = Script(wan_generate_video.main, [*words, *loras(files, "low")]).latents(
+        tmp_path / "beside", "--fp8"
+    )
+    assert "linear layers stay in fp8" in caplog.text
+    assert float((found - expected).abs().max()) < 0.2 * float((without - expected).abs().max())
 
 
 BOTH = (Expert(LOW_NOISE, 0.0), Expert(HIGH_NOISE, 875.0))

@@ -116,13 +116,8 @@ def test_deltas_are_added_before_the_rounding(tmp_path: Path) -> None:
             "NaN or infinite",
         ),
         ("safetensors", Placement(torch.device("mps"), quantisation=ROWS), "Apple's GPUs do not support fp8"),
-        (
-            "fp8",
-            replace(CPU, quantisation=CAST, patch=lambda _, one: one),
-            r"too coarse .*LoRA to.\n  Give the bf16",
-        ),
     ],
-    ids=["infinite", "Apple", "LoRA"],
+    ids=["infinite", "Apple"],
 )
 def test_what_cannot_be_in_8_bits_is_refused(
     tmp_path: Path, dialect: str, placement: Placement, message: str
