@@ -22,9 +22,7 @@ from tests.preparing import prepare
 from tests.tiny.krea2 import CONFIG, tiny_state, write_dit
 
 BLOCKS, TOKENS, ROWS, COLUMNS = 9, 640, 4, 6  # of the reference; rows and columns of latents of the picture
-KEPT = (
-    BLOCKS * TOKENS * 2 * CONFIG.num_kv_heads * CONFIG.head_width * 2
-)  # bytes of keys and values, in 16 bits
+KEPT = BLOCKS * TOKENS * 2 * CONFIG.num_kv_heads * CONFIG.head_width * 2  # bytes, in 16 bits
 
 
 def test_a_plan_counts_the_keys_and_values_of_references(tmp_path: Path) -> None:
@@ -47,7 +45,9 @@ def test_a_plan_counts_the_keys_and_values_of_references(tmp_path: Path) -> None
                 ledger.see(tensor, WEIGHTS if isinstance(tensor, torch.nn.Parameter) else None)
             for number in range(2):
                 step = Step(number, 4, 1.0, 1000.0 - number, section.noise)
-                predict = predictor(family, lambda _: dit, step, options.splits_guidance, section.tweaks)
+                predict = predictor(
+                    family, lambda _, dit=dit: dit, step, options.splits_guidance, section.tweaks
+                )
                 make_guidance(request, options.guidance, family.experts)(step, predict, section)
             real = max(sum(moment.values()) for moment in ledger.peaks.values())
         assert predicted.phase(0).device == pytest.approx(real, rel=0.02)
