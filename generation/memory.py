@@ -210,6 +210,8 @@ def rehearse_denoising(
 
         def measure(counts: dry.Counts) -> Mapping[str, dry.Moment]:
             dry.keep_blocks(dit, blocks, counts, ledger)
+            if section.tweaks.kept is not None:
+                section.tweaks.kept.clear()  # by other blocks
             ledger.enter("forward outside the blocks")
             ledger.forget_peaks()
             caches: AbstractContextManager[DitAt] = nullcontext(lambda _: dit)

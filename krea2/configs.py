@@ -28,7 +28,6 @@ class Krea2StreamConfig:
 
     @property
     def head_width(self) -> int:
-        """Return the channels of a head."""
         return self.dim // self.num_heads
 
 
@@ -36,9 +35,8 @@ class Krea2StreamConfig:
 class Krea2Config(Krea2StreamConfig):
     """Dimensions of a Krea 2 transformer, read from a checkpoint's tensors."""
 
-    text: Krea2StreamConfig = Krea2StreamConfig(
-        2560, 6912, 20, 20
-    )  # the blocks over the language model's states
+    # the blocks over the language model's states
+    text: Krea2StreamConfig = Krea2StreamConfig(2560, 6912, 20, 20)
     num_layers: int = 28
     layerwise_blocks: int = 2
     refiner_blocks: int = 2
@@ -51,7 +49,6 @@ class Krea2Config(Krea2StreamConfig):
 
     @property
     def text_dim(self) -> int:
-        """Return the width of the language model's states."""
         return self.text.dim
 
     @property

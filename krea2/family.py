@@ -19,6 +19,7 @@ from encoders.pictures import (
     references_of,
     show_references,
 )
+from krea2 import options as own
 from krea2.configs import DIT, KREA_2, LATENT, NOISE, PATCH
 from krea2.files import (
     EDIT_USE,
@@ -32,23 +33,7 @@ from krea2.files import (
     told_turbo,
 )
 from krea2.names import LORA
-from krea2.options import (
-    EXTRAS,
-    GUIDANCE_OF_TURBO,
-    MU_OF_FEW,
-    MU_OF_MANY,
-    MU_OF_TURBO,
-    NAME,
-    SIDE,
-    STEPS_OF_TURBO,
-    Krea2GenerationOptions,
-    Krea2LatentCachingOptions,
-    Krea2ModelOptions,
-    Krea2TextCachingOptions,
-    Krea2TrainingOptions,
-    check_levels,
-    check_mu,
-)
+from krea2.options import EXTRAS, NAME, SIDE, check_levels, check_mu
 from modules.contract.data import (
     CONTROL,
     Batch,
@@ -74,7 +59,7 @@ logger = logging.getLogger(__name__)
 
 TEXTS_AGAIN, LATENTS_AGAIN = "krea2_cache_text_encoder_outputs.py", "krea2_cache_latents.py"
 DEFAULTS = picture_defaults(28, 5.5, SIDE, extras=tuple(EXTRAS))
-TURBO = replace(DEFAULTS, steps=STEPS_OF_TURBO, guidance_scale=GUIDANCE_OF_TURBO)
+TURBO = replace(DEFAULTS, steps=own.STEPS_OF_TURBO, guidance_scale=own.GUIDANCE_OF_TURBO)
 FEW, MANY = 256, 6400  # tokens of pictures at which mu is given
 
 
@@ -105,17 +90,14 @@ class Krea2(ModelOfPictures):
 
     @property
     def name(self) -> str:
-        """Name of the model in caches and LoRAs."""
         return "krea2_edit" if self.edits else "krea2"
 
     @property
     def cache_tag(self) -> str:
-        """What names of caches end with."""
         return "kr2e" if self.edits else "kr2"
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Name of this model in saved files."""
         names = {
             "architecture": "Krea-2",
             "resolution": f"{SIDE}x{SIDE}",
@@ -126,23 +108,19 @@ class Krea2(ModelOfPictures):
 
     @property
     def is_turbo(self) -> bool:
-        """Whether the transformer is Turbo."""
         return self.samples_on_turbo or (told_turbo(self.files.dit) or (False,))[0]
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """Defaults of a generation: of Turbo, or of raw."""
         return TURBO if self.is_turbo else DEFAULTS
 
     def why_few_steps(self) -> str | None:
-        """Return what says that a transformer is Turbo."""
         is_turbo, where = told_turbo(self.files.dit) or (False, "")
         return f"{self.files.dit} is {NAME} Turbo: {where}" if is_turbo else None
 
     # encoding
 
     def check_table(self, table: MediaTable) -> None:
-        """Raise DatasetError if a table has clips, or control images without --edit."""
         if table.kind == "image" and table.has_control and self.references is None:
             raise DatasetError(
                 f"{table.name}: the table has control images, which {NAME} takes as references of an edit. "
@@ -152,26 +130,21 @@ class Krea2(ModelOfPictures):
 
     @property
     def media_identity(self) -> Mapping[str, str]:
-        """What cached latents depend on: the VAE, and how large references may be."""
         if self.references is None:
             return super().media_identity
         area = "the target's" if self.references.area is None else str(self.references.area)
         return {**super().media_identity, "reference_pixels": area}
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Return the cache entry of each picture: normalised means of it and its references, in the VAE's
-        dtype.
-        """
+        """Normalised means of pictures and their references, in the VAE's dtype."""
         vae = encoders.vae
         return encode_pictures(media, vae.device, lambda frames: vae.encode(to_pixels(frames)).to(vae.dtype))
 
     # the network
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return the conditions for training: the captions' states, and the references of an edit.
-
-        Raises CacheError for states of another encoder, or of another number of its layers, and for captions
-        of an edit that were encoded without pictures.
+        """Raises CacheError for states of another encoder, or of another number of its layers, and for
+        captions of an edit that were encoded without pictures.
         """
         batch.check({KEY: TEXTS_AGAIN}, "the transformer")
         config, remedy = self.files.dit_header().config, f"{TEXTS_AGAIN} and Qwen3-VL (4B)"
@@ -195,10 +168,7 @@ class Krea2(ModelOfPictures):
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
     ) -> Tensor:
-        """Predict the velocity, B C 1 H W in float32.
-
-        cond: krea2_vl_embed, T n D of each sample; latents_control_0, ..., B C 1 h w, of its references.
-        """
+        """cond: krea2_vl_embed, T n D of each sample; latents_control_0, ..., B C 1 h w, its references."""
         velocity: Tensor = dit(
             noisy,
             timesteps.float(),
@@ -212,11 +182,8 @@ class Krea2(ModelOfPictures):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill open fields of the request, cut the size to whole patches, check files. Nothing is loaded.
-
-        Without a flow shift the noise levels are the release's: Turbo's are always the same, raw's follow the
-        size. Raises OptionError if a size or a number cannot be, CheckpointError if a file is missing or of
-        another kind.
+        """Without a flow shift the noise levels are the release's: Turbo's are always the same, raw's follow
+        the size. Raises OptionError if a size or a number cannot be.
         """
         prepared = self.settle_picture(request, 1.0)
         if prepared.asked.control_images:
@@ -238,8 +205,8 @@ class Krea2(ModelOfPictures):
         if "mu" in told and len(told) > 1:
             idle = " ".join(f"--{name}" for name in told if name != "mu")
             logger.warning("%s is ignored because --mu %g fixes the noise levels", idle, told["mu"])
-        mu = told.get("mu", MU_OF_TURBO if self.is_turbo and not told else None)
-        ends = told.get("y1", MU_OF_FEW), told.get("y2", MU_OF_MANY)
+        mu = told.get("mu", own.MU_OF_TURBO if self.is_turbo and not told else None)
+        ends = told.get("y1", own.MU_OF_FEW), told.get("y2", own.MU_OF_MANY)
         tokens = count_picture_tokens(LATENT.shape(1, prepared.height, prepared.width))
         by_size = size_shift(tokens, (FEW, ends[0]), (MANY, ends[1]))
         return replace(prepared, flow_shift=by_size if mu is None else math.exp(mu))
@@ -269,33 +236,27 @@ class Krea2(ModelOfPictures):
         return (yield replace(section, tweaks=Tweaks(kept={})) if self.isolated else section)
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
-        """Decode to pixels B 3 1 H W in -1..1."""
         yield from encoders.vae.decode(latents)
 
 
-def family_for_latent_caching(options: Krea2LatentCachingOptions) -> Krea2:
-    """Describe the family for krea2_cache_latents.py."""
+def family_for_latent_caching(options: own.Krea2LatentCachingOptions) -> Krea2:
     return Krea2(Krea2Files().add_vae(options.vae.file), references=_rules(options))
 
 
-def family_for_text_caching(options: Krea2TextCachingOptions) -> Krea2:
-    """Describe the family for krea2_cache_text_encoder_outputs.py."""
+def family_for_text_caching(options: own.Krea2TextCachingOptions) -> Krea2:
     files = Krea2Files(text_use=EDIT_USE if options.edit else KREA_2_USE).add_text(options.text)
     return Krea2(files, references=_rules(options))
 
 
-def family_for_training(options: Krea2TrainingOptions, dit: Path | None = None) -> Krea2:
-    """Describe the family for krea2_train_network.py. dit: a transformer in place of the trained one."""
+def family_for_training(options: own.Krea2TrainingOptions, dit: Path | None = None) -> Krea2:
+    """dit: a transformer in place of the trained one."""
     use = EDIT_USE if options.edit else KREA_2_USE
     files = _files(options, use, dit)
     return Krea2(files, options, references=_rules(options), isolated=options.kv_cache)
 
 
-def family_for_samples(options: Krea2TrainingOptions) -> Krea2 | None:
-    """Describe the family for samples made on Turbo (--turbo_dit); None without.
-
-    Raises OptionError for a file that says it is raw.
-    """
+def family_for_samples(options: own.Krea2TrainingOptions) -> Krea2 | None:
+    """Describe samples made on Turbo (--turbo_dit). Raises OptionError for a file that says it is raw."""
     turbo = options.turbo_dit
     if turbo is None:
         return None
@@ -308,8 +269,7 @@ def family_for_samples(options: Krea2TrainingOptions) -> Krea2 | None:
     return replace(family_for_training(options, turbo), samples_on_turbo=True)
 
 
-def family_for_generation(options: Krea2GenerationOptions) -> Krea2:
-    """Describe the family for krea2_generate_image.py."""
+def family_for_generation(options: own.Krea2GenerationOptions) -> Krea2:
     return Krea2(_files(options, MIXED_USE), references=_rules(options), isolated=options.kv_cache)
 
 
@@ -321,7 +281,7 @@ def _rules(options: Any) -> ReferenceRules | None:
     return ReferenceRules(MOST, seen_by_text=True, edits=bool(is_edit), own_shape=True, area=area)
 
 
-def _files(options: Krea2ModelOptions, use: LanguageUse, dit: Path | None = None) -> Krea2Files:
+def _files(options: own.Krea2ModelOptions, use: LanguageUse, dit: Path | None = None) -> Krea2Files:
     files = Krea2Files(text_use=use).add_dit(dit or options.dit, options.dit_dtype)
     return files.add_vae(options.vae.file).add_text(options.text)
 

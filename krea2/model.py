@@ -13,7 +13,7 @@ and values are computed once (`Krea2Model.remember`).
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as functional
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from krea2.configs import DIT, PATCH, Krea2Config, Krea2StreamConfig
 from lumina.blocks import GroupedAttention, Heads, LuminaTokens, serve
 from lumina.model import real_tokens
-from modules.attention.attend import Lengths, SecondText, attend, lengths_on, unpack
+from modules.attention.attend import Lengths, SecondText, attend, lengths_on
 from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.layers.modulation import add_gated, modulate, split_segments
 from modules.layers.norms import CentredNorm, activation_dtype, in_own_dtype, run_float32
@@ -100,7 +100,7 @@ class GatedAttention(GroupedAttention):
             key, value = (torch.cat(both, dim=1) for both in zip(before, (key, value), strict=True))
         key, value = serve(query, key, value)
         alone, choice = tokens.isolated, tokens.attention
-        seen = look_back(query[:, alone:], key, value, choice, lengths)
+        seen = attend(query[:, alone:], key, value, choice, lengths)
         if not alone:
             return seen
         theirs = attend(query[:, :alone], key[:, :alone], value[:, :alone], choice)
@@ -114,23 +114,6 @@ class GatedAttention(GroupedAttention):
     def gated(self, x: Tensor, seen: Tensor) -> Tensor:
         """Return the output for tokens x and what they see, each B L C."""
         return in_own_dtype(self.wo, seen * in_own_dtype(self.gate, x).sigmoid())
-
-
-def look_back(
-    query: Tensor, key: Tensor, value: Tensor, choice: AttentionChoice, lengths: Lengths | None
-) -> Tensor:
-    """Return the attention, B L N D, of the last tokens to those in front too, all of which are real.
-
-    query: B L N D. key, value: B S+L N D. lengths: how many of the L tokens are real.
-    """
-    front = key.shape[1] - query.shape[1]
-    if lengths is None or not front:
-        return attend(query, key, value, choice, lengths)
-    rows = [
-        attend(q[None, :count], k[None, : front + count], v[None, : front + count], choice)[0]
-        for q, k, v, count in zip(query, key, value, lengths.counts, strict=True)
-    ]
-    return unpack(torch.cat(rows), lengths, query.shape[1])
 
 
 class SwiGlu(nn.Module):
@@ -272,7 +255,6 @@ class Krea2Model(nn.Module):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Dtype that the blocks compute in without autocast."""
         return self.get_parameter("blocks.0.mod.lin").dtype  # weights may be in 8 bits, norms in float32
 
     def forward(
@@ -295,12 +277,11 @@ class Krea2Model(nn.Module):
         """
         kept = tweaks.kept if isolated and references else None
         try:
-            if kept is not None and not kept:
-                kept.update(self.remember([one[:1] for one in references]))
-            if kept is not None and not tweaks.leaves_out:
-                references = ()
+            if kept is not None:
+                kept.update({} if kept else self.remember([one[:1] for one in references]))
+                references = references if tweaks.leaves_out else ()
                 for layer, pair in kept.items():
-                    layer.kept = pair
+                    layer.kept = () if tweaks.leaves_out else pair
             hidden = Hidden(*self.embed(noisy, timesteps, text, text_mask, tweaks, references, isolated))
             run_blocks(self, hidden, tweaks)
         finally:
@@ -314,14 +295,10 @@ class Krea2Model(nn.Module):
         dtype, times = activation_dtype(device, self.compute_dtype), torch.zeros(1, device=device)
         x = torch.cat([self.embed_picture(one).to(dtype) for one in references], dim=1)
         layout = Krea2Layout((0, 0), 0, tuple(self.grid_of(one) for one in references))
-        inputs: dict[str, Any] = {"grid": layout.grid, "lengths": None, "dtype": dtype}
-        inputs |= {"rotary": self._rotary.of(layout, device), "time": self.embed_time(times)[:, :, None]}
-        tokens = Krea2Tokens(**inputs, attention=self.attention, remembers=True)
+        given = self._rotary.of(layout, device), None, self.embed_time(times)[:, :, None], dtype
+        tokens = Krea2Tokens(layout.grid, *given, self.attention, remembers=True)
         run_blocks(self, Hidden(x, tokens), NO_TWEAKS)
-        found = {attention: attention.kept for attention in self.attentions()}
-        for attention in found:
-            attention.kept = ()
-        return found
+        return {attention: attention.kept for attention in self.attentions()}
 
     def attentions(self) -> list[GatedAttention]:
         return [block.attn for block in self.blocks if isinstance(block, Krea2Block)]
@@ -363,18 +340,17 @@ class Krea2Model(nn.Module):
             time = torch.cat([self.embed_time(torch.zeros_like(timesteps))[:, :, None], time], dim=2)
         (states, lengths), *others = embedded
         count = picture.shape[1] + states.shape[1]
-        inputs: dict[str, Any] = {"grid": grid, "time": time, "dtype": dtype, "lengths": lengths}
-        inputs |= {"references": before, "split": before, "isolated": alone}
-        inputs |= {"attention": self.attention, "rotary": rotary[:count]}
+        tokens = Krea2Tokens(grid, rotary[:count], lengths, time, dtype, self.attention)
+        tokens = replace(tokens, references=before, split=before, isolated=alone)
         for second, behind in others:
             assert tweaks.steer is not None  # it comes with a second text
             length = second.shape[1]
-            inputs["second"] = SecondText(picture.shape[1], length, behind, tweaks.steer)
-            inputs["second_rotary"] = rotary[: picture.shape[1] + length]
-        return x, Krea2Tokens(**inputs)
+            place = SecondText(picture.shape[1], length, behind, tweaks.steer)
+            tokens = replace(tokens, second=place, second_rotary=rotary[: picture.shape[1] + length])
+        return x, tokens
 
     def grid_of(self, latents: Tensor) -> tuple[int, int]:
-        """Return rows and columns of a picture's tokens. Raises ValueError if its sizes do not fit."""
+        """Rows and columns of a picture's tokens. Raises ValueError if its sizes do not fit."""
         channels, _, height, width = latents.shape[1:]
         if channels != self.config.channels or height % PATCH or width % PATCH:
             raise ValueError(

@@ -215,9 +215,10 @@ def attend(
     With `choice.in_float32` it is computed in float32, outside autocast, and returned in the inputs' dtype.
 
     query: B L N D. key, value: B S N D. choice: the back end; `split` computes one sample at a time.
-    lengths: how many tokens of each sample are real, for self-attention (L = S). Padding is not computed:
-    its keys are ignored, its queries give zeros, and the gradients of both are zero. repeats: S float32, how
-    many equal keys each key stands for; sdpa only, not together with lengths. Returns B L N D.
+    lengths: how many of the L tokens of each sample are real, for self-attention; of more keys (S > L) those
+    in front are all real. Padding is not computed: its keys are ignored, its queries give zeros, and the
+    gradients of both are zero. repeats: S float32, how many equal keys each key stands for; sdpa only, not
+    together with lengths. Returns B L N D.
     Raises ValueError if the arguments do not go together.
     """
     if choice.in_float32:
@@ -226,7 +227,8 @@ def attend(
             wide = attend(query.float(), key.float(), value.float(), plain, lengths, repeats)
         return wide.to(value.dtype)
     backend = BACKENDS[choice.mode]
-    if lengths is not None and query.shape[1] != key.shape[1]:
+    front = key.shape[1] - query.shape[1]
+    if lengths is not None and front < 0:
         raise ValueError(
             f"lengths are for self-attention only, not for {query.shape[1]} queries and {key.shape[1]} keys"
         )
@@ -240,13 +242,14 @@ def attend(
     dense = backend.dense if repeats is None else functools.partial(sdpa, repeats=repeats)
     if lengths is None and not (choice.split and len(query) > 1):
         return dense(query, key, value)
-    if lengths is not None and not choice.split and backend.packed is not None:
+    if lengths is not None and not choice.split and backend.packed is not None and not front:
         packed = backend.packed(pack(query, lengths), pack(key, lengths), pack(value, lengths), lengths)
         return unpack(packed, lengths, query.shape[1])
     # one sample at a time, over its real tokens only
     counts: Sequence[int | None] = [None] * len(query) if lengths is None else lengths.counts
-    samples = zip(query.unbind(0), key.unbind(0), value.unbind(0), counts, strict=True)
-    parts = [dense(q[None, :count], k[None, :count], v[None, :count])[0] for q, k, v, count in samples]
+    seen = [None if count is None else front + count for count in counts]
+    samples = zip(query.unbind(0), key.unbind(0), value.unbind(0), counts, seen, strict=True)
+    parts = [dense(q[None, :own], k[None, :all_], v[None, :all_])[0] for q, k, v, own, all_ in samples]
     return torch.stack(parts) if lengths is None else _fill_up(parts, query.shape[1])
 
 
