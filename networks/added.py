@@ -392,5 +392,5 @@ def fitting(lora: LoraFile, known: Mapping[str, ChangedPlace], option: str) -> d
                     lora.path,
                 )
     loading.warn_of_absent(lora.path, missed, len(stored), "modules are not in this model", family)
-    loading.warn_of_other_family(lora, family)
+    loading.warn_of_other_family(lora, family, [name.removeprefix(OURS) for name in known])
     return found
