@@ -86,9 +86,9 @@ class DitLoader:
         if patch is not None:
             patch.check()
         dit.eval().requires_grad_(False)
-        if "stage_lora" in vars(dit):
+        if "stage_files" in vars(dit):
             is_compiled = speed.compilation.choice is not None
-            import_own("networks.added").add_stage_lora(dit, is_compiled)
+            import_own("networks.added").add_stage_loras(dit, is_compiled)
         dress(dit, family.dit, self.device, speed.compilation.choice, host, shares=shares)
         share_tokens(dit, speed.sharding, self.device)
         return dit
