@@ -25,14 +25,22 @@ DEFAULTS = ScriptDefaults(
 def settle(
     shared: GenerationOptions, own: Ltx2GenerationOptions
 ) -> tuple[GenerationOptions, Ltx2GenerationOptions]:
-    """Settle what has two names, and take the factors of references from LoRAs that say them."""
+    """Settle what has two names; take the factors of references from LoRAs that say them, and such LoRAs out
+    of a second stage.
+    """
     shared, own = settle_generation(shared, own)
-    if not own.references.paths or not shared.lora.lora_weight:
+    if not shared.lora.lora_weight:
         return shared, own
-    from ltx_2.references import settle_factors
+    if own.references.paths:
+        from ltx_2.references import settle_factors
 
-    found = settle_factors(own.references, [Path(one) for one in shared.lora.lora_weight])
-    return shared, replace(own, references=found)
+        found = settle_factors(own.references, [Path(one) for one in shared.lora.lora_weight])
+        own = replace(own, references=found)
+    if own.stages.sample_two_stage and not own.stages.skip_stage_2:
+        from ltx_2.stages import keep_for_first_stage
+
+        shared, own = keep_for_first_stage(shared, own)
+    return shared, own
 
 
 main = generation_script("ltx_2", DEFAULTS, __doc__, settle=settle)

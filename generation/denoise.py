@@ -224,8 +224,9 @@ def make_latents(
             with ExitStack() as stack:
                 if now.added:
                     dit = dit_at(float(solver.schedule.timesteps[0]))
-                    loras = vars(dit)["stage_loras"]  # see `add_stage_lora`
-                    stack.enter_context(loras.switched_on(device, dtype_of(dit), now.added))
+                    for loras, strength in zip(vars(dit)["stage_loras"], now.added, strict=True):
+                        if strength:
+                            stack.enter_context(loras.switched_on(device, dtype_of(dit), strength))
                 cached_at = dit_at
                 if caches is not None and not section.stage:
                     cached_at = stack.enter_context(caches.section(dit_at))

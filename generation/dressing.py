@@ -88,9 +88,9 @@ class DitLoader:
         if merged is not None and merged.beside:
             import_own("networks.added").add_beside(dit, merged.beside, self.device, dtype_of(dit))
         dit.eval().requires_grad_(False)
-        if "stage_lora" in vars(dit):
+        if "stage_files" in vars(dit):
             is_compiled = speed.compilation.choice is not None
-            import_own("networks.added").add_stage_lora(dit, is_compiled)
+            import_own("networks.added").add_stage_loras(dit, is_compiled)
         dress(dit, family.dit, self.device, speed.compilation.choice, host, shares=shares)
         share_tokens(dit, speed.sharding, self.device)
         return dit

@@ -195,12 +195,14 @@ def rehearse_denoising(
     blocks, sizes = family.dit.blocks(dit), weights_by_block(dit, family.dit)
     extended = watch(dit)
     if prepared.added:
-        import_own("networks.added").add_stage_lora(dit)
+        import_own("networks.added").add_stage_loras(dit)
     with rehearsing(dit) as ledger:
         dry.watch_blocks(blocks, ledger)
         if prepared.added:  # on the device beside the weights
             with ledger.allocating(dry.ADAPTER):
-                vars(dit)["stage_loras"].place_on(dry.ACCELERATOR, dtype_of(dit))
+                for loras, strength in zip(vars(dit)["stage_loras"], prepared.added, strict=True):
+                    if strength:
+                        loras.place_on(dry.ACCELERATOR, dtype_of(dit))
         section = on_device(
             next(sections_of(family, prepared, encoded, inputs, SeededNoise(0, dry.ACCELERATOR))),
             dry.ACCELERATOR,

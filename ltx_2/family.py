@@ -215,8 +215,8 @@ class Ltx2(OneTransformer):
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
         network = self.files.load_dit(placement)
         network.spec = self.dit
-        if self.stages is not None and any(self.stages.strengths):
-            vars(network)["stage_lora"] = self.stages.lora, "--distilled_lora_path"
+        if self.stages is not None and self.stages.loras:
+            vars(network)["stage_files"] = [(path, option) for path, option, *_ in self.stages.loras]
         return network
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
@@ -307,6 +307,8 @@ class Ltx2(OneTransformer):
             )
         solver = SOLVER if prepared.solver == "euler" else prepared.solver
         said = {"reference_video": ", ".join(path.name for path in given)} if given else {}
+        if self.stages is not None and (first := self.stages.first_alone):
+            said["first_stage_loras"] = ", ".join(first)
         prepared = replace(prepared, joint=joint, rules=self._rules(request), solver=solver)
         prepared = replace(prepared, own=given, own_metadata=said)
         if self.stages is not None:

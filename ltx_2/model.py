@@ -179,7 +179,8 @@ class LtxModel(nn.Module):
             flat = torch.cat([*(each.flatten(2).mT for each in before), flat], dim=1) if before else flat
             parts[names] = in_own_dtype(self._part(names, "patchify_proj"), flat).to(dtype)
             if names is VIDEO and self.config.marks_first:
-                parts[names] = self._mark_first(parts[names], one.shape[-1] * one.shape[-2])
+                behind = sum(each[0, 0].numel() for each in before)
+                parts[names] = self._mark_first(parts[names], behind, one.shape[-1] * one.shape[-2])
             rows, time = self._embed_times(self._part(names, "adaln_single"), own, given > 0)
             text_rows = cross = None
             if self.config.modulates_text and not self.config.times_text:
@@ -227,9 +228,12 @@ class LtxModel(nn.Module):
                 made[names] = out.unflatten(2, (-1, tokens.bins)).transpose(1, 2)
         return made
 
-    def _mark_first(self, x: Tensor, count: int) -> Tensor:
-        """Mark the first tokens of x, B L C: they are of the latent frame that shows one frame of pixels."""
-        return torch.cat([x[:, :count] + self.keyframes_abs_pos_embedding.to(x.dtype), x[:, count:]], dim=1)
+    def _mark_first(self, x: Tensor, before: int, count: int) -> Tensor:
+        """Mark tokens of x, B L C, behind the first ones: they are of the latent frame that shows one frame
+        of pixels. References are not marked.
+        """
+        first, marked, rest = x.split([before, count, x.shape[1] - before - count], dim=1)
+        return torch.cat([first, marked + self.keyframes_abs_pos_embedding.to(x.dtype), rest], dim=1)
 
     def _part(self, names: StreamNames, name: str) -> Any:
         return getattr(self, names.prefix + name)

@@ -4,15 +4,18 @@ Source: the released pipelines. The second stage has fixed noise levels, no guid
 the sound of the result is that of the first stage.
 """
 
+import logging
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy
 from einops import rearrange
 from torch import Tensor
 
+from ltx_2.references import factors_of
 from ltx_2.stage_options import Ltx2OfficialStages, Ltx2StageOptions
 from ltx_2.upscaler import SPATIAL, TEMPORAL, factors
 from modules.contract.data import Joint, LatentSpec
@@ -22,6 +25,8 @@ from modules.contract.rules import AS_PLAIN
 from modules.contract.steps import Section
 from modules.errors import OptionError
 
+logger = logging.getLogger(__name__)
+_LORA = "--lora_weight"
 LEVELS = (0.909375, 0.725, 0.421875, 0.0)  # of the second stage, as released
 
 
@@ -31,9 +36,14 @@ class TwoStages:
 
     upscalers: Mapping[str, Path]  # by their options, in the order of their work
     steps: int  # of the second stage
-    lora: Path | None
-    strengths: tuple[float, float]  # of the LoRA in each stage
+    # file, the option that names it, and its strength in each stage
+    loras: tuple[tuple[Path, str, float, float], ...]
     ends_early: bool = False  # the first stage's clip is the result
+
+    @property
+    def first_alone(self) -> list[str]:
+        """Return the LoRAs of the user that the second stage is without: names and strengths."""
+        return [f"{path.name} {first:g}" for path, option, first, _ in self.loras if option == _LORA]
 
     def growth(self, latent: LatentSpec) -> tuple[int, Fraction]:
         """Return by how much the upscalers multiply frames and sides. Raises as `factors`."""
@@ -74,7 +84,7 @@ class TwoStages:
             frames=count,
             fps=prepared.fps / frames,
             joint=joint,
-            added=self.strengths[0],
+            added=tuple(first for *_, first, _ in self.loras),
         )
         if self.ends_early:
             return first
@@ -88,7 +98,7 @@ class TwoStages:
             guidance_scale=(1.0,),
             rules=AS_PLAIN,
             own=(),  # references are for the first stage alone
-            added=self.strengths[1],
+            added=tuple(second for *_, second in self.loras),
         )
         return replace(prepared, stages=(first, second))
 
@@ -97,14 +107,40 @@ def two_stages(options: Ltx2StageOptions) -> TwoStages | None:
     if not options.sample_two_stage:
         return None
     given = {SPATIAL: options.spatial_upsampler_path, TEMPORAL: options.temporal_upsampler_path}
-    lora, *strengths = options.lora
+    path, first, second = options.lora
+    loras = [] if path is None or not (first or second) else [(path, "--distilled_lora_path", first, second)]
+    if isinstance(options, Ltx2OfficialStages):
+        loras += [(path, _LORA, strength, 0.0) for path, strength in options.first_loras]
     return TwoStages(
         {option: path for option, path in given.items() if path is not None},
         options.sample_stage2_steps,
-        lora,
-        (0.0, 0.0) if lora is None else (strengths[0], strengths[1]),
+        tuple(loras),
         isinstance(options, Ltx2OfficialStages) and options.skip_stage_2,
     )
+
+
+def keep_for_first_stage(shared: Any, own: Any) -> tuple[Any, Any]:
+    """Return the records of a generation with IC-LoRAs taken from --lora_weight to the first stage alone.
+
+    Source: the official pipeline of IC-LoRAs. Raises OptionError if patterns choose parts of LoRAs.
+    """
+    uses = zip(shared.lora.lora_weight or (), shared.lora.multipliers(), strict=True)
+    both, first = [], []
+    for path, strength in uses:
+        (first if factors_of([path]) else both).append((path, strength))
+    if not first:
+        return shared, own
+    if shared.lora_patterns.include_patterns or shared.lora_patterns.exclude_patterns:
+        raise OptionError(
+            f"--include_patterns, --exclude_patterns: {first[0][0]} is an IC-LoRA, which --sample_two_stage "
+            "puts beside the weights of the first stage, whole. Leave the patterns out"
+        )
+    names = ", ".join(path.name for path, _ in first)
+    logger.info("%s: an IC-LoRA, which the first stage alone has, as in the official pipeline", names)
+    kept = [tuple(one) for one in zip(*both, strict=True)] or [None, (1.0,)]
+    lora = replace(shared.lora, lora_weight=kept[0], lora_multiplier=kept[1])
+    stages = replace(own.stages, first_loras=tuple(first))
+    return replace(shared, lora=lora), replace(own, stages=stages)
 
 
 def stage_sections(

@@ -307,15 +307,16 @@ def add_loras(
     return AddedLoras(attach_parts(parts, known))
 
 
-def add_stage_lora(dit: nn.Module, is_compiled: bool = False) -> None:
-    """Put the LoRA that a family's stages have into its network, switched off, as `dit.stage_loras`.
+def add_stage_loras(dit: nn.Module, is_compiled: bool = False) -> None:
+    """Put the LoRAs that a family's stages have into its network, switched off, as `dit.stage_loras`.
 
-    Its file and the option that names it are the network's `stage_lora`, which few networks have. Raises as
-    `add_loras`.
+    Their files and the options that name them are the network's `stage_files`, which few networks have.
+    Raises as `add_loras`.
     """
-    path, option = vars(dit)["stage_lora"]
-    use = LoraUse(loading.read_lora(path))
-    vars(dit)["stage_loras"] = add_loras(dit, [use], is_compiled, option)
+    vars(dit)["stage_loras"] = [
+        add_loras(dit, [LoraUse(loading.read_lora(path))], is_compiled, option)
+        for path, option in vars(dit)["stage_files"]
+    ]
 
 
 def add_beside(
@@ -420,5 +421,5 @@ def fitting(lora: LoraFile, known: Mapping[str, ChangedPlace], option: str) -> d
                     lora.path,
                 )
     loading.warn_of_absent(lora.path, missed, len(stored), "modules are not in this model", family)
-    loading.warn_of_other_family(lora, family)
+    loading.warn_of_other_family(lora, family, [name.removeprefix(OURS) for name in known])
     return found

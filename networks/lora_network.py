@@ -68,11 +68,11 @@ class OwnNetwork(nn.Module):
         for layer in self.layers:
             layer.multiplier = multiplier
 
-    def load_weights(self, path: Path) -> list[str]:
+    def load_weights(self, path: Path, modules: Collection[str] = ()) -> list[str]:
         """Start from a file of any dialect; returns (and warns of) the modules that only one side has.
 
-        The file's alphas come along. Raises CheckpointError if a module has other factors or sizes here, or
-        none is here.
+        The file's alphas come along. modules: of the model, which tell its release. Raises CheckpointError
+        if a module has other factors or sizes here, or none is here.
         """
         mine = self.state_dict()
         own = group_by_module(mine)
@@ -86,7 +86,8 @@ class OwnNetwork(nn.Module):
             )
         made = read_family(lora.metadata)
         names = (name.removeprefix(OURS) for name in own)
-        loading.warn_of_other_family(lora, choose_family(names, None if made is None else made.name))
+        family = choose_family(names, None if made is None else made.name)
+        loading.warn_of_other_family(lora, family, modules)
         heights = {name: len(factors[LORA[1]]) for name, factors in own.items() if LORA[1] in factors}
         texts = rename_texts(lora.text_tensors, set(map(prefix_of, own)))
         stored = group_by_module(add_missing_alphas(for_model({**lora.tensors, **texts}, heights.get)))

@@ -19,7 +19,7 @@ from modules.offload.turns import HostCopy
 from modules.planning.device_memory import MemoryWatch, bytes_on, spare_bytes
 from modules.speed_options import SwapOptions
 from networks.adapter import make_network
-from networks.added import AddedLoras, add_beside, add_loras, add_stage_lora
+from networks.added import AddedLoras, add_beside, add_loras, add_stage_loras
 from networks.apply import LoraPatch
 from networks.loading import LoraUse
 from training import experts
@@ -189,8 +189,8 @@ class Loading:
         if self.has_samples and (found := options.samples.loras()):
             extra = [LoraUse(experts.read_lora_for(path, expert), multiplier) for path, multiplier in found]
             self.sample_loras.append(add_loras(dit, extra, is_compiled))
-        if self.has_samples and "stage_lora" in vars(dit):
-            add_stage_lora(dit, is_compiled)
+        if self.has_samples and "stage_files" in vars(dit):
+            add_stage_loras(dit, is_compiled)
         experts.dress(dit, family.dit, options.loop, device, options.speed.compilation.choice, host, shares)
         share_tokens(dit, sharding, device)
         if plan.processes.quantisation is not None and device.type == "cpu":

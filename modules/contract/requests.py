@@ -113,7 +113,8 @@ class Prepared:
     # requests that it is made of, one after the other, each from what the one before it made; guidance and
     # step caches of the options are those of the first
     stages: tuple["Prepared", ...] = ()
-    added: float = 0.0  # strength of the network's LoRA for stages (`networks.added.add_stage_lora`)
+    # strengths of the network's LoRAs for stages (`networks.added.add_stage_loras`); (): it needs none
+    added: tuple[float, ...] = ()
     own: Any = None  # what only the family reads, in a record of its own
     name_end: str = ""  # behind the names of its files
     own_metadata: Mapping[str, str] = field(default_factory=dict)  # what outputs say of it, by name

@@ -16,11 +16,13 @@ from ltx_2.configs import DIT, LORA_PRESETS
 from ltx_2.model import LtxModel
 from modules.contract.loading import Placement
 from modules.errors import CheckpointError
+from networks.adapter import make_network as make_trained
 from networks.added import add_loras
 from networks.apply import LoraPatch
 from networks.loading import LoraUse, read_lora
 from networks.lora_network import OwnNetwork
 from networks.metadata import save_network
+from networks.options import NetworkOptions
 from tests.faults.messages import succeed_here
 from tests.ltx_2.release import write_release
 from tests.ltx_2.test_model import assert_both, in_diffusers
@@ -231,20 +233,30 @@ def test_connectors_learned_in_a_lora_are_used_in_generation_as_in_the_merged_fi
         ("2.3", {"modelspec.architecture": "ltx-2.3/lora"}, ""),
     ],
 )
+@pytest.mark.parametrize("way", ["loaded", "added", "network"])
 def test_a_lora_of_an_older_release_loads_with_a_note(
-    version: str, record: dict[str, str], note: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    way: str,
+    version: str,
+    record: dict[str, str],
+    note: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level("INFO")
     release, path = write_release(tmp_path, version), tmp_path / "lora.safetensors"
     factors = {"lora_A": torch.ones(1, 24), "lora_B": torch.ones(24, 1)}
     start = "diffusion_model.transformer_blocks.0.attn1.to_q"
     save_file({f"{start}.{name}.weight": one for name, one in factors.items()}, path, record or None)
-    patch = LoraPatch([LoraUse(read_lora(path), 1.0)])
-    FORMAT.load(release.checkpoint, Placement(torch.device("cpu"), patch=patch))
-
+    patch = LoraPatch([LoraUse(read_lora(path), 1.0)] if way == "loaded" else [])
+    dit = FORMAT.load(release.checkpoint, Placement(torch.device("cpu"), patch=patch))
     patch.check()
+    if way == "added":
+        add_loras(dit, [LoraUse(read_lora(path), 1.0)])
+    elif way == "network":
+        options = replace(NetworkOptions.usual(), network_weights=path, network_dim=1)
+        make_trained(options, "networks.lora_ltx2", dit, 0)
 
-    assert "1 weights changed" in caplog.text
+    assert ("1 weights changed" in caplog.text) == (way == "loaded")
     assert ("was trained for" in caplog.text) == bool(note)
     assert note in caplog.text
 

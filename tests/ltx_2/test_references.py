@@ -45,8 +45,8 @@ LINEAR = re.compile(r"(?:\.attn[12]\.(?:to_[qkv]|to_out\.0)|\.ff\.net\.(?:0\.pro
 
 
 @pytest.fixture(scope="module")
-def release(tmp_path_factory: pytest.TempPathFactory) -> TinyRelease:
-    return write_release(tmp_path_factory.mktemp("größe"), "2.3")
+def release(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TinyRelease:
+    return write_release(tmp_path_factory.mktemp("größe"), getattr(request, "param", "2.3"))
 
 
 def write_reference(folder: Path, number: int, factor: int, frames: int = 9) -> list[Image.Image]:
@@ -118,9 +118,12 @@ CASES = {
     "two": (1, [9, 1], False),
     "the factor of a LoRA": (2, [9], True),
 }
+OF_25 = [("half the size", "2.5"), ("two", "2.5")]  # its mark is on the clip's first frame alone
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "release"), [*((case, "2.3") for case in CASES), *OF_25], indirect=["release"]
+)
 def test_videos_with_references_equal_those_of_diffusers(
     release: TinyRelease, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
@@ -302,5 +305,7 @@ def test_checks_show_pairs(
     folder, release = project
     monkeypatch.chdir(folder)
     words = [*release.words, "--dataset_config", "dataset.toml", "--check", "--reference_downscale", "2"]
-    ltx2_cache_latents.main(words)
+    with pytest.raises(SystemExit) as end:
+        ltx2_cache_latents.main([str(word) for word in words])
+    assert end.value.code == 0
     assert "references: 2 items with 1" in capsys.readouterr().out

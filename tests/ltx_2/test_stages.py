@@ -92,7 +92,7 @@ def test_latents_are_enlarged_as_in_diffusers(
     assert made.shape[2:] == ((3 - 1) * frames + 1, 4 * side, 6 * side)
 
 
-def write_lora(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+def write_lora(folder: Path, **metadata: str) -> tuple[Path, dict[str, Tensor]]:
     """Write a LoRA as it is released, for attention of both streams; also return what it adds to weights."""
     config, generator = dit_config("2.3"), torch.Generator().manual_seed(9)
     assert config.sound is not None
@@ -105,7 +105,7 @@ def write_lora(folder: Path) -> tuple[Path, dict[str, Tensor]]:
             tensors[f"diffusion_model.{layer}.lora_A.weight"] = down
             tensors[f"diffusion_model.{layer}.lora_B.weight"] = up
             added[f"{layer}.weight"] = up @ down
-    save_file(tensors, folder / "distilled.safetensors")
+    save_file(tensors, folder / "distilled.safetensors", metadata)
     return folder / "distilled.safetensors", added
 
 
@@ -135,8 +135,9 @@ def token_by_token(latents: Tensor, scale: Any, generator: torch.Generator) -> T
         ("av", False, (0.0, 1.0), ("rational",)),
         ("v", False, (0.25, 0.5), ("plain", "frames")),
         ("av", True, (0.0, 1.0), ("rational",)),
+        ("v", False, (0.75, 0.0), ("rational",)),
     ],
-    ids=["with sound", "twice the frames", "from an image"],
+    ids=["with sound", "twice the frames", "from an image", "an IC-LoRA in the first stage"],
 )
 def test_two_stages_equal_those_of_diffusers(
     release: TinyRelease,
@@ -147,13 +148,17 @@ def test_two_stages_equal_those_of_diffusers(
     kinds: Sequence[str],
 ) -> None:
     networks = [write_upscaler(tmp_path / f"{kind}.safetensors", kind) for kind in kinds]
-    lora, added = write_lora(tmp_path)
+    is_reference = not strengths[1]
+    lora, added = write_lora(tmp_path, **({"reference_downscale_factor": "2"} if is_reference else {}))
     scales = GUIDED if mode == "av" else GUIDED | {"modality_scale": 1.0}
-    words = ["--ltx2_mode", mode, "--sample_two_stage", "--distilled_lora_path", lora]
-    words += ["--stg_blocks", 1]
+    words = ["--ltx2_mode", mode, "--sample_two_stage", "--stg_blocks", 1]
+    if is_reference:
+        words += ["--lora_weight", lora, "--lora_multiplier", strengths[0]]
+    else:
+        words += ["--distilled_lora_path", lora]
     for option, kind in zip((SPATIAL, TEMPORAL), kinds, strict=False):
         words += [option, tmp_path / f"{kind}.safetensors"]
-    if strengths != (0.0, 1.0):
+    if not is_reference and strengths != (0.0, 1.0):
         words += ["--sample_stage1_distilled_lora_multiplier", strengths[0]]
         words += ["--sample_stage2_distilled_lora_multiplier", strengths[1]]
     if image:
