@@ -139,17 +139,6 @@ QWEN3_VL = LanguageModel(
     grid_shares=(6, 5, 5),
     tower=QWEN3_TOWER,
 )
-MISTRAL3 = LanguageModel(
-    what="the language model of Mistral Small 3",
-    option="--text_encoder",
-    files="mistral_3_small_flux2_bf16.safetensors of Comfy-Org, or the folder text_encoder of FLUX.2-dev",
-    classes="Mistral",
-    kind="mistral",
-    defaults={"hidden_size": 4096, "num_attention_heads": 32, "rope_theta": 10000.0, "rms_norm_eps": 1e-6},
-    theta=1e9,
-    eps=1e-5,
-    settings={"sliding_window": None},
-)
 
 
 @dataclass(frozen=True)
@@ -200,9 +189,8 @@ def read_language_model(
     written = own.metadata.get(model.told_key)
     told = told_beside(path, "text_config", model.kind, dim, model.defaults, written)
     said = told.get("head_dim")
-    usual = said if isinstance(said, int) and said > 0 else model.head_width
-    has_norm = Q_NORM in model.marks
-    width = shape(f"layers.0.{Q_NORM}", 1)[0] if has_norm else head_width(path, rows, told, usual)
+    head = said if isinstance(said, int) and said > 0 else model.head_width
+    width = shape(f"layers.0.{Q_NORM}", 1)[0] if Q_NORM in model.marks else head_width(path, rows, told, head)
     # Qwen2.5-VL's heads are as wide together as the model; frequencies come in pairs
     is_uneven = width < 2 or width % 2 or key_rows % width or rows % width or dim % (rows // width or 1)
     if is_uneven or (rows // width) % max(1, key_rows // width) or (Q_BIAS in model.marks and rows != dim):

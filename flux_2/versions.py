@@ -3,13 +3,24 @@
 from dataclasses import dataclass, replace
 
 from encoders.language_encoder import LanguageUse, qwen3_chat, qwen_tokenizer
-from encoders.language_models import MISTRAL3, QWEN3
+from encoders.language_models import QWEN3, LanguageModel
 from encoders.pictures import picture_defaults
 from encoders.text_encoder import TokenizerSource
 from modules.checkpoints.tokenizers import TokenizerFiles
 from modules.contract.data import SamplingDefaults
 from modules.contract.rules import ModelRelease
 
+MISTRAL3 = LanguageModel(
+    what="the language model of Mistral Small 3",
+    option="--text_encoder",
+    files="mistral_3_small_flux2_bf16.safetensors of Comfy-Org, or the folder text_encoder of FLUX.2-dev",
+    classes="Mistral",
+    kind="mistral",
+    defaults={"hidden_size": 4096, "num_attention_heads": 32, "rope_theta": 10000.0, "rms_norm_eps": 1e-6},
+    theta=1e9,
+    eps=1e-5,
+    settings={"sliding_window": None},
+)
 KEY = "ctx_vec"
 OPTION = "--text_encoder_tokenizer"
 TOKENS = 512  # of a text with its template; padding is seen by the transformer as the rest

@@ -4,12 +4,17 @@ blocks: blocks of two streams, video and sound, and their attention
 checkpoints: transformer files: what one is, and loading
 configs: dimensions of a transformer, latents, names of parts, LoRA presets
 connectors: from Gemma's states to texts of both streams
-family: LTX-2 and 2.3, described for the shared loops
+family: the releases, described for the shared loops
 files: paths of a run, parts of a released file
-model: the transformer around the blocks
 gemma_4: the language model of LTX-2.5's texts
+guidance: weights of guidance by stream, as released
+media: the family's half of latents, pictures and sound
+model: the transformer around the blocks
+model_options: options of files, how they run, and of guidance
 names: what it is called everywhere, from scripts to tensors
 options: own options for caching, training and generation
+reference_options: options of references (IC-LoRA)
+references: clips and pictures that a clip is made from
 refused_options: options of the known tuner that are refused, as data
 released: parts of a released file, and their settings
 rope: positions in seconds and pixels, and rotation by them

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ltx_2.blocks import LtxAttention, LtxFeedForward, norm_tokens
 from ltx_2.configs import EPS
-from ltx_2.options import STREAMS, VIDEO
+from ltx_2.model_options import STREAMS, VIDEO
 from ltx_2.released import read_settings
 from ltx_2.rope import make_row_table
 from modules.attention.attend import attend

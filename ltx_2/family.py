@@ -1,6 +1,6 @@
 """LTX-2, 2.3 and 2.5, described for the shared loops: video, with or without sound."""
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -9,16 +9,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from encoders.files import OneTransformer
 from ltx_2.configs import DIT, LORA_PRESETS, NEGATIVE_PROMPT, NOISE, RELEASES
 from ltx_2.files import Ltx2Files, check_version, files_of, shifted_logit
+from ltx_2.guidance import guidance_rules
+from ltx_2.media import Ltx2Media
+from ltx_2.model_options import AUDIO, VIDEO, Ltx2GuidanceOptions
 from ltx_2.names import LORA
 from ltx_2.options import (
-    AUDIO,
     NAME,
-    VIDEO,
     Ltx2GenerationOptions,
-    Ltx2GuidanceOptions,
     Ltx2LatentCachingOptions,
     Ltx2TextCachingOptions,
     Ltx2TrainingOptions,
@@ -36,9 +35,8 @@ from ltx_2.references import (
     rules_of,
     thin_out,
 )
-from ltx_2.sound import SoundVae, Vocoder
 from ltx_2.stages import TwoStages, stage_sections, two_stages
-from ltx_2.text_encoder import GEMMA_USE, MASK, prompt_key
+from ltx_2.text_encoder import MASK, prompt_key
 from ltx_2.upscaler import enlarge
 from modules.contract import rules
 from modules.contract.data import (
@@ -50,15 +48,10 @@ from modules.contract.data import (
     CacheEntry,
     Conditions,
     Joint,
-    LatentSpec,
     MediaBatch,
     MediaEncoders,
     MediaTable,
-    MomentsBatch,
-    MomentsRules,
     SamplingDefaults,
-    Sound,
-    SoundSpec,
     name_texts,
 )
 from modules.contract.family import Abilities, DitSpec, Family, HearsSound, NoiseSource, NoiseSpec
@@ -76,7 +69,7 @@ from modules.contract.requests import (
     whole_frames,
 )
 from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
-from modules.errors import CacheError, DatasetError, OptionError
+from modules.errors import DatasetError, OptionError
 from modules.media.pixels import image_pixels, to_pixels, video_pixels
 from modules.options import NO_OPTIONS
 
@@ -84,11 +77,10 @@ FIRST = "first_latents"  # condition: clean latents of the given frames in front
 SOLVER = "euler-tenth"
 # --ltx2_train_direction -> the stream that is given
 GIVEN = {"joint": "", "a2v": rules.SOUND_STREAM, "v2a": rules.PICTURE_STREAM}
-LATENTS_AGAIN, TEXTS_AGAIN = "ltx2_cache_latents.py", "ltx2_cache_text_encoder_outputs.py"
 
 
 @dataclass(frozen=True)
-class Ltx2(OneTransformer):
+class Ltx2(Ltx2Media):
     """Description of LTX-2 for one run, built by the `family_for_...` functions below."""
 
     files: Ltx2Files
@@ -118,14 +110,6 @@ class Ltx2(OneTransformer):
     def version(self) -> str:
         """The release that the transformer's file is; without a transformer the newest."""
         return "2.3" if self.files.dit is None else self.files.dit_header().config.kind
-
-    @property
-    def latent(self) -> LatentSpec:
-        return self.files.latent
-
-    @property
-    def sound(self) -> SoundSpec | None:
-        return self.files.sound
 
     @property
     def fuller(self) -> tuple[str, ...]:
@@ -184,32 +168,6 @@ class Ltx2(OneTransformer):
             ]
         return entries
 
-    @property
-    def moments(self) -> MomentsRules:
-        return MomentsRules(f"{NAME} is given clips alone. Leave out load_tensors")
-
-    def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
-        raise DatasetError(f"load_tensors: {self.moments.refusal}.")
-
-    # sound
-
-    @property
-    def sound_identity(self) -> Mapping[str, str]:
-        return self.files.sound_identity()
-
-    def sound_networks(self, device: torch.device, decodes: bool) -> tuple[SoundVae, Vocoder | None]:
-        return self.files.load_sound(device, decodes)
-
-    def encode_sound(
-        self, networks: tuple[SoundVae, Vocoder | None], samples: Tensor, frames: int, fps: float
-    ) -> Tensor:
-        return networks[0].encode_clip(samples, frames, fps)
-
-    def decode_sound(self, networks: tuple[SoundVae, Vocoder | None], latents: Tensor) -> Sound:
-        vae, vocoder = networks
-        assert vocoder is not None, "loaded to encode"
-        return Sound(vocoder.decode(vae.decode(latents))[0], vocoder.rate)
-
     # the network
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
@@ -221,18 +179,7 @@ class Ltx2(OneTransformer):
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """Return the conditions for training: texts of the streams, frame rates, and who has sound."""
-        config = self.files.dit_header().config
-        widths = dict(zip((VIDEO, AUDIO), (one.text_dim for one in config.streams.values()), strict=False))
-        needed = {prompt_key(stream): widths[stream] for stream in self.files.streams}
-        batch.check(dict.fromkeys(needed, TEXTS_AGAIN), "the transformer")
-        batch.check_widths(needed, self.files.dit_path, f"{TEXTS_AGAIN} and its release")
-        for made in batch.made_by:  # caches of other tools have no records
-            if made.part == GEMMA_USE.name and ("gemma4" in made.encoder) != (config.kind == "2.5"):
-                other = "LTX-2.5 (Gemma 4)" if "gemma4" in made.encoder else "LTX-2.3 or 2.0 (Gemma 3)"
-                raise CacheError(
-                    f"{made.path}: the caption was encoded for {other}, {self.files.dit_path} is of "
-                    f"LTX-{config.kind}. Cache again with {TEXTS_AGAIN} and its release."
-                )
+        needed = self.files.check_cached_texts(batch)
         found = {name: batch.tensors[name] for name in (*needed, FPS, HAS_SOUND) if name in batch.tensors}
         return found | {
             name: one for name, one in batch.tensors.items() if name.startswith(REFERENCE_LATENTS)
@@ -309,7 +256,9 @@ class Ltx2(OneTransformer):
         said = {"reference_video": ", ".join(path.name for path in given)} if given else {}
         if self.stages is not None and (first := self.stages.first_alone):
             said["first_stage_loras"] = ", ".join(first)
-        prepared = replace(prepared, joint=joint, rules=self._rules(request), solver=solver)
+        (count,) = self.block_counts()
+        told = guidance_rules(self.guidance, request.guidance_scale, count, RELEASES[self.version].perturbed)
+        prepared = replace(prepared, joint=joint, rules=told, solver=solver)
         prepared = replace(prepared, own=given, own_metadata=said)
         if self.stages is not None:
             prepared = self.stages.split(prepared, latent)
@@ -324,28 +273,6 @@ class Ltx2(OneTransformer):
         for path in paths:
             check_opens("reference_video", path, is_image=is_picture(path))
         return paths
-
-    def _rules(self, request: Request) -> rules.GuidanceRules:
-        """Return the guidance of both streams. Source: the released pipelines."""
-        told, steered = self.guidance, _given_or(1.0, self.guidance.stg_scale)
-        scales = {VIDEO: told.video_cfg_scale, AUDIO: told.audio_cfg_scale}
-        if scales[AUDIO] is None and request.guidance_scale is None:
-            scales[AUDIO] = 7.0
-        away = {VIDEO: told.video_modality_scale, AUDIO: told.audio_modality_scale}
-        (count,) = self.block_counts()
-        blocks = told.stg_blocks or (min(RELEASES[self.version].perturbed, count - 1),)
-        if max(blocks) >= count:
-            raise OptionError(f"--stg_blocks {max(blocks)}: the model has the blocks 0 to {count - 1}")
-
-        def rule(stream: str) -> rules.StreamGuidance:
-            return rules.StreamGuidance(
-                text=scales[stream],
-                perturbed=steered if told.stg_mode in (None, "both", stream) else 0.0,
-                modality=_given_or(3.0, away[stream]),
-                rescale=_given_or(0.7, told.rescaling(stream)),
-            )
-
-        return rules.GuidanceRules(streams=(rule(VIDEO), rule(AUDIO)), perturbed_blocks=frozenset(blocks))
 
     def needs_media(self, prepared: Prepared) -> bool:
         return prepared.asked.image_path is not None or self.drive_video is not None or bool(prepared.own)
@@ -369,15 +296,6 @@ class Ltx2(OneTransformer):
         else:
             return {0: found} if found else {}
         return {0: {FIRST: vae.encode(pixels.to(vae.device)).float().cpu(), **found}}
-
-    @property
-    def source(self) -> rules.SourceRules:
-        kinds = (rules.VIDEO, rules.IMAGE, rules.LATENTS)
-        return rules.SourceRules(kinds, NAME, True, frozenset({self.name}))
-
-    def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
-        vae = encoders.vae
-        return vae.encode(to_pixels(frames.to(vae.device))).float()
 
     def sections(
         self,
@@ -410,13 +328,6 @@ class Ltx2(OneTransformer):
             dtype=self.files.beside(self.files.vae_dtype),
         )
         return (yield from stage_sections(prepared, draw, begin, larger, noise))
-
-    def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
-        yield from encoders.vae.decode(latents)
-
-
-def _given_or(usual: float, given: float | None) -> float:
-    return usual if given is None else given
 
 
 def family_for_latent_caching(options: Ltx2LatentCachingOptions) -> Ltx2:

@@ -15,17 +15,8 @@ from ltx_2.checkpoints import identify as identify  # files.py has it in every f
 from ltx_2.configs import LATENT, LtxConfig
 from ltx_2.connectors import FILES, open_connectors, read_connectors
 from ltx_2.model import LtxModel
-from ltx_2.options import (
-    AUDIO,
-    CHECKPOINT,
-    GEMMA,
-    VIDEO,
-    Ltx2SigmaOptions,
-    Ltx2TextOptions,
-    Ltx2TrainingOptions,
-    Ltx2TransformerOptions,
-    Ltx2VaeOptions,
-)
+from ltx_2.model_options import AUDIO, CHECKPOINT, GEMMA, VIDEO, Ltx2TextOptions, Ltx2VaeOptions
+from ltx_2.options import Ltx2SigmaOptions, Ltx2TrainingOptions, Ltx2TransformerOptions
 from ltx_2.sound import (
     JOINED,
     RATE,
@@ -37,7 +28,7 @@ from ltx_2.sound import (
     load_vocoder,
     read_sound_vae,
 )
-from ltx_2.text_encoder import GEMMA_USE, Ltx2TextEncoder
+from ltx_2.text_encoder import GEMMA_USE, Ltx2TextEncoder, prompt_key
 from ltx_2.vae_checkpoints import read_video_vae
 from ltx_2.video_vae import LtxVideoVae, load_video_vae
 from ltx_2.video_vae_blocks import VideoVaeConfig
@@ -45,15 +36,16 @@ from modules.checkpoints.dits import with_dtype
 from modules.checkpoints.encoders import check_state_width
 from modules.checkpoints.model_files import inside, read_once, require_file
 from modules.checkpoints.opening import Checkpoint, fingerprint
-from modules.contract.data import LatentSpec, SoundSpec
+from modules.contract.data import Batch, LatentSpec, SoundSpec
 from modules.contract.family import TextEncoder
 from modules.contract.loading import Placement
 from modules.contract.rules import ShiftedLogit
 from modules.devices import choose_compute_dtype
-from modules.errors import OptionError
+from modules.errors import CacheError, OptionError
 
 logger = logging.getLogger(__name__)
 
+TEXTS_AGAIN = "ltx2_cache_text_encoder_outputs.py"
 RELEASED, AUDIO_VAE = "--ltx2_checkpoint", "--audio_vae"
 # parts that LTX-2.5 has in files of their own
 APART = {
@@ -234,6 +226,24 @@ class Ltx2Files(TransformerFiles):
             if config is not None and stream in self.streams:
                 taken, made = config.streams[names].text_dim, connectors[stream].dim
                 check_state_width(RELEASED, encoder.connectors, made, self.dit, taken, FILES)
+
+    def check_cached_texts(self, batch: Batch) -> tuple[str, ...]:
+        """Return the names of the texts that the transformer needs. Raises CacheError for those of another
+        release.
+        """
+        config = self.dit_header().config
+        widths = dict(zip((VIDEO, AUDIO), (one.text_dim for one in config.streams.values()), strict=False))
+        needed = {prompt_key(stream): widths[stream] for stream in self.streams}
+        batch.check(dict.fromkeys(needed, TEXTS_AGAIN), "the transformer")
+        batch.check_widths(needed, self.dit_path, f"{TEXTS_AGAIN} and its release")
+        for made in batch.made_by:  # caches of other tools have no records
+            if made.part == GEMMA_USE.name and ("gemma4" in made.encoder) != (config.kind == "2.5"):
+                other = "LTX-2.5 (Gemma 4)" if "gemma4" in made.encoder else "LTX-2.3 or 2.0 (Gemma 3)"
+                raise CacheError(
+                    f"{made.path}: the caption was encoded for {other}, {self.dit_path} is of "
+                    f"LTX-{config.kind}. Cache again with {TEXTS_AGAIN} and its release."
+                )
+        return tuple(needed)
 
 
 def _read_video_vae(checkpoint: Checkpoint) -> VideoVaeConfig:

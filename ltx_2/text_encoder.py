@@ -26,7 +26,7 @@ from encoders.language_models import (
 from encoders.picture_prompts import ReadPictures
 from encoders.text_encoder import TextTokenizer, TokenizerSource, Written
 from ltx_2.connectors import FILES, OPTION, TextConnectors, open_connectors, read_connectors
-from ltx_2.options import STREAMS
+from ltx_2.model_options import STREAMS
 from modules.checkpoints.dialects import load_planned
 from modules.checkpoints.encoders import check_state_width
 from modules.checkpoints.filling import on_meta_device

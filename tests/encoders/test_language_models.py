@@ -14,7 +14,6 @@ from torch import Tensor
 from encoders.language_encoder import LanguageModelEncoder, LanguageUse, qwen3_chat, qwen_tokenizer
 from encoders.language_models import (
     LLAMA,
-    MISTRAL3,
     QWEN3,
     QWEN3_VL,
     QWEN25_VL,
@@ -27,6 +26,7 @@ from encoders.language_models import (
 )
 from encoders.picture_prompts import load_vision_tower
 from encoders.text_encoder import TokenizerSource
+from flux_2.versions import MISTRAL3
 from modules.checkpoints.opening import open_checkpoint
 from modules.checkpoints.tokenizers import TokenizerFiles
 from modules.contract.requests import Prompt

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 import ltx2_generate_video
 from ltx_2.files import Ltx2Files
-from ltx_2.options import GEMMA
+from ltx_2.model_options import GEMMA
 from modules.contract.data import SOUND
 from modules.errors import CheckpointError
 from modules.media.pixels import video_pixels

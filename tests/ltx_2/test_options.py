@@ -12,10 +12,9 @@ from generation.options import GenerationOptions, generation_parser, read_genera
 from generation.outputs import name_job
 from generation.script_options import ScriptDefaults
 from ltx2_generate_video import DEFAULTS
+from ltx_2.model_options import CHECKPOINT, GEMMA
 from ltx_2.options import (
-    CHECKPOINT,
     FPS,
-    GEMMA,
     Ltx2GenerationOptions,
     Ltx2LatentCachingOptions,
     Ltx2TextCachingOptions,

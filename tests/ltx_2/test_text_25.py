@@ -15,7 +15,7 @@ from encoders.language_models import ALL_STATES, build_language_model, read_lang
 from ltx_2.connectors import TextConnectors, open_connectors, read_connectors
 from ltx_2.files import Ltx2Files
 from ltx_2.gemma_4 import GEMMA_4, GEMMA_4_USE
-from ltx_2.options import GEMMA
+from ltx_2.model_options import GEMMA
 from ltx_2.text_encoder import MASK
 from modules.checkpoints.dialects import load_planned
 from modules.checkpoints.opening import open_checkpoint

@@ -1,0 +1,84 @@
+"""The part of the family that turns pictures and sound into latents and back."""
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from encoders.files import OneTransformer
+from ltx_2.files import Ltx2Files
+from ltx_2.options import NAME
+from ltx_2.sound import SoundVae, Vocoder
+from modules.contract import rules
+from modules.contract.data import (
+    CacheEntry,
+    LatentSpec,
+    MediaEncoders,
+    MomentsBatch,
+    MomentsRules,
+    Sound,
+    SoundSpec,
+)
+from modules.errors import DatasetError
+from modules.media.pixels import to_pixels
+
+
+class Ltx2Media(OneTransformer):
+    """Latents of both streams, which follow from the files; the family derives from it."""
+
+    if TYPE_CHECKING:
+
+        @property
+        def files(self) -> Ltx2Files: ...
+
+        @property
+        def name(self) -> str: ...
+
+    @property
+    def latent(self) -> LatentSpec:
+        return self.files.latent
+
+    @property
+    def sound(self) -> SoundSpec | None:
+        return self.files.sound
+
+    # pictures
+
+    @property
+    def source(self) -> rules.SourceRules:
+        kinds = (rules.VIDEO, rules.IMAGE, rules.LATENTS)
+        return rules.SourceRules(kinds, NAME, True, frozenset({self.name}))
+
+    def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
+        vae = encoders.vae
+        return vae.encode(to_pixels(frames.to(vae.device))).float()
+
+    def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
+        yield from encoders.vae.decode(latents)
+
+    @property
+    def moments(self) -> MomentsRules:
+        return MomentsRules(f"{NAME} is given clips alone. Leave out load_tensors")
+
+    def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
+        raise DatasetError(f"load_tensors: {self.moments.refusal}.")
+
+    # sound
+
+    @property
+    def sound_identity(self) -> Mapping[str, str]:
+        return self.files.sound_identity()
+
+    def sound_networks(self, device: torch.device, decodes: bool) -> tuple[SoundVae, Vocoder | None]:
+        return self.files.load_sound(device, decodes)
+
+    def encode_sound(
+        self, networks: tuple[SoundVae, Vocoder | None], samples: Tensor, frames: int, fps: float
+    ) -> Tensor:
+        return networks[0].encode_clip(samples, frames, fps)
+
+    def decode_sound(self, networks: tuple[SoundVae, Vocoder | None], latents: Tensor) -> Sound:
+        vae, vocoder = networks
+        assert vocoder is not None, "loaded to encode"
+        return Sound(vocoder.decode(vae.decode(latents))[0], vocoder.rate)

@@ -1,0 +1,136 @@
+"""Options of LTX-2's files, how they run, and of guidance, which scripts share. Standard library only."""
+
+from pathlib import Path
+from typing import Any
+
+from ltx_2.refused_options import SOUND
+from modules.options import FREE, IDENTITY, OF_DECODING, OF_REQUEST, Options, option
+from modules.speed_options import VaeOptions
+
+VIDEO, AUDIO = STREAMS = ("video", "audio")
+MODES = {  # of --ltx2_mode: streams that are trained or made
+    **dict.fromkeys(("v", "video"), (VIDEO,)),
+    **dict.fromkeys(("av", "va"), STREAMS),
+}
+CHECKPOINT = Path("models/ltx-2.3-22b-dev.safetensors")
+GEMMA = Path("models/gemma-3-12b-it-qat-q4_0-unquantized")
+
+
+class Ltx2ModelOptions(Options):
+    """The released file, and what is taken from it."""
+
+    ltx2_checkpoint: Path = option(
+        "the released file, with transformer, autoencoders, vocoder and connectors (LTX-2.5: transformer and "
+        "connectors); or the folder of a release in diffusers' layout",
+        flags=("--transformer-path",),
+        default=CHECKPOINT,
+        facts={**FREE, **OF_DECODING},
+        often=True,
+    )
+    ltx_mode: str = option(
+        "what is trained or made: v or video, av (video with sound)",
+        flags=("--ltx2_mode",),
+        default="v",
+        choices=tuple(MODES),
+        refused=dict.fromkeys(("a", "audio"), SOUND),
+        facts={**IDENTITY, **OF_REQUEST},
+        often=True,
+    )
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        return MODES[self.ltx_mode]
+
+
+class Ltx2TextOptions(Options):
+    """Gemma, and how it runs."""
+
+    gemma_root: Path = option(
+        "folder of the Gemma 3 (12B) text encoder; not for LTX-2.5", default=GEMMA, often=True
+    )
+    gemma_safetensors: Path | None = option(
+        "Gemma 3 as one file; its tokenizer is then in --gemma_root, or in or beside the file"
+    )
+    ltx2_text_encoder_checkpoint: Path | None = option(
+        "file with text projections and connectors, if they are not in --ltx2_checkpoint; or LTX-2.5's text "
+        "encoder, Gemma 4 with projections and tokenizer",
+        flags=("--text-encoder-path",),
+    )
+    text_encoder_dtype: str | None = option(
+        "dtype that Gemma and the connectors compute in; default: bfloat16, but float32 beside a float32 "
+        "transformer"
+    )
+    in_fp8: bool = option(
+        "keep Gemma's linear layers in 8 bits (fp8): half the memory, slightly different texts",
+        name="gemma_load_in_8bit",
+    )
+    text_encoder_cpu: bool = option("run the text encoder on the CPU")
+
+    @property
+    def gemma(self) -> Path:
+        return self.gemma_safetensors or self.gemma_root
+
+    @property
+    def tokenizer(self) -> Path | None:
+        is_there = self.gemma_root != GEMMA or self.gemma_root.is_dir()
+        return self.gemma_root if self.gemma_safetensors is not None and is_there else None
+
+    def words(self) -> dict[str, Any]:
+        return {
+            "--gemma_root": self.gemma_root,
+            "--gemma_safetensors": self.gemma_safetensors,
+            "--ltx2_text_encoder_checkpoint": self.ltx2_text_encoder_checkpoint,
+            "--gemma_load_in_8bit": self.in_fp8,
+        }
+
+
+class Ltx2VaeOptions(Options):
+    """Autoencoders that are not those of --ltx2_checkpoint, and how they run."""
+
+    file: VaeOptions = option(
+        facts=OF_DECODING,
+        settings={
+            "vae": {
+                "help": "video VAE; default: that in --ltx2_checkpoint",
+                "flags": ("--ltx2_video_vae", "--video-vae-path"),
+            }
+        },
+    )
+    audio_vae: Path | None = option(
+        "file of the sound's VAE and vocoder; default: those in --ltx2_checkpoint",
+        flags=("--ltx2_audio_vae", "--audio-vae-path"),
+        facts=OF_DECODING,
+    )
+
+
+class Ltx2GuidanceOptions(Options, title="guidance of both streams"):
+    """Weights of guidance by stream; None: those of the release."""
+
+    video_cfg_scale: float | None = option("weight of the prompt for pictures; {default}", least=0)
+    audio_cfg_scale: float | None = option("weight of the prompt for sound; {default}", least=0)
+    video_modality_scale: float | None = option(
+        "guide pictures away from those made without sound; 1: not at all; {default}", least=0
+    )
+    audio_modality_scale: float | None = option(
+        "guide sound away from that made without pictures; 1: not at all; {default}", least=0
+    )
+    rescale_scale: float | None = option(
+        "share in which guided predictions get back the spread of unguided ones, of both streams; {default}",
+        least=0,
+        most=1,
+    )
+    video_rescale_scale: float | None = option("the same for pictures alone", least=0, most=1)
+    audio_rescale_scale: float | None = option("the same for sound alone", least=0, most=1)
+    stg_scale: float | None = option(
+        "guide away from predictions whose self-attention is skipped in --stg_blocks; 0: not at all; "
+        "{default}",
+        least=0,
+    )
+    stg_blocks: tuple[int, ...] | None = option("blocks whose self-attention is skipped; {default}", least=0)
+    stg_mode: str | None = option(
+        "streams in which it is skipped; default: both", choices=("video", "audio", "both")
+    )
+
+    def rescaling(self, stream: str) -> float | None:
+        own = self.video_rescale_scale if stream == VIDEO else self.audio_rescale_scale
+        return self.rescale_scale if own is None else own
