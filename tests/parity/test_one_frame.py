@@ -18,7 +18,7 @@ from modules.media.reading import read_image
 from modules.media.writing import write_png
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.parity.reference import Inputs, Sampling, covering, denoise, features_of, to_pixels
-from tests.parity.running import TOLERANCE, assert_equal, generate, latents_in
+from tests.parity.running import TOLERANCE, assert_equal, generate, latents_in, models_in
 from tests.parity.test_training import RATE, by_sigma, draw
 from tests.parity.theirs import Theirs
 from tests.parity.training import (
@@ -180,9 +180,7 @@ def test_what_cannot_be_is_refused(start: Scene, case: str) -> None:
     words, message = REFUSED[case]
     given = {"ONE": ["--control_image_path", "a.png"], "TWO": ["--control_image_path", "a.png", "b.png"]}
     options = [one for word in words for one in given.get(word, [word])]
-    models = [
-        word for name in ("dit", "vae", "t5", "clip") for word in (f"--{name}", f"models/{name}.safetensors")
-    ]
+    models = models_in(start.models)
     task = [] if "--task" in options else ["--task", "i2v-14B"]
     code, said = run_here(
         "wan_generate_video.py", *models, *task, *ASK, "--save_path", "made", *options, folder=start.folder
@@ -231,14 +229,13 @@ def expected_item(folder: Path, scene: Scene, name: str, controls: int) -> Item:
 
     images = [pixels(f"control/{name}{end}") for end in ("", "_0")[:controls]]
     frames = [theirs.encode(one)[0] for one in images]
-    target, grey = (
-        theirs.encode(one)[0] for one in (pixels(f"pictures/{name}"), torch.zeros_like(images[0]))
-    )
+    target = theirs.encode(pixels(f"pictures/{name}"))[0]
+    grey = theirs.encode(torch.zeros_like(images[0]))[0]
     known, unknown = torch.ones(4, 1, *grey.shape[2:]), torch.zeros(4, 1, *grey.shape[2:])
     mask = torch.cat([known, unknown, known][: 1 + controls], dim=1)
     shown = torch.cat([frames[0], grey, *frames[1:]], dim=1)
     clip = [theirs.image_features(one[:, :, 0])[0] for one in images]
-    (text,) = load_file(next((folder / "cache").glob(f"{name}_*_wan_te.safetensors"))).values()
+    (text,) = load_file(next((folder / "cache").glob(f"{name}_*wan_te.safetensors"))).values()
     return Item(
         torch.cat([frames[0], target, *frames[1:]], dim=1),
         text.float(),
@@ -248,10 +245,12 @@ def expected_item(folder: Path, scene: Scene, name: str, controls: int) -> Item:
 
 
 def test_the_first_steps_are_those_of_plain_torch(tmp_path: Path, scene: Scene) -> None:
-    write_project(tmp_path, scene, 2)
-    places, items = (0, 1, 4), []
+    """One control image of an image-to-video model, two of the others."""
+    controls = 1 if scene.task == "i2v-14B" else 2
+    write_project(tmp_path, scene, controls)
+    places, items = (0, 1, 4)[: 1 + controls], []
     for name in ("a", "b"):
-        found, item = cached(tmp_path, name), expected_item(tmp_path, scene, name, 2)
+        found, item = cached(tmp_path, name), expected_item(tmp_path, scene, name, controls)
         assert found["f_indices"].tolist() == list(places)
         assert found["f_indices"].dtype == torch.int32
         assert_equal(found["latents"], item.latents, "latents")
