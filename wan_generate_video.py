@@ -1,10 +1,19 @@
 """Generate videos and images with Wan2.1 and Wan2.2. All options: python wan_generate_video.py --help"""
 
 import modules.interpreter  # noqa: F401
-from generation.prompt_lines import CANCELS, GENERATION_OPTIONS, LineOption, read_name, read_path
+from generation.prompt_lines import (
+    CANCELS,
+    GENERATION_OPTIONS,
+    LineOption,
+    read_name,
+    read_path,
+)
+from generation.prompt_lines import (
+    REFERENCES as PICTURES,
+)
 from generation.script_options import FASTER, ScriptDefaults
 from generation.scripts import generation_script
-from wan.options import CONTROL, MASK, REFERENCES, SCALE, SOURCE
+from wan.options import CONTROL, MASK, ONE_FRAME, REFERENCES, SCALE, SOURCE
 
 DEFAULTS = ScriptDefaults(
     fps=16,
@@ -19,8 +28,11 @@ DEFAULTS = ScriptDefaults(
         "sm": LineOption(MASK, read_path, CANCELS),
         "sr": LineOption(REFERENCES, read_path, CANCELS, repeats=True),
         "vs": LineOption(SCALE, read_name),
+        "of": LineOption("one_frame_inference", read_name),
+        **PICTURES,
     },
-    extras=CONTROL,
+    extras={**CONTROL, "one_frame_inference": ONE_FRAME},
+    media=frozenset({"image_path", "end_image_path", "control_path", "control_image_path"}),
 )
 main = generation_script("wan", DEFAULTS, __doc__)
 

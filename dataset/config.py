@@ -115,7 +115,9 @@ def for_family(
         of_sections = table.changed(forms.SECTIONS)
         if of_sections and not in_sections:
             keys = " and ".join(of_sections)
-            logger.warning("%s: %s: ignored, as only FramePack takes clips in sections", table.name, keys)
+            logger.warning(
+                "%s: %s: ignored, as only FramePack, and Wan with --one_frame, take them", table.name, keys
+            )
     return with_references(with_lengths(config, frame_step), rules)
 
 

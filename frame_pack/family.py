@@ -18,7 +18,6 @@ from frame_pack.image_encoder import load_siglip
 from frame_pack.inputs import encode_clip, one_frame_inputs, video_inputs
 from frame_pack.model import position_scale
 from frame_pack.names import LORA
-from frame_pack.one_frame import OneFrame
 from frame_pack.options import (
     FRAMES_PER_SECOND,
     USUAL_SECONDS,
@@ -47,6 +46,7 @@ from modules.contract.data import (
 )
 from modules.contract.family import FLOW, DitSpec, Family, NoiseSource, NoiseSpec
 from modules.contract.loading import Placement
+from modules.contract.one_frame import OneFrame
 from modules.contract.requests import Prepared, Request
 from modules.contract.rules import LATENTS, VIDEO, ModelRelease, SourceRules
 from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from frame_pack.one_frame import OneFrame, one_frame_indices
+from frame_pack.one_frame import one_frame_indices
 from frame_pack.sections import (
     CleanLatents,
     Indices,
@@ -24,6 +24,7 @@ from hunyuan_model.spec import LATENT as VAE_LATENT
 from hunyuan_model.vae import HunyuanVae
 from modules.contract.data import Conditions, MediaEncoders
 from modules.contract.family import NoiseSource
+from modules.contract.one_frame import OneFrame
 from modules.contract.steps import EncodedPrompts, Piece, Section
 
 CPU = torch.device("cpu")

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from frame_pack.one_frame import OneFrame, parse_one_frame
 from frame_pack.options import FRAMES_PER_SECOND, MOST_SECTIONS, parse_entries
 from frame_pack.sections import (
     LATENT_STRIDE,
@@ -22,6 +21,7 @@ from frame_pack.sections import (
     video_frames,
 )
 from modules.contract.data import LatentSpec, SamplingDefaults
+from modules.contract.one_frame import OneFrame, parse_one_frame
 from modules.contract.requests import (
     Prepared,
     Prompt,

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from modules.contract.data import (
+    PLACES,
     Batch,
     CacheEntry,
     Conditions,
@@ -20,6 +21,7 @@ from wan.inputs import (
     first_last_condition,
     image_condition,
 )
+from wan.options import ONE_FRAME
 from wan.spec import LATENT
 
 
@@ -28,7 +30,7 @@ def check_controls(task: WanTask, table: MediaTable) -> None:
     if table.has_control and len(table.clean_indices) > 1:
         raise DatasetError(
             f"{table.name}: Wan takes one control video or image for each item, fp_1f_clean_indices asks "
-            f"for {len(table.clean_indices)}. Remove fp_1f_clean_indices."
+            f"for {len(table.clean_indices)}. Remove fp_1f_clean_indices, or give --one_frame."
         )
     if table.has_control and task.kind == "ti2v":
         raise DatasetError(
@@ -42,12 +44,14 @@ def encode_together(
 ) -> list[CacheEntry]:
     """Encode all items in one batch: latents, those of control videos, and with `image_kind` the image's.
 
-    store: dtype of the latents. image_kind: i2v, flf2v, vace, or None for text-to-video caches. Without an
-    image encoder there are no image features: Wan2.2 takes none.
+    store: dtype of the latents. image_kind: i2v, flf2v, vace, one_frame, or None for text-to-video caches.
+    Without an image encoder there are no image features: Wan2.2 takes none.
     """
     vae = encoders.vae
     if image_kind == VACE:
         return import_own("wan.vace_training").encode_items(vae, media, store)
+    if image_kind == ONE_FRAME:
+        return import_own("wan.one_frame").encode_items(encoders, media, store)
     pixels = to_pixels(media.frames.to(vae.device))  # as bytes it is a quarter to copy
     tensors = {"latents": vae.encode(pixels).to(store)}
     if media.control:
@@ -86,6 +90,8 @@ def batch_conditions(
     this device: the host would wait for a copy. Raises CacheError, with the command that makes it, if
     something is missing or the number of images is wrong.
     """
+    if PLACES in batch.tensors:
+        return import_own("wan.one_frame").batch_conditions(task, config, batch)
     needed = {"t5": "a text cache"}
     if task.kind == VACE:
         batch.check({**needed, "latents_control": "wan_cache_latents.py --vace"}, f"--task {task.name}")

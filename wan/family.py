@@ -15,6 +15,7 @@ from modules.checkpoints.opening import fingerprint
 from modules.contract.data import (
     CAPTION,
     FIRST_FRAME,
+    PLACES,
     Batch,
     CacheEntry,
     Conditions,
@@ -67,6 +68,7 @@ from wan.names import LORA
 from wan.options import (
     MASK,
     MOST_REFERENCES,
+    ONE_FRAME,
     SCALE,
     WanGenerationOptions,
     WanLatentCachingOptions,
@@ -88,7 +90,8 @@ class Wan(OneTransformer):
     """Description of a Wan model for one run, built by the `family_for_...` functions below."""
 
     files: WanFiles
-    image_kind: str | None = None  # caching: i2v, flf2v, vace, or None for text-to-video caches
+    # caching: i2v, flf2v, vace, one_frame, or None for text-to-video caches; training: one_frame for samples
+    image_kind: str | None = None
     rope: str = "default"
     precision: torch.dtype = torch.float32  # of time embedding, modulation and rotation by position
     keep_file_dtypes: bool = False
@@ -118,7 +121,8 @@ class Wan(OneTransformer):
 
     @property
     def latent(self) -> LatentSpec:
-        return latent_of(self.task)
+        latent = latent_of(self.task)
+        return replace(latent, in_sections=True) if self.image_kind == ONE_FRAME else latent
 
     @property
     def noise(self) -> NoiseSpec:
@@ -157,7 +161,7 @@ class Wan(OneTransformer):
             frames=task.frames,
             expert_guidance=strong,
             experts=ONE_EXPERT if self.boundary is None else _experts(self.boundary),
-            extras=(MASK, SCALE) if task.kind == VACE else (),
+            extras=(ONE_FRAME, MASK, SCALE) if task.kind == VACE else (ONE_FRAME,),
         )
 
     @property
@@ -194,7 +198,10 @@ class Wan(OneTransformer):
         return MediaEncoders(files.load_vae(device), clip)
 
     def check_table(self, table: MediaTable) -> None:
-        check_controls(self.task, table)
+        if self.image_kind == ONE_FRAME:
+            import_own("wan.one_frame").check_table(table, self.files.clip is not None)
+        else:
+            check_controls(self.task, table)
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
         """Encode every clip as latents, and its control video if there is one.
@@ -232,6 +239,8 @@ class Wan(OneTransformer):
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """Return the conditions for training: text, by task CLIP features, `condition_latents` B C F H W."""
+        if (PLACES in batch.tensors) != (self.image_kind == ONE_FRAME) and self.task.takes_image:
+            import_own("wan.one_frame").note_other_samples(PLACES in batch.tensors)
         zeros_on = latents.device if self._feature_zeros else None
         return batch_conditions(self.task, self.files.dit_header().config, batch, zeros_on)
 
@@ -246,9 +255,11 @@ class Wan(OneTransformer):
         extra, clip = cond.get("condition_latents"), cond.get("clip")
         if isinstance(extra, Tensor):
             noisy = torch.cat([noisy, extra.to(noisy)], dim=1)
-        features = clip.to(noisy.device) if isinstance(clip, Tensor) else None
+        features, places = clip.to(noisy.device) if isinstance(clip, Tensor) else None, cond.get(PLACES)
         given_more = ((name, cond.get(key)) for key, name in VACE_INPUTS)
         more = {name: one.to(noisy.device) for name, one in given_more if isinstance(one, Tensor)}
+        if isinstance(places, Tensor):  # on the host, the same for all samples
+            more["places"] = tuple(places[0].tolist())
         return dit(noisy, timesteps, given(cond)["text"], features, tweaks.rename_away(given), **more)
 
     # generation
@@ -258,6 +269,12 @@ class Wan(OneTransformer):
 
     def prepare(self, request: Request) -> Prepared:
         self.files.check_dits()
+        if self.image_kind == ONE_FRAME:  # samples of a training of pictures
+            request = replace(request, extra={ONE_FRAME: "default", **request.extra})
+        if ONE_FRAME in request.extra:
+            self.files.check(("dit", *self._images))
+            given = self.task, request, self.defaults, self.latent, self.experts
+            return import_own("wan.one_frame").prepare(*given)
         control = None
         if self.task.kind == VACE:
             request, control = import_own("wan.vace").take_control(
@@ -277,6 +294,8 @@ class Wan(OneTransformer):
         """Encode images and control video as CLIP features and condition channels: B ..., on the CPU."""
         if self.task.kind == VACE:
             return {0: import_own("wan.vace").encode_control(encoders.vae, prepared)}
+        if ONE_FRAME in prepared.asked.extra:
+            return {0: import_own("wan.one_frame").encode_request(encoders, prepared, self.task)}
         conditions = encode_inputs(encoders, prepared, self.task)
         zeros = no_features(self.files.dit_header().config, 1) if self._feature_zeros else {}
         return {0: zeros | conditions}
@@ -309,9 +328,11 @@ class Wan(OneTransformer):
         it. An image that is the first frame of the video is given to the section.
         """
         batch, channels, frames, *area = self.latent.shape(prepared.frames, prepared.height, prepared.width)
-        # references of VACE stand in front and are cut off; Fun-Control and the like have none here
+        # references of VACE stand in front and are cut off; Fun-Control and the like have none here. Of a
+        # single picture and its control images the picture is kept
+        is_one = ONE_FRAME in prepared.asked.extra
         front = len(prepared.asked.control_images)
-        behind = appends_end(self.task, prepared.asked)
+        behind = not is_one and appends_end(self.task, prepared.asked)
         start = noise.draw((batch, channels, front + frames + behind, *area))
         conditions = dict(inputs.get(0, {}))
         first = conditions.pop(FIRST_LATENTS, None)
@@ -327,7 +348,7 @@ class Wan(OneTransformer):
         if isinstance(first, Tensor):
             section = replace(section, given=first, tweaks=Tweaks(given_frames=first.shape[2]))
         made = yield section
-        return made[:, :, front:]
+        return made[:, :, prepared.own.slot].unsqueeze(2) if is_one else made[:, :, front:]
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
         yield from encoders.vae.decode(latents.to(encoders.vae.device))
@@ -362,6 +383,7 @@ def family_for_training(options: WanTrainingOptions) -> Wan:
         rope=options.rope_func,
         keep_file_dtypes=options.mixed_precision_transformer,
         text_as_image_tokens=options.text_as_image_tokens,
+        image_kind=ONE_FRAME if options.one_frame else None,
         boundary=boundary_of(options, files),
         first_frame_probability=options.first_frame_probability or 0.0,
         options=options,

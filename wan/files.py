@@ -27,7 +27,13 @@ from wan.checkpoints import identify as identify  # files.py has it in every fam
 from wan.configs import RELEASES, TASKS, VACE, WAN_2_1, WAN_2_2, WanConfig, WanTask
 from wan.encoder_checkpoints import read_clip, read_t5
 from wan.names import WAN
-from wan.options import MOST_TIMESTEP, WanGenerationOptions, WanLatentCachingOptions, WanTrainingOptions
+from wan.options import (
+    MOST_TIMESTEP,
+    ONE_FRAME,
+    WanGenerationOptions,
+    WanLatentCachingOptions,
+    WanTrainingOptions,
+)
 from wan.spec import latent_of
 from wan.t5 import TOKENIZER, WanTextEncoder
 from wan.vae import WanVae, load_vae
@@ -321,11 +327,19 @@ def boundary_of(
 def caching_files(options: WanLatentCachingOptions) -> tuple[WanFiles, str | None]:
     """Return the files with a task whose latents the VAE makes, and the kind of condition to cache.
 
-    The kind is i2v, flf2v or vace; None for text-to-video caches. Raises OptionError for switches that those
-    latents have no use for.
+    The kind is i2v, flf2v, vace or one_frame; None for text-to-video caches. Raises OptionError for switches
+    that those latents have no use for.
     """
     files = WanFiles(clip=options.clip, vae_cache_cpu=options.vae_cache_cpu).add_vae(options.vae)
-    kind = VACE if options.vace else "i2v" if options.i2v or options.clip is not None else None
+    kind = (
+        VACE
+        if options.vace
+        else ONE_FRAME
+        if options.one_frame
+        else "i2v"
+        if options.i2v or options.clip is not None
+        else None
+    )
     image_kind = "flf2v" if options.flf2v else kind
     release = None
     if files.vae is not None:

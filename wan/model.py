@@ -240,6 +240,7 @@ class WanModel(nn.Module):
         text: Sequence[Tensor] | Tensor,
         image_embeds: Tensor | None = None,
         tweaks: Tweaks = NO_TWEAKS,
+        places: tuple[int, ...] = (),
     ) -> Tensor:
         """Return the velocity, B out_dim F H W in float32.
 
@@ -248,9 +249,10 @@ class WanModel(nn.Module):
         encoder, for models with image attention. Without them the model takes its first 257 rows of text for
         the image, as older tools ran Fun-Control models; give zeros for no image. tweaks: ideas that change
         this call; their second text is "text". Their given frames have the time 0, and their velocity is 0.
+        places: in time, of frames that do not follow each other.
         Raises ValueError where sizes do not go together.
         """
-        hidden = Hidden(*self.embed(noisy, timesteps, text, image_embeds, tweaks))
+        hidden = Hidden(*self.embed(noisy, timesteps, text, image_embeds, tweaks, places))
         return self.run_from(hidden, tweaks)
 
     def run_from(self, hidden: Hidden, tweaks: Tweaks) -> Tensor:
@@ -269,6 +271,7 @@ class WanModel(nn.Module):
         text: Sequence[Tensor] | Tensor,
         image_embeds: Tensor | None,
         tweaks: Tweaks = NO_TWEAKS,
+        places: tuple[int, ...] = (),
     ) -> tuple[Tensor, WanTokens]:
         """Return the video tokens, B L C in float32, and the other inputs of the blocks."""
         if noisy.shape[1] != self.config.in_dim:
@@ -299,7 +302,7 @@ class WanModel(nn.Module):
         elif text_is_image:
             image_tokens = texts[0].rows[:, :TEXT_ROWS_AS_IMAGE]
             texts = [WanText(one.rows[:, TEXT_ROWS_AS_IMAGE:]) for one in texts]
-        rotary = self._rotary.of(Grid(grid, tweaks.slow_frames), noisy.device)
+        rotary = self._rotary.of(Grid(grid, tweaks.slow_frames, places=places), noisy.device)
         tokens = WanTokens(
             *(grid, rotary, tuple(texts), image_tokens, time, modulation, given, dtype, self.attention),
             tweaks.steer or see_one,

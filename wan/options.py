@@ -18,13 +18,23 @@ from modules.options import (
     unsupported,
 )
 from modules.speed_options import VaeOptions, dit_dtype_option
-from wan.configs import TASKS, VACE
+from wan.configs import TASKS, VACE, WanTask
 
 NOT_BUILT = {
     "s2v-14B": "speech to video is not built yet; i2v-A14B starts from an image, without sound",
     "animate-14B": "a character that follows a video is not built yet; i2v-A14B-FC follows a video of poses",
 }
 MOST_TIMESTEP = 1000
+
+
+def check_one_frame(task: WanTask) -> None:
+    """Raise OptionError unless the task makes single pictures from control images."""
+    able = [one.name for one in TASKS.values() if one.takes_image and not one.has_control]
+    if task.name not in able:
+        raise OptionError(
+            f"single pictures from control images (one frame): --task {task.name} has no such condition. Use "
+            f"--task {', '.join(able[:-1])} or {able[-1]}"
+        )
 
 
 class WanTextOptions(Options):
@@ -61,10 +71,7 @@ class WanExpertOptions(Options):
 
 
 _CACHE_CPU = "keep the VAE's features between frames in host memory"
-_NO_ONE_FRAME = "Wan has no one-frame mode; the scripts of FramePack have. Use a dataset of images"
-_NO_CONTROLS = (
-    "Wan has no one-frame mode with control images; fpack_generate_video.py has. Use --video_length 1"
-)
+ONE_FRAME = "one_frame"  # a kind of caches, and the name of --one_frame_inference in Request.extra
 
 
 class WanLatentCachingOptions(Options, title="Wan"):
@@ -89,7 +96,13 @@ class WanLatentCachingOptions(Options, title="Wan"):
         excludes=("clip", "i2v"),
         often=True,
     )
-    one_frame = unsupported(f"{_NO_ONE_FRAME} and --task t2i-14B or t2v-A14B", "one-frame mode")
+    one_frame: bool = option(
+        "cache single images with the control images that they are made from, for i2v-14B, flf2v-14B and "
+        "i2v-A14B",
+        needs=("clip", "i2v"),
+        excludes=("flf2v", "vace"),
+        hint="--clip has the image encoder of Wan2.1; Wan2.2 has none and takes --i2v",
+    )
 
 
 class WanTextCachingOptions(Options, title="Wan"):
@@ -171,11 +184,15 @@ class WanTrainingOptions(WanModelOptions, title="Wan"):
         most=1,
         facts=IDENTITY,
     )
-    one_frame = unsupported(_NO_ONE_FRAME, "one-frame mode")
+    one_frame: bool = option(
+        "generate single images as samples (--of and --ci in a prompt line)", facts=HABIT
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         probability, task = self.first_frame_probability, TASKS[self.task]
+        if self.one_frame:
+            check_one_frame(task)
         if probability is not None and not task.keeps_image:
             why = "trains on its image condition" if task.takes_image else "starts from no image"
             raise OptionError(
@@ -254,9 +271,17 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
     )
     riflex_index: int = option()  # read here only to be checked early
     control: WanControlOptions
-    one_frame_inference = unsupported(_NO_CONTROLS, "one-frame mode", type=str)
-    control_image_path = unsupported(_NO_CONTROLS, "one-frame mode", type=str, nargs="*")
-    control_image_mask_path = unsupported(_NO_CONTROLS, "one-frame mode", type=str, nargs="*")
+    one_frame_inference: str | None = option(
+        "make one image from --control_image_path: places in time, 'target_index=1,control_index=0', or "
+        "default, which are these",
+        facts=OF_REQUEST,
+    )
+    control_image_mask_path = unsupported(
+        "Wan's one-frame mode takes control images whole, as its LoRAs learn them. Use FramePack for masks",
+        "masks of control images",
+        type=str,
+        nargs="*",
+    )
 
     def __post_init__(self) -> None:
         if self.riflex_index and self.rope_func != "comfy":
@@ -265,6 +290,10 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
                 "of --rope_func comfy. Add --rope_func comfy."
             )
         super().__post_init__()
+        if self.one_frame_inference is not None:
+            check_one_frame(TASKS[self.task])
+            if not self.one_frame_inference.strip():
+                raise OptionError("--one_frame_inference is empty: give default, or leave it out for a video")
         given = [name for name in (SOURCE, MASK, REFERENCES) if getattr(self.control, name)]
         if given and TASKS[self.task].kind != VACE:
             raise OptionError(
@@ -279,14 +308,18 @@ def caching_options(options: WanTrainingOptions) -> tuple[dict[str, Any], dict[s
         "--vae": options.vae.vae or f"WAN_{'2.2' if task.kind == 'ti2v' else '2.1'}_VAE_FILE",
         "--clip": (options.clip or "CLIP_FILE") if task.has_features else None,
         "--i2v": task.takes_image and not task.has_features,
-        "--flf2v": options.task.startswith("flf2v"),
+        "--flf2v": options.task.startswith("flf2v") and not options.one_frame,
         "--vace": task.kind == VACE,
+        "--one_frame": options.one_frame,
     }
     return latents, {"--t5": options.text.t5 or "T5_FILE"}
 
 
-def _say_control(sample: Mapping[str, Any]) -> dict[str, Any]:
+def _say_control(options: WanTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
     extra = sample.get("extra") or {}
+    if options.one_frame or ONE_FRAME in extra:
+        controls = sample.get("control_images") or "CONTROL_IMAGE_FILE"
+        return {"--one_frame_inference": extra.get(ONE_FRAME, "default"), "--control_image_path": controls}
     found = {f"--{name}": extra.get(name) for name in (MASK, SCALE)}
     return {**found, "--src_ref_images": sample.get("control_images") or None}
 
@@ -311,6 +344,6 @@ def generation_options(options: WanTrainingOptions, sample: Mapping[str, Any]) -
         "--image_path": sample.get("image_path") or ("IMAGE_FILE" if task.takes_image else None),
         "--end_image_path": sample.get("end_image_path"),
         "--control_path": sample.get("control_path") or ("CONTROL_FILE" if task.has_control else None),
-        **_say_control(sample),
+        **_say_control(options, sample),
         "--video_length": sample.get("frames"),
     }

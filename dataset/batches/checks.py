@@ -22,6 +22,7 @@ from modules.contract.data import (
     FPS,
     LATENTS_MADE,
     LOSS_MASK,
+    PLACES,
     REFERENCE_LATENTS,
     SOUND,
     SOUND_MADE,
@@ -158,6 +159,8 @@ def latent_faults(
         yield from _source_faults(item, folders, record, checks)
     width, height, frames = (*item.bucket, 1)[:3]
     expected = list(latent.shape(frames, height, width)[1:])
+    if PLACES in tensors:
+        expected[1] = len(tensors[PLACES])
     if found != expected:
         yield (
             f"its latents have the shape {as_shape(found)}, {table.name} asks for {as_shape(expected)} "

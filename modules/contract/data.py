@@ -39,6 +39,10 @@ HAS_SOUND = "has_sound"
 # they stay on the host
 FPS = "reelsmith_fps"
 
+# places in time of latent frames that do not follow each other (a picture and its control images, which are
+# then frames of its latents): in caches F, in batches and conditions B F, on the host
+PLACES = "f_indices"
+
 LATENTS_MADE, SOUND_MADE = "latents", "sound"  # `MadeBy.part` of caches of latents, and of those of sound
 
 

@@ -68,21 +68,30 @@ def exact_table(
     slow: Slow | None = None,
     dtype: torch.dtype = torch.float64,
     first: int = 0,
+    places: Sequence[int] = (),
 ) -> Tensor:
     """Return the (cosine, sine) pairs of a grid's tokens in row-major order: L 1 D/2 2 float32 on `device`.
 
     sizes: positions along each axis (frames, rows, columns). widths: channels of each axis, D in total.
     slow: of the first axis. dtype: of the angles; at position 1000 a float32 angle is wrong in the fifth
-    digit. first: position of the first frame.
+    digit. first: position of the first frame. places: of all frames, if they do not follow each other.
     """
     # only the axes are computed on the host and sent: the table of a long video takes 60 MB, and batches of
     # several sizes need a new one every step
     starts = (first, *[0] * (len(sizes) - 1))
+    counted = (
+        torch.arange(start, start + size, dtype=dtype) for start, size in zip(starts, sizes, strict=True)
+    )
     axes = [
         turns(
-            angles_at(torch.arange(start, start + size, dtype=dtype), width, theta, None if axis else slow)
+            angles_at(
+                torch.tensor(places, dtype=dtype) if places and not axis else positions,
+                width,
+                theta,
+                None if axis else slow,
+            )
         ).float()
-        for axis, (start, size, width) in enumerate(zip(starts, sizes, widths, strict=True))
+        for axis, (positions, width) in enumerate(zip(counted, widths, strict=True))
     ]
     return on_grid([send_ahead(one, device) for one in axes]).unsqueeze(1)
 
@@ -102,6 +111,7 @@ class Grid(NamedTuple):
     sizes: tuple[int, ...]  # frames, rows, columns
     slow: Slow | None = None  # of the frames
     first: int = 0  # position of the first frame
+    places: tuple[int, ...] = ()  # of all frames, if they do not follow each other
 
 
 class TableMaker(Protocol[Asked]):
@@ -119,7 +129,9 @@ def table_maker(
     """Return a function that makes the tables of one network. make: of `TABLES`; dtype: see `rotate`."""
 
     def of(grid: Grid, /, *, device: torch.device) -> Tensor:
-        return make(grid.sizes, widths, theta, device, grid.slow, first=grid.first).to(dtype)
+        return make(grid.sizes, widths, theta, device, grid.slow, first=grid.first, places=grid.places).to(
+            dtype
+        )
 
     return of
 

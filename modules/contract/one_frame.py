@@ -1,0 +1,70 @@
+"""The words of --one_frame_inference: where in time a single picture and its control images stand."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from modules.errors import OptionError
+
+# negative places too, as for fp_1f_clean_indices and fp_1f_target_index of a dataset
+_WHOLE = re.compile(r"-?[0-9]+")
+MOST_PLACE = 9999  # 40 is far already; more digits are a typing error
+
+
+@dataclass(frozen=True)
+class OneFrame:
+    """Indices of the target and the controls, and which frames of FramePack's sections are left out."""
+
+    target_index: int | None = None  # None: as the family has it
+    control_indices: tuple[int, ...] = ()  # of the first controls
+    has_post: bool = True  # one black frame after the controls
+    has_2x: bool = True  # two black frames at half resolution
+    has_4x: bool = True  # sixteen at quarter resolution
+
+
+def parse_one_frame(text: str) -> OneFrame:
+    """Read --one_frame_inference, as "target_index=1,control_index=0;10,no_post,no_2x,no_4x" or "default".
+
+    Raises OptionError if a word is unknown or a number is missing.
+    """
+    settings = OneFrame()
+    for item in (piece.strip() for piece in text.split(",")):
+        word, _, value = item.partition("=")
+        if item in _SWITCHES:
+            settings = _SWITCHES[item](settings)
+        elif word == "target_index":
+            settings = replace(settings, target_index=_index(value, text))
+        elif word == "control_index":
+            settings = replace(
+                settings, control_indices=tuple(_index(number, text) for number in value.split(";"))
+            )
+        elif _WHOLE.fullmatch(item):
+            raise _refuse(
+                text, f"{item!r} stands alone: separate indices by semicolons, as in control_index=0;10"
+            )
+        else:
+            raise _refuse(text, f"{item!r} is unknown")
+    return settings
+
+
+_SWITCHES: Mapping[str, Callable[[OneFrame], OneFrame]] = {
+    "default": lambda settings: settings,
+    "no_post": lambda settings: replace(settings, has_post=False),
+    "no_2x": lambda settings: replace(settings, has_2x=False),
+    "no_4x": lambda settings: replace(settings, has_4x=False),
+}
+
+
+def _index(number: str, text: str) -> int:
+    if not _WHOLE.fullmatch(number.strip()):
+        raise _refuse(text, f"{number.strip()!r} is not a whole number")
+    if len(number.strip().lstrip("-")) > len(str(MOST_PLACE)):
+        raise _refuse(text, f"the largest index is {MOST_PLACE}")
+    return int(number)
+
+
+def _refuse(text: str, why: str) -> OptionError:
+    return OptionError(
+        f"--one_frame_inference {text!r}: {why}. Give default, no_post, no_2x, no_4x, target_index=N and "
+        "control_index=N;N, separated by commas."
+    )

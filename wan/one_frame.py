@@ -1,0 +1,266 @@
+"""A single picture from image-to-video models: one latent frame beside those of its control images.
+
+Each has a place in time, which is its rotary position; the latents stand in the order of these places. A
+control image is known (mask 1); in place of the picture the model is shown grey (mask 0), as for the unknown
+frames of a video. All frames are noised, denoised and learned; the picture's alone is decoded. Source: the
+known tuner's page on one frame with Wan2.1 (wan_1f), whose caches and draws of noise these are.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from modules.contract.data import (
+    PLACES,
+    Batch,
+    CacheEntry,
+    Conditions,
+    LatentSpec,
+    MediaBatch,
+    MediaEncoders,
+    MediaTable,
+    SamplingDefaults,
+)
+from modules.contract.one_frame import parse_one_frame
+from modules.contract.requests import (
+    Prepared,
+    Request,
+    check_opens,
+    check_size,
+    keep_usable_media,
+    settle,
+    size_of,
+)
+from modules.contract.rules import Expert
+from modules.errors import CacheError, DatasetError, OptionError
+from modules.media.pixels import image_pixels, read_pixels, to_pixels
+from wan.configs import (
+    FIRST_LAST_NEGATIVE_PROMPT,
+    NEGATIVE_PROMPT,
+    WanConfig,
+    WanTask,
+    default_flow_shift,
+)
+from wan.inputs import FRAMES_PER_LATENT
+from wan.options import ONE_FRAME, check_one_frame
+
+logger = logging.getLogger(__name__)
+
+MOST_FEATURES = 2  # images whose features the released models take: the first and the last frame
+USUAL_TARGET, USUAL_CONTROL = 1, 0
+CACHE_AGAIN = "wan_cache_latents.py --one_frame and --clip, of Wan2.2 --i2v"
+
+
+@dataclass(frozen=True)
+class FrameOrder:
+    """Latent frames in the order of their places in time."""
+
+    places: tuple[int, ...]
+    images: tuple[int, ...]  # which control image stands there; -1: the picture
+
+    @property
+    def slot(self) -> int:
+        """Which of the frames is the picture."""
+        return self.images.index(-1)
+
+
+def order_frames(controls: Sequence[int], target: int | None) -> FrameOrder:
+    """Order a picture and its control images. controls, target: their places; none: 0 and 1.
+
+    Raises ValueError if the picture has the place of a control image.
+    """
+    controls, target = controls or (USUAL_CONTROL,), USUAL_TARGET if target is None else target
+    if target in controls:
+        raise ValueError(f"the picture and a control image stand at {target}. Give the picture another place")
+    pairs = sorted([*zip(controls, range(len(controls)), strict=True), (target, -1)])
+    return FrameOrder(tuple(place for place, _ in pairs), tuple(image for _, image in pairs))
+
+
+def prepare(
+    task: WanTask,
+    request: Request,
+    usual: SamplingDefaults,
+    latent: LatentSpec,
+    experts: Sequence[Expert],
+) -> Prepared:
+    """Settle a request for a single picture; `Prepared.own` is its order. Raises OptionError."""
+    check_one_frame(task)
+    where = f"--one_frame_inference {request.extra[ONE_FRAME]!r}"
+    request = _take_images(task, request, where)
+    settings, images = parse_one_frame(request.extra[ONE_FRAME]), request.control_images
+    if not (settings.has_post and settings.has_2x and settings.has_4x):
+        logger.warning(
+            "%s: no_post, no_2x and no_4x are ignored because only FramePack has such frames", where
+        )
+    if len(settings.control_indices or (USUAL_CONTROL,)) != len(images):
+        raise OptionError(
+            f"{where}: {len(images)} control images. Give as many places, as in control_index=0;2 for two"
+        )
+    try:
+        order = order_frames(settings.control_indices, settings.target_index)
+    except ValueError as error:
+        raise OptionError(f"{where}: {error}") from None
+    width, height, frames = size_of(request, usual)
+    if frames not in (1, usual.frames):
+        logger.warning("--video_length %d is ignored because a single picture is made", frames)
+    check_size((width, height, len(order.places)), latent)
+    flow_shift = default_flow_shift(task, width, height) if request.flow_shift is None else request.flow_shift
+    negative = FIRST_LAST_NEGATIVE_PROMPT if task.kind == "flf2v" else NEGATIVE_PROMPT
+    request = replace(request, negative_prompt=request.negative_prompt or None)
+    prepared = settle(request, usual, (width, height, 1), flow_shift, negative, experts)
+    return replace(prepared, own=order, own_metadata={ONE_FRAME: request.extra[ONE_FRAME]})
+
+
+def _take_images(task: WanTask, request: Request, where: str) -> Request:
+    """Return the request with the images that a picture is made from, which can be opened."""
+    if request.source is not None:
+        raise OptionError(
+            f"--{request.source.option} {request.source.path} and {where}: a single picture is made from "
+            "--control_image_path. Leave one of them out"
+        )
+    seen = dict.fromkeys(("image_path", "end_image_path"), task.has_features)
+    taken = {**seen, "control_path": False, "control_images": True}
+    request = keep_usable_media(request, taken, f"a single picture of --task {task.name} does not take it")
+    if not request.control_images:
+        raise OptionError(f"{where}: give the images that the picture is made from to --control_image_path")
+    single = [("image_path", request.image_path), ("end_image_path", request.end_image_path)]
+    for option, path in (*single, *(("control_image_path", one) for one in request.control_images)):
+        if path is not None:
+            check_opens(option, path, is_image=True)
+    if task.kind == "flf2v" and len(_seen(request)) != MOST_FEATURES:
+        raise OptionError(
+            f"{where}: --task {task.name} sees two images. Give --image_path and --end_image_path, or two "
+            "control images and neither of these"
+        )
+    return request
+
+
+def _seen(request: Request) -> list[Path]:
+    """Return the images for the image encoder: those that are named for it, else the control images."""
+    named = [path for path in (request.image_path, request.end_image_path) if path is not None]
+    return named or [*request.control_images[:MOST_FEATURES]]
+
+
+def encode_request(
+    encoders: MediaEncoders, prepared: Prepared, task: WanTask
+) -> dict[str, Tensor | list[Tensor]]:
+    """Return `condition_latents`, 1 20 F h w, places, 1 F, and by task CLIP features, on the CPU.
+
+    Control images are scaled to cover the picture and cropped.
+    """
+    asked, order, size = prepared.asked, prepared.own, (prepared.width, prepared.height)
+    assert isinstance(order, FrameOrder)
+    pixels = [image_pixels(path, *size) for path in asked.control_images]
+    grey = encoders.vae.encode(torch.zeros_like(pixels[0])).cpu()
+    latents = [encoders.vae.encode(one).cpu() for one in pixels]
+    conditions = dict[str, Tensor | list[Tensor]]()
+    if task.has_features:
+        features = [encoders.image_encoder.encode(read_pixels(path)[:, :, 0]) for path in _seen(asked)]
+        conditions["clip"] = torch.cat(features, dim=1).cpu()
+    conditions[PLACES] = torch.tensor([order.places])
+    return conditions | {"condition_latents": _condition(order, latents, grey)}
+
+
+def _condition(order: FrameOrder, controls: Sequence[Tensor], grey: Tensor) -> Tensor:
+    """Return mask and latents, B 20 F h w. controls, grey: B 16 1 h w each."""
+    frames, mask = [*controls, grey], grey[:, :FRAMES_PER_LATENT]
+    known = [torch.full_like(mask, float(image >= 0)) for image in order.images]
+    return torch.cat(
+        [torch.cat(known, dim=2), torch.cat([frames[image] for image in order.images], dim=2)], dim=1
+    )
+
+
+def check_table(table: MediaTable, has_features: bool) -> None:
+    """Raise DatasetError unless a table has images with control images. has_features: of CLIP."""
+    if table.kind != "image" or not table.has_control:
+        raise DatasetError(
+            f"{table.name}: --one_frame learns images from control images. Give an image_directory with a "
+            "control_directory, or control_path in every line of a list."
+        )
+    if has_features and len(table.clean_indices) > MOST_FEATURES:
+        raise DatasetError(
+            f"{table.name}: fp_1f_clean_indices asks for {len(table.clean_indices)} control images; with "
+            f"features of images (--clip) Wan2.1 takes {MOST_FEATURES} at most."
+        )
+    if not table.has_post:
+        logger.info("%s: fp_1f_no_post is ignored because only FramePack has that frame", table.name)
+    try:
+        order_frames(table.clean_indices, table.target_index)
+    except ValueError as error:
+        raise DatasetError(f"{table.name}: fp_1f_target_index: {error}.") from None
+
+
+def encode_items(encoders: MediaEncoders, media: MediaBatch, store: torch.dtype) -> list[CacheEntry]:
+    """Encode pictures with their control images, each image alone. store: dtype of the latents."""
+    vae, table = encoders.vae, media.table
+    order = order_frames(table.clean_indices, table.target_index)
+    pixels = [to_pixels(frames.to(vae.device)) for frames in (*media.control, media.frames)]
+    *controls, target = (vae.encode(one) for one in pixels)
+    grey = vae.encode(torch.zeros_like(pixels[0]))
+    frames = [*controls, target]
+    tensors = {
+        "latents": torch.cat([frames[image] for image in order.images], dim=2).to(store),
+        "latents_image": _condition(order, controls, grey).to(store),
+    }
+    if encoders.image_encoder is not None:
+        features = [encoders.image_encoder.encode(one[:, :, 0]) for one in pixels[:-1]]
+        tensors["clip"] = torch.cat(features, dim=1).to(torch.float16)
+    places = torch.tensor(order.places, dtype=torch.int32)
+    return [
+        CacheEntry({**{name: tensor[item] for name, tensor in tensors.items()}, PLACES: places})
+        for item in range(len(media.keys))
+    ]
+
+
+def batch_conditions(task: WanTask, config: WanConfig, batch: Batch) -> Conditions:
+    """Return text, places, `condition_latents` and by task CLIP features. Raises CacheError."""
+    try:
+        check_one_frame(task)
+    except OptionError as error:
+        raise CacheError(f"{batch.keys[0]}: cached with --one_frame. {error}") from None
+    needed = {"t5": "a text cache", "latents_image": CACHE_AGAIN}
+    batch.check(needed | ({"clip": CACHE_AGAIN} if task.has_features else {}), f"--task {task.name}")
+    places, image = batch.tensor(PLACES), batch.tensor("latents_image").float()
+    if places.is_floating_point() or places.shape != (len(batch), image.shape[2]):
+        raise CacheError(
+            f"{batch.keys[0]}: its {PLACES} do not fit its latents. Cache again with {CACHE_AGAIN}."
+        )
+    if bool((places != places[:1]).any()):
+        raise CacheError(
+            f"{batch.keys[0]} and {batch.keys[-1]}: their images have other places (fp_1f_clean_indices, "
+            "fp_1f_target_index) and are in one batch. Set batch_size = 1."
+        )
+    conditions: Conditions = {"t5": batch.tensors["t5"], PLACES: places, "condition_latents": image}
+    if not task.has_features:
+        return conditions
+    clip = batch.tensor("clip")
+    if clip.ndim == 4:  # B images T D, as other tuners cache them
+        clip = clip.flatten(1, 2)
+    if config.image_positions and clip.shape[1] != config.image_positions:
+        raise CacheError(
+            f"{batch.keys[0]}: the cached CLIP features have {clip.shape[1]} rows, --task {task.name} needs "
+            f"{config.image_positions}, of two images. Set fp_1f_clean_indices for two control images, as in "
+            f"[0, 2], and cache again with {CACHE_AGAIN}."
+        )
+    return {**conditions, "clip": clip}
+
+
+@lru_cache  # once for each, not with every batch
+def note_other_samples(learns_pictures: bool) -> None:
+    """Warn that samples are not what is learned."""
+    if learns_pictures:
+        logger.warning(
+            "the caches are those of single pictures, and samples are videos. Give --one_frame, or --of in "
+            "the lines of --sample_prompts"
+        )
+    else:
+        logger.warning(
+            "--one_frame is given, but the caches are not those of single pictures (%s): videos are learned, "
+            "and samples are pictures. Cache again, or leave --one_frame out",
+            CACHE_AGAIN,
+        )
