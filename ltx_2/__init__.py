@@ -10,6 +10,8 @@ model: the transformer around the blocks
 gemma_4: the language model of LTX-2.5's texts
 names: what it is called everywhere, from scripts to tensors
 options: own options for caching, training and generation
+reference_options: options of references (IC-LoRA)
+references: what is read of references, factors of a LoRA
 refused_options: options of the known tuner that are refused, as data
 released: parts of a released file, and their settings
 rope: positions in seconds and pixels, and rotation by them
