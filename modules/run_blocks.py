@@ -42,6 +42,7 @@ class Hidden:
     # B L' C for each block, added to the first L' tokens behind it; None: nothing is
     added: Sequence[Tensor | None] = ()
     side: Tensor | None = None  # B L C of `DitSpec.side_list`; None: its blocks do not run
+    side_scales: Tensor | None = None  # B blocks: by which what each of them adds is multiplied
 
 
 Runner = Callable[[nn.Module, Hidden, Tweaks], None]  # has the blocks of the network change `hidden.x`
@@ -66,6 +67,8 @@ def run_in_order(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
         if is_side:
             if hidden.side is not None:
                 hidden.side, hint = block(hidden.side, hidden.x, hidden.tokens)
+                if hidden.side_scales is not None:
+                    hint = hint * hidden.side_scales[:, index - len(lists[spec.block_lists[0]]), None, None]
             continue
         if index not in tweaks.skip_blocks:
             skips = index in tweaks.skip_self_attention

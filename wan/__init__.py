@@ -13,6 +13,9 @@ names: what it is called everywhere, from scripts to tensors
 options: own options for caching, training and generation
 spec: latents, names inside, what blocks get besides video
 t5: umT5: each prompt to a list of vectors
+vace: control of VACE: clip, mask, references as channels
+vace_model: the second stack of blocks, which gives hints
+vace_training: control of items, to caches and to conditions
 vae: the video VAEs: pixels to latents and back
 vae_blocks: layers of the VAEs, with memory between chunks
 vae_checkpoints: VAE files: dialect, generation, dimensions

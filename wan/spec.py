@@ -117,7 +117,6 @@ class WanTokens:
     attention: AttentionChoice
     combine: Callable[..., Tensor]  # of what attention sees of each text, B L N D
     part: "TokenPart | None" = None  # the tokens that this process has; None: all
-    hint_scales: Tensor | None = None  # B layers, of VACE
 
     def cut(self, part: "TokenPart") -> "WanTokens":
         return replace(self, rotary=part.rows(self.rotary), given=part.of_first(self.given), part=part)

@@ -8,7 +8,6 @@ Jiang et al. 2025, arXiv 2503.07598.
 # Letters: B batch, L video tokens, C width
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from einops import rearrange
@@ -27,19 +26,14 @@ class WanVaceBlock(WanAttentionBlock):
 
     def __init__(self, config: WanConfig, index: int) -> None:
         super().__init__(config)
-        self.index = index
-        if index == 0:
-            self.before_proj = nn.Linear(config.dim, config.dim)
+        self.before_proj = nn.Linear(config.dim, config.dim) if index == 0 else None
         self.after_proj = nn.Linear(config.dim, config.dim)
 
     def forward(self, side: Tensor, x: Tensor, tokens: WanTokens) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        if self.index == 0:
+        if self.before_proj is not None:
             side = in_own_dtype(self.before_proj, side).float() + x
         side = super().forward(side, tokens)
-        hint = in_own_dtype(self.after_proj, side).float()
-        if tokens.hint_scales is not None:
-            hint = hint * tokens.hint_scales[:, self.index, None, None]
-        return side, hint
+        return side, in_own_dtype(self.after_proj, side).float()
 
 
 class WanVaceModel(WanModel):
@@ -77,5 +71,5 @@ class WanVaceModel(WanModel):
                 )
             patches = in_own_dtype(self.vace_patch_embedding, control).float()
             hidden.side = rearrange(patches, "b c f h w -> b (f h w) c").contiguous()
-            hidden.tokens = replace(hidden.tokens, hint_scales=hint_scales)
+            hidden.side_scales = hint_scales
         return self.run_from(hidden, tweaks)

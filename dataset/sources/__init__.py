@@ -2,6 +2,7 @@
 
 captions: caption files, and a table's additions to their text
 clock: which frames of controls and masks go with a clip
+companions: references of clips, masks of what is new
 cogvideox: clips in CogVideoX form, moments computed before
 colours: pictures that are transparent or have a profile
 columns: read Parquet, CSV, TSV and JSONL row by row

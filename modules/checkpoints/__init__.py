@@ -7,9 +7,9 @@ dits: load transformers of every family
 encoders: find encoders in Hugging Face's layout
 filling: fill a network from an open file
 finite: find NaN or infinite weights while reading
-gguf_files: read GGUF files
+gguf_files: read GGUF files, with bounded memory
 kinds: recognise model files by the names of tensors
-marks: recognise packed weights by what a file says of its layers
+marks: recognise packed weights by what a file says
 model_files: check model files and folders given by options
 opening: open model files in any container
 tokenizers: find and read the tokenizer of a text encoder
