@@ -137,7 +137,8 @@ SCRIPTS = sorted(
 _TOOLS = {
     "tools": (
         *("cache_on_ray", "caption_dataset", "compare", "convert_cache", "dataset_report", "doctor"),
-        *("download", "lora_post_hoc_ema", "prepare_dataset", "run_browser", "share_page", "split_video"),
+        *("download", "lora_post_hoc_ema", "prepare_dataset", "quantise", "run_browser", "share_page"),
+        "split_video",
     ),
     "blissful_tuner": (
         *("GIMMVFI", "facefix", "metaview", "model_utility", "upscaler", "video_to_png", "yolo_blur"),

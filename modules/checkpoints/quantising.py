@@ -1,0 +1,346 @@
+"""Write a model with its layers in 8 bits, in ComfyUI's layout or as GGUF, or a quantised one in 16 bits.
+
+The tensors keep the names of the file. Of a transformer the layers are those that its family keeps in fp8, of
+a text encoder the linear layers of its blocks. Sources: as of `marks` and `gguf_files`.
+"""
+
+import json
+import logging
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+from modules.atomic_write import atomic_path
+from modules.bars import BYTES, track
+from modules.checkpoints.dits import DitFormat, bare_names
+from modules.checkpoints.filling import on_meta_device
+from modules.checkpoints.finite import FiniteCheck
+from modules.checkpoints.kinds import kind_of
+from modules.checkpoints.marks import HEADER, MARK
+from modules.checkpoints.opening import Checkpoint, checkpoint_paths, open_checkpoint, plain_sources
+from modules.checkpoints.quantise_options import GGUF, QuantiseOptions
+from modules.checkpoints.writing import stream_tensors
+from modules.console import as_size, show_box
+from modules.contract.loading import TensorInfo, TensorSource
+from modules.devices import choose_device, dtype_name
+from modules.errors import CheckpointError, OptionError
+from modules.families import FAMILIES
+from modules.installation import import_own
+from modules.output_files import refuse_replacing
+from modules.speed_options import SDPA, Quantisation
+from modules.stored.forms import Shape, linear_weights
+from modules.stored.fp8 import E4M3, is_fp8
+from modules.stored.fp8 import quantise as round_to_fp8
+from modules.stored.int8 import GROUPS, Int8
+
+logger = logging.getLogger(__name__)
+
+_STALE = ("sshs_", "modelspec.hash_sha256", HEADER)  # metadata that are true of the old tensors only
+_OF_GGUF = ("general.", "GGUF.", "comfy.gguf.")
+# a tensor of a text encoder's first block -> its linear layers, behind the same prefix
+_TEXT_ENCODERS = {
+    r"encoder\.block\.0\.layer\.0\.SelfAttention\.q\.weight": (
+        r"encoder\.block\.\d+\.layer\.\d\.(SelfAttention\.[qkvo]|DenseReluDense\.w[io](_\d)?)\.weight"
+    ),
+    r"blocks\.0\.pos_embedding\.embedding\.weight": (
+        r"blocks\.\d+\.(attn\.[qkvo]|ffn\.(gate\.0|fc[12]))\.weight"
+    ),
+    r"layers\.0\.mlp\.gate_proj\.weight": r"layers\.\d+\.(self_attn|mlp)\.\w+_proj\.weight",
+}
+_GGUF_KINDS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
+_LONGEST_IN_GGUF = 127  # bytes of a name that readers take
+_SMALL_IN_GGUF = 1024  # weights
+# `general.architecture` as ComfyUI's reader of GGUF knows it; others have the family's name
+_ARCHITECTURES = {
+    **{"hunyuan_video": "hyvid", "framepack": "hyvid", "flux_2": "flux", "ltx_2": "ltxv"},
+    **{"lumina": "lumina2", "z_image": "lumina2"},
+}
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """What a file is, the weights that are quantised, and the shapes of weights that may be padded."""
+
+    what: str
+    family: str | None  # None: a text encoder
+    layers: frozenset[str]
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+def quantise_file(options: QuantiseOptions) -> None:
+    """Write the file. Raises CheckpointError for a model that is unknown, or not in the state that is asked
+    for, OptionError if the file would replace one that is read, OutputError if it cannot be written.
+    """
+    refuse_replacing("--output", options.output, checkpoint_paths(options.model))
+    device = choose_device(options.device)
+    with open_checkpoint(options.model) as checkpoint:
+        sources = plain_sources(checkpoint)
+        narrow = [name for name in sources if _is_narrow(checkpoint.tensors[name])]
+        found = _recognise(checkpoint)
+        metadata = {
+            key: text for key, text in checkpoint.metadata.items() if not key.startswith((*_STALE, *_OF_GGUF))
+        }
+        gone = sorted(checkpoint.metadata.keys() - metadata.keys())
+        if gone:
+            logger.info("Metadata of the old tensors are left out: %s", ", ".join(gone))
+        rows = [("model", f"{options.model}: {found.what}"), ("form", options.form)]
+        if options.form == "bf16":
+            count = _widen(options, checkpoint, sources, narrow, found, metadata, device)
+        else:
+            if narrow:
+                form = dtype_name(checkpoint.tensors[narrow[0]].dtype)
+                raise CheckpointError(
+                    f"{options.model} is quantised already ({narrow[0]}: {form}); rounding it again would "
+                    "only lose more. Give the file in 16 bits.",
+                    options.model,
+                )
+            write = _write_gguf if options.form == GGUF else _write_marked
+            count = write(options, checkpoint, found, metadata, device)
+        kept = len(sources) - count
+    size = as_size(options.output.stat().st_size)
+    rows += [
+        ("layers", f"{count}; {kept} other tensors as they were"),
+        ("file", f"{options.output} ({size})"),
+    ]
+    show_box("The model is written", rows)
+
+
+def _is_narrow(info: TensorInfo) -> bool:
+    return info.packing is not None or is_fp8(info.dtype)
+
+
+def _recognise(checkpoint: Checkpoint) -> Recognised:
+    """Raises CheckpointError for a file that is neither a known transformer nor a text encoder."""
+    names = checkpoint.tensors
+    for mark, pattern in _TEXT_ENCODERS.items():
+        first = next((found for name in names if (found := re.fullmatch(rf"(.*\.)?{mark}", name))), None)
+        if first is not None:
+            whole = re.compile(re.escape(first[1] or "") + pattern)
+            layers = frozenset(name for name in names if whole.fullmatch(name))
+            return Recognised("a text encoder", None, layers, {})
+    bare = bare_names(checkpoint)
+    # as in `families.identify`: Wan's, the last, recognises files of no family too
+    for family, entry in reversed(list(FAMILIES.items())):
+        files = import_own(f"{entry.room}.files") if entry.own_files else None
+        form: DitFormat[Any, Any] | None = getattr(files, "FORMAT", None)
+        try:
+            if form is not None:
+                return _transformer(checkpoint, bare, family, form)
+        except CheckpointError as error:
+            logger.debug("%s is not %s: %s", checkpoint.path, family, error)
+    raise CheckpointError(
+        f"{checkpoint.path} is {kind_of(names) or 'no model that is known'}. Give the transformer or the "
+        "language model or T5 of a family that is supported.",
+        checkpoint.path,
+    )
+
+
+def _transformer(
+    checkpoint: Checkpoint, bare: Checkpoint, family: str, form: DitFormat[Any, Any]
+) -> Recognised:
+    header = form.read_header(bare)
+    with on_meta_device():
+        dit: nn.Module = form.network(header.config, SDPA)
+    sources = form.sources(bare, header)
+    wanted = linear_weights(dit, dit.spec.block_lists, dit.spec.fp8_exclude)
+    made_of: dict[str, set[str]] = {}  # tensor of the file -> ours that are made of it
+    for name, source in sources.items():
+        made_of.setdefault(source.names[0], set()).add(name)
+    shapes = {name: tuple(tensor.shape) for name, tensor in dit.state_dict().items()}
+    prefix = next(
+        start
+        for name in checkpoint.tensors
+        if name.endswith(next(iter(made_of)))
+        and checkpoint.tensors.keys()
+        >= {(start := name.removesuffix(next(iter(made_of)))) + one for one in made_of}
+    )
+    return Recognised(
+        form.describe(header),
+        family,
+        frozenset(
+            prefix + name
+            for name, ours in made_of.items()
+            if ours <= wanted and len(bare.tensors[name].shape) == 2
+        ),
+        {prefix + name: shapes[min(ours)] for name, ours in made_of.items() if len(ours) == 1},
+    )
+
+
+def _write_marked(
+    options: QuantiseOptions,
+    checkpoint: Checkpoint,
+    found: Recognised,
+    metadata: Mapping[str, str],
+    device: torch.device,
+) -> int:
+    """Write ComfyUI's layout. A layer is read twice, as the scales of all stand before the codes."""
+    tensors: dict[str, TensorInfo] = {}
+    makers: dict[str, Callable[[], Tensor]] = {}
+    finite = FiniteCheck(checkpoint.path)
+
+    def plain(name: str) -> Tensor:
+        tensor = checkpoint.read(name)
+        finite.note(name, tensor)
+        return tensor
+
+    def add(name: str, info: TensorInfo, make: Callable[[], Tensor]) -> None:
+        if name in tensors:
+            raise CheckpointError(
+                f"{checkpoint.path} has a tensor {name}, which belongs to a quantised layer."
+            )
+        tensors[name], makers[name] = info, make
+
+    for name, info in checkpoint.tensors.items():
+        if name not in found.layers:
+            add(name, info, lambda name=name: plain(name))
+            continue
+        stem, shape = name.removesuffix(".weight"), (info.shape[0], info.shape[1])
+        part = _Rounding(options.form, shape)
+        text = torch.tensor(list(json.dumps(part.mark).encode()), dtype=torch.uint8)
+        make = [lambda name=name, part=part, n=n: part.make(plain(name).to(device))[n] for n in range(2)]
+        add(name, TensorInfo(part.dtype, shape), make[0])
+        add(f"{stem}.weight_scale", TensorInfo(torch.float32, part.scale_shape), make[1])
+        add(stem + MARK, TensorInfo(torch.uint8, tuple(text.shape)), lambda text=text: text)
+    stream_tensors(options.output, tensors, lambda name: makers[name](), {"format": "pt", **metadata})
+    return len(found.layers)
+
+
+class _Rounding:
+    """How a layer is rounded, and what the file says of it."""
+
+    def __init__(self, form: str, shape: Shape) -> None:
+        self.mark: dict[str, Any] = {"format": "float8_e4m3fn" if form == "fp8" else "int8_tensorwise"}
+        self.dtype, self.scale_shape = (E4M3, ()) if form == "fp8" else (torch.int8, (shape[0], 1))
+        if form == "convrot":
+            group = next((group for group in GROUPS if shape[1] % group == 0), 0)
+            self.mark |= {"convrot": True, "convrot_groupsize": group} if group else {}
+
+    def make(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        if self.dtype == E4M3:
+            codes, scale = round_to_fp8(weight, Quantisation("tensor", float32_scales=True))
+        else:
+            codes, scale = Int8(self.mark.get("convrot_groupsize", 0)).quantise(weight).tensors
+        assert codes is not None
+        assert scale is not None
+        return codes, scale.reshape(self.scale_shape)
+
+
+def _write_gguf(
+    options: QuantiseOptions,
+    checkpoint: Checkpoint,
+    found: Recognised,
+    metadata: Mapping[str, str],
+    device: torch.device,
+) -> int:
+    """Write layers as Q8_0, short tensors in float32, the rest as it is. The package rounds on the CPU."""
+    if found.family is None:
+        raise OptionError(
+            "--form q8_0 is for transformers: text encoders in GGUF have llama.cpp's names and a tokenizer, "
+            "which its own converter writes. Use int8, convrot or fp8"
+        )
+    try:
+        import gguf
+    except ImportError:
+        raise OptionError(
+            "--form q8_0 needs the package gguf, which is not installed. Run: pip install gguf"
+        ) from None
+    kinds, infos = gguf.GGMLQuantizationType, checkpoint.tensors
+    layers = {
+        name for name in found.layers if infos[name].shape[1] % gguf.GGML_QUANT_SIZES[kinds.Q8_0][0] == 0
+    }
+    if len(layers) < len(found.layers):
+        text = "%d layers stay as they are: their rows are not whole blocks of Q8_0"
+        logger.info(text, len(found.layers) - len(layers))
+    finite = FiniteCheck(checkpoint.path)
+    with atomic_path(options.output) as temporary:
+        writer = gguf.GGUFWriter(temporary, _ARCHITECTURES.get(found.family, found.family))
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
+        for key, text in metadata.items():
+            writer.add_string(key, text)
+        stored = {name: _plan_in_gguf(writer, checkpoint, name, name in layers) for name in infos}
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        sizes = {name: info.size_bytes for name, info in infos.items()}
+        for name in track(
+            infos, f"Writing {options.output.name}", sum(sizes.values()), sizes.__getitem__, BYTES
+        ):
+            tensor = checkpoint.read(name)
+            finite.note(name, tensor)
+            kind = stored[name]
+            if kind in (kinds.Q8_0, kinds.F32):
+                data = gguf.quants.quantize(tensor.float().numpy(), kind)
+            else:
+                data = tensor.view(-1).view(torch.uint8).numpy()
+            writer.write_tensor_data(data)
+        writer.close()
+    return len(layers)
+
+
+def _plan_in_gguf(writer: Any, checkpoint: Checkpoint, name: str, is_layer: bool) -> Any:
+    """Announce a tensor to gguf's writer; return its kind."""
+    import gguf
+
+    info = checkpoint.tensors[name]
+    if len(name.encode()) > _LONGEST_IN_GGUF or info.dtype not in _GGUF_KINDS:
+        raise CheckpointError(
+            f"{checkpoint.path}: {name[:60]} of {dtype_name(info.dtype)} has no place in a GGUF "
+            "file: names have up to 127 bytes, and tensors are floats. Use --form int8, convrot or fp8.",
+            checkpoint.path,
+        )
+    is_small = len(info.shape) < 2 or math.prod(info.shape) <= _SMALL_IN_GGUF
+    plain = "F32" if is_small else _GGUF_KINDS[info.dtype]
+    kind = gguf.GGMLQuantizationType["Q8_0" if is_layer else plain]
+    (*rows, columns), (per, size) = info.shape or (1,), gguf.GGML_QUANT_SIZES[kind]
+    in_bytes = (*rows, columns // per * size)
+    writer.add_tensor_info(name, in_bytes, numpy.dtype("uint8"), math.prod(in_bytes), kind)
+    return kind
+
+
+def _widen(
+    options: QuantiseOptions,
+    checkpoint: Checkpoint,
+    sources: Mapping[str, TensorSource],
+    narrow: Sequence[str],
+    found: Recognised,
+    metadata: Mapping[str, str],
+    device: torch.device,
+) -> int:
+    """Write quantised weights in bfloat16, the rest as it is."""
+    if not narrow:
+        raise CheckpointError(
+            f"{options.model} has no quantised weights. Give a file that has, or another --form.", options.model
+        )
+    tensors = {}
+    for name in sources:
+        info = checkpoint.tensors[name]
+        shape = info.shape
+        if info.packing is not None and info.packing.pad > 1:
+            shape = found.shapes.get(name, ())
+            if info.packing.padded(shape) != info.shape:
+                raise CheckpointError(
+                    f"{options.model}: {name} may be padded, and the file does not say from which size. Give "
+                    "a transformer of a family that is supported, in its released layout.",
+                    options.model,
+                )
+        tensors[name] = TensorInfo(torch.bfloat16, shape) if name in narrow else info
+    finite = FiniteCheck(checkpoint.path)
+
+    def read(name: str) -> Tensor:
+        parts = [checkpoint.read(part) for part in sources[name].names]
+        for part, tensor in zip(sources[name].names, parts, strict=True):
+            finite.note(part, tensor)
+        if name not in narrow:
+            return sources[name].make(parts)
+        value = sources[name].make([part.to(device) for part in parts])
+        return value[tuple(map(slice, tensors[name].shape))].to(torch.bfloat16)
+
+    stream_tensors(options.output, tensors, read, {"format": "pt", **metadata})
+    return len(narrow)

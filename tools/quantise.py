@@ -1,0 +1,21 @@
+"""Store a transformer or text encoder in 8 bits once, or a quantised one in 16 bits again.
+
+All options: python tools/quantise.py --help
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file: then Python looks for modules in its folder
+    _FOLDER = Path(__file__).resolve().parent
+    sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
+
+import modules.interpreter  # noqa: F401
+from modules.checkpoints.quantise_options import QuantiseOptions
+from modules.families import plain_script
+
+main = plain_script(__doc__, "modules.checkpoints.quantising.quantise_file", QuantiseOptions)
+
+
+if __name__ == "__main__":
+    main.run()
