@@ -264,9 +264,10 @@ def _check_rounding(files: Sequence[Path], device: torch.device) -> None:
         raise OptionError("Apple's GPUs have no numbers of 8 bits.")
     for path in files:
         with contextlib.closing(open_checkpoint(path)) as checkpoint:
-            is_rounded = any(info.dtype in FP8_DTYPES for info in checkpoint.tensors.values())
+            infos = checkpoint.tensors.values()
+            is_rounded = any(info.packing is not None or info.dtype in FP8_DTYPES for info in infos)
         if is_rounded:
-            raise OptionError(f"{path} is in fp8 already, and rounding it again would only lose more.")
+            raise OptionError(f"{path} is quantised already, and rounding it again would only lose more.")
 
 
 def _check_fp16_sums(device: torch.device) -> None:

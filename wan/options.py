@@ -295,6 +295,7 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
             if not self.one_frame_inference.strip():
                 raise OptionError("--one_frame_inference is empty: give default, or leave it out for a video")
         given = [name for name in (SOURCE, MASK, REFERENCES) if getattr(self.control, name)]
+        given += [] if self.control.vace_scale == (1.0,) else [SCALE]
         if given and TASKS[self.task].kind != VACE:
             raise OptionError(
                 f"--{given[0]}: --task {self.task} has no use for it. Use --task vace-1.3B, vace-14B or "
