@@ -263,8 +263,8 @@ class Ltx2(Ltx2Media):
         if self.stages is not None:
             prepared = self.stages.split(prepared, latent)
         if given and self.references is not None:
-            first = prepared.stages[0] if prepared.stages else prepared
-            check_reference_size(first.width, first.height, self.references, latent)
+            small = prepared.stages[0] if prepared.stages else prepared
+            check_reference_size(small.width, small.height, self.references, latent)
         return prepared
 
     def _references_for(self, request: Request) -> tuple[Path, ...]:

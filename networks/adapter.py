@@ -221,11 +221,11 @@ def make_network(
             f"--scale_weight_norms cannot be used with --network_module {name}, which cannot scale its norms"
         )
     if options.network_weights is not None:
-        path, found = options.network_weights, None
+        path, found = options.network_weights, list[str]()
         if isinstance(network, OwnNetwork):
             found = network.load_weights(path, dict(dit.named_parameters()))
         else:
-            found = network.load_weights(path)
+            network.load_weights(path)
         fits = f"but for {count_of(len(found), 'module')}, see above" if found else "everything fits"
         logger.info(f"{options.network_weights}: loaded, {fits}")
     prepare: Any = getattr(network.module, "prepare_grad_etc", None)

@@ -257,7 +257,9 @@ class Wan(OneTransformer):
             noisy = torch.cat([noisy, extra.to(noisy)], dim=1)
         features, places = clip.to(noisy.device) if isinstance(clip, Tensor) else None, cond.get(PLACES)
         given_more = ((name, cond.get(key)) for key, name in VACE_INPUTS)
-        more = {name: one.to(noisy.device) for name, one in given_more if isinstance(one, Tensor)}
+        more: dict[str, Any] = {
+            name: one.to(noisy.device) for name, one in given_more if isinstance(one, Tensor)
+        }
         if isinstance(places, Tensor):  # on the host, the same for all samples
             more["places"] = tuple(places[0].tolist())
         return dit(noisy, timesteps, given(cond)["text"], features, tweaks.rename_away(given), **more)

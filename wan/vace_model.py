@@ -55,6 +55,7 @@ class WanVaceModel(WanModel):
         text: Sequence[Tensor] | Tensor,
         image_embeds: Tensor | None = None,
         tweaks: Tweaks = NO_TWEAKS,
+        places: tuple[int, ...] = (),
         control: Tensor | None = None,
         hint_scales: Tensor | None = None,
     ) -> Tensor:
@@ -62,7 +63,7 @@ class WanVaceModel(WanModel):
 
         hint_scales: B layers; None: hints are added as they are.
         """
-        hidden = Hidden(*self.embed(noisy, timesteps, text, image_embeds, tweaks))
+        hidden = Hidden(*self.embed(noisy, timesteps, text, image_embeds, tweaks, places))
         if control is not None:
             if control.shape[1] != self.config.vace_dim or control.shape[2:] != noisy.shape[2:]:
                 raise ValueError(
