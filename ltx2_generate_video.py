@@ -31,11 +31,11 @@ def settle(
     shared, own = settle_generation(shared, own)
     if not shared.lora.lora_weight:
         return shared, own
-    if own.references.paths:
-        from ltx_2.references import settle_factors
+    from ltx_2.references import settle_factors
 
-        found = settle_factors(own.references, [Path(one) for one in shared.lora.lora_weight])
-        own = replace(own, references=found)
+    # prompt lines may have references too
+    found = settle_factors(own.references, [Path(one) for one in shared.lora.lora_weight])
+    own = replace(own, references=found)
     if own.stages.sample_two_stage and not own.stages.skip_stage_2:
         from ltx_2.stages import keep_for_first_stage
 

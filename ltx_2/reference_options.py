@@ -7,6 +7,7 @@ from modules.options import HABIT, OF_REQUEST, Options, option
 
 MOST = 8  # references of a clip
 # in the metadata of a LoRA, the newer name last. Source: the trainer of LTX-2
+FRAMES = "reference_frames"  # in options, and in the metadata of our LoRAs
 SIZE_FACTOR = ("reference_downscale_factor", "reference_spatial_scale_factor")
 TIME_FACTOR = ("reference_temporal_scale_factor",)
 
@@ -60,7 +61,9 @@ class Ltx2GivenReferences(Options, title="references (IC-LoRA)"):
         "take their first frame, and then each of so many; default: likewise", least=1, facts=OF_REQUEST
     )
     reference_frames: int | None = option(
-        "frames of a reference at most; default: those of the video", least=1, facts=OF_REQUEST
+        "frames of a reference at most; default: as the LoRA's metadata says, else those of the video",
+        least=1,
+        facts=OF_REQUEST,
     )
 
     @property

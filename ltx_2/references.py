@@ -5,6 +5,7 @@ seconds times the time factor S, less (S - 1) frames. Source: the released code 
 """
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ltx_2.reference_options import (
+    FRAMES,
     MOST,
     SIZE_FACTOR,
     TIME_FACTOR,
@@ -23,6 +25,7 @@ from ltx_2.reference_options import (
 from modules.checkpoints.opening import open_checkpoint
 from modules.contract.data import REFERENCE_LATENTS, Conditions, LatentSpec
 from modules.contract.rules import ReferenceRules
+from modules.control_codes import shorten
 from modules.errors import CheckpointError, OptionError
 from modules.media.decoding import is_animation
 from modules.media.pixels import to_pixels
@@ -74,8 +77,8 @@ def check_size(width: int, height: int, rules: ReferenceRules, latent: LatentSpe
         )
 
 
-def factors_of(loras: Sequence[Path], version: str = "") -> dict[str, int]:
-    """Return the factors that LoRAs say in their metadata, by the options of generation.
+def factors_of(loras: Sequence[Path]) -> dict[str, int]:
+    """Return the factors and the most frames that LoRAs say in their metadata, by the options of generation.
 
     Raises OptionError if two say different ones, or one says no whole number.
     """
@@ -89,12 +92,14 @@ def factors_of(loras: Sequence[Path], version: str = "") -> dict[str, int]:
         for option, names in {
             "reference_downscale": SIZE_FACTOR,
             "reference_temporal_scale": TIME_FACTOR,
+            FRAMES: (FRAMES,),
         }.items():
             said = [metadata[name] for name in names if name in metadata]
             if not said:
                 continue
-            if len(set(said)) > 1 or not (said[0].isascii() and said[0].isdecimal() and int(said[0]) > 0):
-                raise OptionError(f"--lora_weight {path}: its metadata say {names[0]} = {' and '.join(said)}")
+            if len(set(said)) > 1 or not re.fullmatch("0{0,4}[1-9][0-9]{0,4}", said[0]):
+                told = shorten(" and ".join(said), 60)
+                raise OptionError(f"--lora_weight {path}: its metadata say {names[0]} = {told}")
             factor, other = found.setdefault(option, (int(said[0]), path))
             if factor != int(said[0]):
                 raise OptionError(
@@ -107,7 +112,7 @@ def factors_of(loras: Sequence[Path], version: str = "") -> dict[str, int]:
 def settle_factors(given: Ltx2GivenReferences, loras: Sequence[Path]) -> Ltx2GivenReferences:
     """Return the options with the factors that LoRAs say in place of those that are not given."""
     said = factors_of(loras)
-    if not said:
+    if not said and given.paths and given.reference_downscale is None:
         logger.info(
             "no LoRA says by which factors its references were smaller: --reference_downscale does, else 1"
         )
@@ -138,4 +143,5 @@ def rules_of(options: Ltx2ReferenceOptions | Ltx2GivenReferences) -> ReferenceRu
 def factor_metadata(rules: ReferenceRules) -> dict[str, str]:
     """Return what a LoRA's metadata say of the references that it has learned, under all names."""
     sizes = dict.fromkeys(SIZE_FACTOR, str(rules.size_factor))
-    return sizes | dict.fromkeys(TIME_FACTOR, str(rules.time_factor))
+    found = sizes | dict.fromkeys(TIME_FACTOR, str(rules.time_factor))
+    return found | ({FRAMES: str(rules.frames)} if rules.frames else {})
