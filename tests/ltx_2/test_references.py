@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import ltx2_cache_latents
-from ltx_2.references import thin_out
+from ltx_2.references import factors_of, thin_out
 from ltx_2.rope import Places, make_table
 from modules.contract.rules import ReferenceRules
+from modules.errors import OptionError
 from modules.media.writing import write_png
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.ltx_2 import test_family as pipelines
@@ -145,6 +146,15 @@ def test_videos_with_references_equal_those_of_diffusers(
     made = pipelines.generate(release, tmp_path, *words)
 
     assert_equal(made["latent"], asked_there(release, monkeypatch, clips, factor), "latents")
+
+
+def test_a_loras_frames_are_taken_and_wild_factors_refused(tmp_path: Path) -> None:
+    good = write_lora(tmp_path / "good.safetensors", reference_frames="1", reference_downscale_factor="2")
+    assert factors_of([good]) == {"reference_frames": 1, "reference_downscale": 2}
+    for number, text in enumerate(("9" * 5000, "0", "2.0", "two", "")):
+        lora = write_lora(tmp_path / f"{number}.safetensors", reference_downscale_factor=text)
+        with pytest.raises(OptionError, match="reference_downscale_factor"):
+            factors_of([lora])
 
 
 def test_loras_of_other_factors_do_not_work_together(release: TinyRelease, tmp_path: Path) -> None:
