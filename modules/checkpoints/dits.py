@@ -242,8 +242,8 @@ def _stored_layers(
     if quantisation.kind != "cast":
         raise CheckpointError(
             f"{quantisation.asked_by}: {checkpoint.path} is already in fp8; rounding it again would only "
-            f"lose more.\n  Leave {quantisation.asked_by} out: --fp8_base (training) and --fp8 (generation) keep "
-            "the file as it is. Or give the bf16 file.",
+            f"lose more.\n  Leave {quantisation.asked_by} out: --fp8_base (training) and --fp8 (generation) "
+            "keep the file as it is. Or give the bf16 file.",
             checkpoint.path,
         )
     return StoredLoading(form, kept=_without_patched(kept, dit, checkpoint.path, placement))
