@@ -1,4 +1,4 @@
-"""Put LoRAs round layers whose weights stay stored in 8 or 4 bits, where all other weights have them merged."""
+"""Put LoRAs round layers whose weights stay stored in 8 or 4 bits; into all other weights they are merged."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
