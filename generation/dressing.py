@@ -86,7 +86,7 @@ class DitLoader:
         if patch is not None:
             patch.check()
         if merged is not None and merged.beside:
-            import_own("networks.added").add_beside(dit, merged.beside, self.device, dtype_of(dit))
+            import_own("networks.beside").add_beside(dit, merged.beside, self.device, dtype_of(dit))
         dit.eval().requires_grad_(False)
         if "stage_files" in vars(dit):
             is_compiled = speed.compilation.choice is not None

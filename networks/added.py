@@ -9,7 +9,6 @@ otherwise calls the one before it, so that training computes what it would compu
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from logging import getLogger
 from typing import Any
 
@@ -21,7 +20,7 @@ from modules.console import list_some
 from modules.errors import CheckpointError
 from modules.stored.forms import stored_in
 from networks import deltas, loading
-from networks.apply import Change, changes_of
+from networks.apply import changes_of
 from networks.deltas import CPU, DORA, LORA, OF_BIAS, OF_LOW_RANK, Factors
 from networks.key_formats import OURS
 from networks.leftovers import text_side_of
@@ -269,9 +268,7 @@ class AddedLoras:
     def switched_on(
         self, device: torch.device, dtype: torch.dtype, strength: float | None = None
     ) -> Iterator[None]:
-        """Add the LoRAs while the model computes. dtype: in which it does so. strength: of all; None: that of
-        each.
-        """
+        """Add the LoRAs while the model computes in `dtype`. strength: of all; None: that of each."""
         try:
             for layer in self.layers:
                 for part in layer.parts:
@@ -319,26 +316,6 @@ def add_stage_loras(dit: nn.Module, is_compiled: bool = False) -> None:
     ]
 
 
-def add_beside(
-    dit: nn.Module, changes: Mapping[str, Sequence[Change]], device: torch.device, dtype: torch.dtype
-) -> None:
-    """Put changes of stored weights round their layers, switched on. Call before networks and compilation.
-
-    changes: `LoraPatch.beside`. dtype: to compute in.
-    """
-    for name, found in changes.items():
-        place = ChangedPlace(name, dit.get_submodule(name.removesuffix(".weight")))
-        height = len(place.shaped)
-        parts = [AddedPart(place, change.factors, change.use.multiplier) for change in found]
-        for part, change in zip(parts, found, strict=True):
-            if change.rows is not None:  # the addition is to some of the outputs
-                around = change.rows.start, height - change.rows.stop
-                part.region = partial(functional.pad, pad=around)
-        layer = AddedLayer(place, parts)
-        layer.attach()
-        layer.switch_on(device, dtype)
-
-
 def attach_parts(
     parts: Sequence[Mapping[str, AddedPart]], known: Mapping[str, ChangedPlace]
 ) -> list[AddedLayer]:
@@ -365,8 +342,7 @@ def refuse_dora(lora: LoraFile, option: str) -> None:
 
 
 def places(dit: nn.Module, published: Callable[[str], str] = str) -> dict[str, ChangedPlace]:
-    """Return the modules that LoRAs may change, under our names: `lora_unet_blocks_0_ffn_0`, also
-    `lora_unet_blocks_0_modulation`.
+    """Return the modules that LoRAs may change, by our names: `lora_unet_blocks_0_ffn_0`.
 
     published: path of a module -> the one by which files name it.
     """

@@ -176,7 +176,7 @@ class LoraPatch:
             for module, factors in use.lora.modules().items():
                 for change in changes_of(use, factors):
                     self._changes.setdefault(f"{module}.{change.leaf}", []).append(change)
-        # parameter -> its changes, which are not merged: `networks.added.add_beside` puts them into a network
+        # parameter -> its changes that are not merged: see `networks.beside`
         self.beside: dict[str, list[Change]] = {}
         self._seen: set[str] = set()  # keys that a weight handed over has in one layout or another
         # use -> those of its keys that change something

@@ -52,6 +52,26 @@ def test_the_gradient_has_nearly_the_direction_of_that_in_16_bits(project: TinyP
         assert file.metadata()["ss_fp8_base"] == "False"
 
 
+OTHER_KINDS = {  # options of the network, ends of the names of what learns in the first step
+    "LoHa": (["--network_module", "networks.loha"], ("hada_w2_a",)),
+    "LoKr": (["--network_module", "networks.lokr"], ("lokr_w2", "lokr_w2_b")),
+    "DoRA": (["--network_args", "dora_wd=True"], ("lora_up.weight",)),
+}
+
+
+@pytest.mark.parametrize(("kind", "form"), [("LoHa", "int8"), ("LoKr", "nf4"), ("DoRA", "nf4")])
+def test_other_networks_learn_on_small_forms_too(project: TinyProject, kind: str, form: str) -> None:
+    network, ends = OTHER_KINDS[kind]
+    one_step = ["--optimizer_type", "SGD", "--max_train_steps", "1", "--learning_rate", "1", *network]
+    expected = project.train(f"{kind} plain", *one_step)
+    found = project.train(f"{kind} {form}", *one_step, *FORMS[form][0])
+
+    learning = [name for name in expected if name.endswith(ends)]
+    assert learning
+    some = [{name: each[name] for name in learning} for each in (found, expected)]
+    assert FORMS[form][3] < cosine(*some) < 1 - 1e-7
+
+
 @pytest.mark.parametrize("form", ["int8", "nf4"])
 def test_a_resumed_run_ends_with_equal_bytes(project: TinyProject, form: str) -> None:
     how = [*FORMS[form][0], "--mixed_precision", "bf16", "--gradient_checkpointing", "--blocks_to_swap", "1"]

@@ -15,11 +15,12 @@ from modules.contract.rules import Expert, SoundLearning
 from modules.devices import dtype_of, gib, keep_heap_small, warn_if_emulated
 from modules.dressing import share_tokens, shared_blocks, swapped_weights
 from modules.errors import MemoryPlanError
+from modules.installation import import_own
 from modules.offload.turns import HostCopy
 from modules.planning.device_memory import MemoryWatch, bytes_on, spare_bytes
 from modules.speed_options import SwapOptions
 from networks.adapter import make_network
-from networks.added import AddedLoras, add_beside, add_loras, add_stage_loras
+from networks.added import AddedLoras, add_loras, add_stage_loras
 from networks.apply import LoraPatch
 from networks.loading import LoraUse
 from training import experts
@@ -174,7 +175,8 @@ class Loading:
         computed = experts.AUTOCAST.get(options.accelerator.mixed_precision) or dtype_of(dit)
         if patch is not None:
             patch.check()
-            add_beside(dit, patch.beside, device, computed)
+        if patch is not None and patch.beside:
+            import_own("networks.beside").add_beside(dit, patch.beside, device, computed)
         del merged, patch  # tensors of files: what follows fills the host's memory
         warn_if_emulated(device, computed, "the transformer")
         dit.requires_grad_(False)

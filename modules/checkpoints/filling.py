@@ -32,7 +32,7 @@ from modules.checkpoints.opening import QUANT_EXTRAS, Checkpoint
 from modules.contract.loading import HostPlace, TensorInfo, TensorSource, WeightPatch
 from modules.devices import empty_pinned, release_heap, release_pinned_memory
 from modules.errors import CheckpointError
-from modules.stored.forms import Form, Stored, attach
+from modules.stored.forms import Stored, StoredForm, attach
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 class StoredLoading:
     """Hold which weights of linear layers are stored in a form while a network is loaded."""
 
-    form: Form | None  # that options ask for
+    form: StoredForm | None  # that options ask for
     rounded: frozenset[str] = frozenset()
     kept: frozenset[str] = frozenset()  # as the file has them
 

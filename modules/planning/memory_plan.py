@@ -344,6 +344,10 @@ def resolve_swap(
     return speed, prediction
 
 
+# for a line of advice with fp8 that is not enough
+SMALL_FORMS = "; in place of fp8 --convrot_int8 is as small, --nf4_base (in generation --nf4) half of it"
+
+
 def advise(
     prediction: Predicted,
     cheaper: Sequence[tuple[str, Callable[[], Predicted]]],
@@ -365,9 +369,9 @@ def advise(
         prediction = predict()
         if name:
             needed = prediction.device(swapped)
-            lines.append(f"{name}: {gib(needed)} GiB{phase}" + (" fits" if needed <= usable else ""))
             if needed <= usable:
-                return lines, None
+                return [*lines, f"{name}: {gib(needed)} GiB{phase} fits"], None
+            lines.append(f"{name}: {gib(needed)} GiB{phase}{SMALL_FORMS if 'fp8' in name else ''}")
         count = smallest_swap(prediction, usable) if can_swap else None
         if count is not None:
             needed = prediction.device(count)

@@ -5,8 +5,8 @@ forms have another one than the layer: ask `out_features` and `in_features`), an
 as scales, are buffers. `forward` is set on the layer itself, so that wrappers added later (a LoRA,
 compilation) find it.
 
-A form is a frozen dataclass of a file of this room, as `Form` describes. A form that options ask for has the
-name of its file in `Quantisation.form`; the file has `form_of` and `prepare` (see there).
+A form is a frozen dataclass of a file of this room, as `StoredForm` describes. A form that options ask for
+has the name of its file in `Quantisation.form`; the file has `form_of` and `prepare` (see there).
 """
 
 import types
@@ -26,7 +26,7 @@ MOST_TENSORS = 5  # of a form: the weight and its companions
 Tensors = tuple[Tensor | None, ...]  # the weight of a layer and its companions, in the form's order
 
 
-class Form(Protocol):
+class StoredForm(Protocol):
     """How weights are stored, and how layers compute with them. Equal forms are equal objects."""
 
     @property
@@ -68,7 +68,7 @@ class Form(Protocol):
         """Stack the rows of weights of this form; None if they have no common form."""
         ...
 
-    def computing_as(self, asked: "Form") -> "Form":
+    def computing_as(self, asked: "StoredForm") -> "StoredForm":
         """Return this form, of a file's weights, with the settings of computing of the one asked for."""
         ...
 
@@ -81,7 +81,7 @@ class Form(Protocol):
 class Stored:
     """A stored weight that may not be in a layer yet."""
 
-    form: Form
+    form: StoredForm
     shape: Shape
     tensors: Tensors
 
@@ -94,9 +94,9 @@ class Stored:
         return self.form.value(self.tensors, self.shape, dtype)
 
 
-def form_of(quantisation: Quantisation) -> Form:
+def form_of(quantisation: Quantisation) -> StoredForm:
     """Return the form that options ask for. In its file: `form_of(quantisation)`."""
-    form: Form = import_own(f"modules.stored.{quantisation.form}").form_of(quantisation)
+    form: StoredForm = import_own(f"modules.stored.{quantisation.form}").form_of(quantisation)
     return form
 
 
@@ -123,18 +123,18 @@ def attach(layer: nn.Linear, stored: Stored) -> None:
 
 def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
     # x: ... in -> ... out
-    form: Form = layer.form  # type: ignore[assignment]
+    form: StoredForm = layer.form  # type: ignore[assignment]
     shape = (layer.out_features, layer.in_features)
     return form.multiply(x, _tensors_of(layer, layer.weight, form), shape, layer.bias)
 
 
-def _tensors_of(layer: nn.Linear, weight: Tensor, form: Form) -> Tensors:
+def _tensors_of(layer: nn.Linear, weight: Tensor, form: StoredForm) -> Tensors:
     return (weight, *[layer._buffers[name] for name in form.companions])
 
 
 def stored_in(layer: nn.Module) -> Stored | None:
     """Return the stored weight of a layer; None of one whose weight is a plain tensor."""
-    form: Form | None = layer.__dict__.get("form")
+    form: StoredForm | None = layer.__dict__.get("form")
     if form is None:
         return None
     assert isinstance(layer, nn.Linear)
@@ -149,7 +149,9 @@ def value_of(layer: nn.Module, weight: Tensor) -> Tensor:
     return stored.form.value((weight, *stored.tensors[1:]), stored.shape, torch.float32)
 
 
-def multiply_value(form: Form, x: Tensor, tensors: Tensors, shape: Shape, bias: Tensor | None) -> Tensor:
+def multiply_value(
+    form: StoredForm, x: Tensor, tensors: Tensors, shape: Shape, bias: Tensor | None
+) -> Tensor:
     """Compute x W^T + b in the dtype of x from the value of W, which the backward pass makes anew."""
     filled = (*tensors, *[None] * (MOST_TENSORS - len(tensors)))
     out: Tensor = _Product.apply(x, None if bias is None else bias.to(x.dtype), form, shape, *filled)
@@ -173,7 +175,7 @@ class _Product(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         bias: Tensor | None,
-        form: Form,
+        form: StoredForm,
         shape: Shape,
         weight: Tensor,
         first: Tensor | None,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from modules.errors import OptionError
 from modules.speed_options import Quantisation
-from modules.stored.forms import Form, Shape, Stored, Tensors, computed_dtype, multiply_value
+from modules.stored.forms import Shape, Stored, StoredForm, Tensors, computed_dtype, multiply_value
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0  # of float8_e4m3fn; larger values would become NaN
@@ -146,7 +146,7 @@ class Fp8:
         shape = sum(part.shape[0] for part in parts), parts[0].shape[1]
         return Stored(self, shape, (whole, torch.cat(scales)))
 
-    def computing_as(self, asked: Form) -> Form:
+    def computing_as(self, asked: StoredForm) -> StoredForm:
         return asked if isinstance(asked, Fp8) else self
 
     def check_device(self, device: torch.device) -> None:

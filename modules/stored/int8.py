@@ -22,7 +22,7 @@ from torch import Tensor
 
 from modules.private_torch import int8_product
 from modules.speed_options import Quantisation
-from modules.stored.forms import Form, Shape, Stored, Tensors, computed_dtype, multiply_value
+from modules.stored.forms import Shape, Stored, StoredForm, Tensors, computed_dtype, multiply_value
 
 GROUPS = (256, 64, 16)  # columns that are rotated together: the first that divides a layer's width
 LARGEST = 127
@@ -72,7 +72,7 @@ class Int8:
         dtype, (codes, scale) = computed_dtype(x), _pair(tensors)
         if x.device.type == "mps" or x.numel() <= FEW_TOKENS * shape[1]:  # torch has no int8 products there
             return multiply_value(self, x.to(dtype), tensors, shape, bias)
-        out: Tensor = _Product.apply(x, codes, scale, bias, dtype, self)
+        out: Tensor = _Int8Product.apply(x, codes, scale, bias, dtype, self)
         return out
 
     def cut(self, stored: Stored, first: int, count: int) -> Stored | None:
@@ -85,7 +85,7 @@ class Int8:
         codes, scales = (torch.cat(column) for column in zip(*pairs, strict=True))
         return Stored(self, (len(codes), parts[0].shape[1]), (codes, scales))
 
-    def computing_as(self, asked: Form) -> Form:
+    def computing_as(self, asked: StoredForm) -> StoredForm:
         if not isinstance(asked, Int8):
             return self
         return replace(self, rounds_gradients=asked.rounds_gradients)
@@ -102,7 +102,7 @@ def prepare(quantisation: Quantisation, device: torch.device) -> Quantisation:
     return quantisation
 
 
-class _Product(torch.autograd.Function):
+class _Int8Product(torch.autograd.Function):
     """Linear layer that multiplies in int8 and keeps only its stored weight for the backward pass."""
 
     @staticmethod

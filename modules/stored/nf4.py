@@ -20,7 +20,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from modules.speed_options import Quantisation
-from modules.stored.forms import Form, Shape, Stored, Tensors, computed_dtype, multiply_value
+from modules.stored.forms import Shape, Stored, StoredForm, Tensors, computed_dtype, multiply_value
 
 BLOCK, NESTED_BLOCK = 64, 256
 LEVELS = (
@@ -100,7 +100,7 @@ class Nf4:
     def join(self, parts: Sequence[Stored]) -> Stored | None:
         return None
 
-    def computing_as(self, asked: Form) -> Form:
+    def computing_as(self, asked: StoredForm) -> StoredForm:
         return asked if isinstance(asked, Nf4) else self
 
     def check_device(self, device: torch.device) -> None:

@@ -14,7 +14,7 @@ from functools import cache, lru_cache
 import torch
 from torch import Tensor
 
-from modules.stored.forms import Form, Shape, Stored, Tensors, computed_dtype, multiply_value
+from modules.stored.forms import Shape, Stored, StoredForm, Tensors, computed_dtype, multiply_value
 from modules.stored.int8 import rotate
 
 _PIECE = 1 << 22  # values made at once: float32 temporaries of 16 MiB
@@ -75,7 +75,7 @@ class RowForm:
         shape = sum(part.shape[0] for part in parts), parts[0].shape[1]
         return Stored(self, shape, tuple(joined))
 
-    def computing_as(self, asked: Form) -> Form:
+    def computing_as(self, asked: StoredForm) -> StoredForm:
         return self
 
     def check_device(self, device: torch.device) -> None:

@@ -12,7 +12,7 @@ from modules.compile_options import Compilation
 from modules.errors import OptionError
 from modules.offload.checkpointing import checkpoint_blocks, offload_to_host
 from modules.speed_options import Quantisation
-from modules.stored.forms import Form, attach
+from modules.stored.forms import StoredForm, attach
 from modules.stored.fp8 import Fp8
 from modules.stored.int8 import Int8
 from modules.stored.nf4 import Nf4
@@ -103,7 +103,9 @@ def test_learning_blocks_share_theirs_when_sizes_and_dropout_change(tiny: TinyDi
     ids=["fp8", "float32", "int8", "nf4"],
 )
 @pytest.mark.parametrize("tiny", ONE_OF_EACH, ids=lambda dit: dit.name)
-def test_blocks_of_stored_weights_share_theirs_and_keep_their_numbers(tiny: TinyDit, form: Form) -> None:
+def test_blocks_of_stored_weights_share_theirs_and_keep_their_numbers(
+    tiny: TinyDit, form: StoredForm
+) -> None:
     results = []
     for compiled in (False, True):
         dit = tiny.make(3)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from modules.errors import CheckpointError
 from modules.speed_options import Quantisation
-from modules.stored.forms import Form, attach
+from modules.stored.forms import StoredForm, attach
 from modules.stored.fp8 import Fp8
 from modules.stored.int8 import Int8
 from modules.stored.nf4 import Nf4
@@ -167,7 +167,7 @@ def test_a_dora_for_a_fused_weight_is_cut_up_with_its_magnitudes(place: int, let
 CPU = torch.device("cpu")
 
 
-def random_layer(bias: bool = True, form: Form | None = None) -> tuple[nn.Linear, Tensor, LoraLayer]:
+def random_layer(bias: bool = True, form: StoredForm | None = None) -> tuple[nn.Linear, Tensor, LoraLayer]:
     """A layer, its weight as it counts, and a DoRA with random values."""
     torch.manual_seed(2)
     original = nn.Linear(16, 24, bias=bias).requires_grad_(False)
@@ -189,7 +189,7 @@ def random_layer(bias: bool = True, form: Form | None = None) -> tuple[nn.Linear
     [(True, None), (False, None), (True, Fp8(Quantisation("rows"))), (True, Int8()), (True, Nf4())],
     ids=["bias", "plain", "fp8", "int8", "nf4"],
 )
-def test_the_output_is_that_of_the_weight_that_generation_makes(bias: bool, form: Form | None) -> None:
+def test_the_output_is_that_of_the_weight_that_generation_makes(bias: bool, form: StoredForm | None) -> None:
     original, weight, layer = random_layer(bias, form)
     x = torch.randn(2, 5, 16)
     factors = layer.state_dict()

@@ -162,6 +162,12 @@ def test_advice_adds_up_until_it_fits(cheaper: Cheaper, expected: list[str], las
     assert advise(Known(7), cheaper, 5 * GIB) == (expected, last)
 
 
+def test_advice_names_smaller_forms_where_fp8_does_not_suffice() -> None:
+    for size, named in ((4, False), (7, True)):
+        lines, _ = advise(Known(9), [("--fp8_scaled", partial(Known, size))], 5 * GIB)
+        assert ("--convrot_int8" in lines[0] and "--nf4" in lines[0]) == named
+
+
 def test_advice_names_the_phase_and_counts_the_blocks_that_are_swapped_already() -> None:
     lines, _ = advise(Known(9), asked(7), 5 * GIB, swapped=2, phase=" while denoising")
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from modules.stored.forms import Form, attach, stored_in, value_of
+from modules.stored.forms import StoredForm, attach, stored_in, value_of
 from modules.stored.int8 import Int8, rotate
 from modules.stored.nf4 import LEVELS, Nf4
 
@@ -16,7 +16,7 @@ ROWS, COLUMNS = torch.arange(4)[:, None], torch.arange(256)
 WEIGHT = ((7 * ROWS + 13 * COLUMNS) % 29 - 14) / 16
 WEIGHT[0, 5] = 8  # an outlier
 X = ((5 * ROWS[:2] + 11 * COLUMNS) % 23 - 11) / 8
-FORMS: dict[str, Form] = {
+FORMS: dict[str, StoredForm] = {
     "rows": Int8(0),
     "rotated": Int8(),
     "both ways": Int8(rounds_gradients=True),
@@ -28,7 +28,7 @@ def near(found: Any, expected: list[float], error: float = 1e-6) -> None:
     torch.testing.assert_close(found, torch.tensor(expected), rtol=0, atol=error)
 
 
-def run(form: Form, x: Tensor, bias: Tensor | None = None) -> Tensor:
+def run(form: StoredForm, x: Tensor, bias: Tensor | None = None) -> Tensor:
     stored = form.quantise(WEIGHT)
     return stored.form.multiply(x, stored.tensors, stored.shape, bias)
 
@@ -110,7 +110,7 @@ def test_nf4_has_the_worked_numbers() -> None:
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_layer_computes_nearly_as_in_16_bits(form: Form, dtype: torch.dtype) -> None:
+def test_a_layer_computes_nearly_as_in_16_bits(form: StoredForm, dtype: torch.dtype) -> None:
     torch.manual_seed(1)
     plain = nn.Linear(256, 48).to(dtype).requires_grad_(False)
     layer = copy.deepcopy(plain)
@@ -137,7 +137,7 @@ def test_a_layer_computes_nearly_as_in_16_bits(form: Form, dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_a_large_input_is_computed_in_parts_with_equal_numbers(form: Form, monkeypatch: Any) -> None:
+def test_a_large_input_is_computed_in_parts_with_equal_numbers(form: StoredForm, monkeypatch: Any) -> None:
     x, bias = torch.randn(100, 256), torch.randn(4)
     whole, value = run(form, x, bias), form.quantise(WEIGHT).value()
     for name in ("int8", "nf4"):
@@ -148,7 +148,9 @@ def test_a_large_input_is_computed_in_parts_with_equal_numbers(form: Form, monke
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("shape", [(12, 100), (5, 33), (3, 48), (1, 1)])
-def test_every_shape_has_a_value_and_the_form_that_is_planned(form: Form, shape: tuple[int, int]) -> None:
+def test_every_shape_has_a_value_and_the_form_that_is_planned(
+    form: StoredForm, shape: tuple[int, int]
+) -> None:
     stored, planned = form.quantise(torch.randn(shape)), form.empty(shape)
 
     assert stored.value().shape == shape

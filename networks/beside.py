@@ -1,0 +1,31 @@
+"""Put LoRAs round layers whose weights stay stored in 8 or 4 bits; into all other weights they are merged."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as functional
+from torch import nn
+
+from networks.added import AddedLayer, AddedPart, ChangedPlace
+from networks.apply import Change
+
+
+def add_beside(
+    dit: nn.Module, changes: Mapping[str, Sequence[Change]], device: torch.device, dtype: torch.dtype
+) -> None:
+    """Put changes of stored weights round their layers, switched on. Call before networks and compilation.
+
+    changes: `LoraPatch.beside`. dtype: to compute in.
+    """
+    for name, found in changes.items():
+        place = ChangedPlace(name, dit.get_submodule(name.removesuffix(".weight")))
+        height = len(place.shaped)
+        parts = [AddedPart(place, change.factors, change.use.multiplier) for change in found]
+        for part, change in zip(parts, found, strict=True):
+            if change.rows is not None:  # the addition is to some of the outputs
+                around = change.rows.start, height - change.rows.stop
+                part.region = partial(functional.pad, pad=around)
+        layer = AddedLayer(place, parts)
+        layer.attach()
+        layer.switch_on(device, dtype)
