@@ -176,7 +176,7 @@ CPU = torch.device("cpu")
 
 
 def read_wan(folder: Path, *arguments: object) -> GenerationOptions:
-    parser = generation_parser(None, wan_generate_video.DEFAULTS)
+    parser = generation_parser(None, replace(wan_generate_video.DEFAULTS, extras={}))
     parser.set_defaults(rope_func="default")
     words = ["--save_path", folder, "--prompt", "p", *arguments]
     return read_options(GenerationOptions, read_arguments(parser, [str(word) for word in words]))
