@@ -165,6 +165,7 @@ class ModelOfPictures(OneTransformer):
     """The part of a family that is the same for all models of pictures, which derive from it."""
 
     moments: MomentsRules = NO_MOMENTS
+    to_edit: ClassVar[str] = "remove them"  # what to do about control images that are not taken
     noise_dtype: torch.dtype | None = None  # that noise is drawn in; None: the transformer's, as released
 
     if TYPE_CHECKING:  # a property would be taken as the default of a derived record's field
@@ -196,7 +197,8 @@ class ModelOfPictures(OneTransformer):
             )
         if table.has_control and self.references is None:
             raise DatasetError(
-                f"{table.name}: the table has control images, which {self.called} cannot take. Remove them."
+                f"{table.name}: the table has control images, which {self.called} cannot take: "
+                f"{self.to_edit}."
             )
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:

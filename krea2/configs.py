@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from modules.contract.family import DitSpec, NoiseSpec, count_picture_tokens
+from modules.contract.few_steps import FewSteps
 from modules.contract.rules import ModelRelease
 from qwen_image.configs import LATENT as QWEN_LATENT
 
@@ -11,6 +12,11 @@ KREA_2 = ModelRelease(
     "Krea 2 Community License",
     "other",
     "https://github.com/krea-ai/krea-2/blob/main/docs/KREA-2-COMMUNITY-LICENSE",
+)
+FEW_STEPS = FewSteps(
+    "Train on raw (raw.safetensors), whose LoRAs work on Turbo too, or give --training_adapter with a LoRA "
+    "that undoes the distillation",
+    unless=r"(?<![a-z])raw(?=_|\d|bf|fp|$)",
 )
 PATCH = 2  # latent pixels along each side of a token
 STATES = tuple(range(2, 36, 3))  # layers of Qwen3-VL before each state that is read

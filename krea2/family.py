@@ -9,29 +9,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from encoders import pictures
 from encoders.language_encoder import LanguageUse
-from encoders.pictures import (
-    ModelOfPictures,
-    encode_pictures,
-    picture_defaults,
-    read_reference,
-    references_in,
-    references_of,
-    show_references,
-)
 from krea2 import options as own
-from krea2.configs import DIT, KREA_2, LATENT, NOISE, PATCH
-from krea2.files import (
-    EDIT_USE,
-    FEW_STEPS,
-    KEY,
-    KREA_2_USE,
-    MEGAPIXEL,
-    MIXED_USE,
-    MOST,
-    Krea2Files,
-    told_turbo,
-)
+from krea2.configs import DIT, FEW_STEPS, KREA_2, LATENT, NOISE, PATCH
+from krea2.files import EDIT_USE, KEY, KREA_2_USE, MEGAPIXEL, MIXED_USE, MOST, Krea2Files, told_turbo
 from krea2.names import LORA
 from krea2.options import EXTRAS, NAME, SIDE, check_levels, check_mu
 from modules.contract.data import (
@@ -42,7 +24,6 @@ from modules.contract.data import (
     LatentSpec,
     MediaBatch,
     MediaEncoders,
-    MediaTable,
     SamplingDefaults,
     name_text_and_mask,
 )
@@ -50,7 +31,7 @@ from modules.contract.family import Abilities, DitSpec, Family, NoiseSource, Noi
 from modules.contract.requests import Prepared, Request
 from modules.contract.rules import ModelRelease, ReferenceRules
 from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
-from modules.errors import CacheError, DatasetError, OptionError
+from modules.errors import CacheError, OptionError
 from modules.flow.schedule import size_shift
 from modules.media.pixels import to_pixels
 from modules.options import NO_OPTIONS
@@ -58,13 +39,13 @@ from modules.options import NO_OPTIONS
 logger = logging.getLogger(__name__)
 
 TEXTS_AGAIN, LATENTS_AGAIN = "krea2_cache_text_encoder_outputs.py", "krea2_cache_latents.py"
-DEFAULTS = picture_defaults(28, 5.5, SIDE, extras=tuple(EXTRAS))
+DEFAULTS = pictures.picture_defaults(28, 5.5, SIDE, extras=tuple(EXTRAS))
 TURBO = replace(DEFAULTS, steps=own.STEPS_OF_TURBO, guidance_scale=own.GUIDANCE_OF_TURBO)
 FEW, MANY = 256, 6400  # tokens of pictures at which mu is given
 
 
 @dataclass(frozen=True)
-class Krea2(ModelOfPictures):
+class Krea2(pictures.ModelOfPictures):
     """Description of Krea 2 for one run, built by the `family_for_...` functions below."""
 
     files: Krea2Files
@@ -74,6 +55,7 @@ class Krea2(ModelOfPictures):
     isolated: bool = False  # references attend to each other alone
 
     few_steps: ClassVar = FEW_STEPS
+    to_edit: ClassVar = "for edits, give --edit to caching and training; else remove them"
     can: ClassVar = Abilities(tell_few_steps=True, sample_apart="--turbo_dit")
     lora_module: str = field(default=LORA[0].network_module, init=False)
     latent: LatentSpec = field(default=LATENT, init=False)
@@ -120,14 +102,6 @@ class Krea2(ModelOfPictures):
 
     # encoding
 
-    def check_table(self, table: MediaTable) -> None:
-        if table.kind == "image" and table.has_control and self.references is None:
-            raise DatasetError(
-                f"{table.name}: the table has control images, which {NAME} takes as references of an edit. "
-                "Give --edit to caching and training, or remove them."
-            )
-        super().check_table(table)
-
     @property
     def media_identity(self) -> Mapping[str, str]:
         if self.references is None:
@@ -138,7 +112,9 @@ class Krea2(ModelOfPictures):
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
         """Normalised means of pictures and their references, in the VAE's dtype."""
         vae = encoders.vae
-        return encode_pictures(media, vae.device, lambda frames: vae.encode(to_pixels(frames)).to(vae.dtype))
+        return pictures.encode_pictures(
+            media, vae.device, lambda frames: vae.encode(to_pixels(frames)).to(vae.dtype)
+        )
 
     # the network
 
@@ -157,13 +133,12 @@ class Krea2(ModelOfPictures):
                 )
         use = self.files.text_use
         for made in batch.made_by:
-            if (
-                made.part == use.name
-                and made.encoder.get(use.template_key, use.fingerprint) != use.fingerprint
-            ):
+            found = made.encoder.get(use.template_key, use.fingerprint)
+            if made.part == use.name and found != use.fingerprint:
                 how, words = ("without pictures", " with --edit") if self.edits else ("for edits", "")
                 raise CacheError(f"{made.path}: the caption was encoded {how}. Run {TEXTS_AGAIN}{words}.")
-        return {KEY: batch.tensors[KEY], **references_of(batch, LATENT.channels, PATCH, LATENTS_AGAIN)}
+        references = pictures.references_of(batch, LATENT.channels, PATCH, LATENTS_AGAIN)
+        return {KEY: batch.tensors[KEY], **references}
 
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
@@ -174,7 +149,7 @@ class Krea2(ModelOfPictures):
             timesteps.float(),
             **name_text_and_mask(cond, "text", KEY, noisy.device),
             tweaks=tweaks.rename_away(lambda text: name_text_and_mask(text, "text", KEY, noisy.device)),
-            references=references_in(cond, noisy.device),
+            references=pictures.references_in(cond, noisy.device),
             isolated=self.isolated,
         )
         return velocity
@@ -189,7 +164,7 @@ class Krea2(ModelOfPictures):
         if prepared.asked.control_images:
             if self.files.text_encoder is not None:
                 self.files.check_tower()
-            prepared = show_references(prepared)
+            prepared = pictures.show_references(prepared)
         told = {name: float(text) for name, text in request.extra.items() if name in EXTRAS}
         for name, value in told.items():
             check_mu(value, f"--{name}")
@@ -213,10 +188,10 @@ class Krea2(ModelOfPictures):
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Encode the references as `latents_control_0`, ..., each 1 C 1 h w: means."""
-        area = None if self.references is None else self.references.area
+        area = (self.references and self.references.area) or prepared.width * prepared.height
         found: dict[str, Tensor | list[Tensor]] = {}
         for index, path in enumerate(prepared.asked.control_images):
-            frames = read_reference(path, area or prepared.width * prepared.height, LATENT.pixel_step)
+            frames = pictures.read_reference(path, area, LATENT.pixel_step)
             found[f"{CONTROL}_{index}"] = encoders.vae.encode(to_pixels(frames))
         return {0: found}
 

@@ -15,14 +15,13 @@ from encoders.files import told_few_steps
 from encoders.language_encoder import LanguageUse
 from encoders.language_models import QWEN3_VL
 from encoders.picture_prompts import PictureUse, read_within
-from krea2.configs import PATCH, STATES, Krea2Config, Krea2StreamConfig
+from krea2.configs import FEW_STEPS, PATCH, STATES, Krea2Config, Krea2StreamConfig
 from krea2.model import Krea2Model
 from krea2.names import KREA_2
 from krea2.options import NAME
 from modules.checkpoints.dialects import DitShapes, join_parts, joined_shapes, other_kind
 from modules.checkpoints.dits import DitFormat, DitHeader
 from modules.checkpoints.opening import Checkpoint, plain_sources
-from modules.contract.few_steps import FewSteps
 from modules.contract.loading import TensorSource
 from modules.errors import CheckpointError
 from modules.text_files import read_text
@@ -57,11 +56,6 @@ OPTION = "--dit"
 FILES = (
     "raw.safetensors of krea/Krea-2-Raw, turbo.safetensors of krea/Krea-2-Turbo, the folder transformer of "
     "either, or krea2_raw_bf16.safetensors of Comfy-Org"
-)
-FEW_STEPS = FewSteps(
-    "Train on raw (raw.safetensors), whose LoRAs work on Turbo too, or give --training_adapter with a LoRA "
-    "that undoes the distillation",
-    unless=r"(?<![a-z])raw(?=_|\d|bf|fp|$)",
 )
 # dialect -> a tensor that only it has
 DIALECTS = {"released": "txtfusion.projector.weight", "diffusers": "text_fusion.projector.weight"}

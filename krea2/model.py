@@ -13,6 +13,7 @@ and values are computed once (`Krea2Model.remember`).
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -37,9 +38,7 @@ if TYPE_CHECKING:  # loaded only if processes share tokens
 ROWS = 6  # that modulate a block: scale, shift and gate of attention and of feed-forward
 
 
-def gelu(x: Tensor) -> Tensor:
-    """Return GELU in its form with tanh, as trained."""
-    return functional.gelu(x, approximate="tanh")
+gelu = partial(functional.gelu, approximate="tanh")  # as trained
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from modules.errors import OptionError
-from modules.options import FREE, HABIT, OF_DECODING, OF_REQUEST, Options, not_needed, option
-from modules.speed_options import TextEncoderOptions, VaeOptions, dit_dtype_option
-from modules.text_files import read_safetensors_texts
+from modules.options import FREE, HABIT, OF_REQUEST, Options, not_needed, option
+from modules.speed_options import TextEncoderOptions, dit_dtype_option
+from modules.text_files import texts_of_files
+from qwen_image.options import QwenImageVaeOptions
 
 logger = logging.getLogger(__name__)
 
@@ -38,15 +39,6 @@ STEPS_OF_TURBO, GUIDANCE_OF_TURBO = 8, 1.0
 _VAE: Mapping[str, Any] = {"vae": {"help": "Qwen-Image's VAE: file or folder"}}
 
 
-class Krea2VaeOptions(Options):
-    """Path of the VAE and how it runs."""
-
-    file: VaeOptions = option(facts=OF_DECODING, settings=_VAE)
-    vae_chunk_size = not_needed(
-        "a picture goes through the VAE at once; --vae_tiling takes less memory.", type=int
-    )
-
-
 class Krea2TextOptions(TextEncoderOptions):
     """Path of the text encoder, and how it runs."""
 
@@ -60,7 +52,7 @@ class Krea2TextOptions(TextEncoderOptions):
 class Krea2LatentCachingOptions(Options, title=NAME):
     """Options of krea2_cache_latents.py besides the shared ones."""
 
-    vae: Krea2VaeOptions
+    vae: QwenImageVaeOptions = option(settings=_VAE)
     edit: bool = option(f"for {_EDIT}")
     match_target_res: bool = option(_MATCH, only_with="edit")
 
@@ -77,7 +69,7 @@ class Krea2ModelOptions(Options, title=NAME):
 
     dit: Path | None = option("transformer checkpoint", facts=FREE, often=True)  # resume compares its name
     dit_dtype: str | None = dit_dtype_option()
-    vae: Krea2VaeOptions = option(facts=FREE)
+    vae: QwenImageVaeOptions = option(facts=FREE, settings=_VAE)
     text: Krea2TextOptions = option(facts=FREE)
 
 
@@ -132,11 +124,11 @@ class Krea2GenerationOptions(Krea2ModelOptions, title=NAME):
         default=MU_OF_MANY,
         facts=OF_REQUEST,
     )
-
     kv_cache: bool = option(
         f"{_ALONE}, for LoRAs of edits that were trained with --kv_cache", facts=OF_REQUEST
     )
     match_target_res: bool = option(_MATCH, facts=OF_REQUEST)
+    edit = not_needed("--control_image_path alone makes it an edit.")
 
     def __post_init__(self) -> None:
         for name in EXTRAS:
@@ -159,21 +151,6 @@ def check_levels(told: Collection[str], has_shift: bool) -> None:
         )
 
 
-def warn_of_other_references(path: Path, isolated: bool) -> None:
-    """Warn if the metadata of a LoRA of edits, as trained here, say the opposite of `isolated`."""
-    try:
-        metadata = read_safetensors_texts(path)
-    except (OSError, ValueError):  # the reader of LoRAs says what is wrong, and reads other formats
-        return
-    learned = metadata.get("ss_edit") == "True" and metadata.get("ss_kv_cache")
-    if learned and learned != str(isolated):
-        how, mend = ("without", "Leave it out") if isolated else ("with", "Give it")
-        logger.warning(
-            f"{path} was trained {how} --kv_cache, as its metadata say: its references look another way at "
-            f"each other. {mend} here too"
-        )
-
-
 def settle_generation(options: Any, own: Krea2GenerationOptions) -> tuple[Any, Krea2GenerationOptions]:
     """Put --width and --height into the size. Raises OptionError if --image_size says another one.
 
@@ -183,8 +160,13 @@ def settle_generation(options: Any, own: Krea2GenerationOptions) -> tuple[Any, K
     check_levels(
         [name for name in EXTRAS if getattr(own, name) is not None], options.request.flow_shift is not None
     )
-    for path in options.lora.lora_weight or ():
-        warn_of_other_references(path, own.kv_cache)
+    how, mend = ("without", "Leave it out") if own.kv_cache else ("with", "Give it")
+    for path, said in texts_of_files(options.lora.lora_weight or ()):
+        if said.get("ss_edit") == "True" and said.get("ss_kv_cache", str(own.kv_cache)) != str(own.kv_cache):
+            logger.warning(
+                f"{path} was trained {how} --kv_cache, as its metadata say: its references look another way "
+                f"at each other. {mend} here too"
+            )
     given, asked = {"width": own.width, "height": own.height}, options.request.video_size
     size = own.height or SIDE, own.width or SIDE
     if asked is not None:

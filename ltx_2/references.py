@@ -6,7 +6,7 @@ seconds times the time factor S, less (S - 1) frames. Source: the released code 
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -22,15 +22,15 @@ from ltx_2.reference_options import (
     Ltx2GivenReferences,
     Ltx2ReferenceOptions,
 )
-from modules.checkpoints.opening import open_checkpoint
 from modules.contract.data import REFERENCE_LATENTS, Conditions, LatentSpec
 from modules.contract.rules import ReferenceRules
 from modules.control_codes import shorten
-from modules.errors import CheckpointError, OptionError
+from modules.errors import OptionError
 from modules.media.decoding import is_animation
 from modules.media.pixels import to_pixels
 from modules.media.reading import image_suffixes, read_image, resize_cover, video_frames
 from modules.options import override_options
+from modules.text_files import texts_of_files
 
 logger = logging.getLogger(__name__)
 
@@ -83,12 +83,7 @@ def factors_of(loras: Sequence[Path]) -> dict[str, int]:
     Raises OptionError if two say different ones, or one says no whole number.
     """
     found: dict[str, tuple[int, Path]] = {}
-    for path in loras:
-        try:
-            with open_checkpoint(path) as checkpoint:
-                metadata: Mapping[str, str] = checkpoint.metadata
-        except (CheckpointError, OSError):  # loading it says what is wrong
-            continue
+    for path, metadata in texts_of_files(loras):
         for option, names in {
             "reference_downscale": SIZE_FACTOR,
             "reference_temporal_scale": TIME_FACTOR,

@@ -8,7 +8,7 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,16 @@ def read_safetensors_texts(path: Path) -> dict[str, str]:
     size = require_regular_file(path)
     with path.open("rb") as file:
         return read_tensor_header(file.read, size)[0]
+
+
+def texts_of_files(paths: Iterable[Path]) -> Iterator[tuple[Path, dict[str, str]]]:
+    """Yield the metadata of LoRAs; whatever reads their tensors says why a file that is left out is none."""
+    for path in paths:
+        try:
+            texts = read_safetensors_texts(path)
+        except (OSError, ValueError):
+            continue
+        yield path, texts
 
 
 def read_tensor_header(

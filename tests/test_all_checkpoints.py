@@ -486,6 +486,16 @@ def test_flux_1_and_flux_2_are_told_apart(tmp_path: Path, layout: str) -> None:
         flux.files.load_dit(second, CPU)
 
 
+def test_krea_2_and_flux_2_of_equal_width_are_told_apart(tmp_path: Path) -> None:
+    """Both are 6144 wide."""
+    rows = (("krea2-dit", krea2, flux_2, "a Krea 2"), ("flux2-dev-dit", flux_2, krea2, "a FLUX.2"))
+    for name, own, other, words in rows:
+        path = write_hollow(tmp_path / f"{name}.safetensors", tensor_list(name))
+        assert read_once(path, own.files.read_dit_header).config.dim == 6144
+        with pytest.raises(CheckpointError, match=f"transformer; it looks like {words} transformer"):
+            other.files.load_dit(path, META)
+
+
 def test_the_layered_qwen_image_is_refused_by_name(tmp_path: Path) -> None:
     path = write_hollow(tmp_path / "dit.safetensors", tensor_list("qwen-image-layered-dit"))
     with pytest.raises(CheckpointError, match=r"Qwen-Image-Layered, which makes transparent(.|\n)*--dit"):

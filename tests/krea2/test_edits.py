@@ -37,7 +37,7 @@ def test_captions_without_pictures_and_tables_with_them_are_refused(project: Pat
     succeed_here(*FAMILY.cache_texts, "--edit", folder=project)
     succeed_here(*FAMILY.cache_texts, folder=project)
     dataset.write_text(with_references, encoding="utf-8")
-    refuse(project, *FAMILY.cache_latents, told=["has control images", "Give --edit"])
+    refuse(project, *FAMILY.cache_latents, told=["has control images", "give --edit to caching"])
     succeed_here(*FAMILY.cache_latents, "--edit", folder=project)
     refuse(project, *TRAIN, told=["no latent cache"])
     told = [f"python {AGAIN} --edit", "its caption was encoded with 0 of its 1 reference picture"]
@@ -90,7 +90,8 @@ def test_an_encoder_without_its_tower_makes_pictures_but_no_edits(project: Path)
     path = project / "model" / "text_encoder" / "model.safetensors"
     save_file({name: one for name, one in load_file(path).items() if "visual.patch" not in name}, path)
     make = (*FAMILY.generate, "--prompt", "x", "--save_path", "o", "--image_size", "32", "32", "--steps", "1")
-    succeed_here(*make, "--kv_cache", "--match_target_res", folder=project)
+    said = succeed_here(*make, "--kv_cache", "--match_target_res", "--edit", folder=project)
+    assert "--edit is not needed: --control_image_path alone makes it an edit" in said
     refuse(project, *make, *START, told=["has no vision tower", "--text_encoder"])
 
 

@@ -68,6 +68,23 @@ def test_a_padded_batch_equals_its_samples_alone_whatever_stands_in_the_padding(
             assert not ours[sample, count:].any()
 
 
+@pytest.mark.parametrize("mode", EVERY_MODE)
+def test_keys_in_front_of_a_padded_batch_are_all_seen(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    query, key, value = _inputs(3, 9, 13)
+    for sample, count in enumerate(COUNTS):
+        query[sample, count:] = key[sample, 4 + count :] = value[sample, 4 + count :] = torch.nan
+    choice, _ = _choice(monkeypatch, mode)
+
+    result = attend(query, key, value, choice, lengths_on(COUNTS, CPU))
+
+    for one, count in enumerate(COUNTS):
+        alone = attend(query[one, None, :count], key[one, None, : 4 + count], value[one, None, : 4 + count])
+        torch.testing.assert_close(result[one, :count], alone[0], atol=NEAR, rtol=1e-5)
+        assert not result[one, count:].any()
+    with pytest.raises(ValueError, match="self-attention only"):
+        attend(query, key[:, :8], value[:, :8], choice, lengths_on(COUNTS, CPU))
+
+
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("mode", PACKAGES)
 def test_packages_get_real_tokens_only_with_arguments_in_their_order(
