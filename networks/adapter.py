@@ -221,7 +221,8 @@ def make_network(
             f"--scale_weight_norms cannot be used with --network_module {name}, which cannot scale its norms"
         )
     if options.network_weights is not None:
-        path, found = options.network_weights, None
+        found: Any
+        path = options.network_weights
         if isinstance(network, OwnNetwork):
             found = network.load_weights(path, dict(dit.named_parameters()))
         else:
