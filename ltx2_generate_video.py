@@ -8,6 +8,7 @@ from pathlib import Path
 
 import modules.interpreter  # noqa: F401
 from generation.options import GenerationOptions
+from generation.prompt_lines import CANCELS, GENERATION_OPTIONS, LineOption, read_path
 from generation.script_options import ScriptDefaults
 from generation.scripts import generation_script
 from ltx_2.options import Ltx2GenerationOptions, settle_generation
@@ -19,6 +20,11 @@ DEFAULTS = ScriptDefaults(
     size=(512, 768),
     has_sound=True,
     spellings={"save_path": "--output_dir"},
+    line_options={
+        **GENERATION_OPTIONS,
+        "v": LineOption("reference_videos", read_path, CANCELS, repeats=True),
+        "video_path": GENERATION_OPTIONS["v"],
+    },
 )
 
 
@@ -29,6 +35,9 @@ def settle(
     of a second stage.
     """
     shared, own = settle_generation(shared, own)
+    paths = own.references.paths or None
+    request = replace(shared.request, extras={"reference_videos": ("reference_video", paths)})
+    shared = replace(shared, request=request)
     if not shared.lora.lora_weight:
         return shared, own
     from ltx_2.references import settle_factors

@@ -80,6 +80,7 @@ class LtxTokens:
     attention: AttentionChoice
     combine: Callable[..., Tensor]  # of what attention sees of each text, B L N D
     sees_values: bool = False  # self-attention is replaced by its values
+    keeps_references: bool = False  # their velocities are wanted too
 
     def without_self_attention(self) -> "LtxTokens":
         return replace(self, sees_values=True)

@@ -1,6 +1,6 @@
 """LTX-2, 2.3 and 2.5, described for the shared loops: video, with or without sound."""
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -29,11 +29,15 @@ from ltx_2.references import (
 from ltx_2.references import (
     factor_metadata,
     is_picture,
+    pack,
     read_pixels,
     reference_key,
     references_of,
     rules_of,
     thin_out,
+    unpack,
+    velocity_of_references,
+    with_noisy_references,
 )
 from ltx_2.stages import TwoStages, stage_sections, two_stages
 from ltx_2.text_encoder import MASK, prompt_key
@@ -95,7 +99,7 @@ class Ltx2(Ltx2Media):
     stages: TwoStages | None = None
     options: Any = NO_OPTIONS  # of a training
     references: rules.ReferenceRules | None = rules.ReferenceRules(MOST, clips=True)
-    given_references: tuple[Path, ...] = ()  # of a generation
+    reference_strength: float = 1.0  # of a generation; below 1 they are denoised too
 
     can: ClassVar = Abilities(hear=True, rate=True, tell_few_steps=True)
     name: str = field(default="ltx2_v1", init=False)
@@ -203,6 +207,9 @@ class Ltx2(Ltx2Media):
         picture, sound = (noisy, None) if joint is None else joint.split(noisy)
         times = timesteps.unbind(1) if timesteps.ndim == 2 else (timesteps, timesteps)
         rates, has_sound = cond.get(FPS), cond.get(HAS_SOUND)
+        clean = [self.latent.to_model(one.to(noisy.device)) for one in references_of(cond)]
+        share = 1 - self.reference_strength if clean else 0.0
+        picture, shown = unpack(picture, clean) if share else (picture, clean)
         velocity, heard = dit(
             picture,
             times[0],
@@ -211,11 +218,31 @@ class Ltx2(Ltx2Media):
             sound_timesteps=times[1],
             has_sound=None if sound is None or not isinstance(has_sound, Tensor) else has_sound,
             tweaks=tweaks.rename_away(texts),
-            references=[self.latent.to_model(one.to(noisy.device)) for one in references_of(cond)],
+            references=shown,
             reference_time=1 if self.references is None else self.references.time_factor,
+            reference_share=share,
             **texts(cond),
         )
+        if share:
+            velocity = self._repack(velocity, picture, shown, clean, times[0] / 1000)
         return velocity if joint is None else joint.join(velocity, heard)
+
+    def _repack(
+        self,
+        velocity: Tensor,
+        picture: Tensor,
+        noisy: Sequence[Tensor],
+        clean: Sequence[Tensor],
+        sigma: Tensor,
+    ) -> Tensor:
+        """Return the velocities of references and picture, B C N, as `pack` has them."""
+        counts = [one[0, 0].numel() for one in noisy]
+        *parts, own = velocity.split([*counts, picture[0, 0].numel()], dim=2)
+        made = [
+            velocity_of_references(part.unflatten(2, x.shape[2:]), x, one, self.reference_strength, sigma)
+            for part, x, one in zip(parts, noisy, clean, strict=True)
+        ]
+        return pack(own.unflatten(2, picture.shape[2:]), made)
 
     # generation
 
@@ -268,10 +295,18 @@ class Ltx2(Ltx2Media):
         return prepared
 
     def _references_for(self, request: Request) -> tuple[Path, ...]:
-        line = request.extra.get("reference_video")
-        paths = self.given_references if line is None else (Path(line),)
+        lines = request.extra.get("reference_video", "").split("\n")
+        paths = tuple(Path(line) for line in lines if line)
+        if len(paths) > MOST:
+            raise OptionError(f"--reference_videos: {len(paths)} references, at most {MOST} are taken")
         for path in paths:
             check_opens("reference_video", path, is_image=is_picture(path))
+        others = request.image_path or self.drive_video or (request.source and request.source.option)
+        if paths and others and self.reference_strength < 1:
+            raise OptionError(
+                f"--reference_strength {self.reference_strength:g} and {others}: references that are "
+                "denoised stand beside no frames that are given. Leave one of them out"
+            )
         return paths
 
     def needs_media(self, prepared: Prepared) -> bool:
@@ -304,8 +339,19 @@ class Ltx2(Ltx2Media):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """The sound's noise is drawn last."""
+        """The sound's noise is drawn last, but for that of references."""
+        made = self._plain_sections(prepared, prompts, inputs, noise)
+        if self.reference_strength < 1:
+            made = with_noisy_references(made, self.reference_strength, prepared.joint, noise)
+        return (yield from made)
 
+    def _plain_sections(
+        self,
+        prepared: Prepared,
+        prompts: Mapping[int, EncodedPrompts],
+        inputs: Mapping[int, Conditions],
+        noise: NoiseSource,
+    ) -> Generator[Section, Tensor, Tensor]:
         def draw(made: Prepared) -> Tensor:
             start = noise.draw(self.latent.shape(made.frames, made.height, made.width))
             joint = made.joint
@@ -381,7 +427,7 @@ def family_for_generation(options: Ltx2GenerationOptions) -> Ltx2:
         drive_video=options.drive_video,
         stages=two_stages(options.stages),
         references=rules_of(options.references),
-        given_references=options.references.paths,
+        reference_strength=options.references.strength,
     )
 
 

@@ -113,6 +113,7 @@ class LtxModel(nn.Module):
         tweaks: Tweaks = NO_TWEAKS,
         references: Sequence[Tensor] = (),
         reference_time: int = 1,
+        reference_share: float = 0.0,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return the velocities of video and sound, in float32; None for one that is not given.
 
@@ -125,6 +126,8 @@ class LtxModel(nn.Module):
         call; their second text has the names text and sound_text. Their given frames have the time 0, and
         their velocity is 0. references: each B Z f h w, clean latents that the video is made from, sides
         smaller by a whole number; reference_time: every so many-th of their frames was taken.
+        reference_share: their share of the timestep; above 0 they are noisy, and the video's velocity is
+        B Z N of their tokens, and then its own.
         Raises ValueError if sizes do not go together, or for sound if the network has no stream for it.
         """
         latents = {VIDEO: noisy, SOUND: sound}
@@ -139,6 +142,7 @@ class LtxModel(nn.Module):
                 tweaks,
                 references,
                 reference_time,
+                reference_share,
             )
         )
         run_blocks(self, hidden, tweaks)
@@ -155,6 +159,7 @@ class LtxModel(nn.Module):
         tweaks: Tweaks = NO_TWEAKS,
         references: Sequence[Tensor] = (),
         reference_time: int = 1,
+        reference_share: float = 0.0,
     ) -> tuple[Tensor, LtxTokens]:
         """Return the tokens of all streams, B L+M W, and the other inputs of the blocks.
 
@@ -181,7 +186,8 @@ class LtxModel(nn.Module):
             if names is VIDEO and self.config.marks_first:
                 behind = sum(each[0, 0].numel() for each in before)
                 parts[names] = self._mark_first(parts[names], behind, one.shape[-1] * one.shape[-2])
-            rows, time = self._embed_times(self._part(names, "adaln_single"), own, given > 0)
+            share = reference_share if before else 0.0
+            rows, time = self._embed_times(self._part(names, "adaln_single"), own, given > 0, share)
             text_rows = cross = None
             if self.config.modulates_text and not self.config.times_text:
                 text_rows = rows.new_zeros(1, 1, 2, 1)
@@ -189,7 +195,7 @@ class LtxModel(nn.Module):
                 text_rows, _ = self._embed_times(self._part(names, "prompt_adaln_single"), own)
             if has_cross:  # shifts and scales follow its own times, the gate the other stream's
                 others = timesteps[SOUND if names is VIDEO else VIDEO] * self.config.gate_time
-                cross_rows, _ = self._embed_times(getattr(self, names.cross_rows), own, given > 0)
+                cross_rows, _ = self._embed_times(getattr(self, names.cross_rows), own, given > 0, share)
                 gate, _ = self._embed_times(getattr(self, names.cross_gate), others)
                 heard = None
                 if names is VIDEO and has_sound is not None:
@@ -207,7 +213,9 @@ class LtxModel(nn.Module):
             )
         grid = tuple(latents[VIDEO].shape[2:]) if VIDEO in latents else ()
         bins = latents[SOUND].shape[3] if SOUND in latents else 0
-        tokens = LtxTokens(streams, grid, bins, dtype, self.attention, tweaks.steer or see_one)
+        steer = tweaks.steer or see_one
+        keeps = bool(references) and reference_share > 0
+        tokens = LtxTokens(streams, grid, bins, dtype, self.attention, steer, keeps_references=keeps)
         return tokens.join(parts), tokens
 
     def unembed(self, x: Tensor, tokens: LtxTokens) -> dict[StreamNames, Tensor]:
@@ -219,6 +227,9 @@ class LtxModel(nn.Module):
             shift, scale = (table + stream.time.unsqueeze(2)).unbind(2)  # each B S C
             h = modulate(self._part(names, "norm_out")(one), shift, scale, tokens.dtype, stream.given)
             out = in_own_dtype(self._part(names, "proj_out"), h).float()
+            if names is VIDEO and tokens.keeps_references:
+                made[names] = out.mT
+                continue
             if stream.given:
                 out = torch.cat([torch.zeros_like(out[:, : stream.given]), out[:, stream.given :]], dim=1)
             if names is VIDEO:
@@ -239,14 +250,15 @@ class LtxModel(nn.Module):
         return getattr(self, names.prefix + name)
 
     def _embed_times(
-        self, layer: nn.Module, timesteps: Tensor, has_given: bool = False
+        self, layer: nn.Module, timesteps: Tensor, has_given: bool = False, share: float = 0.0
     ) -> tuple[Tensor, Tensor]:
-        """Return rows, B S R C, and embedded times, B S C; first those of given frames, 0."""
+        """Return rows, B S R C, and embedded times, B S C; first those of given frames, `share` of it."""
         if not has_given:
             rows, time = layer(timesteps)
             return rows.unsqueeze(1), time.unsqueeze(1)
-        rows, time = layer(torch.cat([timesteps, timesteps.new_zeros(1)]))
-        rows, time = (torch.stack([one[-1:].expand_as(one[:-1]), one[:-1]], dim=1) for one in (rows, time))
+        count = len(timesteps)
+        both = layer(torch.cat([timesteps, timesteps * share if share else timesteps.new_zeros(1)]))
+        rows, time = (torch.stack([one[count:].expand_as(one[:count]), one[:count]], dim=1) for one in both)
         return rows, time
 
     def _rotation(

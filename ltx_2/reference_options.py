@@ -65,12 +65,44 @@ class Ltx2GivenReferences(Options, title="references (IC-LoRA)"):
         least=1,
         facts=OF_REQUEST,
     )
+    reference_strength: float = option(
+        "1: references stay as they are; below, so much less of them, and they are denoised with the video",
+        default=1.0,
+        least=0,
+        most=1,
+        facts=OF_REQUEST,
+    )
+    video_conditioning: tuple[str, ...] | None = option(
+        "FILE STRENGTH: as --reference_video with --reference_strength; may be given again",
+        flags=("--video-conditioning",),
+        action="extend",
+        facts=OF_REQUEST,
+    )
 
     @property
     def paths(self) -> tuple[Path, ...]:
         first = () if self.reference_video is None else (self.reference_video,)
-        return (*first, *(self.reference_videos or ()))
+        return (*first, *(self.reference_videos or ()), *map(Path, (self.video_conditioning or ())[::2]))
+
+    @property
+    def strength(self) -> float:
+        """Return the strength of all references. Raises OptionError if two are given."""
+        given = self.video_conditioning or ()
+        try:
+            found = {float(word) for word in given[1::2]}
+            if len(given) % 2 or not all(0 <= one <= 1 for one in found):
+                raise ValueError
+        except ValueError:
+            said = f"--video-conditioning {' '.join(given)}"
+            raise OptionError(f"{said}: give a file and its strength, from 0 to 1") from None
+        if self.reference_strength != 1 or len(given) < 2 * len(self.paths) or not given:
+            found |= {self.reference_strength}
+        if len(found) > 1:
+            said = " and ".join(f"{one:g}" for one in sorted(found))
+            raise OptionError(f"references of strength {said}: all of a clip have one. Give them the same")
+        return found.pop()
 
     def __post_init__(self) -> None:
+        _ = self.strength
         if len(self.paths) > MOST:
             raise OptionError(f"--reference_videos: {len(self.paths)} references, at most {MOST} are taken")

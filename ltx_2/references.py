@@ -5,13 +5,16 @@ seconds times the time factor S, less (S - 1) frames. Source: the released code 
 """
 
 import logging
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import numpy
 import torch
+import torch.nn.functional as functional
 from torch import Tensor
 
 from ltx_2.reference_options import (
@@ -22,8 +25,10 @@ from ltx_2.reference_options import (
     Ltx2GivenReferences,
     Ltx2ReferenceOptions,
 )
-from modules.contract.data import REFERENCE_LATENTS, Conditions, LatentSpec
+from modules.contract.data import REFERENCE_LATENTS, Conditions, Joint, LatentSpec
+from modules.contract.family import NoiseSource
 from modules.contract.rules import ReferenceRules
+from modules.contract.steps import Section
 from modules.control_codes import shorten
 from modules.errors import OptionError
 from modules.media.decoding import is_animation
@@ -54,6 +59,73 @@ def references_of(cond: Conditions) -> tuple[Tensor, ...]:
     names = sorted(name for name in cond if name.startswith(REFERENCE_LATENTS))
     found = [cond[name] for name in names]
     return tuple(one for one in found if isinstance(one, Tensor))
+
+
+def pack(picture: Tensor, references: Sequence[Tensor]) -> Tensor:
+    """Put references, each B C f h w, behind the frames of a picture, B C F H W, filled up with zeros."""
+    tokens = torch.cat([one.flatten(2) for one in references], dim=2)
+    tokens = functional.pad(tokens, (0, -tokens.shape[2] % math.prod(picture.shape[3:])))
+    return torch.cat([picture, tokens.unflatten(2, (-1, *picture.shape[3:]))], dim=2)
+
+
+def unpack(packed: Tensor, references: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Return the picture, and what stands behind it, shaped like the references."""
+    counts = [math.prod(one.shape[2:]) for one in references]
+    frames = packed.shape[2] - -(-sum(counts) // math.prod(packed.shape[3:]))
+    parts = packed[:, :, frames:].flatten(2)[..., : sum(counts)].split(counts, dim=2)
+    both = zip(parts, references, strict=True)
+    return packed[:, :, :frames], [part.unflatten(2, one.shape[2:]) for part, one in both]
+
+
+def with_noisy_references(
+    sections: Generator[Section, Tensor, Tensor], strength: float, joint: Joint | None, noise: NoiseSource
+) -> Generator[Section, Tensor, Tensor]:
+    """Denoise the references of sections behind their pictures. joint: of the sections that say none.
+
+    They begin as `strength` of themselves and the rest noise, which is drawn token by token.
+    """
+    section = next(sections)
+    try:
+        while True:
+            references = references_of(section.positive)
+            if not references:
+                section = sections.send((yield section))
+                continue
+            joint = section.tweaks.joint or joint
+            start, sound = (section.noise, None) if joint is None else joint.split(section.noise)
+            tokens = sum(math.prod(one.shape[2:]) for one in references)
+            drawn = noise.draw((1, tokens, start.shape[1])).to(start.device).mT
+            counts = [math.prod(one.shape[2:]) for one in references]
+            begun = [
+                strength * one.to(start.device) + (1 - strength) * each.unflatten(2, one.shape[2:])
+                for one, each in zip(references, drawn.split(counts, dim=2), strict=True)
+            ]
+            packed, tweaks = pack(start, begun), section.tweaks
+            noisy = packed
+            if joint is not None and sound is not None:
+                both = Joint((packed.shape[1], *packed.shape[2:]), joint.sound)
+                noisy, tweaks = both.join(packed, sound), replace(tweaks, joint=both)
+            made = yield replace(section, noise=noisy, tweaks=tweaks, shown=start.shape[2])
+            if joint is not None and sound is not None:
+                picture, sound = both.split(made)
+                made = joint.join(picture[:, :, : start.shape[2]], sound)
+            else:
+                made = made[:, :, : start.shape[2]]
+            section = sections.send(made)
+    except StopIteration as end:
+        return end.value
+
+
+def velocity_of_references(
+    velocity: Tensor, noisy: Tensor, clean: Tensor, strength: float, sigma: Tensor
+) -> Tensor:
+    """Return the velocity by which a reference follows the noise level `sigma`, B, of the whole.
+
+    velocity: of the network, which sees a level of (1 - strength) sigma. What it predicts as clean is mixed
+    with `strength` of the reference. Source: the released code of LTX-2.
+    """
+    share = 1 - strength
+    return share**2 * velocity + strength * (noisy - clean) / sigma.view(-1, 1, 1, 1, 1)
 
 
 def read_pixels(path: Path, size: tuple[int, int, int], rules: ReferenceRules, latent: LatentSpec) -> Tensor:

@@ -279,8 +279,7 @@ GENERATION: Table = {
         sample_sampler=auto av_bimodal_cfg? av_bimodal_scale:float sample_disable_flash_attn
     """,
     REFERENCES: """
-        sample_include_reference reference_strength=1.0 video-conditioning*:str
-        conditioning-attention-mask*:str ic_lora_strategy=auto reference_audio:str
+        sample_include_reference conditioning-attention-mask*:str ic_lora_strategy=auto reference_audio:str
         inpaint_mask:str inpaint_source:str inpaint_invert? inpaint_threshold:float extend_prefix:str
         extend_prefix_frames:int outpaint_region:str outpaint_source:str drive_audio:str audio_prefix:str
         audio_prefix_seconds:float audio_inpaint_audio:str audio_inpaint_interval:str

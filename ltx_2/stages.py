@@ -125,7 +125,8 @@ def keep_for_first_stage(shared: Any, own: Any) -> tuple[Any, Any]:
     Source: the official pipeline of IC-LoRAs. Raises OptionError if patterns choose parts of LoRAs.
     """
     uses = zip(shared.lora.lora_weight or (), shared.lora.multipliers(), strict=True)
-    both, first = list[tuple[Path, float]](), list[tuple[Path, float]]()
+    both: list[tuple[Path, float]] = []
+    first: list[tuple[Path, float]] = []
     for path, strength in uses:
         (first if factors_of([path]) else both).append((path, strength))
     if not first:
@@ -137,8 +138,8 @@ def keep_for_first_stage(shared: Any, own: Any) -> tuple[Any, Any]:
         )
     names = ", ".join(path.name for path, _ in first)
     logger.info("%s: an IC-LoRA, which the first stage alone has, as in the official pipeline", names)
-    paths, strengths = tuple(path for path, _ in both), tuple(strength for _, strength in both)
-    lora = replace(shared.lora, lora_weight=paths or None, lora_multiplier=strengths or (1.0,))
+    kept, strengths = (tuple(one[place] for one in both) for place in (0, 1))
+    lora = replace(shared.lora, lora_weight=kept or None, lora_multiplier=strengths or (1.0,))
     stages = replace(own.stages, first_loras=tuple(first))
     return replace(shared, lora=lora), replace(own, stages=stages)
 

@@ -176,6 +176,7 @@ class Section:
     label: str = ""  # which one it is of several ("section 2 of 4"), for the progress bar
     count: int = 1  # how many sections the clip is made in
     stage: int = 0  # of `Prepared.stages`
+    shown: int | None = None  # latent frames of the picture; behind them stands what is no part of the clip
 
     @property
     def held(self) -> tuple[bool, bool]:
@@ -223,7 +224,8 @@ class StepDone:
     def picture(self) -> Tensor:
         """Return the clean latents of the picture alone, B C F H W."""
         joint = self.section.tweaks.joint
-        return self.clean if joint is None else joint.split(self.clean)[0]
+        found = self.clean if joint is None else joint.split(self.clean)[0]
+        return found[:, :, : self.section.shown]
 
 
 # Makes the velocity of a step, shaped like `Step.noisy`, of the passes that it asks for.

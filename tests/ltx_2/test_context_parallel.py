@@ -31,12 +31,20 @@ def losses_and_gradients() -> dict[str, tuple[Tensor, Tensor]]:
         "away": Tweaks(away=away),
         "values": Tweaks(skip_self_attention=frozenset({0}), isolated=True),
     }
+    cases |= dict.fromkeys(("references", "noisy references"), Tweaks())
+    drawn = torch.randn(2, given["noisy"].shape[1], 2, 3, 5, generator=torch.Generator().manual_seed(5))
+    more = {
+        "references": {"references": [drawn, drawn[:, :, :1]]},
+        "noisy references": {"references": [drawn], "reference_share": 0.5},
+    }
     found = {}
     for name, tweaks in cases.items():
         dit = tiny_dit("2.3").requires_grad_(True)
         if distributed.is_initialized():
             share_tokens(dit, ProcessGrid(distributed.get_rank(), 1, context=PROCESSES), torch.device("cpu"))
-        made = torch.cat([one.flatten() for one in dit(**given, tweaks=tweaks) if one is not None])
+        made = torch.cat(
+            [one.flatten() for one in dit(**given, **more.get(name, {}), tweaks=tweaks) if one is not None]
+        )
         peers = PROCESSES if distributed.is_initialized() else 1
         (made.square().mean() / peers).backward()
         gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in dit.parameters()]

@@ -98,12 +98,18 @@ def test_the_dtype_of_texts_has_two_names() -> None:
         ),
         ("ltx2_generate_video", ("--distilled-lora", "a.safetensors", "0.5"), "no such file"),
         ("ltx2_train_network", ("--sample_two_stage",), "give --spatial_upsampler_path"),
-        ("ltx2_generate_video", ("--video-conditioning", "a.mp4", "1"), "whole and clean"),
+        ("ltx2_generate_video", ("--video-conditioning", "a.mp4"), "a file and its strength"),
+        ("ltx2_generate_video", ("--video-conditioning", "a.mp4", "2"), "from 0 to 1"),
+        (
+            "ltx2_generate_video",
+            ("--video-conditioning", "a.mp4", "1", "--video-conditioning", "b.mp4", "0.5"),
+            "strength 0.5 and 1",
+        ),
         ("ltx2_generate_video", ("--duration-head-path", "a"), "Give --video_length"),
         ("ltx2_generate_video", ("--output_name", "a/b"), "it holds a folder"),
         ("ltx2_generate_video", ("--height", "512"), "give both"),
         ("ltx2_generate_video", ("--ltx2_mode", "v", "--drive_video", "."), "no sound is made"),
-        ("ltx2_generate_video", ("--reference_strength", "0.5"), "whole and clean"),
+        ("ltx2_generate_video", ("--conditioning-attention-mask", "a.mp4", "0.5"), "seen whole"),
     ],
 )
 def test_wrong_values_are_one_message(script: str, words: tuple[str, ...], message: str) -> None:

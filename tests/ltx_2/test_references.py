@@ -1,6 +1,7 @@
 """References of LTX-2 by its command lines: videos equal diffusers', and steps those computed with it."""
 
 import inspect
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from tests.parity.training import (
     uniform_of,
 )
 from tests.sound_media import write_media
-from tests.tiny.project import moving_square, write_dataset
+from tests.tiny.project import moving_square, write_dataset, write_image
 
 HEIGHT, WIDTH = 64, 128
 SCALES = {"guidance_scale": 3.0, "stg_scale": 0.0, "modality_scale": 1.0, "guidance_rescale": 0.0}
@@ -71,9 +72,17 @@ def write_lora(path: Path, **metadata: str) -> Path:
 
 
 def asked_there(
-    release: TinyRelease, monkeypatch: pytest.MonkeyPatch, clips: list[list[Image.Image]], factor: int
+    release: TinyRelease,
+    monkeypatch: pytest.MonkeyPatch,
+    clips: list[list[Image.Image]],
+    factor: int,
+    strength: float = 1.0,
 ) -> Tensor:
-    """The latents that diffusers' pipeline makes from the same noise, which it would draw token by token."""
+    """The latents that diffusers' pipeline makes from the same noise, which it would draw token by token.
+
+    What it takes for clean of a reference goes by the noise level of the clip; here, as in the official code,
+    by that of the reference.
+    """
     parts = pipelines.theirs(release).components
     taken = inspect.signature(LTX2InContextPipeline.__init__).parameters
     pipe = LTX2InContextPipeline(**{name: part for name, part in parts.items() if name in taken})
@@ -81,17 +90,28 @@ def asked_there(
     pipe.transformer.register_forward_pre_hook(pipelines.alone, with_kwargs=True)
     grid = (2, HEIGHT // 32, WIDTH // 32)
     channels = pipe.transformer.config.in_channels
-    noise = torch.randn((1, channels, *grid), generator=torch.Generator().manual_seed(pipelines.SEED))
+    generator = torch.Generator().manual_seed(pipelines.SEED)
+    noise = torch.randn((1, channels, *grid), generator=generator)
 
     def draw(shape: Any, **_: Any) -> Tensor:
         drawn = torch.zeros(tuple(shape))
         tokens = noise.flatten(2).mT
-        if len(shape) == 3 and shape[2] == channels and shape[1] >= tokens.shape[1]:
-            drawn[:, : tokens.shape[1]] = tokens
+        count = tokens.shape[1]
+        if len(shape) == 3 and shape[2] == channels and shape[1] >= count:
+            drawn[:, :count] = tokens
+            drawn[:, count:] = torch.randn(drawn[:, count:].shape, generator=generator)
         elif tuple(shape) == tuple(noise.shape):
             drawn = noise
         return drawn
 
+    def to_clean(sample: Tensor, velocity: Tensor, step: int, scheduler: Any = None) -> Tensor:
+        share = torch.ones(1, sample.shape[1], 1)
+        if sample.shape[2] == channels:
+            share[:, math.prod(grid) :] = 1 - strength
+        return sample - velocity * share * scheduler.sigmas[step]
+
+    if strength < 1:
+        monkeypatch.setattr(pipe, "convert_velocity_to_x0", to_clean)
     monkeypatch.setattr(theirs_module, "randn_tensor", draw)
     latents, _ = pipe(
         prompt=pipelines.PROMPT,
@@ -101,7 +121,7 @@ def asked_there(
         num_frames=9,
         frame_rate=24.0,
         num_inference_steps=pipelines.STEPS,
-        reference_conditions=[LTX2ReferenceCondition(clip) for clip in clips],
+        reference_conditions=[LTX2ReferenceCondition(clip, strength) for clip in clips],
         reference_downscale_factor=factor,
         return_dict=False,
         output_type="latent",
@@ -112,12 +132,14 @@ def asked_there(
     return normed[0]
 
 
-CASES = {
+CASES: dict[str, Any] = {
     "a clip": (1, [9], False),
     "a picture": (1, [1], False),
     "half the size": (2, [9], False),
     "two": (1, [9, 1], False),
     "the factor of a LoRA": (2, [9], True),
+    "less of a clip": (2, [9], False, 0.5),
+    "less of two": (1, [9, 1], False, 0.25),
 }
 OF_25 = [("half the size", "2.5"), ("two", "2.5")]  # its mark is on the clip's first frame alone
 
@@ -128,7 +150,8 @@ OF_25 = [("half the size", "2.5"), ("two", "2.5")]  # its mark is on the clip's 
 def test_videos_with_references_equal_those_of_diffusers(
     release: TinyRelease, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
-    factor, lengths, by_lora = CASES[case]
+    factor, lengths, by_lora, *strengths = CASES[case]
+    (strength,) = strengths or [1.0]
     clips, paths = [], []
     for number, length in enumerate(lengths):
         folder = tmp_path / f"reference {number}"
@@ -140,12 +163,65 @@ def test_videos_with_references_equal_those_of_diffusers(
         words += ["--lora_weight", lora]
     elif factor > 1:
         words += ["--reference_downscale", factor]
+    if strength < 1:
+        words += ["--reference_strength", strength]
     words += pipelines.scale_words(SCALES, SCALES)
     monkeypatch.setattr(pipelines, "WIDTH", WIDTH)
 
     made = pipelines.generate(release, tmp_path, *words)
 
-    assert_equal(made["latent"], asked_there(release, monkeypatch, clips, factor), "latents")
+    assert_equal(made["latent"], asked_there(release, monkeypatch, clips, factor, strength), "latents")
+
+
+def made_of(release: TinyRelease, folder: Path, name: str, *words: object) -> list[Tensor]:
+    """The latents of all videos of a run."""
+    command = [*release.words, "--gemma_root", release.gemma, "--infer_steps", 2, "--seed", 1]
+    command += ["--video_size", 64, 64, "--video_length", 9, "--output_type", "latent", "--device", "cpu"]
+    command += ["--no_metadata", "--save_path", name]
+    succeed_here("ltx2_generate_video.py", *command, *words, folder=folder)
+    return [
+        load_file(path)["latent"] for path in sorted((folder / name).iterdir(), key=lambda one: len(one.name))
+    ]
+
+
+def test_lines_and_the_official_spelling_name_references(release: TinyRelease, tmp_path: Path) -> None:
+    for number in range(2):
+        write_reference(tmp_path / f"clip {number}", number, 1)
+    lines = ["a cat --d 1", "a cat --d 1 --v clip 0 --v clip 1", 'a cat --d 1 --v ""']
+    (tmp_path / "lines.txt").write_text("\n".join(lines), encoding="utf-8")
+    words = ["--ltx2_mode", "v", "--prompt", "a cat"]
+    official = ["--video-conditioning", "clip 0", "1.0", "--video-conditioning", "clip 1", "1.0"]
+
+    (both,) = made_of(release, tmp_path, "official", *words, *official)
+    (one,) = made_of(release, tmp_path, "one", *words, "--reference_video", "clip 1")
+    (none,) = made_of(release, tmp_path, "without", *words)
+    usual = ["--ltx2_mode", "v", "--reference_video", "clip 1", "--from_file", "lines.txt"]
+    found = made_of(release, tmp_path, "lines", *usual)
+
+    assert len(found) == 3
+    for made, expected in zip(found, (one, both, none), strict=True):
+        assert torch.equal(made, expected)
+    assert not torch.equal(both, one)
+    assert not torch.equal(one, none)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [["--image_path", "start.png"], ["--reference_strength", "0.5"]],
+    ids=["first frame", "strength"],
+)
+def test_references_with_sound_do_not_depend_on_where_weights_are(
+    release: TinyRelease, tmp_path: Path, more: list[str]
+) -> None:
+    write_reference(tmp_path / "clip", 0, 1)
+    write_image(tmp_path / "start.png", 64, 64)
+    words = ["--ltx2_mode", "av", "--prompt", "a cat", "--reference_video", "clip", *more]
+
+    (plain,) = made_of(release, tmp_path, "plain", *words)
+    (swapped,) = made_of(release, tmp_path, "swapped", *words, "--blocks_to_swap", 1)
+
+    assert plain.shape == (16, 2, 2, 2)
+    assert torch.equal(plain, swapped)
 
 
 def test_a_loras_frames_are_taken_and_wild_factors_refused(tmp_path: Path) -> None:
