@@ -20,7 +20,9 @@ def gigabytes(size_bytes: int) -> str:
 
 
 def describe_size(component: Component) -> str:
-    return "a few MB" if component.size_bytes is None else gigabytes(component.size_bytes)
+    if component.size_bytes is not None:
+        return gigabytes(component.size_bytes)
+    return "not known" if "LoRA" in component.role else "a few MB"
 
 
 def total_bytes(components: Iterable[Component]) -> int:

@@ -163,8 +163,19 @@ class Ltx2Files(TransformerFiles):
             told: Settings = read_once(self.sound_path("audio_vae"), _read_sound_vae)
         except OptionError:  # a training from caches needs no VAE
             told = SOUND_SETTINGS
+            self._check_usual_sound()
         shape = partial(sound_shape, told["latent_channels"], told["mel_bins"] // JOINED)
         return SoundSpec(RATE, told["in_channels"], shape, without="--ltx2_mode video")
+
+    def _check_usual_sound(self) -> None:
+        """Raise OptionError if the transformer takes other sound than the releases' VAEs make."""
+        taken = None if self.dit is None else self.dit_header().config.sound
+        made = SOUND_SETTINGS["latent_channels"] * SOUND_SETTINGS["mel_bins"] // JOINED
+        if taken is not None and taken.channels != made:
+            raise OptionError(
+                f"{AUDIO_VAE}: {self.dit_path} takes sound of {taken.channels} channels, those of the "
+                f"releases have {made}. Give the file of its sound's VAE"
+            )
 
     def sound_identity(self) -> dict[str, str]:
         """Return what cached sound depends on besides the samples; the VAE is always in float32."""
@@ -181,6 +192,11 @@ class Ltx2Files(TransformerFiles):
         """Return Gemma with the connectors; their files are opened when they are loaded."""
         apart, gemma = self.connectors, None
         if apart is not None and read_once(require_file(apart, gemma_4.OPTION, ""), gemma_4.is_gemma_4):
+            if self.gemma not in (None, GEMMA):
+                raise OptionError(
+                    f"--gemma_root {self.gemma}: the text encoder of LTX-2.5 is in {apart}. Leave "
+                    "--gemma_root or --gemma_safetensors out"
+                )
             apart, gemma = None, apart  # LTX-2.5's file: Gemma with the projections
         if gemma is None:
             near = apart or self.checkpoint

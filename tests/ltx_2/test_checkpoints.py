@@ -10,12 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ltx_2.checkpoints import FORMAT, SILENT
+from ltx_2.files import Ltx2Files
+from ltx_2.model_options import STREAMS
 from modules import families
 from modules.checkpoints.model_files import read_once
 from modules.contract.loading import Placement
-from modules.errors import CheckpointError
+from modules.errors import CheckpointError, OptionError
 from modules.speed_options import Quantisation
 from qwen_image.files import load_dit as load_qwen
+from tests.ltx_2.release import write_release
 from tests.ltx_2.tiny_dit import DIT_CONFIGS, dit_state, write_dit
 from tests.manifests import tensor_list, write_hollow
 from tests.tiny import qwen_image
@@ -202,3 +205,15 @@ def test_other_families_are_told_apart(tmp_path: Path) -> None:
         FORMAT.load(second, CPU)
     with pytest.raises(CheckpointError, match="it looks like an LTX-2 transformer"):
         load_qwen(first, CPU)
+
+
+def test_sound_of_caches_has_the_shape_of_the_releases_if_their_vae_is_not_there(tmp_path: Path) -> None:
+    """A transformer of other sound cannot be trained without it."""
+    whole = write_hollow(tmp_path / "dit.safetensors", tensor_list("ltx2.5-dit"))
+    other = write_release(tmp_path / "tiny", "2.5").checkpoint
+    files = Ltx2Files(dit=whole, checkpoint=whole, streams=STREAMS)
+
+    assert files.sound is not None
+    assert files.sound.shape(121, 24.0) == (8, 126, 16)
+    with pytest.raises(OptionError, match=r"--audio_vae: .* takes sound of 16 channels, .* have 128"):
+        _ = replace(files, dit=other, checkpoint=other).sound

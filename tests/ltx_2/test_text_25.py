@@ -168,6 +168,12 @@ def test_stock_gemma_is_refused_too(gemma: Any, tmp_path: Path) -> None:
         Ltx2Files(checkpoint=files.checkpoint, gemma=GEMMA).text_encoder()
 
 
+def test_a_second_text_encoder_is_refused(gemma: Any, tmp_path: Path) -> None:
+    files = replace(files_in(tmp_path, gemma), gemma=text_write_gemma(tmp_path / "stock", text_gemma()))
+    with pytest.raises(OptionError, match=r"stock: the text encoder of LTX-2\.5 is in .*text\.safetensors"):
+        files.text_encoder()
+
+
 def test_a_transformer_that_does_not_say_its_gemma_takes_any_with_projections(
     gemma: Any, tmp_path: Path
 ) -> None:
