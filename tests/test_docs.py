@@ -222,7 +222,7 @@ def test_commands_of_the_page_run(page: Path, tmp_path: Path) -> None:
     lay_out_models(tmp_path / "models")
     write_clips(tmp_path / "clips", count=2)
     (tmp_path / "prompts.txt").write_text(PROMPTS, encoding="utf-8")
-    lay_out_datasets(tmp_path, in_sections="framepack" in page.stem)
+    lay_out_datasets(tmp_path, in_sections="framepack" in page.stem or "one_frame" in page.stem)
     lay_out_inputs(tmp_path)
     if page.stem == "README":
         lay_out_flux(tmp_path / "models")

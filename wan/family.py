@@ -239,8 +239,8 @@ class Wan(OneTransformer):
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """Return the conditions for training: text, by task CLIP features, `condition_latents` B C F H W."""
-        if (PLACES in batch.tensors) != (self.image_kind == ONE_FRAME) and self.task.takes_image:
-            import_own("wan.one_frame").note_other_samples(PLACES in batch.tensors)
+        if self.image_kind == ONE_FRAME and PLACES not in batch.tensors:
+            import_own("wan.one_frame").note_clips()
         zeros_on = latents.device if self._feature_zeros else None
         return batch_conditions(self.task, self.files.dit_header().config, batch, zeros_on)
 

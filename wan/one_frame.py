@@ -250,17 +250,10 @@ def batch_conditions(task: WanTask, config: WanConfig, batch: Batch) -> Conditio
     return {**conditions, "clip": clip}
 
 
-@lru_cache  # once for each, not with every batch
-def note_other_samples(learns_pictures: bool) -> None:
-    """Warn that samples are not what is learned."""
-    if learns_pictures:
-        logger.warning(
-            "the caches are those of single pictures, and samples are videos. Give --one_frame, or --of in "
-            "the lines of --sample_prompts"
-        )
-    else:
-        logger.warning(
-            "--one_frame is given, but the caches are not those of single pictures (%s): videos are learned, "
-            "and samples are pictures. Cache again, or leave --one_frame out",
-            CACHE_AGAIN,
-        )
+@lru_cache  # once, not with every batch
+def note_clips() -> None:
+    logger.warning(
+        "--one_frame is given, but the caches are not those of single pictures: videos are learned, and "
+        "samples are pictures. Cache again with %s, or leave --one_frame out",
+        CACHE_AGAIN,
+    )

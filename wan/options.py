@@ -328,6 +328,7 @@ def _say_control(options: WanTrainingOptions, sample: Mapping[str, Any]) -> dict
 def generation_options(options: WanTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
     task, other = TASKS[options.task], options.sample_dit_other
+    needs_image = task.takes_image and not options.one_frame  # else the control images are seen
     low, high = options.dit, options.experts.dit_high_noise
     low, high = (low or other, high) if high is not None else (low, other)
     return {
@@ -342,7 +343,7 @@ def generation_options(options: WanTrainingOptions, sample: Mapping[str, Any]) -
         "--clip": (options.clip or "CLIP_FILE") if task.has_features else None,
         "--t5_tokenizer": options.text.t5_tokenizer,
         "--dit_dtype": options.dit_dtype,
-        "--image_path": sample.get("image_path") or ("IMAGE_FILE" if task.takes_image else None),
+        "--image_path": sample.get("image_path") or ("IMAGE_FILE" if needs_image else None),
         "--end_image_path": sample.get("end_image_path"),
         "--control_path": sample.get("control_path") or ("CONTROL_FILE" if task.has_control else None),
         **_say_control(options, sample),

@@ -11,7 +11,8 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from modules.media.reading import read_image
@@ -280,3 +281,32 @@ def test_the_first_steps_are_those_of_plain_torch(tmp_path: Path, scene: Scene) 
         scene.task,
         TOLERANCE,
     )
+
+
+def test_samples_are_pictures_and_caches_of_others_are_learned_from(tmp_path: Path, start: Scene) -> None:
+    """Others hold features of each control image on an axis of their own; the same is learned from them."""
+    write_project(tmp_path, start, 1)
+    image = start.folder / "a.png"
+    said = "--w 48 --h 32 --s 2 --d 1 --l 1"
+    lines = f"a cat --ci {image} {said}\na dog --ci {image} --of target_index=5 {said} --f 1"
+    (tmp_path / "lines.txt").write_text(lines, encoding="utf-8")
+    run = ["--task", start.task, *models_in(start.models), "--sdpa", "--dataset_config", "dataset.toml"]
+    run += ["--network_module", "networks.lora_wan", "--network_dim", 4, *descent(RATE, 1)]
+    samples = ["--one_frame", "--sample_prompts", "lines.txt", "--sample_every_n_steps", 1]
+    succeed_here("wan_train_network.py", *run, *samples, folder=tmp_path)
+
+    folder = tmp_path / "out" / "sample"
+    first, second = (next(folder.glob(f"lora_*_{number}_*.png")) for number in ("00", "01"))
+    assert read_image(first).shape == (HEIGHT, WIDTH, 3)
+    assert (read_image(first) != read_image(second)).any()
+    trained = load_file(tmp_path / "out" / "lora.safetensors")
+
+    for path in (tmp_path / "cache").glob("*_wan.safetensors"):
+        with safe_open(path, "pt") as file:
+            metadata = {"architecture": file.metadata()["architecture"], "format_version": "1.0.1"}
+        tensors = load_file(path)
+        tensors = {key: one[None] if key.startswith("clip") else one for key, one in tensors.items()}
+        save_file(tensors, path, metadata)
+    succeed_here("wan_train_network.py", *run, folder=tmp_path)
+    again = load_file(tmp_path / "out" / "lora.safetensors")
+    assert all(torch.equal(again[name], tensor) for name, tensor in trained.items())
