@@ -34,7 +34,10 @@ NAMES = (
     *("wan t2v-1.3B", "hunyuan_video"),
     *(
         pytest.param(name, marks=pytest.mark.slow)
-        for name in ("framepack", "kontext", "flux_2", "qwen_image", "z_image", "krea2", "ltx_2 with sound")
+        for name in (
+            *("wan vace-1.3B", "framepack", "kontext", "flux_2", "qwen_image", "z_image", "krea2"),
+            "ltx_2 with sound",
+        )
     ),
 )
 

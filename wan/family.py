@@ -223,6 +223,9 @@ class Wan(OneTransformer):
         self.files.check_dits()
         return self.files.dits
 
+    def file_beside(self, dit: Path) -> Path | None:
+        return self.files.vace_of(dit)
+
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
         path = self.dit_files[expert]
         note_task(self.files.dit_header(), self.task, path, self.compute_dtype(placement))

@@ -150,9 +150,11 @@ class WanModelOptions(Options, title="Wan"):
                 f"--vace {self.vace}: --task {self.task} has no blocks of VACE. Use --task vace-1.3B, "
                 "vace-14B or vace-A14B"
             )
-        if self.vace is not None and (self.vace_high_noise is None) != (self.experts.dit_high_noise is None):
+        both = (self.experts.dit_high_noise, getattr(self, "sample_dit_other", None))
+        if self.vace is not None and (self.vace_high_noise is None) != (both == (None, None)):
             raise OptionError(
-                "--vace with two transformers: give --dit_high_noise and --vace_high_noise both, or neither"
+                "--vace with two transformers: each has a file of VACE's blocks. Give --dit_high_noise and "
+                "--vace_high_noise both, or leave both out"
             )
 
 

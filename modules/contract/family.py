@@ -394,6 +394,9 @@ class Predicts(Passes, Protocol):
     @property
     def dit_files(self) -> tuple[Path, ...]: ...  # the checkpoint of each expert
 
+    # that has further tensors of one of these, such as a second stack of blocks
+    def file_beside(self, dit: Path) -> Path | None: ...
+
     # blocks of each list of `DitSpec.block_lists`, from headers alone; () if these do not tell
     def block_counts(self) -> tuple[int, ...]: ...
 
