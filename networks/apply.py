@@ -369,8 +369,9 @@ def check_loras_fit(
 ) -> None:
     """Compare names and shapes of LoRAs with the header of a transformer's file, before it is loaded.
 
-    beside: a file with further tensors of it. fp8: how the model is to be kept. Raises CheckpointError if a LoRA has another size, if no part of it has
-    a weight, or if it changes weights that are stored in fp8 and are to stay in it.
+    beside: a file with further tensors of it. fp8: how the model is to be kept. Raises CheckpointError if a
+    LoRA has another size, if no part of it has a weight, or if it changes weights that are stored in fp8 and
+    are to stay in it.
     """
     if not uses:
         return

@@ -242,6 +242,7 @@ class Abilities:
     rate: bool = False  # the model is told how many frames make a second, in runs without sound too
     tell_few_steps: bool = False  # it is a `KnowsFewSteps`
     sample_apart: str = ""  # its option of a transformer that makes samples of a training and does not learn
+    references: str = ""  # which of its variants takes references of clips, and how to ask for it
 
 
 class Described(Protocol):

@@ -109,3 +109,13 @@ def test_savers_of_memory_and_time_make_the_plain_clip(
 
     assert_equal(latents, plain, str(asked[0]), tolerance)
     assert torch.equal(latents, plain) is (tolerance == 0)
+
+
+def test_a_table_with_references_hints_at_vace(scene: Scene) -> None:
+    table = '[[datasets]]\nvideo_directory = "v"\ncache_directory = "c"\nresolution = [48, 32]\n'
+    for key in ("reference_directory", "control_mask_directory"):
+        text = f'{table}control_directory = "v"\n{key} = "v"\n'
+        (scene.folder / "hint.toml").write_text(text, encoding="utf-8")
+        told = ["--dataset_config", "hint.toml", "--vae", scene.models / "vae.safetensors"]
+        code, message = run_here("wan_cache_latents.py", *told, folder=scene.folder)
+        assert_one_message(code, message, key, "cache with --vace")
