@@ -152,9 +152,10 @@ class WanModelOptions(Options, title="Wan"):
             )
         both = (self.experts.dit_high_noise, getattr(self, "sample_dit_other", None))
         if self.vace is not None and (self.vace_high_noise is None) != (both == (None, None)):
+            missing = "--vace_high_noise" if self.vace_high_noise is None else "--dit_high_noise"
             raise OptionError(
-                "--vace with two transformers: each has a file of VACE's blocks. Give --dit_high_noise and "
-                "--vace_high_noise both, or leave both out"
+                "--vace with two transformers: each has blocks of VACE, --vace and --vace_high_noise. "
+                f"Give {missing} too"
             )
 
 

@@ -1,15 +1,18 @@
 """VACE with what else a command can ask for: each is equal to plain, or refused with the reason."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from modules.errors import OptionError
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.parity.running import assert_equal, generate, models_in
 from tests.parity.test_vace import ASK, Options, Scene
+from wan.options import WanExpertOptions, WanTrainingOptions
 
 FACTORS = ["vace_blocks.1.self_attn.q", "vace_blocks.0.ffn.2"]
 
@@ -119,3 +122,16 @@ def test_a_table_with_references_hints_at_vace(scene: Scene) -> None:
         told = ["--dataset_config", "hint.toml", "--vae", scene.models / "vae.safetensors"]
         code, message = run_here("wan_cache_latents.py", *told, folder=scene.folder)
         assert_one_message(code, message, key, "cache with --vace")
+
+
+def test_two_transformers_have_blocks_of_vace_each() -> None:
+    low, high = Path("low"), Path("high")
+    said: dict[str, Any] = {"task": "vace-A14B", "dit": low, "vace": low}
+    WanTrainingOptions(**said, sample_dit_other=high, vace_high_noise=high)
+    for more, missing in (
+        ({"sample_dit_other": high}, "Give --vace_high_noise"),
+        ({"experts": WanExpertOptions(dit_high_noise=high)}, "Give --vace_high_noise"),
+        ({"vace_high_noise": high}, "Give --dit_high_noise"),
+    ):
+        with pytest.raises(OptionError, match=missing):
+            WanTrainingOptions(**said, **more)
