@@ -105,11 +105,12 @@ def _with_keys_in_general(path: Path, content: Table, problems: list[str]) -> Ta
 
 
 def for_family(
-    config: DatasetConfig, rules: ReferenceRules | None, frame_step: int, in_sections: bool
+    config: DatasetConfig, rules: ReferenceRules | None, frame_step: int, in_sections: bool, instead: str = ""
 ) -> DatasetConfig:
     """Return a configuration as a family takes it: `with_lengths` and `with_references`.
 
     in_sections: whether its latents depend on the keys of sections; else a warning names those that are set.
+    instead: `Abilities.references`.
     """
     for table in config.datasets:
         of_sections = table.changed(forms.SECTIONS)
@@ -118,7 +119,7 @@ def for_family(
             logger.warning(
                 "%s: %s: ignored, as only FramePack, and Wan with --one_frame, take them", table.name, keys
             )
-    return with_references(with_lengths(config, frame_step), rules)
+    return with_references(with_lengths(config, frame_step), rules, instead)
 
 
 def with_sound_files(config: DatasetConfig, option: str, folder: Path | None) -> DatasetConfig:
@@ -158,7 +159,7 @@ def with_lengths(config: DatasetConfig, frame_step: int) -> DatasetConfig:
     return replace(config, datasets=tuple(tables))
 
 
-def with_references(config: DatasetConfig, rules: ReferenceRules | None) -> DatasetConfig:
+def with_references(config: DatasetConfig, rules: ReferenceRules | None, instead: str = "") -> DatasetConfig:
     """Return a configuration whose control images are taken as a family does: `Family.references`.
 
     Raises DatasetError if the family has no use for a key.
@@ -169,7 +170,7 @@ def with_references(config: DatasetConfig, rules: ReferenceRules | None) -> Data
             f"{flips[0]}: flip_aug mirrors reference pictures, but not what the text encoder sees of them. "
             "Leave it out"
         )
-    takes_clips = rules is not None and rules.clips
+    takes_clips, remedy = rules is not None and rules.clips, f"Leave it out{instead and f'. {instead}'}"
     if rules is not None and not takes_clips:
         of_images = [
             replace(one, references=rules) if one.kind == "image" else one for one in config.datasets
@@ -179,11 +180,11 @@ def with_references(config: DatasetConfig, rules: ReferenceRules | None) -> Data
     for table in config.datasets:
         if table.reference_directory is not None and not takes_clips:
             other = "none" if rules is None else "them from control_directory"
-            why = f"this model takes {other}. Leave it out"
+            why = f"this model takes {other}. {remedy}"
             problems.append(f"{table.name}: reference_directory has clips and pictures as references; {why}")
         if table.control_mask_directory is not None and not (takes_clips and rules and rules.control_masks):
             why = "this model takes no masks of control clips; those of the loss are in mask_directory"
-            problems.append(f"{table.name}: control_mask_directory: {why}. Leave it out")
+            problems.append(f"{table.name}: control_mask_directory: {why}. {remedy}")
         if rules is not None and not takes_clips:
             continue
         if table.reference_dropout_rate:

@@ -188,6 +188,9 @@ class OneTransformer:
         self.files.dit_header()
         return (self.files.dit_path,)
 
+    def file_beside(self, dit: Path) -> Path | None:
+        return None
+
     def block_counts(self) -> tuple[int, ...]:
         config = self.files.dit_header().config
         if hasattr(config, "num_layers"):

@@ -169,7 +169,8 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
         return
     check_models(run)
     for file, of_expert in zip(family.dit_files, uses, strict=False):
-        check_loras_fit(file, of_expert)
+        if of_expert:
+            check_loras_fit(file, of_expert, family.file_beside(file))
     if options.preview.preview_latent_every is not None:
         run = run.with_previews()
     if options.interactive:
@@ -306,6 +307,11 @@ def save_merged_model(family: Family, uses: LorasByExpert, path: Path, device: t
     for index in changed:
         read = [*files, *(use.lora.path for use in uses[index])]
         refuse_replacing("--save_merged_model", targets[index], read)
+        if (beside := family.file_beside(files[index])) is not None:
+            raise OptionError(
+                f"--save_merged_model {path}: the model is in two files, {files[index]} and {beside}. Use "
+                "merge_lora.py --dit FILE for each of them; it warns of what the other one has"
+            )
         check_loras_fit(files[index], uses[index])
     for index, expert in enumerate(experts):
         if index in changed:

@@ -4,6 +4,7 @@ switched to others.
 A `Change` is one LoRA's effect on one parameter. `networks.added` puts LoRAs round a forward instead.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -381,14 +382,18 @@ class OriginalWeights:
             parameter.copy_(patch(self._published(name), original.to(parameter.device)))
 
 
-def check_loras_fit(model: Path, uses: Sequence[LoraUse]) -> None:
+def check_loras_fit(model: Path, uses: Sequence[LoraUse], beside: Path | None = None) -> None:
     """Compare names and shapes of LoRAs with the header of a transformer's file, before it is loaded.
 
-    Raises CheckpointError if a LoRA has another size, or if no part of it has a weight.
+    beside: a file with further tensors of it. Raises CheckpointError if a LoRA has another size, or if no
+    part of it has a weight.
     """
     if not uses:
         return
-    with open_checkpoint(model) as checkpoint:
+    with contextlib.ExitStack() as opened:
+        checkpoint = opened.enter_context(open_checkpoint(model))
+        if beside is not None:
+            checkpoint = checkpoint.join(opened.enter_context(open_checkpoint(beside)))
         patch = LoraPatch(uses, checkpoint.tensors, model)
         for name, info in checkpoint.tensors.items():
             patch.add_to(name, deltas.hollow(info))

@@ -40,6 +40,7 @@ KINDS = {
     "wan flf2v-14B": "flf2v",
     "wan t2v-1.3B-FC": "fun-control",
     "wan i2v-14B-FC": "fun-control-v1.1",
+    "wan vace-1.3B": "vace",
     "wan ti2v-5B": "ti2v",
 }
 STEPS = ("--optimizer_type", "SGD", "--learning_rate", "1", "--max_train_steps", "4")

@@ -35,7 +35,8 @@ NAMES = (
     *(
         pytest.param(name, marks=pytest.mark.slow)
         for name in (
-            *("framepack", "kontext", "flux_2", "qwen_image", "z_image", "krea2", "krea2 edit"),
+            *("wan vace-1.3B", "framepack", "kontext", "flux_2", "qwen_image", "z_image", "krea2"),
+            "krea2 edit",
             "ltx_2 with sound",
         )
     ),

@@ -78,7 +78,7 @@ def check_before_loading(
             for use in uses:
                 refuse_dora(use.lora, "--sample_lora")
             if uses and file is not None:
-                check_loras_fit(file, uses)
+                check_loras_fit(file, uses, of_samples.file_beside(file))
     folder, name = options.saving.output_dir, options.saving.output_name
     if folder is not None and name is not None and folder.is_dir():
         check_space(folder / f"{name}.safetensors", _smallest_file(family, options))
@@ -116,7 +116,7 @@ def check_networks(family: Family, options: TrainingOptions) -> None:
                 refuse_dora(adapter.lora, TRAINING_ADAPTER)
                 uses.append(adapter)
             if uses and file is not None:
-                check_loras_fit(file, uses)
+                check_loras_fit(file, uses, family.file_beside(file))
 
 
 def check_teacher(family: Family, options: TrainingOptions, texts: LiveTexts) -> None:

@@ -239,7 +239,8 @@ def join_processes(family: Family, options: TrainingOptions) -> Iterator[JoinedP
 def read_config(options: TrainingOptions, family: Family) -> DatasetConfig:
     """Read the data of a training: --dataset_config, or --train_data_dir and its companions."""
     path, given = options.loop.dataset_config, options.subset
-    of_family = family.references, family.latent.frame_step, family.latent.in_sections
+    latent = family.latent
+    of_family = family.references, latent.frame_step, latent.in_sections, family.can.references
     if given is not None and given.replaces_toml:
         if path is None:
             return for_family(folders_config(given), *of_family)

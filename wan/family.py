@@ -101,7 +101,11 @@ class Wan(OneTransformer):
     boundary: float | None = None  # timestep from which on the high-noise expert works; None: there is none
     first_frame_probability: float = 0.0  # of a training, see `NoiseSpec`
 
-    can: ClassVar = Abilities(tell_few_steps=True, sample_apart="--sample_dit_other")
+    can: ClassVar = Abilities(
+        tell_few_steps=True,
+        sample_apart="--sample_dit_other",
+        references="VACE takes it: cache with --vace, and train with --task vace-1.3B, vace-14B or vace-A14B",
+    )
     name: str = field(default="wan", init=False)
     cache_tag: str = field(default="wan", init=False)
     lora_module: str = field(default=LORA[0].network_module, init=False)
@@ -229,6 +233,9 @@ class Wan(OneTransformer):
     def dit_files(self) -> tuple[Path, ...]:
         self.files.check_dits()
         return self.files.dits
+
+    def file_beside(self, dit: Path) -> Path | None:
+        return self.files.vace_of(dit)
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
         path = self.dit_files[expert]

@@ -163,9 +163,12 @@ class WanModelOptions(Options, title="Wan"):
                 f"--vace {self.vace}: --task {self.task} has no blocks of VACE. Use --task vace-1.3B, "
                 "vace-14B or vace-A14B"
             )
-        if self.vace is not None and (self.vace_high_noise is None) != (self.experts.dit_high_noise is None):
+        both = (self.experts.dit_high_noise, getattr(self, "sample_dit_other", None))
+        if self.vace is not None and (self.vace_high_noise is None) != (both == (None, None)):
+            missing = "--vace_high_noise" if self.vace_high_noise is None else "--dit_high_noise"
             raise OptionError(
-                "--vace with two transformers: give --dit_high_noise and --vace_high_noise both, or neither"
+                "--vace with two transformers: each has blocks of VACE, --vace and --vace_high_noise. "
+                f"Give {missing} too"
             )
 
 

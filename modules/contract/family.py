@@ -242,6 +242,7 @@ class Abilities:
     rate: bool = False  # the model is told how many frames make a second, in runs without sound too
     tell_few_steps: bool = False  # it is a `KnowsFewSteps`
     sample_apart: str = ""  # its option of a transformer that makes samples of a training and does not learn
+    references: str = ""  # which of its variants takes references of clips, and how to ask for it
 
 
 class Described(Protocol):
@@ -393,6 +394,9 @@ class Predicts(Passes, Protocol):
 
     @property
     def dit_files(self) -> tuple[Path, ...]: ...  # the checkpoint of each expert
+
+    # that has further tensors of one of these, such as a second stack of blocks
+    def file_beside(self, dit: Path) -> Path | None: ...
 
     # blocks of each list of `DitSpec.block_lists`, from headers alone; () if these do not tell
     def block_counts(self) -> tuple[int, ...]: ...
