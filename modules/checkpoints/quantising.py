@@ -316,7 +316,8 @@ def _widen(
     """Write quantised weights in bfloat16, the rest as it is."""
     if not narrow:
         raise CheckpointError(
-            f"{options.model} has no quantised weights. Give a file that has, or another --form.", options.model
+            f"{options.model} has no quantised weights. Give a file that has, or another --form.",
+            options.model,
         )
     tensors = {}
     for name in sources:
