@@ -130,3 +130,26 @@ def gguf_file(path: Path, kind: str) -> Path:
     writer.close()
     save_file({name: tensor.contiguous() for name, tensor in plain.items()}, path)
     return packed
+
+
+def text_encoder_gguf(path: Path, architecture: str) -> Path:
+    """Write a text encoder in Q8_0 beside its file, with the names that the package gguf has for it."""
+    import gguf
+
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture], 99)
+    packed = path.with_name("text_encoder.bin")
+    writer = gguf.GGUFWriter(packed, architecture.lower())
+    for name, tensor in load_file(path).items():
+        data = tensor.float().numpy()
+        theirs = names.get_name(name, try_suffixes=(".weight",))
+        assert theirs is not None
+        if tensor.ndim == 2 and tensor.shape[1] % 32 == 0:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(theirs, gguf.quants.quantize(data, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(theirs, data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return packed
