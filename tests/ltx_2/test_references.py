@@ -180,7 +180,8 @@ def made_of(release: TinyRelease, folder: Path, name: str, *words: object) -> li
     command += ["--no_metadata", "--save_path", name]
     succeed_here("ltx2_generate_video.py", *command, *words, folder=folder)
     return [
-        load_file(path)["latent"] for path in sorted((folder / name).iterdir(), key=lambda one: len(one.name))
+        load_file(path)["latent"]
+        for path in sorted((folder / name).iterdir(), key=lambda one: one.stat().st_mtime_ns)
     ]
 
 
