@@ -222,14 +222,14 @@ class TrainingFp8Options(Options):
     upcast_quantization: bool = option(
         _UPCAST, acts_if={"it needs --fp8_base --fp8_scaled": lambda own: own.fp8_scaled}
     )
-    convrot_int8: bool = option(_INT8, excludes=("fp8_base", "nf4_base"), hint=_ONE_FORM, often=True)
+    convrot_int8: bool = option(_INT8, excludes=("fp8_base", "nf4_base"), hint=_ONE_FORM)
     convrot_int8_bwd: str = option(
         "what computes the gradients of these layers' inputs: bf16, or int8, which is faster and less exact",
         default="bf16",
         choices=("bf16", "int8"),
         acts_if={"it needs --convrot_int8": lambda own: own.convrot_int8},
     )
-    nf4_base: bool = option(_NF4, excludes="fp8_base", hint=_ONE_FORM, often=True)
+    nf4_base: bool = option(_NF4, excludes="fp8_base", hint=_ONE_FORM)
 
     @property
     def quantisation(self) -> Quantisation | None:
