@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from modules.atomic_write import atomic_path
 from modules.bars import BYTES, track
@@ -146,7 +146,7 @@ def _transformer(
 ) -> Recognised:
     header = form.read_header(bare)
     with on_meta_device():
-        dit: nn.Module = form.network(header.config, SDPA)
+        dit: Any = form.network(header.config, SDPA)
     sources = form.sources(bare, header)
     wanted = linear_weights(dit, dit.spec.block_lists, dit.spec.fp8_exclude)
     made_of: dict[str, set[str]] = {}  # tensor of the file -> ours that are made of it
@@ -189,6 +189,9 @@ def _write_marked(
         finite.note(name, tensor)
         return tensor
 
+    def rounded(name: str, part: _Rounding, number: int) -> Tensor:
+        return part.make(plain(name).to(device))[number]
+
     def add(name: str, info: TensorInfo, make: Callable[[], Tensor]) -> None:
         if name in tensors:
             raise CheckpointError(
@@ -198,15 +201,15 @@ def _write_marked(
 
     for name, info in checkpoint.tensors.items():
         if name not in found.layers:
-            add(name, info, lambda name=name: plain(name))
+            add(name, info, partial(plain, name))
             continue
         stem, shape = name.removesuffix(".weight"), (info.shape[0], info.shape[1])
         part = _Rounding(options.form, shape)
         text = torch.tensor(list(json.dumps(part.mark).encode()), dtype=torch.uint8)
-        make = [lambda name=name, part=part, n=n: part.make(plain(name).to(device))[n] for n in range(2)]
+        make = [partial(rounded, name, part, n) for n in range(2)]
         add(name, TensorInfo(part.dtype, shape), make[0])
         add(f"{stem}.weight_scale", TensorInfo(torch.float32, part.scale_shape), make[1])
-        add(stem + MARK, TensorInfo(torch.uint8, tuple(text.shape)), lambda text=text: text)
+        add(stem + MARK, TensorInfo(torch.uint8, tuple(text.shape)), text.clone)
     stream_tensors(options.output, tensors, lambda name: makers[name](), {"format": "pt", **metadata})
     return len(found.layers)
 
@@ -216,12 +219,14 @@ class _Rounding:
 
     def __init__(self, form: str, shape: Shape) -> None:
         self.mark: dict[str, Any] = {"format": "float8_e4m3fn" if form == "fp8" else "int8_tensorwise"}
-        self.dtype, self.scale_shape = (E4M3, ()) if form == "fp8" else (torch.int8, (shape[0], 1))
+        self.dtype = E4M3 if form == "fp8" else torch.int8
+        self.scale_shape: tuple[int, ...] = () if form == "fp8" else (shape[0], 1)
         if form == "convrot":
             group = next((group for group in GROUPS if shape[1] % group == 0), 0)
             self.mark |= {"convrot": True, "convrot_groupsize": group} if group else {}
 
     def make(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        codes: Tensor | None
         if self.dtype == E4M3:
             codes, scale = round_to_fp8(weight, Quantisation("tensor", float32_scales=True))
         else:
