@@ -23,13 +23,7 @@ from frame_pack.blocks import (
 )
 from frame_pack.configs import DIT, FramePackConfig
 from hunyuan_model.blocks import EmbeddedText, HunyuanModulation, HunyuanTokens, join_tokens
-from hunyuan_model.model import (
-    PatchEmbedding,
-    check_sizes,
-    count_real,
-    from_patches,
-    rotary_widths,
-)
+from hunyuan_model.model import PatchEmbedding, check_sizes, count_real, from_patches, rotary_widths
 from hunyuan_model.token_refiner import VectorEmbedding, mean_text, refine_tokens
 from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.devices import send_ahead

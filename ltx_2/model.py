@@ -163,8 +163,7 @@ class LtxModel(nn.Module):
     ) -> tuple[Tensor, LtxTokens]:
         """Return the tokens of all streams, B L+M W, and the other inputs of the blocks.
 
-        References stand in front of the video's tokens: as given frames they have time 0, and attention knows
-        no order but that of positions.
+        References stand in front of the video's tokens: attention knows no order but that of positions.
         """
         self._check(latents, texts)
         first = next(iter(latents.values()))
@@ -179,16 +178,10 @@ class LtxModel(nn.Module):
             given = tweaks.given_frames * one.shape[-1] * one.shape[-2] if names is VIDEO else 0
             given += sum(each[0, 0].numel() for each in before)
             own = timesteps[names]
-            # B F*H*W Z of a video's latents, B M Z*K of a sound's
-            flat = one.flatten(2).mT if names is VIDEO else one.transpose(1, 2).flatten(2)
-            flat = torch.cat([*(each.flatten(2).mT for each in before), flat], dim=1) if before else flat
-            parts[names] = in_own_dtype(self._part(names, "patchify_proj"), flat).to(dtype)
-            if names is VIDEO and self.config.marks_first:
-                behind = sum(each[0, 0].numel() for each in before)
-                parts[names] = self._mark_first(parts[names], behind, one.shape[-1] * one.shape[-2])
+            parts[names] = self._project(names, one, before, dtype)
             share = reference_share if before else 0.0
             rows, time = self._embed_times(self._part(names, "adaln_single"), own, given > 0, share)
-            text_rows = cross = None
+            text_rows = cross = heard = None
             if self.config.modulates_text and not self.config.times_text:
                 text_rows = rows.new_zeros(1, 1, 2, 1)
             elif self.config.modulates_text:
@@ -197,7 +190,6 @@ class LtxModel(nn.Module):
                 others = timesteps[SOUND if names is VIDEO else VIDEO] * self.config.gate_time
                 cross_rows, _ = self._embed_times(getattr(self, names.cross_rows), own, given > 0, share)
                 gate, _ = self._embed_times(getattr(self, names.cross_gate), others)
-                heard = None
                 if names is VIDEO and has_sound is not None:
                     heard = has_sound.to(rows.device, torch.float32).view(-1, 1, 1)
                 by_time = self._rotation(names, one, fps, True, before, reference_time)
@@ -213,10 +205,23 @@ class LtxModel(nn.Module):
             )
         grid = tuple(latents[VIDEO].shape[2:]) if VIDEO in latents else ()
         bins = latents[SOUND].shape[3] if SOUND in latents else 0
-        steer = tweaks.steer or see_one
+        how = self.attention, tweaks.steer or see_one
         keeps = bool(references) and reference_share > 0
-        tokens = LtxTokens(streams, grid, bins, dtype, self.attention, steer, keeps_references=keeps)
+        tokens = LtxTokens(streams, grid, bins, dtype, *how, keeps_references=keeps)
         return tokens.join(parts), tokens
+
+    def _project(
+        self, names: StreamNames, latents: Tensor, before: Sequence[Tensor], dtype: torch.dtype
+    ) -> Tensor:
+        """Return the tokens of a stream before any block, B L W, those of references in front."""
+        # B F*H*W Z of a video's latents, B M Z*K of a sound's
+        flat = latents.flatten(2).mT if names is VIDEO else latents.transpose(1, 2).flatten(2)
+        flat = torch.cat([*(each.flatten(2).mT for each in before), flat], dim=1) if before else flat
+        tokens = in_own_dtype(self._part(names, "patchify_proj"), flat).to(dtype)
+        if names is not VIDEO or not self.config.marks_first:
+            return tokens
+        behind = sum(each[0, 0].numel() for each in before)
+        return self._mark_first(tokens, behind, latents.shape[-1] * latents.shape[-2])
 
     def unembed(self, x: Tensor, tokens: LtxTokens) -> dict[StreamNames, Tensor]:
         """Turn tokens B L+M W into the velocities of the streams, as their latents came, in float32."""

@@ -1,7 +1,4 @@
-"""The parser of a script's options: put records into argparse, and answer mistakes.
-
-Standard library only, so that `--help` answers at once.
-"""
+"""The parser of a script's options, light: put records into argparse, and answer mistakes."""
 
 import argparse
 import logging

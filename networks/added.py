@@ -307,8 +307,7 @@ def add_loras(
 def add_stage_loras(dit: nn.Module, is_compiled: bool = False) -> None:
     """Put the LoRAs that a family's stages have into its network, switched off, as `dit.stage_loras`.
 
-    Their files and the options that name them are the network's `stage_files`, which few networks have.
-    Raises as `add_loras`.
+    Their files and the options that name them are the network's `stage_files`. Raises as `add_loras`.
     """
     vars(dit)["stage_loras"] = [
         add_loras(dit, [LoraUse(loading.read_lora(path))], is_compiled, option)

@@ -27,7 +27,7 @@ BUDGET = {
     "hunyuan_image": (1270, 9),
     "hunyuan_model": (3070, 17),
     "krea2": (1200, 7),
-    "ltx_2": (5180, 27),
+    "ltx_2": (5190, 27),
     "lumina": (1350, 10),
     "modules": (22800, 119),
     "networks": (8580, 41),

@@ -58,15 +58,7 @@ def read_batch(
     ]
     texts = [reader.read_text(item, number) for item, number in zip(items, numbers, strict=True)]
     has_sound = [data.SOUND in one.tensors for one in media]
-    # of clips without sound it is not learned; without a mask of the control, all is made anew
-    for name, value in ((data.SOUND, 0), (data.CONTROL_MASK, 255)):
-        given = [one.tensors[name] for one in media if name in one.tensors]
-        for one in media if given else ():
-            one.tensors.setdefault(name, torch.full_like(given[0], value))
-    if any(data.LOSS_MASK in one.tensors for one in media):
-        for one in media:  # one without a mask gets ones, which change nothing
-            ones = torch.ones(one.tensors["latents"].shape[1:], dtype=torch.float16)
-            one.tensors.setdefault(data.LOSS_MASK, ones)
+    _fill_gaps(media)
     tensors = {**_stack(media, commands.latents), **_stack(texts, commands.text)}
     if latent.references_first:
         _put_in_front(tensors)
@@ -216,6 +208,18 @@ class _Reader:
 
 def stores_for(item: TrainingItem, latent: data.LatentSpec) -> Stores:
     return Stores(NpzNames(item.kind.tag, latent, item.kind.text_keys))
+
+
+def _fill_gaps(media: Sequence[_Part]) -> None:
+    """Give all items what only some have: sound that is not learned, masks that change nothing."""
+    for name, value in ((data.SOUND, 0), (data.CONTROL_MASK, 255)):  # without a mask all is made anew
+        given = [one.tensors[name] for one in media if name in one.tensors]
+        for one in media if given else ():
+            one.tensors.setdefault(name, torch.full_like(given[0], value))
+    if any(data.LOSS_MASK in one.tensors for one in media):
+        for one in media:
+            ones = torch.ones(one.tensors["latents"].shape[1:], dtype=torch.float16)
+            one.tensors.setdefault(data.LOSS_MASK, ones)
 
 
 def _stack(parts: Sequence[_Part], command: str) -> dict[str, Tensor | list[Tensor]]:

@@ -53,6 +53,30 @@ logger = logging.getLogger(__name__)
 NUMBER_BYTES = 2  # of a latent; float32 ones take twice as much
 
 
+def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[MediaSource]) -> None:
+    """Raise DatasetError with all that makes tables useless for a family."""
+    problems = []
+    controlled = {source.table.index for source in sources if source.control}
+    companions: dict[int, list[MediaSource]] = {}
+    for source in sources:
+        if source.references or source.control_mask is not None:
+            companions.setdefault(source.table.index, []).append(source)
+    for table in config.datasets:
+        has_control = table.index in controlled
+        try:
+            existing.refuse_changing(table, table.augmentation.varying_keys, "latents")
+            # first: load_tensors ignores the keys that a family's own check would have changed
+            existing.refuse_moments(family, table)
+            check_resolution(table, family.latent.pixel_step)
+            family.check_table(existing.media_table(table, has_control))
+            existing.refuse_companions(table, companions.get(table.index, ()))
+        except DatasetError as error:
+            is_hint = has_control and table.conditioning_directory is not None
+            problems.append(f"{error}{MASKS_HINT if is_hint else ''}")
+    if problems:
+        raise DatasetError("\n".join(problems))
+
+
 class MediaWork:
     """The latents of a dataset. The encoders are loaded when they are first needed and stay until `free`, or
     until those of sound are loaded in their place, and the other way round.
@@ -82,26 +106,7 @@ class MediaWork:
             how = options.skip_existing, options.verify, device
             self._sound = sound.SoundWork(cast("HearingFamily", family), config.datasets, self.stores, *how)
         sources, self.not_listed, self.whole_tables = list_sources(config, captions=False)
-        problems = []
-        controlled = {source.table.index for source in sources if source.control}
-        companions: dict[int, list[MediaSource]] = {}
-        for source in sources:
-            if source.references or source.control_mask is not None:
-                companions.setdefault(source.table.index, []).append(source)
-        for table in config.datasets:
-            has_control = table.index in controlled
-            try:
-                existing.refuse_changing(table, table.augmentation.varying_keys, "latents")
-                # first: load_tensors ignores the keys that a family's own check would have changed
-                existing.refuse_moments(family, table)
-                check_resolution(table, family.latent.pixel_step)
-                family.check_table(existing.media_table(table, has_control))
-                existing.refuse_companions(table, companions.get(table.index, ()))
-            except DatasetError as error:
-                is_hint = has_control and table.conditioning_directory is not None
-                problems.append(f"{error}{MASKS_HINT if is_hint else ''}")
-        if problems:
-            raise DatasetError("\n".join(problems))
+        _check_tables(family, config, sources)
         warn_captions(sources)
         warn_unused(config, sources)
         family.check_given_files()

@@ -12,8 +12,8 @@ kinds: recognise model files by the names of tensors
 marks: recognise packed weights by what a file says
 model_files: check model files and folders given by options
 opening: open model files in any container
-quantise_options: options of tools/quantise.py
-quantising: write a model with its layers in 8 bits, or in 16 again
+quantise_options: options of quantising a model's file
+quantising: write layers in 8 bits, or 16 again
 tokenizers: find and read the tokenizer of a text encoder
 writing: write a safetensors file tensor by tensor
 """

@@ -63,8 +63,7 @@ class Checkpoint:
         info = self.tensors[name]
         if tensor is None:
             tensor = torch.empty(info.stored_shape, dtype=info.dtype)
-        found = self.borrow(name, tensor.view(-1).view(torch.uint8))
-        # a mapped file lends its own memory, also a view of a larger storage
+        found = self.borrow(name, tensor.view(-1).view(torch.uint8))  # a mapped file lends its own memory
         return tensor if found.data_ptr() == tensor.data_ptr() else tensor.copy_(found)
 
     def borrow(self, name: str, scratch: Tensor) -> Tensor:
@@ -76,9 +75,8 @@ class Checkpoint:
         try:
             return file.borrow(stored, scratch)
         except OSError as error:
-            raise CheckpointError(
-                f"{self.path} cannot be read: {error.strerror or error}.", self.path
-            ) from error
+            why = f"{self.path} cannot be read: {error.strerror or error}."
+            raise CheckpointError(why, self.path) from error
 
     def without_prefix(self, *prefixes: str, others: Sequence[str] = ()) -> "Checkpoint":
         """Return the same tensors without prefixes: each is cut off in turn if every name begins with it.
@@ -355,12 +353,10 @@ def plain_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
     The scales are left out. Raises CheckpointError if the file's quantisation is not supported.
     """
     refuse_quantised(checkpoint)
-    scales = scales_in(checkpoint.tensors)
-    beside = set(scales.values())
-    sources = {}
-
+    scales, sources = scales_in(checkpoint.tensors), {}
     packed = {name: info for name, info in checkpoint.tensors.items() if info.packing is not None}
-    beside |= {part for name, info in packed.items() for part in companions_of(name, info)}
+    beside = {part for name, info in packed.items() for part in companions_of(name, info)}
+    beside.update(scales.values())
     for name in checkpoint.tensors:
         if name in packed:
             sources[name] = _packed_source(checkpoint.path, name, packed[name])
@@ -390,9 +386,8 @@ def _packed_source(path: Path, name: str, info: TensorInfo) -> TensorSource:
             return torch.empty(info.shape, device="meta")
         return as_stored(*tensors).value().view(info.shape)
 
-    return TensorSource(
-        (name, *companions_of(name, info)), build, as_stored if len(info.shape) == 2 else None
-    )
+    names = name, *companions_of(name, info)
+    return TensorSource(names, build, as_stored if len(info.shape) == 2 else None)
 
 
 def scales_in(names: Iterable[str]) -> dict[str, str]:
