@@ -50,7 +50,10 @@ class Ltx2GivenReferences(Options, title="references (IC-LoRA)"):
         facts=OF_REQUEST,
     )
     reference_videos: tuple[Path, ...] | None = option(
-        "several of them, for a LoRA that has learned from several", place="there", facts=OF_REQUEST
+        "several of them, for a LoRA that has learned from several",
+        place="there",
+        facts=OF_REQUEST,
+        nargs="+",
     )
     reference_downscale: int | None = option(
         "factor by which their sides are smaller; default: as the LoRA's metadata says, else 1",

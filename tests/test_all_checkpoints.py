@@ -186,7 +186,7 @@ def packed(state: State, form: str, marks: bool) -> State:
         elif form == "mxfp8":
             found[name] = weight.to(torch.float8_e4m3fn)
             found[f"{layer}.weight_scale"] = scales.to(torch.uint8)
-        elif form == "int8":
+        elif form in ("int8", "int3"):
             found[name] = weight.to(torch.int8)
             found[f"{layer}.weight_scale"] = torch.ones(rows, 1)
         else:
@@ -198,8 +198,7 @@ def packed(state: State, form: str, marks: bool) -> State:
 
 
 @pytest.mark.parametrize(
-    ("form", "marks"),
-    [("nvfp4", True), ("nvfp4", False), ("mxfp8", True), ("mxfp8", False), ("int8", False), ("GPTQ", False)],
+    ("form", "marks"), [*((form, False) for form in ("nvfp4", "mxfp8", "int8", "GPTQ")), ("int3", True)]
 )
 @pytest.mark.parametrize("name", KINDS)
 def test_quantised_files_are_called_so_before_any_size_is_judged(
@@ -209,7 +208,8 @@ def test_quantised_files_are_called_so_before_any_size_is_judged(
     state = packed(load_file(kind.write(tmp_path, kind.state())), form, marks)
     save_file(state, tmp_path / "packed.safetensors")
 
-    with pytest.raises(CheckpointError, match=rf"is quantised in a way that is not supported \({form}"):
+    message = "in the unknown form 'int3'; those known are .*nvfp4" if marks else rf"not supported \({form}"
+    with pytest.raises(CheckpointError, match=message):
         read_once(tmp_path / "packed.safetensors", kind.checkpoints.read_dit_header)
 
 
