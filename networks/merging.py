@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from modules.atomic_write import free_bytes
+from modules.checkpoints.changing import refuse_packed
 from modules.checkpoints.finite import FiniteCheck
 from modules.checkpoints.opening import Checkpoint, checkpoint_paths, open_checkpoint
 from modules.checkpoints.writing import save_tensors, stream_tensors
@@ -203,6 +204,7 @@ def merge_into_file(
 
 def _check_fits(patch: LoraPatch | WholePatch, checkpoint: Checkpoint) -> None:
     """Find out a LoRA of another model before anything is written. Raises as `merge_into_file`."""
+    refuse_packed(checkpoint)
     for name, info in checkpoint.tensors.items():
         if patch.touches(name) and info.dtype not in _WIDE:
             raise CheckpointError(

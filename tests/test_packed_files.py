@@ -8,7 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from modules.checkpoints.changing import CheckpointChange, plan_change
 from modules.checkpoints.opening import open_checkpoint, plain_sources
+from modules.errors import CheckpointError
+from networks.merging import merge_into_file
 from tests.packing import FORMS, GGUF_KINDS, gguf_file, pack_file, text_encoder_gguf
 from tests.tiny.families import FAMILIES
 from tests.tiny.project import write_lora
@@ -180,3 +183,17 @@ def test_texts_are_those_of_the_values_of_a_packed_encoder(tmp_path: Path, name:
     most = {"convrot": (1e-1, 5e-2), "Q8_0": (2e-2, 1e-4)}[form][0 if is_t5 else 1]
     for key, one in expected.items():
         assert (found[key] - one).abs().max() <= most * one.abs().max()
+
+
+@pytest.mark.parametrize("form", ["nvfp4", "Q8_0"])
+def test_packed_weights_are_neither_copied_nor_merged_into(tmp_path: Path, form: str) -> None:
+    dit = tmp_path / "dit.safetensors"
+    save_file({"blocks.0.weight": torch.ones(64, 64)}, dit)
+    packed = gguf_file(dit, form) if form in GGUF_KINDS else pack_file(dit, form)
+    result = tmp_path / "new.safetensors"
+
+    with pytest.raises(CheckpointError, match=r"blocks.0.weight in 4 or 8 bits.*quantise.py"):
+        merge_into_file(packed, (), result, torch.device("cpu"))
+    with open_checkpoint(packed) as checkpoint, pytest.raises(CheckpointError, match=r"quantise.py"):
+        plan_change(checkpoint, CheckpointChange())
+    assert not result.exists()

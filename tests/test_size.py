@@ -29,7 +29,7 @@ BUDGET = {
     "krea2": (1200, 7),
     "ltx_2": (5190, 27),
     "lumina": (1350, 10),
-    "modules": (22800, 119),
+    "modules": (22810, 119),
     "networks": (8580, 41),
     "package": (380, 6),
     "post": (7510, 38),
@@ -42,7 +42,7 @@ BUDGET = {
     "wan": (4440, 22),
     "z_image": (660, 7),
 }
-TESTS = 98580  # lines
+TESTS = 98610  # lines
 # files, functions and kinds of records of ours on each way, as `python benchmarks/way.py` prints them
 WAYS = {"one clip, cache and train": (170, 1150, 135), "one prompt with a LoRA": (104, 690, 60)}
 LONGEST, LONG = 60, 4  # lines of a function, without decorators; how many may be longer

@@ -100,7 +100,7 @@ class WanLatentCachingOptions(Options, title="Wan"):
         "cache single images with the control images that they are made from, for i2v-14B, flf2v-14B and "
         "i2v-A14B",
         needs=("clip", "i2v"),
-        excludes=("flf2v", "vace"),
+        excludes=("flf2v",),
         hint="--clip has the image encoder of Wan2.1; Wan2.2 has none and takes --i2v",
     )
 

@@ -89,13 +89,25 @@ class NewFile:
         return sum(info.size_bytes for info in self.tensors.values())
 
 
+def refuse_packed(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError for weights that lie in another shape than they have: they are not copied."""
+    for name, info in checkpoint.tensors.items():
+        if info.stored_shape != info.shape:
+            raise CheckpointError(
+                f"{checkpoint.path} stores {name} in 4 or 8 bits, packed. Make a 16-bit file of it first: "
+                "tools/quantise.py FILE RESULT --form bf16",
+                checkpoint.path,
+            )
+
+
 def plan_change(checkpoint: Checkpoint, change: CheckpointChange, stale: Sequence[str] = ()) -> NewFile:
     """Plan the new file; no tensor is read yet.
 
     stale: how metadata begin that are true of the old tensors only. Raises OptionError if a selection or a
-    prefix fits no name, or two tensors would have one name; CheckpointError if the file's quantisation is
-    unknown and a dtype is to be changed.
+    prefix fits no name, or two tensors would have one name; CheckpointError as `refuse_packed`, or for a dtype
+    if the file's quantisation is unknown.
     """
+    refuse_packed(checkpoint)
     names = [name for name in checkpoint.tensors if change.kept.takes(name)]
     _check_selections(change, names)
     plain = plain_sources(checkpoint) if change.dtype is not None else {}
@@ -122,8 +134,7 @@ def plan_change(checkpoint: Checkpoint, change: CheckpointChange, stale: Sequenc
                 f"{weight} is in 8 bits and means nothing without {scale}: keep both, or leave both out"
             )
 
-    made: dict[str, TensorInfo] = {}
-    old_names: dict[str, str] = {}
+    made, old_names = dict[str, TensorInfo](), dict[str, str]()
     for name in names:
         info = checkpoint.tensors[name]
         new = rename(name, change)

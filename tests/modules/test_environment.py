@@ -148,6 +148,7 @@ NAMES = {
     "torch._foreach_lerp_",
     "torch._inductor.cpp_builder.get_cpp_compiler",
     "torch._inductor.exc",
+    "torch._int_mm",
     "torch._scaled_mm",
     "torch._subclasses.fake_tensor.FakeTensor",
     "torch._subclasses.fake_tensor.FakeTensorMode",

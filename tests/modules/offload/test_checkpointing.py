@@ -29,9 +29,9 @@ ATTENTIONS = {
     **dict.fromkeys(
         ("ltx_2 2.0", "ltx_2 2.3", "ltx_2 2.5"), (6, 2)
     ),  # short to the video: its text, and sound
-    **{"wan t2v": (2, 1), "wan i2v": (3, 1), "wan vace": (2, 1)},
+    **{"krea2 edit": (3, 0), "wan t2v": (2, 1), "wan i2v": (3, 1), "wan vace": (2, 1)},
 }
-LEARNS_BEFORE = {"lumina", "krea2"}  # a LoRA is in their refiners too
+LEARNS_BEFORE = {"lumina", "krea2", "krea2 edit"}  # a LoRA is in their refiners too
 
 
 class Counter(TorchDispatchMode):
@@ -72,6 +72,8 @@ def test_attention_that_is_kept_is_computed_once_and_gradients_are_the_same(
 
     plain, checkpointed, kept = calls
     blocks = sum(len(dit.get_submodule(name)) for name in tiny.spec.block_lists)
+    if tiny.name == "wan vace":  # nothing learns in its first main block, nor before it
+        blocks -= 1
     each, to_short_text = ATTENTIONS[tiny.name]
     assert checkpointed == plain + each * blocks
     # computed again: all of the first block, whose input needs no gradient if nothing before it learns, and
