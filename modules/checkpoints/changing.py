@@ -104,8 +104,8 @@ def plan_change(checkpoint: Checkpoint, change: CheckpointChange, stale: Sequenc
     """Plan the new file; no tensor is read yet.
 
     stale: how metadata begin that are true of the old tensors only. Raises OptionError if a selection or a
-    prefix fits no name, or two tensors would have one name; CheckpointError as `refuse_packed`, or for a dtype
-    if the file's quantisation is unknown.
+    prefix fits no name, or two tensors would have one name; CheckpointError as `refuse_packed`, or if the
+    file's quantisation is unknown and a dtype is to be changed.
     """
     refuse_packed(checkpoint)
     names = [name for name in checkpoint.tensors if change.kept.takes(name)]
