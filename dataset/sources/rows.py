@@ -83,7 +83,7 @@ class RowReader:
             [self._locate(text, where) for _, text in sorted(numbered.items())]
             for numbered in found_beside.values()
         )
-        del controls[self.table.control_count :]
+        controls = controls[: self.table.control_count]
         mask_of_control = self._text("control_mask_path", values, where)
         mask_text = self._text("mask_path", values, where)
         mask = None if mask_text is None else self._locate(mask_text, where)
