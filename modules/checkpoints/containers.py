@@ -186,15 +186,8 @@ class SafetensorsFile:
 
     def borrow(self, name: str, scratch: Tensor) -> Tensor:
         """Return a tensor to be copied from at once; its bytes may lie in `scratch` (uint8)."""
-        info = self.tensors[name]
-        room = scratch[: info.size_bytes]
-        self._file.seek(self._places[name])
-        if self._file.readinto(memoryview(cast(Any, room.numpy()))) != len(room):
-            raise CheckpointError(
-                f"{self.path} ends inside {name}: it was cut short while being read. Copy it again.",
-                self.path,
-            )
-        return room.view(info.dtype).view(info.stored_shape)
+        info, place = self.tensors[name], self._places[name]
+        return info.read(self._file, place, scratch, self.path, name)
 
     def close(self) -> None:
         self._file.close()

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -173,15 +173,8 @@ class GgufFile:
 
     def borrow(self, name: str, scratch: Tensor) -> Tensor:
         """Return a tensor to be copied from at once; its bytes may lie in `scratch` (uint8)."""
-        info = self.tensors[name]
-        room = scratch[: info.size_bytes]
-        self._file.seek(self._places[name])
-        if self._file.readinto(memoryview(cast(Any, room.numpy()))) != len(room):
-            raise CheckpointError(
-                f"{self.path} ends inside {name}: it was cut short while being read. Copy it again.",
-                self.path,
-            )
-        found = room.view(info.dtype).view(info.stored_shape)
+        info, place = self.tensors[name], self._places[name]
+        found = info.read(self._file, place, scratch, self.path, name)
         if name in self._heads:  # pairs of rows lie side by side, for transformers in halves
             found = found.unflatten(0, (self._heads[name], -1, 2)).transpose(1, 2).flatten(0, 2)
         return found

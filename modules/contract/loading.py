@@ -3,11 +3,13 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from modules.errors import CheckpointError
 from modules.speed_options import SDPA, AttentionChoice, Quantisation
 from modules.stored.forms import Stored
 
@@ -40,6 +42,18 @@ class TensorInfo:
     @property
     def size_bytes(self) -> int:
         return math.prod(self.stored_shape) * self.dtype.itemsize
+
+    def read(self, file: BinaryIO, place: int, scratch: Tensor, path: Path, name: str) -> Tensor:
+        """Read the tensor from byte `place` of a file on into `scratch` (uint8), and return it.
+
+        path, name: for the message. Raises CheckpointError if the file ends before.
+        """
+        room = scratch[: self.size_bytes]
+        file.seek(place)
+        if file.readinto(memoryview(cast(Any, room.numpy()))) != len(room):  # type: ignore[attr-defined]
+            text = f"{path} ends inside {name}: it was cut short while being read. Copy it again."
+            raise CheckpointError(text, path)
+        return room.view(self.dtype).view(self.stored_shape)
 
     def hollow(self) -> Tensor:
         """Return the tensor of the file on the meta device."""
