@@ -141,3 +141,16 @@ def assert_user_error(done: subprocess.CompletedProcess[str], *words: str) -> No
     assert "Traceback" not in done.stderr, done.stderr[-3000:]
     for word in words:
         assert word in done.stderr, f"{word!r} is not in:\n{done.stderr[-3000:]}"
+
+
+def joined(words: Sequence[str]) -> set[str]:
+    """Options with their single value behind an equals sign, as `--seed=1`, and switches; of a list the
+    first.
+    """
+    options: list[str] = []
+    for word in words:
+        if word.startswith("--"):
+            options.append(word)
+        elif options and "=" not in options[-1]:
+            options[-1] += f"={word}"
+    return set(options)

@@ -14,6 +14,7 @@ from torch import Tensor
 from tests.faults.messages import assert_one_message, run_here
 from tests.test_fp8 import CHOSEN, apart, generated, load_weights, with_dit
 from tests.tiny.dit_files import as_fp8
+from tests.tiny.families import write_deep
 from tests.tiny.runs import TinyProject, make_project
 
 FORMS = {  # options in training, those in generation, the form's name, least cosine of the gradient
@@ -26,7 +27,8 @@ EACH = pytest.mark.parametrize("form", FORMS)
 
 @pytest.fixture(scope="module", params=CHOSEN)
 def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TinyProject:
-    return make_project(request.param, tmp_path_factory.mktemp("small"))
+    """With blocks enough to swap."""
+    return make_project(request.param, tmp_path_factory.mktemp("small"), write_deep)
 
 
 def cosine(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:

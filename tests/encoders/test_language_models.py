@@ -322,7 +322,7 @@ def test_a_damaged_vocabulary_is_one_message(tmp_path: Path) -> None:
     [
         ("weight", {"qweight": torch.ones(2, 2, dtype=torch.int32)}, "GPTQ or AWQ"),
         ("weight", {"weight": torch.ones(2, 2, dtype=torch.uint8), "weight_scale_2": torch.ones(1)}, "nvfp4"),
-        ("", {"weight.absmax": torch.ones(1)}, "nf4"),
+        ("", {"weight.absmax": torch.ones(1)}, "bitsandbytes without a state"),
     ],
 )
 def test_a_quantised_file_is_called_so(

@@ -23,6 +23,7 @@ from modules.contract.requests import Request
 from modules.contract.steps import EncodedPrompts
 from modules.errors import CacheError, CheckpointError, DatasetError, OptionError
 from modules.flow.schedule import make_schedule
+from tests.commands import joined
 from tests.flux.making import tiny_control_net, tiny_inputs, tiny_model
 from tests.golden_cases import DRAWN, read_case, write_model
 from tests.tiny.flux import CLIP_DIM, T5_DIM, tiny_state, write_dit, write_tiny_flux
@@ -209,8 +210,8 @@ def words_of(*argv: str) -> list[str]:
 def test_the_guides_defaults_are_put_into_our_words() -> None:
     words = words_of()
 
-    assert {"--prompt=A photo of a cat", "--guidance_scale=1.0", "--embedded_cfg_scale=3.5"} <= set(words)
-    assert {f"--{part}_dtype=bfloat16" for part in ("dit", "text_encoder", "vae")} <= set(words)
+    assert {"--prompt=A photo of a cat", "--guidance_scale=1.0", "--embedded_cfg_scale=3.5"} <= joined(words)
+    assert {f"--{part}_dtype=bfloat16" for part in ("dit", "text_encoder", "vae")} <= joined(words)
     assert not [word for word in words if word.startswith(("--seed", "--infer_steps"))]  # those of the model
 
 
@@ -222,7 +223,7 @@ def test_the_guides_sizes_dtypes_and_loras_are_put_into_our_words() -> None:
     assert words[words.index("--lora_multiplier") :][:3] == ["--lora_multiplier", "0.5", "1"]
 
     words = words_of("--flux_dtype", "fp8_e4m3fn", "--t5xxl_dtype", "fp8", "--clip_l_dtype", "float16")
-    assert {"--dit_dtype=bfloat16", "--text_encoder_dtype=float16", "--fp8", "--fp8_t5"} <= set(words)
+    assert {"--dit_dtype=bfloat16", "--text_encoder_dtype=float16", "--fp8", "--fp8_t5"} <= joined(words)
     assert "--fp8" in words_of("--dtype", "float8_e4m3fn")
 
 

@@ -126,6 +126,11 @@ WITH = {  # what has to be given too
     "lora_multiplier_high_noise": ["--lora_weight_high_noise", LORA],
     "wan riflex_index": ["--rope_func", "comfy"],
     "teacache_coefficients": ["--teacache_threshold", "0.1"],
+    "wan one_frame_inference": ["--task", "i2v-14B"],
+    **dict.fromkeys(
+        ["vace", "src_video", "src_mask", "src_ref_images", "vace_scale"], ["--task", "vace-14B"]
+    ),
+    "vace_high_noise": ["--task", "vace-A14B", "--vace", "x", "--dit_high_noise", "x"],
 }
 
 
@@ -170,7 +175,8 @@ def test_every_option_that_changes_pixels_is_recorded(name: str, option: str) ->
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_an_option_that_is_not_given_is_not_recorded_unless_the_known_tools_do(name: str) -> None:
     found = recorded(SCRIPTS[name].read("--prompt", "a cat"))
-    extra = {"bt_embedded_cfg_scale", "bt_video_seconds", "bt_guidance_rescale"}
+    # Wan itself records the last with VACE only
+    extra = {"bt_embedded_cfg_scale", "bt_video_seconds", "bt_guidance_rescale", "bt_vace_scale"}
     always = """
         model_type task tunerver seeds prompt negative_prompt infer_steps device creation_timestamp
         guidance_scale cfg_schedule flow_shift height width video_length fps sample_solver

@@ -30,6 +30,7 @@ from modules.errors import CheckpointError, OptionError
 from modules.flow.schedule import make_schedule
 from modules.parser import add_options
 from modules.run_blocks import spec_of
+from tests.commands import joined
 from tests.golden_cases import FOLDER, load_model, make_weights, read_case
 from tests.lumina.making import in_diffusers
 from tests.manifests import TensorList, tensor_list, write_hollow
@@ -143,7 +144,7 @@ def test_the_guides_command_is_that_of_the_generation_script(tmp_path: Path) -> 
 
     words = generation_words(minimal)
 
-    assert {"--prompt=-x", "--seed=0", "--attn_mode=sageattn", "--system_prompt=Draw."} <= set(words)
+    assert {"--prompt=-x", "--seed=0", "--attn_mode=sageattn", "--system_prompt=Draw."} <= joined(words)
     assert words[words.index("--image_size") :][:3] == ["--image_size", "768", "992"]
     assert words[words.index("--lora_weight") :][:3] == ["--lora_weight", str(lora), "other"]
     assert words[words.index("--lora_multiplier") :][:3] == ["--lora_multiplier", "0.5", "1"]

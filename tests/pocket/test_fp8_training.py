@@ -51,8 +51,8 @@ class Emulating:
         return getattr(self.family, name)
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
-        assert placement.fp8 is not None
-        fp8 = dataclasses.replace(placement.fp8, fp8_matmul=True, product=self.product)
+        assert placement.quantisation is not None
+        fp8 = dataclasses.replace(placement.quantisation, fp8_matmul=True, product=self.product)
         return self.family.load_dit(dataclasses.replace(placement, quantisation=fp8), expert)
 
 
