@@ -26,7 +26,8 @@ SIZES = ((1, 4, 4, 7), (2, 4, 6, 9), (3, 12, 16, 40), (2, 8, 6, 5))
 ROUNDING = 1e-5
 BF16 = 0.02  # a few roundings of 1/256
 DROPOUTS = ({"neuron_dropout": 0.3}, {"rank_dropout": "0.3"}, {"module_dropout": "0.5"})
-OF_ANOTHER_KIND = {"wan i2v", "qwen_image edit", "ltx_2 2.0"}  # the blocks are those of another entry
+# the blocks are those of another entry
+OF_ANOTHER_KIND = {"wan i2v", "qwen_image edit", "krea2 edit", "ltx_2 2.0", "ltx_2 2.5"}
 TINY = [
     pytest.param(dit, id=dit.name, marks=[pytest.mark.slow] if dit.name in OF_ANOTHER_KIND else [])
     for dit in DITS
@@ -66,6 +67,13 @@ def assert_equal_gradients(
         assert (one - other).abs().max() <= share * largest
 
 
+@pytest.mark.parametrize(
+    "tiny",
+    [
+        pytest.param(dit, id=dit.name, marks=[pytest.mark.slow] if dit not in ONE_OF_EACH else [])
+        for dit in DITS
+    ],
+)
 def test_all_blocks_of_a_list_share_one_compilation_also_when_sizes_change(tiny: TinyDit) -> None:
     dit = tiny.make(3)
     compile_blocks(dit, tiny.spec, EAGER)
