@@ -178,14 +178,33 @@ CASES: dict[str, Case] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+def slow(*names: str) -> list[Any]:
+    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+ALONE = (  # what other cases have together
+    *(
+        "guidance, nothing to avoid",
+        "guidance, rescaled, F1",
+        "embedded guidance",
+        "shift",
+        "5 sections",
+        "4 steps",
+    ),
+    *("picture at another place", "kisekaeichi"),
+)
+
+
+@pytest.mark.parametrize("name", [*(name for name in CASES if name not in ALONE), *slow(*ALONE)])
 def test_latents_equal_the_reference(tmp_path: Path, project: Project, name: str) -> None:
     latents = project.generate(tmp_path, CASES[name])
 
     assert_equal(latents, project.expected(CASES[name])(project.theirs()), name)
 
 
-@pytest.mark.parametrize("at_once", [False, True], ids=["blended", "at once"])
+@pytest.mark.parametrize(
+    "at_once", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["blended", "at once"]
+)
 def test_pictures_of_a_video_equal_the_reference(tmp_path: Path, project: Project, at_once: bool) -> None:
     more = ["--output_type", "latent_images", "--infer_steps", 1, *(["--bulk_decode"] if at_once else [])]
 
@@ -197,10 +216,6 @@ def test_pictures_of_a_video_equal_the_reference(tmp_path: Path, project: Projec
     assert ours.shape == expected.shape == (1, 3, 109, HEIGHT, WIDTH)
     # half a step of 8 bits, and the error of the VAE in float32
     assert torch.allclose(ours, expected, atol=0.51 / 127.5)
-
-
-def slow(*names: str) -> list[Any]:
-    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @pytest.mark.parametrize("name", ["kisekaeichi", *slow("end image", "guidance, rescaled")])
