@@ -29,7 +29,6 @@ from modules.options import override_options
 from modules.planning import dry_run as dry
 from modules.planning.device_memory import Room, host_room, room_on
 from modules.planning.memory_plan import (
-    BlockWeights,
     MemoryPart,
     MemoryPlan,
     Phase,
@@ -41,7 +40,6 @@ from modules.planning.memory_plan import (
     resolve_swap,
     sharing_processes,
     swaps_of,
-    weights_by_block,
     workspace,
 )
 from modules.private_torch import FakeTensor
@@ -60,7 +58,6 @@ class PhasePrediction:
     moments: Mapping[str, dry.Moment]
     swaps: Sequence[Swapped]  # by --blocks_to_swap, from 0 to the most that can be
     weights: str  # their dtypes
-    blocks: tuple[BlockWeights, ...]
     preview: int  # bytes that a preview takes between two steps
     turns: ExpertTurns
     extra: MemoryPart
@@ -103,7 +100,7 @@ def predict(
 
     Products in 8 bits are rehearsed as products in 16 bit of the same weights. turns: of the whole run; None:
     those of this request alone. room: layers of text encoders that it has no place for wait in host memory.
-    watch: `WorkCounter.watch`, if the work of the step is to be counted.
+    watch: `TokenCounter.watch`, if cards are to share the step.
     """
     extra = workspace(device, is_training=False)
     before, encoded = rehearse_texts(family, options, prepared, extra, room)
@@ -192,7 +189,7 @@ def rehearse_denoising(
     dit = family.load_dit(Placement(META, attention=choice, quantisation=speed.fp8.quantisation))
     dit.eval().requires_grad_(False)
     weights, swaps = dtypes_of(dit), swaps_of(dit, family.dit, speed.swap, sharing_processes(speed))
-    blocks, sizes = family.dit.blocks(dit), weights_by_block(dit, family.dit)
+    blocks = family.dit.blocks(dit)
     extended = watch(dit)
     if prepared.added:
         import_own("networks.added").add_stage_loras(dit)
@@ -231,7 +228,7 @@ def rehearse_denoising(
     if path is not None:  # what it takes between two steps
         *_, height, width = family.latent.shape(1, prepared.height, prepared.width)
         preview = decoding_bytes(check_taehv(path, family.latent), torch.float16, height, width)
-    return PhasePrediction(moments, swaps, weights, sizes, preview, turns, extra)
+    return PhasePrediction(moments, swaps, weights, preview, turns, extra)
 
 
 def heaviest_step(
