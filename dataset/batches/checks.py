@@ -13,7 +13,8 @@ from dataset.cache.files import FLIPPED, tensor_key
 from dataset.cache.records import CacheChecks, LatentRecord, TextRecord, difference, options_difference
 from dataset.cache.store import Stores
 from dataset.config_keys import REFERENCES, SECTIONS, TEXTS
-from dataset.sources.frames import bucket_of, has_mask
+from dataset.sources.frames import bucket_of
+from dataset.sources.listing import companions_now
 from dataset.sources.media_source import CLIP_REFERENCES, CONTROL_MASK
 from dataset.table import FROM_ALPHA, FROM_FILE, defaults_of
 from modules.console import count_of
@@ -136,7 +137,8 @@ def latent_faults(
     if table.alpha_mask:
         wanted: set[str | None] = {FROM_ALPHA}
     elif table.mask_directory is not None:
-        wanted = {FROM_FILE} if has_mask(table, item.source_stem) else {FROM_FILE, None}
+        there = _companions_now(item)
+        wanted = {FROM_FILE} if there is not None and there[2] else {FROM_FILE, None}
     else:
         wanted = {FROM_FILE, None} if table.directory is None else {None}
     if made_from not in wanted:
@@ -236,10 +238,9 @@ def _reference_faults(item: TrainingItem, tensors: Iterable[str]) -> Iterator[st
     if table.clip_references is not None and table.directory is not None:
         cached = sum(key.startswith(REFERENCE_LATENTS) and not key.endswith(FLIPPED) for key in tensors)
         if cached or table.reference_directory is not None:
-            from dataset.sources.companions import count_companions
-
-            now = count_companions(table, item.source_stem)
-            if now is not None and now != cached:
+            beside = _companions_now(item)
+            now = 0 if table.reference_directory is None else cached if beside is None else beside[1]
+            if now != cached:
                 yield f"it was made with {count_of(cached, 'reference')}, now {table.name} has {now} for it"
     if rules is None:
         return
@@ -257,14 +258,17 @@ def _reference_faults(item: TrainingItem, tensors: Iterable[str]) -> Iterator[st
 
 def _references_now(item: TrainingItem) -> int | None:
     """Return how many reference pictures an item has, whatever a model takes; None: it is not known."""
+    if item.table.directory is not None and item.table.control_directory is None:
+        return None
+    there = _companions_now(item)
+    return None if there is None else there[0]
+
+
+def _companions_now(item: TrainingItem) -> tuple[int, int, bool] | None:
+    """Return what `companions_now` has of an item; None if it is not there, or if listing may download."""
     table = item.table
-    if table.directory is None:
-        from dataset.sources.tables import count_named_references
-
-        return count_named_references(table, item.source_stem)
-    from dataset.sources.folders import count_references
-
-    return None if table.control_directory is None else count_references(table, item.source_stem)
+    is_listed = table.directory or table.jsonl_file or table.table_file
+    return companions_now(table).get(item.source_stem) if is_listed else None
 
 
 def as_shape(shape: Iterable[int]) -> str:

@@ -185,20 +185,6 @@ Place = Callable[[Frame], Frame]  # resizes and crops a picture
 SAME_SHAPE = 0.02  # by how much the sides' ratio of a mask may differ from its clip's
 
 
-def has_mask(table: DatasetTable, stem: str) -> bool:
-    """Return whether the mask_directory has a mask of that name now; False if it is missing.
-
-    For training, which asks for each item whether a mask was added after caching; the folder is listed once.
-    """
-    return table.mask_directory is not None and stem in _stems_in(table.mask_directory, table.kind)
-
-
-@functools.lru_cache(maxsize=64)
-def _stems_in(folder: Path, kind: str) -> frozenset[str]:
-    entries = sorted(folder.iterdir()) if folder.is_dir() else []
-    return frozenset(files_by_stem(entries, mask_suffixes(kind), kind == "video"))
-
-
 def mask_suffixes(kind: str) -> frozenset[str]:
     """Return the suffixes of masks: the mask of a clip may also be an image, or a folder of images."""
     images = image_suffixes() | {".gif"}

@@ -3,9 +3,10 @@
 What reads lists, tables and tars is loaded by the first table that names one.
 """
 
+import functools
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from dataset.config import DatasetConfig, DatasetTable
@@ -104,6 +105,18 @@ def _lister(table: DatasetTable) -> Callable[[DatasetTable, list[Fault]], list[M
     from dataset.sources.tables import list_metadata, list_rows
 
     return list_rows if table.metadata_file is None else list_metadata
+
+
+@functools.lru_cache(maxsize=64)
+def companions_now(table: DatasetTable) -> Mapping[str, tuple[int, int, bool]]:
+    """Return by stem how many control media and references each source of a table has now, and whether it has
+    a mask. None is there if the sources are gone: training, which asks for each item, needs the caches alone.
+    """
+    try:
+        sources = find_sources(table, captions=False, faults=[])
+    except DatasetError:
+        return {}
+    return {one.stem: (len(one.control), len(one.references), one.mask is not None) for one in sources}
 
 
 def warn_skipped(faults: Sequence[Fault]) -> None:
