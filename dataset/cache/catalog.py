@@ -140,8 +140,9 @@ class Catalog:
 
     def _add(self, shard: str, rows: Sequence[OldRow]) -> None:
         self.bytes[shard] = sum(size or 0 for _, _, _, size, _ in rows)
-        for encoded, *facts in rows:
-            name, row = encoded.decode("utf-8", "surrogateescape"), CatalogRow(shard, *facts)
+        for encoded, place, generation, size, crc32 in rows:
+            row = CatalogRow(shard, place, generation, size, crc32)
+            name = encoded.decode("utf-8", "surrogateescape")
             old = self.rows.setdefault(name, row)
             # the later one holds; of one generation the one that writes
             if (row.generation, row.crc32) > (old.generation, old.crc32):
