@@ -104,7 +104,7 @@ class _Search:
         end = f"_{self.tag}{cache_files.SUFFIX}"
         latent_files = live.latent_names(self.tag) if live.media else names
         wanted = sorted([name for name in latent_files if name.endswith(end)])
-        stems = _listed_stems(table, store, live, wanted, self.tag)
+        stems = _listed_stems(table, store, live, wanted)
         if stems is not None:
             self.listed.setdefault(table.picture_folder, set()).update(stems)
         text_names = [] if live.texts else names if texts_store is store else texts_store.names()
@@ -271,7 +271,7 @@ def _list_unsound(names: Collection[str], table: DatasetTable, tag: str) -> list
 
 
 def _listed_stems(
-    table: DatasetTable, store: CacheStore, live: LiveTable, latents: Sequence[str], tag: str
+    table: DatasetTable, store: CacheStore, live: LiveTable, latents: Sequence[str]
 ) -> Collection[str] | None:
     """Return the names of the sources that a table has now; None if its caches alone decide the items.
 
@@ -279,10 +279,7 @@ def _listed_stems(
     """
     if live.sources:
         return live.sources.keys()
-    if (table.directory or table.metadata_file) is None:
-        return None
-    first = next(cache_files.latent_names(latents, tag, table.kind), None)
-    if first is None or not store.is_shared(first[0]):
+    if not (table.directory or table.metadata_file) or not latents or not store.is_shared:
         return None
     from dataset.sources.listing import find_sources
 

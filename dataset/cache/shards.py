@@ -51,7 +51,7 @@ LOCK = ".cache-index.lock"  # is there while shards are merged
 class ShardStore:
     """The entries of a folder of shards, as `CacheStore` describes them."""
 
-    holds_only_caches = True
+    holds_only_caches, is_shared = True, False
 
     def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
         self.folder = folder
@@ -66,10 +66,6 @@ class ShardStore:
     def __reduce__(self) -> tuple[Any, ...]:
         # a copy in another process opens files of its own
         return ShardStore, (self.folder, self._shard_bytes)
-
-    def is_shared(self, name: str) -> bool:
-        """Return False: no other program writes into shards."""
-        return False
 
     def names(self) -> Collection[str]:
         with self._lock:

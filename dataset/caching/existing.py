@@ -42,9 +42,7 @@ def stale_names(existing: Mapping[str, Names], valid: Container[str], but_of: Co
 def remove_caches(store: CacheStore, names: Iterable[str], is_cache: Callable[[Header], bool]) -> int:
     """Remove those of `names` whose tensor names show that they are caches; return how many were removed."""
     count = 0
-    for name in names:
-        if store.is_shared(name):
-            continue
+    for name in () if store.is_shared else names:
         try:
             is_ours = is_cache(store.read(name, is_whole=False).header)
         except CacheError as error:

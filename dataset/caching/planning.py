@@ -225,7 +225,7 @@ class _Planning:
             if not files:
                 missing.append(span)
                 continue
-            if recipe.stores.trusts and all(map(self.store.is_shared, files)):
+            if recipe.stores.trusts and self.store.is_shared:
                 kept |= set(files)
                 foreign += len(files)
                 continue
@@ -253,7 +253,7 @@ class _Planning:
         Raises CacheError if it is wrong.
         """
         recipe, path = self.recipe, self.table.cache_directory / file
-        is_shared, entry = self.store.is_shared(file), self.store.read(file) if self.reads_values else None
+        is_shared, entry = self.store.is_shared, self.store.read(file) if self.reads_values else None
         header = self._header(file) if entry is None else entry.header
         record = self._record(file) if entry is None else records.latent_record(header)
         if record is None:

@@ -99,7 +99,7 @@ def distinct_texts(files: Sequence[CaptionFile], stores: Stores) -> Sequence[Cap
     seen: dict[tuple[Path, str], CaptionFile] = {}
     for file in files:
         store = stores.of_texts(file.table)
-        folder = store.folder if store.is_shared(file.file_name) else file.table.cache_directory
+        folder = store.folder if store.is_shared else file.table.cache_directory
         first = seen.setdefault((folder, file.file_name), file)
         if first is not file and first.caption != file.caption:
             raise DatasetError(
@@ -166,7 +166,7 @@ class TextRecipe:
         reads_values: compare them with their checksums too. None: it is trusted to be right.
         """
         store, name = self.stores.of_texts(file.table), file.file_name
-        if self.stores.trusts and store.is_shared(name) and name in store:
+        if self.stores.trusts and store.is_shared and name in store:
             return None
         _, right = self.find(file, reads_values=reads_values)
         if len(right) == len(self.encoders):  # the unfinished file, if there is one, is not needed
@@ -199,7 +199,7 @@ class TextRecipe:
             record = records.get(encoder.name)
             if record is None:
                 # what a shared one does not say is not asked for: other programs keep no record
-                accepts = store.is_shared(name) or (self.skip_existing and not in_part and not file.settings)
+                accepts = store.is_shared or (self.skip_existing and not in_part and not file.settings)
                 # whose tensors are of the same caption
                 theirs = entry.header.metadata.get("caption1", file.caption) == file.caption
                 if accepts and theirs and encoder.keys <= entry.header.keys:
