@@ -109,7 +109,7 @@ def count(way: Sequence[Command]) -> Counts:
     finally:
         sys.setprofile(None)
         threading.setprofile(None)  # type: ignore[arg-type]
-    ours = {code for code in called if code.co_flags & inspect.CO_OPTIMIZED and _is_product(code)}
+    ours = {code for code in called.copy() if code.co_flags & inspect.CO_OPTIMIZED and _is_product(code)}
     lines = sum(max(line or 0 for *_, line in code.co_lines()) - code.co_firstlineno + 1 for code in ours)
     records = sorted(f"{one.__module__}.{one.__qualname__}" for one in made if _is_record(one))
     return Counts(len({code.co_filename for code in ours}), len(ours), lines, tuple(records))

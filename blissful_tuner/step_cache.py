@@ -8,24 +8,13 @@ from dataclasses import replace
 from typing import Any
 
 from blissful_tuner.options import StepCacheOptions
+from modules import step_cache
 from modules.contract.family import DitSpec
 from modules.contract.requests import Prepared
 from modules.contract.rules import MagCache, MagCalibration, StepCaching, TeaCache, TeaCalibration
 from modules.contract.steps import DitAt
 from modules.errors import OptionError
 from modules.option_values import MOST, show_number
-from modules.step_cache import (
-    FEWEST_STEPS,
-    Changes,
-    MagCacheRule,
-    Ratios,
-    Rule,
-    StepCache,
-    TeaCacheRule,
-    measure_pass,
-    resample,
-    run_around,
-)
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +81,7 @@ def check_step_cache(choice: StepCaching, prepared: Prepared, spec: DitSpec) -> 
                 f"{option} measures all steps from noise on, and a video that starts from another has only "
                 f"the last ones: leave out --{source.option}"
             )
-        fewest = 2 if isinstance(choice, MagCalibration) else FEWEST_STEPS
+        fewest = 2 if isinstance(choice, MagCalibration) else step_cache.FEWEST_STEPS
         if prepared.steps < fewest:
             raise OptionError(
                 f"{option} with {prepared.steps} steps: at least {fewest} are needed. Use as many as the "
@@ -106,21 +95,21 @@ class StepCaches:
     def __init__(self, prepared: Prepared, spec: DitSpec) -> None:
         """prepared: asks for a step cache."""
         self._choice, self._steps = prepared.asked.step_cache, prepared.steps
-        self._make_rule: Callable[[], Rule] | None = None
-        self._measured: Ratios | Changes | None = None
+        self._make_rule: Callable[[], step_cache.Rule] | None = None
+        self._measured: step_cache.Ratios | step_cache.Changes | None = None
         self._passes = self._skipped = 0
         match self._choice:
             case MagCache(ratios, retention, threshold, most_skips):
                 # calibrated from noise on; a video that starts from another has the last of these steps
-                of_steps = resample(ratios, prepared.steps)[prepared.first_step :]
-                self._make_rule = lambda: MagCacheRule(of_steps, retention, threshold, most_skips)
+                of_steps = step_cache.resample(ratios, prepared.steps)[prepared.first_step :]
+                self._make_rule = lambda: step_cache.MagCacheRule(of_steps, retention, threshold, most_skips)
             case TeaCache(threshold, coefficients):
                 found = coefficients or spec.teacache_coefficients
-                self._make_rule = lambda: TeaCacheRule(threshold, found)
+                self._make_rule = lambda: step_cache.TeaCacheRule(threshold, found)
             case MagCalibration():
-                self._measured = Ratios()
+                self._measured = step_cache.Ratios()
             case TeaCalibration():
-                self._measured = Changes()
+                self._measured = step_cache.Changes()
 
     @contextmanager
     def section(self, dit_at: DitAt) -> Iterator[DitAt]:
@@ -130,17 +119,17 @@ class StepCaches:
         """
         if self._measured is not None:
             try:
-                with run_around(
-                    dit_at, functools.partial(measure_pass, self._measured.measure)
+                with step_cache.run_around(
+                    dit_at, functools.partial(step_cache.measure_pass, self._measured.measure)
                 ) as measured_at:
                     yield measured_at
             finally:
                 self._measured.forget()
         else:
             assert self._make_rule is not None
-            cache = StepCache(self._make_rule)
+            cache = step_cache.StepCache(self._make_rule)
             try:
-                with run_around(dit_at, cache.run) as cached_at:
+                with step_cache.run_around(dit_at, cache.run) as cached_at:
                     yield cached_at
             finally:
                 cache.forget()  # what was yielded still refers to it
@@ -148,7 +137,7 @@ class StepCaches:
 
     def report(self) -> None:
         """Log the number of skipped passes, or the measurements, when the video's latents are made."""
-        if isinstance(self._measured, Ratios):
+        if isinstance(self._measured, step_cache.Ratios):
             logger.info(
                 "MagCache's ratios for this model:\n  --magcache_mag_ratios %s",
                 " ".join(f"{ratio:.5f}" for ratio in self._measured.result(self._steps)),

@@ -12,16 +12,8 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 
+from browser import compare
 from browser.answers import Form, answer_form, answer_page
-from browser.compare import (
-    Comparison,
-    asked_cells,
-    fill_cells,
-    group_options,
-    plan_jobs,
-    read_comparison,
-    working_folder,
-)
 from browser.jobs import ENDED, ENTRY, QUEUE, WAITING, Job, JobQueue
 from browser.launch import check_options, split_words
 from browser.runs import RUNNING, Glance, Runs, is_living
@@ -44,13 +36,13 @@ def compare_routes(runs: Runs, notes: FileNotes, queue: JobQueue) -> list[Route]
 
         Raises UserError if the queue cannot be read, OSError if a file vanishes.
         """
-        comparison = Comparison()
+        comparison = compare.Comparison()
         try:
             with runs.lock:
-                comparison, found = read_comparison(runs, asked), runs.look()
+                comparison, found = compare.read_comparison(runs, asked), runs.look()
         except OptionError as error:
             said, found = str(error), runs.look()
-        cells = fill_cells(comparison, notes, asked_cells(queue))
+        cells = compare.fill_cells(comparison, notes, compare.asked_cells(queue))
         chosen = {source.run.id for source in comparison.sources}
         families = {source.run.model for source in comparison.sources}
         others = [one for one in found if one.id not in chosen and (not families or one.model in families)]
@@ -61,7 +53,7 @@ def compare_routes(runs: Runs, notes: FileNotes, queue: JobQueue) -> list[Route]
             "titles": [file.title for file in comparison.columns],
             "others": others,
             "missing": sum(not cell.href and not cell.is_asked for _, *of_row in cells for cell in of_row),
-            "commands": [as_typed(words) for words, *_ in plan_jobs(comparison, cells)],
+            "commands": [as_typed(words) for words, *_ in compare.plan_jobs(comparison, cells)],
             "is_of_here": all(source.run.is_of_here for source in comparison.sources),
             "can_write": not queue.read_only,
             "said": said,
@@ -80,8 +72,10 @@ def compare_routes(runs: Runs, notes: FileNotes, queue: JobQueue) -> list[Route]
     def make(_: Request, asked: Form) -> Response:
         try:
             with runs.lock:
-                comparison = read_comparison(runs, asked)
-            for words, path, text in plan_jobs(comparison, fill_cells(comparison, notes, asked_cells(queue))):
+                comparison = compare.read_comparison(runs, asked)
+            for words, path, text in compare.plan_jobs(
+                comparison, compare.fill_cells(comparison, notes, compare.asked_cells(queue))
+            ):
                 write_text(path, text)
                 queue.add(words, comparison.sources[0].working_folder)
         except (OSError, UserError) as error:
@@ -127,7 +121,10 @@ def read_jobs(text: str, run: Glance | None) -> list[tuple[list[str], Path]]:
     """
     lines = [line.strip() for line in ENTRY.findall(text.replace("\r\n", "\n"))]
     found = [split_words(line) for line in lines if line and not line.startswith("#")]
-    jobs = [(words, working_folder(run, group_options(words)) if run else Path.cwd()) for words in found]
+    jobs = [
+        (words, compare.working_folder(run, compare.group_options(words)) if run else Path.cwd())
+        for words in found
+    ]
     for job in jobs:
         check_options(*job)
     return jobs

@@ -31,6 +31,7 @@ from flux.options import (
     FluxTrainingOptions,
 )
 from flux.spec import LATENT, NOISE, dit_spec, size_shift, tokens_of
+from modules.contract import requests
 from modules.contract.data import (
     CONTROL,
     Batch,
@@ -46,13 +47,6 @@ from modules.contract.data import (
 from modules.contract.family import DitSpec, Family, NoiseSource, NoiseSpec
 from modules.contract.few_steps import FewSteps
 from modules.contract.loading import Placement
-from modules.contract.requests import (
-    Prepared,
-    Request,
-    check_size,
-    settle,
-    size_of,
-)
 from modules.contract.rules import ModelRelease
 from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.errors import CacheError, DatasetError
@@ -261,7 +255,7 @@ class Flux(ModelOfPictures):
 
     # generation
 
-    def prepare(self, request: Request) -> Prepared:
+    def prepare(self, request: requests.Request) -> requests.Prepared:
         self.files.check(("dit",))
         kind = self.files.kind
         request = self.keep_media(request, str(self.files.dit_path))
@@ -279,13 +273,13 @@ class Flux(ModelOfPictures):
             )
         if kind != configs.DEV:
             request = replace(request, embedded_guidance=None)
-        size = (*size_of(request, usual)[:2], 1)
-        check_size(size, LATENT)
+        size = (*requests.size_of(request, usual)[:2], 1)
+        requests.check_size(size, LATENT)
         shift = 1.0 if kind == configs.SCHNELL else size_shift(tokens_of(size[1], size[0]))
         flow_shift = shift if request.flow_shift is None else request.flow_shift
-        return settle(request, usual, size, flow_shift, "" if self.negative_is_empty else None)
+        return requests.settle(request, usual, size, flow_shift, "" if self.negative_is_empty else None)
 
-    def draw_noise(self, prepared: Prepared, noise: NoiseSource) -> Tensor:
+    def draw_noise(self, prepared: requests.Prepared, noise: NoiseSource) -> Tensor:
         """Return the noise of a picture, 1 C 1 h w float32: it is drawn as tokens."""
         _, channels, _, height, width = LATENT.shape(1, prepared.height, prepared.width)
         rows, columns = height // 2, width // 2

@@ -9,15 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from encoders.pictures import (
-    GUIDANCE,
-    ModelOfPictures,
-    encode_pictures,
-    guidance_in,
-    read_reference,
-    references_in,
-    references_of,
-)
+from encoders import pictures
 from flux_2.configs import DIT, LATENT, NOISE, count_latents
 from flux_2.files import Flux2Files, files_of
 from flux_2.names import LORA
@@ -57,7 +49,7 @@ ALONE, AMONG_SEVERAL = 2024**2, 1024**2
 
 
 @dataclass(frozen=True)
-class Flux2(ModelOfPictures):
+class Flux2(pictures.ModelOfPictures):
     """Description of FLUX.2 for one run, built by the `family_for_...` functions below.
 
     Files do not tell klein from klein-base: --model_version does.
@@ -128,7 +120,7 @@ class Flux2(ModelOfPictures):
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
         """Return the cache entry of each picture: its posterior's mean, and those of its references."""
         vae = encoders.vae
-        return encode_pictures(media, vae.device, lambda frames: vae.encode(byte_clips(frames)))
+        return pictures.encode_pictures(media, vae.device, lambda frames: vae.encode(byte_clips(frames)))
 
     # the network
 
@@ -140,8 +132,8 @@ class Flux2(ModelOfPictures):
         batch.check_widths({KEY: config.text_dim}, self.files.dit_path, remedy)
         found: dict[str, Tensor | list[Tensor]] = {KEY: batch.tensor(KEY)}
         if config.has_guidance:
-            found[GUIDANCE] = torch.full((len(latents),), self.trained_guidance)
-        return found | references_of(batch, LATENT.channels, 1, LATENTS_AGAIN)
+            found[pictures.GUIDANCE] = torch.full((len(latents),), self.trained_guidance)
+        return found | pictures.references_of(batch, LATENT.channels, 1, LATENTS_AGAIN)
 
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
@@ -152,9 +144,9 @@ class Flux2(ModelOfPictures):
             noisy,
             timesteps.float(),
             **name_texts(cond, {"text": KEY}, device),
-            guidance=guidance_in(cond, device),
+            guidance=pictures.guidance_in(cond, device),
             tweaks=tweaks.rename_away(lambda text: name_texts(text, {"text": KEY}, device)),
-            references=references_in(cond, device),
+            references=pictures.references_in(cond, device),
         )
         return velocity
 
@@ -192,7 +184,7 @@ class Flux2(ModelOfPictures):
         return {
             0: {
                 f"{CONTROL}_{number}": encoders.vae.encode(
-                    byte_clips(read_reference(path, area, LATENT.pixel_step))
+                    byte_clips(pictures.read_reference(path, area, LATENT.pixel_step))
                 )
                 for number, path in enumerate(paths)
             }

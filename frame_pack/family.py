@@ -31,19 +31,7 @@ from frame_pack.requests import FramePackRequest, prepare_request, tell_unused_p
 from frame_pack.sections import ANTI_DRIFTING, F1, Order, count_sections, parse_paddings, video_frames
 from hunyuan_model.spec import GUIDANCE_UNIT, PREVIEW_BIAS, PREVIEW_FACTORS
 from modules.checkpoints.opening import fingerprint
-from modules.contract.data import (
-    Batch,
-    CacheEntry,
-    Conditions,
-    LatentSpec,
-    MediaBatch,
-    MediaEncoders,
-    MediaTable,
-    MomentsBatch,
-    MomentsRules,
-    SamplingDefaults,
-    name_texts,
-)
+from modules.contract import data
 from modules.contract.family import FLOW, DitSpec, Family, NoiseSource, NoiseSpec
 from modules.contract.loading import Placement
 from modules.contract.one_frame import OneFrame
@@ -59,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 # caches hold latents in model space already: the scale of HunyuanVideo's VAE is applied where they are
 # encoded and decoded
-LATENT = LatentSpec(
+LATENT = data.LatentSpec(
     channels=16,
     stride=(4, 8, 8),
     pixel_step=16,
@@ -101,7 +89,7 @@ class FramePack(OneTransformer):
     name: str = field(default="framepack", init=False)
     cache_tag: str = field(default="fp", init=False)
     lora_module: str = field(default=LORA[0].network_module, init=False)
-    latent: LatentSpec = field(default=LATENT, init=False)
+    latent: data.LatentSpec = field(default=LATENT, init=False)
     noise: NoiseSpec = field(default=FLOW, init=False)
     dit: DitSpec = field(default=DIT, init=False)
     text_keys: frozenset[str] = field(default=TEXT_KEYS, init=False)
@@ -111,9 +99,9 @@ class FramePack(OneTransformer):
         return F1 if self.is_f1 else ANTI_DRIFTING
 
     @property
-    def defaults(self) -> SamplingDefaults:
+    def defaults(self) -> data.SamplingDefaults:
         """Defaults of a generation. The flow shift depends on the size."""
-        return SamplingDefaults(
+        return data.SamplingDefaults(
             steps=25,
             fps=float(FRAMES_PER_SECOND),
             guidance_scale=1.0,
@@ -158,20 +146,22 @@ class FramePack(OneTransformer):
             "sections": kind,
         }
 
-    def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
+    def media_encoders(self, device: torch.device, images: bool = True) -> data.MediaEncoders:
         files = self.files
         siglip = load_siglip(files.image_encoder_path, device, files.beside(None)) if images else None
-        return MediaEncoders(files.load_vae(device), siglip)
+        return data.MediaEncoders(files.load_vae(device), siglip)
 
-    def check_table(self, table: MediaTable) -> None:
+    def check_table(self, table: data.MediaTable) -> None:
         """Raise DatasetError unless a table has long clips, or for --one_frame images with control images."""
         caching.check_table(table, self.one_frame is not None)
 
-    def sections_of(self, table: MediaTable, frames: int) -> int | None:
+    def sections_of(self, table: data.MediaTable, frames: int) -> int | None:
         """Return the number of sections in a clip. Raises MediaError if it is too short for one."""
         return None if self.one_frame is not None else caching.count_sections(table, frames)
 
-    def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
+    def encode_media(
+        self, encoders: data.MediaEncoders, media: data.MediaBatch
+    ) -> list[list[data.CacheEntry]]:
         """Return the sections of every clip, or one entry for every image.
 
         Stored in the VAE's dtype, in model space.
@@ -184,10 +174,10 @@ class FramePack(OneTransformer):
         return [item for part in parts for item in caching.clip_entries(encoders, part, self.order)]
 
     @property
-    def moments(self) -> MomentsRules:
-        return MomentsRules(caching.NO_MOMENTS)
+    def moments(self) -> data.MomentsRules:
+        return data.MomentsRules(caching.NO_MOMENTS)
 
-    def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
+    def latents_from_moments(self, media: data.MomentsBatch) -> list[data.CacheEntry]:
         raise DatasetError(f"{media.keys[0]}: {caching.NO_MOMENTS}")
 
     # the network
@@ -195,7 +185,7 @@ class FramePack(OneTransformer):
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
         return self.files.multiply_text(super().load_dit(placement, expert))
 
-    def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
+    def batch_conditions(self, latents: Tensor, batch: data.Batch) -> data.Conditions:
         """Return the conditions for training: all in the caches but the target latents, and guidance (B)."""
         guidance = torch.full((len(latents),), GUIDANCE_UNIT * self.trained_guidance, device=latents.device)
         conditions = conditions_of(batch, self.files.dit_header().config, self.files.dit_path)
@@ -203,7 +193,12 @@ class FramePack(OneTransformer):
         return {**conditions, "guidance": guidance}
 
     def predict(
-        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+        self,
+        dit: nn.Module,
+        noisy: Tensor,
+        timesteps: Tensor,
+        cond: data.Conditions,
+        tweaks: Tweaks = NO_TWEAKS,
     ) -> Tensor:
         """Predict the velocity, B C F H W in float32. cond: names as in caches, with guidance B.
 
@@ -232,13 +227,13 @@ class FramePack(OneTransformer):
         return dit(
             noisy,
             timesteps,
-            *name_texts(cond, TEXT_INPUTS, noisy.device).values(),
+            *data.name_texts(cond, TEXT_INPUTS, noisy.device).values(),
             guidance.float(),
             given("image_embeddings"),
             given("latent_indices"),
             **history,
             position_scale=scale,
-            tweaks=tweaks.rename_away(lambda text: name_texts(text, TEXT_INPUTS, noisy.device)),
+            tweaks=tweaks.rename_away(lambda text: data.name_texts(text, TEXT_INPUTS, noisy.device)),
         )
 
     # generation
@@ -262,10 +257,12 @@ class FramePack(OneTransformer):
     def source(self) -> SourceRules:
         return SourceRules((VIDEO, LATENTS), "FramePack", False, frozenset({"framepack", "hunyuan"}))
 
-    def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
+    def encode_source(self, encoders: data.MediaEncoders, frames: Tensor, seed: int) -> Tensor:
         return encode_clip(encoders.vae, frames, seed, self.window)
 
-    def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
+    def request_conditions(
+        self, encoders: data.MediaEncoders, prepared: Prepared
+    ) -> Mapping[int, data.Conditions]:
         own: FramePackRequest = prepared.own
         return (
             video_inputs(encoders, prepared)
@@ -277,7 +274,7 @@ class FramePack(OneTransformer):
         self,
         prepared: Prepared,
         prompts: Mapping[int, EncodedPrompts],
-        inputs: Mapping[int, Conditions],
+        inputs: Mapping[int, data.Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
         """Yield each section for the denoising loop, in the order of generation; an image has one."""
@@ -292,7 +289,7 @@ class FramePack(OneTransformer):
             )
         return video_sections(prompts, inputs, noise, guidance, self.order, self.window, self.paddings)
 
-    def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
+    def decode(self, encoders: data.MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
         return decode_video(encoders.vae, latents, self.window, self.bulk_decode)
 
     @property

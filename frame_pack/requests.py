@@ -20,17 +20,9 @@ from frame_pack.sections import (
     sections_in,
     video_frames,
 )
+from modules.contract import requests
 from modules.contract.data import LatentSpec, SamplingDefaults
 from modules.contract.one_frame import OneFrame, parse_one_frame
-from modules.contract.requests import (
-    Prepared,
-    Prompt,
-    Request,
-    check_size,
-    keep_usable_media,
-    settle,
-    size_of,
-)
 from modules.errors import MediaError, OptionError
 from modules.media.buckets import bucket_sizes, choose_bucket
 from modules.option_values import require, to_path
@@ -55,13 +47,13 @@ class FramePackRequest:
 
 
 def prepare_request(
-    request: Request,
+    request: requests.Request,
     usual: SamplingDefaults,
     latent: LatentSpec,
     window: int,
     is_f1: bool,
     takes_shape: bool = False,
-) -> Prepared:
+) -> requests.Prepared:
     """Settle size, frames and numbers, and check the images. Unusable settings are left out with a warning.
 
     window: latent frames of a section. takes_shape: a single picture is shaped as its first control image,
@@ -75,9 +67,9 @@ def prepare_request(
         )
     request = _with_media(request, is_f1, is_picture)
     sections = _count(request, usual, window, is_picture)
-    width, height, _ = size_of(request, usual)
+    width, height, _ = requests.size_of(request, usual)
     frames = 1 if is_picture else video_frames(sections, window)
-    check_size((width, height, min(frames, video_frames(1, window))), latent)
+    requests.check_size((width, height, min(frames, video_frames(1, window))), latent)
     request = _with_controls(request)
     own = FramePackRequest(
         _images_of(request, sections, is_picture),
@@ -97,7 +89,7 @@ def prepare_request(
     if flow_shift is None:
         *_, rows, columns = latent.shape(1, height, width)
         flow_shift = flow_shift_for(count_tokens(1 if is_picture else window, rows, columns))
-    prepared = settle(request, usual, (width, height, frames), flow_shift, "")
+    prepared = requests.settle(request, usual, (width, height, frames), flow_shift, "")
     others = prepared.prompts[0]
     # in files of results, by the names of options
     said = {name: value for name, value in request.extra.items() if name != "video_seconds"}
@@ -131,18 +123,18 @@ def tell_unused_paddings(paddings: Sequence[int], own: FramePackRequest) -> None
         )
 
 
-def _prompts_of(request: Request, sections: int, is_picture: bool) -> list[Prompt]:
+def _prompts_of(request: requests.Request, sections: int, is_picture: bool) -> list[requests.Prompt]:
     texts = _entries_of(request.prompt, "--prompt", sections, is_picture)
     if request.second_prompt is None:
-        return [Prompt(text) for text in texts]
+        return [requests.Prompt(text) for text in texts]
     second = _entries_of(request.second_prompt, "--prompt_2", sections, is_picture)
-    return [Prompt(text, second=for_clip) for text, for_clip in zip(texts, second, strict=True)]
+    return [requests.Prompt(text, second=for_clip) for text, for_clip in zip(texts, second, strict=True)]
 
 
-def _with_media(request: Request, is_f1: bool, is_picture: bool) -> Request:
+def _with_media(request: requests.Request, is_f1: bool, is_picture: bool) -> requests.Request:
     """Leave out media that cannot be used, with a warning. Raises OptionError if the end image is none."""
     why_not = "--f1 generates a video from its start" if is_f1 else "a single picture has no end"
-    request = keep_usable_media(request, {"end_image_path": not is_f1 and not is_picture}, why_not)
+    request = requests.keep_usable_media(request, {"end_image_path": not is_f1 and not is_picture}, why_not)
     if request.end_image_path is not None:
         _check_image("--end_image_path", request.end_image_path)
     if is_picture and request.source is not None:
@@ -150,10 +142,10 @@ def _with_media(request: Request, is_f1: bool, is_picture: bool) -> Request:
             f"--{request.source.option} {request.source.path} and --one_frame_inference: a single picture is "
             "made from --image_path and --control_image_path. Leave one of them out"
         )
-    return keep_usable_media(request, {"control_path": False}, "FramePack does not take it")
+    return requests.keep_usable_media(request, {"control_path": False}, "FramePack does not take it")
 
 
-def _count(request: Request, usual: SamplingDefaults, window: int, is_picture: bool) -> int:
+def _count(request: requests.Request, usual: SamplingDefaults, window: int, is_picture: bool) -> int:
     asked, seconds = request.extra.get("video_sections"), request.extra.get("video_seconds")
     if is_picture:
         if asked not in (None, "1"):
@@ -182,7 +174,7 @@ def _count(request: Request, usual: SamplingDefaults, window: int, is_picture: b
     return sections
 
 
-def _with_controls(request: Request) -> Request:
+def _with_controls(request: requests.Request) -> requests.Request:
     """Return the request without unused control images and masks. Raises OptionError if a used one is
     missing.
     """
@@ -207,7 +199,7 @@ def _with_controls(request: Request) -> Request:
     return request
 
 
-def _images_of(request: Request, sections: int, is_picture: bool) -> tuple[Path, ...]:
+def _images_of(request: requests.Request, sections: int, is_picture: bool) -> tuple[Path, ...]:
     """The start image of each section. Raises OptionError if there is none or one cannot be read."""
     text = request.extra.get("image_path") or (
         None if request.image_path is None else str(request.image_path)

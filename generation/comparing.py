@@ -14,16 +14,7 @@ from itertools import product
 from pathlib import Path
 
 from blissful_tuner.metadata import CREATED, as_tags, lora_name
-from generation import making
-from generation.dressing import (
-    LORA_OPTIONS,
-    LorasByExpert,
-    dit_loader,
-    expert_loras,
-    key_of,
-    leave_out_missing,
-    with_loras,
-)
+from generation import dressing, making
 from generation.grid_options import CompareOptions
 from generation.memory import resolve_options
 from generation.options import GenerationOptions
@@ -77,7 +68,7 @@ def compare(family: Family, options: GenerationOptions, asked: CompareOptions) -
     _check(options)
     start, device = time.monotonic(), choose_device(options.device)
     if options.optimized:
-        options = leave_out_missing(family, options, device)
+        options = dressing.leave_out_missing(family, options, device)
     output = replace(options.output, no_progressive_save=True)
     options = replace(options, output=output)
     if options.request.seed is None:
@@ -86,10 +77,10 @@ def compare(family: Family, options: GenerationOptions, asked: CompareOptions) -
         allow_fp16_accumulation(device)
     check_compilation(options.speed.compilation.choice, device)
     variants = make_variants(
-        family.experts, expert_loras(family.experts, options, with_texts=True), asked.lora_multiplier
+        family.experts, dressing.expert_loras(family.experts, options, with_texts=True), asked.lora_multiplier
     )
     options, predicted = resolve_options(family, options, device, room_on(device))
-    session = make_session(family, options, dit_loader(family, (), device, options), keep=False)
+    session = make_session(family, options, dressing.dit_loader(family, (), device, options), keep=False)
     run = GenerationRun(family, options, session, predicted)
     lines, failures = lines_of(options.from_file), Failures(strict=options.from_file is None)
     jobs = [*of_each_line(run, lines, failures, make_job).values()]
@@ -151,7 +142,7 @@ def _check(options: GenerationOptions) -> None:
 
 
 def make_variants(
-    experts: Sequence[Expert], uses: LorasByExpert, strengths: Sequence[float]
+    experts: Sequence[Expert], uses: dressing.LorasByExpert, strengths: Sequence[float]
 ) -> list[Variant]:
     """Return the columns: without LoRA, then every file at every strength.
 
@@ -166,7 +157,7 @@ def make_variants(
     for column, use, name in zip(columns, first, names, strict=True):
         shown = name if names.count(name) == 1 else f"{use.lora.path.parent.name}/{name}"
         sha256 = {
-            f"{lora_name(key_of(expert))}_sha256_0": _hash(found[0].lora.path)
+            f"{lora_name(dressing.key_of(expert))}_sha256_0": _hash(found[0].lora.path)
             for expert, found in zip(experts, column, strict=True)
             if found
         }
@@ -186,7 +177,7 @@ def make_cell(run: GenerationRun, variant: Variant, job: GenerationJob, line: in
 
     A name with other content gets a `_` at its end: files that exist under the stem are of exactly this clip.
     """
-    options = with_loras(run.options, run.family.experts, variant.uses)
+    options = dressing.with_loras(run.options, run.family.experts, variant.uses)
     metadata = dict(replace(run, options=options).metadata(job.prepared) or {})
     metadata |= {f"bt_{name}": sha256 for name, sha256 in variant.sha256.items()}
     column = words_of(variant.label.replace(".", "_")) or "lora"
@@ -263,14 +254,14 @@ def networks_with(
     is_plain = speed.fp8.quantisation is None and not speed.swap.number and speed.compilation.choice is None
     if not is_plain or len(family.experts) > 1:
         for variant, ready in columns:
-            loader = dit_loader(family, variant.uses, session.device, options)
+            loader = dressing.dit_loader(family, variant.uses, session.device, options)
             session.load_with(loader, loader.aside)
             with session.dit([job.prepared for job, _, _ in ready]) as dit_at:
                 yield ready, dit_at
         return
     of_dit = [on_side(variant.uses[0], False) for variant, _ in columns]
     originals = OriginalWeights([use for uses in of_dit for use in uses])
-    loader = dit_loader(family, (), session.device, options, [originals])
+    loader = dressing.dit_loader(family, (), session.device, options, [originals])
     session.load_with(loader, loader.aside)
     with session.dit([job.prepared for _, ready in columns for job, _, _ in ready]) as dit_at:
         for (_, ready), uses in zip(columns, of_dit, strict=True):
@@ -330,7 +321,7 @@ def _command(experts: Sequence[Expert], variant: Variant) -> str:
     """Return the options of the generation script that use this column's LoRAs."""
     words: list[str] = []
     for expert, uses in zip(experts, variant.uses, strict=True):
-        weight = LORA_OPTIONS[key_of(expert)]
+        weight = dressing.LORA_OPTIONS[dressing.key_of(expert)]
         multiplier = weight.replace("weight", "multiplier")
         for use in uses:
             words += [weight, str(use.lora.path), multiplier, f"{use.multiplier:g}"]

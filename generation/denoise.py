@@ -13,22 +13,10 @@ from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions
 from blissful_tuner.step_cache import StepCaches
 from blissful_tuner.video_to_video import fit_frames, noisy_source
 from generation.anchors import hold_consistent, hold_masked
+from modules.contract import steps
 from modules.contract.data import Conditions
 from modules.contract.family import Family, NoiseSource, Passes
 from modules.contract.requests import Prepared
-from modules.contract.steps import (
-    NO_TWEAKS,
-    DitAt,
-    EncodedPrompts,
-    Guidance,
-    Predict,
-    Section,
-    Step,
-    StepDone,
-    Turn,
-    Tweaks,
-    Watcher,
-)
 from modules.devices import dtype_of, send, send_ahead
 from modules.flow.solvers import Solver, solver_for
 from modules.seeds import derive_seed
@@ -45,12 +33,12 @@ class LoopStart:
 @torch.no_grad()
 def denoise(
     family: Passes,
-    dit_at: DitAt,
-    section: Section,
+    dit_at: steps.DitAt,
+    section: steps.Section,
     start: LoopStart,
     solver: Solver,
-    guidance: Guidance,
-    watchers: Sequence[Watcher] = (),
+    guidance: steps.Guidance,
+    watchers: Sequence[steps.Watcher] = (),
     split: bool = True,
 ) -> Tensor:
     """Follow the velocity from noise to clean latents. Returns them like the section's noise, float32, where
@@ -68,12 +56,14 @@ def denoise(
     num_steps = schedule.num_steps - start.step
     for made in range(num_steps):
         index = start.step + made
-        step = Step(made, num_steps, float(schedule.sigmas[index]), float(schedule.timesteps[index]), latents)
+        step = steps.Step(
+            made, num_steps, float(schedule.sigmas[index]), float(schedule.timesteps[index]), latents
+        )
         # without a name: it would hold the network of this step while that of the next one is loaded
         velocity = guidance(
             step, predictor(family, dit_at, step, split, section.tweaks, section.held), section
         ).float()
-        done = StepDone(step, velocity, section)
+        done = steps.StepDone(step, velocity, section)
         answers = [watch(done) for watch in watchers]  # each is called, whatever those before it say
         if any(answers):
             return done.clean
@@ -85,7 +75,7 @@ def denoise(
     return latents
 
 
-def hold_given(section: Section, latents: Tensor) -> Tensor:
+def hold_given(section: steps.Section, latents: Tensor) -> Tensor:
     """Return latents with the frames and the sound that the section is given in their place.
 
     latents: B C F H W, or B N of a picture and its sound. As their velocity is 0 too, each predicted clean
@@ -101,12 +91,12 @@ def hold_given(section: Section, latents: Tensor) -> Tensor:
 
 def predictor(
     family: Passes,
-    dit_at: DitAt,
-    step: Step,
+    dit_at: steps.DitAt,
+    step: steps.Step,
     split: bool,
-    all_passes: Tweaks = NO_TWEAKS,
+    all_passes: steps.Tweaks = steps.NO_TWEAKS,
     held: tuple[bool, bool] = (False, False),
-) -> Predict:
+) -> steps.Predict:
     """Make `predict(*conditions, tweaks=...)` of one step. It returns a velocity like `noisy` for each.
 
     all_passes: tweaks of every pass, to which those of the call are added. held: `Section.held`; what is
@@ -114,7 +104,7 @@ def predictor(
     """
     dit, noisy = dit_at(step.timestep), step.noisy
 
-    def predict(*conditions: Conditions, tweaks: Tweaks = NO_TWEAKS) -> tuple[Tensor, ...]:
+    def predict(*conditions: Conditions, tweaks: steps.Tweaks = steps.NO_TWEAKS) -> tuple[Tensor, ...]:
         # a batch needs the same names and shapes; lists may differ in length per sample
         outlines = [
             {name: isinstance(value, list) or tuple(value.shape[1:]) for name, value in one.items()}
@@ -130,7 +120,7 @@ def predictor(
                 timesteps = torch.stack([timesteps * (not is_clean) for is_clean in held], dim=1)
             # conditions and tweaks are the same objects at all steps of a section
             which = (*map(id, group), id(tweaks))
-            turn = Turn(step.index, step.num_steps, step.timestep, which)
+            turn = steps.Turn(step.index, step.num_steps, step.timestep, which)
             told = replace(tweaks.within(all_passes), turn=turn)
             batch = stack(group) if len(group) > 1 else group[0]
             velocities += family.predict(dit, rows, timesteps, batch, told).chunk(len(group))
@@ -165,20 +155,20 @@ class SeededNoise:
         return send_ahead(drawn, self._device)  # solvers draw between steps, and must not wait there
 
 
-OnSection = Callable[[Section], None]
+OnSection = Callable[[steps.Section], None]
 SOURCE = "source_latents"  # among the inputs of section 0: what the whole video starts from
 
 
 def make_latents(
     family: Family,
-    dit_at: DitAt,
+    dit_at: steps.DitAt,
     prepared: Prepared,
-    prompts: Mapping[int, EncodedPrompts],
+    prompts: Mapping[int, steps.EncodedPrompts],
     inputs: Mapping[int, Conditions],
     device: torch.device,
     cpu_noise: bool = False,
     guidance_options: GuidanceOptions = PLAIN_GUIDANCE,
-    watchers: Sequence[Watcher] = (),
+    watchers: Sequence[steps.Watcher] = (),
     split: bool = True,
     on_section: OnSection | None = None,
     run: RunPasses = run_passes,
@@ -241,10 +231,10 @@ def make_latents(
 def sections_of(
     family: Family,
     prepared: Prepared,
-    prompts: Mapping[int, EncodedPrompts],
+    prompts: Mapping[int, steps.EncodedPrompts],
     inputs: Mapping[int, Conditions],
     noise: NoiseSource,
-) -> Generator[Section, Tensor, Tensor]:
+) -> Generator[steps.Section, Tensor, Tensor]:
     """Yield the family's sections, each with the tweaks of all its passes that the request says, and the part
     of the clean latents (`SOURCE`) that it starts from.
     """
@@ -252,9 +242,9 @@ def sections_of(
     source = conditions.pop(SOURCE, None)
     if source is not None:
         inputs = {**inputs, 0: conditions}
-    told = NO_TWEAKS
+    told = steps.NO_TWEAKS
     if prepared.slow_frames is not None or prepared.joint is not None:
-        told = Tweaks(slow_frames=prepared.slow_frames, joint=prepared.joint)
+        told = steps.Tweaks(slow_frames=prepared.slow_frames, joint=prepared.joint)
     sections = family.sections(prepared, prompts, inputs, noise)
     try:
         section = next(sections)
@@ -269,7 +259,7 @@ def sections_of(
         return end.value
 
 
-def on_device(section: Section, device: torch.device) -> Section:
+def on_device(section: steps.Section, device: torch.device) -> steps.Section:
     """Return the section with all inputs of the network on `device`.
 
     Conditions that are the same object stay so.

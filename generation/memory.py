@@ -27,23 +27,8 @@ from modules.errors import MemoryPlanError, OptionError
 from modules.installation import import_own
 from modules.options import override_options
 from modules.planning import dry_run as dry
+from modules.planning import memory_plan
 from modules.planning.device_memory import Room, host_room, room_on
-from modules.planning.memory_plan import (
-    BlockWeights,
-    MemoryPart,
-    MemoryPlan,
-    Phase,
-    Swapped,
-    advise,
-    dtypes_of,
-    parts_of,
-    print_plan,
-    resolve_swap,
-    sharing_processes,
-    swaps_of,
-    weights_by_block,
-    workspace,
-)
 from modules.private_torch import FakeTensor
 from modules.run_blocks import spec_of
 
@@ -58,31 +43,30 @@ class PhasePrediction:
     """The memory of one request: of denoising before any block is swapped, with the effect of swapping."""
 
     moments: Mapping[str, dry.Moment]
-    swaps: Sequence[Swapped]  # by --blocks_to_swap, from 0 to the most that can be
+    swaps: Sequence[memory_plan.Swapped]  # by --blocks_to_swap, from 0 to the most that can be
     weights: str  # their dtypes
-    blocks: tuple[BlockWeights, ...]
     preview: int  # bytes that a preview takes between two steps
     turns: ExpertTurns
-    extra: MemoryPart
-    before: tuple[Phase, ...] = ()  # texts and inputs
-    after: tuple[Phase, ...] = ()  # decoding
+    extra: memory_plan.MemoryPart
+    before: tuple[memory_plan.Phase, ...] = ()  # texts and inputs
+    after: tuple[memory_plan.Phase, ...] = ()  # decoding
 
     @property
     def most(self) -> int:
         return len(self.swaps) - 1
 
-    def phase(self, count: int) -> Phase:
+    def phase(self, count: int) -> memory_plan.Phase:
         """Return the largest moment of denoising with this number of blocks swapped."""
         (where, held), swap = dry.largest(self.moments), self.swaps[count]
         weights = held[dry.WEIGHTS]
         if self.preview > sum(held.values()) - weights:  # between steps there are weights alone
             where, held = "decoding a preview", {dry.WEIGHTS: weights, dry.WORKING: self.preview}
         note = self.weights + swap.words(count, "of buffers")
-        parts = parts_of(held, swap, {dry.WEIGHTS: note, dry.WORKING: where})
-        return Phase("denoising", (*parts, *self.turns.parts(weights, swap), self.extra))
+        parts = memory_plan.parts_of(held, swap, {dry.WEIGHTS: note, dry.WORKING: where})
+        return memory_plan.Phase("denoising", (*parts, *self.turns.parts(weights, swap), self.extra))
 
-    def plan(self, blocks: int, remarks: Sequence[str] = ()) -> MemoryPlan:
-        return MemoryPlan((*self.before, self.phase(blocks), *self.after), tuple(remarks))
+    def plan(self, blocks: int, remarks: Sequence[str] = ()) -> memory_plan.MemoryPlan:
+        return memory_plan.MemoryPlan((*self.before, self.phase(blocks), *self.after), tuple(remarks))
 
     def device(self, blocks: int) -> int:
         """Return the device memory of denoising with this number of blocks swapped, in bytes."""
@@ -103,9 +87,9 @@ def predict(
 
     Products in 8 bits are rehearsed as products in 16 bit of the same weights. turns: of the whole run; None:
     those of this request alone. room: layers of text encoders that it has no place for wait in host memory.
-    watch: `WorkCounter.watch`, if the work of the step is to be counted.
+    watch: `TokenCounter.watch`, if cards are to share the step.
     """
-    extra = workspace(device, is_training=False)
+    extra = memory_plan.workspace(device, is_training=False)
     before, encoded = rehearse_texts(family, options, prepared, extra, room)
     if needs_media(family, prepared):
         encoders = family.media_encoders(META)
@@ -117,7 +101,7 @@ def predict(
         inputs = dict(encode_inputs(family, NO_ENCODERS, prepared))
     turns = turns or turns_of(family, options, [prepared])
     denoising = rehearse_denoising(family, options, prepared, encoded, inputs, extra, turns, watch)
-    after: tuple[Phase, ...] = ()
+    after: tuple[memory_plan.Phase, ...] = ()
     if options.output.decodes:
         after = (rehearse_decoding(family, prepared, extra),)
     if prepared.joint is not None and hears_sound(family) and options.output.writes_sound:
@@ -140,18 +124,18 @@ def rehearse_texts(
     family: Family,
     options: GenerationOptions,
     prepared: Prepared,
-    extra: MemoryPart,
+    extra: memory_plan.MemoryPart,
     room: Room | None,
-) -> tuple[list[Phase], Mapping[int, EncodedPrompts]]:
+) -> tuple[list[memory_plan.Phase], Mapping[int, EncodedPrompts]]:
     """Return a phase for each text encoder, and its outputs for the prompts as tensors without content.
 
     An encoder has its blocks split over the processes that share the transformer, or layers in host memory
     if there is no room for it.
     """
     wanted = wanted_texts(prepared, options.guidance)
-    phases: list[Phase] = []
+    phases: list[memory_plan.Phase] = []
     outputs: dict[Prompt, dict[str, Tensor | list[Tensor]]] = {text: {} for text in texts_of([wanted])}
-    processes = sharing_processes(options.speed)
+    processes = memory_plan.sharing_processes(options.speed)
     for encoder in family.text_encoders():
         encoder.load(META)
         with rehearsing(encoder) as ledger:
@@ -159,17 +143,17 @@ def rehearse_texts(
             phase = phase_of(f"text encoder {encoder.name}", ledger, extra)
         if processes > 1 and can_divide(encoder):
             network, (weights, *others) = encoder.network, phase.parts
-            (split,) = swaps_of(network, spec_of(network), options.speed.swap, processes)
+            (split,) = memory_plan.swaps_of(network, spec_of(network), options.speed.swap, processes)
             note = split.words(0, "").removeprefix("; ")
             weights = replace(weights, device=weights.device - split.saved, note=note)
-            phase = Phase(phase.name, (weights, *others))
+            phase = memory_plan.Phase(phase.name, (weights, *others))
         elif room is not None and phase.device > room.usable and is_layered(encoder):
             waiting = encoder.waiting_bytes(room.usable)
             if waiting:
                 weights, *others = phase.parts
                 left = weights.device - waiting
                 weights = replace(weights, device=left, host=waiting, note="copied layer by layer")
-                phase = Phase(phase.name, (weights, *others))
+                phase = memory_plan.Phase(phase.name, (weights, *others))
         phases.append(phase)
         for text, conditions in zip(outputs, found, strict=True):
             outputs[text].update(make_solid(conditions))
@@ -182,7 +166,7 @@ def rehearse_denoising(
     prepared: Prepared,
     encoded: Mapping[int, EncodedPrompts],
     inputs: Mapping[int, Conditions],
-    extra: MemoryPart,
+    extra: memory_plan.MemoryPart,
     turns: ExpertTurns = ALONE,
     watch: Callable[[nn.Module], dry.Extrapolate] = dry.plainly,
 ) -> PhasePrediction:
@@ -191,8 +175,11 @@ def rehearse_denoising(
     choice = replace(speed.attention.choice, mode="sdpa")  # the stand-in of all kernels
     dit = family.load_dit(Placement(META, attention=choice, quantisation=speed.fp8.quantisation))
     dit.eval().requires_grad_(False)
-    weights, swaps = dtypes_of(dit), swaps_of(dit, family.dit, speed.swap, sharing_processes(speed))
-    blocks, sizes = family.dit.blocks(dit), weights_by_block(dit, family.dit)
+    weights, swaps = (
+        memory_plan.dtypes_of(dit),
+        memory_plan.swaps_of(dit, family.dit, speed.swap, memory_plan.sharing_processes(speed)),
+    )
+    blocks = family.dit.blocks(dit)
     extended = watch(dit)
     if prepared.added:
         import_own("networks.added").add_stage_loras(dit)
@@ -231,7 +218,7 @@ def rehearse_denoising(
     if path is not None:  # what it takes between two steps
         *_, height, width = family.latent.shape(1, prepared.height, prepared.width)
         preview = decoding_bytes(check_taehv(path, family.latent), torch.float16, height, width)
-    return PhasePrediction(moments, swaps, weights, sizes, preview, turns, extra)
+    return PhasePrediction(moments, swaps, weights, preview, turns, extra)
 
 
 def heaviest_step(
@@ -248,7 +235,7 @@ def heaviest_step(
     return Step(index, prepared.num_steps, 1.0, timestep, noisy)
 
 
-def rehearse_decoding(family: Family, prepared: Prepared, extra: MemoryPart) -> Phase:
+def rehearse_decoding(family: Family, prepared: Prepared, extra: memory_plan.MemoryPart) -> memory_plan.Phase:
     """Return the phase that decodes latents to pixels."""
     encoders = family.media_encoders(META, images=False)
     shape = family.latent.shape(prepared.frames, prepared.height, prepared.width)
@@ -261,14 +248,14 @@ def rehearse_decoding(family: Family, prepared: Prepared, extra: MemoryPart) -> 
         return phase_of("decoding", ledger, extra)
 
 
-def phase_of(name: str, ledger: dry.Ledger, extra: MemoryPart) -> Phase:
+def phase_of(name: str, ledger: dry.Ledger, extra: memory_plan.MemoryPart) -> memory_plan.Phase:
     """Return a phase in which one network works at one place."""
     _, moment = dry.largest(ledger.peaks)
     parts = [
-        MemoryPart("weights", moment.get(dry.WEIGHTS, 0)),
-        MemoryPart("work", sum(moment.values()) - moment.get(dry.WEIGHTS, 0)),
+        memory_plan.MemoryPart("weights", moment.get(dry.WEIGHTS, 0)),
+        memory_plan.MemoryPart("work", sum(moment.values()) - moment.get(dry.WEIGHTS, 0)),
     ]
-    return Phase(name, (*parts, extra))
+    return memory_plan.Phase(name, (*parts, extra))
 
 
 def make_solid(conditions: Conditions) -> Conditions:
@@ -296,12 +283,12 @@ def plan_generation(family: Family, options: GenerationOptions, device: torch.de
     with quiet():
         prepared, prediction = predict_largest(family, options, all_requests(family, options), device, room)
 
-    def plan(blocks: int, remarks: Sequence[str]) -> MemoryPlan:
+    def plan(blocks: int, remarks: Sequence[str]) -> memory_plan.MemoryPlan:
         made = prediction.plan(blocks)
         more = prediction.turns.remarks(made, prediction.phase(blocks), room, host_room())
         return replace(made, remarks=(*remarks, *more))
 
-    print_plan(
+    memory_plan.print_plan(
         prediction,
         options.speed.swap,
         room,
@@ -348,7 +335,9 @@ def advice(
 
     cheaper = [("--fp8_scaled", in_fp8)] if speed.fp8.quantisation is None else []
     can_swap = not speed.sharding.shard_base
-    more, last = advise(prediction, cheaper, room.usable, can_swap=can_swap, phase=" while denoising")
+    more, last = memory_plan.advise(
+        prediction, cheaper, room.usable, can_swap=can_swap, phase=" while denoising"
+    )
     lines += more
     if last is not None:
         even = f"even --blocks_to_swap {last.most} leaves" if can_swap else "what is above leaves"
@@ -389,7 +378,7 @@ def resolve_options(
         with quiet():
             return predict_largest(family, options, requests, device, room)[1]
 
-    speed, prediction = resolve_swap(options.speed, room if requests else None, found)
+    speed, prediction = memory_plan.resolve_swap(options.speed, room if requests else None, found)
     options = replace(options, speed=speed)
     if prediction is None:
         return options, None

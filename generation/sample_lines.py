@@ -6,16 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from generation.prompt_lines import (
-    NO_TEXT,
-    LineOption,
-    numbered_lines,
-    parse_words,
-    read_name,
-    read_path,
-    read_prompt_file,
-    read_seed,
-)
+from generation import prompt_lines
 from modules.errors import OptionError
 from modules.option_values import few_digits
 from modules.text_files import parse_json, parse_toml
@@ -34,7 +25,7 @@ def _sample_seed(text: str) -> int:
     """Return the number that a text begins with, as other trainers read it; of any other text its seed."""
     if not text.strip():
         raise ValueError("give a number or a text")
-    return _leading_whole(text) if re.match(r"[+-]?[0-9]", text) else read_seed(text)
+    return _leading_whole(text) if re.match(r"[+-]?[0-9]", text) else prompt_lines.read_seed(text)
 
 
 def _leading_number(text: str) -> float:
@@ -53,32 +44,32 @@ def _leading(pattern: str, text: str) -> str:
 
 
 # settings of single models, which arrive in `Request.extra`
-OF_SOME_MODELS: Mapping[str, LineOption] = {
-    "of": LineOption("one_frame", read_name),
-    "v": LineOption("reference_video", read_path),
-    "ctr": LineOption("cfg_trunc_ratio", _leading_number),
-    "rcfg": LineOption("renorm_cfg", _leading_number),
-    **{name: LineOption(name, _leading_number) for name in ("mu", "y1", "y2")},
+OF_SOME_MODELS: Mapping[str, prompt_lines.LineOption] = {
+    "of": prompt_lines.LineOption("one_frame", prompt_lines.read_name),
+    "v": prompt_lines.LineOption("reference_video", prompt_lines.read_path),
+    "ctr": prompt_lines.LineOption("cfg_trunc_ratio", _leading_number),
+    "rcfg": prompt_lines.LineOption("renorm_cfg", _leading_number),
+    **{name: prompt_lines.LineOption(name, _leading_number) for name in ("mu", "y1", "y2")},
     # of VACE, whose video and references are --cn and --ci
-    "sm": LineOption("src_mask", read_path),
-    "vs": LineOption("vace_scale", read_name),
+    "sm": prompt_lines.LineOption("src_mask", prompt_lines.read_path),
+    "vs": prompt_lines.LineOption("vace_scale", prompt_lines.read_name),
 }
 # prompt files of training samples; numbers are read from their leading digits, as other trainers do
-SAMPLE_OPTIONS: Mapping[str, LineOption] = {
-    "w": LineOption("width", _leading_whole),
-    "h": LineOption("height", _leading_whole),
-    "f": LineOption("frame_count", _leading_whole),
-    "d": LineOption("seed", _sample_seed),
-    "s": LineOption("sample_steps", _leading_whole),
-    "g": LineOption("guidance_scale", _leading_number),
-    "l": LineOption("cfg_scale", _leading_number),
-    "fs": LineOption("discrete_flow_shift", _leading_number),
-    "n": LineOption("negative_prompt", str, NO_TEXT),
-    "i": LineOption("image_path", read_path),
-    "ei": LineOption("end_image_path", read_path),
-    "cn": LineOption("control_video_path", read_path),
-    "ci": LineOption("control_image_path", read_path, repeats=True),
-    "ss": LineOption("sample_sampler", read_name),
+SAMPLE_OPTIONS: Mapping[str, prompt_lines.LineOption] = {
+    "w": prompt_lines.LineOption("width", _leading_whole),
+    "h": prompt_lines.LineOption("height", _leading_whole),
+    "f": prompt_lines.LineOption("frame_count", _leading_whole),
+    "d": prompt_lines.LineOption("seed", _sample_seed),
+    "s": prompt_lines.LineOption("sample_steps", _leading_whole),
+    "g": prompt_lines.LineOption("guidance_scale", _leading_number),
+    "l": prompt_lines.LineOption("cfg_scale", _leading_number),
+    "fs": prompt_lines.LineOption("discrete_flow_shift", _leading_number),
+    "n": prompt_lines.LineOption("negative_prompt", str, prompt_lines.NO_TEXT),
+    "i": prompt_lines.LineOption("image_path", prompt_lines.read_path),
+    "ei": prompt_lines.LineOption("end_image_path", prompt_lines.read_path),
+    "cn": prompt_lines.LineOption("control_video_path", prompt_lines.read_path),
+    "ci": prompt_lines.LineOption("control_image_path", prompt_lines.read_path, repeats=True),
+    "ss": prompt_lines.LineOption("sample_sampler", prompt_lines.read_name),
     **OF_SOME_MODELS,
 }
 
@@ -89,7 +80,9 @@ def parse_sample_line(line: str, where: str = "the sample prompt") -> dict[str, 
     where: names the line. Raises OptionError if a value cannot be read.
     """
     try:
-        return parse_words(line, SAMPLE_OPTIONS, where, lambda word: SAMPLE_OPTIONS.get(word.lower()))
+        return prompt_lines.parse_words(
+            line, SAMPLE_OPTIONS, where, lambda word: SAMPLE_OPTIONS.get(word.lower())
+        )
     except OptionError as error:
         raise OptionError(f"{where} {line.strip()!r}: {error}. Correct the line") from None
 
@@ -103,13 +96,13 @@ def read_sample_prompts(path: Path) -> list[dict[str, Any]]:
     """
     named, text, kind = (
         f"--sample_prompts {path}",
-        read_prompt_file(path, "--sample_prompts"),
+        prompt_lines.read_prompt_file(path, "--sample_prompts"),
         path.suffix.lower(),
     )
     place, entries = "entry", list[tuple[int, Any]]()
     try:
         if kind == ".txt":
-            place, entries = "line", [*numbered_lines(text)]
+            place, entries = "line", [*prompt_lines.numbered_lines(text)]
         elif kind == ".toml":
             shared = parse_toml(text).get("prompt")
             subsets = shared.get("subset", []) if isinstance(shared, dict) else None

@@ -32,8 +32,8 @@ from modules.lost_processes import OtherProcesses, meet_anew
 from modules.offload.context import ProcessGrid, device_mesh
 from modules.offload.sharding import LAUNCH, agree, gather_parts, join_processes, launched_processes
 from modules.options import override_options
-from modules.planning.communication import Division, WorkCounter, divide_tokens
 from modules.planning.device_memory import Room
+from modules.planning.division import Division, TokenCounter, divide_tokens
 from modules.planning.several_cards import Rehearsed, print_ways, with_division
 from modules.speed_options import ShardingOptions
 
@@ -47,10 +47,9 @@ def plan_ways(
         prepared, _ = predict_largest(family, alone, all_requests(family, alone), device, room)
 
     def rehearsed(options: GenerationOptions, *words: str) -> Rehearsed:
-        counter = WorkCounter()
+        counter = TokenCounter()
         with quiet():
             whole = predict(family, options, prepared, device, room=room, watch=counter.watch)
-        work = counter.work(whole.blocks)
 
         @cache
         def shared() -> PhasePrediction:
@@ -64,9 +63,9 @@ def plan_ways(
             prediction = shared() if division.shards else whole
             if division.context == 1:
                 return prediction
-            return replace(prediction, moments=divide_tokens(prediction.moments, division.context, work))
+            return replace(prediction, moments=divide_tokens(prediction.moments, division.context, counter))
 
-        return Rehearsed(words, work, True, divide)
+        return Rehearsed(words, counter.heads, True, divide)
 
     def runs() -> Iterator[Rehearsed]:
         yield rehearsed(alone)

@@ -27,30 +27,9 @@ from hunyuan_model.vae import (
     first_frame_of,
     sample_moments,
 )
-from modules.contract.data import (
-    Batch,
-    CacheEntry,
-    Conditions,
-    LatentSpec,
-    MediaBatch,
-    MediaEncoders,
-    MediaTable,
-    MomentsBatch,
-    MomentsRules,
-    SamplingDefaults,
-    name_texts,
-)
+from modules.contract import data, requests
 from modules.contract.family import FLOW, DitSpec, Family, NoiseSource, NoiseSpec
 from modules.contract.loading import Placement
-from modules.contract.requests import (
-    Prepared,
-    Request,
-    check_size,
-    keep_usable_media,
-    settle,
-    size_of,
-    whole_frames,
-)
 from modules.contract.rules import IMAGE, LATENTS, VIDEO, ModelRelease, SourceRules
 from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from modules.devices import choose_compute_dtype, send
@@ -89,15 +68,15 @@ class HunyuanVideo(OneTransformer):
     }
     cache_tag: str = field(default="hv", init=False)
     lora_module: str = field(default="networks.lora", init=False)
-    latent: LatentSpec = field(default=LATENT, init=False)
+    latent: data.LatentSpec = field(default=LATENT, init=False)
     noise: NoiseSpec = field(default=FLOW, init=False)
     dit: DitSpec = field(default=DIT, init=False)
     text_keys: frozenset[str] = field(default=TEXT_KEYS, init=False)
 
     @property
-    def defaults(self) -> SamplingDefaults:
+    def defaults(self) -> data.SamplingDefaults:
         has_guidance = self.files.dit is None or self.files.dit_header().config.has_guidance
-        return SamplingDefaults(
+        return data.SamplingDefaults(
             steps=50,
             fps=24.0,
             guidance_scale=1.0,
@@ -125,7 +104,7 @@ class HunyuanVideo(OneTransformer):
         identity = self.files.vae_identity()
         return {**identity, "image": "first frame"} if self.caches_image else identity
 
-    def check_table(self, table: MediaTable) -> None:
+    def check_table(self, table: data.MediaTable) -> None:
         """Raise DatasetError if a table has control media, which HunyuanVideo does not use."""
         if table.has_control:
             raise DatasetError(
@@ -133,16 +112,18 @@ class HunyuanVideo(OneTransformer):
                 "dataset."
             )
 
-    def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
+    def encode_media(
+        self, encoders: data.MediaEncoders, media: data.MediaBatch
+    ) -> list[list[data.CacheEntry]]:
         """Latents, with `caches_image` of first frames too: in the VAE's dtype, not scaled."""
         parts = media.split_for(encoders.vae.device)
         return [[entry] for part in parts for entry in encode_latents(encoders.vae, part, self.caches_image)]
 
     @property
-    def moments(self) -> MomentsRules:
-        return MomentsRules(with_image=self.caches_image)
+    def moments(self) -> data.MomentsRules:
+        return data.MomentsRules(with_image=self.caches_image)
 
-    def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
+    def latents_from_moments(self, media: data.MomentsBatch) -> list[data.CacheEntry]:
         return sample_moments(media, self.files.beside(self.files.vae_dtype))
 
     # the network
@@ -165,7 +146,7 @@ class HunyuanVideo(OneTransformer):
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
         return self.files.multiply_text(super().load_dit(placement, expert))
 
-    def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
+    def batch_conditions(self, latents: Tensor, batch: data.Batch) -> data.Conditions:
         """Return the conditions for training: text, guidance (B), `condition_latents` (B C F H W).
 
         The last only for transformers that take an image.
@@ -185,7 +166,12 @@ class HunyuanVideo(OneTransformer):
         return conditions
 
     def predict(
-        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+        self,
+        dit: nn.Module,
+        noisy: Tensor,
+        timesteps: Tensor,
+        cond: data.Conditions,
+        tweaks: Tweaks = NO_TWEAKS,
     ) -> Tensor:
         """Predict the velocity, B C F H W in float32.
 
@@ -205,9 +191,9 @@ class HunyuanVideo(OneTransformer):
         return dit(
             noisy,
             timesteps.to(guidance.dtype).float(),
-            *name_texts(cond, TEXT_INPUTS, noisy.device).values(),
+            *data.name_texts(cond, TEXT_INPUTS, noisy.device).values(),
             guidance.float(),
-            tweaks=tweaks.rename_away(lambda text: name_texts(text, TEXT_INPUTS, noisy.device)),
+            tweaks=tweaks.rename_away(lambda text: data.name_texts(text, TEXT_INPUTS, noisy.device)),
         )
 
     # generation
@@ -216,7 +202,7 @@ class HunyuanVideo(OneTransformer):
         self._check_dit()
         super().check_files(media)
 
-    def prepare(self, request: Request) -> Prepared:
+    def prepare(self, request: requests.Request) -> requests.Prepared:
         self._check_dit()
         self.files.check()
         taken = {
@@ -225,7 +211,7 @@ class HunyuanVideo(OneTransformer):
             "control_path": False,
             "control_images": False,
         }
-        request = keep_usable_media(request, taken, f"{self.files.dit_path} does not take it")
+        request = requests.keep_usable_media(request, taken, f"{self.files.dit_path} does not take it")
         if self._starts_from_image:
             require(request.first_image, "--image_path", f"{self.files.dit_path} starts from an image")
         usual = self.defaults
@@ -236,13 +222,13 @@ class HunyuanVideo(OneTransformer):
                 scale,
                 self.files.dit_path,
             )
-        width, height, frames = size_of(request, usual)
-        size = width, height, whole_frames(frames, LATENT)
-        check_size((width, height, frames), LATENT)
+        width, height, frames = requests.size_of(request, usual)
+        size = width, height, requests.whole_frames(frames, LATENT)
+        requests.check_size((width, height, frames), LATENT)
         flow_shift = FLOW_SHIFT if request.flow_shift is None else request.flow_shift
-        return settle(request, usual, size, flow_shift, "")
+        return requests.settle(request, usual, size, flow_shift, "")
 
-    def needs_media(self, prepared: Prepared) -> bool:
+    def needs_media(self, prepared: requests.Prepared) -> bool:
         return self._starts_from_image
 
     @property
@@ -251,10 +237,12 @@ class HunyuanVideo(OneTransformer):
             (VIDEO, IMAGE, LATENTS), "HunyuanVideo", False, frozenset({"hunyuan", "framepack"})
         )
 
-    def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
+    def encode_source(self, encoders: data.MediaEncoders, frames: Tensor, seed: int) -> Tensor:
         return encoders.vae.encode(byte_clips(frames), [posterior_generator(seed)]) * LATENT.scale
 
-    def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
+    def request_conditions(
+        self, encoders: data.MediaEncoders, prepared: requests.Prepared
+    ) -> Mapping[int, data.Conditions]:
         """Encode the image as `condition_latents`: CPU, model space."""
         image, width, height, frames = (
             prepared.asked.first_image,
@@ -273,9 +261,9 @@ class HunyuanVideo(OneTransformer):
 
     def sections(
         self,
-        prepared: Prepared,
+        prepared: requests.Prepared,
         prompts: Mapping[int, EncodedPrompts],
-        inputs: Mapping[int, Conditions],
+        inputs: Mapping[int, data.Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
         """Noise is drawn frame by frame, in bfloat16: a longer video starts with a shorter one's noise."""
@@ -290,7 +278,7 @@ class HunyuanVideo(OneTransformer):
         conditions["guidance"] = torch.full((1,), guidance, dtype=self.files.compute_dtype())
         return (yield prompts[0].section(torch.cat(drawn, dim=2).float(), conditions))
 
-    def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
+    def decode(self, encoders: data.MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
         yield from encoders.vae.decode(latents / LATENT.scale)
 
     @property

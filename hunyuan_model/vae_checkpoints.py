@@ -8,15 +8,7 @@ from collections.abc import Mapping
 
 from encoders.autoencoder import as_matrices
 from hunyuan_model.vae_blocks import DOWN, UP, HunyuanVaeConfig
-from modules.checkpoints.dialects import (
-    LoadPlan,
-    Names,
-    count,
-    other_kind,
-    rename_sources,
-    shapes_of,
-    translate_name,
-)
+from modules.checkpoints import dialects
 from modules.checkpoints.encoders import check_groups, stated_groups
 from modules.checkpoints.opening import Checkpoint, plain_sources
 from modules.contract.loading import TensorSource
@@ -27,7 +19,7 @@ MOST_GROUPS = 32  # in a group norm: as in the released VAE, whose narrowest lev
 RELEASE = "the official vae/pytorch_model.pt, hunyuan_video_vae_bf16.safetensors or a diffusers vae folder"
 CONFIG_CLASSES = {"AutoencoderKLCausal3D", "AutoencoderKLHunyuanVideo"}  # in a config.json beside the file
 
-COMFY: Names = (  # which counts the decoder's levels from the end: see `_comfy_name`
+COMFY: dialects.Names = (  # which counts the decoder's levels from the end: see `_comfy_name`
     (r"encoder\.down\.(\d+)\.(.+)", r"encoder.down_blocks.\1.\2"),
     (r"(encoder|decoder)\.mid\.block_1\.(.+)", r"\1.mid_block.resnets.0.\2"),
     (r"(encoder|decoder)\.mid\.block_2\.(.+)", r"\1.mid_block.resnets.1.\2"),
@@ -36,7 +28,7 @@ COMFY: Names = (  # which counts the decoder's levels from the end: see `_comfy_
     (r"(encoder|decoder)\.mid\.attn_1\.proj_out\.(.+)", r"\1.mid_block.attentions.0.to_out.0.\2"),
     (r"(encoder|decoder)\.norm_out\.(.+)", r"\1.conv_norm_out.\2"),
 )
-COMFY_LEVEL: Names = (  # inside a numbered level
+COMFY_LEVEL: dialects.Names = (  # inside a numbered level
     (r"(.+_blocks\.\d+)\.block\.(\d+)\.nin_shortcut\.(.+)", r"\1.resnets.\2.conv_shortcut.\3"),
     (r"(.+_blocks\.\d+)\.block\.(.+)", r"\1.resnets.\2"),
     (r"(.+_blocks\.\d+)\.downsample\.(.+)", r"\1.downsamplers.0.\2"),
@@ -44,7 +36,7 @@ COMFY_LEVEL: Names = (  # inside a numbered level
 )
 
 
-def read_vae(checkpoint: Checkpoint) -> LoadPlan[HunyuanVaeConfig]:
+def read_vae(checkpoint: Checkpoint) -> dialects.LoadPlan[HunyuanVaeConfig]:
     """Plan how to load a HunyuanVideo VAE: official file, diffusers layout or ComfyUI's file.
 
     Raises CheckpointError for any other file.
@@ -58,20 +50,20 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[HunyuanVaeConfig]:
     )
     names = checkpoint.tensors
     if "encoder.conv_in.conv.weight" not in names or "quant_conv.weight" not in names:
-        raise other_kind(checkpoint, "a HunyuanVideo VAE", "--vae", RELEASE)
+        raise dialects.other_kind(checkpoint, "a HunyuanVideo VAE", "--vae", RELEASE)
     sources = plain_sources(checkpoint)
     if "encoder.down.0.block.0.conv1.conv.weight" in names:
-        levels_up = count(sources, r"decoder\.up\.\d+")
-        sources = rename_sources(sources, lambda name: _comfy_name(name, levels_up))
+        levels_up = dialects.count(sources, r"decoder\.up\.\d+")
+        sources = dialects.rename_sources(sources, lambda name: _comfy_name(name, levels_up))
         as_matrices(sources, r".+\.attentions\.0\.to_.+\.weight")
-    shape = shapes_of(checkpoint, sources)
+    shape = dialects.shapes_of(checkpoint, sources)
     config = HunyuanVaeConfig(
         shape("post_quant_conv.weight")[0],
         _groups(checkpoint, shape("encoder.conv_in.conv.weight")[0]),
         _widths(checkpoint, sources, "encoder.down_blocks", len(DOWN) + 1),
-        count(sources, r"encoder\.down_blocks\.0\.resnets\.\d+"),
+        dialects.count(sources, r"encoder\.down_blocks\.0\.resnets\.\d+"),
         _widths(checkpoint, sources, "decoder.up_blocks", len(UP) + 1),
-        count(sources, r"decoder\.up_blocks\.0\.resnets\.\d+"),
+        dialects.count(sources, r"decoder\.up_blocks\.0\.resnets\.\d+"),
     )
     if config.latent_channels != LATENT_CHANNELS:
         raise CheckpointError(
@@ -80,14 +72,14 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[HunyuanVaeConfig]:
             checkpoint.path,
         )
     check_groups(checkpoint, (*config.encoder, *config.decoder), config.groups)
-    return LoadPlan(config, checkpoint, sources)
+    return dialects.LoadPlan(config, checkpoint, sources)
 
 
 def _comfy_name(name: str, levels: int) -> str:
     up = re.fullmatch(r"decoder\.up\.(\d+)\.(.+)", name)
     if up:
         name = f"decoder.up_blocks.{levels - 1 - int(up[1])}.{up[2]}"
-    return translate_name(translate_name(name, COMFY), COMFY_LEVEL)
+    return dialects.translate_name(dialects.translate_name(name, COMFY), COMFY_LEVEL)
 
 
 def _widths(
@@ -97,14 +89,14 @@ def _widths(
 
     Raises CheckpointError if the file has more or fewer levels than the model.
     """
-    found = count(sources, re.escape(start) + r"\.\d+")
+    found = dialects.count(sources, re.escape(start) + r"\.\d+")
     if found != levels:
         raise CheckpointError(
             f"{checkpoint.path}: {start} has {found} levels, HunyuanVideo's has {levels}. "
             f"The file holds another model, or tensors are missing. Give {RELEASE} to --vae.",
             checkpoint.path,
         )
-    shape = shapes_of(checkpoint, sources)
+    shape = dialects.shapes_of(checkpoint, sources)
     return tuple(shape(f"{start}.{level}.resnets.0.conv1.conv.weight")[0] for level in range(levels))
 
 

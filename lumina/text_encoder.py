@@ -12,13 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from encoders.language_models import (
-    FEED_NORM,
-    LanguageConfig,
-    LanguageModel,
-    load_language_model,
-    read_language_model,
-)
+from encoders import language_models
 from encoders.language_states import language_states
 from encoders.text_encoder import FileTextEncoder, TextTokenizer, TokenizerSource, Written, fill_rows
 from lumina.configs import PROMPT_START
@@ -51,7 +45,7 @@ def read_settings(
     return {SCALAR: int(told.get(SCALAR, head_width))}
 
 
-GEMMA_2 = LanguageModel(
+GEMMA_2 = language_models.LanguageModel(
     what="a Gemma 2 language model",
     option=GEMMA_OPTION,
     files=GEMMA_NAMES,
@@ -62,23 +56,23 @@ GEMMA_2 = LanguageModel(
     theta=10000.0,
     eps=1e-6,
     head_width=256,
-    marks=(FEED_NORM,),
+    marks=(language_models.FEED_NORM,),
     # attention is spelled out, as soft-capping needs; every other layer looks back so many tokens
     settings={"attn_implementation": "eager", "attn_logit_softcapping": 50.0, "sliding_window": 4096},
     read_settings=read_settings,
 )
 
 
-def read_gemma(checkpoint: Checkpoint) -> LoadPlan[LanguageConfig]:
+def read_gemma(checkpoint: Checkpoint) -> LoadPlan[language_models.LanguageConfig]:
     """Plan how to load Gemma 2, under any prefix, fp8 too. Raises CheckpointError for any other file."""
-    return read_language_model(checkpoint, GEMMA_2, STATES)
+    return language_models.read_language_model(checkpoint, GEMMA_2, STATES)
 
 
 def load_gemma(
     path: Path, device: torch.device, dtype: torch.dtype, blocks: BlockPlace | None = None
 ) -> nn.Module:
     """Load Gemma 2, fp8 multiplied out. blocks: takes each layer. Raises CheckpointError for another file."""
-    return load_language_model(path, GEMMA_2, device, dtype, STATES, blocks=blocks)
+    return language_models.load_language_model(path, GEMMA_2, device, dtype, STATES, blocks=blocks)
 
 
 logger = logging.getLogger(__name__)

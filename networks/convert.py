@@ -15,21 +15,13 @@ from modules.devices import choose_device
 from modules.errors import CheckpointError, OptionError
 from modules.families import HIGH_NOISE, LOW_NOISE
 from modules.output_files import refuse_replacing
+from networks import module_names
 from networks.alphas import without_alphas
 from networks.baking import OTHER_KINDS, Baking, bake, with_norms
 from networks.deltas import DORA, add_missing_alphas, group_by_module, ungroup
 from networks.key_formats import NETWORKS, OURS, can_be_for, dialect_in_words
 from networks.loading import LoraFile, read_lora, warn_of_other_expert
 from networks.metadata import PARTS_METADATA, STALE, add_hashes
-from networks.module_names import (
-    FAMILIES,
-    alias,
-    family_named,
-    have_same_names,
-    is_stacked,
-    read_family,
-    to_alias,
-)
 from networks.names.layouts import IN_DIFFUSERS, TRAINED_EXPERT, TRAINED_ON, FamilyNames
 from networks.parts import fuse
 from networks.tool_options import (
@@ -41,7 +33,7 @@ from networks.tool_options import (
 from networks.writing import in_dialect, in_own_form, rename_to_aliases, take_apart, texts_to_diffusers
 
 logger = getLogger(__name__)
-FLUX, HUNYUAN_IMAGE, Z_IMAGE = map(family_named, ("flux", "hunyuan_image", "z_image"))
+FLUX, HUNYUAN_IMAGE, Z_IMAGE = map(module_names.family_named, ("flux", "hunyuan_image", "z_image"))
 
 
 @dataclass(frozen=True)
@@ -61,7 +53,7 @@ def convert(options: ConvertOptions) -> None:
     baking = None
     if options.bake is not None or options.dit:
         baking = Baking(options.bake, choose_device(options.device), options.dit or ())
-    known = [family.name for family in FAMILIES]
+    known = [family.name for family in module_names.FAMILIES]
     if options.family is not None and options.family not in known:
         raise OptionError(f"--family {options.family}: no such model; there are {', '.join(known)}")
     target = "other" if options.target == "comfyui" else options.target
@@ -111,7 +103,9 @@ def convert_hunyuan_image(options: ComfyConvertOptions) -> None:
     with open_checkpoint(source) as checkpoint:
         stored = {name: checkpoint.read(name) for name in checkpoint.tensors}
         metadata = {k: v for k, v in checkpoint.metadata.items() if not k.startswith(STALE)}
-    renamed = rename_to_aliases(stored, HUNYUAN_IMAGE, alias if options.reverse else to_alias)
+    renamed = rename_to_aliases(
+        stored, HUNYUAN_IMAGE, module_names.alias if options.reverse else module_names.to_alias
+    )
     if renamed.keys() == stored.keys():
         direction = "ComfyUI's names to ours" if options.reverse else "our names to ComfyUI's"
         raise CheckpointError(
@@ -147,7 +141,8 @@ def convert_z_image(options: ZImageConvertOptions) -> None:
     stacked = {
         name: factors
         for name, factors in modules.items()
-        if factors.keys() & (OTHER_KINDS - {DORA}) and is_stacked(name.removeprefix(OURS), Z_IMAGE)
+        if factors.keys() & (OTHER_KINDS - {DORA})
+        and module_names.is_stacked(name.removeprefix(OURS), Z_IMAGE)
     }
     words = ""
     if stacked:
@@ -278,9 +273,9 @@ def converted(
     _warn_of_left_out(lora.path, left_out)
     # its alphas are in the tensors now
     metadata = without_alphas(lora.metadata)
-    if family is not None and read_family(lora.metadata) is None:
+    if family is not None and module_names.read_family(lora.metadata) is None:
         told = lora.families()
-        if len(told) < 2 or not have_same_names(told):
+        if len(told) < 2 or not module_names.have_same_names(told):
             # names alone may not tell it any more
             metadata[TRAINED_ON] = family.written_version or family.name
     return {**tensors, **texts}, metadata
@@ -298,11 +293,11 @@ def _family_of(lora: LoraFile, name: str | None) -> FamilyNames | None:
     name: of the family that the user or a family's own script names. Raises CheckpointError if the file is of
     another one, or if several are possible and nobody names one.
     """
-    made, told = read_family(lora.metadata), lora.families()
+    made, told = module_names.read_family(lora.metadata), lora.families()
     found = told if name is None else lora.families(name)
     names = " or ".join(family.name for family in told) or "no known model"
     if name is None:
-        if not found or have_same_names(found):
+        if not found or module_names.have_same_names(found):
             return found[0] if found else None
         raise CheckpointError(
             f"{lora.path} can be for {names}: all of them have layers of these names and sizes.\n"

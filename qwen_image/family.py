@@ -13,6 +13,7 @@ from encoders.pictures import (
     references_in,
     references_of,
 )
+from modules.contract import family
 from modules.contract.data import (
     CONTROL,
     LATENTS_MADE,
@@ -24,13 +25,6 @@ from modules.contract.data import (
     MediaEncoders,
     SamplingDefaults,
     name_text_and_mask,
-)
-from modules.contract.family import (
-    DitSpec,
-    Family,
-    NoiseSource,
-    NoiseSpec,
-    count_picture_tokens,
 )
 from modules.contract.requests import Prepared, Request
 from modules.contract.rules import (
@@ -79,8 +73,8 @@ class QwenImage(ModelOfPictures):
 
     lora_module: str = field(default=LORA[0].network_module, init=False)
     latent: LatentSpec = field(default=LATENT, init=False)
-    noise: NoiseSpec = field(default=NOISE, init=False)
-    dit: DitSpec = field(default=DIT, init=False)
+    noise: family.NoiseSpec = field(default=NOISE, init=False)
+    dit: family.DitSpec = field(default=DIT, init=False)
     defaults: SamplingDefaults = field(default=DEFAULTS, init=False)
     text_keys: frozenset[str] = field(default=QWEN_USE.keys, init=False)
 
@@ -183,7 +177,7 @@ class QwenImage(ModelOfPictures):
         if request.flow_shift is not None:
             return prepared
         solver = SOLVER if prepared.solver == "euler" else prepared.solver
-        tokens = count_picture_tokens(LATENT.shape(1, prepared.height, prepared.width))
+        tokens = family.count_picture_tokens(LATENT.shape(1, prepared.height, prepared.width))
         return replace(prepared, flow_shift=size_shift(tokens, FEW, MANY), solver=solver)
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
@@ -206,7 +200,7 @@ class QwenImage(ModelOfPictures):
         prepared: Prepared,
         prompts: Mapping[int, EncodedPrompts],
         inputs: Mapping[int, Conditions],
-        noise: NoiseSource,
+        noise: family.NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
         section = prompts[0].section(self.draw_noise(prepared, noise), inputs.get(0))
         first = inputs.get(0, {}).get(f"{CONTROL}_0")
@@ -243,4 +237,4 @@ def family_for_generation(options: QwenImageGenerationOptions) -> QwenImage:
     return QwenImage(files, version, edit=references)
 
 
-_: type[Family] = QwenImage
+_: type[family.Family] = QwenImage

@@ -16,15 +16,7 @@ import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor, nn
 
-from hunyuan_model.blocks import (
-    NOWHERE,
-    DoubleStreamBlock,
-    EmbeddedText,
-    Heads,
-    HunyuanTokens,
-    TokensWithTurnedText,
-    join_tokens,
-)
+from hunyuan_model import blocks
 from hunyuan_model.joining import gelu
 from hunyuan_model.model import check_sizes, count_real, from_patches, rotary_widths
 from modules.contract.steps import NO_TWEAKS, Tweaks
@@ -41,7 +33,7 @@ if TYPE_CHECKING:  # loaded only if processes share tokens
 
 
 @dataclass(frozen=True)
-class QwenTokens(TokensWithTurnedText):
+class QwenTokens(blocks.TokensWithTurnedText):
     """Inputs of the blocks; `vector` has a second row if references are clean: theirs."""
 
     # the rows of `rotary` of clean references; compiled code leaves their number open
@@ -58,7 +50,7 @@ class QwenTokens(TokensWithTurnedText):
     @property
     def clean(self) -> int:
         """Where the tokens of clean references begin among the pictures', counted from the end."""
-        return -self.rotary_of_clean.shape[-4] or NOWHERE
+        return -self.rotary_of_clean.shape[-4] or blocks.NOWHERE
 
 
 class QwenLayout(NamedTuple):
@@ -116,7 +108,7 @@ class QwenAttention(nn.Module):
         self.norm_q, self.norm_k = RMSNorm(width, config.eps), RMSNorm(width, config.eps)
         self.norm_added_q, self.norm_added_k = RMSNorm(width, config.eps), RMSNorm(width, config.eps)
 
-    def heads(self, x: Tensor, is_text: bool) -> Heads:
+    def heads(self, x: Tensor, is_text: bool) -> blocks.Heads:
         """Return query, key and value of a stream's tokens, each B L N D; the first two normalised."""
         if is_text:
             layers, norms = (
@@ -132,7 +124,7 @@ class QwenAttention(nn.Module):
         return norms[0](query), norms[1](key), value
 
 
-class QwenBlock(DoubleStreamBlock):
+class QwenBlock(blocks.DoubleStreamBlock):
     """Block in which picture and text have separate weights and share one attention."""
 
     def __init__(self, config: QwenImageConfig) -> None:
@@ -146,7 +138,7 @@ class QwenBlock(DoubleStreamBlock):
             return self.txt_mod, self.attn.to_add_out, self.txt_mlp
         return self.img_mod, self.attn.to_out[0], self.img_mlp
 
-    def heads(self, x: Tensor, is_text: bool) -> Heads:
+    def heads(self, x: Tensor, is_text: bool) -> blocks.Heads:
         return self.attn.heads(x, is_text)
 
 
@@ -178,7 +170,7 @@ class LastNorm(nn.Module):
         self.norm = Float32LayerNorm(config.dim, config.eps)
         self.linear = nn.Linear(config.dim, 2 * config.dim)
 
-    def forward(self, x: Tensor, tokens: TokensWithTurnedText) -> Tensor:
+    def forward(self, x: Tensor, tokens: blocks.TokensWithTurnedText) -> Tensor:
         rows = in_own_dtype(self.linear, functional.silu(tokens.vector[:, :1])).float()
         scale, shift = rows.chunk(2, dim=-1)
         return modulate(self.norm(x), shift, scale, tokens.dtype)
@@ -240,7 +232,7 @@ class QwenImageModel(nn.Module):
         tweaks: Tweaks = NO_TWEAKS,
         references: Sequence[Tensor] = (),
         clean_references: bool = False,
-    ) -> tuple[Tensor, HunyuanTokens]:
+    ) -> tuple[Tensor, blocks.HunyuanTokens]:
         """Return picture and text tokens, B L+T C, and the other inputs of the blocks.
 
         References come behind the picture, a second text behind the first one.
@@ -263,15 +255,15 @@ class QwenImageModel(nn.Module):
         for given in tweaks.texts(len(noisy), text=text, text_mask=text_mask):
             longest, _, lengths = count_real(given["text_mask"], count, noisy.device)
             states = in_own_dtype(self.txt_in, self.txt_norm(given["text"][:, :longest].to(dtype)))
-            texts.append(EmbeddedText(states.to(dtype), lengths, vector))
+            texts.append(blocks.EmbeddedText(states.to(dtype), lengths, vector))
         layout = QwenLayout(sides, tuple(one.tokens.shape[1] for one in texts))
         rotary = self._rotary.of(layout, noisy.device)
         inputs = {"grid": (1, *sides[0]), "dtype": dtype, "attention": self.attention, "rotary": rotary}
         inputs |= {"rotary_of_picture": rotary[:count]}
         inputs |= {"rotary_of_clean": rotary[target if has_clean else count : count]}
-        return join_tokens(embedded, texts, tweaks.steer, QwenTokens, **inputs)
+        return blocks.join_tokens(embedded, texts, tweaks.steer, QwenTokens, **inputs)
 
-    def unembed(self, x: Tensor, tokens: TokensWithTurnedText) -> Tensor:
+    def unembed(self, x: Tensor, tokens: blocks.TokensWithTurnedText) -> Tensor:
         """Turn tokens B L+T C into the velocity, B Z 1 H W in float32."""
         _, rows, columns = tokens.grid
         patches = in_own_dtype(self.proj_out, self.norm_out(x[:, : rows * columns], tokens)).float()

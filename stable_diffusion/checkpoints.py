@@ -13,15 +13,7 @@ import torch.nn.functional as F
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from torch import Tensor, nn
 
-from modules.checkpoints.dialects import (
-    LoadPlan,
-    Names,
-    count,
-    other_kind,
-    rename_sources,
-    shapes_of,
-    translate_name,
-)
+from modules.checkpoints import dialects
 from modules.checkpoints.encoders import check_groups, stated_groups
 from modules.checkpoints.filling import on_meta_device
 from modules.checkpoints.opening import Checkpoint, plain_sources
@@ -92,14 +84,14 @@ SIZE_NUMBERS = 6  # that SDXL is told: original size, crop, target size
 USES = (4, 9)  # channels that the U-Net may take: of pictures, and of inpainting
 
 
-def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> LoadPlan[UnetSizes]:
+def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> dialects.LoadPlan[UnetSizes]:
     """Plan how to load the U-Net of a single file, whose prefix is cut off.
 
     pooled: width of SDXL's pooled text state; 0 for other kinds. Raises CheckpointError if tensors that tell
     a dimension are missing or make no sense.
     """
     names = checkpoint.tensors
-    sources = rename_sources(plain_sources(checkpoint), name_translator(names))
+    sources = dialects.rename_sources(plain_sources(checkpoint), name_translator(names))
     layers = read_levels(names)
 
     def broken(why: str) -> CheckpointError:
@@ -112,11 +104,13 @@ def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> LoadPlan[
     def depths_of(side: str, level: int, blocks: int) -> tuple[int, ...]:
         """Return the transformer layers beside each residual block of a level; 0: no attention."""
         start = rf"{side}_blocks\.{level}\.attentions"
-        return tuple(count(sources, rf"{start}\.{n}\.transformer_blocks\.\d+") for n in range(blocks))
+        return tuple(
+            dialects.count(sources, rf"{start}\.{n}\.transformer_blocks\.\d+") for n in range(blocks)
+        )
 
-    shape = shapes_of(checkpoint, sources, broken("a tensor has another shape"))
+    shape = dialects.shapes_of(checkpoint, sources, broken("a tensor has another shape"))
     for level, layer in enumerate(layers):  # a name with a large number would make a level endless
-        if layer < 1 or layer != count(sources, rf"down_blocks\.{level}\.resnets\.\d+"):
+        if layer < 1 or layer != dialects.count(sources, rf"down_blocks\.{level}\.resnets\.\d+"):
             raise broken("some of its input_blocks are missing")
     widths = [shape(f"down_blocks.{level}.resnets.0.conv1.weight")[0] for level in range(len(layers))]
     down = [depths_of("down", level, layer) for level, layer in enumerate(layers)]
@@ -149,7 +143,7 @@ def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> LoadPlan[
     for width, depths in zip(widths, down, strict=True):
         if width % GROUPS or (any(depths) and width % (SD1_HEADS if kind is SD1 else HEAD_WIDTH)):
             raise broken(f"a width of {width} channels cannot be divided into groups and heads")
-    return LoadPlan(config, checkpoint, sources)
+    return dialects.LoadPlan(config, checkpoint, sources)
 
 
 def _pooled_settings(width: int, pooled: int, broken: Callable[[str], Exception]) -> dict[str, Any]:
@@ -193,7 +187,7 @@ GIVE_VAE = "a VAE of Stable Diffusion: a single file, or the folder vae in the l
 # what files of a VAE alone carry besides: the loss of its training, averages
 IGNORED = ("loss.*", "model_ema.*")
 
-_OLD_ATTENTION: Names = (  # of diffusers before 0.17
+_OLD_ATTENTION: dialects.Names = (  # of diffusers before 0.17
     (r"(.+\.attentions\.0)\.query\.(.+)", r"\1.to_q.\2"),
     (r"(.+\.attentions\.0)\.key\.(.+)", r"\1.to_k.\2"),
     (r"(.+\.attentions\.0)\.value\.(.+)", r"\1.to_v.\2"),
@@ -201,21 +195,21 @@ _OLD_ATTENTION: Names = (  # of diffusers before 0.17
 )
 
 
-def read_vae(checkpoint: Checkpoint, option: str, latent_scale: float) -> LoadPlan[VaeSizes]:
+def read_vae(checkpoint: Checkpoint, option: str, latent_scale: float) -> dialects.LoadPlan[VaeSizes]:
     """Plan how to load a VAE: alone or within a whole checkpoint, with released or diffusers' names.
 
     option: that named the file. latent_scale: goes into diffusers' configuration. Raises CheckpointError for
     any other file.
     """
     own, sources = vae_sources(checkpoint)
-    wrong = other_kind(checkpoint, "a VAE of Stable Diffusion", option, GIVE_VAE)
+    wrong = dialects.other_kind(checkpoint, "a VAE of Stable Diffusion", option, GIVE_VAE)
     if (
         "encoder.down_blocks.0.resnets.0.conv1.weight" not in sources
         or "decoder.conv_in.weight" not in sources
     ):
         raise wrong
-    shape = shapes_of(own, sources, wrong)
-    levels = {count(sources, rf"{side}_blocks\.\d+") for side in (r"encoder\.down", r"decoder\.up")}
+    shape = dialects.shapes_of(own, sources, wrong)
+    levels = {dialects.count(sources, rf"{side}_blocks\.\d+") for side in (r"encoder\.down", r"decoder\.up")}
     channels = shape("decoder.conv_in.weight")[1]
     if channels != LATENT_CHANNELS or levels != {LEVELS}:
         raise CheckpointError(
@@ -234,7 +228,7 @@ def read_vae(checkpoint: Checkpoint, option: str, latent_scale: float) -> LoadPl
         "block_out_channels": widths,
         "down_block_types": ("DownEncoderBlock2D",) * LEVELS,
         "up_block_types": ("UpDecoderBlock2D",) * LEVELS,
-        "layers_per_block": count(sources, r"encoder\.down_blocks\.0\.resnets\.\d+"),
+        "layers_per_block": dialects.count(sources, r"encoder\.down_blocks\.0\.resnets\.\d+"),
         "latent_channels": channels,
         "norm_num_groups": groups,
         "scaling_factor": latent_scale,
@@ -242,7 +236,7 @@ def read_vae(checkpoint: Checkpoint, option: str, latent_scale: float) -> LoadPl
         "use_post_quant_conv": "post_quant_conv.weight" in sources,
         "mid_block_add_attention": any(".mid_block.attentions." in name for name in sources),
     }
-    return LoadPlan(config, own, sources, IGNORED)
+    return dialects.LoadPlan(config, own, sources, IGNORED)
 
 
 def vae_sources(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, TensorSource]]:
@@ -254,7 +248,7 @@ def vae_sources(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, TensorSou
     own = checkpoint.without_prefix(prefix, others=("",)) if prefix else checkpoint
     stored = plain_sources(own)
     # released names, of tensors that diffusers' loader of single files knows -> its own names
-    levels, names = [""] * count(stored, r"decoder\.up\.\d+"), dict[str, str]()
+    levels, names = [""] * dialects.count(stored, r"decoder\.up\.\d+"), dict[str, str]()
     try:
         if levels:
             hollow = {name: _TensorName(name) for name in stored}
@@ -266,7 +260,9 @@ def vae_sources(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, TensorSou
             "again.",
             checkpoint.path,
         ) from error
-    sources = rename_sources(stored, lambda name: translate_name(names.get(name, name), _OLD_ATTENTION))
+    sources = dialects.rename_sources(
+        stored, lambda name: dialects.translate_name(names.get(name, name), _OLD_ATTENTION)
+    )
     for name, source in sources.items():  # 1x1 convolutions in released files, linear layers in diffusers
         if re.fullmatch(r".+\.attentions\.0\.to_(q|k|v|out\.0)\.weight", name):
             sources[name] = source.then(_as_matrix)

@@ -16,14 +16,7 @@ from random import Random
 from types import ModuleType
 from typing import Any
 
-from generation.prompt_lines import (
-    NO_TEXT,
-    LineOption,
-    Value,
-    parse_line,
-    read_generation_lines,
-    read_number,
-)
+from generation import prompt_lines
 from modules.control_codes import replace_control_codes, shorten
 from modules.errors import OptionError, UserError
 from modules.installation import import_user_module
@@ -50,10 +43,10 @@ def _seeds(text: str) -> tuple[int, ...]:
 
 
 def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(read_number(part.strip()) for part in text.split(","))
+    return tuple(prompt_lines.read_number(part.strip()) for part in text.split(","))
 
 
-def _or_none(read: Callable[[str], Value]) -> Callable[[str], Value]:
+def _or_none(read: Callable[[str], prompt_lines.Value]) -> Callable[[str], prompt_lines.Value]:
     return lambda text: None if text.lower() == "none" else read(text)
 
 
@@ -67,35 +60,35 @@ def _unsharp(text: str) -> str | None:
     return text
 
 
-LINE_OPTIONS: Mapping[str, LineOption] = {
-    "n": LineOption("negative_prompt", str, NO_TEXT),
-    "w": LineOption("W", read_whole),
-    "h": LineOption("H", read_whole),
-    "s": LineOption("steps", read_whole),
-    "d": LineOption(SEEDS, _seeds),
-    "l": LineOption("scale", read_number),
-    "nl": LineOption("negative_scale", _or_none(read_number)),
-    "t": LineOption("strength", read_number),
-    "am": LineOption(MULTIPLIERS, _numbers),
-    "c": LineOption("clip_prompt", str, NO_TEXT),
-    "f": LineOption("file_name", str, NO_TEXT),
-    "ow": LineOption("original_width", read_whole),
-    "oh": LineOption("original_height", read_whole),
-    "nw": LineOption("original_width_negative", read_whole),
-    "nh": LineOption("original_height_negative", read_whole),
-    "ct": LineOption("crop_top", read_whole),
-    "cl": LineOption("crop_left", read_whole),
-    "dsd1": LineOption("ds_depth_1", _or_none(read_whole)),
-    "dst1": LineOption("ds_timesteps_1", read_whole),
-    "dsd2": LineOption("ds_depth_2", _or_none(read_whole)),
-    "dst2": LineOption("ds_timesteps_2", read_whole),
-    "dsr": LineOption("ds_ratio", read_number),
-    "glt": LineOption("gradual_latent_timesteps", _or_none(read_whole)),
-    "glr": LineOption("gradual_latent_ratio", read_number),
-    "gls": LineOption("gradual_latent_ratio_step", read_number),
-    "gle": LineOption("gradual_latent_every_n_steps", read_whole),
-    "glsn": LineOption("gradual_latent_s_noise", read_number),
-    "glus": LineOption("gradual_latent_unsharp_params", _unsharp),
+LINE_OPTIONS: Mapping[str, prompt_lines.LineOption] = {
+    "n": prompt_lines.LineOption("negative_prompt", str, prompt_lines.NO_TEXT),
+    "w": prompt_lines.LineOption("W", read_whole),
+    "h": prompt_lines.LineOption("H", read_whole),
+    "s": prompt_lines.LineOption("steps", read_whole),
+    "d": prompt_lines.LineOption(SEEDS, _seeds),
+    "l": prompt_lines.LineOption("scale", prompt_lines.read_number),
+    "nl": prompt_lines.LineOption("negative_scale", _or_none(prompt_lines.read_number)),
+    "t": prompt_lines.LineOption("strength", prompt_lines.read_number),
+    "am": prompt_lines.LineOption(MULTIPLIERS, _numbers),
+    "c": prompt_lines.LineOption("clip_prompt", str, prompt_lines.NO_TEXT),
+    "f": prompt_lines.LineOption("file_name", str, prompt_lines.NO_TEXT),
+    "ow": prompt_lines.LineOption("original_width", read_whole),
+    "oh": prompt_lines.LineOption("original_height", read_whole),
+    "nw": prompt_lines.LineOption("original_width_negative", read_whole),
+    "nh": prompt_lines.LineOption("original_height_negative", read_whole),
+    "ct": prompt_lines.LineOption("crop_top", read_whole),
+    "cl": prompt_lines.LineOption("crop_left", read_whole),
+    "dsd1": prompt_lines.LineOption("ds_depth_1", _or_none(read_whole)),
+    "dst1": prompt_lines.LineOption("ds_timesteps_1", read_whole),
+    "dsd2": prompt_lines.LineOption("ds_depth_2", _or_none(read_whole)),
+    "dst2": prompt_lines.LineOption("ds_timesteps_2", read_whole),
+    "dsr": prompt_lines.LineOption("ds_ratio", prompt_lines.read_number),
+    "glt": prompt_lines.LineOption("gradual_latent_timesteps", _or_none(read_whole)),
+    "glr": prompt_lines.LineOption("gradual_latent_ratio", prompt_lines.read_number),
+    "gls": prompt_lines.LineOption("gradual_latent_ratio_step", prompt_lines.read_number),
+    "gle": prompt_lines.LineOption("gradual_latent_every_n_steps", read_whole),
+    "glsn": prompt_lines.LineOption("gradual_latent_s_noise", prompt_lines.read_number),
+    "glus": prompt_lines.LineOption("gradual_latent_unsharp_params", _unsharp),
 }
 
 
@@ -105,7 +98,7 @@ def read_line(line: str, where: str = "the prompt") -> dict[str, Any]:
     where: names the line in warnings. Raises OptionError if a value cannot be read, or --f is no name of a
     file, on this system or another.
     """
-    values = parse_line(line, LINE_OPTIONS, where)
+    values = prompt_lines.parse_line(line, LINE_OPTIONS, where)
     name = values.get("file_name")
     if name is None:
         return values
@@ -288,7 +281,8 @@ def list_lines(options: GenImgOptions, inputs: Inputs) -> list[Line]:
     prompts = options.prompts
     if prompts.from_file is not None:
         return [
-            Line(f"line {number}", line.strip()) for number, line in read_generation_lines(prompts.from_file)
+            Line(f"line {number}", line.strip())
+            for number, line in prompt_lines.read_generation_lines(prompts.from_file)
         ]
     if prompts.prompt is not None:
         return [Line("the prompt", prompts.prompt)]

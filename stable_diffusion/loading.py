@@ -26,16 +26,9 @@ from modules.devices import dtype_name
 from modules.errors import CheckpointError, OptionError
 from modules.paths import explain_missing
 from modules.speed_options import AttentionChoice
-from stable_diffusion import checkpoints
+from stable_diffusion import checkpoints, folders
 from stable_diffusion.contract import SD2, SDXL, Model, ModelKind, TextTower
 from stable_diffusion.files import EMA, GIVE, UNET, Marks, check_told, read_marks
-from stable_diffusion.folders import (
-    PATTERNS,
-    read_folder_marks,
-    read_folder_texts,
-    read_folder_unet,
-    read_folder_vae,
-)
 from stable_diffusion.options import ModelOptions
 from stable_diffusion.text_checkpoints import TextPlan, read_texts
 from stable_diffusion.tokenizers import OPEN_CLIP_PAD, check_vocabulary, find_tokenizers
@@ -129,7 +122,7 @@ def open_release(options: ModelOptions, files: ExitStack) -> OpenedCheckpoint:
     """
     path = find_checkpoint(options.ckpt)
     if path.is_dir():
-        marks = read_folder_marks(path)
+        marks = folders.read_folder_marks(path)
         check_told(options, marks.kind)
         has_config = (path / "scheduler" / "scheduler_config.json").is_file()
         if options.v_parameterization and has_config and not marks.predicts_velocity:
@@ -138,8 +131,8 @@ def open_release(options: ModelOptions, files: ExitStack) -> OpenedCheckpoint:
                 'predicts noise. Leave it out, or write "prediction_type": "v_prediction" there if that is '
                 "wrong"
             )
-        texts = read_folder_texts(path, marks.kind, files)
-        unet = read_folder_unet(path, files)
+        texts = folders.read_folder_texts(path, marks.kind, files)
+        unet = folders.read_folder_unet(path, files)
         vae = _read_vae(
             options.vae or path / "vae", "--ckpt" if options.vae is None else "--vae", marks, files
         )
@@ -185,7 +178,7 @@ def find_checkpoint(ckpt: Path) -> Path:
     if ckpt.exists() or not _is_of_hub(ckpt):
         _require(ckpt, "--ckpt", GIVE)
         return ckpt
-    return find_model_folder("--ckpt", ckpt.as_posix(), PATTERNS)
+    return find_model_folder("--ckpt", ckpt.as_posix(), folders.PATTERNS)
 
 
 def _is_of_hub(path: Path) -> bool:
@@ -203,7 +196,7 @@ def _read_vae(path: Path, option: str, marks: Marks, files: ExitStack) -> LoadPl
     if option == "--ckpt" or path.is_dir():
         inner = path / "vae"
         folder = inner if not (path / "config.json").is_file() and inner.is_dir() else path
-        return read_folder_vae(folder, option, marks.kind.latent_scale, files)
+        return folders.read_folder_vae(folder, option, marks.kind.latent_scale, files)
     if not path.exists() and _is_of_hub(path):
         path = find_model_folder(option, path.as_posix(), PATTERNS_VAE)
         return _read_vae(path, option, marks, files)

@@ -15,36 +15,12 @@ from generation import denoise as loop
 from modules.bars import Bar
 from modules.contract.steps import Section, StepDone
 from modules.errors import OptionError
-from stable_diffusion.contract import (
-    SDXL,
-    AskedPicture,
-    Idea,
-    Made,
-    Model,
-    PictureSettings,
-    SecondStart,
-    TextState,
-)
+from stable_diffusion import contract, samplers, starting
 from stable_diffusion.guiding import Guides
 from stable_diffusion.loras import ChosenLoras
 from stable_diffusion.regions import Regions, join_parts, split_parts
-from stable_diffusion.samplers import (
-    UnetPasses,
-    begin_sampling,
-    is_guided,
-    make_conditions,
-    make_guidance,
-    make_scheduler,
-)
 from stable_diffusion.sampling_options import SamplingOptions
 from stable_diffusion.small_start import begin_small, check_batch
-from stable_diffusion.starting import (
-    Beginning,
-    begin,
-    check_start,
-    decode_latents,
-    strength_of,
-)
 from stable_diffusion.text import PictureVectors, Texts
 
 
@@ -52,20 +28,20 @@ class MakesIdeas(Protocol):
     """Maker of an `Idea` for each batch of a run, which sets up modules for it as long as it is used."""
 
     def for_batch(
-        self, pictures: Sequence[AskedPicture], width: int, height: int
-    ) -> AbstractContextManager[Idea | None]: ...
+        self, pictures: Sequence[contract.AskedPicture], width: int, height: int
+    ) -> AbstractContextManager[contract.Idea | None]: ...
 
 
 # the states of the prompts of a batch, of the negative texts (None: nothing is guided away from), and of the
 # empty text for the third pass of --negative_scale
-_Texts = tuple[list[TextState], list[TextState] | None, list[TextState] | None]
+_Texts = tuple[list[contract.TextState], list[contract.TextState] | None, list[contract.TextState] | None]
 
 
 @dataclass(frozen=True, eq=False)
 class Maker:
     """Makes pictures with a loaded model, batch by batch."""
 
-    model: Model
+    model: contract.Model
     texts: Texts
     sampling: SamplingOptions
     vae_batch_size: float | None = None
@@ -79,7 +55,7 @@ class Maker:
     def _scheduler(self) -> Any:
         options = self.sampling
         velocity = self.model.predicts_velocity
-        return make_scheduler(
+        return samplers.make_scheduler(
             options.sampler,
             velocity,
             options.zero_terminal_snr or (self.model.zero_terminal_snr and velocity),
@@ -88,8 +64,11 @@ class Maker:
 
     @torch.no_grad()
     def make(
-        self, pictures: Sequence[AskedPicture], start: SecondStart | None = None, wants_images: bool = True
-    ) -> Made:
+        self,
+        pictures: Sequence[contract.AskedPicture],
+        start: contract.SecondStart | None = None,
+        wants_images: bool = True,
+    ) -> contract.Made:
         """Make a batch. A picture does not depend on the others of its batch.
 
         pictures: of equal settings. Pictures that differ in the length of texts, or in having an input
@@ -97,7 +76,7 @@ class Maker:
         start: a start in place of the pictures' input images. Raises UserError.
         """
         for picture in pictures:
-            check_start(self.model, picture, start)
+            starting.check_start(self.model, picture, start)
 
         def kind_of(index: int) -> tuple[int, ...]:
             picture, place = pictures[index], 0 if self.guides is None else index
@@ -110,30 +89,32 @@ class Maker:
             own = start
             if start is not None:
                 images = None if start.images is None else [start.images[place] for place in places]
-                own = SecondStart(images, None if start.latents is None else start.latents[places])
+                own = contract.SecondStart(images, None if start.latents is None else start.latents[places])
             made = self._make_group(chosen, own)
             latents |= dict(zip(places, made, strict=True))
         joined = torch.stack([latents[place] for place in range(len(pictures))])
         if not wants_images:
-            return Made(joined, None)
+            return contract.Made(joined, None)
         labels = [picture.label for picture in pictures]
-        return Made(joined, decode_latents(self.model, joined, labels, self.vae_batch_size))
+        return contract.Made(joined, starting.decode_latents(self.model, joined, labels, self.vae_batch_size))
 
-    def _make_group(self, pictures: Sequence[AskedPicture], start: SecondStart | None) -> Tensor:
+    def _make_group(
+        self, pictures: Sequence[contract.AskedPicture], start: contract.SecondStart | None
+    ) -> Tensor:
         """Return latents B 4 h w of pictures with texts of equal lengths."""
         settings, options = pictures[0].settings, self.sampling
         gradual = settings.gradual_latent
         if gradual is not None:
             check_batch(pictures, options.sampler)
-        sampler = begin_sampling(
+        sampler = samplers.begin_sampling(
             self._scheduler,
             settings.steps,
             # all on the CPU: their numbers are the same on every device
             [torch.Generator().manual_seed(picture.seed) for picture in pictures],
-            strength_of(pictures[0], start),
+            starting.strength_of(pictures[0], start),
         )
         section_texts = self._encode(pictures)
-        beginning = begin(self.model, pictures, start, sampler, options.noise)
+        beginning = starting.begin(self.model, pictures, start, sampler, options.noise)
         if gradual is not None:
             small, growing = begin_small(beginning.latents, sampler, gradual)
             beginning = replace(beginning, latents=small, sampler=growing)
@@ -144,7 +125,7 @@ class Maker:
                 stack.enter_context(maker.for_batch(pictures, settings.width, settings.height))
                 for maker in makers
             ]
-            passes = UnetPasses(
+            passes = samplers.UnetPasses(
                 self.model,
                 beginning.sampler,
                 [idea for idea in ideas if idea is not None],
@@ -153,23 +134,28 @@ class Maker:
             return self._denoise(passes, beginning, section_texts, pictures[0])
 
     def _denoise(
-        self, passes: UnetPasses, beginning: Beginning, texts: _Texts, picture: AskedPicture
+        self,
+        passes: samplers.UnetPasses,
+        beginning: starting.Beginning,
+        texts: _Texts,
+        picture: contract.AskedPicture,
     ) -> Tensor:
         """picture: one of the batch, whose settings are those of all."""
         sampler, settings = beginning.sampler, picture.settings
-        guidance = make_guidance(settings.scale, settings.negative_scale)
+        guidance = samplers.make_guidance(settings.scale, settings.negative_scale)
         if self.guides is not None:
             guidance = self.guides.steer(guidance, passes, picture)
         made = sampler.schedule.num_steps - sampler.first
         positive_sizes, negative_sizes = (
-            time_ids(settings, negative) if self.model.kind is SDXL else None for negative in (False, True)
+            time_ids(settings, negative) if self.model.kind is contract.SDXL else None
+            for negative in (False, True)
         )
         prompted, *others = texts
-        positive = make_conditions(prompted, self.model.device, positive_sizes)
+        positive = samplers.make_conditions(prompted, self.model.device, positive_sizes)
         avoided, blank = (
             None
             if states is None
-            else make_conditions(states, self.model.device, negative_sizes, negative=True)
+            else samplers.make_conditions(states, self.model.device, negative_sizes, negative=True)
             for states in others
         )
         section = Section(beginning.latents, positive, avoided, blank)
@@ -198,26 +184,26 @@ class Maker:
 
     # Texts
 
-    def _chunks(self, picture: AskedPicture) -> int:
+    def _chunks(self, picture: contract.AskedPicture) -> int:
         return max(map(self.texts.chunks, [*self._parts(picture), *self._avoided(picture)]))
 
-    def _parts(self, picture: AskedPicture) -> list[str]:
+    def _parts(self, picture: contract.AskedPicture) -> list[str]:
         return split_parts(picture.prompt) if picture.settings.parts > 1 else [picture.prompt]
 
-    def _avoided(self, picture: AskedPicture) -> list[str]:
+    def _avoided(self, picture: contract.AskedPicture) -> list[str]:
         """Return the negative text, and with three passes the empty one; nothing without guidance."""
         settings = picture.settings
-        if not is_guided(settings.scale, settings.negative_scale):
+        if not samplers.is_guided(settings.scale, settings.negative_scale):
             return []
         return [picture.negative_prompt] if settings.negative_scale is None else [picture.negative_prompt, ""]
 
-    def _encode(self, pictures: Sequence[AskedPicture]) -> _Texts:
+    def _encode(self, pictures: Sequence[contract.AskedPicture]) -> _Texts:
         settings, chunks = pictures[0].settings, self._chunks(pictures[0])
         prompts = [self._parts(picture) for picture in pictures]
         avoided = [self._avoided(picture) for picture in pictures]
         # with a mask of regions part i sees LoRA i alone, in the negative text too; without, all see all
         is_regional = settings.parts > 1 and pictures[0].mask is not None
-        states: dict[tuple[str, int | None], TextState] = {}
+        states: dict[tuple[str, int | None], contract.TextState] = {}
         for number in range(settings.parts):
             part = number if is_regional else None
             self._choose_loras(settings, part)
@@ -227,14 +213,14 @@ class Maker:
                         networks = (settings.multipliers, part)
                         states[text, part] = self.texts.encode(text, chunks, networks)
 
-        def joined(picture: AskedPicture, texts: Sequence[str]) -> TextState:
+        def joined(picture: contract.AskedPicture, texts: Sequence[str]) -> contract.TextState:
             found = [states[text, part if is_regional else None] for part, text in enumerate(texts)]
             if len(found) == 1:
                 return found[0]
             regions = self.regions or Regions(self.model.unet)
             return join_parts(found, regions.of(picture, settings.width, settings.height))
 
-        def everywhere(number: int) -> list[TextState] | None:
+        def everywhere(number: int) -> list[contract.TextState] | None:
             """Return the states of the negative (0) or empty (1) texts, which count in each part."""
             if len(avoided[0]) <= number:
                 return None
@@ -252,12 +238,12 @@ class Maker:
             positive = self.vision.replace_pooled(positive, paths)
         return positive, everywhere(0), everywhere(1)
 
-    def _choose_loras(self, settings: PictureSettings, part: int | None = None) -> None:
+    def _choose_loras(self, settings: contract.PictureSettings, part: int | None = None) -> None:
         if self.networks is not None:
             self.networks.choose(settings.multipliers, part)
 
 
-def time_ids(settings: PictureSettings, negative: bool) -> Tensor:
+def time_ids(settings: contract.PictureSettings, negative: bool) -> Tensor:
     """Return SDXL's size conditions: original height and width, crop, height and width of the result.
 
     A missing one is the picture's own size; for negative texts, the original size of the prompt's.

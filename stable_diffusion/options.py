@@ -9,14 +9,8 @@ from modules.errors import OptionError
 from modules.option_values import check_path, check_seed
 from modules.options import Options, option
 from modules.parser import parse_options
+from stable_diffusion import sampling_options
 from stable_diffusion.network_options import AddedNetworkOptions, ControlOptions, GuideOptions, check_control
-from stable_diffusion.sampling_options import (
-    DeepShrinkOptions,
-    GradualLatentOptions,
-    HighresOptions,
-    SamplingOptions,
-    check_sampler_steps,
-)
 
 _SPEED = "precision, speed and memory"
 
@@ -198,15 +192,15 @@ class GenImgOptions(Options, title="run"):
 
     model: ModelOptions
     prompts: PictureInputOptions
-    sampling: SamplingOptions
+    sampling: sampling_options.SamplingOptions
     output: PictureOutputOptions
     text: TextOptions
     networks: AddedNetworkOptions
     control: ControlOptions
     guides: GuideOptions
-    highres: HighresOptions
-    deep_shrink: DeepShrinkOptions
-    gradual_latent: GradualLatentOptions
+    highres: sampling_options.HighresOptions
+    deep_shrink: sampling_options.DeepShrinkOptions
+    gradual_latent: sampling_options.GradualLatentOptions
     console: ConsoleOptions
     device: str | None = option("cuda, cuda:1, mps or cpu; default: the best available")
 
@@ -241,9 +235,11 @@ class GenImgOptions(Options, title="run"):
                 "ControlNets to leave out. Leave it out"
             )
         if self.highres.highres_fix_scale is not None:
-            check_sampler_steps("--highres_fix_steps", self.sampling.sampler, self.highres.highres_fix_steps)
+            sampling_options.check_sampler_steps(
+                "--highres_fix_steps", self.sampling.sampler, self.highres.highres_fix_steps
+            )
         elif self.prompts.image_path is None:
-            check_sampler_steps("--steps", self.sampling.sampler, self.sampling.steps)
+            sampling_options.check_sampler_steps("--steps", self.sampling.sampler, self.sampling.steps)
         if self.gradual_latent.gradual_latent_timesteps is not None and not self.sampling.sampler.endswith(
             "euler_a"
         ):

@@ -22,16 +22,10 @@ from modules.checkpoints.model_files import find_model_folder
 from modules.control_codes import shorten
 from modules.errors import CheckpointError, DownloadError, OptionError
 from modules.media.reading import first_frame
+from stable_diffusion import tokenizers
 from stable_diffusion.contract import SD1, SD2, SDXL, Model, ModelKind, TextState, TextTower
 from stable_diffusion.options import TextOptions
 from stable_diffusion.textual_inversion import LearnedWord, add_words, check_words, read_words
-from stable_diffusion.tokenizers import (
-    SIZE,
-    Chunk,
-    cut_into_chunks,
-    cut_text,
-    parse_weights,
-)
 
 logger = logging.getLogger(__name__)
 
@@ -84,13 +78,15 @@ class Texts:
         for tower, layer, chunks in zip(self._towers, self._layers, self._chunks_of(text), strict=True):
             if len(chunks) > count:
                 raise ValueError(f"{len(chunks)} chunks do not fit into {count}")
-            chunks = [*chunks, *[Chunk()] * (count - len(chunks))]
+            chunks = [*chunks, *[tokenizers.Chunk()] * (count - len(chunks))]
             rows = [
-                [tower.start, *chunk.ids, tower.end] + [tower.pad] * (SIZE - len(chunk.ids))
+                [tower.start, *chunk.ids, tower.end] + [tower.pad] * (tokenizers.SIZE - len(chunk.ids))
                 for chunk in chunks
             ]
             weights = [
-                each for chunk in chunks for each in (*chunk.weights, *[1.0] * (SIZE - len(chunk.ids)))
+                each
+                for chunk in chunks
+                for each in (*chunk.weights, *[1.0] * (tokenizers.SIZE - len(chunk.ids)))
             ]
             ids = [torch.tensor(rows)]  # K 77
             if tower.strides is not None and bool(tower.strides[ids[0]].any()):
@@ -116,17 +112,17 @@ class Texts:
             pooled = pooled[0] if projection is None else pooled[0] @ projection
         return TextState(torch.cat(contexts, dim=-1), pooled)
 
-    def _cut_all(self, text: str) -> list[list[Chunk]]:
+    def _cut_all(self, text: str) -> list[list[tokenizers.Chunk]]:
         """Return a text's chunks for each encoder, those that are read. Warn if that is not all."""
-        parts = parse_weights(text)
-        found = [cut_into_chunks(parts, tower.tokenize) for tower in self._towers]
+        parts = tokenizers.parse_weights(text)
+        found = [tokenizers.cut_into_chunks(parts, tower.tokenize) for tower in self._towers]
         longest = max(range(len(found)), key=lambda index: len(found[index]))
         if len(found[longest]) > self._most:
-            rest = cut_text(parts, self._towers[longest].tokenize, self._most)
+            rest = tokenizers.cut_text(parts, self._towers[longest].tokenize, self._most)
             logger.warning(
                 "a text is cut after %d tokens; this end of it is not read: %s\n  Give "
                 "--max_embeddings_multiples %d to read all of it",
-                SIZE * self._most,
+                tokenizers.SIZE * self._most,
                 shorten(rest, SHOWN),
                 len(found[longest]),
             )

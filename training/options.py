@@ -14,16 +14,8 @@ from modules.options import FREE, HABIT, Options, option, option_values, read_op
 from modules.parser import Parser, add_options, refuse_unsupported
 from modules.speed_options import TrainingSpeedOptions
 from networks.options import NOTHING_FROZEN, FrozenModelOptions, NetworkOptions
+from training import learning_options
 from training.config_options import ConfigOptions, read_config_file
-from training.learning_options import (
-    ONE_DIT,
-    AverageOptions,
-    ExpertTrainingOptions,
-    LrScheduleOptions,
-    OptimizerOptions,
-    PartsOptions,
-    WholeDitOptions,
-)
 from training.noise_options import (
     RAW,
     TIMESTEP,
@@ -57,26 +49,26 @@ class TrainingOptions(Options):
 
     loop: LoopOptions = option(facts=FREE)
     validation: ValidationOptions = option(facts=FREE)
-    optimizer: OptimizerOptions
-    lr_schedule: LrScheduleOptions = option(facts=HABIT)
+    optimizer: learning_options.OptimizerOptions
+    lr_schedule: learning_options.LrScheduleOptions = option(facts=HABIT)
     timesteps: TimestepOptions = option(facts=HABIT)
     noise: NoiseOptions = option(facts=HABIT)
     loss: LossOptions = option(facts=HABIT)
     prediction: PredictionOptions | None = option(facts=HABIT)  # None: the output is the velocity
     network: NetworkOptions | None  # what learns: a network beside the DiT,
-    whole_dit: WholeDitOptions | None  # or the DiT itself; one of the two is there
+    whole_dit: learning_options.WholeDitOptions | None  # or the DiT itself; one of the two is there
     accelerator: AcceleratorOptions = option(facts=HABIT)
     saving: SavingOptions = option(facts=FREE)
     samples: SampleOptions = option(facts=FREE)
-    average: AverageOptions = option(facts=FREE)
+    average: learning_options.AverageOptions = option(facts=FREE)
     logs: LogOptions = option(facts=FREE)
     metadata: MetadataOptions = option(facts=FREE)
     hub: HubOptions = option(facts=FREE)
     speed: TrainingSpeedOptions
     # None: the script's models have one transformer
-    experts: ExpertTrainingOptions | None = option(facts=FREE)
+    experts: learning_options.ExpertTrainingOptions | None = option(facts=FREE)
     # of image trainers; None in the others
-    parts: PartsOptions | None
+    parts: learning_options.PartsOptions | None
     start: StartOptions | None = option(facts=FREE)
     subset: SubsetOptions | None = option(facts=FREE)  # what it makes of the data is compared instead
     caching: CachingInRunOptions | None = option(facts=FREE)
@@ -110,8 +102,8 @@ class TrainingOptions(Options):
         return shows_timesteps or shows_pictures or self.loop.check or self.speed.plan.is_asked
 
     @property
-    def by_expert(self) -> ExpertTrainingOptions:
-        return self.experts or ONE_DIT
+    def by_expert(self) -> learning_options.ExpertTrainingOptions:
+        return self.experts or learning_options.ONE_DIT
 
     @property
     def frozen(self) -> FrozenModelOptions:
@@ -138,7 +130,7 @@ class TrainingOptions(Options):
     def weighted_by(self) -> str:
         return TIMESTEP if self.prediction is None else self.prediction.weighted_by
 
-    def _check_whole_dit(self, options: WholeDitOptions) -> None:
+    def _check_whole_dit(self, options: learning_options.WholeDitOptions) -> None:
         precision = self.accelerator.mixed_precision
         if options.full_bf16 and precision != "bf16":
             raise OptionError(

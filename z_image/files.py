@@ -3,14 +3,7 @@
 from collections.abc import Mapping
 
 from encoders.autoencoder import FLUX_KIND
-from modules.checkpoints.dialects import (
-    DitShapes,
-    cut_parts,
-    other_kind,
-    parted_shapes,
-    rename_sources,
-    translate_name,
-)
+from modules.checkpoints import dialects
 from modules.checkpoints.dits import DitFormat, DitHeader
 from modules.checkpoints.opening import Checkpoint, plain_sources
 from modules.contract.loading import TensorSource
@@ -35,16 +28,16 @@ CUTS, NAMES = joined_tensors(Z_IMAGE), tensor_patterns(Z_IMAGE)
 
 
 def _our_name(name: str) -> str:
-    return translate_name(name, NAMES)
+    return dialects.translate_name(name, NAMES)
 
 
 def _header(checkpoint: Checkpoint) -> DitHeader[ZImageConfig]:
     names = checkpoint.tensors
     dialect = next((name for name, mark in DIALECTS.items() if mark in names), None)
     if dialect is None or MARK not in names or any(name.startswith(OTHERS) for name in names):
-        raise other_kind(checkpoint, WHAT, OPTION, FILES)
-    shapes = parted_shapes({_our_name(name): info.shape for name, info in names.items()}, CUTS)
-    found = DitShapes(checkpoint.path, shapes, NAME)
+        raise dialects.other_kind(checkpoint, WHAT, OPTION, FILES)
+    shapes = dialects.parted_shapes({_our_name(name): info.shape for name, info in names.items()}, CUTS)
+    found = dialects.DitShapes(checkpoint.path, shapes, NAME)
     dim, numbers = found.of(f"all_x_embedder.{PART}.weight")
     (width,) = found.of("layers.0.attention.norm_q.weight", axes=1)
     hidden, freq_dim = found.of("t_embedder.mlp.0.weight")
@@ -79,7 +72,7 @@ def _header(checkpoint: Checkpoint) -> DitHeader[ZImageConfig]:
 
 
 def _sources(checkpoint: Checkpoint, _: DitHeader[ZImageConfig]) -> Mapping[str, TensorSource]:
-    return cut_parts(rename_sources(plain_sources(checkpoint), _our_name), CUTS)
+    return dialects.cut_parts(dialects.rename_sources(plain_sources(checkpoint), _our_name), CUTS)
 
 
 # the last is in some community files; the model does not use it

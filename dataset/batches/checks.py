@@ -13,22 +13,11 @@ from dataset.cache.files import FLIPPED, tensor_key
 from dataset.cache.records import CacheChecks, LatentRecord, TextRecord, difference, options_difference
 from dataset.cache.store import Stores
 from dataset.config_keys import REFERENCES, SECTIONS, TEXTS
-from dataset.sources.frames import bucket_of, has_mask
+from dataset.sources.frames import bucket_of
 from dataset.sources.media_source import CLIP_REFERENCES, CONTROL_MASK
 from dataset.table import FROM_ALPHA, FROM_FILE, defaults_of
 from modules.console import count_of
-from modules.contract.data import (
-    CONTROL,
-    FPS,
-    LATENTS_MADE,
-    LOSS_MASK,
-    PLACES,
-    REFERENCE_LATENTS,
-    SOUND,
-    SOUND_MADE,
-    LatentSpec,
-    MadeBy,
-)
+from modules.contract import data
 from modules.errors import CacheError
 
 logger = logging.getLogger(__name__)
@@ -36,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 def check_channels(
     items: Iterable[TrainingItem],
-    latent: LatentSpec,
+    latent: data.LatentSpec,
     commands: CachingCommands,
     stores: Stores | None = None,
 ) -> None:
@@ -60,7 +49,7 @@ def check_channels(
                 f"  Make them again with: {commands.latents}\n"
                 "  To keep caches for both models, give each a cache_directory of its own."
             )
-        if latent.unsaid_fps is not None and FPS not in header.keys:
+        if latent.unsaid_fps is not None and data.FPS not in header.keys:
             unsaid.append(item.latent_path)
     if unsaid:
         logger.warning(
@@ -72,7 +61,7 @@ def check_channels(
         )
 
 
-def other_space(channels: int, latent: LatentSpec) -> str:
+def other_space(channels: int, latent: data.LatentSpec) -> str:
     return (
         f"its latents have {channels} channels, this model's have {latent.channels}: they were encoded with "
         "the VAE of another model"
@@ -117,7 +106,7 @@ def latent_faults(
     item: TrainingItem,
     tensors: Mapping[str, Tensor],
     record: LatentRecord | None,
-    latent: LatentSpec,
+    latent: data.LatentSpec,
     checks: CacheChecks,
     is_shared: bool,
 ) -> Iterator[str]:
@@ -131,12 +120,13 @@ def latent_faults(
     if record is not None:
         made_from = record.options.get("mask")
     else:  # other programs make no mask but from transparency
-        theirs = is_shared and LOSS_MASK in tensors
+        theirs = is_shared and data.LOSS_MASK in tensors
         made_from = FROM_ALPHA if theirs else None
     if table.alpha_mask:
         wanted: set[str | None] = {FROM_ALPHA}
     elif table.mask_directory is not None:
-        wanted = {FROM_FILE} if has_mask(table, item.source_stem) else {FROM_FILE, None}
+        there = _companions_now(item)
+        wanted = {FROM_FILE} if there is not None and there[2] else {FROM_FILE, None}
     else:
         wanted = {FROM_FILE, None} if table.directory is None else {None}
     if made_from not in wanted:
@@ -159,20 +149,20 @@ def latent_faults(
         yield from _source_faults(item, folders, record, checks)
     width, height, frames = (*item.bucket, 1)[:3]
     expected = list(latent.shape(frames, height, width)[1:])
-    if PLACES in tensors:
-        expected[1] = len(tensors[PLACES])
+    if data.PLACES in tensors:
+        expected[1] = len(tensors[data.PLACES])
     if found != expected:
         yield (
             f"its latents have the shape {as_shape(found)}, {table.name} asks for {as_shape(expected)} "
             f"({frames} frames of {width}x{height})"
         )
-    mask = tensors.get(LOSS_MASK)
+    mask = tensors.get(data.LOSS_MASK)
     if mask is not None and list(mask.shape) != expected[1:]:
         yield f"the mask of its loss is {as_shape(mask.shape)}, its latents are {as_shape(expected[1:])}"
 
 
 def _option_faults(
-    item: TrainingItem, tensors: Iterable[str], record: LatentRecord, latent: LatentSpec
+    item: TrainingItem, tensors: Iterable[str], record: LatentRecord, latent: data.LatentSpec
 ) -> Iterator[str]:
     """Yield which keys of the table have other values than those that latents were made with."""
     table, options = item.table, record.options
@@ -182,7 +172,7 @@ def _option_faults(
     of_sections, usual = defaults_of(SECTIONS), defaults_of(REFERENCES)
     sections = {key: value for key, value in options.items() if key in of_sections}
     changed = [options_difference(sections, table.changed(SECTIONS), latent)]
-    if any(key.startswith(CONTROL) for key in tensors):
+    if any(key.startswith(data.CONTROL) for key in tensors):
         then = usual | {key: value for key, value in options.items() if key in usual}
         changed.append(difference(then, usual | table.changed(REFERENCES)))
     yield from (f"{keys} in {table.name}" for keys in changed if keys is not None)
@@ -198,12 +188,12 @@ def sound_faults(
     item: TrainingItem,
     tensors: Mapping[str, Tensor],
     record: LatentRecord | None,
-    latent: LatentSpec,
+    latent: data.LatentSpec,
     checks: CacheChecks,
     is_shared: bool,
 ) -> Iterator[str]:
     """Yield the same of latents of sound."""
-    table, found = item.table, tuple(tensors[SOUND].shape)
+    table, found = item.table, tuple(tensors[data.SOUND].shape)
     if item.sound and found != item.sound:
         yield f"its latents have the shape {found}, a clip of its frames and rate has {item.sound}"
     if record is None:
@@ -234,16 +224,15 @@ def _reference_faults(item: TrainingItem, tensors: Iterable[str]) -> Iterator[st
     """
     table, rules = item.table, item.table.references
     if table.clip_references is not None and table.directory is not None:
-        cached = sum(key.startswith(REFERENCE_LATENTS) and not key.endswith(FLIPPED) for key in tensors)
+        cached = sum(key.startswith(data.REFERENCE_LATENTS) and not key.endswith(FLIPPED) for key in tensors)
         if cached or table.reference_directory is not None:
-            from dataset.sources.companions import count_companions
-
-            now = count_companions(table, item.source_stem)
-            if now is not None and now != cached:
+            beside = _companions_now(item)
+            now = 0 if table.reference_directory is None else cached if beside is None else beside[1]
+            if now != cached:
                 yield f"it was made with {count_of(cached, 'reference')}, now {table.name} has {now} for it"
     if rules is None:
         return
-    cached = sum(key.startswith(CONTROL) and not key.endswith(FLIPPED) for key in tensors)
+    cached = sum(key.startswith(data.CONTROL) and not key.endswith(FLIPPED) for key in tensors)
     made_with = f"it was made with {count_of(cached, 'reference picture')}"
     there = _references_now(item)
     if table.directory is None:
@@ -257,14 +246,20 @@ def _reference_faults(item: TrainingItem, tensors: Iterable[str]) -> Iterator[st
 
 def _references_now(item: TrainingItem) -> int | None:
     """Return how many reference pictures an item has, whatever a model takes; None: it is not known."""
+    if item.table.directory is not None and item.table.control_directory is None:
+        return None
+    there = _companions_now(item)
+    return None if there is None else there[0]
+
+
+def _companions_now(item: TrainingItem) -> tuple[int, int, bool] | None:
+    """Return what `companions_now` has of an item; None if it is not there, or if listing may download."""
     table = item.table
-    if table.directory is None:
-        from dataset.sources.tables import count_named_references
+    if not (table.directory or table.jsonl_file or table.table_file):
+        return None
+    from dataset.sources.listing import companions_now
 
-        return count_named_references(table, item.source_stem)
-    from dataset.sources.folders import count_references
-
-    return None if table.control_directory is None else count_references(table, item.source_stem)
+    return companions_now(table).get(item.source_stem)
 
 
 def as_shape(shape: Iterable[int]) -> str:
@@ -290,27 +285,27 @@ class SameEncoders:
     """
 
     commands: CachingCommands = NO_COMMANDS
-    _first: dict[str, MadeBy] = field(default_factory=dict)  # by part
+    _first: dict[str, data.MadeBy] = field(default_factory=dict)  # by part
     _told: set[str] = field(default_factory=set)  # parts
 
-    def warn(self, made_by: Iterable[MadeBy]) -> None:
+    def warn(self, made_by: Iterable[data.MadeBy]) -> None:
         said = self.difference(made_by)
         if said is not None:
             logger.warning(said)
 
-    def difference(self, made_by: Iterable[MadeBy]) -> str | None:
+    def difference(self, made_by: Iterable[data.MadeBy]) -> str | None:
         """Return the text of the warning; None if there is nothing new."""
         files, parts, has_other_networks = list[str](), set[bool](), False
         for made in made_by:
             first = self._first.setdefault(made.part, made)
             keys = made.encoder.keys() | first.encoder.keys()
-            if made.part == LATENTS_MADE:  # without image conditions a file has no image encoder
+            if made.part == data.LATENTS_MADE:  # without image conditions a file has no image encoder
                 keys = (made.encoder.keys() & first.encoder.keys()) - _BESIDE_LATENTS
             keys = {key for key in keys if first.encoder.get(key) != made.encoder.get(key)}
             if made.part in self._told or not keys:
                 continue
             self._told.add(made.part)
-            parts.add(first.part in (LATENTS_MADE, SOUND_MADE))
+            parts.add(first.part in (data.LATENTS_MADE, data.SOUND_MADE))
             for one in (first, made):
                 texts = {key: one.encoder.get(key, "none") for key in sorted(keys)}
                 has_other_networks |= any(map(_FINGERPRINT.fullmatch, texts.values()))

@@ -25,7 +25,7 @@ from dataset.cache.store import CacheStore, Stores, open_store
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.config_keys import IGNORE, REQUIRED
 from dataset.sources.frames import bucket_of
-from dataset.sources.media_source import is_of_shards, pause_collection
+from dataset.sources.media_source import is_of_shards
 from modules.console import count_of, count_words
 from modules.contract.data import CONTROL, FPS, REFERENCE_LATENTS, LatentSpec, SoundSpec
 from modules.errors import CacheError, DatasetError
@@ -104,16 +104,14 @@ class _Search:
         end = f"_{self.tag}{cache_files.SUFFIX}"
         latent_files = live.latent_names(self.tag) if live.media else names
         wanted = sorted([name for name in latent_files if name.endswith(end)])
-        stems = _listed_stems(table, store, live, wanted, self.tag)
+        stems = _listed_stems(table, store, live, wanted)
         if stems is not None:
             self.listed.setdefault(table.picture_folder, set()).update(stems)
         text_names = [] if live.texts else names if texts_store is store else texts_store.names()
         texts = None if live.texts else _TextNames(table, text_names, self.tag, found)
         clips = cache_files.latent_names(wanted, self.tag, table.kind) if table.kind == "video" else ()
         # how many files each clip in sections has: all that differ in their section alone
-        parts = Counter(
-            (stem, replace(what, section=None)) for _, stem, what in clips if what.section is not None
-        )
+        parts = Counter(replace(what, section=None) for _, what in clips if what.section is not None)
         sound = self.sound if table.kind == "video" and table.audio != IGNORE else None
         with_sound = {
             name
@@ -124,35 +122,35 @@ class _Search:
         kind = ItemKind(self.tag, self.text_keys, not live.media, not live.texts)
         takes = table.references or table.clip_references
         has_references = takes is not None and table.batch_size > 1 and kind.has_latents
-        buckets: dict[int, tuple[int, ...]] = {}  # by the meaning of the end of a name, by identity
+        buckets: dict[cache_files.LatentName, tuple[int, ...]] = {}  # by all of a name but its stem
         sizes: dict[tuple[int, ...], tuple[int, ...]] = {}  # each once: of references, of sound
         is_empty, folder = True, table.cache_directory
-        with pause_collection():
-            for name, stem, what in cache_files.latent_names(wanted, self.tag, table.kind):
-                if stems is not None and stem not in stems:
-                    self.unlisted[table.picture_folder, stem] = None
-                    continue
-                is_empty = False
-                if texts is not None and not texts.has(stem):
-                    continue
-                if id(what) not in buckets:
-                    buckets[id(what)] = _bucket(table, what, self.latent, folder / name)
-                files = (parts[stem, replace(what, section=None)] or 1) if parts else 1
-                if texts is None:
-                    captions = 1 + len(live.sources[stem].more_captions)
-                else:
-                    captions = texts.captions.get(stem, 1)
-                bucket, shape = buckets[id(what)], tuple[int, ...]()
-                references = _reference_sizes(store, name) if has_references else ()
-                has_sound = sound is not None and cache_files.sound_file_name(name, self.tag) in with_sound
-                if sound is not None and table.batch_size > 1:
-                    shape = _sound_shape(store, name, sound, bucket[2])
-                if sound is not None and not has_sound and table.audio == REQUIRED:
-                    found.missing_sound.append(folder / cache_files.sound_file_name(name, self.tag))
-                shared = sizes.setdefault(references, references), sizes.setdefault(shape, shape)
-                found.items.append(
-                    TrainingItem(name, len(stem), table, bucket, kind, files, captions, *shared, has_sound)
-                )
+        for name, what in cache_files.latent_names(wanted, self.tag, table.kind):
+            stem, rest = what.stem, replace(what, stem="")
+            if stems is not None and stem not in stems:
+                self.unlisted[table.picture_folder, stem] = None
+                continue
+            is_empty = False
+            if texts is not None and not texts.has(stem):
+                continue
+            if rest not in buckets:
+                buckets[rest] = _bucket(table, what, self.latent, folder / name)
+            files = (parts[replace(what, section=None)] or 1) if parts else 1
+            if texts is None:
+                captions = 1 + len(live.sources[stem].more_captions)
+            else:
+                captions = texts.captions.get(stem, 1)
+            bucket, shape = buckets[rest], tuple[int, ...]()
+            references = _reference_sizes(store, name) if has_references else ()
+            has_sound = sound is not None and cache_files.sound_file_name(name, self.tag) in with_sound
+            if sound is not None and table.batch_size > 1:
+                shape = _sound_shape(store, name, sound, bucket[2])
+            if sound is not None and not has_sound and table.audio == REQUIRED:
+                found.missing_sound.append(folder / cache_files.sound_file_name(name, self.tag))
+            shared = sizes.setdefault(references, references), sizes.setdefault(shape, shape)
+            found.items.append(
+                TrainingItem(name, len(stem), table, bucket, kind, files, captions, *shared, has_sound)
+            )
         if is_empty:
             found.empty_tables.append(table)
 
@@ -273,7 +271,7 @@ def _list_unsound(names: Collection[str], table: DatasetTable, tag: str) -> list
 
 
 def _listed_stems(
-    table: DatasetTable, store: CacheStore, live: LiveTable, latents: Sequence[str], tag: str
+    table: DatasetTable, store: CacheStore, live: LiveTable, latents: Sequence[str]
 ) -> Collection[str] | None:
     """Return the names of the sources that a table has now; None if its caches alone decide the items.
 
@@ -281,10 +279,7 @@ def _listed_stems(
     """
     if live.sources:
         return live.sources.keys()
-    if (table.directory or table.metadata_file) is None:
-        return None
-    first = next(cache_files.latent_names(latents, tag, table.kind), None)
-    if first is None or not store.is_shared(first[0]):
+    if not (table.directory or table.metadata_file) or not latents or not store.is_shared:
         return None
     from dataset.sources.listing import find_sources
 

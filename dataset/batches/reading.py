@@ -145,7 +145,7 @@ class _Reader:
         caption = "" if live is None else live.caption(item.source_stem, number)
         if not item.kind.has_text:
             return _Part(path, {}, caption=caption)
-        with _remedy(self.commands.text, store, path.name):
+        with _remedy(self.commands.text, store):
             entry = store.read(path.name)
             tensors = entry.tensors
             absent = sorted(item.kind.text_keys - tensors.keys())
@@ -159,7 +159,7 @@ class _Reader:
             for record in records.values():
                 verify_tensors(entry, record.crc32)
             if number != EMPTY and not self.checks.knows(table.index, path.name):
-                found = text_faults(item, number, records, store.is_shared(path.name), self.checks)
+                found = text_faults(item, number, records, store.is_shared, self.checks)
                 fault = next(found, None)
                 if fault is not None:
                     raise CacheError(f"{entry.header.path}: {fault}")
@@ -182,14 +182,14 @@ class _Reader:
         are not what the table asks for.
         """
         store = self.stores.of(item.table)
-        with _remedy(self.commands.latents, store, path.name):
+        with _remedy(self.commands.latents, store):
             entry = store.read(path.name)
             tensors, record = entry.tensors, latent_record(entry.header)
             if key not in tensors:
                 raise CacheError(
                     f"{path}: it has no {key}, so it is not a cache; move it out of the cache folder"
                 )
-            is_shared = store.is_shared(path.name)
+            is_shared = store.is_shared
             fault = next(faults(item, tensors, record, self.latent, self.checks, is_shared), None)
             if fault is not None:
                 raise CacheError(f"{path}: {fault}")
@@ -260,12 +260,12 @@ def _put_in_front(tensors: dict[str, Tensor | list[Tensor]]) -> None:
 
 
 @contextlib.contextmanager
-def _remedy(command: str, store: CacheStore, name: str) -> Iterator[None]:
-    """Add the command that makes the caches again to every CacheError. name: of the entry."""
+def _remedy(command: str, store: CacheStore) -> Iterator[None]:
+    """Add the command that makes the caches again to every CacheError."""
     try:
         yield
     except CacheError as error:
-        if store.is_shared(name):
+        if store.is_shared:
             raise CacheError(
                 f"{error}.\n  A training with --cache_latents_to_disk and "
                 "--cache_text_encoder_outputs_to_disk, without --skip_cache_check, makes again what does "

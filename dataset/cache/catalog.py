@@ -11,14 +11,14 @@ import platform
 import secrets
 import sqlite3
 import stat
-import struct
+import tarfile
 import time
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dataset.cache.old_shards import read_old_shard
+from dataset.cache.old_shards import OldRow, read_old_shard
 from dataset.sources.media_source import SHARD
 from modules.atomic_write import LEFTOVER_SECONDS, check_space, explain_errors, flush_folder
 from modules.errors import CacheError, OutputError
@@ -34,20 +34,6 @@ SHARD_TABLE = """
 """
 _STATEMENTS = [statement.strip() for statement in SHARD_TABLE.split(";")[:-1]]
 REMOVED_CRC32 = -1  # instead of a checksum
-# what a row of ours is: a column of SQLite takes any kind of value
-_VALID = f"""
-    typeof(name) = 'blob' AND length(name) BETWEEN 1 AND {MAX_CACHE_NAME_BYTES}
-    AND typeof(generation) = 'integer' AND generation BETWEEN 0 AND {MAX_GENERATION}
-    AND (size IS NULL OR (typeof(size) = 'integer' AND size BETWEEN 0 AND {MAX_ENTRY_BYTES}))
-    AND typeof(crc32) = 'integer' AND crc32 BETWEEN {REMOVED_CRC32} AND {0xFFFFFFFF}
-"""
-# of two rows of one name the later one holds; of one generation the one that writes
-_ADD = """
-    INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?)
-    ON CONFLICT (name) DO UPDATE SET shard = excluded.shard, place = excluded.place, size = excluded.size,
-        generation = excluded.generation, crc32 = excluded.crc32
-    WHERE (excluded.generation, excluded.crc32) > (entries.generation, entries.crc32)
-"""
 # what a volume, not a file, is at fault for
 _UNAVAILABLE = (
     *(sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_BUSY),
@@ -85,7 +71,6 @@ def list_shards(folder: Path) -> dict[str, int]:
 def connect(uri: str, seconds: float = 0.2) -> sqlite3.Connection:
     """Open an address. seconds: to wait for locks. Threads may share it."""
     found = sqlite3.connect(uri, seconds, isolation_level=None, check_same_thread=False, uri=True)
-    found.execute("PRAGMA writable_schema = ON")  # otherwise SQLite reads nothing of a file that is cut
     found.execute("PRAGMA trusted_schema = OFF")
     found.execute("PRAGMA cache_size = -1024")
     return found
@@ -117,73 +102,53 @@ class Catalog:
 
     def __init__(self, folder: Path, own: "ShardWriter | None" = None) -> None:
         """own: the shard that this process writes. Raises CacheError if a volume cannot be read."""
-        self.folder = folder
         self.shards = list_shards(folder)
-        self.damaged: set[str] = set()  # shards that are cut or cannot be read
+        self.damaged: set[str] = set()  # shards that are cut or changed: nothing of them is used
         self.faults: list[str] = []  # sentences
         self.bytes: dict[str, int] = {}  # of all rows of a shard of ours, those of replaced entries too
-        self._rows = connect(":memory:")
-        self._rows.execute(
-            "CREATE TABLE entries (name BLOB PRIMARY KEY, shard TEXT, place INTEGER, generation INTEGER, "
-            "size INTEGER, crc32 INTEGER) WITHOUT ROWID"
-        )
-        self._rows.execute("BEGIN")
+        self.rows: dict[str, CatalogRow] = {}  # by name
         for name in self.shards:
             path = folder / name
             try:
                 if own is not None and path == own.path:
-                    self._add(name, own.rows)
+                    self._add(name, _rows_in(own.rows))
                 elif path.suffix == ".writing":
                     self.faults.append(f"{path} has no end: caching was stopped, or is still running")
                 elif path.suffix == ".tar":
-                    rows, is_whole = read_old_shard(path)
-                    self._rows.executemany(_ADD, ((row[0], name, *row[1:]) for row in rows))
-                    self.damaged |= set() if is_whole else {name}
+                    self._add(name, read_old_shard(path))
+                    del self.bytes[name]
                 else:
                     self._read_shard(path)
             except FileNotFoundError:  # merged meanwhile: what took its place is there
                 pass
             except OSError as error:
                 raise CacheError(f"{path} cannot be read: {error.strerror or error}") from error
-        self._rows.execute("COMMIT")
+            except (sqlite3.Error, tarfile.HeaderError):
+                self.damaged.add(name)
         self.faults += [
             f"{folder / name} is damaged: it was cut, or its bytes were changed" for name in self.damaged
         ]
 
     def names(self) -> list[str]:
-        found = self._rows.execute("SELECT name FROM entries WHERE size IS NOT NULL")
-        return [name.decode("utf-8", "surrogateescape") for (name,) in found]
-
-    def get(self, name: str) -> CatalogRow | None:
-        row = self._rows.execute(
-            "SELECT shard, place, generation, size, crc32 FROM entries WHERE name = ?", (encode_name(name),)
-        ).fetchone()
-        return None if row is None else CatalogRow(*row)
-
-    def put(self, name: str, row: CatalogRow) -> None:
-        self._rows.execute(
-            "INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?, ?)", (encode_name(name), *row)
-        )
-
-    def rows_of(self, shards: Collection[str]) -> Iterator[tuple[bytes, CatalogRow]]:
-        found = self._rows.execute("SELECT * FROM entries ORDER BY name")
-        return ((name, CatalogRow(shard, *rest)) for name, shard, *rest in found if shard in shards)
+        return [name for name, row in self.rows.items() if row.size is not None]
 
     def entry_bytes(self) -> dict[str, int]:
-        found = self._rows.execute("SELECT shard, total(size) FROM entries GROUP BY shard")
-        return dict.fromkeys(self.shards, 0) | {name: int(size) for name, size in found}
+        found = dict.fromkeys(self.shards, 0)
+        for row in self.rows.values():
+            found[row.shard] += row.size or 0
+        return found
 
-    def _add(self, shard: str, rows: sqlite3.Connection) -> None:
-        columns = f"SELECT name, ?, place, generation, size, crc32 FROM entries WHERE {_VALID}"
-        self._rows.executemany(_ADD, rows.execute(columns, (shard,)))
-        ((total, bad),) = rows.execute(f"SELECT total(size * ({_VALID})), total(NOT ({_VALID})) FROM entries")
-        self.bytes[shard] = int(total)
-        if bad:
-            self.damaged.add(shard)
+    def _add(self, shard: str, rows: Sequence[OldRow]) -> None:
+        self.bytes[shard] = sum(size or 0 for _, _, _, size, _ in rows)
+        for encoded, place, generation, size, crc32 in rows:
+            row = CatalogRow(shard, place, generation, size, crc32)
+            name = encoded.decode("utf-8", "surrogateescape")
+            old = self.rows.setdefault(name, row)
+            # the later one holds; of one generation the one that writes
+            if (row.generation, row.crc32) > (old.generation, old.crc32):
+                self.rows[name] = row
 
     def _read_shard(self, path: Path) -> None:
-        if not _is_whole(path):
-            self.damaged.add(path.name)
         try:
             with contextlib.closing(open_shard(path)) as rows:
                 _bound(rows, path.stat().st_size)
@@ -195,25 +160,28 @@ class Catalog:
                     )
                     return
                 _require_table(rows)
-                self._add(path.name, rows)
+                self._add(path.name, _rows_in(rows))
         except sqlite3.Error as error:
             with path.open("rb") as file:  # SQLite takes some errors of a volume for damage
                 while file.read(1 << 20):
                     pass
             if getattr(error, "sqlite_errorcode", 0) & 0xFF in _UNAVAILABLE:
                 raise CacheError(f"{path} cannot be read: {error}. Run this again") from error
-            self.damaged.add(path.name)
-            self.bytes.setdefault(path.name, 0)
+            raise
 
 
-def _is_whole(path: Path) -> bool:
-    """Whether a database has as many bytes as it says. Raises OSError."""
-    with path.open("rb") as file:
-        header = file.read(32)
-        if len(header) < 32 or not header.startswith(b"SQLite format 3\0"):
-            return False
-        page, pages = struct.unpack_from(">H", header, 16)[0], struct.unpack_from(">I", header, 28)[0]
-        return bool(os.fstat(file.fileno()).st_size == pages * (65536 if page == 1 else page))
+def _rows_in(rows: sqlite3.Connection) -> list[OldRow]:
+    """Return the rows of a shard. Raises sqlite3.DatabaseError unless all are as ours: a column of SQLite
+    takes any kind of value.
+    """
+    found = rows.execute("SELECT name, place, generation, size, crc32 FROM entries").fetchall()
+    most = MAX_GENERATION, MAX_ENTRY_BYTES, 0xFFFFFFFF
+    for name, _, generation, size, crc32 in found:
+        is_ours = isinstance(name, bytes) and 0 < len(name) <= MAX_CACHE_NAME_BYTES
+        numbers = zip((generation, size or 0, crc32), most, strict=True)
+        if not is_ours or not all(type(one) is int and -1 <= one <= limit for one, limit in numbers):
+            raise sqlite3.DatabaseError("a row of another program")
+    return found
 
 
 # --- the shard that a process writes

@@ -4,15 +4,7 @@ import os
 from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 
-from dataset.cache.files import (
-    PART,
-    is_latent_cache,
-    is_text_cache,
-    is_text_name,
-    parse_latent_name,
-    read_header,
-    sound_tag,
-)
+from dataset.cache import files
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.media_source import is_of_shards
 from modules.command import as_typed
@@ -72,8 +64,8 @@ def other_form(table: DatasetTable, tag: str) -> Iterator[str]:
 
 
 def _is_of(name: str, tag: str, kind: str) -> bool:
-    latents = (parse_latent_name(name, one, kind) for one in (tag, sound_tag(tag)))
-    return any(one is not None for one in latents) or is_text_name(name.removesuffix(PART), tag)
+    latents = (files.parse_latent_name(name, one, kind) for one in (tag, files.sound_tag(tag)))
+    return any(one is not None for one in latents) or files.is_text_name(name.removesuffix(files.PART), tag)
 
 
 def single_files(folder: Path, of: Callable[[str], bool]) -> Iterator[str]:
@@ -82,9 +74,9 @@ def single_files(folder: Path, of: Callable[[str], bool]) -> Iterator[str]:
         if not of(name):
             continue
         try:
-            header = read_header(folder / name)
+            header = files.read_header(folder / name)
         except CacheError:
             continue
         maker = header.metadata.get("architecture", "")
-        if is_latent_cache(header, maker) or is_text_cache(header, maker):
+        if files.is_latent_cache(header, maker) or files.is_text_cache(header, maker):
             yield name

@@ -64,9 +64,7 @@ class NpzStore:
     # pictures that a list names, which may be in many folders: stem -> path without suffix
     beside: Mapping[str, Path] = field(default_factory=dict)
     holds_only_caches: ClassVar[bool] = False
-
-    def is_shared(self, name: str) -> bool:
-        return True
+    is_shared: ClassVar[bool] = True
 
     def names(self) -> Collection[str]:
         stems = {path: stem for stem, path in self.beside.items()}

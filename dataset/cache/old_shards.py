@@ -19,39 +19,32 @@ _MOST_COMMENT = 1 << 16
 OldRow = tuple[bytes, int, int, int | None, int]
 
 
-def read_old_shard(path: Path) -> tuple[list[OldRow], bool]:
-    """Return the records of a tar, and whether it is whole: behind a damaged place the next one is searched.
+def read_old_shard(path: Path) -> list[OldRow]:
+    """Return the records of a tar. That an entry was removed stands in a global header.
 
-    That an entry was removed stands in a global header. Raises OSError.
+    Raises tarfile.HeaderError if it is damaged, OSError.
     """
     rows: list[OldRow] = []
-    is_whole, size, found = True, path.stat().st_size, None
+    size, found = path.stat().st_size, None
     with path.open("rb") as file:
-        while (position := file.tell()) < size:
-            try:
-                header = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
-                if not 0 <= header.size <= size:
-                    raise tarfile.HeaderError("a wrong size")
-            except tarfile.HeaderError as error:
-                is_end = isinstance(error, tarfile.EOFHeaderError)  # type: ignore[attr-defined]
-                if is_end and size - position == 2 * tarfile.BLOCKSIZE:
-                    return rows, is_whole
-                is_whole, found = False, None
-                file.seek(position + tarfile.BLOCKSIZE)
-                continue
+        while True:
+            block = file.read(tarfile.BLOCKSIZE)
+            if file.tell() == size - tarfile.BLOCKSIZE and not any(block):
+                return rows
+            header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
             start = file.tell()
             end = start + -(-header.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+            if not start <= end <= size:
+                raise tarfile.HeaderError("a wrong size")
             if header.type in (tarfile.XHDTYPE, tarfile.XGLTYPE) and header.size <= _MOST_COMMENT:
-                content = file.read(header.size)
-                found = _COMMENT.search(content)
+                found = _COMMENT.search(file.read(header.size))
                 if found is not None and zlib.crc32(found[1] + found[7]) != int(found[6], 16):
-                    is_whole, found = False, None
+                    raise tarfile.HeaderError("a wrong comment")
                 if found is not None and found[2] == b"removed":
                     rows.append((found[7], 0, int(found[3]), None, -1))
-            elif found is not None and header.size == int(found[4]) and end <= size:
+            elif found is not None and header.size == int(found[4]):
                 rows.append((found[7], start, int(found[3]), header.size, int(found[5], 16)))
                 found = None
             else:
-                is_whole = False
+                raise tarfile.HeaderError("a file without a comment")
             file.seek(end)
-    return rows, False

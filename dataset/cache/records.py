@@ -10,7 +10,6 @@ import functools
 import hashlib
 import json
 import os
-import re
 import stat
 import time
 import zlib
@@ -41,9 +40,6 @@ T = TypeVar("T")
 RECORD_KEY = "reelsmith_record"
 CHECK_KEY = "reelsmith_record_crc32"
 VERSION = 1
-# what a record of latents says of its item alone, in the text that `_guard` makes
-_OF_ITEM = re.compile(r'"crc32": \{[^{}]*\}|"file": \{[^{}]*\}|"files": (\[[^\[\]]*\])')
-MOST_KNOWN = 1 << 16  # items that are remembered as unchanged: a few megabytes
 
 
 @dataclass(frozen=True)
@@ -134,21 +130,6 @@ def latent_record(header: Header) -> LatentRecord | None:
         )
 
     return _read_record(header, "latents", parse)
-
-
-def shared_part(header: Header) -> tuple[Sequence[str], tuple[FileIdentity, ...]] | None:
-    """Return what the record of a latent cache may have in common with others of its table, as texts that are
-    equal if all but checksums and files is, and its files; None if it cannot be told apart that simply.
-    """
-    text = header.metadata.get(RECORD_KEY, "")
-    parts = _OF_ITEM.split(text)
-    if len(parts) != 5 or _crc(text) != header.metadata.get(CHECK_KEY):
-        return None
-    try:
-        files = tuple(FileIdentity(**file) for file in json.loads(parts.pop(3)))
-    except (ValueError, TypeError):
-        return None
-    return parts, files
 
 
 def text_records(header: Header) -> dict[str, TextRecord]:
@@ -329,7 +310,6 @@ class CacheChecks:
     """
 
     started_ns: int = field(default_factory=time.time_ns)
-    most_known: int = MOST_KNOWN
     # table and key of items whose sources are as they were
     _known: set[tuple[int, str]] = field(default_factory=set)
 
@@ -337,11 +317,6 @@ class CacheChecks:
         return (table, key) in self._known
 
     def add(self, table: int, key: str) -> None:
-        """Remember an item that was found right; when there are too many, all others are forgotten and looked
-        at again.
-        """
-        if len(self._known) >= self.most_known:
-            self._known.clear()
         self._known.add((table, key))
 
     def changed_file(self, folders: Sequence[Path | None], files: tuple[FileIdentity, ...]) -> Path | None:

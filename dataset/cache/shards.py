@@ -51,7 +51,7 @@ LOCK = ".cache-index.lock"  # is there while shards are merged
 class ShardStore:
     """The entries of a folder of shards, as `CacheStore` describes them."""
 
-    holds_only_caches = True
+    holds_only_caches, is_shared = True, False
 
     def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
         self.folder = folder
@@ -67,17 +67,13 @@ class ShardStore:
         # a copy in another process opens files of its own
         return ShardStore, (self.folder, self._shard_bytes)
 
-    def is_shared(self, name: str) -> bool:
-        """Return False: no other program writes into shards."""
-        return False
-
     def names(self) -> Collection[str]:
         with self._lock:
             return self._look(is_new=True).names()
 
     def __contains__(self, name: str) -> bool:
         with self._lock:
-            row = self._look().get(name)
+            row = self._look().rows.get(name)
             return row is not None and row.size is not None
 
     def read(self, name: str, is_whole: bool = True) -> Entry:
@@ -114,9 +110,9 @@ class ShardStore:
                 catalog = self._look()
             if self._writer is None:
                 self._writer = ShardWriter(self.folder)
-            old = catalog.get(name)
+            old = catalog.rows.get(name)
             generation = 0 if old is None else old.generation + 1
-            catalog.put(name, self._writer.put(encode_name(name), generation, data))
+            catalog.rows[name] = self._writer.put(encode_name(name), generation, data)
 
     def remove(self, name: str) -> None:
         with self._lock:
@@ -166,7 +162,7 @@ class ShardStore:
         """Read an entry; if that fails look again, since shards may have been merged meanwhile."""
         for is_last in (False, True):
             with self._lock:
-                row = self._look().get(name)
+                row = self._look().rows.get(name)
             if row is None or row.size is None:
                 error = CacheError(f"{self.folder / name}: no such cache file, in none of the shards")
             else:
@@ -242,18 +238,20 @@ def merge_shards(folder: Path, shard_bytes: int = SHARD_BYTES, with_tars: bool =
         }
         untidy |= {name for name in catalog.shards if with_tars and name.endswith(".tar")}
         if len(small) > 1 or untidy:
-            _rewrite(catalog, small | untidy, shard_bytes)
+            _rewrite(folder, catalog, small | untidy, shard_bytes)
 
 
-def _rewrite(catalog: Catalog, shards: Collection[str], shard_bytes: int) -> None:
+def _rewrite(folder: Path, catalog: Catalog, shards: Collection[str], shard_bytes: int) -> None:
     """Write the valid entries of some shards to new ones, then remove them: a kill leaves every entry in one
     shard or in two.
     """
-    folder, sizes, opened = catalog.folder, catalog.entry_bytes(), dict[str, sqlite3.Connection]()
+    sizes, opened = catalog.entry_bytes(), dict[str, sqlite3.Connection]()
     check_space(folder / "cache", sum(sizes[name] for name in shards))
     writer: ShardWriter | None = None
     try:
-        for name, row in catalog.rows_of(shards):
+        for name, row in sorted(catalog.rows.items()):
+            if row.shard not in shards:
+                continue
             if not row.shard.endswith(".tar") and row.shard not in opened:
                 opened[row.shard] = open_shard(folder / row.shard)
             try:
@@ -268,7 +266,7 @@ def _rewrite(catalog: Catalog, shards: Collection[str], shard_bytes: int) -> Non
                 writer.finish()
                 writer = None
             writer = writer or ShardWriter(folder)
-            writer.put(name, row.generation, data)
+            writer.put(encode_name(name), row.generation, data)
         if writer is not None:
             writer.finish()
     except BaseException:

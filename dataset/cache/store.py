@@ -34,8 +34,9 @@ class CacheStore(Protocol):
         """Return whether all names are those of caches, so that a damaged one may be removed."""
         ...
 
-    def is_shared(self, name: str) -> bool:
-        """Return whether other programs keep it too: theirs counts if it fits, and it is never stale."""
+    @property
+    def is_shared(self) -> bool:
+        """Return whether other programs keep entries there: theirs count if they fit, and none is stale."""
         ...
 
     def names(self) -> Collection[str]:
@@ -79,9 +80,7 @@ class SingleFiles:
 
     folder: Path
     holds_only_caches: ClassVar[bool] = False
-
-    def is_shared(self, name: str) -> bool:
-        return False
+    is_shared: ClassVar[bool] = False
 
     def names(self) -> Collection[str]:
         # not `iterdir`: a Path for each name takes longer than all else; a list, as a set takes as long again
@@ -127,9 +126,7 @@ class MemoryStore:
     folder: Path  # for messages
     entries: dict[str, Entry] = field(default_factory=dict)
     holds_only_caches: ClassVar[bool] = True
-
-    def is_shared(self, name: str) -> bool:
-        return False
+    is_shared: ClassVar[bool] = False
 
     def names(self) -> Collection[str]:
         return list(self.entries)

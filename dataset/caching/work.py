@@ -17,18 +17,9 @@ from dataset.cache.files import is_latent_cache
 from dataset.cache.form import require_form
 from dataset.cache.records import LatentRecord
 from dataset.cache.store import Stores, npz_names
-from dataset.caching import existing
+from dataset.caching import existing, prefetch
 from dataset.caching.latents import EncodersOnDemand, Item, batches, decode, encode, name_tensors, write_entry
 from dataset.caching.planning import Recipe, SourcePlan, plan_all
-from dataset.caching.prefetch import (
-    CacheReport,
-    Failure,
-    WriteBehind,
-    join_reports,
-    list_sources,
-    read_ahead,
-    workers_of,
-)
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.options import CachingOptions
 from dataset.sources.clock import find_other_lengths
@@ -96,7 +87,7 @@ class MediaWork:
         """
         self.stores = stores = stores or Stores(npz_names(family))
         self._existing: existing.ExistingNames = {
-            table.index: existing.LatentNames(self.stores.of(table), family.cache_tag, table.kind)
+            table.index: existing.list_latents(self.stores.of(table), family.cache_tag, table.kind)
             for table in config.datasets
         }
         self._sound: SoundWork | None = None
@@ -105,7 +96,7 @@ class MediaWork:
 
             how = options.skip_existing, options.verify, device
             self._sound = sound.SoundWork(cast("HearingFamily", family), config.datasets, self.stores, *how)
-        sources, self.not_listed, self.whole_tables = list_sources(config, captions=False)
+        sources, self.not_listed, self.whole_tables = prefetch.list_sources(config, captions=False)
         _check_tables(family, config, sources)
         warn_captions(sources)
         warn_unused(config, sources)
@@ -132,14 +123,14 @@ class MediaWork:
         if self._sound is not None:  # the networks of pictures and of sound take turns
             self._sound.before_loading = self._encoders.free
 
-    def encode(self, pieces: Sequence[MediaSource], who: str | None) -> CacheReport:
+    def encode(self, pieces: Sequence[MediaSource], who: str | None) -> prefetch.CacheReport:
         """Encode every item of some sources that has no valid entry.
 
         A source that cannot be read becomes a failure of the report and does not stop the others. who: which
         share of the work this is, to show it; None shows nothing. Raises CheckpointError if an encoder cannot
         be loaded, OutputError if an entry cannot be written.
         """
-        workers, shows = workers_of(self._options), who is not None
+        workers, shows = prefetch.workers_of(self._options), who is not None
         plans, failures = plan_all(pieces, self._existing, self._recipe, workers, shows)
         to_do = [plan for plan in plans if plan.missing is None or plan.missing]
         some = [plan.source for plan in to_do]
@@ -163,7 +154,7 @@ class MediaWork:
         written: set[tuple[int, str]] = set()
         if to_do:
             items = self._items(to_do, finished, failures, workers, shows)
-            with WriteBehind() as writer, contextlib.closing(items), torch.no_grad():
+            with prefetch.WriteBehind() as writer, contextlib.closing(items), torch.no_grad():
                 for batch in batches(items, self._options.batch_size):
                     written |= self._write(batch, writer)
                     del batch  # frees its frames before waiting for the next source
@@ -174,13 +165,17 @@ class MediaWork:
                 len(reasons),
                 reasons[0],
             )
-        report = CacheReport(
+        report = prefetch.CacheReport(
             written=len(written),
             kept=sum(len(plan.kept) for plan in finished),
             foreign=sum(plan.foreign for plan in finished),
             failures=tuple(failures),
-            dropped=tuple(Failure.of(one.source, one.reason) for one in finished if one.reason is not None),
-            shortened=tuple(Failure.of(one.source, one.short) for one in finished if one.short is not None),
+            dropped=tuple(
+                prefetch.Failure.of(one.source, one.reason) for one in finished if one.reason is not None
+            ),
+            shortened=tuple(
+                prefetch.Failure.of(one.source, one.short) for one in finished if one.short is not None
+            ),
             share=len(pieces),
             whole=len(self.pieces),
         )
@@ -188,7 +183,7 @@ class MediaWork:
         report = dataclasses.replace(report, right=frozenset(kept | written))
         if self._sound is None:
             return report
-        return join_reports([report, self._sound.encode(pieces, report.right, workers, shows)])
+        return prefetch.join_reports([report, self._sound.encode(pieces, report.right, workers, shows)])
 
     def remove_stale(
         self,
@@ -205,7 +200,7 @@ class MediaWork:
             return 0
         belongs = {name for index, name in right if index == table.index}
         store, family = self.stores.of(table), self._family
-        stale = self._existing[table.index].not_in(belongs, but_of=failed)
+        stale = existing.stale_names(self._existing[table.index], belongs, failed)
         of_sound = 0 if self._sound is None else self._sound.remove_stale(table, belongs, failed)
         return of_sound + existing.remove_caches(
             store, stale, partial(is_latent_cache, architecture=family.name)
@@ -220,14 +215,14 @@ class MediaWork:
         self,
         plans: Sequence[SourcePlan],
         finished: list[SourcePlan],
-        failures: list[Failure],
+        failures: list[prefetch.Failure],
         workers: int,
         shows: bool,
     ) -> Generator[Item, None, None]:
         """Yield the missing items of the plans, while threads decode the next ones; add the completed plans
         to `finished`, and sources that cannot be read to `failures`.
         """
-        ahead = read_ahead(
+        ahead = prefetch.read_ahead(
             plans,
             lambda plan: plan.source,
             lambda plan: decode(plan, existing.names_of(self._existing, plan.source), self._recipe),
@@ -237,14 +232,14 @@ class MediaWork:
         )
         with contextlib.closing(ahead):
             for _, result in ahead:
-                if isinstance(result, Failure):
+                if isinstance(result, prefetch.Failure):
                     failures.append(result)
                 else:
                     finished.append(result[0])
                     yield from result[1]
                 del result  # frees its frames before waiting for the next source
 
-    def _write(self, batch: Sequence[Item], writer: WriteBehind) -> set[tuple[int, str]]:
+    def _write(self, batch: Sequence[Item], writer: prefetch.WriteBehind) -> set[tuple[int, str]]:
         """Encode a batch and have its items' files written, and then their other files removed: sections
         that an item no longer has. Return table index and name of each file.
         """

@@ -93,25 +93,6 @@ def _pair(folder: Path, key: str, stems: Collection[str]) -> tuple[dict[str, tup
     return {stem: tuple(path for _, path in sorted(of.items())) for stem, of in numbered.items()}, alone
 
 
-def count_companions(table: DatasetTable, stem: str) -> int | None:
-    """Return how many references the folder has for an item now; None: it cannot be listed."""
-    assert table.directory is not None
-    if table.reference_directory is None:
-        return 0
-    try:
-        return _count_all(table.reference_directory, table.directory, table.kind).get(stem, 0)
-    except DatasetError:  # training needs the caches only
-        return None
-
-
-@functools.lru_cache(maxsize=16)
-def _count_all(folder: Path, media: Path, kind: str) -> dict[str, int]:
-    suffixes = media_suffixes(kind) | media_suffixes(kind, spare=True)
-    paths = (Path(entry.name) for entry in list_entries(media, "directory"))
-    stems = frozenset(path.stem for path in paths if path.suffix.lower() in suffixes)
-    return {stem: len(found) for stem, found in _pair(folder, REFERENCE, stems)[0].items()}
-
-
 def companion_lines(sources: Sequence[MediaSource], faults: list[Fault]) -> Iterator[str]:
     """Yield lines about the pairs of a table for its report; add a remark for each item without partner."""
     for key, counts in (

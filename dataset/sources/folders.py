@@ -1,7 +1,6 @@
 """List what a table's folder holds: images or clips, captions, control media; and what in it is not used."""
 
 import contextlib
-import functools
 import itertools
 import logging
 import os
@@ -232,27 +231,6 @@ class ControlFolder:
                 f"{video.stem}"
             )
         return found
-
-
-def count_references(table: DatasetTable, stem: str) -> int:
-    """Return how many reference pictures the control_directory has for an image now; 0 if it is missing.
-
-    For training, which asks whether some were added after caching; the folders are listed once.
-    """
-    if table.control_directory is None or table.directory is None or not table.control_directory.is_dir():
-        return 0
-    try:
-        return len(_controls_in(table.control_directory, table.directory).for_image(stem, None))
-    except DatasetError:  # training needs the caches only
-        return 0
-
-
-@functools.lru_cache(maxsize=64)
-def _controls_in(folder: Path, images: Path) -> ControlFolder:
-    entries = list_entries(images, "image_directory") if images.is_dir() else []
-    suffixes = image_suffixes()
-    paths = (Path(entry.name) for entry in entries)
-    return ControlFolder(folder, frozenset(path.stem for path in paths if path.suffix.lower() in suffixes))
 
 
 def list_entries(folder: Path, key: str) -> Sequence["os.DirEntry[str]"]:

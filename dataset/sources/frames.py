@@ -22,14 +22,7 @@ from dataset.config_keys import AUTO
 from dataset.sources.media_source import Fault, MediaSource
 from modules.console import count_of
 from modules.errors import DatasetError, MediaError
-from modules.media.buckets import (
-    Size,
-    bucket_sizes,
-    choose_bucket,
-    choose_image_bucket,
-    fit_without_enlarging,
-    image_bucket_sizes,
-)
+from modules.media import buckets
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
 from modules.media.opening import open_video
 from modules.media.reading import VIDEO_SUFFIXES, Frame, MaskLook, image_suffixes, read_mask
@@ -185,20 +178,6 @@ Place = Callable[[Frame], Frame]  # resizes and crops a picture
 SAME_SHAPE = 0.02  # by how much the sides' ratio of a mask may differ from its clip's
 
 
-def has_mask(table: DatasetTable, stem: str) -> bool:
-    """Return whether the mask_directory has a mask of that name now; False if it is missing.
-
-    For training, which asks for each item whether a mask was added after caching; the folder is listed once.
-    """
-    return table.mask_directory is not None and stem in _stems_in(table.mask_directory, table.kind)
-
-
-@functools.lru_cache(maxsize=64)
-def _stems_in(folder: Path, kind: str) -> frozenset[str]:
-    entries = sorted(folder.iterdir()) if folder.is_dir() else []
-    return frozenset(files_by_stem(entries, mask_suffixes(kind), kind == "video"))
-
-
 def mask_suffixes(kind: str) -> frozenset[str]:
     """Return the suffixes of masks: the mask of a clip may also be an image, or a folder of images."""
     images = image_suffixes() | {".gif"}
@@ -224,7 +203,7 @@ def is_still(path: Path) -> bool:
     return path.suffix.lower() in image_suffixes() and not path.is_dir() and not is_animation(path)
 
 
-def read_still(path: Path, place: Place, size: Size, num_frames: int) -> Mask:
+def read_still(path: Path, place: Place, size: buckets.Size, num_frames: int) -> Mask:
     """Read an image as the mask of `num_frames` frames. size: of the item; its shape has to be the same.
 
     place: resizes and crops it like its picture.
@@ -233,7 +212,9 @@ def read_still(path: Path, place: Place, size: Size, num_frames: int) -> Mask:
     return np.broadcast_to(mask, (num_frames, *mask.shape))
 
 
-def read_moving(path: Path, frames: Iterator[Frame], place: Place, size: Size, num_frames: int) -> Mask:
+def read_moving(
+    path: Path, frames: Iterator[Frame], place: Place, size: buckets.Size, num_frames: int
+) -> Mask:
     """Turn the frames of a mask clip, H W 3 or 4, into masks; a longer one is cut, a shorter one repeats its
     last.
     """
@@ -268,7 +249,7 @@ def shrink_mask(mask: Tensor, stride: tuple[int, int, int]) -> Tensor:
     return torch.cat([weights[:1], rest.unflatten(0, (groups, stride[0])).mean(1)]).half()
 
 
-def _grey(path: Path, frame: Frame, place: Place, size: Size) -> NDArray[np.uint8]:
+def _grey(path: Path, frame: Frame, place: Place, size: buckets.Size) -> NDArray[np.uint8]:
     height, width = frame.shape[:2]
     if abs(width * size[1] / (height * size[0]) - 1) > SAME_SHAPE:
         raise MediaError(
@@ -278,7 +259,7 @@ def _grey(path: Path, frame: Frame, place: Place, size: Size) -> NDArray[np.uint
     return place(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY).astype(np.uint8))
 
 
-def bucket_of(table: DatasetTable, size: Size, step: int, path: Path | None = None) -> Size:
+def bucket_of(table: DatasetTable, size: buckets.Size, step: int, path: Path | None = None) -> buckets.Size:
     """Return the size that an image of `size` is resized to: with load_tensors its own. path: for messages.
 
     Raises MediaError if the image is too small to keep its size, DatasetError if the resolution does not fit
@@ -304,7 +285,7 @@ def bucket_of(table: DatasetTable, size: Size, step: int, path: Path | None = No
         )
     no_upscale, area = table.bucket_no_upscale, width * height
     try:
-        sizes: tuple[Size, ...] = ()
+        sizes: tuple[buckets.Size, ...] = ()
         if rule is None:
             sizes = _bucket_sizes(width, height, step)
         elif not no_upscale:
@@ -313,15 +294,15 @@ def bucket_of(table: DatasetTable, size: Size, step: int, path: Path | None = No
         raise DatasetError(f"{table.name}: resolution = [{width}, {height}]: {error}. Enlarge it.") from None
     try:
         if rule is None:
-            return choose_bucket(size, sizes, area, step, no_upscale)
+            return buckets.choose_bucket(size, sizes, area, step, no_upscale)
         return (
-            fit_without_enlarging(size, area, rule.step).bucket
+            buckets.fit_without_enlarging(size, area, rule.step).bucket
             if no_upscale
-            else choose_image_bucket(size, sizes)
+            else buckets.choose_image_bucket(size, sizes)
         )
     except ValueError as error:
         raise MediaError(f"{path or 'an image'} is too small: {error}") from None
 
 
-_bucket_sizes = functools.cache(bucket_sizes)
-_image_sizes = functools.cache(image_bucket_sizes)
+_bucket_sizes = functools.cache(buckets.bucket_sizes)
+_image_sizes = functools.cache(buckets.image_bucket_sizes)

@@ -3,9 +3,10 @@
 What reads lists, tables and tars is loaded by the first table that names one.
 """
 
+import functools
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from dataset.config import DatasetConfig, DatasetTable
@@ -18,7 +19,6 @@ from dataset.sources.media_source import (
     Fault,
     MediaSource,
     list_faults,
-    pause_collection,
     raise_faults,
 )
 from dataset.sources.references import lack_references, limit_references
@@ -50,17 +50,16 @@ def find_sources(
     faults instead; then all usable sources are returned.
     """
     found: list[Fault] = []
-    with pause_collection():
-        if table.directory is not None:
-            if not table.directory.is_dir() and (hint := _hint_of_start(table)):
-                raise DatasetError(f"{table.name}: there is no such folder from here.{hint}")
-            sources = list_table_folder(table, captions, found)
-            if table.reference_directory is not None or table.control_mask_directory is not None:
-                from dataset.sources.companions import add_companions
+    if table.directory is not None:
+        if not table.directory.is_dir() and (hint := _hint_of_start(table)):
+            raise DatasetError(f"{table.name}: there is no such folder from here.{hint}")
+        sources = list_table_folder(table, captions, found)
+        if table.reference_directory is not None or table.control_mask_directory is not None:
+            from dataset.sources.companions import add_companions
 
-                sources = add_companions(table, sources, found)
-        else:
-            sources = _lister(table)(table, found)
+            sources = add_companions(table, sources, found)
+    else:
+        sources = _lister(table)(table, found)
     if not sources and not found:
         holds = describe_entries(table) if table.directory is not None else "has no lines"
         holds = f"holds no {table.kind}s" if table.tars is not None else holds
@@ -104,6 +103,18 @@ def _lister(table: DatasetTable) -> Callable[[DatasetTable, list[Fault]], list[M
     from dataset.sources.tables import list_metadata, list_rows
 
     return list_rows if table.metadata_file is None else list_metadata
+
+
+@functools.lru_cache(maxsize=64)
+def companions_now(table: DatasetTable) -> Mapping[str, tuple[int, int, bool]]:
+    """Return by stem how many control media and references each source of a table has now, and whether it has
+    a mask. None is there if the sources are gone: training, which asks for each item, needs the caches alone.
+    """
+    try:
+        sources = find_sources(table, captions=False, faults=[])
+    except DatasetError:
+        return {}
+    return {one.stem: (len(one.control), len(one.references), one.mask is not None) for one in sources}
 
 
 def warn_skipped(faults: Sequence[Fault]) -> None:

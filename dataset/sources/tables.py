@@ -1,10 +1,9 @@
 """List the sources that a file names: a JSONL list, a table of any format, or a metadata JSON."""
 
 import contextlib
-import functools
 import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,24 +36,6 @@ CAPTION_COLUMNS = ("caption", "text", "prompt")
 FIRST_ROWS = 100  # of which one shows where relative paths start
 MOST_SHOWN = 20  # columns in a message
 SIZE_KEY = "train_resolution"  # in one, written by the preparing scripts of image trainers
-
-
-def count_named_references(table: DatasetTable, stem: str) -> int | None:
-    """Return how many control images the line of an image names now; None if it is unknown.
-
-    For training, which asks whether lines have changed since caching; a list is read once.
-    """
-    if table.jsonl_file is None and table.table_file is None:
-        return None
-    return _named_references(table).get(stem)
-
-
-@functools.lru_cache(maxsize=64)
-def _named_references(table: DatasetTable) -> Mapping[str, int]:
-    try:
-        return {source.stem: len(source.control) for source in list_rows(table, [])}
-    except DatasetError:  # training needs the caches only
-        return {}
 
 
 def list_rows(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:

@@ -25,16 +25,7 @@ from flux.kontext.options import (
 )
 from flux.spec import FLUX_DIT, LATENT
 from modules.checkpoints.dits import DitHeader
-from modules.contract.data import (
-    CONTROL,
-    Batch,
-    CacheEntry,
-    Conditions,
-    LatentSpec,
-    MediaBatch,
-    MediaEncoders,
-    SamplingDefaults,
-)
+from modules.contract import data
 from modules.contract.family import DitSpec, Family, NoiseSpec, count_picture_tokens
 from modules.contract.requests import Prepared
 from modules.contract.rules import ModelRelease, ReferenceRules
@@ -122,11 +113,11 @@ class Kontext(Flux):
     cache_tag: str = field(default="fk", init=False)
     called: str = field(default=NAME, init=False)
     noise: NoiseSpec = field(default=KONTEXT_NOISE, init=False)
-    latent: LatentSpec = field(default=KONTEXT_LATENT, init=False)
+    latent: data.LatentSpec = field(default=KONTEXT_LATENT, init=False)
     dit: DitSpec = field(default=KONTEXT_DIT, init=False)
     release: ModelRelease = field(default=KONTEXT_DEV, init=False)
     text_keys: frozenset[str] = field(default=T5.keys | CLIP.keys, init=False)
-    defaults: SamplingDefaults = field(default=GENERATION, init=False)
+    defaults: data.SamplingDefaults = field(default=GENERATION, init=False)
 
     @property
     def references(self) -> ReferenceRules:
@@ -140,20 +131,22 @@ class Kontext(Flux):
 
     # encoding
 
-    def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
+    def encode_media(
+        self, encoders: data.MediaEncoders, media: data.MediaBatch
+    ) -> list[list[data.CacheEntry]]:
         """Return the cache entry of each picture: a posterior sample of it, the mean of its reference."""
         entries = super().encode_media(encoders, media)
         for reference in media.control:
             means = encoders.vae.encode(byte_clips(reference))
             entries = [
-                [replace(entry, tensors={**entry.tensors, CONTROL: mean.clone()})]
+                [replace(entry, tensors={**entry.tensors, data.CONTROL: mean.clone()})]
                 for (entry,), mean in zip(entries, means, strict=True)
             ]
         return entries
 
     # the network
 
-    def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
+    def batch_conditions(self, latents: Tensor, batch: data.Batch) -> data.Conditions:
         """Return the conditions for training: text, guidance (B), and the reference if there is one."""
         batch.check(dict.fromkeys(sorted(self.text_keys), TEXTS_AGAIN), "the transformer")
         config = self.files.dit_header().config
@@ -169,11 +162,13 @@ class Kontext(Flux):
 
     # generation
 
-    def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
+    def request_conditions(
+        self, encoders: data.MediaEncoders, prepared: Prepared
+    ) -> Mapping[int, data.Conditions]:
         """Encode the reference as `latents_control`, 1 C 1 h w: its posterior's mean."""
         found: dict[str, Tensor | list[Tensor]] = {}
         for path in prepared.asked.control_images:
-            found[CONTROL] = encoders.vae.encode(byte_clips(self._read_reference(path)))
+            found[data.CONTROL] = encoders.vae.encode(byte_clips(self._read_reference(path)))
         return {0: found}
 
     def _read_reference(self, path: Path) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeGuard, cast
 import torch
 from torch import Tensor, nn
 
+from modules.contract import rules
 from modules.contract.data import (
     Batch,
     CacheEntry,
@@ -32,15 +33,6 @@ from modules.contract.data import (
 from modules.contract.few_steps import FewSteps
 from modules.contract.loading import BlockPlace, Placement
 from modules.contract.requests import Prepared, Prompt, Request
-from modules.contract.rules import (
-    CountTokens,
-    Expert,
-    ModelRelease,
-    ReferenceRules,
-    ShiftedLogit,
-    SoundLearning,
-    SourceRules,
-)
 from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 
 
@@ -66,7 +58,7 @@ class NoiseSpec:
     table: tuple[float, ...] = ()  # the sigma of each of the 1000 timesteps, for a model that predicts noise
     # with which a batch of clips is trained with its first latent frame clean, as `Tweaks.given_frames` says
     first_frame_probability: float = 0.0
-    shifted_logit: ShiftedLogit | None = None  # of the sampler with this name, for a model that has it
+    shifted_logit: rules.ShiftedLogit | None = None  # of the sampler with this name, for a model that has it
 
     def data_shares(self, sigmas: Tensor) -> Tensor:
         """Return the factor of the latents in a mixture: shaped like `sigmas`, float32."""
@@ -175,7 +167,7 @@ class TextEncoder(Protocol):
     def identity(self) -> Mapping[str, str]: ...
 
     # loads the tokenizer only, and downloads nothing; CheckpointError if there is none
-    def token_counter(self) -> CountTokens: ...
+    def token_counter(self) -> rules.CountTokens: ...
 
     def load(self, device: torch.device) -> None: ...  # one that is loaded already moves there
 
@@ -281,7 +273,7 @@ class Described(Protocol):
     def options(self) -> Any: ...  # the family's own option record; its facts say what resume compares
 
     @property
-    def release(self) -> ModelRelease: ...  # for licence and card of what is trained from it
+    def release(self) -> rules.ModelRelease: ...  # for licence and card of what is trained from it
 
     @property
     # modelspec.architecture, ss_sd_model_name, bt_model_type, ... of saved files
@@ -308,7 +300,7 @@ class Encodes(Protocol):
 
     @property
     # None: control media, if it takes any, are fitted like the frames they belong to
-    def references(self) -> ReferenceRules | None: ...
+    def references(self) -> rules.ReferenceRules | None: ...
 
     # DatasetError where its items cannot be cached; nothing is loaded
     def check_table(self, table: MediaTable) -> None: ...
@@ -350,7 +342,7 @@ class HearsSound(Protocol):
     def sound(self) -> SoundSpec | None: ...  # None: this run is without
 
     @property
-    def sound_learning(self) -> SoundLearning: ...  # of a training
+    def sound_learning(self) -> rules.SoundLearning: ...  # of a training
 
     @property
     # what encoded sound depends on; found without loading the weights
@@ -390,7 +382,7 @@ class Predicts(Passes, Protocol):
 
     @property
     # the networks that share the noise levels, lowest first; ONE_EXPERT for a single network
-    def experts(self) -> tuple[Expert, ...]: ...
+    def experts(self) -> tuple[rules.Expert, ...]: ...
 
     @property
     def dit_files(self) -> tuple[Path, ...]: ...  # the checkpoint of each expert
@@ -426,7 +418,7 @@ class Generates(Protocol):
     def needs_media(self, prepared: Prepared) -> bool: ...
 
     @property
-    def source(self) -> SourceRules: ...  # what denoising may start from
+    def source(self) -> rules.SourceRules: ...  # what denoising may start from
 
     # frames 1 F H W 3 uint8, F = 4n + 1 -> latents 1 C f h w in model space; seed: of the request
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor: ...

@@ -19,19 +19,8 @@ from PIL import Image, PngImagePlugin
 from modules.atomic_write import atomic_path
 from modules.errors import MediaError
 from modules.installation import import_own
+from modules.media import encoding
 from modules.media.decoding import is_animation, time_origin
-from modules.media.encoding import (
-    Picture,
-    Pixels,
-    add_video_stream,
-    check_picture,
-    choose_codec,
-    create_container,
-    encode_pictures,
-    keep_proportions,
-    name_write_errors,
-    needs_own_tags,
-)
 from modules.media.opening import av, open_container, reading
 from modules.media.reading import Frame
 from modules.media.samples import filled
@@ -65,7 +54,7 @@ class SectionSound:
         """Add a stream of sound to the new file, if there is any. video: the stream of pictures."""
         main = self._source.streams.best("video")
         if main is not None:
-            keep_proportions(self._section.path, main, video)
+            encoding.keep_proportions(self._section.path, main, video)
         sound = self._source.streams.best("audio")
         if sound is None or sound.codec_context is None or not self._section.with_sound:
             return
@@ -124,7 +113,7 @@ class Timing:
     def seconds(self) -> Fraction:
         return self._end - self._begin
 
-    def note(self, frames: Iterable[Picture]) -> Iterator[Pixels]:
+    def note(self, frames: Iterable[encoding.Picture]) -> Iterator[encoding.Pixels]:
         """Yield the pixels of pictures, and remember their times. Raises ValueError if those do not rise."""
         last: Fraction | None = None
         tick = -(2**62)
@@ -213,7 +202,7 @@ def write_video(
     it; OutputError if the file cannot be written.
     """
     rate = _rate(fps)
-    pictures = (Picture(frame, index / rate, 1 / rate) for index, frame in enumerate(frames))
+    pictures = (encoding.Picture(frame, index / rate, 1 / rate) for index, frame in enumerate(frames))
     write_shown(
         path, pictures, rate, codec, crf=crf, preset=preset, bit_rate=bit_rate, tags=tags, track=track
     )
@@ -231,7 +220,7 @@ class WrittenVideo:
 
 def write_shown(
     path: Path,
-    frames: Iterable[Picture],
+    frames: Iterable[encoding.Picture],
     rate: Fraction,
     codec: str,
     *,
@@ -256,7 +245,7 @@ def write_shown(
     Raises MediaError if there is no frame, the codec does not fit the suffix or the pictures, or their size
     changes; ValueError if their times do not rise; OutputError if the file cannot be written.
     """
-    kind = choose_codec(path, codec)
+    kind = encoding.choose_codec(path, codec)
     remaining = iter(frames)
     first = _first_of(path, codec, remaining)
     rate = rate.limit_denominator(MOST_TICKS)
@@ -265,12 +254,14 @@ def write_shown(
     made = None if track is None else TrackSound(track, lambda: timing.seconds)
     with (
         atomic_path(path) as temporary,
-        name_write_errors(),
+        encoding.name_write_errors(),
         _open_others(made, companions_of, section_of, suffix, rate, covers) as (others, whole),
     ):
         all_tags = _replace_tags({} if whole is None else whole.tags, tags or {})
-        with create_container(temporary, suffix, all_tags, _muxing(suffix, rate, all_tags)) as container:
-            stream = add_video_stream(
+        with encoding.create_container(
+            temporary, suffix, all_tags, _muxing(suffix, rate, all_tags)
+        ) as container:
+            stream = encoding.add_video_stream(
                 container, kind, first.pixels, rate, crf=crf, preset=preset, bit_rate=bit_rate
             )
             stream.time_base = 1 / Fraction(ticks_per_second(rate))
@@ -278,7 +269,7 @@ def write_shown(
                 others.add_streams(container, stream)
             pictures = timing.note(itertools.chain(iter([first]), remaining))
             del first  # else it lives as long as the video grows; so it would in a list above
-            for packet in timing.timed(encode_pictures(stream, pictures)):
+            for packet in timing.timed(encoding.encode_pictures(stream, pictures)):
                 if others is not None:
                     others.write(container, packet.dts * packet.time_base)
                 if whole is not None:
@@ -290,12 +281,12 @@ def write_shown(
     return WrittenVideo(stream.width, stream.height, timing.count, timing.seconds)
 
 
-def _first_of(path: Path, codec: str, frames: Iterator[Picture]) -> Picture:
+def _first_of(path: Path, codec: str, frames: Iterator[encoding.Picture]) -> encoding.Picture:
     """Return the first frame. Raises MediaError if there is none, or if it does not fit the codec."""
     first = next(frames, None)
     if first is None:
         raise MediaError(f"{path}: there is no frame to write")
-    check_picture(path, codec, first.pixels)
+    encoding.check_picture(path, codec, first.pixels)
     return first
 
 
@@ -308,7 +299,7 @@ def _muxing(suffix: str, rate: Fraction, tags: Mapping[str, str]) -> dict[str, s
     options = {"max_interleave_delta": "1000000"}  # microseconds: gaps in subtitles hold nothing up
     if suffix != ".mkv":
         options["movie_timescale"] = str(ticks_per_second(rate))  # of the start; usually milliseconds
-        options["movflags"] = "+faststart" + "+use_metadata_tags" * needs_own_tags(tags)
+        options["movflags"] = "+faststart" + "+use_metadata_tags" * encoding.needs_own_tags(tags)
     return options
 
 
@@ -347,11 +338,16 @@ def encode_segment(frames: Iterable[Frame], fps: float) -> bytes:
     first = next(remaining)
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
-        stream = add_video_stream(
-            container, choose_codec(Path("x.mp4"), "h264"), first, _rate(fps), crf=12, preset="veryfast"
+        stream = encoding.add_video_stream(
+            container,
+            encoding.choose_codec(Path("x.mp4"), "h264"),
+            first,
+            _rate(fps),
+            crf=12,
+            preset="veryfast",
         )
         stream.options = {**stream.options, "bf": "0"}
-        for packet in encode_pictures(stream, itertools.chain(iter([first]), remaining)):
+        for packet in encoding.encode_pictures(stream, itertools.chain(iter([first]), remaining)):
             container.mux(packet)
     return file.getvalue()
 
@@ -369,8 +365,8 @@ def join_segments(
     number = itertools.count()
     with (
         atomic_path(path) as temporary,
-        name_write_errors(),
-        create_container(temporary, ".mp4", tags, options) as target,
+        encoding.name_write_errors(),
+        encoding.create_container(temporary, ".mp4", tags, options) as target,
     ):
         for segment in segments:
             with av.open(io.BytesIO(segment), "r") as source:

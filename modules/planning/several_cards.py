@@ -13,20 +13,13 @@ from modules.errors import OptionError
 from modules.installation import find_script
 from modules.offload.sharding import LAUNCH
 from modules.options import override_options
-from modules.planning.communication import (
-    BYTES_A_SECOND,
-    OPERATIONS_A_SECOND,
-    Division,
-    Work,
-    estimate_time,
-)
 from modules.planning.device_memory import Room
+from modules.planning.division import Division
 from modules.planning.memory_plan import MemoryPlan, Swappable, Swapped, show, smallest_swap
 from modules.speed_options import Speed
 
 # options that a way decides -> how many words follow; --plan may have one
 DECIDED = {"--shard_base": 0, "--blocks_to_swap": 1, "--context_parallel": 1, "--plan": 1}
-GB = 1e9
 
 
 class Divided(Swappable, Protocol):
@@ -43,7 +36,7 @@ class Rehearsed:
     """A run on one card, rehearsed, and how to divide it."""
 
     words: tuple[str, ...]  # options that the command lacks
-    work: Work
+    heads: int  # that the cards which share tokens divide
     can_swap: bool
     # the prediction for a card of such a division; raises OptionError if the run cannot be divided so
     divide: Callable[[Division], Divided]
@@ -59,14 +52,7 @@ class Way:
     memory: MemoryPlan | None = None
     host: int = 0  # bytes of all processes
     fits: bool = False
-    seconds: float = 0.0  # of a micro-batch, or of a step of a clip
-    received: float = 0.0  # bytes of a card meanwhile
     refusal: str = ""
-
-    @property
-    def cost(self) -> tuple[float, float]:
-        """Return what ways are compared by: the time that all cards take for a clip, and bytes."""
-        return self.seconds / self.at_once, self.received
 
 
 def with_division(speed: Speed, division: Division) -> Speed:
@@ -75,11 +61,13 @@ def with_division(speed: Speed, division: Division) -> Speed:
 
 
 def find_ways(rehearsed: Rehearsed, cards: int, room: Room, is_training: bool) -> Iterator[Way]:
-    """Yield the ways for a number of equal cards. room: of each."""
-    # from the one that exchanges least; a generation makes one clip at a time if its processes share anything
+    """Yield the ways for a number of equal cards, from the one that waits least for others. room: of each."""
+    # blocks arrive while others compute, and tokens are waited for; a generation makes one clip at a time if
+    # its processes share anything, and then each computes all tokens unless it shares them
     contexts = [count for count in range(2, cards + 1) if cards % count == 0] if is_training else [cards]
-    splits = [(shards, context) for shards in (False, True) for context in (1, *contexts)]
-    for division in (Division(cards, *split) for split in splits):
+    tokens, both = ([Division(cards, shards, count) for count in contexts] for shards in (False, True))
+    blocks = [Division(cards, shards=True)]
+    for division in (Division(cards), *(blocks + tokens if is_training else tokens + blocks), *both):
         words = ("--shard_base",) * division.shards
         if division.context > 1:
             words = (*words, "--context_parallel", str(division.context))
@@ -87,7 +75,7 @@ def find_ways(rehearsed: Rehearsed, cards: int, room: Room, is_training: bool) -
         if division.shards and not is_training:
             at_once = 1
         way = Way(words, division, at_once)
-        heads = rehearsed.work.heads
+        heads = rehearsed.heads
         try:
             if heads % division.context:
                 raise OptionError(f"{heads} heads of attention are not divisible by {division.context}")
@@ -95,27 +83,23 @@ def find_ways(rehearsed: Rehearsed, cards: int, room: Room, is_training: bool) -
         except OptionError as error:
             yield replace(way, refusal=str(error))
             continue
-        yield _planned(way, prediction, 0, rehearsed.work, room, is_training)
+        yield _planned(way, prediction, 0, room, is_training)
         if words or not rehearsed.can_swap:
             continue
         # as few as fit; if none are too many, all that can be
-        blocks = smallest_swap(prediction, room.usable)
-        if blocks != 0 and prediction.most:
-            blocks = blocks or prediction.most
-            swapping = ("--blocks_to_swap", str(blocks))
-            yield _planned(
-                replace(way, words=swapping), prediction, blocks, rehearsed.work, room, is_training
-            )
+        count = smallest_swap(prediction, room.usable)
+        if count != 0 and prediction.most:
+            count = count or prediction.most
+            swapping = ("--blocks_to_swap", str(count))
+            yield _planned(replace(way, words=swapping), prediction, count, room, is_training)
 
 
-def _planned(way: Way, prediction: Divided, blocks: int, work: Work, room: Room, is_training: bool) -> Way:
+def _planned(way: Way, prediction: Divided, blocks: int, room: Room, is_training: bool) -> Way:
     memory, swapped = prediction.plan(blocks), prediction.swaps[blocks]
     processes = way.division.processes
     # the processes of a launcher share a copy of swapped blocks
     host = processes * memory.host - (processes - 1) * swapped.host * is_training
-    seconds, received = estimate_time(work, way.division, swapped)
-    fits = memory.device <= room.usable
-    return replace(way, memory=memory, host=host, fits=fits, seconds=seconds, received=received)
+    return replace(way, memory=memory, host=host, fits=memory.device <= room.usable)
 
 
 def print_ways(runs: Iterable[Rehearsed], cards: int, room: Room, is_training: bool) -> None:
@@ -132,25 +116,21 @@ def print_ways(runs: Iterable[Rehearsed], cards: int, room: Room, is_training: b
     plans = [way.memory for way in ways if way.memory is not None]
     if not plans:
         raise OptionError(ways[0].refusal)
-    best = min((way for way in ways if way.fits), key=lambda way: way.cost, default=None)
+    best = next((way for way in ways if way.fits), None)
     memory = min(plans, key=lambda plan: plan.device) if best is None else best.memory
     assert memory is not None
     lines = [f"\n{cards} cards of {room.total / GIB:g} GiB, {gib(room.usable)} GiB of each for tensors:"]
     if added:
         lines = [f"{lines[0][:-1]}, with {' '.join(added)}, as nothing fits without:"]
-    lines += table_of(ways, is_training)
+    lines += table_of(ways)
     lines += [f"{' '.join(way.words)} is not possible: {way.refusal}" for way in ways if way.refusal]
-    lines.append(
-        f"The seconds are arithmetic for {OPERATIONS_A_SECOND / 1e12:g} TFLOP/s and "
-        f"{BYTES_A_SECOND / GB:g} GB/s between cards: they compare ways, no more."
-    )
     if best is None:
         lines.append(
             f"No way fits: {memory.worst.name} takes {gib(memory.device)} GiB at least. Run with --plan "
             f"{room.total / GIB:g} to see what makes it smaller, or use more or larger cards."
         )
     else:
-        fastest = min((way for way in ways if way.fits), key=lambda way: (way.seconds, way.received))
+        fastest = max((way for way in ways if way.fits), key=lambda way: way.division.context)
         each = "" if is_training or best.at_once == 1 else ", on each card with its own prompts (--device)"
         named = {f"The cheapest that fits{each}:": best, "One clip is made soonest by:": fastest}
         for title, way in list(named.items())[: 1 if is_training or fastest is best else 2]:
@@ -158,8 +138,8 @@ def print_ways(runs: Iterable[Rehearsed], cards: int, room: Room, is_training: b
     show(memory, escape_control_codes("\n".join(lines)))
 
 
-def table_of(ways: Sequence[Way], is_training: bool) -> list[str]:
-    rows = [("way", "GiB a card", "host", "", "seconds", "at once", "GB received")]
+def table_of(ways: Sequence[Way]) -> list[str]:
+    rows = [("way", "GiB a card", "host", "", "at once")]
     for way in ways:
         if way.memory is not None:
             rows.append(
@@ -168,14 +148,10 @@ def table_of(ways: Sequence[Way], is_training: bool) -> list[str]:
                     gib(way.memory.device),
                     gib(way.host),
                     "fits" if way.fits else "no",
-                    f"{way.seconds:.3g}",
                     str(way.at_once),
-                    f"{way.received / GB:.3g}",
                 )
             )
     widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
-    seconds = "a batch" if is_training else "a step of a clip"
-    rows[0] = (*rows[0][:-1], f"{rows[0][-1]}  (each for {seconds})")
     return [
         "  ".join(
             word.ljust(width) if index == 0 else word.rjust(width)

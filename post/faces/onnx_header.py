@@ -11,15 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from modules import limits
 from modules.errors import CheckpointError
-from modules.limits import (
-    MAX_ONNX_BYTES,
-    MAX_ONNX_DEPTH,
-    MAX_ONNX_FIELDS,
-    MAX_ONNX_SCALE,
-    MAX_ONNX_SIDE,
-    MAX_ONNX_VALUES,
-)
 from modules.paths import explain_missing
 from modules.text_files import read_content, require_regular_file
 from modules.varints import read_varint
@@ -88,7 +81,7 @@ def read_onnx(path: Path) -> tuple[OnnxHeader, bytes]:
         filled = {_text(dict(_fields(tensor)).get(_TENSOR_NAME)) for tensor in graph[_INITIALIZERS]}
         taken = {name: shape for name, shape in map(_read_value, graph[_INPUTS]) if name not in filled}
         for name, shape in taken.items():
-            if any(size is not None and size > MAX_ONNX_SIDE for size in shape):
+            if any(size is not None and size > limits.MAX_ONNX_SIDE for size in shape):
                 raise _RefusedError(f"its input {name} has the shape {list(shape)}")
         texts = {_text(note.get(1)): _text(note.get(2)) for note in notes}
         return OnnxHeader(taken, outputs, texts), content
@@ -104,7 +97,7 @@ def _read_bytes(path: Path, most: int | None = None) -> bytes:
     """Return the content of a file, or its first bytes. Raises CheckpointError."""
     try:
         if most is None:
-            return read_content(path, MAX_ONNX_BYTES)
+            return read_content(path, limits.MAX_ONNX_BYTES)
         require_regular_file(path)
         with path.open("rb") as file:
             return file.read(most)
@@ -123,7 +116,7 @@ class _Checks:
 
     def graph(self, graph: _Parts, depth: int = 0) -> None:
         """Raise _RefusedError if a graph has tensors elsewhere, or asks for more memory than a detector."""
-        if depth > MAX_ONNX_DEPTH:
+        if depth > limits.MAX_ONNX_DEPTH:
             raise _RefusedError("it has graphs in graphs in graphs")
         for tensor in graph[_INITIALIZERS]:
             self._tensor(self.parts(tensor))
@@ -136,12 +129,12 @@ class _Checks:
                     self.graph(self.parts(inner), depth + 1)
                 # 2**31 - 1: the end, of old files
                 sizes = (one for one in _numbers(attribute[_NUMBERS]) if one != 2**31 - 1)
-                if _product(sizes) > MAX_ONNX_VALUES:
+                if _product(sizes) > limits.MAX_ONNX_VALUES:
                     raise _RefusedError(f"{_shown(outputs)} asks for sizes that no detector has")
             kind = next(map(_text, node[_KIND]), "")
             inputs = list(map(_text, node[_NODE_INPUTS]))
             known = [self.constants[name] for name in inputs if name in self.constants]
-            if kind in _GROWING and max(known, default=0) > MAX_ONNX_VALUES:
+            if kind in _GROWING and max(known, default=0) > limits.MAX_ONNX_VALUES:
                 raise _RefusedError(f"{_shown(outputs)} makes more numbers than any detector")
             if kind in _FOLDED and inputs and len(known) == len(inputs):
                 self.constants |= dict.fromkeys(outputs, math.prod(known))
@@ -165,7 +158,7 @@ class _Checks:
             else:
                 data = b"".join(one for one in found if not isinstance(one, int))
                 product = _product(struct.unpack(f"<{count}{letter}", data))
-            product *= MAX_ONNX_VALUES / MAX_ONNX_SCALE if letter == "f" else 1
+            product *= limits.MAX_ONNX_VALUES / limits.MAX_ONNX_SCALE if letter == "f" else 1
             self.constants |= dict.fromkeys(names, product)
 
     def parts(self, message: _Value) -> _Parts:
@@ -173,8 +166,8 @@ class _Checks:
         found: _Parts = defaultdict(list)
         for number, value in _fields(message):
             self.fields += 1
-            if self.fields > MAX_ONNX_FIELDS:
-                raise _RefusedError(f"it has more than {MAX_ONNX_FIELDS:,} parts")
+            if self.fields > limits.MAX_ONNX_FIELDS:
+                raise _RefusedError(f"it has more than {limits.MAX_ONNX_FIELDS:,} parts")
             found[number].append(value)
         return found
 
@@ -228,7 +221,7 @@ def _numbers(values: Iterable[_Value]) -> list[int]:
         while position < len(value):
             number, position = read_varint(value, position)
             numbers.append(number)
-            if len(numbers) > MAX_ONNX_SIDE:
+            if len(numbers) > limits.MAX_ONNX_SIDE:
                 raise ValueError("damaged")
     return numbers
 

@@ -14,16 +14,10 @@ from torch import Tensor
 
 from modules.media.encoding import Picture, Pixels, in_eight_bits, in_sixteen_bits
 from post.contract import Clip, Stage, enlarged_clip, enlarged_size
+from post.faces import restorers
 from post.faces.boxes import TEMPLATE_SIZE, Detector, Matrix, alignment, crops, eye_distance, restorable
 from post.faces.detectors import check_detector, load_detector, no_landmarks
 from post.faces.onnx_header import may_be_onnx
-from post.faces.restorers import (
-    Restorer,
-    face_parts,
-    find_files,
-    load_both,
-    load_restorer,
-)
 from post.options import FacefixOptions
 
 logger = logging.getLogger(__name__)
@@ -159,7 +153,7 @@ class Facefix:
 
     options: FacefixOptions
     detector: Detector
-    restorer: Restorer
+    restorer: restorers.Restorer
     device: torch.device
     least_score: float
     name: str = "facefix"
@@ -210,7 +204,7 @@ class Facefix:
     def _restore_some(self, pixels: Pixels, matrices: Sequence[Matrix]) -> list[Restored]:
         cut = torch.from_numpy(crops(pixels, matrices, self.restorer.size)).to(self.device)
         faces: Tensor = self.restorer.restore(cut).clamp(-1, 1)
-        parts = face_parts(self.restorer.parse(faces)).cpu().numpy()
+        parts = restorers.face_parts(self.restorer.parse(faces)).cpu().numpy()
         shown = ((faces + 1) / 2).permute(0, 2, 3, 1).contiguous().cpu().numpy()
         strength = np.float32(self.options.strength)
         return [Restored(face, soften(part) * strength) for face, part in zip(shown, parts, strict=True)]
@@ -218,15 +212,15 @@ class Facefix:
 
 def check_facefix(options: FacefixOptions) -> None:
     """Read the headers of the model files. Raises CheckpointError or OptionError if they do not fit."""
-    model, parsenet, detector = find_files(options)
-    load_both(options, model, parsenet, torch.device("meta"), torch.float32)
+    model, parsenet, detector = restorers.find_files(options)
+    restorers.load_both(options, model, parsenet, torch.device("meta"), torch.float32)
     check_detector(detector, "--detection_model", needs_landmarks=True)
 
 
 def make_facefix(options: FacefixOptions, device: torch.device) -> Stage:
     """Load the networks. Raises as `check_facefix`."""
-    model, parsenet, path = find_files(options)
-    restorer = load_restorer(options, model, parsenet, device)
+    model, parsenet, path = restorers.find_files(options)
+    restorer = restorers.load_restorer(options, model, parsenet, device)
     # float32 whatever --dtype says: scores are compared with a limit, and landmarks must not tremble
     detector = load_detector(path, device, torch.float32, option="--detection_model")
     least = options.detection_threshold or (LEAST_SCORE_ONNX if may_be_onnx(path) else LEAST_SCORE)

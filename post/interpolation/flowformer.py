@@ -13,13 +13,7 @@ from torch.nn.functional import relu, scaled_dot_product_attention
 
 from modules.checkpoints.dialects import LoadPlan, count, other_kind, shapes_of
 from modules.checkpoints.opening import Checkpoint, plain_sources
-from post.interpolation.flowformer_memory import (
-    HEADS,
-    CostPerceiver,
-    MemoryConfig,
-    TokenAttention,
-    position_code,
-)
+from post.interpolation import flowformer_memory
 from post.interpolation.layers import SIDE, Correlation, EncodedPicture, grid_of, rows_of_part
 from post.interpolation.raft import FlowHead, MotionEncoder, SeparableGru, upsample_flow, upsampling_mask
 from post.interpolation.twins import HEAD_WIDTH, StageConfig, Twins
@@ -109,7 +103,7 @@ class MemoryDecoder(nn.Module):
             nn.Conv2d(COSTS, config.query, 1), nn.GELU(), nn.Conv2d(config.query, config.query, 1)
         )
         # one deeper, as in the files
-        attention = TokenAttention(config.query, config.memory, joined=True)
+        attention = flowformer_memory.TokenAttention(config.query, config.memory, joined=True)
         self.decoder_layer = nn.ModuleDict({"cross_attend": attention})
         self.update_block = FlowFormerUpdate(config)
         self.att = Alike(config)
@@ -132,7 +126,7 @@ class MemoryDecoder(nn.Module):
         for _ in range(iterations):
             near = costs.lookup(places)
             query = self.flow_token_encoder(near)
-            code = position_code(_rows(places), query.shape[1])
+            code = flowformer_memory.position_code(_rows(places), query.shape[1])
             recalled = layer(_rows(query)[:, None], kept, code[:, None])
             recalled = recalled.squeeze(1).T.view(query.shape)
             motion = block.encoder(torch.cat([recalled, near], dim=1), places - start)
@@ -167,7 +161,7 @@ class FlowFormerConfig:
     features: tuple[StageConfig, ...]
     context: tuple[StageConfig, ...]
     matching: int  # width of the features that are compared
-    memory: MemoryConfig
+    memory: flowformer_memory.MemoryConfig
     decoder: FlowDecoderConfig
 
 
@@ -178,7 +172,7 @@ class MemoryEncoder(nn.Module):
         super().__init__()
         self.feat_encoder = nn.ModuleDict({"svt": Twins(config.features)})  # one deeper, as in the files
         self.channel_convertor = nn.Conv2d(config.features[-1].width, config.matching, 1, bias=False)
-        self.cost_perceiver_encoder = CostPerceiver(config.memory)
+        self.cost_perceiver_encoder = flowformer_memory.CostPerceiver(config.memory)
 
 
 class FlowFormer(nn.Module):
@@ -233,7 +227,7 @@ def read_flowformer(checkpoint: Checkpoint) -> LoadPlan[FlowFormerConfig]:
     part, seen = shape(f"{start}.vertical_encoder_layers.0.local_block.attn.context_proj.weight", axes=2)
     first, second, third = (shape(f"{start}.patch_embed.proj.{index}.weight")[0] for index in (0, 2, 4))
     layers = count(sources, r"memory_encoder\.cost_perceiver_encoder\.encoder_layers\.\d+")
-    memory = MemoryConfig(tokens, width, seen, part, (first, second, third), layers)
+    memory = flowformer_memory.MemoryConfig(tokens, width, seen, part, (first, second, third), layers)
 
     def rows(name: str) -> int:
         return shape(f"memory_decoder.{name}.weight")[0]
@@ -253,7 +247,7 @@ def read_flowformer(checkpoint: Checkpoint) -> LoadPlan[FlowFormerConfig]:
     is_possible = (  # heads and waves divide the widths, and the parts fit each other
         all(stage.width % HEAD_WIDTH == 0 for stage in (*features, *context))
         and all((trunk[0].patch, trunk[1].patch) == (4, 2) for trunk in (features, context))
-        and width % HEADS == query % HEADS == 0
+        and width % flowformer_memory.HEADS == query % flowformer_memory.HEADS == 0
         and (width + part) % 4 == third % 4 == 0
         and context[-1].width == seen == 2 * decoder.hidden
         and taken == width

@@ -238,9 +238,9 @@ def micro_batches(folder: Path, *arguments: object) -> MicroBatches:
 def test_a_micro_batch_is_the_same_whatever_was_read_before(tmp_path: Path) -> None:
     toy.write_caches(tmp_path, count=5)
     one, other = micro_batches(tmp_path), micro_batches(tmp_path)
-    first = one[(1, 2)]
+    first = one.read((1, 2))
     for key in ((0, 4), (2, 0), (1, 2)):
-        again = other[key]
+        again = other.read(key)
 
     assert first.number == again.number == 7
     assert first.data.batch.keys == again.data.batch.keys
@@ -253,7 +253,7 @@ def test_timestep_buckets_count_samples_across_batches_and_epochs(tmp_path: Path
     batches = micro_batches(tmp_path, "--timestep_sampling", "uniform", "--num_timestep_buckets", 5)
 
     rounds = [
-        [int(5 * sigma) for index in range(3) for sigma in batches[(epoch, index)].data.sigmas]
+        [int(5 * sigma) for index in range(3) for sigma in batches.read((epoch, index)).data.sigmas]
         for epoch in range(2)
     ]
     assert [sorted(one) for one in rounds] == [[0, 1, 2, 3, 4]] * 2
@@ -267,7 +267,7 @@ def test_a_batch_is_sent_from_any_memory_where_the_driver_locks_none(
         raise RuntimeError("CUDA error: out of memory")
 
     toy.write_caches(tmp_path, count=1)
-    batch = micro_batches(tmp_path)[(0, 0)]
+    batch = micro_batches(tmp_path).read((0, 0))
     monkeypatch.setattr(torch.Tensor, "pin_memory", refuse)
 
     found = Packed.of(batch).pin_memory().unpacked()

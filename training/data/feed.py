@@ -202,7 +202,14 @@ class MicroBatches:
         self.plan, self.sources, self.reads_dropped = plan, sources or BatchSources(), reads_dropped
         self.checks = CacheChecks()  # of the run, which begins here
 
-    def __getitem__(self, key: Key) -> MicroBatch:
+    def __getitem__(self, key: Key) -> Packed | UserError:
+        """Return what a worker hands over: an error raised there would arrive as the text of a traceback."""
+        try:
+            return Packed.of(self.read(key))
+        except UserError as error:
+            return error
+
+    def read(self, key: Key) -> MicroBatch:
         """Read a micro-batch. Raises CacheError with the caching command if a cache cannot be used."""
         epoch, index = key
         number, items = epoch * self.order.num_batches + index, self.order.epoch(epoch)[index]
@@ -265,7 +272,7 @@ class Feed:
         self.batches.order.epoch(epoch)  # once, not in every worker
         ending = multiprocessing.Event()
         loader: DataLoader[Packed | UserError] = DataLoader(
-            _HandedOver(self.batches),  # type: ignore[arg-type]  # anything with __getitem__ serves
+            self.batches,  # type: ignore[arg-type]  # anything with __getitem__ serves
             batch_size=None,
             sampler=keys,
             num_workers=0
@@ -284,19 +291,6 @@ class Feed:
                 yield micro_batch
         finally:
             ending.set()
-
-
-@dataclass(frozen=True)
-class _HandedOver:
-    """Give the data loader errors as values: raised in a worker, they would arrive as traceback texts."""
-
-    batches: MicroBatches
-
-    def __getitem__(self, key: Key) -> Packed | UserError:
-        try:
-            return Packed.of(self.batches[key])
-        except UserError as error:
-            return error
 
 
 def _start_worker(ending: Event, _: int) -> None:

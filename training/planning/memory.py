@@ -82,7 +82,6 @@ class StepPrediction:
     weights: str  # their dtypes
     swaps: Sequence[Swapped]  # by --blocks_to_swap, from 0 to the most that can be
     block_weights: tuple[BlockWeights, ...]
-    gradients: int  # bytes that processes would sum
     workspace: MemoryPart
     average: int = 0  # bytes of a whole model's average (EMA) in host memory
     others: int = 0  # further transformers that are trained, each like the one that was rehearsed
@@ -155,7 +154,7 @@ def predict(
     watch: Callable[[nn.Module], Extrapolate] = plainly,
 ) -> StepPrediction:
     """Rehearse a step. noisy_batch: on the CPU. device: of the run. sampled, texts: see `StepPrediction`.
-    watch: `WorkCounter.watch`, if the work of the step is to be counted.
+    watch: `TokenCounter.watch`, if cards are to share the step.
 
     8-bit products are rehearsed as 16-bit products of the same weights. Raises the errors of loading.
     """
@@ -179,7 +178,7 @@ def predict(
         with quiet():
             for encoder in texts.encoders:
                 encoder.load(META)
-            moments, waiting, gradients = rehearse(family, options, dit, noisy_batch, texts, watch)
+            moments, waiting = rehearse(family, options, dit, noisy_batch, texts, watch)
     finally:
         texts.free()
     return StepPrediction(
@@ -192,7 +191,6 @@ def predict(
         weights,
         swaps,
         block_weights,
-        gradients,
         workspace(device, is_training=True),
         average,
         len(family.experts) - 1,

@@ -161,20 +161,19 @@ def rehearse(
     noisy_batch: NoisyBatch,
     texts: LiveTexts = NO_TEXTS,
     watch: Callable[[nn.Module], dry.Extrapolate] = dry.plainly,
-) -> tuple[dict[str, dry.Moment], int, int]:
-    """Return the largest moment at each place of a training step, the bytes that wait on the host, and those
-    of all gradients.
+) -> tuple[dict[str, dry.Moment], int]:
+    """Return the largest moment at each place of a training step, and the bytes that wait on the host.
 
     The optimizer already has its states. dit: the network as loaded, on the meta device; do not use it
     afterwards. noisy_batch: on the CPU. texts: encoded in each step; loaded on the meta device too. watch:
-    see `modules.planning.communication`.
+    see `modules.planning.division`.
     """
     with dry.dry_run() as ledger:
         rehearsal = dress_trainable(family, options, dit, ledger, texts)
         found = rehearsal.measure_step()
         on_device = noisy_batch.moved(lambda tensor: stand_in_batch(tensor, ledger))
         found |= watch(dit)(lambda counts: rehearsal.measure(on_device, counts), rehearsal.counts)
-        return found, rehearsal.waiting, sum(parameter.nbytes for parameter in rehearsal.parameters)
+        return found, rehearsal.waiting
 
 
 def _add_adapters(family: Trains, options: TrainingOptions, dit: nn.Module, ledger: dry.Ledger) -> None:

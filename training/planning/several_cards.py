@@ -6,8 +6,8 @@ from dataclasses import replace
 import torch
 
 from modules.contract.family import Family
-from modules.planning.communication import Division, Work, WorkCounter, divide_tokens
 from modules.planning.device_memory import Room
+from modules.planning.division import Division, TokenCounter, divide_tokens
 from modules.planning.memory_plan import share_blocks
 from modules.planning.several_cards import Rehearsed, print_ways, with_division
 from training.checks import check_networks
@@ -17,16 +17,6 @@ from training.loss import NoisyBatch
 from training.optimizers.stepping import check_fused_backward
 from training.options import TrainingOptions
 from training.planning.memory import StepPrediction, cheaper, predict
-from training.reports.logs import WISHES
-
-NUMBERS = 4 * WISHES.stop  # bytes of a step's row, which is summed as the gradients are
-
-
-def count_work(prediction: StepPrediction, counter: WorkCounter) -> Work:
-    """Return the work of a step of one process. counter: of the prediction."""
-    row = NUMBERS + 8 * prediction.others
-    accumulated = prediction.options.loop.gradient_accumulation_steps
-    return counter.work(prediction.block_weights, 1, prediction.gradients + row, accumulated)
 
 
 def plan_ways(
@@ -42,9 +32,8 @@ def plan_ways(
     """Print the ways to use `cards` cards, and the cheapest that fits. room: of each."""
 
     def rehearsed(options: TrainingOptions, words: tuple[str, ...]) -> Rehearsed:
-        counter = WorkCounter()
+        counter = TokenCounter()
         prediction = predict(family, options, noisy_batch, device, sampled, texts, counter.watch)
-        work = count_work(prediction, counter)
 
         def divide(division: Division) -> StepPrediction:
             moments, waiting, swaps = prediction.moments, prediction.waiting, prediction.swaps
@@ -55,12 +44,12 @@ def plan_ways(
                 check_experts(family, asked)
                 check_networks(family, asked)
             if division.context > 1:
-                moments = divide_tokens(moments, division.context, work)
+                moments = divide_tokens(moments, division.context, counter)
             if division.shards:
                 swaps = [share_blocks(prediction.block_weights, cards)]
             return replace(prediction, moments=moments, waiting=waiting // division.context, swaps=swaps)
 
-        return Rehearsed(words, work, options.can_swap, divide)
+        return Rehearsed(words, counter.heads, options.can_swap, divide)
 
     def runs() -> Iterator[Rehearsed]:
         alone = replace(options, speed=with_division(options.speed, Division(1)))

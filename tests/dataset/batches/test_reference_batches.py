@@ -13,7 +13,7 @@ from dataset.batches.reading import read_batch
 from dataset.cache.store import Stores
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.config import DatasetConfig, load_dataset_config, with_references
-from dataset.sources import tables
+from dataset.sources import listing
 from modules.errors import CacheError
 from tests.dataset.edit_sets import RULES, SIZE, EditFamily, cache, make_set, read_set
 from tests.dataset.toy_family import options
@@ -84,7 +84,7 @@ def test_training_refuses_caches_of_other_references_than_a_list_names(tmp_path:
         if not (tmp_path / "listed").exists():
             cache(config)
             cache_texts(EditFamily(), config, options())
-        tables._named_references.cache_clear()  # another process
+        listing.companions_now.cache_clear()  # another process
         found = {}
         for item in find_items(config, "toy", latent).items:
             try:

@@ -251,7 +251,6 @@ def test_a_damaged_tar_costs_its_entries_and_is_mended(tars: Path) -> None:
             alive, store = seen(folder), ShardStore(folder)
             gone = [name for name in OLD_WHOLE if name not in alive]
             assert not gone or shard_faults(folder) or set(store.names()) >= set(gone), (how, place)
-            assert how != "flip" or len(gone) < 2, place
             store.close(is_last=True)
             assert seen(folder) == alive, (how, place)
             shutil.rmtree(folder)
@@ -267,7 +266,8 @@ def test_a_tar_with_a_hostile_size_ends(tmp_path: Path, size: int) -> None:
     path = tmp_path / "cache-0123456789abcdef.tar"
     path.write_bytes(header + bytes(1024))
 
-    assert read_old_shard(path) == ([], False)
+    with pytest.raises(tarfile.HeaderError):
+        read_old_shard(path)
 
 
 # --- shards that somebody made to do harm

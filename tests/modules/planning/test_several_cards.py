@@ -1,45 +1,18 @@
-"""Bytes and ways of several cards, on numbers that can be counted by hand."""
+"""Memory and ways of several cards, on numbers that can be counted by hand."""
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 
 from modules.devices import GIB
 from modules.errors import OptionError
-from modules.planning.communication import (
-    BYTES_A_SECOND,
-    OPERATIONS_A_SECOND,
-    Division,
-    Work,
-    estimate_time,
-)
 from modules.planning.device_memory import Room
+from modules.planning.division import Division
 from modules.planning.memory_plan import MemoryPart, MemoryPlan, Phase, Swapped, share_blocks
 from modules.planning.several_cards import Rehearsed, Way, command_of, find_ways, print_ways
 from modules.speed_options import PlanOptions, cards_or_size
-
-# two blocks: 3 rows of 8 bytes and 4 of 2; 3 rows are 4 for two processes and 6 for three of two rows
-BLOCKS = (((3, 24), (4, 8)),) * 2
-WORK = Work(
-    **{"operations": 10**12, "attended": 4000, "largest": 500, "heads": 12, "tokens": 30, "joined": 60},
-    **{"passes": 3, "blocks": BLOCKS, "gradients": 700, "micro_batches": 2},
-)
-
-
-def test_weights_come_while_blocks_compute_and_the_rest_is_waited_for() -> None:
-    sums = 2 * 1 / 2 * 700 / 2  # there and back, of a micro-batch
-    second = 10**12 / OPERATIONS_A_SECOND
-    assert estimate_time(WORK, Division(2), Swapped(0, 0))[1] == sums
-    assert estimate_time(WORK, Division(2, context=2), Swapped(0, 0))[1] == sums + (2000 + 60) / 2
-    hidden, received = estimate_time(WORK, Division(2, shards=True), Swapped(0, 0, 1, 2))
-    assert received == sums + 3 * 80 / 2
-    assert hidden == pytest.approx(second + sums / BYTES_A_SECOND, rel=1e-12)
-
-    seconds, received = estimate_time(WORK, Division(2), Swapped(10**12, 0))  # longer than it computes
-    assert received == 3 * 10**12 + sums
-    assert seconds == received / BYTES_A_SECOND > second
 
 
 def test_a_part_of_every_block_stays_and_three_blocks_are_gathered() -> None:
@@ -67,8 +40,7 @@ class Card:
 
 
 def run(gib: float, *words: str, heads: int = 12, is_whole: bool = False) -> Rehearsed:
-    """Of which half is weights, and half is tokens; a batch takes a second."""
-    work = replace(WORK, operations=10**14, heads=heads, blocks=(((2, int(gib / 2 * GIB)),),))
+    """Of which half is weights, and half is tokens."""
 
     def divide(division: Division) -> Card:
         if division.shards and is_whole:
@@ -76,7 +48,7 @@ def run(gib: float, *words: str, heads: int = 12, is_whole: bool = False) -> Reh
         weights = 1 / division.processes if division.shards else 1
         return Card(gib / 2 * (weights + 1 / division.context))
 
-    return Rehearsed(words, work, not is_whole, divide)
+    return Rehearsed(words, heads, not is_whole, divide)
 
 
 def room(gib: float) -> Room:
@@ -144,7 +116,7 @@ def test_a_run_of_one_process_is_refused() -> None:
         raise OptionError("--fused_backward_pass with 2 processes")
 
     with pytest.raises(OptionError, match="with 2 processes"):
-        print_ways([Rehearsed((), WORK, False, divide)], 2, room(20), is_training=True)
+        print_ways([Rehearsed((), 12, False, divide)], 2, room(20), is_training=True)
 
 
 @pytest.mark.parametrize("asked", ["--plan 2x24", "--plan=2x24", "--shard_base --blocks_to_swap 4 --plan"])
