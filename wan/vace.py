@@ -20,7 +20,7 @@ from modules.contract.requests import Prepared, Request, check_opens
 from modules.errors import OptionError
 from modules.media.pixels import image_pixels, video_pixels
 from modules.option_values import to_path
-from wan.options import MASK, MOST_HINT_SCALE, MOST_REFERENCES, REFERENCES, SCALE, SOURCE
+from wan.options import MASK, MOST_HINT_SCALE, MOST_REFERENCES, SCALE
 from wan.spec import LATENT
 from wan.vae import WanVae
 
@@ -46,20 +46,13 @@ class VaceRequest:
 
 
 def take_control(request: Request, layers: int) -> tuple[Request, VaceRequest]:
-    """Return the request with its control video and references, and the rest. layers: blocks of VACE.
+    """Return the request with its references one by one, and the rest. layers: blocks of VACE.
 
-    Raises OptionError if a file is missing, or if something is given twice or for nothing.
+    Raises OptionError if a file is missing, or given for nothing.
     """
-    extra = request.extra
-    video, mask = (to_path(f"--{key}", extra[key]) if extra.get(key) else None for key in (SOURCE, MASK))
-    references = read_references(extra.get(REFERENCES, ""))
-    if None not in (video, request.control_path) and video != request.control_path:
-        raise OptionError(
-            f"--src_video {video} and --control_path {request.control_path}: for VACE they are the same. "
-            "Leave one of them out"
-        )
-    video, references = video or request.control_path, references or request.control_images
-    if mask is not None and video is None:
+    extra, references = request.extra, divide(request.control_images)
+    mask = to_path("--src_mask", extra[MASK]) if extra.get(MASK) else None
+    if mask is not None and request.control_path is None:
         raise OptionError(
             f"--src_mask {mask}: it says what of a video is made new, and there is none. Give --src_video"
         )
@@ -70,19 +63,18 @@ def take_control(request: Request, layers: int) -> tuple[Request, VaceRequest]:
             f"--{request.source.option} {request.source.path} with reference pictures, which stand in front "
             "of the clip: leave one of them out, or give the video to --src_video"
         )
-    request = replace(request, control_path=video, control_images=references)
-    for option, path in [(MASK, mask), *((REFERENCES, one) for one in references)]:
-        if path is not None:
-            check_opens(option, path, is_image=option == REFERENCES or path.suffix.lower() in PICTURES)
-    return request, VaceRequest(mask, read_scales(extra.get(SCALE, "1"), layers))
+    if mask is not None:
+        check_opens(MASK, mask, is_image=mask.suffix.lower() in PICTURES)
+    for path in references:
+        check_opens("src_ref_images", path, is_image=True)
+    own = VaceRequest(mask, read_scales(extra.get(SCALE, "1"), layers))
+    return replace(request, control_images=references), own
 
 
-def read_references(text: str) -> tuple[Path, ...]:
-    """Read paths, one a line; commas divide a line too, as in the release, unless it is a file as it is."""
-    words = []
-    for line in text.split("\n"):
-        words += [line] if Path(line).exists() else line.split(",")
-    return tuple(to_path(f"--{REFERENCES}", word.strip()) for word in words if word.strip())
+def divide(paths: Sequence[Path]) -> tuple[Path, ...]:
+    """Divide paths at commas, as the release does, unless there is such a file."""
+    words = [word for path in paths for word in ([str(path)] if path.exists() else str(path).split(","))]
+    return tuple(Path(word.strip()) for word in words if word.strip())
 
 
 def read_scales(text: str, layers: int) -> tuple[float, ...]:
