@@ -59,7 +59,7 @@ OF_SOME_MODELS: Mapping[str, LineOption] = {
     "ctr": LineOption("cfg_trunc_ratio", _leading_number),
     "rcfg": LineOption("renorm_cfg", _leading_number),
     **{name: LineOption(name, _leading_number) for name in ("mu", "y1", "y2")},
-    # of VACE, whose video and references are --cn and --ci
+    # of VACE
     "sm": LineOption("src_mask", read_path),
     "vs": LineOption("vace_scale", read_name),
 }
@@ -78,6 +78,9 @@ SAMPLE_OPTIONS: Mapping[str, LineOption] = {
     "ei": LineOption("end_image_path", read_path),
     "cn": LineOption("control_video_path", read_path),
     "ci": LineOption("control_image_path", read_path, repeats=True),
+    # the same, as lines of wan_generate_video.py have them for VACE
+    "sv": LineOption("control_video_path", read_path),
+    "sr": LineOption("control_image_path", read_path, repeats=True),
     "ss": LineOption("sample_sampler", read_name),
     **OF_SOME_MODELS,
 }

@@ -131,12 +131,8 @@ def _published_name(name: str) -> str:
 
 
 def _sources(checkpoint: Checkpoint, header: DitHeader[WanConfig]) -> Mapping[str, TensorSource]:
-    plain = plain_sources(checkpoint)
-    return (
-        {_published_name(name): source for name, source in plain.items()}
-        if header.dialect == "diffusers"
-        else plain
-    )
+    # of whatever dialect: a file of VACE's blocks may have other names than the transformer beside it
+    return {_published_name(name): source for name, source in plain_sources(checkpoint).items()}
 
 
 def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:

@@ -28,6 +28,7 @@ CAPTION, FIRST_FRAME = "the caption before dropout", "the first frame"
 REFERENCE = "the reference pictures before dropout"
 # latents of a control video or a reference picture, in caches and conditions; of several with _0, _1, ...
 CONTROL = "latents_control"
+IMAGE_LATENTS = "latents_image"  # of one frame with frames of all control images
 # latents of references beside control media, with _0, _1, ...
 REFERENCE_LATENTS = "latents_reference"
 
