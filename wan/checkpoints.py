@@ -257,8 +257,8 @@ def _difference(config: WanConfig, task: WanTask) -> str:
     if config.in_dim != task.in_dim:
         return f"patch_embedding.weight takes {config.in_dim} input channels, {task.name} has {task.in_dim}."
     if (config.kind == VACE) != (task.kind == VACE):
-        found = f"{config.vace_layers or 'no'} blocks of VACE, {task.name} has "
-        return f"The file has {found}{'them' if task.kind == VACE else 'none'}."
+        found = f"The file has {config.vace_layers or 'no'} blocks of VACE, {task.name} has "
+        return found + ("them; a file of their own is given to --vace." if task.kind == VACE else "none.")
     has_image = task.model_kind in INPUT_CHANNELS[True] or task.kind == "flf2v"
     if config.has_image != has_image:
         return (

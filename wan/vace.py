@@ -18,12 +18,13 @@ from torch import Tensor
 
 from modules.contract.requests import Prepared, Request, check_opens
 from modules.errors import OptionError
-from modules.media.pixels import image_pixels, video_pixels
+from modules.media.pixels import image_pixels, image_size, video_pixels
 from modules.option_values import to_path
 from wan.options import MASK, MOST_HINT_SCALE, MOST_REFERENCES, SCALE
 from wan.spec import LATENT
 from wan.vae import WanVae
 
+SAME_SHAPE = 0.05  # by how much the aspect of a mask may differ, as sides are rounded
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # a mask that is one holds for all frames
 
 
@@ -35,10 +36,20 @@ class VaceRequest:
     scales: tuple[float, ...]  # of the hints, one a layer
 
     def tell(self, prepared: Prepared) -> Prepared:
-        """Return the prepared request with this in it, and in the metadata of its files."""
-        own = dict(prepared.own_metadata)
-        if self.mask is not None:
+        """Return the prepared request with this in it, and in the metadata of its files.
+
+        Raises OptionError if the mask has neither the shape of its clip nor that of the result.
+        """
+        own, clip = dict(prepared.own_metadata), prepared.asked.control_path
+        if self.mask is not None and clip is not None:
             own["src_mask_path"] = str(self.mask)
+            mask, there = image_size(self.mask), image_size(clip)
+            shapes = [width / height for width, height in (mask, there, (prepared.width, prepared.height))]
+            if min(abs(shape / shapes[0] - 1) for shape in shapes[1:]) > SAME_SHAPE:
+                raise OptionError(
+                    f"--src_mask {self.mask} has {mask[0]} x {mask[1]} pixels, --src_video {clip} "
+                    f"{there[0]} x {there[1]}: it would lie elsewhere. Give a mask of the clip's size"
+                )
         if set(self.scales) != {1.0}:
             different = self.scales if len(set(self.scales)) > 1 else self.scales[:1]
             own["vace_scale"] = ", ".join(f"{scale:g}" for scale in different)
@@ -67,6 +78,10 @@ def take_control(request: Request, layers: int) -> tuple[Request, VaceRequest]:
         check_opens(MASK, mask, is_image=mask.suffix.lower() in PICTURES)
     for path in references:
         check_opens("src_ref_images", path, is_image=True)
+        if min(image_size(path)) < LATENT.stride[1]:
+            raise OptionError(
+                f"--src_ref_images {path}: nothing can be seen in so few pixels. Give a larger one"
+            )
     own = VaceRequest(mask, read_scales(extra.get(SCALE, "1"), layers))
     return replace(request, control_images=references), own
 
@@ -79,17 +94,18 @@ def divide(paths: Sequence[Path]) -> tuple[Path, ...]:
 
 def read_scales(text: str, layers: int) -> tuple[float, ...]:
     """Read one number for all layers, or one for each. Raises OptionError."""
+    words = text.replace(",", " ").split()
     try:
-        found = tuple(float(word) for word in text.replace(",", " ").split())
+        found = tuple(map(float, words))
         if not all(abs(scale) <= MOST_HINT_SCALE for scale in found):  # nan too
             raise ValueError
     except ValueError:
         raise OptionError(
-            f"--vace_scale {text!r}: give a number of at most {MOST_HINT_SCALE}, or one for each layer"
+            f"--vace_scale {' '.join(words)}: give a number of at most {MOST_HINT_SCALE}, or one a layer"
         ) from None
     if len(found) not in (1, layers):
         raise OptionError(
-            f"--vace_scale {text!r}: {len(found)} numbers, and VACE has {layers} layers. Give one or {layers}"
+            f"--vace_scale {' '.join(words)}: VACE has {layers} layers. Give one number, or {layers}"
         )
     return found * layers if len(found) == 1 else found
 
@@ -114,6 +130,10 @@ def encode_control(vae: WanVae, prepared: Prepared) -> dict[str, Tensor | list[T
         pixels = video_pixels(asked.control_path, "--src_video", *size, prepared.frames)
     if own.mask is not None:
         mask = read_mask(own.mask, *size, prepared.frames)
+        if not bool((mask > 0.5).any()):
+            raise OptionError(
+                f"--src_mask {own.mask}: it is black. Make white what shall be new, or leave it out"
+            )
     if pixels is None:
         pixels = torch.zeros(1, 3, prepared.frames, prepared.height, prepared.width)
     halves = torch.cat(encode_halves(vae, pixels, mask), dim=1).cpu()

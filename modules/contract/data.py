@@ -170,6 +170,7 @@ class MediaTable:
     name: str = ""  # for messages: "data.toml, [[datasets]] 2 (clips)"
     kind: str = "video"  # or "image"
     has_control: bool = False
+    has_references: bool = False  # those of reference_directory
     # lengths that clips are cut to; () where each is as long as it is, and for images
     target_frames: tuple[int, ...] = ()
     max_frames: int | None = None  # of the longest clip, where each is as long as it is
