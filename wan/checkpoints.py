@@ -11,6 +11,7 @@ import torch
 
 from modules.checkpoints.dialects import other_kind
 from modules.checkpoints.dits import DitFormat, DitHeader, bare_names
+from modules.checkpoints.encoders import config_beside
 from modules.checkpoints.kinds import kind_of
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.contract.loading import TensorSource
@@ -210,6 +211,8 @@ def _config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig:
             f"{vace_dim} channels. Every block of VACE belongs to equally many others. Download it again.",
             path,
         )
+    if vace_layers:
+        _check_places(path, list(range(0, layers, layers // vace_layers)), layers)
     if dim % HEAD_WIDTH:
         raise CheckpointError(
             f"{path}: width {dim} is not a multiple of {HEAD_WIDTH}, the head width of Wan models.", path
@@ -232,6 +235,18 @@ def _config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig:
         image_positions=shapes["img_emb.emb_pos"][1] if "img_emb.emb_pos" in shapes else 0,
         has_ref_conv="ref_conv.weight" in shapes,
     )
+
+
+def _check_places(path: Path, usual: list[int], layers: int) -> None:
+    """Raise CheckpointError if the config.json of the file says that VACE's blocks stand beside others."""
+    file, said = config_beside(path)
+    is_its = isinstance(said, dict) and said.get("num_layers") == layers
+    if is_its and said.get("vace_layers", usual) != usual:
+        raise CheckpointError(
+            f"{file}: vace_layers are {said['vace_layers']}; VACE's blocks run beside {usual} here, as in all "
+            "that was released. Give such a model, or correct the file.",
+            path,
+        )
 
 
 def _count_blocks(shapes: Mapping[str, tuple[int, ...]], blocks: str) -> int:
