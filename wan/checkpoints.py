@@ -18,7 +18,7 @@ from modules.contract.loading import TensorSource
 from modules.errors import CheckpointError
 from modules.installation import import_own
 from networks.names.layouts import tensor_patterns
-from wan.configs import HEAD_WIDTH, INPUT_CHANNELS, TASKS, VACE, WanConfig, WanTask
+from wan.configs import HEAD_WIDTH, INPUT_CHANNELS, TASKS, VACE, VACE_DIM, WanConfig, WanTask
 from wan.model import WanModel
 from wan.names import WAN
 
@@ -175,7 +175,7 @@ def add_vace_header(checkpoint: Checkpoint, header: DitHeader[WanConfig], dit: P
     shapes, path = _shapes(bare_names(checkpoint)), checkpoint.path
     weight = shapes.get("vace_patch_embedding.weight", ())
     layers = _count_blocks(shapes, "vace_blocks")
-    if len(weight) != 5 or not layers:
+    if len(weight) != 5 or weight[1] != VACE_DIM or not layers:
         raise CheckpointError(f"--vace {path}: it has no blocks of VACE. Give a file with vace_blocks.", path)
     config, (width, channels, *_) = header.config, weight
     if config.vace_layers:
@@ -205,10 +205,11 @@ def _config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig:
     dim, in_dim, *patch = shapes["patch_embedding.weight"]
     layers, vace_layers = _count_blocks(shapes, "blocks"), _count_blocks(shapes, "vace_blocks")
     vace_dim = shapes.get("vace_patch_embedding.weight", (0, 0))[1]
-    if vace_layers and (layers % vace_layers or not vace_dim):
+    if vace_layers and (layers % vace_layers or vace_dim != VACE_DIM):
         raise CheckpointError(
             f"{path}: {vace_layers} VACE blocks beside {layers} blocks, and a vace_patch_embedding for "
-            f"{vace_dim} channels. Every block of VACE belongs to equally many others. Download it again.",
+            f"{vace_dim} channels. Each of VACE's belongs to equally many others, and they take {VACE_DIM} "
+            "channels. Download it again.",
             path,
         )
     if vace_layers:
@@ -243,8 +244,8 @@ def _check_places(path: Path, usual: list[int], layers: int) -> None:
     is_its = isinstance(said, dict) and said.get("num_layers") == layers
     if is_its and said.get("vace_layers", usual) != usual:
         raise CheckpointError(
-            f"{file}: vace_layers are {said['vace_layers']}; VACE's blocks run beside {usual} here, as in all "
-            "that was released. Give such a model, or correct the file.",
+            f"{file}: vace_layers are {said['vace_layers']}; VACE's blocks run beside {usual} here, as in "
+            "all that was released. Give such a model, or correct the file.",
             path,
         )
 

@@ -125,44 +125,41 @@ def encode_control(vae: WanVae, prepared: Prepared) -> dict[str, Tensor | list[T
     if not any(own.scales):
         return {}
     size = prepared.width, prepared.height
-    pixels = mask = None
+    shape = prepared.frames, prepared.height, prepared.width
+    pixels, mask = torch.zeros(1, 3, *shape), torch.ones(1, 1, *shape)
     if asked.control_path is not None:
         pixels = video_pixels(asked.control_path, "--src_video", *size, prepared.frames)
     if own.mask is not None:
         mask = read_mask(own.mask, *size, prepared.frames)
-        if not bool((mask > 0.5).any()):
-            raise OptionError(
-                f"--src_mask {own.mask}: it is black. Make white what shall be new, or leave it out"
-            )
-    if pixels is None:
-        pixels = torch.zeros(1, 3, prepared.frames, prepared.height, prepared.width)
-    halves = torch.cat(encode_halves(vae, pixels, mask), dim=1).cpu()
-    channels = mask_channels(prepared.frames, *size) if mask is None else fold_mask(mask)
+    halves = encode_halves(vae, pixels, mask).cpu()
     frames = [first_frame(path) for path in asked.control_images]
     references = [vae.encode(on_white(frame, *size)).cpu() for frame in frames]
-    control = join_control(halves, channels, references)
+    control = join_control(halves, fold_mask(mask), references)
     return {"vace_control": control, "vace_scales": torch.tensor([own.scales])}
 
 
 def read_mask(path: Path, width: int, height: int, frames: int) -> Tensor:
-    """Read a mask, 1 1 F H W in 0..1 (1, white: made new). A single picture holds for all frames."""
+    """Read a mask, 1 1 F H W in 0..1 (1, white: made new). A single picture holds for all frames.
+
+    Raises OptionError if nothing is white.
+    """
     if path.suffix.lower() in PICTURES and path.is_file():
         pixels = image_pixels(path, width, height).expand(-1, -1, frames, -1, -1)
     else:
         pixels = video_pixels(path, "--src_mask", width, height, frames)
-    return ((pixels[:, :1] + 1) / 2).clamp(0, 1)
+    mask = ((pixels[:, :1] + 1) / 2).clamp(0, 1)
+    if not bool((mask > 0.5).any()):
+        raise OptionError(f"--src_mask {path}: it is black. Make white what shall be new, or leave it out")
+    return mask
 
 
-def encode_halves(vae: WanVae, pixels: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the latents of what stays, and of what changes, each B 16 L h w.
+def encode_halves(vae: WanVae, pixels: Tensor, mask: Tensor) -> Tensor:
+    """Return the latents of what stays, then of what changes: B 32 L h w.
 
-    pixels: B 3 F H W in -1..1. mask: B 1 F H W, above 0.5 where it changes; None: all does. What is not in a
-    half is grey.
+    pixels: B 3 F H W in -1..1. mask: B 1 F H W, above 0.5 where it changes. What is not in a half is grey.
     """
-    if mask is None:
-        return vae.encode(torch.zeros_like(pixels)), vae.encode(pixels)
     changes = (mask > 0.5).to(pixels)
-    return vae.encode(pixels * (1 - changes)), vae.encode(pixels * changes)
+    return torch.cat([vae.encode(pixels * (1 - changes)), vae.encode(pixels * changes)], dim=1)
 
 
 def fold_mask(mask: Tensor) -> Tensor:
@@ -173,20 +170,10 @@ def fold_mask(mask: Tensor) -> Tensor:
     Of the frames those nearest to the middles of L equal parts are taken, as in the release: others than the
     latent frames hold, as the first of these is one frame.
     """
-    _, rows, columns = LATENT.stride
-    frames = latent_frames(mask.shape[2])
+    step, rows, columns = LATENT.stride
+    frames = (mask.shape[2] - 1) // step + 1
     folded = rearrange(mask, "b 1 f (h r) (w c) -> b (r c) f h w", r=rows, c=columns)
     return functional.interpolate(folded, size=(frames, *folded.shape[3:]), mode="nearest-exact")
-
-
-def mask_channels(frames: int, width: int, height: int) -> Tensor:
-    """Return the channels where there is no mask: all of them 1, 1 64 L h w."""
-    _, rows, columns = LATENT.stride
-    return torch.ones(1, rows * columns, latent_frames(frames), height // rows, width // columns)
-
-
-def latent_frames(frames: int) -> int:
-    return (frames - 1) // LATENT.stride[0] + 1
 
 
 def join_control(halves: Tensor, mask: Tensor, references: Sequence[Tensor]) -> Tensor:
