@@ -4,16 +4,14 @@ import modules.interpreter  # noqa: F401
 from generation.prompt_lines import (
     CANCELS,
     GENERATION_OPTIONS,
+    REFERENCES,
     LineOption,
     read_name,
     read_path,
 )
-from generation.prompt_lines import (
-    REFERENCES as PICTURES,
-)
 from generation.script_options import FASTER, ScriptDefaults
 from generation.scripts import generation_script
-from wan.options import CONTROL, MASK, ONE_FRAME, REFERENCES, SCALE, SOURCE
+from wan.options import MASK, ONE_FRAME, SCALE
 
 DEFAULTS = ScriptDefaults(
     fps=16,
@@ -24,14 +22,14 @@ DEFAULTS = ScriptDefaults(
     riflex_frequencies=22,
     line_options={
         **GENERATION_OPTIONS,
-        "sv": LineOption(SOURCE, read_path, CANCELS),
+        **dict.fromkeys(("sv", "src_video"), GENERATION_OPTIONS["cn"]),
         "sm": LineOption(MASK, read_path, CANCELS),
-        "sr": LineOption(REFERENCES, read_path, CANCELS, repeats=True),
+        **dict.fromkeys(("ci", "sr", "src_ref_images"), REFERENCES["ci"]),
         "vs": LineOption(SCALE, read_name),
         "of": LineOption("one_frame_inference", read_name),
-        **PICTURES,
     },
-    extras={**CONTROL, "one_frame_inference": ONE_FRAME},
+    spellings={"control_path": "--src_video", "control_image_path": "--src_ref_images"},
+    extras={MASK: MASK, SCALE: SCALE, "one_frame_inference": ONE_FRAME},
     media=frozenset({"image_path", "end_image_path", "control_path", "control_image_path"}),
 )
 main = generation_script("wan", DEFAULTS, __doc__)

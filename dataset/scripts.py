@@ -64,9 +64,8 @@ def cache_family_texts(
     words = ["python", f"{entry.script}_train_network.py", *entry.training, *entry.repeat_options(own)]
     following = _next_command([*words, "--dataset_config", str(options.dataset_config), "--check"])
     made = entry.make_family("text_caching", own)
-    config = for_family(
-        config, made.references, made.latent.frame_step, made.latent.in_sections, made.can.references
-    )
+    # texts are the same whatever the keys of sections say
+    config = for_family(config, made.references, made.latent.frame_step, True, made.can.references)
     (run or run_text_caching)(made, config, options, following)
 
 

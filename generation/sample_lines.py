@@ -50,7 +50,7 @@ OF_SOME_MODELS: Mapping[str, prompt_lines.LineOption] = {
     "ctr": prompt_lines.LineOption("cfg_trunc_ratio", _leading_number),
     "rcfg": prompt_lines.LineOption("renorm_cfg", _leading_number),
     **{name: prompt_lines.LineOption(name, _leading_number) for name in ("mu", "y1", "y2")},
-    # of VACE, whose video and references are --cn and --ci
+    # of VACE
     "sm": prompt_lines.LineOption("src_mask", prompt_lines.read_path),
     "vs": prompt_lines.LineOption("vace_scale", prompt_lines.read_name),
 }
@@ -69,6 +69,9 @@ SAMPLE_OPTIONS: Mapping[str, prompt_lines.LineOption] = {
     "ei": prompt_lines.LineOption("end_image_path", prompt_lines.read_path),
     "cn": prompt_lines.LineOption("control_video_path", prompt_lines.read_path),
     "ci": prompt_lines.LineOption("control_image_path", prompt_lines.read_path, repeats=True),
+    # the same, as lines of wan_generate_video.py have them for VACE
+    "sv": prompt_lines.LineOption("control_video_path", prompt_lines.read_path),
+    "sr": prompt_lines.LineOption("control_image_path", prompt_lines.read_path, repeats=True),
     "ss": prompt_lines.LineOption("sample_sampler", prompt_lines.read_name),
     **OF_SOME_MODELS,
 }

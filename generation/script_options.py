@@ -57,7 +57,7 @@ class RequestOptions(Options, title="what to make"):
     )
     image_path: Path | None = option("first image, for image-to-video", often=True)
     end_image_path: Path | None = option("last image")
-    control_path: Path | None = option("control video or folder of images, for Fun-Control")
+    control_path: Path | None = option("control video or folder of images; VACE changes or follows it")
     control_image_path: tuple[str, ...] | None = option("reference pictures, which the result is made from")
     source: SourceOptions
     embedded_guidance: float | None = option(

@@ -52,6 +52,7 @@ from_file: prompts prompt_file prompts_file prompt_path
 negative_prompt: uncond_prompt neg_prompt
 image_path: image init_image input_image first_frame start_image
 end_image_path: last_image end_image last_frame
+control_path: control_video src_video
 control_image_path: control_image image image_path input_image reference_image ref_image
 sample_solver: sampler scheduler solver sampling_method
 dit: model model_path transformer transformer_path unet ckpt ckpt_path checkpoint

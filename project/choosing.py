@@ -191,7 +191,7 @@ def _read_family(text: str, models: Sequence[ModelSet]) -> tuple[str, str | None
     if len(near) == 1:
         return near[0], None
     hint = f" Did you mean {' or '.join(near)}?" if near else did_you_mean(text.lower(), known)
-    hint = hint or " Others are not trained here."
+    hint = hint or " Others are not described here; those that learn from control clips have pages in docs/."
     raise OptionError(f"--family {text}: choose from {', '.join(known)}.{hint}")
 
 

@@ -11,13 +11,14 @@ import torch
 
 from modules.checkpoints.dialects import other_kind
 from modules.checkpoints.dits import DitFormat, DitHeader, bare_names
+from modules.checkpoints.encoders import config_beside
 from modules.checkpoints.kinds import kind_of
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.contract.loading import TensorSource
 from modules.errors import CheckpointError
 from modules.installation import import_own
 from networks.names.layouts import tensor_patterns
-from wan.configs import HEAD_WIDTH, INPUT_CHANNELS, TASKS, VACE, WanConfig, WanTask
+from wan.configs import HEAD_WIDTH, INPUT_CHANNELS, TASKS, VACE, VACE_DIM, WanConfig, WanTask
 from wan.model import WanModel
 from wan.names import WAN
 
@@ -131,12 +132,8 @@ def _published_name(name: str) -> str:
 
 
 def _sources(checkpoint: Checkpoint, header: DitHeader[WanConfig]) -> Mapping[str, TensorSource]:
-    plain = plain_sources(checkpoint)
-    return (
-        {_published_name(name): source for name, source in plain.items()}
-        if header.dialect == "diffusers"
-        else plain
-    )
+    # of whatever dialect: a file of VACE's blocks may have other names than the transformer beside it
+    return {_published_name(name): source for name, source in plain_sources(checkpoint).items()}
 
 
 def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
@@ -178,7 +175,7 @@ def add_vace_header(checkpoint: Checkpoint, header: DitHeader[WanConfig], dit: P
     shapes, path = _shapes(bare_names(checkpoint)), checkpoint.path
     weight = shapes.get("vace_patch_embedding.weight", ())
     layers = _count_blocks(shapes, "vace_blocks")
-    if len(weight) != 5 or not layers:
+    if len(weight) != 5 or weight[1] != VACE_DIM or not layers:
         raise CheckpointError(f"--vace {path}: it has no blocks of VACE. Give a file with vace_blocks.", path)
     config, (width, channels, *_) = header.config, weight
     if config.vace_layers:
@@ -208,12 +205,15 @@ def _config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig:
     dim, in_dim, *patch = shapes["patch_embedding.weight"]
     layers, vace_layers = _count_blocks(shapes, "blocks"), _count_blocks(shapes, "vace_blocks")
     vace_dim = shapes.get("vace_patch_embedding.weight", (0, 0))[1]
-    if vace_layers and (layers % vace_layers or not vace_dim):
+    if vace_layers and (layers % vace_layers or vace_dim != VACE_DIM):
         raise CheckpointError(
             f"{path}: {vace_layers} VACE blocks beside {layers} blocks, and a vace_patch_embedding for "
-            f"{vace_dim} channels. Every block of VACE belongs to equally many others. Download it again.",
+            f"{vace_dim} channels. Each of VACE's belongs to equally many others, and they take {VACE_DIM} "
+            "channels. Download it again.",
             path,
         )
+    if vace_layers:
+        _check_places(path, list(range(0, layers, layers // vace_layers)), layers)
     if dim % HEAD_WIDTH:
         raise CheckpointError(
             f"{path}: width {dim} is not a multiple of {HEAD_WIDTH}, the head width of Wan models.", path
@@ -236,6 +236,18 @@ def _config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig:
         image_positions=shapes["img_emb.emb_pos"][1] if "img_emb.emb_pos" in shapes else 0,
         has_ref_conv="ref_conv.weight" in shapes,
     )
+
+
+def _check_places(path: Path, usual: list[int], layers: int) -> None:
+    """Raise CheckpointError if the config.json of the file says that VACE's blocks stand beside others."""
+    file, said = config_beside(path)
+    is_its = isinstance(said, dict) and said.get("num_layers") == layers
+    if is_its and said.get("vace_layers", usual) != usual:
+        raise CheckpointError(
+            f"{file}: vace_layers are {said['vace_layers']}; VACE's blocks run beside {usual} here, as in "
+            "all that was released. Give such a model, or correct the file.",
+            path,
+        )
 
 
 def _count_blocks(shapes: Mapping[str, tuple[int, ...]], blocks: str) -> int:
@@ -261,8 +273,8 @@ def _difference(config: WanConfig, task: WanTask) -> str:
     if config.in_dim != task.in_dim:
         return f"patch_embedding.weight takes {config.in_dim} input channels, {task.name} has {task.in_dim}."
     if (config.kind == VACE) != (task.kind == VACE):
-        found = f"{config.vace_layers or 'no'} blocks of VACE, {task.name} has "
-        return f"The file has {found}{'them' if task.kind == VACE else 'none'}."
+        found = f"The file has {config.vace_layers or 'no'} blocks of VACE, {task.name} has "
+        return found + ("them; a file of their own is given to --vace." if task.kind == VACE else "none.")
     has_image = task.model_kind in INPUT_CHANNELS[True] or task.kind == "flf2v"
     if config.has_image != has_image:
         return (

@@ -79,6 +79,7 @@ RELEASES = {release.channels: release for release in (WAN_2_1, WAN_2_2)}  # by t
 
 
 VACE = "vace"  # the kind of a text-to-video model with a second stack, for control, masks and references
+VACE_DIM = 96  # channels of its control, see `wan.vace`
 HEAD_WIDTH = 128  # of all released sizes; cannot be read from the tensors of a file
 
 

@@ -41,6 +41,7 @@ from modules.contract.rules import (
     SourceRules,
 )
 from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
+from modules.errors import DatasetError
 from modules.families import HIGH_NOISE, LOW_NOISE
 from modules.installation import import_own
 from modules.media.pixels import to_pixels
@@ -204,6 +205,11 @@ class Wan(OneTransformer):
     def check_table(self, table: MediaTable) -> None:
         if self.image_kind == ONE_FRAME:
             import_own("wan.one_frame").check_table(table, self.files.clip is not None)
+        elif self.image_kind == VACE and not (table.has_control or table.has_references):
+            raise DatasetError(
+                f"{table.name}: --vace, and nothing that VACE could learn from. Give control_directory or "
+                "reference_directory; for LoRAs of texts alone cache without --vace, and train --task t2v-..."
+            )
         else:
             check_controls(self.task, table)
 
@@ -249,7 +255,10 @@ class Wan(OneTransformer):
         if self.image_kind == ONE_FRAME and PLACES not in batch.tensors:
             import_own("wan.one_frame").note_clips()
         zeros_on = latents.device if self._feature_zeros else None
-        return batch_conditions(self.task, self.files.dit_header().config, batch, zeros_on)
+        config = self.files.dit_header().config
+        found = batch_conditions(self.task, config, batch, zeros_on)
+        batch.check_widths({"t5": config.text_dim}, self.files.dits[0], "wan_cache_text_encoder_outputs.py")
+        return found
 
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS

@@ -128,10 +128,8 @@ def _take_images(task: WanTask, request: Request, where: str) -> Request:
     request = keep_usable_media(request, taken, f"a single picture of --task {task.name} does not take it")
     if not request.control_images:
         raise OptionError(f"{where}: give the images that the picture is made from to --control_image_path")
-    single = [("image_path", request.image_path), ("end_image_path", request.end_image_path)]
-    for option, path in (*single, *(("control_image_path", one) for one in request.control_images)):
-        if path is not None:
-            check_opens(option, path, is_image=True)
+    for path in request.control_images:
+        check_opens("control_image_path", path, is_image=True)
     if task.kind == "flf2v" and len(_seen(request)) != MOST_FEATURES:
         raise OptionError(
             f"{where}: --task {task.name} sees two images. Give --image_path and --end_image_path, or two "

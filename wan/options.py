@@ -218,43 +218,9 @@ class WanTrainingOptions(WanModelOptions, title="Wan"):
             )
 
 
-SOURCE, MASK, REFERENCES, SCALE = "src_video", "src_mask", "src_ref_images", "vace_scale"
-CONTROL = {
-    name: name for name in (SOURCE, MASK, REFERENCES, SCALE)
-}  # options -> their names in Request.extra
+MASK, SCALE = "src_mask", "vace_scale"  # options, and their names in Request.extra
 MOST_HINT_SCALE = 100
 MOST_REFERENCES = 8  # each is a latent frame more; the release was trained with few
-
-
-class WanControlOptions(Options, title="VACE"):
-    """What a VACE model is given besides the text; a prompt line may give each of these too."""
-
-    src_video: Path | None = option(
-        "video to change, or to follow (depth, poses, scribbles); --control_path is the same for VACE",
-        flags=("--src_video", "--vace_video"),
-        facts=OF_REQUEST,
-    )
-    src_mask: Path | None = option(
-        "video or picture of what is made new of --src_video: white is new, black is kept (a loss mask of a "
-        "training is white where it learns); without it all is new",
-        flags=("--src_mask", "--vace_video_mask"),
-        facts=OF_REQUEST,
-    )
-    src_ref_images: tuple[str, ...] | None = option(
-        "reference pictures: a person, a thing, a place",
-        flags=("--src_ref_images", "--vace_reference_image"),
-        facts=OF_REQUEST,
-        nargs="+",
-    )
-    vace_scale: tuple[float, ...] = option(
-        "how strongly these act: one number, or one for each layer of VACE; 0 is text to video",
-        default=(1.0,),
-        flags=("--vace_scale", "--context_scale", "--conditioning_scale"),
-        least=-MOST_HINT_SCALE,
-        most=MOST_HINT_SCALE,
-        facts=OF_REQUEST,
-        nargs="+",
-    )
 
 
 class WanGenerationOptions(WanModelOptions, title="Wan"):
@@ -273,7 +239,23 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
         "noise added to the image condition, for more motion", least=0, most=10, hint="0.02 to 0.04 are usual"
     )
     riflex_index: int = option()  # read here only to be checked early
-    control: WanControlOptions
+    src_mask: Path | None = option(
+        "video or picture of what is made new of --src_video: white is new, black is kept (a loss mask of a "
+        "training is white where it learns); without it all is new",
+        flags=("--src_mask", "--vace_video_mask"),
+        facts=OF_REQUEST,
+        title="VACE",
+    )
+    vace_scale: tuple[float, ...] = option(
+        "how strongly these act: one number, or one for each layer of VACE; 0 is text to video",
+        default=(1.0,),
+        flags=("--vace_scale", "--context_scale", "--conditioning_scale"),
+        least=-MOST_HINT_SCALE,
+        most=MOST_HINT_SCALE,
+        facts=OF_REQUEST,
+        title="VACE",
+        nargs="+",
+    )
     one_frame_inference: str | None = option(
         "make one image from --control_image_path: places in time, 'target_index=1,control_index=0', or "
         "default, which are these",
@@ -297,11 +279,10 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
             check_one_frame(TASKS[self.task])
             if not self.one_frame_inference.strip():
                 raise OptionError("--one_frame_inference is empty: give default, or leave it out for a video")
-        given = [name for name in (SOURCE, MASK, REFERENCES) if getattr(self.control, name)]
-        given += [] if self.control.vace_scale == (1.0,) else [SCALE]
+        given = MASK if self.src_mask is not None else SCALE if self.vace_scale != (1.0,) else None
         if given and TASKS[self.task].kind != VACE:
             raise OptionError(
-                f"--{given[0]}: --task {self.task} has no use for it. Use --task vace-1.3B, vace-14B or "
+                f"--{given}: --task {self.task} has no use for it. Use --task vace-1.3B, vace-14B or "
                 "vace-A14B, with a checkpoint of VACE"
             )
 

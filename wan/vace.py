@@ -18,12 +18,13 @@ from torch import Tensor
 
 from modules.contract.requests import Prepared, Request, check_opens
 from modules.errors import OptionError
-from modules.media.pixels import image_pixels, video_pixels
+from modules.media.pixels import image_pixels, image_size, video_pixels
 from modules.option_values import to_path
-from wan.options import MASK, MOST_HINT_SCALE, MOST_REFERENCES, REFERENCES, SCALE, SOURCE
+from wan.options import MASK, MOST_HINT_SCALE, MOST_REFERENCES, SCALE
 from wan.spec import LATENT
 from wan.vae import WanVae
 
+SAME_SHAPE = 0.05  # by how much the aspect of a mask may differ, as sides are rounded
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # a mask that is one holds for all frames
 
 
@@ -35,10 +36,20 @@ class VaceRequest:
     scales: tuple[float, ...]  # of the hints, one a layer
 
     def tell(self, prepared: Prepared) -> Prepared:
-        """Return the prepared request with this in it, and in the metadata of its files."""
-        own = dict(prepared.own_metadata)
-        if self.mask is not None:
+        """Return the prepared request with this in it, and in the metadata of its files.
+
+        Raises OptionError if the mask has neither the shape of its clip nor that of the result.
+        """
+        own, clip = dict(prepared.own_metadata), prepared.asked.control_path
+        if self.mask is not None and clip is not None:
             own["src_mask_path"] = str(self.mask)
+            mask, there = image_size(self.mask), image_size(clip)
+            shapes = [width / height for width, height in (mask, there, (prepared.width, prepared.height))]
+            if min(abs(shape / shapes[0] - 1) for shape in shapes[1:]) > SAME_SHAPE:
+                raise OptionError(
+                    f"--src_mask {self.mask} has {mask[0]} x {mask[1]} pixels, --src_video {clip} "
+                    f"{there[0]} x {there[1]}: it would lie elsewhere. Give a mask of the clip's size"
+                )
         if set(self.scales) != {1.0}:
             different = self.scales if len(set(self.scales)) > 1 else self.scales[:1]
             own["vace_scale"] = ", ".join(f"{scale:g}" for scale in different)
@@ -46,20 +57,13 @@ class VaceRequest:
 
 
 def take_control(request: Request, layers: int) -> tuple[Request, VaceRequest]:
-    """Return the request with its control video and references, and the rest. layers: blocks of VACE.
+    """Return the request with its references one by one, and the rest. layers: blocks of VACE.
 
-    Raises OptionError if a file is missing, or if something is given twice or for nothing.
+    Raises OptionError if a file is missing, or given for nothing.
     """
-    extra = request.extra
-    video, mask = (to_path(f"--{key}", extra[key]) if extra.get(key) else None for key in (SOURCE, MASK))
-    references = read_references(extra.get(REFERENCES, ""))
-    if None not in (video, request.control_path) and video != request.control_path:
-        raise OptionError(
-            f"--src_video {video} and --control_path {request.control_path}: for VACE they are the same. "
-            "Leave one of them out"
-        )
-    video, references = video or request.control_path, references or request.control_images
-    if mask is not None and video is None:
+    extra, references = request.extra, divide(request.control_images)
+    mask = to_path("--src_mask", extra[MASK]) if extra.get(MASK) else None
+    if mask is not None and request.control_path is None:
         raise OptionError(
             f"--src_mask {mask}: it says what of a video is made new, and there is none. Give --src_video"
         )
@@ -70,34 +74,38 @@ def take_control(request: Request, layers: int) -> tuple[Request, VaceRequest]:
             f"--{request.source.option} {request.source.path} with reference pictures, which stand in front "
             "of the clip: leave one of them out, or give the video to --src_video"
         )
-    request = replace(request, control_path=video, control_images=references)
-    for option, path in [(MASK, mask), *((REFERENCES, one) for one in references)]:
-        if path is not None:
-            check_opens(option, path, is_image=option == REFERENCES or path.suffix.lower() in PICTURES)
-    return request, VaceRequest(mask, read_scales(extra.get(SCALE, "1"), layers))
+    if mask is not None:
+        check_opens(MASK, mask, is_image=mask.suffix.lower() in PICTURES)
+    for path in references:
+        check_opens("src_ref_images", path, is_image=True)
+        if min(image_size(path)) < LATENT.stride[1]:
+            raise OptionError(
+                f"--src_ref_images {path}: nothing can be seen in so few pixels. Give a larger one"
+            )
+    own = VaceRequest(mask, read_scales(extra.get(SCALE, "1"), layers))
+    return replace(request, control_images=references), own
 
 
-def read_references(text: str) -> tuple[Path, ...]:
-    """Read paths, one a line; commas divide a line too, as in the release, unless it is a file as it is."""
-    words = []
-    for line in text.split("\n"):
-        words += [line] if Path(line).exists() else line.split(",")
-    return tuple(to_path(f"--{REFERENCES}", word.strip()) for word in words if word.strip())
+def divide(paths: Sequence[Path]) -> tuple[Path, ...]:
+    """Divide paths at commas, as the release does, unless there is such a file."""
+    words = [word for path in paths for word in ([str(path)] if path.exists() else str(path).split(","))]
+    return tuple(Path(word.strip()) for word in words if word.strip())
 
 
 def read_scales(text: str, layers: int) -> tuple[float, ...]:
     """Read one number for all layers, or one for each. Raises OptionError."""
+    words = text.replace(",", " ").split()
     try:
-        found = tuple(float(word) for word in text.replace(",", " ").split())
+        found = tuple(map(float, words))
         if not all(abs(scale) <= MOST_HINT_SCALE for scale in found):  # nan too
             raise ValueError
     except ValueError:
         raise OptionError(
-            f"--vace_scale {text!r}: give a number of at most {MOST_HINT_SCALE}, or one for each layer"
+            f"--vace_scale {' '.join(words)}: give a number of at most {MOST_HINT_SCALE}, or one a layer"
         ) from None
     if len(found) not in (1, layers):
         raise OptionError(
-            f"--vace_scale {text!r}: {len(found)} numbers, and VACE has {layers} layers. Give one or {layers}"
+            f"--vace_scale {' '.join(words)}: VACE has {layers} layers. Give one number, or {layers}"
         )
     return found * layers if len(found) == 1 else found
 
@@ -117,40 +125,41 @@ def encode_control(vae: WanVae, prepared: Prepared) -> dict[str, Tensor | list[T
     if not any(own.scales):
         return {}
     size = prepared.width, prepared.height
-    pixels = mask = None
+    shape = prepared.frames, prepared.height, prepared.width
+    pixels, mask = torch.zeros(1, 3, *shape), torch.ones(1, 1, *shape)
     if asked.control_path is not None:
         pixels = video_pixels(asked.control_path, "--src_video", *size, prepared.frames)
     if own.mask is not None:
         mask = read_mask(own.mask, *size, prepared.frames)
-    if pixels is None:
-        pixels = torch.zeros(1, 3, prepared.frames, prepared.height, prepared.width)
-    halves = torch.cat(encode_halves(vae, pixels, mask), dim=1).cpu()
-    channels = mask_channels(prepared.frames, *size) if mask is None else fold_mask(mask)
+    halves = encode_halves(vae, pixels, mask).cpu()
     frames = [first_frame(path) for path in asked.control_images]
     references = [vae.encode(on_white(frame, *size)).cpu() for frame in frames]
-    control = join_control(halves, channels, references)
+    control = join_control(halves, fold_mask(mask), references)
     return {"vace_control": control, "vace_scales": torch.tensor([own.scales])}
 
 
 def read_mask(path: Path, width: int, height: int, frames: int) -> Tensor:
-    """Read a mask, 1 1 F H W in 0..1 (1, white: made new). A single picture holds for all frames."""
+    """Read a mask, 1 1 F H W in 0..1 (1, white: made new). A single picture holds for all frames.
+
+    Raises OptionError if nothing is white.
+    """
     if path.suffix.lower() in PICTURES and path.is_file():
         pixels = image_pixels(path, width, height).expand(-1, -1, frames, -1, -1)
     else:
         pixels = video_pixels(path, "--src_mask", width, height, frames)
-    return ((pixels[:, :1] + 1) / 2).clamp(0, 1)
+    mask = ((pixels[:, :1] + 1) / 2).clamp(0, 1)
+    if not bool((mask > 0.5).any()):
+        raise OptionError(f"--src_mask {path}: it is black. Make white what shall be new, or leave it out")
+    return mask
 
 
-def encode_halves(vae: WanVae, pixels: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the latents of what stays, and of what changes, each B 16 L h w.
+def encode_halves(vae: WanVae, pixels: Tensor, mask: Tensor) -> Tensor:
+    """Return the latents of what stays, then of what changes: B 32 L h w.
 
-    pixels: B 3 F H W in -1..1. mask: B 1 F H W, above 0.5 where it changes; None: all does. What is not in a
-    half is grey.
+    pixels: B 3 F H W in -1..1. mask: B 1 F H W, above 0.5 where it changes. What is not in a half is grey.
     """
-    if mask is None:
-        return vae.encode(torch.zeros_like(pixels)), vae.encode(pixels)
     changes = (mask > 0.5).to(pixels)
-    return vae.encode(pixels * (1 - changes)), vae.encode(pixels * changes)
+    return torch.cat([vae.encode(pixels * (1 - changes)), vae.encode(pixels * changes)], dim=1)
 
 
 def fold_mask(mask: Tensor) -> Tensor:
@@ -161,20 +170,10 @@ def fold_mask(mask: Tensor) -> Tensor:
     Of the frames those nearest to the middles of L equal parts are taken, as in the release: others than the
     latent frames hold, as the first of these is one frame.
     """
-    _, rows, columns = LATENT.stride
-    frames = latent_frames(mask.shape[2])
+    step, rows, columns = LATENT.stride
+    frames = (mask.shape[2] - 1) // step + 1
     folded = rearrange(mask, "b 1 f (h r) (w c) -> b (r c) f h w", r=rows, c=columns)
     return functional.interpolate(folded, size=(frames, *folded.shape[3:]), mode="nearest-exact")
-
-
-def mask_channels(frames: int, width: int, height: int) -> Tensor:
-    """Return the channels where there is no mask: all of them 1, 1 64 L h w."""
-    _, rows, columns = LATENT.stride
-    return torch.ones(1, rows * columns, latent_frames(frames), height // rows, width // columns)
-
-
-def latent_frames(frames: int) -> int:
-    return (frames - 1) // LATENT.stride[0] + 1
 
 
 def join_control(halves: Tensor, mask: Tensor, references: Sequence[Tensor]) -> Tensor:

@@ -65,11 +65,6 @@ class WanVaceModel(WanModel):
         """
         hidden = Hidden(*self.embed(noisy, timesteps, text, image_embeds, tweaks, places))
         if control is not None:
-            if control.shape[1] != self.config.vace_dim or control.shape[2:] != noisy.shape[2:]:
-                raise ValueError(
-                    f"control of {tuple(control.shape[1:])}, the model takes {self.config.vace_dim} channels "
-                    f"of {tuple(noisy.shape[2:])}"
-                )
             patches = in_own_dtype(self.vace_patch_embedding, control).float()
             hidden.side = rearrange(patches, "b c f h w -> b (f h w) c").contiguous()
             hidden.side_scales = hint_scales

@@ -23,14 +23,14 @@ def encode_items(vae: WanVae, media: MediaBatch, store: torch.dtype) -> list[Cac
     """
     pixels = to_pixels(media.frames.to(vae.device))
     followed = to_pixels(media.control[0].to(vae.device)) if media.control else torch.zeros_like(pixels)
-    mask = None if media.control_mask is None else media.control_mask.to(vae.device)[:, None]
-    levels = None if mask is None else mask.float() / 255
+    mask = torch.full_like(media.frames[..., 0], 255) if media.control_mask is None else media.control_mask
+    levels = mask.to(vae.device)[:, None].float()
     tensors = {
         "latents": vae.encode(pixels).to(store),
-        "latents_control": torch.cat(encode_halves(vae, followed, levels), dim=1).to(store),
+        "latents_control": encode_halves(vae, followed, levels / 255).to(store),
     }
-    if mask is not None:
-        tensors[CONTROL_MASK] = fold_mask(mask.float()).to(torch.uint8)
+    if media.control_mask is not None:
+        tensors[CONTROL_MASK] = fold_mask(levels).to(torch.uint8)
     for index, reference in enumerate(media.references):
         tensors[f"{REFERENCE_LATENTS}_{index}"] = vae.encode(to_pixels(reference.to(vae.device))).to(store)
     return [

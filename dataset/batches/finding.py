@@ -27,7 +27,7 @@ from dataset.config_keys import IGNORE, REQUIRED
 from dataset.sources.frames import bucket_of
 from dataset.sources.media_source import is_of_shards
 from modules.console import count_of, count_words
-from modules.contract.data import CONTROL, FPS, REFERENCE_LATENTS, LatentSpec, SoundSpec
+from modules.contract.data import CONTROL, FPS, IMAGE_LATENTS, REFERENCE_LATENTS, LatentSpec, SoundSpec
 from modules.errors import CacheError, DatasetError
 from modules.paths import explain_missing
 
@@ -170,9 +170,15 @@ def with_reference_sizes(items: Iterable[TrainingItem], stores: Stores) -> list[
 
     Reads their headers.
     """
+
+    def may_have(item: TrainingItem) -> bool:
+        table = item.table
+        beside = table.references or table.clip_references or table.fp_1f_clean_indices
+        return bool(beside) and not item.references and item.kind.has_latents
+
     return [
         replace(item, references=_reference_sizes(stores.of(item.table), item.file_name))
-        if item.table.references is not None and item.table.batch_size == 1 and item.kind.has_latents
+        if may_have(item)
         else item
         for item in items
     ]
@@ -203,9 +209,10 @@ def _reference_sizes(store: CacheStore, name: str) -> tuple[int, ...]:
         return ()
     keys = [(cache_files.tensor_key(name), shape) for name, shape in sorted(shapes.items())]
     found = [
-        (shape[-1], shape[-2] * (shape[-3] if key.startswith(REFERENCE_LATENTS) else 1))
+        (shape[-1], shape[-2] * (1 if key.startswith(CONTROL) else shape[-3]))
         for key, shape in keys
-        if key.startswith((CONTROL, REFERENCE_LATENTS)) and not key.endswith(cache_files.FLIPPED)
+        if key.startswith((CONTROL, REFERENCE_LATENTS, IMAGE_LATENTS))
+        and not key.endswith(cache_files.FLIPPED)
     ]
     return tuple(side for sides in found for side in sides)
 

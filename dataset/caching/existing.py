@@ -88,14 +88,20 @@ def refuse_companions(table: DatasetTable, sources: Sequence[MediaSource]) -> No
             raise DatasetError(
                 f"{table.name}: {source.path} has a control mask, which this model does not take."
             )
+        if source.control_mask is not None and not source.control:
+            raise DatasetError(
+                f"{table.name}: {source.path} has a control mask, which says what of a control clip is made "
+                "new, and no such clip. Give control_directory, or control_path in a list."
+            )
 
 
-def media_table(table: DatasetTable, has_control: bool = False) -> MediaTable:
-    """Return a table's facts for families. has_control: whether its items have control media."""
+def media_table(table: DatasetTable, has_control: bool = False, has_references: bool = False) -> MediaTable:
+    """Return a table's facts for families: also whether its items have control media, and references."""
     return MediaTable(
         name=table.name,
         kind=table.kind,
         has_control=has_control,
+        has_references=has_references,
         target_frames=()
         if table.kind == "image" or table.frame_extraction == "full"
         else table.target_frames,

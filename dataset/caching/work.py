@@ -59,7 +59,7 @@ def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[Media
             # first: load_tensors ignores the keys that a family's own check would have changed
             existing.refuse_moments(family, table)
             check_resolution(table, family.latent.pixel_step)
-            family.check_table(existing.media_table(table, has_control))
+            family.check_table(existing.media_table(table, has_control, table.index in companions))
             existing.refuse_companions(table, companions.get(table.index, ()))
         except DatasetError as error:
             is_hint = has_control and table.conditioning_directory is not None

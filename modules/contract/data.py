@@ -28,6 +28,7 @@ CAPTION, FIRST_FRAME = "the caption before dropout", "the first frame"
 REFERENCE = "the reference pictures before dropout"
 # latents of a control video or a reference picture, in caches and conditions; of several with _0, _1, ...
 CONTROL = "latents_control"
+IMAGE_LATENTS = "latents_image"  # of one frame with frames of all control images
 # latents of references beside control media, with _0, _1, ...
 REFERENCE_LATENTS = "latents_reference"
 
@@ -169,6 +170,7 @@ class MediaTable:
     name: str = ""  # for messages: "data.toml, [[datasets]] 2 (clips)"
     kind: str = "video"  # or "image"
     has_control: bool = False
+    has_references: bool = False  # those of reference_directory
     # lengths that clips are cut to; () where each is as long as it is, and for images
     target_frames: tuple[int, ...] = ()
     max_frames: int | None = None  # of the longest clip, where each is as long as it is

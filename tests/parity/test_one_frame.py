@@ -5,6 +5,7 @@ all that one frame changes in the network.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dataset.batches.finding import find_items, with_reference_sizes
+from dataset.cache.store import Stores
+from dataset.config import load_dataset_config
 from modules.media.reading import read_image
 from modules.media.writing import write_png
 from tests.faults.messages import assert_one_message, run_here, succeed_here
@@ -33,6 +37,8 @@ from tests.parity.training import (
     shuffled,
 )
 from tests.tiny.wan import write_tiny_wan
+from training.planning.memory import largest_batch
+from wan.spec import LATENT
 
 WIDTH, HEIGHT, SEED = 48, 32, 12
 ASK: list[object] = ["--prompt", "a cat", "--negative_prompt", "dull", "--seed", SEED, "--flow_shift", 3]
@@ -310,3 +316,21 @@ def test_samples_are_pictures_and_caches_of_others_are_learned_from(tmp_path: Pa
     succeed_here("wan_train_network.py", *run, folder=tmp_path)
     again = load_file(tmp_path / "out" / "lora.safetensors")
     assert all(torch.equal(again[name], tensor) for name, tensor in trained.items())
+
+
+def test_a_plan_is_that_of_the_picture_with_most_control_images(
+    tmp_path: Path, start: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_project(tmp_path, start, 1)
+    (path,) = (tmp_path / "cache").glob("b_*_wan.safetensors")
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors, name = load_file(path), "latents_image_2x4x6_float32"
+    tensors["latents_image_3x4x6_float32"] = torch.cat([tensors[name], tensors.pop(name)[:, :1]], dim=1)
+    save_file(tensors, path, metadata)
+    monkeypatch.chdir(tmp_path)
+
+    items = find_items(load_dataset_config(Path("dataset.toml")), "wan", LATENT).items
+    single = [replace(item, table=replace(item.table, batch_size=1)) for item in items]
+
+    assert [item.source_stem for item in largest_batch(with_reference_sizes(single, Stores()))] == ["b"]

@@ -16,10 +16,11 @@ from diffusers.loaders import WanLoraLoaderMixin
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dataset.batches.finding import find_items, require_items
+from dataset.batches.finding import find_items, require_items, with_reference_sizes
 from dataset.batches.order import BatchOrder
 from dataset.batches.reading import read_batch
-from dataset.config import load_dataset_config
+from dataset.cache.store import Stores
+from dataset.config import load_dataset_config, with_references
 from modules.contract.data import CONTROL_MASK
 from modules.media.writing import write_png, write_video
 from tests.faults.messages import assert_one_message, run_here, succeed_here
@@ -30,6 +31,8 @@ from tests.parity.test_vace import their_dit
 from tests.parity.theirs import Theirs
 from tests.parity.training import ALPHA, RANK, SEED, Item
 from tests.tiny.wan import write_tiny_wan
+from training.planning.memory import largest_batch
+from wan.family import VACE_REFERENCES
 from wan.spec import LATENT
 
 WIDTH, HEIGHT, FRAMES = 48, 32, 9
@@ -240,3 +243,24 @@ def test_the_lora_is_read_by_other_tools(project: Path) -> None:
         product = theirs.lora_B["ours"].weight @ theirs.lora_A["ours"].weight * theirs.scaling["ours"]
         ours = trained[f"{name}.lora_up.weight"] @ trained[f"{name}.lora_down.weight"] * ALPHA / RANK
         assert_equal(product.detach(), ours, name, 1e-6)
+
+
+def test_a_plan_is_that_of_the_clip_with_references(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of clips of one size, also where a batch has one item."""
+    shutil.copytree(project, tmp_path / "other")
+    folder = tmp_path / "other"
+    for path in [path for name in ("clips", "control") for path in (folder / name).iterdir()]:
+        shutil.copy(path, path.with_name(path.name.replace("a", "0", 1)))
+    vae = ("--vae", "models/vae.safetensors", "--vae_dtype", "float32")
+    succeed_here("wan_cache_latents.py", *ENCODE, *vae, "--vace", folder=folder)
+    succeed_here("wan_cache_text_encoder_outputs.py", *ENCODE, "--t5", "models/t5.safetensors", folder=folder)
+    monkeypatch.chdir(folder)
+    config = with_references(load_dataset_config(Path("dataset.toml")), VACE_REFERENCES)
+    items = require_items(find_items(config, "wan", LATENT))
+
+    (largest,) = largest_batch(with_reference_sizes(items, Stores()))
+
+    assert [item.source_stem for item in items] == ["0", "a"]
+    assert largest.source_stem == "a"

@@ -1,6 +1,8 @@
 """VACE's second stack beside the first: order, block swap, messages."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from tests.tiny.wan import write_tiny_wan
 from tests.tiny.wan_dit import tiny_state, write_dit
 from wan.checkpoints import read_dit_header
 from wan.spec import VACE_DIT
-from wan.vace import read_references, read_scales, take_control
+from wan.vace import divide, read_scales, take_control
 
 CPU = torch.device("cpu")
 
@@ -79,22 +81,25 @@ def test_references_are_divided_at_commas_unless_a_file_has_one(tmp_path: Path) 
     for path in names:
         path.touch()
 
-    assert read_references(f"{names[0]},{names[1]}\n{names[2]}") == tuple(names)
+    assert divide([Path(f"{names[0]},{names[1]}"), names[2]]) == tuple(names)
 
 
 @pytest.mark.parametrize(
-    ("extra", "words"),
-    [({"src_mask": "m.png"}, "Give --src_video"), ({"src_ref_images": "\n".join("abcdefghi")}, "at most 8")],
+    ("asked", "words"),
+    [
+        ({"extra": {"src_mask": "m.png"}}, "Give --src_video"),
+        ({"control_images": tuple(map(Path, "abcdefghi"))}, "at most 8"),
+    ],
 )
-def test_what_has_no_use_is_refused(extra: dict[str, str], words: str) -> None:
+def test_what_has_no_use_is_refused(asked: dict[str, Any], words: str) -> None:
     with pytest.raises(OptionError, match=words):
-        take_control(Request("a cat", 1, extra=extra), 2)
+        take_control(Request("a cat", 1, **asked), 2)
 
 
 def test_options_of_vace_are_refused_beside_other_tasks(tmp_path: Path) -> None:
     files = write_tiny_wan(tmp_path / "models")
     said = [*files.models, "--prompt", "a cat", "--save_path", "made", "--task", "t2v-1.3B"]
-    for given in (["--src_video", "clip.mp4"], ["--vace", "vace.safetensors"]):
+    for given in (["--src_mask", "mask.png"], ["--vace", "vace.safetensors"]):
         code, message = run_here("wan_generate_video.py", *said, *given, folder=tmp_path)
         assert_one_message(code, message, given[0], "vace-1.3B")
 
@@ -104,3 +109,17 @@ def test_blocks_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(CheckpointError, match="2 VACE blocks beside 5 blocks"):
         read_once(path, read_dit_header)
+
+
+@pytest.mark.parametrize(("number", "is_refused"), [(4, True), (30, False)])
+def test_places_that_a_configuration_has_are_compared(tmp_path: Path, number: int, is_refused: bool) -> None:
+    """That of another model, in a folder of several, says nothing."""
+    path = write_dit(tmp_path, tiny_state("vace"), "diffusers")
+    said = {"num_layers": number, "vace_layers": [1, 3]}
+    (tmp_path / "config.json").write_text(json.dumps(said), encoding="utf-8")
+
+    if is_refused:
+        with pytest.raises(CheckpointError, match=r"vace_layers are \[1, 3\]; .* beside \[0, 2\]"):
+            read_once(path, read_dit_header)
+    else:
+        assert read_once(path, read_dit_header).config.vace_layers == 2
