@@ -92,6 +92,7 @@ def test_an_encoder_without_its_tower_makes_pictures_but_no_edits(project: Path)
     make = (*FAMILY.generate, "--prompt", "x", "--save_path", "o", "--image_size", "32", "32", "--steps", "1")
     said = succeed_here(*make, "--kv_cache", "--match_target_res", "--edit", folder=project)
     assert "--edit is not needed: --control_image_path alone makes it an edit" in said
+    assert "edits pictures" not in said
     refuse(project, *make, *START, told=["has no vision tower", "--text_encoder"])
 
 
