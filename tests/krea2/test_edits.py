@@ -1,5 +1,6 @@
 """Edits with Krea 2: what caches hold, and one message for each input that cannot be used."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from tests.commands import run_script
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.tiny.families import OUTPUT, family_called, write_references
 from tests.tiny.project import write_image
@@ -49,6 +51,22 @@ def test_captions_without_pictures_and_tables_with_them_are_refused(project: Pat
     dataset.write_text(with_references.partition("control_directory")[0], encoding="utf-8")
     succeed_here(*FAMILY.cache_latents, "--edit", folder=project)
     refuse(project, *TRAIN, "--edit", told=["was encoded without pictures", "outputs.py with --edit"])
+
+
+def test_a_check_tells_what_captions_take(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before they are encoded; 12 states of each token. The rest of a file is its header."""
+    monkeypatch.setenv("COLUMNS", "300")
+    script, *words = (*FAMILY.cache_texts, "--check")
+    said = run_script(script, *words, folder=project).stdout
+    found = re.search(r"text caches of vl: about \S+ MB, that of the longest caption (\S+) kB", said)
+    assert found is not None
+    assert "more with what it sees of references" not in said
+    assert (
+        "more with what it sees of references" in run_script(script, *words, "--edit", folder=project).stdout
+    )
+    succeed_here(*FAMILY.cache_texts, folder=project)
+    sizes = [path.stat().st_size / 1000 for path in (project / "cache").glob("*_kr2_te.safetensors")]
+    assert float(found[1]) == pytest.approx(max(sizes), rel=0.05)
 
 
 @pytest.mark.parametrize(
