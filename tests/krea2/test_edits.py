@@ -104,6 +104,14 @@ def test_references_that_cannot_be_used_are_refused(project: Path) -> None:
         refuse(project, *FAMILY.cache_texts, "--edit", told=["picture 0.png", told])
 
 
+def test_messages_name_options_as_they_are_typed(project: Path) -> None:
+    make = (*FAMILY.generate, "--prompt", "x", "--save_path", "o")
+    for words in (("--num-images", "0"), ("--num-images=0",), ("--num_videos", "0")):
+        name = words[0].removesuffix("=0")
+        message = assert_one_message(*run_here(*make, *words, folder=project), f"{name} 0")
+        assert ("--num_videos" in message) is (name == "--num_videos")
+
+
 def test_an_encoder_without_its_tower_makes_pictures_but_no_edits(project: Path) -> None:
     path = project / "model" / "text_encoder" / "model.safetensors"
     save_file({name: one for name, one in load_file(path).items() if "visual.patch" not in name}, path)
