@@ -43,6 +43,7 @@ def run_download(options: DownloadOptions) -> None:
     Raises DownloadError if a site does not give a file, OutputError if it cannot be stored.
     """
     [chosen] = options.sets()
+    print_lines(describe_licences(chosen))  # before a site is asked, which may want them accepted
     files = [file for component in chosen.components for file in component.files]
     planned = [one for one in (_plan(file, options) for file in files) if one is not None]
     if planned:
@@ -56,7 +57,6 @@ def run_download(options: DownloadOptions) -> None:
                 f"--to {options.to}: {gigabytes(missing)} are to be downloaded and {gigabytes(free)} are "
                 "free. Free some space, or choose a folder on another disk."
             )
-    print_lines(describe_licences(chosen))  # before anything is downloaded
     for remote, target in planned:
         logger.info("%s (%s) from %s", target, gigabytes(remote.size_bytes), remote.page)
         try:

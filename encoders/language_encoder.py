@@ -200,6 +200,12 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         return f"{', '.join(map(str, self.use.numbers)) or 'all'}{', normed' if self.use.final_norm else ''}"
 
     @property
+    def token_bytes(self) -> int:
+        with open_checkpoint(self.path) as checkpoint:
+            config = read_language_model(checkpoint, self.use.model, self.use.numbers).config
+        return config.dim * len(self.use.numbers) * self.dtype.itemsize
+
+    @property
     def identity(self) -> Mapping[str, str]:
         with open_checkpoint(self.path) as checkpoint:
             config = read_language_model(checkpoint, self.use.model, self.use.numbers).config

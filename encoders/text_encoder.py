@@ -275,6 +275,11 @@ class FileTextEncoder(ABC, Generic[Network]):
         Raises CheckpointError if the file holds another model.
         """
 
+    @property
+    def token_bytes(self) -> int:
+        """Return the size of a token's states, 0 if it is not told."""
+        return 0
+
     def identify(self, name: str, **facts: str | None) -> dict[str, str]:
         """Return fingerprints of checkpoint and tokenizer with further facts, those of None left out."""
         found = {"": fingerprint(self.path), "_tokenizer": self.source.identity(self.tokenizer, self.path)}
@@ -294,7 +299,7 @@ class FileTextEncoder(ABC, Generic[Network]):
         Raises CheckpointError if there is no tokenizer here; none is downloaded.
         """
         tokenizer = self.source.load(self.tokenizer, self.path, self.what, may_download=False)
-        dropped = self.count_dropped(tokenizer)
+        dropped, token_bytes = self.count_dropped(tokenizer), self.token_bytes
 
         def count(text: str) -> TokenCount:
             written = self.write(Prompt(text))
@@ -304,7 +309,8 @@ class FileTextEncoder(ABC, Generic[Network]):
             ends = [0 if place is None else place[1] - len(written.before) for place in inside]
             kept = kept_characters(ends, dropped + self.most - behind, len(own))
             counted = max(len(tokens.ids) - dropped, 0)
-            return TokenCount(own, counted, self.most, min(max(kept, 0), len(own)))
+            stored = min(counted, self.most) if self.variable_length else self.most
+            return TokenCount(own, counted, self.most, min(max(kept, 0), len(own)), stored * token_bytes)
 
         return count
 

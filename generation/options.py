@@ -1,9 +1,12 @@
 """Options of the generation scripts that all families share. Standard library only."""
 
 import argparse
+import contextlib
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -297,7 +300,8 @@ def read_generation(
     add_options(parser, record)
     add_more(parser)
     args = read_arguments(parser, argv)
-    options, own = read_options(GenerationOptions, args), read_options(record, args)
+    with _named_as_typed(parser, argv):
+        options, own = read_options(GenerationOptions, args), read_options(record, args)
     values = option_values(options) | option_values(own)
     given = {
         action.dest
@@ -315,6 +319,21 @@ def read_generation(
     settings = {name: values[name] for name in values if name in (given | ALWAYS_RECORDED) - elsewhere}
     output = options.output.in_folder() if options.output.names_file else options.output
     return replace(options, settings=settings, decoding_options=of_decoding, output=output), own
+
+
+@contextlib.contextmanager
+def _named_as_typed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> Iterator[None]:
+    """Have messages name the spelling that the user took: --num_images in place of --num_videos."""
+    try:
+        yield
+    except OptionError as error:
+        typed = {word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+        text = str(error)
+        for action in parser._actions:
+            taken = typed.intersection(action.option_strings)
+            if taken and f"--{action.dest}" not in taken:
+                text = re.sub(rf"--{action.dest}(?!\w)", min(taken), text)
+        raise OptionError(text) from None
 
 
 def generation_parser(description: str | None, defaults: ScriptDefaults) -> argparse.ArgumentParser:

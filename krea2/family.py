@@ -215,19 +215,19 @@ class Krea2(pictures.ModelOfPictures):
 
 
 def family_for_latent_caching(options: own.Krea2LatentCachingOptions) -> Krea2:
-    return Krea2(Krea2Files().add_vae(options.vae.file), references=_rules(options))
+    return Krea2(Krea2Files().add_vae(options.vae.file), references=_rules(options, options.edit))
 
 
 def family_for_text_caching(options: own.Krea2TextCachingOptions) -> Krea2:
     files = Krea2Files(text_use=EDIT_USE if options.edit else KREA_2_USE).add_text(options.text)
-    return Krea2(files, references=_rules(options))
+    return Krea2(files, references=_rules(options, options.edit))
 
 
 def family_for_training(options: own.Krea2TrainingOptions, dit: Path | None = None) -> Krea2:
     """dit: a transformer in place of the trained one."""
     use = EDIT_USE if options.edit else KREA_2_USE
     files = _files(options, use, dit)
-    return Krea2(files, options, references=_rules(options), isolated=options.kv_cache)
+    return Krea2(files, options, references=_rules(options, options.edit), isolated=options.kv_cache)
 
 
 def family_for_samples(options: own.Krea2TrainingOptions) -> Krea2 | None:
@@ -245,11 +245,11 @@ def family_for_samples(options: own.Krea2TrainingOptions) -> Krea2 | None:
 
 
 def family_for_generation(options: own.Krea2GenerationOptions) -> Krea2:
-    return Krea2(_files(options, MIXED_USE), references=_rules(options), isolated=options.kv_cache)
+    return Krea2(_files(options, MIXED_USE), references=_rules(options, None), isolated=options.kv_cache)
 
 
-def _rules(options: Any) -> ReferenceRules | None:
-    is_edit = getattr(options, "edit", None)  # None: of a generation, which may be one
+def _rules(options: Any, is_edit: bool | None) -> ReferenceRules | None:
+    """is_edit: None for a generation, which may be one."""
     if is_edit is False:
         return None
     area = None if getattr(options, "match_target_res", False) else MEGAPIXEL

@@ -1,4 +1,4 @@
-"""Extract a LoRA from a fine-tuned Stable Diffusion 1.x, 2.x or XL checkpoint.
+"""Extract a LoRA from a fine-tuned transformer, or a checkpoint of Stable Diffusion 1.x, 2.x or XL.
 
 All options: python networks/extract_lora_from_models.py --help
 """
@@ -14,7 +14,7 @@ import modules.interpreter  # noqa: F401
 from modules.families import plain_script
 from networks.tool_options import ExtractOptions, WholeExtractWords
 
-main = plain_script(__doc__, "networks.extracting.extract_whole", ExtractOptions, WholeExtractWords)
+main = plain_script(__doc__, "networks.extracting.extract_model", ExtractOptions, WholeExtractWords)
 
 
 if __name__ == "__main__":

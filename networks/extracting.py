@@ -24,7 +24,7 @@ from networks.deltas import LORA
 from networks.key_formats import OURS, module_of_tensor
 from networks.merging import DTYPES, as_known
 from networks.metadata import add_hashes
-from networks.module_names import alias, choose_family, family_named, replace_dots
+from networks.module_names import alias, choose_family, family_named, has_module, replace_dots
 from networks.names.layouts import FamilyNames
 from networks.text_loras import TensorPiece, is_whole, pieces_of
 from networks.tool_options import ExtractOptions
@@ -87,6 +87,27 @@ def extract_qwen(options: ExtractOptions) -> None:
     """Write the LoRA of a Qwen-Image model, as `_extract_blocks`; modulation layers get one too."""
     names = (QWEN_IMAGE.network_module, QWEN_IMAGE.name, QWEN_IMAGE.architecture)
     _extract_blocks(options, QWEN, lambda _: names)
+
+
+def extract_model(options: ExtractOptions) -> None:
+    """Write the LoRA of a transformer of any family, as `_extract_blocks`, or of a whole checkpoint."""
+    with open_checkpoint(options.model_org) as original:
+        if is_whole(original.tensors):
+            return extract_whole(options)
+        everything = BlockWeights("", ("",), "").of(bare_names(original))
+    modules = {module_of_tensor(name)[0]: name for name in everything}
+    family = choose_family(modules)
+    known = [name for one, name in modules.items() if family is not None and has_module(one, family)]
+    if family is None or not known:
+        raise CheckpointError(
+            f"{options.model_org} has layers of no model here, by their published names. Give such a "
+            "transformer, or a single-file checkpoint of Stable Diffusion, to --model_org.",
+            options.model_org,
+        )
+    if options.conv_dim is not None:
+        logger.warning("--conv_dim is ignored because the LoRA is for a transformer, without convolutions")
+    names = (family.network_module, family.name, family.architecture)
+    return _extract_blocks(options, BlockWeights(family.name, tuple(known), known[0]), lambda _: names)
 
 
 def _extract_blocks(

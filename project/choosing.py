@@ -50,14 +50,18 @@ def ask_family(model: ModelSet, files: Mapping[str, str] = MappingProxyType({}))
     finally:
         logging.disable(logging.NOTSET)
     references = 0 if family.references is None or family.references.clips else family.references.most
-    needs = "--control_image_path" in shlex.split(model.commands["generate"])
     options = [part.option for part in transformers_of(model)]
     dit = next((Path(files[name]) for one in options if one and (name := one.lstrip("-")) in files), None)
     try:
         hears = hears_sound(family)
     except UserError:  # that of a file which is not given says how
         hears = True
-    return ModelFacts(references, needs and references > 0, hears, _few_steps(family, dit))
+    return ModelFacts(references, needs_picture(model) and references > 0, hears, _few_steps(family, dit))
+
+
+def needs_picture(model: ModelSet) -> bool:
+    """Return whether its command to generate edits a picture."""
+    return "--control_image_path" in shlex.split(model.commands["generate"])
 
 
 def script_family(words: Sequence[str]) -> str:

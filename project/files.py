@@ -12,7 +12,7 @@ from modules.errors import OutputError
 from modules.installation import PREFIX
 from modules.options import option_values
 from project import describing
-from project.choosing import ask_family, choose_model, describe_fit, describe_makes
+from project.choosing import ask_family, choose_model, describe_fit, describe_makes, needs_picture
 from project.media import WRITTEN, look_at, name_some
 from project.options import RUN_FILE, NewOptions, find_models
 from project.running import WRITE_CAPTIONS, typed_in
@@ -34,7 +34,9 @@ def write_project(options: NewOptions) -> None:
         model = encoders[model.family, model.task]
     files = describing.name_files(options, model)
     facts = ask_family(model, files)
-    found = look_at(options.folder, facts, f"{model.family} {model.task}")
+    others = [one for one in find_models() if one.family == model.family and needs_picture(one)]
+    edits = "".join(f", --task {one.task} does" for one in others[:1])
+    found = look_at(options.folder, facts, f"{model.family} {model.task}", edits)
     size = describing.choose_size(model, found.media)
     frames = describing.choose_frames(model, found.media, memory)
     choice = describing.Choice(options, model, facts, found, memory, size, frames, files, trigger)

@@ -70,11 +70,11 @@ class Found:
     captions: str = CAPTIONS  # suffix of their files
 
 
-def look_at(folder: Path, facts: ModelFacts, name: str) -> Found:
+def look_at(folder: Path, facts: ModelFacts, name: str, edits: str = "") -> Found:
     """Return the media of a folder and of its sub-folders, with references if the model edits.
 
-    name: of the model, in lines. Raises DatasetError if there are no media, or no references for a model that
-    needs them.
+    name: of the model, in lines. edits: which of its family does, if it does not. Raises DatasetError if
+    there are no media, or no references for a model that needs them.
     """
     found = Found()
     places, sources = [folder], list[Path]()
@@ -102,7 +102,7 @@ def look_at(folder: Path, facts: ModelFacts, name: str) -> Found:
         nested = [one for place in places[1:] for one in _sources_in(place)]
         found.lines += [
             f"{place}: left out. A folder of this name holds what pictures are made from, and {name} does "
-            "not edit. If it is to be learned, rename it"
+            f"not edit{edits}. If it is to be learned, rename it"
             for place in (*sources, *nested)
             if _media_in(place)
         ]

@@ -18,7 +18,7 @@ from dataset.sources.listing import find_sources, missing_captions
 from dataset.sources.media_source import Fault, MediaSource, list_faults
 from dataset.sources.unread import find_unread
 from modules.atomic_write import write_bytes, write_text
-from modules.console import count_of
+from modules.console import as_size, count_of
 from modules.contract.family import TextEncoder
 from modules.contract.rules import CountTokens, TokenCount
 from modules.errors import CheckpointError, DatasetError, OptionError
@@ -262,13 +262,20 @@ def check_captions(found: TableFindings, counters: Counters = NO_COUNTERS) -> No
         place = source.caption_path or source.path
         if source.caption == "":
             found.remarks.append(Fault("have an empty caption", str(place), source.stem))
+    sizes: dict[str, list[int]] = {}
     for source in found.sources if counters.by_name else ():
         place = source.caption_path or source.path
         for caption in (source.caption or "", *source.more_captions):
             for name, count in counters.count(caption):
+                sizes.setdefault(name, []).append(count.size_bytes)
                 if count.is_cut:
                     kind, text = f"have a caption longer than {name} reads", describe_cut(place, name, count)
                     found.remarks.append(Fault(kind, text, source.stem))
+    for name, own in sizes.items():
+        if most := max(own):
+            more = ", more with what it sees of references" if found.table.texts_see_references else ""
+            words = f"{as_size(sum(own))}, that of the longest caption {as_size(most)}{more}"
+            found.caches.append(f"text caches of {name}: about {words}")
 
 
 def is_unread(source: MediaSource) -> bool:

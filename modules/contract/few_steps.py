@@ -26,7 +26,7 @@ class FewSteps:
         "distillation"
     )
     words: str = ""  # regular expression of further words in names
-    # likewise: names with it, "KreaRaw" as "krea_raw", are of the model itself
+    # likewise: names with it, "ModelRaw" as "model_raw", are of the model itself
     unless: str = ""
 
     def found_in(self, path: Path, metadata: Mapping[str, str]) -> str | None:

@@ -252,6 +252,7 @@ class TokenCount:
     tokens: int
     limit: int
     kept: int  # characters of `text` that are read
+    size_bytes: int = 0  # of its cache, if the encoder tells
 
     @property
     def is_cut(self) -> bool:

@@ -254,6 +254,17 @@ def _names(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
+@pytest.mark.parametrize("task", ["raw", "turbo", "edit"])
+def test_a_licence_is_told_before_the_first_byte(
+    task: str, hub: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The hub has none of the files."""
+    with pytest.raises(DownloadError, match="krea/Krea-2"):
+        run_download(_options(tmp_path, family="krea2", task=task))
+    assert "Krea 2 Community License: commercial use below" in capsys.readouterr().out
+    assert _names(tmp_path) == []
+
+
 def test_the_script_downloads_what_a_task_needs_and_names_the_commands(tmp_path: Path) -> None:
     with serve() as hub_of_set:
         _add_files(hub_of_set, SMALL)

@@ -1,5 +1,6 @@
 """Edits with Krea 2: what caches hold, and one message for each input that cannot be used."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from tests.commands import run_script
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.tiny.families import OUTPUT, family_called, write_references
 from tests.tiny.project import write_image
@@ -51,6 +53,22 @@ def test_captions_without_pictures_and_tables_with_them_are_refused(project: Pat
     refuse(project, *TRAIN, "--edit", told=["was encoded without pictures", "outputs.py with --edit"])
 
 
+def test_a_check_tells_what_captions_take(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before they are encoded; 12 states of each token. The rest of a file is its header."""
+    monkeypatch.setenv("COLUMNS", "300")
+    script, *words = (*FAMILY.cache_texts, "--check")
+    said = run_script(script, *words, folder=project).stdout
+    found = re.search(r"text caches of vl: about \S+ MB, that of the longest caption (\S+) kB", said)
+    assert found is not None
+    assert "more with what it sees of references" not in said
+    assert (
+        "more with what it sees of references" in run_script(script, *words, "--edit", folder=project).stdout
+    )
+    succeed_here(*FAMILY.cache_texts, folder=project)
+    sizes = [path.stat().st_size / 1000 for path in (project / "cache").glob("*_kr2_te.safetensors")]
+    assert float(found[1]) == pytest.approx(max(sizes), rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("words", "size"), [((), (64, 32)), (("--match_target_res",), (48, 32))], ids=["megapixel", "target"]
 )
@@ -86,12 +104,21 @@ def test_references_that_cannot_be_used_are_refused(project: Path) -> None:
         refuse(project, *FAMILY.cache_texts, "--edit", told=["picture 0.png", told])
 
 
+def test_messages_name_options_as_they_are_typed(project: Path) -> None:
+    make = (*FAMILY.generate, "--prompt", "x", "--save_path", "o")
+    for words in (("--num-images", "0"), ("--num-images=0",), ("--num_videos", "0")):
+        name = words[0].removesuffix("=0")
+        message = assert_one_message(*run_here(*make, *words, folder=project), f"{name} 0")
+        assert ("--num_videos" in message) is (name == "--num_videos")
+
+
 def test_an_encoder_without_its_tower_makes_pictures_but_no_edits(project: Path) -> None:
     path = project / "model" / "text_encoder" / "model.safetensors"
     save_file({name: one for name, one in load_file(path).items() if "visual.patch" not in name}, path)
     make = (*FAMILY.generate, "--prompt", "x", "--save_path", "o", "--image_size", "32", "32", "--steps", "1")
     said = succeed_here(*make, "--kv_cache", "--match_target_res", "--edit", folder=project)
     assert "--edit is not needed: --control_image_path alone makes it an edit" in said
+    assert "edits pictures" not in said
     refuse(project, *make, *START, told=["has no vision tower", "--text_encoder"])
 
 

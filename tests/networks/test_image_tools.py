@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -10,13 +11,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import merge_lora
 from flux.names import FLUX
 from flux_2.names import FLUX_2
 from hunyuan_model.names import HUNYUAN_VIDEO
+from krea2.names import KREA_2
 from modules.errors import CheckpointError, OptionError
 from networks import (
     convert_flux_lora,
     convert_hunyuan_image_lora_to_comfy,
+    extract_lora_from_models,
     flux_extract_lora,
     flux_merge_lora,
 )
@@ -24,9 +28,12 @@ from networks.apply import LoraPatch
 from networks.deltas import group_by_module, weight_delta
 from networks.extracting import decompose_change
 from networks.loading import LoraUse, read_lora
+from networks.names.layouts import FamilyNames
 from networks.parts import fuse
 from tests.golden_cases import draw, make_weights, read_case
+from tests.tiny import krea2, z_image
 from tests.tiny.flux_2 import tiny_state
+from z_image.names import Z_IMAGE
 
 CASE, TENSORS = read_case("flux_lora_tools")
 CPU = torch.device("cpu")
@@ -231,6 +238,34 @@ def test_a_lora_of_flux_2_is_extracted_as_one(tmp_path: Path) -> None:
     assert (made.metadata["ss_base_model_version"], made.family()) == ("flux_2", FLUX_2)
     patch = LoraPatch([LoraUse(made)])
     torch.testing.assert_close(patch(changed, state[changed]), tuned[changed], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model", "family"), [(krea2, KREA_2), (z_image, Z_IMAGE)], ids=lambda one: getattr(one, "name", "")
+)
+def test_a_lora_of_any_transformer_is_extracted_of_all_its_layers(
+    tmp_path: Path, model: ModuleType, family: FamilyNames
+) -> None:
+    """What is extracted and merged again is the tuned model; another kind of file is named."""
+    state = model.tiny_state()
+    layers = [name for name, one in state.items() if one.ndim == 2 and name.endswith(".weight")]
+    tuned = {name: one + 0.1 * one.sum(1, True) if name in layers else one for name, one in state.items()}
+    paths = {name: tmp_path / f"{name}.safetensors" for name in ("before", "after", "lora", "merged")}
+    save_file(state, paths["before"])
+    save_file(tuned, paths["after"])
+    words = ["--model_org", paths["before"], "--model_tuned", paths["after"], "--save_to", paths["lora"]]
+
+    extract_lora_from_models.main([str(word) for word in (*words, "--dim", 1, "--clamp_quantile", 1)])
+    merge = ["--dit", paths["before"], "--lora_weight", paths["lora"], "--save_merged_model", paths["merged"]]
+    merge_lora.main([str(word) for word in merge])
+
+    made = read_lora(paths["lora"])
+    assert (made.family(), len(made.modules())) == (family, len(layers))
+    for name, one in load_file(paths["merged"]).items():
+        torch.testing.assert_close(one, tuned[name], atol=1e-4, rtol=1e-4)
+    save_file({"x.weight": torch.ones(2, 2)}, paths["before"])
+    with pytest.raises(CheckpointError, match="has layers of no model here"):
+        extract_lora_from_models.main([str(word) for word in words])
 
 
 def test_the_randomised_decomposition_finds_what_the_whole_one_finds() -> None:

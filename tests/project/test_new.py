@@ -41,7 +41,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("model", ["qwen edit-2511", "kontext dev", "flux_2 klein-base-4b"])
+@pytest.mark.parametrize("model", ["qwen edit-2511", "kontext dev", "flux_2 klein-base-4b", "krea2 edit"])
 def test_pairs_become_references(layout: str, model: str, tmp_path: Path) -> None:
     results, sources = LAYOUTS[layout]
     folder = tmp_path / "top" / "pairs"
@@ -224,7 +224,7 @@ def test_prompts_are_as_the_page_recommends(tmp_path: Path) -> None:
         (["flf2v", ""], ("wan", "flf2v-14B"), None),
         (["krea", "raw", ""], ("krea2", "raw"), None),
         (["krea2-turbo", ""], ("krea2", "turbo"), None),
-        (["krea/Krea-2-Raw", ""], ("krea2", "raw"), None),
+        (["krea/Krea-2-Raw", "edit", ""], ("krea2", "edit"), None),
         (["Z-Image-Turbo", ""], ("z_image", "turbo"), None),
     ],
 )

@@ -179,7 +179,7 @@ def shares_of(options: TimestepOptions, numbers: Tensor, noise: NoiseSpec, flow_
             t = numbers
         case "sigmoid":
             t = torch.sigmoid(options.sigmoid_scale * numbers)
-        case "shift" | "flux_shift" | "flux2_shift" | "qwen_shift" | "krea2_shift":
+        case name if name == "shift" or name in SIZE_SHIFTS:
             t = _shifted(torch.sigmoid(options.sigmoid_scale * numbers), flow_shift)
         case "qinglong_flux" | "qinglong_qwen":
             t = _mixed(options, numbers, flow_shift)
