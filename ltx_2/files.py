@@ -42,6 +42,7 @@ from modules.contract.loading import Placement
 from modules.contract.rules import ShiftedLogit
 from modules.devices import choose_compute_dtype
 from modules.errors import CacheError, OptionError
+from modules.speed_options import text_form
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class Ltx2Files(TransformerFiles):
     gemma: Path | None = None
     tokenizer: Path | None = None
     connectors: Path | None = None
-    text_in_fp8: bool = False
+    text_form: str | None = None
     text_on_cpu: bool = False
     streams: tuple[str, ...] = (VIDEO,)
 
@@ -84,7 +85,7 @@ class Ltx2Files(TransformerFiles):
             text_dtype=choose_compute_dtype(
                 dtype or options.text_encoder_dtype, "--text_encoder_dtype", None
             ),
-            text_in_fp8=options.in_fp8,
+            text_form=text_form(options.in_fp8, options.text_encoder_form),
             text_on_cpu=options.text_encoder_cpu,
         )
 
@@ -215,7 +216,7 @@ class Ltx2Files(TransformerFiles):
             connectors,
             self.beside(self.text_dtype),
             self.tokenizer,
-            self.text_in_fp8,
+            self.text_form,
             self.text_on_cpu,
             self.streams,
             gemma_4.GEMMA_4_USE if read_once(gemma, gemma_4.is_gemma_4) else GEMMA_USE,

@@ -45,6 +45,7 @@ from modules.families import HIGH_NOISE, LOW_NOISE
 from modules.installation import import_own
 from modules.media.pixels import to_pixels
 from modules.options import NO_OPTIONS
+from modules.speed_options import text_form
 from wan.caching import (
     NO_MOMENTS,
     NO_VACE_MOMENTS,
@@ -379,7 +380,8 @@ def family_for_latent_caching(options: WanLatentCachingOptions) -> Wan:
 
 def family_for_text_caching(options: WanTextCachingOptions) -> Wan:
     text = options.text
-    files = WanFiles(t5=text.t5, t5_tokenizer=text.t5_tokenizer, t5_in_fp8=text.fp8_t5)
+    form = text_form(text.fp8_t5, text.text_encoder_form)
+    files = WanFiles(t5=text.t5, t5_tokenizer=text.t5_tokenizer, t5_form=form)
     return Wan(files, image_kind=VACE)  # captions may be those of items with references
 
 

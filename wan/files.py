@@ -21,6 +21,7 @@ from modules.devices import choose_compute_dtype
 from modules.errors import CheckpointError, OptionError
 from modules.families import HIGH_NOISE, LOW_NOISE
 from modules.paths import explain_missing
+from modules.speed_options import text_form
 from modules.text_files import parse_json, read_text
 from wan.checkpoints import FORMAT, add_vace_header, check_task, read_dit_header
 from wan.checkpoints import identify as identify  # files.py has it in every family's folder
@@ -52,7 +53,7 @@ class WanFiles(TransformerFiles):
     vace: Path | None = None  # blocks of VACE beside `dit`
     vace_high_noise: Path | None = None
     vae_cache_cpu: bool = False
-    t5_in_fp8: bool = False
+    t5_form: str | None = None
     task: WanTask = TASKS["t2v-14B"]
 
     format: ClassVar[DitFormat[Any, Any]] = FORMAT
@@ -121,7 +122,7 @@ class WanFiles(TransformerFiles):
         return chosen or self.compute_dtype() or usual or self.usual
 
     def text_encoders(self) -> list[TextEncoder]:
-        return [WanTextEncoder(self.t5_path, self.t5_tokenizer, self.t5_in_fp8)]
+        return [WanTextEncoder(self.t5_path, self.t5_tokenizer, self.t5_form)]
 
     def load_vae(self, device: torch.device) -> WanVae:
         dtype = self.beside(self.vae_dtype)
@@ -278,7 +279,7 @@ def files_of(options: WanTrainingOptions | WanGenerationOptions) -> WanFiles:
         vace=options.vace,
         vace_high_noise=options.vace_high_noise,
         vae_cache_cpu=options.vae_cache_cpu,
-        t5_in_fp8=text.fp8_t5,
+        t5_form=text_form(text.fp8_t5, text.text_encoder_form),
         task=TASKS[options.task],
     )
     return files.add_vae(options.vae)
