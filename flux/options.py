@@ -29,7 +29,8 @@ class FluxTextOptions(Options):
         "training with --mixed_precision no"
     )
     fp8_t5: bool = option(
-        "keep T5's linear layers in fp8: half the memory of bf16, slightly different states"
+        "keep T5's linear layers in fp8: half the memory of bf16, slightly different states",
+        excludes="text_encoder_form",
     )
     text_encoder_form: str | None = text_form_option()
     t5xxl_max_token_length: int | None = option(

@@ -68,7 +68,8 @@ class HunyuanImageTextOptions(Options):
         "transformer, or for a training with --mixed_precision no"
     )
     fp8_vl: bool = option(
-        "keep the linear layers of Qwen2.5-VL in fp8: half the memory, slightly different states"
+        "keep the linear layers of Qwen2.5-VL in fp8: half the memory, slightly different states",
+        excludes="text_encoder_form",
     )
     text_encoder_form: str | None = text_form_option()
     text_encoder_cpu: bool = option("run the text encoders on the CPU")

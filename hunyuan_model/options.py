@@ -46,7 +46,8 @@ class HunyuanTextOptions(Options):
         "dtype that both encoders compute in; default: float16, but float32 if --dit is float32"
     )
     fp8_llm: bool = option(
-        "keep Llama's linear layers in fp8: half the memory of float16, slightly different states"
+        "keep Llama's linear layers in fp8: half the memory of float16, slightly different states",
+        excludes="text_encoder_form",
     )
     text_encoder_form: str | None = text_form_option()
 

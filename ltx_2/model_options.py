@@ -63,6 +63,7 @@ class Ltx2TextOptions(Options):
     in_fp8: bool = option(
         "keep Gemma's linear layers in 8 bits (fp8): half the memory, slightly different texts",
         name="gemma_load_in_8bit",
+        excludes="text_encoder_form",
     )
     text_encoder_form: str | None = text_form_option()
     text_encoder_cpu: bool = option("run the text encoder on the CPU")

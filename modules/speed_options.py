@@ -56,15 +56,6 @@ def text_form_option() -> Any:
     )
 
 
-def text_form(in_fp8: bool, form: str | None) -> str | None:
-    """Return the form to keep a text encoder in; None: as the file has it. Raises OptionError for two."""
-    if in_fp8 and form not in (None, "fp8"):
-        raise OptionError(
-            f"--text_encoder_form {form}: another option keeps the text encoder in fp8: give one of them"
-        )
-    return "fp8" if in_fp8 else form
-
-
 class TextEncoderOptions(Options):
     """The language model that encodes texts, and how it runs. Families say which, and name its fp8."""
 
@@ -78,6 +69,7 @@ class TextEncoderOptions(Options):
     in_fp8: bool = option(
         "keep the encoder's linear layers in fp8: half the memory, slightly different states",
         name="fp8_text_encoder",
+        excludes="text_encoder_form",
     )
     text_encoder_form: str | None = text_form_option()
     text_encoder_cpu: bool = option("run the text encoder on the CPU")

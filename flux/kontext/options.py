@@ -35,7 +35,8 @@ class KontextTextOptions(Options):
         "dtype of both encoders; default: bfloat16, but float32 if the transformer is float32"
     )
     fp8_t5: bool = option(
-        "keep T5's linear layers in fp8: half the memory of bf16, slightly different states"
+        "keep T5's linear layers in fp8: half the memory of bf16, slightly different states",
+        excludes="text_encoder_form",
     )
     text_encoder_form: str | None = text_form_option()
 
