@@ -52,7 +52,8 @@ class BenchFamily:
     record: str  # of options.py: what training reads
     generate: str  # script
     texts: Texts
-    work: Callable[[Any, Shape, int], Work]
+    # None: of families that have no row in gpu.py
+    work: Callable[[Any, Shape, int], Work] | None = None
     latents: str = ""  # of options.py: what caching latents reads
     train: str = ""  # script with the DEFAULTS of an image trainer; "": an ordinary one
     inputs: Callable[[Any, Drawn, Shape], Mapping[int, Conditions]] = lambda config, drawn, shape: {0: {}}
@@ -163,6 +164,28 @@ def _lumina_texts(config: Any, drawn: Drawn, length: int) -> dict[str, Tensor | 
     return {"hidden_state": drawn.numbers(1, length, config.text_dim), "attention_mask": mask}
 
 
+def _listed(key: str, several: bool = False) -> Texts:
+    """Return what makes texts of a family whose caches have one tensor of them, as long as the text is."""
+
+    def texts(config: Any, drawn: Drawn, length: int) -> dict[str, Tensor | list[Tensor]]:
+        states = (config.states,) if several else ()
+        return {key: [drawn.numbers(length, *states, config.text_dim)]}
+
+    return texts
+
+
+def _flux_2_texts(config: Any, drawn: Drawn, length: int) -> dict[str, Tensor | list[Tensor]]:
+    return {"ctx_vec": drawn.numbers(1, length, config.text_dim)}
+
+
+def _ltx_texts(config: Any, drawn: Drawn, length: int) -> dict[str, Tensor | list[Tensor]]:
+    mask = torch.ones(1, length, dtype=torch.int64)
+    return {
+        "video_prompt_embeds": drawn.numbers(1, length, config.video.text_dim),
+        "prompt_attention_mask": mask,
+    }
+
+
 # Images
 
 
@@ -246,4 +269,13 @@ FAMILIES = {
         work=lambda config, shape, text: lumina_work(config, count_tokens(shape), text),
         train="lumina_train_network",
     ),
+    "flux_2": BenchFamily("flux_2", "Flux2TrainingOptions", "flux_2_generate_image", _flux_2_texts),
+    "krea2": BenchFamily(
+        "krea2", "Krea2TrainingOptions", "krea2_generate_image", _listed("krea2_vl_embed", several=True)
+    ),
+    "ltx_2": BenchFamily("ltx_2", "Ltx2TrainingOptions", "ltx2_generate_video", _ltx_texts),
+    "qwen_image": BenchFamily(
+        "qwen_image", "QwenImageTrainingOptions", "qwen_image_generate_image", _listed("vl_embed")
+    ),
+    "z_image": BenchFamily("z_image", "ZImageTrainingOptions", "zimage_generate_image", _listed("llm_embed")),
 }

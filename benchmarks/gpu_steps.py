@@ -147,7 +147,9 @@ def section_of(row: Row, family: Any) -> Shape:
 def call_operations(row: Row, options: Any, family: Any) -> tuple[float, float]:
     """Return the operations of a measured call, with recomputation and without."""
     config = family.files.dit_header().config
-    work = FAMILIES[row.model.family].work(config, section_of(row, family), row.text_tokens)
+    count = FAMILIES[row.model.family].work
+    assert count is not None
+    work = count(config, section_of(row, family), row.text_tokens)
     if row.kind == GENERATION:
         made = row.steps * passes_of(family) * work.forward
         return made, made

@@ -177,18 +177,17 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         path: Path,
         dtype: torch.dtype = torch.bfloat16,
         tokenizer: Path | None = None,
-        in_fp8: bool = False,
+        form: str | None = None,
         on_cpu: bool = False,
     ) -> None:
         """Set up the encoder; `load` reads the files.
 
         path: file or folder of the model, or a release's folder that holds it as `text_encoder`. dtype:
-        compute dtype. in_fp8: keep the linear layers of the language model in 8 bits. on_cpu: compute there,
-        whatever the device.
+        compute dtype. form: as of `load_planned`. on_cpu: compute there, whatever the device.
         """
         super().__init__(inside(path, "text_encoder"), tokenizer)
         self.use, self.dtype = use, dtype
-        self.in_fp8, self.on_cpu = in_fp8, on_cpu
+        self.form, self.on_cpu = form, on_cpu
         self.name, self.source, self.most = use.name, use.source, use.most
         self.keys = use.keys
         self.variable_length = use.keys if use.pad is None else frozenset()
@@ -215,7 +214,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             dtype=dtype_name(self.dtype),
             state=self.state,
             template=self.use.fingerprint,
-            weights="fp8" if self.in_fp8 else None,
+            weights=self.form,
         )
 
     def write(self, prompt: Prompt) -> Written:
@@ -254,7 +253,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             room = spare_bytes(device)
         network = load_language_model(
             *(self.path, use.model, device, self.dtype),
-            *(use.numbers, use.final_norm, self.in_fp8, room),
+            *(use.numbers, use.final_norm, self.form, room),
             blocks=blocks,
         )
         if tower is not None:
@@ -267,7 +266,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             return 0
         with open_checkpoint(self.path) as checkpoint:
             plan = read_language_model(checkpoint, self.use.model, self.use.numbers, self.use.final_norm)
-            layers, size = streamed_layers(plan, self.dtype, self.in_fp8, room)
+            layers, size = streamed_layers(plan, self.dtype, self.form, room)
         return layers * size
 
     def find_token(self, tokenizer: TextTokenizer, token: str) -> int:
@@ -355,7 +354,7 @@ class LanguageModelFiles(TransformerFiles):
 
     text_encoder: Path | None = None
     text_encoder_tokenizer: Path | None = None
-    text_in_fp8: bool = False
+    text_form: str | None = None
     text_on_cpu: bool = False
 
     @property
@@ -369,7 +368,7 @@ class LanguageModelFiles(TransformerFiles):
             text_encoder=options.text_encoder,
             text_encoder_tokenizer=options.text_encoder_tokenizer,
             text_dtype=choose_compute_dtype(options.text_encoder_dtype, "--text_encoder_dtype", None),
-            text_in_fp8=options.in_fp8,
+            text_form="fp8" if options.in_fp8 else options.text_encoder_form,
             text_on_cpu=options.text_encoder_cpu,
         )
 
@@ -385,7 +384,7 @@ class LanguageModelFiles(TransformerFiles):
             self.text_encoder_path,
             self.beside(self.text_dtype),
             self.text_encoder_tokenizer,
-            self.text_in_fp8,
+            self.text_form,
             self.text_on_cpu,
         )
 

@@ -19,8 +19,16 @@ from torch import Tensor, nn
 
 from encoders.vision_towers import PLACES as TOWER_PLACES
 from encoders.vision_towers import QWEN3_TOWER, QWEN25_TOWER, VisionTower
-from modules.checkpoints.dialects import LoadPlan, count, load_planned, other_kind, shapes_of
+from modules.checkpoints.dialects import (
+    LoadPlan,
+    count,
+    load_planned,
+    other_kind,
+    shapes_of,
+    text_quantisation,
+)
 from modules.checkpoints.encoders import SPIECE_MODEL, head_width, network_in, told_beside
+from modules.checkpoints.filling import stored_as
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.contract.family import DitSpec
 from modules.contract.loading import BlockPlace
@@ -28,6 +36,7 @@ from modules.devices import send_ahead
 from modules.errors import CheckpointError, OptionError
 from modules.offload.block_swap import swap_blocks
 from modules.offload.swap_plan import SwapPlan, host_weights
+from modules.stored.forms import form_of
 
 logger = logging.getLogger(__name__)
 
@@ -352,21 +361,20 @@ def load_language_model(
     dtype: torch.dtype,
     states: Sequence[int] = (-1,),
     final_norm: bool = False,
-    in_fp8: bool = False,
+    form: str | None = None,
     room: int | None = None,
     blocks: BlockPlace | None = None,
 ) -> nn.Module:
     """Load the language model up to the last of the states that are read.
 
-    fp8 weights are dequantized. in_fp8: keep the linear layers in 8 bits instead; an fp8 file's weights are
-    then used as they are. room: bytes free on the device; layers that do not fit stay in host memory, and
-    each is copied to the device before it runs. None: all fit. blocks: takes each layer. model, states,
-    final_norm: as for `read_language_model`. Raises CheckpointError if the file is damaged or holds another
-    model.
+    form: as of `load_planned`; without one fp8 weights are dequantized. room: bytes free on the device;
+    layers that do not fit stay in host memory, and each is copied to the device before it runs. None: all
+    fit. blocks: takes each layer. model, states, final_norm: as for `read_language_model`. Raises
+    CheckpointError if the file is damaged, holds another model, or has its weights in another form.
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_language_model(checkpoint, model, states, final_norm)
-        swapped, layer = streamed_layers(plan, dtype, in_fp8, room)
+        swapped, layer = streamed_layers(plan, dtype, form, room)
         host = host_weights(SwapPlan(SPEC, swapped), device)
         what = f"the language model ({model.option})"
         if swapped:
@@ -374,23 +382,29 @@ def load_language_model(
                 "%s does not fit on the device: %d of its %d layers (%.1f GB) come from host memory each time"
             )
             logger.info(text, what, swapped, plan.config.num_layers, swapped * layer / 1e9)
-        network = load_planned(plan, build_language_model, device, dtype, what, in_fp8, host, blocks)
+        network = load_planned(plan, build_language_model, device, dtype, what, form, host, blocks)
     swap_blocks(network, host, device)
     return network
 
 
 def streamed_layers(
-    plan: LoadPlan[LanguageConfig], dtype: torch.dtype, in_fp8: bool, room: int | None
+    plan: LoadPlan[LanguageConfig], dtype: torch.dtype, form: str | None, room: int | None
 ) -> tuple[int, int]:
     """Return how many layers have to stay in host memory, and the bytes of one.
 
-    dtype, in_fp8: of the weights on the device. room: bytes free there; None: enough for all.
+    dtype, form: of the weights on the device. room: bytes free there; None: enough for all.
     """
+    asked = None if form is None else form_of(text_quantisation(form))
 
     def size(name: str) -> int:
-        is_rounded = in_fp8 and name.endswith("_proj.weight")
-        shape = plan.checkpoint.tensors[plan.sources[name].names[0]].shape
-        return math.prod(shape) * (1 if is_rounded else dtype.itemsize)
+        source, tensors = plan.sources[name], plan.checkpoint.tensors
+        shape, is_linear = tensors[source.names[0]].shape, name.endswith("_proj.weight")
+        stored = stored_as(source, tensors) if is_linear else None
+        if stored is None or (asked is None and not stored.form.stays):
+            stored = asked.empty((shape[0], shape[1])) if asked is not None and is_linear else None
+        if stored is None:
+            return math.prod(shape) * dtype.itemsize
+        return sum(tensor.nbytes for tensor in stored.tensors if tensor is not None)
 
     if room is None or plan.config.num_layers < 2:
         return 0, 0

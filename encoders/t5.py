@@ -107,14 +107,14 @@ class T5TextEncoder(FileTextEncoder[T5Network]):
         tokenizer: Path | None = None,
         max_length: int = MAX_TOKENS,
         uses_mask: bool = False,
-        in_fp8: bool = False,
+        form: str | None = None,
         use: T5Use = USE,
     ) -> None:
         """Set up the encoder; `load` reads the files.
 
         path: file or folder of the model, or a whole release. dtype: compute dtype; None: the file's.
         max_length: tokens of each row (L), with the end token and padding. uses_mask: no token attends to
-        padding; otherwise padding counts as tokens. in_fp8: keep the linear layers in 8 bits.
+        padding; otherwise padding counts as tokens. form: as of `load_planned`.
         """
         there = (folder for folder in use.folders if (path / folder).is_dir())
         super().__init__(inside(path, next(there, "")), tokenizer)
@@ -122,7 +122,7 @@ class T5TextEncoder(FileTextEncoder[T5Network]):
         self.dtype = dtype
         self.source = TokenizerSource(use.tokenizer, end=TEXT_END, may_be_inside=True)
         self.uses_mask = uses_mask
-        self.in_fp8 = in_fp8
+        self.form = form
         self.use = use
 
     @property
@@ -132,12 +132,12 @@ class T5TextEncoder(FileTextEncoder[T5Network]):
             dtype="of the file" if self.dtype is None else dtype_name(self.dtype),
             length=str(self.most),
             mask="used" if self.uses_mask else "not used",
-            weights="fp8" if self.in_fp8 else None,
+            weights=self.form,
         )
 
     def load_network(self, device: torch.device) -> T5Network:
         """Load the network; gradients flow through 8-bit weights too."""
-        return load_t5(self.path, device, self.use.kind, self.dtype, self.in_fp8, self.blocks)
+        return load_t5(self.path, device, self.use.kind, self.dtype, self.form, self.blocks)
 
     def compute(
         self, network: T5Network, tokenizer: TextTokenizer, rows: Sequence[list[int]], dropped: int

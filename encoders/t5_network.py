@@ -318,14 +318,14 @@ def load_t5(
     device: torch.device,
     kind: T5Kind,
     dtype: torch.dtype | None = None,
-    in_fp8: bool = False,
+    form: str | None = None,
     blocks: BlockPlace | None = None,
 ) -> T5Network:
     """Load an encoder of that kind.
 
-    dtype: compute dtype; None: that of the file, and bfloat16 for fp8. in_fp8: keep the linear layers in 8
-    bits; an fp8 file's weights are then used as they are, otherwise they are dequantized. blocks: takes
-    each block. Raises CheckpointError if the file is damaged or holds another model.
+    dtype: compute dtype; None: that of the file, and bfloat16 for fp8. form: as of `load_planned`; without
+    one fp8 weights are dequantized. blocks: takes each block. Raises CheckpointError if the file is damaged,
+    holds another model, or has its weights in another form.
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_t5(checkpoint, kind)
@@ -334,6 +334,6 @@ def load_t5(
         # fp8 files; and float16 on a CPU: few CPUs have it, and the model is bfloat16
         compute = dtype or (stored if is_kept else torch.bfloat16)
         what = f"the {kind.name} text encoder ({kind.option})"
-        t5 = load_planned(plan, T5Network, device, compute, what, in_fp8, blocks=blocks)
+        t5 = load_planned(plan, T5Network, device, compute, what, form, blocks=blocks)
     logger.info("T5: %s, stored as %s, computing in %s", path, dtype_name(stored), dtype_name(compute))
     return t5

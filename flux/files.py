@@ -128,7 +128,7 @@ class FluxFiles(AutoencoderFiles):
     t5xxl: Path | None = None
     clip_l_tokenizer: Path | None = None
     t5xxl_tokenizer: Path | None = None
-    t5_in_fp8: bool = False
+    t5_form: str | None = None
     max_tokens: int | None = None  # that T5 reads; None: as the transformer was trained
     masks_text: bool = False  # --apply_t5_attn_mask; always so for Chroma
 
@@ -144,7 +144,7 @@ class FluxFiles(AutoencoderFiles):
             clip_l_tokenizer=options.clip_l_tokenizer,
             t5xxl_tokenizer=options.t5xxl_tokenizer,
             text_dtype=choose_compute_dtype(options.text_encoder_dtype, "--text_encoder_dtype", None),
-            t5_in_fp8=options.fp8_t5,
+            t5_form="fp8" if options.fp8_t5 else options.text_encoder_form,
             max_tokens=options.t5xxl_max_token_length,
             masks_text=options.apply_t5_attn_mask,
         )
@@ -198,7 +198,7 @@ class FluxFiles(AutoencoderFiles):
             self.t5xxl_tokenizer,
             max_length=self.t5_tokens,
             uses_mask=self.uses_mask,
-            in_fp8=self.t5_in_fp8,
+            form=self.t5_form,
             use=self.t5_use,
         )
         return [*([self._clip(dtype)] if self.has_pooled else []), t5]

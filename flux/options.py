@@ -6,7 +6,7 @@ from typing import Any
 
 from modules.errors import OptionError
 from modules.options import FREE, HABIT, NO_PIXELS, OF_DECODING, Options, option, unsupported
-from modules.speed_options import AE, AE_HELP, VaeOptions, dit_dtype_option
+from modules.speed_options import AE, AE_HELP, VaeOptions, dit_dtype_option, text_form_option
 
 FLUX, CHROMA = "flux", "chroma"  # values of --model_type
 USUAL_GUIDANCE = 3.5  # default of the embedded guidance, in training and in generation
@@ -29,8 +29,10 @@ class FluxTextOptions(Options):
         "training with --mixed_precision no"
     )
     fp8_t5: bool = option(
-        "keep T5's linear layers in fp8: half the memory of bf16, slightly different states"
+        "keep T5's linear layers in fp8: half the memory of bf16, slightly different states",
+        excludes="text_encoder_form",
     )
+    text_encoder_form: str | None = text_form_option()
     t5xxl_max_token_length: int | None = option(
         "tokens that T5 reads; default: 512, for schnell 256",
         least=2,

@@ -322,7 +322,7 @@ def advice(
     lines: list[str] = []
     for phase in (*prediction.before, *prediction.after):
         if phase.device > room.usable:
-            smaller = SMALLER.get(phase.name, "the text encoder in fp8, --fp8_llm or --fp8_t5")
+            smaller = SMALLER.get(phase.name, "--text_encoder_form nf4 (fp8: half as small)")
             lines.append(f"{phase.name} needs {gib(phase.device)} GiB by itself: use {smaller}")
     if prediction.device(0) <= room.usable:
         return lines

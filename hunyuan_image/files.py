@@ -132,7 +132,7 @@ class HunyuanImageFiles(TransformerFiles):
     text_encoder: Path | None = None
     text_encoder_tokenizer: Path | None = None
     byt5: Path | None = None
-    text_in_fp8: bool = False
+    text_form: str | None = None
     text_on_cpu: bool = False
 
     format: ClassVar = FORMAT
@@ -150,7 +150,7 @@ class HunyuanImageFiles(TransformerFiles):
             text_encoder_tokenizer=options.text_encoder_tokenizer,
             byt5=options.byt5,
             text_dtype=choose_compute_dtype(options.text_encoder_dtype, "--text_encoder_dtype", None),
-            text_in_fp8=options.fp8_vl,
+            text_form="fp8" if options.fp8_vl else options.text_encoder_form,
             text_on_cpu=options.text_encoder_cpu,
         )
 
@@ -168,7 +168,7 @@ class HunyuanImageFiles(TransformerFiles):
             self.text_encoder_path,
             self.beside(self.text_dtype, TEXT_DTYPE),
             self.text_encoder_tokenizer,
-            self.text_in_fp8,
+            self.text_form,
             self.text_on_cpu,
         )
         return [qwen, GlyphTextEncoder(self.byt5_path, self.beside(self.text_dtype), self.text_on_cpu)]

@@ -8,7 +8,13 @@ from typing import Any
 
 from modules.errors import OptionError
 from modules.options import FREE, NO_PIXELS, OF_DECODING, Options, option
-from modules.speed_options import GENERATION_VALUES, TRAINING_FLAGS, VaeOptions, dit_dtype_option
+from modules.speed_options import (
+    GENERATION_VALUES,
+    TRAINING_FLAGS,
+    VaeOptions,
+    dit_dtype_option,
+    text_form_option,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +68,10 @@ class HunyuanImageTextOptions(Options):
         "transformer, or for a training with --mixed_precision no"
     )
     fp8_vl: bool = option(
-        "keep the linear layers of Qwen2.5-VL in fp8: half the memory, slightly different states"
+        "keep the linear layers of Qwen2.5-VL in fp8: half the memory, slightly different states",
+        excludes="text_encoder_form",
     )
+    text_encoder_form: str | None = text_form_option()
     text_encoder_cpu: bool = option("run the text encoders on the CPU")
 
 

@@ -92,10 +92,10 @@ class QwenTextEncoder(LanguageModelEncoder):
         path: Path,
         dtype: torch.dtype = torch.bfloat16,
         tokenizer: Path | None = None,
-        in_fp8: bool = False,
+        form: str | None = None,
         on_cpu: bool = False,
     ) -> None:
-        super().__init__(QWEN_USE, path, dtype, tokenizer, in_fp8, on_cpu)
+        super().__init__(QWEN_USE, path, dtype, tokenizer, form, on_cpu)
 
     @property
     def state(self) -> None:

@@ -36,7 +36,7 @@ class HunyuanFiles(TransformerFiles):
     text_encoder2_tokenizer: Path | None = None
     vae_tile_frames: int = TILE_FRAMES
     vae_chunk_size: int | None = None
-    llm_in_fp8: bool = False
+    llm_form: str | None = None
     reading: TextReadingOptions = AS_TRAINED  # how texts are read
 
     refiner: ClassVar[tuple[str, str]] = HUNYUAN_REFINER
@@ -69,7 +69,7 @@ class HunyuanFiles(TransformerFiles):
             text_encoder1_tokenizer=options.text_encoder1_tokenizer,
             text_encoder2_tokenizer=options.text_encoder2_tokenizer,
             text_dtype=choose_compute_dtype(options.text_encoder_dtype, "--text_encoder_dtype", None),
-            llm_in_fp8=options.fp8_llm,
+            llm_form="fp8" if options.fp8_llm else options.text_encoder_form,
         )
 
     def text_encoders(self) -> list[TextEncoder]:
@@ -82,7 +82,7 @@ class HunyuanFiles(TransformerFiles):
                 template_of(reading.custom_system_prompt),
                 reading.hidden_state_skip_layer,
                 reading.apply_final_norm,
-                self.llm_in_fp8,
+                self.llm_form,
             ),
             clip(self.text_encoder2_path, dtype, self.text_encoder2_tokenizer),
         ]

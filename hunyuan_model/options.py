@@ -8,7 +8,7 @@ from typing import Any
 from hunyuan_model.configs import SKIP_LAYERS
 from modules.errors import OptionError
 from modules.options import FREE, HABIT, NO_PIXELS, OF_DECODING, Options, option
-from modules.speed_options import VAE_TILE, VaeOptions, dit_dtype_option
+from modules.speed_options import VAE_TILE, VaeOptions, dit_dtype_option, text_form_option
 
 INPUT_CHANNELS = (16, 32)  # of the two kinds of transformer
 # settings of `VaeOptions` where the VAE always works in tiles
@@ -46,8 +46,10 @@ class HunyuanTextOptions(Options):
         "dtype that both encoders compute in; default: float16, but float32 if --dit is float32"
     )
     fp8_llm: bool = option(
-        "keep Llama's linear layers in fp8: half the memory of float16, slightly different states"
+        "keep Llama's linear layers in fp8: half the memory of float16, slightly different states",
+        excludes="text_encoder_form",
     )
+    text_encoder_form: str | None = text_form_option()
 
 
 class TextReadingOptions(Options):

@@ -113,11 +113,11 @@ class LlavaTextEncoder(LanguageModelEncoder):
         template: PromptTemplate = VIDEO_TEMPLATE,
         skip_layers: int = SKIP_LAYERS,
         final_norm: bool = False,
-        in_fp8: bool = False,
+        form: str | None = None,
     ) -> None:
         """Set up the encoder; `load` reads the files.
 
-        path, dtype, tokenizer, in_fp8: as of `LanguageModelEncoder`. skip_layers: number of layers after the
+        path, dtype, tokenizer, form: as of `LanguageModelEncoder`. skip_layers: number of layers after the
         state that is returned; 0 returns the last state, always normed. final_norm: norm other states too.
         """
         use = replace(
@@ -128,7 +128,7 @@ class LlavaTextEncoder(LanguageModelEncoder):
             states=(-1 - skip_layers,),
             final_norm=final_norm or skip_layers == 0,
         )
-        super().__init__(use, path, dtype, tokenizer, in_fp8)
+        super().__init__(use, path, dtype, tokenizer, form)
         self.template = template
 
     @property

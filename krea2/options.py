@@ -46,6 +46,7 @@ class Krea2TextOptions(TextEncoderOptions):
     in_fp8: bool = option(
         "keep the linear layers of Qwen3-VL in fp8: half the memory, slightly different states",
         name="fp8_vl",
+        excludes="text_encoder_form",
     )
 
 

@@ -65,7 +65,7 @@ class Ltx2Files(TransformerFiles):
     gemma: Path | None = None
     tokenizer: Path | None = None
     connectors: Path | None = None
-    text_in_fp8: bool = False
+    text_form: str | None = None
     text_on_cpu: bool = False
     streams: tuple[str, ...] = (VIDEO,)
 
@@ -84,7 +84,7 @@ class Ltx2Files(TransformerFiles):
             text_dtype=choose_compute_dtype(
                 dtype or options.text_encoder_dtype, "--text_encoder_dtype", None
             ),
-            text_in_fp8=options.in_fp8,
+            text_form="fp8" if options.in_fp8 else options.text_encoder_form,
             text_on_cpu=options.text_encoder_cpu,
         )
 
@@ -215,7 +215,7 @@ class Ltx2Files(TransformerFiles):
             connectors,
             self.beside(self.text_dtype),
             self.tokenizer,
-            self.text_in_fp8,
+            self.text_form,
             self.text_on_cpu,
             self.streams,
             gemma_4.GEMMA_4_USE if read_once(gemma, gemma_4.is_gemma_4) else GEMMA_USE,

@@ -5,7 +5,7 @@ from typing import Any
 
 from ltx_2.refused_options import SOUND
 from modules.options import FREE, IDENTITY, OF_DECODING, OF_REQUEST, Options, option
-from modules.speed_options import VaeOptions
+from modules.speed_options import VaeOptions, text_form_option
 
 VIDEO, AUDIO = STREAMS = ("video", "audio")
 MODES = {  # of --ltx2_mode: streams that are trained or made
@@ -63,7 +63,9 @@ class Ltx2TextOptions(Options):
     in_fp8: bool = option(
         "keep Gemma's linear layers in 8 bits (fp8): half the memory, slightly different texts",
         name="gemma_load_in_8bit",
+        excludes="text_encoder_form",
     )
+    text_encoder_form: str | None = text_form_option()
     text_encoder_cpu: bool = option("run the text encoder on the CPU")
 
     @property
@@ -81,6 +83,7 @@ class Ltx2TextOptions(Options):
             "--gemma_safetensors": self.gemma_safetensors,
             "--ltx2_text_encoder_checkpoint": self.ltx2_text_encoder_checkpoint,
             "--gemma_load_in_8bit": self.in_fp8,
+            "--text_encoder_form": self.text_encoder_form,
         }
 
 

@@ -144,7 +144,7 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         connectors: Path,
         dtype: torch.dtype = torch.bfloat16,
         tokenizer: Path | None = None,
-        in_fp8: bool = False,
+        form: str | None = None,
         on_cpu: bool = False,
         streams: Collection[str] = STREAMS,
         use: LanguageUse = GEMMA_USE,
@@ -152,10 +152,10 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         """Set up the encoder; `load` reads the files.
 
         path: file or folder of Gemma. connectors: file that holds them, or a release's folder. streams: whose
-        texts are wanted. dtype, tokenizer, in_fp8, on_cpu: as of `LanguageModelEncoder`; the connectors stay
+        texts are wanted. dtype, tokenizer, form, on_cpu: as of `LanguageModelEncoder`; the connectors stay
         in `dtype`. use: which Gemma.
         """
-        super().__init__(use, path, dtype, tokenizer, in_fp8, on_cpu)
+        super().__init__(use, path, dtype, tokenizer, form, on_cpu)
         self.connectors, self.streams = inside(connectors, "connectors"), tuple(streams)
         self.keys = frozenset({*map(prompt_key, self.streams), MASK})
         self.variable_length = frozenset()

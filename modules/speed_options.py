@@ -47,6 +47,15 @@ class VaeOptions(Options):
         return VAE_TILE if self.vae_tiling else None
 
 
+def text_form_option() -> Any:
+    """Return the field `text_encoder_form` of a family's options, beside its own one for fp8."""
+    return option(
+        "form in which the text encoder's linear layers are kept: fp8, int8 (rotated; as small, closer to 16 "
+        "bits) or nf4 (half of that, less exact)",
+        choices=("fp8", "int8", "nf4"),
+    )
+
+
 class TextEncoderOptions(Options):
     """The language model that encodes texts, and how it runs. Families say which, and name its fp8."""
 
@@ -60,7 +69,9 @@ class TextEncoderOptions(Options):
     in_fp8: bool = option(
         "keep the encoder's linear layers in fp8: half the memory, slightly different states",
         name="fp8_text_encoder",
+        excludes="text_encoder_form",
     )
+    text_encoder_form: str | None = text_form_option()
     text_encoder_cpu: bool = option("run the text encoder on the CPU")
 
     def words(self, stand_in: str) -> dict[str, Any]:
@@ -70,6 +81,7 @@ class TextEncoderOptions(Options):
             "--text_encoder": self.text_encoder or stand_in,
             "--text_encoder_tokenizer": self.text_encoder_tokenizer,
             f"--{fp8}": self.in_fp8,
+            "--text_encoder_form": self.text_encoder_form,
         }
 
 

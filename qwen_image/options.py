@@ -61,6 +61,7 @@ class QwenImageTextOptions(TextEncoderOptions):
     in_fp8: bool = option(
         "keep the linear layers of Qwen2.5-VL in fp8: half the memory, slightly different states",
         name="fp8_vl",
+        excludes="text_encoder_form",
     )
 
 

@@ -7,12 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 from tests.faults.messages import assert_one_message, run_here
-from tests.test_fp8 import CHOSEN, apart, generated, load_weights, with_dit
+from tests.test_fp8 import (
+    CHOSEN,
+    TEXTS_IN_FP8,
+    apart,
+    difference,
+    generated,
+    load_weights,
+    with_dit,
+)
 from tests.tiny.dit_files import as_fp8
 from tests.tiny.families import write_deep
 from tests.tiny.runs import TinyProject, make_project
@@ -126,6 +134,29 @@ def test_losses_stay_near_those_in_16_bits(project: TinyProject, form: str, most
     for plain, stored in zip(*losses, strict=True):
         assert math.isclose(stored, plain, rel_tol=most)
     assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("form", ["int8", "nf4"])
+def test_text_encoders_are_kept_small_too_and_caches_of_theirs_made_anew(
+    project: TinyProject, form: str, tmp_path: Path
+) -> None:
+    if project.family.name not in TEXTS_IN_FP8:
+        pytest.skip("its text encoders are kept in 16 bits")
+    in_fp8, key = TEXTS_IN_FP8[project.family.name]
+
+    def texts() -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for path in sorted((project.folder / "cache").glob("*_te.safetensors")):
+            tensors |= {f"{path.name} {name}": one for name, one in load_file(path).items() if key in name}
+        return tensors
+
+    before, cache = texts(), project.family.cache_texts
+    project.run(*cache, "--text_encoder_form", form)
+    after = texts()
+    project.run(*cache)  # for the other tests of this project
+    assert 1e-5 < difference(after, before) < (1 if form == "nf4" else 0.15)  # sharp attention, as in fp8
+    found = run_here(*cache, "--text_encoder_form", form, in_fp8, folder=project.folder)
+    assert_one_message(*found, in_fp8, "--text_encoder_form")
 
 
 def read_losses(folder: Path) -> list[float]:

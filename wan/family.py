@@ -388,7 +388,8 @@ def family_for_latent_caching(options: WanLatentCachingOptions) -> Wan:
 
 def family_for_text_caching(options: WanTextCachingOptions) -> Wan:
     text = options.text
-    files = WanFiles(t5=text.t5, t5_tokenizer=text.t5_tokenizer, t5_in_fp8=text.fp8_t5)
+    form = "fp8" if text.fp8_t5 else text.text_encoder_form
+    files = WanFiles(t5=text.t5, t5_tokenizer=text.t5_tokenizer, t5_form=form)
     return Wan(files, image_kind=VACE)  # captions may be those of items with references
 
 

@@ -52,7 +52,7 @@ class WanFiles(TransformerFiles):
     vace: Path | None = None  # blocks of VACE beside `dit`
     vace_high_noise: Path | None = None
     vae_cache_cpu: bool = False
-    t5_in_fp8: bool = False
+    t5_form: str | None = None
     task: WanTask = TASKS["t2v-14B"]
 
     format: ClassVar[DitFormat[Any, Any]] = FORMAT
@@ -121,7 +121,7 @@ class WanFiles(TransformerFiles):
         return chosen or self.compute_dtype() or usual or self.usual
 
     def text_encoders(self) -> list[TextEncoder]:
-        return [WanTextEncoder(self.t5_path, self.t5_tokenizer, self.t5_in_fp8)]
+        return [WanTextEncoder(self.t5_path, self.t5_tokenizer, self.t5_form)]
 
     def load_vae(self, device: torch.device) -> WanVae:
         dtype = self.beside(self.vae_dtype)
@@ -278,7 +278,7 @@ def files_of(options: WanTrainingOptions | WanGenerationOptions) -> WanFiles:
         vace=options.vace,
         vace_high_noise=options.vace_high_noise,
         vae_cache_cpu=options.vae_cache_cpu,
-        t5_in_fp8=text.fp8_t5,
+        t5_form="fp8" if text.fp8_t5 else text.text_encoder_form,
         task=TASKS[options.task],
     )
     return files.add_vae(options.vae)

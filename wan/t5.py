@@ -89,19 +89,19 @@ class WanTextEncoder(FileTextEncoder[T5Network]):
     embedding = "token_embedding.weight"
     blocks: BlockPlace | None = None  # splits the network over processes
 
-    def __init__(self, path: Path, tokenizer: Path | None = None, in_fp8: bool = False) -> None:
+    def __init__(self, path: Path, tokenizer: Path | None = None, form: str | None = None) -> None:
         super().__init__(path, tokenizer)
-        self.in_fp8 = in_fp8
+        self.form = form
 
     @property
     def identity(self) -> Mapping[str, str]:
-        return self.identify("t5", weights="fp8" if self.in_fp8 else None)
+        return self.identify("t5", weights=self.form)
 
     def write(self, prompt: Prompt) -> Written:
         return Written(*clean_spans(prompt.text, prompt.spans))
 
     def load_network(self, device: torch.device) -> T5Network:
-        return load_t5(self.path, device, UMT5, in_fp8=self.in_fp8, blocks=self.blocks)
+        return load_t5(self.path, device, UMT5, form=self.form, blocks=self.blocks)
 
     def compute(
         self, network: T5Network, tokenizer: TextTokenizer, rows: Sequence[list[int]], dropped: int

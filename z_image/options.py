@@ -20,6 +20,7 @@ class ZImageTextOptions(TextEncoderOptions):
     in_fp8: bool = option(
         "keep the linear layers of Qwen3 in fp8: half the memory, slightly different states",
         name="fp8_llm",
+        excludes="text_encoder_form",
     )
 
 

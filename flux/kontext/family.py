@@ -82,7 +82,7 @@ class KontextFiles(FluxFiles):
             clip_l=options.text_encoder2,
             clip_l_tokenizer=options.text_encoder2_tokenizer,
             text_dtype=choose_compute_dtype(options.text_encoder_dtype, "--text_encoder_dtype", None),
-            t5_in_fp8=options.fp8_t5,
+            t5_form="fp8" if options.fp8_t5 else options.text_encoder_form,
         )
 
     def dit_header(self) -> DitHeader[FluxConfig]:

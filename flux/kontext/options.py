@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.options import FREE, HABIT, OF_DECODING, OF_REQUEST, Options, not_needed, option
-from modules.speed_options import VaeOptions, dit_dtype_option
+from modules.speed_options import VaeOptions, dit_dtype_option, text_form_option
 
 NAME = "FLUX.1 Kontext"
 GUIDANCE = 2.5  # embedded guidance of a generation, where nothing is said
@@ -35,8 +35,10 @@ class KontextTextOptions(Options):
         "dtype of both encoders; default: bfloat16, but float32 if the transformer is float32"
     )
     fp8_t5: bool = option(
-        "keep T5's linear layers in fp8: half the memory of bf16, slightly different states"
+        "keep T5's linear layers in fp8: half the memory of bf16, slightly different states",
+        excludes="text_encoder_form",
     )
+    text_encoder_form: str | None = text_form_option()
 
 
 class KontextLatentCachingOptions(Options, title=NAME):

@@ -7,18 +7,24 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from modules.checkpoints.filling import StoredLoading, find_stored_weights, load_module, on_meta_device
+from modules.checkpoints.filling import (
+    StoredLoading,
+    find_stored_weights,
+    load_module,
+    on_meta_device,
+    stored_as,
+)
 from modules.checkpoints.kinds import kind_of
 from modules.checkpoints.opening import Checkpoint, refuse_quantised
 from modules.contract.loading import BlockPlace, HostPlace, TensorSource
 from modules.errors import CheckpointError
 from modules.speed_options import Quantisation
-from modules.stored.forms import Stored, form_of, linear_weights
+from modules.stored.forms import Stored, form_of, linear_weights, prepare
 
 Config = TypeVar("Config")
 Network = TypeVar("Network", bound=nn.Module)
@@ -43,23 +49,28 @@ def load_planned(
     device: torch.device,
     dtype: torch.dtype | Callable[[str, torch.dtype], torch.dtype],
     what: str,
-    in_fp8: bool = False,
+    form: str | None = None,
     host: HostPlace | None = None,
     blocks: BlockPlace | None = None,
 ) -> Network:
     """Load the network of a plan whose file is open onto the device, in eval mode, without gradients.
 
     build: makes it from the plan's dimensions; called on the meta device. dtype, what: as for `load_module`;
-    a single dtype is used for all tensors. in_fp8: keep its linear layers in 8 bits. host: as for
+    a single dtype is used for all tensors. form: the file of `modules.stored` that
+    its linear layers are kept in; None: as they are, but fp8 multiplied out. host: as for
     `load_module`. blocks: takes each block when it is loaded. Raises CheckpointError as `load_module`.
     """
     with on_meta_device():
         network = build(plan.config)
     dtype_of = (lambda *_: dtype) if isinstance(dtype, torch.dtype) else dtype
     linear, stored = linear_weights(network), None
-    kept = find_stored_weights(linear, plan.sources, plan.checkpoint.tensors, in_fp8)
-    if in_fp8:  # embeddings and norms are not rounded, and what the file has in 8 bits stays as it is
-        stored = StoredLoading(form_of(Quantisation("rows", float32_scales=True)), linear - kept, kept)
+    kept = find_stored_weights(linear, plan.sources, plan.checkpoint.tensors, form is not None)
+    if (
+        form is not None
+    ):  # embeddings and norms are not rounded, and what the file has in 8 bits stays as it is
+        _refuse_other_forms(plan, kept, form)
+        asked = form_of(prepare(text_quantisation(form), device))
+        stored = StoredLoading(asked, linear - kept, kept)
     elif kept:
         stored = StoredLoading(None, kept=kept)
     load_module(
@@ -77,6 +88,25 @@ def load_planned(
     if blocks is not None:
         blocks.finish(network)
     return network.eval()
+
+
+def text_quantisation(form: str) -> Quantisation:
+    """Return how a text encoder is kept in a form, the name of a file of `modules.stored`."""
+    return Quantisation("rows", float32_scales=True, form=form)
+
+
+def _refuse_other_forms(plan: LoadPlan[Any], kept: Iterable[str], form: str) -> None:
+    """Raise CheckpointError for weights that the file has in another form than the one asked for."""
+    tensors = plan.checkpoint.tensors
+    for name in sorted(kept):
+        stored = stored_as(plan.sources[name], tensors)
+        if stored is not None and stored.form.name != form:
+            path = plan.checkpoint.path
+            raise CheckpointError(
+                f"the text encoder is to be kept in {form}, but {path} is already in {stored.form.name}, and "
+                "rounding twice only loses quality. Leave that option out, or give the file in 16 bits.",
+                path,
+            )
 
 
 def translate_name(name: str, table: Names) -> str:

@@ -269,7 +269,7 @@ def test_a_scaled_fp8_file_is_multiplied_out_or_stays(
 
     (states, _), *_ = expected(model, encoder, ["a rabbit"])
     assert_close(ours, states)
-    kept = LanguageModelEncoder(use, path, torch.float32, in_fp8=True)
+    kept = LanguageModelEncoder(use, path, torch.float32, form="fp8")
     assert_close(encoded(kept, "a rabbit")[0][use.states_key], states)
     assert kept.network.get_parameter("layers.0.mlp.up_proj.weight").dtype == torch.float8_e4m3fn
     assert kept.identity != encoder.identity
@@ -416,20 +416,23 @@ def test_as_many_layers_wait_in_host_memory_as_do_not_fit(tmp_path: Path) -> Non
     with open_checkpoint(path) as checkpoint:
         plan = read_language_model(checkpoint, QWEN3)
         rooms = (None, whole, whole - 1, whole - sizes[0] - 1, 0)
-        counts = [streamed_layers(plan, torch.bfloat16, False, room) for room in rooms]
-        (_, in_fp8) = streamed_layers(plan, torch.bfloat16, True, 0)
+        counts = [streamed_layers(plan, torch.bfloat16, None, room) for room in rooms]
+        small = {form: streamed_layers(plan, torch.bfloat16, form, 0)[1] for form in ("fp8", "int8", "nf4")}
     assert counts == [(0, 0), (0, sizes[0]), (1, sizes[0]), (2, sizes[0]), (LAYERS - 1, sizes[0])]
-    assert sizes[0] / 2 < in_fp8 < sizes[0]  # norms have 16 bits
+    assert sizes[0] / 2 < small["fp8"] < small["int8"] < sizes[0]  # norms have 16 bits, int8 scales
+    for form in ("int8", "nf4"):
+        kept = load_language_model(path, QWEN3, CPU, torch.bfloat16, form=form).get_submodule("layers.0")
+        assert small[form] == sum(one.nbytes for one in (*kept.parameters(), *kept.buffers()))
     encoder = LanguageModelEncoder(Z_IMAGE, path)
     assert encoder.waiting_bytes(0) == (LAYERS - 2) * sizes[0]  # its last layer is not run
     assert LanguageModelEncoder(Z_IMAGE, path, on_cpu=True).waiting_bytes(0) == 0
 
 
-@pytest.mark.parametrize("in_fp8", [False, True], ids=["whole", "fp8"])
-def test_layers_copied_before_they_run_give_the_same_states(in_fp8: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", [None, "fp8", "nf4"])
+def test_layers_copied_before_they_run_give_the_same_states(form: str | None, tmp_path: Path) -> None:
     """Host memory is useless for computing, and copies arrive at the last moment."""
     path = write_model(write_qwen_tokenizer(tmp_path) / "model.safetensors", qwen3())
-    plain, streamed = (LanguageModelEncoder(KLEIN, path, torch.float32, in_fp8=in_fp8) for _ in range(2))
+    plain, streamed = (LanguageModelEncoder(KLEIN, path, torch.float32, form=form) for _ in range(2))
     resident, device = encoded(plain, *PROMPTS), FakeDevice()
     streamed.load(CPU)
     swapped(streamed.network, SPEC, 2, device)

@@ -77,7 +77,7 @@ def test_states_equal_those_of_transformers(file: Path, uses_mask: bool) -> None
 
 def test_weights_in_8_bits_stay_near(file: Path) -> None:
     exact = stacked(encoder_of(file), *PROMPTS)[0]
-    encoder = encoder_of(file, in_fp8=True)
+    encoder = encoder_of(file, form="fp8")
     linear = [name for name, part in encoder.network.named_modules() if isinstance(part, nn.Linear)]
     assert list(quantised_layers(encoder.network)) == linear
     apart = (stacked(encoder, *PROMPTS)[0] - exact).norm() / exact.norm()
@@ -148,8 +148,8 @@ def test_other_encoders_are_refused(tmp_path: Path, message: str, tensors: dict[
 
 
 def test_gradients_reach_what_learns_through_all_blocks_and_8_bit_weights(file: Path) -> None:
-    for in_fp8 in (False, True):
-        encoder = encoder_of(file, in_fp8=in_fp8)
+    for form in (None, "fp8", "int8", "nf4"):
+        encoder = encoder_of(file, form=form)
         assert can_learn(encoder)
         first = encoder.network.blocks[0].attn.q  # type: ignore[union-attr]
         extra = torch.zeros(first.out_features, requires_grad=True)
@@ -167,7 +167,7 @@ def test_identity_follows_all_that_an_output_depends_on(file: Path) -> None:
         T5TextEncoder(file, torch.float32),
         T5TextEncoder(file, max_length=256),
         T5TextEncoder(file, uses_mask=True),
-        T5TextEncoder(file, in_fp8=True),
+        T5TextEncoder(file, form="fp8"),
         T5TextEncoder(file, tokenizer=file.parent / "t5xxl" / "spiece.model"),
     ):
         assert dict(other.identity) != usual

@@ -24,10 +24,10 @@ def encoded(encoder: LanguageModelEncoder, key: str, shown: list[list[Tensor]]) 
     return [value[0] if isinstance(value := one[key], list) else value for one in found]
 
 
-@pytest.mark.parametrize("in_fp8", [False, True], ids=["whole", "fp8"])
+@pytest.mark.parametrize("form", [None, "fp8"], ids=["whole", "fp8"])
 @pytest.mark.parametrize("use", [Z_IMAGE, KLEIN, USE], ids=["one state", "joined", "pictures"])
 def test_streamed_layers_give_the_same_states(
-    use: LanguageUse, in_fp8: bool, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    use: LanguageUse, form: str | None, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = qwen25_vl() if use.model is QWEN_IMAGE.model else qwen3()
     path = write_model(write_qwen_tokenizer(tmp_path) / "model.safetensors", model)
@@ -35,7 +35,7 @@ def test_streamed_layers_give_the_same_states(
     results = []
     for streamed in (False, True):
         monkeypatch.setattr(language_encoder, "spare_bytes", lambda _, room=0 if streamed else 1 << 40: room)
-        encoder = LanguageModelEncoder(use, path, torch.float32, in_fp8=in_fp8)
+        encoder = LanguageModelEncoder(use, path, torch.float32, form=form)
         encoder.load(device)
         results.append(encoded(encoder, use.states_key, shown))
         encoder.load(device)

@@ -139,7 +139,7 @@ def test_identity_follows_all_that_an_output_depends_on(folder: Path, tmp_path: 
         LlavaTextEncoder(path, template=IMAGE_TEMPLATE),
         LlavaTextEncoder(path, skip_layers=1),
         LlavaTextEncoder(path, final_norm=True),
-        LlavaTextEncoder(path, in_fp8=True),
+        LlavaTextEncoder(path, form="fp8"),
     ):
         assert dict(other.identity) != before
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))

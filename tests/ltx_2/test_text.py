@@ -170,9 +170,9 @@ def test_identity_follows_both_files_and_the_dtype(gemma: Any, tmp_path: Path) -
     assert silent.identity == encoder.identity
 
 
-@pytest.mark.parametrize("in_fp8", [False, True], ids=["multiplied out", "kept"])
-def test_an_fp8_file_of_gemma_serves(in_fp8: bool, gemma: Any, tmp_path: Path) -> None:
-    encoder = tiny_encoder(tmp_path, gemma, in_fp8=in_fp8)
+@pytest.mark.parametrize("form", [None, "fp8"], ids=["multiplied out", "kept"])
+def test_an_fp8_file_of_gemma_serves(form: str | None, gemma: Any, tmp_path: Path) -> None:
+    encoder = tiny_encoder(tmp_path, gemma, form=form)
     file = encoder.path / "model.safetensors"
     stored, meant = scaled_fp8(load_file(file))
     save_file(meant, file)
