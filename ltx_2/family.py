@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ltx_2.blocks import LtxReferences
 from ltx_2.configs import DIT, LORA_PRESETS, NEGATIVE_PROMPT, NOISE, RELEASES
 from ltx_2.files import Ltx2Files, check_version, files_of, shifted_logit
 from ltx_2.guidance import guidance_rules
@@ -24,13 +25,12 @@ from ltx_2.options import (
 )
 from ltx_2.reference_options import MOST
 from ltx_2.references import (
-    check_size as check_reference_size,
-)
-from ltx_2.references import (
+    STRENGTHS,
     factor_metadata,
     is_picture,
     pack,
     read_pixels,
+    read_strengths,
     reference_key,
     references_of,
     rules_of,
@@ -38,6 +38,9 @@ from ltx_2.references import (
     unpack,
     velocity_of_references,
     with_noisy_references,
+)
+from ltx_2.references import (
+    check_size as check_reference_size,
 )
 from ltx_2.stages import TwoStages, stage_sections, two_stages
 from ltx_2.text_encoder import MASK, prompt_key
@@ -100,6 +103,7 @@ class Ltx2(Ltx2Media):
     options: Any = NO_OPTIONS  # of a training
     references: rules.ReferenceRules | None = rules.ReferenceRules(MOST, clips=True)
     reference_strength: float = 1.0  # of a generation; below 1 they are denoised too
+    reference_attention: tuple[Path | None, float] = (None, 1.0)  # mask and strength
 
     can: ClassVar = Abilities(hear=True, rate=True, tell_few_steps=True)
     name: str = field(default="ltx2_v1", init=False)
@@ -210,6 +214,13 @@ class Ltx2(Ltx2Media):
         clean = [self.latent.to_model(one.to(noisy.device)) for one in references_of(cond)]
         share = 1 - self.reference_strength if clean else 0.0
         picture, shown = unpack(picture, clean) if share else (picture, clean)
+        strengths = cond.get(STRENGTHS)
+        references = LtxReferences(
+            shown,
+            1 if self.references is None else self.references.time_factor,
+            share,
+            strengths[0].to(noisy.device) if isinstance(strengths, Tensor) else None,
+        )
         velocity, heard = dit(
             picture,
             times[0],
@@ -218,9 +229,7 @@ class Ltx2(Ltx2Media):
             sound_timesteps=times[1],
             has_sound=None if sound is None or not isinstance(has_sound, Tensor) else has_sound,
             tweaks=tweaks.rename_away(texts),
-            references=shown,
-            reference_time=1 if self.references is None else self.references.time_factor,
-            reference_share=share,
+            references=references,
             **texts(cond),
         )
         if share:
@@ -301,6 +310,8 @@ class Ltx2(Ltx2Media):
             raise OptionError(f"--reference_videos: {len(paths)} references, at most {MOST} are taken")
         for path in paths:
             check_opens("reference_video", path, is_image=is_picture(path))
+        if paths and (mask := self.reference_attention[0]) is not None:
+            check_opens("conditioning-attention-mask", mask, is_image=is_picture(mask))
         others = request.image_path or self.drive_video or (request.source and request.source.option)
         if paths and others and self.reference_strength < 1:
             raise OptionError(
@@ -319,10 +330,15 @@ class Ltx2(Ltx2Media):
             return {number: one[0] for number, one in enumerate(given) if one}
         path, size = prepared.asked.image_path, (prepared.width, prepared.height)
         vae, found = encoders.vae, dict[str, Tensor]()
-        for number, reference in enumerate(prepared.own):
-            assert self.references is not None
-            shown = read_pixels(reference, (*size, prepared.frames), self.references, self.latent)
-            found[reference_key(number)] = vae.encode(shown.to(vae.device)).float().cpu()
+        if prepared.own and (told := self.references) is not None:
+            shown = [read_pixels(one, (*size, prepared.frames), told, self.latent) for one in prepared.own]
+            for number, one in enumerate(shown):
+                found[reference_key(number)] = vae.encode(one.to(vae.device)).float().cpu()
+            mask, strength = self.reference_attention
+            if mask is not None or strength < 1:
+                white = torch.ones(1) if mask is None else read_strengths(mask, shown, told, self.latent)
+                count = sum(one[0, 0].numel() for one in found.values())
+                found[STRENGTHS] = (strength * white).expand(1, count)
         if self.drive_video is not None:
             pixels = video_pixels(self.drive_video, "--drive_video", *size, prepared.frames)
         elif path is not None:
@@ -428,6 +444,7 @@ def family_for_generation(options: Ltx2GenerationOptions) -> Ltx2:
         stages=two_stages(options.stages),
         references=rules_of(options.references),
         reference_strength=options.references.strength,
+        reference_attention=options.references.attention,
     )
 
 

@@ -38,6 +38,7 @@ from modules.options import override_options
 from modules.text_files import texts_of_files
 
 logger = logging.getLogger(__name__)
+STRENGTHS = "reference_strengths"  # condition: by which tokens of references and the video see each other
 
 
 def thin_out(frames: Tensor, rules: ReferenceRules, frame_step: int) -> Tensor:
@@ -138,6 +139,29 @@ def read_pixels(path: Path, size: tuple[int, int, int], rules: ReferenceRules, l
     found = [resize_cover(numpy.ascontiguousarray(one[..., :3]), small) for one in frames]
     taken = thin_out(torch.from_numpy(numpy.stack(found)[None]), rules, latent.frame_step)
     return to_pixels(taken)
+
+
+def read_strengths(mask: Path, shown: Sequence[Tensor], rules: ReferenceRules, latent: LatentSpec) -> Tensor:
+    """Return how white a picture or clip is at the tokens of references: 1 M float32, 0..1.
+
+    shown: pixels of the references, 1 3 f h w. Raises OptionError if a clip is shorter than one of them.
+    """
+    found, steps = [], (latent.frame_step, latent.pixel_step, latent.pixel_step)
+    for reference in shown:
+        _, _, frames, height, width = reference.shape
+        size = width * rules.size_factor, height * rules.size_factor, (frames - 1) * rules.time_factor + 1
+        white = (read_pixels(mask, size, rules, latent).mean(1, keepdim=True) + 1) / 2
+        if is_picture(mask):
+            white = white.expand(-1, -1, frames, -1, -1)
+        if white.shape[2] < frames:
+            raise OptionError(
+                f"--conditioning-attention-mask {mask}: {white.shape[2]} frames are taken of it, {frames} of "
+                "a reference. Give a picture, or a clip as long as the reference"
+            )
+        # the first latent frame is of one frame
+        first = white[:, :, :1].expand(-1, -1, latent.frame_step - 1, -1, -1)
+        found.append(functional.avg_pool3d(torch.cat([first, white], dim=2), steps).flatten(1))
+    return torch.cat(found, dim=1)
 
 
 def check_size(width: int, height: int, rules: ReferenceRules, latent: LatentSpec) -> None:

@@ -190,10 +190,9 @@ TRAINING: Table = {
         sample_disable_flash_attn
     """,
     REFERENCES: """
-        ic_lora_ref_probability=1.0 av_multi_ref?=False
-        audio_ref_use_negative_positions?=False audio_ref_mask_cross_attention_to_reference?=False
-        audio_ref_mask_reference_from_text_attention?=False audio_ref_identity_guidance_scale=0.0
-        sample_include_reference
+        av_multi_ref?=False audio_ref_use_negative_positions?=False sample_include_reference
+        audio_ref_mask_cross_attention_to_reference?=False audio_ref_identity_guidance_scale=0.0
+        audio_ref_mask_reference_from_text_attention?=False
     """,
     REPORTS: """
         log_cuda_memory_every_n_steps:int log_grad_metrics log_timestep_distribution_interval=100
@@ -279,7 +278,7 @@ GENERATION: Table = {
         sample_sampler=auto av_bimodal_cfg? av_bimodal_scale:float sample_disable_flash_attn
     """,
     REFERENCES: """
-        sample_include_reference conditioning-attention-mask*:str ic_lora_strategy=auto reference_audio:str
+        sample_include_reference ic_lora_strategy=auto reference_audio:str
         inpaint_mask:str inpaint_source:str inpaint_invert? inpaint_threshold:float extend_prefix:str
         extend_prefix_frames:int outpaint_region:str outpaint_source:str drive_audio:str audio_prefix:str
         audio_prefix_seconds:float audio_inpaint_audio:str audio_inpaint_interval:str

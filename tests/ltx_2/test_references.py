@@ -60,6 +60,17 @@ def write_reference(folder: Path, number: int, factor: int, frames: int = 9) -> 
     return [Image.fromarray(frame) for frame in clip]
 
 
+def write_mask(folder: Path, factor: int, frames: int) -> Tensor:
+    """A folder of grey frames, black in their first column of tokens; return them, 1 1 F H W."""
+    folder.mkdir()
+    shape = frames, HEIGHT // factor, WIDTH // factor
+    grey = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(6))
+    grey[:, :, :32] = 0
+    for place, frame in enumerate(grey):
+        write_png(folder / f"{place:03d}.png", frame[..., None].expand(-1, -1, 3).numpy())
+    return grey[None, None] / 255
+
+
 def write_lora(path: Path, **metadata: str) -> Path:
     """A LoRA that changes nothing and says something."""
     name = "diffusion_model.transformer_blocks.0.attn1.to_q"
@@ -77,17 +88,31 @@ def asked_there(
     clips: list[list[Image.Image]],
     factor: int,
     strength: float = 1.0,
+    seen: tuple[float, Tensor | None] = (1.0, None),
 ) -> Tensor:
     """The latents that diffusers' pipeline makes from the same noise, which it would draw token by token.
 
     What it takes for clean of a reference goes by the noise level of the clip; here, as in the official code,
-    by that of the reference.
+    by that of the reference. seen: strength and mask of what both see of each other; what attention adds is
+    their logarithm, as there.
     """
     parts = pipelines.theirs(release).components
     taken = inspect.signature(LTX2InContextPipeline.__init__).parameters
     pipe = LTX2InContextPipeline(**{name: part for name, part in parts.items() if name in taken})
     pipe.set_progress_bar_config(disable=True)
     pipe.transformer.register_forward_pre_hook(pipelines.alone, with_kwargs=True)
+    masks: list[Tensor] = []
+
+    def note(_: Any, __: Any, given: dict[str, Any]) -> None:
+        masks[:] = [given["video_self_attention_mask"].log().clamp(min=-1e4)]
+
+    def put(_: Any, words: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return words, {**given, "attention_mask": masks[0].view(given["attention_mask"].shape)}
+
+    if seen != (1.0, None):
+        pipe.transformer.register_forward_pre_hook(note, with_kwargs=True)
+        for block in pipe.transformer.transformer_blocks:
+            block.attn1.register_forward_pre_hook(put, with_kwargs=True)
     grid = (2, HEIGHT // 32, WIDTH // 32)
     channels = pipe.transformer.config.in_channels
     generator = torch.Generator().manual_seed(pipelines.SEED)
@@ -123,6 +148,8 @@ def asked_there(
         num_inference_steps=pipelines.STEPS,
         reference_conditions=[LTX2ReferenceCondition(clip, strength) for clip in clips],
         reference_downscale_factor=factor,
+        conditioning_attention_strength=seen[0],
+        conditioning_attention_mask=seen[1],
         return_dict=False,
         output_type="latent",
         generator=torch.Generator().manual_seed(0),
@@ -140,6 +167,9 @@ CASES: dict[str, Any] = {
     "the factor of a LoRA": (2, [9], True),
     "less of a clip": (2, [9], False, 0.5),
     "less of two": (1, [9, 1], False, 0.25),
+    "seen less": (2, [9, 1], False, 1.0, 0.5, 0),
+    "a mask": (2, [9], False, 1.0, 0.75, 9),
+    "a grey picture": (1, [9], False, 0.5, 1.0, 1),
 }
 OF_25 = [("half the size", "2.5"), ("two", "2.5")]  # its mark is on the clip's first frame alone
 
@@ -150,8 +180,8 @@ OF_25 = [("half the size", "2.5"), ("two", "2.5")]  # its mark is on the clip's 
 def test_videos_with_references_equal_those_of_diffusers(
     release: TinyRelease, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
-    factor, lengths, by_lora, *strengths = CASES[case]
-    (strength,) = strengths or [1.0]
+    factor, lengths, by_lora, strength, attention, grey = (*CASES[case], 1.0, 1.0, 0)[:6]
+    seen = 1.0, None
     clips, paths = [], []
     for number, length in enumerate(lengths):
         folder = tmp_path / f"reference {number}"
@@ -165,12 +195,17 @@ def test_videos_with_references_equal_those_of_diffusers(
         words += ["--reference_downscale", factor]
     if strength < 1:
         words += ["--reference_strength", strength]
+    if len(CASES[case]) > 4:
+        mask = write_mask(tmp_path / "mask", factor, grey) if grey else None
+        seen = attention, None if mask is None else mask.expand(-1, -1, 9, -1, -1)
+        file = tmp_path / "mask" / ("000.png" if grey == 1 else "")
+        words += ["--conditioning-attention-mask", *([file] if grey else []), attention]
     words += pipelines.scale_words(SCALES, SCALES)
     monkeypatch.setattr(pipelines, "WIDTH", WIDTH)
 
     made = pipelines.generate(release, tmp_path, *words)
 
-    assert_equal(made["latent"], asked_there(release, monkeypatch, clips, factor, strength), "latents")
+    assert_equal(made["latent"], asked_there(release, monkeypatch, clips, factor, strength, seen), "latents")
 
 
 def made_of(release: TinyRelease, folder: Path, name: str, *words: object) -> list[Tensor]:
