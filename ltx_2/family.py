@@ -115,6 +115,10 @@ class Ltx2(Ltx2Media):
     lora_module: str = field(default=LORA[0].network_module, init=False)
 
     @property
+    def vae_dtype(self) -> torch.dtype:
+        return self.files.beside(self.files.vae_dtype)
+
+    @property
     def version(self) -> str:
         """The release that the transformer's file is; without a transformer the newest."""
         return "2.3" if self.files.dit is None else self.files.dit_header().config.kind
@@ -162,7 +166,7 @@ class Ltx2(Ltx2Media):
             )
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        vae, dtype = encoders.vae, self.files.beside(self.files.vae_dtype)
+        vae, dtype = encoders.vae, self.vae_dtype
         entries = []
         for part in media.split_for(vae.device):
             named = {"latents": part.frames}
@@ -297,7 +301,7 @@ class Ltx2(Ltx2Media):
         prepared = replace(prepared, joint=joint, rules=told, solver=solver)
         prepared = replace(prepared, own=given, own_metadata=said)
         if self.stages is not None:
-            prepared = self.stages.split(prepared, latent)
+            prepared = self.stages.split(prepared, latent, self.vae_dtype)
         if given and self.references is not None:
             small = prepared.stages[0] if prepared.stages else prepared
             check_reference_size(small.width, small.height, self.references, latent)
@@ -387,7 +391,7 @@ class Ltx2(Ltx2Media):
             enlarge,
             upscalers=self.stages.upscalers,
             vae=self.files.vae_path,
-            dtype=self.files.beside(self.files.vae_dtype),
+            dtype=self.vae_dtype,
         )
         return (yield from stage_sections(prepared, draw, begin, larger, noise))
 
@@ -429,7 +433,9 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
         makes_sound=not options.silent,
         stages=two_stages(options.stages),
         options=options,
-        references=None if options.ic_lora_strategy == "none" else rules_of(options.references),
+        references=None
+        if options.ic_lora_strategy == "none"
+        else rules_of(options.references, 1 - options.ic_lora_ref_probability),
     )
 
 

@@ -201,6 +201,9 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
         refused=dict.fromkeys(("av_ic", "video_ref_only_av", "audio_ref_ic"), _REFERENCES),
         facts=HABIT,
     )
+    ic_lora_ref_probability: float = option(
+        "share of batches that see their references", default=1.0, least=0, most=1, facts=HABIT
+    )
     guidance: Ltx2GuidanceOptions = option(facts=FREE)
     stages: Ltx2StageOptions = option(facts=FREE)
     silent: bool = _silent()

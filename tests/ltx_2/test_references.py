@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import random
 import re
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from ltx_2.rope import Places, make_table
 from modules.contract.rules import ReferenceRules
 from modules.errors import OptionError
 from modules.media.writing import write_png
+from modules.seeds import derive_seed
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.ltx_2 import test_family as pipelines
 from tests.ltx_2.release import TinyRelease, dit_config, write_release
@@ -30,6 +32,7 @@ from tests.ltx_2.tiny_dit import dit_diffusers_state, dit_in_diffusers
 from tests.parity.running import assert_equal
 from tests.parity.training import (
     RANK,
+    SEED,
     Factors,
     assert_steps_of_descent,
     descent,
@@ -337,8 +340,10 @@ def loss_of(dit: Any, items: list[Heard], references: list[Tensor], step: int) -
         count, time = mixed[0].numel(), 1000 * sigma.view(1)
         times = torch.cat([time.expand(count), torch.zeros(reference[0].numel())])[None]
         coords = dit.rope.prepare_video_coords(1, *grid, "cpu", fps=item.fps)
-        others = dit.rope.prepare_video_coords(1, *reference.shape[1:], "cpu", fps=item.fps)
-        others[:, 1:] *= 2
+        if reference.numel():
+            others = dit.rope.prepare_video_coords(1, *reference.shape[1:], "cpu", fps=item.fps)
+            others[:, 1:] *= 2
+            coords = torch.cat([coords, others], dim=2)
         made = dit(
             hidden_states=tokens,
             audio_hidden_states=torch.zeros(1, 1, dit.config.audio_in_channels),
@@ -353,7 +358,7 @@ def loss_of(dit: Any, items: list[Heard], references: list[Tensor], step: int) -
             width=grid[2],
             audio_num_frames=1,
             fps=item.fps,
-            video_coords=torch.cat([coords, others], dim=2),
+            video_coords=coords,
             isolate_modalities=True,
         )
         velocity = made.sample[0, :count].T.unflatten(1, grid)
@@ -361,11 +366,13 @@ def loss_of(dit: Any, items: list[Heard], references: list[Tensor], step: int) -
     return torch.stack(found).mean()
 
 
+@pytest.mark.parametrize("share", [1.0, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_two_steps_with_references_equal_those_computed_with_diffusers(
-    project: tuple[Path, TinyRelease], monkeypatch: pytest.MonkeyPatch
+    project: tuple[Path, TinyRelease], share: float
 ) -> None:
     folder, release = project
-    code, said = train(project, "--reference_downscale", 2)
+    words = [] if share == 1 else ["--ic_lora_ref_probability", share]
+    code, said = train(project, "--reference_downscale", 2, *words)
     assert code == 0, said[-4000:]
 
     items, references = [], {}
@@ -391,11 +398,16 @@ def test_two_steps_with_references_equal_those_computed_with_diffusers(
     def gradients(factors: Factors, step: int) -> Factors:
         dit = dit_in_diffusers("2.3", state, config=dit_config("2.3"))
         with learning(dit, parts, factors) as found:
-            batch = shuffled(items, step)
-            loss_of(dit, batch, [references[id(one)] for one in batch], step).backward()
+            batch, drawn = shuffled(items, step), random.Random(derive_seed(SEED, "references", step))
+            sees = share == 1 or drawn.random() >= 1 - share
+            seen.append(sees)
+            shown = [references[id(one)] if sees else references[id(one)][:, :0] for one in batch]
+            loss_of(dit, batch, shown, step).backward()
         return found()
 
+    seen: list[bool] = []
     assert_steps_of_descent(folder / "out", parts, RATE, gradients, "LTX-2")
+    assert set(seen) == ({True} if share == 1 else {True, False})
     with safe_open(folder / "out" / "lora.safetensors", "pt") as file:
         said_there = file.metadata()
     names = "reference_downscale_factor", "reference_spatial_scale_factor", "reference_temporal_scale_factor"
