@@ -235,7 +235,7 @@ def rehearse_denoising(
         between.append((preview, "decoding a preview"))
     for load, shape in prepared.begun_by:
         with rehearsing(network := load(META)) as ledger:
-            network(torch.empty(shape, dtype=dtype_of(network)))
+            network(torch.empty(shape, dtype=dtype_of(network), device=dry.ACCELERATOR))
         between.append((sum(dry.largest(ledger.peaks)[1].values()), type(network).__name__))
     return PhasePrediction(moments, swaps, weights, sizes, between, turns, extra)
 
