@@ -37,7 +37,7 @@ NAMES = (
         for name in (
             *("wan vace-1.3B", "framepack", "kontext", "flux_2", "qwen_image", "z_image", "krea2"),
             "krea2 edit",
-            "ltx_2 with sound",
+            *("ltx_2", "ltx_2 with sound"),
         )
     ),
 )

@@ -1,4 +1,4 @@
-"""A whole tiny LTX-2 on disk, as it is released: one file of all parts, Gemma's folder, and for two stages."""
+"""A whole tiny LTX-2 on disk: one file of all parts, and Gemma's folder; what two stages need."""
 
 import json
 from dataclasses import dataclass, field, replace
