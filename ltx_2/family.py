@@ -26,6 +26,7 @@ from ltx_2.options import (
 from ltx_2.reference_options import MOST
 from ltx_2.references import (
     STRENGTHS,
+    check_sides,
     factor_metadata,
     is_picture,
     pack,
@@ -38,9 +39,6 @@ from ltx_2.references import (
     unpack,
     velocity_of_references,
     with_noisy_references,
-)
-from ltx_2.references import (
-    check_size as check_reference_size,
 )
 from ltx_2.stages import TwoStages, stage_sections, two_stages
 from ltx_2.text_encoder import MASK, prompt_key
@@ -304,7 +302,7 @@ class Ltx2(Ltx2Media):
             prepared = self.stages.split(prepared, latent, self.vae_dtype)
         if given and self.references is not None:
             small = prepared.stages[0] if prepared.stages else prepared
-            check_reference_size(small.width, small.height, self.references, latent)
+            check_sides(small.width, small.height, self.references)
         return prepared
 
     def _references_for(self, request: Request) -> tuple[Path, ...]:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from ltx_2.configs import LATENT
 from ltx_2.reference_options import (
     FRAMES,
     MOST,
@@ -164,8 +165,8 @@ def read_strengths(mask: Path, shown: Sequence[Tensor], rules: ReferenceRules, l
     return torch.cat(found, dim=1)
 
 
-def check_size(width: int, height: int, rules: ReferenceRules, latent: LatentSpec) -> None:
-    step = latent.pixel_step * rules.size_factor
+def check_sides(width: int, height: int, rules: ReferenceRules) -> None:
+    step = rules.step * rules.size_factor
     if width % step or height % step:
         raise OptionError(
             f"--video_size {height} {width}: with references {rules.size_factor} times smaller, sides are "
@@ -224,6 +225,7 @@ def is_picture(path: Path) -> bool:
 def rules_of(options: Ltx2ReferenceOptions | Ltx2GivenReferences, dropped: float = 0.0) -> ReferenceRules:
     return ReferenceRules(
         MOST,
+        LATENT.pixel_step,
         clips=True,
         size_factor=options.reference_downscale or 1,
         time_factor=options.reference_temporal_scale or 1,
