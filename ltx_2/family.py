@@ -1,6 +1,6 @@
 """LTX-2, 2.3 and 2.5, described for the shared loops: video, with or without sound."""
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from ltx_2.references import (
     check_sides,
     factor_metadata,
     is_picture,
+    join_tokens,
     pack,
     read_pixels,
     read_strengths,
@@ -215,7 +216,12 @@ class Ltx2(Ltx2Media):
         rates, has_sound = cond.get(FPS), cond.get(HAS_SOUND)
         clean = [self.latent.to_model(one.to(noisy.device)) for one in references_of(cond)]
         share = 1 - self.reference_strength if clean else 0.0
-        picture, shown = unpack(picture, clean) if share else (picture, clean)
+        shown, tokens, noisy_tokens = clean, torch.empty(0), torch.empty(0)
+        if share:
+            tokens = join_tokens(clean)
+            picture, noisy_tokens = unpack(picture, tokens.shape[2])
+            parts = noisy_tokens.split([one[0, 0].numel() for one in clean], dim=2)
+            shown = [x.unflatten(2, one.shape[2:]) for x, one in zip(parts, clean, strict=True)]
         strengths = cond.get(STRENGTHS)
         references = LtxReferences(
             shown,
@@ -235,25 +241,11 @@ class Ltx2(Ltx2Media):
             **texts(cond),
         )
         if share:
-            velocity = self._repack(velocity, picture, shown, clean, times[0] / 1000)
+            of_tokens, own = velocity.split([tokens.shape[2], picture[0, 0].numel()], dim=2)
+            strength, sigma = self.reference_strength, times[0] / 1000
+            of_tokens = velocity_of_references(of_tokens, noisy_tokens, tokens, strength, sigma)
+            velocity = pack(own.unflatten(2, picture.shape[2:]), of_tokens)
         return velocity if joint is None else joint.join(velocity, heard)
-
-    def _repack(
-        self,
-        velocity: Tensor,
-        picture: Tensor,
-        noisy: Sequence[Tensor],
-        clean: Sequence[Tensor],
-        sigma: Tensor,
-    ) -> Tensor:
-        """Return the velocities of references and picture, B C N, as `pack` has them."""
-        counts = [one[0, 0].numel() for one in noisy]
-        *parts, own = velocity.split([*counts, picture[0, 0].numel()], dim=2)
-        made = [
-            velocity_of_references(part.unflatten(2, x.shape[2:]), x, one, self.reference_strength, sigma)
-            for part, x, one in zip(parts, noisy, clean, strict=True)
-        ]
-        return pack(own.unflatten(2, picture.shape[2:]), made)
 
     # generation
 

@@ -63,20 +63,20 @@ def references_of(cond: Conditions) -> tuple[Tensor, ...]:
     return tuple(one for one in found if isinstance(one, Tensor))
 
 
-def pack(picture: Tensor, references: Sequence[Tensor]) -> Tensor:
-    """Put references, each B C f h w, behind the frames of a picture, B C F H W, filled up with zeros."""
-    tokens = torch.cat([one.flatten(2) for one in references], dim=2)
+def join_tokens(references: Sequence[Tensor]) -> Tensor:
+    return torch.cat([one.flatten(2) for one in references], dim=2)  # B C N
+
+
+def pack(picture: Tensor, tokens: Tensor) -> Tensor:
+    """Put tokens of references, B C N, behind the frames of a picture, B C F H W, filled up with zeros."""
     tokens = functional.pad(tokens, (0, -tokens.shape[2] % math.prod(picture.shape[3:])))
     return torch.cat([picture, tokens.unflatten(2, (-1, *picture.shape[3:]))], dim=2)
 
 
-def unpack(packed: Tensor, references: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Return the picture, and what stands behind it, shaped like the references."""
-    counts = [math.prod(one.shape[2:]) for one in references]
-    frames = packed.shape[2] - -(-sum(counts) // math.prod(packed.shape[3:]))
-    parts = packed[:, :, frames:].flatten(2)[..., : sum(counts)].split(counts, dim=2)
-    both = zip(parts, references, strict=True)
-    return packed[:, :, :frames], [part.unflatten(2, one.shape[2:]) for part, one in both]
+def unpack(packed: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the picture and the tokens that stand behind it, B C N. count: N."""
+    frames = packed.shape[2] - -(-count // math.prod(packed.shape[3:]))
+    return packed[:, :, :frames], packed[:, :, frames:].flatten(2)[..., :count]
 
 
 def with_noisy_references(
@@ -93,17 +93,11 @@ def with_noisy_references(
             if not references:
                 section = sections.send((yield section))
                 continue
-            joint = section.tweaks.joint or joint
+            joint, tweaks = section.tweaks.joint or joint, section.tweaks
             start, sound = (section.noise, None) if joint is None else joint.split(section.noise)
-            tokens = sum(math.prod(one.shape[2:]) for one in references)
-            drawn = noise.draw((1, tokens, start.shape[1])).to(start.device).mT
-            counts = [math.prod(one.shape[2:]) for one in references]
-            begun = [
-                strength * one.to(start.device) + (1 - strength) * each.unflatten(2, one.shape[2:])
-                for one, each in zip(references, drawn.split(counts, dim=2), strict=True)
-            ]
-            packed, tweaks = pack(start, begun), section.tweaks
-            noisy = packed
+            clean = join_tokens(references).to(start.device)
+            drawn = noise.draw((1, clean.shape[2], clean.shape[1])).to(start.device).mT
+            packed = noisy = pack(start, strength * clean + (1 - strength) * drawn)
             if joint is not None and sound is not None:
                 both = Joint((packed.shape[1], *packed.shape[2:]), joint.sound)
                 noisy, tweaks = both.join(packed, sound), replace(tweaks, joint=both)
@@ -121,13 +115,12 @@ def with_noisy_references(
 def velocity_of_references(
     velocity: Tensor, noisy: Tensor, clean: Tensor, strength: float, sigma: Tensor
 ) -> Tensor:
-    """Return the velocity by which a reference follows the noise level `sigma`, B, of the whole.
+    """Return the velocity by which references follow the noise level `sigma`, B, of the whole: B C N.
 
     velocity: of the network, which sees a level of (1 - strength) sigma. What it predicts as clean is mixed
     with `strength` of the reference. Source: the released code of LTX-2.
     """
-    share = 1 - strength
-    return share**2 * velocity + strength * (noisy - clean) / sigma.view(-1, 1, 1, 1, 1)
+    return (1 - strength) ** 2 * velocity + strength * (noisy - clean) / sigma.view(-1, 1, 1)
 
 
 def read_pixels(path: Path, size: tuple[int, int, int], rules: ReferenceRules, latent: LatentSpec) -> Tensor:
@@ -170,7 +163,7 @@ def check_sides(width: int, height: int, rules: ReferenceRules) -> None:
     if width % step or height % step:
         raise OptionError(
             f"--video_size {height} {width}: with references {rules.size_factor} times smaller, sides are "
-            f"multiples of {step}"
+            f"multiples of {step}. Give such a size"
         )
 
 

@@ -144,7 +144,7 @@ def read_companions(
     factor, step = (1, 1) if rules is None else (rules.size_factor, rules.step * rules.size_factor)
     if bucket[0] % step or bucket[1] % step:
         raise MediaError(
-            f"{here.path}: it becomes {bucket[0]}x{bucket[1]} pixels; beside references {factor} times smaller "
+            f"{here.path}: it has {bucket[0]}x{bucket[1]} pixels; with references {factor} times smaller "
             f"sides are multiples of {step}. Choose another resolution"
         )
     small = bucket[0] // factor, bucket[1] // factor

@@ -285,6 +285,37 @@ def test_loras_of_other_factors_do_not_work_together(release: TinyRelease, tmp_p
     assert_one_message(code, said, "2.safetensors has learned references with", "do not work together")
 
 
+@pytest.mark.parametrize(
+    ("words", "messages"),
+    [
+        (["--reference_video", "nowhere.mp4"], ["--reference_video nowhere.mp4: no such file"]),
+        (["--reference_video", "empty"], ["empty is a folder without images"]),
+        (["--reference_video", "clip", "--reference_downscale", "4"], ["sides are multiples of 128"]),
+        (["--reference_strength", "0.5"], ["no reference is given. Give --reference_video"]),
+        (["--conditioning-attention-mask", "0.5"], ["no reference is given. Give --reference_video"]),
+        (
+            ["--reference_video", "clip", "--conditioning-attention-mask", "short", "1"],
+            ["short: 1 frames are taken of it, 9 of a reference", "Give a picture, or a clip as long"],
+        ),
+        (["--reference_video", "clip", "--conditioning-attention-mask", "empty", "1"], ["without images"]),
+    ],
+)
+def test_what_references_lack_is_one_message(
+    release: TinyRelease, tmp_path: Path, words: list[str], messages: list[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    write_reference(tmp_path / "clip", 0, 1)
+    write_mask(tmp_path / "short", 1, 1)
+    command = [*release.words, *release.texts, "--prompt", "a cat", "--video_size", 64, 64, "--device", "cpu"]
+
+    code, said = run_here(
+        *("ltx2_generate_video.py", *command, "--video_length", 9, *words, "--save_path", "made"),
+        folder=tmp_path,
+    )
+
+    assert_one_message(code, said, *messages)
+
+
 def test_positions_of_a_reference_are_spread_over_its_target() -> None:
     """Frames 0, 1, 5, 9, ... stand where those of the target do."""
     config = dit_config("2.3")
@@ -417,6 +448,15 @@ def test_two_steps_with_references_equal_those_computed_with_diffusers(
 def test_references_of_another_factor_are_not_trained(project: tuple[Path, TinyRelease]) -> None:
     code, said = train(project)
     assert_one_message(code, said, "references were made with size factor 2", "this run has size factor 1")
+
+
+def test_sides_that_references_cannot_have_are_told_with_the_clip(project: tuple[Path, TinyRelease]) -> None:
+    folder, release = project
+    words = [*release.words, "--dataset_config", "dataset.toml", "--reference_downscale", 4]
+
+    code, said = run_here("ltx2_cache_latents.py", *words, folder=folder)
+
+    assert_one_message(code, said, "a.mp4: it has 64x64 pixels", "4 times smaller sides are multiples of 128")
 
 
 def test_samples_are_made_from_the_reference_of_their_line(project: tuple[Path, TinyRelease]) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import ltx2_generate_video
+from blissful_tuner.taehv import TaehvConfig
 from ltx_2.upscaler import SPATIAL, TEMPORAL, enlarge, factors
 from modules.contract.data import SOUND
 from modules.errors import UserError
@@ -23,12 +24,21 @@ from modules.media.pixels import image_pixels
 from modules.media.reading import read_image, video_frames
 from modules.media.writing import write_png
 from tests.faults.messages import succeed_here
-from tests.ltx_2.release import KINDS, TinyRelease, dit_config, write_lora, write_release, write_upscaler
+from tests.ltx_2.release import (
+    KINDS,
+    TinyRelease,
+    dit_config,
+    upscaler,
+    write_lora,
+    write_release,
+    write_upscaler,
+)
 from tests.ltx_2.test_family import GUIDED, NEGATIVE, OF_SOUND, PROMPT, SEED, alone, scale_words, theirs
 from tests.ltx_2.test_training import run, samples, write_project
 from tests.ltx_2.tiny_dit import dit_in_diffusers
 from tests.parity.running import assert_equal
 from tests.tiny.project import moving_square, write_image
+from tests.tiny.taehv import write_taehv
 
 HEIGHT, WIDTH, FRAMES, STEPS = 128, 192, 17, 3
 CPU = torch.device("cpu")
@@ -71,7 +81,7 @@ def generate(release: TinyRelease, folder: Path, *words: object) -> dict[str, Te
     command = [*release.words, "--device", "cpu", *size, *words]
     made = ["--output_type", "latent", "--save_path", folder / "made"]
     ltx2_generate_video.main([str(word) for word in [*command, *said, *made]])
-    (path,) = (folder / "made").iterdir()
+    (path,) = (folder / "made").glob("*.safetensors")
     shown = ["--latent_path", path, "--output_type", "images", "--save_path", folder / "shown"]
     ltx2_generate_video.main([str(word) for word in [*command, *shown]])
     return load_file(path)
@@ -239,6 +249,34 @@ def test_the_first_stage_alone_is_a_clip_of_its_size(release: TinyRelease, tmp_p
     small = generate(release, tmp_path / "small", "--ltx2_mode", "v", "--video_size", 64, 128)
 
     assert torch.equal(early["latent"], small["latent"])
+
+
+@pytest.mark.slow
+def test_two_stages_are_planned_compiled_and_previewed(
+    release: TinyRelease, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The plan counts the upscaler; compiled blocks and previews change no bit."""
+    write_upscaler(tmp_path / "up.safetensors", "rational")
+    write_lora(lora := tmp_path / "distilled.safetensors")
+    taehv = write_taehv(tmp_path / "tae.safetensors", TaehvConfig(16, (16, 12, 8, 8), (2, 2, 2), patch=4))
+    words = ["--ltx2_mode", "av", "--sample_two_stage", SPATIAL, tmp_path / "up.safetensors"]
+    words += ["--distilled_lora_path", lora]
+    ways = {
+        "plain": [],
+        "compiled": ["--compile", "--compile_backend", "eager"],
+        "previewed": ["--preview_latent_every", 1, "--preview_vae", taehv],
+    }
+
+    made = {name: generate(release, tmp_path / name, *words, *more) for name, more in ways.items()}
+    planned = [*release.words, *release.texts, *words, "--prompt", "x", "--save_path", tmp_path / "planned"]
+    planned += ["--video_size", HEIGHT, WIDTH, "--video_length", FRAMES, "--plan", "--device", "cpu"]
+    ltx2_generate_video.main([str(word) for word in planned])
+
+    assert type(upscaler("rational")).__name__ in capsys.readouterr().out
+    assert not (tmp_path / "planned").exists()
+    for name in made["plain"]:
+        assert torch.equal(made["compiled"][name], made["plain"][name])
+        assert torch.equal(made["previewed"][name], made["plain"][name])
 
 
 @pytest.mark.parametrize(
