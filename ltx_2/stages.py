@@ -94,8 +94,8 @@ class TwoStages:
         for option, path in self.upscalers.items():
             begun.append((partial(load_upscaler, path, option, dtype), shape))
             more, larger = factors(path, option, latent.channels)
-            length, *edges = shape[2:]
-            shape = *shape[:2], (length - 1) * more + 1, *(int(edge * larger) for edge in edges)
+            batch, channels, length, rows, columns = shape
+            shape = batch, channels, (length - 1) * more + 1, int(rows * larger), int(columns * larger)
         places = numpy.linspace(0, len(LEVELS) - 1, self.steps + 1)
         second = replace(
             prepared,
