@@ -12,6 +12,7 @@ from generation.prompt_lines import CANCELS, GENERATION_OPTIONS, LineOption, rea
 from generation.script_options import ScriptDefaults
 from generation.scripts import generation_script
 from ltx_2.options import Ltx2GenerationOptions, settle_generation
+from modules.errors import OptionError
 
 DEFAULTS = ScriptDefaults(
     fps=24,
@@ -36,14 +37,18 @@ def settle(
     """
     shared, own = settle_generation(shared, own)
     paths = own.references.paths or None
+    told = own.references.reference_strength < 1 or own.references.conditioning_attention_mask
+    if told and paths is None and not (shared.from_file or shared.interactive):
+        options = "--reference_strength, --conditioning-attention-mask"
+        raise OptionError(f"{options}: no reference is given. Give --reference_video")
     request = replace(shared.request, extras={"reference_videos": ("reference_video", paths)})
     shared = replace(shared, request=request)
-    if not shared.lora.lora_weight:
+    if not (paths or shared.lora.lora_weight):
         return shared, own
     from ltx_2.references import settle_factors
 
     # prompt lines may have references too
-    found = settle_factors(own.references, [Path(one) for one in shared.lora.lora_weight])
+    found = settle_factors(own.references, [Path(one) for one in shared.lora.lora_weight or ()])
     own = replace(own, references=found)
     if own.stages.sample_two_stage and not own.stages.skip_stage_2:
         from ltx_2.stages import keep_for_first_stage

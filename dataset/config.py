@@ -196,8 +196,11 @@ def with_references(config: DatasetConfig, rules: ReferenceRules | None, instead
             problems.append(f"{table.name}: {keys}: {why} take reference pictures. Leave them out")
     if problems:
         raise DatasetError("\n".join(problems))
-    if takes_clips:
-        tables = tuple(replace(one, clip_references=rules) for one in config.datasets)
+    if rules is not None and takes_clips:
+        rate = rules.dropped
+        tables = tuple(
+            replace(one, clip_references=rules, reference_dropout_rate=rate) for one in config.datasets
+        )
         config = replace(config, datasets=tables)
     return config
 

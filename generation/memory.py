@@ -45,7 +45,7 @@ class PhasePrediction:
     moments: Mapping[str, dry.Moment]
     swaps: Sequence[memory_plan.Swapped]  # by --blocks_to_swap, from 0 to the most that can be
     weights: str  # their dtypes
-    preview: int  # bytes that a preview takes between two steps
+    between: Sequence[tuple[int, str]]  # bytes of what works between two steps, beside weights; its name
     turns: ExpertTurns
     extra: memory_plan.MemoryPart
     before: tuple[memory_plan.Phase, ...] = ()  # texts and inputs
@@ -59,8 +59,9 @@ class PhasePrediction:
         """Return the largest moment of denoising with this number of blocks swapped."""
         (where, held), swap = dry.largest(self.moments), self.swaps[count]
         weights = held[dry.WEIGHTS]
-        if self.preview > sum(held.values()) - weights:  # between steps there are weights alone
-            where, held = "decoding a preview", {dry.WEIGHTS: weights, dry.WORKING: self.preview}
+        most, name = max(self.between, default=(0, ""))
+        if most > sum(held.values()) - weights:  # between steps there are weights alone
+            where, held = name, {dry.WEIGHTS: weights, dry.WORKING: most}
         note = self.weights + swap.words(count, "of buffers")
         parts = memory_plan.parts_of(held, swap, {dry.WEIGHTS: note, dry.WORKING: where})
         return memory_plan.Phase("denoising", (*parts, *self.turns.parts(weights, swap), self.extra))
@@ -214,11 +215,16 @@ def rehearse_denoising(
             return dict(ledger.peaks)
 
         moments = extended(measure, tuple(map(len, blocks.values())))
-    preview, path = 0, options.preview.preview_vae
-    if path is not None:  # what it takes between two steps
+    between, path = list[tuple[int, str]](), options.preview.preview_vae
+    if path is not None:
         *_, height, width = family.latent.shape(1, prepared.height, prepared.width)
         preview = decoding_bytes(check_taehv(path, family.latent), torch.float16, height, width)
-    return PhasePrediction(moments, swaps, weights, preview, turns, extra)
+        between.append((preview, "decoding a preview"))
+    for load, shape in prepared.begun_by:
+        with rehearsing(network := load(META)) as ledger:
+            network(torch.empty(shape, dtype=dtype_of(network), device=dry.ACCELERATOR))
+        between.append((sum(dry.largest(ledger.peaks)[1].values()), type(network).__name__))
+    return PhasePrediction(moments, swaps, weights, between, turns, extra)
 
 
 def heaviest_step(

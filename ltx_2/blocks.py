@@ -8,6 +8,7 @@ checkpoints.
 # Letters: B batch, L video tokens, M sound tokens, T text tokens, S segments (2 with given frames), N heads,
 # D head width, C width of a stream, W of the wider one
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,12 +24,28 @@ from modules.attention.attend import attend
 from modules.layers.modulation import add_gated, modulate, split_segments
 from modules.layers.norms import RMSNorm, in_own_dtype
 from modules.layers.rope import rotate
-from modules.speed_options import AttentionChoice
+from modules.speed_options import SDPA, AttentionChoice
 
 if TYPE_CHECKING:  # loaded only if processes share tokens
     from modules.offload.context import TokenPart
 
 Parts = dict[StreamNames, Tensor]  # the tokens of each stream, B L C
+UNSEEN = -1e4  # added to the logarithm of an attention weight that is to be 0
+
+
+@dataclass(frozen=True)
+class LtxReferences:
+    """What a video is made from: its tokens stand in front of the video's."""
+
+    latents: Sequence[Tensor] = ()  # each B Z f h w; sides are smaller by a whole number
+    time: int = 1  # every so many-th of their frames was taken
+    # of the timestep, that they have; above 0 they are noisy, and their velocity is wanted too
+    share: float = 0.0
+    strengths: Tensor | None = None  # M: how much the video sees their tokens; None: as its own
+
+    @property
+    def counts(self) -> list[int]:
+        return [math.prod(one.shape[2:]) for one in self.latents]
 
 
 @dataclass(frozen=True)
@@ -55,6 +72,8 @@ class Stream:
     given: int = 0  # tokens in front whose time is 0; S is 2 if there are any
     cross: CrossInputs | None = None  # None: it sees no other stream
     part: "TokenPart | None" = None  # its tokens that this process has; None: all
+    # of `dim_references`, for all tokens; None: its tokens see each other alike
+    dimmed: tuple[Tensor, Tensor] | None = None
 
     @property
     def length(self) -> int:
@@ -263,10 +282,11 @@ class LtxBlock(nn.Module):
         if tokens.sees_values:
             return layer.project(x, value)
         query, key = layer.queries(x, stream.rotary), layer.keys(x, stream.rotary)
+        attend_all = _attend if stream.dimmed is None else partial(_attend_dimmed, *stream.dimmed)
         if stream.part is None:
-            return layer.project(x, _attend(query, key, value, tokens))
+            return layer.project(x, attend_all(query, key, value, tokens))
         query, key, value = stream.part.gather_tokens(query, key, value)
-        return layer.project(x, stream.part.gather_heads(_attend(query, key, value, tokens)))
+        return layer.project(x, stream.part.gather_heads(attend_all(query, key, value, tokens)))
 
     def _see_other(
         self, names: StreamNames, other: StreamNames, x: Tensor, seen: Tensor, tokens: LtxTokens
@@ -293,3 +313,34 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, tokens: LtxTokens) -> Ten
     """Compute attention in one dtype; those of q, k and v differ only if a file mixes dtypes."""
     query, key, value = (each.to(tokens.dtype) for each in (query, key, value))
     return attend(query, key, value, tokens.attention)
+
+
+def dim_references(strengths: Tensor, counts: Sequence[int], own: int) -> tuple[Tensor, Tensor]:
+    """Return channels for queries and keys of a video, L E each, whose products are what attention adds.
+
+    strengths: M, 0..1, by which tokens of references, which stand in front, and of the video see each other:
+    the logarithm is added. References do not see each other. counts: tokens of each; own: of the video.
+    Source: the released code of LTX-2.
+    """
+    is_own = functional.pad(torch.ones_like(strengths[:1]).expand(own), (len(strengths), 0))
+    logarithms = functional.pad(strengths.log().clamp(min=UNSEEN), (0, own))
+    of = torch.block_diag(*(strengths.new_ones(count, 1) for count in counts))
+    of = functional.pad(of, (0, 0, 0, own))  # L R
+    others = UNSEEN * (1 - of) * (1 - is_own[:, None])
+    queries = torch.stack([is_own, logarithms, *of.unbind(1)], dim=1)
+    keys = torch.stack([logarithms, is_own, *others.unbind(1)], dim=1)
+    fill = (0, -queries.shape[1] % 8)  # kernels take such widths
+    return functional.pad(queries, fill), functional.pad(keys, fill)
+
+
+def _attend_dimmed(
+    queries: Tensor, keys: Tensor, query: Tensor, key: Tensor, value: Tensor, tokens: LtxTokens
+) -> Tensor:
+    """Compute attention whose weights are changed by `dim_references`, in torch: 8 bits are too coarse."""
+    width, more = query.shape[-1], queries.shape[-1]
+    root, choice = math.sqrt(width + more), replace(tokens.attention, mode=SDPA.mode)
+    others = [one[None, :, None].expand(*query.shape[:3], more) for one in (queries * root, keys)]
+    query = torch.cat([query * (root / math.sqrt(width)), others[0].to(query.dtype)], dim=-1)
+    key = torch.cat([key, others[1].to(key.dtype)], dim=-1)
+    seen = _attend(query, key, functional.pad(value, (0, more)), replace(tokens, attention=choice))
+    return seen[..., :width]

@@ -1,6 +1,6 @@
 """LTX-2, 2.3 and 2.5, described for the shared loops: video, with or without sound."""
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ltx_2.blocks import LtxReferences
 from ltx_2.configs import DIT, LORA_PRESETS, NEGATIVE_PROMPT, NOISE, RELEASES
 from ltx_2.files import Ltx2Files, check_version, files_of, shifted_logit
 from ltx_2.guidance import guidance_rules
@@ -24,13 +25,14 @@ from ltx_2.options import (
 )
 from ltx_2.reference_options import MOST
 from ltx_2.references import (
-    check_size as check_reference_size,
-)
-from ltx_2.references import (
+    STRENGTHS,
+    check_sides,
     factor_metadata,
     is_picture,
+    join_tokens,
     pack,
     read_pixels,
+    read_strengths,
     reference_key,
     references_of,
     rules_of,
@@ -100,6 +102,7 @@ class Ltx2(Ltx2Media):
     options: Any = NO_OPTIONS  # of a training
     references: rules.ReferenceRules | None = rules.ReferenceRules(MOST, clips=True)
     reference_strength: float = 1.0  # of a generation; below 1 they are denoised too
+    reference_attention: tuple[Path | None, float] = (None, 1.0)  # mask and strength
 
     can: ClassVar = Abilities(hear=True, rate=True, tell_few_steps=True)
     name: str = field(default="ltx2_v1", init=False)
@@ -109,6 +112,10 @@ class Ltx2(Ltx2Media):
     )
     cache_tag: str = field(default="ltx2", init=False)
     lora_module: str = field(default=LORA[0].network_module, init=False)
+
+    @property
+    def vae_dtype(self) -> torch.dtype:
+        return self.files.beside(self.files.vae_dtype)
 
     @property
     def version(self) -> str:
@@ -158,7 +165,7 @@ class Ltx2(Ltx2Media):
             )
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        vae, dtype = encoders.vae, self.files.beside(self.files.vae_dtype)
+        vae, dtype = encoders.vae, self.vae_dtype
         entries = []
         for part in media.split_for(vae.device):
             named = {"latents": part.frames}
@@ -209,7 +216,19 @@ class Ltx2(Ltx2Media):
         rates, has_sound = cond.get(FPS), cond.get(HAS_SOUND)
         clean = [self.latent.to_model(one.to(noisy.device)) for one in references_of(cond)]
         share = 1 - self.reference_strength if clean else 0.0
-        picture, shown = unpack(picture, clean) if share else (picture, clean)
+        shown, tokens, noisy_tokens = clean, torch.empty(0), torch.empty(0)
+        if share:
+            tokens = join_tokens(clean)
+            picture, noisy_tokens = unpack(picture, tokens.shape[2])
+            parts = noisy_tokens.split([one[0, 0].numel() for one in clean], dim=2)
+            shown = [x.unflatten(2, one.shape[2:]) for x, one in zip(parts, clean, strict=True)]
+        strengths = cond.get(STRENGTHS)
+        references = LtxReferences(
+            shown,
+            1 if self.references is None else self.references.time_factor,
+            share,
+            strengths[0].to(noisy.device) if isinstance(strengths, Tensor) else None,
+        )
         velocity, heard = dit(
             picture,
             times[0],
@@ -218,31 +237,15 @@ class Ltx2(Ltx2Media):
             sound_timesteps=times[1],
             has_sound=None if sound is None or not isinstance(has_sound, Tensor) else has_sound,
             tweaks=tweaks.rename_away(texts),
-            references=shown,
-            reference_time=1 if self.references is None else self.references.time_factor,
-            reference_share=share,
+            references=references,
             **texts(cond),
         )
         if share:
-            velocity = self._repack(velocity, picture, shown, clean, times[0] / 1000)
+            of_tokens, own = velocity.split([tokens.shape[2], picture[0, 0].numel()], dim=2)
+            strength, sigma = self.reference_strength, times[0] / 1000
+            of_tokens = velocity_of_references(of_tokens, noisy_tokens, tokens, strength, sigma)
+            velocity = pack(own.unflatten(2, picture.shape[2:]), of_tokens)
         return velocity if joint is None else joint.join(velocity, heard)
-
-    def _repack(
-        self,
-        velocity: Tensor,
-        picture: Tensor,
-        noisy: Sequence[Tensor],
-        clean: Sequence[Tensor],
-        sigma: Tensor,
-    ) -> Tensor:
-        """Return the velocities of references and picture, B C N, as `pack` has them."""
-        counts = [one[0, 0].numel() for one in noisy]
-        *parts, own = velocity.split([*counts, picture[0, 0].numel()], dim=2)
-        made = [
-            velocity_of_references(part.unflatten(2, x.shape[2:]), x, one, self.reference_strength, sigma)
-            for part, x, one in zip(parts, noisy, clean, strict=True)
-        ]
-        return pack(own.unflatten(2, picture.shape[2:]), made)
 
     # generation
 
@@ -288,10 +291,10 @@ class Ltx2(Ltx2Media):
         prepared = replace(prepared, joint=joint, rules=told, solver=solver)
         prepared = replace(prepared, own=given, own_metadata=said)
         if self.stages is not None:
-            prepared = self.stages.split(prepared, latent)
+            prepared = self.stages.split(prepared, latent, self.vae_dtype)
         if given and self.references is not None:
             small = prepared.stages[0] if prepared.stages else prepared
-            check_reference_size(small.width, small.height, self.references, latent)
+            check_sides(small.width, small.height, self.references)
         return prepared
 
     def _references_for(self, request: Request) -> tuple[Path, ...]:
@@ -301,6 +304,8 @@ class Ltx2(Ltx2Media):
             raise OptionError(f"--reference_videos: {len(paths)} references, at most {MOST} are taken")
         for path in paths:
             check_opens("reference_video", path, is_image=is_picture(path))
+        if paths and (mask := self.reference_attention[0]) is not None:
+            check_opens("conditioning-attention-mask", mask, is_image=is_picture(mask))
         others = request.image_path or self.drive_video or (request.source and request.source.option)
         if paths and others and self.reference_strength < 1:
             raise OptionError(
@@ -319,10 +324,15 @@ class Ltx2(Ltx2Media):
             return {number: one[0] for number, one in enumerate(given) if one}
         path, size = prepared.asked.image_path, (prepared.width, prepared.height)
         vae, found = encoders.vae, dict[str, Tensor]()
-        for number, reference in enumerate(prepared.own):
-            assert self.references is not None
-            shown = read_pixels(reference, (*size, prepared.frames), self.references, self.latent)
-            found[reference_key(number)] = vae.encode(shown.to(vae.device)).float().cpu()
+        if prepared.own and (told := self.references) is not None:
+            shown = [read_pixels(one, (*size, prepared.frames), told, self.latent) for one in prepared.own]
+            for number, one in enumerate(shown):
+                found[reference_key(number)] = vae.encode(one.to(vae.device)).float().cpu()
+            mask, strength = self.reference_attention
+            if mask is not None or strength < 1:
+                white = torch.ones(1) if mask is None else read_strengths(mask, shown, told, self.latent)
+                count = sum(one[0, 0].numel() for one in found.values())
+                found[STRENGTHS] = (strength * white).expand(1, count)
         if self.drive_video is not None:
             pixels = video_pixels(self.drive_video, "--drive_video", *size, prepared.frames)
         elif path is not None:
@@ -371,7 +381,7 @@ class Ltx2(Ltx2Media):
             enlarge,
             upscalers=self.stages.upscalers,
             vae=self.files.vae_path,
-            dtype=self.files.beside(self.files.vae_dtype),
+            dtype=self.vae_dtype,
         )
         return (yield from stage_sections(prepared, draw, begin, larger, noise))
 
@@ -413,7 +423,9 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
         makes_sound=not options.silent,
         stages=two_stages(options.stages),
         options=options,
-        references=None if options.ic_lora_strategy == "none" else rules_of(options.references),
+        references=None
+        if options.ic_lora_strategy == "none"
+        else rules_of(options.references, 1 - options.ic_lora_ref_probability),
     )
 
 
@@ -428,6 +440,7 @@ def family_for_generation(options: Ltx2GenerationOptions) -> Ltx2:
         stages=two_stages(options.stages),
         references=rules_of(options.references),
         reference_strength=options.references.strength,
+        reference_attention=options.references.attention,
     )
 
 

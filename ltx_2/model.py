@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from ltx_2.blocks import CrossInputs, LtxBlock, LtxTokens, Stream
+from ltx_2.blocks import CrossInputs, LtxBlock, LtxReferences, LtxTokens, Stream, dim_references
 from ltx_2.configs import DIT, EPS, SOUND, VIDEO, LtxConfig, StreamNames
 from ltx_2.rope import Places, make_tables
 from modules.contract.steps import NO_TWEAKS, Tweaks
@@ -27,6 +27,7 @@ from modules.run_blocks import Hidden, run_blocks
 from modules.speed_options import SDPA, AttentionChoice
 
 USUAL_FPS = 24.0
+NO_REFERENCES = LtxReferences()
 Fps = float | Sequence[float] | Tensor  # frames a second: one number, or one for each sample, on the host
 
 
@@ -111,9 +112,7 @@ class LtxModel(nn.Module):
         sound_text: Tensor | None = None,
         has_sound: Tensor | None = None,
         tweaks: Tweaks = NO_TWEAKS,
-        references: Sequence[Tensor] = (),
-        reference_time: int = 1,
-        reference_share: float = 0.0,
+        references: LtxReferences = NO_REFERENCES,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return the velocities of video and sound, in float32; None for one that is not given.
 
@@ -124,10 +123,8 @@ class LtxModel(nn.Module):
         sound_text: B T text_dim, states for the sound's stream. has_sound: B, whether a sample has sound:
         without, its sound has no influence on its video; None: all have it. tweaks: ideas that change this
         call; their second text has the names text and sound_text. Their given frames have the time 0, and
-        their velocity is 0. references: each B Z f h w, clean latents that the video is made from, sides
-        smaller by a whole number; reference_time: every so many-th of their frames was taken.
-        reference_share: their share of the timestep; above 0 they are noisy, and the video's velocity is
-        B Z N of their tokens, and then its own.
+        their velocity is 0. references: if they are noisy, the video's velocity is B Z N of their tokens, and
+        then its own.
         Raises ValueError if sizes do not go together, or for sound if the network has no stream for it.
         """
         latents = {VIDEO: noisy, SOUND: sound}
@@ -141,8 +138,6 @@ class LtxModel(nn.Module):
                 has_sound,
                 tweaks,
                 references,
-                reference_time,
-                reference_share,
             )
         )
         run_blocks(self, hidden, tweaks)
@@ -157,9 +152,7 @@ class LtxModel(nn.Module):
         fps: Fps = USUAL_FPS,
         has_sound: Tensor | None = None,
         tweaks: Tweaks = NO_TWEAKS,
-        references: Sequence[Tensor] = (),
-        reference_time: int = 1,
-        reference_share: float = 0.0,
+        references: LtxReferences = NO_REFERENCES,
     ) -> tuple[Tensor, LtxTokens]:
         """Return the tokens of all streams, B L+M W, and the other inputs of the blocks.
 
@@ -174,12 +167,11 @@ class LtxModel(nn.Module):
             texts_of = [each["sound_text" if names is SOUND else "text"] for each in asked]
             if self.config.projects_text:
                 texts_of = list(map(self._part(names, "caption_projection"), texts_of))
-            before = references if names is VIDEO else ()
+            before = references if names is VIDEO else NO_REFERENCES
             given = tweaks.given_frames * one.shape[-1] * one.shape[-2] if names is VIDEO else 0
-            given += sum(each[0, 0].numel() for each in before)
-            own = timesteps[names]
+            given += sum(before.counts)
+            own, share = timesteps[names], before.share
             parts[names] = self._project(names, one, before, dtype)
-            share = reference_share if before else 0.0
             rows, time = self._embed_times(self._part(names, "adaln_single"), own, given > 0, share)
             text_rows = cross = heard = None
             if self.config.modulates_text and not self.config.times_text:
@@ -192,36 +184,39 @@ class LtxModel(nn.Module):
                 gate, _ = self._embed_times(getattr(self, names.cross_gate), others)
                 if names is VIDEO and has_sound is not None:
                     heard = has_sound.to(rows.device, torch.float32).view(-1, 1, 1)
-                by_time = self._rotation(names, one, fps, True, before, reference_time)
+                by_time = self._rotation(names, one, fps, True, before)
                 cross = CrossInputs(by_time, cross_rows, gate.squeeze(2), heard)
+            dimmed = None
+            if before.strengths is not None:
+                dimmed = dim_references(before.strengths, before.counts, math.prod(one.shape[2:]))
             streams[names] = Stream(
-                self._rotation(names, one, fps, False, before, reference_time),
+                self._rotation(names, one, fps, False, before),
                 tuple(each.to(dtype) for each in texts_of),
                 rows,
                 time,
                 text_rows,
                 given,
                 cross,
+                dimmed=dimmed,
             )
         grid = tuple(latents[VIDEO].shape[2:]) if VIDEO in latents else ()
         bins = latents[SOUND].shape[3] if SOUND in latents else 0
         how = self.attention, tweaks.steer or see_one
-        keeps = bool(references) and reference_share > 0
-        tokens = LtxTokens(streams, grid, bins, dtype, *how, keeps_references=keeps)
+        tokens = LtxTokens(streams, grid, bins, dtype, *how, keeps_references=references.share > 0)
         return tokens.join(parts), tokens
 
     def _project(
-        self, names: StreamNames, latents: Tensor, before: Sequence[Tensor], dtype: torch.dtype
+        self, names: StreamNames, latents: Tensor, before: LtxReferences, dtype: torch.dtype
     ) -> Tensor:
         """Return the tokens of a stream before any block, B L W, those of references in front."""
         # B F*H*W Z of a video's latents, B M Z*K of a sound's
         flat = latents.flatten(2).mT if names is VIDEO else latents.transpose(1, 2).flatten(2)
-        flat = torch.cat([*(each.flatten(2).mT for each in before), flat], dim=1) if before else flat
+        if before.latents:
+            flat = torch.cat([*(each.flatten(2).mT for each in before.latents), flat], dim=1)
         tokens = in_own_dtype(self._part(names, "patchify_proj"), flat).to(dtype)
         if names is not VIDEO or not self.config.marks_first:
             return tokens
-        behind = sum(each[0, 0].numel() for each in before)
-        return self._mark_first(tokens, behind, latents.shape[-1] * latents.shape[-2])
+        return self._mark_first(tokens, sum(before.counts), latents.shape[-1] * latents.shape[-2])
 
     def unembed(self, x: Tensor, tokens: LtxTokens) -> dict[StreamNames, Tensor]:
         """Turn tokens B L+M W into the velocities of the streams, as their latents came, in float32."""
@@ -272,8 +267,7 @@ class LtxModel(nn.Module):
         latents: Tensor,
         fps: Fps,
         by_time: bool,
-        references: Sequence[Tensor] = (),
-        reference_time: int = 1,
+        references: LtxReferences,
     ) -> Tensor:
         width = self.config.cross_dim if by_time else self.config.streams[names].dim
         if names is SOUND:
@@ -282,9 +276,10 @@ class LtxModel(nn.Module):
             given = fps.tolist() if isinstance(fps, Tensor) else fps
             each = (given,) if isinstance(given, (int, float)) else tuple(given)
             rates = each if len(set(each)) > 1 else each[:1]
-            factors = [(latents.shape[-1] // one.shape[-1], reference_time) for one in references]
+            shown = references.latents
+            factors = [(latents.shape[-1] // one.shape[-1], references.time) for one in shown]
             factors.append((1, 1))
-            grids = [tuple(one.shape[2:]) for one in (*references, latents)]
+            grids = [tuple(one.shape[2:]) for one in (*shown, latents)]
             both = zip(grids, factors, strict=True)
             places = tuple(Places(width, grid, rates, by_time, factor) for grid, factor in both)
         return self._rotary[names, by_time].of(places, latents.device)

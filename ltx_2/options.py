@@ -47,6 +47,11 @@ def _given_first() -> Any:
     return unsupported(ALWAYS_GIVEN, action=argparse.BooleanOptionalAction, default=True)
 
 
+def _strategy(text: str, facts: Any) -> Any:
+    refused = dict.fromkeys(("av_ic", "video_ref_only_av", "audio_ref_ic"), _REFERENCES)
+    return option(text, default="auto", choices=("auto", "none", "v2v"), refused=refused, facts=facts)
+
+
 def _precision(dtype: str, **facts: Any) -> Any:
     text = f"bf16, fp16: the same as {dtype} bfloat16, float16; no: {dtype} says it"
     return option(text, choices=("no", "fp16", "bf16"), **facts)
@@ -193,13 +198,13 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
         "frames of samples, likewise; made 8n + 1", default=45, least=1, facts=FREE
     )
     references: Ltx2ReferenceOptions = option(facts=HABIT)
-    ic_lora_strategy: str = option(
+    ic_lora_strategy: str = _strategy(
         "what references are: auto and v2v: clips or pictures, of tables with reference_directory; none: "
         "refuse such tables",
-        default="auto",
-        choices=("auto", "none", "v2v"),
-        refused=dict.fromkeys(("av_ic", "video_ref_only_av", "audio_ref_ic"), _REFERENCES),
-        facts=HABIT,
+        HABIT,
+    )
+    ic_lora_ref_probability: float = option(
+        "share of batches that see their references", default=1.0, least=0, most=1, facts=HABIT
     )
     guidance: Ltx2GuidanceOptions = option(facts=FREE)
     stages: Ltx2StageOptions = option(facts=FREE)
@@ -244,6 +249,12 @@ class Ltx2GenerationOptions(Ltx2TransformerOptions, title=NAME):
     reference_image: Path | None = option("the same as --image_path", facts=NO_PIXELS)
     discrete_flow_shift: float | None = option("the same as --flow_shift", facts=NO_PIXELS)
     mixed_precision: str | None = _precision("--dit_dtype", facts=NO_PIXELS)
+    fp8_base: bool = option("the same as --fp8", facts=NO_PIXELS)
+    flash_attn: bool = option("the same as --attn_mode flash", facts=NO_PIXELS)
+    flash3: bool = option("the same as --attn_mode flash3", facts=NO_PIXELS)
+    sage_attn: bool = option("the same as --attn_mode sageattn", facts=NO_PIXELS)
+    xformers: bool = option("the same as --attn_mode xformers", facts=NO_PIXELS)
+    ic_lora_strategy: str = _strategy("auto and v2v: as references are given; none: refuse them", NO_PIXELS)
     output_name: str | None = option("start of file names, before time and seed", facts=NO_PIXELS)
     image_crf: int | None = option(
         "show the first image as a video of this H.264 quality has it, as the frames were that the model "
@@ -263,6 +274,8 @@ class Ltx2GenerationOptions(Ltx2TransformerOptions, title=NAME):
     def __post_init__(self) -> None:
         if self.output_name is not None:
             check_output_name("--output_name", self.output_name)
+        if self.ic_lora_strategy == "none" and self.references.paths:
+            raise OptionError("--ic_lora_strategy none: references are given. Leave them or the option out")
         if (self.height is None) != (self.width is None):
             raise OptionError("--height and --width: give both")
         if self.drive_video is not None and (self.silent or AUDIO not in self.model.streams):
@@ -274,6 +287,8 @@ _SAME = {
     **{"frame_count": "video_length", "sample_steps": "infer_steps", "cfg_scale": "guidance_scale"},
     **{"reference_image": "image_path", "frame_rate": "fps", "discrete_flow_shift": "flow_shift"},
 }
+
+_KERNELS = {"flash_attn": "flash", "flash3": "flash3", "sage_attn": "sageattn", "xformers": "xformers"}
 
 
 def settle_generation(shared: T, own: Ltx2GenerationOptions) -> tuple[T, Ltx2GenerationOptions]:
@@ -288,6 +303,12 @@ def settle_generation(shared: T, own: Ltx2GenerationOptions) -> tuple[T, Ltx2Gen
         given = None if known[ours] == usual.get(ours) else known[ours]
         value = _one_of(ours, given, getattr(own, theirs), theirs)
         found |= {} if value is None else {ours: value}
+    for flag, mode in _KERNELS.items():
+        if getattr(own, flag):
+            given = None if known["attn_mode"] == "torch" else known["attn_mode"]
+            found["attn_mode"] = _one_of("attn_mode", given, mode, flag)
+    if own.fp8_base:
+        found["fp8"] = True
     if own.height is not None:
         found["video_size"] = (own.height, own.width)
     if own.output_name is not None:

@@ -81,6 +81,13 @@ class Ltx2GivenReferences(Options, title="references (IC-LoRA)"):
         action="extend",
         facts=OF_REQUEST,
     )
+    conditioning_attention_mask: tuple[str, ...] | None = option(
+        "[FILE] STRENGTH: how much video and references see each other, 0 to 1; with a grey picture or clip "
+        "by place, whose white is all of STRENGTH",
+        flags=("--conditioning-attention-mask",),
+        nargs="+",
+        facts=OF_REQUEST,
+    )
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -105,7 +112,20 @@ class Ltx2GivenReferences(Options, title="references (IC-LoRA)"):
             raise OptionError(f"references of strength {said}: all of a clip have one. Give them the same")
         return found.pop()
 
+    @property
+    def attention(self) -> tuple[Path | None, float]:
+        """Return the mask and the strength of what video and references see of each other."""
+        *file, number = self.conditioning_attention_mask or ("1",)
+        try:
+            strength = float(number)
+            if len(file) > 1 or not 0 <= strength <= 1:
+                raise ValueError
+        except ValueError:
+            said = f"--conditioning-attention-mask {' '.join([*file, number])}"
+            raise OptionError(f"{said}: give a strength from 0 to 1, and before it a file or none") from None
+        return Path(file[0]) if file else None, strength
+
     def __post_init__(self) -> None:
-        _ = self.strength
+        _ = self.strength, self.attention
         if len(self.paths) > MOST:
             raise OptionError(f"--reference_videos: {len(self.paths)} references, at most {MOST} are taken")

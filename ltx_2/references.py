@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from ltx_2.configs import LATENT
 from ltx_2.reference_options import (
     FRAMES,
     MOST,
@@ -38,6 +39,7 @@ from modules.options import override_options
 from modules.text_files import texts_of_files
 
 logger = logging.getLogger(__name__)
+STRENGTHS = "reference_strengths"  # condition: by which tokens of references and the video see each other
 
 
 def thin_out(frames: Tensor, rules: ReferenceRules, frame_step: int) -> Tensor:
@@ -61,20 +63,20 @@ def references_of(cond: Conditions) -> tuple[Tensor, ...]:
     return tuple(one for one in found if isinstance(one, Tensor))
 
 
-def pack(picture: Tensor, references: Sequence[Tensor]) -> Tensor:
-    """Put references, each B C f h w, behind the frames of a picture, B C F H W, filled up with zeros."""
-    tokens = torch.cat([one.flatten(2) for one in references], dim=2)
+def join_tokens(references: Sequence[Tensor]) -> Tensor:
+    return torch.cat([one.flatten(2) for one in references], dim=2)  # B C N
+
+
+def pack(picture: Tensor, tokens: Tensor) -> Tensor:
+    """Put tokens of references, B C N, behind the frames of a picture, B C F H W, filled up with zeros."""
     tokens = functional.pad(tokens, (0, -tokens.shape[2] % math.prod(picture.shape[3:])))
     return torch.cat([picture, tokens.unflatten(2, (-1, *picture.shape[3:]))], dim=2)
 
 
-def unpack(packed: Tensor, references: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Return the picture, and what stands behind it, shaped like the references."""
-    counts = [math.prod(one.shape[2:]) for one in references]
-    frames = packed.shape[2] - -(-sum(counts) // math.prod(packed.shape[3:]))
-    parts = packed[:, :, frames:].flatten(2)[..., : sum(counts)].split(counts, dim=2)
-    both = zip(parts, references, strict=True)
-    return packed[:, :, :frames], [part.unflatten(2, one.shape[2:]) for part, one in both]
+def unpack(packed: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the picture and the tokens that stand behind it, B C N. count: N."""
+    frames = packed.shape[2] - -(-count // math.prod(packed.shape[3:]))
+    return packed[:, :, :frames], packed[:, :, frames:].flatten(2)[..., :count]
 
 
 def with_noisy_references(
@@ -91,17 +93,11 @@ def with_noisy_references(
             if not references:
                 section = sections.send((yield section))
                 continue
-            joint = section.tweaks.joint or joint
+            joint, tweaks = section.tweaks.joint or joint, section.tweaks
             start, sound = (section.noise, None) if joint is None else joint.split(section.noise)
-            tokens = sum(math.prod(one.shape[2:]) for one in references)
-            drawn = noise.draw((1, tokens, start.shape[1])).to(start.device).mT
-            counts = [math.prod(one.shape[2:]) for one in references]
-            begun = [
-                strength * one.to(start.device) + (1 - strength) * each.unflatten(2, one.shape[2:])
-                for one, each in zip(references, drawn.split(counts, dim=2), strict=True)
-            ]
-            packed, tweaks = pack(start, begun), section.tweaks
-            noisy = packed
+            clean = join_tokens(references).to(start.device)
+            drawn = noise.draw((1, clean.shape[2], clean.shape[1])).to(start.device).mT
+            packed = noisy = pack(start, strength * clean + (1 - strength) * drawn)
             if joint is not None and sound is not None:
                 both = Joint((packed.shape[1], *packed.shape[2:]), joint.sound)
                 noisy, tweaks = both.join(packed, sound), replace(tweaks, joint=both)
@@ -119,13 +115,12 @@ def with_noisy_references(
 def velocity_of_references(
     velocity: Tensor, noisy: Tensor, clean: Tensor, strength: float, sigma: Tensor
 ) -> Tensor:
-    """Return the velocity by which a reference follows the noise level `sigma`, B, of the whole.
+    """Return the velocity by which references follow the noise level `sigma`, B, of the whole: B C N.
 
     velocity: of the network, which sees a level of (1 - strength) sigma. What it predicts as clean is mixed
     with `strength` of the reference. Source: the released code of LTX-2.
     """
-    share = 1 - strength
-    return share**2 * velocity + strength * (noisy - clean) / sigma.view(-1, 1, 1, 1, 1)
+    return (1 - strength) ** 2 * velocity + strength * (noisy - clean) / sigma.view(-1, 1, 1)
 
 
 def read_pixels(path: Path, size: tuple[int, int, int], rules: ReferenceRules, latent: LatentSpec) -> Tensor:
@@ -140,12 +135,35 @@ def read_pixels(path: Path, size: tuple[int, int, int], rules: ReferenceRules, l
     return to_pixels(taken)
 
 
-def check_size(width: int, height: int, rules: ReferenceRules, latent: LatentSpec) -> None:
-    step = latent.pixel_step * rules.size_factor
+def read_strengths(mask: Path, shown: Sequence[Tensor], rules: ReferenceRules, latent: LatentSpec) -> Tensor:
+    """Return how white a picture or clip is at the tokens of references: 1 M float32, 0..1.
+
+    shown: pixels of the references, 1 3 f h w. Raises OptionError if a clip is shorter than one of them.
+    """
+    found, steps = [], (latent.frame_step, latent.pixel_step, latent.pixel_step)
+    for reference in shown:
+        _, _, frames, height, width = reference.shape
+        size = width * rules.size_factor, height * rules.size_factor, (frames - 1) * rules.time_factor + 1
+        white = (read_pixels(mask, size, rules, latent).mean(1, keepdim=True) + 1) / 2
+        if is_picture(mask):
+            white = white.expand(-1, -1, frames, -1, -1)
+        if white.shape[2] < frames:
+            raise OptionError(
+                f"--conditioning-attention-mask {mask}: {white.shape[2]} frames are taken of it, {frames} of "
+                "a reference. Give a picture, or a clip as long as the reference"
+            )
+        # the first latent frame is of one frame
+        first = white[:, :, :1].expand(-1, -1, latent.frame_step - 1, -1, -1)
+        found.append(functional.avg_pool3d(torch.cat([first, white], dim=2), steps).flatten(1))
+    return torch.cat(found, dim=1)
+
+
+def check_sides(width: int, height: int, rules: ReferenceRules) -> None:
+    step = rules.step * rules.size_factor
     if width % step or height % step:
         raise OptionError(
             f"--video_size {height} {width}: with references {rules.size_factor} times smaller, sides are "
-            f"multiples of {step}"
+            f"multiples of {step}. Give such a size"
         )
 
 
@@ -197,13 +215,15 @@ def is_picture(path: Path) -> bool:
     return path.suffix.lower() in image_suffixes() and not path.is_dir() and not is_animation(path)
 
 
-def rules_of(options: Ltx2ReferenceOptions | Ltx2GivenReferences) -> ReferenceRules:
+def rules_of(options: Ltx2ReferenceOptions | Ltx2GivenReferences, dropped: float = 0.0) -> ReferenceRules:
     return ReferenceRules(
         MOST,
+        LATENT.pixel_step,
         clips=True,
         size_factor=options.reference_downscale or 1,
         time_factor=options.reference_temporal_scale or 1,
         frames=options.reference_frames or 0,
+        dropped=dropped,
     )
 
 

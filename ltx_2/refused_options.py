@@ -39,9 +39,8 @@ PRESET = (
     "another thing"
 )
 REFERENCES = (
-    "references are clips or pictures that are seen whole and clean (--reference_video, "
-    "--reference_videos; in training reference_directory); sounds as references, and other parts of the "
-    "result that are given than the first frame (--image_path), are not built"
+    "references are clips or pictures (--reference_video; in training reference_directory); sounds as "
+    "references, and given parts of the result but the first frame (--image_path), are not built"
 )
 REPORTS = "--log_with, --show_timesteps and --check report on a run"
 RESUMING = "--resume STATE_FOLDER goes on from a whole state, --network_weights starts anew from a LoRA"
@@ -52,7 +51,7 @@ SOUND = (
 )
 SOUND_DTYPE = "sound is cached in float32, as its VAE computes"
 SPEED = (
-    "kernels and memory are chosen by --attn_mode or --flash_attn, --compile, --gradient_checkpointing "
+    "kernels and memory are chosen by --flash_attn and the like, --compile, --gradient_checkpointing "
     "and --blocks_to_swap"
 )
 TERMS = "the loss is that of the release; further terms are not built"
@@ -190,10 +189,9 @@ TRAINING: Table = {
         sample_disable_flash_attn
     """,
     REFERENCES: """
-        ic_lora_ref_probability=1.0 av_multi_ref?=False
-        audio_ref_use_negative_positions?=False audio_ref_mask_cross_attention_to_reference?=False
-        audio_ref_mask_reference_from_text_attention?=False audio_ref_identity_guidance_scale=0.0
-        sample_include_reference
+        av_multi_ref?=False audio_ref_use_negative_positions?=False sample_include_reference
+        audio_ref_mask_cross_attention_to_reference?=False audio_ref_identity_guidance_scale=0.0
+        audio_ref_mask_reference_from_text_attention?=False
     """,
     REPORTS: """
         log_cuda_memory_every_n_steps:int log_grad_metrics log_timestep_distribution_interval=100
@@ -279,7 +277,7 @@ GENERATION: Table = {
         sample_sampler=auto av_bimodal_cfg? av_bimodal_scale:float sample_disable_flash_attn
     """,
     REFERENCES: """
-        sample_include_reference conditioning-attention-mask*:str ic_lora_strategy=auto reference_audio:str
+        sample_include_reference reference_audio:str
         inpaint_mask:str inpaint_source:str inpaint_invert? inpaint_threshold:float extend_prefix:str
         extend_prefix_frames:int outpaint_region:str outpaint_source:str drive_audio:str audio_prefix:str
         audio_prefix_seconds:float audio_inpaint_audio:str audio_inpaint_interval:str
@@ -287,12 +285,12 @@ GENERATION: Table = {
     DURATION: "ltx2_duration_head,duration-head-path:str",
     SOUND: "sample_audio_only",
     SPEED: """
-        flash_attn flash3 cudnn_attn xformers sage_attn split_attn_target*:str split_attn_mode:str
+        cudnn_attn split_attn_target*:str split_attn_mode:str
         split_attn_chunk_size=0 ffn_chunk_target*:str ffn_chunk_size=0
     """,
     TILES: _TILES,
     WEIGHTS: """
-        fp8_base fp8_keep_blocks:str fp8_w8a8 w8a8_mode=int8 fp8_upcast fp8_upcast_stochastic
+        fp8_keep_blocks:str fp8_w8a8 w8a8_mode=int8 fp8_upcast fp8_upcast_stochastic
         fp8_upcast_seed=0 nf4_block_size=64 int4_convrot_base int4_convrot_dynamic
         int4_convrot_groupsize=auto int4_convrot_no_mse_clip int4_convrot_scale_refine_steps=0
         int4_convrot_group_scales=0 int4_convrot_group_ratio_q8 quantize_device:str loftq_init loftq_iters=2

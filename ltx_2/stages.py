@@ -8,16 +8,18 @@ import logging
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy
+import torch
 from einops import rearrange
 from torch import Tensor
 
 from ltx_2.references import factors_of
 from ltx_2.stage_options import Ltx2OfficialStages, Ltx2StageOptions
-from ltx_2.upscaler import SPATIAL, TEMPORAL, factors
+from ltx_2.upscaler import SPATIAL, TEMPORAL, factors, load_upscaler
 from modules.contract.data import Joint, LatentSpec
 from modules.contract.family import NoiseSource
 from modules.contract.requests import Prepared
@@ -62,8 +64,8 @@ class TwoStages:
             frame_step=latent.frame_step * frames,
         )
 
-    def split(self, prepared: Prepared, latent: LatentSpec) -> Prepared:
-        """Return the request of a clip as one in two stages."""
+    def split(self, prepared: Prepared, latent: LatentSpec, dtype: torch.dtype) -> Prepared:
+        """Return the request of a clip as one in two stages. dtype: of the upscalers."""
         asked = prepared.asked
         if asked.source is not None:
             raise OptionError(
@@ -88,6 +90,12 @@ class TwoStages:
         )
         if self.ends_early:
             return first
+        begun, shape = [], latent.shape(count, height, width)
+        for option, path in self.upscalers.items():
+            begun.append((partial(load_upscaler, path, option, dtype), shape))
+            more, larger = factors(path, option, latent.channels)
+            batch, channels, length, rows, columns = shape
+            shape = batch, channels, (length - 1) * more + 1, int(rows * larger), int(columns * larger)
         places = numpy.linspace(0, len(LEVELS) - 1, self.steps + 1)
         second = replace(
             prepared,
@@ -99,6 +107,7 @@ class TwoStages:
             rules=AS_PLAIN,
             own=(),  # references are for the first stage alone
             added=tuple(second for *_, second in self.loras),
+            begun_by=tuple(begun),
         )
         return replace(prepared, stages=(first, second))
 

@@ -106,14 +106,18 @@ def enlarge(latents: Tensor, upscalers: Mapping[str, Path], vae: Path, dtype: to
     mean, std = (one.to(latents.device) for one in read_once(vae, _read_statistics))
     latents = latents.float() * std + mean
     for option, path in upscalers.items():
-        with open_checkpoint(path) as checkpoint:
-            plan = read_upscaler(checkpoint, option)
-            network = load_planned(plan, build, latents.device, dtype, "the latent upscaler of LTX-2")
+        network = load_upscaler(path, option, dtype, latents.device)
         logger.info("Latent upscaler: %s", path)
         latents = network(latents.to(dtype)).float()
         del network
         free_memory(latents.device)
     return (latents - mean) / std
+
+
+def load_upscaler(path: Path, option: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    with open_checkpoint(path) as checkpoint:
+        plan = read_upscaler(checkpoint, option)
+        return load_planned(plan, build, device, dtype, "the latent upscaler of LTX-2")
 
 
 def build(settings: Settings) -> nn.Module:

@@ -99,6 +99,7 @@ LIGHTER = {  # what a page gives an option -> what runs on tiny models; appended
     "--gradual_latent_timesteps 750": "--W 128 --H 128 --steps 5 --gradual_latent_timesteps 900 "
     "--gradual_latent_every_n_steps 1 --gradual_latent_ratio_step 0.5",
     "reelsmith.py new": "--max_train_steps 1 --memory 0",
+    **dict.fromkeys(("--sample_two_stage", "--reference_video"), "--video_size 64 64"),
     "--post gimmvfi": "--video_size 128 128",  # it takes no smaller frames
     "gpu.py --dry": "--rows wan14b-bf16",
     # inductor is slow, and has its own tests
@@ -165,8 +166,8 @@ PICTURE_MODELS = {
 SMALL = {  # what their dataset files say -> what fits tiny pictures
     "resolution = 1024": f"resolution = {SIDE}\nmin_bucket_reso = 32\nbucket_reso_steps = 32",
     "resolution = [1024, 1024]": f"resolution = [{SIDE}, {SIDE}]",
-    "resolution = [768, 512]": f"resolution = [{SIDE}, {SIDE}]",
-    "target_frames = [1, 49]": "target_frames = [1, 9]",
+    **dict.fromkeys(("resolution = [768, 512]", "resolution = [768, 448]"), f"resolution = [{SIDE}, {SIDE}]"),
+    **{"target_frames = [1, 49]": "target_frames = [1, 9]", "target_frames = [49]": "target_frames = [9]"},
     "num_repeats = 4": "num_repeats = 1",
     "--w 832 --h 1216": "--w 64 --h 96",
 }

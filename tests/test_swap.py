@@ -21,7 +21,7 @@ FUSED = ("--fused_backward_pass", *ADAFACTOR, "--learning_rate", "1e-2", "--max_
 
 
 # tests/frame_pack/test_training.py and tests/ltx_2/test_training.py have one of these for every day
-LATER = [pytest.param(name, marks=pytest.mark.slow) for name in ("framepack", "ltx_2 with sound")]
+LATER = [pytest.param(name, marks=pytest.mark.slow) for name in ("framepack", "ltx_2", "ltx_2 with sound")]
 OF_PICTURES = ("lumina", "hunyuan_image", "flux", "kontext", "flux_2", "z_image", "krea2", "krea2 edit")
 OF_PICTURES += ("qwen_image", "qwen_image edit-2511")
 PICTURES = [pytest.param(name, marks=pytest.mark.slow) for name in OF_PICTURES]

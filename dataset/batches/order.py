@@ -307,7 +307,7 @@ def choose_captions(
 
 
 def drops_references(items: Sequence[TrainingItem], seed: int, number: int) -> bool:
-    """Return whether a batch is trained without its reference pictures. number: of the micro-batch."""
+    """Return whether a batch is trained without its references. number: of the micro-batch."""
     rate = items[0].table.reference_dropout_rate
     return rate > 0 and random.Random(derive_seed(seed, "references", number)).random() < rate
 

@@ -121,10 +121,13 @@ def read_companions(
     those shown at the times of `clock`, its last one repeated; a picture one. Raises MediaError.
     """
     found: dict[str, Any] = {}
-    factor = 1 if here.table.clip_references is None else here.table.clip_references.size_factor
-    if bucket[0] % factor or bucket[1] % factor:
-        sides = f"{bucket[0]}x{bucket[1]} pixels"
-        raise MediaError(f"{here.path}: its {sides} cannot be divided by the references' factor {factor}")
+    rules = here.table.clip_references
+    factor, step = (1, 1) if rules is None else (rules.size_factor, rules.step * rules.size_factor)
+    if bucket[0] % step or bucket[1] % step:
+        raise MediaError(
+            f"{here.path}: it has {bucket[0]}x{bucket[1]} pixels; with references {factor} times smaller "
+            f"sides are multiples of {step}. Choose another resolution"
+        )
     small = bucket[0] // factor, bucket[1] // factor
 
     def read(path: Path) -> Clip:

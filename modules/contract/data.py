@@ -106,8 +106,9 @@ class Batch:
         return len(self.captions)
 
     def without_references(self) -> "Batch":
-        """Return the batch with the latents of its reference pictures among what was dropped."""
-        dropped = {name: value for name, value in self.tensors.items() if name.startswith(CONTROL)}
+        """Return the batch with the latents of its references among what was dropped."""
+        shown = CONTROL, REFERENCE_LATENTS
+        dropped = {name: value for name, value in self.tensors.items() if name.startswith(shown)}
         kept = {name: value for name, value in self.tensors.items() if name not in dropped}
         return replace(self, tensors=kept, undropped={**self.undropped, **dropped})
 
@@ -116,7 +117,7 @@ class Batch:
         told = {
             name: value
             for name, value in self.undropped.items()
-            if (REFERENCE if name.startswith(CONTROL) else CAPTION) in names
+            if (REFERENCE if name.startswith((CONTROL, REFERENCE_LATENTS)) else CAPTION) in names
         }
         return replace(self, tensors={**self.tensors, **told})
 

@@ -1,7 +1,7 @@
 """Requests and their prepared form; checks and defaults that all families share."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -115,6 +115,8 @@ class Prepared:
     stages: tuple["Prepared", ...] = ()
     # strengths of the network's LoRAs for stages (`networks.added.add_stage_loras`); (): it needs none
     added: tuple[float, ...] = ()
+    # what loads networks, beside the model's, that make what it starts from; the shapes of what they get
+    begun_by: tuple[tuple[Callable[[Any], Any], tuple[int, ...]], ...] = ()
     own: Any = None  # what only the family reads, in a record of its own
     name_end: str = ""  # behind the names of its files
     own_metadata: Mapping[str, str] = field(default_factory=dict)  # what outputs say of it, by name

@@ -348,6 +348,7 @@ class ReferenceRules:
     size_factor: int = 1  # by which their sides are smaller than their target's
     time_factor: int = 1  # of their frames the first is taken, then each of so many
     frames: int = 0  # at most; 0: as many as the target has
+    dropped: float = 0.0  # share of batches that are trained without those of clips
     on_white: bool = False  # each is one picture, whole on white of that size; of a clip its first frame
     control_masks: bool = False  # control_mask_directory and control_mask_path too: white is made anew
 

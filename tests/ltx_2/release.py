@@ -1,10 +1,12 @@
-"""A whole tiny LTX-2 on disk, as it is released: one file of all parts, and Gemma's folder."""
+"""A whole tiny LTX-2 on disk: one file of all parts, and Gemma's folder; what two stages need."""
 
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from diffusers.pipelines.ltx2.latent_upsampler import LTX2LatentUpsamplerModel
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -20,6 +22,16 @@ SIZES = {
     "2.5": (StreamConfig(24, 96, 16, 24, ff_bias=False), StreamConfig(16, 64, 16, 16)),
 }
 MARKER = "keyframes_abs_pos_embedding"
+RANK = 4
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {"use_rational_resampler": False},
+    "rational": {},
+    "three halves": {"rational_spatial_scale": 1.5},
+    "four times": {"rational_spatial_scale": 4.0},
+    "in two dimensions": {"dims": 2},
+    "frames": {"spatial_upsample": False, "temporal_upsample": True},
+    "both": {"temporal_upsample": True},
+}
 
 
 def dit_config(version: str, **changes: Any) -> LtxConfig:
@@ -97,3 +109,39 @@ def write_release(folder: Path, version: str = "2.3", **changes: Any) -> TinyRel
     return TinyRelease(
         path, gemma, {"version": version, "state": state, "text_encoder": gemma_network, **parts}
     )
+
+
+def upscaler(kind: str) -> LTX2LatentUpsamplerModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(8)
+        made = LTX2LatentUpsamplerModel(
+            in_channels=16, mid_channels=32, num_blocks_per_stage=2, **KINDS[kind]
+        )
+        for parameter in made.parameters():
+            parameter.data.add_(0.05 * torch.randn(parameter.shape))
+    return made.eval().requires_grad_(False)
+
+
+def write_upscaler(path: Path, kind: str) -> LTX2LatentUpsamplerModel:
+    """Write an official file: diffusers' names, the settings in its metadata under the official names."""
+    made = upscaler(kind)
+    config = {"spatial_scale": made.config.rational_spatial_scale, "dims": made.config.dims}
+    save_file({**made.state_dict()}, path, {"config": json.dumps(config)})
+    return made
+
+
+def write_lora(path: Path, **metadata: str) -> dict[str, Tensor]:
+    """Write a LoRA as it is released, for attention of both streams; return what it adds to weights."""
+    config, generator = dit_config("2.3"), torch.Generator().manual_seed(9)
+    assert config.sound is not None
+    tensors, added = {}, {}
+    for block in range(config.num_layers):
+        for name, width in (("attn1", config.video.dim), ("audio_attn1", config.sound.dim)):
+            layer = f"transformer_blocks.{block}.{name}.to_out.0"
+            shapes = (RANK, width), (width, RANK)
+            down, up = (0.3 * torch.randn(shape, generator=generator) for shape in shapes)
+            tensors[f"diffusion_model.{layer}.lora_A.weight"] = down
+            tensors[f"diffusion_model.{layer}.lora_B.weight"] = up
+            added[f"{layer}.weight"] = up @ down
+    save_file(tensors, path, metadata)
+    return added

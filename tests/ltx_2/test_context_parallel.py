@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor, distributed
 
+from ltx_2.blocks import LtxReferences
+from ltx_2.model import NO_REFERENCES
 from modules.contract.steps import Away, Tweaks
 from modules.offload.context import ProcessGrid, share_tokens
 from tests.ltx_2.tiny_dit import dit_inputs, tiny_dit
@@ -31,11 +33,12 @@ def losses_and_gradients() -> dict[str, tuple[Tensor, Tensor]]:
         "away": Tweaks(away=away),
         "values": Tweaks(skip_self_attention=frozenset({0}), isolated=True),
     }
-    cases |= dict.fromkeys(("references", "noisy references"), Tweaks())
+    cases |= dict.fromkeys(("references", "noisy references", "dimmed references"), Tweaks())
     drawn = torch.randn(2, given["noisy"].shape[1], 2, 3, 5, generator=torch.Generator().manual_seed(5))
     more = {
-        "references": {"references": [drawn, drawn[:, :, :1]]},
-        "noisy references": {"references": [drawn], "reference_share": 0.5},
+        "references": LtxReferences([drawn, drawn[:, :, :1]]),
+        "noisy references": LtxReferences([drawn], share=0.5),
+        "dimmed references": LtxReferences([drawn, drawn[:, :, :1]], strengths=torch.linspace(0, 1, 45)),
     }
     found = {}
     for name, tweaks in cases.items():
@@ -43,7 +46,11 @@ def losses_and_gradients() -> dict[str, tuple[Tensor, Tensor]]:
         if distributed.is_initialized():
             share_tokens(dit, ProcessGrid(distributed.get_rank(), 1, context=PROCESSES), torch.device("cpu"))
         made = torch.cat(
-            [one.flatten() for one in dit(**given, **more.get(name, {}), tweaks=tweaks) if one is not None]
+            [
+                one.flatten()
+                for one in dit(**given, references=more.get(name, NO_REFERENCES), tweaks=tweaks)
+                if one is not None
+            ]
         )
         peers = PROCESSES if distributed.is_initialized() else 1
         (made.square().mean() / peers).backward()

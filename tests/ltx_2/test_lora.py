@@ -38,6 +38,7 @@ OF_PRESETS = {
     "video_sa_ca_ff": VIDEO | {"ff"},
     "audio": SOUND | {"audio_ff"},
     "audio_v2a": SOUND | {"audio_ff", "video_to_audio_attn"},
+    "v2v": VIDEO | {"ff"},
     "full": VIDEO | SOUND | CROSS | {"ff", "audio_ff"},
 }
 LINEARS = {"to_q", "to_k", "to_v", "to_out_0"}

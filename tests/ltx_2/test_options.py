@@ -109,7 +109,9 @@ def test_the_dtype_of_texts_has_two_names() -> None:
         ("ltx2_generate_video", ("--output_name", "a/b"), "it holds a folder"),
         ("ltx2_generate_video", ("--height", "512"), "give both"),
         ("ltx2_generate_video", ("--ltx2_mode", "v", "--drive_video", "."), "no sound is made"),
-        ("ltx2_generate_video", ("--conditioning-attention-mask", "a.mp4", "0.5"), "seen whole"),
+        ("ltx2_generate_video", ("--conditioning-attention-mask", "a.mp4"), "a strength from 0 to 1"),
+        ("ltx2_generate_video", ("--conditioning-attention-mask", "a.mp4", "2"), "a strength from 0 to 1"),
+        ("ltx2_generate_video", ("--ic_lora_strategy", "none", "--reference_video", "."), "Leave them or"),
     ],
 )
 def test_wrong_values_are_one_message(script: str, words: tuple[str, ...], message: str) -> None:
@@ -152,6 +154,10 @@ def test_known_names_of_shared_options_are_ours() -> None:
     request = generated(*size, *words).request
     assert (request.video_size, request.video_length, request.fps) == ((320, 640), 17, 25)
     assert (request.infer_steps, request.guidance_scale, request.image_path) == (9, 2.5, Path("a.png"))
+    speed = generated("--fp8_base", "--sage_attn").speed
+    assert (speed.fp8.fp8, speed.attention.choice.mode) == (True, "sage")
+    with pytest.raises(OptionError, match="--attn_mode flash3 and --sage_attn sageattn mean the same"):
+        generated("--attn_mode", "flash3", "--sage_attn")
     request = generated("--video_length", "17", "--frame_count", "17").request
     assert (request.video_length, request.fps, request.video_size) == (17, 24, (512, 768))
     with pytest.raises(OptionError, match="--video_length 17 and --frame_count 25 mean the same"):

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import random
 import re
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from ltx_2.rope import Places, make_table
 from modules.contract.rules import ReferenceRules
 from modules.errors import OptionError
 from modules.media.writing import write_png
+from modules.seeds import derive_seed
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.ltx_2 import test_family as pipelines
 from tests.ltx_2.release import TinyRelease, dit_config, write_release
@@ -30,6 +32,7 @@ from tests.ltx_2.tiny_dit import dit_diffusers_state, dit_in_diffusers
 from tests.parity.running import assert_equal
 from tests.parity.training import (
     RANK,
+    SEED,
     Factors,
     assert_steps_of_descent,
     descent,
@@ -60,6 +63,17 @@ def write_reference(folder: Path, number: int, factor: int, frames: int = 9) -> 
     return [Image.fromarray(frame) for frame in clip]
 
 
+def write_mask(folder: Path, factor: int, frames: int) -> Tensor:
+    """A folder of grey frames, black in their first column of tokens; return them, 1 1 F H W."""
+    folder.mkdir()
+    shape = frames, HEIGHT // factor, WIDTH // factor
+    grey = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(6))
+    grey[:, :, :32] = 0
+    for place, frame in enumerate(grey):
+        write_png(folder / f"{place:03d}.png", frame[..., None].expand(-1, -1, 3).numpy())
+    return grey[None, None] / 255
+
+
 def write_lora(path: Path, **metadata: str) -> Path:
     """A LoRA that changes nothing and says something."""
     name = "diffusion_model.transformer_blocks.0.attn1.to_q"
@@ -77,17 +91,31 @@ def asked_there(
     clips: list[list[Image.Image]],
     factor: int,
     strength: float = 1.0,
+    seen: tuple[float, Tensor | None] = (1.0, None),
 ) -> Tensor:
     """The latents that diffusers' pipeline makes from the same noise, which it would draw token by token.
 
     What it takes for clean of a reference goes by the noise level of the clip; here, as in the official code,
-    by that of the reference.
+    by that of the reference. seen: strength and mask of what both see of each other; what attention adds is
+    their logarithm, as there.
     """
     parts = pipelines.theirs(release).components
     taken = inspect.signature(LTX2InContextPipeline.__init__).parameters
     pipe = LTX2InContextPipeline(**{name: part for name, part in parts.items() if name in taken})
     pipe.set_progress_bar_config(disable=True)
     pipe.transformer.register_forward_pre_hook(pipelines.alone, with_kwargs=True)
+    masks: list[Tensor] = []
+
+    def note(_: Any, __: Any, given: dict[str, Any]) -> None:
+        masks[:] = [given["video_self_attention_mask"].log().clamp(min=-1e4)]
+
+    def put(_: Any, words: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return words, {**given, "attention_mask": masks[0].view(given["attention_mask"].shape)}
+
+    if seen != (1.0, None):
+        pipe.transformer.register_forward_pre_hook(note, with_kwargs=True)
+        for block in pipe.transformer.transformer_blocks:
+            block.attn1.register_forward_pre_hook(put, with_kwargs=True)
     grid = (2, HEIGHT // 32, WIDTH // 32)
     channels = pipe.transformer.config.in_channels
     generator = torch.Generator().manual_seed(pipelines.SEED)
@@ -123,6 +151,8 @@ def asked_there(
         num_inference_steps=pipelines.STEPS,
         reference_conditions=[LTX2ReferenceCondition(clip, strength) for clip in clips],
         reference_downscale_factor=factor,
+        conditioning_attention_strength=seen[0],
+        conditioning_attention_mask=seen[1],
         return_dict=False,
         output_type="latent",
         generator=torch.Generator().manual_seed(0),
@@ -140,6 +170,9 @@ CASES: dict[str, Any] = {
     "the factor of a LoRA": (2, [9], True),
     "less of a clip": (2, [9], False, 0.5),
     "less of two": (1, [9, 1], False, 0.25),
+    "seen less": (2, [9, 1], False, 1.0, 0.5, 0),
+    "a mask": (2, [9], False, 1.0, 0.75, 9),
+    "a grey picture": (1, [9], False, 0.5, 1.0, 1),
 }
 OF_25 = [("half the size", "2.5"), ("two", "2.5")]  # its mark is on the clip's first frame alone
 
@@ -150,8 +183,8 @@ OF_25 = [("half the size", "2.5"), ("two", "2.5")]  # its mark is on the clip's 
 def test_videos_with_references_equal_those_of_diffusers(
     release: TinyRelease, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
-    factor, lengths, by_lora, *strengths = CASES[case]
-    (strength,) = strengths or [1.0]
+    factor, lengths, by_lora, strength, attention, grey = (*CASES[case], 1.0, 1.0, 0)[:6]
+    seen = 1.0, None
     clips, paths = [], []
     for number, length in enumerate(lengths):
         folder = tmp_path / f"reference {number}"
@@ -165,12 +198,17 @@ def test_videos_with_references_equal_those_of_diffusers(
         words += ["--reference_downscale", factor]
     if strength < 1:
         words += ["--reference_strength", strength]
+    if len(CASES[case]) > 4:
+        mask = write_mask(tmp_path / "mask", factor, grey) if grey else None
+        seen = attention, None if mask is None else mask.expand(-1, -1, 9, -1, -1)
+        file = tmp_path / "mask" / ("000.png" if grey == 1 else "")
+        words += ["--conditioning-attention-mask", *([file] if grey else []), attention]
     words += pipelines.scale_words(SCALES, SCALES)
     monkeypatch.setattr(pipelines, "WIDTH", WIDTH)
 
     made = pipelines.generate(release, tmp_path, *words)
 
-    assert_equal(made["latent"], asked_there(release, monkeypatch, clips, factor, strength), "latents")
+    assert_equal(made["latent"], asked_there(release, monkeypatch, clips, factor, strength, seen), "latents")
 
 
 def made_of(release: TinyRelease, folder: Path, name: str, *words: object) -> list[Tensor]:
@@ -247,6 +285,37 @@ def test_loras_of_other_factors_do_not_work_together(release: TinyRelease, tmp_p
     assert_one_message(code, said, "2.safetensors has learned references with", "do not work together")
 
 
+@pytest.mark.parametrize(
+    ("words", "messages"),
+    [
+        (["--reference_video", "nowhere.mp4"], ["--reference_video nowhere.mp4: no such file"]),
+        (["--reference_video", "empty"], ["empty is a folder without images"]),
+        (["--reference_video", "clip", "--reference_downscale", "4"], ["sides are multiples of 128"]),
+        (["--reference_strength", "0.5"], ["no reference is given. Give --reference_video"]),
+        (["--conditioning-attention-mask", "0.5"], ["no reference is given. Give --reference_video"]),
+        (
+            ["--reference_video", "clip", "--conditioning-attention-mask", "short", "1"],
+            ["short: 1 frames are taken of it, 9 of a reference", "Give a picture, or a clip as long"],
+        ),
+        (["--reference_video", "clip", "--conditioning-attention-mask", "empty", "1"], ["without images"]),
+    ],
+)
+def test_what_references_lack_is_one_message(
+    release: TinyRelease, tmp_path: Path, words: list[str], messages: list[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    write_reference(tmp_path / "clip", 0, 1)
+    write_mask(tmp_path / "short", 1, 1)
+    command = [*release.words, *release.texts, "--prompt", "a cat", "--video_size", 64, 64, "--device", "cpu"]
+
+    code, said = run_here(
+        *("ltx2_generate_video.py", *command, "--video_length", 9, *words, "--save_path", "made"),
+        folder=tmp_path,
+    )
+
+    assert_one_message(code, said, *messages)
+
+
 def test_positions_of_a_reference_are_spread_over_its_target() -> None:
     """Frames 0, 1, 5, 9, ... stand where those of the target do."""
     config = dit_config("2.3")
@@ -302,8 +371,10 @@ def loss_of(dit: Any, items: list[Heard], references: list[Tensor], step: int) -
         count, time = mixed[0].numel(), 1000 * sigma.view(1)
         times = torch.cat([time.expand(count), torch.zeros(reference[0].numel())])[None]
         coords = dit.rope.prepare_video_coords(1, *grid, "cpu", fps=item.fps)
-        others = dit.rope.prepare_video_coords(1, *reference.shape[1:], "cpu", fps=item.fps)
-        others[:, 1:] *= 2
+        if reference.numel():
+            others = dit.rope.prepare_video_coords(1, *reference.shape[1:], "cpu", fps=item.fps)
+            others[:, 1:] *= 2
+            coords = torch.cat([coords, others], dim=2)
         made = dit(
             hidden_states=tokens,
             audio_hidden_states=torch.zeros(1, 1, dit.config.audio_in_channels),
@@ -318,7 +389,7 @@ def loss_of(dit: Any, items: list[Heard], references: list[Tensor], step: int) -
             width=grid[2],
             audio_num_frames=1,
             fps=item.fps,
-            video_coords=torch.cat([coords, others], dim=2),
+            video_coords=coords,
             isolate_modalities=True,
         )
         velocity = made.sample[0, :count].T.unflatten(1, grid)
@@ -326,11 +397,13 @@ def loss_of(dit: Any, items: list[Heard], references: list[Tensor], step: int) -
     return torch.stack(found).mean()
 
 
+@pytest.mark.parametrize("share", [1.0, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_two_steps_with_references_equal_those_computed_with_diffusers(
-    project: tuple[Path, TinyRelease], monkeypatch: pytest.MonkeyPatch
+    project: tuple[Path, TinyRelease], share: float
 ) -> None:
     folder, release = project
-    code, said = train(project, "--reference_downscale", 2)
+    words = [] if share == 1 else ["--ic_lora_ref_probability", share]
+    code, said = train(project, "--reference_downscale", 2, *words)
     assert code == 0, said[-4000:]
 
     items, references = [], {}
@@ -356,11 +429,16 @@ def test_two_steps_with_references_equal_those_computed_with_diffusers(
     def gradients(factors: Factors, step: int) -> Factors:
         dit = dit_in_diffusers("2.3", state, config=dit_config("2.3"))
         with learning(dit, parts, factors) as found:
-            batch = shuffled(items, step)
-            loss_of(dit, batch, [references[id(one)] for one in batch], step).backward()
+            batch, drawn = shuffled(items, step), random.Random(derive_seed(SEED, "references", step))
+            sees = share == 1 or drawn.random() >= 1 - share
+            seen.append(sees)
+            shown = [references[id(one)] if sees else references[id(one)][:, :0] for one in batch]
+            loss_of(dit, batch, shown, step).backward()
         return found()
 
+    seen: list[bool] = []
     assert_steps_of_descent(folder / "out", parts, RATE, gradients, "LTX-2")
+    assert set(seen) == ({True} if share == 1 else {True, False})
     with safe_open(folder / "out" / "lora.safetensors", "pt") as file:
         said_there = file.metadata()
     names = "reference_downscale_factor", "reference_spatial_scale_factor", "reference_temporal_scale_factor"
@@ -370,6 +448,15 @@ def test_two_steps_with_references_equal_those_computed_with_diffusers(
 def test_references_of_another_factor_are_not_trained(project: tuple[Path, TinyRelease]) -> None:
     code, said = train(project)
     assert_one_message(code, said, "references were made with size factor 2", "this run has size factor 1")
+
+
+def test_sides_that_references_cannot_have_are_told_with_the_clip(project: tuple[Path, TinyRelease]) -> None:
+    folder, release = project
+    words = [*release.words, "--dataset_config", "dataset.toml", "--reference_downscale", 4]
+
+    code, said = run_here("ltx2_cache_latents.py", *words, folder=folder)
+
+    assert_one_message(code, said, "a.mp4: it has 64x64 pixels", "4 times smaller sides are multiples of 128")
 
 
 def test_samples_are_made_from_the_reference_of_their_line(project: tuple[Path, TinyRelease]) -> None:

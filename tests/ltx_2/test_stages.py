@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import ltx2_generate_video
+from blissful_tuner.taehv import TaehvConfig
 from ltx_2.upscaler import SPATIAL, TEMPORAL, enlarge, factors
 from modules.contract.data import SOUND
 from modules.errors import UserError
@@ -23,48 +24,29 @@ from modules.media.pixels import image_pixels
 from modules.media.reading import read_image, video_frames
 from modules.media.writing import write_png
 from tests.faults.messages import succeed_here
-from tests.ltx_2.release import TinyRelease, dit_config, write_release
+from tests.ltx_2.release import (
+    KINDS,
+    TinyRelease,
+    dit_config,
+    upscaler,
+    write_lora,
+    write_release,
+    write_upscaler,
+)
 from tests.ltx_2.test_family import GUIDED, NEGATIVE, OF_SOUND, PROMPT, SEED, alone, scale_words, theirs
 from tests.ltx_2.test_training import run, samples, write_project
 from tests.ltx_2.tiny_dit import dit_in_diffusers
 from tests.parity.running import assert_equal
 from tests.tiny.project import moving_square, write_image
+from tests.tiny.taehv import write_taehv
 
-HEIGHT, WIDTH, FRAMES, STEPS, RANK = 128, 192, 17, 3, 4
+HEIGHT, WIDTH, FRAMES, STEPS = 128, 192, 17, 3
 CPU = torch.device("cpu")
-KINDS: dict[str, dict[str, Any]] = {
-    "plain": {"use_rational_resampler": False},
-    "rational": {},
-    "three halves": {"rational_spatial_scale": 1.5},
-    "four times": {"rational_spatial_scale": 4.0},
-    "in two dimensions": {"dims": 2},
-    "frames": {"spatial_upsample": False, "temporal_upsample": True},
-    "both": {"temporal_upsample": True},
-}
 
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory: pytest.TempPathFactory) -> TinyRelease:
     return write_release(tmp_path_factory.mktemp("größe"))
-
-
-def upscaler(kind: str) -> LTX2LatentUpsamplerModel:
-    with torch.random.fork_rng():
-        torch.manual_seed(8)
-        made = LTX2LatentUpsamplerModel(
-            in_channels=16, mid_channels=32, num_blocks_per_stage=2, **KINDS[kind]
-        )
-        for parameter in made.parameters():
-            parameter.data.add_(0.05 * torch.randn(parameter.shape))
-    return made.eval().requires_grad_(False)
-
-
-def write_upscaler(path: Path, kind: str) -> LTX2LatentUpsamplerModel:
-    """Write an official file: diffusers' names, the settings in its metadata under the official names."""
-    made = upscaler(kind)
-    config = {"spatial_scale": made.config.rational_spatial_scale, "dims": made.config.dims}
-    save_file({**made.state_dict()}, path, {"config": json.dumps(config)})
-    return made
 
 
 @pytest.mark.parametrize("is_folder", [False, True])
@@ -92,23 +74,6 @@ def test_latents_are_enlarged_as_in_diffusers(
     assert made.shape[2:] == ((3 - 1) * frames + 1, 4 * side, 6 * side)
 
 
-def write_lora(folder: Path, **metadata: str) -> tuple[Path, dict[str, Tensor]]:
-    """Write a LoRA as it is released, for attention of both streams; also return what it adds to weights."""
-    config, generator = dit_config("2.3"), torch.Generator().manual_seed(9)
-    assert config.sound is not None
-    tensors, added = {}, {}
-    for block in range(config.num_layers):
-        for name, width in (("attn1", config.video.dim), ("audio_attn1", config.sound.dim)):
-            layer = f"transformer_blocks.{block}.{name}.to_out.0"
-            shapes = (RANK, width), (width, RANK)
-            down, up = (0.3 * torch.randn(shape, generator=generator) for shape in shapes)
-            tensors[f"diffusion_model.{layer}.lora_A.weight"] = down
-            tensors[f"diffusion_model.{layer}.lora_B.weight"] = up
-            added[f"{layer}.weight"] = up @ down
-    save_file(tensors, folder / "distilled.safetensors", metadata)
-    return folder / "distilled.safetensors", added
-
-
 def generate(release: TinyRelease, folder: Path, *words: object) -> dict[str, Tensor]:
     """Run the script; return the latents of the only video. PNG files of them are in `shown`."""
     size = ["--video_size", HEIGHT, WIDTH, "--video_length", FRAMES, "--infer_steps", STEPS, "--seed", SEED]
@@ -116,7 +81,7 @@ def generate(release: TinyRelease, folder: Path, *words: object) -> dict[str, Te
     command = [*release.words, "--device", "cpu", *size, *words]
     made = ["--output_type", "latent", "--save_path", folder / "made"]
     ltx2_generate_video.main([str(word) for word in [*command, *said, *made]])
-    (path,) = (folder / "made").iterdir()
+    (path,) = (folder / "made").glob("*.safetensors")
     shown = ["--latent_path", path, "--output_type", "images", "--save_path", folder / "shown"]
     ltx2_generate_video.main([str(word) for word in [*command, *shown]])
     return load_file(path)
@@ -149,7 +114,8 @@ def test_two_stages_equal_those_of_diffusers(
 ) -> None:
     networks = [write_upscaler(tmp_path / f"{kind}.safetensors", kind) for kind in kinds]
     is_reference = not strengths[1]
-    lora, added = write_lora(tmp_path, **({"reference_downscale_factor": "2"} if is_reference else {}))
+    lora = tmp_path / "distilled.safetensors"
+    added = write_lora(lora, **({"reference_downscale_factor": "2"} if is_reference else {}))
     scales = GUIDED if mode == "av" else GUIDED | {"modality_scale": 1.0}
     words = ["--ltx2_mode", mode, "--sample_two_stage", "--stg_blocks", 1]
     if is_reference:
@@ -285,6 +251,34 @@ def test_the_first_stage_alone_is_a_clip_of_its_size(release: TinyRelease, tmp_p
     assert torch.equal(early["latent"], small["latent"])
 
 
+@pytest.mark.slow
+def test_two_stages_are_planned_compiled_and_previewed(
+    release: TinyRelease, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The plan counts the upscaler; compiled blocks and previews change no bit."""
+    write_upscaler(tmp_path / "up.safetensors", "rational")
+    write_lora(lora := tmp_path / "distilled.safetensors")
+    taehv = write_taehv(tmp_path / "tae.safetensors", TaehvConfig(16, (16, 12, 8, 8), (2, 2, 2), patch=4))
+    words = ["--ltx2_mode", "av", "--sample_two_stage", SPATIAL, tmp_path / "up.safetensors"]
+    words += ["--distilled_lora_path", lora]
+    ways = {
+        "plain": [],
+        "compiled": ["--compile", "--compile_backend", "eager"],
+        "previewed": ["--preview_latent_every", 1, "--preview_vae", taehv],
+    }
+
+    made = {name: generate(release, tmp_path / name, *words, *more) for name, more in ways.items()}
+    planned = [*release.words, *release.texts, *words, "--prompt", "x", "--save_path", tmp_path / "planned"]
+    planned += ["--video_size", HEIGHT, WIDTH, "--video_length", FRAMES, "--plan", "--device", "cpu"]
+    ltx2_generate_video.main([str(word) for word in planned])
+
+    assert type(upscaler("rational")).__name__ in capsys.readouterr().out
+    assert not (tmp_path / "planned").exists()
+    for name in made["plain"]:
+        assert torch.equal(made["compiled"][name], made["plain"][name])
+        assert torch.equal(made["previewed"][name], made["plain"][name])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -331,7 +325,7 @@ def test_samples_of_a_training_are_made_in_two_stages(tmp_path: Path) -> None:
     """As the generation script makes them of what was trained; the training is the same without them."""
     project = write_project(tmp_path / "größe", batch_size=1, sounds="a")
     write_upscaler(project.folder / "up.safetensors", "rational")
-    lora, _ = write_lora(project.folder)
+    write_lora(lora := project.folder / "distilled.safetensors")
     (project.folder / "prompts.txt").write_text("a cat --w 64 --h 64 --f 9 --s 2 --d 1\n", encoding="utf-8")
     stages = [
         "--sample_two_stage",

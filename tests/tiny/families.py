@@ -2,6 +2,7 @@
 user would type.
 """
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -156,32 +157,45 @@ def _framepack(
     )
 
 
-def _ltx_2(name: str, mode: str) -> TinyFamily:
-    """LTX-2.3. Every second clip has sound."""
+def _ltx_2(name: str, mode: str, version: str) -> TinyFamily:
+    """With sound, every second clip has one; without, each has a reference."""
+    has_references = mode == "v"
 
     def prepare(folder: Path, clips: WriteClips = write_clips) -> None:
-        write_release(folder / "model")
+        write_release(folder / "model", version)
         clips(folder / "clips")
         for index in (0, 2):
             write_media(folder / "clips" / f"clip {index}.mp4", Track(at=(0.2,)), frames=9, fps=16)
-        write_dataset(folder, frames="1, 9")
+        (folder / "references").mkdir(exist_ok=True)
+        for clip in (folder / "clips").glob("*.mp4"):
+            shutil.copy(clip, folder / "references")
+        references = f'reference_directory = "{(folder / "references").as_posix()}"'
+        write_dataset(folder, frames="1, 9", more=references if has_references else "")
         write_image(folder / "start.png", 32, 32)
 
     release = ["--ltx2_checkpoint", LTX_2, "--ltx2_mode", mode]
-    texts = ["--gemma_root", "model/gemma", "--text_encoder_dtype", "float32"]
-    models = [*release, *PRECISE, *texts]
+    vaes, texts = [], ["--gemma_root", "model/gemma", "--text_encoder_dtype", "float32"]
+    if version == "2.5":
+        vaes = [
+            *("--ltx2_video_vae", "model/video vae.safetensors"),
+            *("--ltx2_audio_vae", "model/audio vae.safetensors"),
+        ]
+        texts[:2] = ["--ltx2_text_encoder_checkpoint", "model/text.safetensors"]
+    models = [*release, *PRECISE, *vaes, *texts]
+    shown = ["--reference_video", "references/clip 0.mp4"] if has_references else []
     return TinyFamily(
         name=name,
         prepare=prepare,
-        cache_latents=["ltx2_cache_latents.py", *DATASET, *release, *PRECISE],
+        cache_latents=["ltx2_cache_latents.py", *DATASET, *release, *PRECISE, *vaes],
         cache_texts=["ltx2_cache_text_encoder_outputs.py", *DATASET, *release, *texts],
         train=["ltx2_train_network.py", *models, *DATASET, "--sdpa", *_network("lora_ltx2")],
-        generate=["ltx2_generate_video.py", *models, *START]
+        generate=["ltx2_generate_video.py", *models, *START, *shown]
         + ["--negative_prompt", "dull", "--video_length", "9", "--flow_shift", "5"],
         another_run=["--lora_target_preset", "full"],
         changed_habit=["--audio_loss_weight", "2"],
         train_whole="",
-        sample_line="a cat --w 32 --h 32 --f 9 --d 7 --s 2 --fs 5 --l 3 --n dull --i start.png",
+        sample_line="a cat --w 32 --h 32 --f 9 --d 7 --s 2 --fs 5 --l 3 --n dull --i start.png"
+        + (" --v references/clip 0.mp4" if has_references else ""),
     )
 
 
@@ -417,8 +431,8 @@ FAMILIES = (
     _z_image(),
     _krea2(),
     _krea2(edits=True),
-    _ltx_2("ltx_2", "v"),
-    _ltx_2("ltx_2 with sound", "av"),
+    _ltx_2("ltx_2", "v", "2.5"),
+    _ltx_2("ltx_2 with sound", "av", "2.3"),
 )
 TWO_LISTS = {"hunyuan_video", "framepack", "hunyuan_image", "flux", "kontext", "flux_2"}  # of blocks
 ONE_OF_EACH = tuple(one for one in FAMILIES if one.name in {"wan t2v-1.3B", "hunyuan_video", "framepack"})
@@ -444,7 +458,7 @@ def write_deep(family: TinyFamily, folder: Path, clips: WriteClips = write_clips
         **dict.fromkeys(("krea2", "krea2 edit"), write_tiny_krea2),
         "qwen_image": write_tiny_qwen_image,
         "qwen_image edit-2511": partial(write_tiny_qwen_image, edits=True),
-        "ltx_2": write_release,
+        "ltx_2": partial(write_release, version="2.5"),
         "ltx_2 with sound": write_release,
     }
     if family.name in TWO_LISTS:

@@ -12,7 +12,7 @@ from encoders.clip_checkpoints import ClipVisionConfig
 from encoders.clip_layers import ClipVision
 from stable_diffusion.assembling import list_cross_attentions
 from tests.flux.making import tiny_control_net
-from tests.ltx_2.release import write_release
+from tests.ltx_2.release import write_lora, write_release, write_upscaler
 from tests.sound_media import Track, write_media
 from tests.tiny import (
     flux,
@@ -94,7 +94,7 @@ def lay_out_lumina(folder: Path) -> None:
 
 
 def lay_out_ltx_2(folder: Path) -> None:
-    """LTX-2.3; beside the folder clips with sound."""
+    """LTX-2.3 and what two stages need; beside the folder clips with sound, and references."""
     release = write_release(folder)
     release.checkpoint.rename(folder / "ltx-2.3-22b-dev.safetensors")
     release.gemma.rename(folder / "gemma-3-12b-it-qat-q4_0-unquantized")
@@ -103,8 +103,14 @@ def lay_out_ltx_2(folder: Path) -> None:
         clip.parent.mkdir(exist_ok=True)
         write_media(clip, Track(at=(0.2,)), frames=9, fps=24)
         clip.with_suffix(".txt").write_text(caption, encoding="utf-8")
-    shutil.copy(clip, folder.parent / "waves.mp4")
+        reference = folder.parent / "references" / clip.name
+        reference.parent.mkdir(exist_ok=True)
+        shutil.copy(clip, reference)
+    for name in ("waves", "depth"):
+        shutil.copy(clip, folder.parent / f"{name}.mp4")
     write_image(folder.parent / "start.png", SIDE, SIDE)
+    write_upscaler(folder / "ltx-2.3-spatial-upscaler-x2-1.1.safetensors", "rational")
+    write_lora(folder / "ltx-2.3-22b-distilled-lora-384-1.1.safetensors")
 
 
 def lay_out_z_image(folder: Path) -> None:
