@@ -124,11 +124,11 @@ def choose(plan: Callable[[tuple[str, ...]], StepPrediction], usable: int) -> st
     if plan(NF4).device(0) <= usable:
         way = INT8 if plan(INT8).device(0) <= usable else NF4
         return cell(way, plan(way), 0)
-    found = [(smallest_swap(plan(way), usable), way) for way in (OFFLOADED_NF4, NF4)]
+    found = [(smallest_swap(plan(way), usable), way) for way in (NF4, OFFLOADED_NF4)]
     swaps = [(blocks, way) for blocks, way in found if blocks is not None]
     if not swaps:
         return "does not fit"
-    blocks, way = min(swaps, key=lambda each: each[0])  # of equal ones the first
+    blocks, way = min(swaps, key=lambda each: each[0])  # of equal ones the plain one
     return cell(way, plan(way), blocks)
 
 
@@ -185,12 +185,13 @@ def pocket_clips(folder: Path) -> list[dict[str, torch.Tensor]]:
 
     from tests.pocket.test_fp8_training import cached
 
-    cached(folder, clips=CLIPS, validation=0, batch_size=1)
+    cached(folder, clips=CLIPS, validation=1, batch_size=1)
     found = []
     for path in sorted((folder / "known_cache").glob("*_wan.safetensors")):
-        (latents,) = load_file(path).values()
-        number = path.name.split("_")[0]
-        (texts,) = load_file(path.with_name(f"{number}_wan_te.safetensors")).values()
+        of_texts = path.with_name(f"{path.name.partition('_')[0]}_wan_te.safetensors")
+        tensors = load_file(path) | load_file(of_texts)
+        (latents,) = (one for name, one in tensors.items() if name.startswith("latents_"))
+        (texts,) = (one for name, one in tensors.items() if name.startswith("varlen_t5"))
         found.append({"latents": latents.float(), "t5": texts})
     return found
 

@@ -19,16 +19,8 @@ from torch import Tensor, nn
 
 from encoders.vision_towers import PLACES as TOWER_PLACES
 from encoders.vision_towers import QWEN3_TOWER, QWEN25_TOWER, VisionTower
-from modules.checkpoints.dialects import (
-    LoadPlan,
-    count,
-    load_planned,
-    other_kind,
-    shapes_of,
-    text_quantisation,
-)
+from modules.checkpoints.dialects import LoadPlan, count, load_planned, loaded_bytes, other_kind, shapes_of
 from modules.checkpoints.encoders import SPIECE_MODEL, head_width, network_in, told_beside
-from modules.checkpoints.filling import stored_as
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.contract.family import DitSpec
 from modules.contract.loading import BlockPlace
@@ -36,7 +28,6 @@ from modules.devices import send_ahead
 from modules.errors import CheckpointError, OptionError
 from modules.offload.block_swap import swap_blocks
 from modules.offload.swap_plan import SwapPlan, host_weights
-from modules.stored.forms import form_of
 
 logger = logging.getLogger(__name__)
 
@@ -394,17 +385,9 @@ def streamed_layers(
 
     dtype, form: of the weights on the device. room: bytes free there; None: enough for all.
     """
-    asked = None if form is None else form_of(text_quantisation(form))
 
     def size(name: str) -> int:
-        source, tensors = plan.sources[name], plan.checkpoint.tensors
-        shape, is_linear = tensors[source.names[0]].shape, name.endswith("_proj.weight")
-        stored = stored_as(source, tensors) if is_linear else None
-        if stored is None or (asked is None and not stored.form.stays):
-            stored = asked.empty((shape[0], shape[1])) if asked is not None and is_linear else None
-        if stored is None:
-            return math.prod(shape) * dtype.itemsize
-        return sum(tensor.nbytes for tensor in stored.tensors if tensor is not None)
+        return loaded_bytes(plan, name, dtype, form if name.endswith("_proj.weight") else None)
 
     if room is None or plan.config.num_layers < 2:
         return 0, 0

@@ -107,6 +107,8 @@ WAYS = {
     "loha": ("--network_module", "networks.loha"),
     "lokr": ("--network_module", "networks.lokr", "--network_args", "factor=4"),
     "compiled": ("--compile", "--gradient_checkpointing", "--max_train_steps", "1"),
+    "int8": ("--convrot_int8", "--convrot_int8_bwd", "int8", "--network_module", "networks.lokr"),
+    "dora nf4": ("--nf4_base", "--network_args", "dora_wd=True", "--gradient_checkpointing"),
 }
 
 

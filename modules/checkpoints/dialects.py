@@ -3,6 +3,7 @@
 Also name the kind of a foreign file.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -56,18 +57,16 @@ def load_planned(
     """Load the network of a plan whose file is open onto the device, in eval mode, without gradients.
 
     build: makes it from the plan's dimensions; called on the meta device. dtype, what: as for `load_module`;
-    a single dtype is used for all tensors. form: the file of `modules.stored` that
-    its linear layers are kept in; None: as they are, but fp8 multiplied out. host: as for
-    `load_module`. blocks: takes each block when it is loaded. Raises CheckpointError as `load_module`.
+    a single dtype is used for all tensors. form: the file of `modules.stored` that its linear layers are kept
+    in; None: as the file has them, but fp8 multiplied out. host: as for `load_module`. blocks: takes each
+    block when it is loaded. Raises CheckpointError as `load_module`, and if the file has another form.
     """
     with on_meta_device():
         network = build(plan.config)
     dtype_of = (lambda *_: dtype) if isinstance(dtype, torch.dtype) else dtype
     linear, stored = linear_weights(network), None
     kept = find_stored_weights(linear, plan.sources, plan.checkpoint.tensors, form is not None)
-    if (
-        form is not None
-    ):  # embeddings and norms are not rounded, and what the file has in 8 bits stays as it is
+    if form is not None:  # embeddings and norms are not rounded; what the file has so stays as it is
         _refuse_other_forms(plan, kept, form)
         asked = form_of(prepare(text_quantisation(form), device))
         stored = StoredLoading(asked, linear - kept, kept)
@@ -93,6 +92,17 @@ def load_planned(
 def text_quantisation(form: str) -> Quantisation:
     """Return how a text encoder is kept in a form, the name of a file of `modules.stored`."""
     return Quantisation("rows", float32_scales=True, form=form)
+
+
+def loaded_bytes(plan: LoadPlan[Any], name: str, dtype: torch.dtype, form: str | None) -> int:
+    """Return the bytes that a tensor takes once loaded. form: as of `load_planned`, of a linear weight."""
+    source, tensors = plan.sources[name], plan.checkpoint.tensors
+    shape, stored = tensors[source.names[0]].shape, stored_as(source, tensors)
+    if stored is None or (form is None and not stored.form.stays):
+        if form is None:
+            return math.prod(shape) * dtype.itemsize
+        stored = form_of(text_quantisation(form)).empty((shape[0], shape[1]))
+    return sum(tensor.nbytes for tensor in stored.tensors if tensor is not None)
 
 
 def _refuse_other_forms(plan: LoadPlan[Any], kept: Iterable[str], form: str) -> None:

@@ -231,7 +231,8 @@ def _stored_layers(
     linear, form = others(linear_weights(dit, spec.block_lists)), form_of(quantisation)
     kept = find_stored_weights(linear, sources, checkpoint.tensors, asked=True)
     if not kept:
-        return StoredLoading(form, others(linear_weights(dit, spec.block_lists, spec.fp8_exclude)))
+        exclude = spec.form_exclude.get(quantisation.form, spec.fp8_exclude)
+        return StoredLoading(form, others(linear_weights(dit, spec.block_lists, exclude)))
     is_packed = any(checkpoint.tensors[sources[name].names[0]].packing is not None for name in kept)
     if is_packed and quantisation.kind != "cast":
         raise CheckpointError(

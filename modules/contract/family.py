@@ -8,7 +8,7 @@ loop asks for its name.
 """
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeGuard, cast
 
@@ -87,6 +87,8 @@ class DitSpec:
     # first of an equal share of the other list's blocks
     side_list: str = ""
     fp8_exclude: tuple[str, ...] = ()  # parts of parameter names never stored in fp8
+    # the same of other forms, by their names, where it differs
+    form_exclude: Mapping[str, tuple[str, ...]] = field(default_factory=dict, compare=False)
     # parts of module paths in blocks, with a "." in front, on which a LoRA is put only if asked for
     lora_exclude: tuple[str, ...] = ()
     # patterns of module paths in blocks; a LoRA is put on those that match one, if there are any

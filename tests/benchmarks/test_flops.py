@@ -1,9 +1,10 @@
 """Operations and passes over memory are counted right; tables of cards; plain generation."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import small_cards
 from benchmarks.cards import CARDS, RUNS
 from benchmarks.flops import Work, joint_work, wan_work
 from benchmarks.generation import count_waits
@@ -42,6 +44,7 @@ from modules.contract.rules import ONE_EXPERT
 from modules.contract.steps import Section
 from modules.flow.solvers import solver_for
 from modules.planning.dry_run import dry_run
+from modules.planning.memory_plan import MemoryPart, Phase
 from tests.commands import ROOT
 from tests.preparing import prepare
 from tests.tiny.wan_dit import tiny_state, write_dit
@@ -200,13 +203,57 @@ def tiny_traffic(row: Row, path: Path) -> tuple[Traffic, object]:
     return found, family.files.dit_header().config
 
 
-def test_the_page_has_a_cell_for_each_run_and_card() -> None:
-    lines = (ROOT / "docs" / "cards.md").read_text(encoding="utf-8").splitlines()
+@pytest.mark.parametrize(
+    ("page", "runs", "cards"),
+    [
+        ("cards.md", [run.about for runs in RUNS.values() for run in runs], CARDS),
+        ("small_cards.md", [small_cards.about(row) for row in small_cards.ROWS], small_cards.CARDS),
+    ],
+)
+def test_the_page_has_a_cell_for_each_run_and_card(
+    page: str, runs: Sequence[str], cards: Sequence[int]
+) -> None:
+    lines = (ROOT / "docs" / page).read_text(encoding="utf-8").splitlines()
 
-    for run in (run for runs in RUNS.values() for run in runs):
-        [row] = [line for line in lines if line.startswith(f"| {run.about} |")]
-        assert len(row.strip("|").split("|")) == len(CARDS) + 1
-    assert f"| | {' | '.join(f'{card} GB' for card in CARDS)} |" in lines
+    for run in runs:
+        [row] = [line for line in lines if line.startswith(f"| {run} |")]
+        assert len(row.strip("|").split("|")) == len(cards) + 1
+    assert f"| | {' | '.join(f'{card} GB' for card in cards)} |" in lines
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan in which a swapped block saves a GiB."""
+
+    whole: int  # GiB
+    most: int = 4
+
+    def device(self, blocks: int) -> int:
+        return (self.whole - blocks) << 30
+
+    def phase(self, blocks: int) -> Phase:
+        return Phase("step", (MemoryPart("all", self.device(blocks), blocks << 30),))
+
+
+@pytest.mark.parametrize(
+    ("int8", "nf4", "offloaded", "expected"),
+    [
+        (8, 5, 5, "`--convrot_int8` (8.00)"),
+        (9, 8, 5, "`--nf4_base` (8.00)"),
+        (20, 9, 8, "`--nf4_base --gradient_checkpointing_cpu_offload` (8.00)"),
+        (20, 10, 9, "`--nf4_base --gradient_checkpointing_cpu_offload --blocks_to_swap 1` (8.00, host 1.00)"),
+        (20, 9, 9, "`--nf4_base --blocks_to_swap 1` (8.00, host 1.00)"),
+        (20, 20, 13, "does not fit"),
+    ],
+)
+def test_a_small_card_gets_the_closest_form_that_fits(
+    int8: int, nf4: int, offloaded: int, expected: str
+) -> None:
+    sizes = {small_cards.INT8: int8, small_cards.NF4: nf4, small_cards.OFFLOADED_NF4: offloaded}
+
+    found = small_cards.choose(lambda way: cast(Any, Planned(sizes[way])), 8 << 30)
+
+    assert found == expected
 
 
 STEPS = 3
