@@ -49,8 +49,9 @@ from training.planning.memory import StepPrediction, predict  # noqa: E402
 
 CPU = torch.device("cpu")
 CARDS = (8, 10, 12, 16)  # GiB
-INT8, NF4 = ("--convrot_int8",), ("--nf4_base",)
-OFFLOADED_NF4 = (*NF4, *OFFLOADED)
+INT8: tuple[str, ...] = ("--convrot_int8",)
+NF4: tuple[str, ...] = ("--nf4_base",)
+OFFLOADED_NF4: tuple[str, ...] = (*NF4, *OFFLOADED)
 RANK_16 = ("--network_dim", "16", "--optimizer_type", "adamw8bit")
 QWEN_IMAGE = Model("Qwen-Image", "qwen_image", "qwen-image-dit")
 FLUX_2 = Model("FLUX.2 dev", "flux_2", "flux2-dev-dit", ("--model_version", "dev"))

@@ -1,11 +1,18 @@
 """The Qwen-Image transformer against diffusers' in float32."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from modules.contract.loading import Placement
+from modules.speed_options import Quantisation
+from modules.stored.forms import stored_in
+from qwen_image.family import QwenImage
+from qwen_image.files import QwenImageFiles
 from tests.parity.running import assert_equal
 from tests.qwen_image.making import in_diffusers, pack, predict_with, tiny_inputs, tiny_model
-from tests.tiny.qwen_image import CONFIG, tiny_state
+from tests.tiny.qwen_image import CONFIG, tiny_state, write_dit
 
 
 @torch.no_grad()
@@ -39,3 +46,19 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
     given = tiny_inputs()
     with pytest.raises(ValueError, match="cannot be cut into patches"):
         tiny_model()(**{**given, "noisy": given["noisy"][..., :-1]})
+
+
+@pytest.mark.parametrize(
+    ("form", "expected"), [("fp8", []), ("int8", []), ("nf4", ["0.txt", "1.img", "1.txt"])]
+)
+def test_modulation_is_stored_in_4_bits_but_not_in_8(form: str, expected: list[str], tmp_path: Path) -> None:
+    files = QwenImageFiles(write_dit(tmp_path, tiny_state(num_layers=2)))
+    dit = QwenImage(files).load_dit(
+        Placement(torch.device("cpu"), quantisation=Quantisation("rows", form=form))
+    )
+
+    stored = [name for name, part in dit.named_modules() if stored_in(part) is not None]
+
+    assert stored
+    ours = [name.split(".", 1)[1].partition("_mod")[0] for name in stored if "_mod." in name]
+    assert sorted(ours) == expected
