@@ -25,7 +25,7 @@ from dataset.cache.store import CacheStore, Stores, open_store
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.config_keys import IGNORE, REQUIRED
 from dataset.sources.frames import bucket_of
-from dataset.sources.media_source import is_of_shards
+from dataset.sources.media_source import is_of_shards, pause_collection
 from modules.console import count_of, count_words
 from modules.contract.data import CONTROL, FPS, IMAGE_LATENTS, REFERENCE_LATENTS, LatentSpec, SoundSpec
 from modules.errors import CacheError, DatasetError
@@ -125,32 +125,33 @@ class _Search:
         buckets: dict[cache_files.LatentName, tuple[int, ...]] = {}  # by all of a name but its stem
         sizes: dict[tuple[int, ...], tuple[int, ...]] = {}  # each once: of references, of sound
         is_empty, folder = True, table.cache_directory
-        for name, what in cache_files.latent_names(wanted, self.tag, table.kind):
-            stem, rest = what.stem, replace(what, stem="")
-            if stems is not None and stem not in stems:
-                self.unlisted[table.picture_folder, stem] = None
-                continue
-            is_empty = False
-            if texts is not None and not texts.has(stem):
-                continue
-            if rest not in buckets:
-                buckets[rest] = _bucket(table, what, self.latent, folder / name)
-            files = (parts[replace(what, section=None)] or 1) if parts else 1
-            if texts is None:
-                captions = 1 + len(live.sources[stem].more_captions)
-            else:
-                captions = texts.captions.get(stem, 1)
-            bucket, shape = buckets[rest], tuple[int, ...]()
-            references = _reference_sizes(store, name) if has_references else ()
-            has_sound = sound is not None and cache_files.sound_file_name(name, self.tag) in with_sound
-            if sound is not None and table.batch_size > 1:
-                shape = _sound_shape(store, name, sound, bucket[2])
-            if sound is not None and not has_sound and table.audio == REQUIRED:
-                found.missing_sound.append(folder / cache_files.sound_file_name(name, self.tag))
-            shared = sizes.setdefault(references, references), sizes.setdefault(shape, shape)
-            found.items.append(
-                TrainingItem(name, len(stem), table, bucket, kind, files, captions, *shared, has_sound)
-            )
+        with pause_collection():
+            for name, what in cache_files.latent_names(wanted, self.tag, table.kind):
+                stem, rest = what.stem, replace(what, stem="")
+                if stems is not None and stem not in stems:
+                    self.unlisted[table.picture_folder, stem] = None
+                    continue
+                is_empty = False
+                if texts is not None and not texts.has(stem):
+                    continue
+                if rest not in buckets:
+                    buckets[rest] = _bucket(table, what, self.latent, folder / name)
+                files = (parts[replace(what, section=None)] or 1) if parts else 1
+                if texts is None:
+                    captions = 1 + len(live.sources[stem].more_captions)
+                else:
+                    captions = texts.captions.get(stem, 1)
+                bucket, shape = buckets[rest], tuple[int, ...]()
+                references = _reference_sizes(store, name) if has_references else ()
+                has_sound = sound is not None and cache_files.sound_file_name(name, self.tag) in with_sound
+                if sound is not None and table.batch_size > 1:
+                    shape = _sound_shape(store, name, sound, bucket[2])
+                if sound is not None and not has_sound and table.audio == REQUIRED:
+                    found.missing_sound.append(folder / cache_files.sound_file_name(name, self.tag))
+                shared = sizes.setdefault(references, references), sizes.setdefault(shape, shape)
+                found.items.append(
+                    TrainingItem(name, len(stem), table, bucket, kind, files, captions, *shared, has_sound)
+                )
         if is_empty:
             found.empty_tables.append(table)
 

@@ -20,6 +20,7 @@ from typing import TypeVar
 from dataset.batches.items import OfSource, TrainingItem, tables_of
 from dataset.cache.files import EMPTY
 from dataset.sources.captions import add_ends, join_parts, lines_of
+from dataset.sources.media_source import pause_collection
 from dataset.table import NO_AUGMENTATION, CaptionChanges, DatasetTable
 from modules.seeds import derive_seed
 
@@ -73,11 +74,12 @@ class BatchOrder:
             self._last, self._batches = -1, []  # those held so far go first
             draw_bits = random.Random(derive_seed(self._seed, "items", number)).getrandbits
             batches: list[tuple[TrainingItem, ...]] = []
-            for _, pool in sorted(self._pools.items()):
-                size, shuffled = pool[0].table.batch_size, _shuffled(pool, draw_bits)
-                starts = range(0, len(pool), size)
-                batches += [tuple(shuffled[start : start + size]) for start in starts]
-            self._last, self._batches = number, _shuffled(batches, draw_bits)
+            with pause_collection():
+                for _, pool in sorted(self._pools.items()):
+                    size, shuffled = pool[0].table.batch_size, _shuffled(pool, draw_bits)
+                    starts = range(0, len(pool), size)
+                    batches += [tuple(shuffled[start : start + size]) for start in starts]
+                self._last, self._batches = number, _shuffled(batches, draw_bits)
             self._starts = array("q", itertools.accumulate(map(len, self._batches), initial=0))
         return self._batches
 

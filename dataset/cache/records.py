@@ -40,6 +40,7 @@ T = TypeVar("T")
 RECORD_KEY = "reelsmith_record"
 CHECK_KEY = "reelsmith_record_crc32"
 VERSION = 1
+MOST_KNOWN = 1 << 16  # items that are remembered as unchanged: a few megabytes
 
 
 @dataclass(frozen=True)
@@ -310,6 +311,7 @@ class CacheChecks:
     """
 
     started_ns: int = field(default_factory=time.time_ns)
+    most_known: int = MOST_KNOWN
     # table and key of items whose sources are as they were
     _known: set[tuple[int, str]] = field(default_factory=set)
 
@@ -317,6 +319,11 @@ class CacheChecks:
         return (table, key) in self._known
 
     def add(self, table: int, key: str) -> None:
+        """Remember an item that was found right; when there are too many, all others are forgotten and looked
+        at again.
+        """
+        if len(self._known) >= self.most_known:
+            self._known.clear()
         self._known.add((table, key))
 
     def changed_file(self, folders: Sequence[Path | None], files: tuple[FileIdentity, ...]) -> Path | None:

@@ -19,7 +19,7 @@ from dataset.sources.clock import has_beside, kept_one_clock
 from dataset.sources.colours import shown_otherwise
 from dataset.sources.decoding import DecodedSource, plan_source
 from dataset.sources.frames import Span, bucket_of, describe_short, frames_wanted, spans
-from dataset.sources.media_source import MediaSource
+from dataset.sources.media_source import MediaSource, pause_collection
 from modules.bars import Bar
 from modules.console import count_of
 from modules.contract.data import CONTROL, FPS, LOSS_MASK, LatentSpec, MediaTable
@@ -118,7 +118,8 @@ def plan_all(
             return Failure.of(source, error)
 
     bar = Bar(len(sources), "Comparing", "source", show_progress)
-    results = list(map_ahead(sources, plan, workers, bar))
+    with pause_collection():
+        results = list(map_ahead(sources, plan, workers, bar))
     plans = [one for one in results if isinstance(one, SourcePlan)]
     return plans, [one for one in results if isinstance(one, Failure)]
 

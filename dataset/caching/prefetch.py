@@ -165,6 +165,7 @@ R = TypeVar("R")
 AHEAD_PER_WORKER = 2  # results waiting for each worker, so that one slow clip does not stop the encoder
 WRITES_BEHIND = 4
 MANY = 4096  # entries: of so many the values are not read to compare them, which training does
+AT_ONCE = 64  # values that a thread of `map_ahead` takes
 
 
 def workers_of(options: CachingOptions) -> int:
@@ -204,15 +205,19 @@ def run_ahead(
 
 
 def map_ahead(values: Sequence[T], work: Callable[[T], R], workers: int, bar: Bar) -> Iterator[R]:
-    """Yield the results of small pieces of work in the order of `values`, while threads do the next ones."""
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="ahead")
-    try:
-        with bar:
-            for result in pool.map(work, values):
-                yield result
-                bar.update()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    """Yield the results of small pieces of work in the order of `values`, while threads do the next ones.
+
+    A thread takes many at once: handing over each would take as long as the work.
+    """
+    at_once = min(AT_ONCE, max(1, len(values) // (4 * workers)))
+    jobs = [values[start : start + at_once] for start in range(0, len(values), at_once)]
+    ahead = run_ahead(jobs, lambda some: list(map(work, some)), workers, lambda _: 0, limit_bytes=1)
+    with bar, contextlib.closing(ahead):
+        for job, results in ahead:
+            if isinstance(results, Exception):
+                raise results
+            yield from results
+            bar.update(len(job))
 
 
 class WriteBehind:

@@ -17,7 +17,7 @@ from dataset.caching.prefetch import MANY, map_ahead
 from dataset.config import DatasetTable
 from dataset.config_keys import TEXTS
 from dataset.sources.colours import references_otherwise
-from dataset.sources.media_source import MediaSource, Origin
+from dataset.sources.media_source import MediaSource, Origin, pause_collection
 from modules.bars import Bar
 from modules.contract.family import TextEncoder
 from modules.errors import CacheError, DatasetError
@@ -60,34 +60,35 @@ def list_caption_files(sources: Sequence[MediaSource], tag: str) -> list[Caption
     for source in sources:
         of_tables.setdefault(source.table.index, []).append(source)
     files: list[CaptionFile] = []
-    for found in of_tables.values():
-        # first captions, further ones, empty prompts
-        table, passes = found[0].table, (list[CaptionFile](), list[CaptionFile](), list[CaptionFile]())
-        of_table = table.changed(TEXTS)
-        for source in found:
-            seen = source if source.control and table.texts_see_references else None
-            captions = (source.caption, *source.more_captions)
-            settings = of_table
-            if len(captions) > 1:
-                settings = {**settings, "captions": len(captions)}
-            for number, caption in enumerate(captions):
-                name = text_file_name(source.stem, tag, number)
-                embeds = None if source.tensors is None or number else source.tensors.embeds
-                first = min(number, 1)
-                passes[first].append(
-                    CaptionFile(
-                        *(table, name, source.stem, caption, source.caption_path, settings, first),
-                        *(embeds, seen),
+    with pause_collection():
+        for found in of_tables.values():
+            # first captions, further ones, empty prompts
+            table, passes = found[0].table, (list[CaptionFile](), list[CaptionFile](), list[CaptionFile]())
+            of_table = table.changed(TEXTS)
+            for source in found:
+                seen = source if source.control and table.texts_see_references else None
+                captions = (source.caption, *source.more_captions)
+                settings = of_table
+                if len(captions) > 1:
+                    settings = {**settings, "captions": len(captions)}
+                for number, caption in enumerate(captions):
+                    name = text_file_name(source.stem, tag, number)
+                    embeds = None if source.tensors is None or number else source.tensors.embeds
+                    first = min(number, 1)
+                    passes[first].append(
+                        CaptionFile(
+                            *(table, name, source.stem, caption, source.caption_path, settings, first),
+                            *(embeds, seen),
+                        )
                     )
-                )
-            if table.drops_captions and table.texts_see_references:
-                name = text_file_name(source.stem, tag, EMPTY)
-                shown = f"the empty prompt of {source.stem}"
-                passes[2].append(CaptionFile(table, name, shown, "", None, pass_over=2, source=seen))
-        if table.drops_captions and not table.texts_see_references:
-            name = empty_text_name(tag)
-            passes[2].append(CaptionFile(table, name, "the empty prompt", "", None, pass_over=2))
-        files += itertools.chain(*passes)
+                if table.drops_captions and table.texts_see_references:
+                    name = text_file_name(source.stem, tag, EMPTY)
+                    shown = f"the empty prompt of {source.stem}"
+                    passes[2].append(CaptionFile(table, name, shown, "", None, pass_over=2, source=seen))
+            if table.drops_captions and not table.texts_see_references:
+                name = empty_text_name(tag)
+                passes[2].append(CaptionFile(table, name, "the empty prompt", "", None, pass_over=2))
+            files += itertools.chain(*passes)
     return files
 
 
@@ -158,7 +159,8 @@ class TextRecipe:
         reads_values = self.verify or len(files) < MANY
         bar = Bar(len(files), "Comparing", "caption", shown=False)
         plan = partial(self._plan, reads_values=reads_values)
-        return [plan for plan in map_ahead(files, plan, workers, bar) if plan is not None]
+        with pause_collection():
+            return [plan for plan in map_ahead(files, plan, workers, bar) if plan is not None]
 
     def _plan(self, file: CaptionFile, reads_values: bool) -> EncodingPlan | None:
         """Compare a text's file, finished or not, with the wanted outputs. Nothing is changed.

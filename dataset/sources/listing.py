@@ -19,6 +19,7 @@ from dataset.sources.media_source import (
     Fault,
     MediaSource,
     list_faults,
+    pause_collection,
     raise_faults,
 )
 from dataset.sources.references import lack_references, limit_references
@@ -50,16 +51,17 @@ def find_sources(
     faults instead; then all usable sources are returned.
     """
     found: list[Fault] = []
-    if table.directory is not None:
-        if not table.directory.is_dir() and (hint := _hint_of_start(table)):
-            raise DatasetError(f"{table.name}: there is no such folder from here.{hint}")
-        sources = list_table_folder(table, captions, found)
-        if table.reference_directory is not None or table.control_mask_directory is not None:
-            from dataset.sources.companions import add_companions
+    with pause_collection():
+        if table.directory is not None:
+            if not table.directory.is_dir() and (hint := _hint_of_start(table)):
+                raise DatasetError(f"{table.name}: there is no such folder from here.{hint}")
+            sources = list_table_folder(table, captions, found)
+            if table.reference_directory is not None or table.control_mask_directory is not None:
+                from dataset.sources.companions import add_companions
 
-            sources = add_companions(table, sources, found)
-    else:
-        sources = _lister(table)(table, found)
+                sources = add_companions(table, sources, found)
+        else:
+            sources = _lister(table)(table, found)
     if not sources and not found:
         holds = describe_entries(table) if table.directory is not None else "has no lines"
         holds = f"holds no {table.kind}s" if table.tars is not None else holds

@@ -4,7 +4,9 @@ Its bytes are in a file at its path, in a tar, in a table, or at an address. Bel
 downloads, and faults of files, collected so that one run reports all of them.
 """
 
+import contextlib
 import errno
+import gc
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -141,6 +143,22 @@ def member_pieces(origin: TarMember) -> Iterator[bytes]:
                 raise OSError(errno.EIO, "the tar is shorter than it was", str(origin.tar))
             left -= len(piece)
             yield piece
+
+
+@contextlib.contextmanager
+def pause_collection() -> Iterator[None]:
+    """Pause Python's cycle collection during the block, unless it was off before.
+
+    While a list of a million objects grows, the collector would visit all of them again and again: a third of
+    the time. Objects outside cycles are freed as ever.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 # what Windows allows in no name, separators of folders, and control characters
