@@ -21,7 +21,7 @@ from dataset.batches.reading import read_batch, stores_for
 from dataset.cache.files import EMPTY
 from dataset.cache.form import list_shard_faults, other_form
 from dataset.cache.store import Stores, npz_names
-from dataset.caching.existing import list_latents, media_table, names_of, refuse_companions
+from dataset.caching.existing import LatentNames, media_table, names_of, refuse_companions
 from dataset.caching.given import use_moments
 from dataset.caching.planning import Recipe, SourcePlan, complete, plan_all
 from dataset.caching.prefetch import Failure, map_ahead, read_ahead, workers_of
@@ -248,7 +248,7 @@ def check_training(
 def _check_sources(found: findings.TableFindings, recipe: Recipe, workers: int) -> list[SourcePlan]:
     """Compare the sources with their caches; decode those with too few known facts. Returns their plans."""
     table = found.table
-    existing = {table.index: list_latents(recipe.stores.of(table), recipe.tag, table.kind)}
+    existing = {table.index: LatentNames(recipe.stores.of(table), recipe.tag, table.kind)}
     looked, unreadable = plan_all(found.sources, existing, recipe, workers)
 
     def decoded(plan: SourcePlan) -> SourcePlan:

@@ -18,7 +18,7 @@ from data_tools.report.numbers import Numbers
 from dataset.cache.files import latent_names, tensor_key, text_file_name
 from dataset.cache.records import LatentRecord, TextRecord, latent_record, text_records
 from dataset.cache.store import CacheStore, Stores
-from dataset.caching.existing import list_latents
+from dataset.caching.existing import LatentNames
 from dataset.caching.planning import Recipe, plan_all
 from dataset.caching.text_plans import TextRecipe, list_caption_files, why_outdated
 from dataset.sources.captions import read_caption
@@ -138,7 +138,7 @@ def _compare_media(
             break
     # in how many sections a model cuts a length is seen by the files of its items
     of_items = Counter(
-        (name.stem, name.span) for _, name in listed if name.span is not None and name.section is not None
+        (stem, name.span) for _, stem, name in listed if name.span is not None and name.section is not None
     )
     sections = {span[1]: count for (_, span), count in of_items.items() if span is not None}
 
@@ -151,11 +151,11 @@ def _compare_media(
         lambda _, frames: sections.get(frames),
         stores,
     )
-    existing = list_latents(store, tag, table.kind)
+    existing = LatentNames(store, tag, table.kind)
     plans, failures = plan_all(found.sources, {table.index: existing}, recipe, workers, show_progress=False)
     states = {one.stem: (UNKNOWN, one.reason) for one in failures}
     for plan in plans:
-        has_files = plan.source.stem in existing
+        has_files = bool(existing.of(plan.source.stem))
         state, why = VALID, plan.reason or ""
         if plan.outdated is not None:
             state, why = STALE, plan.outdated

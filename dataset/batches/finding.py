@@ -111,7 +111,9 @@ class _Search:
         texts = None if live.texts else _TextNames(table, text_names, self.tag, found)
         clips = cache_files.latent_names(wanted, self.tag, table.kind) if table.kind == "video" else ()
         # how many files each clip in sections has: all that differ in their section alone
-        parts = Counter(replace(what, section=None) for _, what in clips if what.section is not None)
+        parts = Counter(
+            (stem, replace(what, section=None)) for _, stem, what in clips if what.section is not None
+        )
         sound = self.sound if table.kind == "video" and table.audio != IGNORE else None
         with_sound = {
             name
@@ -122,26 +124,25 @@ class _Search:
         kind = ItemKind(self.tag, self.text_keys, not live.media, not live.texts)
         takes = table.references or table.clip_references
         has_references = takes is not None and table.batch_size > 1 and kind.has_latents
-        buckets: dict[cache_files.LatentName, tuple[int, ...]] = {}  # by all of a name but its stem
+        buckets: dict[int, tuple[int, ...]] = {}  # by the meaning of the end of a name, by identity
         sizes: dict[tuple[int, ...], tuple[int, ...]] = {}  # each once: of references, of sound
         is_empty, folder = True, table.cache_directory
         with pause_collection():
-            for name, what in cache_files.latent_names(wanted, self.tag, table.kind):
-                stem, rest = what.stem, replace(what, stem="")
+            for name, stem, what in cache_files.latent_names(wanted, self.tag, table.kind):
                 if stems is not None and stem not in stems:
                     self.unlisted[table.picture_folder, stem] = None
                     continue
                 is_empty = False
                 if texts is not None and not texts.has(stem):
                     continue
-                if rest not in buckets:
-                    buckets[rest] = _bucket(table, what, self.latent, folder / name)
-                files = (parts[replace(what, section=None)] or 1) if parts else 1
+                if id(what) not in buckets:
+                    buckets[id(what)] = _bucket(table, what, self.latent, folder / name)
+                files = (parts[stem, replace(what, section=None)] or 1) if parts else 1
                 if texts is None:
                     captions = 1 + len(live.sources[stem].more_captions)
                 else:
                     captions = texts.captions.get(stem, 1)
-                bucket, shape = buckets[rest], tuple[int, ...]()
+                bucket, shape = buckets[id(what)], tuple[int, ...]()
                 references = _reference_sizes(store, name) if has_references else ()
                 has_sound = sound is not None and cache_files.sound_file_name(name, self.tag) in with_sound
                 if sound is not None and table.batch_size > 1:

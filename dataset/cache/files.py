@@ -121,12 +121,31 @@ def parse_latent_name(file_name: str, tag: str, kind: str) -> LatentName | None:
     return LatentName("_".join(tokens), (width, height), (int(span[1]), int(span[2])), section)
 
 
-def latent_names(names: Iterable[str], tag: str, kind: str) -> Iterator[tuple[str, LatentName]]:
-    """Yield the latent caches of a family among file names, in their order, with what their names say."""
+def latent_names(names: Iterable[str], tag: str, kind: str) -> Iterator[tuple[str, str, LatentName]]:
+    """Yield (file name, stem, the rest) of the latent caches of a family among names, in their order.
+
+    The rest is what `parse_latent_name` finds, but for the stem: one object for all names that end alike, as
+    each end is read once.
+    """
+    end = f"_{tag}{SUFFIX}"
+    num_ends = 1 if kind == "image" else 2  # _0112x0080, _00000-017_0112x0080
+    ends: dict[str, LatentName | None] = {}
+    tail, what = end + "?", None  # those of the name before: mostly they are the same
     for name in names:
-        found = parse_latent_name(name, tag, kind)
-        if found is not None:
-            yield name, found
+        if not name.endswith(end) or name[0] == ".":
+            continue
+        if not name.endswith(tail):
+            start = len(name) - len(end)
+            for _ in range(num_ends):
+                start = name.rfind("_", 0, max(start, 0))
+            if start < 0:
+                continue
+            tail = name[start:]
+            if tail not in ends:
+                ends[tail] = parse_latent_name(f"x{tail}", tag, kind)
+            what = ends[tail]
+        if what is not None:
+            yield name, name[: -len(tail)], what
 
 
 def text_file_name(stem: str, tag: str, number: int = 0) -> str:

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import stat
 import time
 import zlib
@@ -40,6 +41,8 @@ T = TypeVar("T")
 RECORD_KEY = "reelsmith_record"
 CHECK_KEY = "reelsmith_record_crc32"
 VERSION = 1
+# what a record of latents says of its item alone, in the text that `_guard` makes
+_OF_ITEM = re.compile(r'"crc32": \{[^{}]*\}|"file": \{[^{}]*\}|"files": (\[[^\[\]]*\])')
 MOST_KNOWN = 1 << 16  # items that are remembered as unchanged: a few megabytes
 
 
@@ -131,6 +134,21 @@ def latent_record(header: Header) -> LatentRecord | None:
         )
 
     return _read_record(header, "latents", parse)
+
+
+def shared_part(header: Header) -> tuple[Sequence[str], tuple[FileIdentity, ...]] | None:
+    """Return what the record of a latent cache may have in common with others of its table, as texts that are
+    equal if all but checksums and files is, and its files; None if it cannot be told apart that simply.
+    """
+    text = header.metadata.get(RECORD_KEY, "")
+    parts = _OF_ITEM.split(text)
+    if len(parts) != 5 or _crc(text) != header.metadata.get(CHECK_KEY):
+        return None
+    try:
+        files = tuple(FileIdentity(**file) for file in json.loads(parts.pop(3)))
+    except (ValueError, TypeError):
+        return None
+    return parts, files
 
 
 def text_records(header: Header) -> dict[str, TextRecord]:

@@ -17,26 +17,41 @@ from modules.errors import CacheError, DatasetError
 
 logger = logging.getLogger(__name__)
 
-Names = Mapping[str, LatentName]  # the latent cache files of one source
-ExistingNames = Mapping[int, Mapping[str, Names]]  # by table index, then by the stem of their source
+
+# the latent cache files of one source, with what their names say but for the stem
+Names = Mapping[str, LatentName]
 
 
-def list_latents(store: CacheStore, tag: str, kind: str) -> Mapping[str, Names]:
-    """List the latent caches of a table by the stem of their source. kind: "image" or "video"."""
-    found: dict[str, dict[str, LatentName]] = {}
-    for file, name in latent_names(store.names(), tag, kind):
-        found.setdefault(name.stem, {})[file] = name
-    return found
+class LatentNames:
+    """The latent caches of a table by the stem of their source. There may be millions."""
+
+    def __init__(self, store: CacheStore, tag: str, kind: str) -> None:
+        """List them, without opening one. kind: of the table, "image" or "video"."""
+        self._rest: dict[str, LatentName] = {}  # by the end of a name
+        self._files: dict[str, tuple[str, ...]] = {}  # by stem; mostly there is one
+        for file, stem, rest in latent_names(store.names(), tag, kind):
+            self._rest.setdefault(file[len(stem) :], rest)
+            self._files[stem] = (*self._files.get(stem, ()), file)
+
+    def of(self, stem: str) -> Names:
+        return {file: self._rest[file[len(stem) :]] for file in self._files.get(stem, ())}
+
+    def not_in(self, names: Container[str], but_of: Container[str]) -> list[str]:
+        """Return the files that are not among `names`, by stem, without those of the sources `but_of`."""
+        stale = [
+            (stem, file)
+            for stem, files in self._files.items()
+            for file in files
+            if file not in names and stem not in but_of
+        ]
+        return [file for _, file in sorted(stale)]
+
+
+ExistingNames = Mapping[int, LatentNames]  # by table index
 
 
 def names_of(existing: ExistingNames, source: MediaSource) -> Names:
-    return existing[source.table.index].get(source.stem, {})
-
-
-def stale_names(existing: Mapping[str, Names], valid: Container[str], but_of: Container[str]) -> list[str]:
-    """Return the files that are not valid, by stem, without those of the sources `but_of`."""
-    sources = ((stem, files) for stem, files in sorted(existing.items()) if stem not in but_of)
-    return [file for _, files in sources for file in sorted(files) if file not in valid]
+    return existing[source.table.index].of(source.stem)
 
 
 def remove_caches(store: CacheStore, names: Iterable[str], is_cache: Callable[[Header], bool]) -> int:

@@ -6,7 +6,7 @@ This is decided from records, if possible without decoding.
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dataset.cache import records
@@ -16,7 +16,7 @@ from dataset.caching.existing import ExistingNames, Names, media_table, names_of
 from dataset.caching.prefetch import MANY, Failure, map_ahead
 from dataset.config_keys import SECTIONS
 from dataset.sources.clock import has_beside, kept_one_clock
-from dataset.sources.colours import shown_otherwise
+from dataset.sources.colours import has_codes, shown_otherwise
 from dataset.sources.decoding import DecodedSource, plan_source
 from dataset.sources.frames import Span, bucket_of, describe_short, frames_wanted, spans
 from dataset.sources.media_source import MediaSource, pause_collection
@@ -25,6 +25,7 @@ from modules.console import count_of
 from modules.contract.data import CONTROL, FPS, LOSS_MASK, LatentSpec, MediaTable
 from modules.errors import CacheError, MediaError
 from modules.media.buckets import Size
+from modules.media.colours import AS_SHOWN
 from modules.media.reading import image_size
 
 # in the options of a record:
@@ -47,6 +48,8 @@ class Recipe:
     sections: Callable[[MediaTable, int], int | None]  # Family.sections_of
     stores: Stores
     verify: bool = False  # read all values, however many entries there are
+    # the items of sources whose caches were found valid, by all that this depends on but the source files
+    valid: dict[tuple[object, ...], tuple[tuple[int, ...], ...]] = field(default_factory=dict)
     has_rates: bool = False  # each file says how many frames make a second (`Abilities.rate`)
 
     def table_options(self, source: MediaSource) -> dict[str, Any]:
@@ -113,7 +116,9 @@ def plan_all(
 
     def plan(source: MediaSource) -> SourcePlan | Failure:
         try:
-            return _Planning(source, names_of(existing, source), recipe, reads_values).plan()
+            planning = _Planning(source, names_of(existing, source), recipe, reads_values)
+            few_are_read = reads_values or recipe.stores.trusts
+            return planning.plan() if few_are_read else planning.plan_by_shape()
         except (MediaError, OSError) as error:
             return Failure.of(source, error)
 
@@ -145,6 +150,50 @@ class _Planning:
             int, records.FileIdentity
         ] = {}  # parts of the source that were found unchanged, by number
         self._otherwise: dict[int, str | None] = {}  # by `as_shown`, how the source was read otherwise
+        self._by_header = False  # what is wanted was told by the source's header, not by its caches
+
+    def plan_by_shape(self) -> SourcePlan:
+        """Return what `plan` does. Sources whose caches differ in nothing but their files and values are
+        compared once: of the others, only the files are looked at.
+        """
+        shape, valid = self._shape(), self.recipe.valid
+        if shape in valid:
+            return SourcePlan(self.source, frozenset(self.existing), 0, (), valid[shape])
+        plan = self.plan()
+        is_valid = SourcePlan(self.source, frozenset(self.existing), 0, (), plan.items) == plan
+        if shape is not None and is_valid and not self._by_header and len(valid) < MANY:
+            valid[shape] = plan.items
+        return plan
+
+    def _shape(self) -> tuple[object, ...] | None:
+        """Return what `plan` depends on besides unchanged source files; None if they changed."""
+        source = self.source
+        # on the number of references it depends whether keys of the table count
+        shape: list[object] = [
+            self.table.index,
+            source.mask_from,
+            len(source.control),
+            source.tensors is None,
+        ]
+        for file in self.existing:
+            try:
+                found = records.shared_part(self._header(file))
+            except CacheError:
+                return None
+            if found is None or self._find_change(found[1]) is not None:
+                return None
+            if has_beside(source) and not any(records.CLOCK in text for text in found[0]):
+                return None  # headers tell
+            if not self._is_as_shown(found[0]):
+                return None  # of an earlier version: it depends on the pictures
+            shape += (file[len(source.stem) :], *found[0])
+        return tuple(shape)
+
+    def _is_as_shown(self, texts: Sequence[str]) -> bool:
+        whole = "".join(text or "" for text in texts)
+        if f'"as_shown": {AS_SHOWN}' in whole:
+            return True
+        return '"as_shown": true' in whole and not any(has_codes(path) for path, _ in self.source.parts)
 
     def plan(self) -> SourcePlan:
         """Compare the cache files with the ones that this run would make.
@@ -191,6 +240,7 @@ class _Planning:
         if self.existing and recipe.skip_existing:
             # the header may be wrong about the number of frames, so it counts only if it agrees with the
             # existing files
+            self._by_header = True
             headers = plan_source(self.source, recipe.fps, latent.pixel_step, latent.frame_step)
             with contextlib.suppress(MediaError):  # too short for a section, according to the header
                 plan = self.compare(headers.size, headers.spans)

@@ -24,7 +24,7 @@ from dataset.cache.files import (
     tensor_name,
 )
 from dataset.cache.store import Stores
-from dataset.caching.existing import ExistingNames, list_latents, names_of, remove_caches, stale_names
+from dataset.caching.existing import ExistingNames, LatentNames, names_of, remove_caches
 from dataset.caching.latents import write_entry
 from dataset.caching.prefetch import MANY, CacheReport, Failure, WriteBehind, read_ahead
 from dataset.config import DatasetTable
@@ -83,7 +83,7 @@ class SoundWork:
         self.before_loading: Callable[[], None] = lambda: None  # frees what the networks take the place of
         self._tag, self._networks = sound_tag(family.cache_tag), None
         self._existing: ExistingNames = {
-            table.index: list_latents(stores.of(table), self._tag, table.kind)
+            table.index: LatentNames(stores.of(table), self._tag, table.kind)
             for table in tables
             if table.kind == "video"
         }
@@ -136,7 +136,7 @@ class SoundWork:
         """
         if table.index not in self._existing:
             return 0
-        stale = stale_names(self._existing[table.index], valid, failed)
+        stale = self._existing[table.index].not_in(valid, but_of=failed)
         is_ours = partial(is_latent_cache, architecture=self._family.name, sound=True)
         return remove_caches(self._stores.of(table), stale, is_ours)
 
@@ -174,8 +174,8 @@ class SoundWork:
         found: dict[tuple[int, str], list[LatentName]] = {}
         for index, pairs in itertools.groupby(sorted(latents), lambda one: one[0]):
             names = (name for _, name in pairs if index in self._existing)
-            for _, name in latent_names(names, self._family.cache_tag, "video"):
-                found.setdefault((index, name.stem), []).append(name)
+            for _, stem, rest in latent_names(names, self._family.cache_tag, "video"):
+                found.setdefault((index, stem), []).append(replace(rest, stem=stem))
         return found
 
     def _check(self, file: str, source: MediaSource, name: LatentName, verifies: bool) -> bool:

@@ -87,7 +87,7 @@ class MediaWork:
         """
         self.stores = stores = stores or Stores(npz_names(family))
         self._existing: existing.ExistingNames = {
-            table.index: existing.list_latents(self.stores.of(table), family.cache_tag, table.kind)
+            table.index: existing.LatentNames(self.stores.of(table), family.cache_tag, table.kind)
             for table in config.datasets
         }
         self._sound: SoundWork | None = None
@@ -200,7 +200,7 @@ class MediaWork:
             return 0
         belongs = {name for index, name in right if index == table.index}
         store, family = self.stores.of(table), self._family
-        stale = existing.stale_names(self._existing[table.index], belongs, failed)
+        stale = self._existing[table.index].not_in(belongs, but_of=failed)
         of_sound = 0 if self._sound is None else self._sound.remove_stale(table, belongs, failed)
         return of_sound + existing.remove_caches(
             store, stale, partial(is_latent_cache, architecture=family.name)

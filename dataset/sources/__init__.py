@@ -19,7 +19,7 @@ references: reference pictures: which, how large, what is wrong
 rows: turn rows of lists and tables into sources
 sound: the sound of clips: its file, seconds, faults
 tables: sources of JSONL lists, tables and metadata JSON files
-tar_index: samples of a tar
+tar_index: samples of a tar, kept for the next run
 tars: sources of tars, which are not unpacked
 unread: columns of lists and tables that nothing reads
 """

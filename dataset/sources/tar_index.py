@@ -1,11 +1,16 @@
-"""The samples of one tar, read from its headers.
+"""The samples of one tar: read from its headers once, then kept beside the caches for the next run.
 
 A sample is the files of a tar whose names are equal up to the first dot (the WebDataset form). Texts are read
 at the same time, because they lie beside the headers. Nothing is unpacked, and names are only labels, so that
-neither absolute ones nor links lead anywhere.
+neither absolute ones nor links lead anywhere. Reading the headers of a million samples takes half a minute
+from memory, and far longer from a disk, which has to go to each of them.
 """
 
+import contextlib
+import dataclasses
 import errno
+import json
+import logging
 import re
 import tarfile
 from collections.abc import Iterator
@@ -13,10 +18,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from modules.errors import DatasetError
+from modules.atomic_write import write_text
+from modules.errors import DatasetError, OutputError
 from modules.limits import MAX_CAPTION_BYTES, MAX_TAR_HEADER_BYTES, MAX_TAR_NAME_BYTES
-from modules.text_files import bad_character, parse_json, require_regular_file
+from modules.paths import short_hash
+from modules.text_files import bad_character, parse_json, real_path, require_regular_file
 
+logger = logging.getLogger(__name__)
+
+VERSION = 2
+FOLDER = "tar_index"  # in the cache directory
+LEAST_SAMPLES = 1000  # fewer are read from their tar each time
 MASK, CONTROL = "mask", "control"
 _ROLE = re.compile(r"(mask|control)(?:_(\d{1,9}))?(\.\w+)", re.ASCII)
 BLOCK = tarfile.BLOCKSIZE
@@ -78,13 +90,35 @@ class TarIndex:
     damage: str | None = None  # why the tar cannot be read to its end
 
 
-def read_index(tar: Path, rules: TarRules) -> TarIndex:
-    """Return the samples of a tar. Raises DatasetError if it is compressed or not a tar, OSError if it cannot
-    be read.
+def read_index(tar: Path, rules: TarRules, cache_directory: Path) -> TarIndex:
+    """Return the samples of a tar, from the kept index if the tar has not changed since.
+
+    Raises DatasetError if it is compressed or not a tar, OSError if it cannot be read.
     """
     require_regular_file(tar)
+    stat = tar.stat()
+    made_for = json.dumps(
+        [VERSION, stat.st_size, stat.st_mtime_ns, dataclasses.asdict(rules)], ensure_ascii=False
+    )
+    path = cache_directory / FOLDER / f"{tar.stem[:80]}-{short_hash(str(real_path(tar)))}.json"
+    with contextlib.suppress(OSError, ValueError, TypeError):  # there is none, or it is damaged
+        stated, others, num_others, kept = json.loads(path.read_text("utf-8"))
+        if stated == made_for:
+            samples = []
+            for key, media, caption, extras in kept:
+                beside = tuple((role, number, Member(*member)) for role, number, member in extras)
+                samples.append(TarSample(key, Member(*media), caption, beside))
+            return TarIndex(samples, [], others, num_others)
     with tar.open("rb", buffering=0) as file:
-        return _scan(file, tar.stat().st_size, rules, tar)
+        found = _scan(file, stat.st_size, rules, tar)
+    # a tar that just grows may have the same time twice; damage is looked at again
+    if len(found.samples) >= LEAST_SAMPLES and found.damage is None and not found.faults:
+        rows = [(one.key, one.media, one.caption, one.extras) for one in found.samples]
+        try:
+            write_text(path, json.dumps([made_for, found.others, found.num_others, rows]))
+        except OutputError as error:  # the tar is read again next time
+            logger.info("the index of a tar is not kept: %s", error)
+    return found
 
 
 def _scan(file: BinaryIO, size_bytes: int, rules: TarRules, tar: Path) -> TarIndex:

@@ -49,7 +49,7 @@ def list_tars(table: DatasetTable, faults: list[media_source.Fault]) -> list[med
     for tar in _find_tars(table, faults):
         kind = f"tars of {table.name} cannot be read to their end"
         try:
-            index = read_index(tar, rules)
+            index = read_index(tar, rules, table.cache_directory)
         except DatasetError as error:
             faults.append(media_source.Fault(f"tars of {table.name} cannot be used", str(error)))
             continue

@@ -152,43 +152,49 @@ def test_of_thousands_only_headers_and_files_are_compared_and_nothing_is_missed(
 ) -> None:
     monkeypatch.setattr(planning, "MANY", 2)
     monkeypatch.setattr(text_plans, "MANY", 2)
+    seen: list[str] = []  # whose latents were compared key by key
+    compare = planning._Planning.plan
+    monkeypatch.setattr(
+        planning._Planning, "plan", lambda self: seen.append(self.source.stem) or compare(self)
+    )
 
-    def cached(config: DatasetConfig, family: ToyFamily, half: Any = cache_media) -> tuple[int, int]:
+    def cached(config: DatasetConfig, family: ToyFamily, half: Any = cache_media) -> tuple[int, int, int]:
+        seen.clear()
         report = half(dataclasses.replace(family, seen=[]), config, options(num_workers=1))
-        return report.written, report.kept
+        return report.written, report.kept, len(seen)
 
     config, family = make_config(tmp_path, clips=(9, 9, 9, 9), cache_format=form), ToyFamily()
-    assert cached(config, family) == (4, 0)
-    assert cached(config, family, cache_texts) == (4, 0)
-    assert cached(config, family, cache_texts) == (0, 4)
-    assert cached(config, family) == (0, 4)
-    assert cached(change(config, source_fps=24.1), family) == (4, 0)
-    assert cached(config, family) == (4, 0)
+    assert cached(config, family) == (4, 0, 4)
+    assert cached(config, family, cache_texts) == (4, 0, 0)
+    assert cached(config, family, cache_texts) == (0, 4, 0)
+    assert cached(config, family) == (0, 4, 1)
+    assert cached(change(config, source_fps=24.1), family) == (4, 0, 4)
+    assert cached(config, family) == (4, 0, 4)
     os.utime(tmp_path / "clip_0.mp4")  # a copy without its time
-    assert cached(config, family) == (0, 4)
+    assert cached(config, family) == (0, 4, 1)
     make_clip(tmp_path / "clip_1.mp4", 12)
-    assert cached(config, family) == (1, 3)
+    assert cached(config, family) == (1, 3, 2)
     said = '{"a": "\\b"}, [c], "caption": "clip number 2", "crc32": {} é\u2028'
     (tmp_path / "clip_2.txt").write_text(said, encoding="utf-8")
-    assert cached(config, family, cache_texts) == (1, 3)
-    assert cached(config, family, cache_texts) == (0, 4)
-    assert cached(change(config, trigger_word="x"), family, cache_texts) == (4, 0)
-    assert cached(config, family, cache_texts) == (4, 0)
+    assert cached(config, family, cache_texts) == (1, 3, 0)
+    assert cached(config, family, cache_texts) == (0, 4, 0)
+    assert cached(change(config, trigger_word="x"), family, cache_texts) == (4, 0, 0)
+    assert cached(config, family, cache_texts) == (4, 0, 0)
     other = dataclasses.replace(family, text=[ToyText(identity={"t5": "second"})])
-    assert cached(config, other, cache_texts) == (4, 0)
-    assert cached(change(config, target_frames=(5, 9)), family) == (4, 4)
-    assert cached(config, family) == (0, 4)  # with more files than are wanted
-    assert cached(config, family) == (0, 4)
+    assert cached(config, other, cache_texts) == (4, 0, 0)
+    assert cached(change(config, target_frames=(5, 9)), family) == (4, 4, 4)
+    assert cached(config, family) == (0, 4, 4)  # with more files than are wanted
+    assert cached(config, family) == (0, 4, 1)
     masks = tmp_path / "masks"
     masks.mkdir()
     make_image(masks / "clip_3.png")
-    assert cached(change(config, mask_directory=masks), family) == (1, 3)
-    assert cached(config, family) == (1, 3)
-    assert cached(config, dataclasses.replace(family, media_identity={"vae": "second"})) == (4, 0)
+    assert cached(change(config, mask_directory=masks), family) == (1, 3, 2)
+    assert cached(config, family) == (1, 3, 2)
+    assert cached(config, dataclasses.replace(family, media_identity={"vae": "second"})) == (4, 0, 4)
     if form == "files":
         file = tmp_path / "cache" / "clip_3_00000-005_0032x0032_toy.safetensors"
         file.write_bytes(file.read_bytes()[:-3])
-        assert cached(config, dataclasses.replace(family, media_identity={"vae": "second"})) == (1, 3)
+        assert cached(config, dataclasses.replace(family, media_identity={"vae": "second"})) == (1, 3, 2)
 
 
 def test_of_thousands_of_clips_each_is_asked_for_its_frames_if_caches_do_not_say(

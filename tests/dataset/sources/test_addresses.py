@@ -3,11 +3,13 @@
 import io
 import json
 import logging
+import os
 import random
 import re
 import tarfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from dataset.sources.downloads import download, protocol_problem
 from dataset.sources.fetching import fetch
 from dataset.sources.listing import find_sources
 from dataset.sources.media_source import Fault, MediaSource, local_name
-from dataset.sources.tar_index import TarDamage, read_members
+from dataset.sources.tar_index import FOLDER, LEAST_SAMPLES, TarDamage, read_members
 from dataset.sources.tars import expand_braces
 from modules.errors import DatasetError, MediaError
 from modules.paths import address_identity, hide_secrets, is_address
@@ -341,3 +343,27 @@ def test_a_damaged_tar_never_gives_another_error(tmp_path: Path) -> None:
             except TarDamage:
                 continue
         assert all(one.offset + one.size_bytes <= len(content) for one in found)
+
+
+def test_the_index_of_a_large_tar_is_kept_until_the_tar_changes(tmp_path: Path) -> None:
+    count = LEAST_SAMPLES
+    files = {f"{index:05d}.{end}": f"{end} {index}" for index in range(count) for end in ("png", "txt")}
+    path = write_tar(tmp_path / "t.tar", files | {"00000.mask.png": "m"}, tarfile.USTAR_FORMAT)
+    cache = tmp_path / "cache"
+
+    first, _ = listed(tmp_path, path, cache_directory=cache)
+    (kept,) = (cache / FOLDER).iterdir()
+    made = kept.stat().st_mtime_ns
+    again, _ = listed(tmp_path, path, cache_directory=cache)
+
+    assert kept.stat().st_mtime_ns == made
+    assert len(first) == count
+    assert [replace(one, table=first[0].table) for one in again] == first
+    for change in (lambda: os.utime(path, ns=(1, 1)), lambda: kept.write_bytes(kept.read_bytes()[:-9])):
+        made = kept.stat().st_mtime_ns
+        change()
+        assert len(listed(tmp_path, path, cache_directory=cache)[0]) == count
+        assert kept.stat().st_mtime_ns != made
+    # what is a caption depends on the table
+    assert listed(tmp_path, path, cache_directory=cache, caption_extension=".cap")[0][0].caption is None
+    assert listed(tmp_path, path, cache_directory=cache, caption_extension=".txt")[0][0].caption == "txt 0"
