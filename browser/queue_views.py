@@ -160,8 +160,9 @@ def queue_routes(runs: Runs, queue: JobQueue) -> list[Route]:
                 "draft": draft,
                 "draft_of": draft_of,
             }
-            page = render_page(HERE / "queue.html", "Queue", values, POLICY)
-            return answer_page(page, 422 if said else 200)
+            return answer_page(
+                render_page(HERE / "queue.html", "Queue", values, POLICY), 422 if said else 200
+            )
         except UserError as error:
             return PlainTextResponse(str(error), 500)
 

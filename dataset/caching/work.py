@@ -165,17 +165,14 @@ class MediaWork:
                 len(reasons),
                 reasons[0],
             )
+        failed = prefetch.Failure.of
         report = prefetch.CacheReport(
             written=len(written),
             kept=sum(len(plan.kept) for plan in finished),
             foreign=sum(plan.foreign for plan in finished),
             failures=tuple(failures),
-            dropped=tuple(
-                prefetch.Failure.of(one.source, one.reason) for one in finished if one.reason is not None
-            ),
-            shortened=tuple(
-                prefetch.Failure.of(one.source, one.short) for one in finished if one.short is not None
-            ),
+            dropped=tuple(failed(one.source, one.reason) for one in finished if one.reason is not None),
+            shortened=tuple(failed(one.source, one.short) for one in finished if one.short is not None),
             share=len(pieces),
             whole=len(self.pieces),
         )

@@ -248,8 +248,7 @@ def write_shown(
     kind = encoding.choose_codec(path, codec)
     remaining = iter(frames)
     first = _first_of(path, codec, remaining)
-    rate = rate.limit_denominator(MOST_TICKS)
-    suffix = path.suffix.lower()
+    rate, suffix = rate.limit_denominator(MOST_TICKS), path.suffix.lower()
     timing = Timing(rate)
     made = None if track is None else TrackSound(track, lambda: timing.seconds)
     with (
