@@ -131,7 +131,6 @@ def read_jobs(text: str, run: Glance | None) -> list[tuple[list[str], Path]]:
 
 
 def queue_routes(runs: Runs, queue: JobQueue) -> list[Route]:
-    """Return the routes of the queue."""
     changes = {
         "up": lambda number: queue.move(number, -1),
         "down": lambda number: queue.move(number, 1),
@@ -160,9 +159,8 @@ def queue_routes(runs: Runs, queue: JobQueue) -> list[Route]:
                 "draft": draft,
                 "draft_of": draft_of,
             }
-            return answer_page(
-                render_page(HERE / "queue.html", "Queue", values, POLICY), 422 if said else 200
-            )
+            page = render_page(HERE / "queue.html", "Queue", values, POLICY)
+            return answer_page(page, 422 if said else 200)
         except UserError as error:
             return PlainTextResponse(str(error), 500)
 
