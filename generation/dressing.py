@@ -107,8 +107,7 @@ def dit_loader(
 
     uses: by expert; empty: none has LoRAs. originals: by expert. Raises OptionError.
     """
-    asked = options.speed.fp8.quantisation
-    quantisation = None if asked is None else prepare(asked, device)
+    quantisation = prepare(options.speed.fp8.quantisation, device)
     return DitLoader(family, uses, device, options, quantisation, originals)
 
 
@@ -221,7 +220,7 @@ def leave_out_missing(family: Family, options: GenerationOptions, device: torch.
             speed.compilation.choice, device
         ),
         "fp8_scaled": lambda _: _check_rounding(files, device),
-        "fp8_fast": lambda speed: speed.fp8.quantisation and prepare(speed.fp8.quantisation, device),
+        "fp8_fast": lambda speed: prepare(speed.fp8.quantisation, device),
         "fp16_accumulation": lambda _: _check_fp16_sums(device),
     }
     speed, left_out = options.speed, []

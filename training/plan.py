@@ -212,8 +212,7 @@ def join_processes(family: Family, options: TrainingOptions) -> Iterator[JoinedP
     if options.whole_dit is not None and shares_processes(options.speed.sharding):
         check_split(options.optimizer.optimizer_type)
     quantisation, compilation = options.speed.fp8.quantisation, options.speed.compilation.choice
-    if quantisation is not None:
-        quantisation = prepare(quantisation, accelerator.device)
+    quantisation = prepare(quantisation, accelerator.device)
     if compilation is not None:
         import_own("modules.compile").check_compilation(compilation, accelerator.device)
     with ExitStack() as held:

@@ -100,11 +100,13 @@ def form_of(quantisation: Quantisation) -> StoredForm:
     return form
 
 
-def prepare(quantisation: Quantisation, device: torch.device) -> Quantisation:
+def prepare(quantisation: Quantisation | None, device: torch.device) -> Quantisation | None:
     """Return the quantisation with what the device multiplies by. In the form's file: `prepare`, the same.
 
     Raises OptionError if the device or the libraries lack it.
     """
+    if quantisation is None:
+        return None
     found: Quantisation = import_own(f"modules.stored.{quantisation.form}").prepare(quantisation, device)
     return found
 
