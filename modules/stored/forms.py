@@ -12,7 +12,7 @@ has the name of its file in `Quantisation.form`; the file has `form_of` and `pre
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, overload
 
 import torch
 import torch.nn.functional as functional
@@ -100,6 +100,10 @@ def form_of(quantisation: Quantisation) -> StoredForm:
     return form
 
 
+@overload
+def prepare(quantisation: None, device: torch.device) -> None: ...
+@overload
+def prepare(quantisation: Quantisation, device: torch.device) -> Quantisation: ...
 def prepare(quantisation: Quantisation | None, device: torch.device) -> Quantisation | None:
     """Return the quantisation with what the device multiplies by. In the form's file: `prepare`, the same.
 
