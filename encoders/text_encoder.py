@@ -4,6 +4,7 @@ tokenizer.json is read directly: the classes that transformers choose by name re
 other rules.
 """
 
+import contextlib
 import itertools
 import logging
 import math
@@ -294,12 +295,14 @@ class FileTextEncoder(ABC, Generic[Network]):
         return 0
 
     def token_counter(self) -> CountTokens:
-        """Return a function that counts a text's tokens with those around it; only the tokenizer is loaded.
+        """Return a function that counts a text's tokens with those around it; weights are not loaded.
 
         Raises CheckpointError if there is no tokenizer here; none is downloaded.
         """
         tokenizer = self.source.load(self.tokenizer, self.path, self.what, may_download=False)
-        dropped, token_bytes = self.count_dropped(tokenizer), self.token_bytes
+        dropped, token_bytes = self.count_dropped(tokenizer), 0
+        with contextlib.suppress(CheckpointError):  # a file that is missing or damaged is told by caching
+            token_bytes = self.token_bytes
 
         def count(text: str) -> TokenCount:
             written = self.write(Prompt(text))

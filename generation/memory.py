@@ -328,7 +328,9 @@ def advice(
     lines: list[str] = []
     for phase in (*prediction.before, *prediction.after):
         if phase.device > room.usable:
-            smaller = SMALLER.get(phase.name, "--text_encoder_form nf4 (fp8: half as small)")
+            smaller = SMALLER.get(
+                phase.name, "a smaller form of the text encoder, if --help has --text_encoder_form"
+            )
             lines.append(f"{phase.name} needs {gib(phase.device)} GiB by itself: use {smaller}")
     if prediction.device(0) <= room.usable:
         return lines

@@ -330,7 +330,7 @@ def _named_as_typed(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
         typed = {word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
         text = str(error)
         for action in parser._actions:
-            taken = typed.intersection(action.option_strings)
+            taken = {word for word in typed.intersection(action.option_strings) if word[:5] != "--no-"}
             if taken and f"--{action.dest}" not in taken:
                 text = re.sub(rf"--{action.dest}(?!\w)", min(taken), text)
         raise OptionError(text) from None

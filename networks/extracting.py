@@ -27,7 +27,7 @@ from networks.metadata import add_hashes
 from networks.module_names import alias, choose_family, family_named, has_module, replace_dots
 from networks.names.layouts import FamilyNames
 from networks.text_loras import TensorPiece, is_whole, pieces_of
-from networks.tool_options import ExtractOptions
+from networks.tool_options import MIN_DIFF, ExtractOptions
 
 logger = getLogger(__name__)
 OVERSAMPLING, POWERS = 16, 4  # of the randomised decomposition
@@ -68,6 +68,7 @@ SD1, SD2, SDXL = map(family_named, ("sd1", "sd2", "sdxl"))
 FLUX = BlockWeights(
     "FLUX.1, FLUX.2 or Chroma", ("double_blocks.", "single_blocks."), "double_blocks.0.img_attn.qkv.weight"
 )
+FLUX_MODULE = "networks.lora_flux"  # of FLUX.1 and Chroma
 QWEN = BlockWeights("Qwen-Image", ("transformer_blocks.",), "transformer_blocks.0.img_mod.1.weight")
 
 
@@ -78,7 +79,7 @@ def extract_flux(options: ExtractOptions) -> None:
         if "double_stream_modulation_img.lin.weight" in original.tensors:
             return (FLUX_2.network_module, FLUX_2.name, FLUX_2.architecture)
         is_chroma = any(name.startswith("distilled_guidance_layer.") for name in original.tensors)
-        return ("networks.lora_flux", *(("chroma", "chroma") if is_chroma else ("flux1", "flux-1-dev")))
+        return (FLUX_MODULE, *(("chroma", "chroma") if is_chroma else ("flux1", "flux-1-dev")))
 
     _extract_blocks(options, FLUX, names_of)
 
@@ -104,8 +105,20 @@ def extract_model(options: ExtractOptions) -> None:
             "transformer, or a single-file checkpoint of Stable Diffusion, to --model_org.",
             options.model_org,
         )
-    if options.conv_dim is not None:
-        logger.warning("--conv_dim is ignored because the LoRA is for a transformer, without convolutions")
+    if family.network_module == FLUX_MODULE:
+        return extract_flux(options)
+    if family.written_version:
+        raise CheckpointError(
+            f"{options.model_org} is the U-Net alone of a Stable Diffusion checkpoint. Give whole "
+            "checkpoints, in a single file each, to --model_org and --model_tuned.",
+            options.model_org,
+        )
+    for option, given in (
+        ("--conv_dim", options.conv_dim is not None),
+        ("--min_diff", options.min_diff != MIN_DIFF),
+    ):
+        if given:
+            logger.warning("%s is ignored because the LoRA is for a transformer", option)
     names = (family.network_module, family.name, family.architecture)
     return _extract_blocks(options, BlockWeights(family.name, tuple(known), known[0]), lambda _: names)
 

@@ -26,6 +26,7 @@ OF_LORAS = "it is for merging LoRAs into one"
 # option of a model to merge into -> of its result
 FLUX_OUTPUTS = {"flux_model": "save_to", "clip_l": "clip_l_save_to", "t5xxl": "t5xxl_save_to"}
 NO_SHUFFLE = not_needed("the merged LoRA is exact, in whatever order its ranks are.")
+MIN_DIFF = 0.01
 OF_WHOLE = ("conv_dim", "min_diff")  # of `ExtractOptions`: what a DiT has no use for
 
 
@@ -186,7 +187,7 @@ class ExtractOptions(Options):
         "rank for residual blocks and convolutions; default: they get no LoRA", least=1
     )
     min_diff: float = option(
-        "a text encoder of which no value has changed by more gets no LoRA", default=0.01, least=0
+        "a text encoder of which no value has changed by more gets no LoRA", default=MIN_DIFF, least=0
     )
     save_precision: str | None = option("type of the LoRA's numbers; default: float", choices=PRECISIONS)
     save_to: Path = option(

@@ -183,9 +183,8 @@ def _read_family(text: str, models: Sequence[ModelSet]) -> tuple[str, str | None
         if plain in {_plain(name + one.task) for name, family in spelled.items() if family == one.family}:
             return one.family, one.task
     released = [one for one in models if plain in map(_plain, (one.released_by, Path(one.released_by).name))]
-    if released:  # by the name of its repository
-        first = released[0]
-        return first.family, first.task if len(released) == 1 else None
+    if released:  # by the name of its repository; the catalogue has what most want first
+        return released[0].family, released[0].task
     near = list(dict.fromkeys(name for each, name in spelled.items() if len(plain) > 1 and plain in each))
     if not near and len(plain) > 2:
         same = [(one.family, one.task) for one in models if plain in _plain(one.task)]

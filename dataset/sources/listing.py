@@ -7,6 +7,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from dataset.config import DatasetConfig, DatasetTable
@@ -113,7 +114,8 @@ def companions_now(table: DatasetTable) -> Mapping[str, tuple[int, int, bool]]:
     a mask. None is there if the sources are gone: training, which asks for each item, needs the caches alone.
     """
     try:
-        sources = find_sources(table, captions=False, faults=[])
+        # as they are there: what a model takes of them is not asked for, and not told again
+        sources = find_sources(replace(table, references=None), captions=False, faults=[])
     except DatasetError:
         return {}
     return {one.stem: (len(one.control), len(one.references), one.mask is not None) for one in sources}

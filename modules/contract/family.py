@@ -168,7 +168,7 @@ class TextEncoder(Protocol):
     # what an output depends on beside the text; found without loading the weights
     def identity(self) -> Mapping[str, str]: ...
 
-    # loads the tokenizer only, and downloads nothing; CheckpointError if there is none
+    # loads no weights, and downloads nothing; CheckpointError if there is no tokenizer
     def token_counter(self) -> rules.CountTokens: ...
 
     def load(self, device: torch.device) -> None: ...  # one that is loaded already moves there

@@ -224,7 +224,7 @@ def test_prompts_are_as_the_page_recommends(tmp_path: Path) -> None:
         (["flf2v", ""], ("wan", "flf2v-14B"), None),
         (["krea", "raw", ""], ("krea2", "raw"), None),
         (["krea2-turbo", ""], ("krea2", "turbo"), None),
-        (["krea/Krea-2-Raw", "edit", ""], ("krea2", "edit"), None),
+        (["krea/Krea-2-Raw", ""], ("krea2", "raw"), None),
         (["Z-Image-Turbo", ""], ("z_image", "turbo"), None),
     ],
 )

@@ -1,6 +1,7 @@
 """References of clips and masks of control clips: found by name, read in step with their clip."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +78,9 @@ def test_lists_name_companions(tmp_path: Path) -> None:
     (source,) = find_sources(table)
 
     assert (source.references, source.control_mask) == ((Path("r0.mp4"), Path("r1.png")), Path("m.png"))
-    refuse_companions(table, [source])
+    with pytest.raises(DatasetError, match="no such clip.*control_path in a list"):
+        refuse_companions(table, [source])
+    refuse_companions(table, [replace(source, control=(Path("c.mp4"),))])
     for rules, words in ((None, "takes none"), (ReferenceRules(1, clips=True), "takes 1 at most")):
         other = make_table(tmp_path, "video_jsonl_file", clip_references=rules)
         with pytest.raises(DatasetError, match=words):
