@@ -14,7 +14,6 @@ from dataset.cache.records import CacheChecks, LatentRecord, TextRecord, differe
 from dataset.cache.store import Stores
 from dataset.config_keys import REFERENCES, SECTIONS, TEXTS
 from dataset.sources.frames import bucket_of
-from dataset.sources.listing import companions_now
 from dataset.sources.media_source import CLIP_REFERENCES, CONTROL_MASK
 from dataset.table import FROM_ALPHA, FROM_FILE, defaults_of
 from modules.console import count_of
@@ -256,8 +255,11 @@ def _references_now(item: TrainingItem) -> int | None:
 def _companions_now(item: TrainingItem) -> tuple[int, int, bool] | None:
     """Return what `companions_now` has of an item; None if it is not there, or if listing may download."""
     table = item.table
-    is_listed = table.directory or table.jsonl_file or table.table_file
-    return companions_now(table).get(item.source_stem) if is_listed else None
+    if not (table.directory or table.jsonl_file or table.table_file):
+        return None
+    from dataset.sources.listing import companions_now
+
+    return companions_now(table).get(item.source_stem)
 
 
 def as_shape(shape: Iterable[int]) -> str:

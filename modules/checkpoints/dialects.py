@@ -114,8 +114,8 @@ def _refuse_other_forms(plan: LoadPlan[Any], kept: Iterable[str], form: str) -> 
             path = plan.checkpoint.path
             raise CheckpointError(
                 f"the text encoder is to be kept in {form}, but {path} is already in {stored.form.name}, and "
-                "rounding twice only loses quality. Leave out --text_encoder_form (or --fp8_...), and the file's "
-                "form stays; or give the file in 16 bits.",
+                "rounding twice only loses quality. Leave out --text_encoder_form (or --fp8_...): "
+                "its form stays; or give the file in 16 bits.",
                 path,
             )
 
