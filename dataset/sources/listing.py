@@ -7,7 +7,6 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from dataset.config import DatasetConfig, DatasetTable
@@ -24,6 +23,7 @@ from dataset.sources.media_source import (
     raise_faults,
 )
 from dataset.sources.references import lack_references, limit_references
+from modules.console import quiet
 from modules.control_codes import escape_control_codes
 from modules.errors import DatasetError
 
@@ -114,8 +114,8 @@ def companions_now(table: DatasetTable) -> Mapping[str, tuple[int, int, bool]]:
     a mask. None is there if the sources are gone: training, which asks for each item, needs the caches alone.
     """
     try:
-        # as they are there: what a model takes of them is not asked for, and not told again
-        sources = find_sources(replace(table, references=None), captions=False, faults=[])
+        with quiet():  # the dataset was described when it was cached
+            sources = find_sources(table, captions=False, faults=[])
     except DatasetError:
         return {}
     return {one.stem: (len(one.control), len(one.references), one.mask is not None) for one in sources}
