@@ -27,9 +27,13 @@ NOT_BUILT = {
 MOST_TIMESTEP = 1000
 
 
+def makes_one_frame(task: WanTask) -> bool:
+    return task.takes_image and not task.has_control
+
+
 def check_one_frame(task: WanTask) -> None:
     """Raise OptionError unless the task makes single pictures from control images."""
-    able = [one.name for one in TASKS.values() if one.takes_image and not one.has_control]
+    able = [one.name for one in TASKS.values() if makes_one_frame(one)]
     if task.name not in able:
         raise OptionError(
             f"single pictures from control images (one frame): --task {task.name} has no such condition. Use "
@@ -240,7 +244,12 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
     i2v_extra_noise: float | None = option(
         "noise added to the image condition, for more motion", least=0, most=10, hint="0.02 to 0.04 are usual"
     )
-    riflex_index: int = option()  # read here only to be checked early
+    # read here only to be checked early
+    riflex_index: int = option()
+    control_path: Path | None = option(facts=OF_REQUEST)
+    control_image_path: tuple[str, ...] | None = option(facts=OF_REQUEST)
+    from_file: Path | None = option(facts=NO_PIXELS)
+    interactive: bool = option(facts=NO_PIXELS)
     src_mask: Path | None = option(
         "video or picture of what is made new of --src_video: white is new, black is kept (a loss mask of a "
         "training is white where it learns); without it all is new",
@@ -281,8 +290,17 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
             check_one_frame(TASKS[self.task])
             if not self.one_frame_inference.strip():
                 raise OptionError("--one_frame_inference is empty: give default, or leave it out for a video")
-        given = MASK if self.src_mask is not None else SCALE if self.vace_scale != (1.0,) else None
-        if given and TASKS[self.task].kind != VACE:
+        task, has_lines = TASKS[self.task], self.from_file is not None or self.interactive
+        # lines may ask for one frame too
+        one_frame = self.one_frame_inference is not None or (makes_one_frame(task) and has_lines)
+        useless = {
+            MASK: self.src_mask,
+            SCALE: self.vace_scale != (1.0,),
+            "control_path": None if task.has_control else self.control_path,
+            "control_image_path": None if one_frame else self.control_image_path,
+        }
+        given = next((name for name, value in useless.items() if value), None)
+        if given and task.kind != VACE:
             raise OptionError(
                 f"--{given}: --task {self.task} has no use for it. Use --task vace-1.3B, vace-14B or "
                 "vace-A14B, with a checkpoint of VACE"
