@@ -27,13 +27,9 @@ NOT_BUILT = {
 MOST_TIMESTEP = 1000
 
 
-def makes_one_frame(task: WanTask) -> bool:
-    return task.takes_image and not task.has_control
-
-
 def check_one_frame(task: WanTask) -> None:
     """Raise OptionError unless the task makes single pictures from control images."""
-    able = [one.name for one in TASKS.values() if makes_one_frame(one)]
+    able = [one.name for one in TASKS.values() if one.takes_image and not one.has_control]
     if task.name not in able:
         raise OptionError(
             f"single pictures from control images (one frame): --task {task.name} has no such condition. Use "
@@ -290,9 +286,10 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
             check_one_frame(TASKS[self.task])
             if not self.one_frame_inference.strip():
                 raise OptionError("--one_frame_inference is empty: give default, or leave it out for a video")
-        task, has_lines = TASKS[self.task], self.from_file is not None or self.interactive
-        # lines may ask for one frame too
-        one_frame = self.one_frame_inference is not None or (makes_one_frame(task) and has_lines)
+        task, one_frame = TASKS[self.task], self.one_frame_inference is not None
+        is_able = task.takes_image and not task.has_control
+        if is_able:  # lines may ask for one frame too
+            one_frame |= self.from_file is not None or self.interactive
         useless = {
             MASK: self.src_mask,
             SCALE: self.vace_scale != (1.0,),
@@ -301,8 +298,9 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
         }
         given = next((name for name, value in useless.items() if value), None)
         if given and task.kind != VACE:
+            alone = " without --one_frame_inference" if is_able and given == "control_image_path" else ""
             raise OptionError(
-                f"--{given}: --task {self.task} has no use for it. Use --task vace-1.3B, vace-14B or "
+                f"--{given}: --task {self.task} has no use for it{alone}. Use --task vace-1.3B, vace-14B or "
                 "vace-A14B, with a checkpoint of VACE"
             )
 
