@@ -44,7 +44,7 @@ DEFAULTS = ScriptDefaults(
     splits_attention=True,
     size=(SIDE, SIDE),
     pictures=True,
-    spellings={"infer_steps": "--steps", "num_videos": "--num-images"},
+    spellings={"infer_steps": ("--steps",), "num_videos": ("--num-images",)},
     extras=EXTRAS,
     line_options={
         **IMAGE_GENERATION_OPTIONS,

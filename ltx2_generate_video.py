@@ -20,7 +20,7 @@ DEFAULTS = ScriptDefaults(
     media=frozenset({"image_path"}),
     size=(512, 768),
     has_sound=True,
-    spellings={"save_path": "--output_dir"},
+    spellings={"save_path": ("--output_dir",)},
     line_options={
         **GENERATION_OPTIONS,
         "v": LineOption("reference_videos", read_path, CANCELS, repeats=True),

@@ -287,7 +287,8 @@ class ScriptDefaults:
     riflex_beyond: int = 0  # frames: videos of up to so many are left as they are
     in_sections: bool = False  # videos are made section by section and can be watched while they grow
     numbers_single: bool = False  # a single picture is NAME_000.png, never in a folder
-    spellings: Mapping[str, str] = field(default_factory=dict)  # shared option -> another flag for it
+    # shared option -> other flags for it, the usual one first
+    spellings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     # what --optimized turns on
     optimized: Mapping[str, Any] = field(default_factory=lambda: {**FASTER, "fp8_fast": True})
 
@@ -311,8 +312,8 @@ class ScriptDefaults:
             **source["defaults"],
         }
         written = ", ".join(f"{name} ({OUTPUT_TYPES[name]})" for name in self.output_types)
-        spelled = {"video_size": "--image_size", "num_videos": "--num_images"} if pictures else {}
-        spelled |= self.spellings
+        of_pictures = {"video_size": ("--image_size",), "num_videos": ("--num_images",)}
+        spelled = {**(of_pictures if pictures else {}), **self.spellings}
         only, frequencies = self.riflex_beyond, self.riflex_frequencies
         long = RIFLEX.format(f" of more than {only} frames" if only else "", frequencies)
         usual = " ".join(as_typed(self.optimized, name) for name in self.optimized)
@@ -338,7 +339,7 @@ class ScriptDefaults:
             "settings": {
                 **choices,
                 **source["settings"],
-                **{name: {**choices.get(name, {}), "flags": (flag,)} for name, flag in spelled.items()},
+                **{name: {**choices.get(name, {}), "flags": flags} for name, flags in spelled.items()},
             },
             "refused": {**source["refused"], **(dict.fromkeys(OF_VIDEOS, NO_VIDEOS) if pictures else {})},
         }

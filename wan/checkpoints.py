@@ -186,6 +186,7 @@ def add_vace_header(checkpoint: Checkpoint, header: DitHeader[WanConfig], dit: P
             f"{config.dim}. Give the two of one model.",
             path,
         )
+    _check_places(path, config.num_layers, layers)
     return replace(header, config=replace(config, vace_layers=layers, vace_dim=channels))
 
 
@@ -213,7 +214,7 @@ def _config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig:
             path,
         )
     if vace_layers:
-        _check_places(path, list(range(0, layers, layers // vace_layers)), layers)
+        _check_places(path, layers, vace_layers)
     if dim % HEAD_WIDTH:
         raise CheckpointError(
             f"{path}: width {dim} is not a multiple of {HEAD_WIDTH}, the head width of Wan models.", path
@@ -238,8 +239,9 @@ def _config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig:
     )
 
 
-def _check_places(path: Path, usual: list[int], layers: int) -> None:
+def _check_places(path: Path, layers: int, vace_layers: int) -> None:
     """Raise CheckpointError if the config.json of the file says that VACE's blocks stand beside others."""
+    usual = list(range(0, layers, layers // vace_layers))
     file, said = config_beside(path)
     is_its = isinstance(said, dict) and said.get("num_layers") == layers
     if is_its and said.get("vace_layers", usual) != usual:

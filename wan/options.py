@@ -240,7 +240,12 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
     i2v_extra_noise: float | None = option(
         "noise added to the image condition, for more motion", least=0, most=10, hint="0.02 to 0.04 are usual"
     )
-    riflex_index: int = option()  # read here only to be checked early
+    # read here only to be checked early
+    riflex_index: int = option()
+    control_path: Path | None = option(facts=OF_REQUEST)
+    control_image_path: tuple[str, ...] | None = option(facts=OF_REQUEST)
+    from_file: Path | None = option(facts=NO_PIXELS)
+    interactive: bool = option(facts=NO_PIXELS)
     src_mask: Path | None = option(
         "video or picture of what is made new of --src_video: white is new, black is kept (a loss mask of a "
         "training is white where it learns); without it all is new",
@@ -281,10 +286,21 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
             check_one_frame(TASKS[self.task])
             if not self.one_frame_inference.strip():
                 raise OptionError("--one_frame_inference is empty: give default, or leave it out for a video")
-        given = MASK if self.src_mask is not None else SCALE if self.vace_scale != (1.0,) else None
-        if given and TASKS[self.task].kind != VACE:
+        task, one_frame = TASKS[self.task], self.one_frame_inference is not None
+        is_able = task.takes_image and not task.has_control
+        if is_able:  # lines may ask for one frame too
+            one_frame |= self.from_file is not None or self.interactive
+        useless = {
+            MASK: self.src_mask,
+            SCALE: self.vace_scale != (1.0,),
+            "control_path": None if task.has_control else self.control_path,
+            "control_image_path": None if one_frame else self.control_image_path,
+        }
+        given = next((name for name, value in useless.items() if value), None)
+        if given and task.kind != VACE:
+            alone = " without --one_frame_inference" if is_able and given == "control_image_path" else ""
             raise OptionError(
-                f"--{given}: --task {self.task} has no use for it. Use --task vace-1.3B, vace-14B or "
+                f"--{given}: --task {self.task} has no use for it{alone}. Use --task vace-1.3B, vace-14B or "
                 "vace-A14B, with a checkpoint of VACE"
             )
 

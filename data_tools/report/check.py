@@ -178,7 +178,8 @@ def _check_media(
     try:
         check_resolution(table, recipe.latent.pixel_step)
         if with_latents:
-            family.check_table(media_table(table, any(source.control for source in found.sources)))
+            has_control = any(one.control for one in found.sources)
+            family.check_table(media_table(table, has_control, any(one.references for one in found.sources)))
             refuse_companions(table, found.sources)
             found.sources = use_moments(family, found.sources)
         plans = _check_sources(found, recipe, workers)

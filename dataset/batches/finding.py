@@ -175,7 +175,8 @@ def with_reference_sizes(items: Iterable[TrainingItem], stores: Stores) -> list[
 
     def may_have(item: TrainingItem) -> bool:
         table = item.table
-        beside = table.references or table.clip_references or table.fp_1f_clean_indices
+        shown = table.reference_directory or table.control_directory or table.directory is None
+        beside = table.references or (table.clip_references and shown) or table.fp_1f_clean_indices
         return bool(beside) and not item.references and item.kind.has_latents
 
     return [

@@ -128,7 +128,8 @@ WITH = {  # what has to be given too
     "teacache_coefficients": ["--teacache_threshold", "0.1"],
     "wan one_frame_inference": ["--task", "i2v-14B"],
     **dict.fromkeys(
-        ["vace", "src_video", "src_mask", "src_ref_images", "vace_scale"], ["--task", "vace-14B"]
+        ["vace", "wan control_path", "src_mask", "wan control_image_path", "vace_scale"],
+        ["--task", "vace-14B"],
     ),
     "vace_high_noise": ["--task", "vace-A14B", "--vace", "x", "--dit_high_noise", "x"],
 }

@@ -5,6 +5,7 @@ transformer at the same noise: the factors that begin at zero are then the rate 
 other factors.
 """
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -264,3 +265,6 @@ def test_a_plan_is_that_of_the_clip_with_references(
 
     assert [item.source_stem for item in items] == ["0", "a"]
     assert largest.source_stem == "a"
+    bare = dataclasses.replace(items[0].table, control_directory=None, reference_directory=None)
+    without = [dataclasses.replace(item, table=bare) for item in items]
+    assert with_reference_sizes(without, Stores()) == without  # no header is read

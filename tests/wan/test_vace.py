@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from generation.options import read_generation
 from modules.checkpoints.model_files import read_once
 from modules.contract.requests import Request
 from modules.errors import CheckpointError, OptionError
@@ -17,10 +18,13 @@ from tests.tiny.dits import dit_called
 from tests.tiny.wan import write_tiny_wan
 from tests.tiny.wan_dit import tiny_state, write_dit
 from wan.checkpoints import read_dit_header
+from wan.options import WanGenerationOptions
 from wan.spec import VACE_DIT
 from wan.vace import divide, read_scales, take_control
+from wan_generate_video import DEFAULTS
 
 CPU = torch.device("cpu")
+VACE_ASK = ["--task", "vace-1.3B", "--save_path", "made"]
 
 
 def test_each_block_of_vace_runs_before_its_share_of_the_others() -> None:
@@ -99,9 +103,39 @@ def test_what_has_no_use_is_refused(asked: dict[str, Any], words: str) -> None:
 def test_options_of_vace_are_refused_beside_other_tasks(tmp_path: Path) -> None:
     files = write_tiny_wan(tmp_path / "models")
     said = [*files.models, "--prompt", "a cat", "--save_path", "made", "--task", "t2v-1.3B"]
-    for given in (["--src_mask", "mask.png"], ["--vace", "vace.safetensors"]):
+    fun, image = ["--task", "t2v-1.3B-FC", "--control_path", "clip.mp4"], ["--task", "i2v-14B"]
+    for given in (
+        ["--src_mask", "mask.png"],
+        ["--vace", "vace.safetensors"],
+        ["--src_video", "clip.mp4"],
+        ["--vace_video", "clip.mp4"],
+        ["--control_path", "clip.mp4"],
+        ["--src_ref_images", "p.png", "q.png"],
+        ["--vace_reference_image=p.png"],
+        ["--src_ref_images", "p.png", *fun],
+        ["--control_image_path", "p.png", *image],
+        ["--src_video", "clip.mp4", *image, "--one_frame_inference", "default"],
+    ):
         code, message = run_here("wan_generate_video.py", *said, *given, folder=tmp_path)
-        assert_one_message(code, message, given[0], "vace-1.3B")
+        assert_one_message(code, message, given[0].partition("=")[0], "vace-1.3B")
+        is_of_one_frame = given[0] == "--control_image_path"
+        assert ("no use for it without --one_frame_inference" in message) is is_of_one_frame
+
+
+def test_other_spellings_of_the_clip_and_the_references() -> None:
+    told = ["--vace_video", "clip.mp4", "--vace_reference_image", "p.png", "q.png", "--prompt", "a cat"]
+    options, _ = read_generation(None, DEFAULTS, WanGenerationOptions, [*VACE_ASK, *told])
+
+    assert options.request.control_path == Path("clip.mp4")
+    assert options.request.control_image_path == ("p.png", "q.png")
+
+
+def test_control_images_may_be_for_lines_that_ask_for_one_frame(tmp_path: Path) -> None:
+    (tmp_path / "lines.txt").write_text("a cat --of default", encoding="utf-8")
+    told = ["--task", "i2v-14B", "--control_image_path", "p.png", "--save_path", "made"]
+    for lines in (["--from_file", str(tmp_path / "lines.txt")], ["--interactive"]):
+        options, _ = read_generation(None, DEFAULTS, WanGenerationOptions, [*told, *lines])
+        assert options.request.control_image_path == ("p.png",)
 
 
 def test_blocks_that_do_not_go_together_are_refused(tmp_path: Path) -> None:

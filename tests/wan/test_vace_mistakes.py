@@ -1,5 +1,6 @@
 """What newcomers to VACE do wrong: each is answered by one message, before anything is made or learned."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +40,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     module = {name: tensor for name, tensor in state.items() if name.startswith("vace_")}
     write_dit(made, {name: one for name, one in state.items() if name not in module}, name="t2v")
     write_dit(made, module, name="module")
+    (made / "said").mkdir()
+    write_dit(made / "said", module, name="module")
+    said = json.dumps({"num_layers": 4, "vace_layers": [1, 3]})
+    (made / "said" / "config.json").write_text(said, encoding="utf-8")
     wide = tiny_state("vace", dim=256)
     write_dit(made, {name: one for name, one in wide.items() if name.startswith("vace_")}, name="wide")
     random = numpy.random.default_rng(2)
@@ -68,6 +73,10 @@ GENERATION = {
     "blocks of another width": ([*BASE, "--vace", "wide.safetensors"], "2 blocks of width 256"),
     "blocks beside a model that has them": ([*WHOLE, "--vace", "module.safetensors"], "leave --vace"),
     "another file as blocks": ([*BASE, "--vace", "models/t5.safetensors"], "looks like an umT5 encoder"),
+    "blocks that stand elsewhere": (
+        [*BASE, "--vace", "said/module.safetensors"],
+        "vace_layers are [1, 3]",
+    ),
     "blocks as a model": (["--dit", "module.safetensors"], "the blocks of VACE alone"),
     "too many strengths": ([*WHOLE, *CLIP, "--vace_scale", 1, 0.5, 1], "VACE has 2 layers"),
     "a clip that is none": (
@@ -105,6 +114,14 @@ def test_a_table_that_vace_cannot_learn_from(folder: Path, case: str) -> None:
     code, said = run_here("wan_cache_latents.py", *told, folder=folder)
 
     assert_one_message(code, said, message)
+
+
+def test_references_alone_are_enough_for_a_check_too(folder: Path) -> None:
+    table = TABLE.replace('"cache"', '"to_check"')
+    (folder / "data.toml").write_text(f'{table}reference_directory = "masks"\n', encoding="utf-8")
+
+    told = ["--dataset_config", "data.toml", *MODELS[:2], "--vace", "--device", "cpu", "--check"]
+    succeed_here("wan_cache_latents.py", *told, folder=folder)
 
 
 @pytest.fixture(scope="module")
