@@ -24,7 +24,7 @@ from modules.options import (
     unsupported,
 )
 from modules.output_files import check_output_name
-from modules.speed_options import dit_dtype_option
+from modules.speed_options import GENERATION_VALUES, dit_dtype_option
 
 T = TypeVar("T")
 
@@ -249,7 +249,6 @@ class Ltx2GenerationOptions(Ltx2TransformerOptions, title=NAME):
     reference_image: Path | None = option("the same as --image_path", facts=NO_PIXELS)
     discrete_flow_shift: float | None = option("the same as --flow_shift", facts=NO_PIXELS)
     mixed_precision: str | None = _precision("--dit_dtype", facts=NO_PIXELS)
-    fp8_base: bool = option("the same as --fp8", facts=NO_PIXELS)
     flash_attn: bool = option("the same as --attn_mode flash", facts=NO_PIXELS)
     flash3: bool = option("the same as --attn_mode flash3", facts=NO_PIXELS)
     sage_attn: bool = option("the same as --attn_mode sageattn", facts=NO_PIXELS)
@@ -303,12 +302,14 @@ def settle_generation(shared: T, own: Ltx2GenerationOptions) -> tuple[T, Ltx2Gen
         given = None if known[ours] == usual.get(ours) else known[ours]
         value = _one_of(ours, given, getattr(own, theirs), theirs)
         found |= {} if value is None else {ours: value}
-    for flag, mode in _KERNELS.items():
-        if getattr(own, flag):
-            given = None if known["attn_mode"] == "torch" else known["attn_mode"]
-            found["attn_mode"] = _one_of("attn_mode", given, mode, flag)
-    if own.fp8_base:
-        found["fp8"] = True
+    kernels = {f"--{flag}": mode for flag, mode in _KERNELS.items() if getattr(own, flag)}
+    if known["attn_mode"] is not None and not (kernels and "attn_mode" in known["by_preset"]):
+        kernels[f"--attn_mode {known['attn_mode']}"] = known["attn_mode"]
+    if len({GENERATION_VALUES[mode] for mode in kernels.values()}) > 1:
+        raise OptionError(f"{' and '.join(kernels)} choose different kernels: give one of them")
+    found["attn_mode"] = next(iter(kernels.values()), "torch")
+    if kernels:
+        found["settings"] = {**known["settings"], "attn_mode": found["attn_mode"]}
     if own.height is not None:
         found["video_size"] = (own.height, own.width)
     if own.output_name is not None:
