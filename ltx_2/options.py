@@ -15,7 +15,6 @@ from modules.options import (
     HABIT,
     IDENTITY,
     NO_PIXELS,
-    OF_REQUEST,
     Options,
     not_needed,
     option,
@@ -40,7 +39,7 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16"}  # of --mixed_precision
 
 
 def _silent() -> Any:
-    return option("make no sound, also with --ltx2_mode av", name="sample_disable_audio", facts=OF_REQUEST)
+    return option("make no sound, also with --ltx2_mode av", name="sample_disable_audio")
 
 
 def _given_first() -> Any:
@@ -221,6 +220,9 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
     def __post_init__(self) -> None:
         if not self.video_loss_weight + self.audio_loss_weight:
             raise OptionError("--video_loss_weight 0 with --audio_loss_weight 0: nothing would be learned")
+        if self.ic_lora_strategy == "none" and self.ic_lora_ref_probability < 1:
+            share = f"--ic_lora_ref_probability {self.ic_lora_ref_probability:g}"
+            raise OptionError(f"{share} with --ic_lora_strategy none: none is seen. Give one of them")
         needs_sound = {
             f"--lora_target_preset {self.lora_target_preset}": self.lora_target_preset.startswith(AUDIO),
             f"--ltx2_train_direction {self.ltx2_train_direction}": self.ltx2_train_direction != "joint",
@@ -235,8 +237,8 @@ class Ltx2GenerationOptions(Ltx2TransformerOptions, title=NAME):
     """Options of ltx2_generate_video.py besides the shared ones."""
 
     model: Ltx2ModelOptions = option(defaults={"ltx_mode": "video"})
-    guidance: Ltx2GuidanceOptions = option(facts=OF_REQUEST)
-    stages: Ltx2OfficialStages = option(facts=OF_REQUEST)
+    guidance: Ltx2GuidanceOptions
+    stages: Ltx2OfficialStages
     references: Ltx2GivenReferences
     silent: bool = _silent()
     ltx_version = _version()
@@ -260,12 +262,10 @@ class Ltx2GenerationOptions(Ltx2TransformerOptions, title=NAME):
         "learned from; 0: as it is; default: 33, of LTX-2.5 18",
         least=0,
         most=51,
-        facts=OF_REQUEST,
     )
     drive_video: Path | None = option(
         "make sound for this video or folder of images, which stays as it is; with --ltx2_mode av",
         place="there",
-        facts=OF_REQUEST,
     )
     sample_prompts = unsupported("--from_file reads prompts with their options", type=str)
     sample_i2v_token_timestep_mask = _given_first()
@@ -273,8 +273,6 @@ class Ltx2GenerationOptions(Ltx2TransformerOptions, title=NAME):
     def __post_init__(self) -> None:
         if self.output_name is not None:
             check_output_name("--output_name", self.output_name)
-        if self.ic_lora_strategy == "none" and self.references.paths:
-            raise OptionError("--ic_lora_strategy none: references are given. Leave them or the option out")
         if (self.height is None) != (self.width is None):
             raise OptionError("--height and --width: give both")
         if self.drive_video is not None and (self.silent or AUDIO not in self.model.streams):

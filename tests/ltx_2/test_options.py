@@ -110,7 +110,11 @@ def test_the_dtype_of_texts_has_two_names() -> None:
         ("ltx2_generate_video", ("--ltx2_mode", "v", "--drive_video", "."), "no sound is made"),
         ("ltx2_generate_video", ("--conditioning-attention-mask", "a.mp4"), "a strength from 0 to 1"),
         ("ltx2_generate_video", ("--conditioning-attention-mask", "a.mp4", "2"), "a strength from 0 to 1"),
-        ("ltx2_generate_video", ("--ic_lora_strategy", "none", "--reference_video", "."), "Leave them or"),
+        (
+            "ltx2_train_network",
+            ("--ic_lora_strategy", "none", "--ic_lora_ref_probability", "0.5"),
+            "Give one of them",
+        ),
     ],
 )
 def test_wrong_values_are_one_message(script: str, words: tuple[str, ...], message: str) -> None:
