@@ -415,6 +415,7 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
         options.independent_audio_timestep,
         GIVEN[options.ltx2_train_direction],
     )
+    dropped = 1 - options.ic_lora_ref_probability
     noise = replace(
         NOISE,
         first_frame_probability=options.first_frame_probability,
@@ -432,7 +433,11 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
         options=options,
         references=None
         if options.ic_lora_strategy == "none"
-        else rules_of(options.references, 1 - options.ic_lora_ref_probability),
+        else replace(
+            rules_of(options.references),
+            dropped=dropped,
+            edits=dropped > 0 or options.lora_target_preset == "v2v",
+        ),
     )
 
 
