@@ -284,8 +284,13 @@ class Ltx2(Ltx2Media):
             )
         solver = SOLVER if prepared.solver == "euler" else prepared.solver
         said = {"reference_video": ", ".join(path.name for path in given)} if given else {}
-        if self.stages is not None and (first := self.stages.first_alone):
-            said["first_stage_loras"] = ", ".join(first)
+        if given and self.reference_strength < 1:
+            said["reference_strength"] = f"{self.reference_strength:g}"
+        if given and self.reference_attention != (None, 1):
+            mask, strength = self.reference_attention
+            said["conditioning_attention_mask"] = f"{mask.name} {strength:g}" if mask else f"{strength:g}"
+        if self.stages is not None:
+            said |= self.stages.said
         (count,) = self.block_counts()
         told = guidance_rules(self.guidance, request.guidance_scale, count, RELEASES[self.version].perturbed)
         prepared = replace(prepared, joint=joint, rules=told, solver=solver)
@@ -300,6 +305,8 @@ class Ltx2(Ltx2Media):
     def _references_for(self, request: Request) -> tuple[Path, ...]:
         lines = request.extra.get("reference_video", "").split("\n")
         paths = tuple(Path(line) for line in lines if line)
+        if paths and self.references is None:
+            raise OptionError("--ic_lora_strategy none: references are given. Leave them or the option out")
         if len(paths) > MOST:
             raise OptionError(f"--reference_videos: {len(paths)} references, at most {MOST} are taken")
         for path in paths:
@@ -408,6 +415,7 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
         options.independent_audio_timestep,
         GIVEN[options.ltx2_train_direction],
     )
+    dropped = 1 - options.ic_lora_ref_probability
     noise = replace(
         NOISE,
         first_frame_probability=options.first_frame_probability,
@@ -425,7 +433,11 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
         options=options,
         references=None
         if options.ic_lora_strategy == "none"
-        else rules_of(options.references, 1 - options.ic_lora_ref_probability),
+        else replace(
+            rules_of(options.references),
+            dropped=dropped,
+            edits=dropped > 0 or options.lora_target_preset == "v2v",
+        ),
     )
 
 
@@ -438,7 +450,7 @@ def family_for_generation(options: Ltx2GenerationOptions) -> Ltx2:
         image_crf=options.image_crf,
         drive_video=options.drive_video,
         stages=two_stages(options.stages),
-        references=rules_of(options.references),
+        references=None if options.ic_lora_strategy == "none" else rules_of(options.references),
         reference_strength=options.references.strength,
         reference_attention=options.references.attention,
     )

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ltx_2.refused_options import SOUND
-from modules.options import FREE, IDENTITY, OF_DECODING, OF_REQUEST, Options, option
+from modules.options import FREE, IDENTITY, OF_DECODING, Options, option
 from modules.speed_options import VaeOptions, text_form_option
 
 VIDEO, AUDIO = STREAMS = ("video", "audio")
@@ -33,7 +33,7 @@ class Ltx2ModelOptions(Options):
         default="v",
         choices=tuple(MODES),
         refused=dict.fromkeys(("a", "audio"), SOUND),
-        facts={**IDENTITY, **OF_REQUEST},
+        facts=IDENTITY,
         often=True,
     )
 

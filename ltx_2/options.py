@@ -15,7 +15,6 @@ from modules.options import (
     HABIT,
     IDENTITY,
     NO_PIXELS,
-    OF_REQUEST,
     Options,
     not_needed,
     option,
@@ -24,7 +23,7 @@ from modules.options import (
     unsupported,
 )
 from modules.output_files import check_output_name
-from modules.speed_options import dit_dtype_option
+from modules.speed_options import GENERATION_VALUES, dit_dtype_option
 
 T = TypeVar("T")
 
@@ -40,7 +39,7 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16"}  # of --mixed_precision
 
 
 def _silent() -> Any:
-    return option("make no sound, also with --ltx2_mode av", name="sample_disable_audio", facts=OF_REQUEST)
+    return option("make no sound, also with --ltx2_mode av", name="sample_disable_audio")
 
 
 def _given_first() -> Any:
@@ -221,6 +220,9 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
     def __post_init__(self) -> None:
         if not self.video_loss_weight + self.audio_loss_weight:
             raise OptionError("--video_loss_weight 0 with --audio_loss_weight 0: nothing would be learned")
+        if self.ic_lora_strategy == "none" and self.ic_lora_ref_probability < 1:
+            share = f"--ic_lora_ref_probability {self.ic_lora_ref_probability:g}"
+            raise OptionError(f"{share} with --ic_lora_strategy none: none is seen. Give one of them")
         needs_sound = {
             f"--lora_target_preset {self.lora_target_preset}": self.lora_target_preset.startswith(AUDIO),
             f"--ltx2_train_direction {self.ltx2_train_direction}": self.ltx2_train_direction != "joint",
@@ -235,8 +237,8 @@ class Ltx2GenerationOptions(Ltx2TransformerOptions, title=NAME):
     """Options of ltx2_generate_video.py besides the shared ones."""
 
     model: Ltx2ModelOptions = option(defaults={"ltx_mode": "video"})
-    guidance: Ltx2GuidanceOptions = option(facts=OF_REQUEST)
-    stages: Ltx2OfficialStages = option(facts=OF_REQUEST)
+    guidance: Ltx2GuidanceOptions
+    stages: Ltx2OfficialStages
     references: Ltx2GivenReferences
     silent: bool = _silent()
     ltx_version = _version()
@@ -249,7 +251,6 @@ class Ltx2GenerationOptions(Ltx2TransformerOptions, title=NAME):
     reference_image: Path | None = option("the same as --image_path", facts=NO_PIXELS)
     discrete_flow_shift: float | None = option("the same as --flow_shift", facts=NO_PIXELS)
     mixed_precision: str | None = _precision("--dit_dtype", facts=NO_PIXELS)
-    fp8_base: bool = option("the same as --fp8", facts=NO_PIXELS)
     flash_attn: bool = option("the same as --attn_mode flash", facts=NO_PIXELS)
     flash3: bool = option("the same as --attn_mode flash3", facts=NO_PIXELS)
     sage_attn: bool = option("the same as --attn_mode sageattn", facts=NO_PIXELS)
@@ -261,12 +262,10 @@ class Ltx2GenerationOptions(Ltx2TransformerOptions, title=NAME):
         "learned from; 0: as it is; default: 33, of LTX-2.5 18",
         least=0,
         most=51,
-        facts=OF_REQUEST,
     )
     drive_video: Path | None = option(
         "make sound for this video or folder of images, which stays as it is; with --ltx2_mode av",
         place="there",
-        facts=OF_REQUEST,
     )
     sample_prompts = unsupported("--from_file reads prompts with their options", type=str)
     sample_i2v_token_timestep_mask = _given_first()
@@ -274,8 +273,6 @@ class Ltx2GenerationOptions(Ltx2TransformerOptions, title=NAME):
     def __post_init__(self) -> None:
         if self.output_name is not None:
             check_output_name("--output_name", self.output_name)
-        if self.ic_lora_strategy == "none" and self.references.paths:
-            raise OptionError("--ic_lora_strategy none: references are given. Leave them or the option out")
         if (self.height is None) != (self.width is None):
             raise OptionError("--height and --width: give both")
         if self.drive_video is not None and (self.silent or AUDIO not in self.model.streams):
@@ -303,12 +300,14 @@ def settle_generation(shared: T, own: Ltx2GenerationOptions) -> tuple[T, Ltx2Gen
         given = None if known[ours] == usual.get(ours) else known[ours]
         value = _one_of(ours, given, getattr(own, theirs), theirs)
         found |= {} if value is None else {ours: value}
-    for flag, mode in _KERNELS.items():
-        if getattr(own, flag):
-            given = None if known["attn_mode"] == "torch" else known["attn_mode"]
-            found["attn_mode"] = _one_of("attn_mode", given, mode, flag)
-    if own.fp8_base:
-        found["fp8"] = True
+    kernels = {f"--{flag}": mode for flag, mode in _KERNELS.items() if getattr(own, flag)}
+    if known["attn_mode"] is not None and not (kernels and "attn_mode" in known["by_preset"]):
+        kernels[f"--attn_mode {known['attn_mode']}"] = known["attn_mode"]
+    if len({GENERATION_VALUES[mode] for mode in kernels.values()}) > 1:
+        raise OptionError(f"{' and '.join(kernels)} choose different kernels: give one of them")
+    found["attn_mode"] = next(iter(kernels.values()), "torch")
+    if kernels:
+        found["settings"] = {**known["settings"], "attn_mode": found["attn_mode"]}
     if own.height is not None:
         found["video_size"] = (own.height, own.width)
     if own.output_name is not None:

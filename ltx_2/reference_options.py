@@ -58,15 +58,13 @@ class Ltx2GivenReferences(Options, title="references (IC-LoRA)"):
     reference_downscale: int | None = option(
         "factor by which their sides are smaller; default: as the LoRA's metadata says, else 1",
         least=1,
-        facts=OF_REQUEST,
     )
     reference_temporal_scale: int | None = option(
-        "take their first frame, and then each of so many; default: likewise", least=1, facts=OF_REQUEST
+        "take their first frame, and then each of so many; default: likewise", least=1
     )
     reference_frames: int | None = option(
         "frames of a reference at most; default: as the LoRA's metadata says, else those of the video",
         least=1,
-        facts=OF_REQUEST,
     )
     reference_strength: float = option(
         "1: references stay as they are; below, so much less of them, and they are denoised with the video",

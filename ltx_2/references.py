@@ -215,7 +215,7 @@ def is_picture(path: Path) -> bool:
     return path.suffix.lower() in image_suffixes() and not path.is_dir() and not is_animation(path)
 
 
-def rules_of(options: Ltx2ReferenceOptions | Ltx2GivenReferences, dropped: float = 0.0) -> ReferenceRules:
+def rules_of(options: Ltx2ReferenceOptions | Ltx2GivenReferences) -> ReferenceRules:
     return ReferenceRules(
         MOST,
         LATENT.pixel_step,
@@ -223,7 +223,6 @@ def rules_of(options: Ltx2ReferenceOptions | Ltx2GivenReferences, dropped: float
         size_factor=options.reference_downscale or 1,
         time_factor=options.reference_temporal_scale or 1,
         frames=options.reference_frames or 0,
-        dropped=dropped,
     )
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from modules.errors import OptionError
-from modules.options import Options, option
+from modules.options import OF_REQUEST, Options, option
 
 _STAGES, _LORA = "sample_two_stage", "distilled_lora_path"
 
@@ -65,6 +65,7 @@ class Ltx2OfficialStages(Ltx2StageOptions, title="two stages"):
         flags=("--distilled-lora",),
         excludes=(_LORA, "sample_stage2_distilled_lora_multiplier"),
         only_with=_STAGES,
+        facts=OF_REQUEST,
     )
     skip_stage_2: bool = option(
         "end with the first stage's clip", flags=("--skip-stage-2",), only_with=_STAGES

@@ -43,9 +43,17 @@ class TwoStages:
     ends_early: bool = False  # the first stage's clip is the result
 
     @property
-    def first_alone(self) -> list[str]:
-        """Return the LoRAs of the user that the second stage is without: names and strengths."""
-        return [f"{path.name} {first:g}" for path, option, first, _ in self.loras if option == _LORA]
+    def said(self) -> dict[str, str]:
+        """Return what metadata say of the LoRAs that one stage has: names, and strengths in it."""
+        told = {
+            "first_stage_loras": [
+                f"{path.name} {first:g}" for path, name, first, _ in self.loras if name == _LORA
+            ],
+            "second_stage_loras": [
+                f"{path.name} {own:g}" for path, name, _, own in self.loras if name != _LORA
+            ],
+        }
+        return {name: ", ".join(loras) for name, loras in told.items() if loras}
 
     def growth(self, latent: LatentSpec) -> tuple[int, Fraction]:
         """Return by how much the upscalers multiply frames and sides. Raises as `factors`."""

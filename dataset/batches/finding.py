@@ -191,15 +191,21 @@ def learn_no_references(
     items: Sequence[TrainingItem], stores: Stores, live: Mapping[int, LiveTable] = MappingProxyType({})
 ) -> bool:
     """Return whether no item of a model that takes reference pictures has one, of at most LOOKED_AT items."""
-    images = [item for item in items if item.table.references is not None and item.table.kind == "image"]
-    for item in images[:: len(images) // LOOKED_AT + 1]:
+    edited = [
+        item
+        for item in items
+        if (item.table.references is not None and item.table.kind == "image")
+        or (item.table.clip_references is not None and item.table.clip_references.edits)
+    ]
+    for item in edited[:: len(edited) // LOOKED_AT + 1]:
         if not item.kind.has_latents:
-            found: Sequence[object] = live[item.table.index].sources[item.source_stem].control
+            source = live[item.table.index].sources[item.source_stem]
+            found: Sequence[object] = source.control or source.references
         else:
             found = item.references or _reference_sizes(stores.of(item.table), item.file_name)
         if found:
             return False
-    return bool(images)
+    return bool(edited)
 
 
 def _reference_sizes(store: CacheStore, name: str) -> tuple[int, ...]:

@@ -29,8 +29,8 @@ PIECE = 1 << 20  # bytes
 CLIP_REFERENCES, CONTROL_MASK = "references", "control_mask"
 # what is said of a model that takes reference pictures and gets none
 NO_REFERENCE = (
-    "no image has a reference: this trains text to image. To train edits, give control_directory, or "
-    "control_path in the lines of a list or table"
+    "nothing has a reference: this trains on texts alone. To train edits, give control_directory, or "
+    "control_path in the lines of a list or table; an IC-LoRA has reference_directory, reference_path"
 )
 
 

@@ -12,7 +12,7 @@ from tests.tiny.project import write_image
 
 RUN = ["--max_train_steps", "2", "--seed", "1", "--max_data_loader_n_workers", "0", "--output_dir", "out"]
 # of the references of four pictures of 48 x 48: the last has none
-NONE = "no image has a reference: this trains text to image"
+NONE = "nothing has a reference: this trains on texts alone"
 SIZES = [(48, 48), (80, 33), (80, 40)]
 
 

@@ -12,6 +12,7 @@ import torch
 
 import fpack_generate_video
 import hv_generate_video
+import ltx2_generate_video
 import wan_generate_video
 from frame_pack import options as frame_pack
 from generation.options import GenerationOptions, generation_parser, read_generation
@@ -19,6 +20,7 @@ from generation.request import GenerationRun, make_request
 from generation.script_options import ScriptDefaults
 from generation.session import Session
 from hunyuan_model import options as hunyuan
+from ltx_2 import options as ltx_2
 from modules.options import facts_of
 from modules.parser import add_options
 from tests.generation.toy_family import ToyFamily
@@ -60,9 +62,15 @@ SCRIPTS = {
     "wan": Script(wan_generate_video.DEFAULTS, wan.WanGenerationOptions),
     "hv": Script(hv_generate_video.DEFAULTS, hunyuan.HunyuanGenerationOptions),
     "fpack": Script(fpack_generate_video.DEFAULTS, frame_pack.FramePackGenerationOptions),
+    "ltx2": Script(ltx2_generate_video.DEFAULTS, ltx_2.Ltx2GenerationOptions),
 }
 # said by the family when it has settled a request, and by the run
-FROM_FAMILY = {"task", "device", "f1", "latent_window_size", "one_frame_auto_resize"}
+FROM_FAMILY = {
+    *("task", "device", "f1", "latent_window_size", "one_frame_auto_resize"),
+    # of LTX-2; its tests of references and stages see them
+    *("reference_video", "reference_videos", "reference_strength", "video_conditioning"),
+    *("conditioning_attention_mask", "distilled_lora"),
+}
 SAID_AS = {  # where the metadata have another name for it
     "seed": ("seeds",),
     "video_size": ("height", "width"),
@@ -90,6 +98,7 @@ SHARES = {
     "slg_start",
     "slg_end",
     "nag_alpha",
+    *("rescale_scale", "video_rescale_scale", "audio_rescale_scale"),
 }  # not above 1
 LORA = __file__  # a file that is there
 VALUES = {  # where any value of the right type does not do
@@ -105,6 +114,10 @@ VALUES = {  # where any value of the right type does not do
     "compile_mode": ["max-autotune"],
     "lora_weight": [LORA],
     "lora_weight_high_noise": [LORA],
+    "ltx_mode": ["av"],
+    **dict.fromkeys(
+        ["drive_video", "spatial_upsampler_path", "temporal_upsampler_path", "distilled_lora_path"], [LORA]
+    ),
     "post": ["upscaler model=x.pth"],
 }
 WITH = {  # what has to be given too
@@ -120,6 +133,8 @@ WITH = {  # what has to be given too
         ["strength", "v2v_denoise", "v2v_noise_mode", "v2v_pad_mode", "v2v_extra_noise"],
         ["--video_path", "clip.mp4"],
     ),
+    "drive_video": ["--ltx2_mode", "av"],
+    "sample_two_stage": ["--spatial_upsampler_path", LORA],
     "i2_extra_noise": ["--i2i_path", "start.png"],
     "rope_scaling_factor": ["--rope_scaling_timestep_threshold", "800"],
     "lora_multiplier": ["--lora_weight", LORA],

@@ -8,13 +8,11 @@ from typing import Any
 
 import pytest
 
-from generation.options import GenerationOptions, generation_parser, read_generation
+from generation.options import read_generation
 from generation.outputs import name_job
-from generation.script_options import ScriptDefaults
 from ltx2_generate_video import DEFAULTS
 from ltx_2.model_options import CHECKPOINT, GEMMA
 from ltx_2.options import (
-    FPS,
     Ltx2GenerationOptions,
     Ltx2LatentCachingOptions,
     Ltx2TextCachingOptions,
@@ -27,6 +25,7 @@ from modules.errors import OptionError
 from modules.option_values import option_words
 from modules.options import Options, read_options
 from modules.parser import Parser, add_options, refuse_unsupported
+from modules.speed_options import GENERATION_VALUES
 
 DATA = Path(__file__).parent.parent / "data" / "cli"
 OWN: dict[str, type[Options]] = {
@@ -111,7 +110,11 @@ def test_the_dtype_of_texts_has_two_names() -> None:
         ("ltx2_generate_video", ("--ltx2_mode", "v", "--drive_video", "."), "no sound is made"),
         ("ltx2_generate_video", ("--conditioning-attention-mask", "a.mp4"), "a strength from 0 to 1"),
         ("ltx2_generate_video", ("--conditioning-attention-mask", "a.mp4", "2"), "a strength from 0 to 1"),
-        ("ltx2_generate_video", ("--ic_lora_strategy", "none", "--reference_video", "."), "Leave them or"),
+        (
+            "ltx2_train_network",
+            ("--ic_lora_strategy", "none", "--ic_lora_ref_probability", "0.5"),
+            "Give one of them",
+        ),
     ],
 )
 def test_wrong_values_are_one_message(script: str, words: tuple[str, ...], message: str) -> None:
@@ -137,11 +140,8 @@ def test_values_that_are_refused_have_a_reason(
 
 def generated(*words: str) -> Any:
     """The shared record of a command that generates, with what LTX-2 calls otherwise."""
-    parser = generation_parser(None, ScriptDefaults(fps=int(FPS), size=(512, 768)))
-    add_options(parser, Ltx2GenerationOptions)
-    args = parser.parse_args(["--save_path", "out", "--prompt", "a", *words])
-    shared, own = read_options(GenerationOptions, args), read_options(Ltx2GenerationOptions, args)
-    return settle_generation(shared, own)[0]
+    argv = ["--save_path", "out", "--prompt", "a", *words]
+    return settle_generation(*read_generation(None, DEFAULTS, Ltx2GenerationOptions, argv))[0]
 
 
 def own_of(*words: str) -> Any:
@@ -154,10 +154,6 @@ def test_known_names_of_shared_options_are_ours() -> None:
     request = generated(*size, *words).request
     assert (request.video_size, request.video_length, request.fps) == ((320, 640), 17, 25)
     assert (request.infer_steps, request.guidance_scale, request.image_path) == (9, 2.5, Path("a.png"))
-    speed = generated("--fp8_base", "--sage_attn").speed
-    assert (speed.fp8.fp8, speed.attention.choice.mode) == (True, "sage")
-    with pytest.raises(OptionError, match="--attn_mode flash3 and --sage_attn sageattn mean the same"):
-        generated("--attn_mode", "flash3", "--sage_attn")
     request = generated("--video_length", "17", "--frame_count", "17").request
     assert (request.video_length, request.fps, request.video_size) == (17, 24, (512, 768))
     with pytest.raises(OptionError, match="--video_length 17 and --frame_count 25 mean the same"):
@@ -171,6 +167,33 @@ def test_known_names_of_shared_options_are_ours() -> None:
     assert own_of("--mixed_precision", "no").dit_dtype is None
     with pytest.raises(OptionError, match="mean the same"):
         own_of("--mixed_precision", "fp16", "--dit_dtype", "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("words", "mode"),
+    [
+        ("", "sdpa"),
+        ("--sage_attn", "sage"),
+        ("--attn_mode flash2 --flash_attn", "flash"),
+        ("--optimized --xformers", "xformers"),
+        ("--attn_mode torch --flash_attn", ""),
+        ("--flash3 --sage_attn", ""),
+    ],
+)
+def test_kernels_and_fp8_by_their_known_names_are_ours_and_recorded(words: str, mode: str) -> None:
+    if not mode:
+        with pytest.raises(OptionError, match="choose different kernels: give one"):
+            generated(*words.split())
+        return
+    shared = generated("--fp8_base", *words.split())
+    assert (shared.speed.fp8.fp8, shared.speed.attention.choice.mode) == (True, mode)
+    recorded = shared.settings.get("attn_mode") or "torch"
+    assert (shared.settings["fp8"], GENERATION_VALUES[recorded]) == (True, mode)
+
+
+def test_fp8_by_its_known_name_is_multiplied_in_fp8(caplog: pytest.LogCaptureFixture) -> None:
+    assert generated("--fp8_base", "--fp8_fast").speed.fp8.quantisation.fp8_matmul
+    assert "ignored" not in caplog.text
 
 
 def test_the_folder_of_results_has_the_name_of_the_known_script() -> None:

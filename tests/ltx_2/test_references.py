@@ -209,6 +209,11 @@ def test_videos_with_references_equal_those_of_diffusers(
     made = pipelines.generate(release, tmp_path, *words)
 
     assert_equal(made["latent"], asked_there(release, monkeypatch, clips, factor, strength, seen), "latents")
+    with safe_open(next((tmp_path / "made").iterdir()), "pt") as file:
+        said = file.metadata()
+    assert said.get("bt_reference_strength") == (f"{strength:g}" if strength < 1 else None)
+    told = {0: "", 1: "000.png ", 9: "mask "}[grey] + f"{attention:g}"
+    assert said.get("bt_conditioning_attention_mask") == (told if len(CASES[case]) > 4 else None)
 
 
 def made_of(release: TinyRelease, folder: Path, name: str, *words: object) -> list[Tensor]:
@@ -298,6 +303,7 @@ def test_loras_of_other_factors_do_not_work_together(release: TinyRelease, tmp_p
             ["short: 1 frames are taken of it, 9 of a reference", "Give a picture, or a clip as long"],
         ),
         (["--reference_video", "clip", "--conditioning-attention-mask", "empty", "1"], ["without images"]),
+        (["--reference_video", "clip", "--ic_lora_strategy", "none"], ["Leave them or the option out"]),
     ],
 )
 def test_what_references_lack_is_one_message(
@@ -314,6 +320,16 @@ def test_what_references_lack_is_one_message(
     )
 
     assert_one_message(code, said, *messages)
+
+
+def test_lines_have_no_references_where_they_are_refused(release: TinyRelease, tmp_path: Path) -> None:
+    write_reference(tmp_path / "clip", 0, 1)
+    (tmp_path / "lines.txt").write_text("a cat --v clip", encoding="utf-8")
+    words = [*release.words, *release.texts, "--from_file", "lines.txt", "--ic_lora_strategy", "none"]
+
+    code, said = run_here("ltx2_generate_video.py", *words, "--save_path", "made", folder=tmp_path)
+
+    assert (code, "line 1: OptionError: --ic_lora_strategy none: references" in said) == (1, True), said
 
 
 def test_positions_of_a_reference_are_spread_over_its_target() -> None:
@@ -467,7 +483,7 @@ def test_samples_are_made_from_the_reference_of_their_line(project: tuple[Path, 
 
     code, said = train(project, "--reference_downscale", 2, *words, "--max_train_steps", 1)
 
-    assert code == 0, said[-4000:]
+    assert (code, "nothing has a reference" in said) == (0, False), said[-4000:]
     made = sorted((folder / "out" / "sample").glob("lora_e000000_*.mp4"))
     assert len(made) == 2
     assert made[0].read_bytes() != made[1].read_bytes()

@@ -245,6 +245,12 @@ def test_video_alone_has_no_weights_of_sound(alone: Project) -> None:
     assert ours.keys() == {name for name in both if "audio" not in name} < both.keys()
 
 
+@pytest.mark.parametrize("words", [["--lora_target_preset", "v2v"], ["--ic_lora_ref_probability", 0.5], []])
+def test_a_training_for_references_says_that_there_are_none(alone: Project, words: list[object]) -> None:
+    said = alone.train(*run("none", 1), "--ltx2_mode", "video", *words)
+    assert ("nothing has a reference: this trains on texts alone" in said) == bool(words)
+
+
 def test_swapped_blocks_learn_the_same(alone: Project) -> None:
     alone.train(*run("other", 4), "--blocks_to_swap", 1)
 

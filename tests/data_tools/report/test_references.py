@@ -102,5 +102,5 @@ def test_a_model_that_edits_is_told_that_no_image_has_a_reference(tmp_path: Path
         checked = check_caching(EditFamily(), config, 1, False)
         for result in (checked, check_training(config, "toy", EditFamily().latent)):
             text = "\n".join(result.lines)
-            assert text.count("no image has a reference: this trains text to image") == number
+            assert text.count("nothing has a reference: this trains on texts alone") == number
             assert result.exit_code == 0
