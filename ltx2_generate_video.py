@@ -20,12 +20,8 @@ DEFAULTS = ScriptDefaults(
     media=frozenset({"image_path"}),
     size=(512, 768),
     has_sound=True,
-<<<<<<< HEAD
-    spellings={"save_path": ("--output_dir",)},
-=======
     by_model={"attn_mode": ""},  # whether torch is given counts
-    spellings={"save_path": "--output_dir", "fp8": "--fp8_base"},
->>>>>>> ltx
+    spellings={"save_path": ("--output_dir",), "fp8": ("--fp8_base",)},
     line_options={
         **GENERATION_OPTIONS,
         "v": LineOption("reference_videos", read_path, CANCELS, repeats=True),
