@@ -47,7 +47,7 @@ class TwoStages:
         """Return what metadata say of the LoRAs that one stage has: names, and strengths in it."""
         first = [f"{path.name} {one:g}" for path, option, one, _ in self.loras if option == _LORA]
         second = [f"{path.name} {one:g}" for path, option, _, one in self.loras if option != _LORA]
-        told = {"first_stage_loras": first, "second_stage_loras": second}
+        told = {"first_stage_loras": first, "second_stage_loras": [] if self.ends_early else second}
         return {name: ", ".join(loras) for name, loras in told.items() if loras}
 
     def growth(self, latent: LatentSpec) -> tuple[int, Fraction]:
