@@ -416,6 +416,8 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
         GIVEN[options.ltx2_train_direction],
     )
     dropped = 1 - options.ic_lora_ref_probability
+    edits = dropped > 0 or "v2v" in (options.lora_target_preset, options.ic_lora_strategy)
+    references = replace(rules_of(options.references), dropped=dropped, edits=edits)
     noise = replace(
         NOISE,
         first_frame_probability=options.first_frame_probability,
@@ -431,13 +433,7 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
         makes_sound=not options.silent,
         stages=two_stages(options.stages),
         options=options,
-        references=None
-        if options.ic_lora_strategy == "none"
-        else replace(
-            rules_of(options.references),
-            dropped=dropped,
-            edits=dropped > 0 or options.lora_target_preset == "v2v",
-        ),
+        references=None if options.ic_lora_strategy == "none" else references,
     )
 
 

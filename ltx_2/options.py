@@ -221,8 +221,7 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
         if not self.video_loss_weight + self.audio_loss_weight:
             raise OptionError("--video_loss_weight 0 with --audio_loss_weight 0: nothing would be learned")
         if self.ic_lora_strategy == "none" and self.ic_lora_ref_probability < 1:
-            share = f"--ic_lora_ref_probability {self.ic_lora_ref_probability:g}"
-            raise OptionError(f"{share} with --ic_lora_strategy none: none is seen. Give one of them")
+            raise OptionError("--ic_lora_strategy none and --ic_lora_ref_probability: give one of them")
         needs_sound = {
             f"--lora_target_preset {self.lora_target_preset}": self.lora_target_preset.startswith(AUDIO),
             f"--ltx2_train_direction {self.ltx2_train_direction}": self.ltx2_train_direction != "joint",

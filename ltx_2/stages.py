@@ -45,14 +45,9 @@ class TwoStages:
     @property
     def said(self) -> dict[str, str]:
         """Return what metadata say of the LoRAs that one stage has: names, and strengths in it."""
-        told = {
-            "first_stage_loras": [
-                f"{path.name} {first:g}" for path, name, first, _ in self.loras if name == _LORA
-            ],
-            "second_stage_loras": [
-                f"{path.name} {own:g}" for path, name, _, own in self.loras if name != _LORA
-            ],
-        }
+        first = [f"{path.name} {one:g}" for path, option, one, _ in self.loras if option == _LORA]
+        second = [f"{path.name} {one:g}" for path, option, _, one in self.loras if option != _LORA]
+        told = {"first_stage_loras": first, "second_stage_loras": [] if self.ends_early else second}
         return {name: ", ".join(loras) for name, loras in told.items() if loras}
 
     def growth(self, latent: LatentSpec) -> tuple[int, Fraction]:

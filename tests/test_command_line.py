@@ -54,6 +54,7 @@ OTHER_DESTS = {"--image_size": "video_size", "--from_file": "from_file"}
 KREA = "krea2_generate_image.py"
 SPELLINGS = {
     ("ltx2_generate_video.py", "--output_dir"): "save_path",
+    ("ltx2_generate_video.py", "--fp8_base"): "fp8",
     **{(KREA, "--steps"): "infer_steps", (KREA, "--num-images"): "num_videos"},
 }
 PLACED = {(KREA, "prompt"): "--prompt"}  # what stands without a flag, and with ours

@@ -113,7 +113,7 @@ def test_the_dtype_of_texts_has_two_names() -> None:
         (
             "ltx2_train_network",
             ("--ic_lora_strategy", "none", "--ic_lora_ref_probability", "0.5"),
-            "Give one of them",
+            "give one of them",
         ),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch import Tensor
 
 import ltx2_generate_video
 from blissful_tuner.taehv import TaehvConfig
+from ltx_2.stage_options import Ltx2OfficialStages
+from ltx_2.stages import two_stages
 from ltx_2.upscaler import SPATIAL, TEMPORAL, enlarge, factors
 from modules.contract.data import SOUND
 from modules.errors import UserError
@@ -249,6 +252,22 @@ def test_the_first_stage_alone_is_a_clip_of_its_size(release: TinyRelease, tmp_p
     small = generate(release, tmp_path / "small", "--ltx2_mode", "v", "--video_size", 64, 128)
 
     assert torch.equal(early["latent"], small["latent"])
+
+
+def test_the_loras_of_one_stage_are_recorded_with_their_strength_in_it(tmp_path: Path) -> None:
+    for name in ("up", "few", "ic"):
+        (tmp_path / name).touch()
+    options = Ltx2OfficialStages(
+        sample_two_stage=True,
+        spatial_upsampler_path=tmp_path / "up",
+        distilled_lora=(str(tmp_path / "few"), "0.5"),
+        first_loras=((tmp_path / "ic", 0.75),),
+    )
+    made = [two_stages(one) for one in (options, replace(options, skip_stage_2=True))]
+
+    first = {"first_stage_loras": "ic 0.75"}
+    said = [one.said for one in made if one is not None]
+    assert said == [{**first, "second_stage_loras": "few 0.5"}, first]
 
 
 @pytest.mark.slow
