@@ -12,7 +12,7 @@ convert_flux_lora: command: FLUX.1 LoRAs between sd-scripts' and diffusers' name
 convert_hunyuan_image_lora_to_comfy: command: HunyuanImage-2.1 LoRAs to ComfyUI's names, or back
 convert_z_image_lora_to_comfy: command: Z-Image LoRAs to ComfyUI's names, or back
 deltas: what a LoRA, LoHa or LoKr adds to a weight
-extract_lora_from_models: command: a LoRA from a fine-tuned transformer or Stable Diffusion checkpoint
+extract_lora_from_models: command: a LoRA from any fine-tuned model
 extracting: the low-rank change of a fine-tuned model
 factored: layers of LoHa and LoKr: products of factors
 flux_extract_lora: command: a LoRA from a fine-tuned FLUX.1 or Chroma
