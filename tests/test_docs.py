@@ -233,6 +233,13 @@ def test_commands_of_the_page_run(page: Path, tmp_path: Path) -> None:
         write_pictures(tmp_path / "pairs", tmp_path / "pairs" / "control", count=2)
     if page.stem == "post":
         lay_out_tools(tmp_path)
+    if page.stem == "vace":
+        write_clips(tmp_path / "control", count=2)
+        for clip in (tmp_path / "clips").glob("*.mp4"):
+            for folder in ("control_masks", "references"):
+                (tmp_path / folder).mkdir(exist_ok=True)
+                write_image(tmp_path / folder / f"{clip.stem}.png", 48, 48)
+        lay_out_named(tmp_path, [page], TINY | {"[17, 49]": "[5]"})
     commands = commands_of(page)
     if any("models/chat" in command for command in commands):
         write_chat_model(tmp_path / "models" / "chat")
