@@ -59,7 +59,7 @@ def test_two_steps_are_those_of_plain_torch(prediction: str, tmp_path: Path) -> 
     dit = family.load_dit(Placement(torch.device("cpu"))).requires_grad_(False)
 
     for step in range(2):
-        data = batches[(0, step)].data
+        data = batches.read((0, step)).data
         latents = 0.5 * data.batch.tensor("latents")
         sigma = data.sigmas.item()
         assert data.perturbation is not None
