@@ -219,6 +219,7 @@ def test_states_of_optimizers_and_gradients_of_earlier_micro_batches_count(
     assert moment["gradients"] == pytest.approx(moment[NETWORK], rel=0.15)
 
 
+@pytest.mark.slow
 def test_feed_forwards_in_pieces_take_what_was_predicted_and_less_than_whole_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
