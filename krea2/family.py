@@ -67,7 +67,6 @@ class Krea2(pictures.ModelOfPictures):
 
     @property
     def edits(self) -> bool:
-        """Whether caches and trainings are of edits."""
         return self.references is not None and self.references.edits
 
     @property

@@ -26,7 +26,7 @@ BUDGET = {
     "generation": (5780, 23),
     "hunyuan_image": (1280, 9),
     "hunyuan_model": (3060, 17),
-    "krea2": (1210, 7),
+    "krea2": (1200, 7),
     "ltx_2": (5330, 27),
     "lumina": (1340, 10),
     "modules": (22730, 119),
