@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from encoders.files import TransformerFiles
 from encoders.language_models import (
+    LanguageConfig,
     LanguageModel,
     all_states,
     load_language_model,
@@ -199,15 +200,17 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         return f"{', '.join(map(str, self.use.numbers)) or 'all'}{', normed' if self.use.final_norm else ''}"
 
     @property
-    def token_bytes(self) -> int:
+    def _config(self) -> LanguageConfig:
         with open_checkpoint(self.path) as checkpoint:
-            config = read_language_model(checkpoint, self.use.model, self.use.numbers).config
-        return config.dim * len(self.use.numbers) * self.dtype.itemsize
+            return read_language_model(checkpoint, self.use.model, self.use.numbers).config
+
+    @property
+    def token_bytes(self) -> int:
+        return self._config.dim * len(self.use.numbers) * self.dtype.itemsize
 
     @property
     def identity(self) -> Mapping[str, str]:
-        with open_checkpoint(self.path) as checkpoint:
-            config = read_language_model(checkpoint, self.use.model, self.use.numbers).config
+        config = self._config
         return self.identify(
             self.use.record or self.name,
             config=f"{config.num_heads} heads, theta {config.theta}, eps {config.eps}{config.further}",
