@@ -14,7 +14,7 @@ from browser.views import share_page
 from modules.errors import UserError
 from modules.pages.charts import Chart, Curve, draw_chart, smooth
 from modules.pages.page import embed_clip, embed_picture, write_page
-from tests.chromium import open_page
+from tests.chromium import open_page, wait_until
 
 HOSTILE = "$\\frac{ \"'><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }}</style></title>"
 SVG = "{http://www.w3.org/2000/svg}"
@@ -49,7 +49,7 @@ def test_a_page_shows_hostile_text_and_runs_none_of_it(template: Path, tmp_path:
         assert page.title() == HOSTILE
         assert page.locator("#text").inner_text() == HOSTILE
         assert page.locator("script").count() == 0
-        page.wait_for_function("document.querySelector('video').readyState >= 2")
+        wait_until(page, "document.querySelector('video').readyState >= 2")
         widths = page.evaluate("[...document.images].map(image => image.naturalWidth)")
         assert len(widths) == 2
         assert min(widths) > 0

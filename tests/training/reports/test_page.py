@@ -65,9 +65,8 @@ def test_the_page_is_there_after_samples_and_complete_at_the_end(
 
     with open_page(tmp_path / "output" / "x.html") as shown:
         assert shown.title() == "x: training"
-        shown.wait_for_function(
-            "[...document.querySelectorAll('video')].every(clip => clip.currentTime > 0 && !clip.paused)"
-        )
+        plays = "[...document.querySelectorAll('video')].every(clip => clip.currentTime > 0 && !clip.paused)"
+        wait_until(shown, plays)
         assert shown.locator("video").count() == 2
         assert shown.evaluate("Math.min(...[...document.images].map(image => image.naturalWidth))") > 0
         assert shown.locator(".chart").count() == 4
