@@ -28,7 +28,7 @@ from PIL import Image
 from modules.atomic_write import write_text
 from modules.command import as_typed
 from modules.control_codes import escape_control_codes
-from modules.media.reading import Frame
+from modules.media.colours import Frame
 
 # Templates put what no copy for others may hold between these, and `mark_folders` does so in all texts of a
 # page; escaped texts cannot hold them.
