@@ -22,14 +22,6 @@ from modules.contract.requests import Prepared, Request, check_opens
 from modules.contract.rules import IMAGE, LATENTS, VIDEO, Source, SourceRules
 from modules.errors import CheckpointError, MediaError, OptionError
 from modules.flow.schedule import TRAIN_TIMESTEPS, Schedule, add_noise, make_schedule
-from modules.media.reading import (
-    image_size,
-    read_image,
-    resize_cover,
-    resize_stretched,
-    video_frames,
-    video_info,
-)
 from modules.paths import explain_missing
 
 logger = logging.getLogger(__name__)
@@ -73,6 +65,8 @@ def begin_late(prepared: Prepared, source: Source, family: Family) -> Prepared:
     Raises MediaError if a video has too few frames, OptionError if latents have another number, or if the
     video has sound too: noise alone is no start for it at a later step.
     """
+    from modules.media import reading  # here: only a start from a file needs it
+
     if prepared.joint is not None:
         raise OptionError(
             f"--{source.option} {source.path}: a video that is made with its sound starts from noise. Make "
@@ -88,17 +82,17 @@ def begin_late(prepared: Prepared, source: Source, family: Family) -> Prepared:
                 f"{(found - 1) * family.latent.stride[0] + 1} frames"
             )
     elif source.pad_mode is None and source.option == VIDEO:
-        stated, needed = video_info(source.path).frames, prepared.frames
+        stated, needed = reading.video_info(source.path).frames, prepared.frames
         found = stated or 0
         if found < needed:  # a header may be wrong
-            found = sum(1 for _ in islice(video_frames(source.path), needed))
+            found = sum(1 for _ in islice(reading.video_frames(source.path), needed))
         if found < needed:
             raise _too_short(source, found, needed)
     if source.needs_vae and family.source.stretches:
         if source.option == IMAGE:
-            width, height = image_size(source.path)
+            width, height = reading.image_size(source.path)
         else:
-            info = video_info(source.path)
+            info = reading.video_info(source.path)
             width, height = info.width, info.height
         change = prepared.width * height / (prepared.height * width)
         # the source's proportions, about the area asked for
@@ -156,8 +150,10 @@ def encode_source(family: Family, encoders: MediaEncoders, prepared: Prepared) -
         frames = rearrange(saved.float(), "b c f h w -> (b f) c h w")
         scaled = interpolate(frames, size=wanted[-2:], mode="bicubic", align_corners=False)
         return rearrange(scaled, "(b f) c h w -> b c f h w", b=len(saved))
-    resize = resize_stretched if family.source.stretches else resize_cover
-    read = [read_image(source.path)] if source.option == IMAGE else video_frames(source.path)
+    from modules.media import reading  # as in `begin_late`
+
+    resize = reading.resize_stretched if family.source.stretches else reading.resize_cover
+    read = [reading.read_image(source.path)] if source.option == IMAGE else reading.video_frames(source.path)
     size = prepared.width, prepared.height
     frames = torch.from_numpy(numpy.stack([resize(one, size) for one in islice(read, prepared.frames)]))
     if source.pad_mode is None and len(frames) < prepared.frames:

@@ -7,6 +7,7 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -15,7 +16,7 @@ from torch import nn
 
 from modules.checkpoints.dits import DitFormat, DitHeader, choose_dtype, with_dtype
 from modules.checkpoints.model_files import inside, read_once, require_file
-from modules.checkpoints.opening import Checkpoint, fingerprint
+from modules.checkpoints.opening import fingerprint
 from modules.contract.data import CAPTION, REFERENCE, MediaEncoders, MediaTable
 from modules.contract.family import Abilities, DitSpec, TextEncoder
 from modules.contract.few_steps import FewSteps
@@ -108,6 +109,9 @@ class TransformerFiles(ABC):
         self.check_texts(config, "texts" in needed)
 
 
+_METADATA = attrgetter("metadata")  # of a checkpoint
+
+
 def told_few_steps(rule: FewSteps, dit: Path) -> tuple[bool, str] | None:
     """Return whether a transformer was distilled to few steps, and what says so: see `FewSteps.told_by`.
 
@@ -115,12 +119,8 @@ def told_few_steps(rule: FewSteps, dit: Path) -> tuple[bool, str] | None:
     """
     metadata: Mapping[str, str] = {}
     with contextlib.suppress(CheckpointError, OSError):
-        metadata = read_once(dit, _metadata)
+        metadata = read_once(dit, _METADATA)
     return rule.told_by(dit, metadata)
-
-
-def _metadata(checkpoint: Checkpoint) -> Mapping[str, str]:
-    return checkpoint.metadata
 
 
 class OneTransformer:

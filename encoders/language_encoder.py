@@ -59,7 +59,7 @@ from modules.contract.requests import Prompt
 from modules.devices import choose_compute_dtype, dtype_name
 from modules.errors import MediaError
 from modules.planning.device_memory import spare_bytes
-from modules.speed_options import TextEncoderOptions
+from modules.speed_options import TextEncoderOptions, text_form
 
 logger = logging.getLogger(__name__)
 
@@ -371,7 +371,7 @@ class LanguageModelFiles(TransformerFiles):
             text_encoder=options.text_encoder,
             text_encoder_tokenizer=options.text_encoder_tokenizer,
             text_dtype=choose_compute_dtype(options.text_encoder_dtype, "--text_encoder_dtype", None),
-            text_form="fp8" if options.in_fp8 else options.text_encoder_form,
+            text_form=text_form(options),
             text_on_cpu=options.text_encoder_cpu,
         )
 

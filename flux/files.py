@@ -28,6 +28,7 @@ from modules.contract.family import TextEncoder
 from modules.contract.loading import TensorSource
 from modules.devices import choose_compute_dtype
 from modules.errors import CheckpointError, OptionError
+from modules.speed_options import text_form
 from networks.names.layouts import tensor_patterns
 
 logger = logging.getLogger(__name__)
@@ -144,7 +145,7 @@ class FluxFiles(AutoencoderFiles):
             clip_l_tokenizer=options.clip_l_tokenizer,
             t5xxl_tokenizer=options.t5xxl_tokenizer,
             text_dtype=choose_compute_dtype(options.text_encoder_dtype, "--text_encoder_dtype", None),
-            t5_form="fp8" if options.fp8_t5 else options.text_encoder_form,
+            t5_form=text_form(options),
             max_tokens=options.t5xxl_max_token_length,
             masks_text=options.apply_t5_attn_mask,
         )

@@ -6,7 +6,7 @@ from typing import Any
 
 from modules.errors import OptionError
 from modules.options import FREE, HABIT, NO_PIXELS, OF_DECODING, Options, option, unsupported
-from modules.speed_options import AE, AE_HELP, VaeOptions, dit_dtype_option, text_form_option
+from modules.speed_options import AE, AE_HELP, VaeOptions, dit_dtype_option, fp8_text_option, text_form_option
 
 FLUX, CHROMA = "flux", "chroma"  # values of --model_type
 USUAL_GUIDANCE = 3.5  # default of the embedded guidance, in training and in generation
@@ -28,9 +28,8 @@ class FluxTextOptions(Options):
         "dtype of both encoders; default: bfloat16, but float32 if the transformer is float32, or for a "
         "training with --mixed_precision no"
     )
-    fp8_t5: bool = option(
-        "keep T5's linear layers in fp8: half the memory of bf16, slightly different states",
-        excludes="text_encoder_form",
+    in_fp8: bool = fp8_text_option(
+        "fp8_t5", "T5's linear layers in fp8: half the memory of bf16, slightly different states"
     )
     text_encoder_form: str | None = text_form_option()
     t5xxl_max_token_length: int | None = option(

@@ -242,7 +242,6 @@ def heaviest_step(
 
 
 def rehearse_decoding(family: Family, prepared: Prepared, extra: memory_plan.MemoryPart) -> memory_plan.Phase:
-    """Return the phase that decodes latents to pixels."""
     encoders = family.media_encoders(META, images=False)
     shape = family.latent.shape(prepared.frames, prepared.height, prepared.width)
     with rehearsing(encoders) as ledger:
@@ -255,7 +254,6 @@ def rehearse_decoding(family: Family, prepared: Prepared, extra: memory_plan.Mem
 
 
 def phase_of(name: str, ledger: dry.Ledger, extra: memory_plan.MemoryPart) -> memory_plan.Phase:
-    """Return a phase in which one network works at one place."""
     _, moment = dry.largest(ledger.peaks)
     parts = [
         memory_plan.MemoryPart("weights", moment.get(dry.WEIGHTS, 0)),

@@ -18,9 +18,9 @@ from generation.script_options import OutputOptions
 from modules.atomic_write import atomic_folder, claim_name
 from modules.checkpoints.writing import save_tensors
 from modules.contract.data import SOUND
+from modules.media.colours import Frame
 from modules.media.encoding import settle_codec
 from modules.media.pixels import frames_of
-from modules.media.reading import Frame
 from modules.media.tracks import Track, write_wav
 from modules.media.writing import write_png, write_video
 

@@ -171,7 +171,6 @@ class Session:
         self._dits.load, self._dits.load_aside = load_dit, load_aside
 
     def free(self) -> None:
-        """Free all networks, at the end of the session."""
         for encoder in self._text_encoders or ():
             encoder.free()
         self._media = None

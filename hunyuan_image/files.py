@@ -27,6 +27,7 @@ from modules.contract.family import TextEncoder
 from modules.contract.loading import TensorSource
 from modules.devices import choose_compute_dtype
 from modules.errors import CheckpointError
+from modules.speed_options import text_form
 from networks.names.layouts import swapped_tensors, tensor_patterns
 
 WHAT = "a HunyuanImage-2.1 transformer"
@@ -150,7 +151,7 @@ class HunyuanImageFiles(TransformerFiles):
             text_encoder_tokenizer=options.text_encoder_tokenizer,
             byt5=options.byt5,
             text_dtype=choose_compute_dtype(options.text_encoder_dtype, "--text_encoder_dtype", None),
-            text_form="fp8" if options.fp8_vl else options.text_encoder_form,
+            text_form=text_form(options),
             text_on_cpu=options.text_encoder_cpu,
         )
 

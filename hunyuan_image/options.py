@@ -13,6 +13,7 @@ from modules.speed_options import (
     TRAINING_FLAGS,
     VaeOptions,
     dit_dtype_option,
+    fp8_text_option,
     text_form_option,
 )
 
@@ -67,9 +68,8 @@ class HunyuanImageTextOptions(Options):
         "dtype that both encoders compute in; default: bfloat16 and float16, but float32 beside a float32 "
         "transformer, or for a training with --mixed_precision no"
     )
-    fp8_vl: bool = option(
-        "keep the linear layers of Qwen2.5-VL in fp8: half the memory, slightly different states",
-        excludes="text_encoder_form",
+    in_fp8: bool = fp8_text_option(
+        "fp8_vl", "the linear layers of Qwen2.5-VL in fp8: half the memory, slightly different states"
     )
     text_encoder_form: str | None = text_form_option()
     text_encoder_cpu: bool = option("run the text encoders on the CPU")

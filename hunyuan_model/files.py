@@ -24,6 +24,7 @@ from modules.checkpoints.model_files import read_once, require_file
 from modules.checkpoints.opening import Checkpoint
 from modules.contract.family import TextEncoder
 from modules.devices import choose_compute_dtype
+from modules.speed_options import text_form
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class HunyuanFiles(TransformerFiles):
             text_encoder1_tokenizer=options.text_encoder1_tokenizer,
             text_encoder2_tokenizer=options.text_encoder2_tokenizer,
             text_dtype=choose_compute_dtype(options.text_encoder_dtype, "--text_encoder_dtype", None),
-            llm_form="fp8" if options.fp8_llm else options.text_encoder_form,
+            llm_form=text_form(options),
         )
 
     def text_encoders(self) -> list[TextEncoder]:

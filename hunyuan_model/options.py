@@ -8,7 +8,7 @@ from typing import Any
 from hunyuan_model.configs import SKIP_LAYERS
 from modules.errors import OptionError
 from modules.options import FREE, HABIT, NO_PIXELS, OF_DECODING, Options, option
-from modules.speed_options import VAE_TILE, VaeOptions, dit_dtype_option, text_form_option
+from modules.speed_options import VAE_TILE, VaeOptions, dit_dtype_option, fp8_text_option, text_form_option
 
 INPUT_CHANNELS = (16, 32)  # of the two kinds of transformer
 # settings of `VaeOptions` where the VAE always works in tiles
@@ -45,9 +45,8 @@ class HunyuanTextOptions(Options):
     text_encoder_dtype: str | None = option(
         "dtype that both encoders compute in; default: float16, but float32 if --dit is float32"
     )
-    fp8_llm: bool = option(
-        "keep Llama's linear layers in fp8: half the memory of float16, slightly different states",
-        excludes="text_encoder_form",
+    in_fp8: bool = fp8_text_option(
+        "fp8_llm", "Llama's linear layers in fp8: half the memory of float16, slightly different states"
     )
     text_encoder_form: str | None = text_form_option()
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from modules.errors import OptionError
 from modules.options import FREE, HABIT, OF_REQUEST, Options, not_needed, option
-from modules.speed_options import TextEncoderOptions, dit_dtype_option
+from modules.speed_options import TextEncoderOptions, dit_dtype_option, fp8_text_option
 from modules.text_files import texts_of_files
 from qwen_image.options import QwenImageVaeOptions
 
@@ -43,10 +43,8 @@ class Krea2TextOptions(TextEncoderOptions):
     """Path of the text encoder, and how it runs."""
 
     text_encoder: Path | None = option("Qwen3-VL (4B) text encoder: file or folder", often=True)
-    in_fp8: bool = option(
-        "keep the linear layers of Qwen3-VL in fp8: half the memory, slightly different states",
-        name="fp8_vl",
-        excludes="text_encoder_form",
+    in_fp8: bool = fp8_text_option(
+        "fp8_vl", "the linear layers of Qwen3-VL in fp8: half the memory, slightly different states"
     )
 
 

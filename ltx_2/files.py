@@ -42,6 +42,7 @@ from modules.contract.loading import Placement
 from modules.contract.rules import ShiftedLogit
 from modules.devices import choose_compute_dtype
 from modules.errors import CacheError, OptionError
+from modules.speed_options import text_form
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ class Ltx2Files(TransformerFiles):
             text_dtype=choose_compute_dtype(
                 dtype or options.text_encoder_dtype, "--text_encoder_dtype", None
             ),
-            text_form="fp8" if options.in_fp8 else options.text_encoder_form,
+            text_form=text_form(options),
             text_on_cpu=options.text_encoder_cpu,
         )
 

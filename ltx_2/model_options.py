@@ -5,7 +5,7 @@ from typing import Any
 
 from ltx_2.refused_options import SOUND
 from modules.options import FREE, IDENTITY, OF_DECODING, Options, option
-from modules.speed_options import VaeOptions, text_form_option
+from modules.speed_options import VaeOptions, fp8_text_option, text_form_option
 
 VIDEO, AUDIO = STREAMS = ("video", "audio")
 MODES = {  # of --ltx2_mode: streams that are trained or made
@@ -60,10 +60,9 @@ class Ltx2TextOptions(Options):
         "dtype that Gemma and the connectors compute in; default: bfloat16, but float32 beside a float32 "
         "transformer"
     )
-    in_fp8: bool = option(
-        "keep Gemma's linear layers in 8 bits (fp8): half the memory, slightly different texts",
-        name="gemma_load_in_8bit",
-        excludes="text_encoder_form",
+    in_fp8: bool = fp8_text_option(
+        "gemma_load_in_8bit",
+        "Gemma's linear layers in 8 bits (fp8): half the memory, slightly different texts",
     )
     text_encoder_form: str | None = text_form_option()
     text_encoder_cpu: bool = option("run the text encoder on the CPU")

@@ -56,7 +56,7 @@ def choose_device(name: str | None) -> torch.device:
     synchronising act on the current GPU, and would otherwise also use memory of the first one.
     Raises OptionError if the device does not exist.
     """
-    keep_float32_exact()
+    torch.backends.cudnn.allow_tf32 = False  # torch allows it for convolutions, not for matrix products
     if name is None:
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -137,22 +137,6 @@ def make_deterministic() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True, warn_only=True)
-
-
-def keep_float32_exact() -> None:
-    """Make CUDA convolutions compute float32 exactly: torch allows TF32 for them, not for matrix products."""
-    torch.backends.cudnn.allow_tf32 = False
-
-
-def set_cuda_precision(allow_tf32: bool = False, cudnn_benchmark: bool = False) -> None:
-    """Make CUDA compute float32 exactly, or allow TF32 for matrix products and convolutions.
-
-    cudnn_benchmark: time cuDNN's convolutions at each new size and take the fastest.
-    """
-    torch.backends.cuda.matmul.allow_tf32 = allow_tf32
-    torch.backends.cudnn.allow_tf32 = allow_tf32
-    if cudnn_benchmark:
-        torch.backends.cudnn.benchmark = True
 
 
 def leave_cudnn_out() -> None:

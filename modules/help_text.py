@@ -58,7 +58,6 @@ def full_help(parser: argparse.ArgumentParser) -> str:
 
 
 def _by_reason(found: Iterable[tuple[str, list[str]]], width: int) -> list[str]:
-    """Return lines with each reason once and its options below it."""
     lines = []
     for reason, flags in found:
         lines += wrap(f"{reason.rstrip('.')}:", width)

@@ -250,20 +250,18 @@ def few_digits(text: str) -> int:
 
 
 def option_words(values: Mapping[str, Any]) -> list[str]:
-    """Return options as they are typed: True is a switch; None, False and an empty sequence leave one out."""
+    """Return options as they are typed: True is a switch; None, False and an empty sequence leave one out.
+
+    One text that begins with - goes behind an equals sign.
+    """
     words: list[str] = []
     for name, value in values.items():
-        if value is True:
-            words.append(name)
-        elif value is not False and (texts := value_words(value)):
-            words += type_option(name, *texts)
+        texts = [] if isinstance(value, bool) else value_words(value)
+        if len(texts) == 1 and texts[0].startswith("-"):
+            words.append(f"{name}={texts[0]}")
+        elif texts or value is True:
+            words += [name, *texts]
     return words
-
-
-def type_option(name: str, *texts: str) -> list[str]:
-    """Return the words of an option; a text that begins with - goes behind an equals sign."""
-    is_dashed = len(texts) == 1 and texts[0].startswith("-")
-    return [f"{name}={texts[0]}"] if is_dashed else [name, *texts]
 
 
 def value_words(value: Any) -> list[str]:

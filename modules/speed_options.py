@@ -47,8 +47,18 @@ class VaeOptions(Options):
         return VAE_TILE if self.vae_tiling else None
 
 
+def fp8_text_option(name: str, what: str) -> Any:
+    """Return the field `in_fp8` of a family's options of texts, whose flag has a name of its own."""
+    return option(f"keep {what}", name=name, excludes="text_encoder_form")
+
+
+def text_form(options: Any) -> str | None:
+    """Return the form of a text encoder's weights: of the family's flag for fp8, or --text_encoder_form."""
+    return "fp8" if options.in_fp8 else options.text_encoder_form
+
+
 def text_form_option() -> Any:
-    """Return the field `text_encoder_form` of a family's options, beside its own one for fp8."""
+    """Return the field `text_encoder_form` of a family's options, beside `fp8_text_option`."""
     return option(
         "form in which the text encoder's linear layers are kept: fp8, int8 (rotated; as small, closer to 16 "
         "bits) or nf4 (half of that, less exact)",
@@ -66,10 +76,9 @@ class TextEncoderOptions(Options):
     text_encoder_dtype: str | None = option(
         "dtype that the encoder computes in; default: bfloat16, but float32 beside a float32 transformer"
     )
-    in_fp8: bool = option(
-        "keep the encoder's linear layers in fp8: half the memory, slightly different states",
-        name="fp8_text_encoder",
-        excludes="text_encoder_form",
+    in_fp8: bool = fp8_text_option(
+        "fp8_text_encoder",
+        "the encoder's linear layers in fp8: half the memory, slightly different states",
     )
     text_encoder_form: str | None = text_form_option()
     text_encoder_cpu: bool = option("run the text encoder on the CPU")

@@ -248,7 +248,6 @@ Measure = Callable[[Turn, Signal, Tensor], None]
 
 
 def measure_pass(measure: Measure, inner: Runner, dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
-    """Run the blocks by `inner`, and have the pass measured."""
     before = hidden.x
     inner(dit, hidden, tweaks)
     if tweaks.turn is not None and not tweaks.leaves_out:

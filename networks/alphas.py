@@ -15,8 +15,8 @@ from modules.errors import CheckpointError
 from modules.limits import MAX_EXPRESSIONS, MAX_SEARCH_SECONDS
 from modules.text_files import parse_json, read_text
 from networks.deltas import Factors, group_by_module, rank_of
-from networks.key_formats import EXPERT_STARTS, NativeTensors, start_of
-from networks.names.layouts import UNET_IN_DIFFUSERS
+from networks.key_formats import EXPERT_STARTS, NETWORKS, NativeTensors
+from networks.names.layouts import IN_DIFFUSERS, UNET_IN_DIFFUSERS
 from networks.names.texts import diffusers_path_of_text
 
 # where diffusers keeps the adapter's settings among a file's metadata
@@ -253,8 +253,9 @@ def read_alphas(
     for name in texts:
         begin, dot, rest = (diffusers_path_of_text(name) or f".{name}").partition(".")
         groups.setdefault(begin and begin + dot, {})[name] = rest
+    start = next((start for start, name in NETWORKS.items() if name == expert), IN_DIFFUSERS)
     try:
-        found = find(group_by_module(native.tensors), native.paths, start_of(expert), native.stacked)
+        found = find(group_by_module(native.tensors), native.paths, start, native.stacked)
         of_texts = [
             find({name: texts[name] for name in paths}, paths, start, {}) for start, paths in groups.items()
         ]

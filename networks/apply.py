@@ -131,7 +131,6 @@ class Change:
 
 
 def changes_of(use: LoraUse, factors: Factors) -> list[Change]:
-    """Return the changes by a module's factors: of its bias, its weight or both."""
     leaves = {"bias": factors.keys() & deltas.OF_BIAS, "weight": factors.keys() - deltas.OF_BIAS - {"alpha"}}
     return [Change(use, factors, leaf) for leaf, given in leaves.items() if given]
 

@@ -16,7 +16,7 @@ U-Nets      unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.w
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -149,7 +149,11 @@ def to_native(
         factors.setdefault(OURS + modules[place.path], {})[place.part] = tensors[key]
     families = families_of(factors, family_hint or told) if factors else []
     family = families[0] if families else None
-    names = {path: OURS + _alias(module, families) for path, module in modules.items()}
+    aliases = {path: {alias(module, one) for one in families} for path, module in modules.items()}
+    names = {  # ours, if all families have the same one
+        path: OURS + (next(iter(aliases[path])) if len(aliases[path]) == 1 else module)
+        for path, module in modules.items()
+    }
     keys: dict[str, str] = {}  # our name -> key in the file; a second key of one name is reported
     for key, place in found.items():
         keys.setdefault(f"{names[place.path]}.{place.part}", key)
@@ -198,11 +202,6 @@ def _differ(first: Tensor, second: Tensor) -> bool:
     return first.shape != second.shape or not first.float().equal(second.float())
 
 
-def _alias(module: str, families: Sequence[FamilyNames]) -> str:
-    found = {alias(module, family) for family in families}
-    return found.pop() if len(found) == 1 else module
-
-
 def _text_place(key: str) -> tuple[str, int, str] | None:
     """Return the start of a text encoder's name, which encoder it is, and the rest; None for other names."""
     for rest, _ in _without_starts(key):
@@ -248,10 +247,6 @@ def _name_of_text(key: str, start: str, number: int, path: str, family: FamilyNa
         return None  # another encoder than that of this name
     prefix = own[min(number, len(own)) - 1] if own else label
     return f"{prefix}_{name}.{_ENDINGS[ending]}"
-
-
-def start_of(expert: str | None) -> str:
-    return next((start for start, name in NETWORKS.items() if name == expert), layouts.IN_DIFFUSERS)
 
 
 def split_names(names: Iterable[str]) -> dict[str | None, list[str]]:

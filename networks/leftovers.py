@@ -1,8 +1,7 @@
 """Tensors of a LoRA file that a reader or a model has no use for, sorted by what they are."""
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 
 from networks import module_names
 from networks.key_formats import OURS, bare_path
@@ -20,25 +19,19 @@ _IN_PEFT = re.compile(
 _LEAVES = (".weight", ".bias")
 
 
-@dataclass
-class Leftovers:
-    """Tensors of one kind."""
-
-    words: str  # what they are, for messages: "... tensors {words}"
-    loss: str  # what it means that many are left out, for a louder message; "" if the rest is whole
-    names: list[str] = field(default_factory=list)
+# what they are, for messages, and what it means that many are left out; "" if the rest is whole
+Kind = tuple[str, str]
 
 
-def sort_tensors(keys: Iterable[str], family: FamilyNames | None) -> list[Leftovers]:
-    """Sort tensors of a file that are no part of a LoRA. family: the LoRA's."""
-    found: dict[str, Leftovers] = {}
-    for key in keys:
-        words, loss = _kind_of_tensor(key, family)
-        found.setdefault(words, Leftovers(words, loss)).names.append(key)
-    return list(found.values())
+def sort_by_kind(names: Iterable[str], kind_of: Callable[[str], Kind]) -> dict[Kind, list[str]]:
+    kinds: dict[Kind, list[str]] = {}
+    for name in names:
+        kinds.setdefault(kind_of(name), []).append(name)
+    return kinds
 
 
-def _kind_of_tensor(key: str, family: FamilyNames | None) -> tuple[str, str]:
+def kind_of_tensor(family: FamilyNames | None, key: str) -> Kind:
+    """Return what a tensor of a file is that is no part of a LoRA: "tensors {words}". family: the LoRA's."""
     leaf = next((leaf for leaf in _LEAVES if key.endswith(leaf)), "")
     path = bare_path(_IN_PEFT.sub("", key.removesuffix(leaf)))
     name = module_names.replace_dots(path)
@@ -63,21 +56,12 @@ def _kind_of_tensor(key: str, family: FamilyNames | None) -> tuple[str, str]:
     return f"are of another network, {key[: key.index(start)]}{start}, and are ignored", ""
 
 
-def sort_modules(
-    names: Iterable[str], what: str, model: FamilyNames | None, holds_side: bool = False
-) -> list[Leftovers]:
-    """Sort parts of a LoRA that a model lacks, `lora_unet_x.weight` or `lora_unet_x`.
+def kind_of_module(model: FamilyNames | None, holds_side: bool, name: str) -> Kind:
+    """Return what a part of a LoRA is that a model lacks, `lora_unet_x.weight` or `lora_unet_x`.
 
-    what: as in "4 of 24 {what}". model: its family. holds_side: whether it has the text encoder's side.
+    model: its family. holds_side: whether it has the text encoder's side.
     """
-    found: dict[str, Leftovers] = {}
-    for name in names:
-        words, loss = _kind_of_module(*name.removeprefix(OURS).partition(".")[::2], model, holds_side)
-        found.setdefault(words, Leftovers(what + words, loss)).names.append(name)
-    return list(found.values())
-
-
-def _kind_of_module(module: str, leaf: str, model: FamilyNames | None, holds_side: bool) -> tuple[str, str]:
+    module, _, leaf = name.removeprefix(OURS).partition(".")
     if model is not None and module_names.is_optional(module, model):
         return f": they are for {model.optional_words}; the rest is used without them", ""
     if not holds_side and (words := module_names.on_text_side(module)):

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from logging import getLogger
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from networks import key_formats
 from networks.alphas import read_alphas
 from networks.deltas import Factors, drop_unused_alphas, find_fault, group_by_module, ungroup
 from networks.key_formats import OURS, NativeTensors
-from networks.leftovers import module_of, sort_modules, sort_tensors
+from networks.leftovers import kind_of_module, kind_of_tensor, module_of, sort_by_kind
 from networks.metadata import (
     DORA_FORM,
     FROZEN_NORMS,
@@ -270,8 +271,8 @@ def _warn_of_unused(path: Path, native: NativeTensors, family: FamilyNames | Non
     for keys, what in rest:
         if keys:
             logger.warning(f"{path}: {count_words(len(keys), what)}: {list_some(keys)}")
-    for one in sort_tensors(native.unknown, family):
-        warn_of_rest(path, one.names, whole, f"tensors {one.words}", one.loss)
+    for (words, loss), names in sort_by_kind(native.unknown, partial(kind_of_tensor, family)).items():
+        warn_of_rest(path, names, whole, f"tensors {words}", loss)
 
 
 def _no_lora(path: Path, names: Iterable[str]) -> CheckpointError:
@@ -409,8 +410,9 @@ def warn_of_absent(
     absent: under our names, with our prefix, `lora_unet_x.weight` or `lora_unet_x`. holds_side: whether the
     text encoder's side is in this model.
     """
-    for rest in sort_modules(absent, what, model, holds_side):
-        warn_of_rest(path, rest.names, whole, rest.words, rest.loss)
+    kinds = sort_by_kind(absent, partial(kind_of_module, model, holds_side))
+    for (words, loss), names in kinds.items():
+        warn_of_rest(path, names, whole, what + words, loss)
 
 
 def on_side(uses: Iterable[LoraUse], is_text: bool) -> list[LoraUse]:

@@ -217,7 +217,6 @@ def log_overlaps(argument: str, pairs: ByPattern, found: Sequence[tuple[int, ...
 def _read_number(
     kind: type[int] | type[float], argument: str, text: Any, least: float = 0, below: float = math.inf
 ) -> float | None:
-    """Return a number from its text; None for `None`."""
     if text == "None":
         return None
     value = _as_number(kind, text)
@@ -239,7 +238,6 @@ def _as_number(kind: type[int] | type[float], text: Any) -> float | None:
 
 
 def _read_pairs(kind: type[int] | type[float], argument: str, text: Any) -> ByPattern:
-    """Return the pairs of `pattern=number,pattern=number`."""
     pairs = []
     for part in str(text).split(","):
         pattern, equals, number = part.strip().partition("=")

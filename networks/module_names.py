@@ -285,7 +285,6 @@ def part_path(name: str, family: FamilyNames) -> str | None:
 
 @cache
 def _all_parts(family: FamilyNames) -> tuple[WeightPart, ...]:
-    """Return a family's parts, with the aliases that are names of another family's own modules."""
     others = {replace_dots(path) for other in FAMILIES if other is not family for path in other.modules}
     cuts = family.parts or family.joined
     aliases = [pair for pair in family.aliases if cuts and replace_dots(pair[0]) in others]

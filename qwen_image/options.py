@@ -17,7 +17,7 @@ from modules.options import (
     option,
     unsupported,
 )
-from modules.speed_options import TextEncoderOptions, VaeOptions, dit_dtype_option
+from modules.speed_options import TextEncoderOptions, VaeOptions, dit_dtype_option, fp8_text_option
 
 NAME = "Qwen-Image"
 LAYERS = "Qwen-Image-Layered, which makes transparent layers, is another network"
@@ -58,10 +58,8 @@ class QwenImageTextOptions(TextEncoderOptions):
     """Path of the text encoder, and how it runs."""
 
     text_encoder: Path | None = option("Qwen2.5-VL (7B) text encoder: file or folder", often=True)
-    in_fp8: bool = option(
-        "keep the linear layers of Qwen2.5-VL in fp8: half the memory, slightly different states",
-        name="fp8_vl",
-        excludes="text_encoder_form",
+    in_fp8: bool = fp8_text_option(
+        "fp8_vl", "the linear layers of Qwen2.5-VL in fp8: half the memory, slightly different states"
     )
 
 

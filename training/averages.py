@@ -51,7 +51,6 @@ class WeightAverage:
         self.begin()
 
     def begin(self) -> None:
-        """Begin again with the weights of now."""
         self.steps = 0  # since it began
         self.values.clear()  # before there is another
         settle_all(self._dits)

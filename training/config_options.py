@@ -81,7 +81,6 @@ def write_config_file(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def toml_value(value: Any) -> str:
-    """Return a value as TOML writes it."""
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(toml_value, value))}]"
     if isinstance(value, bool):

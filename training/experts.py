@@ -139,11 +139,20 @@ def check_experts(family: Family, options: TrainingOptions) -> None:
 
 
 def note_experts(family: Family, options: TrainingOptions, samples_with_others: bool = False) -> None:
-    """Log the noise levels on which the given transformers are trained.
+    """Log the noise levels on which the transformers are trained; warn of one distilled to few steps.
 
     samples_with_others: whether samples are made with those that are not trained too.
     """
-    experts, usual = family.experts, family.defaults.experts
+    experts, usual, given = family.experts, family.defaults.experts, options.network
+    # --base_weights counts as an adapter: a LoRA that undoes the distillation may be among them
+    is_adapted = given is not None and (given.frozen.training_adapter or given.base_weights)
+    if not is_adapted and knows_few_steps(family) and (why := family.why_few_steps()) is not None:
+        logger.warning(
+            "The transformer may be one that was distilled to few steps (%s). If it is, and is trained as it "
+            "is, it loses them: with what is trained it needs more steps, and guidance, for equal quality. "
+            "%s.",
+            *(why, family.few_steps.instead),
+        )
     if len(experts) == 1 and options.by_expert.offload_inactive_dit and not samples_with_others:
         logger.warning("--offload_inactive_dit is ignored because one transformer is loaded")
     if samples_with_others and options.samples.sample_prompts is None:
@@ -174,24 +183,6 @@ def note_experts(family: Family, options: TrainingOptions, samples_with_others: 
             "only. Recommended: %s %d --preserve_distribution_shape (or %s %d if it is the transformer for "
             "high noise).",
             *(boundary, below, counted, above, counted),
-        )
-
-
-def warn_of_few_steps(family: Family, options: TrainingOptions) -> None:
-    """Warn of a transformer that was distilled to few steps and is trained as it is.
-
-    --base_weights counts as an adapter: a LoRA that undoes the distillation may be among them.
-    """
-    network = options.network
-    if network is not None and (network.frozen.training_adapter or network.base_weights):
-        return
-    why = family.why_few_steps() if knows_few_steps(family) else None
-    if why is not None and knows_few_steps(family):
-        logger.warning(
-            "The transformer may be one that was distilled to few steps (%s). If it is, and is trained as it "
-            "is, it loses them: with what is trained it needs more steps, and guidance, for equal quality. "
-            "%s.",
-            *(why, family.few_steps.instead),
         )
 
 

@@ -1,7 +1,6 @@
 """Load the networks of a plan, make the trained part with its optimizer, and put the run together."""
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -226,7 +225,12 @@ def _add_learner(
             from training.saving.split_model import train_split_dit as train
         return (*learners, train(dit, options.optimizer.learning_rate, options.whole_dit.name_parts))
     given = experts.network_for(options, expert) or options.network
-    texts = plan.texts
+    texts, saved = plan.texts, dict[str, Tensor]()
+    if isinstance(plan.saved, SavedState):
+        part = f"{expert.name}_network" if options.by_expert.lora_per_expert else "network"
+        saved = {**plan.saved.parts.get(part, {})}
+    elif plan.saved is not None:
+        saved = {**plan.saved.network}
     in_dit = options.parts is None or options.parts.trains_dit
     network = make_network(
         given,
@@ -235,7 +239,7 @@ def _add_learner(
         plan.progress.seed,
         texts.networks,
         in_dit,
-        _saved_network(plan, expert),
+        saved,
     )
     if learners and not options.by_expert.lora_per_expert:
         return (share_network(learners[0], network, device),)
@@ -248,13 +252,6 @@ def _add_learner(
             of_texts = [found[each.lora_prefix] for each in texts.learning]
         rates = (rate, parts.unet_lr, of_texts)
     return (*learners, train_network(network, rates, given.scale_weight_norms, device))
-
-
-def _saved_network(plan: TrainingPlan, expert: Expert) -> Mapping[str, Tensor]:
-    if not isinstance(plan.saved, SavedState):
-        return {} if plan.saved is None else plan.saved.network
-    part = f"{expert.name}_network" if plan.options.by_expert.lora_per_expert else "network"
-    return plan.saved.parts.get(part, {})
 
 
 def _make_stepping(

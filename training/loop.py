@@ -301,7 +301,6 @@ def _after_epoch(run: TrainingRun) -> None:
 
 
 def _save_to_go_on(run: TrainingRun) -> None:
-    """Save the model and the state of a run that ends here."""
     run.saver.save_step(run.progress.step, with_state=True)
     logger.info(
         "Ended after step %d of %d; continue with --resume latest-or-fail.",

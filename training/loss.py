@@ -16,7 +16,7 @@ from modules.contract.family import Described, NoiseSpec, Predicts
 from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.devices import numbers_on, send
 from modules.flow.schedule import TRAIN_TIMESTEPS, add_noise
-from training.noise_options import ADDITIVE, L2, RAW, SIGMA_SCALED, LossOptions
+from training.noise_options import ADDITIVE, L2, RAW, SIGMA_SCALED, WITH_THRESHOLD, LossOptions
 
 Autocast = Callable[[], AbstractContextManager[object]]  # mixed precision around the network only
 DitOf = Callable[[int], nn.Module]  # index of an expert -> its network, ready to be called
@@ -180,7 +180,7 @@ def sample_errors(
 
     def each_error(values: Tensor, levels: NoisyBatch | NoisySound) -> Tensor:
         thresholds = None
-        if rule.options.has_threshold:
+        if rule.options.loss_type in WITH_THRESHOLD:
             thresholds = find_thresholds(rule.options, spec, levels.sigmas, levels.timesteps)
         return element_errors(rule.options, values, thresholds)
 

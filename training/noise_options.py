@@ -173,7 +173,7 @@ PREDICTIONS = (RAW, ADDITIVE, SIGMA_SCALED)
 # by what --weighting_scheme weights the loss: the timestep as a whole number, the exact share of noise
 TIMESTEP, SIGMA, NOTHING = "timestep", "sigma", "nothing"
 WITH_THRESHOLD = ("huber", "smooth_l1")
-_OF_HUBER = {"only --loss_type huber and smooth_l1 use it": lambda own: own.has_threshold}
+_OF_HUBER = {"only --loss_type huber and smooth_l1 use it": lambda own: own.loss_type in WITH_THRESHOLD}
 
 
 class LossOptions(Options, title="loss"):
@@ -203,10 +203,6 @@ class LossOptions(Options, title="loss"):
             "--huber_schedule snr does not use it": lambda own: own.huber_schedule != "snr",
         },
     )
-
-    @property
-    def has_threshold(self) -> bool:
-        return self.loss_type in WITH_THRESHOLD
 
 
 L2 = LossOptions()

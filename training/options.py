@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 from dataset.options import CachingInRunOptions
 from dataset.subset_options import SubsetOptions
 from modules.errors import OptionError
-from modules.option_values import require, type_option, value_words
+from modules.option_values import option_words, require, value_words
 from modules.options import FREE, HABIT, Options, option, option_values, read_options
 from modules.parser import Parser, add_options, refuse_unsupported
 from modules.speed_options import TrainingSpeedOptions
@@ -208,7 +208,7 @@ def given_options(parser: argparse.ArgumentParser, *records: Options) -> list[Gi
         are_numbers = isinstance(value, (int, float)) and isinstance(usual, (int, float))
         is_changed = value != usual if are_numbers else texts != value_words(usual)
         name = next(each for each in action.option_strings if each.startswith("--"))
-        words = [name] if action.nargs == 0 else type_option(name, *texts)
+        words = option_words({name: True if action.nargs == 0 or not texts else value})
         found.append(GivenOption(action.dest, " ".join(texts), words, is_changed))
     return found
 

@@ -27,7 +27,7 @@ from modules.speed_options import Quantisation
 from modules.stored.forms import prepare
 from training.checks import check_before_loading, check_teacher, list_unused_options
 from training.data.live import NO_TEXTS, BatchSources, LiveTexts
-from training.experts import check_computing, note_experts, warn_of_few_steps
+from training.experts import check_computing, note_experts
 from training.optimizers.stepping import check_fused_backward, check_split
 from training.options import TrainingOptions
 from training.processes import make_accelerator
@@ -116,13 +116,14 @@ def make_plan(
     check_before_loading(family, options, steps.total_steps, sampling)
     if is_main:
         note_experts(family, options, sampling is not None)
-        warn_of_few_steps(family, options)
     module = "" if network is None else network.network_module or family.lora_module
     parts = tuple(expert.name for expert in family.experts) if options.by_expert.lora_per_expert else ()
     identity, habits = settings_of(family, options, seed, order, steps, module)
     saving = options.saving.spread(steps.num_epochs)
     changes = check_resumable(saved, identity, habits, options, saving)
-    _set_progress(progress, saved, changes, options, steps)
+    if changes and isinstance(saved, SavedState):
+        take_over(changes, progress, saved)
+    begin_later(options.start, progress, steps, saved is not None)
     return TrainingPlan(
         family=family,
         options=options,
@@ -146,19 +147,6 @@ def make_plan(
         habits=habits,
         changes=changes,
     )
-
-
-def _set_progress(
-    progress: Progress,
-    saved: SavedState | ForeignState | None,
-    changes: Mapping[str, str],
-    options: TrainingOptions,
-    steps: StepPlan,
-) -> None:
-    if changes and isinstance(saved, SavedState):
-        take_over(changes, progress, saved)
-    if options.start is not None:
-        begin_later(options.start, progress, steps, saved is not None)
 
 
 def _find_sources(
@@ -315,12 +303,12 @@ def _plan_steps(options: TrainingOptions, order: BatchOrder, processes: int, pro
     return replace(steps, total_steps=steps.steps_until(loop.max_train_epochs))
 
 
-def begin_later(options: StartOptions, progress: Progress, plan: StepPlan, is_resumed: bool) -> None:
+def begin_later(options: StartOptions | None, progress: Progress, plan: StepPlan, is_resumed: bool) -> None:
     """Put a new run's progress to the step where it begins.
 
     is_resumed: a saved state says where to go on instead. Raises OptionError if the run has no such step.
     """
-    if not options.is_given:
+    if options is None or not options.is_given:
         return
     given = "--initial_step" if options.initial_epoch is None else "--initial_epoch"
     if is_resumed:

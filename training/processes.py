@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from modules.command import RANK
-from modules.devices import allow_fp16_accumulation, set_cuda_precision
+from modules.devices import allow_fp16_accumulation
 from modules.errors import OptionError
 from modules.installation import import_own
 from modules.offload.sharding import refuse_other_splits
@@ -66,7 +66,8 @@ def make_accelerator(
     except ValueError as error:
         raise OptionError(f"--mixed_precision {options.mixed_precision}: {error}") from None
     # afterwards: for compiled float32 models accelerate allows TF32
-    set_cuda_precision(options.cuda_allow_tf32, options.cuda_cudnn_benchmark)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.cuda_allow_tf32
+    torch.backends.cudnn.benchmark |= options.cuda_cudnn_benchmark
     if options.mixed_precision != "no" and not accelerator.native_amp:  # accelerate would continue without it
         raise OptionError(
             f"--mixed_precision {options.mixed_precision} has no effect on {accelerator.device.type}: use "

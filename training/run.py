@@ -16,7 +16,7 @@ from modules.contract.family import Family
 from modules.dressing import shared_blocks
 from modules.installation import RUN_CHECKS, RUN_GOES_ON, import_own
 from modules.options import option_values
-from modules.planning.device_memory import MemoryWatch, too_little
+from modules.planning.device_memory import too_little
 from modules.speed_options import SwapOptions
 from training.checks import check_before_loading
 from training.following import NO_SCRIPTS, FamilyScripts, plan_next_steps
@@ -89,7 +89,9 @@ def prepare_run(
         following = plan_next_steps(plan, scripts, sampler)
         if processes.others is not None:
             processes.others.advice = following.after_loss
-        swap, memory = _prepare_memory(plan)
+        swap, memory = options.speed.swap, None
+        if accelerator.device.type == "cuda" or swap.is_auto:  # others need no planner
+            swap, memory = import_own("training.planning.memory").prepare_memory(plan)
         texts.load(accelerator.device, shared_blocks(options.speed.sharding, accelerator.device))
         held.callback(texts.free)
         logs = _make_logs(plan, swap)
@@ -112,17 +114,6 @@ def prepare_run(
             accelerator.wait_for_everyone()
         if accelerator.is_main_process and progress.step >= plan.steps.total_steps:
             show_end(run, reporter.history.events_told, following)
-
-
-def _prepare_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]:
-    """Resolve --blocks_to_swap auto and watch a CUDA device, without loading the planner for others."""
-    swap = plan.options.speed.swap
-    if plan.accelerator.device.type != "cuda" and not swap.is_auto:
-        return swap, None
-    found: tuple[SwapOptions, MemoryWatch | None] = import_own("training.planning.memory").prepare_memory(
-        plan
-    )
-    return found
 
 
 def _make_logs(plan: TrainingPlan, swap: SwapOptions) -> Logs:

@@ -82,7 +82,8 @@ def saved_bytes(
 
 def show_start(run: TrainingRun, dtype: torch.dtype | None) -> None:
     """Show the plan of the run. dtype: of saved models; None: as they are."""
-    plan, options, steps, parameters = run.plan, run.options, run.steps, run.model.trainable.weights
+    plan, options, steps, trainable = run.plan, run.options, run.steps, run.model.trainable
+    parameters = [trainable.split.get(one, one) for one in trainable.parameters]  # whole ones of their rows
     network, whole, saving, samples = options.network, options.whole_dit, plan.saving, options.samples
     if network is not None:
         continued = any(continued_sizes(run.model, part) for part in run.model.trainable.writes)

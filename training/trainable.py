@@ -64,11 +64,6 @@ class Trainable:
             for name, parameter in module.named_parameters()
         }
 
-    @property
-    def weights(self) -> list[Tensor]:
-        """Return the weights that all parameters are, or are rows of."""
-        return [self.split.get(parameter, parameter) for parameter in self.parameters]
-
     def whole(self, parameters: Sequence[Parameter]) -> list[Parameter]:
         return [parameter for parameter in parameters if parameter not in self.split]
 

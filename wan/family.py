@@ -46,6 +46,7 @@ from modules.families import HIGH_NOISE, LOW_NOISE
 from modules.installation import import_own
 from modules.media.pixels import to_pixels
 from modules.options import NO_OPTIONS
+from modules.speed_options import text_form
 from wan.caching import (
     NO_MOMENTS,
     NO_VACE_MOMENTS,
@@ -388,8 +389,7 @@ def family_for_latent_caching(options: WanLatentCachingOptions) -> Wan:
 
 def family_for_text_caching(options: WanTextCachingOptions) -> Wan:
     text = options.text
-    form = "fp8" if text.fp8_t5 else text.text_encoder_form
-    files = WanFiles(t5=text.t5, t5_tokenizer=text.t5_tokenizer, t5_form=form)
+    files = WanFiles(t5=text.t5, t5_tokenizer=text.t5_tokenizer, t5_form=text_form(text))
     return Wan(files, image_kind=VACE)  # captions may be those of items with references
 
 

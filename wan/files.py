@@ -21,6 +21,7 @@ from modules.devices import choose_compute_dtype
 from modules.errors import CheckpointError, OptionError
 from modules.families import HIGH_NOISE, LOW_NOISE
 from modules.paths import explain_missing
+from modules.speed_options import text_form
 from modules.text_files import parse_json, read_text
 from wan.checkpoints import FORMAT, add_vace_header, check_task, read_dit_header
 from wan.checkpoints import identify as identify  # files.py has it in every family's folder
@@ -278,7 +279,7 @@ def files_of(options: WanTrainingOptions | WanGenerationOptions) -> WanFiles:
         vace=options.vace,
         vace_high_noise=options.vace_high_noise,
         vae_cache_cpu=options.vae_cache_cpu,
-        t5_form="fp8" if text.fp8_t5 else text.text_encoder_form,
+        t5_form=text_form(text),
         task=TASKS[options.task],
     )
     return files.add_vae(options.vae)

@@ -17,7 +17,7 @@ from modules.options import (
     option,
     unsupported,
 )
-from modules.speed_options import VaeOptions, dit_dtype_option, text_form_option
+from modules.speed_options import VaeOptions, dit_dtype_option, fp8_text_option, text_form_option
 from wan.configs import TASKS, VACE, WanTask
 
 NOT_BUILT = {
@@ -44,9 +44,8 @@ class WanTextOptions(Options):
     t5_tokenizer: Path | None = option(
         "folder or file of the tokenizer; default: beside the checkpoint, else from the hub"
     )
-    fp8_t5: bool = option(
-        "keep T5's linear layers in fp8: half the memory of bf16, slightly different embeddings",
-        excludes="text_encoder_form",
+    in_fp8: bool = fp8_text_option(
+        "fp8_t5", "T5's linear layers in fp8: half the memory of bf16, slightly different embeddings"
     )
     text_encoder_form: str | None = text_form_option()
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from lumina.options import check_renorm, check_trunc_ratio, say_extras
 from modules.options import FREE, OF_DECODING, OF_REQUEST, Options, not_needed, option
-from modules.speed_options import TextEncoderOptions, VaeOptions, dit_dtype_option
+from modules.speed_options import TextEncoderOptions, VaeOptions, dit_dtype_option, fp8_text_option
 
 NAME = "Z-Image"
 CFG_TRUNC_RATIO, RENORM_CFG = 1.0, 0.0  # where nothing is said: as in the official pipeline
@@ -17,10 +17,8 @@ class ZImageTextOptions(TextEncoderOptions):
     """Path of the text encoder, and how it runs."""
 
     text_encoder: Path | None = option("Qwen3 (4B) text encoder: file or folder", often=True)
-    in_fp8: bool = option(
-        "keep the linear layers of Qwen3 in fp8: half the memory, slightly different states",
-        name="fp8_llm",
-        excludes="text_encoder_form",
+    in_fp8: bool = fp8_text_option(
+        "fp8_llm", "the linear layers of Qwen3 in fp8: half the memory, slightly different states"
     )
 
 

@@ -33,6 +33,7 @@ from modules.devices import choose_compute_dtype
 from modules.errors import OptionError
 from modules.media.buckets import Size, choose_image_bucket
 from modules.media.pixels import byte_clips
+from modules.speed_options import text_form
 
 LATENTS_AGAIN = "flux_kontext_cache_latents.py"
 TEXTS_AGAIN = "flux_kontext_cache_text_encoder_outputs.py"
@@ -82,7 +83,7 @@ class KontextFiles(FluxFiles):
             clip_l=options.text_encoder2,
             clip_l_tokenizer=options.text_encoder2_tokenizer,
             text_dtype=choose_compute_dtype(options.text_encoder_dtype, "--text_encoder_dtype", None),
-            t5_form="fp8" if options.fp8_t5 else options.text_encoder_form,
+            t5_form=text_form(options),
         )
 
     def dit_header(self) -> DitHeader[FluxConfig]:

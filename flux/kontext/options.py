@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.options import FREE, HABIT, OF_DECODING, OF_REQUEST, Options, not_needed, option
-from modules.speed_options import VaeOptions, dit_dtype_option, text_form_option
+from modules.speed_options import VaeOptions, dit_dtype_option, fp8_text_option, text_form_option
 
 NAME = "FLUX.1 Kontext"
 GUIDANCE = 2.5  # embedded guidance of a generation, where nothing is said
@@ -34,9 +34,8 @@ class KontextTextOptions(Options):
     text_encoder_dtype: str | None = option(
         "dtype of both encoders; default: bfloat16, but float32 if the transformer is float32"
     )
-    fp8_t5: bool = option(
-        "keep T5's linear layers in fp8: half the memory of bf16, slightly different states",
-        excludes="text_encoder_form",
+    in_fp8: bool = fp8_text_option(
+        "fp8_t5", "T5's linear layers in fp8: half the memory of bf16, slightly different states"
     )
     text_encoder_form: str | None = text_form_option()
 

@@ -249,7 +249,6 @@ def joined_shapes(shapes: Mapping[str, tuple[int, ...]], table: Names) -> dict[s
 
 
 def _join(parts: list[TensorSource]) -> TensorSource:
-    """Stack the rows of the parts to one tensor."""
     if len(parts) == 1:
         return parts[0]
 

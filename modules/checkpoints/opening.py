@@ -324,7 +324,6 @@ def _recognise(path: Path, places: Mapping[str, tuple[TensorFile, str]], files: 
 
 
 def companions_of(name: str, info: TensorInfo) -> tuple[str, ...]:
-    """Return the names of what belongs to a packed weight."""
     assert info.packing is not None
     return tuple(name.removesuffix("weight") + end for end in info.packing.beside)
 
@@ -391,7 +390,6 @@ def _packed_source(path: Path, name: str, info: TensorInfo) -> TensorSource:
 
 
 def scales_in(names: Iterable[str]) -> dict[str, str]:
-    """Return the names of the scales of 8-bit weights by the names of the weights."""
     return {
         name.removesuffix(ending) + ".weight": name
         for name in names

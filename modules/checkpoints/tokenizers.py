@@ -142,7 +142,6 @@ class TokenizerFiles:
             raise self.unreadable(file, OSError(error.strerror)) from error
 
     def unreadable(self, file: Path, error: Exception) -> CheckpointError:
-        """Return the error for a file that is not a tokenizer."""
         return CheckpointError(
             f"{file} cannot be read as a tokenizer ({first_line(error)}). Give {self.option} "
             f"{self._describe()}.",

@@ -124,7 +124,6 @@ class DitSpec:
         return sorted(places, key=lambda place: place if place < main else (place - main) * each - 0.5)
 
     def in_order(self, dit: nn.Module) -> list[nn.Module]:
-        """Return all blocks in the order in which they run."""
         lists = self.blocks(dit).values()
         blocks = [block for found in lists for block in found]
         return [blocks[place] for place in self.order([len(found) for found in lists])]

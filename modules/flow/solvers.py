@@ -34,22 +34,6 @@ class Solver(Protocol):
         ...
 
 
-def make_solver(name: str, schedule: Schedule, draw: Draw | None = None) -> Solver:
-    """Make a new solver: "euler" (also "euler-trained", "euler-terminal", "euler-tenth", "euler-thousandth"),
-    "unipc", "unipc-bh1", "dpm++", or one that adds noise: "dpm++sde", "lcm".
-
-    draw: where that noise comes from; it is called only by a step that adds some.
-    Raises ValueError for another name, or if a solver that adds noise has no `draw`.
-    """
-    if name in _NOISY_SOLVERS:
-        if draw is None:
-            raise ValueError(f"the solver {name!r} adds noise: say where to draw it from")
-        return _NOISY_SOLVERS[name](schedule, draw)
-    if name not in _SOLVERS:
-        raise ValueError(f"unknown solver {name!r}: one of {', '.join((*_SOLVERS, *_NOISY_SOLVERS))}")
-    return _SOLVERS[name](schedule)
-
-
 def solver_for(
     name: str,
     steps: int,
@@ -58,8 +42,18 @@ def solver_for(
     draw: Draw | None = None,
     levels: Sequence[float] = (),
 ) -> Solver:
-    """Return a fresh solver with the schedule that belongs to it. table, levels: as of `make_schedule`."""
-    return make_solver(name, make_schedule(name, steps, flow_shift, table, levels), draw)
+    """Make a new solver with its schedule: "euler" (also "euler-trained", "euler-terminal", "euler-tenth",
+    "euler-thousandth"), "unipc", "unipc-bh1", "dpm++", or one that adds noise: "dpm++sde", "lcm".
+
+    table, levels: as of `make_schedule`. draw: where the noise comes from; it is called only by a step that
+    adds some. Raises ValueError for another name, or if a solver that adds noise has no `draw`.
+    """
+    schedule = make_schedule(name, steps, flow_shift, table, levels)
+    if name not in _NOISY_SOLVERS:
+        return _SOLVERS[name](schedule)
+    if draw is None:
+        raise ValueError(f"the solver {name!r} adds noise: say where to draw it from")
+    return _NOISY_SOLVERS[name](schedule, draw)
 
 
 @dataclass(frozen=True)

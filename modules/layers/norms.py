@@ -3,6 +3,8 @@
 Norms compute in float32, because bf16 sums over a thousand channels lose precision.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
@@ -12,25 +14,19 @@ def activation_dtype(device: torch.device, weights: torch.dtype) -> torch.dtype:
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weights
 
 
-def in_own_dtype(layer: nn.Module, x: Tensor) -> Tensor:
+def in_own_dtype(layer: Any, x: Tensor) -> Tensor:
     """Return layer(x), x cast to its weight's dtype; under autocast or in fp8 the layer chooses."""
-    dtype = _weight_dtype(layer)
+    dtype: torch.dtype = layer.weight.dtype
     if x.dtype == dtype or dtype.itemsize == 1 or torch.is_autocast_enabled(x.device.type):
         return layer(x)
     return layer(x.to(dtype))
 
 
-def run_float32(layer: nn.Module, x: Tensor) -> Tensor:
+def run_float32(layer: Any, x: Tensor) -> Tensor:
     """Return layer(x) as float32, without autocast in its weight's dtype, with a packed one in float32."""
-    dtype = _weight_dtype(layer)
+    dtype: torch.dtype = layer.weight.dtype
     with torch.autocast(x.device.type, enabled=False):
         return layer(x.to(torch.float32 if dtype.itemsize == 1 else dtype)).float()
-
-
-def _weight_dtype(layer: nn.Module) -> torch.dtype:
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return weight.dtype
 
 
 class Float32LayerNorm(nn.Module):

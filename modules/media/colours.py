@@ -19,6 +19,8 @@ from modules.errors import MediaError
 
 logger = logging.getLogger(__name__)
 
+Frame = NDArray[np.uint8]  # H W C
+
 # what caches note of how pixels were read. 0: without transparency and colour profiles; 1, or true: with
 # these, without colours that clips and AVIFs name by codes, and with pixels of clips that are not square
 AS_SHOWN = 2

@@ -46,7 +46,6 @@ class Picture:
 
 
 def in_eight_bits(pixels: Pixels) -> NDArray[np.uint8]:
-    """Return pixels with 8 bits, rounded to the nearest."""
     if pixels.dtype == np.uint8:
         return np.asarray(pixels, dtype=np.uint8)
     return np.asarray(cv2.convertScaleAbs(pixels, alpha=1 / 257), dtype=np.uint8)

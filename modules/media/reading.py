@@ -18,7 +18,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, features
 
 from modules.errors import MediaError
@@ -34,9 +33,8 @@ from modules.media.colours import (
     shown_pixels,
     upright,
 )
+from modules.media.colours import Frame as Frame
 from modules.media.opening import open_image, open_video
-
-Frame = NDArray[np.uint8]  # H W C
 
 # lower case
 VIDEO_SUFFIXES = frozenset({".mp4", ".webm", ".avi", ".mkv", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg"})

@@ -20,9 +20,9 @@ from modules.atomic_write import atomic_path
 from modules.errors import MediaError
 from modules.installation import import_own
 from modules.media import encoding
+from modules.media.colours import Frame
 from modules.media.decoding import is_animation, time_origin
 from modules.media.opening import av, open_container, reading
-from modules.media.reading import Frame
 from modules.media.samples import filled
 from modules.media.sound import add_aac_stream
 from modules.media.tracks import Track, TrackSound

@@ -212,7 +212,6 @@ class BlockSwap:
             yield from reversed(taken) if self._turns else everything
 
     def _prepare(self, position: int, backward: bool) -> None:
-        """Fill the slots of all rings with the next units that are not in them yet."""
         for ring in self.rings:
             wanted = ring.next(self._route(position, backward))
             missing = [unit for unit in wanted if ring.slot_of(unit) is None]

@@ -8,7 +8,7 @@ from itertools import groupby
 from markupsafe import Markup, escape
 
 from modules.control_codes import escape_control_codes
-from modules.pages.page import HERE, embed_svg
+from modules.pages.page import SHEET, embed_svg
 
 FADED = 0.3  # opacity of the values behind a smoothed curve
 WIDTH, HEIGHT = 500, 300  # pixels: texts can be read on a phone, and two fit side by side on a desk
@@ -17,9 +17,7 @@ ROOM = 0.05  # share of the values' range that stays free on each side
 MOST_TICKS = 6  # of an axis
 COLOURS = [*(f"var(--ink-{number})" for number in range(1, 7)), "var(--ink)", "var(--faint)"]
 RULE, AXIS = "var(--rule)", "var(--faint)"
-LOOK = (
-    (HERE / "pages.css").read_text(encoding="utf-8").partition("@media print")[0]
-)  # its colours, light and dark
+LOOK = SHEET.partition("@media print")[0]  # its colours, light and dark
 START = (
     f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}"'
     ' font-family="system-ui, sans-serif" font-size="14" text-anchor="middle" fill="var(--ink)">'

@@ -4,7 +4,7 @@ A page is a Jinja2 template beside the code that fills it. It extends `base.html
 
     {% extends "base.html" %}{% block body %}<p>{{ prompt }}</p>{% endblock %}
 
-`pages.css` is the look of all of them. One with commands to copy has `{% block script %}` with `page.js`.
+`pages.css` is the look of all. One with commands to copy shows `{{ script }}` in `{% block script %}`.
 
 Every value is escaped; only `Markup` (pictures and clips embedded here as data, and charts) is HTML.
 """
@@ -28,7 +28,7 @@ from PIL import Image
 from modules.atomic_write import write_text
 from modules.command import as_typed
 from modules.control_codes import escape_control_codes
-from modules.media.reading import Frame
+from modules.media.colours import Frame
 
 # Templates put what no copy for others may hold between these, and `mark_folders` does so in all texts of a
 # page; escaped texts cannot hold them.
@@ -56,11 +56,15 @@ def mark_folders(value: Any) -> Any:
 HERE = Path(__file__).resolve().parent
 
 
+SHEET, SCRIPT = (
+    Markup((HERE / name).read_text(encoding="utf-8").removesuffix("\n")) for name in ("pages.css", "page.js")
+)
+
+
 @functools.cache
 def file_policy() -> str:
     """Return what a page may do: load nothing, run `page.js` alone, even if a text were not escaped."""
-    script = (HERE / "page.js").read_text(encoding="utf-8").removesuffix("\n")
-    mark = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    mark = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'"
     return f"{policy}; script-src 'sha256-{mark}'"
 
@@ -83,7 +87,7 @@ def render_page(template: Path, title: str, values: Mapping[str, Any], policy: s
         lstrip_blocks=True,
         finalize=mark_folders,
     )
-    values = {**values, "reelsmith": as_typed(["python", "reelsmith.py"])}
+    values = {**values, "reelsmith": as_typed(["python", "reelsmith.py"]), "sheet": SHEET, "script": SCRIPT}
     given = {**values, "title": escape_control_codes(title), "policy": policy or file_policy()}
     return environment.get_template(template.name).render(given)
 

@@ -130,7 +130,6 @@ class MemoryWatch:
         self._has_seen = self._has_seen or (self._steps > 0 and elements >= self.largest)
 
     def after_step(self) -> None:
-        """Call after each optimizer step."""
         self._steps += 1
         if self._steps == 1:
             self._count_anew()

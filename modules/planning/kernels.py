@@ -72,7 +72,6 @@ ATTENTION_WORKSPACE = "planned::attention_workspace"
 
 
 def _row_numbers(query: Tensor) -> Tensor:
-    """Return a float32 number for every query of every head."""
     batch, length, heads, _ = query.shape
     return query.new_empty((batch, heads, length), dtype=torch.float32)
 

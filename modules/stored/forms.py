@@ -116,7 +116,6 @@ def prepare(quantisation: Quantisation | None, device: torch.device) -> Quantisa
 
 
 def attach(layer: nn.Linear, stored: Stored) -> None:
-    """Give a layer its stored weight, the companions, and a forward that computes with them."""
     layer.weight = nn.Parameter(stored.weight, requires_grad=False)
     for name, tensor in zip(stored.form.companions, stored.tensors[1:], strict=True):
         layer.register_buffer(name, tensor)

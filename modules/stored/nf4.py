@@ -143,7 +143,6 @@ def _round_blocks(flat: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _nearest(x: Tensor, levels: Tensor) -> Tensor:
-    """Return the index of the nearest of sorted levels."""
     return torch.bucketize(x, (levels[1:] + levels[:-1]) / 2, out_int32=True)
 
 

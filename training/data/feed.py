@@ -66,7 +66,6 @@ class Packed:
 
     @classmethod
     def of(cls, micro_batch: MicroBatch) -> "Packed":
-        """Pack a micro-batch."""
         pieces: list[Tensor] = []
 
         def taken(tensor: Tensor) -> Tensor:

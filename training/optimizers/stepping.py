@@ -74,7 +74,6 @@ class ParameterSteps:
 
     @torch.no_grad()
     def step(self, parameter: Parameter) -> None:
-        """Step one parameter by its gradient."""
         value, gradient, weight = parameter.detach(), parameter.grad, self.split.get(parameter)
         assert gradient is not None
         gathers = not steps_numbers(type(self.optimizer))

@@ -131,7 +131,6 @@ class StepPrediction:
         return MemoryPlan((self.phase(blocks),), tuple(remarks))
 
     def device(self, blocks: int) -> int:
-        """Return the bytes of the device with this many blocks swapped."""
         return self.phase(blocks).device
 
     @property

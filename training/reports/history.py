@@ -113,7 +113,6 @@ class Story:
         return story
 
     def add(self, row: Row) -> None:
-        """Add the content of a line."""
         step = row["step"]
         self.doing = self.doing if "message" in row else str(row.get("doing", ""))
         if "loss" in row:

@@ -371,7 +371,6 @@ def share_of_files(folder: Path) -> list[Path]:
 
 
 def file_checksum(path: Path) -> int:
-    """Return the CRC-32 of a regular file."""
     require_regular_file(path)
     value = 0
     with path.open("rb") as file:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from modules.flow.schedule import add_noise, make_schedule, shift_sigmas, size_shift
-from modules.flow.solvers import UniPC, make_solver, solver_for
+from modules.flow.solvers import UniPC, solver_for
 from tests.golden_cases import read_case
 
 NAMES = {"euler": "euler", "unipc": "unipc", "dpmpp": "dpm++"}
@@ -53,7 +53,7 @@ def test_schedules_and_trajectories_equal_the_recorded_ones(key: str) -> None:
 @pytest.mark.parametrize("case", FRAMEPACK["sampler_cases"], ids=lambda case: str(case["latent"]))
 def test_framepack_follows_the_recorded_trajectories(case: dict[str, Any]) -> None:
     name = f"lat{'x'.join(map(str, case['latent']))}_steps{case['steps']}"
-    solver = make_solver("unipc-bh1", make_schedule("unipc-bh1", case["steps"], math.exp(case["mu"])))
+    solver = solver_for("unipc-bh1", case["steps"], math.exp(case["mu"]))
     assert isinstance(solver, UniPC)
     sample, corrected = FRAMEPACK_TENSORS["x0"], []
 
@@ -294,7 +294,7 @@ def test_given_levels_replace_those_of_any_solver_and_may_begin_at_pure_noise(so
 
     assert schedule.sigmas.tolist() == pytest.approx(levels)
     assert schedule.timesteps.tolist() == pytest.approx([1000 * level for level in levels[:-1]])
-    stepper, sample = make_solver(solver, schedule), torch.ones(1, 1, 1, 1, 1)
+    stepper, sample = solver_for(solver, 4, 7.0, levels=levels), torch.ones(1, 1, 1, 1, 1)
     for index in range(4):
         sample = stepper.step(index, 0.3 * sample, sample)
     assert sample.isfinite().all()
