@@ -163,7 +163,7 @@ def _sound_shape(store: CacheStore, latents: str, sound: SoundSpec, frames: int)
     """
     rate: float | None = None
     with contextlib.suppress(CacheError, KeyError, ValueError):
-        rate = float(store.read(latents, is_whole=False).header.metadata[FPS])
+        rate = float(store.read(latents, is_whole=False).metadata[FPS])
     return () if rate is None else sound.shape(frames, rate)
 
 
@@ -213,7 +213,7 @@ def _reference_sizes(store: CacheStore, name: str) -> tuple[int, ...]:
     mirrored ones; none if it is damaged, as reading it for a batch says. The height is that of all frames.
     """
     try:
-        shapes = store.read(name, is_whole=False).header.shapes
+        shapes = store.read(name, is_whole=False).shapes
     except CacheError:
         return ()
     keys = [(cache_files.tensor_key(name), shape) for name, shape in sorted(shapes.items())]

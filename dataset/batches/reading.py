@@ -150,24 +150,24 @@ class _Reader:
             tensors = entry.tensors
             absent = sorted(item.kind.text_keys - tensors.keys())
             if absent:
-                maker = entry.header.metadata.get("architecture", "")
+                maker = entry.metadata.get("architecture", "")
                 raise CacheError(
                     f"{path}: the text cache is incomplete, it has no {', '.join(absent)}"
                     + (f" (made for {maker})" if maker else "")
                 )
-            records = text_records(entry.header)
+            records = text_records(entry)
             for record in records.values():
                 verify_tensors(entry, record.crc32)
             if number != EMPTY and not self.checks.knows(table.index, path.name):
                 found = text_faults(item, number, records, store.is_shared, self.checks)
                 fault = next(found, None)
                 if fault is not None:
-                    raise CacheError(f"{entry.header.path}: {fault}")
+                    raise CacheError(f"{entry.path}: {fault}")
         self.checks.add(table.index, path.name)
         made_by = tuple(data.MadeBy(path, name, record.encoder) for name, record in records.items())
         # a cache of another program does not say its caption
         stored = next((record.caption for record in records.values()), None)
-        cached = entry.header.metadata.get("caption1", "") if stored is None else stored
+        cached = entry.metadata.get("caption1", "") if stored is None else stored
         return _Part(path, tensors, entry.variable, caption or cached, made_by)
 
     def _read_entry(
@@ -184,7 +184,7 @@ class _Reader:
         store = self.stores.of(item.table)
         with _remedy(self.commands.latents, store):
             entry = store.read(path.name)
-            tensors, record = entry.tensors, latent_record(entry.header)
+            tensors, record = entry.tensors, latent_record(entry)
             if key not in tensors:
                 raise CacheError(
                     f"{path}: it has no {key}, so it is not a cache; move it out of the cache folder"

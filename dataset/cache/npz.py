@@ -232,7 +232,9 @@ class NpzStore:
                     f"model's are floating-point numbers of shape {(latent.channels, *grid)}"
                 )
             tensors[key] = array[:, None]
-        return _foreign_entry(path, {cache_files.tensor_name(key, one): one for key, one in tensors.items()})
+        return cache_files.Entry.of(
+            path, {}, {cache_files.tensor_name(key, one): one for key, one in tensors.items()}
+        )
 
     def _write_latents(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         (size, bucket), end = self._bucket(name), self._suffix(name)
@@ -291,7 +293,7 @@ class NpzStore:
         named = {
             cache_files.tensor_name(key, tensor, key in form.variable_length): tensor for key, tensor in pairs
         }
-        return _foreign_entry(path, named)
+        return cache_files.Entry.of(path, {}, named)
 
     def _write_text(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         form, sources = self.family.format, {cache_files.tensor_key(named): named for named in tensors}
@@ -314,8 +316,3 @@ def open_npz(table: DatasetTable, family: cache_files.NpzNames, folder: Path) ->
         return NpzStore(table, family, folder)
     sources = find_sources(table, captions=False, faults=[])
     return NpzStore(table, family, folder, {source.stem: source.path.with_suffix("") for source in sources})
-
-
-def _foreign_entry(path: Path, named: Mapping[str, Tensor]) -> cache_files.Entry:
-    shapes = {name: tuple(tensor.shape) for name, tensor in named.items()}
-    return cache_files.Entry(cache_files.Header(path, {}, tuple(named), shapes), named)

@@ -12,7 +12,7 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor
 
-from dataset.cache.files import Entry, Header, NpzNames, is_cache_name, read_entry, read_header, write_tensors
+from dataset.cache.files import Entry, NpzNames, is_cache_name, read_entry, read_header, write_tensors
 from dataset.config import DatasetTable
 from modules.atomic_write import remove_leftovers, write_bytes
 from modules.contract.family import Caches
@@ -91,7 +91,7 @@ class SingleFiles:
 
     def read(self, name: str, is_whole: bool = True) -> Entry:
         path = f"{self.folder}{os.sep}{name}"  # a Path would take longer
-        return read_entry(path) if is_whole else Entry(read_header(path), {})
+        return read_entry(path) if is_whole else read_header(path)
 
     def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         write_tensors(self.folder / name, tensors, metadata)
@@ -142,8 +142,7 @@ class MemoryStore:
     def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         # copies: what an encoder gives may be a part of a larger tensor
         named = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
-        shapes = {key: tuple(tensor.shape) for key, tensor in named.items()}
-        self.entries[name] = Entry(Header(self.folder / name, dict(metadata), tuple(named), shapes), named)
+        self.entries[name] = Entry.of(self.folder / name, dict(metadata), named)
 
     def remove(self, name: str) -> None:
         self.entries.pop(name, None)

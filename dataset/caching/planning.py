@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dataset.cache import records
-from dataset.cache.files import Header, LatentName
+from dataset.cache.files import Entry, LatentName
 from dataset.cache.store import Stores
 from dataset.caching.existing import ExistingNames, Names, media_table, names_of
 from dataset.caching.prefetch import MANY, Failure, map_ahead
@@ -144,7 +144,7 @@ class _Planning:
     def __init__(self, source: MediaSource, existing: Names, recipe: Recipe, reads_values: bool) -> None:
         self.source, self.table, self.existing, self.recipe = source, source.table, existing, recipe
         self.store, self.reads_values = recipe.stores.of(source.table), reads_values
-        self._headers: dict[str, Header] = {}  # that were read
+        self._headers: dict[str, Entry] = {}  # that were read
         self._records: dict[str, records.LatentRecord | None] = {}
         self._same: dict[
             int, records.FileIdentity
@@ -305,7 +305,7 @@ class _Planning:
         """
         recipe, path = self.recipe, self.table.cache_directory / file
         is_shared, entry = self.store.is_shared, self.store.read(file) if self.reads_values else None
-        header = self._header(file) if entry is None else entry.header
+        header = self._header(file) if entry is None else entry
         record = self._record(file) if entry is None else records.latent_record(header)
         if record is None:
             if self.source.mask_from is not None and not (is_shared and LOSS_MASK in header.keys):
@@ -337,9 +337,9 @@ class _Planning:
             records.verify_tensors(entry, record.crc32)
         return False
 
-    def _header(self, file: str) -> Header:
+    def _header(self, file: str) -> Entry:
         if file not in self._headers:
-            self._headers[file] = self.store.read(file, is_whole=False).header
+            self._headers[file] = self.store.read(file, is_whole=False)
         return self._headers[file]
 
     def _record(self, file: str) -> records.LatentRecord | None:

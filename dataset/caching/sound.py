@@ -181,9 +181,9 @@ class SoundWork:
     def _check(self, file: str, source: MediaSource, name: LatentName, verifies: bool) -> bool:
         """Check an entry; return whether it has no record. Raises CacheError if it is to be made again."""
         entry = self._stores.of(source.table).read(file, is_whole=verifies)
-        record = records.latent_record(entry.header)
+        record = records.latent_record(entry)
         if record is None:
-            if not self._skip_existing or SOUND not in entry.header.keys:
+            if not self._skip_existing or SOUND not in entry.keys:
                 raise CacheError(f"{file}: it has no record of what it was made from")
             return True
         changed = records.difference(record.encoder, self._family.sound_identity)

@@ -113,7 +113,7 @@ def test_caches_that_one_clock_changes_are_made_anew_and_other_lengths_are_told(
     assert cache_media(family, config, options()).kept == 1
     (path,) = (tmp_path / "cache").iterdir()
     entry = read_entry(path)
-    record = latent_record(entry.header)
+    record = latent_record(entry)
     assert record is not None
     older = {name: value for name, value in record.options.items() if name != "one_clock"}  # before this
     changed = latent_metadata(dataclasses.replace(record, options=older))
@@ -123,7 +123,7 @@ def test_caches_that_one_clock_changes_are_made_anew_and_other_lengths_are_told(
     check = partial(check_caches, family, items, NO_COMMANDS, Stores(), NO_LIVE_PARTS, True)
     check()
     assert "is of an earlier version" not in caplog.text
-    write_tensors(path, entry.named, {**entry.header.metadata, **changed})
+    write_tensors(path, entry.named, {**entry.metadata, **changed})
     check()
     told = "is of an earlier version, which read control clips and masks without"
     assert caplog.text.count(told) == changes
