@@ -21,9 +21,9 @@ from dataset.batches.items import LiveTable, TrainingItem
 from dataset.cache.files import NpzNames, parse_latent_name, text_file_name
 from dataset.cache.npz import open_npz
 from dataset.cache.store import CacheStore, MemoryStore, Stores, npz_names, open_store
-from dataset.caching.latents import EncodersOnDemand, Item, batch_media, cut
+from dataset.caching.latents import EncodersOnDemand, batch_media
 from dataset.options import CachingInRunOptions, CachingOptions
-from dataset.sources.decoding import IMAGE_SPANS, decode_source
+from dataset.sources.decoding import IMAGE_SPANS, DecodedMedia, decode_source
 from dataset.sources.fetching import fetch
 from dataset.sources.frames import shrink_mask
 from dataset.sources.listing import find_all_sources, require_captions
@@ -357,11 +357,11 @@ class LiveMedia:
         stream: what random numbers are seeded by. Raises MediaError if a picture cannot be read, DatasetError
         if it has changed its size.
         """
-        groups: dict[tuple[object, ...], list[tuple[int, Item]]] = {}
+        groups: dict[tuple[object, ...], list[tuple[int, DecodedMedia]]] = {}
         for place, item in enumerate(items):
             if not item.kind.has_latents:
                 read = self._read(item, random.Random(derive_seed(*stream, "picture", place)))
-                key = (item.table.index, *(tensor.shape for tensor in read.tensors))
+                key = (item.table.index, *(one.shape for one in read.arrays))
                 groups.setdefault(key, []).append((place, read))
         found: dict[int, dict[str, Tensor]] = {}
         for pairs in groups.values():
@@ -370,7 +370,7 @@ class LiveMedia:
             found |= self._encode([place for place, _ in pairs], [read for _, read in pairs], keys)
         return found
 
-    def _read(self, item: TrainingItem, numbers: random.Random) -> Item:
+    def _read(self, item: TrainingItem, numbers: random.Random) -> DecodedMedia:
         source = self._tables[item.table.index].sources[item.source_stem]
         # an item that is validated on has another table, which changes nothing
         source = replace(source, table=item.table)
@@ -380,10 +380,10 @@ class LiveMedia:
         if media.bucket != item.bucket:
             sides = "x".join(map(str, media.size))
             raise DatasetError(f"{source.path} has {sides} pixels now, not those that it had at the start")
-        return cut(media, IMAGE_SPANS[0])
+        return media.cut(IMAGE_SPANS[0])
 
     def _encode(
-        self, places: Sequence[int], pictures: Sequence[Item], keys: Sequence[str]
+        self, places: Sequence[int], pictures: Sequence[DecodedMedia], keys: Sequence[str]
     ) -> dict[int, dict[str, Tensor]]:
         media = batch_media(pictures, keys)
         with torch.no_grad():
@@ -392,6 +392,6 @@ class LiveMedia:
         for place, picture, (entry,) in zip(places, pictures, encoded, strict=True):
             tensors = {key: tensor.detach().cpu() for key, tensor in entry.tensors.items()}
             if picture.mask is not None:
-                tensors[LOSS_MASK] = shrink_mask(picture.mask, self._family.latent.stride)
+                tensors[LOSS_MASK] = shrink_mask(torch.from_numpy(picture.mask), self._family.latent.stride)
             found[place] = tensors
         return found

@@ -26,7 +26,15 @@ from dataset.cache.files import Entry, checksum
 from dataset.config import DatasetTable
 from dataset.config_keys import SECTIONS
 from dataset.sources.captions import captions_in, read_caption
-from dataset.sources.media_source import Origin, ParquetCell, Remote, TarMember, member_pieces
+from dataset.sources.media_source import (
+    ClipFacts,
+    FileIdentity,
+    Origin,
+    ParquetCell,
+    Remote,
+    TarMember,
+    member_pieces,
+)
 from dataset.table import defaults_of
 from modules.checkpoints.finite import is_finite
 from modules.contract.data import LatentSpec
@@ -44,25 +52,6 @@ VERSION = 1
 # what a record of latents says of its item alone, in the text that `_guard` makes
 _OF_ITEM = re.compile(r'"crc32": \{[^{}]*\}|"file": \{[^{}]*\}|"files": (\[[^\[\]]*\])')
 MOST_KNOWN = 1 << 16  # items that are remembered as unchanged: a few megabytes
-
-
-@dataclass(frozen=True)
-class FileIdentity:
-    """Identity of a file, or of a folder of images."""
-
-    name: str
-    size_bytes: int
-    mtime_ns: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class ClipFacts:
-    """Facts found by decoding a clip, so that a later run knows the clip's items without decoding."""
-
-    size: tuple[int, int]  # width, height of the original
-    kept_frames: int
-    complete: bool  # False: decoding stopped early, there may be more frames
 
 
 # in the options of a record: the frames of control clips and masks were chosen by the clip's clock

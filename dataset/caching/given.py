@@ -21,8 +21,9 @@ from dataset.sources.cogvideox import (
     read_moments,
     read_prepared,
     read_tensor,
+    whole_span,
 )
-from dataset.sources.decoding import NO_FRAMES, DecodedSource
+from dataset.sources.decoding import NO_FRAMES, DecodedMedia
 from dataset.sources.media_source import Fault, MediaSource, raise_faults
 from modules.checkpoints.containers import load_pickled
 from modules.contract.data import Conditions, LatentSpec
@@ -65,20 +66,16 @@ def use_moments(family: Caches, sources: Sequence[MediaSource]) -> list[MediaSou
     ]
 
 
-def decode_moments(source: MediaSource, latent: LatentSpec) -> tuple[DecodedSource, int, tuple[Tensor, ...]]:
-    """Return a source without frames, how many its clip has, and its moments: 2C F h w of the clip, then of
-    its first frame alone.
-
-    Raises MediaError if they cannot be used.
-    """
+def decode_moments(source: MediaSource, latent: LatentSpec) -> DecodedMedia:
+    """Return a source with its moments instead of frames. Raises MediaError if they cannot be used."""
     paths = [path for path, _ in source.parts]
     # copies: a file that is mapped can change, and Windows does not replace it
     moments = tuple(read_moments(path, latent).clone() for path in paths)
     clip = measure(moments[0], latent, paths[0])
     if len(moments) > 1 and moments[1].shape != (moments[0].shape[0], 1, *moments[0].shape[2:]):
         raise MediaError(f"{paths[1]} is not of a single frame of the size of {paths[0]}")
-    found = (clip.span(latent.frame_step),)
-    return DecodedSource(source, clip.size, clip.size, NO_FRAMES, (), found, None), clip.frames, moments
+    found = (whole_span(clip, latent.frame_step),)
+    return DecodedMedia(source, clip.size, clip.size, NO_FRAMES, found, moments=moments, clip=clip)
 
 
 def _check_vae(family: Caches, folder: Path, source: MediaSource) -> None:

@@ -31,7 +31,7 @@ from dataset.config import DatasetTable
 from dataset.config_keys import IGNORE, REQUIRED
 from dataset.sources.fetching import fetch
 from dataset.sources.frames import kept_rate
-from dataset.sources.media_source import MediaSource, Origin
+from dataset.sources.media_source import FileIdentity, MediaSource, Origin
 from dataset.sources.sound import NoSound, find_sound, read_sounds
 from modules.bars import Bar
 from modules.contract.data import SOUND
@@ -54,7 +54,7 @@ class SoundPlan:
     kept: tuple[str, ...]  # names of valid files
     foreign: int  # how many of them have no record
     missing: tuple[LatentName, ...]  # items without a valid file
-    files: tuple[records.FileIdentity, ...] = ()  # that the sound is from
+    files: tuple[FileIdentity, ...] = ()  # that the sound is from
     rate: float = 0.0  # frames in a second
     samples: tuple[Tensor, ...] = ()  # of each missing item, channels S
     silent: str | None = None  # why there is none
