@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 
 from dataset.batches.checks import SameEncoders, check_channels
 from dataset.batches.finding import find_items, learn_no_references, require_items
-from dataset.batches.items import CachingCommands, LiveParts, TrainingItem
+from dataset.batches.items import CachingCommands, TrainingItem
 from dataset.batches.order import BatchOrder, split_validation
 from dataset.cache.store import Stores, npz_names
 from dataset.config import DatasetConfig, for_family, load_dataset_config
@@ -269,8 +269,9 @@ def _find_items(
     listed = find_items(config, *parts, *where)
     found = require_items(listed, commands)
     check_channels(found, family.latent, commands, sources.stores)
-    starting, live = import_own("dataset.batches.starting"), LiveParts(sources.tables)
-    starting.check_caches(family, found, commands, sources.stores, live, bool(texts.encoders), process)
+    starting = import_own("dataset.batches.starting")
+    where_from = sources.stores, sources.tables
+    starting.check_caches(family, found, commands, *where_from, bool(texts.encoders), process)
     if process[0] == 0:
         hears = sound_of(family) is not None
         starting.compare_sources(config.datasets, listed, commands, family.cache_tag, hears)

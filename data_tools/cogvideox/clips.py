@@ -353,10 +353,7 @@ def choose_frames(available: int, buckets: Sequence[int], most: int) -> int | No
 def choose_size(size: Size, heights: Sequence[int], widths: Sequence[int]) -> Size:
     """Return the (width, height) with the smallest |Δh| + |Δw|; the first of equally near ones."""
     width, height = size
-    return (
-        min(widths, key=lambda one: abs(one - width)),
-        min(heights, key=lambda one: abs(one - height)),
-    )
+    return (min(widths, key=lambda one: abs(one - width)), min(heights, key=lambda one: abs(one - height)))
 
 
 def shape_frame(frame: Frame, size: Size, options: ShapeOptions, draws: Draws) -> Frame:

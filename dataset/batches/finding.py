@@ -4,17 +4,18 @@ import contextlib
 import logging
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 
 from dataset.batches.items import (
     CACHED,
     NO_COMMANDS,
+    NO_LIVE_TABLES,
     CachingCommands,
     ItemKind,
     LiveTable,
+    LiveTables,
     TrainingItem,
     tables_of,
     text_name,
@@ -61,7 +62,7 @@ def find_items(
     latent: LatentSpec,
     text_keys: frozenset[str] = frozenset(),
     stores: Stores | None = None,
-    live: Mapping[int, LiveTable] = MappingProxyType({}),
+    live: LiveTables = NO_LIVE_TABLES,
     sound: SoundSpec | None = None,
 ) -> FoundItems:
     """Find all items by the names of their files; no more than headers are opened. Where sources are listed
@@ -70,7 +71,7 @@ def find_items(
     text_keys: the keys of a whole text cache. stores: of the run, if caches are elsewhere than the tables
     say. live: tables encoded while training, by index. sound: of a family that hears.
     """
-    stores = stores or Stores(cache_files.NpzNames(cache_tag, latent, text_keys))
+    stores = stores or Stores((cache_tag, latent, text_keys))
     search = _Search(cache_tag, latent, text_keys, stores, sound)
     for table in config.datasets:
         search.add_table(table, live.get(table.index, CACHED))
@@ -188,7 +189,7 @@ def with_reference_sizes(items: Iterable[TrainingItem], stores: Stores) -> list[
 
 
 def learn_no_references(
-    items: Sequence[TrainingItem], stores: Stores, live: Mapping[int, LiveTable] = MappingProxyType({})
+    items: Sequence[TrainingItem], stores: Stores, live: LiveTables = NO_LIVE_TABLES
 ) -> bool:
     """Return whether no item of a model that takes reference pictures has one, of at most LOOKED_AT items."""
     edited = [

@@ -1,11 +1,10 @@
 """Training items as the loops see them, and what is encoded while training."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Protocol
-
-from torch import Tensor
 
 from dataset.cache.files import EMPTY, SUFFIX, LatentName, empty_text_name, sound_file_name, text_file_name
 from dataset.config import DatasetTable
@@ -119,16 +118,8 @@ class LiveTable:
         return (source.caption or "", *source.more_captions)[number]
 
 
-@dataclass(frozen=True)
-class LiveParts:
-    """Parts of a batch that do not come from caches."""
-
-    tables: Mapping[int, LiveTable] = field(default_factory=dict)  # by index
-    # what was encoded for items of the batch, by their places: tensors without batch dimension
-    encoded: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
-
-
-NO_LIVE_PARTS = LiveParts()
+LiveTables = Mapping[int, LiveTable]  # by index: those with a part that is not cached
+NO_LIVE_TABLES: LiveTables = MappingProxyType({})
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """Read, verify and stack cached items when they are needed."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from dataset.batches.checks import as_shape, latent_faults, sound_faults, text_faults
-from dataset.batches.items import NO_COMMANDS, NO_LIVE_PARTS, CachingCommands, LiveParts, TrainingItem
-from dataset.cache.files import EMPTY, FLIPPED, NpzNames
+from dataset.batches.items import NO_COMMANDS, NO_LIVE_TABLES, CachingCommands, LiveTables, TrainingItem
+from dataset.cache.files import EMPTY, FLIPPED
 from dataset.cache.records import (
     CLOCK,
     CacheChecks,
@@ -35,8 +36,9 @@ def read_batch(
     captions: Sequence[int] | None = None,
     stores: Stores | None = None,
     flips: Sequence[bool] = (),
-    live: LiveParts = NO_LIVE_PARTS,
+    live: LiveTables = NO_LIVE_TABLES,
     undropped: Sequence[int] = (),
+    encoded: Mapping[int, Mapping[str, Tensor]] = MappingProxyType({}),
 ) -> data.Batch:
     """Read and check the files of a batch and stack them: `latents` B C F H W; tensors of varying length stay
     lists.
@@ -45,12 +47,13 @@ def read_batch(
     options, made from a source or a caption that has changed since, or not of the shape that the
     configuration asks for. checks: of the run, which remembers checked files. captions: the number of the
     caption to use of each item, or EMPTY; without it the first. stores: of the run, which keeps them open.
-    flips: which items are mirrored; () for none. live: the parts without a cache: texts are left out then,
-    and `captions` of the batch are as their files have them. undropped: the numbers before dropout, for a
-    teacher, all cached; if `captions` are others, the batch has these texts too.
+    flips: which items are mirrored; () for none. live: of their texts that have no cache `captions` of the
+    batch are as the files have them, and no tensors. undropped: the numbers before dropout, for a teacher,
+    all cached; if `captions` are others, the batch has these texts too. encoded: what was encoded for items,
+    by their places: tensors without batch dimension.
     """
     stores = stores or stores_for(items[0], latent)
-    reader = _Reader(stores, latent, commands, checks or CacheChecks(), live)
+    reader = _Reader(stores, latent, commands, checks or CacheChecks(), live, encoded)
     numbers, sides = captions or [0] * len(items), flips or [False] * len(items)
     media = [
         reader.read_media(item, place, side)
@@ -114,11 +117,12 @@ class _Reader:
     latent: data.LatentSpec
     commands: CachingCommands
     checks: CacheChecks
-    live: LiveParts
+    live: LiveTables
+    encoded: Mapping[int, Mapping[str, Tensor]]
 
     def read_media(self, item: TrainingItem, place: int, flip: bool) -> _Part:
         """Read latents, and sound if there is any. place: in the batch. flip: the mirrored side."""
-        path, encoded = item.latent_path, self.live.encoded.get(place)
+        path, encoded = item.latent_path, self.encoded.get(place)
         if encoded is not None:
             part = _Part(path, dict(encoded))
         else:
@@ -141,7 +145,7 @@ class _Reader:
     def read_text(self, item: TrainingItem, number: int) -> _Part:
         """Read a caption of an item, of which live texts have no tensors."""
         path, table, store = item.caption_path(number), item.table, self.stores.of_texts(item.table)
-        live = self.live.tables.get(table.index)
+        live = self.live.get(table.index)
         caption = "" if live is None else live.caption(item.source_stem, number)
         if not item.kind.has_text:
             return _Part(path, {}, caption=caption)
@@ -171,12 +175,7 @@ class _Reader:
         return _Part(path, tensors, entry.variable, caption or cached, made_by)
 
     def _read_entry(
-        self,
-        item: TrainingItem,
-        path: Path,
-        part: str,
-        key: str,
-        faults: Callable[..., Iterator[str]],
+        self, item: TrainingItem, path: Path, part: str, key: str, faults: Callable[..., Iterator[str]]
     ) -> _Part:
         """Read a cache of media. part: for `MadeBy`. key: what it must have. faults: yields why its tensors
         are not what the table asks for.
@@ -207,7 +206,7 @@ class _Reader:
 
 
 def stores_for(item: TrainingItem, latent: data.LatentSpec) -> Stores:
-    return Stores(NpzNames(item.kind.tag, latent, item.kind.text_keys))
+    return Stores((item.kind.tag, latent, item.kind.text_keys))
 
 
 def _fill_gaps(media: Sequence[_Part]) -> None:

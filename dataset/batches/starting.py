@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from dataset.batches.finding import FoundItems
-from dataset.batches.items import CachingCommands, LiveParts, TrainingItem
+from dataset.batches.items import CachingCommands, LiveTables, TrainingItem
 from dataset.batches.reading import read_batch
 from dataset.cache.files import parse_latent_name, text_file_name
 from dataset.cache.records import CacheChecks
@@ -40,7 +40,7 @@ def check_caches(
     items: Sequence[TrainingItem],
     commands: CachingCommands,
     stores: Stores,
-    live: LiveParts,
+    live: LiveTables,
     has_live_texts: bool,
     process: tuple[int, int] = (0, 1),
 ) -> None:

@@ -21,7 +21,6 @@ from modules.checkpoints.containers import SAFETENSORS_DTYPES
 from modules.checkpoints.writing import stream_tensors
 from modules.contract.data import SOUND, LatentSpec
 from modules.contract.loading import TensorInfo
-from modules.contract.rules import NpzFormat
 from modules.devices import dtype_name
 from modules.errors import CacheError
 from modules.text_files import read_tensor_header
@@ -38,22 +37,8 @@ SOUND_LENGTH = "audio_lengths"  # beside the latents of sound: their T; other pr
 EMPTY = -1  # instead of the number of a caption: the empty prompt
 
 Grid = tuple[int, int, int]  # F, H, W of latents
-
-
-@dataclass(frozen=True)
-class NpzNames:
-    """How a family's caches are named in npz files."""
-
-    tag: str  # the family's cache_tag
-    latent: LatentSpec
-    text_keys: frozenset[str]  # of a whole text cache
-
-    @property
-    def format(self) -> NpzFormat:
-        """Return the family's format. Raises CacheError if it has none."""
-        if self.latent.npz is None:
-            raise CacheError('this model has no npz caches; use cache_format = "files" or "shards"')
-        return self.latent.npz
+# how a family's caches are named in npz files: its cache_tag, its latents, the keys of a whole text cache
+NpzNames = tuple[str, LatentSpec, frozenset[str]]
 
 
 _DTYPE = r"(?:bfloat16|float(?:16|32|64|8_e4m3fn|8_e5m2)|u?int(?:8|16|32|64)|bool)"

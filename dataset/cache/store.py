@@ -16,7 +16,7 @@ from dataset.cache.files import Entry, NpzNames, is_cache_name, read_entry, read
 from dataset.config import DatasetTable
 from modules.atomic_write import remove_leftovers, write_bytes
 from modules.contract.family import Caches
-from modules.errors import CacheError, DatasetError
+from modules.errors import CacheError
 
 
 class CacheStore(Protocol):
@@ -158,14 +158,9 @@ class MemoryStore:
 def open_store(table: DatasetTable, names: NpzNames | None = None) -> CacheStore:
     """Return the store of a table's cache folder, in the form that `cache_format` says.
 
-    names: of the family in npz files. Raises DatasetError if it has none and the form is npz.
+    names: of the family. Raises DatasetError if it has none and the form is npz.
     """
     if table.cache_format == "npz":
-        if names is None or names.latent.npz is None:
-            raise DatasetError(
-                f'{table.name}: cache_format = "npz": this model has no caches in npz files. Use "files" or '
-                '"shards"'
-            )
         from dataset.cache.npz import open_npz
 
         return open_npz(table, names, table.cache_directory)
@@ -179,7 +174,7 @@ def open_store(table: DatasetTable, names: NpzNames | None = None) -> CacheStore
 def npz_names(family: Caches) -> NpzNames:
     # the keys may be known only if all encoders are given, which a check does not need
     has_npz = family.latent.npz is not None
-    return NpzNames(family.cache_tag, family.latent, family.text_keys if has_npz else frozenset())
+    return family.cache_tag, family.latent, family.text_keys if has_npz else frozenset()
 
 
 @dataclass

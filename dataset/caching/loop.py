@@ -125,11 +125,7 @@ def cache_texts(
 
 
 def _cache(
-    kind: str,
-    family: Caches,
-    config: DatasetConfig,
-    options: CachingOptions,
-    stores: Stores | None = None,
+    kind: str, family: Caches, config: DatasetConfig, options: CachingOptions, stores: Stores | None = None
 ) -> CacheReport:
     """Do the work of one half, LATENTS or TEXTS, in all processes of a launcher together."""
     shard, (room, name) = options.shard, kind.split(":")
@@ -186,12 +182,7 @@ def run_text_caching(
 
 
 def _cache_and_conclude(
-    kind: str,
-    family: Caches,
-    config: DatasetConfig,
-    options: CachingOptions,
-    what: str,
-    following: Row,
+    kind: str, family: Caches, config: DatasetConfig, options: CachingOptions, what: str, following: Row
 ) -> None:
     """Cache, and show the results. what: sources or captions. following: shown if no shard is missing."""
     if options.disable_cudnn_backend:

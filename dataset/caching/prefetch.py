@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.config_keys import AUTO
@@ -83,23 +83,13 @@ def list_sources(
 
 def join_reports(reports: Sequence[CacheReport]) -> CacheReport:
     """Join the reports of several processes to one."""
-
-    def of_sources(name: str) -> tuple[Failure, ...]:
-        found = (one for report in reports for one in getattr(report, name))
-        return tuple(sorted(found, key=lambda one: str(one.path)))
-
-    return CacheReport(
-        written=sum(report.written for report in reports),
-        kept=sum(report.kept for report in reports),
-        foreign=sum(report.foreign for report in reports),
-        failures=of_sources("failures"),
-        dropped=of_sources("dropped"),
-        shortened=of_sources("shortened"),
-        silent=of_sources("silent"),
-        share=sum(report.share for report in reports),
-        whole=max((report.whole for report in reports), default=0),
-        right=frozenset().union(*(report.right for report in reports)),
-    )
+    found: dict[str, Any] = {"whole": max((report.whole for report in reports), default=0)}
+    for name in ("written", "kept", "foreign", "share"):
+        found[name] = sum(getattr(report, name) for report in reports)
+    for name in ("failures", "dropped", "shortened", "silent"):
+        some = (one for report in reports for one in getattr(report, name))
+        found[name] = tuple(sorted(some, key=lambda one: str(one.path)))
+    return CacheReport(**found, right=frozenset().union(*(report.right for report in reports)))
 
 
 def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[Row] = ()) -> None:
