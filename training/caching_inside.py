@@ -17,7 +17,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from dataset.batches.items import LiveTable, TrainingItem
+from dataset.batches.items import ItemKind, LiveTables, TrainingItem
 from dataset.cache.files import NpzNames, parse_latent_name, text_file_name
 from dataset.cache.npz import open_npz
 from dataset.cache.store import CacheStore, MemoryStore, Stores, npz_names, open_store
@@ -100,11 +100,11 @@ def prepare_sources(
     if any(store.entries for store in held):
         size_bytes = sum(store.size_bytes for store in held)
         logger.info("Caches in host memory: %s. Batches are read by no other process.", as_size(size_bytes))
-    tables = list_live_tables(plans, needs_captions=bool(live))
+    tables = list_live_tables(family.cache_tag, plans, needs_captions=bool(live))
     encoder = None
-    if any(table.media for table in tables.values()):
+    if not all(table.has_latents for table in tables.values()):
         logger.info("Pictures that change are encoded at each step: the VAE stays on the device.")
-        encoder = LiveMedia(family, tables, device)
+        encoder = LiveMedia(family, device)
         encoder.load()
     stays = encoder is not None or any(store.entries for store in held)
     return BatchSources(stores, tables, encoder, stays)
@@ -198,13 +198,13 @@ def stores_for_plan(plan: TablePlan, names: NpzNames) -> tuple[CacheStore, Cache
     return place(plan.latents), place(plan.texts)
 
 
-def list_live_tables(plans: Sequence[TablePlan], needs_captions: bool) -> Mapping[int, LiveTable]:
+def list_live_tables(tag: str, plans: Sequence[TablePlan], needs_captions: bool) -> LiveTables:
     """Return the tables whose sources are read while training, by index.
 
-    needs_captions: those of all tables. Raises DatasetError if captions are missing, MediaError for a picture
-    whose header cannot be read.
+    tag: the family's cache_tag. needs_captions: those of all tables. Raises DatasetError if captions are
+    missing, MediaError for a picture whose header cannot be read.
     """
-    found: dict[int, LiveTable] = {}
+    found: dict[int, ItemKind] = {}
     for plan in plans:
         if plan.latents is not Where.LIVE and not needs_captions:
             continue
@@ -215,7 +215,7 @@ def list_live_tables(plans: Sequence[TablePlan], needs_captions: bool) -> Mappin
         by_stem = {source.stem: source for source in sources}
         is_live = plan.latents is Where.LIVE
         sizes = {stem: _size(one) for stem, one in by_stem.items()} if is_live else None
-        found[plan.table.index] = LiveTable(by_stem, plan.texts is Where.LIVE, sizes)
+        found[plan.table.index] = ItemKind(tag, frozenset(), plan.texts is not Where.LIVE, sizes, by_stem)
     return found
 
 
@@ -342,8 +342,8 @@ def _switches(family: Family, options: TrainingOptions) -> Mapping[str, bool]:
 class LiveMedia:
     """The media encoders of a family, kept while training, for pictures."""
 
-    def __init__(self, family: Caches, tables: Mapping[int, LiveTable], device: torch.device) -> None:
-        self._family, self._tables = family, tables
+    def __init__(self, family: Caches, device: torch.device) -> None:
+        self._family = family
         self._encoders = EncodersOnDemand(family, device)
 
     def load(self) -> None:
@@ -371,7 +371,7 @@ class LiveMedia:
         return found
 
     def _read(self, item: TrainingItem, numbers: random.Random) -> DecodedMedia:
-        source = self._tables[item.table.index].sources[item.source_stem]
+        source = item.kind.sources[item.source_stem]
         # an item that is validated on has another table, which changes nothing
         source = replace(source, table=item.table)
         spec, fps = self._family.latent, self._family.defaults.fps

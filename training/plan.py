@@ -179,7 +179,7 @@ def _find_sources(
 def _warn_of_data(
     options: TrainingOptions, config: DatasetConfig, items: Sequence[TrainingItem], sources: BatchSources
 ) -> None:
-    if learn_no_references(items, sources.stores, sources.tables):
+    if learn_no_references(items, sources.stores):
         logger.warning("%s", NO_REFERENCE)
     takes_masks = options.subset is not None and options.subset.masked_loss
     if takes_masks and not any(table.mask_directory or table.alpha_mask for table in config.datasets):
@@ -270,8 +270,7 @@ def _find_items(
     found = require_items(listed, commands)
     check_channels(found, family.latent, commands, sources.stores)
     starting = import_own("dataset.batches.starting")
-    where_from = sources.stores, sources.tables
-    starting.check_caches(family, found, commands, *where_from, bool(texts.encoders), process)
+    starting.check_caches(family, found, commands, sources.stores, bool(texts.encoders), process)
     if process[0] == 0:
         hears = sound_of(family) is not None
         starting.compare_sources(config.datasets, listed, commands, family.cache_tag, hears)

@@ -12,7 +12,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from dataset.batches.checks import as_shape, latent_faults, sound_faults, text_faults
-from dataset.batches.items import NO_COMMANDS, NO_LIVE_TABLES, CachingCommands, LiveTables, TrainingItem
+from dataset.batches.items import NO_COMMANDS, CachingCommands, TrainingItem
 from dataset.cache.files import EMPTY, FLIPPED
 from dataset.cache.records import (
     CLOCK,
@@ -36,7 +36,6 @@ def read_batch(
     captions: Sequence[int] | None = None,
     stores: Stores | None = None,
     flips: Sequence[bool] = (),
-    live: LiveTables = NO_LIVE_TABLES,
     undropped: Sequence[int] = (),
     encoded: Mapping[int, Mapping[str, Tensor]] = MappingProxyType({}),
 ) -> data.Batch:
@@ -47,13 +46,13 @@ def read_batch(
     options, made from a source or a caption that has changed since, or not of the shape that the
     configuration asks for. checks: of the run, which remembers checked files. captions: the number of the
     caption to use of each item, or EMPTY; without it the first. stores: of the run, which keeps them open.
-    flips: which items are mirrored; () for none. live: of their texts that have no cache `captions` of the
-    batch are as the files have them, and no tensors. undropped: the numbers before dropout, for a teacher,
-    all cached; if `captions` are others, the batch has these texts too. encoded: what was encoded for items,
-    by their places: tensors without batch dimension.
+    flips: which items are mirrored; () for none. undropped: the numbers before dropout, for a teacher, all
+    cached; if `captions` are others, the batch has these texts too. encoded: what was encoded for items, by
+    their places: tensors without batch dimension. Of texts that have no cache there are `captions` alone, as
+    their files have them.
     """
     stores = stores or stores_for(items[0], latent)
-    reader = _Reader(stores, latent, commands, checks or CacheChecks(), live, encoded)
+    reader = _Reader(stores, latent, commands, checks or CacheChecks(), encoded)
     numbers, sides = captions or [0] * len(items), flips or [False] * len(items)
     media = [
         reader.read_media(item, place, side)
@@ -117,7 +116,6 @@ class _Reader:
     latent: data.LatentSpec
     commands: CachingCommands
     checks: CacheChecks
-    live: LiveTables
     encoded: Mapping[int, Mapping[str, Tensor]]
 
     def read_media(self, item: TrainingItem, place: int, flip: bool) -> _Part:
@@ -145,8 +143,7 @@ class _Reader:
     def read_text(self, item: TrainingItem, number: int) -> _Part:
         """Read a caption of an item, of which live texts have no tensors."""
         path, table, store = item.caption_path(number), item.table, self.stores.of_texts(item.table)
-        live = self.live.get(table.index)
-        caption = "" if live is None else live.caption(item.source_stem, number)
+        caption = item.kind.caption(item.source_stem, number)
         if not item.kind.has_text:
             return _Part(path, {}, caption=caption)
         with _remedy(self.commands.text, store):

@@ -10,7 +10,7 @@ of its sources, which other programs ignore.
 import logging
 import math
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, TypeVar
@@ -122,10 +122,7 @@ class NpzStore:
         """Return the file of an entry."""
         whole = name.removesuffix(cache_files.PART)
         part, stem = name[len(whole) :], whole.removesuffix(cache_files.SUFFIX)
-        for ours, theirs in self._ends():
-            if stem.endswith(ours):
-                stem = stem.removesuffix(ours) + theirs
-                break
+        stem = _other_end(stem, self._ends())
         file = f"{stem}{NPZ}{part}"
         source = self._source_stem(name)
         place = self.beside.get(source)
@@ -136,12 +133,9 @@ class NpzStore:
     def _source_stem(self, name: str) -> str:
         """Return the beginning of an entry's name that its source has; "" of the empty prompt."""
         whole, tag = name.removesuffix(cache_files.PART), self.tag
-        latents, further = (
-            cache_files.parse_latent_name(whole, tag, "image"),
-            cache_files.parse_more_text_name(whole, tag),
-        )
-        if latents is not None:
+        if (latents := cache_files.parse_latent_name(whole, tag, "image")) is not None:
             return latents.stem
+        further = cache_files.parse_more_text_name(whole, tag)
         return (further[0] if further is not None else cache_files.parse_text_name(whole, tag)) or ""
 
     def _entry_name(self, file: str, folder: Path, stems: Mapping[Path, str]) -> str | None:
@@ -151,11 +145,7 @@ class NpzStore:
         """
         whole = file.removesuffix(cache_files.PART)
         part, stem = file[len(whole) :], whole.removesuffix(NPZ)
-        for ours, theirs in self._ends():
-            if stem.endswith(theirs):
-                stem = stem.removesuffix(theirs) + ours
-                break
-        name = stem + cache_files.SUFFIX
+        name = _other_end(stem, [pair[::-1] for pair in self._ends()]) + cache_files.SUFFIX
         is_one = self._is_text(name) or cache_files.parse_latent_name(name, self.tag, "image") is not None
         if not (is_one and whole.endswith(NPZ)):
             return None
@@ -189,8 +179,7 @@ class NpzStore:
         return f"_{height}x{width}"
 
     def _read_latents(self, name: str) -> cache_files.Entry:
-        path, grid, latent = self._path(name), self._grid(name), self.latent
-        end = "_{}x{}".format(*grid)
+        path, grid, latent, end = self._path(name), self._grid(name), self.latent, self._suffix(name)
         found = read_arrays(path, lambda one: one.endswith(end))
         arrays = {one.removesuffix(end): array for one, array in found.items()}
         if "latents" not in arrays:
@@ -313,6 +302,11 @@ class NpzStore:
                 arrays[zeros] = np.zeros(columns, np.float32)
         more = {one: format_array(array) for one, array in arrays.items() if one not in members}
         write_members(self._path(name), members | more)
+
+
+def _other_end(stem: str, ends: Sequence[tuple[str, str]]) -> str:
+    """Return a name with the second of a pair of ends in place of the first; others as they are."""
+    return next((stem.removesuffix(one) + other for one, other in ends if stem.endswith(one)), stem)
 
 
 def open_npz(table: DatasetTable, names: cache_files.NpzNames | None, folder: Path) -> NpzStore:

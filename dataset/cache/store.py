@@ -27,43 +27,35 @@ class CacheStore(Protocol):
     @property
     def folder(self) -> Path:
         """Return the cache folder, there or not."""
-        ...
 
     @property
     def holds_only_caches(self) -> bool:
         """Return whether all names are those of caches, so that a damaged one may be removed."""
-        ...
 
     @property
     def is_shared(self) -> bool:
         """Return whether other programs keep entries there: theirs count if they fit, and none is stale."""
-        ...
 
     def names(self) -> Collection[str]:
         """Return the names of all entries, and of other files that lie beside them."""
-        ...
 
     def __contains__(self, name: str) -> bool:
         """Whether there is an entry of that name, whole or damaged."""
-        ...
 
     def read(self, name: str, is_whole: bool = True) -> Entry:
         """Read an entry to the CPU; its header alone if it is not wanted whole.
 
         Raises CacheError if it is missing or damaged.
         """
-        ...
 
     def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         """Write an entry, in place of one of the same name. tensors: by their names in the file.
 
         Equal contents give equal bytes. Raises OutputError.
         """
-        ...
 
     def remove(self, name: str) -> None:
         """Remove an entry, if it is there."""
-        ...
 
     def close(self, is_last: bool = False) -> None:
         """Make sure that all that was written survives, as the last act of a writer; more may follow.
@@ -71,7 +63,6 @@ class CacheStore(Protocol):
         is_last: all writers of a run have finished, and this process puts the store in order. Raises
         OutputError if there is no room for it; nothing is lost then.
         """
-        ...
 
 
 @dataclass(frozen=True)

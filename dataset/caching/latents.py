@@ -15,7 +15,7 @@ from dataset.cache.records import LatentRecord, identify
 from dataset.cache.store import CacheStore
 from dataset.caching.existing import Names, media_table
 from dataset.caching.planning import Recipe, SourcePlan, complete
-from dataset.caching.prefetch import check_memory
+from dataset.caching.prefetch import check_memory, fill_batches
 from dataset.sources.decoding import DecodedMedia, decode_source
 from dataset.sources.fetching import fetch
 from dataset.sources.frames import kept_rate, shrink_mask
@@ -70,24 +70,14 @@ def decode(plan: SourcePlan, existing: Names, recipe: Recipe) -> tuple[SourcePla
 
 
 def batches(items: Iterable[DecodedMedia], size: int | None) -> Iterator[list[DecodedMedia]]:
-    """Yield items of equal shapes together: when a batch is full, or too many bytes wait. size: of a batch;
-    None: that of its table.
-    """
-    waiting: dict[tuple[object, ...], list[DecodedMedia]] = {}
-    for item in items:
+    """Yield items of equal shapes together. size: of a batch; None: that of its table."""
+
+    def group(item: DecodedMedia) -> tuple[object, ...]:
         counts = len(item.control), len(item.references)
-        group = (item.table.index, counts, *(one.shape for one in item.arrays))
-        same = waiting.setdefault(group, [])
-        same.append(item)
-        is_full = len(same) >= (size or item.table.batch_size)
-        del item, same  # frees its frames before waiting for the next source
-        if is_full:
-            yield waiting.pop(group)
-        sizes = {group: sum(item.size_bytes for item in some) for group, some in waiting.items()}
-        if sum(sizes.values()) > PARTIAL_BYTES:
-            yield waiting.pop(max(sizes, key=sizes.__getitem__))
-    while waiting:
-        yield waiting.pop(next(iter(waiting)))
+        return (item.table.index, counts, *(one.shape for one in item.arrays))
+
+    most, bytes_of = (lambda item: size or item.table.batch_size), (lambda item: item.size_bytes)
+    return fill_batches(items, group, most, bytes_of, PARTIAL_BYTES)
 
 
 class EncodersOnDemand:

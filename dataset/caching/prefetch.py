@@ -4,7 +4,7 @@ import collections
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -237,6 +237,30 @@ class WriteBehind:
     def _collect(self, most: int) -> None:
         while len(self._waiting) > most or (self._waiting and self._waiting[0].done()):
             self._waiting.popleft().result()
+
+
+def fill_batches(
+    items: Iterable[T],
+    group_of: Callable[[T], object],
+    most_of: Callable[[T], int],
+    bytes_of: Callable[[T], int],
+    most_bytes: int,
+) -> Iterator[list[T]]:
+    """Yield items of one group together: when there are `most_of` them, or, if all that wait take more than
+    `most_bytes`, the group that takes most; the rest at the end.
+    """
+    waiting: dict[object, list[T]] = {}
+    for item in items:
+        group, most = group_of(item), most_of(item)
+        waiting.setdefault(group, []).append(item)
+        del item  # frees its frames before waiting for the next source
+        if len(waiting[group]) >= most:
+            yield waiting.pop(group)
+        sizes = {group: sum(map(bytes_of, some)) for group, some in waiting.items()}
+        if sum(sizes.values()) > most_bytes:
+            yield waiting.pop(max(sizes, key=sizes.__getitem__))
+    while waiting:
+        yield waiting.pop(next(iter(waiting)))
 
 
 DECODED_BYTES = 3 << 29  # 1.5 GiB of frames that wait for their consumer

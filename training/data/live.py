@@ -59,9 +59,7 @@ class BatchSources:
         encoded = {} if self.media is None else self.media.encode(items, *stream)
         # what is encoded now has been mirrored already
         sides = [flip and place not in encoded for place, flip in enumerate(flips)]
-        return read_batch(
-            items, latent, commands, checks, captions, self.stores, sides, self.tables, undropped, encoded
-        )
+        return read_batch(items, latent, commands, checks, captions, self.stores, sides, undropped, encoded)
 
 
 logger = logging.getLogger(__name__)

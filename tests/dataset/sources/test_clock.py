@@ -12,7 +12,7 @@ import torch
 
 from data_tools.report.check import check_caching
 from dataset.batches.finding import find_items
-from dataset.batches.items import NO_COMMANDS, NO_LIVE_TABLES
+from dataset.batches.items import NO_COMMANDS
 from dataset.batches.starting import check_caches
 from dataset.cache.files import read_entry, write_tensors
 from dataset.cache.records import latent_metadata, latent_record
@@ -120,7 +120,7 @@ def test_caches_that_one_clock_changes_are_made_anew_and_other_lengths_are_told(
     texts = path.with_name(f"{find_sources(config.datasets[0])[0].stem}_toy_te.safetensors")
     write_tensors(texts, {"t5_float32": torch.ones(1, 4)}, {})
     items = find_items(config, "toy", family.latent).items
-    check = partial(check_caches, family, items, NO_COMMANDS, Stores(), NO_LIVE_TABLES, True)
+    check = partial(check_caches, family, items, NO_COMMANDS, Stores(), True)
     check()
     assert "is of an earlier version" not in caplog.text
     write_tensors(path, entry.named, {**entry.metadata, **changed})
