@@ -38,7 +38,7 @@ def cache_family_latents(
         config = with_sound_files(config, *sounds)
 
     tell_loading()
-    from dataset.caching.loop import run_latent_caching  # torch loads here, after every option has been read
+    from dataset.caching import loop  # torch loads here, after every option has been read
 
     words = ["python", f"{entry.cache}_text_encoder_outputs.py", *entry.texts.split()]
     words += entry.repeat_options(own)
@@ -47,7 +47,7 @@ def cache_family_latents(
     config = for_family(
         config, made.references, made.latent.frame_step, made.latent.in_sections, made.can.references
     )
-    (run or run_latent_caching)(made, config, options, debug, following)
+    (run or partial(loop.run_caching, loop.LATENTS))(made, config, options, debug, following)
 
 
 def cache_family_texts(
@@ -59,14 +59,14 @@ def cache_family_texts(
     config = load_dataset_config(options.dataset_config)
 
     tell_loading()
-    from dataset.caching.loop import run_text_caching  # torch loads here, after every option has been read
+    from dataset.caching import loop  # torch loads here, after every option has been read
 
     words = ["python", f"{entry.script}_train_network.py", *entry.training, *entry.repeat_options(own)]
     following = _next_command([*words, "--dataset_config", str(options.dataset_config), "--check"])
     made = entry.make_family("text_caching", own)
     # texts are the same whatever the keys of sections say
     config = for_family(config, made.references, made.latent.frame_step, True, made.can.references)
-    (run or run_text_caching)(made, config, options, following)
+    (run or partial(loop.run_caching, loop.TEXTS))(made, config, options, None, following)
 
 
 def _next_command(words: Sequence[str]) -> str:

@@ -134,9 +134,7 @@ class SubsetOptions(Options, title="data sets without a TOML file"):
         often=True,
     )
     reg_data_dir: Path | None = option(
-        "folder with folders REPEATS_CLASS of regularisation pictures",
-        place="folder",
-        needs="train_data_dir",
+        "folder with folders REPEATS_CLASS of regularisation pictures", place="folder", needs="train_data_dir"
     )
     in_json: Path | None = option(
         "JSON file with caption and tags of each picture", place="file", needs="train_data_dir"

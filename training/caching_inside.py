@@ -17,13 +17,13 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from dataset.batches.items import LiveTable, TrainingItem
+from dataset.batches.items import ItemKind, LiveTables, TrainingItem
 from dataset.cache.files import NpzNames, parse_latent_name, text_file_name
 from dataset.cache.npz import open_npz
 from dataset.cache.store import CacheStore, MemoryStore, Stores, npz_names, open_store
-from dataset.caching.latents import EncodersOnDemand, Item, batch_media, cut
+from dataset.caching.latents import EncodersOnDemand, batch_media
 from dataset.options import CachingInRunOptions, CachingOptions
-from dataset.sources.decoding import IMAGE_SPANS, decode_source
+from dataset.sources.decoding import IMAGE_SPANS, DecodedMedia, decode_source
 from dataset.sources.fetching import fetch
 from dataset.sources.frames import shrink_mask
 from dataset.sources.listing import find_all_sources, require_captions
@@ -100,11 +100,11 @@ def prepare_sources(
     if any(store.entries for store in held):
         size_bytes = sum(store.size_bytes for store in held)
         logger.info("Caches in host memory: %s. Batches are read by no other process.", as_size(size_bytes))
-    tables = list_live_tables(plans, needs_captions=bool(live))
+    tables = list_live_tables(family.cache_tag, plans, needs_captions=bool(live))
     encoder = None
-    if any(table.media for table in tables.values()):
+    if not all(table.has_latents for table in tables.values()):
         logger.info("Pictures that change are encoded at each step: the VAE stays on the device.")
-        encoder = LiveMedia(family, tables, device)
+        encoder = LiveMedia(family, device)
         encoder.load()
     stays = encoder is not None or any(store.entries for store in held)
     return BatchSources(stores, tables, encoder, stays)
@@ -198,13 +198,13 @@ def stores_for_plan(plan: TablePlan, names: NpzNames) -> tuple[CacheStore, Cache
     return place(plan.latents), place(plan.texts)
 
 
-def list_live_tables(plans: Sequence[TablePlan], needs_captions: bool) -> Mapping[int, LiveTable]:
+def list_live_tables(tag: str, plans: Sequence[TablePlan], needs_captions: bool) -> LiveTables:
     """Return the tables whose sources are read while training, by index.
 
-    needs_captions: those of all tables. Raises DatasetError if captions are missing, MediaError for a picture
-    whose header cannot be read.
+    tag: the family's cache_tag. needs_captions: those of all tables. Raises DatasetError if captions are
+    missing, MediaError for a picture whose header cannot be read.
     """
-    found: dict[int, LiveTable] = {}
+    found: dict[int, ItemKind] = {}
     for plan in plans:
         if plan.latents is not Where.LIVE and not needs_captions:
             continue
@@ -215,7 +215,7 @@ def list_live_tables(plans: Sequence[TablePlan], needs_captions: bool) -> Mappin
         by_stem = {source.stem: source for source in sources}
         is_live = plan.latents is Where.LIVE
         sizes = {stem: _size(one) for stem, one in by_stem.items()} if is_live else None
-        found[plan.table.index] = LiveTable(by_stem, plan.texts is Where.LIVE, sizes)
+        found[plan.table.index] = ItemKind(tag, frozenset(), plan.texts is not Where.LIVE, sizes, by_stem)
     return found
 
 
@@ -342,8 +342,8 @@ def _switches(family: Family, options: TrainingOptions) -> Mapping[str, bool]:
 class LiveMedia:
     """The media encoders of a family, kept while training, for pictures."""
 
-    def __init__(self, family: Caches, tables: Mapping[int, LiveTable], device: torch.device) -> None:
-        self._family, self._tables = family, tables
+    def __init__(self, family: Caches, device: torch.device) -> None:
+        self._family = family
         self._encoders = EncodersOnDemand(family, device)
 
     def load(self) -> None:
@@ -357,11 +357,11 @@ class LiveMedia:
         stream: what random numbers are seeded by. Raises MediaError if a picture cannot be read, DatasetError
         if it has changed its size.
         """
-        groups: dict[tuple[object, ...], list[tuple[int, Item]]] = {}
+        groups: dict[tuple[object, ...], list[tuple[int, DecodedMedia]]] = {}
         for place, item in enumerate(items):
             if not item.kind.has_latents:
                 read = self._read(item, random.Random(derive_seed(*stream, "picture", place)))
-                key = (item.table.index, *(tensor.shape for tensor in read.tensors))
+                key = (item.table.index, *(one.shape for one in read.arrays))
                 groups.setdefault(key, []).append((place, read))
         found: dict[int, dict[str, Tensor]] = {}
         for pairs in groups.values():
@@ -370,8 +370,8 @@ class LiveMedia:
             found |= self._encode([place for place, _ in pairs], [read for _, read in pairs], keys)
         return found
 
-    def _read(self, item: TrainingItem, numbers: random.Random) -> Item:
-        source = self._tables[item.table.index].sources[item.source_stem]
+    def _read(self, item: TrainingItem, numbers: random.Random) -> DecodedMedia:
+        source = item.kind.sources[item.source_stem]
         # an item that is validated on has another table, which changes nothing
         source = replace(source, table=item.table)
         spec, fps = self._family.latent, self._family.defaults.fps
@@ -380,10 +380,10 @@ class LiveMedia:
         if media.bucket != item.bucket:
             sides = "x".join(map(str, media.size))
             raise DatasetError(f"{source.path} has {sides} pixels now, not those that it had at the start")
-        return cut(media, IMAGE_SPANS[0])
+        return media.cut(IMAGE_SPANS[0])
 
     def _encode(
-        self, places: Sequence[int], pictures: Sequence[Item], keys: Sequence[str]
+        self, places: Sequence[int], pictures: Sequence[DecodedMedia], keys: Sequence[str]
     ) -> dict[int, dict[str, Tensor]]:
         media = batch_media(pictures, keys)
         with torch.no_grad():
@@ -392,6 +392,6 @@ class LiveMedia:
         for place, picture, (entry,) in zip(places, pictures, encoded, strict=True):
             tensors = {key: tensor.detach().cpu() for key, tensor in entry.tensors.items()}
             if picture.mask is not None:
-                tensors[LOSS_MASK] = shrink_mask(picture.mask, self._family.latent.stride)
+                tensors[LOSS_MASK] = shrink_mask(torch.from_numpy(picture.mask), self._family.latent.stride)
             found[place] = tensors
         return found

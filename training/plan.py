@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 
 from dataset.batches.checks import SameEncoders, check_channels
 from dataset.batches.finding import find_items, learn_no_references, require_items
-from dataset.batches.items import CachingCommands, LiveParts, TrainingItem
+from dataset.batches.items import CachingCommands, TrainingItem
 from dataset.batches.order import BatchOrder, split_validation
 from dataset.cache.store import Stores, npz_names
 from dataset.config import DatasetConfig, for_family, load_dataset_config
@@ -167,7 +167,7 @@ def _find_sources(
 def _warn_of_data(
     options: TrainingOptions, config: DatasetConfig, items: Sequence[TrainingItem], sources: BatchSources
 ) -> None:
-    if learn_no_references(items, sources.stores, sources.tables):
+    if learn_no_references(items, sources.stores):
         logger.warning("%s", NO_REFERENCE)
     takes_masks = options.subset is not None and options.subset.masked_loss
     if takes_masks and not any(table.mask_directory or table.alpha_mask for table in config.datasets):
@@ -257,8 +257,8 @@ def _find_items(
     listed = find_items(config, *parts, *where)
     found = require_items(listed, commands)
     check_channels(found, family.latent, commands, sources.stores)
-    starting, live = import_own("dataset.batches.starting"), LiveParts(sources.tables)
-    starting.check_caches(family, found, commands, sources.stores, live, bool(texts.encoders), process)
+    starting = import_own("dataset.batches.starting")
+    starting.check_caches(family, found, commands, sources.stores, bool(texts.encoders), process)
     if process[0] == 0:
         hears = sound_of(family) is not None
         starting.compare_sources(config.datasets, listed, commands, family.cache_tag, hears)

@@ -116,7 +116,7 @@ def _plan(
         )
     stores = open_stores(family, plans)
     parts = family.cache_tag, family.latent, family.text_keys
-    tables = list_live_tables(plans, needs_captions=bool(texts.encoders))
+    tables = list_live_tables(family.cache_tag, plans, needs_captions=bool(texts.encoders))
     found = require_items(find_items(config, *parts, stores, tables, sound_of(family)), commands)
     check_channels(found, family.latent, commands, stores)
     items, _ = split_validation(found, options.validation.validation_split)

@@ -8,12 +8,11 @@ spaced, and the nearest size. Each file is written completely or not at all; `vi
 import contextlib
 import hashlib
 import json
-import math
 import os
 import random
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,7 @@ from data_tools.cogvideox.models import DTYPES, EncodeMoments
 from data_tools.cogvideox.options import ClipSourceOptions, EncodingOptions, PrepareOptions, ShapeOptions
 from dataset.cache.records import require_finite
 from dataset.caching.given import describe_embeds, embeds_note
-from dataset.caching.prefetch import DECODED_BYTES, Failure, WriteBehind, run_ahead
+from dataset.caching.prefetch import DECODED_BYTES, Failure, WriteBehind, fill_batches, run_ahead
 from dataset.config import DatasetTable
 from dataset.sources.cogvideox import missing_clips, read_rows
 from dataset.sources.media_source import EMBEDS, IMAGE_MOMENTS, MOMENTS, Fault, raise_faults
@@ -43,7 +42,6 @@ from modules.seeds import derive_seed
 from modules.text_files import parse_json, read_text
 
 T = TypeVar("T")
-Shape = tuple[int, int, int]  # frames, height, width
 Clip = NDArray[np.uint8]  # F H W 3
 Draws = tuple[tuple[float, float], bool]  # place of the part that is cut out, left and top in 0..1; mirrored
 MOST_WAITING = 1 << 29  # bytes of frames whose batch is not full
@@ -237,16 +235,15 @@ def prepare_clips(
     def read(item: PreparedItem) -> Clip:
         return read_clip(item.source, shape, item.name, threads.num_decode_threads)
 
-    def clips() -> Iterator[tuple[Shape, tuple[PreparedItem, Clip]]]:
-        """Yield each clip with its shape, in order, while threads read later ones."""
+    def clips() -> Iterator[tuple[PreparedItem, Clip]]:
+        """Yield each clip in order, while threads read later ones."""
         for item, result in ahead:
             if isinstance(result, (MediaError, OSError)):
                 failures.append(Failure(item.source, str(result), 0, item.name))
             elif isinstance(result, Exception):
                 raise result
             else:
-                frames, height, width = result.shape[:3]
-                yield (frames, height, width), (item, result)
+                yield item, result
             bar.update()
 
     workers = max(1, threads.dataloader_num_workers)
@@ -256,7 +253,8 @@ def prepare_clips(
         Bar(len(items), "Preparing", "clip", show_progress) as bar,
         contextlib.closing(run_ahead(items, read, workers, lambda _: size_bytes, DECODED_BYTES)) as ahead,
     ):
-        for batch in batches_by_shape(clips(), settings.batch_size):
+        size, shape_of = settings.batch_size, lambda one: one[1].shape
+        for batch in fill_batches(clips(), shape_of, lambda _: size, lambda one: one[1].nbytes, MOST_WAITING):
             frames = [clip for _, clip in batch]
             moments = firsts = None
             if encode is not None:
@@ -285,27 +283,6 @@ def _encode_clips(
         moments = encode(to_pixels(frames.to(device, non_blocking=settings.pin_memory)))
         found += [one.to(DTYPES[settings.dtype]).cpu().clone() for one in moments]
     return found
-
-
-def batches_by_shape(
-    items: Iterable[tuple[Shape, T]], batch_size: int, most_bytes: int = MOST_WAITING
-) -> Iterator[list[T]]:
-    """Yield lists of `batch_size` items of one shape, each when it is full; the rest at the end.
-
-    If the frames that wait take more than `most_bytes`, the group that takes most goes before it is full.
-    """
-    waiting: dict[Shape, list[T]] = {}
-
-    def size_bytes(shape: Shape) -> int:
-        return 3 * math.prod(shape) * len(waiting[shape])
-
-    for shape, item in items:
-        waiting.setdefault(shape, []).append(item)
-        if len(waiting[shape]) == batch_size:
-            yield waiting.pop(shape)
-        elif sum(map(size_bytes, waiting)) > most_bytes:
-            yield waiting.pop(max(waiting, key=size_bytes))
-    yield from waiting.values()
 
 
 # --- frames and sizes
@@ -353,10 +330,7 @@ def choose_frames(available: int, buckets: Sequence[int], most: int) -> int | No
 def choose_size(size: Size, heights: Sequence[int], widths: Sequence[int]) -> Size:
     """Return the (width, height) with the smallest |Δh| + |Δw|; the first of equally near ones."""
     width, height = size
-    return (
-        min(widths, key=lambda one: abs(one - width)),
-        min(heights, key=lambda one: abs(one - height)),
-    )
+    return (min(widths, key=lambda one: abs(one - width)), min(heights, key=lambda one: abs(one - height)))
 
 
 def shape_frame(frame: Frame, size: Size, options: ShapeOptions, draws: Draws) -> Frame:

@@ -15,14 +15,7 @@ from threading import Event
 
 from data_tools.cutting.clips import PlannedClip, look_at, plan_clips
 from data_tools.cutting.options import CuttingOptions
-from data_tools.cutting.records import (
-    MARK,
-    ClipList,
-    CutRecord,
-    read_records,
-    start_record,
-    write_record,
-)
+from data_tools.cutting.records import MARK, ClipList, CutRecord, read_records, start_record, write_record
 from data_tools.cutting.scenes import load_detector
 from dataset.caching.prefetch import Failure, failure_error
 from dataset.sources.media_source import readable_stem

@@ -133,7 +133,7 @@ def _compare_media(
     record: LatentRecord | None = None
     for name, *_ in listed[:FIRST]:
         with contextlib.suppress(CacheError):
-            record = latent_record(store.read(name, is_whole=False).header)
+            record = latent_record(store.read(name, is_whole=False))
         if record is not None:
             break
     # in how many sections a model cuts a length is seen by the files of its items
@@ -178,7 +178,7 @@ def _compare_texts(
     recorded: Mapping[str, TextRecord] = {}
     for file in files[:FIRST]:
         with contextlib.suppress(CacheError):
-            recorded = text_records(store.read(file.file_name, is_whole=False).header)
+            recorded = text_records(store.read(file.file_name, is_whole=False))
         if recorded:
             break
     encoders = [
@@ -199,7 +199,7 @@ def _compare_texts(
         else:
             state, encoder = STALE, plan.missing[0]
             try:
-                record = text_records(store.read(name, is_whole=False).header).get(encoder)
+                record = text_records(store.read(name, is_whole=False)).get(encoder)
             except CacheError as error:
                 why = str(error)
             else:

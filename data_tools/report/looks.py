@@ -13,7 +13,7 @@ import numpy as np
 from markupsafe import Markup
 
 from data_tools.report.sound import Heard, draw_sound, is_heard, listen
-from dataset.sources.cogvideox import measure_source
+from dataset.sources.cogvideox import measure_source, whole_span
 from dataset.sources.decoding import decode_source, fit_of, plan_source, source_frames, spans_or_reason
 from dataset.sources.fetching import fetch
 from dataset.sources.frames import Span, compare_rates, describe_short
@@ -207,9 +207,9 @@ def _look_over(
     try:
         if source.tensors is not None:  # its clip, which need not be there, is not read
             given = measure_source(source, latent)
-            spans = (given.span(latent.frame_step),)
-            found |= {"size": given.size, "fit": fit_cover(given.size, given.size), "frames": given.frames}
-            found |= {"bytes": _size_bytes(source), "used": given.frames, "spans": spans}
+            spans = (whole_span(given, latent.frame_step),)
+            found |= {"size": given.size, "fit": fit_cover(given.size, given.size), "spans": spans}
+            found |= dict.fromkeys(("frames", "used"), given.kept_frames) | {"bytes": _size_bytes(source)}
         else:
             with fetch(source) as here:
                 _read_frames(here, fps, latent, take, found)

@@ -10,13 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.report.findings import (
-    NO_CAPTION,
-    TableFindings,
-    count_batches,
-    count_references,
-    is_unread,
-)
+from data_tools.report.findings import NO_CAPTION, TableFindings, count_batches, count_references, is_unread
 from data_tools.report.looks import Look, cut_percent
 from data_tools.report.sound import count_tracks
 from dataset.config import DatasetConfig

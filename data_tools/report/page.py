@@ -8,13 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.report.findings import (
-    NO_COUNTERS,
-    CheckResult,
-    Counters,
-    TableFindings,
-    references_in_words,
-)
+from data_tools.report.findings import NO_COUNTERS, CheckResult, Counters, TableFindings, references_in_words
 from data_tools.report.looks import Look, ShownReference, StripSize, show, show_references
 from data_tools.report.numbers import Numbers, count_fits
 from data_tools.report.options import ReportOptions

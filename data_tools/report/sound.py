@@ -68,11 +68,7 @@ def listen(source: MediaSource, fps: float) -> Heard:
 
 
 def check_sound(
-    table: DatasetTable,
-    plans: Sequence[SourcePlan],
-    work: SoundWork,
-    fps: float,
-    workers: int,
+    table: DatasetTable, plans: Sequence[SourcePlan], work: SoundWork, fps: float, workers: int
 ) -> tuple[list[str], list[Fault], list[Fault]]:
     """Return lines about the sound of a table and its caches, faults, and remarks. plans: of its latents."""
 

@@ -17,8 +17,7 @@ from dataset.batches.order import changed_caption
 from dataset.caching.prefetch import CacheReport, Failure, read_ahead
 from dataset.config import DatasetConfig
 from dataset.options import COLOURS, DebugOptions
-from dataset.sources.decoding import DecodedSource, decode_source
-from dataset.sources.frames import Span
+from dataset.sources.decoding import DecodedMedia, decode_source
 from dataset.sources.listing import find_sources
 from dataset.sources.media_source import MediaSource
 from modules.bars import Bar
@@ -45,13 +44,13 @@ def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions,
     failures: list[Failure] = []
     dropped: list[Failure] = []
 
-    def decode(source: MediaSource) -> DecodedSource:
+    def decode(source: MediaSource) -> DecodedMedia:
         # a picture that is another each time is shown as it may be trained once
         return decode_source(
             source, fps, latent.pixel_step, latent.frame_step, _numbers(source), latent.masks_latents
         )
 
-    def show_items(media: DecodedSource, most: int | None) -> Iterator[str]:
+    def show_items(media: DecodedMedia, most: int | None) -> Iterator[str]:
         """Show the items of a source, at most so many; yield the answer to each."""
         for span in media.spans[:most]:
             (width, height), size = media.bucket, f"{media.size[0]}x{media.size[1]}"
@@ -59,7 +58,7 @@ def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions,
             caption = _caption(media.source) or "(no caption)"
             logger.info("%s, %s%dx%d from %s: %s", media.key(span), frames, width, height, size, caption)
             name = f"{media.source.table.index}_{media.key(span)}"
-            yield _show(way, folder / name, side_by_side(media, span), fps, debug)
+            yield _show(way, folder / name, side_by_side(media.cut(span)), fps, debug)
 
     for table in config.datasets:
         logger.info("%s", table.name)
@@ -135,11 +134,11 @@ def _numbers(source: MediaSource) -> random.Random:
     return random.Random(derive_seed(0, source.stem))
 
 
-def side_by_side(media: DecodedSource, span: Span) -> NDArray[np.uint8]:
+def side_by_side(item: DecodedMedia) -> NDArray[np.uint8]:
     """Return an item's frames (F H W 3), to the right control media and the mask; transparent is grey."""
-    parts = [media.crop(span)]
+    parts = [item.frames]
     height = parts[0].shape[1]
-    for frames in media.control_crops(span):
+    for frames in item.control:
         if frames.shape[-1] != 3:
             alpha = frames[..., 3:].astype(np.float32) / 255
             frames = np.asarray(frames[..., :3] * alpha + 127.5 * (1 - alpha)).round().astype(np.uint8)
@@ -147,8 +146,7 @@ def side_by_side(media: DecodedSource, span: Span) -> NDArray[np.uint8]:
             size = (max(1, round(frames.shape[2] * height / frames.shape[1])), height)
             frames = np.stack([resize_frame(frame, size, "area") for frame in frames])
         parts.append(frames)
-    mask = media.mask_crop(span)
-    parts += [] if mask is None else [np.repeat(mask[..., None], 3, axis=3)]
+    parts += [] if item.mask is None else [np.repeat(item.mask[..., None], 3, axis=3)]
     return np.concatenate(parts, axis=2)
 
 

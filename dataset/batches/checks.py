@@ -40,8 +40,8 @@ def check_channels(
     for *_, item in group_items(items).values():
         if not item.kind.has_latents:
             continue
-        header = stores.of(item.table).read(item.latent_path.name, is_whole=False).header
-        shapes = [header.shapes[name] for name in header.names if tensor_key(name) == "latents"]
+        header = stores.of(item.table).read(item.latent_path.name, is_whole=False)
+        shapes = [header.shapes[name] for name in header.shapes if tensor_key(name) == "latents"]
         channels = next((shape[0] for shape in shapes if shape), latent.channels)
         if channels != latent.channels:
             raise CacheError(

@@ -4,17 +4,15 @@ import contextlib
 import logging
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 
 from dataset.batches.items import (
-    CACHED,
     NO_COMMANDS,
     CachingCommands,
     ItemKind,
-    LiveTable,
+    LiveTables,
     TrainingItem,
     tables_of,
     text_name,
@@ -52,7 +50,14 @@ class FoundItems:
     unsound: list[tuple[DatasetTable, str]] = field(default_factory=list)  # why caches may be missing
     missing_sound: list[Path] = field(default_factory=list)  # of tables with audio = "required"
     silent: SoundSpec | None = None  # of a run with sound, if no item has any
-    removed: list[Path] = field(default_factory=list)  # sources with caches that no table has; without suffix
+    # by folder, which several tables may share: names of sources; and others that have caches there
+    listed: dict[Path, set[str]] = field(default_factory=dict)
+    unlisted: dict[tuple[Path, str], None] = field(default_factory=dict)
+
+    @property
+    def removed(self) -> list[Path]:
+        """Return the sources with caches that no table has, without suffix."""
+        return [folder / stem for folder, stem in self.unlisted if stem not in self.listed[folder]]
 
 
 def find_items(
@@ -61,7 +66,7 @@ def find_items(
     latent: LatentSpec,
     text_keys: frozenset[str] = frozenset(),
     stores: Stores | None = None,
-    live: Mapping[int, LiveTable] = MappingProxyType({}),
+    live: LiveTables | None = None,
     sound: SoundSpec | None = None,
 ) -> FoundItems:
     """Find all items by the names of their files; no more than headers are opened. Where sources are listed
@@ -70,91 +75,74 @@ def find_items(
     text_keys: the keys of a whole text cache. stores: of the run, if caches are elsewhere than the tables
     say. live: tables encoded while training, by index. sound: of a family that hears.
     """
-    stores = stores or Stores(cache_files.NpzNames(cache_tag, latent, text_keys))
-    search = _Search(cache_tag, latent, text_keys, stores, sound)
+    stores = stores or Stores((cache_tag, latent, text_keys))
+    found, usual = FoundItems(), ItemKind(cache_tag)
     for table in config.datasets:
-        search.add_table(table, live.get(table.index, CACHED))
-    found = search.found
-    found.removed = [folder / stem for folder, stem in search.unlisted if stem not in search.listed[folder]]
+        kind = replace((live or {}).get(table.index, usual), text_keys=text_keys)
+        _add_table(found, table, kind, latent, stores, sound)
     if found.items and not live and not any(item.has_sound for item in found.items):
         found.silent = sound
     return found
 
 
-@dataclass
-class _Search:
-    """What `find_items` was given, and what it has found."""
-
-    tag: str
-    latent: LatentSpec
-    text_keys: frozenset[str]
-    stores: Stores
-    sound: SoundSpec | None
-    found: FoundItems = field(default_factory=FoundItems)
-    # by folder, which several tables may share: names of sources
-    listed: dict[Path, set[str]] = field(default_factory=dict)
-    unlisted: dict[tuple[Path, str], None] = field(default_factory=dict)  # others that have caches there
-
-    def add_table(self, table: DatasetTable, live: LiveTable) -> None:
-        """Add the items of a table."""
-        store, texts_store, found = self.stores.of(table), self.stores.of_texts(table), self.found
-        names = store.names()
-        if table.index not in self.stores.given:
-            found.unsound += [(table, line) for line in _list_unsound(names, table, self.tag)]
-        end = f"_{self.tag}{cache_files.SUFFIX}"
-        latent_files = live.latent_names(self.tag) if live.media else names
-        wanted = sorted([name for name in latent_files if name.endswith(end)])
-        stems = _listed_stems(table, store, live, wanted)
-        if stems is not None:
-            self.listed.setdefault(table.picture_folder, set()).update(stems)
-        text_names = [] if live.texts else names if texts_store is store else texts_store.names()
-        texts = None if live.texts else _TextNames(table, text_names, self.tag, found)
-        clips = cache_files.latent_names(wanted, self.tag, table.kind) if table.kind == "video" else ()
-        # how many files each clip in sections has: all that differ in their section alone
-        parts = Counter(
-            (stem, replace(what, section=None)) for _, stem, what in clips if what.section is not None
-        )
-        sound = self.sound if table.kind == "video" and table.audio != IGNORE else None
-        with_sound = {
-            name
-            for name in names
-            if sound and name.endswith(f"_{cache_files.sound_tag(self.tag)}{cache_files.SUFFIX}")
-        }
-        del names, text_names, latent_files  # a million names: what is needed of them is held elsewhere
-        kind = ItemKind(self.tag, self.text_keys, not live.media, not live.texts)
-        takes = table.references or table.clip_references
-        has_references = takes is not None and table.batch_size > 1 and kind.has_latents
-        buckets: dict[int, tuple[int, ...]] = {}  # by the meaning of the end of a name, by identity
-        sizes: dict[tuple[int, ...], tuple[int, ...]] = {}  # each once: of references, of sound
-        is_empty, folder = True, table.cache_directory
-        with pause_collection():
-            for name, stem, what in cache_files.latent_names(wanted, self.tag, table.kind):
-                if stems is not None and stem not in stems:
-                    self.unlisted[table.picture_folder, stem] = None
-                    continue
-                is_empty = False
-                if texts is not None and not texts.has(stem):
-                    continue
-                if id(what) not in buckets:
-                    buckets[id(what)] = _bucket(table, what, self.latent, folder / name)
-                files = (parts[stem, replace(what, section=None)] or 1) if parts else 1
-                if texts is None:
-                    captions = 1 + len(live.sources[stem].more_captions)
-                else:
-                    captions = texts.captions.get(stem, 1)
-                bucket, shape = buckets[id(what)], tuple[int, ...]()
-                references = _reference_sizes(store, name) if has_references else ()
-                has_sound = sound is not None and cache_files.sound_file_name(name, self.tag) in with_sound
-                if sound is not None and table.batch_size > 1:
-                    shape = _sound_shape(store, name, sound, bucket[2])
-                if sound is not None and not has_sound and table.audio == REQUIRED:
-                    found.missing_sound.append(folder / cache_files.sound_file_name(name, self.tag))
-                shared = sizes.setdefault(references, references), sizes.setdefault(shape, shape)
-                found.items.append(
-                    TrainingItem(name, len(stem), table, bucket, kind, files, captions, *shared, has_sound)
-                )
-        if is_empty:
-            found.empty_tables.append(table)
+def _add_table(
+    found: FoundItems,
+    table: DatasetTable,
+    kind: ItemKind,
+    latent: LatentSpec,
+    stores: Stores,
+    hears: SoundSpec | None,
+) -> None:
+    """Add the items of a table."""
+    tag, store, texts_store = kind.tag, stores.of(table), stores.of_texts(table)
+    names, end = store.names(), f"_{tag}{cache_files.SUFFIX}"
+    if table.index not in stores.given:
+        found.unsound += [(table, line) for line in _list_unsound(names, table, tag)]
+    latent_files = names if kind.has_latents else kind.latent_names()
+    wanted = sorted([name for name in latent_files if name.endswith(end)])
+    stems = _listed_stems(table, store, kind, wanted)
+    if stems is not None:
+        found.listed.setdefault(table.picture_folder, set()).update(stems)
+    text_names = names if texts_store is store else texts_store.names()
+    texts = _TextNames(table, text_names, tag, found) if kind.has_text else None
+    clips = cache_files.latent_names(wanted, tag, table.kind) if table.kind == "video" else ()
+    # how many files each clip in sections has: all that differ in their section alone
+    parts = Counter(
+        (stem, replace(what, section=None)) for _, stem, what in clips if what.section is not None
+    )
+    sound = hears if table.kind == "video" and table.audio != IGNORE else None
+    sound_end = f"_{cache_files.sound_tag(tag)}{cache_files.SUFFIX}"
+    with_sound = {name for name in names if sound and name.endswith(sound_end)}
+    del names, text_names, latent_files  # a million names: what is needed of them is held elsewhere
+    takes = table.references or table.clip_references
+    has_references = takes is not None and table.batch_size > 1 and kind.has_latents
+    buckets: dict[int, tuple[int, ...]] = {}  # by the meaning of the end of a name, by identity
+    sizes: dict[tuple[int, ...], tuple[int, ...]] = {}  # each once: of references, of sound
+    is_empty, folder = True, table.cache_directory
+    with pause_collection():
+        for name, stem, what in cache_files.latent_names(wanted, tag, table.kind):
+            if stems is not None and stem not in stems:
+                found.unlisted[table.picture_folder, stem] = None
+                continue
+            is_empty = False
+            if texts is not None and not texts.has(stem):
+                continue
+            if id(what) not in buckets:
+                buckets[id(what)] = _bucket(table, what, latent, folder / name)
+            files = (parts[stem, replace(what, section=None)] or 1) if parts else 1
+            captions = texts.captions.get(stem, 1) if texts else 1 + len(kind.sources[stem].more_captions)
+            bucket, shape = buckets[id(what)], tuple[int, ...]()
+            references = _reference_sizes(store, name) if has_references else ()
+            sound_file = "" if sound is None else cache_files.sound_file_name(name, tag)
+            if sound is not None and table.batch_size > 1:
+                shape = _sound_shape(store, name, sound, bucket[2])
+            if sound_file and sound_file not in with_sound and table.audio == REQUIRED:
+                found.missing_sound.append(folder / sound_file)
+            shared = sizes.setdefault(references, references), sizes.setdefault(shape, shape)
+            own = files, captions, *shared, sound_file in with_sound
+            found.items.append(TrainingItem(name, len(stem), table, bucket, kind, *own))
+    if is_empty:
+        found.empty_tables.append(table)
 
 
 def _sound_shape(store: CacheStore, latents: str, sound: SoundSpec, frames: int) -> tuple[int, ...]:
@@ -163,7 +151,7 @@ def _sound_shape(store: CacheStore, latents: str, sound: SoundSpec, frames: int)
     """
     rate: float | None = None
     with contextlib.suppress(CacheError, KeyError, ValueError):
-        rate = float(store.read(latents, is_whole=False).header.metadata[FPS])
+        rate = float(store.read(latents, is_whole=False).metadata[FPS])
     return () if rate is None else sound.shape(frames, rate)
 
 
@@ -187,9 +175,7 @@ def with_reference_sizes(items: Iterable[TrainingItem], stores: Stores) -> list[
     ]
 
 
-def learn_no_references(
-    items: Sequence[TrainingItem], stores: Stores, live: Mapping[int, LiveTable] = MappingProxyType({})
-) -> bool:
+def learn_no_references(items: Sequence[TrainingItem], stores: Stores) -> bool:
     """Return whether no item of a model that takes reference pictures has one, of at most LOOKED_AT items."""
     edited = [
         item
@@ -199,7 +185,7 @@ def learn_no_references(
     ]
     for item in edited[:: len(edited) // LOOKED_AT + 1]:
         if not item.kind.has_latents:
-            source = live[item.table.index].sources[item.source_stem]
+            source = item.kind.sources[item.source_stem]
             found: Sequence[object] = source.control or source.references
         else:
             found = item.references or _reference_sizes(stores.of(item.table), item.file_name)
@@ -213,7 +199,7 @@ def _reference_sizes(store: CacheStore, name: str) -> tuple[int, ...]:
     mirrored ones; none if it is damaged, as reading it for a batch says. The height is that of all frames.
     """
     try:
-        shapes = store.read(name, is_whole=False).header.shapes
+        shapes = store.read(name, is_whole=False).shapes
     except CacheError:
         return ()
     keys = [(cache_files.tensor_key(name), shape) for name, shape in sorted(shapes.items())]
@@ -287,14 +273,14 @@ def _list_unsound(names: Collection[str], table: DatasetTable, tag: str) -> list
 
 
 def _listed_stems(
-    table: DatasetTable, store: CacheStore, live: LiveTable, latents: Sequence[str]
+    table: DatasetTable, store: CacheStore, kind: ItemKind, latents: Sequence[str]
 ) -> Collection[str] | None:
     """Return the names of the sources that a table has now; None if its caches alone decide the items.
 
     Latents of ours are removed with their source by the caching script; npz files never are.
     """
-    if live.sources:
-        return live.sources.keys()
+    if kind.sources:
+        return kind.sources.keys()
     if not (table.directory or table.metadata_file) or not latents or not store.is_shared:
         return None
     from dataset.sources.listing import find_sources

@@ -5,8 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from torch import Tensor
-
 from dataset.cache.files import EMPTY, SUFFIX, LatentName, empty_text_name, sound_file_name, text_file_name
 from dataset.config import DatasetTable
 from dataset.sources.media_source import MediaSource
@@ -15,12 +13,33 @@ from modules.media.buckets import Size
 
 @dataclass(frozen=True)
 class ItemKind:
-    """Facts that all items of a table share."""
+    """What all items of a table share: how their caches are named, and what training reads from sources."""
 
     tag: str  # the family's cache_tag
     text_keys: frozenset[str] = frozenset()  # what a text file has to hold
-    has_latents: bool = True  # False: pictures are encoded while training
-    has_text: bool = True  # False: captions are
+    has_text: bool = True  # False: captions are encoded while training
+    # by stem: of the pictures that are encoded while training; None: latents are cached
+    sizes: Mapping[str, Size] | None = field(default=None, compare=False, repr=False)
+    # by stem, if anything is read from them
+    sources: Mapping[str, MediaSource] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def has_latents(self) -> bool:
+        return self.sizes is None
+
+    def latent_names(self) -> list[str]:
+        """Return the names that latent caches of its pictures would have."""
+        return [LatentName(stem, size).file_name(self.tag) for stem, size in (self.sizes or {}).items()]
+
+    def caption(self, stem: str, number: int) -> str:
+        """Return a caption of a source as its file has it. number: EMPTY for the empty one."""
+        if number == EMPTY or not self.sources:
+            return ""
+        source = self.sources[stem]
+        return (source.caption or "", *source.more_captions)[number]
+
+
+LiveTables = Mapping[int, ItemKind]  # by index: those with a part that is not cached
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,42 +115,6 @@ def group_items(items: Iterable[TrainingItem]) -> dict[tuple[int, ...], list[Tra
 
 
 @dataclass(frozen=True)
-class LiveTable:
-    """Parts that training reads from a table's sources."""
-
-    sources: Mapping[str, MediaSource]  # by stem
-    texts: bool  # captions are not cached
-    sizes: Mapping[str, Size] | None = None  # of pictures, by stem; None: their latents are cached
-
-    @property
-    def media(self) -> bool:
-        return self.sizes is not None
-
-    def latent_names(self, tag: str) -> list[str]:
-        """Return the names that latent caches of its pictures would have. tag: the family's cache_tag."""
-        return [LatentName(stem, size).file_name(tag) for stem, size in (self.sizes or {}).items()]
-
-    def caption(self, stem: str, number: int) -> str:
-        """Return a caption of a source as its file has it. number: EMPTY for the empty one."""
-        if number == EMPTY:
-            return ""
-        source = self.sources[stem]
-        return (source.caption or "", *source.more_captions)[number]
-
-
-@dataclass(frozen=True)
-class LiveParts:
-    """Parts of a batch that do not come from caches."""
-
-    tables: Mapping[int, LiveTable] = field(default_factory=dict)  # by index
-    # what was encoded for items of the batch, by their places: tensors without batch dimension
-    encoded: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
-
-
-NO_LIVE_PARTS = LiveParts()
-
-
-@dataclass(frozen=True)
 class CachingCommands:
     """The two caching commands of a configuration, as a user types them."""
 
@@ -140,4 +123,3 @@ class CachingCommands:
 
 
 NO_COMMANDS = CachingCommands()
-CACHED = LiveTable({}, texts=False)  # a table of which nothing is encoded while training

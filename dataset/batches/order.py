@@ -315,10 +315,7 @@ def drops_references(items: Sequence[TrainingItem], seed: int, number: int) -> b
 
 
 def change_captions(
-    items: Sequence[TrainingItem],
-    texts: Sequence[str],
-    chosen: Sequence[int],
-    run: RunPlace,
+    items: Sequence[TrainingItem], texts: Sequence[str], chosen: Sequence[int], run: RunPlace
 ) -> tuple[str, ...]:
     """Return the texts that samples are trained with, as the tables change them each time.
 

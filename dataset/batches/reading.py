@@ -1,9 +1,10 @@
 """Read, verify and stack cached items when they are needed."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from dataset.batches.checks import as_shape, latent_faults, sound_faults, text_faults
-from dataset.batches.items import NO_COMMANDS, NO_LIVE_PARTS, CachingCommands, LiveParts, TrainingItem
-from dataset.cache.files import EMPTY, FLIPPED, NpzNames
+from dataset.batches.items import NO_COMMANDS, CachingCommands, TrainingItem
+from dataset.cache.files import EMPTY, FLIPPED
 from dataset.cache.records import (
     CLOCK,
     CacheChecks,
@@ -35,8 +36,8 @@ def read_batch(
     captions: Sequence[int] | None = None,
     stores: Stores | None = None,
     flips: Sequence[bool] = (),
-    live: LiveParts = NO_LIVE_PARTS,
     undropped: Sequence[int] = (),
+    encoded: Mapping[int, Mapping[str, Tensor]] = MappingProxyType({}),
 ) -> data.Batch:
     """Read and check the files of a batch and stack them: `latents` B C F H W; tensors of varying length stay
     lists.
@@ -45,12 +46,13 @@ def read_batch(
     options, made from a source or a caption that has changed since, or not of the shape that the
     configuration asks for. checks: of the run, which remembers checked files. captions: the number of the
     caption to use of each item, or EMPTY; without it the first. stores: of the run, which keeps them open.
-    flips: which items are mirrored; () for none. live: the parts without a cache: texts are left out then,
-    and `captions` of the batch are as their files have them. undropped: the numbers before dropout, for a
-    teacher, all cached; if `captions` are others, the batch has these texts too.
+    flips: which items are mirrored; () for none. undropped: the numbers before dropout, for a teacher, all
+    cached; if `captions` are others, the batch has these texts too. encoded: what was encoded for items, by
+    their places: tensors without batch dimension. Of texts that have no cache there are `captions` alone, as
+    their files have them.
     """
     stores = stores or stores_for(items[0], latent)
-    reader = _Reader(stores, latent, commands, checks or CacheChecks(), live)
+    reader = _Reader(stores, latent, commands, checks or CacheChecks(), encoded)
     numbers, sides = captions or [0] * len(items), flips or [False] * len(items)
     media = [
         reader.read_media(item, place, side)
@@ -114,11 +116,11 @@ class _Reader:
     latent: data.LatentSpec
     commands: CachingCommands
     checks: CacheChecks
-    live: LiveParts
+    encoded: Mapping[int, Mapping[str, Tensor]]
 
     def read_media(self, item: TrainingItem, place: int, flip: bool) -> _Part:
         """Read latents, and sound if there is any. place: in the batch. flip: the mirrored side."""
-        path, encoded = item.latent_path, self.live.encoded.get(place)
+        path, encoded = item.latent_path, self.encoded.get(place)
         if encoded is not None:
             part = _Part(path, dict(encoded))
         else:
@@ -141,8 +143,7 @@ class _Reader:
     def read_text(self, item: TrainingItem, number: int) -> _Part:
         """Read a caption of an item, of which live texts have no tensors."""
         path, table, store = item.caption_path(number), item.table, self.stores.of_texts(item.table)
-        live = self.live.tables.get(table.index)
-        caption = "" if live is None else live.caption(item.source_stem, number)
+        caption = item.kind.caption(item.source_stem, number)
         if not item.kind.has_text:
             return _Part(path, {}, caption=caption)
         with _remedy(self.commands.text, store):
@@ -150,33 +151,28 @@ class _Reader:
             tensors = entry.tensors
             absent = sorted(item.kind.text_keys - tensors.keys())
             if absent:
-                maker = entry.header.metadata.get("architecture", "")
+                maker = entry.metadata.get("architecture", "")
                 raise CacheError(
                     f"{path}: the text cache is incomplete, it has no {', '.join(absent)}"
                     + (f" (made for {maker})" if maker else "")
                 )
-            records = text_records(entry.header)
+            records = text_records(entry)
             for record in records.values():
                 verify_tensors(entry, record.crc32)
             if number != EMPTY and not self.checks.knows(table.index, path.name):
                 found = text_faults(item, number, records, store.is_shared, self.checks)
                 fault = next(found, None)
                 if fault is not None:
-                    raise CacheError(f"{entry.header.path}: {fault}")
+                    raise CacheError(f"{entry.path}: {fault}")
         self.checks.add(table.index, path.name)
         made_by = tuple(data.MadeBy(path, name, record.encoder) for name, record in records.items())
         # a cache of another program does not say its caption
         stored = next((record.caption for record in records.values()), None)
-        cached = entry.header.metadata.get("caption1", "") if stored is None else stored
+        cached = entry.metadata.get("caption1", "") if stored is None else stored
         return _Part(path, tensors, entry.variable, caption or cached, made_by)
 
     def _read_entry(
-        self,
-        item: TrainingItem,
-        path: Path,
-        part: str,
-        key: str,
-        faults: Callable[..., Iterator[str]],
+        self, item: TrainingItem, path: Path, part: str, key: str, faults: Callable[..., Iterator[str]]
     ) -> _Part:
         """Read a cache of media. part: for `MadeBy`. key: what it must have. faults: yields why its tensors
         are not what the table asks for.
@@ -184,7 +180,7 @@ class _Reader:
         store = self.stores.of(item.table)
         with _remedy(self.commands.latents, store):
             entry = store.read(path.name)
-            tensors, record = entry.tensors, latent_record(entry.header)
+            tensors, record = entry.tensors, latent_record(entry)
             if key not in tensors:
                 raise CacheError(
                     f"{path}: it has no {key}, so it is not a cache; move it out of the cache folder"
@@ -207,7 +203,7 @@ class _Reader:
 
 
 def stores_for(item: TrainingItem, latent: data.LatentSpec) -> Stores:
-    return Stores(NpzNames(item.kind.tag, latent, item.kind.text_keys))
+    return Stores((item.kind.tag, latent, item.kind.text_keys))
 
 
 def _fill_gaps(media: Sequence[_Part]) -> None:

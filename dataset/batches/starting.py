@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from dataset.batches.finding import FoundItems
-from dataset.batches.items import CachingCommands, LiveParts, TrainingItem
+from dataset.batches.items import CachingCommands, TrainingItem
 from dataset.batches.reading import read_batch
 from dataset.cache.files import parse_latent_name, text_file_name
 from dataset.cache.records import CacheChecks
@@ -40,7 +40,6 @@ def check_caches(
     items: Sequence[TrainingItem],
     commands: CachingCommands,
     stores: Stores,
-    live: LiveParts,
     has_live_texts: bool,
     process: tuple[int, int] = (0, 1),
 ) -> None:
@@ -57,7 +56,7 @@ def check_caches(
     further = ((item, number) for item in sample for number in range(1, item.captions))
     looked_at = itertools.islice(itertools.chain(((item, 0) for item in sample), further), MOST_READ)
     for item, number in itertools.islice(looked_at, process[0], None, process[1]):
-        batch = read_batch([item], family.latent, commands, checks, [number], stores, live=live)
+        batch = read_batch([item], family.latent, commands, checks, [number], stores)
         if number == 0 and any(made.own_clocks for made in batch.made_by):
             older.append(item)
         windows[item.table.index, item.source_stem] = max((made.windows for made in batch.made_by), default=0)

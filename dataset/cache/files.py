@@ -21,7 +21,6 @@ from modules.checkpoints.containers import SAFETENSORS_DTYPES
 from modules.checkpoints.writing import stream_tensors
 from modules.contract.data import SOUND, LatentSpec
 from modules.contract.loading import TensorInfo
-from modules.contract.rules import NpzFormat
 from modules.devices import dtype_name
 from modules.errors import CacheError
 from modules.text_files import read_tensor_header
@@ -38,22 +37,8 @@ SOUND_LENGTH = "audio_lengths"  # beside the latents of sound: their T; other pr
 EMPTY = -1  # instead of the number of a caption: the empty prompt
 
 Grid = tuple[int, int, int]  # F, H, W of latents
-
-
-@dataclass(frozen=True)
-class NpzNames:
-    """How a family's caches are named in npz files."""
-
-    tag: str  # the family's cache_tag
-    latent: LatentSpec
-    text_keys: frozenset[str]  # of a whole text cache
-
-    @property
-    def format(self) -> NpzFormat:
-        """Return the family's format. Raises CacheError if it has none."""
-        if self.latent.npz is None:
-            raise CacheError('this model has no npz caches; use cache_format = "files" or "shards"')
-        return self.latent.npz
+# how a family's caches are named in npz files: its cache_tag, its latents, the keys of a whole text cache
+NpzNames = tuple[str, LatentSpec, frozenset[str]]
 
 
 _DTYPE = r"(?:bfloat16|float(?:16|32|64|8_e4m3fn|8_e5m2)|u?int(?:8|16|32|64)|bool)"
@@ -242,13 +227,17 @@ def grid_in_name(name: str) -> Grid | None:
 
 
 @dataclass(frozen=True)
-class Header:
-    """Metadata and tensor names of a cache file."""
+class Entry:
+    """Contents of a cache file, or what its header says of them."""
 
     place: Path | str  # its path: of a million only a few are asked for
     metadata: Mapping[str, str]
-    names: tuple[str, ...]  # of the tensors
-    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # by name, if only the header is read
+    shapes: Mapping[str, tuple[int, ...]]  # of the tensors, by their names in the file
+    named: Mapping[str, Tensor] = field(default_factory=dict, repr=False)  # none if only the header was read
+
+    @staticmethod
+    def of(place: Path | str, metadata: Mapping[str, str], named: Mapping[str, Tensor]) -> "Entry":
+        return Entry(place, metadata, {name: tuple(tensor.shape) for name, tensor in named.items()}, named)
 
     @property
     def path(self) -> Path:
@@ -256,19 +245,11 @@ class Header:
 
     @property
     def keys(self) -> frozenset[str]:
-        return frozenset(tensor_key(name) for name in self.names)
+        return frozenset(map(tensor_key, self.shapes))
 
     @property
     def grids(self) -> frozenset[Grid]:
-        return frozenset(grid for grid in map(grid_in_name, self.names) if grid is not None)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Contents of a cache file."""
-
-    header: Header
-    named: Mapping[str, Tensor] = field(repr=False)  # by the names in the file
+        return frozenset(grid for grid in map(grid_in_name, self.shapes) if grid is not None)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -283,7 +264,7 @@ class Entry:
         return frozenset(tensor_key(name) for name in self.named if name.startswith(VARIABLE))
 
 
-def read_header(path: Path | str) -> Header:
+def read_header(path: Path | str) -> Entry:
     """Read metadata and tensor names. Raises CacheError if the file is missing or damaged."""
     return _open(path, lambda file, size: unpack_header(path, size, file.read))
 
@@ -304,10 +285,10 @@ def unpack(path: Path | str, data: bytes) -> Entry:
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise _damage_error(path, error) from error
     named = {name: found[name] for name in sorted(found)}
-    return Entry(Header(path, metadata, tuple(named)), named)
+    return Entry.of(path, metadata, named)
 
 
-def unpack_header(path: Path | str, size: int, read: Callable[[int], bytes]) -> Header:
+def unpack_header(path: Path | str, size: int, read: Callable[[int], bytes]) -> Entry:
     """Return the metadata and tensor names of a cache file of `size` bytes; its tensors are not read.
 
     read: returns the next of its bytes, as many as asked for. Raises CacheError if they are no safetensors.
@@ -320,7 +301,7 @@ def unpack_header(path: Path | str, size: int, read: Callable[[int], bytes]) -> 
             raise ValueError(f"its tensors have {end} bytes, it has {size - start}")
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise _damage_error(path, error) from error
-    return Header(path, metadata, tuple(shapes), shapes)
+    return Entry(path, metadata, shapes)
 
 
 def _tensor(content: Mapping[str, Any]) -> Tensor:
@@ -346,26 +327,24 @@ def checksum(name: str, tensor: Tensor) -> str:
     return f"{zlib.crc32(data.data, start):08x}"
 
 
-def is_latent_cache(header: Header, architecture: str, sound: bool = False) -> bool:
+def is_latent_cache(entry: Entry, architecture: str, sound: bool = False) -> bool:
     """Whether the tensor names are those of a latent cache of the family `architecture`, not of a LoRA.
 
     sound: of the cache of a clip's sound.
     """
     return (
-        (SOUND in header.keys if sound else bool(header.grids))
-        and _all_cache_names(header)
-        and header.metadata.get("architecture", architecture) == architecture
+        (SOUND in entry.keys if sound else bool(entry.grids))
+        and _all_cache_names(entry)
+        and entry.metadata.get("architecture", architecture) == architecture
     )
 
 
-def is_text_cache(header: Header, architecture: str) -> bool:
-    return (
-        not header.grids and _all_cache_names(header) and header.metadata.get("architecture") == architecture
-    )
+def is_text_cache(entry: Entry, architecture: str) -> bool:
+    return not entry.grids and _all_cache_names(entry) and entry.metadata.get("architecture") == architecture
 
 
-def _all_cache_names(header: Header) -> bool:
-    return bool(header.names) and all(_TENSOR_NAME.fullmatch(name) for name in header.names)
+def _all_cache_names(entry: Entry) -> bool:
+    return bool(entry.shapes) and all(map(_TENSOR_NAME.fullmatch, entry.shapes))
 
 
 def _open(path: Path | str, use: Callable[[BinaryIO, int], T]) -> T:

@@ -10,7 +10,7 @@ of its sources, which other programs ignore.
 import logging
 import math
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, TypeVar
@@ -36,9 +36,10 @@ from dataset.config import DatasetTable
 from dataset.sources.frames import bucket_of, shrink_mask
 from dataset.sources.listing import find_sources
 from modules.atomic_write import explain_errors
-from modules.contract.data import LOSS_MASK
+from modules.contract.data import LOSS_MASK, LatentSpec
+from modules.contract.rules import NpzFormat
 from modules.devices import dtype_name
-from modules.errors import CacheError
+from modules.errors import CacheError, DatasetError
 from modules.file_locks import only_one
 from modules.media.buckets import Size, inner_box
 
@@ -59,7 +60,9 @@ class NpzStore:
     """
 
     table: DatasetTable
-    family: cache_files.NpzNames
+    tag: str  # of the family
+    latent: LatentSpec
+    text_keys: frozenset[str]  # of a whole text cache
     folder: Path
     # pictures that a list names, which may be in many folders: stem -> path without suffix
     beside: Mapping[str, Path] = field(default_factory=dict)
@@ -105,19 +108,21 @@ class NpzStore:
     def close(self, is_last: bool = False) -> None:
         """Do nothing: each file is flushed when it is written, and a later write removes leftovers."""
 
+    @property
+    def form(self) -> NpzFormat:
+        assert self.latent.npz is not None  # `open_npz`
+        return self.latent.npz
+
     # --- names ---
 
     def _is_text(self, name: str) -> bool:
-        return cache_files.is_text_name(name.removesuffix(cache_files.PART), self.family.tag)
+        return cache_files.is_text_name(name.removesuffix(cache_files.PART), self.tag)
 
     def _path(self, name: str) -> Path:
         """Return the file of an entry."""
         whole = name.removesuffix(cache_files.PART)
         part, stem = name[len(whole) :], whole.removesuffix(cache_files.SUFFIX)
-        for ours, theirs in self._ends():
-            if stem.endswith(ours):
-                stem = stem.removesuffix(ours) + theirs
-                break
+        stem = _other_end(stem, self._ends())
         file = f"{stem}{NPZ}{part}"
         source = self._source_stem(name)
         place = self.beside.get(source)
@@ -127,13 +132,10 @@ class NpzStore:
 
     def _source_stem(self, name: str) -> str:
         """Return the beginning of an entry's name that its source has; "" of the empty prompt."""
-        whole, tag = name.removesuffix(cache_files.PART), self.family.tag
-        latents, further = (
-            cache_files.parse_latent_name(whole, tag, "image"),
-            cache_files.parse_more_text_name(whole, tag),
-        )
-        if latents is not None:
+        whole, tag = name.removesuffix(cache_files.PART), self.tag
+        if (latents := cache_files.parse_latent_name(whole, tag, "image")) is not None:
             return latents.stem
+        further = cache_files.parse_more_text_name(whole, tag)
         return (further[0] if further is not None else cache_files.parse_text_name(whole, tag)) or ""
 
     def _entry_name(self, file: str, folder: Path, stems: Mapping[Path, str]) -> str | None:
@@ -143,14 +145,8 @@ class NpzStore:
         """
         whole = file.removesuffix(cache_files.PART)
         part, stem = file[len(whole) :], whole.removesuffix(NPZ)
-        for ours, theirs in self._ends():
-            if stem.endswith(theirs):
-                stem = stem.removesuffix(theirs) + ours
-                break
-        name = stem + cache_files.SUFFIX
-        is_one = (
-            self._is_text(name) or cache_files.parse_latent_name(name, self.family.tag, "image") is not None
-        )
+        name = _other_end(stem, [pair[::-1] for pair in self._ends()]) + cache_files.SUFFIX
+        is_one = self._is_text(name) or cache_files.parse_latent_name(name, self.tag, "image") is not None
         if not (is_one and whole.endswith(NPZ)):
             return None
         source = self._source_stem(name)
@@ -161,22 +157,21 @@ class NpzStore:
         return name + part
 
     def _ends(self) -> tuple[tuple[str, str], ...]:
-        form, tag = self.family.format, self.family.tag
-        return (f"_{tag}_te", form.texts), (f"_{tag}", form.latents)
+        return (f"_{self.tag}_te", self.form.texts), (f"_{self.tag}", self.form.latents)
 
     # --- latents ---
 
     def _bucket(self, name: str) -> tuple[Size, Size]:
         """Return the size of a picture, and its size in the table's bucket."""
-        parsed = cache_files.parse_latent_name(name, self.family.tag, "image")
+        parsed = cache_files.parse_latent_name(name, self.tag, "image")
         if parsed is None:
             raise CacheError(f"{self.folder / name}: its name is not that of a picture's latents")
-        step = self.family.latent.pixel_step
+        step = self.latent.pixel_step
         return parsed.size, bucket_of(self.table, parsed.size, step, self._path(name))
 
     def _grid(self, name: str) -> tuple[int, int]:
         width, height = self._bucket(name)[1]
-        shape = self.family.latent.shape(1, height, width)
+        shape = self.latent.shape(1, height, width)
         return shape[-2], shape[-1]
 
     def _suffix(self, name: str) -> str:
@@ -184,8 +179,7 @@ class NpzStore:
         return f"_{height}x{width}"
 
     def _read_latents(self, name: str) -> cache_files.Entry:
-        path, grid, latent = self._path(name), self._grid(name), self.family.latent
-        end = "_{}x{}".format(*grid)
+        path, grid, latent, end = self._path(name), self._grid(name), self.latent, self._suffix(name)
         found = read_arrays(path, lambda one: one.endswith(end))
         arrays = {one.removesuffix(end): array for one, array in found.items()}
         if "latents" not in arrays:
@@ -205,7 +199,7 @@ class NpzStore:
         self, path: Path, arrays: Mapping[str, NpzArray], grid: tuple[int, int]
     ) -> cache_files.Entry:
         """Return another program's latents, if they fit the table."""
-        latent, wanted = self.family.latent, ["latents"]
+        latent, wanted = self.latent, ["latents"]
         wanted += [MIRRORED] if self.table.augmentation.flip else []
         wanted += [ALPHA] if self.table.alpha_mask else []
         missing = [one for one in wanted if one not in arrays]
@@ -232,7 +226,9 @@ class NpzStore:
                     f"model's are floating-point numbers of shape {(latent.channels, *grid)}"
                 )
             tensors[key] = array[:, None]
-        return _foreign_entry(path, {cache_files.tensor_name(key, one): one for key, one in tensors.items()})
+        return cache_files.Entry.of(
+            path, {}, {cache_files.tensor_name(key, one): one for key, one in tensors.items()}
+        )
 
     def _write_latents(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         (size, bucket), end = self._bucket(name), self._suffix(name)
@@ -244,7 +240,7 @@ class NpzStore:
             if key in _KNOWN and tensor.shape[1] == 1:
                 array, place = array[:, 0], key
             elif key == LOSS_MASK and self.table.alpha_mask:  # 1 H W of latents; averages to the same
-                _, down, across = self.family.latent.stride
+                _, down, across = self.latent.stride
                 mask = tensor[0].repeat_interleave(down, 0).repeat_interleave(across, 1)
                 array, place = as_array(mask, keep_half=False), ALPHA
             arrays[place], sources[place] = array, named
@@ -272,7 +268,7 @@ class NpzStore:
     # --- texts ---
 
     def _read_text(self, name: str) -> cache_files.Entry:
-        path, form, keys = self._path(name), self.family.format, self.family.text_keys
+        path, form, keys = self._path(name), self.form, self.text_keys
         arrays = read_arrays(path, lambda one: one in keys or one in form.constants or one == OURS)
         is_part = name.endswith(cache_files.PART)
         for constant, expected in {} if is_part else form.constants.items():
@@ -291,10 +287,10 @@ class NpzStore:
         named = {
             cache_files.tensor_name(key, tensor, key in form.variable_length): tensor for key, tensor in pairs
         }
-        return _foreign_entry(path, named)
+        return cache_files.Entry.of(path, {}, named)
 
     def _write_text(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        form, sources = self.family.format, {cache_files.tensor_key(named): named for named in tensors}
+        form, sources = self.form, {cache_files.tensor_key(named): named for named in tensors}
         arrays = {key: as_array(tensors[named], keep_half=True) for key, named in sources.items()}
         members = {key: format_array(array) for key, array in arrays.items()}
         members[OURS] = format_array(describe_tensors(tensors, sources, metadata, members))
@@ -308,14 +304,20 @@ class NpzStore:
         write_members(self._path(name), members | more)
 
 
-def open_npz(table: DatasetTable, family: cache_files.NpzNames, folder: Path) -> NpzStore:
-    """Return the npz files of a table. folder: of its pictures; those that a list names may be elsewhere."""
-    if table.metadata_file is None:
-        return NpzStore(table, family, folder)
-    sources = find_sources(table, captions=False, faults=[])
-    return NpzStore(table, family, folder, {source.stem: source.path.with_suffix("") for source in sources})
+def _other_end(stem: str, ends: Sequence[tuple[str, str]]) -> str:
+    """Return a name with the second of a pair of ends in place of the first; others as they are."""
+    return next((stem.removesuffix(one) + other for one, other in ends if stem.endswith(one)), stem)
 
 
-def _foreign_entry(path: Path, named: Mapping[str, Tensor]) -> cache_files.Entry:
-    shapes = {name: tuple(tensor.shape) for name, tensor in named.items()}
-    return cache_files.Entry(cache_files.Header(path, {}, tuple(named), shapes), named)
+def open_npz(table: DatasetTable, names: cache_files.NpzNames | None, folder: Path) -> NpzStore:
+    """Return the npz files of a table. folder: of its pictures; those that a list names may be elsewhere.
+
+    Raises DatasetError if the family has no caches in npz files.
+    """
+    if names is None or names[1].npz is None:
+        raise DatasetError(
+            f'{table.name}: cache_format = "npz": this model has no caches in npz files. Use "files" or '
+            '"shards"'
+        )
+    sources = [] if table.metadata_file is None else find_sources(table, captions=False, faults=[])
+    return NpzStore(table, *names, folder, {source.stem: source.path.with_suffix("") for source in sources})

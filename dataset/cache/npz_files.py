@@ -22,7 +22,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dataset.cache.files import Entry, Header, tensor_key
+from dataset.cache.files import Entry, tensor_key
 from modules.atomic_write import atomic_path
 from modules.devices import dtype_name
 from modules.errors import CacheError
@@ -182,5 +182,4 @@ def open_record(path: Path, arrays: Mapping[str, NpzArray], reshape: Reshape) ->
             named[str(name)] = tensor.to(_DTYPES[dtype])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
         return None
-    shapes = {name: tuple(tensor.shape) for name, tensor in named.items()}
-    return Entry(Header(path, metadata, tuple(named), shapes), named)
+    return Entry.of(path, metadata, named)

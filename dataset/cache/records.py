@@ -22,11 +22,19 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from dataset.cache.files import Entry, Header, checksum
+from dataset.cache.files import Entry, checksum
 from dataset.config import DatasetTable
 from dataset.config_keys import SECTIONS
 from dataset.sources.captions import captions_in, read_caption
-from dataset.sources.media_source import Origin, ParquetCell, Remote, TarMember, member_pieces
+from dataset.sources.media_source import (
+    ClipFacts,
+    FileIdentity,
+    Origin,
+    ParquetCell,
+    Remote,
+    TarMember,
+    member_pieces,
+)
 from dataset.table import defaults_of
 from modules.checkpoints.finite import is_finite
 from modules.contract.data import LatentSpec
@@ -44,25 +52,6 @@ VERSION = 1
 # what a record of latents says of its item alone, in the text that `_guard` makes
 _OF_ITEM = re.compile(r'"crc32": \{[^{}]*\}|"file": \{[^{}]*\}|"files": (\[[^\[\]]*\])')
 MOST_KNOWN = 1 << 16  # items that are remembered as unchanged: a few megabytes
-
-
-@dataclass(frozen=True)
-class FileIdentity:
-    """Identity of a file, or of a folder of images."""
-
-    name: str
-    size_bytes: int
-    mtime_ns: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class ClipFacts:
-    """Facts found by decoding a clip, so that a later run knows the clip's items without decoding."""
-
-    size: tuple[int, int]  # width, height of the original
-    kept_frames: int
-    complete: bool  # False: decoding stopped early, there may be more frames
 
 
 # in the options of a record: the frames of control clips and masks were chosen by the clip's clock
@@ -110,7 +99,7 @@ def text_metadata(records: Mapping[str, TextRecord]) -> dict[str, str]:
     return _guard({"texts": texts})
 
 
-def latent_record(header: Header) -> LatentRecord | None:
+def latent_record(entry: Entry) -> LatentRecord | None:
     """Return the record of a latent cache; None if it has none (made by another program).
 
     Raises CacheError if the record is damaged.
@@ -133,16 +122,16 @@ def latent_record(header: Header) -> LatentRecord | None:
             as_shown=int(data.get("as_shown", 0)),
         )
 
-    return _read_record(header, "latents", parse)
+    return _read_record(entry, "latents", parse)
 
 
-def shared_part(header: Header) -> tuple[Sequence[str], tuple[FileIdentity, ...]] | None:
+def shared_part(entry: Entry) -> tuple[Sequence[str], tuple[FileIdentity, ...]] | None:
     """Return what the record of a latent cache may have in common with others of its table, as texts that are
     equal if all but checksums and files is, and its files; None if it cannot be told apart that simply.
     """
-    text = header.metadata.get(RECORD_KEY, "")
+    text = entry.metadata.get(RECORD_KEY, "")
     parts = _OF_ITEM.split(text)
-    if len(parts) != 5 or _crc(text) != header.metadata.get(CHECK_KEY):
+    if len(parts) != 5 or _crc(text) != entry.metadata.get(CHECK_KEY):
         return None
     try:
         files = tuple(FileIdentity(**file) for file in json.loads(parts.pop(3)))
@@ -151,7 +140,7 @@ def shared_part(header: Header) -> tuple[Sequence[str], tuple[FileIdentity, ...]
     return parts, files
 
 
-def text_records(header: Header) -> dict[str, TextRecord]:
+def text_records(entry: Entry) -> dict[str, TextRecord]:
     """Return the records of a text cache by encoder name; empty if it has none.
 
     Raises CacheError if they are damaged.
@@ -171,16 +160,16 @@ def text_records(header: Header) -> dict[str, TextRecord]:
             for name, one in data.items()
         }
 
-    return _read_record(header, "texts", parse) or {}
+    return _read_record(entry, "texts", parse) or {}
 
 
 def verify_tensors(entry: Entry, crc32: Mapping[str, str]) -> None:
     """Raise CacheError if a tensor of the record is missing or its bytes have changed."""
     for name, expected in crc32.items():
         if name not in entry.named:
-            raise CacheError(f"{entry.header.path}: damaged, it has no tensor {name}, which its record lists")
+            raise CacheError(f"{entry.path}: damaged, it has no tensor {name}, which its record lists")
         if checksum(name, entry.named[name]) != expected:
-            raise CacheError(f"{entry.header.path}: damaged, the data of {name} do not match their checksum")
+            raise CacheError(f"{entry.path}: damaged, the data of {name} do not match their checksum")
 
 
 def require_finite(tensor: Tensor, item: str, key: str) -> None:
@@ -279,23 +268,23 @@ def _guard(content: Mapping[str, Any]) -> dict[str, str]:
     return {RECORD_KEY: text, CHECK_KEY: _crc(text)}
 
 
-def _read_record(header: Header, key: str, parse: Callable[[Any], T]) -> T | None:
-    text = header.metadata.get(RECORD_KEY)
+def _read_record(entry: Entry, key: str, parse: Callable[[Any], T]) -> T | None:
+    text = entry.metadata.get(RECORD_KEY)
     if text is None:
         return None
-    if _crc(text) != header.metadata.get(CHECK_KEY):
-        raise CacheError(f"{header.path}: damaged, its record does not match its checksum")
+    if _crc(text) != entry.metadata.get(CHECK_KEY):
+        raise CacheError(f"{entry.path}: damaged, its record does not match its checksum")
     try:
         content = parse_json(text)
         if content["version"] != VERSION:
             raise CacheError(
-                f"{header.path}: its record has version {content['version']}, this program knows version "
+                f"{entry.path}: its record has version {content['version']}, this program knows version "
                 f"{VERSION}"
             )
         return parse(content[key])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CacheError(
-            f"{header.path}: damaged, its record cannot be read ({type(error).__name__}: {error})"
+            f"{entry.path}: damaged, its record cannot be read ({type(error).__name__}: {error})"
         ) from error
 
 

@@ -28,7 +28,7 @@ from dataset.cache.catalog import (
     list_shards,
     open_shard,
 )
-from dataset.cache.files import Entry, Header, unpack, unpack_header
+from dataset.cache.files import Entry, unpack, unpack_header
 from dataset.sources.media_source import OLD_INDEXES, is_of_shards
 from modules.atomic_write import check_space, remove_leftovers
 from modules.checkpoints.writing import safetensors_bytes
@@ -82,7 +82,7 @@ class ShardStore:
         if is_whole:
             return unpack(path, self.read_bytes(name))
 
-        def read_header(row: CatalogRow) -> Header:
+        def read_header(row: CatalogRow) -> Entry:
             rows = self._open(row.shard)
             if rows is None:
                 data = _read_row(rows, self.folder, row)
@@ -90,7 +90,7 @@ class ShardStore:
             with rows.blobopen("entries", "data", row.place, readonly=True) as blob:
                 return unpack_header(path, len(blob), blob.read)
 
-        return Entry(self._with_row(name, read_header), {})
+        return self._with_row(name, read_header)
 
     def read_bytes(self, name: str) -> bytes:
         """Read the bytes of an entry's file. Raises CacheError if it is missing or damaged."""

@@ -12,11 +12,11 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor
 
-from dataset.cache.files import Entry, Header, NpzNames, is_cache_name, read_entry, read_header, write_tensors
+from dataset.cache.files import Entry, NpzNames, is_cache_name, read_entry, read_header, write_tensors
 from dataset.config import DatasetTable
 from modules.atomic_write import remove_leftovers, write_bytes
 from modules.contract.family import Caches
-from modules.errors import CacheError, DatasetError
+from modules.errors import CacheError
 
 
 class CacheStore(Protocol):
@@ -27,43 +27,35 @@ class CacheStore(Protocol):
     @property
     def folder(self) -> Path:
         """Return the cache folder, there or not."""
-        ...
 
     @property
     def holds_only_caches(self) -> bool:
         """Return whether all names are those of caches, so that a damaged one may be removed."""
-        ...
 
     @property
     def is_shared(self) -> bool:
         """Return whether other programs keep entries there: theirs count if they fit, and none is stale."""
-        ...
 
     def names(self) -> Collection[str]:
         """Return the names of all entries, and of other files that lie beside them."""
-        ...
 
     def __contains__(self, name: str) -> bool:
         """Whether there is an entry of that name, whole or damaged."""
-        ...
 
     def read(self, name: str, is_whole: bool = True) -> Entry:
         """Read an entry to the CPU; its header alone if it is not wanted whole.
 
         Raises CacheError if it is missing or damaged.
         """
-        ...
 
     def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         """Write an entry, in place of one of the same name. tensors: by their names in the file.
 
         Equal contents give equal bytes. Raises OutputError.
         """
-        ...
 
     def remove(self, name: str) -> None:
         """Remove an entry, if it is there."""
-        ...
 
     def close(self, is_last: bool = False) -> None:
         """Make sure that all that was written survives, as the last act of a writer; more may follow.
@@ -71,7 +63,6 @@ class CacheStore(Protocol):
         is_last: all writers of a run have finished, and this process puts the store in order. Raises
         OutputError if there is no room for it; nothing is lost then.
         """
-        ...
 
 
 @dataclass(frozen=True)
@@ -91,7 +82,7 @@ class SingleFiles:
 
     def read(self, name: str, is_whole: bool = True) -> Entry:
         path = f"{self.folder}{os.sep}{name}"  # a Path would take longer
-        return read_entry(path) if is_whole else Entry(read_header(path), {})
+        return read_entry(path) if is_whole else read_header(path)
 
     def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         write_tensors(self.folder / name, tensors, metadata)
@@ -142,8 +133,7 @@ class MemoryStore:
     def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         # copies: what an encoder gives may be a part of a larger tensor
         named = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
-        shapes = {key: tuple(tensor.shape) for key, tensor in named.items()}
-        self.entries[name] = Entry(Header(self.folder / name, dict(metadata), tuple(named), shapes), named)
+        self.entries[name] = Entry.of(self.folder / name, dict(metadata), named)
 
     def remove(self, name: str) -> None:
         self.entries.pop(name, None)
@@ -159,14 +149,9 @@ class MemoryStore:
 def open_store(table: DatasetTable, names: NpzNames | None = None) -> CacheStore:
     """Return the store of a table's cache folder, in the form that `cache_format` says.
 
-    names: of the family in npz files. Raises DatasetError if it has none and the form is npz.
+    names: of the family. Raises DatasetError if it has none and the form is npz.
     """
     if table.cache_format == "npz":
-        if names is None or names.latent.npz is None:
-            raise DatasetError(
-                f'{table.name}: cache_format = "npz": this model has no caches in npz files. Use "files" or '
-                '"shards"'
-            )
         from dataset.cache.npz import open_npz
 
         return open_npz(table, names, table.cache_directory)
@@ -180,7 +165,7 @@ def open_store(table: DatasetTable, names: NpzNames | None = None) -> CacheStore
 def npz_names(family: Caches) -> NpzNames:
     # the keys may be known only if all encoders are given, which a check does not need
     has_npz = family.latent.npz is not None
-    return NpzNames(family.cache_tag, family.latent, family.text_keys if has_npz else frozenset())
+    return family.cache_tag, family.latent, family.text_keys if has_npz else frozenset()
 
 
 @dataclass

@@ -7,7 +7,7 @@ listed its sources.
 import logging
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 
-from dataset.cache.files import Header, LatentName, latent_names
+from dataset.cache.files import Entry, LatentName, latent_names
 from dataset.cache.store import CacheStore
 from dataset.config import DatasetTable
 from dataset.sources.media_source import MediaSource
@@ -54,12 +54,12 @@ def names_of(existing: ExistingNames, source: MediaSource) -> Names:
     return existing[source.table.index].of(source.stem)
 
 
-def remove_caches(store: CacheStore, names: Iterable[str], is_cache: Callable[[Header], bool]) -> int:
+def remove_caches(store: CacheStore, names: Iterable[str], is_cache: Callable[[Entry], bool]) -> int:
     """Remove those of `names` whose tensor names show that they are caches; return how many were removed."""
     count = 0
     for name in () if store.is_shared else names:
         try:
-            is_ours = is_cache(store.read(name, is_whole=False).header)
+            is_ours = is_cache(store.read(name, is_whole=False))
         except CacheError as error:
             if name not in store:  # another process has just removed it
                 continue

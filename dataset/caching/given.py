@@ -14,15 +14,8 @@ from torch import Tensor
 from dataset.cache.records import difference
 from dataset.caching.existing import refuse_moments
 from dataset.caching.text_plans import CaptionFile
-from dataset.sources.cogvideox import (
-    PREPARED,
-    explain_channels,
-    measure,
-    read_moments,
-    read_prepared,
-    read_tensor,
-)
-from dataset.sources.decoding import NO_FRAMES, DecodedSource
+from dataset.sources import cogvideox
+from dataset.sources.decoding import NO_FRAMES, DecodedMedia
 from dataset.sources.media_source import Fault, MediaSource, raise_faults
 from modules.checkpoints.containers import load_pickled
 from modules.contract.data import Conditions, LatentSpec
@@ -65,20 +58,16 @@ def use_moments(family: Caches, sources: Sequence[MediaSource]) -> list[MediaSou
     ]
 
 
-def decode_moments(source: MediaSource, latent: LatentSpec) -> tuple[DecodedSource, int, tuple[Tensor, ...]]:
-    """Return a source without frames, how many its clip has, and its moments: 2C F h w of the clip, then of
-    its first frame alone.
-
-    Raises MediaError if they cannot be used.
-    """
+def decode_moments(source: MediaSource, latent: LatentSpec) -> DecodedMedia:
+    """Return a source with its moments instead of frames. Raises MediaError if they cannot be used."""
     paths = [path for path, _ in source.parts]
     # copies: a file that is mapped can change, and Windows does not replace it
-    moments = tuple(read_moments(path, latent).clone() for path in paths)
-    clip = measure(moments[0], latent, paths[0])
+    moments = tuple(cogvideox.read_moments(path, latent).clone() for path in paths)
+    clip = cogvideox.measure(moments[0], latent, paths[0])
     if len(moments) > 1 and moments[1].shape != (moments[0].shape[0], 1, *moments[0].shape[2:]):
         raise MediaError(f"{paths[1]} is not of a single frame of the size of {paths[0]}")
-    found = (clip.span(latent.frame_step),)
-    return DecodedSource(source, clip.size, clip.size, NO_FRAMES, (), found, None), clip.frames, moments
+    found = (cogvideox.whole_span(clip, latent.frame_step),)
+    return DecodedMedia(source, clip.size, clip.size, NO_FRAMES, found, moments=moments, clip=clip)
 
 
 def _check_vae(family: Caches, folder: Path, source: MediaSource) -> None:
@@ -86,15 +75,15 @@ def _check_vae(family: Caches, folder: Path, source: MediaSource) -> None:
     assert source.tensors is not None
     path = source.tensors.moments
     try:
-        channels = next((size for size in read_tensor(path).shape[-4:]), 0)
+        channels = next((size for size in cogvideox.read_tensor(path).shape[-4:]), 0)
     except MediaError:
         return  # reported with the other files
     if channels != 2 * family.latent.channels:
         raise DatasetError(
             f"{source.table.name}: {path} has {channels} channels, but "
-            f"{explain_channels(channels, family.latent)}."
+            f"{cogvideox.explain_channels(channels, family.latent)}."
         )
-    prepared = read_prepared(folder)
+    prepared = cogvideox.read_prepared(folder)
     if prepared is None or prepared.architecture is None:
         logger.warning(
             "%s: nothing in %s says which VAE made %s. They are used as moments of the VAE of %s; of another "
@@ -108,8 +97,8 @@ def _check_vae(family: Caches, folder: Path, source: MediaSource) -> None:
     if prepared.architecture != family.name:
         raise DatasetError(
             f"{source.table.name}: {path.parent} was made by the VAE of {prepared.architecture} "
-            f"({folder / PREPARED}), this is {family.name}. Prepare the data with this model, or leave out "
-            "load_tensors."
+            f"({folder / cogvideox.PREPARED}), this is {family.name}. Prepare the data with this "
+            "model, or leave out load_tensors."
         )
     theirs, ours = prepared.vae.get("vae"), family.media_identity.get("vae")
     if theirs != ours:

@@ -3,89 +3,49 @@
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dataset.cache import files as cache_files
 from dataset.cache import records
-from dataset.cache.records import ClipFacts, FileIdentity, LatentRecord, identify
+from dataset.cache.records import LatentRecord, identify
 from dataset.cache.store import CacheStore
 from dataset.caching.existing import Names, media_table
 from dataset.caching.planning import Recipe, SourcePlan, complete
-from dataset.caching.prefetch import check_memory
-from dataset.config import DatasetTable
-from dataset.sources.decoding import DecodedSource, decode_source
+from dataset.caching.prefetch import check_memory, fill_batches
+from dataset.sources.decoding import DecodedMedia, decode_source
 from dataset.sources.fetching import fetch
-from dataset.sources.frames import Span, frames_wanted, kept_rate, shrink_mask
-from dataset.sources.media_source import MediaSource
+from dataset.sources.frames import kept_rate, shrink_mask
 from modules.contract import data
 from modules.contract.family import Caches
 from modules.devices import free_memory, warn_if_emulated
 from modules.errors import MediaError
-from modules.media.buckets import Size
 
 PARTIAL_BYTES = 1 << 29  # limit for the frames of items that wait until their batch is full
 
 SMALLEST_SIDE = 8  # pixels: one latent
 
 
-@dataclass(frozen=True)
-class Item:
-    """One item of a source, from its pixels to its entries; it waits until its batch is full."""
-
-    source: MediaSource
-    size: Size  # width, height of the original
-    bucket: Size
-    span: Span
-    frames: Tensor  # F H W C uint8
-    control: tuple[Tensor, ...] = ()  # each F H W C uint8
-    alpha: Tensor | None = None  # H W uint8
-    mask: Tensor | None = None  # F H W uint8: of the loss
-    moments: tuple[Tensor, ...] = ()  # instead of frames: 2C F h w of the clip, then of its first frame alone
-    references: tuple[Tensor, ...] = ()  # each f h w C uint8
-    control_mask: Tensor | None = None  # F H W uint8
-    # what the record of its entries says
-    files: tuple[FileIdentity, ...] = ()
-    clip: ClipFacts | None = None
-    rate: float | None = None  # frames in a second, for models that are told
-
-    @property
-    def table(self) -> DatasetTable:
-        return self.source.table
-
-    @property
-    def name(self) -> cache_files.LatentName:
-        if self.table.kind == "image":
-            return cache_files.LatentName(self.source.stem, self.size)
-        return cache_files.LatentName(self.source.stem, self.bucket, self.span)
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        masks = (one for one in (self.alpha, self.control_mask) if one is not None)
-        return (self.frames, *self.control, *masks, *self.references, *self.moments)
-
-    @property
-    def size_bytes(self) -> int:
-        mask = 0 if self.mask is None else self.mask.nbytes
-        return mask + sum(tensor.nbytes for tensor in self.tensors)
+def name_of(item: DecodedMedia) -> cache_files.LatentName:
+    if item.table.kind == "image":
+        return cache_files.LatentName(item.source.stem, item.size)
+    return cache_files.LatentName(item.source.stem, item.bucket, item.spans[0])
 
 
-def decode(plan: SourcePlan, existing: Names, recipe: Recipe) -> tuple[SourcePlan, Iterable[Item]]:
+def decode(plan: SourcePlan, existing: Names, recipe: Recipe) -> tuple[SourcePlan, Iterable[DecodedMedia]]:
     """Read the frames of a source, or its moments; return its plan, complete, and its missing items.
 
     Items that overlap, or are large, are cut out one by one when they are asked for. Raises MediaError,
     DatasetError or OSError if the source cannot be used.
     """
     source, latent, rate = plan.source, recipe.latent, None
-    clip, more = None, dict[str, Any]()
     if source.tensors is not None:
         from dataset.caching.given import decode_moments
 
-        media, frames, more["moments"] = decode_moments(source, latent)
-        clip = ClipFacts(media.size, frames, complete=True)
+        media = decode_moments(source, latent)
         rate = kept_rate(source, recipe.fps) if recipe.has_rates else None
     else:
         with fetch(source) as here:
@@ -93,67 +53,31 @@ def decode(plan: SourcePlan, existing: Names, recipe: Recipe) -> tuple[SourcePla
             rate = kept_rate(here, recipe.fps) if recipe.has_rates else None
             steps = latent.pixel_step, latent.frame_step
             media = decode_source(here, recipe.fps, *steps, keeps_alpha=latent.masks_latents)
-        media = dataclasses.replace(media, source=source)
         if min(media.bucket) < SMALLEST_SIDE:
             width, height = media.bucket
             raise MediaError(
                 f"{source.path}: {width}x{height} pixels are too few to encode; each side needs at least "
                 f"{SMALLEST_SIDE}"
             )
-        if source.table.kind == "video":
-            enough, length = frames_wanted(source.table), len(media.frames)
-            # decoding stops early where there are enough: then there may be more
-            clip = ClipFacts(media.size, length, complete=enough is None or length < enough)
     plan = complete(plan, media, existing, recipe)
     missing = plan.missing or ()
     files = tuple(itertools.starmap(identify, source.parts)) if missing else ()
-    items = (cut(media, span, files=files, clip=clip, rate=rate, **more) for span in missing)
+    media = dataclasses.replace(media, source=source, files=files, rate=rate)
+    items = map(media.cut, missing)
     is_large = sum(clip.nbytes for clip in (media.frames, *media.control)) > PARTIAL_BYTES
     overlaps = sum(length for _, length in missing) > len(media.frames)
     return plan, items if is_large or overlaps else list(items)
 
 
-def cut(media: DecodedSource, span: Span, **facts: Any) -> Item:
-    """Cut a span out of a clip; copy it, to free the rest of the clip, unless it is most of the clip. facts:
-    further fields of the item.
-    """
-    alone = 2 * span[1] < len(media.frames)
-    frames, *control = (
-        torch.from_numpy(clip.copy() if alone else clip)
-        for clip in (media.crop(span), *media.control_crops(span))
-    )
-    alpha, mask = media.alpha, media.mask_crop(span)
-    if media.references or media.control_mask is not None:
-        from dataset.sources.companions import cut_companions
+def batches(items: Iterable[DecodedMedia], size: int | None) -> Iterator[list[DecodedMedia]]:
+    """Yield items of equal shapes together. size: of a batch; None: that of its table."""
 
-        facts |= cut_companions(media, span)
-    return Item(
-        *(media.source, media.size, media.bucket, span, frames, tuple(control)),
-        None if alpha is None else torch.from_numpy(alpha),
-        None if mask is None else torch.from_numpy(mask.copy()),
-        **facts,
-    )
-
-
-def batches(items: Iterable[Item], size: int | None) -> Iterator[list[Item]]:
-    """Yield items of equal shapes together: when a batch is full, or too many bytes wait. size: of a batch;
-    None: that of its table.
-    """
-    waiting: dict[tuple[object, ...], list[Item]] = {}
-    for item in items:
+    def group(item: DecodedMedia) -> tuple[object, ...]:
         counts = len(item.control), len(item.references)
-        group = (item.table.index, counts, *(tensor.shape for tensor in item.tensors))
-        same = waiting.setdefault(group, [])
-        same.append(item)
-        is_full = len(same) >= (size or item.table.batch_size)
-        del item, same  # frees its frames before waiting for the next source
-        if is_full:
-            yield waiting.pop(group)
-        sizes = {group: sum(item.size_bytes for item in some) for group, some in waiting.items()}
-        if sum(sizes.values()) > PARTIAL_BYTES:
-            yield waiting.pop(max(sizes, key=sizes.__getitem__))
-    while waiting:
-        yield waiting.pop(next(iter(waiting)))
+        return (item.table.index, counts, *(one.shape for one in item.arrays))
+
+    most, bytes_of = (lambda item: size or item.table.batch_size), (lambda item: item.size_bytes)
+    return fill_batches(items, group, most, bytes_of, PARTIAL_BYTES)
 
 
 class EncodersOnDemand:
@@ -184,13 +108,13 @@ class EncodersOnDemand:
             free_memory(self._device)
 
 
-def batch_media(items: Sequence[Item], keys: Sequence[str]) -> data.MediaBatch:
+def batch_media(items: Sequence[DecodedMedia], keys: Sequence[str]) -> data.MediaBatch:
     """Return items of equal shapes as a family encodes them. keys: their names, without suffix."""
     alphas = [item.alpha for item in items if item.alpha is not None]
     return data.MediaBatch(
         frames=_stack_batch([item.frames for item in items]),
         keys=tuple(keys),
-        spans=tuple(item.span for item in items),
+        spans=tuple(item.spans[0] for item in items),
         control=tuple(
             _stack_batch(controls) for controls in zip(*(item.control for item in items), strict=True)
         ),
@@ -204,10 +128,10 @@ def batch_media(items: Sequence[Item], keys: Sequence[str]) -> data.MediaBatch:
 
 
 def encode(
-    items: Sequence[Item], family: Caches, encoders: EncodersOnDemand, tag: str
+    items: Sequence[DecodedMedia], family: Caches, encoders: EncodersOnDemand, tag: str
 ) -> Sequence[Sequence[data.CacheEntry]]:
     """Return the entries of each item of a batch, those of mirrored media with them if its table flips."""
-    keys = [item.name.file_name(tag).removesuffix(cache_files.SUFFIX) for item in items]
+    keys = [name_of(item).file_name(tag).removesuffix(cache_files.SUFFIX) for item in items]
     if items[0].moments:
         moments = [torch.stack(found) for found in zip(*(item.moments for item in items), strict=True)]
         given = data.MomentsBatch(moments[0], tuple(keys), *moments[1:])
@@ -244,13 +168,13 @@ def _add_mirrored(entry: data.CacheEntry, mirrored: data.CacheEntry) -> data.Cac
     return dataclasses.replace(entry, tensors={**entry.tensors, **more})
 
 
-def name_tensors(item: Item, entry: data.CacheEntry, spec: data.LatentSpec) -> dict[str, Tensor]:
+def name_tensors(item: DecodedMedia, entry: data.CacheEntry, spec: data.LatentSpec) -> dict[str, Tensor]:
     """Return the tensors of an entry, with the mask of its loss and its frame rate, by their names in the
     file.
     """
     tensors = {key: tensor.detach().cpu() for key, tensor in entry.tensors.items()}
     if item.mask is not None:
-        mask = shrink_mask(item.mask, spec.stride)
+        mask = shrink_mask(torch.from_numpy(item.mask), spec.stride)
         tensors[data.LOSS_MASK] = mask[entry.start : entry.start + tensors["latents"].shape[1]].clone()
     if item.rate is not None:
         tensors[data.FPS] = torch.tensor(item.rate)
@@ -285,5 +209,5 @@ def write_entry(
     store.write(file, named, metadata | records.latent_metadata(dataclasses.replace(record, crc32=sums)))
 
 
-def _stack_batch(tensors: Sequence[Tensor]) -> Tensor:
-    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
+def _stack_batch(arrays: Sequence[NDArray[np.uint8]]) -> Tensor:
+    return torch.from_numpy(arrays[0][None] if len(arrays) == 1 else np.stack(arrays))

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -99,39 +100,17 @@ def join_processes() -> Iterator[Share]:
             dist.destroy_process_group()
 
 
-def cache_media(
-    family: Caches, config: DatasetConfig, options: CachingOptions, stores: Stores | None = None
+def cache(
+    kind: str, family: Caches, config: DatasetConfig, options: CachingOptions, stores: Stores | None = None
 ) -> CacheReport:
-    """Encode every item that has no valid latent cache, then remove stale files.
+    """Encode what has no valid cache, in all processes of a launcher together; then remove stale files.
 
-    stores: where caches are kept, if not where the tables say.
-    A source that cannot be read becomes a failure of the report and does not stop the others. The encoders
-    are loaded only if there is something to encode. Raises DatasetError if the dataset cannot be used,
-    CheckpointError if an encoder cannot be loaded, OutputError if a file cannot be written.
+    kind: LATENTS or TEXTS. stores: where caches are kept, if not where the tables say. A source that cannot
+    be read becomes a failure of the report and does not stop the others. Encoders are loaded only if there is
+    something to encode. A text cache is written when all of its encoders are through; until then there is a
+    `.part`, which a later run continues. Raises DatasetError if the dataset cannot be used or a caption is
+    missing, CheckpointError if an encoder cannot be loaded, OutputError if a file cannot be written.
     """
-    return _cache(LATENTS, family, config, options, stores)
-
-
-def cache_texts(
-    family: Caches, config: DatasetConfig, options: CachingOptions, stores: Stores | None = None
-) -> CacheReport:
-    """Encode every caption without a valid text cache, one encoder after the other; then remove stale files.
-
-    A text cache is written when all encoders are through; until then there is a `.part`, which a later run
-    continues. Raises DatasetError if a caption is missing, CheckpointError if an encoder cannot be loaded,
-    OutputError if a file cannot be written.
-    """
-    return _cache(TEXTS, family, config, options, stores)
-
-
-def _cache(
-    kind: str,
-    family: Caches,
-    config: DatasetConfig,
-    options: CachingOptions,
-    stores: Stores | None = None,
-) -> CacheReport:
-    """Do the work of one half, LATENTS or TEXTS, in all processes of a launcher together."""
     shard, (room, name) = options.shard, kind.split(":")
     with join_processes() as share:
         device = choose_device(share.device_name(options.device))
@@ -155,56 +134,43 @@ def _cache(
         return replace(report, removed=sum(share.gather(removed)), is_main=share.is_main)
 
 
-def run_latent_caching(
-    family: Caches, config: DatasetConfig, options: CachingOptions, debug: DebugOptions, following: str = ""
-) -> None:
-    """Run --debug_mode, --check, or the caching of latents.
-
-    following: the command that comes next; "": none is shown.
-    Raises UserError if caching fails, and SystemExit with the result of a check.
-    """
-    if debug.debug_mode is not None:
-        views = import_own("data_tools.report.views")
-        conclude(views.show_datasets(family, config, debug, workers_of(options)))
-        return
-    if options.check:
-        raise SystemExit(import_own("data_tools.report.check").check_script(family, config, options, False))
-    _cache_and_conclude(LATENTS, family, config, options, "sources", ("Next, cache the captions", following))
+cache_media, cache_texts = partial(cache, LATENTS), partial(cache, TEXTS)
 
 
-def run_text_caching(
-    family: Caches, config: DatasetConfig, options: CachingOptions, following: str = ""
-) -> None:
-    """Run --check, or the caching of texts. following: the command that comes next; "": none is shown.
-
-    Raises UserError if caching fails, and SystemExit with the result of a check.
-    """
-    if options.check:
-        raise SystemExit(import_own("data_tools.report.check").check_script(family, config, options, True))
-    next_command = "Next, check all before training", following
-    _cache_and_conclude(TEXTS, family, config, options, "captions", next_command)
-
-
-def _cache_and_conclude(
+def run_caching(
     kind: str,
     family: Caches,
     config: DatasetConfig,
     options: CachingOptions,
-    what: str,
-    following: Row,
+    debug: DebugOptions | None,
+    following: str = "",
 ) -> None:
-    """Cache, and show the results. what: sources or captions. following: shown if no shard is missing."""
+    """Run --debug_mode, --check, or the caching of one half, LATENTS or TEXTS.
+
+    following: the command that comes next, if no shard is missing; "": none is shown.
+    Raises UserError if caching fails, and SystemExit with the result of a check.
+    """
+    if debug is not None and debug.debug_mode is not None:
+        views = import_own("data_tools.report.views")
+        conclude(views.show_datasets(family, config, debug, workers_of(options)))
+        return
+    what, then = "sources", "cache the captions"
+    if kind == TEXTS:
+        what, then = "captions", "check all before training"
+    if options.check:
+        check_script = import_own("data_tools.report.check").check_script
+        raise SystemExit(check_script(family, config, options, kind == TEXTS))
     if options.disable_cudnn_backend:
         leave_cudnn_out()
     start = time.monotonic()
     try:
-        report = _cache(kind, family, config, options)
+        report = cache(kind, family, config, options)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(STAYS) from None
     memory = peak_in_words(choose_device(options.device))
     costs: list[Row] = [("time", in_words(time.monotonic() - start)), ("peak memory", memory)]
     if not options.shard.is_given:
-        conclude(report, costs, [following] if following[1] else [])
+        conclude(report, costs, [(f"Next, {then}", following)] if following else [])
         return
     rows: list[Row] = [
         ("this shard", f"{report.share} of {report.whole} {what}"),

@@ -10,16 +10,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dataset.cache import records
-from dataset.cache.files import Header, LatentName
+from dataset.cache.files import Entry, LatentName
 from dataset.cache.store import Stores
 from dataset.caching.existing import ExistingNames, Names, media_table, names_of
 from dataset.caching.prefetch import MANY, Failure, map_ahead
 from dataset.config_keys import SECTIONS
 from dataset.sources.clock import has_beside, kept_one_clock
 from dataset.sources.colours import has_codes, shown_otherwise
-from dataset.sources.decoding import DecodedSource, plan_source
+from dataset.sources.decoding import DecodedMedia, plan_source
 from dataset.sources.frames import Span, bucket_of, describe_short, frames_wanted, spans
-from dataset.sources.media_source import MediaSource, pause_collection
+from dataset.sources.media_source import ClipFacts, FileIdentity, MediaSource, pause_collection
 from modules.bars import Bar
 from modules.console import count_of
 from modules.contract.data import CONTROL, FPS, LOSS_MASK, LatentSpec, MediaTable
@@ -129,7 +129,7 @@ def plan_all(
     return plans, [one for one in results if isinstance(one, Failure)]
 
 
-def complete(plan: SourcePlan, media: DecodedSource, existing: Names, recipe: Recipe) -> SourcePlan:
+def complete(plan: SourcePlan, media: DecodedMedia, existing: Names, recipe: Recipe) -> SourcePlan:
     """Return the plan of a source that has been decoded."""
     if plan.missing is not None:
         return plan
@@ -144,11 +144,9 @@ class _Planning:
     def __init__(self, source: MediaSource, existing: Names, recipe: Recipe, reads_values: bool) -> None:
         self.source, self.table, self.existing, self.recipe = source, source.table, existing, recipe
         self.store, self.reads_values = recipe.stores.of(source.table), reads_values
-        self._headers: dict[str, Header] = {}  # that were read
+        self._headers: dict[str, Entry] = {}  # that were read
         self._records: dict[str, records.LatentRecord | None] = {}
-        self._same: dict[
-            int, records.FileIdentity
-        ] = {}  # parts of the source that were found unchanged, by number
+        self._same: dict[int, FileIdentity] = {}  # parts of the source that were found unchanged, by number
         self._otherwise: dict[int, str | None] = {}  # by `as_shown`, how the source was read otherwise
         self._by_header = False  # what is wanted was told by the source's header, not by its caches
 
@@ -206,7 +204,7 @@ class _Planning:
             size = self._image_size()
             return unknown if size is None else self.compare(size, [(0, 1)])
         # what earlier runs found by decoding the source, if it has not changed since
-        rate, known = recipe.table_options(self.source), list[records.ClipFacts]()
+        rate, known = recipe.table_options(self.source), list[ClipFacts]()
         for file in self.existing:
             record = self._record_of(file)
             if record is None or record.clip is None:
@@ -219,14 +217,10 @@ class _Planning:
                 known.append(record.clip)
         clip = max(known, key=lambda one: (one.complete, one.kept_frames), default=None)
         if self.source.tensors is not None:
-            from dataset.sources.cogvideox import GivenClip, measure_source
+            from dataset.sources.cogvideox import measure_source, whole_span
 
-            given = (
-                measure_source(self.source, latent)
-                if clip is None
-                else GivenClip(clip.size, clip.kept_frames)
-            )
-            return self.compare(given.size, [given.span(latent.frame_step)])
+            given = clip or measure_source(self.source, latent)
+            return self.compare(given.size, [whole_span(given, latent.frame_step)])
         if clip is not None:
             wanted = frames_wanted(table)
             if clip.complete or (wanted is not None and clip.kept_frames >= wanted):
@@ -305,7 +299,7 @@ class _Planning:
         """
         recipe, path = self.recipe, self.table.cache_directory / file
         is_shared, entry = self.store.is_shared, self.store.read(file) if self.reads_values else None
-        header = self._header(file) if entry is None else entry.header
+        header = self._header(file) if entry is None else entry
         record = self._record(file) if entry is None else records.latent_record(header)
         if record is None:
             if self.source.mask_from is not None and not (is_shared and LOSS_MASK in header.keys):
@@ -337,9 +331,9 @@ class _Planning:
             records.verify_tensors(entry, record.crc32)
         return False
 
-    def _header(self, file: str) -> Header:
+    def _header(self, file: str) -> Entry:
         if file not in self._headers:
-            self._headers[file] = self.store.read(file, is_whole=False).header
+            self._headers[file] = self.store.read(file, is_whole=False)
         return self._headers[file]
 
     def _record(self, file: str) -> records.LatentRecord | None:
@@ -353,7 +347,7 @@ class _Planning:
             self._otherwise[mark] = shown_otherwise(self.source, self.recipe.latent.masks_latents, mark)
         return self._otherwise[mark]
 
-    def _find_change(self, files: Sequence[records.FileIdentity]) -> str | None:
+    def _find_change(self, files: Sequence[FileIdentity]) -> str | None:
         parts = self.source.parts
         if len(parts) != len(files):
             return f"it was made from {len(files)} source files, now there are {len(parts)}"
@@ -364,7 +358,7 @@ class _Planning:
         ]
         return f"{', '.join(changed)} changed since" if changed else None
 
-    def _is_unchanged(self, number: int, then: records.FileIdentity) -> bool:
+    def _is_unchanged(self, number: int, then: FileIdentity) -> bool:
         """Return whether a part of the source is what it was; each is looked at once."""
         if self._same.get(number) != then:
             if not records.is_unchanged(then, *self.source.parts[number]):

@@ -4,11 +4,11 @@ import collections
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.config_keys import AUTO
@@ -83,23 +83,13 @@ def list_sources(
 
 def join_reports(reports: Sequence[CacheReport]) -> CacheReport:
     """Join the reports of several processes to one."""
-
-    def of_sources(name: str) -> tuple[Failure, ...]:
-        found = (one for report in reports for one in getattr(report, name))
-        return tuple(sorted(found, key=lambda one: str(one.path)))
-
-    return CacheReport(
-        written=sum(report.written for report in reports),
-        kept=sum(report.kept for report in reports),
-        foreign=sum(report.foreign for report in reports),
-        failures=of_sources("failures"),
-        dropped=of_sources("dropped"),
-        shortened=of_sources("shortened"),
-        silent=of_sources("silent"),
-        share=sum(report.share for report in reports),
-        whole=max((report.whole for report in reports), default=0),
-        right=frozenset().union(*(report.right for report in reports)),
-    )
+    found: dict[str, Any] = {"whole": max((report.whole for report in reports), default=0)}
+    for name in ("written", "kept", "foreign", "share"):
+        found[name] = sum(getattr(report, name) for report in reports)
+    for name in ("failures", "dropped", "shortened", "silent"):
+        some = (one for report in reports for one in getattr(report, name))
+        found[name] = tuple(sorted(some, key=lambda one: str(one.path)))
+    return CacheReport(**found, right=frozenset().union(*(report.right for report in reports)))
 
 
 def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[Row] = ()) -> None:
@@ -247,6 +237,30 @@ class WriteBehind:
     def _collect(self, most: int) -> None:
         while len(self._waiting) > most or (self._waiting and self._waiting[0].done()):
             self._waiting.popleft().result()
+
+
+def fill_batches(
+    items: Iterable[T],
+    group_of: Callable[[T], object],
+    most_of: Callable[[T], int],
+    bytes_of: Callable[[T], int],
+    most_bytes: int,
+) -> Iterator[list[T]]:
+    """Yield items of one group together: when there are `most_of` them, or, if all that wait take more than
+    `most_bytes`, the group that takes most; the rest at the end.
+    """
+    waiting: dict[object, list[T]] = {}
+    for item in items:
+        group, most = group_of(item), most_of(item)
+        waiting.setdefault(group, []).append(item)
+        del item  # frees its frames before waiting for the next source
+        if len(waiting[group]) >= most:
+            yield waiting.pop(group)
+        sizes = {group: sum(map(bytes_of, some)) for group, some in waiting.items()}
+        if sum(sizes.values()) > most_bytes:
+            yield waiting.pop(max(sizes, key=sizes.__getitem__))
+    while waiting:
+        yield waiting.pop(next(iter(waiting)))
 
 
 DECODED_BYTES = 3 << 29  # 1.5 GiB of frames that wait for their consumer

@@ -14,15 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from dataset.cache import files as cache_files
 from dataset.cache import records
-from dataset.cache.files import (
-    SOUND_LENGTH,
-    LatentName,
-    is_latent_cache,
-    latent_names,
-    sound_tag,
-    tensor_name,
-)
 from dataset.cache.store import Stores
 from dataset.caching.existing import ExistingNames, LatentNames, names_of, remove_caches
 from dataset.caching.latents import write_entry
@@ -31,7 +24,7 @@ from dataset.config import DatasetTable
 from dataset.config_keys import IGNORE, REQUIRED
 from dataset.sources.fetching import fetch
 from dataset.sources.frames import kept_rate
-from dataset.sources.media_source import MediaSource, Origin
+from dataset.sources.media_source import FileIdentity, MediaSource, Origin
 from dataset.sources.sound import NoSound, find_sound, read_sounds
 from modules.bars import Bar
 from modules.contract.data import SOUND
@@ -53,8 +46,8 @@ class SoundPlan:
     source: MediaSource
     kept: tuple[str, ...]  # names of valid files
     foreign: int  # how many of them have no record
-    missing: tuple[LatentName, ...]  # items without a valid file
-    files: tuple[records.FileIdentity, ...] = ()  # that the sound is from
+    missing: tuple[cache_files.LatentName, ...]  # items without a valid file
+    files: tuple[FileIdentity, ...] = ()  # that the sound is from
     rate: float = 0.0  # frames in a second
     samples: tuple[Tensor, ...] = ()  # of each missing item, channels S
     silent: str | None = None  # why there is none
@@ -81,7 +74,7 @@ class SoundWork:
         self._family, self._spec, self._stores, self._device = family, family.sound, stores, device
         self._skip_existing, self._verify = skip_existing, verify
         self.before_loading: Callable[[], None] = lambda: None  # frees what the networks take the place of
-        self._tag, self._networks = sound_tag(family.cache_tag), None
+        self._tag, self._networks = cache_files.sound_tag(family.cache_tag), None
         self._existing: ExistingNames = {
             table.index: LatentNames(stores.of(table), self._tag, table.kind)
             for table in tables
@@ -137,7 +130,7 @@ class SoundWork:
         if table.index not in self._existing:
             return 0
         stale = self._existing[table.index].not_in(valid, but_of=failed)
-        is_ours = partial(is_latent_cache, architecture=self._family.name, sound=True)
+        is_ours = partial(cache_files.is_latent_cache, architecture=self._family.name, sound=True)
         return remove_caches(self._stores.of(table), stale, is_ours)
 
     def free(self) -> None:
@@ -145,12 +138,12 @@ class SoundWork:
             self._networks = None
             free_memory(self._device)
 
-    def plan(self, source: MediaSource, names: Sequence[LatentName], verifies: bool) -> SoundPlan:
+    def plan(self, source: MediaSource, names: Sequence[cache_files.LatentName], verifies: bool) -> SoundPlan:
         """Compare the entries of a clip's items with those that this run would write; with `audio = "ignore"`
         all stay as they are.
         """
         there, kept, foreign = names_of(self._existing, source), list[str](), 0
-        missing: list[LatentName] = []
+        missing: list[cache_files.LatentName] = []
         for name in names:
             file = name.file_name(self._tag)
             try:
@@ -169,21 +162,21 @@ class SoundWork:
         names = items.get((source.table.index, source.stem), ())
         return len(self.plan(source, names, self._verify).kept)
 
-    def _items_of(self, latents: Entries) -> dict[tuple[int, str], list[LatentName]]:
+    def _items_of(self, latents: Entries) -> dict[tuple[int, str], list[cache_files.LatentName]]:
         """Return the items of clips by table and stem. latents: names of entries."""
-        found: dict[tuple[int, str], list[LatentName]] = {}
+        found: dict[tuple[int, str], list[cache_files.LatentName]] = {}
         for index, pairs in itertools.groupby(sorted(latents), lambda one: one[0]):
             names = (name for _, name in pairs if index in self._existing)
-            for _, stem, rest in latent_names(names, self._family.cache_tag, "video"):
+            for _, stem, rest in cache_files.latent_names(names, self._family.cache_tag, "video"):
                 found.setdefault((index, stem), []).append(replace(rest, stem=stem))
         return found
 
-    def _check(self, file: str, source: MediaSource, name: LatentName, verifies: bool) -> bool:
+    def _check(self, file: str, source: MediaSource, name: cache_files.LatentName, verifies: bool) -> bool:
         """Check an entry; return whether it has no record. Raises CacheError if it is to be made again."""
         entry = self._stores.of(source.table).read(file, is_whole=verifies)
-        record = records.latent_record(entry.header)
+        record = records.latent_record(entry)
         if record is None:
-            if not self._skip_existing or SOUND not in entry.header.keys:
+            if not self._skip_existing or SOUND not in entry.keys:
                 raise CacheError(f"{file}: it has no record of what it was made from")
             return True
         changed = records.difference(record.encoder, self._family.sound_identity)
@@ -197,7 +190,7 @@ class SoundWork:
             records.verify_tensors(entry, record.crc32)
         return False
 
-    def _options(self, source: MediaSource, name: LatentName) -> dict[str, Any]:
+    def _options(self, source: MediaSource, name: cache_files.LatentName) -> dict[str, Any]:
         stated = source.table.source_fps
         rates = {"source_fps": stated, "fps": None if stated is None else self._family.defaults.fps}
         return {"span": [*(name.span or ())], **rates}
@@ -218,7 +211,9 @@ class SoundWork:
         files = tuple(itertools.starmap(records.identify, _parts(plan.source)))
         return replace(plan, files=files, rate=rate, samples=tuple(samples))
 
-    def _encode(self, file: str, name: LatentName, samples: Tensor, read: SoundPlan) -> Callable[[], None]:
+    def _encode(
+        self, file: str, name: cache_files.LatentName, samples: Tensor, read: SoundPlan
+    ) -> Callable[[], None]:
         """Encode the sound of an item; return what writes it."""
         if self._networks is None:
             self.before_loading()
@@ -230,8 +225,8 @@ class SoundWork:
         if tuple(latents.shape) != expected:  # batches are made by it
             raise ValueError(f"latents of sound are {tuple(latents.shape)}, SoundSpec.shape says {expected}")
         length = torch.tensor(expected[1], dtype=torch.int32)
-        tensors = {SOUND: latents.detach().cpu().contiguous(), SOUND_LENGTH: length}
-        named = {tensor_name(key, tensor): tensor for key, tensor in tensors.items()}
+        tensors = {SOUND: latents.detach().cpu().contiguous(), cache_files.SOUND_LENGTH: length}
+        named = {cache_files.tensor_name(key, tensor): tensor for key, tensor in tensors.items()}
         identity, options = self._family.sound_identity, self._options(source, name)
         record = records.LatentRecord(identity, options, read.files, None, parts=1, crc32={})
         store, facts = self._stores.of(source.table), {"frame_count": str(frames)}

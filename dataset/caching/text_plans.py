@@ -192,7 +192,7 @@ class TextRecipe:
         name = file.file_name + PART if in_part else file.file_name
         try:
             entry = store.read(name, reads_values)
-            records = text_records(entry.header)
+            records = text_records(entry)
         except CacheError as error:
             if name in store:
                 logger.warning("%s. It is made again.", error)
@@ -203,8 +203,8 @@ class TextRecipe:
                 # what a shared one does not say is not asked for: other programs keep no record
                 accepts = store.is_shared or (self.skip_existing and not in_part and not file.settings)
                 # whose tensors are of the same caption
-                theirs = entry.header.metadata.get("caption1", file.caption) == file.caption
-                if accepts and theirs and encoder.keys <= entry.header.keys:
+                theirs = entry.metadata.get("caption1", file.caption) == file.caption
+                if accepts and theirs and encoder.keys <= entry.keys:
                     right[encoder.name] = False
                 continue
             changed = why_outdated(record, identity, file)

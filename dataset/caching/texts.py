@@ -21,7 +21,6 @@ from dataset.cache.files import (
     FORMAT_VERSION,
     PART,
     Entry,
-    Header,
     checksum,
     is_text_cache,
     is_text_name,
@@ -302,14 +301,14 @@ class TextWork:
             "format_version": FORMAT_VERSION,
             **text_metadata({encoder: dataclasses.replace(record, crc32=sums)}),
         }
-        new = Entry(Header(store.folder / file.file_name, metadata, tuple(tensors)), tensors)
+        new = Entry.of(store.folder / file.file_name, metadata, tensors)
         part, there = self._recipe.find(file, in_part=True)  # before the file: another may finish it now
         if part is not None:
             new = _join(part, new)
         if is_last:
             self._finish(file, new, {encoder, *there})
         else:
-            store.write(file.file_name + PART, new.named, new.header.metadata)
+            store.write(file.file_name + PART, new.named, new.metadata)
 
     def _finish(self, file: CaptionFile, new: Entry | None, there: Collection[str]) -> None:
         """Join an entry with the file, if there is one; write the file, then remove its `.part`.
@@ -322,7 +321,7 @@ class TextWork:
         path = store.folder / file.file_name
         old, right = self._recipe.find(file)
         if old is not None:
-            before, now = old.header.metadata.get("caption1", file.caption or ""), file.caption or ""
+            before, now = old.metadata.get("caption1", file.caption or ""), file.caption or ""
             if before != now:
                 logger.warning("%s: the caption was %r, now it is %r; it is replaced", path, before, now)
             new = old if new is None else _join(old, new)
@@ -335,7 +334,7 @@ class TextWork:
                 f"what {', '.join(lost)} had written.\n"
                 "  Let one of the two end, then run this command again."
             )
-        store.write(file.file_name, new.named, new.header.metadata)
+        store.write(file.file_name, new.named, new.metadata)
         store.remove(file.file_name + PART)  # last: another process may need it until then
 
 
@@ -368,9 +367,8 @@ def warn_cut_captions(encoder: TextEncoder, captions: Sequence[tuple[Path | str,
 
 def _join(old: Entry, new: Entry) -> Entry:
     """Join two entries; the new one wins if both have something."""
-    new_keys = new.header.keys
+    new_keys = new.keys
     kept = {name: tensor for name, tensor in old.named.items() if tensor_key(name) not in new_keys}
-    named = {**kept, **new.named}
-    records = text_metadata({**text_records(old.header), **text_records(new.header)})
-    metadata = {**old.header.metadata, **new.header.metadata, **records}
-    return Entry(Header(new.header.path, metadata, tuple(named)), named)
+    records = text_metadata({**text_records(old), **text_records(new)})
+    metadata = {**old.metadata, **new.metadata, **records}
+    return Entry.of(new.path, metadata, {**kept, **new.named})

@@ -17,14 +17,13 @@ from dataset.cache.files import is_latent_cache
 from dataset.cache.form import require_form
 from dataset.cache.records import LatentRecord
 from dataset.cache.store import Stores, npz_names
-from dataset.caching import existing, prefetch
-from dataset.caching.latents import EncodersOnDemand, Item, batches, decode, encode, name_tensors, write_entry
+from dataset.caching import existing, latents, prefetch
 from dataset.caching.planning import Recipe, SourcePlan, plan_all
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.options import CachingOptions
 from dataset.sources.clock import find_other_lengths
 from dataset.sources.colours import find_colours
-from dataset.sources.decoding import check_resolution
+from dataset.sources.decoding import DecodedMedia, check_resolution
 from dataset.sources.frames import find_wrong_rates
 from dataset.sources.listing import warn_captions, warn_unused
 from dataset.sources.media_source import LISTED, MediaSource, list_faults
@@ -119,7 +118,7 @@ class MediaWork:
             has_rates=family.can.rate,
         )
         self._family, self._config, self._options, self._device = family, config, options, device
-        self._encoders = EncodersOnDemand(family, device, self._sound.free if self._sound else None)
+        self._encoders = latents.EncodersOnDemand(family, device, self._sound.free if self._sound else None)
         if self._sound is not None:  # the networks of pictures and of sound take turns
             self._sound.before_loading = self._encoders.free
 
@@ -155,7 +154,7 @@ class MediaWork:
         if to_do:
             items = self._items(to_do, finished, failures, workers, shows)
             with prefetch.WriteBehind() as writer, contextlib.closing(items), torch.no_grad():
-                for batch in batches(items, self._options.batch_size):
+                for batch in latents.batches(items, self._options.batch_size):
                     written |= self._write(batch, writer)
                     del batch  # frees its frames before waiting for the next source
         reasons = [plan.outdated for plan in finished if plan.outdated is not None]
@@ -215,14 +214,14 @@ class MediaWork:
         failures: list[prefetch.Failure],
         workers: int,
         shows: bool,
-    ) -> Generator[Item, None, None]:
+    ) -> Generator[DecodedMedia, None, None]:
         """Yield the missing items of the plans, while threads decode the next ones; add the completed plans
         to `finished`, and sources that cannot be read to `failures`.
         """
         ahead = prefetch.read_ahead(
             plans,
             lambda plan: plan.source,
-            lambda plan: decode(plan, existing.names_of(self._existing, plan.source), self._recipe),
+            lambda plan: latents.decode(plan, existing.names_of(self._existing, plan.source), self._recipe),
             workers,
             Bar(len(plans), "Encoding", "source", shows, at_once=True),
             decodes=True,
@@ -236,14 +235,14 @@ class MediaWork:
                     yield from result[1]
                 del result  # frees its frames before waiting for the next source
 
-    def _write(self, batch: Sequence[Item], writer: prefetch.WriteBehind) -> set[tuple[int, str]]:
+    def _write(self, batch: Sequence[DecodedMedia], writer: prefetch.WriteBehind) -> set[tuple[int, str]]:
         """Encode a batch and have its items' files written, and then their other files removed: sections
         that an item no longer has. Return table index and name of each file.
         """
         family, tag, written = self._family, self._recipe.tag, set[tuple[int, str]]()
-        for item, entries in zip(batch, encode(batch, family, self._encoders, tag), strict=True):
-            store, name = self.stores.of(item.table), item.name
-            options = self._recipe.options(item.source, item.size, item.bucket, item.span)
+        for item, entries in zip(batch, latents.encode(batch, family, self._encoders, tag), strict=True):
+            store, name = self.stores.of(item.table), latents.name_of(item)
+            options = self._recipe.options(item.source, item.size, item.bucket, item.spans[0])
             record = LatentRecord(self._recipe.encoder, options, item.files, item.clip, len(entries), {})
             facts = {"width": str(name.size[0]), "height": str(name.size[1])}
             if name.span is not None:
@@ -252,8 +251,8 @@ class MediaWork:
                 facts[FPS] = repr(item.rate)
             files = [dataclasses.replace(name, section=entry.section).file_name(tag) for entry in entries]
             for file, entry in zip(files, entries, strict=True):
-                named = name_tensors(item, entry, family.latent)
-                writer.submit(partial(write_entry, store, family, file, named, record, facts))
+                named = latents.name_tensors(item, entry, family.latent)
+                writer.submit(partial(latents.write_entry, store, family, file, named, record, facts))
             written |= {(item.table.index, file) for file in files}
             there = existing.names_of(self._existing, item.source).items()
             same = [file for file, one in there if (one.size, one.span) == (name.size, name.span)]

@@ -17,13 +17,20 @@ from dataset.config import DatasetTable
 from dataset.sources.captions import complete_captions
 from dataset.sources.columns import JSONL, TableRow, column_names, read_columns, table_format, table_lines
 from dataset.sources.frames import Span
-from dataset.sources.media_source import EMBEDS, MOMENTS, Fault, GivenTensors, MediaSource, number_repeats
+from dataset.sources.media_source import (
+    EMBEDS,
+    MOMENTS,
+    ClipFacts,
+    Fault,
+    GivenTensors,
+    MediaSource,
+    number_repeats,
+)
 from dataset.sources.rows import check_text, locate
 from modules.atomic_write import write_text
 from modules.checkpoints.containers import load_pickled
 from modules.contract.data import LatentSpec
 from modules.errors import CheckpointError, DatasetError, MediaError
-from modules.media.buckets import Size
 from modules.paths import explain_missing
 from modules.text_files import parse_json, read_text
 
@@ -31,16 +38,9 @@ PREPARED = "reelsmith_prepared.json"
 VERSION = 1
 
 
-@dataclass(frozen=True)
-class GivenClip:
-    """The clip that moments stand for."""
-
-    size: Size  # width, height in pixels
-    frames: int
-
-    def span(self, frame_step: int) -> Span:
-        """Return the span of its one item, all of it: the model takes frame_step * n + 1 frames."""
-        return (0, (self.frames - 1) // frame_step * frame_step + 1)
+def whole_span(clip: ClipFacts, frame_step: int) -> Span:
+    """Return the span of the one item of moments, all of it: the model takes frame_step * n + 1 frames."""
+    return (0, (clip.kept_frames - 1) // frame_step * frame_step + 1)
 
 
 def read_tensor(path: Path) -> Tensor:
@@ -90,7 +90,7 @@ def explain_channels(found: int, latent: LatentSpec) -> str:
     )
 
 
-def measure(moments: Tensor, latent: LatentSpec, path: Path) -> GivenClip:
+def measure(moments: Tensor, latent: LatentSpec, path: Path) -> ClipFacts:
     """Return the clip of moments 2C F h w.
 
     Its frames are those that the form states: four for each latent frame if there is an even number of
@@ -103,10 +103,10 @@ def measure(moments: Tensor, latent: LatentSpec, path: Path) -> GivenClip:
             f"{path} is of a clip of {width}x{height}; the model takes sides that are multiples of "
             f"{latent.pixel_step}"
         )
-    return GivenClip((width, height), count * step if count % 2 == 0 else (count - 1) * step + 1)
+    return ClipFacts((width, height), count * step if count % 2 == 0 else (count - 1) * step + 1)
 
 
-def measure_source(source: MediaSource, latent: LatentSpec) -> GivenClip:
+def measure_source(source: MediaSource, latent: LatentSpec) -> ClipFacts:
     """Return the clip of a source with tensors, from the header of its file. Raises as `read_moments`."""
     assert source.tensors is not None
     path = source.tensors.moments

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from dataset.config import DatasetTable
 from dataset.sources.clock import frames_beside
 from dataset.sources.folders import list_entries, media_suffixes
-from dataset.sources.frames import Mask, Span, is_still, read_moving, read_still
+from dataset.sources.frames import Mask, is_still, read_moving, read_still
 from dataset.sources.media_source import Fault, MediaSource
 from modules.console import count_of
 from modules.errors import DatasetError, MediaError
@@ -114,7 +113,7 @@ def read_companions(
     fps: float = 0.0,
     clock: Sequence[tuple[int, float]] = (),
 ) -> dict[str, Any]:
-    """Read references and the control mask of a fetched source, as fields of `DecodedSource`.
+    """Read references and the control mask of a fetched source, as fields of `DecodedMedia`.
 
     References cover and are cropped to the bucket divided by the family's factor, or stand on white. A clip
     has `count` frames,
@@ -160,13 +159,3 @@ def _read_mask(
         return read_still(path, place, sizes[0], count)
     beside = frames_beside(path, here.path, here.table, fps, clock, alpha=True)
     return read_moving(path, beside, place, sizes[0], count)
-
-
-def cut_companions(media: Any, span: Span) -> dict[str, Any]:
-    """Return references and control mask of a span of a `DecodedSource`, as fields of `Item`, copied."""
-    begin, end, whole, mask = span[0], sum(span), len(media.frames), media.control_mask
-    crops = (one[begin:end] if len(one) == whole else one for one in media.references)
-    return {
-        "references": tuple(torch.from_numpy(one.copy()) for one in crops),
-        "control_mask": None if mask is None else torch.from_numpy(mask[begin:end].copy()),
-    }

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from dataset.config import DatasetTable
 from dataset.config_keys import AUTO
@@ -28,7 +29,7 @@ from dataset.sources.frames import (
     spans,
     stack_alphas,
 )
-from dataset.sources.media_source import MediaSource
+from dataset.sources.media_source import ClipFacts, FileIdentity, MediaSource
 from dataset.sources.references import fit_reference, read_reference
 from modules.console import count_of
 from modules.errors import MediaError
@@ -46,39 +47,63 @@ IMAGE_SPANS: tuple[Span, ...] = ((0, 1),)
 
 
 @dataclass(frozen=True)
-class DecodedSource:
-    """The kept frames of one source, resized to its bucket. Images have one frame."""
+class DecodedMedia:
+    """The kept frames of one source, or of one of its items, resized to its bucket. Images have one frame."""
 
     source: MediaSource
-    size: Size
+    size: Size  # width, height of the original
     bucket: Size
     frames: Clip  # F H W 3; empty from `plan_source`
+    spans: tuple[Span, ...]  # of an item its own
+    reason: str | None = None  # why there is no span: "12 frames, the shortest of target_frames is 17"
     # per control image or clip: as many frames; C = 4 if a control image has alpha
-    control: tuple[Clip, ...]
-    spans: tuple[Span, ...]
-    reason: str | None  # why there is no span: "12 frames, the shortest of target_frames is 17"
+    control: tuple[Clip, ...] = ()
     alpha: NDArray[np.uint8] | None = None  # H W, of an image with transparency
     mask: Mask | None = None  # of the loss: 255 is learned; as many as frames; None: all of them whole
     # each f h w 3: of a clip as many as frames, of a picture one
     references: tuple[Clip, ...] = ()
     control_mask: Mask | None = None  # 255 is made anew; as many as frames
+    moments: tuple[Tensor, ...] = ()  # instead of frames: 2C F h w of the clip, then of its first frame alone
+    # what the records of its caches say
+    clip: ClipFacts | None = None
+    files: tuple[FileIdentity, ...] = ()
+    rate: float | None = None  # frames in a second, for models that are told
+
+    @property
+    def table(self) -> DatasetTable:
+        return self.source.table
+
+    @property
+    def arrays(self) -> tuple[Any, ...]:
+        """Return what items of a batch have in equal shapes."""
+        masks = (one for one in (self.alpha, self.control_mask) if one is not None)
+        return (self.frames, *self.control, *masks, *self.references, *self.moments)
+
+    @property
+    def size_bytes(self) -> int:
+        mask = 0 if self.mask is None else self.mask.nbytes
+        return mask + sum(one.nbytes for one in self.arrays)
+
+    def cut(self, span: Span) -> "DecodedMedia":
+        """Cut the item of a span out; copy it, to free the rest of the clip, unless it is most of that."""
+        begin, end, whole, mask, made = span[0], sum(span), len(self.frames), self.mask, self.control_mask
+        clips = (clip[begin:end] for clip in (self.frames, *self.control))
+        frames, *control = (clip.copy() if 2 * span[1] < whole else clip for clip in clips)
+        references = (one[begin:end] if len(one) == whole else one for one in self.references)
+        return dataclasses.replace(
+            self,
+            frames=frames,
+            spans=(span,),
+            control=tuple(control),
+            mask=None if mask is None else mask[begin:end].copy(),
+            references=tuple(one.copy() for one in references),
+            control_mask=None if made is None else made[begin:end].copy(),
+        )
 
     def key(self, span: Span) -> str:
         """Return the name of an item for messages: `pic`, or `clip_00000-017`."""
         is_image = self.source.table.kind == "image"
         return self.source.stem if is_image else f"{self.source.stem}_{span[0]:05d}-{span[1]:03d}"
-
-    def crop(self, span: Span) -> Clip:
-        """Return the frames of a span, F H W 3, not copied."""
-        return self.frames[span[0] : sum(span)]
-
-    def mask_crop(self, span: Span) -> Mask | None:
-        """Return the masks of a span, F H W, not copied."""
-        return None if self.mask is None else self.mask[span[0] : sum(span)]
-
-    def control_crops(self, span: Span) -> tuple[Clip, ...]:
-        """Return the frames of a span for each control, F H W C, not copied."""
-        return tuple(frames[span[0] : sum(span)] for frames in self.control)
 
 
 def decode_source(
@@ -88,7 +113,7 @@ def decode_source(
     frame_step: int = 4,
     numbers: random.Random | None = None,
     keeps_alpha: bool = False,
-) -> DecodedSource:
+) -> DecodedMedia:
     """Read a source and its control media.
 
     Memory holds the whole clip at bucket size, and one frame at a time at its own size. fps: the family's
@@ -136,12 +161,16 @@ def decode_source(
             from dataset.sources.companions import read_companions
 
             more = read_companions(here, size, bucket, count, fps, clock)
-    return DecodedSource(source, size, bucket, frames, tuple(control), found, reason, mask=mask, **more)
+    enough = frames_wanted(table)
+    # decoding stops early where there are enough: then there may be more
+    facts = ClipFacts(size, count, complete=enough is None or count < enough)
+    seen = size, bucket, frames, found, reason, tuple(control)
+    return DecodedMedia(source, *seen, mask=mask, clip=facts, **more)
 
 
 def _decode_image(
     source: MediaSource, step: int, numbers: random.Random | None, keeps_alpha: bool
-) -> DecodedSource:
+) -> DecodedMedia:
     table = source.table
     image, alpha = _colours_and_alpha(read_image(source.path, keeps_alpha or table.alpha_mask))
     size = (image.shape[1], image.shape[0])
@@ -181,11 +210,11 @@ def _decode_image(
         from dataset.sources.companions import read_companions
 
         more = read_companions(source, size, fit.bucket, 1)
-    ends = IMAGE_SPANS, None, alpha, mask
-    return DecodedSource(source, size, fit.bucket, frames, tuple(control), *ends, **more)
+    ends = IMAGE_SPANS, None, tuple(control), alpha, mask
+    return DecodedMedia(source, size, fit.bucket, frames, *ends, **more)
 
 
-def plan_source(source: MediaSource, fps: float, step: int = 16, frame_step: int = 4) -> DecodedSource:
+def plan_source(source: MediaSource, fps: float, step: int = 16, frame_step: int = 4) -> DecodedMedia:
     """Do the same as `decode_source` from headers, without frames, to compare with caches without a record.
 
     A header may have a wrong number of frames; a clip whose header has none is decoded. Raises the errors of
@@ -204,7 +233,7 @@ def plan_source(source: MediaSource, fps: float, step: int = 16, frame_step: int
                 kept = len(resample_indices(info.frames, table.stated_fps, table.target_fps or fps))
             found, reason = spans_or_reason(table, kept, frame_step)
         bucket = bucket_of(table, size, step, here.path)
-    return DecodedSource(source, size, bucket, NO_FRAMES, (), found, reason)
+    return DecodedMedia(source, size, bucket, NO_FRAMES, found, reason)
 
 
 def source_frames(source: MediaSource, fps: float) -> Iterator[Frame]:

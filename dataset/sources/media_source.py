@@ -132,6 +132,27 @@ class MediaSource:
         return FROM_ALPHA if self.table.alpha_mask else FROM_FILE if self.mask is not None else None
 
 
+@dataclass(frozen=True)
+class FileIdentity:
+    """Identity of a file, or of a folder of images."""
+
+    name: str
+    size_bytes: int
+    mtime_ns: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ClipFacts:
+    """Facts found by decoding a clip, so that a later run knows the clip's items without decoding."""
+
+    size: tuple[
+        int, int
+    ]  # width, height of the original; with load_tensors of the clip that moments stand for
+    kept_frames: int
+    complete: bool = True  # False: decoding stopped early, there may be more frames
+
+
 def member_pieces(origin: TarMember) -> Iterator[bytes]:
     """Yield the bytes of a member. Raises OSError if the tar is gone, or shorter than it was."""
     left = origin.size_bytes

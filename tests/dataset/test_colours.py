@@ -58,15 +58,15 @@ def age(folder: Path, as_shown: int = False) -> None:
     for path in (folder / "cache").glob("*.safetensors"):
         entry = read_entry(path)
         if path.stem.endswith("_te"):
-            texts = text_records(entry.header).items()
+            texts = text_records(entry).items()
             changed = text_metadata(
                 {name: dataclasses.replace(one, as_shown=as_shown) for name, one in texts}
             )
         else:
-            latents = latent_record(entry.header)
+            latents = latent_record(entry)
             assert latents is not None
             changed = latent_metadata(dataclasses.replace(latents, as_shown=as_shown))
-        write_tensors(path, entry.named, {**entry.header.metadata, **changed})
+        write_tensors(path, entry.named, {**entry.metadata, **changed})
 
 
 @pytest.mark.parametrize("many", [8192, 2])
@@ -105,13 +105,13 @@ def test_clips_that_name_their_colours_or_are_not_square_are_made_again(
     assert set(cached(config)) == {"plain", "wide", "dv"}
     (path,) = (tmp_path / "cache").glob("dv_*")
     entry = read_entry(path)
-    latents = latent_record(entry.header)
+    latents = latent_record(entry)
     assert latents is not None
     assert latents.clip is not None
     assert latents.clip.size == (32, 32)
     clip, then = dataclasses.replace(latents.clip, size=(64, 32)), {**latents.options, "size": [64, 32]}
     old = dataclasses.replace(latents, clip=clip, options=then)
-    write_tensors(path, entry.named, {**entry.header.metadata, **latent_metadata(old)})
+    write_tensors(path, entry.named, {**entry.metadata, **latent_metadata(old)})
     age(tmp_path, True)
 
     with caplog.at_level("INFO"):

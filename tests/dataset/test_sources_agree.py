@@ -98,8 +98,8 @@ def caches_of(folder: Path) -> dict[str, dict[str, Any]]:
     for path in sorted(folder.glob("*.safetensors")):
         entry = read_entry(path)
         is_text = "_te." in path.name
-        media = None if is_text else latent_record(entry.header)
-        texts = text_records(entry.header) if is_text else {}
+        media = None if is_text else latent_record(entry)
+        texts = text_records(entry) if is_text else {}
         told = (
             None if media is None else (media.options, media.clip, media.parts, media.crc32),
             [(one.caption, one.crc32) for one in texts.values()],

@@ -129,7 +129,7 @@ def test_a_changed_caption_leaves_the_old_file_whole_until_the_new_one_is(tmp_pa
     assert names(tmp_path) == [*FILES, PARTS[1]]
     assert (cache(tmp_path) / FILES[1]).read_bytes() == before
     cache_texts(two(), config, options())
-    assert read_entry(cache(tmp_path) / FILES[1]).header.metadata["caption1"] == "another text"
+    assert read_entry(cache(tmp_path) / FILES[1]).metadata["caption1"] == "another text"
     assert_whole(config, tmp_path)
 
 

@@ -253,7 +253,7 @@ def record_encoders(folder: Path, names: Mapping[str, str]) -> None:
         entry = read_entry(folder / "cache" / f"{stem}_toy_te.safetensors")
         crc32 = {name: checksum(name, tensor) for name, tensor in entry.named.items()}
         record = TextRecord({"letters": identity}, "a text", None, crc32)
-        write_tensors(entry.header.path, entry.named, text_metadata({"letters": record}))
+        write_tensors(entry.path, entry.named, text_metadata({"letters": record}))
 
 
 def toy_options(

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from dataset.batches.items import CachingCommands, LiveParts, LiveTable, TrainingItem
+from dataset.batches.items import CachingCommands, LiveTables, TrainingItem
 from dataset.batches.reading import read_batch
 from dataset.cache.records import CacheChecks
 from dataset.cache.store import Stores
@@ -35,7 +35,7 @@ class BatchSources:
     """Sources of the parts of a run's batches: caches, and encoding while training."""
 
     stores: Stores = field(default_factory=Stores)
-    tables: Mapping[int, LiveTable] = field(default_factory=dict)  # with a part that is not cached, by index
+    tables: LiveTables = field(default_factory=dict)  # with a part that is not cached, by index
     media: EncodesPictures | None = None  # None: all latents are cached
     # whether batches must be made in the training process: what they need is not sent to others
     stays: bool = False
@@ -59,8 +59,7 @@ class BatchSources:
         encoded = {} if self.media is None else self.media.encode(items, *stream)
         # what is encoded now has been mirrored already
         sides = [flip and place not in encoded for place, flip in enumerate(flips)]
-        live = LiveParts(self.tables, encoded)
-        return read_batch(items, latent, commands, checks, captions, self.stores, sides, live, undropped)
+        return read_batch(items, latent, commands, checks, captions, self.stores, sides, undropped, encoded)
 
 
 logger = logging.getLogger(__name__)

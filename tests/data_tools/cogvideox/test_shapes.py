@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 
 import cv2
@@ -11,10 +12,11 @@ import torch
 from PIL import Image
 
 import wan_cache_latents
-from data_tools.cogvideox.clips import batches_by_shape, choose_frames, choose_size, read_clip, shape_frame
+from data_tools.cogvideox.clips import choose_frames, choose_size, read_clip, shape_frame
 from data_tools.cogvideox.options import SIDES, ShapeOptions
 from dataset.cache.files import read_header
 from dataset.cache.records import latent_record
+from dataset.caching.prefetch import fill_batches
 from modules.errors import DatasetError, MediaError, UserError
 from modules.media import reading
 from modules.media.reading import video_info
@@ -101,13 +103,19 @@ def test_a_wrong_header_counts_as_long_as_its_frames_are_there(
 
 
 def test_batches_are_of_one_shape_full_ones_first_and_the_rest_at_the_end() -> None:
-    small, large = (4, 32, 32), (8, 32, 32)
-    items = [(small, 1), (large, 2), (small, 3), (small, 4), (large, 5), (small, 6), (large, 7)]
+    # shape (its bytes) and number
+    items = [(4, 1), (8, 2), (4, 3), (4, 4), (8, 5), (4, 6), (8, 7)]
 
-    assert list(batches_by_shape(items, 3)) == [[1, 3, 4], [2, 5, 7], [6]]
+    def numbers(most: int, most_bytes: int = 100) -> list[list[int]]:
+        shape = itemgetter(0)
+        return [
+            [one for _, one in some] for some in fill_batches(items, shape, lambda _: most, shape, most_bytes)
+        ]
+
+    assert numbers(3) == [[1, 3, 4], [2, 5, 7], [6]]
     # of two small ones, or one large one, and no more
-    assert list(batches_by_shape(items, 3, most_bytes=25_000)) == [[2], [1, 3, 4], [5], [7], [6]]
-    assert list(batches_by_shape(items, 1)) == [[number] for _, number in items]
+    assert numbers(3, 8) == [[2], [1, 3, 4], [5], [7], [6]]
+    assert numbers(1) == [[number] for _, number in items]
 
 
 @pytest.fixture(scope="module")

@@ -85,7 +85,7 @@ def test_references_of_other_sizes_stand_side_by_side(tmp_path: Path) -> None:
     (source,) = find_sources(read_set(tmp_path, "no_resize_control = true").datasets[0])
     media = decode_source(source, 1.0)
 
-    shown = side_by_side(media, media.spans[0])
+    shown = side_by_side(media.cut(media.spans[0]))
 
     assert shown.shape == (1, 48, 64 + 16, 3)
 

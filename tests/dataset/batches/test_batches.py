@@ -10,7 +10,7 @@ from data_tools.report.check import check_training
 from dataset.batches import reading, starting
 from dataset.batches.checks import SameEncoders
 from dataset.batches.finding import find_items, require_items
-from dataset.batches.items import NO_LIVE_PARTS, CachingCommands, ItemKind, TrainingItem
+from dataset.batches.items import CachingCommands, ItemKind, TrainingItem
 from dataset.batches.order import BatchOrder, repeat_regularisation, split_validation
 from dataset.batches.reading import read_batch
 from dataset.batches.starting import check_caches, compare_sources
@@ -321,7 +321,7 @@ def test_processes_share_the_check_and_the_first_captions_come_first(
     monkeypatch.setattr(starting, "MOST_READ_BYTES", most_bytes)
     for number, expected in enumerate(captions):
         before = len(looked)
-        check_caches(ToyFamily(), items, COMMANDS, Stores(), NO_LIVE_PARTS, True, (number, 2))
+        check_caches(ToyFamily(), items, COMMANDS, Stores(), True, (number, 2))
         assert [caption for _, caption in looked[before:]] == expected
     assert len(set(looked)) == len(looked)
 
@@ -352,7 +352,7 @@ def test_a_window_without_latents_is_told(
     def check(process: tuple[int, int] = (0, 1)) -> str:
         items = find_items(config, "toy", LATENT).items
         caplog.clear()
-        check_caches(ToyFamily(), items, COMMANDS, Stores(), NO_LIVE_PARTS, True, process)
+        check_caches(ToyFamily(), items, COMMANDS, Stores(), True, process)
         return caplog.text
 
     assert "fewer latents" not in check()

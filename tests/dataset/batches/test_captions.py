@@ -157,7 +157,7 @@ def test_further_captions_and_the_empty_prompt_have_files_that_others_ignore(tmp
         (tmp_path / "cache").glob("*_toy_te.safetensors")
     )
     assert len(known) == 4  # the patterns of other tuners: two latents, two texts
-    assert read_entry(tmp_path / "cache" / "a_toy_te.safetensors").header.metadata["caption1"] == "one two"
+    assert read_entry(tmp_path / "cache" / "a_toy_te.safetensors").metadata["caption1"] == "one two"
     batch = read_batch(find_items(config, "toy", LATENT).items, LATENT, captions=(1, EMPTY))
     assert batch.captions == ("three", "")
     assert [tuple(one.shape) for one in batch.tensors["t5"]] == [(1, 4), (0, 4)]

@@ -32,7 +32,7 @@ def write(store: CacheStore, name: str, number: int) -> None:
 
 
 def number_of(store: CacheStore, name: str) -> int:
-    return int(store.read(name).header.metadata["number"])
+    return int(store.read(name).metadata["number"])
 
 
 def make_shards(folder: Path) -> Path:

@@ -144,7 +144,7 @@ def test_equal_contents_are_equal_bytes(tmp_path: Path) -> None:
 
     assert one.read_bytes() == two.read_bytes()
     entry = read_entry(two)
-    assert entry.header.metadata == metadata
+    assert entry.metadata == metadata
     assert all(torch.equal(entry.named[name], tensor) for name, tensor in tensors.items())
 
 

@@ -53,8 +53,8 @@ def test_an_entry_is_read_as_from_a_file(tmp_path: Path) -> None:
             assert len(os.listdir(tmp_path / "shards")) == 1
         for name in names:
             assert packed.read_bytes(name) == (tmp_path / "files" / name).read_bytes()
-            header = packed.read(name, is_whole=False).header
-            assert header.shapes == files.read(name, is_whole=False).header.shapes
+            header = packed.read(name, is_whole=False)
+            assert header.shapes == files.read(name, is_whole=False).shapes
 
 
 def test_later_entries_hold_and_removed_ones_are_gone(folder: Path) -> None:
@@ -229,7 +229,7 @@ def test_tars_of_earlier_versions_are_read_and_written_beside(tars: Path) -> Non
     assert seen(tars) == OLD_WHOLE
     assert shard_faults(tars) == []
     store = ShardStore(tars)
-    assert store.read("clip_2_toy_te.safetensors", is_whole=False).header.metadata["number"] == "2"
+    assert store.read("clip_2_toy_te.safetensors", is_whole=False).metadata["number"] == "2"
     write(store, "clip_2_toy_te.safetensors", 20)
     store.remove("clip_3_toy_te.safetensors")
     store.close(is_last=True)

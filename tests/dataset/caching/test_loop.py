@@ -61,7 +61,7 @@ def test_clips_become_files_of_the_known_format(tmp_path: Path) -> None:
     entry = read_entry(tmp_path / "cache" / names(tmp_path)[0])
     assert report.written == 2
     assert list(entry.named) == ["latents_2x4x4_bfloat16"]
-    metadata = {key: value for key, value in entry.header.metadata.items() if not key.startswith("reelsmith")}
+    metadata = {key: value for key, value in entry.metadata.items() if not key.startswith("reelsmith")}
     assert metadata == {
         "architecture": "toy",
         "width": "32",
@@ -216,15 +216,15 @@ def test_a_record_of_impossible_frames_counts_as_damaged(tmp_path: Path, frames:
     cache_media(ToyFamily(), config, options())
     path = tmp_path / "cache" / names(tmp_path)[0]
     entry = read_entry(path)
-    record = latent_record(entry.header)
+    record = latent_record(entry)
     assert record is not None
     assert record.clip is not None
     clip = dataclasses.replace(record.clip, kept_frames=frames)
     changed = latent_metadata(dataclasses.replace(record, clip=clip))
-    write_tensors(path, entry.named, {**entry.header.metadata, **changed})
+    write_tensors(path, entry.named, {**entry.metadata, **changed})
 
     with pytest.raises(CacheError, match="damaged, its record cannot be read"):
-        latent_record(read_entry(path).header)
+        latent_record(read_entry(path))
     assert cache_media(ToyFamily(), config, options()).written == 1
 
 
@@ -250,7 +250,7 @@ def test_each_encoder_adds_to_the_file_and_keeps_what_others_wrote(tmp_path: Pat
     cache_texts(ToyFamily(text=[ToyText(), llm]), config, options())
     entry = read_entry(path)
     assert set(entry.tensors) == {"t5", "llm", "clipL_mask"}
-    assert entry.header.metadata["note"] == "mine"
+    assert entry.metadata["note"] == "mine"
     changed = ToyFamily(text=[ToyText(), dataclasses.replace(llm, identity={"llm": "two"}, calls=[])])
     assert (cache_texts(changed, config, options()).written, changed.text[0].calls) == (1, [])
 

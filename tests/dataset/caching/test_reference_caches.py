@@ -31,7 +31,7 @@ def test_each_reference_is_cached_at_its_own_size(tmp_path: Path) -> None:
 
 def records(folder: Path) -> dict[str, Any]:
     files = sorted((folder / "cache").glob("*_toy.safetensors"))
-    found = {path.name[0]: latent_record(read_entry(path).header) for path in files}
+    found = {path.name[0]: latent_record(read_entry(path)) for path in files}
     return {stem: record.options for stem, record in found.items() if record is not None}
 
 

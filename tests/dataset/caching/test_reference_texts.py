@@ -89,7 +89,7 @@ def test_texts_of_a_model_that_sees_no_references_name_none(tmp_path: Path) -> N
     make_set(tmp_path, {"a": (SIZE,)})
     family = EditFamily()
     cache_texts(family, read_set(tmp_path), options())
-    before = read_entry(tmp_path / "cache/a_toy_te.safetensors").header.metadata["reelsmith_record"]
+    before = read_entry(tmp_path / "cache/a_toy_te.safetensors").metadata["reelsmith_record"]
 
     assert "references" not in before
     assert family.text[0].calls == ["make it blue"]

@@ -12,7 +12,7 @@ import torch
 
 from data_tools.report.check import check_caching
 from dataset.batches.finding import find_items
-from dataset.batches.items import NO_COMMANDS, NO_LIVE_PARTS
+from dataset.batches.items import NO_COMMANDS
 from dataset.batches.starting import check_caches
 from dataset.cache.files import read_entry, write_tensors
 from dataset.cache.records import latent_metadata, latent_record
@@ -69,13 +69,13 @@ def test_controls_and_masks_show_what_their_clip_shows(
     decoded = decode_source(find_sources(table)[0], 16.0)
 
     every = 2 if source_fps == 32.0 or clip == "webp" or (source_fps == "auto" and clip != "folder") else 1
-    kept = frame_numbers(decoded.crop((0, 9)))
+    kept = frame_numbers(decoded.cut((0, 9)).frames)
     assert kept == pytest.approx(
         [every * index for index in range(9)], abs=clip == "webp"
     )  # 31 ms, not 31.25
     expected = [number // 2 * 2 for number in kept] if beside == "16" else kept
-    assert frame_numbers(decoded.control_crops((0, 9))[0]) == expected
-    mask = decoded.mask_crop((0, 9))
+    assert frame_numbers(decoded.cut((0, 9)).control[0]) == expected
+    mask = decoded.cut((0, 9)).mask
     assert mask is not None
     assert frame_numbers(mask) == expected
 
@@ -113,17 +113,17 @@ def test_caches_that_one_clock_changes_are_made_anew_and_other_lengths_are_told(
     assert cache_media(family, config, options()).kept == 1
     (path,) = (tmp_path / "cache").iterdir()
     entry = read_entry(path)
-    record = latent_record(entry.header)
+    record = latent_record(entry)
     assert record is not None
     older = {name: value for name, value in record.options.items() if name != "one_clock"}  # before this
     changed = latent_metadata(dataclasses.replace(record, options=older))
     texts = path.with_name(f"{find_sources(config.datasets[0])[0].stem}_toy_te.safetensors")
     write_tensors(texts, {"t5_float32": torch.ones(1, 4)}, {})
     items = find_items(config, "toy", family.latent).items
-    check = partial(check_caches, family, items, NO_COMMANDS, Stores(), NO_LIVE_PARTS, True)
+    check = partial(check_caches, family, items, NO_COMMANDS, Stores(), True)
     check()
     assert "is of an earlier version" not in caplog.text
-    write_tensors(path, entry.named, {**entry.header.metadata, **changed})
+    write_tensors(path, entry.named, {**entry.metadata, **changed})
     check()
     told = "is of an earlier version, which read control clips and masks without"
     assert caplog.text.count(told) == changes

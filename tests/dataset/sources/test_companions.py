@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dataset.caching.existing import refuse_companions
-from dataset.caching.latents import batch_media, cut
+from dataset.caching.latents import batch_media
 from dataset.config import DatasetConfig, load_dataset_config, with_references
 from dataset.sources.decoding import decode_source
 from dataset.sources.listing import find_sources
@@ -54,7 +54,7 @@ def test_companions_are_paired_by_name_read_and_cut(tmp_path: Path, caplog: pyte
     assert "stray.png" in caplog.text
 
     media = decode_source(found["a"], 24.0, 32, 4)
-    item = cut(media, (4, 5))
+    item = media.cut((4, 5))
     batch = batch_media([item], ["a"])
     picture, clip = batch.references
     assert (picture.shape, clip.shape) == ((1, 1, 32, 32, 3), (1, 5, 32, 32, 3))

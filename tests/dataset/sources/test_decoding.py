@@ -47,7 +47,9 @@ def test_the_recorded_frames_are_cut(clips: dict[int, Path], tmp_path: Path, cas
     decoded = decode_source(source, FAMILY_FPS[case["architecture"]])
 
     found = {
-        f"{decoded.key(span)}_0032x0032_{case['architecture']}.safetensors": frame_numbers(decoded.crop(span))
+        f"{decoded.key(span)}_0032x0032_{case['architecture']}.safetensors": frame_numbers(
+            decoded.cut(span).frames
+        )
         for span in decoded.spans
     }
     assert found == {item["cache_file"]: item["frames"] for item in case["items"]}
@@ -82,7 +84,7 @@ def test_videos_follow_the_bucket_keys_of_their_table(
 
     (span,) = decoded.spans
     assert (decoded.size, decoded.bucket) == ((60, 24), bucket)
-    assert decoded.crop(span).shape == (1, bucket[1], bucket[0], 3)
+    assert decoded.cut(span).frames.shape == (1, bucket[1], bucket[0], 3)
 
 
 def test_images_are_named_by_their_own_size(tmp_path: Path) -> None:
@@ -93,7 +95,7 @@ def test_images_are_named_by_their_own_size(tmp_path: Path) -> None:
 
     (span,) = decoded.spans
     assert (decoded.key(span), span, decoded.size, decoded.bucket) == ("pic", (0, 1), (120, 90), (64, 48))
-    assert decoded.crop(span).shape == (1, 48, 64, 3)
+    assert decoded.cut(span).frames.shape == (1, 48, 64, 3)
 
 
 def test_control_images_are_resized_with_their_alpha(tmp_path: Path) -> None:
@@ -111,8 +113,8 @@ def test_control_images_are_resized_with_their_alpha(tmp_path: Path) -> None:
 
     decoded = decode_source(find_sources(table)[0], 16.0, keeps_alpha=True)
 
-    assert [control.shape for control in decoded.control_crops((0, 1))] == [(1, 48, 64, 4), (1, 48, 64, 3)]
-    white = decode_source(find_sources(table)[0], 16.0).control_crops((0, 1))[0]
+    assert [control.shape for control in decoded.cut((0, 1)).control] == [(1, 48, 64, 4), (1, 48, 64, 3)]
+    white = decode_source(find_sources(table)[0], 16.0).cut((0, 1)).control[0]
     assert white[0, 0, 0].tolist() == [128, 128, 129]  # 255 - 128 / 255 x (254, 253, 252)
 
 
@@ -136,10 +138,10 @@ def test_a_control_clip_gets_the_length_and_the_rate_of_its_video(
 
     last = min(control_frames - 1, 6)
     assert [span[0] for span in decoded.spans] == [0, 1, 2]
-    assert frame_numbers(decoded.crop((2, 5))) == [4, 6, 8, 10, 12]
+    assert frame_numbers(decoded.cut((2, 5)).frames) == [4, 6, 8, 10, 12]
     if kind != "clip.gif":
-        assert frame_numbers(decoded.control_crops((2, 5))[0]) == [2 * min(i, last) for i in range(2, 7)]
-    assert decoded.control_crops((2, 5))[0].shape == (5, 32, 32, 3)
+        assert frame_numbers(decoded.cut((2, 5)).control[0]) == [2 * min(i, last) for i in range(2, 7)]
+    assert decoded.cut((2, 5)).control[0].shape == (5, 32, 32, 3)
 
 
 @pytest.mark.parametrize("suffix", [".mkv", ".mp4"])

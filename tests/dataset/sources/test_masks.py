@@ -82,7 +82,7 @@ def test_masks_are_cached_beside_latents_and_items_without_one_are_whole(tmp_pat
     assert batch.tensor(LOSS_MASK)[0].tolist() == [[left] * 4] * 3
     assert (batch.tensor(LOSS_MASK)[1] == 1).all()
     assert LOSS_MASK not in read_batch(items[1:], LATENT).tensors
-    names = read_entry(items[0].latent_path).header.names
+    names = read_entry(items[0].latent_path).shapes
     assert sorted(names) == ["latents_3x4x4_bfloat16", "reelsmith_loss_mask"]
 
 
