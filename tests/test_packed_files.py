@@ -8,11 +8,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import merge_lora
 from modules.checkpoints.changing import CheckpointChange, plan_change
 from modules.checkpoints.opening import open_checkpoint, plain_sources
 from modules.errors import CheckpointError
-from networks.merging import merge_into_file
+from networks import extract_lora_from_models
+from networks.apply import check_loras_fit
+from networks.loading import LoraUse, read_lora
 from tests.packing import FORMS, GGUF_KINDS, gguf_file, pack_file, text_encoder_gguf
+from tests.tiny import z_image
+from tests.tiny.dit_files import as_fp8
 from tests.tiny.families import FAMILIES
 from tests.tiny.project import write_lora
 from tests.tiny.runs import TinyProject, make_project
@@ -185,15 +190,71 @@ def test_texts_are_those_of_the_values_of_a_packed_encoder(tmp_path: Path, name:
         assert (found[key] - one).abs().max() <= most * one.abs().max()
 
 
-@pytest.mark.parametrize("form", ["nvfp4", "Q8_0"])
-def test_packed_weights_are_neither_copied_nor_merged_into(tmp_path: Path, form: str) -> None:
+def test_packed_weights_are_not_copied(tmp_path: Path) -> None:
     dit = tmp_path / "dit.safetensors"
-    save_file({"blocks.0.weight": torch.ones(64, 64)}, dit)
-    packed = gguf_file(dit, form) if form in GGUF_KINDS else pack_file(dit, form)
-    result = tmp_path / "new.safetensors"
+    save_file({"blocks.0.a.weight": torch.ones(64, 64)}, dit)
 
-    with pytest.raises(CheckpointError, match=r"blocks.0.weight in 4 or 8 bits.*quantise.py"):
-        merge_into_file(packed, (), result, torch.device("cpu"))
-    with open_checkpoint(packed) as checkpoint, pytest.raises(CheckpointError, match=r"quantise.py"):
+    with (
+        open_checkpoint(pack_file(dit, "nvfp4")) as checkpoint,
+        pytest.raises(CheckpointError, match=r"blocks.0.a.weight in 4 or 8 bits.*quantise.py"),
+    ):
         plan_change(checkpoint, CheckpointChange())
-    assert not result.exists()
+
+
+@pytest.mark.parametrize("form", ["int8", "convrot", "fp8_scaled", "nvfp4", "mxfp8", "nf4", "Q8_0", "Q4_K"])
+def test_loras_are_merged_into_and_extracted_from_values(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, form: str
+) -> None:
+    """The file with values in place of packed weights gives the same to the bit, in bfloat16.
+
+    80 rows are padded in mxfp8: how many they are is known from the family's model alone.
+    """
+    state = z_image.tiny_state(dim=80, time_dim=80, num_heads=5, num_kv_heads=5)
+    dit, lora = tmp_path / "dit.safetensors", tmp_path / "lora.safetensors"
+    save_file(state, dit)
+    random = torch.Generator().manual_seed(0)
+    factors = {}
+    for module in ("feed_forward.w1", "feed_forward.w2"):
+        rows, columns = state[f"layers.0.{module}.weight"].shape
+        start = f"lora_unet_layers_0_{module.replace('.', '_')}"
+        factors[f"{start}.lora_down.weight"] = torch.randn(2, columns, generator=random) * 0.1
+        factors[f"{start}.lora_up.weight"] = torch.randn(rows, 2, generator=random) * 0.1
+    save_file(factors, lora)
+    if form == "fp8_scaled":
+        save_file(as_fp8(state, form), packed := tmp_path / "fp8.safetensors")
+    else:
+        packed = gguf_file(dit, form) if form in GGUF_KINDS else pack_file(dit, form)
+    with open_checkpoint(packed) as checkpoint:
+        made = plain_sources(checkpoint).items()
+        read = {n: source.make([checkpoint.read(part) for part in source.names]) for n, source in made}
+    plain = {name: one[tuple(map(slice, state[name].shape))].contiguous() for name, one in read.items()}
+    save_file(plain, dit)
+    coarse = [name for name, tensor in plain.items() if not torch.equal(tensor, state[name])]
+    assert len(coarse) > 2
+    check_loras_fit(packed, [LoraUse(read_lora(lora))])
+
+    with caplog.at_level(logging.INFO):
+        for name, file in {"expected": dit, "found": packed}.items():
+            output = tmp_path / f"{name}.safetensors"
+            words = "--dit", file, "--lora_weight", lora, "--save_merged_model", output
+            merge_lora.main([*map(str, words)])
+    expected, found = (load_file(tmp_path / f"{name}.safetensors") for name in ("expected", "found"))
+
+    assert found.keys() == expected.keys() == state.keys()
+    for name, tensor in expected.items():
+        if found[name].dtype == torch.bfloat16:
+            assert name in coarse or torch.equal(tensor, state[name])
+            tensor = tensor.to(torch.bfloat16)
+        assert torch.equal(found[name], tensor), name
+    assert any(not torch.equal(expected[name], plain[name]) for name in coarse)
+    assert "quantised weights become bfloat16" in caplog.text
+
+    if form not in {"mxfp8", "Q4_K"}:
+        return  # a tool that reads as the other does
+    tuned = "--dim", 4, "--model_tuned", tmp_path / "expected.safetensors"
+    for file in (dit, packed):
+        words = (*tuned, "--model_org", file, "--save_to", tmp_path / f"of {file.stem}.safetensors")
+        extract_lora_from_models.main([*map(str, words)])
+    ours, theirs = (load_file(tmp_path / f"of {file.stem}.safetensors") for file in (packed, dit))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())

@@ -34,6 +34,7 @@ from modules.text_files import read_tensor_header, require_regular_file
 
 if TYPE_CHECKING:
     from modules.checkpoints.gguf_files import GgufFile
+    from modules.checkpoints.quantising import ValuesFile
 
 # the first bytes of what `torch.save` writes, now and in its older format
 ZIP, PICKLE = b"PK\x03\x04", b"\x80"
@@ -239,7 +240,9 @@ def _check_name(name: str) -> None:
         raise ValueError(f"a tensor has a name of {len(name)} characters, {shorten(name, 60)}")
 
 
-TensorFile: TypeAlias = "SafetensorsFile | TorchFile | GgufFile"  # one open file of named tensors
+TensorFile: TypeAlias = (
+    "SafetensorsFile | TorchFile | GgufFile | ValuesFile"  # one open file of named tensors
+)
 
 
 def load_pickled(path: Path, times: int = 1) -> Any:
