@@ -1,6 +1,7 @@
 """Files as they are distributed: what is generated from packed weights is what their values give."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from modules.errors import CheckpointError
 from networks import extract_lora_from_models
 from networks.apply import check_loras_fit
 from networks.loading import LoraUse, read_lora
+from tests.faults.messages import assert_one_message, run_here
 from tests.packing import FORMS, GGUF_KINDS, gguf_file, pack_file, text_encoder_gguf
 from tests.tiny import z_image
 from tests.tiny.dit_files import as_fp8
@@ -258,3 +260,75 @@ def test_loras_are_merged_into_and_extracted_from_values(
     ours, theirs = (load_file(tmp_path / f"of {file.stem}.safetensors") for file in (packed, dit))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+def _many(tensors: dict[str, Tensor], start: str) -> dict[str, Tensor]:
+    return tensors | {f"{start}.{number}.a.weight": torch.ones(1) for number in range(2, 10_000)}
+
+
+def _changed(tensors: dict[str, Tensor], end: str, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    name = next(name for name in tensors if name.endswith(end))
+    return tensors | {name: change(tensors[name])}
+
+
+LIES: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = {
+    "no JSON": (lambda file: _changed(file, ".comfy_quant", lambda one: one[:5]), "is no JSON"),
+    "unknown": (
+        lambda file: _changed(file, ".comfy_quant", lambda _: torch.tensor([*UNKNOWN], dtype=torch.uint8)),
+        "unknown form 'int3'; those known are",
+    ),
+    "zeros": (lambda file: _changed(file, ".weight_scale", torch.zeros_like), "zero, negative, NaN"),
+    "infinite": (lambda file: _changed(file, ".weight_scale", lambda one: one / 0), "infinite"),
+    "rows": (lambda file: _changed(file, ".weight_scale", lambda one: one[1:]), "does not fit its weight"),
+    "10,000 blocks": (lambda file: _many(_many(file, "layers"), "model.layers"), "layers such as"),
+}
+UNKNOWN = b'{"format": "int3"}'
+
+
+@pytest.fixture(scope="module")
+def small_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[TinyProject, list[Path]]:
+    """A project, and its transformer and text encoder in int8; a GGUF file that is cut short."""
+    project = project_of("z_image", tmp_path_factory.mktemp("lies"))
+    model, made = project.folder / "model", []
+    for file in (model / "dit.safetensors", model / "text_encoder" / "model.safetensors"):
+        made.append(file.with_suffix(".small"))
+        project.run("tools/quantise.py", file, "x.safetensors", "--form", "int8")
+        (project.folder / "x.safetensors").rename(made[-1])
+    cut = gguf_file(model / "dit.safetensors", "Q8_0")
+    cut.write_bytes(cut.read_bytes()[:-1000])
+    return project, [*made, cut]
+
+
+@pytest.mark.parametrize(
+    ("what", "lie"),
+    [*((what, lie) for what in ("dit", "text_encoder") for lie in LIES), ("dit", "cut short")],
+)
+def test_files_that_lie_give_one_message(
+    small_files: tuple[TinyProject, list[Path]], what: str, lie: str
+) -> None:
+    project, (dit, encoder, cut) = small_files
+    small = dit if what == "dit" else encoder
+    target = small.with_suffix(".safetensors")
+    words = "lies at bytes"
+    if lie == "cut short":
+        target.write_bytes(cut.read_bytes())
+    else:
+        change, words = LIES[lie]
+        changed = change(load_file(small))
+        save_file({name: one.contiguous() for name, one in changed.items()}, target)
+    making = *project.family.generate, "--prompt", "a cat", "--save_path", "out"
+    command = making if what == "dit" else project.family.cache_texts
+
+    assert_one_message(*run_here(*command, folder=project.folder), "model", words)
+
+
+def test_an_encoder_that_is_small_already_is_not_rounded_to_another_form(
+    small_files: tuple[TinyProject, list[Path]],
+) -> None:
+    project, (_, encoder, _) = small_files
+    encoder.with_suffix(".safetensors").write_bytes(encoder.read_bytes())
+    again = *project.family.cache_texts, "--text_encoder_form", "nf4"
+
+    found = run_here(*again, folder=project.folder)
+
+    assert_one_message(*found, "kept in nf4", "already in int8", "--text_encoder_form")

@@ -34,11 +34,12 @@ from modules.text_files import read_tensor_header, require_regular_file
 
 if TYPE_CHECKING:
     from modules.checkpoints.gguf_files import GgufFile
-    from modules.checkpoints.quantising import ValuesFile
 
 # the first bytes of what `torch.save` writes, now and in its older format
 ZIP, PICKLE = b"PK\x03\x04", b"\x80"
 GGUF = b"GGUF"
+# marks of quantised layers: ComfyUI's, also in the metadata, and bitsandbytes'
+MARK, HEADER, BNB_STATE = ".comfy_quant", "_quantization_metadata", ".quant_state.bitsandbytes__"
 LFS_POINTER = b"version https://"
 ONNX = re.compile(rb"\x08[\x03-\x14]\x12")  # the number of its format, then who made it
 
@@ -240,9 +241,7 @@ def _check_name(name: str) -> None:
         raise ValueError(f"a tensor has a name of {len(name)} characters, {shorten(name, 60)}")
 
 
-TensorFile: TypeAlias = (
-    "SafetensorsFile | TorchFile | GgufFile | ValuesFile"  # one open file of named tensors
-)
+TensorFile: TypeAlias = "SafetensorsFile | TorchFile | GgufFile"  # one open file of named tensors
 
 
 def load_pickled(path: Path, times: int = 1) -> Any:

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from modules.atomic_write import atomic_path
 from modules.bars import BYTES, track
+from modules.checkpoints.containers import HEADER, MARK
 from modules.checkpoints.dits import DitFormat, bare_names
 from modules.checkpoints.filling import on_meta_device
 from modules.checkpoints.finite import FiniteCheck
 from modules.checkpoints.kinds import kind_of
-from modules.checkpoints.marks import HEADER, MARK
 from modules.checkpoints.opening import (
     Checkpoint,
     checkpoint_paths,
@@ -354,13 +354,13 @@ def in_values(checkpoint: Checkpoint, device: torch.device | None = None) -> Che
         return checkpoint
     is_padded = any(info.packing is not None and info.packing.pad > 1 for info in infos)
     shapes = _recognise(checkpoint).shapes if is_padded else {}
-    values = ValuesFile(checkpoint, shapes, device or torch.device("cpu"))
+    values: Any = _Values(checkpoint, shapes, device or torch.device("cpu"))
     text = "%s: %d quantised weights count by their values"
     logger.info(text, checkpoint.path, len(values.tensors.keys() - values.plain))
     return Checkpoint(checkpoint.path, {name: (values, name) for name in values.tensors}, [values])
 
 
-class ValuesFile:
+class _Values:
     """What `in_values` returns, as `Checkpoint` asks a file for it."""
 
     def __init__(
