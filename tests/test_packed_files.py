@@ -287,7 +287,7 @@ UNKNOWN = b'{"format": "int3"}'
 
 
 @pytest.fixture(scope="module")
-def small_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[TinyProject, list[Path]]:
+def made_small(tmp_path_factory: pytest.TempPathFactory) -> tuple[TinyProject, list[Path]]:
     """A project, and its transformer and text encoder in int8; a GGUF file that is cut short."""
     project = project_of("z_image", tmp_path_factory.mktemp("lies"))
     model, made = project.folder / "model", []
@@ -298,6 +298,13 @@ def small_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[TinyProject, 
     cut = gguf_file(model / "dit.safetensors", "Q8_0")
     cut.write_bytes(cut.read_bytes()[:-1000])
     return project, [*made, cut]
+
+
+@pytest.fixture
+def small_files(made_small: tuple[TinyProject, list[Path]]) -> tuple[TinyProject, list[Path]]:
+    for file in made_small[1][:2]:
+        file.with_suffix(".safetensors").write_bytes(file.read_bytes())
+    return made_small
 
 
 @pytest.mark.parametrize(
@@ -326,10 +333,24 @@ def test_files_that_lie_give_one_message(
 def test_an_encoder_that_is_small_already_is_not_rounded_to_another_form(
     small_files: tuple[TinyProject, list[Path]],
 ) -> None:
-    project, (_, encoder, _) = small_files
-    encoder.with_suffix(".safetensors").write_bytes(encoder.read_bytes())
+    project, _ = small_files
     again = *project.family.cache_texts, "--text_encoder_form", "nf4"
 
     found = run_here(*again, folder=project.folder)
 
     assert_one_message(*found, "kept in nf4", "already in int8", "--text_encoder_form")
+
+
+def test_a_whole_transformer_is_not_trained_on_small_weights(
+    small_files: tuple[TinyProject, list[Path]],
+) -> None:
+    project, _ = small_files
+    project.run(*project.family.cache_latents)
+    project.run(*project.family.cache_texts)
+    _, *words = project.family.train
+    place = words.index("--network_module")  # it, --network_dim and their values
+    words = [project.family.train_whole, *words[:place], *words[place + 4 :], "--output_dir", "whole"]
+
+    found = run_here(*words, "--output_name", "x", "--max_train_steps", "1", folder=project.folder)
+
+    assert_one_message(*found, "dit.safetensors is quantised", "--form bf16")
