@@ -46,7 +46,7 @@ from training.saving.states import SavedState
 from training.trainable import (
     Rates,
     Trainable,
-    refuse_quantised_base,
+    refuse_quantised_bases,
     share_network,
     train_apart,
     train_dit,
@@ -179,7 +179,7 @@ class Loading:
         beside = None if patch is None or (network and network.decomposes) else patch.leave_beside
         placement = replace(placement, patch=patch, beside=beside, host=host, blocks=shares)
         if options.network is None:
-            refuse_quantised_base(family.dit_files[index])
+            refuse_quantised_bases(family.dit_files[index : index + 1])
         dit = family.load_dit(placement, index)
         experts.check_dtype(family, options, dtype_of(dit))
         computed = experts.AUTOCAST.get(options.accelerator.mixed_precision) or dtype_of(dit)

@@ -164,10 +164,12 @@ def train_apart(parts: Mapping[str, Trainable]) -> Trainable:
     )
 
 
-def refuse_quantised_base(path: Path) -> None:
-    """Raise CheckpointError for a file that `train_dit` cannot train: its layers keep their 4 or 8 bits."""
-    with open_checkpoint(path) as checkpoint:
-        if any(info.packing is not None for info in checkpoint.tensors.values()):
+def refuse_quantised_bases(paths: Sequence[Path]) -> None:
+    """Raise CheckpointError for files that `train_dit` cannot train: their layers stay in 4 or 8 bits."""
+    for path in paths:
+        with open_checkpoint(path) as checkpoint:
+            is_packed = any(info.packing is not None for info in checkpoint.tensors.values())
+        if is_packed:
             raise CheckpointError(
                 f"{path} is quantised, and the steps of a training of all weights would be lost in rounding. "
                 "Give the bf16 file, make one of it (tools/quantise.py FILE RESULT --form bf16), or train a "
