@@ -255,8 +255,8 @@ def test_loras_are_merged_into_and_extracted_from_values(
         return  # a tool that reads as the other does
     tuned = "--dim", 4, "--model_tuned", tmp_path / "expected.safetensors"
     for file in (dit, packed):
-        words = (*tuned, "--model_org", file, "--save_to", tmp_path / f"of {file.stem}.safetensors")
-        extract_lora_from_models.main([*map(str, words)])
+        extract = (*tuned, "--model_org", file, "--save_to", tmp_path / f"of {file.stem}.safetensors")
+        extract_lora_from_models.main([*map(str, extract)])
     ours, theirs = (load_file(tmp_path / f"of {file.stem}.safetensors") for file in (packed, dit))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
@@ -272,6 +272,7 @@ def _changed(tensors: dict[str, Tensor], end: str, change: Callable[[Tensor], Te
     return tensors | {name: change(tensors[name])}
 
 
+UNKNOWN = b'{"format": "int3"}'
 LIES: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = {
     "no JSON": (lambda file: _changed(file, ".comfy_quant", lambda one: one[:5]), "is no JSON"),
     "unknown": (
@@ -284,7 +285,6 @@ LIES: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = 
     "10,000 blocks": (_many, "layers such as"),
 }
 SLOW = "10,000 blocks"  # each family looks at all names, to tell whose they are
-UNKNOWN = b'{"format": "int3"}'
 
 
 @pytest.fixture(scope="module")
