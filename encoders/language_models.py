@@ -181,7 +181,7 @@ def read_language_model(
     sources = plain_sources(own)
     damaged = f"{path}: its tensors do not have the sizes of {model.what}. Give {model.files} to"
     shape = shapes_of(own, sources, CheckpointError(f"{damaged} {model.option}.", path))
-    all_layers = count(sources, r"layers\.\d+")
+    all_layers = count(sources, r"layers\.\d+", path)
     states = states or all_states(all_layers)
     num_layers = _layers_before(states[-1], all_layers, path, model)
     vocabulary, dim = shape("embed_tokens.weight", 2)

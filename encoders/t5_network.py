@@ -104,7 +104,7 @@ def read_t5(checkpoint: Checkpoint, kind: T5Kind) -> LoadPlan[T5Config]:
     sources = rename_sources(
         plain_sources(checkpoint), lambda name: name if name == tied else translate_name(name, HF_T5)
     )
-    layers = count(sources, r"blocks\.\d+")
+    layers = count(sources, r"blocks\.\d+", checkpoint.path)
     if "token_embedding.weight" not in sources or "blocks.0.pos_embedding.embedding.weight" not in sources:
         raise other_kind(checkpoint, kind.what, kind.option, kind.release)
     has_own_tables = "blocks.1.pos_embedding.embedding.weight" in sources

@@ -395,5 +395,8 @@ def check_loras_fit(model: Path, uses: Sequence[LoraUse], beside: Path | None = 
             checkpoint = checkpoint.join(opened.enter_context(open_checkpoint(beside)))
         patch = LoraPatch(uses, checkpoint.tensors, model)
         for name, info in checkpoint.tensors.items():
-            patch.add_to(name, deltas.hollow(info))
+            if info.packing is None or info.packing.pad == 1:
+                patch.add_to(name, deltas.hollow(info))
+            else:  # it may be larger than its value
+                patch.touches(name)
     patch.refuse_misfits()

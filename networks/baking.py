@@ -13,6 +13,7 @@ from torch import Tensor
 from modules.checkpoints.dialects import cut_parts, join_parts
 from modules.checkpoints.dits import bare_names
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from modules.checkpoints.quantising import in_values
 from modules.console import count_of
 from modules.contract.loading import TensorSource
 from modules.errors import CheckpointError, OptionError
@@ -204,11 +205,6 @@ def _weight_of(name: str, rows: int, lora: LoraFile, weights: Weights) -> tuple[
             "model that the DoRA was trained for, and after it the files of text encoders that it changes.",
             lora.path,
         )
-    if weight.dtype.itemsize == 1 and checkpoint.path.suffix == ".pt":
-        raise CheckpointError(
-            f"{checkpoint.path} stores {source.names[0]} in 8 bits without its scale. Give the bf16 file.",
-            checkpoint.path,
-        )
     return weight, checkpoint.path
 
 
@@ -218,7 +214,7 @@ def _open_weights(paths: Sequence[Path], family: FamilyNames | None) -> Iterator
     found: dict[str, list[tuple[Checkpoint, TensorSource]]] = {}
     with ExitStack() as stack:
         for path in paths:
-            opened = stack.enter_context(open_checkpoint(path))
+            opened = in_values(stack.enter_context(open_checkpoint(path)))
             bare = bare_names(opened)
             # of text encoders that a whole checkpoint holds, by their names in LoRA files
             texts = (

@@ -15,6 +15,7 @@ from modules.checkpoints.dits import bare_names
 from modules.checkpoints.finite import FiniteCheck
 from modules.checkpoints.kinds import kind_of
 from modules.checkpoints.opening import Checkpoint, open_checkpoint
+from modules.checkpoints.quantising import in_values
 from modules.checkpoints.writing import save_tensors
 from modules.console import as_size, in_words, show_box
 from modules.devices import choose_device
@@ -129,10 +130,10 @@ def _extract_blocks(
     """Write the LoRA of a transformer's blocks, as `_extract`.
 
     names_of: network module, base version and architecture for the metadata, by the original. Raises
-    CheckpointError if the models differ in these tensors, have none, or have them in 8 bits.
+    CheckpointError if the models differ in these tensors, or have none.
     """
     with open_checkpoint(options.model_org) as one, open_checkpoint(options.model_tuned) as other:
-        pair = bare_names(one), bare_names(other)
+        pair = in_values(bare_names(one)), in_values(bare_names(other))
         for checkpoint in pair:
             if weights.example not in checkpoint.tensors:
                 kind = kind_of(checkpoint.tensors)
@@ -144,13 +145,6 @@ def _extract_blocks(
                 )
         names = [weights.of(checkpoint) for checkpoint in pair]
         _check_same_shapes(pair, names)
-        for checkpoint, own in zip(pair, names, strict=True):
-            if coarse := [name for name in own if checkpoint.tensors[name].dtype.itemsize == 1]:
-                raise CheckpointError(
-                    f"{checkpoint.path} stores {coarse[0]} in 8 bits, too coarse for a difference of "
-                    "models.\n  Give the bf16 or fp16 file.",
-                    checkpoint.path,
-                )
         wanted: Wanted = {
             name: [(OURS + module_of_tensor(name)[0], options.dim, name, TensorPiece("", name))]
             for name in names[0]
@@ -165,11 +159,11 @@ def extract_whole(options: ExtractOptions) -> None:
     CheckpointError if the two are not of the same model.
     """
     with open_checkpoint(options.model_org) as original, open_checkpoint(options.model_tuned) as tuned:
-        pair = original, tuned
+        pair = in_values(original), in_values(tuned)
         family = _family_of_both(pair)
         same = _unchanged_texts(pair, options.min_diff)
         wanted: dict[str, list[tuple[str, int, str, TensorPiece]]] = {}
-        for name in original.tensors:
+        for name in pair[0].tensors:
             wanted[name] = []
             for one in pieces_of(name):
                 if not one.name.endswith(".weight") or one.network in same:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from modules.atomic_write import free_bytes
-from modules.checkpoints.changing import refuse_packed
 from modules.checkpoints.finite import FiniteCheck
 from modules.checkpoints.opening import Checkpoint, checkpoint_paths, open_checkpoint
+from modules.checkpoints.quantising import in_values
 from modules.checkpoints.writing import save_tensors, stream_tensors
 from modules.console import as_size, in_words, show_box
 from modules.contract.rules import expert_of_file
@@ -156,7 +156,8 @@ def merge_into_file(
 ) -> None:
     """Write the model with the LoRAs added as one safetensors file; keep names, dtypes and metadata.
 
-    dtype: of the result's weights; None: as in the model. option: that names `output`, for messages.
+    dtype: of the result's weights; None: as in the model, of quantised ones bfloat16. option: that names
+    `output`, for messages.
 
     Memory: the LoRAs, one tensor of the model at a time, and some MB (for LoKr: the tensor's change in
     float32). in_channels: required input channels of the model's first layer. Raises CheckpointError where a
@@ -165,7 +166,8 @@ def merge_into_file(
     """
     start = time.monotonic()
     refuse_replacing(option, output, [*checkpoint_paths(model), *(use.lora.path for use in uses)])
-    with open_checkpoint(model) as checkpoint:
+    with open_checkpoint(model) as opened:
+        checkpoint = in_values(opened)
         if in_channels is not None:
             _check_in_channels(checkpoint, in_channels)
         whole = is_whole(checkpoint.tensors)
@@ -173,9 +175,11 @@ def merge_into_file(
             for_encoders(uses, str(model), held=())
         patch: LoraPatch | WholePatch = (WholePatch if whole else LoraPatch)(uses, checkpoint.tensors, model)
         _check_fits(patch, checkpoint)
-        # whole numbers and 8-bit weights stay as they are
-        written = {
-            name: info if dtype is None or info.dtype not in _WIDE else replace(info, dtype=dtype)
+        narrow = {name for name, info in checkpoint.tensors.items() if info is not opened.tensors[name]}
+        written = {  # whole numbers stay as they are
+            name: replace(info, dtype=dtype or (torch.bfloat16 if name in narrow else info.dtype))
+            if info.dtype in _WIDE
+            else info
             for name, info in checkpoint.tensors.items()
         }
         finite = FiniteCheck(model)
@@ -191,6 +195,9 @@ def merge_into_file(
         needed = as_size(sum(info.size_bytes for info in written.values()))
         free = as_size(free_bytes(real_path(output).parent))
         rows = [("model", str(model)), ("LoRAs", _in_lines(uses)), ("result", str(output))]
+        if narrow:
+            text = f"{len(narrow)} quantised weights become {dtype_name(dtype or torch.bfloat16)}"
+            rows.append(("precision", f"{text}; tools/quantise.py rounds them again"))
         show_box("Merging", [*rows, ("disk", f"{needed}; {free} free")])
         metadata = {key: value for key, value in checkpoint.metadata.items() if not key.startswith(_STALE)}
         if not uses:
@@ -204,14 +211,7 @@ def merge_into_file(
 
 def _check_fits(patch: LoraPatch | WholePatch, checkpoint: Checkpoint) -> None:
     """Find out a LoRA of another model before anything is written. Raises as `merge_into_file`."""
-    refuse_packed(checkpoint)
     for name, info in checkpoint.tensors.items():
-        if patch.touches(name) and info.dtype not in _WIDE:
-            raise CheckpointError(
-                f"{checkpoint.path} stores {name} as {dtype_name(info.dtype)}, too coarse to add a LoRA to.\n"
-                "  Give the bf16 or fp16 file of the model; fp8 can be made from the merged one.",
-                checkpoint.path,
-            )
         patch.add_to(name, hollow(info))
     patch.check()
 

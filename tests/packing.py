@@ -67,7 +67,9 @@ GGUF_KINDS = ("Q8_0", "Q5_0", "Q4_0", "Q4_K", "Q6_K", "BF16")
 
 def is_packed(name: str, tensor: Tensor) -> bool:
     """Whether a tensor is a weight of a linear layer of a block, whose rows are whole blocks of 64."""
-    return re.match(r".*\.\d+\..*weight", name) is not None and tensor.ndim == 2 and tensor.shape[1] % 64 == 0
+    return (
+        re.match(r".*\.\d+\..+\.weight", name) is not None and tensor.ndim == 2 and tensor.shape[1] % 64 == 0
+    )
 
 
 def pack_file(path: Path, form: str, header: bool = False) -> Path:

@@ -22,6 +22,7 @@ from tests.frame_pack.making import tiny_model
 from tests.networks.making import randomize, tiny_dit, wan_network
 from tests.networks.making import saved as saved_hunyuan_lora
 from tests.tiny import framepack_dit
+from tests.tiny.dit_files import as_fp8
 from tests.tiny.loras import make_lora
 from tests.tiny.wan_dit import diffusers_name, tiny_state, write_dit
 
@@ -164,11 +165,15 @@ def test_metadata_are_kept_but_for_stale_hashes(tmp_path: Path, lora: Path) -> N
         }
 
 
-def test_fp8_weights_are_refused(tmp_path: Path, lora: Path) -> None:
-    model = write_dit(tmp_path, tiny_state("t2v"), "fp8_scaled")
+def test_fp8_weights_whose_scales_are_elsewhere_are_refused(tmp_path: Path, lora: Path) -> None:
+    """As HunyuanVideo's, with a second file of scales; others are merged by their values."""
+    torch.save(as_fp8(tiny_state("t2v"), "fp8"), tmp_path / "model.pt")
 
-    with pytest.raises(CheckpointError, match="too coarse to add a LoRA to"):
-        merge("--dit", model, "--lora_weight", lora, "--save_merged_model", tmp_path / "out.safetensors")
+    with pytest.raises(CheckpointError, match="in 8 bits without its scale. Give the bf16 file"):
+        merge(
+            *("--dit", tmp_path / "model.pt", "--lora_weight", lora),
+            *("--save_merged_model", tmp_path / "out.safetensors"),
+        )
 
 
 @pytest.mark.parametrize("dialect", framepack_dit.DIALECTS)

@@ -1,6 +1,7 @@
 """Files as they are distributed: what is generated from packed weights is what their values give."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import merge_lora
 from modules.checkpoints.changing import CheckpointChange, plan_change
 from modules.checkpoints.opening import open_checkpoint, plain_sources
 from modules.errors import CheckpointError
-from networks.merging import merge_into_file
+from networks import extract_lora_from_models
+from networks.apply import check_loras_fit
+from networks.loading import LoraUse, read_lora
+from tests.faults.messages import assert_one_message, run_here
 from tests.packing import FORMS, GGUF_KINDS, gguf_file, pack_file, text_encoder_gguf
+from tests.tiny import z_image
+from tests.tiny.dit_files import as_fp8
 from tests.tiny.families import FAMILIES
 from tests.tiny.project import write_lora
 from tests.tiny.runs import TinyProject, make_project
@@ -185,15 +192,173 @@ def test_texts_are_those_of_the_values_of_a_packed_encoder(tmp_path: Path, name:
         assert (found[key] - one).abs().max() <= most * one.abs().max()
 
 
-@pytest.mark.parametrize("form", ["nvfp4", "Q8_0"])
-def test_packed_weights_are_neither_copied_nor_merged_into(tmp_path: Path, form: str) -> None:
+def test_packed_weights_are_not_copied(tmp_path: Path) -> None:
     dit = tmp_path / "dit.safetensors"
-    save_file({"blocks.0.weight": torch.ones(64, 64)}, dit)
-    packed = gguf_file(dit, form) if form in GGUF_KINDS else pack_file(dit, form)
-    result = tmp_path / "new.safetensors"
+    save_file({"blocks.0.a.weight": torch.ones(64, 64)}, dit)
 
-    with pytest.raises(CheckpointError, match=r"blocks.0.weight in 4 or 8 bits.*quantise.py"):
-        merge_into_file(packed, (), result, torch.device("cpu"))
-    with open_checkpoint(packed) as checkpoint, pytest.raises(CheckpointError, match=r"quantise.py"):
+    with (
+        open_checkpoint(pack_file(dit, "nvfp4")) as checkpoint,
+        pytest.raises(CheckpointError, match=r"blocks.0.a.weight in 4 or 8 bits.*quantise.py"),
+    ):
         plan_change(checkpoint, CheckpointChange())
-    assert not result.exists()
+
+
+@pytest.mark.parametrize("form", ["int8", "convrot", "fp8_scaled", "nvfp4", "mxfp8", "nf4", "Q8_0", "Q4_K"])
+def test_loras_are_merged_into_and_extracted_from_values(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, form: str
+) -> None:
+    """The file with values in place of packed weights gives the same to the bit, in bfloat16.
+
+    80 rows are padded in mxfp8: how many they are is known from the family's model alone.
+    """
+    state = z_image.tiny_state(dim=80, time_dim=80, num_heads=5, num_kv_heads=5)
+    dit, lora = tmp_path / "dit.safetensors", tmp_path / "lora.safetensors"
+    save_file(state, dit)
+    random = torch.Generator().manual_seed(0)
+    factors = {}
+    for module in ("feed_forward.w1", "feed_forward.w2"):
+        rows, columns = state[f"layers.0.{module}.weight"].shape
+        start = f"lora_unet_layers_0_{module.replace('.', '_')}"
+        factors[f"{start}.lora_down.weight"] = torch.randn(2, columns, generator=random) * 0.1
+        factors[f"{start}.lora_up.weight"] = torch.randn(rows, 2, generator=random) * 0.1
+    save_file(factors, lora)
+    if form == "fp8_scaled":
+        save_file(as_fp8(state, form), packed := tmp_path / "fp8.safetensors")
+    else:
+        packed = gguf_file(dit, form) if form in GGUF_KINDS else pack_file(dit, form)
+    with open_checkpoint(packed) as checkpoint:
+        made = plain_sources(checkpoint).items()
+        read = {n: source.make([checkpoint.read(part) for part in source.names]) for n, source in made}
+    plain = {name: one[tuple(map(slice, state[name].shape))].contiguous() for name, one in read.items()}
+    save_file(plain, dit)
+    coarse = [name for name, tensor in plain.items() if not torch.equal(tensor, state[name])]
+    assert len(coarse) > 2
+    check_loras_fit(packed, [LoraUse(read_lora(lora))])
+
+    with caplog.at_level(logging.INFO):
+        for name, file in {"expected": dit, "found": packed}.items():
+            output = tmp_path / f"{name}.safetensors"
+            words = "--dit", file, "--lora_weight", lora, "--save_merged_model", output
+            merge_lora.main([*map(str, words)])
+    expected, found = (load_file(tmp_path / f"{name}.safetensors") for name in ("expected", "found"))
+
+    assert found.keys() == expected.keys() == state.keys()
+    for name, tensor in expected.items():
+        if found[name].dtype == torch.bfloat16:
+            assert name in coarse or torch.equal(tensor, state[name])
+            tensor = tensor.to(torch.bfloat16)
+        assert torch.equal(found[name], tensor), name
+    assert any(not torch.equal(expected[name], plain[name]) for name in coarse)
+    assert "quantised weights become bfloat16" in caplog.text
+
+    if form not in {"mxfp8", "Q4_K"}:
+        return  # a tool that reads as the other does
+    tuned = "--dim", 4, "--model_tuned", tmp_path / "expected.safetensors"
+    for file in (dit, packed):
+        extract = (*tuned, "--model_org", file, "--save_to", tmp_path / f"of {file.stem}.safetensors")
+        extract_lora_from_models.main([*map(str, extract)])
+    ours, theirs = (load_file(tmp_path / f"of {file.stem}.safetensors") for file in (packed, dit))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+def _many(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    start = "model.layers" if "model.norm.weight" in tensors else "layers"
+    return tensors | {f"{start}.{number}.a.weight": torch.ones(1) for number in range(2, 10_000)}
+
+
+def _changed(tensors: dict[str, Tensor], end: str, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    name = next(name for name in tensors if name.endswith(end))
+    return tensors | {name: change(tensors[name])}
+
+
+UNKNOWN = b'{"format": "int3"}'
+LIES: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = {
+    "no JSON": (lambda file: _changed(file, ".comfy_quant", lambda one: one[:5]), "is no JSON"),
+    "unknown": (
+        lambda file: _changed(file, ".comfy_quant", lambda _: torch.tensor([*UNKNOWN], dtype=torch.uint8)),
+        "unknown form 'int3'; those known are",
+    ),
+    "zeros": (lambda file: _changed(file, ".weight_scale", torch.zeros_like), "zero, negative, NaN"),
+    "infinite": (lambda file: _changed(file, ".weight_scale", lambda one: one / 0), "infinite"),
+    "rows": (lambda file: _changed(file, ".weight_scale", lambda one: one[1:]), "does not fit its weight"),
+    "10,000 blocks": (_many, "layers such as"),
+}
+SLOW = "10,000 blocks"  # each family looks at all names, to tell whose they are
+
+
+@pytest.fixture(scope="module")
+def made_small(tmp_path_factory: pytest.TempPathFactory) -> tuple[TinyProject, list[Path]]:
+    """A project, and its transformer and text encoder in int8; a GGUF file that is cut short."""
+    project = project_of("z_image", tmp_path_factory.mktemp("lies"))
+    model, made = project.folder / "model", []
+    for file in (model / "dit.safetensors", model / "text_encoder" / "model.safetensors"):
+        made.append(file.with_suffix(".small"))
+        project.run("tools/quantise.py", file, "x.safetensors", "--form", "int8")
+        (project.folder / "x.safetensors").rename(made[-1])
+    cut = gguf_file(model / "dit.safetensors", "Q8_0")
+    cut.write_bytes(cut.read_bytes()[:-1000])
+    return project, [*made, cut]
+
+
+@pytest.fixture
+def small_files(made_small: tuple[TinyProject, list[Path]]) -> tuple[TinyProject, list[Path]]:
+    for file in made_small[1][:2]:
+        file.with_suffix(".safetensors").write_bytes(file.read_bytes())
+    return made_small
+
+
+@pytest.mark.parametrize(
+    ("what", "lie"),
+    [
+        ("dit", "cut short"),
+        *(
+            pytest.param(what, lie, marks=pytest.mark.slow if lie == SLOW else ())
+            for what in ("dit", "text_encoder")
+            for lie in LIES
+        ),
+    ],
+)
+def test_files_that_lie_give_one_message(
+    small_files: tuple[TinyProject, list[Path]], what: str, lie: str
+) -> None:
+    project, (dit, encoder, cut) = small_files
+    small = dit if what == "dit" else encoder
+    target = small.with_suffix(".safetensors")
+    words = "lies at bytes"
+    if lie == "cut short":
+        target.write_bytes(cut.read_bytes())
+    else:
+        change, words = LIES[lie]
+        changed = change(load_file(small))
+        save_file({name: one.contiguous() for name, one in changed.items()}, target)
+    making = *project.family.generate, "--prompt", "a cat", "--save_path", "out"
+    command = making if what == "dit" else project.family.cache_texts
+
+    assert_one_message(*run_here(*command, folder=project.folder), "model", words)
+
+
+def test_an_encoder_that_is_small_already_is_not_rounded_to_another_form(
+    small_files: tuple[TinyProject, list[Path]],
+) -> None:
+    project, _ = small_files
+    again = *project.family.cache_texts, "--text_encoder_form", "nf4"
+
+    found = run_here(*again, folder=project.folder)
+
+    assert_one_message(*found, "kept in nf4", "already in int8", "--text_encoder_form")
+
+
+def test_a_whole_transformer_is_not_trained_on_small_weights(
+    small_files: tuple[TinyProject, list[Path]],
+) -> None:
+    project, _ = small_files
+    project.run(*project.family.cache_latents)
+    project.run(*project.family.cache_texts)
+    _, *words = project.family.train
+    place = words.index("--network_module")  # it, --network_dim and their values
+    words = [project.family.train_whole, *words[:place], *words[place + 4 :], "--output_dir", "whole"]
+
+    found = run_here(*words, "--output_name", "x", "--max_train_steps", "1", folder=project.folder)
+
+    assert_one_message(*found, "dit.safetensors is quantised", "--form bf16")

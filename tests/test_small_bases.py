@@ -21,6 +21,7 @@ from tests.test_fp8 import (
     load_weights,
     with_dit,
 )
+from tests.test_shard_base import with_slow
 from tests.tiny.dit_files import as_fp8
 from tests.tiny.families import write_deep
 from tests.tiny.runs import TinyProject, make_project
@@ -62,24 +63,36 @@ def test_the_gradient_has_nearly_the_direction_of_that_in_16_bits(project: TinyP
         assert file.metadata()["ss_fp8_base"] == "False"
 
 
-OTHER_KINDS = {  # options of the network, ends of the names of what learns in the first step
+NETWORKS = {  # options of the network, ends of the names of what learns in the first step
+    "LoRA": ([], ("lora_up.weight",)),
     "LoHa": (["--network_module", "networks.loha"], ("hada_w2_a",)),
     "LoKr": (["--network_module", "networks.lokr"], ("lokr_w2", "lokr_w2_b")),
     "DoRA": (["--network_args", "dora_wd=True"], ("lora_up.weight",)),
 }
 
 
-@pytest.mark.parametrize(("kind", "form"), [("LoHa", "int8"), ("LoKr", "nf4"), ("DoRA", "nf4")])
-def test_other_networks_learn_on_small_forms_too(project: TinyProject, kind: str, form: str) -> None:
-    network, ends = OTHER_KINDS[kind]
+DAILY = {"LoHa int8", "LoKr nf4", "DoRA nf4"}
+
+
+@pytest.mark.parametrize(
+    "way", with_slow([f"{kind} {form}" for kind in NETWORKS for form in ("int8", "nf4")], DAILY)
+)
+def test_every_network_learns_on_small_forms_and_savers_of_memory_change_nothing(
+    project: TinyProject, way: str
+) -> None:
+    kind, form = way.split()
+    network, ends = NETWORKS[kind]
     one_step = ["--optimizer_type", "SGD", "--max_train_steps", "1", "--learning_rate", "1", *network]
     expected = project.train(f"{kind} plain", *one_step)
-    found = project.train(f"{kind} {form}", *one_step, *FORMS[form][0])
+    found = project.train(way, *one_step, *FORMS[form][0])
 
     learning = [name for name in expected if name.endswith(ends)]
     assert learning
     some = [{name: each[name] for name in learning} for each in (found, expected)]
     assert FORMS[form][3] < cosine(*some) < 1 - 1e-7
+    savers = ("--gradient_checkpointing", "--blocks_to_swap", "1")
+    saved = project.train(f"{way} saved", *one_step, *FORMS[form][0], *savers)
+    assert all(torch.equal(saved[name], tensor) for name, tensor in found.items())
 
 
 @pytest.mark.parametrize("form", ["int8", "nf4"])

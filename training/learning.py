@@ -42,7 +42,15 @@ from training.reports.reporter import RunReporter
 from training.saver import restore
 from training.saving.files import MinuteClock, NoSaver, Saver
 from training.saving.states import SavedState
-from training.trainable import Rates, Trainable, share_network, train_apart, train_dit, train_network
+from training.trainable import (
+    Rates,
+    Trainable,
+    refuse_quantised_bases,
+    share_network,
+    train_apart,
+    train_dit,
+    train_network,
+)
 from training.training_run import TrainedModel, TrainingRun, TriggerFiles, trigger_paths
 from training.validation import Validation, ValidationRule
 
@@ -169,6 +177,8 @@ class Loading:
         # a DoRA learns the norms of the weights, which are those with what is merged
         beside = None if patch is None or (network and network.decomposes) else patch.leave_beside
         placement = replace(placement, patch=patch, beside=beside, host=host, blocks=shares)
+        if options.network is None:
+            refuse_quantised_bases(family.dit_files[index : index + 1])
         dit = family.load_dit(placement, index)
         experts.check_dtype(family, options, dtype_of(dit))
         computed = experts.AUTOCAST.get(options.accelerator.mixed_precision) or dtype_of(dit)

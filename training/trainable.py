@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from modules.checkpoints.opening import open_checkpoint
 from modules.checkpoints.writing import stream_tensors
 from modules.contract.loading import TensorInfo
-from modules.errors import OptionError
+from modules.errors import CheckpointError, OptionError
 from networks.adapter import ForeignNetwork, TrainableNetwork, tie_network
 from networks.deltas import sizes_of
 from networks.metadata import save_network
@@ -156,6 +157,20 @@ def train_apart(parts: Mapping[str, Trainable]) -> Trainable:
         max_norm=next(iter(parts.values())).max_norm,
         by_expert=[part.parameters for part in parts.values()],
     )
+
+
+def refuse_quantised_bases(paths: Sequence[Path]) -> None:
+    """Raise CheckpointError for files that `train_dit` cannot train: their layers stay in 4 or 8 bits."""
+    for path in paths:
+        with open_checkpoint(path) as checkpoint:
+            is_packed = any(info.packing is not None for info in checkpoint.tensors.values())
+        if is_packed:
+            raise CheckpointError(
+                f"{path} is quantised, and the steps of a training of all weights would be lost in rounding. "
+                "Give the bf16 file, make one of it (tools/quantise.py FILE RESULT --form bf16), or train a "
+                "LoRA.",
+                path,
+            )
 
 
 def train_dit(dit: nn.Module, learning_rate: float, name_parts: Sequence[str] = ()) -> Trainable:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from modules.atomic_write import atomic_files, write_text
-from modules.checkpoints.containers import TensorFile
+from modules.checkpoints.containers import HEADER, MARK, TensorFile
 from modules.checkpoints.finite import is_finite
 from modules.checkpoints.opening import (
     SUFFIXES,
@@ -42,11 +42,10 @@ logger = logging.getLogger(__name__)
 INDEX = ".index.json"
 LISTED = 3  # names in a message
 MOST_SHARDS = 99_999  # their names have five digits
-QUANTISATION = "_quantization_metadata"  # ComfyUI's record of layers in 8 bits
 NO_NAME = "__metadata__"  # taken in the header of a safetensors file
 _MARKER = "scaled_fp8"  # a tensor that says that weights have scales
 # what belongs to the weight of a layer in 8 bits, beside its scale
-_COMPANIONS = (".scale_input", ".input_scale", ".comfy_quant")
+_COMPANIONS = (".scale_input", ".input_scale", MARK)
 
 
 @dataclass(frozen=True)
@@ -215,10 +214,10 @@ def _metadata(
     old = checkpoint.metadata
     kept = {key: text for key, text in old.items() if not key.startswith(tuple(stale))}
     notes = [f"{key} is left out: it is that of the old tensors" for key in old if key not in kept]
-    if QUANTISATION in kept:
+    if HEADER in kept:
         new = {}  # ComfyUI's record of layers in 8 bits, for the new file
         try:
-            record = json.loads(kept[QUANTISATION])
+            record = json.loads(kept[HEADER])
             for layer, how in record["layers"].items():
                 # the names of layers have no prefix of a whole model: find the tensor that is meant
                 pattern = re.compile(rf"(.*\.)?{re.escape(layer)}\.weight")
@@ -227,9 +226,9 @@ def _metadata(
                     had = weights[0].removesuffix(f"{layer}.weight")
                     new[rename(weights[0], change).removesuffix(".weight").removeprefix(had)] = how
             if new:
-                kept[QUANTISATION] = json.dumps({**record, "layers": new})
+                kept[HEADER] = json.dumps({**record, "layers": new})
             else:
-                del kept[QUANTISATION]
+                del kept[HEADER]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(
                 f"{checkpoint.path}: its record of quantisation cannot be read ({error!r}).", checkpoint.path

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 # the first bytes of what `torch.save` writes, now and in its older format
 ZIP, PICKLE = b"PK\x03\x04", b"\x80"
 GGUF = b"GGUF"
+# marks of quantised layers: ComfyUI's, also in the metadata, and bitsandbytes'
+MARK, HEADER, BNB_STATE = ".comfy_quant", "_quantization_metadata", ".quant_state.bitsandbytes__"
 LFS_POINTER = b"version https://"
 ONNX = re.compile(rb"\x08[\x03-\x14]\x12")  # the number of its format, then who made it
 

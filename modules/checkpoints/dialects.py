@@ -24,6 +24,7 @@ from modules.checkpoints.kinds import kind_of
 from modules.checkpoints.opening import Checkpoint, refuse_quantised
 from modules.contract.loading import BlockPlace, HostPlace, TensorSource
 from modules.errors import CheckpointError
+from modules.limits import MAX_BLOCKS
 from modules.speed_options import Quantisation
 from modules.stored.forms import Stored, form_of, linear_weights, prepare
 
@@ -135,10 +136,20 @@ def rename_sources(
     return {name_of(name): source for name, source in sources.items()}
 
 
-def count(names: Iterable[str], start: str) -> int:
-    """Return how many different beginnings of names match the pattern."""
+def count(names: Iterable[str], start: str, path: Path | None = None) -> int:
+    """Return how many different beginnings of names match the pattern.
+
+    path: of the file, for the CheckpointError that is raised for more than any model has.
+    """
     pattern = re.compile(rf"({start})\.")
-    return len({found[1] for found in map(pattern.match, names) if found})
+    number = len({found[1] for found in map(pattern.match, names) if found})
+    if number > MAX_BLOCKS:
+        raise CheckpointError(
+            f"{path or 'a file'} has {number:,} layers such as {start}, more than any model has. Give the "
+            "released file of the model.",
+            path,
+        )
+    return number
 
 
 def shapes_of(
@@ -194,7 +205,7 @@ class DitShapes:
         return dim, in_dim, (frames, rows, columns)
 
     def blocks(self, start: str) -> int:
-        return count(self.shapes, rf"{re.escape(start)}\.\d+")
+        return count(self.shapes, rf"{re.escape(start)}\.\d+", self.path)
 
 
 def other_kind(checkpoint: Checkpoint, wanted: str, option: str, give: str) -> CheckpointError:

@@ -234,17 +234,16 @@ def _stored_layers(
         exclude = spec.form_exclude.get(quantisation.form, spec.fp8_exclude)
         return StoredLoading(form, others(linear_weights(dit, spec.block_lists, exclude)))
     is_packed = any(checkpoint.tensors[sources[name].names[0]].packing is not None for name in kept)
-    if is_packed and quantisation.kind != "cast":
-        raise CheckpointError(
-            f"{quantisation.asked_by}: {checkpoint.path} is quantised already; rounding it again would only "
-            f"lose more.\n  Leave {quantisation.asked_by} out: layers stay as the file has them.",
-            checkpoint.path,
-        )
     if quantisation.kind != "cast":
+        asked, state, instead = quantisation.asked_by, "quantised", "layers stay as the file has them."
+        if not is_packed:
+            state = "in fp8"
+            instead = (
+                "--fp8_base (training) and --fp8 (generation) keep the file as it is. Or give the bf16 file."
+            )
         raise CheckpointError(
-            f"{quantisation.asked_by}: {checkpoint.path} is already in fp8; rounding it again would only "
-            f"lose more.\n  Leave {quantisation.asked_by} out: --fp8_base (training) and --fp8 (generation) "
-            "keep the file as it is. Or give the bf16 file.",
+            f"{asked}: {checkpoint.path} is already {state}; rounding it again would only lose more.\n"
+            f"  Leave {asked} out: {instead}",
             checkpoint.path,
         )
     return StoredLoading(form, kept=_without_patched(kept, dit, checkpoint.path, placement))

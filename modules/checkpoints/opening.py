@@ -17,7 +17,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from modules.checkpoints.containers import TensorFile, open_file
+from modules.checkpoints.containers import BNB_STATE, HEADER, MARK, TensorFile, open_file
 from modules.contract.loading import TensorInfo, TensorSource
 from modules.control_codes import shorten
 from modules.devices import dtype_name
@@ -268,10 +268,9 @@ def fingerprint(path: Path) -> str:
 
 
 _SCALES = (".scale_weight", ".weight_scale")
-_STATE, _HEADER = ".quant_state.bitsandbytes__", "_quantization_metadata"
 # unused once the weights are plain
 QUANT_EXTRAS = (
-    *("scaled_fp8", "*.scale_input", "*.input_scale", "*.comfy_quant"),
+    *("scaled_fp8", "*.scale_input", "*.input_scale", f"*{MARK}"),
     *("*.weight.quant_map", "*.weight.quant_state.*"),
 )
 # end of a tensor's name -> what made it. Sources: the packages' files, comfy-kitchen's layouts
@@ -296,7 +295,8 @@ def refuse_quantised(checkpoint: Checkpoint) -> None:
     Call it before shapes are judged, as packed weights have others. Only the marks of layers are read.
     """
     if checkpoint.refusal:
-        raise CheckpointError(f"{checkpoint.path}: {checkpoint.refusal}.", checkpoint.path)
+        remedy = "Download or copy it again, or give the bf16 file of the model."
+        raise CheckpointError(f"{checkpoint.path}: {checkpoint.refusal}.\n  {remedy}", checkpoint.path)
     how = _find_form(checkpoint.tensors)
     if how:
         raise CheckpointError(
@@ -308,8 +308,8 @@ def refuse_quantised(checkpoint: Checkpoint) -> None:
 
 def _recognise(path: Path, places: Mapping[str, tuple[TensorFile, str]], files: Sequence[TensorFile]) -> str:
     """Tell the files which tensors are packed weights; return why that cannot be told, else ""."""
-    marked = any(name.endswith(".comfy_quant") or _STATE in name for name in places)
-    if not marked and not any(_HEADER in file.metadata for file in files):
+    marked = any(name.endswith(MARK) or BNB_STATE in name for name in places)
+    if not marked and not any(HEADER in file.metadata for file in files):
         return ""
     from modules.checkpoints.marks import find_packed  # of no use to other files
 

@@ -8,8 +8,8 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,16 +19,22 @@ from torch import Tensor
 
 from modules.atomic_write import atomic_path
 from modules.bars import BYTES, track
+from modules.checkpoints.containers import HEADER, MARK
 from modules.checkpoints.dits import DitFormat, bare_names
 from modules.checkpoints.filling import on_meta_device
 from modules.checkpoints.finite import FiniteCheck
 from modules.checkpoints.kinds import kind_of
-from modules.checkpoints.marks import HEADER, MARK
-from modules.checkpoints.opening import Checkpoint, checkpoint_paths, open_checkpoint, plain_sources
+from modules.checkpoints.opening import (
+    Checkpoint,
+    checkpoint_paths,
+    open_checkpoint,
+    plain_sources,
+    refuse_quantised,
+)
 from modules.checkpoints.quantise_options import GGUF, QuantiseOptions
 from modules.checkpoints.writing import stream_tensors
 from modules.console import as_size, show_box
-from modules.contract.loading import TensorInfo, TensorSource
+from modules.contract.loading import TensorInfo
 from modules.devices import choose_device, dtype_name
 from modules.errors import CheckpointError, OptionError
 from modules.families import FAMILIES
@@ -92,7 +98,7 @@ def quantise_file(options: QuantiseOptions) -> None:
             logger.info("Metadata of the old tensors are left out: %s", ", ".join(gone))
         rows = [("model", f"{options.model}: {found.what}"), ("form", options.form)]
         if options.form == "bf16":
-            count = _widen(options, checkpoint, sources, narrow, found, metadata, device)
+            count = _widen(options, checkpoint, metadata, device)
         else:
             if narrow:
                 form = dtype_name(checkpoint.tensors[narrow[0]].dtype)
@@ -311,43 +317,89 @@ def _plan_in_gguf(writer: Any, checkpoint: Checkpoint, name: str, is_layer: bool
 
 
 def _widen(
-    options: QuantiseOptions,
-    checkpoint: Checkpoint,
-    sources: Mapping[str, TensorSource],
-    narrow: Sequence[str],
-    found: Recognised,
-    metadata: Mapping[str, str],
-    device: torch.device,
+    options: QuantiseOptions, checkpoint: Checkpoint, metadata: Mapping[str, str], device: torch.device
 ) -> int:
     """Write quantised weights in bfloat16, the rest as it is."""
-    if not narrow:
+    values = in_values(checkpoint, device)
+    if values is checkpoint:
         raise CheckpointError(
             f"{options.model} has no quantised weights. Give a file that has, or another --form.",
             options.model,
         )
-    tensors = {}
-    for name in sources:
-        info = checkpoint.tensors[name]
-        shape = info.shape
-        if info.packing is not None and info.packing.pad > 1:
-            shape = found.shapes.get(name, ())
-            if info.packing.padded(shape) != info.shape:
-                raise CheckpointError(
-                    f"{options.model}: {name} may be padded, and the file does not say from which size. Give "
-                    "a transformer of a family that is supported, in its released layout.",
-                    options.model,
-                )
-        tensors[name] = TensorInfo(torch.bfloat16, shape) if name in narrow else info
+    tensors = {
+        name: replace(info, dtype=torch.bfloat16) if info is not checkpoint.tensors[name] else info
+        for name, info in values.tensors.items()
+    }
     finite = FiniteCheck(checkpoint.path)
 
     def read(name: str) -> Tensor:
-        parts = [checkpoint.read(part) for part in sources[name].names]
-        for part, tensor in zip(sources[name].names, parts, strict=True):
-            finite.note(part, tensor)
-        if name not in narrow:
-            return sources[name].make(parts)
-        value = sources[name].make([part.to(device) for part in parts])
-        return value[tuple(map(slice, tensors[name].shape))].to(torch.bfloat16)
+        tensor = values.read(name)
+        finite.note(name, tensor)
+        return tensor.to(tensors[name].dtype)
 
     stream_tensors(options.output, tensors, read, {"format": "pt", **metadata})
-    return len(narrow)
+    return len([name for name, info in tensors.items() if info is not checkpoint.tensors[name]])
+
+
+def in_values(checkpoint: Checkpoint, device: torch.device | None = None) -> Checkpoint:
+    """Return the tensors of a file without scales, quantised ones by their values, float32; the same one if
+    it has none. The files stay shared: close one of the two.
+
+    device: to compute them on. Raises CheckpointError if a form is not read, or the size of a padded weight
+    is not known.
+    """
+    refuse_quantised(checkpoint)
+    infos = checkpoint.tensors.values()
+    if not any(map(_is_narrow, infos)):
+        return checkpoint
+    is_padded = any(info.packing is not None and info.packing.pad > 1 for info in infos)
+    shapes = _recognise(checkpoint).shapes if is_padded else {}
+    values: Any = _Values(checkpoint, shapes, device or torch.device("cpu"))
+    text = "%s: %d quantised weights count by their values"
+    logger.info(text, checkpoint.path, len(values.tensors.keys() - values.plain))
+    return Checkpoint(checkpoint.path, {name: (values, name) for name in values.tensors}, [values])
+
+
+class _Values:
+    """What `in_values` returns, as `Checkpoint` asks a file for it."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], device: torch.device
+    ) -> None:
+        """shapes: of weights that may be padded."""
+        self.path, self.left_out = checkpoint.path, checkpoint.left_out
+        self.metadata = {
+            key: text for key, text in checkpoint.metadata.items() if not key.startswith((HEADER, *_OF_GGUF))
+        }
+        self._checkpoint, self._device = checkpoint, device
+        self._sources = plain_sources(checkpoint)
+        self.tensors = {name: checkpoint.tensors[name] for name in self._sources}
+        self.plain = {name for name, info in self.tensors.items() if not _is_narrow(info)}
+        for name, info in [*self.tensors.items()]:
+            padding = info.packing if info.packing is not None and info.packing.pad > 1 else None
+            shape = shapes.get(name, info.shape if padding is None else ())
+            padded = shape if padding is None else padding.padded(shape)
+            if math.prod(padded) != math.prod(info.shape):
+                raise CheckpointError(
+                    f"{self.path}: {name} may be padded, and the file does not say from which size. Give a "
+                    "transformer of a family that is supported, in its released layout.",
+                    self.path,
+                )
+            if name in self.plain:
+                continue
+            if self._sources[name].build is None and self.path.suffix == ".pt":
+                raise CheckpointError(
+                    f"{self.path} stores {name} in 8 bits without its scale. Give the bf16 file.", self.path
+                )
+            self.tensors[name] = TensorInfo(torch.float32, info.shape if padding is None else shape)
+
+    def borrow(self, name: str, scratch: Tensor) -> Tensor:
+        """Return a tensor; of one that is not quantised the bytes may lie in `scratch`."""
+        if name in self.plain:
+            return self._checkpoint.borrow(name, scratch)
+        source = self._sources[name]
+        value = source.make([self._checkpoint.read(part).to(self._device) for part in source.names])
+        return value[tuple(map(slice, self.tensors[name].shape))].float()
+
+    def close(self) -> None:
+        self._checkpoint.close()

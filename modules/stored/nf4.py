@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as functional
@@ -42,8 +42,8 @@ def _pairs(device: torch.device) -> Tensor:
 class Nf4:
     """The form. The weight is uint8, [out, in / 2] if `in` is even, else flat.
 
-    Companions: maxima of the blocks, uint8 (of files also float32: then the rest is None); float32 maxima of
-    the nested blocks, their 256 values and the mean.
+    Companions: maxima of the blocks as codes, uint8; float32 maxima of the nested blocks, their 256 values
+    and the mean.
     """
 
     expand: Callable[..., Tensor] | None = None  # bitsandbytes' operation
@@ -77,12 +77,9 @@ class Nf4:
         return Stored(self, shape, (packed, torch.empty(blocks, dtype=torch.uint8, **made), *beside))
 
     def value(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
-        packed, peaks, nested, values, offset = tensors
-        assert packed is not None
-        assert peaks is not None
-        if nested is not None and values is not None and offset is not None:
-            wide = _padded(values.index_select(0, peaks.int()), NESTED_BLOCK) * nested[:, None]
-            peaks = wide.view(-1)[: len(peaks)] + offset
+        packed, codes, nested, values, offset = cast(tuple[Tensor, ...], tensors)
+        wide = _padded(values.index_select(0, codes.int()), NESTED_BLOCK) * nested[:, None]
+        peaks = wide.view(-1)[: len(codes)] + offset
         if self.expand is not None:
             return self.expand(packed.reshape(-1, 1), peaks, BLOCK, "nf4", shape, dtype)
         pairs = _pairs(packed.device)
