@@ -262,10 +262,72 @@ def _keep_nvfp4(weight: Tensor, scales: Tensor, scale: Tensor, of_input: Tensor 
     return Stored(form, (rows, 2 * half), (weight, *beside))
 
 
+def _w4a4(layer: _Layer) -> None:
+    rows, half = layer.pair(torch.int8, torch.uint8)
+    end = layer.scale((rows,), (rows, 1))
+    layer.set((rows, 2 * half), (end,), partial(_keep_w4a4, layer.rotation(2 * half)))
+
+
+def _keep_w4a4(rotation: int, weight: Tensor, scale: Tensor) -> Stored:
+    form = RowForm("convrot_w4a4", ("scale_weight",), packed.w4a4_rows, rotation)
+    return Stored(form, (len(weight), 2 * weight.shape[1]), (weight, _per_row(scale, len(weight))))
+
+
+def _w4a8(layer: _Layer) -> None:
+    rows, width = layer.pair(torch.int8, torch.uint8)
+    if f"{layer.stem}.weight_correction" in layer.tensors:
+        raise ValueError("has a weight_correction, which is not supported")
+    shape = layer.beside("weight_s_rel", (_E4M3, torch.float32))
+    columns = math.prod(shape[1:]) * layer.number("group_size", 16)
+    bits = 8 * width // max(columns, 1)
+    if len(shape) != 2 or shape[0] != rows or columns * bits != 8 * width or bits not in (4, 6):
+        raise ValueError(f"has {width} bytes for {columns} columns, in place of 4 or 6 bits for each")
+    layer.beside("weight_s_channel", _FLOATS, (rows,), (rows, 1))
+    ends = ["weight_s_rel", "weight_s_channel"]
+    if f"{layer.stem}.weight_codebook" in layer.tensors:
+        layer.beside("weight_codebook", _FLOATS, (16,))
+        ends.append("weight_codebook")
+    layer.set((rows, columns), tuple(ends), partial(_keep_w4a8, bits, columns, layer.rotation(columns)))
+
+
+def _keep_w4a8(
+    bits: int,
+    columns: int,
+    rotation: int,
+    weight: Tensor,
+    scales: Tensor,
+    scale: Tensor,
+    codes: Tensor | None = None,
+) -> Stored:
+    rows = packed.w4a8_rows if bits == 4 else packed.w6a8_rows
+    form = RowForm("asym_w4a8_int8", ("scale_blocks", "scale_weight", "codebook"), rows, rotation)
+    codes = None if codes is None else codes.float().reshape(1, 16)
+    return Stored(form, (len(weight), columns), (weight, scales, _per_row(scale, len(weight)), codes))
+
+
+def _awq(layer: _Layer) -> None:
+    rows, half = layer.pair(torch.int8, torch.uint8)
+    group = layer.number("group_size", 64)
+    if 2 * half % group:
+        raise ValueError(f"has {2 * half} columns, which groups of {group} do not divide")
+    for end in ("weight_scale", "weight_zeros"):
+        layer.beside(end, _FLOATS, (2 * half // group, rows))
+    layer.set((rows, 2 * half), ("weight_scale", "weight_zeros"), _keep_awq)
+
+
+def _keep_awq(weight: Tensor, scales: Tensor, zeros: Tensor) -> Stored:
+    form = RowForm("awq_w4a16", ("scale_blocks", "zeros"), packed.awq_rows)
+    beside = scales.t().contiguous(), zeros.t().contiguous()
+    return Stored(form, (len(weight), 2 * weight.shape[1]), (weight, *beside))
+
+
 LAYOUTS: Mapping[str, Callable[[_Layer], None]] = {
     "int8_tensorwise": _int8,
     "mxfp8": _mxfp8,
     "nvfp4": _nvfp4,
+    "convrot_w4a4": _w4a4,
+    "asym_w4a8_int8": _w4a8,
+    "awq_w4a16": _awq,
 }
 
 

@@ -6,5 +6,5 @@ fp8_products: products of a frozen fp8 weight, with gradient
 int8: int8 with a scale for each row, rotated (ConvRot)
 nf4: 4 bits by the levels of bitsandbytes
 ggml: values of the kinds of GGUF files
-packed: mxfp8, nvfp4 and files of bitsandbytes, which are only read
+packed: mxfp8, nvfp4, int4, which are only read
 """

@@ -1,4 +1,4 @@
-"""Weights as other programs pack them, which are only read: mxfp8, nvfp4, bitsandbytes' 4 bits.
+"""Weights as other programs pack them, which are read but not made here: mxfp8, nvfp4, int4 in three layouts.
 
 The weight and each companion have a row for each output, or a single row for all, so that all are cut and
 joined by rows; scales that a file has in tiles are put in rows while loading. Formulas and nibble orders:
@@ -93,9 +93,10 @@ def untile(scales: Tensor, rows: int, columns: int) -> Tensor:
     return flat[:rows, :columns].contiguous().view(scales.dtype)
 
 
-def _nibbles(packed: Tensor) -> Tensor:
-    """Return the two codes of each byte, 0 to 15, the high one first, as int32 N 2K."""
-    return torch.stack((packed >> 4, packed & 15), dim=-1).flatten(1).int()
+def _nibbles(packed: Tensor, high_first: bool = False) -> Tensor:
+    """Return the two codes of each byte, 0 to 15, as uint8 N 2K."""
+    low, high = packed.view(torch.uint8) & 15, packed.view(torch.uint8) >> 4
+    return torch.stack((high, low) if high_first else (low, high), dim=-1).flatten(1)
 
 
 def _grouped(values: Tensor, scales: Tensor) -> Tensor:
@@ -115,8 +116,39 @@ def mxfp8_rows(weight: Tensor, scales: Tensor) -> Tensor:
 
 def nvfp4_rows(weight: Tensor, scales: Tensor, scale: Tensor, input_scale: Tensor | None) -> Tensor:
     # N K/2, N K/16 e4m3, N 1; 1 K: what the layer's input is multiplied by, which the weight may be as well
-    values = _grouped(_levels(weight.device)[_nibbles(weight)], scales.float() * scale)
+    values = _grouped(_levels(weight.device)[_nibbles(weight, high_first=True).int()], scales.float() * scale)
     return values if input_scale is None else values * input_scale
+
+
+def w4a4_rows(weight: Tensor, scale: Tensor) -> Tensor:
+    # N K/2, signed, N 1
+    codes = _nibbles(weight)
+    return ((codes ^ 8).float() - 8) * scale
+
+
+def w4a8_rows(weight: Tensor, scales: Tensor, scale: Tensor, codebook: Tensor | None) -> Tensor:
+    # N K/2, N K/16, N 1, 1 16
+    return _w8(_nibbles(weight), 8, scales, scale, codebook)
+
+
+def w6a8_rows(weight: Tensor, scales: Tensor, scale: Tensor, codebook: Tensor | None) -> Tensor:
+    # N 3K/4: the lower four bits of each code, then the upper two
+    columns = weight.shape[1] // 3 * 4
+    shifts = torch.arange(0, 8, 2, device=weight.device, dtype=torch.uint8)
+    upper = weight[:, columns // 2 :].contiguous().view(torch.uint8)[..., None] >> shifts
+    codes = _nibbles(weight[:, : columns // 2].contiguous()) | (upper & 3).flatten(1) << 4
+    return _w8(codes, 32, scales, scale, codebook)
+
+
+def _w8(codes: Tensor, middle: int, scales: Tensor, scale: Tensor, codebook: Tensor | None) -> Tensor:
+    levels = codes.float() - middle if codebook is None else codebook.flatten()[codes.int()]
+    return _grouped(levels, scales).round_().clamp_(-127, 127) * scale
+
+
+def awq_rows(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    # N K/2, N K/64 twice
+    values = _grouped(_nibbles(weight).float() - 8, scales)
+    return (values.unflatten(1, (zeros.shape[1], -1)) + zeros.float()[..., None]).flatten(1)
 
 
 def int8_rows(weight: Tensor, scale: Tensor) -> Tensor:
@@ -130,6 +162,6 @@ def four_bits(values: tuple[float, ...]) -> Callable[[Tensor, Tensor], Tensor]:
 
     def rows(weight: Tensor, largest: Tensor) -> Tensor:
         # N K/2, N K/64: the largest magnitude of a block
-        return _grouped(_levels(weight.device, values)[_nibbles(weight)], largest)
+        return _grouped(_levels(weight.device, values)[_nibbles(weight, high_first=True).int()], largest)
 
     return rows

@@ -77,6 +77,10 @@ BAD = {
         marked({"format": "int8_tensorwise"}, weight_scale=torch.ones(3, 1)),
         "does not fit its weight",
     ),
+    "no groups": (
+        marked({"format": "asym_w4a8_int8"}, weight_s_rel=torch.ones(4, 0)),
+        "64 bytes for 0 columns",
+    ),
     **{
         f"bitsandbytes {name}": (of_four_bits(**changed), message)
         for name, changed, message in (

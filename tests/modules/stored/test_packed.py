@@ -50,3 +50,35 @@ def test_mxfp8_is_that_of_kitchen_and_of_the_reference() -> None:
         assert torch.equal(found, dequantize_mxfp8(stored, scales, torch.float32))
     assert torch.equal(found, _weight(32, 64)), "the example is exact"
     assert flat[0].float().tolist() == [0.03125, 0.001953125]
+
+
+def test_int4_after_a_rotation_is_that_of_kitchen() -> None:
+    from comfy_kitchen.backends.eager.convrot_w4a4 import (
+        dequantize_convrot_w4a4_weight,
+        quantize_convrot_w4a4_weight,
+    )
+
+    stored, scale = quantize_convrot_w4a4_weight(WEIGHT, 64)
+    found = packed.rotate(packed.w4a4_rows(stored, scale.view(-1, 1)), 64)
+    torch.testing.assert_close(found, dequantize_convrot_w4a4_weight(stored, scale, 64), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("bits", "codebook"), [(4, True), (4, False), (6, False)])
+def test_int4_and_6_in_groups_are_those_of_kitchen(bits: int, codebook: bool) -> None:
+    from comfy_kitchen.backends.eager.w4a8_int8 import dequantize_w4a8_int8_weight, quantize_w4a8_int8_weight
+
+    stored, scales, scale, _, levels = quantize_w4a8_int8_weight(WEIGHT, bits=bits, codebook=codebook)
+    make = packed.w4a8_rows if bits == 4 else packed.w6a8_rows
+    found = packed.rotate(make(stored, scales, scale.view(-1, 1), levels), 256)
+    expected = dequantize_w4a8_int8_weight(stored, scales, scale, levels, output_dtype=torch.float32)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)  # another order of sums
+
+
+def test_awq_is_that_of_kitchen() -> None:
+    from comfy_kitchen.backends.eager.awq import gemv_awq_w4a16
+
+    random = torch.Generator().manual_seed(2)
+    stored = torch.randint(-128, 128, (160, 128), dtype=torch.int8, generator=random)
+    scales, zeros = torch.randn(2, 4, 160, generator=random)
+    product = gemv_awq_w4a16(torch.eye(256), stored, scales, zeros)
+    assert torch.equal(packed.awq_rows(stored, scales.t(), zeros.t()), product.t())
