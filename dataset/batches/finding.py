@@ -50,7 +50,8 @@ class FoundItems:
     # of tables with caption_dropout_rate: files of the empty prompt
     missing_empty: list[Path] = field(default_factory=list)
     unsound: list[tuple[DatasetTable, str]] = field(default_factory=list)  # why caches may be missing
-    missing_sound: list[Path] = field(default_factory=list)  # of tables with audio = "required"
+    missing_sound: list[Path] = field(default_factory=list)  # of tables with audio = "required", or of all
+    needs_sound: str = 'audio = "required"'  # why that is a fault
     silent: SoundSpec | None = None  # of a run with sound, if no item has any
     removed: list[Path] = field(default_factory=list)  # sources with caches that no table has; without suffix
 
@@ -75,6 +76,8 @@ def find_items(
     for table in config.datasets:
         search.add_table(table, live.get(table.index, CACHED))
     found = search.found
+    if sound is not None and sound.is_alone:
+        found.needs_sound = "sound alone is learned"
     found.removed = [folder / stem for folder, stem in search.unlisted if stem not in search.listed[folder]]
     if found.items and not live and not any(item.has_sound for item in found.items):
         found.silent = sound
@@ -147,7 +150,7 @@ class _Search:
                 has_sound = sound is not None and cache_files.sound_file_name(name, self.tag) in with_sound
                 if sound is not None and table.batch_size > 1:
                     shape = _sound_shape(store, name, sound, bucket[2])
-                if sound is not None and not has_sound and table.audio == REQUIRED:
+                if sound is not None and not has_sound and (table.audio == REQUIRED or sound.is_alone):
                     found.missing_sound.append(folder / cache_files.sound_file_name(name, self.tag))
                 shared = sizes.setdefault(references, references), sizes.setdefault(shape, shape)
                 found.items.append(
@@ -348,7 +351,7 @@ def require_items(found: FoundItems, commands: CachingCommands = NO_COMMANDS) ->
     for folder, count in Counter(path.parent for path in found.missing_sound).items():
         one = next(path.name for path in found.missing_sound if path.parent == folder)
         lacking = count_words(count, "clips have no sound")
-        faults.append(f'audio = "required", but {lacking} in {folder}, such as {one}')
+        faults.append(f"{found.needs_sound}, but {lacking} in {folder}, such as {one}")
     if not faults and not found.items:
         faults = [
             f"no text cache in {folder}" for folder in sorted({one.parent for one in found.missing_text})
