@@ -333,14 +333,19 @@ def test_sound_comes_from_files_if_the_command_says_so(alone: Project, tmp_path:
     assert not torch.equal(own, table)
 
 
+@pytest.mark.parametrize("project", ["2.3"], indirect=True)
 def test_sound_that_caching_left_out_is_told_of(project: Project) -> None:
+    """As it is behind a kill between a clip's latents and its sound."""
+    check = ["ltx2_cache_latents.py", *project.words, "--check"]
     first = sorted((project.folder / "cache").glob("*_audio.safetensors"))[0]
     first.rename(first.with_suffix(".away"))
     try:
         said = project.train(*run("away", 1))
+        _, checked = run_here(*check, folder=project.folder)
     finally:
         first.with_suffix(".away").rename(first)
     assert said.count("1 clip with sound that is not cached") == 1
+    assert "caches of sound: 1 files are valid, 1 item needs encoding" in checked
     assert "that is not cached" not in project.train(*run("there", 1))
 
 
