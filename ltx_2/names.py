@@ -69,7 +69,7 @@ _LTX_REGISTERS = tuple(
     for stream in _LTX_STREAMS
 )
 # of sound, between sound and picture, and layers of pictures: what a run of one stream is without
-_LTX_STREAM = re.compile(r"audio|a2v|v2a|av_ca|\}\.(attn\d|ff)\.(?!to_gate)")
+_LTX_STREAM = re.compile(r"audio|a2v|v2a|av_ca|^transformer_blocks\.\{n\}\.(attn\d|ff)\.(?!to_gate)")
 
 _LTX_ALIASES = (  # diffusers layout
     *((f"transformer_blocks.{{n}}.{one}", f"transformer_blocks.{{n}}.{two}") for one, two in _LTX_LAYERS),
