@@ -45,7 +45,7 @@ def size_in_words(prepared: Prepared) -> str:
     """Return a description of a request's result, without its prompt."""
     frames = f"{prepared.frames} frames, " if prepared.frames > 1 else ""
     size = f"{prepared.width} x {prepared.height} (width x height), {frames}"
-    if prepared.is_sound_alone:
+    if prepared.joint is not None and not prepared.joint.picture[1]:
         size = f"{prepared.frames / prepared.fps:.2f} s of sound, "
     return f"{size}{count_of(prepared.num_steps, 'step')}, seed {prepared.seed}"
 

@@ -125,10 +125,6 @@ class Prepared:
     def num_steps(self) -> int:
         return self.steps - self.first_step
 
-    @property
-    def is_sound_alone(self) -> bool:
-        return self.joint is not None and not self.joint.picture[1]
-
 
 logger = logging.getLogger(__name__)
 
