@@ -11,6 +11,7 @@ from generation.options import GenerationOptions
 from generation.prompt_lines import CANCELS, GENERATION_OPTIONS, LineOption, read_path
 from generation.script_options import ScriptDefaults
 from generation.scripts import generation_script
+from ltx_2.model_options import VIDEO
 from ltx_2.options import Ltx2GenerationOptions, settle_generation
 from modules.errors import OptionError
 
@@ -37,6 +38,11 @@ def settle(
     of a second stage.
     """
     shared, own = settle_generation(shared, own)
+    post, output = shared.post, shared.output
+    shows = post.tools or output.save_last_frame or shared.preview.preview_latent_every is not None
+    if shows and VIDEO not in own.streams:
+        options = "--post, --save_last_frame, --preview_latent_every"
+        raise OptionError(f"{options}: sound alone has no pictures. Leave them out")
     paths = own.references.paths or None
     told = own.references.reference_strength < 1 or own.references.conditioning_attention_mask
     if told and paths is None and not (shared.from_file or shared.interactive):

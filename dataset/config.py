@@ -27,6 +27,13 @@ TOP_LEVEL = ("general", "datasets")
 MOST_TOLD = 100  # problems that a message names
 KNOWN_KEYS = {*KEYS, *forms.SPELLINGS, *SUBSET_KEYS, *OTHER_NAMES}  # of all forms of files
 
+# A table of sounds alone is one of clips without pictures: 25 black frames a second, that no network sees.
+# key of its source -> that of clips
+OF_SOUND = {"audio_directory": "video_directory", "audio_jsonl_file": "video_jsonl_file"}
+BLACK = {"resolution": [64, 64], "enable_bucket": False, "bucket_no_upscale": False, "source_fps": "auto"}
+# where a table, and [general], say nothing; 20 seconds are the longest that LTX-2 tells positions of
+WHOLE_SOUND = {"frame_extraction": "full", "max_frames": 497, "target_fps": 25.0}
+
 
 def load_dataset_config(path: Path, given: SubsetOptions | None = None) -> DatasetConfig:
     """Read `path` (.toml or .json): our own form, or that of the image guides, which has subsets.
@@ -132,7 +139,7 @@ def with_sound_files(config: DatasetConfig, option: str, folder: Path | None) ->
     for table in config.datasets:
         if table.kind == "video" and table.audio_directory is None and table.directory is None:
             logger.warning("%s: %s is ignored: audio_path in its rows names their sound", table.name, option)
-        elif table.kind == "video" and table.audio_directory is None:
+        elif table.kind == "video" and table.audio_directory is None and not table.is_of_sound:
             table = replace(table, audio_directory=folder or table.directory)
         tables.append(table)
     return replace(config, datasets=tuple(tables))
@@ -227,6 +234,9 @@ def _read_table(
     before = len(problems)
     entry = forms.without_nulls(entry, where, problems)
     given = [name for name in SOURCES if name in entry]
+    of_sound = None if given else _as_clips(entry, general)
+    if of_sound is not None:
+        entry, given = of_sound, [name for name in SOURCES if name in of_sound]
     if len(given) > 1:
         names = " and ".join(given)
         problems.append(f"{where}: {names} exclude each other; make a [[datasets]] table for each")
@@ -234,7 +244,6 @@ def _read_table(
     if not given:
         refused = [forms.unknown(key, value, ()) for key, value in entry.items() if key in forms.NO_KEYS]
         hint = next(filter(None, (did_you_mean(key, SOURCES) for key in entry if key not in KEYS)), "")
-        hint = f" {forms.SOUND_ALONE.capitalize()}" if "audio_directory" in entry else hint
         needs = f"the source of its items is missing; it needs one of {', '.join(SOURCES)}.{hint}"
         problems += [f"{where}: {line}" for line in refused or [needs]]
         return None
@@ -257,7 +266,19 @@ def _read_table(
     fields["cogvideox_root"] = values["cogvideox_root"]
     if not _complete(fields, source_key, f"{path}, {where}", problems):
         return None
-    return DatasetTable(path, index, kind, **fields)
+    return DatasetTable(path, index, kind, is_of_sound=of_sound is not None, **fields)
+
+
+def _as_clips(entry: dict[str, Any], general: dict[str, Any]) -> dict[str, Any] | None:
+    """Return a table of sounds alone as one of clips; None for any other."""
+    source = next((key for key in OF_SOUND if key in entry), None)
+    if source is None:
+        return None
+    for key in (key for key in forms.LENGTHS if key in entry):
+        logger.info("%s: not needed: the last few frames of a sound are cut off, none is padded", key)
+    kept = {key: value for key, value in entry.items() if key != source and key not in forms.LENGTHS}
+    usual = {key: value for key, value in WHOLE_SOUND.items() if key not in general}
+    return {**usual, **kept, **BLACK, OF_SOUND[source]: entry[source]}
 
 
 def _complete(fields: dict[str, Any], source_key: str, where: str, problems: list[str]) -> bool:

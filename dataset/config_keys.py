@@ -235,9 +235,10 @@ SPELLINGS: Mapping[str, str] = {
 
 
 # keys of musubi-tuner's fork for LTX-2 that have no counterpart, and why
-SOUND_ALONE = "sound alone is not built. In a table of clips, audio_directory or audio_path names their sound"
+LENGTHS = ("audio_bucket_strategy", "audio_bucket_interval")
 NO_KEYS: Mapping[str, str] = {
-    **dict.fromkeys(("audio_jsonl_file", "audio_bucket_strategy", "audio_bucket_interval"), SOUND_ALONE),
+    "audio_jsonl_file": "it lists sounds without clips. audio_path in a list of clips names their sound",
+    **dict.fromkeys(LENGTHS, "sound is as long as its clip"),
     "reference_cache_directory": "latents of references are cached with those of their clip",
     **dict.fromkeys(
         ("reference_audio_directory", "reference_audio_cache_directory"),

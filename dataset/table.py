@@ -184,6 +184,7 @@ class DatasetTable:
     references: ReferenceRules | None = None
     # how the family takes references of clips, and masks of control clips; None: it takes neither
     clip_references: ReferenceRules | None = None
+    is_of_sound: bool = False  # its clips are sounds without pictures
     lists_controls: bool = True  # False: control media are of no interest, whatever lists name
     # --- of a subset of the image guides' form; our own tables have the defaults
     group: int | None = None  # index of its dataset, whose subsets share batches; None: it shares none
@@ -245,7 +246,13 @@ class DatasetTable:
             return "cogvideox_root"
         if self.metadata_file is not None:
             return "metadata_file"
-        return f"{self.kind}_{next(end for end in SOURCE_FIELDS if getattr(self, end) is not None)}"
+        end = next(end for end in SOURCE_FIELDS if getattr(self, end) is not None)
+        return f"{self.path_key.removesuffix('path')}{end}"
+
+    @property
+    def path_key(self) -> str:
+        """Return what lists call the path of an item."""
+        return "audio_path" if self.is_of_sound else f"{self.kind}_path"
 
     @property
     def control_count(self) -> int | None:

@@ -216,9 +216,6 @@ class GenerationOptions(Options, title="run"):
             raise OptionError(f"--num_videos {self.num_videos} needs --prompt: it repeats a single prompt")
         if self.num_videos > 1 and self.sheet.is_asked:
             raise OptionError("--num_videos and --sheet: give the seeds to the sheet, --sheet seed=1,2,3")
-        if self.request.prompt is not None and (self.from_file is not None or self.interactive):
-            source = "--interactive" if self.interactive else "--from_file"
-            logger.warning("--prompt is ignored because the prompts come from %s", source)
         if self.post.tools and not self.output.decodes:
             raise OptionError(
                 f"{POST} with --output_type latent: no frames are decoded. Use --output_type both, or give "
@@ -232,13 +229,6 @@ class GenerationOptions(Options, title="run"):
             )
         if self.sheet.is_asked:
             self._check_sheet()
-        unused = {
-            "--num_videos": self.num_videos > 1,
-            "--prompt_rewrite": self.rewriting.prompt_rewrite is not None,
-            "--preview_latent_every": self.preview.preview_latent_every is not None,
-        }
-        for name in (name for name, is_given in unused.items() if is_given and self.latent_path):
-            logger.warning("%s is ignored because --latent_path only decodes", name)
         if self.latent_path and self.output.keeps_latents:
             raise OptionError(
                 f"--latent_path with --output_type {self.output.output_type}: the latents exist already. "
@@ -286,6 +276,19 @@ class GenerationOptions(Options, title="run"):
         if self.sheet.has_prompts and (self.from_file is not None or self.interactive):
             raise OptionError("--sheet prompt: the prompts are those of the lines. Vary another option")
         _ = self.axes
+
+    def tell_ignored(self) -> None:
+        """Warn of options that the others leave without effect; once, as records are made anew."""
+        if self.request.prompt is not None and (self.from_file is not None or self.interactive):
+            source = "--interactive" if self.interactive else "--from_file"
+            logger.warning("--prompt is ignored because the prompts come from %s", source)
+        unused = {
+            "--num_videos": self.num_videos > 1,
+            "--prompt_rewrite": self.rewriting.prompt_rewrite is not None,
+            "--preview_latent_every": self.preview.preview_latent_every is not None,
+        }
+        for name in (name for name, is_given in unused.items() if is_given and self.latent_path):
+            logger.warning("%s is ignored because --latent_path only decodes", name)
 
 
 def read_generation(

@@ -18,6 +18,7 @@ from generation.script_options import OutputOptions
 from modules.atomic_write import atomic_folder, claim_name
 from modules.checkpoints.writing import save_tensors
 from modules.contract.data import SOUND
+from modules.errors import OptionError
 from modules.media.colours import Frame
 from modules.media.encoding import settle_codec
 from modules.media.pixels import frames_of
@@ -152,6 +153,8 @@ def save_pixels(
     if options.trim_tail_frames:
         frames = drop_tail(frames, options.trim_tail_frames)
     first = list(islice(frames, 2))
+    if not first:
+        return _save_sound(options, stem, track)
     playing: Iterator[Frame] = chain(first, frames)
     is_single = len(first) == 1
     is_picture = options.is_picture(is_single)
@@ -188,6 +191,15 @@ def save_pixels(
         beside_it = plain.with_name(f"{plain.name}{LAST_FRAME_SUFFIX}")
         write_png(beside_it, last[0], as_png_texts(metadata or {}))
         logger.info("Last frame: %s", beside_it)
+    return path
+
+
+def _save_sound(options: OutputOptions, stem: str, track: Track | None) -> Path:
+    """Write sound that has no pictures."""
+    if track is None:
+        raise OptionError("sound alone has no pictures: leave --output_type images out")
+    path = options.save_path / (free_stem(options.save_path, stem, [SOUND_SUFFIX]) + SOUND_SUFFIX)
+    write_wav(path, track)
     return path
 
 

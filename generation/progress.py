@@ -44,10 +44,10 @@ def in_short(prompt: str, length: int = PROMPT_LENGTH) -> str:
 def size_in_words(prepared: Prepared) -> str:
     """Return a description of a request's result, without its prompt."""
     frames = f"{prepared.frames} frames, " if prepared.frames > 1 else ""
-    return (
-        f"{prepared.width} x {prepared.height} (width x height), {frames}"
-        f"{count_of(prepared.num_steps, 'step')}, seed {prepared.seed}"
-    )
+    size = f"{prepared.width} x {prepared.height} (width x height), {frames}"
+    if prepared.joint is not None and not prepared.joint.picture[1]:
+        size = f"{prepared.frames / prepared.fps:.2f} s of sound, "
+    return f"{size}{count_of(prepared.num_steps, 'step')}, seed {prepared.seed}"
 
 
 def show_start(

@@ -107,6 +107,9 @@ def check_latents(family: Family, path: Path) -> SavedLatents:
             )
     step, vertical, horizontal = family.latent.stride
     size = columns * horizontal, rows * vertical, (frames - 1) * step + 1
+    if not frames:
+        logger.info("%s: sound alone", path)
+        return saved
     logger.info("%s: %d x %d (width x height), %d frame%s", path, *size, "" if size[2] == 1 else "s")
     return saved
 

@@ -33,7 +33,7 @@ def generation_script(
         options, own = read_generation(about, defaults, record, argv, add_more)
         if settle is not None:
             options, own = settle(options, own)
-
+        options.tell_ignored()
         tell_loading()
         from generation.run import generate  # torch loads here, after every option has been read
         from modules.devices import make_deterministic

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ltx_2.configs import LATENT, OF_SOUND, SOUND, VIDEO, LtxConfig, StreamConfig, StreamNames
+from ltx_2.configs import LATENT, OF_SOUND, OF_VIDEO, SOUND, VIDEO, LtxConfig, StreamConfig, StreamNames
 from ltx_2.model import LtxModel
 from ltx_2.names import LTX_2
 from ltx_2.options import NAME
@@ -144,5 +144,11 @@ SILENT = replace(
     FORMAT,
     network=lambda config, attention: LtxModel(replace(config, sound=None), attention),
     ignore=(*CONNECTORS, *OF_SOUND),
+)
+# without the video's
+SOUND_ALONE = replace(
+    FORMAT,
+    network=lambda config, attention: LtxModel(replace(config, shows=False), attention),
+    ignore=(*CONNECTORS, *OF_VIDEO),
 )
 identify = FORMAT.identify

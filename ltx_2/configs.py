@@ -36,6 +36,12 @@ SOUND = StreamNames(
 )
 # patterns of tensors in files of either layout that a network without the sound's stream leaves out
 OF_SOUND = ("*audio*", "av_c*", "*_a2v_*")
+# likewise, one without the video's stream
+OF_VIDEO = (
+    *("*.attn[12].*", "*.ff.*", "scale_shift_table", "*.scale_shift_table", "*prompt_scale_shift_table"),
+    *("patchify_proj.*", "proj_in.*", "proj_out.*", "adaln_single.*", "time_embed.*", "caption_projection.*"),
+    *("prompt_adaln*", "keyframes_*", "av_c*", "*_a2v_*", "*.audio_to_*", "*.video_to_*"),
+)
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,7 @@ class LtxConfig:
     splits_heads: bool = True  # rotary pairs are channels of a head's two halves; False: neighbours
     # by what the time of the gates between the streams is multiplied, as a share of that of all else
     gate_time: float = 1.0
+    shows: bool = True  # False: the video's stream is left out
     freq_dim: int = 256
     rope_theta: float = 10000.0
     longest: tuple[float, float, float] = (20.0, 2048.0, 2048.0)  # seconds, rows, columns of pixels
@@ -82,7 +89,8 @@ class LtxConfig:
 
     @property
     def streams(self) -> dict[StreamNames, StreamConfig]:
-        return {VIDEO: self.video} | ({} if self.sound is None else {SOUND: self.sound})
+        both = {VIDEO: self.video if self.shows else None, SOUND: self.sound}
+        return {names: one for names, one in both.items() if one is not None}
 
 
 EPS = 1e-6  # in the norms of tokens, queries and keys

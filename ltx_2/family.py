@@ -167,6 +167,9 @@ class Ltx2(Ltx2Media):
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
         vae, dtype = encoders.vae, self.vae_dtype
         entries = []
+        if not self.files.has_pictures:
+            shape = self.latent.shape(*media.frames.shape[1:4])[1:]
+            return [[CacheEntry({"latents": torch.zeros(shape, dtype=dtype)})] for _ in media.keys]
         for part in media.split_for(vae.device):
             named = {"latents": part.frames}
             for number, frames in enumerate(part.references):
@@ -212,6 +215,7 @@ class Ltx2(Ltx2Media):
 
         joint = tweaks.joint
         picture, sound = (noisy, None) if joint is None else joint.split(noisy)
+        is_alone = not self.files.has_pictures
         times = timesteps.unbind(1) if timesteps.ndim == 2 else (timesteps, timesteps)
         rates, has_sound = cond.get(FPS), cond.get(HAS_SOUND)
         clean = [self.latent.to_model(one.to(noisy.device)) for one in references_of(cond)]
@@ -230,7 +234,7 @@ class Ltx2(Ltx2Media):
             strengths[0].to(noisy.device) if isinstance(strengths, Tensor) else None,
         )
         velocity, heard = dit(
-            picture,
+            None if is_alone else picture,
             times[0],
             fps=[rate / 1000 for rate in rates.tolist()] if isinstance(rates, Tensor) else self.defaults.fps,
             sound=sound,
@@ -240,6 +244,8 @@ class Ltx2(Ltx2Media):
             references=references,
             **texts(cond),
         )
+        if is_alone:
+            velocity = torch.zeros_like(picture)
         if share:
             of_tokens, own = velocity.split([tokens.shape[2], picture[0, 0].numel()], dim=2)
             strength, sigma = self.reference_strength, times[0] / 1000
@@ -251,6 +257,9 @@ class Ltx2(Ltx2Media):
 
     def prepare(self, request: Request) -> Prepared:
         self.files.check(("dit",))
+        is_alone = not self.files.has_pictures
+        if is_alone:
+            self._refuse_pictures(request)
         taken = {**NO_MEDIA, "image_path": True}
         request = keep_usable_media(request, taken, f"{NAME} does not take it")
         if request.image_path is not None and self.drive_video is not None:
@@ -275,9 +284,10 @@ class Ltx2(Ltx2Media):
         assert shift is not None
         prepared = settle(request, usual, (width, height, frames), shift, NEGATIVE_PROMPT)
         joint, sound = None, self.sound
-        if sound is not None and frames > 1 and self.makes_sound:
-            _, *picture = latent.shape(frames, height, width)
-            joint = Joint((picture[0], picture[1], picture[2], picture[3]), sound.shape(frames, prepared.fps))
+        if sound is not None and (frames > 1 or is_alone) and self.makes_sound:
+            _, channels, length, *sides = latent.shape(frames, height, width)
+            picture = (channels, 0 if is_alone else length, sides[0], sides[1])
+            joint = Joint(picture, sound.shape(frames, prepared.fps))
         if self.drive_video is not None and joint is None:
             raise OptionError(
                 f"--drive_video {self.drive_video}: a single picture has no sound. Make it longer"
@@ -292,7 +302,8 @@ class Ltx2(Ltx2Media):
         if self.stages is not None:
             said |= self.stages.said
         (count,) = self.block_counts()
-        told = guidance_rules(self.guidance, request.guidance_scale, count, RELEASES[self.version].perturbed)
+        perturbed = RELEASES[self.version].perturbed
+        told = guidance_rules(self.guidance, request.guidance_scale, count, perturbed, is_alone)
         prepared = replace(prepared, joint=joint, rules=told, solver=solver)
         prepared = replace(prepared, own=given, own_metadata=said)
         if self.stages is not None:
@@ -301,6 +312,17 @@ class Ltx2(Ltx2Media):
             small = prepared.stages[0] if prepared.stages else prepared
             check_sides(small.width, small.height, self.references)
         return prepared
+
+    def _refuse_pictures(self, request: Request) -> None:
+        given = {
+            "image_path": request.image_path,
+            "drive_video": self.drive_video,
+            "sample_two_stage": self.stages,
+            "reference_video": request.extra.get("reference_video"),
+            "video_path": request.source,
+        }
+        for name in (name for name, one in given.items() if one):
+            raise OptionError(f"--{name} with --ltx2_mode audio: sound alone has no pictures. Leave it out")
 
     def _references_for(self, request: Request) -> tuple[Path, ...]:
         lines = request.extra.get("reference_video", "").split("\n")
@@ -370,9 +392,10 @@ class Ltx2(Ltx2Media):
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
         def draw(made: Prepared) -> Tensor:
-            start = noise.draw(self.latent.shape(made.frames, made.height, made.width))
             joint = made.joint
-            return start if joint is None else joint.join(start, noise.draw((1, *joint.sound)))
+            if joint is None:
+                return noise.draw(self.latent.shape(made.frames, made.height, made.width))
+            return joint.join(*(noise.draw((1, *shape)) for shape in (joint.picture, joint.sound)))
 
         def begin(made: Prepared, number: int, start: Tensor) -> Section:
             conditions = {**inputs.get(number, {}), FPS: torch.tensor([round(1000 * made.fps)])}
@@ -409,11 +432,12 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
     """Describe the family for ltx2_train_network.py."""
     files = files_of(options, options.model.streams)
     check_version(files, options)
+    is_alone = not files.has_pictures  # pictures then hold a place, and the noise level goes by the sound
     learning = rules.SoundLearning(
         options.video_loss_weight,
         options.audio_loss_weight,
-        options.independent_audio_timestep,
-        GIVEN[options.ltx2_train_direction],
+        options.independent_audio_timestep or is_alone,
+        rules.PICTURE_STREAM if is_alone else GIVEN[options.ltx2_train_direction],
     )
     dropped = 1 - options.ic_lora_ref_probability
     edits = dropped > 0 or "v2v" in (options.lora_target_preset, options.ic_lora_strategy)
@@ -433,13 +457,13 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
         makes_sound=not options.silent,
         stages=two_stages(options.stages),
         options=options,
-        references=None if options.ic_lora_strategy == "none" else references,
+        references=None if options.ic_lora_strategy == "none" or is_alone else references,
     )
 
 
 def family_for_generation(options: Ltx2GenerationOptions) -> Ltx2:
     """Describe the family for ltx2_generate_video.py."""
-    streams = (VIDEO,) if options.silent else options.model.streams
+    streams = (VIDEO,) if options.silent else options.streams
     return Ltx2(
         files_of(options, streams),
         options.guidance,

@@ -1,6 +1,7 @@
 """Files of an LTX-2 run: the released one, parts that are given apart, and the check that each fits."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 
 from encoders.files import TransformerFiles
 from ltx_2 import gemma_4
-from ltx_2.checkpoints import FORMAT, SILENT
+from ltx_2.checkpoints import FORMAT, SILENT, SOUND_ALONE
 from ltx_2.checkpoints import identify as identify  # files.py has it in every family's folder
 from ltx_2.configs import LATENT, LtxConfig
 from ltx_2.connectors import FILES, open_connectors, read_connectors
@@ -36,7 +37,7 @@ from modules.checkpoints.dits import with_dtype
 from modules.checkpoints.encoders import check_state_width
 from modules.checkpoints.model_files import inside, read_once, require_file
 from modules.checkpoints.opening import Checkpoint, fingerprint
-from modules.contract.data import Batch, LatentSpec, SoundSpec
+from modules.contract.data import LATENTS_MADE, SOUND, Batch, LatentSpec, SoundSpec
 from modules.contract.family import TextEncoder
 from modules.contract.loading import Placement
 from modules.contract.rules import ShiftedLogit
@@ -47,6 +48,7 @@ from modules.speed_options import text_form
 logger = logging.getLogger(__name__)
 
 TEXTS_AGAIN = "ltx2_cache_text_encoder_outputs.py"
+NO_PICTURES = {"vae": "sound alone"}  # what made latents of pictures that only hold a place
 RELEASED, AUDIO_VAE = "--ltx2_checkpoint", "--audio_vae"
 # parts that LTX-2.5 has in files of their own
 APART = {
@@ -93,6 +95,10 @@ class Ltx2Files(TransformerFiles):
     def has_sound(self) -> bool:
         return AUDIO in self.streams
 
+    @property
+    def has_pictures(self) -> bool:
+        return VIDEO in self.streams
+
     def _part(self, given: Path | None, option: str, folder: str, what: str) -> Path:
         found = require_file(given or self.checkpoint, option if given else RELEASED, what, CHECKPOINT)
         path = inside(found, folder)
@@ -110,8 +116,8 @@ class Ltx2Files(TransformerFiles):
         return inside(super().dit_path, "transformer")
 
     def load_dit(self, placement: Placement) -> LtxModel:
-        """Load the transformer, for video alone without the sound's stream."""
-        wanted = FORMAT if self.has_sound else SILENT
+        """Load the transformer, for one stream alone without the other."""
+        wanted = SOUND_ALONE if not self.has_pictures else FORMAT if self.has_sound else SILENT
         network: LtxModel = wanted.load(self.dit_path, with_dtype(placement, self.dit_dtype))
         return network
 
@@ -124,8 +130,10 @@ class Ltx2Files(TransformerFiles):
     @property
     def latent(self) -> LatentSpec:
         """Return the latent space of the video VAE; if its file is not there, the releases' of the same
-        channels as the transformer.
+        channels as the transformer. Beside sound alone they only hold a place.
         """
+        if not self.has_pictures:
+            return LATENT
         try:
             config: VideoVaeConfig = read_once(self.vae_path, _read_video_vae)
         except (OptionError, OSError):
@@ -146,8 +154,12 @@ class Ltx2Files(TransformerFiles):
     def load_vae(self, device: torch.device) -> LtxVideoVae:
         return load_video_vae(self.vae_path, device, self.beside(self.vae_dtype), self.vae_tile)
 
+    def vae_identity(self) -> Mapping[str, str]:
+        return super().vae_identity() if self.has_pictures else NO_PICTURES
+
     def check_vae(self) -> None:
-        read_once(self.vae_path, _read_video_vae)
+        if self.has_pictures:
+            read_once(self.vae_path, _read_video_vae)
         if self.has_sound:
             read_once(self.sound_path("audio_vae"), _read_sound_vae)
 
@@ -166,7 +178,8 @@ class Ltx2Files(TransformerFiles):
             told = SOUND_SETTINGS
             self._check_usual_sound()
         shape = partial(sound_shape, told["latent_channels"], told["mel_bins"] // JOINED)
-        return SoundSpec(RATE, told["in_channels"], shape, without="--ltx2_mode video")
+        alone = not self.has_pictures
+        return SoundSpec(RATE, told["in_channels"], shape, without="--ltx2_mode video", is_alone=alone)
 
     def _check_usual_sound(self) -> None:
         """Raise OptionError if the transformer takes other sound than the releases' VAEs make."""
@@ -251,6 +264,16 @@ class Ltx2Files(TransformerFiles):
         config = self.dit_header().config
         widths = dict(zip((VIDEO, AUDIO), (one.text_dim for one in config.streams.values()), strict=False))
         needed = {prompt_key(stream): widths[stream] for stream in self.streams}
+        if not self.has_pictures and SOUND not in batch.tensors:
+            raise CacheError(
+                f"{batch.keys[0]}: it has no sound, and --ltx2_mode audio learns nothing else. Leave it out"
+            )
+        for made in batch.made_by if self.has_pictures else ():
+            if made.part == LATENTS_MADE and made.encoder == NO_PICTURES:
+                raise CacheError(
+                    f"{made.path}: it was cached with --ltx2_mode audio and has no pictures. Cache again, or "
+                    "train, with the mode of the other"
+                )
         batch.check(dict.fromkeys(needed, TEXTS_AGAIN), "the transformer")
         batch.check_widths(needed, self.dit_path, f"{TEXTS_AGAIN} and its release")
         for made in batch.made_by:  # caches of other tools have no records

@@ -9,12 +9,13 @@ from modules.errors import OptionError
 
 
 def guidance_rules(
-    told: Ltx2GuidanceOptions, scale: float | None, blocks: int, perturbed: int
+    told: Ltx2GuidanceOptions, scale: float | None, blocks: int, perturbed: int, is_alone: bool = False
 ) -> GuidanceRules:
     """Return weights as given, else as released.
 
     scale: that is given for both streams. blocks: of the network. perturbed: the block whose self-attention
-    the release skips. Raises OptionError for a block that is not there.
+    the release skips. is_alone: sound is made without pictures. Raises OptionError for a block that is not
+    there.
     """
     steered = _given_or(1.0, told.stg_scale)
     scales = {VIDEO: told.video_cfg_scale, AUDIO: told.audio_cfg_scale}
@@ -29,11 +30,12 @@ def guidance_rules(
         return StreamGuidance(
             text=scales[stream],
             perturbed=steered if told.stg_mode in (None, "both", stream) else 0.0,
-            modality=_given_or(3.0, away[stream]),
+            modality=1.0 if is_alone else _given_or(3.0, away[stream]),
             rescale=_given_or(0.7, told.rescaling(stream)),
         )
 
-    return GuidanceRules(streams=(rule(VIDEO), rule(AUDIO)), perturbed_blocks=frozenset(skipped))
+    of_picture = StreamGuidance(text=1.0) if is_alone else rule(VIDEO)
+    return GuidanceRules(streams=(of_picture, rule(AUDIO)), perturbed_blocks=frozenset(skipped))
 
 
 def _given_or(usual: float, given: float | None) -> float:

@@ -50,12 +50,16 @@ class Ltx2Media(OneTransformer):
         kinds = (rules.VIDEO, rules.IMAGE, rules.LATENTS)
         return rules.SourceRules(kinds, NAME, True, frozenset({self.name}))
 
+    def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
+        return MediaEncoders(self.files.load_vae(device) if self.files.has_pictures else None)
+
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
         vae = encoders.vae
         return vae.encode(to_pixels(frames.to(vae.device))).float()
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
-        yield from encoders.vae.decode(latents)
+        if encoders.vae is not None and latents.shape[2]:
+            yield from encoders.vae.decode(latents)
 
     @property
     def moments(self) -> MomentsRules:

@@ -80,13 +80,13 @@ class LtxModel(nn.Module):
             setattr(self, f"{prefix}adaln_single", time(9 if config.modulates_text else 6))
             if config.modulates_text and config.times_text:
                 setattr(self, f"{prefix}prompt_adaln_single", time(2))
-            if config.sound is not None:
+            if len(config.streams) == 2:
                 setattr(self, names.cross_rows, time(4))
                 setattr(self, names.cross_gate, time(1))
             setattr(self, f"{prefix}scale_shift_table", nn.Parameter(torch.zeros(2, one.dim)))
             setattr(self, f"{prefix}proj_out", nn.Linear(one.dim, one.channels))
             setattr(self, f"{prefix}norm_out", Float32LayerNorm(one.dim, EPS))
-        if config.marks_first:
+        if config.marks_first and config.shows:
             self.keyframes_abs_pos_embedding = nn.Parameter(torch.zeros(1, config.dim))
         self.transformer_blocks = nn.ModuleList(LtxBlock(config) for _ in range(config.num_layers))
         # each of the tables of a pass: positions of either stream, for itself and for the other
@@ -99,13 +99,15 @@ class LtxModel(nn.Module):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        return self.get_parameter("transformer_blocks.0.attn1.to_q.bias").dtype  # the weight may be in 8 bits
+        first = next(iter(self.config.streams)).prefix
+        name = f"transformer_blocks.0.{first}attn1.to_q.bias"
+        return self.get_parameter(name).dtype  # the weight may be in 8 bits
 
     def forward(
         self,
         noisy: Tensor | None,
         timesteps: Tensor,
-        text: Tensor | None,
+        text: Tensor | None = None,
         fps: Fps = USUAL_FPS,
         sound: Tensor | None = None,
         sound_timesteps: Tensor | None = None,
@@ -291,7 +293,7 @@ class LtxModel(nn.Module):
             what = "sound" if names is SOUND else "video"
             config = self.config.streams.get(names)
             if config is None:
-                raise ValueError("sound is given, but the network was loaded without the stream for it")
+                raise ValueError(f"{what} is given, but the network was loaded without the stream for it")
             if texts[names] is None:
                 raise ValueError(f"the text for the {what} is missing")
             numbers = one.shape[1] if names is VIDEO else one.shape[1] * one.shape[3]

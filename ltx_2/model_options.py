@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from ltx_2.refused_options import SOUND
 from modules.options import FREE, IDENTITY, OF_DECODING, Options, option
 from modules.speed_options import VaeOptions, fp8_text_option, text_form_option
 
@@ -11,6 +10,7 @@ VIDEO, AUDIO = STREAMS = ("video", "audio")
 MODES = {  # of --ltx2_mode: streams that are trained or made
     **dict.fromkeys(("v", "video"), (VIDEO,)),
     **dict.fromkeys(("av", "va"), STREAMS),
+    **dict.fromkeys(("a", "audio"), (AUDIO,)),
 }
 CHECKPOINT = Path("models/ltx-2.3-22b-dev.safetensors")
 GEMMA = Path("models/gemma-3-12b-it-qat-q4_0-unquantized")
@@ -28,11 +28,10 @@ class Ltx2ModelOptions(Options):
         often=True,
     )
     ltx_mode: str = option(
-        "what is trained or made: v or video, av (video with sound)",
+        "what is trained or made: v or video, av (video with sound), a or audio (sound alone)",
         flags=("--ltx2_mode",),
         default="v",
         choices=tuple(MODES),
-        refused=dict.fromkeys(("a", "audio"), SOUND),
         facts=IDENTITY,
         often=True,
     )

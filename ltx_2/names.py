@@ -68,8 +68,8 @@ _LTX_REGISTERS = tuple(
     for start in ("connectors.", "")
     for stream in _LTX_STREAMS
 )
-# of sound, and between sound and picture
-_LTX_SOUND = re.compile(r"audio|a2v|v2a|av_ca")
+# of sound, between sound and picture, and layers of pictures: what a run of one stream is without
+_LTX_STREAM = re.compile(r"audio|a2v|v2a|av_ca|^transformer_blocks\.\{n\}\.(attn\d|ff)\.(?!to_gate)")
 
 _LTX_ALIASES = (  # diffusers layout
     *((f"transformer_blocks.{{n}}.{one}", f"transformer_blocks.{{n}}.{two}") for one, two in _LTX_LAYERS),
@@ -109,8 +109,8 @@ LTX_2 = FamilyNames(
     versions=("ltx2", "ltx-2", "ltx_2"),
     told_release=r"(?:architecture=ltx-|model_version=)(\d\.\d)",
     newest=("2.5", "keyframes_abs_pos_embedding"),
-    optional=tuple(ours for _, ours in (*_LTX_ALIASES, *_LTX_PARAMETERS) if _LTX_SOUND.search(ours)),
-    optional_words="sound (it was trained with --ltx2_mode av or audio), which this run is without",
+    optional=tuple(ours for _, ours in (*_LTX_ALIASES, *_LTX_PARAMETERS) if _LTX_STREAM.search(ours)),
+    optional_words="a stream that this run is without (sound or pictures, --ltx2_mode)",
     parameters=_LTX_PARAMETERS,
     text_side=(*(f"{stream}_embeddings_connector." for stream in _LTX_STREAMS), "text_embedding_projection."),
     text_side_words="the text connectors",

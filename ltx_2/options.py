@@ -5,7 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ltx_2.model_options import AUDIO, Ltx2GuidanceOptions, Ltx2ModelOptions, Ltx2TextOptions, Ltx2VaeOptions
+from ltx_2.model_options import (
+    AUDIO,
+    VIDEO,
+    Ltx2GuidanceOptions,
+    Ltx2ModelOptions,
+    Ltx2TextOptions,
+    Ltx2VaeOptions,
+)
 from ltx_2.reference_options import Ltx2GivenReferences, Ltx2ReferenceOptions
 from ltx_2.refused_options import ALWAYS_GIVEN, GENERATION, LATENTS, TEXTS, TRAINING, declare_all
 from ltx_2.stage_options import Ltx2OfficialStages, Ltx2StageOptions
@@ -222,14 +229,20 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
             raise OptionError("--video_loss_weight 0 with --audio_loss_weight 0: nothing would be learned")
         if self.ic_lora_strategy == "none" and self.ic_lora_ref_probability < 1:
             raise OptionError("--ic_lora_strategy none and --ic_lora_ref_probability: give one of them")
-        needs_sound = {
-            f"--lora_target_preset {self.lora_target_preset}": self.lora_target_preset.startswith(AUDIO),
-            f"--ltx2_train_direction {self.ltx2_train_direction}": self.ltx2_train_direction != "joint",
-            "--video_loss_weight 0": not self.video_loss_weight,
+        preset, direction = self.lora_target_preset, self.ltx2_train_direction
+        needs = {  # streams without which nothing is learned
+            f"--lora_target_preset {preset}": {"a": {AUDIO}, "v": {VIDEO}}.get(preset[0], set()),
+            f"--ltx2_train_direction {direction}": set() if direction == "joint" else {VIDEO, AUDIO},
+            "--video_loss_weight 0": set() if self.video_loss_weight else {AUDIO},
+            "--audio_loss_weight 0": set() if self.audio_loss_weight else {VIDEO},
+            "--sample_disable_audio": {VIDEO} if self.silent else set(),
         }
-        for words, needs in needs_sound.items():
-            if needs and AUDIO not in self.model.streams:
-                raise OptionError(f"{words}: without sound nothing would be learned. Give --ltx2_mode av")
+        for words, streams in needs.items():
+            if lacking := streams - {*self.model.streams}:
+                what = "sound" if AUDIO in lacking else "pictures"
+                raise OptionError(
+                    f"{words}: without {what} nothing would be learned or heard. Give --ltx2_mode av"
+                )
 
 
 class Ltx2GenerationOptions(Ltx2TransformerOptions, title=NAME):
@@ -240,6 +253,7 @@ class Ltx2GenerationOptions(Ltx2TransformerOptions, title=NAME):
     stages: Ltx2OfficialStages
     references: Ltx2GivenReferences
     silent: bool = _silent()
+    sample_audio_only: bool = option("make sound alone: the same as --ltx2_mode audio")
     ltx_version = _version()
     height: int | None = option("with --width: the same as --video_size", least=1, facts=NO_PIXELS)
     width: int | None = option("with --height: the same as --video_size", least=1, facts=NO_PIXELS)
@@ -276,6 +290,12 @@ class Ltx2GenerationOptions(Ltx2TransformerOptions, title=NAME):
             raise OptionError("--height and --width: give both")
         if self.drive_video is not None and (self.silent or AUDIO not in self.model.streams):
             raise OptionError(f"--drive_video {self.drive_video}: no sound is made. Give --ltx2_mode av")
+        if self.silent and VIDEO not in self.streams:
+            raise OptionError("--sample_disable_audio: nothing would be made. Give --ltx2_mode av or v")
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        return (AUDIO,) if self.sample_audio_only else self.model.streams
 
 
 # options of the known script -> ours

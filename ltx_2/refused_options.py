@@ -44,11 +44,6 @@ REFERENCES = (
 )
 REPORTS = "--log_with, --show_timesteps and --check report on a run"
 RESUMING = "--resume STATE_FOLDER goes on from a whole state, --network_weights starts anew from a LoRA"
-SOUND = (
-    "sound alone is not built: items of a dataset and results are clips, and each has pictures. "
-    "--ltx2_mode av trains and makes sound with its pictures, --audio_loss_weight and --lora_target_preset "
-    "audio learn it alone from clips, --drive_video makes it for pictures that are there"
-)
 SOUND_DTYPE = "sound is cached in float32, as its VAE computes"
 SPEED = (
     "kernels and memory are chosen by --flash_attn and the like, --compile, --gradient_checkpointing "
@@ -61,6 +56,10 @@ WEIGHTS = (
     "bits by --nf4_base; other formats are not built"
 )
 # what happens without an option that is not needed
+ALONE_SO = (
+    "--ltx2_mode audio trains and makes sound alone, whose length, at target_fps of its table, and whose "
+    "noise levels need no pictures."
+)
 FILES_SO = "files are read tensor by tensor, written whole or not at all, and say how they were made."
 KERNELS_SO = "torch's own kernels are the default of --attn_mode."
 SAMPLES_SO = "a training encodes the texts and pictures of its samples itself."
@@ -83,7 +82,7 @@ _TILES = """
 
 LATENTS: Table = {
     DATA: "save_dataset_manifest:str video_decode_backend:str video_decode_device:str",
-    SOUND: """
+    ALONE_SO: """
         audio_video_latent_channels:int audio_video_latent_dtype:str audio_only_target_resolution:int
         audio_only_target_fps=25.0 audio_only_sequence_resolution=64
     """,
@@ -199,7 +198,7 @@ TRAINING: Table = {
         noise_scale_probe=0 noise_scale_probe_rounds=5 noise_scale_probe_param_frac=1.0
     """,
     RESUMING: "autoresume reset_optimizer reset_optimizer_params reset_dataloader save_state_mode=full",
-    SOUND: "ltx2_audio_only_model audio_only_sequence_resolution=64 sample_audio_only",
+    ALONE_SO: "ltx2_audio_only_model audio_only_sequence_resolution=64 sample_audio_only",
     SPEED: """
         cudnn_attn inductor_config*:str compile_auto_cache_size_limit compile_fallback_to_eager
         compile_cudagraph_mark_step cuda_memory_fraction:float dynamo_use_regional_compilation
@@ -283,7 +282,6 @@ GENERATION: Table = {
         audio_prefix_seconds:float audio_inpaint_audio:str audio_inpaint_interval:str
     """,
     DURATION: "ltx2_duration_head,duration-head-path:str",
-    SOUND: "sample_audio_only",
     SPEED: """
         cudnn_attn split_attn_target*:str split_attn_mode:str
         split_attn_chunk_size=0 ffn_chunk_target*:str ffn_chunk_size=0

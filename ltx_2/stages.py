@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ltx_2.references import factors_of
 from ltx_2.stage_options import Ltx2OfficialStages, Ltx2StageOptions
-from ltx_2.upscaler import SPATIAL, TEMPORAL, factors, load_upscaler
+from ltx_2.upscaler import SPATIAL, TEMPORAL, factors, is_upscaler, load_upscaler
+from modules.checkpoints.model_files import read_once, require_file
 from modules.contract.data import Joint, LatentSpec
 from modules.contract.family import NoiseSource
 from modules.contract.requests import Prepared
@@ -51,8 +52,15 @@ class TwoStages:
         return {name: ", ".join(loras) for name, loras in told.items() if loras}
 
     def growth(self, latent: LatentSpec) -> tuple[int, Fraction]:
-        """Return by how much the upscalers multiply frames and sides. Raises as `factors`."""
+        """Return by how much the upscalers multiply frames and sides. Raises as `factors`, and OptionError if
+        a LoRA is an upscaler.
+        """
         frames, side = 1, Fraction(1)
+        for path, option, *_ in self.loras:
+            if read_once(require_file(path, option, "it is a LoRA"), is_upscaler):
+                raise OptionError(
+                    f"{option} {path} is a latent upscaler. Give it to {SPATIAL}, and a LoRA here"
+                )
         for option, path in self.upscalers.items():
             more, larger = factors(path, option, latent.channels)
             frames, side = frames * more, side * larger

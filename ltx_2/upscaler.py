@@ -33,6 +33,10 @@ SCALES = {2: 2.0, 4: 4.0}  # by what a resampler multiplies the sides -> what is
 Settings = Mapping[str, Any]  # of the class of diffusers
 
 
+def is_upscaler(checkpoint: Checkpoint) -> bool:
+    return {"post_upsample_res_blocks.0.conv1.weight", "initial_conv.weight"} <= checkpoint.tensors.keys()
+
+
 def read_upscaler(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
     """Plan how to load a latent upscaler. option: that named the file.
 
@@ -40,7 +44,7 @@ def read_upscaler(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
     """
     refusal = other_kind(checkpoint, "a latent upscaler of LTX-2", option, FILES)
     names, sources = checkpoint.tensors, plain_sources(checkpoint)
-    if "post_upsample_res_blocks.0.conv1.weight" not in names or "initial_conv.weight" not in names:
+    if not is_upscaler(checkpoint):
         raise refusal
     shape = shapes_of(checkpoint, sources, refusal)
     axes = len(names["initial_conv.weight"].shape)

@@ -39,7 +39,7 @@ from modules.control_codes import shorten
 from modules.errors import OptionError
 from modules.families import HIGH_NOISE
 from modules.media.pixels import frames_of
-from modules.media.tracks import Track
+from modules.media.tracks import Track, write_wav
 from modules.media.writing import write_png, write_video
 from modules.option_values import to_path
 from training.loss import Autocast, DitOf
@@ -143,7 +143,10 @@ class Sampler:
         with self.session.media(images=False, again=True) as encoders:
             frames = frames_of(self.session.family.decode(encoders, latents))
             metadata = self._metadata(prepared, model) if self.has_metadata else {}
-            if prepared.frames == 1:
+            if not latents.shape[2] and track is not None:
+                path = self.folder / f"{stem}.wav"
+                write_wav(path, track)
+            elif prepared.frames == 1:
                 number = "" if self.session.family.latent.is_of_pictures else "_000"
                 path = self.folder / f"{stem}{number}.png"
                 write_png(path, next(frames), as_png_texts(metadata))

@@ -58,7 +58,7 @@ class CaptionList:
     def __init__(self, table: DatasetTable) -> None:
         """Read the list of a table, which has been read before, without faults."""
         assert table.jsonl_file is not None
-        self.path, self._key = table.jsonl_file, f"{table.kind}_path"
+        self.path, self._key = table.jsonl_file, table.path_key
         self._lines: list[str] = []
         self._numbers: dict[str, int] = {}  # path in the line -> its place
         self._stamp: tuple[int, ...] = ()

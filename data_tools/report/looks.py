@@ -177,7 +177,8 @@ def read_header(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
     try:
         with fetch(source) as here:
             plan = plan_source(here, fps, latent.pixel_step, latent.frame_step)
-            info = video_info(here.path) if source.table.kind == "video" else None
+            is_clip = source.table.kind == "video" and not source.table.is_of_sound
+            info = video_info(here.path) if is_clip else None
     except (MediaError, DatasetError, OSError) as error:
         return Look(problem=str(error))
     return Look(
@@ -229,7 +230,7 @@ def _read_frames(
 ) -> None:
     """Hand the frames of a source on disk to `take`; add facts found on the way to `found`."""
     found["bytes"] = _size_bytes(source)
-    if source.table.kind == "video":
+    if source.table.kind == "video" and not source.table.is_of_sound:
         info = video_info(source.path)
         found |= {"fps": info.fps, "frames": info.frames}
         if not is_animation(source.path):  # these are played by the times in the file

@@ -53,7 +53,8 @@ def listen(source: MediaSource, fps: float) -> Heard:
             track = track_facts(path)
             if track is None:
                 raise NoSound(f"{path}: it has no track of sound")
-            info = None if here.tensors is not None or here.path.is_dir() else video_info(here.path)
+            bare = here.tensors is not None or here.path.is_dir() or here.table.is_of_sound
+            info = None if bare else video_info(here.path)
     except NoSound as reason:
         return Heard(silent=str(reason))
     rate = None if info is None else here.table.stated_fps or info.fps

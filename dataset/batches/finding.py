@@ -48,7 +48,8 @@ class FoundItems:
     # of tables with caption_dropout_rate: files of the empty prompt
     missing_empty: list[Path] = field(default_factory=list)
     unsound: list[tuple[DatasetTable, str]] = field(default_factory=list)  # why caches may be missing
-    missing_sound: list[Path] = field(default_factory=list)  # of tables with audio = "required"
+    missing_sound: list[Path] = field(default_factory=list)  # of tables with audio = "required", or of all
+    needs_sound: str = 'audio = "required"'  # why that is a fault
     silent: SoundSpec | None = None  # of a run with sound, if no item has any
     # by folder, which several tables may share: names of sources; and others that have caches there
     listed: dict[Path, set[str]] = field(default_factory=dict)
@@ -80,6 +81,8 @@ def find_items(
     for table in config.datasets:
         kind = replace((live or {}).get(table.index, usual), text_keys=text_keys)
         _add_table(found, table, kind, latent, stores, sound)
+    if sound is not None and sound.is_alone:
+        found.needs_sound = "sound alone is learned"
     if found.items and not live and not any(item.has_sound for item in found.items):
         found.silent = sound
     return found
@@ -136,7 +139,8 @@ def _add_table(
             sound_file = "" if sound is None else cache_files.sound_file_name(name, tag)
             if sound is not None and table.batch_size > 1:
                 shape = _sound_shape(store, name, sound, bucket[2])
-            if sound_file and sound_file not in with_sound and table.audio == REQUIRED:
+            needs_sound = sound is not None and (table.audio == REQUIRED or sound.is_alone)
+            if needs_sound and sound_file not in with_sound:
                 found.missing_sound.append(folder / sound_file)
             shared = sizes.setdefault(references, references), sizes.setdefault(shape, shape)
             own = files, captions, *shared, sound_file in with_sound
@@ -334,7 +338,7 @@ def require_items(found: FoundItems, commands: CachingCommands = NO_COMMANDS) ->
     for folder, count in Counter(path.parent for path in found.missing_sound).items():
         one = next(path.name for path in found.missing_sound if path.parent == folder)
         lacking = count_words(count, "clips have no sound")
-        faults.append(f'audio = "required", but {lacking} in {folder}, such as {one}')
+        faults.append(f"{found.needs_sound}, but {lacking} in {folder}, such as {one}")
     if not faults and not found.items:
         faults = [
             f"no text cache in {folder}" for folder in sorted({one.parent for one in found.missing_text})

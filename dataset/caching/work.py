@@ -31,7 +31,7 @@ from modules.atomic_write import free_bytes
 from modules.bars import Bar
 from modules.console import Row, as_size, count_of, count_words, show_box
 from modules.contract.data import FPS
-from modules.contract.family import Caches, hears_sound
+from modules.contract.family import Caches, hears_sound, sound_of
 from modules.control_codes import escape_control_codes
 from modules.errors import DatasetError
 
@@ -60,6 +60,11 @@ def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[Media
             check_resolution(table, family.latent.pixel_step)
             family.check_table(existing.media_table(table, has_control, table.index in companions))
             existing.refuse_companions(table, companions.get(table.index, ()))
+            if table.is_of_sound and not ((heard := sound_of(family)) and heard.is_alone):
+                raise DatasetError(
+                    f"{table.name}: it has sounds, and this run learns pictures. LTX-2 learns sound alone, "
+                    "with --ltx2_mode audio"
+                )
         except DatasetError as error:
             is_hint = has_control and table.conditioning_directory is not None
             problems.append(f"{error}{MASKS_HINT if is_hint else ''}")

@@ -36,6 +36,10 @@ def kept_frames(path: Path, table: DatasetTable, fps: float, alpha: bool = False
     times: all of them are frames. alpha: with their transparency, if they have any.
     """
     fps = table.target_fps or fps
+    if table.is_of_sound:
+        from dataset.sources.sound import black_frames
+
+        return itertools.islice(black_frames(path, fps), frames_wanted(table))
     rate = table.stated_fps or fps
     frames: Iterable[Kept]
     if _is_timed(path, table):

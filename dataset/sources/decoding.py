@@ -224,6 +224,9 @@ def plan_source(source: MediaSource, fps: float, step: int = 16, frame_step: int
     with fetch(source) as here:
         if table.kind == "image":
             size = image_size(here.path)
+        elif table.is_of_sound:
+            size, kept = table.resolution, sum(1 for _ in kept_frames(here.path, table, fps))
+            found, reason = spans_or_reason(table, kept, frame_step)
         else:
             info = video_info(here.path)
             size = (info.width, info.height)

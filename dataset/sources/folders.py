@@ -99,7 +99,9 @@ def _media_in(table: DatasetTable, faults: list[Fault]) -> list[Path]:
     """Return a table folder's images or clips, sorted; add those that are no regular file."""
     assert table.directory is not None
     suffixes, spare = media_suffixes(table.kind), media_suffixes(table.kind, spare=True)
-    key = f"{table.kind}_directory" if table.group is None else "image_dir"
+    if table.is_of_sound:
+        suffixes, spare = SOUND_SUFFIXES, frozenset()
+    key = table.source_key if table.group is None else "image_dir"
     entries = list_entries(table.directory, f"{table.name}: {key}")
     ends = [split_name(entry.name)[1].lower() for entry in entries]
     there: list[Path] = []

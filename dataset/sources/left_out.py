@@ -57,7 +57,7 @@ def left_out_files(config: DatasetConfig, table: DatasetTable) -> str | None:
     captions = {one.caption_extension for one in sharing if one.caption_extension}
     caption_ends = {one.lower() for one in captions}
     read = frozenset().union(*(_all_suffixes(kind) for kind in kinds))
-    if place in _other_folders(config):
+    if place in _other_folders(config) or any(one.is_of_sound for one in sharing):
         read |= frozenset().union(SOUND_SUFFIXES, *map(_all_suffixes, _KINDS))
     # without a Path for each: there may be a million
     there = [(entry, *split_name(entry.name)) for entry in list_entries(table.directory, table.name)]

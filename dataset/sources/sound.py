@@ -2,10 +2,11 @@
 
 import contextlib
 import itertools
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from dataset.sources.media_source import MediaSource
 from modules.contract.data import SoundSpec
 from modules.errors import MediaError
 from modules.media.decoding import is_animation
+from modules.media.reading import Frame
 from modules.media.samples import read_track, track_facts
 
 MOST_ASKED = 200  # clips, of each table: headers of some milliseconds each
@@ -42,13 +44,26 @@ def find_sound(source: MediaSource) -> Path:
         raise NoSound(f"{path}: no file of its name in {table.audio_directory}")
     if source.tensors is not None or path.is_dir() or is_animation(path):
         raise NoSound(f"{path}: only video files have sound of their own")
-    rate = file_rate(path)
+    rate = None if stated is None else file_rate(path)
     if stated is not None and rate is not None and abs(rate / stated - 1) > SAME_RATE:
         raise NoSound(
             f"{path}: it has {rate:.4g} frames a second, source_fps says {stated:g}: its sound would not fit "
             'the frames. Write source_fps = "auto"'
         )
     return path
+
+
+def black_frames(path: Path, fps: float) -> Iterator[tuple[Frame, int, float]]:
+    """Yield a black frame for each that a clip of a sound's length has, its number, and its second.
+
+    Raises MediaError if the file has no sound, or does not say how long it is.
+    """
+    facts = track_facts(path)
+    if facts is None or facts.end is None:
+        why = "it has no track of sound" if facts is None else "it does not say how long its sound is"
+        raise MediaError(f"{path}: {why}. Convert it to WAV or FLAC, or take it out")
+    black = np.zeros((64, 64, 3), np.uint8)
+    return ((black, number, number / fps) for number in range(int(facts.end * Fraction(fps))))
 
 
 def list_unheard(sources: Iterable[MediaSource], silent: Collection[str]) -> list[Path]:

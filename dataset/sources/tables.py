@@ -49,7 +49,7 @@ def list_rows(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
     if not path.exists():
         raise DatasetError(f"{table.name}: {table.source_key} = {path}: no such file. Correct the path.")
     if table.jsonl_file is not None:
-        name = f"{table.kind}_path"
+        name = table.path_key
         rows, cells = RowReader(table, path, name, is_list=True), None
         found = read_jsonl(path, None, example=f'{{"{name}": "...", "caption": "..."}}')
     else:

@@ -67,7 +67,7 @@ def _open(table: DatasetTable, path: Path) -> tuple[str, list[str], Iterator[Map
     """Return the column of the media; unread columns that hold whole files; and rows of the others and it."""
     if table.jsonl_file is not None:
         lines = read_jsonl(path, None)
-        return f"{table.kind}_path", [], (row.values for row in lines)
+        return table.path_key, [], (row.values for row in lines)
     columns = column_names(path)
     media, caption = choose_columns(table, columns)
     read = names_read(table, media, caption or "") - {media}

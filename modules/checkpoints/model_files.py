@@ -136,7 +136,7 @@ def load_latents(path: Path, option: str = "--latent_path", only_shape: bool = F
         )
     if found.ndim == 4:
         found = found[None]
-    if found.ndim != 5 or len(found) != 1 or not found.numel():
+    if found.ndim != 5 or len(found) != 1 or not (found.numel() or sound is not None):
         raise CheckpointError(
             f"{option} {path}: `latent` has the shape {tuple(found.shape)}; C F H W of one video is needed",
             path,

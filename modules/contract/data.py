@@ -343,6 +343,7 @@ class SoundSpec:
     shape: Callable[[int, float], tuple[int, int, int]]
     modules: str = "audio"  # in the path of each module that only clips with sound reach
     without: str = "another model"  # what to give for a run without sound: an option
+    is_alone: bool = False  # nothing is learned of clips but their sound
 
 
 @dataclass(frozen=True)

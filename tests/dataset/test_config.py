@@ -210,8 +210,8 @@ def test_the_manual_of_pictures_names_every_key_with_where_it_may_stand() -> Non
     [
         ("reference_cache_directory = 'r'", "cached with those of their clip"),
         ("reference_audio_directory = 'r'", "sounds as references are not built"),
-        ("audio_bucket_strategy = 'pad'", "sound alone is not built"),
-        ("audio_bucket_interval = 2.0", "sound alone is not built"),
+        ("audio_bucket_strategy = 'pad'", "sound is as long as its clip"),
+        ("audio_jsonl_file = 'a'", "it lists sounds without clips"),
         ("separate_audio_buckets = true", "leave the sound of others in their batch alone"),
     ],
 )
@@ -228,12 +228,12 @@ def test_keys_of_the_known_fork_are_refused_with_the_reason(
         tables(tmp_path, text)
 
 
-@pytest.mark.parametrize("key", ["audio_directory", "audio_jsonl_file"])
-def test_a_table_of_sound_alone_is_refused_by_name(tmp_path: Path, key: str) -> None:
-    with pytest.raises(
-        DatasetError, match="(?i)sound alone is not built. In a table of clips, audio_directory"
-    ):
-        tables(tmp_path, f"[[datasets]]\n{key} = 'a'\ncache_directory = 'c'\n")
+@pytest.mark.parametrize(("key", "more"), [("audio_directory", ""), ("audio_jsonl_file", "max_frames = 33")])
+def test_a_table_of_sound_alone_is_one_of_black_clips(tmp_path: Path, key: str, more: str) -> None:
+    text = "[general]\nresolution = [512, 512]\n[[datasets]]\naudio_bucket_interval = 2.0\n"
+    (table,) = tables(tmp_path, f"{text}{key} = 'a'\ncache_directory = 'c'\n{more}\n")
+    assert (table.source_key, table.source, table.resolution) == (key, Path("a"), (64, 64))
+    assert (table.frame_extraction, table.max_frames) == ("full", 33 if more else 497)
 
 
 def test_masks_may_be_spelt_as_in_the_known_fork(tmp_path: Path) -> None:

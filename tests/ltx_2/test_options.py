@@ -108,6 +108,12 @@ def test_the_dtype_of_texts_has_two_names() -> None:
         ("ltx2_generate_video", ("--output_name", "a/b"), "it holds a folder"),
         ("ltx2_generate_video", ("--height", "512"), "give both"),
         ("ltx2_generate_video", ("--ltx2_mode", "v", "--drive_video", "."), "no sound is made"),
+        ("ltx2_generate_video", ("--ltx_mode", "a", "--sample_disable_audio"), "nothing would be made"),
+        (
+            "ltx2_train_network",
+            ("--ltx2_mode", "a", "--lora_target_preset", "v2v"),
+            "without pictures nothing",
+        ),
         ("ltx2_generate_video", ("--conditioning-attention-mask", "a.mp4"), "a strength from 0 to 1"),
         ("ltx2_generate_video", ("--conditioning-attention-mask", "a.mp4", "2"), "a strength from 0 to 1"),
         (
@@ -126,8 +132,7 @@ def test_wrong_values_are_one_message(script: str, words: tuple[str, ...], messa
     ("words", "reason"),
     [
         (("--lora_target_preset", "av_ic"), "sounds as references"),
-        (("--ltx2_mode", "audio"), "sound alone is not built"),
-        (("--ltx_mode", "a"), "--ltx2_mode av"),
+        (("--ic_lora_strategy", "av_ic"), "sounds as references"),
     ],
 )
 def test_values_that_are_refused_have_a_reason(

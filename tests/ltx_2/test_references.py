@@ -359,7 +359,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TinyRelease
             write_media(folder / place / f"{name}.mp4", frames=10 + number + 8 * (place == "references"))
     for name in "ab":
         (folder / "clips" / f"{name}.txt").write_text(f"a grey wall {name}", encoding="utf-8")
-    more = f'reference_directory = "{(folder / "references").as_posix()}"'
+    # both as in tables of the known fork
+    more = f'reference_directory = "{(folder / "references").as_posix()}"\ntarget_fps = 25'
     write_dataset(folder, size=64, frames="9", batch_size=2, more=more)
     words = [*release.words, "--dataset_config", "dataset.toml"]
     succeed_here("ltx2_cache_latents.py", *words, "--reference_downscale", 2, folder=folder)

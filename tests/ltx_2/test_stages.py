@@ -48,8 +48,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def release(tmp_path_factory: pytest.TempPathFactory) -> TinyRelease:
-    return write_release(tmp_path_factory.mktemp("größe"))
+def release(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TinyRelease:
+    return write_release(tmp_path_factory.mktemp("größe"), getattr(request, "param", "2.3"))
 
 
 @pytest.mark.parametrize("is_folder", [False, True])
@@ -80,8 +80,8 @@ def test_latents_are_enlarged_as_in_diffusers(
 def generate(release: TinyRelease, folder: Path, *words: object) -> dict[str, Tensor]:
     """Run the script; return the latents of the only video. PNG files of them are in `shown`."""
     size = ["--video_size", HEIGHT, WIDTH, "--video_length", FRAMES, "--infer_steps", STEPS, "--seed", SEED]
-    said = ["--prompt", PROMPT, "--negative_prompt", NEGATIVE, "--gemma_root", release.gemma]
-    command = [*release.words, "--device", "cpu", *size, *words]
+    said = ["--prompt", PROMPT, "--negative_prompt", NEGATIVE, *release.texts]
+    command = [*release.words, *release.vaes, "--device", "cpu", *size, *words]
     made = ["--output_type", "latent", "--save_path", folder / "made"]
     ltx2_generate_video.main([str(word) for word in [*command, *said, *made]])
     (path,) = (folder / "made").glob("*.safetensors")
@@ -98,13 +98,14 @@ def token_by_token(latents: Tensor, scale: Any, generator: torch.Generator) -> T
 
 
 @pytest.mark.parametrize(
-    ("mode", "image", "strengths", "kinds"),
+    ("release", "mode", "image", "strengths", "kinds"),
     [
-        ("av", False, (0.0, 1.0), ("rational",)),
-        ("v", False, (0.25, 0.5), ("plain", "frames")),
-        ("av", True, (0.0, 1.0), ("rational",)),
-        ("v", False, (0.75, 0.0), ("rational",)),
+        ("2.5", "av", False, (0.0, 1.0), ("rational",)),
+        ("2.3", "v", False, (0.25, 0.5), ("plain", "frames")),
+        ("2.3", "av", True, (0.0, 1.0), ("rational",)),
+        ("2.3", "v", False, (0.75, 0.0), ("rational",)),
     ],
+    indirect=["release"],
     ids=["with sound", "twice the frames", "from an image", "an IC-LoRA in the first stage"],
 )
 def test_two_stages_equal_those_of_diffusers(
@@ -163,7 +164,8 @@ def as_there(
     def pipeline(strength: float) -> Any:
         state = {name: one + strength * added.get(name, 0.0) for name, one in there["state"].items()}
         parts = theirs(release).components
-        parts["transformer"] = dit_in_diffusers("2.3", state, config=dit_config("2.3"))
+        version = there["version"]
+        parts["transformer"] = dit_in_diffusers(version, state, config=dit_config(version))
         pipe = (LTX2ImageToVideoPipeline if image else type(theirs(release)))(**parts)
         pipe.set_progress_bar_config(disable=True)
         if mode == "v":
@@ -305,6 +307,10 @@ def test_two_stages_are_planned_compiled_and_previewed(
         (["--sample_two_stage", SPATIAL, "frames"], "this upscaler is for --temporal_upsampler_path"),
         (["--sample_two_stage", TEMPORAL, "plain"], "this upscaler is for --spatial_upsampler_path"),
         (["--sample_two_stage", SPATIAL, "other"], "is not a latent upscaler of LTX-2; it looks like a LoRA"),
+        (
+            ["--sample_two_stage", SPATIAL, "plain", "--distilled_lora_path", "frames"],
+            "is a latent upscaler. Give it to --spatial_upsampler_path",
+        ),
         (["--sample_two_stage", SPATIAL, "wide"], "takes 24 latent channels, the VAE makes 16"),
         (["--sample_two_stage", SPATIAL, "reduces"], "say a scale of 0.75; 1.5 is known"),
         (["--sample_two_stage", SPATIAL, "plain", "--video_size", "96", "192"], "must be multiples of 64"),

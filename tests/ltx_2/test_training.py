@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import ltx2_cache_latents
 from dataset.cache.files import tensor_name
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.ltx_2.release import TinyRelease, dit_config, write_release
@@ -333,14 +334,22 @@ def test_sound_comes_from_files_if_the_command_says_so(alone: Project, tmp_path:
     assert not torch.equal(own, table)
 
 
-def test_sound_that_caching_left_out_is_told_of(project: Project) -> None:
+@pytest.mark.parametrize("project", ["2.3"], indirect=True)
+def test_sound_that_caching_left_out_is_told_of(
+    project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As it is behind a kill between a clip's latents and its sound."""
+    monkeypatch.chdir(project.folder)
     first = sorted((project.folder / "cache").glob("*_audio.safetensors"))[0]
     first.rename(first.with_suffix(".away"))
     try:
         said = project.train(*run("away", 1))
+        with pytest.raises(SystemExit):
+            ltx2_cache_latents.main([*project.words, "--check"])
     finally:
         first.with_suffix(".away").rename(first)
     assert said.count("1 clip with sound that is not cached") == 1
+    assert "caches of sound: 1 files are valid, 1 item needs encoding" in capsys.readouterr().out
     assert "that is not cached" not in project.train(*run("there", 1))
 
 
