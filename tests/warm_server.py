@@ -12,6 +12,7 @@ It ends when stdin ends. Only Linux copies processes safely; elsewhere `tests/co
 
 import atexit
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -42,6 +43,8 @@ def main() -> None:
     for name in LOADED:
         with contextlib.suppress(ImportError):  # of an optional package; or the script that needs it says so
             importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # copies collect garbage between their phases; what all of them share is left out of it
     for line in sys.stdin:
         request = json.loads(line)
         if "poll" in request:
