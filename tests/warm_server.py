@@ -28,8 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # what scripts load, heavy first; loading changes nothing by itself
 LOADED = (
     *("torch", "torch._dynamo", "torch.distributed.fsdp", "torch.utils.tensorboard", "accelerate", "av"),
-    *("cv2", "matplotlib.figure", "pandas", "transformers", "training.run", "generation.run"),
-    "modules.families",
+    *("cv2", "ftfy", "matplotlib.figure", "pandas", "psutil", "transformers"),
+    *("training.run", "generation.run", "modules.families"),
     *("dataset.caching.work", "dataset.caching.texts", "dataset.batches.starting", "networks.lora_wan"),
     *("modules.compile", "modules.offload.checkpointing", "training.samples", "training.planning.memory"),
     *("generation.sheets", "generation.memory", "blissful_tuner.latent_preview"),

@@ -54,6 +54,18 @@ def mark_folders(value: Any) -> Any:
 
 
 HERE = Path(__file__).resolve().parent
+# one for each folder of templates: each is compiled once
+_loader = functools.cache(jinja2.FileSystemLoader)
+_environment = functools.cache(
+    functools.partial(
+        jinja2.Environment,
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=mark_folders,
+    )
+)
 
 
 @functools.cache
@@ -75,16 +87,9 @@ def render_page(template: Path, title: str, values: Mapping[str, Any], policy: s
 
     Raises jinja2.UndefinedError if the template names a value that is missing.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([template.parent, HERE]),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=mark_folders,
-    )
     values = {**values, "reelsmith": as_typed(["python", "reelsmith.py"])}
     given = {**values, "title": escape_control_codes(title), "policy": policy or file_policy()}
+    environment = _environment(loader=_loader((template.parent, HERE)))
     return environment.get_template(template.name).render(given)
 
 
