@@ -153,6 +153,7 @@ def test_frames_computed_a_few_at_a_time_give_the_same(tmp_path: Path, vae: Huny
     assert relative_error(joined(few.decode_unclamped(mean)), joined(vae.decode_unclamped(mean))) <= EXACT
 
 
+@pytest.mark.slow
 def test_no_piece_is_larger_than_a_tile(tmp_path: Path) -> None:
     """What bounds the memory: however long and large the clip, the networks see 4 + 1 latent frames of 4 x
     4.
@@ -228,6 +229,7 @@ def test_16_bit_weights_give_float32_results_near_the_exact_ones(
     )
 
 
+@pytest.mark.slow
 def test_a_rehearsal_computes_one_tile_and_finds_the_memory_of_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -59,6 +59,7 @@ def test_raw_is_refused_as_turbo_and_turbo_is_warned_of(tmp_path: Path) -> None:
     assert "Train on raw (raw.safetensors)" in said
 
 
+@pytest.mark.slow
 def test_a_plan_counts_turbo_and_commands_say_its_settings(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

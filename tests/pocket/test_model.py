@@ -61,6 +61,7 @@ def test_a_negative_prompt_is_avoided(tmp_path: Path) -> None:
     assert colour not in avoiding, free
 
 
+@pytest.mark.slow
 def test_the_vae_gives_drawn_clips_back() -> None:
     vae = load_vae(POCKET / "vae.safetensors", torch.device("cpu"), torch.float32)
     random = np.random.default_rng(20)

@@ -41,12 +41,13 @@ def load(path: Path, read: Any = read_flowformer, build: Any = FlowFormer, devic
         return load_planned(read(checkpoint), build, device, torch.float32, "--model")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "flow", "times"),
     [
         ("r", "raft-things", (0.5,)),
-        pytest.param("r", "raft-things", (0.25, 0.5), marks=pytest.mark.slow),
-        pytest.param("f", "flowformer-sintel", None, marks=pytest.mark.slow),
+        ("r", "raft-things", (0.25, 0.5)),
+        ("f", "flowformer-sintel", None),
     ],
 )
 def test_frames_are_as_recorded(

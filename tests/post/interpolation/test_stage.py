@@ -237,6 +237,7 @@ def test_the_yaml_may_be_missing_and_is_read_safely(tmp_path: Path) -> None:
             read_settings(path)
 
 
+@pytest.mark.slow
 def test_a_picture_that_is_not_finite_ends_the_run(folder: Path) -> None:
     for dtype, error in ((torch.float32, CheckpointError), (torch.bfloat16, OptionError)):
         networks = load_networks(folder, "gimmvfi_r", CPU, dtype)
