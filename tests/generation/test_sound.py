@@ -126,6 +126,7 @@ def test_latents_hold_both_and_are_decoded_later(model: list[str], tmp_path: Pat
     assert sorted(path.name for path in second.iterdir()) == [theirs.name]
 
 
+@pytest.mark.slow
 def test_networks_of_sound_are_gone_before_the_vae_comes(model: list[str], tmp_path: Path) -> None:
     diary: list[str] = []
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n", encoding="utf-8")

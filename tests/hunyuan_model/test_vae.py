@@ -130,6 +130,7 @@ def test_a_clip_of_one_tile_is_not_cut(tmp_path: Path, vae: HunyuanVae, settings
     assert torch.equal(joined(tiled.decode(latents)), joined(vae.decode(latents)))
 
 
+@pytest.mark.slow
 def test_bytes_are_encoded_as_the_numbers_they_stand_for(tmp_path: Path) -> None:
     """And of a long clip no more at a time are numbers than are computed at a time."""
     vae = made(tmp_path, tile=32, tile_frames=16)

@@ -201,6 +201,7 @@ def test_each_layer_reads_its_own_vectors(tmp_path: Path) -> None:
     assert (made - equal).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_equal_vectors_are_ordinary_textual_inversion(tmp_path: Path) -> None:
     """With parts of a prompt too, and the U-Net is as before once a batch is made."""
     rows = vectors(seed=1)

@@ -136,6 +136,7 @@ def test_a_smaller_size_for_the_flow_enlarges_only_what_is_blended() -> None:
     torch.testing.assert_close(found, ((expected + 1) / 2).clamp(0, 1), rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_half_precision_changes_layers_of_the_synthesis_alone() -> None:
     dtype = torch.bfloat16
     exact, half = tiny_interpolation(), tiny_interpolation()

@@ -90,6 +90,7 @@ def test_a_last_picture_that_is_held_stays_as_long(folder: Path) -> None:
     assert ends == [Fraction(1, 96), Fraction(3) - Fraction(1, 24)]
 
 
+@pytest.mark.slow
 def test_a_stream_equals_the_whole_clip_and_encodes_each_picture_once(folder: Path) -> None:
     networks = load_networks(folder, "gimmvfi_r", CPU, torch.float32)
     counting = Counting(networks.estimator)
