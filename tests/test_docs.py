@@ -224,7 +224,7 @@ ABOUT_PICTURES = [page for page in WITH_COMMANDS if page.stem in PICTURE_MODELS]
 OTHERS = [page for page in WITH_COMMANDS if page not in [*ABOUT_DATA, *ABOUT_PICTURES]]
 PASSES_ON = {"tools/compare.py"}  # to the script that generates, what it does not know itself
 # each kind of command is on one of these
-DAILY = {"first_lora", "new_and_run", "training", "recipes", "generation", "fp8", "install", "z_image"}
+DAILY = {"first_lora", "new_and_run", "training", "recipes", "fp8", "install", "z_image"}
 
 
 def of_each(pages: Sequence[Path]) -> pytest.MarkDecorator:

@@ -16,6 +16,7 @@ from tests.tiny.krea2 import tiny_state, write_dit
 from tests.tiny.runs import make_project
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("swap", [(), ("--blocks_to_swap", "1")], ids=["plain", "swapped"])
 def test_samples_are_what_turbo_makes_with_the_lora(tmp_path: Path, swap: tuple[str, ...]) -> None:
     family = family_called("krea2")

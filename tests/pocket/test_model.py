@@ -42,6 +42,7 @@ def test_the_set_is_small_and_complete() -> None:
     assert sum(path.stat().st_size for path in files) <= 16e6
 
 
+@pytest.mark.slow
 def test_it_draws_and_moves_what_it_is_asked_for(tmp_path: Path) -> None:
     """The measured figures are far higher (pocket/README.md)."""
     measure.main(["--prompts", "6", "--save_path", str(tmp_path), *STEPS])
