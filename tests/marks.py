@@ -1,7 +1,8 @@
 """Set the marks that follow from what a test calls: `recorded`, `script`, and the tier `fast`.
 
 Three tiers. `fast`: cases below LONG seconds of processor time that start no script and compile nothing, and
-the cases marked `whole_way`. The default: all that is not marked `slow`. Everything: the rest too.
+the cases marked `whole_way`. The default: all that is not marked `slow`. Everything: the rest too. Single
+cases of a test that are slow, because others of it show the same daily, are listed in data/slow_cases.txt.
 """
 
 import functools
@@ -27,6 +28,7 @@ STARTERS: frozenset[Name] = frozenset(
 COMPILES = "nothing_compiled"  # the fixture of tests that compile
 LONG = 0.15  # seconds of processor time that a case of the fast tier may take
 LONG_TESTS = Path(__file__).parent / "data" / "long_tests.txt"  # written by `pytest --write-long-tests`
+SLOW_CASES = Path(__file__).parent / "data" / "slow_cases.txt"  # one a line: FILE::TEST[CASE]
 
 
 def set_marks(items: Iterable[pytest.Item]) -> None:
@@ -34,17 +36,25 @@ def set_marks(items: Iterable[pytest.Item]) -> None:
     of the fast tier.
     """
     long = frozenset(LONG_TESTS.read_text(encoding="utf-8").split())
+    slow = frozenset(SLOW_CASES.read_text(encoding="utf-8").splitlines())
     for item in items:
+        if item.nodeid in slow:
+            item.add_marker("slow")
         fixtures = getattr(item, "_fixtureinfo").name2fixturedefs  # noqa: B009
         given = [getattr(item, "function", None), *(each.func for some in fixtures.values() for each in some)]
-        if reads_recorded(*given):
-            item.add_marker("recorded")
-        if starts_script(*given):
-            item.add_marker("script")
+        for mark in _marks_of(tuple(given)):
+            item.add_marker(mark)
         marks = {mark.name for mark in item.iter_markers()}
         is_long = "script" in marks or COMPILES in fixtures or test_name(item) in long
         if not {"slow", "gpu"} & marks and ("whole_way" in marks or not is_long):
             item.add_marker("fast")
+
+
+@functools.cache
+def _marks_of(given: tuple[Any, ...]) -> list[str]:
+    """Return the marks that follow from a test and its fixtures, of which a test has many cases."""
+    follows = {"recorded": reads_recorded, "script": starts_script}
+    return [mark for mark, applies in follows.items() if applies(*given)]
 
 
 def test_name(item: pytest.Item) -> str:

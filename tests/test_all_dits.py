@@ -36,7 +36,14 @@ HIDING = [each for each in DITS if each.name != "flux chroma"]  # which sees one
 of_each_that_hides = pytest.mark.parametrize("tiny", HIDING, ids=lambda each: each.name)
 
 
-@pytest.fixture(params=DITS, ids=lambda each: each.name)
+EDITING_OR_OTHER_RELEASES = {"qwen_image edit", "krea2 edit", "ltx_2 2.0", "ltx_2 2.5"}
+DAILY = [
+    pytest.param(each, id=each.name, marks=[pytest.mark.slow] * (each.name in EDITING_OR_OTHER_RELEASES))
+    for each in DITS
+]
+
+
+@pytest.fixture(params=DAILY)
 def tiny(request: pytest.FixtureRequest) -> TinyDit:
     return request.param
 

@@ -56,6 +56,7 @@ def test_a_generation_is_that_of_one_process(project: Shared, way: str) -> None:
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
 
 
+@pytest.mark.slow
 def test_each_process_runs_and_remembers_its_own_passes(project: Shared) -> None:
     """Of three passes the first process has two, and its step cache counts them."""
     command = (*project.family.generate, *SIZE, *THIRD, *TEACACHE, *PASSES, "--output_type", "latent")
@@ -113,6 +114,7 @@ def test_processes_share_passes_and_tokens(tmp_path: Path, more: tuple[str, ...]
     torch.testing.assert_close(found, expected, atol=2e-6, rtol=2e-6)
 
 
+@pytest.mark.slow
 def test_a_run_says_if_there_is_nothing_to_share(project: Shared) -> None:
     command = (*project.family.generate, *SIZE, "--prompt", "a cat", *PASSES, "--output_type", "latent")
 

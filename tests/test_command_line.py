@@ -66,7 +66,7 @@ class _ParserFound(Exception):
         self.parser = parser
 
 
-def _parser_of(script: str, monkeypatch: pytest.MonkeyPatch) -> argparse.ArgumentParser:
+def parser_of(script: str, monkeypatch: pytest.MonkeyPatch) -> argparse.ArgumentParser:
     """The parser a script builds, caught at the moment it would parse."""
 
     def caught(self: argparse.ArgumentParser, *args: object, **kwargs: object) -> None:
@@ -86,7 +86,7 @@ of_each_manifest = pytest.mark.parametrize("manifest", MANIFESTS, ids=lambda pat
 @of_each_manifest
 def test_every_known_option_is_there_and_in_the_help(manifest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     description = json.loads(manifest.read_text(encoding="utf-8"))
-    parser = _parser_of(description["script"], monkeypatch)
+    parser = parser_of(description["script"], monkeypatch)
     actions, text = parser._option_string_actions, parser.format_help()
     for option in description["options"]:
         for word in option["flags"]:
@@ -131,7 +131,7 @@ def _compare(flag: str, option: dict[str, Any], action: argparse.Action) -> None
 def test_what_is_not_supported_is_refused_by_name_and_with_a_reason(
     manifest: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parser = _parser_of(json.loads(manifest.read_text(encoding="utf-8"))["script"], monkeypatch)
+    parser = parser_of(json.loads(manifest.read_text(encoding="utf-8"))["script"], monkeypatch)
     defaults = {action.dest: action.default for action in parser._actions}
     for action in parser._actions:
         if not hasattr(action, "refusal") or not action.refusal.reason:
@@ -144,7 +144,7 @@ def test_what_is_not_supported_is_refused_by_name_and_with_a_reason(
 
 def test_the_help_says_each_reason_once_with_its_options_below(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    text = _parser_of("ltx2_train_network.py", monkeypatch).format_help()
+    text = parser_of("ltx2_train_network.py", monkeypatch).format_help()
 
     assert text.count("other formats are not built:\n") == 1
     assert "not built:\n      --fp8_keep_blocks, --fp8_w8a8, --w8a8_mode" in text
@@ -162,7 +162,7 @@ def test_the_short_help_is_a_screen_with_what_the_first_pages_use(monkeypatch: p
         used.setdefault(script, set()).update(re.findall(r"--\w\w+", words))
     assert "--network_module" in used["wan_train_network.py"]
     for script in used.keys() & {*SCRIPTS} - {"reelsmith.py"}:
-        parser = _parser_of(script, monkeypatch)
+        parser = parser_of(script, monkeypatch)
         text = parser.format_short_help()
         missing = {flag for flag in used[script] if not re.search(rf"{flag}\b", text)}
         assert missing <= {"--help", "--guidance_scale"}, script
@@ -170,7 +170,7 @@ def test_the_short_help_is_a_screen_with_what_the_first_pages_use(monkeypatch: p
             assert len(text.splitlines()) <= 72, script
             assert max(map(len, text.splitlines()[3:])) <= 80
             assert " ...\n" not in text
-    text = " ".join(_parser_of("ltx2_train_network.py", monkeypatch).format_short_help().split())
+    text = " ".join(parser_of("ltx2_train_network.py", monkeypatch).format_short_help().split())
     for sentence in (
         "keep the linear layers of the model's blocks in fp8: half the memory of bf16 --fp8_scaled",
         "--network_dim N rank of the network (default: 4)",
@@ -181,7 +181,7 @@ def test_the_short_help_is_a_screen_with_what_the_first_pages_use(monkeypatch: p
 
 @pytest.mark.parametrize("script", [*SCRIPTS, *TOOLS])
 def test_every_option_has_a_help_text(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    parser = _parser_of(script, monkeypatch)
+    parser = parser_of(script, monkeypatch)
 
     without = [action.option_strings for action in parser._actions if not (action.help or "").strip()]
 
@@ -193,7 +193,7 @@ def test_every_option_has_a_help_text(script: str, monkeypatch: pytest.MonkeyPat
 def test_help_shows_defaults_and_colours_on_a_terminal_only(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    parser = _parser_of("wan_generate_video.py", monkeypatch)
+    parser = parser_of("wan_generate_video.py", monkeypatch)
 
     parser.print_help()
     plain = capsys.readouterr().out

@@ -154,6 +154,7 @@ def test_texts_of_different_lengths_among_the_tokens_change_nothing(
     assert error_of(joint.shared(f"{name} shared", 2, *words), expected) < 1e-6
 
 
+@pytest.mark.slow
 def test_validation_and_samples_are_those_of_one_process(project: Wide) -> None:
     words = (
         *("--validation_split", "0.25", "--validate_every_n_steps", "1", "--sample_prompts", "prompts.txt"),
@@ -276,6 +277,7 @@ def test_one_process_makes_no_groups_but_plans_for_them(project: Wide, kind: str
     succeed_here(*command, "--plan", "24", folder=project.folder)
 
 
+@pytest.mark.slow
 def test_processes_need_an_equal_part_of_the_heads(project: Wide) -> None:
     command = (*project.family.generate, *SIZE, "--save_path", "refused", "--prompt", "x")
 

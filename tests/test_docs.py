@@ -1,5 +1,9 @@
-"""The commands in README.md and docs/ run as they stand there, on tiny models and short clips."""
+"""The commands in README.md and docs/ run as they stand there, on tiny models and short clips: those of a few
+pages daily, of the others with --all. Daily the options of all pages are looked for in the scripts.
+"""
 
+import argparse
+import functools
 import os
 import re
 import shlex
@@ -14,6 +18,8 @@ from tests.commands import ROOT, run_python
 from tests.data_tools.captions.making import run_server
 from tests.dataset.serving import serve
 from tests.faults.messages import succeed_here
+from tests.test_command_line import parser_of
+from tests.test_imports import SCRIPTS, TOOLS
 from tests.tiny import picture_project
 from tests.tiny.picture_project import SIDE, lay_out_flux, lay_out_pictures, lay_out_sdxl
 from tests.tiny.project import (
@@ -216,9 +222,38 @@ WITH_COMMANDS = [page for page in PAGES if commands_of(page)]
 ABOUT_DATA = [page for page in WITH_COMMANDS if page.stem.startswith("dataset")]
 ABOUT_PICTURES = [page for page in WITH_COMMANDS if page.stem in PICTURE_MODELS]
 OTHERS = [page for page in WITH_COMMANDS if page not in [*ABOUT_DATA, *ABOUT_PICTURES]]
+PASSES_ON = {"tools/compare.py"}  # to the script that generates, what it does not know itself
+# each kind of command is on one of these
+DAILY = {"first_lora", "new_and_run", "training", "recipes", "fp8", "install", "z_image"}
 
 
-@pytest.mark.parametrize("page", OTHERS, ids=lambda page: page.stem)
+def of_each(pages: Sequence[Path]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(
+        "page",
+        [
+            pytest.param(page, id=page.stem, marks=[pytest.mark.slow] * (page.stem not in DAILY))
+            for page in pages
+        ],
+    )
+
+
+@functools.cache
+def _parser(script: str) -> argparse.ArgumentParser:
+    with pytest.MonkeyPatch.context() as patch:
+        return parser_of(script, patch)
+
+
+@pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda page: page.stem)
+def test_the_scripts_have_the_options_that_a_page_gives_them(page: Path) -> None:
+    for command in commands_of(page):
+        words = shlex.split(command)
+        script = next((word for word in words if word.endswith(".py")), "")
+        if script in {*SCRIPTS, *TOOLS} - PASSES_ON:
+            given = {word.partition("=")[0] for word in words[words.index(script) :] if word.startswith("--")}
+            assert given <= _parser(script)._option_string_actions.keys(), command
+
+
+@of_each(OTHERS)
 def test_commands_of_the_page_run(page: Path, tmp_path: Path) -> None:
     lay_out_models(tmp_path / "models")
     write_clips(tmp_path / "clips", count=2)
@@ -252,7 +287,7 @@ def test_commands_of_the_page_run(page: Path, tmp_path: Path) -> None:
             thin_out(tmp_path / "trial")
 
 
-@pytest.mark.parametrize("page", ABOUT_DATA, ids=lambda page: page.stem)
+@of_each(ABOUT_DATA)
 def test_commands_of_the_page_about_data_run(page: Path, tmp_path: Path) -> None:
     write_encoders(tmp_path / "models")
     write_clips(tmp_path / "clips", count=2)
@@ -268,7 +303,7 @@ def test_commands_of_the_page_about_data_run(page: Path, tmp_path: Path) -> None
             run_in(tmp_path, command.replace(SERVER, describer.address), makes_caches=True, apart=False)
 
 
-@pytest.mark.parametrize("page", ABOUT_PICTURES, ids=lambda page: page.stem)
+@of_each(ABOUT_PICTURES)
 def test_commands_of_the_page_about_pictures_run(page: Path, tmp_path: Path) -> None:
     PICTURE_MODELS[page.stem](tmp_path / "models")
     lay_out_pictures(tmp_path)

@@ -45,13 +45,13 @@ TEXTS_IN_FP8 = {  # option, and the tensor in caches that it changes
     "flux_2": ("--fp8_text_encoder", "ctx_vec"),
     **dict.fromkeys(("ltx_2", "ltx_2 with sound"), ("--gemma_load_in_8bit", "prompt_embeds")),
 }
-# of the first tests/frame_pack has what is its own
-SLOW = {"framepack", "lumina", "hunyuan_image", "flux", "flux_2", "kontext", "qwen_image"}
+# of FramePack tests/frame_pack has what is its own
+SLOW = {"hunyuan_video", "framepack", "lumina", "hunyuan_image", "flux", "flux_2", "kontext", "qwen_image"}
 SLOW |= {"qwen_image edit-2511", "krea2", "krea2 edit", "z_image", "ltx_2", "ltx_2 with sound"}
 CHOSEN = [
     pytest.param(family, id=family.name, marks=pytest.mark.slow if family.name in SLOW else ())
     for family in FAMILIES
-    if family.name in {"wan t2v-1.3B", "hunyuan_video", *SLOW}
+    if family.name in {"wan t2v-1.3B", *SLOW}
 ]
 
 

@@ -96,7 +96,7 @@ SAVERS = {
         slack=2 * SLACK,
     ),
 }
-DAILY = {"lazy", "texts and VAE beside no transformer", "fp8"}
+DAILY = {"fp8"}
 
 
 @pytest.fixture(scope="module")
@@ -299,6 +299,7 @@ def test_samples_keep_no_encoder_beside_what_is_trained(family: TinyFamily, tmp_
     assert [beside for what, beside in events if what == dit] == [[]]
 
 
+@pytest.mark.slow
 def test_a_prompt_rewriter_is_gone_when_encoders_come(tmp_path: Path) -> None:
     family = family_called("wan t2v-1.3B")
     family.prepare(tmp_path)
@@ -347,7 +348,7 @@ TOOLS = {"upscaler": upscaled, "interpolation": interpolated, "blur": blurred}
 SHORT, LONG, SIDES = 24, 72, (320, 192)  # frames, and their size
 
 
-@pytest.mark.parametrize("name", daily([*TOOLS], {"blur"}))
+@pytest.mark.parametrize("name", daily([*TOOLS], set()))
 def test_a_tool_for_videos_holds_no_more_of_a_long_one(name: str, tmp_path: Path) -> None:
     words = TOOLS[name](tmp_path)
     for count in (SHORT, LONG):

@@ -130,6 +130,7 @@ def test_a_lora_is_added_beside_packed_layers(
     assert kept or "3 of " in caplog.text
 
 
+@pytest.mark.slow
 def test_a_lora_learns_on_packed_layers_that_have_another_beside_them(tmp_path: Path) -> None:
     """`--base_weights` and `--training_adapter` go beside; for a DoRA, which learns norms, all is merged."""
     project = make_project(CHOSEN["z_image"], tmp_path)

@@ -22,6 +22,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
         yield made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "launcher", "more"),
     [

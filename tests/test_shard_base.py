@@ -117,13 +117,14 @@ def with_slow(ways: Iterable[str], daily: Collection[str]) -> list[Any]:
     return [way if way in daily else pytest.param(way, marks=pytest.mark.slow) for way in ways]
 
 
-@pytest.mark.parametrize("way", with_slow(WAYS, {"dora fp8", "module dropout"}))
+@pytest.mark.parametrize("way", with_slow(WAYS, {"dora fp8"}))
 def test_the_lora_is_that_of_whole_models(project: Shared, way: str) -> None:
     expected = project.train(f"{way} whole", 2, *WAYS[way])
 
     assert same(project.train(f"{way} shared", 2, "--shard_base", *WAYS[way]), expected)
 
 
+@pytest.mark.slow
 def test_an_odd_number_of_batches_samples_and_validation_are_those_of_whole_models(project: Shared) -> None:
     """Of three micro-batches the second process lacks one in each epoch, and it has no clip to validate."""
     words = (
@@ -143,10 +144,10 @@ def test_an_odd_number_of_batches_samples_and_validation_are_those_of_whole_mode
 
 
 WHOLE = [family.name for family in FAMILIES if family.train_whole]
-DAILY = {USUAL}
 
 
-@pytest.mark.parametrize("name", with_slow(WHOLE, DAILY))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WHOLE)
 def test_a_whole_transformer_that_is_split_is_that_of_one_process(
     name: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -220,6 +221,7 @@ def test_a_generation_is_that_of_one_process(project: Shared, way: str) -> None:
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
 
 
+@pytest.mark.slow
 def test_the_first_process_alone_does_what_runs_no_transformer(project: Shared) -> None:
     """Also if it has to draw a seed, on which processes that run one agree."""
     generate(project, "to decode", 1, "--prompt", "a cat")
@@ -242,6 +244,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Shared:
     return project
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learns", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_training_that_encodes_captions_is_that_of_whole_models(pictures: Shared, learns: bool) -> None:
     """A text encoder that learns is in every process, the others are split: these encode for each in turn."""
@@ -251,6 +254,7 @@ def test_a_training_that_encodes_captions_is_that_of_whole_models(pictures: Shar
     assert same(pictures.train(f"live {learns} shared", 2, "--shard_base", *words), expected)
 
 
+@pytest.mark.slow
 def test_a_lora_is_added_to_a_text_encoder_that_is_split(pictures: Shared) -> None:
     lora = pictures.train("both", 1, "--max_train_steps", 1, "--learning_rate", 1)
     assert any(name.startswith("lora_te") for name in lora)
@@ -292,6 +296,7 @@ BOTH = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", with_slow(("one network", "a network each"), {"one network"}))
 def test_two_transformers_train_as_whole_ones(project: Shared, way: str) -> None:
     """At most places the batches of the processes are for different ones."""
@@ -307,6 +312,7 @@ def test_two_transformers_train_as_whole_ones(project: Shared, way: str) -> None
         assert same(shared, whole)
 
 
+@pytest.mark.slow
 def test_two_transformers_generate_as_in_one_process(project: Shared) -> None:
     whole, shared = (
         generate(project, f"experts {count}", count, "--prompt", "a cat", "--flow_shift", "1", *BOTH)

@@ -191,6 +191,7 @@ def run_without(folder: Path, *commands: list[str]) -> None:
     )
 
 
+@pytest.mark.slow
 def test_caching_training_resuming_and_generation_of_latents_need_none_of_them(tmp_path: Path) -> None:
     family = family_called("wan t2v-1.3B")
     family.prepare(tmp_path, write_animations)

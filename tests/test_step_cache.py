@@ -31,12 +31,12 @@ def generate(project: TinyProject, output: Path, *words: object) -> tuple[Latent
 
 
 NAMES = (
-    *("wan t2v-1.3B", "hunyuan_video"),
+    "wan t2v-1.3B",
     *(
         pytest.param(name, marks=pytest.mark.slow)
         for name in (
-            *("wan vace-1.3B", "framepack", "kontext", "flux_2", "qwen_image", "z_image", "krea2"),
-            "krea2 edit",
+            *("hunyuan_video", "wan vace-1.3B", "framepack", "kontext", "flux_2", "qwen_image", "z_image"),
+            *("krea2", "krea2 edit"),
             *("ltx_2", "ltx_2 with sound"),
         )
     ),

@@ -20,14 +20,18 @@ SAMPLES = ("--sample_prompts", "prompts.txt", "--sample_every_n_steps", "2")
 FUSED = ("--fused_backward_pass", *ADAFACTOR, "--learning_rate", "1e-2", "--max_grad_norm", "0")
 
 
-# tests/frame_pack/test_training.py and tests/ltx_2/test_training.py have one of these for every day
-LATER = [pytest.param(name, marks=pytest.mark.slow) for name in ("framepack", "ltx_2", "ltx_2 with sound")]
+# tests/modules/offload has two lists of blocks; tests/frame_pack/test_training.py and
+# tests/ltx_2/test_training.py have one of these for every day
+LATER = [
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("hunyuan_video", "framepack", "ltx_2", "ltx_2 with sound")
+]
 OF_PICTURES = ("lumina", "hunyuan_image", "flux", "kontext", "flux_2", "z_image", "krea2", "krea2 edit")
 OF_PICTURES += ("qwen_image", "qwen_image edit-2511")
 PICTURES = [pytest.param(name, marks=pytest.mark.slow) for name in OF_PICTURES]
 
 
-@pytest.fixture(scope="module", params=["wan t2v-1.3B", "hunyuan_video", *LATER, *PICTURES])
+@pytest.fixture(scope="module", params=["wan t2v-1.3B", *LATER, *PICTURES])
 def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TinyProject:
     """With blocks enough to swap."""
     return make_project(family_called(request.param), tmp_path_factory.mktemp("swap"), write_deep)

@@ -12,6 +12,7 @@ It ends when stdin ends. Only Linux copies processes safely; elsewhere `tests/co
 
 import atexit
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -27,8 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # what scripts load, heavy first; loading changes nothing by itself
 LOADED = (
     *("torch", "torch._dynamo", "torch.distributed.fsdp", "torch.utils.tensorboard", "accelerate", "av"),
-    *("cv2", "matplotlib.figure", "pandas", "transformers", "training.run", "generation.run"),
-    "modules.families",
+    *("cv2", "ftfy", "matplotlib.figure", "pandas", "psutil", "transformers"),
+    *("training.run", "generation.run", "modules.families"),
     *("dataset.caching.work", "dataset.caching.texts", "dataset.batches.starting", "networks.lora_wan"),
     *("modules.compile", "modules.offload.checkpointing", "training.samples", "training.planning.memory"),
     *("generation.sheets", "generation.memory", "blissful_tuner.latent_preview"),
@@ -42,6 +43,8 @@ def main() -> None:
     for name in LOADED:
         with contextlib.suppress(ImportError):  # of an optional package; or the script that needs it says so
             importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # copies collect garbage between their phases; what all of them share is left out of it
     for line in sys.stdin:
         request = json.loads(line)
         if "poll" in request:

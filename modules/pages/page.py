@@ -54,11 +54,21 @@ def mark_folders(value: Any) -> Any:
 
 
 HERE = Path(__file__).resolve().parent
-
-
 SHEET, SCRIPT = (
     Markup((HERE / name).read_text(encoding="utf-8").removesuffix("\n")) for name in ("pages.css", "page.js")
 )
+
+
+@functools.cache
+def _templates(folder: Path) -> jinja2.Environment:  # each template is compiled once
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader([folder, HERE]),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=mark_folders,
+    )
 
 
 @functools.cache
@@ -79,17 +89,9 @@ def render_page(template: Path, title: str, values: Mapping[str, Any], policy: s
 
     Raises jinja2.UndefinedError if the template names a value that is missing.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([template.parent, HERE]),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=mark_folders,
-    )
     values = {**values, "reelsmith": as_typed(["python", "reelsmith.py"]), "sheet": SHEET, "script": SCRIPT}
     given = {**values, "title": escape_control_codes(title), "policy": policy or file_policy()}
-    return environment.get_template(template.name).render(given)
+    return _templates(template.parent).get_template(template.name).render(given)
 
 
 CLIP_CRF = 24  # smaller than what is kept: a page holds many clips

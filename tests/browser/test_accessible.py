@@ -180,6 +180,7 @@ def test_no_page_has_a_serious_fault(axe: str, served: Served, name: str) -> Non
             assert list_faults(page) == []
 
 
+@pytest.mark.slow
 def test_an_exported_page_has_no_serious_fault_and_one_that_is_put_there_is_found(
     axe: str, folder: Path
 ) -> None:

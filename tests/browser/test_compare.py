@@ -238,6 +238,7 @@ def test_clips_in_a_folder_that_is_a_link_are_neither_shown_nor_made(served: Ser
     assert [path.name for path in outside.iterdir()] == ["001_9_a_000000.png"]
 
 
+@pytest.mark.slow
 def test_a_clip_of_the_pocket_model_is_made_by_the_queue(trained: Path, tmp_path: Path) -> None:  # noqa: F811
     folder, queue = trained.parent, JobQueue(tmp_path / "reelsmith-queue")
     with serve_runs(folder, queue=queue) as served:
@@ -259,6 +260,7 @@ def test_a_clip_of_the_pocket_model_is_made_by_the_queue(trained: Path, tmp_path
         assert served.ask(served.of("blorp", f"compare/{clip.name}")).body == clip.read_bytes()
 
 
+@pytest.mark.slow
 def test_the_page_in_a_browser(axe: str, served: Served, folder: Path) -> None:  # noqa: F811
     write_clip(folder / "compare" / "001_9_without-LoRA_000000.png", None)
     with open_page(f"{served.url}/compare?{form(served, (4, 6), prompt=PROMPTS)}") as page:

@@ -139,6 +139,7 @@ def test_a_caption_is_saved_as_its_file_was_and_each_save_can_be_undone(page: Pa
     assert sorted(os.listdir(path.parent)) == names
 
 
+@pytest.mark.slow
 def test_a_missing_caption_is_written_and_undone(page: Page, tmp_path: Path) -> None:
     assert page.write(page.file("b.png"), "save", "a hill").status == 200
     assert (tmp_path / "data/set/b.txt").read_bytes() == b"a hill"
@@ -220,6 +221,7 @@ def test_no_way_leads_out_of_the_folders(tmp_path: Path) -> None:
     assert (tmp_path / "secret.txt").read_text(encoding="utf-8") == SECRET
 
 
+@pytest.mark.slow
 def test_a_dataset_that_lies_elsewhere_shows_the_command_that_would_show_it(tmp_path: Path) -> None:
     data, runs = tmp_path / "data", tmp_path / "runs"
     config = save_set(data)
@@ -271,6 +273,7 @@ def test_damaged_and_vanished_datasets_say_so(
     assert page.ask().status == 200
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="names of files are text there")
 def test_names_and_captions_that_are_no_text_are_told(tmp_path: Path) -> None:
     folder = Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9"))
@@ -288,6 +291,7 @@ def test_names_and_captions_that_are_no_text_are_told(tmp_path: Path) -> None:
     assert (tmp_path / "data/set/a.txt").read_bytes() == b"caf\xe9"
 
 
+@pytest.mark.slow
 def test_captions_of_a_list_are_shown_with_their_place(tmp_path: Path) -> None:
     save_set(tmp_path)
     line = json.dumps({"image_path": str(tmp_path / "set/a.png"), "caption": "from a list"})
@@ -301,6 +305,7 @@ def test_captions_of_a_list_are_shown_with_their_place(tmp_path: Path) -> None:
         assert page.write(page.file("a.png"), "save", "x").status == 404
 
 
+@pytest.mark.slow
 def test_files_in_a_tar_have_pictures_and_captions_to_read(tmp_path: Path) -> None:
     save_set(tmp_path)
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
@@ -332,6 +337,7 @@ MANY = 10_000
 STATES = "[...document.querySelectorAll('.told b')].map(line => line.textContent)"
 
 
+@pytest.mark.slow
 def test_an_edited_caption_makes_its_text_stale_and_the_next_caching_mends_it(tmp_path: Path) -> None:
     write_clips(tmp_path / "clips", 2, 1, CONCEPTS["blorp"].make)
     table = "video_directory = '{folder}/clips'\ntarget_frames = [17]"
@@ -360,6 +366,7 @@ def test_an_edited_caption_makes_its_text_stale_and_the_next_caching_mends_it(tm
         assert page.problems == []
 
 
+@pytest.mark.slow
 def test_a_conflict_shows_both_captions_and_a_filter_keeps_what_is_not_saved(
     page: Page, tmp_path: Path
 ) -> None:

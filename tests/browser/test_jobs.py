@@ -201,6 +201,7 @@ def start_browser(folder: Path) -> subprocess.Popen[str]:
     return browser
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no signal of this kind")
 def test_a_queue_goes_on_after_its_browser_was_killed(queue: JobQueue) -> None:
     for words in (SHORT, LASTING, SHORT):
@@ -297,6 +298,7 @@ def test_options_are_checked_when_a_line_is_added_or_edited(line: str, said: str
         assert ask(served, "edit", id="1" * 5000, line="python merge_lora.py --help") == 404
 
 
+@pytest.mark.slow
 def test_the_page_is_worked_with_keys_and_keeps_what_is_typed(queue: JobQueue) -> None:
     for name in "abc":
         queue.add(["convert_lora.py", "--input", name], ROOT)
@@ -348,6 +350,7 @@ def training_words(cached: Path, output: Path, repeats: int, *options: object) -
     return ["python", "wan_train_network.py", *map(str, words)]
 
 
+@pytest.mark.slow
 def test_a_training_saves_when_it_is_stopped_and_goes_on_when_it_is_retried(
     queue: JobQueue,
     cached: Path,  # noqa: F811
@@ -374,6 +377,7 @@ def test_a_training_saves_when_it_is_stopped_and_goes_on_when_it_is_retried(
     assert (output / "x.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_job_that_is_stopped_twice_ends_now(
     queue: JobQueue,
     cached: Path,  # noqa: F811

@@ -109,6 +109,7 @@ def test_a_run_appears_grows_samples_when_asked_and_stops(training: SteppedTrain
         assert page.problems == []
 
 
+@pytest.mark.slow
 def test_clips_play_in_step_and_two_lie_over_each_other(training: SteppedTraining, served: Served) -> None:
     training.finish()
     with open_page(f"{served.url}{served.of('x')}") as page:
@@ -137,6 +138,7 @@ def test_clips_play_in_step_and_two_lie_over_each_other(training: SteppedTrainin
         assert page.problems == []
 
 
+@pytest.mark.slow
 def test_curves_of_several_runs_share_a_plot_and_a_part_of_them_is_shown(tmp_path: Path) -> None:
     for name in "xyz":
         write_run(tmp_path, name, 10)
@@ -162,6 +164,7 @@ def test_curves_of_several_runs_share_a_plot_and_a_part_of_them_is_shown(tmp_pat
         assert page.problems == []
 
 
+@pytest.mark.slow
 def test_no_chart_lies_over_another_at_any_width_and_a_curve_keeps_its_colour(tmp_path: Path) -> None:
     for name in ("x", "a_name_that_is_far_longer_than_any_chart_of_a_page_is_wide_" * 2):
         write_run(tmp_path, name, 10)
@@ -188,6 +191,7 @@ def test_no_chart_lies_over_another_at_any_width_and_a_curve_keeps_its_colour(tm
         assert page.problems == []
 
 
+@pytest.mark.slow
 def test_commands_are_copied_without_a_secure_context_and_put_into_the_queue(tmp_path: Path) -> None:
     history = write_run(tmp_path / "output", "x", 6, "", changed=[["output_dir", "output"]])
     line = "python wan_train_network.py --output_dir output --output_name x"
@@ -251,6 +255,7 @@ def test_a_command_that_another_machine_or_folder_wrote_is_read_before_it_is_que
         assert [problem for problem in page.problems if "422" not in problem] == []
 
 
+@pytest.mark.slow
 def test_a_sample_that_cannot_be_shown_says_so_and_the_newest_is_in_view(tmp_path: Path) -> None:
     history = History(write_run(tmp_path, "x", 6).parent / "y-history.jsonl", 2)
     history.add(

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from modules.media.writing import write_video
 from tests.browser.serving import serve_runs, write_run
@@ -28,6 +29,7 @@ def write_samples(folder: Path) -> None:
     history.flush()
 
 
+@pytest.mark.slow
 def test_of_10000_samples_those_in_view_are_loaded(tmp_path: Path) -> None:
     write_samples(tmp_path)
     places = "[...document.querySelectorAll('.grid [data-src]')]"

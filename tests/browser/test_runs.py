@@ -258,6 +258,7 @@ def test_wrong_options_are_refused(
         parse_options("", words.split(), BrowserOptions)[0].read_token()
 
 
+@pytest.mark.slow
 def test_many_runs_are_a_table_that_keeps_its_filter_and_equal_names_tell_their_folders(
     tmp_path: Path,
 ) -> None:

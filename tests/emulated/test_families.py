@@ -21,11 +21,7 @@ from tests.tiny.families import FAMILIES, OUTPUT, TinyFamily
 from wan.spec import pad_texts
 
 STEPS = 4
-DAILY = {"flux"}
-CASES = [
-    pytest.param(each, id=each.name, marks=() if each.name in DAILY else pytest.mark.slow)
-    for each in FAMILIES
-]
+CASES = [pytest.param(each, id=each.name, marks=pytest.mark.slow) for each in FAMILIES]
 
 
 @dataclass(frozen=True)

@@ -173,6 +173,7 @@ def test_text_caches_are_those_of_the_known_tuners(tmp_path: Path) -> None:
         assert known == {"architecture": "framepack", "format_version": "1.0.1", "caption1": caption}
 
 
+@pytest.mark.slow
 def test_a_lora_says_what_it_was_trained_on(tmp_path: Path) -> None:
     """Without --network_module it is FramePack's own."""
     family = next(one for one in FAMILIES if one.name == "framepack")

@@ -53,6 +53,7 @@ def metadata_of(path: Path) -> dict[str, str]:
         return file.metadata()
 
 
+@pytest.mark.slow
 def test_texts_images_and_the_end_act_on_their_sections(tmp_path: Path, tiny: Tiny) -> None:
     """In F1 the first section sees nothing of the second, so only the second changes; the first latent is the
     start image.
@@ -110,6 +111,7 @@ def test_one_picture_is_a_png_beside_nothing_else(
         assert not any(str(start) in text for text in metadata_of(saved).values())
 
 
+@pytest.mark.slow
 def test_lines_of_a_file_equal_single_runs_and_those_that_fail_are_skipped(
     tmp_path: Path, tiny: Tiny, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -154,6 +154,7 @@ def test_the_last_frame_of_a_video_and_of_decoded_latents(scripts: dict[str, Scr
     assert not list((tmp_path / "plain").glob("*_last.png"))
 
 
+@pytest.mark.slow
 def test_scheduler_is_another_spelling_of_the_solver(scripts: dict[str, Script], tmp_path: Path) -> None:
     make = scripts["hunyuan"].latents
     found = make(tmp_path / "a", "--scheduler", "dpm++")

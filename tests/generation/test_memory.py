@@ -76,6 +76,7 @@ def test_a_plan_is_printed_and_nothing_is_made(family: TinyFamily, tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_plan_keeps_layers_of_a_language_model_on_the_host_if_there_is_no_room(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -156,6 +157,7 @@ def text(tokens: int) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [("--f1",), ("--rope_scaling_timestep_threshold", "900", "--guidance_rescale", "0.5")],

@@ -126,6 +126,7 @@ def test_a_second_prompt_is_for_clip_and_a_line_may_give_it(
     assert "bt_prompt_2" not in said_in(tmp_path / "1")
 
 
+@pytest.mark.slow
 def test_sections_have_their_weights_and_second_prompts(scripts: dict[str, Script], tmp_path: Path) -> None:
     def make(prompt: str, *more: str) -> torch.Tensor:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))

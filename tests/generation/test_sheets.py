@@ -274,6 +274,7 @@ def test_loras_of_two_experts_are_compared_in_pairs(tmp_path: Path) -> None:
     assert torch.equal(load_file(column)["latent"], load_file(path)["latent"])
 
 
+@pytest.mark.slow
 def test_the_grids_show_every_clip_with_its_labels(
     tmp_path: Path, t2v: TinyWan, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -301,6 +302,7 @@ def test_the_grids_show_every_clip_with_its_labels(
         assert not opened.problems
 
 
+@pytest.mark.slow
 def test_an_interrupted_comparison_goes_on_and_replaces_nothing(
     tmp_path: Path, t2v: TinyWan, caplog: pytest.LogCaptureFixture
 ) -> None:

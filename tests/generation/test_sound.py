@@ -126,6 +126,7 @@ def test_latents_hold_both_and_are_decoded_later(model: list[str], tmp_path: Pat
     assert sorted(path.name for path in second.iterdir()) == [theirs.name]
 
 
+@pytest.mark.slow
 def test_networks_of_sound_are_gone_before_the_vae_comes(model: list[str], tmp_path: Path) -> None:
     diary: list[str] = []
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n", encoding="utf-8")
@@ -169,6 +170,7 @@ def test_previews_show_the_picture_alone(model: list[str], tmp_path: Path) -> No
     assert sum(1 for _ in video_frames(tmp_path / "latent_preview.mp4")) == (FRAMES - 1) // 4 + 1
 
 
+@pytest.mark.slow
 def test_a_picture_and_a_run_without_sound_have_none(model: list[str], tmp_path: Path) -> None:
     assert make(model, tmp_path / "a", "--output_type", "both", "--video_length", 1) == [
         "1.png",
@@ -249,6 +251,7 @@ def test_steps_follow_given_noise_levels(model: list[str], tmp_path: Path) -> No
     assert same(tmp_path / "list", tmp_path / "even")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are copies of one with libraries")
 def test_processes_that_share_passes_and_weights_make_the_same_sound(
     model: list[str], tmp_path: Path
@@ -330,6 +333,7 @@ def test_what_is_given_stays_at_every_step(given: str, solver: str) -> None:
     assert (network.times[0] > 0).tolist() == expected[given]
 
 
+@pytest.mark.slow
 def test_the_plan_counts_the_decoder_of_sound(
     model: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -130,6 +130,7 @@ def test_a_clip_of_one_tile_is_not_cut(tmp_path: Path, vae: HunyuanVae, settings
     assert torch.equal(joined(tiled.decode(latents)), joined(vae.decode(latents)))
 
 
+@pytest.mark.slow
 def test_bytes_are_encoded_as_the_numbers_they_stand_for(tmp_path: Path) -> None:
     """And of a long clip no more at a time are numbers than are computed at a time."""
     vae = made(tmp_path, tile=32, tile_frames=16)
@@ -153,6 +154,7 @@ def test_frames_computed_a_few_at_a_time_give_the_same(tmp_path: Path, vae: Huny
     assert relative_error(joined(few.decode_unclamped(mean)), joined(vae.decode_unclamped(mean))) <= EXACT
 
 
+@pytest.mark.slow
 def test_no_piece_is_larger_than_a_tile(tmp_path: Path) -> None:
     """What bounds the memory: however long and large the clip, the networks see 4 + 1 latent frames of 4 x
     4.
@@ -228,6 +230,7 @@ def test_16_bit_weights_give_float32_results_near_the_exact_ones(
     )
 
 
+@pytest.mark.slow
 def test_a_rehearsal_computes_one_tile_and_finds_the_memory_of_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

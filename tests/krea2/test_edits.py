@@ -53,6 +53,7 @@ def test_captions_without_pictures_and_tables_with_them_are_refused(project: Pat
     refuse(project, *TRAIN, "--edit", told=["was encoded without pictures", "outputs.py with --edit"])
 
 
+@pytest.mark.slow
 def test_a_check_tells_what_captions_take(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before they are encoded; 12 states of each token. The rest of a file is its header."""
     monkeypatch.setenv("COLUMNS", "300")
@@ -135,6 +136,7 @@ def test_loras_of_the_other_form_are_refused(project: Path) -> None:
     succeed_here(*make, folder=project)
 
 
+@pytest.mark.slow
 def test_a_lora_that_was_trained_with_other_references_is_warned_of(project: Path) -> None:
     """Its metadata are those that a training writes."""
     save = ("--edit", "--overwrite")

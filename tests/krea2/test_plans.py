@@ -25,6 +25,7 @@ BLOCKS, TOKENS, ROWS, COLUMNS = 9, 640, 4, 6  # of the reference; rows and colum
 KEPT = BLOCKS * TOKENS * 2 * CONFIG.num_kv_heads * CONFIG.head_width * 2  # bytes, in 16 bits
 
 
+@pytest.mark.slow
 def test_a_plan_counts_the_keys_and_values_of_references(tmp_path: Path) -> None:
     """Beside a picture and a text that are small against the reference, also in the second step."""
     path = write_dit(tmp_path, tiny_state(dtype=torch.bfloat16, num_layers=BLOCKS))

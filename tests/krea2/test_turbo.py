@@ -16,6 +16,7 @@ from tests.tiny.krea2 import tiny_state, write_dit
 from tests.tiny.runs import make_project
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("swap", [(), ("--blocks_to_swap", "1")], ids=["plain", "swapped"])
 def test_samples_are_what_turbo_makes_with_the_lora(tmp_path: Path, swap: tuple[str, ...]) -> None:
     family = family_called("krea2")
@@ -59,6 +60,7 @@ def test_raw_is_refused_as_turbo_and_turbo_is_warned_of(tmp_path: Path) -> None:
     assert "Train on raw (raw.safetensors)" in said
 
 
+@pytest.mark.slow
 def test_a_plan_counts_turbo_and_commands_say_its_settings(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -136,6 +136,7 @@ def test_released_files_load_without_leftovers(
     assert dit.config.kind == layout[:3]
 
 
+@pytest.mark.slow
 def test_a_file_of_the_first_release_loads_without_leftovers(tmp_path: Path) -> None:
     with torch.device("meta"):
         network = diffusers.LTX2VideoTransformer3DModel()

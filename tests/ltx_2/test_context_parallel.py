@@ -69,6 +69,7 @@ def run_process(rank: int, folder: Path) -> None:
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="gloo is tested there")
 def test_processes_that_share_both_streams_make_what_one_makes(tmp_path: Path) -> None:
     start: Any = multiprocessing.get_context("spawn")

@@ -228,6 +228,7 @@ def made_of(release: TinyRelease, folder: Path, name: str, *words: object) -> li
     ]
 
 
+@pytest.mark.slow
 def test_lines_and_the_official_spelling_name_references(release: TinyRelease, tmp_path: Path) -> None:
     for number in range(2):
         write_reference(tmp_path / f"clip {number}", number, 1)
@@ -476,6 +477,7 @@ def test_sides_that_references_cannot_have_are_told_with_the_clip(project: tuple
     assert_one_message(code, said, "a.mp4: it has 64x64 pixels", "4 times smaller sides are multiples of 128")
 
 
+@pytest.mark.slow
 def test_samples_are_made_from_the_reference_of_their_line(project: tuple[Path, TinyRelease]) -> None:
     folder, release = project
     line = "a cat --w 64 --h 64 --f 9 --s 2 --d 1"

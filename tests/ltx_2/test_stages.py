@@ -240,6 +240,7 @@ def start_from(pipe: Any, path: Path, size: dict[str, Any]) -> dict[str, Any]:
     return {"image": Image.open(path), "image_crf": 0, "use_cross_timestep": False}
 
 
+@pytest.mark.slow
 def test_the_first_stage_alone_is_a_clip_of_its_size(release: TinyRelease, tmp_path: Path) -> None:
     write_upscaler(tmp_path / "up.safetensors", "three halves")
     words = [
@@ -346,6 +347,7 @@ def write_clip(folder: Path) -> None:
         write_png(folder / f"{number:03d}.png", frame)
 
 
+@pytest.mark.slow
 def test_samples_of_a_training_are_made_in_two_stages(tmp_path: Path) -> None:
     """As the generation script makes them of what was trained; the training is the same without them."""
     project = write_project(tmp_path / "größe", batch_size=1, sounds="a")

@@ -215,6 +215,7 @@ def saved(project: Project, name: str) -> dict[str, Tensor]:
     return load_file(project.folder / "out" / f"{name}.safetensors")
 
 
+@pytest.mark.slow
 def test_steps_without_sound_leave_its_weights_as_they_are(alone: Project) -> None:
     hears = [list(row) == ["video", "audio"] for row in told(alone)]
     states = [saved(alone, f"lora-step{step:08d}") for step in range(1, 5)]
@@ -302,6 +303,7 @@ def test_a_dataset_without_any_sound_is_refused(alone: Project) -> None:
     assert_one_message(1, said, "no clip of the dataset has cached sound", "--ltx2_mode video")
 
 
+@pytest.mark.slow
 def test_sound_comes_from_files_if_the_command_says_so(alone: Project, tmp_path: Path) -> None:
     """From a folder, or from beside the clips; as audio_directory in the table says it."""
     tracks = Track((0.2,), loud=0.5, codec="pcm_s16le")
@@ -353,6 +355,7 @@ def test_sound_that_caching_left_out_is_told_of(
     assert "that is not cached" not in project.train(*run("there", 1))
 
 
+@pytest.mark.slow
 def test_lengths_are_rounded_down_by_the_step_of_the_model(alone: Project) -> None:
     text = (alone.folder / "dataset.toml").read_text(encoding="utf-8")
     other = text.replace("target_frames = [9]", "target_frames = [1, 14]").replace('/cache"', '/cache 2"')
@@ -367,6 +370,7 @@ def test_lengths_are_rounded_down_by_the_step_of_the_model(alone: Project) -> No
     assert found == {"00000-001", "00000-009"}
 
 
+@pytest.mark.slow
 def test_caches_of_other_programs_are_of_25_frames_a_second(alone: Project, tmp_path: Path) -> None:
     """As the fork leaves them: neither a record nor a rate. 24 frames a second would learn another LoRA."""
 

@@ -26,12 +26,8 @@ SIZES = ((1, 4, 4, 7), (2, 4, 6, 9), (3, 12, 16, 40), (2, 8, 6, 5))
 ROUNDING = 1e-5
 BF16 = 0.02  # a few roundings of 1/256
 DROPOUTS = ({"neuron_dropout": 0.3}, {"rank_dropout": "0.3"}, {"module_dropout": "0.5"})
-# the blocks are those of another entry
-OF_ANOTHER_KIND = {"wan i2v", "qwen_image edit", "krea2 edit", "ltx_2 2.0", "ltx_2 2.5"}
-TINY = [
-    pytest.param(dit, id=dit.name, marks=[pytest.mark.slow] if dit.name in OF_ANOTHER_KIND else [])
-    for dit in DITS
-]
+DAILY = ("wan t2v", "hunyuan t2v", "lumina")  # one list of blocks, two, and texts among the tokens
+TINY = [pytest.param(dit, id=dit.name, marks=[] if dit.name in DAILY else [pytest.mark.slow]) for dit in DITS]
 
 pytestmark = pytest.mark.usefixtures("nothing_compiled")
 
@@ -67,13 +63,6 @@ def assert_equal_gradients(
         assert (one - other).abs().max() <= share * largest
 
 
-@pytest.mark.parametrize(
-    "tiny",
-    [
-        pytest.param(dit, id=dit.name, marks=[pytest.mark.slow] if dit not in ONE_OF_EACH else [])
-        for dit in DITS
-    ],
-)
 def test_all_blocks_of_a_list_share_one_compilation_also_when_sizes_change(tiny: TinyDit) -> None:
     dit = tiny.make(3)
     compile_blocks(dit, tiny.spec, EAGER)
@@ -162,7 +151,13 @@ def test_numbers_are_those_of_uncompiled_blocks(tiny: TinyDit, autocast: bool) -
     assert_equal_gradients(found, expected, BF16 if autocast else ROUNDING)
 
 
-@pytest.mark.parametrize("arguments", DROPOUTS, ids=lambda arguments: next(iter(arguments)))
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param(each, id=next(iter(each)), marks=[pytest.mark.slow] * ("neuron_dropout" not in each))
+        for each in DROPOUTS
+    ],
+)
 def test_dropout_masks_are_those_of_uncompiled_blocks_and_change_with_the_seed(
     arguments: dict[str, float],
 ) -> None:
@@ -185,7 +180,7 @@ def test_dropout_masks_are_those_of_uncompiled_blocks_and_change_with_the_seed(
 
 
 @pytest.mark.parametrize("keep", [pytest.param(False, marks=pytest.mark.slow), True])
-@pytest.mark.parametrize("tiny", ONE_OF_EACH, ids=lambda dit: dit.name)
+@pytest.mark.parametrize("tiny", [each for each in TINY if each.values[0] in ONE_OF_EACH])
 def test_checkpoints_that_wait_on_the_host_or_keep_attention_give_the_same_bits(
     tiny: TinyDit, keep: bool
 ) -> None:

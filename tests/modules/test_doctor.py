@@ -56,6 +56,7 @@ def test_without_torch_it_says_so_in_three_lines_and_fails() -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.slow
 def test_bitsandbytes_does_not_tell_what_nobody_asked() -> None:
     pytest.importorskip("bitsandbytes")
     code = "from modules.command import start_logging; start_logging(); import bitsandbytes"

@@ -113,6 +113,7 @@ def test_the_wheel_has_one_top_level_name_and_every_file_of_the_rooms(wheel: Pat
                 assert f"reelsmith/{path.relative_to(ROOT).as_posix()}" in names
 
 
+@pytest.mark.slow
 def test_nothing_in_the_wheel_imports_a_name_of_the_checkout(wheel: Path) -> None:
     ours = find_own_names(ROOT)
     found: dict[str, list[str]] = {}
@@ -137,6 +138,7 @@ def test_every_script_is_a_console_command(wheel: Path) -> None:
     assert dict(parser["console_scripts"]) == {"reelsmith": "reelsmith.commands:main", **scripts}
 
 
+@pytest.mark.slow
 def test_commands_have_the_options_and_help_of_the_scripts(installed: Installed) -> None:
     ours = json.loads(
         installed.run("python", "-c", HELP.replace("PREFIX", "reelsmith."), environment=WIDE).stdout
@@ -180,6 +182,7 @@ def test_the_package_names_its_own_modules_and_commands(installed: Installed) ->
     ]
 
 
+@pytest.mark.slow
 def test_no_module_is_taken_from_the_folder_of_a_run(installed: Installed) -> None:
     folder = installed.folder / "of somebody else"
     folder.mkdir()
@@ -233,6 +236,7 @@ def test_it_caches_trains_and_generates_as_the_checkout_does(installed: Installe
     assert list((installed.folder / "videos").glob("*.mp4"))
 
 
+@pytest.mark.slow
 def test_pip_builds_the_same_wheel_from_the_sdist(wheel: Path, tmp_path: Path) -> None:
     sdist = build("sdist", tmp_path / "sdist")
     flags = ["--no-deps", "--no-index", "--no-build-isolation", "-q", "-w", tmp_path / "again"]

@@ -116,6 +116,7 @@ def foreign_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in metadata.items() if not name.startswith("reelsmith_")}
 
 
+@pytest.mark.slow
 def test_the_files_have_the_known_names(cached: Cached) -> None:
     """At 24 frames a second clip_one keeps 12 of its 18 frames (two spans of 5, twelve of 1), clip_two 6 of
     9.

@@ -214,6 +214,7 @@ def in_bucket(path: Path) -> framepack.Picture:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("switches", "rules"), ORDERS)
 def test_without_a_dtype_sections_are_as_exact_as_diffusers_in_float16(
     project: Project, switches: tuple[str, ...], rules: Rules

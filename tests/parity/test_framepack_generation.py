@@ -202,6 +202,7 @@ def test_latents_equal_the_reference(tmp_path: Path, project: Project, name: str
     assert_equal(latents, project.expected(CASES[name])(project.theirs()), name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "at_once", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["blended", "at once"]
 )
@@ -232,6 +233,7 @@ def test_encoders_in_float16_change_latents_by_what_they_round(
     assert_equal(latents, expected(project.theirs()), f"{name}, beside float32", ENCODERS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

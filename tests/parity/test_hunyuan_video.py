@@ -172,6 +172,7 @@ def test_te_multiplier_acts_on_the_refiner_and_the_mean_text(tmp_path: Path, mod
     assert_equal(latents, expected, "te_multiplier")
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_in_bfloat16_it_is_as_exact_as_diffusers(tmp_path: Path) -> None:
     """Measured: ours 3.5e-3 from float32 and theirs 6e-3. Encoders are float16."""

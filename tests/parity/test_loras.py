@@ -102,6 +102,7 @@ def loaded(path: Path, strength: float = 1.0) -> Callable[[WanTransformer3DModel
     return load
 
 
+@pytest.mark.slow
 def test_a_trained_lora_acts_in_diffusers_as_here(tmp_path: Path, project: Project) -> None:
     latents = here(tmp_path, project, "--lora_weight", lora_of(project))
 
@@ -157,6 +158,7 @@ def with_lora(project: Project) -> Theirs:
     return theirs
 
 
+@pytest.mark.slow
 def test_what_a_line_leaves_out_is_that_of_the_release(tmp_path: Path) -> None:
     """50 steps, flow shift 5, guidance 5 with the release's negative text; sizes rounded down to multiples
     of 16, frames to 4n + 1.
@@ -202,6 +204,7 @@ def in_attention(path: str) -> bool:
     return ".attentions." in path and not path.endswith(("norm",))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [pytest.param("sd1", marks=pytest.mark.slow), "sdxl"])
 def test_a_file_of_sd_scripts_in_the_u_net_and_the_text_encoders(
     files_of: FilesOf, tmp_path: Path, kind: str
@@ -226,6 +229,7 @@ def test_a_file_of_sd_scripts_in_the_u_net_and_the_text_encoders(
     assert np.abs(wanted.astype(int) - plain.astype(int)).max() > 20
 
 
+@pytest.mark.slow
 def test_strengths_of_a_line(files_of: FilesOf, tmp_path: Path) -> None:
     files = files_of("sd1")
     model = load(files.single, "--tokenizer_cache_dir", files.tokenizers)

@@ -418,7 +418,12 @@ CASES: dict[str, tuple[Model, Sequence[object], dict[str, Any], Sequence[tuple[i
         (),
     ),
 }
-SLOW = {"kontext at a trained size", "flux_2 dev"}
+SLOW = {  # each release and kind of reference has another case, and each way of guiding one of another model
+    *("flux dev, guided", "kontext at a trained size", "kontext, guided", "kontext, text alone"),
+    *("flux_2 dev", "flux_2 dev, two references", "flux_2 klein-base-4b", "flux_2 klein-9b"),
+    *("hunyuan_image, projected", "hunyuan_image, unguided", "krea2 turbo, a long prompt"),
+    *("qwen_image, plain shift", "z_image, normalised and truncated"),
+}
 
 
 @pytest.mark.parametrize(

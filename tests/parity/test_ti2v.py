@@ -282,6 +282,7 @@ def test_the_pipelines_of_diffusers_make_the_same_conditions(media: Path, models
     assert_equal(reference.first_last_condition(theirs, first, last, FRAMES), two[0], "pipeline flf2v")
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_in_bfloat16_it_is_as_exact_as_diffusers(tmp_path: Path, media: Path) -> None:
     """Transformer, VAE and umT5. Measured: latents 1e-2 from float32, theirs 1.7e-2; pixels 1.3e-2 both."""

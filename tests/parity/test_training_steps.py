@@ -490,7 +490,13 @@ def train(folder: Path, name: str, *more: object) -> Path:
     return folder / "model" / "dit.safetensors"
 
 
-@pytest.mark.parametrize("name", CASES)
+# the networks of the others are compared with recorded numbers, and what they learn in tests/test_families.py
+DAILY = {"hunyuan_video", "chroma", "lumina", "hunyuan_image", "qwen_image", "krea2", "z_image"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in DAILY)) for name in CASES]
+)
 def test_two_steps_equal_those_computed_with_diffusers(tmp_path: Path, name: str) -> None:
     case, items = CASES[name], cached(tmp_path, name)
 

@@ -30,6 +30,7 @@ def lora(tmp_path: Path) -> Path:
     return tmp_path / "out" / "lora.safetensors"
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_every_dialect_of_a_trained_lora_has_its_effect_in_diffusers(files: TinyModel, lora: Path) -> None:
     """And merged with our tool into models of both layouts."""

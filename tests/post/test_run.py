@@ -60,6 +60,7 @@ def test_the_stream_gives_what_the_whole_clip_at_once_gives(tmp_path: Path) -> N
     assert (info.width, info.height, info.frames, info.fps) == (96, 64, 13, 32.0)
 
 
+@pytest.mark.slow
 def test_no_more_memory_is_held_for_a_longer_clip(tmp_path: Path) -> None:
     def peak(frames: int, name: int = 0) -> int:
         clip = write_clip(tmp_path / f"{frames} {name}.mp4", frames, 160, 96)
@@ -233,6 +234,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path) -> None:
     assert files_in(tmp_path) == {"a.mp4"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 @pytest.mark.parametrize(("end", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
 def test_ctrl_c_and_kill_leave_no_file_under_a_final_name(

@@ -89,6 +89,7 @@ def test_the_plain_commands_lead_to_a_lora_and_a_page(collected: Path) -> None:
     assert list_commands(collected)[-1][-2:] == ["--resume", "latest"]
 
 
+@pytest.mark.slow
 def test_the_check_tells_unreadable_files_from_other_faults(
     collected: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -310,6 +311,7 @@ def test_a_file_of_another_kind_ends_the_run_before_anything_is_cached(
     assert not (folder / "cache").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Ctrl-C is a signal to the group elsewhere")
 def test_ctrl_c_ends_the_command_and_the_run(collected: Path, tmp_path: Path) -> None:
     folder = copy(collected, tmp_path / "clips")

@@ -288,6 +288,7 @@ def test_caches_of_another_release_are_one_message(files: TinyModel, tmp_path: P
         family_of(files, "edit-2511").batch_conditions(latents, batch)
 
 
+@pytest.mark.slow
 def test_the_plan_counts_references_and_the_vision_tower(
     files: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -306,6 +307,7 @@ def test_the_plan_counts_references_and_the_vision_tower(
     assert "images and videos" in edited
 
 
+@pytest.mark.slow
 def test_latents_of_the_version_that_read_other_pixels_are_refused_and_made_anew(tmp_path: Path) -> None:
     """Their records name the VAE alone."""
     family = project(tmp_path)

@@ -240,6 +240,7 @@ def test_unchanged_text_encoders_are_left_out_and_other_models_refused(tmp_path:
         extract(source, write_sd1(tmp_path), lora)
 
 
+@pytest.mark.slow
 def test_loras_are_added_up_to_one_with_the_names_that_others_read(tmp_path: Path) -> None:
     tokenizer_folder(tmp_path / "tokenizers")
     model = loaded.load(write_sdxl(tmp_path), "--tokenizer_cache_dir", tmp_path / "tokenizers")

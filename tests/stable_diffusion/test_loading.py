@@ -288,6 +288,7 @@ def test_marks_in_an_xl_file_tell_how_it_was_trained(
     assert not plain.zero_terminal_snr
 
 
+@pytest.mark.slow
 def test_a_folder_says_in_its_scheduler_what_it_predicts(folder: Path, tmp_path: Path) -> None:
     path = tiny.write_folder("sd1", tmp_path / "v", velocity=True)
 

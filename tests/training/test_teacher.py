@@ -106,6 +106,7 @@ def test_the_teacher_has_the_adapter_as_the_network_has(tmp_path: Path) -> None:
 STATES = ["--save_every_n_steps", 2, "--save_state", "--resume", "latest"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_equal_bytes(tmp_path: Path) -> None:
     write_dropping(tmp_path)
     words = [*STATES, "--teacher", "base", "--network_dropout", 0.2]

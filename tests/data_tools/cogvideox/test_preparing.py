@@ -103,6 +103,7 @@ def test_the_folders_and_lists_are_those_of_the_form(models: Models, tmp_path: P
         assert np.abs(np.stack(written).astype(int) - np.stack(original)).mean() < 3
 
 
+@pytest.mark.slow
 def test_the_moments_are_those_of_the_vae(models: Models, tmp_path: Path) -> None:
     data = write_data(tmp_path / "data", count=2)
     encode(data, tmp_path / "one", models["wan"], "--batch_size", 2, "--use_slicing")

@@ -147,6 +147,7 @@ def test_damage_is_noticed_and_mended(folder: Path, step: int) -> None:
             (folder / name).write_bytes(content)
 
 
+@pytest.mark.slow
 def test_a_live_writer_keeps_its_shard_however_long_it_has_written_nothing(tmp_path: Path) -> None:
     code = "import sys; from tests.dataset.cache.entries import *; end_one(Path(sys.argv[1]))"
     writer = ShardStore(tmp_path)

@@ -71,6 +71,7 @@ def test_a_gpu_whose_fastest_kernel_is_left_out_is_told_of(
         assert "Install torch for CUDA 13" in note
 
 
+@pytest.mark.slow
 def test_neither_attention_nor_networks_that_are_made_import_the_compiler() -> None:
     """That takes longer than all else at the start of a program."""
     code = """

@@ -265,6 +265,7 @@ def test_what_cannot_be_written_is_refused_by_name(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_ten_bit_pictures_are_converted_alike_each_time(tmp_path: Path) -> None:
     """With several threads swscale damaged the beginnings of rows, here in half of all conversions."""
     noise = np.random.default_rng(0).integers(0, 65536, (576, 720, 3), dtype=np.uint16)

@@ -282,6 +282,7 @@ def test_dropout_of_single_values_sees_whole_inputs() -> None:
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("nothing_compiled")
 @pytest.mark.parametrize(
     ("backend", "tiny"),

@@ -282,6 +282,7 @@ def test_pictures_larger_than_any_detector_takes(tmp_path: Path) -> None:
         check_detector(path)
 
 
+@pytest.mark.slow
 def test_graphs_in_graphs_and_a_million_parts_end(tmp_path: Path) -> None:
     inner = b""
     for _ in range(60):

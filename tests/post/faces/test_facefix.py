@@ -153,6 +153,7 @@ def test_sixteen_bits_stay_and_are_made_where_they_are_wanted(
     np.testing.assert_allclose(second.astype(float) / (257 if deep else 1), in_bytes, atol=1)
 
 
+@pytest.mark.slow
 def test_noise_is_the_same_in_all_pictures_and_follows_the_seed(folder: Path, usual: Facefix) -> None:
     faced = _pixels((40, 24))
     stages = (usual, *(_stage(folder, "--seed", seed) for seed in ("1", "1", "blue")))

@@ -41,12 +41,13 @@ def load(path: Path, read: Any = read_flowformer, build: Any = FlowFormer, devic
         return load_planned(read(checkpoint), build, device, torch.float32, "--model")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "flow", "times"),
     [
         ("r", "raft-things", (0.5,)),
-        pytest.param("r", "raft-things", (0.25, 0.5), marks=pytest.mark.slow),
-        pytest.param("f", "flowformer-sintel", None, marks=pytest.mark.slow),
+        ("r", "raft-things", (0.25, 0.5)),
+        ("f", "flowformer-sintel", None),
     ],
 )
 def test_frames_are_as_recorded(
@@ -135,6 +136,7 @@ def test_a_smaller_size_for_the_flow_enlarges_only_what_is_blended() -> None:
     torch.testing.assert_close(found, ((expected + 1) / 2).clamp(0, 1), rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_half_precision_changes_layers_of_the_synthesis_alone() -> None:
     dtype = torch.bfloat16
     exact, half = tiny_interpolation(), tiny_interpolation()

@@ -90,6 +90,7 @@ def test_a_last_picture_that_is_held_stays_as_long(folder: Path) -> None:
     assert ends == [Fraction(1, 96), Fraction(3) - Fraction(1, 24)]
 
 
+@pytest.mark.slow
 def test_a_stream_equals_the_whole_clip_and_encodes_each_picture_once(folder: Path) -> None:
     networks = load_networks(folder, "gimmvfi_r", CPU, torch.float32)
     counting = Counting(networks.estimator)
@@ -237,6 +238,7 @@ def test_the_yaml_may_be_missing_and_is_read_safely(tmp_path: Path) -> None:
             read_settings(path)
 
 
+@pytest.mark.slow
 def test_a_picture_that_is_not_finite_ends_the_run(folder: Path) -> None:
     for dtype, error in ((torch.float32, CheckpointError), (torch.bfloat16, OptionError)):
         networks = load_networks(folder, "gimmvfi_r", CPU, dtype)

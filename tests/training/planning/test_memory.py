@@ -73,6 +73,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> StepPrediction:
     return predict(*made, wan_batch(1, (3, 64, 64)), CPU)
 
 
+@pytest.mark.slow
 def test_a_smaller_batch_takes_what_its_size_says(whole: StepPrediction, tmp_path: Path) -> None:
     """As a rehearsal of it does, but for the text, which does not shrink."""
     half = predict(*wan(tmp_path, *CHECKPOINTED), wan_batch(1, (3, 32, 64)), CPU)
@@ -81,6 +82,7 @@ def test_a_smaller_batch_takes_what_its_size_says(whole: StepPrediction, tmp_pat
     assert whole.scaled(0.5).device(0) < whole.device(0)
 
 
+@pytest.mark.slow
 def test_an_average_of_the_weights_counts(whole: StepPrediction, tmp_path: Path) -> None:
     made = wan(tmp_path, *CHECKPOINTED, "--ema_decay", "0.5")
 
@@ -111,6 +113,7 @@ def test_a_swapped_block_leaves_the_prediction_and_goes_to_the_host(whole: StepP
     assert whole.phase(1).host > whole.phase(0).host == 0
 
 
+@pytest.mark.slow
 def test_advice_ends_with_what_fits(tmp_path: Path) -> None:
     family, options = wan(tmp_path)
     batch = wan_batch(1, (3, 16, 16))
@@ -129,6 +132,7 @@ def room_for(size: int) -> Room:
     return next(room for total in totals if (room := Room("a card", total, total)).usable >= size)
 
 
+@pytest.mark.slow
 def test_offloaded_activations_wait_on_the_host(tmp_path: Path) -> None:
     made = wan(tmp_path, *CHECKPOINTED, "--gradient_checkpointing_cpu_offload")
     tokens = 3 * 8 * 8
@@ -148,6 +152,7 @@ def two_experts(folder: Path, *more: str) -> tuple[Family, TrainingOptions]:
     return family_for_training(own), options
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("own", "turns"),
     [
@@ -177,6 +182,7 @@ def size_of(phase: Phase, name: str) -> tuple[int, int]:
     return next((part.device, part.host) for part in phase.parts if part.name.startswith(name))
 
 
+@pytest.mark.slow
 def test_swapped_blocks_of_both_are_on_the_host(tmp_path: Path) -> None:
     family, options = two_experts(tmp_path)
     apart = replace(options, experts=replace(options.by_expert, offload_inactive_dit=True))
@@ -190,6 +196,7 @@ def test_swapped_blocks_of_both_are_on_the_host(tmp_path: Path) -> None:
         assert turns.phase(blocks).device == both.phase(blocks).device - here
 
 
+@pytest.mark.slow
 def test_an_adapter_of_two_experts_is_there_twice_also_if_they_take_turns(tmp_path: Path) -> None:
     path = tmp_path / "adapter.safetensors"
     write_lora(path, tmp_path / "none", rank=64)

@@ -152,6 +152,7 @@ def test_a_wan_step_takes_what_was_predicted(
     assert_takes_what_was_predicted(*wan(tmp_path, *words), batch, monkeypatch)
 
 
+@pytest.mark.slow
 def test_an_adapter_and_a_teacher_take_what_was_predicted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,6 +167,7 @@ def test_an_adapter_and_a_teacher_take_what_was_predicted(
     assert largest(found)[1][ADAPTER] == factors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [pytest.param(CHECKPOINTED[:2], marks=pytest.mark.slow), CHECKPOINTED],
@@ -183,6 +185,7 @@ def test_a_hunyuan_step_takes_what_was_predicted(
     assert_takes_what_was_predicted(*hunyuan(tmp_path, *words), batch, monkeypatch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [
@@ -235,6 +238,7 @@ def test_feed_forwards_in_pieces_take_what_was_predicted_and_less_than_whole_one
     assert least < 0.9 * most
 
 
+@pytest.mark.slow
 def test_norms_in_pieces_keep_what_their_kernels_keep(tmp_path: Path) -> None:
     """A step of Krea 2, whose feed-forwards have their norm in them, is computed again as at first."""
     dit = krea2.write_dit(tmp_path, krea2.tiny_state(dtype=torch.bfloat16))

@@ -32,6 +32,7 @@ def test_half_of_the_tokens_takes_what_a_clip_of_half_the_size_does(tmp_path: Pa
         assert sum(ours.values()) == pytest.approx(sum(theirs.values()) + buffers, rel=0.06), name
 
 
+@pytest.mark.slow
 def test_what_cards_share_is_counted_by_closed_forms(tmp_path: Path) -> None:
     family, options = wan(tmp_path, *CHECKPOINTED)
     counter = TokenCounter()

@@ -75,6 +75,7 @@ def test_the_page_is_there_after_samples_and_complete_at_the_end(
         assert shown.problems == []
 
 
+@pytest.mark.slow
 def test_curves_and_files_fit_on_a_phone_and_a_shared_copy_holds_no_folder(
     tmp_path: Path, sampling: list[object]
 ) -> None:
