@@ -31,19 +31,19 @@ NOT_PRODUCT = {"benchmarks", "tests", "docs", "pocket", ".venv"}
 MODEL = ["--task", "t2v-1.3B", "--dit", str(ROOT / "pocket/dit.safetensors")]
 VAE = ["--vae", str(ROOT / "pocket/vae.safetensors")]
 T5 = ["--t5", str(ROOT / "pocket/t5.safetensors")]
-CLIP = "--video_size 64 64 --video_length 17 --infer_steps 2 --guidance_scale 3 --flow_shift 3 --seed 1"
+CLIP = "--video_size 32 32 --video_length 5 --infer_steps 2 --guidance_scale 3 --flow_shift 3 --seed 1"
 TRAINING = (
     "--sdpa --network_module networks.lora_wan --network_dim 4 --learning_rate 1e-3 "
     "--timestep_sampling shift --mixed_precision bf16 --max_train_steps 2 --max_data_loader_n_workers 0 "
     "--seed 1 --output_name way"
 )
 TABLE = """[general]
-resolution = [64, 64]
+resolution = [32, 32]
 caption_extension = ".txt"
 [[datasets]]
 video_directory = "{folder}/clips"
 cache_directory = "{folder}/cache"
-target_frames = [17]
+target_frames = [5]
 """
 
 Command = tuple[Callable[[Sequence[str]], None], list[str]]
@@ -58,7 +58,7 @@ def commands(folder: Path) -> dict[str, list[Command]]:
     from modules.media.writing import write_video
 
     (folder / "clips").mkdir()
-    write_video(folder / "clips/a.mp4", iter(np.zeros((17, 64, 64, 3), np.uint8)), 16.0)
+    write_video(folder / "clips/a.mp4", iter(np.zeros((5, 32, 32, 3), np.uint8)), 16.0)
     (folder / "clips/a.txt").write_text("a red circle moving left", encoding="utf-8")
     (folder / "d.toml").write_text(TABLE.format(folder=folder.as_posix()), encoding="utf-8")
     data = ["--dataset_config", str(folder / "d.toml")]
