@@ -25,8 +25,8 @@ from modules.parser import Parser
 # the models are tiny: workers share the cores better than threads
 THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 # Settings of torch's libraries that compute as other processors do: what was recorded is to be met there too.
-# Networks are compared, a minute of work for each setting; `-m recorded` runs all such tests.
-OTHER_PROCESSORS = ({"MKL_CBWR": "COMPATIBLE"}, {"ATEN_CPU_CAPABILITY": "default"})
+# Networks are compared, a minute of work; `-m recorded` runs all such tests.
+OTHER_PROCESSOR = {"MKL_CBWR": "COMPATIBLE", "ATEN_CPU_CAPABILITY": "default"}
 NETWORKS = ("wan", "hunyuan_model", "frame_pack", "flux", "lumina", "hunyuan_image", "encoders", "networks")
 RECORDED = ["-m", "recorded and not slow and not gpu", *(f"tests/{room}" for room in NETWORKS)]
 SECOND = "REELSMITH_SECOND_PYTHON"  # names the Python of an environment with another torch
@@ -56,7 +56,7 @@ def main() -> None:
     ]
     if not chosen and not args.fast:
         recorded = ["pytest", *workers, *RECORDED]
-        runs += [(python, recorded, setting) for setting in OTHER_PROCESSORS]
+        runs.append((python, recorded, OTHER_PROCESSOR))
         runs += [(second, recorded, {}) for second in _second_python()]
     failed = [_typed(*run) for run in runs if _run(*run)]
     seconds = sum(os.times()[2:4])  # of the commands; 0 on Windows, which does not count them
