@@ -14,7 +14,7 @@ Form = dict[str, list[str]]
 GONE = "It is not there (any more)."
 NO_WRITING = "The server was started with --read_only."
 # what trainings write for a page to show; a history from elsewhere may name pages, scripts and drawings too
-SHOWN = {".png": "image/png", ".mp4": "video/mp4"}
+SHOWN = {".png": "image/png", ".mp4": "video/mp4", ".wav": "audio/wav"}
 
 
 def answer_page(text: str, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

@@ -20,8 +20,9 @@ const watcher = new IntersectionObserver((entries) => entries.forEach(({ target,
 
 // Puts a sample into its box, or says that this browser cannot show it.
 function show(address, text, box) {
-  const media = document.createElement(address.endsWith(".mp4") ? "video" : "img");
-  Object.assign(media, { src: address, muted: true, loop: true, playsInline: true, alt: text });
+  const kind = { mp4: "video", wav: "audio" }[address.split(".").pop()] ?? "img";
+  const media = Object.assign(document.createElement(kind), { src: address, muted: true, loop: true, playsInline: true, alt: text });
+  media.controls = kind === "audio"; // else there is nothing to see
   media.setAttribute(text ? "aria-label" : "aria-hidden", text || "true"); // its box has a label
   const fail = () => {
     if (!media.isConnected || !media.hasAttribute("src")) return; // it has left the view
@@ -31,7 +32,7 @@ function show(address, text, box) {
     media.replaceWith(said);
   };
   media.addEventListener("error", fail);
-  media.addEventListener("loadeddata", () => media.videoWidth || fail()); // of an unknown picture the sound alone plays
+  media.addEventListener("loadeddata", () => media.videoWidth === 0 && fail()); // of an unknown picture the sound alone plays
   seen.add(media);
   box.replaceChildren(media);
   return media;
@@ -61,7 +62,7 @@ function keepStep() {
 // the one clip that may be heard: under the pointer, or with the focus
 let heard = null;
 for (const kind of ["pointerover", "focusin"]) document.addEventListener(kind, ({ target }) => {
-  const clip = target.closest?.("td, .pair > div")?.querySelector("video");
+  const clip = target.closest?.("td, .pair > div")?.querySelector("video, audio");
   if (clip && clip !== heard) { heard = clip; keepStep(); }
 });
 

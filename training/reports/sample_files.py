@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from modules.pages.page import reduce_frame
 FOLDER = "sample"  # of samples, in the output folder
 SIDE = 256  # pixels of the longer side
 MOST_FRAMES = 96  # of a clip; longer ones keep every second frame, or fewer, at the same speed
+SOUND_RATE = 8000  # at which a sound is read to be drawn
+LIGHT, DARK = np.array([250, 250, 250]), np.array([24, 24, 27])
 STRIP_GAP = 4  # pixels between the frames of a strip
 GAP = 8  # pixels of a sheet
 TITLE_SIZE, TEXT_SIZE = 18, 14
@@ -34,7 +37,7 @@ class ReducedClip:
 
 def find_samples(folder: Path, name: str, mark: str) -> dict[int, Path]:
     """Return the files of the samples with this mark by the number of their prompt, the newest of each."""
-    pattern = re.compile(rf"{re.escape(name)}_{mark}_(\d{{2,9}})_(\d{{14}})(_\d+)?(_000)?\.(png|mp4)")
+    pattern = re.compile(rf"{re.escape(name)}_{mark}_(\d{{2,9}})_(\d{{14}})(_\d+)?(_000)?\.(png|mp4|wav)")
     newest: dict[int, tuple[str, Path]] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         match = pattern.fullmatch(path.name)
@@ -48,6 +51,8 @@ def read_reduced(path: Path) -> ReducedClip:
     """Read a sample. Raises MediaError if it cannot be read."""
     if path.suffix == ".png":
         return ReducedClip([reduce_frame(read_image(path), SIDE)], 1.0)
+    if path.suffix == ".wav":
+        return ReducedClip([_draw_sound(path)], 1.0)
     frames: list[Frame] = []
     stride = 1
     for index, frame in enumerate(video_frames(path)):
@@ -57,6 +62,20 @@ def read_reduced(path: Path) -> ReducedClip:
         if len(frames) > MOST_FRAMES:
             frames, stride = frames[::2], 2 * stride
     return ReducedClip(frames, (video_info(path).fps or 16.0) / stride)
+
+
+def _draw_sound(path: Path) -> Frame:
+    """Return a picture of a WAV file's sound: over time, how far it swings."""
+    from modules.media.samples import read_track, track_facts  # of runs with sound alone
+
+    facts = track_facts(path)
+    seconds = Fraction(1) if facts is None or facts.end is None else facts.end
+    sound = read_track(path, Fraction(0), max(SIDE, int(seconds * SOUND_RATE)), SOUND_RATE, 2)
+    swing = (
+        np.zeros(SIDE) if sound is None else [abs(part).max() for part in np.array_split(sound, SIDE, axis=1)]
+    )
+    places = abs(np.linspace(-1, 1, SIDE // 4))[:, None]
+    return np.where((places <= np.maximum(swing, 0.02))[..., None], LIGHT, DARK).astype(np.uint8)
 
 
 def join_strip(clip: ReducedClip) -> Frame:
@@ -137,6 +156,8 @@ def log_samples(
             for index, path in files.items():
                 if path.suffix == ".png":
                     shown = wandb.Image(str(path), caption=prompts[index])
+                elif path.suffix == ".wav":
+                    shown = wandb.Audio(str(path), caption=prompts[index])
                 else:
                     shown = wandb.Video(str(path), caption=prompts[index], format="mp4")
                 media[f"samples/{index:02d}"] = shown

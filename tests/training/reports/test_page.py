@@ -17,13 +17,23 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import share_page
 from modules.errors import UserError
 from modules.media.reading import read_image, video_frames
+from modules.media.tracks import write_wav
 from tests.chromium import open_page, wait_until
 from tests.training.test_resume import train_in_two_processes
 from tests.training.toy import Killed, killed_at, same, train_toy, write_caches, write_prompts
 from training.reports.history import History, PageCommand, SampleRow, Start
 from training.reports.page import ClipStore, Standing, choose_columns, write_training_page
 from training.reports.reporter import RunReporter
-from training.reports.sample_files import GAP, LEAST_WIDTH, TEXT_SIZE, TITLE_SIZE, log_samples, write_sheet
+from training.reports.sample_files import (
+    GAP,
+    LEAST_WIDTH,
+    TEXT_SIZE,
+    TITLE_SIZE,
+    find_samples,
+    log_samples,
+    read_reduced,
+    write_sheet,
+)
 
 HOSTILE = "\"'><script>alert(1)</script><img src=x onerror=alert(2)> {{ 7 * 7 }} $(rm -rf ~) </style> \u202e"
 PROMPTS = "a cat --w 32 --h 32 --f 9 --d 11 --s 2\na dog --w 32 --h 32 --f 1 --s 2\n"
@@ -335,3 +345,16 @@ def test_wandb_gets_files_with_their_prompts(tmp_path: Path, monkeypatch: pytest
     video = ("video", str(files[0]), {"caption": "a cat", "format": "mp4"})
     image = ("image", str(files[1]), {"caption": "a dog"})
     assert sent == [({"samples/00": video, "samples/01": image}, 5)]
+
+
+def test_a_sample_of_sound_alone_is_drawn_by_how_far_it_swings(tmp_path: Path) -> None:
+    rate = 16000
+    sound = np.sin(np.arange(2 * rate) * 0.2, dtype=np.float32) * np.repeat([0, 0.5], rate).astype(np.float32)
+    path = tmp_path / "x_000004_00_20260101000000_1.wav"
+    write_wav(path, (np.stack([sound, sound]), rate))
+
+    assert find_samples(tmp_path, "x", "000004") == {0: path}
+    (picture,) = read_reduced(path).frames
+    light = (picture[..., 0] > 200).mean(axis=0)  # of each moment
+    assert light[:120].max() < 0.05
+    assert 0.45 < light[140:250].min() < 0.55
