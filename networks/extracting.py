@@ -133,7 +133,7 @@ def _extract_blocks(
     CheckpointError if the models differ in these tensors, or have none.
     """
     with open_checkpoint(options.model_org) as one, open_checkpoint(options.model_tuned) as other:
-        pair = in_values(bare_names(one)), in_values(bare_names(other))
+        pair = _values_of_both(bare_names(one), bare_names(other))
         for checkpoint in pair:
             if weights.example not in checkpoint.tensors:
                 kind = kind_of(checkpoint.tensors)
@@ -152,6 +152,19 @@ def _extract_blocks(
         _extract(options, pair, wanted, _metadata(options, *names_of(pair[0])), None)
 
 
+def _values_of_both(original: Checkpoint, tuned: Checkpoint) -> Pair:
+    pair = in_values(original), in_values(tuned)
+    if rounded := [
+        one.path.name for one, values in zip((original, tuned), pair, strict=True) if one is not values
+    ]:
+        logger.warning(
+            "%s: quantised. What rounding has changed is a difference of the models too, and will be in the "
+            "LoRA, often larger than what was learned. Give files in 16 bits if there are any",
+            " and ".join(rounded),
+        )
+    return pair
+
+
 def extract_whole(options: ExtractOptions) -> None:
     """Write the LoRA of a Stable Diffusion checkpoint, as `_extract`.
 
@@ -159,7 +172,7 @@ def extract_whole(options: ExtractOptions) -> None:
     CheckpointError if the two are not of the same model.
     """
     with open_checkpoint(options.model_org) as original, open_checkpoint(options.model_tuned) as tuned:
-        pair = in_values(original), in_values(tuned)
+        pair = _values_of_both(original, tuned)
         family = _family_of_both(pair)
         same = _unchanged_texts(pair, options.min_diff)
         wanted: dict[str, list[tuple[str, int, str, TensorPiece]]] = {}

@@ -201,7 +201,8 @@ def merge_into_file(
         show_box("Merging", [*rows, ("disk", f"{needed}; {free} free")])
         metadata = {key: value for key, value in checkpoint.metadata.items() if not key.startswith(_STALE)}
         if not uses:
-            logger.warning(f"no --lora_weight is given: {output} becomes a copy of {model}")
+            made = "has the values" if narrow else "becomes a copy"
+            logger.warning(f"no --lora_weight is given: {output} {made} of {model}")
         else:
             metadata["modelspec.merged_from"] = ", ".join([model.name, *(use.lora.path.name for use in uses)])
         stream_tensors(output, written, read, metadata)

@@ -261,6 +261,7 @@ def test_loras_are_merged_into_and_extracted_from_values(
     ours, theirs = (load_file(tmp_path / f"of {file.stem}.safetensors") for file in (packed, dit))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    assert sum(line.startswith(f"{packed.name}: quantised. What rounding") for line in caplog.messages) == 1
 
 
 def _many(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
