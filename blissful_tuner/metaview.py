@@ -89,10 +89,10 @@ def list_files(given: Sequence[Path]) -> list[Path]:
         if not path.is_dir():
             files.append(path)
             continue
-        known = VIDEOS | {TENSORS, ".png"}
+        known = VIDEOS | {TENSORS, ".png", ".wav"}
         inside = sorted(file for file in path.iterdir() if file.suffix.lower() in known and file.is_file())
         if not inside:
-            raise MediaError(f"{path} holds no video, no PNG and no safetensors file. Give another folder")
+            raise MediaError(f"{path} holds no video, PNG, WAV or safetensors file. Give another folder")
         files += inside
     return files
 

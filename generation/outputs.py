@@ -154,7 +154,7 @@ def save_pixels(
         frames = drop_tail(frames, options.trim_tail_frames)
     first = list(islice(frames, 2))
     if not first:
-        return _save_sound(options, stem, track)
+        return _save_sound(options, stem, track, metadata)
     playing: Iterator[Frame] = chain(first, frames)
     is_single = len(first) == 1
     is_picture = options.is_picture(is_single)
@@ -194,12 +194,14 @@ def save_pixels(
     return path
 
 
-def _save_sound(options: OutputOptions, stem: str, track: Track | None) -> Path:
+def _save_sound(
+    options: OutputOptions, stem: str, track: Track | None, metadata: Mapping[str, str] | None
+) -> Path:
     """Write sound that has no pictures."""
     if track is None:
         raise OptionError("sound alone has no pictures: leave --output_type images out")
     path = options.save_path / (free_stem(options.save_path, stem, [SOUND_SUFFIX]) + SOUND_SUFFIX)
-    write_wav(path, track)
+    write_wav(path, track, metadata)
     return path
 
 

@@ -145,7 +145,7 @@ class Sampler:
             metadata = self._metadata(prepared, model) if self.has_metadata else {}
             if not latents.shape[2] and track is not None:
                 path = self.folder / f"{stem}.wav"
-                write_wav(path, track)
+                write_wav(path, track, metadata)
             elif prepared.frames == 1:
                 number = "" if self.session.family.latent.is_of_pictures else "_000"
                 path = self.folder / f"{stem}{number}.png"

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import importlib
 import itertools
+import json
 import logging
 import math
 import re
@@ -34,7 +35,7 @@ from modules.media.colours import (
     upright,
 )
 from modules.media.colours import Frame as Frame
-from modules.media.opening import open_image, open_video
+from modules.media.opening import SOUND_FORMATS, open_container, open_image, open_video, reading
 
 # lower case
 VIDEO_SUFFIXES = frozenset({".mp4", ".webm", ".avi", ".mkv", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg"})
@@ -376,14 +377,22 @@ _CODED = re.compile(r"(?:[A-Za-z0-9+/=_-]{40,}\s){9}|[A-Za-z0-9+/=_-]{400}")
 
 
 def read_tags(path: Path) -> dict[str, str]:
-    """Return the text stored in a PNG or a video, {} if there is none.
+    """Return the text stored in a PNG, a video or a WAV file, {} if there is none.
 
-    Keys of videos are lower case, because mkv stores them in upper case.
+    Keys of videos are lower case, because mkv stores them in upper case. The comment of a WAV file is read as
+    `tracks.write_wav` writes it.
     Raises MediaError if the file cannot be read.
     """
     if path.suffix.lower() in image_suffixes():
         with open_image(path) as image:
             return {str(name): str(value) for name, value in getattr(image, "text", {}).items()}
+    if path.suffix.lower() == ".wav":
+        with reading(path), open_container(path, SOUND_FORMATS) as container:
+            tags = dict(container.metadata)
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
+            tags |= {str(key): str(text) for key, text in dict(json.loads(tags.get("comment", ""))).items()}
+            del tags["comment"]
+        return tags
     with open_video(path) as (container, _):
         return {name.lower(): value for name, value in container.metadata.items()}
 

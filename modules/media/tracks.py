@@ -1,10 +1,13 @@
 """Put a track that was made beside the pictures of a new video, or into a WAV file."""
 
+import json
+import os
+import struct
 import wave
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,19 +50,32 @@ class TrackSound:
             target.mux(self._stream.encode(None))
 
 
-def write_wav(path: Path, track: Track) -> None:
+def write_wav(path: Path, track: Track, tags: Mapping[str, str] | None = None) -> None:
     """Write a track with 16 bits a sample, completely or not at all.
 
-    Raises OutputError if the file cannot be written.
+    tags: written as the file's comment, as JSON: a WAV has names for a few facts alone. Raises OutputError if
+    the file cannot be written.
     """
     samples, rate = track
     whole = np.round(samples.clip(-1, 1).T * LOUDEST).astype("<i2")
     with (
         atomic_path(path, whole.nbytes) as temporary,
-        temporary.open("wb") as opened,
-        wave.open(opened, "wb") as file,
+        temporary.open("wb+") as opened,
     ):
-        file.setnchannels(whole.shape[1])
-        file.setsampwidth(2)
-        file.setframerate(rate)
-        file.writeframes(whole.tobytes())
+        with wave.open(opened, "wb") as file:
+            file.setnchannels(whole.shape[1])
+            file.setsampwidth(2)
+            file.setframerate(rate)
+            file.writeframes(whole.tobytes())
+        if tags:
+            _append_comment(opened, json.dumps(dict(tags)).encode("ascii") + b"\0")
+
+
+def _append_comment(file: BinaryIO, text: bytes) -> None:
+    """Add a comment behind all of a WAV file, in RIFF's list INFO."""
+    text += bytes(len(text) % 2)
+    file.seek(0, os.SEEK_END)
+    file.write(struct.pack("<4sI4s4sI", b"LIST", len(text) + 12, b"INFO", b"ICMT", len(text)) + text)
+    size = file.tell() - 8
+    file.seek(4)
+    file.write(struct.pack("<I", size))

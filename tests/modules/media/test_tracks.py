@@ -12,6 +12,7 @@ import pytest
 
 from modules.errors import OutputError
 from modules.media.encoding import Picture
+from modules.media.reading import read_tags
 from modules.media.tracks import Track, write_wav
 from modules.media.writing import write_shown, write_video
 
@@ -82,8 +83,10 @@ def test_pictures_of_any_times_have_their_sound_beside_them(tmp_path: Path) -> N
 
 def test_what_is_too_loud_is_cut(tmp_path: Path) -> None:
     track = np.array([[0.0, 2.0, -3.0, 0.5]], np.float32), 8000
-    write_wav(tmp_path / "a.wav", track)
+    tags = {"bt_prompt": 'a "b\u00e9ll"\\n', "bt_seeds": "3"}
+    write_wav(tmp_path / "a.wav", track, tags)
 
+    assert read_tags(tmp_path / "a.wav").items() >= tags.items()
     with wave.open(str(tmp_path / "a.wav"), "rb") as file:
         read = np.frombuffer(file.readframes(4), "<i2")
         assert file.getparams()[:4] == (1, 2, 8000, 4)
