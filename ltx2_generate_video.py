@@ -38,11 +38,17 @@ def settle(
     of a second stage.
     """
     shared, own = settle_generation(shared, own)
-    post, output = shared.post, shared.output
-    shows = post.tools or output.save_last_frame or shared.preview.preview_latent_every is not None
-    if shows and VIDEO not in own.streams:
-        options = "--post, --save_last_frame, --preview_latent_every"
-        raise OptionError(f"{options}: sound alone has no pictures. Leave them out")
+    output = shared.output
+    if VIDEO not in own.streams:
+        shown = {
+            "--post": shared.post.tools,
+            "--save_last_frame": output.save_last_frame,
+            "--preview_latent_every": shared.preview.preview_latent_every is not None,
+            "--trim_tail_frames": output.trim_tail_frames,
+            "--output_type images": output.writes_images and output.save_audio is None,
+        }
+        if options := ", ".join(name for name, is_given in shown.items() if is_given):
+            raise OptionError(f"{options}: sound alone has no pictures. Leave out what is for these")
     paths = own.references.paths or None
     told = own.references.reference_strength < 1 or own.references.conditioning_attention_mask
     if told and paths is None and not (shared.from_file or shared.interactive):

@@ -200,7 +200,8 @@ def _save_sound(
     """Write sound that has no pictures."""
     if track is None:
         raise OptionError("sound alone has no pictures: leave --output_type images out")
-    path = options.save_path / (free_stem(options.save_path, stem, [SOUND_SUFFIX]) + SOUND_SUFFIX)
+    name = options.file_name or free_stem(options.save_path, stem, [SOUND_SUFFIX]) + SOUND_SUFFIX
+    path = options.save_path / name
     write_wav(path, track, metadata)
     return path
 

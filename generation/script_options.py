@@ -82,7 +82,7 @@ OUTPUT_TYPES = {
 
 
 # names with such an ending are files, and no folders
-WRITTEN = {".mp4", ".mkv", ".png"}
+WRITTEN = {".mp4", ".mkv", ".png", ".wav"}
 OF_RESULTS = WRITTEN | {".mov", ".webm", ".gif", ".jpg", ".jpeg", ".webp", ".safetensors"}
 
 
@@ -173,10 +173,12 @@ class OutputOptions(Options, title="output"):
         )
 
     def check_file_name(self, frames: int) -> None:
-        """Raise OptionError if `file_name` does not fit a result of so many frames."""
+        """Raise OptionError if `file_name` does not fit a result of so many frames; below 1: sound alone."""
         path, what = self.save_path / self.file_name, "a video is made"
         suffix = self.format.suffix
-        if self.is_picture(frames - self.trim_tail_frames <= 1):
+        if frames < 1:
+            what, suffix = "sound alone is made", ".wav"
+        elif self.is_picture(frames - self.trim_tail_frames <= 1):
             what, suffix = "a picture is made", ".png"
         elif self.writes_images:
             raise OptionError(

@@ -41,13 +41,13 @@ def _header(checkpoint: Checkpoint) -> DitHeader[LtxConfig]:
         raise other_kind(checkpoint, f"an {NAME} transformer", OPTION, FILES)
     known = joined_shapes({name: info.shape for name, info in names.items()}, DIALECTS[dialect][1])
     shapes = DitShapes(checkpoint.path, known, NAME)
-    is_gated = f"{BLOCK}.attn1.to_gate_logits.weight" in known
+    gates = f"{BLOCK}.attn1.to_gate_logits.weight"
+    is_gated = gates in known
     told = read_settings(checkpoint, "transformer", DIFFUSERS_CLASS)
     if CONFIG in checkpoint.metadata:  # what the released reader takes if a record does not say
         told = {"av_ca_timestep_scale_multiplier": 1.0, **told}
     projects = "caption_projection.linear_1.weight" in known
     try:
-        gates = f"{BLOCK}.attn1.to_gate_logits.weight"
         heads = shapes.of(gates)[0] if is_gated else int(told.get("num_attention_heads", USUAL_HEADS))
         config = LtxConfig(
             video=_stream(shapes, VIDEO, projects, told),

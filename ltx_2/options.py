@@ -351,8 +351,7 @@ declare_all(Ltx2GenerationOptions, GENERATION)
 def caching_options(options: Ltx2TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
     model = {"--ltx2_checkpoint": options.model.ltx2_checkpoint, "--ltx2_mode": options.model.ltx_mode}
     latents: dict[str, Any] = {"--vae": options.vae.file.vae, "--audio_vae": options.vae.audio_vae}
-    latents = {**latents, **options.references.words()}
-    return {**model, **latents}, {**model, **options.text.words()}
+    return {**model, **latents, **options.references.words()}, {**model, **options.text.words()}
 
 
 def generation_options(options: Ltx2TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:

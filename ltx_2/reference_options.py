@@ -31,11 +31,10 @@ class Ltx2ReferenceOptions(Options, title="references (IC-LoRA)"):
     )
 
     def words(self) -> dict[str, int | None]:
+        size, time = self.reference_downscale, self.reference_temporal_scale
         return {
-            "--reference_downscale": self.reference_downscale if self.reference_downscale > 1 else None,
-            "--reference_temporal_scale": self.reference_temporal_scale
-            if self.reference_temporal_scale > 1
-            else None,
+            "--reference_downscale": size if size > 1 else None,
+            "--reference_temporal_scale": time if time > 1 else None,
             "--reference_frames": self.reference_frames,
         }
 

@@ -127,9 +127,8 @@ class SoundVae:
     def _statistics(self) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation, 1 C 1 M: one for each number of a latent frame."""
         channels = self._network.config.latent_channels
-        mean, std = (
-            one.view(1, channels, 1, -1) for one in (self._network.latents_mean, self._network.latents_std)
-        )
+        both = self._network.latents_mean, self._network.latents_std
+        mean, std = (one.view(1, channels, 1, -1) for one in both)
         return mean, std
 
 
@@ -201,10 +200,7 @@ def read_vocoder(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
         **_generator(shape, sources, "vocoder.", refusal),
         # as in the official code; diffusers' own settings leave the waveform unlimited here
         "final_act_fn": "clamp",
-        **{
-            f"bwe_{name}": value
-            for name, value in _generator(shape, sources, "bwe_generator.", refusal).items()
-        },
+        **{f"bwe_{name}": one for name, one in _generator(shape, sources, "bwe_generator.", refusal).items()},
         "bwe_final_act_fn": None,
         "filter_length": window,
         "window_length": window,
@@ -278,9 +274,9 @@ def build_sound_vae(settings: Settings) -> nn.Module:
     return network
 
 
-def _rate(settings: Settings, prefix: str = "") -> int:
+def _rate(settings: Settings) -> int:
     """Return the samples a second that a generator makes of mel frames."""
-    return RATE // HOP * prod(settings[f"{prefix}upsample_factors"])
+    return RATE // HOP * prod(settings["upsample_factors"])
 
 
 def build_vocoder(settings: Settings) -> nn.Module:

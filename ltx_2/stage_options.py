@@ -50,11 +50,9 @@ class Ltx2StageOptions(Options, title="two stages"):
     @property
     def lora(self) -> tuple[Path | None, float, float]:
         """Return the LoRA and its strength in each stage."""
-        first, second = (
-            self.sample_stage1_distilled_lora_multiplier,
-            self.sample_stage2_distilled_lora_multiplier,
-        )
-        return self.distilled_lora_path, first or 0.0, 1.0 if second is None else second
+        second = self.sample_stage2_distilled_lora_multiplier
+        first = self.sample_stage1_distilled_lora_multiplier or 0.0
+        return self.distilled_lora_path, first, 1.0 if second is None else second
 
 
 class Ltx2OfficialStages(Ltx2StageOptions, title="two stages"):

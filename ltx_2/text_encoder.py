@@ -195,9 +195,8 @@ class Ltx2TextEncoder(LanguageModelEncoder):
 
     def load_network(self, device: torch.device) -> nn.Module:
         self.check()
-        with open_connectors(
-            self.connectors, self.path
-        ) as checkpoint:  # first: Gemma takes the room that is left
+        # first: Gemma takes the room that is left
+        with open_connectors(self.connectors, self.path) as checkpoint:
             plan = read_connectors(checkpoint, self.streams)
             what = f"LTX-2's text connectors ({OPTION})"
             connectors = load_planned(plan, TextConnectors, device, self.dtype, what)

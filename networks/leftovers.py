@@ -62,13 +62,13 @@ def kind_of_module(model: FamilyNames | None, holds_side: bool, name: str) -> Ki
     model: its family. holds_side: whether it has the text encoder's side.
     """
     module, _, leaf = name.removeprefix(OURS).partition(".")
-    if model is not None and module_names.is_optional(module, model):
-        return f": they are for {model.optional_words}; the rest is used without them", ""
     if not holds_side and (words := module_names.on_text_side(module)):
         return (
             f": they change {words}, which read the texts before the transformer, and are not used here. To "
             "have them, merge it into the model's file with merge_lora.py, and cache texts with that file"
         ), ""
+    if model is not None and module_names.is_optional(module, model):
+        return f": they are for {model.optional_words}; the rest is used without them", ""
     if model is not None and module_names.has_module(module, model):
         if leaf == "bias":
             return ": they are biases, which these layers do not have here", "its biases are left out."

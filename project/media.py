@@ -13,7 +13,7 @@ from dataset.sources.folders import ControlFolder
 from dataset.sources.left_out import remedy_of
 from modules.errors import DatasetError, MediaError
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
-from modules.media.opening import open_image
+from modules.media.opening import SOUND_SUFFIXES, open_image
 from modules.media.reading import VIDEO_SUFFIXES, image_size, image_suffixes
 from modules.media.samples import track_facts
 from modules.media.streams import source_info
@@ -45,6 +45,10 @@ LISTS = {
         "if it lists captions, image_jsonl_file or image_table_file in dataset.toml takes it",
     ),
     ".json": "write captions into .txt files",
+    **dict.fromkeys(
+        SOUND_SUFFIXES,
+        "audio_directory in dataset.toml takes sounds of clips by their names and, for LTX-2, sounds alone",
+    ),
 }
 
 

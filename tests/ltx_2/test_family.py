@@ -21,6 +21,7 @@ from modules.media.pixels import video_pixels
 from modules.media.reading import read_image
 from modules.media.samples import read_track
 from modules.media.writing import write_png
+from tests.faults.messages import assert_one_message, run_here
 from tests.ltx_2.release import TinyRelease, dit_config, write_release
 from tests.ltx_2.tiny_dit import dit_in_diffusers
 from tests.ltx_2.tiny_text import text_tokenizer
@@ -69,8 +70,10 @@ def generate(release: TinyRelease, folder: Path, *words: object) -> dict[str, Te
     made = ["--output_type", "latent", "--save_path", folder / "made"]
     ltx2_generate_video.main([str(word) for word in [*command, *size, *said, *made]])
     (path,) = (folder / "made").iterdir()
-    shown = ["--latent_path", path, "--output_type", "images", "--save_path", folder / "shown"]
-    ltx2_generate_video.main([str(word) for word in [*command, *shown, "--save_audio", "wav"]])
+    shown = ["--output_type", "images", "--save_path", folder / "shown", "--save_audio", "wav"]
+    if "--sample_audio_only" in words:
+        shown = ["--save_path", folder / "shown" / "bell.wav"]
+    ltx2_generate_video.main([str(word) for word in [*command, "--latent_path", path, *shown]])
     return load_file(path)
 
 
@@ -124,6 +127,13 @@ def test_videos_and_their_sound_equal_those_of_diffusers(
     assert_as_there(pipe, made, tmp_path / "shown", fps, picture, sound)
 
 
+def assert_shown(vae: Any, latents: Tensor, shown: Path) -> None:
+    """The PNG files of a folder are the frames that diffusers' VAE decodes, as near as bytes can be."""
+    pixels = (vae.decode(latents, None).sample[0].clamp(-1, 1) + 1) * 127.5
+    frames = [torch.from_numpy(read_image(path)) for path in sorted(shown.rglob("*.png"))]
+    assert (torch.stack(frames).permute(3, 0, 1, 2) - pixels).abs().max() < 0.6
+
+
 def assert_as_there(
     pipe: Any, made: dict[str, Tensor], shown: Path, fps: int, picture: Scales, sound: Scales, **more: Any
 ) -> None:
@@ -139,9 +149,7 @@ def assert_as_there(
     if made["latent"].numel():
         expected = pipe._normalize_latents(latents, vae.latents_mean, vae.latents_std)[0]
         assert_equal(made["latent"], expected, "latents")
-        pixels = (vae.decode(latents, None).sample[0].clamp(-1, 1) + 1) * 127.5
-        frames = [torch.from_numpy(read_image(path)) for path in sorted(shown.rglob("*.png"))]
-        assert (torch.stack(frames).permute(3, 0, 1, 2) - pixels).abs().max() < 0.6  # as near as bytes can be
+        assert_shown(vae, latents, shown)
     if SOUND not in made:
         assert not [*shown.rglob("*.wav")]
         return
@@ -182,6 +190,20 @@ def test_sound_alone_equals_that_of_diffusers_without_pictures(
     pipe.prepare_latents = begin_again
     of_sound = RELEASED | {"guidance_scale": 7.0, "modality_scale": 1.0}
     assert_as_there(pipe, made, tmp_path / "shown", 24, PLAIN, of_sound)
+
+
+@pytest.mark.parametrize("release", ["2.3"], indirect=True)
+def test_what_is_for_pictures_is_told_before_sound_alone_is_made(
+    release: TinyRelease, tmp_path: Path
+) -> None:
+    command = ["ltx2_generate_video.py", *release.words, *release.texts, "--ltx2_mode", "audio"]
+    command += ["--prompt", "a bell", "--device", "cpu", "--save_path"]
+    for words, message in (
+        (["bells", "--output_type", "images", "--trim_tail_frames", "2"], "_frames, --output_type images: "),
+        (["bell.mp4"], "--save_path bell.mp4: sound alone is made. Give bell.wav"),
+    ):
+        code, said = run_here(*command, *words, folder=tmp_path)
+        assert_one_message(code, said, message)
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler, LTX2Pipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ltx_2.checkpoints import FORMAT
+from ltx_2.checkpoints import FORMAT, SILENT, SOUND_ALONE
 from ltx_2.configs import DIT, LORA_PRESETS
 from ltx_2.model import LtxModel
+from modules.checkpoints.dits import DitFormat
 from modules.contract.loading import Placement
 from modules.errors import CheckpointError
 from networks.adapter import make_network as make_trained
@@ -207,7 +208,7 @@ def test_connectors_learned_in_a_lora_are_used_in_generation_as_in_the_merged_fi
         made = ["--output_type", "latent", "--save_path", label]
         said = succeed_here("ltx2_generate_video.py", *files, *ONE_PASS, *made, folder=tmp_path)
         assert "damaged" not in said
-        assert ("they are for sound" in said) == (label == "silent")
+        assert ("a stream that this run is without" in said) == (label == "silent")
         (path,) = (tmp_path / label).iterdir()
         found[label] = load_file(path)
 
@@ -263,15 +264,15 @@ def test_a_lora_of_an_older_release_loads_with_a_note(
 
 
 @pytest.mark.parametrize("way", ["loaded", "added", "network"])
-def test_what_changes_connectors_is_named_where_there_are_none(
+def test_what_changes_connectors_or_a_stream_is_named_where_there_is_none(
     way: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     release, path = write_release(tmp_path), tmp_path / "lora.safetensors"
     write_for_all_parts(release.checkpoint, tmp_path, "official")
 
-    def put(path: Path) -> None:
+    def put(path: Path, streams: DitFormat[Any, LtxModel] = FORMAT) -> None:
         patch = LoraPatch([LoraUse(read_lora(path), 1.0)] if way == "loaded" else [])
-        dit = FORMAT.load(release.checkpoint, Placement(torch.device("cpu"), patch=patch))
+        dit = streams.load(release.checkpoint, Placement(torch.device("cpu"), patch=patch))
         patch.check()
         if way == "network":
             make_network(dit, rank=2).load_weights(path)
@@ -281,6 +282,13 @@ def test_what_changes_connectors_is_named_where_there_are_none(
     put(path)
 
     assert "they change the text connectors" in caplog.text
+    assert "a stream that this run is without" not in caplog.text
+    for streams, left in ((SOUND_ALONE, "_0_attn1_to_q"), (SILENT, "_0_audio_attn2_to_k")):
+        caplog.clear()
+        put(path, streams)
+        (told,) = [line for line in caplog.text.splitlines() if f"unet_transformer_blocks{left}" in line]
+        # a network names each layer, those of its own too
+        assert way == "network" or "a stream that this run is without" in told
     assert "damaged" not in caplog.text
     save_file({name: one for name, one in load_file(path).items() if "connector" in name}, path)
     with pytest.raises(CheckpointError, match="changes the text connectors alone"):

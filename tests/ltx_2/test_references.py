@@ -92,8 +92,10 @@ def asked_there(
     factor: int,
     strength: float = 1.0,
     seen: tuple[float, Tensor | None] = (1.0, None),
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """The latents that diffusers' pipeline makes from the same noise, which it would draw token by token.
+
+    Returns them normalised, and as its VAE decodes them.
 
     What it takes for clean of a reference goes by the noise level of the clip; here, as in the official code,
     by that of the reference. seen: strength and mask of what both see of each other; what attention adds is
@@ -158,8 +160,7 @@ def asked_there(
         generator=torch.Generator().manual_seed(0),
         **SCALES,
     )
-    normed: Tensor = pipe._normalize_latents(latents, pipe.vae.latents_mean, pipe.vae.latents_std)
-    return normed[0]
+    return pipe._normalize_latents(latents, pipe.vae.latents_mean, pipe.vae.latents_std)[0], latents
 
 
 CASES: dict[str, Any] = {
@@ -208,7 +209,9 @@ def test_videos_with_references_equal_those_of_diffusers(
 
     made = pipelines.generate(release, tmp_path, *words)
 
-    assert_equal(made["latent"], asked_there(release, monkeypatch, clips, factor, strength, seen), "latents")
+    expected, decoded = asked_there(release, monkeypatch, clips, factor, strength, seen)
+    assert_equal(made["latent"], expected, "latents")
+    pipelines.assert_shown(release.networks["vae"], decoded, tmp_path / "shown")
     with safe_open(next((tmp_path / "made").iterdir()), "pt") as file:
         said = file.metadata()
     assert said.get("bt_reference_strength") == (f"{strength:g}" if strength < 1 else None)

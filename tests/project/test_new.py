@@ -106,7 +106,7 @@ def test_what_is_left_out_or_odd_gets_a_line(tmp_path: Path) -> None:
     write_photos(folder, size=300)
     Image.new("RGBA", (300, 300), (9, 9, 9, 0)).save(folder / "cut.png")
     Image.new("RGB", (60, 40)).save(folder / "small.png")
-    for name in ("IMG_1.HEIC", "scan.jp2", "empty.jpg", "notes.pdf"):
+    for name in ("IMG_1.HEIC", "scan.jp2", "empty.jpg", "notes.pdf", "bell.wav"):
         (folder / name).touch()
     write_photos(folder / "c" / "raw" / "deep")
     write_photos(folder / "output")
@@ -123,6 +123,7 @@ def test_what_is_left_out_or_odd_gets_a_line(tmp_path: Path) -> None:
         "IMG_1.HEIC: left out, this kind is not read; convert them to PNG, or `pip install pillow-heif`",
         "scan.jp2: left out, this kind is not read; convert them to PNG",
         "notes.pdf: left out, neither media nor captions",
+        "bell.wav: left out, this kind is not read; audio_directory in dataset.toml takes sounds",
         f"left out: {folder / 'empty.jpg'} is empty",
         f"{folder / 'c' / 'raw' / 'deep'}: left out because it is too deep",
         f"{folder / 'masks'}: masks are left out",
