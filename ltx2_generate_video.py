@@ -42,6 +42,7 @@ def settle(
     if VIDEO not in own.streams:
         shown = {
             "--post": shared.post.tools,
+            "--sheet": shared.sheet.is_asked,
             "--save_last_frame": output.save_last_frame,
             "--preview_latent_every": shared.preview.preview_latent_every is not None,
             "--trim_tail_frames": output.trim_tail_frames,

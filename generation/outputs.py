@@ -199,7 +199,7 @@ def _save_sound(
 ) -> Path:
     """Write sound that has no pictures."""
     if track is None:
-        raise OptionError("sound alone has no pictures: leave --output_type images out")
+        raise OptionError(f"{stem}: the latents hold sound alone, which is not made here. Ask for sound")
     name = options.file_name or free_stem(options.save_path, stem, [SOUND_SUFFIX]) + SOUND_SUFFIX
     path = options.save_path / name
     write_wav(path, track, metadata)

@@ -22,6 +22,7 @@ from ltx_2.options import (
     Ltx2LatentCachingOptions,
     Ltx2TextCachingOptions,
     Ltx2TrainingOptions,
+    tell_ignored,
 )
 from ltx_2.reference_options import MOST
 from ltx_2.references import (
@@ -433,6 +434,8 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
     files = files_of(options, options.model.streams)
     check_version(files, options)
     is_alone = not files.has_pictures  # pictures then hold a place, and the noise level goes by the sound
+    if is_alone:
+        tell_ignored(options, options.references, options.guidance)
     learning = rules.SoundLearning(
         options.video_loss_weight,
         options.audio_loss_weight,
@@ -464,6 +467,8 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
 def family_for_generation(options: Ltx2GenerationOptions) -> Ltx2:
     """Describe the family for ltx2_generate_video.py."""
     streams = (VIDEO,) if options.silent else options.streams
+    if VIDEO not in streams:
+        tell_ignored(options, options.guidance)
     return Ltx2(
         files_of(options, streams),
         options.guidance,

@@ -2,6 +2,8 @@
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import fields
+from logging import getLogger
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,8 +25,10 @@ from modules.options import (
     IDENTITY,
     NO_PIXELS,
     Options,
+    is_given,
     not_needed,
     option,
+    option_name,
     option_values,
     override_options,
     unsupported,
@@ -33,6 +37,7 @@ from modules.output_files import check_output_name
 from modules.speed_options import GENERATION_VALUES, dit_dtype_option
 
 T = TypeVar("T")
+logger = getLogger(__name__)
 
 NAME = "LTX-2"
 VERSIONS = ("2.0", "2.3", "2.5")
@@ -42,6 +47,12 @@ _REFERENCES = "it is for sounds as references, which are not built; v2v has clip
 _TIMES = "--show_timesteps draws the distribution of timesteps."
 _ONE_FILE = "one LoRA file is saved, and convert_lora.py makes others of it"
 FPS = 24.0  # of the release
+# what is for pictures, or between both streams
+_OF_PICTURES = (
+    *("video_loss_weight", "independent_audio_timestep", "first_frame_probability", "ic_lora_strategy"),
+    *("ic_lora_ref_probability", "reference_downscale", "reference_temporal_scale", "reference_frames"),
+    *("video_cfg_scale", "video_modality_scale", "audio_modality_scale", "video_rescale_scale", "image_crf"),
+)
 DTYPES = {"bf16": "bfloat16", "fp16": "float16"}  # of --mixed_precision
 
 
@@ -65,6 +76,18 @@ def _precision(dtype: str, **facts: Any) -> Any:
 
 def _version() -> Any:
     return not_needed("the file says which release it is.", type=str, default="2.3", metavar="VALUE")
+
+
+def tell_ignored(*records: Options) -> None:
+    """Warn of given options without effect where sound is alone."""
+    given = [
+        f"--{option_name(field)}"
+        for record in records
+        for field in fields(record)
+        if field.name in _OF_PICTURES and is_given(record, field)
+    ]
+    if given:
+        logger.warning("%s: ignored, because sound alone has no pictures", ", ".join(given))
 
 
 class Ltx2LatentCachingOptions(Options, title=NAME):

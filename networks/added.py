@@ -395,6 +395,7 @@ def fitting(lora: LoraFile, known: Mapping[str, ChangedPlace], option: str) -> d
                     f"{option} {lora.path} does not fit this model: {name} has no bias there.\n  {remedy}",
                     lora.path,
                 )
-    loading.warn_of_absent(lora.path, missed, len(stored), "modules are not in this model", family)
-    loading.warn_of_other_family(lora, family, [name.removeprefix(OURS) for name in known])
+    modules = [name.removeprefix(OURS) for name in known]
+    loading.warn_of_absent(lora.path, missed, len(stored), "modules are not in this model", family, modules)
+    loading.warn_of_other_family(lora, family, modules)
     return found

@@ -23,7 +23,7 @@ from networks.deltas import CPU, DORA, META, Factors, has_input_magnitudes, othe
 from networks.key_formats import OURS, module_of_tensor
 from networks.leftovers import text_side_of
 from networks.loading import LoraUse, refuse_unknown, warn_of_absent, warn_of_other_family
-from networks.module_names import Relative, alias, choose_family, on_text_side, relatives
+from networks.module_names import Relative, alias, choose_family, relatives
 from networks.names.layouts import FIRST_LAYERS
 from networks.parts import is_cut, part_rows
 
@@ -276,7 +276,7 @@ class LoraPatch:
                 warn_of_other_family(use.lora, family, self._modules)
                 missed = [key for key in keys if key not in self._seen]
                 what = f"weights are not in {self._model}"
-                warn_of_absent(path, missed, len(keys), what, family, any(map(on_text_side, self._modules)))
+                warn_of_absent(path, missed, len(keys), what, family, self._modules)
 
     def refuse_misfits(self) -> None:
         """Raise CheckpointError if no part of a LoRA has a weight."""

@@ -1,7 +1,7 @@
 """Tensors of a LoRA file that a reader or a model has no use for, sorted by what they are."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from networks import module_names
 from networks.key_formats import OURS, bare_path
@@ -56,10 +56,11 @@ def kind_of_tensor(family: FamilyNames | None, key: str) -> Kind:
     return f"are of another network, {key[: key.index(start)]}{start}, and are ignored", ""
 
 
-def kind_of_module(model: FamilyNames | None, holds_side: bool, name: str) -> Kind:
+def kind_of_module(model: FamilyNames | None, holds_side: bool, alike: Collection[str], name: str) -> Kind:
     """Return what a part of a LoRA is that a model lacks, `lora_unet_x.weight` or `lora_unet_x`.
 
-    model: its family. holds_side: whether it has the text encoder's side.
+    model: its family. holds_side: whether it has the text encoder's side. alike: its modules
+    `without_numbers`.
     """
     module, _, leaf = name.removeprefix(OURS).partition(".")
     if not holds_side and (words := module_names.on_text_side(module)):
@@ -67,7 +68,9 @@ def kind_of_module(model: FamilyNames | None, holds_side: bool, name: str) -> Ki
             f": they change {words}, which read the texts before the transformer, and are not used here. To "
             "have them, merge it into the model's file with merge_lora.py, and cache texts with that file"
         ), ""
-    if model is not None and module_names.is_optional(module, model):
+    # a model with such layers in other blocks is of another size
+    is_other_size = without_numbers(module) in alike
+    if model is not None and not is_other_size and module_names.is_optional(module, model):
         return f": they are for {model.optional_words}; the rest is used without them", ""
     if model is not None and module_names.has_module(module, model):
         if leaf == "bias":
@@ -85,6 +88,10 @@ def kind_of_module(model: FamilyNames | None, holds_side: bool, name: str) -> Ki
         ": no known model has layers of these names",
         "the rest of it is of a network that is not known here.",
     )
+
+
+def without_numbers(module: str) -> str:
+    return re.sub(r"\d+", "0", module)
 
 
 def module_of(name: str) -> str:

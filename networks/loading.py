@@ -16,7 +16,7 @@ from networks import key_formats
 from networks.alphas import read_alphas
 from networks.deltas import Factors, drop_unused_alphas, find_fault, group_by_module, ungroup
 from networks.key_formats import OURS, NativeTensors
-from networks.leftovers import kind_of_module, kind_of_tensor, module_of, sort_by_kind
+from networks.leftovers import kind_of_module, kind_of_tensor, module_of, sort_by_kind, without_numbers
 from networks.metadata import (
     DORA_FORM,
     FROZEN_NORMS,
@@ -403,14 +403,16 @@ def warn_of_absent(
     whole: int,
     what: str,
     model: FamilyNames | None,
-    holds_side: bool = False,
+    modules: Iterable[str] = (),
 ) -> None:
     """Warn of parts of a LoRA that a model does not have, each kind of them as `warn_of_rest`.
 
-    absent: under our names, with our prefix, `lora_unet_x.weight` or `lora_unet_x`. holds_side: whether the
-    text encoder's side is in this model.
+    absent: under our names, with our prefix, `lora_unet_x.weight` or `lora_unet_x`. modules: of the model,
+    without the prefix.
     """
-    kinds = sort_by_kind(absent, partial(kind_of_module, model, holds_side))
+    modules = list(modules)
+    holds_side, alike = any(map(on_text_side, modules)), {*map(without_numbers, modules)}
+    kinds = sort_by_kind(absent, partial(kind_of_module, model, holds_side, alike))
     for (words, loss), names in kinds.items():
         warn_of_rest(path, names, whole, what + words, loss)
 

@@ -142,11 +142,12 @@ def count(names: Iterable[str], start: str, path: Path | None = None) -> int:
     path: of the file, for the CheckpointError that is raised for more than any model has.
     """
     pattern = re.compile(rf"({start})\.")
-    number = len({found[1] for found in map(pattern.match, names) if found})
+    starts = {found[1] for found in map(pattern.match, names) if found}
+    number = len(starts)
     if number > MAX_BLOCKS:
         raise CheckpointError(
-            f"{path or 'a file'} has {number:,} layers such as {start}, more than any model has. Give the "
-            "released file of the model.",
+            f"{path or 'a file'} has {number:,} layers such as {min(starts)}, more than any model has. Give "
+            "the released file of the model.",
             path,
         )
     return number

@@ -13,6 +13,9 @@ from generation.outputs import name_job
 from ltx2_generate_video import DEFAULTS
 from ltx_2.model_options import CHECKPOINT, GEMMA
 from ltx_2.options import (
+from ltx_2.model_options import Ltx2GuidanceOptions
+from ltx_2.options import tell_ignored
+from ltx_2.reference_options import Ltx2ReferenceOptions
     Ltx2GenerationOptions,
     Ltx2LatentCachingOptions,
     Ltx2TextCachingOptions,
@@ -242,3 +245,11 @@ def test_commands_that_follow_from_a_training_are_read_again() -> None:
     assert (made.dit_file, made.guidance, made.text) == (Path("dit.safetensors"), own.guidance, own.text)
     assert read_own("ltx2_generate_video").dit_file == CHECKPOINT
     assert made.guidance.rescaling("audio") is None
+
+
+def test_options_for_pictures_are_told_where_sound_is_alone(caplog: pytest.LogCaptureFixture) -> None:
+    guidance = Ltx2GuidanceOptions(video_cfg_scale=5.0, audio_cfg_scale=3.0)
+    tell_ignored(guidance, Ltx2ReferenceOptions(reference_downscale=2))
+
+    told = "--video_cfg_scale, --reference_downscale: ignored, because sound alone has no pictures"
+    assert caplog.messages == [told]

@@ -503,7 +503,11 @@ def test_the_sound_of_a_lora_is_named_where_there_is_none(
     names = ("transformer_blocks.0.attn1.to_q", "transformer_blocks.0.audio_attn1.to_q")
     _merge_two(tmp_path, names)
     assert "a stream that this run is without" in caplog.text
-    assert "IS USED ONLY IN PART" not in caplog.text
+
+    caplog.clear()
+    _merge_two(tmp_path, ("transformer_blocks.0.attn1.to_q", "transformer_blocks.7.attn1.to_q"))
+    assert "another model of ltx_2" in caplog.text
+    assert "other models of ltx_2 have them" in caplog.text
 
 
 def test_a_start_that_is_not_known_is_named(model: Path) -> None:
