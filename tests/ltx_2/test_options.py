@@ -11,11 +11,8 @@ import pytest
 from generation.options import read_generation
 from generation.outputs import name_job
 from ltx2_generate_video import DEFAULTS
-from ltx_2.model_options import CHECKPOINT, GEMMA
+from ltx_2.model_options import CHECKPOINT, GEMMA, Ltx2GuidanceOptions
 from ltx_2.options import (
-from ltx_2.model_options import Ltx2GuidanceOptions
-from ltx_2.options import tell_ignored
-from ltx_2.reference_options import Ltx2ReferenceOptions
     Ltx2GenerationOptions,
     Ltx2LatentCachingOptions,
     Ltx2TextCachingOptions,
@@ -23,7 +20,9 @@ from ltx_2.reference_options import Ltx2ReferenceOptions
     caching_options,
     generation_options,
     settle_generation,
+    tell_ignored,
 )
+from ltx_2.reference_options import Ltx2ReferenceOptions
 from modules.errors import OptionError
 from modules.option_values import option_words
 from modules.options import Options, read_options
