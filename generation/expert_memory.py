@@ -3,11 +3,14 @@
 The rules are those of `generation.experts.DitTurns`, counted here without loading anything.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from operator import sub
 
+from torch import nn
+
+from generation.dressing import expert_loras
 from generation.experts import TurnRules, plan_turns
 from generation.grid_options import cells_of
 from generation.options import GenerationOptions
@@ -16,6 +19,7 @@ from generation.request import prepare_line
 from generation.session import needs_media
 from modules.console import quiet
 from modules.contract.family import Family
+from modules.contract.loading import Placement
 from modules.contract.requests import Prepared
 from modules.devices import gib
 from modules.errors import OptionError, UserError
@@ -23,6 +27,9 @@ from modules.media.reading import image_size
 from modules.planning.device_memory import Room
 from modules.planning.dry_run import WEIGHTS
 from modules.planning.memory_plan import NAMES, MemoryPart, MemoryPlan, Phase, Swapped, sharing_processes
+from modules.stored.forms import stored_in
+from networks.apply import Change, LoraPatch
+from networks.loading import on_side
 
 
 @dataclass(frozen=True)
@@ -144,3 +151,17 @@ def largest_of(family: Family, requests: Sequence[Prepared]) -> list[Prepared]:
         if not any(other != size and min(map(sub, other, size)) >= 0 for other in sizes)
     ]
     return [sizes[size] for size in largest]
+
+
+def load_with_loras(
+    family: Family, options: GenerationOptions, placement: Placement
+) -> tuple[nn.Module, Mapping[str, Sequence[Change]]]:
+    """Load the first expert for a plan, on the meta device; return it and `LoraPatch.beside` of its LoRAs.
+
+    They are read only if layers are stored: into others they are merged, which takes no memory.
+    """
+    dit = family.load_dit(placement)
+    if options.lora.lora_weight is None or not any(map(stored_in, dit.modules())):
+        return dit, {}
+    patch = LoraPatch(on_side(expert_loras(family.experts, options)[0], False))
+    return family.load_dit(replace(placement, patch=patch, beside=patch.leave_beside)), patch.beside

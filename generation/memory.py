@@ -11,7 +11,7 @@ from blissful_tuner.guidance import make_guidance, plan_steps
 from blissful_tuner.step_cache import StepCaches
 from blissful_tuner.taehv import check_taehv, decoding_bytes
 from generation.denoise import SeededNoise, on_device, predictor, sections_of
-from generation.expert_memory import ALONE, ExpertTurns, all_requests, largest_of, turns_of
+from generation.expert_memory import ALONE, ExpertTurns, all_requests, largest_of, load_with_loras, turns_of
 from generation.options import GenerationOptions
 from generation.request import Peaks
 from generation.session import NO_ENCODERS, encode_inputs, gather_encoded, needs_media, texts_of, wanted_texts
@@ -174,7 +174,8 @@ def rehearse_denoising(
     """Rehearse the step that takes most memory. watch: as of `predict`."""
     speed = options.speed
     choice = replace(speed.attention.choice, mode="sdpa")  # the stand-in of all kernels
-    dit = family.load_dit(Placement(META, attention=choice, quantisation=speed.fp8.quantisation))
+    placement = Placement(META, attention=choice, quantisation=speed.fp8.quantisation)
+    dit, beside = load_with_loras(family, options, placement)
     dit.eval().requires_grad_(False)
     weights, swaps = (
         memory_plan.dtypes_of(dit),
@@ -186,6 +187,9 @@ def rehearse_denoising(
         import_own("networks.added").add_stage_loras(dit)
     with rehearsing(dit) as ledger:
         dry.watch_blocks(blocks, ledger)
+        if beside:
+            with ledger.allocating(dry.NETWORK):
+                import_own("networks.beside").add_beside(dit, beside, dry.ACCELERATOR, dtype_of(dit))
         if prepared.added:  # on the device beside the weights
             with ledger.allocating(dry.ADAPTER):
                 for loras, strength in zip(vars(dit)["stage_loras"], prepared.added, strict=True):

@@ -13,6 +13,8 @@ import merge_lora
 from modules.checkpoints.changing import CheckpointChange, plan_change
 from modules.checkpoints.opening import open_checkpoint, plain_sources
 from modules.errors import CheckpointError
+from modules.planning import memory_plan
+from modules.planning.dry_run import NETWORK, WEIGHTS
 from networks import extract_lora_from_models
 from networks.apply import check_loras_fit
 from networks.loading import LoraUse, read_lora
@@ -22,7 +24,7 @@ from tests.tiny import z_image
 from tests.tiny.dit_files import as_fp8
 from tests.tiny.families import FAMILIES
 from tests.tiny.project import write_lora
-from tests.tiny.runs import TinyProject, make_project
+from tests.tiny.runs import SIZE, TinyProject, make_project
 from tests.tiny.wan_encoders import t5_hf_tensors
 
 pytest.importorskip("comfy_kitchen")
@@ -128,6 +130,36 @@ def test_a_lora_is_added_beside_packed_layers(
     assert "stay in" in caplog.text
     assert ("stored layers are kept in 16 bits" in caplog.text) != kept
     assert kept or "3 of " in caplog.text
+
+
+def test_a_plan_counts_small_forms_and_loras_beside_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The text encoder in the form that is asked for, the transformer in that of its file."""
+    plans: list[memory_plan.MemoryPlan] = []
+    monkeypatch.setattr(memory_plan, "show", lambda plan, _: plans.append(plan))
+    project = project_of("wan t2v-1.3B", tmp_path)
+    dit, lora = tmp_path / "model" / "dit.safetensors", tmp_path / "lora.safetensors"
+    write_lora(lora, dit)
+
+    def planned(*more: object) -> tuple[int, dict[str, int]]:
+        """Bytes of the text encoder's weights, and those of each part while denoising."""
+        short = *SIZE, "--video_length", "5", "--device", "cpu", "--plan", "24"
+        project.run(*project.family.generate, *SAY, "--save_path", "o", *short, *more)
+        texts, denoising, _ = plans.pop().phases
+        return texts.parts[0].device, {part.name: part.device for part in denoising.parts}
+
+    texts, plain = planned("--lora_weight", lora)
+    small_texts, _ = planned("--text_encoder_form", "nf4")
+    gguf_file(dit, "Q8_0").replace(dit)
+    _, small = planned("--lora_weight", lora)
+
+    weights, beside = memory_plan.NAMES[WEIGHTS], memory_plan.NAMES[NETWORK]
+    factors = sum(one.nbytes for name, one in load_file(lora).items() if name.endswith(".weight"))
+    assert small_texts < 0.7 * texts  # embeddings stay
+    assert small[weights] < 0.5 * plain[weights]
+    assert beside not in plain  # merged
+    assert small[beside] == factors
 
 
 @pytest.mark.slow
@@ -286,7 +318,6 @@ LIES: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = 
     "rows": (lambda file: _changed(file, ".weight_scale", lambda one: one[1:]), "does not fit its weight"),
     "10,000 blocks": (_many, "layers such as"),
 }
-SLOW = "10,000 blocks"  # each family looks at all names, to tell whose they are
 
 
 @pytest.fixture(scope="module")
@@ -312,14 +343,7 @@ def small_files(made_small: tuple[TinyProject, list[Path]]) -> tuple[TinyProject
 
 @pytest.mark.parametrize(
     ("what", "lie"),
-    [
-        ("dit", "cut short"),
-        *(
-            pytest.param(what, lie, marks=pytest.mark.slow if lie == SLOW else ())
-            for what in ("dit", "text_encoder")
-            for lie in LIES
-        ),
-    ],
+    [("dit", "cut short"), *((what, lie) for what in ("dit", "text_encoder") for lie in LIES)],
 )
 def test_files_that_lie_give_one_message(
     small_files: tuple[TinyProject, list[Path]], what: str, lie: str

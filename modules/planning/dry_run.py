@@ -246,7 +246,9 @@ def place(module: nn.Module, ledger: Ledger, kind: str = WEIGHTS) -> None:
                     if tensor is None:
                         continue
                     if id(tensor) not in stand_ins:
-                        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=ledger.device)
+                        # of small codes, such as a stored weight's, too: whole numbers would keep values
+                        made = torch.float8_e4m3fn if tensor.dtype.itemsize == 1 else tensor.dtype
+                        empty = torch.empty(tensor.shape, dtype=made, device=ledger.device).view(tensor.dtype)
                         if isinstance(tensor, nn.Parameter):
                             empty = nn.Parameter(empty, tensor.requires_grad)
                         stand_ins[id(tensor)] = empty
