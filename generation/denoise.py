@@ -10,7 +10,6 @@ from torch import Tensor
 from blissful_tuner.guidance import make_guidance
 from blissful_tuner.guidance_formulas import RunPasses, run_passes
 from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions
-from blissful_tuner.step_cache import StepCaches
 from blissful_tuner.video_to_video import fit_frames, noisy_source
 from generation.anchors import hold_consistent, hold_masked
 from modules.contract import steps
@@ -19,6 +18,7 @@ from modules.contract.family import Family, NoiseSource, Passes
 from modules.contract.requests import Prepared
 from modules.devices import dtype_of, send, send_ahead
 from modules.flow.solvers import Solver, solver_for
+from modules.installation import import_own
 from modules.seeds import derive_seed
 
 
@@ -188,7 +188,9 @@ def make_latents(
         # a stream of its own: however much of it is added, all other noise of a seed stays the same
         extra = SeededNoise(derive_seed("extra noise", prepared.seed), device, on_cpu)
     sections = sections_of(family, prepared, prompts, inputs, noise)
-    caches = None if prepared.asked.step_cache is None else StepCaches(prepared, family.dit)
+    caches = None
+    if prepared.asked.step_cache is not None:
+        caches = import_own("blissful_tuner.step_cache").StepCaches(prepared, family.dit)
     try:
         section = next(sections)
         while True:

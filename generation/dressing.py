@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -29,12 +29,14 @@ from modules.offload.turns import HostCopy
 from modules.options import override_options
 from modules.speed_options import GenerationSpeedOptions, Quantisation
 from modules.stored.forms import prepare
-from networks.apply import LoraPatch, OriginalWeights
-from networks.loading import LoraUse, lora_uses, on_side
 from networks.names.layouts import FOR_BOTH
 from networks.options import LoraOptions
 
-LorasByExpert = Sequence[Sequence[LoraUse]]  # of each of `Family.experts`, in their order
+if TYPE_CHECKING:  # loaded only where LoRA files are given
+    from networks.apply import LoraPatch, OriginalWeights
+    from networks.loading import LoraUse
+
+LorasByExpert = Sequence[Sequence["LoraUse"]]  # of each of `Family.experts`, in their order
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class DitLoader:
     options: GenerationOptions
     quantisation: Quantisation | None
     # by expert: notes the weights while they are loaded, in place of merging
-    originals: Sequence[OriginalWeights] | None = None
+    originals: "Sequence[OriginalWeights] | None" = None
 
     def aside(self, expert: int, check: Check) -> tuple[nn.Module, HostCopy]:
         """Load an expert into host memory, with equal weights: they are computed on the device, one by one.
@@ -67,7 +69,10 @@ class DitLoader:
         """Load an expert to the device, or as `aside` does. Raises OptionError."""
         family, speed = self.family, self.options.speed
         uses = self.uses[expert] if self.uses else ()
-        merged = LoraPatch(on_side(uses, False)) if uses and not self.originals else None
+        merged: LoraPatch | None = None
+        if uses and not self.originals:
+            of_dit = import_own("networks.loading").on_side(uses, False)
+            merged = import_own("networks.apply").LoraPatch(of_dit)
         patch = self.originals[expert] if self.originals else merged
         host = place or swapped_weights(family.dit, speed.swap, self.device)
         shares = shared_blocks(speed.sharding, self.device)
@@ -101,7 +106,7 @@ def dit_loader(
     uses: LorasByExpert,
     device: torch.device,
     options: GenerationOptions,
-    originals: Sequence[OriginalWeights] | None = None,
+    originals: "Sequence[OriginalWeights] | None" = None,
 ) -> DitLoader:
     """Make the loader of a family's experts.
 
@@ -127,7 +132,7 @@ def key_of(expert: Expert) -> str:
 
 def expert_loras(
     experts: Sequence[Expert], options: GenerationOptions, with_texts: bool = False
-) -> tuple[tuple[LoraUse, ...], ...]:
+) -> "tuple[tuple[LoraUse, ...], ...]":
     """Return the LoRAs of each expert, in the order of `experts`; warn of those trained for another one.
 
     with_texts: read their changes of text encoders too.
@@ -139,8 +144,11 @@ def expert_loras(
     by_option = loras_of(options)
     files = [path for loras in by_option.values() for path in loras.lora_weight or ()]
     strengths = [strength for loras in by_option.values() for strength in loras.multipliers()]
+    patterns = options.lora_patterns
+    if not (files or patterns.include_patterns or patterns.exclude_patterns):
+        return ((),) * len(experts)
     loras_given = LoraOptions(lora_weight=tuple(files) or None, lora_multiplier=tuple(strengths))
-    read = iter(lora_uses(loras_given, options.lora_patterns, with_texts))
+    read = iter(import_own("networks.loading").lora_uses(loras_given, patterns, with_texts))
     given = {key: [*islice(read, len(loras.lora_weight or ()))] for key, loras in by_option.items()}
     keys = [key_of(expert) for expert in experts]
     for key, uses in given.items():
@@ -174,7 +182,7 @@ def expert_loras(
 
 
 def with_loras(
-    options: GenerationOptions, experts: Sequence[Expert], uses: Sequence[Sequence[LoraUse]]
+    options: GenerationOptions, experts: Sequence[Expert], uses: LorasByExpert
 ) -> GenerationOptions:
     """Return the options that ask for these LoRAs. uses: by expert."""
     by_key = {key_of(expert): of_expert for expert, of_expert in zip(experts, uses, strict=True)}

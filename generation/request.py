@@ -14,7 +14,6 @@ from blissful_tuner.guidance import check_guidance
 from blissful_tuner.guidance_formulas import RunPasses, run_passes
 from blissful_tuner.metadata import output_metadata
 from blissful_tuner.options import PLAIN_PROMPTS, PromptOptions
-from blissful_tuner.step_cache import check_step_cache, choose_step_cache
 from blissful_tuner.video_to_video import begin_late, check_source
 from blissful_tuner.video_to_video_options import SourceOptions, check_one_source, check_share
 from generation.dressing import loras_of
@@ -172,7 +171,8 @@ def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[
     """
     request = make_request(options.request, overrides, options.prompts)
     if options.step_cache.is_on or overrides:
-        step_cache, says = choose_step_cache(options.step_cache, overrides)
+        choose = import_own("blissful_tuner.step_cache").choose_step_cache
+        step_cache, says = choose(options.step_cache, overrides)
         request = replace(request, step_cache=step_cache, settings={**request.settings, **says})
     if request.source is not None:
         request = check_source(request, request.source, family.source, family.latent)
@@ -185,7 +185,8 @@ def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[
         )
     check_guidance(prepared, options.guidance)
     if request.step_cache is not None:
-        check_step_cache(request.step_cache, prepared, family.dit)
+        check = import_own("blissful_tuner.step_cache").check_step_cache
+        check(request.step_cache, prepared, family.dit)
     for name, is_image in {"image_path": True, "end_image_path": True, "control_path": False}.items():
         path = getattr(prepared.asked, name)
         if path is not None and path.exists():  # which the family has checked

@@ -37,8 +37,6 @@ from modules.offload.sharding import refuse_other_splits
 from modules.offload.swap_plan import check_swap
 from modules.output_files import refuse_replacing
 from modules.planning.device_memory import room_on, too_little
-from networks.apply import check_loras_fit
-from networks.loading import on_side
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +171,7 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
     check_models(run)
     for file, of_expert in zip(family.dit_files, uses, strict=False):
         if of_expert:
-            check_loras_fit(file, of_expert, family.file_beside(file))
+            import_own("networks.apply").check_loras_fit(file, of_expert, family.file_beside(file))
     if options.preview.preview_latent_every is not None:
         run = run.with_previews()
     if options.interactive:
@@ -235,7 +233,9 @@ def make_session(family: Family, options: GenerationOptions, loader: DitLoader, 
     if blocks is not None:
         rules = replace(rules, together=True)
     uses, texts = loader.uses[0] if loader.uses else (), None
-    if any(use.lora.text_tensors for use in uses) or on_side(uses, True):
+    if uses and (
+        any(use.lora.text_tensors for use in uses) or import_own("networks.loading").on_side(uses, True)
+    ):
         texts = import_own("networks.text_loras").TextLoras(uses)
     return Session(
         family,
@@ -315,7 +315,7 @@ def save_merged_model(family: Family, uses: LorasByExpert, path: Path, device: t
                 f"--save_merged_model {path}: the model is in two files, {files[index]} and {beside}. Use "
                 "merge_lora.py --dit FILE for each of them; it warns of what the other one has"
             )
-        check_loras_fit(files[index], uses[index])
+        import_own("networks.apply").check_loras_fit(files[index], uses[index])
     for index, expert in enumerate(experts):
         if index in changed:
             import_own("networks.merging").merge_into_file(files[index], uses[index], targets[index], device)

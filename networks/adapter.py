@@ -20,9 +20,6 @@ from modules.devices import numbers_on
 from modules.errors import CheckpointError, OptionError
 from modules.installation import import_user_module
 from modules.seeds import derive_seed
-from networks.alphas import PEFT_FILE
-from networks.key_formats import to_native
-from networks.loading import read_lora
 from networks.lora_network import OwnNetwork, rename_texts
 from networks.lora_settings import DEFAULT_RANK
 from networks.options import NetworkOptions
@@ -128,6 +125,10 @@ class ForeignNetwork:
         Raises CheckpointError if the file is damaged or of other sizes, or if nothing in it is of this
         network.
         """
+        from networks.alphas import PEFT_FILE
+        from networks.key_formats import to_native
+        from networks.loading import read_lora
+
         # by the names of the tensors that the network would save: other tools' files have many layouts
         mine = self.module.state_dict()
         with open_checkpoint(path) as checkpoint:
@@ -241,6 +242,8 @@ def _settings(options: NetworkOptions) -> tuple[int | None, float, float | None,
 
 
 def _tensors_of(options: NetworkOptions, encoders: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    from networks.loading import read_lora
+
     assert options.network_weights is not None
     lora = read_lora(options.network_weights, with_texts=bool(encoders))
     return {**lora.tensors, **rename_texts(lora.text_tensors, encoders)}

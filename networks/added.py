@@ -22,12 +22,11 @@ from modules.stored.forms import stored_in
 from networks import deltas, loading
 from networks.apply import changes_of
 from networks.deltas import CPU, DORA, LORA, OF_BIAS, OF_LOW_RANK, Factors
-from networks.key_formats import OURS
 from networks.leftovers import text_side_of
 from networks.loading import LoraFile, LoraUse
 from networks.lora_products import add_product
 from networks.module_names import choose_family, replace_dots
-from networks.names.layouts import FIRST_LAYERS
+from networks.names.layouts import FIRST_LAYERS, OURS
 from networks.parts import for_model
 
 logger = getLogger(__name__)

@@ -20,11 +20,11 @@ from modules.errors import CheckpointError
 from modules.offload.sharding import gather_weight, set_weight
 from networks import deltas
 from networks.deltas import CPU, DORA, META, Factors, has_input_magnitudes, other_channels
-from networks.key_formats import OURS, module_of_tensor
+from networks.key_formats import module_of_tensor
 from networks.leftovers import text_side_of
 from networks.loading import LoraUse, refuse_unknown, warn_of_absent, warn_of_other_family
 from networks.module_names import Relative, alias, choose_family, relatives
-from networks.names.layouts import FIRST_LAYERS
+from networks.names.layouts import FIRST_LAYERS, OURS
 from networks.parts import is_cut, part_rows
 
 logger = getLogger(__name__)

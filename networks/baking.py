@@ -21,12 +21,12 @@ from networks import deltas
 from networks.apply import Change
 from networks.deltas import CPU, DORA, LORA, META, Factors, weight_delta, without_alpha
 from networks.extracting import decompose_change
-from networks.key_formats import OURS, module_of_tensor
+from networks.key_formats import module_of_tensor
 from networks.loading import LoraFile, LoraUse
 from networks.lora_network import prefix_of
 from networks.metadata import DORA_FORM, FROZEN_NORMS
 from networks.module_names import alias
-from networks.names.layouts import SWAPPED, FamilyNames, joined_tensors, tensor_patterns
+from networks.names.layouts import OURS, SWAPPED, FamilyNames, joined_tensors, tensor_patterns
 from networks.text_loras import is_whole, pieces_of
 from networks.writing import in_own_form
 

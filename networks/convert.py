@@ -19,10 +19,10 @@ from networks import module_names
 from networks.alphas import without_alphas
 from networks.baking import OTHER_KINDS, Baking, bake, with_norms
 from networks.deltas import DORA, add_missing_alphas, group_by_module, ungroup
-from networks.key_formats import NETWORKS, OURS, can_be_for, dialect_in_words
+from networks.key_formats import NETWORKS, can_be_for, dialect_in_words
 from networks.loading import LoraFile, read_lora, warn_of_other_expert
 from networks.metadata import PARTS_METADATA, STALE, add_hashes
-from networks.names.layouts import IN_DIFFUSERS, TRAINED_EXPERT, TRAINED_ON, FamilyNames
+from networks.names.layouts import IN_DIFFUSERS, OURS, TRAINED_EXPERT, TRAINED_ON, FamilyNames
 from networks.parts import fuse
 from networks.tool_options import (
     ComfyConvertOptions,

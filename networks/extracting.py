@@ -22,11 +22,11 @@ from modules.devices import choose_device
 from modules.errors import CheckpointError
 from modules.seeds import derive_seed
 from networks.deltas import LORA
-from networks.key_formats import OURS, module_of_tensor
+from networks.key_formats import module_of_tensor
 from networks.merging import DTYPES, as_known
 from networks.metadata import add_hashes
 from networks.module_names import alias, choose_family, family_named, has_module, replace_dots
-from networks.names.layouts import FamilyNames
+from networks.names.layouts import OURS, FamilyNames
 from networks.text_loras import TensorPiece, is_whole, pieces_of
 from networks.tool_options import MIN_DIFF, ExtractOptions
 

@@ -25,12 +25,10 @@ from torch import Tensor
 from networks.deltas import DORA, LORA, PARTS, Factors
 from networks.module_names import FAMILIES, alias, is_name, is_path, likely_families, replace_dots, sizes_fit
 from networks.names import layouts
-from networks.names.layouts import OF_CLIP, OF_LANGUAGE_MODEL, OF_T5, FamilyNames
+from networks.names.layouts import OF_CLIP, OF_LANGUAGE_MODEL, OF_LTX_FORK, OF_T5, OURS, FamilyNames
 from networks.rewriting import FOR_ALL, rewrite
 
-OURS = "lora_unet_"
 OTHER = "diffusion_model."
-OF_LTX_FORK = "lora_unet_model_"
 # where pipelines of diffusers keep the experts' networks, also what names of tensors then begin with
 NETWORKS = {f"{network}.": expert for family in FAMILIES for network, expert in family.experts}
 # the same, and how else files that hold several call them

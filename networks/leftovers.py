@@ -4,8 +4,8 @@ import re
 from collections.abc import Callable, Collection, Iterable
 
 from networks import module_names
-from networks.key_formats import OURS, bare_path
-from networks.names.layouts import FamilyNames
+from networks.key_formats import bare_path
+from networks.names.layouts import OURS, FamilyNames
 
 # if nothing better is known
 NOT_KNOWN = (

@@ -15,7 +15,7 @@ from modules.errors import CheckpointError, OptionError
 from networks import key_formats
 from networks.alphas import read_alphas
 from networks.deltas import Factors, drop_unused_alphas, find_fault, group_by_module, ungroup
-from networks.key_formats import OURS, NativeTensors
+from networks.key_formats import NativeTensors
 from networks.leftovers import kind_of_module, kind_of_tensor, module_of, sort_by_kind, without_numbers
 from networks.metadata import (
     DORA_FORM,
@@ -29,7 +29,7 @@ from networks.metadata import (
     metadata_of,
 )
 from networks.module_names import have_same_names, on_text_side, read_family, relatives
-from networks.names.layouts import FOR_BOTH, TRAINED_ON, FamilyNames
+from networks.names.layouts import FOR_BOTH, OURS, TRAINED_FOR, TRAINED_ON, FamilyNames
 from networks.options import UNTYPED, LoraOptions, LoraPatternOptions
 from networks.parts import mend_split_alphas
 from networks.patterns import describe_unfit, in_any_spelling
@@ -48,8 +48,6 @@ _SAYING = (
 )
 _OF_NETWORKS = re.compile(r"lora|hada|lokr|oft|dora|vera|ia3|alpha|magnitude|diff(_[bm])?$|norm$")
 A_FEW = 0.1  # share of a file that may be unused with only a plain warning
-# what of a model's uses a LoRA has learned, in words: `Family.metadata` as trained_for
-TRAINED_FOR = "reelsmith_trained_for"
 
 
 @dataclass(frozen=True)

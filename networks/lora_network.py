@@ -10,16 +10,13 @@ from torch import Tensor, nn
 
 from modules.console import count_of, list_some
 from modules.errors import CheckpointError
-from networks import deltas, loading
+from networks import deltas
 from networks.deltas import LORA, Factors, add_missing_alphas, group_by_module, ungroup
-from networks.key_formats import OURS
-from networks.leftovers import text_side_of
-from networks.loading import read_lora
 from networks.lora_layer import DropoutSeed, LoraLayer
 from networks.lora_products import mean_row_norm, row_strengths
 from networks.lora_settings import LoraSettings, find_by_pattern, log_overlaps
 from networks.module_names import choose_family, on_text_side, read_family
-from networks.parts import for_model
+from networks.names.layouts import OURS
 
 logger = getLogger(__name__)
 UNET = OURS.removesuffix("_")
@@ -74,9 +71,11 @@ class OwnNetwork(nn.Module):
         The file's alphas come along. modules: of the model, which tell its release. Raises CheckpointError
         if a module has other factors or sizes here, or none is here.
         """
+        from networks import leftovers, loading, parts
+
         mine = self.state_dict()
         own = group_by_module(mine)
-        lora = read_lora(path, with_texts=any(prefix_of(name) != UNET for name in own))
+        lora = loading.read_lora(path, with_texts=any(prefix_of(name) != UNET for name in own))
         # the network has only some of a model's modules: names of the LoRA's family too are taken for that
         if lora.has_frozen_norms:
             raise CheckpointError(
@@ -90,7 +89,7 @@ class OwnNetwork(nn.Module):
         loading.warn_of_other_family(lora, family, modules)
         heights = {name: len(factors[LORA[1]]) for name, factors in own.items() if LORA[1] in factors}
         texts = rename_texts(lora.text_tensors, set(map(prefix_of, own)))
-        stored = group_by_module(add_missing_alphas(for_model({**lora.tensors, **texts}, heights.get)))
+        stored = group_by_module(add_missing_alphas(parts.for_model({**lora.tensors, **texts}, heights.get)))
         fitting = {name: factors for name, factors in stored.items() if name in own}
         wrong = [name for name, factors in fitting.items() if _shapes(factors) != _shapes(own[name])]
         if wrong:
@@ -103,7 +102,7 @@ class OwnNetwork(nn.Module):
             )
         if not fitting:
             loading.refuse_unknown(lora, "--network_weights")
-            words = text_side_of(stored)
+            words = leftovers.text_side_of(stored)
             why = f"it changes {words} alone" if words else f"there is no {next(iter(stored))}"
             raise CheckpointError(
                 f"--network_weights {path} does not fit this network: {why}. Give a file for this model, or "

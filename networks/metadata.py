@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import safetensors.torch
 import torch
@@ -20,12 +21,12 @@ from modules.contract.loading import TensorInfo
 from modules.contract.rules import named_expert
 from modules.errors import CheckpointError
 from modules.text_files import parse_json
-from networks import key_formats
-from networks.alphas import read_alphas
 from networks.deltas import DORA, group_by_module, hollow, rank_of
-from networks.key_formats import OURS, NativeTensors
 from networks.module_names import read_family
-from networks.names.layouts import EXPERT_VALUES, FOR_BOTH, TRAINED_EXPERT
+from networks.names.layouts import EXPERT_VALUES, FOR_BOTH, OURS, TRAINED_EXPERT
+
+if TYPE_CHECKING:  # of a file that is described alone
+    from networks.key_formats import NativeTensors
 
 # what a LoRA file with a part for each expert says of single parts: {"high_noise": {...}, ...} as JSON
 PARTS_METADATA = "reelsmith_experts"
@@ -149,6 +150,8 @@ def describe_lora(checkpoint: Checkpoint) -> str | None:
 
     Only scales are read.
     """
+    from networks import key_formats
+
     unsupported = key_formats.other_kind(checkpoint.tensors)
     if unsupported is not None:
         return f"a network of the kind {unsupported[0]}, which is not supported"
@@ -170,6 +173,8 @@ def lora_hashes(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _describe_part(checkpoint: Checkpoint, names: list[str], part: str | None) -> str | None:
+    from networks import key_formats
+
     made = read_family(checkpoint.metadata)
     hint = None if made is None else made.name
     native = key_formats.to_native({name: hollow(checkpoint.tensors[name]) for name in names}, hint)
@@ -207,8 +212,10 @@ def _describe_part(checkpoint: Checkpoint, names: list[str], part: str | None) -
     return ", ".join(word for word in words if word)
 
 
-def _beside_tensors(checkpoint: Checkpoint, native: NativeTensors, part: str | None) -> set[float]:
+def _beside_tensors(checkpoint: Checkpoint, native: "NativeTensors", part: str | None) -> set[float]:
     """Return the alphas that stand in the header or beside the file; none if they cannot be used."""
+    from networks.alphas import read_alphas
+
     is_own = checkpoint.metadata.get(LAYOUT_KEY) == layout_hash(checkpoint.tensors)
     try:
         found, of_texts = read_alphas(checkpoint.path, checkpoint.metadata, native, part, is_own)

@@ -15,15 +15,14 @@ from modules.errors import CheckpointError, OptionError
 from modules.run_blocks import spec_of
 from networks.deltas import DORA, LORA, Factors, add_missing_alphas, group_by_module, rank_of, without_alpha
 from networks.factored import FactoredLayer
-from networks.key_formats import OURS
 from networks.lora_layer import LoraLayer
 from networks.lora_network import OwnNetwork
 from networks.lora_products import diagonal_blocks, fused_heights
 from networks.lora_settings import LoraSettings, find_by_pattern, fit_patterns, log_overlaps
 from networks.module_names import replace_dots
+from networks.names.layouts import OURS
 from networks.names.texts import published_path
 from networks.own_kinds import BESIDE_FILE, OWN_MODULES, read_own
-from networks.parts import for_model
 
 logger = getLogger(__name__)
 LoraModule = nn.Linear | nn.Conv2d
@@ -253,6 +252,8 @@ def _factors_for(
     known: Mapping[str, tuple[str, LoraModule]], tensors: Mapping[str, Tensor]
 ) -> dict[str, dict[str, Tensor]]:
     """Return the factors of each module, those of other layouts on the modules that the model has."""
+    from networks.parts import for_model
+
     heights = {path: len(module.weight) for path, (_, module) in known.items()}
     return group_by_module(add_missing_alphas(for_model(tensors, heights.get)))
 

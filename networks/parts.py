@@ -10,10 +10,9 @@ from torch import Tensor
 
 from networks import deltas
 from networks.deltas import DORA, LORA, Factors, strength
-from networks.key_formats import OURS
 from networks.lora_products import diagonal_blocks, fused_heights
 from networks.module_names import FAMILIES, Relative, relatives
-from networks.names.layouts import BEFORE_REST, REST, SWAPPED, FamilyNames, WeightPart
+from networks.names.layouts import BEFORE_REST, OURS, REST, SWAPPED, FamilyNames, WeightPart
 
 logger = getLogger(__name__)
 Pieces = Sequence[tuple[WeightPart, Factors]]  # of one fused module

@@ -12,10 +12,10 @@ from modules.console import list_some
 from modules.contract.family import TextEncoder, can_learn, has_text_side
 from modules.errors import CheckpointError
 from networks.apply import LoraPatch
-from networks.key_formats import OURS
 from networks.leftovers import text_side_of
 from networks.loading import LoraUse, on_side
 from networks.lora_network import prefix_of, rename_texts
+from networks.names.layouts import OURS
 from networks.names.texts import open_clip_names, published_parameter
 
 logger = getLogger(__name__)

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from networks import deltas, module_names
 from networks.deltas import DORA, LORA, Factors
-from networks.key_formats import OTHER, OURS
+from networks.key_formats import OTHER
 from networks.lora_products import diagonal_blocks, fused_heights
 from networks.module_names import alias, module_path, parts_of, replace_dots, to_alias
-from networks.names.layouts import IN_COMFYUI, IN_DIFFUSERS, SWAPPED, UNET_IN_DIFFUSERS, FamilyNames
+from networks.names.layouts import IN_COMFYUI, IN_DIFFUSERS, OURS, SWAPPED, UNET_IN_DIFFUSERS, FamilyNames
 from networks.names.texts import diffusers_path_of_text
 from networks.parts import fuse
 

@@ -17,9 +17,6 @@ from modules.offload.swap_plan import check_swap
 from modules.options import is_given, option_name
 from modules.speed_options import TRAINING_FLAGS
 from networks.adapter import check_network
-from networks.added import refuse_dora
-from networks.apply import check_loras_fit
-from networks.loading import LoraUse, read_lora
 from networks.lora_settings import DEFAULT_RANK
 from networks.own_kinds import OWN_MODULES
 from networks.own_modules import smallest_lora_bytes
@@ -29,7 +26,7 @@ from training.experts import (
     check_experts,
     network_for,
     read_adapter,
-    read_lora_for,
+    read_use,
 )
 from training.noise_options import NOTHING, WEIGHTS_OF_LOSS
 from training.optimizers.lr_schedule import make_lr_schedule
@@ -74,11 +71,11 @@ def check_before_loading(
         if samples.are_made and samples.sample_prompts is not None:
             import_own("training.samples").read_requests(of_samples, samples.sample_prompts)
         for expert, file in zip_longest(of_samples.experts, of_samples.dit_files):
-            uses = [LoraUse(read_lora_for(path, expert), strength) for path, strength in samples.loras()]
+            uses = [read_use(path, expert, strength) for path, strength in samples.loras()]
             for use in uses:
-                refuse_dora(use.lora, "--sample_lora")
+                import_own("networks.added").refuse_dora(use.lora, "--sample_lora")
             if uses and file is not None:
-                check_loras_fit(file, uses, of_samples.file_beside(file))
+                import_own("networks.apply").check_loras_fit(file, uses, of_samples.file_beside(file))
     folder, name = options.saving.output_dir, options.saving.output_name
     if folder is not None and name is not None and folder.is_dir():
         check_space(folder / f"{name}.safetensors", _smallest_file(family, options))
@@ -108,15 +105,16 @@ def check_networks(family: Family, options: TrainingOptions) -> None:
         files = zip(network.base_weights or (), network.base_multipliers(), strict=True)
         with quiet():  # all warnings come again when it is made
             check_network(network, module, depths)
-            uses = [LoraUse(read_lora_for(path, expert), multiplier) for path, multiplier in files]
+            uses = [read_use(path, expert, multiplier) for path, multiplier in files]
             if network.network_weights is not None and own is not None:
-                uses.append(LoraUse(read_lora(network.network_weights, with_texts=True)))
+                loading = import_own("networks.loading")
+                uses.append(loading.LoraUse(loading.read_lora(network.network_weights, with_texts=True)))
             adapter = read_adapter(options, expert, family.experts)
             if adapter is not None:
-                refuse_dora(adapter.lora, TRAINING_ADAPTER)
+                import_own("networks.added").refuse_dora(adapter.lora, TRAINING_ADAPTER)
                 uses.append(adapter)
             if uses and file is not None:
-                check_loras_fit(file, uses, family.file_beside(file))
+                import_own("networks.apply").check_loras_fit(file, uses, family.file_beside(file))
 
 
 def check_teacher(family: Family, options: TrainingOptions, texts: LiveTexts) -> None:

@@ -18,12 +18,12 @@ from modules.contract.rules import ONE_EXPERT, Expert
 from modules.devices import dtype_name
 from modules.errors import OptionError
 from modules.families import HIGH_NOISE
+from modules.installation import import_own
 from modules.offload.swap_plan import HostWeights
 from modules.offload.turns import HostCopy
 from modules.options import option_values
 from modules.speed_options import Quantisation
 from networks.adapter import OWN_NETWORKS
-from networks.loading import LoraFile, LoraUse, read_lora, warn_of_other_expert
 from networks.names.layouts import EXPERT_VALUES, FOR_BOTH, TRAINED_EXPERT
 from networks.options import NetworkOptions
 from networks.own_kinds import OWN_MODULES
@@ -32,8 +32,9 @@ from training.noise_options import NUM_TIMESTEPS
 from training.options import TrainingOptions
 from training.run_options import LoopOptions
 
-if TYPE_CHECKING:  # it is loaded only where processes share a model
+if TYPE_CHECKING:  # loaded only where processes share a model; where a LoRA file is given
     from modules.offload.sharding import ShardedBlocks
+    from networks.loading import LoraUse
 
 logger = logging.getLogger(__name__)
 
@@ -62,14 +63,16 @@ class ExpertNetworks:
         return network
 
 
-def read_lora_for(path: Path, expert: Expert) -> LoraFile:
+def read_use(path: Path, expert: Expert, multiplier: float) -> "LoraUse":
     """Read a LoRA for an expert: of a file for several that for this one. Warns if it is for another."""
-    lora = read_lora(path, by_expert=True).for_expert(expert.name)
-    warn_of_other_expert(lora, expert.name)
-    return lora
+    loading = import_own("networks.loading")
+    lora = loading.read_lora(path, by_expert=True).for_expert(expert.name)
+    loading.warn_of_other_expert(lora, expert.name)
+    use: LoraUse = loading.LoraUse(lora, multiplier)
+    return use
 
 
-def read_adapter(options: TrainingOptions, expert: Expert, experts: Sequence[Expert]) -> LoraUse | None:
+def read_adapter(options: TrainingOptions, expert: Expert, experts: Sequence[Expert]) -> "LoraUse | None":
     """Read --training_adapter for one of the trained experts.
 
     None if it is not given, or if the file says that it is for another one of them.
@@ -77,13 +80,13 @@ def read_adapter(options: TrainingOptions, expert: Expert, experts: Sequence[Exp
     path, multiplier = options.frozen.training_adapter, options.frozen.training_adapter_multiplier
     if path is None:
         return None
-    said = read_lora(path, by_expert=True).expert
+    said = import_own("networks.loading").read_lora(path, by_expert=True).expert
     if said != expert.name and said in [other.name for other in experts]:
         logger.info(
             "%s %s is for another one: the %s trains without it.", TRAINING_ADAPTER, path, expert.words
         )
         return None
-    return LoraUse(read_lora_for(path, expert), multiplier)
+    return read_use(path, expert, multiplier)
 
 
 def network_for(options: TrainingOptions, expert: Expert) -> NetworkOptions | None:
@@ -165,7 +168,8 @@ def note_experts(family: Family, options: TrainingOptions, samples_with_others: 
         if network is None or network.network_weights is None:
             continue
         if (network.network_module or family.lora_module) in OWN_MODULES:
-            warn_of_other_expert(read_lora(network.network_weights), (trained or expert).name)
+            loading = import_own("networks.loading")
+            loading.warn_of_other_expert(loading.read_lora(network.network_weights), (trained or expert).name)
     if len(experts) == 1 and options.samples.sample_prompts is not None and not samples_with_others:
         other = family.can.sample_apart
         logger.info("Samples are made by the trained transformer alone; give %s for both.", other)

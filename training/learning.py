@@ -19,9 +19,6 @@ from modules.offload.turns import HostCopy
 from modules.planning.device_memory import MemoryWatch, bytes_on, spare_bytes
 from modules.speed_options import SwapOptions
 from networks.adapter import make_network
-from networks.added import AddedLoras, add_loras, add_stage_loras
-from networks.apply import LoraPatch
-from networks.loading import LoraUse
 from training import experts
 from training.averages import make_average
 from training.data.feed import Feed, MicroBatches, Randomness
@@ -54,7 +51,9 @@ from training.trainable import (
 from training.training_run import TrainedModel, TrainingRun, TriggerFiles, trigger_paths
 from training.validation import Validation, ValidationRule
 
-if TYPE_CHECKING:  # it is loaded only if there are prompts
+if TYPE_CHECKING:  # loaded only if there are LoRA files; if there are prompts
+    from networks.added import AddedLoras
+    from networks.apply import LoraPatch
     from training.samples import Sampler
 
 logger = logging.getLogger(__name__)
@@ -101,7 +100,7 @@ def load_model(plan: TrainingPlan, swap: SwapOptions, has_samples: bool) -> Trai
         dits=dits,
         sample_dits=sample_dits,
         sample_loras=loading.sample_loras,
-        adapter=AddedLoras([layer for loras in loading.adapters for layer in loras.layers]),
+        adapters=loading.adapters,
         trainable=trainable,
         optimizer=optimizer,
         optimizer_name=optimizer_name,
@@ -110,7 +109,8 @@ def load_model(plan: TrainingPlan, swap: SwapOptions, has_samples: bool) -> Trai
         stepping=_make_stepping(plan, trainable, optimizer, scaler),
         average=make_average(options.average, networks, trainable, optimizer, keeps_average),
     )
-    model.adapter.place_on(accelerator.device, model.compute_dtype)
+    for adapter in model.adapters:
+        adapter.place_on(accelerator.device, model.compute_dtype)
     restore(model)
     return model
 
@@ -152,8 +152,8 @@ class Loading:
     swap: SwapOptions  # auto is resolved
     has_samples: bool
     takes_turns: bool  # one network is on the device at a time
-    sample_loras: list[AddedLoras] = field(default_factory=list)
-    adapters: list[AddedLoras] = field(default_factory=list)  # in networks that are trained
+    sample_loras: "list[AddedLoras]" = field(default_factory=list)
+    adapters: "list[AddedLoras]" = field(default_factory=list)  # in networks that are trained
     copies: dict[nn.Module, HostCopy] = field(default_factory=dict)  # of networks that take turns
 
     def load(
@@ -171,8 +171,8 @@ class Loading:
         shares = shared_blocks(sharding, device)
         network = experts.network_for(options, expert)
         files = zip(network.base_weights or (), network.base_multipliers(), strict=True) if network else ()
-        merged = [LoraUse(experts.read_lora_for(path, expert), multiplier) for path, multiplier in files]
-        patch = LoraPatch(merged) if merged else None
+        merged = [experts.read_use(path, expert, multiplier) for path, multiplier in files]
+        patch: LoraPatch | None = import_own("networks.apply").LoraPatch(merged) if merged else None
         placement = experts.placement_of(options, device, plan.processes.quantisation)
         # a DoRA learns the norms of the weights, which are those with what is merged
         beside = None if patch is None or (network and network.decomposes) else patch.leave_beside
@@ -196,12 +196,14 @@ class Loading:
         is_compiled = options.speed.compilation.choice is not None
         given = experts.read_adapter(options, expert, family.experts) if family is plan.family else None
         if given is not None:
-            self.adapters.append(add_loras(dit, [given], is_compiled, experts.TRAINING_ADAPTER))
+            self.adapters.append(
+                import_own("networks.added").add_loras(dit, [given], is_compiled, experts.TRAINING_ADAPTER)
+            )
         if self.has_samples and (found := options.samples.loras()):
-            extra = [LoraUse(experts.read_lora_for(path, expert), multiplier) for path, multiplier in found]
-            self.sample_loras.append(add_loras(dit, extra, is_compiled))
+            extra = [experts.read_use(path, expert, multiplier) for path, multiplier in found]
+            self.sample_loras.append(import_own("networks.added").add_loras(dit, extra, is_compiled))
         if self.has_samples and "stage_files" in vars(dit):
-            add_stage_loras(dit, is_compiled)
+            import_own("networks.added").add_stage_loras(dit, is_compiled)
         experts.dress(dit, family.dit, options.loop, device, options.speed.compilation.choice, host, shares)
         share_tokens(dit, sharding, device)
         if plan.processes.quantisation is not None and device.type == "cpu":

@@ -100,7 +100,9 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[MicroBatch
         reached = run.model.trainable.reached({batches.expert_of(place) for place in places})
     if run.of_sound and not any(map(batches.has_sound, places)):
         reached = [parameter for parameter in reached if parameter not in run.of_sound]
-    with run.model.adapter.turned(is_on=True):
+    with contextlib.ExitStack() as stack:
+        for adapter in run.model.adapters:
+            stack.enter_context(adapter.turned(is_on=True))
         row, keys = _accumulate(run, group, micro_batches)
     run.model.stepping.begin(reached)
     is_alone = run.steps.everyone == 1

@@ -16,8 +16,8 @@ from dataset.batches.items import TrainingItem
 from modules.atomic_write import make_storable
 from modules.errors import DatasetError
 from modules.installation import import_own
-from networks.loading import TRAINED_FOR
 from networks.lora_settings import DEFAULT_RANK
+from networks.names.layouts import TRAINED_FOR
 from training.noise_options import L2
 from training.optimizers.lr_schedule import count_steps
 from training.options import TrainingOptions

@@ -23,7 +23,6 @@ from modules.contract.family import Family, hears_sound, sound_of
 from modules.contract.rules import PICTURE_STREAM, SOUND_STREAM, Expert
 from modules.devices import dtype_of
 from modules.planning.device_memory import MemoryWatch
-from networks.added import AddedLoras
 from training.averages import WeightAverage
 from training.data.feed import Feed
 from training.data.live import LiveTexts
@@ -40,7 +39,8 @@ from training.steps import Progress, StepPlan
 from training.trainable import Trainable
 from training.validation import Validation
 
-if TYPE_CHECKING:  # it is loaded only if there are prompts
+if TYPE_CHECKING:  # loaded only if there are LoRA files; if there are prompts
+    from networks.added import AddedLoras
     from training.samples import Sampler
 
 logger = logging.getLogger(__name__)
@@ -158,8 +158,8 @@ class TrainedModel:
     plan: TrainingPlan
     dits: ExpertNetworks  # of the experts that are trained
     sample_dits: ExpertNetworks  # those, or more that only samples are made with
-    sample_loras: Sequence[AddedLoras]  # switched on for samples
-    adapter: AddedLoras  # --training_adapter: switched on for training steps
+    sample_loras: "Sequence[AddedLoras]"  # switched on for samples
+    adapters: "Sequence[AddedLoras]"  # --training_adapter: switched on for training steps
     trainable: Trainable
     optimizer: Optimizer
     optimizer_name: str  # for metadata

@@ -56,7 +56,6 @@ from wan.caching import (
     no_features,
 )
 from wan.checkpoints import load_dit, note_task
-from wan.clip import load_clip
 from wan.configs import VACE, WanTask
 from wan.files import WanFiles, boundary_of, caching_files, files_and_boundary, files_of
 from wan.inputs import (
@@ -77,8 +76,7 @@ from wan.options import (
     WanTextCachingOptions,
     WanTrainingOptions,
 )
-from wan.spec import DIT, LATENT, VACE_DIT, latent_of
-from wan.t5 import WanTextEncoder
+from wan.spec import DIT, LATENT, TEXT_KEYS, VACE_DIT, latent_of
 from wan.vae import normalise
 
 logger = logging.getLogger(__name__)
@@ -111,7 +109,7 @@ class Wan(OneTransformer):
     name: str = field(default="wan", init=False)
     cache_tag: str = field(default="wan", init=False)
     lora_module: str = field(default=LORA[0].network_module, init=False)
-    text_keys: frozenset[str] = field(default=WanTextEncoder.keys, init=False)
+    text_keys: frozenset[str] = field(default=TEXT_KEYS, init=False)
 
     @property
     def task(self) -> WanTask:
@@ -200,7 +198,9 @@ class Wan(OneTransformer):
     def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
         files = self.files
         wants_image = files.clip is not None if self.image_kind is not None else self.task.has_features
-        clip = load_clip(files.clip_path, device) if images and wants_image else None
+        clip = None
+        if images and wants_image:
+            clip = import_own("wan.clip").load_clip(files.clip_path, device)
         return MediaEncoders(files.load_vae(device), clip)
 
     def check_table(self, table: MediaTable) -> None:

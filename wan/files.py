@@ -20,13 +20,13 @@ from modules.contract.rules import expert_of_file
 from modules.devices import choose_compute_dtype
 from modules.errors import CheckpointError, OptionError
 from modules.families import HIGH_NOISE, LOW_NOISE
+from modules.installation import import_own
 from modules.paths import explain_missing
 from modules.speed_options import text_form
 from modules.text_files import parse_json, read_text
 from wan.checkpoints import FORMAT, add_vace_header, check_task, read_dit_header
 from wan.checkpoints import identify as identify  # files.py has it in every family's folder
 from wan.configs import RELEASES, TASKS, VACE, WAN_2_1, WAN_2_2, WanConfig, WanTask
-from wan.encoder_checkpoints import read_clip, read_t5
 from wan.names import WAN
 from wan.options import (
     MOST_TIMESTEP,
@@ -36,7 +36,6 @@ from wan.options import (
     WanTrainingOptions,
 )
 from wan.spec import latent_of
-from wan.t5 import TOKENIZER, WanTextEncoder
 from wan.vae import WanVae, load_vae
 from wan.vae_checkpoints import check_latents, read_vae
 
@@ -122,7 +121,7 @@ class WanFiles(TransformerFiles):
         return chosen or self.compute_dtype() or usual or self.usual
 
     def text_encoders(self) -> list[TextEncoder]:
-        return [WanTextEncoder(self.t5_path, self.t5_tokenizer, self.t5_form)]
+        return [import_own("wan.t5").WanTextEncoder(self.t5_path, self.t5_tokenizer, self.t5_form)]
 
     def load_vae(self, device: torch.device) -> WanVae:
         dtype = self.beside(self.vae_dtype)
@@ -134,16 +133,16 @@ class WanFiles(TransformerFiles):
 
     def check_texts(self, config: Any, needed: bool) -> None:
         if self.t5 is not None or needed:
-            read_once(self.t5_path, read_t5)
+            read_once(self.t5_path, import_own("wan.encoder_checkpoints").read_t5)
         if self.t5_tokenizer is not None:
-            TOKENIZER.files.check_given(self.t5_tokenizer)
+            import_own("wan.t5").TOKENIZER.files.check_given(self.t5_tokenizer)
 
     def check(self, needed: Collection[str] = ()) -> None:
         if self.has_dit or "dit" in needed:
             self.check_dits()
         super().check(needed)
         if self.clip is not None or "clip" in needed:
-            read_once(self.clip_path, read_clip)
+            read_once(self.clip_path, import_own("wan.encoder_checkpoints").read_clip)
 
 
 logger = logging.getLogger(__name__)

@@ -22,6 +22,7 @@ from modules.contract.loading import BlockPlace
 from modules.contract.requests import Prompt, Spans
 from modules.errors import InstallationError
 from wan.encoder_checkpoints import UMT5
+from wan.spec import TEXT_KEYS
 
 MAX_TOKENS = 512  # with the end token, as trained
 TOKENIZER = TokenizerSource(
@@ -80,8 +81,7 @@ class WanTextEncoder(FileTextEncoder[T5Network]):
 
     can = EncoderAbilities(divide=True)
     name = "t5"
-    keys = frozenset({"t5"})
-    variable_length = keys
+    keys = variable_length = TEXT_KEYS
     what = "umT5"
     source = TOKENIZER
     most = MAX_TOKENS

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from modules.atomic_write import atomic_path
 from modules.media.opening import av
-from modules.media.sound import add_aac_stream, layout_of
 
 Track = tuple[NDArray[np.float32], int]  # samples C S in -1..1, and how many are played in a second
 LOUDEST = 32767  # of 16 bits
@@ -32,6 +31,8 @@ class TrackSound:
         self._stream: Any = None
 
     def add_streams(self, target: Any, _: Any) -> None:
+        from modules.media.sound import add_aac_stream  # few models make sound
+
         self._stream = add_aac_stream(target, len(self._samples), self._rate)
 
     def write(self, target: Any, seconds: Fraction | None) -> None:
@@ -41,7 +42,7 @@ class TrackSound:
             part = self._samples[:, self._written : end]
             part = np.pad(part, ((0, 0), (0, end - self._written - part.shape[1])))
             frame = av.AudioFrame.from_ndarray(
-                np.ascontiguousarray(part), format="fltp", layout=layout_of(len(part))
+                np.ascontiguousarray(part), format="fltp", layout=self._stream.layout.name
             )
             frame.sample_rate, frame.pts, frame.time_base = self._rate, self._written, Fraction(1, self._rate)
             self._written = end

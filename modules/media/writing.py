@@ -23,8 +23,6 @@ from modules.media import encoding
 from modules.media.colours import Frame
 from modules.media.decoding import is_animation, time_origin
 from modules.media.opening import av, open_container, reading
-from modules.media.samples import filled
-from modules.media.sound import add_aac_stream
 from modules.media.tracks import Track, TrackSound
 
 if TYPE_CHECKING:  # it is loaded only if streams of another video go along
@@ -59,6 +57,8 @@ class SectionSound:
         if sound is None or sound.codec_context is None or not self._section.with_sound:
             return
         context = sound.codec_context
+        from modules.media.sound import add_aac_stream
+
         stream = add_aac_stream(target, context.channels, context.sample_rate)
         self._packets = self._encoded(sound.index, stream)
 
@@ -75,6 +75,8 @@ class SectionSound:
             self._waiting = None
 
     def _encoded(self, index: int, stream: Any) -> Iterator[Any]:
+        from modules.media.samples import filled
+
         position, layout, rate = 0, stream.layout.name, stream.rate
         section = self._section
         begin = section.start + time_origin(self._source)

@@ -12,6 +12,7 @@ from functools import cached_property
 from modules.families import HIGH_NOISE, LOW_NOISE
 
 REST, SWAPPED, BEFORE_REST = -1, -2, -3
+OURS, OF_LTX_FORK = "lora_unet_", "lora_unet_model_"  # before names in LoRA files of ours; of musubi's fork
 IN_COMFYUI, IN_DIFFUSERS = "diffusion_model.", "transformer."  # before module paths in LoRA files for either
 UNET_IN_DIFFUSERS = "unet."
 # first layers; how many channels they take differs between models of a family
@@ -21,6 +22,8 @@ FIRST_LAYERS = (
 )
 TRAINED_ON = "ss_base_model_version"  # the metadata of a LoRA file that name its family
 TRAINED_EXPERT = "ss_wan_expert"  # metadata of a LoRA file that name its expert, with one of these values
+# metadata of a LoRA file: which of a model's uses it has learned, in words (`Family.metadata` as trained_for)
+TRAINED_FOR = "reelsmith_trained_for"
 EXPERT_VALUES = {"high": HIGH_NOISE, "low": LOW_NOISE}
 # of text encoders: how the names of their layers begin
 OF_CLIP, OF_T5, OF_LANGUAGE_MODEL = "text_model_", "encoder_block_", "layers_"

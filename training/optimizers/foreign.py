@@ -10,9 +10,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Parameter
 
-from networks.key_formats import OURS
 from networks.module_names import choose_family, number_modules, read_family
-from networks.names.layouts import TRAINED_ON
+from networks.names.layouts import OURS, TRAINED_ON
 from training.optimizers.optimizer import MOMENTS
 
 # of a layer, by the names of its parameters; LoHas differ between programs, which shapes tell apart

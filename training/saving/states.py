@@ -27,7 +27,7 @@ from modules.errors import CheckpointError, OptionError, UserError
 from modules.offload.sharding import is_split
 from modules.paths import explain_missing
 from modules.text_files import parse_json, read_text, require_regular_file
-from networks.key_formats import OF_LTX_FORK, OURS
+from networks.names.layouts import OF_LTX_FORK, OURS
 from training.steps import Progress
 
 logger = logging.getLogger(__name__)
