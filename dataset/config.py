@@ -233,10 +233,7 @@ def _read_table(
     where = f"[[datasets]] {index + 1}"
     before = len(problems)
     entry = forms.without_nulls(entry, where, problems)
-    given = [name for name in SOURCES if name in entry]
-    of_sound = None if given else _as_clips(entry, general)
-    if of_sound is not None:
-        entry, given = of_sound, [name for name in SOURCES if name in of_sound]
+    given = [name for name in SOURCES if name in entry] or [name for name in OF_SOUND if name in entry]
     if len(given) > 1:
         names = " and ".join(given)
         problems.append(f"{where}: {names} exclude each other; make a [[datasets]] table for each")
@@ -247,7 +244,9 @@ def _read_table(
         needs = f"the source of its items is missing; it needs one of {', '.join(SOURCES)}.{hint}"
         problems += [f"{where}: {line}" for line in refused or [needs]]
         return None
-    source_key = given[0]
+    is_of_sound = given[0] in OF_SOUND
+    entry = _as_clips(entry, given[0], general) if is_of_sound else entry
+    source_key = OF_SOUND.get(given[0], given[0])
     kind: Literal["image", "video"] = "image" if source_key.startswith("image") else "video"
 
     misplaced = {}
@@ -263,21 +262,22 @@ def _read_table(
         return None
     fields = {name: value for name, value in values.items() if name not in SOURCES}
     fields |= {name: values[f"{kind}_{name}"] for name in SOURCE_FIELDS}
-    fields["cogvideox_root"] = values["cogvideox_root"]
-    if not _complete(fields, source_key, f"{path}, {where}", problems):
+    fields |= {"cogvideox_root": values["cogvideox_root"], "is_of_sound": is_of_sound}
+    if not _complete(fields, given[0], f"{path}, {where}", problems):
         return None
-    return DatasetTable(path, index, kind, is_of_sound=of_sound is not None, **fields)
+    return DatasetTable(path, index, kind, **fields)
 
 
-def _as_clips(entry: dict[str, Any], general: dict[str, Any]) -> dict[str, Any] | None:
-    """Return a table of sounds alone as one of clips; None for any other."""
-    source = next((key for key in OF_SOUND if key in entry), None)
-    if source is None:
-        return None
+def _as_clips(entry: dict[str, Any], source: str, general: dict[str, Any]) -> dict[str, Any]:
+    """Return a table of sounds alone as one of clips."""
     for key in (key for key in forms.LENGTHS if key in entry):
         logger.info("%s: not needed: the last few frames of a sound are cut off, none is padded", key)
+    for key in (key for key in BLACK if key in entry):
+        logger.info("%s: ignored, as sounds have no pictures", key)
     kept = {key: value for key, value in entry.items() if key != source and key not in forms.LENGTHS}
     usual = {key: value for key, value in WHOLE_SOUND.items() if key not in general}
+    if "target_frames" in entry:
+        usual.pop("frame_extraction", None)
     return {**usual, **kept, **BLACK, OF_SOUND[source]: entry[source]}
 
 
@@ -298,6 +298,8 @@ def _complete(fields: dict[str, Any], source_key: str, where: str, problems: lis
         found = f"mask_directory cannot be used here; {other}"
     elif fields["load_tensors"] and fields["alpha_mask"]:
         found = "alpha_mask cannot be used with load_tensors, which reads no frames; leave out one"
+    elif fields["is_of_sound"] and fields["audio"] == forms.IGNORE:
+        found = 'audio = "ignore" leaves nothing of sounds to learn; leave it out'
     if found is not None:
         problems.append(f"{place}: {found}")
         return False

@@ -39,7 +39,7 @@ from dataset.sources.sound import list_unheard
 from modules.bars import Bar
 from modules.console import count_of, count_words
 from modules.contract.data import LatentSpec, MediaTable, SoundSpec
-from modules.contract.family import Caches, Described, TextEncoder, hears_sound
+from modules.contract.family import Caches, Described, TextEncoder, hears_sound, sound_of
 from modules.control_codes import columns_of, escape_control_codes, fold
 from modules.errors import CacheError, DatasetError, MediaError, OptionError
 from modules.media.buckets import Size
@@ -113,7 +113,7 @@ def check_caching(
 
     stores, tables = Stores(npz_names(family)), []
     given = family.latent, family.defaults.fps, skip_existing, sections, stores, verify
-    recipe = Recipe(family.cache_tag, identity, *given, has_rates=family.can.rate)
+    recipe = Recipe(family.cache_tag, identity, *given, has_rates=family.can.rate, sound=sound_of(family))
     of_texts = TextRecipe(encoders, skip_existing, stores, verify)
     for table in config.datasets:
         found = findings.find_table(config, table)

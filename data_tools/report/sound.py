@@ -93,7 +93,7 @@ def check_sound(
             tracks.append(heard.track)
             valid, missing = valid + kept, missing + len(plan.items) - kept
         if heard.silent is not None:
-            told = faults if table.audio == REQUIRED else remarks
+            told = faults if table.audio == REQUIRED or work.spec.is_alone else remarks
             told.append(Fault("have no sound", heard.silent, stem))
         if heard.remark is not None:
             remarks.append(Fault("have sound that does not fit", f"{plan.source.path}: {heard.remark}", stem))

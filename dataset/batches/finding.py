@@ -338,7 +338,7 @@ def require_items(found: FoundItems, commands: CachingCommands = NO_COMMANDS) ->
     for folder, count in Counter(path.parent for path in found.missing_sound).items():
         one = next(path.name for path in found.missing_sound if path.parent == folder)
         lacking = count_words(count, "clips have no sound")
-        faults.append(f"{found.needs_sound}, but {lacking} in {folder}, such as {one}")
+        faults.append(f"{found.needs_sound}, but {lacking} in {folder}, such as {one}. Take silent ones out")
     if not faults and not found.items:
         faults = [
             f"no text cache in {folder}" for folder in sorted({one.parent for one in found.missing_text})

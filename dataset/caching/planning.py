@@ -22,7 +22,7 @@ from dataset.sources.frames import Span, bucket_of, describe_short, frames_wante
 from dataset.sources.media_source import ClipFacts, FileIdentity, MediaSource, pause_collection
 from modules.bars import Bar
 from modules.console import count_of
-from modules.contract.data import CONTROL, FPS, LOSS_MASK, LatentSpec, MediaTable
+from modules.contract.data import CONTROL, FPS, LOSS_MASK, LatentSpec, MediaTable, SoundSpec
 from modules.errors import CacheError, MediaError
 from modules.media.buckets import Size
 from modules.media.colours import AS_SHOWN
@@ -51,6 +51,7 @@ class Recipe:
     # the items of sources whose caches were found valid, by all that this depends on but the source files
     valid: dict[tuple[object, ...], tuple[tuple[int, ...], ...]] = field(default_factory=dict)
     has_rates: bool = False  # each file says how many frames make a second (`Abilities.rate`)
+    sound: SoundSpec | None = None  # of a family that hears
 
     def table_options(self, source: MediaSource) -> dict[str, Any]:
         """Return the options of a source that are the same for most sources of its table."""
@@ -83,9 +84,10 @@ class Recipe:
             then.pop(FLIP, None)  # mirrored latents that nobody asks for do no harm
         if records.CLOCK in options and records.CLOCK not in then and kept_one_clock(source, self.fps):
             then[records.CLOCK] = True
-        return records.difference(record.encoder, self.encoder) or records.options_difference(
-            then, options, self.latent
-        )
+        other = records.difference(record.encoder, self.encoder)
+        if self.sound is not None and self.sound.is_alone:
+            other = None  # latents of pictures only hold a place, whatever made them
+        return other or records.options_difference(then, options, self.latent)
 
 
 @dataclass(frozen=True, slots=True)

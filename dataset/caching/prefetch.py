@@ -310,6 +310,12 @@ def estimate_decoded_bytes(source: MediaSource) -> int:
     frames: float | None = 1 if table.kind == "image" else frames_wanted(table)
     if not frames and source.origins:  # it would have to be fetched: `check_memory` looks when it is here
         frames = UNKNOWN_FRAMES
+    elif not frames and table.is_of_sound:  # its samples take about as much as frames would
+        from dataset.sources.sound import count_frames
+
+        frames = 0
+        with contextlib.suppress(UserError):
+            frames = count_frames(source.path, FASTEST_FPS)
     elif not frames:
         try:
             info = video_info(source.path)

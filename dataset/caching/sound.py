@@ -71,7 +71,7 @@ class SoundWork:
         however many they are.
         """
         assert family.sound is not None
-        self._family, self._spec, self._stores, self._device = family, family.sound, stores, device
+        self._family, self.spec, self._stores, self._device = family, family.sound, stores, device
         self._skip_existing, self._verify = skip_existing, verify
         self.before_loading: Callable[[], None] = lambda: None  # frees what the networks take the place of
         self._tag, self._networks = cache_files.sound_tag(family.cache_tag), None
@@ -203,10 +203,11 @@ class SoundWork:
         try:
             with fetch(plan.source) as here:
                 path, rate = find_sound(here), kept_rate(here, self._family.defaults.fps)
-                samples = read_sounds(path, spans, rate, self._spec)
+                samples = read_sounds(path, spans, rate, self.spec)
         except NoSound as reason:
-            if plan.source.table.audio == REQUIRED:
-                raise MediaError(f'{reason}; audio = "required" asks for it') from None
+            if plan.source.table.audio == REQUIRED or self.spec.is_alone:
+                asks = "sound alone is learned" if self.spec.is_alone else 'audio = "required" asks for it'
+                raise MediaError(f"{reason}; {asks}") from None
             return replace(plan, silent=str(reason))
         files = tuple(itertools.starmap(records.identify, _parts(plan.source)))
         return replace(plan, files=files, rate=rate, samples=tuple(samples))
@@ -221,7 +222,7 @@ class SoundWork:
         assert name.span is not None
         frames, source = name.span[1], read.source
         (latents,) = self._family.encode_sound(self._networks, samples[None], frames, read.rate)
-        expected = self._spec.shape(frames, read.rate)
+        expected = self.spec.shape(frames, read.rate)
         if tuple(latents.shape) != expected:  # batches are made by it
             raise ValueError(f"latents of sound are {tuple(latents.shape)}, SoundSpec.shape says {expected}")
         length = torch.tensor(expected[1], dtype=torch.int32)

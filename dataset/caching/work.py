@@ -20,6 +20,7 @@ from dataset.cache.store import Stores, npz_names
 from dataset.caching import existing, latents, prefetch
 from dataset.caching.planning import Recipe, SourcePlan, plan_all
 from dataset.config import DatasetConfig, DatasetTable
+from dataset.config_keys import IGNORE
 from dataset.options import CachingOptions
 from dataset.sources.clock import find_other_lengths
 from dataset.sources.colours import find_colours
@@ -45,7 +46,8 @@ NUMBER_BYTES = 2  # of a latent; float32 ones take twice as much
 
 def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[MediaSource]) -> None:
     """Raise DatasetError with all that makes tables useless for a family."""
-    problems = []
+    problems, heard = [], sound_of(family)
+    is_alone = heard is not None and heard.is_alone
     controlled = {source.table.index for source in sources if source.control}
     companions: dict[int, list[MediaSource]] = {}
     for source in sources:
@@ -60,7 +62,10 @@ def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[Media
             check_resolution(table, family.latent.pixel_step)
             family.check_table(existing.media_table(table, has_control, table.index in companions))
             existing.refuse_companions(table, companions.get(table.index, ()))
-            if table.is_of_sound and not ((heard := sound_of(family)) and heard.is_alone):
+            if is_alone and (table.kind == "image" or table.audio == IGNORE):
+                why = "it has pictures" if table.kind == "image" else 'audio = "ignore" leaves none'
+                raise DatasetError(f"{table.name}: this run learns sound alone, and {why}. Leave it out")
+            if table.is_of_sound and not is_alone:
                 raise DatasetError(
                     f"{table.name}: it has sounds, and this run learns pictures. LTX-2 learns sound alone, "
                     "with --ltx2_mode audio"
@@ -121,6 +126,7 @@ class MediaWork:
             self.stores,
             options.verify,
             has_rates=family.can.rate,
+            sound=sound_of(family),
         )
         self._family, self._config, self._options, self._device = family, config, options, device
         self._encoders = latents.EncodersOnDemand(family, device, self._sound.free if self._sound else None)

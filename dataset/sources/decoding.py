@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,7 +140,8 @@ def decode_source(
         first = next(frames_in)
         size = (first.shape[1], first.shape[0])
         bucket = bucket_of(table, size, step, here.path)
-        frames, mask = _gather(itertools.chain([first], frames_in), bucket, frames_wanted(table))
+        enough = frames_wanted(table)
+        frames, mask = _gather(itertools.chain([first], frames_in), bucket, enough, table.is_of_sound)
         path, count = here.mask, len(frames)
         if path is not None:  # one image for all frames, or a clip
             place = functools.partial(resize_cover, bucket=bucket)
@@ -161,7 +162,6 @@ def decode_source(
             from dataset.sources.companions import read_companions
 
             more = read_companions(here, size, bucket, count, fps, clock)
-    enough = frames_wanted(table)
     # decoding stops early where there are enough: then there may be more
     facts = ClipFacts(size, count, complete=enough is None or count < enough)
     seen = size, bucket, frames, found, reason, tuple(control)
@@ -269,10 +269,16 @@ def check_resolution(table: DatasetTable, step: int) -> None:
         fit_reference(table, (LARGE, LARGE), table.source)
 
 
-def _gather(frames: Iterable[Frame], bucket: Size, wanted: int | None) -> tuple[Clip, Mask | None]:
+def _gather(
+    frames: Iterator[Frame], bucket: Size, wanted: int | None, are_equal: bool = False
+) -> tuple[Clip, Mask | None]:
     """Collect frames at bucket size in one growing array, so that a clip is never copied; and their
-    transparency, if they have any.
+    transparency, if they have any. are_equal: they are all the same, of bucket size; memory holds one.
     """
+    if are_equal:
+        black = next(frames)
+        shape = 1 + sum(1 for _ in frames), *black.shape
+        return np.ndarray(shape, np.uint8, black, strides=(0, *black.strides)), None
     width, height = bucket
     clip, count = np.empty((min(wanted or GROWTH, GROWTH), height, width, 3), np.uint8), 0
     alphas = []

@@ -98,9 +98,8 @@ def _find_companions(
 def _media_in(table: DatasetTable, faults: list[Fault]) -> list[Path]:
     """Return a table folder's images or clips, sorted; add those that are no regular file."""
     assert table.directory is not None
-    suffixes, spare = media_suffixes(table.kind), media_suffixes(table.kind, spare=True)
-    if table.is_of_sound:
-        suffixes, spare = SOUND_SUFFIXES, frozenset()
+    what = "sound" if table.is_of_sound else table.kind
+    suffixes, spare = media_suffixes(what), media_suffixes(what, spare=True)
     key = table.source_key if table.group is None else "image_dir"
     entries = list_entries(table.directory, f"{table.name}: {key}")
     ends = [split_name(entry.name)[1].lower() for entry in entries]
@@ -109,7 +108,7 @@ def _media_in(table: DatasetTable, faults: list[Fault]) -> list[Path]:
     for entry, end in zip(entries, ends, strict=True):
         if end in suffixes:
             (there if is_file(entry) else no_files).append(table.directory / entry.name)
-    kind = f"{table.kind}s of {table.name} cannot be opened"
+    kind = f"{what}s of {table.name} cannot be opened"
     faults += [Fault(kind, f"{path}: {_explain(path)}", path.stem, ends_run=False) for path in no_files]
     if (ANIMATION_SUFFIXES | spare).isdisjoint(ends):
         return there
@@ -265,10 +264,12 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def media_suffixes(kind: str, spare: bool = False) -> frozenset[str]:
-    """Return the suffixes of images or clips.
+    """Return the suffixes of images, clips or sounds.
 
     spare: those that give way to others of the same name (previews, originals); of images .webp is none.
     """
+    if kind == "sound":
+        return frozenset() if spare else SOUND_SUFFIXES
     of_images = ANIMATION_SUFFIXES - {".webp"} | TIFF_SUFFIXES
     if spare:
         return ANIMATION_SUFFIXES if kind == "video" else of_images

@@ -118,17 +118,18 @@ def describe_entries(table: DatasetTable) -> str:
     """Describe the content of a folder without usable files."""
     assert table.directory is not None
     suffixes = [path.suffix.lower() for path in table.directory.iterdir() if path.is_file()]
-    other = "image" if table.kind == "video" else "video"
+    kind = "sound" if table.is_of_sound else table.kind
+    other = "image" if kind == "video" else "video"
     there = sum(suffix in media_suffixes(other) for suffix in suffixes)
     if there:
-        return f"has no {table.kind}s but {there} {other}s, for which the key is {other}_directory"
+        return f"has no {kind}s but {there} {other}s, for which the key is {other}_directory"
     folders = [path.name for path in table.directory.iterdir() if path.is_dir()]
     found = ", ".join(
         f"{count} {suffix or 'without suffix'}" for suffix, count in Counter(suffixes).most_common(3)
     )
     what = f"it has {found}" if found else f"only folders, such as {folders[0]}" if folders else "it is empty"
-    kinds = ", ".join(sorted(media_suffixes(table.kind) | media_suffixes(table.kind, spare=True)))
-    return f"has no {table.kind}s ({what}; folders inside it are not searched; the suffixes are {kinds})"
+    kinds = ", ".join(sorted(_all_suffixes(kind)))
+    return f"has no {kind}s ({what}; folders inside it are not searched; the suffixes are {kinds})"
 
 
 def left_out_folders(config: DatasetConfig) -> Iterator[str]:
@@ -143,8 +144,9 @@ def left_out_folders(config: DatasetConfig) -> Iterator[str]:
         for folder in folders:
             if Path(folder).name in _FOLDERS_OF_RUNS and (table.directory / "run.toml").exists():
                 continue
-            if folder_id(folder) not in others and _holds(folder, _all_suffixes(table.kind), others):
-                unused = f"its {table.kind}s are not used: folders inside a folder are not searched"
+            kind = "sound" if table.is_of_sound else table.kind
+            if folder_id(folder) not in others and _holds(folder, _all_suffixes(kind), others):
+                unused = f"its {kind}s are not used: folders inside a folder are not searched"
                 yield f"{folder}: {unused}. Give it a table"
 
 

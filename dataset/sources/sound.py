@@ -14,6 +14,7 @@ from dataset.sources.frames import Span, file_rate
 from dataset.sources.media_source import MediaSource
 from modules.contract.data import SoundSpec
 from modules.errors import MediaError
+from modules.limits import MAX_FRAMES
 from modules.media.decoding import is_animation
 from modules.media.reading import Frame
 from modules.media.samples import read_track, track_facts
@@ -53,17 +54,25 @@ def find_sound(source: MediaSource) -> Path:
     return path
 
 
-def black_frames(path: Path, fps: float) -> Iterator[tuple[Frame, int, float]]:
-    """Yield a black frame for each that a clip of a sound's length has, its number, and its second.
-
-    Raises MediaError if the file has no sound, or does not say how long it is.
+def count_frames(path: Path, fps: float) -> int:
+    """Return how many frames a clip of a sound's length has. Raises MediaError if there is no sound, or none
+    of the length of a frame, or if the file does not say how long it is.
     """
     facts = track_facts(path)
     if facts is None or facts.end is None:
-        why = "it has no track of sound" if facts is None else "it does not say how long its sound is"
+        why = "it has no track of sound" if facts is None else "it is empty, or does not say how long it is"
         raise MediaError(f"{path}: {why}. Convert it to WAV or FLAC, or take it out")
+    count = int(facts.end * Fraction(fps))
+    if not 0 < count <= MAX_FRAMES:
+        what = "days long, says its header" if count > 0 else f"shorter than a frame, {1 / fps:.2g} s"
+        raise MediaError(f"{path}: its sound is {what}. Take it out")
+    return count
+
+
+def black_frames(path: Path, fps: float) -> Iterator[tuple[Frame, int, float]]:
+    """Yield a black frame for each of `count_frames`, its number, and its second."""
     black = np.zeros((64, 64, 3), np.uint8)
-    return ((black, number, number / fps) for number in range(int(facts.end * Fraction(fps))))
+    return ((black, number, number / fps) for number in range(count_frames(path, fps)))
 
 
 def list_unheard(sources: Iterable[MediaSource], silent: Collection[str]) -> list[Path]:

@@ -128,7 +128,7 @@ def _exists(text: str, path: Path) -> bool:
 
 def _near(name: str, table: DatasetTable) -> str | None:
     bare = re.sub(r"_?\d+$", "", name.lower())
-    known = [f"{table.kind}_path", "caption", "control_path", "mask_path", "audio_path"]
+    known = [table.path_key, "caption", "control_path", "mask_path", "audio_path"]
     known += ["reference_path", "control_mask_path"]
     return next(iter(difflib.get_close_matches(bare, known, 1, NEAR)), None)
 

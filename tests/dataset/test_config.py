@@ -229,11 +229,24 @@ def test_keys_of_the_known_fork_are_refused_with_the_reason(
 
 
 @pytest.mark.parametrize(("key", "more"), [("audio_directory", ""), ("audio_jsonl_file", "max_frames = 33")])
-def test_a_table_of_sound_alone_is_one_of_black_clips(tmp_path: Path, key: str, more: str) -> None:
+def test_a_table_of_sound_alone_is_one_of_black_clips(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, key: str, more: str
+) -> None:
+    caplog.set_level("INFO")
     text = "[general]\nresolution = [512, 512]\n[[datasets]]\naudio_bucket_interval = 2.0\n"
-    (table,) = tables(tmp_path, f"{text}{key} = 'a'\ncache_directory = 'c'\n{more}\n")
+    text = f"{text}{key} = 'a'\ncache_directory = 'c'\n{more}\n"
+    (table,) = tables(tmp_path, text)
     assert (table.source_key, table.source, table.resolution) == (key, Path("a"), (64, 64))
     assert (table.frame_extraction, table.max_frames) == ("full", 33 if more else 497)
+    assert "ignored" not in caplog.text
+    (table,) = tables(tmp_path, f"{text}target_frames = [9]")
+    assert (table.frame_extraction, table.target_frames) == ("head", (9,))
+    assert tables(tmp_path, f"{text}source_fps = 24.0")[0].source_fps == "auto"
+    assert "source_fps: ignored, as sounds have no pictures" in caplog.text
+    with pytest.raises(DatasetError, match='audio = "ignore" leaves nothing of sounds to learn'):
+        tables(tmp_path, f"{text}audio = 'ignore'")
+    with pytest.raises(DatasetError, match="audio_directory and audio_jsonl_file exclude each other"):
+        tables(tmp_path, f"{text}{'audio_directory' if more else 'audio_jsonl_file'} = 'b'")
 
 
 def test_masks_may_be_spelt_as_in_the_known_fork(tmp_path: Path) -> None:

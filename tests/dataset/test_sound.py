@@ -1,8 +1,9 @@
 """Clips with sound: from the file over its cache to a batch, for a family that hears."""
 
-import dataclasses
 import shutil
 import tarfile
+import wave
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +19,23 @@ from dataset.cache.converting import files_to_shards, shards_to_files
 from dataset.cache.files import read_entry, write_tensors
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.caching.on_ray import CachingActor
-from dataset.caching.prefetch import CacheReport
+from dataset.caching.prefetch import CacheReport, estimate_decoded_bytes
 from dataset.config import DatasetConfig, load_dataset_config
 from dataset.sources import sound
-from modules.contract.data import FPS, HAS_SOUND, SOUND
+from dataset.sources.decoding import decode_source
+from dataset.sources.listing import find_sources
+from dataset.sources.media_source import MediaSource
+from modules.contract.data import FPS, HAS_SOUND, SOUND, SoundSpec
 from modules.errors import CacheError, DatasetError
 from modules.media.samples import read_track
 from tests.dataset.cache.killing import needs_fork, run_to_step
 from tests.dataset.caching.test_shards import entries, into, main_of, shard
-from tests.dataset.making import make_table
+from tests.dataset.making import make_image, make_table
 from tests.dataset.sound_toy import PER_LATENT, RATE, HearingToy, sound_shape
 from tests.dataset.toy_family import LATENT, ToyFamily, options
 from tests.sound_media import Track, clicks_in, write_media
 
-PLAIN = dataclasses.replace(LATENT, in_sections=False)
+PLAIN = replace(LATENT, in_sections=False)
 CLICKS = tuple(number / 25 for number in (3, 13, 23, 33, 43))  # where these frames begin
 
 
@@ -200,6 +204,47 @@ def test_clips_in_tars_have_sound_and_their_names_in_reasons(tmp_path: Path) -> 
     assert [one.reason for one in report.silent] == [f"{place}: it has no track of sound"]
 
 
+def test_sounds_without_pictures_take_the_memory_of_one_picture(tmp_path: Path) -> None:
+    """And what cannot be learned of them is told by name."""
+    bells, clips = tmp_path / "bells", tmp_path / "clips"
+    alone = SoundSpec(RATE, 2, sound_shape, is_alone=True)
+    family = hearing(sound=alone, media_identity={"vae": "sound alone"})
+    for folder in (bells, clips):
+        folder.mkdir()
+    for name, seconds in (("long", 2.0), ("short", 0.03)):
+        write_media(bells / f"{name}.wav", Track(seconds=seconds, codec="pcm_s16le"), frames=0)
+    with wave.open(str(bells / "empty.wav"), "wb") as empty:
+        empty.setparams((1, 2, RATE, 0, "NONE", ""))
+    changes = {"frame_extraction": "uniform", "frame_sample": 2, "target_frames": (9,), "target_fps": None}
+    table = make_table(bells, "audio_directory", **changes)
+    report = cache(DatasetConfig(bells / "data.toml", (table,)), family)
+    assert [one.stem for one in report.failures] == ["empty", "short"]
+    assert "is empty, or does not say how long it is" in str(report.failures[0])
+    assert "its sound is shorter than a frame, 0.062 s" in str(report.failures[1])
+    assert caches(bells) == ["long_00000-009_0064x0064", "long_00023-009_0064x0064"]
+    long = MediaSource(bells / "long.wav", "long", None, None, (), table)
+    assert decode_source(long, 16.0).frames.strides[0] == 0 < estimate_decoded_bytes(long)
+
+    for name, tracks in (("loud", [Track((0.04,), seconds=0.5)]), ("quiet", [])):
+        write_media(clips / f"{name}.mp4", *tracks, frames=9)
+    make_image(clips / "p.png")
+    config = make_set(clips)
+    cache(config)
+    report = cache(config, family)  # latents of another VAE only hold a place
+    assert (report.written, report.kept) == (0, 3)
+    assert [str(one) for one in report.failures] == [
+        f"{clips / 'quiet.mp4'}: it has no track of sound; sound alone is learned"
+    ]
+    for refused, why in (({"audio": "ignore"}, "leaves none"), ({"kind": "image"}, "it has pictures")):
+        one = replace(config, datasets=(replace(config.datasets[0], **refused),))
+        with pytest.raises(DatasetError, match=f"this run learns sound alone, and .*{why}"):
+            cache(one, family)
+    with pytest.raises(
+        DatasetError, match=r"has no sounds but 2 videos, for which the key is video_directory"
+    ):
+        find_sources(make_table(clips, "audio_directory"))
+
+
 def test_caches_of_sound_change_their_form_with_the_others(tmp_path: Path) -> None:
     write_media(tmp_path / "clip.mp4", Track((0.04,)))
     config = make_set(tmp_path)
@@ -248,7 +293,7 @@ def test_each_half_is_made_again_only_for_its_own_reasons(tmp_path: Path) -> Non
     (tmp_path / "clips/b.mp4").unlink()
     (tmp_path / "sound/b.wav").rename(tmp_path / "sound/a.wav")
     assert again(media_identity={"vae": "second"}) == (0, 1, 1, 2)
-    assert cache(dataclasses.replace(config), ToyFamily(latent=PLAIN)).written == 1  # of one that never hears
+    assert cache(replace(config), ToyFamily(latent=PLAIN)).written == 1  # of one that never hears
 
 
 def test_damaged_entries_are_made_again_and_foreign_ones_unless_they_are_asked_for(tmp_path: Path) -> None:
