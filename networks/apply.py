@@ -101,9 +101,7 @@ class Change:
         if rows is None or rows == slice(0, own):
             return self
         if has_input_magnitudes(self.factors):
-            raise RuntimeError(
-                "DoRA magnitudes by input belong to the whole weight, of which this model has parts"
-            )
+            raise RuntimeError("DoRA magnitudes by input are of the whole weight, the model has parts of it")
         factors = deltas.rows_of(self.factors, rows)
         if factors is None:  # LoKr: made whole, then cut
             norms = {DORA: self.factors[DORA][rows]} if DORA in self.factors else {}

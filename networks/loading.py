@@ -178,8 +178,8 @@ def _read_part(
 ) -> LoraFile:
     """Bring tensors of a file under our names.
 
-    expert: their expert; None: names in the file do not say it. is_own: the file was written here. family: as
-    of `read_lora`.
+    expert: their expert; None: names in the file do not say it. is_own: it was written here. family: as of
+    `read_lora`.
     """
     if expert is not None:
         try:
@@ -198,23 +198,20 @@ def _read_part(
     if not native.tensors and not native.texts:
         raise _no_lora(path, stored)
     if twice := native.clash or _named_twice(native):
-        raise CheckpointError(
-            f"{path} changes one layer under two names: {twice[0]} and {twice[1]}.\n"
-            "  They are of two programs. Take the tensors of one of them out of the file.",
-            path,
-        )
+        remedy = "They are of two programs. Take the tensors of one of them out of the file."
+        names = f"{twice[0]} and {twice[1]}"
+        raise CheckpointError(f"{path} changes one layer under two names: {names}.\n  {remedy}", path)
     _warn_of_unused(path, native, made or native.family, len(stored))
-    native = replace(
-        native, tensors=drop_unused_alphas(native.tensors), texts=drop_unused_alphas(native.texts)
-    )
+    tensors, texts = drop_unused_alphas(native.tensors), drop_unused_alphas(native.texts)
+    native = replace(native, tensors=tensors, texts=texts)
     modules, in_texts = group_by_module(native.tensors), group_by_module(native.texts)
     _refuse_faulty(path, modules | in_texts, native.unknown)
     found, of_texts = read_alphas(path, metadata, native, expert, is_own)
     for warning in dict.fromkeys((*found.warnings, *of_texts.warnings)):
         logger.warning(f"{path}: {warning}")
+    beside = f" and {len(in_texts)} of text encoders" if in_texts else ""
     words = [
-        f"{count_of(len(modules), 'module')}"
-        + (f" and {len(in_texts)} of text encoders" if in_texts else ""),
+        f"{count_of(len(modules), 'module')}{beside}",
         key_formats.dialect_in_words(native.dialect),
         *dict.fromkeys(one for one in (found.words, of_texts.words) if one),
         *([f"trained for {metadata[TRAINED_FOR]}"] if TRAINED_FOR in metadata else []),

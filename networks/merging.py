@@ -157,21 +157,18 @@ def merge_into_file(
     """Write the model with the LoRAs added as one safetensors file; keep names, dtypes and metadata.
 
     dtype: of the result's weights; None: as in the model, of quantised ones bfloat16. option: that names
-    `output`, for messages.
+    `output`, for messages. in_channels: required input channels of the model's first layer. Memory: the
+    LoRAs, one tensor of the model at a time, and some MB (for LoKr: the tensor's change in float32).
 
-    Memory: the LoRAs, one tensor of the model at a time, and some MB (for LoKr: the tensor's change in
-    float32). in_channels: required input channels of the model's first layer. Raises CheckpointError where a
-    file is unusable or a LoRA fits nothing, OptionError where the result would replace one of them,
-    OutputError where it cannot be written.
+    Raises CheckpointError where a file is unusable or a LoRA fits nothing, OptionError where the result would
+    replace one of them, OutputError where it cannot be written.
     """
     start = time.monotonic()
     refuse_replacing(option, output, [*checkpoint_paths(model), *(use.lora.path for use in uses)])
     with open_checkpoint(model) as opened:
         checkpoint = in_values(opened)
-        if in_channels is not None:
-            _check_in_channels(checkpoint, in_channels)
-        whole = is_whole(checkpoint.tensors)
-        if not whole:
+        _check_in_channels(checkpoint, in_channels)
+        if not (whole := is_whole(checkpoint.tensors)):
             for_encoders(uses, str(model), held=())
         patch: LoraPatch | WholePatch = (WholePatch if whole else LoraPatch)(uses, checkpoint.tensors, model)
         _check_fits(patch, checkpoint)
@@ -206,8 +203,8 @@ def merge_into_file(
         else:
             metadata["modelspec.merged_from"] = ", ".join([model.name, *(use.lora.path.name for use in uses)])
         stream_tensors(output, written, read, metadata)
-    result = f"{output} ({as_size(output.stat().st_size)})"
-    show_box("Merging is finished", [("Merged model", result), ("time", in_words(time.monotonic() - start))])
+    rows = [("Merged model", f"{output} ({as_size(output.stat().st_size)})")]
+    show_box("Merging is finished", [*rows, ("time", in_words(time.monotonic() - start))])
 
 
 def _check_fits(patch: LoraPatch | WholePatch, checkpoint: Checkpoint) -> None:
@@ -217,10 +214,10 @@ def _check_fits(patch: LoraPatch | WholePatch, checkpoint: Checkpoint) -> None:
     patch.check()
 
 
-def _check_in_channels(checkpoint: Checkpoint, in_channels: int) -> None:
+def _check_in_channels(checkpoint: Checkpoint, in_channels: int | None) -> None:
     first = [name for name in checkpoint.tensors if name.endswith(FIRST_LAYERS)]
     found = checkpoint.tensors[first[0]].shape[1] if first else None  # out x in x kernel
-    if found != in_channels:
+    if in_channels not in {None, found}:
         what = f"{first[0]} takes {found} channels" if first else "it has no first layer that is known"
         raise CheckpointError(
             f"{checkpoint.path}: {what}, --dit_in_channels asks for {in_channels}.", checkpoint.path

@@ -322,14 +322,11 @@ def _widen(
     """Write quantised weights in bfloat16, the rest as it is."""
     values = in_values(checkpoint, device)
     if values is checkpoint:
-        raise CheckpointError(
-            f"{options.model} has no quantised weights. Give a file that has, or another --form.",
-            options.model,
-        )
-    tensors = {
-        name: replace(info, dtype=torch.bfloat16) if info is not checkpoint.tensors[name] else info
-        for name, info in values.tensors.items()
-    }
+        text = f"{options.model} has no quantised weights. Give a file that has, or another --form."
+        raise CheckpointError(text, options.model)
+    narrow = {name: info for name, info in values.tensors.items() if info is not checkpoint.tensors[name]}
+    as_bf16 = {name: replace(info, dtype=torch.bfloat16) for name, info in narrow.items()}
+    tensors = {**values.tensors, **as_bf16}
     finite = FiniteCheck(checkpoint.path)
 
     def read(name: str) -> Tensor:
@@ -338,15 +335,13 @@ def _widen(
         return tensor.to(tensors[name].dtype)
 
     stream_tensors(options.output, tensors, read, {"format": "pt", **metadata})
-    return len([name for name, info in tensors.items() if info is not checkpoint.tensors[name]])
+    return len(narrow)
 
 
 def in_values(checkpoint: Checkpoint, device: torch.device | None = None) -> Checkpoint:
     """Return the tensors of a file without scales, quantised ones by their values, float32; the same one if
-    it has none. The files stay shared: close one of the two.
-
-    device: to compute them on. Raises CheckpointError if a form is not read, or the size of a padded weight
-    is not known.
+    it has none. The files stay shared: close one of the two. device: to compute them on. Raises
+    CheckpointError if a form is not read, or the size of a padded weight is not known.
     """
     refuse_quantised(checkpoint)
     infos = checkpoint.tensors.values()
@@ -355,8 +350,8 @@ def in_values(checkpoint: Checkpoint, device: torch.device | None = None) -> Che
     is_padded = any(info.packing is not None and info.packing.pad > 1 for info in infos)
     shapes = _recognise(checkpoint).shapes if is_padded else {}
     values: Any = _Values(checkpoint, shapes, device or torch.device("cpu"))
-    text = "%s: %d quantised weights count by their values"
-    logger.info(text, checkpoint.path, len(values.tensors.keys() - values.plain))
+    number = len(values.tensors.keys() - values.plain)
+    logger.info("%s: %d quantised weights count by their values", checkpoint.path, number)
     return Checkpoint(checkpoint.path, {name: (values, name) for name in values.tensors}, [values])
 
 
