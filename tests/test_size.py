@@ -10,6 +10,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from tests.marks import SLOW_CASES
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # room -> lines and files of Python at most; `scripts` are the files of the root
@@ -167,3 +169,9 @@ def test_each_room_names_its_files() -> None:
 
 if __name__ == "__main__":
     print("\n".join(line for room in rooms_with_files() for line in unnamed_files(room)))  # noqa: T201
+
+
+def test_slow_cases_are_cases_of_tests_that_are_there() -> None:
+    for line in SLOW_CASES.read_text(encoding="utf-8").splitlines():
+        file, _, name = line.partition("[")[0].partition("::")
+        assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), line
