@@ -84,7 +84,6 @@ def read_track(path: Path, start: Fraction, count: int, rate: int, channels: int
                 f"{path}: its sound is damaged near {at:.1f} s ({error.strerror}). Fetch or convert the file "
                 "again, or leave its sound out"
             ) from error
-    # one channel in memory stands for all
     return found if given == channels else np.broadcast_to(found, (channels, count))
 
 
