@@ -84,7 +84,7 @@ def read_track(path: Path, start: Fraction, count: int, rate: int, channels: int
                 f"{path}: its sound is damaged near {at:.1f} s ({error.strerror}). Fetch or convert the file "
                 "again, or leave its sound out"
             ) from error
-    return found if given == channels else np.repeat(found, channels, axis=0)
+    return found if given == channels else np.broadcast_to(found, (channels, count))
 
 
 def _track(container: Any) -> Any | None:

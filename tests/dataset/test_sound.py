@@ -236,9 +236,8 @@ def test_sounds_without_pictures_take_the_memory_of_one_picture(tmp_path: Path) 
         f"{clips / 'quiet.mp4'}: it has no track of sound; sound alone is learned"
     ]
     for refused, why in (({"audio": "ignore"}, "leaves none"), ({"kind": "image"}, "it has pictures")):
-        one = replace(config, datasets=(replace(config.datasets[0], **refused),))
         with pytest.raises(DatasetError, match=f"this run learns sound alone, and .*{why}"):
-            cache(one, family)
+            cache(make_set(clips, **refused), family)
     with pytest.raises(
         DatasetError, match=r"has no sounds but 2 videos, for which the key is video_directory"
     ):

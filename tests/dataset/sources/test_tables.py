@@ -340,6 +340,9 @@ def test_columns_of_whole_files_and_lists_of_paths_are_told(tmp_path: Path) -> N
     (fault,) = find_unread(list_of(tmp_path, [{"image_path": "a.png", "prompt": "x"}], "list"))
     assert fault.text == "'prompt': did you mean 'caption'?"
 
+    sounds = list_of(tmp_path, [{"audio_path": "a.wav", "caption": "x", "video_path": "q"}], "list")
+    assert find_unread(dataclasses.replace(sounds, kind="video", is_of_sound=True)) == []
+
 
 @pytest.mark.parametrize("form", ["list", "jsonl", "csv", "parquet"])
 def test_more_control_columns_than_a_model_takes_are_told(tmp_path: Path, form: str) -> None:
