@@ -61,10 +61,13 @@ def show_start(
     step, rows, columns = family.latent.stride
     sizes = [
         (family.latent.channels, (one.frames - 1) // step + 1, one.height // rows, one.width // columns)
+        if one.joint is None
+        else one.joint.picture
         for one in requests
     ]
     heard = [one.joint.sound for one in requests if one.joint is not None]
     first = requests[0]
+    kind = "sound" if heard and not prod(sizes[0]) else "clip" if first.frames > 1 else "picture"
     is_one = len(requests) == 1
     free = shutil.disk_usage(folder).free
     has_names = any(expert.name for expert in family.experts)
@@ -79,7 +82,7 @@ def show_start(
         ("model", name_model(family.metadata)),
         ("experts", "\n".join(experts_in_words(family)) if has_names else None),
         ("LoRAs", "\n".join(lines)),
-        ("clip" if first.frames > 1 else "picture", size_in_words(first) if is_one else None),
+        (kind, size_in_words(first) if is_one else None),
         ("clips", None if is_one else f"{len(requests)}; the first: {size_in_words(first)}"),
         ("turns", turns_in_words(family, first) if has_names else None),
         ("prompt", in_short(first.asked.prompt, 3 * PROMPT_LENGTH) if is_one else None),
