@@ -67,8 +67,8 @@ def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[Media
                 raise DatasetError(f"{table.name}: this run learns sound alone, and {why}. Leave it out")
             if table.is_of_sound and not is_alone:
                 raise DatasetError(
-                    f"{table.name}: it has sounds, and this run learns pictures. LTX-2 learns sound alone, "
-                    "with --ltx2_mode audio"
+                    f"{table.name}: it has sounds, and this run learns pictures. Give the mode that learns "
+                    "sound alone, audio"
                 )
         except DatasetError as error:
             is_hint = has_control and table.conditioning_directory is not None

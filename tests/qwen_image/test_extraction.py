@@ -108,15 +108,12 @@ def test_numbers_have_the_type_that_is_asked_for_and_metadata_can_be_left_out(tm
         assert not any(name.startswith("modelspec") for name in file.metadata())
 
 
-@pytest.mark.parametrize("case", ["fp8", "vae", "size", "missing", "same"])
+@pytest.mark.parametrize("case", ["vae", "size", "missing", "same"])
 def test_files_that_do_not_fit_are_one_message(tmp_path: Path, case: str) -> None:
     state, tuned = write(tmp_path, rank=2)
     place = tmp_path / "tuned.safetensors"
     words: tuple[str, ...] = ()
-    if case == "fp8":
-        save_file({name: tensor.to(torch.float8_e4m3fn) for name, tensor in tuned.items()}, place)
-        words = ("tuned.safetensors stores transformer_blocks.0.", "in 8 bits", "Give the bf16")
-    elif case == "vae":
+    if case == "vae":
         save(place, vae_tensors())
         words = ("has no blocks of Qwen-Image", "It is a Wan2.1 VAE")
     elif case == "size":
