@@ -255,6 +255,11 @@ class DatasetTable:
         return "audio_path" if self.is_of_sound else f"{self.kind}_path"
 
     @property
+    def holds(self) -> Literal["image", "video", "sound"]:
+        """Return what its files are."""
+        return "sound" if self.is_of_sound else self.kind
+
+    @property
     def control_count(self) -> int | None:
         """Return how many control images an image has, if it has any; None: the number differs."""
         if not self.lists_controls:

@@ -103,7 +103,7 @@ def predict(
     turns = turns or turns_of(family, options, [prepared])
     denoising = rehearse_denoising(family, options, prepared, encoded, inputs, extra, turns, watch)
     after: tuple[memory_plan.Phase, ...] = ()
-    if options.output.decodes and (prepared.joint is None or prepared.joint.picture[1]):
+    if options.output.decodes and not prepared.is_sound_alone:
         after = (rehearse_decoding(family, prepared, extra),)
     if prepared.joint is not None and hears_sound(family) and options.output.writes_sound:
         networks = family.sound_networks(META, decodes=True)

@@ -45,7 +45,7 @@ def size_in_words(prepared: Prepared) -> str:
     """Return a description of a request's result, without its prompt."""
     frames = f"{prepared.frames} frames, " if prepared.frames > 1 else ""
     size = f"{prepared.width} x {prepared.height} (width x height), {frames}"
-    if prepared.joint is not None and not prepared.joint.picture[1]:
+    if prepared.is_sound_alone:
         size = f"{prepared.frames / prepared.fps:.2f} s of sound, "
     return f"{size}{count_of(prepared.num_steps, 'step')}, seed {prepared.seed}"
 
@@ -67,7 +67,7 @@ def show_start(
     ]
     heard = [one.joint.sound for one in requests if one.joint is not None]
     first = requests[0]
-    kind = "sound" if heard and not prod(sizes[0]) else "clip" if first.frames > 1 else "picture"
+    kind = "sound" if first.is_sound_alone else "clip" if first.frames > 1 else "picture"
     is_one = len(requests) == 1
     free = shutil.disk_usage(folder).free
     has_names = any(expert.name for expert in family.experts)

@@ -285,8 +285,7 @@ def make_job(run: GenerationRun, label: str, overrides: Mapping[str, Any]) -> Ge
     """
     prepared = prepare_line(run.family, run.options, overrides)
     if run.options.output.file_name:
-        shows = prepared.joint is None or prepared.joint.picture[1]  # else sound alone
-        run.options.output.check_file_name(prepared.frames if shows else 0)
+        run.options.output.check_file_name(0 if prepared.is_sound_alone else prepared.frames)
     if run.post is not None:
         run.post.check_length(prepared.frames, label)
     return GenerationJob(label, prepared)

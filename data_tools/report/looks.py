@@ -177,8 +177,7 @@ def read_header(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
     try:
         with fetch(source) as here:
             plan = plan_source(here, fps, latent.pixel_step, latent.frame_step)
-            is_clip = source.table.kind == "video" and not source.table.is_of_sound
-            info = video_info(here.path) if is_clip else None
+            info = video_info(here.path) if source.table.holds == "video" else None
     except (MediaError, DatasetError, OSError) as error:
         return Look(problem=str(error))
     return Look(
@@ -230,7 +229,7 @@ def _read_frames(
 ) -> None:
     """Hand the frames of a source on disk to `take`; add facts found on the way to `found`."""
     found["bytes"] = _size_bytes(source)
-    if source.table.kind == "video" and not source.table.is_of_sound:
+    if source.table.holds == "video":
         info = video_info(source.path)
         found |= {"fps": info.fps, "frames": info.frames}
         if not is_animation(source.path):  # these are played by the times in the file

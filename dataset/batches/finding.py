@@ -114,6 +114,7 @@ def _add_table(
         (stem, replace(what, section=None)) for _, stem, what in clips if what.section is not None
     )
     sound = hears if table.kind == "video" and table.audio != IGNORE else None
+    needs_sound = sound is not None and (table.audio == REQUIRED or sound.is_alone)
     sound_end = f"_{cache_files.sound_tag(tag)}{cache_files.SUFFIX}"
     with_sound = {name for name in names if sound and name.endswith(sound_end)}
     del names, text_names, latent_files  # a million names: what is needed of them is held elsewhere
@@ -139,7 +140,6 @@ def _add_table(
             sound_file = "" if sound is None else cache_files.sound_file_name(name, tag)
             if sound is not None and table.batch_size > 1:
                 shape = _sound_shape(store, name, sound, bucket[2])
-            needs_sound = sound is not None and (table.audio == REQUIRED or sound.is_alone)
             if needs_sound and sound_file not in with_sound:
                 found.missing_sound.append(folder / sound_file)
             shared = sizes.setdefault(references, references), sizes.setdefault(shape, shape)

@@ -98,8 +98,7 @@ def _find_companions(
 def _media_in(table: DatasetTable, faults: list[Fault]) -> list[Path]:
     """Return a table folder's images or clips, sorted; add those that are no regular file."""
     assert table.directory is not None
-    what = "sound" if table.is_of_sound else table.kind
-    suffixes, spare = media_suffixes(what), media_suffixes(what, spare=True)
+    suffixes, spare = media_suffixes(table.holds), media_suffixes(table.holds, spare=True)
     key = table.source_key if table.group is None else "image_dir"
     entries = list_entries(table.directory, f"{table.name}: {key}")
     ends = [split_name(entry.name)[1].lower() for entry in entries]
@@ -108,7 +107,7 @@ def _media_in(table: DatasetTable, faults: list[Fault]) -> list[Path]:
     for entry, end in zip(entries, ends, strict=True):
         if end in suffixes:
             (there if is_file(entry) else no_files).append(table.directory / entry.name)
-    kind = f"{what}s of {table.name} cannot be opened"
+    kind = f"{table.holds}s of {table.name} cannot be opened"
     faults += [Fault(kind, f"{path}: {_explain(path)}", path.stem, ends_run=False) for path in no_files]
     if (ANIMATION_SUFFIXES | spare).isdisjoint(ends):
         return there

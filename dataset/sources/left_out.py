@@ -118,7 +118,7 @@ def describe_entries(table: DatasetTable) -> str:
     """Describe the content of a folder without usable files."""
     assert table.directory is not None
     suffixes = [path.suffix.lower() for path in table.directory.iterdir() if path.is_file()]
-    kind = "sound" if table.is_of_sound else table.kind
+    kind = table.holds
     other = "image" if kind == "video" else "video"
     there = sum(suffix in media_suffixes(other) for suffix in suffixes)
     if there:
@@ -144,7 +144,7 @@ def left_out_folders(config: DatasetConfig) -> Iterator[str]:
         for folder in folders:
             if Path(folder).name in _FOLDERS_OF_RUNS and (table.directory / "run.toml").exists():
                 continue
-            kind = "sound" if table.is_of_sound else table.kind
+            kind = table.holds
             if folder_id(folder) not in others and _holds(folder, _all_suffixes(kind), others):
                 unused = f"its {kind}s are not used: folders inside a folder are not searched"
                 yield f"{folder}: {unused}. Give it a table"

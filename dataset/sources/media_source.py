@@ -146,9 +146,8 @@ class FileIdentity:
 class ClipFacts:
     """Facts found by decoding a clip, so that a later run knows the clip's items without decoding."""
 
-    size: tuple[
-        int, int
-    ]  # width, height of the original; with load_tensors of the clip that moments stand for
+    # width, height of the original; with load_tensors of the clip that moments stand for
+    size: tuple[int, int]
     kept_frames: int
     complete: bool = True  # False: decoding stopped early, there may be more frames
 

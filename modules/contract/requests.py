@@ -122,6 +122,10 @@ class Prepared:
     own_metadata: Mapping[str, str] = field(default_factory=dict)  # what outputs say of it, by name
 
     @property
+    def is_sound_alone(self) -> bool:
+        return self.joint is not None and not self.joint.picture[1]
+
+    @property
     def num_steps(self) -> int:
         return self.steps - self.first_step
 

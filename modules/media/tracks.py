@@ -59,10 +59,7 @@ def write_wav(path: Path, track: Track, tags: Mapping[str, str] | None = None) -
     """
     samples, rate = track
     whole = np.round(samples.clip(-1, 1).T * LOUDEST).astype("<i2")
-    with (
-        atomic_path(path, whole.nbytes) as temporary,
-        temporary.open("wb+") as opened,
-    ):
+    with atomic_path(path, whole.nbytes) as temporary, temporary.open("wb+") as opened:
         with wave.open(opened, "wb") as file:
             file.setnchannels(whole.shape[1])
             file.setsampwidth(2)
