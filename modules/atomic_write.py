@@ -44,7 +44,8 @@ def atomic_path(path: Path, size_bytes: int = 0) -> Iterator[Path]:
         temporary = temporary_name(path)
         try:
             yield temporary
-            _flush(temporary)
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
@@ -66,9 +67,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         temporary.mkdir()
         try:
             yield temporary
-            for file in temporary.rglob("*"):
-                if file.is_file():
-                    _flush(file)
+            for written in (one for one in temporary.rglob("*") if one.is_file()):
+                with written.open("rb+") as file:
+                    os.fsync(file.fileno())
             flush_folder(temporary)
             aside = path.with_name(f".{path.name}.old")
             if path.exists():
@@ -187,10 +188,8 @@ def remove_leftovers(
                     Path(entry.path).unlink()
 
 
-@lru_cache(maxsize=64)
-def _sweep(folder: Path) -> None:
-    """Run `remove_leftovers` once per run and folder: listing a large cache takes longer than one write."""
-    remove_leftovers(folder)
+# once per run and folder: listing a large cache takes longer than one write
+_sweep = lru_cache(maxsize=64)(remove_leftovers)
 
 
 def give_name(file: Path, path: Path) -> None:
@@ -238,11 +237,6 @@ def check_space(path: Path, size_bytes: int) -> None:
             f"{path}: the disk has {free / 1e6:,.1f} MB free and this takes {size_bytes / 1e6:,.1f} MB, with"
             f" {SPARE_BYTES / 1e6:.1f} MB to spare. Free some space and run again."
         )
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
 
 
 def flush_folder(folder: Path) -> None:

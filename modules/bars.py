@@ -30,7 +30,7 @@ LINE_EVERY = 30.0  # seconds between two log lines where no bar can be shown
 
 
 @dataclass
-class Bar:
+class Bar(ExitStack):
     """Progress of one loop. Use it as a context manager, or call `close`."""
 
     total: float | None  # None: not known
@@ -42,22 +42,16 @@ class Bar:
     is_terminal: Callable[[], bool] = lambda: sys.stderr.isatty()
     done: float = field(default=0, init=False)
     _bar: Any = field(default=None, init=False)
-    _open: ExitStack = field(default_factory=ExitStack, init=False)
     _start: float = field(default=0.0, init=False)
     _told: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
+        super().__init__()
         self.what = escape_control_codes(self.what)
         self._start = self._told = self.now()
         self.shown = self.shown and logger.isEnabledFor(logging.INFO)  # other processes are silent
-
-    def __enter__(self) -> "Bar":
         if self.at_once and self.shown and self.is_terminal():
             self._open_bar()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def update(self, amount: float = 1) -> None:
         self.done += amount
@@ -74,7 +68,7 @@ class Bar:
             self._open_bar()
 
     def _open_bar(self) -> None:
-        self._open.enter_context(logging_redirect_tqdm())  # log lines go above the bar
+        self.enter_context(logging_redirect_tqdm())  # log lines go above the bar
         bar = tqdm(
             total=self.total,
             desc=self.what,
@@ -84,7 +78,7 @@ class Bar:
             leave=False,
             bar_format=STEPS_FORMAT if self.unit == STEPS and self.total is not None else None,
         )
-        self._bar = self._open.enter_context(bar)
+        self._bar = self.enter_context(bar)
         bar.start_t -= self.now() - self._start
         bar.update(self.done)
         bar.refresh()
@@ -99,10 +93,6 @@ class Bar:
         if self.total is not None and self.done:
             parts.append(f"about {in_words(passed * max(0, self.total - self.done) / self.done)} left")
         return f"{self.what}{', step ' if self.unit == STEPS else ': '}{', '.join(parts)}"
-
-    def close(self) -> None:
-        self._bar = None
-        self._open.close()
 
 
 def track(

@@ -30,7 +30,8 @@ def show_box(title: str, rows: Iterable[Row], commands: Sequence[Row] = ()) -> N
     shown as they are: markup is not interpreted and control codes are written out.
     """
     kept = [(escape_control_codes(label), escape_control_codes(text)) for label, text in rows if text]
-    below = [(escape_control_codes(what), escape_control_codes(text)) for what, text in commands if text]
+    shown = ((escape_control_codes(what), escape_control_codes(text)) for what, text in commands if text)
+    below = [line for what, text in shown for line in (f"{what}:", f"  {text}")]
     title = escape_control_codes(title)
     width = max((count_columns(label) for label, _ in kept), default=0)
     lines = [title]
@@ -39,7 +40,7 @@ def show_box(title: str, rows: Iterable[Row], commands: Sequence[Row] = ()) -> N
         first, *others = text.split("\n")
         lines += [start + first, *(" " * (width + 4) + other for other in others)]
     draw = partial(draw_box, title, kept, below)
-    logger.info("%s", "\n".join([*lines, *_lines_below(below)]), extra={"draw": draw})
+    logger.info("%s", "\n".join([*lines, *below]), extra={"draw": draw})
 
 
 def count_columns(text: str) -> int:
@@ -53,12 +54,12 @@ def count_columns(text: str) -> int:
 def draw_box(
     title: str,
     rows: Sequence[tuple[str, str]],
-    commands: Sequence[tuple[str, str]],
+    below: Sequence[str],
     colour: bool,
     unicode: bool,
     columns: int | None = None,
 ) -> str:
-    """Return the box for a terminal.
+    """Return the box for a terminal, with lines below it.
 
     colour: use ANSI colours. unicode: draw with line characters instead of ASCII. columns: of the terminal,
     asked from the system if None.
@@ -92,17 +93,13 @@ def draw_box(
     )
     console.print(panel)
     drawn: str = console.file.getvalue().rstrip("\n")  # type: ignore[attr-defined]
-    return "\n".join([drawn, *_lines_below(commands)])
+    return "\n".join([drawn, *below])
 
 
 def show_traceback() -> None:
     from rich.console import Console  # slow, and only for an error of ours on a terminal
 
     Console(stderr=True).print_exception()
-
-
-def _lines_below(commands: Sequence[tuple[str, str]]) -> list[str]:
-    return [line for what, command in commands for line in (f"{what}:", f"  {command}")]
 
 
 def in_words(seconds: float) -> str:

@@ -209,7 +209,8 @@ def free_memory(device: torch.device) -> None:
 
 def release_heap() -> None:
     """Give freed host memory back: glibc keeps what lies between pieces in use, as much as a network."""
-    _call_glibc("malloc_trim", 0)
+    if _GLIBC is not None:
+        _GLIBC.malloc_trim(0)
 
 
 def keep_heap_small() -> None:
@@ -218,18 +219,14 @@ def keep_heap_small() -> None:
     glibc takes pieces of MMAP_THRESHOLD and more from the system one by one, until it has seen larger ones
     freed: then up to 32 MiB come from its heap, where parts of weights that stay leave holes.
     """
-    _call_glibc("mallopt", _M_MMAP_THRESHOLD, MMAP_THRESHOLD)
+    if _GLIBC is not None:
+        _GLIBC.mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD)
 
 
 MMAP_THRESHOLD = 128 << 10  # bytes; glibc's own at the start
 _M_MMAP_THRESHOLD = -3  # malloc.h
-
-
-def _call_glibc(name: str, *numbers: int) -> None:
-    """Call a function that other C libraries lack."""
-    function = getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
-    if function is not None:
-        function(*numbers)
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+_GLIBC = _LIBC if hasattr(_LIBC, "malloc_trim") else None  # other C libraries have neither function
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -5,7 +5,7 @@ No family is imported before it is asked for: a script that only prints its help
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -168,17 +168,14 @@ def identify(path: Path) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class Script:
-    """Hold a script's function. Made by `plain_script`, `caching_script` and the like."""
+class Script(partial[None]):
+    """A script's function, which takes the words behind its name; None: those of the command line.
 
-    main: Callable[..., None]  # takes the words behind the script's name; None: those of the command line
-
-    def __call__(self, *args: Any, **named: Any) -> None:
-        self.main(*args, **named)
+    Made by `plain_script`, `caching_script` and the like.
+    """
 
     def run(self) -> None:
-        command_line(self.main, explain=identify)
+        command_line(self, explain=identify)
 
 
 def plain_script(

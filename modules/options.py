@@ -12,10 +12,12 @@ of them to a parser, `read_options(SavingOptions, args)` makes the record. Stand
 
 import argparse
 import dataclasses
+import functools
 import logging
+import operator
 import types
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar, dataclass_transform
 
@@ -41,7 +43,8 @@ OF_REQUEST = {"record": "request"}
 NO_PIXELS = {"record": "nothing"}  # nothing: it changes no pixel
 
 _UNSET: Any = object()
-_HINTS: dict[type, dict[str, Any]] = {}
+# of a record: field -> its type
+hints_of: Callable[[type], dict[str, Any]] = functools.cache(typing.get_type_hints)
 
 
 def option(
@@ -121,10 +124,6 @@ class Refusal(NamedTuple):
     settings: Mapping[str, Any]  # of `add_argument`
 
 
-def refusal_of(action: argparse.Action) -> Refusal | None:
-    return vars(action).get("refusal")
-
-
 def unsupported(reason: str, help: str = "", *, values: tuple[Any, ...] = (), **settings: Any) -> Refusal:
     """Return a record's attribute for an option that --help lists and that is refused when it is used.
 
@@ -194,14 +193,15 @@ class Options:
         raise dataclasses.FrozenInstanceError(f"{type(self).__name__}.{name} cannot be set")
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and list(_values(self)) == list(_values(other))
+        return type(self) is type(other) and vars(self) == vars(other)
 
     def __hash__(self) -> int:
-        return hash(tuple(_values(self)))
+        return hash(tuple(vars(self).values()))
 
     def __repr__(self) -> str:
-        shown = zip(dataclasses.fields(self), _values(self), strict=True)
-        return f"{type(self).__name__}({', '.join(f'{field.name}={value!r}' for field, value in shown)})"
+        return (
+            f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
+        )
 
 
 class NoOptions(Options):
@@ -209,16 +209,6 @@ class NoOptions(Options):
 
 
 NO_OPTIONS = NoOptions()
-
-
-def _values(record: Any) -> Iterator[Any]:
-    return (getattr(record, field.name) for field in dataclasses.fields(record))
-
-
-def hints_of(cls: type) -> dict[str, Any]:
-    if cls not in _HINTS:
-        _HINTS[cls] = typing.get_type_hints(cls)
-    return _HINTS[cls]
 
 
 def default_of(cls: type, field: "dataclasses.Field[Any]") -> Any:
@@ -255,13 +245,13 @@ def _check_facts(record: Any, field: "dataclasses.Field[Any]") -> None:
     option, hint = f"--{option_name(field)}", facts.get("hint", "")
     behind = f" ({hint})" if hint else ""
     for number in value if isinstance(value, tuple) else (value,):
-        if isinstance(number, (int, float)) and not _fits(number, facts):
+        limited = [fact for fact in _LIMITS if fact in facts and isinstance(number, (int, float))]
+        if not all(_LIMITS[fact][1](number, facts[fact]) for fact in limited):  # NaN is within none
             shown = {
                 fact: f"{facts[fact]:,g}" if isinstance(facts[fact], float) else f"{facts[fact]:,}"
-                for fact in _LIMITS
-                if fact in facts
+                for fact in limited
             }
-            limits = " and ".join(f"{_LIMITS[fact]} {limit}" for fact, limit in shown.items())
+            limits = " and ".join(f"{_LIMITS[fact][0]} {limit}" for fact, limit in shown.items())
             if "least" in shown and "most" in shown:
                 limits = f"from {shown['least']} to {shown['most']}"
             raise OptionError(f"{option} {show_number(number)}: give a number {limits}{behind}")
@@ -292,17 +282,12 @@ def _paths(value: Any) -> list[Path]:
     return [one for one in (value if isinstance(value, tuple) else (value,)) if isinstance(one, Path)]
 
 
-_LIMITS = {"least": "of at least", "above": "above", "most": "of at most", "below": "below"}
-
-
-def _fits(number: float, facts: Mapping[str, Any]) -> bool:
-    """Return whether a number is within the limits of an option; NaN is in none."""
-    return (
-        ("least" not in facts or number >= facts["least"])
-        and ("most" not in facts or number <= facts["most"])
-        and ("above" not in facts or number > facts["above"])
-        and ("below" not in facts or number < facts["below"])
-    )
+_LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
+    "least": ("of at least", operator.ge),
+    "above": ("above", operator.gt),
+    "most": ("of at most", operator.le),
+    "below": ("below", operator.lt),
+}
 
 
 def _either(words: Collection[str]) -> str:

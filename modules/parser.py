@@ -24,7 +24,6 @@ from modules.options import (
     option_name,
     read_options,
     record_of,
-    refusal_of,
 )
 from modules.paths import path_exists
 
@@ -95,8 +94,9 @@ class Parser(argparse.ArgumentParser):
         words = self._respell(words)
         self._refuse_unknown(words)
         self._refuse_joined(words)
-        words = self._give_flags(words)
-        found, others = self.parse_known_args(words, namespace)
+        takers = [one for one in self._actions if getattr(one, "by_place", False)]
+        words = self._give_flags(words, takers) if takers else words
+        found, others = super().parse_known_args(words, namespace)
         if others:
             from modules.mistyped import explain_rest  # only mistakes need it
 
@@ -118,10 +118,10 @@ class Parser(argparse.ArgumentParser):
             if action.nargs == 2:
                 self.error(f"{before} {word}: give two numbers: {before} {joined[1]} {joined[3]}")
 
-    def _give_flags(self, words: Sequence[str]) -> list[str]:
+    def _give_flags(self, words: Sequence[str], takers: Sequence[argparse.Action]) -> list[str]:
         """Return the words with those that belong to no option behind the flags of `by_place` options.
 
-        The first goes to the first such option that is not given, and so on; one of several values takes all.
+        takers: these options. The first goes to the first such option that is not given, and so on; one of several values takes all.
         """
         typed = [_Word(word) for word in words]  # argparse returns these same objects: equal words differ
         required = [one for one in self._actions if one.required]
@@ -132,7 +132,6 @@ class Parser(argparse.ArgumentParser):
         finally:
             for one in required:
                 one.required = True
-        takers = [one for one in self._actions if getattr(one, "by_place", False)]
         takers = [one for one in takers if getattr(found, one.dest) is one.default]
         taken = [word for word in others if word != "--"]
         if not taken or not takers:
@@ -391,7 +390,7 @@ def _add_option(
 def refuse_unsupported(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Raise OptionError if an option that is refused is used; say which are not needed."""
     for action in parser._actions:
-        refusal, value = refusal_of(action), getattr(args, action.dest, action.default)
+        refusal, value = vars(action).get("refusal"), getattr(args, action.dest, action.default)
         if refusal is None or value in (action.default, *refusal.values):
             continue
         if refusal.reason:

@@ -79,7 +79,7 @@ class Lcm:
 
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
         here, there = _Level.at(self.schedule, index), _Level.at(self.schedule, index + 1)
-        x0 = _Prediction.make(here, velocity, sample).x0
+        x0 = sample.float() - here.sigma * velocity.float()
         return there.alpha * x0 + there.sigma * self.draw(sample.shape) if there.sigma > 0 else x0
 
 
@@ -97,7 +97,7 @@ class DpmPlusPlus:
 
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
         here, there = _Level.at(self.schedule, index), _Level.at(self.schedule, index + 1)
-        now = _Prediction.make(here, velocity, sample)
+        now = _Prediction(here, sample.float() - here.sigma * velocity.float())
         x0 = now.x0
         if self._past and there.sigma > 0:
             before = self._past[-1]
@@ -147,7 +147,7 @@ class UniPC:
         here, there = (
             _Level.at(self.schedule, place, self.variant.keeps_data) for place in (index, index + 1)
         )
-        now = _Prediction.make(here, velocity, sample)
+        now = _Prediction(here, sample.float() - here.sigma * velocity.float())
         if self.corrected is None:
             self.corrected = sample.float()
         else:
@@ -182,16 +182,14 @@ class _Level:
 
     sigma: float
     alpha: float
+    lam: float
 
     @classmethod
     def at(cls, schedule: Schedule, index: int, keeps_data: bool = False) -> "_Level":
-        return cls(float(schedule.sigmas[index]), 1.0 if keeps_data else float(schedule.alphas[index]))
-
-    @property
-    def lam(self) -> float:
-        if self.sigma <= 0:
-            return math.inf
-        return math.log(self.alpha / self.sigma) if self.alpha > 0 else -math.inf
+        sigma, alpha = float(schedule.sigmas[index]), 1.0 if keeps_data else float(schedule.alphas[index])
+        if sigma <= 0 or alpha <= 0:
+            return cls(sigma, alpha, math.inf if sigma <= 0 else -math.inf)
+        return cls(sigma, alpha, math.log(alpha / sigma))
 
 
 @dataclass(frozen=True)
@@ -200,10 +198,6 @@ class _Prediction:
 
     level: _Level
     x0: Tensor
-
-    @classmethod
-    def make(cls, level: _Level, velocity: Tensor, sample: Tensor) -> "_Prediction":
-        return cls(level, sample.float() - level.sigma * velocity.float())
 
 
 def _relative(older: list[_Prediction], last: _Prediction, step: float) -> list[tuple[float, Tensor]]:

@@ -45,17 +45,13 @@ class Float32LayerNorm(nn.Module):
         return functional.layer_norm(x.float(), (self.dim,), weight, bias, self.eps)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight over the last axis, in the dtype of x.
 
     Source: Zhang and Sennrich 2019, arXiv 1910.07467.
     """
 
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.dim = dim
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
+    eps: float
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)

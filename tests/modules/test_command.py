@@ -424,7 +424,9 @@ def test_texts_of_the_user_are_shown_as_they_are(colour: bool, caplog: pytest.Lo
 def test_a_terminal_gets_borders_of_its_width_and_commands_in_one_piece() -> None:
     long = "python x.py " + "y" * 200
 
-    lines = draw_box("Done", [("path", "z" * 150)], [("Next", long)], False, True, columns=60).splitlines()
+    lines = draw_box(
+        "Done", [("path", "z" * 150)], ["Next:", f"  {long}"], False, True, columns=60
+    ).splitlines()
 
     assert lines[0].startswith("╭─ Done ─")
     assert {len(line) for line in lines[:-2]} == {60}
