@@ -35,7 +35,6 @@ from modules.checkpoints.opening import (
     Checkpoint,
     checkpoint_paths,
     open_checkpoint,
-    open_files,
     plain_sources,
 )
 from modules.errors import CheckpointError
@@ -107,7 +106,7 @@ def open_connectors(path: Path, gemma: Path) -> Checkpoint:
     with open_checkpoint(path) as alone:
         found = {name.startswith(PROJECTIONS) for name in alone.tensors if name.startswith(PARTS)}
     is_whole = found != {False}
-    return open_files(path, parts if is_whole else [*parts, *checkpoint_paths(gemma)])
+    return open_checkpoint(path, parts if is_whole else [*parts, *checkpoint_paths(gemma)])
 
 
 def read_connectors(checkpoint: Checkpoint, streams: Collection[str] = STREAMS) -> LoadPlan[ConnectorsConfig]:

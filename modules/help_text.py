@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterable
 from textwrap import wrap
 
-
 SCREEN = 66  # lines; a help that is no longer is shown by -h too
 FEWEST = 5  # options that make a short help
 COLUMN = 28  # where texts begin in the short help

@@ -121,7 +121,8 @@ class Parser(argparse.ArgumentParser):
     def _give_flags(self, words: Sequence[str], takers: Sequence[argparse.Action]) -> list[str]:
         """Return the words with those that belong to no option behind the flags of `by_place` options.
 
-        takers: these options. The first goes to the first such option that is not given, and so on; one of several values takes all.
+        takers: these options. The first word goes to the first of them that is not given, and so on; one of
+        several values takes all.
         """
         typed = [_Word(word) for word in words]  # argparse returns these same objects: equal words differ
         required = [one for one in self._actions if one.required]

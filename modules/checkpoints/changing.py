@@ -24,7 +24,7 @@ from modules.checkpoints.opening import (
     SUFFIXES,
     Checkpoint,
     checkpoint_paths,
-    open_files,
+    open_checkpoint,
     plain_sources,
     require_all_shards,
     scales_in,
@@ -331,7 +331,7 @@ def gather(path: Path) -> Checkpoint:
             repeated.append(name)
         return is_same
 
-    checkpoint = open_files(path, parts, are_equal)
+    checkpoint = open_checkpoint(path, parts, are_equal)
     try:
         named = () if index is None else parse_json(read_text(index))["weight_map"]
         missing = [name for name in named if name not in checkpoint.tensors]

@@ -158,7 +158,8 @@ class SafetensorsFile:
         "".join([*header, *metadata, *metadata.values()]).encode("utf-8")  # raises for halves of characters
         places = []
         for name, entry in header.items():
-            _check_name(name)
+            if len(name) > MAX_TENSOR_NAME:
+                raise ValueError(f"a tensor has a name of {len(name)} characters, {shorten(name, 60)}")
             shape, (begin, end), kind = entry["shape"], entry["data_offsets"], entry["dtype"]
             if kind in OTHER_DTYPES:
                 raise CheckpointError(
@@ -213,13 +214,12 @@ class TorchFile:
         size, known = path.stat().st_size, set(SAFETENSORS_DTYPES.values())
         try:
             "".join(self.tensors).encode("utf-8")
-            for name in self.tensors:
-                _check_name(name)
         except UnicodeEncodeError as error:  # it could not be shown, nor written again
             raise _pickle_damage_error(path, f"a tensor's name is no text ({error})") from error
-        except ValueError as error:
-            raise _pickle_damage_error(path, str(error)) from error
         for name, info in self.tensors.items():
+            if len(name) > MAX_TENSOR_NAME:
+                what = f"a tensor has a name of {len(name)} characters, {shorten(name, 60)}"
+                raise _pickle_damage_error(path, what)
             if info.dtype not in known:
                 raise CheckpointError(f"{path}: {name} is of type {dtype_name(info.dtype)}. {_PLAIN}", path)
             # a few bytes repeated over a shape that no memory holds, or a tensor without data
@@ -234,11 +234,6 @@ class TorchFile:
 
     def close(self) -> None:
         self._tensors = {}
-
-
-def _check_name(name: str) -> None:
-    if len(name) > MAX_TENSOR_NAME:
-        raise ValueError(f"a tensor has a name of {len(name)} characters, {shorten(name, 60)}")
 
 
 TensorFile: TypeAlias = "SafetensorsFile | TorchFile | GgufFile"  # one open file of named tensors

@@ -216,8 +216,9 @@ def _stored_layers(
     quantisation = placement.quantisation
     if quantisation is None:
         kept = find_stored_weights(linear_weights(dit), sources, checkpoint.tensors, asked=False)
-        kept = _without_patched(kept, dit, checkpoint.path, placement)
-        return StoredLoading(None, kept=kept) if kept else None
+        if not kept:
+            return None
+        return StoredLoading(None, kept=_without_patched(kept, dit, checkpoint.path, placement))
     lists = {name: len(found) for name, found in spec.blocks(dit).items()}
     named = [f"{name}.{index}." for name, count in lists.items() for index in range(count)]
     blocks = [named[place] for place in spec.order([*lists.values()])]
@@ -253,7 +254,7 @@ def _without_patched(
     names: frozenset[str], dit: nn.Module, path: Path, placement: Placement
 ) -> frozenset[str]:
     """Return the stored weights without those that the patch has to change in 16 bits."""
-    if placement.patch is None or not names:
+    if placement.patch is None:
         return names
     wanted, beside = dit.state_dict(), placement.beside
     kept = frozenset(name for name in names if beside is not None and beside(name, tuple(wanted[name].shape)))

@@ -62,9 +62,10 @@ def find_stored_weights(
     kept = set()
     for name in names:
         source = sources.get(name)
-        stored = None if source is None else stored_as(source, tensors)
-        if stored is not None and (asked or stored.form.stays):
-            kept.add(name)
+        if source is not None and source.as_stored is not None:
+            stored = stored_as(source, tensors)
+            if stored is not None and (asked or stored.form.stays):
+                kept.add(name)
     return frozenset(kept)
 
 
@@ -152,7 +153,12 @@ def load_module(
         if device.type == "cpu" and untrimmed > trim_after:
             release_heap()
             untrimmed = 0
-    filling.finish()
+    if device.type != "cpu":
+        filling.finite.finish()
+    del filling.scratch
+    release_heap()
+    if device.type == "cuda":
+        release_pinned_memory()
     if stored is not None:
         _tell_forms(stored, filling, what)
     if filling.held and host is not None:
@@ -213,7 +219,7 @@ class _Filling:
                     infos[name] = TensorInfo(weight.dtype, tuple(weight.shape))
             self.held = host.hold(module, infos)
         self._is_filled_here = host is None or host.is_filled_here
-        self._finite = FiniteCheck(checkpoint.path)
+        self.finite = FiniteCheck(checkpoint.path)
         self.errors: dict[str, Tensor] = {}  # of rounding, by name
         self.rounded_forms: dict[str, str] = {}  # by name, as the log tells them
         self.kept_forms: list[str] = []  # of the file's own
@@ -226,7 +232,7 @@ class _Filling:
             ),
             default=0,
         )
-        self._scratch = (
+        self.scratch = (
             empty_pinned([room], torch.uint8)
             if device.type == "cuda"
             else torch.empty(room, dtype=torch.uint8)
@@ -263,7 +269,7 @@ class _Filling:
             self.kept_forms.append(stored.form.name)
         else:
             assert loading.form is not None
-            made = self._make(name, self._stored_dtype(name))
+            made = self._make(name, self._checkpoint.tensors[self._sources[name].names[0]].dtype)
             stored = loading.form.quantise(made)
             self.errors[name], self.rounded_forms[name] = _rounding_error(made, stored), stored.form.how
         form = stored.form if loading.form is None else stored.form.computing_as(loading.form)
@@ -287,32 +293,22 @@ class _Filling:
         assert found is not None
         return found
 
-    def finish(self) -> None:
-        """Check that all values are finite, and free the buffer."""
-        self._finite.finish()
-        del self._scratch
-        release_heap()
-        if self._device.type == "cuda":
-            release_pinned_memory()
-
-    def _stored_dtype(self, name: str) -> torch.dtype:
-        return self._checkpoint.tensors[self._sources[name].names[0]].dtype
-
     def _write(self, name: str, tensor: Tensor) -> None:
         """Write the values of a tensor of the network into its memory."""
-        source = self._sources[name]
-        is_stored_so = source.build is None and self._stored_dtype(name) == tensor.dtype
         if tensor.device.type == "meta":
             return
+        source = self._sources[name]
+        part = source.names[0]
+        is_stored_so = source.build is None and self._checkpoint.tensors[part].dtype == tensor.dtype
         if self._patch is not None or not is_stored_so:
             tensor.copy_(self._make(name, tensor.dtype))
             return
-        part = source.names[0]  # straight to where it stays, which is not there twice
+        # straight to where it stays, which is not there twice
         if tensor.device.type == "cpu":
             self._checkpoint.read(part, tensor)
         else:
-            tensor.copy_(self._checkpoint.borrow(part, self._scratch))
-        self._finite.note(part, tensor)
+            tensor.copy_(self._checkpoint.borrow(part, self.scratch))
+        self.finite.note(part, tensor)
 
     def _make(self, name: str, target: torch.dtype) -> Tensor:
         """Make a tensor on the device, not yet rounded to its dtype; it may be a view of the buffer."""
@@ -331,8 +327,8 @@ class _Filling:
         """Read the parts of a tensor, on the device; may be views of the buffer."""
         parts, start = [], 0
         for part in source.names:
-            parts.append(self._checkpoint.borrow(part, self._scratch[start:]).to(self._device))
-            self._finite.note(part, parts[-1])
+            parts.append(self._checkpoint.borrow(part, self.scratch[start:]).to(self._device))
+            self.finite.note(part, parts[-1])
             start += -(-self._checkpoint.tensors[part].size_bytes // _ALIGNMENT) * _ALIGNMENT
         return parts
 

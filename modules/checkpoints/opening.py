@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ from modules.devices import dtype_name
 from modules.errors import CheckpointError
 from modules.paths import explain_missing
 from modules.stored.forms import Stored
-from modules.stored.fp8 import dequantise, is_fp8, stored_fp8
+from modules.stored.fp8 import dequantise, stored_fp8
 from modules.text_files import parse_json, read_text, require_regular_file
 
 LISTED = 8  # file names in a message
@@ -33,7 +32,7 @@ SUFFIXES = (".safetensors", ".sft", ".gguf", ".pth", ".pt", ".bin", ".ckpt")
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
 
 
-class Checkpoint:
+class Checkpoint(contextlib.ExitStack):
     """List the named tensors of one or several files without reading them. Use it as a context manager."""
 
     def __init__(
@@ -43,7 +42,10 @@ class Checkpoint:
         files: Sequence[TensorFile],
         refusal: str = "",
     ) -> None:
-        """refusal: why the packed weights cannot be read."""
+        """files: are closed with it. refusal: why the packed weights cannot be read."""
+        super().__init__()
+        for file in files:
+            self.callback(file.close)
         self.path = path
         self.refusal = refusal
         self._files = files
@@ -102,39 +104,22 @@ class Checkpoint:
         places, files = {**other._places, **self._places}, [*self._files, *other._files]
         return Checkpoint(self.path, places, files, self.refusal or other.refusal)
 
-    def close(self) -> None:
-        for file in self._files:
-            file.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a model file, any shard of one, an index of shards, or a folder holding one of these.
-
-    Raises CheckpointError if it is missing, incomplete, damaged, of another kind, or holds code.
-    """
-    return open_files(path, checkpoint_paths(path))
-
-
-def open_files(
+def open_checkpoint(
     path: Path,
-    parts: Sequence[Path],
+    parts: Sequence[Path] | None = None,
     are_equal: Callable[[TensorFile, TensorFile, str], bool] = lambda *_: False,
 ) -> Checkpoint:
-    """Open files that are one model. path: as the user gave it, for messages.
+    """Open a model file, any shard of one, an index of shards, or a folder holding one of these.
 
-    are_equal: given two files that have a tensor of the same name, returns whether it is the same in both;
-    then the first counts. Raises CheckpointError as `open_checkpoint`.
+    parts: the files that are this model, if `path` does not name them all. are_equal: given two files that
+    have a tensor of the same name, returns whether it is the same in both; then the first counts.
+    Raises CheckpointError if it is missing, incomplete, damaged, of another kind, or holds code.
     """
     files: list[TensorFile] = []
     places: dict[str, tuple[TensorFile, str]] = {}
     try:
-        for part in parts:
+        for part in checkpoint_paths(path) if parts is None else parts:
             file = open_file(part)
             files.append(file)
             for name in file.tensors:
@@ -152,6 +137,9 @@ def open_files(
         for file in files:
             file.close()
         raise
+    marked = any(name.endswith(MARK) or BNB_STATE in name for name in places)
+    if not marked and not any(HEADER in file.metadata for file in files):
+        return Checkpoint(path, places, files)
     return Checkpoint(path, places, files, _recognise(path, places, files))
 
 
@@ -308,9 +296,6 @@ def refuse_quantised(checkpoint: Checkpoint) -> None:
 
 def _recognise(path: Path, places: Mapping[str, tuple[TensorFile, str]], files: Sequence[TensorFile]) -> str:
     """Tell the files which tensors are packed weights; return why that cannot be told, else ""."""
-    marked = any(name.endswith(MARK) or BNB_STATE in name for name in places)
-    if not marked and not any(HEADER in file.metadata for file in files):
-        return ""
     from modules.checkpoints.marks import find_packed  # of no use to other files
 
     checkpoint = Checkpoint(path, places, files)
@@ -362,7 +347,8 @@ def plain_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
             continue
         if name in beside or any(fnmatch.fnmatchcase(name, pattern) for pattern in QUANT_EXTRAS):
             continue
-        in_fp8 = is_fp8(checkpoint.tensors[name].dtype)
+        dtype = checkpoint.tensors[name].dtype
+        in_fp8 = dtype.itemsize == 1 and dtype.is_floating_point
         if name in scales:
             sources[name] = TensorSource((name, scales[name]), dequantise, stored_fp8 if in_fp8 else None)
         else:
