@@ -66,7 +66,8 @@ def train_steps(row: Row, path: Path, device: torch.device) -> Bench:
     planned = predict(family, options, batch, device).device(options.speed.swap.number)
     begun = time.monotonic()
     host = swapped_weights(family.dit, options.speed.swap, device)
-    placement = placement_of(options, device, prepare(options.speed.fp8.quantisation, device))
+    form = options.speed.fp8.quantisation
+    placement = placement_of(options, device, form and prepare(form, device))
     dit = NoisyFamily(family).load_dit(replace(placement, host=host)).requires_grad_(False)
     loading = time.monotonic() - begun
     assert options.network is not None

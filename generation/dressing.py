@@ -97,7 +97,8 @@ class DitLoader:
             is_compiled = speed.compilation.choice is not None
             import_own("networks.added").add_stage_loras(dit, is_compiled)
         dress(dit, family.dit, self.device, speed.compilation.choice, host, shares=shares)
-        share_tokens(dit, speed.sharding, self.device)
+        if speed.sharding.context_parallel > 1:
+            share_tokens(dit, speed.sharding, self.device)
         return dit
 
 
@@ -112,7 +113,8 @@ def dit_loader(
 
     uses: by expert; empty: none has LoRAs. originals: by expert. Raises OptionError.
     """
-    quantisation = prepare(options.speed.fp8.quantisation, device)
+    asked = options.speed.fp8.quantisation
+    quantisation = None if asked is None else prepare(asked, device)
     return DitLoader(family, uses, device, options, quantisation, originals)
 
 
@@ -228,7 +230,7 @@ def leave_out_missing(family: Family, options: GenerationOptions, device: torch.
             speed.compilation.choice, device
         ),
         "fp8_scaled": lambda _: _check_rounding(files, device),
-        "fp8_fast": lambda speed: prepare(speed.fp8.quantisation, device),
+        "fp8_fast": lambda speed: speed.fp8.quantisation and prepare(speed.fp8.quantisation, device),
         "fp16_accumulation": lambda _: _check_fp16_sums(device),
     }
     speed, left_out = options.speed, []

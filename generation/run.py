@@ -27,13 +27,13 @@ from generation.session import Session
 from modules.atomic_write import make_folder
 from modules.attention.attend import check_backend
 from modules.checkpoints.model_files import SavedLatents, load_latents
+from modules.command import refuse_other_splits
 from modules.contract.family import Family, hears_sound
 from modules.contract.loading import Placement
 from modules.devices import Failures, allow_fp16_accumulation, choose_device
 from modules.dressing import have_joined, shared_blocks
 from modules.errors import CheckpointError, OptionError, OutputError
 from modules.installation import import_own
-from modules.offload.sharding import refuse_other_splits
 from modules.offload.swap_plan import check_swap
 from modules.output_files import refuse_replacing
 from modules.planning.device_memory import room_on, too_little
@@ -149,7 +149,7 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
             logger.warning("--plan does not count what the networks of --post take beside the VAE")
         import_own("generation.memory").plan_generation(family, options, device)
         return
-    room, predicted = room_on(device), None
+    room, predicted = room_on(device) if device.type == "cuda" else None, None
     if room is not None or options.speed.swap.is_auto:
         options, predicted = import_own("generation.memory").resolve_options(family, options, device, room)
     session = make_session(family, options, dit_loader(family, uses, device, options), options.interactive)
@@ -286,7 +286,8 @@ def check_models(run: GenerationRun) -> None:
     run.family.check_given_files()
     counts = run.family.block_counts()
     if counts:
-        check_swap(run.family.dit, run.options.speed.swap.number, counts)
+        if run.options.speed.swap.number:
+            check_swap(run.family.dit, run.options.speed.swap.number, counts)
         layers = run.options.guidance.skipped_layers
         own = sum(counts[:-1] if run.family.dit.side_list else counts)
         if layers and max(layers) >= own:

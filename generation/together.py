@@ -23,6 +23,7 @@ from generation.expert_memory import all_requests
 from generation.memory import PhasePrediction, predict, predict_largest
 from generation.options import GenerationOptions
 from generation.script_options import NOTHING
+from modules.command import LAUNCH
 from modules.console import quiet
 from modules.contract.family import Family
 from modules.contract.steps import Predict, Section, Tweaks
@@ -30,7 +31,7 @@ from modules.devices import choose_device
 from modules.errors import OptionError
 from modules.lost_processes import OtherProcesses, meet_anew
 from modules.offload.context import ProcessGrid, device_mesh
-from modules.offload.sharding import LAUNCH, agree, gather_parts, join_processes, launched_processes
+from modules.offload.sharding import agree, gather_parts, join_processes, launched_processes
 from modules.options import override_options
 from modules.planning.device_memory import Room
 from modules.planning.division import Division, TokenCounter, divide_tokens

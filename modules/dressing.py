@@ -42,13 +42,9 @@ def have_joined() -> bool:
     return has_joined and distributed.get_world_size() > 1
 
 
-def shares_processes(sharding: ShardingOptions) -> bool:
-    return sharding.shard_base and have_joined()
-
-
 def shared_blocks(sharding: ShardingOptions, device: torch.device) -> "ShardedBlocks | None":
     """Return what keeps this process' part of each block, to load the network with; None if it keeps all."""
-    if not shares_processes(sharding):
+    if not (sharding.shard_base and have_joined()):
         return None
     from modules.offload.sharding import ShardedBlocks
 
@@ -56,12 +52,10 @@ def shared_blocks(sharding: ShardingOptions, device: torch.device) -> "ShardedBl
 
 
 def share_tokens(network: nn.Module, sharding: ShardingOptions, device: torch.device) -> None:
-    """Have a network run its blocks on this process' part of the tokens, if processes share them.
+    """Have a network run its blocks on this process' part of the tokens.
 
     Call it last. Raises OptionError if they cannot share this network's tokens.
     """
-    if sharding.context_parallel == 1:
-        return
     from modules.offload import context
 
     groups = sharding.groups_of(distributed.get_world_size())
@@ -97,6 +91,7 @@ def dress(
 
         offload = offload_to_host(device) if checkpointing.inputs_on_host else None
         checkpoint_blocks(dit, spec, checkpointing.keeps_attention, offload)
-    swap_blocks(dit, host, device)
+    if host is not None:
+        swap_blocks(dit, host, device)
     if shares is not None:
         shares.finish(dit)

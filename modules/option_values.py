@@ -208,7 +208,7 @@ def text_to_seed(text: str, bits: int = SEED_BITS) -> int:
     Source: the known tools; the measured values are in tests/golden/string_seeds.json.
     """
     if re.fullmatch(r"[+-]?[0-9]+", text.strip()):
-        return read_whole(text.strip())
+        return few_digits(text.strip())
     import hashlib  # here: it loads OpenSSL, which --help need not wait for
 
     digest = int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest(), "big")

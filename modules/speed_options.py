@@ -158,15 +158,13 @@ class TrainingAttentionOptions(Options, title="attention"):
 
     @property
     def choice(self) -> AttentionChoice:
-        return AttentionChoice(next(iter(self._given), "sdpa"), self.split_attn)
+        given = (mode for mode, flag in TRAINING_FLAGS.items() if getattr(self, flag.removeprefix("--")))
+        return AttentionChoice(next(given, "sdpa"), self.split_attn)
 
     @property
     def ignored(self) -> tuple[str, ...]:
-        return tuple(TRAINING_FLAGS[mode] for mode in self._given[1:])
-
-    @property
-    def _given(self) -> list[str]:
-        return [mode for mode, flag in TRAINING_FLAGS.items() if getattr(self, flag.removeprefix("--"))]
+        given = (flag for flag in TRAINING_FLAGS.values() if getattr(self, flag.removeprefix("--")))
+        return tuple(given)[1:]
 
 
 class GenerationAttentionOptions(Options):
@@ -397,12 +395,12 @@ class ShardingOptions(Options):
         return processes // peers
 
     def check_beside(self, swap: SwapOptions) -> None:
-        """Raise OptionError if blocks would be swapped too."""
+        """Raise OptionError if blocks would be swapped too, with --shard_base."""
         asked = {
             f"--blocks_to_swap {swap.blocks_to_swap}": bool(swap.blocks_to_swap),
             "--img_in_txt_in_offloading": swap.img_in_txt_in_offloading,
         }
-        for name in (name for name, is_given in asked.items() if self.shard_base and is_given):
+        for name in (name for name, is_given in asked.items() if is_given):
             raise OptionError(
                 f"--shard_base and {name} both say where the weights wait: in the other processes, or in "
                 "host memory. Give one of them; fp8 and more processes save memory beside --shard_base"
@@ -459,7 +457,8 @@ class TrainingSpeedOptions(Options, title="memory and speed"):
     plan: PlanOptions = option(facts=FREE)
 
     def __post_init__(self) -> None:
-        self.sharding.check_beside(self.swap)
+        if self.sharding.shard_base:
+            self.sharding.check_beside(self.swap)
 
 
 class GenerationSpeedOptions(Options, title="memory and speed"):
@@ -484,7 +483,8 @@ class GenerationSpeedOptions(Options, title="memory and speed"):
     not_by_preset: tuple[str, ...] = option(default=(), facts=NO_PIXELS)  # what is given instead
 
     def __post_init__(self) -> None:
-        self.sharding.check_beside(self.swap)
+        if self.sharding.shard_base:
+            self.sharding.check_beside(self.swap)
 
     @property
     def shared_by(self) -> tuple[str, ...]:

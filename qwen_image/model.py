@@ -120,7 +120,8 @@ class QwenAttention(nn.Module):
             )
         else:
             layers, norms = (self.to_q, self.to_k, self.to_v), (self.norm_q, self.norm_k)
-        query, key, value = (in_own_dtype(layer, x).unflatten(-1, (-1, norms[0].dim)) for layer in layers)
+        heads = -1, *norms[0].normalized_shape
+        query, key, value = (in_own_dtype(layer, x).unflatten(-1, heads) for layer in layers)
         return norms[0](query), norms[1](key), value
 
 

@@ -205,7 +205,8 @@ class Loading:
         if self.has_samples and "stage_files" in vars(dit):
             import_own("networks.added").add_stage_loras(dit, is_compiled)
         experts.dress(dit, family.dit, options.loop, device, options.speed.compilation.choice, host, shares)
-        share_tokens(dit, sharding, device)
+        if sharding.context_parallel > 1:
+            share_tokens(dit, sharding, device)
         if plan.processes.quantisation is not None and device.type == "cpu":
             keep_heap_small()  # else weights that a product makes whole leave holes between what is kept
         if self.takes_turns:

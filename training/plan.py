@@ -19,7 +19,7 @@ from dataset.config import DatasetConfig, for_family, load_dataset_config
 from dataset.sources.media_source import NO_REFERENCE
 from dataset.subsets import folders_config
 from modules.contract.family import Family, sound_of
-from modules.dressing import shares_processes
+from modules.dressing import have_joined
 from modules.errors import DatasetError, OptionError, OutputError
 from modules.installation import import_own
 from modules.option_values import require
@@ -84,7 +84,7 @@ class TrainingPlan:
 
     @property
     def splits_model(self) -> bool:
-        return self.options.whole_dit is not None and shares_processes(self.options.speed.sharding)
+        return self.options.whole_dit is not None and self.options.speed.sharding.shard_base and have_joined()
 
 
 def make_plan(
@@ -197,10 +197,11 @@ def join_processes(family: Family, options: TrainingOptions) -> Iterator[JoinedP
             logger.warning(line)
     if options.is_fused:
         check_fused_backward(options.optimizer.optimizer_type, accelerator.num_processes)
-    if options.whole_dit is not None and shares_processes(options.speed.sharding):
+    if options.whole_dit is not None and options.speed.sharding.shard_base and have_joined():
         check_split(options.optimizer.optimizer_type)
     quantisation, compilation = options.speed.fp8.quantisation, options.speed.compilation.choice
-    quantisation = prepare(quantisation, accelerator.device)
+    if quantisation is not None:
+        quantisation = prepare(quantisation, accelerator.device)
     if compilation is not None:
         import_own("modules.compile").check_compilation(compilation, accelerator.device)
     with ExitStack() as held:

@@ -14,11 +14,10 @@ from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor
 from torch.nn import Parameter
 
-from modules.command import RANK
+from modules.command import RANK, refuse_other_splits
 from modules.devices import allow_fp16_accumulation
 from modules.errors import OptionError
 from modules.installation import import_own
-from modules.offload.sharding import refuse_other_splits
 from training.run_options import NO_LOGS, AcceleratorOptions, LogOptions
 
 logger = logging.getLogger(__name__)

@@ -139,6 +139,7 @@ class SafetensorsFile:
         self.tensors: dict[str, TensorInfo] = {}
         self._places: dict[str, int] = {}
         self._file = path.open("rb")
+        self.close = self._file.close
         try:
             self.metadata = self._read_header(path.stat().st_size)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -191,9 +192,6 @@ class SafetensorsFile:
         """Return a tensor to be copied from at once; its bytes may lie in `scratch` (uint8)."""
         info, place = self.tensors[name], self._places[name]
         return info.read(self._file, place, scratch, self.path, name)
-
-    def close(self) -> None:
-        self._file.close()
 
 
 class TorchFile:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from modules.checkpoints.filling import (
     StoredLoading,
     find_stored_weights,
+    linear_weights,
     load_module,
     on_meta_device,
     stored_as,
@@ -26,7 +27,7 @@ from modules.contract.loading import BlockPlace, HostPlace, TensorSource
 from modules.errors import CheckpointError
 from modules.limits import MAX_BLOCKS
 from modules.speed_options import Quantisation
-from modules.stored.forms import Stored, form_of, linear_weights, prepare
+from modules.stored.forms import Stored, form_of, prepare
 
 Config = TypeVar("Config")
 Network = TypeVar("Network", bound=nn.Module)

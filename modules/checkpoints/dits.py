@@ -10,14 +10,20 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import nn
 
-from modules.checkpoints.filling import StoredLoading, find_stored_weights, load_module, on_meta_device
+from modules.checkpoints.filling import (
+    StoredLoading,
+    find_stored_weights,
+    linear_weights,
+    load_module,
+    on_meta_device,
+)
 from modules.checkpoints.kinds import OF_OTHERS, kind_of
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources, refuse_quantised
 from modules.contract.family import DitSpec
 from modules.contract.loading import Placement, TensorSource
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
-from modules.stored.forms import form_of, linear_weights
+from modules.stored.forms import form_of
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +82,7 @@ class DitHeader(Generic[Config]):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        return choose_own_dtype(self.block_dtype)
+        return self.block_dtype if self.block_dtype.itemsize > 1 else FP8_COMPUTE
 
 
 @dataclass(frozen=True)
@@ -182,18 +188,10 @@ def bare_names(checkpoint: Checkpoint) -> Checkpoint:
     return checkpoint.without_prefix(*PREFIXES, others=OTHER_NETWORKS)
 
 
-def choose_own_dtype(block_dtype: torch.dtype, for_fp8: torch.dtype | None = None) -> torch.dtype:
-    """Return a file's usual compute dtype by that of its blocks: the same; of fp8 `for_fp8` or bfloat16."""
-    return block_dtype if block_dtype.itemsize > 1 else for_fp8 or FP8_COMPUTE
-
-
 def choose_dtype(block_dtype: torch.dtype, placement: Placement) -> torch.dtype:
-    """Return the dtype of weights: `compute_dtype`, else `storage_dtype`, else the file's own."""
-    return (
-        placement.compute_dtype
-        or placement.storage_dtype
-        or choose_own_dtype(block_dtype, placement.fp8_compute_dtype)
-    )
+    """Return the dtype of weights: `compute_dtype`, else `storage_dtype`, else that of the file's blocks."""
+    own = block_dtype if block_dtype.itemsize > 1 else placement.fp8_compute_dtype or FP8_COMPUTE
+    return placement.compute_dtype or placement.storage_dtype or own
 
 
 def with_dtype(placement: Placement, dit_dtype: torch.dtype | None) -> Placement:

@@ -49,6 +49,23 @@ class StoredLoading:
         return name in self.rounded or name in self.kept
 
 
+def linear_weights(
+    module: nn.Module, lists: Sequence[str] | None = None, exclude: Sequence[str] = ()
+) -> frozenset[str]:
+    """Return the names of the weights of linear layers.
+
+    lists: only layers below these names. exclude: skip names that contain one of these.
+    """
+    begin = None if lists is None else tuple(f"{name}." for name in lists)
+    return frozenset(
+        f"{name}.weight"
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear)
+        and (begin is None or name.startswith(begin))
+        and not any(part in f"{name}.weight" for part in exclude)
+    )
+
+
 def find_stored_weights(
     names: Collection[str],
     sources: Mapping[str, TensorSource],
@@ -363,8 +380,9 @@ def _check_fit(
         patterns = ignore if name in known else (*ignore, *QUANT_EXTRAS)
         if name not in used and not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
             unused.append(name)
-    lines = [f"  missing: {line}" for line in compress_names(absent)]
-    lines += [f"  unexpected: {line}" for line in compress_names(unused)]
+    lines = []
+    for fault, names in (("missing", absent), ("unexpected", unused)):
+        lines += [f"  {fault}: {line}" for line in compress_names(names)] if names else []
     for name, tensor in wanted.items():
         if name not in absent:
             source, wanted_shape = sources[name], tuple(tensor.shape)

@@ -23,7 +23,6 @@ from modules.devices import dtype_name
 from modules.errors import CheckpointError
 from modules.paths import explain_missing
 from modules.stored.forms import Stored
-from modules.stored.fp8 import dequantise, stored_fp8
 from modules.text_files import parse_json, read_text, require_regular_file
 
 LISTED = 8  # file names in a message
@@ -347,12 +346,15 @@ def plain_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
             continue
         if name in beside or any(fnmatch.fnmatchcase(name, pattern) for pattern in QUANT_EXTRAS):
             continue
-        dtype = checkpoint.tensors[name].dtype
+        dtype, scale = checkpoint.tensors[name].dtype, scales.get(name)
         in_fp8 = dtype.itemsize == 1 and dtype.is_floating_point
-        if name in scales:
-            sources[name] = TensorSource((name, scales[name]), dequantise, stored_fp8 if in_fp8 else None)
-        else:
-            sources[name] = TensorSource((name,), as_stored=stored_fp8 if in_fp8 else None)
+        if scale is None and not in_fp8:
+            sources[name] = TensorSource((name,))
+            continue
+        from modules.stored import fp8  # of no use to other files
+
+        names, build = ((name,), None) if scale is None else ((name, scale), fp8.dequantise)
+        sources[name] = TensorSource(names, build, fp8.stored_fp8 if in_fp8 else None)
     return sources
 
 

@@ -21,7 +21,7 @@ from modules.atomic_write import atomic_path
 from modules.bars import BYTES, track
 from modules.checkpoints.containers import HEADER, MARK
 from modules.checkpoints.dits import DitFormat, bare_names
-from modules.checkpoints.filling import on_meta_device
+from modules.checkpoints.filling import linear_weights, on_meta_device
 from modules.checkpoints.finite import FiniteCheck
 from modules.checkpoints.kinds import kind_of
 from modules.checkpoints.opening import (
@@ -41,7 +41,7 @@ from modules.families import FAMILIES
 from modules.installation import import_own
 from modules.output_files import refuse_replacing
 from modules.speed_options import SDPA, Quantisation
-from modules.stored.forms import Shape, linear_weights
+from modules.stored.forms import Shape
 from modules.stored.fp8 import E4M3, is_fp8
 from modules.stored.fp8 import quantise as round_to_fp8
 from modules.stored.int8 import GROUPS, Int8

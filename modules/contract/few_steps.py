@@ -50,7 +50,8 @@ class FewSteps:
         return next(((says, where) for says, where in told if says is not None), None)
 
     def _says(self, name: str) -> bool | None:
-        plain, apart = _plain(name), _plain(re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name))
+        spellings = name, re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name)
+        plain, apart = (re.sub(r"[^a-z0-9]+", "_", one.lower()) for one in spellings)
         if self.unless and re.search(self.unless, apart):
             return False
         words = "|".join(filter(None, (_WORDS, self.words)))
@@ -58,7 +59,3 @@ class FewSteps:
         if re.search(rf"{_ANYWHERE}|(?<![a-z0-9])(?:{words})(?![a-z0-9])", left):
             return True
         return False if _UNDONE.search(_GUIDED.sub("", plain)) else None
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "_", name.lower())

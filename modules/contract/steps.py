@@ -27,16 +27,11 @@ class EncodedPrompts:
 
         Texts that are the same object become the same conditions, so that a pass with them runs once.
         """
-        positive = {**add_batch_axis(self.positive), **(inputs or {})}
-        made = {id(self.positive): positive}
-
-        def joined(text: Conditions | None) -> Conditions | None:
-            if text is not None and id(text) not in made:
-                made[id(text)] = {**add_batch_axis(text), **(inputs or {})}
-            return None if text is None else made[id(text)]
-
+        texts = {id(text): text for text in (self.positive, self.negative, self.blank) if text is not None}
+        made = {key: {**add_batch_axis(text), **(inputs or {})} for key, text in texts.items()}
+        others = made.get(id(self.negative)), made.get(id(self.blank))
         away = None if self.away is None else add_batch_axis(self.away)
-        return Section(noise, positive, joined(self.negative), joined(self.blank), away=away)
+        return Section(noise, made[id(self.positive)], *others, away=away)
 
 
 # as `Family.decode`, but not limited to -1..1

@@ -36,26 +36,22 @@ PIECE = 256 << 20  # bytes that are locked at once, if a tensor is not larger
 
 @dataclass(frozen=True)
 class Machine:
-    """The processes of one run on this machine."""
+    """The processes of one run on this machine, if there are several."""
 
-    rank: int = 0  # of this process among them
-    first: int = 0  # number of the first of them among all processes
-    count: int = 1
-
-    @property
-    def is_shared(self) -> bool:
-        return self.count > 1
+    rank: int  # of this process among them
+    first: int  # number of the first of them among all processes
 
 
-ALONE = Machine()
+def machine_of(environment: Mapping[str, str]) -> Machine | None:
+    """Read the launcher's (accelerate, torchrun) environment, once the processes have joined.
 
-
-def machine_of(environment: Mapping[str, str]) -> Machine:
-    """Read the launcher's (accelerate, torchrun) environment, once the processes have joined."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return ALONE
+    None if this process is the only one on its machine.
+    """
+    has_joined = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not has_joined or int(environment.get("LOCAL_WORLD_SIZE", "1")) == 1:
+        return None
     rank, local = torch.distributed.get_rank(), int(environment.get("LOCAL_RANK", "0"))
-    return Machine(local, rank - local, int(environment.get("LOCAL_WORLD_SIZE", "1")))
+    return Machine(local, rank - local)
 
 
 @dataclass(frozen=True)
@@ -67,16 +63,16 @@ class HostTensors:
     unlocked_bytes: int = 0  # of memory that was to be pinned and is not
 
 
-def allocate(infos: Mapping[str, TensorInfo], pinned: bool, machine: Machine = ALONE) -> HostTensors:
+def allocate(infos: Mapping[str, TensorInfo], pinned: bool, machine: Machine | None = None) -> HostTensors:
     """Allocate uninitialised memory for these tensors.
 
-    pinned: for copies to a CUDA device; as much of it as the driver locks. machine: if it has several
-    processes, all of them must call this with the same tensors, and share the memory; call `wait_for_all`
+    pinned: for copies to a CUDA device; as much of it as the driver locks. machine: None: of one
+    process; else all of them must call this with the same tensors, and share the memory; call `wait_for_all`
     before reading it.
     """
     starts, pieces = _lay_out([info.size_bytes for info in infos.values()])
     size = pieces[-1].stop
-    mapping = _share(size, machine) if machine.is_shared else None
+    mapping = None if machine is None else _share(size, machine)
     whole, unlocked = _as_tensor(_private(size) if mapping is None else mapping, pieces if pinned else ())
     tensors = {
         name: whole[start : start + info.size_bytes].view(info.dtype).view(info.shape)
@@ -84,7 +80,8 @@ def allocate(infos: Mapping[str, TensorInfo], pinned: bool, machine: Machine = A
     }
     if unlocked:
         _warn_of_unlocked(unlocked, sum(tensor.nbytes for tensor in tensors.values()))
-    return HostTensors(tensors, mapping is None or machine.rank == 0, unlocked)
+    is_filled_here = machine is None or mapping is None or machine.rank == 0
+    return HostTensors(tensors, is_filled_here, unlocked)
 
 
 @functools.cache  # inputs of blocks come in many pieces of one size
@@ -113,8 +110,8 @@ def _lay_out(sizes: Sequence[int]) -> tuple[list[int], list[range]]:
     return starts, [*pieces, range(begin, max(end, 1))]
 
 
-def wait_for_all(machine: Machine) -> None:
-    if machine.is_shared:
+def wait_for_all(machine: Machine | None) -> None:
+    if machine is not None:
         torch.distributed.barrier()
 
 
@@ -324,8 +321,7 @@ Beside = TypeVar("Beside")
 class LoadedNetwork(Generic[Network, Beside]):
     """A network and its companion, such as a tokenizer; both exist only between `load` and `free`."""
 
-    def __init__(self) -> None:
-        self._pair: tuple[Network, Beside] | None = None
+    _pair: tuple[Network, Beside] | None = None
 
     def load(
         self,

@@ -41,18 +41,6 @@ _NAME = "_sharding"  # under which a network carries its own
 TOKEN_PART = "token_part"  # attribute of a layer: which part of the tokens it gets, if it gets not all
 TOKEN_GROUP = "_token_group"  # under which it carries the processes that share its tokens
 PATIENCE = timedelta(days=1)  # for a process that waits for a prompt, or writes files
-LAUNCH = "accelerate launch --multi_gpu --num_processes N"
-# what accelerate's launcher sets -> what it then asks for, and the option here that does it
-_SHARD, _CONTEXT = "--shard_base, which splits the model", "--context_parallel N, which splits the tokens"
-OTHER_SPLITS = {
-    "ACCELERATE_USE_DEEPSPEED": ("DeepSpeed", _SHARD),
-    "ACCELERATE_USE_FSDP": ("accelerate's FSDP", _SHARD),
-    "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM (tensor and pipeline parallelism)", _SHARD),
-    "PARALLELISM_CONFIG_TP_SIZE": ("tensor parallelism", _SHARD),
-    "PARALLELISM_CONFIG_CP_SIZE": ("accelerate's context parallelism (ring attention)", _CONTEXT),
-    "PARALLELISM_CONFIG_SP_SIZE": ("DeepSpeed's sequence parallelism", _CONTEXT),
-    "ACCELERATE_USE_PARALLELISM_CONFIG": ("a parallelism config", f"{_SHARD}, or {_CONTEXT}"),
-}
 
 
 class ShardedBlocks:
@@ -276,21 +264,6 @@ def take_turns(work: Callable[[U], T], own: U) -> T:
 
 def launched_processes(environment: Mapping[str, str] = os.environ) -> int:
     return int(environment.get("WORLD_SIZE", "1"))
-
-
-def refuse_other_splits(environment: Mapping[str, str] = os.environ) -> None:
-    """Raise OptionError if accelerate's launcher was told to split the model in a way of its own.
-
-    It does so when a script hands it the model, and the loops here never do: nothing would be split.
-    """
-    for variable, (name, ours) in OTHER_SPLITS.items():
-        value, least = environment.get(variable, "0").lower(), 1 if "_USE_" in variable else 2
-        if value in {"true", "yes", "y", "t", "on"} or (value.isdecimal() and int(value) >= least):
-            raise OptionError(
-                f"accelerate launch asks for {name} ({variable}={environment[variable]}): the loops here "
-                f"never hand it the model. Choose plain multi-GPU ({LAUNCH}, or run accelerate config again) "
-                f"and give {ours} over those processes"
-            )
 
 
 def join_processes(

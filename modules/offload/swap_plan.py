@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from modules.contract.family import DitSpec
 from modules.contract.loading import TensorInfo
 from modules.errors import OptionError
-from modules.offload.host_memory import ALONE, HostTensors, Machine, allocate, machine_of, wait_for_all
+from modules.offload.host_memory import HostTensors, Machine, allocate, machine_of, wait_for_all
 from modules.speed_options import SLOTS
 
 
@@ -112,8 +112,10 @@ def big_layers(network: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]
 class HostWeights:
     """The weights of one network that are in host memory: a `HostPlace`."""
 
-    def __init__(self, plan: SwapPlan, pinned: bool, machine: Machine = ALONE, whole: bool = False) -> None:
-        """pinned: for a CUDA device. machine: the processes that share the memory.
+    def __init__(
+        self, plan: SwapPlan, pinned: bool, machine: Machine | None = None, whole: bool = False
+    ) -> None:
+        """pinned: for a CUDA device. machine: the processes that share the memory; None: one has it.
 
         whole: all tensors, for a network that takes turns; else those that the plan keeps off the device.
         """

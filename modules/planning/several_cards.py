@@ -6,12 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from modules.command import as_typed
+from modules.command import LAUNCH, as_typed
 from modules.control_codes import escape_control_codes
 from modules.devices import GIB, gib
 from modules.errors import OptionError
 from modules.installation import find_script
-from modules.offload.sharding import LAUNCH
 from modules.options import override_options
 from modules.planning.device_memory import Room
 from modules.planning.division import Division

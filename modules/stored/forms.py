@@ -12,7 +12,7 @@ has the name of its file in `Quantisation.form`; the file has `form_of` and `pre
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, overload
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as functional
@@ -100,17 +100,11 @@ def form_of(quantisation: Quantisation) -> StoredForm:
     return form
 
 
-@overload
-def prepare(quantisation: None, device: torch.device) -> None: ...
-@overload
-def prepare(quantisation: Quantisation, device: torch.device) -> Quantisation: ...
-def prepare(quantisation: Quantisation | None, device: torch.device) -> Quantisation | None:
+def prepare(quantisation: Quantisation, device: torch.device) -> Quantisation:
     """Return the quantisation with what the device multiplies by. In the form's file: `prepare`, the same.
 
     Raises OptionError if the device or the libraries lack it.
     """
-    if quantisation is None:
-        return None
     found: Quantisation = import_own(f"modules.stored.{quantisation.form}").prepare(quantisation, device)
     return found
 
@@ -199,20 +193,3 @@ class _Product(torch.autograd.Function):
             of_x = gradient @ ctx.form.value(tensors, ctx.shape, gradient.dtype)
         of_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
         return of_x, of_bias, None, None, *[None] * MOST_TENSORS
-
-
-def linear_weights(
-    module: nn.Module, lists: Sequence[str] | None = None, exclude: Sequence[str] = ()
-) -> frozenset[str]:
-    """Return the names of the weights of linear layers.
-
-    lists: only layers below these names. exclude: skip names that contain one of these.
-    """
-    begin = None if lists is None else tuple(f"{name}." for name in lists)
-    return frozenset(
-        f"{name}.weight"
-        for name, layer in module.named_modules()
-        if isinstance(layer, nn.Linear)
-        and (begin is None or name.startswith(begin))
-        and not any(part in f"{name}.weight" for part in exclude)
-    )
