@@ -110,7 +110,7 @@ def _sources(checkpoint: Checkpoint, header: DitHeader[FluxConfig]) -> Mapping[s
     return join_parts(plain_sources(checkpoint), DIALECTS[header.dialect][1], swapped)
 
 
-FORMAT = DitFormat(_header, lambda header: NAMES[header.kind], FluxModel, _sources, OPTION)
+FORMAT = DitFormat(_header, lambda header: NAMES[header.config.kind], FluxModel, _sources, OPTION)
 read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMAT.load
 
 
@@ -164,12 +164,12 @@ class FluxFiles(AutoencoderFiles):
         Raises OptionError if it does not fit --model_type.
         """
         header = super().dit_header()
-        if self.says_chroma and header.kind != CHROMA:
+        if self.says_chroma and header.config.kind != CHROMA:
             raise OptionError(
-                f"--model_type chroma: {self.dit_path} is {NAMES[header.kind]}. Leave the option out, "
+                f"--model_type chroma: {self.dit_path} is {NAMES[header.config.kind]}. Leave the option out, "
                 "or give a Chroma checkpoint"
             )
-        if header.kind == CHROMA and not self.says_chroma:
+        if header.config.kind == CHROMA and not self.says_chroma:
             _tell_chroma(self.dit_path)
         return header
 
@@ -177,7 +177,7 @@ class FluxFiles(AutoencoderFiles):
     def kind(self) -> str:
         if self.dit is None:
             return CHROMA if self.says_chroma else DEV
-        return self.dit_header().kind
+        return self.dit_header().config.kind
 
     @property
     def has_pooled(self) -> bool:

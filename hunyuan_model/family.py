@@ -90,7 +90,7 @@ class HunyuanVideo(OneTransformer):
 
     @property
     def release(self) -> ModelRelease:
-        return SKYREELS_I2V if self.files.dit_header().kind == "i2v" else HUNYUAN_VIDEO
+        return SKYREELS_I2V if self.files.dit_header().config.kind == "i2v" else HUNYUAN_VIDEO
 
     # encoding
 
@@ -287,7 +287,7 @@ class HunyuanVideo(OneTransformer):
 
     @property
     def _starts_from_image(self) -> bool:
-        return self.files.dit_header().kind == "i2v"
+        return self.files.dit_header().config.kind == "i2v"
 
 
 def family_for_latent_caching(options: HunyuanLatentCachingOptions) -> HunyuanVideo:

@@ -28,7 +28,7 @@ from modules.attention.attend import Lengths, SecondText, attend, lengths_on
 from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.layers.modulation import add_gated, modulate, split_segments
 from modules.layers.norms import CentredNorm, activation_dtype, in_own_dtype, run_float32
-from modules.layers.rope import GridTable, exact_table, rotate, sinusoid
+from modules.layers.rope import Grid, GridTable, exact_table, rotate, sinusoid
 from modules.run_blocks import Hidden, run_blocks
 from modules.speed_options import SDPA, AttentionChoice
 
@@ -392,6 +392,6 @@ class Krea2Model(nn.Module):
         widths, theta = self.config.rotary_widths, self.config.rope_theta
         numbered = [*enumerate(layout.references, 1), (0, layout.grid), (0, (1, 1))]
         *pictures, still = (
-            exact_table((1, *grid), widths, theta, device, first=number) for number, grid in numbered
+            exact_table(Grid((1, *grid), first=number), widths, theta, device) for number, grid in numbered
         )
         return torch.cat([*pictures, still.expand(layout.texts, -1, -1, -1)])

@@ -133,7 +133,7 @@ def _stream(shapes: DitShapes, names: StreamNames, projects: bool, told: Mapping
 
 FORMAT = DitFormat(
     _header,
-    lambda header: f"an {NAME} transformer (version {header.kind})",
+    lambda header: f"an {NAME} transformer (version {header.config.kind})",
     LtxModel,
     lambda checkpoint, header: join_parts(plain_sources(checkpoint), DIALECTS[header.dialect][1]),
     OPTION,

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -29,28 +28,28 @@ DELAY = 1.0  # seconds until a bar appears
 LINE_EVERY = 30.0  # seconds between two log lines where no bar can be shown
 
 
-@dataclass
 class Bar(ExitStack):
     """Progress of one loop. Use it as a context manager, or call `close`."""
 
-    total: float | None  # None: not known
-    what: str
-    unit: str = STEPS
-    shown: bool = True
-    at_once: bool = False  # else the bar appears after a second, with what is done by then
-    now: Callable[[], float] = time.monotonic
-    is_terminal: Callable[[], bool] = lambda: sys.stderr.isatty()
-    done: float = field(default=0, init=False)
-    _bar: Any = field(default=None, init=False)
-    _start: float = field(default=0.0, init=False)
-    _told: float = field(default=0.0, init=False)
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        total: float | None,
+        what: str,
+        unit: str = STEPS,
+        shown: bool = True,
+        at_once: bool = False,
+        now: Callable[[], float] = time.monotonic,
+        is_terminal: Callable[[], bool] = lambda: sys.stderr.isatty(),
+    ) -> None:
+        """total: None: not known. at_once: else the bar appears after a second, with what is done by then."""
         super().__init__()
-        self.what = escape_control_codes(self.what)
-        self._start = self._told = self.now()
-        self.shown = self.shown and logger.isEnabledFor(logging.INFO)  # other processes are silent
-        if self.at_once and self.shown and self.is_terminal():
+        self.total, self.what, self.unit, self.now = total, escape_control_codes(what), unit, now
+        self.shown = shown and logger.isEnabledFor(logging.INFO)  # other processes are silent
+        self.is_terminal = is_terminal
+        self.done: float = 0
+        self._bar: Any = None
+        self._start = self._told = now()
+        if at_once and self.shown and is_terminal():
             self._open_bar()
 
     def update(self, amount: float = 1) -> None:

@@ -87,9 +87,9 @@ def _examine_torch() -> Iterator[Finding]:
     told = f"missing {missing}. Without it --compile and --optimized are refused" if missing else "works"
     yield Finding("compile", told)
     packages = {
-        package.name: importlib.util.find_spec(package.module) is not None
-        for package in (backend.package for backend in BACKENDS.values())
-        if package is not None
+        backend.name: importlib.util.find_spec(backend.module) is not None
+        for backend in BACKENDS.values()
+        if backend.module
     }
     there = ["torch's own", *(name for name, has in packages.items() if has)]
     lacking = ", ".join(name for name, has in packages.items() if not has)

@@ -162,13 +162,13 @@ def int_or_float(text: str) -> int | float:
     return int(value)
 
 
-def split_pairs(option: str, items: Sequence[str] | None) -> dict[str, str]:
+def split_pairs(option: str, items: Sequence[str]) -> dict[str, str]:
     """Parse `key=value` texts to a dictionary; the value may contain further `=`.
 
     Raises OptionError if an item has no `=` or no key, or if it is too long to be meant.
     """
     pairs: dict[str, str] = {}
-    for item in items or ():
+    for item in items:
         if len(item) > MOST_OF_ARGUMENT:
             raise OptionError(
                 f"{option} {' '.join(item[:40].split())}...: {MOST_OF_ARGUMENT:,} characters are the most. "
@@ -189,7 +189,7 @@ def split_pairs(option: str, items: Sequence[str] | None) -> dict[str, str]:
     return pairs
 
 
-def read_literals(option: str, items: Sequence[str] | None) -> dict[str, Any]:
+def read_literals(option: str, items: Sequence[str]) -> dict[str, Any]:
     """Parse `key=value` texts with values as Python literals (0.9,0.95 is a tuple); bare words stay text."""
     return {key: _literal(value) for key, value in split_pairs(option, items).items()}
 

@@ -49,7 +49,7 @@ Runner = Callable[[nn.Module, Hidden, Tweaks], None]  # has the blocks of the ne
 
 
 def run_blocks(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
-    runner_of(dit)(dit, hidden, tweaks)
+    dit.__dict__.get(_RUNNER, run_in_order)(dit, hidden, tweaks)
 
 
 def run_in_order(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:

@@ -125,6 +125,8 @@ class NetworkOptions(Options, title="network"):
         self.base_multipliers(warns=True)
 
     def arguments(self) -> dict[str, str]:
+        if not self.network_args:
+            return {}
         return {key: value.strip() for key, value in split_pairs("--network_args", self.network_args).items()}
 
     @property

@@ -169,7 +169,7 @@ class OptimizerOptions(Options, title="optimizer"):
         self.arguments()
 
     def arguments(self) -> dict[str, Any]:
-        return read_literals("--optimizer_args", self.optimizer_args)
+        return read_literals("--optimizer_args", self.optimizer_args) if self.optimizer_args else {}
 
 
 class AverageOptions(Options, title="average of the weights (EMA)"):
@@ -358,4 +358,4 @@ class LrScheduleOptions(Options, title="learning-rate schedule"):
             )
 
     def arguments(self) -> dict[str, Any]:
-        return read_literals("--lr_scheduler_args", self.lr_scheduler_args)
+        return read_literals("--lr_scheduler_args", self.lr_scheduler_args) if self.lr_scheduler_args else {}

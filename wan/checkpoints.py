@@ -79,7 +79,7 @@ def check_task(header: DitHeader[WanConfig], task: WanTask, path: Path, option: 
 
     option: which the file was given to.
     """
-    if header.kind != task.model_kind:
+    if header.config.kind != task.model_kind:
         raise CheckpointError(
             f"{path} does not fit --task {task.name}:\n"
             f"  {_difference(header.config, task)} The file looks like {_names_of(header)}.\n"
@@ -266,7 +266,7 @@ def _names_of(header: DitHeader[WanConfig]) -> str:
 
 def _fitting(header: DitHeader[WanConfig]) -> list[str]:
     """Return the tasks that a file fits, those of its size if there are any."""
-    tasks = [task for task in TASKS.values() if task.model_kind == header.kind and task.frames > 1]
+    tasks = [task for task in TASKS.values() if task.model_kind == header.config.kind and task.frames > 1]
     sized = [task for task in tasks if task.dim == header.config.dim]
     return [task.name for task in sized or tasks]
 
@@ -294,7 +294,7 @@ def make_dit(config: WanConfig, *settings: Any) -> WanModel:
     return made
 
 
-FORMAT = DitFormat(_header, lambda header: KIND_WORDS[header.kind], make_dit, _sources)
+FORMAT = DitFormat(_header, lambda header: KIND_WORDS[header.config.kind], make_dit, _sources)
 read_dit_header, load_dit = (
     FORMAT.read_header,
     FORMAT.load,

@@ -146,10 +146,10 @@ class ZImage(ModelOfPictures):
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
         """Load the transformer. Raises OptionError for attention in float32 of a package that has none."""
         if self.attends_in_float32:
-            package = BACKENDS[placement.attention.mode].package
-            if package is not None and package.dtypes is not None:
+            backend = BACKENDS[placement.attention.mode]
+            if backend.dtypes is not None:
                 raise OptionError(
-                    f"--use_32bit_attention: {package.name} computes in 16 bits only. Use torch's own "
+                    f"--use_32bit_attention: {backend.name} computes in 16 bits only. Use torch's own "
                     "attention, or leave the option out"
                 )
             placement = replace(placement, attention=replace(placement.attention, in_float32=True))

@@ -89,10 +89,10 @@ class KontextFiles(FluxFiles):
     def dit_header(self) -> DitHeader[FluxConfig]:
         """Read dimensions, dialect and dtype of the file. Raises OptionError if it is no FLUX.1 dev."""
         header = super().dit_header()
-        if header.kind != DEV:
+        if header.config.kind != DEV:
             raise OptionError(
-                f"--dit {self.dit_path} is {NAMES[header.kind]}; {NAME} is a FLUX.1 dev transformer. Give "
-                "flux1-kontext-dev.safetensors, or use flux_train_network.py and flux_generate_image.py"
+                f"--dit {self.dit_path} is {NAMES[header.config.kind]}; {NAME} is a FLUX.1 dev transformer. "
+                "Give flux1-kontext-dev.safetensors, or use flux_train_network.py and flux_generate_image.py"
             )
         return header
 

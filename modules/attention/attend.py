@@ -135,25 +135,18 @@ HALVES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
-class Package:
-    """The package that a back end needs, and the runs that it supports."""
+class Backend:
+    """One way to compute attention, with the package that it needs and the runs that this supports."""
 
-    name: str  # for messages
-    module: str
-    install: str  # completes "Install it ..."
+    dense: Dense
+    packed: Packed | None = None  # None: computing sample by sample is as fast
+    module: str = ""  # of the package; "": torch's own
+    name: str = ""  # of the package, for messages
+    install: str = ""  # completes "Install it ..."
     capability: tuple[int, int] | None = None  # the lowest compute capability that it supports
     only: str | None = None  # names the supported GPUs, if they are those of exactly that capability
     dtypes: tuple[torch.dtype, ...] | None = None  # None: any
     learns: bool = True  # has a backward pass
-
-
-@dataclass(frozen=True)
-class Backend:
-    """One way to compute attention."""
-
-    dense: Dense
-    packed: Packed | None = None  # None: computing sample by sample is as fast
-    package: Package | None = None
 
 
 BACKENDS = {
@@ -163,41 +156,38 @@ BACKENDS = {
     "flash": Backend(
         flash,
         flash_packed,
-        Package(
-            "FlashAttention 2",
-            "flash_attn",
-            "with: pip install flash-attn --no-build-isolation",
-            capability=(8, 0),
-            dtypes=HALVES,
-        ),
+        "flash_attn",
+        "FlashAttention 2",
+        "with: pip install flash-attn --no-build-isolation",
+        capability=(8, 0),
+        dtypes=HALVES,
     ),
     "flash3": Backend(
         flash3,
         flash3_packed,
-        Package(
-            "FlashAttention 3",
-            "flash_attn_interface",
-            "from source: the folder hopper of https://github.com/Dao-AILab/flash-attention",
-            capability=(9, 0),
-            only="Hopper GPUs (H100, H200, GH200)",
-            dtypes=HALVES,
-        ),
+        "flash_attn_interface",
+        "FlashAttention 3",
+        "from source: the folder hopper of https://github.com/Dao-AILab/flash-attention",
+        capability=(9, 0),
+        only="Hopper GPUs (H100, H200, GH200)",
+        dtypes=HALVES,
     ),
     "sage": Backend(
         sage,
-        package=Package(
-            "SageAttention",
-            "sageattention",
-            "from source: https://github.com/thu-ml/SageAttention",
-            capability=(8, 0),
-            dtypes=HALVES,
-            learns=False,
-        ),
+        None,
+        "sageattention",
+        "SageAttention",
+        "from source: https://github.com/thu-ml/SageAttention",
+        capability=(8, 0),
+        dtypes=HALVES,
+        learns=False,
     ),
     "xformers": Backend(
         xformers,
         xformers_packed,
-        Package("xFormers", "xformers", "with: pip install xformers, for this version of torch"),
+        "xformers",
+        "xFormers",
+        "with: pip install xformers, for this version of torch",
     ),
 }
 
@@ -232,10 +222,10 @@ def attend(
         raise ValueError(
             f"lengths are for self-attention only, not for {query.shape[1]} queries and {key.shape[1]} keys"
         )
-    if repeats is not None and (backend.package is not None or lengths is not None):
+    if repeats is not None and (backend.module or lengths is not None):
         raise ValueError("repeats are for sdpa, without lengths")
     # sdpa needs no cast: torch's own function follows autocast
-    if backend.package is not None and torch.is_autocast_enabled(query.device.type):
+    if backend.module and torch.is_autocast_enabled(query.device.type):
         query, key, value = (
             one.to(torch.get_autocast_dtype(query.device.type)) for one in (query, key, value)
         )
@@ -262,9 +252,9 @@ def check_backend(
     training: a backward pass is needed, and messages name the training flags. The last check computes a small
     attention (in training with its backward pass), as a package may be built for another GPU or torch.
     """
-    package = BACKENDS[choice.mode].package
+    package = BACKENDS[choice.mode]
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    if package is None:
+    if not package.module:
         note = None if capability is None else cudnn_note(capability, torch.backends.cudnn.version())
         if note is not None:
             logger.warning(note)
@@ -295,11 +285,11 @@ def check_backend(
 
 
 def refusal(
-    package: Package, capability: tuple[int, int] | None, dtype: Callable[[], torch.dtype], training: bool
+    package: Backend, capability: tuple[int, int] | None, dtype: Callable[[], torch.dtype], training: bool
 ) -> str | None:
     """Return why a package cannot do a run, whatever is installed, to follow "--flag"; None if it can.
 
-    capability: None without a CUDA device.
+    package: the back end that needs it. capability: None without a CUDA device.
     """
     if training and not package.learns:
         return "has no backward pass, so nothing would be learned: it is for generation only."

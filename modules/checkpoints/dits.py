@@ -77,10 +77,6 @@ class DitHeader(Generic[Config]):
     block_dtype: torch.dtype  # of the block weights in the file
 
     @property
-    def kind(self) -> str:
-        return self.config.kind
-
-    @property
     def compute_dtype(self) -> torch.dtype:
         return self.block_dtype if self.block_dtype.itemsize > 1 else FP8_COMPUTE
 

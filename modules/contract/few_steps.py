@@ -46,16 +46,15 @@ class FewSteps:
         if _PLAIN.fullmatch(name.lower()):
             names += [(one.name, f"its folder is {one}") for one in path.parents[:_FOLDERS]]
         names += [(metadata[key], f"its {key} is {metadata[key]}") for key in _TITLES if key in metadata]
-        told = ((self._says(name), where) for name, where in names)
-        return next(((says, where) for says, where in told if says is not None), None)
-
-    def _says(self, name: str) -> bool | None:
-        spellings = name, re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name)
-        plain, apart = (re.sub(r"[^a-z0-9]+", "_", one.lower()) for one in spellings)
-        if self.unless and re.search(self.unless, apart):
-            return False
         words = "|".join(filter(None, (_WORDS, self.words)))
-        left = _UNDONE.sub("", _GUIDED.sub("", plain))
-        if re.search(rf"{_ANYWHERE}|(?<![a-z0-9])(?:{words})(?![a-z0-9])", left):
-            return True
-        return False if _UNDONE.search(_GUIDED.sub("", plain)) else None
+        for name, where in names:
+            spellings = name, re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name)
+            plain, apart = (re.sub(r"[^a-z0-9]+", "_", one.lower()) for one in spellings)
+            if self.unless and re.search(self.unless, apart):
+                return False, where
+            plain = _GUIDED.sub("", plain)
+            if re.search(rf"{_ANYWHERE}|(?<![a-z0-9])(?:{words})(?![a-z0-9])", _UNDONE.sub("", plain)):
+                return True, where
+            if _UNDONE.search(plain):
+                return False, where
+        return None

@@ -33,6 +33,15 @@ class Slow:
     period: float  # positions until it has turned once
 
 
+class Grid(NamedTuple):
+    """Counted positions of a grid's tokens: the key of its table."""
+
+    sizes: tuple[int, ...]  # frames, rows, columns
+    slow: Slow | None = None  # of the frames
+    first: int = 0  # position of the first frame
+    places: tuple[int, ...] = ()  # of all frames, if they do not follow each other
+
+
 def angles_at(positions: Tensor, width: int, theta: float = THETA, slow: Slow | None = None) -> Tensor:
     """Return the angles of any positions on an axis: n -> n x width/2, in their dtype.
 
@@ -61,39 +70,29 @@ def on_grid(axes: Sequence[Tensor]) -> Tensor:
 
 
 def exact_table(
-    sizes: Sequence[int],
+    grid: Grid,
     widths: Sequence[int],
     theta: float = THETA,
     device: torch.device = CPU,
-    slow: Slow | None = None,
     dtype: torch.dtype = torch.float64,
-    first: int = 0,
-    places: Sequence[int] = (),
+    stored: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Return the (cosine, sine) pairs of a grid's tokens in row-major order: L 1 D/2 2 float32 on `device`.
+    """Return the (cosine, sine) pairs of a grid's tokens in row-major order: L 1 D/2 2 on `device`.
 
-    sizes: positions along each axis (frames, rows, columns). widths: channels of each axis, D in total.
-    slow: of the first axis. dtype: of the angles; at position 1000 a float32 angle is wrong in the fifth
-    digit. first: position of the first frame. places: of all frames, if they do not follow each other.
+    widths: channels of each axis, D in total. dtype: of the angles; at position 1000 a float32 angle is wrong
+    in the fifth digit. stored: of the table, see `rotate`.
     """
     # only the axes are computed on the host and sent: the table of a long video takes 60 MB, and batches of
     # several sizes need a new one every step
-    starts = (first, *[0] * (len(sizes) - 1))
-    counted = (
-        torch.arange(start, start + size, dtype=dtype) for start, size in zip(starts, sizes, strict=True)
-    )
+    starts = (grid.first, *[0] * (len(grid.sizes) - 1))
     axes = [
-        turns(
-            angles_at(
-                torch.tensor(places, dtype=dtype) if places and not axis else positions,
-                width,
-                theta,
-                None if axis else slow,
-            )
-        ).float()
-        for axis, (positions, width) in enumerate(zip(counted, widths, strict=True))
+        torch.arange(start, start + size, dtype=dtype) for start, size in zip(starts, grid.sizes, strict=True)
     ]
-    return on_grid([send_ahead(one, device) for one in axes]).unsqueeze(1)
+    if grid.places:
+        axes[0] = torch.tensor(grid.places, dtype=dtype)
+    each = zip(axes, widths, [grid.slow, *[None] * (len(axes) - 1)], strict=True)
+    pairs = [turns(angles_at(axis, width, theta, slow)).float() for axis, width, slow in each]
+    return on_grid([send_ahead(one, device) for one in pairs]).unsqueeze(1).to(stored)
 
 
 def turns(angles: Tensor) -> Tensor:
@@ -103,15 +102,6 @@ def turns(angles: Tensor) -> Tensor:
 float32_table = functools.partial(exact_table, dtype=torch.float32)
 # values of --rope_func
 TABLES: dict[str, Callable[..., Tensor]] = {"default": exact_table, "comfy": float32_table}
-
-
-class Grid(NamedTuple):
-    """The key of a counted grid's table."""
-
-    sizes: tuple[int, ...]  # frames, rows, columns
-    slow: Slow | None = None  # of the frames
-    first: int = 0  # position of the first frame
-    places: tuple[int, ...] = ()  # of all frames, if they do not follow each other
 
 
 class TableMaker(Protocol[Asked]):
@@ -127,13 +117,7 @@ def table_maker(
     dtype: torch.dtype = torch.float32,
 ) -> TableMaker[Grid]:
     """Return a function that makes the tables of one network. make: of `TABLES`; dtype: see `rotate`."""
-
-    def of(grid: Grid, /, *, device: torch.device) -> Tensor:
-        return make(grid.sizes, widths, theta, device, grid.slow, first=grid.first, places=grid.places).to(
-            dtype
-        )
-
-    return of
+    return functools.partial(make, widths=widths, theta=theta, stored=dtype)
 
 
 def joined_tables(make: TableMaker[Grid]) -> TableMaker[tuple[Grid, ...]]:

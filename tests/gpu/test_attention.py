@@ -201,8 +201,7 @@ def require(name: str, device: torch.device) -> bool:
 
     A package that is there and for this GPU has to pass what a run checks.
     """
-    package = BACKENDS[name].package
-    assert package is not None
+    package = BACKENDS[name]
     if importlib.util.find_spec(package.module.partition(".")[0]) is None:
         pytest.skip(f"{package.name} is not installed")
     capability = torch.cuda.get_device_capability(device)

@@ -17,7 +17,7 @@ from hunyuan_model.model import HunyuanVideoModel
 from hunyuan_model.vae import HunyuanVae, encode_latents, load_vae
 from modules.contract.data import MediaBatch
 from modules.contract.steps import Tweaks
-from modules.layers.rope import exact_table, rotate
+from modules.layers.rope import Grid, exact_table, rotate
 from tests.golden_cases import FLOAT32_POWERS
 from tests.hunyuan_model.making import golden_model, in_diffusers, run_there, tiny_inputs, tiny_model
 from tests.tiny.hunyuan_dit import CONFIGS
@@ -113,7 +113,7 @@ def draw(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def table() -> Tensor:
-    return exact_table((2, 3, 4), (4, 6, 6))
+    return exact_table(Grid((2, 3, 4)), (4, 6, 6))
 
 
 def first_plainly(x: Tensor, turns: Tensor) -> Tensor:

@@ -166,8 +166,7 @@ def test_a_back_end_that_cannot_run_here_is_refused_by_the_option_that_asked(
 def test_what_a_package_asks_of_gpu_and_dtype(
     mode: str, capability: tuple[int, int], dtype: torch.dtype, message: str | None
 ) -> None:
-    package = BACKENDS[mode].package
-    assert package is not None
+    package = BACKENDS[mode]
 
     reason = refusal(package, capability, lambda: dtype, training=False)
 
@@ -178,8 +177,7 @@ def test_what_a_package_asks_of_gpu_and_dtype(
 def test_a_package_that_is_not_installed_is_named_with_how_to_install_it(
     monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
-    package = BACKENDS[mode].package
-    assert package is not None
+    package = BACKENDS[mode]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.delitem(sys.modules, package.module, raising=False)
 

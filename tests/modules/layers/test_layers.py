@@ -118,7 +118,7 @@ WIDTHS = (44, 42, 42)  # frames, rows, columns of a Wan head of 128
 def test_table_equals_the_recorded_one() -> None:
     _, tensors = read_case("wan_dit_t2v")  # heads of 64, latents 3 x 6 x 8 cut into patches 1 x 2 x 2
 
-    table = exact_table((3, 3, 4), (24, 20, 20))
+    table = exact_table(Grid((3, 3, 4)), (24, 20, 20))
 
     torch.testing.assert_close(table.squeeze(1), tensors["freqs_i_real"], atol=1e-6, rtol=0)
 
@@ -128,13 +128,13 @@ def test_a_slowed_frequency_equals_the_recorded_table(case: str, width: int, ind
     _, tensors = read_case("guidance")
     expected = tensors[f"rope.riflex_{case}"][0, :, :, :, 0]  # cosine, sine
 
-    table = float32_table((9,), (width,), slow=Slow(index, frames / 0.9)).squeeze(1)
+    table = float32_table(Grid((9,), Slow(index, frames / 0.9)), (width,)).squeeze(1)
 
     torch.testing.assert_close(table, expected, atol=1e-6, rtol=0)
 
 
 def test_a_slowed_frequency_is_one_of_the_first_axis_alone() -> None:
-    usual, slow = exact_table((9, 3, 4), WIDTHS), exact_table((9, 3, 4), WIDTHS, slow=Slow(5, 40.0))
+    usual, slow = (exact_table(Grid((9, 3, 4), one), WIDTHS) for one in (None, Slow(5, 40.0)))
 
     changed = (usual != slow).any(dim=0).squeeze(0).any(dim=-1).nonzero().flatten().tolist()
     expected = torch.tensor([math.cos(2 * math.pi / 40), math.sin(2 * math.pi / 40)])
