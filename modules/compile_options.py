@@ -70,30 +70,31 @@ class CompileWords(Options):
         facts=NO_PIXELS,
     )
 
-    @property
-    def given(self) -> dict[str, str]:
+    def given(self, is_on: bool, args: tuple[str, ...], usual: tuple[str, ...]) -> dict[str, str]:
+        """Return the words that are given here, by their names in `COMPILE_ARGS`.
+
+        Raises OptionError if words, here or of --compile_args, do nothing or say the same.
+        """
         values = {
             "BACKEND": self.compile_backend if self.compile_backend != INDUCTOR else None,
             "MODE": self.compile_mode if self.compile_mode != DEFAULT_MODE else None,
             "DYNAMIC": self.compile_dynamic,
             "FULLGRAPH": "true" if self.compile_fullgraph else None,
         }
-        return {name: value for name, value in values.items() if value is not None}
-
-    def check(self, is_on: bool, args: tuple[str, ...], usual: tuple[str, ...]) -> None:
-        """Raise OptionError if the words, here or of --compile_args, do nothing or say the same."""
+        given = {name: value for name, value in values.items() if value is not None}
         if not is_on and args != usual:
             raise OptionError(f"--compile_args {' '.join(args)} does nothing without --compile: give both")
-        names = [f"--compile_{name.lower()}" for name in self.given]
+        names = [f"--compile_{name.lower()}" for name in given]
         if self.compile_cache_size_limit is not None:
             names.append("--compile_cache_size_limit")
         if names and not is_on:
             raise OptionError(f"{names[0]} does nothing without --compile: give both")
-        if self.given and args != usual:
+        if given and args != usual:
             raise OptionError(
                 f"--compile_args and {names[0]} both say how to compile: give either all four words to "
                 "--compile_args, or an option for each"
             )
+        return given
 
 
 _COMPILE = (
@@ -153,14 +154,14 @@ class TrainingCompileOptions(Options):
                 "--dynamo_mode, --dynamo_fullgraph and --dynamo_dynamic do nothing without --dynamo_backend: "
                 "add --dynamo_backend inductor"
             )
-        self.words.check(self.compile, self.compile_args, TRAINING_ARGS)
+        self.words.given(self.compile, self.compile_args, TRAINING_ARGS)
         _ = self.choice
 
     @property
     def choice(self) -> Compilation | None:
         """Return how to compile the blocks; None: not at all."""
         if self.compile:
-            return compilation_of(self.compile_args, self.words)
+            return compilation_of(self.compile_args, TRAINING_ARGS, self.words)
         backend = self.dynamo_backend.lower()
         if backend == "no":
             return None
@@ -187,19 +188,18 @@ class GenerationCompileOptions(Options):
     )
 
     def __post_init__(self) -> None:
-        self.words.check(self.compile, self.compile_args, GENERATION_ARGS)
+        self.words.given(self.compile, self.compile_args, GENERATION_ARGS)
         _ = self.choice
 
     @property
     def choice(self) -> Compilation | None:
-        return compilation_of(self.compile_args, self.words) if self.compile else None
+        return compilation_of(self.compile_args, GENERATION_ARGS, self.words) if self.compile else None
 
 
-def compilation_of(args: tuple[str, ...], words: CompileWords) -> Compilation:
+def compilation_of(args: tuple[str, ...], usual: tuple[str, ...], words: CompileWords) -> Compilation:
     """Parse the four words of --compile_args, or their replacement. Raises OptionError if one is unknown."""
-    backend, mode, dynamic, fullgraph = (
-        words.given.get(name, word) for name, word in zip(COMPILE_ARGS, args, strict=True)
-    )
+    named = dict(zip(COMPILE_ARGS, args, strict=True)) | words.given(True, args, usual)
+    backend, mode, dynamic, fullgraph = named.values()
     is_dynamic = (
         None
         if dynamic.strip().lower() in {"auto", "none"}

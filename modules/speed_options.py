@@ -161,11 +161,6 @@ class TrainingAttentionOptions(Options, title="attention"):
         given = (mode for mode, flag in TRAINING_FLAGS.items() if getattr(self, flag.removeprefix("--")))
         return AttentionChoice(next(given, "sdpa"), self.split_attn)
 
-    @property
-    def ignored(self) -> tuple[str, ...]:
-        given = (flag for flag in TRAINING_FLAGS.values() if getattr(self, flag.removeprefix("--")))
-        return tuple(given)[1:]
-
 
 class GenerationAttentionOptions(Options):
     """The back end of generation. Some scripts have no --split_attn."""

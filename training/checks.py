@@ -14,7 +14,7 @@ from modules.contract.family import Family
 from modules.errors import OptionError
 from modules.installation import import_own
 from modules.offload.swap_plan import check_swap
-from modules.options import is_given, option_name
+from modules.options import is_given, option_name, option_values
 from modules.speed_options import TRAINING_FLAGS
 from networks.adapter import check_network
 from networks.lora_settings import DEFAULT_RANK
@@ -176,10 +176,9 @@ def list_unused_options(options: TrainingOptions, takes_guidance: bool, shifts_t
     elif weighting in {"logit_normal", "mode"} and sampler != "sigma":
         lines = [f"{shown} shapes the draws of --timestep_sampling sigma only."]
     lines += _list_idle(options, reasons)
-    attention = options.speed.attention
-    for flag in attention.ignored:
-        lines.append(f"{flag} has no effect: {TRAINING_FLAGS[attention.choice.mode]} comes first.")
-    return lines
+    given = option_values(options.speed.attention)
+    first, *others = [flag for flag in TRAINING_FLAGS.values() if given[flag.removeprefix("--")]] or [""]
+    return [*lines, *(f"{flag} has no effect: {first} comes first." for flag in others)]
 
 
 def _list_idle(record: Any, more: Mapping[str, str]) -> Iterator[str]:

@@ -91,7 +91,7 @@ class NewFile:
 def refuse_packed(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError for weights that lie in another shape than they have: they are not copied."""
     for name, info in checkpoint.tensors.items():
-        if info.stored_shape != info.shape:
+        if info.packing is not None and info.packing.shape != info.shape:
             raise CheckpointError(
                 f"{checkpoint.path} stores {name} in 4 or 8 bits, packed. Make a 16-bit file of it first: "
                 "tools/quantise.py FILE RESULT --form bf16",

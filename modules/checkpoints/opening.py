@@ -63,7 +63,7 @@ class Checkpoint(contextlib.ExitStack):
         """
         info = self.tensors[name]
         if tensor is None:
-            tensor = torch.empty(info.stored_shape, dtype=info.dtype)
+            tensor = torch.empty((info.packing or info).shape, dtype=info.dtype)
         found = self.borrow(name, tensor.view(-1).view(torch.uint8))  # a mapped file lends its own memory
         return tensor if found.data_ptr() == tensor.data_ptr() else tensor.copy_(found)
 

@@ -36,12 +36,8 @@ class TensorInfo:
     packing: Packing | None = None
 
     @property
-    def stored_shape(self) -> tuple[int, ...]:
-        return self.shape if self.packing is None else self.packing.shape
-
-    @property
     def size_bytes(self) -> int:
-        return math.prod(self.stored_shape) * self.dtype.itemsize
+        return math.prod((self.packing or self).shape) * self.dtype.itemsize  # of the tensor in the file
 
     def read(self, file: BinaryIO, place: int, scratch: Tensor, path: Path, name: str) -> Tensor:
         """Read the tensor from byte `place` of a file on into `scratch` (uint8), and return it.
@@ -53,11 +49,11 @@ class TensorInfo:
         if file.readinto(memoryview(cast(Any, room.numpy()))) != len(room):  # type: ignore[attr-defined]
             text = f"{path} ends inside {name}: it was cut short while being read. Copy it again."
             raise CheckpointError(text, path)
-        return room.view(self.dtype).view(self.stored_shape)
+        return room.view(self.dtype).view((self.packing or self).shape)
 
     def hollow(self) -> Tensor:
         """Return the tensor of the file on the meta device."""
-        return torch.empty(self.stored_shape, dtype=self.dtype, device="meta")
+        return torch.empty((self.packing or self).shape, dtype=self.dtype, device="meta")
 
 
 @dataclass(frozen=True)
