@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modules.checkpoints.finite import FiniteCheck
+from modules.checkpoints.finite import check_finite
 from modules.checkpoints.opening import open_checkpoint
 from modules.command import did_you_mean
 from modules.console import count_of
@@ -132,9 +132,8 @@ class ForeignNetwork:
         # by the names of the tensors that the network would save: other tools' files have many layouts
         mine = self.module.state_dict()
         with open_checkpoint(path) as checkpoint:
-            finite = FiniteCheck(path)
             for name in checkpoint.tensors:
-                finite.note(name, checkpoint.read(name))
+                check_finite(path, name, checkpoint.read(name))
             shapes = {name: list(info.shape) for name, info in checkpoint.tensors.items()}
         common = [name for name in mine if name in shapes]
         wrong = [name for name in common if mine[name].numel() != math.prod(shapes[name])]

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from modules.checkpoints.finite import FiniteCheck
+from modules.checkpoints.finite import check_finite
 from modules.checkpoints.opening import Checkpoint, open_checkpoint
 from modules.checkpoints.writing import save_tensors, stream_tensors
 from modules.console import list_some
@@ -155,7 +155,6 @@ def _choose_files(files: Sequence[Checkpoint]) -> list[Checkpoint]:
 
 def _averaged(files: Sequence[Checkpoint], weights: Sequence[float]) -> Callable[[str], Tensor]:
     """Return a source that reads a tensor of all files and averages them, in the last one's dtype."""
-    checks = [FiniteCheck(file.path) for file in files]
 
     def read(name: str) -> Tensor:
         last = files[-1].read(name)
@@ -169,9 +168,9 @@ def _averaged(files: Sequence[Checkpoint], weights: Sequence[float]) -> Callable
                     )
             return last
         total = torch.zeros(last.shape, dtype=torch.float64)
-        for file, check, weight in zip(files, checks, weights, strict=True):
+        for file, weight in zip(files, weights, strict=True):
             tensor = last if file is files[-1] else file.read(name)
-            check.note(name, tensor)
+            check_finite(file.path, name, tensor)
             total.add_(tensor.double(), alpha=weight)
         return total.to(last.dtype)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from modules.checkpoints.dits import bare_names
-from modules.checkpoints.finite import FiniteCheck
+from modules.checkpoints.finite import check_finite
 from modules.checkpoints.kinds import kind_of
 from modules.checkpoints.opening import Checkpoint, open_checkpoint
 from modules.checkpoints.quantising import in_values
@@ -211,13 +211,12 @@ def _extract(
     """
     start, device = time.monotonic(), choose_device(options.device)
     dtype = DTYPES[options.save_precision or "float"]
-    checks = [FiniteCheck(checkpoint.path) for checkpoint in pair]
     factors: dict[str, Tensor] = {}
     is_changed = False
     for name in (name for name, modules in wanted.items() if modules):
         before, after = (checkpoint.read(name) for checkpoint in pair)
-        for check, tensor in zip(checks, (before, after), strict=True):
-            check.note(name, tensor)
+        for checkpoint, tensor in zip(pair, (before, after), strict=True):
+            check_finite(checkpoint.path, name, tensor)
         whole = after.to(device, torch.float32) - before.to(device, torch.float32)
         is_changed = is_changed or bool(whole.any())
         for module, rank, seed, piece in wanted[name]:

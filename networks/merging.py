@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from modules.atomic_write import free_bytes
-from modules.checkpoints.finite import FiniteCheck
+from modules.checkpoints.finite import check_finite
 from modules.checkpoints.opening import Checkpoint, checkpoint_paths, open_checkpoint
 from modules.checkpoints.quantising import in_values
 from modules.checkpoints.writing import save_tensors, stream_tensors
@@ -179,11 +179,10 @@ def merge_into_file(
             else info
             for name, info in checkpoint.tensors.items()
         }
-        finite = FiniteCheck(model)
 
         def read(name: str) -> Tensor:
             tensor = checkpoint.read(name)  # memory of its own
-            finite.note(name, tensor)
+            check_finite(model, name, tensor)
             if not patch.touches(name):
                 return tensor.to(written[name].dtype)
             wide = tensor.to(device) if dtype is None else tensor.to(device, torch.float32)

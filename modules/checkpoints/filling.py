@@ -27,7 +27,7 @@ from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
 from modules.bars import BYTES, track
-from modules.checkpoints.finite import FiniteCheck
+from modules.checkpoints.finite import check_finite, is_finite, not_finite
 from modules.checkpoints.opening import QUANT_EXTRAS, Checkpoint
 from modules.contract.loading import HostPlace, TensorInfo, TensorSource, WeightPatch
 from modules.devices import empty_pinned, release_heap, release_pinned_memory
@@ -152,15 +152,9 @@ def load_module(
     sizes = {
         name: sum(checkpoint.tensors[part].size_bytes for part in sources[name].names) for name in wanted
     }
-    untrimmed, trim_after = 0, max(_TRIM_AFTER, sum(sizes.values()) // _TRIM_PARTS)
-    for name in track(
-        wanted,
-        f"Loading {checkpoint.path.name}",
-        sum(sizes.values()),
-        sizes.__getitem__,
-        BYTES,
-        shown=check is None and device.type != "meta",
-    ):
+    total, shown = sum(sizes.values()), check is None and device.type != "meta"
+    untrimmed, trim_after = 0, max(_TRIM_AFTER, total // _TRIM_PARTS)
+    for name in track(wanted, f"Loading {checkpoint.path.name}", total, sizes.__getitem__, BYTES, shown):
         if check is not None:
             check()
         filling.fill(name)
@@ -170,8 +164,8 @@ def load_module(
         if device.type == "cpu" and untrimmed > trim_after:
             release_heap()
             untrimmed = 0
-    if device.type != "cpu":
-        filling.finite.finish()
+    if filling.found and not all(torch.stack([*filling.found.values()]).tolist()):
+        raise not_finite(checkpoint.path, [name for name, good in filling.found.items() if not good])
     del filling.scratch
     release_heap()
     if device.type == "cuda":
@@ -236,7 +230,7 @@ class _Filling:
                     infos[name] = TensorInfo(weight.dtype, tuple(weight.shape))
             self.held = host.hold(module, infos)
         self._is_filled_here = host is None or host.is_filled_here
-        self.finite = FiniteCheck(checkpoint.path)
+        self.found: dict[str, Tensor] = {}  # by parts: whether they are finite, on another device than a CPU
         self.errors: dict[str, Tensor] = {}  # of rounding, by name
         self.rounded_forms: dict[str, str] = {}  # by name, as the log tells them
         self.kept_forms: list[str] = []  # of the file's own
@@ -325,7 +319,7 @@ class _Filling:
             self._checkpoint.read(part, tensor)
         else:
             tensor.copy_(self._checkpoint.borrow(part, self.scratch))
-        self.finite.note(part, tensor)
+        self._look_at(part, tensor)
 
     def _make(self, name: str, target: torch.dtype) -> Tensor:
         """Make a tensor on the device, not yet rounded to its dtype; it may be a view of the buffer."""
@@ -345,9 +339,16 @@ class _Filling:
         parts, start = [], 0
         for part in source.names:
             parts.append(self._checkpoint.borrow(part, self.scratch[start:]).to(self._device))
-            self.finite.note(part, parts[-1])
+            self._look_at(part, parts[-1])
             start += -(-self._checkpoint.tensors[part].size_bytes // _ALIGNMENT) * _ALIGNMENT
         return parts
+
+    def _look_at(self, part: str, tensor: Tensor) -> None:
+        """Check a part for NaN: on a CPU at once, on another device at the end, as copies need not wait."""
+        if tensor.device.type == "cpu":
+            check_finite(self._checkpoint.path, part, tensor)
+        else:
+            self.found[part] = is_finite(tensor)
 
 
 def _rounding_error(weight: Tensor, stored: Stored) -> Tensor:

@@ -2,6 +2,7 @@
 anyway.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -32,43 +33,19 @@ def is_finite(tensor: Tensor) -> Tensor:
     return torch.isfinite(torch.stack(tensor.aminmax())).all()  # NaN wins in both
 
 
-class FiniteCheck:
-    """Raises CheckpointError for the first tensors of a file that are NaN or infinite.
+def check_finite(path: Path, name: str, tensor: Tensor) -> None:
+    """Raise CheckpointError if a tensor of a file, on the CPU, is NaN or infinite."""
+    if not is_finite(tensor):
+        wrong = tensor.numel() - int(torch.isfinite(tensor.float()).sum())
+        raise not_finite(path, [f"{name} ({wrong} of {tensor.numel()} values)"])
 
-    Results on a CPU count at once. Those on another device are read in `finish`, so that copies to it do not
-    wait.
-    """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._found: list[tuple[str, Tensor]] = []
-
-    def note(self, name: str, tensor: Tensor) -> None:
-        """Look at a tensor of the file. On the meta device there is nothing to see."""
-        if tensor.device.type == "meta":
-            return
-        result = is_finite(tensor)
-        if tensor.device.type != "cpu":
-            self._found.append((name, result))
-        elif not result:
-            wrong = tensor.numel() - int(torch.isfinite(tensor.float()).sum())
-            raise self._error([f"{name} ({wrong} of {tensor.numel()} values)"])
-
-    def finish(self) -> None:
-        """Read the results that are still on a device; call when the file is read."""
-        if not self._found:
-            return
-        results = torch.stack([result for _, result in self._found]).tolist()
-        wrong = [name for (name, _), good in zip(self._found, results, strict=True) if not good]
-        self._found.clear()
-        if wrong:
-            raise self._error(wrong)
-
-    def _error(self, names: list[str]) -> CheckpointError:
-        more = f" and {len(names) - 3} more tensors" if len(names) > 3 else ""
-        return CheckpointError(
-            f"{self._path} has weights that are NaN or infinite: {', '.join(names[:3])}{more}.\n"
-            "  The file is damaged, or was saved by a training that diverged. Download or copy it again, or "
-            "give another file.",
-            self._path,
-        )
+def not_finite(path: Path, names: Sequence[str]) -> CheckpointError:
+    """Return the error for these tensors of a file."""
+    more = f" and {len(names) - 3} more tensors" if len(names) > 3 else ""
+    return CheckpointError(
+        f"{path} has weights that are NaN or infinite: {', '.join(names[:3])}{more}.\n"
+        "  The file is damaged, or was saved by a training that diverged. Download or copy it again, or "
+        "give another file.",
+        path,
+    )

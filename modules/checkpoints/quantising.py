@@ -22,7 +22,7 @@ from modules.bars import BYTES, track
 from modules.checkpoints.containers import HEADER, MARK
 from modules.checkpoints.dits import DitFormat, bare_names
 from modules.checkpoints.filling import linear_weights, on_meta_device
-from modules.checkpoints.finite import FiniteCheck
+from modules.checkpoints.finite import check_finite
 from modules.checkpoints.kinds import kind_of
 from modules.checkpoints.opening import (
     Checkpoint,
@@ -189,11 +189,10 @@ def _write_marked(
     """Write ComfyUI's layout. A layer is read twice, as the scales of all stand before the codes."""
     tensors: dict[str, TensorInfo] = {}
     makers: dict[str, Callable[[], Tensor]] = {}
-    finite = FiniteCheck(checkpoint.path)
 
     def plain(name: str) -> Tensor:
         tensor = checkpoint.read(name)
-        finite.note(name, tensor)
+        check_finite(checkpoint.path, name, tensor)
         return tensor
 
     def rounded(name: str, part: _Rounding, number: int) -> Tensor:
@@ -269,7 +268,6 @@ def _write_gguf(
     if len(layers) < len(found.layers):
         text = "%d layers stay as they are: their rows are not whole blocks of Q8_0"
         logger.info(text, len(found.layers) - len(layers))
-    finite = FiniteCheck(checkpoint.path)
     with atomic_path(options.output) as temporary:
         writer = gguf.GGUFWriter(temporary, _ARCHITECTURES.get(found.family, found.family))
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -285,7 +283,7 @@ def _write_gguf(
             infos, f"Writing {options.output.name}", sum(sizes.values()), sizes.__getitem__, BYTES
         ):
             tensor = checkpoint.read(name)
-            finite.note(name, tensor)
+            check_finite(checkpoint.path, name, tensor)
             kind = stored[name]
             if kind in (kinds.Q8_0, kinds.F32):
                 data = gguf.quants.quantize(tensor.float().numpy(), kind)
@@ -327,11 +325,10 @@ def _widen(
     narrow = {name: info for name, info in values.tensors.items() if info is not checkpoint.tensors[name]}
     as_bf16 = {name: replace(info, dtype=torch.bfloat16) for name, info in narrow.items()}
     tensors = {**values.tensors, **as_bf16}
-    finite = FiniteCheck(checkpoint.path)
 
     def read(name: str) -> Tensor:
         tensor = values.read(name)
-        finite.note(name, tensor)
+        check_finite(checkpoint.path, name, tensor)
         return tensor.to(tensors[name].dtype)
 
     stream_tensors(options.output, tensors, read, {"format": "pt", **metadata})

@@ -151,21 +151,24 @@ class UniPC:
         if self.corrected is None:
             self.corrected = sample.float()
         else:
-            *older, last = self._past[-self._order :]
-            step = here.lam - last.level.lam
-            points = [*_relative(older, last, step), (1.0, now.x0 - last.x0)]
-            self.corrected = _move(last.level, here, self.corrected, last.x0, self._change(step, points))
-            del points  # of the size of the latents
-
+            last = self._past[-1]
+            self.corrected = _move(last.level, here, self.corrected, last.x0, self._change(here, now))
         self._past = [*self._past, now][-self.variant.order :]
         self._order = len(self._past) if there.sigma > 0 else 1
+        return _move(here, there, self.corrected, now.x0, self._change(there))
+
+    def _change(self, there: "_Level", after: "_Prediction | None" = None) -> Tensor | float:
+        """Return how much the prediction changes over the step from the last one's level to `there`.
+
+        after: the prediction there, if it is known. For each other prediction: its distance in lambda, in
+        units of h, and its difference to the last one. Those made at pure noise are left out: they are
+        infinitely far away.
+        """
         *older, last = self._past[-self._order :]
         step = there.lam - last.level.lam
-        change = self._change(step, _relative(older, last, step))
-        return _move(last.level, there, self.corrected, last.x0, change)
-
-    def _change(self, step: float, points: list[tuple[float, Tensor]]) -> Tensor | float:
-        """Return how much the prediction changes over the step."""
+        past = [((one.level.lam - last.level.lam) / step, one.x0 - last.x0) for one in reversed(older)]
+        points = [(ratio, difference) for ratio, difference in past if math.isfinite(ratio)]
+        points += [] if after is None else [(1.0, after.x0 - last.x0)]
         alone = len(points) == 1  # then 1/2, the exact weight's limit for small steps, as the released code
         weights = (
             [self.variant.lone_weight(step)] if alone else _weights(step, [ratio for ratio, _ in points])
@@ -198,16 +201,6 @@ class _Prediction:
 
     level: _Level
     x0: Tensor
-
-
-def _relative(older: list[_Prediction], last: _Prediction, step: float) -> list[tuple[float, Tensor]]:
-    """Return the earlier predictions as seen from the start of a step, nearest first.
-
-    For each: its distance in lambda, in units of h, and its difference to the prediction at the start. Those
-    made at pure noise are left out: they are infinitely far away.
-    """
-    points = [((past.level.lam - last.level.lam) / step, past.x0 - last.x0) for past in reversed(older)]
-    return [(ratio, difference) for ratio, difference in points if math.isfinite(ratio)]
 
 
 def _weights(step: float, ratios: list[float]) -> list[float]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from generation.options import read_generation
-from modules.checkpoints.finite import FiniteCheck
+from modules.checkpoints import filling
 from modules.contract.data import Batch, MediaTable
 from modules.contract.loading import Placement
 from modules.contract.requests import Request
@@ -138,14 +138,14 @@ def test_a_float32_file_is_never_in_memory_as_float32(
     family_of: FamilyOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Counted at every tensor that is read: at most the network in 16 bits, and room for one tensor of 32."""
-    peak, note = 0, FiniteCheck.note
+    peak, check = 0, filling.check_finite
 
-    def look(self: FiniteCheck, name: str, tensor: Tensor) -> None:
+    def look(path: Path, name: str, tensor: Tensor) -> None:
         nonlocal peak
         peak = max(peak, weights_in_memory())
-        note(self, name, tensor)
+        check(path, name, tensor)
 
-    monkeypatch.setattr(FiniteCheck, "note", look)
+    monkeypatch.setattr(filling, "check_finite", look)
     before = weights_in_memory()
     family = computing_in(family_of("t2v-14B", "t2v"), torch.bfloat16)
     weights = list(family.load_dit(Placement(CPU)).parameters())
