@@ -180,10 +180,8 @@ class Options:
                 check_path(flag, path, facts["place"], facts.get("hint", ""))
                 for name in facts.get("spares", ()):
                     refuse_replacing(flag, path, _paths(getattr(self, names[name])))
-        self.__post_init__()
-
-    def __post_init__(self) -> None:
-        """Check rules beyond the facts."""
+        if hasattr(self, "__post_init__"):  # rules beyond the facts, as dataclasses have them
+            self.__post_init__()
 
     @classmethod
     def usual(cls, **values: Any) -> Self:
