@@ -126,37 +126,55 @@ def describe_kind(start: bytes) -> str:
     )
 
 
-class SafetensorsFile:
+class HeaderFile:
+    """A file whose header lists its tensors."""
+
+    left_out: Sequence[str] = ()
+    header = "header"  # for messages
+    faults: tuple[type[Exception], ...] = (ValueError,)  # that reading a damaged header raises
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tensors: dict[str, TensorInfo] = {}
+        self.metadata: dict[str, str] = {}
+        self._places: dict[str, int] = {}  # name -> the byte at which a tensor begins
+        self._file = path.open("rb")
+        self.close = self._file.close
+        try:
+            self._read_header(path.stat().st_size)
+        except BaseException as error:
+            self.close()
+            if not isinstance(error, self.faults):
+                raise
+            raise CheckpointError(
+                f"{path} is damaged or incomplete: its {self.header} cannot be read ({error}). Download or "
+                "copy it again.",
+                path,
+            ) from error
+
+    def _read_header(self, size: int) -> None:
+        """Fill `tensors`, `metadata` and `_places`. size: of the file in bytes."""
+        raise NotImplementedError
+
+    def borrow(self, name: str, scratch: Tensor) -> Tensor:
+        """Return a tensor to be copied from at once; its bytes may lie in `scratch` (uint8)."""
+        info, place = self.tensors[name], self._places[name]
+        return info.read(self._file, place, scratch, self.path, name)
+
+
+class SafetensorsFile(HeaderFile):
     """A safetensors file, read without the library: its `safe_open` maps the whole file.
 
     Windows sets as much memory aside for that ("the paging file is too small").
     """
 
-    left_out: Sequence[str] = ()
+    faults = (ValueError, TypeError, KeyError, AttributeError)
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.tensors: dict[str, TensorInfo] = {}
-        self._places: dict[str, int] = {}
-        self._file = path.open("rb")
-        self.close = self._file.close
-        try:
-            self.metadata = self._read_header(path.stat().st_size)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            self._file.close()
-            raise CheckpointError(
-                f"{path} is damaged or incomplete: its header cannot be read ({error}). Download or copy it "
-                "again.",
-                path,
-            ) from error
-        except BaseException:
-            self._file.close()
-            raise
-
-    def _read_header(self, size: int) -> dict[str, str]:
-        """Fill `tensors` and `_places`, return the metadata. Every number is checked against the others."""
-        metadata, header, start = read_tensor_header(self._file.read, size, no_repeats=True)
-        "".join([*header, *metadata, *metadata.values()]).encode("utf-8")  # raises for halves of characters
+    def _read_header(self, size: int) -> None:
+        # every number is checked against the others
+        self.metadata, header, start = read_tensor_header(self._file.read, size, no_repeats=True)
+        # raises for halves of characters
+        "".join([*header, *self.metadata, *self.metadata.values()]).encode("utf-8")
         places = []
         for name, entry in header.items():
             if len(name) > MAX_TENSOR_NAME:
@@ -186,12 +204,6 @@ class SafetensorsFile:
             last = end
         if start + last != size:
             raise ValueError(f"the file has {size} bytes, it describes {start + last}")
-        return metadata
-
-    def borrow(self, name: str, scratch: Tensor) -> Tensor:
-        """Return a tensor to be copied from at once; its bytes may lie in `scratch` (uint8)."""
-        info, place = self.tensors[name], self._places[name]
-        return info.read(self._file, place, scratch, self.path, name)
 
 
 class TorchFile:

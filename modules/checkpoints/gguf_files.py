@@ -7,14 +7,13 @@ specification in ggml's docs/gguf.md; names of text encoders: llama.cpp's `tenso
 import math
 import re
 import struct
-from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
+from modules.checkpoints.containers import HeaderFile
 from modules.contract.loading import Packing, TensorInfo
 from modules.control_codes import shorten
 from modules.errors import CheckpointError
@@ -50,31 +49,11 @@ _OUTSIDE = {
 _CHANGED = {"post_attention_norm": "Gemma", "ffn_gate_exps": "a mixture of experts"}
 
 
-class GgufFile:
+class GgufFile(HeaderFile):
     """A GGUF file of tensors. Text encoders have the names of transformers, and rows in its order."""
 
-    left_out: Sequence[str] = ()
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.tensors: dict[str, TensorInfo] = {}
-        self.metadata: dict[str, str] = {}
-        self._places: dict[str, int] = {}
-        self._heads: dict[str, int] = {}  # of tensors whose rows are permuted within each head
-        self._file = path.open("rb")
-        try:
-            self._read_header(path.stat().st_size)
-            self._name_like_transformers()
-        except (ValueError, struct.error) as error:
-            self._file.close()
-            raise CheckpointError(
-                f"{path} is damaged or incomplete: its GGUF header cannot be read ({error}). Download or "
-                "copy it again.",
-                path,
-            ) from error
-        except BaseException:
-            self._file.close()
-            raise
+    header = "GGUF header"
+    faults = (ValueError, struct.error)
 
     def _read_header(self, size: int) -> None:
         head = _Header(self._file, min(size, MAX_HEADER_BYTES))
@@ -115,6 +94,8 @@ class GgufFile:
             if begin < last or end > size:
                 raise ValueError(f"{name} lies at bytes {begin} to {end} of {size}, others end at {last}")
             last = end
+        self._heads: dict[str, int] = {}  # of tensors whose rows are permuted within each head
+        self._name_like_transformers()
 
     def _info(self, name: str, number: int, shape: tuple[int, ...]) -> TensorInfo:
         if number in _PLAIN:
@@ -172,15 +153,10 @@ class GgufFile:
         return heads
 
     def borrow(self, name: str, scratch: Tensor) -> Tensor:
-        """Return a tensor to be copied from at once; its bytes may lie in `scratch` (uint8)."""
-        info, place = self.tensors[name], self._places[name]
-        found = info.read(self._file, place, scratch, self.path, name)
+        found = super().borrow(name, scratch)
         if name in self._heads:  # pairs of rows lie side by side, for transformers in halves
             found = found.unflatten(0, (self._heads[name], -1, 2)).transpose(1, 2).flatten(0, 2)
         return found
-
-    def close(self) -> None:
-        self._file.close()
 
 
 class _Header:
