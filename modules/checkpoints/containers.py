@@ -13,7 +13,7 @@ import warnings
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, cast
+from typing import Any, BinaryIO, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from modules.contract.loading import TensorInfo
 from modules.control_codes import shorten
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
+from modules.installation import import_own
 from modules.limits import (
     MAX_ELEMENTS,
     MAX_PICKLE_BYTES,
@@ -31,9 +32,6 @@ from modules.limits import (
     SHORT_PICKLE_BYTES,
 )
 from modules.text_files import read_tensor_header, require_regular_file
-
-if TYPE_CHECKING:
-    from modules.checkpoints.gguf_files import GgufFile
 
 # the first bytes of what `torch.save` writes, now and in its older format
 ZIP, PICKLE = b"PK\x03\x04", b"\x80"
@@ -84,9 +82,8 @@ def open_file(path: Path) -> "TensorFile":
         if not start:
             raise CheckpointError(f"{path} is empty. Download or copy it again.", path)
         if start[:4] == GGUF:
-            from modules.checkpoints.gguf_files import GgufFile  # of no use to other files
-
-            return GgufFile(path)
+            of_gguf: HeaderFile = import_own("modules.checkpoints.gguf_files").GgufFile(path)
+            return of_gguf
         if start[8:9] == b"{":  # first: the length before it may begin like a pickle
             return SafetensorsFile(path)
         if start[:4] == ZIP or start[:1] == PICKLE:
@@ -246,7 +243,7 @@ class TorchFile:
         self._tensors = {}
 
 
-TensorFile: TypeAlias = "SafetensorsFile | TorchFile | GgufFile"  # one open file of named tensors
+TensorFile: TypeAlias = HeaderFile | TorchFile  # one open file of named tensors
 
 
 def load_pickled(path: Path, times: int = 1) -> Any:
