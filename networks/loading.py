@@ -30,7 +30,7 @@ from networks.metadata import (
 )
 from networks.module_names import have_same_names, on_text_side, read_family, relatives
 from networks.names.layouts import FOR_BOTH, OURS, TRAINED_FOR, TRAINED_ON, FamilyNames
-from networks.options import UNTYPED, LoraOptions, LoraPatternOptions
+from networks.options import UNTYPED, LoraPatternOptions
 from networks.parts import mend_split_alphas
 from networks.patterns import describe_unfit, in_any_spelling
 
@@ -336,13 +336,14 @@ class LoraUse:
 
 
 def lora_uses(
-    loras: LoraOptions, patterns: LoraPatternOptions | None = None, with_texts: bool = False
+    files: Collection[tuple[Path, float]],
+    patterns: LoraPatternOptions | None = None,
+    with_texts: bool = False,
 ) -> list[LoraUse]:
-    """Read the files of `--lora_weight`; return each with its multiplier and patterns.
+    """Read LoRA files, given with their multipliers; return each with its patterns.
 
     with_texts: with their changes of text encoders.
     """
-    files = loras.lora_weight or ()
     both: list[list[str | None]] = []  # to include, to exclude: one per file
     for option in ("include_patterns", "exclude_patterns"):
         given = list(getattr(patterns, option, None) or ())
@@ -353,7 +354,7 @@ def lora_uses(
             )
         both.append([*given, *[None] * (len(files) - len(given))])
     uses = []
-    for path, multiplier, *found in zip(files, loras.multipliers(), *both, strict=True):
+    for (path, multiplier), *found in zip(files, *both, strict=True):
         lora = read_lora(path, by_expert=True, with_texts=with_texts)
         if any(found):
             names = _names_for_patterns(lora)
