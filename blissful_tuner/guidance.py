@@ -152,10 +152,7 @@ def plan_steps(prepared: Prepared, options: GuidanceOptions) -> list[tuple[PassP
         tweaks = NO_TWEAKS if scale is None else of_all
         return PassPlan(tuple(dict.fromkeys(passes)), stages, factor, tweaks)
 
-    return [
-        tuple(plan(index, scale) for index, scale in enumerate(scales))
-        for scales in guidance_scales(prepared, options)
-    ]
+    return [tuple(plan(*one) for one in enumerate(each)) for each in guidance_scales(prepared, options)]
 
 
 def refuse_other_formulas(rules: GuidanceRules, options: GuidanceOptions) -> None:

@@ -18,6 +18,7 @@ from blissful_tuner.options import (
     SteadierOptions,
     StepCacheOptions,
 )
+from blissful_tuner.video_to_video_options import OF_SCRIPT
 from generation.grid_options import Axis, SheetOptions
 from generation.prompt_lines import LineOption, lines_of
 from generation.script_options import (
@@ -337,7 +338,7 @@ def generation_parser(description: str | None, defaults: ScriptDefaults) -> argp
         solver_names=defaults.solver_names,
         by_model=defaults.by_model,
         preset=defaults.optimized,
-        usual_sources=defaults.source.usual,
+        usual_sources={name: parser.get_default(name) for name in OF_SCRIPT},
         riflex_frequencies=defaults.riflex_frequencies or 0,
         riflex_beyond=defaults.riflex_beyond,
     )

@@ -16,7 +16,7 @@ U-Nets      unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.w
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -191,7 +191,9 @@ def to_native(
         stacked={names[found[key].path]: count for key, count in stacked.items() if key in found},
         family=family,
         family_name=told or None,
-        unknown_names="" if family is not None or not found else _unknown_names(map(_usual_ending, found)),
+        unknown_names=""
+        if family is not None or not found
+        else _unknown_names([place.whole for place in found.values()]),
     )
 
 
@@ -296,27 +298,25 @@ class _Place(NamedTuple):
     """What a tensor of a LoRA for a DiT is."""
 
     path: str  # of the module as the file writes it, without prefixes: `blocks.0.attn1.to_q`
+    whole: str  # the same with them
     part: str  # our name of the part: `lora_down.weight`
     dialect: str
 
 
 def _split(key: str) -> _Place | None:
     """Return the parts of a key; None if it belongs to no LoRA for a DiT."""
-    key = _usual_ending(key)
+    layers = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
+    key = _PROCESSOR.sub(lambda found: f".{layers[found['layer']]}.lora_{found['factor']}.weight", key)
+    # with our names of factors, without what PEFT and diffusers write into them
+    key = _our_factor(
+        f"{key.removesuffix(_MODULATION)}.modulation.diff" if key.endswith(_MODULATION) else key
+    )
     ending = next((ending for ending in _BY_LENGTH if key.endswith(ending)), None)
     if ending is None or _text_place(key) is not None:
         return None
-    path, dialect = _bare(key.removesuffix(ending))
-    return _Place(path, _ENDINGS[ending], dialect)
-
-
-def _usual_ending(key: str) -> str:
-    """Return a key with our names of factors, without what PEFT and diffusers write into them."""
-    layers = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
-    key = _PROCESSOR.sub(lambda found: f".{layers[found['layer']]}.lora_{found['factor']}.weight", key)
-    return _our_factor(
-        f"{key.removesuffix(_MODULATION)}.modulation.diff" if key.endswith(_MODULATION) else key
-    )
+    whole = key.removesuffix(ending)
+    path, dialect = _bare(whole)
+    return _Place(path, whole, _ENDINGS[ending], dialect)
 
 
 def _our_factor(key: str) -> str:
@@ -357,9 +357,8 @@ def _bare(path: str) -> tuple[str, str]:
     return rest, dialect or "without prefix"
 
 
-def _unknown_names(keys: Iterable[str]) -> str:
+def _unknown_names(paths: Sequence[str]) -> str:
     """Say what stands before or behind the path of a known module; else how all names begin."""
-    paths = [next(key.removesuffix(one) for one in _BY_LENGTH if key.endswith(one)) for key in keys]
     for path in paths:
         pieces = re.split(r"(?<=[._])", path)
         for count in range(1, len(pieces)):

@@ -94,7 +94,9 @@ class LoraFile:
 
         Raises CheckpointError if the file has parts and no part was chosen.
         """
-        return group_by_module(self.for_expert(None).tensors)
+        if self.parts:
+            raise _several(self.path)
+        return group_by_module(self.tensors)
 
     def families(self, hint: str | None = None) -> list[FamilyNames]:
         """Return the families that it may be for: several if its names, sizes, numbers of blocks and metadata
@@ -316,7 +318,7 @@ class LoraUse:
 
     def for_expert(self, expert: str | None) -> "LoraUse":
         """Return the same for an expert's part; warns if it is another's. Raises as `LoraFile.for_expert`."""
-        lora = self.lora.for_expert(expert)
+        lora = self.lora.for_expert(expert) if self.lora.parts else self.lora
         if expert:
             warn_of_other_expert(lora, expert)
         return replace(self, lora=lora)
