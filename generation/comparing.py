@@ -178,8 +178,11 @@ def make_cell(run: GenerationRun, variant: Variant, job: GenerationJob, line: in
 
     A name with other content gets a `_` at its end: files that exist under the stem are of exactly this clip.
     """
-    options = dressing.with_loras(run.options, run.family.experts, variant.uses)
-    metadata = dict(replace(run, options=options).metadata(job.prepared) or {})
+    loras = {
+        dressing.key_of(expert): [(use.lora.path.name, use.multiplier) for use in uses]
+        for expert, uses in zip(run.family.experts, variant.uses, strict=True)
+    }
+    metadata = dict(run.metadata(job.prepared, loras) or {})
     metadata |= {f"bt_{name}": sha256 for name, sha256 in variant.sha256.items()}
     column = words_of(variant.label.replace(".", "_")) or "lora"
     mark = hashlib.sha256(f"{variant.label} {' '.join(variant.sha256.values())}".encode()).hexdigest()[:6]

@@ -30,7 +30,7 @@ from modules.options import override_options
 from modules.speed_options import GenerationSpeedOptions, Quantisation
 from modules.stored.forms import prepare
 from networks.names.layouts import FOR_BOTH
-from networks.options import LoraOptions, multipliers_for
+from networks.options import multipliers_for
 
 if TYPE_CHECKING:  # loaded only where LoRA files are given
     from networks.apply import LoraPatch, OriginalWeights
@@ -180,28 +180,6 @@ def expert_loras(
         shared = [use for use in others if use.lora.parts and use.lora.path not in paths]
         found.append(tuple(use.for_expert(expert.name) for use in (*given[key], *shared)))
     return tuple(found)
-
-
-def with_loras(
-    options: GenerationOptions, experts: Sequence[Expert], uses: LorasByExpert
-) -> GenerationOptions:
-    """Return the options that ask for these LoRAs. uses: by expert."""
-    by_key = {key_of(expert): of_expert for expert, of_expert in zip(experts, uses, strict=True)}
-
-    def files(key: str) -> LoraOptions:
-        found = by_key.get(key, ())
-        return LoraOptions(
-            lora_weight=tuple(use.lora.path for use in found) or None,
-            lora_multiplier=tuple(use.multiplier for use in found),
-        )
-
-    high = files(HIGH_NOISE)
-    of_experts = replace(
-        options.experts,
-        lora_weight_high_noise=high.lora_weight,
-        lora_multiplier_high_noise=high.lora_multiplier,
-    )
-    return replace(options, lora=files(""), experts=of_experts)
 
 
 # --- what of --optimized is available

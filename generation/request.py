@@ -2,7 +2,7 @@
 
 import logging
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -40,6 +40,7 @@ if TYPE_CHECKING:  # they are loaded only if options ask for them
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+LorasInWords = Mapping[str, Sequence[tuple[str, float]]]  # file name and strength of each, by expert
 
 TURN = 0.9  # of a whole one that a slowed frequency makes in the length of the video
 
@@ -253,14 +254,14 @@ class GenerationRun:
         )
         return replace(self, previews=made)
 
-    def metadata(self, prepared: Prepared) -> Mapping[str, str] | None:
-        """Return the metadata of an output; None with --no_metadata."""
+    def metadata(self, prepared: Prepared, loras: LorasInWords | None = None) -> Mapping[str, str] | None:
+        """Return the metadata of an output; None with --no_metadata. loras: other ones than `self.loras`."""
         if self.options.output.no_metadata:
             return None
         return output_metadata(
             prepared,
             self.family.metadata,
-            self.loras,
+            self.loras if loras is None else loras,
             self.options.settings,
             self.session.device.type,
             self.now(),
@@ -268,7 +269,7 @@ class GenerationRun:
         )
 
     @property
-    def loras(self) -> dict[str, list[tuple[str, float]]]:
+    def loras(self) -> LorasInWords:
         """Return the file name and the strength of each LoRA, by expert as `loras_of` names them."""
         loras = loras_of(self.options).items()
         return {expert: [(path.name, strength) for path, strength in files] for expert, files in loras}

@@ -141,7 +141,8 @@ def read_lora(
             raise _no_lora(path, checkpoint.tensors)
         stored = {name: checkpoint.read(name) for name in checkpoint.tensors}
         metadata = dict(checkpoint.metadata)
-    if path.is_file() and is_damaged(path, stored, metadata):
+    is_own = metadata.get(LAYOUT_KEY) == layout_hash(stored)
+    if is_own and path.is_file() and is_damaged(path, metadata):
         raise CheckpointError(
             f"{path} is damaged: its data do not agree with the checksum written with them. Copy it again.",
             path,
@@ -155,7 +156,6 @@ def read_lora(
     groups = key_formats.split_names(stored)
     if len(groups) > 1 and not by_expert:
         raise _several(path)
-    is_own = metadata.get(LAYOUT_KEY) == layout_hash(stored)
     parts = {
         expert: _read_part(
             path, {name: stored[name] for name in names}, metadata, expert, with_texts, is_own, family
