@@ -244,15 +244,6 @@ class LoraPatch:
     def touches(self, name: str) -> bool:
         return bool(self._find(name))
 
-    def unused(self) -> list[str]:
-        """Return the parts of LoRAs without a weight so far, as `file: module.weight`."""
-        return [
-            f"{use.lora.path.name}: {key}"
-            for use in self._uses
-            for key in self._keys(use)
-            if key not in self._seen
-        ]
-
     def check(self) -> None:
         """Warn of parts of LoRAs without a weight, and of LoRAs for another model.
 

@@ -29,7 +29,7 @@ from tests.hunyuan_model.making import golden_model, in_diffusers, run_there, ti
 from tests.manifests import tensor_list
 from tests.networks import making
 from tests.tiny.hunyuan_dit import CONFIGS, comfy_state, diffusers_parts, tiny_state, write_dit
-from tests.tiny.loras import make_lora
+from tests.tiny.loras import make_lora, unused
 
 CPU = torch.device("cpu")
 
@@ -99,7 +99,7 @@ def test_every_layout_of_a_model_is_merged_to_the_same(tmp_path: Path, dialect: 
     merged = load_dit(tmp_path / "merged.safetensors", Placement(CPU)).state_dict()
     for name, tensor in state.items():
         assert torch.equal(merged[name].bfloat16(), patch(name, tensor)), name
-    assert patch.unused() == []
+    assert unused(patch) == []
 
 
 def test_every_module_of_the_diffusers_layout_finds_what_it_is_part_of() -> None:

@@ -19,7 +19,7 @@ from networks.options import LoraOptions, LoraPatternOptions
 from tests.golden_cases import read_case
 from tests.networks.making import golden_dit, golden_lora
 from tests.networks.test_lora_image_families import skeleton
-from tests.tiny.loras import make_lora
+from tests.tiny.loras import make_lora, unused
 
 
 def lora_file(tensors: dict[str, Tensor], name: str = "x.safetensors") -> LoraFile:
@@ -42,7 +42,7 @@ def test_merged_weights_equal_the_recorded_ones() -> None:
         torch.testing.assert_close(
             merged[name[7:]], expected[name], rtol=0, **description["tolerance"]["merged.*"]
         )
-    assert patch.unused() == []
+    assert unused(patch) == []
     patch.check()
 
 
