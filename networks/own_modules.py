@@ -82,12 +82,13 @@ def _choose(
         if places:
             size = int(settings.reg_ranks[places[-1]][1]), settings.alpha
         is_unasked = any(part in f".{path}" for part in unasked) and _rank_of_kind(path, settings) is None
-        if size is None or size[0] <= 0 or _is_excluded(path, settings, is_unasked):
+        may_go = is_unasked or settings.exclude
+        if size is None or size[0] <= 0 or (may_go and _is_excluded(path, settings, is_unasked)):
             size = None
         if settings.verbose:
             logger.info(f"  {path}: {'left out' if size is None else f'rank {size[0]}, alpha {size[1]:g}'}")
         if size is not None:
-            found[name] = module, *size, _heights(path, module, settings)
+            found[name] = module, *size, _heights(path, module, settings) if settings.splits else ()
     if settings.reg_ranks:
         log_overlaps("network_reg_dims", settings.reg_ranks, fitting)
     return found
@@ -334,7 +335,7 @@ def _layer_of(
         alpha = float(factors["alpha"]) if "alpha" in factors and rank_of(factors) else rank
         return FactoredLayer(module, shapes, rank, alpha)
     rank, alpha = factors[LORA[0]].shape[0], float(factors["alpha"])
-    heights = _heights(path, module, settings)
+    heights = _heights(path, module, settings) if settings.splits else ()
     if heights and diagonal_blocks(factors[LORA[1]], heights) is not None:
         parts = len(heights)
         return LoraLayer(module, rank // parts, alpha / parts, heights=heights)
@@ -342,8 +343,8 @@ def _layer_of(
 
 
 def _heights(path: str, module: LoraModule, settings: LoraSettings) -> tuple[int, ...]:
-    """Return the rows of each part of a fused layer if parts get factors of their own; () otherwise."""
-    if not settings.splits or settings.rules is None or not isinstance(module, nn.Linear):
+    """Return the rows of each part of a fused layer, whose parts get factors of their own; () of others."""
+    if settings.rules is None or not isinstance(module, nn.Linear):
         return ()
     name = path.replace(".", "_")
     fused = settings.rules.fused.items()
