@@ -213,7 +213,7 @@ class Peaks:
 
 @dataclass(frozen=True)
 class GenerationJob:
-    """One request to generate, with its latents once they are. `label` names it in messages, "line 3"."""
+    """One request to generate, and its latents once they are made; `label` is for messages ("line 3")."""
 
     label: str
     prepared: Prepared

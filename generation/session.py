@@ -90,9 +90,9 @@ class Session:
             try:
                 encoder.load(self.device)
                 is_loaded = True
-                if self.text_loras is not None:
-                    self.text_loras.add_to(encoder)
                 with torch.no_grad():
+                    if self.text_loras is not None:
+                        self.text_loras.add_to(encoder)
                     for text in track(new, "Encoding texts", len(new), unit="text"):
                         (conditions,) = encoder.encode([text])
                         outputs.setdefault(text, {}).update(conditions_to(conditions, CPU))
