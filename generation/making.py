@@ -68,12 +68,13 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
 
     Returns the finished videos and pictures by the labels of their jobs.
     """
+    options, session, output = run.options, run.session, run.options.output
     if any(needs_media(run.family, job.prepared) for job in jobs):
         run.family.check_files(media=True)  # before gigabytes are loaded
     # attention that takes one sample at a time forces what was not asked for
-    forces_split = run.options.speed.attention.split_attn and not run.options.split_uncond
+    forces_split = options.speed.attention.split_attn and not options.split_uncond
     if forces_split or run.processes > 1:
-        plans = [plan for job in jobs for plan in chain(*plan_steps(job.prepared, run.options.guidance))]
+        plans = [plan for job in jobs for plan in chain(*plan_steps(job.prepared, options.guidance))]
         if forces_split and any(plan.most_together > 1 for plan in plans):
             logger.warning("--split_attn runs the guidance passes one after the other as --split_uncond does")
         most = max((len(plan.passes) for plan in plans), default=run.processes)
@@ -85,24 +86,23 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
             )
     start = time.monotonic()
     if run.rewriter is not None:  # freed before anything else loads
-        run.rewriter.load(run.session.device)
+        run.rewriter.load(session.device)
         try:
             rewrite = import_own("blissful_tuner.prompt_rewrite").rewrite_prompts
             jobs = [replace(job, prepared=rewrite(job.prepared, run.rewriter)) for job in jobs]
         finally:
-            if run.options.interactive:
+            if options.interactive:
                 run.rewriter.load(CPU)  # it moves
             else:
                 run.rewriter.free()
-            free_memory(run.session.device)
-    requests = [job.prepared for job in jobs]
-    if run.options.output.output_type != NOTHING:
-        make_folder(run.options.output.save_path, "--save_path")
-    if not run.options.interactive or run.options.sheet.sheet is not None:
-        tell_unused_sources(run.options.request.source, jobs)
-    if run.options.output.output_type != NOTHING and not run.options.interactive:
-        show_start(run.family, requests, run.loras, run.options.output.save_path, run.session.device)
-    texts = run.session.texts([wanted_texts(job.prepared, run.options.guidance) for job in jobs])
+            free_memory(session.device)
+    if output.output_type != NOTHING:
+        make_folder(output.save_path, "--save_path")
+    if not options.interactive or options.sheet.sheet is not None:
+        tell_unused_sources(options.request.source, jobs)
+    if output.output_type != NOTHING and not options.interactive:
+        show_start(run.family, [job.prepared for job in jobs], run.loras, output.save_path, session.device)
+    texts = session.texts([wanted_texts(job.prepared, options.guidance) for job in jobs])
     inputs = encode_all_inputs(run, jobs, failures)
     ready = [
         (job, text, inputs[job.label]) for job, text in zip(jobs, texts, strict=True) if job.label in inputs
@@ -110,18 +110,18 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
     done: list[GenerationJob] = []
     if ready:
         turns = plan_turns(run.family, [job.prepared for job, _, _ in ready])
-        with run.session.dits.phase(turns) as dit_at:
+        with session.dits.phase(turns) as dit_at:
             done = list(denoise_all(run, ready, failures, [(ready, dit_at)]))
-    paths = [one.latent_path for one in done if run.options.output.output_type in LATENT_OUTPUTS]
+    paths = [one.latent_path for one in done if output.output_type in LATENT_OUTPUTS]
     made: Mapping[str, Path] = {}
-    if done and run.options.output.output_type not in UNDECODED:
-        made = decode_all(run, done, failures, are_named=len(done) > 1 or run.options.interactive)
+    if done and output.output_type not in UNDECODED:
+        made = decode_all(run, done, failures, are_named=len(done) > 1 or options.interactive)
     paths += made.values()
-    if paths and not run.options.interactive:
-        show_end(paths, time.monotonic() - start, run.session.device, len(failures.reasons))
-    if done and run.predicted is not None and run.session.device.type == "cuda":
-        most = max(run.predicted.most, run.session.dits.most_beside)
-        logger.info(comparison(most, torch.cuda.max_memory_allocated(run.session.device)))
+    if paths and not options.interactive:
+        show_end(paths, time.monotonic() - start, session.device, len(failures.reasons))
+    if done and run.predicted is not None and session.device.type == "cuda":
+        most = max(run.predicted.most, session.dits.most_beside)
+        logger.info(comparison(most, torch.cuda.max_memory_allocated(session.device)))
     return made
 
 
@@ -136,9 +136,8 @@ def encode_all_inputs(
         else:
             inputs[job.label] = encode_inputs(run.family, NO_ENCODERS, job.prepared)
     if with_media:
-        with run.session.media(
-            images=True, again=run.options.output.output_type not in UNDECODED
-        ) as encoders:
+        again = run.options.output.output_type not in UNDECODED
+        with run.session.media(images=True, again=again) as encoders:
             for job in with_media:
                 with failures.note_errors(job.label, run.fatal):
                     inputs[job.label] = encode_inputs(run.family, encoders, job.prepared)
