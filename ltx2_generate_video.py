@@ -9,7 +9,7 @@ from pathlib import Path
 import modules.interpreter  # noqa: F401
 from generation.options import GenerationOptions
 from generation.prompt_lines import CANCELS, GENERATION_OPTIONS, LineOption, read_path
-from generation.script_options import ScriptDefaults
+from generation.script_options import IMAGE_OUTPUTS, ScriptDefaults
 from generation.scripts import generation_script
 from ltx_2.model_options import VIDEO
 from ltx_2.options import Ltx2GenerationOptions, settle_generation
@@ -42,11 +42,11 @@ def settle(
     if VIDEO not in own.streams:
         shown = {
             "--post": shared.post.tools,
-            "--sheet": shared.sheet.is_asked,
+            "--sheet": shared.sheet.sheet is not None,
             "--save_last_frame": output.save_last_frame,
             "--preview_latent_every": shared.preview.preview_latent_every is not None,
             "--trim_tail_frames": output.trim_tail_frames,
-            "--output_type images": output.writes_images and output.save_audio is None,
+            "--output_type images": output.output_type in IMAGE_OUTPUTS and output.save_audio is None,
         }
         if options := ", ".join(name for name, is_given in shown.items() if is_given):
             raise OptionError(f"{options}: sound alone has no pictures. Leave out what is for these")

@@ -20,7 +20,7 @@ import torch  # noqa: E402  # found from here on
 from torch import Tensor, nn  # noqa: E402
 
 from generation.denoise import predictor  # noqa: E402
-from generation.experts import Check, DitTurns, TurnRules  # noqa: E402
+from generation.experts import Check, DitTurns  # noqa: E402
 from modules.contract.loading import Placement  # noqa: E402
 from modules.contract.steps import Step  # noqa: E402
 from modules.offload.host_memory import Transfer  # noqa: E402
@@ -111,8 +111,9 @@ def _run(family: Wan, order: list[int], timesteps: tuple[float, ...]) -> tuple[i
         dit = read(expert)
         return dit, copy(dit, HOST)
 
-    rules = TurnRules(never_beside=True)
-    turns = DitTurns(family.experts, CUDA, load, aside, rules, lambda _: False, lambda: None, copy)
+    turns = DitTurns(
+        *(family.experts, CUDA, load, aside), never_beside=True, host_room=lambda: None, make_copy=copy
+    )
     text: dict[str, Tensor | list[Tensor]] = {"t5": [torch.zeros(7, 32, dtype=torch.bfloat16)]}
     noise = torch.zeros(1, 16, 3, 8, 12)
     with turns.phase(order) as dit_at, torch.no_grad():

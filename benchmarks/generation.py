@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +238,7 @@ def count_waits(denoise: Any, given: Mapping[str, Any]) -> int:
         **given,
         "dit_at": dit_at,
         "section": on_device(given["section"], meta),
-        "start": replace(given["start"], latents=given["start"].latents.to(meta)),
+        "latents": given["latents"].to(meta),
         "solver": copy.deepcopy(given["solver"]),
         "watchers": (),
     }

@@ -21,8 +21,8 @@ from benchmarks.gpu_rows import GENERATION, Row
 from benchmarks.noise import NoisyFamily
 from generation.denoise import make_latents
 from generation.dressing import dit_loader
+from generation.experts import DitTurns, plan_turns
 from generation.memory import rehearse_denoising
-from generation.session import Session
 from modules.contract.data import Batch
 from modules.contract.requests import Prepared, Request, settle
 from modules.contract.steps import EncodedPrompts
@@ -110,10 +110,10 @@ def generation(row: Row, path: Path, device: torch.device, high: Path | None = N
     experts = len(family.experts)
     noisy: Any = NoisyFamily(family)
     loader = dit_loader(noisy, (), device, options)
-    session = Session(noisy, device, loader, keep=True, load_aside=loader.aside)
+    dits = DitTurns(family.experts, device, loader, loader.aside, keep=True)
     begun = time.monotonic()
     phase = ExitStack()  # stays open
-    dit_at = phase.enter_context(session.dit([prepared] * 2))
+    dit_at = phase.enter_context(dits.phase(plan_turns(noisy, [prepared] * 2)))
     loading = time.monotonic() - begun
 
     def make(asked: Prepared) -> Callable[[], Tensor]:

@@ -55,6 +55,7 @@ def _pocket_clips(folder: Path, args: argparse.Namespace) -> tuple[list[float], 
     from blissful_tuner.latent_preview import preview_clip
     from generation.denoise import make_latents
     from generation.dressing import dit_loader
+    from generation.experts import DitTurns
     from generation.making import encode_all_inputs
     from generation.options import read_generation
     from generation.request import GenerationRun, make_job
@@ -70,7 +71,9 @@ def _pocket_clips(folder: Path, args: argparse.Namespace) -> tuple[list[float], 
     words += ["--guidance_scale", "3", "--flow_shift", "3", "--preview_latent_every", "1"]
     options, own = read_generation(None, wan_generate_video.DEFAULTS, WanGenerationOptions, words)
     device, family = choose_device(args.device), family_for_generation(own)
-    session = Session(family, device, dit_loader(family, (), device, options), keep=False)
+    session = Session(
+        family, device, DitTurns(family.experts, device, dit_loader(family, (), device, options))
+    )
     run = GenerationRun(family, options, session).with_previews()
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     job = make_job(run, "the prompt", {})
@@ -90,7 +93,7 @@ def _pocket_clips(folder: Path, args: argparse.Namespace) -> tuple[list[float], 
 
     plain: list[float] = []
     shown: list[float] = []
-    with session.dit() as dit_at:
+    with session.dits.phase() as dit_at:
         for _ in range(2):  # warm up
             make(None)
             make(run.previews)

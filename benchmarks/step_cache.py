@@ -79,6 +79,7 @@ def maker() -> Callable[[str, int, Sequence[str]], Made]:
 
     from generation.denoise import make_latents
     from generation.dressing import dit_loader
+    from generation.experts import DitTurns
     from generation.options import read_generation
     from generation.request import prepare_line
     from generation.session import Session, wanted_texts
@@ -95,13 +96,14 @@ def maker() -> Callable[[str, int, Sequence[str]], Made]:
 
     options, own = read("--prompt", "x")
     family = family_for_generation(own)
-    session = Session(family, device, dit_loader(family, [], device, options), keep=True)
+    dits = DitTurns(family.experts, device, dit_loader(family, [], device, options), keep=True)
+    session = Session(family, device, dits)
 
     def make(prompt: str, seed: int, arguments: Sequence[str]) -> Made:
         asked = read("--prompt", prompt, "--seed", str(seed), *arguments)[0]
         prepared = prepare_line(family, asked, {})
         (texts,) = session.texts([wanted_texts(prepared, asked.guidance)])
-        with heard() as lines, session.dit() as dit_at:
+        with heard() as lines, dits.phase() as dit_at:
             start = time.process_time()
             latents = make_latents(family, dit_at, prepared, texts, {0: {}}, device)
             seconds = time.process_time() - start

@@ -7,6 +7,7 @@ step has. A new one is a function there, and a line here.
 import functools
 import logging
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import TypeVar
 
 import torch
@@ -65,7 +66,7 @@ def make_guidance(
     def guide(step: Step, predict: Predict, section: Section) -> Tensor:
         plan = plans[expert_at(step.timestep, experts)][step.index]
         if below is not None and 1 - step.sigma >= below:  # so late the model's rules leave guidance out
-            plan = PassPlan(factor=plan.factor)
+            plan = PassPlan(plan.passes[:1], factor=plan.factor)
         if not plan.passes:
             return torch.zeros_like(step.noisy)
         if not asked or asked[0][0] is not section:  # whose conditions are on the device by now
@@ -102,7 +103,8 @@ def plan_steps(prepared: Prepared, options: GuidanceOptions) -> list[tuple[PassP
     weakens = active_steps(options, prepared.num_steps) if layers else range(0)
     of_all = Tweaks(embedded_guidance=False) if options.disable_embedded_for_cfg else NO_TWEAKS
     rules, rule = prepared.rules, prepared.rules.projection
-    refuse_other_formulas(rules, options)
+    if rule is not None or rules.streams:
+        refuse_other_formulas(rules, options)
     perturbed = Pass("positive", Tweaks(skip_self_attention=rules.perturbed_blocks))
     isolated = Pass("positive", Tweaks(isolated=True))
 
@@ -140,24 +142,21 @@ def plan_steps(prepared: Prepared, options: GuidanceOptions) -> list[tuple[PassP
 
     def plan(index: int, scale: float | None) -> PassPlan:
         factor = options.cfgzerostar_multiplier if index < options.cfgzerostar_init_steps else 1.0
-        if scale is None:
-            return PassPlan(factor=factor)
-        if rules.streams:
+        made: list[tuple[GuidanceStage, ...]] = [(), ()]
+        if scale is not None and rules.streams:
             made = [stream_stages(own, scale) for own in rules.streams]
-        else:
+        elif scale is not None:
             made = [plain_stages(index, scale, momentum) for momentum in momenta]
-        return PassPlan(made[0], () if prepared.joint is None else made[1], factor, of_all)
+        stages = made[0], () if prepared.joint is None else made[1]
+        passes = [POSITIVE, *(one for stage in chain(*stages) for one in stage.passes)] if factor else ()
+        tweaks = NO_TWEAKS if scale is None else of_all
+        return PassPlan(tuple(dict.fromkeys(passes)), stages, factor, tweaks)
 
-    return [
-        tuple(plan(index, scale) for index, scale in enumerate(scales))
-        for scales in guidance_scales(prepared, options)
-    ]
+    return [tuple(plan(*one) for one in enumerate(each)) for each in guidance_scales(prepared, options)]
 
 
 def refuse_other_formulas(rules: GuidanceRules, options: GuidanceOptions) -> None:
     """Raise OptionError if the options replace a formula that is the model's own."""
-    if rules.projection is None and not rules.streams:
-        return
     given = {"--cfgzerostar_scaling": options.cfgzerostar_scaling, "--perp_neg": options.perp_neg is not None}
     own = "projected guidance"
     if rules.streams:
@@ -339,17 +338,8 @@ def check_guidance(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE
     layers, _, perp_neg, embedded = given
     reasons: dict[str, str] = {} if is_guided else dict.fromkeys(given, NO_STEP)
     if is_guided and not any(one.tweaks.skip_blocks for one in passes):
-        skipping = active_steps(options, prepared.num_steps)
-        if options.slg_mode == "original" and options.slg_scale == 0:
-            reasons[layers] = "--slg_scale is 0"
-        elif options.perp_neg == 0:
-            reasons[layers] = "--perp_neg 0 has no negative pass"
-        elif not skipping:
-            count = prepared.num_steps
-            reasons[layers] = f"--slg_start and --slg_end leave none of the {count} steps"
-        else:
-            first, last = skipping[0] + 1, skipping[-1] + 1
-            reasons[layers] = f"none of its steps, {first} to {last}, has a negative pass"
+        if options.skipped_layers:
+            reasons[layers] = why_none_skipped(options, prepared.num_steps)
         if all(texts.negative is None or not texts.negative.text for texts in prepared.prompts.values()):
             reasons[perp_neg] = "the negative prompt is empty"
     if prepared.embedded_guidance is None:
@@ -357,3 +347,15 @@ def check_guidance(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE
     for option, reason in reasons.items():
         if given[option]:
             logger.warning("%s is ignored because %s", option, reason)
+
+
+def why_none_skipped(options: GuidanceOptions, num_steps: int) -> str:
+    """Say why no pass skips the layers of --slg_layers although there is guidance."""
+    skipping = active_steps(options, num_steps)
+    if options.slg_mode == "original" and options.slg_scale == 0:
+        return "--slg_scale is 0"
+    if options.perp_neg == 0:
+        return "--perp_neg 0 has no negative pass"
+    if not skipping:
+        return f"--slg_start and --slg_end leave none of the {num_steps} steps"
+    return f"none of its steps, {skipping[0] + 1} to {skipping[-1] + 1}, has a negative pass"

@@ -4,9 +4,8 @@ A kind of guidance is a `GuidanceStage`: it declares the passes that it needs an
 theirs. All passes of a step's stages are requested together, each once, however many stages need it.
 """
 
-import functools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -51,19 +50,13 @@ class GuidanceStage:
 
 @dataclass(frozen=True)
 class PassPlan:
-    """Passes and stages of one step; without stages it is the positive pass alone."""
+    """Passes and stages of one step."""
 
-    stages: tuple[GuidanceStage, ...] = ()
-    sound: tuple[GuidanceStage, ...] = ()  # those of the sound, if it is made with the picture
-    factor: float = 1.0  # of the velocity in the end; 0: no pass is made
+    passes: tuple[Pass, ...]  # the positive one, and those of the stages, each once; () if no pass is made
+    # of the picture, and of the sound that is made with it
+    stages: tuple[tuple[GuidanceStage, ...], tuple[GuidanceStage, ...]] = ((), ())
+    factor: float = 1.0  # of the velocity in the end
     tweaks: Tweaks = NO_TWEAKS  # of all passes
-
-    @functools.cached_property
-    def passes(self) -> tuple[Pass, ...]:
-        if self.factor == 0:
-            return ()
-        stages = (*self.stages, *self.sound)
-        return tuple(dict.fromkeys([POSITIVE, *(one for stage in stages for one in stage.passes)]))
 
     @property
     def most_together(self) -> int:
@@ -74,29 +67,27 @@ class PassPlan:
 
         Picture and sound are guided each by itself; what is wholly given has the velocity 0.
         """
-        joint = section.tweaks.joint
-        if joint is None:
-            velocity = _guide(self.stages, velocities, step.noisy, step.sigma)
-        else:
+        joint, made = section.tweaks.joint, list[Tensor]()
+        streams = [(self.stages[0], velocities, step.noisy)]
+        if joint is not None:
             noisy, parts = joint.split(step.noisy), {one: joint.split(v) for one, v in velocities.items()}
-            made = (
-                _guide(stages, {one: part[index] for one, part in parts.items()}, noisy[index], step.sigma)
-                for index, stages in enumerate((self.stages, self.sound))
-            )
-            streams = zip(made, section.held, strict=True)
-            velocity = joint.join(*(torch.zeros_like(one) if is_held else one for one, is_held in streams))
+            streams = [
+                (stages, {one: part[index] for one, part in parts.items()}, noisy[index])
+                for index, stages in enumerate(self.stages)
+            ]
+        for stages, own, noise in streams:
+            velocity = own[POSITIVE]
+            for stage in stages:
+                if stage.is_of_clean:
+                    clean = {one: noise - step.sigma * each for one, each in own.items()}
+                    velocity = (noise - stage.change(noise - step.sigma * velocity, clean)) / step.sigma
+                else:
+                    velocity = stage.change(velocity, own)
+            made.append(velocity)
+        if joint is not None:
+            held = zip(made, section.held, strict=True)
+            velocity = joint.join(*(torch.zeros_like(one) if is_held else one for one, is_held in held))
         return velocity if self.factor == 1 else velocity * self.factor
-
-
-def _guide(stages: Sequence[GuidanceStage], velocities: Velocities, noisy: Tensor, sigma: float) -> Tensor:
-    velocity = velocities[POSITIVE]
-    for stage in stages:
-        if stage.is_of_clean:
-            clean = {one: noisy - sigma * each for one, each in velocities.items()}
-            velocity = (noisy - stage.change(noisy - sigma * velocity, clean)) / sigma
-        else:
-            velocity = stage.change(velocity, velocities)
-    return velocity
 
 
 def run_passes(calls: Calls, predict: Predict, _: Section) -> Made:

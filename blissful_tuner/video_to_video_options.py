@@ -24,6 +24,10 @@ USED_WITH = {  # options that count with some sources only
 }
 
 
+# options whose defaults differ between scripts: `SourceOptions.of_script`
+OF_SCRIPT = (*SHARES, "v2v_noise_mode", "v2v_pad_mode", "v2v_extra_noise", "i2_extra_noise")
+
+
 @dataclass(frozen=True)
 class SourceDefaults:
     """Form of these options in one family's script."""
@@ -48,12 +52,6 @@ class SourceDefaults:
             "defaults": defaults,
             "without": (other,) if self.takes_image else (other, "i2_extra_noise"),
         }
-
-    @property
-    def usual(self) -> dict[str, Any]:
-        names = (self.share, "v2v_noise_mode", "v2v_pad_mode", "v2v_extra_noise", "i2_extra_noise")
-        record = SourceOptions()
-        return {name: self.declared()["defaults"].get(name, getattr(record, name)) for name in names}
 
 
 class SourceOptions(Options, title="video or image to start from"):

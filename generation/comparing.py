@@ -15,11 +15,12 @@ from pathlib import Path
 
 from blissful_tuner.metadata import CREATED, as_tags, lora_name
 from generation import dressing, making
+from generation.experts import plan_turns
 from generation.grid_options import CompareOptions
 from generation.memory import resolve_options
 from generation.options import GenerationOptions
 from generation.outputs import LATENT_SUFFIX, PREVIEW_SUFFIX, own_stem, words_of
-from generation.progress import in_short, name_model
+from generation.progress import NAMING, in_short
 from generation.prompt_lines import lines_of
 from generation.request import GenerationJob, GenerationRun, make_job, of_each_line
 from generation.run import check_models, explain_lack, make_session
@@ -103,7 +104,7 @@ def compare(family: Family, options: GenerationOptions, asked: CompareOptions) -
     show_box(
         "Comparing",
         [
-            ("model", name_model(family.metadata)),
+            ("model", ", ".join(filter(None, map(family.metadata.get, NAMING)))),
             ("columns", "\n".join(re.sub(r"\s+", " ", variant.label) for variant in variants)),
             ("prompts", f"{len(jobs)}; the first: {in_short(jobs[0].prepared.asked.prompt)}"),
             ("clips", f"{count_of(total, 'clip')}{kept}"),
@@ -122,7 +123,7 @@ def _check(options: GenerationOptions) -> None:
     taken = ("images", "latent_images") if options.output.pictures else ("video", "both")
     refused = {
         "--interactive": options.interactive,
-        "--sheet": options.sheet.is_asked,
+        "--sheet": options.sheet.sheet is not None,
         "--latent_path": bool(options.latent_path),
         "--save_merged_model": options.save_merged_model is not None,
         "--num_videos": options.num_videos > 1,
@@ -177,8 +178,11 @@ def make_cell(run: GenerationRun, variant: Variant, job: GenerationJob, line: in
 
     A name with other content gets a `_` at its end: files that exist under the stem are of exactly this clip.
     """
-    options = dressing.with_loras(run.options, run.family.experts, variant.uses)
-    metadata = dict(replace(run, options=options).metadata(job.prepared) or {})
+    loras = {
+        dressing.key_of(expert): [(use.lora.path.name, use.multiplier) for use in uses]
+        for expert, uses in zip(run.family.experts, variant.uses, strict=True)
+    }
+    metadata = dict(run.metadata(job.prepared, loras) or {})
     metadata |= {f"bt_{name}": sha256 for name, sha256 in variant.sha256.items()}
     column = words_of(variant.label.replace(".", "_")) or "lora"
     mark = hashlib.sha256(f"{variant.label} {' '.join(variant.sha256.values())}".encode()).hexdigest()[:6]
@@ -249,21 +253,22 @@ def networks_with(
     weights are in 8 bits, swapped or compiled, or if it shares the device with others: what it was before the
     change would take as much host memory again as those that wait there.
     """
-    family, options, session = run.family, run.options, run.session
+    family, options, dits = run.family, run.options, run.session.dits
     speed = options.speed
     is_plain = speed.fp8.quantisation is None and not speed.swap.number and speed.compilation.choice is None
     if not is_plain or len(family.experts) > 1:
         for variant, ready in columns:
-            loader = dressing.dit_loader(family, variant.uses, session.device, options)
-            session.load_with(loader, loader.aside)
-            with session.dit([job.prepared for job, _, _ in ready]) as dit_at:
+            loader = dressing.dit_loader(family, variant.uses, dits.device, options)
+            dits.load, dits.load_aside = loader, loader.aside
+            with dits.phase(plan_turns(family, [job.prepared for job, _, _ in ready])) as dit_at:
                 yield ready, dit_at
         return
     of_dit = [on_side(variant.uses[0], False) for variant, _ in columns]
     originals = OriginalWeights([use for uses in of_dit for use in uses])
-    loader = dressing.dit_loader(family, (), session.device, options, [originals])
-    session.load_with(loader, loader.aside)
-    with session.dit([job.prepared for _, ready in columns for job, _, _ in ready]) as dit_at:
+    loader = dressing.dit_loader(family, (), dits.device, options, [originals])
+    dits.load, dits.load_aside = loader, loader.aside
+    requests = [job.prepared for _, ready in columns for job, _, _ in ready]
+    with dits.phase(plan_turns(family, requests)) as dit_at:
         for (_, ready), uses in zip(columns, of_dit, strict=True):
             originals.switch(dit_at(FIRST_TIMESTEP), uses)
             yield ready, dit_at
@@ -273,10 +278,10 @@ def decode_cells(run: GenerationRun, cells: Sequence[GenerationJob]) -> dict[str
     """Turn latents into clips; latent files stay only if --output_type asks for them. Return all by label."""
     paths = {cell.label: _files(run.options, cell) for cell in cells}
 
-    def read_latents(cell: GenerationJob, path: Path) -> making.Denoised:
-        stem = str(cell.stem)
-        saved, preview = load_latents(path), path.with_name(f"{stem}{PREVIEW_SUFFIX}")
-        return making.Denoised(cell, saved.latents, path, stem, preview, cell.metadata, saved.sound)
+    def read_latents(cell: GenerationJob, path: Path) -> GenerationJob:
+        saved, preview = load_latents(path), path.with_name(f"{cell.stem}{PREVIEW_SUFFIX}")
+        cell = replace(cell, latent_path=path, preview=preview)
+        return replace(cell, latents=saved.latents, sound=saved.sound)
 
     missing = [cell for cell in cells if not paths[cell.label][0].exists()]
     if missing:

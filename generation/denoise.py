@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,40 +22,34 @@ from modules.installation import import_own
 from modules.seeds import derive_seed
 
 
-@dataclass(frozen=True)
-class LoopStart:
-    """Where the loop begins."""
-
-    latents: Tensor  # like `Section.noise`, float32
-    step: int = 0  # in the solver's schedule; later than 0 for video-to-video
-
-
 @torch.no_grad()
 def denoise(
     family: Passes,
     dit_at: steps.DitAt,
     section: steps.Section,
-    start: LoopStart,
+    latents: Tensor,
     solver: Solver,
     guidance: steps.Guidance,
     watchers: Sequence[steps.Watcher] = (),
     split: bool = True,
+    first_step: int = 0,
 ) -> Tensor:
     """Follow the velocity from noise to clean latents. Returns them like the section's noise, float32, where
     it lies.
 
-    dit_at: timestep -> the network to call. watchers: all are called once the velocity of a step is known; if
-    one says "enough", the clean latents as predicted at that step are returned. split: one pass after the
-    other instead of equal-shaped conditions as one batch.
+    dit_at: timestep -> the network to call. latents: to begin with, like the noise. watchers: all are called
+    once the velocity of a step is known; if one says "enough", the clean latents as predicted at that step
+    are returned. split: one pass after the other instead of equal-shaped conditions as one batch. first_step:
+    in the solver's schedule; later than 0 for video-to-video.
     """
     schedule, is_anchored = solver.schedule, section.anchor is not None
     assert not (is_anchored and section.tweaks.joint), "an anchor holds a picture alone"
-    latents = hold_given(section, start.latents.float())
+    latents = hold_given(section, latents.float())
     if is_anchored:
-        latents = hold_masked(section, latents, schedule, start.step)
-    num_steps = schedule.num_steps - start.step
+        latents = hold_masked(section, latents, schedule, first_step)
+    num_steps = schedule.num_steps - first_step
     for made in range(num_steps):
-        index = start.step + made
+        index = first_step + made
         step = steps.Step(
             made, num_steps, float(schedule.sigmas[index]), float(schedule.timesteps[index]), latents
         )
@@ -206,13 +200,12 @@ def make_latents(
             guidance = make_guidance(
                 now, PLAIN_GUIDANCE if section.stage else guidance_options, family.experts, run
             )
-            start, source = LoopStart(section.noise), prepared.asked.source
+            begun, first, source = section.noise, 0, prepared.asked.source
             if section.source is not None and source is not None:
-                step = prepared.first_step
-                begun = noisy_source(section.source, section.noise, solver.schedule, step)
+                first = prepared.first_step
+                begun = noisy_source(section.source, section.noise, solver.schedule, first)
                 if extra is not None:
                     begun = begun + source.extra_noise * extra.draw(begun.shape)
-                start = LoopStart(begun, step)
             with ExitStack() as stack:
                 if now.added:
                     dit = dit_at(float(solver.schedule.timesteps[0]))
@@ -222,7 +215,7 @@ def make_latents(
                 cached_at = dit_at
                 if caches is not None and not section.stage:
                     cached_at = stack.enter_context(caches.section(dit_at))
-                latents = denoise(family, cached_at, section, start, solver, guidance, watchers, split)
+                latents = denoise(family, cached_at, section, begun, solver, guidance, watchers, split, first)
             section = sections.send(latents)
     except StopIteration as end:
         if caches is not None:

@@ -4,7 +4,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ from modules.options import override_options
 from modules.speed_options import GenerationSpeedOptions, Quantisation
 from modules.stored.forms import prepare
 from networks.names.layouts import FOR_BOTH
-from networks.options import LoraOptions
+from networks.options import multipliers_for
 
 if TYPE_CHECKING:  # loaded only where LoRA files are given
     from networks.apply import LoraPatch, OriginalWeights
@@ -124,8 +124,12 @@ logger = logging.getLogger(__name__)
 LORA_OPTIONS = {"": "--lora_weight", HIGH_NOISE: "--lora_weight_high_noise"}
 
 
-def loras_of(options: GenerationOptions) -> dict[str, LoraOptions]:
-    return {"": options.lora, HIGH_NOISE: options.experts.loras}
+def loras_of(options: GenerationOptions) -> dict[str, list[tuple[Path, float]]]:
+    """Return the LoRA files with their strengths, by the expert that their option is for."""
+    files = options.experts.lora_weight_high_noise or ()
+    high = multipliers_for(files, options.experts.lora_multiplier_high_noise, "--lora_multiplier_high_noise")
+    low = zip(options.lora.lora_weight or (), options.lora.multipliers(), strict=True)
+    return {"": [*low], HIGH_NOISE: [*zip(files, high, strict=True)]}
 
 
 def key_of(expert: Expert) -> str:
@@ -144,14 +148,11 @@ def expert_loras(
     given for an expert that is not, and as `read_lora`.
     """
     by_option = loras_of(options)
-    files = [path for loras in by_option.values() for path in loras.lora_weight or ()]
-    strengths = [strength for loras in by_option.values() for strength in loras.multipliers()]
-    patterns = options.lora_patterns
+    files, patterns = [*chain(*by_option.values())], options.lora_patterns
     if not (files or patterns.include_patterns or patterns.exclude_patterns):
         return ((),) * len(experts)
-    loras_given = LoraOptions(lora_weight=tuple(files) or None, lora_multiplier=tuple(strengths))
-    read = iter(import_own("networks.loading").lora_uses(loras_given, patterns, with_texts))
-    given = {key: [*islice(read, len(loras.lora_weight or ()))] for key, loras in by_option.items()}
+    read = iter(import_own("networks.loading").lora_uses(files, patterns, with_texts))
+    given = {key: [*islice(read, len(loras))] for key, loras in by_option.items()}
     keys = [key_of(expert) for expert in experts]
     for key, uses in given.items():
         whole = [use for use in uses if not use.lora.parts]
@@ -168,7 +169,7 @@ def expert_loras(
                 for other in keys
                 if other != key and use.lora.path not in {one.lora.path for one in given[other]}
             ]
-            if use.lora.expert == FOR_BOTH and missing:
+            if missing and use.lora.expert == FOR_BOTH:
                 logger.warning(
                     "%s was trained for both experts and is used in one of them: give it to %s too",
                     use.lora.path,
@@ -181,28 +182,6 @@ def expert_loras(
         shared = [use for use in others if use.lora.parts and use.lora.path not in paths]
         found.append(tuple(use.for_expert(expert.name) for use in (*given[key], *shared)))
     return tuple(found)
-
-
-def with_loras(
-    options: GenerationOptions, experts: Sequence[Expert], uses: LorasByExpert
-) -> GenerationOptions:
-    """Return the options that ask for these LoRAs. uses: by expert."""
-    by_key = {key_of(expert): of_expert for expert, of_expert in zip(experts, uses, strict=True)}
-
-    def files(key: str) -> LoraOptions:
-        found = by_key.get(key, ())
-        return LoraOptions(
-            lora_weight=tuple(use.lora.path for use in found) or None,
-            lora_multiplier=tuple(use.multiplier for use in found),
-        )
-
-    high = files(HIGH_NOISE)
-    of_experts = replace(
-        options.experts,
-        lora_weight_high_noise=high.lora_weight,
-        lora_multiplier_high_noise=high.lora_multiplier,
-    )
-    return replace(options, lora=files(""), experts=of_experts)
 
 
 # --- what of --optimized is available

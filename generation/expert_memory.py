@@ -11,7 +11,7 @@ from operator import sub
 from torch import nn
 
 from generation.dressing import expert_loras
-from generation.experts import TurnRules, plan_turns
+from generation.experts import plan_turns
 from generation.grid_options import cells_of
 from generation.options import GenerationOptions
 from generation.prompt_lines import lines_of, parse_generation_line
@@ -37,7 +37,11 @@ class ExpertTurns:
     """Who works when in a run. order: indices of experts, as `plan_turns` gives them."""
 
     order: tuple[int, ...] = ()
-    rules: TurnRules = TurnRules()
+    # as of `DitTurns`
+    keep: bool = False
+    never_beside: bool = False
+    lazy: bool = False
+    together: bool = False
     in_fp8: bool = False  # so that nothing makes them smaller
 
     @property
@@ -49,7 +53,7 @@ class ExpertTurns:
 
         weights: all of an expert. swapped: its part that stays in host memory also while it works.
         """
-        if self.rules.lazy:
+        if self.lazy:
             return swapped
         held: dict[int, int] = {}
         most = 0
@@ -59,7 +63,7 @@ class ExpertTurns:
             if later:
                 held.setdefault(later[0], weights)  # read ahead while this one works
             most = max(most, sum(held.values()))
-            if self.rules.keep or expert in later:
+            if self.keep or expert in later:
                 held[expert] = weights  # it waits for its next turn
             else:
                 del held[expert]
@@ -73,21 +77,21 @@ class ExpertTurns:
         """
         if self.count < 2:
             return ()
-        if self.rules.together:
+        if self.together:
             return (MemoryPart("idle experts", (self.count - 1) * (weights - swap.elsewhere)),)
         note = "each is loaded when its steps begin"
-        if not self.rules.lazy:
+        if not self.lazy:
             note = "in host memory, if it has room; else they are loaded again"
         return (MemoryPart("experts that wait", 0, self.host_peak(weights, swap.host) - swap.host, note),)
 
     def remarks(self, plan: MemoryPlan, denoising: Phase, room: Room | None, host: int | None) -> list[str]:
         """Return remarks on the free memory for experts. room: of the device. host: bytes. None: unknown."""
-        if self.count < 2 or self.rules.together:
+        if self.count < 2 or self.together:
             return []
         lines = []
         weights = sum(part.device for part in denoising.parts if part.name == NAMES[WEIGHTS])
         together = denoising.device + (self.count - 1) * weights
-        stays = not (self.rules.lazy or self.rules.never_beside)
+        stays = not (self.lazy or self.never_beside)
         if stays and room is not None and together <= room.usable:
             lines.append(
                 f"The device has room for all experts at once, {gib(together)} GiB: they stay there. "
@@ -109,9 +113,9 @@ def turns_of(family: Family, options: GenerationOptions, requests: Sequence[Prep
     """Return who works when as these requests are made one after the other, each --num_videos times."""
     given = options.experts
     together = sharing_processes(options.speed) > 1
-    rules = TurnRules(options.interactive, given.offload_inactive_dit, given.lazy_loading, together)
-    order = plan_turns(family, [*requests] * options.num_videos)
-    return ExpertTurns(tuple(order), rules, options.speed.fp8.quantisation is not None)
+    order = tuple(plan_turns(family, [*requests] * options.num_videos))
+    waiting = options.interactive, given.offload_inactive_dit, given.lazy_loading, together
+    return ExpertTurns(order, *waiting, options.speed.fp8.quantisation is not None)
 
 
 def all_requests(family: Family, options: GenerationOptions) -> list[Prepared]:

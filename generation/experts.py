@@ -26,7 +26,7 @@ from modules.errors import MemoryPlanError
 from modules.flow.schedule import make_schedule
 from modules.offload.block_swap import move_network
 from modules.offload.turns import HostCopy
-from modules.planning.device_memory import bytes_on
+from modules.planning.device_memory import bytes_on, host_room, spare_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -70,16 +70,6 @@ class ReadingAhead:
             pass
 
 
-@dataclass(frozen=True)
-class TurnRules:
-    """How experts share the device."""
-
-    keep: bool = False  # they are needed again after the phase, for the next prompt
-    never_beside: bool = False  # one on the device, even if it has room for more (--offload_inactive_dit)
-    lazy: bool = False  # load each when its steps begin, free it after them (--lazy_loading)
-    together: bool = False  # all stay, as each process has a part of them (--shard_base)
-
-
 def experts_by_step(family: Family, prepared: Prepared) -> list[int]:
     schedule = make_schedule(prepared.solver, prepared.steps, prepared.flow_shift, family.noise.table)
     timesteps = schedule.timesteps[prepared.first_step :].tolist()
@@ -100,11 +90,16 @@ class DitTurns:
     experts: Sequence[Expert]
     device: torch.device
     load: LoadDit
-    load_aside: LoadAside | None  # None: nothing is loaded ahead
-    rules: TurnRules
-    can_stay: Callable[[int], bool]  # whether the device has room for so many bytes beside what is there
-    host_room: Callable[[], int | None]
+    load_aside: LoadAside | None = None  # loads one into host memory; None: nothing is loaded ahead
+    keep: bool = False  # they are needed again after the phase, for the next prompt
+    never_beside: bool = False  # one on the device, even if it has room for more (--offload_inactive_dit)
+    lazy: bool = False  # load each when its steps begin, free it after them (--lazy_loading)
+    together: bool = False  # all stay, as each process has a part of them (--shard_base)
+    spare_bytes: Callable[[torch.device], int] = spare_bytes  # of a CUDA device
+    host_room: Callable[[], int | None] = host_room
     make_copy: Callable[[nn.Module, torch.device], WaitingNetwork] = HostCopy
+    # bytes of the device, where something was let in beside them
+    most_beside: int = field(default=0, init=False)
     _dits: dict[int, nn.Module] = field(default_factory=dict)  # those that are loaded
     _copies: dict[int, WaitingNetwork] = field(default_factory=dict)  # of those that have one
     _working: set[int] = field(default_factory=set)  # those that are on the device
@@ -126,10 +121,11 @@ class DitTurns:
             self._bring(plan[0] if plan else noisiest(self.experts))
             yield lambda timestep: self._bring(expert_at(timestep, self.experts))
         finally:  # also where Ctrl-C comes in the middle of a move
-            self._end_ahead()
-            if not self.rules.keep:
+            if self._ahead is not None:
+                self._end_ahead(self._ahead)
+            if not self.keep:
                 self.free()
-            elif self.device.type != "cpu" or self.rules.lazy:
+            elif self.device.type != "cpu" or self.lazy:
                 self._plan = ()
                 for expert in [*self._working]:
                     self._put_away(expert)
@@ -162,6 +158,17 @@ class DitTurns:
             for dit, copy in working:
                 _come(dit, copy, self.device)
 
+    def can_stay(self, needed: int | None) -> bool:
+        """Whether those that work may stay on the device while something else needs so many bytes of it;
+        None: not known.
+        """
+        if self.device.type == "cpu":
+            return True
+        if self.device.type == "cuda" and needed is not None and needed <= self.spare_bytes(self.device):
+            self.most_beside = max(self.most_beside, torch.cuda.memory_allocated(self.device) + needed)
+            return True
+        return False
+
     def free(self) -> None:
         """Free all networks. Call it between phases."""
         self._dits, self._copies, self._working = {}, {}, set()
@@ -189,7 +196,7 @@ class DitTurns:
                 except Exception:  # too little memory: a smaller video may still find it complete
                     self._put_away(expert)
                     raise
-            if len(self._working) > 1 and not self.rules.keep:
+            if len(self._working) > 1 and not self.keep:
                 self._copies.pop(expert, None)  # it stays, and then it is freed
             if len(self.experts) > 1:
                 self._look_ahead(expert)
@@ -197,13 +204,13 @@ class DitTurns:
 
     def _may_stay(self, working: int, coming: int) -> bool:
         """Whether an expert that works may stay on the device beside one that comes, which is as large."""
-        if self.rules.lazy or self.rules.together:
-            return self.rules.together
+        if self.lazy or self.together:
+            return self.together
         weights = bytes_on(self._dits[working], self.device)
         if self.device.type == "cpu":
             room = self.host_room()
             return coming in self._dits or room is None or weights <= room
-        if self.device.type != "cuda" or self.rules.never_beside:
+        if self.device.type != "cuda" or self.never_beside:
             return False
         # what the steps until now have taken beside the weights, the next ones will take again
         steps = torch.cuda.max_memory_allocated(self.device) - torch.cuda.memory_allocated(self.device)
@@ -211,8 +218,8 @@ class DitTurns:
 
     def _put_away(self, expert: int) -> None:
         """Have an expert wait in host memory, or free it if it need not or cannot."""
-        comes_again = self.rules.keep or not self._plan or expert in self._plan[self._place :]
-        if self.rules.lazy or not comes_again:
+        comes_again = self.keep or not self._plan or expert in self._plan[self._place :]
+        if self.lazy or not comes_again:
             self._free(expert)
             return
         dit, copy = self._dits[expert], self._copies.get(expert)
@@ -246,7 +253,7 @@ class DitTurns:
         load, words, reason = self.load_aside, self.experts[coming].words, ""
         if load is None:
             return
-        if self.rules.lazy:
+        if self.lazy:
             reason = ", as --lazy_loading asks"
         elif self.device.type not in {"cpu", "cuda"}:  # a thread must not compute on others
             reason = f": {self.device.type} cannot prepare it beside its work"
@@ -278,7 +285,7 @@ class DitTurns:
         If only memory was short beside the other's work, it is loaded when that is done.
         """
         if ahead.expert != expert:
-            self._end_ahead()
+            self._end_ahead(ahead)
             return
         if not ahead.made.done():
             logger.info("Waiting for the %s, which is still being read", self.experts[expert].words)
@@ -295,11 +302,10 @@ class DitTurns:
         if self.device.type != "cpu":
             self._copies[expert] = copy
 
-    def _end_ahead(self) -> None:
-        if self._ahead is not None:
-            self._ahead.stop.set()
-            self._ahead.join()
-            self._ahead = None
+    def _end_ahead(self, ahead: ReadingAhead) -> None:
+        ahead.stop.set()
+        ahead.join()
+        self._ahead = None
 
 
 def _come(dit: nn.Module, copy: WaitingNetwork | None, device: torch.device) -> None:

@@ -47,10 +47,6 @@ class SheetOptions(Options, title="comparison sheet"):
     )
 
     @property
-    def is_asked(self) -> bool:
-        return self.sheet is not None
-
-    @property
     def has_prompts(self) -> bool:
         """Whether an axis names the prompts themselves."""
         return any(axis.partition("=")[0].strip() == PROMPT.key for axis in self.sheet or ())

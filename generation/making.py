@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
 from itertools import chain
 from pathlib import Path
@@ -18,15 +18,17 @@ from blissful_tuner.video_to_video_options import USED_WITH, SourceOptions
 from generation import outputs
 from generation.anchors import save_changes
 from generation.denoise import OnSection, make_latents
+from generation.experts import plan_turns
 from generation.progress import (
     GrowingVideo,
-    Queue,
     name_preview_on_failure,
     remove_preview,
     show_end,
     show_start,
+    tell_turn,
 )
 from generation.request import GenerationJob, GenerationRun
+from generation.script_options import LATENT_OUTPUTS, NOTHING, UNDECODED
 from generation.session import (
     CPU,
     NO_ENCODERS,
@@ -51,22 +53,6 @@ from modules.planning.device_memory import comparison
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Denoised:
-    """Latents of a job (1 C F H W, on the CPU), also kept in a file until its pixels are written.
-
-    sound: those of its sound, 1 C T M, if it has some.
-    """
-
-    job: GenerationJob
-    latents: Tensor
-    latent_path: Path
-    stem: str
-    preview: Path  # of the video while it was made, if there is one
-    metadata: Mapping[str, str] | None  # of all files of the job: None with --no_metadata
-    sound: Tensor | None = None
-
-
 def tell_unused_sources(options: SourceOptions, jobs: Sequence[GenerationJob]) -> None:
     """Warn of options of video-to-video that no job uses."""
     used = {job.prepared.asked.source.option for job in jobs if job.prepared.asked.source is not None}
@@ -82,11 +68,14 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
 
     Returns the finished videos and pictures by the labels of their jobs.
     """
+    options, session, output = run.options, run.session, run.options.output
     if any(needs_media(run.family, job.prepared) for job in jobs):
         run.family.check_files(media=True)  # before gigabytes are loaded
-    if run.options.forces_split or run.processes > 1:
-        plans = [plan for job in jobs for plan in chain(*plan_steps(job.prepared, run.options.guidance))]
-        if run.options.forces_split and any(plan.most_together > 1 for plan in plans):
+    # attention that takes one sample at a time forces what was not asked for
+    forces_split = options.speed.attention.split_attn and not options.split_uncond
+    if forces_split or run.processes > 1:
+        plans = [plan for job in jobs for plan in chain(*plan_steps(job.prepared, options.guidance))]
+        if forces_split and any(plan.most_together > 1 for plan in plans):
             logger.warning("--split_attn runs the guidance passes one after the other as --split_uncond does")
         most = max((len(plan.passes) for plan in plans), default=run.processes)
         if most < run.processes:
@@ -97,42 +86,42 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
             )
     start = time.monotonic()
     if run.rewriter is not None:  # freed before anything else loads
-        run.rewriter.load(run.session.device)
+        run.rewriter.load(session.device)
         try:
             rewrite = import_own("blissful_tuner.prompt_rewrite").rewrite_prompts
             jobs = [replace(job, prepared=rewrite(job.prepared, run.rewriter)) for job in jobs]
         finally:
-            if run.options.interactive:
+            if options.interactive:
                 run.rewriter.load(CPU)  # it moves
             else:
                 run.rewriter.free()
-            free_memory(run.session.device)
-    requests = [job.prepared for job in jobs]
-    if run.options.output.writes:
-        make_folder(run.options.output.save_path, "--save_path")
-    if not run.options.interactive or run.options.sheet.is_asked:
-        tell_unused_sources(run.options.request.source, jobs)
-    if run.options.output.writes and not run.options.interactive:
-        show_start(run.family, requests, run.loras, run.options.output.save_path, run.session.device)
-    texts = run.session.texts([wanted_texts(job.prepared, run.options.guidance) for job in jobs])
+            free_memory(session.device)
+    if output.output_type != NOTHING:
+        make_folder(output.save_path, "--save_path")
+    if not options.interactive or options.sheet.sheet is not None:
+        tell_unused_sources(options.request.source, jobs)
+    if output.output_type != NOTHING and not options.interactive:
+        show_start(run.family, [job.prepared for job in jobs], run.loras, output.save_path, session.device)
+    texts = session.texts([wanted_texts(job.prepared, options.guidance) for job in jobs])
     inputs = encode_all_inputs(run, jobs, failures)
     ready = [
         (job, text, inputs[job.label]) for job, text in zip(jobs, texts, strict=True) if job.label in inputs
     ]
-    done: list[Denoised] = []
+    done: list[GenerationJob] = []
     if ready:
-        with run.session.dit([job.prepared for job, _, _ in ready]) as dit_at:
+        turns = plan_turns(run.family, [job.prepared for job, _, _ in ready])
+        with session.dits.phase(turns) as dit_at:
             done = list(denoise_all(run, ready, failures, [(ready, dit_at)]))
-    paths = [one.latent_path for one in done if run.options.output.keeps_latents]
+    paths = [one.latent_path for one in done if output.output_type in LATENT_OUTPUTS]
     made: Mapping[str, Path] = {}
-    if done and run.options.output.decodes:
-        made = decode_all(run, done, failures, are_named=len(done) > 1 or run.options.interactive)
+    if done and output.output_type not in UNDECODED:
+        made = decode_all(run, done, failures, are_named=len(done) > 1 or options.interactive)
     paths += made.values()
-    if paths and not run.options.interactive:
-        show_end(paths, time.monotonic() - start, run.session.device, len(failures.reasons))
-    if done and run.predicted is not None and run.session.device.type == "cuda":
-        most = max(run.predicted.most, run.session.most_beside)
-        logger.info(comparison(most, torch.cuda.max_memory_allocated(run.session.device)))
+    if paths and not options.interactive:
+        show_end(paths, time.monotonic() - start, session.device, len(failures.reasons))
+    if done and run.predicted is not None and session.device.type == "cuda":
+        most = max(run.predicted.most, session.dits.most_beside)
+        logger.info(comparison(most, torch.cuda.max_memory_allocated(session.device)))
     return made
 
 
@@ -140,14 +129,15 @@ def encode_all_inputs(
     run: GenerationRun, jobs: Sequence[GenerationJob], failures: Failures
 ) -> Mapping[str, Mapping[int, Conditions]]:
     """Return the media conditions of each job by its label, without the jobs that failed."""
-    with_media = [job for job in jobs if needs_media(run.family, job.prepared)]
-    inputs = {
-        job.label: encode_inputs(run.family, NO_ENCODERS, job.prepared)
-        for job in jobs
-        if not needs_media(run.family, job.prepared)
-    }
+    inputs, with_media = dict[str, Mapping[int, Conditions]](), []
+    for job in jobs:
+        if needs_media(run.family, job.prepared):
+            with_media.append(job)
+        else:
+            inputs[job.label] = encode_inputs(run.family, NO_ENCODERS, job.prepared)
     if with_media:
-        with run.session.media(images=True, again=run.options.output.decodes) as encoders:
+        again = run.options.output.output_type not in UNDECODED
+        with run.session.media(images=True, again=again) as encoders:
             for job in with_media:
                 with failures.note_errors(job.label, run.fatal):
                     inputs[job.label] = encode_inputs(run.family, encoders, job.prepared)
@@ -161,20 +151,23 @@ Networks = Iterable[tuple[Sequence[Ready], DitAt]]  # jobs, and the networks tha
 
 def denoise_all(
     run: GenerationRun, ready: Sequence[Ready], failures: Failures, networks: Networks
-) -> Iterator[Denoised]:
-    """Yield the latents of each job; each is written when it is done, so a kill loses at most one.
+) -> Iterator[GenerationJob]:
+    """Yield each job with its latents; they are written when it is done, so a kill loses at most one.
 
     networks: with their jobs, in the order of `ready`.
     """
-    output, queue = run.options.output, Queue([job.prepared for job, _, _ in ready])
+    output, requests = run.options.output, [job.prepared for job, _, _ in ready]
+    start, begun = time.monotonic(), 0
     for of_network, dit_at in networks:
         for job, texts, inputs in of_network:
             with failures.note_errors(job.label, run.fatal):
-                queue.begin(job.label)
+                if len(requests) > 1:
+                    tell_turn(job.label, requests, begun, time.monotonic() - start)
+                begun += 1
                 now, seed, prompt = datetime.now(), job.prepared.seed, job.prepared.asked.prompt
                 name = outputs.name_job(output, now, seed, prompt) + job.prepared.name_end
                 named = job.stem or Path(output.file_name).stem
-                is_named = bool(named) or not output.writes
+                is_named = bool(named) or output.output_type == NOTHING
                 stem_of = nullcontext(named) if is_named else outputs.own_stem(output.save_path, name)
                 with stem_of as stem:
                     with watch(run, job, stem) as (watchers, on_section):
@@ -198,7 +191,7 @@ def denoise_all(
                             "written. Usual causes: --dit_dtype float16 (give bfloat16), a LoRA whose "
                             "training diverged, a strength or a guidance that is far too high"
                         )
-                    if not output.writes:
+                    if output.output_type == NOTHING:
                         continue
                     preview = output.save_path / f"{stem}{outputs.PREVIEW_SUFFIX}"  # keeps its name
                     metadata = job.metadata or run.metadata(job.prepared)
@@ -209,9 +202,10 @@ def denoise_all(
                     joint = job.prepared.joint
                     picture, sound = (latents, None) if joint is None else joint.split(latents)
                     outputs.save_latents(path, picture, metadata, sound)
-                    kept = "" if output.keeps_latents else ", kept until they are decoded"
+                    kept = "" if output.output_type in LATENT_OUTPUTS else ", kept until they are decoded"
                     logger.info("Latents: %s%s", path, kept)
-                yield Denoised(job, picture, path, stem, preview, metadata, sound)
+                job = replace(job, stem=stem, metadata=metadata, latent_path=path, preview=preview)
+                yield replace(job, latents=picture, sound=sound)
 
 
 @contextmanager
@@ -236,7 +230,7 @@ def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[l
 
         def advance(done: StepDone) -> bool:
             bar[-1].update()
-            if done.section.anchor is not None and output.writes:
+            if done.section.anchor is not None and output.output_type != NOTHING:
                 save_changes(done, output.save_path, stem)
             return False
 
@@ -259,7 +253,7 @@ def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[l
 
 
 def decode_all(
-    run: GenerationRun, done: Iterable[Denoised], failures: Failures, are_named: bool
+    run: GenerationRun, done: Iterable[GenerationJob], failures: Failures, are_named: bool
 ) -> dict[str, Path]:
     """Turn latents into videos or images and return their paths by the labels of their jobs.
 
@@ -269,7 +263,7 @@ def decode_all(
     paths: dict[str, Path] = {}
     tracks: Mapping[str, Track] = {}
     if hears_sound(run.family):
-        by_label = {one.job.label: one for one in done}
+        by_label = {one.label: one for one in done}
         done = by_label.values()
 
         @contextmanager
@@ -278,25 +272,26 @@ def decode_all(
                 yield
 
         tracks = make_tracks(run, {label: one.sound for label, one in by_label.items()}, note)
-        done = [one for one in done if one.job.label not in failures.reasons]
+        done = [one for one in done if one.label not in failures.reasons]
     with run.session.media(images=False, again=False) as encoders:
         for one in done:
-            with failures.note_errors(one.job.label), keep_on_failure(one):
-                chunks, fps = decode(run.family, encoders, one.latents), one.job.prepared.fps
-                track_of = tracks.get(one.job.label)
-                path = outputs.save_pixels(output, one.stem, chunks, fps, one.metadata, run.post, track_of)
-                paths[one.job.label] = path
+            with failures.note_errors(one.label), keep_on_failure(one):
+                assert one.latents is not None, "it is denoised"
+                chunks, fps = decode(run.family, encoders, one.latents), one.prepared.fps
+                heard = tracks.get(one.label)
+                path = outputs.save_pixels(output, str(one.stem), chunks, fps, one.metadata, run.post, heard)
+                paths[one.label] = path
                 if are_named:  # else the last box says it
-                    logger.info("%s: %s", one.job.label, path)
+                    logger.info("%s: %s", one.label, path)
                 if one.preview.exists():
                     remove_preview(one.preview)
-                if not output.keeps_latents:
+                if output.output_type not in LATENT_OUTPUTS:
                     one.latent_path.unlink(missing_ok=True)
     return paths
 
 
 @contextmanager
-def keep_on_failure(one: Denoised) -> Iterator[None]:
+def keep_on_failure(one: GenerationJob) -> Iterator[None]:
     """Name the files that a clip leaves in an error of the block."""
     with name_preview_on_failure(one.preview):
         try:

@@ -14,6 +14,7 @@ from generation.denoise import SeededNoise, on_device, predictor, sections_of
 from generation.expert_memory import ALONE, ExpertTurns, all_requests, largest_of, load_with_loras, turns_of
 from generation.options import GenerationOptions
 from generation.request import Peaks
+from generation.script_options import UNDECODED
 from generation.session import NO_ENCODERS, encode_inputs, gather_encoded, needs_media, texts_of, wanted_texts
 from modules.console import quiet
 from modules.contract.data import Conditions
@@ -103,7 +104,7 @@ def predict(
     turns = turns or turns_of(family, options, [prepared])
     denoising = rehearse_denoising(family, options, prepared, encoded, inputs, extra, turns, watch)
     after: tuple[memory_plan.Phase, ...] = ()
-    if options.output.decodes and not prepared.is_sound_alone:
+    if options.output.output_type not in UNDECODED and not prepared.is_sound_alone:
         after = (rehearse_decoding(family, prepared, extra),)
     if prepared.joint is not None and hears_sound(family) and options.output.writes_sound:
         networks = family.sound_networks(META, decodes=True)
@@ -158,7 +159,7 @@ def rehearse_texts(
         phases.append(phase)
         for text, conditions in zip(outputs, found, strict=True):
             outputs[text].update(make_solid(conditions))
-    return phases, {section: gather_encoded(prompts, outputs) for section, prompts in wanted.items()}
+    return phases, gather_encoded(wanted, outputs)
 
 
 def rehearse_denoising(

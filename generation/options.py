@@ -1,12 +1,11 @@
 """Options of the generation scripts that all families share. Standard library only."""
 
 import argparse
-import contextlib
 import functools
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,10 +18,13 @@ from blissful_tuner.options import (
     SteadierOptions,
     StepCacheOptions,
 )
+from blissful_tuner.video_to_video_options import OF_SCRIPT
 from generation.grid_options import Axis, SheetOptions
 from generation.prompt_lines import LineOption, lines_of
 from generation.script_options import (
+    LATENT_OUTPUTS,
     OPTIMIZED,
+    UNDECODED,
     OutputOptions,
     RequestOptions,
     ScriptDefaults,
@@ -79,12 +81,6 @@ class ExpertOptions(Options, title="two experts"):
         files = self.lora_weight_high_noise or ()
         multipliers_for(files, self.lora_multiplier_high_noise, "--lora_multiplier_high_noise")
 
-    @property
-    def loras(self) -> LoraOptions:
-        return LoraOptions(
-            lora_weight=self.lora_weight_high_noise, lora_multiplier=self.lora_multiplier_high_noise
-        )
-
 
 POST = "--post"
 
@@ -104,12 +100,10 @@ class PostOptions(Options, title="tools for finished videos"):
         facts=OF_DECODING,
     )
 
-    def __post_init__(self) -> None:
-        _ = self.tools  # raises OptionError
-
     @functools.cached_property
     def tools(self) -> Any:
-        """The tools in the order of work, as `post.chain_options.AskedTools`; None without a tool.
+        """The tools in the order of work, as `post.chain_options.AskedTools`; None without a tool. Raises
+        OptionError.
 
         `post` is imported by its name, and only for this option: a training makes samples through these loops
         and has no use for it.
@@ -191,12 +185,7 @@ class GenerationOptions(Options, title="run"):
 
     @property
     def splits_guidance(self) -> bool:
-        return self.split_uncond or self.forces_split or self.speed.cfg_parallel
-
-    @property
-    def forces_split(self) -> bool:
-        """Whether they do so only because attention takes one sample at a time."""
-        return self.speed.attention.split_attn and not self.split_uncond
+        return self.split_uncond or self.speed.attention.split_attn or self.speed.cfg_parallel
 
     @property
     def axes(self) -> tuple[Axis, ...]:
@@ -214,9 +203,9 @@ class GenerationOptions(Options, title="run"):
             raise OptionError(f"nothing to do: give one of {', '.join(given)}")
         if self.num_videos > 1 and self.request.prompt is None:
             raise OptionError(f"--num_videos {self.num_videos} needs --prompt: it repeats a single prompt")
-        if self.num_videos > 1 and self.sheet.is_asked:
+        if self.num_videos > 1 and self.sheet.sheet is not None:
             raise OptionError("--num_videos and --sheet: give the seeds to the sheet, --sheet seed=1,2,3")
-        if self.post.tools and not self.output.decodes:
+        if self.post.tools and self.output.output_type in UNDECODED:
             raise OptionError(
                 f"{POST} with --output_type latent: no frames are decoded. Use --output_type both, or give "
                 f"{POST} when the latents are decoded (--latent_path)"
@@ -227,9 +216,9 @@ class GenerationOptions(Options, title="run"):
                 f"--preview_latent_every with {POST} {self.post.tools.hiding}: previews would show what "
                 "it hides. Leave one of them out"
             )
-        if self.sheet.is_asked:
+        if self.sheet.sheet is not None:
             self._check_sheet()
-        if self.latent_path and self.output.keeps_latents:
+        if self.latent_path and self.output.output_type in LATENT_OUTPUTS:
             raise OptionError(
                 f"--latent_path with --output_type {self.output.output_type}: the latents exist already. "
                 f"Use {'images' if self.output.pictures else 'video or images'}"
@@ -241,7 +230,8 @@ class GenerationOptions(Options, title="run"):
         prompt = self.request.prompt or ""
         if prompt.endswith(".txt") and path_exists(Path(prompt)):
             raise OptionError(f"--prompt {prompt} is a file. For the prompts in it give --from_file {prompt}")
-        require_files("--latent_path", self.latent_path or (), "write latents with --output_type latent")
+        if self.latent_path:
+            require_files("--latent_path", self.latent_path, "write latents with --output_type latent")
         if self.output.file_name:
             self._check_one_result()
 
@@ -250,7 +240,7 @@ class GenerationOptions(Options, title="run"):
         for other, is_given in {
             f"--num_videos {self.num_videos}": self.num_videos > 1,
             "--interactive": self.interactive,
-            "--sheet": self.sheet.is_asked,
+            "--sheet": self.sheet.sheet is not None,
             "several files of --latent_path": len(self.latent_path or ()) > 1,
             f"several prompts in {self.from_file}": self.from_file and len(lines_of(self.from_file)) > 1,
         }.items():
@@ -266,7 +256,7 @@ class GenerationOptions(Options, title="run"):
         for other, is_given in {
             "--latent_path": bool(self.latent_path),
             "--save_merged_model": self.save_merged_model is not None,
-            "--output_type latent": not self.output.decodes,
+            "--output_type latent": self.output.output_type in UNDECODED,
             POST: bool(self.post.tools),
         }.items():
             if is_given:
@@ -303,8 +293,10 @@ def read_generation(
     add_options(parser, record)
     add_more(parser)
     args = read_arguments(parser, argv)
-    with _named_as_typed(parser, argv):
+    try:
         options, own = read_options(GenerationOptions, args), read_options(record, args)
+    except OptionError as error:
+        raise OptionError(_named_as_typed(parser, argv, str(error))) from None
     values = option_values(options) | option_values(own)
     given = {
         action.dest
@@ -324,19 +316,14 @@ def read_generation(
     return replace(options, settings=settings, decoding_options=of_decoding, output=output), own
 
 
-@contextlib.contextmanager
-def _named_as_typed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> Iterator[None]:
-    """Have messages name the spelling that the user took: --num_images in place of --num_videos."""
-    try:
-        yield
-    except OptionError as error:
-        typed = {word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
-        text = str(error)
-        for action in parser._actions:
-            taken = {word for word in typed.intersection(action.option_strings) if word[:5] != "--no-"}
-            if taken and f"--{action.dest}" not in taken:
-                text = re.sub(rf"--{action.dest}(?!\w)", min(taken), text)
-        raise OptionError(text) from None
+def _named_as_typed(parser: argparse.ArgumentParser, argv: Sequence[str] | None, text: str) -> str:
+    """Have a message name the spelling that the user took: --num_images in place of --num_videos."""
+    typed = {word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+    for action in parser._actions:
+        taken = {word for word in typed.intersection(action.option_strings) if word[:5] != "--no-"}
+        if taken and f"--{action.dest}" not in taken:
+            text = re.sub(rf"--{action.dest}(?!\w)", min(taken), text)
+    return text
 
 
 def generation_parser(description: str | None, defaults: ScriptDefaults) -> argparse.ArgumentParser:
@@ -351,7 +338,7 @@ def generation_parser(description: str | None, defaults: ScriptDefaults) -> argp
         solver_names=defaults.solver_names,
         by_model=defaults.by_model,
         preset=defaults.optimized,
-        usual_sources=defaults.source.usual,
+        usual_sources={name: parser.get_default(name) for name in OF_SCRIPT},
         riflex_frequencies=defaults.riflex_frequencies or 0,
         riflex_beyond=defaults.riflex_beyond,
     )

@@ -14,7 +14,7 @@ from typing import Protocol
 from torch import Tensor
 
 from blissful_tuner.metadata import as_png_texts, as_tags, with_plain_keys
-from generation.script_options import OutputOptions
+from generation.script_options import IMAGE_OUTPUTS, OutputOptions
 from modules.atomic_write import atomic_folder, claim_name
 from modules.checkpoints.writing import save_tensors
 from modules.contract.data import SOUND
@@ -176,7 +176,7 @@ def save_pixels(
         return path
     saves_sound = options.save_audio is not None and track is not None
     beside = [LAST_FRAME_SUFFIX] * saves_last + [SOUND_SUFFIX] * saves_sound
-    if options.writes_images:
+    if options.output_type in IMAGE_OUTPUTS:
         path = plain = options.save_path / free_stem(options.save_path, stem, ["", *beside])
         with atomic_folder(path) as folder:
             name = f"{path.name}_{{:03d}}.png"

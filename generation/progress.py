@@ -8,7 +8,6 @@ their size; only the other frames of the newest piece wait as pixels.
 
 import logging
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -33,6 +32,7 @@ from modules.media.writing import encode_segment, join_segments
 logger = logging.getLogger(__name__)
 
 PROMPT_LENGTH = 100  # characters of a prompt in a line
+NAMING = ("model_type", "task", "sd_model_name")  # metadata of a model by which users know it
 FLOAT_BYTES = 4  # latent files are float32
 
 
@@ -79,7 +79,7 @@ def show_start(
     source, steps = first.asked.source, count_of(first.steps, "step")
     start = None if source is None else f"{source.path}, the last {first.num_steps} of {steps}"
     box: list[Row] = [
-        ("model", name_model(family.metadata)),
+        ("model", ", ".join(filter(None, map(family.metadata.get, NAMING)))),
         ("experts", "\n".join(experts_in_words(family)) if has_names else None),
         ("LoRAs", "\n".join(lines)),
         (kind, size_in_words(first) if is_one else None),
@@ -134,33 +134,15 @@ def show_end(paths: Sequence[Path], seconds: float, device: torch.device, failed
     show_box("Generation is finished", rows)
 
 
-def name_model(metadata: Mapping[str, str]) -> str:
-    names = [metadata.get("model_type"), metadata.get("task"), metadata.get("sd_model_name")]
-    return ", ".join(name for name in names if name)
+def tell_turn(label: str, requests: Sequence[Prepared], begun: int, seconds: float) -> None:
+    """Log a line about the next of several requests: "3 of 40, about 2 h left".
 
-
-@dataclass
-class Queue:
-    """The requests of a run, one after the other, and the time that they take."""
-
-    requests: Sequence[Prepared]
-    now: Callable[[], float] = time.monotonic
-    _begun: int = field(default=0, init=False)
-    _start: float = field(default=0.0, init=False)
-
-    def begin(self, label: str) -> None:
-        """Log a line about the next request, if there are several: "3 of 40, about 2 h left"."""
-        if self._begun == 0:
-            self._start = self.now()
-        if len(self.requests) == 1:
-            return
-        done = sum(map(work_of, self.requests[: self._begun]))
-        to_do = sum(map(work_of, self.requests[self._begun :]))
-        prepared = self.requests[self._begun]
-        self._begun += 1
-        left = f", about {in_words((self.now() - self._start) * to_do / done)} left" if done else ""
-        where = f"{self._begun} of {len(self.requests)}{left}"
-        logger.info("%s (%s): %s: %s", where, label, size_in_words(prepared), in_short(prepared.asked.prompt))
+    begun: how many were, in so many seconds.
+    """
+    done, to_do = sum(map(work_of, requests[:begun])), sum(map(work_of, requests[begun:]))
+    left = f", about {in_words(seconds * to_do / done)} left" if done else ""
+    where, prepared = f"{begun + 1} of {len(requests)}{left}", requests[begun]
+    logger.info("%s (%s): %s: %s", where, label, size_in_words(prepared), in_short(prepared.asked.prompt))
 
 
 def work_of(prepared: Prepared) -> float:
@@ -222,7 +204,7 @@ class GrowingVideo:
             return
         clip = None
         with self._optional():
-            if self.session.dit_can_stay(self.needed):
+            if self.session.dits.can_stay(self.needed):
                 try:
                     clip = self._decode(piece)
                 except RuntimeError as error:  # of torch's allocator, or of a convolution without a workspace
@@ -236,7 +218,7 @@ class GrowingVideo:
         if clip is None and not self._has_failed:
             with ExitStack() as stack:
                 with self._optional():  # if the DiT cannot be moved away, it stays where it was
-                    stack.enter_context(self.session.dit_aside())
+                    stack.enter_context(self.session.dits.aside())
                 if not self._has_failed:
                     with self._optional():
                         clip = self._decode(piece)

@@ -2,13 +2,13 @@
 
 import logging
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch import distributed
+from torch import Tensor, distributed
 
 from blissful_tuner.guidance import check_guidance
 from blissful_tuner.guidance_formulas import RunPasses, run_passes
@@ -40,6 +40,7 @@ if TYPE_CHECKING:  # they are loaded only if options ask for them
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+LorasInWords = Mapping[str, Sequence[tuple[str, float]]]  # file name and strength of each, by expert
 
 TURN = 0.9  # of a whole one that a slowed frequency makes in the length of the video
 
@@ -121,7 +122,7 @@ def make_request(
         control_path=path("control_path"),
         control_images=tuple(to_path("--control_image_path", str(one)) for one in controls if str(one)),
         source=_source(options.source, line),
-        extra=_extra_settings(options, line),
+        extra=_extra_settings(options, line) if options.extras else {},
         settings={"sample_solver": line["sample_solver"]} if "sample_solver" in line else {},
         typed={name: text for name, text in typed.items() if text is not None and text != texts[name]},
     )
@@ -212,12 +213,17 @@ class Peaks:
 
 @dataclass(frozen=True)
 class GenerationJob:
-    """One request to generate; `label` names it in messages ("line 3")."""
+    """One request to generate, and its latents once they are made; `label` is for messages ("line 3")."""
 
     label: str
     prepared: Prepared
     stem: str | None = None  # of its files; None: the time, the seed and what the options add
-    metadata: Mapping[str, str] | None = None  # None: as the run says
+    # of all its files. None: as the run says; once it is denoised: none, as with --no_metadata
+    metadata: Mapping[str, str] | None = None
+    latents: Tensor | None = None  # 1 C F H W, on the CPU, once it is denoised
+    sound: Tensor | None = None  # its latents, 1 C T M
+    latent_path: Path = Path()  # where the latents are kept until the pixels are written
+    preview: Path = Path()  # of the video while it was made, if there is one
 
 
 @dataclass(frozen=True)
@@ -244,18 +250,18 @@ class GenerationRun:
             self.family.latent,
             options.output.save_path,
             session.device,
-            session.dit_can_stay,
+            session.dits.can_stay,
         )
         return replace(self, previews=made)
 
-    def metadata(self, prepared: Prepared) -> Mapping[str, str] | None:
-        """Return the metadata of an output; None with --no_metadata."""
+    def metadata(self, prepared: Prepared, loras: LorasInWords | None = None) -> Mapping[str, str] | None:
+        """Return the metadata of an output; None with --no_metadata. loras: other ones than `self.loras`."""
         if self.options.output.no_metadata:
             return None
         return output_metadata(
             prepared,
             self.family.metadata,
-            self.loras,
+            self.loras if loras is None else loras,
             self.options.settings,
             self.session.device.type,
             self.now(),
@@ -263,15 +269,10 @@ class GenerationRun:
         )
 
     @property
-    def loras(self) -> dict[str, list[tuple[str, float]]]:
+    def loras(self) -> LorasInWords:
         """Return the file name and the strength of each LoRA, by expert as `loras_of` names them."""
-        return {
-            expert: [
-                (path.name, strength)
-                for path, strength in zip(lora.lora_weight or (), lora.multipliers(), strict=True)
-            ]
-            for expert, lora in loras_of(self.options).items()
-        }
+        loras = loras_of(self.options).items()
+        return {expert: [(path.name, strength) for path, strength in files] for expert, files in loras}
 
     def read_line(self, line: str, where: str = "the prompt line") -> Mapping[str, Any]:
         """Parse a prompt line. where: names it in warnings. Raises OptionError."""

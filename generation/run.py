@@ -16,13 +16,14 @@ import torch
 from blissful_tuner.metadata import frame_rate_in, read_decoded_metadata, seed_in
 from generation.asking import line_reader, ring_after
 from generation.dressing import DitLoader, LorasByExpert, dit_loader, expert_loras, leave_out_missing
-from generation.experts import TurnRules
+from generation.experts import DitTurns
 from generation.making import decode, make_outputs, make_tracks
 from generation.options import GenerationOptions
 from generation.outputs import SUFFIXES, FrameTools, output_stem, own_stem, save_pixels
 from generation.progress import show_end
 from generation.prompt_lines import is_blank, lines_of
 from generation.request import GenerationRun, make_job, of_each_line, seed_of
+from generation.script_options import LATENT_OUTPUTS, UNDECODED
 from generation.session import Session
 from modules.atomic_write import make_folder
 from modules.attention.attend import check_backend
@@ -176,7 +177,7 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
         run = run.with_previews()
     if options.interactive:
         converse(run)
-    elif options.from_file is not None or options.sheet.is_asked:
+    elif options.from_file is not None or options.sheet.sheet is not None:
         make_lines(run)
     else:
         make_prompt(run)
@@ -186,7 +187,7 @@ def make_post(options: GenerationOptions, device: torch.device) -> FrameTools:
     """Return the tools of --post, checked. They are imported by name, as PostOptions explains."""
     post: FrameTools = import_own("post.stages").PostTools(options.post.tools, device)
     post.check()
-    if post.hides and options.output.keeps_latents:
+    if post.hides and options.output.output_type in LATENT_OUTPUTS:
         logger.warning(
             "The latents of --output_type %s hold the video as it is before %s.",
             *(options.output.output_type, " and ".join(options.post.tools.labels)),
@@ -221,32 +222,21 @@ def with_strengths(run: GenerationRun, text: str | None) -> GenerationRun:
 
 def make_session(family: Family, options: GenerationOptions, loader: DitLoader, keep: bool) -> Session:
     """Make the session of a run. keep: networks stay in host memory for the next prompt."""
-    asked = options.experts
-    rules = TurnRules(never_beside=asked.offload_inactive_dit, lazy=asked.lazy_loading)
+    never_beside, lazy = options.experts.offload_inactive_dit, options.experts.lazy_loading
     if len(family.experts) == 1:
-        given = {"--offload_inactive_dit": rules.never_beside, "--lazy_loading": rules.lazy}
+        given = {"--offload_inactive_dit": never_beside, "--lazy_loading": lazy}
         for option in (option for option, is_given in given.items() if is_given):
             logger.warning("%s is ignored because a single transformer takes no turns", option)
-        rules = TurnRules()
+        never_beside = lazy = False
     blocks = shared_blocks(options.speed.sharding, loader.device)
-    aside = loader.aside if blocks is None else None
-    if blocks is not None:
-        rules = replace(rules, together=True)
+    aside, together = (loader.aside, False) if blocks is None else (None, True)
+    dits = DitTurns(family.experts, loader.device, loader, aside, keep, never_beside, lazy, together)
     uses, texts = loader.uses[0] if loader.uses else (), None
     if uses and (
         any(use.lora.text_tensors for use in uses) or import_own("networks.loading").on_side(uses, True)
     ):
         texts = import_own("networks.text_loras").TextLoras(uses)
-    return Session(
-        family,
-        loader.device,
-        loader,
-        keep,
-        load_aside=aside,
-        text_loras=texts,
-        rules=rules,
-        blocks=blocks,
-    )
+    return Session(family, loader.device, dits, texts, blocks)
 
 
 def make_prompt(run: GenerationRun) -> None:
@@ -282,7 +272,7 @@ def check_models(run: GenerationRun) -> None:
     if run.options.preview.preview_latent_every is not None:
         previews = import_own("blissful_tuner.latent_preview")
         previews.check_preview(run.options.preview, run.family.latent)
-    run.family.check_files(media=run.options.output.decodes)
+    run.family.check_files(media=run.options.output.output_type not in UNDECODED)
     run.family.check_given_files()
     counts = run.family.block_counts()
     if counts:
@@ -329,7 +319,7 @@ def make_lines(run: GenerationRun) -> None:
     path, failures = run.options.from_file, Failures()
     lines = lines_of(path)
     count = len(lines)
-    if run.options.sheet.is_asked:
+    if run.options.sheet.sheet is not None:
         count = import_own("generation.sheets").make_sheets(run, lines, failures)
     else:
         jobs = [*of_each_line(run, lines, failures, make_job).values()]
@@ -358,7 +348,7 @@ def converse(run: GenerationRun) -> None:
                 continue
             failures = Failures()
             with ring_after(run.options.output.bell), failures.note_errors("the prompt", run.fatal):
-                if run.options.sheet.is_asked:
+                if run.options.sheet.sheet is not None:
                     import_own("generation.sheets").make_sheets(run, {"the prompt": line}, failures)
                     continue
                 values = dict(run.read_line(line))

@@ -69,9 +69,11 @@ class RequestOptions(Options, title="what to make"):
     extras: Mapping[str, tuple[str, Any]] = option(default={})
 
 
+NOTHING = "nothing"  # of a process that makes what another one writes; not to be typed
+# values of --output_type, of which latents and PNG files are written, and of which nothing is decoded
 LATENT_OUTPUTS = ("latent", "both", "latent_images")
 IMAGE_OUTPUTS = ("images", "latent_images")
-NOTHING = "nothing"  # of a process that makes what another one writes; not to be typed
+UNDECODED = ("latent", NOTHING)
 OUTPUT_TYPES = {
     "video": "a video",
     "images": "PNG files",
@@ -130,12 +132,12 @@ class OutputOptions(Options, title="output"):
     file_name: str = option(default="", facts=NO_PIXELS)  # of the one result, if --save_path names a file
 
     def __post_init__(self) -> None:
-        if self.save_last_frame and not self.decodes:
+        if self.save_last_frame and self.output_type in UNDECODED:
             raise OptionError(
                 "--save_last_frame with --output_type latent: no frames are decoded. Use --output_type both, "
                 "or give --save_last_frame when the latents are decoded (--latent_path)"
             )
-        if self.save_audio and not self.decodes:
+        if self.save_audio and self.output_type in UNDECODED:
             raise OptionError(
                 "--save_audio with --output_type latent: no sound is decoded. Use --output_type both, or "
                 "give --save_audio when the latents are decoded (--latent_path)"
@@ -149,7 +151,7 @@ class OutputOptions(Options, title="output"):
                 f"--save_path {self.save_path} exists already, and is kept. Give another name, or a folder, "
                 "in which results get names of their own"
             )
-        if not self.decodes:
+        if self.output_type in UNDECODED:
             raise OptionError(
                 f"--save_path {self.save_path} with --output_type {self.output_type}: latents get names of "
                 f"their own. Give a folder for them, such as {self.save_path.with_suffix('')}"
@@ -169,7 +171,10 @@ class OutputOptions(Options, title="output"):
     def is_picture(self, is_single: bool) -> bool:
         """Whether a result is one picture file. is_single: it has one frame."""
         return is_single and (
-            self.pictures or self.numbers_single or bool(self.file_name) or not self.writes_images
+            self.pictures
+            or self.numbers_single
+            or bool(self.file_name)
+            or self.output_type not in IMAGE_OUTPUTS
         )
 
     def check_file_name(self, frames: int) -> None:
@@ -180,7 +185,7 @@ class OutputOptions(Options, title="output"):
             what, suffix = "sound alone is made", ".wav"
         elif self.is_picture(frames - self.trim_tail_frames <= 1):
             what, suffix = "a picture is made", ".png"
-        elif self.writes_images:
+        elif self.output_type in IMAGE_OUTPUTS:
             raise OptionError(
                 f"--save_path {path} with --output_type {self.output_type}: {frames} pictures are made. Give "
                 f"a folder for them, such as {path.with_suffix('')}"
@@ -189,28 +194,14 @@ class OutputOptions(Options, title="output"):
             raise OptionError(f"--save_path {path}: {what}. Give {path.with_suffix(suffix)}")
 
     @property
-    def keeps_latents(self) -> bool:
-        return self.output_type in LATENT_OUTPUTS
-
-    @property
-    def writes_images(self) -> bool:
-        return self.output_type in IMAGE_OUTPUTS
-
-    @property
     def shows_progress(self) -> bool:
-        return self.decodes and not self.no_progressive_save
-
-    @property
-    def decodes(self) -> bool:
-        return self.output_type not in {"latent", NOTHING}
+        return self.output_type not in UNDECODED and not self.no_progressive_save
 
     @property
     def writes_sound(self) -> bool:
-        return self.decodes and (self.save_audio is not None or not self.writes_images)
-
-    @property
-    def writes(self) -> bool:
-        return self.output_type != NOTHING
+        return self.output_type not in UNDECODED and (
+            self.save_audio is not None or self.output_type not in IMAGE_OUTPUTS
+        )
 
 
 def as_typed(preset: Mapping[str, Any], name: str) -> str:

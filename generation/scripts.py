@@ -9,6 +9,7 @@ from generation.options import GenerationOptions, read_generation
 from generation.script_options import ScriptDefaults
 from modules.command import tell_loading
 from modules.families import FAMILIES, Script
+from modules.installation import import_own
 from modules.options import option_values
 
 
@@ -40,12 +41,9 @@ def generation_script(
 
         if option_values(own).get("reproduce"):
             make_deterministic()
-        bell: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-        if options.output.bell and not options.interactive:
-            from generation.asking import ring_after
-
-            bell = ring_after(True)
-        with bell:
+        with contextlib.ExitStack() as stack:
+            if options.output.bell and not options.interactive:
+                stack.enter_context(import_own("generation.asking").ring_after(True))
             (make or generate)(entry.make_family("generation", own), options)
 
     return Script(generate_with)

@@ -4,7 +4,7 @@ The kinds are the text encoders, the media encoders (VAE and image encoder) and 
 kind is kept on the CPU or freed. If the DiT has several experts, they take turns (`generation.experts`).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -16,18 +16,17 @@ from blissful_tuner.guidance import plan_steps
 from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions
 from blissful_tuner.video_to_video import encode_source
 from generation.denoise import SOURCE, conditions_to
-from generation.experts import DitTurns, LoadAside, LoadDit, TurnRules, plan_turns
+from generation.experts import DitTurns
 from modules.bars import track
 from modules.checkpoints.finite import is_finite
 from modules.contract.data import Conditions, MediaEncoders
 from modules.contract.family import Family, HearsSound, TextEncoder, can_divide
 from modules.contract.loading import BlockPlace
 from modules.contract.requests import Prepared, Prompt, Prompts
-from modules.contract.steps import DitAt, EncodedPrompts
+from modules.contract.steps import EncodedPrompts
 from modules.devices import free_memory
 from modules.errors import UserError
 from modules.media.tracks import Track
-from modules.planning.device_memory import host_room, spare_bytes
 
 if TYPE_CHECKING:  # it is loaded only if LoRAs are for texts
     from networks.text_loras import TextLoras
@@ -62,32 +61,13 @@ class Session:
 
     family: Family
     device: torch.device
-    load_dit: LoadDit
-    keep: bool  # whether networks stay on the CPU between their phases, for the next prompt
-    spare_bytes: Callable[[torch.device], int] = spare_bytes  # of a CUDA device
-    host_room: Callable[[], int | None] = host_room
-    load_aside: LoadAside | None = None  # loads an expert into host memory, ahead of its time
+    dits: DitTurns  # their `keep`: all networks stay on the CPU between their phases, for the next prompt
     text_loras: "TextLoras | None" = None
-    rules: TurnRules = TurnRules()  # how experts share the device; `keep` says whether they stay
     blocks: BlockPlace | None = None  # splits text encoders over processes, which encode the same texts
-    # bytes of the device, where something was let in beside the DiT
-    most_beside: int = field(default=0, init=False)
     _known: Texts = field(default_factory=dict)
     _text_encoders: Sequence[TextEncoder] | None = None
     _media: MediaEncoders | None = None
     _has_image_encoder: bool = False
-    _dits: DitTurns = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._dits = DitTurns(
-            self.family.experts,
-            self.device,
-            self.load_dit,
-            self.load_aside,
-            replace(self.rules, keep=self.keep),
-            self.dit_can_stay,
-            lambda: self.host_room(),
-        )
 
     def texts(self, wanted: Sequence[Mapping[int, Prompts]]) -> list[Mapping[int, EncodedPrompts]]:
         """Encode texts by section, as `wanted_texts` names them. Conditions are on the CPU, without batch
@@ -103,26 +83,33 @@ class Session:
                     encoder.blocks = self.blocks
             if self.text_loras is not None:
                 self.text_loras.tell_unused(self._text_encoders)
-        new = [text for text in dict.fromkeys(texts_of(wanted)) if text not in self._known]
+        new = [text for text in texts_of(wanted) if text not in self._known]
         outputs: dict[Prompt, dict[str, Tensor | list[Tensor]]] = {}
         for encoder in self._text_encoders if new else ():
-            with _at_work(encoder, self.device, self.keep), torch.no_grad():
-                if self.text_loras is not None:
-                    self.text_loras.add_to(encoder)
-                for text in track(new, "Encoding texts", len(new), unit="text"):
-                    (conditions,) = encoder.encode([text])
-                    outputs.setdefault(text, {}).update(conditions_to(conditions, CPU))
+            is_loaded = False
+            try:
+                encoder.load(self.device)
+                is_loaded = True
+                with torch.no_grad():
+                    if self.text_loras is not None:
+                        self.text_loras.add_to(encoder)
+                    for text in track(new, "Encoding texts", len(new), unit="text"):
+                        (conditions,) = encoder.encode([text])
+                        outputs.setdefault(text, {}).update(conditions_to(conditions, CPU))
+            finally:
+                if self.dits.keep and is_loaded:  # else Ctrl-C may have come in the middle of a move
+                    encoder.load(CPU)  # a loaded encoder moves
+                else:
+                    encoder.free()
+                free_memory(self.device)
         self._known.update(outputs)  # only now: an interrupted text is not known by half
-        return [
-            {section: gather_encoded(prompts, self._known) for section, prompts in by_section.items()}
-            for by_section in wanted
-        ]
+        return [gather_encoded(by_section, self._known) for by_section in wanted]
 
     def texts_with(
         self, loras: "TextLoras", wanted: Sequence[Mapping[int, Prompts]]
     ) -> list[Mapping[int, EncodedPrompts]]:
         """Encode texts as `texts` does, with these LoRAs in encoders that are not kept between calls."""
-        assert not self.keep, "kept encoders have the LoRAs of before in their weights"
+        assert not self.dits.keep, "kept encoders have the LoRAs of before in their weights"
         before = self._known, self.text_loras
         self._known, self.text_loras = {}, loras
         try:
@@ -145,7 +132,7 @@ class Session:
             with torch.no_grad():
                 yield self._media
         finally:  # also where Ctrl-C comes in the middle of a move
-            waits = self.keep or (again and self.device != CPU)
+            waits = self.dits.keep or (again and self.device != CPU)
             if self._media is not None and waits:
                 _move(self._media, CPU, images=True)
             else:
@@ -153,44 +140,15 @@ class Session:
             free_memory(self.device)
 
     def drop_image_encoder(self) -> None:
-        if self._media is not None and not self.keep:
+        if self._media is not None and not self.dits.keep:
             self._media, self._has_image_encoder = replace(self._media, image_encoder=None), False
-
-    def dit_can_stay(self, needed: int | None) -> bool:
-        """Whether the DiT may stay where it works while something else needs so many bytes of the device;
-        None: not known.
-        """
-        if self.device.type == "cpu":
-            return True
-        if self.device.type == "cuda" and needed is not None and needed <= self.spare_bytes(self.device):
-            self.most_beside = max(self.most_beside, torch.cuda.memory_allocated(self.device) + needed)
-            return True
-        return False
-
-    def load_with(self, load_dit: LoadDit, load_aside: LoadAside | None) -> None:
-        self._dits.load, self._dits.load_aside = load_dit, load_aside
 
     def free(self) -> None:
         for encoder in self._text_encoders or ():
             encoder.free()
         self._media = None
-        self._dits.free()
+        self.dits.free()
         free_memory(self.device)
-
-    def dit_aside(self) -> AbstractContextManager[None]:
-        """A block in the midst of the DiT's work, which waits in host memory meanwhile.
-
-        Raises MemoryPlanError where the host has no room for it.
-        """
-        return self._dits.aside()
-
-    def dit(self, requests: Sequence[Prepared] = ()) -> AbstractContextManager[DitAt]:
-        """The denoising network, as timestep -> the expert for it, on the device.
-
-        requests: the coming ones, one after the other; the expert that it begins with comes at once, the
-        others when they are asked for. Nothing is foreseen without them.
-        """
-        return self._dits.phase(plan_turns(self.family, requests))
 
 
 def wanted_texts(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> Mapping[int, Prompts]:
@@ -209,36 +167,20 @@ def wanted_texts(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) 
     }
 
 
-def texts_of(wanted: Sequence[Mapping[int, Prompts]]) -> Iterator[Prompt]:
-    for by_section in wanted:
-        for prompts in by_section.values():
-            texts = (prompts.positive, prompts.negative, prompts.blank, prompts.away)
-            yield from (text for text in texts if text is not None)
+def texts_of(wanted: Iterable[Mapping[int, Prompts]]) -> list[Prompt]:
+    """Return the texts of `wanted_texts`, each once."""
+    prompts = (one for by_section in wanted for one in by_section.values())
+    return list(dict.fromkeys(text for one in prompts for text in vars(one).values() if text is not None))
 
 
-def gather_encoded(prompts: Prompts, known: Mapping[Prompt, Conditions]) -> EncodedPrompts:
-    others = (prompts.negative, prompts.blank, prompts.away)
-    return EncodedPrompts(
-        known[prompts.positive], *(None if text is None else known[text] for text in others)
-    )
-
-
-@contextmanager
-def _at_work(encoder: TextEncoder, device: torch.device, keep: bool) -> Iterator[None]:
-    """The encoder on the device; afterwards on the CPU (`keep`) or freed."""
-    try:
-        encoder.load(device)
-    except BaseException:
-        encoder.free()  # Ctrl-C may have come in the middle of a move
-        raise
-    try:
-        yield
-    finally:
-        if keep:
-            encoder.load(CPU)  # a loaded encoder moves
-        else:
-            encoder.free()
-        free_memory(device)
+def gather_encoded(
+    wanted: Mapping[int, Prompts], known: Mapping[Prompt, Conditions]
+) -> dict[int, EncodedPrompts]:
+    found = {}
+    for section, one in wanted.items():
+        others = (None if text is None else known[text] for text in (one.negative, one.blank, one.away))
+        found[section] = EncodedPrompts(known[one.positive], *others)
+    return found
 
 
 def _move(encoders: MediaEncoders, device: torch.device, images: bool) -> None:

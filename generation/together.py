@@ -220,7 +220,7 @@ def check_together(family: Family, options: GenerationOptions) -> None:
             f"{option} and --shard_base cannot be used together: each process has a part of both "
             "transformers, and they stay on the devices. Leave one of the two options out"
         )
-    if options.sheet.is_asked:
+    if options.sheet.sheet is not None:
         raise OptionError(
             f"--sheet and {asked} cannot be used together: a sheet is made by one process, which has the "
             f"whole weights. Use --from_file with a line for each, or leave {asked} out"

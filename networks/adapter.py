@@ -173,7 +173,9 @@ def check_network(options: NetworkOptions, name: str, depths: Mapping[str, int])
     name: of the module. depths: how many blocks the model's lists have, as far as that is known.
     """
     if name in OWN_MODULES:
-        check_blocks(read_own(name, *_settings(options))[0], depths)
+        settings, _ = read_own(name, *_settings(options))
+        if settings.block_numbers:
+            check_blocks(settings, depths)
     else:
         import_network_module(name)
 

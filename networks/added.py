@@ -25,7 +25,7 @@ from networks.deltas import CPU, DORA, LORA, OF_BIAS, OF_LOW_RANK, Factors
 from networks.leftovers import text_side_of
 from networks.loading import LoraFile, LoraUse
 from networks.lora_products import add_product
-from networks.module_names import choose_family, replace_dots
+from networks.module_names import choose_family
 from networks.names.layouts import FIRST_LAYERS, OURS
 from networks.parts import for_model
 
@@ -350,7 +350,7 @@ def places(dit: nn.Module, published: Callable[[str], str] = str) -> dict[str, C
             named = published(path)
             name, whole = named if leaf == "weight" else f"{named}.{leaf}".lstrip("."), f"{path}.{leaf}"
             if leaf != "bias":
-                found[OURS + replace_dots(name)] = ChangedPlace(whole, module, leaf)
+                found[OURS + name.replace(".", "_")] = ChangedPlace(whole, module, leaf)
     return found
 
 

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from networks.key_formats import EXPERT_STARTS, NETWORKS, NativeTensors
 from networks.names.layouts import IN_DIFFUSERS, UNET_IN_DIFFUSERS
 from networks.names.texts import diffusers_path_of_text
 
+logger = getLogger(__name__)
 # where diffusers keeps the adapter's settings among a file's metadata
 PEFT_SETTINGS = "lora_adapter_metadata"
 PEFT_FILE = "adapter_config.json"
@@ -241,11 +243,17 @@ def _is_of(begin: str, start: str) -> bool:
 
 
 def read_alphas(
-    path: Path, metadata: Mapping[str, str], native: NativeTensors, expert: str | None, is_written_here: bool
-) -> tuple[FoundAlphas, FoundAlphas]:
-    """Find the alphas of a file's modules and of those in text encoders, as `find_alphas`.
+    path: Path,
+    metadata: Mapping[str, str],
+    native: NativeTensors,
+    expert: str | None,
+    is_written_here: bool,
+    warns: bool = True,
+) -> tuple[dict[str, Tensor], str]:
+    """Return the alphas of a file's modules, also in text encoders, as `find_alphas`, and whence.
 
-    expert: whose part of the file it is; None: it has no parts. Raises CheckpointError if they are unusable.
+    expert: whose part of the file it is; None: it has no parts. warns: of values that cannot be used. Raises
+    CheckpointError if they are unusable.
     """
     find = partial(find_alphas, path, metadata, is_written_here)
     texts = group_by_module(native.texts)
@@ -265,10 +273,12 @@ def read_alphas(
             "  Correct lora_alpha or alpha_pattern in them, or give another LoRA.",
             path,
         ) from error
-    tensors = {name: alpha for one in of_texts for name, alpha in one.tensors.items()}
-    words = dict.fromkeys(one.words for one in of_texts if one.words)
-    warnings = dict.fromkeys(warning for one in of_texts for warning in one.warnings)
-    return found, FoundAlphas(tensors, ", ".join(words), tuple(warnings))
+    if warns:
+        for warning in dict.fromkeys(warning for one in (found, *of_texts) for warning in one.warnings):
+            logger.warning(f"{path}: {warning}")
+    tensors = {name: alpha for one in (found, *of_texts) for name, alpha in one.tensors.items()}
+    words = (found.words, ", ".join(dict.fromkeys(one.words for one in of_texts if one.words)))
+    return tensors, ", ".join(dict.fromkeys(filter(None, words)))
 
 
 def peft_alphas(

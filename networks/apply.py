@@ -48,14 +48,6 @@ class Change:
         assert found is not None
         return found
 
-    def shape(self) -> list[int]:
-        """Return the shape of the whole change. Raises RuntimeError where the factors do not go together."""
-        return list(self.delta(deltas.without_alpha(self.factors), META).shape)
-
-    def on(self, device: torch.device) -> "Change":
-        moved = {part: one.to(device) for part, one in deltas.without_alpha(self.factors).items()}
-        return replace(self, factors={**self.factors, **moved})
-
     def fit(
         self, relative: Relative | None, weight: Tensor, name: str, model: str, option: str = ""
     ) -> "Change":
@@ -67,21 +59,23 @@ class Change:
         path = self.use.lora.path
         try:
             change = self if relative is None else self._placed(relative, weight)
-            found = change.shape()
+            found = list(change.delta(deltas.without_alpha(change.factors), META).shape)
         except (RuntimeError, IndexError) as error:
             raise CheckpointError(
                 f"{path}: the factors for {name} do not go together ({error}).", path
             ) from error
         wanted = list((weight if change.rows is None else weight[change.rows]).shape)
-        made = " or ".join(family.name for family in self.use.lora.families())
-        kind = f" It is for {made}." if made else ""
-        what = f"{found}, the model {wanted}.{kind}\n  Give a LoRA that was trained for this model."
-        fits = math.prod(found) == math.prod(wanted) and found[:1] == wanted[:1]
+        what, fits = "", math.prod(found) == math.prod(wanted) and found[:1] == wanted[:1]
         if fits and DORA in change.factors and self.leaf == "weight":
             magnitudes = change.factors[DORA].numel()
             fits = len(wanted) > 1 and magnitudes == wanted[1 if has_input_magnitudes(change.factors) else 0]
             what = f"{magnitudes} DoRA magnitudes, the model {wanted}."
         if not fits:
+            made = " or ".join(family.name for family in self.use.lora.families())
+            kind = f" It is for {made}." if made else ""
+            what = (
+                what or f"{found}, the model {wanted}.{kind}\n  Give a LoRA that was trained for this model."
+            )
             raise CheckpointError(f"{option}{path} does not fit {model}: for {name} it has {what}", path)
         return change
 
@@ -90,7 +84,7 @@ class Change:
 
         If the heights do not go together it is unchanged, and its shape shows the fault.
         """
-        own, whole = self.shape()[0], len(weight)
+        own, whole = len(self.delta(deltas.without_alpha(self.factors), META)), len(weight)
         heights = (own, whole) if relative.is_part else (whole, own)
         if is_cut(relative.part) and heights[0] >= heights[1]:
             parts = "it is a part of the weight" if relative.is_part else "the weight is a part of it"
@@ -199,7 +193,12 @@ class LoraPatch:
         another number of channels is left out, and `check` reports it. Raises CheckpointError if a LoRA has
         another size.
         """
-        changes = [change.on(weight.device) for change in self._fitting(name, weight)]
+        changes = self._fitting(name, weight)
+        for place, change in enumerate(changes):  # alphas are read on the host
+            moved = {
+                part: one.to(weight.device) for part, one in deltas.without_alpha(change.factors).items()
+            }
+            changes[place] = replace(change, factors={**change.factors, **moved})
         for rows in () if weight.is_meta else _blocks(weight, changes):
             part = weight if rows is None else weight[rows]
             total = torch.zeros(part.shape, dtype=torch.float32, device=part.device)
@@ -245,15 +244,6 @@ class LoraPatch:
     def touches(self, name: str) -> bool:
         return bool(self._find(name))
 
-    def unused(self) -> list[str]:
-        """Return the parts of LoRAs without a weight so far, as `file: module.weight`."""
-        return [
-            f"{use.lora.path.name}: {key}"
-            for use in self._uses
-            for key in self._keys(use)
-            if key not in self._seen
-        ]
-
     def check(self) -> None:
         """Warn of parts of LoRAs without a weight, and of LoRAs for another model.
 
@@ -272,9 +262,9 @@ class LoraPatch:
             else:
                 logger.info(f"{path}: {len(taken)} weights changed, multiplier {use.multiplier:g}")
                 warn_of_other_family(use.lora, family, self._modules)
-                missed = [key for key in keys if key not in self._seen]
-                what = f"weights are not in {self._model}"
-                warn_of_absent(path, missed, len(keys), what, family, self._modules)
+                if missed := [key for key in keys if key not in self._seen]:
+                    what = f"weights are not in {self._model}"
+                    warn_of_absent(path, missed, len(keys), what, family, self._modules)
 
     def refuse_misfits(self) -> None:
         """Raise CheckpointError if no part of a LoRA has a weight."""

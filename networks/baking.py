@@ -187,7 +187,7 @@ def _change(name: str, factors: Factors, lora: LoraFile, weights: Weights, devic
     weight, path = _weight_of(name, len(change), lora, weights)
     one = Change(LoraUse(lora), factors).fit(None, weight, name, str(path))
     total = torch.zeros(weight.shape, device=device)
-    one.on(device).add_to(total, None, weight.to(device))
+    one.add_to(total, None, weight.to(device))
     return total
 
 

@@ -25,7 +25,7 @@ from networks.deltas import LORA
 from networks.key_formats import module_of_tensor
 from networks.merging import DTYPES, as_known
 from networks.metadata import add_hashes
-from networks.module_names import alias, choose_family, family_named, has_module, replace_dots
+from networks.module_names import alias, choose_family, family_named, has_module
 from networks.names.layouts import OURS, FamilyNames
 from networks.text_loras import TensorPiece, is_whole, pieces_of
 from networks.tool_options import MIN_DIFF, ExtractOptions
@@ -182,7 +182,7 @@ def extract_whole(options: ExtractOptions) -> None:
                 if not one.name.endswith(".weight") or one.network in same:
                     continue
                 if one.network:
-                    module = f"{one.network}_{replace_dots(one.name.removesuffix('.weight'))}"
+                    module = f"{one.network}_{one.name.removesuffix('.weight').replace('.', '_')}"
                     own = options.dim if _IN_TEXT.search(module) else 0
                 else:
                     module = OURS + alias(module_of_tensor(one.name)[0], family)

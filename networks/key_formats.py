@@ -16,17 +16,17 @@ U-Nets      unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.w
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 
 from networks.deltas import DORA, LORA, PARTS, Factors
-from networks.module_names import FAMILIES, alias, is_name, is_path, likely_families, replace_dots, sizes_fit
+from networks.module_names import FAMILIES, alias, is_name, likely_families, sizes_fit
 from networks.names import layouts
 from networks.names.layouts import OF_CLIP, OF_LANGUAGE_MODEL, OF_LTX_FORK, OF_T5, OURS, FamilyNames
-from networks.rewriting import FOR_ALL, rewrite
+from networks.rewriting import FOR_ALL, MARKS, rewrite
 
 OTHER = "diffusion_model."
 # where pipelines of diffusers keep the experts' networks, also what names of tensors then begin with
@@ -133,15 +133,14 @@ def to_native(
     Values are unchanged, also a missing alpha, but for what `rewrite` changes; magnitudes become columns.
     with_texts: name those of text encoders.
     """
-    usual = rewrite(tensors)
-    tensors = usual.tensors
+    stacked, of_form = dict[str, int](), ""
+    if any(map(MARKS.search, tensors)):
+        tensors, stacked, of_form = rewrite(tensors)
     split = {key: _split(key) for key in tensors}
     found = {key: place for key, place in split.items() if place is not None}
-    modules = {place.path: replace_dots(place.path) for place in found.values()}
+    modules = {place.path: place.path.replace(".", "_") for place in found.values()}
     dialects = sorted({place.dialect for place in found.values()})
-    told = usual.family_name or next(
-        (_FAMILY_OF_DIALECT[one] for one in dialects if one in _FAMILY_OF_DIALECT), None
-    )
+    told = of_form or next((_FAMILY_OF_DIALECT[one] for one in dialects if one in _FAMILY_OF_DIALECT), None)
     factors: dict[str, dict[str, Tensor]] = {}
     for key, place in found.items():
         factors.setdefault(OURS + modules[place.path], {})[place.part] = tensors[key]
@@ -189,10 +188,12 @@ def to_native(
             ((first, key) for key, first in repeated.items() if _differ(tensors[key], tensors[first])), None
         ),
         paths={names[place.path]: place.path for place in found.values()},
-        stacked={names[found[key].path]: count for key, count in usual.stacked.items() if key in found},
+        stacked={names[found[key].path]: count for key, count in stacked.items() if key in found},
         family=family,
         family_name=told or None,
-        unknown_names="" if family is not None or not found else _unknown_names(map(_usual_ending, found)),
+        unknown_names=""
+        if family is not None or not found
+        else _unknown_names([place.whole for place in found.values()]),
     )
 
 
@@ -228,7 +229,7 @@ def _name_of_text(key: str, start: str, number: int, path: str, family: FamilyNa
         path = path[len(begin) :]
         rests.append(path)
     layers = (OF_CLIP, OF_T5, OF_LANGUAGE_MODEL)
-    names = [replace_dots(one) for one in rests]
+    names = [one.replace(".", "_") for one in rests]
     # CLIP, as transformers 5 and later has it
     names = [OF_CLIP + name if name.startswith("encoder_layers_") else name for name in names]
     kind, name = next(
@@ -290,34 +291,32 @@ def module_of_tensor(name: str) -> tuple[str, str]:
         path, leaf = name, "weight"
     for prefix in ("model.diffusion_model.", "model.model.", OTHER, "transformer.", "module.", "_orig_mod."):
         path = path.removeprefix(prefix)
-    return replace_dots(path), leaf
+    return path.replace(".", "_"), leaf
 
 
 class _Place(NamedTuple):
     """What a tensor of a LoRA for a DiT is."""
 
     path: str  # of the module as the file writes it, without prefixes: `blocks.0.attn1.to_q`
+    whole: str  # the same with them
     part: str  # our name of the part: `lora_down.weight`
     dialect: str
 
 
 def _split(key: str) -> _Place | None:
     """Return the parts of a key; None if it belongs to no LoRA for a DiT."""
-    key = _usual_ending(key)
+    layers = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
+    key = _PROCESSOR.sub(lambda found: f".{layers[found['layer']]}.lora_{found['factor']}.weight", key)
+    # with our names of factors, without what PEFT and diffusers write into them
+    key = _our_factor(
+        f"{key.removesuffix(_MODULATION)}.modulation.diff" if key.endswith(_MODULATION) else key
+    )
     ending = next((ending for ending in _BY_LENGTH if key.endswith(ending)), None)
     if ending is None or _text_place(key) is not None:
         return None
-    path, dialect = _bare(key.removesuffix(ending))
-    return _Place(path, _ENDINGS[ending], dialect)
-
-
-def _usual_ending(key: str) -> str:
-    """Return a key with our names of factors, without what PEFT and diffusers write into them."""
-    layers = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
-    key = _PROCESSOR.sub(lambda found: f".{layers[found['layer']]}.lora_{found['factor']}.weight", key)
-    return _our_factor(
-        f"{key.removesuffix(_MODULATION)}.modulation.diff" if key.endswith(_MODULATION) else key
-    )
+    whole = key.removesuffix(ending)
+    path, dialect = _bare(whole)
+    return _Place(path, whole, _ENDINGS[ending], dialect)
 
 
 def _our_factor(key: str) -> str:
@@ -352,22 +351,21 @@ def _bare(path: str) -> tuple[str, str]:
     its path, else by its underscored name; the shortest if none has one.
     """
     found = _without_starts(path)
-    known = next((one for one in found if is_path(one[0])), None)
-    known = known or next((one for one in found if is_name(replace_dots(one[0]))), None)
+    known = next((one for one in found if is_name(one[0], dotted=True)), None)
+    known = known or next((one for one in found if is_name(one[0].replace(".", "_"))), None)
     rest, dialect = known or found[-1]
     return rest, dialect or "without prefix"
 
 
-def _unknown_names(keys: Iterable[str]) -> str:
+def _unknown_names(paths: Sequence[str]) -> str:
     """Say what stands before or behind the path of a known module; else how all names begin."""
-    paths = [next(key.removesuffix(one) for one in _BY_LENGTH if key.endswith(one)) for key in keys]
     for path in paths:
         pieces = re.split(r"(?<=[._])", path)
         for count in range(1, len(pieces)):
-            if is_name(replace_dots("".join(pieces[count:]))):
+            if is_name("".join(pieces[count:]).replace(".", "_")):
                 return f"begin with {''.join(pieces[:count])}"
         begin, dot, end = path.rpartition(".")
-        if dot and is_name(replace_dots(bare_path(begin))):
+        if dot and is_name(bare_path(begin).replace(".", "_")):
             return f"have .{end} behind the module's"
     common = os.path.commonprefix(paths)
     return (
@@ -382,18 +380,14 @@ def dialect_in_words(dialect: str) -> str:
 
 def families_of(modules: Mapping[str, Factors], hint: str | None = None) -> list[FamilyNames]:
     """Return the families that a LoRA's modules, under our names, may be for, as `likely_families`."""
-    own = _by_module(modules)
+    own = {name.removeprefix(OURS): one for name, one in modules.items() if name.startswith(OURS)}
     return likely_families(own, lambda name: _size_of(own[name]), hint)
 
 
 def can_be_for(family: FamilyNames, modules: Mapping[str, Factors]) -> bool:
     """Tell whether the sizes of a LoRA's modules, under our names, do not contradict the family's."""
-    own = _by_module(modules)
+    own = {name.removeprefix(OURS): one for name, one in modules.items() if name.startswith(OURS)}
     return sizes_fit(family, own, lambda name: _size_of(own[name]))
-
-
-def _by_module(modules: Mapping[str, Factors]) -> dict[str, Factors]:
-    return {name.removeprefix(OURS): one for name, one in modules.items() if name.startswith(OURS)}
 
 
 def _size_of(factors: Factors) -> tuple[int, int] | None:

@@ -34,7 +34,7 @@ def kind_of_tensor(family: FamilyNames | None, key: str) -> Kind:
     """Return what a tensor of a file is that is no part of a LoRA: "tensors {words}". family: the LoRA's."""
     leaf = next((leaf for leaf in _LEAVES if key.endswith(leaf)), "")
     path = bare_path(_IN_PEFT.sub("", key.removesuffix(leaf)))
-    name = module_names.replace_dots(path)
+    name = path.replace(".", "_")
     if beside := module_names.on_text_side(name if family is None else module_names.alias(name, family)):
         return f"are whole weights of {beside}, no changes of them, and are ignored", ""
     if path.startswith(_OF_WORDS):
@@ -47,7 +47,7 @@ def kind_of_tensor(family: FamilyNames | None, key: str) -> Kind:
         )
     start, dot, _ = path.partition(".")
     module, dot_behind, part = path.rpartition(".")
-    if not leaf and dot_behind and module_names.is_name(module_names.replace_dots(module)):
+    if not leaf and dot_behind and module_names.is_name(module.replace(".", "_")):
         return f"are parts of layers called {part}, which are not known here, and are ignored", (
             f"what {part} does to a layer is not known here. Save the LoRA as a plain one with its program."
         )

@@ -14,9 +14,9 @@ from modules.console import count_of, count_words, list_some
 from modules.errors import CheckpointError, OptionError
 from networks import key_formats
 from networks.alphas import read_alphas
-from networks.deltas import Factors, drop_unused_alphas, find_fault, group_by_module, ungroup
+from networks.deltas import Factors, drop_unused_alphas, find_fault, group_by_module, rank_of, ungroup
 from networks.key_formats import NativeTensors
-from networks.leftovers import kind_of_module, kind_of_tensor, module_of, sort_by_kind, without_numbers
+from networks.leftovers import kind_of_module, kind_of_tensor, sort_by_kind, without_numbers
 from networks.metadata import (
     DORA_FORM,
     FROZEN_NORMS,
@@ -30,7 +30,7 @@ from networks.metadata import (
 )
 from networks.module_names import have_same_names, on_text_side, read_family, relatives
 from networks.names.layouts import FOR_BOTH, OURS, TRAINED_FOR, TRAINED_ON, FamilyNames
-from networks.options import UNTYPED, LoraOptions, LoraPatternOptions
+from networks.options import UNTYPED, LoraPatternOptions
 from networks.parts import mend_split_alphas
 from networks.patterns import describe_unfit, in_any_spelling
 
@@ -94,7 +94,9 @@ class LoraFile:
 
         Raises CheckpointError if the file has parts and no part was chosen.
         """
-        return group_by_module(self.for_expert(None).tensors)
+        if self.parts:
+            raise _several(self.path)
+        return group_by_module(self.tensors)
 
     def families(self, hint: str | None = None) -> list[FamilyNames]:
         """Return the families that it may be for: several if its names, sizes, numbers of blocks and metadata
@@ -139,7 +141,8 @@ def read_lora(
             raise _no_lora(path, checkpoint.tensors)
         stored = {name: checkpoint.read(name) for name in checkpoint.tensors}
         metadata = dict(checkpoint.metadata)
-    if path.is_file() and is_damaged(path, stored, metadata):
+    is_own = metadata.get(LAYOUT_KEY) == layout_hash(stored)
+    if is_own and path.is_file() and is_damaged(path, metadata):
         raise CheckpointError(
             f"{path} is damaged: its data do not agree with the checksum written with them. Copy it again.",
             path,
@@ -153,7 +156,6 @@ def read_lora(
     groups = key_formats.split_names(stored)
     if len(groups) > 1 and not by_expert:
         raise _several(path)
-    is_own = metadata.get(LAYOUT_KEY) == layout_hash(stored)
     parts = {
         expert: _read_part(
             path, {name: stored[name] for name in names}, metadata, expert, with_texts, is_own, family
@@ -192,7 +194,7 @@ def _read_part(
     native = key_formats.to_native(stored, family or (None if made is None else made.name), with_texts)
     if made is None and native.family_name is not None:
         metadata = {**metadata, TRAINED_ON: native.family_name}
-    if is_of_frozen_norms(native.tensors, native.dialect, metadata):
+    if native.dialect == "other" and is_of_frozen_norms(native.tensors, metadata):
         metadata = {**metadata, DORA_FORM: FROZEN_NORMS}
         logger.info(f"{path}: its DoRA magnitudes are in ComfyUI's form, as its writer has them there")
     if not native.tensors and not native.texts:
@@ -201,31 +203,29 @@ def _read_part(
         remedy = "They are of two programs. Take the tensors of one of them out of the file."
         names = f"{twice[0]} and {twice[1]}"
         raise CheckpointError(f"{path} changes one layer under two names: {names}.\n  {remedy}", path)
-    _warn_of_unused(path, native, made or native.family, len(stored))
+    if native.text_encoder or native.repeated or native.unknown:
+        _warn_of_unused(path, native, made or native.family, len(stored))
     tensors, texts = drop_unused_alphas(native.tensors), drop_unused_alphas(native.texts)
     native = replace(native, tensors=tensors, texts=texts)
     modules, in_texts = group_by_module(native.tensors), group_by_module(native.texts)
     _refuse_faulty(path, modules | in_texts, native.unknown)
-    found, of_texts = read_alphas(path, metadata, native, expert, is_own)
-    for warning in dict.fromkeys((*found.warnings, *of_texts.warnings)):
-        logger.warning(f"{path}: {warning}")
+    found, said = dict[str, Tensor](), ""
+    if any("alpha" not in one and rank_of(one) is not None for one in (modules | in_texts).values()):
+        found, said = read_alphas(path, metadata, native, expert, is_own)
     beside = f" and {len(in_texts)} of text encoders" if in_texts else ""
     words = [
         f"{count_of(len(modules), 'module')}{beside}",
         key_formats.dialect_in_words(native.dialect),
-        *dict.fromkeys(one for one in (found.words, of_texts.words) if one),
+        *([said] if said else []),
         *([f"trained for {metadata[TRAINED_FOR]}"] if TRAINED_FOR in metadata else []),
         *([f"for the {in_words(expert)}"] if expert is not None else []),
     ]
     logger.info(f"{path}: {', '.join(words)}")
-    return LoraFile(
-        path,
-        mend_split_alphas(path, {**native.tensors, **found.tensors}, metadata),
-        metadata,
-        native.dialect,
-        text_tensors={**native.texts, **of_texts.tensors},
-        unknown_names=native.unknown_names,
-    )
+    tensors = {**native.tensors, **{name: one for name, one in found.items() if name.startswith(OURS)}}
+    if '"split_qkv": "true"' in metadata.get("ss_network_args", "").lower():
+        tensors = mend_split_alphas(path, tensors, metadata)
+    texts = {**native.texts, **{name: one for name, one in found.items() if name not in tensors}}
+    return LoraFile(path, tensors, metadata, native.dialect, {}, texts, native.unknown_names)
 
 
 def _refuse_faulty(path: Path, modules: Mapping[str, Factors], unknown: Sequence[str]) -> None:
@@ -318,8 +318,9 @@ class LoraUse:
 
     def for_expert(self, expert: str | None) -> "LoraUse":
         """Return the same for an expert's part; warns if it is another's. Raises as `LoraFile.for_expert`."""
-        lora = self.lora.for_expert(expert)
-        warn_of_other_expert(lora, expert)
+        lora = self.lora.for_expert(expert) if self.lora.parts else self.lora
+        if expert:
+            warn_of_other_expert(lora, expert)
         return replace(self, lora=lora)
 
     def keeps(self, factors: Iterable[str], *names: str) -> bool:
@@ -337,13 +338,14 @@ class LoraUse:
 
 
 def lora_uses(
-    loras: LoraOptions, patterns: LoraPatternOptions | None = None, with_texts: bool = False
+    files: Collection[tuple[Path, float]],
+    patterns: LoraPatternOptions | None = None,
+    with_texts: bool = False,
 ) -> list[LoraUse]:
-    """Read the files of `--lora_weight`; return each with its multiplier and patterns.
+    """Read LoRA files, given with their multipliers; return each with its patterns.
 
     with_texts: with their changes of text encoders.
     """
-    files = loras.lora_weight or ()
     both: list[list[str | None]] = []  # to include, to exclude: one per file
     for option in ("include_patterns", "exclude_patterns"):
         given = list(getattr(patterns, option, None) or ())
@@ -354,7 +356,7 @@ def lora_uses(
             )
         both.append([*given, *[None] * (len(files) - len(given))])
     uses = []
-    for path, multiplier, *found in zip(files, loras.multipliers(), *both, strict=True):
+    for (path, multiplier), *found in zip(files, *both, strict=True):
         lora = read_lora(path, by_expert=True, with_texts=with_texts)
         if any(found):
             names = _names_for_patterns(lora)
@@ -422,12 +424,13 @@ def on_side(uses: Iterable[LoraUse], is_text: bool) -> list[LoraUse]:
     for use in uses:
         sides: dict[bool, dict[str, Mapping[str, Tensor]]] = {True: {}, False: {}}
         for name, factors in use.lora.modules().items():
-            sides[bool(on_text_side(module_of(name)))][name] = factors
+            sides[bool(on_text_side(name.removeprefix(OURS)))][name] = factors
         kept = {
             side: any(use.keeps(one, name) for name, one in found.items()) for side, found in sides.items()
         }
         if kept[is_text] or (sides[is_text] and not is_text and not kept[True]):
-            parts.append(replace(use, lora=replace(use.lora, tensors=ungroup(sides[is_text]))))
+            own = ungroup(sides[is_text]) if sides[not is_text] else use.lora.tensors
+            parts.append(replace(use, lora=replace(use.lora, tensors=own)))
     return parts
 
 

@@ -164,8 +164,10 @@ class OwnNetwork(nn.Module):
         encoders = [prefix for prefix in dict.fromkeys(map(prefix_of, self.names)) if prefix != UNET]
         rates = {prefix: texts[min(index, len(texts) - 1)] for index, prefix in enumerate(encoders)}
         rates[UNET] = learning_rate if unet_lr is None else unet_lr
-        found = [find_by_pattern(self.settings.reg_rates, name) for name in self.names]
-        log_overlaps("network_reg_lrs", self.settings.reg_rates, found)
+        found: list[tuple[int, ...]] = [()] * len(self.names)
+        if self.settings.reg_rates:
+            found = [find_by_pattern(self.settings.reg_rates, name) for name in self.names]
+            log_overlaps("network_reg_lrs", self.settings.reg_rates, found)
         groups: dict[str, dict[str, Any]] = {}
         for name, layer, places in zip(self.names, self.layers, found, strict=True):
             prefix = prefix_of(name)

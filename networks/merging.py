@@ -50,9 +50,10 @@ def merge_dit(options: MergeOptions) -> None:
     # beside `transformer_2/` diffusers'
     folders = {start.removesuffix("."): expert for start, expert in NETWORKS.items()}
     expert = options.expert or expert_of_file(options.dit, folders)
+    loras = [*zip(options.lora.lora_weight or (), options.lora.multipliers(), strict=True)]
     merge_into_file(
         options.dit,
-        [use.for_expert(expert) for use in lora_uses(options.lora, with_texts=True)],
+        [use.for_expert(expert) for use in lora_uses(loras, with_texts=True)],
         options.save_merged_model,
         choose_device(options.device),
         None if options.dit_in_channels == tool_options.MERGE_CHANNELS_UNCHECKED else options.dit_in_channels,

@@ -89,13 +89,12 @@ def layout_hash(tensors: Mapping[str, Tensor | TensorInfo]) -> str:
     return hashlib.sha256("\n".join(lines).encode("utf-8")).hexdigest()[:16]
 
 
-def is_damaged(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bool:
+def is_damaged(path: Path, metadata: Mapping[str, str]) -> bool:
     """Whether the data of a safetensors file written here differ from its checksum.
 
-    A tool that renames or casts tensors may copy old hashes, so the hashes are checked only if names, dtypes
-    and shapes are as written here.
+    A tool that renames or casts tensors may copy old hashes: ask only if the layout is as written here.
     """
-    if metadata.get(LAYOUT_KEY) != layout_hash(tensors) or "sshs_model_hash" not in metadata:
+    if "sshs_model_hash" not in metadata:
         return False
     with path.open("rb") as file:
         file.seek(8 + int.from_bytes(file.read(8), "little"))
@@ -121,14 +120,13 @@ DORA_FORM, FROZEN_NORMS = "ss_dora_scale_format", "comfy_weight_norm"
 _MUSUBI_MODULE = re.compile(r"(musubi_tuner\.)?networks\.lo(ra|kr)")
 
 
-def is_of_frozen_norms(tensors: Mapping[str, Tensor], dialect: str, metadata: Mapping[str, str]) -> bool:
-    """Tell whether a file is a DoRA for ComfyUI by musubi-tuner's fork for LTX-2, which does not mark them.
+def is_of_frozen_norms(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bool:
+    """Tell whether a file in ComfyUI's dialect is a DoRA by musubi-tuner's fork for LTX-2, which marks none.
 
     It calls magnitudes so in these files alone. Ours have the same names, but a hash of the layout too.
     """
     return (
-        dialect == "other"
-        and any(name.endswith(DORA) for name in tensors)
+        any(name.endswith(DORA) for name in tensors)
         and _MUSUBI_MODULE.match(metadata.get("ss_network_module", "")) is not None
         and LAYOUT_KEY not in metadata
     )
@@ -218,10 +216,10 @@ def _beside_tensors(checkpoint: Checkpoint, native: "NativeTensors", part: str |
 
     is_own = checkpoint.metadata.get(LAYOUT_KEY) == layout_hash(checkpoint.tensors)
     try:
-        found, of_texts = read_alphas(checkpoint.path, checkpoint.metadata, native, part, is_own)
+        found, _ = read_alphas(checkpoint.path, checkpoint.metadata, native, part, is_own, warns=False)
     except CheckpointError:
         return set()
-    return {float(alpha) for alpha in (*found.tensors.values(), *of_texts.tensors.values())}
+    return set(map(float, found.values()))
 
 
 def of_numbers(word: str, numbers: Collection[float]) -> str:

@@ -19,10 +19,6 @@ def family_named(name: str) -> FamilyNames:
     return next(one for one in FAMILIES if one.name == name)
 
 
-def replace_dots(path: str) -> str:
-    return path.replace(".", "_")
-
-
 def choose_family(names: Iterable[str], hint: str | None = None) -> FamilyNames | None:
     """Return the family of a model whose modules have these underscored names; None if no list holds any.
 
@@ -173,7 +169,7 @@ def on_text_side(name: str) -> str:
         (
             family.text_side_words
             for family in FAMILIES
-            if name.startswith(tuple(replace_dots(start) for start in family.text_side))
+            if name.startswith(tuple(start.replace(".", "_") for start in family.text_side))
         ),
         "",
     )
@@ -186,13 +182,13 @@ def is_unprefixed(path: str) -> bool:
 def alias(name: str, family: FamilyNames) -> str:
     """Return our underscored name for one of another layout; return any other name unchanged."""
     found = _tables(family).foreign.find(name)
-    return name if found is None else replace_dots(found)
+    return name if found is None else found.replace(".", "_")
 
 
 def to_alias(name: str, family: FamilyNames) -> str:
     """Return another layout's underscored name for one of ours; return any other name unchanged."""
     found = _tables(family).to_foreign.find(name)
-    return name if found is None else replace_dots(found)
+    return name if found is None else found.replace(".", "_")
 
 
 def is_stacked(name: str, family: FamilyNames) -> bool:
@@ -205,14 +201,9 @@ def has_module(name: str, family: FamilyNames) -> bool:
     return any(one.find(name) is not None for one in (tables.own, tables.foreign, tables.cut))
 
 
-def is_path(path: str) -> bool:
-    """Tell whether a family has a module of this path, `blocks.0.self_attn.q`, in any layout."""
-    return not _all_paths()[0].isdisjoint(one for one, _ in _templates(path))
-
-
-def is_name(name: str) -> bool:
-    """Tell whether a family has a module of this underscored name, in any layout."""
-    return not _all_paths()[1].isdisjoint(one for one, _ in _templates(name))
+def is_name(name: str, dotted: bool = False) -> bool:
+    """Tell whether a family has a module of this underscored name, or dotted path, in any layout."""
+    return not _all_paths()[not dotted].isdisjoint(one for one, _ in _templates(name))
 
 
 @cache
@@ -223,12 +214,12 @@ def _all_paths() -> tuple[frozenset[str], frozenset[str]]:
         paths |= {path for pair in family.aliases for path in pair}
         paths |= {path.removesuffix(".weight") for pair in family.parameters for path in pair}
         paths |= {path for part in (*family.parts, *family.joined) for path in (part.theirs, part.ours)}
-    return frozenset(paths), frozenset(map(replace_dots, paths))
+    return frozenset(paths), frozenset(path.replace(".", "_") for path in paths)
 
 
 def count_parts(path: str) -> set[int]:
     """Return how many parts a joined layer has in layouts that cut it; anything may stand before its path."""
-    names = [replace_dots(path)]
+    names = [path.replace(".", "_")]
     names += [names[0][place + 1 :] for place, letter in enumerate(names[0]) if letter == "_"]
     return {len(found) for family in FAMILIES for name in names if len(found := parts_of(name, family)) > 1}
 
@@ -253,7 +244,7 @@ def relatives(name: str, family: FamilyNames | None = None) -> tuple[Relative, .
         for own, other, is_part in ((part.ours, part.theirs, True), (part.theirs, part.ours, False)):
             match = _template(own).fullmatch(name)
             if match is not None:
-                path = replace_dots(other.replace("{n}", match["n"]))
+                path = other.replace("{n}", match["n"]).replace(".", "_")
                 if path == name and part.index is None:
                     continue  # the same in both layouts
                 found.setdefault((path, part.index, is_part), Relative(path, part, is_part))
@@ -285,15 +276,15 @@ def part_path(name: str, family: FamilyNames) -> str | None:
 
 @cache
 def _all_parts(family: FamilyNames) -> tuple[WeightPart, ...]:
-    others = {replace_dots(path) for other in FAMILIES if other is not family for path in other.modules}
+    others = {path.replace(".", "_") for other in FAMILIES if other is not family for path in other.modules}
     cuts = family.parts or family.joined
-    aliases = [pair for pair in family.aliases if cuts and replace_dots(pair[0]) in others]
+    aliases = [pair for pair in family.aliases if cuts and pair[0].replace(".", "_") in others]
     return (*family.parts, *family.joined, *(WeightPart(theirs, ours) for theirs, ours in aliases))
 
 
 @cache
 def _template(path: str) -> re.Pattern[str]:
-    before, _, after = replace_dots(path).partition("{n}")
+    before, _, after = path.replace(".", "_").partition("{n}")
     return re.compile(re.escape(before) + (r"(?P<n>\d+)" if "{n}" in path else "(?P<n>)") + re.escape(after))
 
 
@@ -306,10 +297,8 @@ class _Table:
     def __init__(self, pairs: Iterable[tuple[str, str]]) -> None:
         """pairs: (template, its meaning, with the same number); the first of equal ones counts."""
         self._places: dict[str, tuple[int, str]] = {}
-        pairs = list(pairs)
-        templates = replace_dots("\n".join(template for template, _ in pairs)).split("\n")
-        for place, (template, (_, target)) in enumerate(zip(templates, pairs, strict=False)):
-            self._places.setdefault(template, (place, target))
+        for place, (template, target) in enumerate(pairs):
+            self._places.setdefault(template.replace(".", "_"), (place, target))
 
     def find(self, name: str) -> str | None:
         found = self.place(name)

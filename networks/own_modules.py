@@ -19,7 +19,6 @@ from networks.lora_layer import LoraLayer
 from networks.lora_network import OwnNetwork
 from networks.lora_products import diagonal_blocks, fused_heights
 from networks.lora_settings import LoraSettings, find_by_pattern, fit_patterns, log_overlaps
-from networks.module_names import replace_dots
 from networks.names.layouts import OURS
 from networks.names.texts import published_path
 from networks.own_kinds import BESIDE_FILE, OWN_MODULES, read_own
@@ -38,7 +37,7 @@ def choose_modules(unet: nn.Module, settings: LoraSettings) -> dict[str, Target]
     Raises OptionError if no module is left, or for blocks that the DiT does not have.
     """
     spec, rules = spec_of(unet), settings.rules
-    if rules is not None:
+    if rules is not None and settings.block_numbers:
         there = dict(unet.named_children())
         depths = {one: len(list(there[one].children())) for one in rules.indices.values() if one in there}
         check_blocks(settings, depths)
@@ -76,20 +75,22 @@ def _choose(
     found: dict[str, Target] = {}
     fitting = []
     for path, module in candidates:
-        name = start + replace_dots(path)
-        places = find_by_pattern(settings.reg_ranks, name)
+        name = start + path.replace(".", "_")
+        places = find_by_pattern(settings.reg_ranks, name) if settings.reg_ranks else ()
         fitting.append(places)
         size = _size(path, module, settings)
         if places:
             size = int(settings.reg_ranks[places[-1]][1]), settings.alpha
         is_unasked = any(part in f".{path}" for part in unasked) and _rank_of_kind(path, settings) is None
-        if size is None or size[0] <= 0 or _is_excluded(path, settings, is_unasked):
+        may_go = is_unasked or settings.exclude
+        if size is None or size[0] <= 0 or (may_go and _is_excluded(path, settings, is_unasked)):
             size = None
         if settings.verbose:
             logger.info(f"  {path}: {'left out' if size is None else f'rank {size[0]}, alpha {size[1]:g}'}")
         if size is not None:
-            found[name] = module, *size, _heights(path, module, settings)
-    log_overlaps("network_reg_dims", settings.reg_ranks, fitting)
+            found[name] = module, *size, _heights(path, module, settings) if settings.splits else ()
+    if settings.reg_ranks:
+        log_overlaps("network_reg_dims", settings.reg_ranks, fitting)
     return found
 
 
@@ -167,9 +168,10 @@ def build_network(
     in_texts = {
         f"{prefix}_": list(_in_encoder(one)) for prefix, one in encoders.items() if prefix in learning
     }
-    modules = [] if dit is None else [(OURS, path) for path, _ in _candidates(dit, settings)]
-    modules += [(start, path) for start, inside in in_texts.items() for path, _ in inside]
-    settings = fit_patterns(settings, modules)
+    if settings.include or settings.exclude or settings.reg_ranks or settings.reg_rates:
+        modules = [] if dit is None else [(OURS, path) for path, _ in _candidates(dit, settings)]
+        modules += [(start, path) for start, inside in in_texts.items() for path, _ in inside]
+        settings = fit_patterns(settings, modules)
     is_lora = OWN_MODULES[name].kind == "LoRA"
     able = {prefix: one for prefix, one in encoders.items() if is_lora and prefix in learning}
     of_dit = settings if is_lora else replace(settings, conv_rank=None)
@@ -185,7 +187,9 @@ def build_network(
         elif isinstance(module, nn.Linear):
             shapes = make_shapes(module.out_features, module.in_features, its_rank)
             layers[path] = FactoredLayer(module, shapes, its_rank, its_alpha)
-    return OwnNetwork(_with_begun(layers, name, settings, begun or {}, dit, able), settings)
+    if begun:
+        layers = _with_begun(layers, name, settings, begun, dit, able)
+    return OwnNetwork(layers, settings)
 
 
 def _with_begun(
@@ -197,8 +201,6 @@ def _with_begun(
     encoders: Mapping[str, nn.Module],
 ) -> dict[str, nn.Module]:
     """Return the layers and those of `begun` that join, as `build_network` says, in the model's order."""
-    if not begun:
-        return layers
     known = _layers_by_name(dit, encoders)
     joining: dict[str, nn.Module] = {}
     for path, factors in _factors_for(known, begun).items():
@@ -240,7 +242,7 @@ def _layers_by_name(
     networks = {} if dit is None else {OURS: dit}
     networks |= {f"{prefix}_": encoder for prefix, encoder in encoders.items()}
     return {
-        start + replace_dots(inside): (inside, module)
+        start + inside.replace(".", "_"): (inside, module)
         for start, network in networks.items()
         for path, module in network.named_modules()
         if isinstance(module, (nn.Linear, nn.Conv2d))
@@ -306,7 +308,9 @@ def build_from_tensors(
             f"{list_some(missed, 3)}.\n  Give a file that was trained for this model."
         )
     inside = [(path, known[path][0]) for path in layers]
-    settings = fit_patterns(settings, [(path.removesuffix(replace_dots(one)), one) for path, one in inside])
+    settings = fit_patterns(
+        settings, [(path.removesuffix(one.replace(".", "_")), one) for path, one in inside]
+    )
     if missed:
         logger.warning(
             f"--dim_from_weights: {len(missed)} modules of the file are not in this model: "
@@ -331,7 +335,7 @@ def _layer_of(
         alpha = float(factors["alpha"]) if "alpha" in factors and rank_of(factors) else rank
         return FactoredLayer(module, shapes, rank, alpha)
     rank, alpha = factors[LORA[0]].shape[0], float(factors["alpha"])
-    heights = _heights(path, module, settings)
+    heights = _heights(path, module, settings) if settings.splits else ()
     if heights and diagonal_blocks(factors[LORA[1]], heights) is not None:
         parts = len(heights)
         return LoraLayer(module, rank // parts, alpha / parts, heights=heights)
@@ -339,12 +343,12 @@ def _layer_of(
 
 
 def _heights(path: str, module: LoraModule, settings: LoraSettings) -> tuple[int, ...]:
-    """Return the rows of each part of a fused layer if parts get factors of their own; () otherwise."""
-    if not settings.splits or settings.rules is None or not isinstance(module, nn.Linear):
+    """Return the rows of each part of a fused layer, whose parts get factors of their own; () of others."""
+    if settings.rules is None or not isinstance(module, nn.Linear):
         return ()
-    name = replace_dots(path)
+    name = path.replace(".", "_")
     fused = settings.rules.fused.items()
-    parts = next((count for ending, count in fused if name.endswith(replace_dots(ending))), 0)
+    parts = next((count for ending, count in fused if name.endswith(ending.replace(".", "_"))), 0)
     return fused_heights(parts, module.out_features, module.in_features)
 
 

@@ -213,12 +213,9 @@ def mend_split_alphas(
     """Return a LoRA's tensors with the alphas that it was trained with, for files of sd-scripts' `split_qkv`.
 
     These files join the parts' factors to one of k times the rank, but keep the alpha of one part, so that
-    alpha / rank would be k times too small. Metadata and block-diagonal up factors show them.
+    alpha / rank would be k times too small. Block-diagonal up factors show them.
     """
-    mended = dict(tensors)
-    if '"split_qkv": "true"' not in metadata.get("ss_network_args", "").lower():
-        return mended
-    trained = metadata.get("ss_network_alpha", "").removesuffix(".0")
+    mended, trained = dict(tensors), metadata.get("ss_network_alpha", "").removesuffix(".0")
     for name, factors in deltas.group_by_module(tensors).items():
         if set(factors) != {"alpha", *LORA} or f"{float(factors['alpha']):g}" != trained:
             continue

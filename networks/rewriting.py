@@ -11,7 +11,6 @@ fused      transformer_blocks.0.attn.to_qkv.lora_A.weight (diffusers' `fuse_qkv_
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -42,18 +41,17 @@ _FACTOR = re.compile(r"lora(?:_linear_layer)?[._](?P<factor>A|B|down|up)(?![a-z]
 FOR_ALL = ("alpha", "lora_alpha", "network_alpha")
 
 
-@dataclass(frozen=True)
-class Usual:
-    """Tensors of a file in the usual arrangement, under names of its dialect."""
-
-    tensors: Mapping[str, Tensor]
-    # a down factor that was put together -> from how many
-    stacked: Mapping[str, int] = field(default_factory=dict)
-    family_name: str = ""  # of the family that alone has files of this form
+# in names of files that have something to rewrite; of numbered factors it is the second
+MARKS = re.compile(
+    r"\.processor\.|to_(?:added_)?q?kv\.|\.lora_(?:A|B|down|up)\.1\.weight|[._]1\.lora_(?:A|B|down|up)\.weight"
+)
 
 
-def rewrite(tensors: Mapping[str, Tensor]) -> Usual:
+def rewrite(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int], str]:
     """Bring XLabs', fused and numbered factors into the usual arrangement; leave other tensors as they are.
+
+    Returns the tensors, from how many each down factor was put together that was, and the name of the family
+    that alone has files of this form, else "".
 
     The change of the weights stays the same: numbered factors become one LoRA whose up factor is
     block-diagonal, with as many times the rank and alpha.
@@ -71,7 +69,7 @@ def rewrite(tensors: Mapping[str, Tensor]) -> Usual:
         # copies: files cannot hold tensors that share memory
         parts = tensor.chunk(3) if cut and found["factor"] == "up" else [tensor] * len(names)
         usual |= {name: part.clone() if cut else part for name, part in zip(names, parts, strict=True)}
-    return _put_together(usual, family_name)
+    return *_put_together(usual), family_name
 
 
 def _in_flux(found: re.Match[str]) -> list[str]:
@@ -116,14 +114,14 @@ def _take_apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return apart
 
 
-def _put_together(tensors: Mapping[str, Tensor], family_name: str) -> Usual:
+def _put_together(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:
     groups: dict[str, dict[int, dict[str, str]]] = {}  # module -> number -> part -> key
     for key in tensors:
         found = next((match for one in _NUMBERED if (match := one.fullmatch(key)) is not None), None)
         if found is not None:
             part = _FACTORS.get(found["factor"], found["factor"])
             groups.setdefault(found["module"], {}).setdefault(int(found["number"]), {})[part] = key
-    usual, stacked = dict(tensors), {}
+    usual, stacked = dict(tensors), dict[str, int]()
     of_all = next((tensors[key] for key in FOR_ALL if key in tensors and tensors[key].numel() == 1), None)
     for module, numbers in groups.items():
         alpha = tensors.get(f"{module}.alpha", of_all)
@@ -144,7 +142,7 @@ def _put_together(tensors: Mapping[str, Tensor], family_name: str) -> Usual:
         usual.pop(f"{module}.alpha", None)
         usual |= {f"{module}.{part}": one for part, one in _diagonal(pieces).items()}
         stacked[f"{module}.{LORA[0]}"] = len(pieces)
-    return Usual(usual, stacked, family_name)
+    return usual, stacked
 
 
 def _diagonal(pieces: Sequence[Factors]) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from networks import deltas, module_names
 from networks.deltas import DORA, LORA, Factors
 from networks.key_formats import OTHER
 from networks.lora_products import diagonal_blocks, fused_heights
-from networks.module_names import alias, module_path, parts_of, replace_dots, to_alias
+from networks.module_names import alias, module_path, parts_of, to_alias
 from networks.names.layouts import IN_COMFYUI, IN_DIFFUSERS, OURS, SWAPPED, UNET_IN_DIFFUSERS, FamilyNames
 from networks.names.texts import diffusers_path_of_text
 from networks.parts import fuse
@@ -261,7 +261,7 @@ def take_apart(tensors: Mapping[str, Tensor], family: FamilyNames) -> dict[str, 
     """
     apart: dict[str, Factors] = {}
     for name, factors in deltas.group_by_module(rename_to_aliases(tensors, family, alias)).items():
-        paths = [OURS + replace_dots(path) for path, _ in parts_of(name.removeprefix(OURS), family)]
+        paths = [OURS + path.replace(".", "_") for path, _ in parts_of(name.removeprefix(OURS), family)]
         pieces = _cut(factors, paths) if paths else {name: factors}
         if isinstance(pieces, str):
             logger.warning(f"{name}: {pieces}; it stays whole")

@@ -174,11 +174,12 @@ class Maker:
                 passes,
                 network,
                 section,
-                loop.LoopStart(beginning.latents, sampler.first),
+                beginning.latents,
                 sampler,
                 guidance,
                 [show],
                 split=False,
+                first_step=sampler.first,
             )
         return latents.squeeze(2)
 

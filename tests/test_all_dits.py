@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from blissful_tuner.guidance import make_guidance
 from blissful_tuner.guidance_formulas import NormalisedGuidance
 from blissful_tuner.options import PLAIN_GUIDANCE
-from generation.denoise import LoopStart, SeededNoise, denoise
+from generation.denoise import SeededNoise, denoise
 from generation.prompt_lines import SOLVERS
 from modules.contract.data import Conditions
 from modules.contract.requests import Request
@@ -370,7 +370,7 @@ def test_the_steps_of_a_solver_wait_for_nothing(name: str) -> None:
         "family": Halves(),
         "dit_at": lambda timestep: torch.nn.Identity(),
         "section": section,
-        "start": LoopStart(start),
+        "latents": start,
         "solver": solver_for(name, 4, 3.0, draw=noise.draw),
         "guidance": make_guidance(request, PLAIN_GUIDANCE),
     }

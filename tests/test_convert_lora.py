@@ -23,7 +23,7 @@ from tests.networks.making import randomize, tiny_dit, wan_network
 from tests.networks.making import saved as saved_hunyuan_lora
 from tests.tiny import framepack_dit
 from tests.tiny.dit_files import as_fp8
-from tests.tiny.loras import make_lora
+from tests.tiny.loras import make_lora, unused
 from tests.tiny.wan_dit import diffusers_name, tiny_state, write_dit
 
 
@@ -199,7 +199,7 @@ def test_framepacks_and_hunyuans_loras_are_merged_into_every_layout_of_framepack
     merged = load_framepack(output, Placement(torch.device("cpu"))).state_dict()
     for name, tensor in state.items():
         assert torch.equal(merged[name].to(dtype), patch(name, tensor)), name
-    assert patch.unused() == []
+    assert unused(patch) == []
     changed = [name for name, tensor in state.items() if not torch.equal(merged[name].to(dtype), tensor)]
     assert len(changed) == len(own.layers) == 2 * 12 + 3 * 5
 

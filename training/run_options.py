@@ -204,7 +204,8 @@ class SampleOptions(Options, title="samples while training"):
     def loras(self) -> list[tuple[Path, float]]:
         """Return the files of --sample_lora with their multipliers. Raises OptionError if one is missing."""
         found = [_split_multiplier(path) for path in self.sample_lora or ()]
-        require_files("--sample_lora", [path for path, _ in found])
+        if found:
+            require_files("--sample_lora", [path for path, _ in found])
         return found
 
     @property

@@ -18,6 +18,7 @@ from blissful_tuner.latent_preview import LatentPreviews, make_previews, preview
 from blissful_tuner.metadata import as_png_texts, as_tags, output_metadata
 from blissful_tuner.options import NO_PREVIEW, PreviewOptions
 from generation.denoise import OnSection, make_latents
+from generation.experts import DitTurns
 from generation.prompt_lines import SOLVERS
 from generation.sample_lines import OF_SOME_MODELS, read_all, read_sample_prompts
 from generation.session import (
@@ -223,7 +224,7 @@ def prepare_samples(
     ]
     chosen = chosen if together else chosen[process::processes]
     requests = [prepared for _, prepared, _ in chosen]
-    session = Session(family, device, _no_dit, keep=False, blocks=blocks)
+    session = Session(family, device, DitTurns(family.experts, device, _no_dit), blocks=blocks)
     wanted = [wanted_texts(prepared) for prepared in requests]
     texts = session.texts(wanted)
     encoders, writes = NO_ENCODERS, not together or process == 0
@@ -240,7 +241,7 @@ def prepare_samples(
     prompts = [str(entry.get("prompt", "")) for entry in entries]
     previews = None
     if process == 0:  # one file for all: that of one process shows one sample after the other
-        previews = make_previews(preview, family.latent, folder, device, session.dit_can_stay)
+        previews = make_previews(preview, family.latent, folder, device, session.dits.can_stay)
     sampler = Sampler(samples, session, folder, name, has_metadata, weights, prompts, previews)
     return replace(sampler, draw_seed=draw_together, writes=writes) if together else sampler
 

@@ -36,7 +36,7 @@ from benchmarks.traffic_count import (
 )
 from blissful_tuner.guidance import make_guidance
 from blissful_tuner.options import PLAIN_GUIDANCE
-from generation.denoise import LoopStart, denoise
+from generation.denoise import denoise
 from hunyuan_model.configs import HunyuanVideoConfig
 from hunyuan_model.model import HunyuanVideoModel
 from modules.contract.requests import Request
@@ -276,7 +276,7 @@ def arguments(family: Family) -> dict[str, Any]:
         "family": family,
         "dit_at": lambda timestep: NETWORK,
         "section": Section(noise, {}),
-        "start": LoopStart(noise),
+        "latents": noise,
         "solver": solver_for("unipc", STEPS, 3.0),
         "guidance": make_guidance(
             prepare(Request("p", 1, guidance_scale=1.0, steps=STEPS)), PLAIN_GUIDANCE, ONE_EXPERT

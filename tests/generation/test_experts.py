@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from generation.expert_memory import ExpertTurns
-from generation.experts import Check, DitTurns, TurnRules
+from generation.experts import Check, DitTurns
 from modules.contract.loading import Placement
 from modules.contract.rules import Expert
 from modules.errors import CheckpointError
@@ -89,7 +89,7 @@ class Stage:
         host: int | None = None,
         device: torch.device = CUDA,
         experts: Sequence[Expert] = (LOW, HIGH),
-        **rules: bool,
+        **rules: Any,
     ) -> None:
         self.diary: list[str] = []
         self.places: dict[int, str] = {}
@@ -103,10 +103,10 @@ class Stage:
             device,
             self.load,
             self.aside,
-            TurnRules(**rules),
-            lambda needed: needed <= spare,
-            lambda: host,
-            ToyCopy,
+            **rules,
+            spare_bytes=lambda _: spare,
+            host_room=lambda: host,
+            make_copy=ToyCopy,
         )
 
     def load(self, expert: int) -> Toy:
@@ -239,8 +239,8 @@ class CountingTransfer(CountedMemory, Transfer):
         super().__init__(CPU)
 
 
-@pytest.mark.parametrize("rules", [TurnRules(), TurnRules(keep=True), TurnRules(lazy=True)], ids=str)
-def test_the_device_never_holds_much_more_than_one_expert(tmp_path: Path, rules: TurnRules) -> None:
+@pytest.mark.parametrize("rules", [{}, {"keep": True}, {"lazy": True}], ids=str)
+def test_the_device_never_holds_much_more_than_one_expert(tmp_path: Path, rules: dict[str, Any]) -> None:
     """Real networks through two videos: the ledger of the device's memory, and what they compute."""
     paths = [
         write_dit(tmp_path, tiny_state("t2v", seed=seed, num_layers=6), name=f"dit{seed}")
@@ -265,10 +265,10 @@ def test_the_device_never_holds_much_more_than_one_expert(tmp_path: Path, rules:
         CUDA,
         load,
         aside,
-        rules,
-        lambda _: False,
-        lambda: None,
-        copy_of,  # type: ignore[arg-type]
+        **rules,
+        spare_bytes=lambda _: -1,
+        host_room=lambda: None,
+        make_copy=copy_of,  # type: ignore[arg-type]
     )
     inputs = tiny_inputs("t2v", batch=1, frames=1)
     with torch.no_grad():
@@ -299,7 +299,7 @@ def orders(count: int) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("rule", [{}, {"keep": True}, {"lazy": True}], ids=str)
-def test_the_host_holds_what_was_counted(rule: dict[str, bool]) -> None:
+def test_the_host_holds_what_was_counted(rule: dict[str, Any]) -> None:
     for order in orders(40):
         stage = Stage(experts=EXPERTS, **rule)
         with stage.turns.phase(order) as dit_at:
@@ -307,7 +307,7 @@ def test_the_host_holds_what_was_counted(rule: dict[str, bool]) -> None:
                 dit_at(TIMESTEPS[expert])
                 if stage.turns._ahead is not None:
                     stage.turns._ahead.join()
-        assert ExpertTurns(order, TurnRules(**rule)).host_peak(SIZE, SWAPPED) == stage.most_on_host, order
+        assert ExpertTurns(order, **rule).host_peak(SIZE, SWAPPED) == stage.most_on_host, order
 
 
 def test_a_plan_names_what_waits_and_what_the_rooms_mean() -> None:
@@ -325,7 +325,7 @@ def test_a_plan_names_what_waits_and_what_the_rooms_mean() -> None:
     assert remarks(one, large, 1) == ""
     assert (phase_of(two).device, phase_of(two).host) == (SIZE, SIZE + SWAPPED)
     assert "they stay there" in remarks(two, large, large)
-    assert "they stay there" not in remarks(ExpertTurns((2, 0), TurnRules(never_beside=True)), large, large)
+    assert "they stay there" not in remarks(ExpertTurns((2, 0), never_beside=True), large, large)
     assert remarks(two, 1 << 20, large) == ""
     assert "loaded again instead of waiting" in remarks(two, 1 << 20, SIZE)
-    assert phase_of(ExpertTurns((2, 0), TurnRules(lazy=True))).host == SWAPPED
+    assert phase_of(ExpertTurns((2, 0), lazy=True)).host == SWAPPED

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from frame_pack.sections import section_frames
 from frame_pack.sections import video_frames as frames_of_video
 from generation.denoise import make_latents
+from generation.experts import DitTurns
 from generation.options import GenerationOptions
 from generation.progress import GrowingVideo, fade_in_clip
 from generation.run import generate
@@ -48,7 +49,9 @@ def session(family: ToyFamily, device: str = "cpu", spare: int = 0, host: int | 
     def load(expert: int) -> nn.Module:
         return family.load_dit(Placement(torch.device(device)), expert)
 
-    return Session(family, torch.device(device), load, False, lambda _: spare, lambda: host)
+    there = torch.device(device)
+    dits = DitTurns(family.experts, there, load, spare_bytes=lambda _: spare, host_room=lambda: host)
+    return Session(family, there, dits)
 
 
 def pieces_of(family: ToyFamily) -> tuple[list[Piece], Tensor]:
@@ -207,7 +210,7 @@ def test_a_preview_that_a_player_holds_is_replaced_later(
 
 @contextmanager
 def dit_at_work(made: Session) -> Iterator[None]:
-    with made.dit():
+    with made.dits.phase():
         yield
         assert made.family.places["dit"] == str(made.device)  # type: ignore[attr-defined]
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import wan_generate_video
 from generation import making
 from generation.asking import line_reader
+from generation.experts import DitTurns
 from generation.options import GenerationOptions, generation_parser, read_arguments
 from generation.run import generate
 from generation.script_options import ScriptDefaults
@@ -308,7 +309,7 @@ def session(family: ToyFamily, keep: bool) -> Session:
     def load(expert: int) -> nn.Module:
         return family.load_dit(Placement(CPU), expert)
 
-    return Session(family, CPU, load, keep)
+    return Session(family, CPU, DitTurns(family.experts, CPU, load, keep=keep))
 
 
 def test_lines_of_one_prompt_keep_their_own_negative_text() -> None:
@@ -323,7 +324,7 @@ def test_lines_of_one_prompt_keep_their_own_negative_text() -> None:
 def test_a_freed_network_is_really_gone() -> None:
     family = ToyFamily()
     freeing = session(family, keep=False)
-    with freeing.dit() as dit_at:
+    with freeing.dits.phase() as dit_at:
         dit = weakref.ref(dit_at(500.0))
     gc.collect()
     assert dit() is None

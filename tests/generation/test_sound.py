@@ -19,7 +19,7 @@ import wan_generate_video
 from blissful_tuner.guidance import make_guidance
 from blissful_tuner.options import PLAIN_GUIDANCE
 from generation.comparing import compare
-from generation.denoise import LoopStart, denoise
+from generation.denoise import denoise
 from generation.grid_options import CompareOptions
 from generation.outputs import save_latents, save_pixels
 from modules.contract.data import SOUND, Joint
@@ -319,7 +319,7 @@ def test_what_is_given_stays_at_every_step(given: str, solver: str) -> None:
         network,  # type: ignore[arg-type]
         lambda _: torch.nn.Identity(),
         section,
-        LoopStart(noise),
+        noise,
         solver_for(solver, 3, 3.0, draw=lambda shape: torch.randn(*shape)),
         make_guidance(prepare(Request("p", 1, guidance_scale=1.0, steps=3)), PLAIN_GUIDANCE),
         [watch],

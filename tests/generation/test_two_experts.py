@@ -13,6 +13,7 @@ from torch import Tensor
 
 import wan_generate_video
 from generation.dressing import expert_loras
+from generation.options import ExpertOptions
 from modules.contract.rules import ONE_EXPERT, Expert
 from modules.errors import CheckpointError, OptionError
 from modules.families import HIGH_NOISE, LOW_NOISE
@@ -194,7 +195,7 @@ def uses_of(experts: tuple[Expert, ...], low: list[Path], high: list[Path]) -> l
     options = SimpleNamespace(
         lora=LoraOptions.usual(lora_weight=tuple(low) or None),
         lora_patterns=LoraPatternOptions.usual(),
-        experts=SimpleNamespace(loras=LoraOptions.usual(lora_weight=tuple(high) or None)),
+        experts=ExpertOptions.usual(lora_weight_high_noise=tuple(high) or None),
     )
     return list(expert_loras(experts, options))  # type: ignore[arg-type]
 

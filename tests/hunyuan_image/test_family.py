@@ -14,7 +14,7 @@ from torch import Tensor
 
 from blissful_tuner.guidance import make_guidance
 from blissful_tuner.options import PLAIN_GUIDANCE
-from generation.denoise import LoopStart, SeededNoise, denoise
+from generation.denoise import SeededNoise, denoise
 from hunyuan_image.configs import LATENT, NOISE
 from hunyuan_image.family import HunyuanImage
 from hunyuan_image.files import HunyuanImageFiles, read_dit_header
@@ -83,7 +83,7 @@ def test_whole_sampling_equals_the_recorded_latents(run: dict[str, Any]) -> None
     solver = solver_for(prepared.solver, prepared.steps, DESCRIPTION["flow_shift"])
     guidance = make_guidance(prepared, replace(PLAIN_GUIDANCE, guidance_rescale=run["guidance_rescale"]))
 
-    latents = denoise(family, lambda _: golden_model(), section, LoopStart(section.noise), solver, guidance)
+    latents = denoise(family, lambda _: golden_model(), section, section.noise, solver, guidance)
 
     torch.testing.assert_close(latents[:, :, 0], TENSORS[run["name"]], **DESCRIPTION["tolerance"]["latent*"])
 

@@ -16,6 +16,7 @@ from networks.apply import LoraPatch
 from networks.loading import LoraUse, read_lora
 from tests.gpu.measuring import sent
 from tests.modules.swap_cases import CASES
+from tests.tiny.loras import unused
 from wan.checkpoints import load_dit
 from wan.spec import DIT
 
@@ -45,7 +46,7 @@ def main(path: Path, lora: Path, device: torch.device) -> None:
         "output": output.double().sum().item(),
         "mark": weight[0, 0].item(),
         "files": sorted({(words[4], words[-1]) for words in files}),  # inode, and whether it has a name
-        "unused": patch.unused(),
+        "unused": unused(patch),
         "pinned": weight.is_pinned() if device.type == "cuda" else False,
     }
     torch.distributed.barrier()

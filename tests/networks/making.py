@@ -20,7 +20,7 @@ from networks.metadata import save_network
 from tests.golden_cases import make_weights
 from tests.hunyuan_model.making import tiny_inputs, tiny_model
 from tests.tiny.families import OUTPUT, family_called
-from tests.tiny.loras import make_lora
+from tests.tiny.loras import make_lora, unused
 from tests.tiny.wan_dit import tiny_state, write_dit
 from wan.checkpoints import load_dit
 from wan.configs import WanConfig
@@ -108,7 +108,7 @@ def add_lora(dit: Any, lora: Path | LoraFile, multiplier: float = 1.0) -> Any:
     patch = LoraPatch([LoraUse(lora if isinstance(lora, LoraFile) else read_lora(lora), multiplier)])
     dit.load_state_dict({name: patch(name, weight) for name, weight in dit.state_dict().items()})
     patch.check()
-    assert patch.unused() == []
+    assert unused(patch) == []
     return dit
 
 

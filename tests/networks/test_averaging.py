@@ -27,6 +27,7 @@ from tests.faults.messages import assert_one_message, run_here
 from tests.networks.test_read_by_comfyui import MODELS, write_lora
 from tests.networks.test_read_by_comfyui import factors as factors_of_kind
 from tests.tiny import hunyuan_dit, stable_diffusion
+from tests.tiny.loras import unused
 
 NAME = "lora_unet_blocks_0_self_attn_q"
 
@@ -226,7 +227,7 @@ def bake(folder: Path, rank: int, *more: str, target: str = "default") -> LoraFi
 def effect(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     patch = LoraPatch([LoraUse(read_lora(path))])
     found = {name: patch(name, one.float()) - one.float() for name, one in state.items()}
-    assert patch.unused() == []
+    assert unused(patch) == []
     return found
 
 

@@ -20,7 +20,7 @@ from networks.factored import FactoredLayer, loha_shapes, lokr_shapes, split_siz
 from networks.loading import LoraUse, read_lora
 from tests.networks.making import inputs, tiny_dit
 from tests.networks.test_key_formats import TOLERANCE, load_there, run_there
-from tests.tiny.loras import lora_like
+from tests.tiny.loras import lora_like, unused
 from tests.tiny.wan_dit import tiny_state, write_dit
 from tests.training.conftest import _fresh_accelerator  # noqa: F401
 from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches
@@ -250,7 +250,7 @@ def test_loading_adds_every_difference(case: Case, modulation: str, caplog: pyte
     patch.check()
 
     case.assert_merged(dit.state_dict())
-    assert patch.unused() == []
+    assert unused(patch) == []
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
@@ -278,7 +278,7 @@ def test_conversion_keeps_every_difference(tmp_path: Path, case: Case, target: s
     for name in ("once", "twice"):
         patch = LoraPatch([LoraUse(read_lora(tmp_path / f"{name}.safetensors"), STRENGTH)])
         case.assert_merged({each: patch(each, weight) for each, weight in case.state.items()})
-        assert patch.unused() == []
+        assert unused(patch) == []
     # the one name for it that ComfyUI reads
     assert "diffusion_model.blocks.0.modulation.diff" in load_file(tmp_path / "twice.safetensors")
 
@@ -343,5 +343,5 @@ def test_diffusers_makes_the_same_of_it(tmp_path: Path, case: Case, through: str
     merged = {name: patch(name, weight) for name, weight in dit.state_dict().items()}
     found = run_there(other, dit)
     dit.load_state_dict(merged)
-    assert patch.unused() == []
+    assert unused(patch) == []
     torch.testing.assert_close(found, dit(**inputs(dit)), **TOLERANCE)

@@ -13,7 +13,7 @@ from networks.convert import convert_file
 from networks.deltas import add_missing_alphas
 from networks.key_formats import split_names, to_native
 from networks.loading import read_lora
-from networks.module_names import FAMILIES, alias, choose_family, diffusers_path, module_path, replace_dots
+from networks.module_names import FAMILIES, alias, choose_family, diffusers_path, module_path
 from networks.writing import Written, in_dialect
 from tests.golden_cases import read_case
 from tests.hunyuan_model import making as hunyuan
@@ -100,7 +100,7 @@ def test_every_parameter_of_a_published_wan_model_is_named(manifest: str) -> Non
 
     assert "blocks.0.modulation" in paths
     for path in paths:
-        assert module_path(replace_dots(path), WAN) == path
+        assert module_path(path.replace(".", "_"), WAN) == path
 
 
 @pytest.mark.parametrize("manifest", wan_manifests())
@@ -108,8 +108,8 @@ def test_names_of_the_diffusers_layout_are_brought_into_ours_and_back(manifest: 
     for name in tensor_list(manifest):
         if not name.endswith(".bias") and "control_adapter" not in name and "ref_conv" not in name:
             foreign, own = diffusers_name(name).removesuffix(".weight"), name.removesuffix(".weight")
-            assert alias(replace_dots(foreign), WAN) == replace_dots(own)
-            assert diffusers_path(replace_dots(own), WAN) == foreign
+            assert alias(foreign.replace(".", "_"), WAN) == own.replace(".", "_")
+            assert diffusers_path(own.replace(".", "_"), WAN) == foreign
 
 
 def test_names_that_several_families_have_are_those_of_like_blocks() -> None:
@@ -122,7 +122,7 @@ def test_names_that_several_families_have_are_those_of_like_blocks() -> None:
     of_several = ("x_embedder", "img_in", "txt_in", "final_layer.linear", "final_layer.adaLN_modulation.1")
     for family in FAMILIES:
         for module in family.modules:
-            name = replace_dots(module.replace("{n}", "7"))
+            name = module.replace("{n}", "7").replace(".", "_")
             owners = {other.name for other in FAMILIES if module_path(name, other)}
             is_like = any({family.name} < owners <= names for names in like)
             assert owners == {family.name} or is_like or module in of_several
@@ -207,7 +207,7 @@ CLIP, T5 = "text_model.encoder.layers.0.mlp.fc1", "encoder.block.0.layer.0.SelfA
 def test_layers_say_which_text_encoder_it_is(
     start: str, path: str, family: str | None, prefix: str | None
 ) -> None:
-    name = replace_dots(path)
+    name = path.replace(".", "_")
     key = f"{start}{name if start.startswith('lora') else path}.lora_A.weight"
     found = to_native({key: torch.ones(2, 2)}, family)
     if prefix is None:
@@ -220,7 +220,7 @@ def test_layers_say_which_text_encoder_it_is(
 def test_an_alpha_of_all_is_that_of_every_encoder_and_expert() -> None:
     key = f"text_encoder.{CLIP}.lora_A.weight"
     tensors = {"alpha": torch.tensor(2.0), key: torch.ones(2, 2)}
-    assert float(to_native(tensors).texts[f"lora_te1_{replace_dots(CLIP)}.alpha"]) == 2
+    assert float(to_native(tensors).texts[f"lora_te1_{CLIP.replace('.', '_')}.alpha"]) == 2
     assert to_native(tensors, with_texts=False).text_encoder == (key,)
     parts = split_names(
         ["alpha", *(f"{one}.blocks.0.self_attn.q.diff" for one in ("transformer", "transformer_2"))]

@@ -22,14 +22,14 @@ from networks.apply import LoraPatch
 from networks.convert import convert_file
 from networks.loading import LoraUse, read_lora
 from networks.merging import merge_into_file
-from networks.module_names import module_path, relatives, replace_dots
+from networks.module_names import module_path, relatives
 from networks.parts import fuse
 from tests.golden_cases import read_case
 from tests.hunyuan_model.making import golden_model, in_diffusers, run_there, tiny_inputs, tiny_model
 from tests.manifests import tensor_list
 from tests.networks import making
 from tests.tiny.hunyuan_dit import CONFIGS, comfy_state, diffusers_parts, tiny_state, write_dit
-from tests.tiny.loras import make_lora
+from tests.tiny.loras import make_lora, unused
 
 CPU = torch.device("cpu")
 
@@ -99,15 +99,15 @@ def test_every_layout_of_a_model_is_merged_to_the_same(tmp_path: Path, dialect: 
     merged = load_dit(tmp_path / "merged.safetensors", Placement(CPU)).state_dict()
     for name, tensor in state.items():
         assert torch.equal(merged[name].bfloat16(), patch(name, tensor)), name
-    assert patch.unused() == []
+    assert unused(patch) == []
 
 
 def test_every_module_of_the_diffusers_layout_finds_what_it_is_part_of() -> None:
     for name in tensor_list("hunyuanvideo-t2v-dit"):
-        path = replace_dots(name.removesuffix(".weight"))
+        path = name.removesuffix(".weight").replace(".", "_")
         if not name.endswith(".weight") or path.endswith(("_norm1", "_norm2")):
             continue
-        parts = [replace_dots(part.removesuffix(".weight")) for part in diffusers_parts(name)]
+        parts = [part.removesuffix(".weight").replace(".", "_") for part in diffusers_parts(name)]
         assert [relative.name for relative in relatives(path, HUNYUAN_VIDEO)][: len(parts)] == parts
         for part in parts:
             assert [relative.name for relative in relatives(part, HUNYUAN_VIDEO)] == [path]

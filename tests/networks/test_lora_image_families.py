@@ -33,7 +33,7 @@ from tests.golden_cases import load_model, make_weights, read_case
 from tests.manifests import tensor_list
 from tests.networks.making import assert_recorded
 from tests.tiny.dits import dit_called
-from tests.tiny.loras import make_lora
+from tests.tiny.loras import make_lora, unused
 from tests.tiny.lumina import tiny_state
 
 Both = Callable[[nn.Module, nn.Module], tuple[Tensor, Tensor]]  # ours, theirs -> their predictions
@@ -237,7 +237,7 @@ def test_a_file_of_diffusers_changes_a_model_as_the_network_did(tmp_path: Path, 
         patch = LoraPatch([LoraUse(read_lora(tmp_path / f"{name}.safetensors"), 0.5)])
         found.append({key: patch(key, weight) for key, weight in ours.state_dict().items()})
         patch.check()
-        assert patch.unused() == []
+        assert unused(patch) == []
 
     for key, weight in found[0].items():
         torch.testing.assert_close(found[1][key], weight, rtol=1e-5, atol=1e-6, msg=key)

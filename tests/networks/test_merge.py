@@ -19,7 +19,7 @@ from networks.options import LoraOptions, LoraPatternOptions
 from tests.golden_cases import read_case
 from tests.networks.making import golden_dit, golden_lora
 from tests.networks.test_lora_image_families import skeleton
-from tests.tiny.loras import make_lora
+from tests.tiny.loras import make_lora, unused
 
 
 def lora_file(tensors: dict[str, Tensor], name: str = "x.safetensors") -> LoraFile:
@@ -42,7 +42,7 @@ def test_merged_weights_equal_the_recorded_ones() -> None:
         torch.testing.assert_close(
             merged[name[7:]], expected[name], rtol=0, **description["tolerance"]["merged.*"]
         )
-    assert patch.unused() == []
+    assert unused(patch) == []
     patch.check()
 
 
@@ -108,7 +108,9 @@ def test_options_become_uses_with_missing_multipliers_one(tmp_path: Path) -> Non
         save_file({"lora_unet_a.diff": torch.ones(2, 2)}, file)
     options = LoraOptions.usual(lora_weight=files, lora_multiplier=(0.5,))
 
-    uses = lora_uses(options, LoraPatternOptions.usual(include_patterns=("a",)))
+    uses = lora_uses(
+        [*zip(files, options.multipliers(), strict=True)], LoraPatternOptions.usual(include_patterns=("a",))
+    )
 
     found = [(use.multiplier, use.include, use.exclude) for use in uses]
     assert found == [(0.5, "a", None), (1.0, None, None)]
@@ -117,18 +119,18 @@ def test_options_become_uses_with_missing_multipliers_one(tmp_path: Path) -> Non
 def test_patterns_for_files_fit_with_dots_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     names = [f"lora_unet_blocks_{n}_self_attn_q" for n in (1, 11)]
     save_file({f"{name}.diff": torch.ones(2, 2) for name in names}, tmp_path / "x.safetensors")
-    options = LoraOptions.usual(lora_weight=(tmp_path / "x.safetensors",))
+    files = [(tmp_path / "x.safetensors", 1.0)]
     for pattern, kept in [
         (r"blocks\.1\.self_attn", [True, False]),
         ("blocks_1_", [True, False]),
         ("blocks.1", [True, True]),
         (r"blocks\.2\.", [False, False]),
     ]:
-        (use,) = lora_uses(options, LoraPatternOptions.usual(include_patterns=(pattern,)))
+        (use,) = lora_uses(files, LoraPatternOptions.usual(include_patterns=(pattern,)))
         assert [use.keeps(["diff"], name) for name in names] == kept
     for typed in (None, ("blocks_1_",)):  # what an option excludes beside them may fit nothing
         patterns = LoraPatternOptions.usual(exclude_patterns=typed).also_excluding("single_blocks|q$", 1)
-        (use,) = lora_uses(options, patterns)
+        (use,) = lora_uses(files, patterns)
         assert [use.keeps(["diff"], name) for name in names] == [typed is None, True]
         assert not use.keeps(["diff"], "lora_unet_single_blocks_1")
         assert "option" not in str(use.exclude)

@@ -14,6 +14,7 @@ from networks.apply import LoraPatch
 from networks.loading import LoraUse, read_lora
 from tests.ltx_2.tiny_dit import dit_state
 from tests.tiny import flux, flux_2, hunyuan_dit, hunyuan_image, krea2, lumina, qwen_image, wan_dit, z_image
+from tests.tiny.loras import unused
 
 # Source: comfy/lora.py and comfy/weight_adapter in the repository Comfy-Org/ComfyUI
 
@@ -257,7 +258,7 @@ def test_a_converted_file_of_every_kind_is_read_whole(tmp_path: Path, name: str,
     again = LoraPatch([LoraUse(read_lora(tmp_path / "other.safetensors"))])
     for key, one in model.state.items():
         torch.testing.assert_close(again(key, one) - one, expected[key], rtol=1e-4, atol=2e-5)
-    assert again.unused() == []
+    assert unused(again) == []
     if kind == "DoRA":
         convert(tmp_path / "other.safetensors", tmp_path / "back.safetensors", *frozen, target="default")
         saved, back = load_file(tmp_path / "saved.safetensors"), load_file(tmp_path / "back.safetensors")

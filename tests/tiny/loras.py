@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from networks.apply import LoraPatch
 from networks.lora_network import OwnNetwork
 from networks.own_modules import build_from_tensors, build_network
 
@@ -25,3 +26,13 @@ def make_lora(
 def lora_like(name: str, tensors: Mapping[str, Tensor], dit: nn.Module, **arguments: Any) -> OwnNetwork:
     """A network with the modules, ranks and alphas of a file's tensors, not their values."""
     return build_from_tensors(f"networks.{name}", tensors, None, arguments, dit, {})
+
+
+def unused(patch: LoraPatch) -> list[str]:
+    """The parts of a patch's LoRAs without a weight so far, as `file: module.weight`."""
+    return [
+        f"{use.lora.path.name}: {key}"
+        for use in patch._uses
+        for key in patch._keys(use)
+        if key not in patch._seen
+    ]

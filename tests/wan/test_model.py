@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from blissful_tuner.guidance import make_guidance
 from blissful_tuner.guidance_formulas import NormalisedGuidance
 from blissful_tuner.options import PLAIN_GUIDANCE
-from generation.denoise import LoopStart, SeededNoise, denoise
+from generation.denoise import SeededNoise, denoise
 from generation.prompt_lines import SOLVERS
 from modules.contract.data import Conditions
 from modules.contract.requests import Request
@@ -256,7 +256,7 @@ def run(section: Section, solver: str, watch: Callable[[StepDone], bool], **guid
         Told(),  # type: ignore[arg-type]
         lambda _: nn.Identity(),
         section,
-        LoopStart(section.noise),
+        section.noise,
         solver_for(solver, 5, 3.0, draw=draw),
         make_guidance(request, replace(PLAIN_GUIDANCE, **guidance)),
         [watch],

@@ -27,6 +27,7 @@ from networks.loading import LoraUse, read_lora
 from tests.commands import ROOT, run_python
 from tests.modules.fake_device import CountedMemory, FakeDevice, Interruption, hide
 from tests.modules.swap_cases import CASES, CPU, Case, same, swapped
+from tests.tiny.loras import unused
 from tests.tiny.project import write_lora
 from tests.tiny.wan_dit import tiny_state, write_dit
 from wan.checkpoints import load_dit
@@ -205,7 +206,7 @@ def test_loras_are_merged_into_swapped_weights_and_one_that_fits_nothing_is_stil
         assert host is not None
         found = load_dit(path, Placement(CPU, patch=used, host=Watched(host, is_filled_here)))
         used.check()
-        assert used.unused() == []
+        assert unused(used) == []
         if is_filled_here:
             assert all(torch.equal(expected[name], weight) for name, weight in found.named_parameters())
         else:  # left to another process
