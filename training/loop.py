@@ -7,6 +7,7 @@ validation, saving, or on where it was stopped and resumed.
 """
 
 import contextlib
+import functools
 import logging
 import math
 from collections.abc import Iterator
@@ -19,15 +20,14 @@ from modules.devices import numbers_on
 from modules.errors import UserError
 from modules.seeds import derive_seed
 from networks.adapter import ForeignNetwork, NormReport
-from training.data.feed import MicroBatch
-from training.loss import sum_streams, training_losses
+from training.loss import NoisyBatch, training_losses
 from training.optimizers.optimizer import evaluation
 from training.processes import is_any, sum_over_processes
 from training.reports.history import LOSS
 from training.reports.logs import WISHES, StepReport, name_rates
 from training.reports.pauses import SAMPLES, SAVING, VALIDATION
 from training.training_run import SAMPLE, SAVE, STOP, TrainingRun
-from training.validation import EPOCH, STEP
+from training.validation import EPOCH, STEP, Validation
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def train(run: TrainingRun) -> bool:
     Returns False if the run was asked to end before.
     """
     progress, plan = run.progress, run.steps
-    with run.stop.listen():
+    with run.requests.listen():
         # what is due before the first step, or was left over when the resumed state was saved
         if progress.step == 0 and run.options.samples.sample_at_first and progress.sampled_step != 0:
             progress.sample_pending = "e000000"
@@ -50,8 +50,8 @@ def train(run: TrainingRun) -> bool:
         if is_ending(run):  # nothing has changed since the resumed state, so there is nothing to save
             logger.info("Ended before step %d; run the same command to start again.", progress.step + 1)
             return False
-        if progress.step == 0 and run.validation.items:
-            _validate(run, STEP)
+        if progress.step == 0 and run.validation is not None:
+            _validate(run, run.validation, STEP)
         _restart_clock(run)
         with contextlib.closing(run.feed.start(progress.epoch, progress.position)) as micro_batches:
             for epoch in range(progress.epoch, plan.num_epochs):
@@ -64,12 +64,12 @@ def train(run: TrainingRun) -> bool:
                     _after_epoch(run)
                 if is_ending(run):
                     return False
-        _settle(run)
+        _note(run, run.readings.flush())
         run.saver.save_final()
     return True
 
 
-def advance(run: TrainingRun, group: range, micro_batches: Iterator[MicroBatch]) -> bool:
+def advance(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch]) -> bool:
     """Take a step and do the work due after it. Returns whether the run has to end here."""
     asked = take_step(run, group, micro_batches)
     progress = run.progress
@@ -81,12 +81,12 @@ def advance(run: TrainingRun, group: range, micro_batches: Iterator[MicroBatch])
 
 
 def is_ending(run: TrainingRun) -> bool:
-    return run.stop.agreed and run.progress.step < run.steps.total_steps
+    return run.requests.agreed and run.progress.step < run.steps.total_steps
 
 
-def take_step(run: TrainingRun, group: range, micro_batches: Iterator[MicroBatch]) -> Asked:
+def take_step(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch]) -> Asked:
     """Take one optimizer step on the micro-batches of `group`. Returns the requests of clock and files."""
-    progress, batches = run.progress, run.feed.batches
+    progress, feed = run.progress, run.feed
     for network in run.model.trainable.all_networks:
         if isinstance(network, ForeignNetwork):
             network.on_step_start()
@@ -97,8 +97,8 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[MicroBatch
     # for the device.
     reached, places = run.parameters, [(progress.epoch, index) for index in group]
     if run.model.trainable.by_expert:
-        reached = run.model.trainable.reached({batches.expert_of(place) for place in places})
-    if run.of_sound and not any(map(batches.has_sound, places)):
+        reached = run.model.trainable.reached({feed.expert_of(place) for place in places})
+    if run.of_sound and not any(map(feed.has_sound, places)):
         reached = [parameter for parameter in reached if parameter not in run.of_sound]
     with contextlib.ExitStack() as stack:
         for adapter in run.model.adapters:
@@ -106,27 +106,29 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[MicroBatch
         row, keys = _accumulate(run, group, micro_batches)
     run.model.stepping.begin(reached)
     is_alone = run.steps.everyone == 1
-    if run.triggers.asks_for(STOP):
-        run.triggers.finish(STOP)  # at once: the run that goes on from here was not asked
-        run.stop.asked = True
-    here = (run.clock.is_due() or run.triggers.asks_for(SAVE), run.triggers.asks_for(SAMPLE))
+    if run.requests.asks_for(STOP):
+        run.requests.finish(STOP)  # at once: the run that goes on from here was not asked
+        run.requests.ends = True
+    is_due = run.clock is not None and run.clock.is_due()
+    here = (is_due or run.requests.asks_for(SAVE), run.requests.asks_for(SAMPLE))
     if not is_alone:
-        wishes = [run.stop.asked, *here]
+        wishes = [run.requests.ends, *here]
         row[WISHES] = numbers_on(run.device, wishes, torch.float32)
         row = sum_over_processes(run.model.trainable.whole(reached), row)
     norm = run.model.stepping.finish().detach().float()  # of the gradients before clipping
     run.model.schedule.step()
     run.model.optimizer.zero_grad(set_to_none=True)
-    norms = run.model.trainable.limit_norms(run.device)
-    run.model.average.after_step()
-    items = batches.order.epoch(progress.epoch)
+    trainable = run.model.trainable
+    norms = [] if trainable.max_norm is None else [trainable.limit_norms(trainable.max_norm, run.device)]
+    if run.model.average is not None:
+        run.model.average.after_step()
+    items = feed.order.epoch(progress.epoch)
     sizes = tuple(sorted(item.bucket for index in group for item in items[index]))
     step = StepReport(progress.step + 1, rates, keys, sizes)
     before = run.readings.push(step, torch.cat([row, *norms, norm.view(1)]))
-    if before is not None:
-        _note(run, before)
+    _note(run, before)
     if is_alone:
-        run.stop.agreed = run.stop.asked
+        run.requests.agreed = run.requests.ends
         return here
     # processes must agree, so this is what was asked for during the previous step: all have read it by now
     _, saves, samples = before.row[WISHES] if before is not None else (0, 0, 0)
@@ -134,7 +136,7 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[MicroBatch
 
 
 def _accumulate(
-    run: TrainingRun, group: range, micro_batches: Iterator[MicroBatch]
+    run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch]
 ) -> tuple[Tensor, tuple[str, ...]]:
     """Accumulate the gradients of this process' share of the group.
 
@@ -147,34 +149,34 @@ def _accumulate(
     # the first use sets it up; a process without a micro-batch in this step needs that too
     run.model.scaler.scale(row)
     for place, index in enumerate(steps.share(group, run.feed.process)):
-        micro_batch = next(micro_batches)
+        noisy_batch = next(micro_batches)
         # dropout is a function of the seed and the micro-batch
-        seed = derive_seed(progress.seed, "dropout", micro_batch.number)
+        seed = derive_seed(progress.seed, "dropout", noisy_batch.number)
         for network in run.model.trainable.all_networks:
             network.set_dropout_seed(seed)
         # the global generators are for networks that use them; torch.manual_seed itself would record the call
         # for every kind of device that is not in use
-        seed = derive_seed(progress.seed, "global", micro_batch.number)
+        seed = derive_seed(progress.seed, "global", noisy_batch.number)
         torch.default_generator.manual_seed(seed)
         if run.device.type == "cuda":
             torch.cuda.manual_seed(seed)
         elif run.device.type == "mps":
             torch.mps.manual_seed(seed)
         if run.memory is not None:
-            run.memory.see_batch(micro_batch.data.noise.numel())
-        expert = micro_batch.data.expert
-        with run.autocast():
-            batch = run.texts.add_to(micro_batch.data.batch)
-        noisy_batch = replace(micro_batch.data, batch=batch).to(run.device)
+            run.memory.see_batch(noisy_batch.noise.numel())
+        if run.texts.encoders:
+            with run.autocast():
+                noisy_batch = replace(noisy_batch, batch=run.texts.add_to(noisy_batch.batch))
+        noisy_batch, expert = noisy_batch.to(run.device), noisy_batch.expert
         is_repeat = steps.in_lockstep and steps.is_repeat(index, run.feed.process)
         experts = [expert]
         if len(run.experts) > 1 and steps.in_lockstep:  # those of all processes now
             now = [steps.share(group, process)[place] for process in range(steps.processes)]
-            experts = sorted({run.feed.batches.expert_of((progress.epoch, other)) for other in now})
+            experts = sorted({run.feed.expert_of((progress.epoch, other)) for other in now})
         for which in experts:
             dit = run.model.dits.at(which)
             losses = training_losses(run.family, dit, noisy_batch, run.autocast, run.rule)
-            loss = sum_streams(losses) / parts
+            loss = functools.reduce(torch.add, losses) / parts
             if is_repeat or which != expert:
                 # for the others, which gather the blocks from this process
                 run.model.scaler.scale(0 * loss).backward()
@@ -185,15 +187,17 @@ def _accumulate(
             for part, value in by_part.items() if count else ():
                 row[WISHES.stop + part] += value.detach()
                 row[WISHES.stop + count + part] += 1
-            keys += micro_batch.data.batch.keys
+            keys += noisy_batch.batch.keys
     return row, keys
 
 
-def _note(run: TrainingRun, step: StepReport) -> None:
-    """Log a step.
+def _note(run: TrainingRun, step: StepReport | None) -> None:
+    """Log a step, if there is one.
 
     Raises UserError if its loss or gradient norm is NaN or infinite, before anything made from it is saved.
     """
+    if step is None:
+        return
     loss, norm = step.row[0], step.row[-1]
     if not (math.isfinite(loss) and math.isfinite(norm)) and not run.model.scaler.is_enabled():
         keys = ", ".join(step.keys)
@@ -209,7 +213,7 @@ def _note(run: TrainingRun, step: StepReport) -> None:
         losses.append(loss)
     del losses[: -run.steps.steps_per_epoch]
     if run.steps.everyone > 1:
-        run.stop.agreed = run.stop.agreed or step.row[WISHES][0] > 0
+        run.requests.agreed = run.requests.agreed or step.row[WISHES][0] > 0
     # the mean losses of the parts that had micro-batches in this step
     count, numbers = len(run.parts), step.row[WISHES.stop :]
     parts = zip(run.parts, numbers[:count], numbers[count : 2 * count], strict=True)
@@ -223,12 +227,6 @@ def _note(run: TrainingRun, step: StepReport) -> None:
     )
     run.logs.step(report)
     run.reporter.note_step(report, run.logs.left(report.step))
-
-
-def _settle(run: TrainingRun) -> None:
-    step = run.readings.flush()
-    if step is not None:
-        _note(run, step)
 
 
 def _restart_clock(run: TrainingRun) -> None:
@@ -252,9 +250,9 @@ def _after_step(run: TrainingRun, asked: Asked) -> None:
     samples = asks_to_sample or (sample_every is not None and progress.step % sample_every == 0)
     if not (saves or validates or samples):
         return
-    _settle(run)
-    if validates:
-        _validate(run, STEP)
+    _note(run, run.readings.flush())
+    if validates and run.validation is not None:
+        _validate(run, run.validation, STEP)
     if samples:
         progress.sample_pending = f"{progress.step:06d}"
         if not is_ending(run):
@@ -262,12 +260,13 @@ def _after_step(run: TrainingRun, asked: Asked) -> None:
     if is_ending(run):
         _save_to_go_on(run)
     elif saves:
-        run.clock.restart()
+        if run.clock is not None:
+            run.clock.restart()
         with run.logs.pauses.of(SAVING):
             run.saver.save_step(progress.step)
     for kind, is_done in ((SAVE, asks_to_save), (SAMPLE, asks_to_sample)):
         if is_done:
-            run.triggers.finish(kind)
+            run.requests.finish(kind)
     _restart_clock(run)
 
 
@@ -279,7 +278,7 @@ def _after_epoch(run: TrainingRun) -> None:
     progress, options = run.progress, run.options
     epoch = progress.epoch + 1
     is_whole = progress.position >= run.steps.num_batches
-    _settle(run)
+    _note(run, run.readings.flush())
     run.logs.values({"loss/epoch": sum(progress.losses) / max(len(progress.losses), 1)}, progress.step)
     sample_every = options.samples.sample_every_n_epochs
     if sample_every is not None and epoch % sample_every == 0 and progress.sampled_step != progress.step:
@@ -295,10 +294,10 @@ def _after_epoch(run: TrainingRun) -> None:
         _sample(run)
     if is_ending(run):
         _save_to_go_on(run)
-    elif run.validation.items and options.validation.is_due_after_epoch(
+    elif run.validation is not None and options.validation.is_due_after_epoch(
         epoch, progress.step, run.steps.steps_per_epoch, saves or is_last
     ):
-        _validate(run, EPOCH)
+        _validate(run, run.validation, EPOCH)
     _restart_clock(run)
 
 
@@ -326,7 +325,7 @@ def _sample(run: TrainingRun) -> None:
         was_stopped, together = False, run.steps.everyone if run.steps.works_together else 1
 
         def check() -> None:
-            if is_any(run.stop.asked, together, run.device):
+            if is_any(run.requests.ends, together, run.device):
                 raise SamplingStopped
 
         mark, tell = progress.sample_pending, run.reporter.note_doing
@@ -339,7 +338,7 @@ def _sample(run: TrainingRun) -> None:
             was_stopped = True
         if is_any(was_stopped, run.steps.everyone, run.device):
             logger.info("Samples of step %d will be made after resuming.", progress.step)
-            run.stop.agreed = True
+            run.requests.agreed = True
             return
         run.reporter.note_samples(progress.step, progress.sample_pending)
     progress.sample_pending, progress.sampled_step = "", progress.step
@@ -351,18 +350,18 @@ def _as_sampled(run: TrainingRun) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for loras in run.model.sample_loras:
             stack.enter_context(loras.switched_on(run.device, run.model.compute_dtype))
-        if run.options.average.sample_ema:
+        if run.options.average.sample_ema and run.model.average is not None:
             stack.enter_context(run.model.average.in_place())
         yield
 
 
-def _validate(run: TrainingRun, occasion: str) -> None:
+def _validate(run: TrainingRun, validation: Validation, occasion: str) -> None:
     ready = evaluation(run.model.modules, run.model.optimizer, run.parameters)
     with run.logs.pauses.of(VALIDATION), ready:
-        losses = run.validation.measure(run.model.dits.at, run.autocast)
+        losses = validation.measure(run.model.dits.at, run.autocast)
     step, past, loss = run.progress.step, run.progress.losses, losses[LOSS]
     running = sum(past) / len(past) if past else None
-    run.logs.values(run.validation.rule.logged(losses, occasion, running), step)
+    run.logs.values(validation.rule.logged(losses, occasion, running), step)
     # levels are on the page and in the trackers
     earlier = run.reporter.validations  # losses by their steps
     before = f"{earlier[max(earlier)]:.5f} -> " if earlier else ""

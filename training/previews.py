@@ -106,7 +106,8 @@ def _plan(
     family.check_given_files()  # first: caches are made with them
     config = read_config(options, family)
     texts = find_live_texts(family, options, config)
-    check_teacher(family, options, texts)
+    if options.frozen.teacher is not None:
+        check_teacher(family, options.frozen.teacher, texts)
     plans = plan_tables(family, config, options.caching, texts.keys)
     if not all(plan.can_be_planned for plan in plans):
         raise OptionError(

@@ -22,7 +22,7 @@ from modules.options import options_with
 from networks.lora_settings import DEFAULT_RANK
 from networks.options import NOTHING_FROZEN, FrozenModelOptions
 from training.experts import TRAINING_ADAPTER
-from training.optimizers.optimizer import class_path
+from training.optimizers.optimizer import PATHS
 from training.options import TrainingOptions
 from training.reports.logs import public_config
 from training.saving.files import find_set_aside
@@ -52,27 +52,27 @@ LISTED = (
 )
 
 
-def find_state(options: TrainingOptions, is_main_process: bool) -> SavedState | ForeignState | None:
-    """Read the state that --resume names; None without --resume, or if `latest` finds none.
+def find_state(
+    options: TrainingOptions, resume: str, is_main_process: bool
+) -> SavedState | ForeignState | None:
+    """Read the state that --resume names; None if `latest` finds none.
 
     All processes must call it. Raises OptionError or CheckpointError if there is none, or if it cannot be
     used.
     """
     saving = options.saving
-    if saving.resume is None:
-        return None
-    if saving.resume in {LATEST, LATEST_ONLY} and not options.hub.resume_from_huggingface:
+    if resume in {LATEST, LATEST_ONLY} and not options.hub.resume_from_huggingface:
         # one process searches, and also cleans up after a kill
         found = [find_latest(*saving.place) if is_main_process else None]
         folder = broadcast_object_list(found)[0]
         if folder is None:
-            _explain_no_state(saving.resume, *saving.place)
+            _explain_no_state(resume, *saving.place)
             return None
     elif options.hub.resume_from_huggingface:
         fetch = import_own("training.saving.hub").download_state
-        folder = fetch(saving.resume, options.hub.huggingface_token, saving.place[0] / "resumed")
+        folder = fetch(resume, options.hub.huggingface_token, saving.place[0] / "resumed")
     else:
-        folder = to_path("--resume", saving.resume)
+        folder = to_path("--resume", resume)
     logger.info("Resuming from %s", folder)
     return read_state(folder)
 
@@ -174,7 +174,7 @@ def epoch_digest(order: BatchOrder) -> str:
 
 
 def check_resumable(
-    saved: SavedState | ForeignState | None,
+    saved: SavedState | ForeignState,
     identity: Mapping[str, Any],
     habits: Mapping[str, Any],
     options: TrainingOptions,
@@ -275,7 +275,8 @@ def _resolve(identity: Mapping[str, Any]) -> dict[str, Any]:
     """Return an identity in which settings of equal meaning are equal, however they were typed."""
     resolved = dict(identity)
     if "--optimizer_type" in resolved:
-        resolved["--optimizer_type"] = class_path(str(resolved["--optimizer_type"]))
+        name = str(resolved["--optimizer_type"])
+        resolved["--optimizer_type"] = PATHS.get(name.lower(), name)
     for option in ("--optimizer_args", "--network_args"):
         if option in resolved:
             resolved[option] = _resolve_pairs(option, str(resolved[option]))

@@ -199,7 +199,8 @@ class SampleOptions(Options, title="samples while training"):
                 "--sample_every_n_steps, --sample_every_n_epochs and --sample_at_first need a file with "
                 "prompts: give --sample_prompts"
             )
-        self.loras()
+        if self.sample_lora:
+            self.loras()
 
     def loras(self) -> list[tuple[Path, float]]:
         """Return the files of --sample_lora with their multipliers. Raises OptionError if one is missing."""

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,6 @@ from modules.errors import OptionError
 from modules.installation import import_own
 from modules.offload.block_swap import settle_all
 from modules.offload.sharding import as_split
-from training.averages import PART as AVERAGE
 from training.experts import expert_metadata
 from training.metadata import continued_sizes, file_metadata, run_metadata
 from training.optimizers.optimizer import (
@@ -27,7 +27,14 @@ from training.optimizers.stepping import steps_numbers
 from training.options import TrainingOptions
 from training.resuming import listed_settings
 from training.saving.files import NoSaver, Saver
-from training.saving.states import ForeignState, SavedState, load_module, one_error, write_state
+from training.saving.states import (
+    AVERAGE,
+    ForeignState,
+    SavedState,
+    load_module,
+    one_error,
+    write_state,
+)
 from training.training_run import TrainedModel
 
 if TYPE_CHECKING:  # it is loaded only if files are uploaded
@@ -44,14 +51,14 @@ def make_saver(
     prompts: Sequence[str],
     note_saved: Callable[[Sequence[Path], int], None],
 ) -> Saver | NoSaver:
-    """Make the saver in the main process; the others save nothing.
+    """Make the saver in the main process, and remove what it no longer keeps; the others save nothing.
 
     uploads: None without a repository. prompts: of the samples, for the card. note_saved: gets the files of
     each save, and the step.
     """
     plan, trainable = model.plan, model.trainable
     options, progress = plan.options, plan.progress
-    is_first = plan.accelerator.is_main_process
+    is_first, average = plan.accelerator.is_main_process, model.average
     if not (is_first or plan.splits_model):
         return NoSaver()
     dtype, metadata_now = file_dtype(options, model.dits.networks[0]), _metadata_of(model)
@@ -62,8 +69,9 @@ def make_saver(
             trainable.writes[part](path, dtype, metadata_now(part))
 
     def write_average(part: str, path: Path) -> None:
-        with model.average.in_place():
-            own = {} if options.metadata.no_metadata else model.average.metadata
+        assert average is not None
+        with average.in_place():
+            own = {} if options.metadata.no_metadata else average.metadata
             trainable.writes[part](path, dtype, {**metadata_now(part), **own})
 
     card = None
@@ -77,21 +85,20 @@ def make_saver(
         write = import_own("training.saving.split_model").write_split_state if split else write_state
         write(folder, take_state(model))
 
-    def publish(path: Path) -> None:
-        if uploads is not None:
-            uploads.publish(path, card)
-
-    return Saver(
+    saver = Saver(
         plan.saving,
         plan.names,
         write_file,
         write_own,
-        publish,
-        (lambda _: None) if uploads is None else uploads.publish_state,
-        write_average if model.average.values else None,
+        None if uploads is None else partial(uploads.publish, card=card),
+        None if uploads is None else uploads.publish_state,
+        None if average is None else write_average,
         is_first,
         lambda paths: note_saved(paths, progress.step),
     )
+    saver.remove_leftovers()
+    saver.tidy(progress.step, progress.epoch)
+    return saver
 
 
 def _metadata_of(model: TrainedModel) -> Callable[[str], dict[str, str]]:
@@ -127,8 +134,8 @@ def take_state(model: TrainedModel) -> SavedState:
     parts: dict[str, Mapping[str, Tensor]] = {
         name: module.state_dict() for name, module in model.trainable.modules.items()
     }
-    if average := model.average.tensors():
-        parts[AVERAGE] = average
+    if model.average is not None:
+        parts[AVERAGE] = model.average.tensors()
     kept = optimizer_state(model.optimizer, model.trainable.names)
     for name, weight in _stepped_rows(model).items():
         values = kept["states"].get(name, {})
@@ -143,7 +150,7 @@ def take_state(model: TrainedModel) -> SavedState:
         kept,
         model.schedule.state_dict(),
         model.scaler.state_dict(),
-        model.average.described(),
+        None if model.average is None else {"steps": model.average.steps},
         listed_settings(plan.options, plan.saving),
     )
 
@@ -173,7 +180,8 @@ def _restore_foreign(model: TrainedModel, saved: ForeignState) -> None:
     """Restore weights, and the optimizer if it is known which of its tensors belongs to which layer."""
     module = next(iter(model.trainable.modules.values()))  # beside it may be what no file holds
     load_module(module, saved.network)
-    model.average.begin()
+    if model.average is not None:
+        model.average.begin()
     family = model.plan.family
     found = import_own("training.optimizers.foreign").renumber(
         saved.optimizer,
@@ -199,12 +207,8 @@ def _restore_own(model: TrainedModel, saved: SavedState) -> None:
         from training.saving.split_model import fill_state
 
         own = {name: module.state_dict() for name, module in model.trainable.modules.items()}
-        fill_state(
-            saved,
-            own | {AVERAGE: model.average.tensors()},
-            _stepped_rows(model),
-            model.device,
-        )
+        own[AVERAGE] = {} if model.average is None else model.average.tensors()
+        fill_state(saved, own, _stepped_rows(model), model.device)
     for name, module in model.trainable.modules.items():
         load_module(module, saved.parts[name])
     kept, is_changed = saved.optimizer, bool(model.plan.changes)
@@ -221,7 +225,8 @@ def _restore_own(model: TrainedModel, saved: SavedState) -> None:
         model.schedule.load_state_dict(saved.schedule)
     if saved.scaler:
         model.scaler.load_state_dict(saved.scaler)
-    model.average.restore(saved)
+    if model.average is not None:
+        model.average.restore(saved)
 
 
 def _stepped_rows(model: TrainedModel) -> dict[str, Tensor]:

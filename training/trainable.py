@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,6 @@ from networks.adapter import ForeignNetwork, TrainableNetwork, tie_network
 from networks.deltas import sizes_of
 from networks.metadata import save_network
 
-AsBase = Callable[[], AbstractContextManager[object]]
 # learning rates: of all; of the DiT's part and of each text encoder that learns, None: as all
 Rates = tuple[float, float | None, Sequence[float] | None]
 Write = Callable[[Path, torch.dtype | None, Mapping[str, str]], None]  # file, dtype of its tensors, metadata
@@ -85,21 +83,15 @@ class Trainable:
             if isinstance(network, ForeignNetwork):
                 network.on_epoch_start()
 
-    def limit_norms(self, device: torch.device) -> list[Tensor]:
-        """Limit norms after an optimizer step; return the numbers of a `NormReport`, if any is limited."""
-        if self.max_norm is None or not self.networks:
-            return []
-        found = [network.scale_norms(self.max_norm, device) for network in self.networks]
+    def limit_norms(self, max_norm: float, device: torch.device) -> Tensor:
+        """Limit norms of the networks after an optimizer step; return the numbers of a `NormReport`."""
+        found = [network.scale_norms(max_norm, device) for network in self.networks]
         keys_scaled, means, largest = torch.stack(found).unbind(1)  # of networks of as many modules each
-        return [torch.stack([keys_scaled.sum(), means.mean(), largest.max()])]
-
-    @property
-    def as_base(self) -> AsBase | None:
-        """Return a function that makes a block in which the DiTs are as loaded; None if one learns itself."""
-        return self._without_networks if self.networks else None
+        return torch.stack([keys_scaled.sum(), means.mean(), largest.max()])
 
     @contextlib.contextmanager
-    def _without_networks(self) -> Iterator[None]:
+    def as_base(self) -> Iterator[None]:
+        """Run a block in which the DiTs are as loaded. Not for one that learns itself."""
         for network in self.all_networks:
             network.set_multiplier(0.0)
         try:

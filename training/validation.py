@@ -128,8 +128,9 @@ class Validation:
         if self.sources.tables:
             place = RunPlace(0, 0, 1, 1)  # wildcards are drawn alike each time, all parts are there
             batch = replace(batch, captions=change_captions((item,), batch.captions, (0,), place))
-        with autocast():
-            batch = self.texts.add_to(batch)
+        if self.texts.encoders:
+            with autocast():
+                batch = self.texts.add_to(batch)
         shape = batch.tensor("latents").shape
         # in all bands, and in all runs of one probability
         given_frames = draw_given_frames(self.family.noise, shape[2], "validation", item.key, "given frames")

@@ -102,8 +102,6 @@ class LiveTexts:
 
         Gradients flow to trained parts, if they are on. Other encoders are asked without.
         """
-        if not self.encoders:
-            return batch
         prompts = [Prompt(caption) for caption in batch.captions]
         tensors = dict(batch.tensors)
         for encoder in self.encoders:

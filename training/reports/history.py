@@ -69,7 +69,7 @@ class Start:
     total_steps: int
     changed: Sequence[tuple[str, str]] = ()  # options that differ from their defaults
     unchanged: Sequence[tuple[str, str]] = ()
-    listens: bool = False  # to files that ask for something, see `TriggerFiles`
+    listens: bool = False  # to files that ask for something, see `Requests`
     process: Mapping[str, Any] = field(default_factory=dict)  # see `describe_process`
     written_in: str = ""  # folder of the history, with links resolved; "": an older version's
 

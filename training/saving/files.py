@@ -61,7 +61,7 @@ class Names:
 class MinuteClock:
     """Tell when this many minutes have passed since the last save. `now` returns seconds."""
 
-    minutes: float | None
+    minutes: float
     now: Callable[[], float] = time.monotonic
     last: float = field(default=0.0, init=False)
 
@@ -69,7 +69,7 @@ class MinuteClock:
         self.last = self.now()
 
     def is_due(self) -> bool:
-        return self.minutes is not None and self.now() - self.last >= 60 * self.minutes
+        return self.now() - self.last >= 60 * self.minutes
 
     def restart(self) -> None:
         self.last = self.now()
@@ -86,43 +86,46 @@ class Saver:
     names: Names
     write_file: WriteFile
     write_state: Callable[[Path], None]
-    publish: Publish
-    publish_state: Publish
+    publish: Publish | None  # None: nothing is uploaded
+    publish_state: Publish | None
     write_average: WriteFile | None = None  # of the weights, beside each file; None if it is not kept
     is_main: bool = True
     note_saved: Callable[[Sequence[Path]], None] = lambda _: None  # gets all files of a save
 
     def save_step(self, step: int, with_state: bool | None = None) -> None:
         self._save(self.names.step(step), self.options.save_state if with_state is None else with_state)
-        self.tidy_steps(step)
+        self.tidy(step=step)
 
     def save_epoch(self, epoch: int) -> None:
         self._save(self.names.epoch(epoch), self.options.save_state)
-        self.tidy_epochs(epoch)
+        self.tidy(epoch=epoch)
 
     def save_final(self) -> None:
         self._save(self.names.name, self.options.saves_state_at_end)
 
-    def tidy_steps(self, step: int) -> None:
-        """Remove files that a save at `step` no longer keeps: every 5, last 5, at step 25 those up to 15."""
-        options = self.options
-        # saves by the clock may be at any step
-        every = 1 if options.save_every_n_minutes is not None else options.save_every_n_steps or 1
-        kept = options.save_last_n_steps, options.save_last_n_steps_state
-        self._remove_expired(r"-step(\d{8,})", every, kept, lambda last: step - last - 1)
+    def tidy(self, step: int | None = None, epoch: int | None = None) -> None:
+        """Remove what saves at this step and at this epoch no longer keep.
 
-    def tidy_epochs(self, epoch: int) -> None:
-        options, every = self.options, self.options.save_every_n_epochs or 1
+        Every 5 steps and the last 5: at step 25 those up to 15.
+        """
+        options = self.options
+        kept = options.save_last_n_steps, options.save_last_n_steps_state
+        if step is not None and any(last is not None for last in kept):
+            # saves by the clock may be at any step
+            every = 1 if options.save_every_n_minutes is not None else options.save_every_n_steps or 1
+            self._remove_expired(r"-step(\d{8,})", every, kept, step - 1, 1)
         kept = options.save_last_n_epochs, options.save_last_n_epochs_state
-        self._remove_expired(r"-(\d{6,})", every, kept, lambda last: epoch - every * last)
+        if epoch is not None and any(last is not None for last in kept):
+            every = options.save_every_n_epochs or 1
+            self._remove_expired(r"-(\d{6,})", every, kept, epoch, every)
 
     def _remove_expired(
-        self, number: str, every: int, kept: tuple[int | None, int | None], newest: Callable[[int], int]
+        self, number: str, every: int, kept: tuple[int | None, int | None], now: int, unit: int
     ) -> None:
         """Remove files and states whose number is a multiple of `every` and expired.
 
         All of them, not only the newest: a run killed before it could remove one leaves it to the next save.
-        kept: --save_last_n of files, and of states. newest: number of the newest that such an option expires.
+        kept: --save_last_n of files, and of states: those up to now - unit * n expire.
         """
         if not self.is_main:
             return
@@ -132,7 +135,8 @@ class Saver:
                 match = re.fullmatch(pattern, entry.name)
                 if match is None or last is None or int(match[1]) % every:
                     continue
-                if int(match[1]) > newest(last) or newest(last) < every:
+                newest = now - unit * last
+                if int(match[1]) > newest or newest < every:
                     continue
                 # moved aside first: a folder that is half removed must not look like a state
                 aside = entry.with_name(f".{entry.name}.removed.tmp")
@@ -143,11 +147,6 @@ class Saver:
                     logger.warning("%s is kept for now because it cannot be removed: %s", entry, error)
                 else:
                     logger.info("Removed %s", entry)
-
-    def tidy(self, step: int, epoch: int) -> None:
-        self.remove_leftovers()
-        self.tidy_steps(step)
-        self.tidy_epochs(epoch)
 
     def remove_leftovers(self) -> None:
         """Remove temporary files that a killed run of this name left behind."""
@@ -169,20 +168,19 @@ class Saver:
                 written.append(path)
         written.reverse()  # the file before its average
         if self.is_main:
-            for path in written:
-                self.publish(path)
+            if self.publish is not None:
+                for path in written:
+                    self.publish(path)
             self.note_saved(written)
         if with_state:
             self.write_state(state)
             logger.info("Saved %s", state)
-            if self.is_main:
+            if self.is_main and self.publish_state is not None:
                 self.publish_state(state)
 
 
 class NoSaver:
     """Save nothing, in processes that are not the main one."""
-
-    def tidy(self, step: int, epoch: int) -> None: ...
 
     def save_step(self, step: int, with_state: bool | None = None) -> None: ...
 

@@ -119,11 +119,9 @@ class SavingOptions(Options, title="saving"):
     def saves_state_at_end(self) -> bool:
         return self.save_state or self.save_state_on_train_end
 
-    def spread(self, num_epochs: int) -> "SavingOptions":
+    def spread(self, num_epochs: int, ratio: int) -> "SavingOptions":
         """Return the options with --save_n_epoch_ratio as --save_every_n_epochs. num_epochs: of the run."""
-        if self.save_n_epoch_ratio is None:
-            return self
-        every = max(1, num_epochs // self.save_n_epoch_ratio)
+        every = max(1, num_epochs // ratio)
         return replace(self, save_n_epoch_ratio=None, save_every_n_epochs=every)
 
     def __post_init__(self) -> None:

@@ -36,6 +36,7 @@ FILE, CHECKSUM = "state.pt", "state.crc32"
 RECORD = "state.json"  # of a state of before version 2
 VERSION = 2  # 1: a JSON record and a safetensors file for each part, which `read_old_state` reads
 SPLIT_VERSION = 3  # with files of tensors that were split over processes, see split_model.py
+AVERAGE = "ema"  # of the weights, among the parts of a state
 MOST = 10**9  # of steps and epochs
 MOST_OF_CHECKSUM = 100  # bytes of that file
 _LONGER = 20  # times the list of a model: an optimizer has several tensors of each, an epoch its losses
