@@ -38,7 +38,8 @@ from modules.media.buckets import Size
 from modules.media.reading import image_size
 from modules.seeds import derive_seed
 from networks.own_kinds import OWN_MODULES
-from training.data.live import NO_TEXTS, BatchSources, LiveTexts
+from training.data.feed import BatchSources
+from training.data.live import NO_TEXTS, LiveTexts
 from training.options import TrainingOptions
 
 logger = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ from modules.seeds import derive_seed
 from networks.adapter import ForeignNetwork, NormReport
 from training.loss import NoisyBatch, training_losses
 from training.optimizers.optimizer import evaluation
-from training.processes import is_any, sum_over_processes
+from training.processes import fill_missing_gradients, is_any, sum_over_processes
 from training.reports.history import LOSS
 from training.reports.logs import WISHES, StepReport, name_rates
 from training.reports.pauses import SAMPLES, SAVING, VALIDATION
@@ -104,7 +104,8 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch
         for adapter in run.model.adapters:
             stack.enter_context(adapter.turned(is_on=True))
         row, keys = _accumulate(run, group, micro_batches)
-    run.model.stepping.begin(reached)
+    if not run.options.is_fused:  # else most weights are stepped already
+        fill_missing_gradients(reached)
     is_alone = run.steps.everyone == 1
     if run.requests.asks_for(STOP):
         run.requests.finish(STOP)  # at once: the run that goes on from here was not asked
@@ -226,14 +227,14 @@ def _note(run: TrainingRun, step: StepReport | None) -> None:
         by_part={name: total / batches for name, total, batches in parts if batches},
     )
     run.logs.step(report)
-    run.reporter.note_step(report, run.logs.left(report.step))
+    run.reporter.note_step(report, run.logs.clock.left(report.step, run.steps.total_steps))
 
 
 def _restart_clock(run: TrainingRun) -> None:
     if run.memory is not None:
         run.memory.after_pause()
-    run.readings.restart_clock(run.device)
-    run.logs.clock.skip()
+    run.readings.last = run.readings.moment(run.device.type)
+    run.logs.clock.skips = True
 
 
 def _after_step(run: TrainingRun, asked: Asked) -> None:
@@ -262,7 +263,7 @@ def _after_step(run: TrainingRun, asked: Asked) -> None:
     elif saves:
         if run.clock is not None:
             run.clock.restart()
-        with run.logs.pauses.of(SAVING):
+        with run.logs.clock.pause(SAVING):
             run.saver.save_step(progress.step)
     for kind, is_done in ((SAVE, asks_to_save), (SAMPLE, asks_to_sample)):
         if is_done:
@@ -288,7 +289,7 @@ def _after_epoch(run: TrainingRun) -> None:
     every, is_last = run.plan.saving.save_every_n_epochs, progress.step >= run.steps.total_steps
     saves = is_whole and every is not None and epoch % every == 0 and epoch < run.steps.num_epochs
     if saves:
-        with run.logs.pauses.of(SAVING):
+        with run.logs.clock.pause(SAVING):
             run.saver.save_epoch(epoch)
     if progress.sample_pending:
         _sample(run)
@@ -329,7 +330,7 @@ def _sample(run: TrainingRun) -> None:
                 raise SamplingStopped
 
         mark, tell = progress.sample_pending, run.reporter.note_doing
-        timed, model = run.logs.pauses.of(SAMPLES), run.model
+        timed, model = run.logs.clock.pause(SAMPLES), run.model
         ready = evaluation(model.modules, model.optimizer, run.parameters)
         try:
             with timed, ready, _as_sampled(run):
@@ -357,7 +358,7 @@ def _as_sampled(run: TrainingRun) -> Iterator[None]:
 
 def _validate(run: TrainingRun, validation: Validation, occasion: str) -> None:
     ready = evaluation(run.model.modules, run.model.optimizer, run.parameters)
-    with run.logs.pauses.of(VALIDATION), ready:
+    with run.logs.clock.pause(VALIDATION), ready:
         losses = validation.measure(run.model.dits.at, run.autocast)
     step, past, loss = run.progress.step, run.progress.losses, losses[LOSS]
     running = sum(past) / len(past) if past else None

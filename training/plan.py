@@ -26,7 +26,8 @@ from modules.option_values import require
 from modules.speed_options import Quantisation
 from modules.stored.forms import prepare
 from training.checks import check_before_loading, check_teacher, list_unused_options
-from training.data.live import NO_TEXTS, BatchSources, LiveTexts
+from training.data.feed import BatchSources
+from training.data.live import NO_TEXTS, LiveTexts
 from training.experts import check_computing, note_experts
 from training.optimizers.stepping import check_fused_backward, check_split
 from training.options import TrainingOptions

@@ -5,7 +5,7 @@ import hashlib
 import logging
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,12 @@ from accelerate.utils import broadcast_object_list
 from dataset.batches.order import BatchOrder
 from modules.checkpoints.opening import fingerprint
 from modules.contract.family import Family
-from modules.contract.rules import ONE_EXPERT, Expert
 from modules.errors import OptionError
 from modules.installation import import_own
 from modules.option_values import read_literals, to_path
 from modules.options import options_with
 from networks.lora_settings import DEFAULT_RANK
-from networks.options import NOTHING_FROZEN, FrozenModelOptions
+from networks.options import NOTHING_FROZEN
 from training.experts import TRAINING_ADAPTER
 from training.optimizers.optimizer import PATHS
 from training.options import TrainingOptions
@@ -127,14 +126,15 @@ def settings_of(
     config = public_config(options)
     batches = ", ".join([f"{plan.num_batches}, {epoch_digest(order)}", *order.learning_keys])
     kept = {**config, "network_module": module}
+    adapter, strength = options.frozen.training_adapter, options.frozen.training_adapter_multiplier
     identity = {
         "--seed": seed if options.loop.seed is None else options.loop.seed,
         **{f"--{name}": kept.get(name) for name in options_with(TrainingOptions, "resume", "identity")},
         **{f"--{name}": value for name, value in own_values(family.options, "identity").items()},
         GROUP_SIZE: plan.group_size,
         BATCHES: batches,
-        TRANSFORMERS: _in_words(family.experts),
-        TRAINING_ADAPTER: describe_adapter(options.frozen, with_content=True),
+        TRANSFORMERS: ", ".join(f"{each.name or 'one'} from {each.lowest:g}" for each in family.experts),
+        TRAINING_ADAPTER: None if adapter is None else describe_adapter(adapter, strength, with_content=True),
     }
     base_weights = None if options.network is None else options.network.base_weights
     names = [value for name, value in family.metadata.items() if name.startswith("sd_model_name")]
@@ -150,20 +150,10 @@ def settings_of(
     return identity, habits
 
 
-def describe_adapter(options: FrozenModelOptions, with_content: bool = False) -> str | None:
-    """Return the name and strength of --training_adapter; None without one.
-
-    with_content: with a mark of what is in the file.
-    """
-    path = options.training_adapter
-    if path is None:
-        return None
+def describe_adapter(path: Path, strength: float, with_content: bool = False) -> str:
+    """Return name and strength of --training_adapter. with_content: with a mark of what is in the file."""
     content = f", {fingerprint(path)[:12]}" if with_content else ""
-    return f"{path.name}:{options.training_adapter_multiplier:g}{content}"
-
-
-def _in_words(experts: Sequence[Expert]) -> str:
-    return ", ".join(f"{expert.name or 'one'} from {expert.lowest:g}" for expert in experts)
+    return f"{path.name}:{strength:g}{content}"
 
 
 def epoch_digest(order: BatchOrder) -> str:
@@ -196,7 +186,7 @@ def check_resumable(
     if not isinstance(saved, SavedState):
         return {}
     # a state of before there were models with several transformers is of a model with one
-    before = {TRANSFORMERS: _in_words(ONE_EXPERT), PER_EXPERT: identity.get(PER_EXPERT) and False}
+    before = {TRANSFORMERS: "one from 0", PER_EXPERT: identity.get(PER_EXPERT) and False}
     before[TRAINING_ADAPTER] = None
     before, identity = _resolve({**before, **saved.identity}), _resolve(identity)
     # likewise of before the frozen model could teach

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,9 +25,9 @@ from training.learning import load_model, make_run
 from training.loop import train
 from training.options import TrainingOptions
 from training.plan import TrainingPlan, join_processes, make_plan, read_config
-from training.reports.history import read_session
+from training.reports.history import Story, read_session
 from training.reports.logs import TRACKER_NAME, Logs, public_config
-from training.reports.pauses import Pauses
+from training.reports.pauses import StepClock
 from training.saver import file_dtype, make_saver
 from training.saving.files import set_aside
 from training.saving.states import SavedState
@@ -113,7 +114,7 @@ def prepare_run(
                 yield run
             accelerator.wait_for_everyone()
         if accelerator.is_main_process and progress.step >= plan.steps.total_steps:
-            show_end(run, reporter.history.events_told, following)
+            show_end(run, Story.of(reporter.history.events), following)
 
 
 def _make_logs(plan: TrainingPlan, swap: SwapOptions) -> Logs:
@@ -125,11 +126,11 @@ def _make_logs(plan: TrainingPlan, swap: SwapOptions) -> Logs:
         progress.step,
         public_config(options, plan.saving, swap) if options.logs.log_config else {},
         TRACKER_NAME if options.whole_dit is None else f"{plan.family.name}_ft",
-        extras=watch_run(plan),
-        pauses=Pauses(
+        extras=partial(watch_run, plan),
+        clock=StepClock(
             lambda step: count_pauses(
                 options, plan.saving, plan.steps, bool(plan.validation), step, progress.epoch
-            )
+            ),
         ),
     )
 

@@ -17,8 +17,8 @@ from dataset.cache.records import CacheChecks
 from modules.bars import track
 from modules.contract.data import SOUND
 from modules.contract.rules import expert_at
-from training.data.feed import draw_given_frames, seed_generator
-from training.data.live import NO_TEXTS, BatchSources, LiveTexts
+from training.data.feed import BatchSources, draw_given_frames, seed_generator
+from training.data.live import NO_TEXTS, LiveTexts
 from training.data.timesteps import times_at
 from training.loss import (
     PLAIN_LOSS,

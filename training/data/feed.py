@@ -15,13 +15,14 @@ import sys
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.synchronize import Event
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dataset.batches.checks import SameEncoders
-from dataset.batches.items import CachingCommands
+from dataset.batches.items import CachingCommands, LiveTables, TrainingItem
 from dataset.batches.order import (
     BatchOrder,
     RunPlace,
@@ -30,14 +31,15 @@ from dataset.batches.order import (
     choose_sides,
     drops_references,
 )
+from dataset.batches.reading import read_batch
 from dataset.cache.records import CacheChecks
+from dataset.cache.store import Stores
 from modules.contract.data import HAS_SOUND, SOUND, Batch, LatentSpec
 from modules.contract.family import FLOW, NoiseSpec
 from modules.contract.rules import ONE_EXPERT, PICTURE_STREAM, SOUND_STREAM, Expert, SoundLearning
 from modules.devices import pin
 from modules.errors import UserError
 from modules.seeds import derive_seed
-from training.data.live import BatchSources
 from training.data.timesteps import Timesteps, draw, loss_weights
 from training.loss import NoisyBatch, NoisySound
 from training.noise_options import NOTHING, PLAIN_NOISE, SIGMA, TIMESTEP, NoiseOptions, TimestepOptions
@@ -46,6 +48,44 @@ from training.steps import StepPlan
 Key = tuple[int, int]  # epoch, micro-batch in it
 MOST_KEPT = 50_000  # items of an epoch whose readers stay for the next one
 ALIGNMENT = 64  # bytes: enough for every dtype
+
+
+class EncodesPictures(Protocol):
+    """Functions that read and encode pictures of a batch, as `training.caching_inside.LiveMedia` does."""
+
+    def encode(self, items: Sequence[TrainingItem], *stream: int | str) -> dict[int, dict[str, Tensor]]: ...
+
+
+@dataclass(frozen=True)
+class BatchSources:
+    """Sources of the parts of a run's batches: caches, and encoding while training."""
+
+    stores: Stores = field(default_factory=Stores)
+    tables: LiveTables = field(default_factory=dict)  # with a part that is not cached, by index
+    media: EncodesPictures | None = None  # None: all latents are cached
+    # whether batches must be made in the training process: what they need is not sent to others
+    stays: bool = False
+
+    def read(
+        self,
+        items: Sequence[TrainingItem],
+        latent: LatentSpec,
+        commands: CachingCommands,
+        checks: CacheChecks,
+        stream: Sequence[int | str],
+        captions: Sequence[int] | None = None,
+        flips: Sequence[bool] = (),
+        undropped: Sequence[int] = (),
+    ) -> Batch:
+        """Read a batch; encode those of its pictures that are not cached.
+
+        stream: the seed of random numbers. captions, flips, undropped: see `read_batch`. Raises CacheError,
+        or as `LiveMedia.encode`.
+        """
+        encoded = {} if self.media is None else self.media.encode(items, *stream)
+        # what is encoded now has been mirrored already
+        sides = [flip and place not in encoded for place, flip in enumerate(flips)]
+        return read_batch(items, latent, commands, checks, captions, self.stores, sides, undropped, encoded)
 
 
 @dataclass(frozen=True)

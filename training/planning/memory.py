@@ -53,8 +53,8 @@ from modules.planning.memory_plan import (
     workspace,
 )
 from modules.speed_options import SwapOptions
-from training.data.feed import Randomness
-from training.data.live import NO_TEXTS, BatchSources, LiveTexts
+from training.data.feed import BatchSources, Randomness
+from training.data.live import NO_TEXTS, LiveTexts
 from training.experts import placement_of
 from training.loss import NoisyBatch, Trains
 from training.options import TrainingOptions

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-from modules.atomic_write import make_folder
+from modules.atomic_write import make_folder, recover_folder
 from modules.console import count_of
 from modules.errors import OutputError
 from modules.file_locks import only_one
@@ -19,7 +19,6 @@ from training.reports.history import history_path
 from training.reports.page import page_path
 from training.reports.sample_files import FOLDER as SAMPLES
 from training.saving.options import SavingOptions
-from training.saving.states import recover_states, state_pattern
 
 logger = logging.getLogger(__name__)
 
@@ -270,6 +269,17 @@ def set_aside(
         folder,
     )
     return folder
+
+
+def state_pattern(name: str) -> re.Pattern[str]:
+    return re.compile(rf"{re.escape(name)}(-\d{{6,}}|-step\d{{8,}})?-state")
+
+
+def recover_states(output_dir: Path, name: str) -> None:
+    pattern = state_pattern(name)
+    for entry in list(output_dir.iterdir()) if output_dir.is_dir() else []:
+        if entry.name.endswith(".old") and pattern.fullmatch(entry.name[1:].removesuffix(".old")):
+            recover_folder(entry.with_name(entry.name[1:].removesuffix(".old")))
 
 
 def find_set_aside(folder: Path, name: str) -> list[Path]:
