@@ -137,10 +137,7 @@ def _fill(
 
 
 def plan_tables(
-    family: Caches,
-    config: DatasetConfig,
-    options: CachingInRunOptions | None,
-    live: Collection[str] = (),
+    family: Caches, config: DatasetConfig, options: CachingInRunOptions | None, live: Collection[str] = ()
 ) -> list[TablePlan]:
     """Decide where latents and texts of each table are; nothing is encoded.
 

@@ -21,13 +21,7 @@ from networks.lora_settings import DEFAULT_RANK
 from networks.own_kinds import OWN_MODULES
 from networks.own_modules import smallest_lora_bytes
 from training.data.live import LiveTexts
-from training.experts import (
-    TRAINING_ADAPTER,
-    check_experts,
-    network_for,
-    read_adapter,
-    read_use,
-)
+from training.experts import TRAINING_ADAPTER, check_experts, network_for, read_adapter, read_use
 from training.noise_options import NOTHING, WEIGHTS_OF_LOSS
 from training.optimizers.lr_schedule import make_lr_schedule
 from training.optimizers.optimizer import make_optimizer

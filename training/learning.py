@@ -22,7 +22,6 @@ from networks.adapter import make_network
 from training import experts
 from training.data.feed import Feed, Randomness
 from training.loss import LossRule
-from training.noise_options import NUM_TIMESTEPS
 from training.optimizers.lr_schedule import make_lr_schedule
 from training.optimizers.optimizer import find_averaging, make_optimizer
 from training.optimizers.stepping import (
@@ -36,7 +35,7 @@ from training.plan import TrainingPlan
 from training.reports.logs import Logs
 from training.reports.reporter import RunReporter
 from training.saver import restore
-from training.saving.files import MinuteClock, NoSaver, Saver
+from training.saving.files import MinuteClock, Saver
 from training.saving.states import SavedState
 from training.trainable import (
     Rates,
@@ -48,7 +47,7 @@ from training.trainable import (
     train_network,
 )
 from training.training_run import Requests, TrainedModel, TrainingRun, trigger_paths
-from training.validation import Validation, ValidationRule
+from training.validation import Validation
 
 if TYPE_CHECKING:  # loaded only if there are LoRA files; if there are prompts
     from networks.added import AddedLoras
@@ -126,7 +125,7 @@ def make_run(
     memory: MemoryWatch | None,
     logs: Logs,
     reporter: RunReporter,
-    saver: Saver | NoSaver,
+    saver: Saver | None,
 ) -> TrainingRun:
     """Put together what the loop works with."""
     plan, options, accelerator = model.plan, model.plan.options, model.plan.accelerator
@@ -162,7 +161,7 @@ def make_run(
         model=model,
         feed=feed,
         rule=replace(rule, teacher_weight=options.frozen.teacher_weight) if options.frozen.teacher else rule,
-        validation=_make_validation(plan, rule) if plan.validation else None,
+        validation=Validation(plan, rule) if plan.validation else None,
         sampler=sampler,
         memory=memory,
         logs=logs,
@@ -241,14 +240,16 @@ class Loading:
         if self.takes_turns:
             self.copies[dit] = HostCopy(dit, device, host)
         elif index + 1 < len(family.experts) and device.type == "cuda":
-            size, room = bytes_on(dit, device), spare_bytes(device)
-            if size > room:
-                raise MemoryPlanError(
-                    f"both transformers do not fit on the device: one takes {gib(size)} GiB, {gib(room)} GiB "
-                    "are left beside it. Use --offload_inactive_dit, so that they take turns, or "
-                    "--blocks_to_swap"
-                )
+            _require_room(bytes_on(dit, device), spare_bytes(device))
         return dit, learners or ()
+
+
+def _require_room(size: int, room: int) -> None:
+    if size > room:
+        raise MemoryPlanError(
+            f"both transformers do not fit on the device: one takes {gib(size)} GiB, {gib(room)} GiB are left "
+            "beside it. Use --offload_inactive_dit, so that they take turns, or --blocks_to_swap"
+        )
 
 
 def _add_learner(
@@ -319,26 +320,3 @@ def _make_stepping(
             f"{max_norm}."
         )
     return FusedBackward(alone, parameters, max_norm)
-
-
-def _make_validation(plan: TrainingPlan, loss: LossRule) -> Validation:
-    accelerator, options = plan.accelerator, plan.options
-    asked, sigmas = options.validation, tuple[float, ...]()
-    if options.is_for_images:  # as image trainers do: four levels between the bounds of the timesteps
-        low, high = options.timesteps.lowest, options.timesteps.highest
-        sigmas = tuple(int(low + (high - low) * place / 5) / NUM_TIMESTEPS for place in range(1, 5))
-    return Validation(
-        plan.family,
-        plan.validation,
-        options.timesteps,
-        plan.commands,
-        accelerator.device,
-        accelerator.process_index // plan.steps.peers,
-        plan.steps.processes,
-        loss,
-        ValidationRule(sigmas, asked.max_validation_steps, asked.validation_seed, options.is_for_images),
-        sources=plan.sources,
-        encoders=plan.encoders,
-        texts=plan.texts,
-        in_lockstep=plan.steps.in_lockstep,
-    )

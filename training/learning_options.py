@@ -88,7 +88,7 @@ class ExpertTrainingOptions(Options, title="two transformers"):
         facts=IDENTITY,
     )
     offload_inactive_dit: bool = option(
-        "keep the transformer that does not work in host memory; each step brings the one that it needs",
+        "keep the transformer that does not work in host memory; each step brings the one that it needs"
     )
     network_weights_high_noise: Path | None = option(
         "with --lora_per_expert: LoRA file that the network of --dit_high_noise starts from; "

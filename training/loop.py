@@ -65,7 +65,8 @@ def train(run: TrainingRun) -> bool:
                 if is_ending(run):
                     return False
         _note(run, run.readings.flush())
-        run.saver.save_final()
+        if run.saver is not None:
+            run.saver.save_final()
     return True
 
 
@@ -263,8 +264,9 @@ def _after_step(run: TrainingRun, asked: Asked) -> None:
     elif saves:
         if run.clock is not None:
             run.clock.restart()
-        with run.logs.clock.pause(SAVING):
-            run.saver.save_step(progress.step)
+        if run.saver is not None:
+            with run.logs.clock.pause(SAVING):
+                run.saver.save_step(progress.step)
     for kind, is_done in ((SAVE, asks_to_save), (SAMPLE, asks_to_sample)):
         if is_done:
             run.requests.finish(kind)
@@ -288,7 +290,7 @@ def _after_epoch(run: TrainingRun) -> None:
         progress.epoch, progress.position = epoch, 0
     every, is_last = run.plan.saving.save_every_n_epochs, progress.step >= run.steps.total_steps
     saves = is_whole and every is not None and epoch % every == 0 and epoch < run.steps.num_epochs
-    if saves:
+    if saves and run.saver is not None:
         with run.logs.clock.pause(SAVING):
             run.saver.save_epoch(epoch)
     if progress.sample_pending:
@@ -303,7 +305,8 @@ def _after_epoch(run: TrainingRun) -> None:
 
 
 def _save_to_go_on(run: TrainingRun) -> None:
-    run.saver.save_step(run.progress.step, with_state=True)
+    if run.saver is not None:
+        run.saver.save_step(run.progress.step, with_state=True)
     logger.info(
         "Ended after step %d of %d; continue with --resume latest-or-fail.",
         run.progress.step,
@@ -362,7 +365,7 @@ def _validate(run: TrainingRun, validation: Validation, occasion: str) -> None:
         losses = validation.measure(run.model.dits.at, run.autocast)
     step, past, loss = run.progress.step, run.progress.losses, losses[LOSS]
     running = sum(past) / len(past) if past else None
-    run.logs.values(validation.rule.logged(losses, occasion, running), step)
+    run.logs.values(validation.logged(losses, occasion, running), step)
     # levels are on the page and in the trackers
     earlier = run.reporter.validations  # losses by their steps
     before = f"{earlier[max(earlier)]:.5f} -> " if earlier else ""

@@ -108,11 +108,7 @@ PLAIN_LOSS = LossRule()
 
 
 def measure_errors(
-    family: Trains,
-    dit: nn.Module,
-    noisy_batch: NoisyBatch,
-    autocast: Autocast,
-    rule: LossRule = PLAIN_LOSS,
+    family: Trains, dit: nn.Module, noisy_batch: NoisyBatch, autocast: Autocast, rule: LossRule = PLAIN_LOSS
 ) -> Tensor:
     """Return the mean error of the predicted velocity for each sample: B, float32, on the device of the
     batch. That of its sound is added.
@@ -242,11 +238,7 @@ def compared(velocity: Tensor, noisy: Tensor, sigmas: Tensor, prediction: str, s
 
 
 def training_loss(
-    family: Trains,
-    dit: nn.Module,
-    noisy_batch: NoisyBatch,
-    autocast: Autocast,
-    rule: LossRule = PLAIN_LOSS,
+    family: Trains, dit: nn.Module, noisy_batch: NoisyBatch, autocast: Autocast, rule: LossRule = PLAIN_LOSS
 ) -> Tensor:
     """Return the weighted mean over the batch: one number.
 
@@ -256,11 +248,7 @@ def training_loss(
 
 
 def training_losses(
-    family: Trains,
-    dit: nn.Module,
-    noisy_batch: NoisyBatch,
-    autocast: Autocast,
-    rule: LossRule = PLAIN_LOSS,
+    family: Trains, dit: nn.Module, noisy_batch: NoisyBatch, autocast: Autocast, rule: LossRule = PLAIN_LOSS
 ) -> tuple[Tensor, ...]:
     """Return the weighted mean over the batch: one number; if it has sound, a second one of the sound."""
     weights = [noisy_batch.weights]

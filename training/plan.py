@@ -24,7 +24,6 @@ from modules.errors import DatasetError, OptionError, OutputError
 from modules.installation import import_own
 from modules.option_values import require
 from modules.speed_options import Quantisation
-from modules.stored.forms import prepare
 from training.checks import check_before_loading, check_teacher, list_unused_options
 from training.data.feed import BatchSources
 from training.data.live import NO_TEXTS, LiveTexts
@@ -88,11 +87,10 @@ def make_plan(
 
     sampling: the model of samples, if it has transformers that are not trained.
     """
-    network, is_main, device = options.network, accelerator.is_main_process, accelerator.device
-    quantisation = prepare(options.speed.fp8.quantisation, device) if options.speed.fp8.quantisation else None
-    saved = None if options.saving.resume is None else find_state(options, options.saving.resume, is_main)
+    is_main, device, saving = accelerator.is_main_process, accelerator.device, options.saving
+    saved = None if saving.resume is None else find_state(options, saving.resume, is_main)
     progress = first_progress(options, saved)
-    check_computing(family, options, device, quantisation)
+    quantisation = check_computing(family, options, device)
     if options.caching is not None:  # before minutes of encoding
         check_before_loading(family, options, options.loop.known_steps, sampling)
     texts, sources = _find_sources(family, options, config, device)
@@ -103,10 +101,9 @@ def make_plan(
     check_before_loading(family, options, steps.total_steps, sampling)
     if is_main:
         note_experts(family, options, sampling is not None)
-    module = "" if network is None else network.network_module or family.lora_module
+    module = "" if options.network is None else options.network.network_module or family.lora_module
     parts = tuple(expert.name for expert in family.experts) if options.by_expert.lora_per_expert else ()
     identity, habits = settings_of(family, options, seed, order, steps, module)
-    saving = options.saving
     if saving.save_n_epoch_ratio is not None:
         saving = saving.spread(steps.num_epochs, saving.save_n_epoch_ratio)
     changes = {} if saved is None else check_resumable(saved, identity, habits, options, saving)
@@ -124,7 +121,7 @@ def make_plan(
         quantisation=quantisation,
         saved=saved,
         progress=progress,
-        names=Names(*options.saving.place, parts),
+        names=Names(*saving.place, parts),
         saving=saving,
         network_module=module,
         config=config,

@@ -130,7 +130,7 @@ def _make_logs(plan: TrainingPlan, swap: SwapOptions) -> Logs:
         clock=StepClock(
             lambda step: count_pauses(
                 options, plan.saving, plan.steps, bool(plan.validation), step, progress.epoch
-            ),
+            )
         ),
     )
 

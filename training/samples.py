@@ -20,14 +20,7 @@ from blissful_tuner.options import NO_PREVIEW, PreviewOptions
 from generation.denoise import OnSection, make_latents
 from generation.prompt_lines import SOLVERS
 from generation.sample_lines import OF_SOME_MODELS, read_all, read_sample_prompts
-from generation.session import (
-    NO_ENCODERS,
-    Session,
-    decode_tracks,
-    encode_inputs,
-    needs_media,
-    wanted_texts,
-)
+from generation.session import NO_ENCODERS, Session, decode_tracks, encode_inputs, needs_media, wanted_texts
 from modules.bars import Bar
 from modules.contract.data import Conditions, LatentSpec
 from modules.contract.family import Family, hears_sound

@@ -26,15 +26,8 @@ from training.optimizers.optimizer import (
 from training.optimizers.stepping import steps_numbers
 from training.options import TrainingOptions
 from training.resuming import listed_settings
-from training.saving.files import NoSaver, Saver
-from training.saving.states import (
-    AVERAGE,
-    ForeignState,
-    SavedState,
-    load_module,
-    one_error,
-    write_state,
-)
+from training.saving.files import Saver
+from training.saving.states import AVERAGE, ForeignState, SavedState, load_module, one_error, write_state
 from training.training_run import TrainedModel
 
 if TYPE_CHECKING:  # it is loaded only if files are uploaded
@@ -50,8 +43,8 @@ def make_saver(
     uploads: "Uploads | None",
     prompts: Sequence[str],
     note_saved: Callable[[Sequence[Path], int], None],
-) -> Saver | NoSaver:
-    """Make the saver in the main process, and remove what it no longer keeps; the others save nothing.
+) -> Saver | None:
+    """Make the saver in the main process, and remove what it no longer keeps; the others have none.
 
     uploads: None without a repository. prompts: of the samples, for the card. note_saved: gets the files of
     each save, and the step.
@@ -60,7 +53,7 @@ def make_saver(
     options, progress = plan.options, plan.progress
     is_first, average = plan.accelerator.is_main_process, model.average
     if not (is_first or plan.splits_model):
-        return NoSaver()
+        return None
     dtype, metadata_now = file_dtype(options, model.dits.networks[0]), _metadata_of(model)
 
     def write_file(part: str, path: Path) -> None:

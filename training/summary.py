@@ -264,10 +264,7 @@ def judge_rate(options: TrainingOptions) -> str:
 
 
 def make_reporter(
-    plan: TrainingPlan,
-    following: NextSteps,
-    sampler: "Sampler | None",
-    memory: MemoryWatch | None,
+    plan: TrainingPlan, following: NextSteps, sampler: "Sampler | None", memory: MemoryWatch | None
 ) -> RunReporter:
     """Return the reporter of the run. With --no_page it keeps the last box."""
     progress, device, given = plan.progress, plan.accelerator.device, following.scripts.given

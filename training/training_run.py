@@ -33,7 +33,7 @@ from training.options import TrainingOptions
 from training.plan import TrainingPlan
 from training.reports.logs import Logs, Readings
 from training.reports.reporter import RunReporter
-from training.saving.files import MinuteClock, Names, NoSaver, Saver
+from training.saving.files import MinuteClock, Names, Saver
 from training.steps import Progress, StepPlan
 from training.trainable import Trainable
 
@@ -194,7 +194,7 @@ class TrainingRun:
     reporter: RunReporter  # to the page
     requests: Requests  # its files are watched by the main process only
     clock: MinuteClock | None  # of --save_every_n_minutes; ticks in the main process only
-    saver: Saver | NoSaver
+    saver: Saver | None  # None: another process saves
     readings: Readings = field(default_factory=Readings)
     # of the model and its plan
     plan: TrainingPlan = field(init=False)

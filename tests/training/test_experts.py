@@ -174,7 +174,7 @@ def test_validation_measures_each_band_in_its_transformer(tmp_path: Path) -> Non
             {name[-3:]: loss for name, loss in run.validation.measure(at, run.autocast).items()}
             for at in (note, lambda _: run.model.dits.at(0), lambda _: run.model.dits.at(1))
         )
-        assert len(run.validation.items) > 1
+        assert len(run.plan.validation) > 1
     assert asked == [0, 1], "a network is brought once for all items"
     assert [both[band] for band in ("100", "300", "500")] == [low[band] for band in ("100", "300", "500")]
     assert [both[band] for band in ("700", "900")] == [high[band] for band in ("700", "900")]

@@ -91,11 +91,7 @@ class Rehearsal:
         weight = frozen.teacher_weight if frozen.teacher else 0
         rule = LossRule(self.options.loss, self.options.predicted, base, weight)
         loss = training_loss(
-            self.family,
-            self.dit,
-            noisy_batch,
-            autocast_of(self.options, self.ledger.device),
-            rule,
+            self.family, self.dit, noisy_batch, autocast_of(self.options, self.ledger.device), rule
         )
         self.ledger.is_backward = True
         self.ledger.enter("backward outside the blocks")
@@ -193,11 +189,7 @@ def _add_adapters(family: Trains, options: TrainingOptions, dit: nn.Module, ledg
 
 
 def dress_trainable(
-    family: Trains,
-    options: TrainingOptions,
-    dit: nn.Module,
-    ledger: dry.Ledger,
-    texts: LiveTexts = NO_TEXTS,
+    family: Trains, options: TrainingOptions, dit: nn.Module, ledger: dry.Ledger, texts: LiveTexts = NO_TEXTS
 ) -> Rehearsal:
     """The order of dressing of `training.learning`: network, then `dress`; and the optimizer."""
     dry.place(dit, ledger)

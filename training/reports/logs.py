@@ -300,9 +300,7 @@ def tracker_arguments(options: LogOptions) -> dict[str, Any]:
     for name, table in tables.items():
         if name not in options.trackers:
             logger.warning(
-                "--log_tracker_config %s: [%s] is ignored because this run has no such tracker",
-                path,
-                name,
+                "--log_tracker_config %s: [%s] is ignored because this run has no such tracker", path, name
             )
         if not isinstance(table, dict):
             raise UserError(

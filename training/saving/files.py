@@ -178,16 +178,6 @@ class Saver:
                 self.publish_state(state)
 
 
-class NoSaver:
-    """Save nothing, in processes that are not the main one."""
-
-    def save_step(self, step: int, with_state: bool | None = None) -> None: ...
-
-    def save_epoch(self, epoch: int) -> None: ...
-
-    def save_final(self) -> None: ...
-
-
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)

@@ -75,12 +75,7 @@ def write_card(
     if words:
         lines += ["", f"Words that it was taught: {_escape(', '.join(words))}"]
     if is_lora:
-        lines += [
-            "",
-            "## Use",
-            "",
-            _as_block(f"--lora_weight {name}.safetensors --lora_multiplier 1.0"),
-        ]
+        lines += ["", "## Use", "", _as_block(f"--lora_weight {name}.safetensors --lora_multiplier 1.0")]
     settings = [
         f"{said}: {metadata[key]}"
         for key, said in SETTINGS.items()
@@ -92,12 +87,7 @@ def write_card(
     if settings:
         lines += ["", "## Training", "", *map(_as_block, settings)]
     licence = spec.get("license", release.licence)
-    lines += [
-        "",
-        "## Licence",
-        "",
-        f"{_escape(licence)}. Licence of the base model: {release.licence_url}",
-    ]
+    lines += ["", "## Licence", "", f"{_escape(licence)}. Licence of the base model: {release.licence_url}"]
     text = f"---\n{_front_matter(is_lora, release, prompts, spec, words)}---\n\n" + "\n".join(lines) + "\n\n"
     return f"{text}<!-- reelsmith card {_key(name)} {_digest(text)} -->\n"
 

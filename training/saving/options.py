@@ -60,10 +60,7 @@ class SavingOptions(Options, title="saving"):
         "save after the first step past this time, under the step's name", above=0, hint=AT_THE_END
     )
     save_last_n_epochs: int | None = option(
-        "keep the files of the last N epochs only",
-        least=1,
-        hint=KEEP_ALL,
-        acts_if=_if_saved("epochs"),
+        "keep the files of the last N epochs only", least=1, hint=KEEP_ALL, acts_if=_if_saved("epochs")
     )
     save_last_n_epochs_state: int | None = option(
         "the same for state folders; --save_last_n_epochs when not given",
@@ -140,9 +137,7 @@ class HubOptions(Options, title="Hugging Face hub"):
         "upload each saved file to this repository (owner/name); it gets a model card if it has none"
     )
     huggingface_repo_type: str | None = option(
-        "model (when not given), dataset or space",
-        one_of=("model", "dataset", "space"),
-        acts_if=_IF_UPLOADED,
+        "model (when not given), dataset or space", one_of=("model", "dataset", "space"), acts_if=_IF_UPLOADED
     )
     huggingface_path_in_repo: str | None = option("folder in the repository", acts_if=_IF_UPLOADED)
     huggingface_token: str | None = option(

@@ -112,10 +112,7 @@ def _write_files(folder: Path | None, tensors: Mapping[str, Any]) -> dict[str, i
     assert folder is not None
     ends = accumulate(tensor.to_local().nbytes for tensor in tensors.values())
     numbers = {name: 1 + end // FILE_BYTES for name, end in zip(tensors, ends, strict=True)}
-    save(
-        dict(tensors),
-        storage_writer=HuggingFaceStorageWriter(str(folder), numbers, save_distributed=True),
-    )
+    save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), numbers, save_distributed=True))
     return dict(gather_object([(path.name, file_checksum(path)) for path in share_of_files(folder)]))
 
 
