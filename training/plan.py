@@ -83,10 +83,7 @@ def make_plan(
     accelerator: Accelerator,
     sampling: Family | None = None,
 ) -> TrainingPlan:
-    """Find state, items and steps, and check all that can be known before loading.
-
-    sampling: the model of samples, if it has transformers that are not trained.
-    """
+    """Find state, items and steps; check what can be known before loading. sampling: see `train_network`."""
     is_main, device, saving = accelerator.is_main_process, accelerator.device, options.saving
     saved = None if saving.resume is None else find_state(options, saving.resume, is_main)
     progress = first_progress(options, saved)
