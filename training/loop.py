@@ -22,7 +22,7 @@ from modules.seeds import derive_seed
 from networks.adapter import ForeignNetwork, NormReport
 from training.loss import NoisyBatch, training_losses
 from training.optimizers.optimizer import evaluation
-from training.processes import fill_missing_gradients, is_any, sum_over_processes
+from training.processes import fill_missing_gradients, largest_of_processes, sum_over_processes
 from training.reports.history import LOSS
 from training.reports.logs import WISHES, StepReport, name_rates
 from training.reports.pauses import SAMPLES, SAVING, VALIDATION
@@ -329,7 +329,7 @@ def _sample(run: TrainingRun) -> None:
         was_stopped, together = False, run.steps.everyone if run.steps.works_together else 1
 
         def check() -> None:
-            if is_any(run.requests.ends, together, run.device):
+            if largest_of_processes(run.requests.ends, together, run.device):
                 raise SamplingStopped
 
         mark, tell = progress.sample_pending, run.reporter.note_doing
@@ -340,7 +340,7 @@ def _sample(run: TrainingRun) -> None:
                 sampler.make(model.sample_dits.at, run.autocast, mark, check, tell)
         except SamplingStopped:
             was_stopped = True
-        if is_any(was_stopped, run.steps.everyone, run.device):
+        if largest_of_processes(was_stopped, run.steps.everyone, run.device):
             logger.info("Samples of step %d will be made after resuming.", progress.step)
             run.requests.agreed = True
             return

@@ -25,6 +25,7 @@ from training.optimizers.optimizer import (
 )
 from training.optimizers.stepping import steps_numbers
 from training.options import TrainingOptions
+from training.plan import TrainingPlan
 from training.resuming import listed_settings
 from training.saving.files import Saver
 from training.saving.states import AVERAGE, ForeignState, SavedState, load_module, one_error, write_state
@@ -54,22 +55,29 @@ def make_saver(
     is_first, average = plan.accelerator.is_main_process, model.average
     if not (is_first or plan.splits_model):
         return None
-    dtype, metadata_now = file_dtype(options, model.dits.networks[0]), _metadata_of(model)
+    dtype, of_run = (
+        file_dtype(options, model.dits.networks[0]),
+        run_metadata(plan, model.optimizer_name, model.schedule.name),
+    )
+    own = {
+        part: of_run | continued_sizes(model, part) | expert_metadata(plan.family, options, part)
+        for part in trainable.writes
+    }
 
     def write_file(part: str, path: Path) -> None:
         settle_all(model.dits.networks)
         with finished_weights(model.optimizer, trainable.parameters):
-            trainable.writes[part](path, dtype, metadata_now(part))
+            trainable.writes[part](path, dtype, _metadata_now(plan, own[part]))
 
     def write_average(part: str, path: Path) -> None:
         assert average is not None
         with average.in_place():
-            own = {} if options.metadata.no_metadata else average.metadata
-            trainable.writes[part](path, dtype, {**metadata_now(part), **own})
+            more = {} if options.metadata.no_metadata else average.metadata
+            trainable.writes[part](path, dtype, _metadata_now(plan, own[part]) | more)
 
     card = None
     if uploads is not None and is_first:
-        now, told = metadata_now(next(iter(trainable.writes))), [*filter(None, prompts)]
+        now, told = _metadata_now(plan, next(iter(own.values()))), [*filter(None, prompts)]
         write_card, is_lora = import_own("training.saving.hub").write_card, options.network is not None
         card = write_card(plan.names.name, is_lora, plan.family.release, now, told)
 
@@ -94,19 +102,12 @@ def make_saver(
     return saver
 
 
-def _metadata_of(model: TrainedModel) -> Callable[[str], dict[str, str]]:
-    """Return a maker of the metadata that a file has when it is saved; given the part that it is for."""
-    plan, progress, family = model.plan, model.plan.progress, model.plan.family
-    run_values = run_metadata(plan, model.optimizer_name, model.schedule.name)
-    sizes = {part: continued_sizes(model, part) for part in model.trainable.writes}
-
-    def metadata_now(part: str) -> dict[str, str]:
-        epoch = progress.epoch + (progress.position > 0 or progress.step == 0)
-        own = run_values | sizes[part] | expert_metadata(family, plan.options, part)
-        facts, licence = family.metadata, family.release.licence
-        return file_metadata(own, plan.options, facts, progress.step, epoch, datetime.now(), licence)
-
-    return metadata_now
+def _metadata_now(plan: TrainingPlan, own: Mapping[str, str]) -> dict[str, str]:
+    """Return the metadata of a file that is saved now. own: what its part of the run has at any time."""
+    progress, family = plan.progress, plan.family
+    epoch = progress.epoch + (progress.position > 0 or progress.step == 0)
+    facts, licence = family.metadata, family.release.licence
+    return file_metadata(own, plan.options, facts, progress.step, epoch, datetime.now(), licence)
 
 
 def file_dtype(options: TrainingOptions, dit: nn.Module) -> torch.dtype | None:

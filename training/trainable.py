@@ -184,16 +184,25 @@ def train_dit(dit: nn.Module, learning_rate: float, name_parts: Sequence[str] = 
             f"such as {some}"
         )
 
-    dtypes = {name: tensor.dtype for name, tensor in dit.state_dict().items()}
-
-    def write(path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
-        tensors = dit.state_dict()  # no copies; an average in their place is in float32
-
-        def kept(name: str) -> torch.dtype:
-            return dtypes[name] if dtype is None or not dtypes[name].is_floating_point else dtype
-
-        infos = {name: TensorInfo(kept(name), tuple(tensor.shape)) for name, tensor in tensors.items()}
-        stream_tensors(path, infos, lambda name: tensors[name].to(kept(name)), metadata)
-
     groups = [{"params": learning, "lr": learning_rate}]
-    return Trainable({"dit": dit}, groups, ("dit",), writes={"": write})
+    dtypes = {name: tensor.dtype for name, tensor in dit.state_dict().items()}
+    return Trainable({"dit": dit}, groups, ("dit",), writes={"": partial(_write_dit, dit, dtypes)})
+
+
+def kept_dtypes(own: Mapping[str, torch.dtype], dtype: torch.dtype | None) -> Mapping[str, torch.dtype]:
+    """Return the dtypes of tensors in a file. dtype: of those with fractions; None: as they are."""
+    if dtype is None:
+        return own
+    return {name: dtype if each.is_floating_point else each for name, each in own.items()}
+
+
+def _write_dit(
+    dit: nn.Module,
+    own: Mapping[str, torch.dtype],
+    path: Path,
+    dtype: torch.dtype | None,
+    metadata: Mapping[str, str],
+) -> None:
+    tensors, kept = dit.state_dict(), kept_dtypes(own, dtype)  # no copies; an average may be in their place
+    infos = {name: TensorInfo(kept[name], tuple(tensor.shape)) for name, tensor in tensors.items()}
+    stream_tensors(path, infos, lambda name: tensors[name].to(kept[name]), metadata)

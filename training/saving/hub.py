@@ -171,7 +171,7 @@ def hub() -> Any:
 
 @dataclass(frozen=True)
 class Uploads:
-    """Upload finished files and folders to the repository of --huggingface_repo_id; do nothing without one.
+    """Upload finished files and folders to the repository of --huggingface_repo_id.
 
     api: the client, `huggingface_hub.HfApi`. Uploads run one after the other, so that the repository is
     created once. The model card is uploaded once a run, if the repository has none or an unchanged one of the
@@ -179,14 +179,12 @@ class Uploads:
     """
 
     options: HubOptions
-    api: Any = None
+    api: Any
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(max_workers=1))
     _sent_cards: set[str] = field(default_factory=set)
 
     def publish(self, path: Path, card: str | None = None) -> None:
         """Upload a file or a folder, and its model card; with --async_upload in the background."""
-        if self.options.huggingface_repo_id is None:
-            return
         if self.options.async_upload:
             self._pool.submit(self._upload, path, card)
         else:
@@ -239,8 +237,6 @@ class Uploads:
 
 def make_uploads(options: HubOptions, make_api: Callable[..., Any] | None = None) -> Uploads:
     """Return the uploads of a run. Raises OptionError if the client library is missing."""
-    if options.huggingface_repo_id is None:
-        return Uploads(options)
     return Uploads(options, (make_api or hub().HfApi)(token=options.huggingface_token))
 
 
