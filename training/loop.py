@@ -166,13 +166,13 @@ def _accumulate(
             torch.mps.manual_seed(seed)
         if run.memory is not None:
             run.memory.see_batch(noisy_batch.noise.numel())
-        if run.texts.encoders:
+        if run.plan.texts.encoders:
             with run.autocast():
-                noisy_batch = replace(noisy_batch, batch=run.texts.add_to(noisy_batch.batch))
+                noisy_batch = replace(noisy_batch, batch=run.plan.texts.add_to(noisy_batch.batch))
         noisy_batch, expert = noisy_batch.to(run.device), noisy_batch.expert
         is_repeat = steps.in_lockstep and steps.is_repeat(index, run.feed.process)
         experts = [expert]
-        if len(run.experts) > 1 and steps.in_lockstep:  # those of all processes now
+        if len(run.family.experts) > 1 and steps.in_lockstep:  # those of all processes now
             now = [steps.share(group, process)[place] for process in range(steps.processes)]
             experts = sorted({run.feed.expert_of((progress.epoch, other)) for other in now})
         for which in experts:
@@ -185,7 +185,7 @@ def _accumulate(
                 continue
             run.model.scaler.scale(loss).backward()
             row[0] += loss.detach()
-            by_part = {expert: loss * parts} if len(run.experts) > 1 else dict(enumerate(losses))
+            by_part = {expert: loss * parts} if len(run.family.experts) > 1 else dict(enumerate(losses))
             for part, value in by_part.items() if count else ():
                 row[WISHES.stop + part] += value.detach()
                 row[WISHES.stop + count + part] += 1

@@ -107,15 +107,6 @@ class LossRule:
 PLAIN_LOSS = LossRule()
 
 
-def measure_errors(
-    family: Trains, dit: nn.Module, noisy_batch: NoisyBatch, autocast: Autocast, rule: LossRule = PLAIN_LOSS
-) -> Tensor:
-    """Return the mean error of the predicted velocity for each sample: B, float32, on the device of the
-    batch. That of its sound is added.
-    """
-    return functools.reduce(torch.add, measure_streams(family, dit, noisy_batch, autocast, rule))
-
-
 def measure_streams(
     family: Trains, dit: nn.Module, noisy_batch: NoisyBatch, autocast: Autocast, rule: LossRule
 ) -> tuple[Tensor, ...]:

@@ -20,11 +20,10 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from modules.contract.family import Family, sound_of
-from modules.contract.rules import PICTURE_STREAM, SOUND_STREAM, Expert
+from modules.contract.rules import PICTURE_STREAM, SOUND_STREAM
 from modules.devices import dtype_of
 from modules.planning.device_memory import MemoryWatch
 from training.data.feed import Feed
-from training.data.live import LiveTexts
 from training.experts import AUTOCAST, ExpertNetworks
 from training.loss import Autocast, LossRule
 from training.optimizers.lr_schedule import LrSchedule
@@ -198,12 +197,10 @@ class TrainingRun:
     readings: Readings = field(default_factory=Readings)
     # of the model and its plan
     plan: TrainingPlan = field(init=False)
-    texts: LiveTexts = field(init=False)  # encoded in each step
     options: TrainingOptions = field(init=False)
     family: Family = field(init=False)
     steps: StepPlan = field(init=False)
     progress: Progress = field(init=False)
-    experts: Sequence[Expert] = field(init=False)  # of the model that is trained; most have one
     device: torch.device = field(init=False)  # where steps are computed; swapped weights may be elsewhere
     autocast: Autocast = field(init=False)
     parameters: list[Parameter] = field(init=False)  # that are trained, in the optimizer's order
@@ -212,14 +209,14 @@ class TrainingRun:
 
     def __post_init__(self) -> None:
         plan, accelerator, trainable = self.model.plan, self.model.plan.accelerator, self.model.trainable
-        self.plan, self.texts = plan, plan.texts
-        self.options, self.family, self.experts = plan.options, plan.family, plan.family.experts
+        self.plan, self.options, self.family = plan, plan.options, plan.family
         self.steps, self.progress = plan.steps, plan.progress
         self.device, self.autocast = accelerator.device, accelerator.autocast
         self.parameters = trainable.parameters
         sound = sound_of(plan.family)
         names = {} if sound is None else trainable.names
         self.of_sound = frozenset(one for one, name in names.items() if sound and sound.modules in name)
-        self.parts = tuple(expert.name for expert in self.experts) if len(self.experts) > 1 else ()
+        experts = plan.family.experts
+        self.parts = tuple(expert.name for expert in experts) if len(experts) > 1 else ()
         if sound is not None and not self.parts:
             self.parts = PICTURE_STREAM, SOUND_STREAM

@@ -4,6 +4,7 @@ The loss of one training step means little, because its timestep and noise are r
 item, so values of two steps, and of two runs with the same items, can be compared.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -18,7 +19,7 @@ from modules.contract.data import SOUND
 from modules.contract.rules import expert_at
 from training.data.feed import draw_given_frames, seed_generator
 from training.data.timesteps import times_at
-from training.loss import Autocast, DitOf, LossRule, NoisyBatch, NoisySound, measure_errors
+from training.loss import Autocast, DitOf, LossRule, NoisyBatch, NoisySound, measure_streams
 from training.noise_options import NUM_TIMESTEPS
 from training.plan import TrainingPlan
 from training.reports.history import LOSS
@@ -121,5 +122,6 @@ class Validation:
             noisy_batch = NoisyBatch(
                 batch, noise, times.sigmas, times.timesteps, torch.ones(1), given_frames, sound=sound
             ).to(plan.accelerator.device)
-            losses.append(measure_errors(plan.family, dit, noisy_batch, autocast, self.loss))
+            errors = measure_streams(plan.family, dit, noisy_batch, autocast, self.loss)
+            losses.append(functools.reduce(torch.add, errors))
         return torch.cat(losses).tolist()

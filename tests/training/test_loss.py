@@ -31,7 +31,7 @@ from training.loss import (
     compared,
     element_errors,
     find_thresholds,
-    measure_errors,
+    measure_streams,
     training_loss,
 )
 from training.noise_options import PREDICTIONS, LossOptions
@@ -67,7 +67,8 @@ def with_batch(noisy: NoisyBatch, **changes: Any) -> NoisyBatch:
 def errors_of(
     noisy: NoisyBatch, dit: torch.nn.Module | None = None, family: Any = None, rule: LossRule = PLAIN_LOSS
 ) -> Tensor:
-    return measure_errors(family or ToyFamily(), dit or Constant(), noisy, nullcontext, rule)
+    (errors,) = measure_streams(family or ToyFamily(), dit or Constant(), noisy, nullcontext, rule)
+    return errors
 
 
 def test_latents_are_scaled_then_mixed_with_noise() -> None:

@@ -1,5 +1,6 @@
 """What a run reports: logs, numbers, slow steps.
 
+grid: the samples on a training's page
 history: keep all reports of a run in lines
 logs: progress bar, TensorBoard and wandb
 page: one HTML page about a training
