@@ -22,15 +22,9 @@ from networks.adapter import make_network
 from training import experts
 from training.data.feed import Feed, Randomness
 from training.loss import LossRule
+from training.optimizers import stepping
 from training.optimizers.lr_schedule import make_lr_schedule
 from training.optimizers.optimizer import find_averaging, make_optimizer
-from training.optimizers.stepping import (
-    FusedBackward,
-    ParameterSteps,
-    StepAfterBackward,
-    steps_alone,
-    steps_numbers,
-)
 from training.plan import TrainingPlan
 from training.reports.logs import Logs
 from training.reports.reporter import RunReporter
@@ -299,24 +293,24 @@ def _add_learner(
 
 def _make_stepping(
     plan: TrainingPlan, trainable: Trainable, optimizer: Optimizer, scaler: torch.amp.GradScaler
-) -> StepAfterBackward | FusedBackward:
+) -> stepping.StepAfterBackward | stepping.FusedBackward:
     """Return how weights are stepped: all at once, one by one, or inside the backward pass."""
     options, max_norm, parameters = plan.options, plan.options.optimizer.max_grad_norm, trainable.parameters
     alone, kind = None, type(optimizer)
-    gathers = bool(trainable.split) and not steps_numbers(kind)
+    gathers = bool(trainable.split) and not stepping.steps_numbers(kind)
     if options.is_fused or gathers or (options.whole_dit is not None and options.whole_dit.full_bf16):
-        if steps_alone(kind):
-            alone = ParameterSteps(optimizer, trainable.names, plan.progress, trainable.split)
+        if stepping.steps_alone(kind):
+            alone = stepping.ParameterSteps(optimizer, trainable.names, plan.progress, trainable.split)
         else:
             logger.warning(
                 "--full_bf16: this optimizer's steps are rounded to the nearest bf16, which loses small ones."
             )
     if alone is None or not options.is_fused:
         networks, split = trainable.all_networks, trainable.split
-        return StepAfterBackward(optimizer, parameters, max_norm, scaler, networks, alone, split)
+        return stepping.StepAfterBackward(optimizer, parameters, max_norm, scaler, networks, alone, split)
     if max_norm > 0:
         logger.warning(
             "--fused_backward_pass clips the gradient of each weight by itself to --max_grad_norm "
             f"{max_norm}."
         )
-    return FusedBackward(alone, parameters, max_norm)
+    return stepping.FusedBackward(alone, parameters, max_norm)

@@ -27,8 +27,8 @@ from training.optimizers.stepping import steps_numbers
 from training.options import TrainingOptions
 from training.plan import TrainingPlan
 from training.resuming import listed_settings
+from training.saving import states
 from training.saving.files import Saver
-from training.saving.states import AVERAGE, ForeignState, SavedState, load_module, one_error, write_state
 from training.training_run import TrainedModel
 
 if TYPE_CHECKING:  # it is loaded only if files are uploaded
@@ -83,7 +83,7 @@ def make_saver(
 
     def write_own(folder: Path) -> None:
         split = plan.splits_model
-        write = import_own("training.saving.split_model").write_split_state if split else write_state
+        write = import_own("training.saving.split_model").write_split_state if split else states.write_state
         write(folder, take_state(model))
 
     saver = Saver(
@@ -118,7 +118,7 @@ def file_dtype(options: TrainingOptions, dit: nn.Module) -> torch.dtype | None:
     return None if options.network is None else dtype_of(dit)
 
 
-def take_state(model: TrainedModel) -> SavedState:
+def take_state(model: TrainedModel) -> states.SavedState:
     """Return everything that resuming needs, not copied.
 
     Call between steps, while the training weights are loaded.
@@ -129,13 +129,13 @@ def take_state(model: TrainedModel) -> SavedState:
         name: module.state_dict() for name, module in model.trainable.modules.items()
     }
     if model.average is not None:
-        parts[AVERAGE] = model.average.tensors()
+        parts[states.AVERAGE] = model.average.tensors()
     kept = optimizer_state(model.optimizer, model.trainable.names)
     for name, weight in _stepped_rows(model).items():
         values = kept["states"].get(name, {})
         rows = {key: value for key, value in values.items() if isinstance(value, Tensor) and value.ndim}
         values |= {key: as_split(weight, value) for key, value in rows.items()}
-    return SavedState(
+    return states.SavedState(
         Path(),
         plan.progress,
         plan.identity,
@@ -156,8 +156,8 @@ def restore(model: TrainedModel) -> None:
         if step:  # begun later
             model.schedule.go_to(step)
         return
-    with one_error(saved.folder):
-        if isinstance(saved, SavedState):
+    with states.one_error(saved.folder):
+        if isinstance(saved, states.SavedState):
             _restore_own(model, saved)
             logger.info("Continuing at step %d, epoch %d.", step, model.plan.progress.epoch + 1)
         elif model.plan.splits_model:
@@ -170,10 +170,10 @@ def restore(model: TrainedModel) -> None:
     saved.release()
 
 
-def _restore_foreign(model: TrainedModel, saved: ForeignState) -> None:
+def _restore_foreign(model: TrainedModel, saved: states.ForeignState) -> None:
     """Restore weights, and the optimizer if it is known which of its tensors belongs to which layer."""
     module = next(iter(model.trainable.modules.values()))  # beside it may be what no file holds
-    load_module(module, saved.network)
+    states.load_module(module, saved.network)
     if model.average is not None:
         model.average.begin()
     family = model.plan.family
@@ -196,15 +196,15 @@ def _restore_foreign(model: TrainedModel, saved: ForeignState) -> None:
     )
 
 
-def _restore_own(model: TrainedModel, saved: SavedState) -> None:
+def _restore_own(model: TrainedModel, saved: states.SavedState) -> None:
     if saved.files or model.plan.splits_model:
         from training.saving.split_model import fill_state
 
         own = {name: module.state_dict() for name, module in model.trainable.modules.items()}
-        own[AVERAGE] = {} if model.average is None else model.average.tensors()
+        own[states.AVERAGE] = {} if model.average is None else model.average.tensors()
         fill_state(saved, own, _stepped_rows(model), model.device)
     for name, module in model.trainable.modules.items():
-        load_module(module, saved.parts[name])
+        states.load_module(module, saved.parts[name])
     kept, is_changed = saved.optimizer, bool(model.plan.changes)
     if is_changed:  # learning rates follow from the settings of now
         groups = [

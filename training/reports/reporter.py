@@ -14,17 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from modules.control_codes import shorten_lines
 from modules.media.reading import Frame
+from training.reports import sample_files
 from training.reports.history import History, PageCommand, Start, Story, history_name
 from training.reports.logs import StepReport
 from training.reports.page import Standing, page_path, write_training_page
-from training.reports.sample_files import (
-    FOLDER,
-    find_samples,
-    join_strip,
-    log_samples,
-    read_reduced,
-    write_sheet,
-)
 
 if TYPE_CHECKING:  # it is loaded only if there are samples
     from training.reports.grid import ClipStore
@@ -135,24 +128,25 @@ class RunReporter:
         files: dict[int, Path] = {}
         strips: dict[int, Frame] = {}
         with self._guarded():
-            files = find_samples(self.folder / FOLDER, self.name, mark)
+            files = sample_files.find_samples(self.folder / sample_files.FOLDER, self.name, mark)
         prompts = {index: self.prompts.get(index, "") for index in files}
         for index, path in files.items():
             with self._guarded():
-                clip = read_reduced(path)  # once for all
+                clip = sample_files.read_reduced(path)  # once for all
                 if self.history.is_written:
                     self._store().add(path.name, prompts[index], step, clip)
-                strips[index] = join_strip(clip)
+                strips[index] = sample_files.join_strip(clip)
         with self._guarded():
-            log_samples(self.trackers(), step, files, strips, prompts)
+            sample_files.log_samples(self.trackers(), step, files, strips, prompts)
         if not self.history.is_written:
             return
         names = {str(index): path.name for index, path in files.items()}
         self._note(step, samples=mark, files=names, prompts={str(index): prompts[index] for index in files})
         with self._guarded():
             title = f"{self.name}, step {step:,}"
-            sheet = self.folder / FOLDER / f"{self.name}_{mark}_sheet.png"  # sorts behind the samples on it
-            write_sheet(sheet, title, strips, prompts)
+            # sorts behind the samples on it
+            sheet = self.folder / sample_files.FOLDER / f"{self.name}_{mark}_sheet.png"
+            sample_files.write_sheet(sheet, title, strips, prompts)
         self._write()
 
     def note_saved(self, paths: Sequence[Path], step: int) -> None:
@@ -195,7 +189,7 @@ class RunReporter:
     def _store(self) -> "ClipStore":
         from training.reports.grid import ClipStore
 
-        self.clips = self.clips or ClipStore(self.folder / FOLDER)
+        self.clips = self.clips or ClipStore(self.folder / sample_files.FOLDER)
         return self.clips
 
     @contextmanager
