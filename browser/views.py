@@ -20,7 +20,6 @@ from modules.control_codes import escape_control_codes, shorten
 from modules.errors import OptionError, UserError
 from modules.pages.page import END, PRIVATE, render_page
 from modules.text_files import read_safetensors_texts, require_regular_file
-from training.reports.grid import ClipStore
 from training.reports.history import SHOWN, Points, Start, Story
 from training.reports.page import (
     TEMPLATE,
@@ -32,6 +31,7 @@ from training.reports.page import (
     write_training_page,
 )
 from training.reports.sample_files import FOLDER as SAMPLES
+from training.reports.sample_files import ClipStore
 
 logger = logging.getLogger(__name__)
 

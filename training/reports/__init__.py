@@ -1,10 +1,9 @@
 """What a run reports: logs, numbers, slow steps.
 
-grid: the samples on a training's page
 history: keep all reports of a run in lines
 logs: progress bar, TensorBoard and wandb
 page: one HTML page about a training
 pauses: time steps and what interrupts them; slow steps
 reporter: pass a run's events to history and page
-sample_files: find samples of a run, draw sheets
+sample_files: find samples of a run, draw sheets, fill the grid of the page
 """

@@ -74,7 +74,7 @@ def page_values(
         "standing": standing,
         "written": f"{datetime.now():%Y-%m-%d %H:%M:%S}",
         "tiles": list_tiles(standing, story),
-        "grid": import_own("training.reports.grid").make_grid(story, load, *most) if load else None,
+        "grid": import_own("training.reports.sample_files").make_grid(story, load, *most) if load else None,
         "charts": [draw_chart(chart) for chart in list_charts(story)],
         "files": _files(story, folder, best),
         "advice": describe_best(story, best),

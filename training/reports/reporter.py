@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from modules.control_codes import shorten_lines
 from modules.media.reading import Frame
@@ -18,9 +18,6 @@ from training.reports import sample_files
 from training.reports.history import History, PageCommand, Start, Story, history_name
 from training.reports.logs import StepReport
 from training.reports.page import Standing, page_path, write_training_page
-
-if TYPE_CHECKING:  # it is loaded only if there are samples
-    from training.reports.grid import ClipStore
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +46,7 @@ class RunReporter:
     folder: Path = field(init=False)  # --output_dir
     name: str = field(init=False)  # --output_name
     path: Path = field(init=False)  # of the page
-    clips: "ClipStore | None" = field(default=None, init=False)  # None: there are no samples yet
+    clips: sample_files.ClipStore | None = field(default=None, init=False)  # None: there are no samples yet
     _messages: "_Messages" = field(init=False)
     _written: float = field(init=False)  # when the last page was
     _cost: float = 0.0  # seconds that it took
@@ -186,10 +183,8 @@ class RunReporter:
         self._written = self.now()
         self._cost = self._written - started
 
-    def _store(self) -> "ClipStore":
-        from training.reports.grid import ClipStore
-
-        self.clips = self.clips or ClipStore(self.folder / sample_files.FOLDER)
+    def _store(self) -> sample_files.ClipStore:
+        self.clips = self.clips or sample_files.ClipStore(self.folder / sample_files.FOLDER)
         return self.clips
 
     @contextmanager

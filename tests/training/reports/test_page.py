@@ -21,7 +21,6 @@ from modules.media.tracks import write_wav
 from tests.chromium import open_page, wait_until
 from tests.training.test_resume import train_in_two_processes
 from tests.training.toy import Killed, killed_at, same, train_toy, write_caches, write_prompts
-from training.reports.grid import choose_columns
 from training.reports.history import History, PageCommand, SampleRow, Start, Story
 from training.reports.page import Standing, write_training_page
 from training.reports.reporter import RunReporter
@@ -30,6 +29,7 @@ from training.reports.sample_files import (
     LEAST_WIDTH,
     TEXT_SIZE,
     TITLE_SIZE,
+    choose_columns,
     find_samples,
     log_samples,
     read_reduced,
