@@ -87,18 +87,19 @@ def is_ending(run: TrainingRun) -> bool:
 
 def take_step(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch]) -> Asked:
     """Take one optimizer step on the micro-batches of `group`. Returns the requests of clock and files."""
-    progress, feed = run.progress, run.feed
-    for network in run.model.trainable.all_networks:
+    progress, feed, trainable = run.progress, run.feed, run.model.trainable
+    for network in trainable.all_networks:
         if isinstance(network, ForeignNetwork):
             network.on_step_start()
     # before any weight is stepped
-    rates = name_rates(run.model.schedule.get_last_lr(), run.model.trainable.group_names, run.model.optimizer)
+    rates = name_rates(run.model.schedule.get_last_lr(), trainable.group_names, run.model.optimizer)
     # The step changes all parameters but those of an expert that gets no batch of it, and those of the sound
     # if no clip has any. It depends on the whole group, not on this process' share of it, and costs no wait
     # for the device.
     reached, places = run.parameters, [(progress.epoch, index) for index in group]
-    if run.model.trainable.by_expert:
-        reached = run.model.trainable.reached({feed.expert_of(place) for place in places})
+    if trainable.by_expert:
+        experts = sorted({feed.expert_of(place) for place in places})
+        reached = [parameter for expert in experts for parameter in trainable.by_expert[expert]]
     if run.of_sound and not any(map(feed.has_sound, places)):
         reached = [parameter for parameter in reached if parameter not in run.of_sound]
     with contextlib.ExitStack() as stack:
@@ -116,11 +117,11 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch
     if not is_alone:
         wishes = [run.requests.ends, *here]
         row[WISHES] = numbers_on(run.device, wishes, torch.float32)
-        row = sum_over_processes(run.model.trainable.whole(reached), row)
+        whole = [parameter for parameter in reached if parameter not in trainable.split]
+        row = sum_over_processes(whole, row)
     norm = run.model.stepping.finish().detach().float()  # of the gradients before clipping
     run.model.schedule.step()
     run.model.optimizer.zero_grad(set_to_none=True)
-    trainable = run.model.trainable
     norms = [] if trainable.max_norm is None else [trainable.limit_norms(trainable.max_norm, run.device)]
     if run.model.average is not None:
         run.model.average.after_step()
@@ -170,7 +171,7 @@ def _accumulate(
             with run.autocast():
                 noisy_batch = replace(noisy_batch, batch=run.plan.texts.add_to(noisy_batch.batch))
         noisy_batch, expert = noisy_batch.to(run.device), noisy_batch.expert
-        is_repeat = steps.in_lockstep and steps.is_repeat(index, run.feed.process)
+        is_repeat = steps.in_lockstep and index % steps.processes != run.feed.process  # another's own
         experts = [expert]
         if len(run.family.experts) > 1 and steps.in_lockstep:  # those of all processes now
             now = [steps.share(group, process)[place] for process in range(steps.processes)]

@@ -188,7 +188,7 @@ def _restore_foreign(model: TrainedModel, saved: states.ForeignState) -> None:
     if isinstance(found, str):
         restored = f"the weights alone are restored, not the state of the optimizer: {found}"
     else:
-        restore_foreign_optimizer(model.optimizer, found, model.device)
+        restore_foreign_optimizer(model.optimizer, found, model.plan.accelerator.device)
     logger.warning(
         "%s was made by another program: %s. It does not record its progress: steps, epochs and the "
         "learning-rate schedule start from 0.",
@@ -202,7 +202,7 @@ def _restore_own(model: TrainedModel, saved: states.SavedState) -> None:
 
         own = {name: module.state_dict() for name, module in model.trainable.modules.items()}
         own[states.AVERAGE] = {} if model.average is None else model.average.tensors()
-        fill_state(saved, own, _stepped_rows(model), model.device)
+        fill_state(saved, own, _stepped_rows(model), model.plan.accelerator.device)
     for name, module in model.trainable.modules.items():
         states.load_module(module, saved.parts[name])
     kept, is_changed = saved.optimizer, bool(model.plan.changes)
@@ -212,7 +212,7 @@ def _restore_own(model: TrainedModel, saved: states.SavedState) -> None:
             for group, own in zip(kept["groups"], model.optimizer.param_groups, strict=False)
         ]
         kept = {**kept, "groups": groups}
-    restore_optimizer(model.optimizer, model.trainable.names, kept, model.device)
+    restore_optimizer(model.optimizer, model.trainable.names, kept, model.plan.accelerator.device)
     if is_changed:
         model.schedule.go_to(model.plan.progress.step)
     else:

@@ -85,15 +85,12 @@ class StepPlan:
     def share(self, group: range, process: int) -> list[int]:
         """Return the micro-batches of `group` that process number `process` works on.
 
-        May be empty in the last group of an epoch, but not in lockstep: see `is_repeat`.
+        May be empty in the last group of an epoch, but not in lockstep: the last one is then
+        repeated, which is another process' own.
         """
         own = [index for index in group if index % self.processes == process]
         lacks = self.in_lockstep and len(own) * self.processes < len(group)
         return [*own, group[-1]] if lacks else own
-
-    def is_repeat(self, index: int, process: int) -> bool:
-        """Return whether a micro-batch is another process' own, which this one may only repeat."""
-        return index % self.processes != process
 
     def keys(
         self, process: int, epoch: int, position: int, num_epochs: int | None = None

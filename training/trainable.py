@@ -1,7 +1,7 @@
 """The trained part: a network beside the frozen DiT (a LoRA), or the DiT itself."""
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -44,11 +44,6 @@ class Trainable:
     def all_modules(self) -> tuple[nn.Module, ...]:
         return (*self.modules.values(), *(network.module for network in self.tied))
 
-    def reached(self, experts: Collection[int]) -> list[Parameter]:
-        if not self.by_expert:
-            return self.parameters
-        return [parameter for index in sorted(experts) for parameter in self.by_expert[index]]
-
     @property
     def parameters(self) -> list[Parameter]:
         return [parameter for group in self.groups for parameter in group["params"]]
@@ -62,9 +57,6 @@ class Trainable:
             for part, module in self.modules.items()
             for name, parameter in module.named_parameters()
         }
-
-    def whole(self, parameters: Sequence[Parameter]) -> list[Parameter]:
-        return [parameter for parameter in parameters if parameter not in self.split]
 
     @property
     def all_networks(self) -> tuple[TrainableNetwork, ...]:

@@ -162,11 +162,6 @@ class TrainedModel:
     average: "WeightAverage | None"  # of the trained weights; None without --ema_decay
 
     @property
-    def device(self) -> torch.device:
-        """Return where steps are computed; swapped weights may be elsewhere."""
-        return self.plan.accelerator.device
-
-    @property
     def compute_dtype(self) -> torch.dtype:
         precision = self.plan.options.accelerator.mixed_precision
         return AUTOCAST.get(precision, dtype_of(self.dits.networks[0]))

@@ -35,12 +35,6 @@ class Names:
     # what ends the names of the files that are saved together: the names of experts; none if there is one
     parts: tuple[str, ...] = ()
 
-    def epoch(self, number: int) -> str:
-        return f"{self.name}-{number:06d}"
-
-    def step(self, number: int) -> str:
-        return f"{self.name}-step{number:08d}"
-
     def files(self, stem: str) -> dict[str, Path]:
         """Return the files that are saved together by the endings of their names: `x-000001_high_noise`."""
         if not self.parts:
@@ -92,15 +86,15 @@ class Saver:
     note_saved: Callable[[Sequence[Path]], None] = lambda _: None  # gets all files of a save
 
     def save_step(self, step: int, with_state: bool | None = None) -> None:
-        self._save(self.names.step(step), self.options.save_state if with_state is None else with_state)
+        self._save(f"-step{step:08d}", self.options.save_state if with_state is None else with_state)
         self.tidy(step=step)
 
     def save_epoch(self, epoch: int) -> None:
-        self._save(self.names.epoch(epoch), self.options.save_state)
+        self._save(f"-{epoch:06d}", self.options.save_state)
         self.tidy(epoch=epoch)
 
     def save_final(self) -> None:
-        self._save(self.names.name, self.options.saves_state_at_end)
+        self._save("", self.options.saves_state_at_end)
 
     def tidy(self, step: int | None = None, epoch: int | None = None) -> None:
         """Remove what saves at this step and at this epoch no longer keep.
@@ -155,13 +149,15 @@ class Saver:
             if re.fullmatch(pattern, entry.name):
                 _remove(entry)
 
-    def _save(self, stem: str, with_state: bool) -> None:
-        written, state = list[Path](), self.names.folder / f"{stem}-state"
+    def _save(self, end: str, with_state: bool) -> None:
+        """Save under the run's name with this end."""
+        written, stem = list[Path](), f"{self.names.name}{end}"
+        state = self.names.folder / f"{stem}-state"
         kinds = {"": self.write_file}
         if self.write_average is not None:
             kinds = {"-ema": self.write_average, **kinds}
-        for end, write in kinds.items():
-            for part, path in self.names.files(f"{stem}{end}").items():
+        for mark, write in kinds.items():
+            for part, path in self.names.files(f"{stem}{mark}").items():
                 write(part, path)
                 logger.info("Saved %s", path)
                 written.append(path)

@@ -109,10 +109,6 @@ class SavingOptions(Options, title="saving"):
         )
 
     @property
-    def result(self) -> Path:
-        return (self.output_dir or Path()) / f"{self.output_name}.safetensors"
-
-    @property
     def saves_state_at_end(self) -> bool:
         return self.save_state or self.save_state_on_train_end
 
