@@ -55,10 +55,8 @@ def make_saver(
     is_first, average = plan.accelerator.is_main_process, model.average
     if not (is_first or plan.splits_model):
         return None
-    dtype, of_run = (
-        file_dtype(options, model.dits.networks[0]),
-        run_metadata(plan, model.optimizer_name, model.schedule.name),
-    )
+    dtype = file_dtype(options, model.dits.networks[0])
+    of_run = run_metadata(plan, model.optimizer_name, model.schedule.name)
     own = {
         part: of_run | continued_sizes(model, part) | expert_metadata(plan.family, options, part)
         for part in trainable.writes
