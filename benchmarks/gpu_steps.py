@@ -32,7 +32,7 @@ from modules.stored.forms import prepare
 from networks.adapter import make_network
 from training.experts import dress, placement_of
 from training.loss import NoisyBatch, training_loss
-from training.optimizers.optimizer import make_optimizer, set_training
+from training.optimizers.optimizer import find_averaging, make_optimizer
 from training.planning.memory import predict
 from training.planning.rehearsal import autocast_of
 
@@ -77,7 +77,8 @@ def train_steps(row: Row, path: Path, device: torch.device) -> Bench:
     parameters = network.parameters()
     groups, _ = network.parameter_groups(options.optimizer.learning_rate)
     optimizer, _ = make_optimizer(options.optimizer, groups)
-    set_training(optimizer, True)
+    if (averaging := find_averaging(optimizer)) is not None:
+        averaging.train()
     autocast, batch = autocast_of(options, device), batch.to(device)
     losses: list[Tensor] = []
     norms: list[Tensor] = []

@@ -62,7 +62,7 @@ def _measure(folder: Path, args: argparse.Namespace) -> tuple[list[float], list[
         contextlib.closing(run.feed.start(0, 0)) as micro_batches,
     ):
         groups = run.steps.groups(0)
-        bare_step = _bare_step(run, next(micro_batches).data)
+        bare_step = _bare_step(run, next(micro_batches))
 
         def loop_step() -> None:
             advance(run, next(groups), micro_batches)

@@ -19,6 +19,7 @@ import psutil  # comes with accelerate
 
 from modules.atomic_write import identify_machine
 from modules.console import in_words
+from modules.limits import MAX_LINE_CHARACTERS
 from modules.text_files import real_path
 from training.reports.history import (
     END,
@@ -29,7 +30,6 @@ from training.reports.history import (
     Start,
     Story,
     history_name,
-    list_lines,
     parse_row,
 )
 from training.reports.page import page_path
@@ -257,7 +257,7 @@ class OpenHistory:
                 self.story, self._offset = Story(), 0
             self.status = status
             file.seek(self._offset)
-            for line in list_lines(file):
+            for line in iter(lambda: file.readline(MAX_LINE_CHARACTERS), b""):
                 if not line.endswith(b"\n"):
                     break  # it is being written
                 self._offset += len(line)

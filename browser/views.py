@@ -23,7 +23,6 @@ from modules.text_files import read_safetensors_texts, require_regular_file
 from training.reports.history import SHOWN, Points, Start, Story
 from training.reports.page import (
     TEMPLATE,
-    ClipStore,
     Standing,
     link,
     list_charts,
@@ -32,6 +31,7 @@ from training.reports.page import (
     write_training_page,
 )
 from training.reports.sample_files import FOLDER as SAMPLES
+from training.reports.sample_files import ClipStore
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ def run_page(runs: Runs, run: Glance, can_write: bool) -> str:
     """Return the page of a run. Raises OSError if its history cannot be read."""
     story = runs.open(run).story
     now = LiveStanding.of(run, story)
-    values = page_values(run.history.parent, story, linked_clip, now.shown, MOST_SAMPLES)
+    values = page_values(run.history.parent, story, now.shown, linked_clip, MOST_SAMPLES)
     values["live"] = {
         "id": run.id,
         "mark": mark_page(story, now),
@@ -283,5 +283,5 @@ def export_run(runs: Runs, path: Path) -> None:
     except OSError as error:
         raise OptionError(f"{run.history} cannot be read: {error.strerror}") from None
     clips = ClipStore(run.history.parent / SAMPLES)
-    write_training_page(path, run.history, story, clips, LiveStanding.of(run, story).shown)
+    write_training_page(path, run.history, story, LiveStanding.of(run, story).shown, clips.for_page())
     share_page(path, path)  # it is made to be given away: no folder of this machine is named

@@ -9,7 +9,6 @@ Source of the rise: tf.train.ExponentialMovingAverage, `num_updates`.
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,31 +20,24 @@ from modules.offload.sharding import as_split
 from modules.private_torch import lerp_each
 from training.learning_options import AverageOptions
 from training.optimizers.optimizer import find_averaging
-from training.saving.states import SavedState
+from training.saving.states import AVERAGE, SavedState
 from training.trainable import Trainable
 
 logger = logging.getLogger(__name__)
 
-PART = "ema"  # among the parts of a state
-
 
 class WeightAverage:
-    """Keeps the average of a run's trained weights; of none if there is no --ema_decay."""
+    """Keeps the average of a run's trained weights."""
 
     def __init__(
-        self,
-        options: AverageOptions,
-        dits: Sequence[nn.Module] = (),
-        trainable: Trainable | None = None,
-        on_host: bool = False,
+        self, options: AverageOptions, dits: Sequence[nn.Module], trainable: Trainable, on_host: bool
     ) -> None:
         """Begin with the weights of now. dits: that are trained themselves; their weights may be swapped.
-        trainable: None to keep no average. on_host: keep the average in host memory (of a whole model).
+        on_host: keep the average in host memory (of a whole model).
         """
         self.decay, self.every, self.on_host = options.ema_decay or 0.0, options.ema_update_every, on_host
-        self._dits, self._parameters = dits, [] if trainable is None else trainable.parameters
-        names = {} if trainable is None else trainable.names
-        self._split = {} if trainable is None else trainable.split
+        self._dits, self._parameters, self._split = dits, trainable.parameters, trainable.split
+        names = trainable.names
         self._names = [names[parameter] for parameter in self._parameters]
         self.steps, self.values = 0, list[Tensor]()
         self.begin()
@@ -62,7 +54,7 @@ class WeightAverage:
     def after_step(self) -> None:
         """Count a step; update the average if it is due. Nothing waits for the device of a network."""
         self.steps += 1
-        if self.steps % self.every or not self.values:
+        if self.steps % self.every:
             return
         settle_all(self._dits)
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
@@ -94,22 +86,17 @@ class WeightAverage:
             for name, value, weight in zip(self._names, self.values, split, strict=True)
         }
 
-    def described(self) -> dict[str, Any] | None:
-        return {"steps": self.steps} if self.values else None
-
     @property
     def metadata(self) -> dict[str, str]:
         return {"ss_ema_decay": str(self.decay), "ss_ema_steps": str(self.steps)}
 
     def restore(self, saved: SavedState) -> None:
         """Take the average of a saved state of the same weights; without one, begin with those of now."""
-        if not self.values:
-            return
-        if PART not in saved.parts:
+        if AVERAGE not in saved.parts:
             logger.info("The state holds no average (EMA): it begins at step %d.", saved.progress.step)
             self.begin()
             return
-        tensors = saved.parts[PART]
+        tensors = saved.parts[AVERAGE]
         for name, value in self.tensors().items():
             value.copy_(tensors[name])
         self.steps = int((saved.average or {})["steps"])
@@ -121,14 +108,12 @@ def make_average(
     trainable: Trainable,
     optimizer: Optimizer,
     keeps: bool,
-) -> WeightAverage:
-    """Begin the average that the options ask for. A whole model's lies in host memory.
+) -> WeightAverage | None:
+    """Begin the average of --ema_decay. A whole model's lies in host memory.
 
     keeps: whether this process writes files or samples with it; a whole model's is kept by those alone.
     Raises OptionError if the optimizer averages by itself.
     """
-    if options.ema_decay is None:
-        return WeightAverage(options)
     if find_averaging(optimizer) is not None:
         raise OptionError(
             f"--ema_decay {options.ema_decay}: {type(optimizer).__name__} saves an average already. "
@@ -136,6 +121,6 @@ def make_average(
         )
     is_whole = any(module in dits for module in trainable.modules.values())
     if is_whole and not keeps:
-        return WeightAverage(options)
+        return None
     # a LoRA is never swapped: to settle the weights below it would empty the swap's slots after each step
     return WeightAverage(options, dits if is_whole else (), trainable, on_host=is_whole)

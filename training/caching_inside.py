@@ -38,7 +38,8 @@ from modules.media.buckets import Size
 from modules.media.reading import image_size
 from modules.seeds import derive_seed
 from networks.own_kinds import OWN_MODULES
-from training.data.live import NO_TEXTS, BatchSources, LiveTexts
+from training.data.feed import BatchSources
+from training.data.live import NO_TEXTS, LiveTexts
 from training.options import TrainingOptions
 
 logger = logging.getLogger(__name__)
@@ -136,10 +137,7 @@ def _fill(
 
 
 def plan_tables(
-    family: Caches,
-    config: DatasetConfig,
-    options: CachingInRunOptions | None,
-    live: Collection[str] = (),
+    family: Caches, config: DatasetConfig, options: CachingInRunOptions | None, live: Collection[str] = ()
 ) -> list[TablePlan]:
     """Decide where latents and texts of each table are; nothing is encoded.
 

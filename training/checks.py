@@ -21,13 +21,7 @@ from networks.lora_settings import DEFAULT_RANK
 from networks.own_kinds import OWN_MODULES
 from networks.own_modules import smallest_lora_bytes
 from training.data.live import LiveTexts
-from training.experts import (
-    TRAINING_ADAPTER,
-    check_experts,
-    network_for,
-    read_adapter,
-    read_use,
-)
+from training.experts import TRAINING_ADAPTER, check_experts, network_for, read_adapter, read_use
 from training.noise_options import NOTHING, WEIGHTS_OF_LOSS
 from training.optimizers.lr_schedule import make_lr_schedule
 from training.optimizers.optimizer import make_optimizer
@@ -70,7 +64,8 @@ def check_before_loading(
     with quiet():
         if samples.are_made and samples.sample_prompts is not None:
             import_own("training.samples").read_requests(of_samples, samples.sample_prompts)
-        for expert, file in zip_longest(of_samples.experts, of_samples.dit_files):
+        pairs = zip_longest(of_samples.experts, of_samples.dit_files)
+        for expert, file in pairs if samples.sample_lora else ():
             uses = [read_use(path, expert, strength) for path, strength in samples.loras()]
             for use in uses:
                 import_own("networks.added").refuse_dora(use.lora, "--sample_lora")
@@ -109,7 +104,8 @@ def check_networks(family: Family, options: TrainingOptions) -> None:
             if network.network_weights is not None and own is not None:
                 loading = import_own("networks.loading")
                 uses.append(loading.LoraUse(loading.read_lora(network.network_weights, with_texts=True)))
-            adapter = read_adapter(options, expert, family.experts)
+            has_adapter = options.frozen.training_adapter is not None
+            adapter = read_adapter(options, expert, family.experts) if has_adapter else None
             if adapter is not None:
                 import_own("networks.added").refuse_dora(adapter.lora, TRAINING_ADAPTER)
                 uses.append(adapter)
@@ -117,11 +113,8 @@ def check_networks(family: Family, options: TrainingOptions) -> None:
                 import_own("networks.apply").check_loras_fit(file, uses, family.file_beside(file))
 
 
-def check_teacher(family: Family, options: TrainingOptions, texts: LiveTexts) -> None:
-    """Raise OptionError if --teacher is given and nothing can be told to it, or not from caches."""
-    asked = options.frozen.teacher
-    if asked is None:
-        return
+def check_teacher(family: Family, asked: str, texts: LiveTexts) -> None:
+    """Raise OptionError if nothing can be told to --teacher, or not from caches."""
     if not family.fuller:
         raise OptionError(
             f"--teacher {asked}: there is nothing that the model {family.name} can be told besides, so that "

@@ -23,6 +23,7 @@ from modules.offload.swap_plan import HostWeights
 from modules.offload.turns import HostCopy
 from modules.options import option_values
 from modules.speed_options import Quantisation
+from modules.stored.forms import prepare
 from networks.adapter import OWN_NETWORKS
 from networks.names.layouts import EXPERT_VALUES, FOR_BOTH, TRAINED_EXPERT
 from networks.options import NetworkOptions
@@ -138,7 +139,8 @@ def check_experts(family: Family, options: TrainingOptions) -> None:
             "--network_args dora_wd=True: a DoRA learns the norms of a transformer's weights, so that two "
             f"transformers cannot share one. {OWN_NETWORKS}"
         )
-    check_reaches(options.timesteps, family.noise, experts)
+    if len(experts) > 1 or experts[0].lowest > 0:
+        check_reaches(options.timesteps, family.noise, experts)
 
 
 def note_experts(family: Family, options: TrainingOptions, samples_with_others: bool = False) -> None:
@@ -266,10 +268,13 @@ def dress(
     dit.train(loop.gradient_checkpointing)  # it has no dropout; checkpointing is what acts in training mode
 
 
-def check_computing(
-    family: Family, options: TrainingOptions, device: torch.device, quantisation: Quantisation | None
-) -> None:
-    """Raise OptionError if the requested attention or precision is not available; nothing is loaded yet."""
+def check_computing(family: Family, options: TrainingOptions, device: torch.device) -> Quantisation | None:
+    """Return the quantisation, with what multiplies on the device; nothing is loaded yet.
+
+    Raises OptionError if it, the requested attention or the precision is not available.
+    """
+    stored = options.speed.fp8.quantisation
+    quantisation = None if stored is None else prepare(stored, device)
     autocast = AUTOCAST.get(options.accelerator.mixed_precision)
     placement = placement_of(options, device, quantisation)
     check_backend(
@@ -280,6 +285,7 @@ def check_computing(
     )
     if autocast is not None:
         check_dtype(family, options, family.compute_dtype(placement))
+    return quantisation
 
 
 def check_dtype(family: Family, options: TrainingOptions, dtype: torch.dtype) -> None:

@@ -16,9 +16,8 @@ from networks.names.layouts import TRAINED_ON
 from training.options import GivenOption, TrainingOptions
 from training.plan import TrainingPlan
 from training.reports.history import PageCommand
-from training.saving.files import Names
+from training.saving.files import Names, state_pattern
 from training.saving.options import LATEST_ONLY
-from training.saving.states import state_pattern
 
 if TYPE_CHECKING:  # it is loaded only if there are prompts
     from training.samples import Sampler
@@ -67,36 +66,35 @@ class NextSteps:
     converted_for: str = ""  # the tool that reads LoRAs of this family only once they are converted
 
     def commands(self, best: Path | None, is_finished: bool) -> list[PageCommand]:
-        """Return the commands: train on, generate with the best file, convert it if a tool needs that."""
+        """Return the commands: train on, generate with the best file, convert it if a tool needs that; last
+        this run, as it was started.
+        """
         chosen = best or [*self.names.files(self.names.name).values()][0]
         found = [self._resume(is_finished)]
         if self.scripts.generation is not None:
             found.append(self._generate(self.scripts.generation, chosen))
-        if self.is_dora or (self.options.network is not None and self.converted_for):
+        network = self.options.network
+        if network is not None and (network.decomposes or self.converted_for):
             found += [self._convert(file) for file in self.names.files(self.names.stem_of(chosen)).values()]
         here = f"Commands here are typed in the folder {Path.cwd()}."
         found[0] = replace(found[0], note=" ".join(filter(None, (found[0].note, here))))
-        return found
-
-    @property
-    def is_dora(self) -> bool:
-        """Return whether a DoRA is trained, which tools other than diffusers do not take as it is meant."""
-        return self.options.network is not None and self.options.network.decomposes
+        return [*found, _command("This run, as it was started", self._words())]
 
     def _convert(self, file: Path) -> PageCommand:
         """Return the command that makes a file for other tools; of a DoRA a plain LoRA."""
         title, end, note = f"Convert the LoRA for {self.converted_for}", self.converted_for.lower(), ""
         end = end if end.isalpha() else "converted"
         words = ["--target", "other" if self.converted_for else "default"]
-        if self.is_dora:
+        network = self.options.network
+        if network is not None and network.decomposes:
             title, end, note = "Make a plain LoRA of the DoRA", "plain", DORA_ELSEWHERE
             is_high = bool(self.names.parts) and file.stem.endswith(HIGH_NOISE)
             dits = ("dit_high_noise",) if is_high else ("dit", "dit_high_noise")
             texts = {option.name: option.text for option in self.scripts.given}
             dit = next(filter(None, map(texts.get, dits)), "model.safetensors")
             words += ["--bake", str(BAKED_RANK), "--dit", dit]
-        elif self.options.network is not None and self.converted_for != "ComfyUI":
-            is_factored = self.options.network.network_module in FACTORED
+        elif network is not None and self.converted_for != "ComfyUI":
+            is_factored = network.network_module in FACTORED
             words += ["--bake", str(BAKED_RANK)] if is_factored else []
         files = ["--input", str(file), "--output", str(file.with_name(f"{file.stem}_{end}.safetensors"))]
         return _command(title, ["python", "convert_lora.py", *files, *words], note)
@@ -125,9 +123,6 @@ class NextSteps:
             if not self.options.saving.saves_state_at_end:
                 ending.append("--save_state_on_train_end")
         return _command(title, [*self._words(without), "--max_train_steps", str(steps), *ending], note)
-
-    def start_again(self) -> PageCommand:
-        return _command("This run, as it was started", self._words())
 
     def _words(self, without: Collection[str] = ()) -> list[str]:
         launcher = ["accelerate", "launch", "--quiet", "--num_processes", str(self.processes)]

@@ -55,10 +55,7 @@ class ImageTrainerDefaults:
 
 
 def read_image_training(
-    doc: str | None,
-    record: type[R],
-    defaults: ImageTrainerDefaults,
-    argv: Sequence[str] | None,
+    doc: str | None, record: type[R], defaults: ImageTrainerDefaults, argv: Sequence[str] | None
 ) -> tuple[TrainingOptions, R, list[GivenOption]]:
     """Read the options of a script that trains an image model; return what `read_training` does.
 

@@ -20,24 +20,16 @@ from modules.planning.device_memory import MemoryWatch, bytes_on, spare_bytes
 from modules.speed_options import SwapOptions
 from networks.adapter import make_network
 from training import experts
-from training.averages import make_average
-from training.data.feed import Feed, MicroBatches, Randomness
+from training.data.feed import Feed, Randomness
 from training.loss import LossRule
-from training.noise_options import NUM_TIMESTEPS
+from training.optimizers import stepping
 from training.optimizers.lr_schedule import make_lr_schedule
-from training.optimizers.optimizer import make_optimizer, set_training
-from training.optimizers.stepping import (
-    FusedBackward,
-    ParameterSteps,
-    StepAfterBackward,
-    steps_alone,
-    steps_numbers,
-)
+from training.optimizers.optimizer import find_averaging, make_optimizer
 from training.plan import TrainingPlan
 from training.reports.logs import Logs
 from training.reports.reporter import RunReporter
 from training.saver import restore
-from training.saving.files import MinuteClock, NoSaver, Saver
+from training.saving.files import MinuteClock, Saver
 from training.saving.states import SavedState
 from training.trainable import (
     Rates,
@@ -48,12 +40,13 @@ from training.trainable import (
     train_dit,
     train_network,
 )
-from training.training_run import TrainedModel, TrainingRun, TriggerFiles, trigger_paths
-from training.validation import Validation, ValidationRule
+from training.training_run import Requests, TrainedModel, TrainingRun, trigger_paths
+from training.validation import Validation
 
 if TYPE_CHECKING:  # loaded only if there are LoRA files; if there are prompts
     from networks.added import AddedLoras
     from networks.apply import LoraPatch
+    from training.averages import WeightAverage
     from training.samples import Sampler
 
 logger = logging.getLogger(__name__)
@@ -92,9 +85,14 @@ def load_model(plan: TrainingPlan, swap: SwapOptions, has_samples: bool) -> Trai
         trainable = train_apart(dict(zip(names, learners, strict=True)))
     optimizer, optimizer_name = make_optimizer(options.optimizer, trainable.groups)
     schedule = make_lr_schedule(options.lr_schedule, optimizer, plan.steps.total_steps)
-    set_training(optimizer, True)
+    if (averaging := find_averaging(optimizer)) is not None:
+        averaging.train()
     scaler = accelerator.scaler or torch.amp.GradScaler(accelerator.device.type, enabled=False)
-    keeps_average = accelerator.is_main_process or plan.splits_model
+    average: WeightAverage | None = None
+    if options.average.ema_decay is not None:
+        keeps = accelerator.is_main_process or plan.splits_model
+        make = import_own("training.averages").make_average
+        average = make(options.average, networks, trainable, optimizer, keeps)
     model = TrainedModel(
         plan=plan,
         dits=dits,
@@ -107,7 +105,7 @@ def load_model(plan: TrainingPlan, swap: SwapOptions, has_samples: bool) -> Trai
         schedule=schedule,
         scaler=scaler,
         stepping=_make_stepping(plan, trainable, optimizer, scaler),
-        average=make_average(options.average, networks, trainable, optimizer, keeps_average),
+        average=average,
     )
     for adapter in model.adapters:
         adapter.place_on(accelerator.device, model.compute_dtype)
@@ -121,25 +119,49 @@ def make_run(
     memory: MemoryWatch | None,
     logs: Logs,
     reporter: RunReporter,
-    saver: Saver | NoSaver,
+    saver: Saver | None,
 ) -> TrainingRun:
     """Put together what the loop works with."""
     plan, options, accelerator = model.plan, model.plan.options, model.plan.accelerator
     preserves = any(table.preserves_output for table in plan.config.datasets)
-    in_lockstep = plan.steps.in_lockstep and preserves
-    rule = LossRule(options.loss, options.predicted, model.trainable.as_base, always_as_base=in_lockstep)
+    in_lockstep, trainable = plan.steps.in_lockstep and preserves, model.trainable
+    as_base = trainable.as_base if trainable.networks else None
+    rule = LossRule(options.loss, options.predicted, as_base, always_as_base=in_lockstep)
+    randomness = Randomness(
+        options.timesteps,
+        plan.progress.seed,
+        plan.family.noise,
+        tuple(plan.family.experts),
+        options.noise,
+        options.weighted_by,
+        plan.family.sound_learning if hears_sound(plan.family) else SoundLearning(),
+    )
+    feed = Feed(
+        plan.order,
+        plan.family.latent,
+        randomness,
+        plan.commands,
+        plan.steps,
+        accelerator.process_index // plan.steps.peers,
+        options.loop.max_data_loader_n_workers,
+        accelerator.device.type == "cuda",
+        plan.sources,
+        reads_dropped=options.frozen.teacher is not None and CAPTION in plan.family.fuller,
+        encoders=plan.encoders,
+    )
+    minutes = plan.saving.save_every_n_minutes
     watched = trigger_paths(plan.names, options.samples.sample_now) if accelerator.is_main_process else {}
     return TrainingRun(
         model=model,
-        feed=_make_feed(plan),
+        feed=feed,
         rule=replace(rule, teacher_weight=options.frozen.teacher_weight) if options.frozen.teacher else rule,
-        validation=_make_validation(plan, rule),
+        validation=Validation(plan, rule) if plan.validation else None,
         sampler=sampler,
         memory=memory,
         logs=logs,
         reporter=reporter,
-        triggers=TriggerFiles(watched, sampler is not None),
-        clock=MinuteClock(plan.saving.save_every_n_minutes if accelerator.is_main_process else None),
+        requests=Requests(watched, sampler is not None),
+        clock=None if minutes is None or not accelerator.is_main_process else MinuteClock(minutes),
         saver=saver,
     )
 
@@ -173,7 +195,7 @@ class Loading:
         files = zip(network.base_weights or (), network.base_multipliers(), strict=True) if network else ()
         merged = [experts.read_use(path, expert, multiplier) for path, multiplier in files]
         patch: LoraPatch | None = import_own("networks.apply").LoraPatch(merged) if merged else None
-        placement = experts.placement_of(options, device, plan.processes.quantisation)
+        placement = experts.placement_of(options, device, plan.quantisation)
         # a DoRA learns the norms of the weights, which are those with what is merged
         beside = None if patch is None or (network and network.decomposes) else patch.leave_beside
         placement = replace(placement, patch=patch, beside=beside, host=host, blocks=shares)
@@ -194,7 +216,8 @@ class Loading:
         if learners is not None:
             learners = _add_learner(plan, dit, expert, learners)
         is_compiled = options.speed.compilation.choice is not None
-        given = experts.read_adapter(options, expert, family.experts) if family is plan.family else None
+        has_adapter = options.frozen.training_adapter is not None and family is plan.family
+        given = experts.read_adapter(options, expert, family.experts) if has_adapter else None
         if given is not None:
             self.adapters.append(
                 import_own("networks.added").add_loras(dit, [given], is_compiled, experts.TRAINING_ADAPTER)
@@ -207,19 +230,21 @@ class Loading:
         experts.dress(dit, family.dit, options.loop, device, options.speed.compilation.choice, host, shares)
         if sharding.context_parallel > 1:
             share_tokens(dit, sharding, device)
-        if plan.processes.quantisation is not None and device.type == "cpu":
+        if plan.quantisation is not None and device.type == "cpu":
             keep_heap_small()  # else weights that a product makes whole leave holes between what is kept
         if self.takes_turns:
             self.copies[dit] = HostCopy(dit, device, host)
         elif index + 1 < len(family.experts) and device.type == "cuda":
-            size, room = bytes_on(dit, device), spare_bytes(device)
-            if size > room:
-                raise MemoryPlanError(
-                    f"both transformers do not fit on the device: one takes {gib(size)} GiB, {gib(room)} GiB "
-                    "are left beside it. Use --offload_inactive_dit, so that they take turns, or "
-                    "--blocks_to_swap"
-                )
+            _require_room(bytes_on(dit, device), spare_bytes(device))
         return dit, learners or ()
+
+
+def _require_room(size: int, room: int) -> None:
+    if size > room:
+        raise MemoryPlanError(
+            f"both transformers do not fit on the device: one takes {gib(size)} GiB, {gib(room)} GiB are "
+            "left beside it. Use --offload_inactive_dit, so that they take turns, or --blocks_to_swap"
+        )
 
 
 def _add_learner(
@@ -250,7 +275,7 @@ def _add_learner(
         plan.family.lora_module,
         dit,
         plan.progress.seed,
-        texts.networks,
+        texts.networks if texts.learning else {},
         in_dit,
         saved,
     )
@@ -269,76 +294,24 @@ def _add_learner(
 
 def _make_stepping(
     plan: TrainingPlan, trainable: Trainable, optimizer: Optimizer, scaler: torch.amp.GradScaler
-) -> StepAfterBackward | FusedBackward:
+) -> stepping.StepAfterBackward | stepping.FusedBackward:
     """Return how weights are stepped: all at once, one by one, or inside the backward pass."""
     options, max_norm, parameters = plan.options, plan.options.optimizer.max_grad_norm, trainable.parameters
     alone, kind = None, type(optimizer)
-    gathers = bool(trainable.split) and not steps_numbers(kind)
+    gathers = bool(trainable.split) and not stepping.steps_numbers(kind)
     if options.is_fused or gathers or (options.whole_dit is not None and options.whole_dit.full_bf16):
-        if steps_alone(kind):
-            alone = ParameterSteps(optimizer, trainable.names, plan.progress, trainable.split)
+        if stepping.steps_alone(kind):
+            alone = stepping.ParameterSteps(optimizer, trainable.names, plan.progress, trainable.split)
         else:
             logger.warning(
                 "--full_bf16: this optimizer's steps are rounded to the nearest bf16, which loses small ones."
             )
     if alone is None or not options.is_fused:
         networks, split = trainable.all_networks, trainable.split
-        return StepAfterBackward(optimizer, parameters, max_norm, scaler, networks, alone, split)
+        return stepping.StepAfterBackward(optimizer, parameters, max_norm, scaler, networks, alone, split)
     if max_norm > 0:
         logger.warning(
             "--fused_backward_pass clips the gradient of each weight by itself to --max_grad_norm "
             f"{max_norm}."
         )
-    return FusedBackward(alone, parameters, max_norm)
-
-
-def _make_feed(plan: TrainingPlan) -> Feed:
-    loop, accelerator = plan.options.loop, plan.accelerator
-    randomness = Randomness(
-        plan.options.timesteps,
-        plan.progress.seed,
-        plan.family.noise,
-        tuple(plan.family.experts),
-        plan.options.noise,
-        plan.options.weighted_by,
-        plan.family.sound_learning if hears_sound(plan.family) else SoundLearning(),
-    )
-    return Feed(
-        MicroBatches(
-            plan.order,
-            plan.family.latent,
-            randomness,
-            plan.commands,
-            plan.steps,
-            plan.sources,
-            reads_dropped=plan.options.frozen.teacher is not None and CAPTION in plan.family.fuller,
-        ),
-        plan.steps,
-        plan.steps.number_of(accelerator.process_index),
-        loop.max_data_loader_n_workers,
-        pin_memory=accelerator.device.type == "cuda",
-        encoders=plan.encoders,
-    )
-
-
-def _make_validation(plan: TrainingPlan, loss: LossRule) -> Validation:
-    accelerator, options = plan.accelerator, plan.options
-    asked, sigmas = options.validation, tuple[float, ...]()
-    if options.is_for_images:  # as image trainers do: four levels between the bounds of the timesteps
-        low, high = options.timesteps.lowest, options.timesteps.highest
-        sigmas = tuple(int(low + (high - low) * place / 5) / NUM_TIMESTEPS for place in range(1, 5))
-    return Validation(
-        plan.family,
-        plan.validation,
-        options.timesteps,
-        plan.commands,
-        accelerator.device,
-        plan.steps.number_of(accelerator.process_index),
-        plan.steps.processes,
-        loss,
-        ValidationRule(sigmas, asked.max_validation_steps, asked.validation_seed, options.is_for_images),
-        sources=plan.sources,
-        encoders=plan.encoders,
-        texts=plan.texts,
-        in_lockstep=plan.steps.in_lockstep,
-    )
+    return stepping.FusedBackward(alone, parameters, max_norm)

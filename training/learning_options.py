@@ -88,7 +88,7 @@ class ExpertTrainingOptions(Options, title="two transformers"):
         facts=IDENTITY,
     )
     offload_inactive_dit: bool = option(
-        "keep the transformer that does not work in host memory; each step brings the one that it needs",
+        "keep the transformer that does not work in host memory; each step brings the one that it needs"
     )
     network_weights_high_noise: Path | None = option(
         "with --lora_per_expert: LoRA file that the network of --dit_high_noise starts from; "
@@ -107,7 +107,8 @@ class ExpertTrainingOptions(Options, title="two transformers"):
     def __post_init__(self) -> None:
         if self.base_weights_high_noise is not None and not self.base_weights_high_noise:
             raise OptionError("--base_weights_high_noise has no file behind it: give one, or leave it out")
-        self.base_multipliers()
+        if self.base_weights_multiplier_high_noise is not None:
+            self.base_multipliers()
 
     def base_multipliers(self) -> tuple[float, ...]:
         option = "--base_weights_multiplier_high_noise"

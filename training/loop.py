@@ -7,6 +7,7 @@ validation, saving, or on where it was stopped and resumed.
 """
 
 import contextlib
+import functools
 import logging
 import math
 from collections.abc import Iterator
@@ -19,15 +20,14 @@ from modules.devices import numbers_on
 from modules.errors import UserError
 from modules.seeds import derive_seed
 from networks.adapter import ForeignNetwork, NormReport
-from training.data.feed import MicroBatch
-from training.loss import sum_streams, training_losses
+from training.loss import NoisyBatch, training_losses
 from training.optimizers.optimizer import evaluation
-from training.processes import is_any, sum_over_processes
+from training.processes import fill_missing_gradients, largest_of_processes, sum_over_processes
 from training.reports.history import LOSS
 from training.reports.logs import WISHES, StepReport, name_rates
 from training.reports.pauses import SAMPLES, SAVING, VALIDATION
 from training.training_run import SAMPLE, SAVE, STOP, TrainingRun
-from training.validation import EPOCH, STEP
+from training.validation import EPOCH, STEP, Validation
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def train(run: TrainingRun) -> bool:
     Returns False if the run was asked to end before.
     """
     progress, plan = run.progress, run.steps
-    with run.stop.listen():
+    with run.requests.listen():
         # what is due before the first step, or was left over when the resumed state was saved
         if progress.step == 0 and run.options.samples.sample_at_first and progress.sampled_step != 0:
             progress.sample_pending = "e000000"
@@ -50,8 +50,8 @@ def train(run: TrainingRun) -> bool:
         if is_ending(run):  # nothing has changed since the resumed state, so there is nothing to save
             logger.info("Ended before step %d; run the same command to start again.", progress.step + 1)
             return False
-        if progress.step == 0 and run.validation.items:
-            _validate(run, STEP)
+        if progress.step == 0 and run.validation is not None:
+            _validate(run, run.validation, STEP)
         _restart_clock(run)
         with contextlib.closing(run.feed.start(progress.epoch, progress.position)) as micro_batches:
             for epoch in range(progress.epoch, plan.num_epochs):
@@ -64,12 +64,13 @@ def train(run: TrainingRun) -> bool:
                     _after_epoch(run)
                 if is_ending(run):
                     return False
-        _settle(run)
-        run.saver.save_final()
+        _note(run, run.readings.flush())
+        if run.saver is not None:
+            run.saver.save_final()
     return True
 
 
-def advance(run: TrainingRun, group: range, micro_batches: Iterator[MicroBatch]) -> bool:
+def advance(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch]) -> bool:
     """Take a step and do the work due after it. Returns whether the run has to end here."""
     asked = take_step(run, group, micro_batches)
     progress = run.progress
@@ -81,52 +82,56 @@ def advance(run: TrainingRun, group: range, micro_batches: Iterator[MicroBatch])
 
 
 def is_ending(run: TrainingRun) -> bool:
-    return run.stop.agreed and run.progress.step < run.steps.total_steps
+    return run.requests.agreed and run.progress.step < run.steps.total_steps
 
 
-def take_step(run: TrainingRun, group: range, micro_batches: Iterator[MicroBatch]) -> Asked:
+def take_step(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch]) -> Asked:
     """Take one optimizer step on the micro-batches of `group`. Returns the requests of clock and files."""
-    progress, batches = run.progress, run.feed.batches
-    for network in run.model.trainable.all_networks:
+    progress, feed, trainable = run.progress, run.feed, run.model.trainable
+    for network in trainable.all_networks:
         if isinstance(network, ForeignNetwork):
             network.on_step_start()
     # before any weight is stepped
-    rates = name_rates(run.model.schedule.get_last_lr(), run.model.trainable.group_names, run.model.optimizer)
+    rates = name_rates(run.model.schedule.get_last_lr(), trainable.group_names, run.model.optimizer)
     # The step changes all parameters but those of an expert that gets no batch of it, and those of the sound
     # if no clip has any. It depends on the whole group, not on this process' share of it, and costs no wait
     # for the device.
     reached, places = run.parameters, [(progress.epoch, index) for index in group]
-    if run.model.trainable.by_expert:
-        reached = run.model.trainable.reached({batches.expert_of(place) for place in places})
-    if run.of_sound and not any(map(batches.has_sound, places)):
+    if trainable.by_expert:
+        experts = sorted({feed.expert_of(place) for place in places})
+        reached = [parameter for expert in experts for parameter in trainable.by_expert[expert]]
+    if run.of_sound and not any(map(feed.has_sound, places)):
         reached = [parameter for parameter in reached if parameter not in run.of_sound]
     with contextlib.ExitStack() as stack:
         for adapter in run.model.adapters:
             stack.enter_context(adapter.turned(is_on=True))
         row, keys = _accumulate(run, group, micro_batches)
-    run.model.stepping.begin(reached)
+    if not run.options.is_fused:  # else most weights are stepped already
+        fill_missing_gradients(reached)
     is_alone = run.steps.everyone == 1
-    if run.triggers.asks_for(STOP):
-        run.triggers.finish(STOP)  # at once: the run that goes on from here was not asked
-        run.stop.asked = True
-    here = (run.clock.is_due() or run.triggers.asks_for(SAVE), run.triggers.asks_for(SAMPLE))
+    if run.requests.asks_for(STOP):
+        run.requests.finish(STOP)  # at once: the run that goes on from here was not asked
+        run.requests.ends = True
+    is_due = run.clock is not None and run.clock.is_due()
+    here = (is_due or run.requests.asks_for(SAVE), run.requests.asks_for(SAMPLE))
     if not is_alone:
-        wishes = [run.stop.asked, *here]
+        wishes = [run.requests.ends, *here]
         row[WISHES] = numbers_on(run.device, wishes, torch.float32)
-        row = sum_over_processes(run.model.trainable.whole(reached), row)
+        whole = [parameter for parameter in reached if parameter not in trainable.split]
+        row = sum_over_processes(whole, row)
     norm = run.model.stepping.finish().detach().float()  # of the gradients before clipping
     run.model.schedule.step()
     run.model.optimizer.zero_grad(set_to_none=True)
-    norms = run.model.trainable.limit_norms(run.device)
-    run.model.average.after_step()
-    items = batches.order.epoch(progress.epoch)
+    norms = [] if trainable.max_norm is None else [trainable.limit_norms(trainable.max_norm, run.device)]
+    if run.model.average is not None:
+        run.model.average.after_step()
+    items = feed.order.epoch(progress.epoch)
     sizes = tuple(sorted(item.bucket for index in group for item in items[index]))
     step = StepReport(progress.step + 1, rates, keys, sizes)
     before = run.readings.push(step, torch.cat([row, *norms, norm.view(1)]))
-    if before is not None:
-        _note(run, before)
+    _note(run, before)
     if is_alone:
-        run.stop.agreed = run.stop.asked
+        run.requests.agreed = run.requests.ends
         return here
     # processes must agree, so this is what was asked for during the previous step: all have read it by now
     _, saves, samples = before.row[WISHES] if before is not None else (0, 0, 0)
@@ -134,7 +139,7 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[MicroBatch
 
 
 def _accumulate(
-    run: TrainingRun, group: range, micro_batches: Iterator[MicroBatch]
+    run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch]
 ) -> tuple[Tensor, tuple[str, ...]]:
     """Accumulate the gradients of this process' share of the group.
 
@@ -147,53 +152,55 @@ def _accumulate(
     # the first use sets it up; a process without a micro-batch in this step needs that too
     run.model.scaler.scale(row)
     for place, index in enumerate(steps.share(group, run.feed.process)):
-        micro_batch = next(micro_batches)
+        noisy_batch = next(micro_batches)
         # dropout is a function of the seed and the micro-batch
-        seed = derive_seed(progress.seed, "dropout", micro_batch.number)
+        seed = derive_seed(progress.seed, "dropout", noisy_batch.number)
         for network in run.model.trainable.all_networks:
             network.set_dropout_seed(seed)
         # the global generators are for networks that use them; torch.manual_seed itself would record the call
         # for every kind of device that is not in use
-        seed = derive_seed(progress.seed, "global", micro_batch.number)
+        seed = derive_seed(progress.seed, "global", noisy_batch.number)
         torch.default_generator.manual_seed(seed)
         if run.device.type == "cuda":
             torch.cuda.manual_seed(seed)
         elif run.device.type == "mps":
             torch.mps.manual_seed(seed)
         if run.memory is not None:
-            run.memory.see_batch(micro_batch.data.noise.numel())
-        expert = micro_batch.data.expert
-        with run.autocast():
-            batch = run.texts.add_to(micro_batch.data.batch)
-        noisy_batch = replace(micro_batch.data, batch=batch).to(run.device)
-        is_repeat = steps.in_lockstep and steps.is_repeat(index, run.feed.process)
+            run.memory.see_batch(noisy_batch.noise.numel())
+        if run.plan.texts.encoders:
+            with run.autocast():
+                noisy_batch = replace(noisy_batch, batch=run.plan.texts.add_to(noisy_batch.batch))
+        noisy_batch, expert = noisy_batch.to(run.device), noisy_batch.expert
+        is_repeat = steps.in_lockstep and index % steps.processes != run.feed.process  # another's own
         experts = [expert]
-        if len(run.experts) > 1 and steps.in_lockstep:  # those of all processes now
+        if len(run.family.experts) > 1 and steps.in_lockstep:  # those of all processes now
             now = [steps.share(group, process)[place] for process in range(steps.processes)]
-            experts = sorted({run.feed.batches.expert_of((progress.epoch, other)) for other in now})
+            experts = sorted({run.feed.expert_of((progress.epoch, other)) for other in now})
         for which in experts:
             dit = run.model.dits.at(which)
             losses = training_losses(run.family, dit, noisy_batch, run.autocast, run.rule)
-            loss = sum_streams(losses) / parts
+            loss = functools.reduce(torch.add, losses) / parts
             if is_repeat or which != expert:
                 # for the others, which gather the blocks from this process
                 run.model.scaler.scale(0 * loss).backward()
                 continue
             run.model.scaler.scale(loss).backward()
             row[0] += loss.detach()
-            by_part = {expert: loss * parts} if len(run.experts) > 1 else dict(enumerate(losses))
+            by_part = {expert: loss * parts} if len(run.family.experts) > 1 else dict(enumerate(losses))
             for part, value in by_part.items() if count else ():
                 row[WISHES.stop + part] += value.detach()
                 row[WISHES.stop + count + part] += 1
-            keys += micro_batch.data.batch.keys
+            keys += noisy_batch.batch.keys
     return row, keys
 
 
-def _note(run: TrainingRun, step: StepReport) -> None:
-    """Log a step.
+def _note(run: TrainingRun, step: StepReport | None) -> None:
+    """Log a step, if there is one.
 
     Raises UserError if its loss or gradient norm is NaN or infinite, before anything made from it is saved.
     """
+    if step is None:
+        return
     loss, norm = step.row[0], step.row[-1]
     if not (math.isfinite(loss) and math.isfinite(norm)) and not run.model.scaler.is_enabled():
         keys = ", ".join(step.keys)
@@ -209,7 +216,7 @@ def _note(run: TrainingRun, step: StepReport) -> None:
         losses.append(loss)
     del losses[: -run.steps.steps_per_epoch]
     if run.steps.everyone > 1:
-        run.stop.agreed = run.stop.agreed or step.row[WISHES][0] > 0
+        run.requests.agreed = run.requests.agreed or step.row[WISHES][0] > 0
     # the mean losses of the parts that had micro-batches in this step
     count, numbers = len(run.parts), step.row[WISHES.stop :]
     parts = zip(run.parts, numbers[:count], numbers[count : 2 * count], strict=True)
@@ -222,20 +229,14 @@ def _note(run: TrainingRun, step: StepReport) -> None:
         by_part={name: total / batches for name, total, batches in parts if batches},
     )
     run.logs.step(report)
-    run.reporter.note_step(report, run.logs.left(report.step))
-
-
-def _settle(run: TrainingRun) -> None:
-    step = run.readings.flush()
-    if step is not None:
-        _note(run, step)
+    run.reporter.note_step(report, run.logs.clock.left(report.step, run.steps.total_steps))
 
 
 def _restart_clock(run: TrainingRun) -> None:
     if run.memory is not None:
         run.memory.after_pause()
-    run.readings.restart_clock(run.device)
-    run.logs.clock.skip()
+    run.readings.last = run.readings.moment(run.device.type)
+    run.logs.clock.skips = True
 
 
 def _after_step(run: TrainingRun, asked: Asked) -> None:
@@ -252,9 +253,9 @@ def _after_step(run: TrainingRun, asked: Asked) -> None:
     samples = asks_to_sample or (sample_every is not None and progress.step % sample_every == 0)
     if not (saves or validates or samples):
         return
-    _settle(run)
-    if validates:
-        _validate(run, STEP)
+    _note(run, run.readings.flush())
+    if validates and run.validation is not None:
+        _validate(run, run.validation, STEP)
     if samples:
         progress.sample_pending = f"{progress.step:06d}"
         if not is_ending(run):
@@ -262,12 +263,14 @@ def _after_step(run: TrainingRun, asked: Asked) -> None:
     if is_ending(run):
         _save_to_go_on(run)
     elif saves:
-        run.clock.restart()
-        with run.logs.pauses.of(SAVING):
-            run.saver.save_step(progress.step)
+        if run.clock is not None:
+            run.clock.restart()
+        if run.saver is not None:
+            with run.logs.clock.pause(SAVING):
+                run.saver.save_step(progress.step)
     for kind, is_done in ((SAVE, asks_to_save), (SAMPLE, asks_to_sample)):
         if is_done:
-            run.triggers.finish(kind)
+            run.requests.finish(kind)
     _restart_clock(run)
 
 
@@ -279,7 +282,7 @@ def _after_epoch(run: TrainingRun) -> None:
     progress, options = run.progress, run.options
     epoch = progress.epoch + 1
     is_whole = progress.position >= run.steps.num_batches
-    _settle(run)
+    _note(run, run.readings.flush())
     run.logs.values({"loss/epoch": sum(progress.losses) / max(len(progress.losses), 1)}, progress.step)
     sample_every = options.samples.sample_every_n_epochs
     if sample_every is not None and epoch % sample_every == 0 and progress.sampled_step != progress.step:
@@ -288,22 +291,23 @@ def _after_epoch(run: TrainingRun) -> None:
         progress.epoch, progress.position = epoch, 0
     every, is_last = run.plan.saving.save_every_n_epochs, progress.step >= run.steps.total_steps
     saves = is_whole and every is not None and epoch % every == 0 and epoch < run.steps.num_epochs
-    if saves:
-        with run.logs.pauses.of(SAVING):
+    if saves and run.saver is not None:
+        with run.logs.clock.pause(SAVING):
             run.saver.save_epoch(epoch)
     if progress.sample_pending:
         _sample(run)
     if is_ending(run):
         _save_to_go_on(run)
-    elif run.validation.items and options.validation.is_due_after_epoch(
+    elif run.validation is not None and options.validation.is_due_after_epoch(
         epoch, progress.step, run.steps.steps_per_epoch, saves or is_last
     ):
-        _validate(run, EPOCH)
+        _validate(run, run.validation, EPOCH)
     _restart_clock(run)
 
 
 def _save_to_go_on(run: TrainingRun) -> None:
-    run.saver.save_step(run.progress.step, with_state=True)
+    if run.saver is not None:
+        run.saver.save_step(run.progress.step, with_state=True)
     logger.info(
         "Ended after step %d of %d; continue with --resume latest-or-fail.",
         run.progress.step,
@@ -326,20 +330,20 @@ def _sample(run: TrainingRun) -> None:
         was_stopped, together = False, run.steps.everyone if run.steps.works_together else 1
 
         def check() -> None:
-            if is_any(run.stop.asked, together, run.device):
+            if largest_of_processes(run.requests.ends, together, run.device):
                 raise SamplingStopped
 
         mark, tell = progress.sample_pending, run.reporter.note_doing
-        timed, model = run.logs.pauses.of(SAMPLES), run.model
+        timed, model = run.logs.clock.pause(SAMPLES), run.model
         ready = evaluation(model.modules, model.optimizer, run.parameters)
         try:
             with timed, ready, _as_sampled(run):
                 sampler.make(model.sample_dits.at, run.autocast, mark, check, tell)
         except SamplingStopped:
             was_stopped = True
-        if is_any(was_stopped, run.steps.everyone, run.device):
+        if largest_of_processes(was_stopped, run.steps.everyone, run.device):
             logger.info("Samples of step %d will be made after resuming.", progress.step)
-            run.stop.agreed = True
+            run.requests.agreed = True
             return
         run.reporter.note_samples(progress.step, progress.sample_pending)
     progress.sample_pending, progress.sampled_step = "", progress.step
@@ -351,18 +355,18 @@ def _as_sampled(run: TrainingRun) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for loras in run.model.sample_loras:
             stack.enter_context(loras.switched_on(run.device, run.model.compute_dtype))
-        if run.options.average.sample_ema:
+        if run.options.average.sample_ema and run.model.average is not None:
             stack.enter_context(run.model.average.in_place())
         yield
 
 
-def _validate(run: TrainingRun, occasion: str) -> None:
+def _validate(run: TrainingRun, validation: Validation, occasion: str) -> None:
     ready = evaluation(run.model.modules, run.model.optimizer, run.parameters)
-    with run.logs.pauses.of(VALIDATION), ready:
-        losses = run.validation.measure(run.model.dits.at, run.autocast)
+    with run.logs.clock.pause(VALIDATION), ready:
+        losses = validation.measure(run.model.dits.at, run.autocast)
     step, past, loss = run.progress.step, run.progress.losses, losses[LOSS]
     running = sum(past) / len(past) if past else None
-    run.logs.values(run.validation.rule.logged(losses, occasion, running), step)
+    run.logs.values(validation.logged(losses, occasion, running), step)
     # levels are on the page and in the trackers
     earlier = run.reporter.validations  # losses by their steps
     before = f"{earlier[max(earlier)]:.5f} -> " if earlier else ""

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -16,7 +16,7 @@ from modules.contract.family import Described, NoiseSpec, Predicts
 from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.devices import numbers_on, send
 from modules.flow.schedule import TRAIN_TIMESTEPS, add_noise
-from training.noise_options import ADDITIVE, L2, RAW, SIGMA_SCALED, WITH_THRESHOLD, LossOptions
+from training.noise_options import ADDITIVE, L2, RAW, LossOptions
 
 Autocast = Callable[[], AbstractContextManager[object]]  # mixed precision around the network only
 DitOf = Callable[[int], nn.Module]  # index of an expert -> its network, ready to be called
@@ -55,36 +55,34 @@ class NoisyBatch:
     expert: int = 0  # index of the one that they all go to
     perturbation: Tensor | None = None  # further noise of the input, which is not to be predicted; like noise
     sound: NoisySound | None = None  # None: no sample has sound, and the network is not given any
+    number: int = 0  # of the micro-batch in the whole run, over all processes
 
     @property
-    def joint(self) -> Joint | None:
-        """Return the shapes of the latents that the network gets as one tensor; None: there is no sound."""
-        if self.sound is None:
-            return None
+    def joint(self) -> Joint:
+        """Return the shapes of picture and sound, whose latents the network gets as one tensor."""
+        assert self.sound is not None
         _, *picture = self.noise.shape
         _, *sound = self.sound.noise.shape
         return Joint(tuple(picture), tuple(sound))  # type: ignore[arg-type]  # four and three numbers
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "NoisyBatch":
         """Return a copy with `move` applied to every tensor."""
-
-        def moved_value(value: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
-            return [move(item) for item in value] if isinstance(value, list) else move(value)
-
         tensors, undropped = (
-            {name: moved_value(value) for name, value in conditions.items()}
+            {
+                name: [move(item) for item in value] if isinstance(value, list) else move(value)
+                for name, value in conditions.items()
+            }
             for conditions in (self.batch.tensors, self.batch.undropped)
         )
-        return NoisyBatch(
-            replace(self.batch, tensors=tensors, undropped=undropped),
-            move(self.noise),
-            move(self.sigmas),
-            move(self.timesteps),
-            move(self.weights),
-            self.given_frames,
-            self.expert,
-            None if self.perturbation is None else move(self.perturbation),
-            None if self.sound is None else self.sound.moved(move),
+        return replace(
+            self,
+            batch=replace(self.batch, tensors=tensors, undropped=undropped),
+            noise=move(self.noise),
+            sigmas=move(self.sigmas),
+            timesteps=move(self.timesteps),
+            weights=move(self.weights),
+            perturbation=None if self.perturbation is None else move(self.perturbation),
+            sound=None if self.sound is None else self.sound.moved(move),
         )
 
     def to(self, device: torch.device) -> "NoisyBatch":
@@ -109,19 +107,6 @@ class LossRule:
 PLAIN_LOSS = LossRule()
 
 
-def measure_errors(
-    family: Trains,
-    dit: nn.Module,
-    noisy_batch: NoisyBatch,
-    autocast: Autocast,
-    rule: LossRule = PLAIN_LOSS,
-) -> Tensor:
-    """Return the mean error of the predicted velocity for each sample: B, float32, on the device of the
-    batch. That of its sound is added.
-    """
-    return sum_streams(measure_streams(family, dit, noisy_batch, autocast, rule))
-
-
 def measure_streams(
     family: Trains, dit: nn.Module, noisy_batch: NoisyBatch, autocast: Autocast, rule: LossRule
 ) -> tuple[Tensor, ...]:
@@ -134,7 +119,7 @@ def measure_streams(
     latents = family.latent.to_model(batch.tensor("latents"))
     network = functools.partial(predict, family, dit, latents, noisy_batch, autocast, rule)
     velocity = family.noise.velocity(latents, noisy_batch.noise)
-    if noisy_batch.joint is not None and noisy_batch.sound is not None:
+    if noisy_batch.sound is not None:
         of_sound = family.noise.velocity(batch.tensor(SOUND).float(), noisy_batch.sound.noise)
         velocity = noisy_batch.joint.join(velocity, of_sound)
     target, is_preserved = velocity, any(batch.preserved)
@@ -174,17 +159,10 @@ def sample_errors(
     ones too, so the smaller a mask, the smaller the loss. Given frames are left out: the mean is over the
     others.
     """
-    joint, sound, heard = noisy_batch.joint, noisy_batch.sound, None
-    if joint is not None:
-        differences, heard = joint.split(differences)
-
-    def each_error(values: Tensor, levels: NoisyBatch | NoisySound) -> Tensor:
-        thresholds = None
-        if rule.options.loss_type in WITH_THRESHOLD:
-            thresholds = find_thresholds(rule.options, spec, levels.sigmas, levels.timesteps)
-        return element_errors(rule.options, values, thresholds)
-
-    errors = each_error(differences, noisy_batch)
+    sound, options = noisy_batch.sound, rule.options
+    if sound is not None:
+        differences, heard = noisy_batch.joint.split(differences)
+    errors = element_errors(options, spec, differences, noisy_batch.sigmas, noisy_batch.timesteps)
     # how much each place counts: B 1 F H W or B 1 1 H W
     picture_mask, clip_mask = (noisy_batch.batch.tensors.get(name) for name in (MASK, LOSS_MASK))
     weights = None
@@ -197,9 +175,10 @@ def sample_errors(
     if weights is not None:
         errors = errors * weights
     of_picture = errors[:, :, noisy_batch.given_frames :].flatten(1).mean(1)
-    if heard is None or sound is None:
+    if sound is None:
         return (of_picture,)
-    return of_picture, each_error(heard, sound).flatten(1).mean(1)
+    of_sound = element_errors(options, spec, heard, sound.sigmas, sound.timesteps)
+    return of_picture, of_sound.flatten(1).mean(1)
 
 
 def predict(
@@ -222,52 +201,45 @@ def predict(
     if given:
         noisy = torch.cat([latents[:, :, :given], noisy[:, :, given:]], dim=2)
     tweaks, timesteps = Tweaks(given_frames=given) if given else NO_TWEAKS, noisy_batch.timesteps
-    joint, sound = noisy_batch.joint, noisy_batch.sound
-    if joint is not None and sound is not None:
+    sound = noisy_batch.sound
+    if sound is not None:
+        joint = noisy_batch.joint
         shares = family.noise.data_shares(sound.sigmas)
         heard = add_noise(noisy_batch.batch.tensor(SOUND).float(), sound.noise, sound.sigmas, shares)
         noisy, timesteps = joint.join(noisy, heard), torch.stack([timesteps, sound.timesteps], dim=1)
         tweaks = replace(tweaks, joint=joint)
     with autocast():
         velocity = family.predict(dit, noisy, timesteps, conditions, tweaks)
+    if rule.prediction == RAW:
+        return velocity.float()
     return compared(velocity.float(), noisy, noisy_batch.sigmas, rule.prediction, family.noise.output_sign)
 
 
 def compared(velocity: Tensor, noisy: Tensor, sigmas: Tensor, prediction: str, sign: float) -> Tensor:
     """Return the value to compare with the velocity for --model_prediction_type, B C F H W.
 
-    raw: the velocity; additive: the network's output plus the noisy latents; sigma_scaled: the noisy latents
-    minus sigma times the output. The last two estimate other things than the velocity, as known trainers
-    have them. sign: of the velocity in the output (`NoiseSpec.output_sign`); where it is -1, output and
-    target are turned round together, which no loss sees.
+    additive: the network's output plus the noisy latents; sigma_scaled: the noisy latents minus sigma times
+    the output. Both estimate other things than the velocity, as known trainers have them. sign: of the
+    velocity in the output (`NoiseSpec.output_sign`); where it is -1, output and target are turned round
+    together, which no loss sees.
     """
     if prediction == ADDITIVE:
         return velocity + sign * noisy.float()
-    if prediction == SIGMA_SCALED:
-        return sign * noisy.float() - sigmas.float().view(-1, *([1] * (noisy.ndim - 1))) * velocity
-    return velocity
+    return sign * noisy.float() - sigmas.float().view(-1, *([1] * (noisy.ndim - 1))) * velocity
 
 
 def training_loss(
-    family: Trains,
-    dit: nn.Module,
-    noisy_batch: NoisyBatch,
-    autocast: Autocast,
-    rule: LossRule = PLAIN_LOSS,
+    family: Trains, dit: nn.Module, noisy_batch: NoisyBatch, autocast: Autocast, rule: LossRule = PLAIN_LOSS
 ) -> Tensor:
     """Return the weighted mean over the batch: one number.
 
     All samples of a batch have one size, so it is the mean over all elements too. That of the sound is added.
     """
-    return sum_streams(training_losses(family, dit, noisy_batch, autocast, rule))
+    return functools.reduce(torch.add, training_losses(family, dit, noisy_batch, autocast, rule))
 
 
 def training_losses(
-    family: Trains,
-    dit: nn.Module,
-    noisy_batch: NoisyBatch,
-    autocast: Autocast,
-    rule: LossRule = PLAIN_LOSS,
+    family: Trains, dit: nn.Module, noisy_batch: NoisyBatch, autocast: Autocast, rule: LossRule = PLAIN_LOSS
 ) -> tuple[Tensor, ...]:
     """Return the weighted mean over the batch: one number; if it has sound, a second one of the sound."""
     weights = [noisy_batch.weights]
@@ -277,12 +249,10 @@ def training_losses(
     return tuple((error * weight).mean() for error, weight in zip(errors, weights, strict=True))
 
 
-def sum_streams(numbers: Sequence[Tensor]) -> Tensor:
-    return functools.reduce(torch.add, numbers)
-
-
-def element_errors(options: LossOptions, differences: Tensor, thresholds: Tensor | None = None) -> Tensor:
-    """Return the error of each element. differences: B C F H W. thresholds: B, of huber and smooth_l1.
+def element_errors(
+    options: LossOptions, spec: NoiseSpec, differences: Tensor, sigmas: Tensor, timesteps: Tensor
+) -> Tensor:
+    """Return the error of each element. differences: B C F H W. sigmas, timesteps: B, as in `NoisyBatch`.
 
     For small differences d huber is d^2 and smooth_l1 is d^2 / c; for large ones they are 2 c |d| and 2 |d|.
     """
@@ -290,7 +260,7 @@ def element_errors(options: LossOptions, differences: Tensor, thresholds: Tensor
         return differences.square()
     if options.loss_type == "l1":
         return differences.abs()
-    assert thresholds is not None
+    thresholds = find_thresholds(options, spec, sigmas, timesteps)
     c = thresholds.view(-1, *([1] * (differences.ndim - 1)))
     factor = 2 * c if options.loss_type == "huber" else 2
     return factor * ((differences.square() + c.square()).sqrt() - c)

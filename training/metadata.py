@@ -18,7 +18,8 @@ from modules.errors import DatasetError
 from modules.installation import import_own
 from networks.lora_settings import DEFAULT_RANK
 from networks.names.layouts import TRAINED_FOR
-from training.noise_options import L2
+from training.learning_options import PartsOptions
+from training.noise_options import L2, PredictionOptions
 from training.optimizers.lr_schedule import count_steps
 from training.options import TrainingOptions
 from training.plan import TrainingPlan
@@ -76,9 +77,13 @@ def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[
         values |= _training_values(plan, optimizer, lr_scheduler)
         if options.loss != L2 or options.is_for_images:
             values |= {f"ss_{name}": value for name, value in asdict(options.loss).items()}
-        values |= _image_values(plan)
-        if options.frozen.training_adapter is not None:
-            values["ss_training_adapter"] = describe_adapter(options.frozen)
+        if options.parts is not None and options.prediction is not None:
+            values |= _image_values(plan, options.parts, options.prediction)
+        elif options.noise.ip_noise_gamma:
+            values |= {f"ss_{name}": value for name, value in asdict(options.noise).items()}
+        adapter, strength = options.frozen.training_adapter, options.frozen.training_adapter_multiplier
+        if adapter is not None:
+            values["ss_training_adapter"] = describe_adapter(adapter, strength)
         if options.frozen.teacher is not None:
             values |= {
                 "ss_teacher": options.frozen.teacher,
@@ -222,15 +227,10 @@ def count_tags(items: Iterable[TrainingItem]) -> dict[str, dict[str, int]]:
     }
 
 
-def _image_values(plan: TrainingPlan) -> dict[str, Any]:
-    """Return the entries that files of image trainers have besides; for others those of added noise."""
+def _image_values(plan: TrainingPlan, parts: PartsOptions, prediction: PredictionOptions) -> dict[str, Any]:
+    """Return the entries that files of image trainers have besides."""
     options, model_type = plan.options, plan.family.metadata.get("model_type")
-    values: dict[str, Any] = {}
-    if options.noise.ip_noise_gamma:
-        values |= asdict(options.noise)
-    if options.parts is None or options.prediction is None:
-        return {f"ss_{name}": value for name, value in values.items()}
-    parts, asked = options.parts, options.validation
+    asked = options.validation
     rates = parts.text_encoder_lr
     folders: dict[str, dict[str, int]] = {}
     buckets: Counter[tuple[int, int]] = Counter()
@@ -245,10 +245,10 @@ def _image_values(plan: TrainingPlan) -> dict[str, Any]:
         str(number): {"resolution": list(size), "count": count}
         for number, (size, count) in enumerate(sorted(buckets.items()))
     }
-    values |= {
+    values: dict[str, Any] = {
         "ip_noise_gamma": options.noise.ip_noise_gamma,
         "ip_noise_gamma_random_strength": options.noise.ip_noise_gamma_random_strength,
-        "model_prediction_type": options.prediction.model_prediction_type,
+        "model_prediction_type": prediction.model_prediction_type,
         "fp8_base_unet": options.speed.fp8.fp8_base,  # text encoders have an option of their own
         "unet_lr": options.optimizer.learning_rate if parts.unet_lr is None else parts.unet_lr,
         "text_encoder_lr": None if rates is None else rates[0] if len(rates) == 1 else list(rates),

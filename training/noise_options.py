@@ -22,9 +22,7 @@ SAMPLERS = (*PLAIN_SAMPLERS, *SIZE_SHIFTS, *MIXTURES)
 # other samplers whose shift follows the size, of single models
 SHIFTED_LOGIT = "shifted_logit_normal"
 SIZE_SAMPLERS = ("nextdit_shift", SHIFTED_LOGIT)
-NOT_BUILT = {
-    "ideogram4_shift": "its formula is not published. Use flux_shift or shift",
-}
+NOT_BUILT = {"ideogram4_shift": "its formula is not published. Use flux_shift or shift"}
 WEIGHTINGS = ("logit_normal", "mode", "cosmap", "sigma_sqrt", "none")
 WEIGHTS_OF_LOSS = ("cosmap", "sigma_sqrt")  # those that do not shape the draws
 NUM_TIMESTEPS = 1000  # all supported models count time in thousandths

@@ -14,24 +14,8 @@ from modules.options import FREE, HABIT, Options, option, option_values, read_op
 from modules.parser import Parser, add_options, refuse_unsupported
 from modules.speed_options import TrainingSpeedOptions
 from networks.options import NOTHING_FROZEN, FrozenModelOptions, NetworkOptions
-from training import learning_options
+from training import learning_options, noise_options, run_options
 from training.config_options import ConfigOptions, read_config_file
-from training.noise_options import (
-    RAW,
-    TIMESTEP,
-    LossOptions,
-    NoiseOptions,
-    PredictionOptions,
-    TimestepOptions,
-)
-from training.run_options import (
-    AcceleratorOptions,
-    LogOptions,
-    LoopOptions,
-    SampleOptions,
-    StartOptions,
-    ValidationOptions,
-)
 from training.saving.options import HubOptions, MetadataOptions, SavingOptions
 
 logger = logging.getLogger(__name__)
@@ -47,21 +31,22 @@ RANKED_NETWORKS = ("networks.lora", "networks.loha")
 class TrainingOptions(Options):
     """All options but the family's own."""
 
-    loop: LoopOptions = option(facts=FREE)
-    validation: ValidationOptions = option(facts=FREE)
+    loop: run_options.LoopOptions = option(facts=FREE)
+    validation: run_options.ValidationOptions = option(facts=FREE)
     optimizer: learning_options.OptimizerOptions
     lr_schedule: learning_options.LrScheduleOptions = option(facts=HABIT)
-    timesteps: TimestepOptions = option(facts=HABIT)
-    noise: NoiseOptions = option(facts=HABIT)
-    loss: LossOptions = option(facts=HABIT)
-    prediction: PredictionOptions | None = option(facts=HABIT)  # None: the output is the velocity
+    timesteps: noise_options.TimestepOptions = option(facts=HABIT)
+    noise: noise_options.NoiseOptions = option(facts=HABIT)
+    loss: noise_options.LossOptions = option(facts=HABIT)
+    # None: the output is the velocity
+    prediction: noise_options.PredictionOptions | None = option(facts=HABIT)
     network: NetworkOptions | None  # what learns: a network beside the DiT,
     whole_dit: learning_options.WholeDitOptions | None  # or the DiT itself; one of the two is there
-    accelerator: AcceleratorOptions = option(facts=HABIT)
+    accelerator: run_options.AcceleratorOptions = option(facts=HABIT)
     saving: SavingOptions = option(facts=FREE)
-    samples: SampleOptions = option(facts=FREE)
+    samples: run_options.SampleOptions = option(facts=FREE)
     average: learning_options.AverageOptions = option(facts=FREE)
-    logs: LogOptions = option(facts=FREE)
+    logs: run_options.LogOptions = option(facts=FREE)
     metadata: MetadataOptions = option(facts=FREE)
     hub: HubOptions = option(facts=FREE)
     speed: TrainingSpeedOptions
@@ -69,7 +54,7 @@ class TrainingOptions(Options):
     experts: learning_options.ExpertTrainingOptions | None = option(facts=FREE)
     # of image trainers; None in the others
     parts: learning_options.PartsOptions | None
-    start: StartOptions | None = option(facts=FREE)
+    start: run_options.StartOptions | None = option(facts=FREE)
     subset: SubsetOptions | None = option(facts=FREE)  # what it makes of the data is compared instead
     caching: CachingInRunOptions | None = option(facts=FREE)
 
@@ -124,11 +109,11 @@ class TrainingOptions(Options):
 
     @property
     def predicted(self) -> str:
-        return RAW if self.prediction is None else self.prediction.model_prediction_type
+        return noise_options.RAW if self.prediction is None else self.prediction.model_prediction_type
 
     @property
     def weighted_by(self) -> str:
-        return TIMESTEP if self.prediction is None else self.prediction.weighted_by
+        return noise_options.TIMESTEP if self.prediction is None else self.prediction.weighted_by
 
     def _check_whole_dit(self, options: learning_options.WholeDitOptions) -> None:
         precision = self.accelerator.mixed_precision
@@ -264,6 +249,11 @@ def read_arguments(
     from_file = {} if config_file is None else read_config_file(config_file, parser)
     args = parser.parse_args(argv, argparse.Namespace(**{**prefilled, **from_file}))
     refuse_unsupported(parser, args)
+    if args.mixed_precision not in run_options.PRECISIONS:  # from the launcher; argparse checks the rest
+        raise OptionError(
+            f"accelerate launch asks for mixed precision {args.mixed_precision}: give --mixed_precision "
+            f"{', '.join(run_options.PRECISIONS)}"
+        )
     has_steps = typed.max_train_steps is not None or "max_train_steps" in from_file
     if has_steps and args.max_train_epochs is not None:
         logger.warning(

@@ -24,9 +24,9 @@ from modules.errors import DatasetError, OptionError, OutputError
 from modules.installation import import_own
 from modules.option_values import require
 from modules.speed_options import Quantisation
-from modules.stored.forms import prepare
 from training.checks import check_before_loading, check_teacher, list_unused_options
-from training.data.live import NO_TEXTS, BatchSources, LiveTexts
+from training.data.feed import BatchSources
+from training.data.live import NO_TEXTS, LiveTexts
 from training.experts import check_computing, note_experts
 from training.optimizers.stepping import check_fused_backward, check_split
 from training.options import TrainingOptions
@@ -43,15 +43,6 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class JoinedProcesses:
-    """Hold the processes of a run, once its options are known to fit their device."""
-
-    accelerator: Accelerator
-    quantisation: Quantisation | None  # with what multiplies on the device
-    others: Any  # `OtherProcesses` of several processes; None of one
-
-
-@dataclass(frozen=True)
 class TrainingPlan:
     """Hold all facts of a run before it loads a network. Only `progress` changes while it trains."""
 
@@ -59,7 +50,8 @@ class TrainingPlan:
     options: TrainingOptions  # as given; --blocks_to_swap may be auto
     sampled: Family  # the model that samples are made with: may have transformers that are not trained
     commands: CachingCommands
-    processes: JoinedProcesses
+    accelerator: Accelerator
+    quantisation: Quantisation | None  # with what multiplies on the device
     saved: SavedState | ForeignState | None
     progress: Progress
     names: Names  # of the run's files
@@ -79,10 +71,6 @@ class TrainingPlan:
     changes: Mapping[str, str]
 
     @property
-    def accelerator(self) -> Accelerator:
-        return self.processes.accelerator
-
-    @property
     def splits_model(self) -> bool:
         return self.options.whole_dit is not None and self.options.speed.sharding.shard_base and have_joined()
 
@@ -92,54 +80,52 @@ def make_plan(
     options: TrainingOptions,
     commands: CachingCommands,
     config: DatasetConfig,
-    processes: JoinedProcesses,
+    accelerator: Accelerator,
     sampling: Family | None = None,
 ) -> TrainingPlan:
-    """Find state, items and steps, and check all that can be known before loading.
-
-    sampling: the model of samples, if it has transformers that are not trained.
-    """
-    accelerator, network = processes.accelerator, options.network
-    is_main, device = accelerator.is_main_process, accelerator.device
-    saved = find_state(options, is_main)
+    """Find state, items and steps; check what can be known before loading. sampling: see `train_network`."""
+    is_main, device, saving = accelerator.is_main_process, accelerator.device, options.saving
+    saved = None if saving.resume is None else find_state(options, saving.resume, is_main)
     progress = first_progress(options, saved)
-    check_computing(family, options, device, processes.quantisation)
+    quantisation = check_computing(family, options, device)
     if options.caching is not None:  # before minutes of encoding
         check_before_loading(family, options, options.loop.known_steps, sampling)
     texts, sources = _find_sources(family, options, config, device)
     process, seed = (accelerator.process_index, accelerator.num_processes), progress.seed
     training, validation = _find_items(family, options, config, sources, texts, commands, seed, process)
-    if is_main:
-        _warn_of_data(options, config, [*training, *validation], sources)
     order = BatchOrder(training, seed)
     steps = _plan_steps(options, order, process[1], progress)
     check_before_loading(family, options, steps.total_steps, sampling)
     if is_main:
         note_experts(family, options, sampling is not None)
-    module = "" if network is None else network.network_module or family.lora_module
+    module = "" if options.network is None else options.network.network_module or family.lora_module
     parts = tuple(expert.name for expert in family.experts) if options.by_expert.lora_per_expert else ()
     identity, habits = settings_of(family, options, seed, order, steps, module)
-    saving = options.saving.spread(steps.num_epochs)
-    changes = check_resumable(saved, identity, habits, options, saving)
+    if saving.save_n_epoch_ratio is not None:
+        saving = saving.spread(steps.num_epochs, saving.save_n_epoch_ratio)
+    changes = {} if saved is None else check_resumable(saved, identity, habits, options, saving)
     if changes and isinstance(saved, SavedState):
         take_over(changes, progress, saved)
-    begin_later(options.start, progress, steps, saved is not None)
+        steps = _plan_steps(options, order, process[1], progress)  # they may begin anew
+    if options.start is not None and options.start.is_given:
+        begin_later(options.start, progress, steps, saved is not None)
     return TrainingPlan(
         family=family,
         options=options,
         sampled=sampling or family,
         commands=commands,
-        processes=processes,
+        accelerator=accelerator,
+        quantisation=quantisation,
         saved=saved,
         progress=progress,
-        names=Names(*options.saving.place, parts),
+        names=Names(*saving.place, parts),
         saving=saving,
         network_module=module,
         config=config,
         training=training,
         validation=validation,
         order=order,
-        steps=_plan_steps(options, order, process[1], progress),  # changes may have begun them anew
+        steps=steps,
         sources=sources,
         encoders=SameEncoders(commands),
         texts=texts,
@@ -154,31 +140,22 @@ def _find_sources(
 ) -> tuple[LiveTexts, BatchSources]:
     """Return what encodes while training, and where the rest is read from. Checks --teacher."""
     is_changing = any(one.changes.varying_keys or one.augmentation.varying_keys for one in config.datasets)
-    if not (is_changing or options.is_for_images or options.caching is not None):
-        check_teacher(family, options, NO_TEXTS)
-        return NO_TEXTS, BatchSources(Stores(npz_names(family)))
-    from training.caching_inside import find_live_texts, prepare_sources  # maybe it encodes by itself
-
-    texts = find_live_texts(family, options, config)
-    check_teacher(family, options, texts)
-    return texts, prepare_sources(family, config, options.caching, device, texts.keys)
-
-
-def _warn_of_data(
-    options: TrainingOptions, config: DatasetConfig, items: Sequence[TrainingItem], sources: BatchSources
-) -> None:
-    if learn_no_references(items, sources.stores):
-        logger.warning("%s", NO_REFERENCE)
-    takes_masks = options.subset is not None and options.subset.masked_loss
-    if takes_masks and not any(table.mask_directory or table.alpha_mask for table in config.datasets):
-        logger.warning(
-            "--masked_loss has no effect: no subset has masks (conditioning_data_dir, or alpha_mask = true)"
-        )
+    inside, texts = None, NO_TEXTS
+    if is_changing or options.is_for_images or options.caching is not None:  # maybe it encodes by itself
+        inside = import_own("training.caching_inside")
+        texts = inside.find_live_texts(family, options, config)
+    if options.frozen.teacher is not None:
+        check_teacher(family, options.frozen.teacher, texts)
+    if inside is None:
+        return texts, BatchSources(Stores(npz_names(family)))
+    return texts, inside.prepare_sources(family, config, options.caching, device, texts.keys)
 
 
 @contextmanager
-def join_processes(family: Family, options: TrainingOptions) -> Iterator[JoinedProcesses]:
+def join_processes(family: Family, options: TrainingOptions) -> Iterator[tuple[Accelerator, Any]]:
     """Start trackers and processes, and check the options against the device.
+
+    Yields what joins them, and `OtherProcesses`, None of a single one.
 
     During the block no other run has the name of this one, and the processes watch each other.
     """
@@ -199,9 +176,7 @@ def join_processes(family: Family, options: TrainingOptions) -> Iterator[JoinedP
         check_fused_backward(options.optimizer.optimizer_type, accelerator.num_processes)
     if options.whole_dit is not None and options.speed.sharding.shard_base and have_joined():
         check_split(options.optimizer.optimizer_type)
-    quantisation, compilation = options.speed.fp8.quantisation, options.speed.compilation.choice
-    if quantisation is not None:
-        quantisation = prepare(quantisation, accelerator.device)
+    compilation = options.speed.compilation.choice
     if compilation is not None:
         import_own("modules.compile").check_compilation(compilation, accelerator.device)
     with ExitStack() as held:
@@ -222,7 +197,7 @@ def join_processes(family: Family, options: TrainingOptions) -> Iterator[JoinedP
             raise error
         if code is not None:
             raise SystemExit(code)
-        yield JoinedProcesses(accelerator, quantisation, others)
+        yield accelerator, others
 
 
 def read_config(options: TrainingOptions, family: Family) -> DatasetConfig:
@@ -282,6 +257,13 @@ def _find_items(
             "--validate_every_n_steps has nothing to validate on: give --validation_split, or `validation = "
             "true` in a table"
         )
+    if process[0] == 0 and learn_no_references([*training, *validation], sources.stores):
+        logger.warning("%s", NO_REFERENCE)
+    takes_masks = process[0] == 0 and options.subset is not None and options.subset.masked_loss
+    if takes_masks and not any(table.mask_directory or table.alpha_mask for table in config.datasets):
+        logger.warning(
+            "--masked_loss has no effect: no subset has masks (conditioning_data_dir, or alpha_mask = true)"
+        )
     return training, validation
 
 
@@ -304,13 +286,11 @@ def _plan_steps(options: TrainingOptions, order: BatchOrder, processes: int, pro
     return replace(steps, total_steps=steps.steps_until(loop.max_train_epochs))
 
 
-def begin_later(options: StartOptions | None, progress: Progress, plan: StepPlan, is_resumed: bool) -> None:
+def begin_later(options: StartOptions, progress: Progress, plan: StepPlan, is_resumed: bool) -> None:
     """Put a new run's progress to the step where it begins.
 
     is_resumed: a saved state says where to go on instead. Raises OptionError if the run has no such step.
     """
-    if options is None or not options.is_given:
-        return
     given = "--initial_step" if options.initial_epoch is None else "--initial_epoch"
     if is_resumed:
         logger.info("%s is ignored because --resume goes on where the state was saved.", given)

@@ -26,7 +26,7 @@ from modules.installation import import_own
 from modules.seeds import derive_seed
 from training.caching_inside import find_live_texts, list_live_tables, open_stores, plan_tables
 from training.checks import check_teacher
-from training.data.live import BatchSources
+from training.data.feed import BatchSources
 from training.data.timesteps import Timesteps, draw, loss_weights, spans_of
 from training.noise_options import NOTHING, NUM_TIMESTEPS, WEIGHTS_OF_LOSS, TimestepOptions
 from training.options import TrainingOptions
@@ -106,7 +106,8 @@ def _plan(
     family.check_given_files()  # first: caches are made with them
     config = read_config(options, family)
     texts = find_live_texts(family, options, config)
-    check_teacher(family, options, texts)
+    if options.frozen.teacher is not None:
+        check_teacher(family, options.frozen.teacher, texts)
     plans = plan_tables(family, config, options.caching, texts.keys)
     if not all(plan.can_be_planned for plan in plans):
         raise OptionError(

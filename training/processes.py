@@ -130,20 +130,11 @@ def sum_over_processes(parameters: list[Parameter], numbers: Tensor) -> Tensor:
     return numbers
 
 
-def is_any(value: bool, processes: int, device: torch.device) -> bool:
-    """Return whether it is true in one of the processes. All must call it."""
-    if processes == 1:
-        return value
-    count = torch.tensor(float(value), device=device)
-    torch.distributed.all_reduce(count)
-    return count.item() > 0
-
-
 def largest_of_processes(value: int, processes: int, device: torch.device) -> int:
     """Return the largest value among the processes. All must call it."""
     if processes == 1:
         return value
-    number = torch.tensor(value, device=device)
+    number = torch.tensor(int(value), device=device)
     torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
     return int(number)
 

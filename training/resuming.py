@@ -5,7 +5,7 @@ import hashlib
 import logging
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +14,19 @@ from accelerate.utils import broadcast_object_list
 from dataset.batches.order import BatchOrder
 from modules.checkpoints.opening import fingerprint
 from modules.contract.family import Family
-from modules.contract.rules import ONE_EXPERT, Expert
 from modules.errors import OptionError
 from modules.installation import import_own
 from modules.option_values import read_literals, to_path
 from modules.options import options_with
 from networks.lora_settings import DEFAULT_RANK
-from networks.options import NOTHING_FROZEN, FrozenModelOptions
+from networks.options import NOTHING_FROZEN
 from training.experts import TRAINING_ADAPTER
-from training.optimizers.optimizer import class_path
+from training.optimizers.optimizer import PATHS
 from training.options import TrainingOptions
 from training.reports.logs import public_config
+from training.saving import states
 from training.saving.files import find_set_aside
 from training.saving.options import LATEST, LATEST_ONLY, SavingOptions
-from training.saving.states import (
-    FRESH_START,
-    ForeignState,
-    SavedState,
-    find_latest,
-    one_error,
-    read_state,
-    shorten_value,
-)
 from training.steps import Progress, StepPlan
 
 logger = logging.getLogger(__name__)
@@ -52,29 +43,29 @@ LISTED = (
 )
 
 
-def find_state(options: TrainingOptions, is_main_process: bool) -> SavedState | ForeignState | None:
-    """Read the state that --resume names; None without --resume, or if `latest` finds none.
+def find_state(
+    options: TrainingOptions, resume: str, is_main_process: bool
+) -> states.SavedState | states.ForeignState | None:
+    """Read the state that --resume names; None if `latest` finds none.
 
     All processes must call it. Raises OptionError or CheckpointError if there is none, or if it cannot be
     used.
     """
     saving = options.saving
-    if saving.resume is None:
-        return None
-    if saving.resume in {LATEST, LATEST_ONLY} and not options.hub.resume_from_huggingface:
+    if resume in {LATEST, LATEST_ONLY} and not options.hub.resume_from_huggingface:
         # one process searches, and also cleans up after a kill
-        found = [find_latest(*saving.place) if is_main_process else None]
+        found = [states.find_latest(*saving.place) if is_main_process else None]
         folder = broadcast_object_list(found)[0]
         if folder is None:
-            _explain_no_state(saving.resume, *saving.place)
+            _explain_no_state(resume, *saving.place)
             return None
     elif options.hub.resume_from_huggingface:
         fetch = import_own("training.saving.hub").download_state
-        folder = fetch(saving.resume, options.hub.huggingface_token, saving.place[0] / "resumed")
+        folder = fetch(resume, options.hub.huggingface_token, saving.place[0] / "resumed")
     else:
-        folder = to_path("--resume", saving.resume)
+        folder = to_path("--resume", resume)
     logger.info("Resuming from %s", folder)
-    return read_state(folder)
+    return states.read_state(folder)
 
 
 def _explain_no_state(asked: str, folder: Path, name: str) -> None:
@@ -86,10 +77,12 @@ def _explain_no_state(asked: str, folder: Path, name: str) -> None:
         raise OptionError(
             f"--resume {asked}: there is no state of {name} in {folder}: none was saved yet, or it is "
             f"elsewhere.{earlier} Leave --resume out to begin anew, or begin with what was trained: "
-            f"{FRESH_START}"
+            f"{states.FRESH_START}"
         )
     if is_trained and not aside:
-        earlier = f" A run saved its result without --save_state: to begin with that, give {FRESH_START}."
+        earlier = (
+            f" A run saved its result without --save_state: to begin with that, give {states.FRESH_START}."
+        )
     logger.log(
         logging.WARNING if aside or is_trained else logging.INFO,
         "--resume %s: no state of %s in %s yet; starting a new run.%s",
@@ -97,12 +90,14 @@ def _explain_no_state(asked: str, folder: Path, name: str) -> None:
     )
 
 
-def first_progress(options: TrainingOptions, saved: SavedState | ForeignState | None) -> Progress:
+def first_progress(
+    options: TrainingOptions, saved: states.SavedState | states.ForeignState | None
+) -> Progress:
     """Return where the run begins.
 
     A resumed run keeps its seed; if none is given, all processes share a random one.
     """
-    if isinstance(saved, SavedState):
+    if isinstance(saved, states.SavedState):
         return saved.progress
     drawn = broadcast_object_list([secrets.randbelow(1 << 32), secrets.randbelow(1 << 32), time.time()])
     seed = options.loop.seed if options.loop.seed is not None else drawn[0]
@@ -127,14 +122,15 @@ def settings_of(
     config = public_config(options)
     batches = ", ".join([f"{plan.num_batches}, {epoch_digest(order)}", *order.learning_keys])
     kept = {**config, "network_module": module}
+    adapter, strength = options.frozen.training_adapter, options.frozen.training_adapter_multiplier
     identity = {
         "--seed": seed if options.loop.seed is None else options.loop.seed,
         **{f"--{name}": kept.get(name) for name in options_with(TrainingOptions, "resume", "identity")},
         **{f"--{name}": value for name, value in own_values(family.options, "identity").items()},
         GROUP_SIZE: plan.group_size,
         BATCHES: batches,
-        TRANSFORMERS: _in_words(family.experts),
-        TRAINING_ADAPTER: describe_adapter(options.frozen, with_content=True),
+        TRANSFORMERS: ", ".join(f"{each.name or 'one'} from {each.lowest:g}" for each in family.experts),
+        TRAINING_ADAPTER: None if adapter is None else describe_adapter(adapter, strength, with_content=True),
     }
     base_weights = None if options.network is None else options.network.base_weights
     names = [value for name, value in family.metadata.items() if name.startswith("sd_model_name")]
@@ -150,20 +146,10 @@ def settings_of(
     return identity, habits
 
 
-def describe_adapter(options: FrozenModelOptions, with_content: bool = False) -> str | None:
-    """Return the name and strength of --training_adapter; None without one.
-
-    with_content: with a mark of what is in the file.
-    """
-    path = options.training_adapter
-    if path is None:
-        return None
+def describe_adapter(path: Path, strength: float, with_content: bool = False) -> str:
+    """Return name and strength of --training_adapter. with_content: with a mark of what is in the file."""
     content = f", {fingerprint(path)[:12]}" if with_content else ""
-    return f"{path.name}:{options.training_adapter_multiplier:g}{content}"
-
-
-def _in_words(experts: Sequence[Expert]) -> str:
-    return ", ".join(f"{expert.name or 'one'} from {expert.lowest:g}" for expert in experts)
+    return f"{path.name}:{strength:g}{content}"
 
 
 def epoch_digest(order: BatchOrder) -> str:
@@ -174,7 +160,7 @@ def epoch_digest(order: BatchOrder) -> str:
 
 
 def check_resumable(
-    saved: SavedState | ForeignState | None,
+    saved: states.SavedState | states.ForeignState,
     identity: Mapping[str, Any],
     habits: Mapping[str, Any],
     options: TrainingOptions,
@@ -187,16 +173,16 @@ def check_resumable(
     Settings that the saved run did not record are not compared. Returns what --resume_changed changes, if
     given, in words by the name of the setting. Call it before anything large is loaded.
     """
-    if isinstance(saved, ForeignState) and options.by_expert.lora_per_expert:
+    if isinstance(saved, states.ForeignState) and options.by_expert.lora_per_expert:
         raise OptionError(
             f"--resume {saved.folder}: the state of another program is of one network, and --lora_per_expert "
             "trains two. Leave one of them out; --network_weights and --network_weights_high_noise start "
             "from files"
         )
-    if not isinstance(saved, SavedState):
+    if not isinstance(saved, states.SavedState):
         return {}
     # a state of before there were models with several transformers is of a model with one
-    before = {TRANSFORMERS: _in_words(ONE_EXPERT), PER_EXPERT: identity.get(PER_EXPERT) and False}
+    before = {TRANSFORMERS: "one from 0", PER_EXPERT: identity.get(PER_EXPERT) and False}
     before[TRAINING_ADAPTER] = None
     before, identity = _resolve({**before, **saved.identity}), _resolve(identity)
     # likewise of before the frozen model could teach
@@ -223,7 +209,7 @@ def check_resumable(
             which = "not even --resume_changed can change this"
         raise OptionError(
             f"--resume {saved.folder}: {which}.\n{lines}\n"
-            f"  Use the saved values{also}, or start a new run from what was trained: {FRESH_START}"
+            f"  Use the saved values{also}, or start a new run from what was trained: {states.FRESH_START}"
         )
     changed = _differences(habits_before, habits)
     if may_change:
@@ -237,7 +223,7 @@ def check_resumable(
 def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """Return the settings of now that differ from saved ones, as texts: then and now."""
     return {
-        name: (shorten_value(saved[name]), shorten_value(value))
+        name: (states.shorten_value(saved[name]), states.shorten_value(value))
         for name, value in here.items()
         if name in saved and saved[name] != value
     }
@@ -248,7 +234,7 @@ def listed_settings(options: TrainingOptions, saving: SavingOptions) -> dict[str
     return {f"--{name}": config[name] for name in LISTED}
 
 
-def take_over(changes: Mapping[str, str], progress: Progress, saved: SavedState) -> None:
+def take_over(changes: Mapping[str, str], progress: Progress, saved: states.SavedState) -> None:
     """Note the changes in the run's progress, which begins a new plan of steps if it has to.
 
     Other clips begin the current epoch again, in their own order; another size of a step goes on with the
@@ -260,7 +246,7 @@ def take_over(changes: Mapping[str, str], progress: Progress, saved: SavedState)
     progress.changes += [f"step {progress.step}: {change}" for change in changes.values()]
     if not changes.keys() & {GROUP_SIZE, BATCHES}:
         return
-    with one_error(saved.folder):
+    with states.one_error(saved.folder):
         batches = int(str(saved.identity[BATCHES]).partition(",")[0])  # of an epoch
     if progress.position >= batches:
         progress.epoch, progress.position = progress.epoch + 1, 0
@@ -275,7 +261,8 @@ def _resolve(identity: Mapping[str, Any]) -> dict[str, Any]:
     """Return an identity in which settings of equal meaning are equal, however they were typed."""
     resolved = dict(identity)
     if "--optimizer_type" in resolved:
-        resolved["--optimizer_type"] = class_path(str(resolved["--optimizer_type"]))
+        name = str(resolved["--optimizer_type"])
+        resolved["--optimizer_type"] = PATHS.get(name.lower(), name)
     for option in ("--optimizer_args", "--network_args"):
         if option in resolved:
             resolved[option] = _resolve_pairs(option, str(resolved[option]))

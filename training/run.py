@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,9 +25,9 @@ from training.learning import load_model, make_run
 from training.loop import train
 from training.options import TrainingOptions
 from training.plan import TrainingPlan, join_processes, make_plan, read_config
-from training.reports.history import read_session
+from training.reports.history import Story, read_session
 from training.reports.logs import TRACKER_NAME, Logs, public_config
-from training.reports.pauses import Pauses
+from training.reports.pauses import StepClock
 from training.saver import file_dtype, make_saver
 from training.saving.files import set_aside
 from training.saving.states import SavedState
@@ -82,18 +83,20 @@ def prepare_run(
     """Load everything for a run; on exit, end logs and wait for uploads. Raises as `train_network`."""
     config = read_config(options, family)  # a fault in it is told before anything is started
     with contextlib.ExitStack() as held:
-        processes = held.enter_context(join_processes(family, options))
-        plan = make_plan(family, options, commands, config, processes, sampling)
-        accelerator, texts, progress = plan.accelerator, plan.texts, plan.progress
-        sampler = _make_sampler(plan)  # texts and images are encoded while there is no DiT
+        accelerator, others = held.enter_context(join_processes(family, options))
+        plan = make_plan(family, options, commands, config, accelerator, sampling)
+        texts, progress, prompts = plan.texts, plan.progress, options.samples.sample_prompts
+        # texts and images are encoded while there is no DiT
+        sampler = None if prompts is None else _make_sampler(plan, prompts)
         following = plan_next_steps(plan, scripts, sampler)
-        if processes.others is not None:
-            processes.others.advice = following.after_loss
+        if others is not None:
+            others.advice = following.after_loss
         swap, memory = options.speed.swap, None
         if accelerator.device.type == "cuda" or swap.is_auto:  # others need no planner
             swap, memory = import_own("training.planning.memory").prepare_memory(plan)
-        texts.load(accelerator.device, shared_blocks(options.speed.sharding, accelerator.device))
-        held.callback(texts.free)
+        if texts.encoders:
+            texts.load(accelerator.device, shared_blocks(options.speed.sharding, accelerator.device))
+            held.callback(texts.free)
         logs = _make_logs(plan, swap)
         reporter = make_reporter(plan, following, sampler, memory)
         model = load_model(plan, swap, sampler is not None)
@@ -102,18 +105,16 @@ def prepare_run(
         accelerator.wait_for_everyone()  # before any writes samples there
         has_hub = options.hub.huggingface_repo_id is not None
         uploads = import_own("training.saving.hub").make_uploads(options.hub) if has_hub else None
-        prompts = () if sampler is None else sampler.prompts
-        saver = make_saver(model, uploads, prompts, reporter.note_saved)
-        saver.tidy(progress.step, progress.epoch)
+        saver = make_saver(model, uploads, sampler.prompts if sampler else (), reporter.note_saved)
         run = make_run(model, sampler, memory, logs, reporter, saver)
         closing = contextlib.closing(uploads) if uploads is not None else contextlib.nullcontext()
         with closing, logs, reporter:
             show_start(run, file_dtype(options, model.dits.networks[0]))
-            with contextlib.nullcontext() if processes.others is None else processes.others.explain():
+            with contextlib.nullcontext() if others is None else others.explain():
                 yield run
             accelerator.wait_for_everyone()
         if accelerator.is_main_process and progress.step >= plan.steps.total_steps:
-            show_end(run, reporter.history.events_told, following)
+            show_end(run, Story.of(reporter.history.events), following)
 
 
 def _make_logs(plan: TrainingPlan, swap: SwapOptions) -> Logs:
@@ -125,8 +126,8 @@ def _make_logs(plan: TrainingPlan, swap: SwapOptions) -> Logs:
         progress.step,
         public_config(options, plan.saving, swap) if options.logs.log_config else {},
         TRACKER_NAME if options.whole_dit is None else f"{plan.family.name}_ft",
-        extras=watch_run(plan),
-        pauses=Pauses(
+        extras=partial(watch_run, plan),
+        clock=StepClock(
             lambda step: count_pauses(
                 options, plan.saving, plan.steps, bool(plan.validation), step, progress.epoch
             )
@@ -148,14 +149,12 @@ def _set_earlier_aside(plan: TrainingPlan, history: Path) -> None:
         set_aside(plan.names, inputs, datetime.now(), saving.resume is not None)
 
 
-def _make_sampler(plan: TrainingPlan) -> "Sampler | None":
+def _make_sampler(plan: TrainingPlan, prompts: Path) -> "Sampler | None":
     """Encode the texts and images of the samples; None if none are made.
 
     Raises OptionError if an encoder is missing, before the DiT is loaded.
     """
     options, accelerator = plan.options.samples, plan.accelerator
-    if options.sample_prompts is None:
-        return None
     if not (options.is_timed or options.sample_now):
         logger.warning(
             "--sample_prompts is ignored because none of --sample_every_n_steps, --sample_every_n_epochs, "
@@ -169,7 +168,7 @@ def _make_sampler(plan: TrainingPlan) -> "Sampler | None":
         weights = " (EMA)" + weights
     sampler: Sampler = import_own("training.samples").prepare_samples(
         plan.sampled,
-        options.sample_prompts,
+        prompts,
         folder,
         plan.names.name,
         accelerator.device,

@@ -199,7 +199,8 @@ class SampleOptions(Options, title="samples while training"):
                 "--sample_every_n_steps, --sample_every_n_epochs and --sample_at_first need a file with "
                 "prompts: give --sample_prompts"
             )
-        self.loras()
+        if self.sample_lora:
+            self.loras()
 
     def loras(self) -> list[tuple[Path, float]]:
         """Return the files of --sample_lora with their multipliers. Raises OptionError if one is missing."""
@@ -264,10 +265,7 @@ class LogOptions(Options, title="logs"):
     )
     wandb_run_name: str | None = option(
         "name of the run in wandb",
-        acts_if={
-            **_IF_WANDB,
-            "--log_tracker_config replaces it": lambda own: own.log_tracker_config is None,
-        },
+        acts_if={**_IF_WANDB, "--log_tracker_config replaces it": lambda own: own.log_tracker_config is None},
     )
     log_tracker_config: Path | None = option(
         "TOML file with arguments for the trackers, a table each; replaces --wandb_run_name",
@@ -319,11 +317,11 @@ class AcceleratorOptions(Options, title="precision and processes"):
     fp16_accumulation: bool = option("sum fp16 matrix products in fp16: faster on some GPUs, less exact")
     cuda_allow_tf32: bool = option(
         "compute float32 products and convolutions in TF32 on a CUDA device: faster, three digits "
-        "instead of seven; bf16 and fp16 stay as they are",
+        "instead of seven; bf16 and fp16 stay as they are"
     )
     cuda_cudnn_benchmark: bool = option(
         "let cuDNN try its convolutions at each new size and take the fastest; runs may then differ in "
-        "the last digits",
+        "the last digits"
     )
     ddp_timeout: int | None = option(
         "minutes that processes wait for each other; default: a day",
@@ -334,10 +332,3 @@ class AcceleratorOptions(Options, title="precision and processes"):
     )
     ddp_gradient_as_bucket_view = not_needed(NO_WRAPPER)
     ddp_static_graph = not_needed(NO_WRAPPER)
-
-    def __post_init__(self) -> None:
-        if self.mixed_precision not in PRECISIONS:  # from the launcher; argparse checks the rest
-            raise OptionError(
-                f"accelerate launch asks for mixed precision {self.mixed_precision}: give --mixed_precision "
-                f"{', '.join(PRECISIONS)}"
-            )

@@ -21,14 +21,7 @@ from generation.denoise import OnSection, make_latents
 from generation.experts import DitTurns
 from generation.prompt_lines import SOLVERS
 from generation.sample_lines import OF_SOME_MODELS, read_all, read_sample_prompts
-from generation.session import (
-    NO_ENCODERS,
-    Session,
-    decode_tracks,
-    encode_inputs,
-    needs_media,
-    wanted_texts,
-)
+from generation.session import NO_ENCODERS, Session, decode_tracks, encode_inputs, needs_media, wanted_texts
 from modules.bars import Bar
 from modules.contract.data import Conditions, LatentSpec
 from modules.contract.family import Family, hears_sound
@@ -135,6 +128,7 @@ class Sampler:
 
     @torch.no_grad()
     def _write(self, latents: torch.Tensor, prepared: Prepared, stem: str, model: str) -> Path:
+        """Write a sample. model: the file name of its weights, for the metadata."""
         family = self.session.family
         track: Track | None = None
         if prepared.joint is not None:
@@ -142,13 +136,21 @@ class Sampler:
             assert hears_sound(family)
             (track,) = decode_tracks(family, {stem: sound}, self.session.device, nullcontext).values()
         with self.session.media(images=False, again=True) as encoders:
-            frames = frames_of(self.session.family.decode(encoders, latents))
-            metadata = self._metadata(prepared, model) if self.has_metadata else {}
+            frames = frames_of(family.decode(encoders, latents))
+            metadata: Mapping[str, str] = {}
+            if self.has_metadata:
+                metadata = output_metadata(
+                    prepared,
+                    family.metadata,
+                    settings={"sampled_from": model},
+                    device=self.session.device.type,
+                    experts=family.experts,
+                )
             if not latents.shape[2] and track is not None:
                 path = self.folder / f"{stem}.wav"
                 write_wav(path, track, metadata)
             elif prepared.frames == 1:
-                number = "" if self.session.family.latent.is_of_pictures else "_000"
+                number = "" if family.latent.is_of_pictures else "_000"
                 path = self.folder / f"{stem}{number}.png"
                 write_png(path, next(frames), as_png_texts(metadata))
             else:
@@ -156,17 +158,6 @@ class Sampler:
                 tags = as_tags(metadata)
                 write_video(path, frames, prepared.fps, bit_rate=BIT_RATE, tags=tags, track=track)
         return path
-
-    def _metadata(self, prepared: Prepared, model: str) -> Mapping[str, str]:
-        """Return the metadata of a sample. model: the file name of its weights."""
-        family = self.session.family
-        return output_metadata(
-            prepared,
-            family.metadata,
-            settings={"sampled_from": model},
-            device=self.session.device.type,
-            experts=family.experts,
-        )
 
 
 @contextmanager

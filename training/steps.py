@@ -32,7 +32,7 @@ class Progress:
     changes: list[str] = field(default_factory=list)  # what --resume_changed changed, in words
 
 
-@dataclass(frozen=True)
+@dataclass
 class StepPlan:
     """Hold the plan of a run's steps. `total_steps` includes the steps before a resume."""
 
@@ -48,29 +48,19 @@ class StepPlan:
     in_lockstep: bool = False
     peers: int = 1  # processes that work on the same micro-batch; together they count as one of `processes`
 
-    @property
-    def works_together(self) -> bool:
-        return self.in_lockstep or self.peers > 1
+    # what follows from these
+    everyone: int = field(init=False)  # processes, peers among them
+    works_together: bool = field(init=False)
+    group_size: int = field(init=False)  # micro-batches of an optimizer step
+    steps_per_epoch: int = field(init=False)
+    num_epochs: int = field(init=False)
 
-    @property
-    def everyone(self) -> int:
-        return self.processes * self.peers
-
-    def number_of(self, rank: int) -> int:
-        return rank // self.peers
-
-    @property
-    def group_size(self) -> int:
-        return self.processes * self.accumulation
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return -(-self.num_batches // self.group_size)
-
-    @property
-    def num_epochs(self) -> int:
+    def __post_init__(self) -> None:
+        self.everyone, self.works_together = self.processes * self.peers, self.in_lockstep or self.peers > 1
+        self.group_size = self.processes * self.accumulation
+        self.steps_per_epoch = -(-self.num_batches // self.group_size)
         rest = self.total_steps - self.steps_until(self.first_epoch + 1)
-        return self.first_epoch + 1 + max(0, -(-rest // self.steps_per_epoch))
+        self.num_epochs = self.first_epoch + 1 + max(0, -(-rest // self.steps_per_epoch))
 
     def steps_until(self, epoch: int, position: int = 0) -> int:
         """Return the steps of the run before micro-batch `position` of epoch `epoch` (from 0)."""
@@ -95,45 +85,21 @@ class StepPlan:
     def share(self, group: range, process: int) -> list[int]:
         """Return the micro-batches of `group` that process number `process` works on.
 
-        May be empty in the last group of an epoch, but not in lockstep: see `is_repeat`.
+        May be empty in the last group of an epoch, but not in lockstep: the last one is then
+        repeated, which is another process' own.
         """
         own = [index for index in group if index % self.processes == process]
         lacks = self.in_lockstep and len(own) * self.processes < len(group)
         return [*own, group[-1]] if lacks else own
 
-    def is_repeat(self, index: int, process: int) -> bool:
-        """Return whether a micro-batch is another process' own, which this one may only repeat."""
-        return index % self.processes != process
-
-    def keys(self, process: int, epoch: int, position: int, num_epochs: int | None = None) -> "Keys":
-        """Return (epoch, micro-batch) in the order in which a process needs them, from a place to the end.
+    def keys(
+        self, process: int, epoch: int, position: int, num_epochs: int | None = None
+    ) -> Iterator[tuple[int, int]]:
+        """Yield (epoch, micro-batch) in the order in which a process needs them, from a place to the end.
 
         num_epochs: at most so many.
         """
-        shares = []
-        end_epoch = self.num_epochs if num_epochs is None else min(epoch + num_epochs, self.num_epochs)
-        for number in range(epoch, end_epoch):
-            start = position if number == epoch else 0
-            steps = max(0, self.total_steps - self.steps_until(number, start))
-            end = min(self.num_batches, start + steps * self.group_size)
-            # groups follow on each other, so that their shares are one range
-            first = start + (process - start) % self.processes
-            shares.append((number, range(first, end, self.processes)))
-            if self.in_lockstep:
-                last = range(end - (end - start) % self.group_size, end)
-                repeats = [index for index in self.share(last, process) if self.is_repeat(index, process)]
-                shares += [(number, range(index, index + 1)) for index in repeats]
-        return Keys(tuple(shares))
-
-
-@dataclass(frozen=True)
-class Keys:
-    """(epoch, micro-batch) of one process in order; of many epochs too, without a list of them."""
-
-    shares: tuple[tuple[int, range], ...]  # epoch and its micro-batches
-
-    def __len__(self) -> int:
-        return sum(len(share) for _, share in self.shares)
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return ((epoch, index) for epoch, share in self.shares for index in share)
+        end = self.num_epochs if num_epochs is None else min(epoch + num_epochs, self.num_epochs)
+        for number in range(epoch, end):
+            for group in self.groups(number, position if number == epoch else 0):
+                yield from ((number, index) for index in self.share(group, process))

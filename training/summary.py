@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -135,6 +135,7 @@ def _times(every: Mapping[str, float | None]) -> list[str]:
 def show_end(run: TrainingRun, story: history.Story, following: NextSteps) -> None:
     """Show the result of a run that took its last step, and the commands that can follow."""
     names, clock, losses = run.plan.names, run.logs.clock, run.progress.losses
+    network = run.options.network
     seconds, samples = clock.seconds_per_step, names.folder / FOLDER
     speed = "" if seconds is None else f" ({seconds:.3g} s a step)"
     peak = peak_in_words(run.device)
@@ -145,19 +146,19 @@ def show_end(run: TrainingRun, story: history.Story, following: NextSteps) -> No
             ("result", f"{path} ({as_size(path.stat().st_size)})" if path.exists() else None)
             for path in names.files(names.name).values()
         ),
-        ("best by validation", describe_best(story, names.folder)),
+        ("best by validation", describe_best(story, names.folder) if story.validations else None),
         ("steps", f"{clock.steps} in {in_words(clock.active)}{speed}, without pauses"),
         ("average loss", f"{sum(losses) / len(losses):.4g}" if losses else None),
         ("samples", str(samples) if run.sampler is not None and samples.is_dir() else None),
         ("page", None if run.options.logs.no_page else str(page_path(names.folder, names.name))),
         ("peak memory", peak),
-        ("other tools", DORA_ELSEWHERE if following.is_dora else None),
+        ("other tools", DORA_ELSEWHERE if network is not None and network.decomposes else None),
         ("commands", f"typed in {Path.cwd()}" if os.environ.get(RUN_GOES_ON) else None),
     ]
     best = story.best_file(names.folder)
+    *chosen, _ = following.commands(None if best is None else names.folder / best, is_finished=True)
     commands: list[Row] = [
-        (command.title, command.powershell if sys.platform == "win32" else command.bash)
-        for command in following.commands(None if best is None else names.folder / best, is_finished=True)
+        (command.title, command.powershell if sys.platform == "win32" else command.bash) for command in chosen
     ]
     if run.options.logs.logging_dir is not None:
         board = as_typed(["tensorboard", "--logdir", str(run.options.logs.logging_dir)])
@@ -165,11 +166,10 @@ def show_end(run: TrainingRun, story: history.Story, following: NextSteps) -> No
     show_box(f"{names.name} is trained", rows, commands)
 
 
-def describe_best(story: history.Story, folder: Path) -> str | None:
+def describe_best(story: history.Story, folder: Path) -> str:
     """Return the step with the lowest validation loss and the best file that is there."""
     lowest, best = story.lowest, story.best_file(folder)
-    if lowest is None:
-        return None
+    assert lowest is not None
     text = f"step {lowest[0]}, loss {lowest[1]:.5f}"
     if best is None:
         return f"{text}, not saved"
@@ -189,16 +189,11 @@ def disk_needed(folder: Path, saves: tuple[int, int], written: tuple[int, int]) 
     return text if free > SPARE * needed else f"{text}: TOO LITTLE, save less often or free some"
 
 
-def watch_run(plan: TrainingPlan) -> Callable[[int], Mapping[str, str]]:
+def watch_run(plan: TrainingPlan, step: int) -> Mapping[str, str]:
     """Return the bar's numbers beside losses at a step: the peak of memory, the step of the next samples."""
-    options, device = plan.options.samples, plan.accelerator.device
-
-    def watch(step: int) -> Mapping[str, str]:
-        shown = {"mem": peak_in_words(device).replace(" GiB", "G")}
-        following = next_samples(options, plan.steps, step, plan.progress.epoch)
-        return shown if following is None else {**shown, "sample": str(following)}
-
-    return watch
+    shown = {"mem": peak_in_words(plan.accelerator.device).replace(" GiB", "G")}
+    following = next_samples(plan.options.samples, plan.steps, step, plan.progress.epoch)
+    return shown if following is None else {**shown, "sample": str(following)}
 
 
 def next_samples(options: SampleOptions, plan: StepPlan, step: int, epoch: int) -> int | None:
@@ -269,10 +264,7 @@ def judge_rate(options: TrainingOptions) -> str:
 
 
 def make_reporter(
-    plan: TrainingPlan,
-    following: NextSteps,
-    sampler: "Sampler | None",
-    memory: MemoryWatch | None,
+    plan: TrainingPlan, following: NextSteps, sampler: "Sampler | None", memory: MemoryWatch | None
 ) -> RunReporter:
     """Return the reporter of the run. With --no_page it keeps the last box."""
     progress, device, given = plan.progress, plan.accelerator.device, following.scripts.given
@@ -293,7 +285,7 @@ def make_reporter(
         ),
         {} if sampler is None else dict(enumerate(sampler.prompts)),
         progress.step,
-        lambda best, is_finished: [*following.commands(best, is_finished), following.start_again()],
+        following.commands,
         lambda: list_memory(device, memory),
         lambda: plan.accelerator.trackers if is_main else (),  # they start later
     )

@@ -1,8 +1,7 @@
 """The trained part: a network beside the frozen DiT (a LoRA), or the DiT itself."""
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,6 @@ from networks.adapter import ForeignNetwork, TrainableNetwork, tie_network
 from networks.deltas import sizes_of
 from networks.metadata import save_network
 
-AsBase = Callable[[], AbstractContextManager[object]]
 # learning rates: of all; of the DiT's part and of each text encoder that learns, None: as all
 Rates = tuple[float, float | None, Sequence[float] | None]
 Write = Callable[[Path, torch.dtype | None, Mapping[str, str]], None]  # file, dtype of its tensors, metadata
@@ -46,11 +44,6 @@ class Trainable:
     def all_modules(self) -> tuple[nn.Module, ...]:
         return (*self.modules.values(), *(network.module for network in self.tied))
 
-    def reached(self, experts: Collection[int]) -> list[Parameter]:
-        if not self.by_expert:
-            return self.parameters
-        return [parameter for index in sorted(experts) for parameter in self.by_expert[index]]
-
     @property
     def parameters(self) -> list[Parameter]:
         return [parameter for group in self.groups for parameter in group["params"]]
@@ -64,9 +57,6 @@ class Trainable:
             for part, module in self.modules.items()
             for name, parameter in module.named_parameters()
         }
-
-    def whole(self, parameters: Sequence[Parameter]) -> list[Parameter]:
-        return [parameter for parameter in parameters if parameter not in self.split]
 
     @property
     def all_networks(self) -> tuple[TrainableNetwork, ...]:
@@ -85,21 +75,15 @@ class Trainable:
             if isinstance(network, ForeignNetwork):
                 network.on_epoch_start()
 
-    def limit_norms(self, device: torch.device) -> list[Tensor]:
-        """Limit norms after an optimizer step; return the numbers of a `NormReport`, if any is limited."""
-        if self.max_norm is None or not self.networks:
-            return []
-        found = [network.scale_norms(self.max_norm, device) for network in self.networks]
+    def limit_norms(self, max_norm: float, device: torch.device) -> Tensor:
+        """Limit norms of the networks after an optimizer step; return the numbers of a `NormReport`."""
+        found = [network.scale_norms(max_norm, device) for network in self.networks]
         keys_scaled, means, largest = torch.stack(found).unbind(1)  # of networks of as many modules each
-        return [torch.stack([keys_scaled.sum(), means.mean(), largest.max()])]
-
-    @property
-    def as_base(self) -> AsBase | None:
-        """Return a function that makes a block in which the DiTs are as loaded; None if one learns itself."""
-        return self._without_networks if self.networks else None
+        return torch.stack([keys_scaled.sum(), means.mean(), largest.max()])
 
     @contextlib.contextmanager
-    def _without_networks(self) -> Iterator[None]:
+    def as_base(self) -> Iterator[None]:
+        """Run a block in which the DiTs are as loaded. Not for one that learns itself."""
         for network in self.all_networks:
             network.set_multiplier(0.0)
         try:
@@ -192,16 +176,25 @@ def train_dit(dit: nn.Module, learning_rate: float, name_parts: Sequence[str] = 
             f"such as {some}"
         )
 
-    dtypes = {name: tensor.dtype for name, tensor in dit.state_dict().items()}
-
-    def write(path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
-        tensors = dit.state_dict()  # no copies; an average in their place is in float32
-
-        def kept(name: str) -> torch.dtype:
-            return dtypes[name] if dtype is None or not dtypes[name].is_floating_point else dtype
-
-        infos = {name: TensorInfo(kept(name), tuple(tensor.shape)) for name, tensor in tensors.items()}
-        stream_tensors(path, infos, lambda name: tensors[name].to(kept(name)), metadata)
-
     groups = [{"params": learning, "lr": learning_rate}]
-    return Trainable({"dit": dit}, groups, ("dit",), writes={"": write})
+    dtypes = {name: tensor.dtype for name, tensor in dit.state_dict().items()}
+    return Trainable({"dit": dit}, groups, ("dit",), writes={"": partial(_write_dit, dit, dtypes)})
+
+
+def kept_dtypes(own: Mapping[str, torch.dtype], dtype: torch.dtype | None) -> Mapping[str, torch.dtype]:
+    """Return the dtypes of tensors in a file. dtype: of those with fractions; None: as they are."""
+    if dtype is None:
+        return own
+    return {name: dtype if each.is_floating_point else each for name, each in own.items()}
+
+
+def _write_dit(
+    dit: nn.Module,
+    own: Mapping[str, torch.dtype],
+    path: Path,
+    dtype: torch.dtype | None,
+    metadata: Mapping[str, str],
+) -> None:
+    tensors, kept = dit.state_dict(), kept_dtypes(own, dtype)  # no copies; an average may be in their place
+    infos = {name: TensorInfo(kept[name], tuple(tensor.shape)) for name, tensor in tensors.items()}
+    stream_tensors(path, infos, lambda name: tensors[name].to(kept[name]), metadata)

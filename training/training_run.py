@@ -19,13 +19,11 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from modules.contract.family import Family, hears_sound, sound_of
-from modules.contract.rules import PICTURE_STREAM, SOUND_STREAM, Expert
+from modules.contract.family import Family, sound_of
+from modules.contract.rules import PICTURE_STREAM, SOUND_STREAM
 from modules.devices import dtype_of
 from modules.planning.device_memory import MemoryWatch
-from training.averages import WeightAverage
 from training.data.feed import Feed
-from training.data.live import LiveTexts
 from training.experts import AUTOCAST, ExpertNetworks
 from training.loss import Autocast, LossRule
 from training.optimizers.lr_schedule import LrSchedule
@@ -34,14 +32,15 @@ from training.options import TrainingOptions
 from training.plan import TrainingPlan
 from training.reports.logs import Logs, Readings
 from training.reports.reporter import RunReporter
-from training.saving.files import MinuteClock, Names, NoSaver, Saver
+from training.saving.files import MinuteClock, Names, Saver
 from training.steps import Progress, StepPlan
 from training.trainable import Trainable
-from training.validation import Validation
 
-if TYPE_CHECKING:  # loaded only if there are LoRA files; if there are prompts
+if TYPE_CHECKING:  # each loaded only where the options ask for it
     from networks.added import AddedLoras
+    from training.averages import WeightAverage
     from training.samples import Sampler
+    from training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
@@ -53,12 +52,32 @@ if sys.platform == "win32":
     SIGNALS.append(signal.SIGBREAK)  # what another process can send in place of Ctrl-C
 
 
-@dataclass
-class StopRequest:
-    """Hold whether the run was asked to end after its step, by Ctrl-C or SIGTERM. A second signal ends it."""
+def trigger_paths(names: Names, also_plain: bool) -> dict[Path, str]:
+    """Return the files of a run with the request of each.
 
-    asked: bool = False
-    agreed: bool = False  # all processes know of it
+    `my_lora.sample` asks the run of that name, with also_plain `sample` any run of the folder; a folder of
+    that name is none.
+    """
+    starts = (f"{names.name}.", "") if also_plain else (f"{names.name}.",)
+    return {names.folder / f"{start}{kind}": kind for kind in (SAMPLE, SAVE, STOP) for start in starts}
+
+
+@dataclass
+class Requests:
+    """Hold what is asked of a run from outside: by Ctrl-C or SIGTERM to end after its step, by files more.
+
+    A second signal ends it at once. A file is removed only when it was served: if the run is killed in
+    between, the next one serves the request.
+    """
+
+    paths: Mapping[Path, str] = field(default_factory=dict)  # none: no file is watched
+    can_sample: bool = True
+    now: Callable[[], float] = time.monotonic  # seconds
+    ends: bool = field(default=False, init=False)  # the run was asked to end
+    agreed: bool = field(default=False, init=False)  # all processes know of it
+    _looked: float | None = field(default=None, init=False)
+    _found: dict[Path, int] = field(default_factory=dict, init=False)  # with their time of change
+    _passed: dict[Path, int] = field(default_factory=dict, init=False)  # likewise, those that are left alone
 
     @contextlib.contextmanager
     def listen(self) -> Iterator[None]:
@@ -74,48 +93,42 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        if self.asked:
+        if self.ends:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        self.asked = True
+        self.ends = True
         logger.warning(
             "Ending after this step; everything will be saved. Press Ctrl-C again to end at once and go back "
             "to the last saved state."
         )
 
-
-def trigger_paths(names: Names, also_plain: bool) -> dict[Path, str]:
-    """Return the files of a run with the request of each.
-
-    `my_lora.sample` asks the run of that name, with also_plain `sample` any run of the folder; a folder of
-    that name is none.
-    """
-    starts = (f"{names.name}.", "") if also_plain else (f"{names.name}.",)
-    return {names.folder / f"{start}{kind}": kind for kind in (SAMPLE, SAVE, STOP) for start in starts}
-
-
-@dataclass
-class TriggerFiles:
-    """Watch for files that ask for something, and remove them when it was done.
-
-    A file is removed afterwards only: if the run is killed in between, the next one serves the request.
-    """
-
-    paths: Mapping[Path, str] = field(default_factory=dict)  # none: nothing is watched
-    can_sample: bool = True
-    now: Callable[[], float] = time.monotonic  # seconds
-    _looked: float | None = field(default=None, init=False)
-    _found: dict[Path, int] = field(default_factory=dict, init=False)  # with their time of change
-    _passed: dict[Path, int] = field(default_factory=dict, init=False)  # likewise, those that are left alone
-
     def asks_for(self, kind: str) -> bool:
         """Return whether a file asks for SAMPLE, SAVE or STOP. Looks at the folder once a second at most."""
         if self.paths and (self._looked is None or self.now() - self._looked >= EVERY_SECONDS):
             self._looked = self.now()
-            for path in self.paths:
-                self._look_at(path)
+            for path, asked in self.paths.items():
+                with contextlib.suppress(OSError):
+                    status = path.lstat()
+                    # a folder of this name holds samples
+                    if stat.S_ISREG(status.st_mode) and path not in self._found:
+                        self._take(path, asked, status)
         return any(self.paths[path] == kind for path in self._found)
+
+    def _take(self, path: Path, kind: str, status: os.stat_result) -> None:
+        changed = status.st_mtime_ns
+        if self._passed.get(path) == changed:
+            return
+        if status.st_size > LARGEST:
+            self._passed[path] = changed
+            logger.warning("%s asks for nothing: it holds %d bytes.", path, status.st_size)
+            return
+        self._found[path] = changed
+        if kind == SAMPLE and not self.can_sample:
+            logger.warning("%s is ignored: there is nothing to sample without --sample_prompts.", path)
+            self.finish(kind)
+        else:
+            logger.info("%s asks to %s at the end of this step.", path, kind)
 
     def finish(self, kind: str) -> None:
         """Remove the files that asked for this; one that was touched again meanwhile asks anew."""
@@ -129,26 +142,6 @@ class TriggerFiles:
             except OSError as error:
                 logger.warning("%s cannot be removed, and is ignored until it changes: %s", path, error)
                 self._passed[path] = changed
-
-    def _look_at(self, path: Path) -> None:
-        try:
-            status = path.lstat()
-        except OSError:
-            return
-        changed, kind = status.st_mtime_ns, self.paths[path]
-        is_known = path in self._found or self._passed.get(path) == changed
-        if is_known or not stat.S_ISREG(status.st_mode):  # a folder of this name holds samples
-            return
-        if status.st_size > LARGEST:
-            self._passed[path] = changed
-            logger.warning("%s asks for nothing: it holds %d bytes.", path, status.st_size)
-            return
-        self._found[path] = changed
-        if kind == SAMPLE and not self.can_sample:
-            logger.warning("%s is ignored: there is nothing to sample without --sample_prompts.", path)
-            self.finish(kind)
-        else:
-            logger.info("%s asks to %s at the end of this step.", path, kind)
 
 
 @dataclass(frozen=True)
@@ -166,12 +159,7 @@ class TrainedModel:
     schedule: LrSchedule
     scaler: torch.amp.GradScaler  # of fp16 gradients; off for others
     stepping: StepAfterBackward | FusedBackward
-    average: WeightAverage  # of the trained weights
-
-    @property
-    def device(self) -> torch.device:
-        """Return where steps are computed; swapped weights may be elsewhere."""
-        return self.plan.accelerator.device
+    average: "WeightAverage | None"  # of the trained weights; None without --ema_decay
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -193,42 +181,37 @@ class TrainingRun:
     model: TrainedModel
     feed: Feed
     rule: LossRule
-    validation: Validation  # without items: none is made
+    validation: "Validation | None"  # None: there are no items for it
     sampler: "Sampler | None"  # None: no samples are made
     memory: MemoryWatch | None  # None: the device has no counters, or this is not the main process
     logs: Logs
     reporter: RunReporter  # to the page
-    triggers: TriggerFiles  # watched by the main process only
-    clock: MinuteClock  # ticks in the main process only
-    saver: Saver | NoSaver
-    stop: StopRequest = field(default_factory=StopRequest)
+    requests: Requests  # its files are watched by the main process only
+    clock: MinuteClock | None  # of --save_every_n_minutes; ticks in the main process only
+    saver: Saver | None  # None: another process saves
     readings: Readings = field(default_factory=Readings)
     # of the model and its plan
     plan: TrainingPlan = field(init=False)
-    texts: LiveTexts = field(init=False)  # encoded in each step
     options: TrainingOptions = field(init=False)
     family: Family = field(init=False)
     steps: StepPlan = field(init=False)
     progress: Progress = field(init=False)
-    experts: Sequence[Expert] = field(init=False)  # of the model that is trained; most have one
     device: torch.device = field(init=False)  # where steps are computed; swapped weights may be elsewhere
     autocast: Autocast = field(init=False)
     parameters: list[Parameter] = field(init=False)  # that are trained, in the optimizer's order
     of_sound: frozenset[Tensor] = field(init=False)  # those of them that only clips with sound reach
+    parts: tuple[str, ...] = field(init=False)  # whose losses are told apart: experts, picture and sound
 
     def __post_init__(self) -> None:
         plan, accelerator, trainable = self.model.plan, self.model.plan.accelerator, self.model.trainable
-        self.plan, self.texts = plan, plan.texts
-        self.options, self.family, self.experts = plan.options, plan.family, plan.family.experts
+        self.plan, self.options, self.family = plan, plan.options, plan.family
         self.steps, self.progress = plan.steps, plan.progress
         self.device, self.autocast = accelerator.device, accelerator.autocast
         self.parameters = trainable.parameters
         sound = sound_of(plan.family)
         names = {} if sound is None else trainable.names
         self.of_sound = frozenset(one for one, name in names.items() if sound and sound.modules in name)
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        if len(self.experts) > 1:
-            return tuple(expert.name for expert in self.experts)
-        return (PICTURE_STREAM, SOUND_STREAM) if hears_sound(self.family) else ()
+        experts = plan.family.experts
+        self.parts = tuple(expert.name for expert in experts) if len(experts) > 1 else ()
+        if sound is not None and not self.parts:
+            self.parts = PICTURE_STREAM, SOUND_STREAM

@@ -25,7 +25,7 @@ from tests.dataset.toy_family import options as caching_options
 from tests.training.toy import same
 from tests.training.toy_images import LATENT, PictureFamily
 from training.caching_inside import Where, plan_tables, prepare_sources
-from training.data.live import BatchSources
+from training.data.feed import BatchSources
 from training.image_options import ImageTrainerDefaults, read_image_training
 from training.options import TrainingOptions
 from training.plan import read_config

@@ -13,7 +13,7 @@ from torch import Tensor
 from modules.errors import OptionError
 from tests.training import toy
 from training.saving.files import Names
-from training.training_run import EVERY_SECONDS, LARGEST, SAMPLE, SAVE, STOP, TriggerFiles, trigger_paths
+from training.training_run import EVERY_SECONDS, LARGEST, SAMPLE, SAVE, STOP, Requests, trigger_paths
 
 CHANGED = ["--resume", "latest", "--resume_changed"]
 
@@ -125,16 +125,14 @@ def test_without_it_the_refusal_names_it_only_if_it_would_help(tmp_path: Path) -
         assert ("--resume_changed" in str(error.value)) is helps
 
 
-def files_in(folder: Path, can_sample: bool = True) -> tuple[TriggerFiles, Callable[[], None]]:
+def files_in(folder: Path, can_sample: bool = True) -> tuple[Requests, Callable[[], None]]:
     """What watches the folder of a run x, and what lets a second pass."""
     clock = [0.0]
 
     def later() -> None:
         clock[0] += EVERY_SECONDS
 
-    return TriggerFiles(
-        trigger_paths(Names(folder, "x"), also_plain=True), can_sample, lambda: clock[0]
-    ), later
+    return Requests(trigger_paths(Names(folder, "x"), also_plain=True), can_sample, lambda: clock[0]), later
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def test_items_of_a_regularisation_table_count_by_its_weight(tmp_path: Path) -> 
         folder = tmp_path / str(len(losses))
         two_tables(folder, weight)
         with prepare_run(toy.ToyFamily(), toy.toy_options(folder)) as run:
-            batches = [run.feed.batches.read((0, index)).data for index in range(5)]
+            batches = [run.feed.read((0, index)) for index in range(5)]
             found = [
                 training_loss(toy.ToyFamily(), run.model.dits.at(0), batch, nullcontext).item()
                 for batch in batches

@@ -43,7 +43,7 @@ def sides(folder: Path, *arguments: object, count: int = 8) -> list[int]:
     """The expert of each micro-batch of a run."""
     with prepare_run(BOTH, toy.toy_options(folder, *arguments)) as run:
         feed = run.feed.start(0, 0)
-        return [next(feed).data.expert for _ in range(count)]
+        return [next(feed).expert for _ in range(count)]
 
 
 def test_both_transformers_get_micro_batches_and_one_network_learns_from_all(tmp_path: Path) -> None:
@@ -90,8 +90,8 @@ def test_the_expert_of_a_micro_batch_is_known_before_it_is_read(tmp_path: Path) 
     words = ["--timestep_sampling", "flux_shift", "--num_timestep_buckets", 4, "--min_timestep", 9]
     with prepare_run(BOTH, toy.toy_options(tmp_path, "--max_train_epochs", 4, *words)) as run:
         feed, count = run.feed.start(0, 0), run.steps.num_batches
-        drawn = [next(feed).data.expert for _ in range(4 * count)]
-        told = [run.feed.batches.expert_of((epoch, index)) for epoch in range(4) for index in range(count)]
+        drawn = [next(feed).expert for _ in range(4 * count)]
+        told = [run.feed.expert_of((epoch, index)) for epoch in range(4) for index in range(count)]
     assert told == drawn
     assert set(drawn) == {0, 1}
 
@@ -169,16 +169,18 @@ def test_validation_measures_each_band_in_its_transformer(tmp_path: Path) -> Non
             asked.append(expert)
             return run.model.dits.at(expert)
 
+        assert run.validation is not None
         both, low, high = (
             {name[-3:]: loss for name, loss in run.validation.measure(at, run.autocast).items()}
             for at in (note, lambda _: run.model.dits.at(0), lambda _: run.model.dits.at(1))
         )
-        assert len(run.validation.items) > 1
+        assert len(run.plan.validation) > 1
     assert asked == [0, 1], "a network is brought once for all items"
     assert [both[band] for band in ("100", "300", "500")] == [low[band] for band in ("100", "300", "500")]
     assert [both[band] for band in ("700", "900")] == [high[band] for band in ("700", "900")]
     assert low["900"] != high["900"]
     with prepare_run(toy.ToyFamily(experts=toy.TWO_EXPERTS[1:]), options) as run:
+        assert run.validation is not None
         losses = run.validation.measure(run.model.dits.at, run.autocast)
     assert list(losses) == ["validation/loss", "validation/loss_700", "validation/loss_900"]
 

@@ -127,7 +127,7 @@ def test_the_best_file_is_generated_with_and_converted(tmp_path: Path) -> None:
     steps = next_steps(tmp_path, [], prompt="a cat's $HOME", negative_prompt="-", width=64, height=32)
     best = tmp_path / "x-step00000010.safetensors"
 
-    _, generate, convert = steps.commands(best, is_finished=True)
+    _, generate, convert, _ = steps.commands(best, is_finished=True)
 
     words = words_of(generate)
     assert words[words.index("--lora_weight") + 1] == str(best)
@@ -154,7 +154,7 @@ def test_two_transformers_are_generated_with_by_the_files_for_each(
     )
     best = tmp_path / f"x-step00000010{marks[1]}.safetensors"
 
-    _, generate, *converting = steps.commands(best, is_finished=True)
+    _, generate, *converting, _ = steps.commands(best, is_finished=True)
 
     words = words_of(generate)
     for end, mark in zip(("", "_high_noise"), marks, strict=True):
@@ -169,7 +169,7 @@ def test_two_transformers_are_generated_with_by_the_files_for_each(
 def test_a_file_that_tools_read_as_it_is_saved_is_not_converted(tmp_path: Path) -> None:
     steps = replace(next_steps(tmp_path, []), converted_for="")
 
-    titles = [each.title for each in steps.commands(None, is_finished=True)]
+    *titles, _ = (each.title for each in steps.commands(None, is_finished=True))
     assert titles == ["Train longer, as a new run from the trained file", "Generate with it"]
 
 
@@ -180,7 +180,7 @@ def test_a_dora_becomes_a_plain_lora_for_tools_that_take_it_otherwise(
 ) -> None:
     steps = next_steps(tmp_path, ["--network_args", "dora_wd=True", dit, "mo dels/dit.safetensors"])
 
-    *_, command = replace(steps, converted_for=tool).commands(None, is_finished=True)
+    *_, command, _ = replace(steps, converted_for=tool).commands(None, is_finished=True)
 
     files = ["--input", str(tmp_path / "x.safetensors"), "--output", str(tmp_path / "x_plain.safetensors")]
     baked = ["--target", target, "--bake", "64", "--dit", "mo dels/dit.safetensors"]
@@ -192,7 +192,7 @@ def test_a_dora_becomes_a_plain_lora_for_tools_that_take_it_otherwise(
 def test_tools_besides_comfyui_get_what_they_read(tmp_path: Path, module: str, more: list[str]) -> None:
     steps = next_steps(tmp_path, ["--network_module", module])
 
-    *_, command = replace(steps, converted_for=LTX_2.converted_for).commands(None, is_finished=True)
+    *_, command, _ = replace(steps, converted_for=LTX_2.converted_for).commands(None, is_finished=True)
 
     files = [str(tmp_path / f"x{end}.safetensors") for end in ("", "_converted")]
     assert words_of(command)[2:] == ["--input", files[0], "--output", files[1], "--target", "other", *more]
@@ -208,7 +208,7 @@ def test_a_whole_transformer_takes_the_place_of_the_released_one(tmp_path: Path)
     scripts = FamilyScripts("hv_train.py", given_options(parser, own, options), generation)
 
     steps = NextSteps(scripts, options, Names(tmp_path, "x"), 9, 1, {})
-    resume, generate = steps.commands(None, is_finished=False)
+    resume, generate, _ = steps.commands(None, is_finished=False)
 
     assert words_of(resume)[:2] == ["python", "hv_train.py"]
     words = words_of(generate)

@@ -55,11 +55,11 @@ def test_two_steps_are_those_of_plain_torch(prediction: str, tmp_path: Path) -> 
     with prepare_run(family, image_toy_options(tmp_path, *words, prediction=prediction)) as run:
         state = run.model.trainable.modules["network"].state_dict()
         factors = {name: tensor.clone().requires_grad_("lora" in name) for name, tensor in state.items()}
-        batches = run.feed.batches
+        batches = run.feed
     dit = family.load_dit(Placement(torch.device("cpu"))).requires_grad_(False)
 
     for step in range(2):
-        data = batches.read((0, step)).data
+        data = batches.read((0, step))
         latents = 0.5 * data.batch.tensor("latents")
         sigma = data.sigmas.item()
         assert data.perturbation is not None
@@ -119,8 +119,9 @@ def test_validation_is_at_four_levels_under_its_own_names(option: str, occasion:
     words = ["--validation_split", 0.5, "--max_validation_steps", 1, option, 2, "--min_timestep", 500]
 
     with prepare_run(TextFamily(), image_toy_options(tmp_path, ONLY, *words)) as run:
+        assert run.validation is not None
         losses = run.validation.measure(run.model.dits.at, run.autocast)
-        logged = run.validation.rule.logged(losses, occasion, 0.25)
+        logged = run.validation.logged(losses, occasion, 0.25)
 
     assert list(losses) == ["validation/loss", *(f"validation/loss_{at}" for at in (600, 700, 800, 900))]
     assert logged == {

@@ -220,8 +220,8 @@ def test_the_memory_plan_counts_the_text_encoders(tmp_path: Path) -> None:
     write_pictures(tmp_path)
     family, options = TextFamily(), image_toy_options(tmp_path)
     with prepare_run(family, options) as run:
-        batch = run.feed.batches.read((0, 0)).data
-        known = replace(batch, batch=run.texts.add_to(batch.batch))
+        batch = run.feed.read((0, 0))
+        known = replace(batch, batch=run.plan.texts.add_to(batch.batch))
     encoders = family.text_encoders()
 
     cached = largest(predict(family, options, known.moved(torch.detach), CPU).moments)[1]

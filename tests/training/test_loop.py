@@ -23,7 +23,7 @@ from modules.flow.schedule import add_noise
 from networks.adapter import make_network
 from tests.dataset.making import make_image
 from tests.training import toy
-from training.data.feed import Feed, MicroBatch, MicroBatches, Packed, Randomness, draw_given_frames
+from training.data.feed import Feed, Packed, Randomness, draw_given_frames
 from training.loop import take_step
 from training.loss import NoisyBatch
 from training.optimizers.stepping import StepAfterBackward
@@ -229,31 +229,34 @@ def test_scaled_gradients_give_the_same_step_and_an_overflow_gives_none(tmp_path
     assert not toy.same(weights[None], initial)
 
 
-def micro_batches(folder: Path, *arguments: object) -> MicroBatches:
+def feed(
+    folder: Path, *arguments: object, plan: StepPlan | None = None, process: int = 0, workers: int = 0
+) -> Feed:
     order = BatchOrder(find_items(load_dataset_config(folder / "dataset.toml"), "toy", toy.LATENT).items, 3)
     drawn = Randomness(toy.toy_options(folder, *arguments).timesteps, 3)
-    return MicroBatches(order, toy.LATENT, drawn, NO_COMMANDS)
+    plan = plan or StepPlan(order.num_batches, 1, 1, 2)
+    return Feed(order, toy.LATENT, drawn, NO_COMMANDS, plan, process, workers)
 
 
 def test_a_micro_batch_is_the_same_whatever_was_read_before(tmp_path: Path) -> None:
     toy.write_caches(tmp_path, count=5)
-    one, other = micro_batches(tmp_path), micro_batches(tmp_path)
+    one, other = feed(tmp_path), feed(tmp_path)
     first = one.read((1, 2))
     for key in ((0, 4), (2, 0), (1, 2)):
         again = other.read(key)
 
     assert first.number == again.number == 7
-    assert first.data.batch.keys == again.data.batch.keys
+    assert first.batch.keys == again.batch.keys
     for name in ("noise", "sigmas", "timesteps", "weights"):
-        assert torch.equal(getattr(first.data, name), getattr(again.data, name))
+        assert torch.equal(getattr(first, name), getattr(again, name))
 
 
 def test_timestep_buckets_count_samples_across_batches_and_epochs(tmp_path: Path) -> None:
     toy.write_caches(tmp_path, count=5, batch_size=2)  # batches of 2, 2 and 1
-    batches = micro_batches(tmp_path, "--timestep_sampling", "uniform", "--num_timestep_buckets", 5)
+    batches = feed(tmp_path, "--timestep_sampling", "uniform", "--num_timestep_buckets", 5)
 
     rounds = [
-        [int(5 * sigma) for index in range(3) for sigma in batches.read((epoch, index)).data.sigmas]
+        [int(5 * sigma) for index in range(3) for sigma in batches.read((epoch, index)).sigmas]
         for epoch in range(2)
     ]
     assert [sorted(one) for one in rounds] == [[0, 1, 2, 3, 4]] * 2
@@ -267,22 +270,22 @@ def test_a_batch_is_sent_from_any_memory_where_the_driver_locks_none(
         raise RuntimeError("CUDA error: out of memory")
 
     toy.write_caches(tmp_path, count=1)
-    batch = micro_batches(tmp_path).read((0, 0))
+    batch = feed(tmp_path).read((0, 0))
     monkeypatch.setattr(torch.Tensor, "pin_memory", refuse)
 
     found = Packed.of(batch).pin_memory().unpacked()
 
-    assert torch.equal(found.data.noise, batch.data.noise)
+    assert torch.equal(found.noise, batch.noise)
 
 
 def test_a_damaged_cache_names_file_and_command_also_from_a_worker(tmp_path: Path) -> None:
     toy.write_caches(tmp_path, count=2)
     for path in (tmp_path / "cache").glob("*32_toy.safetensors"):
         path.write_bytes(path.read_bytes()[:-9])
-    feed = Feed(micro_batches(tmp_path), StepPlan(2, 1, 1, 2), 0, workers=1, pin_memory=False)
+    damaged = feed(tmp_path, workers=1)
 
     with pytest.raises(CacheError, match=r"clip\d_0032x0032_toy(?s:.)*Make it again with") as error:
-        list(feed.start(0, 0))
+        list(damaged.start(0, 0))
     assert "Traceback" not in str(error.value)
 
 
@@ -295,7 +298,7 @@ def test_the_first_process_warns_once_of_caches_that_other_encoders_made(
     toy.record_encoders(tmp_path, {"clip0": "first", "clip1": "first", "clip2": "second"})
     plan = StepPlan(4, processes, 1, total_steps=20)
 
-    list(Feed(micro_batches(tmp_path), plan, process, workers, pin_memory=False).start(0, 0))
+    list(feed(tmp_path, plan=plan, process=process, workers=workers).start(0, 0))
 
     said = [text for text in caplog.messages if "were made by the same encoders:" in text]
     assert len(said) == (1 if process == 0 else 0)
@@ -325,13 +328,14 @@ def test_a_packed_micro_batch_comes_out_as_it_went_in() -> None:
     data = NoisyBatch(
         *(Batch(tensors, ("a",), ("b",)), torch.randn(1, 2, 1, 3, 3), sigmas, 1000 * sigmas, torch.ones(1)),
         given_frames=1,
+        number=3,
     )
 
-    packed = Packed.of(MicroBatch(3, data))
+    packed = Packed.of(data)
     out = packed.unpacked()
 
-    assert (out.number, out.data.batch.captions, out.data.batch.keys) == (3, ("a",), ("b",))
-    assert out.data.given_frames == 1
-    torch.testing.assert_close(dict(out.data.batch.tensors), tensors, rtol=0, atol=0)
+    assert (out.number, out.batch.captions, out.batch.keys) == (3, ("a",), ("b",))
+    assert out.given_frames == 1
+    torch.testing.assert_close(dict(out.batch.tensors), tensors, rtol=0, atol=0)
     for name in ("noise", "sigmas", "timesteps", "weights"):
-        assert torch.equal(getattr(out.data, name), getattr(data, name))
+        assert torch.equal(getattr(out, name), getattr(data, name))

@@ -31,7 +31,7 @@ from training.loss import (
     compared,
     element_errors,
     find_thresholds,
-    measure_errors,
+    measure_streams,
     training_loss,
 )
 from training.noise_options import PREDICTIONS, LossOptions
@@ -67,7 +67,8 @@ def with_batch(noisy: NoisyBatch, **changes: Any) -> NoisyBatch:
 def errors_of(
     noisy: NoisyBatch, dit: torch.nn.Module | None = None, family: Any = None, rule: LossRule = PLAIN_LOSS
 ) -> Tensor:
-    return measure_errors(family or ToyFamily(), dit or Constant(), noisy, nullcontext, rule)
+    (errors,) = measure_streams(family or ToyFamily(), dit or Constant(), noisy, nullcontext, rule)
+    return errors
 
 
 def test_latents_are_scaled_then_mixed_with_noise() -> None:
@@ -131,7 +132,8 @@ def test_every_loss_is_the_recorded_one(case: dict[str, Any]) -> None:
     sigmas = torch.tensor(LOSSES["sigma"])
     thresholds = find_thresholds(options, NoiseSpec(), sigmas, 1000 * sigmas)
 
-    errors = element_errors(options, LOSS_TENSORS["model_output"] - LOSS_TENSORS["target"], thresholds)
+    differences = LOSS_TENSORS["model_output"] - LOSS_TENSORS["target"]
+    errors = element_errors(options, NoiseSpec(), differences, sigmas, 1000 * sigmas)
 
     expected = torch.tensor(case["loss_per_sample"])
     torch.testing.assert_close(errors.flatten(1).mean(1), expected, rtol=1e-5, atol=0)
@@ -173,7 +175,7 @@ def test_a_mask_of_a_clip_weights_each_latent_and_the_mean_is_over_all(loss_type
     torch.testing.assert_close(masked, whole * torch.tensor([1.5 / 4, 1.0]))
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("prediction", PREDICTIONS[1:])  # the first one is the output itself
 def test_every_prediction_is_the_recorded_one(prediction: str) -> None:
     output, noisy = LOSS_TENSORS["model_output"], LOSS_TENSORS["x_t"]
     sigmas = torch.tensor(LOSSES["sigma"])
@@ -252,6 +254,7 @@ def test_bands_go_from_little_to_much_noise_and_their_mean_is_the_loss(tmp_path:
     write_caches(tmp_path)
 
     with prepare_run(ToyFamily(), toy_options(tmp_path, "--validation_split", "0.4")) as run:
+        assert run.validation is not None
         losses = run.validation.measure(run.model.dits.at, run.autocast)
 
     bands = [f"validation/loss_{timestep}" for timestep in (100, 300, 500, 700, 900)]

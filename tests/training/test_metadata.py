@@ -195,6 +195,7 @@ def test_the_average_of_a_lora_leaves_swapped_blocks_where_they_are() -> None:
     )
     optimizer = torch.optim.SGD(parameters, 0.1)
     average = make_average(AverageOptions.usual(ema_decay=0.5), [dit], trainable, optimizer, keeps=True)
+    assert average is not None
     swap = swap_of(dit)
     assert swap is not None
 

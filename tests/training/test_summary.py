@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.training.toy import toy_options, train_toy, write_caches, write_prompts
-from training.reports.history import History
+from training.reports.history import History, Story
 from training.reports.pauses import StepClock
 from training.steps import StepPlan
 from training.summary import (
@@ -149,10 +149,9 @@ def test_a_disk_that_is_too_small_is_told_before(tmp_path: Path) -> None:
 def test_the_best_step_is_named_with_its_file(tmp_path: Path) -> None:
     history = History(tmp_path / "h.jsonl", 1)
 
-    def best() -> str | None:
-        return describe_best(history.events_told, tmp_path)
+    def best() -> str:
+        return describe_best(Story.of(history.events), tmp_path)
 
-    assert best() is None
     for step, loss in ((2, 0.5), (4, 0.25), (7, 0.3)):
         history.add(step, validation={"validation/loss": loss})
     assert best() == "step 4, loss 0.25000, not saved"

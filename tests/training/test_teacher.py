@@ -51,7 +51,7 @@ def test_the_loss_is_that_of_the_formula_and_the_draws_stay(tmp_path: Path) -> N
     write_dropping(tmp_path, batch_size=2)
     family, weight = toy.ToyFamily(), 0.3
     with prepare_run(family, toy.toy_options(tmp_path)) as run:
-        plain = [run.feed.batches.read((0, index)).data for index in range(3)]
+        plain = [run.feed.read((0, index)) for index in range(3)]
         assert run.rule.teacher_weight == 0
     assert all(not batch.batch.undropped for batch in plain)
 
@@ -63,7 +63,7 @@ def test_the_loss_is_that_of_the_formula_and_the_draws_stay(tmp_path: Path) -> N
         for parameter in run.parameters:  # a network that has an effect
             parameter.data.normal_(generator=torch.Generator().manual_seed(parameter.numel()))
         for index, batch in enumerate(plain):
-            ours = run.feed.batches.read((0, index)).data
+            ours = run.feed.read((0, index))
             assert torch.equal(ours.noise, batch.noise)
             assert torch.equal(ours.timesteps, batch.timesteps)
             assert ours.batch.captions == batch.batch.captions
@@ -88,6 +88,7 @@ def test_the_validation_loss_is_measured_without_the_teacher(tmp_path: Path) -> 
     toy.write_caches(tmp_path)
     words = ["--validation_split", 0.2]
     with prepare_run(toy.ToyFamily(), toy.toy_options(tmp_path, *words)) as run:
+        assert run.validation is not None
         usual = run.validation.measure(run.model.dits.at, run.autocast)
     with prepare_run(toy.ToyFamily(), toy.toy_options(tmp_path, *words, "--teacher", "base")) as run:
         assert run.validation.measure(run.model.dits.at, run.autocast) == usual
@@ -98,7 +99,7 @@ def test_the_teacher_has_the_adapter_as_the_network_has(tmp_path: Path) -> None:
     toy.write_caches(tmp_path)
     words = ["--training_adapter", write_file(tmp_path, KINDS["LoRA"]), *ALONE]
     with prepare_run(toy.ToyFamily(), toy.toy_options(tmp_path, *words)) as run:
-        batch = run.feed.batches.read((0, 0)).data
+        batch = run.feed.read((0, 0))
         with torch.no_grad(), run.model.adapters[0].turned(is_on=True):
             assert training_loss(toy.ToyFamily(), run.model.dits.at(0), batch, run.autocast, run.rule) == 0
 

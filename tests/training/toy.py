@@ -292,7 +292,8 @@ def train_toy(
     options = toy_options(folder, *arguments, whole_dit=whole_dit, has_page=has_page)
     scripts = FamilyScripts(given=given_options(toy_parser(whole_dit), options) if has_page else ())
     assert train_network(family or ToyFamily(), options, scripts=scripts) == 0
-    path = options.saving.result
+    folder, name = options.saving.place
+    path = folder / f"{name}.safetensors"
     return load_file(path) if path.exists() else {}
 
 

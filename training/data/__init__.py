@@ -1,6 +1,6 @@
 """Batches, noise and timesteps, prepared before they are needed.
 
 feed: prepare micro-batches early, in workers if any
-live: what is encoded while training
+live: texts that are encoded while training
 timesteps: draw timesteps, and weight losses
 """

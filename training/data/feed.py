@@ -5,21 +5,24 @@ micro-batch's number in the run. So it depends on no device, no number of worker
 that was done before.
 """
 
+import contextlib
 import functools
+import itertools
 import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.synchronize import Event
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dataset.batches.checks import SameEncoders
-from dataset.batches.items import CachingCommands
+from dataset.batches.items import CachingCommands, LiveTables, TrainingItem
 from dataset.batches.order import (
     BatchOrder,
     RunPlace,
@@ -28,30 +31,61 @@ from dataset.batches.order import (
     choose_sides,
     drops_references,
 )
+from dataset.batches.reading import read_batch
 from dataset.cache.records import CacheChecks
+from dataset.cache.store import Stores
 from modules.contract.data import HAS_SOUND, SOUND, Batch, LatentSpec
 from modules.contract.family import FLOW, NoiseSpec
 from modules.contract.rules import ONE_EXPERT, PICTURE_STREAM, SOUND_STREAM, Expert, SoundLearning
 from modules.devices import pin
 from modules.errors import UserError
 from modules.seeds import derive_seed
-from training.data.live import BatchSources
 from training.data.timesteps import Timesteps, draw, loss_weights
 from training.loss import NoisyBatch, NoisySound
 from training.noise_options import NOTHING, PLAIN_NOISE, SIGMA, TIMESTEP, NoiseOptions, TimestepOptions
-from training.steps import Keys, StepPlan
+from training.steps import StepPlan
 
 Key = tuple[int, int]  # epoch, micro-batch in it
 MOST_KEPT = 50_000  # items of an epoch whose readers stay for the next one
 ALIGNMENT = 64  # bytes: enough for every dtype
 
 
-@dataclass(frozen=True)
-class MicroBatch:
-    """Hold one micro-batch, ready to be sent to the device."""
+class EncodesPictures(Protocol):
+    """Functions that read and encode pictures of a batch, as `training.caching_inside.LiveMedia` does."""
 
-    number: int  # in the whole run, over all processes
-    data: NoisyBatch
+    def encode(self, items: Sequence[TrainingItem], *stream: int | str) -> dict[int, dict[str, Tensor]]: ...
+
+
+@dataclass(frozen=True)
+class BatchSources:
+    """Sources of the parts of a run's batches: caches, and encoding while training."""
+
+    stores: Stores = field(default_factory=Stores)
+    tables: LiveTables = field(default_factory=dict)  # with a part that is not cached, by index
+    media: EncodesPictures | None = None  # None: all latents are cached
+    # whether batches must be made in the training process: what they need is not sent to others
+    stays: bool = False
+
+    def read(
+        self,
+        items: Sequence[TrainingItem],
+        latent: LatentSpec,
+        commands: CachingCommands,
+        checks: CacheChecks,
+        stream: Sequence[int | str],
+        captions: Sequence[int] | None = None,
+        flips: Sequence[bool] = (),
+        undropped: Sequence[int] = (),
+    ) -> Batch:
+        """Read a batch; encode those of its pictures that are not cached.
+
+        stream: the seed of random numbers. captions, flips, undropped: see `read_batch`. Raises CacheError,
+        or as `LiveMedia.encode`.
+        """
+        encoded = {} if self.media is None else self.media.encode(items, *stream)
+        # what is encoded now has been mirrored already
+        sides = [flip and place not in encoded for place, flip in enumerate(flips)]
+        return read_batch(items, latent, commands, checks, captions, self.stores, sides, undropped, encoded)
 
 
 @dataclass(frozen=True)
@@ -61,11 +95,11 @@ class Packed:
     Each tensor costs the receiver a connection to the sender.
     """
 
-    outline: MicroBatch  # its tensors are on the meta device: dtypes and shapes
+    outline: NoisyBatch  # its tensors are on the meta device: dtypes and shapes
     content: Tensor  # uint8; the tensors one after the other, each on a multiple of ALIGNMENT bytes
 
     @classmethod
-    def of(cls, micro_batch: MicroBatch) -> "Packed":
+    def of(cls, noisy_batch: NoisyBatch) -> "Packed":
         pieces: list[Tensor] = []
 
         def taken(tensor: Tensor) -> Tensor:
@@ -73,14 +107,14 @@ class Packed:
             pieces.extend([flat, flat.new_zeros(-len(flat) % ALIGNMENT)])
             return torch.empty_like(tensor, device="meta")
 
-        outline = MicroBatch(micro_batch.number, micro_batch.data.moved(taken))
+        outline = noisy_batch.moved(taken)
         return cls(outline, torch.cat(pieces))
 
     def pin_memory(self) -> "Packed":
         """Copy into page-locked memory, if the driver locks some. The data loader calls this."""
         return Packed(self.outline, pin(self.content))
 
-    def unpacked(self) -> MicroBatch:
+    def unpacked(self) -> NoisyBatch:
         """Return the micro-batch again. Its tensors are views of `content`."""
         start = 0
 
@@ -90,7 +124,7 @@ class Packed:
             start += outline.nbytes + -outline.nbytes % ALIGNMENT
             return piece.view(outline.dtype).view(outline.shape)
 
-        return MicroBatch(self.outline.number, self.outline.data.moved(given))
+        return self.outline.moved(given)
 
 
 @dataclass(frozen=True)
@@ -148,6 +182,7 @@ class Randomness:
             times.expert,
             perturbation,
             sound,
+            number,
         )
 
     def _weigh(self, batch: Batch, times: Timesteps) -> Tensor:
@@ -180,26 +215,64 @@ def seed_generator(*parts: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(derive_seed(*parts))
 
 
-class MicroBatches:
-    """Hold every micro-batch of every epoch, by key: a map-style data set, copied into each worker."""
+@dataclass
+class Feed:
+    """Yield the micro-batches of one process, in the order of the plan. Workers get copies of it, as a
+    map-style data set.
+    """
 
-    def __init__(
-        self,
-        order: BatchOrder,
-        latent: LatentSpec,
-        randomness: Randomness,
-        commands: CachingCommands,
-        plan: StepPlan | None = None,
-        sources: BatchSources | None = None,
-        reads_dropped: bool = False,
-    ) -> None:
-        """plan: of the steps, for captions that grow with them. sources: where the parts of batches come
-        from; without it, from the caches that the tables name. reads_dropped: captions that are dropped are
-        read too, for a teacher.
+    order: BatchOrder
+    latent: LatentSpec
+    randomness: Randomness
+    commands: CachingCommands
+    plan: StepPlan
+    process: int = 0
+    workers: int = 0  # as asked for; never more than there are CPUs
+    pin_memory: bool = False
+    sources: BatchSources = field(default_factory=BatchSources)
+    reads_dropped: bool = False  # captions that are dropped are read too, for a teacher
+    encoders: SameEncoders = field(default_factory=SameEncoders)  # of the caches that were read
+    checks: CacheChecks = field(default_factory=CacheChecks, init=False)  # of the run, which begins here
+
+    def start(self, epoch: int, position: int) -> Generator[NoisyBatch]:
+        """Yield all micro-batches from that place to the end of the run.
+
+        The readers stay from one epoch to the next: to start them takes longer than a short epoch. Those of a
+        long epoch end with it: each would make the order of the next one, in memory of its own.
         """
-        self.order, self.latent, self.randomness, self.commands = order, latent, randomness, commands
-        self.plan, self.sources, self.reads_dropped = plan, sources or BatchSources(), reads_dropped
-        self.checks = CacheChecks()  # of the run, which begins here
+        together = self.plan.num_epochs if self.order.num_items <= MOST_KEPT else 1
+        most = 0 if self.sources.stays else min(self.workers, os.cpu_count() or 1)
+        for number in range(epoch, self.plan.num_epochs, max(together, 1)):
+            keys = self.plan.keys(self.process, number, position if number == epoch else 0, together)
+            first = [*itertools.islice(keys, most)]  # no more readers than micro-batches
+            if first:
+                self.order.epoch(number)  # once, not in every worker
+                read = self._from_workers(itertools.chain(first, keys), len(first))
+            else:
+                read = (each.moved(pin) if self.pin_memory else each for each in map(self.read, keys))
+            with contextlib.closing(read):
+                for noisy_batch in read:
+                    if self.process == 0:  # one tells; shuffled epochs bring it items of all
+                        self.encoders.warn(noisy_batch.batch.made_by)
+                    yield noisy_batch
+
+    def _from_workers(self, keys: Iterable[Key], workers: int) -> Generator[NoisyBatch]:
+        ending = multiprocessing.Event()
+        loader: DataLoader[Packed | UserError] = DataLoader(
+            self,  # type: ignore[arg-type]  # anything with __getitem__ serves
+            batch_size=None,
+            sampler=keys,
+            num_workers=workers,
+            pin_memory=self.pin_memory,
+            worker_init_fn=functools.partial(_start_worker, ending),
+        )
+        try:
+            for packed in loader:
+                if isinstance(packed, UserError):
+                    raise packed
+                yield packed.unpacked()
+        finally:
+            ending.set()
 
     def __getitem__(self, key: Key) -> Packed | UserError:
         """Return what a worker hands over: an error raised there would arrive as the text of a traceback."""
@@ -208,11 +281,11 @@ class MicroBatches:
         except UserError as error:
             return error
 
-    def read(self, key: Key) -> MicroBatch:
+    def read(self, key: Key) -> NoisyBatch:
         """Read a micro-batch. Raises CacheError with the caching command if a cache cannot be used."""
         epoch, index = key
         number, items = epoch * self.order.num_batches + index, self.order.epoch(epoch)[index]
-        seed = self.randomness.seed
+        seed, plan = self.randomness.seed, self.plan
         chosen = choose_captions(items, seed, number, epoch)
         flips = choose_sides(items, seed, number)
         dropped = choose_captions(items, seed, number, epoch, drops=False) if self.reads_dropped else ()
@@ -221,13 +294,11 @@ class MicroBatches:
         )
         if drops_references(items, seed, number):
             batch = batch.without_references()
-        if self.sources.tables:
-            steps, plan = (0, 1), self.plan
-            if plan is not None:  # the optimizer step, from 0, and how many there are
-                steps = plan.steps_until(epoch, index - index % plan.group_size), plan.total_steps
-            texts = change_captions(items, batch.captions, chosen, RunPlace(seed, number, *steps))
-            batch = replace(batch, captions=texts)
-        return MicroBatch(number, self.randomness.add(batch, number, self.order.items_before(*key)))
+        if self.sources.tables:  # captions may grow with the steps: this one, from 0, of so many
+            step = plan.steps_until(epoch, index - index % plan.group_size)
+            place = RunPlace(seed, number, step, plan.total_steps)
+            batch = replace(batch, captions=change_captions(items, batch.captions, chosen, place))
+        return self.randomness.add(batch, number, self.order.items_before(*key))
 
     def has_sound(self, key: Key) -> bool:
         """Return whether a clip of a micro-batch has sound. Reads no files."""
@@ -243,53 +314,6 @@ class MicroBatches:
         width, height, *frames = items[0].bucket
         shape = self.latent.shape(frames[0] if frames else 1, height, width)
         return self.randomness.draw(len(items), number, self.order.items_before(*key), shape).expert
-
-
-@dataclass(frozen=True)
-class Feed:
-    """Yield the micro-batches of one process, in the order of the plan."""
-
-    batches: MicroBatches
-    plan: StepPlan
-    process: int
-    workers: int  # as asked for; never more than there are CPUs
-    pin_memory: bool
-    encoders: SameEncoders = field(default_factory=SameEncoders)  # of the caches that were read
-
-    def start(self, epoch: int, position: int) -> Generator[MicroBatch]:
-        """Yield all micro-batches from that place to the end of the run.
-
-        The readers stay from one epoch to the next: to start them takes longer than a short epoch. Those of a
-        long epoch end with it: each would make the order of the next one, in memory of its own.
-        """
-        together = self.plan.num_epochs if self.batches.order.num_items <= MOST_KEPT else 1
-        for number in range(epoch, self.plan.num_epochs, max(together, 1)):
-            start = position if number == epoch else 0
-            yield from self._load(self.plan.keys(self.process, number, start, together), number)
-
-    def _load(self, keys: Keys, epoch: int) -> Generator[MicroBatch]:
-        self.batches.order.epoch(epoch)  # once, not in every worker
-        ending = multiprocessing.Event()
-        loader: DataLoader[Packed | UserError] = DataLoader(
-            self.batches,  # type: ignore[arg-type]  # anything with __getitem__ serves
-            batch_size=None,
-            sampler=keys,
-            num_workers=0
-            if self.batches.sources.stays
-            else min(self.workers, os.cpu_count() or 1, len(keys)),
-            pin_memory=self.pin_memory,
-            worker_init_fn=functools.partial(_start_worker, ending),
-        )
-        try:
-            for packed in loader:
-                if isinstance(packed, UserError):
-                    raise packed
-                micro_batch = packed.unpacked()
-                if self.process == 0:  # one tells; shuffled epochs bring it items of all
-                    self.encoders.warn(micro_batch.data.batch.made_by)
-                yield micro_batch
-        finally:
-            ending.set()
 
 
 def _start_worker(ending: Event, _: int) -> None:

@@ -1,66 +1,22 @@
-"""Sources of the parts of a batch: caches, pictures and texts that are encoded while training.
+"""Texts that are encoded while training.
 
-Text encoders stay loaded beside the network if captions
-vary, if they learn, or if there are no caches; every process encodes the captions of its own micro-batches.
+Text encoders stay loaded beside the network if captions vary, if they learn, or if there are no caches; every
+process encodes the captions of its own micro-batches.
 """
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from dataset.batches.items import CachingCommands, LiveTables, TrainingItem
-from dataset.batches.reading import read_batch
-from dataset.cache.records import CacheChecks
-from dataset.cache.store import Stores
-from modules.contract.data import Batch, Conditions, LatentSpec
+from modules.contract.data import Batch, Conditions
 from modules.contract.family import LearningEncoder, TextEncoder, can_divide
 from modules.contract.loading import BlockPlace
 from modules.contract.requests import Prompt, Prompts
 from modules.contract.steps import EncodedPrompts
 from modules.offload.sharding import take_turns
-
-
-class EncodesPictures(Protocol):
-    """Functions that read and encode pictures of a batch, as `training.caching_inside.LiveMedia` does."""
-
-    def encode(self, items: Sequence[TrainingItem], *stream: int | str) -> dict[int, dict[str, Tensor]]: ...
-
-
-@dataclass(frozen=True)
-class BatchSources:
-    """Sources of the parts of a run's batches: caches, and encoding while training."""
-
-    stores: Stores = field(default_factory=Stores)
-    tables: LiveTables = field(default_factory=dict)  # with a part that is not cached, by index
-    media: EncodesPictures | None = None  # None: all latents are cached
-    # whether batches must be made in the training process: what they need is not sent to others
-    stays: bool = False
-
-    def read(
-        self,
-        items: Sequence[TrainingItem],
-        latent: LatentSpec,
-        commands: CachingCommands,
-        checks: CacheChecks,
-        stream: Sequence[int | str],
-        captions: Sequence[int] | None = None,
-        flips: Sequence[bool] = (),
-        undropped: Sequence[int] = (),
-    ) -> Batch:
-        """Read a batch; encode those of its pictures that are not cached.
-
-        stream: the seed of random numbers. captions, flips, undropped: see `read_batch`. Raises CacheError,
-        or as `LiveMedia.encode`.
-        """
-        encoded = {} if self.media is None else self.media.encode(items, *stream)
-        # what is encoded now has been mirrored already
-        sides = [flip and place not in encoded for place, flip in enumerate(flips)]
-        return read_batch(items, latent, commands, checks, captions, self.stores, sides, undropped, encoded)
-
 
 logger = logging.getLogger(__name__)
 
@@ -102,8 +58,6 @@ class LiveTexts:
 
         Gradients flow to trained parts, if they are on. Other encoders are asked without.
         """
-        if not self.encoders:
-            return batch
         prompts = [Prompt(caption) for caption in batch.captions]
         tensors = dict(batch.tensors)
         for encoder in self.encoders:

@@ -282,8 +282,6 @@ def check_reaches(options: TimestepOptions, noise: NoiseSpec, experts: Sequence[
 
     Samplers that follow the size are checked at both ends of their line.
     """
-    if len(experts) == 1 and experts[0].lowest <= 0:
-        return
     line = _line_of(options)
     shifts = [options.flow_shift] if line is None else [math.exp(mu) for _, mu in line]
     for span in spans_of(experts):

@@ -39,6 +39,12 @@ NAMES = {
     "radamschedulefree": "schedulefree.RAdamScheduleFree",
     "sgdschedulefree": "schedulefree.SGDScheduleFree",
 }
+# import paths of all optimizers that have a name, by the name in small letters
+PATHS = {
+    key.lower(): f"torch.optim.{key}"
+    for key, value in vars(torch.optim).items()
+    if isinstance(value, type) and issubclass(value, Optimizer) and value is not Optimizer
+} | NAMES
 # class -> why the training loop cannot step it
 UNUSABLE = {
     "LBFGS": "it computes the loss several times a step, and the loop computes it once",
@@ -101,28 +107,14 @@ def check_arguments(
         )
 
 
-def _paths() -> dict[str, str]:
-    """Return the import paths of the optimizers that have a name, by the name in small letters."""
-    own = {
-        key.lower(): f"torch.optim.{key}"
-        for key, value in vars(torch.optim).items()
-        if isinstance(value, type) and issubclass(value, Optimizer) and value is not Optimizer
-    }
-    return own | NAMES
-
-
-def class_path(name: str) -> str:
-    return _paths().get(name.lower(), name)
-
-
 def find_optimizer(name: str) -> Callable[..., Optimizer]:
     """Find the class behind a name.
 
     Raises OptionError naming the missing package or the known names, or if it is no optimizer.
     """
-    module, _, class_name = class_path(name).rpartition(".")
+    module, _, class_name = PATHS.get(name.lower(), name).rpartition(".")
     if not module:
-        known = sorted(filter(None, _paths()))
+        known = sorted(filter(None, PATHS))
         raise OptionError(
             f"--optimizer_type {name}: unknown.{did_you_mean(name.lower(), known)} Use one of "
             f"{', '.join(known)}, or an import path such as package.module.Class."
@@ -180,12 +172,6 @@ def find_averaging(optimizer: Optimizer) -> Any:
         if callable(getattr(one, "train", None)) and callable(getattr(one, "eval", None))
     )
     return next(able, None)
-
-
-def set_training(optimizer: Optimizer, is_training: bool) -> None:
-    averaging = find_averaging(optimizer)
-    if averaging is not None:
-        (averaging.train if is_training else averaging.eval)()
 
 
 def _adafactor_arguments(
@@ -248,7 +234,7 @@ def finished_weights(optimizer: Optimizer, parameters: Sequence[Parameter]) -> I
     kept = [parameter.detach().clone() for parameter in parameters]
     has_stepped = any(averaging.state.values())
     try:
-        set_training(optimizer, False)
+        averaging.eval()
     except Exception:
         if has_stepped:
             raise
@@ -256,7 +242,7 @@ def finished_weights(optimizer: Optimizer, parameters: Sequence[Parameter]) -> I
     try:
         yield
     finally:
-        set_training(optimizer, True)
+        averaging.train()
         for parameter, weights in zip(parameters, kept, strict=True):
             parameter.copy_(weights)
 

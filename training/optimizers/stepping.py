@@ -28,7 +28,7 @@ from modules.offload.sharding import gather_rows, rows_of
 from modules.seeds import derive_seed
 from networks.adapter import TrainableNetwork
 from training.optimizers.optimizer import find_optimizer
-from training.processes import fill_missing_gradients, norm_of_gradients
+from training.processes import norm_of_gradients
 from training.steps import Progress
 
 # package -> classes whose step of each number depends on it, on its gradient and on what is kept of it alone
@@ -153,9 +153,6 @@ class StepAfterBackward:
     alone: ParameterSteps | None = None  # steps the weights one after the other
     split: Collection[Tensor] = ()  # parameters of which each process has some rows
 
-    def begin(self, reached: Sequence[Parameter]) -> None:
-        fill_missing_gradients(reached)
-
     def finish(self) -> Tensor:
         """Clip and step. Returns the norm of all gradients before clipping."""
         self.scaler.unscale_(self.optimizer)
@@ -182,9 +179,6 @@ class FusedBackward:
         self._norms: dict[Parameter, Tensor] = {}  # of the gradients of this pass, before clipping
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(self._complete)
-
-    def begin(self, reached: Sequence[Parameter]) -> None:
-        """Do nothing: most weights are stepped already."""
 
     @torch.no_grad()
     def finish(self) -> Tensor:

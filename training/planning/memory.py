@@ -22,39 +22,12 @@ from modules.contract.family import Described
 from modules.devices import gib
 from modules.installation import import_own
 from modules.options import override_options
+from modules.planning import dry_run as dry
+from modules.planning import memory_plan
 from modules.planning.device_memory import MemoryWatch, Room, host_room, room_on
-from modules.planning.dry_run import (
-    BATCH,
-    GRADIENTS,
-    KEPT,
-    NETWORK,
-    OPTIMIZER,
-    WEIGHTS,
-    WORKING,
-    Extrapolate,
-    Moment,
-    largest,
-    plainly,
-)
-from modules.planning.memory_plan import (
-    BlockWeights,
-    MemoryPart,
-    MemoryPlan,
-    Phase,
-    Swapped,
-    advise,
-    dtypes_of,
-    parts_of,
-    print_plan,
-    resolve_swap,
-    sharing_processes,
-    swaps_of,
-    weights_by_block,
-    workspace,
-)
 from modules.speed_options import SwapOptions
-from training.data.feed import Randomness
-from training.data.live import NO_TEXTS, BatchSources, LiveTexts
+from training.data.feed import BatchSources, Randomness
+from training.data.live import NO_TEXTS, LiveTexts
 from training.experts import placement_of
 from training.loss import NoisyBatch, Trains
 from training.options import TrainingOptions
@@ -77,41 +50,42 @@ class StepPrediction:
     batch: str  # the size of the batch, in words
     size: int  # of the batch: numbers in its latents
     shape: Shape  # of its latents
-    moments: Mapping[str, Moment]
+    moments: Mapping[str, dry.Moment]
     waiting: int  # bytes of activations in host memory
     weights: str  # their dtypes
-    swaps: Sequence[Swapped]  # by --blocks_to_swap, from 0 to the most that can be
-    block_weights: tuple[BlockWeights, ...]
-    workspace: MemoryPart
+    swaps: Sequence[memory_plan.Swapped]  # by --blocks_to_swap, from 0 to the most that can be
+    block_weights: tuple[memory_plan.BlockWeights, ...]
+    workspace: memory_plan.MemoryPart
     average: int = 0  # bytes of a whole model's average (EMA) in host memory
     others: int = 0  # further transformers that are trained, each like the one that was rehearsed
     sampled: int = 0  # those that only samples need
     texts: LiveTexts = NO_TEXTS  # encoded in each step
 
-    def phase(self, blocks: int) -> Phase:
+    def phase(self, blocks: int) -> memory_plan.Phase:
         """Return the largest moment of a step with this many blocks swapped."""
-        (place, moment), swap = largest(self.moments), self.swaps[blocks]
-        notes = {WEIGHTS: self.weights, WORKING: place}
-        notes[WEIGHTS] += swap.words(blocks, "to pass through")
+        (place, moment), swap = dry.largest(self.moments), self.swaps[blocks]
+        notes = {dry.WEIGHTS: self.weights, dry.WORKING: place}
+        notes[dry.WEIGHTS] += swap.words(blocks, "to pass through")
         if self.waiting:
-            notes[KEPT] = "the rest waits in host memory"
-        parts = [*parts_of(moment, swap, notes, self.waiting)]
+            notes[dry.KEPT] = "the rest waits in host memory"
+        parts = [*memory_plan.parts_of(moment, swap, notes, self.waiting)]
         further = self.others + self.sampled
         if further:
-            whole, device, host, note = moment.get(WEIGHTS, 0), 0, further * swap.host, ""
+            whole, device, host, note = moment.get(dry.WEIGHTS, 0), 0, further * swap.host, ""
             if self.takes_turns:  # each has all its weights in host memory, also the one at work
                 host, note = (1 + further) * whole - swap.host, "they take turns on the device"
             else:
                 device = further * (whole - swap.saved)
-            parts.append(MemoryPart("further transformers", device, host, note))
+            parts.append(memory_plan.MemoryPart("further transformers", device, host, note))
         if further and self.options.by_expert.lora_per_expert:
             # a micro-batch goes to one of them, so that only several of them leave gradients in both
-            kinds = [NETWORK, OPTIMIZER] + [GRADIENTS] * (self.options.loop.gradient_accumulation_steps > 1)
+            kinds = [dry.NETWORK, dry.OPTIMIZER]
+            kinds += [dry.GRADIENTS] if self.options.loop.gradient_accumulation_steps > 1 else []
             learning = sum(moment.get(kind, 0) for kind in kinds)
-            parts.append(MemoryPart("what learns in them", self.others * learning))
+            parts.append(memory_plan.MemoryPart("what learns in them", self.others * learning))
         if self.average:
-            parts.append(MemoryPart("average of the weights (EMA)", 0, self.average))
-        return Phase(f"training step, {self.batch}", (*parts, self.workspace))
+            parts.append(memory_plan.MemoryPart("average of the weights (EMA)", 0, self.average))
+        return memory_plan.Phase(f"training step, {self.batch}", (*parts, self.workspace))
 
     @property
     def takes_turns(self) -> bool:
@@ -120,15 +94,15 @@ class StepPrediction:
     def scaled(self, share: float) -> "StepPrediction":
         """Return the prediction for a batch with this share of the numbers: activations go with them."""
 
-        def part(place: str, moment: Moment) -> Moment:
-            follows = () if place == STEP else (KEPT, WORKING, BATCH)
+        def part(place: str, moment: dry.Moment) -> dry.Moment:
+            follows = () if place == STEP else (dry.KEPT, dry.WORKING, dry.BATCH)
             return {kind: round(size * share) if kind in follows else size for kind, size in moment.items()}
 
         moments = {place: part(place, moment) for place, moment in self.moments.items()}
         return replace(self, moments=moments, waiting=round(self.waiting * share))
 
-    def plan(self, blocks: int, remarks: Sequence[str] = ()) -> MemoryPlan:
-        return MemoryPlan((self.phase(blocks),), tuple(remarks))
+    def plan(self, blocks: int, remarks: Sequence[str] = ()) -> memory_plan.MemoryPlan:
+        return memory_plan.MemoryPlan((self.phase(blocks),), tuple(remarks))
 
     def device(self, blocks: int) -> int:
         return self.phase(blocks).device
@@ -150,7 +124,7 @@ def predict(
     device: torch.device,
     sampled: int = 0,
     texts: LiveTexts = NO_TEXTS,
-    watch: Callable[[nn.Module], Extrapolate] = plainly,
+    watch: Callable[[nn.Module], dry.Extrapolate] = dry.plainly,
 ) -> StepPrediction:
     """Rehearse a step. noisy_batch: on the CPU. device: of the run. sampled, texts: see `StepPrediction`.
     watch: `TokenCounter.watch`, if cards are to share the step.
@@ -161,11 +135,9 @@ def predict(
     placement = replace(placement_of(options, META, options.speed.fp8.quantisation), attention=choice)
     with quiet():
         dit = family.load_dit(placement)
-    weights, swaps = (
-        dtypes_of(dit),
-        swaps_of(dit, family.dit, options.speed.swap, sharing_processes(options.speed)),
-    )
-    block_weights = weights_by_block(dit, family.dit)
+    processes = memory_plan.sharing_processes(options.speed)
+    swaps = memory_plan.swaps_of(dit, family.dit, options.speed.swap, processes)
+    weights, block_weights = memory_plan.dtypes_of(dit), memory_plan.weights_by_block(dit, family.dit)
     average, whole = 0, options.whole_dit
     if whole is not None and options.average.ema_decay is not None:
         parts, named = whole.name_parts, dit.named_parameters()
@@ -190,7 +162,7 @@ def predict(
         weights,
         swaps,
         block_weights,
-        workspace(device, is_training=True),
+        memory_plan.workspace(device, is_training=True),
         average,
         len(family.experts) - 1,
         sampled,
@@ -213,8 +185,8 @@ def largest_batch(items: Iterable[TrainingItem], latent_side: int = 8) -> tuple[
         references = sum(map(operator.mul, sides[::2], sides[1::2]))
         return (prod(batch[0].bucket) + references * latent_side**2) * len(batch), batch[0].has_sound
 
-    largest = max(batches, key=count)
-    return tuple(largest)
+    found = max(batches, key=count)
+    return tuple(found)
 
 
 def read_largest(
@@ -257,7 +229,7 @@ def plan_training(
     prediction = predict(family, options, noisy_batch, device, sampled, texts)
     compiled = [] if options.speed.compilation.choice is None else [COMPILED]
 
-    def plan(blocks: int, remarks: Sequence[str]) -> MemoryPlan:
+    def plan(blocks: int, remarks: Sequence[str]) -> memory_plan.MemoryPlan:
         phase, host = prediction.phase(blocks), host_room()
         if prediction.takes_turns and host is not None and phase.host > host:
             smaller = "train one transformer at a time, and make no samples by both"
@@ -267,7 +239,7 @@ def plan_training(
             return prediction.plan(blocks, (*remarks, *compiled, room))
         return prediction.plan(blocks, (*remarks, *compiled))
 
-    print_plan(
+    memory_plan.print_plan(
         prediction,
         options.speed.swap,
         room,
@@ -289,7 +261,7 @@ def prepare_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]
         noisy_batch = read_largest(family, options, plan.training, plan.commands, plan.sources)
         return predict(family, options, noisy_batch, device, texts=plan.texts)
 
-    speed, prediction = resolve_swap(options.speed, room, rehearse_largest)
+    speed, prediction = memory_plan.resolve_swap(options.speed, room, rehearse_largest)
     swap = speed.swap
     watch: MemoryWatch | None = None
     if room is not None and accelerator.is_main_process:
@@ -322,7 +294,7 @@ def advice(
         for line, changed in cheaper(prediction.options, prediction.others)
     ]
     can_swap = prediction.options.can_swap
-    lines, last = advise(prediction, predicted, room.usable, prediction.blocks, can_swap)
+    lines, last = memory_plan.advise(prediction, predicted, room.usable, prediction.blocks, can_swap)
     return lines if last is None else [*lines, *smaller(family.latent, last, room)]
 
 

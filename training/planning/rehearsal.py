@@ -22,7 +22,7 @@ from networks.added import add_loras
 from training.data.live import NO_TEXTS, LiveTexts
 from training.experts import AUTOCAST, TRAINING_ADAPTER, dress, read_adapter
 from training.loss import Autocast, LossRule, NoisyBatch, Trains, training_loss
-from training.optimizers.optimizer import make_optimizer, set_training
+from training.optimizers.optimizer import find_averaging, make_optimizer
 from training.optimizers.stepping import FusedBackward, ParameterSteps, StepAfterBackward, steps_alone
 from training.options import TrainingOptions
 from training.processes import fill_missing_gradients
@@ -91,11 +91,7 @@ class Rehearsal:
         weight = frozen.teacher_weight if frozen.teacher else 0
         rule = LossRule(self.options.loss, self.options.predicted, base, weight)
         loss = training_loss(
-            self.family,
-            self.dit,
-            noisy_batch,
-            autocast_of(self.options, self.ledger.device),
-            rule,
+            self.family, self.dit, noisy_batch, autocast_of(self.options, self.ledger.device), rule
         )
         self.ledger.is_backward = True
         self.ledger.enter("backward outside the blocks")
@@ -193,11 +189,7 @@ def _add_adapters(family: Trains, options: TrainingOptions, dit: nn.Module, ledg
 
 
 def dress_trainable(
-    family: Trains,
-    options: TrainingOptions,
-    dit: nn.Module,
-    ledger: dry.Ledger,
-    texts: LiveTexts = NO_TEXTS,
+    family: Trains, options: TrainingOptions, dit: nn.Module, ledger: dry.Ledger, texts: LiveTexts = NO_TEXTS
 ) -> Rehearsal:
     """The order of dressing of `training.learning`: network, then `dress`; and the optimizer."""
     dry.place(dit, ledger)
@@ -229,7 +221,8 @@ def dress_trainable(
     for group in optimizer.param_groups:
         if group.get("foreach", False) is None and not group.get("fused"):
             group["foreach"] = True  # as on a GPU by default; it needs more memory
-    set_training(optimizer, True)
+    if (averaging := find_averaging(optimizer)) is not None:
+        averaging.train()
     parameters = [parameter for group in groups for parameter in group["params"]]
     whole = options.whole_dit
     steps = None

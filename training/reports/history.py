@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from modules.atomic_write import append_text, atomic_path, identify_machine, make_storable
 from modules.limits import MAX_LINE_CHARACTERS
@@ -55,11 +55,6 @@ class PageCommand:
     powershell: str
     note: str = ""
 
-    @property
-    def parts(self) -> list[list[str]]:
-        """Return both, cut before each option: a line of the page ends there, not within one."""
-        return [re.split(r" (?=--)", text) for text in (self.bash, self.powershell)]
-
 
 @dataclass(frozen=True)
 class Start:
@@ -69,7 +64,7 @@ class Start:
     total_steps: int
     changed: Sequence[tuple[str, str]] = ()  # options that differ from their defaults
     unchanged: Sequence[tuple[str, str]] = ()
-    listens: bool = False  # to files that ask for something, see `TriggerFiles`
+    listens: bool = False  # to files that ask for something, see `Requests`
     process: Mapping[str, Any] = field(default_factory=dict)  # see `describe_process`
     written_in: str = ""  # folder of the history, with links resolved; "": an older version's
 
@@ -235,10 +230,6 @@ class History:
             raise
         self._waiting.clear()
 
-    @property
-    def events_told(self) -> Story:
-        return Story.of(self.events)
-
     def read(self) -> Story:
         """Return the content of all lines on disk. Raises OSError if they cannot be read."""
         return Story.of(_rows(self.path, self.session))
@@ -286,7 +277,8 @@ def _rows(path: Path, session: int, step: int | None = None) -> Iterator[Row]:
     require_regular_file(path)
     is_ours, broken = False, 0
     with path.open("rb") as file:
-        for line in filter(bytes.strip, list_lines(file)):
+        # one that is longer than any comes in pieces
+        for line in filter(bytes.strip, iter(lambda: file.readline(MAX_LINE_CHARACTERS), b"")):
             row = parse_row(line)
             if row is None:
                 broken += 1
@@ -296,11 +288,6 @@ def _rows(path: Path, session: int, step: int | None = None) -> Iterator[Row]:
                 yield row
     if broken > 1:
         logger.warning("%s: %d lines cannot be read and are left out.", path, broken)
-
-
-def list_lines(file: IO[bytes]) -> Iterator[bytes]:
-    """Yield the lines of a history, with their ends; one that is longer than any comes in pieces without."""
-    return iter(lambda: file.readline(MAX_LINE_CHARACTERS), b"")
 
 
 def parse_row(line: bytes) -> Row | None:

@@ -37,7 +37,7 @@ from modules.installation import describe_missing
 from modules.options import option_name, record_of
 from modules.text_files import parse_toml, read_text
 from networks.adapter import NormReport
-from training.reports.pauses import Pauses, StepClock
+from training.reports.pauses import StepClock
 from training.run_options import LogOptions
 
 logger = logging.getLogger(__name__)
@@ -70,30 +70,16 @@ class StepReport:
     by_part: Mapping[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Moment:
-    """Hold a time: of the host, or an event of a CUDA device, which may still lie ahead."""
-
-    host: float = 0.0
-    event: Any = None
-
-    def seconds_to(self, later: "Moment") -> float:
-        """Return the seconds between two moments of the same device that have both passed."""
-        if self.event is not None and later.event is not None:
-            return self.event.elapsed_time(later.event) / 1000
-        return later.host - self.host
-
-
 @dataclass
 class Readings:
-    """Keep the row of the last step until it has arrived. `now` returns seconds."""
+    """Keep the row of the last step until it has arrived. `now` returns seconds.
+
+    A moment is one of these, or an event of a CUDA device, which may still lie ahead.
+    """
 
     now: Callable[[], float] = time.monotonic
-    _waiting: tuple[StepReport, Tensor, Moment | None] | None = field(default=None, init=False)
-    _last: Moment | None = field(default=None, init=False)  # end of the last step or pause
-
-    def restart_clock(self, device: torch.device) -> None:
-        self._last = self._moment(device.type)
+    _waiting: tuple[StepReport, Tensor, Any] | None = field(default=None, init=False)
+    last: Any = field(default=None, init=False)  # moment at the end of the last step or pause
 
     def push(self, step: StepReport, row: Tensor) -> StepReport | None:
         """Take the row (1-D, on any device) of a step; returns the step before with its row."""
@@ -101,7 +87,7 @@ class Readings:
         if row.is_cuda:
             row = empty_pinned(row.shape, row.dtype).copy_(row, non_blocking=True)
         # on other devices: known when the numbers have arrived
-        ended = self._moment(kind) if kind in {"cuda", "cpu"} else None
+        ended = self.moment(kind) if kind in {"cuda", "cpu"} else None
         before = self.flush()
         self._waiting = (step, row, ended)
         return before
@@ -111,20 +97,23 @@ class Readings:
         if self._waiting is None:
             return None
         (step, row, ended), self._waiting = self._waiting, None
-        if ended is not None and ended.event is not None:
-            ended.event.synchronize()
+        if ended is not None and not isinstance(ended, float):
+            ended.synchronize()
         values = tuple(row.tolist())
-        ended = ended or self._moment("")
-        seconds = None if self._last is None else self._last.seconds_to(ended)
-        self._last = ended
-        return replace(step, row=values, seconds=seconds)
+        begun, self.last = self.last, self.now() if ended is None else ended
+        if begun is None:
+            return replace(step, row=values)
+        if isinstance(begun, float):
+            return replace(step, row=values, seconds=self.last - begun)
+        return replace(step, row=values, seconds=begun.elapsed_time(self.last) / 1000)
 
-    def _moment(self, device: str) -> Moment:
-        event = None
-        if device == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-        return Moment(self.now(), event)
+    def moment(self, device: str) -> Any:
+        """Return that of now. device: its type, as cuda."""
+        if device != "cuda":
+            return self.now()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 @dataclass
@@ -143,9 +132,8 @@ class Logs:
     now: Callable[[], float] = time.monotonic  # seconds
     # what else the bar shows at a step, by name: memory, the next sample
     extras: Callable[[int], Mapping[str, str]] = lambda _: {}
-    pauses: Pauses = field(default_factory=Pauses)
+    clock: StepClock = field(default_factory=StepClock)
     bar: "tqdm[Any]" = field(init=False)
-    clock: StepClock = field(default_factory=StepClock, init=False)
     _flushed: float = field(default=0.0, init=False)
     _redirect: Any = field(default=None, init=False)
     _shown: float = field(default=-math.inf, init=False)
@@ -233,11 +221,6 @@ class Logs:
             self._shown = now
         self.values(values, report.step)
 
-    def left(self, step: int) -> float | None:
-        """Return the seconds left after a step, with pauses; None before the first."""
-        seconds = self.clock.seconds_per_step
-        return None if seconds is None else seconds * (self.total_steps - step) + self.pauses.left(step)
-
     def _fitting(self, numbers: Mapping[str, str]) -> dict[str, str]:
         """Return the numbers beside which the bar keeps some columns of the terminal."""
         kept, place = dict(numbers), self.bar.format_dict
@@ -253,7 +236,7 @@ class Logs:
     def _numbers(self, report: StepReport) -> dict[str, str]:
         """Return the numbers beside the bar, by name."""
         shown = {}
-        seconds, left = self.clock.seconds_per_step, self.left(report.step)
+        seconds, left = self.clock.seconds_per_step, self.clock.left(report.step, self.total_steps)
         if seconds is not None and left is not None:
             shown = {"s/it": f"{seconds:.3g}", "left": in_words(left)}
         shown["avr_loss"] = f"{report.average:.4g}"
@@ -317,9 +300,7 @@ def tracker_arguments(options: LogOptions) -> dict[str, Any]:
     for name, table in tables.items():
         if name not in options.trackers:
             logger.warning(
-                "--log_tracker_config %s: [%s] is ignored because this run has no such tracker",
-                path,
-                name,
+                "--log_tracker_config %s: [%s] is ignored because this run has no such tracker", path, name
             )
         if not isinstance(table, dict):
             raise UserError(

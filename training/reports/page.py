@@ -3,10 +3,9 @@
 import contextlib
 import functools
 import stat
-import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,64 +15,21 @@ from markupsafe import Markup
 
 from modules.console import as_size, count_of, in_words
 from modules.contract.rules import PICTURE_STREAM, SOUND_STREAM
-from modules.errors import UserError
+from modules.installation import import_own
 from modules.pages.charts import Chart, Curve, draw_chart
-from modules.pages.page import embed_clip, write_page
+from modules.pages.page import write_page
 from modules.text_files import read_safetensors_texts
-from training.reports.history import SHOWN, Points, SampleRow, Start, Story, history_name
-from training.reports.sample_files import SIDE, ReducedClip, read_reduced
+from training.reports.history import SHOWN, Points, Start, Story, history_name
 
 TEMPLATE = Path(__file__).resolve().parent / "page.html"
 MOST_COLUMNS = 10  # of the grid of samples
 MOST_PROMPTS = 20
-MOST_CLIP_BYTES = 300_000  # as base64; a clip beyond that is noise, and is made smaller
-SMALL_SIDE = 128
-OLD_CLIPS_SECONDS = 5.0  # what a page spends on clips of before a resume; the rest follows on the next one
 SMOOTHING = 0.9
 MOST_BINS = 600  # of a curve; more than a drawing has pixels to tell apart
 
 
 # file of a sample, prompt, step, whether it is one of the newest -> the clip, or why there is none
 LoadClip = Callable[[str, str, int, bool], Markup | str]
-
-
-@dataclass
-class ClipStore:
-    """Hold the reduced clips of the grid, each encoded once."""
-
-    folder: Path
-    now: Callable[[], float] = time.monotonic
-    clips: dict[str, Markup] = field(default_factory=dict)
-
-    def for_page(self) -> LoadClip:
-        """Return what gives a page its clips; after some seconds only the newest and those that are there.
-
-        Clips that were on no page since the one before are freed.
-        """
-        deadline = self.now() + OLD_CLIPS_SECONDS
-        before, self.clips = self.clips, {}
-
-        def load(name: str, prompt: str, step: int, is_newest: bool) -> Markup | str:
-            if name in before:
-                self.clips[name] = before[name]
-            if name not in self.clips:
-                if self.now() > deadline and not is_newest:
-                    return "shown when the page is written next"
-                try:
-                    self.add(name, prompt, step, read_reduced(self.folder / name))
-                except (OSError, UserError):
-                    return "the file is gone, or cannot be read"
-            return self.clips[name]
-
-        return load
-
-    def add(self, name: str, prompt: str, step: int, clip: ReducedClip) -> None:
-        """Encode a clip that was read. Raises UserError if that fails."""
-        text = f"{prompt}, step {step}"  # for those who cannot see it
-        for side in (SIDE, SMALL_SIDE):
-            self.clips[name] = embed_clip(clip.frames, clip.fps, text, side)
-            if len(self.clips[name]) <= MOST_CLIP_BYTES:
-                break
 
 
 def page_path(folder: Path, name: str) -> Path:
@@ -92,84 +48,38 @@ class Standing:
 
 
 def write_training_page(
-    path: Path, history: Path, story: Story, clips: ClipStore, standing: Standing
+    path: Path, history: Path, story: Story, standing: Standing, load: LoadClip | None = None
 ) -> None:
-    """Write the page of a run: the content of its history. Raises OutputError if that fails."""
-    values = page_values(history.parent, story, clips.for_page(), standing)
+    """Write the page of a run: the content of its history. load: see `page_values`.
+
+    Raises OutputError if that fails.
+    """
+    values = page_values(history.parent, story, standing, load)
     write_page(path, TEMPLATE, f"{history_name(history)}: training", values)
 
 
 def page_values(
     folder: Path,
     story: Story,
-    load: LoadClip,
     standing: Standing,
+    load: LoadClip | None = None,
     most: tuple[int, int] = (MOST_COLUMNS, MOST_PROMPTS),
 ) -> dict[str, Any]:
-    """Return the values of the template. folder: --output_dir. most: columns and rows of samples."""
+    """Return the values of the template. folder: --output_dir. load: of a story with samples; most: columns
+    and rows of them.
+    """
     best = story.best_file(folder)
     return {
         "live": None,
         "standing": standing,
         "written": f"{datetime.now():%Y-%m-%d %H:%M:%S}",
         "tiles": list_tiles(standing, story),
-        "grid": _grid(story, load, *most),
+        "grid": import_own("training.reports.sample_files").make_grid(story, load, *most) if load else None,
         "charts": [draw_chart(chart) for chart in list_charts(story)],
         "files": _files(story, folder, best),
         "advice": describe_best(story, best),
         "memory": story.memory,
         "commands": story.commands,
-    }
-
-
-def choose_columns(rows: Sequence[SampleRow], best_step: int | None, most: int) -> list[SampleRow]:
-    """Return at most `most` rows: the first, the last, the one nearest to the best step, and others evenly.
-
-    Of a longer list, those chosen before stay unless they were the last or the best.
-    """
-    if len(rows) <= most:
-        return list(rows)
-    stride = 1
-    while -(-len(rows) // stride) > most - 2:
-        stride *= 2
-    chosen = {*range(0, len(rows), stride), len(rows) - 1}
-    if best_step is not None:
-        chosen.add(min(range(len(rows)), key=lambda index: abs(rows[index].step - best_step)))
-    return [rows[index] for index in sorted(chosen)]
-
-
-def _grid(story: Story, load: LoadClip, most_columns: int, most_prompts: int) -> dict[str, Any]:
-    rows = [story.samples[key] for key in sorted(story.samples)]
-    lowest = story.lowest
-    best = None if lowest is None else lowest[0]
-    columns = choose_columns(rows, best, most_columns)
-    prompts = dict.fromkeys((index, row.prompts.get(index, "")) for row in rows for index in row.files)
-    shown = sorted(prompts)[:most_prompts]
-    best_column = min(columns, key=lambda row: abs(row.step - best), default=None) if best else None
-    titles = []
-    for row in columns:
-        is_of_epoch = row.mark[1:].isdigit() and row.mark[0] == "e"
-        title = f"step {row.step:,}" + (f", epoch {int(row.mark[1:])}" if is_of_epoch else "")
-        titles.append({"title": title if row.step else "before training", "is_best": row is best_column})
-    cells: dict[tuple[int, str, int], dict[str, Any]] = {}
-    for place, row in reversed([*enumerate(columns)]):  # the newest first: they are shown in any case
-        for index, prompt in shown:
-            name = row.files.get(index)
-            if name is not None and row.prompts.get(index, "") == prompt:
-                tag = load(name, prompt, row.step, row is columns[-1])
-                cells[index, prompt, place] = {"clip": tag, "href": link("sample", name)}
-    return {
-        "columns": titles,
-        "rows": [
-            {
-                "prompt": prompt,
-                "index": index,
-                "cells": [cells.get((index, prompt, place)) for place in range(len(columns))],
-            }
-            for index, prompt in shown
-        ],
-        "times": len(rows),
-        "prompts": len(prompts),
     }
 
 

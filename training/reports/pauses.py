@@ -25,47 +25,39 @@ CAUSES = (
 
 
 @dataclass
-class Pauses:
-    """Hold the seconds of pauses so far by kind. A kind that has not been seen counts nothing yet."""
+class StepClock:
+    """Keep the seconds of steps, and of pauses by kind; judge each step beside its like.
+
+    A step with a pause before it is not judged: set `skips` then. A kind of pauses that has not been seen
+    counts nothing yet.
+    """
 
     to_come: Callable[[int], dict[str, int]] = lambda step: {}  # pauses after a step by kind
     now: Callable[[], float] = time.monotonic  # seconds
-    seconds: dict[str, list[float]] = field(default_factory=dict, init=False)
-
-    @contextmanager
-    def of(self, kind: str) -> Iterator[None]:
-        start = self.now()
-        yield
-        self.seconds.setdefault(kind, []).append(self.now() - start)
-
-    def left(self, step: int) -> float:
-        """Return the seconds of pauses after a step: the mean of each kind so far for each that comes."""
-        to_come = self.to_come(step) if self.seconds else {}
-        return sum(sum(all) / len(all) * to_come.get(kind, 0) for kind, all in self.seconds.items())
-
-
-@dataclass
-class StepClock:
-    """Keep the seconds of steps: their sum, and the mean of the last ones; judge each beside its like.
-
-    Steps with saving, sampling or validation between them are not judged: call `skip` after those.
-    """
-
+    pauses: dict[str, list[float]] = field(default_factory=dict, init=False)
     active: float = field(default=0.0, init=False)  # seconds of all steps so far, without pauses
     steps: int = field(default=0, init=False)
+    seconds_per_step: float | None = field(default=None, init=False)  # mean of the last steps
+    skips: bool = field(default=True, init=False)  # the first step compiles, chooses kernels, fills caches
     _last: deque[float] = field(default_factory=lambda: deque(maxlen=SHOWN), init=False)
     _times: dict[Hashable, deque[float]] = field(default_factory=dict, init=False)  # by the sizes of items
-    _last_told: int | None = None
-    _skips: bool = True  # the first step compiles, chooses kernels, fills caches
+    _last_told: int | None = field(default=None, init=False)
 
-    @property
-    def seconds_per_step(self) -> float | None:
-        """Return the mean seconds of the last steps; None before the first."""
-        return sum(self._last) / len(self._last) if self._last else None
+    @contextmanager
+    def pause(self, kind: str) -> Iterator[None]:
+        start = self.now()
+        yield
+        self.pauses.setdefault(kind, []).append(self.now() - start)
 
-    def skip(self) -> None:
-        """Leave the next step out of the search for slow steps: it follows a pause."""
-        self._skips = True
+    def left(self, step: int, total_steps: int) -> float | None:
+        """Return the seconds left after a step, with the mean of each kind of pauses for each that comes;
+        None before the first step.
+        """
+        if self.seconds_per_step is None:
+            return None
+        to_come = self.to_come(step) if self.pauses else {}
+        pauses = (sum(all) / len(all) * to_come.get(kind, 0) for kind, all in self.pauses.items())
+        return self.seconds_per_step * (total_steps - step) + sum(pauses)
 
     def note(self, step: int, seconds: float, sizes: Hashable = None) -> str | None:
         """Note the time of a step. Returns a warning if it was more than twice the median of its like.
@@ -74,8 +66,9 @@ class StepClock:
         """
         self.active, self.steps = self.active + seconds, self.steps + 1
         self._last.append(seconds)
-        if self._skips:
-            self._skips = False
+        self.seconds_per_step = sum(self._last) / len(self._last)
+        if self.skips:
+            self.skips = False
             return None
         times = self._times.setdefault(sizes, deque(maxlen=KEPT))
         usual = statistics.median(times) if len(times) >= SEEN else None

@@ -14,17 +14,10 @@ from typing import Any
 
 from modules.control_codes import shorten_lines
 from modules.media.reading import Frame
-from training.reports.history import History, PageCommand, Start, history_name
+from training.reports import sample_files
+from training.reports.history import History, PageCommand, Start, Story, history_name
 from training.reports.logs import StepReport
-from training.reports.page import ClipStore, Standing, page_path, write_training_page
-from training.reports.sample_files import (
-    FOLDER,
-    find_samples,
-    join_strip,
-    log_samples,
-    read_reduced,
-    write_sheet,
-)
+from training.reports.page import Standing, page_path, write_training_page
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +46,7 @@ class RunReporter:
     folder: Path = field(init=False)  # --output_dir
     name: str = field(init=False)  # --output_name
     path: Path = field(init=False)  # of the page
-    clips: ClipStore = field(init=False)
+    clips: sample_files.ClipStore | None = field(default=None, init=False)  # None: there are no samples yet
     _messages: "_Messages" = field(init=False)
     _written: float = field(init=False)  # when the last page was
     _cost: float = 0.0  # seconds that it took
@@ -66,7 +59,7 @@ class RunReporter:
     def __post_init__(self) -> None:
         self.folder, self.name = self.history.path.parent, history_name(self.history.path)
         self.path = page_path(self.folder, self.name)
-        self.clips, self._written = ClipStore(self.folder / FOLDER), self.now()
+        self._written = self.now()
         self._messages = _Messages(lambda level, text: self._note(self.step, level=level, message=text))
 
     def __enter__(self) -> "RunReporter":
@@ -120,7 +113,7 @@ class RunReporter:
 
     @property
     def validations(self) -> Mapping[int, float]:
-        return self.history.events_told.validations
+        return Story.of(self.history.events).validations
 
     def note_validation(self, step: int, losses: Mapping[str, float]) -> None:
         self._note(step, validation=dict(losses))
@@ -132,24 +125,25 @@ class RunReporter:
         files: dict[int, Path] = {}
         strips: dict[int, Frame] = {}
         with self._guarded():
-            files = find_samples(self.clips.folder, self.name, mark)
+            files = sample_files.find_samples(self.folder / sample_files.FOLDER, self.name, mark)
         prompts = {index: self.prompts.get(index, "") for index in files}
         for index, path in files.items():
             with self._guarded():
-                clip = read_reduced(path)  # once for all
+                clip = sample_files.read_reduced(path)  # once for all
                 if self.history.is_written:
-                    self.clips.add(path.name, prompts[index], step, clip)
-                strips[index] = join_strip(clip)
+                    self._store().add(path.name, prompts[index], step, clip)
+                strips[index] = sample_files.join_strip(clip)
         with self._guarded():
-            log_samples(self.trackers(), step, files, strips, prompts)
+            sample_files.log_samples(self.trackers(), step, files, strips, prompts)
         if not self.history.is_written:
             return
         names = {str(index): path.name for index, path in files.items()}
         self._note(step, samples=mark, files=names, prompts={str(index): prompts[index] for index in files})
         with self._guarded():
             title = f"{self.name}, step {step:,}"
-            sheet = self.clips.folder / f"{self.name}_{mark}_sheet.png"  # sorts behind the samples on it
-            write_sheet(sheet, title, strips, prompts)
+            # sorts behind the samples on it
+            sheet = self.folder / sample_files.FOLDER / f"{self.name}_{mark}_sheet.png"
+            sample_files.write_sheet(sheet, title, strips, prompts)
         self._write()
 
     def note_saved(self, paths: Sequence[Path], step: int) -> None:
@@ -174,7 +168,7 @@ class RunReporter:
             return
         started = self.now()
         with self._guarded():
-            best = self.history.events_told.best_file(self.folder)
+            best = Story.of(self.history.events).best_file(self.folder)
             commands = self.commands(None if best is None else self.folder / best, kind == "good")
             lines = {"memory": self.memory(), "commands": [*map(astuple, commands)]}
             for name, told in lines.items():
@@ -183,9 +177,15 @@ class RunReporter:
                     self._note(self.step, **{name: told})
             self.history.flush()
             stands = Standing(self.start, self.step, standing, kind)
-            write_training_page(self.path, self.history.path, self.history.read(), self.clips, stands)
+            story = self.history.read()
+            load = self._store().for_page() if story.samples else None
+            write_training_page(self.path, self.history.path, story, stands, load)
         self._written = self.now()
         self._cost = self._written - started
+
+    def _store(self) -> sample_files.ClipStore:
+        self.clips = self.clips or sample_files.ClipStore(self.folder / sample_files.FOLDER)
+        return self.clips
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:

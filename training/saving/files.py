@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-from modules.atomic_write import make_folder
+from modules.atomic_write import make_folder, recover_folder
 from modules.console import count_of
 from modules.errors import OutputError
 from modules.file_locks import only_one
@@ -19,7 +19,6 @@ from training.reports.history import history_path
 from training.reports.page import page_path
 from training.reports.sample_files import FOLDER as SAMPLES
 from training.saving.options import SavingOptions
-from training.saving.states import recover_states, state_pattern
 
 logger = logging.getLogger(__name__)
 
@@ -35,12 +34,6 @@ class Names:
     name: str
     # what ends the names of the files that are saved together: the names of experts; none if there is one
     parts: tuple[str, ...] = ()
-
-    def epoch(self, number: int) -> str:
-        return f"{self.name}-{number:06d}"
-
-    def step(self, number: int) -> str:
-        return f"{self.name}-step{number:08d}"
 
     def files(self, stem: str) -> dict[str, Path]:
         """Return the files that are saved together by the endings of their names: `x-000001_high_noise`."""
@@ -61,7 +54,7 @@ class Names:
 class MinuteClock:
     """Tell when this many minutes have passed since the last save. `now` returns seconds."""
 
-    minutes: float | None
+    minutes: float
     now: Callable[[], float] = time.monotonic
     last: float = field(default=0.0, init=False)
 
@@ -69,7 +62,7 @@ class MinuteClock:
         self.last = self.now()
 
     def is_due(self) -> bool:
-        return self.minutes is not None and self.now() - self.last >= 60 * self.minutes
+        return self.now() - self.last >= 60 * self.minutes
 
     def restart(self) -> None:
         self.last = self.now()
@@ -86,43 +79,46 @@ class Saver:
     names: Names
     write_file: WriteFile
     write_state: Callable[[Path], None]
-    publish: Publish
-    publish_state: Publish
+    publish: Publish | None  # None: nothing is uploaded
+    publish_state: Publish | None
     write_average: WriteFile | None = None  # of the weights, beside each file; None if it is not kept
     is_main: bool = True
     note_saved: Callable[[Sequence[Path]], None] = lambda _: None  # gets all files of a save
 
     def save_step(self, step: int, with_state: bool | None = None) -> None:
-        self._save(self.names.step(step), self.options.save_state if with_state is None else with_state)
-        self.tidy_steps(step)
+        self._save(f"-step{step:08d}", self.options.save_state if with_state is None else with_state)
+        self.tidy(step=step)
 
     def save_epoch(self, epoch: int) -> None:
-        self._save(self.names.epoch(epoch), self.options.save_state)
-        self.tidy_epochs(epoch)
+        self._save(f"-{epoch:06d}", self.options.save_state)
+        self.tidy(epoch=epoch)
 
     def save_final(self) -> None:
-        self._save(self.names.name, self.options.saves_state_at_end)
+        self._save("", self.options.saves_state_at_end)
 
-    def tidy_steps(self, step: int) -> None:
-        """Remove files that a save at `step` no longer keeps: every 5, last 5, at step 25 those up to 15."""
+    def tidy(self, step: int | None = None, epoch: int | None = None) -> None:
+        """Remove what saves at this step and at this epoch no longer keep.
+
+        Every 5 steps and the last 5: at step 25 those up to 15.
+        """
         options = self.options
-        # saves by the clock may be at any step
-        every = 1 if options.save_every_n_minutes is not None else options.save_every_n_steps or 1
         kept = options.save_last_n_steps, options.save_last_n_steps_state
-        self._remove_expired(r"-step(\d{8,})", every, kept, lambda last: step - last - 1)
-
-    def tidy_epochs(self, epoch: int) -> None:
-        options, every = self.options, self.options.save_every_n_epochs or 1
+        if step is not None and any(last is not None for last in kept):
+            # saves by the clock may be at any step
+            every = 1 if options.save_every_n_minutes is not None else options.save_every_n_steps or 1
+            self._remove_expired(r"-step(\d{8,})", every, kept, step - 1, 1)
         kept = options.save_last_n_epochs, options.save_last_n_epochs_state
-        self._remove_expired(r"-(\d{6,})", every, kept, lambda last: epoch - every * last)
+        if epoch is not None and any(last is not None for last in kept):
+            every = options.save_every_n_epochs or 1
+            self._remove_expired(r"-(\d{6,})", every, kept, epoch, every)
 
     def _remove_expired(
-        self, number: str, every: int, kept: tuple[int | None, int | None], newest: Callable[[int], int]
+        self, number: str, every: int, kept: tuple[int | None, int | None], now: int, unit: int
     ) -> None:
         """Remove files and states whose number is a multiple of `every` and expired.
 
         All of them, not only the newest: a run killed before it could remove one leaves it to the next save.
-        kept: --save_last_n of files, and of states. newest: number of the newest that such an option expires.
+        kept: --save_last_n of files, and of states: those up to now - unit * n expire.
         """
         if not self.is_main:
             return
@@ -132,7 +128,8 @@ class Saver:
                 match = re.fullmatch(pattern, entry.name)
                 if match is None or last is None or int(match[1]) % every:
                     continue
-                if int(match[1]) > newest(last) or newest(last) < every:
+                newest = now - unit * last
+                if int(match[1]) > newest or newest < every:
                     continue
                 # moved aside first: a folder that is half removed must not look like a state
                 aside = entry.with_name(f".{entry.name}.removed.tmp")
@@ -144,11 +141,6 @@ class Saver:
                 else:
                     logger.info("Removed %s", entry)
 
-    def tidy(self, step: int, epoch: int) -> None:
-        self.remove_leftovers()
-        self.tidy_steps(step)
-        self.tidy_epochs(epoch)
-
     def remove_leftovers(self) -> None:
         """Remove temporary files that a killed run of this name left behind."""
         start = rf"\.{re.escape(self.names.name)}(-\d{{6,}}|-step\d{{8,}})?"
@@ -157,38 +149,29 @@ class Saver:
             if re.fullmatch(pattern, entry.name):
                 _remove(entry)
 
-    def _save(self, stem: str, with_state: bool) -> None:
-        written, state = list[Path](), self.names.folder / f"{stem}-state"
+    def _save(self, end: str, with_state: bool) -> None:
+        """Save under the run's name with this end."""
+        written, stem = list[Path](), f"{self.names.name}{end}"
+        state = self.names.folder / f"{stem}-state"
         kinds = {"": self.write_file}
         if self.write_average is not None:
             kinds = {"-ema": self.write_average, **kinds}
-        for end, write in kinds.items():
-            for part, path in self.names.files(f"{stem}{end}").items():
+        for mark, write in kinds.items():
+            for part, path in self.names.files(f"{stem}{mark}").items():
                 write(part, path)
                 logger.info("Saved %s", path)
                 written.append(path)
         written.reverse()  # the file before its average
         if self.is_main:
-            for path in written:
-                self.publish(path)
+            if self.publish is not None:
+                for path in written:
+                    self.publish(path)
             self.note_saved(written)
         if with_state:
             self.write_state(state)
             logger.info("Saved %s", state)
-            if self.is_main:
+            if self.is_main and self.publish_state is not None:
                 self.publish_state(state)
-
-
-class NoSaver:
-    """Save nothing, in processes that are not the main one."""
-
-    def tidy(self, step: int, epoch: int) -> None: ...
-
-    def save_step(self, step: int, with_state: bool | None = None) -> None: ...
-
-    def save_epoch(self, epoch: int) -> None: ...
-
-    def save_final(self) -> None: ...
 
 
 def _remove(path: Path) -> None:
@@ -272,6 +255,17 @@ def set_aside(
         folder,
     )
     return folder
+
+
+def state_pattern(name: str) -> re.Pattern[str]:
+    return re.compile(rf"{re.escape(name)}(-\d{{6,}}|-step\d{{8,}})?-state")
+
+
+def recover_states(output_dir: Path, name: str) -> None:
+    pattern = state_pattern(name)
+    for entry in list(output_dir.iterdir()) if output_dir.is_dir() else []:
+        if entry.name.endswith(".old") and pattern.fullmatch(entry.name[1:].removesuffix(".old")):
+            recover_folder(entry.with_name(entry.name[1:].removesuffix(".old")))
 
 
 def find_set_aside(folder: Path, name: str) -> list[Path]:

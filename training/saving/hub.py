@@ -75,12 +75,7 @@ def write_card(
     if words:
         lines += ["", f"Words that it was taught: {_escape(', '.join(words))}"]
     if is_lora:
-        lines += [
-            "",
-            "## Use",
-            "",
-            _as_block(f"--lora_weight {name}.safetensors --lora_multiplier 1.0"),
-        ]
+        lines += ["", "## Use", "", _as_block(f"--lora_weight {name}.safetensors --lora_multiplier 1.0")]
     settings = [
         f"{said}: {metadata[key]}"
         for key, said in SETTINGS.items()
@@ -92,12 +87,7 @@ def write_card(
     if settings:
         lines += ["", "## Training", "", *map(_as_block, settings)]
     licence = spec.get("license", release.licence)
-    lines += [
-        "",
-        "## Licence",
-        "",
-        f"{_escape(licence)}. Licence of the base model: {release.licence_url}",
-    ]
+    lines += ["", "## Licence", "", f"{_escape(licence)}. Licence of the base model: {release.licence_url}"]
     text = f"---\n{_front_matter(is_lora, release, prompts, spec, words)}---\n\n" + "\n".join(lines) + "\n\n"
     return f"{text}<!-- reelsmith card {_key(name)} {_digest(text)} -->\n"
 
@@ -181,7 +171,7 @@ def hub() -> Any:
 
 @dataclass(frozen=True)
 class Uploads:
-    """Upload finished files and folders to the repository of --huggingface_repo_id; do nothing without one.
+    """Upload finished files and folders to the repository of --huggingface_repo_id.
 
     api: the client, `huggingface_hub.HfApi`. Uploads run one after the other, so that the repository is
     created once. The model card is uploaded once a run, if the repository has none or an unchanged one of the
@@ -189,14 +179,12 @@ class Uploads:
     """
 
     options: HubOptions
-    api: Any = None
+    api: Any
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(max_workers=1))
     _sent_cards: set[str] = field(default_factory=set)
 
     def publish(self, path: Path, card: str | None = None) -> None:
         """Upload a file or a folder, and its model card; with --async_upload in the background."""
-        if self.options.huggingface_repo_id is None:
-            return
         if self.options.async_upload:
             self._pool.submit(self._upload, path, card)
         else:
@@ -249,8 +237,6 @@ class Uploads:
 
 def make_uploads(options: HubOptions, make_api: Callable[..., Any] | None = None) -> Uploads:
     """Return the uploads of a run. Raises OptionError if the client library is missing."""
-    if options.huggingface_repo_id is None:
-        return Uploads(options)
     return Uploads(options, (make_api or hub().HfApi)(token=options.huggingface_token))
 
 

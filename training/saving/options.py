@@ -60,10 +60,7 @@ class SavingOptions(Options, title="saving"):
         "save after the first step past this time, under the step's name", above=0, hint=AT_THE_END
     )
     save_last_n_epochs: int | None = option(
-        "keep the files of the last N epochs only",
-        least=1,
-        hint=KEEP_ALL,
-        acts_if=_if_saved("epochs"),
+        "keep the files of the last N epochs only", least=1, hint=KEEP_ALL, acts_if=_if_saved("epochs")
     )
     save_last_n_epochs_state: int | None = option(
         "the same for state folders; --save_last_n_epochs when not given",
@@ -112,18 +109,12 @@ class SavingOptions(Options, title="saving"):
         )
 
     @property
-    def result(self) -> Path:
-        return (self.output_dir or Path()) / f"{self.output_name}.safetensors"
-
-    @property
     def saves_state_at_end(self) -> bool:
         return self.save_state or self.save_state_on_train_end
 
-    def spread(self, num_epochs: int) -> "SavingOptions":
+    def spread(self, num_epochs: int, ratio: int) -> "SavingOptions":
         """Return the options with --save_n_epoch_ratio as --save_every_n_epochs. num_epochs: of the run."""
-        if self.save_n_epoch_ratio is None:
-            return self
-        every = max(1, num_epochs // self.save_n_epoch_ratio)
+        every = max(1, num_epochs // ratio)
         return replace(self, save_n_epoch_ratio=None, save_every_n_epochs=every)
 
     def __post_init__(self) -> None:
@@ -142,9 +133,7 @@ class HubOptions(Options, title="Hugging Face hub"):
         "upload each saved file to this repository (owner/name); it gets a model card if it has none"
     )
     huggingface_repo_type: str | None = option(
-        "model (when not given), dataset or space",
-        one_of=("model", "dataset", "space"),
-        acts_if=_IF_UPLOADED,
+        "model (when not given), dataset or space", one_of=("model", "dataset", "space"), acts_if=_IF_UPLOADED
     )
     huggingface_path_in_repo: str | None = option("folder in the repository", acts_if=_IF_UPLOADED)
     huggingface_token: str | None = option(

@@ -31,7 +31,7 @@ from modules.contract.loading import TensorInfo
 from modules.errors import CheckpointError
 from modules.offload.sharding import as_split, gather_rows, is_split, rows_here, rows_of, trained_rows
 from training.saving.states import REMEDY, SavedState, file_checksum, share_of_files, write_state
-from training.trainable import Trainable, train_dit
+from training.trainable import Trainable, kept_dtypes, train_dit
 
 FILE_BYTES = 128 << 20  # about so much of a process' rows is in a file: two copies of it are made to write it
 OPTIMIZER = "optimizer"  # beside the parts of a state
@@ -63,19 +63,16 @@ def _write_model(
     metadata: Mapping[str, str],
 ) -> None:
     """Write the weights of now, which may be an average in their place. All processes must call it."""
-    weights = {**dit.state_dict(), **dict(dit.named_parameters())}
-
-    def kept(name: str) -> torch.dtype:
-        return dtypes[name] if dtype is None or not dtypes[name].is_floating_point else dtype
+    weights, kept = {**dit.state_dict(), **dict(dit.named_parameters())}, kept_dtypes(dtypes, dtype)
 
     def read(name: str) -> Tensor:
         weight: Any = weights[name]
         if not is_split(weight):
-            return weight.detach().to(kept(name))
+            return weight.detach().to(kept[name])
         part = rows[weight].detach() if weight in rows else rows_here(weight)
-        return gather_rows(part.to(weight.device, kept(name)), weight)
+        return gather_rows(part.to(weight.device, kept[name]), weight)
 
-    infos = {name: TensorInfo(kept(name), tuple(weight.shape)) for name, weight in weights.items()}
+    infos = {name: TensorInfo(kept[name], tuple(weight.shape)) for name, weight in weights.items()}
     if distributed.get_rank() == 0:
         stream_tensors(path, infos, read, metadata)
     else:
@@ -112,10 +109,7 @@ def _write_files(folder: Path | None, tensors: Mapping[str, Any]) -> dict[str, i
     assert folder is not None
     ends = accumulate(tensor.to_local().nbytes for tensor in tensors.values())
     numbers = {name: 1 + end // FILE_BYTES for name, end in zip(tensors, ends, strict=True)}
-    save(
-        dict(tensors),
-        storage_writer=HuggingFaceStorageWriter(str(folder), numbers, save_distributed=True),
-    )
+    save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), numbers, save_distributed=True))
     return dict(gather_object([(path.name, file_checksum(path)) for path in share_of_files(folder)]))
 
 

@@ -8,7 +8,6 @@ and the micro-batch.
 import contextlib
 import json
 import logging
-import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -21,13 +20,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, distributed, nn
 
-from modules.atomic_write import atomic_folder, check_space, recover_folder
+from modules.atomic_write import atomic_folder, check_space
 from modules.checkpoints.containers import load_pickled
 from modules.errors import CheckpointError, OptionError, UserError
 from modules.offload.sharding import is_split
 from modules.paths import explain_missing
 from modules.text_files import parse_json, read_text, require_regular_file
 from networks.names.layouts import OF_LTX_FORK, OURS
+from training.saving.files import recover_states, state_pattern
 from training.steps import Progress
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ FILE, CHECKSUM = "state.pt", "state.crc32"
 RECORD = "state.json"  # of a state of before version 2
 VERSION = 2  # 1: a JSON record and a safetensors file for each part, which `read_old_state` reads
 SPLIT_VERSION = 3  # with files of tensors that were split over processes, see split_model.py
+AVERAGE = "ema"  # of the weights, among the parts of a state
 MOST = 10**9  # of steps and epochs
 MOST_OF_CHECKSUM = 100  # bytes of that file
 _LONGER = 20  # times the list of a model: an optimizer has several tensors of each, an epoch its losses
@@ -201,17 +202,6 @@ def plain_state(value: Any, name: str) -> Any:
         f"the optimizer keeps a {type(value).__name__} in {name}, which cannot be saved.\n"
         "  Leave out --save_state, or use another --optimizer_type."
     )
-
-
-def state_pattern(name: str) -> re.Pattern[str]:
-    return re.compile(rf"{re.escape(name)}(-\d{{6,}}|-step\d{{8,}})?-state")
-
-
-def recover_states(output_dir: Path, name: str) -> None:
-    pattern = state_pattern(name)
-    for entry in list(output_dir.iterdir()) if output_dir.is_dir() else []:
-        if entry.name.endswith(".old") and pattern.fullmatch(entry.name[1:].removesuffix(".old")):
-            recover_folder(entry.with_name(entry.name[1:].removesuffix(".old")))
 
 
 def find_latest(output_dir: Path, name: str) -> Path | None:

@@ -13,7 +13,7 @@ from modules.errors import CheckpointError, OptionError
 from modules.parser import parse_options
 from training.learning_options import LrScheduleOptions, OptimizerOptions
 from training.optimizers.lr_schedule import LrSchedule, make_lr_schedule
-from training.optimizers.optimizer import class_path, find_optimizer, make_optimizer
+from training.optimizers.optimizer import PATHS, find_optimizer, make_optimizer
 
 RATE = 1e-3
 STABLE = "warmup_stable_decay --lr_warmup_steps"
@@ -247,7 +247,7 @@ def test_what_cannot_be_built_is_refused_with_a_reason(
     ],
 )
 def test_a_missing_package_is_named_with_the_command_to_install_it(name: str, install: str) -> None:
-    if importlib.util.find_spec(class_path(name).partition(".")[0]) is not None:
+    if importlib.util.find_spec(PATHS.get(name.lower(), name).partition(".")[0]) is not None:
         pytest.skip("it is installed here")
 
     with pytest.raises(OptionError, match=f"pip install {install}"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from modules.errors import OutputError
-from training.reports.history import History
+from training.reports.history import History, Story
 from training.reports.page import MOST_BINS, join_bins
 
 SESSION = 7
@@ -44,7 +44,8 @@ def test_a_resumed_run_has_all_of_its_past(tmp_path: Path) -> None:
     assert after == before
     assert (after.seconds[1], after.bands.keys()) == (0.5, {"validation/loss_100"})
     assert after.samples[5, "000005"].files == {0: "x_5.mp4"}
-    assert (resumed.events_told.validations, resumed.events_told.saved) == (after.validations, after.saved)
+    told = Story.of(resumed.events)
+    assert (told.validations, told.saved) == (after.validations, after.saved)
 
 
 def test_lines_beyond_the_resumed_state_are_dropped_from_the_file_too(tmp_path: Path) -> None:

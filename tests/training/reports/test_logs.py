@@ -32,7 +32,6 @@ from training.processes import make_accelerator
 from training.reports.logs import (
     BAR,
     Logs,
-    Moment,
     Readings,
     StepReport,
     check_trackers,
@@ -217,7 +216,7 @@ def test_a_step_is_compared_with_steps_of_its_size_and_not_below_a_second(clock:
 
 
 def test_a_step_with_saving_or_sampling_before_it_does_not_count(clock: StepClock) -> None:
-    clock.skip()
+    clock.skips = True
     assert clock.note(20, 100.0) is None
     assert clock.note(21, 3.0) is not None
 
@@ -272,13 +271,13 @@ def test_what_is_left_counts_the_pauses_to_come_and_the_history_says_what_is_mad
     family: Any = SlowPauses()
 
     with prepare_run(family, toy_options(tmp_path, *words, has_page=True)) as run:
-        run.logs.pauses.now = lambda: family.seconds
+        run.logs.clock.now = lambda: family.seconds
         train(replace(run, readings=Readings(lambda: family.seconds)))
 
     lines = run.reporter.history.path.read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     left = {row["step"]: row["left"] for row in rows if "left" in row}
-    first, second = run.logs.pauses.seconds[SAMPLES]  # after steps 3 and 6 of 8
+    first, second = run.logs.clock.pauses[SAMPLES]  # after steps 3 and 6 of 8
     assert min(first, second) >= OTHER
     assert [left[3], left[4], left[7]] == [5 * STEP, 4 * STEP + first, STEP]
     doing = [row["doing"] for row in rows if "doing" in row]
@@ -337,8 +336,15 @@ def test_a_cuda_device_measures_between_its_own_events() -> None:
         def __init__(self, milliseconds: float) -> None:
             self.milliseconds = milliseconds
 
+        def synchronize(self) -> None:
+            """It has passed."""
+
         def elapsed_time(self, later: "Event") -> float:
             return later.milliseconds - self.milliseconds
 
-    assert Moment(5.0, Event(1000)).seconds_to(Moment(5.0, Event(1250))) == 0.25
-    assert Moment(5.0).seconds_to(Moment(7.0)) == 2.0
+    readings = Readings(lambda: 5.0)
+    readings.last = Event(1000)
+    readings._waiting = (StepReport(1, {}), torch.zeros(2), Event(1250))
+    found = readings.flush()
+    assert found is not None
+    assert found.seconds == 0.25

@@ -21,14 +21,15 @@ from modules.media.tracks import write_wav
 from tests.chromium import open_page, wait_until
 from tests.training.test_resume import train_in_two_processes
 from tests.training.toy import Killed, killed_at, same, train_toy, write_caches, write_prompts
-from training.reports.history import History, PageCommand, SampleRow, Start
-from training.reports.page import ClipStore, Standing, choose_columns, write_training_page
+from training.reports.history import History, PageCommand, SampleRow, Start, Story
+from training.reports.page import Standing, write_training_page
 from training.reports.reporter import RunReporter
 from training.reports.sample_files import (
     GAP,
     LEAST_WIDTH,
     TEXT_SIZE,
     TITLE_SIZE,
+    choose_columns,
     find_samples,
     log_samples,
     read_reduced,
@@ -251,7 +252,7 @@ def page_with(folder: Path, saved: Mapping[str, int], validations: Mapping[int, 
         if name != "b.safetensors":
             (folder / name).write_bytes(b"x" * 2000)
     stands = Standing(Start("toy", 100), 9)
-    write_training_page(folder / "x.html", history.path, history.events_told, ClipStore(folder), stands)
+    write_training_page(folder / "x.html", history.path, Story.of(history.events), stands)
     return text_of((folder / "x.html").read_text(encoding="utf-8"))
 
 
