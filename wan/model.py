@@ -24,7 +24,7 @@ from modules.layers.rope import TABLES, Grid, GridTable, rotate, sinusoid, table
 from modules.run_blocks import Hidden, run_blocks
 from modules.speed_options import SDPA, AttentionChoice
 from wan.configs import WanConfig
-from wan.spec import DIT, WanText, WanTokens, pad_texts, see_one
+from wan.spec import DIT, WanTokens, pad_texts
 
 TEXT_ROWS_AS_IMAGE = 257  # how many text rows older tools mistook for image tokens
 REF_CHANNELS = 16  # latent channels of the reference image that `ref_conv` takes
@@ -56,21 +56,14 @@ class SelfAttention(nn.Module):
         return in_own_dtype(self.o, seen.flatten(2))
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(SelfAttention):
     """Attention to the text plus attention to the image, which has its own keys and values; no mask.
 
     The results for several texts are combined; that for the image is added.
     """
 
     def __init__(self, config: WanConfig) -> None:
-        super().__init__()
-        self.num_heads = config.num_heads
-        self.q = nn.Linear(config.dim, config.dim)
-        self.k = nn.Linear(config.dim, config.dim)
-        self.v = nn.Linear(config.dim, config.dim)
-        self.o = nn.Linear(config.dim, config.dim)
-        self.norm_q = RMSNorm(config.dim, config.eps)
-        self.norm_k = RMSNorm(config.dim, config.eps)
+        super().__init__(config)
         if config.has_image:
             self.k_img = nn.Linear(config.dim, config.dim)
             self.v_img = nn.Linear(config.dim, config.dim)
@@ -80,11 +73,11 @@ class CrossAttention(nn.Module):
         heads = (self.num_heads, -1)
         q = self.norm_q(in_own_dtype(self.q, x)).unflatten(-1, heads)
         of_texts = []
-        for text in tokens.texts:
-            k = self.norm_k(in_own_dtype(self.k, text.rows)).unflatten(-1, heads)
-            v = in_own_dtype(self.v, text.rows).unflatten(-1, heads)
-            of_texts.append(_attend(q, k, v, tokens, text.repeats))  # B L N D
-        seen = tokens.combine(*of_texts)
+        for text, repeats in zip(tokens.texts, tokens.repeats, strict=True):
+            k = self.norm_k(in_own_dtype(self.k, text)).unflatten(-1, heads)
+            v = in_own_dtype(self.v, text).unflatten(-1, heads)
+            of_texts.append(_attend(q, k, v, tokens, repeats))  # B L N D
+        seen = of_texts[0] if tokens.combine is None else tokens.combine(*of_texts)
         del of_texts, k, v  # large: not held while the image is seen and `o` computes
         if tokens.image is not None:
             k = self.norm_k_img(in_own_dtype(self.k_img, tokens.image)).unflatten(-1, heads)
@@ -256,10 +249,15 @@ class WanModel(nn.Module):
         return self.run_from(hidden, tweaks)
 
     def run_from(self, hidden: Hidden, tweaks: Tweaks) -> Tensor:
-        """Run the blocks, and return the velocity."""
+        """Run the blocks, and turn their tokens into the velocity, B out_dim F H W in float32."""
         run_blocks(self, hidden, tweaks)
-        velocity = self.unembed(hidden.x, hidden.tokens)
-        given = tweaks.given_frames
+        given, (frames, rows, columns) = tweaks.given_frames, hidden.tokens.grid
+        pf, ph, pw = self.config.patch_size
+        velocity = rearrange(
+            self.head(hidden.x, hidden.tokens),
+            "b (f h w) (pf ph pw c) -> b c (f pf) (h ph) (w pw)",
+            **{"f": frames, "h": rows, "w": columns, "pf": pf, "ph": ph, "pw": pw},
+        )
         if not given:
             return velocity
         return torch.cat([torch.zeros_like(velocity[:, :, :given]), velocity[:, :, given:]], dim=2)
@@ -288,42 +286,27 @@ class WanModel(nn.Module):
         time, modulation = self._embed_times(timesteps, tweaks.given_frames > 0)
         given = tweaks.given_frames // self.config.patch_size[0] * grid[1] * grid[2]
         text_is_image = self.config.has_image and image_embeds is None
-        texts = []
+        texts, repeats = [], []
         for one in [text] if tweaks.away is None else [text, tweaks.away.text["text"]]:
             merges = None if text_is_image else self.attention  # every row is needed if some are the image
-            rows, repeats = pad_texts(one, self.config.text_len, merges)
+            rows, counts = pad_texts([each.to(noisy.device) for each in one], self.config.text_len, merges)
             hidden = self.text_embedding[1](in_own_dtype(self.text_embedding[0], rows))
             embedded = in_own_dtype(self.text_embedding[2], hidden).to(dtype)
             # one text may serve all samples
-            texts.append(WanText(embedded.expand(len(noisy), -1, -1), repeats))
+            texts.append(embedded.expand(len(noisy), -1, -1))
+            repeats.append(counts)
         image_tokens = None
         if image_embeds is not None:
             image_tokens = self.img_emb(image_embeds).to(dtype)
         elif text_is_image:
-            image_tokens = texts[0].rows[:, :TEXT_ROWS_AS_IMAGE]
-            texts = [WanText(one.rows[:, TEXT_ROWS_AS_IMAGE:]) for one in texts]
+            image_tokens = texts[0][:, :TEXT_ROWS_AS_IMAGE]
+            texts = [one[:, TEXT_ROWS_AS_IMAGE:] for one in texts]
         rotary = self._rotary.of(Grid(grid, tweaks.slow_frames, places=places), noisy.device)
         tokens = WanTokens(
-            *(grid, rotary, tuple(texts), image_tokens, time, modulation, given, dtype, self.attention),
-            tweaks.steer or see_one,
+            *(grid, rotary, tuple(texts), tuple(repeats), image_tokens, time, modulation, given, dtype),
+            *(self.attention, tweaks.steer),
         )
         return rearrange(patches, "b c f h w -> b (f h w) c").contiguous(), tokens
-
-    def unembed(self, x: Tensor, tokens: WanTokens) -> Tensor:
-        """Turn video tokens B L C into the velocity, B out_dim F H W in float32."""
-        frames, rows, columns = tokens.grid
-        pf, ph, pw = self.config.patch_size
-        patches = self.head(x, tokens)
-        return rearrange(
-            patches,
-            "b (f h w) (pf ph pw c) -> b c (f pf) (h ph) (w pw)",
-            f=frames,
-            h=rows,
-            w=columns,
-            pf=pf,
-            ph=ph,
-            pw=pw,
-        )
 
     def _embed_times(self, timesteps: Tensor, has_given: bool) -> tuple[Tensor, Tensor]:
         """Return the embedded times, B S C, and their modulation, B S 6 C; first those of given frames, 0.

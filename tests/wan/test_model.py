@@ -152,7 +152,7 @@ def test_the_residual_stream_stays_float32_in_bfloat16(how: str) -> None:
         x, tokens = model.embed(inputs["noisy"], inputs["timesteps"], inputs["text"], None)
         out = model.blocks[0](x, tokens)
 
-    assert tokens.dtype == tokens.texts[0].rows.dtype == torch.bfloat16
+    assert tokens.dtype == tokens.texts[0].dtype == torch.bfloat16
     assert {x.dtype, out.dtype, tokens.time.dtype, tokens.modulation.dtype} == {torch.float32}
 
 
@@ -173,7 +173,7 @@ def test_image_attention_without_features_reads_the_first_text_rows() -> None:
 
     assert tokens.image is not None
     assert tokens.image.shape[1] == 257
-    assert tokens.texts[0].rows.shape[1] == 512 - 257
+    assert tokens.texts[0].shape[1] == 512 - 257
 
 
 def with_tweaks(tiny: TinyDit, tweaks: Tweaks) -> TinyDit:
