@@ -21,7 +21,7 @@ from modules.attention.attend import Lengths, lengths_on
 from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.layers.norms import ScaleNorm, activation_dtype, in_own_dtype
 from modules.layers.rope import Grid, GridTable, exact_table, joined_tables, sinusoid, table_maker
-from modules.run_blocks import Hidden, run_blocks
+from modules.run_blocks import BlockNetwork, Hidden
 from modules.speed_options import SDPA, AttentionChoice
 
 
@@ -90,8 +90,10 @@ class FluxFinalLayer(HunyuanFinalLayer):
         return super().rows(vector)
 
 
-class FluxModel(nn.Module):
+class FluxModel(BlockNetwork):
     """Predict the velocity of noisy latents of a picture from states of T5 and a vector of CLIP-L."""
+
+    dtype_of = "img_in.bias"
 
     def __init__(self, config: FluxConfig, attention: AttentionChoice = SDPA) -> None:
         """attention: passed to `modules.attention.attend`."""
@@ -123,38 +125,6 @@ class FluxModel(nn.Module):
         widths = rotary_widths(dim // config.num_heads)
         self._rotary = GridTable(joined_tables(table_maker(exact_table, widths, config.rope_theta)))
 
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        return self.get_parameter("img_in.bias").dtype  # the weights of blocks may be in 8 bits
-
-    def forward(
-        self,
-        noisy: Tensor,
-        timesteps: Tensor,
-        t5: Tensor,
-        t5_mask: Tensor | None = None,
-        pooled: Tensor | None = None,
-        guidance: Tensor | None = None,
-        tweaks: Tweaks = NO_TWEAKS,
-        references: Sequence[Tensor] = (),
-        control: Tensor | None = None,
-    ) -> Tensor:
-        """Velocity B Z 1 H W in float32.
-
-        noisy: B Z 1 H W, H and W even. timesteps: B, 0..1000. t5: B T text_dim, states of T5. t5_mask: B T, 1
-        for real tokens, which come first; None: all count. Chroma keeps one token of padding more. pooled: B
-        pooled_dim, of CLIP-L; None for Chroma. guidance: B, as it is asked for; a model without guidance does
-        not look at it, None is 0. tweaks: ideas that change this call; their second text has the names t5,
-        t5_mask and pooled. references: clean latents of pictures to edit (Kontext), each B Z 1 h w of its own
-        size. control: latents of a control picture for the ControlNet, of the size of noisy. Raises
-        ValueError where sizes do not go together.
-        """
-        hidden = Hidden(*self.embed(noisy, timesteps, t5, t5_mask, pooled, guidance, tweaks, references))
-        if control is not None and self.controlnet is not None:
-            hidden.added = self.controlnet(noisy, timesteps, t5, pooled, guidance, control)
-        run_blocks(self, hidden, tweaks)
-        return self.unembed(hidden.x, hidden.tokens)
-
     def embed(
         self,
         noisy: Tensor,
@@ -165,10 +135,18 @@ class FluxModel(nn.Module):
         guidance: Tensor | None = None,
         tweaks: Tweaks = NO_TWEAKS,
         references: Sequence[Tensor] = (),
-    ) -> tuple[Tensor, HunyuanTokens]:
+        control: Tensor | None = None,
+    ) -> Hidden:
         """Return picture and text tokens, B L+T C, and the other inputs of the blocks.
 
-        References come behind the picture, a second text behind the first one.
+        noisy: B Z 1 H W, H and W even. timesteps: B, 0..1000. t5: B T text_dim, states of T5. t5_mask: B T, 1
+        for real tokens, which come first; None: all count. Chroma keeps one token of padding more. pooled: B
+        pooled_dim, of CLIP-L; None for Chroma. guidance: B, as it is asked for; a model without guidance does
+        not look at it, None is 0. tweaks: ideas that change this call; their second text has the names t5,
+        t5_mask and pooled. references: clean latents of pictures to edit (Kontext), each B Z 1 h w of its own
+        size. control: latents of a control picture for the ControlNet, of the size of noisy. Raises
+        ValueError where sizes do not go together. References come behind the picture, a second text behind
+        the first one.
         """
         self._check([noisy, *references], t5, t5_mask)
         dtype = activation_dtype(noisy.device, self.compute_dtype)
@@ -176,21 +154,24 @@ class FluxModel(nn.Module):
         # a reference stands at the next place of the axis of frames
         grids = [Grid(grid_of(one), first=place) for place, one in enumerate((noisy, *references))]
         rotary = self._rotary.of(tuple(grids), noisy.device)
-        guidance = torch.zeros_like(timesteps) if guidance is None else guidance
+        scale: Tensor | None = torch.zeros_like(timesteps) if guidance is None else guidance
         rows = None
         if self.config.approximator is not None:
             for taken in self._modulation_rows:
                 taken.place(timesteps.device)
-            rows = self.distilled_guidance_layer(timesteps, guidance).unsqueeze(1)
+            rows = self.distilled_guidance_layer(timesteps, scale).unsqueeze(1)
         elif not self.config.has_guidance or not tweaks.embedded_guidance:
-            guidance = None
+            scale = None
         texts = []
         for given in tweaks.texts(len(noisy), t5=t5, t5_mask=t5_mask, pooled=pooled):
             text, lengths = self._embed_text(given["t5"], given["t5_mask"], len(rotary), dtype)
-            vector = self._embed_vector(timesteps, given["pooled"], guidance) if rows is None else rows
+            vector = self._embed_vector(timesteps, given["pooled"], scale) if rows is None else rows
             texts.append(EmbeddedText(text, lengths, vector))
         inputs = {"grid": grids[0].sizes, "rotary": rotary, "dtype": dtype, "attention": self.attention}
-        return join_tokens(pictures, texts, tweaks.steer, **inputs)
+        hidden = join_tokens(pictures, texts, tweaks.steer, **inputs)
+        if control is not None and self.controlnet is not None:
+            hidden.added = self.controlnet(noisy, timesteps, t5, pooled, guidance, control)
+        return hidden
 
     def unembed(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         """Turn tokens B L+T C into the velocity, B Z 1 H W in float32."""

@@ -20,7 +20,7 @@ from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.layers.modulation import add_gated, modulate
 from modules.layers.norms import Float32LayerNorm, ScaleNorm, activation_dtype, in_own_dtype, run_float32
 from modules.layers.rope import Grid, GridTable, exact_table, joined_tables, sinusoid, table_maker
-from modules.run_blocks import Hidden, run_blocks
+from modules.run_blocks import BlockNetwork, Hidden
 from modules.speed_options import SDPA, AttentionChoice
 
 GUIDANCE_UNIT = 1000.0  # the model was trained with 1000 times the scale
@@ -162,10 +162,11 @@ class Flux2FinalLayer(nn.Module):
         return in_own_dtype(self.linear, modulate(self.norm_final(x), shift, scale, tokens.dtype))
 
 
-class Flux2Model(nn.Module):
+class Flux2Model(BlockNetwork):
     """Predict the velocity of noisy latents of a picture from states of a language model."""
 
     spec = DIT
+    dtype_of = "double_blocks.0.img_attn.norm.query_norm.scale"
 
     def __init__(self, config: Flux2Config, attention: AttentionChoice = SDPA) -> None:
         """attention: passed to `modules.attention.attend`."""
@@ -187,32 +188,6 @@ class Flux2Model(nn.Module):
         widths = (dim // config.num_heads // AXES,) * AXES
         self._rotary = GridTable(joined_tables(table_maker(exact_table, widths, config.rope_theta)))
 
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        # other weights may be in 8 bits
-        return self.get_parameter("double_blocks.0.img_attn.norm.query_norm.scale").dtype
-
-    def forward(
-        self,
-        noisy: Tensor,
-        timesteps: Tensor,
-        text: Tensor,
-        guidance: Tensor | None = None,
-        tweaks: Tweaks = NO_TWEAKS,
-        references: Sequence[Tensor] = (),
-    ) -> Tensor:
-        """Velocity B Z 1 H W in float32.
-
-        noisy: B Z 1 H W. timesteps: B, 0..1000. text: B T text_dim, states of the language model, padding
-        among them. guidance: B, as it is asked for; None leaves it out, and a model without guidance does not
-        look at it. tweaks: ideas that change this call; their second text has the name text. references:
-        clean latents of pictures to look at, each B Z 1 h w of its own size. Raises ValueError if sizes do
-        not fit.
-        """
-        hidden = Hidden(*self.embed(noisy, timesteps, text, guidance, tweaks, references))
-        run_blocks(self, hidden, tweaks)
-        return self.unembed(hidden.x, hidden.tokens)
-
     def embed(
         self,
         noisy: Tensor,
@@ -221,10 +196,14 @@ class Flux2Model(nn.Module):
         guidance: Tensor | None = None,
         tweaks: Tweaks = NO_TWEAKS,
         references: Sequence[Tensor] = (),
-    ) -> tuple[Tensor, blocks.HunyuanTokens]:
+    ) -> Hidden:
         """Return picture and text tokens, B L+T C, and the other inputs of the blocks.
 
-        References come behind the picture, a second text behind the first one.
+        noisy: B Z 1 H W. timesteps: B, 0..1000. text: B T text_dim, states of the language model, padding
+        among them. guidance: B, as it is asked for; None leaves it out, and a model without guidance does not
+        look at it. tweaks: ideas that change this call; their second text has the name text. references:
+        clean latents of pictures to look at, each B Z 1 h w of its own size. Raises ValueError if sizes do
+        not fit. References come behind the picture, a second text behind the first one.
         """
         for one in (noisy, *references):
             if one.shape[1] != self.config.channels or one.shape[2] != 1:

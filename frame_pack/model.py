@@ -30,7 +30,7 @@ from modules.devices import send_ahead
 from modules.layers.modulation import modulate
 from modules.layers.norms import Float32LayerNorm, activation_dtype, in_own_dtype, run_float32
 from modules.layers.rope import CPU, GridTable, angles_at, on_grid, sinusoid, turns
-from modules.run_blocks import Hidden, run_blocks
+from modules.run_blocks import BlockNetwork, Hidden
 from modules.speed_options import SDPA, AttentionChoice
 
 
@@ -213,19 +213,20 @@ class CleanEmbedding(nn.Module):
 class Given:
     """Latents with their indices on the frame axis: B in_dim F H W and B F."""
 
-    name: str  # as the argument of `FramePackModel.forward` is called
+    name: str  # as the argument of `FramePackModel.embed` is called
     latents: Tensor
     indices: Tensor
     times: int  # how many patches of the noisy latents one token covers along each axis
 
 
-class FramePackModel(nn.Module):
+class FramePackModel(BlockNetwork):
     """Predict the velocity of noisy latents from finished latents, an image, and two text encodings.
 
     The finished latents come before or after the noisy ones.
     """
 
     spec = DIT
+    dtype_of = "transformer_blocks.0.attn.to_add_out.bias"
 
     def __init__(self, config: FramePackConfig, attention: AttentionChoice = SDPA) -> None:
         """attention: passed to `modules.attention.attend`."""
@@ -253,12 +254,7 @@ class FramePackModel(nn.Module):
         table = functools.partial(rotary_table, widths=widths, theta=config.rope_theta)
         self._rotary = GridTable[WindowLayout](table)
 
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        # the weight may be in 8 bits
-        return self.get_parameter("transformer_blocks.0.attn.to_add_out.bias").dtype
-
-    def forward(
+    def embed(
         self,
         noisy: Tensor,
         timesteps: Tensor,
@@ -276,8 +272,8 @@ class FramePackModel(nn.Module):
         clean_latent_4x_indices: Tensor | None = None,
         position_scale: float = 1.0,
         tweaks: Tweaks = NO_TWEAKS,
-    ) -> Tensor:
-        """Return the velocity, B out_dim F H W in float32.
+    ) -> Hidden:
+        """Return tokens B L+T C, those of noisy latents last, and the blocks' other inputs.
 
         noisy: B in_dim F H W. timesteps: B, 0..1000. llama: B T text_dim, states of the language model.
         llama_mask: B T, true or 1 for real tokens, which come first. clip_l: B pooled_dim. guidance: B, 1000
@@ -294,41 +290,8 @@ class FramePackModel(nn.Module):
         )
         given = [*(one for one in history if one is not None), Given("noisy", noisy, latent_indices, 1)]
         self._check(given, llama, llama_mask)
-        hidden = Hidden(
-            *self.embed(
-                given,
-                timesteps,
-                llama,
-                llama_mask,
-                clip_l,
-                guidance,
-                image_embeddings,
-                position_scale,
-                tweaks,
-            )
-        )
-        run_blocks(self, hidden, tweaks)
-        return self.unembed(hidden.x, hidden.tokens)
-
-    def embed(
-        self,
-        given: Sequence[Given],
-        timesteps: Tensor,
-        llama: Tensor,
-        llama_mask: Tensor,
-        clip_l: Tensor,
-        guidance: Tensor,
-        image_embeddings: Tensor,
-        position_scale: float,
-        tweaks: Tweaks = NO_TWEAKS,
-    ) -> tuple[Tensor, HunyuanTokens]:
-        """Return tokens B L+T C and the blocks' other inputs. given: latents in order, noisy ones last.
-
-        A second text comes behind the first one, with the same image tokens in front of it.
-        """
         if tweaks.slow_frames is not None:
             raise ValueError("sections keep the frames' positions within the trained range: none is slowed")
-        noisy = given[-1].latents
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         patches = self.x_embedder(noisy)  # B C f h w
         grid = (patches.shape[2], patches.shape[3], patches.shape[4])

@@ -20,6 +20,7 @@ from hunyuan_model.joining import gelu, join_gelu, turn_and_join, turn_first
 from modules.attention.attend import Lengths, SecondText, Steer, attend
 from modules.layers.modulation import add_gated, modulate, split_segments
 from modules.layers.norms import Float32LayerNorm, RMSNorm, in_own_dtype
+from modules.run_blocks import Hidden
 from modules.speed_options import AttentionChoice
 
 if TYPE_CHECKING:  # loaded only if processes share tokens
@@ -119,7 +120,7 @@ def join_tokens(
     record: type[HunyuanTokens] = HunyuanTokens,
     /,
     **inputs: Any,
-) -> tuple[Tensor, HunyuanTokens]:
+) -> Hidden:
     """Return the tokens of video and texts, B L+T C, and the other inputs of the blocks.
 
     texts: the one asked for, and perhaps a second one, with its `steer`. inputs: fields of the record.
@@ -128,9 +129,9 @@ def join_tokens(
     vectors = {id(text.vector): text.vector for text in texts}  # texts may have one in common
     tokens = record(lengths=texts[0].lengths, vector=torch.cat([*vectors.values()], dim=1), **inputs)
     if steer is None:
-        return x, tokens
+        return Hidden(x, tokens)
     second = SecondText(tokens.video, texts[1].tokens.shape[1], texts[1].lengths, steer)
-    return x, replace(tokens, second=second)
+    return Hidden(x, replace(tokens, second=second))
 
 
 class HunyuanModulation(nn.Module):

@@ -24,7 +24,7 @@ from modules.devices import send_ahead
 from modules.layers.modulation import modulate
 from modules.layers.norms import Float32LayerNorm, RMSNorm, activation_dtype, in_own_dtype, run_float32
 from modules.layers.rope import GridTable, angles_at, on_grid, sinusoid, turns
-from modules.run_blocks import Hidden, run_blocks
+from modules.run_blocks import BlockNetwork, Hidden
 from modules.speed_options import SDPA, AttentionChoice
 from qwen_image.configs import DIT, PATCH, QwenImageConfig
 
@@ -176,10 +176,11 @@ class LastNorm(nn.Module):
         return modulate(self.norm(x), shift, scale, tokens.dtype)
 
 
-class QwenImageModel(nn.Module):
+class QwenImageModel(BlockNetwork):
     """Predict the velocity of noisy latents of a picture from states of Qwen2.5-VL."""
 
     spec = DIT
+    dtype_of = "transformer_blocks.0.attn.to_q.bias"
 
     def __init__(self, config: QwenImageConfig, attention: AttentionChoice = SDPA) -> None:
         """attention: passed to `modules.attention.attend`."""
@@ -196,33 +197,6 @@ class QwenImageModel(nn.Module):
         self.proj_out = nn.Linear(config.dim, numbers)
         self._rotary = GridTable[QwenLayout](self._make_table)
 
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        return self.get_parameter("transformer_blocks.0.attn.to_q.bias").dtype  # the weight may be in 8 bits
-
-    def forward(
-        self,
-        noisy: Tensor,
-        timesteps: Tensor,
-        text: Tensor,
-        text_mask: Tensor,
-        tweaks: Tweaks = NO_TWEAKS,
-        references: Sequence[Tensor] = (),
-        clean_references: bool = False,
-    ) -> Tensor:
-        """Velocity B Z 1 H W in float32.
-
-        noisy: B Z 1 H W. timesteps: B, 0..1000. text: B T text_dim, states of the language model. text_mask:
-        B T, true or 1 for real tokens, which come first. tweaks: ideas that change this call; their second
-        text has the names text and text_mask. references: clean latents of pictures to edit, each B Z 1 h w
-        of its own size. clean_references: modulate their tokens with time 0, not with that of the picture.
-        Raises ValueError if sizes do not fit.
-        """
-        given = (noisy, timesteps, text, text_mask, tweaks, references, clean_references)
-        hidden = Hidden(*self.embed(*given))
-        run_blocks(self, hidden, tweaks)
-        return self.unembed(hidden.x, hidden.tokens)
-
     def embed(
         self,
         noisy: Tensor,
@@ -232,10 +206,15 @@ class QwenImageModel(nn.Module):
         tweaks: Tweaks = NO_TWEAKS,
         references: Sequence[Tensor] = (),
         clean_references: bool = False,
-    ) -> tuple[Tensor, blocks.HunyuanTokens]:
+    ) -> Hidden:
         """Return picture and text tokens, B L+T C, and the other inputs of the blocks.
 
-        References come behind the picture, a second text behind the first one.
+        noisy: B Z 1 H W. timesteps: B, 0..1000. text: B T text_dim, states of the language model. text_mask:
+        B T, true or 1 for real tokens, which come first. tweaks: ideas that change this call; their second
+        text has the names text and text_mask. references: clean latents of pictures to edit, each B Z 1 h w
+        of its own size. clean_references: modulate their tokens with time 0, not with that of the picture.
+        References come behind the picture, a second text behind the first one. Raises ValueError if sizes do
+        not fit.
         """
         pictures = (noisy, *references)
         for one in pictures:

@@ -277,7 +277,7 @@ class Wan(OneTransformer):
         if isinstance(places, Tensor):  # on the host, the same for all samples
             more["places"] = tuple(places[0].tolist())
         tweaks = tweaks.rename_away(lambda texts: {"text": texts["t5"]})
-        return dit(noisy, timesteps, cond["t5"], features, tweaks, **more)
+        return dit(noisy, timesteps, cond["t5"], features, tweaks=tweaks, **more)
 
     # generation
 

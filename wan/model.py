@@ -21,7 +21,7 @@ from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.layers.modulation import add_gated, modulate, split_segments
 from modules.layers.norms import Float32LayerNorm, RMSNorm, activation_dtype, in_own_dtype, run_float32
 from modules.layers.rope import TABLES, Grid, GridTable, rotate, sinusoid, table_maker
-from modules.run_blocks import Hidden, run_blocks
+from modules.run_blocks import BlockNetwork, Hidden
 from modules.speed_options import SDPA, AttentionChoice
 from wan.configs import WanConfig
 from wan.spec import DIT, WanTokens, pad_texts
@@ -178,13 +178,14 @@ class ImageEmbedding(nn.Module):
         return norm2(in_own_dtype(linear2, gelu(in_own_dtype(linear1, norm1(features)))))
 
 
-class WanModel(nn.Module):
+class WanModel(BlockNetwork):
     """Predict the velocity of noisy video latents from text and, in some variants, image features.
 
     Variants with conditions on images or control videos take these as further input channels.
     """
 
     spec = DIT
+    dtype_of = "blocks.0.ffn.0.bias"
 
     def __init__(
         self,
@@ -221,12 +222,7 @@ class WanModel(nn.Module):
         widths = (width - 2 * side, side, side)
         self._rotary = GridTable(table_maker(TABLES[rope], widths, dtype=precision))
 
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        # not the weight's dtype: it may be 8 bits, which nothing computes in
-        return self.get_parameter("blocks.0.ffn.0.bias").dtype
-
-    def forward(
+    def embed(
         self,
         noisy: Tensor,
         timesteps: Tensor,
@@ -234,44 +230,17 @@ class WanModel(nn.Module):
         image_embeds: Tensor | None = None,
         tweaks: Tweaks = NO_TWEAKS,
         places: tuple[int, ...] = (),
-    ) -> Tensor:
-        """Return the velocity, B out_dim F H W in float32.
+    ) -> Hidden:
+        """Return the video tokens, B L C in float32, and the other inputs of the blocks.
 
         noisy: B in_dim F H W, condition channels behind the noisy latents. timesteps: B, 0..1000. text: per
         sample n text_dim, at most text_len rows; or B n text_dim. image_embeds: B I image_dim of the image
         encoder, for models with image attention. Without them the model takes its first 257 rows of text for
         the image, as older tools ran Fun-Control models; give zeros for no image. tweaks: ideas that change
         this call; their second text is "text". Their given frames have the time 0, and their velocity is 0.
-        places: in time, of frames that do not follow each other.
-        Raises ValueError where sizes do not go together.
+        places: in time, of frames that do not follow each other. Raises ValueError where sizes do not go
+        together.
         """
-        hidden = Hidden(*self.embed(noisy, timesteps, text, image_embeds, tweaks, places))
-        return self.run_from(hidden, tweaks)
-
-    def run_from(self, hidden: Hidden, tweaks: Tweaks) -> Tensor:
-        """Run the blocks, and turn their tokens into the velocity, B out_dim F H W in float32."""
-        run_blocks(self, hidden, tweaks)
-        given, (frames, rows, columns) = tweaks.given_frames, hidden.tokens.grid
-        pf, ph, pw = self.config.patch_size
-        velocity = rearrange(
-            self.head(hidden.x, hidden.tokens),
-            "b (f h w) (pf ph pw c) -> b c (f pf) (h ph) (w pw)",
-            **{"f": frames, "h": rows, "w": columns, "pf": pf, "ph": ph, "pw": pw},
-        )
-        if not given:
-            return velocity
-        return torch.cat([torch.zeros_like(velocity[:, :, :given]), velocity[:, :, given:]], dim=2)
-
-    def embed(
-        self,
-        noisy: Tensor,
-        timesteps: Tensor,
-        text: Sequence[Tensor] | Tensor,
-        image_embeds: Tensor | None,
-        tweaks: Tweaks = NO_TWEAKS,
-        places: tuple[int, ...] = (),
-    ) -> tuple[Tensor, WanTokens]:
-        """Return the video tokens, B L C in float32, and the other inputs of the blocks."""
         if noisy.shape[1] != self.config.in_dim:
             raise ValueError(f"{noisy.shape[1]} input channels, the model takes {self.config.in_dim}")
         if any(size % patch for size, patch in zip(noisy.shape[2:], self.config.patch_size, strict=True)):
@@ -306,7 +275,21 @@ class WanModel(nn.Module):
             *(grid, rotary, tuple(texts), tuple(repeats), image_tokens, time, modulation, given, dtype),
             *(self.attention, tweaks.steer),
         )
-        return rearrange(patches, "b c f h w -> b (f h w) c").contiguous(), tokens
+        return Hidden(rearrange(patches, "b c f h w -> b (f h w) c").contiguous(), tokens)
+
+    def unembed(self, x: Tensor, tokens: WanTokens) -> Tensor:
+        """Turn video tokens B L C into the velocity, B out_dim F H W in float32; 0 for given frames."""
+        frames, rows, columns = tokens.grid
+        pf, ph, pw = self.config.patch_size
+        velocity = rearrange(
+            self.head(x, tokens),
+            "b (f h w) (pf ph pw c) -> b c (f pf) (h ph) (w pw)",
+            **{"f": frames, "h": rows, "w": columns, "pf": pf, "ph": ph, "pw": pw},
+        )
+        if not tokens.given:
+            return velocity
+        given = tokens.given // (rows * columns) * pf
+        return torch.cat([torch.zeros_like(velocity[:, :, :given]), velocity[:, :, given:]], dim=2)
 
     def _embed_times(self, timesteps: Tensor, has_given: bool) -> tuple[Tensor, Tensor]:
         """Return the embedded times, B S C, and their modulation, B S 6 C; first those of given frames, 0.
