@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from flux.configs import FluxConfig
 from hunyuan_model.blocks import DoubleStreamBlock, Heads, HunyuanTokens, attend_turned, split_heads
-from hunyuan_model.joining import join_gelu
+from hunyuan_model.joining import gelu, join_gelu
 from modules.devices import send_ahead
 from modules.layers.modulation import add_gated, modulate
-from modules.layers.norms import Float32LayerNorm, ScaleNorm, in_own_dtype
+from modules.layers.norms import Float32LayerNorm, ScaleNorm, TwoLayers, in_own_dtype
 
 
 class Modulation(nn.Module):
@@ -88,18 +88,6 @@ class JointAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
 
-class FluxMlp(nn.Sequential):
-    """Two layers with a GELU, in its tanh approximation, between them."""
-
-    def __init__(self, config: FluxConfig) -> None:
-        layers = nn.Linear(config.dim, config.ffn_dim), nn.Linear(config.ffn_dim, config.dim)
-        super().__init__(layers[0], nn.GELU(approximate="tanh"), layers[1])
-
-    def forward(self, x: Tensor) -> Tensor:
-        first, activation, second = self
-        return in_own_dtype(second, activation(in_own_dtype(first, x)))
-
-
 class DoubleBlock(DoubleStreamBlock):
     """Block in which picture and text have separate weights and share one attention."""
 
@@ -108,10 +96,11 @@ class DoubleBlock(DoubleStreamBlock):
         super().__init__(dim, config.eps)
         self.img_mod = modulation_of(config, "picture", index)
         self.img_attn = JointAttention(dim, config.num_heads, config.eps)
-        self.img_mlp = FluxMlp(config)
+        sizes = (config.dim, config.ffn_dim, config.dim)
+        self.img_mlp = TwoLayers("0 2", sizes, gelu)
         self.txt_mod = modulation_of(config, "text", index)
         self.txt_attn = JointAttention(dim, config.num_heads, config.eps)
-        self.txt_mlp = FluxMlp(config)
+        self.txt_mlp = TwoLayers("0 2", sizes, gelu)
 
     def layers(self, is_text: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
         if is_text:

@@ -8,7 +8,6 @@ Source: the released code of FLUX.1 (Black Forest Labs) and of Chroma. `blocks.p
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -16,25 +15,13 @@ from flux.blocks import DoubleBlock, ModulationRows, SingleBlock, modulation_of
 from flux.configs import PATCH, ApproximatorConfig, FluxConfig
 from flux.spec import GUIDANCE_UNIT, dit_spec
 from hunyuan_model.blocks import EmbeddedText, HunyuanTokens, join_tokens
-from hunyuan_model.model import HunyuanFinalLayer, PooledTextEmbedding, real_tokens, rotary_widths
+from hunyuan_model.model import TWO_LAYERS, HunyuanFinalLayer, real_tokens, rotary_widths
 from modules.attention.attend import Lengths, lengths_on
 from modules.contract.steps import NO_TWEAKS, Tweaks
-from modules.layers.norms import ScaleNorm, activation_dtype, in_own_dtype
+from modules.layers.norms import ScaleNorm, TwoLayers, activation_dtype, in_own_dtype
 from modules.layers.rope import Grid, GridTable, exact_table, joined_tables, sinusoid, table_maker
 from modules.run_blocks import BlockNetwork, Hidden
 from modules.speed_options import SDPA, AttentionChoice
-
-
-class ApproximatorLayer(nn.Module):
-    """Two layers with a SiLU between them."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.in_layer = nn.Linear(dim, dim)
-        self.out_layer = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return in_own_dtype(self.out_layer, functional.silu(in_own_dtype(self.in_layer, x)))
 
 
 class Approximator(nn.Module):
@@ -45,7 +32,8 @@ class Approximator(nn.Module):
         super().__init__()
         self.config, self.rows = config, rows
         self.in_proj = nn.Linear(config.in_dim, config.dim)
-        self.layers = nn.ModuleList(ApproximatorLayer(config.dim) for _ in range(config.layers))
+        sizes = (config.dim,) * 3
+        self.layers = nn.ModuleList(TwoLayers(TWO_LAYERS, sizes) for _ in range(config.layers))
         self.norms = nn.ModuleList(ScaleNorm(config.dim, eps) for _ in range(config.layers))
         self.out_proj = nn.Linear(config.dim, out_dim)
 
@@ -105,10 +93,10 @@ class FluxModel(BlockNetwork):
         self.img_in = nn.Linear(config.token_dim, dim)
         self.txt_in = nn.Linear(config.text_dim, dim)
         if config.approximator is None:
-            self.time_in = PooledTextEmbedding(config.freq_dim, dim)
-            self.vector_in = PooledTextEmbedding(config.pooled_dim, dim)
+            self.time_in = TwoLayers(TWO_LAYERS, (config.freq_dim, dim, dim), in_float32=True)
+            self.vector_in = TwoLayers(TWO_LAYERS, (config.pooled_dim, dim, dim), in_float32=True)
             if config.has_guidance:
-                self.guidance_in = PooledTextEmbedding(config.freq_dim, dim)
+                self.guidance_in = TwoLayers(TWO_LAYERS, (config.freq_dim, dim, dim), in_float32=True)
         else:
             self.distilled_guidance_layer = Approximator(
                 config.approximator, config.modulations, dim, config.eps

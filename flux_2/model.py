@@ -18,7 +18,13 @@ from flux_2.configs import AXES, DIT, Flux2Config
 from hunyuan_model import blocks
 from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.layers.modulation import add_gated, modulate
-from modules.layers.norms import Float32LayerNorm, ScaleNorm, activation_dtype, in_own_dtype, run_float32
+from modules.layers.norms import (
+    Float32LayerNorm,
+    ScaleNorm,
+    TwoLayers,
+    activation_dtype,
+    in_own_dtype,
+)
 from modules.layers.rope import Grid, GridTable, exact_table, joined_tables, sinusoid, table_maker
 from modules.run_blocks import BlockNetwork, Hidden
 from modules.speed_options import SDPA, AttentionChoice
@@ -51,18 +57,6 @@ class SharedModulation(nn.Module):
 
     def forward(self, vector: Tensor) -> Tensor:
         return in_own_dtype(self.lin, functional.silu(vector)).float().unflatten(-1, (self.count, -1))
-
-
-class WaveEmbedding(nn.Module):
-    """Embed a number per sample, from its sinusoid: B E -> B C float32."""
-
-    def __init__(self, width: int, dim: int) -> None:
-        super().__init__()
-        self.in_layer = nn.Linear(width, dim, bias=False)
-        self.out_layer = nn.Linear(dim, dim, bias=False)
-
-    def forward(self, waves: Tensor) -> Tensor:
-        return run_float32(self.out_layer, functional.silu(run_float32(self.in_layer, waves)))
 
 
 class PairNorm(nn.Module):
@@ -176,9 +170,10 @@ class Flux2Model(BlockNetwork):
         dim = config.dim
         self.img_in = nn.Linear(config.channels, dim, bias=False)
         self.txt_in = nn.Linear(config.text_dim, dim, bias=False)
-        self.time_in = WaveEmbedding(config.freq_dim, dim)
+        layers, sizes = "in_layer out_layer", (config.freq_dim, dim, dim)
+        self.time_in = TwoLayers(layers, sizes, bias=False, in_float32=True)
         if config.has_guidance:
-            self.guidance_in = WaveEmbedding(config.freq_dim, dim)
+            self.guidance_in = TwoLayers(layers, sizes, bias=False, in_float32=True)
         self.double_stream_modulation_img = SharedModulation(dim, 6)
         self.double_stream_modulation_txt = SharedModulation(dim, 6)
         self.single_stream_modulation = SharedModulation(dim, 3)

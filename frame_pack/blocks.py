@@ -5,8 +5,6 @@ used. Source: the released model code; Zhang and Agrawala 2025, arXiv 2504.12626
 """
 # Letters: B batch, L latent tokens, T tokens of image and text, N heads, D head width, C = N * D
 
-from collections.abc import Callable
-
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
@@ -14,7 +12,7 @@ from hunyuan_model.blocks import DoubleStreamBlock, Heads, HunyuanModulation, Hu
 from hunyuan_model.joining import gelu, join_gelu
 from modules.attention.attend import Lengths, attend
 from modules.layers.modulation import add_gated, modulate
-from modules.layers.norms import Float32LayerNorm, RMSNorm, in_own_dtype
+from modules.layers.norms import Float32LayerNorm, NamedFeedForward, RMSNorm, in_own_dtype
 from modules.speed_options import AttentionChoice
 
 
@@ -87,30 +85,6 @@ class RefinerAttention(nn.Module):
         return in_own_dtype(self.to_out[0], attend(q, k, v, attention, lengths).flatten(2))
 
 
-class FeedForwardProjection(nn.Module):
-    """First layer of a feed-forward, under its name in the files."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(dim, hidden)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return in_own_dtype(self.proj, x)
-
-
-class FramePackFeedForward(nn.Module):
-    """Two layers with an activation between them."""
-
-    def __init__(self, dim: int, hidden: int, activation: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        # the second entry is dropout in the released code and has no weights
-        self.net = nn.ModuleList([FeedForwardProjection(dim, hidden), nn.Identity(), nn.Linear(hidden, dim)])
-        self._activation = activation
-
-    def forward(self, x: Tensor) -> Tensor:
-        return in_own_dtype(self.net[2], self._activation(self.net[0](x)))
-
-
 class HunyuanVideoTransformerBlock(DoubleStreamBlock):
     """Block in which latents, and image and text, have separate weights and share one attention."""
 
@@ -119,8 +93,8 @@ class HunyuanVideoTransformerBlock(DoubleStreamBlock):
         self.norm1 = HunyuanModulation(dim, 6)
         self.norm1_context = HunyuanModulation(dim, 6)
         self.attn = FramePackAttention(dim, num_heads, eps)
-        self.ff = FramePackFeedForward(dim, ffn_dim, gelu)
-        self.ff_context = FramePackFeedForward(dim, ffn_dim, gelu)
+        self.ff = NamedFeedForward(dim, ffn_dim, gelu)
+        self.ff_context = NamedFeedForward(dim, ffn_dim, gelu)
 
     def layers(self, is_text: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
         if is_text:
@@ -161,7 +135,7 @@ class FramePackRefinerBlock(nn.Module):
         self.norm1 = Float32LayerNorm(dim, eps, affine=True)
         self.attn = RefinerAttention(dim, num_heads)
         self.norm2 = Float32LayerNorm(dim, eps, affine=True)
-        self.ff = FramePackFeedForward(dim, ffn_dim, functional.silu)
+        self.ff = NamedFeedForward(dim, ffn_dim, functional.silu)
         self.norm_out = HunyuanModulation(dim, 2)
 
     def forward(

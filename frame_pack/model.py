@@ -24,11 +24,11 @@ from frame_pack.blocks import (
 from frame_pack.configs import DIT, FramePackConfig
 from hunyuan_model.blocks import EmbeddedText, HunyuanModulation, HunyuanTokens, join_tokens
 from hunyuan_model.model import PatchEmbedding, check_sizes, count_real, from_patches, rotary_widths
-from hunyuan_model.token_refiner import VectorEmbedding, mean_text, refine_tokens
+from hunyuan_model.token_refiner import mean_text, refine_tokens
 from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.devices import send_ahead
 from modules.layers.modulation import modulate
-from modules.layers.norms import Float32LayerNorm, activation_dtype, in_own_dtype, run_float32
+from modules.layers.norms import Float32LayerNorm, TwoLayers, activation_dtype, in_own_dtype, run_float32
 from modules.layers.rope import CPU, GridTable, angles_at, on_grid, sinusoid, turns
 from modules.run_blocks import BlockNetwork, Hidden
 from modules.speed_options import SDPA, AttentionChoice
@@ -115,10 +115,11 @@ class ConditionEmbedding(nn.Module):
     def __init__(self, config: FramePackConfig, text_dim: int, has_guidance: bool) -> None:
         super().__init__()
         self._freq_dim = config.freq_dim
-        self.timestep_embedder = VectorEmbedding(config.freq_dim, config.dim)
+        numbers, texts = ((width, config.dim, config.dim) for width in (config.freq_dim, text_dim))
+        self.timestep_embedder = TwoLayers("linear_1 linear_2", numbers, in_float32=True)
         if has_guidance:
-            self.guidance_embedder = VectorEmbedding(config.freq_dim, config.dim)
-        self.text_embedder = VectorEmbedding(text_dim, config.dim)
+            self.guidance_embedder = TwoLayers("linear_1 linear_2", numbers, in_float32=True)
+        self.text_embedder = TwoLayers("linear_1 linear_2", texts, in_float32=True)
 
     def forward(self, timesteps: Tensor, text: Tensor, guidance: Tensor | None = None) -> Tensor:
         # timesteps, guidance: B    text: B text_dim
@@ -169,18 +170,6 @@ class FramePackRefiner(nn.Module):
             counts,
             attention,
         )
-
-
-class ImageProjection(nn.Module):
-    """Project states of the image encoder to tokens: B S image_dim -> B S C."""
-
-    def __init__(self, config: FramePackConfig) -> None:
-        super().__init__()
-        self.up = nn.Linear(config.image_dim, config.image_hidden_dim)
-        self.down = nn.Linear(config.image_hidden_dim, config.dim)
-
-    def forward(self, image: Tensor) -> Tensor:
-        return in_own_dtype(self.down, functional.silu(in_own_dtype(self.up, image)))
 
 
 class CleanEmbedding(nn.Module):
@@ -237,7 +226,7 @@ class FramePackModel(BlockNetwork):
         self.x_embedder = PatchEmbedding(config.in_dim, dim, config.patch_size)
         self.clean_x_embedder = CleanEmbedding(config)
         self.context_embedder = FramePackRefiner(config)
-        self.image_projection = ImageProjection(config)
+        self.image_projection = TwoLayers("up down", (config.image_dim, config.image_hidden_dim, dim))
         self.time_text_embed = ConditionEmbedding(config, config.pooled_dim, has_guidance=True)
         sizes = (dim, config.ffn_dim, config.num_heads, config.eps)
         self.transformer_blocks = nn.ModuleList(

@@ -26,10 +26,12 @@ from hunyuan_model.token_refiner import NumberEmbedding, TokenRefiner
 from modules.attention.attend import Lengths, lengths_on
 from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.layers.modulation import modulate
-from modules.layers.norms import Float32LayerNorm, activation_dtype, in_own_dtype, run_float32
+from modules.layers.norms import Float32LayerNorm, TwoLayers, activation_dtype, in_own_dtype
 from modules.layers.rope import Grid, GridTable, exact_table, table_maker
 from modules.run_blocks import BlockNetwork, Hidden
 from modules.speed_options import SDPA, AttentionChoice
+
+TWO_LAYERS = "in_layer out_layer"  # of embeddings, in the files
 
 
 class PatchEmbedding(nn.Module):
@@ -41,18 +43,6 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, noisy: Tensor) -> Tensor:
         return in_own_dtype(self.proj, noisy)
-
-
-class PooledTextEmbedding(nn.Module):
-    """Embed a vector per sample, as the pooled output of the CLIP text encoder: B E -> B C float32."""
-
-    def __init__(self, width: int, dim: int) -> None:
-        super().__init__()
-        self.in_layer = nn.Linear(width, dim)
-        self.out_layer = nn.Linear(dim, dim)
-
-    def forward(self, pooled: Tensor) -> Tensor:
-        return run_float32(self.out_layer, functional.silu(run_float32(self.in_layer, pooled)))
 
 
 class HunyuanFinalLayer(nn.Module):
@@ -91,7 +81,8 @@ class HunyuanVideoModel(BlockNetwork):
         self.img_in = PatchEmbedding(config.in_dim, dim, config.patch_size)
         self.txt_in = TokenRefiner(config)
         self.time_in = NumberEmbedding(config.freq_dim, dim)
-        self.vector_in = PooledTextEmbedding(config.pooled_dim, dim)
+        # of a vector per sample, the pooled output of the CLIP text encoder
+        self.vector_in = TwoLayers(TWO_LAYERS, (config.pooled_dim, dim, dim), in_float32=True)
         if config.has_guidance:
             self.guidance_in = NumberEmbedding(config.freq_dim, dim)
         sizes = (dim, config.ffn_dim, config.num_heads, config.eps)

@@ -22,7 +22,7 @@ from ltx_2.configs import EPS, SOUND, VIDEO, LtxConfig, StreamNames
 from ltx_2.rope import rotate_halves
 from modules.attention.attend import attend
 from modules.layers.modulation import add_gated, modulate, split_segments
-from modules.layers.norms import RMSNorm, in_own_dtype
+from modules.layers.norms import NamedFeedForward, RMSNorm, in_own_dtype
 from modules.layers.rope import rotate
 from modules.speed_options import SDPA, AttentionChoice
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # loaded only if processes share tokens
     from modules.offload.context import TokenPart
 
 Parts = dict[StreamNames, Tensor]  # the tokens of each stream, B L C
+gelu = partial(functional.gelu, approximate="tanh")
 UNSEEN = -1e4  # added to the logarithm of an attention weight that is to be 0
 
 
@@ -164,19 +165,6 @@ class LtxAttention(nn.Module):
         return heads if rotary is None else self._rotate(heads, rotary)
 
 
-class LtxFeedForward(nn.Module):
-    """Two layers with a GELU between them."""
-
-    def __init__(self, dim: int, ffn_dim: int, bias: bool = True) -> None:
-        super().__init__()
-        first = nn.ModuleDict({"proj": nn.Linear(dim, ffn_dim, bias=bias)})
-        self.net = nn.ModuleList([first, nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim, bias=bias)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        first, gelu, last = self.net
-        return in_own_dtype(last, gelu(in_own_dtype(first["proj"], x)))  # type: ignore[index]
-
-
 def norm_tokens(x: Tensor) -> Tensor:
     """Return x / sqrt(mean(x^2) + eps) over the channels, in the dtype of x."""
     return functional.rms_norm(x, x.shape[-1:], eps=EPS)
@@ -196,7 +184,7 @@ class LtxBlock(nn.Module):
             prefix, rows = names.prefix, 9 if config.modulates_text else 6
             for name in ("attn1", "attn2"):
                 setattr(self, prefix + name, attention(*(one.dim,) * 3))
-            setattr(self, f"{prefix}ff", LtxFeedForward(one.dim, one.ffn_dim, one.ff_bias))
+            setattr(self, f"{prefix}ff", NamedFeedForward(one.dim, one.ffn_dim, gelu, one.ff_bias))
             setattr(self, f"{prefix}scale_shift_table", nn.Parameter(torch.zeros(rows, one.dim)))
             if config.modulates_text:
                 setattr(self, f"{prefix}prompt_scale_shift_table", nn.Parameter(torch.zeros(2, one.dim)))

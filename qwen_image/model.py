@@ -22,7 +22,14 @@ from hunyuan_model.model import check_sizes, count_real, from_patches, rotary_wi
 from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.devices import send_ahead
 from modules.layers.modulation import modulate
-from modules.layers.norms import Float32LayerNorm, RMSNorm, activation_dtype, in_own_dtype, run_float32
+from modules.layers.norms import (
+    Float32LayerNorm,
+    NamedFeedForward,
+    RMSNorm,
+    activation_dtype,
+    in_own_dtype,
+    run_float32,
+)
 from modules.layers.rope import GridTable, angles_at, on_grid, sinusoid, turns
 from modules.run_blocks import BlockNetwork, Hidden
 from modules.speed_options import SDPA, AttentionChoice
@@ -71,30 +78,6 @@ class QwenModulation(nn.Sequential):
         return in_own_dtype(self[1], functional.silu(vector)).float().chunk(6, dim=-1)
 
 
-class ProjectedGelu(nn.Module):
-    """A linear layer with a GELU behind it."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(dim, hidden)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return gelu(in_own_dtype(self.proj, x))
-
-
-class QwenMlp(nn.Module):
-    """Two layers with a GELU between them."""
-
-    def __init__(self, config: QwenImageConfig) -> None:
-        super().__init__()
-        last = nn.Linear(config.ffn_dim, config.dim)
-        self.net = nn.ModuleList([ProjectedGelu(config.dim, config.ffn_dim), nn.Identity(), last])
-
-    def forward(self, x: Tensor) -> Tensor:
-        first, _, last = self.net
-        return in_own_dtype(last, first(x))
-
-
 class QwenAttention(nn.Module):
     """The layers around the attention of both streams."""
 
@@ -131,7 +114,7 @@ class QwenBlock(blocks.DoubleStreamBlock):
         super().__init__(config.dim, config.eps)
         self.attn = QwenAttention(config)
         self.img_mod, self.txt_mod = QwenModulation(config.dim), QwenModulation(config.dim)
-        self.img_mlp, self.txt_mlp = QwenMlp(config), QwenMlp(config)
+        self.img_mlp, self.txt_mlp = (NamedFeedForward(config.dim, config.ffn_dim, gelu) for _ in range(2))
 
     def layers(self, is_text: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
         if is_text:
