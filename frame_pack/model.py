@@ -23,7 +23,7 @@ from frame_pack.blocks import (
 )
 from frame_pack.configs import DIT, FramePackConfig
 from hunyuan_model.blocks import EmbeddedText, HunyuanModulation, HunyuanTokens, join_tokens
-from hunyuan_model.model import PatchEmbedding, check_sizes, count_real, from_patches, rotary_widths
+from hunyuan_model.model import check_sizes, count_real, from_patches, rotary_widths
 from hunyuan_model.token_refiner import mean_text, refine_tokens
 from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.devices import send_ahead
@@ -223,7 +223,8 @@ class FramePackModel(BlockNetwork):
         self.config = config
         self.attention = attention
         dim = config.dim
-        self.x_embedder = PatchEmbedding(config.in_dim, dim, config.patch_size)
+        patches = nn.Conv3d(config.in_dim, dim, config.patch_size, config.patch_size)
+        self.x_embedder = nn.ModuleDict({"proj": patches})
         self.clean_x_embedder = CleanEmbedding(config)
         self.context_embedder = FramePackRefiner(config)
         self.image_projection = TwoLayers("up down", (config.image_dim, config.image_hidden_dim, dim))
@@ -282,7 +283,7 @@ class FramePackModel(BlockNetwork):
         if tweaks.slow_frames is not None:
             raise ValueError("sections keep the frames' positions within the trained range: none is slowed")
         dtype = activation_dtype(noisy.device, self.compute_dtype)
-        patches = self.x_embedder(noisy)  # B C f h w
+        patches = in_own_dtype(self.x_embedder["proj"], noisy)  # B C f h w
         grid = (patches.shape[2], patches.shape[3], patches.shape[4])
         latents = [self.clean_x_embedder(one.latents, one.times).to(dtype) for one in given[:-1]]
         latents.append(patches.to(dtype).flatten(2).transpose(1, 2))

@@ -34,17 +34,6 @@ from modules.speed_options import SDPA, AttentionChoice
 GLYPH_EPS = 1e-5  # of the norm before the glyph layers
 
 
-class PixelEmbedding(nn.Module):
-    """Embed each pixel of a latent picture: B in_dim H W -> B C H W."""
-
-    def __init__(self, in_dim: int, dim: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(in_dim, dim, 1)
-
-    def forward(self, noisy: Tensor) -> Tensor:
-        return in_own_dtype(self.proj, noisy)
-
-
 class GlyphEmbedding(nn.Module):
     """Turn states of the glyph encoder into text tokens: B G glyph_dim -> B G C."""
 
@@ -72,7 +61,7 @@ class HunyuanImageModel(BlockNetwork):
         self.attention = attention
         dim = config.dim
         self.byt5_in = GlyphEmbedding(config)
-        self.img_in = PixelEmbedding(config.in_dim, dim)
+        self.img_in = nn.ModuleDict({"proj": nn.Conv2d(config.in_dim, dim, 1)})
         self.txt_in = TokenRefiner(config)
         self.time_in = NumberEmbedding(config.freq_dim, dim)
         sizes = (dim, config.ffn_dim, config.num_heads, config.eps)
@@ -103,7 +92,7 @@ class HunyuanImageModel(BlockNetwork):
         if noisy.shape[1] != self.config.in_dim:
             raise ValueError(f"{noisy.shape[1]} input channels, the model takes {self.config.in_dim}")
         dtype = activation_dtype(noisy.device, self.compute_dtype)
-        pixels = self.img_in(noisy).to(dtype)  # B C H W
+        pixels = in_own_dtype(self.img_in["proj"], noisy).to(dtype)  # B C H W
         rows, columns = pixels.shape[2:]
         rotary = self._rotary.of(Grid((rows, columns)), noisy.device)
         vector = self.time_in(timesteps).unsqueeze(1)

@@ -135,16 +135,17 @@ def join_tokens(
 
 
 class HunyuanModulation(nn.Module):
-    """Compute the shifts, scales and gates of a block."""
+    """Compute the shifts, scales and gates of a block. name: of its layer in files."""
 
-    def __init__(self, dim: int, count: int) -> None:
+    def __init__(self, dim: int, count: int, name: str = "linear") -> None:
         super().__init__()
-        self.count = count
-        self.linear = nn.Linear(dim, count * dim)
+        self.count, self._name = count, name
+        self.add_module(name, nn.Linear(dim, count * dim))
 
     def forward(self, vector: Tensor) -> tuple[Tensor, ...]:
         # vector: B S C float32 -> count tensors B S C float32
-        return in_own_dtype(self.linear, functional.silu(vector)).float().chunk(self.count, dim=-1)
+        linear = getattr(self, self._name)
+        return in_own_dtype(linear, functional.silu(vector)).float().chunk(self.count, dim=-1)
 
 
 class DoubleStreamBlock(nn.Module):

@@ -34,17 +34,6 @@ from modules.speed_options import SDPA, AttentionChoice
 TWO_LAYERS = "in_layer out_layer"  # of embeddings, in the files
 
 
-class PatchEmbedding(nn.Module):
-    """Embed latents as tokens on a grid: B in_dim F H W -> B C f h w."""
-
-    def __init__(self, in_dim: int, dim: int, patch_size: tuple[int, int, int]) -> None:
-        super().__init__()
-        self.proj = nn.Conv3d(in_dim, dim, patch_size, patch_size)
-
-    def forward(self, noisy: Tensor) -> Tensor:
-        return in_own_dtype(self.proj, noisy)
-
-
 class HunyuanFinalLayer(nn.Module):
     """Final norm, modulated by the embedding, and projection to patches of so many numbers."""
 
@@ -78,7 +67,8 @@ class HunyuanVideoModel(BlockNetwork):
         self.config = config
         self.attention = attention
         dim = config.dim
-        self.img_in = PatchEmbedding(config.in_dim, dim, config.patch_size)
+        patches = nn.Conv3d(config.in_dim, dim, config.patch_size, config.patch_size)
+        self.img_in = nn.ModuleDict({"proj": patches})
         self.txt_in = TokenRefiner(config)
         self.time_in = NumberEmbedding(config.freq_dim, dim)
         # of a vector per sample, the pooled output of the CLIP text encoder
@@ -118,7 +108,7 @@ class HunyuanVideoModel(BlockNetwork):
         if self.config.has_guidance and guidance is None:
             raise ValueError("the model has a guidance embedding, but no guidance is given")
         dtype = activation_dtype(noisy.device, self.compute_dtype)
-        patches = self.img_in(noisy).to(dtype)  # B C f h w
+        patches = in_own_dtype(self.img_in["proj"], noisy).to(dtype)  # B C f h w
         grid = (patches.shape[2], patches.shape[3], patches.shape[4])
         rotary = self._rotary.of(Grid(grid, tweaks.slow_frames), noisy.device)
         guided = guidance if self.config.has_guidance and tweaks.embedded_guidance else None

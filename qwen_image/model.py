@@ -67,17 +67,6 @@ class QwenLayout(NamedTuple):
     texts: tuple[int, ...]  # tokens of each text
 
 
-class QwenModulation(nn.Sequential):
-    """Compute the shifts, scales and gates of a block."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__(nn.SiLU(), nn.Linear(dim, 6 * dim))
-
-    def forward(self, vector: Tensor) -> tuple[Tensor, ...]:
-        # vector: B S C float32 -> 6 tensors B S C float32
-        return in_own_dtype(self[1], functional.silu(vector)).float().chunk(6, dim=-1)
-
-
 class QwenAttention(nn.Module):
     """The layers around the attention of both streams."""
 
@@ -113,7 +102,7 @@ class QwenBlock(blocks.DoubleStreamBlock):
     def __init__(self, config: QwenImageConfig) -> None:
         super().__init__(config.dim, config.eps)
         self.attn = QwenAttention(config)
-        self.img_mod, self.txt_mod = QwenModulation(config.dim), QwenModulation(config.dim)
+        self.img_mod, self.txt_mod = (blocks.HunyuanModulation(config.dim, 6, "1") for _ in range(2))
         self.img_mlp, self.txt_mlp = (NamedFeedForward(config.dim, config.ffn_dim, gelu) for _ in range(2))
 
     def layers(self, is_text: bool) -> tuple[nn.Module, nn.Module, nn.Module]:

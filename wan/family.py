@@ -81,7 +81,6 @@ from wan.vae import normalise
 logger = logging.getLogger(__name__)
 
 VACE_INPUTS = (("vace_control", "control"), ("vace_scales", "hint_scales"))  # conditions -> of the network
-VACE_REFERENCES = ReferenceRules(MOST_REFERENCES, clips=True, on_white=True, control_masks=True)
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,9 @@ class Wan(OneTransformer):
     @property
     def references(self) -> ReferenceRules | None:
         """Return how items' references are cached and learned; those of requests are in `wan.vace`."""
-        return VACE_REFERENCES if VACE in (self.image_kind, self.files.task.kind) else None
+        if VACE not in (self.image_kind, self.files.task.kind):
+            return None
+        return ReferenceRules(MOST_REFERENCES, clips=True, on_white=True, control_masks=True)
 
     @property
     def fuller(self) -> tuple[str, ...]:

@@ -130,7 +130,7 @@ class WanFiles(TransformerFiles):
 
     def check_texts(self, config: Any, needed: bool) -> None:
         if self.t5 is not None or needed:
-            read_once(self.t5_path, import_own("wan.encoder_checkpoints").read_t5)
+            read_once(self.t5_path, import_own("encoders.t5_network").read_t5, import_own("wan.t5").UMT5)
         if self.t5_tokenizer is not None:
             import_own("wan.t5").TOKENIZER.files.check_given(self.t5_tokenizer)
 
@@ -139,7 +139,7 @@ class WanFiles(TransformerFiles):
             self.check_dits()
         super().check(needed)
         if self.clip is not None or ("clip" in needed and self.task.has_features):
-            read_once(self.clip_path, import_own("wan.encoder_checkpoints").read_clip)
+            read_once(self.clip_path, import_own("wan.clip").read_clip)
 
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from encoders.t5_network import T5Network, load_t5
+from encoders.t5_network import T5Kind, T5Network, load_t5
 from encoders.text_encoder import END, FileTextEncoder, TextTokenizer, TokenizerSource, Written, in_groups
 from modules.checkpoints.tokenizers import TokenizerFiles
 from modules.contract.data import Conditions
@@ -20,10 +20,16 @@ from modules.contract.family import EncoderAbilities
 from modules.contract.loading import BlockPlace
 from modules.contract.requests import Prompt, Spans
 from modules.errors import InstallationError
-from wan.encoder_checkpoints import UMT5
 from wan.spec import TEXT_KEYS
 
 MAX_TOKENS = 512  # with the end token, as trained
+UMT5 = T5Kind(
+    name="umT5",
+    what="an umT5 encoder",
+    option="--t5",
+    release="models_t5_umt5-xxl-enc-bf16.pth or umt5_xxl_*.safetensors",
+    has_own_tables=True,
+)
 TOKENIZER = TokenizerSource(
     TokenizerFiles(
         option="--t5_tokenizer",

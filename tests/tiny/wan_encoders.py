@@ -12,8 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 
 from encoders.t5_network import T5Config, T5Network
-from wan.clip import WanClipVision
-from wan.encoder_checkpoints import ClipConfig
+from wan.clip import ClipConfig, WanClipVision
 from wan.vae import WanVae
 from wan.vae_blocks import VaeLayer, WanVaeConfig
 

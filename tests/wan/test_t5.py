@@ -11,8 +11,7 @@ from encoders.t5_network import T5Network, load_t5, relative_bucket
 from modules.contract.requests import Prompt
 from tests.golden_cases import make_weights, read_case
 from tests.tiny.wan_encoders import T5_FILE, TEXT_DIM, t5_config, t5_tensors, write_tokenizer
-from wan.encoder_checkpoints import UMT5
-from wan.t5 import TOKENIZER, WanTextEncoder, clean_spans, clean_text
+from wan.t5 import TOKENIZER, UMT5, WanTextEncoder, clean_spans, clean_text
 
 CPU = torch.device("cpu")
 
