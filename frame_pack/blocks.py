@@ -16,8 +16,8 @@ from modules.layers.norms import Float32LayerNorm, NamedFeedForward, RMSNorm, in
 from modules.speed_options import AttentionChoice
 
 
-class FramePackAttention(nn.Module):
-    """Joint attention of latent tokens and image and text tokens; the two groups have separate weights."""
+class SingleAttention(nn.Module):
+    """Attention among all tokens with shared weights; the block projects the result."""
 
     def __init__(self, dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
@@ -27,6 +27,19 @@ class FramePackAttention(nn.Module):
         self.to_q = nn.Linear(dim, dim)
         self.to_k = nn.Linear(dim, dim)
         self.to_v = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
+        # x: B L+T C
+        q = self.norm_q(heads(self.to_q, x, self.num_heads))
+        k = self.norm_k(heads(self.to_k, x, self.num_heads))
+        return attend_turned(q, k, heads(self.to_v, x, self.num_heads), tokens)
+
+
+class FramePackAttention(SingleAttention):
+    """Joint attention of latent tokens and image and text tokens; the two groups have separate weights."""
+
+    def __init__(self, dim: int, num_heads: int, eps: float) -> None:
+        super().__init__(dim, num_heads, eps)
         self.norm_added_q = RMSNorm(dim // num_heads, eps)
         self.norm_added_k = RMSNorm(dim // num_heads, eps)
         # in the order of the released code, which determines the order of a LoRA's tensors
@@ -47,25 +60,6 @@ class FramePackAttention(nn.Module):
             layers, norms = (self.to_q, self.to_k, self.to_v), (self.norm_q, self.norm_k)
         q, k, v = (heads(layer, x, self.num_heads) for layer in layers)
         return norms[0](q), norms[1](k), v
-
-
-class SingleAttention(nn.Module):
-    """Attention among all tokens with shared weights; the block projects the result."""
-
-    def __init__(self, dim: int, num_heads: int, eps: float) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.norm_q = RMSNorm(dim // num_heads, eps)
-        self.norm_k = RMSNorm(dim // num_heads, eps)
-        self.to_q = nn.Linear(dim, dim)
-        self.to_k = nn.Linear(dim, dim)
-        self.to_v = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
-        # x: B L+T C
-        q = self.norm_q(heads(self.to_q, x, self.num_heads))
-        k = self.norm_k(heads(self.to_k, x, self.num_heads))
-        return attend_turned(q, k, heads(self.to_v, x, self.num_heads), tokens)
 
 
 class RefinerAttention(nn.Module):

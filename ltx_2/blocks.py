@@ -98,7 +98,7 @@ class LtxTokens:
     bins: int  # of a latent frame of sound; 0 without sound
     dtype: torch.dtype  # of activations between layers
     attention: AttentionChoice
-    combine: Callable[..., Tensor]  # of what attention sees of each text, B L N D
+    combine: Callable[..., Tensor] | None  # what attention sees of each text, B L N D; None: there is one
     sees_values: bool = False  # self-attention is replaced by its values
     keeps_references: bool = False  # their velocities are wanted too
 
@@ -225,7 +225,8 @@ class LtxBlock(nn.Module):
             texts = tuple(modulate(text, shift, scale, dtype) for text in texts)
         query = layer.queries(h)
         seen = [_attend(query, layer.keys(text), layer.values(text), tokens) for text in texts]
-        return add_gated(x, query_gate, layer.project(h, tokens.combine(*seen)), stream.given)
+        of_all = seen[0] if tokens.combine is None else tokens.combine(*seen)
+        return add_gated(x, query_gate, layer.project(h, of_all), stream.given)
 
     def see_each_other(self, parts: Parts, tokens: LtxTokens) -> Parts:
         """Add attention between the streams; both directions start from the same tokens."""

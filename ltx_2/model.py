@@ -192,7 +192,7 @@ class LtxModel(nn.Module):
             )
         grid = tuple(latents[VIDEO].shape[2:]) if VIDEO in latents else ()
         bins = latents[SOUND].shape[3] if SOUND in latents else 0
-        how = self.attention, tweaks.steer or see_one
+        how = self.attention, tweaks.steer
         tokens = LtxTokens(streams, grid, bins, dtype, *how, keeps_references=references.share > 0)
         return tokens.join(parts), tokens
 
@@ -288,7 +288,3 @@ class LtxModel(nn.Module):
             numbers = one.shape[1] if names is VIDEO else one.shape[1] * one.shape[3]
             if numbers != config.channels:
                 raise ValueError(f"{numbers} numbers in a token of {what}, the model takes {config.channels}")
-
-
-def see_one(seen: Tensor) -> Tensor:
-    return seen
