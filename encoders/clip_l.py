@@ -135,7 +135,8 @@ class PooledClip(FileTextEncoder[ClipText]):
         return self.identify(self.use.name, config=said, dtype=dtype_name(self.dtype))
 
     def write(self, prompt: Prompt) -> Written:
-        return Written(prompt.text if prompt.second is None else prompt.second, ())
+        text = prompt.text if prompt.second is None else prompt.second
+        return Written(text, text, ())
 
     def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
         """Raise CheckpointError unless it puts a text between two tokens."""

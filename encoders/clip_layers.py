@@ -31,6 +31,7 @@ from modules.checkpoints.opening import open_checkpoint
 from modules.contract.family import DitSpec
 from modules.contract.steps import Tweaks
 from modules.errors import CheckpointError
+from modules.layers.norms import TwoLayers
 from modules.run_blocks import Hidden, run_blocks
 
 # Letters: B batch, L tokens, N heads, D head width, C = N * D
@@ -94,19 +95,6 @@ class ClipAttention(nn.Module):
         )
 
 
-class ClipFeedForward(nn.Module):
-    """Two linear layers with the tower's activation between them."""
-
-    def __init__(self, config: LayerConfig) -> None:
-        super().__init__()
-        self.activation = ACTIVATIONS[config.activation]
-        self.fc1 = nn.Linear(config.dim, config.ffn_dim)
-        self.fc2 = nn.Linear(config.ffn_dim, config.dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.activation(self.fc1(x)))
-
-
 class ClipLayer(nn.Module):
     """Attention and feed-forward, each applied to the normed stream and added to it.
 
@@ -118,7 +106,8 @@ class ClipLayer(nn.Module):
         self.layer_norm1 = nn.LayerNorm(config.dim, config.eps)
         self.self_attn = ClipAttention(config, is_causal)
         self.layer_norm2 = nn.LayerNorm(config.dim, config.eps)
-        self.mlp = ClipFeedForward(config)
+        sizes = (config.dim, config.ffn_dim, config.dim)
+        self.mlp = TwoLayers("fc1 fc2", sizes, ACTIVATIONS[config.activation])
 
     def forward(self, x: Tensor, tokens: None = None) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x))

@@ -11,6 +11,7 @@ Source of the chat templates: the released tokenizers of Qwen3.
 import functools
 import hashlib
 import logging
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -186,9 +187,8 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         path: file or folder of the model, or a release's folder that holds it as `text_encoder`. dtype:
         compute dtype. form: as of `load_planned`. on_cpu: compute there, whatever the device.
         """
-        super().__init__(inside(path, "text_encoder"), tokenizer)
-        self.use, self.dtype = use, dtype
-        self.form, self.on_cpu = form, on_cpu
+        super().__init__(inside(path, "text_encoder"), tokenizer, form)
+        self.use, self.dtype, self.on_cpu = use, dtype, on_cpu
         self.name, self.source, self.most = use.name, use.source, use.most
         self.keys = use.keys
         self.variable_length = use.keys if use.pad is None else frozenset()
@@ -222,7 +222,9 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
 
     def write(self, prompt: Prompt) -> Written:
         use = self.use
-        return Written(prompt.text, prompt.spans, use.before, use.after, keeps_after=use.keeps_after)
+        start, text = len(use.before), f"{use.before}{prompt.text}{use.after}"
+        end = start + len(prompt.text) if use.keeps_after else math.inf
+        return Written(text, prompt.text, prompt.spans, start, end)
 
     def count_dropped(self, tokenizer: TextTokenizer) -> int:
         known = self.use.dropped
@@ -347,7 +349,12 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             if own.sides and token in tokenizer.read(one.own).ids:
                 raise MediaError(f"{use.token} stands for a picture. Leave it out of the prompt: {one.own}")
             text = "".join(use.write(index, count) for index, count in enumerate(own.counts, 1))
-            written.append(one._replace(before=one.before + text, uncounted=sum(own.counts)))
+            whole, size = one.text[: one.start] + text + one.text[one.start :], len(text)
+            written.append(
+                one._replace(
+                    text=whole, start=one.start + size, end=one.end + size, uncounted=sum(own.counts)
+                )
+            )
         return self.encode_written(written, functools.partial(self.compute, pictures=shown))
 
 

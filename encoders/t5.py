@@ -117,12 +117,11 @@ class T5TextEncoder(FileTextEncoder[T5Network]):
         padding; otherwise padding counts as tokens. form: as of `load_planned`.
         """
         there = (folder for folder in use.folders if (path / folder).is_dir())
-        super().__init__(inside(path, next(there, "")), tokenizer)
+        super().__init__(inside(path, next(there, "")), tokenizer, form)
         self.name, self.keys, self.weighed, self.most = use.name, use.keys, use.states, max_length
         self.dtype = dtype
         self.source = TokenizerSource(use.tokenizer, end=TEXT_END, may_be_inside=True)
         self.uses_mask = uses_mask
-        self.form = form
         self.use = use
 
     @property

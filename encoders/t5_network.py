@@ -203,35 +203,6 @@ class T5Attention(nn.Module):
         return self.o(torch.cat(outputs, dim=1).transpose(0, 1).flatten(1))
 
 
-class T5FeedForward(nn.Module):
-    """Gated feed-forward: fc2(fc1(x) * gelu(gate(x)))."""
-
-    def __init__(self, config: T5Config) -> None:
-        super().__init__()
-        self.gate = nn.Sequential(
-            nn.Linear(config.dim, config.ffn_dim, bias=False), nn.GELU(approximate="tanh")
-        )
-        self.fc1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.fc2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.fc1(x) * self.gate(x))
-
-
-class PositionTable(nn.Module):
-    """Attention bias of each head, looked up by the relative position of two tokens."""
-
-    def __init__(self, config: T5Config) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(config.num_buckets, config.num_heads)
-
-    def forward(self, length: int) -> Tensor:
-        """Return the bias for `length` tokens, N n n: head, query, key."""
-        buckets = relative_bucket(torch.arange(1 - length, length), self.embedding.num_embeddings)
-        by_distance = self.embedding(send_ahead(buckets, self.embedding.weight.device)).T  # N 2n-1
-        return by_distance.unfold(1, length, 1).flip(1)  # query i takes the window that begins at distance -i
-
-
 @dataclass(eq=False)
 class T5Tokens:
     """The prompts that the rows of `Hidden.x` belong to."""
@@ -250,15 +221,29 @@ class T5Block(nn.Module):
         self.norm1 = T5Norm(config.dim)
         self.attn = T5Attention(config)
         self.norm2 = T5Norm(config.dim)
-        self.ffn = T5FeedForward(config)
-        self.pos_embedding = PositionTable(config) if has_table else None
+        gate = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.ffn = nn.ModuleDict(
+            {
+                "gate": nn.Sequential(gate, nn.GELU(approximate="tanh")),
+                "fc1": nn.Linear(config.dim, config.ffn_dim, bias=False),
+                "fc2": nn.Linear(config.ffn_dim, config.dim, bias=False),
+            }
+        )
+        table = nn.Embedding(config.num_buckets, config.num_heads) if has_table else None
+        self.pos_embedding = None if table is None else nn.ModuleDict({"embedding": table})
 
     def forward(self, x: Tensor, tokens: T5Tokens) -> Tensor:
-        if self.pos_embedding is not None:
-            tokens.bias = self.pos_embedding(max(tokens.lengths))
+        if self.pos_embedding is not None:  # the bias of each head, by the relative position of two tokens
+            table, length = self.pos_embedding["embedding"], max(tokens.lengths)
+            weight = table.get_parameter("weight")
+            buckets = relative_bucket(torch.arange(1 - length, length), len(weight))
+            by_distance = table(send_ahead(buckets, weight.device)).T  # N 2n-1
+            # query i takes the window that begins at distance -i
+            tokens.bias = by_distance.unfold(1, length, 1).flip(1)
         assert tokens.bias is not None
         x = _within_float16(x + self.attn(self.norm1(x), tokens.bias, tokens))
-        return _within_float16(x + self.ffn(self.norm2(x)))
+        h = self.norm2(x)
+        return _within_float16(x + self.ffn["fc2"](self.ffn["fc1"](h) * self.ffn["gate"](h)))
 
 
 def _within_float16(x: Tensor) -> Tensor:
@@ -287,19 +272,15 @@ class T5Network(nn.Module):
         )
         self.norm = T5Norm(config.dim)
 
-    @property
-    def device(self) -> torch.device:
-        return self.norm.weight.device
-
     def forward(self, ids: Sequence[Tensor], visible: Sequence[int] | None = None) -> list[Tensor]:
-        """Encode prompts. ids: one vector of n token ids per prompt. Returns one n C tensor per prompt.
+        """Encode prompts. ids: one vector of n token ids per prompt, on any device. Returns one n C for each.
 
         visible: how many tokens of each prompt the others attend to, from its first: those before its
         padding. None: all.
         """
         lengths = [len(prompt) for prompt in ids]
         tokens = T5Tokens(lengths, lengths if visible is None else visible)
-        hidden = Hidden(self.token_embedding(torch.cat(list(ids))), tokens)
+        hidden = Hidden(self.token_embedding(torch.cat(list(ids)).to(self.norm.weight.device)), tokens)
         run_blocks(self, hidden, NO_TWEAKS)
         return list(self.norm(hidden.x).split(lengths))
 
@@ -310,7 +291,7 @@ class T5Network(nn.Module):
         padding counts as tokens.
         """
         visible = None if mask is None else [int(count) for count in mask.sum(dim=1)]
-        return torch.stack(self(list(ids.to(self.device)), visible))
+        return torch.stack(self(list(ids), visible))
 
 
 def load_t5(

@@ -223,20 +223,12 @@ Network = TypeVar("Network", bound=nn.Module)
 class Written(NamedTuple):
     """A prompt as its encoder reads it."""
 
+    text: str  # with what a template puts around the prompt
     own: str  # the prompt, cleaned
     spans: Spans  # of its parts
-    before: str = ""  # what a template puts in front
-    after: str = ""
+    start: int = 0  # of the prompt in the text
+    end: float = math.inf  # from which character on the text stays if it is cut
     uncounted: int = 0  # tokens in front that stand for pictures: they do not count towards the most
-    keeps_after: bool = False  # what is behind the prompt stays if that is cut
-
-    @property
-    def end(self) -> float:
-        return len(self.before) + len(self.own) if self.keeps_after else math.inf
-
-    @property
-    def text(self) -> str:
-        return f"{self.before}{self.own}{self.after}"
 
 
 class FileTextEncoder(ABC, Generic[Network]):
@@ -257,10 +249,12 @@ class FileTextEncoder(ABC, Generic[Network]):
     tells_cuts: ClassVar[bool] = False  # log each prompt that is too long
     embedding: ClassVar[str] = "embed_tokens.weight"  # of the tokens, in the network
 
-    def __init__(self, path: Path, tokenizer: Path | None) -> None:
-        """Set up the encoder; `load` reads the files. tokenizer: of its option; None looks for it."""
-        self.path = path
-        self.tokenizer = tokenizer
+    def __init__(self, path: Path, tokenizer: Path | None = None, form: str | None = None) -> None:
+        """Set up the encoder; `load` reads the files.
+
+        tokenizer: of its option; None looks for it. form: as of `load_planned`.
+        """
+        self.path, self.tokenizer, self.form = path, tokenizer, form
         self._loaded = LoadedNetwork[Network, TextTokenizer]()
 
     @property
@@ -288,7 +282,7 @@ class FileTextEncoder(ABC, Generic[Network]):
         return {f"{name}{fact}": value for fact, value in found.items()}
 
     def write(self, prompt: Prompt) -> Written:
-        return Written(prompt.text, prompt.spans)
+        return Written(prompt.text, prompt.text, prompt.spans)
 
     def count_dropped(self, tokenizer: TextTokenizer) -> int:
         """Return how many tokens stand before the prompt, whose states are cut off."""
@@ -309,7 +303,7 @@ class FileTextEncoder(ABC, Generic[Network]):
             tokens, own = tokenizer.read(written.text), written.own
             behind = tokens.behind(written.end)
             inside = tokens.places[: len(tokens.places) - behind]
-            ends = [0 if place is None else place[1] - len(written.before) for place in inside]
+            ends = [0 if place is None else place[1] - written.start for place in inside]
             kept = kept_characters(ends, dropped + self.most - behind, len(own))
             counted = max(len(tokens.ids) - dropped, 0)
             stored = min(counted, self.most) if self.variable_length else self.most
@@ -377,7 +371,7 @@ class FileTextEncoder(ABC, Generic[Network]):
         weighed = []
         for found, one, tokens in zip(results, written, kept, strict=True):
             if one.spans:
-                start = len(one.before)
+                start = one.start
                 inside = range(start, start + len(one.own))  # tokens around the prompt have the weight 1
                 own = [place if place and place[0] in inside else None for place in tokens.places[dropped:]]
                 spans = [(first + start, last + start, weight) for first, last, weight in one.spans]

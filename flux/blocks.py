@@ -9,28 +9,21 @@ the released code of FLUX.1 and Chroma. Module names follow the published checkp
 # M modulations
 
 import torch
-import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from flux.configs import FluxConfig
-from hunyuan_model.blocks import DoubleStreamBlock, Heads, HunyuanTokens, attend_turned, split_heads
-from hunyuan_model.joining import join_gelu
+from hunyuan_model.blocks import (
+    DoubleStreamBlock,
+    Heads,
+    HunyuanModulation,
+    HunyuanTokens,
+    attend_turned,
+    split_heads,
+)
+from hunyuan_model.joining import gelu, join_gelu
 from modules.devices import send_ahead
 from modules.layers.modulation import add_gated, modulate
-from modules.layers.norms import Float32LayerNorm, ScaleNorm, in_own_dtype
-
-
-class Modulation(nn.Module):
-    """Compute the shifts, scales and gates of a block from the embedding of timestep, text and guidance."""
-
-    def __init__(self, dim: int, count: int) -> None:
-        super().__init__()
-        self.count = count
-        self.lin = nn.Linear(dim, count * dim)
-
-    def forward(self, vector: Tensor) -> tuple[Tensor, ...]:
-        # vector: B S C float32 -> count tensors B S C float32
-        return in_own_dtype(self.lin, functional.silu(vector)).float().chunk(self.count, dim=-1)
+from modules.layers.norms import Float32LayerNorm, ScaleNorm, TwoLayers, in_own_dtype
 
 
 class ModulationRows(nn.Module):
@@ -52,7 +45,7 @@ class ModulationRows(nn.Module):
         return vector.index_select(2, self.rows).unbind(2)
 
 
-def modulation_of(config: FluxConfig, kind: str, block: int = 0) -> Modulation | ModulationRows:
+def modulation_of(config: FluxConfig, kind: str, block: int = 0) -> HunyuanModulation | ModulationRows:
     """Return what makes a block's modulation: a layer of its own, or its rows of Chroma's approximator.
 
     kind: single, picture or text (both of double blocks), or final: so the rows stand, one block after the
@@ -60,7 +53,7 @@ def modulation_of(config: FluxConfig, kind: str, block: int = 0) -> Modulation |
     """
     count = {"single": 3, "picture": 6, "text": 6, "final": 2}[kind]
     if config.approximator is None:
-        return Modulation(config.dim, count)
+        return HunyuanModulation(config.dim, count, "lin")
     picture = 3 * config.single_blocks
     text = picture + 6 * config.double_blocks
     final = text + 6 * config.double_blocks
@@ -88,18 +81,6 @@ class JointAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
 
-class FluxMlp(nn.Sequential):
-    """Two layers with a GELU, in its tanh approximation, between them."""
-
-    def __init__(self, config: FluxConfig) -> None:
-        layers = nn.Linear(config.dim, config.ffn_dim), nn.Linear(config.ffn_dim, config.dim)
-        super().__init__(layers[0], nn.GELU(approximate="tanh"), layers[1])
-
-    def forward(self, x: Tensor) -> Tensor:
-        first, activation, second = self
-        return in_own_dtype(second, activation(in_own_dtype(first, x)))
-
-
 class DoubleBlock(DoubleStreamBlock):
     """Block in which picture and text have separate weights and share one attention."""
 
@@ -108,10 +89,11 @@ class DoubleBlock(DoubleStreamBlock):
         super().__init__(dim, config.eps)
         self.img_mod = modulation_of(config, "picture", index)
         self.img_attn = JointAttention(dim, config.num_heads, config.eps)
-        self.img_mlp = FluxMlp(config)
+        sizes = (config.dim, config.ffn_dim, config.dim)
+        self.img_mlp = TwoLayers("0 2", sizes, gelu)
         self.txt_mod = modulation_of(config, "text", index)
         self.txt_attn = JointAttention(dim, config.num_heads, config.eps)
-        self.txt_mlp = FluxMlp(config)
+        self.txt_mlp = TwoLayers("0 2", sizes, gelu)
 
     def layers(self, is_text: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
         if is_text:

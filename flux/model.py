@@ -8,7 +8,6 @@ Source: the released code of FLUX.1 (Black Forest Labs) and of Chroma. `blocks.p
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -16,25 +15,13 @@ from flux.blocks import DoubleBlock, ModulationRows, SingleBlock, modulation_of
 from flux.configs import PATCH, ApproximatorConfig, FluxConfig
 from flux.spec import GUIDANCE_UNIT, dit_spec
 from hunyuan_model.blocks import EmbeddedText, HunyuanTokens, join_tokens
-from hunyuan_model.model import HunyuanFinalLayer, PooledTextEmbedding, real_tokens, rotary_widths
+from hunyuan_model.model import TWO_LAYERS, HunyuanFinalLayer, real_tokens, rotary_widths
 from modules.attention.attend import Lengths, lengths_on
 from modules.contract.steps import NO_TWEAKS, Tweaks
-from modules.layers.norms import ScaleNorm, activation_dtype, in_own_dtype
+from modules.layers.norms import ScaleNorm, TwoLayers, activation_dtype, in_own_dtype
 from modules.layers.rope import Grid, GridTable, exact_table, joined_tables, sinusoid, table_maker
-from modules.run_blocks import Hidden, run_blocks
+from modules.run_blocks import BlockNetwork, Hidden
 from modules.speed_options import SDPA, AttentionChoice
-
-
-class ApproximatorLayer(nn.Module):
-    """Two layers with a SiLU between them."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.in_layer = nn.Linear(dim, dim)
-        self.out_layer = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return in_own_dtype(self.out_layer, functional.silu(in_own_dtype(self.in_layer, x)))
 
 
 class Approximator(nn.Module):
@@ -45,7 +32,8 @@ class Approximator(nn.Module):
         super().__init__()
         self.config, self.rows = config, rows
         self.in_proj = nn.Linear(config.in_dim, config.dim)
-        self.layers = nn.ModuleList(ApproximatorLayer(config.dim) for _ in range(config.layers))
+        sizes = (config.dim,) * 3
+        self.layers = nn.ModuleList(TwoLayers(TWO_LAYERS, sizes) for _ in range(config.layers))
         self.norms = nn.ModuleList(ScaleNorm(config.dim, eps) for _ in range(config.layers))
         self.out_proj = nn.Linear(config.dim, out_dim)
 
@@ -90,8 +78,10 @@ class FluxFinalLayer(HunyuanFinalLayer):
         return super().rows(vector)
 
 
-class FluxModel(nn.Module):
+class FluxModel(BlockNetwork):
     """Predict the velocity of noisy latents of a picture from states of T5 and a vector of CLIP-L."""
+
+    dtype_of = "img_in.bias"
 
     def __init__(self, config: FluxConfig, attention: AttentionChoice = SDPA) -> None:
         """attention: passed to `modules.attention.attend`."""
@@ -103,10 +93,10 @@ class FluxModel(nn.Module):
         self.img_in = nn.Linear(config.token_dim, dim)
         self.txt_in = nn.Linear(config.text_dim, dim)
         if config.approximator is None:
-            self.time_in = PooledTextEmbedding(config.freq_dim, dim)
-            self.vector_in = PooledTextEmbedding(config.pooled_dim, dim)
+            self.time_in = TwoLayers(TWO_LAYERS, (config.freq_dim, dim, dim), in_float32=True)
+            self.vector_in = TwoLayers(TWO_LAYERS, (config.pooled_dim, dim, dim), in_float32=True)
             if config.has_guidance:
-                self.guidance_in = PooledTextEmbedding(config.freq_dim, dim)
+                self.guidance_in = TwoLayers(TWO_LAYERS, (config.freq_dim, dim, dim), in_float32=True)
         else:
             self.distilled_guidance_layer = Approximator(
                 config.approximator, config.modulations, dim, config.eps
@@ -123,38 +113,6 @@ class FluxModel(nn.Module):
         widths = rotary_widths(dim // config.num_heads)
         self._rotary = GridTable(joined_tables(table_maker(exact_table, widths, config.rope_theta)))
 
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        return self.get_parameter("img_in.bias").dtype  # the weights of blocks may be in 8 bits
-
-    def forward(
-        self,
-        noisy: Tensor,
-        timesteps: Tensor,
-        t5: Tensor,
-        t5_mask: Tensor | None = None,
-        pooled: Tensor | None = None,
-        guidance: Tensor | None = None,
-        tweaks: Tweaks = NO_TWEAKS,
-        references: Sequence[Tensor] = (),
-        control: Tensor | None = None,
-    ) -> Tensor:
-        """Velocity B Z 1 H W in float32.
-
-        noisy: B Z 1 H W, H and W even. timesteps: B, 0..1000. t5: B T text_dim, states of T5. t5_mask: B T, 1
-        for real tokens, which come first; None: all count. Chroma keeps one token of padding more. pooled: B
-        pooled_dim, of CLIP-L; None for Chroma. guidance: B, as it is asked for; a model without guidance does
-        not look at it, None is 0. tweaks: ideas that change this call; their second text has the names t5,
-        t5_mask and pooled. references: clean latents of pictures to edit (Kontext), each B Z 1 h w of its own
-        size. control: latents of a control picture for the ControlNet, of the size of noisy. Raises
-        ValueError where sizes do not go together.
-        """
-        hidden = Hidden(*self.embed(noisy, timesteps, t5, t5_mask, pooled, guidance, tweaks, references))
-        if control is not None and self.controlnet is not None:
-            hidden.added = self.controlnet(noisy, timesteps, t5, pooled, guidance, control)
-        run_blocks(self, hidden, tweaks)
-        return self.unembed(hidden.x, hidden.tokens)
-
     def embed(
         self,
         noisy: Tensor,
@@ -165,10 +123,18 @@ class FluxModel(nn.Module):
         guidance: Tensor | None = None,
         tweaks: Tweaks = NO_TWEAKS,
         references: Sequence[Tensor] = (),
-    ) -> tuple[Tensor, HunyuanTokens]:
+        control: Tensor | None = None,
+    ) -> Hidden:
         """Return picture and text tokens, B L+T C, and the other inputs of the blocks.
 
-        References come behind the picture, a second text behind the first one.
+        noisy: B Z 1 H W, H and W even. timesteps: B, 0..1000. t5: B T text_dim, states of T5. t5_mask: B T, 1
+        for real tokens, which come first; None: all count. Chroma keeps one token of padding more. pooled: B
+        pooled_dim, of CLIP-L; None for Chroma. guidance: B, as it is asked for; a model without guidance does
+        not look at it, None is 0. tweaks: ideas that change this call; their second text has the names t5,
+        t5_mask and pooled. references: clean latents of pictures to edit (Kontext), each B Z 1 h w of its own
+        size. control: latents of a control picture for the ControlNet, of the size of noisy. Raises
+        ValueError where sizes do not go together. References come behind the picture, a second text behind
+        the first one.
         """
         self._check([noisy, *references], t5, t5_mask)
         dtype = activation_dtype(noisy.device, self.compute_dtype)
@@ -176,21 +142,24 @@ class FluxModel(nn.Module):
         # a reference stands at the next place of the axis of frames
         grids = [Grid(grid_of(one), first=place) for place, one in enumerate((noisy, *references))]
         rotary = self._rotary.of(tuple(grids), noisy.device)
-        guidance = torch.zeros_like(timesteps) if guidance is None else guidance
+        scale: Tensor | None = torch.zeros_like(timesteps) if guidance is None else guidance
         rows = None
         if self.config.approximator is not None:
             for taken in self._modulation_rows:
                 taken.place(timesteps.device)
-            rows = self.distilled_guidance_layer(timesteps, guidance).unsqueeze(1)
+            rows = self.distilled_guidance_layer(timesteps, scale).unsqueeze(1)
         elif not self.config.has_guidance or not tweaks.embedded_guidance:
-            guidance = None
+            scale = None
         texts = []
         for given in tweaks.texts(len(noisy), t5=t5, t5_mask=t5_mask, pooled=pooled):
             text, lengths = self._embed_text(given["t5"], given["t5_mask"], len(rotary), dtype)
-            vector = self._embed_vector(timesteps, given["pooled"], guidance) if rows is None else rows
+            vector = self._embed_vector(timesteps, given["pooled"], scale) if rows is None else rows
             texts.append(EmbeddedText(text, lengths, vector))
         inputs = {"grid": grids[0].sizes, "rotary": rotary, "dtype": dtype, "attention": self.attention}
-        return join_tokens(pictures, texts, tweaks.steer, **inputs)
+        hidden = join_tokens(pictures, texts, tweaks.steer, **inputs)
+        if control is not None and self.controlnet is not None:
+            hidden.added = self.controlnet(noisy, timesteps, t5, pooled, guidance, control)
+        return hidden
 
     def unembed(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         """Turn tokens B L+T C into the velocity, B Z 1 H W in float32."""

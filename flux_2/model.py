@@ -18,9 +18,15 @@ from flux_2.configs import AXES, DIT, Flux2Config
 from hunyuan_model import blocks
 from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.layers.modulation import add_gated, modulate
-from modules.layers.norms import Float32LayerNorm, ScaleNorm, activation_dtype, in_own_dtype, run_float32
+from modules.layers.norms import (
+    Float32LayerNorm,
+    ScaleNorm,
+    TwoLayers,
+    activation_dtype,
+    in_own_dtype,
+)
 from modules.layers.rope import Grid, GridTable, exact_table, joined_tables, sinusoid, table_maker
-from modules.run_blocks import Hidden, run_blocks
+from modules.run_blocks import BlockNetwork, Hidden
 from modules.speed_options import SDPA, AttentionChoice
 
 GUIDANCE_UNIT = 1000.0  # the model was trained with 1000 times the scale
@@ -51,18 +57,6 @@ class SharedModulation(nn.Module):
 
     def forward(self, vector: Tensor) -> Tensor:
         return in_own_dtype(self.lin, functional.silu(vector)).float().unflatten(-1, (self.count, -1))
-
-
-class WaveEmbedding(nn.Module):
-    """Embed a number per sample, from its sinusoid: B E -> B C float32."""
-
-    def __init__(self, width: int, dim: int) -> None:
-        super().__init__()
-        self.in_layer = nn.Linear(width, dim, bias=False)
-        self.out_layer = nn.Linear(dim, dim, bias=False)
-
-    def forward(self, waves: Tensor) -> Tensor:
-        return run_float32(self.out_layer, functional.silu(run_float32(self.in_layer, waves)))
 
 
 class PairNorm(nn.Module):
@@ -162,10 +156,11 @@ class Flux2FinalLayer(nn.Module):
         return in_own_dtype(self.linear, modulate(self.norm_final(x), shift, scale, tokens.dtype))
 
 
-class Flux2Model(nn.Module):
+class Flux2Model(BlockNetwork):
     """Predict the velocity of noisy latents of a picture from states of a language model."""
 
     spec = DIT
+    dtype_of = "double_blocks.0.img_attn.norm.query_norm.scale"
 
     def __init__(self, config: Flux2Config, attention: AttentionChoice = SDPA) -> None:
         """attention: passed to `modules.attention.attend`."""
@@ -175,9 +170,10 @@ class Flux2Model(nn.Module):
         dim = config.dim
         self.img_in = nn.Linear(config.channels, dim, bias=False)
         self.txt_in = nn.Linear(config.text_dim, dim, bias=False)
-        self.time_in = WaveEmbedding(config.freq_dim, dim)
+        layers, sizes = "in_layer out_layer", (config.freq_dim, dim, dim)
+        self.time_in = TwoLayers(layers, sizes, bias=False, in_float32=True)
         if config.has_guidance:
-            self.guidance_in = WaveEmbedding(config.freq_dim, dim)
+            self.guidance_in = TwoLayers(layers, sizes, bias=False, in_float32=True)
         self.double_stream_modulation_img = SharedModulation(dim, 6)
         self.double_stream_modulation_txt = SharedModulation(dim, 6)
         self.single_stream_modulation = SharedModulation(dim, 3)
@@ -187,32 +183,6 @@ class Flux2Model(nn.Module):
         widths = (dim // config.num_heads // AXES,) * AXES
         self._rotary = GridTable(joined_tables(table_maker(exact_table, widths, config.rope_theta)))
 
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        # other weights may be in 8 bits
-        return self.get_parameter("double_blocks.0.img_attn.norm.query_norm.scale").dtype
-
-    def forward(
-        self,
-        noisy: Tensor,
-        timesteps: Tensor,
-        text: Tensor,
-        guidance: Tensor | None = None,
-        tweaks: Tweaks = NO_TWEAKS,
-        references: Sequence[Tensor] = (),
-    ) -> Tensor:
-        """Velocity B Z 1 H W in float32.
-
-        noisy: B Z 1 H W. timesteps: B, 0..1000. text: B T text_dim, states of the language model, padding
-        among them. guidance: B, as it is asked for; None leaves it out, and a model without guidance does not
-        look at it. tweaks: ideas that change this call; their second text has the name text. references:
-        clean latents of pictures to look at, each B Z 1 h w of its own size. Raises ValueError if sizes do
-        not fit.
-        """
-        hidden = Hidden(*self.embed(noisy, timesteps, text, guidance, tweaks, references))
-        run_blocks(self, hidden, tweaks)
-        return self.unembed(hidden.x, hidden.tokens)
-
     def embed(
         self,
         noisy: Tensor,
@@ -221,10 +191,14 @@ class Flux2Model(nn.Module):
         guidance: Tensor | None = None,
         tweaks: Tweaks = NO_TWEAKS,
         references: Sequence[Tensor] = (),
-    ) -> tuple[Tensor, blocks.HunyuanTokens]:
+    ) -> Hidden:
         """Return picture and text tokens, B L+T C, and the other inputs of the blocks.
 
-        References come behind the picture, a second text behind the first one.
+        noisy: B Z 1 H W. timesteps: B, 0..1000. text: B T text_dim, states of the language model, padding
+        among them. guidance: B, as it is asked for; None leaves it out, and a model without guidance does not
+        look at it. tweaks: ideas that change this call; their second text has the name text. references:
+        clean latents of pictures to look at, each B Z 1 h w of its own size. Raises ValueError if sizes do
+        not fit. References come behind the picture, a second text behind the first one.
         """
         for one in (noisy, *references):
             if one.shape[1] != self.config.channels or one.shape[2] != 1:

@@ -5,8 +5,6 @@ used. Source: the released model code; Zhang and Agrawala 2025, arXiv 2504.12626
 """
 # Letters: B batch, L latent tokens, T tokens of image and text, N heads, D head width, C = N * D
 
-from collections.abc import Callable
-
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
@@ -14,12 +12,12 @@ from hunyuan_model.blocks import DoubleStreamBlock, Heads, HunyuanModulation, Hu
 from hunyuan_model.joining import gelu, join_gelu
 from modules.attention.attend import Lengths, attend
 from modules.layers.modulation import add_gated, modulate
-from modules.layers.norms import Float32LayerNorm, RMSNorm, in_own_dtype
+from modules.layers.norms import Float32LayerNorm, NamedFeedForward, RMSNorm, in_own_dtype
 from modules.speed_options import AttentionChoice
 
 
-class FramePackAttention(nn.Module):
-    """Joint attention of latent tokens and image and text tokens; the two groups have separate weights."""
+class SingleAttention(nn.Module):
+    """Attention among all tokens with shared weights; the block projects the result."""
 
     def __init__(self, dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
@@ -29,6 +27,19 @@ class FramePackAttention(nn.Module):
         self.to_q = nn.Linear(dim, dim)
         self.to_k = nn.Linear(dim, dim)
         self.to_v = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
+        # x: B L+T C
+        q = self.norm_q(heads(self.to_q, x, self.num_heads))
+        k = self.norm_k(heads(self.to_k, x, self.num_heads))
+        return attend_turned(q, k, heads(self.to_v, x, self.num_heads), tokens)
+
+
+class FramePackAttention(SingleAttention):
+    """Joint attention of latent tokens and image and text tokens; the two groups have separate weights."""
+
+    def __init__(self, dim: int, num_heads: int, eps: float) -> None:
+        super().__init__(dim, num_heads, eps)
         self.norm_added_q = RMSNorm(dim // num_heads, eps)
         self.norm_added_k = RMSNorm(dim // num_heads, eps)
         # in the order of the released code, which determines the order of a LoRA's tensors
@@ -51,25 +62,6 @@ class FramePackAttention(nn.Module):
         return norms[0](q), norms[1](k), v
 
 
-class SingleAttention(nn.Module):
-    """Attention among all tokens with shared weights; the block projects the result."""
-
-    def __init__(self, dim: int, num_heads: int, eps: float) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.norm_q = RMSNorm(dim // num_heads, eps)
-        self.norm_k = RMSNorm(dim // num_heads, eps)
-        self.to_q = nn.Linear(dim, dim)
-        self.to_k = nn.Linear(dim, dim)
-        self.to_v = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
-        # x: B L+T C
-        q = self.norm_q(heads(self.to_q, x, self.num_heads))
-        k = self.norm_k(heads(self.to_k, x, self.num_heads))
-        return attend_turned(q, k, heads(self.to_v, x, self.num_heads), tokens)
-
-
 class RefinerAttention(nn.Module):
     """Attention among text tokens, without positions."""
 
@@ -87,30 +79,6 @@ class RefinerAttention(nn.Module):
         return in_own_dtype(self.to_out[0], attend(q, k, v, attention, lengths).flatten(2))
 
 
-class FeedForwardProjection(nn.Module):
-    """First layer of a feed-forward, under its name in the files."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(dim, hidden)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return in_own_dtype(self.proj, x)
-
-
-class FramePackFeedForward(nn.Module):
-    """Two layers with an activation between them."""
-
-    def __init__(self, dim: int, hidden: int, activation: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        # the second entry is dropout in the released code and has no weights
-        self.net = nn.ModuleList([FeedForwardProjection(dim, hidden), nn.Identity(), nn.Linear(hidden, dim)])
-        self._activation = activation
-
-    def forward(self, x: Tensor) -> Tensor:
-        return in_own_dtype(self.net[2], self._activation(self.net[0](x)))
-
-
 class HunyuanVideoTransformerBlock(DoubleStreamBlock):
     """Block in which latents, and image and text, have separate weights and share one attention."""
 
@@ -119,8 +87,8 @@ class HunyuanVideoTransformerBlock(DoubleStreamBlock):
         self.norm1 = HunyuanModulation(dim, 6)
         self.norm1_context = HunyuanModulation(dim, 6)
         self.attn = FramePackAttention(dim, num_heads, eps)
-        self.ff = FramePackFeedForward(dim, ffn_dim, gelu)
-        self.ff_context = FramePackFeedForward(dim, ffn_dim, gelu)
+        self.ff = NamedFeedForward(dim, ffn_dim, gelu)
+        self.ff_context = NamedFeedForward(dim, ffn_dim, gelu)
 
     def layers(self, is_text: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
         if is_text:
@@ -161,7 +129,7 @@ class FramePackRefinerBlock(nn.Module):
         self.norm1 = Float32LayerNorm(dim, eps, affine=True)
         self.attn = RefinerAttention(dim, num_heads)
         self.norm2 = Float32LayerNorm(dim, eps, affine=True)
-        self.ff = FramePackFeedForward(dim, ffn_dim, functional.silu)
+        self.ff = NamedFeedForward(dim, ffn_dim, functional.silu)
         self.norm_out = HunyuanModulation(dim, 2)
 
     def forward(

@@ -103,18 +103,6 @@ def _image_size(positions: int, patch: int, told: object) -> int:
 logger = logging.getLogger(__name__)
 
 
-class SiglipEmbeddings(nn.Module):
-    """Embed patches and their positions; there is no class token."""
-
-    def __init__(self, config: SiglipConfig) -> None:
-        super().__init__()
-        self.patch_embedding = nn.Conv2d(3, config.dim, config.patch_size, stride=config.patch_size)
-        self.position_embedding = nn.Embedding(config.num_tokens, config.dim)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.patch_embedding(pixels).flatten(2).transpose(1, 2) + self.position_embedding.weight
-
-
 class SiglipVision(nn.Module):
     """The image tower without its pooling.
 
@@ -124,7 +112,9 @@ class SiglipVision(nn.Module):
     def __init__(self, config: SiglipConfig) -> None:
         super().__init__()
         self.image_size = config.image_size
-        self.embeddings = SiglipEmbeddings(config)
+        patches = nn.Conv2d(3, config.dim, config.patch_size, stride=config.patch_size)
+        positions = nn.Embedding(config.num_tokens, config.dim)  # there is no class token
+        self.embeddings = nn.ModuleDict({"patch_embedding": patches, "position_embedding": positions})
         self.encoder = ClipLayers(config, is_causal=False)
         self.post_layernorm = nn.LayerNorm(config.dim, config.eps)
 
@@ -140,7 +130,9 @@ class SiglipVision(nn.Module):
     def encode(self, pixels: Tensor) -> Tensor:
         """Encode pixels B 3 H W in -1..1, of any size: B 729 C in the compute dtype, on the device."""
         prepared = self.prepare(pixels).to(self.device, self.dtype)
-        return self.post_layernorm(self.encoder(self.embeddings(prepared)))
+        x = self.embeddings["patch_embedding"](prepared).flatten(2).transpose(1, 2)
+        x = x + self.embeddings["position_embedding"].get_parameter("weight")
+        return self.post_layernorm(self.encoder(x))
 
     def prepare(self, pixels: Tensor) -> Tensor:
         """Resize to the tower's square without keeping the aspect: B 3 S S in -1..1, float32, on the CPU.

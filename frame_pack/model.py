@@ -23,14 +23,14 @@ from frame_pack.blocks import (
 )
 from frame_pack.configs import DIT, FramePackConfig
 from hunyuan_model.blocks import EmbeddedText, HunyuanModulation, HunyuanTokens, join_tokens
-from hunyuan_model.model import PatchEmbedding, check_sizes, count_real, from_patches, rotary_widths
-from hunyuan_model.token_refiner import VectorEmbedding, mean_text, refine_tokens
+from hunyuan_model.model import check_sizes, count_real, from_patches, rotary_widths
+from hunyuan_model.token_refiner import mean_text, refine_tokens
 from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.devices import send_ahead
 from modules.layers.modulation import modulate
-from modules.layers.norms import Float32LayerNorm, activation_dtype, in_own_dtype, run_float32
+from modules.layers.norms import Float32LayerNorm, TwoLayers, activation_dtype, in_own_dtype, run_float32
 from modules.layers.rope import CPU, GridTable, angles_at, on_grid, sinusoid, turns
-from modules.run_blocks import Hidden, run_blocks
+from modules.run_blocks import BlockNetwork, Hidden
 from modules.speed_options import SDPA, AttentionChoice
 
 
@@ -115,10 +115,11 @@ class ConditionEmbedding(nn.Module):
     def __init__(self, config: FramePackConfig, text_dim: int, has_guidance: bool) -> None:
         super().__init__()
         self._freq_dim = config.freq_dim
-        self.timestep_embedder = VectorEmbedding(config.freq_dim, config.dim)
+        numbers, texts = ((width, config.dim, config.dim) for width in (config.freq_dim, text_dim))
+        self.timestep_embedder = TwoLayers("linear_1 linear_2", numbers, in_float32=True)
         if has_guidance:
-            self.guidance_embedder = VectorEmbedding(config.freq_dim, config.dim)
-        self.text_embedder = VectorEmbedding(text_dim, config.dim)
+            self.guidance_embedder = TwoLayers("linear_1 linear_2", numbers, in_float32=True)
+        self.text_embedder = TwoLayers("linear_1 linear_2", texts, in_float32=True)
 
     def forward(self, timesteps: Tensor, text: Tensor, guidance: Tensor | None = None) -> Tensor:
         # timesteps, guidance: B    text: B text_dim
@@ -171,18 +172,6 @@ class FramePackRefiner(nn.Module):
         )
 
 
-class ImageProjection(nn.Module):
-    """Project states of the image encoder to tokens: B S image_dim -> B S C."""
-
-    def __init__(self, config: FramePackConfig) -> None:
-        super().__init__()
-        self.up = nn.Linear(config.image_dim, config.image_hidden_dim)
-        self.down = nn.Linear(config.image_hidden_dim, config.dim)
-
-    def forward(self, image: Tensor) -> Tensor:
-        return in_own_dtype(self.down, functional.silu(in_own_dtype(self.up, image)))
-
-
 class CleanEmbedding(nn.Module):
     """Embed finished latents; patches are 1, 2 or 4 times as large as the noisy ones' along each axis."""
 
@@ -213,19 +202,20 @@ class CleanEmbedding(nn.Module):
 class Given:
     """Latents with their indices on the frame axis: B in_dim F H W and B F."""
 
-    name: str  # as the argument of `FramePackModel.forward` is called
+    name: str  # as the argument of `FramePackModel.embed` is called
     latents: Tensor
     indices: Tensor
     times: int  # how many patches of the noisy latents one token covers along each axis
 
 
-class FramePackModel(nn.Module):
+class FramePackModel(BlockNetwork):
     """Predict the velocity of noisy latents from finished latents, an image, and two text encodings.
 
     The finished latents come before or after the noisy ones.
     """
 
     spec = DIT
+    dtype_of = "transformer_blocks.0.attn.to_add_out.bias"
 
     def __init__(self, config: FramePackConfig, attention: AttentionChoice = SDPA) -> None:
         """attention: passed to `modules.attention.attend`."""
@@ -233,10 +223,11 @@ class FramePackModel(nn.Module):
         self.config = config
         self.attention = attention
         dim = config.dim
-        self.x_embedder = PatchEmbedding(config.in_dim, dim, config.patch_size)
+        patches = nn.Conv3d(config.in_dim, dim, config.patch_size, config.patch_size)
+        self.x_embedder = nn.ModuleDict({"proj": patches})
         self.clean_x_embedder = CleanEmbedding(config)
         self.context_embedder = FramePackRefiner(config)
-        self.image_projection = ImageProjection(config)
+        self.image_projection = TwoLayers("up down", (config.image_dim, config.image_hidden_dim, dim))
         self.time_text_embed = ConditionEmbedding(config, config.pooled_dim, has_guidance=True)
         sizes = (dim, config.ffn_dim, config.num_heads, config.eps)
         self.transformer_blocks = nn.ModuleList(
@@ -253,12 +244,7 @@ class FramePackModel(nn.Module):
         table = functools.partial(rotary_table, widths=widths, theta=config.rope_theta)
         self._rotary = GridTable[WindowLayout](table)
 
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        # the weight may be in 8 bits
-        return self.get_parameter("transformer_blocks.0.attn.to_add_out.bias").dtype
-
-    def forward(
+    def embed(
         self,
         noisy: Tensor,
         timesteps: Tensor,
@@ -276,8 +262,8 @@ class FramePackModel(nn.Module):
         clean_latent_4x_indices: Tensor | None = None,
         position_scale: float = 1.0,
         tweaks: Tweaks = NO_TWEAKS,
-    ) -> Tensor:
-        """Return the velocity, B out_dim F H W in float32.
+    ) -> Hidden:
+        """Return tokens B L+T C, those of noisy latents last, and the blocks' other inputs.
 
         noisy: B in_dim F H W. timesteps: B, 0..1000. llama: B T text_dim, states of the language model.
         llama_mask: B T, true or 1 for real tokens, which come first. clip_l: B pooled_dim. guidance: B, 1000
@@ -294,43 +280,10 @@ class FramePackModel(nn.Module):
         )
         given = [*(one for one in history if one is not None), Given("noisy", noisy, latent_indices, 1)]
         self._check(given, llama, llama_mask)
-        hidden = Hidden(
-            *self.embed(
-                given,
-                timesteps,
-                llama,
-                llama_mask,
-                clip_l,
-                guidance,
-                image_embeddings,
-                position_scale,
-                tweaks,
-            )
-        )
-        run_blocks(self, hidden, tweaks)
-        return self.unembed(hidden.x, hidden.tokens)
-
-    def embed(
-        self,
-        given: Sequence[Given],
-        timesteps: Tensor,
-        llama: Tensor,
-        llama_mask: Tensor,
-        clip_l: Tensor,
-        guidance: Tensor,
-        image_embeddings: Tensor,
-        position_scale: float,
-        tweaks: Tweaks = NO_TWEAKS,
-    ) -> tuple[Tensor, HunyuanTokens]:
-        """Return tokens B L+T C and the blocks' other inputs. given: latents in order, noisy ones last.
-
-        A second text comes behind the first one, with the same image tokens in front of it.
-        """
         if tweaks.slow_frames is not None:
             raise ValueError("sections keep the frames' positions within the trained range: none is slowed")
-        noisy = given[-1].latents
         dtype = activation_dtype(noisy.device, self.compute_dtype)
-        patches = self.x_embedder(noisy)  # B C f h w
+        patches = in_own_dtype(self.x_embedder["proj"], noisy)  # B C f h w
         grid = (patches.shape[2], patches.shape[3], patches.shape[4])
         latents = [self.clean_x_embedder(one.latents, one.times).to(dtype) for one in given[:-1]]
         latents.append(patches.to(dtype).flatten(2).transpose(1, 2))

@@ -28,21 +28,10 @@ from modules.attention.attend import lengths_on
 from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.layers.norms import Float32LayerNorm, activation_dtype, in_own_dtype
 from modules.layers.rope import Grid, GridTable, exact_table, table_maker
-from modules.run_blocks import Hidden, run_blocks
+from modules.run_blocks import BlockNetwork, Hidden
 from modules.speed_options import SDPA, AttentionChoice
 
 GLYPH_EPS = 1e-5  # of the norm before the glyph layers
-
-
-class PixelEmbedding(nn.Module):
-    """Embed each pixel of a latent picture: B in_dim H W -> B C H W."""
-
-    def __init__(self, in_dim: int, dim: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(in_dim, dim, 1)
-
-    def forward(self, noisy: Tensor) -> Tensor:
-        return in_own_dtype(self.proj, noisy)
 
 
 class GlyphEmbedding(nn.Module):
@@ -59,10 +48,11 @@ class GlyphEmbedding(nn.Module):
         return in_own_dtype(self.fc3, functional.gelu(in_own_dtype(self.fc2, hidden)))
 
 
-class HunyuanImageModel(nn.Module):
+class HunyuanImageModel(BlockNetwork):
     """Predict the velocity of a noisy latent picture from the states of its two texts."""
 
     spec = DIT
+    dtype_of = "double_blocks.0.img_attn_proj.bias"
 
     def __init__(self, config: HunyuanImageConfig, attention: AttentionChoice = SDPA) -> None:
         """attention: passed to `modules.attention.attend`."""
@@ -71,7 +61,7 @@ class HunyuanImageModel(nn.Module):
         self.attention = attention
         dim = config.dim
         self.byt5_in = GlyphEmbedding(config)
-        self.img_in = PixelEmbedding(config.in_dim, dim)
+        self.img_in = nn.ModuleDict({"proj": nn.Conv2d(config.in_dim, dim, 1)})
         self.txt_in = TokenRefiner(config)
         self.time_in = NumberEmbedding(config.freq_dim, dim)
         sizes = (dim, config.ffn_dim, config.num_heads, config.eps)
@@ -80,31 +70,6 @@ class HunyuanImageModel(nn.Module):
         self.final_layer = HunyuanFinalLayer(dim, config.out_dim, config.eps)
         side = dim // config.num_heads // 2  # of a head's channels, for rows and for columns
         self._rotary = GridTable(table_maker(exact_table, (side, side), config.rope_theta))
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        return self.get_parameter("double_blocks.0.img_attn_proj.bias").dtype  # the weight may be in 8 bits
-
-    def forward(
-        self,
-        noisy: Tensor,
-        timesteps: Tensor,
-        text: Tensor,
-        text_mask: Tensor,
-        glyphs: Tensor,
-        glyph_mask: Tensor,
-        tweaks: Tweaks = NO_TWEAKS,
-    ) -> Tensor:
-        """Velocity B out_dim H W in float32.
-
-        noisy: B in_dim H W. timesteps: B, 0..1000. text: B T text_dim, states of the language model. glyphs:
-        B G glyph_dim, states of the glyph encoder. text_mask: B T, glyph_mask: B G, true or 1 for real
-        tokens, which come first; a picture without glyphs has none. tweaks: ideas that change this call;
-        their second text has the names of these four arguments. Raises ValueError if sizes do not fit.
-        """
-        hidden = Hidden(*self.embed(noisy, timesteps, text, text_mask, glyphs, glyph_mask, tweaks))
-        run_blocks(self, hidden, tweaks)
-        return self.unembed(hidden.x, hidden.tokens)
 
     def embed(
         self,
@@ -115,15 +80,19 @@ class HunyuanImageModel(nn.Module):
         glyphs: Tensor,
         glyph_mask: Tensor,
         tweaks: Tweaks = NO_TWEAKS,
-    ) -> tuple[Tensor, HunyuanTokens]:
+    ) -> Hidden:
         """Return picture and text tokens, B L+J C, and the other inputs of the blocks.
 
-        A second text comes behind the first one.
+        noisy: B in_dim H W. timesteps: B, 0..1000. text: B T text_dim, states of the language model. glyphs:
+        B G glyph_dim, states of the glyph encoder. text_mask: B T, glyph_mask: B G, true or 1 for real
+        tokens, which come first; a picture without glyphs has none. tweaks: ideas that change this call;
+        their second text has the names of these four arguments; it comes behind the first one. Raises
+        ValueError if sizes do not fit.
         """
         if noisy.shape[1] != self.config.in_dim:
             raise ValueError(f"{noisy.shape[1]} input channels, the model takes {self.config.in_dim}")
         dtype = activation_dtype(noisy.device, self.compute_dtype)
-        pixels = self.img_in(noisy).to(dtype)  # B C H W
+        pixels = in_own_dtype(self.img_in["proj"], noisy).to(dtype)  # B C H W
         rows, columns = pixels.shape[2:]
         rotary = self._rotary.of(Grid((rows, columns)), noisy.device)
         vector = self.time_in(timesteps).unsqueeze(1)

@@ -160,7 +160,7 @@ class GlyphTextEncoder:
                 ids, masks = byte_rows([text], GLYPH_TOKENS)
                 real, mask = int(masks.sum()), masks[0]
                 # alone and without padding: a state does not depend on other prompts
-                (found,) = network([ids[0, :real].to(network.device)])
+                (found,) = network([ids[0, :real]])
                 states[:real] = found.cpu()
             results.append(
                 {"byt5_embed": states, "byt5_mask": mask, "ocr_mask": torch.tensor(text is not None)}

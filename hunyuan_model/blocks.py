@@ -8,7 +8,7 @@ checkpoints.
 # Letters: B batch, L video tokens, T text tokens, T' of a second text, N heads, D head width, C = N * D
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from hunyuan_model.joining import gelu, join_gelu, turn_and_join, turn_first
 from modules.attention.attend import Lengths, SecondText, Steer, attend
 from modules.layers.modulation import add_gated, modulate, split_segments
-from modules.layers.norms import Float32LayerNorm, RMSNorm, in_own_dtype
+from modules.layers.norms import Float32LayerNorm, RMSNorm, TwoLayers, in_own_dtype
+from modules.run_blocks import Hidden
 from modules.speed_options import AttentionChoice
 
 if TYPE_CHECKING:  # loaded only if processes share tokens
@@ -119,7 +120,7 @@ def join_tokens(
     record: type[HunyuanTokens] = HunyuanTokens,
     /,
     **inputs: Any,
-) -> tuple[Tensor, HunyuanTokens]:
+) -> Hidden:
     """Return the tokens of video and texts, B L+T C, and the other inputs of the blocks.
 
     texts: the one asked for, and perhaps a second one, with its `steer`. inputs: fields of the record.
@@ -128,35 +129,23 @@ def join_tokens(
     vectors = {id(text.vector): text.vector for text in texts}  # texts may have one in common
     tokens = record(lengths=texts[0].lengths, vector=torch.cat([*vectors.values()], dim=1), **inputs)
     if steer is None:
-        return x, tokens
+        return Hidden(x, tokens)
     second = SecondText(tokens.video, texts[1].tokens.shape[1], texts[1].lengths, steer)
-    return x, replace(tokens, second=second)
+    return Hidden(x, replace(tokens, second=second))
 
 
 class HunyuanModulation(nn.Module):
-    """Compute the shifts, scales and gates of a block."""
+    """Compute the shifts, scales and gates of a block. name: of its layer in files."""
 
-    def __init__(self, dim: int, count: int) -> None:
+    def __init__(self, dim: int, count: int, name: str = "linear") -> None:
         super().__init__()
-        self.count = count
-        self.linear = nn.Linear(dim, count * dim)
+        self.count, self._name = count, name
+        self.add_module(name, nn.Linear(dim, count * dim))
 
     def forward(self, vector: Tensor) -> tuple[Tensor, ...]:
         # vector: B S C float32 -> count tensors B S C float32
-        return in_own_dtype(self.linear, functional.silu(vector)).float().chunk(self.count, dim=-1)
-
-
-class Mlp(nn.Module):
-    """Two layers with an activation between them."""
-
-    def __init__(self, dim: int, hidden: int, activation: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-        self._activation = activation
-
-    def forward(self, x: Tensor) -> Tensor:
-        return in_own_dtype(self.fc2, self._activation(in_own_dtype(self.fc1, x)))
+        linear = getattr(self, self._name)
+        return in_own_dtype(linear, functional.silu(vector)).float().chunk(self.count, dim=-1)
 
 
 class DoubleStreamBlock(nn.Module):
@@ -230,13 +219,13 @@ class MMDoubleStreamBlock(DoubleStreamBlock):
         self.img_attn_q_norm = RMSNorm(head_width, eps)
         self.img_attn_k_norm = RMSNorm(head_width, eps)
         self.img_attn_proj = nn.Linear(dim, dim)
-        self.img_mlp = Mlp(dim, ffn_dim, gelu)
+        self.img_mlp = TwoLayers("fc1 fc2", (dim, ffn_dim, dim), gelu)
         self.txt_mod = HunyuanModulation(dim, 6)
         self.txt_attn_qkv = nn.Linear(dim, 3 * dim)
         self.txt_attn_q_norm = RMSNorm(head_width, eps)
         self.txt_attn_k_norm = RMSNorm(head_width, eps)
         self.txt_attn_proj = nn.Linear(dim, dim)
-        self.txt_mlp = Mlp(dim, ffn_dim, gelu)
+        self.txt_mlp = TwoLayers("fc1 fc2", (dim, ffn_dim, dim), gelu)
 
     def layers(self, is_text: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
         if is_text:

@@ -26,33 +26,12 @@ from hunyuan_model.token_refiner import NumberEmbedding, TokenRefiner
 from modules.attention.attend import Lengths, lengths_on
 from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.layers.modulation import modulate
-from modules.layers.norms import Float32LayerNorm, activation_dtype, in_own_dtype, run_float32
+from modules.layers.norms import Float32LayerNorm, TwoLayers, activation_dtype, in_own_dtype
 from modules.layers.rope import Grid, GridTable, exact_table, table_maker
-from modules.run_blocks import Hidden, run_blocks
+from modules.run_blocks import BlockNetwork, Hidden
 from modules.speed_options import SDPA, AttentionChoice
 
-
-class PatchEmbedding(nn.Module):
-    """Embed latents as tokens on a grid: B in_dim F H W -> B C f h w."""
-
-    def __init__(self, in_dim: int, dim: int, patch_size: tuple[int, int, int]) -> None:
-        super().__init__()
-        self.proj = nn.Conv3d(in_dim, dim, patch_size, patch_size)
-
-    def forward(self, noisy: Tensor) -> Tensor:
-        return in_own_dtype(self.proj, noisy)
-
-
-class PooledTextEmbedding(nn.Module):
-    """Embed a vector per sample, as the pooled output of the CLIP text encoder: B E -> B C float32."""
-
-    def __init__(self, width: int, dim: int) -> None:
-        super().__init__()
-        self.in_layer = nn.Linear(width, dim)
-        self.out_layer = nn.Linear(dim, dim)
-
-    def forward(self, pooled: Tensor) -> Tensor:
-        return run_float32(self.out_layer, functional.silu(run_float32(self.in_layer, pooled)))
+TWO_LAYERS = "in_layer out_layer"  # of embeddings, in the files
 
 
 class HunyuanFinalLayer(nn.Module):
@@ -73,13 +52,14 @@ class HunyuanFinalLayer(nn.Module):
         return in_own_dtype(self.adaLN_modulation[1], functional.silu(vector)).float().chunk(2, dim=-1)
 
 
-class HunyuanVideoModel(nn.Module):
+class HunyuanVideoModel(BlockNetwork):
     """Predict the velocity of noisy video latents from two text encodings.
 
     Variants also take guidance and a first frame.
     """
 
     spec = DIT
+    dtype_of = "double_blocks.0.img_attn_proj.bias"
 
     def __init__(self, config: HunyuanVideoConfig, attention: AttentionChoice = SDPA) -> None:
         """attention: passed to `modules.attention.attend`."""
@@ -87,10 +67,12 @@ class HunyuanVideoModel(nn.Module):
         self.config = config
         self.attention = attention
         dim = config.dim
-        self.img_in = PatchEmbedding(config.in_dim, dim, config.patch_size)
+        patches = nn.Conv3d(config.in_dim, dim, config.patch_size, config.patch_size)
+        self.img_in = nn.ModuleDict({"proj": patches})
         self.txt_in = TokenRefiner(config)
         self.time_in = NumberEmbedding(config.freq_dim, dim)
-        self.vector_in = PooledTextEmbedding(config.pooled_dim, dim)
+        # of a vector per sample, the pooled output of the CLIP text encoder
+        self.vector_in = TwoLayers(TWO_LAYERS, (config.pooled_dim, dim, dim), in_float32=True)
         if config.has_guidance:
             self.guidance_in = NumberEmbedding(config.freq_dim, dim)
         sizes = (dim, config.ffn_dim, config.num_heads, config.eps)
@@ -100,11 +82,7 @@ class HunyuanVideoModel(nn.Module):
         widths = rotary_widths(dim // config.num_heads)
         self._rotary = GridTable(table_maker(exact_table, widths, config.rope_theta))
 
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        return self.get_parameter("double_blocks.0.img_attn_proj.bias").dtype  # the weight may be in 8 bits
-
-    def forward(
+    def embed(
         self,
         noisy: Tensor,
         timesteps: Tensor,
@@ -113,33 +91,16 @@ class HunyuanVideoModel(nn.Module):
         clip_l: Tensor,
         guidance: Tensor | None = None,
         tweaks: Tweaks = NO_TWEAKS,
-    ) -> Tensor:
-        """Velocity B out_dim F H W in float32.
+    ) -> Hidden:
+        """Return video and text tokens, B L+T C, and the other inputs of the blocks.
 
         noisy: B in_dim F H W; where the model takes an image, its latents stand in frame 0 behind the noisy
         ones, zeros after it. timesteps: B, 0..1000. llama: B T text_dim, states of the language model.
         llama_mask: B T, true or 1 for real tokens, which come first. clip_l: B pooled_dim. guidance: B, the
         number as the model was trained with it (1000 times the scale in generation); a model without guidance
         embedding does not look at it. tweaks: ideas that change this call; their second text has the names
-        llama, llama_mask and clip_l. Raises ValueError where sizes do not go together.
-        """
-        hidden = Hidden(*self.embed(noisy, timesteps, llama, llama_mask, clip_l, guidance, tweaks))
-        run_blocks(self, hidden, tweaks)
-        return self.unembed(hidden.x, hidden.tokens)
-
-    def embed(
-        self,
-        noisy: Tensor,
-        timesteps: Tensor,
-        llama: Tensor,
-        llama_mask: Tensor,
-        clip_l: Tensor,
-        guidance: Tensor | None,
-        tweaks: Tweaks = NO_TWEAKS,
-    ) -> tuple[Tensor, HunyuanTokens]:
-        """Return video and text tokens, B L+T C, and the other inputs of the blocks.
-
-        A second text comes behind the first one.
+        llama, llama_mask and clip_l; it comes behind the first one. Raises ValueError where sizes do not go
+        together.
         """
         if noisy.shape[1] != self.config.in_dim:
             raise ValueError(f"{noisy.shape[1]} input channels, the model takes {self.config.in_dim}")
@@ -147,7 +108,7 @@ class HunyuanVideoModel(nn.Module):
         if self.config.has_guidance and guidance is None:
             raise ValueError("the model has a guidance embedding, but no guidance is given")
         dtype = activation_dtype(noisy.device, self.compute_dtype)
-        patches = self.img_in(noisy).to(dtype)  # B C f h w
+        patches = in_own_dtype(self.img_in["proj"], noisy).to(dtype)  # B C f h w
         grid = (patches.shape[2], patches.shape[3], patches.shape[4])
         rotary = self._rotary.of(Grid(grid, tweaks.slow_frames), noisy.device)
         guided = guidance if self.config.has_guidance and tweaks.embedded_guidance else None

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from hunyuan_model.blocks import Mlp, split_heads
+from hunyuan_model.blocks import split_heads
 from hunyuan_model.configs import JointConfig
 from modules.attention.attend import Lengths, attend, lengths_on
 from modules.devices import numbers_on
 from modules.layers.modulation import add_gated
-from modules.layers.norms import Float32LayerNorm, in_own_dtype, run_float32
+from modules.layers.norms import Float32LayerNorm, TwoLayers, in_own_dtype, run_float32
 from modules.layers.rope import sinusoid
 from modules.speed_options import SDPA, AttentionChoice
 
@@ -35,18 +35,6 @@ class NumberEmbedding(nn.Module):
         return run_float32(self.mlp[2], functional.silu(hidden))
 
 
-class VectorEmbedding(nn.Module):
-    """Embed a vector per sample, such as the mean of a text's states: B D -> B C float32."""
-
-    def __init__(self, width: int, dim: int) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(width, dim)
-        self.linear_2 = nn.Linear(dim, dim)
-
-    def forward(self, vector: Tensor) -> Tensor:
-        return run_float32(self.linear_2, functional.silu(run_float32(self.linear_1, vector)))
-
-
 class RefinerBlock(nn.Module):
     """Self-attention and feed-forward among text tokens.
 
@@ -61,7 +49,7 @@ class RefinerBlock(nn.Module):
         self.self_attn_qkv = nn.Linear(dim, 3 * dim)
         self.self_attn_proj = nn.Linear(dim, dim)
         self.norm2 = Float32LayerNorm(dim, config.eps, affine=True)
-        self.mlp = Mlp(dim, config.refiner_ffn_dim, functional.silu)
+        self.mlp = TwoLayers("fc1 fc2", (dim, config.refiner_ffn_dim, dim))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
 
     def forward(
@@ -95,7 +83,8 @@ class TokenRefiner(nn.Module):
         super().__init__()
         self.input_embedder = nn.Linear(config.text_dim, config.dim)
         self.t_embedder = NumberEmbedding(config.freq_dim, config.dim)
-        self.c_embedder = VectorEmbedding(config.text_dim, config.dim)
+        sizes = (config.text_dim, config.dim, config.dim)
+        self.c_embedder = TwoLayers("linear_1 linear_2", sizes, in_float32=True)
         self.individual_token_refiner = IndividualTokenRefiner(config)
 
     def forward(

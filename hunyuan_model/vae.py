@@ -83,24 +83,17 @@ class HunyuanVae(nn.Module):
         """
         if generators is not None and len(generators) != len(pixels):
             raise ValueError(f"{len(generators)} generators for {len(pixels)} clips")
-        moments = self._all_moments(pixels)
+        moments = self.moments(pixels)
         if generators is not None:
             return sample_posterior(moments, generators, LOG_VARIANCE)
         return moments.chunk(2, dim=1)[0].contiguous()
 
     @torch.no_grad()
     def moments(self, pixels: Tensor) -> Tensor:
-        """Return means and logarithms of variances, B 2Z n+1 H/8 W/8 float32, as the network gives them."""
-        return self._all_moments(pixels)
+        """Return means and logarithms of variances, B 2Z n+1 H/8 W/8 float32, as the network gives them.
 
-    @torch.no_grad()
-    def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and log variance, each in the form that `encode` returns."""
-        mean, log_variance = self._all_moments(pixels).chunk(2, dim=1)
-        return mean.contiguous(), log_variance.clamp(*LOG_VARIANCE)
-
-    def _all_moments(self, pixels: Tensor) -> Tensor:
-        """Return means and log variances, B 2Z n+1 H/8 W/8 float32. Raises ValueError for unfit sizes."""
+        Raises ValueError for unfit sizes.
+        """
         check_clip(pixels, FRAMES, PIXELS)
         if self.tiling is None or pixels.shape[2] <= self.tiling.frames:
             return self._encode(pixels)

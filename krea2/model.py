@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as functional
@@ -29,7 +29,7 @@ from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.layers.modulation import add_gated, modulate, split_segments
 from modules.layers.norms import CentredNorm, activation_dtype, in_own_dtype, run_float32
 from modules.layers.rope import Grid, GridTable, exact_table, rotate, sinusoid
-from modules.run_blocks import Hidden, run_blocks
+from modules.run_blocks import BlockNetwork, Hidden, run_blocks
 from modules.speed_options import SDPA, AttentionChoice
 
 if TYPE_CHECKING:  # loaded only if processes share tokens
@@ -229,10 +229,11 @@ class Krea2Layout(NamedTuple):
     references: tuple[tuple[int, int], ...] = ()  # as the grid, of each reference
 
 
-class Krea2Model(nn.Module):
+class Krea2Model(BlockNetwork):
     """Predict the velocity of noisy latents of a picture from several states of Qwen3-VL for each token."""
 
     spec = DIT
+    dtype_of = "blocks.0.mod.lin"
 
     def __init__(self, config: Krea2Config, attention: AttentionChoice = SDPA) -> None:
         """attention: passed to `modules.attention.attend`."""
@@ -252,28 +253,15 @@ class Krea2Model(nn.Module):
         self.last = LastLayer(config)
         self._rotary = GridTable[Krea2Layout](self._make_table)
 
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        return self.get_parameter("blocks.0.mod.lin").dtype  # weights may be in 8 bits, norms in float32
-
     def forward(
         self,
-        noisy: Tensor,
-        timesteps: Tensor,
-        text: Tensor,
-        text_mask: Tensor,
+        *inputs: Any,
         tweaks: Tweaks = NO_TWEAKS,
         references: Sequence[Tensor] = (),
         isolated: bool = False,
-    ) -> Tensor:
-        """Velocity B Z 1 H W in float32.
-
-        noisy: B Z 1 H W. timesteps: B, 0..1000. text: B T n text_dim, states of the language model.
-        text_mask: B T, true or 1 for real tokens, which come first. tweaks: ideas that change this call;
-        their second text has the names text and text_mask. references: clean latents of pictures to edit,
-        each B Z 1 h w of its own size. isolated: these attend to each other alone; with `tweaks.kept` they
-        are computed once. Raises ValueError if sizes do not fit.
-        """
+        **more: Any,
+    ) -> Any:
+        """As `embed` says. Isolated references are computed once with `tweaks.kept`."""
         kept = tweaks.kept if isolated and references else None
         try:
             if kept is not None:
@@ -281,12 +269,11 @@ class Krea2Model(nn.Module):
                 references = references if tweaks.leaves_out else ()
                 for layer, pair in kept.items():
                     layer.kept = () if tweaks.leaves_out else pair
-            hidden = Hidden(*self.embed(noisy, timesteps, text, text_mask, tweaks, references, isolated))
-            run_blocks(self, hidden, tweaks)
+            more |= {"references": references, "isolated": isolated}
+            return super().forward(*inputs, tweaks=tweaks, **more)
         finally:
             for attention in self.attentions():
                 attention.kept = ()
-        return self.unembed(hidden.x, hidden.tokens)
 
     def remember(self, references: Sequence[Tensor]) -> dict[GatedAttention, Sequence[Tensor]]:
         """Return what the attention of each block keeps of references, each 1 Z 1 h w: see `kept` there."""
@@ -311,10 +298,14 @@ class Krea2Model(nn.Module):
         tweaks: Tweaks = NO_TWEAKS,
         references: Sequence[Tensor] = (),
         isolated: bool = False,
-    ) -> tuple[Tensor, Krea2Tokens]:
+    ) -> Hidden:
         """Return the tokens of references, picture and text, B R+L+T C, and the other inputs of the blocks.
 
-        A second text comes behind the first one.
+        noisy: B Z 1 H W. timesteps: B, 0..1000. text: B T n text_dim, states of the language model.
+        text_mask: B T, true or 1 for real tokens, which come first. tweaks: ideas that change this call;
+        their second text has the names text and text_mask; it comes behind the first one. references: clean
+        latents of pictures to edit, each B Z 1 h w of its own size. isolated: these attend to each other
+        alone. Raises ValueError if sizes do not fit.
         """
         if text_mask.shape != text.shape[:2]:
             raise ValueError(f"a text mask of {tuple(text_mask.shape)} for text of {tuple(text.shape)}")
@@ -346,7 +337,7 @@ class Krea2Model(nn.Module):
             length = second.shape[1]
             place = SecondText(picture.shape[1], length, behind, tweaks.steer)
             tokens = replace(tokens, second=place, second_rotary=rotary[: picture.shape[1] + length])
-        return x, tokens
+        return Hidden(x, tokens)
 
     def grid_of(self, latents: Tensor) -> tuple[int, int]:
         """Rows and columns of a picture's tokens. Raises ValueError if its sizes do not fit."""

@@ -22,7 +22,7 @@ from ltx_2.configs import EPS, SOUND, VIDEO, LtxConfig, StreamNames
 from ltx_2.rope import rotate_halves
 from modules.attention.attend import attend
 from modules.layers.modulation import add_gated, modulate, split_segments
-from modules.layers.norms import RMSNorm, in_own_dtype
+from modules.layers.norms import NamedFeedForward, RMSNorm, in_own_dtype
 from modules.layers.rope import rotate
 from modules.speed_options import SDPA, AttentionChoice
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # loaded only if processes share tokens
     from modules.offload.context import TokenPart
 
 Parts = dict[StreamNames, Tensor]  # the tokens of each stream, B L C
+gelu = partial(functional.gelu, approximate="tanh")
 UNSEEN = -1e4  # added to the logarithm of an attention weight that is to be 0
 
 
@@ -97,7 +98,7 @@ class LtxTokens:
     bins: int  # of a latent frame of sound; 0 without sound
     dtype: torch.dtype  # of activations between layers
     attention: AttentionChoice
-    combine: Callable[..., Tensor]  # of what attention sees of each text, B L N D
+    combine: Callable[..., Tensor] | None  # what attention sees of each text, B L N D; None: there is one
     sees_values: bool = False  # self-attention is replaced by its values
     keeps_references: bool = False  # their velocities are wanted too
 
@@ -164,19 +165,6 @@ class LtxAttention(nn.Module):
         return heads if rotary is None else self._rotate(heads, rotary)
 
 
-class LtxFeedForward(nn.Module):
-    """Two layers with a GELU between them."""
-
-    def __init__(self, dim: int, ffn_dim: int, bias: bool = True) -> None:
-        super().__init__()
-        first = nn.ModuleDict({"proj": nn.Linear(dim, ffn_dim, bias=bias)})
-        self.net = nn.ModuleList([first, nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim, bias=bias)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        first, gelu, last = self.net
-        return in_own_dtype(last, gelu(in_own_dtype(first["proj"], x)))  # type: ignore[index]
-
-
 def norm_tokens(x: Tensor) -> Tensor:
     """Return x / sqrt(mean(x^2) + eps) over the channels, in the dtype of x."""
     return functional.rms_norm(x, x.shape[-1:], eps=EPS)
@@ -196,7 +184,7 @@ class LtxBlock(nn.Module):
             prefix, rows = names.prefix, 9 if config.modulates_text else 6
             for name in ("attn1", "attn2"):
                 setattr(self, prefix + name, attention(*(one.dim,) * 3))
-            setattr(self, f"{prefix}ff", LtxFeedForward(one.dim, one.ffn_dim, one.ff_bias))
+            setattr(self, f"{prefix}ff", NamedFeedForward(one.dim, one.ffn_dim, gelu, one.ff_bias))
             setattr(self, f"{prefix}scale_shift_table", nn.Parameter(torch.zeros(rows, one.dim)))
             if config.modulates_text:
                 setattr(self, f"{prefix}prompt_scale_shift_table", nn.Parameter(torch.zeros(2, one.dim)))
@@ -237,7 +225,8 @@ class LtxBlock(nn.Module):
             texts = tuple(modulate(text, shift, scale, dtype) for text in texts)
         query = layer.queries(h)
         seen = [_attend(query, layer.keys(text), layer.values(text), tokens) for text in texts]
-        return add_gated(x, query_gate, layer.project(h, tokens.combine(*seen)), stream.given)
+        of_all = seen[0] if tokens.combine is None else tokens.combine(*seen)
+        return add_gated(x, query_gate, layer.project(h, of_all), stream.given)
 
     def see_each_other(self, parts: Parts, tokens: LtxTokens) -> Parts:
         """Add attention between the streams; both directions start from the same tokens."""

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ltx_2.blocks import LtxAttention, LtxFeedForward, norm_tokens
+from ltx_2.blocks import LtxAttention, gelu, norm_tokens
 from ltx_2.configs import EPS
 from ltx_2.model_options import STREAMS, VIDEO
 from ltx_2.released import read_settings
@@ -38,6 +38,7 @@ from modules.checkpoints.opening import (
     plain_sources,
 )
 from modules.errors import CheckpointError
+from modules.layers.norms import NamedFeedForward
 from modules.layers.rope import THETA
 
 OPTION = "--ltx2_checkpoint"
@@ -226,7 +227,7 @@ class ConnectorBlock(nn.Module):
     def __init__(self, config: ConnectorConfig) -> None:
         super().__init__()
         self.attn1 = LtxAttention(config.num_heads, config.is_gated, True, *(config.dim,) * 3)
-        self.ff = LtxFeedForward(config.dim, config.ffn_dim, config.ff_bias)
+        self.ff = NamedFeedForward(config.dim, config.ffn_dim, gelu, config.ff_bias)
 
     def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
         # x: 1 T S

@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from ltx_2.blocks import CrossInputs, LtxBlock, LtxReferences, LtxTokens, Stream, dim_references
+from ltx_2.blocks import CrossInputs, LtxBlock, LtxReferences, LtxTokens, Stream, dim_references, gelu
 from ltx_2.configs import DIT, EPS, SOUND, VIDEO, LtxConfig, StreamNames
 from ltx_2.rope import Places, make_tables
 from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.layers.modulation import modulate
-from modules.layers.norms import Float32LayerNorm, activation_dtype, in_own_dtype, run_float32
+from modules.layers.norms import Float32LayerNorm, TwoLayers, activation_dtype, in_own_dtype, run_float32
 from modules.layers.rope import GridTable, sinusoid
 from modules.run_blocks import Hidden, run_blocks
 from modules.speed_options import SDPA, AttentionChoice
@@ -50,18 +50,6 @@ class TimeModulation(nn.Module):
         return rows.unflatten(-1, (self.rows, -1)), time
 
 
-class TextProjection(nn.Module):
-    """Project the states of a text to the width of a stream."""
-
-    def __init__(self, text_dim: int, dim: int) -> None:
-        super().__init__()
-        self.linear_1, self.linear_2 = nn.Linear(text_dim, dim), nn.Linear(dim, dim)
-
-    def forward(self, text: Tensor) -> Tensor:
-        hidden = functional.gelu(in_own_dtype(self.linear_1, text), approximate="tanh")
-        return in_own_dtype(self.linear_2, hidden)
-
-
 class LtxModel(nn.Module):
     """Predict the velocities of noisy latents of a video and of its sound, or of one of them."""
 
@@ -76,7 +64,8 @@ class LtxModel(nn.Module):
             prefix, time = names.prefix, partial(TimeModulation, config, one.dim)
             setattr(self, f"{prefix}patchify_proj", nn.Linear(one.channels, one.dim))
             if config.projects_text:
-                setattr(self, f"{prefix}caption_projection", TextProjection(one.text_dim, one.dim))
+                layers = TwoLayers("linear_1 linear_2", (one.text_dim, one.dim, one.dim), gelu)
+                setattr(self, f"{prefix}caption_projection", layers)
             setattr(self, f"{prefix}adaln_single", time(9 if config.modulates_text else 6))
             if config.modulates_text and config.times_text:
                 setattr(self, f"{prefix}prompt_adaln_single", time(2))
@@ -203,7 +192,7 @@ class LtxModel(nn.Module):
             )
         grid = tuple(latents[VIDEO].shape[2:]) if VIDEO in latents else ()
         bins = latents[SOUND].shape[3] if SOUND in latents else 0
-        how = self.attention, tweaks.steer or see_one
+        how = self.attention, tweaks.steer
         tokens = LtxTokens(streams, grid, bins, dtype, *how, keeps_references=references.share > 0)
         return tokens.join(parts), tokens
 
@@ -299,7 +288,3 @@ class LtxModel(nn.Module):
             numbers = one.shape[1] if names is VIDEO else one.shape[1] * one.shape[3]
             if numbers != config.channels:
                 raise ValueError(f"{numbers} numbers in a token of {what}, the model takes {config.channels}")
-
-
-def see_one(seen: Tensor) -> Tensor:
-    return seen

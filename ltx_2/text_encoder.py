@@ -191,7 +191,8 @@ class Ltx2TextEncoder(LanguageModelEncoder):
     def write(self, prompt: Prompt) -> Written:
         text = prompt.text.strip()
         cut = len(prompt.text) - len(prompt.text.lstrip())
-        return Written(text, tuple((first - cut, last - cut, weight) for first, last, weight in prompt.spans))
+        spans = tuple((first - cut, last - cut, weight) for first, last, weight in prompt.spans)
+        return Written(text, text, spans)
 
     def load_network(self, device: torch.device) -> nn.Module:
         self.check()

@@ -74,21 +74,17 @@ class LtxVideoVae(nn.Module):
         mean, std = self._statistics()
         return (means - mean) / std
 
-    def decode(self, latents: Tensor) -> Iterator[Tensor]:
+    @torch.no_grad()
+    def decode(self, latents: Tensor, clamps: bool = True) -> Iterator[Tensor]:
         """Yield pixels in playing order, some frames at a time: B 3 F H W, float32, -1..1.
 
         latents: B Z f h w, normalised, on any device. The chunks are on the VAE's device. With tiles they are
-        in host memory, and the first one is yielded after the last tile is done. Raises ValueError if the
-        VAE mirrors borders and latents have a side of 1.
+        in host memory, and the first one is yielded after the last tile is done. clamps: to -1..1. Raises
+        ValueError if the VAE mirrors borders and latents have a side of 1.
         """
-        for chunk in self.decode_unclamped(latents):
-            yield chunk.clamp_(-1, 1)
-
-    @torch.no_grad()
-    def decode_unclamped(self, latents: Tensor) -> Iterator[Tensor]:
-        """Yield the same as `decode`, before clamping to -1..1."""
         grid = self._tiles(latents.shape[-2]), self._tiles(latents.shape[-1])
-        yield from decode_in_tiles(self._pixels, latents, grid, self.config.stride)
+        for chunk in decode_in_tiles(self._pixels, latents, grid, self.config.stride):
+            yield chunk.clamp_(-1, 1) if clamps else chunk
 
     def _tiles(self, size: int) -> tuple[Tile, ...]:
         edge = size if self.tile is None else self.tile // self.config.stride[1]

@@ -20,7 +20,7 @@ from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.devices import send_ahead
 from modules.layers.norms import RMSNorm, activation_dtype, in_own_dtype
 from modules.layers.rope import GridTable, angles_at, on_grid, turns
-from modules.run_blocks import Hidden, run_blocks
+from modules.run_blocks import BlockNetwork, Hidden
 from modules.speed_options import SDPA, AttentionChoice
 
 
@@ -32,10 +32,11 @@ class TokenLayout(NamedTuple):
     longest: int  # rows of the captions, with those that only longer ones have
 
 
-class LuminaModel(nn.Module):
+class LuminaModel(BlockNetwork):
     """Predict where noisy latents of pictures are to go, from a caption's states."""
 
     spec = DIT
+    dtype_of = "layers.0.attention_norm1.weight"
     block_class: ClassVar[type[JointTransformerBlock]] = JointTransformerBlock
 
     def __init__(self, config: LuminaConfig, attention: AttentionChoice = SDPA) -> None:
@@ -65,30 +66,15 @@ class LuminaModel(nn.Module):
     def last(self) -> LuminaFinalLayer:
         return self.final_layer
 
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        return self.get_parameter("layers.0.attention_norm1.weight").dtype  # others may be in 8 bits
-
-    def forward(
+    def embed(
         self, noisy: Tensor, times: Tensor, caption: Tensor, caption_mask: Tensor, tweaks: Tweaks = NO_TWEAKS
-    ) -> Tensor:
-        """Direction from noise to picture, B in_dim H W in float32: latents - noise.
+    ) -> Hidden:
+        """Return refined image and caption tokens, B L+T C, and the other inputs of the blocks.
 
         noisy: B in_dim H W. times: B, 0 (noise) to 1 (picture). caption: B T text_dim, states of the language
         model. caption_mask: B T, true or 1 for real tokens, which come first. tweaks: ideas that change this
-        call; their second text has the names caption and caption_mask. Raises ValueError where sizes do not
-        go together.
-        """
-        hidden = Hidden(*self.embed(noisy, times, caption, caption_mask, tweaks))
-        run_blocks(self, hidden, tweaks)
-        return self.unembed(hidden.x, hidden.tokens)
-
-    def embed(
-        self, noisy: Tensor, times: Tensor, caption: Tensor, caption_mask: Tensor, tweaks: Tweaks = NO_TWEAKS
-    ) -> tuple[Tensor, LuminaTokens]:
-        """Return refined image and caption tokens, B L+T C, and the other inputs of the blocks.
-
-        A second caption comes behind the first one.
+        call; their second text has the names caption and caption_mask; it comes behind the first one. Raises
+        ValueError where sizes do not go together.
         """
         if noisy.shape[1] != self.config.in_dim:
             raise ValueError(f"{noisy.shape[1]} input channels, the model takes {self.config.in_dim}")
@@ -116,12 +102,12 @@ class LuminaModel(nn.Module):
         for block in self.noise_refiner:
             image = block(image, of_image)
         if not others:
-            return torch.cat([image, text], dim=1), tokens
+            return Hidden(torch.cat([image, text], dim=1), tokens)
         ((second_text, beside),) = others
         assert tweaks.steer is not None  # it comes with a second text
         second = SecondText(image.shape[1], second_text.shape[1], beside.lengths, tweaks.steer)
         tokens = replace(tokens, second=second, second_rotary=beside.rotary)
-        return torch.cat([image, text, second_text], dim=1), tokens
+        return Hidden(torch.cat([image, text, second_text], dim=1), tokens)
 
     def unembed(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
         """Turn tokens B L+T C into the direction, B in_dim H W in float32."""

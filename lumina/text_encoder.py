@@ -139,7 +139,7 @@ class GemmaTextEncoder(FileTextEncoder[nn.Module]):
     def write(self, prompt: Prompt) -> Written:
         has_system = self.system_prompt and (self.in_negative or not prompt.is_negative)
         before = f"{self.system_prompt} {PROMPT_START} " if has_system else ""
-        return Written(prompt.text, prompt.spans, before)
+        return Written(before + prompt.text, prompt.text, prompt.spans, len(before))
 
     def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
         """Raise CheckpointError if it has no begin token."""

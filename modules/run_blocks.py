@@ -1,7 +1,7 @@
 """The one loop over a transformer's blocks, and the place where code from outside stands around it.
 
-Every DiT is embed -> blocks -> unembed. Its `forward` calls `run_blocks` for the blocks, which calls the
-DiT's runner: `run_in_order`, or the one that `set_runner` put in its place. A runner usually wraps the
+Every DiT is embed -> blocks -> unembed (`BlockNetwork`). `run_blocks`, which it calls for the blocks, calls
+the DiT's runner: `run_in_order`, or the one that `set_runner` put in its place. A runner usually wraps the
 earlier one, so several stack up:
 
     inner = runner_of(dit)
@@ -17,13 +17,14 @@ earlier one, so several stack up:
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from modules.contract.family import DitSpec
-from modules.contract.steps import Tweaks
+from modules.contract.steps import NO_TWEAKS, Tweaks
 
 _RUNNER = "_runner"  # under which a network carries its own
 
@@ -78,6 +79,25 @@ def run_in_order(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
             hidden.x = hidden.x + pad(more.to(hidden.x.dtype), (0, 0, 0, hidden.x.shape[1] - more.shape[1]))
         if hint is not None:
             hidden.x, hint = hidden.x + hint, None
+
+
+class BlockNetwork(nn.Module):
+    """A DiT. `embed` says what it takes, `unembed` what it predicts; some derive further inputs of both."""
+
+    spec: DitSpec
+    dtype_of: ClassVar[str]  # a parameter that has the compute dtype in every file; others may be in 8 bits
+    embed: Callable[..., Hidden]
+    unembed: Callable[[Tensor, Any], Tensor]  # of the tokens behind the blocks, and `Hidden.tokens`
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.get_parameter(self.dtype_of).dtype
+
+    def forward(self, *inputs: Any, tweaks: Tweaks = NO_TWEAKS, **more: Any) -> Any:
+        """Predict from the inputs of `embed`. tweaks: ideas that change this call."""
+        hidden = self.embed(*inputs, tweaks=tweaks, **more)
+        run_blocks(self, hidden, tweaks)
+        return self.unembed(hidden.x, hidden.tokens)
 
 
 def runner_of(dit: nn.Module) -> Runner:

@@ -22,9 +22,16 @@ from hunyuan_model.model import check_sizes, count_real, from_patches, rotary_wi
 from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.devices import send_ahead
 from modules.layers.modulation import modulate
-from modules.layers.norms import Float32LayerNorm, RMSNorm, activation_dtype, in_own_dtype, run_float32
+from modules.layers.norms import (
+    Float32LayerNorm,
+    NamedFeedForward,
+    RMSNorm,
+    activation_dtype,
+    in_own_dtype,
+    run_float32,
+)
 from modules.layers.rope import GridTable, angles_at, on_grid, sinusoid, turns
-from modules.run_blocks import Hidden, run_blocks
+from modules.run_blocks import BlockNetwork, Hidden
 from modules.speed_options import SDPA, AttentionChoice
 from qwen_image.configs import DIT, PATCH, QwenImageConfig
 
@@ -58,41 +65,6 @@ class QwenLayout(NamedTuple):
 
     pictures: tuple[tuple[int, int], ...]  # rows and columns of each picture's tokens, that to make first
     texts: tuple[int, ...]  # tokens of each text
-
-
-class QwenModulation(nn.Sequential):
-    """Compute the shifts, scales and gates of a block."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__(nn.SiLU(), nn.Linear(dim, 6 * dim))
-
-    def forward(self, vector: Tensor) -> tuple[Tensor, ...]:
-        # vector: B S C float32 -> 6 tensors B S C float32
-        return in_own_dtype(self[1], functional.silu(vector)).float().chunk(6, dim=-1)
-
-
-class ProjectedGelu(nn.Module):
-    """A linear layer with a GELU behind it."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(dim, hidden)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return gelu(in_own_dtype(self.proj, x))
-
-
-class QwenMlp(nn.Module):
-    """Two layers with a GELU between them."""
-
-    def __init__(self, config: QwenImageConfig) -> None:
-        super().__init__()
-        last = nn.Linear(config.ffn_dim, config.dim)
-        self.net = nn.ModuleList([ProjectedGelu(config.dim, config.ffn_dim), nn.Identity(), last])
-
-    def forward(self, x: Tensor) -> Tensor:
-        first, _, last = self.net
-        return in_own_dtype(last, first(x))
 
 
 class QwenAttention(nn.Module):
@@ -131,8 +103,8 @@ class QwenBlock(blocks.DoubleStreamBlock):
     def __init__(self, config: QwenImageConfig) -> None:
         super().__init__(config.dim, config.eps)
         self.attn = QwenAttention(config)
-        self.img_mod, self.txt_mod = QwenModulation(config.dim), QwenModulation(config.dim)
-        self.img_mlp, self.txt_mlp = QwenMlp(config), QwenMlp(config)
+        self.img_mod, self.txt_mod = (blocks.HunyuanModulation(config.dim, 6, "1") for _ in range(2))
+        self.img_mlp, self.txt_mlp = (NamedFeedForward(config.dim, config.ffn_dim, gelu) for _ in range(2))
 
     def layers(self, is_text: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
         if is_text:
@@ -177,10 +149,11 @@ class LastNorm(nn.Module):
         return modulate(self.norm(x), shift, scale, tokens.dtype)
 
 
-class QwenImageModel(nn.Module):
+class QwenImageModel(BlockNetwork):
     """Predict the velocity of noisy latents of a picture from states of Qwen2.5-VL."""
 
     spec = DIT
+    dtype_of = "transformer_blocks.0.attn.to_q.bias"
 
     def __init__(self, config: QwenImageConfig, attention: AttentionChoice = SDPA) -> None:
         """attention: passed to `modules.attention.attend`."""
@@ -197,33 +170,6 @@ class QwenImageModel(nn.Module):
         self.proj_out = nn.Linear(config.dim, numbers)
         self._rotary = GridTable[QwenLayout](self._make_table)
 
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        return self.get_parameter("transformer_blocks.0.attn.to_q.bias").dtype  # the weight may be in 8 bits
-
-    def forward(
-        self,
-        noisy: Tensor,
-        timesteps: Tensor,
-        text: Tensor,
-        text_mask: Tensor,
-        tweaks: Tweaks = NO_TWEAKS,
-        references: Sequence[Tensor] = (),
-        clean_references: bool = False,
-    ) -> Tensor:
-        """Velocity B Z 1 H W in float32.
-
-        noisy: B Z 1 H W. timesteps: B, 0..1000. text: B T text_dim, states of the language model. text_mask:
-        B T, true or 1 for real tokens, which come first. tweaks: ideas that change this call; their second
-        text has the names text and text_mask. references: clean latents of pictures to edit, each B Z 1 h w
-        of its own size. clean_references: modulate their tokens with time 0, not with that of the picture.
-        Raises ValueError if sizes do not fit.
-        """
-        given = (noisy, timesteps, text, text_mask, tweaks, references, clean_references)
-        hidden = Hidden(*self.embed(*given))
-        run_blocks(self, hidden, tweaks)
-        return self.unembed(hidden.x, hidden.tokens)
-
     def embed(
         self,
         noisy: Tensor,
@@ -233,10 +179,15 @@ class QwenImageModel(nn.Module):
         tweaks: Tweaks = NO_TWEAKS,
         references: Sequence[Tensor] = (),
         clean_references: bool = False,
-    ) -> tuple[Tensor, blocks.HunyuanTokens]:
+    ) -> Hidden:
         """Return picture and text tokens, B L+T C, and the other inputs of the blocks.
 
-        References come behind the picture, a second text behind the first one.
+        noisy: B Z 1 H W. timesteps: B, 0..1000. text: B T text_dim, states of the language model. text_mask:
+        B T, true or 1 for real tokens, which come first. tweaks: ideas that change this call; their second
+        text has the names text and text_mask. references: clean latents of pictures to edit, each B Z 1 h w
+        of its own size. clean_references: modulate their tokens with time 0, not with that of the picture.
+        References come behind the picture, a second text behind the first one. Raises ValueError if sizes do
+        not fit.
         """
         pictures = (noisy, *references)
         for one in pictures:

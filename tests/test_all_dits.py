@@ -252,13 +252,13 @@ def test_the_image_is_seen_as_without_a_second_text() -> None:
     tiny = DITS[1]
     dit = tiny.make(1)
     block = dit.get_submodule("blocks.0.cross_attn")
-    hidden, tokens = dit.embed(  # type: ignore[operator]
+    embedded = dit.embed(  # type: ignore[operator]
         *tiny.inputs(LONGER, 1).values(), Tweaks(away=Away(other_text(tiny), lambda first, second: 0 * first))
     )
 
     with torch.no_grad():
-        seen = block(hidden, tokens)
-        without = block(hidden, replace(tokens, image=None))
+        seen = block(embedded.x, embedded.tokens)
+        without = block(embedded.x, replace(embedded.tokens, image=None))
 
     assert torch.equal(without, block.o.bias.expand_as(without))  # type: ignore[union-attr, operator]
     assert not torch.allclose(seen, without, atol=1e-3)

@@ -4,7 +4,6 @@ caching: encodes items of a dataset for cache files
 checkpoints: transformer files: dialects, variants, loading
 clip: CLIP ViT-H: an image to 257 vectors
 configs: dimensions, tasks and released VAEs as data
-encoder_checkpoints: umT5 and CLIP files: dialects, dimensions
 family: Wan2.1 and Wan2.2, described for the shared loops
 files: paths of a run, whole releases, what options choose
 inputs: images and videos as conditions of the transformer

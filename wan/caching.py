@@ -10,9 +10,8 @@ from modules.contract.data import (
     Conditions,
     MediaBatch,
     MediaEncoders,
-    MediaTable,
 )
-from modules.errors import CacheError, DatasetError
+from modules.errors import CacheError
 from modules.installation import import_own
 from modules.media.pixels import to_pixels
 from wan.configs import VACE, WanConfig, WanTask
@@ -23,20 +22,6 @@ from wan.inputs import (
 )
 from wan.options import ONE_FRAME
 from wan.spec import LATENT
-
-
-def check_controls(task: WanTask, table: MediaTable) -> None:
-    """Raise DatasetError if an item has more than one control image, or one that the model cannot take."""
-    if table.has_control and len(table.clean_indices) > 1:
-        raise DatasetError(
-            f"{table.name}: Wan takes one control video or image for each item, fp_1f_clean_indices asks "
-            f"for {len(table.clean_indices)}. Remove fp_1f_clean_indices, or give --one_frame."
-        )
-    if table.has_control and task.kind == "ti2v":
-        raise DatasetError(
-            f"{table.name}: Wan2.2 TI2V-5B takes no control videos. Remove the table's control_directory "
-            "or control_path, or cache with the VAE of another model."
-        )
 
 
 def encode_together(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from modules.checkpoints.dialects import other_kind
+from modules.checkpoints.dialects import other_kind, rename_sources, translate_name
 from modules.checkpoints.dits import DitFormat, DitHeader, bare_names
 from modules.checkpoints.encoders import config_beside
 from modules.checkpoints.kinds import kind_of
@@ -123,21 +123,14 @@ def note_task(
         )
 
 
-def _published_name(name: str) -> str:
-    for pattern, replacement in FROM_DIFFUSERS:
-        found = re.fullmatch(pattern, name)
-        if found is not None:
-            return found.expand(replacement)
-    return name
-
-
 def _sources(checkpoint: Checkpoint, header: DitHeader[WanConfig]) -> Mapping[str, TensorSource]:
     # of whatever dialect: a file of VACE's blocks may have other names than the transformer beside it
-    return {_published_name(name): source for name, source in plain_sources(checkpoint).items()}
+    return rename_sources(plain_sources(checkpoint), lambda name: translate_name(name, FROM_DIFFUSERS))
 
 
 def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    return {_published_name(name): tuple(info.shape) for name, info in checkpoint.tensors.items()}
+    found = checkpoint.tensors.items()
+    return {translate_name(name, FROM_DIFFUSERS): tuple(info.shape) for name, info in found}
 
 
 def _is_wan(shapes: Mapping[str, tuple[int, ...]]) -> bool:

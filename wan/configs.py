@@ -6,8 +6,6 @@ Of a VAE: the marks of its latents, and the numbers that normalise these.
 from dataclasses import dataclass
 from typing import Any
 
-from modules.contract.rules import ModelRelease
-
 
 @dataclass(frozen=True)
 class VaeRelease:
@@ -144,24 +142,14 @@ class WanTask:
     high_noise_guidance: float | None = None  # of the second expert; None: there is one expert
     boundary: float | None = None  # timestep from which on the high-noise expert works
     fps: float = 16.0
+    keeps_image: bool = False  # an image, if one is given, becomes the first latent frame, which stays clean
     # with which a training batch of clips keeps its first latent frame clean; None: the model cannot
     first_frame_probability: float | None = None
-
-    @property
-    def release(self) -> ModelRelease:
-        return ModelRelease(
-            self.repositories, "Apache-2.0", "apache-2.0", "https://www.apache.org/licenses/LICENSE-2.0"
-        )
 
     @property
     def takes_image(self) -> bool:
         """Whether an image is among the condition channels of the network; a task with it needs one."""
         return self.kind in {"i2v", "flf2v"}
-
-    @property
-    def keeps_image(self) -> bool:
-        """Whether an image, if one is given, becomes the first latent frame, which stays clean."""
-        return self.kind == "ti2v"
 
     @property
     def has_features(self) -> bool:
@@ -172,11 +160,6 @@ class WanTask:
         if self.has_control:
             return "fun-control" if self.version == "2.1" else "fun-control-2.2"
         return "i2v-2.2" if self.kind == "i2v" and self.version == "2.2" else self.kind
-
-    @property
-    def appends_end(self) -> bool:
-        """Whether an end image becomes one more latent frame; else it is the last frame of the clip."""
-        return self.kind == "i2v" and self.version == "2.1"
 
     @property
     def in_dim(self) -> int:
@@ -237,6 +220,7 @@ TASKS: dict[str, WanTask] = {
             *("ti2v-5B", "ti2v", False, 3072, 50, 121, _5B, ("Wan-AI/Wan2.2-TI2V-5B",)),
             version="2.2",
             fps=24.0,
+            keeps_image=True,
             # it makes videos from text and from images, so a LoRA learns both
             first_frame_probability=0.5,
         ),

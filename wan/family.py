@@ -51,12 +51,11 @@ from wan.caching import (
     NO_MOMENTS,
     NO_VACE_MOMENTS,
     batch_conditions,
-    check_controls,
     encode_together,
     no_features,
 )
 from wan.checkpoints import load_dit, note_task
-from wan.configs import VACE, WanTask
+from wan.configs import VACE
 from wan.files import WanFiles, boundary_of, caching_files, files_and_boundary, files_of
 from wan.inputs import (
     FIRST_LATENTS,
@@ -76,13 +75,12 @@ from wan.options import (
     WanTextCachingOptions,
     WanTrainingOptions,
 )
-from wan.spec import DIT, LATENT, TEXT_KEYS, VACE_DIT, latent_of
+from wan.spec import DIT, LATENT, LATENT_SPECS, TEXT_KEYS, VACE_DIT
 from wan.vae import normalise
 
 logger = logging.getLogger(__name__)
 
 VACE_INPUTS = (("vace_control", "control"), ("vace_scales", "hint_scales"))  # conditions -> of the network
-VACE_REFERENCES = ReferenceRules(MOST_REFERENCES, clips=True, on_white=True, control_masks=True)
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,7 @@ class Wan(OneTransformer):
     image_noise: float = 0.0
     options: Any = NO_OPTIONS  # of a training
     boundary: float | None = None  # timestep from which on the high-noise expert works; None: there is none
-    first_frame_probability: float = 0.0  # of a training, see `NoiseSpec`
+    noise: NoiseSpec = FLOW  # of a training
 
     can: ClassVar = Abilities(
         tell_few_steps=True,
@@ -112,12 +110,8 @@ class Wan(OneTransformer):
     text_keys: frozenset[str] = field(default=TEXT_KEYS, init=False)
 
     @property
-    def task(self) -> WanTask:
-        return self.files.task
-
-    @property
     def dit(self) -> DitSpec:
-        return VACE_DIT if self.task.kind == VACE else DIT
+        return VACE_DIT if self.files.task.kind == VACE else DIT
 
     def block_counts(self) -> tuple[int, ...]:
         config = self.files.dit_header().config
@@ -125,21 +119,19 @@ class Wan(OneTransformer):
 
     @property
     def latent(self) -> LatentSpec:
-        latent = latent_of(self.task)
+        latent = LATENT_SPECS[self.files.task.kind]
         return replace(latent, in_sections=True) if self.image_kind == ONE_FRAME else latent
-
-    @property
-    def noise(self) -> NoiseSpec:
-        return replace(FLOW, first_frame_probability=self.first_frame_probability)
 
     @property
     def references(self) -> ReferenceRules | None:
         """Return how items' references are cached and learned; those of requests are in `wan.vace`."""
-        return VACE_REFERENCES if VACE in (self.image_kind, self.task.kind) else None
+        if VACE not in (self.image_kind, self.files.task.kind):
+            return None
+        return ReferenceRules(MOST_REFERENCES, clips=True, on_white=True, control_masks=True)
 
     @property
     def fuller(self) -> tuple[str, ...]:
-        return (CAPTION, FIRST_FRAME) if self.task.keeps_image else (CAPTION,)
+        return (CAPTION, FIRST_FRAME) if self.files.task.keeps_image else (CAPTION,)
 
     @property
     def experts(self) -> tuple[Expert, ...]:
@@ -151,7 +143,8 @@ class Wan(OneTransformer):
 
     @property
     def defaults(self) -> SamplingDefaults:
-        task, high = self.task, self.task.high_noise_guidance
+        task = self.files.task
+        high = task.high_noise_guidance
         strong = {} if high is None else {HIGH_NOISE: high}
         return SamplingDefaults(
             steps=task.steps,
@@ -170,15 +163,16 @@ class Wan(OneTransformer):
 
     @property
     def release(self) -> ModelRelease:
-        return self.task.release
+        licence = "Apache-2.0", "apache-2.0", "https://www.apache.org/licenses/LICENSE-2.0"
+        return ModelRelease(self.files.task.repositories, *licence)
 
     @property
     def metadata(self) -> Mapping[str, str]:
         names = {
-            "architecture": f"wan{self.task.version}",
-            "implementation": f"https://github.com/Wan-Video/Wan{self.task.version}",
+            "architecture": f"wan{self.files.task.version}",
+            "implementation": f"https://github.com/Wan-Video/Wan{self.files.task.version}",
             "model_type": "wan",
-            "task": self.task.name,
+            "task": self.files.task.name,
         }
         if self.files.dit_high_noise is not None:
             key = "sd_model_name" if self.files.dit is None else "sd_model_name_high_noise"
@@ -197,7 +191,7 @@ class Wan(OneTransformer):
 
     def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
         files = self.files
-        wants_image = files.clip is not None if self.image_kind is not None else self.task.has_features
+        wants_image = files.clip is not None if self.image_kind is not None else self.files.task.has_features
         clip = None
         if images and wants_image:
             clip = import_own("wan.clip").load_clip(files.clip_path, device)
@@ -206,13 +200,21 @@ class Wan(OneTransformer):
     def check_table(self, table: MediaTable) -> None:
         if self.image_kind == ONE_FRAME:
             import_own("wan.one_frame").check_table(table, self.files.clip is not None)
+        elif table.has_control and len(table.clean_indices) > 1:
+            raise DatasetError(
+                f"{table.name}: Wan takes one control video or image for each item, fp_1f_clean_indices asks "
+                f"for {len(table.clean_indices)}. Remove fp_1f_clean_indices, or give --one_frame."
+            )
+        elif table.has_control and self.files.task.kind == "ti2v":
+            raise DatasetError(
+                f"{table.name}: Wan2.2 TI2V-5B takes no control videos. Remove the table's control_directory "
+                "or control_path, or cache with the VAE of another model."
+            )
         elif self.image_kind == VACE and not (table.has_control or table.has_references):
             raise DatasetError(
                 f"{table.name}: --vace, and nothing that VACE could learn from. Give control_directory or "
                 "reference_directory; for LoRAs of texts alone cache without --vace, and train --task t2v-..."
             )
-        else:
-            check_controls(self.task, table)
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
         """Encode every clip as latents, and its control video if there is one.
@@ -246,7 +248,7 @@ class Wan(OneTransformer):
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
         path = self.dit_files[expert]
-        note_task(self.files.dit_header(), self.task, path, self.compute_dtype(placement))
+        note_task(self.files.dit_header(), self.files.task, path, self.compute_dtype(placement))
         placement = with_dtype(placement, self.files.dit_dtype)
         placement = replace(placement, keep_file_dtypes=self.keep_file_dtypes)
         return load_dit(path, placement, self.rope, self.precision, beside=self.files.vace_of(path))
@@ -257,7 +259,7 @@ class Wan(OneTransformer):
             import_own("wan.one_frame").note_clips()
         zeros_on = latents.device if self._feature_zeros else None
         config = self.files.dit_header().config
-        found = batch_conditions(self.task, config, batch, zeros_on)
+        found = batch_conditions(self.files.task, config, batch, zeros_on)
         batch.check_widths({"t5": config.text_dim}, self.files.dits[0], "wan_cache_text_encoder_outputs.py")
         return found
 
@@ -265,10 +267,6 @@ class Wan(OneTransformer):
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
     ) -> Tensor:
         """Predict the velocity, B C F H W float32, from t5 (n D each), clip (B T 1280), condition_latents."""
-
-        def given(texts: Conditions) -> Conditions:
-            return {"text": [embeds.to(noisy.device) for embeds in texts["t5"]]}
-
         extra, clip = cond.get("condition_latents"), cond.get("clip")
         if isinstance(extra, Tensor):
             noisy = torch.cat([noisy, extra.to(noisy)], dim=1)
@@ -279,54 +277,56 @@ class Wan(OneTransformer):
         }
         if isinstance(places, Tensor):  # on the host, the same for all samples
             more["places"] = tuple(places[0].tolist())
-        return dit(noisy, timesteps, given(cond)["text"], features, tweaks.rename_away(given), **more)
+        tweaks = tweaks.rename_away(lambda texts: {"text": texts["t5"]})
+        return dit(noisy, timesteps, cond["t5"], features, tweaks=tweaks, **more)
 
     # generation
 
     def check_files(self, media: bool) -> None:
-        self.files.check(("dit", "texts", *(("vae", *self._images) if media else ())))
+        self.files.check(("dit", "texts", *(("vae", "clip") if media else ())))
 
     def prepare(self, request: Request) -> Prepared:
         self.files.check_dits()
         if self.image_kind == ONE_FRAME:  # samples of a training of pictures
             request = replace(request, extra={ONE_FRAME: "default", **request.extra})
         if ONE_FRAME in request.extra:
-            self.files.check(("dit", *self._images))
-            given = self.task, request, self.defaults, self.latent, self.experts
+            self.files.check(("dit", "clip"))
+            given = self.files.task, request, self.defaults, self.latent, self.experts
             return import_own("wan.one_frame").prepare(*given)
         control = None
-        if self.task.kind == VACE:
+        if self.files.task.kind == VACE:
             request, control = import_own("wan.vace").take_control(
                 request, self.files.dit_header().config.vace_layers
             )
-        request = take_inputs(self.task, request)
-        self.files.check(("dit", *self._images))
-        given = self.task, request, self.defaults, self.latent, self.experts
+        request = take_inputs(self.files.task, request)
+        self.files.check(("dit", "clip"))
+        given = self.files.task, request, self.defaults, self.latent, self.experts
         prepared = prepare_request(*given)
         return prepared if control is None else control.tell(prepared)
 
     def needs_media(self, prepared: Prepared) -> bool:
-        keeps_one = self.task.keeps_image and prepared.asked.image_path is not None
-        return self.task.takes_image or self.task.has_control or keeps_one or self.task.kind == VACE
+        task = self.files.task
+        keeps_one = task.keeps_image and prepared.asked.image_path is not None
+        return task.takes_image or task.has_control or keeps_one or task.kind == VACE
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Encode images and control video as CLIP features and condition channels: B ..., on the CPU."""
-        if self.task.kind == VACE:
+        if self.files.task.kind == VACE:
             return {0: import_own("wan.vace").encode_control(encoders.vae, prepared)}
         if ONE_FRAME in prepared.asked.extra:
-            return {0: import_own("wan.one_frame").encode_request(encoders, prepared, self.task)}
-        conditions = encode_inputs(encoders, prepared, self.task)
+            return {0: import_own("wan.one_frame").encode_request(encoders, prepared, self.files.task)}
+        conditions = encode_inputs(encoders, prepared, self.files.task)
         zeros = no_features(self.files.dit_header().config, 1) if self._feature_zeros else {}
         return {0: zeros | conditions}
 
     @property
     def source(self) -> SourceRules:
         """Return the rules for starts of denoising: a picture's task starts from a picture."""
-        makes_picture, starts_from_noise = self.task.frames == 1, not self.task.takes_image
+        makes_picture, starts_from_noise = self.files.task.frames == 1, not self.files.task.takes_image
         takes = {VIDEO: not makes_picture, IMAGE: starts_from_noise, LATENTS: True}
         return SourceRules(
             tuple(option for option, is_taken in takes.items() if is_taken),
-            f"--task {self.task.name}",
+            f"--task {self.files.task.name}",
             stretches=True,
             latents_of=frozenset({"wan"}),
         )
@@ -351,11 +351,11 @@ class Wan(OneTransformer):
         # single picture and its control images the picture is kept
         is_one = ONE_FRAME in prepared.asked.extra
         front = len(prepared.asked.control_images)
-        behind = not is_one and appends_end(self.task, prepared.asked)
+        behind = not is_one and appends_end(self.files.task, prepared.asked)
         start = noise.draw((batch, channels, front + frames + behind, *area))
         conditions = dict(inputs.get(0, {}))
         first = conditions.pop(FIRST_LATENTS, None)
-        if self.image_noise and self.task.takes_image:
+        if self.image_noise and self.files.task.takes_image:
             # drawn for all channels so that seeds give the noise of existing tools
             extra, image = conditions["condition_latents"], LATENT.channels
             assert isinstance(extra, Tensor)
@@ -373,13 +373,9 @@ class Wan(OneTransformer):
         yield from encoders.vae.decode(latents.to(encoders.vae.device))
 
     @property
-    def _images(self) -> tuple[str, ...]:
-        return ("clip",) if self.task.has_features else ()
-
-    @property
     def _feature_zeros(self) -> bool:
         """Whether a Fun-Control model without an image gets zero features, as in its official pipeline."""
-        return self.task.model_kind == "fun-control" and not self.text_as_image_tokens
+        return self.files.task.model_kind == "fun-control" and not self.text_as_image_tokens
 
 
 def family_for_latent_caching(options: WanLatentCachingOptions) -> Wan:
@@ -404,7 +400,7 @@ def family_for_training(options: WanTrainingOptions) -> Wan:
         text_as_image_tokens=options.text_as_image_tokens,
         image_kind=ONE_FRAME if options.one_frame else None,
         boundary=boundary_of(options, files),
-        first_frame_probability=options.first_frame_probability or 0.0,
+        noise=replace(FLOW, first_frame_probability=options.first_frame_probability or 0.0),
         options=options,
     )
 

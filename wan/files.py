@@ -35,7 +35,7 @@ from wan.options import (
     WanLatentCachingOptions,
     WanTrainingOptions,
 )
-from wan.spec import latent_of
+from wan.spec import LATENT_SPECS
 from wan.vae import WanVae, load_vae
 from wan.vae_checkpoints import check_latents, read_vae
 
@@ -58,10 +58,6 @@ class WanFiles(TransformerFiles):
     format: ClassVar[DitFormat[Any, Any]] = FORMAT
 
     @property
-    def has_dit(self) -> bool:
-        return self.dit is not None or self.dit_high_noise is not None
-
-    @property
     def dits(self) -> tuple[Path, ...]:
         """Transformers that are given, the one for little noise first; --dit must be unless the other is."""
         if self.dit_high_noise is None:
@@ -73,7 +69,7 @@ class WanFiles(TransformerFiles):
         """Raise OptionError or CheckpointError if a transformer is missing, or does not fit --task."""
         both = {"--dit": self.dit, "--dit_high_noise": self.dit_high_noise}
         paths = {option: path for option, path in both.items() if path in self.dits}
-        headers = {option: self.header_of(path) for option, path in paths.items()}
+        headers = {option: self.dit_header(path) for option, path in paths.items()}
         for option, path in paths.items():
             check_task(headers[option], self.task, path, option)
         sizes = [
@@ -98,10 +94,6 @@ class WanFiles(TransformerFiles):
     def clip_path(self) -> Path:
         return require_file(self.clip, "--clip", "the task is conditioned on image features")
 
-    def dit_header(self) -> DitHeader[WanConfig]:
-        """Read variant, dialect and dtype of the first transformer file; those of experts are alike."""
-        return self.header_of(self.dits[0])
-
     def vace_of(self, dit: Path) -> Path | None:
         """Return the file of VACE's blocks that belongs to a transformer's, if it is one of its own."""
         given, option = (self.vace, "--vace")
@@ -109,13 +101,18 @@ class WanFiles(TransformerFiles):
             given, option = self.vace_high_noise, "--vace_high_noise"
         return None if given is None else require_file(given, option, "it has the blocks of VACE")
 
-    def header_of(self, dit: Path) -> DitHeader[WanConfig]:
-        """Read the header of a transformer, with that of VACE's blocks if they are in a file of their own."""
+    def dit_header(self, dit: Path | None = None) -> DitHeader[WanConfig]:
+        """Read variant, dialect and dtype of a transformer file, the first one if None: experts are alike.
+
+        With VACE's blocks if they are in a file of their own.
+        """
+        dit = self.dits[0] if dit is None else dit
         header, vace = read_once(dit, read_dit_header), self.vace_of(dit)
         return header if vace is None else read_once(vace, add_vace_header, header, dit)
 
     def compute_dtype(self) -> torch.dtype | None:
-        return (self.dit_dtype or self.dit_header().compute_dtype) if self.has_dit else None
+        given = self.dit or self.dit_high_noise
+        return None if given is None else self.dit_dtype or self.dit_header().compute_dtype
 
     def beside(self, chosen: torch.dtype | None, usual: torch.dtype | None = None) -> torch.dtype:
         return chosen or self.compute_dtype() or usual or self.usual
@@ -129,20 +126,20 @@ class WanFiles(TransformerFiles):
 
     def check_vae(self) -> None:
         config = read_once(self.vae_path, read_vae).config
-        check_latents(config, latent_of(self.task), self.vae_path, f"--task {self.task.name}")
+        check_latents(config, LATENT_SPECS[self.task.kind], self.vae_path, f"--task {self.task.name}")
 
     def check_texts(self, config: Any, needed: bool) -> None:
         if self.t5 is not None or needed:
-            read_once(self.t5_path, import_own("wan.encoder_checkpoints").read_t5)
+            read_once(self.t5_path, import_own("encoders.t5_network").read_t5, import_own("wan.t5").UMT5)
         if self.t5_tokenizer is not None:
             import_own("wan.t5").TOKENIZER.files.check_given(self.t5_tokenizer)
 
     def check(self, needed: Collection[str] = ()) -> None:
-        if self.has_dit or "dit" in needed:
+        if self.dit or self.dit_high_noise or "dit" in needed:
             self.check_dits()
         super().check(needed)
-        if self.clip is not None or "clip" in needed:
-            read_once(self.clip_path, import_own("wan.encoder_checkpoints").read_clip)
+        if self.clip is not None or ("clip" in needed and self.task.has_features):
+            read_once(self.clip_path, import_own("wan.clip").read_clip)
 
 
 logger = logging.getLogger(__name__)
@@ -291,7 +288,7 @@ def files_and_boundary(options: WanGenerationOptions) -> tuple[WanFiles, float |
     """
     files, task, boundary = files_of(options), TASKS[options.task], None
     if options.ckpt_dir is not None:
-        found, boundary = read_release(options.ckpt_dir, latent_of(task))
+        found, boundary = read_release(options.ckpt_dir, LATENT_SPECS[task.kind])
         files = add_release(files, found)
     if files.dit is None and files.dit_high_noise is not None:
         raise OptionError(
@@ -319,9 +316,12 @@ def boundary_of(
             "or use --task t2v-A14B or i2v-A14B"
         )
     other = options.sample_dit_other if isinstance(options, WanTrainingOptions) else None
-    if options.experts.boundary is not None and files.dit_high_noise is None and other is None:
+    given = options.experts.timestep_boundary  # as a timestep, or as a share of noise
+    if given is not None and files.dit_high_noise is None and other is None:
         logger.warning("--timestep_boundary is ignored because there is no --dit_high_noise")
-    return options.experts.boundary or of_release or task.boundary
+    if given is not None and given <= 1:
+        given *= MOST_TIMESTEP
+    return given or of_release or task.boundary
 
 
 def caching_files(options: WanLatentCachingOptions) -> tuple[WanFiles, str | None]:

@@ -125,7 +125,8 @@ FIRST_LATENTS = "first_latents"  # condition: clean latents of an image, B C 1 h
 
 
 def appends_end(task: WanTask, request: Request) -> bool:
-    return task.appends_end and request.end_image_path is not None
+    """Return whether an end image becomes one more latent frame; else it is the last frame of the clip."""
+    return task.kind == "i2v" and task.version == "2.1" and request.end_image_path is not None
 
 
 def take_inputs(task: WanTask, request: Request) -> Request:
@@ -167,7 +168,7 @@ def encode_inputs(
             paths = [first] + ([end] if task.kind == "flf2v" and end is not None else [])
             features = [encoders.image_encoder.encode(read_pixels(path)[:, :, 0]) for path in paths]
             conditions["clip"] = torch.cat(features, dim=1).cpu()
-        if end is not None and not task.appends_end:
+        if end is not None and not appends_end(task, request):
             image = first_last_condition(vae, pixels(first), pixels(end), frames)
         else:
             image = image_condition(vae, pixels(first), frames, pixels(end) if end else None)

@@ -21,10 +21,10 @@ from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.layers.modulation import add_gated, modulate, split_segments
 from modules.layers.norms import Float32LayerNorm, RMSNorm, activation_dtype, in_own_dtype, run_float32
 from modules.layers.rope import TABLES, Grid, GridTable, rotate, sinusoid, table_maker
-from modules.run_blocks import Hidden, run_blocks
+from modules.run_blocks import BlockNetwork, Hidden
 from modules.speed_options import SDPA, AttentionChoice
 from wan.configs import WanConfig
-from wan.spec import DIT, WanText, WanTokens, pad_texts, see_one
+from wan.spec import DIT, WanTokens, pad_texts
 
 TEXT_ROWS_AS_IMAGE = 257  # how many text rows older tools mistook for image tokens
 REF_CHANNELS = 16  # latent channels of the reference image that `ref_conv` takes
@@ -56,21 +56,14 @@ class SelfAttention(nn.Module):
         return in_own_dtype(self.o, seen.flatten(2))
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(SelfAttention):
     """Attention to the text plus attention to the image, which has its own keys and values; no mask.
 
     The results for several texts are combined; that for the image is added.
     """
 
     def __init__(self, config: WanConfig) -> None:
-        super().__init__()
-        self.num_heads = config.num_heads
-        self.q = nn.Linear(config.dim, config.dim)
-        self.k = nn.Linear(config.dim, config.dim)
-        self.v = nn.Linear(config.dim, config.dim)
-        self.o = nn.Linear(config.dim, config.dim)
-        self.norm_q = RMSNorm(config.dim, config.eps)
-        self.norm_k = RMSNorm(config.dim, config.eps)
+        super().__init__(config)
         if config.has_image:
             self.k_img = nn.Linear(config.dim, config.dim)
             self.v_img = nn.Linear(config.dim, config.dim)
@@ -80,11 +73,11 @@ class CrossAttention(nn.Module):
         heads = (self.num_heads, -1)
         q = self.norm_q(in_own_dtype(self.q, x)).unflatten(-1, heads)
         of_texts = []
-        for text in tokens.texts:
-            k = self.norm_k(in_own_dtype(self.k, text.rows)).unflatten(-1, heads)
-            v = in_own_dtype(self.v, text.rows).unflatten(-1, heads)
-            of_texts.append(_attend(q, k, v, tokens, text.repeats))  # B L N D
-        seen = tokens.combine(*of_texts)
+        for text, repeats in zip(tokens.texts, tokens.repeats, strict=True):
+            k = self.norm_k(in_own_dtype(self.k, text)).unflatten(-1, heads)
+            v = in_own_dtype(self.v, text).unflatten(-1, heads)
+            of_texts.append(_attend(q, k, v, tokens, repeats))  # B L N D
+        seen = of_texts[0] if tokens.combine is None else tokens.combine(*of_texts)
         del of_texts, k, v  # large: not held while the image is seen and `o` computes
         if tokens.image is not None:
             k = self.norm_k_img(in_own_dtype(self.k_img, tokens.image)).unflatten(-1, heads)
@@ -185,13 +178,14 @@ class ImageEmbedding(nn.Module):
         return norm2(in_own_dtype(linear2, gelu(in_own_dtype(linear1, norm1(features)))))
 
 
-class WanModel(nn.Module):
+class WanModel(BlockNetwork):
     """Predict the velocity of noisy video latents from text and, in some variants, image features.
 
     Variants with conditions on images or control videos take these as further input channels.
     """
 
     spec = DIT
+    dtype_of = "blocks.0.ffn.0.bias"
 
     def __init__(
         self,
@@ -228,12 +222,7 @@ class WanModel(nn.Module):
         widths = (width - 2 * side, side, side)
         self._rotary = GridTable(table_maker(TABLES[rope], widths, dtype=precision))
 
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        # not the weight's dtype: it may be 8 bits, which nothing computes in
-        return self.get_parameter("blocks.0.ffn.0.bias").dtype
-
-    def forward(
+    def embed(
         self,
         noisy: Tensor,
         timesteps: Tensor,
@@ -241,39 +230,17 @@ class WanModel(nn.Module):
         image_embeds: Tensor | None = None,
         tweaks: Tweaks = NO_TWEAKS,
         places: tuple[int, ...] = (),
-    ) -> Tensor:
-        """Return the velocity, B out_dim F H W in float32.
+    ) -> Hidden:
+        """Return the video tokens, B L C in float32, and the other inputs of the blocks.
 
         noisy: B in_dim F H W, condition channels behind the noisy latents. timesteps: B, 0..1000. text: per
         sample n text_dim, at most text_len rows; or B n text_dim. image_embeds: B I image_dim of the image
         encoder, for models with image attention. Without them the model takes its first 257 rows of text for
         the image, as older tools ran Fun-Control models; give zeros for no image. tweaks: ideas that change
         this call; their second text is "text". Their given frames have the time 0, and their velocity is 0.
-        places: in time, of frames that do not follow each other.
-        Raises ValueError where sizes do not go together.
+        places: in time, of frames that do not follow each other. Raises ValueError where sizes do not go
+        together.
         """
-        hidden = Hidden(*self.embed(noisy, timesteps, text, image_embeds, tweaks, places))
-        return self.run_from(hidden, tweaks)
-
-    def run_from(self, hidden: Hidden, tweaks: Tweaks) -> Tensor:
-        """Run the blocks, and return the velocity."""
-        run_blocks(self, hidden, tweaks)
-        velocity = self.unembed(hidden.x, hidden.tokens)
-        given = tweaks.given_frames
-        if not given:
-            return velocity
-        return torch.cat([torch.zeros_like(velocity[:, :, :given]), velocity[:, :, given:]], dim=2)
-
-    def embed(
-        self,
-        noisy: Tensor,
-        timesteps: Tensor,
-        text: Sequence[Tensor] | Tensor,
-        image_embeds: Tensor | None,
-        tweaks: Tweaks = NO_TWEAKS,
-        places: tuple[int, ...] = (),
-    ) -> tuple[Tensor, WanTokens]:
-        """Return the video tokens, B L C in float32, and the other inputs of the blocks."""
         if noisy.shape[1] != self.config.in_dim:
             raise ValueError(f"{noisy.shape[1]} input channels, the model takes {self.config.in_dim}")
         if any(size % patch for size, patch in zip(noisy.shape[2:], self.config.patch_size, strict=True)):
@@ -288,42 +255,41 @@ class WanModel(nn.Module):
         time, modulation = self._embed_times(timesteps, tweaks.given_frames > 0)
         given = tweaks.given_frames // self.config.patch_size[0] * grid[1] * grid[2]
         text_is_image = self.config.has_image and image_embeds is None
-        texts = []
+        texts, repeats = [], []
         for one in [text] if tweaks.away is None else [text, tweaks.away.text["text"]]:
             merges = None if text_is_image else self.attention  # every row is needed if some are the image
-            rows, repeats = pad_texts(one, self.config.text_len, merges)
+            rows, counts = pad_texts([each.to(noisy.device) for each in one], self.config.text_len, merges)
             hidden = self.text_embedding[1](in_own_dtype(self.text_embedding[0], rows))
             embedded = in_own_dtype(self.text_embedding[2], hidden).to(dtype)
             # one text may serve all samples
-            texts.append(WanText(embedded.expand(len(noisy), -1, -1), repeats))
+            texts.append(embedded.expand(len(noisy), -1, -1))
+            repeats.append(counts)
         image_tokens = None
         if image_embeds is not None:
             image_tokens = self.img_emb(image_embeds).to(dtype)
         elif text_is_image:
-            image_tokens = texts[0].rows[:, :TEXT_ROWS_AS_IMAGE]
-            texts = [WanText(one.rows[:, TEXT_ROWS_AS_IMAGE:]) for one in texts]
+            image_tokens = texts[0][:, :TEXT_ROWS_AS_IMAGE]
+            texts = [one[:, TEXT_ROWS_AS_IMAGE:] for one in texts]
         rotary = self._rotary.of(Grid(grid, tweaks.slow_frames, places=places), noisy.device)
         tokens = WanTokens(
-            *(grid, rotary, tuple(texts), image_tokens, time, modulation, given, dtype, self.attention),
-            tweaks.steer or see_one,
+            *(grid, rotary, tuple(texts), tuple(repeats), image_tokens, time, modulation, given, dtype),
+            *(self.attention, tweaks.steer),
         )
-        return rearrange(patches, "b c f h w -> b (f h w) c").contiguous(), tokens
+        return Hidden(rearrange(patches, "b c f h w -> b (f h w) c").contiguous(), tokens)
 
     def unembed(self, x: Tensor, tokens: WanTokens) -> Tensor:
-        """Turn video tokens B L C into the velocity, B out_dim F H W in float32."""
+        """Turn video tokens B L C into the velocity, B out_dim F H W in float32; 0 for given frames."""
         frames, rows, columns = tokens.grid
         pf, ph, pw = self.config.patch_size
-        patches = self.head(x, tokens)
-        return rearrange(
-            patches,
+        velocity = rearrange(
+            self.head(x, tokens),
             "b (f h w) (pf ph pw c) -> b c (f pf) (h ph) (w pw)",
-            f=frames,
-            h=rows,
-            w=columns,
-            pf=pf,
-            ph=ph,
-            pw=pw,
+            **{"f": frames, "h": rows, "w": columns, "pf": pf, "ph": ph, "pw": pw},
         )
+        if not tokens.given:
+            return velocity
+        given = tokens.given // (rows * columns) * pf
+        return torch.cat([torch.zeros_like(velocity[:, :, :given]), velocity[:, :, given:]], dim=2)
 
     def _embed_times(self, timesteps: Tensor, has_given: bool) -> tuple[Tensor, Tensor]:
         """Return the embedded times, B S C, and their modulation, B S 6 C; first those of given frames, 0.

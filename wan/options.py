@@ -64,12 +64,6 @@ class WanExpertOptions(Options):
     )
     force_v2_1_time_embedding = not_needed("each time is embedded once, whatever the model's version")
 
-    @property
-    def boundary(self) -> float | None:
-        """Return the boundary as a timestep, 0..1000; None: that of the task."""
-        boundary = self.timestep_boundary
-        return boundary if boundary is None or boundary > 1 else boundary * MOST_TIMESTEP
-
 
 _CACHE_CPU = "keep the VAE's features between frames in host memory"
 ONE_FRAME = "one_frame"  # a kind of caches, and the name of --one_frame_inference in Request.extra
@@ -317,21 +311,18 @@ def caching_options(options: WanTrainingOptions) -> tuple[dict[str, Any], dict[s
     return latents, {"--t5": options.text.t5 or "T5_FILE"}
 
 
-def _say_control(options: WanTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    extra = sample.get("extra") or {}
-    if options.one_frame or ONE_FRAME in extra:
-        controls = sample.get("control_images") or "CONTROL_IMAGE_FILE"
-        return {"--one_frame_inference": extra.get(ONE_FRAME, "default"), "--control_image_path": controls}
-    found = {f"--{name}": extra.get(name) for name in (MASK, SCALE)}
-    return {**found, "--src_ref_images": sample.get("control_images") or None}
-
-
 def generation_options(options: WanTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
     task, other = TASKS[options.task], options.sample_dit_other
     needs_image = task.takes_image and not options.one_frame  # else the control images are seen
     low, high = options.dit, options.experts.dit_high_noise
     low, high = (low or other, high) if high is not None else (low, other)
+    extra, seen = sample.get("extra") or {}, sample.get("control_images")
+    if options.one_frame or ONE_FRAME in extra:
+        how = {"--one_frame_inference": extra.get(ONE_FRAME, "default")}
+        how["--control_image_path"] = seen or "CONTROL_IMAGE_FILE"
+    else:
+        how = {**{f"--{name}": extra.get(name) for name in (MASK, SCALE)}, "--src_ref_images": seen or None}
     return {
         "--task": options.task,
         "--timestep_boundary": None if high is None else options.experts.timestep_boundary,
@@ -347,6 +338,6 @@ def generation_options(options: WanTrainingOptions, sample: Mapping[str, Any]) -
         "--image_path": sample.get("image_path") or ("IMAGE_FILE" if needs_image else None),
         "--end_image_path": sample.get("end_image_path"),
         "--control_path": sample.get("control_path") or ("CONTROL_FILE" if task.has_control else None),
-        **_say_control(options, sample),
+        **how,
         "--video_length": sample.get("frames"),
     }

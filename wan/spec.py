@@ -14,7 +14,7 @@ from torch import Tensor
 from modules.contract.data import LatentSpec
 from modules.contract.family import DitSpec
 from modules.speed_options import SDPA, AttentionChoice
-from wan.configs import VACE, WanTask
+from wan.configs import VACE
 
 if TYPE_CHECKING:  # loaded only if processes share tokens
     from modules.offload.context import TokenPart
@@ -56,8 +56,8 @@ LATENT_VACE = replace(LATENT, references_first=True)
 LATENT_5B = LatentSpec(channels=48, stride=(4, 16, 16), pixel_step=32, frame_step=4)
 
 
-def latent_of(task: WanTask) -> LatentSpec:
-    return {"ti2v": LATENT_5B, VACE: LATENT_VACE}.get(task.kind, LATENT)
+# by the kind of a task
+LATENT_SPECS = {**dict.fromkeys(("t2v", "i2v", "flf2v"), LATENT), VACE: LATENT_VACE, "ti2v": LATENT_5B}
 
 
 DIT = DitSpec(
@@ -96,35 +96,25 @@ VACE_DIT = replace(
 
 
 @dataclass(frozen=True)
-class WanText:
-    """A text as cross-attention takes it."""
-
-    rows: Tensor  # B T C
-    repeats: Tensor | None = None  # T float32, for how many equal rows each row stands; None: one each
-
-
-@dataclass(frozen=True)
 class WanTokens:
     """Inputs of the blocks besides the video tokens; built once per forward pass by `WanModel.embed`."""
 
     grid: tuple[int, int, int]  # tokens along frames, rows, columns; L is their product
     rotary: Tensor  # turns by position, L 1 D/2 2 in the model's `precision`
-    texts: tuple[WanText, ...]  # usually one
+    texts: tuple[Tensor, ...]  # B T C each; usually one
+    # of each text T float32, for how many equal rows each row stands; None: one each
+    repeats: tuple[Tensor | None, ...]
     image: Tensor | None  # B I C
     time: Tensor  # B S C in the model's `precision`
     modulation: Tensor  # B S 6 C likewise
     given: int  # tokens in front that hold clean frames; S is 2 where there are such
     dtype: torch.dtype  # of activations between layers
     attention: AttentionChoice
-    combine: Callable[..., Tensor]  # of what attention sees of each text, B L N D
+    combine: Callable[..., Tensor] | None  # what attention sees of each text, B L N D; None: there is one
     part: "TokenPart | None" = None  # the tokens that this process has; None: all
 
     def cut(self, part: "TokenPart") -> "WanTokens":
         return replace(self, rotary=part.rows(self.rotary), given=part.of_first(self.given), part=part)
-
-
-def see_one(seen: Tensor) -> Tensor:
-    return seen
 
 
 def pad_texts(

@@ -9,11 +9,10 @@ import itertools
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 
-from encoders.t5_network import T5Network, load_t5
+from encoders.t5_network import T5Kind, T5Network, load_t5
 from encoders.text_encoder import END, FileTextEncoder, TextTokenizer, TokenizerSource, Written, in_groups
 from modules.checkpoints.tokenizers import TokenizerFiles
 from modules.contract.data import Conditions
@@ -21,10 +20,16 @@ from modules.contract.family import EncoderAbilities
 from modules.contract.loading import BlockPlace
 from modules.contract.requests import Prompt, Spans
 from modules.errors import InstallationError
-from wan.encoder_checkpoints import UMT5
 from wan.spec import TEXT_KEYS
 
 MAX_TOKENS = 512  # with the end token, as trained
+UMT5 = T5Kind(
+    name="umT5",
+    what="an umT5 encoder",
+    option="--t5",
+    release="models_t5_umt5-xxl-enc-bf16.pth or umt5_xxl_*.safetensors",
+    has_own_tables=True,
+)
 TOKENIZER = TokenizerSource(
     TokenizerFiles(
         option="--t5_tokenizer",
@@ -41,35 +46,32 @@ TOKENIZER = TokenizerSource(
 
 
 def clean_text(text: str) -> str:
-    """Repair encoding mistakes and full-width punctuation, unescape HTML entities, collapse white space."""
-    text = _repair(text)
-    return re.sub(r"\s+", " ", text).strip()
+    """Repair encoding mistakes and full-width punctuation, unescape HTML entities, collapse white space.
 
-
-def _repair(text: str) -> str:
-    """Repair encoding mistakes and unescape HTML entities. Raises InstallationError without ftfy."""
-    if text.isascii() and text.isprintable() and "&" not in text:  # nothing that ftfy would change
-        return text
-    try:
-        import ftfy
-    except ModuleNotFoundError:
-        raise InstallationError(
-            "prompts of Wan are cleaned with the package ftfy, which is not installed. Install it: "
-            f"{sys.executable} -m pip install ftfy"
-        ) from None
-    return html.unescape(html.unescape(ftfy.fix_text(text)))
+    White space at the ends becomes a blank. Raises InstallationError without ftfy.
+    """
+    if not (text.isascii() and text.isprintable() and "&" not in text):  # else ftfy would change nothing
+        try:
+            import ftfy
+        except ModuleNotFoundError:
+            raise InstallationError(
+                "prompts of Wan are cleaned with the package ftfy, which is not installed. Install it: "
+                f"{sys.executable} -m pip install ftfy"
+            ) from None
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return re.sub(r"\s+", " ", text)
 
 
 def clean_spans(text: str, spans: Spans) -> tuple[str, Spans]:
-    """Return `clean_text(text)`, and where in it the parts are.
+    """Return `clean_text(text)` without white space at its ends, and where in it the parts are.
 
     A part is cleaned by itself to see how long it becomes. If cleaning joins it to its neighbours (an accent
     behind the last letter of a part), places may be a character or two beside.
     """
-    cleaned, length, places = clean_text(text), 0, []
+    cleaned, length, places = clean_text(text).strip(), 0, []
     edges = [0, *(edge for start, end, _ in spans for edge in (start, end)), len(text)]
     for start, end in itertools.pairwise(edges):
-        piece = re.sub(r"\s+", " ", _repair(text[start:end]))
+        piece = clean_text(text[start:end])
         length += len(piece.lstrip() if length == 0 else piece)  # what a text begins with is dropped
         places.append(min(length, len(cleaned)))
     parts = zip(places[0::2], places[1::2], spans, strict=False)
@@ -89,16 +91,13 @@ class WanTextEncoder(FileTextEncoder[T5Network]):
     embedding = "token_embedding.weight"
     blocks: BlockPlace | None = None  # splits the network over processes
 
-    def __init__(self, path: Path, tokenizer: Path | None = None, form: str | None = None) -> None:
-        super().__init__(path, tokenizer)
-        self.form = form
-
     @property
     def identity(self) -> Mapping[str, str]:
         return self.identify("t5", weights=self.form)
 
     def write(self, prompt: Prompt) -> Written:
-        return Written(*clean_spans(prompt.text, prompt.spans))
+        text, spans = clean_spans(prompt.text, prompt.spans)
+        return Written(text, text, spans)
 
     def load_network(self, device: torch.device) -> T5Network:
         return load_t5(self.path, device, UMT5, form=self.form, blocks=self.blocks)
@@ -109,6 +108,6 @@ class WanTextEncoder(FileTextEncoder[T5Network]):
         """Return {"t5": [n C]} for each prompt of n tokens."""
         results: list[Conditions] = []
         for group in in_groups(rows):
-            embeds = network([torch.tensor(prompt, device=network.device) for prompt in group])
+            embeds = network([torch.tensor(prompt) for prompt in group])
             results += [{"t5": [embed.to("cpu", copy=True)]} for embed in embeds]
         return results

@@ -7,13 +7,11 @@ Jiang et al. 2025, arXiv 2503.07598.
 """
 # Letters: B batch, L video tokens, C width
 
-from collections.abc import Sequence
 from typing import Any
 
 from einops import rearrange
 from torch import Tensor, nn
 
-from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.layers.norms import in_own_dtype
 from modules.run_blocks import Hidden
 from wan.configs import WanConfig
@@ -48,24 +46,20 @@ class WanVaceModel(WanModel):
         )
         self.vace_blocks = nn.ModuleList(WanVaceBlock(config, index) for index in range(config.vace_layers))
 
-    def forward(
+    def embed(
         self,
-        noisy: Tensor,
-        timesteps: Tensor,
-        text: Sequence[Tensor] | Tensor,
-        image_embeds: Tensor | None = None,
-        tweaks: Tweaks = NO_TWEAKS,
-        places: tuple[int, ...] = (),
+        *inputs: Any,
         control: Tensor | None = None,
         hint_scales: Tensor | None = None,
-    ) -> Tensor:
-        """As `WanModel.forward`. control: B vace_dim F H W, of the noisy latents' size; None: no hints.
+        **more: Any,
+    ) -> Hidden:
+        """As `WanModel.embed`. control: B vace_dim F H W, of the noisy latents' size; None: no hints.
 
         hint_scales: B layers; None: hints are added as they are.
         """
-        hidden = Hidden(*self.embed(noisy, timesteps, text, image_embeds, tweaks, places))
+        hidden = super().embed(*inputs, **more)
         if control is not None:
             patches = in_own_dtype(self.vace_patch_embedding, control).float()
             hidden.side = rearrange(patches, "b c f h w -> b (f h w) c").contiguous()
             hidden.side_scales = hint_scales
-        return self.run_from(hidden, tweaks)
+        return hidden

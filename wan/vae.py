@@ -4,20 +4,20 @@ It works on one group of frames at a time, so that memory does not grow with the
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from encoders.tiles import Tile, add_in_tiles, decode_in_tiles, tiles
+from encoders.tiles import add_in_tiles, decode_in_tiles, tiles
 from modules.checkpoints.dialects import load_planned
 from modules.checkpoints.opening import open_checkpoint
 from modules.devices import dtype_name, numbers_on
 from modules.layers.convolution import lay_out, layouts
 from modules.media.pixels import check_clip
 from wan.configs import RELEASES
-from wan.vae_blocks import TimeMemory, WanVaeConfig, WanVaeDecoder, WanVaeEncoder
+from wan.vae_blocks import TimeMemory, WanVaeConfig, WanVaeHalf
 from wan.vae_checkpoints import read_vae
 from wan.vae_shortcuts import fold_patches, unfold_patches
 
@@ -33,8 +33,8 @@ class WanVae(nn.Module):
 
     def __init__(self, config: WanVaeConfig, cache_on_cpu: bool = False, tile: int | None = None) -> None:
         super().__init__()
-        self.encoder = WanVaeEncoder(config)
-        self.decoder = WanVaeDecoder(config)
+        self.encoder = WanVaeHalf(config, is_encoder=True)
+        self.decoder = WanVaeHalf(config, is_encoder=False)
         self.conv1 = nn.Conv3d(2 * config.latent_channels, 2 * config.latent_channels, 1)
         self.conv2 = nn.Conv3d(config.latent_channels, config.latent_channels, 1)
         self.config = config
@@ -50,66 +50,59 @@ class WanVae(nn.Module):
         return self.conv1.weight.device
 
     @torch.no_grad()
-    def encode(self, pixels: Tensor) -> Tensor:
+    def encode(self, pixels: Tensor, as_moments: bool = False) -> Tensor:
         """Return the normalised means of the posterior.
 
         pixels: B 3 F H W in -1..1, on any device (moved group by group); F = 4n + 1, H and W multiples of the
-        stride S, 8 or 16. Returns B Z n+1 H/S W/S, float32, on the VAE's device. Raises ValueError for other
-        sizes.
+        stride S, 8 or 16. Returns B Z n+1 H/S W/S, float32, on the VAE's device. as_moments: return means and
+        logarithms of variances, B 2Z ..., not normalised. Raises ValueError for other sizes.
         """
-        return self._in_tiles(pixels, self._encode, self.conv2.in_channels)
+        step, side, _ = RELEASES[self.config.latent_channels].stride
+        check_clip(pixels, step, side)
+        batch, _, frames, height, width = pixels.shape
+        size = (frames - 1) // step + 1, height // side, width // side
+        if self.tile is None or max(size[1:]) <= max(1, self.tile // side):
+            return self._encode(pixels, as_moments)
+        rows, columns = (tiles(one, max(1, self.tile // side)) for one in size[1:])
+        channels = (self.conv1 if as_moments else self.conv2).in_channels
+        latents = torch.zeros((batch, channels, *size), device=self.device)
+        add_in_tiles(
+            lambda tile: [self._encode(tile, as_moments)], pixels, (rows, columns), (side, 1), latents
+        )
+        return latents
 
     @torch.no_grad()
     def moments(self, pixels: Tensor) -> Tensor:
         """Return means and logarithms of variances, not normalised: B 2Z n+1 H/S W/S, as `encode` does."""
-        return self._in_tiles(pixels, self._moments, self.conv1.out_channels)
+        return self.encode(pixels, as_moments=True)
 
-    def _in_tiles(self, pixels: Tensor, encode: Callable[[Tensor], Tensor], channels: int) -> Tensor:
-        """Encode pixels, in tiles if they are larger than one. channels: of the result of `encode`."""
-        step, side, _ = self.config.stride
-        check_clip(pixels, step, side)
-        batch, _, frames, height, width = pixels.shape
-        rows, columns = self._tiles(height // side), self._tiles(width // side)
-        if len(rows) == len(columns) == 1:
-            return encode(pixels)
-        latents = torch.zeros(
-            (batch, channels, (frames - 1) // step + 1, height // side, width // side), device=self.device
-        )
-        add_in_tiles(lambda tile: [encode(tile)], pixels, (rows, columns), (side, 1), latents)
-        return latents
-
-    def decode(self, latents: Tensor) -> Iterator[Tensor]:
+    @torch.no_grad()
+    def decode(self, latents: Tensor, clamps: bool = True) -> Iterator[Tensor]:
         """Yield pixels in playing order: one frame, then four at a time. B 3 F H W, float32, -1..1.
 
         latents: B Z f h w, normalised, on any device. The chunks are on the VAE's device. With tiles they are
-        in host memory, and the first one is yielded after the last tile is done.
+        in host memory, and the first one is yielded after the last tile is done. clamps: to -1..1.
         """
-        for chunk in self.decode_unclamped(latents):
-            yield chunk.clamp_(-1, 1)
+        chunks = self._decode(latents)
+        if self.tile is not None:
+            stride = RELEASES[self.config.latent_channels].stride
+            rows, columns = (tiles(one, max(1, self.tile // stride[1])) for one in latents.shape[-2:])
+            chunks = decode_in_tiles(self._decode, latents, (rows, columns), stride)
+        for chunk in chunks:
+            yield chunk.clamp_(-1, 1) if clamps else chunk
 
-    @torch.no_grad()
-    def decode_unclamped(self, latents: Tensor) -> Iterator[Tensor]:
-        """Yield the same as `decode`, before clamping to -1..1."""
-        grid = self._tiles(latents.shape[-2]), self._tiles(latents.shape[-1])
-        yield from decode_in_tiles(self._decode, latents, grid, self.config.stride)
-
-    def _tiles(self, size: int) -> tuple[Tile, ...]:
-        return tiles(size, size if self.tile is None else max(1, self.tile // self.config.stride[1]))
-
-    def _encode(self, pixels: Tensor) -> Tensor:
-        means = [moments.chunk(2, dim=1)[0].float() for moments in self._groups(pixels)]
-        return normalise(torch.cat(means, dim=2))
-
-    def _moments(self, pixels: Tensor) -> Tensor:
-        return torch.cat([moments.float() for moments in self._groups(pixels)], dim=2)
-
-    def _groups(self, pixels: Tensor) -> list[Tensor]:
-        """Return the moments of each group of frames."""
-        frames = pixels.shape[2]
+    def _encode(self, pixels: Tensor, as_moments: bool) -> Tensor:
+        """Encode one frame, then groups of as many as make a latent frame."""
+        frames, made = pixels.shape[2], []
         memory = TimeMemory(self.cache_on_cpu) if frames > 1 else None
-        (step, _, _), patch = self.config.stride, self.config.patch
-        groups = pixels.split([1] + [step] * ((frames - 1) // step), dim=2)
-        return [self.conv1(self.encoder(self._place(group, patch), memory)) for group in groups]
+        step, patch = RELEASES[self.config.latent_channels].stride[0], self.config.patch
+        for group in pixels.split([1] + [step] * ((frames - 1) // step), dim=2):
+            if patch > 1:
+                group = fold_patches(group.to(self.device, self.dtype), patch)
+            moments = self.conv1(self.encoder(self._place(group), memory))
+            made.append((moments if as_moments else moments.chunk(2, dim=1)[0]).float())
+        found = torch.cat(made, dim=2)
+        return found if as_moments else normalise(found)
 
     def _decode(self, latents: Tensor) -> Iterator[Tensor]:
         frames = latents.shape[2]
@@ -118,15 +111,12 @@ class WanVae(nn.Module):
         for index in range(frames):
             latent = latents[:, :, index : index + 1].to(self.device).float() * std + mean
             chunk = self.decoder(self.conv2(self._place(latent)), memory)
-            yield unfold_patches(chunk, self.config.patch).float()
+            if self.config.patch > 1:
+                chunk = unfold_patches(chunk, self.config.patch)
+            yield chunk.float()
 
-    def _place(self, x: Tensor, patch: int = 1) -> Tensor:
-        """Move to the VAE's device, dtype and memory layout. All layers keep the layout.
-
-        patch: fold so many rows and columns into channels first.
-        """
-        if patch > 1:
-            x = fold_patches(x.to(self.device, self.dtype), patch)
+    def _place(self, x: Tensor) -> Tensor:
+        """Move to the VAE's device, dtype and memory layout. All layers keep the layout."""
         return x.to(self.device, self.dtype, memory_format=layouts(self.device)[0])
 
 

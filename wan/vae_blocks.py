@@ -5,9 +5,7 @@ Module names follow the published checkpoints. Source: the released VAEs of Wan2
 """
 # Letters: B batch, C channels, T frames of the chunk, H height, W width (at the layer's own resolution)
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +18,10 @@ from wan.vae_shortcuts import Factors, add_repeated, average_groups
 TIME_KERNEL = 3  # a causal convolution sees its frame and the two before it
 
 
+# by the kind of a layer: how many frames, rows and columns are joined into one, or made of one
+FACTORS: dict[str, Factors] = {"residual": (1, 1, 1), "spatial": (1, 2, 2), "temporal": (2, 2, 2)}
+
+
 @dataclass(frozen=True)
 class VaeLayer:
     """One layer of the encoder's `downsamples` or the decoder's `upsamples`."""
@@ -27,29 +29,8 @@ class VaeLayer:
     kind: str  # "residual", "spatial" (resampled in height and width), "temporal" (in time as well)
     width_in: int
     width_out: int
-
-
-@dataclass(frozen=True)
-class VaeStage:
-    """Layers with a shortcut around them, an entry of the same lists in Wan2.2. The last one may resample."""
-
-    layers: tuple[VaeLayer, ...]
-
-    @property
-    def width_in(self) -> int:
-        return self.layers[0].width_in
-
-    @property
-    def width_out(self) -> int:
-        return self.layers[-1].width_out
-
-    @property
-    def factors(self) -> Factors:
-        """How many frames, rows and columns are joined into one, or made of one."""
-        return _FACTORS[self.layers[-1].kind]
-
-
-_FACTORS: dict[str, Factors] = {"residual": (1, 1, 1), "spatial": (1, 2, 2), "temporal": (2, 2, 2)}
+    # of Wan2.2: a stage, with a shortcut around these layers; the last one may resample, and says its kind
+    layers: tuple["VaeLayer", ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,25 +38,9 @@ class WanVaeConfig:
     """Dimensions of a VAE, read from a checkpoint's tensors."""
 
     latent_channels: int
-    encoder: tuple[VaeLayer | VaeStage, ...]
-    decoder: tuple[VaeLayer | VaeStage, ...]
+    encoder: tuple[VaeLayer, ...]
+    decoder: tuple[VaeLayer, ...]
     patch: int = 1  # rows and columns of pixels that the first layer takes as channels of one place
-
-    @property
-    def stride(self) -> tuple[int, int, int]:
-        """Frames, rows and columns of pixels for one place of the latents."""
-        return self.strides[0]
-
-    @property
-    def strides(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-        """The stride of the encoder, and that of the decoder: equal in every complete VAE."""
-        return _stride(self.encoder, self.patch), _stride(self.decoder, self.patch)
-
-
-def _stride(parts: Iterable[VaeLayer | VaeStage], patch: int) -> tuple[int, int, int]:
-    layers = [layer for part in parts for layer in (part.layers if isinstance(part, VaeStage) else [part])]
-    frames, rows, columns = zip(*(_FACTORS[layer.kind] for layer in layers), strict=True)
-    return prod(frames), patch * prod(rows), patch * prod(columns)
 
 
 class TimeMemory:
@@ -84,9 +49,6 @@ class TimeMemory:
     def __init__(self, on_cpu: bool = False) -> None:
         self._on_cpu = on_cpu
         self._frames: dict[nn.Module, Tensor] = {}
-
-    def __contains__(self, layer: nn.Module) -> bool:
-        return layer in self._frames
 
     def take(self, layer: nn.Module, device: torch.device) -> Tensor | None:
         """Return the frames kept for that layer on `device`, or None at the beginning of the clip."""
@@ -241,14 +203,16 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, memory: TimeMemory | None) -> Tensor:
         if self.time_conv is not None and memory is not None:
-            if self in memory:
-                h = _with_earlier(x, memory.take(self, x.device), None)
+            before = memory.take(self, x.device)
+            if before is None:  # the clip's first frame passes unchanged; later frames do not see it
+                memory.keep(self, x[:, :, :0])
+            else:
+                h = _with_earlier(x, before, None)
                 memory.keep(self, h[:, :, 1 - TIME_KERNEL :])
                 pairs = self.time_conv(h).unflatten(1, (2, -1))  # B 2 C T H W
                 x = pairs.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
                 del h, pairs
-            else:  # the clip's first frame passes unchanged; later frames do not see it
-                memory.keep(self, x[:, :, :0])
+            del before
         return _each_frame(self.resample["1"], x, enlarge=True)
 
 
@@ -266,93 +230,74 @@ def _each_frame(conv: nn.Module, x: Tensor, pad: bool = False, enlarge: bool = F
     return conv(frames).unflatten(0, (batch, -1)).transpose(1, 2)
 
 
-class WanVaeEncoder(nn.Module):
-    """Encode patches of pixels B 3PP T H W as means and log variances B 2Z t h w, chunk by chunk."""
+class WanVaeHalf(nn.Module):
+    """The encoder or the decoder, chunk by chunk.
 
-    def __init__(self, config: WanVaeConfig) -> None:
+    The encoder turns patches of pixels B 3PP T H W into means and log variances B 2Z t h w, the decoder
+    latents B Z t h w into patches of pixels.
+    """
+
+    def __init__(self, config: WanVaeConfig, is_encoder: bool) -> None:
         super().__init__()
-        narrow, wide = config.encoder[0].width_in, config.encoder[-1].width_out
-        self.conv1 = WanCausalConv(3 * config.patch**2, narrow)
-        self.downsamples = nn.ModuleList(_down(part) for part in config.encoder)
-        self.middle = _middle(wide)
-        self.head = _head(wide, 2 * config.latent_channels)
+        layers = config.encoder if is_encoder else config.decoder
+        first, last = layers[0].width_in, layers[-1].width_out
+        pixels, latents = 3 * config.patch**2, config.latent_channels
+        wide, given, made = (last, pixels, 2 * latents) if is_encoder else (first, latents, pixels)
+        self.is_encoder = is_encoder
+        self.conv1 = WanCausalConv(given, first)
+        parts = nn.ModuleList(_part(layer, is_encoder) for layer in layers)
+        middle = nn.ModuleList(
+            [WanResidualBlock(wide, wide), WanFrameAttention(wide), WanResidualBlock(wide, wide)]
+        )
+        if is_encoder:
+            self.downsamples, self.middle = parts, middle
+        else:
+            self.middle, self.upsamples = middle, parts
+        self.head = nn.ModuleDict({"0": RmsNorm(last), "2": WanCausalConv(last, made)})
 
     def forward(self, x: Tensor, memory: TimeMemory | None) -> Tensor:
         x = self.conv1(x, memory)
-        x = _through(self.middle, _through(self.downsamples, x, memory), memory)
-        return self.head["2"](x, memory, self.head["0"])
-
-
-class WanVaeDecoder(nn.Module):
-    """Decode latents B Z t h w to patches of pixels B 3PP T H W, chunk by chunk."""
-
-    def __init__(self, config: WanVaeConfig) -> None:
-        super().__init__()
-        wide, narrow = config.decoder[0].width_in, config.decoder[-1].width_out
-        self.conv1 = WanCausalConv(config.latent_channels, wide)
-        self.middle = _middle(wide)
-        self.upsamples = nn.ModuleList(_up(part) for part in config.decoder)
-        self.head = _head(narrow, 3 * config.patch**2)
-
-    def forward(self, x: Tensor, memory: TimeMemory | None) -> Tensor:
-        x = self.conv1(x, memory)
-        x = _through(self.upsamples, _through(self.middle, x, memory), memory)
+        order = [*self.downsamples, *self.middle] if self.is_encoder else [*self.middle, *self.upsamples]
+        for layer in order:
+            x = layer(x, memory)
         return self.head["2"](x, memory, self.head["0"])
 
 
 class DownStage(nn.Module):
     """Layers of the encoder, and beside them the means of their input (Wan2.2)."""
 
-    def __init__(self, stage: VaeStage) -> None:
+    def __init__(self, stage: VaeLayer) -> None:
         super().__init__()
-        self.downsamples = nn.ModuleList(_down(layer) for layer in stage.layers)
-        self.factors = stage.factors
+        self.downsamples = nn.ModuleList(_part(layer, True) for layer in stage.layers)
+        self.factors = FACTORS[stage.kind]
 
     def forward(self, x: Tensor, memory: TimeMemory | None) -> Tensor:
-        h = _through(self.downsamples, x, memory)
+        h = x
+        for layer in self.downsamples:
+            h = layer(h, memory)
         return h.add_(average_groups(x, h.shape[1], self.factors))
 
 
 class UpStage(nn.Module):
     """Layers of the decoder; if they enlarge, their input is repeated and added (Wan2.2)."""
 
-    def __init__(self, stage: VaeStage) -> None:
+    def __init__(self, stage: VaeLayer) -> None:
         super().__init__()
-        self.upsamples = nn.ModuleList(_up(layer) for layer in stage.layers)
-        self.factors = stage.factors
+        self.upsamples = nn.ModuleList(_part(layer, False) for layer in stage.layers)
+        self.factors = FACTORS[stage.kind]
 
     def forward(self, x: Tensor, memory: TimeMemory | None) -> Tensor:
-        h = _through(self.upsamples, x, memory)
+        h = x
+        for layer in self.upsamples:
+            h = layer(h, memory)
         return h if self.factors == (1, 1, 1) else add_repeated(h, x, self.factors)
 
 
-def _down(layer: VaeLayer | VaeStage) -> nn.Module:
-    if isinstance(layer, VaeStage):
-        return DownStage(layer)
+def _part(layer: VaeLayer, is_down: bool) -> nn.Module:
+    if layer.layers:
+        return DownStage(layer) if is_down else UpStage(layer)
     if layer.kind == "residual":
         return WanResidualBlock(layer.width_in, layer.width_out)
-    return Downsample(layer.width_in, layer.kind == "temporal")
-
-
-def _up(layer: VaeLayer | VaeStage) -> nn.Module:
-    if isinstance(layer, VaeStage):
-        return UpStage(layer)
-    if layer.kind == "residual":
-        return WanResidualBlock(layer.width_in, layer.width_out)
+    if is_down:
+        return Downsample(layer.width_in, layer.kind == "temporal")
     return Upsample(layer.width_in, layer.width_out, layer.kind == "temporal")
-
-
-def _middle(width: int) -> nn.ModuleList:
-    return nn.ModuleList(
-        [WanResidualBlock(width, width), WanFrameAttention(width), WanResidualBlock(width, width)]
-    )
-
-
-def _head(width: int, width_out: int) -> nn.ModuleDict:
-    return nn.ModuleDict({"0": RmsNorm(width), "2": WanCausalConv(width, width_out)})
-
-
-def _through(layers: Iterable[nn.Module], x: Tensor, memory: TimeMemory | None) -> Tensor:
-    for layer in layers:
-        x = layer(x, memory)
-    return x

@@ -5,8 +5,8 @@ Our modules have the names of the official files, so these need no table. diffus
 """
 
 import re
-from collections.abc import Callable, Iterable
-from math import isqrt
+from collections.abc import Callable, Collection, Iterable
+from math import isqrt, prod
 from pathlib import Path
 
 from modules.checkpoints.dialects import (
@@ -23,7 +23,7 @@ from modules.checkpoints.opening import Checkpoint, plain_sources
 from modules.contract.data import LatentSpec
 from modules.errors import CheckpointError
 from wan.configs import RELEASES, WAN_2_1, WAN_2_2
-from wan.vae_blocks import VaeLayer, VaeStage, WanVaeConfig
+from wan.vae_blocks import FACTORS, VaeLayer, WanVaeConfig
 from wan.vae_shortcuts import fits_shortcut
 
 DIFFUSERS: Names = (
@@ -78,8 +78,8 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[WanVaeConfig]:
     shape = shapes_of(checkpoint, sources)
     config = WanVaeConfig(
         shape("conv2.weight")[0],
-        _parts(shape, sources, "encoder.downsamples"),
-        _parts(shape, sources, "decoder.upsamples"),
+        _layers(shape, sources, "encoder.downsamples"),
+        _layers(shape, sources, "decoder.upsamples"),
         isqrt(shape("encoder.conv1.weight")[1] // 3),
     )
     _check_dimensions(config, shape("encoder.conv1.weight")[1], checkpoint.path)
@@ -91,7 +91,7 @@ def check_latents(config: WanVaeConfig, latent: LatentSpec, path: Path, needed_b
 
     path: of its file. needed_by: the model in words, for the message: "--task ti2v-5B".
     """
-    if (config.latent_channels, config.stride) == (latent.channels, latent.stride):
+    if config.latent_channels == latent.channels:
         return
     wanted = RELEASES[latent.channels]
     raise CheckpointError(
@@ -131,29 +131,24 @@ def _translate(name: str, number: Callable[[_Layer], str]) -> str:
     return translate_name(translate_name(name, DIFFUSERS), DIFFUSERS_RESIDUAL)
 
 
-def _parts(
-    shape: Callable[[str], tuple[int, ...]], names: Iterable[str], start: str
-) -> tuple[VaeLayer | VaeStage, ...]:
-    """Read the entries of a list; those of Wan2.2 hold a list of the same name themselves."""
-    names, inner = frozenset(names), start.split(".")[-1]
-    parts: list[VaeLayer | VaeStage] = []
+def _layers(
+    shape: Callable[[str], tuple[int, ...]], names: Collection[str], start: str
+) -> tuple[VaeLayer, ...]:
+    """Read the layers of a list; those of Wan2.2 are stages, which hold a list of the same name."""
+    layers: list[VaeLayer] = []
     for index in range(count(names, rf"{re.escape(start)}\.\d+")):
-        name = f"{start}.{index}"
-        layers = range(count(names, rf"{re.escape(name)}\.{inner}\.\d+"))
-        if layers:
-            parts.append(VaeStage(tuple(_layer(shape, names, f"{name}.{inner}.{layer}") for layer in layers)))
-        else:
-            parts.append(_layer(shape, names, name))
-    return tuple(parts)
-
-
-def _layer(shape: Callable[[str], tuple[int, ...]], names: frozenset[str], name: str) -> VaeLayer:
-    if f"{name}.resample.1.weight" in names:
-        width_out, width_in = shape(f"{name}.resample.1.weight")[:2]
-        kind = "temporal" if f"{name}.time_conv.weight" in names else "spatial"
-        return VaeLayer(kind, width_in, width_out)
-    width_out, width_in = shape(f"{name}.residual.2.weight")[:2]
-    return VaeLayer("residual", width_in, width_out)
+        name, kind = f"{start}.{index}", "residual"
+        inner = _layers(shape, names, f"{name}.{start.split('.')[-1]}")
+        if inner:
+            layers.append(VaeLayer(inner[-1].kind, inner[0].width_in, inner[-1].width_out, inner))
+            continue
+        weight = f"{name}.residual.2.weight"
+        if f"{name}.resample.1.weight" in names:
+            weight = f"{name}.resample.1.weight"
+            kind = "temporal" if f"{name}.time_conv.weight" in names else "spatial"
+        width_out, width_in = shape(weight)[:2]
+        layers.append(VaeLayer(kind, width_in, width_out))
+    return tuple(layers)
 
 
 def _check_dimensions(config: WanVaeConfig, colours: int, path: Path) -> None:
@@ -166,17 +161,19 @@ def _check_dimensions(config: WanVaeConfig, colours: int, path: Path) -> None:
             f"  Give {WAN_2_1.file} or {WAN_2_2.file} to --vae.",
             path,
         )
-    for part, stride in zip(("encoder", "decoder"), config.strides, strict=True):
-        if stride != release.stride:
+    halves = ("encoder", config.encoder, True), ("decoder", config.decoder, False)
+    for half, layers, _ in halves:
+        frames, rows, _ = map(prod, zip(*(FACTORS[layer.kind] for layer in layers), strict=True))
+        if (frames, config.patch * rows) != release.stride[:2]:
             raise CheckpointError(
-                f"{path}: its {part} scales time by {stride[0]} and space by {stride[1]}, that of "
+                f"{path}: its {half} scales time by {frames} and space by {config.patch * rows}, that of "
                 f"{release.name} by {release.stride[0]} and {release.stride[1]}. It holds another model, or "
                 f"tensors are missing.\n  Give {release.files} to --vae.",
                 path,
             )
-    for parts, is_down in ((config.encoder, True), (config.decoder, False)):
-        for stage in parts:
-            if isinstance(stage, VaeStage) and not _has_shortcut(stage, is_down):
+    for _, layers, is_down in halves:
+        for stage in layers:
+            if stage.layers and not _has_shortcut(stage, is_down):
                 raise CheckpointError(
                     f"{path}: a stage from {stage.width_in} to {stage.width_out} channels can have no "
                     f"shortcut. It holds another model.\n  Give {release.files} to --vae.",
@@ -184,9 +181,9 @@ def _check_dimensions(config: WanVaeConfig, colours: int, path: Path) -> None:
                 )
 
 
-def _has_shortcut(stage: VaeStage, is_down: bool) -> bool:
+def _has_shortcut(stage: VaeLayer, is_down: bool) -> bool:
     if any(layer.kind != "residual" for layer in stage.layers[:-1]):
         return False  # only the last layer may resample
-    if stage.factors == (1, 1, 1) and not is_down:
+    if stage.kind == "residual" and not is_down:
         return True  # it needs none
-    return fits_shortcut(stage.width_in, stage.width_out, stage.factors, is_down)
+    return fits_shortcut(stage.width_in, stage.width_out, FACTORS[stage.kind], is_down)

@@ -18,15 +18,11 @@ Factors = tuple[int, int, int]  # frames, rows, columns of a block
 
 def fold_patches(pixels: Tensor, patch: int) -> Tensor:
     """Fold blocks of pixels, B C T H W to B CPP T H/P W/P. Unlike `pixel_unshuffle`, columns are outer."""
-    if patch == 1:
-        return pixels
     return rearrange(pixels, "b c t (h row) (w column) -> b (c column row) t h w", row=patch, column=patch)
 
 
 def unfold_patches(channels: Tensor, patch: int) -> Tensor:
     """Undo `fold_patches`: B CPP T H W to B C T HP WP."""
-    if patch == 1:
-        return channels
     return rearrange(channels, "b (c column row) t h w -> b c t (h row) (w column)", row=patch, column=patch)
 
 

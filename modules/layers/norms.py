@@ -1,8 +1,9 @@
-"""Normalisation layers of the transformers, and the dtype that a layer computes in.
+"""Normalisation layers of the transformers, the dtype that a layer computes in, and two layers in a row.
 
 Norms compute in float32, because bf16 sums over a thousand channels lose precision.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,6 +28,46 @@ def run_float32(layer: Any, x: Tensor) -> Tensor:
     dtype: torch.dtype = layer.weight.dtype
     with torch.autocast(x.device.type, enabled=False):
         return layer(x.to(torch.float32 if dtype.itemsize == 1 else dtype)).float()
+
+
+class TwoLayers(nn.Module):
+    """second(activation(first(x))), ... C -> ... C', each layer in its own dtype or both in float32."""
+
+    def __init__(
+        self,
+        names: str,
+        sizes: tuple[int, int, int],
+        activation: Callable[[Tensor], Tensor] = functional.silu,
+        bias: bool = True,
+        in_float32: bool = False,
+    ) -> None:
+        """names: of the two in files, such as "fc1 fc2". sizes: C, the width between, C'."""
+        super().__init__()
+        self._first, self._second = names.split()
+        self.add_module(self._first, nn.Linear(sizes[0], sizes[1], bias=bias))
+        self.add_module(self._second, nn.Linear(sizes[1], sizes[2], bias=bias))
+        self._activation, self._run = activation, run_float32 if in_float32 else in_own_dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self._activation(self._run(getattr(self, self._first), x))
+        return self._run(getattr(self, self._second), hidden)
+
+
+class NamedFeedForward(nn.Module):
+    """`TwoLayers` with the names of diffusers' files: net.0.proj and net.2."""
+
+    def __init__(
+        self, dim: int, hidden: int, activation: Callable[[Tensor], Tensor], bias: bool = True
+    ) -> None:
+        super().__init__()
+        first = nn.ModuleDict({"proj": nn.Linear(dim, hidden, bias=bias)})
+        # the second entry is dropout in the released code and has no weights
+        self.net = nn.ModuleList([first, nn.Identity(), nn.Linear(hidden, dim, bias=bias)])
+        self._activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, _, last = self.net
+        return in_own_dtype(last, self._activation(in_own_dtype(first["proj"], x)))  # type: ignore[index]
 
 
 class Float32LayerNorm(nn.Module):

@@ -38,6 +38,8 @@ from training.image_options import read_image_training
 from training.noise_options import SAMPLERS, SHIFTED_LOGIT
 from training.options import read_training
 from wan.configs import TASKS
+from wan.family import Wan
+from wan.files import WanFiles
 
 SETS = [*model_sets(), *model_sets(fp8_encoders=True)]
 FILES = [file for component in known_components().values() for file in component.files]
@@ -241,7 +243,7 @@ def test_what_cannot_be_downloaded_is_refused_at_once(words: str, message: str, 
 
 def test_families_name_the_releases_and_licences_of_the_list() -> None:
     known = {one.released_by: one.components[0].licence for one in SETS}
-    releases = [task.release for task in TASKS.values()]
+    releases = [Wan(WanFiles(task=task)).release for task in TASKS.values()]
     releases += [*RELEASES.values(), *(version.release for version in VERSIONS.values())]
     releases += [KONTEXT_DEV, HUNYUAN_IMAGE, LUMINA_2, HUNYUAN_VIDEO, SKYREELS_I2V, FRAMEPACK, FRAMEPACK_F1]
     for release in releases:

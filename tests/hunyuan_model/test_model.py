@@ -43,7 +43,7 @@ def test_refined_text_and_rotary_angles_equal_the_recorded_ones() -> None:
     lengths = inputs["llama_mask"].sum(1).tolist()
 
     text = model.txt_in(inputs["llama"], inputs["timesteps"], lengths, torch.float32)
-    _, tokens = model.embed(**inputs)
+    tokens = model.embed(**inputs).tokens
 
     for sample, length in enumerate(lengths):
         ours, theirs = text[sample, :length], expected["refined_text"][sample, :length]
@@ -97,7 +97,8 @@ def test_the_embedding_stays_float32_in_bfloat16_and_tokens_do_not(how: str) -> 
         model = model.to(torch.bfloat16)
 
     with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
-        x, tokens = model.embed(**inputs)
+        hidden = model.embed(**inputs)
+        x, tokens = hidden.x, hidden.tokens
         double, single = model.double_blocks[0](x, tokens), model.single_blocks[0](x, tokens)
 
     assert {x.dtype, double.dtype, single.dtype, tokens.dtype} == {torch.bfloat16}

@@ -12,10 +12,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 
 from encoders.t5_network import T5Config, T5Network
-from wan.clip import WanClipVision
-from wan.encoder_checkpoints import ClipConfig
+from wan.clip import ClipConfig, WanClipVision
 from wan.vae import WanVae
-from wan.vae_blocks import VaeLayer, VaeStage, WanVaeConfig
+from wan.vae_blocks import VaeLayer, WanVaeConfig
 
 VAE_FILE = "Wan2.1_VAE.pth"
 VAE22_FILE = "Wan2.2_VAE.pth"
@@ -57,9 +56,10 @@ def vae_config(width: int = 8, z: int = 16, blocks: int = 2) -> WanVaeConfig:
 def vae22_config(width: int = 8, decoder_width: int = 12, z: int = 48, blocks: int = 2) -> WanVaeConfig:
     """The released structure of Wan2.2 at other base widths: stages of width 1, 2, 4, 4; patches of 2."""
 
-    def stage(first: int, wide: int, count: int, kind: str) -> VaeStage:
+    def stage(first: int, wide: int, count: int, kind: str) -> VaeLayer:
         layers = [VaeLayer("residual", wide if index else first, wide) for index in range(count)]
-        return VaeStage((*layers, *([VaeLayer(kind, wide, wide)] if kind else [])))
+        layers += [VaeLayer(kind, wide, wide)] if kind else []
+        return VaeLayer(kind or "residual", first, wide, tuple(layers))
 
     downs = (1, 1, "spatial"), (1, 2, "temporal"), (2, 4, "temporal"), (4, 4, "")
     ups = (4, 4, "temporal"), (4, 4, "temporal"), (4, 2, "spatial"), (2, 1, "")

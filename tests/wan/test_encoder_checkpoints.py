@@ -5,6 +5,7 @@ message.
 import itertools
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from encoders.t5_network import T5Network, load_t5
+from encoders.t5_network import T5Network, load_t5, read_t5
 from modules.checkpoints.dialects import LoadPlan
 from modules.checkpoints.opening import Checkpoint
 from modules.errors import CheckpointError
@@ -30,8 +31,8 @@ from tests.tiny.wan_encoders import (
     vae_diffusers_tensors,
     vae_tensors,
 )
-from wan.clip import WanClipVision, load_clip
-from wan.encoder_checkpoints import UMT5, ClipConfig, read_clip, read_t5
+from wan.clip import ClipConfig, WanClipVision, load_clip, read_clip
+from wan.t5 import UMT5
 from wan.vae import WanVae, load_vae
 from wan.vae_checkpoints import read_vae
 
@@ -40,7 +41,7 @@ Read = Callable[[Checkpoint], LoadPlan[Any]]
 READERS: tuple[tuple[str, Read, Callable[[Any], nn.Module]], ...] = (
     ("wan2.1-vae", read_vae, WanVae),
     ("wan2.2-vae", read_vae, WanVae),
-    ("umt5", read_t5, T5Network),
+    ("umt5", partial(read_t5, kind=UMT5), T5Network),
     ("clip-vision", read_clip, WanClipVision),
     ("clip-xlm", read_clip, WanClipVision),
 )

@@ -89,7 +89,8 @@ def test_given_frames_equal_diffusers_fed_a_time_for_each_token(given: int) -> N
 
 def test_what_a_step_cache_compares_is_what_attention_gets_with_given_frames_too() -> None:
     model, inputs = tiny_model("ti2v"), tiny_inputs("ti2v")
-    x, tokens = model.embed(**inputs, image_embeds=None, tweaks=Tweaks(given_frames=1))
+    hidden = model.embed(**inputs, tweaks=Tweaks(given_frames=1))
+    x, tokens = hidden.x, hidden.tokens
     block, seen = model.blocks[0], []
     block.self_attn.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
 
@@ -149,10 +150,11 @@ def test_the_residual_stream_stays_float32_in_bfloat16(how: str) -> None:
         model = model.to(torch.bfloat16)
 
     with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
-        x, tokens = model.embed(inputs["noisy"], inputs["timesteps"], inputs["text"], None)
+        hidden = model.embed(inputs["noisy"], inputs["timesteps"], inputs["text"])
+        x, tokens = hidden.x, hidden.tokens
         out = model.blocks[0](x, tokens)
 
-    assert tokens.dtype == tokens.texts[0].rows.dtype == torch.bfloat16
+    assert tokens.dtype == tokens.texts[0].dtype == torch.bfloat16
     assert {x.dtype, out.dtype, tokens.time.dtype, tokens.modulation.dtype} == {torch.float32}
 
 
@@ -169,11 +171,11 @@ def test_image_attention_without_features_reads_the_first_text_rows() -> None:
     model, inputs = tiny_model("fun-control"), tiny_inputs("fun-control")
     del inputs["image_embeds"]
 
-    _, tokens = model.embed(**inputs, image_embeds=None)
+    tokens = model.embed(**inputs).tokens
 
     assert tokens.image is not None
     assert tokens.image.shape[1] == 257
-    assert tokens.texts[0].rows.shape[1] == 512 - 257
+    assert tokens.texts[0].shape[1] == 512 - 257
 
 
 def with_tweaks(tiny: TinyDit, tweaks: Tweaks) -> TinyDit:
