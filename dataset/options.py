@@ -11,7 +11,6 @@ from modules.families import with_scripts
 from modules.options import Options, option, read_options
 from modules.parser import Parser, add_options, parse_options
 
-T = TypeVar("T")
 R = TypeVar("R", bound=Options)
 
 GUESS = "guess"  # of --repair_captions without a value
@@ -69,18 +68,9 @@ class ShardOptions(Options):
                 f"{shards - 1}"
             )
 
-    @property
-    def is_given(self) -> bool:
-        return self.num_shards is not None
-
-    def of(self, work: Sequence[T]) -> Sequence[T]:
-        if self.num_shards is None or self.shard_index is None:
-            return work
-        return work[self.shard_index :: self.num_shards]
-
     def refuse_beside(self, option: str) -> None:
         """Raise OptionError if a shard is given to a command on the whole dataset."""
-        if self.is_given:
+        if self.num_shards is not None:
             raise OptionError(
                 f"{option} looks at the whole dataset: leave out --num_shards and --shard_index, which share "
                 "the work of caching"

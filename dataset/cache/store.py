@@ -179,28 +179,27 @@ class Stores:
     # of latents and of texts, by index of the table: where they are elsewhere than its cache_format says
     given: Mapping[int, tuple[CacheStore, CacheStore]] = field(default_factory=dict)
     trusts: bool = False  # shared files that are there are taken to be right, unread
+    skip_existing: bool = False  # what has no record counts as valid if its size or its caption is right
+    verify: bool = False  # read all values to compare entries, however many there are
     _opened: dict[tuple[int, Path], CacheStore] = field(default_factory=dict)
 
     def of(self, table: DatasetTable) -> CacheStore:
         """Return the store of a table's latents. Raises as `open_store`."""
-        return self._pair(table)[0]
+        if table.index in self.given:
+            return self.given[table.index][0]
+        key = table.index, table.cache_directory
+        if key not in self._opened:
+            self._opened[key] = open_store(table, self.names)
+        return self._opened[key]
 
     def of_texts(self, table: DatasetTable) -> CacheStore:
         """Return the store of a table's texts, mostly that of its latents. Raises as `open_store`."""
-        return self._pair(table)[1]
+        return self.given[table.index][1] if table.index in self.given else self.of(table)
 
     def close(self, tables: Iterable[DatasetTable], is_last: bool = False) -> None:
         """Close the stores of these tables, as `CacheStore.close` does."""
         for table in tables:
-            latents, texts = self._pair(table)
+            latents, texts = self.of(table), self.of_texts(table)
             latents.close(is_last)
             if texts is not latents:
                 texts.close(is_last)
-
-    def _pair(self, table: DatasetTable) -> tuple[CacheStore, CacheStore]:
-        if table.index in self.given:
-            return self.given[table.index]
-        key = table.index, table.cache_directory
-        if key not in self._opened:
-            self._opened[key] = open_store(table, self.names)
-        return self._opened[key], self._opened[key]

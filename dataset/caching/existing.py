@@ -50,10 +50,6 @@ class LatentNames:
 ExistingNames = Mapping[int, LatentNames]  # by table index
 
 
-def names_of(existing: ExistingNames, source: MediaSource) -> Names:
-    return existing[source.table.index].of(source.stem)
-
-
 def remove_caches(store: CacheStore, names: Iterable[str], is_cache: Callable[[Entry], bool]) -> int:
     """Remove those of `names` whose tensor names show that they are caches; return how many were removed."""
     count = 0
@@ -75,8 +71,8 @@ def remove_caches(store: CacheStore, names: Iterable[str], is_cache: Callable[[E
 
 
 def refuse_moments(family: Caches, table: DatasetTable) -> None:
-    """Raise DatasetError if the table has load_tensors and the family cannot use moments."""
-    if table.load_tensors and family.moments.refusal is not None:
+    """Raise DatasetError for a table with load_tensors if the family cannot use moments."""
+    if family.moments.refusal is not None:
         raise DatasetError(f"{table.name}: load_tensors cannot be used: {family.moments.refusal}.")
 
 

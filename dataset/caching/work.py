@@ -31,9 +31,10 @@ from dataset.sources.media_source import LISTED, MediaSource, list_faults
 from modules.atomic_write import free_bytes
 from modules.bars import Bar
 from modules.console import Row, as_size, count_of, count_words, show_box
-from modules.contract.data import FPS
+from modules.contract.data import FPS, MediaEncoders
 from modules.contract.family import Caches, hears_sound, sound_of
 from modules.control_codes import escape_control_codes
+from modules.devices import free_memory
 from modules.errors import DatasetError
 
 if TYPE_CHECKING:  # it is loaded only for families that hear
@@ -56,12 +57,15 @@ def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[Media
     for table in config.datasets:
         has_control = table.index in controlled
         try:
-            existing.refuse_changing(table, table.augmentation.varying_keys, "latents")
+            if table.group is not None:
+                existing.refuse_changing(table, table.augmentation.varying_keys, "latents")
             # first: load_tensors ignores the keys that a family's own check would have changed
-            existing.refuse_moments(family, table)
+            if table.load_tensors:
+                existing.refuse_moments(family, table)
             check_resolution(table, family.latent.pixel_step)
             family.check_table(existing.media_table(table, has_control, table.index in companions))
-            existing.refuse_companions(table, companions.get(table.index, ()))
+            if table.index in companions:
+                existing.refuse_companions(table, companions[table.index])
             if is_alone and (table.kind == "image" or table.audio == IGNORE):
                 why = "it has pictures" if table.kind == "image" else 'audio = "ignore" leaves none'
                 raise DatasetError(f"{table.name}: this run learns sound alone, and {why}. Leave it out")
@@ -94,7 +98,9 @@ class MediaWork:
 
         Raises DatasetError if the dataset cannot be used, CheckpointError if a file of an encoder is wrong.
         """
-        self.stores = stores = stores or Stores(npz_names(family))
+        self.stores = stores = dataclasses.replace(
+            stores or Stores(npz_names(family)), skip_existing=options.skip_existing, verify=options.verify
+        )
         self._existing: existing.ExistingNames = {
             table.index: existing.LatentNames(self.stores.of(table), family.cache_tag, table.kind)
             for table in config.datasets
@@ -103,8 +109,8 @@ class MediaWork:
         if hears_sound(family):
             from dataset.caching import sound
 
-            how = options.skip_existing, options.verify, device
-            self._sound = sound.SoundWork(cast("HearingFamily", family), config.datasets, self.stores, *how)
+            hearing = cast("HearingFamily", family)
+            self._sound = sound.SoundWork(hearing, config.datasets, stores, device, self.free)
         sources, self.not_listed, self.whole_tables = prefetch.list_sources(config, captions=False)
         _check_tables(family, config, sources)
         warn_captions(sources)
@@ -121,17 +127,13 @@ class MediaWork:
             family.media_identity,
             family.latent,
             family.defaults.fps,
-            options.skip_existing,
             family.sections_of,
-            self.stores,
-            options.verify,
+            stores,
             has_rates=family.can.rate,
             sound=sound_of(family),
         )
         self._family, self._config, self._options, self._device = family, config, options, device
-        self._encoders = latents.EncodersOnDemand(family, device, self._sound.free if self._sound else None)
-        if self._sound is not None:  # the networks of pictures and of sound take turns
-            self._sound.before_loading = self._encoders.free
+        self._encoders: MediaEncoders | None = None
 
     def encode(self, pieces: Sequence[MediaSource], who: str | None) -> prefetch.CacheReport:
         """Encode every item of some sources that has no valid entry.
@@ -164,9 +166,9 @@ class MediaWork:
         written: set[tuple[int, str]] = set()
         if to_do:
             items = self._items(to_do, finished, failures, workers, shows)
-            with prefetch.WriteBehind() as writer, contextlib.closing(items), torch.no_grad():
+            with prefetch.write_behind() as write, contextlib.closing(items), torch.no_grad():
                 for batch in latents.batches(items, self._options.batch_size):
-                    written |= self._write(batch, writer)
+                    written |= self._write(batch, write)
                     del batch  # frees its frames before waiting for the next source
         reasons = [plan.outdated for plan in finished if plan.outdated is not None]
         if len(reasons) > len(outdated):  # so that the extra work is explained
@@ -214,7 +216,9 @@ class MediaWork:
         )
 
     def free(self) -> None:
-        self._encoders.free()
+        if self._encoders is not None:
+            self._encoders = None
+            free_memory(self._device)
         if self._sound is not None:
             self._sound.free()
 
@@ -232,7 +236,7 @@ class MediaWork:
         ahead = prefetch.read_ahead(
             plans,
             lambda plan: plan.source,
-            lambda plan: latents.decode(plan, existing.names_of(self._existing, plan.source), self._recipe),
+            lambda plan: latents.decode(plan, self._existing[plan.source.table.index], self._recipe),
             workers,
             Bar(len(plans), "Encoding", "source", shows, at_once=True),
             decodes=True,
@@ -246,14 +250,18 @@ class MediaWork:
                     yield from result[1]
                 del result  # frees its frames before waiting for the next source
 
-    def _write(self, batch: Sequence[DecodedMedia], writer: prefetch.WriteBehind) -> set[tuple[int, str]]:
+    def _write(self, batch: Sequence[DecodedMedia], write: prefetch.Write) -> set[tuple[int, str]]:
         """Encode a batch and have its items' files written, and then their other files removed: sections
         that an item no longer has. Return table index and name of each file.
         """
         family, tag, written = self._family, self._recipe.tag, set[tuple[int, str]]()
-        for item, entries in zip(batch, latents.encode(batch, family, self._encoders, tag), strict=True):
-            store, name = self.stores.of(item.table), latents.name_of(item)
-            options = self._recipe.options(item.source, item.size, item.bucket, item.spans[0])
+        if self._encoders is None and not batch[0].moments:
+            self.free()  # the networks of pictures and of sound take turns
+            self._encoders = latents.load_encoders(family, self._device)
+        for item, entries in zip(batch, latents.encode(batch, family, self._encoders), strict=True):
+            store, name = self.stores.of(item.source.table), latents.name_of(item)
+            sizes = {"size": item.size, "bucket": item.bucket, "span": item.spans[0]}
+            options = self._recipe.options(item.source, **sizes)
             record = LatentRecord(self._recipe.encoder, options, item.files, item.clip, len(entries), {})
             facts = {"width": str(name.size[0]), "height": str(name.size[1])}
             if name.span is not None:
@@ -263,13 +271,13 @@ class MediaWork:
             files = [dataclasses.replace(name, section=entry.section).file_name(tag) for entry in entries]
             for file, entry in zip(files, entries, strict=True):
                 named = latents.name_tensors(item, entry, family.latent)
-                writer.submit(partial(latents.write_entry, store, family, file, named, record, facts))
-            written |= {(item.table.index, file) for file in files}
-            there = existing.names_of(self._existing, item.source).items()
-            same = [file for file, one in there if (one.size, one.span) == (name.size, name.span)]
+                write(partial(latents.write_entry, store, family, file, named, record, facts))
+            written |= {(item.source.table.index, file) for file in files}
+            there = self._existing[item.source.table.index].of(item.source.stem)
+            same = [file for file, one in there.items() if (one.size, one.span) == (name.size, name.span)]
             if surplus := [file for file in same if file not in files]:
                 is_ours = partial(is_latent_cache, architecture=family.name)
-                writer.submit(partial(existing.remove_caches, store, surplus, is_ours))
+                write(partial(existing.remove_caches, store, surplus, is_ours))
         return written
 
     def _disk(self, plans: Sequence[SourcePlan]) -> str | None:

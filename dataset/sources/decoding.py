@@ -70,14 +70,15 @@ class DecodedMedia:
     rate: float | None = None  # frames in a second, for models that are told
 
     @property
-    def table(self) -> DatasetTable:
-        return self.source.table
-
-    @property
     def arrays(self) -> tuple[Any, ...]:
-        """Return what items of a batch have in equal shapes."""
         masks = (one for one in (self.alpha, self.control_mask) if one is not None)
         return (self.frames, *self.control, *masks, *self.references, *self.moments)
+
+    @property
+    def group(self) -> tuple[object, ...]:
+        """Return what items of a batch have in common: their table, and the shapes of what is stacked."""
+        counts = len(self.control), len(self.references)
+        return (self.source.table.index, counts, *(one.shape for one in self.arrays))
 
     @property
     def size_bytes(self) -> int:

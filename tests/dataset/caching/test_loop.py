@@ -153,9 +153,9 @@ def test_of_thousands_only_headers_and_files_are_compared_and_nothing_is_missed(
     monkeypatch.setattr(planning, "MANY", 2)
     monkeypatch.setattr(text_plans, "MANY", 2)
     seen: list[str] = []  # whose latents were compared key by key
-    compare = planning._Planning.plan
+    compare = planning.Planning.plan
     monkeypatch.setattr(
-        planning._Planning, "plan", lambda self: seen.append(self.source.stem) or compare(self)
+        planning.Planning, "plan", lambda self: seen.append(self.source.stem) or compare(self)
     )
 
     def cached(config: DatasetConfig, family: ToyFamily, half: Any = cache_media) -> tuple[int, int, int]:
