@@ -209,14 +209,6 @@ def read_latent_caching(
     return caching, debug, own
 
 
-def read_text_caching(
-    description: str | None, record: type[R], argv: Sequence[str] | None
-) -> tuple[CachingOptions, R]:
-    """Read the options of a script that caches texts. record: the family's own."""
-    caching, own = parse_options(description, argv, CachingOptions, record)
-    return caching, own
-
-
 def caching_scripts() -> tuple[str, ...]:
     """Return the scripts of all families that cache: those of latents, then those of texts."""
     return tuple(

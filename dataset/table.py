@@ -285,14 +285,8 @@ class DatasetTable:
 
     @property
     def learning_keys(self) -> dict[str, Any]:
-        reg = {"is_reg": True} if self.is_reg else {}
-        return self.changed(LEARNING) | reg | self.changing_keys
-
-    @property
-    def changing_keys(self) -> dict[str, Any]:
-        """Return the names of keys that make captions and pictures differ each time."""
-        found = {}
-        for name, one in SUBSET_KEYS.items():
+        found = self.changed(LEARNING) | ({"is_reg": True} if self.is_reg else {})
+        for name, one in SUBSET_KEYS.items():  # those that make captions and pictures differ each time
             record, _, inner = one.field.partition(".")
             if record in ("changes", "augmentation"):
                 value = getattr(getattr(self, record), inner)

@@ -102,7 +102,7 @@ def prepare_sources(
         logger.info("Caches in host memory: %s. Batches are read by no other process.", as_size(size_bytes))
     tables = list_live_tables(family.cache_tag, plans, needs_captions=bool(live))
     encoder = None
-    if not all(table.has_latents for table in tables.values()):
+    if any(table.sizes is not None for table in tables.values()):
         logger.info("Pictures that change are encoded at each step: the VAE stays on the device.")
         encoder = LiveMedia(family, device)
     stays = encoder is not None or any(store.entries for store in held)
@@ -354,7 +354,7 @@ class LiveMedia:
         """
         groups: dict[tuple[object, ...], list[tuple[int, DecodedMedia]]] = {}
         for place, item in enumerate(items):
-            if not item.kind.has_latents:
+            if item.kind.sizes is not None:
                 read = self._read(item, random.Random(derive_seed(*stream, "picture", place)))
                 groups.setdefault(read.group, []).append((place, read))
         found: dict[int, dict[str, Tensor]] = {}

@@ -38,7 +38,7 @@ def check_channels(
     stores = stores or Stores()
     unsaid: list[Path] = []  # of other programs
     for *_, item in group_items(items).values():
-        if not item.kind.has_latents:
+        if item.kind.sizes is not None:
             continue
         header = stores.of(item.table).read(item.latent_path.name, is_whole=False)
         shapes = [header.shapes[name] for name in header.shapes if tensor_key(name) == "latents"]
@@ -135,7 +135,8 @@ def latent_faults(
         yield f"the mask of its loss is from {made_from or 'nowhere'}, {table.name} has {has}"
     if table.augmentation.flip and "latents" + FLIPPED not in tensors:
         yield "it has no mirrored latents, which flip_aug needs"
-    yield from _reference_faults(item, tensors)
+    if table.references is not None or table.clip_references is not None:
+        yield from _reference_faults(item, tensors)
     if record is not None:
         yield from _option_faults(item, tensors, record, latent)
         if record.parts != item.parts:
@@ -212,7 +213,7 @@ def _source_faults(
     table, rate = item.table, record.options.get("source_fps")
     if table.kind == "video" and rate != table.source_fps:
         yield f"made for source_fps = {rate}, {table.name} has {table.source_fps}"
-    if table.directory is not None and not checks.knows(table.index, item.key):
+    if table.directory is not None and (table.index, item.key) not in checks.known:
         file = checks.changed_file(folders[: len(record.files)], record.files)
         if file is not None:
             yield f"{file} has changed since it was encoded"

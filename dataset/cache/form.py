@@ -74,7 +74,7 @@ def single_files(folder: Path, of: Callable[[str], bool]) -> Iterator[str]:
         if not of(name):
             continue
         try:
-            header = files.read_header(folder / name)
+            header = files.read_entry(folder / name, is_whole=False)
         except CacheError:
             continue
         maker = header.metadata.get("architecture", "")

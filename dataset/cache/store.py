@@ -12,7 +12,7 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor
 
-from dataset.cache.files import Entry, NpzNames, is_cache_name, read_entry, read_header, write_tensors
+from dataset.cache.files import Entry, NpzNames, is_cache_name, read_entry, write_tensors
 from dataset.config import DatasetTable
 from modules.atomic_write import remove_leftovers, write_bytes
 from modules.contract.family import Caches
@@ -82,7 +82,7 @@ class SingleFiles:
 
     def read(self, name: str, is_whole: bool = True) -> Entry:
         path = f"{self.folder}{os.sep}{name}"  # a Path would take longer
-        return read_entry(path) if is_whole else read_header(path)
+        return read_entry(path, is_whole)
 
     def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         write_tensors(self.folder / name, tensors, metadata)

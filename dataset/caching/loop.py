@@ -133,11 +133,11 @@ def run_caching(
     config: DatasetConfig,
     options: CachingOptions,
     debug: DebugOptions | None,
-    following: str = "",
+    following: str,
 ) -> None:
     """Run --debug_mode, --check, or the caching of one half, LATENTS or TEXTS.
 
-    following: the command that comes next, if no shard is missing; "": none is shown.
+    following: the command that comes next, if no shard is missing.
     Raises UserError if caching fails, and SystemExit with the result of a check.
     """
     if debug is not None and debug.debug_mode is not None:
@@ -160,7 +160,7 @@ def run_caching(
     memory = peak_in_words(choose_device(options.device))
     costs: list[Row] = [("time", in_words(time.monotonic() - start)), ("peak memory", memory)]
     if options.shard.num_shards is None:
-        conclude(report, costs, [(f"Next, {then}", following)] if following else [])
+        conclude(report, costs, [(f"Next, {then}", following)])
         return
     rows: list[Row] = [
         ("this shard", f"{report.share} of {report.whole} {what}"),

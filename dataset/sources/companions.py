@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from dataset.config import DatasetTable
 from dataset.sources.clock import frames_beside
-from dataset.sources.folders import list_entries, media_suffixes
+from dataset.sources.folders import list_entries
 from dataset.sources.frames import Mask, is_still, read_moving, read_still
 from dataset.sources.media_source import Fault, MediaSource
 from modules.console import count_of
@@ -21,7 +21,7 @@ from modules.errors import DatasetError, MediaError
 from modules.media.buckets import Size
 from modules.media.decoding import ANIMATION_SUFFIXES
 from modules.media.pixels import pixels_to_uint8
-from modules.media.reading import first_frame, image_suffixes, read_image, resize_cover
+from modules.media.reading import VIDEO_SUFFIXES, first_frame, image_suffixes, read_image, resize_cover
 
 Clip = NDArray[np.uint8]  # F H W C
 
@@ -72,7 +72,7 @@ def add_companions(table: DatasetTable, sources: list[MediaSource], faults: list
 
 def _pair(folder: Path, key: str, stems: Collection[str]) -> tuple[dict[str, tuple[Path, ...]], list[Path]]:
     """Return what belongs to each stem, in order, and what belongs to none. Raises DatasetError."""
-    suffixes = image_suffixes() | ANIMATION_SUFFIXES | media_suffixes("video")
+    suffixes = image_suffixes() | ANIMATION_SUFFIXES | VIDEO_SUFFIXES
     numbered: dict[str, dict[int, Path]] = {}
     alone = []
     for entry in list_entries(folder, key):

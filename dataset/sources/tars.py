@@ -37,8 +37,8 @@ def list_tars(table: DatasetTable, faults: list[media_source.Fault]) -> list[med
     """
     samples: list[tuple[Path, TarSample]] = []
     rules = TarRules(
-        media=tuple(sorted(media_suffixes(table.kind))),
-        spare=tuple(sorted(media_suffixes(table.kind, spare=True))),
+        media=tuple(sorted(media_suffixes(table.kind)[0])),
+        spare=tuple(sorted(media_suffixes(table.kind)[1])),
         beside=tuple(sorted(mask_suffixes(table.kind))),
         caption_suffix=(table.caption_extension or ".txt").lower(),
         caption_names=CAPTION_COLUMNS if table.caption_column is None else (table.caption_column,),
