@@ -144,6 +144,7 @@ def _table_fields(values: Table, where: str, is_masked: bool) -> dict[str, Any]:
         "buckets": BucketRule(*used, step, sizes.interpolation),
         "changes": dataclasses.replace(changes, is_raw=bool(changes.varying_keys)),
         "augmentation": Augmentation(**parts["augmentation"]),
+        "preserves_output": bool(values["custom_attributes"].get("diff_output_preservation", False)),
     }
 
 

@@ -153,7 +153,8 @@ def _find_sources(
     family: Family, options: TrainingOptions, config: DatasetConfig, device: torch.device
 ) -> tuple[LiveTexts, BatchSources]:
     """Return what encodes while training, and where the rest is read from. Checks --teacher."""
-    is_changing = any(one.changes.varying_keys or one.augmentation.varying_keys for one in config.datasets)
+    subsets = [one for one in config.datasets if one.group is not None]
+    is_changing = any(one.changes.varying_keys or one.augmentation.varying_keys for one in subsets)
     if not (is_changing or options.is_for_images or options.caching is not None):
         check_teacher(family, options, NO_TEXTS)
         return NO_TEXTS, BatchSources(Stores(npz_names(family)))
@@ -167,7 +168,8 @@ def _find_sources(
 def _warn_of_data(
     options: TrainingOptions, config: DatasetConfig, items: Sequence[TrainingItem], sources: BatchSources
 ) -> None:
-    if learn_no_references(items, sources.stores):
+    takes = any(table.references or table.clip_references for table in config.datasets)
+    if takes and learn_no_references(items, sources.stores):
         logger.warning("%s", NO_REFERENCE)
     takes_masks = options.subset is not None and options.subset.masked_loss
     if takes_masks and not any(table.mask_directory or table.alpha_mask for table in config.datasets):

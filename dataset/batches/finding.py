@@ -22,7 +22,7 @@ from dataset.cache.store import CacheStore, Stores, open_store
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.config_keys import IGNORE, REQUIRED
 from dataset.sources.frames import bucket_of
-from dataset.sources.media_source import is_of_shards, pause_collection
+from dataset.sources.media_source import OF_SHARDS, pause_collection
 from modules.console import count_of, count_words
 from modules.contract.data import CONTROL, FPS, IMAGE_LATENTS, REFERENCE_LATENTS, LatentSpec, SoundSpec
 from modules.errors import CacheError, DatasetError
@@ -265,7 +265,7 @@ def _list_unsound(names: Collection[str], table: DatasetTable, tag: str) -> list
     names: of the table's store, as they have just been listed.
     """
     form = table.cache_format
-    if form == "npz" or (form == "files" and not any(map(is_of_shards, names))):
+    if form == "npz" or (form == "files" and not any(map(OF_SHARDS.fullmatch, names))):
         return []
     from dataset.cache.form import list_shard_faults, other_form
 

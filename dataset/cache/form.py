@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dataset.cache import files
 from dataset.config import DatasetConfig, DatasetTable
-from dataset.sources.media_source import is_of_shards
+from dataset.sources.media_source import OF_SHARDS
 from modules.command import as_typed
 from modules.errors import CacheError, DatasetError
 
@@ -41,7 +41,7 @@ def other_form(table: DatasetTable, tag: str) -> Iterator[str]:
     folder, form = table.cache_directory, table.cache_format
     if form == "npz":  # beside files of other forms, which other trainings may use
         return
-    if form == "files" and not (folder.is_dir() and any(map(is_of_shards, os.listdir(folder)))):
+    if form == "files" and not (folder.is_dir() and any(map(OF_SHARDS.fullmatch, os.listdir(folder)))):
         return
     from dataset.cache.catalog import list_shards
     from dataset.cache.shards import ShardStore

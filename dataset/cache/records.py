@@ -48,7 +48,7 @@ from modules.text_files import parse_json
 RECORD_KEY = "reelsmith_record"
 CHECK_KEY = "reelsmith_record_crc32"
 VERSION = 1
-# what a record of latents says of its item alone, in the text that `_guard` makes
+# what a record of latents says of its item alone, in the text that `record_metadata` makes
 _OF_ITEM = re.compile(r'"crc32": \{[^{}]*\}|"file": \{[^{}]*\}|"files": (\[[^\[\]]*\])')
 MOST_KNOWN = 1 << 16  # items that are remembered as unchanged: a few megabytes
 
@@ -84,18 +84,19 @@ class TextRecord:
     as_shown: int = 0  # and saw as a viewer shows them
 
 
-def latent_metadata(record: LatentRecord) -> dict[str, str]:
-    return _guard({"latents": dataclasses.asdict(record)})
-
-
-def text_metadata(records: Mapping[str, TextRecord]) -> dict[str, str]:
-    """Return the metadata entries for the records of a text cache, by encoder name."""
-    texts = {name: dataclasses.asdict(record) for name, record in records.items()}
-    for text in texts.values():
-        for key in ("settings", "references", "as_shown"):
-            if not text[key]:
-                del text[key]
-    return _guard({"texts": texts})
+def record_metadata(made: LatentRecord | Mapping[str, TextRecord]) -> dict[str, str]:
+    """Return the metadata entries for the record of latents, or for those of texts by encoder name."""
+    content: dict[str, Any] = {"version": VERSION}
+    if isinstance(made, LatentRecord):
+        content["latents"] = dataclasses.asdict(made)
+    else:
+        content["texts"] = texts = {name: dataclasses.asdict(record) for name, record in made.items()}
+        for text in texts.values():
+            for key in ("settings", "references", "as_shown"):
+                if not text[key]:
+                    del text[key]
+    whole = json.dumps(content, sort_keys=True, ensure_ascii=False)
+    return {RECORD_KEY: whole, CHECK_KEY: _crc(whole)}
 
 
 def latent_record(entry: Entry) -> LatentRecord | None:
@@ -257,11 +258,6 @@ def _content_hash(path: Path, size_bytes: int, mtime_ns: int, origin: Origin | N
                 )
             )
     return whole.hexdigest()
-
-
-def _guard(content: Mapping[str, Any]) -> dict[str, str]:
-    text = json.dumps({"version": VERSION, **content}, sort_keys=True, ensure_ascii=False)
-    return {RECORD_KEY: text, CHECK_KEY: _crc(text)}
 
 
 @contextlib.contextmanager

@@ -191,7 +191,7 @@ def write_entry(
         records.require_finite(tensor, file, cache_files.tensor_key(name))
     sums = {name: cache_files.checksum(name, tensor) for name, tensor in named.items()}
     metadata = {"architecture": family.name, "format_version": cache_files.FORMAT_VERSION, **facts}
-    store.write(file, named, metadata | records.latent_metadata(dataclasses.replace(record, crc32=sums)))
+    store.write(file, named, metadata | records.record_metadata(dataclasses.replace(record, crc32=sums)))
 
 
 def _stack_batch(arrays: Sequence[NDArray[np.uint8]]) -> Tensor:

@@ -29,7 +29,7 @@ from dataset.cache.files import (
     tensor_name,
 )
 from dataset.cache.form import require_form
-from dataset.cache.records import TextRecord, identify, require_finite, text_metadata, text_records
+from dataset.cache.records import TextRecord, identify, record_metadata, require_finite, text_records
 from dataset.cache.store import Stores, npz_names
 from dataset.caching.existing import refuse_changing, remove_caches
 from dataset.caching.prefetch import (
@@ -174,7 +174,8 @@ class TextWork:
         if keep_cache:
             further = [(name, parse_more_text_name(name.removesuffix(PART), tag)) for name in stale]
             stale = [name for name, parsed in further if parsed is not None and parsed[0] in stems]
-        return remove_caches(store, stale, partial(is_text_cache, architecture=self._family.name))
+        is_ours = partial(is_text_cache, architecture=self._family.name)
+        return remove_caches(store, stale, is_ours) if stale else 0
 
     def free(self) -> None:
         if self._loaded is not None:
@@ -276,7 +277,7 @@ class TextWork:
             "architecture": self._family.name,
             "caption1": record.caption,
             "format_version": FORMAT_VERSION,
-            **text_metadata({encoder: dataclasses.replace(record, crc32=sums)}),
+            **record_metadata({encoder: dataclasses.replace(record, crc32=sums)}),
         }
         new = Entry.of(store.folder / file.file_name, metadata, tensors)
         part, there = self._find(file, in_part=True)  # before the file: another may finish it now
@@ -346,6 +347,6 @@ def _join(old: Entry, new: Entry) -> Entry:
     """Join two entries; the new one wins if both have something."""
     new_keys = new.keys
     kept = {name: tensor for name, tensor in old.named.items() if tensor_key(name) not in new_keys}
-    records = text_metadata({**text_records(old), **text_records(new)})
+    records = record_metadata({**text_records(old), **text_records(new)})
     metadata = {**old.metadata, **new.metadata, **records}
     return Entry.of(new.path, metadata, {**kept, **new.named})

@@ -114,7 +114,8 @@ class MediaWork:
         sources, self.not_listed, self.whole_tables = prefetch.list_sources(config, captions=False)
         _check_tables(family, config, sources)
         warn_captions(sources)
-        warn_unused(config, sources)
+        if any(table.directory is None or table.references is not None for table in config.datasets):
+            warn_unused(config, sources)
         family.check_given_files()
         if any(source.tensors is not None for source in sources):
             from dataset.caching.given import use_moments
@@ -177,6 +178,7 @@ class MediaWork:
                 len(reasons),
                 reasons[0],
             )
+        kept = {(plan.source.table.index, name) for plan in finished for name in plan.kept}
         failed = prefetch.Failure.of
         report = prefetch.CacheReport(
             written=len(written),
@@ -187,9 +189,8 @@ class MediaWork:
             shortened=tuple(failed(one.source, one.short) for one in finished if one.short is not None),
             share=len(pieces),
             whole=len(self.pieces),
+            right=frozenset(kept | written),
         )
-        kept = {(plan.source.table.index, name) for plan in finished for name in plan.kept}
-        report = dataclasses.replace(report, right=frozenset(kept | written))
         if self._sound is None:
             return report
         return prefetch.join_reports([report, self._sound.encode(pieces, report.right, workers, shows)])
@@ -211,9 +212,8 @@ class MediaWork:
         store, family = self.stores.of(table), self._family
         stale = self._existing[table.index].not_in(belongs, but_of=failed)
         of_sound = 0 if self._sound is None else self._sound.remove_stale(table, belongs, failed)
-        return of_sound + existing.remove_caches(
-            store, stale, partial(is_latent_cache, architecture=family.name)
-        )
+        is_ours = partial(is_latent_cache, architecture=family.name)
+        return of_sound + (existing.remove_caches(store, stale, is_ours) if stale else 0)
 
     def free(self) -> None:
         if self._encoders is not None:

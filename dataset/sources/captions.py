@@ -84,7 +84,9 @@ def complete_captions(captions: Iterable[str], table: DatasetTable) -> tuple[str
     """
     if table.trigger_word:
         captions = [add_trigger(caption, table.trigger_word) for caption in captions]
-    return tuple(dict.fromkeys(add_ends(caption, table) for caption in captions))
+    if table.caption_prefix or table.caption_suffix:
+        captions = [add_ends(caption, table) for caption in captions]
+    return tuple(dict.fromkeys(captions))
 
 
 def add_ends(caption: str, table: DatasetTable) -> str:

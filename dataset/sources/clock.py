@@ -48,8 +48,9 @@ def kept_frames(path: Path, table: DatasetTable, fps: float, alpha: bool = False
         frames = zip(reading.video_frames(path, alpha), itertools.count(), reading.slots(rate), strict=False)
     else:
         frames = _all_frames(path, alpha)
-    kept = itertools.compress(frames, keep_pattern(table.stated_fps, fps))
-    return itertools.islice(kept, frames_wanted(table))
+    if table.stated_fps is not None:
+        frames = itertools.compress(frames, keep_pattern(table.stated_fps, fps))
+    return itertools.islice(frames, frames_wanted(table))
 
 
 def _all_frames(path: Path, alpha: bool) -> Iterator[Kept]:

@@ -86,7 +86,6 @@ def find_colours(sources: Sequence[MediaSource], masks_latents: bool = False) ->
     for source in sources:
         if source.origins or source.tensors is not None:
             continue
-        keeps = keeps_transparency(source, masks_latents)
         for number, path in enumerate((source.path, *source.control)):
             if len(looked) == LOOKED_AT and path not in looked:
                 return list(told.values())
@@ -94,7 +93,8 @@ def find_colours(sources: Sequence[MediaSource], masks_latents: bool = False) ->
                 colours = looked[path] = looked.get(path) or media_colours(path)
             except (MediaError, OSError):
                 continue
-            is_laid = colours.is_transparent and not keeps[min(number, 1)]
+            is_laid = colours.is_transparent
+            is_laid = is_laid and not keeps_transparency(source, masks_latents)[min(number, 1)]
             for is_so, kind, text in (
                 (is_laid, "are transparent and laid on white", ""),
                 (colours.is_converted, CONVERTED, ""),

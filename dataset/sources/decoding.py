@@ -287,7 +287,7 @@ def _gather(
         if count == len(clip):
             # no other reference to the array exists yet
             clip.resize((count + max(GROWTH, count // 4), height, width, 3), refcheck=False)
-        colours, alpha = _colours_and_alpha(frame)
+        colours, alpha = (frame, None) if frame.shape[2] == 3 else _colours_and_alpha(frame)
         alphas.append(None if alpha is None else resize_cover(alpha, bucket))
         clip[count] = resize_cover(colours, bucket)
         count += 1

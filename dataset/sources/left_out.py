@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.folders import folder_id, is_file, list_entries, media_suffixes, split_name
-from dataset.sources.media_source import is_of_shards
+from dataset.sources.media_source import OF_SHARDS
 from modules.errors import MediaError
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
 from modules.media.opening import SOUND_SUFFIXES
@@ -73,7 +73,7 @@ def left_out_files(config: DatasetConfig, table: DatasetTable) -> str | None:
         may_be_still = kinds == {"video"} and end in ANIMATION_SUFFIXES
         if end in read and not (may_be_still and _is_still(table.directory / entry.name)):
             continue
-        if is_file(entry) and not is_of_shards(entry.name):
+        if is_file(entry) and not OF_SHARDS.fullmatch(entry.name):
             why = f"captions of no {table.kind}" if is_caption else _explain(end, kinds)
             shown = suffix if is_caption else end
             counts.setdefault(why, Counter())[shown or "no suffix"] += 1

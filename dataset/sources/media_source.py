@@ -281,10 +281,5 @@ def list_faults(faults: Iterable[Fault], most: int) -> list[str]:
 OLD_INDEXES = {"cache-index.sqlite", "cache-index.parquet"}  # of earlier versions
 # finished, of earlier versions, and being written: by a word for the machine
 SHARD = re.compile(r"cache-[0-9a-f]{16}\.(sqlite|tar)|cache-[0-9a-f]{32}\.writing")
-
-
-def is_of_shards(name: str) -> bool:
-    # the beginning first: folders may have millions of other names
-    return name.startswith("cache-") and (
-        name in OLD_INDEXES or SHARD.fullmatch(re.sub("-(journal|wal)$", "", name)) is not None
-    )
+# names of all that belongs to them
+OF_SHARDS = re.compile(rf"(?:{SHARD.pattern})(-journal|-wal)?|cache-index\.(sqlite|parquet)")

@@ -21,7 +21,7 @@ from dataset.cache.files import (
 )
 from dataset.cache.form import other_form
 from dataset.cache.shards import ShardStore
-from dataset.sources.media_source import is_of_shards
+from dataset.sources.media_source import OF_SHARDS
 from modules.errors import CacheError
 from tests.dataset.cache.killing import needs_fork, run_and_kill
 from tests.dataset.making import make_table
@@ -179,7 +179,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {name: data for name, data in contents(folder).items() if not is_of_shards(name)}
+    return {name: data for name, data in contents(folder).items() if not OF_SHARDS.fullmatch(name)}
 
 
 def test_there_and_back_keeps_every_byte_and_leaves_other_files_alone(folder: Path) -> None:
