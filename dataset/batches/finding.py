@@ -93,8 +93,9 @@ def _add_table(
     """Add the items of a table."""
     tag, store, texts_store = kind.tag, stores.of(table), stores.of_texts(table)
     names, end = store.names(), f"_{tag}{cache_files.SUFFIX}"
-    if table.index not in stores.given:
-        found.unsound += [(table, line) for line in _list_unsound(names, table, tag)]
+    form, is_given = table.cache_format, table.index in stores.given
+    if not is_given and (form == "shards" or (form == "files" and any(map(OF_SHARDS.fullmatch, names)))):
+        found.unsound += [(table, line) for line in _list_unsound(table, tag)]
     latent_files = names if kind.sizes is None else kind.latent_names()
     wanted = sorted([name for name in latent_files if name.endswith(end)])
     stems = _listed_stems(table, kind, wanted) if kind.sources or store.is_shared else None
@@ -259,14 +260,8 @@ class _TextNames:
         return True
 
 
-def _list_unsound(names: Collection[str], table: DatasetTable, tag: str) -> list[str]:
-    """Return why the caches of a table may be incomplete: another form, or shards that are not whole.
-
-    names: of the table's store, as they have just been listed.
-    """
-    form = table.cache_format
-    if form == "npz" or (form == "files" and not any(map(OF_SHARDS.fullmatch, names))):
-        return []
+def _list_unsound(table: DatasetTable, tag: str) -> list[str]:
+    """Return why the caches of a table may be incomplete: another form, or shards that are not whole."""
     from dataset.cache.form import list_shard_faults, other_form
 
     return [*other_form(table, tag), *list_shard_faults(table)]

@@ -24,9 +24,7 @@ import torch
 from torch import Tensor
 
 from dataset.cache.files import Entry, checksum
-from dataset.config import DatasetTable
 from dataset.config_keys import SECTIONS
-from dataset.sources.captions import captions_in, read_caption
 from dataset.sources.media_source import (
     ClipFacts,
     FileIdentity,
@@ -342,9 +340,3 @@ class CacheChecks:
             ):
                 return path
         return None
-
-    def changed_caption(self, path: Path, caption: str, table: DatasetTable, number: int = 0) -> str | None:
-        now = read_caption(path)
-        if now is None or captions_in(now, table)[number : number + 1] == (caption,):
-            return None
-        return now if stamp_of(path)[1] <= self.started_ns else None

@@ -297,7 +297,9 @@ class Planning:
                 outdated = str(error) if outdated is None or isinstance(error, OtherKind) else outdated
                 is_other = is_other or isinstance(error, OtherKind)
         counts = self.source, frozenset(kept), foreign, tuple(missing), tuple(items)
-        short = None if kept_frames is None else describe_short(table, wanted, kept_frames)
+        short = None
+        if kept_frames is not None and len(table.target_frames) > 1:
+            short = describe_short(table, wanted, kept_frames)
         return SourcePlan(*counts, reason, short, outdated, is_other)
 
     def _check_file(self, file: str, files: Names, size: Size, bucket: Size, span: Span) -> bool:
