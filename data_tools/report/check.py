@@ -20,7 +20,7 @@ from dataset.batches.order import BatchOrder, split_validation
 from dataset.batches.reading import read_batch, stores_for
 from dataset.cache.files import EMPTY
 from dataset.cache.form import list_shard_faults, other_form
-from dataset.cache.store import Stores, npz_names
+from dataset.cache.store import Stores, may_be_mixed, npz_names
 from dataset.caching.existing import LatentNames, media_table, refuse_companions
 from dataset.caching.given import use_moments
 from dataset.caching.planning import Planning, Recipe, SourcePlan, plan_all
@@ -116,7 +116,8 @@ def check_caching(
     recipe = Recipe(family.cache_tag, identity, *given, has_rates=family.can.rate, sound=sound_of(family))
     for table in config.datasets:
         found = findings.find_table(config, table)
-        forms = other_form(table, family.cache_tag) if latents or texts else ()
+        may_say = (latents or texts) and may_be_mixed(table)
+        forms = other_form(table, family.cache_tag) if may_say else ()
         found.faults += [Fault("folders of caches are in the other form", line) for line in forms]
         if media and found.sources:
             _check_media(found, family, recipe, workers, latents)

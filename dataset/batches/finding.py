@@ -18,11 +18,11 @@ from dataset.batches.items import (
 )
 from dataset.cache import files as cache_files
 from dataset.cache.records import section_frames
-from dataset.cache.store import CacheStore, Stores, open_store
+from dataset.cache.store import CacheStore, Stores, may_be_mixed, open_store
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.config_keys import IGNORE, REQUIRED
 from dataset.sources.frames import bucket_of
-from dataset.sources.media_source import OF_SHARDS, pause_collection
+from dataset.sources.media_source import pause_collection
 from modules.console import count_of, count_words
 from modules.contract.data import CONTROL, FPS, IMAGE_LATENTS, REFERENCE_LATENTS, LatentSpec, SoundSpec
 from modules.errors import CacheError, DatasetError
@@ -93,9 +93,10 @@ def _add_table(
     """Add the items of a table."""
     tag, store, texts_store = kind.tag, stores.of(table), stores.of_texts(table)
     names, end = store.names(), f"_{tag}{cache_files.SUFFIX}"
-    form, is_given = table.cache_format, table.index in stores.given
-    if not is_given and (form == "shards" or (form == "files" and any(map(OF_SHARDS.fullmatch, names)))):
-        found.unsound += [(table, line) for line in _list_unsound(table, tag)]
+    if table.index not in stores.given and may_be_mixed(table, names):
+        from dataset.cache.form import list_shard_faults, other_form
+
+        found.unsound += [(table, line) for line in (*other_form(table, tag), *list_shard_faults(table))]
     latent_files = names if kind.sizes is None else kind.latent_names()
     wanted = sorted([name for name in latent_files if name.endswith(end)])
     stems = _listed_stems(table, kind, wanted) if kind.sources or store.is_shared else None
@@ -113,8 +114,7 @@ def _add_table(
     sound_end = "" if sound is None else f"_{cache_files.sound_tag(tag)}{cache_files.SUFFIX}"
     with_sound = {name for name in names if sound and name.endswith(sound_end)}
     del names, text_names, latent_files  # a million names: what is needed of them is held elsewhere
-    takes = table.references or table.clip_references
-    has_references = takes is not None and table.batch_size > 1 and kind.sizes is None
+    has_references = bool(table.references or table.clip_references) and table.batch_size > 1
     buckets: dict[int, tuple[int, ...]] = {}  # by the meaning of the end of a name, by identity
     sizes: dict[tuple[int, ...], tuple[int, ...]] = {}  # each once: of references, of sound
     is_empty, folder = True, table.cache_directory
@@ -131,7 +131,7 @@ def _add_table(
             files = (parts[stem, replace(what, section=None)] or 1) if parts else 1
             captions = texts.captions.get(stem, 1) if texts else 1 + len(kind.sources[stem].more_captions)
             bucket, shape = buckets[id(what)], tuple[int, ...]()
-            references = _reference_sizes(store, name) if has_references else ()
+            references = _reference_sizes(store, name) if has_references and kind.sizes is None else ()
             sound_file = "" if sound is None else cache_files.sound_file_name(name, tag)
             if sound is not None and table.batch_size > 1:
                 shape = _sound_shape(store, name, sound, bucket[2])
@@ -258,13 +258,6 @@ class _TextNames:
                 self._found.missing_empty.append(folder / name)
                 self._empty = None
         return True
-
-
-def _list_unsound(table: DatasetTable, tag: str) -> list[str]:
-    """Return why the caches of a table may be incomplete: another form, or shards that are not whole."""
-    from dataset.cache.form import list_shard_faults, other_form
-
-    return [*other_form(table, tag), *list_shard_faults(table)]
 
 
 def _listed_stems(table: DatasetTable, kind: ItemKind, latents: Sequence[str]) -> Collection[str] | None:

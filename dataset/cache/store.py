@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dataset.cache.files import Entry, NpzNames, is_cache_name, read_entry, write_tensors
 from dataset.config import DatasetTable
+from dataset.sources.media_source import OF_SHARDS
 from modules.atomic_write import remove_leftovers, write_bytes
 from modules.contract.family import Caches
 from modules.errors import CacheError
@@ -160,6 +161,17 @@ def open_store(table: DatasetTable, names: NpzNames | None = None) -> CacheStore
 
         return ShardStore(table.cache_directory)
     return SingleFiles(table.cache_directory)
+
+
+def may_be_mixed(table: DatasetTable, names: Collection[str] | None = None) -> bool:
+    """Whether there may be files and shards of a table, of which its `cache_format` says one: what there is
+    finds `dataset.cache.form`. names: of its cache folder, if they have been listed.
+    """
+    folder = table.cache_directory
+    if table.cache_format != "files":  # npz may lie beside files of other forms, which other trainings use
+        return table.cache_format == "shards"
+    names = os.listdir(folder) if names is None and folder.is_dir() else names or ()
+    return any(map(OF_SHARDS.fullmatch, names))
 
 
 def npz_names(family: Caches) -> NpzNames:

@@ -28,9 +28,8 @@ from dataset.cache.files import (
     tensor_key,
     tensor_name,
 )
-from dataset.cache.form import require_form
 from dataset.cache.records import TextRecord, identify, record_metadata, require_finite, text_records
-from dataset.cache.store import Stores, npz_names
+from dataset.cache.store import Stores, may_be_mixed, npz_names
 from dataset.caching.existing import refuse_changing, remove_caches
 from dataset.caching.prefetch import (
     NAMED,
@@ -104,7 +103,10 @@ class TextWork:
         if any(source.caption is None for source in self._sources):
             require_captions(self._sources)
         family.check_given_files()
-        require_form(config, family.cache_tag, stores.given)
+        if mixed := [one for one in config.datasets if one.index not in stores.given and may_be_mixed(one)]:
+            from dataset.cache.form import require_form
+
+            require_form(mixed, family.cache_tag)
         self._files = list_caption_files(self._sources, family.cache_tag)
         if any(table.cache_format == "npz" for table in config.datasets):  # several may share a file
             self._files = distinct_texts(self._files, stores)

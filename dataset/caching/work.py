@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from dataset.cache.files import is_latent_cache
-from dataset.cache.form import require_form
 from dataset.cache.records import LatentRecord
-from dataset.cache.store import Stores, npz_names
+from dataset.cache.store import Stores, may_be_mixed, npz_names
 from dataset.caching import existing, latents, prefetch
 from dataset.caching.planning import Recipe, SourcePlan, plan_all
 from dataset.config import DatasetConfig, DatasetTable
@@ -122,7 +121,10 @@ class MediaWork:
 
             sources = use_moments(family, sources)
         self.pieces: Sequence[MediaSource] = sources
-        require_form(config, family.cache_tag, stores.given)
+        if mixed := [one for one in config.datasets if one.index not in stores.given and may_be_mixed(one)]:
+            from dataset.cache.form import require_form
+
+            require_form(mixed, family.cache_tag)
         self._recipe = Recipe(
             family.cache_tag,
             family.media_identity,
