@@ -150,7 +150,9 @@ class MediaWork:
         to_do = [plan for plan in plans if plan.missing is None or plan.missing]
         some = [plan.source for plan in to_do]
         # told and done: of rates the option decides, as a file's header may be wrong
-        told = [*find_wrong_rates(some), *find_other_lengths(some, self._recipe.fps)]
+        states_rates = any(table.stated_fps is not None for table in self._config.datasets)
+        told = find_wrong_rates(some) if states_rates else []
+        told += find_other_lengths(some, self._recipe.fps)
         told += find_colours(some, self._family.latent.masks_latents)
         if told:
             logger.warning("%s", escape_control_codes("\n".join(list_faults(told, LISTED))))

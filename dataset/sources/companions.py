@@ -1,6 +1,5 @@
 """References of clips, and masks of what is new in their control clips: found by name, read, cut."""
 
-import functools
 import logging
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -12,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataset.config import DatasetTable
-from dataset.sources.clock import frames_beside
+from dataset.sources.clock import frames_beside, read_mask
 from dataset.sources.folders import list_entries
-from dataset.sources.frames import Mask, is_still, read_moving, read_still
+from dataset.sources.frames import is_still
 from dataset.sources.media_source import Fault, MediaSource
 from modules.console import count_of
 from modules.errors import DatasetError, MediaError
@@ -142,20 +141,5 @@ def read_companions(
 
     found["references"] = tuple(map(read, here.references))
     if here.control_mask is not None:
-        found["control_mask"] = _read_mask(here, here.control_mask, (size, bucket), count, fps, clock)
+        found["control_mask"] = read_mask(here.control_mask, here, (size, bucket), count, fps, clock)
     return found
-
-
-def _read_mask(
-    here: MediaSource,
-    path: Path,
-    sizes: tuple[Size, Size],
-    count: int,
-    fps: float,
-    clock: Sequence[tuple[int, float]],
-) -> Mask:
-    place = functools.partial(resize_cover, bucket=sizes[1])
-    if is_still(path):
-        return read_still(path, place, sizes[0], count)
-    beside = frames_beside(path, here.path, here.table, fps, clock, alpha=True)
-    return read_moving(path, beside, place, sizes[0], count)

@@ -228,13 +228,6 @@ def read_moving(
     return np.stack(masks)
 
 
-def stack_alphas(alphas: Sequence[NDArray[np.uint8] | None]) -> Mask | None:
-    first = next((alpha for alpha in alphas if alpha is not None), None)
-    if first is None or all(alpha is None or alpha.min() == 255 for alpha in alphas):
-        return None
-    return np.stack([np.full_like(first, 255) if alpha is None else alpha for alpha in alphas])
-
-
 def shrink_mask(mask: Tensor, stride: tuple[int, int, int]) -> Tensor:
     """Average a mask F H W, 0..255, over the pixels of each latent: float16, 0..1, F H W of the latents.
 

@@ -8,7 +8,7 @@ from itertools import groupby
 from markupsafe import Markup, escape
 
 from modules.control_codes import escape_control_codes
-from modules.pages.page import SHEET, embed_svg
+from modules.pages.page import SHEET, as_url
 
 FADED = 0.3  # opacity of the values behind a smoothed curve
 WIDTH, HEIGHT = 500, 300  # pixels: texts can be read on a phone, and two fit side by side on a desk
@@ -52,7 +52,10 @@ class Chart:
 
 
 def draw_chart(chart: Chart) -> Markup:
-    """Return an image tag with a diagram. NaN and infinite values leave a gap."""
+    """Return an image tag with a diagram; as an image, it can neither run a script nor fetch.
+
+    NaN and infinite values leave a gap.
+    """
     across = _Axis([x for curve in chart.curves for x in curve.x], LEFT, RIGHT)
     values = (side for curve in chart.curves for side in (curve.y, curve.low or [], curve.high or []))
     up = _Axis([value for side in values for value in side], BOTTOM, TOP)
@@ -75,7 +78,8 @@ def draw_chart(chart: Chart) -> Markup:
         for number, curve in enumerate(chart.curves):
             colour, y = COLOURS[number % len(COLOURS)], TOP + 15 + 17 * number
             parts += [_text(RIGHT - 4, y, curve.name, f'text-anchor="end" fill="{colour}"')]
-    return embed_svg("".join([*parts, "</svg>"]), chart.title)
+    drawing = as_url("image/svg+xml", "".join([*parts, "</svg>"]).encode())
+    return Markup('<img class="chart" src="{}" alt="{}">').format(drawing, chart.title)
 
 
 class _Axis:

@@ -105,7 +105,7 @@ def embed_picture(frame: Frame, text: str, largest_side: int = 512, quality: int
     data = io.BytesIO()
     image.save(data, format="JPEG", quality=quality)
     return Markup('<img src="{}" alt="{}" width="{}" height="{}">').format(
-        _as_url("image/jpeg", data.getvalue()), text, image.width, image.height
+        as_url("image/jpeg", data.getvalue()), text, image.width, image.height
     )
 
 
@@ -124,14 +124,7 @@ def embed_clip(frames: Sequence[Frame], fps: float, text: str, largest_side: int
         write_video(path, reduced, fps, crf=CLIP_CRF, preset="veryfast")
         data = path.read_bytes()
     return Markup('<video src="{}" aria-label="{}" autoplay loop muted playsinline></video>').format(
-        _as_url("video/mp4", data), text
-    )
-
-
-def embed_svg(svg: str, text: str) -> Markup:
-    """Return an image tag with an SVG drawing: as an image, it can neither run a script nor fetch."""
-    return Markup('<img class="chart" src="{}" alt="{}">').format(
-        _as_url("image/svg+xml", svg.encode()), text
+        as_url("video/mp4", data), text
     )
 
 
@@ -145,5 +138,5 @@ def reduce_frame(frame: Frame, largest_side: int) -> Frame:
     return cv2.resize(frame, size, interpolation=cv2.INTER_AREA).astype(np.uint8)
 
 
-def _as_url(kind: str, data: bytes) -> str:
+def as_url(kind: str, data: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
