@@ -20,8 +20,7 @@ from dataset.batches.order import BatchOrder, split_validation
 from dataset.batches.reading import read_batch, stores_for
 from dataset.cache.files import EMPTY
 from dataset.cache.form import list_shard_faults, other_form
-from dataset.cache.store import Stores, may_be_mixed, npz_names
-from dataset.caching.existing import LatentNames, media_table, refuse_companions
+from dataset.cache.store import LatentNames, Stores, may_be_mixed, npz_names
 from dataset.caching.given import use_moments
 from dataset.caching.planning import Planning, Recipe, SourcePlan, plan_all
 from dataset.caching.prefetch import Failure, map_ahead, read_ahead, workers_of
@@ -31,8 +30,9 @@ from dataset.config import DatasetConfig
 from dataset.options import CachingOptions, CheckPageOptions
 from dataset.sources.clock import find_other_lengths
 from dataset.sources.colours import find_colours
+from dataset.sources.companions import refuse_companions
 from dataset.sources.decoding import check_resolution, decode_source
-from dataset.sources.frames import find_wrong_rates
+from dataset.sources.frames import find_wrong_rates, media_table
 from dataset.sources.media_source import NO_REFERENCE, Fault
 from dataset.sources.references import find_equal_references, lack_references, reference_buckets
 from dataset.sources.sound import list_unheard

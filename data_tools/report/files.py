@@ -17,8 +17,7 @@ from data_tools.report.looks import Look
 from data_tools.report.numbers import Numbers
 from dataset.cache.files import latent_names, tensor_key, text_file_name
 from dataset.cache.records import LatentRecord, TextRecord, latent_record, text_records
-from dataset.cache.store import CacheStore, Stores
-from dataset.caching.existing import LatentNames
+from dataset.cache.store import CacheStore, LatentNames, Stores
 from dataset.caching.planning import Recipe, plan_all
 from dataset.caching.text_plans import list_caption_files, plan_texts, why_outdated
 from dataset.sources.captions import read_caption

@@ -4,20 +4,31 @@ An entry has the name of a single cache file (see files.py), whatever holds it. 
 `folder/name`.
 """
 
+import logging
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Protocol
 
 from torch import Tensor
 
-from dataset.cache.files import Entry, NpzNames, is_cache_name, read_entry, write_tensors
+from dataset.cache.files import (
+    Entry,
+    LatentName,
+    NpzNames,
+    is_cache_name,
+    latent_names,
+    read_entry,
+    write_tensors,
+)
 from dataset.config import DatasetTable
 from dataset.sources.media_source import OF_SHARDS
 from modules.atomic_write import remove_leftovers, write_bytes
 from modules.contract.family import Caches
 from modules.errors import CacheError
+
+logger = logging.getLogger(__name__)
 
 
 class CacheStore(Protocol):
@@ -215,3 +226,61 @@ class Stores:
             latents.close(is_last)
             if texts is not latents:
                 texts.close(is_last)
+
+
+# --- caches of latents by their sources
+# ------------------------------------------------------------------------------------------------------------
+
+# the latent cache files of one source, with what their names say but for the stem
+Names = Mapping[str, LatentName]
+
+
+class LatentNames:
+    """The latent caches of a table by the stem of their source. There may be millions."""
+
+    def __init__(self, store: CacheStore, tag: str, kind: str) -> None:
+        """List them, without opening one. kind: of the table, "image" or "video"."""
+        self._rest: dict[str, LatentName] = {}  # by the end of a name
+        self._files: dict[str, tuple[str, ...]] = {}  # by stem; mostly there is one
+        for file, stem, rest in latent_names(store.names(), tag, kind):
+            self._rest.setdefault(file[len(stem) :], rest)
+            self._files[stem] = (*self._files.get(stem, ()), file)
+
+    def of(self, stem: str) -> Names:
+        return {file: self._rest[file[len(stem) :]] for file in self._files.get(stem, ())}
+
+    def not_in(self, names: Container[str], but_of: Container[str]) -> list[str]:
+        """Return the files that are not among `names`, by stem, without those of the sources `but_of`."""
+        stale = [
+            (stem, file)
+            for stem, files in self._files.items()
+            for file in files
+            if file not in names and stem not in but_of
+        ]
+        return [file for _, file in sorted(stale)]
+
+
+ExistingNames = Mapping[int, LatentNames]  # by table index
+
+
+def remove_caches(store: CacheStore, names: Iterable[str], is_cache: Callable[[Entry], bool]) -> int:
+    """Remove those of `names` whose tensor names show that they are caches; return how many were removed.
+
+    names: of before the run listed its sources.
+    """
+    count = 0
+    for name in () if store.is_shared else names:
+        try:
+            is_ours = is_cache(store.read(name, is_whole=False))
+        except CacheError as error:
+            if name not in store:  # another process has just removed it
+                continue
+            is_ours = store.holds_only_caches
+            if not is_ours:
+                logger.warning(
+                    "%s. It belongs to no item, but is kept because it may not be a cache file.", error
+                )
+        if is_ours:
+            store.remove(name)
+            count += 1
+    return count

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from dataset.cache.records import difference
-from dataset.caching.existing import refuse_moments
 from dataset.caching.text_plans import CaptionFile
+from dataset.config import DatasetTable
 from dataset.sources import cogvideox
 from dataset.sources.decoding import NO_FRAMES, DecodedMedia
 from dataset.sources.media_source import Fault, MediaSource, raise_faults
@@ -25,6 +25,12 @@ from modules.errors import CheckpointError, DatasetError, MediaError
 from modules.text_files import parse_json, read_text
 
 logger = logging.getLogger(__name__)
+
+
+def refuse_moments(family: Caches, table: DatasetTable) -> None:
+    """Raise DatasetError for a table with load_tensors if the family cannot use moments."""
+    if family.moments.refusal is not None:
+        raise DatasetError(f"{table.name}: load_tensors cannot be used: {family.moments.refusal}.")
 
 
 def use_moments(family: Caches, sources: Sequence[MediaSource]) -> list[MediaSource]:

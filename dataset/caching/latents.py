@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from dataset.cache import files as cache_files
 from dataset.cache import records
 from dataset.cache.records import LatentRecord, identify
-from dataset.cache.store import CacheStore
-from dataset.caching.existing import LatentNames, media_table
+from dataset.cache.store import CacheStore, LatentNames
 from dataset.caching.planning import Planning, Recipe, SourcePlan
 from dataset.caching.prefetch import check_memory, fill_batches
 from dataset.sources.decoding import DecodedMedia, decode_source
 from dataset.sources.fetching import fetch
-from dataset.sources.frames import kept_rate, shrink_mask
+from dataset.sources.frames import kept_rate, media_table, shrink_mask
 from modules.contract import data
 from modules.contract.family import Caches
 from modules.devices import warn_if_emulated

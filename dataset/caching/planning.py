@@ -10,14 +10,13 @@ from typing import Any
 
 from dataset.cache import records
 from dataset.cache.files import Entry, LatentName
-from dataset.cache.store import Stores
-from dataset.caching.existing import ExistingNames, Names, media_table
+from dataset.cache.store import ExistingNames, Names, Stores
 from dataset.caching.prefetch import MANY, Failure, map_ahead
 from dataset.config_keys import REFERENCES, SECTIONS
 from dataset.sources.clock import has_beside, kept_one_clock
 from dataset.sources.colours import has_codes, shown_otherwise
 from dataset.sources.decoding import plan_source
-from dataset.sources.frames import Span, bucket_of, describe_short, frames_wanted, spans
+from dataset.sources.frames import Span, bucket_of, describe_short, frames_wanted, media_table, spans
 from dataset.sources.media_source import (
     CLIP_REFERENCES,
     CONTROL_MASK,

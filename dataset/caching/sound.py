@@ -16,8 +16,7 @@ from torch import Tensor
 
 from dataset.cache import files as cache_files
 from dataset.cache import records
-from dataset.cache.store import Stores
-from dataset.caching.existing import ExistingNames, LatentNames, remove_caches
+from dataset.cache.store import ExistingNames, LatentNames, Stores, remove_caches
 from dataset.caching.latents import write_entry
 from dataset.caching.prefetch import MANY, CacheReport, Failure, read_ahead, write_behind
 from dataset.config import DatasetTable

@@ -29,8 +29,7 @@ from dataset.cache.files import (
     tensor_name,
 )
 from dataset.cache.records import TextRecord, identify, record_metadata, require_finite, text_records
-from dataset.cache.store import Stores, may_be_mixed, npz_names
-from dataset.caching.existing import refuse_changing, remove_caches
+from dataset.cache.store import Stores, may_be_mixed, npz_names, remove_caches
 from dataset.caching.prefetch import (
     NAMED,
     CacheReport,
@@ -52,6 +51,7 @@ from dataset.options import CachingOptions
 from dataset.sources.captions import describe_cut
 from dataset.sources.listing import require_captions
 from dataset.sources.references import explain_reference, hold_references
+from dataset.subsets import refuse_changing
 from modules.bars import Bar
 from modules.console import count_of, show_box
 from modules.contract.data import Conditions

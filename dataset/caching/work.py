@@ -15,8 +15,8 @@ import torch
 
 from dataset.cache.files import is_latent_cache
 from dataset.cache.records import LatentRecord
-from dataset.cache.store import Stores, may_be_mixed, npz_names
-from dataset.caching import existing, latents, prefetch
+from dataset.cache.store import ExistingNames, LatentNames, Stores, may_be_mixed, npz_names, remove_caches
+from dataset.caching import latents, prefetch
 from dataset.caching.planning import Recipe, SourcePlan, plan_all
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.config_keys import IGNORE
@@ -24,9 +24,10 @@ from dataset.options import CachingOptions
 from dataset.sources.clock import find_other_lengths
 from dataset.sources.colours import find_colours
 from dataset.sources.decoding import DecodedMedia, check_resolution
-from dataset.sources.frames import find_wrong_rates
+from dataset.sources.frames import find_wrong_rates, media_table
 from dataset.sources.listing import warn_captions, warn_unused
 from dataset.sources.media_source import LISTED, MediaSource, list_faults
+from dataset.subsets import refuse_changing
 from modules.atomic_write import free_bytes
 from modules.bars import Bar
 from modules.console import Row, as_size, count_of, count_words, show_box
@@ -57,14 +58,18 @@ def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[Media
         has_control = table.index in controlled
         try:
             if table.group is not None:
-                existing.refuse_changing(table, table.augmentation.varying_keys, "latents")
+                refuse_changing(table, table.augmentation.varying_keys, "latents")
             # first: load_tensors ignores the keys that a family's own check would have changed
             if table.load_tensors:
-                existing.refuse_moments(family, table)
+                from dataset.caching.given import refuse_moments
+
+                refuse_moments(family, table)
             check_resolution(table, family.latent.pixel_step)
-            family.check_table(existing.media_table(table, has_control, table.index in companions))
+            family.check_table(media_table(table, has_control, table.index in companions))
             if table.index in companions:
-                existing.refuse_companions(table, companions[table.index])
+                from dataset.sources.companions import refuse_companions
+
+                refuse_companions(table, companions[table.index])
             if is_alone and (table.kind == "image" or table.audio == IGNORE):
                 why = "it has pictures" if table.kind == "image" else 'audio = "ignore" leaves none'
                 raise DatasetError(f"{table.name}: this run learns sound alone, and {why}. Leave it out")
@@ -100,8 +105,8 @@ class MediaWork:
         self.stores = stores = dataclasses.replace(
             stores or Stores(npz_names(family)), skip_existing=options.skip_existing, verify=options.verify
         )
-        self._existing: existing.ExistingNames = {
-            table.index: existing.LatentNames(self.stores.of(table), family.cache_tag, table.kind)
+        self._existing: ExistingNames = {
+            table.index: LatentNames(self.stores.of(table), family.cache_tag, table.kind)
             for table in config.datasets
         }
         self._sound: SoundWork | None = None
@@ -217,7 +222,7 @@ class MediaWork:
         stale = self._existing[table.index].not_in(belongs, but_of=failed)
         of_sound = 0 if self._sound is None else self._sound.remove_stale(table, belongs, failed)
         is_ours = partial(is_latent_cache, architecture=family.name)
-        return of_sound + (existing.remove_caches(store, stale, is_ours) if stale else 0)
+        return of_sound + (remove_caches(store, stale, is_ours) if stale else 0)
 
     def free(self) -> None:
         if self._encoders is not None:
@@ -281,7 +286,7 @@ class MediaWork:
             same = [file for file, one in there.items() if (one.size, one.span) == (name.size, name.span)]
             if surplus := [file for file in same if file not in files]:
                 is_ours = partial(is_latent_cache, architecture=family.name)
-                write(partial(existing.remove_caches, store, surplus, is_ours))
+                write(partial(remove_caches, store, surplus, is_ours))
         return written
 
     def _disk(self, plans: Sequence[SourcePlan]) -> str | None:

@@ -91,6 +91,27 @@ def _pair(folder: Path, key: str, stems: Collection[str]) -> tuple[dict[str, tup
     return {stem: tuple(path for _, path in sorted(of.items())) for stem, of in numbered.items()}, alone
 
 
+def refuse_companions(table: DatasetTable, sources: Sequence[MediaSource]) -> None:
+    """Raise DatasetError for references, and masks of controls, that the model does not take.
+
+    sources: those of the table that have some.
+    """
+    rules = table.clip_references
+    for source in sources:
+        if len(source.references) > (0 if rules is None else rules.most):
+            takes = "none beside control_path" if rules is None else f"{rules.most} at most"
+            raise DatasetError(f"{table.name}: {source.path} has references; this model takes {takes}.")
+        if source.control_mask is not None and not (rules is not None and rules.control_masks):
+            raise DatasetError(
+                f"{table.name}: {source.path} has a control mask, which this model does not take."
+            )
+        if source.control_mask is not None and not source.control:
+            raise DatasetError(
+                f"{table.name}: {source.path} has a control mask, which says what of a control clip is made "
+                "new, and no such clip. Give control_directory, or control_path in a list."
+            )
+
+
 def companion_lines(sources: Sequence[MediaSource], faults: list[Fault]) -> Iterator[str]:
     """Yield lines about the pairs of a table for its report; add a remark for each item without partner."""
     for key, counts in (

@@ -21,6 +21,7 @@ from dataset.config import DatasetTable
 from dataset.config_keys import AUTO
 from dataset.sources.media_source import Fault, MediaSource
 from modules.console import count_of
+from modules.contract.data import MediaTable
 from modules.errors import DatasetError, MediaError
 from modules.media import buckets
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
@@ -81,6 +82,24 @@ def frames_wanted(table: DatasetTable) -> int | None:
     if table.frame_extraction == "head":
         return max(table.target_frames)
     return table.max_frames if table.frame_extraction == "full" else None
+
+
+def media_table(table: DatasetTable, has_control: bool = False, has_references: bool = False) -> MediaTable:
+    """Return a table's facts for families: also whether its items have control media, and references."""
+    return MediaTable(
+        name=table.name,
+        kind=table.kind,
+        has_control=has_control,
+        has_references=has_references,
+        target_frames=()
+        if table.kind == "image" or table.frame_extraction == "full"
+        else table.target_frames,
+        max_frames=table.max_frames if table.kind == "video" and table.frame_extraction == "full" else None,
+        window=table.fp_latent_window_size,
+        clean_indices=table.fp_1f_clean_indices or (),
+        target_index=table.fp_1f_target_index,
+        has_post=not table.fp_1f_no_post,
+    )
 
 
 def keep_pattern(source_fps: float | None, target_fps: float) -> Iterator[bool]:
