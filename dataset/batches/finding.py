@@ -90,7 +90,6 @@ def _add_table(
     stores: Stores,
     hears: SoundSpec | None,
 ) -> None:
-    """Add the items of a table."""
     tag, store, texts_store = kind.tag, stores.of(table), stores.of_texts(table)
     names, end = store.names(), f"_{tag}{cache_files.SUFFIX}"
     if table.index not in stores.given and may_be_mixed(table, names):

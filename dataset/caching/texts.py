@@ -248,7 +248,6 @@ class TextWork:
         file: CaptionFile,
         conditions: Conditions,
     ) -> None:
-        """Have one prompt's outputs written."""
         named = {}
         for key, value in conditions.items():
             tensor = (value[0] if isinstance(value, list) else value).detach().cpu()
