@@ -28,12 +28,6 @@ PARTIAL_BYTES = 1 << 29  # limit for the frames of items that wait until their b
 SMALLEST_SIDE = 8  # pixels: one latent
 
 
-def name_of(item: DecodedMedia) -> cache_files.LatentName:
-    if item.source.table.kind == "image":
-        return cache_files.LatentName(item.source.stem, item.size)
-    return cache_files.LatentName(item.source.stem, item.bucket, item.spans[0])
-
-
 def decode(
     plan: SourcePlan, existing: LatentNames, recipe: Recipe
 ) -> tuple[SourcePlan, Iterable[DecodedMedia]]:
@@ -107,14 +101,12 @@ def batch_media(items: Sequence[DecodedMedia], keys: Sequence[str]) -> data.Medi
 
 
 def encode(
-    items: Sequence[DecodedMedia], family: Caches, encoders: data.MediaEncoders | None
+    items: Sequence[DecodedMedia], keys: Sequence[str], family: Caches, encoders: data.MediaEncoders | None
 ) -> Sequence[Sequence[data.CacheEntry]]:
     """Return the entries of each item of a batch, those of mirrored media with them if its table flips.
 
-    encoders: of the family; moments need none.
+    keys: their names, without suffix. encoders: of the family; moments need none.
     """
-    tag = family.cache_tag
-    keys = [name_of(item).file_name(tag).removesuffix(cache_files.SUFFIX) for item in items]
     if items[0].moments:
         moments = [torch.stack(found) for found in zip(*(item.moments for item in items), strict=True)]
         given = data.MomentsBatch(moments[0], tuple(keys), *moments[1:])

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from dataset.cache.files import is_latent_cache
+from dataset.cache.files import SUFFIX, LatentName, is_latent_cache
 from dataset.cache.records import LatentRecord
 from dataset.cache.store import ExistingNames, LatentNames, Stores, may_be_mixed, npz_names, remove_caches
 from dataset.caching import latents, prefetch
@@ -267,8 +267,16 @@ class MediaWork:
         if self._encoders is None and not batch[0].moments:
             self.free()  # the networks of pictures and of sound take turns
             self._encoders = latents.load_encoders(family, self._device)
-        for item, entries in zip(batch, latents.encode(batch, family, self._encoders), strict=True):
-            store, name = self.stores.of(item.source.table), latents.name_of(item)
+        names = [
+            LatentName(one.source.stem, one.size)
+            if one.source.table.kind == "image"
+            else LatentName(one.source.stem, one.bucket, one.spans[0])
+            for one in batch
+        ]
+        keys = [name.file_name(tag).removesuffix(SUFFIX) for name in names]
+        encoded = latents.encode(batch, keys, family, self._encoders)
+        for item, name, entries in zip(batch, names, encoded, strict=True):
+            store = self.stores.of(item.source.table)
             sizes = {"size": item.size, "bucket": item.bucket, "span": item.spans[0]}
             options = self._recipe.options(item.source, **sizes)
             record = LatentRecord(self._recipe.encoder, options, item.files, item.clip, len(entries), {})
