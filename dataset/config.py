@@ -44,7 +44,9 @@ def load_dataset_config(path: Path, given: SubsetOptions | None = None) -> Datas
     Raises DatasetError, with file, table, key, the value found and the values allowed.
     """
     problems: list[str] = []
-    content = _with_keys_in_general(path, forms.parse_config(path), problems)
+    content: Table = forms.parse_config(path)
+    if not content.keys() <= {*TOP_LEVEL}:
+        content = _with_keys_in_general(path, content, problems)
     problems += [
         forms.unknown(name, value, TOP_LEVEL) for name, value in content.items() if name not in TOP_LEVEL
     ]

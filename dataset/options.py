@@ -11,7 +11,6 @@ from modules.families import with_scripts
 from modules.options import Options, option, read_options
 from modules.parser import Parser, add_options, parse_options
 
-T = TypeVar("T")
 R = TypeVar("R", bound=Options)
 
 GUESS = "guess"  # of --repair_captions without a value
@@ -32,13 +31,11 @@ class CheckPageOptions(Options):
         "most files that the page shows: those with faults first, then an even choice", default=500, least=1
     )
 
-    def __post_init__(self) -> None:
+    def require_check(self, check: bool) -> None:
+        """Raise OptionError for a page that is asked for without --check, or is no page."""
         if self.html is not None and self.html.suffix.lower() not in {".html", ".htm"}:
             raise OptionError(f"--html {self.html}: name a file that ends in .html")
-
-    def require_check(self, check: bool) -> None:
-        """Raise OptionError if the page is asked for without --check."""
-        if self.html is not None and not check:
+        if not check:
             raise OptionError("--html writes what --check finds: add --check")
 
 
@@ -61,26 +58,9 @@ class ShardOptions(Options):
         hint="from 0",
     )
 
-    def __post_init__(self) -> None:
-        shards, index = self.num_shards, self.shard_index
-        if shards is not None and index is not None and index >= shards:
-            raise OptionError(
-                f"--shard_index {index}: shards are counted from 0, so with --num_shards {shards} give 0 to "
-                f"{shards - 1}"
-            )
-
-    @property
-    def is_given(self) -> bool:
-        return self.num_shards is not None
-
-    def of(self, work: Sequence[T]) -> Sequence[T]:
-        if self.num_shards is None or self.shard_index is None:
-            return work
-        return work[self.shard_index :: self.num_shards]
-
     def refuse_beside(self, option: str) -> None:
         """Raise OptionError if a shard is given to a command on the whole dataset."""
-        if self.is_given:
+        if self.num_shards is not None:
             raise OptionError(
                 f"{option} looks at the whole dataset: leave out --num_shards and --shard_index, which share "
                 "the work of caching"
@@ -121,9 +101,16 @@ class CachingOptions(Options, title="caching"):
     page: CheckPageOptions
 
     def __post_init__(self) -> None:
-        self.page.require_check(self.check)
+        if self.page.html is not None:
+            self.page.require_check(self.check)
         if self.check:
             self.shard.refuse_beside("--check")
+        shards, index = self.shard.num_shards, self.shard.shard_index
+        if shards is not None and index is not None and index >= shards:
+            raise OptionError(
+                f"--shard_index {index}: shards are counted from 0, so with --num_shards {shards} give 0 to "
+                f"{shards - 1}"
+            )
         encoding, is_text = self.repair_captions, True
         if encoding is not None and encoding != GUESS:
             try:
@@ -217,14 +204,6 @@ def read_latent_caching(
     if debug.debug_mode is not None:
         caching.shard.refuse_beside("--debug_mode")
     return caching, debug, own
-
-
-def read_text_caching(
-    description: str | None, record: type[R], argv: Sequence[str] | None
-) -> tuple[CachingOptions, R]:
-    """Read the options of a script that caches texts. record: the family's own."""
-    caching, own = parse_options(description, argv, CachingOptions, record)
-    return caching, own
 
 
 def caching_scripts() -> tuple[str, ...]:

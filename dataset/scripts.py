@@ -1,16 +1,15 @@
 """Make the caching scripts of a family: read its options, then hand it to the caching loop."""
 
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 
 from dataset.config import for_family, load_dataset_config, with_sound_files
-from dataset.options import read_latent_caching, read_text_caching
+from dataset.options import CachingOptions, read_latent_caching
 from modules.command import as_typed, tell_loading
 from modules.families import FAMILIES, Script
-from modules.installation import RUN_GOES_ON
 from modules.option_values import require
 from modules.options import option_values
+from modules.parser import parse_options
 
 
 def caching_script(family: str, kind: str, about: str | None) -> Script:
@@ -41,13 +40,12 @@ def cache_family_latents(
     from dataset.caching import loop  # torch loads here, after every option has been read
 
     words = ["python", f"{entry.cache}_text_encoder_outputs.py", *entry.texts.split()]
-    words += entry.repeat_options(own)
-    following = _next_command([*words, "--dataset_config", str(options.dataset_config)])
+    words += [*entry.repeat_options(own), "--dataset_config", str(options.dataset_config)]
     made = entry.make_family("latent_caching", own)
     config = for_family(
         config, made.references, made.latent.frame_step, made.latent.in_sections, made.can.references
     )
-    (run or partial(loop.run_caching, loop.LATENTS))(made, config, options, debug, following)
+    (run or partial(loop.run_caching, loop.LATENTS))(made, config, options, debug, as_typed(words))
 
 
 def cache_family_texts(
@@ -55,19 +53,15 @@ def cache_family_texts(
 ) -> None:
     """Encode the captions of a dataset."""
     entry = FAMILIES[family]
-    options, own = read_text_caching(about, entry.options_record("TextCaching"), argv)
+    options, own = parse_options(about, argv, CachingOptions, entry.options_record("TextCaching"))
     config = load_dataset_config(options.dataset_config)
 
     tell_loading()
     from dataset.caching import loop  # torch loads here, after every option has been read
 
     words = ["python", f"{entry.script}_train_network.py", *entry.training, *entry.repeat_options(own)]
-    following = _next_command([*words, "--dataset_config", str(options.dataset_config), "--check"])
+    words += ["--dataset_config", str(options.dataset_config), "--check"]
     made = entry.make_family("text_caching", own)
     # texts are the same whatever the keys of sections say
     config = for_family(config, made.references, made.latent.frame_step, True, made.can.references)
-    (run or partial(loop.run_caching, loop.TEXTS))(made, config, options, None, following)
-
-
-def _next_command(words: Sequence[str]) -> str:
-    return "" if os.environ.get(RUN_GOES_ON) else as_typed(words)
+    (run or partial(loop.run_caching, loop.TEXTS))(made, config, options, None, as_typed(words))

@@ -74,7 +74,7 @@ SUBSET_KEYS: Mapping[str, SubsetKey] = {
     "is_reg": SubsetKey(forms.YES_NO, False, SUBSET, SAME, ""),
     "class_tokens": SubsetKey(forms.TEXT, None, SUBSET, SAME, ""),
     "cache_info": SubsetKey(forms.YES_NO, False),
-    "custom_attributes": SubsetKey(_ATTRIBUTES, {}, ANYWHERE, SAME, ""),
+    "custom_attributes": SubsetKey(_ATTRIBUTES, {}, ANYWHERE, "", ""),
     "num_repeats": SubsetKey(forms.REPEATS, 1, ANYWHERE, SAME, ""),  # --dataset_repeats is of --in_json alone
     # sizes
     "resolution": SubsetKey(forms.SIZE, None, DATASET, SAME),

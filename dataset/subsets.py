@@ -9,7 +9,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +144,7 @@ def _table_fields(values: Table, where: str, is_masked: bool) -> dict[str, Any]:
         "buckets": BucketRule(*used, step, sizes.interpolation),
         "changes": dataclasses.replace(changes, is_raw=bool(changes.varying_keys)),
         "augmentation": Augmentation(**parts["augmentation"]),
+        "preserves_output": bool(values["custom_attributes"].get("diff_output_preservation", False)),
     }
 
 
@@ -183,6 +184,15 @@ def _contradictions(values: Table, is_masked: bool) -> list[str]:
             "conditioning_data_dir and mask_directory cannot be used with metadata_file; use image_dir"
         )
     return problems
+
+
+def refuse_changing(table: DatasetTable, keys: Sequence[str], what: str) -> None:
+    """Raise DatasetError if the items to cache change each time. keys: that make it so."""
+    if keys:
+        raise DatasetError(
+            f"{table.name}: {' and '.join(keys)} change what is encoded, so that its {what} cannot be "
+            "cached. Leave out the keys, or train without caching these."
+        )
 
 
 def _with_cache_directories(tables: list[DatasetTable]) -> tuple[DatasetTable, ...]:

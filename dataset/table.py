@@ -5,7 +5,7 @@ Standard library only.
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -200,11 +200,7 @@ class DatasetTable:
     conditioning_directory: Path | None = None
     validation_split: float | None = None  # share that is not trained on; None: the command line says it
     validation_seed: int | None = None  # which ones; None: likewise
-    custom_attributes: Mapping[str, Any] = field(default_factory=dict, hash=False)
-
-    @property
-    def preserves_output(self) -> bool:
-        return bool(self.custom_attributes.get("diff_output_preservation", False))
+    preserves_output: bool = False  # custom_attributes: its outputs are compared with those without a LoRA
 
     @property
     def name(self) -> str:
@@ -247,7 +243,7 @@ class DatasetTable:
         if self.metadata_file is not None:
             return "metadata_file"
         end = next(end for end in SOURCE_FIELDS if getattr(self, end) is not None)
-        return f"{self.path_key.removesuffix('path')}{end}"
+        return f"{'audio' if self.is_of_sound else self.kind}_{end}"
 
     @property
     def path_key(self) -> str:
@@ -285,14 +281,8 @@ class DatasetTable:
 
     @property
     def learning_keys(self) -> dict[str, Any]:
-        reg = {"is_reg": True} if self.is_reg else {}
-        return self.changed(LEARNING) | reg | self.changing_keys
-
-    @property
-    def changing_keys(self) -> dict[str, Any]:
-        """Return the names of keys that make captions and pictures differ each time."""
-        found = {}
-        for name, one in SUBSET_KEYS.items():
+        found = self.changed(LEARNING) | ({"is_reg": True} if self.is_reg else {})
+        for name, one in SUBSET_KEYS.items():  # those that make captions and pictures differ each time
             record, _, inner = one.field.partition(".")
             if record in ("changes", "augmentation"):
                 value = getattr(getattr(self, record), inner)

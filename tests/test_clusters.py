@@ -17,8 +17,9 @@ from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 from torch.distributed.run import get_args_parser
 
-from dataset.options import read_latent_caching, read_text_caching
+from dataset.options import CachingOptions, read_latent_caching
 from modules.families import FAMILIES
+from modules.parser import parse_options
 from networks.options import NetworkOptions
 from tests.commands import QUIET, ROOT
 from tests.faults.messages import succeed_here
@@ -102,7 +103,7 @@ def test_recipes_of_caches_make_a_part_of_both(
     assert texts[:2] == ["python", "wan_cache_text_encoder_outputs.py"]
     monkeypatch.chdir(lay_out_files(tmp_path))
     of_latents, *_ = read_latent_caching(None, WAN.options_record("LatentCaching"), latents[2:])
-    of_texts, _ = read_text_caching(None, WAN.options_record("TextCaching"), texts[2:])
+    of_texts, _ = parse_options(None, texts[2:], CachingOptions, WAN.options_record("TextCaching"))
     for options in (of_latents, of_texts):
         assert (options.shard.num_shards, options.shard.shard_index) == (8, 3)
 

@@ -21,7 +21,7 @@ from dataset.batches.items import ItemKind, LiveTables, TrainingItem
 from dataset.cache.files import NpzNames, parse_latent_name, text_file_name
 from dataset.cache.npz import open_npz
 from dataset.cache.store import CacheStore, MemoryStore, Stores, npz_names, open_store
-from dataset.caching.latents import EncodersOnDemand, batch_media
+from dataset.caching.latents import batch_media, load_encoders
 from dataset.options import CachingInRunOptions, CachingOptions
 from dataset.sources.decoding import IMAGE_SPANS, DecodedMedia, decode_source
 from dataset.sources.fetching import fetch
@@ -103,10 +103,9 @@ def prepare_sources(
         logger.info("Caches in host memory: %s. Batches are read by no other process.", as_size(size_bytes))
     tables = list_live_tables(family.cache_tag, plans, needs_captions=bool(live))
     encoder = None
-    if not all(table.has_latents for table in tables.values()):
+    if any(table.sizes is not None for table in tables.values()):
         logger.info("Pictures that change are encoded at each step: the VAE stays on the device.")
         encoder = LiveMedia(family, device)
-        encoder.load()
     stays = encoder is not None or any(store.entries for store in held)
     return BatchSources(stores, tables, encoder, stays)
 
@@ -224,7 +223,7 @@ def _size(source: MediaSource) -> Size:
 
 def _share_entries(stores: Sequence[MemoryStore]) -> None:
     """Give the entries of each process to all others, a few at a time."""
-    with import_own("dataset.caching.loop").join_processes() as share:
+    with import_own("dataset.caching.loop").join_processes("cpu") as share:
         for store in stores if share.count > 1 else ():
             mine = list(store.entries.items())
             for number in range(max(share.gather(-(-len(mine) // SENT_AT_ONCE)))):
@@ -341,12 +340,8 @@ class LiveMedia:
     """The media encoders of a family, kept while training, for pictures."""
 
     def __init__(self, family: Caches, device: torch.device) -> None:
-        self._family = family
-        self._encoders = EncodersOnDemand(family, device)
-
-    def load(self) -> None:
         """Load the encoders. Raises CheckpointError if they cannot be."""
-        self._encoders.get()
+        self._family, self._encoders = family, load_encoders(family, device)
 
     def encode(self, items: Sequence[TrainingItem], *stream: int | str) -> dict[int, dict[str, Tensor]]:
         """Encode the items of a batch that are not cached; return by their places tensors without batch
@@ -357,10 +352,9 @@ class LiveMedia:
         """
         groups: dict[tuple[object, ...], list[tuple[int, DecodedMedia]]] = {}
         for place, item in enumerate(items):
-            if not item.kind.has_latents:
+            if item.kind.sizes is not None:
                 read = self._read(item, random.Random(derive_seed(*stream, "picture", place)))
-                key = (item.table.index, *(one.shape for one in read.arrays))
-                groups.setdefault(key, []).append((place, read))
+                groups.setdefault(read.group, []).append((place, read))
         found: dict[int, dict[str, Tensor]] = {}
         for pairs in groups.values():
             # another posterior sample each time, so the names that it is seeded by are others
@@ -385,7 +379,7 @@ class LiveMedia:
     ) -> dict[int, dict[str, Tensor]]:
         media = batch_media(pictures, keys)
         with torch.no_grad():
-            encoded = self._family.encode_media(self._encoders.get(), media)
+            encoded = self._family.encode_media(self._encoders, media)
         found = {}
         for place, picture, (entry,) in zip(places, pictures, encoded, strict=True):
             tensors = {key: tensor.detach().cpu() for key, tensor in entry.tensors.items()}

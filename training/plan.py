@@ -139,7 +139,8 @@ def _find_sources(
     family: Family, options: TrainingOptions, config: DatasetConfig, device: torch.device
 ) -> tuple[LiveTexts, BatchSources]:
     """Return what encodes while training, and where the rest is read from. Checks --teacher."""
-    is_changing = any(one.changes.varying_keys or one.augmentation.varying_keys for one in config.datasets)
+    subsets = [one for one in config.datasets if one.group is not None]
+    is_changing = any(one.changes.varying_keys or one.augmentation.varying_keys for one in subsets)
     inside, texts = None, NO_TEXTS
     if is_changing or options.is_for_images or options.caching is not None:  # maybe it encodes by itself
         inside = import_own("training.caching_inside")
@@ -257,7 +258,8 @@ def _find_items(
             "--validate_every_n_steps has nothing to validate on: give --validation_split, or `validation = "
             "true` in a table"
         )
-    if process[0] == 0 and learn_no_references([*training, *validation], sources.stores):
+    takes = process[0] == 0 and any(table.references or table.clip_references for table in config.datasets)
+    if takes and learn_no_references([*training, *validation], sources.stores):
         logger.warning("%s", NO_REFERENCE)
     takes_masks = process[0] == 0 and options.subset is not None and options.subset.masked_loss
     if takes_masks and not any(table.mask_directory or table.alpha_mask for table in config.datasets):

@@ -27,7 +27,7 @@ from data_tools.cogvideox.models import DTYPES, EncodeMoments
 from data_tools.cogvideox.options import ClipSourceOptions, EncodingOptions, PrepareOptions, ShapeOptions
 from dataset.cache.records import require_finite
 from dataset.caching.given import describe_embeds, embeds_note
-from dataset.caching.prefetch import DECODED_BYTES, Failure, WriteBehind, fill_batches, run_ahead
+from dataset.caching.prefetch import DECODED_BYTES, Failure, fill_batches, run_ahead, write_behind
 from dataset.config import DatasetTable
 from dataset.sources.cogvideox import missing_clips, read_rows
 from dataset.sources.media_source import EMBEDS, IMAGE_MOMENTS, MOMENTS, Fault, raise_faults
@@ -248,7 +248,7 @@ def prepare_clips(
 
     workers = max(1, threads.dataloader_num_workers)
     with (
-        WriteBehind(threads.num_artifact_workers) as writer,
+        write_behind(threads.num_artifact_workers) as write,
         torch.no_grad(),
         Bar(len(items), "Preparing", "clip", show_progress) as bar,
         contextlib.closing(run_ahead(items, read, workers, lambda _: size_bytes, DECODED_BYTES)) as ahead,
@@ -263,7 +263,7 @@ def prepare_clips(
                 firsts = _encode_clips([clip[:1] for clip in frames], encode, device, settings)
             for place, (item, clip) in enumerate(batch):
                 tensors = [None if found is None else found[place] for found in (moments, firsts)]
-                writer.submit(partial(write_media, item, clip, shape.target_fps, *tensors))
+                write(partial(write_media, item, clip, shape.target_fps, *tensors))
     return failures
 
 

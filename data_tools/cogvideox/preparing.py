@@ -17,7 +17,7 @@ from data_tools.cogvideox.models import PipelineNetworks, find_maker
 from data_tools.cogvideox.options import PrepareOptions, ShapeOptions
 from dataset.cache.records import difference
 from dataset.caching.loop import Share, join_processes
-from dataset.caching.prefetch import Failure, WriteBehind, failure_error
+from dataset.caching.prefetch import Failure, failure_error, write_behind
 from dataset.caching.texts import warn_cut_captions
 from dataset.sources.cogvideox import PreparedFolder, read_prepared, write_prepared
 from dataset.sources.media_source import EMBEDS
@@ -27,7 +27,7 @@ from modules.checkpoints.containers import load_pickled
 from modules.console import count_of, show_box
 from modules.contract.data import Conditions
 from modules.contract.requests import Prompt
-from modules.devices import choose_device, free_memory
+from modules.devices import free_memory
 from modules.errors import DatasetError, OptionError
 
 logger = logging.getLogger(__name__)
@@ -52,17 +52,18 @@ def prepare(options: PrepareOptions) -> None:
     items = clips.find_items(options.source, folder, options.shape.seed)
     make_folder(folder, "--output_dir")
     wants_latents, wants_images = maker is not None, encoding.save_image_latents
-    with join_processes() as share:
-        if share.is_main:
+    with join_processes(encoding.device) as share:
+        is_main = share.rank == 0
+        if is_main:
             _settle(options, maker)
             for name in clips.FOLDERS:
                 (folder / name).mkdir(exist_ok=True)
         share.gather(None)  # the others wait until the folder is known to fit
-        mine = share.of(items)
+        mine = items[share.rank :: share.count]
         untexted = [item for item in mine if not item.has_texts(wants_latents)]
         unmade = [item for item in mine if not item.has_media(wants_latents, wants_images)]
         to_do = len({item.name for item in [*untexted, *unmade]})
-        if share.is_main:
+        if is_main:
             who = "clips" if share.count == 1 else f"clips, process 1 of {share.count}"
             where = f"{options.source.data_root} -> {folder}"
             show_box(
@@ -71,7 +72,7 @@ def prepare(options: PrepareOptions) -> None:
             )
         gathered = share.gather((to_do, _prepare_share(options, maker, share, untexted, unmade)))
         failures = [failure for _, found in gathered for failure in found]
-        if not share.is_main:
+        if not is_main:
             if failures:
                 raise SystemExit(DatasetError.exit_code)
             return
@@ -148,18 +149,18 @@ def _prepare_share(
     unmade: Sequence[clips.PreparedItem],
 ) -> list[Failure]:
     """Do this process's share; models are loaded only if there is work for them."""
-    device = choose_device(share.device_name(options.encoding.device))
+    device, is_main = share.device, share.rank == 0
     threads = options.workers.num_artifact_workers
     if maker is None:
-        bar = Bar(len(untexted), "Writing captions", "caption", share.is_main)
-        with WriteBehind(threads) as writer, bar:
+        bar = Bar(len(untexted), "Writing captions", "caption", is_main)
+        with write_behind(threads) as write, bar:
             for item in untexted:
-                writer.submit(partial(clips.write_texts, item, "", {}, {}))
+                write(partial(clips.write_texts, item, "", {}, {}))
                 bar.update()
     elif untexted:
-        _encode_captions(untexted, maker, device, options.encoding.batch_size, threads, share.is_main)
+        _encode_captions(untexted, maker, device, options.encoding.batch_size, threads, is_main)
     encode = None if maker is None or not unmade else maker.load(device)
-    failures = clips.prepare_clips(unmade, encode, device, options, share.is_main)
+    failures = clips.prepare_clips(unmade, encode, device, options, is_main)
     if encode is not None:
         free_memory(device)
     return failures
@@ -198,7 +199,7 @@ def _encode_captions(
         warn_cut_captions(encoder, [(item.source, item.caption) for item in items])
         try:
             with (
-                WriteBehind(threads) as writer,
+                write_behind(threads) as behind,
                 torch.no_grad(),
                 Bar(len(items), f"Encoding with {encoder.name}", "caption", show_progress) as bar,
             ):
@@ -206,7 +207,7 @@ def _encode_captions(
                     batch = items[start : start + batch_size]
                     encoded = encoder.encode([Prompt(item.caption) for item in batch])
                     for item, conditions in zip(batch, encoded, strict=True):
-                        writer.submit(partial(write, item, conditions))
+                        behind(partial(write, item, conditions))
                     bar.update(len(batch))
         finally:
             encoder.free()

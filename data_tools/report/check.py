@@ -20,19 +20,19 @@ from dataset.batches.order import BatchOrder, split_validation
 from dataset.batches.reading import read_batch, stores_for
 from dataset.cache.files import EMPTY
 from dataset.cache.form import list_shard_faults, other_form
-from dataset.cache.store import Stores, npz_names
-from dataset.caching.existing import LatentNames, media_table, names_of, refuse_companions
+from dataset.cache.store import LatentNames, Stores, may_be_mixed, npz_names
 from dataset.caching.given import use_moments
-from dataset.caching.planning import Recipe, SourcePlan, complete, plan_all
+from dataset.caching.planning import Planning, Recipe, SourcePlan, plan_all
 from dataset.caching.prefetch import Failure, map_ahead, read_ahead, workers_of
 from dataset.caching.sound import HearingFamily, SoundWork
-from dataset.caching.text_plans import TextRecipe, list_caption_files
+from dataset.caching.text_plans import list_caption_files, plan_texts
 from dataset.config import DatasetConfig
 from dataset.options import CachingOptions, CheckPageOptions
 from dataset.sources.clock import find_other_lengths
 from dataset.sources.colours import find_colours
+from dataset.sources.companions import refuse_companions
 from dataset.sources.decoding import check_resolution, decode_source
-from dataset.sources.frames import find_wrong_rates
+from dataset.sources.frames import find_wrong_rates, media_table
 from dataset.sources.media_source import NO_REFERENCE, Fault
 from dataset.sources.references import find_equal_references, lack_references, reference_buckets
 from dataset.sources.sound import list_unheard
@@ -111,19 +111,20 @@ def check_caching(
         # whether images are taken alone is an option of latent caching
         return None if table.kind == "image" and not latents else family.sections_of(table, frames)
 
-    stores, tables = Stores(npz_names(family)), []
-    given = family.latent, family.defaults.fps, skip_existing, sections, stores, verify
+    stores, tables = Stores(npz_names(family), skip_existing=skip_existing, verify=verify), []
+    given = family.latent, family.defaults.fps, sections, stores
     recipe = Recipe(family.cache_tag, identity, *given, has_rates=family.can.rate, sound=sound_of(family))
-    of_texts = TextRecipe(encoders, skip_existing, stores, verify)
     for table in config.datasets:
         found = findings.find_table(config, table)
-        forms = other_form(table, family.cache_tag) if latents or texts else ()
+        may_say = (latents or texts) and may_be_mixed(table)
+        forms = other_form(table, family.cache_tag) if may_say else ()
         found.faults += [Fault("folders of caches are in the other form", line) for line in forms]
         if media and found.sources:
             _check_media(found, family, recipe, workers, latents)
         if texts:
             captions = list_caption_files(found.sources, family.cache_tag)
-            missing = Counter(name for plan in of_texts.plan_all(captions) for name in plan.missing)
+            planned = plan_texts(captions, encoders, stores)
+            missing = Counter(name for file in planned for name in file.missing)
             for encoder, _ in encoders:
                 valid, to_do = len(captions) - missing[encoder.name], missing[encoder.name]
                 needs = count_words(to_do, "captions need encoding")
@@ -184,8 +185,8 @@ def _check_media(
             found.sources = use_moments(family, found.sources)
         plans = _check_sources(found, recipe, workers)
         if recipe.encoder and hears_sound(family) and is_heard(table):
-            given = recipe.stores, recipe.skip_existing, recipe.verify, torch.device("cpu")
-            sound = SoundWork(cast(HearingFamily, family), [table], *given)
+            device = torch.device("cpu")
+            sound = SoundWork(cast(HearingFamily, family), [table], recipe.stores, device)
             told, faults, remarks = check_sound(table, plans, sound, recipe.fps, workers)
             found.caches += told
             found.faults += faults
@@ -254,7 +255,8 @@ def _check_sources(found: findings.TableFindings, recipe: Recipe, workers: int) 
 
     def decoded(plan: SourcePlan) -> SourcePlan:
         media = decode_source(plan.source, recipe.fps, recipe.latent.pixel_step, recipe.latent.frame_step)
-        return complete(plan, media, names_of(existing, plan.source), recipe)
+        planning = Planning(plan.source, existing[table.index].of(plan.source.stem), recipe)
+        return planning.compare(media.size, media.spans, len(media.frames), media.reason)
 
     plans = [plan for plan in looked if plan.missing is not None]
     unknown = [plan for plan in looked if plan.missing is None]

@@ -17,10 +17,9 @@ from data_tools.report.looks import Look
 from data_tools.report.numbers import Numbers
 from dataset.cache.files import latent_names, tensor_key, text_file_name
 from dataset.cache.records import LatentRecord, TextRecord, latent_record, text_records
-from dataset.cache.store import CacheStore, Stores
-from dataset.caching.existing import LatentNames
+from dataset.cache.store import CacheStore, LatentNames, Stores
 from dataset.caching.planning import Recipe, plan_all
-from dataset.caching.text_plans import TextRecipe, list_caption_files, why_outdated
+from dataset.caching.text_plans import list_caption_files, plan_texts, why_outdated
 from dataset.sources.captions import read_caption
 from dataset.sources.media_source import MediaSource, Remote, TarMember
 from modules.contract.data import LatentSpec
@@ -103,7 +102,7 @@ def _compare_caches(found: TableFindings, fps: float, latent: LatentSpec, worker
     """Return by stem how the caches of a table's sources stand, for each model that there are any of."""
     states: dict[str, States] = {source.stem: {} for source in found.sources}
     try:
-        stores = Stores()
+        stores = Stores(skip_existing=True)
         store = stores.of(found.table)
         names = store.names()
     except (DatasetError, CacheError) as error:
@@ -147,7 +146,6 @@ def _compare_media(
         {} if record is None else record.encoder,
         replace(latent, in_sections=bool(sections)),
         float((record and record.options.get("fps")) or fps),
-        True,
         lambda _, frames: sections.get(frames),
         stores,
     )
@@ -186,10 +184,10 @@ def _compare_texts(
         for name, one in recorded.items()
     ]
     given = cast("Sequence[tuple[TextEncoder, Mapping[str, str]]]", encoders)
-    plans = TextRecipe(given, True, stores).plan_all(files, workers)
+    plans = plan_texts(files, given, stores, workers)
     of_names: dict[str, State] = {}
     for plan in plans:
-        name = plan.file.file_name
+        name = plan.file_name
         if name not in store:
             state, why = MISSING, ""
         elif not recorded:
@@ -205,7 +203,7 @@ def _compare_texts(
             else:
                 why = f"it has no record of {encoder}"
                 if record is not None:
-                    why = why_outdated(record, recorded[encoder].encoder, plan.file) or "damaged"
+                    why = why_outdated(record, recorded[encoder].encoder, plan) or "damaged"
         of_names[name] = state, why
     states: dict[str, State] = {}
     for source in sources:

@@ -10,9 +10,17 @@ from torch import Tensor
 
 from dataset.batches.items import NO_COMMANDS, CachingCommands, TrainingItem, group_items
 from dataset.cache.files import FLIPPED, tensor_key
-from dataset.cache.records import CacheChecks, LatentRecord, TextRecord, difference, options_difference
+from dataset.cache.records import (
+    CacheChecks,
+    LatentRecord,
+    TextRecord,
+    difference,
+    options_difference,
+    stamp_of,
+)
 from dataset.cache.store import Stores
 from dataset.config_keys import REFERENCES, SECTIONS, TEXTS
+from dataset.sources.captions import captions_in, read_caption
 from dataset.sources.frames import bucket_of
 from dataset.sources.media_source import CLIP_REFERENCES, CONTROL_MASK
 from dataset.table import FROM_ALPHA, FROM_FILE, defaults_of
@@ -38,7 +46,7 @@ def check_channels(
     stores = stores or Stores()
     unsaid: list[Path] = []  # of other programs
     for *_, item in group_items(items).values():
-        if not item.kind.has_latents:
+        if item.kind.sizes is not None:
             continue
         header = stores.of(item.table).read(item.latent_path.name, is_whole=False)
         shapes = [header.shapes[name] for name in header.shapes if tensor_key(name) == "latents"]
@@ -96,10 +104,11 @@ def text_faults(
             yield f"{file} has changed since its encoder saw it"
         if record.file is None:
             continue
-        caption_path = table.directory / record.file.name
-        text_now = checks.changed_caption(caption_path, record.caption, table, number)
-        if text_now is not None:
-            yield f"made from the caption {record.caption!r}, which now is {text_now!r}"
+        path = table.directory / record.file.name
+        text = read_caption(path)
+        is_same = text is None or captions_in(text, table)[number : number + 1] == (record.caption,)
+        if not is_same and stamp_of(path)[1] <= checks.started_ns:
+            yield f"made from the caption {record.caption!r}, which now is {text!r}"
 
 
 def latent_faults(
@@ -135,7 +144,8 @@ def latent_faults(
         yield f"the mask of its loss is from {made_from or 'nowhere'}, {table.name} has {has}"
     if table.augmentation.flip and "latents" + FLIPPED not in tensors:
         yield "it has no mirrored latents, which flip_aug needs"
-    yield from _reference_faults(item, tensors)
+    if table.references is not None or table.clip_references is not None:
+        yield from _reference_faults(item, tensors)
     if record is not None:
         yield from _option_faults(item, tensors, record, latent)
         if record.parts != item.parts:
@@ -212,7 +222,7 @@ def _source_faults(
     table, rate = item.table, record.options.get("source_fps")
     if table.kind == "video" and rate != table.source_fps:
         yield f"made for source_fps = {rate}, {table.name} has {table.source_fps}"
-    if table.directory is not None and not checks.knows(table.index, item.key):
+    if table.directory is not None and (table.index, item.key) not in checks.known:
         file = checks.changed_file(folders[: len(record.files)], record.files)
         if file is not None:
             yield f"{file} has changed since it was encoded"

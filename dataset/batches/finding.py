@@ -15,15 +15,14 @@ from dataset.batches.items import (
     LiveTables,
     TrainingItem,
     tables_of,
-    text_name,
 )
 from dataset.cache import files as cache_files
 from dataset.cache.records import section_frames
-from dataset.cache.store import CacheStore, Stores, open_store
+from dataset.cache.store import CacheStore, Stores, may_be_mixed, open_store
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.config_keys import IGNORE, REQUIRED
 from dataset.sources.frames import bucket_of
-from dataset.sources.media_source import is_of_shards, pause_collection
+from dataset.sources.media_source import pause_collection
 from modules.console import count_of, count_words
 from modules.contract.data import CONTROL, FPS, IMAGE_LATENTS, REFERENCE_LATENTS, LatentSpec, SoundSpec
 from modules.errors import CacheError, DatasetError
@@ -54,11 +53,6 @@ class FoundItems:
     # by folder, which several tables may share: names of sources; and others that have caches there
     listed: dict[Path, set[str]] = field(default_factory=dict)
     unlisted: dict[tuple[Path, str], None] = field(default_factory=dict)
-
-    @property
-    def removed(self) -> list[Path]:
-        """Return the sources with caches that no table has, without suffix."""
-        return [folder / stem for folder, stem in self.unlisted if stem not in self.listed[folder]]
 
 
 def find_items(
@@ -96,14 +90,15 @@ def _add_table(
     stores: Stores,
     hears: SoundSpec | None,
 ) -> None:
-    """Add the items of a table."""
     tag, store, texts_store = kind.tag, stores.of(table), stores.of_texts(table)
     names, end = store.names(), f"_{tag}{cache_files.SUFFIX}"
-    if table.index not in stores.given:
-        found.unsound += [(table, line) for line in _list_unsound(names, table, tag)]
-    latent_files = names if kind.has_latents else kind.latent_names()
+    if table.index not in stores.given and may_be_mixed(table, names):
+        from dataset.cache.form import list_shard_faults, other_form
+
+        found.unsound += [(table, line) for line in (*other_form(table, tag), *list_shard_faults(table))]
+    latent_files = names if kind.sizes is None else kind.latent_names()
     wanted = sorted([name for name in latent_files if name.endswith(end)])
-    stems = _listed_stems(table, store, kind, wanted)
+    stems = _listed_stems(table, kind, wanted) if kind.sources or store.is_shared else None
     if stems is not None:
         found.listed.setdefault(table.picture_folder, set()).update(stems)
     text_names = names if texts_store is store else texts_store.names()
@@ -115,11 +110,10 @@ def _add_table(
     )
     sound = hears if table.kind == "video" and table.audio != IGNORE else None
     needs_sound = sound is not None and (table.audio == REQUIRED or sound.is_alone)
-    sound_end = f"_{cache_files.sound_tag(tag)}{cache_files.SUFFIX}"
+    sound_end = "" if sound is None else f"_{cache_files.sound_tag(tag)}{cache_files.SUFFIX}"
     with_sound = {name for name in names if sound and name.endswith(sound_end)}
     del names, text_names, latent_files  # a million names: what is needed of them is held elsewhere
-    takes = table.references or table.clip_references
-    has_references = takes is not None and table.batch_size > 1 and kind.has_latents
+    has_references = bool(table.references or table.clip_references) and table.batch_size > 1
     buckets: dict[int, tuple[int, ...]] = {}  # by the meaning of the end of a name, by identity
     sizes: dict[tuple[int, ...], tuple[int, ...]] = {}  # each once: of references, of sound
     is_empty, folder = True, table.cache_directory
@@ -136,7 +130,7 @@ def _add_table(
             files = (parts[stem, replace(what, section=None)] or 1) if parts else 1
             captions = texts.captions.get(stem, 1) if texts else 1 + len(kind.sources[stem].more_captions)
             bucket, shape = buckets[id(what)], tuple[int, ...]()
-            references = _reference_sizes(store, name) if has_references else ()
+            references = _reference_sizes(store, name) if has_references and kind.sizes is None else ()
             sound_file = "" if sound is None else cache_files.sound_file_name(name, tag)
             if sound is not None and table.batch_size > 1:
                 shape = _sound_shape(store, name, sound, bucket[2])
@@ -169,7 +163,7 @@ def with_reference_sizes(items: Iterable[TrainingItem], stores: Stores) -> list[
         table = item.table
         shown = table.reference_directory or table.control_directory or table.directory is None
         beside = table.references or (table.clip_references and shown) or table.fp_1f_clean_indices
-        return bool(beside) and not item.references and item.kind.has_latents
+        return bool(beside) and not item.references and item.kind.sizes is None
 
     return [
         replace(item, references=_reference_sizes(stores.of(item.table), item.file_name))
@@ -188,7 +182,7 @@ def learn_no_references(items: Sequence[TrainingItem], stores: Stores) -> bool:
         or (item.table.clip_references is not None and item.table.clip_references.edits)
     ]
     for item in edited[:: len(edited) // LOOKED_AT + 1]:
-        if not item.kind.has_latents:
+        if item.kind.sizes is not None:
             source = item.kind.sources[item.source_stem]
             found: Sequence[object] = source.control or source.references
         else:
@@ -256,36 +250,24 @@ class _TextNames:
         if text not in self._first:
             return False
         if self._empty is not None:
-            name = text_name(self._table, stem, self._tag, cache_files.EMPTY)
+            name = cache_files.empty_text_name(self._tag)
+            if self._table.texts_see_references:
+                name = cache_files.text_file_name(stem, self._tag, cache_files.EMPTY)
             if name not in self._empty:
                 self._found.missing_empty.append(folder / name)
                 self._empty = None
         return True
 
 
-def _list_unsound(names: Collection[str], table: DatasetTable, tag: str) -> list[str]:
-    """Return why the caches of a table may be incomplete: another form, or shards that are not whole.
-
-    names: of the table's store, as they have just been listed.
-    """
-    form = table.cache_format
-    if form == "npz" or (form == "files" and not any(map(is_of_shards, names))):
-        return []
-    from dataset.cache.form import list_shard_faults, other_form
-
-    return [*other_form(table, tag), *list_shard_faults(table)]
-
-
-def _listed_stems(
-    table: DatasetTable, store: CacheStore, kind: ItemKind, latents: Sequence[str]
-) -> Collection[str] | None:
-    """Return the names of the sources that a table has now; None if its caches alone decide the items.
+def _listed_stems(table: DatasetTable, kind: ItemKind, latents: Sequence[str]) -> Collection[str] | None:
+    """Return the names of the sources that a table has now, if they are read, or if other programs share its
+    caches; None if the caches alone decide the items.
 
     Latents of ours are removed with their source by the caching script; npz files never are.
     """
     if kind.sources:
         return kind.sources.keys()
-    if not (table.directory or table.metadata_file) or not latents or not store.is_shared:
+    if not (table.directory or table.metadata_file) or not latents:
         return None
     from dataset.sources.listing import find_sources
 
@@ -353,10 +335,11 @@ def require_items(found: FoundItems, commands: CachingCommands = NO_COMMANDS) ->
             "%d of the sources have latents but no text cache (the first: %s); they are left out. Run: %s",
             *(len(found.missing_text), next(iter(found.missing_text)), commands.text),
         )
-    if found.removed:
+    gone = [folder / stem for folder, stem in found.unlisted if stem not in found.listed[folder]]
+    if gone:
         logger.warning(
             "%d sources have caches but are gone, or in no list (the first: %s): they are left out.",
-            *(len(found.removed), found.removed[0]),
+            *(len(gone), gone[0]),
         )
     counts = count_of(len(found.items), "item"), count_of(len(tables_of(found.items)), "data set")
     logger.info("In the caches: %s of %s", *counts)

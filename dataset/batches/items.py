@@ -18,22 +18,18 @@ class ItemKind:
     tag: str  # the family's cache_tag
     text_keys: frozenset[str] = frozenset()  # what a text file has to hold
     has_text: bool = True  # False: captions are encoded while training
-    # by stem: of the pictures that are encoded while training; None: latents are cached
+    # by stem: of the pictures that are encoded while training; None: their latents are cached
     sizes: Mapping[str, Size] | None = field(default=None, compare=False, repr=False)
     # by stem, if anything is read from them
     sources: Mapping[str, MediaSource] = field(default_factory=dict, compare=False, repr=False)
-
-    @property
-    def has_latents(self) -> bool:
-        return self.sizes is None
 
     def latent_names(self) -> list[str]:
         """Return the names that latent caches of its pictures would have."""
         return [LatentName(stem, size).file_name(self.tag) for stem, size in (self.sizes or {}).items()]
 
     def caption(self, stem: str, number: int) -> str:
-        """Return a caption of a source as its file has it. number: EMPTY for the empty one."""
-        if number == EMPTY or not self.sources:
+        """Return a caption of a source that is read, as its file has it. number: EMPTY for the empty one."""
+        if number == EMPTY:
             return ""
         source = self.sources[stem]
         return (source.caption or "", *source.more_captions)[number]
@@ -82,13 +78,10 @@ class TrainingItem:
 
     def caption_path(self, number: int) -> Path:
         """Return the text file of a caption, or of the empty prompt if `number` is EMPTY."""
-        return self.table.cache_directory / text_name(self.table, self.source_stem, self.kind.tag, number)
-
-
-def text_name(table: DatasetTable, stem: str, tag: str, number: int) -> str:
-    if number == EMPTY and not table.texts_see_references:
-        return empty_text_name(tag)
-    return text_file_name(stem, tag, number)
+        name = text_file_name(self.source_stem, self.kind.tag, number)
+        if number == EMPTY and not self.table.texts_see_references:
+            name = empty_text_name(self.kind.tag)
+        return self.table.cache_directory / name
 
 
 class OfSource(Protocol):

@@ -42,15 +42,15 @@ class BatchOrder:
         # by table and key; a key of two values would take a third of the memory
         self._items = sorted(items, key=lambda item: item.key)
         self._items.sort(key=lambda item: item.table.index)
-        repeats = count_repeats(self._items)
-        unused = repeats.count(0)
-        if unused:
-            logger.warning(
-                "%d regularisation images are not used because fewer other pictures are trained in an epoch. "
-                "More num_repeats of those would use more.",
-                unused,
-            )
-        self._pools = repeat_items(self._items, repeats)
+        self._pools = repeat_items(self._items)
+        if any(item.table.is_reg for item in self._items):
+            used = {id(item) for pool in self._pools.values() for item in pool}
+            if unused := len(self._items) - len(used):
+                logger.warning(
+                    "%d regularisation images are not used because fewer other pictures are trained in an "
+                    "epoch. More num_repeats of those would use more.",
+                    unused,
+                )
         sizes = [(len(pool), pool[0].table.batch_size) for pool in self._pools.values()]
         # in an epoch, repeats included
         self.num_items = sum(count for count, _ in sizes)
@@ -88,19 +88,6 @@ class BatchOrder:
         return epoch * self.num_items + self._starts[index]
 
 
-def count_repeats(items: Sequence[TrainingItem]) -> list[int]:
-    """Return how often each item is trained in an epoch."""
-    repeats = [item.table.num_repeats for item in items]
-    for group in {item.table.batch_group for item in items if item.table.is_reg}:
-        of_group = [place for place, item in enumerate(items) if item.table.batch_group == group]
-        reg = [place for place in of_group if items[place].table.is_reg]
-        learned = sum(repeats[place] for place in of_group if not items[place].table.is_reg)
-        found = repeat_regularisation([repeats[place] for place in reg], learned)
-        for place, count in zip(reg, found, strict=True):
-            repeats[place] = count
-    return repeats
-
-
 def repeat_regularisation(repeats: Sequence[int], learned: int) -> list[int]:
     """Return how often each regularisation image is trained, so that they are as many as those learned.
 
@@ -116,25 +103,31 @@ def repeat_regularisation(repeats: Sequence[int], learned: int) -> list[int]:
     return [count + rounds + (place < rest) for place, count in enumerate(taken)]
 
 
-def repeat_items(
-    items: Sequence[TrainingItem], repeats: Sequence[int]
-) -> dict[tuple[int, ...], list[TrainingItem]]:
-    """Return the items that can share a batch, each as often as `repeats` says; none without any.
+def repeat_items(items: Sequence[TrainingItem]) -> dict[tuple[int, ...], list[TrainingItem]]:
+    """Return the items that can share a batch, each as often as it is trained in an epoch; none without any.
 
     Where all occur equally often, all follow each other again and again, as ever: seeds keep their batches.
     """
+    repeats = [item.table.num_repeats for item in items]
+    for group in {item.table.batch_group for item in items if item.table.is_reg}:
+        of_group = [place for place, item in enumerate(items) if item.table.batch_group == group]
+        reg = [place for place in of_group if items[place].table.is_reg]
+        learned = sum(repeats[place] for place in of_group if not items[place].table.is_reg)
+        found = repeat_regularisation([repeats[place] for place in reg], learned)
+        for place, count in zip(reg, found, strict=True):
+            repeats[place] = count
     groups: dict[tuple[int, ...], tuple[list[TrainingItem], list[int]]] = {}
     for item, count in zip(items, repeats, strict=True):
         one = groups.setdefault(item.group, ([], []))
         one[0].append(item)
         one[1].append(count)
     pools = {}
-    for group, (found, counts) in groups.items():
+    for key, (some, counts) in groups.items():
         if min(counts) == max(counts):
-            pools[group] = found * counts[0]
+            pools[key] = some * counts[0]
         else:
-            pools[group] = [item for item, count in zip(found, counts, strict=True) for _ in range(count)]
-    return {group: pool for group, pool in pools.items() if pool}
+            pools[key] = [item for item, count in zip(some, counts, strict=True) for _ in range(count)]
+    return {key: pool for key, pool in pools.items() if pool}
 
 
 def _shuffled(values: Sequence[T], draw_bits: Callable[[int], int]) -> list[T]:

@@ -60,7 +60,8 @@ def read_batch(
     ]
     texts = [reader.read_text(item, number) for item, number in zip(items, numbers, strict=True)]
     has_sound = [data.SOUND in one.tensors for one in media]
-    _fill_gaps(media)
+    if len(media) > 1:
+        _fill_gaps(media)
     tensors = {**_stack(media, commands.latents), **_stack(texts, commands.text)}
     if latent.references_first:
         _put_in_front(tensors)
@@ -143,7 +144,7 @@ class _Reader:
     def read_text(self, item: TrainingItem, number: int) -> _Part:
         """Read a caption of an item, of which live texts have no tensors."""
         path, table, store = item.caption_path(number), item.table, self.stores.of_texts(item.table)
-        caption = item.kind.caption(item.source_stem, number)
+        caption = item.kind.caption(item.source_stem, number) if item.kind.sources else ""
         if not item.kind.has_text:
             return _Part(path, {}, caption=caption)
         with _remedy(self.commands.text, store):
@@ -159,7 +160,7 @@ class _Reader:
             records = text_records(entry)
             for record in records.values():
                 verify_tensors(entry, record.crc32)
-            if number != EMPTY and not self.checks.knows(table.index, path.name):
+            if number != EMPTY and (table.index, path.name) not in self.checks.known:
                 found = text_faults(item, number, records, store.is_shared, self.checks)
                 fault = next(found, None)
                 if fault is not None:

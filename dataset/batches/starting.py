@@ -49,7 +49,7 @@ def check_caches(
     Raises CacheError for what reading them for a batch would refuse: damage, another encoder or release,
     changed captions. What is encoded while training is not looked at.
     """
-    cached = [item for item in items if item.kind.has_latents]
+    cached = [item for item in items if item.kind.sizes is None]
     size_bytes, checks, older = 0, CacheChecks(), list[TrainingItem]()
     windows: dict[tuple[int, str], int] = {}
     sample = random.Random(0).sample(cached, min(len(cached), MOST_READ))
@@ -66,7 +66,8 @@ def check_caches(
         size_bytes += sum(one.nbytes for one in itertools.chain(*values))
         if size_bytes > MOST_READ_BYTES:
             break
-    _compare_clocks(older, family.defaults.fps, commands)
+    if older:
+        _compare_clocks(older, family.defaults.fps, commands)
     there = Counter((item.table.index, item.source_stem) for item in cached)
     fewer = [
         (stem, there[table, stem], of) for (table, stem), of in windows.items() if there[table, stem] < of

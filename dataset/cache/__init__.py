@@ -9,5 +9,5 @@ npz_files: read npz files without trust, write them completely
 old_shards: read the tars of earlier versions
 records: a cache file's origin in its metadata, and checks
 shards: a store that keeps entries in shards, and merging
-store: where entries are kept: read, write, remove by name
+store: where entries are kept: read, write, list, remove
 """

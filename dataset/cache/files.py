@@ -11,21 +11,18 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
 
 import torch
-from safetensors import SafetensorError, deserialize
+from safetensors import SafetensorError
+from safetensors.torch import load
 from torch import Tensor
 
-from modules.checkpoints.containers import SAFETENSORS_DTYPES
 from modules.checkpoints.writing import stream_tensors
 from modules.contract.data import SOUND, LatentSpec
 from modules.contract.loading import TensorInfo
 from modules.devices import dtype_name
 from modules.errors import CacheError
 from modules.text_files import read_tensor_header
-
-T = TypeVar("T")
 
 FORMAT_VERSION = "1.0.1"  # of the known tuners' caches
 SUFFIX = ".safetensors"
@@ -264,14 +261,26 @@ class Entry:
         return frozenset(tensor_key(name) for name in self.named if name.startswith(VARIABLE))
 
 
-def read_header(path: Path | str) -> Entry:
-    """Read metadata and tensor names. Raises CacheError if the file is missing or damaged."""
-    return _open(path, lambda file, size: unpack_header(path, size, file.read))
+def read_entry(path: Path | str, is_whole: bool = True) -> Entry:
+    """Read a cache file to the CPU; metadata and tensor names alone if it is not wanted whole. There may be
+    millions: nothing is asked twice.
 
-
-def read_entry(path: Path | str) -> Entry:
-    """Read a cache file to the CPU. Raises CacheError if the file is missing or damaged."""
-    return _open(path, lambda file, _: unpack(path, file.read()))
+    Raises CacheError if the file is missing or damaged.
+    """
+    at_once = getattr(os, "O_NONBLOCK", 0)  # does not wait for a pipe's writer
+    try:
+        # Path.open takes longer
+        with open(path, "rb", 0, opener=lambda name, flags: os.open(name, flags | at_once)) as file:  # noqa: PTH123
+            found = os.fstat(file.fileno())
+            if stat.S_ISREG(found.st_mode):
+                if is_whole:
+                    return unpack(path, file.read())
+                return unpack_header(path, found.st_size, file.read)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        pass
+    except OSError as error:
+        raise _damage_error(path, error) from error
+    raise CacheError(f"{path}: no such cache file")
 
 
 def unpack(path: Path | str, data: bytes) -> Entry:
@@ -280,7 +289,7 @@ def unpack(path: Path | str, data: bytes) -> Entry:
     path: for messages. Raises CacheError if they are no safetensors.
     """
     try:
-        found = {name: _tensor(content) for name, content in deserialize(data)}
+        found = load(data)
         metadata = read_tensor_header(lambda _: data, len(data))[0]
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise _damage_error(path, error) from error
@@ -302,13 +311,6 @@ def unpack_header(path: Path | str, size: int, read: Callable[[int], bytes]) -> 
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise _damage_error(path, error) from error
     return Entry(path, metadata, shapes)
-
-
-def _tensor(content: Mapping[str, Any]) -> Tensor:
-    dtype = SAFETENSORS_DTYPES[content["dtype"]]
-    data, shape = content["data"], content["shape"]
-    flat = torch.frombuffer(data, dtype=dtype) if len(data) else torch.empty(0, dtype=dtype)
-    return flat.reshape(shape)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -345,22 +347,6 @@ def is_text_cache(entry: Entry, architecture: str) -> bool:
 
 def _all_cache_names(entry: Entry) -> bool:
     return bool(entry.shapes) and all(map(_TENSOR_NAME.fullmatch, entry.shapes))
-
-
-def _open(path: Path | str, use: Callable[[BinaryIO, int], T]) -> T:
-    """Return what `use` makes of a file and its size. There may be millions: nothing is asked twice."""
-    at_once = getattr(os, "O_NONBLOCK", 0)  # does not wait for a pipe's writer
-    try:
-        # Path.open takes longer
-        with open(path, "rb", 0, opener=lambda name, flags: os.open(name, flags | at_once)) as file:  # noqa: PTH123
-            found = os.fstat(file.fileno())
-            if stat.S_ISREG(found.st_mode):
-                return use(file, found.st_size)
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        pass
-    except OSError as error:
-        raise _damage_error(path, error) from error
-    raise CacheError(f"{path}: no such cache file")
 
 
 def _damage_error(path: Path | str, error: Exception) -> CacheError:

@@ -1,24 +1,21 @@
 """Compare the form of a cache folder, single files or shards, with `cache_format`."""
 
 import os
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from dataset.cache import files
-from dataset.config import DatasetConfig, DatasetTable
-from dataset.sources.media_source import is_of_shards
+from dataset.config import DatasetTable
 from modules.command import as_typed
 from modules.errors import CacheError, DatasetError
 
 
-def require_form(config: DatasetConfig, tag: str, elsewhere: Container[int] = ()) -> None:
-    """Raise DatasetError, with the command that converts, if a table has caches of a family in the form that
-    its `cache_format` does not say.
+def require_form(tables: Iterable[DatasetTable], tag: str) -> None:
+    """Raise DatasetError, with the command that converts, if a table of those that `may_be_mixed` has caches
+    of a family in the form that its `cache_format` does not say.
 
-    tag: of the family, in the names of its caches. elsewhere: indices of tables whose cache_format says
-    nothing.
+    tag: of the family, in the names of its caches.
     """
-    tables = [table for table in config.datasets if table.index not in elsewhere]
     said = [line for table in tables for line in other_form(table, tag)]
     if said:
         raise DatasetError("\n".join(said))
@@ -34,15 +31,11 @@ def list_shard_faults(table: DatasetTable) -> list[str]:
 
 
 def other_form(table: DatasetTable, tag: str) -> Iterator[str]:
-    """Yield a fault if a table has caches of a family in another form than `cache_format`.
+    """Yield a fault if a table that `may_be_mixed` has caches of a family in the form that it does not say.
 
     Those in both forms, as `tools/convert_cache.py --keep` leaves them, are no fault.
     """
     folder, form = table.cache_directory, table.cache_format
-    if form == "npz":  # beside files of other forms, which other trainings may use
-        return
-    if form == "files" and not (folder.is_dir() and any(map(is_of_shards, os.listdir(folder)))):
-        return
     from dataset.cache.catalog import list_shards
     from dataset.cache.shards import ShardStore
 
@@ -74,7 +67,7 @@ def single_files(folder: Path, of: Callable[[str], bool]) -> Iterator[str]:
         if not of(name):
             continue
         try:
-            header = files.read_header(folder / name)
+            header = files.read_entry(folder / name, is_whole=False)
         except CacheError:
             continue
         maker = header.metadata.get("architecture", "")

@@ -119,7 +119,6 @@ class NpzStore:
         return cache_files.is_text_name(name.removesuffix(cache_files.PART), self.tag)
 
     def _path(self, name: str) -> Path:
-        """Return the file of an entry."""
         whole = name.removesuffix(cache_files.PART)
         part, stem = name[len(whole) :], whole.removesuffix(cache_files.SUFFIX)
         stem = _other_end(stem, self._ends())

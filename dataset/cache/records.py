@@ -5,6 +5,7 @@ hash), the caption of a text cache, and a checksum of every tensor. `reelsmith_r
 of that text. Other programs ignore both.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -14,18 +15,16 @@ import re
 import stat
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dataset.cache.files import Entry, checksum
-from dataset.config import DatasetTable
 from dataset.config_keys import SECTIONS
-from dataset.sources.captions import captions_in, read_caption
 from dataset.sources.media_source import (
     ClipFacts,
     FileIdentity,
@@ -44,12 +43,10 @@ from modules.media.colours import AS_SHOWN
 from modules.media.reading import folder_images
 from modules.text_files import parse_json
 
-T = TypeVar("T")
-
 RECORD_KEY = "reelsmith_record"
 CHECK_KEY = "reelsmith_record_crc32"
 VERSION = 1
-# what a record of latents says of its item alone, in the text that `_guard` makes
+# what a record of latents says of its item alone, in the text that `record_metadata` makes
 _OF_ITEM = re.compile(r'"crc32": \{[^{}]*\}|"file": \{[^{}]*\}|"files": (\[[^\[\]]*\])')
 MOST_KNOWN = 1 << 16  # items that are remembered as unchanged: a few megabytes
 
@@ -85,18 +82,19 @@ class TextRecord:
     as_shown: int = 0  # and saw as a viewer shows them
 
 
-def latent_metadata(record: LatentRecord) -> dict[str, str]:
-    return _guard({"latents": dataclasses.asdict(record)})
-
-
-def text_metadata(records: Mapping[str, TextRecord]) -> dict[str, str]:
-    """Return the metadata entries for the records of a text cache, by encoder name."""
-    texts = {name: dataclasses.asdict(record) for name, record in records.items()}
-    for text in texts.values():
-        for key in ("settings", "references", "as_shown"):
-            if not text[key]:
-                del text[key]
-    return _guard({"texts": texts})
+def record_metadata(made: LatentRecord | Mapping[str, TextRecord]) -> dict[str, str]:
+    """Return the metadata entries for the record of latents, or for those of texts by encoder name."""
+    content: dict[str, Any] = {"version": VERSION}
+    if isinstance(made, LatentRecord):
+        content["latents"] = dataclasses.asdict(made)
+    else:
+        content["texts"] = texts = {name: dataclasses.asdict(record) for name, record in made.items()}
+        for text in texts.values():
+            for key in ("settings", "references", "as_shown"):
+                if not text[key]:
+                    del text[key]
+    whole = json.dumps(content, sort_keys=True, ensure_ascii=False)
+    return {RECORD_KEY: whole, CHECK_KEY: _crc(whole)}
 
 
 def latent_record(entry: Entry) -> LatentRecord | None:
@@ -104,25 +102,25 @@ def latent_record(entry: Entry) -> LatentRecord | None:
 
     Raises CacheError if the record is damaged.
     """
-
-    def parse(data: Mapping[str, Any]) -> LatentRecord:
-        clip = data["clip"]
-        if clip is not None:
-            kept = clip["kept_frames"]
-            if type(kept) is not int or not 0 <= kept <= MAX_FRAMES:
-                raise ValueError(f"a clip of {kept!r} frames")
-            clip = ClipFacts(tuple(clip["size"]), kept, clip["complete"])
-        return LatentRecord(
-            encoder=dict(data["encoder"]),
-            options=dict(data["options"]),
-            files=tuple(FileIdentity(**file) for file in data.get("files", ())),
-            clip=clip,
-            parts=int(data["parts"]),
-            crc32=dict(data.get("crc32", {})),
-            as_shown=int(data.get("as_shown", 0)),
-        )
-
-    return _read_record(entry, "latents", parse)
+    found = None
+    with _content(entry, "latents") as data:
+        if data is not None:
+            clip = data["clip"]
+            if clip is not None:
+                kept = clip["kept_frames"]
+                if type(kept) is not int or not 0 <= kept <= MAX_FRAMES:
+                    raise ValueError(f"a clip of {kept!r} frames")
+                clip = ClipFacts(tuple(clip["size"]), kept, clip["complete"])
+            found = LatentRecord(
+                encoder=dict(data["encoder"]),
+                options=dict(data["options"]),
+                files=tuple(FileIdentity(**file) for file in data.get("files", ())),
+                clip=clip,
+                parts=int(data["parts"]),
+                crc32=dict(data.get("crc32", {})),
+                as_shown=int(data.get("as_shown", 0)),
+            )
+    return found
 
 
 def shared_part(entry: Entry) -> tuple[Sequence[str], tuple[FileIdentity, ...]] | None:
@@ -145,10 +143,10 @@ def text_records(entry: Entry) -> dict[str, TextRecord]:
 
     Raises CacheError if they are damaged.
     """
-
-    def parse(data: Mapping[str, Any]) -> dict[str, TextRecord]:
-        return {
-            name: TextRecord(
+    found: dict[str, TextRecord] = {}
+    with _content(entry, "texts") as data:
+        for name, one in (data or {}).items():
+            found[name] = TextRecord(
                 encoder=dict(one["encoder"]),
                 caption=str(one.get("caption", "")),
                 file=None if one.get("file") is None else FileIdentity(**one["file"]),
@@ -157,10 +155,7 @@ def text_records(entry: Entry) -> dict[str, TextRecord]:
                 references=tuple(FileIdentity(**file) for file in one.get("references", ())),
                 as_shown=int(one.get("as_shown", 0)),
             )
-            for name, one in data.items()
-        }
-
-    return _read_record(entry, "texts", parse) or {}
+    return found
 
 
 def verify_tensors(entry: Entry, crc32: Mapping[str, str]) -> None:
@@ -263,15 +258,15 @@ def _content_hash(path: Path, size_bytes: int, mtime_ns: int, origin: Origin | N
     return whole.hexdigest()
 
 
-def _guard(content: Mapping[str, Any]) -> dict[str, str]:
-    text = json.dumps({"version": VERSION, **content}, sort_keys=True, ensure_ascii=False)
-    return {RECORD_KEY: text, CHECK_KEY: _crc(text)}
-
-
-def _read_record(entry: Entry, key: str, parse: Callable[[Any], T]) -> T | None:
+@contextlib.contextmanager
+def _content(entry: Entry, key: str) -> Iterator[Any]:
+    """Yield what an entry's record holds under a key, None without one. What the block finds wrong in it is
+    a CacheError.
+    """
     text = entry.metadata.get(RECORD_KEY)
     if text is None:
-        return None
+        yield None
+        return
     if _crc(text) != entry.metadata.get(CHECK_KEY):
         raise CacheError(f"{entry.path}: damaged, its record does not match its checksum")
     try:
@@ -281,7 +276,7 @@ def _read_record(entry: Entry, key: str, parse: Callable[[Any], T]) -> T | None:
                 f"{entry.path}: its record has version {content['version']}, this program knows version "
                 f"{VERSION}"
             )
-        return parse(content[key])
+        yield content[key]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CacheError(
             f"{entry.path}: damaged, its record cannot be read ({type(error).__name__}: {error})"
@@ -320,18 +315,15 @@ class CacheChecks:
     started_ns: int = field(default_factory=time.time_ns)
     most_known: int = MOST_KNOWN
     # table and key of items whose sources are as they were
-    _known: set[tuple[int, str]] = field(default_factory=set)
-
-    def knows(self, table: int, key: str) -> bool:
-        return (table, key) in self._known
+    known: set[tuple[int, str]] = field(default_factory=set)
 
     def add(self, table: int, key: str) -> None:
         """Remember an item that was found right; when there are too many, all others are forgotten and looked
         at again.
         """
-        if len(self._known) >= self.most_known:
-            self._known.clear()
-        self._known.add((table, key))
+        if len(self.known) >= self.most_known:
+            self.known.clear()
+        self.known.add((table, key))
 
     def changed_file(self, folders: Sequence[Path | None], files: tuple[FileIdentity, ...]) -> Path | None:
         """Return the first existing source that has changed.
@@ -348,9 +340,3 @@ class CacheChecks:
             ):
                 return path
         return None
-
-    def changed_caption(self, path: Path, caption: str, table: DatasetTable, number: int = 0) -> str | None:
-        now = read_caption(path)
-        if now is None or captions_in(now, table)[number : number + 1] == (caption,):
-            return None
-        return now if stamp_of(path)[1] <= self.started_ns else None

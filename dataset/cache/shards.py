@@ -29,7 +29,7 @@ from dataset.cache.catalog import (
     open_shard,
 )
 from dataset.cache.files import Entry, unpack, unpack_header
-from dataset.sources.media_source import OLD_INDEXES, is_of_shards
+from dataset.sources.media_source import OF_SHARDS, OLD_INDEXES
 from modules.atomic_write import check_space, remove_leftovers
 from modules.checkpoints.writing import safetensors_bytes
 from modules.errors import CacheError, OutputError
@@ -226,7 +226,7 @@ def merge_shards(folder: Path, shard_bytes: int = SHARD_BYTES, with_tars: bool =
     if not folder.is_dir():
         return
     with explain_sqlite(folder), only_one(folder / LOCK):
-        remove_leftovers(folder, is_of_shards)
+        remove_leftovers(folder, lambda name: OF_SHARDS.fullmatch(name) is not None)
         adopt_shards(folder)
         for name in OLD_INDEXES:
             (folder / name).unlink(missing_ok=True)

@@ -4,19 +4,31 @@ An entry has the name of a single cache file (see files.py), whatever holds it. 
 `folder/name`.
 """
 
+import logging
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Protocol
 
 from torch import Tensor
 
-from dataset.cache.files import Entry, NpzNames, is_cache_name, read_entry, read_header, write_tensors
+from dataset.cache.files import (
+    Entry,
+    LatentName,
+    NpzNames,
+    is_cache_name,
+    latent_names,
+    read_entry,
+    write_tensors,
+)
 from dataset.config import DatasetTable
+from dataset.sources.media_source import OF_SHARDS
 from modules.atomic_write import remove_leftovers, write_bytes
 from modules.contract.family import Caches
 from modules.errors import CacheError
+
+logger = logging.getLogger(__name__)
 
 
 class CacheStore(Protocol):
@@ -82,7 +94,7 @@ class SingleFiles:
 
     def read(self, name: str, is_whole: bool = True) -> Entry:
         path = f"{self.folder}{os.sep}{name}"  # a Path would take longer
-        return read_entry(path) if is_whole else read_header(path)
+        return read_entry(path, is_whole)
 
     def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         write_tensors(self.folder / name, tensors, metadata)
@@ -162,6 +174,17 @@ def open_store(table: DatasetTable, names: NpzNames | None = None) -> CacheStore
     return SingleFiles(table.cache_directory)
 
 
+def may_be_mixed(table: DatasetTable, names: Collection[str] | None = None) -> bool:
+    """Whether there may be files and shards of a table, of which its `cache_format` says one: what there is
+    finds `dataset.cache.form`. names: of its cache folder, if they have been listed.
+    """
+    folder = table.cache_directory
+    if table.cache_format != "files":  # npz may lie beside files of other forms, which other trainings use
+        return table.cache_format == "shards"
+    names = os.listdir(folder) if names is None and folder.is_dir() else names or ()
+    return any(map(OF_SHARDS.fullmatch, names))
+
+
 def npz_names(family: Caches) -> NpzNames:
     # the keys may be known only if all encoders are given, which a check does not need
     has_npz = family.latent.npz is not None
@@ -179,28 +202,85 @@ class Stores:
     # of latents and of texts, by index of the table: where they are elsewhere than its cache_format says
     given: Mapping[int, tuple[CacheStore, CacheStore]] = field(default_factory=dict)
     trusts: bool = False  # shared files that are there are taken to be right, unread
+    skip_existing: bool = False  # what has no record counts as valid if its size or its caption is right
+    verify: bool = False  # read all values to compare entries, however many there are
     _opened: dict[tuple[int, Path], CacheStore] = field(default_factory=dict)
 
     def of(self, table: DatasetTable) -> CacheStore:
         """Return the store of a table's latents. Raises as `open_store`."""
-        return self._pair(table)[0]
+        if table.index in self.given:
+            return self.given[table.index][0]
+        key = table.index, table.cache_directory
+        if key not in self._opened:
+            self._opened[key] = open_store(table, self.names)
+        return self._opened[key]
 
     def of_texts(self, table: DatasetTable) -> CacheStore:
         """Return the store of a table's texts, mostly that of its latents. Raises as `open_store`."""
-        return self._pair(table)[1]
+        return self.given[table.index][1] if table.index in self.given else self.of(table)
 
     def close(self, tables: Iterable[DatasetTable], is_last: bool = False) -> None:
         """Close the stores of these tables, as `CacheStore.close` does."""
         for table in tables:
-            latents, texts = self._pair(table)
+            latents, texts = self.of(table), self.of_texts(table)
             latents.close(is_last)
             if texts is not latents:
                 texts.close(is_last)
 
-    def _pair(self, table: DatasetTable) -> tuple[CacheStore, CacheStore]:
-        if table.index in self.given:
-            return self.given[table.index]
-        key = table.index, table.cache_directory
-        if key not in self._opened:
-            self._opened[key] = open_store(table, self.names)
-        return self._opened[key], self._opened[key]
+
+# --- caches of latents by their sources
+# ------------------------------------------------------------------------------------------------------------
+
+# the latent cache files of one source, with what their names say but for the stem
+Names = Mapping[str, LatentName]
+
+
+class LatentNames:
+    """The latent caches of a table by the stem of their source. There may be millions."""
+
+    def __init__(self, store: CacheStore, tag: str, kind: str) -> None:
+        """List them, without opening one. kind: of the table, "image" or "video"."""
+        self._rest: dict[str, LatentName] = {}  # by the end of a name
+        self._files: dict[str, tuple[str, ...]] = {}  # by stem; mostly there is one
+        for file, stem, rest in latent_names(store.names(), tag, kind):
+            self._rest.setdefault(file[len(stem) :], rest)
+            self._files[stem] = (*self._files.get(stem, ()), file)
+
+    def of(self, stem: str) -> Names:
+        return {file: self._rest[file[len(stem) :]] for file in self._files.get(stem, ())}
+
+    def not_in(self, names: Container[str], but_of: Container[str]) -> list[str]:
+        """Return the files that are not among `names`, by stem, without those of the sources `but_of`."""
+        stale = [
+            (stem, file)
+            for stem, files in self._files.items()
+            for file in files
+            if file not in names and stem not in but_of
+        ]
+        return [file for _, file in sorted(stale)]
+
+
+ExistingNames = Mapping[int, LatentNames]  # by table index
+
+
+def remove_caches(store: CacheStore, names: Iterable[str], is_cache: Callable[[Entry], bool]) -> int:
+    """Remove those of `names` whose tensor names show that they are caches; return how many were removed.
+
+    names: of before the run listed its sources.
+    """
+    count = 0
+    for name in () if store.is_shared else names:
+        try:
+            is_ours = is_cache(store.read(name, is_whole=False))
+        except CacheError as error:
+            if name not in store:  # another process has just removed it
+                continue
+            is_ours = store.holds_only_caches
+            if not is_ours:
+                logger.warning(
+                    "%s. It belongs to no item, but is kept because it may not be a cache file.", error
+                )
+        if is_ours:
+            store.remove(name)
+            count += 1
+    return count

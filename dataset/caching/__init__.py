@@ -1,6 +1,5 @@
 """The caching loop and its two halves.
 
-existing: places of caches, existing ones, what is refused
 given: moments and embeddings that others computed before
 latents: from a source to entries: decode, batch, encode, write
 loop: encode media and captions; run the commands

@@ -5,15 +5,15 @@ They are used if the family can. Loaded with the first table that has any.
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from dataset.cache.records import difference
-from dataset.caching.existing import refuse_moments
 from dataset.caching.text_plans import CaptionFile
+from dataset.config import DatasetTable
 from dataset.sources import cogvideox
 from dataset.sources.decoding import NO_FRAMES, DecodedMedia
 from dataset.sources.media_source import Fault, MediaSource, raise_faults
@@ -25,6 +25,12 @@ from modules.errors import CheckpointError, DatasetError, MediaError
 from modules.text_files import parse_json, read_text
 
 logger = logging.getLogger(__name__)
+
+
+def refuse_moments(family: Caches, table: DatasetTable) -> None:
+    """Raise DatasetError for a table with load_tensors if the family cannot use moments."""
+    if family.moments.refusal is not None:
+        raise DatasetError(f"{table.name}: load_tensors cannot be used: {family.moments.refusal}.")
 
 
 def use_moments(family: Caches, sources: Sequence[MediaSource]) -> list[MediaSource]:
@@ -129,6 +135,31 @@ def describe_embeds(
         "encoders": {name: dict(identity) for name, identity in identities.items()},
         "tensors": {key: _shape_of(tensor) for key, tensor in tensors.items()},
     }
+
+
+def take_embeds(
+    files: Sequence[CaptionFile],
+    encoder: TextEncoder,
+    identity: Mapping[str, str],
+    submit: Callable[[CaptionFile, Conditions], None],
+) -> list[CaptionFile]:
+    """Submit the outputs that were computed before by this encoder; return the texts without any."""
+    rest, why_not = [], list[str]()
+    for file in files:
+        conditions, why = read_embeds(file, encoder, identity)
+        if conditions is not None:
+            submit(file, conditions)
+            continue
+        rest.append(file)
+        why_not += [] if why is None else [f"{file.embeds}: {why}"]
+    if len(rest) < len(files) or why_not:
+        logger.info("%s: %d captions have embeddings already", encoder.name, len(files) - len(rest))
+    if why_not:
+        logger.warning(
+            "%d captions are encoded here, because their embeddings cannot be used by %s. The first: %s",
+            *(len(why_not), encoder.name, why_not[0]),
+        )
+    return rest
 
 
 def read_embeds(

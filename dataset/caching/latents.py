@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -12,16 +12,15 @@ from torch import Tensor, nn
 from dataset.cache import files as cache_files
 from dataset.cache import records
 from dataset.cache.records import LatentRecord, identify
-from dataset.cache.store import CacheStore
-from dataset.caching.existing import Names, media_table
-from dataset.caching.planning import Recipe, SourcePlan, complete
+from dataset.cache.store import CacheStore, LatentNames
+from dataset.caching.planning import Planning, Recipe, SourcePlan
 from dataset.caching.prefetch import check_memory, fill_batches
 from dataset.sources.decoding import DecodedMedia, decode_source
 from dataset.sources.fetching import fetch
-from dataset.sources.frames import kept_rate, shrink_mask
+from dataset.sources.frames import kept_rate, media_table, shrink_mask
 from modules.contract import data
 from modules.contract.family import Caches
-from modules.devices import free_memory, warn_if_emulated
+from modules.devices import warn_if_emulated
 from modules.errors import MediaError
 
 PARTIAL_BYTES = 1 << 29  # limit for the frames of items that wait until their batch is full
@@ -29,13 +28,9 @@ PARTIAL_BYTES = 1 << 29  # limit for the frames of items that wait until their b
 SMALLEST_SIDE = 8  # pixels: one latent
 
 
-def name_of(item: DecodedMedia) -> cache_files.LatentName:
-    if item.table.kind == "image":
-        return cache_files.LatentName(item.source.stem, item.size)
-    return cache_files.LatentName(item.source.stem, item.bucket, item.spans[0])
-
-
-def decode(plan: SourcePlan, existing: Names, recipe: Recipe) -> tuple[SourcePlan, Iterable[DecodedMedia]]:
+def decode(
+    plan: SourcePlan, existing: LatentNames, recipe: Recipe
+) -> tuple[SourcePlan, Iterable[DecodedMedia]]:
     """Read the frames of a source, or its moments; return its plan, complete, and its missing items.
 
     Items that overlap, or are large, are cut out one by one when they are asked for. Raises MediaError,
@@ -59,7 +54,9 @@ def decode(plan: SourcePlan, existing: Names, recipe: Recipe) -> tuple[SourcePla
                 f"{source.path}: {width}x{height} pixels are too few to encode; each side needs at least "
                 f"{SMALLEST_SIDE}"
             )
-    plan = complete(plan, media, existing, recipe)
+    if plan.missing is None:
+        planning = Planning(source, existing.of(source.stem), recipe)
+        plan = planning.compare(media.size, media.spans, len(media.frames), media.reason)
     missing = plan.missing or ()
     files = tuple(itertools.starmap(identify, source.parts)) if missing else ()
     media = dataclasses.replace(media, source=source, files=files, rate=rate)
@@ -71,41 +68,17 @@ def decode(plan: SourcePlan, existing: Names, recipe: Recipe) -> tuple[SourcePla
 
 def batches(items: Iterable[DecodedMedia], size: int | None) -> Iterator[list[DecodedMedia]]:
     """Yield items of equal shapes together. size: of a batch; None: that of its table."""
-
-    def group(item: DecodedMedia) -> tuple[object, ...]:
-        counts = len(item.control), len(item.references)
-        return (item.table.index, counts, *(one.shape for one in item.arrays))
-
-    most, bytes_of = (lambda item: size or item.table.batch_size), (lambda item: item.size_bytes)
-    return fill_batches(items, group, most, bytes_of, PARTIAL_BYTES)
+    most, bytes_of = (lambda item: size or item.source.table.batch_size), (lambda item: item.size_bytes)
+    return fill_batches(items, lambda item: item.group, most, bytes_of, PARTIAL_BYTES)
 
 
-class EncodersOnDemand:
-    """The media encoders of a family, loaded when the first item is encoded."""
-
-    def __init__(
-        self, family: Caches, device: torch.device, before_loading: Callable[[], None] | None = None
-    ) -> None:
-        """before_loading: frees what they take the place of."""
-        self._family, self._device, self._before_loading = family, device, before_loading
-        self._loaded: data.MediaEncoders | None = None
-
-    def get(self) -> data.MediaEncoders:
-        """Return the encoders. Raises CheckpointError if they cannot be loaded."""
-        if self._loaded is None:
-            if self._before_loading is not None:
-                self._before_loading()
-            self._loaded = self._family.media_encoders(self._device)
-            vae = self._loaded.vae
-            weight = next(vae.parameters(), None) if isinstance(vae, nn.Module) else None
-            if weight is not None:
-                warn_if_emulated(self._device, weight.dtype, "the VAE")
-        return self._loaded
-
-    def free(self) -> None:
-        if self._loaded is not None:
-            self._loaded = None
-            free_memory(self._device)
+def load_encoders(family: Caches, device: torch.device) -> data.MediaEncoders:
+    """Return the media encoders of a family. Raises CheckpointError if they cannot be loaded."""
+    loaded = family.media_encoders(device)
+    weight = next(loaded.vae.parameters(), None) if isinstance(loaded.vae, nn.Module) else None
+    if weight is not None:
+        warn_if_emulated(device, weight.dtype, "the VAE")
+    return loaded
 
 
 def batch_media(items: Sequence[DecodedMedia], keys: Sequence[str]) -> data.MediaBatch:
@@ -123,24 +96,27 @@ def batch_media(items: Sequence[DecodedMedia], keys: Sequence[str]) -> data.Medi
         control_mask=_stack_batch([one.control_mask for one in items if one.control_mask is not None])
         if items[0].control_mask is not None
         else None,
-        table=media_table(items[0].table, bool(items[0].control)),
+        table=media_table(items[0].source.table, bool(items[0].control)),
     )
 
 
 def encode(
-    items: Sequence[DecodedMedia], family: Caches, encoders: EncodersOnDemand, tag: str
+    items: Sequence[DecodedMedia], keys: Sequence[str], family: Caches, encoders: data.MediaEncoders | None
 ) -> Sequence[Sequence[data.CacheEntry]]:
-    """Return the entries of each item of a batch, those of mirrored media with them if its table flips."""
-    keys = [name_of(item).file_name(tag).removesuffix(cache_files.SUFFIX) for item in items]
+    """Return the entries of each item of a batch, those of mirrored media with them if its table flips.
+
+    keys: their names, without suffix. encoders: of the family; moments need none.
+    """
     if items[0].moments:
         moments = [torch.stack(found) for found in zip(*(item.moments for item in items), strict=True)]
         given = data.MomentsBatch(moments[0], tuple(keys), *moments[1:])
         return [[entry] for entry in family.latents_from_moments(given)]
+    assert encoders is not None
     media = batch_media(items, keys)
-    encoded = family.encode_media(encoders.get(), media)
-    if not items[0].table.augmentation.flip:
+    encoded = family.encode_media(encoders, media)
+    if not items[0].source.table.augmentation.flip:
         return encoded
-    mirrored = family.encode_media(encoders.get(), _mirror(media))
+    mirrored = family.encode_media(encoders, _mirror(media))
     return [
         [_add_mirrored(one, other) for one, other in zip(*sides, strict=True)]
         for sides in zip(encoded, mirrored, strict=True)
@@ -206,7 +182,7 @@ def write_entry(
         records.require_finite(tensor, file, cache_files.tensor_key(name))
     sums = {name: cache_files.checksum(name, tensor) for name, tensor in named.items()}
     metadata = {"architecture": family.name, "format_version": cache_files.FORMAT_VERSION, **facts}
-    store.write(file, named, metadata | records.latent_metadata(dataclasses.replace(record, crc32=sums)))
+    store.write(file, named, metadata | records.record_metadata(dataclasses.replace(record, crc32=sums)))
 
 
 def _stack_batch(arrays: Sequence[NDArray[np.uint8]]) -> Tensor:

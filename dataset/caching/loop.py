@@ -10,7 +10,7 @@ import contextlib
 import datetime
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -43,15 +43,8 @@ class Share:
 
     rank: int
     count: int
-    local_rank: int  # among the processes of this machine
+    device: torch.device  # as asked for; else, if several processes run, the GPU of this one
     group: Any = None  # of torch.distributed; None for a single process
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-    def of(self, work: Sequence[T]) -> Sequence[T]:
-        return work[self.rank :: self.count]
 
     def gather(self, value: T) -> list[T]:
         """Return the values of all processes, by rank, when all have called this."""
@@ -61,26 +54,20 @@ class Share:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def device_name(self, name: str | None) -> str | None:
-        """Return the given device; if there is none and several processes run, the GPU of this process."""
-        if name is None and self.count > 1 and torch.cuda.is_available():
-            return f"cuda:{self.local_rank % torch.cuda.device_count()}"
-        return name
-
 
 @contextlib.contextmanager
-def join_processes() -> Iterator[Share]:
+def join_processes(device: str | None) -> Iterator[Share]:
     """Join the processes that a launcher (torchrun, accelerate, mpirun) started; yield this one's share.
 
-    Processes communicate through gloo, on the CPU, whatever device they encode on.
-    Raises OptionError if the launcher's variables are incomplete.
+    device: as asked for, if it was. Processes communicate through gloo, on the CPU, whatever device they
+    encode on. Raises OptionError if the launcher's variables are incomplete.
     """
     rank, count, local_rank = (
         next((int(os.environ[name]) for name in names if name in os.environ), None)
         for names in (RANK, COUNT, LOCAL_RANK)
     )
     if count is None or count <= 1:
-        yield Share(0, 1, 0)
+        yield Share(0, 1, choose_device(device))
         return
     if rank is None:
         raise OptionError(
@@ -94,7 +81,9 @@ def join_processes() -> Iterator[Share]:
         dist.init_process_group("gloo", init_method=where, rank=rank, world_size=count, timeout=PATIENCE)
     try:
         group = dist.new_group(backend="gloo", timeout=PATIENCE)
-        yield Share(rank, count, local_rank or 0, group)
+        if device is None and torch.cuda.is_available():
+            device = f"cuda:{(local_rank or 0) % torch.cuda.device_count()}"
+        yield Share(rank, count, choose_device(device), group)
     finally:
         if started_here:
             dist.destroy_process_group()
@@ -112,26 +101,27 @@ def cache(
     missing, CheckpointError if an encoder cannot be loaded, OutputError if a file cannot be written.
     """
     shard, (room, name) = options.shard, kind.split(":")
-    with join_processes() as share:
-        device = choose_device(share.device_name(options.device))
-        work = getattr(import_own(room), name)(family, config, options, device, stores)
-        who = f", --shard_index {shard.shard_index} of {shard.num_shards} shards" if shard.is_given else ""
+    with join_processes(options.device) as share:
+        work = getattr(import_own(room), name)(family, config, options, share.device, stores)
+        is_main, pieces, who = share.rank == 0, work.pieces, ""
+        if shard.num_shards is not None:
+            pieces = pieces[shard.shard_index :: shard.num_shards]
+            who = f", --shard_index {shard.shard_index} of {shard.num_shards} shards"
         if share.count > 1:
             who += f", process {share.rank + 1} of {share.count}"
         try:
-            pieces = share.of(shard.of(work.pieces))
-            part = work.encode(pieces, who if share.is_main else None)
+            part = work.encode(pieces[share.rank :: share.count], who if is_main else None)
         finally:
             work.free()
         work.stores.close(config.datasets)
         report = join_reports([*share.gather(part), work.not_listed])
         removed = 0
-        if share.is_main and not shard.is_given:
+        if is_main and shard.num_shards is None:
             for table in work.whole_tables:
                 failed = {one.stem for one in report.failures if one.table == table.index}
                 removed += work.remove_stale(table, report.right, failed, options.keep_cache)
             work.stores.close(config.datasets, is_last=True)
-        return replace(report, removed=sum(share.gather(removed)), is_main=share.is_main)
+        return replace(report, removed=sum(share.gather(removed)), is_main=is_main)
 
 
 cache_media, cache_texts = partial(cache, LATENTS), partial(cache, TEXTS)
@@ -143,11 +133,11 @@ def run_caching(
     config: DatasetConfig,
     options: CachingOptions,
     debug: DebugOptions | None,
-    following: str = "",
+    following: str,
 ) -> None:
     """Run --debug_mode, --check, or the caching of one half, LATENTS or TEXTS.
 
-    following: the command that comes next, if no shard is missing; "": none is shown.
+    following: the command that comes next, if no shard is missing.
     Raises UserError if caching fails, and SystemExit with the result of a check.
     """
     if debug is not None and debug.debug_mode is not None:
@@ -169,8 +159,8 @@ def run_caching(
         raise KeyboardInterrupt(STAYS) from None
     memory = peak_in_words(choose_device(options.device))
     costs: list[Row] = [("time", in_words(time.monotonic() - start)), ("peak memory", memory)]
-    if not options.shard.is_given:
-        conclude(report, costs, [(f"Next, {then}", following)] if following else [])
+    if options.shard.num_shards is None:
+        conclude(report, costs, [(f"Next, {then}", following)])
         return
     rows: list[Row] = [
         ("this shard", f"{report.share} of {report.whole} {what}"),

@@ -17,7 +17,7 @@ from dataset.caching.prefetch import CacheReport
 from dataset.caching.texts import TextWork
 from dataset.caching.work import MediaWork
 from dataset.config import DatasetConfig, DatasetTable
-from dataset.options import CachingOptions, RayOptions, ShardOptions
+from dataset.options import CachingOptions, RayOptions
 from modules.command import as_typed
 from modules.console import show_box
 from modules.contract.family import Caches
@@ -73,8 +73,7 @@ class CachingActor:
                     os.chdir(self._folder)  # so that paths mean what they mean where they were typed
                 self._begin()
             work: Any = self._work
-            shard = ShardOptions(num_shards=self._num_shards, shard_index=index)
-            report = work.encode(shard.of(work.pieces), None)
+            report = work.encode(work.pieces[index :: self._num_shards], None)
             work.stores.close(self._tables)
         except UserError as failure:
             error = str(failure)

@@ -4,22 +4,27 @@ This is decided from records, if possible without decoding.
 """
 
 import contextlib
-import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from dataset.cache import records
 from dataset.cache.files import Entry, LatentName
-from dataset.cache.store import Stores
-from dataset.caching.existing import ExistingNames, Names, media_table, names_of
+from dataset.cache.store import ExistingNames, Names, Stores
 from dataset.caching.prefetch import MANY, Failure, map_ahead
-from dataset.config_keys import SECTIONS
+from dataset.config_keys import REFERENCES, SECTIONS
 from dataset.sources.clock import has_beside, kept_one_clock
 from dataset.sources.colours import has_codes, shown_otherwise
-from dataset.sources.decoding import DecodedMedia, plan_source
-from dataset.sources.frames import Span, bucket_of, describe_short, frames_wanted, spans
-from dataset.sources.media_source import ClipFacts, FileIdentity, MediaSource, pause_collection
+from dataset.sources.decoding import plan_source
+from dataset.sources.frames import Span, bucket_of, describe_short, frames_wanted, media_table, spans
+from dataset.sources.media_source import (
+    CLIP_REFERENCES,
+    CONTROL_MASK,
+    ClipFacts,
+    FileIdentity,
+    MediaSource,
+    pause_collection,
+)
 from modules.bars import Bar
 from modules.console import count_of
 from modules.contract.data import CONTROL, FPS, LOSS_MASK, LatentSpec, MediaTable, SoundSpec
@@ -44,18 +49,17 @@ class Recipe:
     encoder: Mapping[str, str]
     latent: LatentSpec
     fps: float
-    skip_existing: bool  # files without a record count as valid if their sizes are right
     sections: Callable[[MediaTable, int], int | None]  # Family.sections_of
     stores: Stores
-    verify: bool = False  # read all values, however many entries there are
     # the items of sources whose caches were found valid, by all that this depends on but the source files
     valid: dict[tuple[object, ...], tuple[tuple[int, ...], ...]] = field(default_factory=dict)
     has_rates: bool = False  # each file says how many frames make a second (`Abilities.rate`)
     sound: SoundSpec | None = None  # of a family that hears
 
-    def table_options(self, source: MediaSource) -> dict[str, Any]:
-        """Return the options of a source that are the same for most sources of its table."""
-        table, mask_from, options = source.table, source.mask_from, dict[str, Any]()
+    def options(self, source: MediaSource, **own: Sequence[int]) -> dict[str, Any]:
+        """Return the options in the record of an item of a source. own: its size, bucket and span."""
+        table, mask_from = source.table, source.mask_from
+        options: dict[str, Any] = {name: [*numbers] for name, numbers in own.items()}
         if table.kind == "video":
             options["source_fps"] = table.source_fps
             options["fps"] = table.target_fps or (None if table.source_fps is None else self.fps)
@@ -69,17 +73,20 @@ class Recipe:
             options["frame_rate"] = True
         if has_beside(source):
             options[records.CLOCK] = True
+        if source.control:
+            options |= table.changed(REFERENCES)
+        if source.references and (rules := table.clip_references) is not None:
+            options[CLIP_REFERENCES] = [len(source.references), *rules.factors]
+        if source.control_mask is not None:
+            options[CONTROL_MASK] = True
         return options | table.changed(SECTIONS)
-
-    def options(self, source: MediaSource, size: Size, bucket: Size, span: Span) -> dict[str, Any]:
-        own = {"size": [*size], "bucket": [*bucket], "span": [*span]}
-        return own | self.table_options(source) | source.control_keys
 
     def difference(
         self, record: records.LatentRecord, source: MediaSource, size: Size, bucket: Size, span: Span
     ) -> str | None:
         """Describe how a record of other encoders or options than this run's differs."""
-        options, then = self.options(source, size, bucket, span), dict(record.options)
+        options = self.options(source, size=size, bucket=bucket, span=span)
+        then = dict(record.options)
         if FLIP not in options:
             then.pop(FLIP, None)  # mirrored latents that nobody asks for do no harm
         if records.CLOCK in options and records.CLOCK not in then and kept_one_clock(source, self.fps):
@@ -114,11 +121,11 @@ def plan_all(
     show_progress: bool = True,
 ) -> tuple[list[SourcePlan], list[Failure]]:
     """Compare all sources with their cache files. Sources whose header cannot be read become failures."""
-    reads_values = recipe.verify or len(sources) < MANY
+    reads_values = recipe.stores.verify or len(sources) < MANY
 
     def plan(source: MediaSource) -> SourcePlan | Failure:
         try:
-            planning = _Planning(source, names_of(existing, source), recipe, reads_values)
+            planning = Planning(source, existing[source.table.index].of(source.stem), recipe, reads_values)
             few_are_read = reads_values or recipe.stores.trusts
             return planning.plan() if few_are_read else planning.plan_by_shape()
         except (MediaError, OSError) as error:
@@ -131,19 +138,12 @@ def plan_all(
     return plans, [one for one in results if isinstance(one, Failure)]
 
 
-def complete(plan: SourcePlan, media: DecodedMedia, existing: Names, recipe: Recipe) -> SourcePlan:
-    """Return the plan of a source that has been decoded."""
-    if plan.missing is not None:
-        return plan
-    found = _Planning(plan.source, existing, recipe, True).compare(media.size, media.spans)
-    short = describe_short(plan.source.table, media.spans, len(media.frames))
-    return dataclasses.replace(found, reason=media.reason, short=short)
-
-
-class _Planning:
+class Planning:
     """One source beside those of its cache files that are there."""
 
-    def __init__(self, source: MediaSource, existing: Names, recipe: Recipe, reads_values: bool) -> None:
+    def __init__(
+        self, source: MediaSource, existing: Names, recipe: Recipe, reads_values: bool = True
+    ) -> None:
         self.source, self.table, self.existing, self.recipe = source, source.table, existing, recipe
         self.store, self.reads_values = recipe.stores.of(source.table), reads_values
         self._headers: dict[str, Entry] = {}  # that were read
@@ -206,7 +206,7 @@ class _Planning:
             size = self._image_size()
             return unknown if size is None else self.compare(size, [(0, 1)])
         # what earlier runs found by decoding the source, if it has not changed since
-        rate, known = recipe.table_options(self.source), list[ClipFacts]()
+        rate, known = recipe.options(self.source), list[ClipFacts]()
         for file in self.existing:
             record = self._record_of(file)
             if record is None or record.clip is None:
@@ -231,9 +231,8 @@ class _Planning:
                 reason = (
                     None if found else f"{count_of(clip.kept_frames, 'frame')}, target_frames are {targets}"
                 )
-                short = describe_short(table, found, clip.kept_frames)
-                return dataclasses.replace(self.compare(clip.size, found), reason=reason, short=short)
-        if self.existing and recipe.skip_existing:
+                return self.compare(clip.size, found, clip.kept_frames, reason)
+        if self.existing and recipe.stores.skip_existing:
             # the header may be wrong about the number of frames, so it counts only if it agrees with the
             # existing files
             self._by_header = True
@@ -244,8 +243,13 @@ class _Planning:
                     return plan
         return unknown
 
-    def compare(self, size: Size, wanted: Iterable[Span]) -> SourcePlan:
-        """Return the plan of a source whose size and spans are known."""
+    def compare(
+        self, size: Size, wanted: Sequence[Span], kept_frames: int | None = None, reason: str | None = None
+    ) -> SourcePlan:
+        """Return the plan of a source whose size and spans are known.
+
+        kept_frames: of a clip, if that was decoded. reason: why there is no span.
+        """
         table, recipe = self.table, self.recipe
         bucket = bucket_of(table, size, recipe.latent.pixel_step, self.source.path)
         kept: set[str] = set()
@@ -292,7 +296,10 @@ class _Planning:
                 outdated = str(error) if outdated is None or isinstance(error, OtherKind) else outdated
                 is_other = is_other or isinstance(error, OtherKind)
         counts = self.source, frozenset(kept), foreign, tuple(missing), tuple(items)
-        return SourcePlan(*counts, outdated=outdated, is_other=is_other)
+        short = None
+        if kept_frames is not None and len(table.target_frames) > 1:
+            short = describe_short(table, wanted, kept_frames)
+        return SourcePlan(*counts, reason, short, outdated, is_other)
 
     def _check_file(self, file: str, files: Names, size: Size, bucket: Size, span: Span) -> bool:
         """Check that a file of an item equals the one that this run would write; return if it has no record.
@@ -311,7 +318,7 @@ class _Planning:
             references = self.source.control if self.table.references is not None else ()
             if sum(key.startswith(CONTROL) for key in header.keys) < len(references):
                 raise OtherKind(f"{path}: it has no latents of its {len(references)} reference pictures")
-            if not (recipe.skip_existing or is_shared):
+            if not (recipe.stores.skip_existing or is_shared):
                 raise OtherKind(f"{path}: it has no record of what it was made from")
             window = self.table.fp_latent_window_size
             length = span[1] if files[file].section is None else records.section_frames(window, recipe.latent)

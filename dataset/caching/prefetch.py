@@ -93,11 +93,13 @@ def join_reports(reports: Sequence[CacheReport]) -> CacheReport:
 
 
 def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[Row] = ()) -> None:
-    """Show the results. rows, commands: further lines of the box.
+    """Show the results. rows, commands: further lines of the box, in a run of several steps without commands.
 
     Raises DatasetError if a source failed; in processes other than the main one, SystemExit with its code.
     """
-    code = SOURCES_LEFT_OUT if os.environ.get(RUN_GOES_ON) else DatasetError.exit_code
+    code = DatasetError.exit_code
+    if os.environ.get(RUN_GOES_ON):
+        code, commands = SOURCES_LEFT_OUT, ()
     if not report.is_main:
         if report.failures:
             raise SystemExit(code)
@@ -210,33 +212,27 @@ def map_ahead(values: Sequence[T], work: Callable[[T], R], workers: int, bar: Ba
             bar.update(len(job))
 
 
-class WriteBehind:
-    """A thread, or several, that writes files while the next items are encoded.
+Write = Callable[[Callable[[], object]], None]  # runs a function in the background
+
+
+@contextlib.contextmanager
+def write_behind(threads: int = 1) -> Iterator[Write]:
+    """Yield what has files written in a thread, or several, while the next items are encoded. It waits while
+    too many writes are pending.
 
     An error is raised by a later call, or at the end.
     """
+    waiting: collections.deque[Future[object]] = collections.deque()
+    with ThreadPoolExecutor(threads, thread_name_prefix="writer") as pool:
 
-    def __init__(self, threads: int = 1) -> None:
-        self._most = WRITES_BEHIND * threads
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="writer")
-        self._waiting: collections.deque[Future[object]] = collections.deque()
+        def write(work: Callable[[], object]) -> None:
+            while len(waiting) > WRITES_BEHIND * threads or (waiting and waiting[0].done()):
+                waiting.popleft().result()
+            waiting.append(pool.submit(work))
 
-    def __enter__(self) -> "WriteBehind":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        self._pool.shutdown(wait=True)
-        if error is None:
-            self._collect(0)
-
-    def submit(self, write: Callable[[], object]) -> None:
-        """Run `write` in the background. Waits while too many writes are pending."""
-        self._collect(self._most)
-        self._waiting.append(self._pool.submit(write))
-
-    def _collect(self, most: int) -> None:
-        while len(self._waiting) > most or (self._waiting and self._waiting[0].done()):
-            self._waiting.popleft().result()
+        yield write
+    for one in waiting:
+        one.result()
 
 
 def fill_batches(

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from dataset.cache import files as cache_files
 from dataset.cache import records
-from dataset.cache.store import Stores
-from dataset.caching.existing import ExistingNames, LatentNames, names_of, remove_caches
+from dataset.cache.store import ExistingNames, LatentNames, Stores, remove_caches
 from dataset.caching.latents import write_entry
-from dataset.caching.prefetch import MANY, CacheReport, Failure, WriteBehind, read_ahead
+from dataset.caching.prefetch import MANY, CacheReport, Failure, read_ahead, write_behind
 from dataset.config import DatasetTable
 from dataset.config_keys import IGNORE, REQUIRED
 from dataset.sources.fetching import fetch
@@ -63,17 +62,13 @@ class SoundWork:
         family: HearingFamily,
         tables: Iterable[DatasetTable],
         stores: Stores,
-        skip_existing: bool,
-        verify: bool,
         device: torch.device,
+        before_loading: Callable[[], None] = lambda: None,
     ) -> None:
-        """List entries. skip_existing: those without a record count as valid. verify: read all their values,
-        however many they are.
-        """
+        """List entries. before_loading: frees what the networks take the place of."""
         assert family.sound is not None
         self._family, self.spec, self._stores, self._device = family, family.sound, stores, device
-        self._skip_existing, self._verify = skip_existing, verify
-        self.before_loading: Callable[[], None] = lambda: None  # frees what the networks take the place of
+        self._before_loading = before_loading
         self._tag, self._networks = cache_files.sound_tag(family.cache_tag), None
         self._existing: ExistingNames = {
             table.index: LatentNames(stores.of(table), self._tag, table.kind)
@@ -92,7 +87,7 @@ class SoundWork:
         """
         items = self._items_of(latents)
         jobs = [(one, items[key]) for one in sources if (key := (one.table.index, one.stem)) in items]
-        verifies = self._verify or len(jobs) < MANY
+        verifies = self._stores.verify or len(jobs) < MANY
         ahead = read_ahead(
             jobs,
             lambda job: job[0],
@@ -102,14 +97,14 @@ class SoundWork:
             decodes=True,
         )
         valid, report = set[tuple[int, str]](), CacheReport()
-        with WriteBehind() as writer, contextlib.closing(ahead), torch.no_grad():
+        with write_behind() as write, contextlib.closing(ahead), torch.no_grad():
             for (source, _), read in ahead:
                 if isinstance(read, Failure):
                     report = replace(report, failures=(*report.failures, read))
                     continue
                 files = [name.file_name(self._tag) for name in read.missing]
                 for file, name, samples in zip(files, read.missing, read.samples, strict=False):
-                    writer.submit(self._encode(file, name, samples, read))
+                    write(self._encode(file, name, samples, read))
                 valid |= {(source.table.index, file) for file in (*read.kept, *files[: len(read.samples)])}
                 silent = () if read.silent is None else (Failure.of(source, read.silent),)
                 report = replace(
@@ -142,7 +137,7 @@ class SoundWork:
         """Compare the entries of a clip's items with those that this run would write; with `audio = "ignore"`
         all stay as they are.
         """
-        there, kept, foreign = names_of(self._existing, source), list[str](), 0
+        there, kept, foreign = self._existing[source.table.index].of(source.stem), list[str](), 0
         missing: list[cache_files.LatentName] = []
         for name in names:
             file = name.file_name(self._tag)
@@ -160,7 +155,7 @@ class SoundWork:
         """Return how many of a clip's latents have a valid entry of sound. files: names of the latents."""
         items = self._items_of(frozenset((source.table.index, file) for file in files))
         names = items.get((source.table.index, source.stem), ())
-        return len(self.plan(source, names, self._verify).kept)
+        return len(self.plan(source, names, self._stores.verify).kept)
 
     def _items_of(self, latents: Entries) -> dict[tuple[int, str], list[cache_files.LatentName]]:
         """Return the items of clips by table and stem. latents: names of entries."""
@@ -176,7 +171,7 @@ class SoundWork:
         entry = self._stores.of(source.table).read(file, is_whole=verifies)
         record = records.latent_record(entry)
         if record is None:
-            if not self._skip_existing or SOUND not in entry.keys:
+            if not self._stores.skip_existing or SOUND not in entry.keys:
                 raise CacheError(f"{file}: it has no record of what it was made from")
             return True
         changed = records.difference(record.encoder, self._family.sound_identity)
@@ -217,7 +212,7 @@ class SoundWork:
     ) -> Callable[[], None]:
         """Encode the sound of an item; return what writes it."""
         if self._networks is None:
-            self.before_loading()
+            self._before_loading()
             self._networks = self._family.sound_networks(self._device, decodes=False)
         assert name.span is not None
         frames, source = name.span[1], read.source

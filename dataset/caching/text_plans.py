@@ -5,7 +5,7 @@ unfinished files, and which are missing.
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,9 @@ logger = logging.getLogger(__name__)
 Encoders = Sequence[tuple[TextEncoder, Mapping[str, str]]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class CaptionFile:
-    """One text, and the cache file of its embeddings. There may be a million."""
+    """One text, the cache file of its embeddings, and what is to be done for it. There may be a million."""
 
     table: DatasetTable
     file_name: str  # of the cache file
@@ -41,14 +41,11 @@ class CaptionFile:
     pass_over: int = 0  # 0: the first captions of a table, 1: further ones, 2: the empty prompt
     embeds: Path | None = None  # what text encoders gave for it, computed before
     source: MediaSource | None = None  # whose reference pictures an encoder sees with it
-
-    @property
-    def references(self) -> Sequence[tuple[Path, Origin | None]]:
-        return () if self.source is None else self.source.parts[1 : 1 + len(self.source.control)]
-
-    @property
-    def path(self) -> Path:
-        return self.table.cache_directory / self.file_name
+    references: Sequence[tuple[Path, Origin | None]] = ()  # these pictures
+    # what `plan_texts` finds: encoders that must encode it, in order
+    missing: tuple[str, ...] = ()
+    in_part: bool = False  # whether some of the others are valid in the unfinished file only
+    is_foreign: bool = False  # whether valid outputs have no record: another program made them
 
 
 def list_caption_files(sources: Sequence[MediaSource], tag: str) -> list[CaptionFile]:
@@ -66,7 +63,9 @@ def list_caption_files(sources: Sequence[MediaSource], tag: str) -> list[Caption
             table, passes = found[0].table, (list[CaptionFile](), list[CaptionFile](), list[CaptionFile]())
             of_table = table.changed(TEXTS)
             for source in found:
-                seen = source if source.control and table.texts_see_references else None
+                seen, pictures = None, tuple[tuple[Path, Origin | None], ...]()
+                if source.control and table.texts_see_references:
+                    seen, pictures = source, source.parts[1 : 1 + len(source.control)]
                 captions = (source.caption, *source.more_captions)
                 settings = of_table
                 if len(captions) > 1:
@@ -78,13 +77,14 @@ def list_caption_files(sources: Sequence[MediaSource], tag: str) -> list[Caption
                     passes[first].append(
                         CaptionFile(
                             *(table, name, source.stem, caption, source.caption_path, settings, first),
-                            *(embeds, seen),
+                            *(embeds, seen, pictures),
                         )
                     )
                 if table.drops_captions and table.texts_see_references:
                     name = text_file_name(source.stem, tag, EMPTY)
                     shown = f"the empty prompt of {source.stem}"
-                    passes[2].append(CaptionFile(table, name, shown, "", None, pass_over=2, source=seen))
+                    empty = CaptionFile(table, name, shown, "", None, pass_over=2)
+                    passes[2].append(replace(empty, source=seen, references=pictures))
             if table.drops_captions and not table.texts_see_references:
                 name = empty_text_name(tag)
                 passes[2].append(CaptionFile(table, name, "the empty prompt", "", None, pass_over=2))
@@ -92,7 +92,7 @@ def list_caption_files(sources: Sequence[MediaSource], tag: str) -> list[Caption
     return files
 
 
-def distinct_texts(files: Sequence[CaptionFile], stores: Stores) -> Sequence[CaptionFile]:
+def distinct_texts(files: Sequence[CaptionFile], stores: Stores) -> list[CaptionFile]:
     """Return the texts without those that an earlier table has in the same shared file.
 
     Raises DatasetError if their captions differ.
@@ -135,88 +135,74 @@ def why_outdated(record: TextRecord, identity: Mapping[str, str], file: CaptionF
     return references_otherwise(now, record.as_shown)
 
 
-@dataclass(frozen=True, slots=True)
-class EncodingPlan:
-    """Plan for one text, by names of encoders."""
+def plan_texts(
+    files: Sequence[CaptionFile], encoders: Encoders, stores: Stores, workers: int = 1
+) -> list[CaptionFile]:
+    """Compare all texts with their files; return them with what is to be done for each."""
+    reads_values = stores.verify or len(files) < MANY
+    plan = partial(_plan, encoders=encoders, stores=stores, reads_values=reads_values)
+    with pause_collection():
+        return list(map_ahead(files, plan, workers, Bar(len(files), "Comparing", "caption", shown=False)))
 
-    file: CaptionFile
-    missing: tuple[str, ...]  # those that must encode, in order
-    in_part: bool  # whether some of the others are valid in the unfinished file only
-    is_foreign: bool  # whether valid outputs have no record: another program made them
+
+def _plan(file: CaptionFile, encoders: Encoders, stores: Stores, reads_values: bool) -> CaptionFile:
+    """Compare a text's file, finished or not, with the wanted outputs. Nothing is changed.
+
+    reads_values: compare them with their checksums too.
+    """
+    store = stores.of_texts(file.table)
+    if stores.trusts and store.is_shared and file.file_name in store:
+        return file
+    find = partial(find_outputs, file, encoders, stores)
+    _, right = find(reads_values=reads_values)
+    if len(right) == len(encoders):  # the unfinished file, if there is one, is not needed
+        return replace(file, is_foreign=not all(right.values()))
+    _, in_part = find(in_part=True)
+    _, right = find(reads_values=reads_values)  # another process may have finished it now
+    wrong = [encoder.name for encoder, _ in encoders if encoder.name not in right]
+    missing = tuple(name for name in wrong if name not in in_part)
+    is_foreign = not all(right.values())
+    return replace(file, missing=missing, in_part=len(missing) < len(wrong), is_foreign=is_foreign)
 
 
-@dataclass(frozen=True)
-class TextRecipe:
-    """How this run makes texts."""
+def find_outputs(
+    file: CaptionFile, encoders: Encoders, stores: Stores, in_part: bool = False, reads_values: bool = True
+) -> tuple[Entry | None, Mapping[str, bool]]:
+    """Return a text's file, and the encoders with valid outputs in it -> whether these have a record.
 
-    encoders: Encoders
-    skip_existing: bool  # outputs without a record count as valid if the caption is the same
-    stores: Stores
-    verify: bool = False  # read all values, however many entries there are
-
-    def plan_all(self, files: Sequence[CaptionFile], workers: int = 1) -> list[EncodingPlan]:
-        """Compare all texts with their files; return the plans of those that were read."""
-        reads_values = self.verify or len(files) < MANY
-        bar = Bar(len(files), "Comparing", "caption", shown=False)
-        plan = partial(self._plan, reads_values=reads_values)
-        with pause_collection():
-            return [plan for plan in map_ahead(files, plan, workers, bar) if plan is not None]
-
-    def _plan(self, file: CaptionFile, reads_values: bool) -> EncodingPlan | None:
-        """Compare a text's file, finished or not, with the wanted outputs. Nothing is changed.
-
-        reads_values: compare them with their checksums too. None: it is trusted to be right.
-        """
-        store, name = self.stores.of_texts(file.table), file.file_name
-        if self.stores.trusts and store.is_shared and name in store:
-            return None
-        _, right = self.find(file, reads_values=reads_values)
-        if len(right) == len(self.encoders):  # the unfinished file, if there is one, is not needed
-            return EncodingPlan(file, (), False, not all(right.values()))
-        _, in_part = self.find(file, in_part=True)
-        _, right = self.find(file, reads_values=reads_values)  # another process may have finished it now
-        wrong = [encoder.name for encoder, _ in self.encoders if encoder.name not in right]
-        missing = tuple(name for name in wrong if name not in in_part)
-        return EncodingPlan(file, missing, len(missing) < len(wrong), not all(right.values()))
-
-    def find(
-        self, file: CaptionFile, in_part: bool = False, reads_values: bool = True
-    ) -> tuple[Entry | None, Mapping[str, bool]]:
-        """Return a text's file, and the encoders with valid outputs in it -> whether these have a record.
-
-        in_part: the unfinished file. If anything in that is from a run with other encoders or another
-        caption, joining it would corrupt the valid outputs: then nothing is found. reads_values: else only
-        the header is read. None: it is missing or damaged.
-        """
-        store, right = self.stores.of_texts(file.table), dict[str, bool]()
-        name = file.file_name + PART if in_part else file.file_name
+    in_part: the unfinished file. If anything in that is from a run with other encoders or another caption,
+    joining it would corrupt the valid outputs: then nothing is found. reads_values: else only the header is
+    read. None: it is missing or damaged.
+    """
+    store, right = stores.of_texts(file.table), dict[str, bool]()
+    name = file.file_name + PART if in_part else file.file_name
+    try:
+        entry = store.read(name, reads_values)
+        records = text_records(entry)
+    except CacheError as error:
+        if name in store:
+            logger.warning("%s. It is made again.", error)
+        return None, right
+    for encoder, identity in encoders:
+        record = records.get(encoder.name)
+        if record is None:
+            # what a shared one does not say is not asked for: other programs keep no record
+            accepts = store.is_shared or (stores.skip_existing and not in_part and not file.settings)
+            # whose tensors are of the same caption
+            theirs = entry.metadata.get("caption1", file.caption) == file.caption
+            if accepts and theirs and encoder.keys <= entry.keys:
+                right[encoder.name] = False
+            continue
+        changed = why_outdated(record, identity, file)
+        if changed is not None:
+            logger.debug("%s: %s", store.folder / name, changed)
+            continue
         try:
-            entry = store.read(name, reads_values)
-            records = text_records(entry)
+            if reads_values:
+                verify_tensors(entry, record.crc32)
+            right[encoder.name] = True
         except CacheError as error:
-            if name in store:
-                logger.warning("%s. It is made again.", error)
-            return None, right
-        for encoder, identity in self.encoders:
-            record = records.get(encoder.name)
-            if record is None:
-                # what a shared one does not say is not asked for: other programs keep no record
-                accepts = store.is_shared or (self.skip_existing and not in_part and not file.settings)
-                # whose tensors are of the same caption
-                theirs = entry.metadata.get("caption1", file.caption) == file.caption
-                if accepts and theirs and encoder.keys <= entry.keys:
-                    right[encoder.name] = False
-                continue
-            changed = why_outdated(record, identity, file)
-            if changed is not None:
-                logger.debug("%s: %s", store.folder / name, changed)
-                continue
-            try:
-                if reads_values:
-                    verify_tensors(entry, record.crc32)
-                right[encoder.name] = True
-            except CacheError as error:
-                logger.warning("%s. It is made again.", error)
-        if in_part and (records.keys() - right.keys() or not right):
-            return None, {}
-        return entry, right
+            logger.warning("%s. It is made again.", error)
+    if in_part and (records.keys() - right.keys() or not right):
+        return None, {}
+    return entry, right

@@ -28,17 +28,30 @@ from dataset.cache.files import (
     tensor_key,
     tensor_name,
 )
-from dataset.cache.form import require_form
-from dataset.cache.records import TextRecord, identify, require_finite, text_metadata, text_records
-from dataset.cache.store import Stores, npz_names
-from dataset.caching.existing import refuse_changing, remove_caches
-from dataset.caching.prefetch import NAMED, CacheReport, Failure, WriteBehind, list_sources, workers_of
-from dataset.caching.text_plans import CaptionFile, TextRecipe, distinct_texts, list_caption_files
+from dataset.cache.records import TextRecord, identify, record_metadata, require_finite, text_records
+from dataset.cache.store import Stores, may_be_mixed, npz_names, remove_caches
+from dataset.caching.prefetch import (
+    NAMED,
+    CacheReport,
+    Failure,
+    Write,
+    list_sources,
+    workers_of,
+    write_behind,
+)
+from dataset.caching.text_plans import (
+    CaptionFile,
+    distinct_texts,
+    find_outputs,
+    list_caption_files,
+    plan_texts,
+)
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.options import CachingOptions
 from dataset.sources.captions import describe_cut
 from dataset.sources.listing import require_captions
 from dataset.sources.references import explain_reference, hold_references
+from dataset.subsets import refuse_changing
 from modules.bars import Bar
 from modules.console import count_of, show_box
 from modules.contract.data import Conditions
@@ -72,32 +85,39 @@ class TextWork:
         Raises DatasetError if the dataset cannot be used or a caption is missing, CheckpointError if a file
         of an encoder is wrong.
         """
-        self.stores = stores = stores or Stores(npz_names(family))
+        self.stores = stores = dataclasses.replace(
+            stores or Stores(npz_names(family)), skip_existing=options.skip_existing, verify=options.verify
+        )
         self._existing: Mapping[int, Collection[str]] = {
             table.index: [
                 name
-                for name in self.stores.of_texts(table).names()
+                for name in stores.of_texts(table).names()
                 if is_text_name(name.removesuffix(PART), family.cache_tag)
             ]
             for table in config.datasets
         }
         self._parts = {one for names in self._existing.values() for one in names if one.endswith(PART)}
-        for table in config.datasets:
+        for table in (one for one in config.datasets if one.group is not None):
             refuse_changing(table, table.changes.varying_keys, "texts")
         self._sources, self.not_listed, self.whole_tables = list_sources(config, captions=True)
-        require_captions(self._sources)
+        if any(source.caption is None for source in self._sources):
+            require_captions(self._sources)
         family.check_given_files()
-        require_form(config, family.cache_tag, stores.given)
-        self._files = distinct_texts(list_caption_files(self._sources, family.cache_tag), self.stores)
+        if mixed := [one for one in config.datasets if one.index not in stores.given and may_be_mixed(one)]:
+            from dataset.cache.form import require_form
+
+            require_form(mixed, family.cache_tag)
+        self._files = list_caption_files(self._sources, family.cache_tag)
+        if any(table.cache_format == "npz" for table in config.datasets):  # several may share a file
+            self._files = distinct_texts(self._files, stores)
         batches: list[TextBatch] = []  # consecutive texts of one table and kind
         for _, some in itertools.groupby(self._files, lambda file: (file.table.index, file.pass_over)):
             texts = tuple(some)
             size = options.batch_size or texts[0].table.batch_size
             batches += [texts[start : start + size] for start in range(0, len(texts), size)]
         self.pieces: Sequence[TextBatch] = batches
-        encoders = [(encoder, dict(encoder.identity)) for encoder in family.text_encoders()]
-        skip_existing, verify = options.skip_existing, options.verify
-        self._recipe = TextRecipe(encoders, skip_existing, self.stores, verify)
+        self._encoders = [(encoder, dict(encoder.identity)) for encoder in family.text_encoders()]
+        self._find = partial(find_outputs, encoders=self._encoders, stores=stores)
         self._family, self._config, self._device = family, config, device
         self._workers = workers_of(options)
         self._loaded: TextEncoder | None = None
@@ -115,46 +135,27 @@ class TextWork:
             rows = [("data", f"{self._config.path}, {captions}"), ("device", str(self._device))]
             show_box("Caching texts", rows)
         files = [file for batch in pieces for file in batch]
+        files = plan_texts(files, self._encoders, self.stores, self._workers)
+        following = iter(files)
+        batches = [tuple(itertools.islice(following, len(batch))) for batch in pieces]
         self._failed.clear()
-        plans = self._recipe.plan_all(files, self._workers)
-        for plan in plans:
-            part = plan.file.file_name + PART
-            if plan.in_part and not plan.missing:  # an earlier run was stopped before it could do so
-                self._finish(plan.file, *self._recipe.find(plan.file, in_part=True))
-            elif part in self._parts and not plan.missing:
-                self.stores.of_texts(plan.file.table).remove(part)
-        for encoder, identity in self._recipe.encoders:
-            # whether it is the last one to write, by the path of the file
-            to_do = {
-                plan.file.path: encoder.name == plan.missing[-1]
-                for plan in plans
-                if encoder.name in plan.missing and plan.file.file_name not in self._failed
-            }
+        for file in files:
+            part = file.file_name + PART
+            if file.in_part and not file.missing:  # an earlier run was stopped before it could do so
+                self._finish(file, *self._find(file, in_part=True))
+            elif part in self._parts and not file.missing:
+                self.stores.of_texts(file.table).remove(part)
+        for encoder, identity in self._encoders:
+            to_do = [file for file in files if encoder.name in file.missing]
+            to_do = [file for file in to_do if file.file_name not in self._failed]
             logger.info("%s: %d captions, %d of them to encode", encoder.name, len(files), len(to_do))
-            if not to_do:
-                continue
-            with WriteBehind() as writer:
-                self._take_given(encoder, identity, files, to_do, writer)
-                if not to_do:
-                    continue
-                if self._loaded is not encoder:
-                    self.free()
-                    self._loaded = encoder  # before it is loaded: what a failure leaves is freed too
-                    encoder.load(self._device)
-                texts = [file for file in files if file.path in to_do]
-                warn_cut_captions(
-                    encoder, [(file.caption_path or file.name, file.caption or "") for file in texts]
-                )
-                bar = Bar(
-                    len(to_do), f"Encoding with {encoder.name}", "caption", who is not None, at_once=True
-                )
-                with bar, torch.no_grad():
-                    self._encode(encoder, identity, pieces, to_do, bar, writer)
-        changed = sum(bool(plan.missing or plan.in_part) for plan in plans) - len(self._failed)
+            if to_do:
+                self._encode(encoder, identity, batches, to_do, who is not None)
+        changed = sum(bool(file.missing or file.in_part) for file in files) - len(self._failed)
         return CacheReport(
             written=changed,
             kept=len(files) - changed - len(self._failed),
-            foreign=sum(plan.is_foreign for plan in plans),
+            foreign=sum(file.is_foreign for file in files),
             failures=tuple(dict.fromkeys(self._failed.values())),
             share=len(files),
             whole=len(self._files),
@@ -175,67 +176,48 @@ class TextWork:
         if keep_cache:
             further = [(name, parse_more_text_name(name.removesuffix(PART), tag)) for name in stale]
             stale = [name for name, parsed in further if parsed is not None and parsed[0] in stems]
-        return remove_caches(store, stale, partial(is_text_cache, architecture=self._family.name))
+        is_ours = partial(is_text_cache, architecture=self._family.name)
+        return remove_caches(store, stale, is_ours) if stale else 0
 
     def free(self) -> None:
         if self._loaded is not None:
             self._loaded.free()
             self._loaded = None
 
-    def _take_given(
-        self,
-        encoder: TextEncoder,
-        identity: Mapping[str, str],
-        files: Sequence[CaptionFile],
-        to_do: dict[Path, bool],
-        writer: WriteBehind,
-    ) -> None:
-        """Write the outputs that were computed before by this encoder, and take their texts off `to_do`."""
-        given = [file for file in files if file.embeds is not None and file.path in to_do]
-        if not given:
-            return
-        from dataset.caching.given import read_embeds
-
-        taken, left = 0, []
-        for file in given:
-            conditions, why = read_embeds(file, encoder, identity)
-            if conditions is not None:
-                self._submit(file, encoder, identity, conditions, to_do.pop(file.path), writer)
-                taken += 1
-            elif why is not None:
-                left.append(f"{file.embeds}: {why}")
-        if taken or left:
-            logger.info("%s: %d captions have embeddings already", encoder.name, taken)
-        if left:
-            logger.warning(
-                "%d captions are encoded here, because their embeddings cannot be used by %s. The first: %s",
-                len(left),
-                encoder.name,
-                left[0],
-            )
-
     def _encode(
         self,
         encoder: TextEncoder,
         identity: Mapping[str, str],
         batches: Sequence[TextBatch],
-        to_do: Mapping[Path, bool],
-        bar: Bar,
-        writer: WriteBehind,
+        to_do: list[CaptionFile],
+        shows: bool,
     ) -> None:
         """Encode every incomplete batch, and write the missing outputs.
 
         Batches stay whole, because the last bits of an embedding depend on its neighbours: so a run that was
         killed and continued gives the same files as an uninterrupted one.
         """
-        for batch in batches:
-            missing = {file.path for file in batch if file.path in to_do}
-            if not missing:
-                continue
-            for file, conditions in self._encode_batch(encoder, batch):
-                if file.path in missing:
-                    self._submit(file, encoder, identity, conditions, to_do[file.path], writer)
-            bar.update(len(missing))
+        with write_behind() as write:
+            submit = partial(self._submit, write, encoder, identity)
+            if any(file.embeds is not None for file in to_do):
+                from dataset.caching.given import take_embeds
+
+                to_do = take_embeds(to_do, encoder, identity, submit)
+                if not to_do:
+                    return
+            if self._loaded is not encoder:
+                self.free()
+                self._loaded = encoder  # before it is loaded: what a failure leaves is freed too
+                encoder.load(self._device)
+            warn_cut_captions(encoder, [(one.caption_path or one.name, one.caption or "") for one in to_do])
+            wanted, doing = {*to_do}, f"Encoding with {encoder.name}"
+            with Bar(len(to_do), doing, "caption", shows, at_once=True) as bar, torch.no_grad():
+                for batch in batches:
+                    if not wanted.isdisjoint(batch):
+                        for file, conditions in self._encode_batch(encoder, batch):
+                            if file in wanted:
+                                submit(file, conditions)
+                        bar.update(len(wanted.intersection(batch)))
 
     def _encode_batch(self, encoder: TextEncoder, batch: TextBatch) -> list[tuple[CaptionFile, Conditions]]:
         """Return the texts of a batch with their outputs.
@@ -260,14 +242,12 @@ class TextWork:
 
     def _submit(
         self,
-        file: CaptionFile,
+        write: Write,
         encoder: TextEncoder,
         identity: Mapping[str, str],
+        file: CaptionFile,
         conditions: Conditions,
-        is_last: bool,
-        writer: WriteBehind,
     ) -> None:
-        """Have one prompt's outputs written. is_last: no other encoder adds anything."""
         named = {}
         for key, value in conditions.items():
             tensor = (value[0] if isinstance(value, list) else value).detach().cpu()
@@ -278,7 +258,7 @@ class TextWork:
         references = tuple(itertools.starmap(identify, file.references))
         as_shown = AS_SHOWN if references else 0
         record = TextRecord(identity, file.caption or "", source, {}, file.settings, references, as_shown)
-        writer.submit(partial(self._write, file, named, encoder.name, record, is_last))
+        write(partial(self._write, file, named, encoder.name, record))
 
     def _write(
         self,
@@ -286,7 +266,6 @@ class TextWork:
         tensors: Mapping[str, Tensor],
         encoder: str,
         record: TextRecord,
-        is_last: bool,
     ) -> None:
         """Write one encoder's tensors (by their names in the file) to a `.part`, or with it to the file.
 
@@ -299,13 +278,13 @@ class TextWork:
             "architecture": self._family.name,
             "caption1": record.caption,
             "format_version": FORMAT_VERSION,
-            **text_metadata({encoder: dataclasses.replace(record, crc32=sums)}),
+            **record_metadata({encoder: dataclasses.replace(record, crc32=sums)}),
         }
         new = Entry.of(store.folder / file.file_name, metadata, tensors)
-        part, there = self._recipe.find(file, in_part=True)  # before the file: another may finish it now
+        part, there = self._find(file, in_part=True)  # before the file: another may finish it now
         if part is not None:
             new = _join(part, new)
-        if is_last:
+        if encoder == file.missing[-1]:  # no other encoder adds anything
             self._finish(file, new, {encoder, *there})
         else:
             store.write(file.file_name + PART, new.named, new.metadata)
@@ -319,7 +298,7 @@ class TextWork:
         """
         store = self.stores.of_texts(file.table)
         path = store.folder / file.file_name
-        old, right = self._recipe.find(file)
+        old, right = self._find(file)
         if old is not None:
             before, now = old.metadata.get("caption1", file.caption or ""), file.caption or ""
             if before != now:
@@ -327,7 +306,7 @@ class TextWork:
             new = old if new is None else _join(old, new)
         if new is None:
             return
-        lost = [encoder.name for encoder, _ in self._recipe.encoders if encoder.name not in {*there, *right}]
+        lost = [encoder.name for encoder, _ in self._encoders if encoder.name not in {*there, *right}]
         if lost:
             raise CacheError(
                 f"{path}: while it was made, another run with other captions or encoders removed or replaced "
@@ -369,6 +348,6 @@ def _join(old: Entry, new: Entry) -> Entry:
     """Join two entries; the new one wins if both have something."""
     new_keys = new.keys
     kept = {name: tensor for name, tensor in old.named.items() if tensor_key(name) not in new_keys}
-    records = text_metadata({**text_records(old), **text_records(new)})
+    records = record_metadata({**text_records(old), **text_records(new)})
     metadata = {**old.metadata, **new.metadata, **records}
     return Entry.of(new.path, metadata, {**kept, **new.named})

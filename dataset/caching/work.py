@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from dataset.cache.files import is_latent_cache
-from dataset.cache.form import require_form
+from dataset.cache.files import SUFFIX, LatentName, is_latent_cache
 from dataset.cache.records import LatentRecord
-from dataset.cache.store import Stores, npz_names
-from dataset.caching import existing, latents, prefetch
+from dataset.cache.store import ExistingNames, LatentNames, Stores, may_be_mixed, npz_names, remove_caches
+from dataset.caching import latents, prefetch
 from dataset.caching.planning import Recipe, SourcePlan, plan_all
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.config_keys import IGNORE
@@ -25,15 +24,17 @@ from dataset.options import CachingOptions
 from dataset.sources.clock import find_other_lengths
 from dataset.sources.colours import find_colours
 from dataset.sources.decoding import DecodedMedia, check_resolution
-from dataset.sources.frames import find_wrong_rates
+from dataset.sources.frames import find_wrong_rates, media_table
 from dataset.sources.listing import warn_captions, warn_unused
 from dataset.sources.media_source import LISTED, MediaSource, list_faults
+from dataset.subsets import refuse_changing
 from modules.atomic_write import free_bytes
 from modules.bars import Bar
 from modules.console import Row, as_size, count_of, count_words, show_box
-from modules.contract.data import FPS
+from modules.contract.data import FPS, MediaEncoders
 from modules.contract.family import Caches, hears_sound, sound_of
 from modules.control_codes import escape_control_codes
+from modules.devices import free_memory
 from modules.errors import DatasetError
 
 if TYPE_CHECKING:  # it is loaded only for families that hear
@@ -56,12 +57,19 @@ def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[Media
     for table in config.datasets:
         has_control = table.index in controlled
         try:
-            existing.refuse_changing(table, table.augmentation.varying_keys, "latents")
+            if table.group is not None:
+                refuse_changing(table, table.augmentation.varying_keys, "latents")
             # first: load_tensors ignores the keys that a family's own check would have changed
-            existing.refuse_moments(family, table)
+            if table.load_tensors:
+                from dataset.caching.given import refuse_moments
+
+                refuse_moments(family, table)
             check_resolution(table, family.latent.pixel_step)
-            family.check_table(existing.media_table(table, has_control, table.index in companions))
-            existing.refuse_companions(table, companions.get(table.index, ()))
+            family.check_table(media_table(table, has_control, table.index in companions))
+            if table.index in companions:
+                from dataset.sources.companions import refuse_companions
+
+                refuse_companions(table, companions[table.index])
             if is_alone and (table.kind == "image" or table.audio == IGNORE):
                 why = "it has pictures" if table.kind == "image" else 'audio = "ignore" leaves none'
                 raise DatasetError(f"{table.name}: this run learns sound alone, and {why}. Leave it out")
@@ -94,44 +102,46 @@ class MediaWork:
 
         Raises DatasetError if the dataset cannot be used, CheckpointError if a file of an encoder is wrong.
         """
-        self.stores = stores = stores or Stores(npz_names(family))
-        self._existing: existing.ExistingNames = {
-            table.index: existing.LatentNames(self.stores.of(table), family.cache_tag, table.kind)
+        self.stores = stores = dataclasses.replace(
+            stores or Stores(npz_names(family)), skip_existing=options.skip_existing, verify=options.verify
+        )
+        self._existing: ExistingNames = {
+            table.index: LatentNames(self.stores.of(table), family.cache_tag, table.kind)
             for table in config.datasets
         }
         self._sound: SoundWork | None = None
         if hears_sound(family):
             from dataset.caching import sound
 
-            how = options.skip_existing, options.verify, device
-            self._sound = sound.SoundWork(cast("HearingFamily", family), config.datasets, self.stores, *how)
+            hearing = cast("HearingFamily", family)
+            self._sound = sound.SoundWork(hearing, config.datasets, stores, device, self.free)
         sources, self.not_listed, self.whole_tables = prefetch.list_sources(config, captions=False)
         _check_tables(family, config, sources)
         warn_captions(sources)
-        warn_unused(config, sources)
+        if any(table.directory is None or table.references is not None for table in config.datasets):
+            warn_unused(config, sources)
         family.check_given_files()
         if any(source.tensors is not None for source in sources):
             from dataset.caching.given import use_moments
 
             sources = use_moments(family, sources)
         self.pieces: Sequence[MediaSource] = sources
-        require_form(config, family.cache_tag, stores.given)
+        if mixed := [one for one in config.datasets if one.index not in stores.given and may_be_mixed(one)]:
+            from dataset.cache.form import require_form
+
+            require_form(mixed, family.cache_tag)
         self._recipe = Recipe(
             family.cache_tag,
             family.media_identity,
             family.latent,
             family.defaults.fps,
-            options.skip_existing,
             family.sections_of,
-            self.stores,
-            options.verify,
+            stores,
             has_rates=family.can.rate,
             sound=sound_of(family),
         )
         self._family, self._config, self._options, self._device = family, config, options, device
-        self._encoders = latents.EncodersOnDemand(family, device, self._sound.free if self._sound else None)
-        if self._sound is not None:  # the networks of pictures and of sound take turns
-            self._sound.before_loading = self._encoders.free
+        self._encoders: MediaEncoders | None = None
 
     def encode(self, pieces: Sequence[MediaSource], who: str | None) -> prefetch.CacheReport:
         """Encode every item of some sources that has no valid entry.
@@ -145,7 +155,9 @@ class MediaWork:
         to_do = [plan for plan in plans if plan.missing is None or plan.missing]
         some = [plan.source for plan in to_do]
         # told and done: of rates the option decides, as a file's header may be wrong
-        told = [*find_wrong_rates(some), *find_other_lengths(some, self._recipe.fps)]
+        states_rates = any(table.stated_fps is not None for table in self._config.datasets)
+        told = find_wrong_rates(some) if states_rates else []
+        told += find_other_lengths(some, self._recipe.fps)
         told += find_colours(some, self._family.latent.masks_latents)
         if told:
             logger.warning("%s", escape_control_codes("\n".join(list_faults(told, LISTED))))
@@ -164,9 +176,9 @@ class MediaWork:
         written: set[tuple[int, str]] = set()
         if to_do:
             items = self._items(to_do, finished, failures, workers, shows)
-            with prefetch.WriteBehind() as writer, contextlib.closing(items), torch.no_grad():
+            with prefetch.write_behind() as write, contextlib.closing(items), torch.no_grad():
                 for batch in latents.batches(items, self._options.batch_size):
-                    written |= self._write(batch, writer)
+                    written |= self._write(batch, write)
                     del batch  # frees its frames before waiting for the next source
         reasons = [plan.outdated for plan in finished if plan.outdated is not None]
         if len(reasons) > len(outdated):  # so that the extra work is explained
@@ -175,6 +187,7 @@ class MediaWork:
                 len(reasons),
                 reasons[0],
             )
+        kept = {(plan.source.table.index, name) for plan in finished for name in plan.kept}
         failed = prefetch.Failure.of
         report = prefetch.CacheReport(
             written=len(written),
@@ -185,9 +198,8 @@ class MediaWork:
             shortened=tuple(failed(one.source, one.short) for one in finished if one.short is not None),
             share=len(pieces),
             whole=len(self.pieces),
+            right=frozenset(kept | written),
         )
-        kept = {(plan.source.table.index, name) for plan in finished for name in plan.kept}
-        report = dataclasses.replace(report, right=frozenset(kept | written))
         if self._sound is None:
             return report
         return prefetch.join_reports([report, self._sound.encode(pieces, report.right, workers, shows)])
@@ -209,12 +221,13 @@ class MediaWork:
         store, family = self.stores.of(table), self._family
         stale = self._existing[table.index].not_in(belongs, but_of=failed)
         of_sound = 0 if self._sound is None else self._sound.remove_stale(table, belongs, failed)
-        return of_sound + existing.remove_caches(
-            store, stale, partial(is_latent_cache, architecture=family.name)
-        )
+        is_ours = partial(is_latent_cache, architecture=family.name)
+        return of_sound + (remove_caches(store, stale, is_ours) if stale else 0)
 
     def free(self) -> None:
-        self._encoders.free()
+        if self._encoders is not None:
+            self._encoders = None
+            free_memory(self._device)
         if self._sound is not None:
             self._sound.free()
 
@@ -232,7 +245,7 @@ class MediaWork:
         ahead = prefetch.read_ahead(
             plans,
             lambda plan: plan.source,
-            lambda plan: latents.decode(plan, existing.names_of(self._existing, plan.source), self._recipe),
+            lambda plan: latents.decode(plan, self._existing[plan.source.table.index], self._recipe),
             workers,
             Bar(len(plans), "Encoding", "source", shows, at_once=True),
             decodes=True,
@@ -246,14 +259,26 @@ class MediaWork:
                     yield from result[1]
                 del result  # frees its frames before waiting for the next source
 
-    def _write(self, batch: Sequence[DecodedMedia], writer: prefetch.WriteBehind) -> set[tuple[int, str]]:
+    def _write(self, batch: Sequence[DecodedMedia], write: prefetch.Write) -> set[tuple[int, str]]:
         """Encode a batch and have its items' files written, and then their other files removed: sections
         that an item no longer has. Return table index and name of each file.
         """
         family, tag, written = self._family, self._recipe.tag, set[tuple[int, str]]()
-        for item, entries in zip(batch, latents.encode(batch, family, self._encoders, tag), strict=True):
-            store, name = self.stores.of(item.table), latents.name_of(item)
-            options = self._recipe.options(item.source, item.size, item.bucket, item.spans[0])
+        if self._encoders is None and not batch[0].moments:
+            self.free()  # the networks of pictures and of sound take turns
+            self._encoders = latents.load_encoders(family, self._device)
+        names = [
+            LatentName(one.source.stem, one.size)
+            if one.source.table.kind == "image"
+            else LatentName(one.source.stem, one.bucket, one.spans[0])
+            for one in batch
+        ]
+        keys = [name.file_name(tag).removesuffix(SUFFIX) for name in names]
+        encoded = latents.encode(batch, keys, family, self._encoders)
+        for item, name, entries in zip(batch, names, encoded, strict=True):
+            store = self.stores.of(item.source.table)
+            sizes = {"size": item.size, "bucket": item.bucket, "span": item.spans[0]}
+            options = self._recipe.options(item.source, **sizes)
             record = LatentRecord(self._recipe.encoder, options, item.files, item.clip, len(entries), {})
             facts = {"width": str(name.size[0]), "height": str(name.size[1])}
             if name.span is not None:
@@ -263,13 +288,13 @@ class MediaWork:
             files = [dataclasses.replace(name, section=entry.section).file_name(tag) for entry in entries]
             for file, entry in zip(files, entries, strict=True):
                 named = latents.name_tensors(item, entry, family.latent)
-                writer.submit(partial(latents.write_entry, store, family, file, named, record, facts))
-            written |= {(item.table.index, file) for file in files}
-            there = existing.names_of(self._existing, item.source).items()
-            same = [file for file, one in there if (one.size, one.span) == (name.size, name.span)]
+                write(partial(latents.write_entry, store, family, file, named, record, facts))
+            written |= {(item.source.table.index, file) for file in files}
+            there = self._existing[item.source.table.index].of(item.source.stem)
+            same = [file for file, one in there.items() if (one.size, one.span) == (name.size, name.span)]
             if surplus := [file for file in same if file not in files]:
                 is_ours = partial(is_latent_cache, architecture=family.name)
-                writer.submit(partial(existing.remove_caches, store, surplus, is_ours))
+                write(partial(remove_caches, store, surplus, is_ours))
         return written
 
     def _disk(self, plans: Sequence[SourcePlan]) -> str | None:

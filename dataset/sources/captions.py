@@ -59,7 +59,7 @@ def captions_in(text: str, table: DatasetTable) -> tuple[str, ...]:
     the same, the whole text, which `dataset.batches.order` changes, else its first line.
     """
     if table.group is None:
-        return complete_captions(caption_lines(text, table), table)
+        return complete_captions((lines_of(text) or [""]) if table.multi_caption else [text], table)
     if table.changes.is_raw:
         return (text,)
     return (join_parts(add_ends(next(iter(lines_of(text)), ""), table), table.changes),)
@@ -77,20 +77,16 @@ def first_and_more(
     return (captions[0], captions[1:]) if captions else (None, ())
 
 
-def caption_lines(text: str, table: DatasetTable) -> list[str]:
-    """Return the text, or with multi_caption its lines that are not empty; at least one."""
-    if not table.multi_caption:
-        return [text]
-    return lines_of(text) or [""]
-
-
 def complete_captions(captions: Iterable[str], table: DatasetTable) -> tuple[str, ...]:
     """Return captions with trigger word, prefix and suffix of their table, equal ones once.
 
     "prefix trigger, caption suffix"; one that has the trigger word keeps it where it is.
     """
-    whole = (add_ends(add_trigger(caption, table.trigger_word), table) for caption in captions)
-    return tuple(dict.fromkeys(whole))
+    if table.trigger_word:
+        captions = [add_trigger(caption, table.trigger_word) for caption in captions]
+    if table.caption_prefix or table.caption_suffix:
+        captions = [add_ends(caption, table) for caption in captions]
+    return tuple(dict.fromkeys(captions))
 
 
 def add_ends(caption: str, table: DatasetTable) -> str:

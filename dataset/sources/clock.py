@@ -5,6 +5,7 @@ of the same number, if it has as many frames or the same rate; else the one that
 """
 
 import contextlib
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,10 +15,20 @@ from pathlib import Path
 from dataset.config import DatasetTable
 from dataset.config_keys import AUTO
 from dataset.sources.fetching import fetch
-from dataset.sources.frames import LOOKED_AT, TOLERANCE, frames_wanted, is_still, keep_pattern
+from dataset.sources.frames import (
+    LOOKED_AT,
+    TOLERANCE,
+    Mask,
+    frames_wanted,
+    is_still,
+    keep_pattern,
+    read_moving,
+    read_still,
+)
 from dataset.sources.media_source import Fault, MediaSource
 from modules.errors import MediaError
 from modules.media import reading
+from modules.media.buckets import Size
 from modules.media.decoding import animation_durations, is_animation
 
 Kept = tuple[
@@ -48,8 +59,9 @@ def kept_frames(path: Path, table: DatasetTable, fps: float, alpha: bool = False
         frames = zip(reading.video_frames(path, alpha), itertools.count(), reading.slots(rate), strict=False)
     else:
         frames = _all_frames(path, alpha)
-    kept = itertools.compress(frames, keep_pattern(table.stated_fps, fps))
-    return itertools.islice(kept, frames_wanted(table))
+    if table.stated_fps is not None:
+        frames = itertools.compress(frames, keep_pattern(table.stated_fps, fps))
+    return itertools.islice(frames, frames_wanted(table))
 
 
 def _all_frames(path: Path, alpha: bool) -> Iterator[Kept]:
@@ -79,6 +91,25 @@ def frames_beside(
             return (frame for frame, _, _ in reading.frames_at(path, [second for _, second in kept], alpha))
         numbers = [int(second * (table.stated_fps or table.target_fps or fps)) for _, second in kept]
     return _numbered(reading.video_frames(path, alpha), numbers)
+
+
+def read_mask(
+    path: Path,
+    here: MediaSource,
+    sizes: tuple[Size, Size],
+    count: int,
+    fps: float,
+    clock: Sequence[tuple[int, float]],
+) -> Mask:
+    """Read the mask of a fetched clip for `count` kept frames: an image for all of them, or a clip.
+
+    sizes: of the clip, and of its bucket. clock: `kept`, as of `frames_beside`. Raises MediaError.
+    """
+    place = functools.partial(reading.resize_cover, bucket=sizes[1])
+    if is_still(path):
+        return read_still(path, place, sizes[0], count)
+    beside = frames_beside(path, here.path, here.table, fps, clock, alpha=True)
+    return read_moving(path, beside, place, sizes[0], count)
 
 
 def _numbered(frames: Iterator[reading.Frame], numbers: Sequence[int]) -> Iterator[reading.Frame]:

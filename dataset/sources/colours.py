@@ -11,6 +11,9 @@ from modules.media.colours import AS_SHOWN, Colours
 from modules.media.reading import image_suffixes, media_colours
 
 LOOKED_AT = 10_000  # pictures and clips of a dataset
+CONVERTED = "have a colour profile, or colours other than sRGB, and are converted to sRGB"
+PALE = "are HDR, and their brightness is not converted: they look pale. Convert them to SDR first"
+TORN = "are interlaced, which is not undone: what moves is torn into lines. Deinterlace them first"
 
 
 def keeps_transparency(source: MediaSource, masks_latents: bool) -> tuple[bool, bool]:
@@ -83,7 +86,6 @@ def find_colours(sources: Sequence[MediaSource], masks_latents: bool = False) ->
     for source in sources:
         if source.origins or source.tensors is not None:
             continue
-        keeps = keeps_transparency(source, masks_latents)
         for number, path in enumerate((source.path, *source.control)):
             if len(looked) == LOOKED_AT and path not in looked:
                 return list(told.values())
@@ -91,24 +93,15 @@ def find_colours(sources: Sequence[MediaSource], masks_latents: bool = False) ->
                 colours = looked[path] = looked.get(path) or media_colours(path)
             except (MediaError, OSError):
                 continue
-            for kind, text in _kinds(colours, keeps[min(number, 1)]):
-                told.setdefault((path, kind), Fault(kind, f"{path}{text}", source.stem))
+            is_laid = colours.is_transparent
+            is_laid = is_laid and not keeps_transparency(source, masks_latents)[min(number, 1)]
+            for is_so, kind, text in (
+                (is_laid, "are transparent and laid on white", ""),
+                (colours.is_converted, CONVERTED, ""),
+                (colours.fault is not None, "have a colour profile that is not used", f": {colours.fault}"),
+                (colours.hdr is not None, PALE, f": {colours.hdr}"),
+                (colours.is_interlaced, TORN, ""),
+            ):
+                if is_so:
+                    told.setdefault((path, kind), Fault(kind, f"{path}{text}", source.stem))
     return list(told.values())
-
-
-def _kinds(colours: Colours, keeps_alpha: bool) -> list[tuple[str, str]]:
-    found = []
-    if colours.is_transparent and not keeps_alpha:
-        found.append(("are transparent and laid on white", ""))
-    if colours.is_converted:
-        found.append(("have a colour profile, or colours other than sRGB, and are converted to sRGB", ""))
-    if colours.fault is not None:
-        found.append(("have a colour profile that is not used", f": {colours.fault}"))
-    if colours.hdr is not None:
-        kind = "are HDR, and their brightness is not converted: they look pale. Convert them to SDR first"
-        found.append((kind, f": {colours.hdr}"))
-    if colours.is_interlaced:
-        found.append(
-            ("are interlaced, which is not undone: what moves is torn into lines. Deinterlace them first", "")
-        )
-    return found

@@ -246,7 +246,6 @@ def plain_columns(path: Path, names: Collection[str]) -> tuple[list[str], list[s
 
 
 def _values(array: Any, limit: parquet.Unpacking) -> list[Any]:
-    """Return the values of a batch's column."""
     from pyarrow import compute, types
 
     if types.is_list(array.type) or types.is_large_list(array.type):

@@ -1,6 +1,5 @@
 """References of clips, and masks of what is new in their control clips: found by name, read, cut."""
 
-import functools
 import logging
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -12,16 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataset.config import DatasetTable
-from dataset.sources.clock import frames_beside
-from dataset.sources.folders import list_entries, media_suffixes
-from dataset.sources.frames import Mask, is_still, read_moving, read_still
+from dataset.sources.clock import frames_beside, read_mask
+from dataset.sources.folders import list_entries
+from dataset.sources.frames import is_still
 from dataset.sources.media_source import Fault, MediaSource
 from modules.console import count_of
 from modules.errors import DatasetError, MediaError
 from modules.media.buckets import Size
 from modules.media.decoding import ANIMATION_SUFFIXES
 from modules.media.pixels import pixels_to_uint8
-from modules.media.reading import first_frame, image_suffixes, read_image, resize_cover
+from modules.media.reading import VIDEO_SUFFIXES, first_frame, image_suffixes, read_image, resize_cover
 
 Clip = NDArray[np.uint8]  # F H W C
 
@@ -72,7 +71,7 @@ def add_companions(table: DatasetTable, sources: list[MediaSource], faults: list
 
 def _pair(folder: Path, key: str, stems: Collection[str]) -> tuple[dict[str, tuple[Path, ...]], list[Path]]:
     """Return what belongs to each stem, in order, and what belongs to none. Raises DatasetError."""
-    suffixes = image_suffixes() | ANIMATION_SUFFIXES | media_suffixes("video")
+    suffixes = image_suffixes() | ANIMATION_SUFFIXES | VIDEO_SUFFIXES
     numbered: dict[str, dict[int, Path]] = {}
     alone = []
     for entry in list_entries(folder, key):
@@ -90,6 +89,27 @@ def _pair(folder: Path, key: str, stems: Collection[str]) -> tuple[dict[str, tup
         if other != path:
             raise DatasetError(f"{other} and {path.name} have the same name but for the suffix. Keep one")
     return {stem: tuple(path for _, path in sorted(of.items())) for stem, of in numbered.items()}, alone
+
+
+def refuse_companions(table: DatasetTable, sources: Sequence[MediaSource]) -> None:
+    """Raise DatasetError for references, and masks of controls, that the model does not take.
+
+    sources: those of the table that have some.
+    """
+    rules = table.clip_references
+    for source in sources:
+        if len(source.references) > (0 if rules is None else rules.most):
+            takes = "none beside control_path" if rules is None else f"{rules.most} at most"
+            raise DatasetError(f"{table.name}: {source.path} has references; this model takes {takes}.")
+        if source.control_mask is not None and not (rules is not None and rules.control_masks):
+            raise DatasetError(
+                f"{table.name}: {source.path} has a control mask, which this model does not take."
+            )
+        if source.control_mask is not None and not source.control:
+            raise DatasetError(
+                f"{table.name}: {source.path} has a control mask, which says what of a control clip is made "
+                "new, and no such clip. Give control_directory, or control_path in a list."
+            )
 
 
 def companion_lines(sources: Sequence[MediaSource], faults: list[Fault]) -> Iterator[str]:
@@ -142,20 +162,5 @@ def read_companions(
 
     found["references"] = tuple(map(read, here.references))
     if here.control_mask is not None:
-        found["control_mask"] = _read_mask(here, here.control_mask, (size, bucket), count, fps, clock)
+        found["control_mask"] = read_mask(here.control_mask, here, (size, bucket), count, fps, clock)
     return found
-
-
-def _read_mask(
-    here: MediaSource,
-    path: Path,
-    sizes: tuple[Size, Size],
-    count: int,
-    fps: float,
-    clock: Sequence[tuple[int, float]],
-) -> Mask:
-    place = functools.partial(resize_cover, bucket=sizes[1])
-    if is_still(path):
-        return read_still(path, place, sizes[0], count)
-    beside = frames_beside(path, here.path, here.table, fps, clock, alpha=True)
-    return read_moving(path, beside, place, sizes[0], count)

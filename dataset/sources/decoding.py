@@ -1,7 +1,6 @@
 """Turn a source into items to encode: decode once, keep and resize frames, choose the bucket, cut spans."""
 
 import dataclasses
-import functools
 import itertools
 import random
 from collections.abc import Iterator
@@ -15,19 +14,16 @@ from torch import Tensor
 
 from dataset.config import DatasetTable
 from dataset.config_keys import AUTO
-from dataset.sources.clock import frames_beside, kept_frames
+from dataset.sources.clock import frames_beside, kept_frames, read_mask
 from dataset.sources.fetching import fetch
 from dataset.sources.frames import (
     Mask,
     Span,
     bucket_of,
     frames_wanted,
-    is_still,
-    read_moving,
     read_still,
     resample_indices,
     spans,
-    stack_alphas,
 )
 from dataset.sources.media_source import ClipFacts, FileIdentity, MediaSource
 from dataset.sources.references import fit_reference, read_reference
@@ -70,14 +66,15 @@ class DecodedMedia:
     rate: float | None = None  # frames in a second, for models that are told
 
     @property
-    def table(self) -> DatasetTable:
-        return self.source.table
-
-    @property
     def arrays(self) -> tuple[Any, ...]:
-        """Return what items of a batch have in equal shapes."""
         masks = (one for one in (self.alpha, self.control_mask) if one is not None)
         return (self.frames, *self.control, *masks, *self.references, *self.moments)
+
+    @property
+    def group(self) -> tuple[object, ...]:
+        """Return what items of a batch have in common: their table, and the shapes of what is stacked."""
+        counts = len(self.control), len(self.references)
+        return (self.source.table.index, counts, *(one.shape for one in self.arrays))
 
     @property
     def size_bytes(self) -> int:
@@ -144,12 +141,7 @@ def decode_source(
         frames, mask = _gather(itertools.chain([first], frames_in), bucket, enough, table.is_of_sound)
         path, count = here.mask, len(frames)
         if path is not None:  # one image for all frames, or a clip
-            place = functools.partial(resize_cover, bucket=bucket)
-            if is_still(path):
-                mask = read_still(path, place, size, count)
-            else:
-                beside = frames_beside(path, here.path, table, fps, clock, alpha=True)
-                mask = read_moving(path, beside, place, size, count)
+            mask = read_mask(path, here, (size, bucket), count, fps, clock)
         found, reason = spans_or_reason(table, count, frame_step)
         control = []
         for path in here.control if found else ():
@@ -204,7 +196,7 @@ def _decode_image(
     alpha = None if alpha is None or alpha.min() == 255 else place(alpha)
     mask = None if source.mask is None else read_still(source.mask, place, size, 1)
     if table.alpha_mask:
-        mask, alpha = stack_alphas([alpha]), None
+        mask, alpha = None if alpha is None else alpha[None], None
     frames, more = place(image)[None], dict[str, Any]()
     if source.references or source.control_mask is not None:
         from dataset.sources.companions import read_companions
@@ -286,12 +278,15 @@ def _gather(
         if count == len(clip):
             # no other reference to the array exists yet
             clip.resize((count + max(GROWTH, count // 4), height, width, 3), refcheck=False)
-        colours, alpha = _colours_and_alpha(frame)
+        colours, alpha = (frame, None) if frame.shape[2] == 3 else _colours_and_alpha(frame)
         alphas.append(None if alpha is None else resize_cover(alpha, bucket))
         clip[count] = resize_cover(colours, bucket)
         count += 1
     clip.resize((count, height, width, 3), refcheck=False)
-    return clip, stack_alphas(alphas)
+    first = next((alpha for alpha in alphas if alpha is not None), None)
+    if first is None or all(alpha is None or alpha.min() == 255 for alpha in alphas):
+        return clip, None
+    return clip, np.stack([np.full_like(first, 255) if alpha is None else alpha for alpha in alphas])
 
 
 def _colours_and_alpha(image: Frame) -> tuple[Frame, NDArray[np.uint8] | None]:

@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import logging
 import os
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 from dataset.config import DatasetTable
@@ -33,8 +33,11 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
     if table.control_directory is not None:
         folder = ControlFolder(table.control_directory, {path.stem for path in paths})
         controls = _folder_controls(table, folder, paths, faults)
-    masks = _find_companions(table, "mask", paths, faults)
-    sounds = {} if table.audio == IGNORE else _find_companions(table, "sound", paths, faults)
+    masks, sounds = dict[Path, Path](), dict[Path, Path]()
+    if table.mask_directory is not None:
+        masks = _find_companions(table, "mask", table.mask_directory, paths, faults)
+    if table.audio_directory is not None and table.audio != IGNORE:
+        sounds = _find_companions(table, "sound", table.audio_directory, paths, faults)
     sources = []
     bad: dict[Path, tuple[str, str]] = {}  # caption file -> stem and message
     for path, control in zip(paths, controls, strict=True):
@@ -60,17 +63,14 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
 
 
 def _find_companions(
-    table: DatasetTable, what: str, media: Sequence[Path], faults: list[Fault]
-) -> Mapping[Path, Path]:
+    table: DatasetTable, what: str, folder: Path, media: Sequence[Path], faults: list[Fault]
+) -> dict[Path, Path]:
     """Return the mask, or the sound, of each image or clip that has one in the table's folder for them: a
     file of its name but for the suffix. what: mask or sound.
 
     There is a fault if a name is not unique, or if nothing in the folder is of any use.
     """
     of_masks = what == "mask"
-    folder = table.mask_directory if of_masks else table.audio_directory
-    if folder is None:
-        return {}
     try:
         listed = list_entries(folder, "mask_directory" if of_masks else "audio_directory")
         suffixes = mask_suffixes(table.kind) if of_masks else SOUND_SUFFIXES | VIDEO_SUFFIXES
@@ -98,7 +98,7 @@ def _find_companions(
 def _media_in(table: DatasetTable, faults: list[Fault]) -> list[Path]:
     """Return a table folder's images or clips, sorted; add those that are no regular file."""
     assert table.directory is not None
-    suffixes, spare = media_suffixes(table.holds), media_suffixes(table.holds, spare=True)
+    suffixes, spare = media_suffixes(table.holds)
     key = table.source_key if table.group is None else "image_dir"
     entries = list_entries(table.directory, f"{table.name}: {key}")
     ends = [split_name(entry.name)[1].lower() for entry in entries]
@@ -262,17 +262,16 @@ def split_name(name: str) -> tuple[str, str]:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def media_suffixes(kind: str, spare: bool = False) -> frozenset[str]:
-    """Return the suffixes of images, clips or sounds.
-
-    spare: those that give way to others of the same name (previews, originals); of images .webp is none.
+def media_suffixes(kind: str) -> tuple[frozenset[str], frozenset[str]]:
+    """Return the suffixes of images, clips or sounds, and of those that give way to others of the same name
+    (previews, originals); of images .webp is none of these.
     """
     if kind == "sound":
-        return frozenset() if spare else SOUND_SUFFIXES
-    of_images = ANIMATION_SUFFIXES - {".webp"} | TIFF_SUFFIXES
-    if spare:
-        return ANIMATION_SUFFIXES if kind == "video" else of_images
-    return image_suffixes() - of_images if kind == "image" else VIDEO_SUFFIXES
+        return SOUND_SUFFIXES, frozenset()
+    if kind == "video":
+        return VIDEO_SUFFIXES, ANIMATION_SUFFIXES
+    spare = ANIMATION_SUFFIXES - {".webp"} | TIFF_SUFFIXES
+    return image_suffixes() - spare, spare
 
 
 def _find_spare(table: DatasetTable, entries: Sequence[Path], others: Sequence[Path]) -> list[Path]:

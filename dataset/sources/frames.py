@@ -21,6 +21,7 @@ from dataset.config import DatasetTable
 from dataset.config_keys import AUTO
 from dataset.sources.media_source import Fault, MediaSource
 from modules.console import count_of
+from modules.contract.data import MediaTable
 from modules.errors import DatasetError, MediaError
 from modules.media import buckets
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
@@ -81,6 +82,24 @@ def frames_wanted(table: DatasetTable) -> int | None:
     if table.frame_extraction == "head":
         return max(table.target_frames)
     return table.max_frames if table.frame_extraction == "full" else None
+
+
+def media_table(table: DatasetTable, has_control: bool = False, has_references: bool = False) -> MediaTable:
+    """Return a table's facts for families: also whether its items have control media, and references."""
+    return MediaTable(
+        name=table.name,
+        kind=table.kind,
+        has_control=has_control,
+        has_references=has_references,
+        target_frames=()
+        if table.kind == "image" or table.frame_extraction == "full"
+        else table.target_frames,
+        max_frames=table.max_frames if table.kind == "video" and table.frame_extraction == "full" else None,
+        window=table.fp_latent_window_size,
+        clean_indices=table.fp_1f_clean_indices or (),
+        target_index=table.fp_1f_target_index,
+        has_post=not table.fp_1f_no_post,
+    )
 
 
 def keep_pattern(source_fps: float | None, target_fps: float) -> Iterator[bool]:
@@ -226,13 +245,6 @@ def read_moving(
     masks = opacities if look.is_drawn else masks
     masks += [masks[-1]] * (num_frames - len(masks))
     return np.stack(masks)
-
-
-def stack_alphas(alphas: Sequence[NDArray[np.uint8] | None]) -> Mask | None:
-    first = next((alpha for alpha in alphas if alpha is not None), None)
-    if first is None or all(alpha is None or alpha.min() == 255 for alpha in alphas):
-        return None
-    return np.stack([np.full_like(first, 255) if alpha is None else alpha for alpha in alphas])
 
 
 def shrink_mask(mask: Tensor, stride: tuple[int, int, int]) -> Tensor:

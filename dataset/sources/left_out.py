@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.folders import folder_id, is_file, list_entries, media_suffixes, split_name
-from dataset.sources.media_source import is_of_shards
+from dataset.sources.media_source import OF_SHARDS
 from modules.errors import MediaError
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
 from modules.media.opening import SOUND_SUFFIXES
@@ -56,9 +56,9 @@ def left_out_files(config: DatasetConfig, table: DatasetTable) -> str | None:
     kinds = {str(one.kind) for one in sharing}
     captions = {one.caption_extension for one in sharing if one.caption_extension}
     caption_ends = {one.lower() for one in captions}
-    read = frozenset().union(*(_all_suffixes(kind) for kind in kinds))
+    read = frozenset().union(*itertools.chain(*map(media_suffixes, kinds)))
     if place in _other_folders(config) or any(one.is_of_sound for one in sharing):
-        read |= frozenset().union(SOUND_SUFFIXES, *map(_all_suffixes, _KINDS))
+        read |= SOUND_SUFFIXES.union(*itertools.chain(*map(media_suffixes, _KINDS)))
     # without a Path for each: there may be a million
     there = [(entry, *split_name(entry.name)) for entry in list_entries(table.directory, table.name)]
     stems = {stem for _, stem, suffix in there if suffix.lower() in read}
@@ -73,7 +73,7 @@ def left_out_files(config: DatasetConfig, table: DatasetTable) -> str | None:
         may_be_still = kinds == {"video"} and end in ANIMATION_SUFFIXES
         if end in read and not (may_be_still and _is_still(table.directory / entry.name)):
             continue
-        if is_file(entry) and not is_of_shards(entry.name):
+        if is_file(entry) and not OF_SHARDS.fullmatch(entry.name):
             why = f"captions of no {table.kind}" if is_caption else _explain(end, kinds)
             shown = suffix if is_caption else end
             counts.setdefault(why, Counter())[shown or "no suffix"] += 1
@@ -86,10 +86,6 @@ def left_out_files(config: DatasetConfig, table: DatasetTable) -> str | None:
     ]
     verb = "file is" if number == 1 else "files are"
     return f"{table.directory}: {number} {verb} not read: {'; '.join(parts)}"
-
-
-def _all_suffixes(kind: str) -> frozenset[str]:
-    return media_suffixes(kind) | media_suffixes(kind, spare=True)
 
 
 def _other_folders(config: DatasetConfig) -> set[str]:
@@ -109,7 +105,7 @@ def _is_still(path: Path) -> bool:
 
 def _explain(end: str, kinds: set[str]) -> str:
     for other in _KINDS:
-        if other not in kinds and end in _all_suffixes(other):
+        if other not in kinds and any(end in ends for ends in media_suffixes(other)):
             return f"{other}s, for which a table with {other}_directory is needed"
     return remedy_of(end) or ""
 
@@ -120,7 +116,7 @@ def describe_entries(table: DatasetTable) -> str:
     suffixes = [path.suffix.lower() for path in table.directory.iterdir() if path.is_file()]
     kind = table.holds
     other = "image" if kind == "video" else "video"
-    there = sum(suffix in media_suffixes(other) for suffix in suffixes)
+    there = sum(suffix in media_suffixes(other)[0] for suffix in suffixes)
     if there:
         return f"has no {kind}s but {there} {other}s, for which the key is {other}_directory"
     folders = [path.name for path in table.directory.iterdir() if path.is_dir()]
@@ -128,7 +124,7 @@ def describe_entries(table: DatasetTable) -> str:
         f"{count} {suffix or 'without suffix'}" for suffix, count in Counter(suffixes).most_common(3)
     )
     what = f"it has {found}" if found else f"only folders, such as {folders[0]}" if folders else "it is empty"
-    kinds = ", ".join(sorted(_all_suffixes(kind)))
+    kinds = ", ".join(sorted(frozenset().union(*media_suffixes(kind))))
     return f"has no {kind}s ({what}; folders inside it are not searched; the suffixes are {kinds})"
 
 
@@ -144,8 +140,8 @@ def left_out_folders(config: DatasetConfig) -> Iterator[str]:
         for folder in folders:
             if Path(folder).name in _FOLDERS_OF_RUNS and (table.directory / "run.toml").exists():
                 continue
-            kind = table.holds
-            if folder_id(folder) not in others and _holds(folder, _all_suffixes(kind), others):
+            kind, suffixes = table.holds, frozenset[str]().union(*media_suffixes(table.holds))
+            if folder_id(folder) not in others and _holds(folder, suffixes, others):
                 unused = f"its {kind}s are not used: folders inside a folder are not searched"
                 yield f"{folder}: {unused}. Give it a table"
 

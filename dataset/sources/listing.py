@@ -85,10 +85,10 @@ def find_sources(
         if len(source.stem) * 4 > MOST_OF_STEM and (size := len(os.fsencode(source.stem))) > MOST_OF_STEM:
             text = f"{source.path}: {size} bytes, at most {MOST_OF_STEM} leave room"
             found.append(Fault(long, text, source.stem))
-    if faults is None:
+    if faults is None and found:
         raise_faults(found)
         warn_skipped(found)
-    else:
+    elif faults is not None:
         faults += found
     return sources
 
@@ -140,7 +140,8 @@ def find_all_sources(
         faults: list[Fault] = []
         try:
             sources += find_sources(table, captions, faults)
-            raise_faults(faults)
+            if faults:
+                raise_faults(faults)
         except DatasetError as error:
             problems.append(str(error))
         if skipped is None:

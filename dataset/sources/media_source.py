@@ -13,10 +13,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from dataset.config import DatasetTable
-from dataset.config_keys import REFERENCES
 from dataset.table import FROM_ALPHA, FROM_FILE
 from modules.console import count_words
 from modules.errors import DatasetError
@@ -119,13 +117,6 @@ class MediaSource:
             return tuple((path, None) for path in given if path is not None)
         paths = (self.path, *self.control, *filter(None, (self.mask, self.control_mask)), *self.references)
         return tuple(zip(paths, self.origins or (None,) * len(paths), strict=True))
-
-    @property
-    def control_keys(self) -> dict[str, Any]:
-        keys = self.table.changed(REFERENCES) if self.control else {}
-        if self.references and (rules := self.table.clip_references) is not None:
-            keys |= {CLIP_REFERENCES: [len(self.references), *rules.factors]}
-        return keys if self.control_mask is None else keys | {CONTROL_MASK: True}
 
     @property
     def mask_from(self) -> str | None:
@@ -290,10 +281,5 @@ def list_faults(faults: Iterable[Fault], most: int) -> list[str]:
 OLD_INDEXES = {"cache-index.sqlite", "cache-index.parquet"}  # of earlier versions
 # finished, of earlier versions, and being written: by a word for the machine
 SHARD = re.compile(r"cache-[0-9a-f]{16}\.(sqlite|tar)|cache-[0-9a-f]{32}\.writing")
-
-
-def is_of_shards(name: str) -> bool:
-    # the beginning first: folders may have millions of other names
-    return name.startswith("cache-") and (
-        name in OLD_INDEXES or SHARD.fullmatch(re.sub("-(journal|wal)$", "", name)) is not None
-    )
+# names of all that belongs to them
+OF_SHARDS = re.compile(rf"(?:{SHARD.pattern})(-journal|-wal)?|cache-index\.(sqlite|parquet)")

@@ -10,7 +10,7 @@ from urllib.request import url2pathname
 
 from dataset.config import DatasetTable
 from dataset.sources import media_source
-from dataset.sources.captions import caption_lines, complete_captions, first_and_more
+from dataset.sources.captions import complete_captions, first_and_more, lines_of
 from modules.control_codes import shorten
 from modules.errors import DatasetError
 from modules.limits import MAX_CAPTION_BYTES
@@ -152,7 +152,9 @@ class RowReader:
         if self.is_list:
             return captions
         stripped = [one.strip() for one in captions]
-        return stripped if caption is None else [*caption_lines(stripped[0], self.table), *stripped[1:]]
+        if caption is None or not self.table.multi_caption:
+            return stripped
+        return [*(lines_of(stripped[0]) or [""]), *stripped[1:]]
 
     def _text(self, name: str, values: Mapping[str, Any], where: str) -> str | None:
         """Return the path in a column of control media, masks or sound; None if there is none."""

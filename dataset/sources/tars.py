@@ -37,8 +37,8 @@ def list_tars(table: DatasetTable, faults: list[media_source.Fault]) -> list[med
     """
     samples: list[tuple[Path, TarSample]] = []
     rules = TarRules(
-        media=tuple(sorted(media_suffixes(table.kind))),
-        spare=tuple(sorted(media_suffixes(table.kind, spare=True))),
+        media=tuple(sorted(media_suffixes(table.kind)[0])),
+        spare=tuple(sorted(media_suffixes(table.kind)[1])),
         beside=tuple(sorted(mask_suffixes(table.kind))),
         caption_suffix=(table.caption_extension or ".txt").lower(),
         caption_names=CAPTION_COLUMNS if table.caption_column is None else (table.caption_column,),
@@ -175,7 +175,7 @@ def _tars_of(table: DatasetTable, name: str) -> Iterator[Path]:
     has_pattern = any(mark in name for mark in "*?[")
     matches = sorted(glob.glob(str(path))) if has_pattern else []  # noqa: PTH207  # of any depth and root
     # the caches may lie beside the sources
-    matches = [name for name in matches if not media_source.is_of_shards(Path(name).name)]
+    matches = [name for name in matches if not media_source.OF_SHARDS.fullmatch(Path(name).name)]
     if not matches:
         looked = "" if path.is_absolute() else f" (looked in {Path.cwd()})"
         raise DatasetError(f"{path}: no such file{looked}. Correct the path.")

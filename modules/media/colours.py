@@ -105,20 +105,19 @@ def shown_pixels(path: Path, image: Image.Image, alpha: bool) -> NDArray[np.uint
     return with_alpha if alpha else blend_on_white(with_alpha)
 
 
-def coded_pixels(pixels: NDArray[np.uint8], codes: tuple[int, int]) -> NDArray[np.uint8]:
-    """Return a clip's frame, H W 3 or 4, as sRGB. codes: its primaries and transfer function, as of cICP."""
-    if (transform := _of_codes(*codes)) is None:
+def coded_pixels(pixels: NDArray[np.uint8], frame: Any) -> NDArray[np.uint8]:
+    """Return the pixels of FFmpeg's frame, H W 3 or 4, as sRGB."""
+    if (transform := code_transform(frame)) is None:
         return pixels
     colours = Image.fromarray(np.ascontiguousarray(pixels[..., :3]))
     return np.dstack([np.asarray(ImageCms.applyTransform(colours, transform)), pixels[..., 3:]])
 
 
-def is_coded(codes: tuple[int, int]) -> bool:
-    return _of_codes(*codes) is not None
-
-
-def _of_codes(primaries: int, transfer: int) -> ImageCms.ImageCmsTransform | None:
-    """Return what converts to sRGB; None of HDR, and of the primaries of television, taken for sRGB's."""
+def code_transform(frame: Any) -> ImageCms.ImageCmsTransform | None:
+    """Return what converts FFmpeg's frame, or a stream's codec, to sRGB; None of HDR, and of the primaries of
+    television, taken for sRGB's.
+    """
+    primaries, transfer = int(frame.color_primaries), int(frame.color_trc)
     transfer = 1 if transfer == _UNSAID else transfer
     if primaries not in _PLACES or primaries == 1 or transfer not in _GAMMAS:
         return None

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from modules.console import count_of
 from modules.errors import MediaError
 from modules.limits import MAX_PIXELS
-from modules.media.colours import HDR, blend_on_white, shown_pixels
+from modules.media.colours import blend_on_white, shown_pixels
 from modules.media.opening import av, open_image, reading
 
 # decoders that read transparency, which FFmpeg's own do not, by the codec
@@ -108,16 +108,6 @@ def frame_pixels(frame: Any, stream: Any, deep: bool = False, alpha: bool = Fals
     if is_bare or opacity.min() == np.iinfo(opacity.dtype).max:
         return pixels
     return blend_on_white(np.dstack([pixels, opacity]))
-
-
-def hdr_of(frame: Any) -> str | None:
-    """Return by which function the brightness of a frame, or of a stream's codec, is HDR; None if by none."""
-    return HDR.get(int(frame.color_trc))
-
-
-def colour_codes(frame: Any) -> tuple[int, int]:
-    """Return primaries and transfer function of a frame, or of a stream's codec, for `coded_pixels`."""
-    return int(frame.color_primaries), int(frame.color_trc)
 
 
 def check_size(path: Path, container: Any, stream: Any) -> None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from modules.errors import MediaError
 from modules.media.decoding import is_sideways
-from modules.media.opening import av, file_url, open_container
+from modules.media.opening import av, open_container
 
 logger = getLogger(__name__)
 
@@ -136,7 +136,7 @@ def create_container(
 ) -> Any:
     """Open a file to write, without random ids and with tags. options: further ones of the container."""
     options = {"fflags": "+bitexact", **(options or {})}
-    container = av.open(file_url(path), "w", format=MUXERS[suffix], options=options)
+    container = av.open(f"file:{path}", "w", format=MUXERS[suffix], options=options)
     container.metadata.update(tags or {})
     return container
 

@@ -123,7 +123,8 @@ def open_container(path: Path, formats: Sequence[str] = VIDEO_FORMATS) -> Any:
     """
     options = {"format_whitelist": ",".join(formats), **_ALONE}
     try:
-        return av.open(file_url(path), metadata_errors="replace", options=options)
+        # without `file:`, FFmpeg takes a name such as `take:2.mkv` for a protocol
+        return av.open(f"file:{path}", metadata_errors="replace", options=options)
     except av.ArgumentError:  # what FFmpeg answers for a format that is not in the list
         kind, such = ("video", ".mp4, .mov, .mkv") if formats is VIDEO_FORMATS else ("sound", ".wav, .flac")
         raise MediaError(
@@ -184,11 +185,6 @@ def _is_video(path: Path) -> bool:
             return bool(container.streams.video)
     except (MediaError, OSError, ValueError, InstallationError):
         return False
-
-
-def file_url(path: Path) -> str:
-    """Without `file:`, FFmpeg takes a name such as `take:2.mkv` for a protocol."""
-    return f"file:{path}"
 
 
 # Import PyAV, which brings FFmpeg, at its first use: reading pictures or caches does not need it.

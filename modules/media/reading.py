@@ -26,10 +26,11 @@ from modules.limits import MAX_SHOWN_SECONDS, MAX_TAG_CHARACTERS
 from modules.media import decoding
 from modules.media.buckets import Fit, Size, fit_cover
 from modules.media.colours import (
+    HDR,
     Colours,
     blend_on_white,
+    code_transform,
     coded_pixels,
-    is_coded,
     look_at,
     shown_pixels,
     upright,
@@ -126,11 +127,11 @@ def media_colours(path: Path) -> Colours:
                     first.to_ndarray(format="rgb24", threads=1),
                 )
                 is_transparent = not np.array_equal(shown, plain)
-            is_converted, fields = is_coded(decoding.colour_codes(codec)), int(codec.field_order)
+            is_converted, fields = code_transform(codec) is not None, int(codec.field_order)
             return Colours(
                 is_transparent,
                 is_converted,
-                hdr=decoding.hdr_of(codec),
+                hdr=HDR.get(int(codec.color_trc)),
                 is_interlaced=fields > PROGRESSIVE,
                 by_codes=is_converted,
                 is_square=decoding.square_width(codec, stream) == codec.width,
@@ -272,9 +273,7 @@ def timed_frames(path: Path, alpha: bool = False, threads: int = 0) -> Iterator[
         stream.codec_context.thread_count = threads
         for frame, start in decoding.decode_frames(path, container, stream):
             shown = float(frame.duration * stream.time_base) if frame.duration else usual_seconds
-            pixels = coded_pixels(
-                decoding.frame_pixels(frame, stream, alpha=alpha), decoding.colour_codes(frame)
-            )
+            pixels = coded_pixels(decoding.frame_pixels(frame, stream, alpha=alpha), frame)
             if (width := decoding.square_width(frame, stream)) != frame.width:
                 pixels = resize_frame(pixels, (width, frame.height), "lanczos")
             yield decoding.turn_upright(pixels, frame.rotation), start, start + shown

@@ -13,7 +13,7 @@ from typing import Any
 
 from modules.errors import MediaError
 from modules.media import decoding
-from modules.media.colours import blend_on_white
+from modules.media.colours import HDR, blend_on_white
 from modules.media.encoding import Picture, in_eight_bits
 from modules.media.opening import open_video
 from modules.media.reading import image_size
@@ -117,7 +117,7 @@ def _timed(path: Path, deep: bool) -> Iterator[Picture]:
         for number, (frame, _) in enumerate(decoding.decode_frames(path, container, stream)):
             base = frame.time_base or stream.time_base
             if number == 0:
-                hdr = decoding.hdr_of(frame)
+                hdr = HDR.get(int(frame.color_trc))
                 if hdr is not None:
                     logger.warning(
                         "%s is an HDR video (%s). Its brightness is not converted: the result looks pale, "

@@ -8,7 +8,7 @@ from itertools import groupby
 from markupsafe import Markup, escape
 
 from modules.control_codes import escape_control_codes
-from modules.pages.page import SHEET, embed_svg
+from modules.pages.page import SHEET, as_url
 
 FADED = 0.3  # opacity of the values behind a smoothed curve
 WIDTH, HEIGHT = 500, 300  # pixels: texts can be read on a phone, and two fit side by side on a desk
@@ -52,17 +52,20 @@ class Chart:
 
 
 def draw_chart(chart: Chart) -> Markup:
-    """Return an image tag with a diagram. NaN and infinite values leave a gap."""
+    """Return an image tag with a diagram; as an image, it can neither run a script nor fetch.
+
+    NaN and infinite values leave a gap.
+    """
     across = _Axis([x for curve in chart.curves for x in curve.x], LEFT, RIGHT)
     values = (side for curve in chart.curves for side in (curve.y, curve.low or [], curve.high or []))
     up = _Axis([value for side in values for value in side], BOTTOM, TOP)
     parts = [START]
     for place, label in across.ticks():
-        parts += [_line([(place, TOP), (place, BOTTOM)], RULE), _text(place, BOTTOM + 19, label)]
+        parts += [*_lines([(place, TOP), (place, BOTTOM)], RULE), _text(place, BOTTOM + 19, label)]
     for place, label in up.ticks():
-        parts += [_line([(LEFT, place), (RIGHT, place)], RULE)]
+        parts += _lines([(LEFT, place), (RIGHT, place)], RULE)
         parts += [_text(LEFT - 6, place + 5, label, 'text-anchor="end"')]
-    parts += [_line([(LEFT, TOP), (LEFT, BOTTOM), (RIGHT, BOTTOM)], AXIS)]
+    parts += _lines([(LEFT, TOP), (LEFT, BOTTOM), (RIGHT, BOTTOM)], AXIS)
     for number, curve in enumerate(chart.curves):
         parts += _draw_curve(curve, across, up, COLOURS[number % len(COLOURS)])
     middle = (TOP + BOTTOM) / 2
@@ -75,7 +78,8 @@ def draw_chart(chart: Chart) -> Markup:
         for number, curve in enumerate(chart.curves):
             colour, y = COLOURS[number % len(COLOURS)], TOP + 15 + 17 * number
             parts += [_text(RIGHT - 4, y, curve.name, f'text-anchor="end" fill="{colour}"')]
-    return embed_svg("".join([*parts, "</svg>"]), chart.title)
+    drawing = as_url("image/svg+xml", "".join([*parts, "</svg>"]).encode())
+    return Markup('<img class="chart" src="{}" alt="{}">').format(drawing, chart.title)
 
 
 class _Axis:
@@ -113,11 +117,9 @@ def _draw_curve(curve: Curve, across: _Axis, up: _Axis, colour: str) -> Iterator
             corners = _numbers([*low, *reversed(high)])
             yield f'<polygon points="{corners}" fill="{colour}" fill-opacity="{FADED / 2}"/>'
     drawn = points(curve.y)
-    for run in _runs(drawn):
-        yield _line(run, colour, FADED if curve.smoothing else 1.0)
+    yield from _lines(drawn, colour, FADED if curve.smoothing else 1.0)
     if curve.smoothing:
-        for run in _runs(points(smooth(curve.y, curve.smoothing))):
-            yield _line(run, colour)
+        yield from _lines(points(smooth(curve.y, curve.smoothing)), colour)
     for x, y in drawn if curve.has_dots else []:
         if math.isfinite(y):
             yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2" fill="{colour}"/>'
@@ -126,19 +128,17 @@ def _draw_curve(curve: Curve, across: _Axis, up: _Axis, colour: str) -> Iterator
         yield _text(x, y + 6, "\N{BLACK STAR}", f'font-size="18" fill="{colour}"')
 
 
-def _runs(points: Sequence[Point]) -> Iterator[list[Point]]:
+def _lines(points: Sequence[Point], colour: str, opacity: float = 1.0) -> Iterator[str]:
+    """Yield a line for each run of points of finite values."""
+    look = f'fill="none" stroke="{colour}" stroke-opacity="{opacity}"'
     for is_finite, run in groupby(points, lambda point: math.isfinite(point[1])):
         if is_finite:
-            yield list(run)
-
-
-def _line(points: Sequence[Point], colour: str, opacity: float = 1.0) -> str:
-    # a line of no length is a dot where its ends are round
-    ends = points if len(points) > 1 else [*points, *points]
-    return (
-        f'<polyline points="{_numbers(ends)}" fill="none" stroke="{colour}" stroke-opacity="{opacity}"'
-        ' stroke-width="1.5" stroke-linecap="round" stroke-linejoin="round"/>'
-    )
+            ends = list(run)
+            ends += ends if len(ends) == 1 else []  # a line of no length is a dot where its ends are round
+            yield (
+                f'<polyline points="{_numbers(ends)}" {look}'
+                ' stroke-width="1.5" stroke-linecap="round" stroke-linejoin="round"/>'
+            )
 
 
 def _numbers(points: Iterable[Point]) -> str:

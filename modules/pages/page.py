@@ -71,12 +71,11 @@ def _templates(folder: Path) -> jinja2.Environment:  # each template is compiled
     )
 
 
-@functools.cache
-def file_policy() -> str:
-    """Return what a page may do: load nothing, run `page.js` alone, even if a text were not escaped."""
-    mark = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    policy = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'"
-    return f"{policy}; script-src 'sha256-{mark}'"
+# what a page may do: load nothing, run `page.js` alone, even if a text were not escaped
+FILE_POLICY = (
+    "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; "
+    f"script-src 'sha256-{base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()}'"
+)
 
 
 def write_page(path: Path, template: Path, title: str, values: Mapping[str, Any]) -> None:
@@ -84,13 +83,13 @@ def write_page(path: Path, template: Path, title: str, values: Mapping[str, Any]
     write_text(path, render_page(template, title, values))
 
 
-def render_page(template: Path, title: str, values: Mapping[str, Any], policy: str | None = None) -> str:
-    """Return the page of `template` with these values, which are escaped. policy: `file_policy()` if None.
+def render_page(template: Path, title: str, values: Mapping[str, Any], policy: str = FILE_POLICY) -> str:
+    """Return the page of `template` with these values, which are escaped.
 
     Raises jinja2.UndefinedError if the template names a value that is missing.
     """
     values = {**values, "reelsmith": as_typed(["python", "reelsmith.py"]), "sheet": SHEET, "script": SCRIPT}
-    given = {**values, "title": escape_control_codes(title), "policy": policy or file_policy()}
+    given = {**values, "title": escape_control_codes(title), "policy": policy}
     return _templates(template.parent).get_template(template.name).render(given)
 
 
@@ -106,7 +105,7 @@ def embed_picture(frame: Frame, text: str, largest_side: int = 512, quality: int
     data = io.BytesIO()
     image.save(data, format="JPEG", quality=quality)
     return Markup('<img src="{}" alt="{}" width="{}" height="{}">').format(
-        _as_url("image/jpeg", data.getvalue()), text, image.width, image.height
+        as_url("image/jpeg", data.getvalue()), text, image.width, image.height
     )
 
 
@@ -125,14 +124,7 @@ def embed_clip(frames: Sequence[Frame], fps: float, text: str, largest_side: int
         write_video(path, reduced, fps, crf=CLIP_CRF, preset="veryfast")
         data = path.read_bytes()
     return Markup('<video src="{}" aria-label="{}" autoplay loop muted playsinline></video>').format(
-        _as_url("video/mp4", data), text
-    )
-
-
-def embed_svg(svg: str, text: str) -> Markup:
-    """Return an image tag with an SVG drawing: as an image, it can neither run a script nor fetch."""
-    return Markup('<img class="chart" src="{}" alt="{}">').format(
-        _as_url("image/svg+xml", svg.encode()), text
+        as_url("video/mp4", data), text
     )
 
 
@@ -146,5 +138,5 @@ def reduce_frame(frame: Frame, largest_side: int) -> Frame:
     return cv2.resize(frame, size, interpolation=cv2.INTER_AREA).astype(np.uint8)
 
 
-def _as_url(kind: str, data: bytes) -> str:
+def as_url(kind: str, data: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"

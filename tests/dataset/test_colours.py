@@ -13,7 +13,7 @@ from data_tools.report.check import check_caching
 from data_tools.report.options import ReportOptions
 from data_tools.report.run import run_report
 from dataset.cache.files import read_entry, write_tensors
-from dataset.cache.records import latent_metadata, latent_record, text_metadata, text_records
+from dataset.cache.records import latent_record, record_metadata, text_records
 from dataset.caching import planning
 from dataset.caching.loop import cache_media
 from dataset.config import DatasetConfig
@@ -59,13 +59,13 @@ def age(folder: Path, as_shown: int = False) -> None:
         entry = read_entry(path)
         if path.stem.endswith("_te"):
             texts = text_records(entry).items()
-            changed = text_metadata(
+            changed = record_metadata(
                 {name: dataclasses.replace(one, as_shown=as_shown) for name, one in texts}
             )
         else:
             latents = latent_record(entry)
             assert latents is not None
-            changed = latent_metadata(dataclasses.replace(latents, as_shown=as_shown))
+            changed = record_metadata(dataclasses.replace(latents, as_shown=as_shown))
         write_tensors(path, entry.named, {**entry.metadata, **changed})
 
 
@@ -111,7 +111,7 @@ def test_clips_that_name_their_colours_or_are_not_square_are_made_again(
     assert latents.clip.size == (32, 32)
     clip, then = dataclasses.replace(latents.clip, size=(64, 32)), {**latents.options, "size": [64, 32]}
     old = dataclasses.replace(latents, clip=clip, options=then)
-    write_tensors(path, entry.named, {**entry.metadata, **latent_metadata(old)})
+    write_tensors(path, entry.named, {**entry.metadata, **record_metadata(old)})
     age(tmp_path, True)
 
     with caplog.at_level("INFO"):

@@ -323,11 +323,11 @@ def what_caches_tell(table: DatasetTable) -> tuple[object, object]:
     mask = None if table.mask_directory is None else table.mask_directory / "a.png"
     picture = Path("a.png")
     source = MediaSource(picture, "a", None, None, (picture,), table, mask=mask, tensors=tensors)
-    recipe = Recipe("toy", {}, LATENT, 24.0, False, lambda *_: None, Stores())
+    recipe = Recipe("toy", {}, LATENT, 24.0, lambda *_: None, Stores())
     modes = [dataclasses.replace(table, frame_extraction=mode) for mode in ("uniform", "slide", "full")]
     taken = [spans(one, 29, 4) for one in (table, *modes)]
     boxes = [bucket_of(table, size, 16, picture) for size in ((640, 480), (16, 48))]
-    return (recipe.table_options(source), source.control_keys, taken, boxes), table.changed(TEXTS)
+    return (recipe.options(source), taken, boxes), table.changed(TEXTS)
 
 
 @pytest.mark.parametrize("name", [name for name in KEYS if name not in SOURCES])

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from dataset.options import read_latent_caching, read_text_caching
+from dataset.options import CachingOptions, read_latent_caching
 from docs.model_tables import FIRST, family_table, models_tables, page_of
 from downloads.catalogue import ModelSet, ReleasedFile, download_hint, families, known_components, model_sets
 from downloads.listing import describe_set
@@ -49,6 +49,10 @@ LTX_PARTS = ("audio-vae", "connectors", "dit", "video-vae", "vocoder")
 ALL_SAMPLERS = {"timestep_sampling": {"choices": (*SAMPLERS, SHIFTED_LOGIT)}}
 
 
+def _read_texts(record: type[Any], argv: list[str]) -> Any:
+    return parse_options("", argv, CachingOptions, record)
+
+
 def _readers() -> dict[str, Callable[[list[str]], Any]]:
     """Return for each script what reads its options."""
     found: dict[str, Callable[[list[str]], Any]] = {"gen_img.py": lambda argv: read_gen_img("", argv)}
@@ -57,7 +61,7 @@ def _readers() -> dict[str, Callable[[list[str]], Any]]:
     for entry in with_scripts().values():
         latents, texts = entry.options_record("LatentCaching"), entry.options_record("TextCaching")
         found[f"{entry.cache}_latents.py"] = functools.partial(read_latent_caching, "", latents)
-        found[f"{entry.cache}_text_encoder_outputs.py"] = functools.partial(read_text_caching, "", texts)
+        found[f"{entry.cache}_text_encoder_outputs.py"] = functools.partial(_read_texts, texts)
         training = f"{entry.script}_train_network"
         record, module = entry.options_record("Training"), importlib.import_module(training)
         images = hasattr(module, "DEFAULTS")  # it follows the image guides

@@ -17,8 +17,8 @@ import pytest
 import torch
 from PIL import Image
 
+from dataset.caching import prefetch
 from dataset.config import load_dataset_config
-from dataset.scripts import _next_command
 from downloads.catalogue import ModelSet
 from modules.checkpoints.writing import save_tensors
 from modules.errors import OptionError
@@ -160,9 +160,13 @@ def test_a_command_on_another_drive_is_typed_by_its_whole_path(monkeypatch: pyte
 
 
 def test_no_hint_names_the_command_that_run_types_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _next_command(["python", "x.py"]) == "python x.py"
+    shown: list[Any] = []
+    monkeypatch.setattr(prefetch, "show_box", lambda *box: shown.append(box[2]))
+    report, commands = prefetch.CacheReport(written=1), [("Next", "python x.py")]
+    prefetch.conclude(report, (), commands)
     monkeypatch.setenv(RUN_GOES_ON, "1")
-    assert _next_command(["python", "x.py"]) == ""
+    prefetch.conclude(report, (), commands)
+    assert shown == [commands, ()]
 
 
 def test_a_finished_run_says_what_can_be_done(collected: Path, tmp_path: Path) -> None:

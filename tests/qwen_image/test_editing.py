@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import qwen_image_generate_image
-from dataset.cache.files import read_header
-from dataset.cache.records import latent_metadata, latent_record
+from dataset.cache.files import read_entry
+from dataset.cache.records import latent_record, record_metadata
 from generation.anchors import blur, find_changes, hold_consistent, hold_masked
 from modules.contract.data import Batch, MadeBy
 from modules.contract.requests import Prepared, Request
@@ -316,11 +316,11 @@ def test_latents_of_the_version_that_read_other_pixels_are_refused_and_made_anew
     paths = sorted((tmp_path / "cache").glob("*_qie.safetensors"))
     right = [path.read_bytes() for path in paths]
     for path in paths:
-        header = read_header(path)
+        header = read_entry(path, is_whole=False)
         record = latent_record(header)
         assert record is not None
         record = replace(record, encoder={"vae": record.encoder["vae"]})
-        save_file(load_file(path), path, {**header.metadata, **latent_metadata(record)})
+        save_file(load_file(path), path, {**header.metadata, **record_metadata(record)})
     train = (*family.train, "--max_train_steps", "1", "--output_dir", "out", "--output_name", "lora")
 
     code, said = run_here(*train, folder=tmp_path)

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dataset.cache.files import checksum, read_entry, write_tensors
-from dataset.cache.records import TextRecord, text_metadata
+from dataset.cache.records import TextRecord, record_metadata
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.config import load_dataset_config
 from modules.contract.data import LOSS_MASK
@@ -37,7 +37,7 @@ def write_text(path: Path, value: float, captions: int) -> None:
     crc32 = {name: checksum(name, tensor) for name, tensor in tensors.items()}
     settings = {"multi_caption": True, "captions": captions}
     record = TextRecord({"letters": "1"}, "a text", None, crc32, settings)
-    write_tensors(path, tensors, {"architecture": "toy"} | text_metadata({"letters": record}))
+    write_tensors(path, tensors, {"architecture": "toy"} | record_metadata({"letters": record}))
 
 
 def write_dataset(folder: Path, keys: str = KEYS, batch_size: int = 2) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dataset.cache.files import checksum, read_entry, write_tensors
-from dataset.cache.records import TextRecord, text_metadata
+from dataset.cache.records import TextRecord, record_metadata
 from modules.checkpoints.writing import save_tensors
 from modules.contract.data import CAPTION, Batch, Conditions, LatentSpec, MediaEncoders, SamplingDefaults
 from modules.contract.family import (
@@ -253,7 +253,7 @@ def record_encoders(folder: Path, names: Mapping[str, str]) -> None:
         entry = read_entry(folder / "cache" / f"{stem}_toy_te.safetensors")
         crc32 = {name: checksum(name, tensor) for name, tensor in entry.named.items()}
         record = TextRecord({"letters": identity}, "a text", None, crc32)
-        write_tensors(entry.path, entry.named, text_metadata({"letters": record}))
+        write_tensors(entry.path, entry.named, record_metadata({"letters": record}))
 
 
 def toy_options(

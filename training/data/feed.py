@@ -287,12 +287,12 @@ class Feed:
         number, items = epoch * self.order.num_batches + index, self.order.epoch(epoch)[index]
         seed, plan = self.randomness.seed, self.plan
         chosen = choose_captions(items, seed, number, epoch)
-        flips = choose_sides(items, seed, number)
+        flips = choose_sides(items, seed, number) if any(one.table.augmentation.flip for one in items) else ()
         dropped = choose_captions(items, seed, number, epoch, drops=False) if self.reads_dropped else ()
         batch = self.sources.read(
             items, self.latent, self.commands, self.checks, (seed, number), chosen, flips, dropped
         )
-        if drops_references(items, seed, number):
+        if items[0].table.reference_dropout_rate and drops_references(items, seed, number):
             batch = batch.without_references()
         if self.sources.tables:  # captions may grow with the steps: this one, from 0, of so many
             step = plan.steps_until(epoch, index - index % plan.group_size)

@@ -13,7 +13,7 @@ from torch import nn
 
 from dataset.batches.finding import with_reference_sizes
 from dataset.batches.items import CachingCommands, TrainingItem
-from dataset.batches.order import count_repeats, repeat_items
+from dataset.batches.order import repeat_items
 from dataset.batches.reading import stores_for
 from dataset.cache.records import CacheChecks
 from modules.console import quiet
@@ -176,7 +176,7 @@ def largest_batch(items: Iterable[TrainingItem], latent_side: int = 8) -> tuple[
     latent_side: pixels of a side of what `TrainingItem.references` counts.
     """
     there = list(items)
-    pools = repeat_items(there, count_repeats(there)).values()
+    pools = repeat_items(there).values()
     sounding_first = [sorted(pool, key=lambda item: not item.has_sound) for pool in pools]
     batches = [pool[: pool[0].table.batch_size] for pool in sounding_first]
 

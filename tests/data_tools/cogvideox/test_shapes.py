@@ -14,7 +14,7 @@ from PIL import Image
 import wan_cache_latents
 from data_tools.cogvideox.clips import choose_frames, choose_size, read_clip, shape_frame
 from data_tools.cogvideox.options import SIDES, ShapeOptions
-from dataset.cache.files import read_header
+from dataset.cache.files import read_entry
 from dataset.cache.records import latent_record
 from dataset.caching.prefetch import fill_batches
 from modules.errors import DatasetError, MediaError, UserError
@@ -146,7 +146,7 @@ def test_another_run_keeps_what_is_right_and_makes_anew_what_has_changed(vae: Pa
     assert changed.name == f"{NAMES[1]}_00000-009_0032x0032_wan.safetensors"
 
     cache(vae, write_config(tmp_path, root, "target_frames = [5]"))  # the same name, but from the clip
-    record = latent_record(read_header(kept))
+    record = latent_record(read_entry(kept, is_whole=False))
     assert record is not None
     assert [file.name for file in record.files] == [f"{NAMES[0]}.mp4"]
 

@@ -15,14 +15,13 @@ from dataset.cache.files import (
     is_text_cache,
     parse_latent_name,
     read_entry,
-    read_header,
     tensor_key,
     tensor_name,
     write_tensors,
 )
 from dataset.cache.form import other_form
 from dataset.cache.shards import ShardStore
-from dataset.sources.media_source import is_of_shards
+from dataset.sources.media_source import OF_SHARDS
 from modules.errors import CacheError
 from tests.dataset.cache.killing import needs_fork, run_and_kill
 from tests.dataset.making import make_table
@@ -92,7 +91,7 @@ def test_names_of_pictures_may_leave_the_frames_out(key: str) -> None:
 def test_caches_are_told_by_tensor_names_and_family(tmp_path: Path) -> None:
     write_tensors(tmp_path / "a", {"latents_1x4x4_float32": torch.zeros(2, 1, 4, 4)}, {"architecture": "wan"})
     write_tensors(tmp_path / "b", {"varlen_t5_float32": torch.zeros(2, 4)}, {"architecture": "wan"})
-    latents, text = read_header(tmp_path / "a"), read_header(tmp_path / "b")
+    latents, text = read_entry(tmp_path / "a", is_whole=False), read_entry(tmp_path / "b", is_whole=False)
     assert is_latent_cache(latents, "wan")
     assert is_text_cache(text, "wan")
     assert not is_latent_cache(latents, "framepack")
@@ -102,8 +101,8 @@ def test_caches_are_told_by_tensor_names_and_family(tmp_path: Path) -> None:
     lora = {"lora_unet_blocks_0_self_attn_q.lora_down.weight": torch.zeros(4, 8)}
     for metadata in ({}, {"architecture": "wan"}):
         write_tensors(tmp_path / "c", lora, metadata)
-        assert not is_latent_cache(read_header(tmp_path / "c"), "wan")
-        assert not is_text_cache(read_header(tmp_path / "c"), "wan")
+        assert not is_latent_cache(read_entry(tmp_path / "c", is_whole=False), "wan")
+        assert not is_text_cache(read_entry(tmp_path / "c", is_whole=False), "wan")
 
 
 def test_a_checksum_sees_name_shape_and_every_bit() -> None:
@@ -123,14 +122,14 @@ def test_a_checksum_sees_name_shape_and_every_bit() -> None:
 def test_a_damaged_file_and_one_that_is_missing_are_named(tmp_path: Path, old: bytes, new: bytes) -> None:
     path = tmp_path / "clip_wan.safetensors"
     write_tensors(path, {"latents_1x4x4_float32": torch.zeros(2, 1, 4, 4)}, {})
-    for read in (read_header, read_entry):
+    for is_whole in (False, True):
         with pytest.raises(CacheError, match=r"other_wan\.safetensors: no such"):
-            read(path.with_name("other_wan.safetensors"))
+            read_entry(path.with_name("other_wan.safetensors"), is_whole)
     path.write_bytes(path.read_bytes().replace(old, new))
 
-    for read in (read_header, read_entry):
+    for is_whole in (False, True):
         with pytest.raises(CacheError, match=r"clip_wan\.safetensors: damaged"):
-            read(path)
+            read_entry(path, is_whole)
 
 
 def test_equal_contents_are_equal_bytes(tmp_path: Path) -> None:
@@ -180,7 +179,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {name: data for name, data in contents(folder).items() if not is_of_shards(name)}
+    return {name: data for name, data in contents(folder).items() if not OF_SHARDS.fullmatch(name)}
 
 
 def test_there_and_back_keeps_every_byte_and_leaves_other_files_alone(folder: Path) -> None:

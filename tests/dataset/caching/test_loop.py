@@ -14,7 +14,7 @@ from data_tools.report.check import check_caching
 from dataset.batches.finding import find_items
 from dataset.batches.reading import read_batch
 from dataset.cache.files import read_entry, write_tensors
-from dataset.cache.records import latent_metadata, latent_record
+from dataset.cache.records import latent_record, record_metadata
 from dataset.caching import planning, text_plans
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.caching.prefetch import CacheReport, Failure, conclude, failure_error
@@ -153,9 +153,9 @@ def test_of_thousands_only_headers_and_files_are_compared_and_nothing_is_missed(
     monkeypatch.setattr(planning, "MANY", 2)
     monkeypatch.setattr(text_plans, "MANY", 2)
     seen: list[str] = []  # whose latents were compared key by key
-    compare = planning._Planning.plan
+    compare = planning.Planning.plan
     monkeypatch.setattr(
-        planning._Planning, "plan", lambda self: seen.append(self.source.stem) or compare(self)
+        planning.Planning, "plan", lambda self: seen.append(self.source.stem) or compare(self)
     )
 
     def cached(config: DatasetConfig, family: ToyFamily, half: Any = cache_media) -> tuple[int, int, int]:
@@ -220,7 +220,7 @@ def test_a_record_of_impossible_frames_counts_as_damaged(tmp_path: Path, frames:
     assert record is not None
     assert record.clip is not None
     clip = dataclasses.replace(record.clip, kept_frames=frames)
-    changed = latent_metadata(dataclasses.replace(record, clip=clip))
+    changed = record_metadata(dataclasses.replace(record, clip=clip))
     write_tensors(path, entry.named, {**entry.metadata, **changed})
 
     with pytest.raises(CacheError, match="damaged, its record cannot be read"):

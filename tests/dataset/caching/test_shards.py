@@ -22,7 +22,7 @@ from dataset.cache.store import open_store
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.caching.on_ray import CachingActor, conclude_shards
 from dataset.config import DatasetConfig
-from dataset.options import ShardOptions, caching_scripts, read_ray_options
+from dataset.options import CachingOptions, ShardOptions, caching_scripts, read_ray_options
 from modules.contract.data import Conditions
 from modules.contract.requests import Prompt
 from modules.errors import CacheError, DatasetError, OptionError
@@ -125,7 +125,7 @@ def test_a_shard_removes_nothing_and_the_last_run_what_is_stale(tmp_path: Path) 
 
 def test_a_shard_that_is_not_there_is_refused() -> None:
     with pytest.raises(OptionError, match="--shard_index 4: .*, so with --num_shards 4 give 0 to 3"):
-        ShardOptions(num_shards=4, shard_index=4)
+        CachingOptions.usual(dataset_config=Path("d.toml"), shard=ShardOptions(num_shards=4, shard_index=4))
 
 
 COUNT = 12

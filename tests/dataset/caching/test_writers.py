@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from dataset.caching.loop import cache_media, cache_texts
-from dataset.caching.prefetch import WriteBehind, run_ahead
+from dataset.caching.prefetch import run_ahead, write_behind
 from modules.contract.data import Conditions
 from modules.contract.requests import Prompt
 from tests.dataset.caching.test_loop import make_config, names
@@ -199,7 +199,7 @@ def test_results_come_in_order_and_no_more_is_started_than_the_limit_allows() ->
 
 def test_writes_happen_in_order_and_are_finished_at_the_end() -> None:
     written: list[int] = []
-    with WriteBehind() as writer:
+    with write_behind() as write:
         for number in range(20):
-            writer.submit(lambda number=number: written.append(number))  # type: ignore[misc]
+            write(lambda number=number: written.append(number))  # type: ignore[misc]
     assert written == list(range(20))

@@ -15,7 +15,7 @@ from dataset.batches.finding import find_items
 from dataset.batches.items import NO_COMMANDS
 from dataset.batches.starting import check_caches
 from dataset.cache.files import read_entry, write_tensors
-from dataset.cache.records import latent_metadata, latent_record
+from dataset.cache.records import latent_record, record_metadata
 from dataset.cache.store import Stores
 from dataset.caching.loop import cache_media
 from dataset.config import DatasetConfig, DatasetTable
@@ -116,7 +116,7 @@ def test_caches_that_one_clock_changes_are_made_anew_and_other_lengths_are_told(
     record = latent_record(entry)
     assert record is not None
     older = {name: value for name, value in record.options.items() if name != "one_clock"}  # before this
-    changed = latent_metadata(dataclasses.replace(record, options=older))
+    changed = record_metadata(dataclasses.replace(record, options=older))
     texts = path.with_name(f"{find_sources(config.datasets[0])[0].stem}_toy_te.safetensors")
     write_tensors(texts, {"t5_float32": torch.ones(1, 4)}, {})
     items = find_items(config, "toy", family.latent).items

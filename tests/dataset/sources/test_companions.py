@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataset.caching.existing import refuse_companions
 from dataset.caching.latents import batch_media
 from dataset.config import DatasetConfig, load_dataset_config, with_references
+from dataset.sources.companions import refuse_companions
 from dataset.sources.decoding import decode_source
 from dataset.sources.listing import find_sources
 from modules.contract.rules import ReferenceRules
