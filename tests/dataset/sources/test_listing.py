@@ -221,6 +221,14 @@ def test_files_that_nothing_reads_are_counted_once_by_their_suffixes(
     path.write_text(table.format("video", folder, tmp_path / "c2"), encoding="utf-8")
     assert [one.path.name for one in find_all_sources(load_dataset_config(path))] == ["g.mp4", "moving.gif"]
     assert ".gif (1), .png (1), .tif (1): images, for which" in " ".join(caplog.messages)
+    caplog.clear()
+    touch(folder, "s.wav", "s.txt")
+    path.write_text(table.format("audio", folder, tmp_path / "c3"), encoding="utf-8")
+    assert [one.path.name for one in find_all_sources(load_dataset_config(path))] == ["s.wav"]
+    told = " ".join(caplog.messages)
+    assert ".txt (2): captions of no sound" in told
+    assert ".mp4 (1): videos, for which" in told
+    assert ".gif (2), .png (1), .tif (1): images, for which" in told
 
 
 def test_a_tiff_gives_way_to_another_picture_and_its_pages_are_told(
