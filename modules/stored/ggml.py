@@ -157,6 +157,8 @@ def kind_of_package(number: int) -> Kind | None:
         return None
 
     def values(blocks: Tensor) -> Tensor:
+        if type(blocks) is not Tensor:  # of a plan, which has no values
+            return torch.empty(len(blocks), weights, device=blocks.device)
         found = torch.from_numpy(gguf.quants.dequantize(blocks.cpu().numpy(), kind))
         return found.to(blocks.device)
 
