@@ -66,7 +66,8 @@ def test_captions_lie_beside_their_files(tmp_path: Path) -> None:
         find_sources(make_table(tmp_path, "image_directory"))
 
 
-def test_control_images_go_by_stem_and_number(tmp_path: Path) -> None:
+def test_control_images_go_by_stem_and_number(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     control = tmp_path / "control"
     touch(tmp_path, "a.png", "a_1.png", "a_10.png")
     touch(control, "a_2.png", "a.webp", "a_1_0002.png", "a_1_01.png", "a_10_0.png", "a_10_1.png")
@@ -80,6 +81,8 @@ def test_control_images_go_by_stem_and_number(tmp_path: Path) -> None:
         "a_1": ["a_1_01.png", "a_1_0002.png"],
         "a_10": ["a_10_0.png", "a_10_1.png"],
     }
+    lone = control / "unrelated.png"
+    assert f"1 control image without an image of that name, such as {lone}: not read" in caplog.text
 
 
 def test_a_control_clip_is_the_same_name_or_a_folder_or_another_type(tmp_path: Path) -> None:
