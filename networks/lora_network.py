@@ -15,7 +15,7 @@ from networks.deltas import LORA, Factors, add_missing_alphas, group_by_module, 
 from networks.lora_layer import DropoutSeed, LoraLayer
 from networks.lora_products import mean_row_norm, row_strengths
 from networks.lora_settings import LoraSettings, find_by_pattern, log_overlaps
-from networks.module_names import choose_family, is_optional, on_text_side, read_family
+from networks.module_names import choose_family, on_text_side, read_family
 from networks.names.layouts import OURS
 
 logger = getLogger(__name__)
@@ -113,11 +113,7 @@ class OwnNetwork(nn.Module):
         tensors = {name: tensor.reshape(mine[name].shape) for name, tensor in ungroup(fitting).items()}
         self.load_state_dict(tensors, strict=False)
         beside = [name for name in stored if on_text_side(name.removeprefix(OURS))]
-        there = {name.removesuffix(".weight").replace(".", "_") for name in modules}
-        for name in stored if there and family is not None else ():
-            module = leftovers.module_of(name)
-            if name not in own and module not in there and is_optional(module, family):
-                beside.append(name)
+        beside += leftovers.lacking([name for name in stored if name not in own], modules, family)
         loading.warn_of_absent(path, beside, len(stored), "modules are not in this network", family)
         lost = [name for name in stored if name not in own and name not in beside]
         problems = [f"{name} is not in this network" for name in lost]
