@@ -14,6 +14,7 @@ from generation.scripts import generation_script
 from ltx_2.model_options import VIDEO
 from ltx_2.options import Ltx2GenerationOptions, settle_generation
 from modules.errors import OptionError
+from modules.media.options import FormatOptions
 
 DEFAULTS = ScriptDefaults(
     fps=24,
@@ -44,6 +45,9 @@ def settle(
             "--post": shared.post.tools,
             "--sheet": shared.sheet.sheet is not None,
             "--save_last_frame": output.save_last_frame,
+            "--codec": output.format.codec != FormatOptions().codec,
+            "--container": output.format.container != FormatOptions().container,
+            "--keep_pngs": output.format.keep_pngs,
             "--preview_latent_every": shared.preview.preview_latent_every is not None,
             "--trim_tail_frames": output.trim_tail_frames,
             "--output_type images": output.output_type in IMAGE_OUTPUTS and output.save_audio is None,

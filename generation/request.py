@@ -91,6 +91,8 @@ def make_request(
         value = None if name in options.extras else line.get(name, getattr(options, name))
         return None if value is None or str(value) == "" else to_path(f"--{name}", str(value))
 
+    if options.embedded_guidance is None and (asked := line.get("embedded_cfg_scale")) is not None:
+        logger.warning("the embedded guidance %g (--g) is ignored: this model has no input for it", asked)
     controls = line.get("control_image_path", options.control_image_path) or ()
     typed: dict[str, str | None] = {name: line.get(name, getattr(options, name)) for name in TEXTS}
     texts = typed

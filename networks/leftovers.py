@@ -98,6 +98,19 @@ def module_of(name: str) -> str:
     return name.removeprefix(OURS).partition(".")[0]
 
 
+def lacking(names: Iterable[str], weights: Collection[str], model: FamilyNames | None) -> list[str]:
+    """Return the parts of a LoRA for what not all models of a family have, and this one with `weights` has
+    not.
+    """
+    there = {name.removesuffix(".weight").replace(".", "_") for name in weights}
+    if model is None or not there:
+        return []
+    modules = {name: module_of(name) for name in names}
+    return [
+        name for name, one in modules.items() if one not in there and module_names.is_optional(one, model)
+    ]
+
+
 def text_side_of(names: Iterable[str]) -> str:
     """Return what modules or weights of a LoRA belong to if all are loaded with the text encoder; else ""."""
     words = {module_names.on_text_side(module_of(name)) for name in names}

@@ -113,7 +113,8 @@ class OwnNetwork(nn.Module):
         tensors = {name: tensor.reshape(mine[name].shape) for name, tensor in ungroup(fitting).items()}
         self.load_state_dict(tensors, strict=False)
         beside = [name for name in stored if on_text_side(name.removeprefix(OURS))]
-        loading.warn_of_absent(path, beside, len(stored), "modules are not in this network", None)
+        beside += leftovers.lacking([name for name in stored if name not in own], modules, family)
+        loading.warn_of_absent(path, beside, len(stored), "modules are not in this network", family)
         lost = [name for name in stored if name not in own and name not in beside]
         problems = [f"{name} is not in this network" for name in lost]
         problems += [f"{name} is not in the file" for name in own if name not in stored]

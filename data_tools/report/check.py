@@ -134,13 +134,14 @@ def check_caching(
             found.remarks += [Fault(kind, line) for line in list_shard_faults(table)]
         findings.check_captions(found, counters)
         items = f", {count_of(found.num_items, 'item')}" if media else ""
-        found.title = f"{table.name}: {count_of(len(found.sources), table.kind)}{items}"
+        found.title = f"{table.name}: {count_of(len(found.sources), table.holds)}{items}"
         tables.append(found)
     if lack_references(config.datasets, itertools.chain(*(found.sources for found in tables))):
         tables[0].remarks.append(Fault(EDITS_NOTHING, NO_REFERENCE))
     findings.hold_back(tables, *validation)
     findings.balance(tables)
-    batches = f"{findings.count_batches(tables)} batches an epoch, as many steps without accumulation"
+    counted = count_of(findings.count_batches(tables), "batch")
+    batches = f"{counted} an epoch, as many steps without accumulation"
     held = sum(found.held.total() for found in tables)
     kept = f"it, without {count_of(held, 'item')} for validation" if held else "all of it"
     tail = (f"Training on {kept}: {batches}",) if media else ()

@@ -88,7 +88,7 @@ class TableFindings:
         for bucket, count, batches, last in self.bucket_rows():
             frames = f", {count_of(bucket[2], 'frame')}" if len(bucket) == 3 else references_in_words(bucket)
             remainder = f" (the last has {last})" if last < size else ""
-            sizes = f"{bucket[0]}x{bucket[1]}{frames}"
+            sizes = frames[2:] if self.table.is_of_sound else f"{bucket[0]}x{bucket[1]}{frames}"
             of_size = f"{count_of(batches, 'batch')} of {size}{remainder}"
             lines.append(f"{sizes}: {count_of(count, 'item')} x {times}, {of_size}")
         found = list_faults([*self.faults, *self.remarks], LISTED)

@@ -16,7 +16,7 @@ from dataset.caching.prefetch import Failure, read_ahead
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.media_source import MediaSource
 from modules.bars import Bar
-from modules.console import count_of, in_words
+from modules.console import count_of, count_words, in_words
 from modules.contract.data import LatentSpec
 from modules.contract.rules import TokenCount
 from modules.media.buckets import Size
@@ -132,7 +132,7 @@ def _write_page(path: Path, title: str, values: Mapping[str, Any], cards: Sequen
         **MOST,
     }
     shared["name_of"] = lambda path: Path(path).name
-    shared["references_in_words"] = references_in_words
+    shared |= {"references_in_words": references_in_words, "count_words": count_words}
     write_page(path, TEMPLATE, title, {**shared, **values})
     logger.info("wrote %s", path)
 

@@ -102,8 +102,9 @@ def check_sound(
         for rate, channels, count in count_tracks(tracks)
     ]
     forms = f": {', '.join(words)}" if words else ""
+    have = "can be heard" if table.is_of_sound else "clips have it"
     lines = [
-        f"sound: {len(tracks)} of {len(plans)} clips have it{forms}",
+        f"sound: {len(tracks)} of {len(plans)} {have}{forms}",
         f"caches of sound: {valid} files are valid, {count_words(missing, 'items need encoding')}",
     ]
     return lines, faults, remarks

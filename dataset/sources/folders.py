@@ -12,6 +12,7 @@ from dataset.config_keys import IGNORE
 from dataset.sources.captions import captions_in, explain_captions, first_and_more, read_caption
 from dataset.sources.frames import files_by_stem, mask_suffixes
 from dataset.sources.media_source import Fault, MediaSource
+from modules.console import count_of
 from modules.errors import DatasetError, MediaError
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
 from modules.media.opening import SOUND_SUFFIXES, open_image
@@ -144,6 +145,11 @@ def _folder_controls(
             f"{table.control_directory} has no reference picture for any image, such as {paths[0].stem}.png"
         )
         faults.append(Fault(kind, text))
+    if table.kind == "image" and folder.alone:
+        lone = count_of(len(folder.alone), "control image")
+        logger.info(
+            "%s: %s without an image of that name, such as %s: not read", table.name, lone, folder.alone[0]
+        )
     if table.kind == "image" and table.control_count is not None and all(controls):
         unused = [one for path in paths for one in folder.beyond(path.stem, table.control_count)]
         if unused:
@@ -183,6 +189,7 @@ class ControlFolder:
                 first, _, number = name.rpartition("_")
                 for owner in {longest, first if number.isdecimal() else longest}:
                     self._images.setdefault(owner, []).append(path)
+        self.alone = self._images.get("", [])
 
     def for_image(self, stem: str, count: int | None) -> tuple[Path, ...]:
         """Return the first `count` control images of an image; None: all but those named like another image.

@@ -53,11 +53,11 @@ def left_out_files(config: DatasetConfig, table: DatasetTable) -> str | None:
     sharing = [one for one in config.datasets if one.directory and folder_id(one.directory) == place]
     if sharing[0].index != table.index:
         return None
-    kinds = {str(one.kind) for one in sharing}
+    kinds = {str(one.holds) for one in sharing}
     captions = {one.caption_extension for one in sharing if one.caption_extension}
     caption_ends = {one.lower() for one in captions}
     read = frozenset().union(*itertools.chain(*map(media_suffixes, kinds)))
-    if place in _other_folders(config) or any(one.is_of_sound for one in sharing):
+    if place in _other_folders(config):
         read |= SOUND_SUFFIXES.union(*itertools.chain(*map(media_suffixes, _KINDS)))
     # without a Path for each: there may be a million
     there = [(entry, *split_name(entry.name)) for entry in list_entries(table.directory, table.name)]
@@ -74,7 +74,7 @@ def left_out_files(config: DatasetConfig, table: DatasetTable) -> str | None:
         if end in read and not (may_be_still and _is_still(table.directory / entry.name)):
             continue
         if is_file(entry) and not OF_SHARDS.fullmatch(entry.name):
-            why = f"captions of no {table.kind}" if is_caption else _explain(end, kinds)
+            why = f"captions of no {table.holds}" if is_caption else _explain(end, kinds)
             shown = suffix if is_caption else end
             counts.setdefault(why, Counter())[shown or "no suffix"] += 1
     if not counts:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.request import url2pathname
 
 from dataset.config import DatasetTable
@@ -66,33 +66,30 @@ class RowReader:
             (stem, media), identity = held, held[0]
         found = self._captions(values, where)
         captions = complete_captions(found, self.table) if found else None
-        found_beside: dict[str, dict[int, str]] = {"control_path": {}, "reference_path": {}}
+        found_beside: dict[str, dict[int, Part]] = {"control_path": {}, "reference_path": {}}
         for name in values:
             for start, numbered in found_beside.items():
                 is_named = start == "control_path" and name == self.table.control_column
-                number = 0 if is_named else control_number(name, start)
-                if number is None or (text := self._text(name, values, where)) is None:
-                    continue
-                if number in numbered:
-                    more = " and control_column are" if start == "control_path" else " is"
-                    raise DatasetError(
-                        f"{where}: {name} repeats the number of another {start}; {start}{more} {start}_0"
-                    )
-                numbered[number] = text
-        controls, references = (
-            [self._locate(text, where) for _, text in sorted(numbered.items())]
-            for numbered in found_beside.values()
-        )
+                first = 0 if is_named else control_number(name, start)
+                several = values[name] if isinstance(values[name], list) else [values[name]]
+                for number, value in enumerate(several if first is not None else (), first or 0):
+                    if (part := self._part(name, value, where)) is None:
+                        continue
+                    if number in numbered:
+                        more = " and control_column are" if start == "control_path" else " is"
+                        raise DatasetError(
+                            f"{where}: {name} repeats the number of another {start}; {start}{more} {start}_0"
+                        )
+                    numbered[number] = part
+        controls, references = ([part for _, part in sorted(one.items())] for one in found_beside.values())
         controls = controls[: self.table.control_count]
-        mask_of_control = self._text("control_mask_path", values, where)
-        mask_text = self._text("mask_path", values, where)
-        mask = None if mask_text is None else self._locate(mask_text, where)
-        white = None if mask_of_control is None else self._locate(mask_of_control, where)
+        mask = self._part("mask_path", values.get("mask_path"), where)
+        white = self._part("control_mask_path", values.get("control_mask_path"), where)
         beside = controls, mask, references, white
         source = make_source(self.table, where, stem, media, captions, *beside)
-        sound_text = self._text("audio_path", values, where) if self.table.kind == "video" else None
-        if sound_text is not None:
-            source = replace(source, sound=self._locate(sound_text, where))
+        sound = values.get("audio_path") if self.table.kind == "video" else None
+        if (sound := self._part("audio_path", sound, where)) is not None:
+            source = replace(source, sound=cast(tuple[Path, media_source.Remote | None], sound))
         self._identities.append(identity)
         return source
 
@@ -156,18 +153,22 @@ class RowReader:
             return stripped
         return [*(lines_of(stripped[0]) or [""]), *stripped[1:]]
 
-    def _text(self, name: str, values: Mapping[str, Any], where: str) -> str | None:
-        """Return the path in a column of control media, masks or sound; None if there is none."""
-        value = values.get(name)
+    def _part(self, name: str, value: Any, where: str) -> Part | None:
+        """Return the file in a column of control media, masks or sound; None if there is none.
+
+        value: a path, or the place of a file that is in the row.
+        """
         is_blank = isinstance(value, str) and not value.strip()
         if value is None or (is_blank and not self.is_list):
             return None
         if is_blank:
             raise DatasetError(f"{where}: {name} is empty. Write a path, or leave it out")
+        if isinstance(value, tuple):
+            return value
         if not isinstance(value, str):
             raise DatasetError(f"{where}: {name} = {_show(value)} is not a path in quotes")
         check_text(value, f"{where}: {name}")
-        return value
+        return self._locate(value, where)
 
 
 def make_source(

@@ -48,9 +48,10 @@ def list_rows(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
     assert path is not None
     if not path.exists():
         raise DatasetError(f"{table.name}: {table.source_key} = {path}: no such file. Correct the path.")
+    cells: dict[str, Cells] = {}
     if table.jsonl_file is not None:
         name = table.path_key
-        rows, cells = RowReader(table, path, name, is_list=True), None
+        rows = RowReader(table, path, name, is_list=True)
         found = read_jsonl(path, None, example=f'{{"{name}": "...", "caption": "..."}}')
     else:
         rows, cells, wanted = _open_table(table, path)
@@ -60,11 +61,14 @@ def list_rows(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
         try:
             if row.fault is not None:
                 raise DatasetError(f"{row.where}: {row.fault}")
-            held = None
-            if cells is not None:  # `train-00000-of-00002_00000012`
-                name = f"{readable_stem(row.file.stem).replace('.', '_')}_{row.number:08d}"
-                held = name, (row.file / f"{row.number:08d}", cells(row))
-            sources.append(rows.read(row.values, row.where, held))
+            held, values = None, {**row.values}
+            for column, cell in cells.items():
+                place = row.file / f"{row.number:08d}", cell(row)
+                if column == rows.path_column:  # `train-00000-of-00002_00000012`
+                    held = f"{readable_stem(row.file.stem).replace('.', '_')}_{row.number:08d}", place
+                else:
+                    values[column] = place[0].with_name(f"{place[0].name} {column}"), place[1]
+            sources.append(rows.read(values, row.where, held))
         except RefusedAddress as refused:
             faults.append(Fault(f"{rows.unit}s of {path} cannot be used: {refused.reason}", refused.shown))
         except DatasetError as error:
@@ -76,18 +80,19 @@ def list_rows(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
 Cells = Callable[[TableRow], ParquetCell]
 
 
-def _open_table(table: DatasetTable, path: Path) -> tuple[RowReader, Cells | None, set[str] | None]:
-    """Return what reads the rows of a table; if a column holds files, where each is; and the columns to read
-    (None: all).
+def _open_table(table: DatasetTable, path: Path) -> tuple[RowReader, dict[str, Cells], set[str] | None]:
+    """Return what reads the rows of a table; of columns that hold files, where each is; and the columns to
+    read (None: all).
     """
     columns = column_names(path)
     path_column, caption_column = choose_columns(table, columns)
-    cells = _cells(path, path_column)
-    base = None if cells else _base_of(path, path_column)
     wanted = names_read(table, path_column, caption_column or "")
-    wanted -= {path_column} if cells else set()
     beside = "control_path", "reference_path"
     wanted |= {name for name in columns if any(control_number(name, one) is not None for one in beside)}
+    media = wanted - {"audio_path", caption_column}
+    cells = {name: cell for name in media if (cell := _cells(path, name)) is not None}
+    wanted -= cells.keys()
+    base = None if path_column in cells else _base_of(path, path_column)
     rows = RowReader(table, path, path_column, caption_column, base=base)
     return rows, cells, None if table_format(path) == JSONL else wanted
 

@@ -45,17 +45,21 @@ def find_unread(table: DatasetTable) -> list[Fault]:
         return []
     found: dict[str, str] = {}  # text by column
     media_column, held, rows = _open(table, path)
-    found |= {name: f", which holds files{_hint(name, table) or ''}" for name in held}
+    beside = {name: True for name in held if _place(name, table) is not None}
+    found |= {name: f", which holds files{_hint(name, table) or ''}" for name in held if name not in beside}
     is_list = table.jsonl_file is not None
     read = names_read(table, media_column, "caption" if is_list else "")
     for values in itertools.islice(rows, LOOKED_AT):
-        for name in _beyond(values, table):
+        for name in _beyond({**beside, **values}, table):
             found[name] = f": of such files the model takes {table.control_count} an item"
         for name, value in values.items():
             if name in read or name in found or _is_beside(name):
                 continue
-            if is_list and name in CAPTION_COLUMNS and not values.get("caption"):
-                found[name] = ": did you mean 'caption'?"
+            if name in CAPTION_COLUMNS:
+                is_meant = is_list and not values.get("caption")
+                found[name] = (
+                    ": did you mean 'caption'?" if is_meant else ": captions are read from another column"
+                )
             elif (text := _explain(name, value, table, path, values.get(media_column))) is not None:
                 found[name] = text
     kind = f"column of {path} is not read" if len(found) == 1 else f"columns of {path} are not read"
@@ -71,15 +75,11 @@ def _open(table: DatasetTable, path: Path) -> tuple[str, list[str], Iterator[Map
     columns = column_names(path)
     media, caption = choose_columns(table, columns)
     read = names_read(table, media, caption or "") - {media}
-    control = [name for name in columns if control_number(name) is not None]
+    control = [name for name in columns if _place(name, table) is not None]
     unread = [name for name in columns if name not in read and not _is_beside(name)]
-    plain, held = plain_columns(path, unread)
-    if table.control_count is not None and len(control) > table.control_count - (
-        table.control_column in columns
-    ):
-        plain = [*plain, *plain_columns(path, control)[0]]
+    plain, held = plain_columns(path, [*unread, *control])
     rows = read_columns(path, plain)
-    return media, [name for name in held if name != media], (_without(row.values, read) for row in rows)
+    return media, [name for name in held if name != media], (row.values for row in rows)
 
 
 def _is_beside(name: str) -> bool:
@@ -89,16 +89,17 @@ def _is_beside(name: str) -> bool:
 def _beyond(values: Mapping[str, Any], table: DatasetTable) -> list[str]:
     """Return the columns of a row with control media beyond those that the model takes."""
     numbered = [
-        (number, name) for name in values if values[name] and (number := control_number(name)) is not None
+        (first + place, name)
+        for name, value in values.items()
+        if (first := _place(name, table)) is not None and value
+        for place in range(len(value) if isinstance(value, list) else 1)
     ]
-    if table.control_count is None:
-        return []
-    taken = table.control_count - (table.control_column is not None)
-    return [name for _, name in sorted(numbered)[max(taken, 0) :]]
+    most = len(numbered) if table.control_count is None else table.control_count
+    return [name for _, name in sorted(numbered)[most:]]
 
 
-def _without(values: Mapping[str, Any], names: set[str]) -> Mapping[str, Any]:
-    return {name: value for name, value in values.items() if name not in names}
+def _place(name: str, table: DatasetTable) -> int | None:
+    return 0 if name == table.control_column else control_number(name)
 
 
 def _explain(name: str, value: Any, table: DatasetTable, path: Path, media: Any) -> str | None:

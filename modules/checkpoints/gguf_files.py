@@ -100,7 +100,14 @@ class GgufFile(HeaderFile):
     def _info(self, name: str, number: int, shape: tuple[int, ...]) -> TensorInfo:
         if number in _PLAIN:
             return TensorInfo(_PLAIN[number], _full_shape(name, shape))
-        kind = KINDS.get(number) or kind_of_package(number)
+        try:
+            kind = KINDS.get(number) or kind_of_package(number)
+        except ImportError:
+            raise CheckpointError(
+                f"{self.path}: {name} is of GGUF type {number}, which the package gguf may read; it is not "
+                "installed. Run: pip install gguf",
+                self.path,
+            ) from None
         if kind is None:
             known = ", ".join(["F32", "F16", "BF16", *(one.name for one in KINDS.values())])
             raise CheckpointError(

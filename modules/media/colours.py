@@ -15,8 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageOps
 
-from modules.errors import MediaError
-
 logger = logging.getLogger(__name__)
 
 Frame = NDArray[np.uint8]  # H W C
@@ -159,11 +157,7 @@ def _opacity(image: Image.Image) -> NDArray[np.uint8] | None:
 
 
 def _srgb(path: Path, image: Image.Image) -> NDArray[np.uint8]:
-    """Return the colours of a picture as sRGB, H W 3, whatever is transparent. Raises MediaError if its
-    numbers have no white.
-    """
-    if image.mode in {"I", "F"}:
-        raise MediaError(f"{path} has numbers of 32 bits, which do not say what is white. Convert it to PNG.")
+    """Return the colours of a picture as sRGB, H W 3, whatever is transparent."""
     if image.mode.startswith("I;16"):  # Pillow would clip 16 bit grey instead of scaling it
         info, grey = image.info, (np.asarray(image) >> 8).astype(np.uint8)
         image = Image.fromarray(~grey if _INVERTED in info else grey)

@@ -94,6 +94,10 @@ def open_image(path: Path) -> Iterator[Image.Image]:
         Image.open(path, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN]) as image,
     ):
         check_pixels(path, *image.size)
+        if image.mode in {"I", "F"}:
+            raise MediaError(
+                f"{path} has numbers of 32 bits, which do not say what is white. Convert it to PNG."
+            )
         yield image
 
 

@@ -14,8 +14,6 @@ import numpy
 import torch
 from torch import Tensor
 
-from modules.errors import CheckpointError
-
 
 def _half(blocks: Tensor, start: int) -> Tensor:
     """Return a float16 of each block, B 1."""
@@ -141,15 +139,10 @@ KINDS = {  # by the number in files
 def kind_of_package(number: int) -> Kind | None:
     """Return a kind that only the package `gguf` reads; None if it has none of this number.
 
-    Raises CheckpointError if the package is missing.
+    Raises ImportError if the package is missing.
     """
-    try:
-        import gguf
-    except ImportError:
-        raise CheckpointError(
-            f"GGUF type {number} may be read by the package gguf, which is not installed. Run: "
-            "pip install gguf"
-        ) from None
+    import gguf
+
     try:
         kind = gguf.GGMLQuantizationType(number)
         gguf.quants.dequantize(numpy.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), numpy.uint8), kind)
@@ -157,6 +150,8 @@ def kind_of_package(number: int) -> Kind | None:
         return None
 
     def values(blocks: Tensor) -> Tensor:
+        if type(blocks) is not Tensor:  # of a plan, which has no values
+            return torch.empty(len(blocks), weights, device=blocks.device)
         found = torch.from_numpy(gguf.quants.dequantize(blocks.cpu().numpy(), kind))
         return found.to(blocks.device)
 

@@ -100,6 +100,14 @@ def test_a_line_wins_over_the_command_line() -> None:
     assert request.control_path == Path("c.mp4")
 
 
+@pytest.mark.parametrize("own", [None, 6.0])
+def test_embedded_guidance_of_a_line_is_told_where_a_script_has_none(
+    own: float | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_request(replace(OPTIONS, embedded_guidance=own), {"embedded_cfg_scale": 3.0})
+    assert ("embedded guidance 3 (--g) is ignored" in caplog.text) == (own is None)
+
+
 def test_references_of_a_line_replace_those_of_the_command_line() -> None:
     options = replace(OPTIONS, control_image_path=("a.png", "b.png"))
     assert make_request(options).control_images == (Path("a.png"), Path("b.png"))

@@ -10,7 +10,7 @@ import pytest
 
 from generation.options import read_generation
 from generation.outputs import name_job
-from ltx2_generate_video import DEFAULTS
+from ltx2_generate_video import DEFAULTS, settle
 from ltx_2.model_options import CHECKPOINT, GEMMA, Ltx2GuidanceOptions
 from ltx_2.options import (
     Ltx2GenerationOptions,
@@ -252,3 +252,12 @@ def test_options_for_pictures_are_told_where_sound_is_alone(caplog: pytest.LogCa
 
     told = "--video_cfg_scale, --reference_downscale: ignored, because sound alone has no pictures"
     assert caplog.messages == [told]
+
+
+@pytest.mark.parametrize(
+    "words", [("--codec", "h265"), ("--container", "mkv"), ("--keep_pngs",), ("--save_last_frame",)]
+)
+def test_options_of_video_files_are_refused_where_sound_is_alone(words: tuple[str, ...]) -> None:
+    argv = ["--save_path", "out", "--prompt", "a", "--ltx2_mode", "audio", *words]
+    with pytest.raises(OptionError, match=f"^{words[0]}: sound alone has no pictures"):
+        settle(*read_generation(None, DEFAULTS, Ltx2GenerationOptions, argv))

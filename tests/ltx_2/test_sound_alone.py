@@ -39,6 +39,11 @@ def test_sound_alone_is_learned_from_files_as_with_diffusers(tmp_path: Path) -> 
     said = succeed_here("ltx2_cache_latents.py", *words, folder=folder)
     assert "audio_bucket_strategy: not needed" in said
     assert " VAE: " not in said.replace("Audio VAE: ", "")  # that of pictures
+    succeed_here("ltx2_cache_latents.py", *words, "--check", "--html", "x.html", folder=folder)
+    page = (folder / "x.html").read_text(encoding="utf-8")
+    assert "2 sounds; " in page
+    assert "sound: 2 of 2 can be heard: 2 with" in page
+    assert "cut off</dt>" not in page
     texts = ["ltx2_cache_text_encoder_outputs.py", *words, *release.texts]
     succeed_here(*texts, "--text_encoder_dtype", "float32", folder=folder)
     sounds, captions = (

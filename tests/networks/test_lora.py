@@ -194,6 +194,13 @@ def test_what_does_not_fit_a_network_is_listed(tmp_path: Path, caplog: pytest.Lo
     assert "lora_unet_blocks_1_ffn_2 is not in this network" in problems
     assert len(problems) == 8
     assert "16 modules loaded, 8 not" in caplog.text
+    # with the model's own modules it is known that the model lacks them, and why
+    caplog.clear()
+    problems = network.load_weights(tmp_path / "x.safetensors", dict(dit.named_parameters()))
+    assert [name for name in problems if "ffn" not in name] == []
+    reason = "4 of 24 modules are not in this network: they are for the attention to images of Wan2.1's"
+    assert reason in caplog.text
+    assert "16 modules loaded, 4 not" in caplog.text
 
 
 def test_a_file_of_another_rank_is_refused_with_the_way_out(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from data_tools.report.check import check_caching, check_training
+from data_tools.report.findings import TableFindings
 from data_tools.report.page import write_check_page
 from dataset.batches.items import NO_COMMANDS
 from dataset.caching.loop import cache_media, cache_texts
@@ -39,6 +40,12 @@ def config(tmp_path: Path) -> DatasetConfig:
 
 def change(config: DatasetConfig, **changes: str) -> DatasetConfig:
     return DatasetConfig(config.path, tuple(dataclasses.replace(one, **changes) for one in config.datasets))
+
+
+def test_sounds_have_no_size(config: DatasetConfig) -> None:
+    found = TableFindings(dataclasses.replace(config.datasets[0], is_of_sound=True), "2 sounds")
+    found.add_items(["a", "b"], (64, 64, 25))
+    assert found.lines() == ["2 sounds", "  25 frames: 2 items x 1, 2 batches of 1"]
 
 
 def test_a_check_says_which_clips_have_sound_and_where_it_does_not_fit(config: DatasetConfig) -> None:

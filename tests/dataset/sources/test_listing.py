@@ -66,7 +66,8 @@ def test_captions_lie_beside_their_files(tmp_path: Path) -> None:
         find_sources(make_table(tmp_path, "image_directory"))
 
 
-def test_control_images_go_by_stem_and_number(tmp_path: Path) -> None:
+def test_control_images_go_by_stem_and_number(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     control = tmp_path / "control"
     touch(tmp_path, "a.png", "a_1.png", "a_10.png")
     touch(control, "a_2.png", "a.webp", "a_1_0002.png", "a_1_01.png", "a_10_0.png", "a_10_1.png")
@@ -80,6 +81,8 @@ def test_control_images_go_by_stem_and_number(tmp_path: Path) -> None:
         "a_1": ["a_1_01.png", "a_1_0002.png"],
         "a_10": ["a_10_0.png", "a_10_1.png"],
     }
+    lone = control / "unrelated.png"
+    assert f"1 control image without an image of that name, such as {lone}: not read" in caplog.text
 
 
 def test_a_control_clip_is_the_same_name_or_a_folder_or_another_type(tmp_path: Path) -> None:
@@ -221,6 +224,14 @@ def test_files_that_nothing_reads_are_counted_once_by_their_suffixes(
     path.write_text(table.format("video", folder, tmp_path / "c2"), encoding="utf-8")
     assert [one.path.name for one in find_all_sources(load_dataset_config(path))] == ["g.mp4", "moving.gif"]
     assert ".gif (1), .png (1), .tif (1): images, for which" in " ".join(caplog.messages)
+    caplog.clear()
+    touch(folder, "s.wav", "s.txt")
+    path.write_text(table.format("audio", folder, tmp_path / "c3"), encoding="utf-8")
+    assert [one.path.name for one in find_all_sources(load_dataset_config(path))] == ["s.wav"]
+    told = " ".join(caplog.messages)
+    assert ".txt (2): captions of no sound" in told
+    assert ".mp4 (1): videos, for which" in told
+    assert ".gif (2), .png (1), .tif (1): images, for which" in told
 
 
 def test_a_tiff_gives_way_to_another_picture_and_its_pages_are_told(

@@ -112,6 +112,12 @@ def test_files_in_a_column_are_read_row_by_row(tmp_path: Path) -> None:
     with pytest.raises(MediaError, match=empty), fetch(sources[5]):
         pass
 
+    edits = {"image": {"bytes": contents[0]}, "before": {"bytes": contents[1]}, "mask_path": contents[2]}
+    (one,) = find_sources(table_of(tmp_path, [edits], control_column="before"))
+    with fetch(one) as here:
+        assert [path.read_bytes() for path, _ in here.parts] == contents[:3]
+        assert (len(here.control), here.mask is None) == (1, False)
+
     plain = pa.table({"video": [b"GIF89a"], "id": ["x"]})
     pq.write_table(plain, tmp_path / "t.parquet")
     table = make_table(tmp_path, directory=None, table_file=tmp_path / "t.parquet")
@@ -299,6 +305,7 @@ def list_of(folder: Path, rows: Rows, form: str, **changes: Any) -> DatasetTable
         ("mask", "refs/a.png", "masks are read from mask_path"),
         ("audio", "a.wav", "the sound of clips is read from audio_path"),
         ("Caption", "a cat", "did you mean 'caption'?"),
+        ("prompt", "a dog", "'prompt': captions are read from another column."),
         ("thumb", "refs/a.png", "'thumb', such as 'refs/a.png'."),
         ("edit_image", '["refs/a.png"]', "'edit_image', such as 'refs/a.png'"),
         ("thumb", "['refs/a.png']", "'thumb', such as 'refs/a.png'."),
@@ -332,6 +339,10 @@ def test_columns_of_whole_files_and_lists_of_paths_are_told(tmp_path: Path) -> N
     assert fault.text.startswith("'edit', which holds files: reference pictures and control media are read")
     assert fault.kind.startswith("column of ")
     assert fault.kind.endswith(" is not read")  # behind "1"
+
+    both = table_of(tmp_path, [{**row, "control_path_1": {"bytes": b"GIF8"}}], control_column="edit")
+    (fault,) = find_unread(both)
+    assert fault.text == "'control_path_1': of such files the model takes 1 an item."
 
     rows = [{"image_path": "a.png", "control_images": ["b.png", "c.png"]}]
     (fault,) = find_unread(list_of(tmp_path, rows, "list"))
@@ -371,6 +382,12 @@ def test_a_key_names_the_column_of_control_media(tmp_path: Path, form: str) -> N
 
     assert one.control == (Path("/c.png"), Path("/d.png"))
     assert find_unread(list_of(tmp_path, rows, form, **changes)) == []
+    if form != "csv":
+        rows = [{"image_path": "a.png", "caption": "x", "edit": ["/c.png", "/d.png"]}]
+        (one,) = find_sources(list_of(tmp_path, rows, form, **changes))
+        assert one.control == (Path("/c.png"), Path("/d.png"))
+        (fault,) = find_unread(list_of(tmp_path, rows, form, control_column="edit"))
+        assert fault.text == "'edit': of such files the model takes 1 an item."
     if form != "list":
         with pytest.raises(DatasetError, match="control_column = 'no' is not a column"):
             find_sources(list_of(tmp_path, rows, form, control_column="no"))

@@ -2,6 +2,7 @@
 
 import json
 import struct
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,13 @@ def test_gguf_headers_that_lie_are_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "a.gguf").write_bytes(content)
 
     with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tmp_path / "a.gguf")
+
+
+def test_a_kind_that_only_the_package_reads_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    (tmp_path / "a.gguf").write_bytes(header(1, 0, tensor(b"m.0", (256,), 18, 0) + bytes(256)))
+    with pytest.raises(CheckpointError, match=r"a\.gguf: m\.0 is of GGUF type 18, .* Run: pip install gguf"):
         open_checkpoint(tmp_path / "a.gguf")
 
 

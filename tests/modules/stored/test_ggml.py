@@ -3,6 +3,7 @@
 import numpy
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from modules.stored.ggml import KINDS, kind_of_package
 
@@ -33,4 +34,6 @@ def test_a_rare_kind_is_read_by_the_package() -> None:
 
     expected = gguf.quants.dequantize(rows.numpy(), gguf.GGMLQuantizationType.IQ4_NL)
     assert torch.equal(kind.rows(rows), torch.from_numpy(numpy.asarray(expected)))
+    with FakeTensorMode() as plan:  # as --plan runs it
+        assert kind.rows(plan.from_tensor(rows)).shape == expected.shape
     assert kind_of_package(99) is None
