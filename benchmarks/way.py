@@ -26,7 +26,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-MAKERS: dict[str, Callable[[Any], type]] = {"__init__": type, "__new__": lambda kind: kind}
+# what dataclasses and named tuples have made: the name of its code, and the kind of its first argument
+MAKERS: dict[str, Callable[[Any], Any]] = {"__init__": type, "<lambda>": lambda kind: kind}
 NOT_PRODUCT = {"benchmarks", "tests", "docs", "pocket", ".venv"}
 MODEL = ["--task", "t2v-1.3B", "--dit", str(ROOT / "pocket/dit.safetensors")]
 VAE = ["--vae", str(ROOT / "pocket/vae.safetensors")]
@@ -91,14 +92,14 @@ class Counts:
 def count(way: Sequence[Command]) -> Counts:
     """Run commands; return how many files and functions of ours were called, their lines, and records."""
     called: set[CodeType] = set()
-    made: set[type] = set()
+    made: set[Any] = set()
 
     def note(frame: FrameType, event: str, _: Any) -> None:
         if event == "call":
             code = frame.f_code
             called.add(code)
             # what dataclasses and named tuples make of their fields is of no file
-            if code.co_name in MAKERS and code.co_filename.startswith("<"):
+            if code.co_name in MAKERS and code.co_filename == "<string>" and code.co_argcount:
                 made.add(MAKERS[code.co_name](frame.f_locals[code.co_varnames[0]]))
 
     threading.setprofile(note)
@@ -111,7 +112,9 @@ def count(way: Sequence[Command]) -> Counts:
         threading.setprofile(None)  # type: ignore[arg-type]
     ours = {code for code in called.copy() if code.co_flags & inspect.CO_OPTIMIZED and _is_product(code)}
     lines = sum(max(line or 0 for *_, line in code.co_lines()) - code.co_firstlineno + 1 for code in ours)
-    records = sorted(f"{one.__module__}.{one.__qualname__}" for one in made if _is_record(one))
+    records = sorted(
+        f"{one.__module__}.{one.__qualname__}" for one in made if isinstance(one, type) and _is_record(one)
+    )
     return Counts(len({code.co_filename for code in ours}), len(ours), lines, tuple(records))
 
 
