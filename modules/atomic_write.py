@@ -2,8 +2,8 @@
 
 Temporary names, `.NAME.MARK.tmp`, name their writer. A mark has the machine, the process and a random number,
 in hexadecimal. So the leftover of a killed process is known at once on its own machine, and a file that
-another process is writing is never taken for one. On other machines that share the folder only the age of a
-file can be asked. Nothing is locked: locks of network folders do not hold everywhere.
+another process is writing is never taken for one. On other machines that share the folder only the file's age
+tells. Locks are not used: they do not work on all network folders.
 """
 
 import contextlib
@@ -34,8 +34,8 @@ def atomic_path(path: Path, size_bytes: int = 0) -> Iterator[Path]:
     """Yield a temporary path beside `path`; if the block succeeds, flush it to disk and rename it to `path`.
 
     The temporary name ends in `.tmp`, so no pattern for finished files matches it; old leftovers of killed
-    runs are removed. size_bytes: of the whole file; compared with the free space first. Raises OutputError if
-    the folder cannot be written or the disk is full; an existing file then stays unchanged.
+    runs are removed. size_bytes: size of the whole file, compared with the free space first. Raises
+    OutputError if the folder cannot be written or the disk is full; an existing file then stays unchanged.
     """
     with explain_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 def atomic_files(path: Path, size_bytes: int = 0) -> Iterator[Path]:
     """Yield an empty temporary folder beside `path`; if the block succeeds, move its files beside `path` too.
 
-    For a set of files that belong together: until all are written none appears, then in the order of their
+    For files that belong together: none appears until all are written; then they appear in the order of their
     names. size_bytes: as for `atomic_path`. Raises OutputError if they cannot be written; existing files then
     stay unchanged.
     """
@@ -132,8 +132,8 @@ def make_folder(folder: Path, option: str) -> None:
 def claim_name(path: Path) -> Iterator[bool]:
     """Claim the name `path` for the block; yields False if another block, in any process, has claimed it.
 
-    The claim is a hidden file with the name of a temporary one, so that the claim of a killed run is removed
-    with other leftovers. Raises OutputError if the file cannot be made.
+    The claim is a hidden file named like a temporary file, so the claim of a killed run is removed with other
+    leftovers. Raises OutputError if the file cannot be made.
     """
     # different from every name of a temporary file or folder of `path`
     claim = path.with_name(f".{path.name}.claim.{'0' * 8}.tmp")
@@ -193,7 +193,7 @@ _sweep = lru_cache(maxsize=64)(remove_leftovers)
 
 
 def give_name(file: Path, path: Path) -> None:
-    """Rename a finished file within its folder, replacing another one. Raises OutputError if that fails."""
+    """Rename a finished file in its folder, replacing an existing one. Raises OutputError if that fails."""
     with explain_errors(path):
         os.replace(file, path)
         flush_folder(path.parent)
@@ -219,7 +219,7 @@ def append_text(path: Path, text: str) -> None:
 
 
 def make_storable(text: str) -> str:
-    """Return the text as valid UTF-8, for metadata: bytes of file names that are not become `\\udce9`."""
+    """Return the text as valid UTF-8, for metadata: undecodable bytes of file names become `\\udce9`."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
@@ -279,7 +279,7 @@ def temporary_name(path: Path) -> Path:
 
 
 def _least_age(temporary: re.Match[str], older_seconds: float) -> float:
-    """Return how many seconds a leftover must have been unchanged. older_seconds: if nothing is known."""
+    """Return how many seconds a leftover must be unchanged; `older_seconds` if its writer is unknown."""
     is_ours = temporary["machine"] is not None and int(temporary["machine"], 16) == identify_machine()
     if not is_ours or os.name == "nt":  # asking by a signal would end the process there
         return older_seconds

@@ -41,7 +41,7 @@ class Bar(ExitStack):
         now: Callable[[], float] = time.monotonic,
         is_terminal: Callable[[], bool] = lambda: sys.stderr.isatty(),
     ) -> None:
-        """total: None: not known. at_once: else the bar appears after a second, with what is done by then."""
+        """total: None if not known. at_once: show the bar now; else it appears after a second."""
         super().__init__()
         self.total, self.what, self.unit, self.now = total, escape_control_codes(what), unit, now
         self.shown = shown and logger.isEnabledFor(logging.INFO)  # other processes are silent
@@ -83,7 +83,7 @@ class Bar(ExitStack):
         bar.refresh()
 
     def line(self) -> str:
-        """Return the progress in words, with an estimate of the time left, for frames with their rate."""
+        """Return the progress in words, with an estimate of the time left and, for frames, the rate."""
         passed = self.now() - self._start
         show = as_size if self.unit == BYTES else "{:g}".format
         parts = [show(self.done) if self.total is None else f"{show(self.done)} of {show(self.total)}"]

@@ -55,8 +55,8 @@ OTHER_SPLITS = {
 def start_logging(level: int = logging.INFO) -> None:
     """Send log lines to standard error, in UTF-8 if the stream can; coloured on a terminal.
 
-    Calling it again changes nothing. Streams that are closed get a place that keeps nothing: their numbers
-    would go to the next files that are opened, and those would then hold messages.
+    Calling it again changes nothing. Closed streams are opened on the null device: otherwise the next files
+    to be opened would get their descriptors, and the messages.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by a service or a shell; so in pythonw.exe
@@ -179,7 +179,7 @@ def command_line(
 
 
 def _check_launcher() -> None:
-    """Raise OptionError if the numbers of a launcher are none, or a process waits for more than there are."""
+    """Raise OptionError if a launcher's variables are not numbers, or a rank is not below its count."""
     for name in LAUNCHED:
         value = os.environ.get(name, "0")
         if not (value.isascii() and value.removeprefix("-").isdigit() and len(value) < MOST_DIGITS):
@@ -198,7 +198,7 @@ def _check_launcher() -> None:
 def refuse_other_splits() -> None:
     """Raise OptionError if accelerate's launcher was told to split the model in a way of its own.
 
-    It does so when a script hands it the model, and the loops here never do: nothing would be split.
+    accelerate splits a model that a script hands to it; the loops here never do, so nothing would be split.
     """
     for variable, (name, ours) in OTHER_SPLITS.items():
         value, least = os.environ.get(variable, "0").lower(), 1 if "_USE_" in variable else 2
@@ -211,7 +211,7 @@ def refuse_other_splits() -> None:
 
 
 def explain_compilation(error: Exception) -> str | None:
-    """Return what failed and what to do if an error is one of torch's or Triton's compiler; else None."""
+    """Return what failed and what to do if an error comes from torch's or Triton's compiler; else None."""
     if not is_of_compiler(error):
         return None
     said, _, output = str(error).partition("Output:\n")
@@ -271,8 +271,8 @@ def one_line(word: str) -> str:
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
-    """Return " Did you mean NAME?" with the most similar name, one that it begins with, or the only one that
-    begins with it; words end at _. Empty without one.
+    """Return " Did you mean NAME?" with the most similar name, else a name with which `given` begins, else
+    the only name that begins with `given` (both up to a _). Return "" if there is none.
     """
     known = list(known)
     near = difflib.get_close_matches(given[:MOST_OF_WORD], known, 1)
@@ -295,7 +295,7 @@ def as_typed(words: Sequence[str]) -> str:
 
 
 def quote_for_powershell(words: Sequence[str]) -> str:
-    """Return a command as it is typed into PowerShell: in single quotes nothing but these has a meaning."""
+    """Return a command as it is typed into PowerShell: inside single quotes only the quote is special."""
     return " ".join(
         word
         if PLAIN_IN_POWERSHELL.fullmatch(word)

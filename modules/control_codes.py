@@ -1,4 +1,4 @@
-"""Text for a console, and the text in a chat model's answer. Standard library only."""
+"""Make text safe for a console; take the text out of a chat model's answer. Standard library only."""
 
 import os
 import re

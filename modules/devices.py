@@ -109,7 +109,7 @@ def send_ahead(tensor: Tensor, device: torch.device) -> Tensor:
 def pin(tensor: Tensor) -> Tensor:
     """Copy a host tensor to page-locked memory; return it as it is if the driver refuses.
 
-    A copy from there to a CUDA device then makes the host wait.
+    In that case a copy to a CUDA device makes the host wait.
     """
     try:
         return tensor.pin_memory()
@@ -208,7 +208,7 @@ def free_memory(device: torch.device) -> None:
 
 
 def release_heap() -> None:
-    """Give freed host memory back: glibc keeps what lies between pieces in use, as much as a network."""
+    """Return freed memory to the system: glibc keeps gaps between pieces in use, as much as a network."""
     if _GLIBC is not None:
         _GLIBC.malloc_trim(0)
 
@@ -246,7 +246,7 @@ def release_pinned_memory() -> None:
 
 @contextmanager
 def own_stream(device: torch.device) -> Iterator[None]:
-    """Have a thread compute on a CUDA device beside others: in a stream of its own, which it waits for."""
+    """Run the block in a CUDA stream of its own, for threads beside each other; wait for it at the end."""
     if device.type != "cuda":
         yield
         return
@@ -299,7 +299,7 @@ class Failures:
     def raise_if_any(self, total: int, where: str = "") -> None:
         """Raise UserError listing the failures. where: begins the message, as "prompts.txt: ".
 
-        If all failures share an exit code that says more than 1 or 2, the error has that one.
+        If all failures share an exit code that says more than 1 or 2, the error has that code.
         """
         if not self.reasons:
             return

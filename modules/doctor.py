@@ -1,4 +1,4 @@
-"""Look at the environment: what is installed, on which device it computes, what is missing and what for."""
+"""Examine the environment: installed packages, the device, missing packages and what they are needed for."""
 
 import importlib.util
 import platform
@@ -19,7 +19,7 @@ INDEX = "https://pytorch.org/get-started/locally"
 
 @dataclass(frozen=True)
 class Finding:
-    """What one thing is here, and whether Reelsmith can run with it."""
+    """One fact about the environment, and whether Reelsmith can run with it."""
 
     name: str
     text: str

@@ -35,7 +35,7 @@ AGAIN = frozenset({408, 425, 429})  # answers of a site that may change soon; so
 
 
 class BrokenTry(Exception):
-    """A try that failed and may succeed later; the text says how, without the address."""
+    """An attempt that failed and may succeed later; the text says how it failed, without the address."""
 
     def __init__(self, reason: str, wait_seconds: float = 0.0, from_start: bool = False) -> None:
         super().__init__(reason)
@@ -76,12 +76,12 @@ def receive(
     check: Callable[[Answer], None] = lambda _: None,
     seen: Callable[[int], object] = lambda _: None,
 ) -> None:
-    """Fill `path`, which may hold the beginning of a file of known size; a byte more than allowed ends it.
+    """Download to `path`, which may hold the beginning of a file of known size; stop beyond `most_bytes`.
 
-    tries: in a row that bring little. wait: called with seconds before another one. first_wait: doubled with
-    each such try. size_bytes: of the file; None: the site says it. check: looks at each answer before it is
-    read. seen: called with the number of bytes that are there. Raises BrokenTry after the last try,
-    RefusedBySite, OSError if the file cannot be written.
+    tries: how many attempts in a row may bring little. wait: called with the seconds before another attempt.
+    first_wait: in seconds, doubled with each such attempt. size_bytes: of the file; None: the site says it.
+    check: called with each answer before its data are read. seen: called with the number of bytes that the
+    file has. Raises BrokenTry after the last try, RefusedBySite, OSError if the file cannot be written.
     """
     path.touch()  # also of an empty file
     failures, most, version = 0, path.stat().st_size, None

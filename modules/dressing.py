@@ -30,7 +30,7 @@ class Checkpointing:
 def swapped_weights(
     spec: DitSpec, swap: SwapOptions, device: torch.device, whole: bool = False
 ) -> HostWeights | None:
-    """Return host memory for weights that are swapped, or None. whole: for all, of one that takes turns."""
+    """Return host memory for swapped weights, or None. whole: for all weights, if the network takes turns."""
     if not (whole or swap.number or swap.img_in_txt_in_offloading):
         return None
     plan = SwapPlan(spec, swap.number, swap.img_in_txt_in_offloading, swap.block_swap_ring_size)
@@ -43,7 +43,7 @@ def have_joined() -> bool:
 
 
 def shared_blocks(sharding: ShardingOptions, device: torch.device) -> "ShardedBlocks | None":
-    """Return what keeps this process' part of each block, to load the network with; None if it keeps all."""
+    """Return the `BlockPlace` that keeps this process' part of each block; None if blocks are not split."""
     if not (sharding.shard_base and have_joined()):
         return None
     from modules.offload.sharding import ShardedBlocks
@@ -54,7 +54,7 @@ def shared_blocks(sharding: ShardingOptions, device: torch.device) -> "ShardedBl
 def share_tokens(network: nn.Module, sharding: ShardingOptions, device: torch.device) -> None:
     """Have a network run its blocks on this process' part of the tokens.
 
-    Call it last. Raises OptionError if they cannot share this network's tokens.
+    Call it last. Raises OptionError if the processes cannot share this network's tokens.
     """
     from modules.offload import context
 

@@ -68,5 +68,5 @@ _COMPILERS = ("torch._dynamo", "torch._inductor", "triton.")
 
 
 def is_of_compiler(error: BaseException) -> bool:
-    """Return whether an error is one of torch's or Triton's compiler, which every further call meets too."""
+    """Return whether an error comes from torch's or Triton's compiler: every further call meets it too."""
     return any(cls.__module__.startswith(_COMPILERS) for cls in type(error).__mro__)

@@ -124,7 +124,7 @@ FAMILIES = Families()
 
 @cache
 def with_scripts() -> Mapping[str, FamilyEntry]:
-    """Return those with scripts for caching, training and generation; gen_img.py has files of its own."""
+    """Return families with scripts for caching, training and generation; gen_img.py has files of its own."""
     return {name: entry for name, entry in FAMILIES.items() if entry.script}
 
 
@@ -187,8 +187,8 @@ def plain_script(
 ) -> Script:
     """Return the script that reads options and hands the first record to a function.
 
-    about: the script's docstring. work: the function, as `networks.merging.merge_flux`, with which torch
-    loads. without: as for `add_options`. prepare: makes its arguments of the record.
+    about: the script's docstring. work: the function's name, as `networks.merging.merge_flux`; its import
+    loads torch. without: as for `add_options`. prepare: makes the function's arguments from the record.
     """
 
     def run_tool(argv: Sequence[str] | None = None) -> None:

@@ -126,7 +126,7 @@ def _rank(group: argparse._ArgumentGroup) -> int:
 
 
 def _usage(parser: argparse.ArgumentParser) -> str:
-    """Return the usage: required options, without the forest of all others."""
+    """Return the usage line with the required options only."""
     formatter, words = HelpFormatter(parser.prog), []
     for action in parser._actions:
         if not action.option_strings:

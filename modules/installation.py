@@ -1,7 +1,7 @@
 """Find whether this copy of Reelsmith is a checkout or an installed package; import modules by name.
 
-Standard library only. In the package, all of our code lies below `reelsmith` (package/staging.py). Modules
-may be ours, those that a user names in an option, or packages that a process has no use for.
+Standard library only. In the package, all of our code lies below `reelsmith` (package/staging.py). Also
+import modules that a user names in an option, and hide packages that a process has no use for.
 """
 
 import importlib
@@ -115,8 +115,8 @@ def program_words(script: Path) -> list[str]:
 
 
 def program_environment(**more: str) -> dict[str, str]:
-    """Return the environment for a program of ours: with -m Python would take modules from the folder in
-    which it works, and that one may be somebody else's.
+    """Return the environment for a program of ours. In the package it keeps `python -m` from importing from
+    the working folder, which may be somebody else's.
     """
     return {**os.environ, **more, **({"PYTHONSAFEPATH": "1"} if PREFIX else {})}
 
@@ -210,8 +210,8 @@ def import_user_module(option: str, name: str, example: str, remedy: str) -> Mod
 def hide_packages(*names: str) -> Iterator[None]:
     """Let packages look as if they were not installed inside the block; those loaded before stay loaded.
 
-    A package that asks once, when it is imported, does without them from then on. Afterwards they can be
-    imported as before. None in place of a module is Python's own way to refuse an import.
+    A package that looks for them only when it is imported does without them from then on. Afterwards they can
+    be imported as before. None in place of a module is Python's own way to refuse an import.
     """
     hidden: dict[str, ModuleType | None] = {name: None for name in names if name not in sys.modules}
     sys.modules.update(hidden)  # type: ignore[arg-type]  # it takes None

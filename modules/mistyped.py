@@ -1,4 +1,4 @@
-"""What was probably meant by words that are no option here: other programs' names, shells, quotes.
+"""Guess what was meant by words that are no option here: other programs' names, shells, quotes.
 
 Standard library only.
 """
@@ -85,15 +85,15 @@ _NOTHING = {
 
 
 def ours_for(theirs: str, has: Container[str]) -> str:
-    """Return the first of the names in `has` that means what others call `theirs`; empty without one."""
+    """Return the first name in `has` for what other programs call `theirs`; "" if there is none."""
     rows = (line.partition(":") for line in _THEIRS.splitlines())
     return next((ours for ours, _, names in rows if ours in has and theirs in names.split()), "")
 
 
 def meant_elsewhere(flags: Flags, name: str, key_file: str = "") -> str:
-    """Return what to write for an option that other programs or the dataset file have; empty if none.
+    """Return what to write instead of an option of other programs or of the dataset file; "" if unknown.
 
-    key_file: has options of trainings as keys.
+    key_file: a file that has options of trainings as keys.
     """
     name = name.replace("-", "_")
     takes_keys = key_file or "--dataset_config" in flags
@@ -117,7 +117,7 @@ def meant_elsewhere(flags: Flags, name: str, key_file: str = "") -> str:
 def explain_rest(
     flags: Flags, words: Sequence[str], others: Sequence[str], by_place: Sequence[argparse.Action] = ()
 ) -> str:
-    """Explain words that belong to no option. by_place: what the script takes without one."""
+    """Explain words that belong to no option. by_place: options that are taken without a flag."""
     for before, path, word in zip(words, words[1:], words[2:], strict=False):
         is_one = before in flags and flags[before].nargs is None
         if is_one and word == others[0] and path_exists(Path(path)) and path_exists(Path(word)):

@@ -63,10 +63,10 @@ def height_width(joined: re.Match[str]) -> tuple[str, str]:
 
 
 def check_path(option: str, path: Path, place: str, hint: str) -> None:
-    """Raise OptionError if a path is none that its option takes.
+    """Raise OptionError if an option cannot take a path.
 
-    place: "there", or what is there: "file" or "folder"; what is to be made: "new folder", "new file", or
-    "safetensors", a new file of that kind. hint: what to give, for what has to be there.
+    place: what has to exist, "file", "folder" or "there" for both; or what will be made, "new folder", "new
+    file" or "safetensors" (a new file of that kind). hint: what to give, for a path that has to exist.
     """
     if place == "safetensors":
         check_output_file(option, path)
@@ -133,7 +133,7 @@ def check_seed(option: str, seed: int | None) -> None:
 
 
 def gibibytes(text: str) -> float:
-    """Parse 12, 12GB, 12 gib. Raises ArgumentTypeError if it is no memory."""
+    """Parse an amount of memory in GiB: 12, 12GB, 12 gib. Raises ArgumentTypeError for anything else."""
     found = re.fullmatch(MEMORY, text.strip(), re.IGNORECASE)
     if found is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no memory. Give GiB, such as 12; 0 for a CPU")
@@ -202,7 +202,7 @@ def _literal(text: str) -> Any:
 
 
 def text_to_seed(text: str, bits: int = SEED_BITS) -> int:
-    """The seed that a text stands for: a whole number is itself, any other text is hashed to `bits` bits.
+    """Return the seed that a text stands for: a whole number as it is, other text hashed to `bits` bits.
 
     Raises ValueError for a number of more digits than any seed has.
     Source: the known tools; the measured values are in tests/golden/string_seeds.json.

@@ -234,7 +234,7 @@ def is_given(record: Any, field: "dataclasses.Field[Any]") -> bool:
 
 
 def _check_facts(record: Any, field: "dataclasses.Field[Any]") -> None:
-    """Raise OptionError if the value of a field is against its facts."""
+    """Raise OptionError if the value of a field violates its facts."""
     facts, value = field.metadata, getattr(record, field.name)
     declared = facts.get("declared")
     if value is None or declared is None:
@@ -353,7 +353,7 @@ def override_options(options: T, values: Mapping[str, Any]) -> T:
 
 
 def facts_of(cls: type) -> dict[str, dict[str, Any]]:
-    """Return the facts of every option of a record by its public name, those of the records in it too."""
+    """Return the facts of every option of a record, nested records included, by the option's public name."""
     hints = hints_of(cls)
     facts: dict[str, dict[str, Any]] = {}
     for field in dataclasses.fields(cls):

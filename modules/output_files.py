@@ -27,7 +27,7 @@ OTHER_KINDS = {
 def check_output_name(option: str, name: str, is_windows: bool = os.name == "nt") -> None:
     """Raise OptionError if files and folders in one folder cannot have names that begin with this one.
 
-    is_windows: some more are refused there.
+    is_windows: also refuse names that Windows cannot have.
     """
     size, reason = len(name.encode("utf-8", "surrogateescape")), ""
     if "/" in name or "\\" in name:

@@ -44,7 +44,7 @@ _Group = argparse._ActionsContainer
 
 
 class _Word(str):
-    """A word of the command line that is one object, whatever other words are equal."""
+    """A word of the command line with an identity of its own, even if other words are equal."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -119,10 +119,10 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"{before} {word}: give two numbers: {before} {joined[1]} {joined[3]}")
 
     def _give_flags(self, words: Sequence[str], takers: Sequence[argparse.Action]) -> list[str]:
-        """Return the words with those that belong to no option behind the flags of `by_place` options.
+        """Return the words, with those that belong to no option placed after flags of `by_place` options.
 
-        takers: these options. The first word goes to the first of them that is not given, and so on; one of
-        several values takes all.
+        takers: the `by_place` options. The first word goes to the first taker that is not given, and so on; a
+        taker of several values takes all.
         """
         typed = [_Word(word) for word in words]  # argparse returns these same objects: equal words differ
         required = [one for one in self._actions if one.required]

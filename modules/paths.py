@@ -58,7 +58,7 @@ def path_from(folder: Path, path: Path) -> str:
 
 
 def path_exists(path: Path) -> bool:
-    """Return as `Path.exists`; False too if no file can have that name, where it may raise OSError."""
+    """Return whether a path exists; False for names that no file can have, where `Path.exists` may raise."""
     return os.path.exists(path)  # noqa: PTH110
 
 

@@ -56,7 +56,7 @@ def run_blocks(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
 def run_in_order(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
     """Run all blocks one after the other, except `tweaks.skip_blocks`: those pass their input through.
 
-    Those of `tweaks.skip_self_attention` get inputs that say so, which the model's record of tokens makes.
+    Blocks of `tweaks.skip_self_attention` get inputs that say so, made by the model's record of tokens.
     Blocks are counted over all lists, in the order of `DitSpec.block_lists`. A block of the second stream is
     given that stream and `x`; it returns the stream, and what is added to `x` behind the next block.
     """
@@ -82,7 +82,7 @@ def run_in_order(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
 
 
 class BlockNetwork(nn.Module):
-    """A DiT. `embed` says what it takes, `unembed` what it predicts; some derive further inputs of both."""
+    """A DiT. `embed` says what it takes, `unembed` what it predicts; some derive further inputs for both."""
 
     spec: DitSpec
     dtype_of: ClassVar[str]  # a parameter that has the compute dtype in every file; others may be in 8 bits
@@ -94,7 +94,7 @@ class BlockNetwork(nn.Module):
         return self.get_parameter(self.dtype_of).dtype
 
     def forward(self, *inputs: Any, tweaks: Tweaks = NO_TWEAKS, **more: Any) -> Any:
-        """Predict from the inputs of `embed`. tweaks: ideas that change this call."""
+        """Predict from the inputs of `embed`. tweaks: changes to this call."""
         hidden = self.embed(*inputs, tweaks=tweaks, **more)
         run_blocks(self, hidden, tweaks)
         return self.unembed(hidden.x, hidden.tokens)

@@ -53,7 +53,7 @@ def fp8_text_option(name: str, what: str) -> Any:
 
 
 def text_form(options: Any) -> str | None:
-    """Return the form of a text encoder's weights: of the family's flag for fp8, or --text_encoder_form."""
+    """Return the form of a text encoder's weights, by the family's flag for fp8 or --text_encoder_form."""
     return "fp8" if options.in_fp8 else options.text_encoder_form
 
 
@@ -277,7 +277,7 @@ class GenerationFp8Options(Options):
 
     @property
     def quantisation(self) -> Quantisation | None:
-        """--fp8_scaled replaces --fp8."""
+        """Return how weights are quantised; None: not at all. --fp8_scaled replaces --fp8."""
         if self.convrot_int8:
             return Quantisation("rows", form="int8", asked_by="--convrot_int8")
         if self.nf4_base:
@@ -335,7 +335,7 @@ class SwapOptions(Options):
 
     @property
     def is_auto(self) -> bool:
-        """Return whether the number of blocks is not chosen yet; `dataclasses.replace` sets it."""
+        """Return whether the number of blocks is not chosen yet; choose it with `dataclasses.replace`."""
         return self.blocks_to_swap == AUTO
 
     @property

@@ -189,7 +189,7 @@ class MagCacheRule:
 
 
 def resample(ratios: Sequence[float], count: int) -> list[float]:
-    """Return `count` of the ratios: those at the nearest of as many equal distances, both ends included."""
+    """Return `count` ratios, each the nearest to one of `count` evenly spaced places, both ends included."""
     if count == 1:
         return [ratios[-1]]
     return [ratios[round(index * (len(ratios) - 1) / (count - 1))] for index in range(count)]
@@ -241,9 +241,9 @@ def polynomial(coefficients: tuple[float, ...], x: float) -> float:
 
 MOST_POWER = 4  # of a fitted polynomial, as the published ones
 POINTS_EACH = 3  # measured for each coefficient
-FEWEST_STEPS = 1 + 2 * POINTS_EACH  # in which even one pass a step gives a line
+FEWEST_STEPS = 1 + 2 * POINTS_EACH  # enough for a straight line with one pass a step
 
-# told of each pass: input of the first block's attention, and what the blocks added
+# called for each pass with the input of the first block's attention and what the blocks added
 Measure = Callable[[Turn, Signal, Tensor], None]
 
 

@@ -29,7 +29,7 @@ _KINDS = (
 
 
 def real_path(path: Path) -> Path:
-    """Return where links lead. `Path.resolve` raises for links that lead in a circle: they stay here."""
+    """Return the path with links resolved. Links in a circle stay; `Path.resolve` would raise."""
     return Path(os.path.realpath(path))
 
 
@@ -72,7 +72,7 @@ def read_safetensors_texts(path: Path) -> dict[str, str]:
 
 
 def texts_of_files(paths: Iterable[Path]) -> Iterator[tuple[Path, dict[str, str]]]:
-    """Yield the metadata of LoRAs; whatever reads their tensors says why a file that is left out is none."""
+    """Yield the metadata of LoRA files; skip faulty files, which raise when their tensors are read."""
     for path in paths:
         try:
             texts = read_safetensors_texts(path)

@@ -136,7 +136,7 @@ HALVES = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to compute attention, with the package that it needs and the runs that this supports."""
+    """One way to compute attention, with the package that it needs and the runs that the package supports."""
 
     dense: Dense
     packed: Packed | None = None  # None: computing sample by sample is as fast
@@ -204,12 +204,11 @@ def attend(
 
     With `choice.in_float32` it is computed in float32, outside autocast, and returned in the inputs' dtype.
 
-    query: B L N D. key, value: B S N D. choice: the back end; `split` computes one sample at a time.
-    lengths: how many of the L tokens of each sample are real, for self-attention; of more keys (S > L) those
-    in front are all real. Padding is not computed: its keys are ignored, its queries give zeros, and the
+    query: B L N D. key, value: B S N D. choice: the back end; `split` computes one sample at a time. lengths:
+    how many of the L tokens of each sample are real, for self-attention; if S > L, the S - L additional keys,
+    in front, are all real. Padding is not computed: its keys are ignored, its queries give zeros, and the
     gradients of both are zero. repeats: S float32, how many equal keys each key stands for; sdpa only, not
-    together with lengths. Returns B L N D.
-    Raises ValueError if the arguments do not go together.
+    together with lengths. Returns B L N D. Raises ValueError if the arguments do not go together.
     """
     if choice.in_float32:
         plain = replace(choice, in_float32=False)
@@ -287,7 +286,7 @@ def check_backend(
 def refusal(
     package: Backend, capability: tuple[int, int] | None, dtype: Callable[[], torch.dtype], training: bool
 ) -> str | None:
-    """Return why a package cannot do a run, whatever is installed, to follow "--flag"; None if it can.
+    """Return why a package cannot do a run even if installed, as words to follow "--flag"; None if it can.
 
     package: the back end that needs it. capability: None without a CUDA device.
     """
@@ -339,13 +338,13 @@ def try_out(choice: AttentionChoice, device: torch.device, dtype: torch.dtype, t
 # Letters: B batch, L tokens of picture or video, T tokens of the first text, T' of the second, N heads
 
 
-# outputs of attention to the text asked for and to another one, each B L N D -> what takes their place
+# outputs of attention to the wanted text and to another one, each B L N D -> the output to use instead
 Steer = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class SecondText:
-    """Place of a second text among the tokens B L+T+T' ..., and its use."""
+    """Where a second text stands among the tokens, B L+T+T' ..., and how attention uses it."""
 
     before: int  # tokens of the picture, L
     count: int  # its own tokens, T'

@@ -36,7 +36,7 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, repeats: Tensor | None = Non
 
 
 def key_bias(repeats: Tensor, queries: int, dtype: torch.dtype) -> Tensor:
-    """Return the addend 1 1 `queries` S for n equal keys (repeats: S float32): n exp(x) = exp(x + log n)."""
+    """Return the bias, 1 1 `queries` S, that counts keys n times (S float32): n exp(x) = exp(x + log n)."""
     # the dtype before the shape: to change it afterwards would write out a row for each query
     return repeats.log().to(dtype).expand(1, 1, queries, -1)
 
@@ -73,8 +73,8 @@ def cudnn_note(capability: tuple[int, int], cudnn: int | None) -> str | None:
 def attend_with_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
     """Run scaled_dot_product_attention on B N L D with a bias, B N L S or broadcast to it, in q's dtype.
 
-    Without cuDNN's kernel, which torch prefers on Hopper: its gradients may be NaN (see `kernels`), and it
-    is planned anew for every length of a text.
+    cuDNN's kernel, which torch prefers on Hopper, is excluded: its gradients may be NaN (see `kernels`), and
+    it is planned anew for every length of a text.
     """
     if q.device.type != "cuda":
         return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
@@ -115,7 +115,7 @@ for _fact in (_capability, _cudnn):
 
 
 def _compute_plainly(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute the same (B N L D) by products: in 16 bit on a CPU 2 to 5 times as fast for few tokens."""
+    """Compute attention (B N L D) by products: 2 to 5 times as fast for few tokens in 16 bit on a CPU."""
     with torch.autocast(q.device.type, enabled=False):
         scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-1, -2)
         weights = (scores if bias is None else scores + bias).softmax(-1)

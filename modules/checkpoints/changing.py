@@ -42,15 +42,15 @@ logger = logging.getLogger(__name__)
 INDEX = ".index.json"
 LISTED = 3  # names in a message
 MOST_SHARDS = 99_999  # their names have five digits
-NO_NAME = "__metadata__"  # taken in the header of a safetensors file
+NO_NAME = "__metadata__"  # reserved in the header of a safetensors file
 _MARKER = "scaled_fp8"  # a tensor that says that weights have scales
-# what belongs to the weight of a layer in 8 bits, beside its scale
+# ends of the names of a layer's tensors in 8 bits, beside its weight and scale
 _COMPANIONS = (".scale_input", ".input_scale", MARK)
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which tensors are meant, by parts of their names."""
+    """A choice of tensors by parts of their names."""
 
     targets: tuple[str, ...] = ()  # empty: all
     excluded: tuple[str, ...] = ()
@@ -76,7 +76,7 @@ class CheckpointChange:
 
 @dataclass(frozen=True)
 class NewFile:
-    """A file to be written, its names in the order of the old one. `read` makes a tensor."""
+    """A file to be written, with names in the old file's order. `read` returns the tensor of a name."""
 
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
@@ -89,7 +89,7 @@ class NewFile:
 
 
 def refuse_packed(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError for weights that lie in another shape than they have: they are not copied."""
+    """Raise CheckpointError if the file stores weights packed in another shape: these cannot be copied."""
     for name, info in checkpoint.tensors.items():
         if info.packing is not None and info.packing.shape != info.shape:
             raise CheckpointError(
@@ -102,9 +102,9 @@ def refuse_packed(checkpoint: Checkpoint) -> None:
 def plan_change(checkpoint: Checkpoint, change: CheckpointChange, stale: Sequence[str] = ()) -> NewFile:
     """Plan the new file; no tensor is read yet.
 
-    stale: how metadata begin that are true of the old tensors only. Raises OptionError if a selection or a
-    prefix fits no name, or two tensors would have one name; CheckpointError as `refuse_packed`, or if the
-    file's quantisation is unknown and a dtype is to be changed.
+    stale: beginnings of metadata keys that are true of the old tensors only. Raises OptionError if a
+    selection or a prefix fits no name, or two tensors would have one name; CheckpointError as
+    `refuse_packed`, or if the file's quantisation is unknown and a dtype is to be changed.
     """
     refuse_packed(checkpoint)
     names = [name for name in checkpoint.tensors if change.kept.takes(name)]
@@ -274,9 +274,9 @@ def write_shards(
     """Write files of at most `most_bytes` and their index, all of them or none; return their paths.
 
     path: the name of a single file. read: as for `stream_tensors`. Files of an earlier model of this name are
-    replaced; `existing_shards` lists the remaining ones. A kill may leave some of the files, which are
-    refused for those that lack, but never files of two models. Raises OutputError if a file cannot be
-    written, OptionError if there would be too many.
+    replaced; `existing_shards` lists the remaining ones. A kill may leave an incomplete set, which is refused
+    when opened, but never files of two models. Raises OutputError if a file cannot be written, OptionError if
+    there would be too many.
     """
     groups = split(tensors, most_bytes)
     if len(groups) > MOST_SHARDS:
@@ -304,9 +304,9 @@ def write_shards(
 def gather(path: Path) -> Checkpoint:
     """Open a model file, any shard of one, an index of shards, or a folder.
 
-    Of a folder an index counts; without one, all its model files are one model. A tensor may be in two files
-    if it is the same in both. Raises CheckpointError as `open_checkpoint`, and if files contradict each other
-    or lack tensors of the index.
+    In a folder the index counts; without an index, all model files in it are one model. A tensor may be in
+    two files if it is the same in both. Raises CheckpointError as `open_checkpoint`, and if files contradict
+    each other or lack tensors of the index.
     """
     index = path if path.name.endswith(INDEX) else None
     if not path.is_dir():

@@ -98,7 +98,7 @@ def open_file(path: Path) -> "TensorFile":
 
 
 def is_pointer_or_page(start: bytes) -> bool:
-    """Return whether a file that begins so stands for the real one: a Git LFS pointer or a web page."""
+    """Return whether these are the first bytes of a Git LFS pointer or a web page, not of the real file."""
     return start.startswith(LFS_POINTER) or start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"<"
 
 
@@ -249,9 +249,9 @@ TensorFile: TypeAlias = HeaderFile | TorchFile  # one open file of named tensors
 def load_pickled(path: Path, times: int = 1) -> Any:
     """Load a file of `torch.save`: tensors, mapped if the format allows, in plain containers.
 
-    times: how much longer than one of weights its list of values may be. Code in the file is refused, not
-    run. Raises CheckpointError if there is code, if a tensor is not a plain
-    one, or if the file is damaged.
+    times: factor on the allowed length of its pickled program, 1 for files of weights. Code in the file is
+    refused, not run. Raises CheckpointError if there is code, if a tensor is not a plain one, or if the file
+    is damaged.
     """
     try:
         require_regular_file(path)
@@ -291,7 +291,7 @@ def load_pickled(path: Path, times: int = 1) -> Any:
 
 
 class _Counted:
-    """A file that is read in so many pieces at most: torch reads each step of a list by itself."""
+    """A file that allows a limited number of reads: torch reads each step of a pickle by itself."""
 
     def __init__(self, file: BinaryIO, times: int) -> None:
         self._file, self._count, self._most = file, 0, times * MAX_PICKLE_STEPS
@@ -356,7 +356,7 @@ def _pickle_damage_error(path: Path, reason: str) -> CheckpointError:
 
 
 def _named_tensors(content: Any, seen: set[int]) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the tensors of the first wrapper that has some, else those that are here, and the rest.
+    """Return the tensors in the first wrapper with some, else those of `content` itself; and other names.
 
     A step count beside a wrapper may be a tensor too. seen: a harmful file may wrap a dictionary in itself.
     """

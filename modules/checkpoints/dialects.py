@@ -58,10 +58,11 @@ def load_planned(
 ) -> Network:
     """Load the network of a plan whose file is open onto the device, in eval mode, without gradients.
 
-    build: makes it from the plan's dimensions; called on the meta device. dtype, what: as for `load_module`;
-    a single dtype is used for all tensors. form: the file of `modules.stored` that its linear layers are kept
-    in; None: as the file has them, but fp8 multiplied out. host: as for `load_module`. blocks: takes each
-    block when it is loaded. Raises CheckpointError as `load_module`, and if the file has another form.
+    build: makes the network from the plan's dimensions; called on the meta device. dtype, what: as for
+    `load_module`; a single dtype is used for all tensors. form: the module of `modules.stored` in whose form
+    linear layers are kept; None: as the file has them, but fp8 multiplied out. host: as for `load_module`.
+    blocks: takes each block when it is loaded. Raises CheckpointError as `load_module`, and if the file has
+    another form.
     """
     with on_meta_device():
         network = build(plan.config)
@@ -92,12 +93,12 @@ def load_planned(
 
 
 def text_quantisation(form: str) -> Quantisation:
-    """Return how a text encoder is kept in a form, the name of a file of `modules.stored`."""
+    """Return the `Quantisation` of a text encoder. form: name of a module of `modules.stored`."""
     return Quantisation("rows", float32_scales=True, form=form)
 
 
 def loaded_bytes(plan: LoadPlan[Any], name: str, dtype: torch.dtype, form: str | None) -> int:
-    """Return the bytes that a tensor takes once loaded. form: as of `load_planned`, of a linear weight."""
+    """Return the bytes that a tensor takes once loaded. form: of a linear weight, as in `load_planned`."""
     source, tensors = plan.sources[name], plan.checkpoint.tensors
     shape, stored = tensors[source.names[0]].shape, stored_as(source, tensors)
     if stored is None or (form is None and not stored.form.stays):
@@ -123,7 +124,7 @@ def _refuse_other_forms(plan: LoadPlan[Any], kept: Iterable[str], form: str) -> 
 
 
 def translate_name(name: str, table: Names) -> str:
-    """Return our name for one in the file; a name not in the table stays, to be reported as unexpected."""
+    """Return our name for a name in the file; a name not in the table stays, to be reported as unexpected."""
     for pattern, ours in table:
         found = re.fullmatch(pattern, name)
         if found:
@@ -140,7 +141,7 @@ def rename_sources(
 def count(names: Iterable[str], start: str, path: Path | None = None) -> int:
     """Return how many different beginnings of names match the pattern.
 
-    path: of the file, for the CheckpointError that is raised for more than any model has.
+    path: of the file, for the CheckpointError raised if there are more than any model has.
     """
     pattern = re.compile(rf"({start})\.")
     starts = {found[1] for found in map(pattern.match, names) if found}

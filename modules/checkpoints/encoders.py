@@ -1,6 +1,6 @@
 """Find encoders in Hugging Face's layout, under any prefix and beside other networks; read config.json.
 
-Also whether the width of an encoder's states fits the transformer beside it.
+Also check whether the width of an encoder's states fits the transformer beside it.
 """
 
 import logging
@@ -24,7 +24,7 @@ ALL_IN_ONE = (
     "scaled_fp8",
 )
 
-# the bytes of a tokenizer: in ComfyUI's files, and in LTX-2.5's
+# tensors that hold a tokenizer as bytes, in ComfyUI's files and in LTX-2.5's
 SPIECE_MODEL, TOKENIZER_JSON = "spiece_model", "tokenizer_json"
 
 
@@ -131,7 +131,7 @@ def check_state_width(
 
 
 def stated_settings(checkpoint: Checkpoint, classes: Collection[str]) -> tuple[Path, Mapping[str, Any]]:
-    """Return the path and the settings of the config.json beside the file; none if it is of another model.
+    """Return the path and the settings of the config.json beside the file; {} if it is another model's.
 
     classes: names that `_class_name` has for this model. Raises CheckpointError if the file cannot be read.
     """

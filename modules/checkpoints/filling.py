@@ -72,9 +72,9 @@ def find_stored_weights(
     tensors: Mapping[str, TensorInfo],
     asked: bool,
 ) -> frozenset[str]:
-    """Return those of the weights that layers keep in the form that the file has them in.
+    """Return the names of the weights that stay in the form they have in the file.
 
-    asked: an option asks for a form; else only forms that stay without one.
+    asked: whether an option asks for a form; if not, only forms with `stays` count.
     """
     kept = set()
     for name in names:
@@ -87,7 +87,7 @@ def find_stored_weights(
 
 
 def stored_as(source: TensorSource, tensors: Mapping[str, TensorInfo]) -> Stored | None:
-    """Return the form of a weight in the file, with tensors on the meta device; None of a plain weight."""
+    """Return the form of a weight in the file, with tensors on the meta device; None for a plain weight."""
     if source.as_stored is None:
         return None
     return source.as_stored(*[tensors[part].hollow() for part in source.names])
@@ -136,12 +136,12 @@ def load_module(
     sources: our state-dict names -> how each is made. dtype: (our name, dtype in the file) -> dtype to keep.
     patch: given our name and the weight before it is rounded to that dtype; returns the weight to keep.
     ignore: patterns (`*`) of tensors in the file that need not be used. what: the option or network, for
-    messages. host: keeps some of the tensors in host memory; they are made on the device all the same, where
-    anything is to be computed. check: called before each tensor, in place of a progress bar; it may raise to
-    end the loading. filled: called with each name once its tensor is there. Parameters come out with
-    `requires_grad` off. On the meta device nothing is read. Raises CheckpointError listing every missing,
-    unexpected and misshaped tensor, before anything is read, and naming those with values that are NaN or
-    infinite; OptionError if the device cannot hold a form.
+    messages. host: keeps some of the tensors in host memory; whatever has to be computed for them is computed
+    on the device. check: called before each tensor, in place of a progress bar; it may raise to end the
+    loading. filled: called with each name once its tensor is there. Parameters come out with `requires_grad`
+    off. On the meta device nothing is read. Raises CheckpointError listing every missing, unexpected and
+    misshaped tensor, before anything is read, and naming those with values that are NaN or infinite;
+    OptionError if the device cannot hold a form.
     """
     if stored is not None and stored.form is not None:
         stored.form.check_device(device)

@@ -1,6 +1,6 @@
 """Read GGUF files: a header of keys and tensors, then aligned data.
 
-Written anew, as the package's reader maps the file, and never ends for a header that lies. Source: the
+The gguf package's reader is not used: it maps the file, and never ends on a false header. Source: the
 specification in ggml's docs/gguf.md; names of text encoders: llama.cpp's `tensor_mapping.py`.
 """
 
@@ -50,7 +50,7 @@ _CHANGED = {"post_attention_norm": "Gemma", "ffn_gate_exps": "a mixture of exper
 
 
 class GgufFile(HeaderFile):
-    """A GGUF file of tensors. Text encoders have the names of transformers, and rows in its order."""
+    """A GGUF file. Tensors of text encoders get the names and the row order of the transformers library."""
 
     header = "GGUF header"
     faults = (ValueError, struct.error)
@@ -167,7 +167,7 @@ class GgufFile(HeaderFile):
 
 
 class _Header:
-    """The numbers and texts at the beginning of a file; ValueError for what lies beyond `most` bytes."""
+    """The numbers and texts at the beginning of a file. Reading beyond `most` bytes raises ValueError."""
 
     def __init__(self, file: BinaryIO, most: int) -> None:
         self._file, self._most, self.place = file, most, 0
@@ -188,7 +188,7 @@ class _Header:
         return self.take(length).decode("utf-8")
 
     def value(self, kind: int) -> str | float | None:
-        """Return a text or a number; a list is passed over, and None."""
+        """Return a text or a number; skip a list and return None."""
         if kind in _NUMBERS:
             found: float = self.number(_NUMBERS[kind])
             return found

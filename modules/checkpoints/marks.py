@@ -90,7 +90,7 @@ def _marks(
 
 
 def _prefix_of(header: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str:
-    """Return what tensors' names begin with and the header's do not, as some writers leave it off."""
+    """Return the prefix of tensor names that names in the header lack, as some writers leave it off."""
     first = next((f"{layer}.weight" for layer in header if layer not in tensors), None)
     if first is None or first in tensors:
         return ""
@@ -105,7 +105,7 @@ def _table(value: Any) -> dict[str, Any]:
 
 
 def _settings(how: Any) -> dict[str, Any]:
-    """Return a layer's settings, those of `params` at the top."""
+    """Return a layer's settings, with those of `params` moved to the top level."""
     told = {"format": how} if isinstance(how, str) else _table(how)
     return {key: value for key, value in told.items() if key != "params"} | _table(told.get("params") or {})
 
@@ -154,14 +154,14 @@ class _Layer:
         return size
 
     def pair(self, *dtypes: torch.dtype) -> tuple[int, int]:
-        """Return the rows and columns of the weight in the file, which is of one of these dtypes."""
+        """Return rows and columns of the weight in the file. Raises ValueError if its dtype is another."""
         info = self.weight
         if info.dtype not in dtypes or len(info.shape) != 2 or 0 in info.shape:
             raise ValueError(f"has a weight of {info.dtype} {list(info.shape)}, which its form does not have")
         return info.shape[0], info.shape[1]
 
     def beside(self, end: str, dtypes: tuple[torch.dtype, ...], *shapes: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape of a companion, which is of one of these dtypes; raw bytes count as the first."""
+        """Return a companion's shape. Raises ValueError if its dtype is another; bytes count as the first."""
         name = f"{self.stem}.{end}"
         info = self.tensors.get(name)
         if info is None:
@@ -332,7 +332,7 @@ LAYOUTS: Mapping[str, Callable[[_Layer], None]] = {
 
 
 def _bitsandbytes(layer: _Layer, read: Callable[[str], Tensor]) -> None:
-    """Recognise 4 bits of bitsandbytes; `settings` are its state of the weight."""
+    """Recognise a 4-bit weight of bitsandbytes; `layer.settings` is its `QuantState`."""
     state, block = layer.settings, layer.number("blocksize", 64)
     rows, columns = state["shape"]
     if state["quant_type"] not in ("nf4", "fp4"):

@@ -24,7 +24,7 @@ Found = TypeVar("Found")
 
 
 def require_file(path: Path | None, option: str, why: str, default: Path | None = None) -> Path:
-    """Return the path. default: of the option, which is maybe not what was typed.
+    """Return the path. default: the option's default, so that the error can say that it was not typed.
 
     Raises OptionError if none was given, CheckpointError if it does not exist; both name the option.
     """
@@ -49,10 +49,10 @@ def inside(path: Path, folder: str) -> Path:
 
 
 def read_once(path: Path, read: Callable[..., Found], *given: Any) -> Found:
-    """Return the result of `read` for the open file, and what else it is given, such as its dimensions.
+    """Return the result of `read` for the open file and the further arguments `given`, such as dimensions.
 
     The result is cached while the file stays the same. read: a function of a module, such as `read_vae`.
-    given: can be hashed. Raises CheckpointError as `read` does, if the file holds another kind of network.
+    given: hashable. Raises CheckpointError as `read` does, if the file holds another kind of network.
     """
     stat = path.stat()
     found: Found = _read_once(path, path.absolute(), (stat.st_mtime_ns, stat.st_size), read, given)
@@ -69,7 +69,7 @@ def _read_once(
 
 
 def find_model_folder(option: str, name: str, patterns: Sequence[str]) -> Path:
-    """Return the folder `name`; if there is none, that of the repository `owner/name`, which is downloaded.
+    """Return the folder `name`; if there is none, download the repository `owner/name` and return its folder.
 
     patterns: of the files to download. Raises CheckpointError if it is neither a folder nor the name of a
     repository, DownloadError if the hub does not give it.
@@ -110,8 +110,8 @@ class SavedLatents:
 def load_latents(path: Path, option: str = "--latent_path", only_shape: bool = False) -> SavedLatents:
     """Read a latent file: safetensors, or a pickled tensor. option: names it in messages.
 
-    only_shape: the latents have no numbers, they are on the meta device, and only the file's header is read.
-    Raises CheckpointError if the file is damaged or has no latents.
+    only_shape: read only the file's header and return latents on the meta device. Raises CheckpointError if
+    the file is damaged or has no latents.
     """
     metadata: Mapping[str, str] = {}
     found: Any = None

@@ -68,7 +68,7 @@ class Checkpoint(contextlib.ExitStack):
         return tensor if found.data_ptr() == tensor.data_ptr() else tensor.copy_(found)
 
     def borrow(self, name: str, scratch: Tensor) -> Tensor:
-        """Return that tensor on the CPU; copy it before anything else is read.
+        """Return a tensor on the CPU; copy it before anything else is read.
 
         scratch: bytes (uint8) that may be used. Raises CheckpointError as `read`.
         """
@@ -99,7 +99,7 @@ class Checkpoint(contextlib.ExitStack):
         return Checkpoint(self.path, places, self._files, self.refusal)
 
     def join(self, other: "Checkpoint") -> "Checkpoint":
-        """Return the tensors of both; the files stay shared. Of a tensor that both have this one counts."""
+        """Return the tensors of both; the files stay shared. For names that both have, this one counts."""
         places, files = {**other._places, **self._places}, [*self._files, *other._files]
         return Checkpoint(self.path, places, files, self.refusal or other.refusal)
 
@@ -190,7 +190,7 @@ def require_all_shards(files: Sequence[Path]) -> None:
 
 @lru_cache(maxsize=4)  # all shards of a model have the same
 def _shards_of(name: str) -> list[str]:
-    """Return the names of all shards of the model that a file of this name is one of."""
+    """Return the names of all shards of the model to which a file of this name belongs."""
     shard = _SHARD.fullmatch(name)
     assert shard is not None
     count = int(shard["count"])
@@ -255,7 +255,7 @@ def fingerprint(path: Path) -> str:
 
 
 _SCALES = (".scale_weight", ".weight_scale")
-# unused once the weights are plain
+# tensors without a use once the weights are plain
 QUANT_EXTRAS = (
     *("scaled_fp8", "*.scale_input", "*.input_scale", f"*{MARK}"),
     *("*.weight.quant_map", "*.weight.quant_state.*"),

@@ -1,7 +1,7 @@
 """Write a model with its layers in 8 bits, in ComfyUI's layout or as GGUF, or a quantised one in 16 bits.
 
-The tensors keep the names of the file. Of a transformer the layers are those that its family keeps in fp8, of
-a text encoder the linear layers of its blocks. Sources: as of `marks` and `gguf_files`.
+The tensors keep the names of the file. The layers are, in a transformer, those that its family keeps in fp8;
+in a text encoder, the linear layers of its blocks. Sources: as in `marks` and `gguf_files`.
 """
 
 import json
@@ -61,7 +61,7 @@ _TEXT_ENCODERS = {
     r"layers\.0\.mlp\.gate_proj\.weight": r"layers\.\d+\.(self_attn|mlp)\.\w+_proj\.weight",
 }
 _GGUF_KINDS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
-_LONGEST_IN_GGUF = 127  # bytes of a name that readers take
+_LONGEST_IN_GGUF = 127  # bytes; readers take no longer name
 _SMALL_IN_GGUF = 1024  # weights
 # `general.architecture` as ComfyUI's reader of GGUF knows it; others have the family's name
 _ARCHITECTURES = {
@@ -72,7 +72,7 @@ _ARCHITECTURES = {
 
 @dataclass(frozen=True)
 class Recognised:
-    """What a file is, the weights that are quantised, and the shapes of weights that may be padded."""
+    """What a file is, which of its weights to quantise, and the shapes of weights that may be padded."""
 
     what: str
     family: str | None  # None: a text encoder
@@ -81,8 +81,10 @@ class Recognised:
 
 
 def quantise_file(options: QuantiseOptions) -> None:
-    """Write the file. Raises CheckpointError for a model that is unknown, or not in the state that is asked
-    for, OptionError if the file would replace one that is read, OutputError if it cannot be written.
+    """Write the quantised or 16-bit file.
+
+    Raises CheckpointError if the model is unknown, or is quantised already (for bf16: is not), OptionError if
+    the file would replace one that is read, OutputError if it cannot be written.
     """
     refuse_replacing("--output", options.output, checkpoint_paths(options.model))
     device = choose_device(options.device)
@@ -123,7 +125,7 @@ def _is_narrow(info: TensorInfo) -> bool:
 
 
 def _recognise(checkpoint: Checkpoint) -> Recognised:
-    """Raises CheckpointError for a file that is neither a known transformer nor a text encoder."""
+    """Recognise the file. Raises CheckpointError if it is neither a known transformer nor a text encoder."""
     names = checkpoint.tensors
     for mark, pattern in _TEXT_ENCODERS.items():
         first = next((found for name in names if (found := re.fullmatch(rf"(.*\.)?{mark}", name))), None)
@@ -336,9 +338,9 @@ def _widen(
 
 
 def in_values(checkpoint: Checkpoint, device: torch.device | None = None) -> Checkpoint:
-    """Return the tensors of a file without scales, quantised ones by their values, float32; the same one if
-    it has none. The files stay shared: close one of the two. device: to compute them on. Raises
-    CheckpointError if a form is not read, or the size of a padded weight is not known.
+    """Return the tensors of a file without scales, quantised ones dequantised to float32; if none is
+    quantised, return `checkpoint` itself. The files stay shared: close one of the two. device: to compute
+    them on. Raises CheckpointError if a form is not read, or the size of a padded weight is not known.
     """
     refuse_quantised(checkpoint)
     infos = checkpoint.tensors.values()
@@ -353,7 +355,7 @@ def in_values(checkpoint: Checkpoint, device: torch.device | None = None) -> Che
 
 
 class _Values:
-    """What `in_values` returns, as `Checkpoint` asks a file for it."""
+    """The tensors of a file by their values, in float32: the file behind the result of `in_values`."""
 
     def __init__(
         self, checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], device: torch.device

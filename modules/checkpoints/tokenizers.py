@@ -1,7 +1,6 @@
 """Find the tokenizer of a text encoder (given, in or beside its folder, on the hub) and read it.
 
-Before it is used: by how much its normaliser may lengthen a text, for a small file could turn a prompt into
-terabytes.
+Also check by how much its normaliser may lengthen a text: a small file could turn a prompt into terabytes.
 """
 
 import base64
@@ -81,9 +80,9 @@ class TokenizerFiles:
         )
 
     def download(self, checkpoint_path: Path, may_download: bool = True) -> Path:
-        """Return the tokenizer's file of the hub, from its cache if it is there.
+        """Return the path of the hub's tokenizer file, downloaded if the cache lacks it.
 
-        Raises CheckpointError if it is not there and the hub cannot be reached, or may not be asked.
+        Raises CheckpointError if the cache lacks it and the hub cannot be reached, or `may_download` is off.
         """
         from huggingface_hub import hf_hub_download  # seldom needed, and 0.1 s to import
 
@@ -108,7 +107,8 @@ class TokenizerFiles:
     def read(self, file: Path, content: bytes | None = None) -> Tokenizer:
         """Read the tokenizer of a tokenizer.json, without padding and truncation.
 
-        content: what is read instead, from inside `file`. Raises CheckpointError if it cannot be read.
+        content: the bytes of the tokenizer.json, if it lies inside `file`. Raises CheckpointError if it
+        cannot be read.
         """
         if content is None:
             self.check_bytes(file)
@@ -201,9 +201,10 @@ def check_sentencepiece(model: bytes) -> None:
 
 
 def piece_surfaces(encoded: bytes) -> list[str]:
-    """Return the characters of a text that each piece stands for, of a SentencePiece encoding as bytes.
+    """Return the characters that each piece stands for. encoded: a SentencePieceText as bytes.
 
-    Of a character's bytes as pieces only the last has it. Source: sentencepiece.proto, SentencePieceText.
+    If the bytes of one character are pieces of their own, only the last piece has the character. Source:
+    sentencepiece.proto.
     """
     return [b"".join(_entries(piece, 3)).decode("utf-8", "replace") for piece in _entries(encoded, 2)]
 
@@ -216,9 +217,7 @@ def _check(growth: float) -> None:
 
 
 def _growth(normaliser: Mapping[str, Any]) -> float:
-    """Characters that one may become, at most; Unicode's own forms and steps that are not known count as
-    1.
-    """
+    """Return how many characters one may become at most; Unicode's own forms and unknown steps count as 1."""
     match normaliser.get("type"):
         case "Sequence":
             product = 1.0
@@ -239,13 +238,13 @@ def _growth(normaliser: Mapping[str, Any]) -> float:
 
 
 def _growth_of_charsmap(charsmap: bytes) -> float:
-    """The longest text in a table of characters: the size of its index, the index, texts that end in NUL."""
+    """Return the length of the longest text in a charsmap: index size, index, texts that end in NUL."""
     texts = charsmap[4 + int.from_bytes(charsmap[:4], "little") :]
     return float(max(map(len, texts.split(b"\0"))))
 
 
 def _entries(message: bytes, wanted: int) -> Iterator[bytes]:
-    """The texts and inner messages of a field.
+    """Yield the texts and inner messages of a field.
 
     Source: protobuf.dev, "Encoding". Raises ValueError if it is damaged.
     """

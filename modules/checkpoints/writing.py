@@ -30,7 +30,7 @@ def stream_tensors(
     tensors: of the new file; the header is made from it. read: returns the tensor of a name, on any device;
     called once for each, largest element size first, then by name, as the safetensors library orders its
     files. Raises ValueError if `read` returns another dtype or shape, OutputError if the file cannot be
-    written, or nothing could read it again.
+    written, or could not be read again.
     """
     order, header = _lay_out(tensors, metadata, path)
     size_bytes = len(header) + sum(info.size_bytes for info in tensors.values())

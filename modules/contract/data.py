@@ -21,7 +21,7 @@ Conditions = Mapping[str, Tensor | list[Tensor]]
 
 # key of the mask of the loss in batches and caches: 1 is learned, 0 is not; F H W of the latents
 LOSS_MASK = "reelsmith_loss_mask"
-CONTROL_MASK = "vace_mask"  # uint8, 255 is made anew; of clips whose control has none, all is
+CONTROL_MASK = "vace_mask"  # uint8, 255 is made anew; for a clip without one, everything is
 
 # what a model can be told that a sample in training may lack (`Described.fuller`)
 CAPTION, FIRST_FRAME = "the caption before dropout", "the first frame"
@@ -34,10 +34,11 @@ REFERENCE_LATENTS = "latents_reference"
 
 # latents of a clip's sound, in caches (C T M), batches and conditions (B C T M)
 SOUND = "audio_latents"
-# which samples have sound, in batches and conditions: B bool, on the host; where none has, neither is there
+# which samples have sound, in batches and conditions: B bool, on the host; without sound in any sample, this
+# and the latents are absent
 HAS_SOUND = "has_sound"
-# frames of a clip in a second: one number in caches; in batches and conditions B, thousandths, whole numbers:
-# they stay on the host
+# frames per second of a clip: in caches one number; in batches and conditions B integers, in thousandths,
+# because integers stay on the host
 FPS = "reelsmith_fps"
 
 # places in time of latent frames that do not follow each other (a picture and its control images, which are
@@ -65,7 +66,7 @@ def name_texts(conditions: Conditions, names: Mapping[str, str], device: torch.d
 def name_text_and_mask(
     conditions: Conditions, argument: str, name: str, device: torch.device
 ) -> dict[str, Tensor]:
-    """Return texts of several lengths as `name_texts` does, and as `{argument}_mask` which rows are real.
+    """Return texts of several lengths as `name_texts` does, and the mask of real rows, `{argument}_mask`.
 
     argument: of the network. name: in caches.
     """
@@ -96,24 +97,24 @@ class Batch:
     captions: tuple[str, ...]
     keys: tuple[str, ...]  # which items, for messages
     made_by: tuple[MadeBy, ...] = ()  # of all files that say so
-    loss_weights: tuple[float, ...] = ()  # factors on the samples' losses in training; () where all are 1
-    # which samples are to keep what the base model predicts for them; () where none is
+    loss_weights: tuple[float, ...] = ()  # factors on the samples' losses in training; () if all are 1
+    # whether to preserve what the base model predicts for each sample; () if for none
     preserved: tuple[bool, ...] = ()
-    # tensors that were dropped, for a teacher: texts with the captions, latents of reference pictures
+    # dropped tensors, for a teacher: encoded captions before dropout, latents of reference pictures
     undropped: Conditions = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.captions)
 
     def without_references(self) -> "Batch":
-        """Return the batch with the latents of its references among what was dropped."""
+        """Return the batch with the latents of its references moved from `tensors` to `undropped`."""
         shown = CONTROL, REFERENCE_LATENTS
         dropped = {name: value for name, value in self.tensors.items() if name.startswith(shown)}
         kept = {name: value for name, value in self.tensors.items() if name not in dropped}
         return replace(self, tensors=kept, undropped={**self.undropped, **dropped})
 
     def tell(self, names: Collection[str]) -> "Batch":
-        """Return the batch with what was dropped. names: of what is told, among CAPTION and REFERENCE."""
+        """Return the batch with dropped tensors put back. names: which ones, of CAPTION and REFERENCE."""
         told = {
             name: value
             for name, value in self.undropped.items()
@@ -122,9 +123,9 @@ class Batch:
         return replace(self, tensors={**self.tensors, **told})
 
     def check(self, needed: Mapping[str, str], purpose: str) -> None:
-        """Raise CacheError where a tensor is not there.
+        """Raise CacheError if a tensor is missing.
 
-        needed: name -> what to cache again with. purpose: "--task i2v-14B".
+        needed: name -> the options to cache again with. purpose: "--task i2v-14B".
         """
         for name, remedy in needed.items():
             if name not in self.tensors:
@@ -134,10 +135,10 @@ class Batch:
                 )
 
     def check_widths(self, widths: Mapping[str, int], taker: Path, remedy: str) -> None:
-        """Raise CacheError where tensors were made by another encoder than the network was trained with.
+        """Raise CacheError if tensors were made by another encoder than the network was trained with.
 
-        widths: name -> numbers in the last axis that the network in the file `taker` takes. remedy: what to
-        cache again with.
+        widths: name -> numbers in the last axis that the network in the file `taker` takes. remedy: the
+        options to cache again with.
         """
         for name, taken in widths.items():
             value = self.tensors[name]
@@ -155,7 +156,7 @@ class Batch:
                     )
 
     def tensor(self, name: str) -> Tensor:
-        """The stacked tensor of that name. Raises KeyError where the caches have none."""
+        """Return the stacked tensor of that name. Raises KeyError if the caches have none."""
         value = self.tensors[name]
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} is a list of tensors of different lengths")
@@ -164,18 +165,16 @@ class Batch:
 
 @dataclass(frozen=True)
 class MediaTable:
-    """What a dataset table says of its items, for families to whom a clip or a picture alone does not say
-    all.
-    """
+    """What a dataset table says of its items, for families that need more than the clip or the picture."""
 
     name: str = ""  # for messages: "data.toml, [[datasets]] 2 (clips)"
     kind: str = "video"  # or "image"
     has_control: bool = False
     has_references: bool = False  # those of reference_directory
-    # lengths that clips are cut to; () where each is as long as it is, and for images
+    # lengths that clips are cut to; () if clips keep their own length, and for images
     target_frames: tuple[int, ...] = ()
-    max_frames: int | None = None  # of the longest clip, where each is as long as it is
-    window: int = 9  # latent frames that are denoised together, where a clip has several sections
+    max_frames: int | None = None  # of the longest clip, if clips keep their own length
+    window: int = 9  # latent frames that are denoised together, if a clip has several sections
     clean_indices: tuple[int, ...] = ()  # places in time of the control images; those without one stand at 0
     target_index: int | None = None  # place in time of the target
     has_post: bool = True  # one black frame behind the control images
@@ -188,8 +187,8 @@ class MediaBatch:
     frames: Tensor  # B F H W C uint8, RGB
     keys: tuple[str, ...]  # item names, for messages and for seeding a posterior sample
     spans: tuple[tuple[int, int], ...]  # (first kept frame, number of frames) of each crop; (0, 1) for images
-    # each B F H W C uint8; C = 4 where a control image has alpha. Reference pictures: B 1 H W 3, each of its
-    # own size
+    # each B F H W C uint8; C = 4 if a control image has alpha. Reference pictures: B 1 H W 3, each of its own
+    # size
     control: tuple[Tensor, ...] = ()
     alpha: Tensor | None = None  # B H W uint8: of pictures that are transparent somewhere
     table: MediaTable = MediaTable()
@@ -198,10 +197,10 @@ class MediaBatch:
     control_mask: Tensor | None = None  # B F H W uint8: 255 is made anew
 
     def split_for(self, device: torch.device) -> "list[MediaBatch]":
-        """The items as an encoder on that device takes them: all in one batch, on a CPU each by itself.
+        """Return the items in the batches for an encoder on that device: one batch; on a CPU, one item each.
 
-        A batch gains nothing there, and singly an item's numbers do not depend on what else a run that was
-        killed had left to do.
+        On a CPU a batch gains nothing, and alone an item's numbers do not depend on which items a killed run
+        had left to do.
         """
         if device.type != "cpu":
             return [self]
@@ -232,7 +231,7 @@ class MomentsBatch:
 
 @dataclass(frozen=True)
 class MomentsRules:
-    """What a family's caches can be made from if there are moments instead of frames."""
+    """Whether a family's caches can be made from moments instead of frames."""
 
     refusal: str | None = None  # why they cannot: completes "load_tensors cannot be used: ..."
     with_image: bool = False  # whether those of the first frame alone are needed too
@@ -289,7 +288,7 @@ class LatentSpec:
     names_frames: bool = True  # names of latents in cache files say F x H x W; else H x W
     # in training the latents of an item's references stand in front of its clip's, the last one first
     references_first: bool = False
-    # frames a second of clips in caches of other programs, which do not say it; None: they do, or need not
+    # frames per second of clips in other programs' caches, if these do not state it; else None
     unsaid_fps: float | None = None
 
     @property
@@ -298,7 +297,7 @@ class LatentSpec:
         return self.stride[0] == 1
 
     def shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int, int]:
-        """1 C F H W of the latents for a size in pixels."""
+        """Return the latents' shape, 1 C F H W, for a size in pixels."""
         return (
             1,
             self.channels,
@@ -308,7 +307,7 @@ class LatentSpec:
         )
 
     def to_model(self, cached: Tensor) -> Tensor:
-        """Cached latents in model space, float32."""
+        """Return cached latents in model space, float32."""
         return cached.float() * self.scale + self.shift
 
 
@@ -316,8 +315,8 @@ class LatentSpec:
 class Joint:
     """The shapes of a clip's latents and of its sound's. The loops hold both as one tensor, B N.
 
-    The picture's numbers come first. What treats each number alone, a solver or a sum of velocities, need not
-    know that there are two.
+    The picture's numbers come first. Code that treats each number alone, such as a solver, need not know that
+    there are two.
     """
 
     picture: tuple[int, int, int, int]  # C F H W
@@ -335,7 +334,7 @@ class Joint:
 
 @dataclass(frozen=True)
 class SoundSpec:
-    """What a family's latents of sound are made from."""
+    """Facts about a family's latents of sound."""
 
     rate: int  # samples in a second, as the encoder takes them
     channels: int
@@ -348,7 +347,7 @@ class SoundSpec:
 
 @dataclass(frozen=True)
 class Sound:
-    """A track that was made: samples C S, float32, -1..1."""
+    """A generated track: samples C S, float32, -1..1."""
 
     samples: Tensor
     rate: int  # samples in a second
@@ -356,7 +355,7 @@ class Sound:
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """What generation and training samples use where nothing is said."""
+    """Default settings of generation and of training samples."""
 
     steps: int
     fps: float

@@ -47,16 +47,16 @@ class NoiseSpec:
     """
 
     training_offset: float = 1.0  # training feeds 1000 sigma + this, except with --timestep_sampling sigma
-    # of the velocity in what the network itself returns: -1 for latents - noise, which `predict` turns round.
-    # Only --model_prediction_type mixes the output with other tensors, so that it matters
+    # sign of the velocity in the network's own output: -1 for latents - noise, which `predict` negates. It
+    # matters only for --model_prediction_type, which mixes the output with other tensors
     output_sign: float = 1.0
-    whole_timesteps: bool = False  # what is fed is cut to a whole number
+    whole_timesteps: bool = False  # the timestep fed to the network is cut to a whole number
     table_is_shifted: bool = False  # --discrete_flow_shift shifts --timestep_sampling sigma too
     # shape of the latents, B C F H W or B C T M of sound -> number of tokens, for shifts that follow the
     # size. No lambda: workers receive it
     tokens: Callable[[Sequence[int]], int] | None = None
     table: tuple[float, ...] = ()  # the sigma of each of the 1000 timesteps, for a model that predicts noise
-    # with which a batch of clips is trained with its first latent frame clean, as `Tweaks.given_frames` says
+    # probability that a batch of clips is trained with its first latent frame clean (`Tweaks.given_frames`)
     first_frame_probability: float = 0.0
     shifted_logit: rules.ShiftedLogit | None = None  # of the sampler with this name, for a model that has it
 
@@ -87,7 +87,7 @@ class DitSpec:
     # first of an equal share of the other list's blocks
     side_list: str = ""
     fp8_exclude: tuple[str, ...] = ()  # parts of parameter names never stored in fp8
-    # the same of other forms, by their names, where it differs
+    # the same for other forms, by the form's name, if it differs
     form_exclude: Mapping[str, tuple[str, ...]] = field(default_factory=dict, compare=False)
     # parts of module paths in blocks, with a "." in front, on which a LoRA is put only if asked for
     lora_exclude: tuple[str, ...] = ()
@@ -95,7 +95,7 @@ class DitSpec:
     lora_choice: tuple[str, ...] = ()
     lora_lists: tuple[str, ...] = ()  # further parts of the network that a LoRA may be put on
     keep_float32: tuple[str, ...] = ()
-    # what turns inputs into tokens, where large: for --img_in_txt_in_offloading
+    # layers that turn inputs into tokens, if they are large: for --img_in_txt_in_offloading
     input_layers: tuple[str, ...] = ()
     # --blocks_to_swap -> how many of each list
     swap_counts: Callable[[int], tuple[int, ...]] = lambda blocks: (blocks,)
@@ -105,7 +105,7 @@ class DitSpec:
     # method of the blocks of the first list: their input (x, tokens) -> what their attention gets, B L C;
     # what TeaCache compares between steps. None: the model has none
     modulated_input: str | None = None
-    # from its relative change to that of the output, highest power first; (): calibrate first
+    # polynomial from that input's relative change to the output's, highest power first; (): calibrate first
     teacache_coefficients: tuple[float, ...] = ()
 
     def blocks(self, dit: nn.Module) -> dict[str, list[nn.Module]]:
@@ -139,7 +139,7 @@ class NoiseSource(Protocol):
 
 @dataclass(frozen=True)
 class EncoderAbilities:
-    """What a text encoder can do beside what all can."""
+    """Abilities that only some text encoders have."""
 
     learn: bool = False  # it is a `LearningEncoder`
     have_side: bool = False  # an `EncoderWithSide`
@@ -229,7 +229,7 @@ def can_divide(encoder: TextEncoder) -> TypeGuard[DividedEncoder]:
 
 @dataclass(frozen=True)
 class Abilities:
-    """What a family can do beside what all can."""
+    """Abilities that only some families have."""
 
     hear: bool = False  # it is a `HearsSound`: its clips can have sound, in some runs
     rate: bool = False  # the model is told how many frames make a second, in runs without sound too
@@ -267,7 +267,7 @@ class Described(Protocol):
     def caching_switches(self) -> tuple[str, ...]: ...
 
     @property
-    # what a teacher is told beside what the network in training sees: CAPTION, FIRST_FRAME, REFERENCE
+    # conditions that a teacher gets beyond those of the network in training: CAPTION, FIRST_FRAME, REFERENCE
     def fuller(self) -> tuple[str, ...]: ...
 
     @property
@@ -282,7 +282,7 @@ class Described(Protocol):
 
 
 class Encodes(Protocol):
-    """Texts and media encoded: for caches, for generation and for training samples."""
+    """Encode texts and media: for caches, for generation and for training samples."""
 
     # raises if a file that an option names is missing or of another kind, needed or not; loads nothing
     def check_given_files(self) -> None: ...
@@ -388,13 +388,13 @@ class Predicts(Passes, Protocol):
     @property
     def dit_files(self) -> tuple[Path, ...]: ...  # the checkpoint of each expert
 
-    # that has further tensors of one of these, such as a second stack of blocks
+    # a file with further tensors of one of `dit_files`, such as a second stack of blocks
     def file_beside(self, dit: Path) -> Path | None: ...
 
     # blocks of each list of `DitSpec.block_lists`, from headers alone; () if these do not tell
     def block_counts(self) -> tuple[int, ...]: ...
 
-    # of the loaded network without autocast; from headers alone
+    # dtype that the loaded network computes in without autocast; from headers alone
     def compute_dtype(self, placement: Placement) -> torch.dtype: ...
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module: ...

@@ -1,4 +1,4 @@
-"""Tell from its names whether a transformer was distilled to few steps, which training takes from it."""
+"""Tell from its names whether a transformer was distilled to few steps; training would undo that."""
 
 import re
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ _FOLDERS = 4  # a release's folder is so far above its transformer's file, in th
 
 @dataclass(frozen=True)
 class FewSteps:
-    """What a model's releases of few steps are called, and what to train instead of one."""
+    """How a model's few-step releases are named, and what to train instead of them."""
 
     # completes the warning: a sentence or two
     instead: str = (
@@ -35,10 +35,10 @@ class FewSteps:
         return None if told is None or not told[0] else told[1]
 
     def told_by(self, path: Path, metadata: Mapping[str, str]) -> tuple[bool, str] | None:
-        """Return whether a transformer was distilled, as the nearest name says, and which name it is.
+        """Return whether a transformer was distilled, as the nearest telling name says, and that name.
 
-        Names are that of the file, those of its folders if that one says nothing of a model, and those in its
-        metadata. None if none says either.
+        Names are the file's, those of its folders if the file's says nothing of a model, and those in its
+        metadata. None if no name tells.
         """
         path = path.absolute()
         name = path.name if path.is_dir() else path.stem

@@ -16,7 +16,7 @@ from modules.stored.forms import Stored
 
 @dataclass(frozen=True)
 class Packing:
-    """How a file holds a weight in another shape, or with more beside it, than its value has."""
+    """How a file stores a weight in another shape than its value's, or with companion tensors."""
 
     shape: tuple[int, ...]  # of the tensor in the file
     beside: tuple[str, ...]  # what the names of its companions end in, in place of "weight"
@@ -42,7 +42,7 @@ class TensorInfo:
     def read(self, file: BinaryIO, place: int, scratch: Tensor, path: Path, name: str) -> Tensor:
         """Read the tensor from byte `place` of a file on into `scratch` (uint8), and return it.
 
-        path, name: for the message. Raises CheckpointError if the file ends before.
+        path, name: for the message. Raises CheckpointError if the file ends too soon.
         """
         room = scratch[: self.size_bytes]
         file.seek(place)
@@ -52,7 +52,7 @@ class TensorInfo:
         return room.view(self.dtype).view((self.packing or self).shape)
 
     def hollow(self) -> Tensor:
-        """Return the tensor of the file on the meta device."""
+        """Return an empty tensor like the file's, on the meta device."""
         return torch.empty((self.packing or self).shape, dtype=self.dtype, device="meta")
 
 
@@ -61,8 +61,8 @@ class TensorSource:
     """Hold how one tensor is made: names in the file, and a function of these tensors.
 
     `build` None takes the only tensor; it also runs on meta tensors, to compare shapes before anything is
-    read. as_stored: for a weight that the file has in 8 or 4 bits, the same as it is stored; None where its
-    parts have no common form. It runs on meta tensors too.
+    read. as_stored: like `build`, but keeps a weight that the file has in 8 or 4 bits in its form; returns
+    None if its parts have no common form. It runs on meta tensors too.
     """
 
     names: tuple[str, ...]
@@ -130,5 +130,5 @@ class Placement:
     quantisation: Quantisation | None = None
     host: HostPlace | None = None  # keeps some weights in host memory; None: all go to the device
     blocks: BlockPlace | None = None  # takes each block when it is loaded; None: it stays as it is
-    # called before each tensor, in place of showing how far loading is; may raise to end it
+    # called before each tensor, instead of a progress bar; may raise to end the loading
     check: Callable[[], None] | None = None

@@ -36,7 +36,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Prompts:
-    """The texts of one section: what to show, what to avoid, and those that guidance ideas need."""
+    """The texts of one section: what to show, what to avoid, and those that guidance methods need."""
 
     positive: Prompt
     negative: Prompt | None = None
@@ -46,7 +46,7 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Request:
-    """One video or image as it is asked for. None = not said; `Family.prepare` makes a `Prepared` of it."""
+    """One video or image as requested. None: not given. `Family.prepare` makes a `Prepared` of it."""
 
     prompt: str
     seed: int
@@ -73,14 +73,14 @@ class Request:
     # texts as they were typed, by their options, if something was drawn in them
     typed: Mapping[str, str] = field(default_factory=dict)
     step_cache: StepCaching | None = None  # which passes are skipped; None: none
-    # what a prompt line says in place of settings of the command line, by their names
+    # settings that a prompt line gives in place of the command line's, by name
     settings: Mapping[str, Any] = field(default_factory=dict)
     # guidance scales of experts that have one of their own, by name
     expert_guidance: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def first_image(self) -> Path | None:
-        """The image that an image-to-video model starts from, or the video whose first frame it is."""
+        """Return the image that an image-to-video model starts from, or the video whose first frame it is."""
         if self.image_path is None and self.source is not None and self.source.option == VIDEO:
             return self.source.path
         return self.image_path
@@ -88,9 +88,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Prepared:
-    """One video or image that can be made, as `Family.prepare` returns it: nothing is left open or parsed
-    again.
-    """
+    """One video or image with all settings decided and parsed, as `Family.prepare` returns it."""
 
     asked: Request  # without the media that the model does not take
     seed: int
@@ -106,18 +104,18 @@ class Prepared:
     guidance_scale: tuple[float, ...]  # one for each of `Family.experts`, in their order; 1: no guidance
     embedded_guidance: float | None  # None: the model has no input for it
     slow_frames: Slow | None = None  # a frequency of the frames' positions, for a long video
-    first_step: int = 0  # that is made; later than 0 if denoising starts from a video; set by the shared loop
+    first_step: int = 0  # to be made; above 0 if denoising starts from a video; set by the shared loop
     rules: GuidanceRules = AS_PLAIN  # of the model's guidance
     joint: Joint | None = None  # the latents are those of a picture and its sound
     levels: tuple[float, ...] = ()  # noise levels of all steps, then 0, in place of the solver's own
-    # requests that it is made of, one after the other, each from what the one before it made; guidance and
-    # step caches of the options are those of the first
+    # requests that are made one after the other, each from the result of the one before it; guidance and step
+    # caches of the options apply to the first
     stages: tuple["Prepared", ...] = ()
     # strengths of the network's LoRAs for stages (`networks.added.add_stage_loras`); (): it needs none
     added: tuple[float, ...] = ()
-    # what loads networks, beside the model's, that make what it starts from; the shapes of what they get
+    # functions that load further networks, which make what denoising starts from; the shapes of their inputs
     begun_by: tuple[tuple[Callable[[Any], Any], tuple[int, ...]], ...] = ()
-    own: Any = None  # what only the family reads, in a record of its own
+    own: Any = None  # the family's own record, which only the family reads
     name_end: str = ""  # behind the names of its files
     own_metadata: Mapping[str, str] = field(default_factory=dict)  # what outputs say of it, by name
 
@@ -304,7 +302,7 @@ def whole_frames(frames: int, latent: LatentSpec) -> int:
 
 
 def check_values(request: Request) -> None:
-    """Raise OptionError for texts that are no text, and for numbers that no model or generator can take."""
+    """Raise OptionError for texts that are no valid Unicode, and numbers that no model or generator takes."""
     # bytes that are no UTF-8 reach Python as halves of characters, which no file can hold
     for name, text in {
         "the prompt": request.prompt,

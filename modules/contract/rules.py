@@ -38,7 +38,7 @@ _IN_SHORT = re.compile(
 
 
 def named_expert(name: str) -> str | None:
-    """Return the expert that the name of a file (without its suffix) or of a folder says; None: neither."""
+    """Return the expert in the name of a file (without its suffix) or of a folder; None if there is none."""
     plain = re.sub(r"[^a-z0-9]+", "_", name.lower())
     found = set(_IN_FULL.findall(plain))
     if not found and not _WORDS.keys() <= set(plain.split("_")):
@@ -47,7 +47,7 @@ def named_expert(name: str) -> str | None:
 
 
 def expert_of_file(path: Path, folders: Mapping[str, str]) -> str | None:
-    """Return the expert that the name of a file or folder says, or that of the folder it lies in; None: none.
+    """Return the expert named by a file or folder, or by the folder around it; None if neither names one.
 
     folders: names of folders that lie side by side in a model of several experts -> the expert of each; one
     of these alone says nothing.
@@ -122,7 +122,7 @@ AS_PLAIN = GuidanceRules()
 
 @dataclass(frozen=True)
 class ConsistencyRules:
-    """Which parts of an edited picture count as changed, at each step; the others are set back."""
+    """Which parts of an edited picture count as changed at each step; the others are set to the original."""
 
     threshold: float  # mean difference over the channels of latents
     is_relative: bool = False  # the threshold is a share of the largest difference
@@ -245,7 +245,8 @@ StepCaching = MagCache | TeaCache | MagCalibration | TeaCalibration
 class TokenCount:
     """The tokens of one text.
 
-    tokens: of the whole text, with those that the encoder puts around it. limit: how many the encoder reads.
+    tokens: number in the whole text, including those that the encoder puts around it. limit: how many of them
+    the encoder reads.
     """
 
     text: str  # as the encoder reads it, after its own cleaning
@@ -331,8 +332,8 @@ class SoundLearning:
 class ReferenceRules:
     """How a family takes reference pictures: the control images of an item, or of a request.
 
-    Each keeps a size of its own: that of the target, or what the keys of its table or `own_shape` say. If it
-    takes clips, `most` and `clips` and what follows are all that counts.
+    Each picture has a size of its own: the target's, or as the keys of its table or `own_shape` say. If the
+    family takes clips, only `most`, `clips` and the fields below `clips` count.
     """
 
     most: int  # of one item or request
@@ -342,11 +343,11 @@ class ReferenceRules:
     # one of an item keeps its shape, whatever the target's, and is reduced to `area`
     own_shape: bool = False
     area: int | None = None  # pixels at most; None: as many as the target has
-    # those of reference_directory and reference_path, beside control media: a clip has a frame for each of
-    # its target's, a picture is one frame
+    # it takes references of reference_directory and reference_path, beside control media: a clip has as many
+    # frames as its target, a picture is one frame
     clips: bool = False
     size_factor: int = 1  # by which their sides are smaller than their target's
-    time_factor: int = 1  # of their frames the first is taken, then each of so many
+    time_factor: int = 1  # the first of their frames is taken, then one of each so many
     frames: int = 0  # at most; 0: as many as the target has
     dropped: float = 0.0  # share of batches that are trained without those of clips
     on_white: bool = False  # each is one picture, whole on white of that size; of a clip its first frame

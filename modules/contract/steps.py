@@ -40,7 +40,7 @@ DecodePart = Callable[[MediaEncoders, Tensor], Iterator[Tensor]]
 
 @dataclass(frozen=True)
 class Piece:
-    """What a section added to a video that grows, for a preview of it."""
+    """The part that a section added to a growing video, for a preview of it."""
 
     latents: Tensor  # B C F H W, to decode by themselves
     overlap: int  # how many of its frames show what is there already and fade into it; 0 for the first piece
@@ -59,7 +59,7 @@ class Away:
 
 @dataclass(frozen=True)
 class Turn:
-    """Hold step and pass of a call of the network, for code that remembers something between steps."""
+    """Identify the step and the pass of a network call, for code that remembers something between steps."""
 
     step: int  # from 0, of those that are made
     num_steps: int
@@ -69,7 +69,7 @@ class Turn:
 
 @dataclass(frozen=True, eq=False)
 class Tweaks:
-    """Ideas that change a single call of the network.
+    """Changes to a single call of the network.
 
     Equal only to itself, so that it may be a key and hold tensors.
     """
@@ -89,7 +89,7 @@ class Tweaks:
 
     @property
     def leaves_out(self) -> bool:
-        """Whether a part of the network is left out, so that the pass is weaker than others."""
+        """Return whether a part of the network is left out, so that the pass is weaker than others."""
         return bool(self.skip_blocks or self.skip_self_attention or self.isolated)
 
     def rename_away(self, rename: Callable[[Conditions], Conditions]) -> "Tweaks":
@@ -139,7 +139,7 @@ NO_TWEAKS = Tweaks()
 
 @dataclass(frozen=True)
 class Anchor:
-    """A clean picture that what is denoised is held to in the parts that do not change."""
+    """A clean picture to which the denoised one is held in the parts that do not change."""
 
     latents: Tensor  # B C F H W
     changed: Tensor | None = None  # B 1 F H W, above 0 where it changes; None: as `rules` find at each step
@@ -171,11 +171,11 @@ class Section:
     label: str = ""  # which one it is of several ("section 2 of 4"), for the progress bar
     count: int = 1  # how many sections the clip is made in
     stage: int = 0  # of `Prepared.stages`
-    shown: int | None = None  # latent frames of the picture; behind them stands what is no part of the clip
+    shown: int | None = None  # latent frames of the picture; those behind them are no part of the clip
 
     @property
     def held(self) -> tuple[bool, bool]:
-        """Return whether the whole picture, and whether the sound, is given beside what is denoised."""
+        """Return whether the whole picture is given instead of denoised, and whether the sound is."""
         joint, given = self.tweaks.joint, self.given
         has_picture = joint is not None and given is not None and given.shape[2] == joint.picture[1]
         return has_picture, self.given_sound is not None
@@ -223,7 +223,7 @@ class StepDone:
         return found[:, :, : self.section.shown]
 
 
-# Makes the velocity of a step, shaped like `Step.noisy`, of the passes that it asks for.
+# Makes the velocity of a step, shaped like `Step.noisy`, from the network passes that it requests.
 Guidance = Callable[[Step, Predict, Section], Tensor]
 
 

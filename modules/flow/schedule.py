@@ -1,7 +1,7 @@
 """Rectified flow: the straight path between data and noise, the time shift, a solver's noise levels.
 
-A noisy sample is `alpha * latents + sigma * noise`. Of a flow alpha is 1 - sigma, and the network predicts
-the velocity `noise - latents`. Of a model that predicts noise alpha is 1 (k-diffusion's form), and its
+A noisy sample is `alpha * latents + sigma * noise`. For a flow, alpha is 1 - sigma, and the network predicts
+the velocity `noise - latents`. For a model that predicts noise, alpha is 1 (k-diffusion's form), and the
 velocity is the noise. In both the velocity is the derivative of the sample by sigma, and `sample - sigma *
 velocity` is the clean estimate.
 """
@@ -85,8 +85,8 @@ def make_schedule(
     table: `NoiseSpec.table`; with one the levels are its own, evenly spaced in timesteps from the last one to
     0, without a shift. Without: the solvers of Euler, unipc-bh1 and lcm feed exact timesteps; the others feed
     them cut to whole numbers but step by the exact sigmas, as the released code. levels: `Prepared.levels`,
-    which replace all that. Raises ValueError for an unknown solver, if steps is below 1, or if there are not
-    that many levels and a last one, 0, or they do not fall.
+    which replace all that. Raises ValueError for an unknown solver, if steps is below 1, or if `levels` are
+    given and are not `steps` falling numbers and then 0.
     """
     if steps < 1:
         raise ValueError(f"{steps} steps: at least one is needed")

@@ -160,9 +160,9 @@ class UniPC:
     def _change(self, there: "_Level", after: "_Prediction | None" = None) -> Tensor | float:
         """Return how much the prediction changes over the step from the last one's level to `there`.
 
-        after: the prediction there, if it is known. For each other prediction: its distance in lambda, in
-        units of h, and its difference to the last one. Those made at pure noise are left out: they are
-        infinitely far away.
+        after: the prediction at `there`, if it is known. The change is a weighted sum of the other
+        predictions' differences to the last one. Predictions at pure noise are left out: they are infinitely
+        far away in lambda.
         """
         *older, last = self._past[-self._order :]
         step = there.lam - last.level.lam

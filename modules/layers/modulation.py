@@ -1,9 +1,9 @@
 """Shift, scale and gate of adaptive norms (adaLN), with few passes over the tokens in uncompiled code.
 
-torch's operators cast while they read and write, if they are let: on a GPU one kernel reads 16 bits, computes
-in float32 and rounds the result to 16 bits. Casts as operators of their own, and those that autograd adds for
-them, cost a pass each. So both functions write into a result of the wanted dtype, forward and backward, which
-autograd does not allow by itself. Compiled code has plain operators, which the compiler merges.
+torch's operators can cast while they read and write: on a GPU one kernel reads 16 bits, computes in float32
+and rounds the result to 16 bits. Casts as operators of their own, and those that autograd adds for them, cost
+a pass each. So both functions write into a result of the wanted dtype, forward and backward, which autograd
+does not allow by itself. Compiled code has plain operators, which the compiler merges.
 
 The tokens may stand in two segments with a row of shift, scale and gate each: rows are B S C, S = 1 or 2.
 With two, `split` is where the second segment begins, as in a slice: from the end if negative.
@@ -65,7 +65,7 @@ def split_segments(split: int, rows: Sequence[Tensor], *tokens: Tensor) -> list[
 
 
 def _spread(rows: Tensor, tokens: Tensor, split: int) -> Tensor:
-    """Return a row for each token, B L C, unless one row is for all: B 1 C."""
+    """Return one row for each token, B L C, or B 1 C if one row serves all tokens."""
     parts = split_segments(split, [rows], tokens)
     return rows if len(parts) == 1 else torch.cat([row.expand_as(part) for part, row in parts], dim=1)
 

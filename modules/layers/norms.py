@@ -16,7 +16,7 @@ def activation_dtype(device: torch.device, weights: torch.dtype) -> torch.dtype:
 
 
 def in_own_dtype(layer: Any, x: Tensor) -> Tensor:
-    """Return layer(x), x cast to its weight's dtype; under autocast or in fp8 the layer chooses."""
+    """Return layer(x), with x cast to the weight's dtype; under autocast or in fp8 the layer chooses."""
     dtype: torch.dtype = layer.weight.dtype
     if x.dtype == dtype or dtype.itemsize == 1 or torch.is_autocast_enabled(x.device.type):
         return layer(x)
@@ -24,7 +24,7 @@ def in_own_dtype(layer: Any, x: Tensor) -> Tensor:
 
 
 def run_float32(layer: Any, x: Tensor) -> Tensor:
-    """Return layer(x) as float32, without autocast in its weight's dtype, with a packed one in float32."""
+    """Return layer(x) as float32, computed without autocast in the weight's dtype (packed: in float32)."""
     dtype: torch.dtype = layer.weight.dtype
     with torch.autocast(x.device.type, enabled=False):
         return layer(x.to(torch.float32 if dtype.itemsize == 1 else dtype)).float()

@@ -1,4 +1,4 @@
-"""Pictures that differ each time they are trained: colours, place of the crop, mirrored.
+"""Vary pictures each time they are trained: colours, place of the crop, mirroring.
 
 Pictures are H W C uint8 RGB. All draws come from the generator that is passed in.
 """
@@ -31,7 +31,7 @@ class Face:
 
 
 def change_colours(frame: Frame, numbers: random.Random) -> Frame:
-    """Return the picture, or with COLOUR_RATE one whose hue is turned or whose gamma is changed a little."""
+    """Return the picture; with probability COLOUR_RATE, with its hue turned or its gamma changed a little."""
     if numbers.random() >= COLOUR_RATE:
         return frame
     if numbers.random() < 0.5:
@@ -47,7 +47,7 @@ def change_colours(frame: Frame, numbers: random.Random) -> Frame:
 
 
 def crop_anywhere(fit: Fit, numbers: random.Random) -> Fit:
-    """Return the fit with another place of the crop; each is as likely as another."""
+    """Return the fit with a random place of the crop, all equally likely."""
     left, top = (
         numbers.randint(0, max(0, whole - part)) for whole, part in zip(fit.resized, fit.bucket, strict=True)
     )
@@ -70,9 +70,9 @@ def fit_face(
 ) -> Fit:
     """Return how to crop a picture around a face.
 
-    The bucket's short side is a number of faces long that is drawn between `sides`; the picture covers the
-    bucket, and is not enlarged for this alone. The face is in the middle, or with `anywhere` at any place
-    where it is whole.
+    The number of faces that fit along the bucket's short side is drawn between `sides`. The picture covers
+    the bucket, and is not enlarged just to reach that number. The face is in the middle, or with `anywhere`
+    at any place where it is whole.
     """
     longer = max(face.width, face.height, 1)
     cover = max(bucket[0] / size[0], bucket[1] / size[1])

@@ -67,7 +67,7 @@ def fit_cover(size: Size, bucket: Size) -> Fit:
 
 
 def fit_within(size: Size, area: int | None, step: int) -> Fit:
-    """Return how to reduce a picture to so many pixels in its shape, and cut it around its middle.
+    """Return how to reduce a picture to at most `area` pixels, keeping its shape, and crop its centre.
 
     area: None keeps the size. step: sides become multiples of this.
     """
@@ -108,7 +108,7 @@ def choose_image_bucket(size: Size, sizes: Sequence[Size]) -> Size:
 
 
 def fit_without_enlarging(size: Size, area: int, step: int) -> Fit:
-    """Return how a picture fits a bucket of its own: one above `area` pixels is shrunk to about that, another
+    """Return how a picture fits a bucket of its own: above `area` pixels it is shrunk to about that, else it
     keeps its size; the bucket is that size rounded down to multiples of `step`.
 
     Of the two sizes of about that area in which one side is a multiple of `step`, the one is taken whose
@@ -126,9 +126,9 @@ def fit_without_enlarging(size: Size, area: int, step: int) -> Fit:
 
 
 def fit_like(fit: Fit, size: Size, like: Size) -> Fit:
-    """Return how a picture that belongs to another, of size `like` and fitted by `fit`, fits the same bucket.
+    """Return how a picture fits the bucket of the one it belongs to, whose size is `like`, whose fit `fit`.
 
-    One of the same proportions lies on the other exactly; another covers the bucket.
+    With the same proportions, to within 2 %, it lies on the other exactly; else it covers the bucket.
     """
     if size == like:
         return fit
@@ -144,9 +144,9 @@ def how_to_resize(size: Size, resized: Size) -> str:
 
 
 def inner_box(size: Size, bucket: Size) -> tuple[float, float, float, float]:
-    """Return left, top, right, bottom of a picture that is scaled into a bucket whole, in its pixels.
+    """Return left, top, right, bottom, in bucket pixels, of a picture scaled to fit inside the bucket.
 
-    Return the `crop_ltrb` of image trainers' npz caches: left and top are rounded down.
+    This is `crop_ltrb` of image trainers' npz caches: left and top are rounded down.
     """
     is_wider = size[0] * bucket[1] > size[1] * bucket[0]  # than the bucket, whose side it takes whole
     width = bucket[0] if is_wider else bucket[1] * size[0] / size[1]

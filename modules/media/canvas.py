@@ -15,8 +15,8 @@ STEP = 8  # pixels, of a latent
 def on_white(frame: NDArray[numpy.uint8], width: int, height: int) -> Tensor:
     """Scale a picture, H W 3, to fit, and centre it on white of that size: 1 3 1 H W in -1..1.
 
-    As diffusers' WanVACEPipeline does: sides are first cut to multiples of 8, by Lanczos, and then scaled,
-    bilinear without a filter before and rounded down.
+    As in diffusers' WanVACEPipeline, sides are first reduced to multiples of 8 (Lanczos), then scaled and
+    rounded down (bilinear, without antialiasing).
     """
     rows, columns = (max(side // STEP, 1) * STEP for side in frame.shape[:2])
     frame = resize_frame(frame, (columns, rows), "none" if (rows, columns) == frame.shape[:2] else "lanczos")

@@ -1,7 +1,7 @@
 """Turn an opened picture into the colours that a viewer shows: sRGB, and white behind what is transparent.
 
-Browsers are the model: a colour profile counts, then the chunk sRGB of a PNG, then gAMA and cHRM; what EXIF
-says of the colour space does not.
+Browsers are the model: a colour profile counts, then the chunk sRGB of a PNG, then gAMA and cHRM; EXIF's
+colour space is ignored.
 """
 
 import functools
@@ -23,12 +23,12 @@ Frame = NDArray[np.uint8]  # H W C
 # these, without colours that clips and AVIFs name by codes, and with pixels of clips that are not square
 AS_SHOWN = 2
 _ALPHA_MODES = frozenset({"RGBA", "LA", "PA", "La", "RGBa"})
-# which of Pillow's modes hold what a profile of that colour space is for. Browsers let profiles of RGB
-# count for grey pictures too
+# Pillow's modes that count as grey when a profile is chosen. Browsers let profiles of RGB count for grey
+# pictures too
 _GREY = frozenset({"1", "L", "LA", "La"})
 _LEVELS = 2  # of 255, by which conversions of sRGB to sRGB differ between the many profiles that are sRGB
-_SCREEN = 2.2  # of 1 / gAMA: browsers take that for the curve of sRGB
-_NEAR = 0.05  # of 1: how far from it gAMA may be
+_SCREEN = 2.2  # value of 1 / gAMA that browsers take for the curve of sRGB
+_NEAR = 0.05  # how far the product of gAMA and _SCREEN may be from 1
 # x, y of white, red, green and blue of sRGB as cHRM states them (IEC 61966-2-1)
 _SRGB_PLACES = (0.3127, 0.3290, 0.64, 0.33, 0.30, 0.60, 0.15, 0.06)
 # codes of ITU-T H.273, as cICP and videos have them: primaries, and exponents as of gAMA; None: the curve of
@@ -44,14 +44,14 @@ _PLACES = {
 _GAMMAS = {**dict.fromkeys((1, 6, 13, 14, 15)), 4: 1 / 2.2, 5: 1 / 2.8, 8: 1.0}
 _UNSAID = 2
 HDR = {16: "PQ", 18: "HLG"}
-_BOX_BYTES = 1 << 16  # of an AVIF file in which the box of its colours is looked for
+_BOX_BYTES = 1 << 16  # at the start of an AVIF file, searched for the box of its colours
 _D50 = np.array([0.9642, 1.0, 0.8249])  # white of profiles (ICC.1)
 _BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
 
 
 @dataclass(frozen=True)
 class Colours:
-    """What a picture or a clip says of its colours beside their numbers."""
+    """Facts that a picture or a clip states about its colours."""
 
     is_transparent: bool  # somewhere
     is_converted: bool  # its numbers are not those of sRGB
@@ -70,7 +70,7 @@ class _Profile:
 
 
 def upright(file: Image.Image) -> Image.Image:
-    """Return an opened picture as EXIF says that it is held."""
+    """Return an opened picture, turned as its EXIF orientation says."""
     _note_facts(file)
     return ImageOps.exif_transpose(file)
 
@@ -92,7 +92,7 @@ def _note_facts(file: Image.Image) -> None:
 
 
 def shown_pixels(path: Path, image: Image.Image, alpha: bool) -> NDArray[np.uint8]:
-    """Return H W 3 RGB on white; with `alpha`, H W 4 of a picture that has transparency, with its colours.
+    """Return H W 3 RGB on white; with `alpha`, H W 4 (not on white) if the picture has transparency.
 
     image: from `upright`. path: for messages.
     """
@@ -112,8 +112,8 @@ def coded_pixels(pixels: NDArray[np.uint8], frame: Any) -> NDArray[np.uint8]:
 
 
 def code_transform(frame: Any) -> ImageCms.ImageCmsTransform | None:
-    """Return what converts FFmpeg's frame, or a stream's codec, to sRGB; None of HDR, and of the primaries of
-    television, taken for sRGB's.
+    """Return the transform of FFmpeg's frame, or of a stream's codec, to sRGB; None for HDR, and for the
+    primaries of television, which count as sRGB's.
     """
     primaries, transfer = int(frame.color_primaries), int(frame.color_trc)
     transfer = 1 if transfer == _UNSAID else transfer
@@ -209,9 +209,9 @@ def _profile_of(path: Path, image: Image.Image) -> _Profile | None:
 
 @functools.lru_cache(maxsize=64)
 def _transform(profile: _Profile) -> tuple[ImageCms.ImageCmsTransform | None, str | None]:
-    """Return what converts a picture of that profile to sRGB; None if it is sRGB, or why it cannot be used.
+    """Return a profile's transform to sRGB, None if none is needed, and why the profile cannot be used.
 
-    That is logged once for each profile.
+    The reason, None for a usable profile, is logged once for each.
     """
     space, mode = profile.data[16:20].decode("latin-1").strip(), profile.mode
     if space != {"L": "GRAY"}.get(mode, mode):

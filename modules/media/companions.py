@@ -22,14 +22,14 @@ from modules.media.sound import add_aac, add_text, is_text, open_delayed
 
 logger = getLogger(__name__)
 
-# what a writing program says of itself and of its file
+# tags in which a writing program describes itself and its file
 _NOISE = re.compile(
     r"encoder|major_brand|minor_version|compatible_brands|duration|vendor_id|number_of_(frames|bytes)|bps"
     r"|_statistics_.*|rotate",
     re.IGNORECASE,
 )
 _NO_NAMES = {"SoundHandler", "VideoHandler", "SubtitleHandler", "DataHandler"}
-# sound that the format can hold by its letter, but that few programs play from it
+# codecs of sound that the format allows, but that few programs play
 _UNPLAYED = {".mp4": re.compile("pcm_|vorbis"), ".mov": re.compile("vorbis")}
 _COVERS = {"mjpeg": ("cover.jpg", "image/jpeg"), "png": ("cover.png", "image/png")}
 _BEGINNING = 1000  # packets
@@ -52,9 +52,9 @@ class Companions:
     """The other streams of a video, read as far as the new one has grown."""
 
     def __init__(self, path: Path, source: Any, suffix: str, rate: Fraction, covers: bool) -> None:
-        """source: the opened file at `path`. suffix, rate: of the new file and of its
-        pictures. covers: whether to keep cover pictures, and what may hold others: attachments but for fonts,
-        XMP.
+        """source: the opened file at `path`. suffix, rate: of the new file and of its pictures. covers:
+        whether to keep cover pictures and whatever else may hold pictures: XMP, and attachments other than
+        fonts.
         """
         self._path, self._source, self._suffix, self._rate = path, source, suffix, rate
         self._covers = covers
@@ -108,7 +108,7 @@ class Companions:
                     logger.warning("%s: %d packets of %s are damaged and left out", self._path, count, name)
 
     def mux(self, target: Any, packet: Any) -> None:
-        """Write a packet of the pictures, even if a packet that FFmpeg has held back before it cannot be."""
+        """Write a packet of the pictures, even if an earlier one that FFmpeg held back cannot be written."""
         try:
             target.mux(packet)
         except _damage():
@@ -215,7 +215,7 @@ class Companions:
         self._keep(stream, added, name, _copy)
 
     def _can_hold(self, stream: Any) -> bool:
-        """Return whether the new file can hold the stream: a small one is written in memory."""
+        """Return whether the new file can hold the stream, by writing a small file in memory."""
         unplayed, context = _UNPLAYED.get(self._suffix), stream.codec_context
         if stream.type == "audio" and unplayed and context is not None and unplayed.match(context.name):
             return False
@@ -282,7 +282,7 @@ def _name(stream: Any) -> str:
 
 
 def _damage() -> tuple[type[Exception], ...]:
-    """Return FFmpeg's errors for packets that it cannot write, as for times that do not rise; not for a full
-    disk.
+    """Return FFmpeg's exceptions for packets that it cannot write, for example with times that do not rise;
+    the one for a full disk is left out.
     """
     return (av.ArgumentError, av.InvalidDataError, av.PatchWelcomeError)

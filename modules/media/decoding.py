@@ -18,7 +18,7 @@ from modules.media.opening import av, open_image, reading
 # decoders that read transparency, which FFmpeg's own do not, by the codec
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 MOST_RATIO = 4  # of the sides of a pixel: files with more are damaged
-NEARLY_SQUARE = 0.005  # by which a ratio differs from 1 that is not meant
+NEARLY_SQUARE = 0.005  # a ratio that differs from 1 by less is a rounding error
 TAIL = 64  # bytes; programs that fetch files may claim their whole length at once, in zeros
 
 
@@ -91,7 +91,7 @@ def has_alpha(frame: Any) -> bool:
 def frame_pixels(frame: Any, stream: Any, deep: bool = False, alpha: bool = False) -> NDArray[Any]:
     """Return FFmpeg's frame of a stream as H W 3 on white; with `alpha` H W 4 if it has transparency.
 
-    deep: of 16 bits, else of 8.
+    deep: return 16 bits a channel, else 8.
     """
     kind, transparent = ("rgb48le", "rgba64le") if deep else ("rgb24", "rgba")
     # in one thread: with several, swscale at times damages rows
@@ -113,7 +113,7 @@ def frame_pixels(frame: Any, stream: Any, deep: bool = False, alpha: bool = Fals
 def check_size(path: Path, container: Any, stream: Any) -> None:
     """Raise MediaError if a file is shorter than its header says, before hours of work go into it.
 
-    `decode_frames` finds the rest at the end.
+    `decode_frames` finds other missing parts at the end.
     """
     size = path.stat().st_size
     stated = 0
@@ -167,7 +167,7 @@ def is_sideways(frame: Any) -> bool:
 
 
 def square_width(frame: Any, stream: Any) -> int:
-    """Return how wide a stream's frame, or its codec, as stored, is with square pixels; its height stays."""
+    """Return the width with square pixels of a stream's frame or codec as stored; the height stays."""
     ratio = stream.sample_aspect_ratio
     if not ratio or not 1 / MOST_RATIO <= ratio <= MOST_RATIO or abs(ratio - 1) < NEARLY_SQUARE:
         return int(frame.width)
@@ -186,7 +186,7 @@ def turn_upright(frame: Turned, degrees: float) -> Turned:
 
 
 def time_origin(container: Any) -> Fraction:
-    """Return the second at which a file begins to play; its own times count from another moment at times.
+    """Return the second at which a file begins to play, which need not be 0 in the file's own times.
 
     Recordings of broadcasts begin anywhere, cut files where they were cut.
     """
@@ -259,7 +259,7 @@ def _durations(path: Path, most: int | None = None) -> list[float]:
 
 
 def _gif_durations(file: BinaryIO) -> Iterator[float]:
-    """Yield the seconds of each frame of a GIF from behind its first 6 bytes. EOFError: it is cut."""
+    """Yield the seconds of each frame of a GIF from behind its first 6 bytes. Raises EOFError at a cut."""
     _skip_colours(file, _take(file, 7)[4])
     hundredths = 0
     while (kind := _take(file, 1)) != b";":

@@ -151,7 +151,7 @@ def add_video_stream(
     preset: str,
     bit_rate: int | None = None,
 ) -> Any:
-    """Add a stream for pictures of the size of `first`; rate: of them a second.
+    """Add a stream for pictures of the size of `first`. rate: pictures a second.
 
     crf: quality; bit_rate: bits per second in place of it. Raises MediaError if FFmpeg lacks the encoder.
     """
@@ -181,7 +181,7 @@ def add_video_stream(
 
 
 def encode_pictures(stream: Any, pictures: Iterable[Pixels]) -> Iterator[Any]:
-    """Yield the packets of pictures, whose times are the numbers of pictures in units of 1 / rate.
+    """Encode pictures and yield packets, whose times are the pictures' numbers, in units of 1 / rate.
 
     An odd last row or column is cropped. Raises MediaError if the encoder fails.
     """
@@ -254,7 +254,7 @@ def name_write_errors() -> Iterator[None]:
 
 
 def keep_proportions(path: Path, source: Any, video: Any) -> None:
-    """Let pixels that are not square, as those of DVDs, stay so.
+    """Copy the aspect ratio of pixels that are not square, as on DVDs, to a new video.
 
     source: the stream of pictures of the file at `path`. video: that of a new file.
     """

@@ -41,7 +41,7 @@ BLURRED = 0.002
 FLAT = 0.008  # standard deviation of grey values below which there is no structure: two of 255 steps
 HASH_SIDE, HASH_BLOCK = 32, 8
 NEAR = 6  # bits that differ between copies, at most; pictures that have nothing in common differ in about 31
-CLIP_FRAMES = 4  # whose hashes are a clip's
+CLIP_FRAMES = 4  # frames whose hashes make up a clip's
 
 
 def brightness(frame: Frame) -> float:

@@ -42,10 +42,10 @@ VIDEO_FORMATS = (
     *("mpegvideo", "m4v", "h264", "hevc", "ivf", "obu", "mjpeg", "yuv4mpegpipe"),
     *("png_pipe", "jpeg_pipe", "bmp_pipe", "webp_pipe", "tiff_pipe"),
 )
-# of sound files, lower case
+# suffixes of sound files, lower case
 SOUND_SUFFIXES = frozenset({".wav", ".flac", ".mp3", ".m4a", ".aac", ".ogg", ".oga", ".opus", ".aif"})
 SOUND_SUFFIXES |= {".aiff", ".wma", ".mka", ".ac3"}
-# and those that hold only sound
+# FFmpeg's names of the formats above, and of those that hold only sound
 SOUND_FORMATS = (
     *VIDEO_FORMATS,
     *(
@@ -121,7 +121,7 @@ def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
 
 
 def open_container(path: Path, formats: Sequence[str] = VIDEO_FORMATS) -> Any:
-    """Open a container of one of some formats, and no other file.
+    """Open a container if it has one of these formats, without opening any other file.
 
     Raises MediaError for a list of files, FFmpegError for other faults.
     """
@@ -153,7 +153,7 @@ def check_pixels(path: Path, width: int, height: int) -> None:
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn errors of Pillow and FFmpeg into MediaError; raise it too for other than files and folders."""
+    """Turn errors of Pillow and FFmpeg into MediaError; raise it also if `path` is no file or folder."""
     if not path.exists():
         leads = f" is a link to {path.readlink()}, which is not there" if path.is_symlink() else ""
         raise MediaError(f"{path}{leads or ' does not exist'}")

@@ -42,11 +42,11 @@ from modules.media.opening import SOUND_FORMATS, open_container, open_image, ope
 VIDEO_SUFFIXES = frozenset({".mp4", ".webm", ".avi", ".mkv", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg"})
 
 TIFF_SUFFIXES = frozenset({".tif", ".tiff"})
-# those that Pillow always reads
+# suffixes of images that Pillow always reads, lower case
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"}) | TIFF_SUFFIXES
 
-# where in a frame's time at a new rate its picture is looked up, as a part of that time: away from the edges
-# of pictures at the usual rates, because files round their times to milliseconds
+# at which share of a frame's time at a new rate its picture is looked up: away from the edges of pictures at
+# the usual rates, because files round their times to milliseconds
 PLACE_IN_FRAME = 0.3
 
 PILLOW_METHODS = {"lanczos": Image.Resampling.LANCZOS, "box": Image.Resampling.BOX}
@@ -105,8 +105,8 @@ def read_image(path: Path, alpha: bool = False) -> Frame:
 def media_colours(path: Path) -> Colours:
     """Return what an image, a clip or a folder of images says of its colours; a clip by its first frame.
 
-    GIF and WebP that play are never transparent: they are laid on white. Raises MediaError if it cannot be
-    read.
+    Animated GIF and WebP files never count as transparent: they are laid on white. Raises MediaError if it
+    cannot be read.
     """
     if path.is_dir():
         found = [media_colours(image) for image in folder_images(path)]
@@ -142,7 +142,7 @@ def media_colours(path: Path) -> Colours:
 
 
 def read_mask(path: Path) -> Frame:
-    """Read a mask, H W 3: white counts; of one drawn by transparency what is opaque. Raises MediaError."""
+    """Read a mask, H W 3: white counts; if it is drawn by transparency, opaque does. Raises MediaError."""
     look, frame = MaskLook(), read_image(path, alpha=True)
     on_white, opacity = look.add(frame)
     return np.repeat(opacity[..., None], 3, axis=2) if look.is_drawn else on_white
@@ -188,7 +188,8 @@ def resize_cover(
     """Resize a frame until it covers `bucket`, and crop the centre.
 
     Lanczos when enlarging, else area average, as the cache format requires; shrink: "lanczos" for that, too.
-    place: from left and top in 0..1, below 1, where to crop instead; each pixel is as likely as another.
+    place: where to crop instead, as shares from left and top, 0 to below 1; each pixel is as likely as
+    another.
     """
     fit = fit_cover((frame.shape[1], frame.shape[0]), bucket)
     if "lanczos" in (fit.interpolation, shrink) and fit.interpolation != "none":
@@ -209,7 +210,7 @@ def fit_frame(frame: Frame, fit: Fit, place: tuple[float, float] | None = None) 
 
 
 def resize_frame(frame: Frame, size: Size, interpolation: str) -> Frame:
-    """Resize a frame, whatever becomes of its proportions.
+    """Resize a frame to exactly `size`, without keeping its proportions.
 
     interpolation: "none" if it has that size; of Pillow "lanczos" and "box", of OpenCV the others in
     OPENCV_METHODS.
@@ -289,8 +290,8 @@ def frames_at(
 ) -> Iterator[tuple[Frame, int, float]]:
     """Yield the frame that a video file shows at each of these seconds, its number, and the second.
 
-    seconds: ascending, from its first frame on. One is yielded at least; else it ends where the file does.
-    Raises MediaError as `video_frames`, and if a frame is shown longer than MAX_SHOWN_SECONDS.
+    seconds: ascending, from its first frame on. At least one frame is yielded; otherwise they end where the
+    file ends. Raises MediaError as `video_frames`, and if a frame is shown longer than MAX_SHOWN_SECONDS.
     """
     wanted = iter(seconds)
     place, number, begin, start, end = next(wanted), -1, 0.0, 0.0, 0.0
@@ -397,7 +398,7 @@ def read_tags(path: Path) -> dict[str, str]:
 
 
 def without_pictures(path: Path, tags: Mapping[str, str]) -> dict[str, str]:
-    """Return tags but for those that may hold a picture, such as XMP with its thumbnails; they are logged.
+    """Return tags without those that may hold a picture, such as XMP with its thumbnails; log their names.
 
     path: of the file that has them.
     """
@@ -421,10 +422,10 @@ def pick_frames(
     threads: int = 0,
     exact: bool = True,
 ) -> list[Frame]:
-    """Return frames of a clip, of which only the reduced ones are kept. All of it is read, to find damage.
+    """Return chosen frames of a clip, each through `reduce`. The whole clip is read, to find damage.
 
     choose: given the number of frames, returns which to take. threads: that decode; 0: FFmpeg's choice.
-    exact: choose anew wherever the header is wrong, else only if it makes chosen frames missing. Raises
+    exact: choose anew if the header's count is wrong, else only if chosen frames are missing. Raises
     MediaError if the clip cannot be read.
     """
     number = count_frames(path, threads)

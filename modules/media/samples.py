@@ -59,11 +59,11 @@ def track_facts(path: Path) -> TrackFacts | None:
 def read_track(path: Path, start: Fraction, count: int, rate: int, channels: int) -> Samples | None:
     """Read `count` samples of a file's sound from a second on: channels S, float32, at `rate`.
 
-    start: seconds from the first picture of the file; without pictures, from its first sound. Where there is
-    no sound yet, no more, or a gap in its times, samples are 0. A single channel becomes all channels as it
-    is; others are mixed as FFmpeg does; loudness is left alone. Of several tracks FFmpeg chooses the default
-    one, or the best. Returns None if there is no track. Raises MediaError if the file cannot be read, or its
-    sound is damaged.
+    start: seconds from the first picture of the file; without pictures, from its first sound. Before the
+    sound begins, after it ends and in gaps of its times, samples are 0. A single channel is copied to all
+    channels; others are mixed as FFmpeg does; loudness is left alone. Of several tracks FFmpeg chooses the
+    default one, or the best. Returns None if there is no track. Raises MediaError if the file cannot be read,
+    or its sound is damaged.
     """
     with reading(path):
         with open_container(path, SOUND_FORMATS) as container:
@@ -103,10 +103,10 @@ def _origin(container: Any) -> Fraction:
 def filled(
     path: Path, index: int, begin: Fraction, seconds: Fraction, rate: int, layout: str, lenient: bool = False
 ) -> Iterator[Samples]:
-    """Yield the samples of a stream from a second of the file's own time on, as many as `seconds` have:
-    silence where there is no sound.
+    """Yield `seconds` of a stream's samples from `begin` on, in the file's own time, with silence where there
+    is no sound.
 
-    index: of the stream. lenient: behind damage there is silence too, and a warning. Else raises FFmpegError.
+    index: of the stream. lenient: fill with silence after damage, and warn; else raise FFmpegError.
     """
     total = round(seconds * rate)
     position = 0
@@ -150,7 +150,7 @@ def _decoded(
 def _resampled(
     path: Path, container: Any, stream: Any, begin: Fraction, rate: int, layout: str, lenient: bool
 ) -> Iterator[tuple[int, Samples]]:
-    """Yield as `_decoded`. Where the times or the form of the sound jump, resampling begins anew."""
+    """Yield as `_decoded` does. If the times or the form of the sound jump, resampling begins anew."""
     resampler, form = None, None
     place = 0  # where the next sample is, counted from `begin`
     heard = Fraction(0)  # at which second the sound that was decoded so far ends

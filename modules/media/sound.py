@@ -30,7 +30,7 @@ def layout_of(channels: int) -> str:
 
 
 def add_aac(target: Any, source: Any) -> tuple[Any, Callable[[Any], Iterator[Any]]]:
-    """Add a stream as `add_aac_stream` for the sound of `source`, a stream of another file.
+    """Add an AAC stream, as `add_aac_stream` does, for the sound of `source`, a stream of another file.
 
     Returns it, and a function from packets of `source`, up to the empty last one, to packets to write.
     """
@@ -56,7 +56,7 @@ class _Gapless:
         self._next: int | None = None  # number of the sample that comes next
 
     def follow(self, frame: Any) -> Iterator[Any]:
-        """Yield a frame behind the ones before it, and silence before it if some is missing."""
+        """Yield a frame, numbered after the ones before it; first silence, if sound before it is missing."""
         rate = frame.sample_rate
         if frame.pts is not None:
             wanted = round(frame.pts * (frame.time_base or self._time_base) * rate)
@@ -99,7 +99,7 @@ _CODECS = {
 def open_delayed(stream: Any, samples: int) -> Any | None:
     """Return an open container whose only stream is like `stream`, but says that it begins with `samples`.
 
-    None if that cannot be said of its codec, or if it says it itself. Source of the layout: RFC 9559.
+    Return None if its codec cannot say that, or if `stream` says it already. Source of the layout: RFC 9559.
     """
     context = stream.codec_context
     if context is None or context.name not in _CODECS or context.delay:

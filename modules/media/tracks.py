@@ -1,4 +1,4 @@
-"""Put a track that was made beside the pictures of a new video, or into a WAV file."""
+"""Put a generated track beside the pictures of a new video, or into a WAV file."""
 
 import json
 import os
@@ -70,7 +70,7 @@ def write_wav(path: Path, track: Track, tags: Mapping[str, str] | None = None) -
 
 
 def _append_comment(file: BinaryIO, text: bytes) -> None:
-    """Add a comment behind all of a WAV file, in RIFF's list INFO."""
+    """Add a comment at the end of a WAV file, in RIFF's list INFO."""
     text += bytes(len(text) % 2)
     file.seek(0, os.SEEK_END)
     file.write(struct.pack("<4sI4s4sI", b"LIST", len(text) + 12, b"INFO", b"ICMT", len(text)) + text)

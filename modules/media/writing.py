@@ -94,7 +94,7 @@ LEAST_TICKS = 10_000
 
 
 def ticks_per_second(rate: Fraction) -> int:
-    """Return a unit of time, by how many go into a second, in which all n / rate are whole numbers."""
+    """Return into how many ticks to divide a second so that all times n / rate are whole numbers of ticks."""
     ticks = math.lcm(rate.numerator, USUAL_TICKS)
     return ticks if ticks <= MOST_TICKS else rate.numerator * math.ceil(LEAST_TICKS / rate.numerator)
 
@@ -241,11 +241,11 @@ def write_shown(
     come evenly; places n / rate are kept exactly, others to a twentieth of a millisecond, in .mkv to half of
     one. codec, crf, preset, bit_rate: as of `write_video`. companions_of: a video whose sound, subtitles,
     attachments, chapters and tags go into this one as they are; parts that the format cannot hold are logged.
-    covers: whether its cover pictures do, and what else may show what was in the pictures before. section_of:
-    a part of a video whose sound goes into this one, in place of all that. track: made sound, likewise. tags:
-    as of `write_video`; they replace the video's own.
-    Raises MediaError if there is no frame, the codec does not fit the suffix or the pictures, or their size
-    changes; ValueError if their times do not rise; OutputError if the file cannot be written.
+    covers: whether its cover pictures go too, and whatever else may show the old pictures. section_of: a part
+    of a video whose sound goes into this one, in place of all that. track: generated sound, likewise. tags:
+    as of `write_video`; they replace the video's own. Raises MediaError if there is no frame, the codec does
+    not fit the suffix or the pictures, or their size changes; ValueError if their times do not rise;
+    OutputError if the file cannot be written.
     """
     kind = encoding.choose_codec(path, codec)
     remaining = iter(frames)
@@ -313,8 +313,10 @@ def _open_others(
     rate: Fraction,
     covers: bool,
 ) -> Iterator[tuple["TrackSound | Companions | SectionSound | None", "Companions | None"]]:
-    """Yield a track that was made, or open a video, for what goes beside the new pictures; None if there is
-    none, or it is a GIF or WebP. The second one is there if all of a video does.
+    """Yield the writer of the streams beside the new pictures, and the same again if it copies a whole video.
+
+    It writes a generated track, or streams of a video that is opened here. None: there is neither, or the
+    video is a GIF or WebP animation.
     """
     path = whole if section is None else section.path
     if made is not None:
@@ -356,7 +358,7 @@ def encode_segment(frames: Iterable[Frame], fps: float) -> bytes:
 def join_segments(
     path: Path, segments: Sequence[bytes], fps: float, tags: Mapping[str, str] | None = None
 ) -> None:
-    """Join segments of `encode_segment` to one video (.mp4), completely or not at all. tags: as above.
+    """Join segments of `encode_segment` to one .mp4, completely or not at all. tags: as in `write_video`.
 
     Pictures are copied, not encoded again. A player that has an earlier file of that name open continues with
     the earlier one. Raises OutputError if the file cannot be written.

@@ -61,7 +61,7 @@ class Slot:
     # uint8, one for each weight; none while the network is parked
     memory: list[Tensor] = field(default_factory=list)
     unit: Unit | None = None  # whose weights are in it or on the way
-    arrival: Any = None  # the moment at which they are
+    arrival: Any = None  # the moment at which its weights have arrived
     is_entered: bool = False  # the parameters are here rather than on the host
     is_changed: bool = False  # the host's copies are out of date
 
@@ -131,9 +131,9 @@ class BlockSwap:
         self._at: tuple[int, bool] | None = None
 
     def bring(self, position: int, skipped: Set[int]) -> None:
-        """Have the weights of a block on the device before a pass, which skips those blocks.
+        """Bring the weights of a block to the device before a pass. skipped: blocks that the pass skips.
 
-        Nothing is fetched if they are there, as after a pass that fetched ahead.
+        Nothing is copied if the weights are there already, as after a pass that fetched ahead.
         """
         ring = self._ring_of.get(position)
         if ring is None:

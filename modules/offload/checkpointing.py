@@ -127,7 +127,7 @@ class Offload:
         return tensor
 
     def _send_for(self, away: _Away) -> None:
-        """Start copying it back to the device, unless it is already on its way."""
+        """Start copying an input back to the device, unless it is already on its way."""
         if not away.coming:
             # allocated on the computing stream, which also frees it; record_stream would hold it for longer
             target = torch.empty(away.host.shape, dtype=away.host.dtype, device=away.device)

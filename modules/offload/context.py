@@ -1,14 +1,14 @@
 """Lay out the processes of a run, and share the tokens of a clip among them (--context_parallel).
 
 Processes are laid out as micro-batches x passes of a step x tokens of a clip. Neighbours share the tokens, as
-they exchange most; round them stand those that share the passes of a step (--cfg_parallel), round these those
-with micro-batches of their own. A transformer that is split (--shard_base) has its parts in all of them.
+they exchange most. Groups of them share the passes of a step (--cfg_parallel), and groups of those have
+micro-batches of their own. A transformer that is split (--shard_base) has its parts in all processes.
 
 All processes embed the whole clip; then each takes a run of its tokens, runs the blocks, and gathers the runs
-of all. In attention among tokens it has all of them in their order, with a part of the heads: an exchange
-before it and one behind it. Source: Jacobs et al. 2023, arXiv 2309.14509 (DeepSpeed-Ulysses).
+of all. In self-attention each process has all tokens in their order, but a part of the heads: an exchange
+before it and one after it. Source: Jacobs et al. 2023, arXiv 2309.14509 (DeepSpeed-Ulysses).
 
-What is before and behind the blocks is computed in every process, of equal inputs, and so is the loss. Each
+The layers before and after the blocks, and the loss, are computed in every process from equal inputs. Each
 divides its loss by the number of processes, and gradients are summed over them.
 """
 
@@ -65,7 +65,7 @@ def device_mesh(grid: ProcessGrid, device: torch.device) -> "DeviceMesh":
 def share_tokens(network: nn.Module, grid: ProcessGrid, device: torch.device) -> None:
     """Make the network's blocks run on a part of the tokens. Call it last, in all processes.
 
-    Raises OptionError if the heads cannot be divided among them.
+    Raises OptionError if the heads cannot be divided among the processes.
     """
     config: Any = network.config
     heads: int = config.num_heads
@@ -88,7 +88,7 @@ def _run_part(
 ) -> None:
     """Run the blocks on this process' part of the tokens by the runner that was set before."""
     tokens = hidden.tokens
-    # of each stream of tokens, whose numbers its record tells if there are several
+    # lengths of the streams of tokens; if there are several, the record of tokens states them
     lengths = getattr(tokens, "stream_lengths", (hidden.x.shape[1],))
     parts = [TokenPart(length, group.rank(), group.size(), group) for length in lengths]
     streams = zip(parts, hidden.x.split(lengths, dim=1), strict=True)
@@ -107,7 +107,7 @@ def _run_part(
 
 @dataclass(frozen=True)
 class TokenPart:
-    """One of P runs of L tokens; all have equal sizes, but the last ones may be shorter or empty."""
+    """One of the P runs into which L tokens are cut, equally long; the last ones may be shorter or empty."""
 
     length: int  # L
     index: int  # of this part, from 0
@@ -142,18 +142,18 @@ class TokenPart:
         return x[:, self.run]
 
     def join(self, x: Tensor) -> Tensor:
-        """Return the tokens of all processes, B L C, of those here, B l C."""
+        """Gather the tokens of all processes: B l C here to B L C."""
         joined: Tensor = _Join.apply(x, self)
         return joined
 
     def gather_tokens(self, *heads: Tensor) -> tuple[Tensor, ...]:
-        """Return all tokens of this process' heads, each B L n D, of all heads of its tokens, B l N D."""
+        """Exchange all heads of this process' tokens, B l N D, for all tokens of its heads, each B L n D."""
         sent = (self._fill_up(one).unflatten(2, (self.count, -1)).movedim(2, 0).contiguous() for one in heads)
         received = _Exchange.apply(self.group.group_name, *sent)  # each P B size n D
         return tuple(one.movedim(0, 1).flatten(1, 2)[:, : self.length] for one in received)
 
     def gather_heads(self, seen: Tensor) -> Tensor:
-        """Return all heads of this process' tokens, B l N D, of all tokens of its heads, B L n D."""
+        """Exchange all tokens of this process' heads, B L n D, for all heads of its tokens, B l N D."""
         missing = self.count * self.size - self.length
         whole = pad(seen, (0, 0, 0, 0, 0, missing)) if missing else seen
         sent = whole.unflatten(1, (self.count, self.size)).movedim(1, 0).contiguous()
@@ -161,9 +161,9 @@ class TokenPart:
         return received.movedim(0, 2).flatten(2, 3)[:, : self.run.stop - self.run.start]
 
     def combine(self, seen: Tensor, other: Tensor, second: SecondText) -> Tensor:
-        """Return the attention of these tokens, B l N D, from that with either text alone, of n heads.
+        """Return the attention of these tokens, B l N D, from that of n heads with either text alone.
 
-        seen, other: as `SecondText.combine` takes them. What steers looks at all heads of a token.
+        seen, other: as `SecondText.combine` takes them. Combining needs all heads of a token.
         """
         texts = torch.cat([seen[:, second.before :], other[:, second.before :]], dim=1)
         seen, other = (
@@ -193,7 +193,7 @@ class _Exchange(torch.autograd.Function):
 
 
 class _Join(torch.autograd.Function):
-    """All processes compute the same of the joined tokens, so that each knows the sum of their gradients."""
+    """Joins tokens. All processes compute the same from them, so each knows the sum of their gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, part: TokenPart) -> Tensor:

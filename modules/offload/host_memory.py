@@ -6,8 +6,8 @@ machine's memory and refuses large pieces, WSL locks much less. Memory that the 
 too: its copies are slower, and the host waits for them. Shared memory has no name in the file system: it is
 freed when the last process ends, even if it is killed.
 
-Swapping uses a device through nothing else: the copies here overlap with its computation. Networks that take
-turns are loaded when first needed and freed when others need the memory.
+Swapping accesses a device only through this file: the copies here overlap with its computation. Networks that
+take turns are loaded when first needed and freed when others need the memory.
 """
 
 import contextlib
@@ -66,9 +66,9 @@ class HostTensors:
 def allocate(infos: Mapping[str, TensorInfo], pinned: bool, machine: Machine | None = None) -> HostTensors:
     """Allocate uninitialised memory for these tensors.
 
-    pinned: for copies to a CUDA device; as much of it as the driver locks. machine: None: of one
-    process; else all of them must call this with the same tensors, and share the memory; call `wait_for_all`
-    before reading it.
+    pinned: lock as much of it as the driver allows, for copies to a CUDA device. machine: the processes that
+    share the memory; all must call this with the same tensors, and `wait_for_all` before reading. None: the
+    memory is this process' own.
     """
     starts, pieces = _lay_out([info.size_bytes for info in infos.values()])
     size = pieces[-1].stop

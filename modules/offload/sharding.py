@@ -6,10 +6,10 @@
     shares.finish(dit)
 
 torch's FSDP2 does the work: each process keeps an equal number of rows of each weight, a block is gathered
-while the one before it computes, and what was gathered is freed after the block, so that two whole blocks
-are there at a time; one on a CPU, which gathers and computes by turns. What is outside the blocks stays
-whole. Frozen weights have no gradients to send; those of trained weights are summed in each backward pass,
-and a process is given the rows that it keeps.
+while the one before it computes, and what was gathered is freed after the block, so that two whole blocks are
+there at a time (on a CPU one: it gathers and computes by turns). What is outside the blocks stays whole.
+Frozen weights have no gradients to send; the gradients of trained weights are summed in each backward pass,
+and each process gets those of its rows.
 
 All processes have to run the same passes in the same order, each with gradients or each without, as a block
 is gathered from all of them.
@@ -55,7 +55,7 @@ class ShardedBlocks:
             keep_heap_small()  # else whole blocks leave holes that are as large as what was split
 
     def watch(self, network: nn.Module) -> Callable[[str], None]:
-        """Return a function that is told which tensor is filled; a block that is full is split."""
+        """Return a function to call with the name of each filled tensor; it splits complete blocks."""
         blocks = _blocks_of(network)
         owners = {f"{path}.{name}": path for path, block in blocks.items() for name in block.state_dict()}
         waiting = Counter(owners.values())
@@ -146,8 +146,8 @@ def _blocks_of(network: nn.Module) -> dict[str, nn.Module]:
 def _run_all(inner: Runner, dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
     """Run the blocks by the runner that was set before; with gradients, they go back through every block.
 
-    Else a block behind which nothing learns in one process, as dropout may have it, would be gathered by the
-    others alone.
+    Otherwise, if dropout left a block without gradients in one process only, the others would gather it
+    alone.
     """
     if torch.is_grad_enabled() and not hidden.x.requires_grad:
         hidden.x = hidden.x.detach().requires_grad_()
@@ -177,12 +177,12 @@ def agree_among(network: nn.Module, value: T) -> T:
 
 
 def gather_block(block: nn.Module) -> None:
-    """Have a block whole in this process until its next pass ends; all processes must call it."""
+    """Gather a whole block in this process until its next pass ends; all processes must call it."""
     block.unshard()  # type: ignore[operator]
 
 
 def gather_weight(weight: Tensor) -> Tensor:
-    """Return a weight whole, in any dtype, if it is split: then all processes must call it."""
+    """Return a weight whole, in any dtype; gather it if it is split, then all processes must call this."""
     return gather_rows(rows_here(weight), weight) if is_split(weight) else weight
 
 
@@ -192,14 +192,14 @@ def rows_here(weight: Any) -> Tensor:
 
 
 def gather_parts(whole: Tensor, part: Tensor, group: "distributed.ProcessGroup | None" = None) -> None:
-    """Fill `whole` with the parts that all processes, or those of a group, have: one behind the other."""
+    """Fill `whole` with the parts of all processes, or of those of a group, one after the other."""
     # the old name is deprecated where there is the new one
     gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
     gather(whole, part, group)
 
 
 def gather_rows(part: Tensor, weight: Tensor) -> Tensor:
-    """Return a tensor whole of which each process has the rows that it has of a split weight."""
+    """Gather a tensor that is divided by rows like a split weight. part: this process' rows."""
     count = distributed.get_world_size()
     rows = -(-weight.shape[0] // count)  # of each process but the last ones
     row = math.prod(weight.shape[1:]) * part.dtype.itemsize
@@ -215,14 +215,14 @@ def is_split(weight: Tensor) -> bool:
 
 
 def rows_of(weight: Any, whole: Tensor) -> Tensor:
-    """Return the rows of a whole tensor that this process has of a split weight, not copied."""
+    """Return a view of the rows of `whole` that this process has of a split weight."""
     mesh, count = weight.device_mesh, rows_here(weight).shape[0]
     first = mesh.get_local_rank() * -(-weight.shape[0] // mesh.size())
     return whole.narrow(0, min(first, weight.shape[0] - count), count)
 
 
 def as_split(weight: Any, part: Tensor) -> Tensor:
-    """Return the rows that this process has of another tensor as one that is split like a weight."""
+    """Return a tensor that is split like a weight, made from this process' rows of it."""
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
@@ -236,7 +236,7 @@ def as_split(weight: Any, part: Tensor) -> Tensor:
 def trained_rows(weight: Any) -> nn.Parameter:
     """Return the rows of a split weight as a plain parameter, in the same memory.
 
-    It is given the gradients, so that an optimizer steps it as any other.
+    The parameter gets the gradients, so that an optimizer steps it as any other.
     """
     part = nn.Parameter(rows_here(weight))
 
@@ -249,7 +249,7 @@ def trained_rows(weight: Any) -> nn.Parameter:
 
 
 def set_weight(weight: Tensor, whole: Tensor) -> None:
-    """Set a weight in place: of one that is split, this process' part."""
+    """Set a weight in place; if it is split, set this process' part."""
     if is_split(weight):
         weight, whole = rows_here(weight), rows_of(weight, whole)
     weight.copy_(whole)

@@ -87,7 +87,7 @@ class HostCopy:
         return sum(host.nbytes for _, host in self._pairs)
 
     def bring(self) -> None:
-        """Copy the weights to the device. The host does not wait: work that is queued later finds them there.
+        """Copy the weights to the device without waiting: work that is queued later finds them there.
 
         If it is interrupted, the weights are on the host: call `bring` again.
         """

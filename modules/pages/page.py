@@ -4,7 +4,7 @@ A page is a Jinja2 template beside the code that fills it. It extends `base.html
 
     {% extends "base.html" %}{% block body %}<p>{{ prompt }}</p>{% endblock %}
 
-`pages.css` is the look of all. One with commands to copy shows `{{ script }}` in `{% block script %}`.
+`pages.css` styles all pages. A page with commands to copy shows `{{ script }}` in `{% block script %}`.
 
 Every value is escaped; only `Markup` (pictures and clips embedded here as data, and charts) is HTML.
 """
@@ -40,8 +40,8 @@ _FOLDERS = re.compile(
 
 
 def mark_folders(value: Any) -> Any:
-    """Return a value of a page with the folders of absolute paths marked as private, control codes written
-    out: they would hide or reorder the text.
+    """Return a value of a page with the folders of absolute paths marked as private, and with control codes,
+    which could hide or reorder the text, written out.
     """
     if isinstance(value, Markup) or not isinstance(value, (str, Path)):
         return value

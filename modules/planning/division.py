@@ -1,4 +1,4 @@
-"""What a card holds that shares a step with others, by what one card alone would hold."""
+"""Predict what a card holds that shares a step with others, from what a single card would hold."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -34,7 +34,7 @@ class Division:
 
 
 class TokenCounter(TorchDispatchMode):
-    """Note the sizes of what cards would share in a rehearsal: while active, of the operators that run."""
+    """Note the sizes of tensors that cards would share, from the operators that run while it is active."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class TokenCounter(TorchDispatchMode):
         self.heads = 0  # the largest number that divides the heads of every self-attention
 
     def watch(self, dit: nn.Module) -> Extrapolate:
-        """Look at a network from now on. Returns the function to extrapolate its rehearsal with."""
+        """Watch a network from now on; return the function that extrapolates its rehearsal."""
         inner = runner_of(dit)
 
         def run(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
@@ -70,7 +70,8 @@ def divide_tokens(moments: Mapping[str, Moment], context: int, whole: TokenCount
     """Return a rehearsal's moments for a card that has 1 / `context` of the tokens inside the blocks.
 
     Outside the blocks it works on all tokens, which are gathered behind them. Tokens that stay whole inside,
-    such as those of a text that is only looked at, count as divided: they are few. whole: of the rehearsal.
+    such as those of a text that is only looked at, count as divided: they are few. whole: the rehearsal's
+    counter.
     """
     buffers = EXCHANGED * whole.largest // context
 

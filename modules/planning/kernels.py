@@ -17,7 +17,7 @@ Operator = Callable[..., Any]
 
 
 def planned(function: Operator) -> Operator:
-    """Register a function of torch's allocations alone as the operator `planned::<name>`.
+    """Register a function that only allocates tensors as the operator `planned::<name>`.
 
     It is one operator, as the kernel is: selective checkpointing may keep its results, and a ledger knows its
     name.

@@ -154,7 +154,7 @@ BlockWeights = tuple[tuple[int, int], ...]  # rows and bytes of each weight of a
 def weights_by_block(dit: nn.Module, spec: DitSpec) -> tuple[BlockWeights, ...]:
     """Return the weights of each block that --shard_base splits, in the order in which the blocks run.
 
-    Of its vectors that is one alone (`modules.offload.sharding`).
+    Of a block's vectors only one is split (`modules.offload.sharding`).
     """
     found: list[BlockWeights] = []
     for block in chain.from_iterable(spec.blocks(dit).values()):
@@ -266,7 +266,7 @@ def smallest_swap(prediction: Swappable, usable: int) -> int | None:
 def swap_for(prediction: Swappable, swap: SwapOptions, room: Room | None) -> tuple[int, str | None]:
     """Return how many blocks to swap, and the reason if --blocks_to_swap is `auto`.
 
-    That is the smallest number that fits the room; if none fits the largest, without a room 0. Raises
+    The number is the smallest that fits the room, the largest if none fits, and 0 without a room. Raises
     OptionError if there are too few blocks.
     """
     most = prediction.most
@@ -320,9 +320,9 @@ def resolve_swap(
     """Return the options with the number that --blocks_to_swap auto stands for, and the prediction.
 
     room: of a CUDA device; without one nothing is rehearsed, and auto is 0. The prediction is None if there
-    is no room or the rehearsal failed, which is logged: a plan is an aid, without one a run is as good.
-    Raises UserErrors as the rehearsal does, MemoryPlanError if it fails and auto waits for it, and
-    OptionError if the network has fewer blocks than are to be swapped.
+    is no room or the rehearsal failed, which is logged: a run works without a plan too. Raises UserErrors as
+    the rehearsal does, MemoryPlanError if it fails and auto waits for it, and OptionError if the network has
+    fewer blocks than are to be swapped.
     """
     if room is None:
         return (set_blocks_to_swap(speed, 0) if speed.swap.is_auto else speed), None

@@ -35,15 +35,15 @@ class Rehearsed:
     """A run on one card, rehearsed, and how to divide it."""
 
     words: tuple[str, ...]  # options that the command lacks
-    heads: int  # that the cards which share tokens divide
+    heads: int  # number of attention heads, divided among cards that share tokens
     can_swap: bool
-    # the prediction for a card of such a division; raises OptionError if the run cannot be divided so
+    # predicts the memory of one card of a division; raises OptionError if the run cannot be divided so
     divide: Callable[[Division], Divided]
 
 
 @dataclass(frozen=True)
 class Way:
-    """A way to use the cards; without a plan one that is refused."""
+    """A way to use the cards. A refused way has no plan."""
 
     words: tuple[str, ...]  # options that it adds to the command
     division: Division
@@ -60,7 +60,7 @@ def with_division(speed: Speed, division: Division) -> Speed:
 
 
 def find_ways(rehearsed: Rehearsed, cards: int, room: Room, is_training: bool) -> Iterator[Way]:
-    """Yield the ways for a number of equal cards, from the one that waits least for others. room: of each."""
+    """Yield the ways to use equal cards, first the one that waits least for others. room: of each card."""
     # blocks arrive while others compute, and tokens are waited for; a generation makes one clip at a time if
     # its processes share anything, and then each computes all tokens unless it shares them
     contexts = [count for count in range(2, cards + 1) if cards % count == 0] if is_training else [cards]
@@ -104,8 +104,8 @@ def _planned(way: Way, prediction: Divided, blocks: int, room: Room, is_training
 def print_ways(runs: Iterable[Rehearsed], cards: int, room: Room, is_training: bool) -> None:
     """Print the ways for cards, and the cheapest that fits with the parts of its memory.
 
-    runs: with the options of the command, then with more and more that save memory: if nothing fits, the
-    next one is looked at.
+    runs: the first has the command's options, each further one more options that save memory; it is used if
+    nothing fits in those before it.
     """
     ways, added = list[Way](), tuple[str, ...]()
     for run in runs:
@@ -161,7 +161,7 @@ def table_of(ways: Sequence[Way]) -> list[str]:
 
 
 def command_of(way: Way, added: Sequence[str], argv: Sequence[str], is_training: bool) -> str:
-    """Return the command to type for a way. added: options that it lacks. argv: of the one that planned."""
+    """Return the command to type for a way. added: options that it lacks. argv: of the planning command."""
     kept, following = list[str](), 0  # without the options that a way decides, and their values
     for word in argv[1:]:
         name, equals, _ = word.partition("=")

@@ -1,4 +1,4 @@
-"""Stored weights: what is asked of every form in which linear layers keep their weights, and such layers.
+"""Stored weights: the protocol of all forms in which linear layers keep their weights, and such layers.
 
 A stored layer stays an `nn.Linear`. Its `weight` is a frozen parameter of the form's dtype and shape (packed
 forms have another one than the layer: ask `out_features` and `in_features`), and the form's companions, such
@@ -50,7 +50,7 @@ class StoredForm(Protocol):
         ...
 
     def value(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
-        """Return the weight that counts, out x in, in memory of its own."""
+        """Return the weight's value, out x in, in memory of its own."""
         ...
 
     def multiply(self, x: Tensor, tensors: Tensors, shape: Shape, bias: Tensor | None) -> Tensor:
@@ -69,7 +69,7 @@ class StoredForm(Protocol):
         ...
 
     def computing_as(self, asked: "StoredForm") -> "StoredForm":
-        """Return this form, of a file's weights, with the settings of computing of the one asked for."""
+        """Return this form, found in a file, with the compute settings of the form asked for."""
         ...
 
     def check_device(self, device: torch.device) -> None:
@@ -95,13 +95,13 @@ class Stored:
 
 
 def form_of(quantisation: Quantisation) -> StoredForm:
-    """Return the form that options ask for. In its file: `form_of(quantisation)`."""
+    """Return the form that options ask for, by `form_of` in the form's file."""
     form: StoredForm = import_own(f"modules.stored.{quantisation.form}").form_of(quantisation)
     return form
 
 
 def prepare(quantisation: Quantisation, device: torch.device) -> Quantisation:
-    """Return the quantisation with what the device multiplies by. In the form's file: `prepare`, the same.
+    """Return the quantisation with the product that the device supports, by `prepare` in the form's file.
 
     Raises OptionError if the device or the libraries lack it.
     """
@@ -130,7 +130,7 @@ def _tensors_of(layer: nn.Linear, weight: Tensor, form: StoredForm) -> Tensors:
 
 
 def stored_in(layer: nn.Module) -> Stored | None:
-    """Return the stored weight of a layer; None of one whose weight is a plain tensor."""
+    """Return the stored weight of a layer; None if the layer's weight is a plain tensor."""
     form: StoredForm | None = layer.__dict__.get("form")
     if form is None:
         return None
@@ -139,7 +139,7 @@ def stored_in(layer: nn.Module) -> Stored | None:
 
 
 def value_of(layer: nn.Module, weight: Tensor) -> Tensor:
-    """Return the weight of a layer as it counts, a stored one in float32. weight: the layer's own, whole."""
+    """Return the value of a layer's weight, in float32 if it is stored. weight: the layer's own, whole."""
     stored = stored_in(layer)
     if stored is None:
         return weight

@@ -80,7 +80,7 @@ def store_scale(scale: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Fp8:
-    """The form. Layers compute in float32 if `float32_linear` is set; with a `product` they multiply in 8
+    """The fp8 form. Layers compute in float32 if `float32_linear` is set; with a `product` they multiply in 8
     bits whenever `suits_fp8` allows it.
     """
 

@@ -33,7 +33,7 @@ PIECE = 1 << 24  # values that have a float32 copy at a time: 64 MiB
 
 @dataclass(frozen=True)
 class Int8:
-    """The form. The companion `scale_weight` is float32, out x 1."""
+    """The int8 form. The companion `scale_weight` is float32, out x 1."""
 
     group: int | None = None  # columns that are rotated together; 0: none; None: by the width of a layer
     rounds_gradients: bool = False
@@ -91,7 +91,7 @@ class Int8:
         return replace(self, rounds_gradients=asked.rounds_gradients)
 
     def check_device(self, device: torch.device) -> None:
-        """Every device holds int8."""
+        """Accept any device: all can hold int8."""
 
 
 def form_of(quantisation: Quantisation) -> Int8:

@@ -40,7 +40,7 @@ def _pairs(device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class Nf4:
-    """The form. The weight is uint8, [out, in / 2] if `in` is even, else flat.
+    """The nf4 form. The weight is uint8, [out, in / 2] if `in` is even, else flat.
 
     Companions: maxima of the blocks as codes, uint8; float32 maxima of the nested blocks, their 256 values
     and the mean.
@@ -91,7 +91,7 @@ class Nf4:
         return multiply_value(self, x.to(computed_dtype(x)), tensors, shape, bias)
 
     def cut(self, stored: Stored, first: int, count: int) -> Stored | None:
-        """Blocks of statistics cross rows."""
+        """Return None: blocks of statistics cross rows."""
         return None
 
     def join(self, parts: Sequence[Stored]) -> Stored | None:
@@ -101,7 +101,7 @@ class Nf4:
         return asked if isinstance(asked, Nf4) else self
 
     def check_device(self, device: torch.device) -> None:
-        """Every device holds bytes."""
+        """Accept any device: all can hold bytes."""
 
 
 def form_of(quantisation: Quantisation) -> Nf4:

@@ -42,7 +42,7 @@ class RowForm:
         raise NotImplementedError(f"{self.name} is only read")
 
     def value(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
-        """Return the weight; of a padded one the first rows and columns, as many as `shape` has."""
+        """Return the weight; if it is padded, only the rows and columns of `shape`."""
         assert tensors[0] is not None
         out = torch.empty(shape, dtype=dtype, device=tensors[0].device)
         if out.device.type == "meta":
@@ -158,7 +158,7 @@ def int8_rows(weight: Tensor, scale: Tensor) -> Tensor:
 
 @cache
 def four_bits(values: tuple[float, ...]) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return what makes rows of bitsandbytes' nf4 or fp4, of codes 0 to 15: one function for equal values."""
+    """Return the function that decodes rows of bitsandbytes' nf4 or fp4. values: of the codes 0 to 15."""
 
     def rows(weight: Tensor, largest: Tensor) -> Tensor:
         # N K/2, N K/64: the largest magnitude of a block
