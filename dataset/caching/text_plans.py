@@ -156,7 +156,7 @@ def _plan(file: CaptionFile, encoders: Encoders, stores: Stores, reads_values: b
     find = partial(find_outputs, file, encoders, stores)
     _, right = find(reads_values=reads_values)
     if len(right) == len(encoders):  # the unfinished file, if there is one, is not needed
-        return replace(file, is_foreign=not all(right.values()))
+        return file if all(right.values()) else replace(file, is_foreign=True)
     _, in_part = find(in_part=True)
     _, right = find(reads_values=reads_values)  # another process may have finished it now
     wrong = [encoder.name for encoder, _ in encoders if encoder.name not in right]

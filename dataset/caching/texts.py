@@ -107,9 +107,7 @@ class TextWork:
             from dataset.cache.form import require_form
 
             require_form(mixed, family.cache_tag)
-        self._files = list_caption_files(self._sources, family.cache_tag)
-        if any(table.cache_format == "npz" for table in config.datasets):  # several may share a file
-            self._files = distinct_texts(self._files, stores)
+        self._files = distinct_texts(list_caption_files(self._sources, family.cache_tag), stores)
         batches: list[TextBatch] = []  # consecutive texts of one table and kind
         for _, some in itertools.groupby(self._files, lambda file: (file.table.index, file.pass_over)):
             texts = tuple(some)
@@ -143,7 +141,7 @@ class TextWork:
             part = file.file_name + PART
             if file.in_part and not file.missing:  # an earlier run was stopped before it could do so
                 self._finish(file, *self._find(file, in_part=True))
-            elif part in self._parts and not file.missing:
+            elif part in self._parts and not file.missing and not self.stores.trusts:
                 self.stores.of_texts(file.table).remove(part)
         for encoder, identity in self._encoders:
             to_do = [file for file in files if encoder.name in file.missing]

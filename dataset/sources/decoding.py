@@ -196,7 +196,7 @@ def _decode_image(
     alpha = None if alpha is None or alpha.min() == 255 else place(alpha)
     mask = None if source.mask is None else read_still(source.mask, place, size, 1)
     if table.alpha_mask:
-        mask, alpha = None if alpha is None else alpha[None], None
+        mask, alpha = None if alpha is None or alpha.min() == 255 else alpha[None], None
     frames, more = place(image)[None], dict[str, Any]()
     if source.references or source.control_mask is not None:
         from dataset.sources.companions import read_companions

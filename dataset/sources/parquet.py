@@ -208,16 +208,21 @@ def cell_column(path: Path, name: str) -> str | None:
         return name if types.is_binary(kind) or types.is_large_binary(kind) else None
 
 
-def cells_of(path: Path, column: str) -> Callable[[int], ParquetCell]:
+def cells_of(path: Path, column: str, finds_nulls: bool = False) -> Callable[[int], ParquetCell | None]:
     """Return the function row, counted from 1 -> its place in a Parquet file. column: of `cell_column`.
 
+    finds_nulls: return None for a cell that is null; a row group that has such cells is read for it.
     Raises DatasetError if its row groups are too large to read one at a time.
     """
+    nulls = []  # by row group: whether some cells are null, as far as the file tells
     with open_parquet(path) as file:
         groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
         for group in groups:
             sizes = [group.column(index) for index in range(group.num_columns)]
-            size = sum(one.total_uncompressed_size for one in sizes if one.path_in_schema == column)
+            sizes = [one for one in sizes if one.path_in_schema == column]
+            size = sum(one.total_uncompressed_size for one in sizes)
+            told = [one.statistics for one in sizes if one.is_stats_set and one.statistics.has_null_count]
+            nulls.append(finds_nulls and (not told or any(one.null_count for one in told)))
             if size > MAX_GROUP_BYTES:
                 raise DatasetError(
                     f"{path}: a row group holds {size / 1e9:.1f} GB of {column}, at most "
@@ -226,9 +231,10 @@ def cells_of(path: Path, column: str) -> Callable[[int], ParquetCell]:
                 )
         starts = list(accumulate((group.num_rows for group in groups), initial=0))
 
-    def place(number: int) -> ParquetCell:
+    def place(number: int) -> ParquetCell | None:
         group = bisect.bisect_right(starts, number - 1) - 1
-        return ParquetCell(path, group, number - 1 - starts[group], column)
+        cell = ParquetCell(path, group, number - 1 - starts[group], column)
+        return None if nulls[group] and not _value(cell).is_valid else cell
 
     return place
 
@@ -237,10 +243,7 @@ def read_cell(origin: ParquetCell) -> bytes:
     """Return the bytes of a cell. Raises MediaError if it is empty or cannot be read."""
     where = f"{origin.file}, row {origin.row + 1} of row group {origin.group + 1}"
     try:
-        stamp = origin.file.stat().st_mtime_ns
-        with _ONE_AT_A_TIME:
-            group = _group(origin.file, origin.group, origin.column, stamp)
-        content = group[origin.row].as_py()
+        content = _value(origin).as_py()
     except OSError as error:
         raise MediaError(f"{where}: it cannot be read: {error.strerror or error}") from error
     except (DatasetError, ValueError, IndexError) as error:
@@ -248,6 +251,12 @@ def read_cell(origin: ParquetCell) -> bytes:
     if not content:
         raise MediaError(f"{where}: {origin.column} is empty there")
     return bytes(content)
+
+
+def _value(origin: ParquetCell) -> Any:
+    stamp = origin.file.stat().st_mtime_ns
+    with _ONE_AT_A_TIME:
+        return _group(origin.file, origin.group, origin.column, stamp)[origin.row]
 
 
 @lru_cache(maxsize=2)  # sources are read in the order of rows

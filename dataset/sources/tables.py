@@ -63,11 +63,13 @@ def list_rows(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
                 raise DatasetError(f"{row.where}: {row.fault}")
             held, values = None, {**row.values}
             for column, cell in cells.items():
-                place = row.file / f"{row.number:08d}", cell(row)
+                if (origin := cell(row)) is None:  # null: the row has no such file
+                    continue
+                place = row.file / f"{row.number:08d}", origin
                 if column == rows.path_column:  # `train-00000-of-00002_00000012`
                     held = f"{readable_stem(row.file.stem).replace('.', '_')}_{row.number:08d}", place
                 else:
-                    values[column] = place[0].with_name(f"{place[0].name} {column}"), place[1]
+                    values[column] = place[0].with_name(f"{place[0].name} {readable_stem(column)}"), origin
             sources.append(rows.read(values, row.where, held))
         except RefusedAddress as refused:
             faults.append(Fault(f"{rows.unit}s of {path} cannot be used: {refused.reason}", refused.shown))
@@ -77,7 +79,7 @@ def list_rows(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
     return rows.finish(sources, faults)
 
 
-Cells = Callable[[TableRow], ParquetCell]
+Cells = Callable[[TableRow], ParquetCell | None]
 
 
 def _open_table(table: DatasetTable, path: Path) -> tuple[RowReader, dict[str, Cells], set[str] | None]:
@@ -90,7 +92,7 @@ def _open_table(table: DatasetTable, path: Path) -> tuple[RowReader, dict[str, C
     beside = "control_path", "reference_path"
     wanted |= {name for name in columns if any(control_number(name, one) is not None for one in beside)}
     media = wanted - {"audio_path", caption_column}
-    cells = {name: cell for name in media if (cell := _cells(path, name)) is not None}
+    cells = {name: cell for name in media if (cell := _cells(path, name, name != path_column)) is not None}
     wanted -= cells.keys()
     base = None if path_column in cells else _base_of(path, path_column)
     rows = RowReader(table, path, path_column, caption_column, base=base)
@@ -119,15 +121,18 @@ def names_read(table: DatasetTable, path_column: str, caption_column: str) -> se
     return (names | ({"audio_path"} if table.kind == "video" else set())) - {""}
 
 
-def _cells(path: Path, name: str) -> Cells | None:
-    """Return a function row -> place of its file if the column `name` holds files; None if it does not."""
+def _cells(path: Path, name: str, finds_nulls: bool) -> Cells | None:
+    """Return a function row -> place of its file if the column `name` holds files; None if it does not.
+
+    finds_nulls: as of `cells_of`.
+    """
     if table_format(path) != PARQUET:
         return None
     parts = parquet_parts(path)
     column = cell_column(parts[0], name)
     if column is None:
         return None
-    places = {part: cells_of(part, column) for part in parts}
+    places = {part: cells_of(part, column, finds_nulls) for part in parts}
     return lambda row: places[row.file](row.number)
 
 

@@ -55,7 +55,7 @@ def find_unread(table: DatasetTable) -> list[Fault]:
         for name, value in values.items():
             if name in read or name in found or _is_beside(name):
                 continue
-            if name in CAPTION_COLUMNS:
+            if name in CAPTION_COLUMNS and value:
                 is_meant = is_list and not values.get("caption")
                 found[name] = (
                     ": did you mean 'caption'?" if is_meant else ": captions are read from another column"
@@ -92,7 +92,7 @@ def _beyond(values: Mapping[str, Any], table: DatasetTable) -> list[str]:
         (first + place, name)
         for name, value in values.items()
         if (first := _place(name, table)) is not None and value
-        for place in range(len(value) if isinstance(value, list) else 1)
+        for place in range(len([*filter(None, value)]) if isinstance(value, list) else 1)
     ]
     most = len(numbered) if table.control_count is None else table.control_count
     return [name for _, name in sorted(numbered)[most:]]
