@@ -36,7 +36,7 @@ GROUPS = 32  # in a group norm, as released; cannot be read from the tensors
 
 @dataclass(frozen=True)
 class AutoencoderKind:
-    """How the autoencoder of a model differs from others of its layers, and how messages call it."""
+    """Differences between autoencoders that have FLUX's layers, and their names in messages."""
 
     what: str = "the autoencoder of FLUX"
     option: str = "--ae"
@@ -199,7 +199,7 @@ class PictureVae(nn.Module):
     def in_tiles(
         self, compute: Compute, x: Tensor, unit_in: int, unit_out: int, device: torch.device
     ) -> Tensor:
-        """Apply `compute` to B C 1 H W, in tiles if it is larger than one. Returns B C' 1 H' W'.
+        """Apply `compute` to x, B C 1 H W, in tiles if x is larger than one. Returns B C' 1 H' W'.
 
         unit_in, unit_out: pixels of the input and of the result for one latent pixel.
         """

@@ -1,8 +1,8 @@
 """Checkpoint files of CLIP's text and image towers: recognise them, read dimensions.
 
-It is published under several prefixes, alone or beside its image tower. So the prefix is whatever precedes
-the name of the token embeddings, and tensors of other networks are left out by name. Our modules have Hugging
-Face's names, without `text_model.` in front.
+The text tower is published under several prefixes, alone or beside the image tower. So its prefix is whatever
+precedes the name of the token embeddings, and tensors of other networks are left out by name. Our modules
+have Hugging Face's names, without `text_model.` in front.
 """
 
 import math
@@ -65,7 +65,7 @@ class ClipUse:
         return frozenset({self.pooled} if self.mask is None else {self.pooled, self.mask})
 
     def read_width(self, checkpoint: Checkpoint) -> int:
-        """Return the numbers of the pooled state, for `read_once`. Raises as `read_clip_text`."""
+        """Return the width of the pooled state, for `read_once`. Raises as `read_clip_text`."""
         return read_clip_text(checkpoint, self).config.dim
 
 

@@ -40,7 +40,7 @@ CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]
 
 @dataclass(frozen=True)
 class ClipWords:
-    """Turn text into token ids, however many, without start and end; and the ids of those."""
+    """CLIP's tokenizer: `tokenize` turns text of any length into ids, without start and end token."""
 
     tokenize: Callable[[str], list[int]]
     start: int

@@ -98,7 +98,7 @@ class ClipAttention(nn.Module):
 class ClipLayer(nn.Module):
     """Attention and feed-forward, each applied to the normed stream and added to it.
 
-    It needs no `tokens`, which `run_blocks` gives to each block.
+    It ignores `tokens`, which `run_blocks` gives to each block.
     """
 
     def __init__(self, config: LayerConfig, is_causal: bool) -> None:

@@ -72,7 +72,7 @@ class TransformerFiles(ABC):
         return self.dit_dtype or (None if self.dit is None else self.dit_header().compute_dtype)
 
     def beside(self, chosen: torch.dtype | None, usual: torch.dtype | None = None) -> torch.dtype:
-        """Return an encoder's dtype: `chosen`, else the usual one, or float32 if the transformer is."""
+        """Return an encoder's dtype: `chosen`, float32 beside a float32 transformer, or the usual one."""
         in_float32 = self.compute_dtype() == torch.float32
         return chosen or (torch.float32 if in_float32 else usual or self.usual)
 
@@ -115,7 +115,7 @@ _METADATA = attrgetter("metadata")  # of a checkpoint
 def told_few_steps(rule: FewSteps, dit: Path) -> tuple[bool, str] | None:
     """Return whether a transformer was distilled to few steps, and what says so: see `FewSteps.told_by`.
 
-    A file that is missing or cannot be read, which other checks say, is told by its name.
+    A missing or unreadable file, which other checks report, is judged by its name.
     """
     metadata: Mapping[str, str] = {}
     with contextlib.suppress(CheckpointError, OSError):
@@ -162,7 +162,7 @@ class OneTransformer:
 
     @property
     def fuller(self) -> tuple[str, ...]:
-        """What a teacher is told besides: the caption that was dropped, and the reference pictures."""
+        """Name what a teacher is told and a training sample may lack: the caption, and reference pictures."""
         return (CAPTION,) if self.references is None else (CAPTION, REFERENCE)
 
     def why_few_steps(self) -> str | None:

@@ -1,4 +1,4 @@
-"""Language models as the shared loops use them: what a family says of its prompts, and what becomes of them.
+"""Language models as the shared loops use them: the text around a family's prompts, and the states it takes.
 
     USE = LanguageUse(name="vl", states_key="vl_embed", model=QWEN25_VL, source=QWEN_TOKENIZER, ...)
     encoder = LanguageModelEncoder(USE, path, torch.bfloat16)     # a TextEncoder of modules/contract
@@ -103,7 +103,7 @@ def read_qwen_tokenizer(files: TokenizerFiles, file: Path) -> Tokenizer:
 
 
 def qwen_tokenizer(option: str, repository: str) -> TokenizerSource:
-    """Return where the tokenizer of a Qwen model may be. option: that names it. repository: on the hub."""
+    """Return where a Qwen model's tokenizer may be. option: that names it. repository: on the hub."""
     # inside the encoder's folder; beside a file; beside text_encoder
     beside = (".", "qwen_3", "tokenizer", "../tokenizer")
     names = ("tokenizer.json", "vocab.json")
@@ -119,7 +119,7 @@ def qwen3_chat(thinks: bool) -> tuple[str, str]:
 
 @dataclass(frozen=True, eq=False)  # one object for each release: it is a key
 class LanguageUse:
-    """What a family takes from a language model: the text around prompts, and the states of which tokens."""
+    """How a family uses a language model: the text around prompts, and the states that it takes."""
 
     name: str  # of the encoder, in messages and cache records
     states_key: str  # of the states in what `encode` returns
@@ -196,7 +196,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
 
     @property
     def state(self) -> str | None:
-        """What the identity says of the states that are read."""
+        """Describe the states that are read, for `identity`."""
         return f"{', '.join(map(str, self.use.numbers)) or 'all'}{', normed' if self.use.final_norm else ''}"
 
     @property
@@ -231,7 +231,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         return len(tokenizer.read(self.use.before).ids) if known is None else known
 
     def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
-        """Warn if the tokenizer makes another number of tokens of the template than is cut off."""
+        """Warn if the template has another number of tokens with this tokenizer than is cut off."""
         counted, known = len(tokenizer.read(self.use.before).ids), self.use.dropped
         if known and counted != known:
             logger.warning(
@@ -292,9 +292,9 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         dropped: int,
         pictures: Sequence[ReadPictures] = (),
     ) -> list[Conditions]:
-        """Return the states for each prompt, [L nC] or T nC if padded (n C if stacked), and their mask.
+        """Return each prompt's states and mask: states [L nC], or T nC if padded (n C for nC if stacked).
 
-        L: number of the prompt's tokens with those of the template behind it. pictures: of each prompt.
+        L: tokens of the prompt and of the template behind it. n: number of states. pictures: of each prompt.
         """
         use, pad, results = self.use, self.find_pad(tokenizer), list[Conditions]()
         embeddings = network.get_submodule(self.embedding.removesuffix(".weight"))
@@ -325,9 +325,9 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         return {self.use.mask_key: real.clone()} if self.use.mask_key else {}
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
-        """Return what `FileTextEncoder.encode` returns, for prompts with the pictures that the family shows.
+        """Encode as `FileTextEncoder.encode`, with the pictures of prompts that the family shows.
 
-        Tokens of pictures do not count towards the most. Raises MediaError if a picture cannot be shown, and
+        Picture tokens do not count towards `most`. Raises MediaError if a picture cannot be shown, and
         CheckpointError if the tokenizer has no token for pictures.
         """
         use = self.use.pictures
@@ -402,7 +402,7 @@ class LanguageModelFiles(TransformerFiles):
         return [self.language_model()]
 
     def text_width(self) -> int:
-        """Return how many numbers a token's states have: all of them, or each if they are stacked."""
+        """Return the width of a token's states: of all joined, or of each if they are stacked."""
         return read_once(self.language_model().path, _state_width, self.text_use)
 
     def check_texts(self, config: Any, needed: bool) -> None:

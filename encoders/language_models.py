@@ -169,10 +169,10 @@ def read_language_model(
 ) -> LoadPlan[LanguageConfig]:
     """Plan how to load the language model up to the last of the states that are read.
 
-    Reads files with all published prefixes, in 16 or 8 bits. model: which one it has to be. states: numbers
-    of layers before each state, ascending; a negative one counts from the end, -1 is the last, normed; or
-    ALL_STATES. final_norm: norm another last state too. Raises CheckpointError for any other file, or if it
-    has fewer layers.
+    Reads files with all published prefixes, in 16 or 8 bits. model: the kind that it has to be. states: which
+    states are read, each as the number of layers before it, ascending; negative numbers count from the end
+    (-1: the last state, normed); or ALL_STATES. final_norm: norm the last of them even if it is not -1.
+    Raises CheckpointError for any other file, or one with fewer layers.
     """
     path = checkpoint.path
     own = network_in(checkpoint, "embed_tokens.weight", "layers.0.self_attn.q_proj.weight", BESIDE)
@@ -249,8 +249,7 @@ def _read_constants(
     width: int,
     shapes: Mapping[str, tuple[int, ...]],
 ) -> tuple[float, float, tuple[int, ...], Mapping[str, Any]]:
-    """Return the base of the rotary frequencies, the number that norms add, sections of the frequencies, and
-    further settings of the model.
+    """Return the base of the rotary frequencies, the norms' epsilon, sections of frequencies, and settings.
 
     Raises CheckpointError if the frequencies are stretched, as in Llama 3.1 and later.
     """
@@ -285,7 +284,7 @@ def all_states(num_layers: int) -> tuple[int, ...]:
 class HostAngles(nn.Module):
     """Rotary embedding of a model of transformers, computed on the CPU in float32 and sent to the device.
 
-    There it would follow the device's settings: products in TF32 cannot tell positions above 1024 apart.
+    On the device products may be in TF32, which cannot tell positions above 1024 apart.
     """
 
     def __init__(self, angles: nn.Module) -> None:

@@ -19,12 +19,12 @@ def language_states(
     places: Tensor | None = None,
     added: Sequence[Tensor] = (),
 ) -> Tensor:
-    """Return the states that are read, joined: B L nC.
+    """Run the layers and return the states that are read, joined: B L nC.
 
     tokens: embeddings, B L C. mask: B L, 1 for real tokens. States of padding are computed from the real
-    tokens before them, as in the released pipelines. states: as the network was loaded with. places: of the
-    tokens, on the CPU, 3 B L; None: one after the other. added: each B L C, behind the first layers; a state
-    that is read is that before it.
+    tokens before them, as in the released pipelines. states: as the network was loaded with. places:
+    positions of the tokens, 3 B L on the CPU; None: 0, 1, 2, ... added: each B L C, added to the outputs of
+    the first layers in turn, after their states are read.
     """
     length = tokens.shape[1]
     places = torch.arange(length)[None] if places is None else places

@@ -35,7 +35,7 @@ def read_rgb(path: Path, size: Size | None = None) -> Tensor:
 
 
 def read_within(path: Path, size: Size | None = None, *, area: int) -> Tensor:
-    """Read a picture as `read_rgb` does, and reduce it to at most so many pixels in its shape, bicubic."""
+    """Read a picture as `read_rgb` does, reduced to at most `area` pixels in its shape, bicubic."""
     frame = read_rgb(path, size).numpy()
     sides = frame.shape[1], frame.shape[0]
     scale = math.sqrt(area / math.prod(sides))
@@ -197,10 +197,10 @@ def read_pictures(tower: nn.Module, pictures: Sequence[Tensor], use: PictureUse)
 def embed_pictures(
     tower: nn.Module, tokens: Tensor, ids: Tensor, pictures: Sequence[ReadPictures], token: int
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Put pictures in place of the tokens that stand for them: B L C. And return their places: 3 B L int64.
+    """Return embeddings B L C, pictures in place of the tokens for them, and positions 3 B L int64.
 
-    Also what is added behind the first layers of the language model, each B L C, 0 for words. tokens:
-    embeddings, B L C. ids: B L, on the CPU. pictures: of each prompt. token: that stands for them.
+    Also what to add after the first layers of the language model, each B L C, 0 for words. tokens:
+    embeddings, B L C. ids: B L, on the CPU. pictures: of each prompt. token: the id for a picture.
     """
     shown, weight = [one for one in pictures if one.sides], tower.get_parameter(PATCHES)
     merge: int = tower.config.spatial_merge_size  # type: ignore[union-attr,assignment]
@@ -219,10 +219,10 @@ def embed_pictures(
 
 
 def place_tokens(ids: Sequence[int], sides: Sequence[tuple[int, int]], token: int) -> Tensor:
-    """Return the places of a prompt's tokens in time, rows and columns: 3 L int64.
+    """Return the positions of a prompt's tokens in time, rows and columns: 3 L int64.
 
-    A word moves on by one in all three. A picture's tokens share a time and stand in a grid; the next word
-    stands behind its longer side.
+    Each word advances all three by one. A picture's tokens share a time and form a grid; the next word stands
+    behind its longer side.
     """
     rest, start, found = list(sides), 0, list[Tensor]()
     for is_picture, group in groupby(ids, lambda number: number == token):

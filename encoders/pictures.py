@@ -109,8 +109,8 @@ def encode_pictures(
 def references_of(batch: Batch, channels: int, patch: int, remedy: str) -> dict[str, Tensor]:
     """Return the latents of a batch's reference pictures by their names, each B C 1 h w.
 
-    patch: latent pixels along a side of a token. remedy: what to cache again with. Raises CacheError for
-    latents that are none.
+    patch: latent pixels along a side of a token. remedy: the command that caches again. Raises CacheError for
+    other shapes.
     """
     found = {name: batch.tensor(name) for name in batch.tensors if name.startswith(CONTROL)}
     sides = " with even sides" if patch > 1 else ""
@@ -210,7 +210,7 @@ class ModelOfPictures(OneTransformer):
         return entries
 
     def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
-        """Not for pictures: `NO_MOMENTS` refuses them before."""
+        """Raise AssertionError: `NO_MOMENTS` refuses moments of pictures earlier."""
         raise AssertionError(NO_MOMENTS.refusal)
 
     # generation
@@ -218,7 +218,7 @@ class ModelOfPictures(OneTransformer):
     def settle_picture(self, request: Request, flow_shift: float, negative: str = "") -> Prepared:
         """Fill open fields of a request for one picture, cut its size to whole patches, check files.
 
-        flow_shift, negative: if the request does not say them.
+        flow_shift, negative: defaults for the request.
         """
         self.files.check()
         request = self.keep_media(request, self.called)
@@ -229,9 +229,9 @@ class ModelOfPictures(OneTransformer):
         return settle(request, self.defaults, size, shift, negative)
 
     def keep_media(self, request: Request, who: str) -> Request:
-        """Return the request without media that the model does not take. who: it, for messages.
+        """Return the request without media that the model does not take. who: the model, for messages.
 
-        Raises OptionError if reference pictures, where it takes them, cannot be used.
+        Raises OptionError if the model takes reference pictures, and these cannot be used.
         """
         rules = self.references
         taken = {**NO_MEDIA, "control_images": rules is not None}
@@ -268,7 +268,7 @@ class ModelOfPictures(OneTransformer):
         return bool(prepared.asked.control_images)
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        """Return no conditions: there are those of texts only."""
+        """Return no conditions: a picture has none besides its texts."""
         return {0: {}}
 
     @property
@@ -312,6 +312,6 @@ class ModelOfPictures(OneTransformer):
 def picture_defaults(
     steps: int, guidance_scale: float, side: int, flow_shift: float | None = None, **others: Any
 ) -> SamplingDefaults:
-    """Return defaults of square pictures, by Euler's steps. others: further fields of `SamplingDefaults`."""
+    """Return defaults of square pictures, with Euler's method. others: of `SamplingDefaults`."""
     usual = SamplingDefaults(steps, 1.0, guidance_scale, None, flow_shift, "euler", side, side, 1)
     return replace(usual, **others)

@@ -84,7 +84,7 @@ class T5Use:
         return frozenset({self.states} if self.mask is None else {self.states, self.mask})
 
     def read_width(self, checkpoint: Checkpoint) -> int:
-        """Return the numbers of a state, for `read_once`. Raises as `read_t5`."""
+        """Return the width of a state, for `read_once`. Raises as `read_t5`."""
         return read_t5(checkpoint, self.kind).config.dim
 
 
@@ -185,7 +185,7 @@ def read_byt5_header(path: Path) -> T5Config:
 def byte_rows(texts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
     """Return token ids and mask, each B L int64: the bytes of each text, an end token, padding.
 
-    length: L; of a longer text the first bytes are kept, and the end token.
+    length: L; longer texts are cut, and keep the end token.
     """
     rows = [[FIRST_BYTE + byte for byte in text.encode()][: length - 1] + [END] for text in texts]
     return fill_rows(rows, length, PAD)

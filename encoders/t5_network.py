@@ -275,8 +275,8 @@ class T5Network(nn.Module):
     def forward(self, ids: Sequence[Tensor], visible: Sequence[int] | None = None) -> list[Tensor]:
         """Encode prompts. ids: one vector of n token ids per prompt, on any device. Returns one n C for each.
 
-        visible: how many tokens of each prompt the others attend to, from its first: those before its
-        padding. None: all.
+        visible: number of tokens of each prompt, from its first, that attention sees; the rest is padding.
+        None: all.
         """
         lengths = [len(prompt) for prompt in ids]
         tokens = T5Tokens(lengths, lengths if visible is None else visible)

@@ -43,15 +43,15 @@ class Tokens(NamedTuple):
     """The tokens of a text."""
 
     ids: list[int]
-    places: list[Place]  # in the text; one that the tokenizer adds has none
+    places: list[Place]  # in the text; None for tokens that the tokenizer adds
 
     def behind(self, end: float = math.inf) -> int:
-        """Return how many stay when a text is cut: those from character `end` on, and those added behind."""
+        """Return how many end tokens a cut keeps: those from character `end` on, and added ones."""
         rest = itertools.takewhile(lambda place: place is None or place[0] >= end, reversed(self.places))
         return sum(1 for _ in rest)
 
     def cut(self, most: int, end: float = math.inf) -> "Tokens":
-        """Return at most so many of them; those that `behind` counts stay."""
+        """Return at most `most` tokens, among them those that `behind` counts."""
         if len(self.ids) <= most:
             return self
         behind = self.behind(end)
@@ -61,7 +61,7 @@ class Tokens(NamedTuple):
 
 @dataclass(frozen=True)
 class TextTokenizer:
-    """Turn text into tokens, however many."""
+    """Turn text of any length into tokens."""
 
     read: Callable[[str], Tokens]
     number: Callable[[str], int | None]  # of a token; None: there is none
@@ -80,9 +80,10 @@ class TokenizerSource:
     read_file: Callable[[TokenizerFiles, Path], Tokenizer] = TokenizerFiles.read
 
     def find(self, path: Path | None, checkpoint_path: Path) -> tuple[Path | None, bool]:
-        """Return the file: `path`, else beside the checkpoint; None for that of the hub. And if it is inside.
+        """Return the tokenizer's file, and whether the tokenizer is inside the checkpoint.
 
-        path: of its option. Raises CheckpointError if `path` is given and is not a tokenizer.
+        The file is `path` (of its option), else one beside the checkpoint; None for those inside or on the
+        hub. Raises CheckpointError if `path` is given and is not a tokenizer.
         """
         file = self.files.find(path, checkpoint_path)
         if file is not None or not self.may_be_inside:
@@ -143,7 +144,7 @@ class TokenizerSource:
         return TextTokenizer(read, tokenizer.token_to_id, file)
 
     def _read_pieces(self, model: bytes, origin: Path) -> TextTokenizer:
-        """Read a SentencePiece model, which puts nothing around a text. origin: its file, for messages."""
+        """Read a SentencePiece model; add begin and end token if wanted. origin: its file, for messages."""
         try:
             processor = sentencepiece.SentencePieceProcessor(model_proto=model)
             check_sentencepiece(model)
@@ -234,7 +235,7 @@ class Written(NamedTuple):
 class FileTextEncoder(ABC, Generic[Network]):
     """A text encoder whose network is read from a file: load, encode, free.
 
-    Families derive theirs and say what is written around a prompt, and what becomes of rows of tokens.
+    Subclasses of the families set the text around a prompt (`write`) and the results of tokens (`compute`).
     """
 
     can: ClassVar[EncoderAbilities] = EncoderAbilities()
@@ -252,7 +253,7 @@ class FileTextEncoder(ABC, Generic[Network]):
     def __init__(self, path: Path, tokenizer: Path | None = None, form: str | None = None) -> None:
         """Set up the encoder; `load` reads the files.
 
-        tokenizer: of its option; None looks for it. form: as of `load_planned`.
+        tokenizer: path from its option; None: look for it. form: as of `load_planned`.
         """
         self.path, self.tokenizer, self.form = path, tokenizer, form
         self._loaded = LoadedNetwork[Network, TextTokenizer]()
@@ -272,11 +273,11 @@ class FileTextEncoder(ABC, Generic[Network]):
 
     @property
     def token_bytes(self) -> int:
-        """Return the size of a token's states, 0 if it is not told."""
+        """Return the size of a token's states in bytes; 0: unknown."""
         return 0
 
     def identify(self, name: str, **facts: str | None) -> dict[str, str]:
-        """Return fingerprints of checkpoint and tokenizer with further facts, those of None left out."""
+        """Return fingerprints of checkpoint and tokenizer, and those of `facts` that are not None."""
         found = {"": fingerprint(self.path), "_tokenizer": self.source.identity(self.tokenizer, self.path)}
         found |= {f"_{fact}": value for fact, value in facts.items() if value is not None}
         return {f"{name}{fact}": value for fact, value in found.items()}
@@ -285,7 +286,7 @@ class FileTextEncoder(ABC, Generic[Network]):
         return Written(prompt.text, prompt.text, prompt.spans)
 
     def count_dropped(self, tokenizer: TextTokenizer) -> int:
-        """Return how many tokens stand before the prompt, whose states are cut off."""
+        """Return the number of tokens before the prompt; their states are cut off."""
         return 0
 
     def token_counter(self) -> CountTokens:
@@ -333,7 +334,7 @@ class FileTextEncoder(ABC, Generic[Network]):
     def compute(
         self, network: Network, tokenizer: TextTokenizer, rows: Sequence[list[int]], dropped: int
     ) -> list[Conditions]:
-        """Return the results of prompts, on the CPU. rows: their tokens. dropped: how many before them."""
+        """Return prompts' results, on the CPU. rows: their tokens, with `dropped` ones in front of each."""
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
         """Return the tensors `keys` of each prompt, on the CPU; gradients flow to trained parts.
@@ -346,7 +347,7 @@ class FileTextEncoder(ABC, Generic[Network]):
     def encode_written(
         self, written: Sequence[Written], compute: Callable[..., list[Conditions]]
     ) -> list[Conditions]:
-        """Return what `encode` returns. compute: `self.compute`, or the same with further inputs."""
+        """Return what `encode` returns. compute: `self.compute`, or the same with further inputs bound."""
         if not written:
             return []
         network, tokenizer = self._loaded.get()

@@ -20,7 +20,7 @@ from modules.seeds import derive_seed
 
 @dataclass(frozen=True)
 class Cut:
-    """Pieces of `size` units, one every `stride` units; sizes of a unit in input and output."""
+    """Pieces of `size` units, one every `stride` units; pixels or frames of a unit in input and output."""
 
     size: int
     unit_in: int
@@ -83,7 +83,7 @@ def compute_in_spans(compute: Compute, x: Tensor, cut: Cut) -> Iterator[Tensor]:
 
 
 def _fade_in(piece: Tensor, before: Tensor, axis: int) -> None:
-    """Blend the first entries of `piece` along an axis with those of `before`, which show the same."""
+    """Blend the start of `piece` along an axis with the end of `before`, which shows the same place."""
     length = min(piece.shape[axis], before.shape[axis])
     head = piece.narrow(axis, 0, length)
     shape = [1] * piece.ndim
@@ -168,7 +168,7 @@ def decode_in_tiles(
     cuts: tuple[Sequence[Tile], Sequence[Tile]],
     stride: tuple[int, int, int],
 ) -> Iterator[Tensor]:
-    """Yield pixels B 3 F H W in playing order; of several tiles in host memory, after the last one is done.
+    """Yield pixels B 3 F H W in playing order; with several tiles in host memory, after the last is done.
 
     latents: B Z f h w. cuts: of height and width. stride: pixels of a latent: frames, height, width.
     """

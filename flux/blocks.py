@@ -27,7 +27,7 @@ from modules.layers.norms import Float32LayerNorm, ScaleNorm, TwoLayers, in_own_
 
 
 class ModulationRows(nn.Module):
-    """Take the shifts, scales and gates of a block from all that Chroma's approximator made."""
+    """Select the shifts, scales and gates of a block from all rows that Chroma's approximator made."""
 
     def __init__(self, first: int, count: int) -> None:
         super().__init__()
@@ -48,8 +48,8 @@ class ModulationRows(nn.Module):
 def modulation_of(config: FluxConfig, kind: str, block: int = 0) -> HunyuanModulation | ModulationRows:
     """Return what makes a block's modulation: a layer of its own, or its rows of Chroma's approximator.
 
-    kind: single, picture or text (both of double blocks), or final: so the rows stand, one block after the
-    other. Source: the released code of Chroma.
+    kind: single, picture or text (both of double blocks), or final; rows have this order, block by block.
+    Source: the released code of Chroma.
     """
     count = {"single": 3, "picture": 6, "text": 6, "final": 2}[kind]
     if config.approximator is None:

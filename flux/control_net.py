@@ -112,10 +112,10 @@ def check_control_net(path: Path, config: FluxConfig) -> None:
 
 
 def read_control_net(path: Path, checkpoint: Checkpoint, config: FluxConfig) -> dict[str, Any]:
-    """Return the settings of diffusers' class, of the folder's config.json or of the tensors' shapes.
+    """Return the settings of diffusers' class, from the folder's config.json or the tensors' shapes.
 
-    path: as given. config: of the transformer. Raises CheckpointError if it is no ControlNet of FLUX.1 that
-    sees latents, or if it does not fit the transformer.
+    path: as given. config: of the transformer. Raises CheckpointError if the file is no ControlNet of FLUX.1
+    that sees latents, or if it does not fit the transformer.
     """
     names = checkpoint.tensors
     hint = next((name for name in names if name.startswith("input_hint_block.")), None)

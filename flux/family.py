@@ -95,8 +95,9 @@ class Flux(ModelOfPictures):
 
     @property
     def latent(self) -> LatentSpec:
-        """The latent space; npz caches of texts say whether T5 left the padding out, and always have a pooled
-        text, of zeros if the model takes none.
+        """Return the latent space, whose npz caches of texts say whether T5 left the padding out.
+
+        They always have a pooled text, zeros if the model takes none.
         """
         assert LATENT.npz is not None
         zeros = {**LATENT.npz.zeros, **({} if self.files.has_pooled else {POOLED: ("", CLIP_L_WIDTH)})}
@@ -240,7 +241,7 @@ class Flux(ModelOfPictures):
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
     ) -> Tensor:
-        """cond: t5_out B T D, t5_attn_mask B T, l_pooled B E, guidance B; of Kontext also latents_control."""
+        """Predict from t5_out B T D, t5_attn_mask B T, l_pooled B E, guidance B; Kontext: latents_control."""
         device, pictures = noisy.device, references_in(cond, noisy.device)
         is_control = self.controlnet is not None and bool(pictures)
         return dit(
@@ -288,7 +289,7 @@ class Flux(ModelOfPictures):
 
     @property
     def _text_inputs(self) -> Mapping[str, str]:
-        """Arguments of the network and their names in caches. Without a mask padding counts as text."""
+        """Map the network's text arguments to names in caches. Without a mask padding counts as text."""
         pooled = {"pooled": POOLED} if self.files.has_pooled else {}
         return {"t5": STATES, **pooled, **({"t5_mask": MASK} if self.files.uses_mask else {})}
 

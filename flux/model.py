@@ -133,7 +133,7 @@ class FluxModel(BlockNetwork):
         not look at it, None is 0. tweaks: ideas that change this call; their second text has the names t5,
         t5_mask and pooled. references: clean latents of pictures to edit (Kontext), each B Z 1 h w of its own
         size. control: latents of a control picture for the ControlNet, of the size of noisy. Raises
-        ValueError where sizes do not go together. References come behind the picture, a second text behind
+        ValueError if sizes do not go together. References come behind the picture, a second text behind
         the first one.
         """
         self._check([noisy, *references], t5, t5_mask)

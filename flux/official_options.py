@@ -40,7 +40,7 @@ class FluxModelOptions(MinimalLoraOptions, title="model"):
 
     @property
     def base_dtype(self) -> str:
-        """Return the dtype to compute in; that of --dtype, unless that is of 8 bits."""
+        """Return the dtype to compute in: that of --dtype, or bfloat16 if that has 8 bits."""
         return "bfloat16" if is_fp8(self.dtype) else self.dtype
 
     @property

@@ -61,6 +61,6 @@ DIT = DitSpec(
     token_wise=("feed_forward",),
     modulated_input="modulated_input",
     swap_counts=count_swapped,
-    # as they compute so; under 1 % of the model
+    # they compute in float32; under 1 % of the model
     keep_float32=("time_in.", "guidance_in."),
 )

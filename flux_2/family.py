@@ -86,7 +86,7 @@ class Flux2(pictures.ModelOfPictures):
 
     @property
     def same_latents(self) -> frozenset[str]:
-        """All releases, which have the same autoencoder."""
+        """Return all releases: they have the same autoencoder."""
         return frozenset(one.name for one in VERSIONS.values())
 
     @property
@@ -138,7 +138,7 @@ class Flux2(pictures.ModelOfPictures):
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
     ) -> Tensor:
-        """cond: ctx_vec B T D; guidance B, of dev; latents_control_0 B C 1 h w, and so on."""
+        """Predict from ctx_vec B T D; guidance B, of dev; latents_control_0 B C 1 h w, and so on."""
         device = noisy.device
         velocity: Tensor = dit(
             noisy,
@@ -153,7 +153,7 @@ class Flux2(pictures.ModelOfPictures):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Without a flow shift the noise levels are the release's, which follow size and number of steps."""
+        """Settle a request. Without a flow shift noise levels follow size and steps, as released."""
         version = self.files.version
         usual = DEV.defaults.embedded_guidance  # that of the script, whatever the release
         if version.defaults.embedded_guidance is None and request.embedded_guidance not in (None, usual):
@@ -178,7 +178,7 @@ class Flux2(pictures.ModelOfPictures):
         return replace(prepared, flow_shift=math.exp(empirical_mu(tokens, prepared.steps)))
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        """Encode the references, `latents_control_0` 1 C 1 h w, and so on: their posteriors' means."""
+        """Encode the references as `latents_control_0`, ..., each 1 C 1 h w: their posteriors' means."""
         paths = prepared.asked.control_images
         area = (ALONE if len(paths) == 1 else AMONG_SEVERAL) if self.resizes_references else None
         return {

@@ -162,8 +162,8 @@ def clip_sections(latents: Tensor, features: Tensor, order: Order, window: int) 
 def picture_entries(encoders: MediaEncoders, media: MediaBatch, switches: OneFrame) -> list[list[CacheEntry]]:
     """Return one entry for every image: its latents as the target, those of its control images before it.
 
-    Each image is encoded alone. Latents are 0 where it is transparent. switches: which black frames there
-    are; indices come from the table.
+    Each image is encoded alone. Latents are 0 where their image is transparent. switches: which black frames
+    are added; indices come from the table.
     """
     table = media.table
     settings = replace(
@@ -194,7 +194,7 @@ def picture_entries(encoders: MediaEncoders, media: MediaBatch, switches: OneFra
 def _encode(encoders: MediaEncoders, keys: Sequence[str], clips: Sequence[Tensor]) -> list[Tensor]:
     """Encode each of `clips`, B F H W C uint8, as B C F h w in model space, VAE's dtype, on the CPU."""
     vae = encoders.vae
-    # one after the other for all that belongs to an item
+    # each one draws for all clips of its item in turn
     generators = [posterior_generator(key) for key in keys]
     return [
         vae.encode(byte_clips(clip), generators).mul_(VAE_LATENT.scale).to("cpu", vae.dtype) for clip in clips
@@ -209,7 +209,7 @@ def _features(encoders: MediaEncoders, frames: Tensor) -> Tensor:
 def _entry(
     tensors: dict[str, Tensor], indices: Indices, features: Tensor, section: int | None = None
 ) -> CacheEntry:
-    """Build an entry. tensors: C F h w each; the target is `latents`, whose size all latents' names have."""
+    """Build an entry. tensors: C F h w each; all their names get the size of `latents`, the target."""
     clean = indices.clean, indices.clean_2x, indices.clean_4x
     places = {f"clean_latent{name}_indices": part for name, part in zip(COARSENESS, clean, strict=True)}
     numbers = {

@@ -39,6 +39,6 @@ DIT = DitSpec(
     modulated_input=HUNYUAN.modulated_input,
     teacache_coefficients=HUNYUAN.teacache_coefficients,
     swap_counts=HUNYUAN.swap_counts,
-    # as they compute so; under 1 % of the model
+    # they compute in float32; under 1 % of the model
     keep_float32=("time_text_embed.", "context_embedder.time_text_embed.", "proj_out."),
 )

@@ -89,7 +89,7 @@ def one_frame_section(
     window: int,
     shape: Sequence[int],
 ) -> Sections:
-    """The single run of the denoising loop that makes a picture; returns its latent, 1 C 1 h w.
+    """Yield the one section that makes a picture; return its latent, 1 C 1 h w.
 
     inputs: of `frame_pack.inputs.one_frame_inputs`. shape: of the latent.
     """

@@ -271,7 +271,7 @@ class FramePackModel(BlockNetwork):
         integers, where on the frame axis the latents stand. clean_latents and the coarser _2x, _4x: B in_dim
         n H W with their B n indices; None without latents of that kind. position_scale: factor for positions
         along rows and columns. tweaks: ideas that change this call; their second text has the names llama,
-        llama_mask and clip_l. Raises ValueError where sizes do not go together.
+        llama_mask and clip_l. Raises ValueError if sizes do not go together.
         """
         history = (
             _describe_given("clean_latents_4x", clean_latents_4x, clean_latent_4x_indices, 4),

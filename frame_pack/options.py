@@ -26,9 +26,9 @@ MOST_SECTIONS = 10_000  # hours of video; a larger number is a typing mistake
 def parse_entries(text: str, option: str) -> dict[int, str]:
     """Return the texts by section number, always with an entry 0.
 
-    If no piece is for section 0, the first one from the start takes its place, else the furthest from the
-    end. If two pieces are for the same section, the later one counts. option: "--prompt", for messages.
-    Raises OptionError for a range that runs backwards or is too long.
+    Without a piece for section 0, its entry is that of the lowest section counted from the start, else of the
+    section furthest from the end. If two pieces are for the same section, the later one is used. option:
+    "--prompt", for messages. Raises OptionError for a range that runs backwards or is too long.
     """
     if SEPARATOR not in text:
         return {0: text}

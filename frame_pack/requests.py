@@ -57,7 +57,7 @@ def prepare_request(
     """Settle size, frames and numbers, and check the images. Unusable settings are left out with a warning.
 
     window: latent frames of a section. takes_shape: a single picture is shaped as its first control image,
-    else as its start image. Raises OptionError for impossible ones.
+    else as its start image. Raises OptionError for impossible settings.
     """
     text = request.extra.get("one_frame")
     one_frame, is_picture = None if text is None else parse_one_frame(text), text is not None
@@ -91,7 +91,7 @@ def prepare_request(
         flow_shift = flow_shift_for(count_tokens(1 if is_picture else window, rows, columns))
     prepared = requests.settle(request, usual, (width, height, frames), flow_shift, "")
     others = prepared.prompts[0]
-    # in files of results, by the names of options
+    # metadata of saved files, by the names of options
     said = {name: value for name, value in request.extra.items() if name != "video_seconds"}
     said |= {"latent_window_size": str(window), "video_sections": str(sections), "f1": str(is_f1)}
     if not is_picture:  # as the option counts them, whatever the rate it is played at
@@ -109,7 +109,7 @@ def prepare_request(
 
 
 def tell_unused_paddings(paddings: Sequence[int], own: FramePackRequest) -> None:
-    """Warn if not all of --latent_paddings count."""
+    """Warn if not all of --latent_paddings are used."""
     given, sections = ",".join(map(str, paddings)), len(own.images)
     if paddings and own.one_frame is not None:
         logger.warning("--latent_paddings %s is ignored because a single picture is made", given)
@@ -132,7 +132,7 @@ def _prompts_of(request: requests.Request, sections: int, is_picture: bool) -> l
 
 
 def _with_media(request: requests.Request, is_f1: bool, is_picture: bool) -> requests.Request:
-    """Leave out media that cannot be used, with a warning. Raises OptionError if the end image is none."""
+    """Leave out unusable media with a warning. Raises OptionError if the end image is missing."""
     why_not = "--f1 generates a video from its start" if is_f1 else "a single picture has no end"
     request = requests.keep_usable_media(request, {"end_image_path": not is_f1 and not is_picture}, why_not)
     if request.end_image_path is not None:
@@ -200,7 +200,7 @@ def _with_controls(request: requests.Request) -> requests.Request:
 
 
 def _images_of(request: requests.Request, sections: int, is_picture: bool) -> tuple[Path, ...]:
-    """The start image of each section. Raises OptionError if there is none or one cannot be read."""
+    """Return the start image of each section. Raises OptionError if there is none or one cannot be read."""
     text = request.extra.get("image_path") or (
         None if request.image_path is None else str(request.image_path)
     )
@@ -233,7 +233,7 @@ def _entries_of(text: str, option: str, sections: int, is_picture: bool) -> tupl
 
 
 def _check_image(option: str, path: Path) -> None:
-    """Raise OptionError if there is no image file, minutes before it would be read."""
+    """Raise OptionError if there is no image file, long before it would be read."""
     from modules.media.reading import image_size
 
     if not path.exists():

@@ -161,7 +161,7 @@ def f1_indices(window: int) -> Indices:
 
 
 def entry_for(entries: Mapping[int, Entry], index: int, sections: int) -> Entry:
-    """Return a section's entry: by its index from the end (-1 is the last), from the start, else 0."""
+    """Return a section's entry: by index from the end (-1 is the last), else from the start, else entry 0."""
     return next(entries[key] for key in (index - sections, index, 0) if key in entries)
 
 
@@ -222,7 +222,7 @@ class Order:
         return torch.cat([section, history] if self.in_front else [history, section], dim=2)
 
     def video(self, start: Tensor, history: Tensor, made: int) -> Tensor:
-        """Return the start image and so many latent frames that were made."""
+        """Return the start image and the first `made` latent frames in playing order."""
         if self.in_front:
             return torch.cat([start, history[:, :, :made]], dim=2)
         return history[:, :, -(made + 1) :]  # this includes the start image

@@ -53,6 +53,6 @@ DIT = DitSpec(
     modulated_input=HUNYUAN.modulated_input,
     # a single block is about half as large
     swap_counts=lambda blocks: (blocks // 2, (blocks - blocks // 2) * 2),
-    # as they compute so; under 1 % of the model
+    # they compute in float32; under 1 % of the model
     keep_float32=("time_in.", "txt_in.t_embedder.", "txt_in.c_embedder."),
 )

@@ -95,7 +95,7 @@ class HunyuanImage(ModelOfPictures):
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
     ) -> Tensor:
-        """cond: vlm_embed T D and vlm_mask T each, byt5_embed B G E, byt5_mask B G. Whole timesteps."""
+        """Predict from vlm_embed T D, vlm_mask T, byt5_embed B G E, byt5_mask B G. Whole timesteps."""
         velocity = dit(
             noisy.squeeze(2),
             timesteps.float().trunc(),

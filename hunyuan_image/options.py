@@ -142,9 +142,9 @@ class HunyuanImageGenerationOptions(Options, title=NAME):
 
 
 def translate_training(args: argparse.Namespace) -> None:
-    """Put HunyuanImage's own names of shared options into the shared ones.
+    """Translate HunyuanImage's own names of shared options into the shared ones.
 
-    Raises OptionError if text encoders alone are to learn, which this model's do not.
+    Raises OptionError if only text encoders are to be trained, as this model's cannot be.
     """
     if args.attn_mode is not None:
         flag = TRAINING_FLAGS[GENERATION_VALUES[args.attn_mode]].removeprefix("--")

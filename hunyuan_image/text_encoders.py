@@ -84,7 +84,7 @@ def glyph_text(prompt: str) -> str | None:
 class QwenTextEncoder(LanguageModelEncoder):
     """The language model of Qwen2.5-VL. Each prompt gives a state for each of its tokens.
 
-    Each is encoded alone: several at once would sum in another order, which changes the last bits.
+    Prompts are encoded one by one: several at once would sum in another order, which changes the last bits.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class QwenTextEncoder(LanguageModelEncoder):
 
     @property
     def state(self) -> None:
-        """Caches do not name the state: it never was another one."""
+        """Return None: caches do not name the state, which has never changed."""
 
 
 class GlyphTextEncoder:

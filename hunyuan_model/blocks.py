@@ -58,7 +58,7 @@ class HunyuanTokens:
 
     @property
     def split(self) -> int:
-        """Where the second text begins in x or in the texts, counted from the end; 0: there is none."""
+        """Negative index at which the second text begins in x or in the texts; 0: there is none."""
         if self.second is None:
             return 0
         if self.part is None:
@@ -67,12 +67,12 @@ class HunyuanTokens:
 
     @property
     def rows(self) -> tuple[Tensor, Tensor]:
-        """What modulates the video's tokens and what the texts', each B S C."""
+        """Return the vectors that modulate the video's tokens and the texts', each B S C."""
         return self.vector[:, :1], self.vector
 
     @property
     def clean(self) -> int:
-        """Where tokens with a second row begin in the video, counted from the end; 0: it has one row."""
+        """Negative index at which video tokens that use a second vector begin; 0: all use the first."""
         return 0
 
     def split_video(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,14 +81,14 @@ class HunyuanTokens:
         return video, text
 
     def join(self, video: Heads, text: Heads) -> Heads:
-        """Return query, key and value of all tokens, B L+T N D, of normalised ones; the video is rotated."""
+        """Join normalised heads of video and text: query, key and value B L+T N D. Rotates the video's."""
         query, key = (turn_and_join(*both, self.rotary) for both in zip(video[:2], text[:2], strict=True))
         return query, key, torch.cat([video[2], text[2]], dim=1)
 
 
 @dataclass(frozen=True)
 class TokensWithTurnedText(HunyuanTokens):
-    """Inputs of blocks that rotate texts too: `rotary` is that of all tokens."""
+    """Inputs of blocks that rotate texts too: `rotary` covers all tokens."""
 
     rotary_of_picture: Tensor = field(kw_only=True)  # its first L rows; compiled code leaves shapes open
 
@@ -100,7 +100,7 @@ class TokensWithTurnedText(HunyuanTokens):
         return self.rotary_of_picture.shape[-4]
 
     def join(self, video: Heads, text: Heads) -> Heads:
-        """Return query, key and value of all tokens, B L+T N D, of normalised ones; all are rotated."""
+        """Join normalised heads of video and text: query, key and value B L+T N D. Rotates all."""
         query, key, value = (torch.cat(both, dim=1) for both in zip(video, text, strict=True))
         return turn_first(query, self.rotary), turn_first(key, self.rotary), value
 
@@ -123,7 +123,7 @@ def join_tokens(
 ) -> Hidden:
     """Return the tokens of video and texts, B L+T C, and the other inputs of the blocks.
 
-    texts: the one asked for, and perhaps a second one, with its `steer`. inputs: fields of the record.
+    texts: the prompt and, if `steer` is given, a second one. inputs: further fields of the record.
     """
     x = torch.cat([*video, *(text.tokens for text in texts)], dim=1)
     vectors = {id(text.vector): text.vector for text in texts}  # texts may have one in common
@@ -135,7 +135,7 @@ def join_tokens(
 
 
 class HunyuanModulation(nn.Module):
-    """Compute the shifts, scales and gates of a block. name: of its layer in files."""
+    """Compute the shifts, scales and gates of a block. name: of its linear layer in files."""
 
     def __init__(self, dim: int, count: int, name: str = "linear") -> None:
         super().__init__()
@@ -149,7 +149,7 @@ class HunyuanModulation(nn.Module):
 
 
 class DoubleStreamBlock(nn.Module):
-    """Block in which video and text have separate weights and share one attention; subclasses have these."""
+    """Block in which video and text have separate weights, set by subclasses, and share one attention."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -271,7 +271,7 @@ def split_heads(
     q_norm: nn.Module | None = None,
     k_norm: nn.Module | None = None,
 ) -> Heads:
-    """Return query, key and value, each B L N D, of tokens B L C; the first two normalised, if by a norm."""
+    """Return query, key and value, each B L N D, of tokens B L C; query and key by norms if given."""
     q, k, v = in_own_dtype(qkv, x).unflatten(-1, (3, num_heads, -1)).unbind(2)
     return q if q_norm is None else q_norm(q), k if k_norm is None else k_norm(k), v
 

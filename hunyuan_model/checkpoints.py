@@ -126,10 +126,10 @@ def _header(checkpoint: Checkpoint) -> DitHeader[HunyuanVideoConfig]:
 
 
 def read_dimensions(found: DitShapes, spec: DitSpec, names: Mapping[str, str]) -> dict[str, Any]:
-    """Read the dimensions that `HunyuanVideoConfig` and FramePack's config share. names: field -> the tensor,
-    or list, that shows it.
+    """Read the dimensions that `HunyuanVideoConfig` and FramePack's config share.
 
-    Raises CheckpointError if a tensor is missing, or if the width cannot be cut into heads.
+    names: field -> the tensor or list that shows it. Raises CheckpointError if a tensor is missing, or if the
+    width cannot be cut into heads.
     """
     dim, in_dim, patch_size = found.patches(names["in_dim"])
     return {

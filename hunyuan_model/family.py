@@ -115,7 +115,7 @@ class HunyuanVideo(OneTransformer):
     def encode_media(
         self, encoders: data.MediaEncoders, media: data.MediaBatch
     ) -> list[list[data.CacheEntry]]:
-        """Latents, with `caches_image` of first frames too: in the VAE's dtype, not scaled."""
+        """Encode latents, not scaled, in the VAE's dtype; with `caches_image` first frames too."""
         parts = media.split_for(encoders.vae.device)
         return [[entry] for part in parts for entry in encode_latents(encoders.vae, part, self.caches_image)]
 
@@ -243,7 +243,7 @@ class HunyuanVideo(OneTransformer):
     def request_conditions(
         self, encoders: data.MediaEncoders, prepared: requests.Prepared
     ) -> Mapping[int, data.Conditions]:
-        """Encode the image as `condition_latents`: CPU, model space."""
+        """Encode the image as `condition_latents`, on the CPU, in model space."""
         image, width, height, frames = (
             prepared.asked.first_image,
             prepared.width,
@@ -266,7 +266,7 @@ class HunyuanVideo(OneTransformer):
         inputs: Mapping[int, data.Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Noise is drawn frame by frame, in bfloat16: a longer video starts with a shorter one's noise."""
+        """Yield the one section. Noise is drawn frame by frame: longer videos start with a shorter one's."""
         batch, channels, latent_frames, rows, columns = LATENT.shape(
             prepared.frames, prepared.height, prepared.width
         )

@@ -71,7 +71,7 @@ class HunyuanVideoModel(BlockNetwork):
         self.img_in = nn.ModuleDict({"proj": patches})
         self.txt_in = TokenRefiner(config)
         self.time_in = NumberEmbedding(config.freq_dim, dim)
-        # of a vector per sample, the pooled output of the CLIP text encoder
+        # its input is a vector per sample, the pooled output of the CLIP text encoder
         self.vector_in = TwoLayers(TWO_LAYERS, (config.pooled_dim, dim, dim), in_float32=True)
         if config.has_guidance:
             self.guidance_in = NumberEmbedding(config.freq_dim, dim)
@@ -99,7 +99,7 @@ class HunyuanVideoModel(BlockNetwork):
         llama_mask: B T, true or 1 for real tokens, which come first. clip_l: B pooled_dim. guidance: B, the
         number as the model was trained with it (1000 times the scale in generation); a model without guidance
         embedding does not look at it. tweaks: ideas that change this call; their second text has the names
-        llama, llama_mask and clip_l; it comes behind the first one. Raises ValueError where sizes do not go
+        llama, llama_mask and clip_l; it comes behind the first one. Raises ValueError if sizes do not go
         together.
         """
         if noisy.shape[1] != self.config.in_dim:
@@ -163,7 +163,7 @@ def from_patches(patches: Tensor, grid: tuple[int, int, int], patch_size: tuple[
 def count_real(
     mask: Tensor, before: int, device: torch.device
 ) -> tuple[int, list[int] | None, Lengths | None]:
-    """Return as `real_tokens`, and the number of real tokens with `before` in front of the text."""
+    """Return the results of `real_tokens`, and numbers of real tokens with `before` in front of the text."""
     longest, counts = real_tokens(mask)
     return longest, counts, None if counts is None else lengths_on([before + n for n in counts], device)
 

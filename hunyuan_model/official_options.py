@@ -107,7 +107,7 @@ class OfficialModelOptions(Options, title="model", dashed=True):
         least=1,
     )
     ring_degree: int = option("as --ulysses-degree: tokens are exchanged in one way", default=1, least=1)
-    # what describes the released networks, which our loader reads from the files, and more with one value
+    # options that describe the released networks (our loader reads the files), and others with one value
     model = _only("HYVideo-T/2-cfgdistill")
     latent_channels = _only("16")
     rope_theta = _only("256")

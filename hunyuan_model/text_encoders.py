@@ -147,7 +147,7 @@ class LlavaTextEncoder(LanguageModelEncoder):
 
 
 def find_pad(tokenizer: TextTokenizer) -> int:
-    """Return the id to pad rows with. Padding is masked, so results do not depend on it."""
+    """Return the id to pad rows with. Padding is masked, so any id gives the same result."""
     try:
         told = parse_json(read_text(tokenizer.file.with_name("tokenizer_config.json"))).get("pad_token")
     except (OSError, ValueError, AttributeError):

@@ -308,5 +308,5 @@ class HunyuanVaeDecoder(nn.Module):
 
 
 def _levels(widths: Sequence[int], changes: Sequence[Factors]) -> Iterator[tuple[int, int, Factors | None]]:
-    """Return width before, width, and change of resolution after each level."""
+    """Return each level's input width, its width, and the change of resolution after it."""
     return zip((widths[0], *widths[:-1]), widths, (*changes, None), strict=True)

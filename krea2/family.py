@@ -109,7 +109,7 @@ class Krea2(pictures.ModelOfPictures):
         return {**super().media_identity, "reference_pixels": area}
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Normalised means of pictures and their references, in the VAE's dtype."""
+        """Return normalised means of pictures and their references, in the VAE's dtype."""
         vae = encoders.vae
         return pictures.encode_pictures(
             media, vae.device, lambda frames: vae.encode(to_pixels(frames)).to(vae.dtype)
@@ -118,8 +118,10 @@ class Krea2(pictures.ModelOfPictures):
     # the network
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Raises CacheError for states of another encoder, or of another number of its layers, and for
-        captions of an edit that were encoded without pictures.
+        """Return the captions' states and the references.
+
+        Raises CacheError for states of another encoder or number of layers, or encoded with pictures if this
+        training has none, or the reverse.
         """
         batch.check({KEY: TEXTS_AGAIN}, "the transformer")
         config, remedy = self.files.dit_header().config, f"{TEXTS_AGAIN} and Qwen3-VL (4B)"
@@ -142,7 +144,7 @@ class Krea2(pictures.ModelOfPictures):
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
     ) -> Tensor:
-        """cond: krea2_vl_embed, T n D of each sample; latents_control_0, ..., B C 1 h w, its references."""
+        """Predict from krea2_vl_embed, T n D each, and for edits latents_control_0, ..., B C 1 h w each."""
         velocity: Tensor = dit(
             noisy,
             timesteps.float(),
@@ -156,8 +158,9 @@ class Krea2(pictures.ModelOfPictures):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Without a flow shift the noise levels are the release's: Turbo's are always the same, raw's follow
-        the size. Raises OptionError if a size or a number cannot be.
+        """Settle a request. Without a flow shift noise levels are fixed for Turbo, by size for raw.
+
+        Raises OptionError if a size or a number cannot be used.
         """
         prepared = self.settle_picture(request, 1.0)
         if prepared.asked.control_images:
@@ -223,14 +226,14 @@ def family_for_text_caching(options: own.Krea2TextCachingOptions) -> Krea2:
 
 
 def family_for_training(options: own.Krea2TrainingOptions, dit: Path | None = None) -> Krea2:
-    """dit: a transformer in place of the trained one."""
+    """Describe the family for training. dit: a transformer in place of the trained one."""
     use = EDIT_USE if options.edit else KREA_2_USE
     files = _files(options, use, dit)
     return Krea2(files, options, references=_rules(options, options.edit), isolated=options.kv_cache)
 
 
 def family_for_samples(options: own.Krea2TrainingOptions) -> Krea2 | None:
-    """Describe samples made on Turbo (--turbo_dit). Raises OptionError for a file that says it is raw."""
+    """Describe samples made with --turbo_dit. Raises OptionError for a file that says it is raw."""
     turbo = options.turbo_dit
     if turbo is None:
         return None
@@ -248,7 +251,7 @@ def family_for_generation(options: own.Krea2GenerationOptions) -> Krea2:
 
 
 def _rules(options: Any, is_edit: bool | None) -> ReferenceRules | None:
-    """is_edit: None for a generation, which may be one."""
+    """Return the rules of references, None without. is_edit: None for a generation, which may be an edit."""
     if is_edit is False:
         return None
     area = None if getattr(options, "match_target_res", False) else MEGAPIXEL

@@ -79,7 +79,7 @@ def _stream(found: DitShapes, start: str) -> Krea2StreamConfig:
 
 
 def _blocks(found: DitShapes, name: str, released: Iterable[tuple[str, int]]) -> int:
-    """Return how many blocks a list has. Raises CheckpointError if that of the release has more."""
+    """Return the number of blocks of a list. Raises CheckpointError if the release has more."""
     number, wanted = found.blocks(name), dict(released).get(name, 0)
     if number < wanted:
         raise CheckpointError(
@@ -137,7 +137,7 @@ read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMA
 def told_turbo(dit: Path | None) -> tuple[bool, str] | None:
     """Return whether a transformer is Turbo, False for raw, and what says so; None if nothing does.
 
-    It is the release's model_index.json, else the nearest name as for `FewSteps.told_by`.
+    That is the release's model_index.json, else the nearest name, as in `FewSteps.told_by`.
     """
     if dit is None:
         return None

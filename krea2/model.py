@@ -106,12 +106,12 @@ class GatedAttention(GroupedAttention):
         return torch.cat([theirs, seen], dim=1)
 
     def see_text(self, x: Tensor, choice: AttentionChoice, lengths: Lengths | None) -> Tensor:
-        """Return the attention of text tokens, B T C, which have no positions: their output."""
+        """Return the output of attention among text tokens x, B T C, which have no positions."""
         query, key, value = self.heads(x)
         return self.gated(x, attend(query, *serve(query, key, value), choice, lengths).flatten(2))
 
     def gated(self, x: Tensor, seen: Tensor) -> Tensor:
-        """Return the output for tokens x and what they see, each B L C."""
+        """Gate the result of attention, `seen`, by the tokens x, and project it; all B L C."""
         return in_own_dtype(self.wo, seen * in_own_dtype(self.gate, x).sigmoid())
 
 
@@ -167,7 +167,7 @@ class TextFusion(nn.Module):
 
 
 class Table(nn.Module):
-    """What a layer of its own adds to the modulation that all share."""
+    """A layer's own addition to the modulation that all share."""
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
@@ -261,7 +261,7 @@ class Krea2Model(BlockNetwork):
         isolated: bool = False,
         **more: Any,
     ) -> Any:
-        """As `embed` says. Isolated references are computed once with `tweaks.kept`."""
+        """Predict as `embed` says. With `tweaks.kept` isolated references are computed once."""
         kept = tweaks.kept if isolated and references else None
         try:
             if kept is not None:
@@ -276,7 +276,7 @@ class Krea2Model(BlockNetwork):
                 attention.kept = ()
 
     def remember(self, references: Sequence[Tensor]) -> dict[GatedAttention, Sequence[Tensor]]:
-        """Return what the attention of each block keeps of references, each 1 Z 1 h w: see `kept` there."""
+        """Return keys and values of references, each 1 Z 1 h w, by block's attention, for its `kept`."""
         device = references[0].device
         dtype, times = activation_dtype(device, self.compute_dtype), torch.zeros(1, device=device)
         x = torch.cat([self.embed_picture(one).to(dtype) for one in references], dim=1)
@@ -340,7 +340,7 @@ class Krea2Model(BlockNetwork):
         return Hidden(x, tokens)
 
     def grid_of(self, latents: Tensor) -> tuple[int, int]:
-        """Rows and columns of a picture's tokens. Raises ValueError if its sizes do not fit."""
+        """Return rows and columns of a picture's tokens. Raises ValueError if its sizes do not fit."""
         channels, _, height, width = latents.shape[1:]
         if channels != self.config.channels or height % PATCH or width % PATCH:
             raise ValueError(

@@ -49,7 +49,7 @@ KREA_2 = FamilyNames(
         ("final_layer.scale_shift_table", "last.modulation.lin"),
     ),
     versions=("krea2", "krea-2", "krea_2"),
-    # of the blocks over the picture: the text's have a width and heads of their own
+    # for the blocks over the picture: the text's have another width and other heads
     sides=(
         *((f".blocks.{{n}}.attn.{name}", 1, 1) for name in ("wq", "gate", "wo")),
         *((f".blocks.{{n}}.attn.{name}", 1 / 4, 1) for name in ("wk", "wv")),

@@ -136,13 +136,13 @@ class Krea2GenerationOptions(Krea2ModelOptions, title=NAME):
 
 
 def check_mu(mu: float, option: str) -> None:
-    """Raise OptionError for a mu that makes no noise levels."""
+    """Raise OptionError unless mu is a number from -MOST_MU to MOST_MU."""
     if not math.isfinite(mu) or abs(mu) > MOST_MU:
         raise OptionError(f"{option} {mu:g}: give a number from -{MOST_MU:g} to {MOST_MU:g}; 1.15 is usual")
 
 
 def check_levels(told: Collection[str], has_shift: bool) -> None:
-    """Raise OptionError for noise levels that are said in two ways. told: which of `EXTRAS` are given."""
+    """Raise OptionError if noise levels are given in two ways. told: which of `EXTRAS` are given."""
     if told and has_shift:
         typed = " ".join(f"--{name}" for name in told)
         raise OptionError(
@@ -153,8 +153,8 @@ def check_levels(told: Collection[str], has_shift: bool) -> None:
 def settle_generation(options: Any, own: Krea2GenerationOptions) -> tuple[Any, Krea2GenerationOptions]:
     """Put --width and --height into the size. Raises OptionError if --image_size says another one.
 
-    Warn of LoRAs of edits with other references. The size, width and height are None where they are not
-    given; so are mu, y1 and y2.
+    Warns of LoRAs of edits that were trained with another --kv_cache. None stands for options that are not
+    given: size, width, height, mu, y1 and y2.
     """
     check_levels(
         [name for name in EXTRAS if getattr(own, name) is not None], options.request.flow_shift is not None

@@ -36,11 +36,11 @@ UNSEEN = -1e4  # added to the logarithm of an attention weight that is to be 0
 
 @dataclass(frozen=True)
 class LtxReferences:
-    """What a video is made from: its tokens stand in front of the video's."""
+    """References of a video: their tokens stand in front of the video's."""
 
     latents: Sequence[Tensor] = ()  # each B Z f h w; sides are smaller by a whole number
-    time: int = 1  # every so many-th of their frames was taken
-    # of the timestep, that they have; above 0 they are noisy, and their velocity is wanted too
+    time: int = 1  # the step at which their frames were taken
+    # their time as a share of the timestep; above 0 they are noisy, and their velocity is wanted too
     share: float = 0.0
     strengths: Tensor | None = None  # M: how much the video sees their tokens; None: as its own
 
@@ -73,7 +73,7 @@ class Stream:
     given: int = 0  # tokens in front whose time is 0; S is 2 if there are any
     cross: CrossInputs | None = None  # None: it sees no other stream
     part: "TokenPart | None" = None  # its tokens that this process has; None: all
-    # of `dim_references`, for all tokens; None: its tokens see each other alike
+    # from `dim_references`, for all tokens; None: no attention is dimmed
     dimmed: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -154,7 +154,7 @@ class LtxAttention(nn.Module):
         return in_own_dtype(self.to_v, x).unflatten(-1, (self.num_heads, -1))
 
     def project(self, x: Tensor, seen: Tensor) -> Tensor:
-        """Return what tokens x, B L C, take of what they have seen, B L N D, by head: B L C."""
+        """Gate and project the result of attention, `seen` B L N D, for tokens x, B L C: B L C."""
         if hasattr(self, "to_gate_logits"):
             gates = 2 * in_own_dtype(self.to_gate_logits, x).sigmoid()  # B L N; zero logits: as without
             seen = seen * gates.unsqueeze(-1).to(seen.dtype)
@@ -173,8 +173,8 @@ def norm_tokens(x: Tensor) -> Tensor:
 class LtxBlock(nn.Module):
     """Self-attention, attention to the text, attention between the streams, feed-forward.
 
-    Each stream has such layers of its own. The times modulate all by shift, scale and gate; in LTX-2.0 not
-    the attention to the text.
+    Each stream has its own layers. The times modulate all of them by shift, scale and gate, but in LTX-2.0
+    not the attention to the text.
     """
 
     def __init__(self, config: LtxConfig) -> None:
@@ -305,11 +305,11 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, tokens: LtxTokens) -> Ten
 
 
 def dim_references(strengths: Tensor, counts: Sequence[int], own: int) -> tuple[Tensor, Tensor]:
-    """Return channels for queries and keys of a video, L E each, whose products are what attention adds.
+    """Return further channels of queries and keys, L E each, whose products are added to attention's logits.
 
-    strengths: M, 0..1, by which tokens of references, which stand in front, and of the video see each other:
-    the logarithm is added. References do not see each other. counts: tokens of each; own: of the video.
-    Source: the released code of LTX-2.
+    strengths: M, 0..1, how much each token of references and the video see each other; the logarithm is
+    added. References do not see each other. counts: tokens of each reference; they stand in front. own:
+    tokens of the video. Source: the released code of LTX-2.
     """
     is_own = functional.pad(torch.ones_like(strengths[:1]).expand(own), (len(strengths), 0))
     logarithms = functional.pad(strengths.log().clamp(min=UNSEEN), (0, own))

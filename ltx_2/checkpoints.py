@@ -84,7 +84,7 @@ def _header(checkpoint: Checkpoint) -> DitHeader[LtxConfig]:
 def _told_fields(told: Mapping[str, Any]) -> dict[str, Any]:
     """Return the dimensions that no tensor shows, from a record of settings in either layout.
 
-    Raises ValueError for numbers without sense, and what else Python does for values of other kinds.
+    Raises ValueError for impossible numbers, and Python's own errors for values of other types.
     """
     rows, columns = (told.get(key, 2048) for key in ("base_height", "base_width"))
     usual = (told.get("pos_embed_max_pos", 20), rows, columns)
@@ -108,7 +108,7 @@ def _told_fields(told: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _switch(told: Mapping[str, Any], key: str, found: bool) -> bool:
-    """Return what the record of settings says, else what the tensors show.
+    """Return a switch of the record of settings, else what the tensors show (`found`).
 
     Raises ValueError if it is neither true nor false. If they differ, loading names the tensors.
     """

@@ -70,7 +70,7 @@ class LtxConfig:
     times_text: bool = True  # if so: the text itself by the time; False: always the same
     marks_first: bool = False  # LTX-2.5: a vector is added to the tokens of the first latent frame
     splits_heads: bool = True  # rotary pairs are channels of a head's two halves; False: neighbours
-    # by what the time of the gates between the streams is multiplied, as a share of that of all else
+    # factor of the time for the gates between the streams, relative to that of all other layers
     gate_time: float = 1.0
     shows: bool = True  # False: the video's stream is left out
     freq_dim: int = 256
@@ -106,7 +106,7 @@ LATENT = LatentSpec(
 
 
 def count_tokens(shape: Sequence[int]) -> int:
-    """Return the tokens of a clip's latents, B C F H W: each is one; or of its sound's, B C T M: T."""
+    """Return the number of tokens of a clip's latents B C F H W, F*H*W, or of its sound's B C T M, T."""
     return math.prod(shape[2:]) if len(shape) == 5 else shape[2]
 
 
@@ -115,7 +115,7 @@ NOISE = NoiseSpec(training_offset=0.0, tokens=count_tokens)
 
 @dataclass(frozen=True)
 class Ltx2Release:
-    """What a release does when nothing is said."""
+    """Defaults of a release."""
 
     release: ModelRelease
     steps: int
@@ -146,7 +146,7 @@ NEGATIVE_PROMPT = (
 DIT = DitSpec(
     block_lists=("transformer_blocks",),
     fp8_exclude=("norm", "to_gate_logits"),
-    # as released trainers: attention alone
+    # as in released trainers: a LoRA is in attention alone
     lora_exclude=("ff.", "to_gate_logits"),
     input_layers=(
         *("patchify_proj", "audio_patchify_proj"),

@@ -120,7 +120,7 @@ class Ltx2(Ltx2Media):
 
     @property
     def version(self) -> str:
-        """The release that the transformer's file is; without a transformer the newest."""
+        """Return the release of the transformer's file; "2.3" without a transformer."""
         return "2.3" if self.files.dit is None else self.files.dit_header().config.kind
 
     @property
@@ -158,7 +158,7 @@ class Ltx2(Ltx2Media):
         return frozenset({*map(prompt_key, self.files.streams), MASK})
 
     def check_table(self, table: MediaTable) -> None:
-        """Raise DatasetError for control videos and pictures: its references have keys of their own."""
+        """Raise DatasetError if a table has control media: references of LTX-2 have keys of their own."""
         if table.has_control:
             raise DatasetError(
                 f"{table.name}: LTX-2 follows no control clips. What a clip is made from is a reference: "
@@ -193,7 +193,7 @@ class Ltx2(Ltx2Media):
         return network
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return the conditions for training: texts of the streams, frame rates, and who has sound."""
+        """Return the conditions for training: texts of the streams, frame rates, which samples have sound."""
         needed = self.files.check_cached_texts(batch)
         found = {name: batch.tensors[name] for name in (*needed, FPS, HAS_SOUND) if name in batch.tensors}
         return found | {
@@ -203,7 +203,7 @@ class Ltx2(Ltx2Media):
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
     ) -> Tensor:
-        """Predict the velocity: B C F H W float32, or B N of a picture and its sound.
+        """Predict the velocity in float32: B C F H W, or B N of video and sound joined.
 
         cond: video_prompt_embeds, audio_prompt_embeds B T C; FPS and HAS_SOUND.
         """
@@ -348,7 +348,7 @@ class Ltx2(Ltx2Media):
         return prepared.asked.image_path is not None or self.drive_video is not None or bool(prepared.own)
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        """Encode what is given: an image as the first latent frame, or a video as all; on the CPU."""
+        """Encode the image (the first latent frame) or the driving video, and references; on the CPU."""
         if prepared.stages:
             given = (self.request_conditions(encoders, one) for one in prepared.stages)
             return {number: one[0] for number, one in enumerate(given) if one}
@@ -379,7 +379,7 @@ class Ltx2(Ltx2Media):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """The sound's noise is drawn last, but for that of references."""
+        """Yield the sections. Noise is drawn for video, then for sound, then for references."""
         made = self._plain_sections(prepared, prompts, inputs, noise)
         if self.reference_strength < 1:
             made = with_noisy_references(made, self.reference_strength, prepared.joint, noise)

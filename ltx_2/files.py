@@ -116,7 +116,7 @@ class Ltx2Files(TransformerFiles):
         return inside(super().dit_path, "transformer")
 
     def load_dit(self, placement: Placement) -> LtxModel:
-        """Load the transformer, for one stream alone without the other."""
+        """Load the transformer; for one stream alone, without the other's layers."""
         wanted = SOUND_ALONE if not self.has_pictures else FORMAT if self.has_sound else SILENT
         network: LtxModel = wanted.load(self.dit_path, with_dtype(placement, self.dit_dtype))
         return network
@@ -129,8 +129,9 @@ class Ltx2Files(TransformerFiles):
 
     @property
     def latent(self) -> LatentSpec:
-        """Return the latent space of the video VAE; if its file is not there, the releases' of the same
-        channels as the transformer. Beside sound alone they only hold a place.
+        """Return the latent space of the video VAE.
+
+        Without its file it is the releases', for the transformer's channels; for sound alone a placeholder.
         """
         if not self.has_pictures:
             return LATENT
@@ -169,7 +170,7 @@ class Ltx2Files(TransformerFiles):
 
     @property
     def sound(self) -> SoundSpec | None:
-        """Return the latents of sound; None: the run is without."""
+        """Return the latents of sound; None if the run has no sound."""
         if not self.has_sound:
             return None
         try:
@@ -239,7 +240,7 @@ class Ltx2Files(TransformerFiles):
         return [self.text_encoder()]
 
     def check_texts(self, config: LtxConfig | None, needed: bool) -> None:
-        """Check Gemma and the connectors, if they are needed: their default paths are often not there."""
+        """Check Gemma and the connectors, only if needed: their default paths often do not exist."""
         if not needed:
             return
         encoder = self.text_encoder()
@@ -258,8 +259,9 @@ class Ltx2Files(TransformerFiles):
                 check_state_width(RELEASED, encoder.connectors, made, self.dit, taken, FILES)
 
     def check_cached_texts(self, batch: Batch) -> tuple[str, ...]:
-        """Return the names of the texts that the transformer needs. Raises CacheError for those of another
-        release.
+        """Return the names of the texts that the transformer needs.
+
+        Raises CacheError if texts or sound are missing, or texts are of another release.
         """
         config = self.dit_header().config
         widths = dict(zip((VIDEO, AUDIO), (one.text_dim for one in config.streams.values()), strict=False))
@@ -295,7 +297,7 @@ def _read_sound_vae(checkpoint: Checkpoint) -> Settings:
 
 
 def _lacks(checkpoint: Checkpoint, part: str) -> bool:
-    """Return whether a file has a transformer, but not the part whose names begin so."""
+    """Return whether a file has a transformer, but no tensor whose name begins with `part`."""
     names = checkpoint.tensors
     has_dit = any(name.endswith("audio_patchify_proj.weight") for name in names)
     return has_dit and not any(name.startswith(part) for name in names)
@@ -307,7 +309,7 @@ def sound_shape(channels: int, bins: int, frames: int, fps: float) -> tuple[int,
 
 
 def files_of(options: Ltx2TransformerOptions, streams: tuple[str, ...]) -> Ltx2Files:
-    """Return the files of a training or a generation. streams: that are trained or made."""
+    """Return the files of a training or a generation. streams: those to train or generate."""
     files = Ltx2Files(
         checkpoint=options.model.ltx2_checkpoint,
         streams=streams,
@@ -317,7 +319,7 @@ def files_of(options: Ltx2TransformerOptions, streams: tuple[str, ...]) -> Ltx2F
 
 
 def check_version(files: Ltx2Files, options: Ltx2TrainingOptions) -> None:
-    """Compare --ltx_version with the file. Raises OptionError if they differ and that is to be an error."""
+    """Compare --ltx_version with the file. If they differ, warn or raise OptionError, as options say."""
     found, said = files.dit_header().config.kind, options.ltx_version
     said = said or found
     message = f"--ltx_version {said}: {files.dit_path} is of version {found}. Give --ltx_version {found}"

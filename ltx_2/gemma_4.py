@@ -27,8 +27,8 @@ def read_settings(
 ) -> dict[str, Any]:
     """Return settings of transformers' Gemma4UnifiedTextConfig: `LanguageModel.read_settings`.
 
-    Layers without a projection of values see all tokens, with wider heads, and their keys are values too.
-    Raises ValueError or TypeError for values that are none, and for another pattern of layers.
+    Layers without a value projection see all tokens, have wider heads, and use their keys as values. Raises
+    ValueError or TypeError for impossible values, and for another pattern of layers.
     """
     layers = [NEAR if f"layers.{n}.self_attn.v_proj.weight" in shapes else FAR for n in range(num_layers)]
     rope = told.get("rope_parameters") or {}

@@ -11,11 +11,11 @@ from modules.errors import OptionError
 def guidance_rules(
     told: Ltx2GuidanceOptions, scale: float | None, blocks: int, perturbed: int, is_alone: bool = False
 ) -> GuidanceRules:
-    """Return weights as given, else as released.
+    """Return the weights of guidance: as given, else as released.
 
-    scale: that is given for both streams. blocks: of the network. perturbed: the block whose self-attention
-    the release skips. is_alone: sound is made without pictures. Raises OptionError for a block that is not
-    there.
+    scale: guidance scale for both streams, if given. blocks: number of blocks of the network. perturbed: the
+    block whose self-attention the release skips. is_alone: sound is made without video. Raises OptionError if
+    --stg_blocks names a block that does not exist.
     """
     steered = _given_or(1.0, told.stg_scale)
     scales = {VIDEO: told.video_cfg_scale, AUDIO: told.audio_cfg_scale}

@@ -231,8 +231,9 @@ class LtxModel(nn.Module):
         return made
 
     def _mark_first(self, x: Tensor, before: int, count: int) -> Tensor:
-        """Mark tokens of x, B L C, behind the first ones: they are of the latent frame that shows one frame
-        of pixels. References are not marked.
+        """Mark the `count` tokens of x, B L C, of the latent frame that shows one frame of pixels.
+
+        before: number of tokens of references in front, which are not marked.
         """
         first, marked, rest = x.split([before, count, x.shape[1] - before - count], dim=1)
         return torch.cat([first, marked + self.keyframes_abs_pos_embedding.to(x.dtype), rest], dim=1)
@@ -243,7 +244,7 @@ class LtxModel(nn.Module):
     def _embed_times(
         self, layer: nn.Module, timesteps: Tensor, has_given: bool = False, share: float = 0.0
     ) -> tuple[Tensor, Tensor]:
-        """Return rows, B S R C, and embedded times, B S C; first those of given frames, `share` of it."""
+        """Return rows, B S R C, and times, B S C; with given frames S is 2, these first: `share` of it."""
         if not has_given:
             rows, time = layer(timesteps)
             return rows.unsqueeze(1), time.unsqueeze(1)

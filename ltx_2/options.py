@@ -79,7 +79,7 @@ def _version() -> Any:
 
 
 def tell_ignored(*records: Options) -> None:
-    """Warn of given options without effect where sound is alone."""
+    """Warn of given options that have no effect on sound alone."""
     given = [
         f"--{option_name(field)}"
         for record in records
@@ -331,7 +331,7 @@ _KERNELS = {"flash_attn": "flash", "flash3": "flash3", "sage_attn": "sageattn", 
 
 
 def settle_generation(shared: T, own: Ltx2GenerationOptions) -> tuple[T, Ltx2GenerationOptions]:
-    """Return both records, with what the known script calls otherwise in the shared one.
+    """Move options that the known script names otherwise into the shared record; return both records.
 
     Raises OptionError if an option is given under both names, with two values.
     """
@@ -359,7 +359,7 @@ def settle_generation(shared: T, own: Ltx2GenerationOptions) -> tuple[T, Ltx2Gen
 
 
 def _one_of(name: str, ours: Any, theirs: Any, other: str = "mixed_precision") -> Any:
-    """Return the value that is given. Raises OptionError if two are that differ."""
+    """Return the value that is given, None if neither is. Raises OptionError if both are, and differ."""
     if None not in (ours, theirs) and ours != theirs:
         raise OptionError(f"--{name} {ours} and --{other} {theirs} mean the same: give one of them")
     return theirs if ours is None else ours

@@ -111,7 +111,7 @@ class Ltx2GivenReferences(Options, title="references (IC-LoRA)"):
 
     @property
     def attention(self) -> tuple[Path | None, float]:
-        """Return the mask and the strength of what video and references see of each other."""
+        """Return the mask's file, or None, and the strength of attention between video and references."""
         *file, number = self.conditioning_attention_mask or ("1",)
         try:
             strength = float(number)

@@ -82,9 +82,9 @@ def unpack(packed: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def with_noisy_references(
     sections: Generator[Section, Tensor, Tensor], strength: float, joint: Joint | None, noise: NoiseSource
 ) -> Generator[Section, Tensor, Tensor]:
-    """Denoise the references of sections behind their pictures. joint: of the sections that say none.
+    """Wrap sections: denoise their references behind their pictures. joint: of sections that have none.
 
-    They begin as `strength` of themselves and the rest noise, which is drawn token by token.
+    References begin as `strength` of themselves and the rest noise, which is drawn token by token.
     """
     section = next(sections)
     try:
@@ -115,18 +115,18 @@ def with_noisy_references(
 def velocity_of_references(
     velocity: Tensor, noisy: Tensor, clean: Tensor, strength: float, sigma: Tensor
 ) -> Tensor:
-    """Return the velocity by which references follow the noise level `sigma`, B, of the whole: B C N.
+    """Return the velocity, B C N, by which references follow the video's noise level `sigma`, B.
 
-    velocity: of the network, which sees a level of (1 - strength) sigma. What it predicts as clean is mixed
-    with `strength` of the reference. Source: the released code of LTX-2.
+    velocity: the network's, at a noise level of (1 - strength) sigma. Its clean prediction is mixed with
+    `strength` of the reference. Source: the released code of LTX-2.
     """
     return (1 - strength) ** 2 * velocity + strength * (noisy - clean) / sigma.view(-1, 1, 1)
 
 
 def read_pixels(path: Path, size: tuple[int, int, int], rules: ReferenceRules, latent: LatentSpec) -> Tensor:
-    """Read a clip, folder of images or picture: 1 3 f h w, -1..1, scaled to cover the size divided.
+    """Read a clip, folder of images or picture: 1 3 f h w, -1..1, cropped to the reduced size of the target.
 
-    size: width, height and frames of the target. A shorter clip is taken as far as it goes.
+    size: width, height and frames of the target. Of a shorter clip all frames are taken.
     """
     small = size[0] // rules.size_factor, size[1] // rules.size_factor
     frames = [read_image(path)] if is_picture(path) else islice(video_frames(path), size[2])
@@ -168,9 +168,9 @@ def check_sides(width: int, height: int, rules: ReferenceRules) -> None:
 
 
 def factors_of(loras: Sequence[Path]) -> dict[str, int]:
-    """Return the factors and the most frames that LoRAs say in their metadata, by the options of generation.
+    """Return the reference factors and frame limit in the metadata of LoRAs, by option of generation.
 
-    Raises OptionError if two say different ones, or one says no whole number.
+    Raises OptionError if values differ, or one is not a whole number.
     """
     found: dict[str, tuple[int, Path]] = {}
     for path, metadata in texts_of_files(loras):
@@ -195,7 +195,7 @@ def factors_of(loras: Sequence[Path]) -> dict[str, int]:
 
 
 def settle_factors(given: Ltx2GivenReferences, loras: Sequence[Path]) -> Ltx2GivenReferences:
-    """Return the options with the factors that LoRAs say in place of those that are not given."""
+    """Fill reference factors that are not given from the metadata of LoRAs."""
     said = factors_of(loras)
     if not said and given.paths and given.reference_downscale is None:
         logger.info(

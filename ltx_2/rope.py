@@ -19,7 +19,7 @@ from modules.layers.rope import THETA, turns
 
 
 class Places(NamedTuple):
-    """The key of a table of rotations: whose tokens they are."""
+    """Key of a table of rotations."""
 
     width: int  # channels of all heads, N * D
     grid: tuple[int, ...]  # latent frames, rows, columns of a video; latents of sound
@@ -56,7 +56,7 @@ def make_tables(config: LtxConfig, places: tuple[Places, ...], /, *, device: tor
 
 
 def make_row_table(rows: int, longest: float, width: int, heads: int, device: torch.device) -> Tensor:
-    """Return the pairs of a text's rows, L N D/2 2 float32. A row stands at its number, not in a middle.
+    """Return the pairs of a text's rows, L N D/2 2 float32. The position of a row is its number.
 
     longest: rows that positions are measured by. width: channels of all heads.
     """
@@ -65,13 +65,13 @@ def make_row_table(rows: int, longest: float, width: int, heads: int, device: to
 
 
 def _bounds(count: int, stride: int, is_causal: bool = False) -> Tensor:
-    """Return where latents begin and end in what they stand for, count 2; a causal first one covers one."""
+    """Return start and end of each latent in frames or pixels, count 2; a causal first latent covers one."""
     edges = torch.arange(count + 1, dtype=torch.float32) * stride
     return (edges + 1 - stride).clamp(min=0).unfold(0, 2, 1) if is_causal else edges.unfold(0, 2, 1)
 
 
 def _turn(theta: float, count: int, device: torch.device, bounds: Tensor, longest: float) -> Tensor:
-    """Return cosines and sines of the middles at `count` frequencies, n K 2; only axes are sent."""
+    """Return cosines and sines, n K 2, of the middles of `bounds`, at K = `count` frequencies."""
     frequencies = theta ** torch.linspace(0, 1, count, dtype=torch.float64)
     share = (bounds[:, 0] + bounds[:, 1]) / 2 / longest
     return send_ahead(turns(torch.outer(share * 2 - 1, (frequencies * math.pi / 2).float())), device)
@@ -94,7 +94,7 @@ def _join(axes: list[Tensor], places: Places, heads: int) -> Tensor:
 
 
 def rotate_halves(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate pairs of channels of x, B L N D, the first of which are in the first half of a head.
+    """Rotate pairs of channels of x, B L N D: one from the first half of a head, one from the second.
 
     table: of `make_table`. Computed in float32, returned in the dtype of x; see `modules.layers.rope.rotate`.
     """

@@ -275,7 +275,7 @@ def build_sound_vae(settings: Settings) -> nn.Module:
 
 
 def _rate(settings: Settings) -> int:
-    """Return the samples a second that a generator makes of mel frames."""
+    """Return the sample rate of the sound that a generator makes."""
     return RATE // HOP * prod(settings["upsample_factors"])
 
 

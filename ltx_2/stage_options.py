@@ -68,7 +68,7 @@ class Ltx2OfficialStages(Ltx2StageOptions, title="two stages"):
     skip_stage_2: bool = option(
         "end with the first stage's clip", flags=("--skip-stage-2",), only_with=_STAGES
     )
-    # of --lora_weight, with their strengths: those that the second stage is without (IC-LoRAs)
+    # files of --lora_weight that only the first stage has (IC-LoRAs), with their strengths
     first_loras: tuple[tuple[Path, float], ...] = option(default=())
 
     def __post_init__(self) -> None:

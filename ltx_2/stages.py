@@ -45,7 +45,7 @@ class TwoStages:
 
     @property
     def said(self) -> dict[str, str]:
-        """Return what metadata say of the LoRAs that one stage has: names, and strengths in it."""
+        """Return metadata of the LoRAs that only one stage has: names and strengths."""
         first = [f"{path.name} {one:g}" for path, option, one, _ in self.loras if option == _LORA]
         second = [f"{path.name} {one:g}" for path, option, _, one in self.loras if option != _LORA]
         told = {"first_stage_loras": first, "second_stage_loras": [] if self.ends_early else second}
@@ -140,7 +140,7 @@ def two_stages(options: Ltx2StageOptions) -> TwoStages | None:
 
 
 def keep_for_first_stage(shared: Any, own: Any) -> tuple[Any, Any]:
-    """Return the records of a generation with IC-LoRAs taken from --lora_weight to the first stage alone.
+    """Move IC-LoRAs from --lora_weight to the first stage alone; return both records.
 
     Source: the official pipeline of IC-LoRAs. Raises OptionError if patterns choose parts of LoRAs.
     """
@@ -171,8 +171,10 @@ def stage_sections(
     enlarge: Callable[[Tensor], Tensor],
     noise: NoiseSource,
 ) -> Generator[Section, Tensor, Tensor]:
-    """Make both stages. draw: the noise that a clip starts from. begin: a stage, its number, and what it
-    starts from -> its section. enlarge: latents B C F H W of the first stage -> those of the second.
+    """Yield the section of each stage. draw: returns the start noise of a clip.
+
+    begin: a stage, its number, its start -> its section. enlarge: the first stage's latents, B C F H W -> the
+    second's.
     """
     first, second = prepared.stages
     made = yield _of_stage(begin(first, 0, draw(first)), first, 0)

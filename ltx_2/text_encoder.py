@@ -50,7 +50,7 @@ def read_settings(
 ) -> dict[str, Any]:
     """Return settings of transformers' Gemma3TextConfig: `LanguageModel.read_settings`.
 
-    Reads the keys of transformers 4 and 5. Raises ValueError or TypeError for values that are none.
+    Reads the keys of transformers 4 and 5. Raises ValueError or TypeError for impossible values.
     """
     rope = told.get("rope_parameters") or {}
     far, near = rope.get(FAR) or {}, rope.get(NEAR) or {}
@@ -88,7 +88,7 @@ GEMMA_3 = LanguageModel(
     ),
     classes="Gemma3Text",
     kind="gemma3",
-    # those of transformers, which does not write them
+    # defaults of transformers, which it does not write
     defaults={
         "hidden_size": 2304,
         "num_attention_heads": 8,

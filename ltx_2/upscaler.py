@@ -1,8 +1,8 @@
 """LTX-2's latent upscalers: latents of a larger picture, or of twice the frames, from those of a clip.
 
 The network is diffusers' class, whose names the official files have too. It takes latents as the VAE makes
-them, without the model's normalisation. Sizes and kind are read from the tensors. By how much a resampler
-enlarges is in no tensor if it multiplies sides by 3 (1.5 or 0.75): then the record of settings tells.
+them, without the model's normalisation. Sizes and kind are read from the tensors. If a resampler multiplies
+sides by 3, no tensor shows its scale (1.5 or 0.75): the record of settings tells it.
 """
 
 import logging
@@ -70,7 +70,7 @@ def read_upscaler(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
 
 
 def _scale(checkpoint: Checkpoint, option: str) -> float:
-    """Return the scale of a resampler that multiplies sides by 3. Raises CheckpointError for a reduction."""
+    """Return the scale of a resampler that multiplies sides by 3. Raises CheckpointError if it is not 1.5."""
     told = read_settings(checkpoint, "", DIFFUSERS_CLASS)
     scale = told.get("rational_spatial_scale", told.get("spatial_scale"))
     if scale != 1.5:
@@ -83,9 +83,9 @@ def _scale(checkpoint: Checkpoint, option: str) -> float:
 
 
 def factors(path: Path, option: str, channels: int) -> tuple[int, Fraction]:
-    """Return by how much an upscaler multiplies frames and sides. channels: of the latents.
+    """Return the factors by which an upscaler multiplies frames and sides. channels: of the latents.
 
-    Raises CheckpointError if the file is another one, OptionError if it is for the other option.
+    Raises CheckpointError for another file, OptionError if the upscaler belongs to the other option.
     """
     told = read_once(require_file(path, option, "it enlarges latents"), _read_settings, option)
     if told["in_channels"] != channels:
@@ -105,7 +105,7 @@ def factors(path: Path, option: str, channels: int) -> tuple[int, Fraction]:
 def enlarge(latents: Tensor, upscalers: Mapping[str, Path], vae: Path, dtype: torch.dtype) -> Tensor:
     """Return enlarged latents, B C F H W float32, normalised as the given ones, on their device.
 
-    upscalers: by their options; each is loaded for itself. vae: the file with the numbers of normalisation.
+    upscalers: files by their options, loaded one at a time. vae: the file with the statistics of latents.
     """
     mean, std = (one.to(latents.device) for one in read_once(vae, _read_statistics))
     latents = latents.float() * std + mean

@@ -66,7 +66,7 @@ class HalfConfig:
 
     @property
     def factors(self) -> Factors:
-        """Frames, rows and columns that all resamplings together join or make."""
+        """Product of the factors of all resamplings: frames, rows, columns."""
         frames, rows, columns = (prod(part.factors[axis] for part in self.resamplings) for axis in range(3))
         return frames, rows, columns
 
@@ -102,13 +102,13 @@ class ClipMemory:
         self._frames[layer] = frames.clone()
 
     def starts(self, layer: nn.Module) -> bool:
-        """Return whether this is the first question about that layer."""
+        """Return True at the first call for that layer, then False."""
         is_first = layer not in self._started
         self._started.add(layer)
         return is_first
 
     def delay(self, layer: nn.Module, x: Tensor | None, frames: int) -> Tensor:
-        """Return the first `frames` frames of those that waited and of x; the others wait.
+        """Return the first `frames` frames of the waiting ones and x; keep the rest waiting.
 
         So a shortcut keeps pace with convolutions that look ahead.
         """
@@ -188,7 +188,7 @@ class PixelResidualBlock(nn.Module):
 
 
 class PixelsToChannels(nn.Module):
-    """Convolve, then turn blocks of pixels into channels. The clip's first frame is a block of copies."""
+    """Convolve, then turn blocks of pixels into channels. The first frame is repeated to fill a block."""
 
     def __init__(self, part: Resampling, half: HalfConfig) -> None:
         super().__init__()
@@ -203,7 +203,7 @@ class PixelsToChannels(nn.Module):
 
 
 class ChannelsToPixels(nn.Module):
-    """Convolve, then turn channels into blocks of pixels. Of the first frame's block the last one stays."""
+    """Convolve, then turn channels into blocks of pixels. Of the first block only the last frame is kept."""
 
     def __init__(self, part: Resampling, half: HalfConfig) -> None:
         super().__init__()
@@ -256,7 +256,7 @@ def _flat(groups: nn.ModuleList) -> list[nn.Module]:
 
 
 class VideoVaeEncoder(nn.Module):
-    """Encode pixels of a clip as features of means and of what the posterior has besides."""
+    """Encode pixels of a clip as means of the posterior and one further channel."""
 
     def __init__(self, config: VideoVaeConfig) -> None:
         super().__init__()

@@ -48,7 +48,7 @@ class LuminaTokens:
     part: "TokenPart | None" = None  # the tokens that this process has; None: all
 
     def cut(self, part: "TokenPart") -> Self:
-        """Return the inputs of the blocks for a part of the tokens, which are rotated all together."""
+        """Return the inputs of the blocks for a part of the tokens; `rotary` stays that of all tokens."""
         return replace(self, part=part)
 
     @property
@@ -125,7 +125,7 @@ class GroupedAttention(nn.Module):
 
 
 def serve(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a head of keys and values for each head of queries, B L N D, of B L K D."""
+    """Repeat heads of keys and values, B L K D, to one for each head of queries: B L N D."""
     served = query.shape[2] // key.shape[2]
     if served == 1:
         return key, value

@@ -67,6 +67,6 @@ DIT = DitSpec(
     input_layers=("x_embedder", "cap_embedder"),
     token_wise=("feed",),
     modulated_input="modulated_input",
-    # as they compute so; under 1 % of the model
+    # they compute in float32; under 1 % of the model
     keep_float32=("t_embedder.",),
 )

@@ -25,15 +25,15 @@ from modules.speed_options import SDPA, AttentionChoice
 
 
 class TokenLayout(NamedTuple):
-    """The layout that decides the rotations of a batch's tokens."""
+    """Facts that decide the rotations of a batch's tokens."""
 
     grid: tuple[int, int]  # rows, columns of image tokens
     captions: tuple[int, ...]  # tokens of each sample's caption; one number where all are equal
-    longest: int  # rows of the captions, with those that only longer ones have
+    longest: int  # tokens of the longest caption
 
 
 class LuminaModel(BlockNetwork):
-    """Predict where noisy latents of pictures are to go, from a caption's states."""
+    """Predict the direction from noise to data of noisy latents of pictures, from a caption's states."""
 
     spec = DIT
     dtype_of = "layers.0.attention_norm1.weight"
@@ -57,7 +57,7 @@ class LuminaModel(BlockNetwork):
         self._rotary = GridTable(self._make_table)
 
     def make_ends(self, config: LuminaConfig, first: nn.Linear) -> None:
-        """Set the layers of the time and those around the blocks. first: from patches to tokens."""
+        """Build the time embedding and the layers around the blocks. first: layer from patches to tokens."""
         self.t_embedder = TimeEmbedding(config)
         self.x_embedder = first
         self.final_layer = LuminaFinalLayer(config)
@@ -74,7 +74,7 @@ class LuminaModel(BlockNetwork):
         noisy: B in_dim H W. times: B, 0 (noise) to 1 (picture). caption: B T text_dim, states of the language
         model. caption_mask: B T, true or 1 for real tokens, which come first. tweaks: ideas that change this
         call; their second text has the names caption and caption_mask; it comes behind the first one. Raises
-        ValueError where sizes do not go together.
+        ValueError if sizes do not go together.
         """
         if noisy.shape[1] != self.config.in_dim:
             raise ValueError(f"{noisy.shape[1]} input channels, the model takes {self.config.in_dim}")
@@ -141,10 +141,10 @@ class LuminaModel(BlockNetwork):
         grid: tuple[int, int],
         tokens_of: Callable[..., LuminaTokens],
     ) -> tuple[Tensor, LuminaTokens]:
-        """Return refined caption tokens B T C, and the blocks' further inputs for them and the image.
+        """Return refined caption tokens B T C, and the inputs of the blocks for caption and image together.
 
-        tokens_of: makes that of rotations and lengths. The image stands at the position behind the caption,
-        so its rotations depend on the caption's length.
+        tokens_of: makes such inputs from rotations and lengths. The image stands at the position behind the
+        caption, so its rotations depend on the caption's length.
         """
         most, real = real_tokens(caption_mask)
         counts, longest = tuple(map(self.count_tokens, real)), self.count_tokens(most)

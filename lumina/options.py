@@ -103,7 +103,7 @@ class LuminaGenerationOptions(Options, title=NAME):
 
 
 def check_trunc_ratio(ratio: float, option: str) -> None:
-    """Raise OptionError for a share of data that is none."""
+    """Raise OptionError unless a ratio is from 0 to 1."""
     if not 0 <= ratio <= 1:
         raise OptionError(
             f"{option} {ratio:g}: give a share from 0 to 1; guidance ends when the picture holds so much. "
@@ -117,7 +117,7 @@ def check_renorm(limit: float, option: str) -> None:
 
 
 def translate_training(args: argparse.Namespace) -> None:
-    """Put Lumina's own names of shared options into the shared ones. Raises OptionError for SageAttention."""
+    """Translate Lumina's names of options into the shared ones. Raises OptionError for SageAttention."""
     if args.use_sage_attn:
         raise OptionError(
             "--use_sage_attn: SageAttention has no backward pass, so nothing would be learned: it is for "

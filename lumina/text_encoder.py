@@ -51,7 +51,7 @@ GEMMA_2 = language_models.LanguageModel(
     files=GEMMA_NAMES,
     classes="Gemma2",
     kind="gemma2",
-    # those of transformers, which does not write them
+    # defaults of transformers, which it does not write
     defaults={"head_dim": 256, SCALAR: 256, "rms_norm_eps": 1e-6, "rope_theta": 10000.0},
     theta=10000.0,
     eps=1e-6,
@@ -71,7 +71,7 @@ def read_gemma(checkpoint: Checkpoint) -> LoadPlan[language_models.LanguageConfi
 def load_gemma(
     path: Path, device: torch.device, dtype: torch.dtype, blocks: BlockPlace | None = None
 ) -> nn.Module:
-    """Load Gemma 2, fp8 multiplied out. blocks: takes each layer. Raises CheckpointError for another file."""
+    """Load Gemma 2, fp8 dequantized. blocks: takes each layer. Raises CheckpointError for another file."""
     return language_models.load_language_model(path, GEMMA_2, device, dtype, STATES, blocks=blocks)
 
 

@@ -57,6 +57,6 @@ DIT = DitSpec(
     input_layers=("img_in", "txt_in"),
     token_wise=("feed_forward",),
     modulated_input="modulated_input",
-    # as they compute so; under 1 % of the model
+    # they compute in float32; under 1 % of the model
     keep_float32=("time_text_embed.",),
 )

@@ -114,7 +114,7 @@ class QwenImage(ModelOfPictures):
 
     @property
     def media_identity(self) -> Mapping[str, str]:
-        """What cached latents depend on: the VAE, and the range of its input, which once was 0..255."""
+        """Return what cached latents depend on: the VAE, and its input's range, which once was 0..255."""
         return {**super().media_identity, **PIXELS}
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
@@ -127,7 +127,7 @@ class QwenImage(ModelOfPictures):
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """Return the conditions for training: the captions' states, and the references.
 
-        Raises CacheError for texts that were encoded for another release, and latents of other pixels.
+        Raises CacheError for texts of another release, and for latents encoded from a wrong range of pixels.
         """
         batch.check({KEY: TEXTS_AGAIN}, "the transformer")
         width = self.files.dit_header().config.text_dim
@@ -152,7 +152,7 @@ class QwenImage(ModelOfPictures):
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
     ) -> Tensor:
-        """cond: vl_embed, T D of each sample; latents_control_0, ..., B C 1 h w, of its references."""
+        """Predict from vl_embed, T D of each sample; latents_control_0, ..., B C 1 h w, of its references."""
         velocity: Tensor = dit(
             noisy,
             timesteps.float(),
@@ -166,7 +166,7 @@ class QwenImage(ModelOfPictures):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Without a flow shift the noise levels are the release's, by size; one that is given is plain."""
+        """Settle a request. Without a flow shift noise levels follow the size, as released."""
         if request.control_images and self.references is None:
             raise OptionError(
                 f"--control_image_path: {self.called} makes pictures from texts alone. Give --model_version "

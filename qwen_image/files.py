@@ -115,7 +115,7 @@ MOST = 10  # pictures to edit; trained with up to three
 
 @dataclass(frozen=True)
 class Version:
-    """What a release takes beside a text."""
+    """Facts about a release: names, use of the text encoder, and references."""
 
     name: str  # of the model in caches and saved files
     cache_tag: str

@@ -41,7 +41,7 @@ if TYPE_CHECKING:  # loaded only if processes share tokens
 
 @dataclass(frozen=True)
 class QwenTokens(blocks.TokensWithTurnedText):
-    """Inputs of the blocks; `vector` has a second row if references are clean: theirs."""
+    """Inputs of the blocks; `vector` has a second row for clean references, if there are any."""
 
     # the rows of `rotary` of clean references; compiled code leaves their number open
     rotary_of_clean: Tensor = field(kw_only=True)
@@ -56,14 +56,14 @@ class QwenTokens(blocks.TokensWithTurnedText):
 
     @property
     def clean(self) -> int:
-        """Where the tokens of clean references begin among the pictures', counted from the end."""
+        """Negative index at which the tokens of clean references begin among those of pictures."""
         return -self.rotary_of_clean.shape[-4] or blocks.NOWHERE
 
 
 class QwenLayout(NamedTuple):
-    """The key of a table of rotations: what is where."""
+    """Key of a table of rotations: the sizes of pictures and texts."""
 
-    pictures: tuple[tuple[int, int], ...]  # rows and columns of each picture's tokens, that to make first
+    pictures: tuple[tuple[int, int], ...]  # rows and columns of each picture's tokens, the one to make first
     texts: tuple[int, ...]  # tokens of each text
 
 

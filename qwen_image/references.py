@@ -46,10 +46,10 @@ def taken_size(size: Size, area: int | None, target: Size | None = None) -> Size
 
 
 def read_reference(path: Path, target: Size | None = None, *, area: int | None = None) -> Tensor:
-    """Read a picture as it is taken: H W 3 uint8.
+    """Read a picture as the model takes it: H W 3 uint8.
 
-    target: resize it to cover this size, and crop. area: else stretch it to its official size of so many
-    pixels. None: it keeps its size, cut at the right and below to multiples of STEP. Raises MediaError if it
+    target: resize it to cover this size, and crop. area: else stretch it to its official size of about this
+    many pixels; None: keep its size, cut at the right and below to multiples of STEP. Raises MediaError if it
     cannot be read, or nothing would be left.
     """
     frame = read_image(path)
@@ -65,12 +65,12 @@ def read_reference(path: Path, target: Size | None = None, *, area: int | None =
 
 
 def area_of(options: QwenImageReferenceOptions) -> int | None:
-    """Return the pixels of a picture's official size for the VAE; None if it has another one."""
+    """Return the pixels of the official size for the VAE; None if that size is not asked for."""
     return MEGAPIXEL if options.resize_control_to_official_size else None
 
 
 def fill_size(request: Request) -> Request:
-    """Return the request with the size that it does not say: a megapixel in the shape of its last picture."""
+    """Fill a missing size of the request: a megapixel in the shape of its last picture."""
     if request.width is not None or request.height is not None or not request.control_images:
         return request
     try:
@@ -83,7 +83,7 @@ def fill_size(request: Request) -> Request:
 def add_pictures(prepared: Prepared, options: QwenImageReferenceOptions) -> Prepared:
     """Return the request with its pictures in all prompts, and in the names of its files if asked for.
 
-    Raises OptionError if the first picture cannot be held to, or the mask cannot be read.
+    Raises OptionError if the result cannot be held to the first picture, or the mask cannot be read.
     """
     paths, target = prepared.asked.control_images, None
     mask, rcm = prepared.asked.extra.get(MASK), options.rcm_threshold is not None
@@ -136,7 +136,7 @@ def _check_mask(path: Path, has_picture: bool, rcm: bool) -> None:
 
 
 def read_anchor(prepared: Prepared, latents: Tensor, options: QwenImageReferenceOptions) -> Anchor | None:
-    """Return what the result is held to; None if that is not asked for.
+    """Return the anchor that holds the result to the first picture; None if it is not asked for.
 
     latents: of the first picture, 1 C 1 h w.
     """
@@ -157,7 +157,7 @@ def read_anchor(prepared: Prepared, latents: Tensor, options: QwenImageReference
 
 
 def read_mask(path: Path, size: Size, latent_step: int) -> Tensor:
-    """Read what is changed of a picture, white in the file: 1 1 1 h w float32, 1 there and 0 elsewhere.
+    """Read a mask of what is changed: 1 1 1 h w float32, 1 where the file is white, else 0.
 
     size: width and height of the picture, which the mask is stretched to. Raises MediaError if it cannot be
     read.

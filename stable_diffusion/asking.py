@@ -35,11 +35,11 @@ SIDE = 8  # pixels of one latent: sides are multiples of it
 
 @dataclass
 class Seeds:
-    """Where the seeds of a run come from.
+    """Source of the seeds of a run: given ones first, then drawn ones.
 
-    random: draws them. single: that of the only picture of a run, if --seed is given. round_seed: with
-    --iter_same_seed, of the first picture of each prompt in this round; those of its next pictures are drawn
-    from it.
+    random: the generator that seeds are drawn from. single: --seed, if the run makes only one picture.
+    round_seed: with --iter_same_seed, the seed of each prompt's first picture in this round; seeds of its
+    further pictures are drawn from it.
     """
 
     random: Random
@@ -50,7 +50,7 @@ class Seeds:
         self.round_seed = _draw(self.random)
 
     def for_line(self, given: tuple[int, ...] | None) -> Iterator[int]:
-        """Yield the seeds of a line's pictures: those that it gives, then drawn ones."""
+        """Yield the seeds of a line's pictures: first those in `given`, then drawn ones without end."""
         yield from given or ()
         if self.single is not None:
             yield self.single
@@ -79,9 +79,9 @@ def make_seeds(options: GenImgOptions, lines: Sequence[Line] | None) -> Seeds:
 
 @dataclass
 class Asking:
-    """Makes pictures of lines.
+    """Turns prompt lines into requested pictures.
 
-    made: how many there are in this round, which decides the input pictures. lines: how many were asked for.
+    made: pictures so far in this round, which selects the next input picture. lines: lines read so far.
     """
 
     options: GenImgOptions
@@ -176,7 +176,7 @@ def check_line(options: GenImgOptions, line: Line) -> None:
 
 
 def with_line(options: GenImgOptions, values: Mapping[str, Any]) -> GenImgOptions:
-    """Return the options with those of a line before them. Raises OptionError if one cannot be used."""
+    """Override the options by those of a line. Raises OptionError if a value cannot be used."""
     own = {option.key for option in LINE_OPTIONS.values()} - {SEEDS, MULTIPLIERS}
     return override_options(options, {name: value for name, value in values.items() if name in own})
 
@@ -198,9 +198,8 @@ def settle(
 ) -> PictureSettings:
     """Return the settings of a picture of one part.
 
-    values: of its line, as `read_line` gives them; they go before the options. image: which it begins with;
-    its size is used if none is asked for. Warns of values without effect. Raises OptionError if one cannot be
-    used.
+    values: options of its line, from `read_line`; they override `options`. image: the input picture; its size
+    is used if none is given. Warns of values without effect. Raises OptionError if a value cannot be used.
     """
     options = with_line(options, values)
     multipliers = _strengths(options, values)
@@ -208,7 +207,7 @@ def settle(
     width, height = sampling.width, sampling.height
     if width is None or height is None:
         usual = (kind.size, kind.size) if image is None else image_size(image)
-        # of a picture, cut down to multiples that the VAE can make
+        # a picture's size is cut down to multiples that the VAE can make
         width, height = (
             side or max(whole // SIDE, 1) * SIDE for side, whole in zip((width, height), usual, strict=True)
         )
@@ -249,9 +248,9 @@ def settle(
 
 
 def batches(pictures: Iterable[AskedPicture], size: int) -> Iterator[list[AskedPicture]]:
-    """Group pictures that follow one another, have equal settings and begin with inputs of equal kinds.
+    """Group consecutive pictures with equal settings and the same kinds of inputs.
 
-    size: of a group at most.
+    size: the most pictures in a group.
     """
     batch: list[AskedPicture] = []
     for picture in pictures:

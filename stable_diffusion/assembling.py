@@ -34,9 +34,9 @@ logger = logging.getLogger(__name__)
 # names: the released numbers of the U-Net's blocks, IN01 to OUT11. Source: Voynov et al. 2023,
 # arXiv 2303.09522 (P+).
 def list_cross_attentions(names: Collection[str]) -> dict[str, str]:
-    """Return the cross-attentions of a U-Net: their names in files -> diffusers' names of their modules.
+    """Return the cross-attentions of a U-Net: name in XTI files (IN01, MID, OUT03) -> diffusers' module path.
 
-    names: of diffusers' tensors.
+    names: diffusers' names of the U-Net's tensors.
     """
     levels = range(count(names, r"down_blocks\.\d+"))
     layers = [count(names, rf"down_blocks\.{level}\.resnets\.\d+") for level in levels]
@@ -51,7 +51,7 @@ def list_cross_attentions(names: Collection[str]) -> dict[str, str]:
 
 @dataclass(frozen=True, eq=False)
 class LayerTexts:
-    """Gives each cross-attention its part of the context, as long as a batch is made."""
+    """Gives each cross-attention its own part of the context while a batch is made."""
 
     unet: Any
     paths: Sequence[str]  # of the transformers around them, in the order of the context; (): all share it

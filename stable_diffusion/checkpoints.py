@@ -1,6 +1,6 @@
 """The U-Net and the VAE of a file: dimensions from its tensors, and how diffusers' networks are filled.
 
-diffusers' classes take their dimensions as keywords; `UnetSizes` holds them, and is the only loose typing.
+diffusers' classes take their dimensions as keyword arguments: `UnetSizes` and `VaeSizes` hold these.
 """
 
 import re
@@ -25,7 +25,7 @@ from stable_diffusion.names import ADDED, ENDS, RESIDUAL, unet_blocks, unet_samp
 
 
 def read_levels(names: Collection[str]) -> tuple[int, ...]:
-    """Return the residual blocks of each level on the way down. names: of the U-Net's tensors."""
+    """Return the number of residual blocks of each level on the way down. names: the released tensors'."""
     ends = sorted(
         int(found[1])
         for found in (re.fullmatch(r"input_blocks\.(\d{1,4})\.0\.op\.weight", name) for name in names)
@@ -39,9 +39,9 @@ def read_levels(names: Collection[str]) -> tuple[int, ...]:
 
 
 def name_translator(names: Collection[str]) -> Callable[[str], str]:
-    """Return a function: released name -> diffusers' name; one that it does not know stays as it is.
+    """Return a function from released to diffusers' tensor names; it leaves unknown names unchanged.
 
-    names: of all tensors of the U-Net.
+    names: all released tensor names of the U-Net.
     """
     layers = read_levels(names)
     paths = dict((*ENDS, *ADDED))
@@ -102,7 +102,7 @@ def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> dialects.
         )
 
     def depths_of(side: str, level: int, blocks: int) -> tuple[int, ...]:
-        """Return the transformer layers beside each residual block of a level; 0: no attention."""
+        """Return the number of transformer layers beside each residual block of a level; 0: no attention."""
         start = rf"{side}_blocks\.{level}\.attentions"
         return tuple(
             dialects.count(sources, rf"{start}\.{n}\.transformer_blocks\.\d+") for n in range(blocks)
@@ -147,7 +147,7 @@ def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> dialects.
 
 
 def _pooled_settings(width: int, pooled: int, broken: Callable[[str], Exception]) -> dict[str, Any]:
-    """Return the settings of conditions beside the text: its pooled state, and sizes as waves."""
+    """Return the settings of SDXL's conditions besides the text: pooled state, and sizes as sinusoids."""
     waves, rest = divmod(width - pooled, SIZE_NUMBERS)
     if rest or waves < 2 or waves % 2:
         raise broken(f"label_emb takes {width} numbers, no pooled text of {pooled} and {SIZE_NUMBERS} sizes")
@@ -163,7 +163,7 @@ def _block_type(depths: Sequence[int], way: str) -> str:
 
 
 def _depth_settings(down: Sequence[Sequence[int]], up: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Return the transformer layers of all levels: one number each if they are alike, as released."""
+    """Return the numbers of transformer layers: one for each level if its blocks are alike, as released."""
     numbers = {level: set(depths) | set(up[len(down) - 1 - level]) for level, depths in enumerate(down)}
     if all(len(found) == 1 for found in numbers.values()):
         return {"transformer_layers_per_block": tuple(max(1, *numbers[level]) for level in numbers)}
@@ -198,8 +198,8 @@ _OLD_ATTENTION: dialects.Names = (  # of diffusers before 0.17
 def read_vae(checkpoint: Checkpoint, option: str, latent_scale: float) -> dialects.LoadPlan[VaeSizes]:
     """Plan how to load a VAE: alone or within a whole checkpoint, with released or diffusers' names.
 
-    option: that named the file. latent_scale: goes into diffusers' configuration. Raises CheckpointError for
-    any other file.
+    option: the option that named the file. latent_scale: for diffusers' configuration. Raises CheckpointError
+    for any other file.
     """
     own, sources = vae_sources(checkpoint)
     wrong = dialects.other_kind(checkpoint, "a VAE of Stable Diffusion", option, GIVE_VAE)
@@ -270,7 +270,7 @@ def vae_sources(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, TensorSou
 
 
 class _TensorName(str):
-    """A name that diffusers' conversion takes for a tensor, which it would turn into a matrix else."""
+    """A tensor's name with the shape of a matrix, so that diffusers' conversion does not reshape it."""
 
     shape, ndim = (0, 0), 2
 

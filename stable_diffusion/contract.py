@@ -20,13 +20,13 @@ from stable_diffusion.sampling_options import DeepShrinkOptions, GradualLatentOp
 
 @dataclass(frozen=True)
 class ModelKind:
-    """Differences between the three lines of models. Sizes are not among it: they come from the tensors."""
+    """Differences between Stable Diffusion 1.x, 2.x and XL, except sizes, which come from the tensors."""
 
     name: str  # "sd1", "sd2", "sdxl"
     words: str  # for messages: "Stable Diffusion 1.x"
     latent_scale: float  # a latent is the autoencoder's times this
     size: int  # usual width and height, pixels
-    # if nothing is said: after which layer of the released text encoder its states count, from the end
+    # without --clip_skip: the layer of the released text encoder whose states are used, from the end
     clip_skip: int
     lora_prefixes: tuple[str, ...]  # of each text encoder's modules in LoRA files
 
@@ -39,7 +39,7 @@ KINDS = (SD1, SD2, SDXL)
 
 @dataclass(eq=False)
 class TextTower:
-    """A text encoder with its tokenizer. Textual inversion adds rows to the one, words to the other."""
+    """A text encoder with its tokenizer. Textual inversion adds rows to the first, words to the second."""
 
     network: ClipText
     tokenize: Callable[[str], list[int]]  # text -> ids, however many, without start and end
@@ -48,10 +48,10 @@ class TextTower:
     pad: int  # what fills up the last chunk: `end`, or 0 in OpenCLIP's encoders
     lora_prefix: str
     projection: Tensor | None = None  # C x C' of the pooled state; None: there is none
-    # of the released network, at its end, which are not loaded: 1 for SD 2, which was trained without it
+    # last layers of the released network that are not loaded: 1 for SD 2, which was trained without it
     missing_layers: int = 0
-    # of each token: how many rows further its vector for the next cross-attention of the U-Net is; 0: it has
-    # the same for all. None: so have all tokens
+    # for each token: rows between its vectors for one cross-attention of the U-Net and the next; 0: all share
+    # one vector. None: so it is for all tokens
     strides: Tensor | None = None
 
 

@@ -1,8 +1,7 @@
 """ControlNets: add to the U-Net's features after guide images.
 
-Several ControlNets of Stable Diffusion 1.x and 2.x act in turn, one in each step; those of XL all act, and
-their mean counts. Source: Zhang et al. 2023, arXiv 2302.05543.
-The networks are diffusers'.
+Several ControlNets of Stable Diffusion 1.x and 2.x act in turn, one in each step; those of XL act together,
+and their residuals are averaged. Source: Zhang et al. 2023, arXiv 2302.05543. The networks are diffusers'.
 """
 
 # Letters: B pictures, R rows of one call of the U-Net, L tokens, H W pixels
@@ -44,9 +43,9 @@ class ControlNets:
 
     @contextlib.contextmanager
     def for_batch(self, pictures: Sequence[AskedPicture], width: int, height: int) -> Iterator[Idea | None]:
-        """Yield the hook with the residuals for pictures of that size; None if they have no guides.
+        """Yield the hook that adds residuals for pictures of this size; None if they have no guides.
 
-        Raises OptionError if a picture has another number of guides, MediaError if one cannot be read.
+        Raises OptionError for a wrong number of guides, MediaError if one cannot be read.
         """
         if not any(picture.guides for picture in pictures):
             yield None
@@ -74,7 +73,7 @@ class ControlNets:
         # guides: B 3 H W; row r of the call belongs to picture r modulo B
         network, dtype = self._networks[number], self._model.dtype
         rows = len(call.sample)
-        # of a prompt with parts, whose contexts stand one after the other, the last part counts
+        # the contexts of a prompt's parts stand one after the other; the last part is used
         tokens = call.context.shape[1] // parts
         down, mid = network(
             call.sample[:, : network.config.in_channels].to(dtype),  # without mask and masked picture
@@ -86,7 +85,7 @@ class ControlNets:
             return_dict=False,
         )
         if network.config.global_pool_conditions:
-            # it tells what, not where, and only beside the prompt; as in diffusers' pipelines
+            # it acts in the rows of the prompt only, as in diffusers' pipelines
             acts = torch.arange(rows, device=mid.device) < rows - call.negative_rows
             down, mid = [each * acts[:, None, None, None] for each in down], mid * acts[:, None, None, None]
         return tuple(down), mid
@@ -112,7 +111,7 @@ def load_control_nets(options: ControlOptions, model: Model) -> ControlNets | No
     for use in options.uses:
         place = model.device, model.dtype, model.unet
         network: Any = load_control_net(use.path, model.unet.config, model.kind.words, *place)
-        # it computes as the U-Net does: the package for attention, the layout in memory
+        # it takes the U-Net's attention package and memory layout
         if any(isinstance(each, XFormersAttnProcessor) for each in model.unet.attn_processors.values()):
             network.set_attn_processor(XFormersAttnProcessor())
         if model.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last):
@@ -134,7 +133,7 @@ def _read_guide(path: Path, canny: tuple[int, int] | None, width: int, height: i
 
 
 class BatchGuides:
-    """The guides of one batch on its device, at the size of the features that a call has."""
+    """The guide images of a batch, on its device and at the size of its current latents in pixels."""
 
     def __init__(
         self,
@@ -144,10 +143,10 @@ class BatchGuides:
         width: int,
         height: int,
     ) -> None:
-        """uses: of the models, in the order of `AskedPicture.guides`. option: that gives the models.
+        """uses: one for each model, in the order of `AskedPicture.guides`. option: it names the models.
 
-        Raises OptionError if a picture has not as many guides as there are models, or one for all, MediaError
-        if one cannot be read.
+        Raises OptionError unless a picture has one guide for each model or one for all, MediaError if a guide
+        cannot be read.
         """
         for picture in pictures:
             if len(picture.guides) not in {1, len(uses)}:
@@ -169,7 +168,7 @@ class BatchGuides:
         return tuple(found)
 
     def at(self, call: UnetCall, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Return for each model B 3 H W in 0..1, at the size of the call's latents (Gradual Latent grows)."""
+        """Return each model's guides, B 3 H W in 0..1, read again if latents have grown (Gradual Latent)."""
         height, width = (int(side) * STRIDE for side in call.sample.shape[-2:])
         if self._size != (width, height):
             self._size = (width, height)
@@ -179,7 +178,7 @@ class BatchGuides:
 
 
 def is_active(use: ControlUse, call: UnetCall) -> bool:
-    """Tell whether a model acts in the step of a call: in the first ones, as far as its ratio goes."""
+    """Tell whether a model acts in the step of a call: it does in the first `ratio` of the steps."""
     return call.step / call.num_steps <= use.ratio
 
 

@@ -1,7 +1,7 @@
 """Files of ControlNets: recognise them, translate names, read dimensions, load.
 
-Single files have the released (LDM) names, with `control_model.` before them or not, or diffusers'. A file of
-differences holds by how much its network differs from the U-Net that it was trained with.
+Single files have diffusers' names or the released (LDM) ones, with or without `control_model.` in front. A
+file of differences holds weights minus those of the U-Net that the network was trained with.
 """
 
 import inspect
@@ -67,12 +67,11 @@ def load_control_net(
     dtype: torch.dtype,
     base: nn.Module | None = None,
 ) -> ControlNetModel:
-    """Load a ControlNet from a file or a folder of diffusers; on the meta device nothing is read, but all is
-    compared.
+    """Load a ControlNet from a file or a diffusers folder; on the meta device only headers are compared.
 
-    unet: the configuration of diffusers' UNet2DConditionModel, words: what model that is. base: that U-Net,
-    to which a file of differences is added. Raises CheckpointError if the file is something else or belongs
-    to another U-Net, or if tensors are missing, unexpected, of other shapes or damaged.
+    unet: the configuration of diffusers' UNet2DConditionModel. words: name of the U-Net's model. base: the
+    U-Net itself, to which a file of differences is added. Raises CheckpointError if the file is something
+    else or belongs to another U-Net, or if tensors are missing, unexpected, of other shapes or damaged.
     """
     given = require_file(path, OPTION, "")
     opened = open_part(given, ("diffusion_pytorch_model",)) if given.is_dir() else open_checkpoint(given)
@@ -260,7 +259,7 @@ def _compare(checkpoint: Checkpoint, config: Mapping[str, Any], unet: Mapping[st
 
 
 def _values(config: Mapping[str, Any], name: str) -> tuple[Any, ...]:
-    """Return the different values of a setting, which may be one for all levels or one for each."""
+    """Return the distinct values of a setting that is given once for all levels or once for each."""
     value = config.get(name)
     values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     return tuple(dict.fromkeys(values)) if name == "layers_per_block" else values

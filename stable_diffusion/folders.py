@@ -165,7 +165,7 @@ def _kind_of(folder: Path) -> ModelKind:
             f"CLIP{_named(folder)}.\n  Give {GIVE}.",
             folder,
         )
-    # of all CLIPs in use only OpenAI's has this activation, and it is the value where config.json is silent
+    # among the CLIPs in use only OpenAI's has this activation, which is also config.json's default
     return SD1 if config.get("hidden_act", "quick_gelu") == "quick_gelu" else SD2
 
 

@@ -128,7 +128,7 @@ class WholeClip:
 
     @torch.no_grad()
     def encode_text(self, ids: Sequence[int]) -> Tensor:
-        """Return the vector of a text, 1 P. ids: between start and end token, these with them."""
+        """Return the vector of a text, 1 P. ids: its tokens, with start and end token."""
         tokens = torch.tensor([ids], device=self.text.device)
         return self.text(tokens, torch.tensor([len(ids) - 1], device=self.text.device)) @ self.projection.T
 
@@ -143,7 +143,7 @@ class Guides:
     vgg: Vgg16 | None
 
     def steer(self, guidance: Guidance, passes: UnetPasses, picture: AskedPicture) -> Guidance:
-        """Return guidance that is steered for one picture, from whose passes it takes the prediction.
+        """Wrap guidance so that the networks steer one picture. passes: run the U-Net for the prediction.
 
         Raises MediaError if the guide picture cannot be read.
         """
@@ -205,7 +205,7 @@ def _decode(model: Model, latents: Tensor) -> Tensor:
 
 
 def _near(clip: WholeClip, wanted: Tensor, scale: float) -> Measure:
-    """Measure how far pixels are from a vector 1 P: the angle between the two, squared and halved."""
+    """Return a measure of pixels: half the squared angle between their vector and `wanted`, 1 P."""
     target, weight = normalize(wanted.float(), dim=-1), clip.vision.visual_projection.weight
 
     def measure(pixels: Tensor) -> Tensor:
@@ -216,7 +216,7 @@ def _near(clip: WholeClip, wanted: Tensor, scale: float) -> Measure:
 
 
 def _alike(vgg: Vgg16, path: Path, scale: float) -> Measure:
-    """Measure how far the features of pixels are from those of a picture: the mean of the squares."""
+    """Return a measure of pixels: the mean squared difference between their features and a picture's."""
     picture = read_picture(path)
     wanted: dict[torch.Size, Tensor] = {}  # by size, as the pictures of Gradual Latent grow
 

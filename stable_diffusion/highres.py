@@ -171,9 +171,9 @@ def make_pictures(
 
 
 def enlarge(maker: Maker, highres: Highres, made: Made, settings: PictureSettings) -> SecondStart:
-    """Return the first stage's result in the size that is wanted, for the second stage to begin with.
+    """Enlarge the first stage's result to the size of the second stage.
 
-    settings: of the whole picture. Raises OptionError if --highres_fix_upscaler fails.
+    settings: those of the final picture. Raises OptionError if --highres_fix_upscaler fails.
     """
     size = settings.width, settings.height
     options, upscaler = highres

@@ -95,8 +95,8 @@ LINE_OPTIONS: Mapping[str, prompt_lines.LineOption] = {
 def read_line(line: str, where: str = "the prompt") -> dict[str, Any]:
     """Read a prompt line into `prompt` and its options by key; unknown options are ignored with a warning.
 
-    where: names the line in warnings. Raises OptionError if a value cannot be read, or --f is no name of a
-    file, on this system or another.
+    where: names the line in warnings. Raises OptionError if a value cannot be read, or if --f is not a valid
+    file name on every system.
     """
     values = prompt_lines.parse_line(line, LINE_OPTIONS, where)
     name = values.get("file_name")
@@ -148,15 +148,15 @@ _EACH = re.compile(r"[eE]\$\$")
 
 
 def enumerates(text: str) -> bool:
-    """Return whether a text has a group that makes several pictures."""
+    """Return whether a text has an `{e$$...}` group, which makes several pictures."""
     return any(_EACH.match(found[1]) for found in re.finditer(r"(?<!\\)\{([^{}]{1,3})", text))
 
 
 def expand(text: str, random: Random) -> list[str]:
-    """Return the texts that a prompt stands for: one, or with `{e$$...}` groups one for each choice of them.
+    """Return the texts that a prompt stands for: one, or one for each choice of its `{e$$...}` groups.
 
-    Choices are drawn from `random`, for each of the texts from the same state. Equal texts are given once.
-    Raises OptionError if there are more texts than any run would make.
+    The choices of each text are drawn from the same state of `random`. Equal texts are returned once. Raises
+    OptionError if there are more than MAX_VARIANTS texts.
     """
     texts: dict[str, None] = {}
     for made, one in enumerate(_expansions(text, random), 1):
@@ -185,7 +185,7 @@ def _expansions(text: str, random: Random) -> Iterator[str]:
 
 
 def _read_group(content: str) -> tuple[list[str], int, int, str]:
-    """Return the options of a group, how many of them are taken at least and at most, and their separator."""
+    """Return a group's options, the least and the largest number of them to take, and their separator."""
     counts = _COUNTS.match(content)
     if counts is None:
         return content.split("|"), 1, 1, JOINER
@@ -201,7 +201,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Inputs:
-    """Input pictures in the order in which they are used; () where there are none."""
+    """Input pictures in the order of use; () if there are none of a kind."""
 
     images: tuple[Path, ...] = ()
     masks: tuple[Path, ...] = ()
@@ -216,7 +216,7 @@ class Inputs:
         return _in_turn(self.masks, number)
 
     def guides_of(self, number: int) -> tuple[Path, ...]:
-        """Return its guide pictures: one for each ControlNet, or the only one there is for all."""
+        """Return the guides of the `number`th picture: one for each ControlNet, or a single one for all."""
         if len(self.guides) <= 1:
             return self.guides
         first = number % (len(self.guides) // self.guides_at_once) * self.guides_at_once
@@ -226,8 +226,8 @@ class Inputs:
 def find_inputs(options: PictureInputOptions, control_nets: int) -> Inputs:
     """List the input pictures of a run, and read their headers.
 
-    control_nets: how many guide pictures each picture needs, at least one. Raises OptionError if there are
-    not as many, or a multiple, or a file is missing, MediaError if one is no picture.
+    control_nets: guides for each picture, at least one. Raises OptionError if a file is missing, or the
+    number of guides is neither 1 nor a multiple of it; MediaError if a file is no picture.
     """
     guides = [_list_pictures(path) for path in options.guide_image_path or ()]
     inputs = Inputs(
@@ -263,9 +263,9 @@ class Line:
 
     label: str  # in messages: "line 3"
     text: str
-    # of an input picture's metadata, in place of options in the text; nothing is expanded in it
+    # from an input picture's metadata, in place of options in the text; it has no variants
     negative_prompt: str | None = None
-    image_number: int | None = None  # the input picture that it belongs to; None: that which is next
+    image_number: int | None = None  # the input picture that it belongs to; None: the next one
     pictures: int | None = None  # how many are made of it; None: as the options say
 
     @property
@@ -274,7 +274,7 @@ class Line:
 
 
 def list_lines(options: GenImgOptions, inputs: Inputs) -> list[Line]:
-    """Return the lines of a run whose prompts do not come one by one.
+    """Return the lines of a run that takes them from --from_file, --prompt or its input pictures.
 
     Raises OptionError if there are none, MediaError if an input picture cannot be read.
     """
@@ -338,11 +338,11 @@ def module_lines(
 ) -> Callable[[int | None], Iterator[Line]]:
     """Call a module's get_prompter(args, pipe, networks); return the function that yields a round's lines.
 
-    args: the options by their names, as attributes. pipe: the loaded `contract.Model`, whose `unet`, `vae`
-    and `texts` are the networks. networks: `loras.ChosenLoras`, or None. random: draws seeds. made: returns
-    how many pictures there are in the round. The function takes the seed of the round, of --iter_same_seed,
-    and ends when the module gives None. A single prompt is made --images_per_prompt times, of several each
-    once. Both raise UserError if the module fails.
+    args: all options, as attributes. pipe: the loaded `contract.Model`, whose `unet`, `vae` and `texts` are
+    the networks. networks: `loras.ChosenLoras`, or None. random: draws seeds. made: returns the number of
+    pictures so far in the round. The returned function takes the round's seed (--iter_same_seed) and ends
+    when the prompter returns None. The prompt of a list of one is made --images_per_prompt times, those of
+    longer lists once each. Raises UserError if the module fails, as does the returned function.
     """
     args = Namespace(**option_values(options))
     name = f"--from_module {options.prompts.from_module}"

@@ -56,7 +56,7 @@ class LllitePart:
 
 
 class LlliteModule(nn.Module):
-    """The change of one layer's input. Attribute names are those of the files."""
+    """Changes the input of one layer. Attribute names are those of the files."""
 
     def __init__(self, part: LllitePart) -> None:
         super().__init__()
@@ -181,9 +181,9 @@ class Lllites:
 
     @contextlib.contextmanager
     def for_batch(self, pictures: Sequence[AskedPicture], width: int, height: int) -> Iterator[Idea | None]:
-        """Hang them in for a batch of pictures of that size, out at the end; yield None if it has no guides.
+        """Attach the modules while a batch of this size is made; yield the hook, or None if it has no guides.
 
-        Raises OptionError if a picture has another number of guides, MediaError if one cannot be read.
+        Raises OptionError for a wrong number of guides, MediaError if one cannot be read.
         """
         if not any(picture.guides for picture in pictures):
             yield None
@@ -192,7 +192,7 @@ class Lllites:
         acting: list[
             Tensor | None
         ] = []  # guides of each LLLite that acts in the present step, B 3 H W in 0..1
-        # of modules that have run: the guides, and what these became
+        # for modules that have run: the guides, and their embedding
         embedded: dict[LlliteModule, tuple[Tensor, Tensor]] = {}
 
         def begin(call: UnetCall) -> UnetCall:
@@ -217,7 +217,7 @@ class Lllites:
             return change
 
         with contextlib.ExitStack() as hooks:
-            # of several in one layer, each takes what the one after it made of the input
+            # if several change one layer, the last one is applied first
             for number, layers in reversed(list(enumerate(self._layers))):
                 for layer, module in layers:
                     hook = layer.register_forward_pre_hook(changed_by(number, module))

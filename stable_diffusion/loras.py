@@ -56,8 +56,8 @@ class ChosenLoras:
     def settle(self, multipliers: Multipliers | None, part: int | None = None) -> Multipliers:
         """Return the strength of each LoRA.
 
-        multipliers: of a prompt (`--am`); the last one counts for the LoRAs without; None: those of the
-        command line. part: all but this one have no effect. Raises OptionError if there are too many.
+        multipliers: a prompt's (`--am`), the last repeated for further LoRAs; None: the command line's. part:
+        the only LoRA with an effect; None: all. Raises OptionError if there are too many multipliers.
         """
         given = self._defaults if multipliers is None else multipliers
         if len(given) > len(self) or not given:
@@ -138,7 +138,7 @@ def check_networks(loras: Sequence[LoraFile], release: OpenedCheckpoint) -> None
 def check_kind(loras: Sequence[LoraFile], kind: ModelKind) -> None:
     """Compare LoRAs with the kind of a checkpoint.
 
-    Raises CheckpointError if one takes texts as wide as another kind's; warns if one says that it is for it.
+    Raises CheckpointError if one has another kind's text width, warns if its metadata name another kind.
     """
     for lora in loras:
         made = read_family(lora.metadata)
@@ -227,7 +227,7 @@ def _folded(targets: Sequence[_Target], uses: Sequence[LoraUse]) -> Callable[[Mu
 
 
 def _added(target: _Target, uses: Sequence[LoraUse], model: Model) -> list[dict[str, AddedPart]]:
-    """Return each file's additions to a network, by our names of modules; it is added from now on."""
+    """Attach each file's LoRA to a network; return what each adds, by our names of modules."""
     known = places(target.network, target.published)
     parts = []
     for use in uses:

@@ -25,7 +25,7 @@ from stable_diffusion.text import PictureVectors, Texts
 
 
 class MakesIdeas(Protocol):
-    """Maker of an `Idea` for each batch of a run, which sets up modules for it as long as it is used."""
+    """Makes an `Idea` for each batch of a run, and sets up modules as long as the batch is made."""
 
     def for_batch(
         self, pictures: Sequence[contract.AskedPicture], width: int, height: int
@@ -71,9 +71,8 @@ class Maker:
     ) -> contract.Made:
         """Make a batch. A picture does not depend on the others of its batch.
 
-        pictures: of equal settings. Pictures that differ in the length of texts, or in having an input
-        picture or a mask, are made one group after the other; each one that guides steer is made alone.
-        start: a start in place of the pictures' input images. Raises UserError.
+        pictures: all with equal settings. They are made in groups of equal text length and kinds of inputs,
+        or one at a time if CLIP or VGG16 steers them. start: replaces the input images. Raises UserError.
         """
         for picture in pictures:
             starting.check_start(self.model, picture, start)
@@ -140,7 +139,7 @@ class Maker:
         texts: _Texts,
         picture: contract.AskedPicture,
     ) -> Tensor:
-        """picture: one of the batch, whose settings are those of all."""
+        """Return the denoised latents. picture: any of the group, as all have the same settings."""
         sampler, settings = beginning.sampler, picture.settings
         guidance = samplers.make_guidance(settings.scale, settings.negative_scale)
         if self.guides is not None:
@@ -192,7 +191,7 @@ class Maker:
         return split_parts(picture.prompt) if picture.settings.parts > 1 else [picture.prompt]
 
     def _avoided(self, picture: contract.AskedPicture) -> list[str]:
-        """Return the negative text, and with three passes the empty one; nothing without guidance."""
+        """Return the negative text, with three passes also the empty one; [] without guidance."""
         settings = picture.settings
         if not samplers.is_guided(settings.scale, settings.negative_scale):
             return []
@@ -202,7 +201,7 @@ class Maker:
         settings, chunks = pictures[0].settings, self._chunks(pictures[0])
         prompts = [self._parts(picture) for picture in pictures]
         avoided = [self._avoided(picture) for picture in pictures]
-        # with a mask of regions part i sees LoRA i alone, in the negative text too; without, all see all
+        # with a mask of regions part i has LoRA i alone, in the negative text too; without one, all LoRAs
         is_regional = settings.parts > 1 and pictures[0].mask is not None
         states: dict[tuple[str, int | None], contract.TextState] = {}
         for number in range(settings.parts):
@@ -222,7 +221,7 @@ class Maker:
             return join_parts(found, regions.of(picture, settings.width, settings.height))
 
         def everywhere(number: int) -> list[contract.TextState] | None:
-            """Return the states of the negative (0) or empty (1) texts, which count in each part."""
+            """Return the states of the negative (0) or empty (1) texts, repeated for each part, if any."""
             if len(avoided[0]) <= number:
                 return None
             pairs = zip(pictures, avoided, strict=True)
@@ -245,9 +244,9 @@ class Maker:
 
 
 def time_ids(settings: contract.PictureSettings, negative: bool) -> Tensor:
-    """Return SDXL's size conditions: original height and width, crop, height and width of the result.
+    """Return SDXL's size conditions, 1 6: original height and width, crop top and left, height and width.
 
-    A missing one is the picture's own size; for negative texts, the original size of the prompt's.
+    Original sizes default to the picture's size, those of negative texts to the prompt's.
     """
     sizes = settings.sizes
     height = settings.height if sizes.original_height is None else sizes.original_height

@@ -33,9 +33,9 @@ ADDED = (("label_emb.0.0", "add_embedding.linear_1"), ("label_emb.0.2", "add_emb
 
 
 def unet_blocks(layers: Sequence[int]) -> Iterator[tuple[str, str, bool]]:
-    """Yield (path in LDM, ours, whether it is an attention rather than a residual block).
+    """Yield (LDM path, our path, whether the block is an attention rather than a residual block).
 
-    layers: residual blocks of each level on the way down.
+    layers: number of residual blocks of each level on the way down.
     """
     down = up = 0
     for level, (left, right) in enumerate(zip(layers, layers[::-1], strict=True)):
@@ -54,9 +54,9 @@ def unet_blocks(layers: Sequence[int]) -> Iterator[tuple[str, str, bool]]:
 
 
 def unet_samplers(layers: Sequence[int]) -> Iterator[tuple[str, tuple[str, str], str, str]]:
-    """Yield the paths in LDM, and ours, of what changes the size behind each level.
+    """Yield for each level but the last the LDM paths of downsampler and upsampler, then ours of both.
 
-    The one on the way up follows the attention, if there is one: its path is the first, else the second.
+    The upsampler's LDM path is the first of its pair if it follows an attention, else the second.
     """
     down = up = 0
     for level, (left, right) in enumerate(zip(layers[:-1], layers[:0:-1], strict=True)):
@@ -67,10 +67,10 @@ def unet_samplers(layers: Sequence[int]) -> Iterator[tuple[str, tuple[str, str],
 
 
 def _pairs(levels: int, transformer: str, plain: tuple[int, ...]) -> Pairs:
-    """Return all modules of a U-Net.
+    """Return the names of all modules of a U-Net.
 
-    transformer: number of its transformer blocks, or `{n}`. plain: levels on the way up without attention, in
-    the released models.
+    transformer: index of the transformer block, or `{n}`. plain: levels on the way up that have no attention
+    in the released models.
     """
     pairs: list[tuple[str, str]] = [*ENDS]
     inside = [

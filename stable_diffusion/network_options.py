@@ -97,7 +97,7 @@ class ControlOptions(Options, title="ControlNet"):
 
 
 def read_preparation(text: str) -> tuple[int, int] | None:
-    """Read a value of --control_net_preps. Raises OptionError if it is none that can be prepared here."""
+    """Read a value of --control_net_preps: None, or Canny's thresholds. Raises OptionError for others."""
     if text == "none":
         return None
     found = re.fullmatch(r"canny(?:_(\d{1,5})(?:_(\d{1,5}))?)?", text)
@@ -115,7 +115,7 @@ def check_control(
     shrinks: bool,
     compared_by: str | None = None,
 ) -> None:
-    """Compare with other options. guides: --guide_image_path. shrinks: whether --ds_depth_1 is given.
+    """Check against other options. guides: --guide_image_path. shrinks: whether --ds_depth_1 is given.
 
     compared_by: the option by which CLIP or VGG16 see the guide pictures. Raises OptionError if pictures are
     missing or the options do not work together.

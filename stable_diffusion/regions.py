@@ -31,10 +31,10 @@ _DARK = 1e-4  # below it, no part has a pixel: they share it
 def read_regions(path: Path, parts: int, width: int, height: int, color_codes: int | None = None) -> Tensor:
     """Return the region of each part of a prompt: P height width, float32, 0..1.
 
-    The red, green and blue channels are the regions of parts 1 to 3. color_codes: pure colours are regions
-    instead, as many as this: red is bit 1 of the number of a part, green bit 2, blue bit 4. Parts without a
-    channel or a colour, and those whose region is empty, act everywhere.
-    Raises MediaError if the image cannot be read.
+    The red, green and blue channels are the regions of parts 1 to 3. color_codes: number of parts that pure
+    colours mark instead: the number of a part is the sum of red 1, green 2 and blue 4. Parts without a
+    channel or a colour, and those whose region is empty, act everywhere. Raises MediaError if the image
+    cannot be read.
     """
     pixels = Image.fromarray(read_image(path))
     # colours must not blend into other codes
@@ -90,7 +90,7 @@ def join_parts(states: Sequence[TextState], regions: Tensor) -> TextState:
 def check_regions(parts: int, loras: int, is_folded: bool) -> None:
     """Raise OptionError if a mask cannot give each part of a prompt and its LoRA a region.
 
-    loras: those that are not folded into the checkpoint for good. is_folded: they are, for each batch.
+    loras: number of LoRAs that are not folded in for good. is_folded: LoRAs are folded in for each batch.
     """
     if is_folded:
         raise OptionError(
@@ -115,8 +115,9 @@ class Regions:
         layers: Sequence[Mapping[str, AddedPart]] | None = (),
         color_codes: int | None = None,
     ) -> None:
-        """layers: of each LoRA, by the name of the module; None: LoRAs are folded into the weights, for each
-        batch. color_codes: see `read_regions`.
+        """layers: what each LoRA adds, by module name; None: LoRAs are folded in for each batch.
+
+        color_codes: see `read_regions`.
         """
         self._is_folded = layers is None
         self._layers = layers or ()
@@ -136,7 +137,7 @@ class Regions:
 
     @contextlib.contextmanager
     def for_batch(self, pictures: Sequence[AskedPicture], width: int, height: int) -> Iterator[Idea | None]:
-        """Put the regions of a batch into the U-Net; take them out at the end. None if there is one part.
+        """Put the regions of a batch into the U-Net until the batch is made; yield None if there is one part.
 
         The context of every row of a call has all parts, one after the other: R P*L C.
         """
@@ -186,7 +187,7 @@ class _Batch:
                 module.forward = self._coupled(module.forward)
 
     def region_of(self, part: int, name: str) -> Callable[[Tensor], Tensor]:
-        """Return the factor for the addition of a part's LoRA to a module of this name."""
+        """Return a function that limits to its region what a part's LoRA adds to the module `name`."""
         if name.endswith((".attn2.to_k", ".attn2.to_v")):
             return lambda added: self._for_text(part, added)
         return lambda added: self._for_features(part, added)
@@ -233,7 +234,7 @@ class _Batch:
         return self._size
 
     def _at(self, kept: dict[tuple[int, int], Tensor], size: tuple[int, int]) -> Tensor:
-        """Return masks or weights at a size of features, B P h w float32, made once."""
+        """Return masks or weights at a size of features, B P h w float32; `kept` remembers them by size."""
         if size not in kept:
             resized = resize(self._regions, size)
             kept[size] = part_weights(resized) if kept is self._weights else resized

@@ -61,8 +61,8 @@ class PictureFiles:
     def save(self, picture: AskedPicture, image: Image, digit: str, number: int) -> Path:
         """Write a picture under a free name, completely or not at all. Returns its path.
 
-        digit: of the stage, empty if there is one stage. number: of the picture in its batch, from 0. Raises
-        OutputError if it cannot be written.
+        digit: stands for the stage in the name; empty if there is one stage. number: index of the picture in
+        its batch. Raises OutputError if it cannot be written.
         """
         # under the names of the image guides
         settings = picture.settings
@@ -98,7 +98,7 @@ class PictureFiles:
         if picture.file_name is not None:
             return _named(picture.file_name.removesuffix(".png"), digit)
         if self.options.use_original_file_name and picture.image is not None:
-            # without control codes, in so many bytes as --f may have
+            # without control codes, cut to the most bytes that --f may have
             stem = replace_control_codes(picture.image.stem).encode("utf-8")[:LONGEST_NAME]
             return _named(stem.decode("utf-8", "ignore"), digit)
         if self.options.sequential_file_name:
@@ -107,7 +107,7 @@ class PictureFiles:
         return (f"{start}{free:03d}_{picture.seed}" for free in count(number))
 
     def _numbered(self, start: str) -> Iterator[str]:
-        """Yield numbers after the last file there is, whoever has written it."""
+        """Yield numbered names, beginning after the last existing file, whoever wrote it."""
         if start not in self._last:
             names = (path.stem.removeprefix(start) for path in self.options.outdir.glob(f"{start}??????.png"))
             self._last[start] = max((int(name) for name in names if name.isdecimal()), default=0)
@@ -210,9 +210,9 @@ class Run:
 
 
 def generate(options: GenImgOptions, load: Load = assemble) -> None:
-    """Make all pictures that the options ask for. load: loads what makes them, usually the checkpoint.
+    """Make all pictures that the options ask for. load: loads the checkpoint and returns a `Maker`.
 
-    Raises UserError; with several prompts only after all that work are made.
+    Raises UserError; with several prompts only after the pictures of all usable ones are made.
     """
     device = choose_device(options.device)
     make_folder(options.output.outdir, "--outdir")
@@ -220,7 +220,7 @@ def generate(options: GenImgOptions, load: Load = assemble) -> None:
     highres = prepare_highres(options.highres)
 
     def start(lines: Sequence[Line] | None = None) -> Run:
-        """Load the networks. lines: all that are asked for, if they are known."""
+        """Load the networks. lines: all lines of the run, if they are known."""
         maker = load(options, device)
         kind = maker.model.kind
         asking = Asking(options, kind, inputs, make_seeds(options, lines))
@@ -261,7 +261,7 @@ def generate(options: GenImgOptions, load: Load = assemble) -> None:
 def _make_lines(
     options: GenImgOptions, start: Callable[[Sequence[Line]], Run], lines: Sequence[Line], failures: Failures
 ) -> list[Path]:
-    """Make the pictures of known lines. Faults in a line show before a model is loaded, by `start`."""
+    """Make the pictures of known lines. All lines are checked before `start` loads a model."""
     usable = []
     for line in lines:
         with failures.note_errors(line.label):

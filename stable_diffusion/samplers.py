@@ -63,10 +63,10 @@ def make_scheduler(
 ) -> Any:
     """Return the diffusers scheduler of a --sampler, with the defaults of its class for all else.
 
-    steps_offset: the lowest timestep, in classes that have it. zero_terminal_snr: the last timestep of
-    training is noise alone; sampling begins there (timesteps are spaced from the end), or a model trained so
-    would never be asked what it is for; only for models that predict v, as noise tells nothing where all is
-    noise. Source: Lin et al. 2023, arXiv 2305.08891.
+    steps_offset: the lowest timestep, in classes that have it. zero_terminal_snr: make the last timestep of
+    training pure noise, and begin sampling there (timesteps are spaced from the end). Only for models that
+    predict v, as predicted noise says nothing about a sample of noise alone. Source: Lin et al. 2023, arXiv
+    2305.08891.
     """
     made_by, own = _SCHEDULERS[sampler.removeprefix("k_")]
     accepted = inspect.signature(made_by.__init__).parameters
@@ -88,10 +88,10 @@ def make_scheduler(
 
 
 def _lms_coefficient(scheduler: Any, order: int, index: int, which: int) -> float:
-    """Return the weight of an earlier derivative in a linear multistep of that order.
+    """Return the weight of the derivative `which` steps back (0: latest) in a multistep of that order.
 
-    It is the integral over the step of the polynomial that is 1 at the derivative's own noise level and 0 at
-    those of the others. which: 0 is the latest. Three points of Gauss are exact: its degree is 3 at most.
+    It is the integral over the step of the polynomial that is 1 at that derivative's noise level and 0 at the
+    others'. Three Gauss points are exact, as the degree is at most 3.
     """
     here, there = (float(scheduler.sigmas[place]) for place in (index, index + 1))
     levels = [float(scheduler.sigmas[index - back]) for back in range(order)]
@@ -120,7 +120,7 @@ def check_sampling(options: SamplingOptions, predicts_velocity: bool) -> None:
 
 
 def _zero_snr_betas() -> list[float]:
-    """Return betas whose last share of data is as good as none: 2^-24, as in diffusers' own classes."""
+    """Return betas that leave almost no data at the last timestep: 2^-24, as in diffusers' own classes."""
     low, high = (float(TRAINED[name]) ** 0.5 for name in ("beta_start", "beta_end"))
     betas = rescale_zero_terminal_snr(torch.linspace(low, high, TRAINED["num_train_timesteps"]) ** 2)
     before = float((1 - betas[:-1]).double().prod())
@@ -141,12 +141,12 @@ class SchedulerSolver:
     scheduler: Any
     generators: Sequence[torch.Generator]  # one for each picture, on the CPU
     first: int = 0  # the index in `schedule` that denoising begins at
-    # makes a step by means of the scheduler's own one, which it is given; None: that alone
+    # wraps a step; it is given the scheduler's own step. None: that step alone
     around: Callable[[MakeStep, int, Tensor, Tensor], Tensor] | None = None
 
     @cached_property
     def schedule(self) -> Schedule:
-        """Timesteps as the scheduler lists them: some list more than steps, as they call the network more."""
+        """Noise levels and timesteps as the scheduler lists them: some list several for one step."""
         timesteps = self.scheduler.timesteps.float()
         places = timesteps.long().clamp(0, TRAINED["num_train_timesteps"] - 1).to("cpu")
         shares = self.scheduler.alphas_cumprod.to("cpu").double()[places]
@@ -166,7 +166,7 @@ class SchedulerSolver:
         return self.scheduler.scale_model_input(sample, self.scheduler.timesteps[index])
 
     def add_noise(self, index: int, latents: Tensor, noise: Tensor) -> Tensor:
-        """Return latents B 4 h w, clean, with noise as samples have it before the step of that index.
+        """Add noise to clean latents B 4 h w, as much as samples have before the step of that index.
 
         Call only before the first step, for `first`, or right after a step, for the next one.
         """
@@ -194,10 +194,10 @@ class SchedulerSolver:
 def begin_sampling(
     scheduler: Any, steps: int, generators: Sequence[torch.Generator], strength: float | None = None
 ) -> SchedulerSolver:
-    """Set a scheduler to so many steps; it forgets earlier steps.
+    """Set a scheduler to this many steps and return its solver; earlier steps are forgotten.
 
-    strength: the share of the steps that image to image makes; None: all. Its solver begins at
-    `schedule.num_steps`, so that no step is made, if that is less than one step.
+    strength: the share of the steps to make, for image to image; None: all. If that is less than one step,
+    the solver begins at `schedule.num_steps` and makes none.
     """
     if isinstance(scheduler, PNDMScheduler):
         # its Runge-Kutta steps work from pure noise only; diffusers' inpainting leaves them out too
@@ -300,8 +300,8 @@ def is_guided(scale: float, negative_scale: float | None) -> bool:
 def make_guidance(scale: float, negative_scale: float | None) -> Guidance:
     """Return classifier-free guidance: u + s (c - u), u of the negative text, c of the prompt.
 
-    With negative_scale k the empty text r comes in: r + s (c - r) - k (u - r). Without negative conditions
-    it is the prompt's pass alone. Source: Ho and Salimans 2022, arXiv 2207.12598.
+    With negative_scale k, and r of the empty text: r + s (c - r) - k (u - r). Without negative conditions it
+    is c alone. Source: Ho and Salimans 2022, arXiv 2207.12598.
     """
 
     def guide(step: Step, predict: Predict, section: Section) -> Tensor:

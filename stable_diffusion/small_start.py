@@ -1,10 +1,9 @@
-"""Pictures that begin small: Deep Shrink, and Gradual Latent at the end.
+"""Pictures that begin small: Deep Shrink, and at the end of this file Gradual Latent.
 
-Deep Shrink: early in denoising the U-Net's inner features are made smaller, then larger again.
-
-So the composition of a large picture is made at a size that the model knows. Source: kohya-ss, "Deep
-Shrink", 2023. Depths count the U-Net's input blocks as the released files number them: 0 is the first
-convolution, then each residual block (with its attention) and each halving is one more.
+Deep Shrink makes the U-Net's inner features smaller early in denoising, so that the composition of a large
+picture is made at a size that the model knows. Source: kohya-ss, "Deep Shrink", 2023. Depths count the
+U-Net's input blocks as the released files number them: 0 is the first convolution, then each residual block
+(with its attention) and each halving is one more.
 """
 
 import logging
@@ -99,7 +98,7 @@ def resize_like(features: Tensor, size: Size) -> Tensor:
 
 @dataclass(eq=False)
 class _Shrinking:
-    """Deep Shrink at work: an `Idea`, which settles what the hooks in the U-Net do in the next call."""
+    """An `Idea` that decides before each call what Deep Shrink's hooks in the U-Net do."""
 
     shrink: DeepShrinkOptions
     blocks: Sequence[nn.Module]
@@ -145,8 +144,8 @@ class _Shrinking:
             return None
         self.skips = [_size(skip) for skip in reversed(kwargs["res_hidden_states_tuple"])]
         wanted = kwargs.get("upsample_size")
-        # of a picture with an odd side diffusers' U-Net enlarges to the next skip's size straight away, which
-        # is right unless that one is from before the features were made smaller
+        # for a picture with an odd side diffusers' U-Net enlarges straight to the next skip's size, which is
+        # right unless that skip is from before the features were made smaller
         if wanted is not None and [-(-side // 2) for side in wanted] != list(self.skips[-1]):
             wanted = None
         fitted = resize_like(kwargs["hidden_states"], self.skips[0])
@@ -168,7 +167,7 @@ def _size(features: Tensor) -> Size:
 
 
 def _install(shrinking: _Shrinking, unet: Any) -> Iterator[Any]:
-    """Add hooks to diffusers' U-Net; yield what removes each."""
+    """Add hooks to diffusers' U-Net; yield the handles that remove them."""
     for depth, block in enumerate(shrinking.blocks):
         yield block.register_forward_pre_hook(lambda _, args, depth=depth: shrinking.enter_block(depth, args))
     for output in unet.up_blocks:
@@ -197,7 +196,7 @@ NEARLY = 1 - 1e-6  # a ratio that is 1 but for the rounding of its sum
 
 
 def size_at(full: Size, ratio: float) -> Size:
-    """Return the size of latents at a ratio of their full size, down to multiples of 8, at least 8."""
+    """Return the size of latents at a ratio of their full size, floored to multiples of 8, at least 8."""
     if ratio >= NEARLY:
         return full
     height, width = (max(int(side * ratio) // STEP * STEP, min(STEP, side)) for side in full)
@@ -205,9 +204,9 @@ def size_at(full: Size, ratio: float) -> Size:
 
 
 def plan_growth(timesteps: Sequence[float], gradual: GradualLatentOptions) -> dict[int, float]:
-    """Return the ratio that steps let the latents grow to, by the place of a step in `timesteps`.
+    """Return the size ratio that each growing step enlarges to, by the step's index in `timesteps`.
 
-    timesteps: of the steps that are made, falling.
+    timesteps: those of the steps to make, falling.
     """
     growth: dict[int, float] = {}
     ratio, last = gradual.gradual_latent_ratio, None
@@ -224,10 +223,10 @@ def plan_growth(timesteps: Sequence[float], gradual: GradualLatentOptions) -> di
 def begin_small(
     latents: Tensor, sampler: SchedulerSolver, gradual: GradualLatentOptions
 ) -> tuple[Tensor, SchedulerSolver]:
-    """Return the start of denoising, B C 1 h w, in its first size, and the sampler that makes it grow.
+    """Return the start latents, B C 1 h w, at their first size, and the sampler that makes them grow.
 
-    If no step is made, all stays as it is. Raises OptionError if the blur of an unsharp mask is larger than
-    the latents.
+    If no step is made, both stay as they are. Raises OptionError if the blur of an unsharp mask is larger
+    than the latents.
     """
     if sampler.first >= sampler.schedule.num_steps:
         return latents, sampler
@@ -269,7 +268,7 @@ def check_batch(pictures: Sequence[AskedPicture], sampler: str) -> None:
 
 @dataclass(frozen=True, eq=False)
 class GrowingSteps:
-    """Stand around the steps of euler_a, which draws noise in the size of its sample; some enlarge it."""
+    """Wraps the steps of euler_a: some enlarge the sample first, so that noise is drawn at its new size."""
 
     scheduler: Any
     full: Size

@@ -34,10 +34,7 @@ LEAST_STEP, MOST_STEP = 2.0, 4.0
 
 
 def vary_noise(noise: Tensor, options: StartNoiseOptions, generator: torch.Generator) -> Tensor:
-    """Return the start noise of a picture, C h w with a standard deviation of 1, changed or not.
-
-    First pyramid noise with its probability, then the offset with its own.
-    """
+    """Add pyramid noise, then an offset, each with its probability. noise: C h w, standard deviation 1."""
     if _hits(options.pyramid_noise_prob, generator):
         assert options.pyramid_noise_discount_range is not None
         noise = add_pyramid(noise, _between(options.pyramid_noise_discount_range, generator), generator)
@@ -86,9 +83,7 @@ def _draw(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> T
 
 # Inpainting: what the mask leaves black is put back after each step, as noisy as the rest is then.
 def mask_pixels(mask: Image.Image, width: int, height: int) -> Tensor:
-    """Return a mask of that size, 1 1 H W: 1 where it is lighter than half grey, which is painted anew; else
-    0. So it is in diffusers' pipelines, even with soft edges.
-    """
+    """Return a mask of that size, 1 1 H W: 1 (painted anew) from half grey on, else 0, as in diffusers."""
     grey = fit(mask.convert("RGB"), width, height).convert("L")
     values = torch.from_numpy(np.asarray(grey, dtype=np.float32) / 255)
     return (values >= 0.5).float()[None, None]
@@ -96,11 +91,11 @@ def mask_pixels(mask: Image.Image, width: int, height: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Inpainting:
-    """Stands around the steps of a sampler. After each of them latents are
+    """Wraps the steps of a sampler. After each step the latents become
 
         original with noise * (1 - mask) + latents * mask
 
-    and after the last one without noise.
+    and after the last one the original has no noise.
     """
 
     sampler: SchedulerSolver
@@ -129,7 +124,7 @@ class Beginning:
 
 
 def is_masked(picture: AskedPicture) -> bool:
-    """Whether a picture is inpainted. A mask of a prompt with several parts shows their regions instead."""
+    """Tell whether a picture is inpainted: a mask of a prompt with several parts shows their regions."""
     return picture.mask is not None and picture.settings.parts == 1
 
 
@@ -138,7 +133,7 @@ def strength_of(picture: AskedPicture, start: SecondStart | None) -> float | Non
 
 
 def check_start(model: Model, picture: AskedPicture, start: SecondStart | None) -> None:
-    """Raise OptionError if a picture cannot begin as it says."""
+    """Raise OptionError if a mask lacks its picture, or an inpainting checkpoint its mask."""
     if is_masked(picture) and picture.image is None and start is None:
         raise OptionError(
             f"{picture.label}: the mask {picture.mask} needs --image_path, the picture that is repainted "

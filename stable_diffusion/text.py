@@ -41,9 +41,9 @@ class Texts:
     ) -> None:
         """Teach the encoders the words of embeddings, which adds rows to their networks.
 
-        layers: with --XTI_embeddings, names of the U-Net's cross-attentions: a text has states for each, one
-        after the other. Raises OptionError if an encoder lacks the layer of --clip_skip, CheckpointError as
-        `add_words`.
+        layers: names of the U-Net's cross-attentions, with --XTI_embeddings: a text then has states for each
+        of them, one after the other. Raises OptionError if an encoder lacks the layer of --clip_skip,
+        CheckpointError as `add_words`.
         """
         self._towers = add_words(towers, kind, _read_words(options, layers))
         self._copies = max(len(layers), 1)  # of a text's states
@@ -62,8 +62,8 @@ class Texts:
         """Return the states of a text. They are remembered: do not change them in place.
 
         chunks: fill the text up to this many; None: as many as it takes. networks: further values that the
-        result depends on, such as multipliers of LoRAs in the text encoders. Weights multiply the states of
-        each encoder by itself. The pooled state (SDXL) is that of the last encoder's first chunk, without
+        result depends on, such as multipliers of LoRAs in the text encoders. Weights multiply each encoder's
+        states separately. The pooled state (SDXL) is the last encoder's, of the first chunk and without
         weights.
         """
         chunks = self.chunks(text) if chunks is None else chunks
@@ -113,7 +113,7 @@ class Texts:
         return TextState(torch.cat(contexts, dim=-1), pooled)
 
     def _cut_all(self, text: str) -> list[list[tokenizers.Chunk]]:
-        """Return a text's chunks for each encoder, those that are read. Warn if that is not all."""
+        """Return each encoder's chunks of a text, at most --max_embeddings_multiples; warn if it has more."""
         parts = tokenizers.parse_weights(text)
         found = [tokenizers.cut_into_chunks(parts, tower.tokenize) for tower in self._towers]
         longest = max(range(len(found)), key=lambda index: len(found[index]))
@@ -130,10 +130,10 @@ class Texts:
 
 
 def weigh_states(states: Tensor, weights: Sequence[float], mode: str) -> Tensor:
-    """Multiply states by weights; with mode "original" or "abs", scale the result to the mean that they had.
+    """Multiply states by weights; with mode "original" or "abs", restore their mean by scaling.
 
-    states: L C. weights: L. mode: "original": the mean with signs, "abs": that of absolute values, "none": no
-    scaling. Computed in float32 and rounded once; returns the same states if all weights are 1.
+    states: L C. weights: L. mode: "original" restores the mean, "abs" the mean of absolute values, "none"
+    neither. Computed in float32 and rounded once; returns the same states if all weights are 1.
     """
     if all(weight == 1 for weight in weights):
         return states
@@ -151,7 +151,7 @@ def check_texts(
     """Compare options with a checkpoint's text encoders before these are loaded.
 
     configs: dimensions of the text encoders. layers: as for `Texts`. Raises OptionError or CheckpointError as
-    `Texts`, but for words that are tokens already.
+    `Texts` does, except for words that are already tokens.
     """
     for config in configs:
         _check_layer(options.clip_skip, config.num_layers, kind)
@@ -176,7 +176,7 @@ def _check_layer(clip_skip: int | None, layers: int, kind: ModelKind) -> None:
 
 
 def _layer_of(tower: TextTower, kind: ModelKind, clip_skip: int | None) -> int:
-    """Return which layer of the tower's network counts, from its end.
+    """Return the layer whose states are used, counted from the end of the tower's network.
 
     --clip_skip counts in the network as it is loaded, as in the known script; its default counts in the
     released one. So it is 1 for Stable Diffusion 2, which is loaded without OpenCLIP's last layer.

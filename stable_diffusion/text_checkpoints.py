@@ -42,7 +42,7 @@ _BESIDE_OPEN_CLIP = ("text_projection*", "logit_scale", "attn_mask")
 
 @dataclass(frozen=True)
 class PooledProjection:
-    """Where the projection of the pooled state is: C x C' once it is made."""
+    """Source of the pooled state's projection; `read` returns it as C x C'."""
 
     checkpoint: Checkpoint
     source: TensorSource
@@ -77,7 +77,7 @@ def read_texts(checkpoint: Checkpoint, kind: ModelKind) -> tuple[TextPlan, ...]:
 def read_folder_text(checkpoint: Checkpoint, is_open_clip: bool, is_projected: bool) -> TextPlan:
     """Plan how to load a text encoder of a diffusers folder, whose config.json is beside the file.
 
-    Released folders of SD 2.x have no layer that is not used; those made from whole OpenCLIP files do.
+    SD 2.x does not use the last layer: released folders lack it, those made from whole OpenCLIP files do not.
     """
     plan = read_clip_text(checkpoint, USE)
     if is_open_clip and not is_projected and plan.config.num_layers > SD2_LAYERS:
@@ -128,7 +128,7 @@ def _without_unused_layer(plan: LoadPlan[ClipTextConfig]) -> LoadPlan[ClipTextCo
 
 
 def _projection(checkpoint: Checkpoint, config: ClipTextConfig) -> PooledProjection:
-    """Find the projection: OpenCLIP has C x C', a linear layer of Hugging Face's C' x C."""
+    """Find the pooled state's projection: OpenCLIP has C x C', Hugging Face's linear layer C' x C."""
     for name, is_linear in (("text_projection", False), ("text_projection.weight", True)):
         if name not in checkpoint.tensors:
             continue

@@ -1,7 +1,7 @@
 """Textual inversion (--textual_inversion_embeddings): words that stand for learned vectors, not for tokens.
 
-The name of a file, without its ending, is the word for all of its vectors; with 1, 2, ... behind it, it is
-the word for a single one behind the first. Words are found in any case, but not inside of other words.
+The name of a file, without its ending, is the word for all of its vectors; with 1, 2, ... appended, it is the
+word for one of the vectors after the first. Words are found in any case, but not inside of other words.
 Extended textual inversion (--XTI_embeddings) has another vector for each cross-attention of the U-Net.
 Sources: Gal et al. 2022, arXiv 2208.01618; Voynov et al. 2023, arXiv 2303.09522 (P+).
 """
@@ -44,7 +44,7 @@ class LearnedWord:
     word: str
     token: str | None  # the word that the file itself names, as diffusers' training writes it
     vectors: tuple[Tensor, ...]  # each V C, float32; one for each text encoder
-    # of extended textual inversion: A; vectors are A*V C, those of a layer one after the other
+    # extended textual inversion: A layers; vectors are A*V C, those of a layer one after the other
     layers: int = 1
     option: str = OPTION
 
@@ -109,7 +109,7 @@ def add_words(
             numbered |= {f"{word.word}{place}": [own[place]] for place in range(1, len(own))}
             if word.token is not None:
                 numbered.setdefault(word.token, own)
-        # what a file is called comes before what follows from another one
+        # names of files take precedence over names derived from other files
         taken = {name.lower() for name in ids}
         ids |= {name: own for name, own in numbered.items() if name.lower() not in taken}
         learned.append(replace(tower, tokenize=with_words(tower.tokenize, ids), strides=strides))
@@ -119,7 +119,7 @@ def add_words(
 def with_words(
     tokenize: Callable[[str], list[int]], words: Mapping[str, Sequence[int]]
 ) -> Callable[[str], list[int]]:
-    """Return a tokenizer that makes these ids of these words, and has `tokenize` make those between them."""
+    """Return a tokenizer that maps `words` to their ids, and the text between them by `tokenize`."""
     names = sorted(words, key=len, reverse=True)  # the longest of those that begin alike
     ids = [list(words[name]) for name in names]
     pattern = re.compile("|".join(f"({_alone(name)})" for name in names), re.IGNORECASE)
@@ -205,7 +205,7 @@ def _not_extended(path: Path, why: str) -> CheckpointError:
 
 
 def _to_rows(path: Path, option: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-    """Return tensors as rows of vectors, each V C float32. Raises CheckpointError if one is none."""
+    """Return tensors as rows of vectors, each V C float32. Raises CheckpointError if this cannot be."""
     for name, tensor in tensors.items():
         is_plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
         is_rows = is_plain and tensor.is_floating_point() and tensor.ndim in (1, 2)
@@ -221,7 +221,7 @@ def _to_rows(path: Path, option: str, tensors: Mapping[str, Tensor]) -> tuple[Te
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
-    """Return the vectors for each text encoder, in their order, and the word that the file itself names."""
+    """Return the vectors for each text encoder, in order, and the word that the file names, or None."""
     content = _read_content(path, OPTION)
     inner = content.get("string_to_param")  # as the Web UI and the paper's own code write it
     if isinstance(inner, Mapping):

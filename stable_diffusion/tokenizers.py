@@ -2,9 +2,9 @@
 
 Tokenizers are in --tokenizer_cache_dir, in the checkpoint's folder, or on the hub.
 
-OpenCLIP's vocabulary is CLIP-L's, so that either's files serve for both. They differ in what fills up a text:
-CLIP-L its end token, OpenCLIP the token 0 ("!" in its released settings), which is not read from the files:
-not all copies of OpenCLIP's say so.
+OpenCLIP and CLIP-L have the same vocabulary, so the files of either serve for both. They differ in padding:
+CLIP-L pads with its end token, OpenCLIP with token 0 ("!" in its released settings). This is not read from
+the files, because some copies of OpenCLIP's do not say it.
 """
 
 import logging
@@ -31,9 +31,9 @@ OPEN_CLIP_PAD = 0
 def find_tokenizers(cache: Path | None, checkpoint: Path, are_open_clip: Sequence[bool]) -> list[ClipWords]:
     """Load the tokenizer of each text encoder.
 
-    cache: the option's folder. checkpoint: file or folder. are_open_clip: of each encoder; else CLIP-L.
-    Raises OptionError if the option names a file, CheckpointError if there is no tokenizer or it cannot be
-    read.
+    cache: folder of --tokenizer_cache_dir. checkpoint: file or folder. are_open_clip: for each encoder
+    whether it is OpenCLIP, else CLIP-L. Raises OptionError if the option names a file, CheckpointError if
+    there is no tokenizer or it cannot be read.
     """
     if cache is not None and cache.exists() and not cache.is_dir():
         raise OptionError(f"{OPTION} {cache}: it is not a folder. Give the folder that holds {CLIP_L}")
@@ -66,7 +66,7 @@ def check_vocabulary(words: ClipWords, rows: int, checkpoint: Path) -> None:
 
 
 def _download(files: TokenizerFiles, cache: Path | None, checkpoint: Path) -> Path:
-    """Return the hub's file; with a folder for tokenizers, a copy there, for runs without a network."""
+    """Download the tokenizer; with a folder for tokenizers keep a copy there, for runs without a network."""
     try:
         file = files.download(checkpoint)
     except CheckpointError as error:

@@ -27,7 +27,7 @@ from wan.spec import LATENT
 def encode_together(
     encoders: MediaEncoders, media: MediaBatch, store: torch.dtype, image_kind: str | None
 ) -> list[CacheEntry]:
-    """Encode all items in one batch: latents, those of control videos, and with `image_kind` the image's.
+    """Encode all items in one batch: latents, control videos, and with `image_kind` the image condition.
 
     store: dtype of the latents. image_kind: i2v, flf2v, vace, one_frame, or None for text-to-video caches.
     Without an image encoder there are no image features: Wan2.2 takes none.
@@ -71,9 +71,9 @@ def batch_conditions(
 ) -> Conditions:
     """Return the text, by task CLIP features, and `condition_latents` B C F H W.
 
-    zeros_on: a model with attention to an image gets zero features where the task has none. They are made on
-    this device: the host would wait for a copy. Raises CacheError, with the command that makes it, if
-    something is missing or the number of images is wrong.
+    zeros_on: the device of the zero features that a model with attention to an image gets if the task has
+    none. They are made there, as the host would wait for a copy. Raises CacheError, with the command that
+    makes it, if something is missing or the number of images is wrong.
     """
     if PLACES in batch.tensors:
         return import_own("wan.one_frame").batch_conditions(task, config, batch)

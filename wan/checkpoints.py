@@ -77,7 +77,7 @@ def identify(path: Path) -> str | None:
 def check_task(header: DitHeader[WanConfig], task: WanTask, path: Path, option: str = "--dit") -> None:
     """Raise CheckpointError if a file is another kind of model than --task says; its size may differ.
 
-    option: which the file was given to.
+    option: the option that named the file.
     """
     if header.config.kind != task.model_kind:
         raise CheckpointError(
@@ -124,7 +124,7 @@ def note_task(
 
 
 def _sources(checkpoint: Checkpoint, header: DitHeader[WanConfig]) -> Mapping[str, TensorSource]:
-    # of whatever dialect: a file of VACE's blocks may have other names than the transformer beside it
+    # any dialect: a file of VACE's blocks may have another one than the transformer
     return rename_sources(plain_sources(checkpoint), lambda name: translate_name(name, FROM_DIFFUSERS))
 
 
@@ -233,7 +233,7 @@ def _config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig:
 
 
 def _check_places(path: Path, layers: int, vace_layers: int) -> None:
-    """Raise CheckpointError if the config.json of the file says that VACE's blocks stand beside others."""
+    """Raise CheckpointError if the file's config.json puts VACE's blocks beside other blocks than usual."""
     usual = list(range(0, layers, layers // vace_layers))
     file, said = config_beside(path)
     is_its = isinstance(said, dict) and said.get("num_layers") == layers

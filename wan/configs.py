@@ -1,7 +1,4 @@
-"""Wan2.1 and Wan2.2 as data: dimensions, the meaning of each `--task`, and the released VAEs.
-
-Of a VAE: the marks of its latents, and the numbers that normalise these.
-"""
+"""Wan2.1 and Wan2.2 as data: dimensions, the meaning of each `--task`, and the released VAEs."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -143,12 +140,12 @@ class WanTask:
     boundary: float | None = None  # timestep from which on the high-noise expert works
     fps: float = 16.0
     keeps_image: bool = False  # an image, if one is given, becomes the first latent frame, which stays clean
-    # with which a training batch of clips keeps its first latent frame clean; None: the model cannot
+    # probability that a training batch of clips keeps its first latent frame clean; None: the model cannot
     first_frame_probability: float | None = None
 
     @property
     def takes_image(self) -> bool:
-        """Whether an image is among the condition channels of the network; a task with it needs one."""
+        """Tell whether the network's condition channels hold an image; such a task needs one."""
         return self.kind in {"i2v", "flf2v"}
 
     @property

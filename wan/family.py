@@ -135,7 +135,7 @@ class Wan(OneTransformer):
 
     @property
     def experts(self) -> tuple[Expert, ...]:
-        """The transformers that are given: a single one is for all noise levels if it is --dit."""
+        """Return the given transformers: --dit alone serves all noise levels."""
         if self.files.dit_high_noise is None or self.boundary is None:
             return ONE_EXPERT
         both = _experts(self.boundary)

@@ -59,7 +59,7 @@ class WanFiles(TransformerFiles):
 
     @property
     def dits(self) -> tuple[Path, ...]:
-        """Transformers that are given, the one for little noise first; --dit must be unless the other is."""
+        """Return the given transformer files, little noise first. --dit is needed if the other is missing."""
         if self.dit_high_noise is None:
             return (self.dit_path,)
         high = require_file(self.dit_high_noise, "--dit_high_noise", "the transformer for much noise")
@@ -95,16 +95,16 @@ class WanFiles(TransformerFiles):
         return require_file(self.clip, "--clip", "the task is conditioned on image features")
 
     def vace_of(self, dit: Path) -> Path | None:
-        """Return the file of VACE's blocks that belongs to a transformer's, if it is one of its own."""
+        """Return the separate file of VACE's blocks for a transformer's file; None if there is none."""
         given, option = (self.vace, "--vace")
         if dit == self.dit_high_noise and dit != self.dit:
             given, option = self.vace_high_noise, "--vace_high_noise"
         return None if given is None else require_file(given, option, "it has the blocks of VACE")
 
     def dit_header(self, dit: Path | None = None) -> DitHeader[WanConfig]:
-        """Read variant, dialect and dtype of a transformer file, the first one if None: experts are alike.
+        """Read variant, dialect and dtype of a transformer file, with VACE's blocks from their own file.
 
-        With VACE's blocks if they are in a file of their own.
+        dit: None takes the first one: experts are alike.
         """
         dit = self.dits[0] if dit is None else dit
         header, vace = read_once(dit, read_dit_header), self.vace_of(dit)
@@ -205,10 +205,10 @@ def read_release(folder: Path, latent: LatentSpec) -> tuple[Mapping[str, Path], 
 
 
 def add_release(given: WanFiles, release: Mapping[str, Path]) -> WanFiles:
-    """Return the files that options give; those that are not given come from a release.
+    """Fill the files that options do not give from a release.
 
-    Its transformers are taken together: if --dit is given, that for much noise is not taken either, as --dit
-    alone means one transformer for all noise levels.
+    If --dit is given, the release's transformer for much noise is not taken either: --dit alone means one
+    transformer for all noise levels.
     """
     own = {name for name in release if getattr(given, name) is not None}
     if given.dit is not None:
@@ -222,8 +222,8 @@ def add_release(given: WanFiles, release: Mapping[str, Path]) -> WanFiles:
 def check_names(dit: Path | None, dit_high_noise: Path | None) -> None:
     """Compare the names of the transformers with their options.
 
-    Raises OptionError if both say that they were swapped: nobody wants that, and the videos would be noise.
-    Warns if one of them does, as a name is only a hint.
+    Raises OptionError if both say that they were swapped. Warns if one of them does, as a name is only a
+    hint.
     """
     named = {
         option: (path, expert_of_file(path, dict(WAN.experts)), meant)
@@ -305,7 +305,7 @@ def files_and_boundary(options: WanGenerationOptions) -> tuple[WanFiles, float |
 def boundary_of(
     options: WanTrainingOptions | WanGenerationOptions, files: WanFiles, of_release: float | None = None
 ) -> float | None:
-    """Return where the high-noise expert begins: as the options say, else a release, else the task.
+    """Return the timestep where the high-noise expert begins: by option, else release, else task.
 
     Raises OptionError if the task has no high-noise expert.
     """
@@ -328,7 +328,7 @@ def caching_files(options: WanLatentCachingOptions) -> tuple[WanFiles, str | Non
     """Return the files with a task whose latents the VAE makes, and the kind of condition to cache.
 
     The kind is i2v, flf2v, vace or one_frame; None for text-to-video caches. Raises OptionError for switches
-    that those latents have no use for.
+    that do not apply to those latents.
     """
     files = WanFiles(clip=options.clip, vae_cache_cpu=options.vae_cache_cpu).add_vae(options.vae)
     kind = (

@@ -238,7 +238,7 @@ class WanModel(BlockNetwork):
         encoder, for models with image attention. Without them the model takes its first 257 rows of text for
         the image, as older tools ran Fun-Control models; give zeros for no image. tweaks: ideas that change
         this call; their second text is "text". Their given frames have the time 0, and their velocity is 0.
-        places: in time, of frames that do not follow each other. Raises ValueError where sizes do not go
+        places: positions in time of frames that are not consecutive. Raises ValueError if sizes do not go
         together.
         """
         if noisy.shape[1] != self.config.in_dim:

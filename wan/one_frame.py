@@ -65,12 +65,12 @@ class FrameOrder:
 
     @property
     def slot(self) -> int:
-        """Which of the frames is the picture."""
+        """Index of the picture among the frames."""
         return self.images.index(-1)
 
 
 def order_frames(controls: Sequence[int], target: int | None) -> FrameOrder:
-    """Order a picture and its control images. controls, target: their places; none: 0 and 1.
+    """Order a picture and its control images by their places in time, by default 1 and 0.
 
     Raises ValueError if the picture has the place of a control image.
     """
@@ -88,7 +88,7 @@ def prepare(
     latent: LatentSpec,
     experts: Sequence[Expert],
 ) -> Prepared:
-    """Settle a request for a single picture; `Prepared.own` is its order. Raises OptionError."""
+    """Settle a request for a single picture; `Prepared.own` is its `FrameOrder`. Raises OptionError."""
     check_one_frame(task)
     where = f"--one_frame_inference {request.extra[ONE_FRAME]!r}"
     request = _take_images(task, request, where)
@@ -117,7 +117,7 @@ def prepare(
 
 
 def _take_images(task: WanTask, request: Request, where: str) -> Request:
-    """Return the request with the images that a picture is made from, which can be opened."""
+    """Return the request with the images that the task takes. Raises OptionError if one is missing."""
     if request.source is not None:
         raise OptionError(
             f"--{request.source.option} {request.source.path} and {where}: a single picture is made from "
@@ -139,7 +139,7 @@ def _take_images(task: WanTask, request: Request, where: str) -> Request:
 
 
 def _seen(request: Request) -> list[Path]:
-    """Return the images for the image encoder: those that are named for it, else the control images."""
+    """Return the images for the image encoder: start and end image, else the first control images."""
     named = [path for path in (request.image_path, request.end_image_path) if path is not None]
     return named or [*request.control_images[:MOST_FEATURES]]
 
@@ -174,7 +174,7 @@ def _condition(order: FrameOrder, controls: Sequence[Tensor], grey: Tensor) -> T
 
 
 def check_table(table: MediaTable, has_features: bool) -> None:
-    """Raise DatasetError unless a table has images with control images. has_features: of CLIP."""
+    """Raise DatasetError unless a table has images with control images. has_features: with CLIP's."""
     if table.kind != "image" or not table.has_control:
         raise DatasetError(
             f"{table.name}: --one_frame learns images from control images. Give an image_directory with a "

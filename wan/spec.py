@@ -75,7 +75,7 @@ DIT = DitSpec(
     input_layers=("patch_embedding", "text_embedding", "img_emb"),
     token_wise=("feed_forward",),
     modulated_input="modulated_input",
-    # as they compute so; under 1 % of the model
+    # they compute in float32; under 1 % of the model
     keep_float32=("time_embedding.", "time_projection.", "head.head."),
 )
 
@@ -84,7 +84,7 @@ VACE_DIT = replace(
     DIT,
     block_lists=("blocks", "vace_blocks"),
     side_list="vace_blocks",
-    # of the released sizes 5 or 2 blocks stand beside one of VACE
+    # the released sizes have 5 or 2 blocks for one of VACE
     swap_counts=lambda blocks: (blocks - blocks // 6, blocks // 6),
     input_layers=(*DIT.input_layers, "vace_patch_embedding"),
     # the base stays that of T2V: the LoRA is small, and LoRAs of T2V fit beside it
@@ -102,7 +102,7 @@ class WanTokens:
     grid: tuple[int, int, int]  # tokens along frames, rows, columns; L is their product
     rotary: Tensor  # turns by position, L 1 D/2 2 in the model's `precision`
     texts: tuple[Tensor, ...]  # B T C each; usually one
-    # of each text T float32, for how many equal rows each row stands; None: one each
+    # for each text T float32: how many equal rows each row stands for; None: one each
     repeats: tuple[Tensor | None, ...]
     image: Tensor | None  # B I C
     time: Tensor  # B S C in the model's `precision`

@@ -63,10 +63,10 @@ def clean_text(text: str) -> str:
 
 
 def clean_spans(text: str, spans: Spans) -> tuple[str, Spans]:
-    """Return `clean_text(text)` without white space at its ends, and where in it the parts are.
+    """Return `clean_text(text)` without white space at its ends, and the places of the parts in it.
 
-    A part is cleaned by itself to see how long it becomes. If cleaning joins it to its neighbours (an accent
-    behind the last letter of a part), places may be a character or two beside.
+    Each part is cleaned alone to measure its length. If cleaning joins it to its neighbours (an accent behind
+    the last letter of a part), places may be off by a character or two.
     """
     cleaned, length, places = clean_text(text).strip(), 0, []
     edges = [0, *(edge for start, end, _ in spans for edge in (start, end)), len(text)]

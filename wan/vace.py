@@ -36,7 +36,7 @@ class VaceRequest:
     scales: tuple[float, ...]  # of the hints, one a layer
 
     def tell(self, prepared: Prepared) -> Prepared:
-        """Return the prepared request with this in it, and in the metadata of its files.
+        """Return the prepared request with these settings in it and in the metadata of its files.
 
         Raises OptionError if the mask has neither the shape of its clip nor that of the result.
         """
@@ -57,9 +57,9 @@ class VaceRequest:
 
 
 def take_control(request: Request, layers: int) -> tuple[Request, VaceRequest]:
-    """Return the request with its references one by one, and the rest. layers: blocks of VACE.
+    """Return the request with its references one by one, and VACE's own settings. layers: blocks of VACE.
 
-    Raises OptionError if a file is missing, or given for nothing.
+    Raises OptionError if a file is missing or has no use.
     """
     extra, references = request.extra, divide(request.control_images)
     mask = to_path("--src_mask", extra[MASK]) if extra.get(MASK) else None
@@ -87,7 +87,7 @@ def take_control(request: Request, layers: int) -> tuple[Request, VaceRequest]:
 
 
 def divide(paths: Sequence[Path]) -> tuple[Path, ...]:
-    """Divide paths at commas, as the release does, unless there is such a file."""
+    """Divide paths at commas, as the release does, unless a file of that name exists."""
     words = [word for path in paths for word in ([str(path)] if path.exists() else str(path).split(","))]
     return tuple(Path(word.strip()) for word in words if word.strip())
 
@@ -113,7 +113,7 @@ def read_scales(text: str, layers: int) -> tuple[float, ...]:
 def encode_control(vae: WanVae, prepared: Prepared) -> dict[str, Tensor | list[Tensor]]:
     """Return `vace_control`, 1 96 K+L h w with K references in front, and `vace_scales`, 1 layers.
 
-    On the CPU. Nothing at a strength of 0: hints are then not computed. Raises MediaError if a video is too
+    On the CPU. Returns {} if all strengths are 0: no hints are computed. Raises MediaError if a video is too
     short.
     """
     # with the libraries of media, which networks run without
@@ -165,10 +165,8 @@ def encode_halves(vae: WanVae, pixels: Tensor, mask: Tensor) -> Tensor:
 def fold_mask(mask: Tensor) -> Tensor:
     """Turn a mask, B 1 F H W, into B 64 L h w: the pixels of a latent pixel become channels, row by row.
 
-    Its levels stay as they are, as in the release, which divides the clip alone at 0.5.
-
-    Of the frames those nearest to the middles of L equal parts are taken, as in the release: others than the
-    latent frames hold, as the first of these is one frame.
+    Values are not rounded: the release divides only the clip at 0.5. As in the release, frames nearest to the
+    middles of L equal parts are taken, although the first latent frame holds one frame only.
     """
     step, rows, columns = LATENT.stride
     frames = (mask.shape[2] - 1) // step + 1

@@ -20,7 +20,7 @@ from wan.spec import VACE_DIT, WanTokens
 
 
 class WanVaceBlock(WanAttentionBlock):
-    """A block of the second stack: its stream and x -> the stream, and the hint; all B L C float32."""
+    """A block of the second stack: (its stream, x) -> (its stream, the hint), all B L C float32."""
 
     def __init__(self, config: WanConfig, index: int) -> None:
         super().__init__(config)
@@ -35,7 +35,7 @@ class WanVaceBlock(WanAttentionBlock):
 
 
 class WanVaceModel(WanModel):
-    """Wan's text-to-video network with the second stack. Without control it is that of text to video."""
+    """Wan's text-to-video network with the second stack, which runs only if control is given."""
 
     spec = VACE_DIT
 
@@ -53,7 +53,7 @@ class WanVaceModel(WanModel):
         hint_scales: Tensor | None = None,
         **more: Any,
     ) -> Hidden:
-        """As `WanModel.embed`. control: B vace_dim F H W, of the noisy latents' size; None: no hints.
+        """Embed as `WanModel.embed`. control: B vace_dim F H W, of the noisy latents' size; None: no hints.
 
         hint_scales: B layers; None: hints are added as they are.
         """

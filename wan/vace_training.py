@@ -1,8 +1,8 @@
 """What VACE learns from: control, mask and references of a dataset's items, to caches and to conditions.
 
 In caches: `latents_control` C 32 (what stays, what changes), `vace_mask` as bytes where there is a mask, and
-`latents_reference_0`, ... of one frame each. In training the references are clean frames in front of the clip
-too, which are noised and learned with it: so sampling has them. Source: DiffSynth-Studio's training of VACE.
+`latents_reference_0`, ... of one frame each. In training the references are also frames in front of the
+clip's latents, noised and learned with them, as in sampling. Source: DiffSynth-Studio's training of VACE.
 """
 
 import torch
@@ -19,7 +19,7 @@ from wan.vae import WanVae
 def encode_items(vae: WanVae, media: MediaBatch, store: torch.dtype) -> list[CacheEntry]:
     """Encode items of one size for VACE. store: dtype of the latents.
 
-    Items without a control video have grey, all of it to be made new.
+    A missing control video is grey; a missing mask marks all as to be made new.
     """
     pixels = to_pixels(media.frames.to(vae.device))
     followed = to_pixels(media.control[0].to(vae.device)) if media.control else torch.zeros_like(pixels)

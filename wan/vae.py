@@ -121,7 +121,7 @@ class WanVae(nn.Module):
 
 
 def normalise(means: Tensor) -> Tensor:
-    """Return latents of caches and model, B Z f h w float32, of means; their channels say whose VAE it is."""
+    """Normalise means to latents of caches and model, B Z f h w float32. Their channels tell the VAE."""
     mean, std = _statistics(means.shape[1], means.device)
     return ((means.float() - mean) / std).contiguous()
 

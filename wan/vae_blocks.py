@@ -29,7 +29,7 @@ class VaeLayer:
     kind: str  # "residual", "spatial" (resampled in height and width), "temporal" (in time as well)
     width_in: int
     width_out: int
-    # of Wan2.2: a stage, with a shortcut around these layers; the last one may resample, and says its kind
+    # Wan2.2: layers of a stage with a shortcut around them; the last may resample, and sets the kind
     layers: tuple["VaeLayer", ...] = ()
 
 
@@ -173,7 +173,7 @@ class WanFrameAttention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve height and width; `temporal` also joins two frames into one, except the clip's first frame."""
+    """Halve height and width; `temporal` also joins two frames into one, except the clip's first."""
 
     def __init__(self, width: int, temporal: bool) -> None:
         super().__init__()
@@ -264,7 +264,7 @@ class WanVaeHalf(nn.Module):
 
 
 class DownStage(nn.Module):
-    """Layers of the encoder, and beside them the means of their input (Wan2.2)."""
+    """Layers of the encoder; means of their input are added to their output (Wan2.2)."""
 
     def __init__(self, stage: VaeLayer) -> None:
         super().__init__()
@@ -279,7 +279,7 @@ class DownStage(nn.Module):
 
 
 class UpStage(nn.Module):
-    """Layers of the decoder; if they enlarge, their input is repeated and added (Wan2.2)."""
+    """Layers of the decoder; if they enlarge, their repeated input is added to their output (Wan2.2)."""
 
     def __init__(self, stage: VaeLayer) -> None:
         super().__init__()

@@ -47,8 +47,8 @@ def average_groups(x: Tensor, width: int, factors: Factors) -> Tensor:
 def add_repeated(h: Tensor, x: Tensor, factors: Factors) -> Tensor:
     """Add the numbers of x, B C T H W, to h, B C' T' H*rows W*columns, which is changed and returned.
 
-    T' is T * frames; at the beginning of a clip less, and the first ones of the first block are left out.
-    Adds one pixel of all blocks at a time, so that x is nowhere held enlarged.
+    T' is T * frames; less at the beginning of a clip, where the first frames of the first block are left out.
+    One pixel of all blocks is added at a time, so that no enlarged copy of x is made.
     """
     frames, rows, columns = factors
     block, width = prod(factors), h.shape[1]

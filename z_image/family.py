@@ -120,7 +120,7 @@ class ZImage(ModelOfPictures):
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """Defaults of a generation: of the release that the name of the file or the repository says."""
+        """Return the defaults of the release that the name of the file or of the repository tells."""
         dit = self.files.dit
         if dit is None:
             return DEFAULTS
@@ -144,7 +144,7 @@ class ZImage(ModelOfPictures):
     # the network
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
-        """Load the transformer. Raises OptionError for attention in float32 of a package that has none."""
+        """Load the transformer. Raises OptionError if float32 is asked of an attention package without it."""
         if self.attends_in_float32:
             backend = BACKENDS[placement.attention.mode]
             if backend.dtypes is not None:
@@ -180,7 +180,7 @@ class ZImage(ModelOfPictures):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Guidance scales count from 0, and below that there is no guidance either."""
+        """Settle a request. A guidance scale of 0 or below means no guidance."""
         prepared = self.settle_picture(request, FLOW_SHIFT)
         extra, is_euler = request.extra, prepared.solver in {"euler", SOLVER}
         rules = guidance_rules(extra, CFG_TRUNC_RATIO, RENORM_CFG)

@@ -45,20 +45,20 @@ class ZImageAttention(GroupedAttention):
 
 
 class ZImageTransformerBlock(JointTransformerBlock):
-    """Attention and feed-forward, each normed before and after; the time is taken as it is embedded."""
+    """Attention and feed-forward, each normed before and after; the embedded time gets no activation."""
 
     attention_class = ZImageAttention
     activates_time = False
 
 
 class ZImageModel(LuminaModel):
-    """Predict where noisy latents of pictures are to go, from states of Qwen3."""
+    """Predict the direction from noise to data of noisy latents of pictures, from states of Qwen3."""
 
     spec = DIT
     block_class = ZImageTransformerBlock
 
     def make_ends(self, config: LuminaConfig, first: nn.Linear) -> None:
-        """Set the layers of the time, those around the blocks, and the tokens of padding."""
+        """Build the time embedding, the layers around the blocks, and the tokens of padding."""
         assert isinstance(config, ZImageConfig)
         self.t_embedder = TimeEmbedding(config, config.time_hidden)
         self.all_x_embedder = nn.ModuleDict({PART: first})

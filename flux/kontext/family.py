@@ -173,9 +173,9 @@ class Kontext(Flux):
         return {0: found}
 
     def _read_reference(self, path: Path) -> Tensor:
-        """Read a reference at a trained size, stretched to it, or at its own: 1 1 H W 3 uint8.
+        """Read a reference, 1 1 H W 3 uint8: stretched to a trained size, or at its own size.
 
-        Its own is cut at the right and below, so that it stays in place. Source: the released code of
+        Its own size is cut at the right and below, so that it stays in place. Source: the released code of
         Kontext (stretching), the known tuner (cutting).
         """
         from modules.media.reading import read_image, resize_frame
