@@ -31,11 +31,13 @@ class CheckPageOptions(Options):
         "most files that the page shows: those with faults first, then an even choice", default=500, least=1
     )
 
-    def require_check(self, check: bool) -> None:
-        """Raise OptionError for a page that is asked for without --check, or is no page."""
+    def __post_init__(self) -> None:
         if self.html is not None and self.html.suffix.lower() not in {".html", ".htm"}:
             raise OptionError(f"--html {self.html}: name a file that ends in .html")
-        if not check:
+
+    def require_check(self, check: bool) -> None:
+        """Raise OptionError if the page is asked for without --check."""
+        if self.html is not None and not check:
             raise OptionError("--html writes what --check finds: add --check")
 
 
@@ -57,6 +59,14 @@ class ShardOptions(Options):
         needs="num_shards",
         hint="from 0",
     )
+
+    def __post_init__(self) -> None:
+        shards, index = self.num_shards, self.shard_index
+        if shards is not None and index is not None and index >= shards:
+            raise OptionError(
+                f"--shard_index {index}: shards are counted from 0, so with --num_shards {shards} give 0 to "
+                f"{shards - 1}"
+            )
 
     def refuse_beside(self, option: str) -> None:
         """Raise OptionError if a shard is given to a command on the whole dataset."""
@@ -101,16 +111,9 @@ class CachingOptions(Options, title="caching"):
     page: CheckPageOptions
 
     def __post_init__(self) -> None:
-        if self.page.html is not None:
-            self.page.require_check(self.check)
+        self.page.require_check(self.check)
         if self.check:
             self.shard.refuse_beside("--check")
-        shards, index = self.shard.num_shards, self.shard.shard_index
-        if shards is not None and index is not None and index >= shards:
-            raise OptionError(
-                f"--shard_index {index}: shards are counted from 0, so with --num_shards {shards} give 0 to "
-                f"{shards - 1}"
-            )
         encoding, is_text = self.repair_captions, True
         if encoding is not None and encoding != GUESS:
             try:

@@ -157,6 +157,7 @@ class FluxModel(BlockNetwork):
             texts.append(EmbeddedText(text, lengths, vector))
         inputs = {"grid": grids[0].sizes, "rotary": rotary, "dtype": dtype, "attention": self.attention}
         hidden = join_tokens(pictures, texts, tweaks.steer, **inputs)
+        del pictures, texts
         if control is not None and self.controlnet is not None:
             hidden.added = self.controlnet(noisy, timesteps, t5, pooled, guidance, control)
         return hidden

@@ -114,8 +114,14 @@ def turns_of(family: Family, options: GenerationOptions, requests: Sequence[Prep
     given = options.experts
     together = sharing_processes(options.speed) > 1
     order = tuple(plan_turns(family, [*requests] * options.num_videos))
-    waiting = options.interactive, given.offload_inactive_dit, given.lazy_loading, together
-    return ExpertTurns(order, *waiting, options.speed.fp8.quantisation is not None)
+    return ExpertTurns(
+        order,
+        keep=options.interactive,
+        never_beside=given.offload_inactive_dit,
+        lazy=given.lazy_loading,
+        together=together,
+        in_fp8=options.speed.fp8.quantisation is not None,
+    )
 
 
 def all_requests(family: Family, options: GenerationOptions) -> list[Prepared]:

@@ -112,7 +112,9 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
         turns = plan_turns(run.family, [job.prepared for job, _, _ in ready])
         with session.dits.phase(turns) as dit_at:
             done = list(denoise_all(run, ready, failures, [(ready, dit_at)]))
-    paths = [one.latent_path for one in done if output.output_type in LATENT_OUTPUTS]
+    paths: list[Path] = []
+    if output.output_type in LATENT_OUTPUTS:
+        paths = [one.latent_path for one in done if one.latent_path is not None]
     made: Mapping[str, Path] = {}
     if done and output.output_type not in UNDECODED:
         made = decode_all(run, done, failures, are_named=len(done) > 1 or options.interactive)
@@ -157,10 +159,11 @@ def denoise_all(
     networks: with their jobs, in the order of `ready`.
     """
     output, requests = run.options.output, [job.prepared for job, _, _ in ready]
-    start, begun = time.monotonic(), 0
+    start, begun = 0.0, 0
     for of_network, dit_at in networks:
         for job, texts, inputs in of_network:
             with failures.note_errors(job.label, run.fatal):
+                start = start or time.monotonic()  # the first network is there
                 if len(requests) > 1:
                     tell_turn(job.label, requests, begun, time.monotonic() - start)
                 begun += 1
@@ -283,9 +286,9 @@ def decode_all(
                 paths[one.label] = path
                 if are_named:  # else the last box says it
                     logger.info("%s: %s", one.label, path)
-                if one.preview.exists():
+                if one.preview is not None and one.preview.exists():
                     remove_preview(one.preview)
-                if output.output_type not in LATENT_OUTPUTS:
+                if one.latent_path is not None and output.output_type not in LATENT_OUTPUTS:
                     one.latent_path.unlink(missing_ok=True)
     return paths
 

@@ -100,6 +100,9 @@ class PostOptions(Options, title="tools for finished videos"):
         facts=OF_DECODING,
     )
 
+    def __post_init__(self) -> None:
+        _ = self.tools  # raises OptionError
+
     @functools.cached_property
     def tools(self) -> Any:
         """The tools in the order of work, as `post.chain_options.AskedTools`; None without a tool. Raises

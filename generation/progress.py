@@ -271,12 +271,12 @@ class GrowingVideo:
 
 
 @contextmanager
-def name_preview_on_failure(preview: Path) -> Iterator[None]:
+def name_preview_on_failure(preview: Path | None) -> Iterator[None]:
     """Log the preview's path if the block fails or is interrupted (Ctrl-C)."""
     try:
         yield
     except BaseException:
-        if preview.exists():
+        if preview is not None and preview.exists():
             logger.warning("The part of the video made so far is kept in %s", preview)
         raise
 

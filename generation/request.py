@@ -224,8 +224,8 @@ class GenerationJob:
     metadata: Mapping[str, str] | None = None
     latents: Tensor | None = None  # 1 C F H W, on the CPU, once it is denoised
     sound: Tensor | None = None  # its latents, 1 C T M
-    latent_path: Path = Path()  # where the latents are kept until the pixels are written
-    preview: Path = Path()  # of the video while it was made, if there is one
+    latent_path: Path | None = None  # where the latents are kept until the pixels are written
+    preview: Path | None = None  # of the video while it is made, if there is one
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,7 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
             logger.warning("--plan does not count what the networks of --post take beside the VAE")
         import_own("generation.memory").plan_generation(family, options, device)
         return
-    room, predicted = room_on(device) if device.type == "cuda" else None, None
+    room, predicted = room_on(device), None
     if room is not None or options.speed.swap.is_auto:
         options, predicted = import_own("generation.memory").resolve_options(family, options, device, room)
     session = make_session(family, options, dit_loader(family, uses, device, options), options.interactive)
@@ -230,7 +230,16 @@ def make_session(family: Family, options: GenerationOptions, loader: DitLoader, 
         never_beside = lazy = False
     blocks = shared_blocks(options.speed.sharding, loader.device)
     aside, together = (loader.aside, False) if blocks is None else (None, True)
-    dits = DitTurns(family.experts, loader.device, loader, aside, keep, never_beside, lazy, together)
+    dits = DitTurns(
+        family.experts,
+        loader.device,
+        loader,
+        aside,
+        keep=keep,
+        never_beside=never_beside,
+        lazy=lazy,
+        together=together,
+    )
     uses, texts = loader.uses[0] if loader.uses else (), None
     if uses and (
         any(use.lora.text_tensors for use in uses) or import_own("networks.loading").on_side(uses, True)

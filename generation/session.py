@@ -170,7 +170,8 @@ def wanted_texts(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) 
 def texts_of(wanted: Iterable[Mapping[int, Prompts]]) -> list[Prompt]:
     """Return the texts of `wanted_texts`, each once."""
     prompts = (one for by_section in wanted for one in by_section.values())
-    return list(dict.fromkeys(text for one in prompts for text in vars(one).values() if text is not None))
+    texts = (text for one in prompts for text in (one.positive, one.negative, one.blank, one.away))
+    return list(dict.fromkeys(text for text in texts if text is not None))
 
 
 def gather_encoded(

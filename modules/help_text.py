@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterable
 from textwrap import wrap
 
+from modules.options import refusal_of
+
 SCREEN = 66  # lines; a help that is no longer is shown by -h too
 FEWEST = 5  # options that make a short help
 COLUMN = 28  # where texts begin in the short help
@@ -38,11 +40,11 @@ def full_help(parser: argparse.ArgumentParser) -> str:
     groups = sorted(parser._action_groups, key=_rank)
     for group in groups:
         formatter.start_section(group.title)  # shown if there is something in it
-        formatter.add_arguments([one for one in group._group_actions if not vars(one).get("refusal")])
+        formatter.add_arguments([one for one in group._group_actions if not refusal_of(one)])
         formatter.end_section()
     reasons: dict[str, dict[str, list[str]]] = {"refused, with the reason": {}, "accepted, not needed": {}}
     for action in (one for group in groups for one in group._group_actions):
-        refusal = vars(action).get("refusal")
+        refusal = refusal_of(action)
         if refusal is not None:
             title = "refused, with the reason" if refusal.reason else "accepted, not needed"
             flags = "/".join(action.option_strings)
@@ -66,7 +68,7 @@ def _by_reason(found: Iterable[tuple[str, list[str]]], width: int) -> list[str]:
 
 def short_help(parser: argparse.ArgumentParser) -> str:
     """Return one screen: much used options, then how many more there are; all if they are few."""
-    actions = [action for action in parser._actions if not vars(action).get("refusal")]
+    actions = [action for action in parser._actions if not refusal_of(action)]
     often = [action for action in actions if action.required or getattr(action, "often", False)]
     whole = parser.format_help()
     if len(often) < FEWEST or whole.count("\n") <= SCREEN:
@@ -113,7 +115,7 @@ def _default_of(action: argparse.Action) -> str:
         default = " ".join(map(str, default))
     if isinstance(default, float) and float(f"{default:g}") == default:
         default = f"{default:g}"
-    if default in (None, "", argparse.SUPPRESS) or isinstance(default, bool) or vars(action).get("refusal"):
+    if default in (None, "", argparse.SUPPRESS) or isinstance(default, bool) or refusal_of(action):
         return ""
     return str(default) if len(str(default)) <= LONGEST_DEFAULT else ""
 

@@ -124,6 +124,10 @@ class Refusal(NamedTuple):
     settings: Mapping[str, Any]  # of `add_argument`
 
 
+def refusal_of(action: argparse.Action) -> Refusal | None:
+    return vars(action).get("refusal")
+
+
 def unsupported(reason: str, help: str = "", *, values: tuple[Any, ...] = (), **settings: Any) -> Refusal:
     """Return a record's attribute for an option that --help lists and that is refused when it is used.
 
@@ -191,14 +195,19 @@ class Options:
         raise dataclasses.FrozenInstanceError(f"{type(self).__name__}.{name} cannot be set")
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and vars(self) == vars(other)
+        return type(self) is type(other) and _values(self) == _values(other)
 
     def __hash__(self) -> int:
-        return hash(tuple(vars(self).values()))
+        return hash(tuple(_values(self).values()))
 
     def __repr__(self) -> str:
-        shown = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+        shown = ", ".join(f"{name}={value!r}" for name, value in _values(self).items())
         return f"{type(self).__name__}({shown})"
+
+
+def _values(record: Options) -> dict[str, Any]:
+    """Return field -> value, without what is kept of properties."""
+    return {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
 
 
 class NoOptions(Options):

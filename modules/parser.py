@@ -24,6 +24,7 @@ from modules.options import (
     option_name,
     read_options,
     record_of,
+    refusal_of,
 )
 from modules.paths import path_exists
 
@@ -391,7 +392,7 @@ def _add_option(
 def refuse_unsupported(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Raise OptionError if an option that is refused is used; say which are not needed."""
     for action in parser._actions:
-        refusal, value = vars(action).get("refusal"), getattr(args, action.dest, action.default)
+        refusal, value = refusal_of(action), getattr(args, action.dest, action.default)
         if refusal is None or value in (action.default, *refusal.values):
             continue
         if refusal.reason:

@@ -1,8 +1,8 @@
 """The one loop over a transformer's blocks, and the place where code from outside stands around it.
 
-Every DiT is embed -> blocks -> unembed (`BlockNetwork`). `run_blocks`, which it calls for the blocks, calls
-the DiT's runner: `run_in_order`, or the one that `set_runner` put in its place. A runner usually wraps the
-earlier one, so several stack up:
+Every DiT is embed -> blocks -> unembed (`BlockNetwork`; LTX-2, of two velocities, has a `forward` of its own).
+`run_blocks`, which it calls for the blocks, calls the DiT's runner: `run_in_order`, or the one that
+`set_runner` put in its place. A runner usually wraps the earlier one, so several stack up:
 
     inner = runner_of(dit)
 
@@ -50,7 +50,7 @@ Runner = Callable[[nn.Module, Hidden, Tweaks], None]  # has the blocks of the ne
 
 
 def run_blocks(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
-    dit.__dict__.get(_RUNNER, run_in_order)(dit, hidden, tweaks)
+    runner_of(dit)(dit, hidden, tweaks)
 
 
 def run_in_order(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:

@@ -318,9 +318,8 @@ class LoraUse:
 
     def for_expert(self, expert: str | None) -> "LoraUse":
         """Return the same for an expert's part; warns if it is another's. Raises as `LoraFile.for_expert`."""
-        lora = self.lora.for_expert(expert) if self.lora.parts else self.lora
-        if expert:
-            warn_of_other_expert(lora, expert)
+        lora = self.lora.for_expert(expert)
+        warn_of_other_expert(lora, expert)
         return replace(self, lora=lora)
 
     def keeps(self, factors: Iterable[str], *names: str) -> bool:

@@ -104,8 +104,7 @@ def check_networks(family: Family, options: TrainingOptions) -> None:
             if network.network_weights is not None and own is not None:
                 loading = import_own("networks.loading")
                 uses.append(loading.LoraUse(loading.read_lora(network.network_weights, with_texts=True)))
-            has_adapter = options.frozen.training_adapter is not None
-            adapter = read_adapter(options, expert, family.experts) if has_adapter else None
+            adapter = read_adapter(options, expert, family.experts)
             if adapter is not None:
                 import_own("networks.added").refuse_dora(adapter.lora, TRAINING_ADAPTER)
                 uses.append(adapter)
@@ -169,9 +168,9 @@ def list_unused_options(options: TrainingOptions, takes_guidance: bool, shifts_t
     elif weighting in {"logit_normal", "mode"} and sampler != "sigma":
         lines = [f"{shown} shapes the draws of --timestep_sampling sigma only."]
     lines += _list_idle(options, reasons)
-    given = option_values(options.speed.attention)
-    first, *others = [flag for flag in TRAINING_FLAGS.values() if given[flag.removeprefix("--")]] or [""]
-    return [*lines, *(f"{flag} has no effect: {first} comes first." for flag in others)]
+    values = option_values(options.speed.attention)
+    given = [flag for flag in TRAINING_FLAGS.values() if values[flag.removeprefix("--")]]
+    return [*lines, *(f"{flag} has no effect: {given[0]} comes first." for flag in given[1:])]
 
 
 def _list_idle(record: Any, more: Mapping[str, str]) -> Iterator[str]:

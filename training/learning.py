@@ -216,8 +216,7 @@ class Loading:
         if learners is not None:
             learners = _add_learner(plan, dit, expert, learners)
         is_compiled = options.speed.compilation.choice is not None
-        has_adapter = options.frozen.training_adapter is not None and family is plan.family
-        given = experts.read_adapter(options, expert, family.experts) if has_adapter else None
+        given = experts.read_adapter(options, expert, family.experts) if family is plan.family else None
         if given is not None:
             self.adapters.append(
                 import_own("networks.added").add_loras(dit, [given], is_compiled, experts.TRAINING_ADAPTER)
@@ -275,7 +274,7 @@ def _add_learner(
         plan.family.lora_module,
         dit,
         plan.progress.seed,
-        texts.networks if texts.learning else {},
+        texts.networks,
         in_dit,
         saved,
     )

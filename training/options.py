@@ -249,11 +249,6 @@ def read_arguments(
     from_file = {} if config_file is None else read_config_file(config_file, parser)
     args = parser.parse_args(argv, argparse.Namespace(**{**prefilled, **from_file}))
     refuse_unsupported(parser, args)
-    if args.mixed_precision not in run_options.PRECISIONS:  # from the launcher; argparse checks the rest
-        raise OptionError(
-            f"accelerate launch asks for mixed precision {args.mixed_precision}: give --mixed_precision "
-            f"{', '.join(run_options.PRECISIONS)}"
-        )
     has_steps = typed.max_train_steps is not None or "max_train_steps" in from_file
     if has_steps and args.max_train_epochs is not None:
         logger.warning(

@@ -104,8 +104,7 @@ class LoopOptions(Options, title="training run"):
     page: CheckPageOptions
 
     def __post_init__(self) -> None:
-        if self.page.html is not None:
-            self.page.require_check(self.check)
+        self.page.require_check(self.check)
 
     @property
     def known_steps(self) -> int | None:
@@ -200,14 +199,12 @@ class SampleOptions(Options, title="samples while training"):
                 "--sample_every_n_steps, --sample_every_n_epochs and --sample_at_first need a file with "
                 "prompts: give --sample_prompts"
             )
-        if self.sample_lora:
-            self.loras()
+        self.loras()
 
     def loras(self) -> list[tuple[Path, float]]:
         """Return the files of --sample_lora with their multipliers. Raises OptionError if one is missing."""
         found = [_split_multiplier(path) for path in self.sample_lora or ()]
-        if found:
-            require_files("--sample_lora", [path for path, _ in found])
+        require_files("--sample_lora", [path for path, _ in found])
         return found
 
     @property
@@ -333,3 +330,10 @@ class AcceleratorOptions(Options, title="precision and processes"):
     )
     ddp_gradient_as_bucket_view = not_needed(NO_WRAPPER)
     ddp_static_graph = not_needed(NO_WRAPPER)
+
+    def __post_init__(self) -> None:
+        if self.mixed_precision not in PRECISIONS:  # from the launcher; argparse checks the rest
+            raise OptionError(
+                f"accelerate launch asks for mixed precision {self.mixed_precision}: give --mixed_precision "
+                f"{', '.join(PRECISIONS)}"
+            )

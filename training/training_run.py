@@ -36,7 +36,7 @@ from training.saving.files import MinuteClock, Names, Saver
 from training.steps import Progress, StepPlan
 from training.trainable import Trainable
 
-if TYPE_CHECKING:  # each loaded only where the options ask for it
+if TYPE_CHECKING:  # loaded where they are made
     from networks.added import AddedLoras
     from training.averages import WeightAverage
     from training.samples import Sampler

@@ -81,6 +81,7 @@ from wan.vae import normalise
 logger = logging.getLogger(__name__)
 
 VACE_INPUTS = (("vace_control", "control"), ("vace_scales", "hint_scales"))  # conditions -> of the network
+VACE_REFERENCES = ReferenceRules(MOST_REFERENCES, clips=True, on_white=True, control_masks=True)
 
 
 @dataclass(frozen=True)
@@ -125,9 +126,7 @@ class Wan(OneTransformer):
     @property
     def references(self) -> ReferenceRules | None:
         """Return how items' references are cached and learned; those of requests are in `wan.vace`."""
-        if VACE not in (self.image_kind, self.files.task.kind):
-            return None
-        return ReferenceRules(MOST_REFERENCES, clips=True, on_white=True, control_masks=True)
+        return VACE_REFERENCES if VACE in (self.image_kind, self.files.task.kind) else None
 
     @property
     def fuller(self) -> tuple[str, ...]:

@@ -73,7 +73,7 @@ class CrossAttention(SelfAttention):
         heads = (self.num_heads, -1)
         q = self.norm_q(in_own_dtype(self.q, x)).unflatten(-1, heads)
         of_texts = []
-        for text, repeats in zip(tokens.texts, tokens.repeats, strict=True):
+        for text, repeats in tokens.texts:
             k = self.norm_k(in_own_dtype(self.k, text)).unflatten(-1, heads)
             v = in_own_dtype(self.v, text).unflatten(-1, heads)
             of_texts.append(_attend(q, k, v, tokens, repeats))  # B L N D
@@ -255,24 +255,23 @@ class WanModel(BlockNetwork):
         time, modulation = self._embed_times(timesteps, tweaks.given_frames > 0)
         given = tweaks.given_frames // self.config.patch_size[0] * grid[1] * grid[2]
         text_is_image = self.config.has_image and image_embeds is None
-        texts, repeats = [], []
+        texts = []
         for one in [text] if tweaks.away is None else [text, tweaks.away.text["text"]]:
             merges = None if text_is_image else self.attention  # every row is needed if some are the image
             rows, counts = pad_texts([each.to(noisy.device) for each in one], self.config.text_len, merges)
             hidden = self.text_embedding[1](in_own_dtype(self.text_embedding[0], rows))
             embedded = in_own_dtype(self.text_embedding[2], hidden).to(dtype)
             # one text may serve all samples
-            texts.append(embedded.expand(len(noisy), -1, -1))
-            repeats.append(counts)
+            texts.append((embedded.expand(len(noisy), -1, -1), counts))
         image_tokens = None
         if image_embeds is not None:
             image_tokens = self.img_emb(image_embeds).to(dtype)
         elif text_is_image:
-            image_tokens = texts[0][:, :TEXT_ROWS_AS_IMAGE]
-            texts = [one[:, TEXT_ROWS_AS_IMAGE:] for one in texts]
+            image_tokens = texts[0][0][:, :TEXT_ROWS_AS_IMAGE]
+            texts = [(one[:, TEXT_ROWS_AS_IMAGE:], counts) for one, counts in texts]
         rotary = self._rotary.of(Grid(grid, tweaks.slow_frames, places=places), noisy.device)
         tokens = WanTokens(
-            *(grid, rotary, tuple(texts), tuple(repeats), image_tokens, time, modulation, given, dtype),
+            *(grid, rotary, tuple(texts), image_tokens, time, modulation, given, dtype),
             *(self.attention, tweaks.steer),
         )
         return Hidden(rearrange(patches, "b c f h w -> b (f h w) c").contiguous(), tokens)

@@ -101,9 +101,8 @@ class WanTokens:
 
     grid: tuple[int, int, int]  # tokens along frames, rows, columns; L is their product
     rotary: Tensor  # turns by position, L 1 D/2 2 in the model's `precision`
-    texts: tuple[Tensor, ...]  # B T C each; usually one
-    # for each text T float32: how many equal rows each row stands for; None: one each
-    repeats: tuple[Tensor | None, ...]
+    # B T C each, usually one; and T float32: how many equal rows each row stands for, None: one each
+    texts: tuple[tuple[Tensor, Tensor | None], ...]
     image: Tensor | None  # B I C
     time: Tensor  # B S C in the model's `precision`
     modulation: Tensor  # B S 6 C likewise

@@ -208,11 +208,11 @@ class Upsample(nn.Module):
                 memory.keep(self, x[:, :, :0])
             else:
                 h = _with_earlier(x, before, None)
+                del before
                 memory.keep(self, h[:, :, 1 - TIME_KERNEL :])
                 pairs = self.time_conv(h).unflatten(1, (2, -1))  # B 2 C T H W
                 x = pairs.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
                 del h, pairs
-            del before
         return _each_frame(self.resample["1"], x, enlarge=True)
 
 

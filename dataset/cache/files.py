@@ -262,8 +262,7 @@ class Entry:
 
 
 def read_entry(path: Path | str, is_whole: bool = True) -> Entry:
-    """Read a cache file to the CPU; metadata and tensor names alone if it is not wanted whole. There may be
-    millions: nothing is asked twice.
+    """Read a cache file to the CPU; metadata and tensor names alone if it is not wanted whole.
 
     Raises CacheError if the file is missing or damaged.
     """

@@ -292,7 +292,7 @@ class Feed:
         batch = self.sources.read(
             items, self.latent, self.commands, self.checks, (seed, number), chosen, flips, dropped
         )
-        if items[0].table.reference_dropout_rate and drops_references(items, seed, number):
+        if drops_references(items, seed, number):
             batch = batch.without_references()
         if self.sources.tables:  # captions may grow with the steps: this one, from 0, of so many
             step = plan.steps_until(epoch, index - index % plan.group_size)
