@@ -1,4 +1,4 @@
-"""Answer requests: with pages, JSON, what is not there, and by what a request sends."""
+"""Build responses (pages, JSON, files, refusals), and read the bodies and forms of requests."""
 
 import json
 from collections.abc import Awaitable, Callable, Mapping
@@ -18,18 +18,18 @@ SHOWN = {".png": "image/png", ".mp4": "video/mp4", ".wav": "audio/wav"}
 
 
 def answer_page(text: str, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """Return a page; a part of a file's name that is no text becomes \\udce9."""
+    """Return an HTML page; undecodable bytes of file names are shown as escapes such as \\udce9."""
     return HTMLResponse(text.encode("utf-8", "backslashreplace"), status, headers)
 
 
 def answer_json(value: Any, status: int = 200) -> Response:
-    """Return JSON. value: what `json.dumps` takes."""
+    """Return a JSON response. value: anything that `json.dumps` takes."""
     text = json.dumps(value, ensure_ascii=True, separators=(",", ":"))
     return Response(text, status, media_type="application/json")
 
 
 def answer_file(path: Path) -> Response:
-    """Return a file of a run: samples to be shown, all else to be saved, which no browser opens as a page."""
+    """Return a file of a run: browsers show samples, and save all other files instead of opening them."""
     kind = SHOWN.get(path.suffix)
     if kind is not None:
         return FileResponse(path, media_type=kind)
@@ -42,7 +42,7 @@ def answer_gone() -> Response:
 
 
 def answer_body(answer: Callable[[Request, bytes], Response]) -> Callable[[Request], Awaitable[Response]]:
-    """Return what reads the body of a request and calls `answer` in a thread. `server.Gate` bounds it."""
+    """Return a handler that reads a body (`server.Gate` limits its size) and calls `answer` in a thread."""
 
     async def ask(request: Request) -> Response:
         return await run_in_threadpool(answer, request, await request.body())

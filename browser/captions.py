@@ -1,6 +1,6 @@
-"""Read and write caption files, undo what was written, and refuse to write over what others wrote meanwhile.
+"""Read and write caption files, undo saves, and refuse to overwrite what others have written meanwhile.
 
-What a file was before each save is kept in memory until the server ends: nothing is left beside it.
+The content of a file before each save is kept in memory until the server ends; no backup files are written.
 """
 
 import contextlib
@@ -14,13 +14,13 @@ from modules.atomic_write import write_bytes
 from modules.text_files import bad_character, read_content
 
 BOM = b"\xef\xbb\xbf"
-MOST_BYTES = 1 << 16  # of a caption that can be edited; encoders read far less
-MOST_SAVES = 100  # of a file that can be undone
+MOST_BYTES = 1 << 16  # largest caption file that can be edited; encoders read far less
+MOST_SAVES = 100  # how many saves of a file can be undone
 
 
 @dataclass(frozen=True)
 class CaptionText:
-    """Hold a caption, and how its file holds it: byte order mark, line ends, white space at both ends."""
+    """Hold a caption and the form of its file: byte order mark, line ends, white space at both ends."""
 
     text: str = ""
     start: bytes = b""
@@ -46,19 +46,19 @@ class CaptionText:
 
 
 class CaptionConflictError(Exception):
-    """The file is not what was read."""
+    """Signal that a caption file has changed since it was read."""
 
 
 @dataclass
 class Captions:
-    """Know what the caption files were before they were saved here."""
+    """Read and save caption files; keep their earlier contents for undoing."""
 
     _before: dict[Path, deque[bytes | None]] = field(default_factory=dict)  # None: there was no file
     _first: dict[Path, bytes | None] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def read(self, path: Path) -> tuple[CaptionText, str, int]:
-        """Return a caption, the mark of its bytes, and how many saves can be undone.
+        """Return a caption, the mark (checksum) of its file, and how many saves can be undone.
 
         Raises OSError if it cannot be read, UnicodeDecodeError if it is not UTF-8.
         """
@@ -66,9 +66,9 @@ class Captions:
         return CaptionText.of(content or b""), mark_bytes(content), len(self._before.get(path, ()))
 
     def save(self, path: Path, text: str, have: str) -> None:
-        """Write a caption. have: the mark of what was read.
+        """Write a caption. have: the mark that `read` returned.
 
-        Raises CaptionConflictError if the file is another one now, ValueError if the text cannot be stored,
+        Raises CaptionConflictError if the file has changed since, ValueError if the text cannot be stored,
         OSError or OutputError if it cannot be written.
         """
         if (found := bad_character(text)) is not None:

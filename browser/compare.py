@@ -1,8 +1,7 @@
 """Compare saved LoRA files: show the samples and clips of each, have tools/compare.py make what is missing.
 
-A row is a prompt with all its settings, a column a file at strength 1. A clip is known by what it says of
-itself: its prompt, its seed and the SHA-256 of its LoRA, so that a file of the same name is never taken for
-another one.
+A row is a prompt with all its settings, a column a file at strength 1. A clip is found by its metadata
+(prompt, seed, SHA-256 of its LoRA), so that two files of the same name are never confused.
 """
 
 import contextlib
@@ -30,7 +29,7 @@ from training.reports.sample_files import FOLDER as SAMPLES
 MOST_COLUMNS, MOST_ROWS, USUAL_ROWS = 24, 40, 8
 SCRIPT = ["python", "tools/compare.py"]
 LORA = "--lora_weight"
-# options of a generation that a comparison has others for, or that would write elsewhere
+# options of a generation that a comparison sets itself, or that would write elsewhere
 REPLACED = {
     *(f"{name}{end}" for name in (LORA, "--lora_multiplier") for end in ("", f"_{HIGH_NOISE}")),
     *("--prompt", "--seed", "--save_path", "--from_file", "--config_file", "--console_log_file"),
@@ -59,7 +58,7 @@ class ComparableRun:
 
     @property
     def is_link(self) -> bool:
-        """Return whether that folder is elsewhere: then it is neither read nor written."""
+        """Return whether `folder` is a link to another place: then it is neither read nor written."""
         return real_path(self.folder) != self.folder
 
     @property
@@ -68,7 +67,7 @@ class ComparableRun:
 
     @property
     def problem(self) -> str:
-        """Return why no clip can be made with it; empty if one can."""
+        """Return why no clip can be made with this run's files; empty if clips can be made."""
         for name, words in self.options.items():
             if any(map(PLACEHOLDER.fullmatch, words)):
                 return f"{self.run.name} was trained without {name}, which a clip needs"
@@ -82,7 +81,7 @@ class ComparableRun:
 
     @property
     def files(self) -> list["ComparedFile"]:
-        """Return the saved files that are there, by step; of those with equal weights one."""
+        """Return the saved files that exist, by step; only one of several with equal weights."""
         folder, story, found = self.run.history.parent, self.story, []
         best = story.best_file(folder)
         for step, (name, *twins) in list_files(story, folder):
@@ -99,7 +98,7 @@ class ComparableRun:
 
 @dataclass(frozen=True)
 class ComparedFile:
-    """Hold a column: a saved LoRA, of models with two experts both of its files."""
+    """Hold a column: a saved LoRA; for models with two experts, the files of both."""
 
     source: ComparableRun
     name: str
@@ -125,7 +124,7 @@ class ComparedFile:
 
 @dataclass(frozen=True)
 class ComparedPrompt:
-    """Hold a row. line: as `--from_file` has it, with the settings that all columns share."""
+    """Hold a row. line: a line for `--from_file`, with the settings that all columns share."""
 
     prompt: str
     line: str
@@ -134,19 +133,19 @@ class ComparedPrompt:
 
 @dataclass
 class Comparison:
-    """Hold what is asked for: runs, columns and rows. problem: why nothing can be made; empty if it can."""
+    """Hold the requested runs, columns and rows. problem: why no clips can be made; empty if they can."""
 
     sources: list[ComparableRun] = field(default_factory=list)
     columns: list[ComparedFile] = field(default_factory=list)
-    known: list[str] = field(default_factory=list)  # prompts of samples
+    known: list[str] = field(default_factory=list)  # prompts that have samples
     rows: list[ComparedPrompt] = field(default_factory=list)
-    chosen: list[str] = field(default_factory=list)  # of them
+    chosen: list[str] = field(default_factory=list)  # those of `known` that are chosen
     more: str = ""  # prompt lines that were typed
     problem: str = ""
 
 
 def read_source(runs: Runs, run: Glance) -> ComparableRun | None:
-    """Return a run as it can be compared; None if it tells no command that generates.
+    """Return a run for comparison; None if its history names no command that generates.
 
     Raises OSError if its history cannot be read.
     """
@@ -166,7 +165,7 @@ def read_source(runs: Runs, run: Glance) -> ComparableRun | None:
 
 
 def working_folder(run: Glance, options: Mapping[str, Sequence[str]]) -> Path:
-    """Return the folder that a command of a run was typed in, as far as its options tell where it writes."""
+    """Return the folder in which a run's command was typed, as its output option shows, else this one."""
     told = options.get("--output_dir")
     typed = Path(*told) if told else Path(*options.get("--save_path", ())).parent
     parents = run.history.parent.parts
@@ -189,7 +188,7 @@ def group_options(words: Sequence[str]) -> dict[str, list[str]]:
 
 
 def read_comparison(runs: Runs, asked: Mapping[str, Sequence[str]]) -> Comparison:
-    """Return what a form asks for: run, file, prompt and more. Raises OptionError if it cannot be."""
+    """Return the comparison that a form asks for. Raises OptionError if its runs cannot be compared."""
     wanted = [*asked.get("file", ())]
     ids = [*asked.get("run", ()), *(key.partition("/")[0] for key in wanted)]
     found = [run for id in dict.fromkeys(ids) if (run := runs.find(id)) is not None]
@@ -229,7 +228,7 @@ def read_comparison(runs: Runs, asked: Mapping[str, Sequence[str]]) -> Compariso
 
 
 def _known_row(sources: Sequence[ComparableRun], prompt: str, seed: str) -> ComparedPrompt:
-    """Return the row of a prompt that there are samples of, with the settings of the first of them."""
+    """Return the row of a prompt that has samples, with the settings of the first sample."""
     tags: Mapping[str, str] = {}
     for source in sources:
         for row in source.story.samples.values():
@@ -261,7 +260,7 @@ def _read_tags(path: Path, changed: int, size: int) -> Mapping[str, str]:
 
 @dataclass(frozen=True)
 class ShownClip:
-    """Hold a cell: where its clip is; without one, how it stands."""
+    """Hold a cell: the address of its clip or, without a clip, its state."""
 
     href: str = ""
     note: str = ""
@@ -271,9 +270,9 @@ class ShownClip:
 def fill_cells(
     comparison: Comparison, notes: FileNotes, jobs: Mapping[tuple[str, str], tuple[int, str]]
 ) -> list[list[ShownClip]]:
-    """Return the cells, a list for each row: those without LoRA, then those of the columns.
+    """Return a list of cells for each row: first the clip without LoRA, then one cell for each column.
 
-    jobs: of `asked_cells`. Hashes files that were not hashed before, which takes a while.
+    jobs: the result of `asked_cells`. Hashes files that were not hashed before, which takes a while.
     """
     made: dict[tuple[str, str, frozenset[str]], str] = {}
     for source in comparison.sources:
@@ -318,7 +317,7 @@ def _address(source: ComparableRun, *parts: str) -> Markup:
 
 
 def asked_cells(queue: JobQueue) -> dict[tuple[str, str], tuple[int, str]]:
-    """Return number and state of the job of each file and prompt line that is asked for, the last one."""
+    """Return the number and state of the last queued job for each pair of LoRA file and prompt line."""
     found: dict[tuple[str, str], tuple[int, str]] = {}
     for job in queue.jobs():
         with contextlib.suppress(OSError, ValueError, UserError):
@@ -333,11 +332,11 @@ def asked_cells(queue: JobQueue) -> dict[tuple[str, str], tuple[int, str]]:
 def plan_jobs(
     comparison: Comparison, cells: Sequence[Sequence[ShownClip]]
 ) -> list[tuple[list[str], Path, str]]:
-    """Return for each job its words, its file of prompts and what is in that: they make what is missing."""
+    """Return the jobs for the missing clips: the words of each, its prompt file and that file's text."""
     rows_of: dict[tuple[int, ...], list[ComparedPrompt]] = {}
     for row, (_, *of_row) in zip(comparison.rows, cells, strict=True):
         if row.line.splitlines() != [row.line] or row.line.startswith("#"):
-            continue  # no line of a file of prompts
+            continue  # cannot be a line of a prompt file
         missing = tuple(index for index, cell in enumerate(of_row) if not (cell.href or cell.is_asked))
         rows_of.setdefault(missing, []).append(row)
     jobs = []

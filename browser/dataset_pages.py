@@ -29,7 +29,7 @@ from modules.text_files import parse_json, real_path
 LARGEST_SIDE = 448  # pixels of a picture in the page
 MOST_PICTURES = 1000  # kept in memory, some 20 KB each
 MOST_AT_ONCE = 200  # files in an answer
-TOLD = 200  # remarks on no file
+TOLD = 200  # how many remarks about no single file are shown
 ONLY = {  # filters by name; the words that the page says
     "": "all files",
     "dropped": "dropped",
@@ -44,7 +44,7 @@ SHOWN = (
 
 
 def is_chosen(file: File, words: Sequence[str], only: str) -> bool:
-    """Return whether a file is asked for. words: all are in its name or caption. only: of ONLY."""
+    """Return whether filters keep a file. words: all must be in its name or caption. only: a key of ONLY."""
     if words:
         name = Path(file["parts"][0]["path"]).name
         whole = "\n".join([name, file["text"] or "", *file["captions"]]).lower()
@@ -63,15 +63,15 @@ def is_chosen(file: File, words: Sequence[str], only: str) -> bool:
 
 
 class Thumbnails:
-    """Make small pictures of the first frames of files; the newest ones are kept."""
+    """Make small pictures of the first frames of files, and cache the newest ones."""
 
     def __init__(self) -> None:
         self._kept: OrderedDict[object, bytes] = OrderedDict()
         self._lock = threading.Lock()
-        self._two = threading.Semaphore(2)  # that are decoded at once
+        self._two = threading.Semaphore(2)  # two at most are decoded at once
 
     def make(self, part: Mapping[str, Any], stamp: int) -> bytes:
-        """Return a JPEG file. part: as the report lists it. Raises MediaError or OSError if it fails."""
+        """Return a JPEG. part: as the report lists it. Raises MediaError or OSError if it cannot be read."""
         key = part["path"], stamp
         with self._lock:
             if key in self._kept:
@@ -109,9 +109,9 @@ class DatasetPages:
         self.datasets, self.captions, self.thumbnails = Datasets(runs), Captions(), Thumbnails()
 
     def items(self, dataset: FoundDataset, asked: Mapping[str, str]) -> dict[str, Any]:
-        """Return files of a dataset, and how it stands. asked: text, only, from and count.
+        """Return files of a dataset, and its state. asked: text, only, from and count.
 
-        Raises ValueError if a number is none.
+        Raises ValueError if `from` or `count` is not a number.
         """
         first, count = (int(asked.get(name) or 0) for name in ("from", "count"))
         try:
@@ -147,7 +147,7 @@ class DatasetPages:
         return {**told, "counts": counts, "items": items, "chosen": len(chosen), "files": shown}
 
     def show(self, dataset: FoundDataset, id: str, file: File) -> dict[str, Any]:
-        """Return a file as the page shows it, with its caption as it is now."""
+        """Return the JSON values that the page shows of a file, with its current caption."""
         caption = self.caption(file)
         caches = {tag: dict(states) for tag, states in file["caches"].items()}
         if caption["can_edit"] and caption["text"] != (file["text"] or ""):
@@ -173,7 +173,7 @@ class DatasetPages:
         return f"/dataset/{dataset.id}/picture/{id}/{number}/{place.stat().st_mtime_ns}"
 
     def caption(self, file: File) -> dict[str, Any]:
-        """Return the caption of a file as it is now, and whether and where it can be edited."""
+        """Return the current caption of a file, and whether it can be edited here, else the reason."""
         where, found, saves, mark = "", CaptionText(), 0, ""
         path = self.caption_path(file)
         if path is None:
@@ -190,7 +190,7 @@ class DatasetPages:
         return {"text": found.text, "can_edit": not where, "where": where, "mark": mark, "saves": saves}
 
     def caption_path(self, file: File) -> Path | None:
-        """Return the real path of a caption file, there or not; None if there is none inside the folders."""
+        """Return the real path of a caption file, which need not exist; None if not inside the folders."""
         if file["caption_file"] is None:
             return None
         path = Path(file["caption_file"])

@@ -21,7 +21,7 @@ from modules.errors import OptionError
 from modules.installation import program_environment, program_words
 from modules.text_files import parse_json, parse_toml, read_text, real_path
 
-SETTLED_SECONDS = 2.0  # that files must be unchanged before they are measured anew: caching writes many
+SETTLED_SECONDS = 2.0  # files are measured again once unchanged for so long: caching writes many
 MOST_ERROR = 4000  # characters
 TABLES = re.compile(r"(?m)^\s*(\[\[\s*datasets\s*\]\]|datasets\s*=)")
 # frames per second, steps of sides and of frames of models, for files of which no run tells the model
@@ -39,7 +39,7 @@ File = dict[str, Any]  # as `data_tools/report/files.py` lists it
 
 @dataclass(frozen=True)
 class FoundDataset:
-    """Hold where a dataset is described."""
+    """Hold the configuration file of a dataset, and the runs that trained on it."""
 
     path: Path
     folder: Path  # that relative paths in it begin at
@@ -55,7 +55,7 @@ class FoundDataset:
         return f"{self.path.name} in {self.path.parent.name}"
 
     def places(self) -> list[Path]:
-        """Return the files and folders that it names and that are there.
+        """Return the existing files and folders that the configuration names.
 
         Raises OSError or ValueError if it cannot be read.
         """
@@ -85,23 +85,23 @@ def _texts_in(content: Any) -> Iterator[str]:
 
 @dataclass
 class Measured:
-    """Hold what measuring a dataset has told, and whether it goes on."""
+    """Hold the results of measuring a dataset, and whether a measurement is running."""
 
     version: int = 0  # counts measurings; 0: there is none yet
     files: dict[str, File] = field(default_factory=dict)  # those inside the folders, by their id
-    outside: int = 0  # files that are not
-    remarks: list[str] = field(default_factory=list)  # on no file of its own
+    outside: int = 0  # number of files outside the folders
+    remarks: list[str] = field(default_factory=list)  # those about no single file
     totals: dict[str, int] = field(default_factory=dict)  # faults and remarks, as the report counts them
     error: str = ""
     decodes: bool = False  # whole files were read, not only headers
     model: str = ""
-    mark: object = None  # of the files that were measured
-    seen: tuple[object, float] = (None, 0.0)  # another mark, and since when
+    mark: object = None  # `Datasets.mark` of the files that were measured
+    seen: tuple[object, float] = (None, 0.0)  # a newer mark, and since when it is seen
     is_running: bool = False
 
 
 class Datasets:
-    """Know the datasets below the folders of some runs, and what each measured."""
+    """Find the datasets below the folders of some runs, and keep the measurements of each."""
 
     def __init__(self, runs: Runs) -> None:
         self.runs = runs
@@ -109,12 +109,12 @@ class Datasets:
         self._found: dict[str, FoundDataset] = {}
         self._measured: dict[str, Measured] = {}
         self._texts: dict[Path, tuple[int, bool]] = {}  # .toml files: when changed, whether of a dataset
-        self._one = threading.Semaphore()  # measuring at a time
+        self._one = threading.Semaphore()  # one measurement at a time
         self._processes: set[subprocess.Popen[bytes]] = set()
         atexit.register(self.close)
 
     def look(self) -> list[FoundDataset]:
-        """Return all datasets by their paths: those of runs, and those in the folders."""
+        """Return all datasets in the order of their paths: those of runs, and those in the folders."""
         of_runs: dict[tuple[Path, Path], list[tuple[str, str]]] = {}
         models: dict[Path, str] = {}
         for run in self.runs.look():
@@ -139,7 +139,7 @@ class Datasets:
         return self._found.get(id)
 
     def _is_dataset(self, path: Path) -> bool:
-        """Return whether a .toml file has tables of a dataset; each is read once."""
+        """Return whether a .toml file has dataset tables; a file is read again only after a change."""
         try:
             changed = path.stat().st_mtime_ns
             if self._texts.get(path, (None, False))[0] != changed:
@@ -149,9 +149,9 @@ class Datasets:
         return self._texts[path][1]
 
     def outside(self, dataset: FoundDataset) -> list[Path]:
-        """Return the folders that have to be given so that the dataset may be shown.
+        """Return the folders that are missing on the command line for this dataset to be shown.
 
-        Raises OSError if it is not there, ValueError if it cannot be read.
+        Raises OSError if the configuration does not exist, ValueError if it cannot be read.
         """
         if not self.runs.is_inside(dataset.path):
             dataset.path.stat()
@@ -160,7 +160,7 @@ class Datasets:
         return list(dict.fromkeys(place if place.is_dir() else place.parent for place in places))
 
     def measure(self, dataset: FoundDataset) -> Measured:
-        """Return what is known of a dataset; measure it if its files have changed. Raises as `outside`."""
+        """Return the measurements of a dataset; repeat them if files have changed. Raises as `outside`."""
         mark = self.mark(dataset)
         with self.lock:
             measured = self._measured.setdefault(dataset.id, Measured(model=dataset.model))
@@ -172,7 +172,7 @@ class Datasets:
             return measured
 
     def mark(self, dataset: FoundDataset) -> object:
-        """Return values that change with the files of a dataset. Raises as `FoundDataset.places`."""
+        """Return a value that changes whenever files of a dataset do. Raises as `FoundDataset.places`."""
         found: list[object] = []
         for place in (dataset.path, *dataset.places()):
             with contextlib.suppress(OSError):
@@ -181,14 +181,14 @@ class Datasets:
         return found
 
     def forgive(self, dataset: FoundDataset, before: object) -> None:
-        """Take a dataset for unchanged though a caption was written. before: its mark until then."""
+        """Keep a dataset's measurements after a caption was saved here. before: the mark before that."""
         with self.lock:
             measured = self._measured.get(dataset.id)
             if measured is not None and measured.mark == before:
                 measured.mark = self.mark(dataset)
 
     def start(self, dataset: FoundDataset, decodes: bool | None = None, model: str | None = None) -> None:
-        """Measure a dataset in the background, unless that is going on. Raises as `outside`.
+        """Measure a dataset in the background, unless a measurement is running. Raises as `outside`.
 
         decodes: read whole files. model: one of MODELS. None: as before.
         """
@@ -238,7 +238,7 @@ class Datasets:
             measured.is_running = False
 
     def _report(self, options: Sequence[str], folder: Path) -> dict[str, Any]:
-        """Return the JSON of the script. Raises ValueError with its own words if it fails."""
+        """Return the JSON of tools/dataset_report.py. Raises ValueError with its message if it fails."""
         process = subprocess.Popen(
             [sys.executable, *program_words(Path("tools/dataset_report.py")), *options],
             stdin=subprocess.DEVNULL,
@@ -263,9 +263,9 @@ class Datasets:
 
 
 def _locate(given: str, folder: Path) -> tuple[Path, Path]:
-    """Return where relative paths of a run begin, and the file that it was given.
+    """Return the working folder of a run, and the path of the file that it was given.
 
-    A history does not tell the working folder: this one and those above the run's are tried.
+    A history does not tell the working folder: the current one and the run folder's parents are tried.
     """
     for base in (Path.cwd(), *folder.parents):
         with contextlib.suppress(OSError, ValueError):

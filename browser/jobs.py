@@ -29,14 +29,14 @@ logger = logging.getLogger(__name__)
 FOLDER, QUEUE, STATE, LOGS = "reelsmith-queue", "queue.txt", "jobs.json", "logs"
 WAITING = "waiting"
 ENDED = (FINISHED, STOPPED, DIED)
-MOST_OF_CODE = 100  # bytes of the file with it
+MOST_OF_CODE = 100  # bytes that are read of the file with an exit code
 LAST_LINES = 20
 EVERY_SECONDS = 0.5
-# a line of the text file, with those that it goes on in
+# a line of the text file, with its continuation lines
 ENTRY = re.compile(r"[^\n]*\n?" if os.name == "nt" else r"(?:(?!\s*#)[^\n]*\\\n)*[^\n]*\n?")
-TAIL = 64 << 10  # bytes of a log that its last lines are looked for in
+TAIL = 64 << 10  # bytes at the end of a log in which its last lines are searched
 MOST_JOBS = 10**9
-MOST_LINES, MOST_OF_JOB = 1000, 100_000  # of the text file; characters of one
+MOST_LINES, MOST_OF_JOB = 1000, 100_000  # lines of the text file; characters of a job
 KINDS: dict[str, Any] = {
     "line": str,
     "folder": str,
@@ -49,15 +49,15 @@ KEPT = ("id", "line", "folder", "process", "stops")  # in STATE
 
 @dataclass
 class Job:
-    """Hold a command line and how it stood when it was looked at."""
+    """Hold a command line and the state of its process when it was last read."""
 
     id: int
     line: str  # as the text file has it
     folder: str  # that it runs in
     log: Path
-    process: dict[str, Any] | None = None  # that waits for its end, see `describe_process`; None: not begun
+    process: dict[str, Any] | None = None  # that waits for the job; None: not started
     stops: int = 0  # how often it was told to stop
-    place: int = -1  # among the entries of the text file; -1: its line is not there any more
+    place: int = -1  # index among the entries of the text file; -1: its line has been removed
     code: int | None = field(init=False)
     state: str = field(init=False)  # WAITING, or as the state of a run
 
@@ -87,12 +87,12 @@ class Job:
 
     @property
     def words(self) -> list[str]:
-        """Return the words of the line. Raises OptionError if it cannot be read."""
+        """Return the words of the line. Raises OptionError if it cannot be parsed."""
         return launch.split_words(self.line)
 
     @property
     def problem(self) -> str:
-        """Return why the line will be refused; empty if it will not."""
+        """Return why the line would be refused; empty if it is accepted."""
         try:
             launch.find_program(self.words, Path(self.folder))
         except OptionError as error:
@@ -101,7 +101,7 @@ class Job:
 
     @property
     def seconds(self) -> float:
-        """Return how long it has been running, or ran."""
+        """Return how long the job has been running, or ran until its end."""
         end = time.time()
         if self.state != RUNNING:
             with contextlib.suppress(OSError):
@@ -109,7 +109,7 @@ class Job:
         return max(0.0, end - (self.process or {}).get("born", end))
 
     def last_lines(self, count: int = LAST_LINES) -> str:
-        """Return the last lines that it wrote; of a progress bar, its last state."""
+        """Return the last lines of the job's log; progress bars only with their last state."""
         try:
             with self.log.open("rb") as file:
                 file.seek(max(0, self.log.stat().st_size - TAIL))
@@ -134,14 +134,14 @@ class _Book:
         return json.dumps({"last": self.last, "worker": self.worker, "jobs": rows}, indent=1)
 
     def find(self, number: int, *states: str) -> Job:
-        """Return a job by its number. Raises OptionError if it is not there, or in another state."""
+        """Return a job by its number. Raises OptionError if it does not exist or is in another state."""
         for job in self.jobs:
             if job.id == number and job.state in states:
                 return job
         raise OptionError(f"there is no job {number} that is {' or '.join(states)} (any more)")
 
     def wait_again(self, job: Job, line: str) -> None:
-        """Let a job that does not run wait with this line."""
+        """Put a job that is not running back into the queue, with this line."""
         if job.place < 0:
             self.entries.append("")  # which is at -1
         self.entries[job.place] = f"{line}\n"
@@ -154,14 +154,14 @@ class _Book:
 
 
 class JobQueue:
-    """Know the jobs of a folder, whose text file is edited by hand too, and run them if asked to.
+    """Manage the job queue of a folder, whose text file users may edit too, and run the jobs if asked to.
 
-    A line stays in the text file when its job begins, so that an editor that has the file open brings no job
-    back. Which job a line belongs to is told by its text: to run an equal one, add a second line or retry.
+    A line stays in the text file when its job begins, so that saving an older copy from an editor starts no
+    job again. Lines are matched with jobs by their text: to repeat a command, add a second line or retry.
     """
 
     def __init__(self, folder: Path, read_only: bool = False) -> None:
-        """folder: with the files of the queue; made when the first job is added."""
+        """folder: holds the files of the queue; created when the first job is added."""
         self.folder = folder
         self.read_only = read_only
         self.problem = ""  # why the last try to begin a job has failed
@@ -182,9 +182,9 @@ class JobQueue:
         return "elsewhere" if worker is not None and is_living(worker) is not False else ""
 
     def add(self, words: Sequence[str], folder: Path) -> int:
-        """Append a command of ours and return the number of its job. folder: that it runs in.
+        """Append a command of ours and return the number of its job. folder: working folder of the command.
 
-        Raises OptionError if it is no command of ours, OutputError if it cannot be written.
+        Raises OptionError if it is no command of ours, OutputError if the queue cannot be written.
         """
         launch.find_program(words, folder)
         line = as_line(words)
@@ -195,7 +195,7 @@ class JobQueue:
         return job.id
 
     def move(self, number: int, by: int) -> None:
-        """Exchange a waiting job with the next (`by` 1) or the one before (-1), if there is one."""
+        """Swap a waiting job with the next one (`by` 1) or the previous one (`by` -1), if it exists."""
         with self._change() as book:
             job = book.find(number, WAITING)
             waiting = [one for one in book.jobs if one.state == WAITING]
@@ -205,7 +205,7 @@ class JobQueue:
                 book.entries[here], book.entries[there] = book.entries[there], book.entries[here]
 
     def remove(self, number: int) -> None:
-        """Forget a job that does not run, with its line and its log."""
+        """Delete a job that is not running, with its line and its log."""
         with self._change() as book:
             job = book.find(number, WAITING, *ENDED)
             if job.place >= 0:
@@ -215,7 +215,7 @@ class JobQueue:
                 path.unlink(missing_ok=True)
 
     def stop(self, number: int) -> None:
-        """Let a running job save and end, as Ctrl-C does; the second time, end it at once.
+        """Interrupt a running job as Ctrl-C does, so that it saves and ends; on the second call, kill it.
 
         Raises OutputError if it runs on another machine.
         """
@@ -227,7 +227,7 @@ class JobQueue:
             (launch.interrupt_processes if job.stops == 1 else launch.kill_processes)(job.process["number"])
 
     def retry(self, number: int) -> None:
-        """Let an ended job wait again, a training with `--resume latest` if it has no --resume."""
+        """Queue an ended job again; add `--resume latest` to a training without --resume."""
         with self._change() as book:
             job = book.find(number, *ENDED)
             words, line = job.words, job.line
@@ -238,7 +238,7 @@ class JobQueue:
             book.wait_again(job, line)
 
     def edit(self, number: int, words: Sequence[str]) -> None:
-        """Give a job that does not run another line; it waits then. Raises as `add`."""
+        """Change the line of a job that is not running, and queue it again. Raises as `add`."""
         with self._change() as book:
             job = book.find(number, WAITING, *ENDED)
             launch.check_options(words, Path(job.folder))
@@ -260,7 +260,7 @@ class JobQueue:
         self._worker.start()
 
     def end_work(self) -> None:
-        """Begin no further job; one that runs goes on."""
+        """Start no further jobs; a running one continues."""
         worker, self._worker = self._worker, None
         if worker is not None:
             self._ended.set()
@@ -311,7 +311,7 @@ class JobQueue:
 
     @contextlib.contextmanager
     def _change(self) -> Iterator[_Book]:
-        """Yield what both files hold, and write what the block has changed."""
+        """Yield the content of both files, and write what the block has changed."""
         if self.read_only:
             raise OutputError("the browser was started with --read_only")
         with explain_errors(self.folder / QUEUE):
@@ -326,7 +326,7 @@ class JobQueue:
                     write_text(self.folder / STATE, book.as_text())
 
     def _read(self) -> tuple[_Book, str]:
-        """Return what both files hold, and the text of STATE."""
+        """Return the content of both files, and the text of STATE."""
         known = _read_or_empty(self.folder / STATE) or _Book([], [], 0, None).as_text()
         try:
             told = parse_json(known)
@@ -375,7 +375,7 @@ class JobQueue:
 
 
 def as_line(words: Sequence[str]) -> str:
-    """Return the line of a job. Raises OptionError if it would be several."""
+    """Return the words as a line of the text file. Raises OptionError if they would need several lines."""
     line = shlex.join(words)
     if line.splitlines() != [line]:
         raise OptionError(f"{line!r}: a job is one line")

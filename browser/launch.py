@@ -1,4 +1,4 @@
-"""Turn a command line into a program of ours, and run it so that it outlives the browser.
+"""Turn a command line into a program of ours, and run it so that it outlives the server.
 
 `python -m browser.launch` is the process that waits for a job: it reads from standard input the program, the
 folder to run it in and the file for its exit code, and leads the group that the job's processes are in.
@@ -44,8 +44,8 @@ _known = functools.cache(find_commands)
 def split_words(line: str) -> list[str]:
     """Return the words of a command line; quotes group them, and a backslash escapes, but not on Windows.
 
-    Raises OptionError if it has a mark that only a shell understands, a quote without an end, or a backslash
-    that looks like Windows' between folders.
+    Raises OptionError for characters that only a shell understands, an open quote, or a backslash that looks
+    like a separator of Windows paths.
     """
     if mark := MARKS.search(QUOTED.sub("''", line)):
         raise OptionError(
@@ -70,7 +70,7 @@ def find_program(words: Sequence[str], folder: Path) -> tuple[ScriptCommand, lis
     """Return the command of ours that a line names, and the program to start, without a shell.
 
     words: `python SCRIPT ...`, `SCRIPT ...`, `reelsmith train wan ...` or `accelerate launch [options] SCRIPT
-    ...`. folder: that it was typed in. Raises OptionError, naming the word, if it is anything else.
+    ...`. folder: its working folder. Raises OptionError, naming the word, for anything else.
     """
     launcher: list[str] = []
     rest = [*words[1:]] if words[:1] in (["python"], ["python3"]) else [*words]
@@ -107,7 +107,7 @@ else:
     sys.path.insert(0, os.path.dirname(sys.argv[0]))
     runpy.run_path(sys.argv[0], run_name="__main__")
 """
-WITH_TORCH = ("train", "finetune", "cache", "generate")  # commands that load it next
+WITH_TORCH = ("train", "finetune", "cache", "generate")  # commands that load torch next
 CHECK_SECONDS = 20
 
 
@@ -138,7 +138,7 @@ def check_options(words: Sequence[str], folder: Path) -> None:
 
 
 def _find_command(words: Sequence[str], folder: Path) -> tuple[ScriptCommand, int]:
-    """Return the command that a line begins with, and how many of its words name it."""
+    """Return the command of ours that a line begins with, and how many words its name takes."""
     word, known, count = "".join(words[:1]), _known(ROOT), 1
     if word == "-m":  # what commands of the installed package have
         word, count = " ".join(words[:2]), 2
@@ -161,7 +161,7 @@ def _find_command(words: Sequence[str], folder: Path) -> tuple[ScriptCommand, in
 
 
 def prepare_process(log: Path) -> "subprocess.Popen[bytes]":
-    """Start the process that waits for a job, in a group of its own. It ends if it is never told the job."""
+    """Start the process that will wait for a job, in its own group. It ends if no job is sent to it."""
     with log.open("ab") as file:
         return subprocess.Popen(
             [sys.executable, "-m", f"{PREFIX}browser.launch"],
@@ -175,7 +175,7 @@ def prepare_process(log: Path) -> "subprocess.Popen[bytes]":
 
 
 def tell_job(waiting: "subprocess.Popen[bytes]", program: Sequence[str], folder: str, code: Path) -> None:
-    """Let a process of `prepare_process` start a program in a folder. code: file for its exit code."""
+    """Have a process of `prepare_process` start a program in a folder. code: file for the exit code."""
     assert waiting.stdin is not None
     with contextlib.suppress(BrokenPipeError), waiting.stdin:
         waiting.stdin.write(json.dumps([program, folder, str(code)]).encode())
@@ -191,7 +191,7 @@ def interrupt_processes(number: int) -> None:
 
 
 def kill_processes(number: int) -> None:
-    """End a job at once, with all processes that it has started, those in groups of their own too."""
+    """Kill a job and all processes that it has started, also those in other process groups."""
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(number)
         for one in [process, *process.children(recursive=True)]:
@@ -200,7 +200,7 @@ def kill_processes(number: int) -> None:
 
 
 def main() -> None:
-    """Run the job that standard input tells, and write its exit code."""
+    """Read a job from standard input, run it, and write its exit code."""
     told = sys.stdin.buffer.read()
     if not told:  # the browser was killed before it had noted this process
         return

@@ -11,7 +11,7 @@ from modules.text_files import read_text, real_path
 
 LOCAL = "localhost"
 USUAL_PORT = 8765
-READ = (".toml", "-history.jsonl")  # ends of files that it shows: of datasets, of runs
+READ = (".toml", "-history.jsonl")  # endings of the files that it shows: datasets, histories of runs
 SHORTEST, LONGEST = 16, 1024  # characters of a token
 MAKE_TOKEN = 'This makes one: python -c "import secrets; print(secrets.token_urlsafe())" > {}'
 

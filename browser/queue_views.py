@@ -1,4 +1,4 @@
-"""Make the pages of the queue and of a comparison, and answer their buttons."""
+"""Make the pages of the queue and of comparisons, and handle their buttons."""
 
 import contextlib
 import re
@@ -32,7 +32,7 @@ def compare_routes(runs: Runs, notes: FileNotes, queue: JobQueue) -> list[Route]
     """Return the routes of comparisons."""
 
     def page(asked: Form, said: str) -> str:
-        """Return the page of a comparison. said: what went wrong.
+        """Return the page of a comparison. said: an error message to show.
 
         Raises UserError if the queue cannot be read, OSError if a file vanishes.
         """
@@ -86,7 +86,7 @@ def compare_routes(runs: Runs, notes: FileNotes, queue: JobQueue) -> list[Route]
 
 
 def is_of(run: Glance, job: Job) -> bool:
-    """Return whether a running training is one that a job's process has started."""
+    """Return whether a job's process has started this running training."""
     if run.state != RUNNING or run.start is None or not job.process or not is_living(run.start.process):
         return False
     with contextlib.suppress(psutil.Error, KeyError):  # it has just ended
@@ -100,9 +100,9 @@ def when_begun(job: Job) -> tuple[float, int]:
 
 
 def find_draft(runs: Runs, asked: Mapping[str, str]) -> tuple[str, Glance | None]:
-    """Return a command of a run for the user to read and change, and the run; empty if none is asked for.
+    """Return a command for the user to edit, "" if none is asked for, and the run that it is from.
 
-    asked: `run`, and `command`, its place among those of the run, or `line`, what the user has made of it.
+    asked: `run`, and either `command`, the index of one of its commands, or `line`, the edited command.
     """
     if "line" in asked:
         return asked["line"], runs.find(asked.get("run", ""))
@@ -117,7 +117,7 @@ def find_draft(runs: Runs, asked: Mapping[str, str]) -> tuple[str, Glance | None
 def read_jobs(text: str, run: Glance | None) -> list[tuple[list[str], Path]]:
     """Return the words and the folder of each command in a text; all are checked before the first is added.
 
-    run: whose commands they were, if they are one's. Raises UserError.
+    run: the run that the commands are from, if any. Raises UserError.
     """
     lines = [line.strip() for line in ENTRY.findall(text.replace("\r\n", "\n"))]
     found = [split_words(line) for line in lines if line and not line.startswith("#")]
@@ -138,7 +138,7 @@ def queue_routes(runs: Runs, queue: JobQueue) -> list[Route]:
     }
 
     def answer(said: str, asked: Mapping[str, str] | None = None) -> Response:
-        """Return the page of the queue. said: what went wrong. asked: of an address, see `find_draft`."""
+        """Return the page of the queue. said: an error message to show. asked: see `find_draft`."""
         try:
             jobs = queue.jobs()
             ended = sorted((job for job in jobs if job.state in ENDED), key=when_begun, reverse=True)

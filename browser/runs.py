@@ -1,4 +1,4 @@
-"""Find runs below folders by their histories, and tell each at a glance from a few places of its file."""
+"""Find runs below folders by their histories, and summarise each from a few parts of its file."""
 
 import contextlib
 import hashlib
@@ -48,7 +48,7 @@ LOSS = re.compile(rb'"step": (\d{1,15}), "loss": (-?\d+(?:\.\d+)?(?:e[-+]?\d+)?)
 AVERAGE = re.compile(rb'"average": (-?\d+(?:\.\d+)?(?:e[-+]?\d+)?)')
 LEFT = re.compile(rb'"left": (\d+(?:\.\d+)?(?:e[-+]?\d+)?)')
 SECONDS = re.compile(rb'"seconds": (\d+(?:\.\d+)?(?:e[-+]?\d+)?)')
-# of a page that an older version wrote: kind, standing, model, step, total
+# matches a page of an older version: kind, standing, model, step, total
 STATUS = re.compile(
     r'<p class="status"><span class="(\w*)">([^<]*)</span>\s*<small>· (\S+) · [^<]*</small></p>\s*'
     r'<progress value="(\d{1,15})" max="(\d{1,15})">'
@@ -56,7 +56,7 @@ STATUS = re.compile(
 
 
 def is_living(process: Mapping[str, Any]) -> bool | None:
-    """Return whether a process that `describe_process` described is there; None if it is not of here."""
+    """Return whether a process of `describe_process` is alive; None if it is not of this machine."""
     if process.get("machine") != identify_machine():
         return None
     try:
@@ -69,10 +69,10 @@ def is_living(process: Mapping[str, Any]) -> bool | None:
 
 @dataclass(frozen=True)
 class Glance:
-    """Hold what a list shows of a run."""
+    """Hold the facts that a list shows of a run."""
 
     history: Path
-    changed: float  # when the file was
+    changed: float  # when the file was changed
     start: Start | None
     ending: tuple[str, str] | None
     step: int
@@ -82,7 +82,7 @@ class Glance:
     memory: dict[str, str]
     model: str = ""
     total_steps: int = 0
-    average: float | None = None  # of losses, as the run's own bar shows it; None: an older version's
+    average: float | None = None  # mean loss, as the run's own bar shows it; None: an older version's history
     seconds_left: float | None = None  # with samples, validations and saves; None: an older version's
 
     @property
@@ -107,7 +107,7 @@ class Glance:
     def is_of_here(self) -> bool:
         """Return whether this machine wrote the history, since its boot, into the folder where it lies.
 
-        The commands of another one were written by somebody else, or name files that lie elsewhere.
+        Commands of other machines may be somebody else's, or name files that are not here.
         """
         if self.start is None or is_living(self.start.process) is None:
             return False
@@ -143,7 +143,7 @@ class Glance:
 
     @property
     def spark(self) -> str:
-        """Return the points of a drawing of the losses, 100 wide and 24 high."""
+        """Return the points of the loss sparkline, 100 wide and 24 high."""
         if len(self.losses) < 2:
             return ""
         low, high = min(self.losses), max(self.losses)
@@ -155,7 +155,7 @@ class Glance:
 
 
 def tell_state(start: Start | None, ending: tuple[str, str] | None, changed: float) -> str:
-    """Return the state of a run. changed: when its history was, in seconds since 1970."""
+    """Return the state of a run. changed: when its history was modified, in seconds since 1970."""
     if ending is not None:
         return {"good": FINISHED, "bad": DIED}.get(ending[1], STOPPED)
     is_there = is_living(start.process) if start is not None else None
@@ -169,7 +169,7 @@ def tell_left(steps: int, seconds: float | None) -> str:
 
 
 def read_page_status(history: Path) -> tuple[str, tuple[str, str] | None, int] | None:
-    """Return model, ending and total steps from the page beside a history whose lines do not tell them."""
+    """Return model, ending and total steps from the page beside a history of an older version."""
     with contextlib.suppress(OSError), page_path(history.parent, history_name(history)).open("rb") as file:
         found = STATUS.search(file.read(32 << 10).decode("utf-8", "replace"))
         if found:
@@ -232,7 +232,7 @@ def read_glance(path: Path, status: os.stat_result) -> Glance:
 
 
 def _last_row(data: Any, key: str, least: int) -> Row | None:
-    """Return the last line with this key that begins at or behind a place."""
+    """Return the last line that has this key and begins at or behind the offset `least`."""
     place = data.rfind(f', "{key}": '.encode(), max(0, least))
     if place < 0:
         return None
@@ -242,7 +242,7 @@ def _last_row(data: Any, key: str, least: int) -> Row | None:
 
 @dataclass
 class OpenHistory:
-    """Hold the content of a history that is shown; what is appended is read on its own."""
+    """Hold the content of a history that is shown; `refresh` reads only appended lines."""
 
     path: Path
     status: os.stat_result | None = None
@@ -269,10 +269,10 @@ class OpenHistory:
 
 
 class Runs:
-    """Know the runs below some folders. Links are resolved, and what lies elsewhere is not there."""
+    """Find the runs below some folders. Links are resolved; whatever is outside of the folders is ignored."""
 
     def __init__(self, folders: Collection[Path]) -> None:
-        """folders: or histories themselves."""
+        """folders: folders, or history files."""
         self.roots = [real_path(folder) for folder in folders]
         # time, folders in it, histories, .toml files
         self._folders: dict[Path, tuple[int, list[Path], list[Path], list[Path]]] = {}
@@ -313,7 +313,7 @@ class Runs:
             yield from self._walk(inner, depth - 1)
 
     def find(self, id: str) -> Glance | None:
-        """Return the run of this id, as it is now."""
+        """Return the run of this id, read again; None if there is none."""
         with self.lock:
             known = {one.id: path for path, (_, one) in self._glances.items()}
             if id not in known:
@@ -324,7 +324,7 @@ class Runs:
         return None
 
     def open(self, run: Glance) -> OpenHistory:
-        """Return the content of a run as it is now. Raises OSError if it cannot be read."""
+        """Return the current content of a run's history. Raises OSError if it cannot be read."""
         with self.lock:
             shown = self._open.pop(run.history, None) or OpenHistory(run.history)
             shown.refresh()
@@ -342,7 +342,7 @@ class Runs:
         return self.is_below(path) and path.is_file()
 
     def is_below(self, path: Path) -> bool:
-        """Return whether a path leads to something that is there, below the folders."""
+        """Return whether a path exists and its real path is below the folders."""
         try:
             real = path.resolve(strict=True)
         except (OSError, RuntimeError, ValueError):

@@ -1,4 +1,4 @@
-"""Answer requests: routes, and what a request must have to pass: its host, its origin, and the token."""
+"""Serve the routes, and check each request: its host, its origin, and the token."""
 
 import hmac
 import ipaddress
@@ -27,7 +27,7 @@ from modules.pages.page import HERE as PAGES
 logger = logging.getLogger(__name__)
 
 COOKIE = "reelsmith"
-# of requests to a run, see training/training_run.py, and what is answered
+# requests to a run, see training/training_run.py, and the answer to each
 KINDS = {
     "sample": "Asked: samples are made when this step is done.",
     "save": "Asked: it saves when this step is done.",
@@ -42,20 +42,20 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "cross-origin-opener-policy": "same-origin",
 }
-MOST_BYTES = 128 << 10  # of a request: a caption as JSON has the most
+MOST_BYTES = 128 << 10  # largest body of a request: a caption as JSON
 
 
 @dataclass
 class Gate:
-    """Let only those requests through that come from pages of this server, know the token, and are small.
+    """Let only requests through that come from pages of this server, carry the token, and are small.
 
-    A page of another site can make a browser send requests here: its origin tells. A name that leads here
-    by another's tables of names is refused too, as its pages would be of our origin.
-    With `read_only` no request passes that could write: routes need not ask for it.
+    A page of another site can make a browser send requests here: their origin shows it. Host names that are
+    not ours are refused too (DNS rebinding), because pages under them would share our origin.
+    With `read_only`, requests that could write are refused, so that routes need not check it.
     """
 
     app: ASGIApp
-    names: frozenset[str]  # that the server is called by; addresses always are
+    names: frozenset[str]  # names of the server in requests; IP addresses are always accepted
     token: str | None
     read_only: bool
     headers: dict[str, str] = field(default_factory=lambda: dict(HEADERS))
@@ -93,7 +93,7 @@ class Gate:
                 await PlainTextResponse("This cannot be shown.", 500)(scope, receive, send_guarded)
 
     def _check(self, request: Request) -> Response | None:
-        """Return what to answer instead; None if the request may pass."""
+        """Return the response that refuses a request; None if the request may pass."""
         headers = request.headers
         host = headers.get("host", "")
         if not self._is_ours(host):
@@ -139,7 +139,7 @@ class Gate:
 
 
 class RunPages:
-    """Show runs: their list, each one's page and news, its files, and what it can be asked for."""
+    """Show the list of runs, and the page, news and files of each; pass requests on to trainings."""
 
     def __init__(self, runs: Runs, notes: FileNotes, read_only: bool) -> None:
         self.runs, self.notes, self.read_only = runs, notes, read_only
@@ -199,7 +199,7 @@ class RunPages:
         return answer_gone() if path is None else FileResponse(path)
 
     def guard(self, show: Callable[[Request], Response]) -> Callable[[Request], Response]:
-        """Return what shows while nothing else looks at the runs; files that vanish are gone."""
+        """Return a handler that calls `show` under the runs' lock; an OSError becomes "not there"."""
 
         def answer(request: Request) -> Response:
             try:
@@ -218,9 +218,9 @@ def make_app(
     read_only: bool = False,
     queue: JobQueue | None = None,
 ) -> ASGIApp:
-    """Return the application. host: what it is called by, besides addresses and this machine's name.
+    """Return the application. host: its name in requests, besides IP addresses and this machine's name.
 
-    queue: of `open_queue` if None.
+    queue: None means the one of `open_queue`.
     """
     notes, queue = FileNotes(), queue or open_queue(runs, read_only)
     pages = RunPages(runs, notes, read_only)

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def run_browser(options: BrowserOptions) -> None:
-    """Serve pages until Ctrl-C, or write the one that --export asks for. Raises UserError if that fails."""
+    """Serve pages until Ctrl-C, or write the page that --export asks for. Raises UserError if that fails."""
     runs = Runs(options.folders)
     if options.export is not None:
         from browser.views import export_run
@@ -58,9 +58,9 @@ def run_browser(options: BrowserOptions) -> None:
 
 
 def open_socket(host: str, port: int | None) -> socket.socket:
-    """Return a socket that listens. port: None is USUAL_PORT, or any if that is taken.
+    """Return a listening socket. port: None means USUAL_PORT, or any free port if that is taken.
 
-    Raises OutputError if the address cannot be had.
+    Raises OutputError if the address cannot be used.
     """
     if port is None:
         try:
@@ -91,7 +91,7 @@ def _is_taken(error: BaseException | None) -> bool:
 
 
 def show_address(options: BrowserOptions, port: int, token: str | None) -> None:
-    """Print the address, and as a picture for a phone if the network may see it."""
+    """Print the address, with a QR code for phones if other machines can reach the server."""
     host = options.host
     if host in ("0.0.0.0", "::", ""):  # the address that this machine has in its network
         host = socket.gethostname()

@@ -1,4 +1,4 @@
-"""Make the pages of runs, their curves as JSON and what is said of a file; write a run as one page."""
+"""Make the pages of runs, their curves as JSON and descriptions of files; write a run as one page."""
 
 import hashlib
 import logging
@@ -58,7 +58,7 @@ SORTS = {
 
 
 def select_runs(found: Sequence[Glance], asked: Mapping[str, str]) -> list[Glance]:
-    """Return the runs that a list is asked for, in its order. asked: text, family, state and sort."""
+    """Filter and sort the runs for a list. asked: text, family, state and sort."""
     words = asked.get("text", "").lower().split()
     chosen = [
         run
@@ -76,7 +76,7 @@ def mark_list(found: Sequence[Glance], asked: Mapping[str, str]) -> str:
 
 
 def list_page(runs: Runs, found: Sequence[Glance], asked: Mapping[str, str]) -> str:
-    """Return the page of all runs. found: what `Runs.look` gave."""
+    """Return the page of all runs. found: the result of `Runs.look`."""
     chosen = select_runs(found, asked)
     values = {
         "runs": label_runs(chosen if asked.get("all") else chosen[:MOST_RUNS]),
@@ -96,7 +96,7 @@ def list_page(runs: Runs, found: Sequence[Glance], asked: Mapping[str, str]) -> 
 
 
 def label_runs(found: Sequence[Glance]) -> list[tuple[Glance, str]]:
-    """Return runs with what to call them: of several of one name, each with its folder."""
+    """Return each run with its label: the name, with the folder if several runs have that name."""
     names = Counter(run.name for run in found)
     return [
         (run, run.name if names[run.name] == 1 else f"{run.name} in {run.history.parent.name}")
@@ -106,7 +106,7 @@ def label_runs(found: Sequence[Glance]) -> list[tuple[Glance, str]]:
 
 @dataclass(frozen=True)
 class LiveStanding:
-    """Hold how a run stands now."""
+    """Hold the current standing of a run."""
 
     shown: Standing
     state: str
@@ -114,7 +114,7 @@ class LiveStanding:
 
     @classmethod
     def of(cls, run: Glance, story: Story) -> "LiveStanding":
-        """Return how the run of a history stands."""
+        """Return the current standing of the run of a history."""
         # an older version's history has no start, and its page tells some of it
         start = story.start or Start(run.model, run.total_steps)
         ending = story.ending or (None if story.start else run.ending)
@@ -164,7 +164,7 @@ def mark_page(story: Story, now: LiveStanding) -> str:
 
 
 def tell_news(runs: Runs, run: Glance, asked: Mapping[str, str]) -> dict[str, Any]:
-    """Return what a page of a run asks for again and again: its curves, if they are not those that it has.
+    """Return the facts that a run's page polls, with its curves if they have changed.
 
     asked: `have`, the key of an earlier answer; `from` and `to`, the steps that are shown. Raises OSError if
     the history cannot be read, ValueError if the steps are no numbers.
@@ -190,7 +190,7 @@ def tell_news(runs: Runs, run: Glance, asked: Mapping[str, str]) -> dict[str, An
 
 
 def _narrow(story: Story, low: float, high: float) -> Story:
-    """Return a story with the curves within these steps."""
+    """Return a story whose curves are limited to these steps."""
 
     def cut(points: Points) -> Points:
         return {step: value for step, value in points.items() if low <= step <= high}
@@ -207,7 +207,7 @@ def _narrow(story: Story, low: float, high: float) -> Story:
 
 
 def file_of(runs: Runs, run: Glance, name: str) -> Path | None:
-    """Return a file that a page links: a saved file, a sample or a clip. None if there is no such one."""
+    """Return the path of a file that a page links (a saved file, a sample, a clip); None for other names."""
     story = runs.open(run).story
     folder = run.history.parent
     samples = {f"{SAMPLES}/{file}" for row in story.samples.values() for file in row.files.values()}
@@ -216,13 +216,13 @@ def file_of(runs: Runs, run: Glance, name: str) -> Path | None:
 
 
 class FileNotes:
-    """Tell hash and metadata of files, each hashed once."""
+    """Describe files by hash and metadata; hashes are computed once."""
 
     def __init__(self) -> None:
         self._hashes: dict[tuple[str, int, int], str] = {}
 
     def hash(self, path: Path) -> str:
-        """Return the SHA-256 of a file, as letters. Raises OSError if it cannot be read."""
+        """Return the SHA-256 of a file in hexadecimal. Raises OSError if it cannot be read."""
         status = path.stat()
         key = (str(path), status.st_mtime_ns, status.st_size)
         if key not in self._hashes:
@@ -231,7 +231,7 @@ class FileNotes:
         return self._hashes[key]
 
     def tell(self, path: Path) -> str:
-        """Return a piece of a page. Raises OSError if the file cannot be read."""
+        """Return HTML that describes a file. Raises OSError if it cannot be read."""
         digest = self.hash(path)
         try:
             texts = read_safetensors_texts(path)
@@ -249,7 +249,7 @@ _FILE_LINK = re.compile(r'<a href="\./[^"]*">')
 
 
 def share_page(page: Path, copy: Path) -> None:
-    """Write a copy of a page without private facts. Raises UserError if it is no page of ours."""
+    """Write a copy of a page without private facts and links. Raises UserError if it is no page of ours."""
     try:
         require_regular_file(page)
         text = page.read_text(encoding="utf-8")
@@ -267,7 +267,7 @@ def share_page(page: Path, copy: Path) -> None:
 
 
 def export_run(runs: Runs, path: Path) -> None:
-    """Write the only run as a page that needs no server. Raises OptionError if there is none, or several."""
+    """Write the only run as a page that needs no server. Raises OptionError if there is not one run."""
     found = runs.look()
     if len(found) != 1:
         names = ", ".join(str(run.history) for run in found[:5])

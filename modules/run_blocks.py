@@ -1,6 +1,6 @@
 """The one loop over a transformer's blocks, and the place where code from outside stands around it.
 
-Every DiT is embed -> blocks -> unembed (`BlockNetwork`; LTX-2, of two velocities, has a `forward` of its own).
+Every DiT is embed -> blocks -> unembed (`BlockNetwork`; LTX-2, of two velocities, has its own `forward`).
 `run_blocks`, which it calls for the blocks, calls the DiT's runner: `run_in_order`, or the one that
 `set_runner` put in its place. A runner usually wraps the earlier one, so several stack up:
 

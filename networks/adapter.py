@@ -47,7 +47,7 @@ class NormReport:
 
 @dataclass(frozen=True)
 class ForeignNetwork:
-    """A network of another package inside the DiT it was built for; its methods are those of `OwnNetwork`.
+    """A network of another package inside the DiT that it was built for, with the methods of `OwnNetwork`.
 
     `module` holds the parameters; its state dict has the tensors of a LoRA file.
     """
@@ -80,7 +80,7 @@ class ForeignNetwork:
 
     @property
     def state_beside_file(self) -> Mapping[str, nn.Module]:
-        """Return what a training saves beside the file, by names, if the network has such parts."""
+        """Return modules by name whose state a training saves beside the file; {} if the network has none."""
         parts: Mapping[str, nn.Module] = getattr(self.module, "state_beside_file", {})
         return parts
 
@@ -120,16 +120,15 @@ class ForeignNetwork:
         return numbers_on(device, [float(number) for number in report], torch.float32)
 
     def load_weights(self, path: Path) -> object:
-        """Start from a file; return what the network says of it.
+        """Start from a file; return the network's own report.
 
-        Raises CheckpointError if the file is damaged or of other sizes, or if nothing in it is of this
-        network.
+        Raises CheckpointError if the file is damaged, has other sizes, or holds nothing for this network.
         """
         from networks.alphas import PEFT_FILE
         from networks.key_formats import to_native
         from networks.loading import read_lora
 
-        # by the names of the tensors that the network would save: other tools' files have many layouts
+        # under the names that the network itself saves: other tools' files have many layouts
         mine = self.module.state_dict()
         with open_checkpoint(path) as checkpoint:
             for name in checkpoint.tensors:
@@ -149,7 +148,7 @@ class ForeignNetwork:
             )
         own = {name: alpha for name, alpha in to_native(mine).tensors.items() if name.endswith(".alpha")}
         if own and not any(name.endswith(".alpha") for name in shapes):
-            # it reads tensors alone, and computes its scale when it is made
+            # loading sets only tensors; the scale was computed at construction
             alphas = {name: float(one) for name, one in read_lora(path).tensors.items() if name in own}
             others = [name for name, alpha in alphas.items() if alpha != float(own[name])]
             if others:
@@ -168,9 +167,9 @@ TrainableNetwork = OwnNetwork | ForeignNetwork  # inside a DiT
 
 
 def check_network(options: NetworkOptions, name: str, depths: Mapping[str, int]) -> None:
-    """Raise OptionError if a module cannot be imported, or a setting of one of ours has no sense.
+    """Raise OptionError if a module cannot be imported, or a setting of one of our modules is wrong.
 
-    name: of the module. depths: how many blocks the model's lists have, as far as that is known.
+    name: of the module. depths: known numbers of blocks by list of the model.
     """
     if name in OWN_MODULES:
         settings, _ = read_own(name, *_settings(options))
@@ -194,9 +193,9 @@ def make_network(
     seed: for the initial values, which are the same on every machine. encoders: the loaded networks of text
     encoders that learn, by `LearningEncoder.lora_prefix`, in the order of their learning rates. in_dit:
     whether the DiT gets a network too. resumed: tensors of the state that will be loaded into it. Modules
-    that only the file or the state has join, see `build_network`. Parameters are on the CPU; move `.module`
-    to the device. Raises OptionError or CheckpointError if the module, its settings or the file cannot be
-    used.
+    that only the file or the state has are added, see `build_network`. Parameters are on the CPU; move
+    `.module` to the device. Raises OptionError or CheckpointError if the module, its settings or the file
+    cannot be used.
     """
     encoders = encoders or {}
     name = options.network_module or default_module
@@ -251,10 +250,10 @@ def _tensors_of(options: NetworkOptions, encoders: Mapping[str, nn.Module]) -> d
 
 
 def tie_network(network: nn.Module, other: nn.Module) -> None:
-    """Have another network compute with the parameters and buffers of a network. Both are on one device.
+    """Make `other` share the parameters and buffers of `network`; both are on the same device.
 
-    They were made alike, for DiTs of one shape. Raises OptionError if their values differ: then they were
-    made from the weights of their DiTs, as the magnitudes of a DoRA.
+    They were built with equal options, for DiTs of one shape. Raises OptionError if their values differ:
+    then these depend on the weights of the DiTs, as DoRA magnitudes do.
     """
     mine, theirs = network.state_dict(keep_vars=True), other.state_dict(keep_vars=True)
     if mine.keys() != theirs.keys() or not all(torch.equal(mine[name], theirs[name]) for name in mine):
@@ -295,7 +294,7 @@ def _build_foreign(
     encoders: Mapping[str, nn.Module],
     in_dit: bool,
 ) -> Any:
-    """Build another package's network and put it into the models, as LoRA tuners call these modules."""
+    """Build another package's network as other LoRA trainers do, and put it into the models."""
     texts = list(encoders.values()) or None
     if options.dim_from_weights:
         create = getattr(builder, "create_arch_network_from_weights", None)
@@ -341,7 +340,7 @@ def _build_foreign(
 
 
 def _call(function: Callable[..., Any], **values: Any) -> Any:
-    """Call with the values that the function has parameters for; other tools' modules differ in these."""
+    """Call a function with those values that it has parameters for: modules of other tools differ."""
     parameters = inspect.signature(function).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return function(**values)

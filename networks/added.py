@@ -1,8 +1,8 @@
-"""Put LoRAs round the forward of modules: those that a model has only at times, or in parts of a picture.
+"""Put LoRAs round the forward of modules, for LoRAs that act only at times or in parts of a picture.
 
-The model's weights are unchanged, in any form of storage. An `AddedPart` is what one LoRA adds to one module,
-an `AddedLayer` the forward of a module with all of them: it adds what they give while it is switched on and
-otherwise calls the one before it, so that training computes what it would compute without.
+The model's weights are unchanged, however they are stored. An `AddedPart` is the addition of one LoRA to one
+module; an `AddedLayer` is the forward of a module with all its parts. Switched off, it calls the original
+forward, so that training is unaffected.
 """
 # Letters: R rank
 
@@ -35,7 +35,7 @@ _MID = "lora_mid.weight"
 
 @dataclass(frozen=True)
 class ChangedPlace:
-    """A parameter that LoRAs change: a module's weight, together with its bias, or one of another name."""
+    """A parameter that LoRAs change: a module's weight (together with its bias), or one of another name."""
 
     path: str  # of the parameter
     module: nn.Module
@@ -53,7 +53,7 @@ class ChangedPlace:
 
     @property
     def shaped(self) -> Tensor:
-        """The parameter; of a weight stored in 8 or 4 bits a stand-in with its value's shape alone."""
+        """Return the parameter, or for a weight in 8 or 4 bits a stand-in with the shape of its value."""
         stored = stored_in(self.module) if self.leaf == "weight" else None
         return self.parameter if stored is None else torch.empty(1).expand(stored.shape)
 
@@ -63,7 +63,7 @@ class ChangedPlace:
 
     @property
     def adds_to_output(self) -> bool:
-        """Whether a change of the weight is one of the output: a matrix or a convolution."""
+        """Return whether a change of the weight can be added to the output: a matrix or a convolution."""
         module = self.module
         is_plain = isinstance(module, nn.Conv2d) and module.groups == 1 and module.padding_mode == "zeros"
         return (self.is_linear or is_plain) and self.leaf == "weight"
@@ -73,17 +73,17 @@ class ChangedPlace:
 
 
 class AddedPart:
-    """Addition of one LoRA to one module, `multiplier` times; nothing until it is on a device."""
+    """The addition of one LoRA to one module, `multiplier` times; empty until `place_on`."""
 
     def __init__(
         self, place: ChangedPlace, factors: Factors, multiplier: float = 1.0, by_frozen_norms: bool = False
     ) -> None:
-        """factors: on the CPU. by_frozen_norms: as of `decompose`."""
+        """factors: on the CPU. by_frozen_norms: see `deltas.decompose`."""
         self.place = place
         self.factors = factors
         self.multiplier = multiplier
         self._by_frozen_norms = by_frozen_norms
-        # what is done with the addition to the module's output before it is added; None: nothing
+        # applied to the addition to the module's output before it is added; None: nothing
         self.region: Callable[[Tensor], Tensor] | None = None
         self._chain: list[Tensor] = []  # the low-rank factors in the order in which they act
         self._whole: dict[str, Tensor] = {}  # all other factors
@@ -109,9 +109,9 @@ class AddedPart:
         return bool(self._whole)
 
     def add_to(self, out: Tensor, x: Tensor) -> Tensor:
-        """Return the output of a matrix or a convolution for its input x, with the LoRA's addition.
+        """Add the LoRA's addition for input x to the output of a matrix or a convolution, and return it.
 
-        out: nothing else may use it.
+        out: may be changed in place.
         """
         is_sum = self._chain and self.place.is_linear and self.region is None and self._bias is None
         is_followed = torch.compiler.is_compiling() or torch.is_grad_enabled()
@@ -122,7 +122,7 @@ class AddedPart:
         added: Tensor | None = None
         if self._chain:
             added = self._low_rank(x).to(out.dtype)
-        elif self._whole:  # made for every pass: kept, it would be as large as the model
+        elif self._whole:  # recomputed in every pass: stored, all of them would be as large as the model
             delta = (self._delta(x.device) * self.multiplier).to(out.dtype)
             shaped = delta.flatten(1) if self.place.is_linear else delta.reshape(self.place.parameter.shape)
             added = self._apply(x.to(out.dtype), shaped)
@@ -162,11 +162,11 @@ class AddedPart:
         return functional.conv2d(hidden, up.reshape(*up.shape[:2], 1, 1))
 
     def _hidden(self, x: Tensor, down: Tensor) -> Tensor:
-        """Return the input times the down factor; factors of a 1x1 convolution fit too."""
+        """Return the input times the multiplier and the down factor, also that of a 1x1 convolution."""
         return functional.linear(x.to(down.dtype), down.flatten(1)) * self.multiplier
 
     def _apply(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Compute the module's function with another weight and without bias."""
+        """Apply the module's operation with another weight and without bias."""
         module = self.place.module
         if not isinstance(module, nn.Conv2d):
             return functional.linear(x, weight)
@@ -174,14 +174,14 @@ class AddedPart:
 
 
 class AddedLayer(nn.Module):
-    """The forward of one module, which adds its parts' outputs while `is_on`."""
+    """The forward of one module; adds the outputs of its parts while `is_on`."""
 
     def __init__(self, place: ChangedPlace, parts: Sequence[AddedPart]) -> None:
         super().__init__()
         self.parts = tuple(parts)
         self.is_on = False  # set it only while the parts are on a device
         self._place = place
-        self._original = (place.module,)  # in a tuple, so that the module is no part of this one
+        self._original = (place.module,)  # in a tuple, so that it is not registered as a submodule
         self._before: Callable[..., Tensor] = place.module.forward
 
     def attach(self) -> None:
@@ -207,7 +207,7 @@ class AddedLayer(nn.Module):
         if not active:
             return self._before(*inputs, **named)
         if not self._place.adds_to_output:
-            # no matrix (a norm, a block with a parameter of its own): it runs with changed weights
+            # not linear (a norm, a block with its own parameter): run it with changed weights
             if all(part.region is None for part in active):
                 return self._run_with(active, *inputs, **named)
             plain = self._before(*inputs, **named)
@@ -225,14 +225,14 @@ class AddedLayer(nn.Module):
         """Run the module with changed weights, then put them back."""
         parameters = self._original[0]._parameters
         kept = {name: parameters[name] for name in (self._place.leaf, "bias") if self._place.has(name)}
-        # all from the weights as they are, before any is changed
+        # compute all changes from the original weights
         changes = [part.changes() for part in parts]
         try:
             for change in changes:
                 for name, delta in change.items():
                     parameter = parameters[name]
                     assert parameter is not None
-                    # another parameter, not other data: the backward pass needs the changed values
+                    # a new parameter, not new data: the backward pass needs the changed values
                     weight = parameter.data
                     changed = (weight.float() + delta.reshape(weight.shape)).to(weight.dtype)
                     parameters[name] = nn.Parameter(changed, requires_grad=False)
@@ -253,7 +253,7 @@ class AddedLoras:
 
     @contextlib.contextmanager
     def turned(self, is_on: bool) -> Iterator[None]:
-        """Add the LoRAs, or do not, while the block runs. Their factors stay where `place_on` put them."""
+        """Switch the LoRAs on or off while the block runs. Their factors stay on their device."""
         before = [layer.is_on for layer in self.layers]
         for layer in self.layers:
             layer.is_on = is_on
@@ -267,7 +267,7 @@ class AddedLoras:
     def switched_on(
         self, device: torch.device, dtype: torch.dtype, strength: float | None = None
     ) -> Iterator[None]:
-        """Add the LoRAs while the model computes in `dtype`. strength: of all; None: that of each."""
+        """Add the LoRAs while the model computes in `dtype`. strength: of all LoRAs; None: each its own."""
         try:
             for layer in self.layers:
                 for part in layer.parts:
@@ -284,9 +284,9 @@ def add_loras(
 ) -> AddedLoras:
     """Put LoRAs into a model, switched off. Call after a network was attached, before compilation.
 
-    is_compiled: blocks will be; compiled code takes no other weights, so changes of norms are left out.
-    option: that names the files, for messages. Raises CheckpointError if a file does not fit the model or is
-    a DoRA.
+    is_compiled: blocks will be compiled; changes of norms are left out, because compiled code keeps its
+    weights. option: the option with the files, for messages. Raises CheckpointError if a file does not fit
+    the model or is a DoRA.
     """
     known, parts = places(dit), []
     for use in uses:
@@ -319,7 +319,7 @@ def attach_parts(
 ) -> list[AddedLayer]:
     """Put the parts of several LoRAs into a model, switched off; return its changed layers.
 
-    parts: of each LoRA, by our names of modules. known: `places` of the model.
+    parts: for each LoRA, by our names of modules. known: the `places` of the model.
     """
     names = dict.fromkeys(name for one in parts for name in one)
     layers = [AddedLayer(known[name], [one[name] for one in parts if name in one]) for name in names]
@@ -342,7 +342,7 @@ def refuse_dora(lora: LoraFile, option: str) -> None:
 def places(dit: nn.Module, published: Callable[[str], str] = str) -> dict[str, ChangedPlace]:
     """Return the modules that LoRAs may change, by our names: `lora_unet_blocks_0_ffn_0`.
 
-    published: path of a module -> the one by which files name it.
+    published: maps the path of a module to its path in files.
     """
     found = {}
     for path, module in dit.named_modules():
@@ -355,9 +355,9 @@ def places(dit: nn.Module, published: Callable[[str], str] = str) -> dict[str, C
 
 
 def fitting(lora: LoraFile, known: Mapping[str, ChangedPlace], option: str) -> dict[str, Factors]:
-    """Return the factors of a file for the modules of a model; warn of those that it does not have.
+    """Return the factors of a file for the modules of a model; warn of modules that the model lacks.
 
-    option: that names the file, for messages. Raises CheckpointError if the file does not fit the model.
+    option: the option with the file, for messages. Raises CheckpointError if the file does not fit the model.
     """
     heights = {name: len(place.shaped) for name, place in known.items()}
     stored = deltas.group_by_module(for_model(lora.tensors, heights.get))

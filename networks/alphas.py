@@ -1,4 +1,4 @@
-"""Alphas of LoRAs that are no tensors: in a file's header, in PEFT's settings there or beside the file."""
+"""Find alphas that are not stored as tensors: in a file's header, or in PEFT settings there or beside it."""
 
 import math
 import re
@@ -21,14 +21,14 @@ from networks.names.layouts import IN_DIFFUSERS, UNET_IN_DIFFUSERS
 from networks.names.texts import diffusers_path_of_text
 
 logger = getLogger(__name__)
-# where diffusers keeps the adapter's settings among a file's metadata
+# key of the adapter's settings that diffusers writes into a file's metadata
 PEFT_SETTINGS = "lora_adapter_metadata"
 PEFT_FILE = "adapter_config.json"
 _PLAIN_KEY = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
 # the same settings under other keys of a header
 _SETTINGS = (PEFT_SETTINGS, "peft_config", "adapter_config", "lora_config", "config")
-# keys of a header as `_bare` gives them, also behind the start of a network's names
-# (`transformer.lora_alpha`), and those of the rank beside them
+# keys of alpha in a header, as `_bare` returns them, with or without the network before them
+# (`transformer.lora_alpha`), and the keys of the rank beside each
 _TRAINED = "ss_network_alpha"
 _TEXTS = ("text_encoder", "lora_te", "te1", "te2", "te3")
 # a network's name before a key of its own: `transformer.lora_alpha`, `lora_te1_alpha`
@@ -43,7 +43,7 @@ _KEYS = {
 }
 # further keys of settings in JSON
 _PEFT_KEYS = {"alphapattern": "alpha_pattern", "rankpattern": "rank_pattern", "userslora": "use_rslora"}
-_LONGEST = 20  # characters of a value that a message shows
+_LONGEST = 20  # most characters of a value in a message
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class _Source:
 
     place: str  # for messages
     settings: Mapping[str, Any]
-    is_sure: bool = True  # that they are of this file, also without a rank
+    is_sure: bool = True  # they belong to this file even without a rank
 
     @property
     def rank(self) -> float | None:
@@ -66,11 +66,11 @@ class _Source:
 
 @dataclass(frozen=True)
 class FoundAlphas:
-    """Alphas of the modules of a file that have none beside their factors."""
+    """Alphas of those modules that have none beside their factors."""
 
     tensors: Mapping[str, Tensor]  # "lora_unet_x.alpha"
-    words: str  # where they are from, or that there are none; "" if every module has its own
-    warnings: tuple[str, ...] = ()  # of values that cannot be used
+    words: str  # their source, or that there are none; "" if every module has its own
+    warnings: tuple[str, ...] = ()  # about unusable values
 
 
 def find_alphas(
@@ -82,12 +82,12 @@ def find_alphas(
     start: str,
     stacked: Mapping[str, int],
 ) -> FoundAlphas:
-    """Find the alphas of modules without one in the header, in PEFT's settings, or in those beside the file.
+    """Find alphas for modules that have none, in the header or in PEFT settings there or beside the file.
 
-    is_written_here: files written here have alphas in their tensors or taken into the factors. modules:
-    factors by name. paths: of these modules, as the file writes them. start: of the names of their network in
-    a pipeline of diffusers; "" if it has none. stacked: module -> how many factors of the trained rank its
-    own were put together from. Raises CheckpointError if two places differ, ValueError and the like if PEFT's
+    is_written_here: the file was written by us; then alphas are in tensors or folded into factors. modules:
+    factors by name. paths: of these modules, as in the file. start: prefix of their network in pipelines of
+    diffusers; "" if it has none. stacked: module -> number of factors that were joined into its own, each of
+    the trained rank. Raises CheckpointError if two places differ, ValueError and the like if PEFT's
     settings cannot be used.
     """
     ranks = {
@@ -130,7 +130,7 @@ def find_alphas(
 
 
 def without_alphas(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata for a file whose tensors have the alphas, or factors scaled by them."""
+    """Return the metadata without alphas, for a file with alphas as tensors or folded into the factors."""
     is_trained = "ss_network_module" in metadata
     return {
         key: value
@@ -141,7 +141,7 @@ def without_alphas(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def _has_alpha(key: str, text: str) -> bool:
-    """Return whether a key of a header holds settings; `config` does if there is an alpha in it."""
+    """Return whether a header key holds PEFT settings; `config` does if its text has an alpha."""
     if key != "config":
         return key in _SETTINGS
     try:
@@ -153,15 +153,15 @@ def _has_alpha(key: str, text: str) -> bool:
 def _sources(
     path: Path, metadata: Mapping[str, str], paths: Mapping[str, str], start: str
 ) -> tuple[list[_Source], list[str]]:
-    """Return the settings that may be of these modules, and warnings of values that are no numbers."""
+    """Return the settings that may apply to these modules, and warnings about non-numeric values."""
     sources, warnings = [], []
     bare = {_bare(key): text for key, text in metadata.items()}
     for key, text in metadata.items():
         begin, name = _bare(key)
         if name not in _KEYS or not _is_of(begin, start):
             continue
-        # trainers that write this key store alphas as tensors; names with dots show that a converter took
-        # them into the factors
+        # trainers that write this key store alphas as tensors; dotted names show that a converter has
+        # folded them into the factors
         if key == _TRAINED and "ss_network_module" in metadata and any("." in one for one in paths.values()):
             continue
         rank = next((bare[begin, one] for one in _KEYS[name] if (begin, one) in bare), None)
@@ -194,10 +194,10 @@ def _sources(
 
 
 def _inside(place: str, settings: Mapping[str, Any], start: str, begin: str = "") -> list[_Source]:
-    """Return what settings in JSON say of the network that a pipeline calls `start`, however they spell it.
+    """Return the settings in JSON for the network that a pipeline calls `start`, in any spelling.
 
-    begin: of keys without one. Settings without an alpha may hold others, as PEFT's of several adapters do.
-    Raises AttributeError if they are no object.
+    begin: network of keys that name none. Settings without an alpha may hold nested ones, as PEFT's for
+    several adapters do. Raises AttributeError if `settings` is not a JSON object.
     """
     entries = [(*_bare(key), value) for key, value in settings.items()]
     if not any(name in _KEYS or name == "alphapattern" for _, name, _ in entries):
@@ -224,19 +224,19 @@ def _is_network(key: str) -> bool:
 
 
 def _bare(key: str) -> tuple[str, str]:
-    """`transformer.LoRA_alpha` -> (`transformer`, `loraalpha`): programs spell keys in several ways."""
+    """Normalise a key, as spellings vary: `transformer.LoRA_alpha` -> (`transformer`, `loraalpha`)."""
     found = _BEGIN.fullmatch(key)
     begin, name = ("", key) if found is None else (found[1] or found[2] or "", found[3])
     return begin, re.sub(r"[\W_]", "", name).lower()
 
 
 def _is_of(begin: str, start: str) -> bool:
-    """Whether a key that begins so is of the network that a pipeline calls `start`."""
+    """Return whether a key with this prefix belongs to the network that a pipeline calls `start`."""
     if not begin or f"{begin}." == start:
         return True
-    if text := _OF_TEXTS.fullmatch(begin):  # programs count from 1, and CLIP-L, CLIP-G, T5 through
+    if text := _OF_TEXTS.fullmatch(begin):  # numbered from 1, through CLIP-L, CLIP-G and T5
         return start == ("text_encoder_2." if text[1] in ("2", "3") else "text_encoder.")
-    # a transformer has many names: it is that unless it is a text encoder or another expert's
+    # a transformer has many names: any prefix except those of text encoders and other experts
     if start not in EXPERT_STARTS or begin.startswith(_TEXTS):
         return False
     return EXPERT_STARTS.get(f"{begin}.", EXPERT_STARTS[start]) == EXPERT_STARTS[start]
@@ -250,10 +250,10 @@ def read_alphas(
     is_written_here: bool,
     warns: bool = True,
 ) -> tuple[dict[str, Tensor], str]:
-    """Return the alphas of a file's modules, also in text encoders, as `find_alphas`, and whence.
+    """Return the alphas of a file's modules and text encoders by `find_alphas`, and their source in words.
 
-    expert: whose part of the file it is; None: it has no parts. warns: of values that cannot be used. Raises
-    CheckpointError if they are unusable.
+    expert: the expert of this part of the file; None: it has no parts. warns: log unusable values. Raises
+    CheckpointError if settings are unusable.
     """
     find = partial(find_alphas, path, metadata, is_written_here)
     texts = group_by_module(native.texts)
@@ -287,7 +287,7 @@ def peft_alphas(
     config: Mapping[str, Any],
     stacked: Mapping[str, int],
 ) -> dict[str, Tensor]:
-    """Alphas that stand in PEFT's settings rather than beside the factors.
+    """Return the alphas that PEFT settings give to modules.
 
     Arguments as for `find_alphas`. Raises ValueError if the settings cannot be used.
     """
@@ -314,7 +314,7 @@ def peft_alphas(
             continue
         count = stacked.get(module, 1)
         if config.get("use_rslora"):
-            alpha = alpha * (rank // count) ** 0.5  # PEFT scales by alpha / sqrt(rank) then
+            alpha = alpha * (rank // count) ** 0.5  # rank-stabilised: PEFT then scales by alpha / sqrt(rank)
         alphas[f"{module}.alpha"] = torch.tensor(alpha * count)
     return alphas
 
@@ -334,7 +334,7 @@ def _finite(value: Any) -> float:
 
 
 def _expression(key: str) -> Callable[[str], bool]:
-    """Return the function that tells whether a key of PEFT's `alpha_pattern` matches a module's path.
+    """Return a function that tests whether a key of PEFT's `alpha_pattern` matches a module's path.
 
     Raises ValueError if the key is no regular expression; so does the function if the search takes too long.
     """

@@ -1,5 +1,4 @@
-"""Put LoRAs into the weights of a model, which are handed over one by one: while it is loaded, copied or
-switched to others.
+"""Add LoRAs to the weights of a model one by one, while it is loaded, copied or switched to other LoRAs.
 
 A `Change` is one LoRA's effect on one parameter. `networks.added` puts LoRAs round a forward instead.
 """
@@ -30,7 +29,7 @@ from networks.parts import is_cut, part_rows
 logger = getLogger(__name__)
 # HunyuanVideo in diffusers' layout has no name that FramePack has not too; FramePack has more
 LIKELY_MODEL = "hunyuan_video"
-_BLOCK_ELEMENTS = 1 << 20  # of a weight that are changed at once: 4 MB in float32
+_BLOCK_ELEMENTS = 1 << 20  # elements of a weight that are changed at once: 4 MB in float32
 
 
 @dataclass(frozen=True)
@@ -40,10 +39,10 @@ class Change:
     use: LoraUse
     factors: Factors
     leaf: str = "weight"  # or bias
-    rows: slice | None = None  # of the parameter, where the LoRA is for a part of it; None: all
+    rows: slice | None = None  # rows of the parameter that the LoRA is for; None: all
 
     def delta(self, factors: Factors, device: torch.device) -> Tensor:
-        """Return the addition of this change's factors at multiplier 1, before DoRA's new norms; float32."""
+        """Return the addition of the factors at multiplier 1, before DoRA's normalisation; float32."""
         found = (deltas.bias_delta if self.leaf == "bias" else deltas.weight_delta)(factors, device)
         assert found is not None
         return found
@@ -51,10 +50,10 @@ class Change:
     def fit(
         self, relative: Relative | None, weight: Tensor, name: str, model: str, option: str = ""
     ) -> "Change":
-        """Return the change for this weight, which may be a part of the LoRA's module, or contain it.
+        """Return the change fitted to this weight, which may be a part of the LoRA's module, or contain it.
 
-        name, model: of the weight and of the model, for messages. option: that names the LoRA, for these.
-        Raises CheckpointError if the shapes differ; computes nothing but a LoKr that is cut.
+        relative: how the two are related; None: they are the same. name, model, option: for messages.
+        Raises CheckpointError if the shapes differ.
         """
         path = self.use.lora.path
         try:
@@ -80,9 +79,9 @@ class Change:
         return change
 
     def _placed(self, relative: Relative, weight: Tensor) -> "Change":
-        """Return the same for a relative of the LoRA's module.
+        """Return the change for a relative of the LoRA's module.
 
-        If the heights do not go together it is unchanged, and its shape shows the fault.
+        If the numbers of rows do not match it is unchanged, and `fit` finds the wrong shape.
         """
         own, whole = len(self.delta(deltas.without_alpha(self.factors), META)), len(weight)
         heights = (own, whole) if relative.is_part else (whole, own)
@@ -97,15 +96,15 @@ class Change:
         if has_input_magnitudes(self.factors):
             raise RuntimeError("DoRA magnitudes by input are of the whole weight, the model has parts of it")
         factors = deltas.rows_of(self.factors, rows)
-        if factors is None:  # LoKr: made whole, then cut
+        if factors is None:  # LoKr: computed whole, then cut
             norms = {DORA: self.factors[DORA][rows]} if DORA in self.factors else {}
             factors = {"diff": self.delta(self.factors, weight.device)[rows], **norms}
         return replace(self, factors=factors)
 
     def add_to(self, total: Tensor, block: slice | None, weight: Tensor) -> None:
-        """Add the change to a sum over some rows of the parameter, float32.
+        """Add the change to `total`, the float32 sum of changes for some rows of the parameter.
 
-        block: which rows; None: all. weight: these rows of the parameter before any change.
+        block: the rows; None: all. weight: these rows before any change.
         """
         if self.rows is not None:
             start = 0 if block is None else block.start
@@ -114,7 +113,7 @@ class Change:
                 return
             block = slice(begin - self.rows.start, end - self.rows.start)
             total, weight = total[begin - start : end - start], weight[begin - start : end - start]
-        # LoKr comes whole, see `_blocks`
+        # a LoKr is never in blocks, see `_blocks`
         factors = (None if block is None else deltas.rows_of(self.factors, block)) or self.factors
         delta = self.delta(factors, total.device)
         if DORA in factors and self.leaf == "weight":  # it depends on the weight
@@ -128,7 +127,7 @@ def changes_of(use: LoraUse, factors: Factors) -> list[Change]:
 
 
 def _blocks(weight: Tensor, changes: Sequence[Change]) -> Iterator[slice | None]:
-    """Yield the rows to change at a time; a single None if the weight is small or a change has no rows."""
+    """Yield the blocks of rows to change; a single None if the weight is small or a change has no rows."""
     if not changes or not weight.numel():
         return
     step = max(1, _BLOCK_ELEMENTS * len(weight) // weight.numel()) if weight.ndim else 1
@@ -141,7 +140,7 @@ def _blocks(weight: Tensor, changes: Sequence[Change]) -> Iterator[slice | None]
 
 
 class LoraPatch:
-    """Adds LoRAs to weights that it is handed by name: `patch(name, weight) -> weight`, a `WeightPatch`.
+    """Add LoRAs to weights by name: `patch(name, weight) -> weight`, a `WeightPatch`.
 
     W + multiplier * (alpha / rank) * up @ down, summed in float32 on the weight's device, rounded once to the
     weight's dtype. DoRA gives multiplier * (new weight - W); the changes of several files all start from W.
@@ -155,8 +154,8 @@ class LoraPatch:
         model: Path | None = None,
         is_text: bool = False,
     ) -> None:
-        """parameter_names: of a file in another layout than ours, such as the diffusers one. model: its file,
-        for messages. is_text: it is a text encoder, whose names no family has.
+        """parameter_names: of a file in another layout, such as that of diffusers. model: its file, for
+        messages. is_text: the model is a text encoder, whose names no family has.
         """
         self._uses = tuple(uses)
         self._is_text = is_text
@@ -170,12 +169,12 @@ class LoraPatch:
                     self._changes.setdefault(f"{module}.{change.leaf}", []).append(change)
         # parameter -> its changes that are not merged: see `networks.beside`
         self.beside: dict[str, list[Change]] = {}
-        self._seen: set[str] = set()  # keys that a weight handed over has in one layout or another
+        self._seen: set[str] = set()  # keys, in any layout, of weights that were passed in
         # use -> those of its keys that change something
         self._taken: dict[int, set[str]] = {id(use): set() for use in uses}
-        # use -> how many channels its first layer takes, if that is another number than the model's
+        # use -> input channels of its first layer, if the model has another number
         self._narrower: dict[int, str] = {}
-        self._modules: dict[str, None] = {}  # of the model, as far as weights were handed over
+        self._modules: dict[str, None] = {}  # of the model, as far as its weights were passed in
         # parameter -> (key, change, how the parameter lies to the LoRA's module) that the patterns keep
         self._found: dict[str, list[tuple[str, Change, Relative | None]]] = {}
         theirs = list(dict.fromkeys(module_of_tensor(name)[0] for name in parameter_names or ()))
@@ -189,12 +188,12 @@ class LoraPatch:
     def add_to(self, name: str, weight: Tensor) -> Tensor:
         """Change the weight in place and return it; on the meta device, only compare shapes.
 
-        Works on some rows at a time, so that memory holds no second copy. A change of the first layer for
-        another number of channels is left out, and `check` reports it. Raises CheckpointError if a LoRA has
+        Works on blocks of rows, to need no second copy. A change of the first layer for another number of
+        input channels is left out, and `check` reports it. Raises CheckpointError if a LoRA has
         another size.
         """
         changes = self._fitting(name, weight)
-        for place, change in enumerate(changes):  # alphas are read on the host
+        for place, change in enumerate(changes):  # move all factors but alphas, which the host reads
             moved = {
                 part: one.to(weight.device) for part, one in deltas.without_alpha(change.factors).items()
             }
@@ -208,12 +207,12 @@ class LoraPatch:
         return weight
 
     def leave_beside(self, name: str, shape: tuple[int, ...]) -> bool:
-        """Note in `beside` the changes of a weight that stays stored in 8 or 4 bits; return False, and note
-        nothing, if one has to be merged: a DoRA depends on the weight, and a whole matrix is as large as it.
+        """Record in `beside` the changes of a weight that stays in 8 or 4 bits. Return False, recording
+        nothing, if one must be merged: a DoRA depends on the weight, and a whole matrix is as large as it.
 
         Raises CheckpointError if a LoRA has another size.
         """
-        changes = self._fitting(name, torch.empty(1).expand(shape))  # of that shape, and no memory
+        changes = self._fitting(name, torch.empty(1).expand(shape))  # this shape, without memory
         if any(change.factors.keys() & {DORA, "diff"} for change in changes):
             return False
         if changes:
@@ -221,7 +220,7 @@ class LoraPatch:
         return True
 
     def _fitting(self, name: str, weight: Tensor) -> list[Change]:
-        """Return the changes of a parameter as they lie in it. Raises as `add_to`."""
+        """Return the changes of a parameter, fitted to it. Raises as `add_to`."""
         changes = []
         for key, change, relative in self._find(name):
             if name.endswith(FIRST_LAYERS) and (other := other_channels(change.factors, weight)) is not None:
@@ -235,7 +234,7 @@ class LoraPatch:
     def bake(self, network: nn.Module, published: Callable[[str], str] = str) -> None:
         """Change the weights of a loaded network, also those split among processes; `check` afterwards.
 
-        published: name of a parameter of the network -> the one in files.
+        published: maps the name of a parameter to its name in files.
         """
         for name, parameter in network.named_parameters(remove_duplicate=False):
             if self.touches(published(name)):
@@ -254,7 +253,7 @@ class LoraPatch:
         for use in self._uses:
             path, keys, taken = use.lora.path, self._keys(use), self._taken[id(use)]
             if not keys and use.lora.text_tensors:
-                continue  # it changes text encoders alone
+                continue  # it changes only text encoders
             if id(use) in self._narrower:
                 logger.warning(f"{path}: {self._narrower[id(use)]}; the rest is used without it")
             if not taken:
@@ -299,8 +298,8 @@ class LoraPatch:
             )
 
     def _find(self, name: str) -> list[tuple[str, Change, Relative | None]]:
-        """Return the changes of a parameter with their keys: its own name, or those of parts and wholes in
-        other layouts.
+        """Return (key, change, relation) for the changes of a parameter, under its own name or the names of
+        its parts and wholes in other layouts.
         """
         if name not in self._found:
             module, leaf = module_of_tensor(name)
@@ -328,7 +327,7 @@ class LoraPatch:
 
 
 class OriginalWeights:
-    """Weights of a model as its file has them, of all modules that some LoRAs change; a `WeightPatch`.
+    """Original weights of all modules that some LoRAs change, for switching LoRAs; a `WeightPatch`.
 
     Load the model with this as `Placement.patch`; then `switch` adds LoRAs to the originals, in the same
     dtype, on the same device and in the same order as loading does, so that the weights are equal to the bit.
@@ -336,7 +335,7 @@ class OriginalWeights:
     """
 
     def __init__(self, uses: Sequence[LoraUse], published: Callable[[str], str] = str) -> None:
-        """uses: all that may be switched to, for their names and sizes. published: as of `LoraPatch.bake`."""
+        """uses: all LoRAs that may be switched to. published: see `LoraPatch.bake`."""
         self._all = LoraPatch(uses)
         self._published = published
         self._kept: dict[str, Tensor] = {}
@@ -362,7 +361,7 @@ class OriginalWeights:
 
     @torch.no_grad()
     def switch(self, network: nn.Module, uses: Sequence[LoraUse]) -> None:
-        """Give the loaded network its original weights with these LoRAs added; none: as loaded."""
+        """Reset the loaded network to its original weights, with these LoRAs added."""
         patch = LoraPatch(uses)
         for name, original in self._kept.items():
             parameter = network.get_parameter(name)
@@ -372,7 +371,7 @@ class OriginalWeights:
 def check_loras_fit(model: Path, uses: Sequence[LoraUse], beside: Path | None = None) -> None:
     """Compare names and shapes of LoRAs with the header of a transformer's file, before it is loaded.
 
-    beside: a file with further tensors of it. Raises CheckpointError if a LoRA has another size, or if no
+    beside: a file with more tensors of the model. Raises CheckpointError if a LoRA has another size, or if no
     part of it has a weight.
     """
     if not uses:

@@ -1,4 +1,4 @@
-"""Average saved files of a run after it: a moving average whose width is chosen afterwards.
+"""Average the saved files of a finished run: a moving average whose width is chosen afterwards.
 
 Source: Karras et al. 2023, arXiv 2312.02696, section 3 and appendix C.
 """
@@ -22,7 +22,7 @@ from networks.tool_options import AveragingOptions
 
 logger = getLogger(__name__)
 
-LARGEST_HASHED = 4 << 30  # bytes; the hash stands before the data, so a hashed file is made in memory
+LARGEST_HASHED = 4 << 30  # bytes; hashes precede the data in a file, so hashed files are built in memory
 NOTE = "ss_post_hoc_ema"
 
 
@@ -30,7 +30,7 @@ def average_files(options: AveragingOptions) -> None:
     """Write the weighted average of the files, in the dtypes and with the metadata of the last one.
 
     Sums are computed in float64. Alphas, and tensors of whole numbers, are not averaged but have to be equal.
-    Memory: the result, or one tensor if it is larger than a LoRA; its hashes are left out then.
+    Memory: the result; if it is larger than a LoRA, one tensor, and hashes are left out.
     Raises CheckpointError if the files are not of one network or hold NaN or infinite values.
     """
     with contextlib.ExitStack() as stack:
@@ -83,7 +83,7 @@ def file_weights(count: int, options: AveragingOptions) -> list[float]:
 
 
 def exponent_of(sigma_rel: float) -> float:
-    """Return the gamma >= 0 of the power function t^gamma whose standard deviation is this share of the run.
+    """Return the gamma >= 0 for which t^gamma has a standard deviation of `sigma_rel`, as a share of the run.
 
     Inverts sigma_rel = sqrt(gamma + 1) / ((gamma + 2) sqrt(gamma + 3)), which falls as gamma rises.
     """
@@ -101,7 +101,7 @@ def exponent_of(sigma_rel: float) -> float:
 
 
 def _choose_files(files: Sequence[Checkpoint]) -> list[Checkpoint]:
-    """Return the files without copies, and without averages (EMA) if there are others.
+    """Return the files without copies, and without averages (EMA) if there are other files.
 
     Raises CheckpointError if fewer than two are left, if names or shapes differ, or if the files are for
     different experts.
@@ -154,7 +154,7 @@ def _choose_files(files: Sequence[Checkpoint]) -> list[Checkpoint]:
 
 
 def _averaged(files: Sequence[Checkpoint], weights: Sequence[float]) -> Callable[[str], Tensor]:
-    """Return a source that reads a tensor of all files and averages them, in the last one's dtype."""
+    """Return a function that reads a tensor from all files and averages it, in the last file's dtype."""
 
     def read(name: str) -> Tensor:
         last = files[-1].read(name)

@@ -1,4 +1,4 @@
-"""Make plain LoRAs of LoHas, LoKrs and DoRAs, for tools that do not know these."""
+"""Convert LoHas, LoKrs and DoRAs to plain LoRAs, for tools that do not know these."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,14 +33,14 @@ from networks.writing import in_own_form
 logger = getLogger(__name__)
 OTHER_KINDS = {DORA, "hada_w1_a", "lokr_w1", "lokr_w1_a", "lora_mid.weight"}
 _PLAIN = "networks.lora"
-A_LOT = 0.1  # share of the change that may be lost without a word on ranks
+A_LOT = 0.1  # loss above which messages advise a higher rank
 
 
 @dataclass(frozen=True)
 class Baking:
-    """Say how plain LoRAs are made: their rank, and the model that a DoRA was trained for.
+    """Settings of the conversion: the rank of plain LoRAs, and the model that a DoRA was trained for.
 
-    Without a rank DoRAs stay, and change only what their magnitudes are divided by.
+    Without a rank, DoRAs stay DoRAs, and only the norms that their magnitudes refer to change.
     """
 
     rank: int | None
@@ -48,14 +48,14 @@ class Baking:
     models: Sequence[Path] = ()  # its transformer, then its text encoders
 
 
-# module as in LoRA files, without prefix where its file does not say the network -> those of its name
+# module as in LoRA files (without prefix if the file does not name the network) -> its weights
 Weights = Mapping[str, Sequence[tuple[Checkpoint, TensorSource]]]
 
 
 @torch.no_grad()
 def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> tuple[LoraFile, str]:
-    """Replace each LoHa, LoKr and DoRA by the best LoRA of a rank for its change at multiplier 1; return the
-    LoRA, and in words the loss by its rank.
+    """Replace each LoHa, LoKr and DoRA by the best LoRA of a given rank for its change at multiplier 1;
+    return the LoRA, and a text about the loss.
 
     Other modules stay as they are. Memory: the LoRA, and one weight with its change in float32. Raises
     OptionError if there is nothing to replace, or a DoRA without its model, CheckpointError if the model does
@@ -101,10 +101,10 @@ def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> tuple[Lo
 def with_norms(
     lora: LoraFile, family: FamilyNames | None, baking: Baking | None, are_frozen: bool, target: str
 ) -> LoraFile:
-    """Return a DoRA whose magnitudes by output go by the norms of the model's weights, as ComfyUI divides, or
-    of the changed ones (`are_frozen` = False); with any other LoRA, or without a model, the same.
+    """Convert a DoRA's magnitudes by output to division by the norms of the frozen weights, as in ComfyUI, or
+    of the changed weights (`are_frozen` = False). Other LoRAs are returned unchanged.
 
-    m' = m * |W| / |W + dW|, row by row, is exact; the file's metadata are marked. target: for messages.
+    m' = m * |W| / |W + dW|, row by row, is exact; the metadata are marked. target: for messages.
     Raises OptionError if a model is given for nothing, CheckpointError if one is missing or does not fit.
     """
     tensors = {**lora.tensors, **lora.text_tensors}
@@ -145,7 +145,7 @@ def _with_norms(lora: LoraFile, family: FamilyNames | None, baking: Baking, are_
             frozen = weight.to(baking.device, torch.float32)
             share = (deltas.norms_of(frozen) / deltas.norms_of(frozen + change.reshape(frozen.shape))).cpu()
             magnitudes = factors[DORA].float().reshape(share.shape)
-            # float32: what 16 bits lose here was not lost in training
+            # float32: rounding to 16 bits here would add a loss
             modules[name] = {**factors, DORA: magnitudes * share if are_frozen else magnitudes / share}
     metadata = {key: value for key, value in lora.metadata.items() if key != DORA_FORM}
     return _with(lora, modules, metadata | ({DORA_FORM: FROZEN_NORMS} if are_frozen else {}))
@@ -160,11 +160,11 @@ def _with(lora: LoraFile, modules: Mapping[str, Factors], metadata: Mapping[str,
 def _as_lora(
     name: str, factors: Factors, change: Tensor, rank: int
 ) -> tuple[dict[str, Tensor], tuple[float, float]]:
-    """Return the best LoRA for a change, out x in (x kernel), in the dtype of the factors; and its loss."""
+    """Return the best LoRA for a change, out x in (x kernel), and the norms of the change and the loss."""
     dtype = next(one.dtype for part, one in factors.items() if part != "alpha")
     flat = change.flatten(1)
     down, up = decompose_change(flat, rank, 1.0, name)
-    root = up.norm(dim=0).clamp(min=torch.finfo(torch.float32).tiny).sqrt()  # both as large: for 16 bits
+    root = up.norm(dim=0).clamp(min=torch.finfo(torch.float32).tiny).sqrt()  # equal size: for 16 bits
     down, up = (down * root[:, None]).to(dtype), (up / root).to(dtype)
     size = float(flat.norm())
     lost = float(flat.addmm_(up.float(), down.float(), alpha=-1).norm())
@@ -192,7 +192,7 @@ def _change(name: str, factors: Factors, lora: LoraFile, weights: Weights, devic
 
 
 def _weight_of(name: str, rows: int, lora: LoraFile, weights: Weights) -> tuple[Tensor, Path]:
-    """Return the weight that a module of a DoRA changes, and its file. Raises CheckpointError without it."""
+    """Return the weight that a DoRA module changes, and its file. Raises CheckpointError if it is missing."""
     alone = name.replace("lora_te1_", "lora_te_", 1)  # Stable Diffusion 1 and 2 have one encoder
     names = (name, alone, name.removeprefix(f"{prefix_of(name)}_"))
     for checkpoint, source in (each for one in dict.fromkeys(names) for each in weights.get(one, ())):
@@ -210,13 +210,13 @@ def _weight_of(name: str, rows: int, lora: LoraFile, weights: Weights) -> tuple[
 
 @contextmanager
 def _open_weights(paths: Sequence[Path], family: FamilyNames | None) -> Iterator[Weights]:
-    """Open model files of any layout; nothing of them is read yet but their headers."""
+    """Open model files of any layout; only their headers are read."""
     found: dict[str, list[tuple[Checkpoint, TensorSource]]] = {}
     with ExitStack() as stack:
         for path in paths:
             opened = in_values(stack.enter_context(open_checkpoint(path)))
             bare = bare_names(opened)
-            # of text encoders that a whole checkpoint holds, by their names in LoRA files
+            # text encoders inside a whole checkpoint, by their names in LoRA files
             texts = (
                 (opened, f"{piece.network}_{piece.name}", TensorSource((name,), piece.of))
                 for name in (opened.tensors if is_whole(opened.tensors) else ())
@@ -240,7 +240,7 @@ def _open_weights(paths: Sequence[Path], family: FamilyNames | None) -> Iterator
 
 
 def _in_words(losses: Mapping[str, tuple[float, float]], modules: int, rank: int) -> str:
-    """Say how much is lost, relative Frobenius norms: of all together, and of the worst module."""
+    """Describe the loss as relative Frobenius norms: of all modules together, and of the worst one."""
     shares = {name: lost / size if size else 0.0 for name, (size, lost) in losses.items()}
     worst = max(shares, key=lambda name: shares[name])
     whole = math.hypot(*(size for size, _ in losses.values()))

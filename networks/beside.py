@@ -1,4 +1,4 @@
-"""Put LoRAs round layers whose weights stay stored in 8 or 4 bits; into all other weights they are merged."""
+"""Put LoRAs round layers whose weights stay in 8 or 4 bits; in all other layers LoRAs are merged."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -14,7 +14,7 @@ from networks.apply import Change
 def add_beside(
     dit: nn.Module, changes: Mapping[str, Sequence[Change]], device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Put changes of stored weights round their layers, switched on. Call before networks and compilation.
+    """Put changes of quantised weights round their layers, switched on. Call before networks and compilation.
 
     changes: `LoraPatch.beside`. dtype: to compute in.
     """
@@ -23,7 +23,7 @@ def add_beside(
         height = len(place.shaped)
         parts = [AddedPart(place, change.factors, change.use.multiplier) for change in found]
         for part, change in zip(parts, found, strict=True):
-            if change.rows is not None:  # the addition is to some of the outputs
+            if change.rows is not None:  # add to some of the outputs only
                 around = change.rows.start, height - change.rows.stop
                 part.region = partial(functional.pad, pad=around)
         layer = AddedLayer(place, parts)

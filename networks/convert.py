@@ -1,4 +1,4 @@
-"""Rewrite LoRA files in another dialect; put the LoRAs of two experts into one file, and take them apart."""
+"""Rewrite LoRA files in another dialect; join the LoRAs of two experts in one file, and split them."""
 
 import json
 from collections.abc import Mapping
@@ -38,17 +38,17 @@ FLUX, HUNYUAN_IMAGE, Z_IMAGE = map(module_names.family_named, ("flux", "hunyuan_
 
 @dataclass(frozen=True)
 class Conversion:
-    """Say what to write: our dialect (target "default"), ComfyUI's ("other") or diffusers' ("diffusers")."""
+    """What to write: our dialect (target "default"), ComfyUI's ("other") or diffusers' ("diffusers")."""
 
     target: str
-    family: str | None = None  # whose LoRA it is, if the user or a family's own script says it
-    baking: Baking | None = None  # make plain LoRAs of other kinds before, or other magnitudes of DoRAs
+    family: str | None = None  # the LoRA's family, if the user or a family's own script names it
+    baking: Baking | None = None  # how to convert other kinds to plain LoRAs, or DoRA magnitudes, first
 
 
 def convert(options: ConvertOptions) -> None:
     """Convert the files of `--input` and `--input_high_noise` to one file or two.
 
-    Raises as `convert_file`, and OptionError if the files and the options do not go together.
+    Raises as `convert_file`, and OptionError if the files do not fit the options.
     """
     baking = None
     if options.bake is not None or options.dit:
@@ -94,9 +94,9 @@ def convert_flux(options: FluxConvertOptions) -> None:
 
 
 def convert_hunyuan_image(options: ComfyConvertOptions) -> None:
-    """Write a LoRA of HunyuanImage-2.1 with ComfyUI's module names, or the other way round.
+    """Convert a LoRA of HunyuanImage-2.1 to ComfyUI's module names, or back.
 
-    Tensors and metadata stay; hashes are made anew if there are metadata. Raises CheckpointError if nothing
+    Tensors and metadata stay, but hashes in metadata are recomputed. Raises CheckpointError if nothing
     in the file has a name to change.
     """
     source = options.src_path
@@ -123,11 +123,11 @@ def convert_hunyuan_image(options: ComfyConvertOptions) -> None:
 
 
 def convert_z_image(options: ZImageConvertOptions) -> None:
-    """Write a LoRA of Z-Image for ComfyUI, whose queries, keys and values are one module, or the way back.
+    """Convert a LoRA of Z-Image to ComfyUI's layout, where queries, keys and values are one module, or back.
 
-    A joined LoRA has the sum of the three ranks, and as many times the alpha. Metadata stay; hashes are made
-    anew. Raises CheckpointError if nothing in the file is of the model, OptionError if a LoKr is to be joined
-    without --lokr_rank.
+    A joined LoRA has the sum of the three ranks, and as many times the alpha. Metadata are kept; hashes are
+    recomputed. Raises CheckpointError if nothing in the file is of the model, OptionError if a LoKr is to be
+    joined without --lokr_rank.
     """
     source = options.src_path
     lora = read_lora(source, family=Z_IMAGE.name)
@@ -137,7 +137,7 @@ def convert_z_image(options: ZImageConvertOptions) -> None:
     if options.reverse:
         _save(options.dst_path, tensors, lora.metadata, [lora], Z_IMAGE)
         return
-    # LoHas and LoKrs for modules that are joined: plain LoRAs take their places
+    # LoHas and LoKrs of joined modules are replaced by plain LoRAs
     stacked = {
         name: factors
         for name, factors in modules.items()
@@ -165,12 +165,11 @@ def convert_file(
 ) -> None:
     """Write the LoRA of `source`, of any dialect, as a `Conversion` of the last three says.
 
-    Metadata are copied, the hashes among them made anew; they name the family where the names alone no longer
-    would. Modules without a form in the other dialect are listed in a warning. LoRAs for parts of a fused
-    module are put together. A file with a LoRA for each expert stays one in diffusers' dialect, the others
-    have no form for it. Raises CheckpointError where the file is no LoRA or nothing of it can be written, or
-    where it is for another model than `family` or for one of several, OptionError where the result would
-    replace it.
+    Metadata are copied, with new hashes; the family is added if tensor names alone no longer show it. Modules
+    without a form in the other dialect are listed in a warning. LoRAs for parts of a fused module are joined.
+    A file with a LoRA for each expert stays one file in diffusers' dialect; the others have no form for it.
+    Raises CheckpointError if the file is no LoRA, if nothing of it can be written, or if its model is not
+    `family` or ambiguous; OptionError if the output would replace the source.
     """
     refuse_replacing("--output", output, checkpoint_paths(source))
     how = Conversion(target, family, baking)
@@ -208,7 +207,7 @@ def _convert_parts(parts: Mapping[str, LoraFile], output: Path, how: Conversion)
         for expert, (lora, _) in found.items()
     }
     tensors = {name: tensor for one, _ in each.values() for name, tensor in one.items()}
-    # without the hashes of the files that they are from; `metadata_of` takes what is joined apart again
+    # without the hashes of the original files; `metadata_of` splits the joined metadata again
     own = {
         expert: {
             key: value for key, value in one.items() if key != TRAINED_EXPERT and not key.startswith(STALE)
@@ -230,8 +229,8 @@ def _convert_parts(parts: Mapping[str, LoraFile], output: Path, how: Conversion)
 
 
 def _prepared(lora: LoraFile, family: FamilyNames | None, how: Conversion) -> tuple[LoraFile, str]:
-    """Return the LoRA with plain factors alone, or with DoRA magnitudes as the target has them; and in words
-    what was lost.
+    """Return the LoRA converted to plain factors, or with DoRA magnitudes as the target expects them; and a
+    text about the loss.
     """
     if how.baking is not None and how.baking.rank is not None:
         return bake(lora, family, how.baking)
@@ -246,7 +245,7 @@ def converted(
 ) -> tuple[Mapping[str, Tensor], dict[str, str]]:
     """Return a LoRA's tensors in another dialect, and their metadata; warn of parts without a form in it.
 
-    family: whose it is. start: of the names in diffusers' dialect. Raises CheckpointError if no part of it
+    family: of the LoRA. start: prefix of the names in diffusers' dialect. Raises CheckpointError if no part
     can be written.
     """
     native = lora.tensors if family is None else in_own_form(lora.tensors, family)
@@ -266,7 +265,7 @@ def converted(
             reasons = list_some([f"{module} ({reason})" for module, reason in left_out.items()], 3)
             raise CheckpointError(f"{lora.path} cannot be converted: {reasons}.{remedy}", lora.path)
         _warn_of_left_out(lora.path, left_out, remedy)
-    # only diffusers has other names for text encoders
+    # only diffusers names text encoders otherwise
     texts, left_out = add_missing_alphas(lora.text_tensors), {}
     if target == "diffusers":
         texts, left_out = texts_to_diffusers(lora.text_tensors)
@@ -276,7 +275,7 @@ def converted(
     if family is not None and module_names.read_family(lora.metadata) is None:
         told = lora.families()
         if len(told) < 2 or not module_names.have_same_names(told):
-            # names alone may not tell it any more
+            # the names alone may no longer show the family
             metadata[TRAINED_ON] = family.written_version or family.name
     return {**tensors, **texts}, metadata
 
@@ -288,10 +287,10 @@ def _warn_of_left_out(path: Path, left_out: Mapping[str, str], remedy: str = "")
 
 
 def _family_of(lora: LoraFile, name: str | None) -> FamilyNames | None:
-    """Return whose names a LoRA's modules have; None if no family has them.
+    """Return the family of a LoRA by its module names; None if no family has them.
 
-    name: of the family that the user or a family's own script names. Raises CheckpointError if the file is of
-    another one, or if several are possible and nobody names one.
+    name: the family that the user or a family's own script names. Raises CheckpointError if the file is of
+    another family, or if several are possible and none is named.
     """
     made, told = module_names.read_family(lora.metadata), lora.families()
     found = told if name is None else lora.families(name)
@@ -312,7 +311,7 @@ def _family_of(lora: LoraFile, name: str | None) -> FamilyNames | None:
         says = "sizes"
     else:
         return found[0]
-    # layers of the same names have other sizes there: they would be cut in the wrong places
+    # layers of equal names have other sizes there, and would be cut in the wrong places
     raise CheckpointError(
         f"{lora.path} is a LoRA for {names}, as its {says} say, not for {name}.\n"
         "  Convert it with convert_lora.py without --family, which knows all models.",

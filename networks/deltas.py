@@ -1,5 +1,5 @@
-"""Addition of a LoRA, LoHa or LoKr to a weight. Factors of one module go by the end of their tensor names, as
-files store them.
+"""Compute the change of a weight by a LoRA, LoHa or LoKr. The factors of a module are named by the ends of
+their tensor names in files.
 
 Sources: LoRA, Hu et al. 2021, arXiv 2106.09685; LoHa and LoKr, also in their tensor forms, Yeh et al. 2023,
 arXiv 2309.14859; DoRA, Liu et al. 2024, arXiv 2402.09353.
@@ -28,8 +28,8 @@ PARTS = (
 )
 # magnitudes: out x 1 (x 1 ...), one of each output, or 1 x in (x 1 ...), one of each input
 DORA = "dora_scale"
-OF_BIAS = {"diff_b": None, "lora_up.bias": None}.keys()  # in the order in which they count
-OF_LOW_RANK = {"alpha", *LORA, *OF_BIAS}  # what a plain LoRA has: the weight changes by two matrices only
+OF_BIAS = {"diff_b": None, "lora_up.bias": None}.keys()  # in order of precedence
+OF_LOW_RANK = {"alpha", *LORA, *OF_BIAS}  # of plain LoRAs: two matrices change the weight
 _NO_MATRICES = {"alpha", "diff", DORA, *OF_BIAS}
 _PAIRS = (
     LORA,
@@ -54,7 +54,7 @@ def ungroup(modules: Mapping[str, Factors]) -> dict[str, Tensor]:
 
 
 def without_alpha(factors: Factors) -> Factors:
-    """Return the factors that have the change's shape; alpha has no value on the meta device."""
+    """Return the factors without alpha, which has no value on the meta device."""
     return {part: tensor for part, tensor in factors.items() if part != "alpha"}
 
 
@@ -72,7 +72,7 @@ def add_missing_alphas(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def drop_unused_alphas(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors without alphas of whole matrices, which scale nothing, that are no numbers."""
+    """Return the tensors without non-finite alphas of modules without a rank, where alpha scales nothing."""
     unused = [
         f"{module}.alpha"
         for module, factors in group_by_module(tensors).items()
@@ -86,7 +86,7 @@ def _is_number(alpha: Tensor | None) -> bool:
 
 
 def find_fault(factors: Factors) -> str | None:
-    """Say why these factors define no change of a weight; return None if they do."""
+    """Return the reason why these factors define no change of a weight; None if they do."""
     for pair in _PAIRS:
         if (pair[0] in factors) != (pair[1] in factors):
             there, absent = pair if pair[0] in factors else pair[::-1]
@@ -112,7 +112,7 @@ def find_fault(factors: Factors) -> str | None:
         if not is_finite(tensor):
             wrong = tensor.numel() - int(torch.isfinite(tensor.float()).sum())
             return f"{wrong} of {tensor.numel()} values of its {part} are NaN or infinite"
-    # how large the model's weight is shows only beside the model
+    # the size of the weight is known only with the model
     sized = without_alpha(factors)
     shown = ", ".join(f"{part} {list(one.shape)}" for part, one in sized.items())
     try:
@@ -125,7 +125,7 @@ def find_fault(factors: Factors) -> str | None:
 
 
 def rank_of(factors: Factors) -> int | None:
-    """Return the inner size of the factors; None if they are stored as one matrix, or are single numbers."""
+    """Return the rank of the factors; None for whole matrices and single numbers."""
     for part in ("lora_down.weight", "hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
         if part in factors and factors[part].ndim:
             return int(factors[part].shape[0])
@@ -133,7 +133,7 @@ def rank_of(factors: Factors) -> int | None:
 
 
 def sizes_of(files: Sequence[Mapping[str, Tensor]]) -> tuple[list[int], list[float]]:
-    """Return all ranks and all alphas of the modules that have a rank, sorted, each once."""
+    """Return the distinct ranks and alphas of the modules that have a rank, sorted."""
     modules = [factors for tensors in files for factors in group_by_module(tensors).values()]
     ranked = [(rank, factors) for factors in modules if (rank := rank_of(factors))]
     alphas = {float(factors.get("alpha", 0)) or float(rank) for rank, factors in ranked}
@@ -153,9 +153,9 @@ def has_input_magnitudes(factors: Factors) -> bool:
 
 
 def rows_of(factors: Factors, rows: slice | Tensor) -> Factors | None:
-    """Factors that give these rows of the change alone, or None if there are none.
+    """Return factors for only these rows of the change, or None if that is impossible.
 
-    LoKr has none, because its rows are not rows of a factor, nor has DoRA with magnitudes by input: norms
+    It is for LoKr, whose rows are not rows of a factor, and for DoRA with magnitudes by input, whose norms
     need all rows. rows: a slice, for views, or row numbers in any order.
     """
     if "lokr_w1" in factors or "lokr_w1_a" in factors or has_input_magnitudes(factors):
@@ -170,11 +170,11 @@ def rows_of(factors: Factors, rows: slice | Tensor) -> Factors | None:
 
 
 def weight_delta(factors: Factors, device: torch.device) -> Tensor | None:
-    """Return the change of the module's weight at multiplier 1: out x in (x kernel), float32, in memory of
-    its own.
+    """Return the change of the module's weight at multiplier 1: out x in (x kernel), float32, a new
+    tensor.
 
     For DoRA this is the change before `decompose`. None if only the bias changes.
-    Raises RuntimeError if the factors do not go together.
+    Raises RuntimeError if the factors do not match.
     """
     f = {part: tensor.to(device, torch.float32) for part, tensor in factors.items()}
     scale = strength(factors)
@@ -200,8 +200,8 @@ def weight_delta(factors: Factors, device: torch.device) -> Tensor | None:
 def other_channels(factors: Factors, weight: Tensor) -> str | None:
     """Describe factors for a first layer that differs from this weight only in its input channels.
 
-    weight: out x in x kernel. Image-to-video models take more, and LoRAs of text-to-video models are used on
-    them.
+    weight: out x in x kernel. Image-to-video models take more channels, and LoRAs of text-to-video models
+    are added to them.
     """
     delta = weight_delta(without_alpha(factors), META)
     if delta is None or delta.ndim != weight.ndim or delta.ndim < 2 or delta.shape[1] == weight.shape[1]:
@@ -227,7 +227,7 @@ def decompose(weight: Tensor, delta: Tensor, magnitudes: Tensor, by_frozen_norms
 
 
 def norms_of(weight: Tensor, kept: int = 0) -> Tensor:
-    """Return a weight's norms by output (kept = 0) or input (1), a bit more than 0, float32, to divide by."""
+    """Return a weight's norms by output (kept = 0) or input (kept = 1), float32, never 0."""
     others = [axis for axis in range(weight.ndim) if axis != kept]
     norms = torch.linalg.vector_norm(weight, dim=others, keepdim=True, dtype=torch.float32)
     return norms + torch.finfo(torch.float32).eps  # as LyCORIS and ComfyUI have it
@@ -248,7 +248,7 @@ def stored_bias(factors: Factors) -> Tensor | None:
 
 
 def _product(a: Tensor, b: Tensor, core: Tensor | None) -> Tensor:
-    """a @ b, or with a core r x r x kernel: b acts on its second axis, a (stored r x out) on its first."""
+    """Return a @ b; with a core r x r x kernel, b acts on its axis 1 and a (stored r x out) on its axis 0."""
     if core is None:
         return a @ b
     return torch.einsum("p q ..., p o, q i -> o i ...", core, a, b)

@@ -1,4 +1,4 @@
-"""Take a LoRA out of a fine-tuned model or checkpoint: the low-rank part of the change."""
+"""Extract a LoRA from a fine-tuned model or checkpoint: the low-rank part of its change."""
 # Letters: R rank
 
 import json
@@ -32,7 +32,7 @@ from networks.tool_options import MIN_DIFF, ExtractOptions
 
 logger = getLogger(__name__)
 OVERSAMPLING, POWERS = 16, 4  # of the randomised decomposition
-EXACT_BELOW = 512  # sides of matrices that are decomposed in full
+EXACT_BELOW = 512  # up to this side, matrices are decomposed in full
 # of the U-Net: matrices and 1x1 convolutions of its attention blocks, as sd-scripts trains them
 _ATTENTION = re.compile(
     r"_attentions_\d+_(proj_in|proj_out|transformer_blocks_.*_(to_[qkv]|to_out_0|proj|2))$"
@@ -50,7 +50,7 @@ Pair = tuple[Checkpoint, Checkpoint]  # the model before fine-tuning, and after 
 
 
 class BlockWeights(NamedTuple):
-    """Say which weights of a transformer a LoRA is extracted for: the matrices of its blocks."""
+    """The weights of a transformer to extract a LoRA for: the matrices of its blocks."""
 
     model: str
     lists: tuple[str, ...]  # of its blocks
@@ -129,8 +129,8 @@ def _extract_blocks(
 ) -> None:
     """Write the LoRA of a transformer's blocks, as `_extract`.
 
-    names_of: network module, base version and architecture for the metadata, by the original. Raises
-    CheckpointError if the models differ in these tensors, or have none.
+    names_of: returns network module, base version and architecture of the original, for the metadata. Raises
+    CheckpointError if these tensors are missing or differ in shape.
     """
     with open_checkpoint(options.model_org) as one, open_checkpoint(options.model_tuned) as other:
         pair = _values_of_both(bare_names(one), bare_names(other))
@@ -168,7 +168,7 @@ def _values_of_both(original: Checkpoint, tuned: Checkpoint) -> Pair:
 def extract_whole(options: ExtractOptions) -> None:
     """Write the LoRA of a Stable Diffusion checkpoint, as `_extract`.
 
-    Of a text encoder there is nothing if no value of it has changed by more than `min_diff`. Raises
+    A text encoder is left out if none of its values has changed by more than `min_diff`. Raises
     CheckpointError if the two are not of the same model.
     """
     with open_checkpoint(options.model_org) as original, open_checkpoint(options.model_tuned) as tuned:
@@ -207,7 +207,7 @@ def _extract(
     """Write a LoRA whose product is near the difference of two models, tensor by tensor.
 
     Factors are U * S and V^T, limited to a quantile of their values; alpha is the rank. Memory: one weight of
-    each model, and the LoRA. wanted: by names of tensors. family: by whose aliases the modules are named.
+    each model, and the LoRA. wanted: by names of tensors. family: its aliases name the modules.
     """
     start, device = time.monotonic(), choose_device(options.device)
     dtype = DTYPES[options.save_precision or "float"]
@@ -245,7 +245,7 @@ def _extract(
 
 
 def decompose_change(change: Tensor, rank: int, quantile: float, name: str) -> tuple[Tensor, Tensor]:
-    """Return down R x in and up out x R, whose product is near a change of a weight, out x in.
+    """Return down R x in and up out x R whose product approximates a change of a weight, out x in.
 
     The singular vectors come from a randomised decomposition (Halko et al. 2011, arXiv 0909.4061), from
     random numbers that depend on the name alone. Small matrices are decomposed in full.
@@ -264,7 +264,7 @@ def decompose_change(change: Tensor, rank: int, quantile: float, name: str) -> t
         u = basis @ small
     up, down = u[:, :rank] * s[:rank], vh[:rank]
     if quantile < 1:
-        # a decomposition leaves signs open, which the quantile of the values depends on
+        # signs are arbitrary in a decomposition, but the quantile depends on them
         signs = down.gather(1, down.abs().argmax(dim=1, keepdim=True)).sign()
         up, down = up * signs.T, down * signs
         # by sorting, as torch.quantile takes 16 million values at most
@@ -277,7 +277,7 @@ def decompose_change(change: Tensor, rank: int, quantile: float, name: str) -> t
 
 
 def _check_same_shapes(pair: Pair, names: Sequence[Sequence[str]]) -> None:
-    """Raise CheckpointError if only one model has a tensor, or in another size. names: those of each."""
+    """Raise CheckpointError if one model lacks a tensor or has another shape. names: of each model."""
     shapes = [{name: one.tensors[name].shape for name in own} for one, own in zip(pair, names, strict=True)]
     wrong = sorted(n for n in shapes[0].keys() | shapes[1].keys() if shapes[0].get(n) != shapes[1].get(n))
     if wrong:
@@ -290,7 +290,7 @@ def _check_same_shapes(pair: Pair, names: Sequence[Sequence[str]]) -> None:
 
 
 def _family_of_both(pair: Pair) -> FamilyNames:
-    """Return the family of both. Raises CheckpointError if they are not the same kind of checkpoint."""
+    """Return the common family. Raises CheckpointError if the two are different kinds of checkpoint."""
     for checkpoint in pair:
         if not is_whole(checkpoint.tensors):
             raise CheckpointError(
@@ -300,7 +300,7 @@ def _family_of_both(pair: Pair) -> FamilyNames:
                 "  Give such files to --model_org and --model_tuned.",
                 checkpoint.path,
             )
-    # weights and biases: numbers of positions, which many files leave out, are no part of a LoRA
+    # only weights and biases: position ids, which many files lack, are no part of a LoRA
     names = [[name for name in one.tensors if name.endswith(_WEIGHTS) and pieces_of(name)] for one in pair]
     _check_same_shapes(pair, names)
     if any(name.startswith("cond_stage_model.model.") for name in names[0]):

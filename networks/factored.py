@@ -28,9 +28,9 @@ class FactoredLayer(nn.Module):
     alpha: Tensor
 
     def __init__(self, original: nn.Linear, shapes: Shapes, rank: int, alpha: float) -> None:
-        """shapes: of the factors by name, by `loha_shapes` or `lokr_shapes`. alpha: 0 means rank."""
+        """shapes: of the factors by name, from `loha_shapes` or `lokr_shapes`. alpha: 0 means rank."""
         super().__init__()
-        self.is_scaled = not {"lokr_w1", "lokr_w2"} <= shapes.keys()  # two whole matrices are not
+        self.is_scaled = not {"lokr_w1", "lokr_w2"} <= shapes.keys()  # two whole matrices are not scaled
         self.register_buffer("alpha", torch.tensor(float(alpha or rank) if self.is_scaled else float(rank)))
         # first values as in LyCORIS: one factor is zero, so the change begins with nothing
         zero = "hada_w2_a" if "hada_w1_a" in shapes else "lokr_w2" if "lokr_w2" in shapes else "lokr_w2_b"
@@ -47,7 +47,7 @@ class FactoredLayer(nn.Module):
         self.factors = tuple(shapes)
         self.kind = "LoHa" if "hada_w1_a" in shapes else "LoKr"
         self._add: Callable[..., Tensor] = add_loha if self.kind == "LoHa" else add_lokr
-        self._original = (original,)  # in a tuple, so that the frozen module is no part of this one
+        self._original = (original,)  # in a tuple, so that it is not registered as a submodule
         self._before: Callable[[Tensor], Tensor] = original.forward
         self.register_load_state_dict_post_hook(lambda layer, _: layer.read_alpha())
         self.read_alpha()
@@ -94,7 +94,7 @@ def loha_shapes(out_features: int, in_features: int, rank: int) -> Shapes:
 def lokr_shapes(
     out_features: int, in_features: int, rank: int, factor: int = -1, decompose_both: bool = False
 ) -> Shapes:
-    """Return the factors of a LoKr: a matrix whose larger side is at most twice the rank stays whole.
+    """Return the shapes of a LoKr's factors; matrices up to twice the rank (larger side) stay whole.
 
     factor: see `split_size`. decompose_both: the small matrix gets two factors too, if that makes it smaller.
     """
@@ -110,8 +110,8 @@ def lokr_shapes(
 def split_size(size: int, factor: int) -> tuple[int, int]:
     """Return two numbers whose product is `size`, the smaller one first.
 
-    factor: one of them, if it divides the size; else the smaller one is the largest divisor up to it. -1: as
-    equal as can be.
+    factor: one of the two if it divides the size, else the smaller one is the largest divisor up to it. -1:
+    as equal as possible.
     """
     if factor > 0 and size % factor == 0:
         return min(factor, size // factor), max(factor, size // factor)
@@ -143,7 +143,7 @@ def add_loha(x: Tensor, factors: Mapping[str, Tensor], strength: float) -> Tenso
 
 
 class _HadamardLinear(torch.autograd.Function):
-    """Keeps the factors for the backward pass, not the three matrices of the weight's size made of them."""
+    """Save only the factors for the backward pass, not the three matrices of the weight's size."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Dialects of tensor names in LoRA files: recognise them, bring them into ours.
+"""Dialects of tensor names in LoRA files: recognise them, and rename to ours.
 
 ours        lora_unet_blocks_0_self_attn_q.lora_down.weight   .lora_up.weight   .alpha
 other       diffusion_model.blocks.0.self_attn.q.lora_A.weight   .lora_B.weight   (ComfyUI; alpha is optional)
@@ -29,13 +29,13 @@ from networks.names.layouts import OF_CLIP, OF_LANGUAGE_MODEL, OF_LTX_FORK, OF_T
 from networks.rewriting import FOR_ALL, MARKS, rewrite
 
 OTHER = "diffusion_model."
-# where pipelines of diffusers keep the experts' networks, also what names of tensors then begin with
+# the experts' networks in pipelines of diffusers, which are also prefixes of tensor names
 NETWORKS = {f"{network}.": expert for family in FAMILIES for network, expert in family.experts}
-# the same, and how else files that hold several call them
+# the same, with other prefixes in files that hold several experts
 EXPERT_STARTS = NETWORKS | {f"{name}.": expert for family in FAMILIES for name, expert in family.more_experts}
 _FURTHER = tuple(start for start in EXPERT_STARTS if start != layouts.IN_DIFFUSERS)
-# what names may begin with -> whose they are, if that shows it. They are taken off, in any order, until none
-# fits; in names without dots they have "_" for "."
+# prefixes of names -> their dialect, if they show it. They are removed, in any order, until none fits; in
+# names without dots they have "_" for "."
 _STARTS = {
     OURS: "ours",
     "lycoris_": "LyCORIS",
@@ -54,7 +54,7 @@ _ALL_STARTS = {**_STARTS, **{start.replace(".", "_"): dialect for start, dialect
 _OF_TOOLS = tuple(start for start in _STARTS if start.endswith("_"))  # what follows has "_" for "."
 # names that begin so are named after whose these are, although the rest is taken off singly
 _SPECIAL = {OF_LTX_FORK: "musubi-tuner for LTX-2", "lora_unet__": "VideoX-Fun"}
-# written between the parts of a path by what is put round a module: torch.compile, checkpointing, FSDP
+# parts of a path added by wrappers of modules: torch.compile, checkpointing, FSDP
 _WRAPPERS = re.compile(
     r"(?:(?<=[._])|^)_(?:orig_mod|checkpoint_wrapped_module|fsdp_wrapped_module)(?:[._]|$)"
 )
@@ -71,7 +71,7 @@ _TEXT = re.compile(
     r"|text_encoders\.(?P<comfy>\w+)\.|(?P<alone>clip_[lg]|t5(?:xxl)?)\.|cond_stage_model\.|conditioner\.embedders\.(?P<ldm>\d)\."
 )
 _TEXT_STARTS = ("transformer.", "language_model.", "model.", "base_model.model.", "module.")
-# of encoders whose files have no start at all
+# encoders whose files have no prefix at all
 _BARE_TEXTS = ("text_model.encoder.", "encoder.block.")
 _OF_ALL = (*FamilyNames.encoders, ("lora_te2", OF_CLIP), ("lora_te", OF_LANGUAGE_MODEL))  # of no known family
 _ENDINGS = {
@@ -94,7 +94,7 @@ _LEAVES = ("weight", "bias")
 _MODULATION = ".diff_m"  # LightX2V: of `modulation` in a block or in the head, whose path stands before
 _BY_LENGTH = sorted(_ENDINGS, key=len, reverse=True)
 
-# what other kinds of networks end their tensors' names with, which are no sum of matrices to add to a weight
+# endings of other kinds of networks, whose change is not a sum of matrices to add to a weight
 _OTHER_KINDS = {
     "GLoRA": (".a1.weight", ".a2.weight", ".b1.weight", ".b2.weight"),
     "OFT or BOFT": (".oft_blocks", ".oft_diag", ".oft_R", ".oft_R.weight", ".oft_r", ".boft_R", ".boft_s"),
@@ -108,30 +108,30 @@ _OTHER_KINDS = {
 
 @dataclass(frozen=True)
 class NativeTensors:
-    """Tensors of a LoRA file under our names, and the keys that have none."""
+    """Tensors of a LoRA file under our names, and the keys without such a name."""
 
     tensors: dict[str, Tensor]
     dialect: str  # for messages
     text_encoder: tuple[str, ...]  # keys that change a text encoder and have no name here
-    texts: Mapping[str, Tensor]  # that change text encoders, as `lora_te1_text_model_....lora_down.weight`
+    texts: Mapping[str, Tensor]  # for text encoders, such as `lora_te1_text_model_....lora_down.weight`
     unknown: tuple[str, ...]  # keys that are no part of a LoRA
-    repeated: Mapping[str, str]  # key that names a part once more -> the first one
-    clash: tuple[str, str] | None  # two keys of one part with other values
+    repeated: Mapping[str, str]  # second key of a part -> the first one
+    clash: tuple[str, str] | None  # two keys of one part with different values
     # our module -> its path as the file writes it, without the prefix: `blocks.0.attn1.to_q`
     paths: Mapping[str, str]
-    stacked: Mapping[str, int]  # our module -> how many factors its own were put together from
+    stacked: Mapping[str, int]  # our module -> number of factors that were joined into its own
     family: FamilyNames | None  # by the names
-    family_name: str | None  # of the family that alone has names of this form
-    unknown_names: str  # how its names are, in words, if no known family has modules of these names; else ""
+    family_name: str | None  # the only family with names of this form
+    unknown_names: str  # description of names that no known family has; else ""
 
 
 def to_native(
     tensors: Mapping[str, Tensor], family_hint: str | None = None, with_texts: bool = True
 ) -> NativeTensors:
-    """Name the tensors of any dialect as we do.
+    """Rename the tensors of any dialect to ours.
 
-    Values are unchanged, also a missing alpha, but for what `rewrite` changes; magnitudes become columns.
-    with_texts: name those of text encoders.
+    Values are unchanged, except that `rewrite` joins some, and magnitudes become columns; missing alphas stay
+    missing. with_texts: also rename tensors of text encoders.
     """
     stacked, of_form = dict[str, int](), ""
     if any(map(MARKS.search, tensors)):
@@ -163,7 +163,7 @@ def to_native(
     native = {f"{name}.alpha": tensors[key] for key in of_all for name in names.values()} | native
     rest = [key for key in tensors if key not in found and key not in of_all]
     places = {key: one for key in rest if (one := _text_place(key)) is not None}
-    # of several with equal names that with as many encoders of texts
+    # of several with equal names, the one with as many text encoders
     most = max((place[1] for place in places.values()), default=1)
     of_texts = next((one for one in families if len(one.encoders) >= most), family)
     of_texts = of_texts or next((one for one in FAMILIES if one.name == (family_hint or told)), None)
@@ -202,7 +202,7 @@ def _differ(first: Tensor, second: Tensor) -> bool:
 
 
 def _text_place(key: str) -> tuple[str, int, str] | None:
-    """Return the start of a text encoder's name, which encoder it is, and the rest; None for other names."""
+    """Split a text encoder's name into (prefix, number of the encoder, rest); None for other names."""
     for rest, _ in _without_starts(key):
         if (found := _TEXT.match(rest)) is not None:
             number = int(found["ours"] or found["short"] or found["pipeline"] or 1)
@@ -216,8 +216,8 @@ def _text_place(key: str) -> tuple[str, int, str] | None:
 def _name_of_text(key: str, start: str, number: int, path: str, family: FamilyNames | None) -> str | None:
     """Return our name for a tensor of a text encoder's LoRA: `lora_te1_text_model_...`; None if unknown.
 
-    The layers say which encoder it is, whatever number a program gives it. start, number, path: as
-    `_text_place` finds them.
+    The layers identify the encoder, whatever number a program gives it. start, number, path: the result of
+    `_text_place`.
     """
     path = _our_factor(_PROCESSOR.sub(r".\g<layer>_proj.lora_\g<factor>.weight", path))
     ending = next((ending for ending in _BY_LENGTH if path.endswith(ending)), None)
@@ -251,8 +251,8 @@ def _name_of_text(key: str, start: str, number: int, path: str, family: FamilyNa
 def split_names(names: Iterable[str]) -> dict[str | None, list[str]]:
     """Group the tensors of a LoRA file by expert; {None: all} if the file has no parts for experts.
 
-    A file has them if names begin with those of further networks in a pipeline of diffusers. An alpha of all
-    modules is in each part.
+    Parts are recognised by the names of further networks in pipelines of diffusers. An alpha for all modules
+    goes into each part.
     """
     names = list(names)
     starts = {
@@ -281,9 +281,9 @@ def other_kind(keys: Iterable[str]) -> tuple[str, str] | None:
 
 
 def module_of_tensor(name: str) -> tuple[str, str]:
-    """A checkpoint's `model.diffusion_model.blocks.0.ffn.0.weight` -> (`blocks_0_ffn_0`, `weight`).
+    """Split a tensor's name: `model.diffusion_model.blocks.0.ffn.0.weight` -> (`blocks_0_ffn_0`, `weight`).
 
-    A parameter that is no module's weight or bias is a module of its own, as LoRA files have it:
+    A parameter that is no module's weight or bias counts as a module, as in LoRA files:
     `blocks.0.modulation` -> (`blocks_0_modulation`, `weight`).
     """
     path, _, leaf = name.rpartition(".")
@@ -295,16 +295,16 @@ def module_of_tensor(name: str) -> tuple[str, str]:
 
 
 class _Place(NamedTuple):
-    """What a tensor of a LoRA for a DiT is."""
+    """The parts of the name of a tensor of a LoRA for a DiT."""
 
     path: str  # of the module as the file writes it, without prefixes: `blocks.0.attn1.to_q`
-    whole: str  # the same with them
+    whole: str  # the same with its prefixes
     part: str  # our name of the part: `lora_down.weight`
     dialect: str
 
 
 def _split(key: str) -> _Place | None:
-    """Return the parts of a key; None if it belongs to no LoRA for a DiT."""
+    """Split a key into its parts; None if it does not belong to a LoRA for a DiT."""
     layers = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
     key = _PROCESSOR.sub(lambda found: f".{layers[found['layer']]}.lora_{found['factor']}.weight", key)
     # with our names of factors, without what PEFT and diffusers write into them
@@ -320,7 +320,7 @@ def _split(key: str) -> _Place | None:
 
 
 def _our_factor(key: str) -> str:
-    """`x.lora_A.default.weight` -> `x.lora_down.weight`; a magnitude loses its adapter's name."""
+    """Rename factors to ours: `x.lora_A.default.weight` -> `x.lora_down.weight`; drop names of adapters."""
     found = _FACTOR.search(key)
     if found is None:
         return _OF_ADAPTER.sub("", key)
@@ -329,7 +329,7 @@ def _our_factor(key: str) -> str:
 
 
 def _without_starts(path: str) -> list[tuple[str, str]]:
-    """Return a path with none, one, two ... of the known starts taken off, and whose the first is."""
+    """Return (path, dialect) with 0, 1, 2 ... known prefixes removed; the first tells the dialect."""
     special = next((dialect for start, dialect in _SPECIAL.items() if path.startswith(start)), "")
     path = _WRAPPERS.sub("", path).rstrip("_.")
     found = [(path, special)]
@@ -345,10 +345,10 @@ def bare_path(path: str) -> str:
 
 
 def _bare(path: str) -> tuple[str, str]:
-    """Return a module's path without what it begins with, and the dialect.
+    """Return a module's path without prefixes, and the dialect.
 
-    Of all that is left when one start after the other is taken off, the longest that a known family has, by
-    its path, else by its underscored name; the shortest if none has one.
+    Prefixes are removed one by one until a known family has a module of that path, or else of that
+    underscored name; if none has, all are removed.
     """
     found = _without_starts(path)
     known = next((one for one in found if is_name(one[0], dotted=True)), None)
@@ -358,7 +358,7 @@ def _bare(path: str) -> tuple[str, str]:
 
 
 def _unknown_names(paths: Sequence[str]) -> str:
-    """Say what stands before or behind the path of a known module; else how all names begin."""
+    """Describe what precedes or follows the path of a known module, else the start of all names."""
     for path in paths:
         pieces = re.split(r"(?<=[._])", path)
         for count in range(1, len(pieces)):
@@ -374,7 +374,7 @@ def _unknown_names(paths: Sequence[str]) -> str:
 
 
 def dialect_in_words(dialect: str) -> str:
-    """Return where the names of a LoRA's tensors are usual: `names as in ComfyUI`."""
+    """Describe a dialect by the program that uses it: `names as in ComfyUI`."""
     return "names as in " + " + ".join(_IN_WORDS.get(each, each) for each in dialect.split(" + "))
 
 
@@ -385,15 +385,15 @@ def families_of(modules: Mapping[str, Factors], hint: str | None = None) -> list
 
 
 def can_be_for(family: FamilyNames, modules: Mapping[str, Factors]) -> bool:
-    """Tell whether the sizes of a LoRA's modules, under our names, do not contradict the family's."""
+    """Return whether the sizes of a LoRA's modules, under our names, are possible in the family."""
     own = {name.removeprefix(OURS): one for name, one in modules.items() if name.startswith(OURS)}
     return sizes_fit(family, own, lambda name: _size_of(own[name]))
 
 
 def _size_of(factors: Factors) -> tuple[int, int] | None:
-    """Return rows and columns of the change of a weight; None if there is none, or factors are damaged.
+    """Return rows and columns of a weight's change; None if there is none, or if factors are damaged.
 
-    By shapes alone: the first operation on the meta device takes seconds.
+    Computed from shapes, because the first operation on the meta device takes seconds.
     """
     shapes = {part: tuple(one.shape) for part, one in factors.items()}
     try:
@@ -419,7 +419,7 @@ def _size_of(factors: Factors) -> tuple[int, int] | None:
 
 
 def family_by_text_width(modules: Mapping[str, Factors]) -> FamilyNames | None:
-    """Return the family whose released models take texts as wide as a U-Net's cross-attention does here."""
+    """Return the family whose released models have the text width of these cross-attention factors."""
     sizes = [_size_of(one) for name, one in modules.items() if name.endswith(("attn2_to_k", "attn2_to_v"))]
     widths = {size[1] for size in sizes if size is not None}
     unets = [one for one in FAMILIES if one.start == layouts.UNET_IN_DIFFUSERS]

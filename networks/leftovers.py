@@ -1,4 +1,4 @@
-"""Tensors of a LoRA file that a reader or a model has no use for, sorted by what they are."""
+"""Describe the tensors of a LoRA file that a reader or a model does not use, sorted by kind."""
 
 import re
 from collections.abc import Callable, Collection, Iterable
@@ -19,7 +19,7 @@ _IN_PEFT = re.compile(
 _LEAVES = (".weight", ".bias")
 
 
-# what they are, for messages, and what it means that many are left out; "" if the rest is whole
+# description for messages, and the consequence if many are left out; "" if there is none
 Kind = tuple[str, str]
 
 
@@ -31,7 +31,7 @@ def sort_by_kind(names: Iterable[str], kind_of: Callable[[str], Kind]) -> dict[K
 
 
 def kind_of_tensor(family: FamilyNames | None, key: str) -> Kind:
-    """Return what a tensor of a file is that is no part of a LoRA: "tensors {words}". family: the LoRA's."""
+    """Return the kind of a tensor that is no part of a LoRA, as in "tensors {words}". family: of the LoRA."""
     leaf = next((leaf for leaf in _LEAVES if key.endswith(leaf)), "")
     path = bare_path(_IN_PEFT.sub("", key.removesuffix(leaf)))
     name = path.replace(".", "_")
@@ -57,10 +57,10 @@ def kind_of_tensor(family: FamilyNames | None, key: str) -> Kind:
 
 
 def kind_of_module(model: FamilyNames | None, holds_side: bool, alike: Collection[str], name: str) -> Kind:
-    """Return what a part of a LoRA is that a model lacks, `lora_unet_x.weight` or `lora_unet_x`.
+    """Return the kind of a part that a model lacks. name: `lora_unet_x.weight` or `lora_unet_x`.
 
-    model: its family. holds_side: whether it has the text encoder's side. alike: its modules
-    `without_numbers`.
+    model: the model's family. holds_side: the model has modules of the text encoder's side. alike: its
+    modules `without_numbers`.
     """
     module, _, leaf = name.removeprefix(OURS).partition(".")
     if not holds_side and (words := module_names.on_text_side(module)):
@@ -99,8 +99,8 @@ def module_of(name: str) -> str:
 
 
 def lacking(names: Iterable[str], weights: Collection[str], model: FamilyNames | None) -> list[str]:
-    """Return the parts of a LoRA for what not all models of a family have, and this one with `weights` has
-    not.
+    """Return the parts of a LoRA for modules that are optional in the family, and missing in the model with
+    these `weights`.
     """
     there = {name.removesuffix(".weight").replace(".", "_") for name in weights}
     if model is None or not there:
@@ -112,6 +112,6 @@ def lacking(names: Iterable[str], weights: Collection[str], model: FamilyNames |
 
 
 def text_side_of(names: Iterable[str]) -> str:
-    """Return what modules or weights of a LoRA belong to if all are loaded with the text encoder; else ""."""
+    """Return what a LoRA's modules or weights belong to if all load with the text encoder; else ""."""
     words = {module_names.on_text_side(module_of(name)) for name in names}
     return words.pop() if len(words) == 1 else ""

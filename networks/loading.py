@@ -1,4 +1,4 @@
-"""Read LoRA files of any dialect; their strength and patterns, and warnings of parts that a model lacks."""
+"""Read LoRA files of any dialect, with strength and patterns; warn of parts that a model lacks."""
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -36,7 +36,7 @@ from networks.patterns import describe_unfit, in_any_spelling
 
 logger = getLogger(__name__)
 # in a name of every kind of network beside a model, read here or not
-# metadata in which a LoRA may say what it needs, in the order that `FamilyNames.refused` reads them
+# metadata that may name a LoRA's needs, in the order in which `FamilyNames.refused` reads them
 _SAYING = (
     "ss_network_module",
     TRAINED_ON,
@@ -47,7 +47,7 @@ _SAYING = (
     "model_version",
 )
 _OF_NETWORKS = re.compile(r"lora|hada|lokr|oft|dora|vera|ia3|alpha|magnitude|diff(_[bm])?$|norm$")
-A_FEW = 0.1  # share of a file that may be unused with only a plain warning
+A_FEW = 0.1  # up to this unused share of a file, a plain warning is enough
 
 
 @dataclass(frozen=True)
@@ -63,24 +63,24 @@ class LoraFile:
     metadata: Mapping[str, str]
     dialect: str
     parts: Mapping[str, "LoraFile"] = field(default_factory=dict)  # by expert
-    # what it changes in text encoders: `lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight`
+    # tensors for text encoders: `lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight`
     text_tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    unknown_names: str = ""  # how its names are, in words, if no known model has modules of these names
+    unknown_names: str = ""  # description of its names, if no known model has them
 
     @property
     def expert(self) -> str | None:
-        """The expert it was trained for, as its metadata or else its name say; FOR_BOTH; None if unknown."""
+        """Return the expert it was trained for, by metadata or else name; FOR_BOTH; None if unknown."""
         return None if self.parts else expert_of(self.metadata, self.path)
 
     @property
     def has_frozen_norms(self) -> bool:
-        """Whether DoRA magnitudes by output are meant for division by the norms of the frozen weights."""
+        """Return whether DoRA magnitudes by output refer to the norms of the frozen weights."""
         return self.metadata.get(DORA_FORM) == FROZEN_NORMS
 
     def for_expert(self, expert: str | None) -> "LoraFile":
-        """Return the part for an expert of a file that has parts, any other file as it is.
+        """Return the part for an expert if the file has parts, else the file itself.
 
-        expert: empty or None if the model has none or it is unknown which one it is. Raises CheckpointError
+        expert: empty or None if the model has no experts or its expert is unknown. Raises CheckpointError
         if the file has no part for it.
         """
         if not self.parts:
@@ -90,7 +90,7 @@ class LoraFile:
         return self.parts[expert]
 
     def modules(self) -> dict[str, dict[str, Tensor]]:
-        """The factors of each module: `{"lora_unet_blocks_0_self_attn_q": {"lora_down.weight": ...}}`.
+        """Return the factors of each module: `{"lora_unet_blocks_0_self_attn_q": {"lora_down.weight": ...}}`.
 
         Raises CheckpointError if the file has parts and no part was chosen.
         """
@@ -99,8 +99,8 @@ class LoraFile:
         return group_by_module(self.tensors)
 
     def families(self, hint: str | None = None) -> list[FamilyNames]:
-        """Return the families that it may be for: several if its names, sizes, numbers of blocks and metadata
-        leave them open. hint: the one to take then; None: the one of the metadata.
+        """Return the possible families, several if names, sizes, block numbers and metadata do not decide.
+        hint: the family to prefer then; None: the one in the metadata.
         """
         one = next(iter(self.parts.values()), self)
         made = read_family(one.metadata)
@@ -130,12 +130,12 @@ def read_lora(
     warning.
 
     with_texts: read its changes of text encoders too. by_expert: allow a file that holds a LoRA for each
-    expert; the result has `parts` then. family: whose it is, if the user says so. Raises CheckpointError if
-    it is missing, damaged, not a LoRA, or of an unsupported kind.
+    expert; the result has `parts` then. family: given by the user, else None. Raises CheckpointError if it is
+    missing, damaged, not a LoRA, or of an unsupported kind.
     """
     with open_checkpoint(path) as checkpoint:
         kind = key_formats.other_kind(checkpoint.tensors)
-        # a whole model is told by its names, before gigabytes are read
+        # whole models are recognised by names, before gigabytes are read
         if kind is None and not any(_OF_NETWORKS.search(name) for name in checkpoint.tensors):
             refuse_quantised(checkpoint)
             raise _no_lora(path, checkpoint.tensors)
@@ -178,9 +178,9 @@ def _read_part(
     is_own: bool,
     family: str | None,
 ) -> LoraFile:
-    """Bring tensors of a file under our names.
+    """Rename the tensors of a file, or of one expert's part, to ours.
 
-    expert: their expert; None: names in the file do not say it. is_own: it was written here. family: as of
+    expert: None if names in the file do not show it. is_own: the file was written by us. family: see
     `read_lora`.
     """
     if expert is not None:
@@ -247,7 +247,7 @@ def _refuse_faulty(path: Path, modules: Mapping[str, Factors], unknown: Sequence
 
 
 def _named_twice(native: key_formats.NativeTensors) -> tuple[str, str] | None:
-    """Return two names of a file for the same weight, or for a weight and a part of it; None without."""
+    """Return two names in a file for one weight, or for a weight and a part of it; None if there are none."""
     if native.family is None:
         return None
     for name, path in native.paths.items():
@@ -258,7 +258,7 @@ def _named_twice(native: key_formats.NativeTensors) -> tuple[str, str] | None:
 
 
 def _warn_of_unused(path: Path, native: NativeTensors, family: FamilyNames | None, whole: int) -> None:
-    """Warn of keys of a file that are not read. whole: number of all."""
+    """Warn of keys of a file that are not read. whole: number of all keys."""
     rest = (
         (native.text_encoder, "tensors of a text encoder are ignored"),
         (list(native.repeated), "tensors of parts named once more are ignored"),
@@ -281,7 +281,7 @@ def _no_lora(path: Path, names: Iterable[str]) -> CheckpointError:
 def refuse_unknown(lora: LoraFile, option: str = "") -> None:
     """Raise CheckpointError if no known model has modules of a LoRA's names.
 
-    For readers that found no place for any of them. option: that names the file.
+    Call if no module of it has found a place. option: the option with the file.
     """
     if lora.unknown_names:
         raise CheckpointError(
@@ -295,7 +295,7 @@ def refuse_unknown(lora: LoraFile, option: str = "") -> None:
 def warn_of_rest(path: Path, rest: Sequence[str], whole: int, what: str, loss: str = "") -> None:
     """Warn of unused names, with a second, louder line if they are more than a few of `whole`.
 
-    what: as in "4 of 24 {what}: a, b, c". loss: what it means that many are; "": nothing.
+    what: as in "4 of 24 {what}: a, b, c". loss: the consequence if many are unused; "": none.
     """
     logger.warning(f"{path}: {len(rest)} of {whole} {what}: {list_some(rest)}")
     if loss and len(rest) > A_FEW * whole:
@@ -306,9 +306,9 @@ def warn_of_rest(path: Path, rest: Sequence[str], whole: int, what: str, loss: s
 class LoraUse:
     """One LoRA file and how it is used.
 
-    Patterns are regular expressions searched in its tensor names (ours). Where the model calls a module
-    otherwise, as FramePack does HunyuanVideo's, its name counts too: a pattern may be written for either, and
-    choose a part of a fused module.
+    Patterns are regular expressions searched in its tensor names (ours). If the model names a module
+    otherwise, as FramePack does HunyuanVideo's, that name is searched too, so patterns may be written for
+    either, and may choose a part of a fused module.
     """
 
     lora: LoraFile
@@ -317,14 +317,14 @@ class LoraUse:
     exclude: str | None = None
 
     def for_expert(self, expert: str | None) -> "LoraUse":
-        """Return the same for an expert's part; warns if it is another's. Raises as `LoraFile.for_expert`."""
+        """Return the use of an expert's part; warn if it is another's. Raises as `LoraFile.for_expert`."""
         lora = self.lora.for_expert(expert)
         warn_of_other_expert(lora, expert)
         return replace(self, lora=lora)
 
     def keeps(self, factors: Iterable[str], *names: str) -> bool:
-        """Whether the patterns keep one of a module's factors; names: the module's names in the file and in
-        the model.
+        """Return whether the patterns keep any factor of a module. names: its names in the file and in the
+        model.
         """
         for factor in factors:
             tensor = [f"{name}.{factor}" for name in names]
@@ -365,7 +365,7 @@ def lora_uses(
 
 
 def _names_for_patterns(lora: LoraFile) -> set[str]:
-    """Return the names of a file's tensors, also under the names that another layout has for modules."""
+    """Return the names of a file's tensors, also with the module names of other layouts."""
     names = set()
     files = (lora, *lora.parts.values())
     for tensor in (name for one in files for name in (*one.tensors, *one.text_tensors)):
@@ -376,9 +376,9 @@ def _names_for_patterns(lora: LoraFile) -> set[str]:
 
 
 def fit_pattern(pattern: str | None, names: Collection[str], where: str) -> str | None:
-    """Return a pattern that is searched in names in either spelling; warn if it fits none of them.
+    """Return a pattern in the spelling that fits some of the names; warn if neither spelling does.
 
-    The mark of what another option adds is taken off.
+    The mark of patterns that other options have added is removed.
     """
     typed, untyped, rest = (pattern or "").partition(UNTYPED)
     bar = "|" if typed.endswith("|") and untyped else ""
@@ -401,7 +401,7 @@ def warn_of_absent(
     model: FamilyNames | None,
     modules: Iterable[str] = (),
 ) -> None:
-    """Warn of parts of a LoRA that a model does not have, each kind of them as `warn_of_rest`.
+    """Warn of parts of a LoRA that a model does not have, each kind with `warn_of_rest`.
 
     absent: under our names, with our prefix, `lora_unet_x.weight` or `lora_unet_x`. modules: of the model,
     without the prefix.
@@ -414,10 +414,10 @@ def warn_of_absent(
 
 
 def on_side(uses: Iterable[LoraUse], is_text: bool) -> list[LoraUse]:
-    """Return the parts of LoRAs for the transformer, or those for what is loaded with the text encoder.
+    """Return the parts of LoRAs for the transformer, or those for modules loaded with the text encoder.
 
-    Left out are those without any, and parts of which patterns leave nothing while they leave something of
-    the other side.
+    Leaves out LoRAs without such parts, and parts of which patterns keep nothing while they keep some of the
+    other side.
     """
     parts = []
     for use in uses:
@@ -436,8 +436,8 @@ def on_side(uses: Iterable[LoraUse], is_text: bool) -> list[LoraUse]:
 def warn_of_other_family(lora: LoraFile, model: FamilyNames | None, modules: Collection[str] = ()) -> None:
     """Warn if a LoRA fits by its names but its metadata say that it was trained for another model.
 
-    modules: of the model, which tell its release. Raises CheckpointError if they say that it needs what is
-    not built of this model.
+    modules: of the model; they show its release. Raises CheckpointError if the metadata name a need that this
+    program does not support.
     """
     told = " ".join(f"{key}={lora.metadata.get(key, '')}" for key in _SAYING)
     for pattern, why in () if model is None else model.refused:
@@ -463,7 +463,7 @@ def warn_of_other_family(lora: LoraFile, model: FamilyNames | None, modules: Col
 def warn_of_other_expert(lora: LoraFile, expert: str | None) -> None:
     """Warn if a LoRA was trained for another expert than the one it is added to.
 
-    expert: name of the latter; empty or None if the model has no experts or it is unknown which one it is.
+    expert: the one it is added to; empty or None if the model has no experts or its expert is unknown.
     """
     if not expert or lora.expert in (None, FOR_BOTH, expert):
         return

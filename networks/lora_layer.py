@@ -20,8 +20,8 @@ from networks.lora_products import BlockUp, add_up, branch, hold, perturbed
 
 _32_BITS = 0xFFFFFFFF
 KINDS = ("neuron", "rank", "module")
-# Values of a tensor from which products are added to it in place. Four passes over 16 MiB are some 16
-# microseconds of a fast GPU; the autograd functions cost the host more.
+# Smallest number of values for which products are added in place: four passes over 16 MiB take a fast GPU
+# some 16 microseconds, and for smaller tensors the autograd functions cost the host more.
 JOINS_FROM = 1 << 23
 # the lower and upper 32 bits of a seed; as tensors: int64 without axes
 Halves = tuple[int, int] | tuple[Tensor, Tensor]
@@ -31,7 +31,7 @@ Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
 @dataclass(frozen=True)
 class Dropouts:
-    """Shares that are dropped during training; eval mode drops nothing."""
+    """Dropout rates during training; eval mode drops nothing."""
 
     neuron: float = 0.0  # of single values between the factors
     rank: float = 0.0  # of whole ranks, per sample
@@ -42,17 +42,17 @@ class Dropouts:
 
 
 class DropoutSeed:
-    """Seed that all masks of one micro-batch derive from, shared by the layers of a network."""
+    """The seed of all masks of one micro-batch, shared by the layers of a network."""
 
     value: int | None = None
 
     def derive(self, layer: int, kind: str, part: int = 0) -> int:
-        """Return the seed of a mask, for a part of the tokens; without a value each call draws a new one."""
+        """Return the seed of a mask, for a part of the tokens; a new one in each call if `value` is None."""
         value = int(torch.randint(1 << 62, ())) if self.value is None else self.value
         return derive_seed(value, layer, kind, part) if part else derive_seed(value, layer, kind)
 
     def tables(self, layers: "Sequence[LoraLayer]", device: torch.device) -> Tensor:
-        """Return the seeds of all layers: layers x KINDS x (lower, upper 32 bits), int64, in one copy."""
+        """Return the seeds of all layers: layers x KINDS x (lower, upper 32 bits), int64; one transfer."""
         return numbers_on(device, [[halves(layer.seed_of(kind)) for kind in KINDS] for layer in layers])
 
 
@@ -104,7 +104,7 @@ class LoraLayer(nn.Module):
         self.seed_table: Tensor | None = None
         # where the standard deviations of noise on the weight are, for training: a buffer, and its name
         self.noise_of: tuple[nn.Module, str] | None = None
-        self._original = (original,)  # in a tuple, so that the frozen module is no part of this one
+        self._original = (original,)  # in a tuple, so that it is not registered as a submodule
         self._original_forward: Callable[[Tensor], Tensor] = original.forward
         self.register_load_state_dict_post_hook(lambda layer, _: layer.read_alpha())
         self.read_alpha()
@@ -115,7 +115,7 @@ class LoraLayer(nn.Module):
 
     def attach(self) -> None:
         self._original_forward = self._original[0].forward
-        # masks depend on the index of each element in the input, and would repeat in each piece of it
+        # masks depend on an element's index in the input, so that pieces of it would get equal masks
         self._original[0].sees_whole_input = self.dropouts.neuron > 0  # type: ignore[assignment]
         self._original[0].forward = self.forward  # type: ignore[assignment,method-assign]
 
@@ -191,7 +191,7 @@ class LoraLayer(nn.Module):
         return self.dora_scale is None and largest >= self.joins_from
 
     def _scaled(self, hidden: Tensor, dropping: bool) -> Tensor:
-        """Return hidden, ... R, times multiplier and scale: this tensor is small. dropping: with dropouts."""
+        """Return hidden (... R, a small tensor) times multiplier and scale. dropping: with dropouts."""
         hidden = hidden * (self.multiplier * self.scale)
         if dropping and self.dropouts.neuron > 0:
             hidden = self._mask(hidden, "neuron", hidden.shape, self.dropouts.neuron)
@@ -202,9 +202,9 @@ class LoraLayer(nn.Module):
         return hidden
 
     def _decompose(self, out: Tensor, added: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the output with the norms of DoRA: that of `magnitude * (W + change) / norm(W + change)`.
+        """Return the output of the DoRA weight `magnitude * (W + change) / norm(W + change)`.
 
-        out, added: of the frozen module and of the LoRA, ... out. dtype: of the frozen module's input.
+        out, added: outputs of the frozen module and of the LoRA, ... out. dtype: of the module's input.
         Gradients treat the norm as a constant: Liu et al. 2024, arXiv 2402.09353, section 4.3.
         """
         assert self.dora_scale is not None
@@ -215,7 +215,7 @@ class LoraLayer(nn.Module):
 
     @torch.no_grad()
     def _row_norms(self, dtype: torch.dtype) -> Tensor:
-        """Return the norms of the rows of W + change, float32, by products of the rank's width only.
+        """Return the norms of the rows of W + change, float32, from products no wider than the rank.
 
         |w + s b A|^2 = |w|^2 + 2 s b (A w) + s^2 b (A A^T) b^T. A w comes from the frozen module's forward,
         so that its weight may be stored in any way.
@@ -231,7 +231,7 @@ class LoraLayer(nn.Module):
             return squares.clamp(min=0).sqrt() + torch.finfo(torch.float32).eps  # as LyCORIS has it
 
     def seed_of(self, kind: str) -> int:
-        """Return the seed of a mask: processes that share tokens drop equal modules and ranks only."""
+        """Return the seed of a mask; processes that share tokens share masks of modules and ranks only."""
         part = getattr(self._original[0], TOKEN_PART, 0) if kind == "neuron" else 0
         return self.seed.derive(self.index, kind, part)
 

@@ -36,9 +36,9 @@ class OwnNetwork(nn.Module):
             self.add_module(name, layer)
             if isinstance(layer, LoraLayer):
                 layer.dropouts, layer.seed, layer.index = settings.dropouts, self._seed, index
-        # of LoRA-GGPO: the mean norm of the frozen weight's rows by layer, and the noise on them
+        # LoRA-GGPO: mean norm of the frozen weight's rows by layer, and the noise on them
         self._bases: dict[str, Tensor] = {}
-        self.state_beside_file: dict[str, nn.Module] = {}  # what a training saves beside the file, by names
+        self.state_beside_file: dict[str, nn.Module] = {}  # for states, by name
         if settings.perturbation is not None:
             linear = {name: one for name, one in layers.items() if isinstance(one.original, nn.Linear)}
             strengths = nn.Module()  # buffers, which are saved with the state of a training
@@ -66,17 +66,17 @@ class OwnNetwork(nn.Module):
             layer.multiplier = multiplier
 
     def load_weights(self, path: Path, modules: Collection[str] = ()) -> list[str]:
-        """Start from a file of any dialect; returns (and warns of) the modules that only one side has.
+        """Start from a file of any dialect; returns (and warns of) modules that only file or network has.
 
-        The file's alphas come along. modules: of the model, which tell its release. Raises CheckpointError
-        if a module has other factors or sizes here, or none is here.
+        The file's alphas are loaded too. modules: of the model; they show its release. Raises
+        CheckpointError if a module has other factors or sizes here, or if no module is here.
         """
         from networks import leftovers, loading, parts
 
         mine = self.state_dict()
         own = group_by_module(mine)
         lora = loading.read_lora(path, with_texts=any(prefix_of(name) != UNET for name in own))
-        # the network has only some of a model's modules: names of the LoRA's family too are taken for that
+        # the network has only some modules: names known to the LoRA's family are taken to be of that family
         if lora.has_frozen_norms:
             raise CheckpointError(
                 f"--network_weights {path} is a DoRA in ComfyUI's form, which goes by the model's weights.\n"
@@ -129,8 +129,8 @@ class OwnNetwork(nn.Module):
     def scale_norms(self, max_norm: float, device: torch.device) -> Tensor:
         """After an optimizer step, scale down each layer whose change of the weight has a larger norm.
 
-        Returns the number of scaled layers, and mean and largest norm afterwards, on the device, where they
-        may still be computed.
+        Returns the number of scaled layers, and the mean and largest norm afterwards, as a tensor on the
+        device, without waiting for it.
         """
         norms = torch.stack([layer.norm() for layer in self.layers])
         ratios = (max_norm / norms.clamp(min=max_norm / 2)).clamp(max=1)
@@ -156,10 +156,10 @@ class OwnNetwork(nn.Module):
     ) -> tuple[list[dict[str, Any]], list[str]]:
         """Return parameter groups for the optimizer, and a name of each for logs.
 
-        unet_lr: of the DiT's part; None: `learning_rate`. text_encoder_lr: of each text encoder that learns,
-        in their order, the last one for those without; None: `learning_rate`. A part whose rate is 0 is in no
-        group. With LoRA+ the up matrices are groups of their own; the last pattern of network_reg_lrs that
-        fits a module is its rate.
+        unet_lr: rate of the DiT's part; None: `learning_rate`. text_encoder_lr: rates of the trained text
+        encoders in order, the last one for all further ones; None: `learning_rate`. Parts with rate 0 are in
+        no group. With LoRA+ the up matrices have their own groups. The last matching pattern of
+        network_reg_lrs gives a module's rate.
         """
         texts = [learning_rate] if text_encoder_lr is None else text_encoder_lr
         encoders = [prefix for prefix in dict.fromkeys(map(prefix_of, self.names)) if prefix != UNET]
@@ -187,7 +187,7 @@ class OwnNetwork(nn.Module):
                 else:
                     group = groups.setdefault(label, {"params": [], "lr": rate})
                 group["params"].append(parameter)
-        # a group of LoRA+ stands behind the one of the same modules
+        # a group of LoRA+ follows the one of the same modules
         made = {name: place for place, name in enumerate(groups)}
         order = sorted(
             groups,
@@ -235,8 +235,8 @@ def prefix_of(name: str) -> str:
 def rename_texts(texts: Mapping[str, Tensor], held: Collection[str]) -> dict[str, Tensor]:
     """Return the tensors of text encoders under the prefixes that a model has.
 
-    held: these. A model's single or first encoder is `lora_te` in one and `lora_te1` in another; of a model
-    with two CLIPs none is `lora_te`, which is another model's.
+    held: these prefixes. The only or first encoder is `lora_te` in some models and `lora_te1` in others.
+    Models with two CLIPs have no `lora_te`; there the name is another model's.
     """
     other = {"lora_te1": "lora_te"} if "lora_te2" in held else {"lora_te": "lora_te1", "lora_te1": "lora_te"}
     changed = {old: new for old, new in other.items() if new in held and old not in held}

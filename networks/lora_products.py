@@ -1,5 +1,5 @@
-"""Computation of LoRA layers: two thin products, added in tensors that the frozen layer writes anyway; the up
-factor of a fused layer whose parts (q, k, v, ...) have LoRAs of their own; noise on weights (LoRA-GGPO).
+"""Compute LoRA layers: two thin products, added in place to tensors of the frozen layer; the up factor of a
+fused layer whose parts (q, k, v, ...) have their own LoRAs; noise on weights (LoRA-GGPO).
 
 As separate operations a LoRA costs three passes over the output (its own output written and read, the sum
 written) and in the backward pass as many over the gradient of the input. Here both sums are made by the
@@ -34,7 +34,7 @@ def branch(x: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Branch(torch.autograd.Function):
-    """Receives the gradients of both ways in one call, and so can add one to the other in a product."""
+    """Receives both gradients of x in one call, so that a product can add one to the other in place."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,10 +56,10 @@ class _Branch(torch.autograd.Function):
 
 
 def hold(hidden: Tensor, up: Tensor, heights: Sequence[int] = ()) -> Tensor | None:
-    """Save the needs of the backward pass of `add_up`. Call before the frozen layer; arguments as there.
+    """Save the tensors for the backward pass of `add_up`. Call before the frozen layer, with equal arguments.
 
-    A checkpoint recomputes up to the last saved tensor. With all of a LoRA's saved before its frozen layer
-    computes, recomputing a block does not repeat the product with the weight of its last layer.
+    Activation checkpointing recomputes up to the last saved tensor. As a LoRA's tensors are saved before its
+    frozen layer runs, recomputing a block does not repeat the product of its last layer.
     Returns a tensor of the output's shape that takes no memory; None without gradients.
     """
     if not (torch.is_grad_enabled() and (hidden.requires_grad or up.requires_grad)):
@@ -69,7 +69,7 @@ def hold(hidden: Tensor, up: Tensor, heights: Sequence[int] = ()) -> Tensor | No
 
 
 class _Hold(torch.autograd.Function):
-    """Receives the gradient of the output by way of `_AddUp`."""
+    """Computes the backward pass of `add_up`, with the output's gradient from `_AddUp`."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, up: Tensor, heights: tuple[int, ...]) -> Tensor:
@@ -91,8 +91,8 @@ def add_up(out: Tensor, hidden: Tensor, up: Tensor, heights: Sequence[int], held
     """Return out + hidden @ up^T, in the memory of `out`.
 
     out: ... out, of a frozen layer; nothing else may use it. hidden: ... R and up: out x R, in its dtype.
-    heights: rows of each of several parts of `up`; each multiplies its own group of values of `hidden`, which
-    are as many as `up` is wide. held: of `hold` for the same arguments.
+    heights: rows of the parts of `up`; each part multiplies its own group of values of `hidden`, as wide as
+    `up`. held: the result of `hold` for the same arguments.
     """
     heights = tuple(heights or up.shape[:1])
     if held is None and not (torch.is_grad_enabled() and out.requires_grad):
@@ -168,13 +168,13 @@ class BlockUp(nn.Module):
 
 
 def _spread(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """Put the whole matrix, as files have it, in place of the blocks."""
+    """Replace the blocks in a state dict by the whole matrix, as files have it."""
     assert isinstance(module, BlockUp)
     state[f"{prefix}weight"] = torch.block_diag(*state[f"{prefix}weight"].split(module.heights))
 
 
 def _gather(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Put the blocks in place of the whole matrix."""
+    """Replace the whole matrix in a state dict by the blocks."""
     assert isinstance(module, BlockUp)
     whole = state.get(f"{prefix}weight")
     if whole is None:
@@ -211,7 +211,7 @@ def diagonal_blocks(up: Tensor, heights: Sequence[int]) -> list[Tensor] | None:
     return None if outside else blocks
 
 
-MOST_ROWS = 1000  # of a weight whose mean norm is estimated
+MOST_ROWS = 1000  # most rows of a weight for estimating their mean norm
 
 
 def row_strengths(
@@ -274,9 +274,9 @@ def draw_noise(deviations: Tensor, width: int, seed: int, dtype: torch.dtype) ->
 # not torch.compiler.disable, which imports the compiler (two seconds) when this file is imported
 @disable_dynamo
 def perturbed(x: Tensor, deviations: Tensor, seed: int) -> Tensor:
-    """Return the effect of a weight's noise on a layer's output. x: ... in. deviations: out, one of each row.
+    """Return the effect of a weight's noise on a layer's output. x: ... in. deviations: out, one per row.
 
-    The noise is constant for gradients; those of x go through it.
+    Gradients flow to x; the noise itself is treated as constant.
     """
     added: Tensor = _Noise.apply(x, deviations.to(x.device), seed)
     return added

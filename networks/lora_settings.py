@@ -29,7 +29,7 @@ BlockNumbers = frozenset[int] | None  # numbers of blocks of one list; None: all
 
 
 def readers_of(rules: LoraRules) -> dict[str, Reader]:
-    """Return how the arguments are read that a family's module has of its own."""
+    """Return the readers of the arguments that only a family's module has."""
     found: dict[str, Reader] = {argument: partial(_read_number, int) for argument, _ in rules.types}
     if rules.choices:
         found["train_blocks"] = partial(_read_choice, rules.choices)
@@ -58,8 +58,8 @@ def read_block_numbers(argument: str, given: Any) -> BlockNumbers:
 
 
 def read_ranks(paths: Sequence[str], argument: str, given: Any) -> tuple[int, ...]:
-    """Read one rank for each of `paths` from `[4,2,0]`; 0 leaves a module out. Raises OptionError if it is
-    none.
+    """Read one rank for each of `paths` from a text such as `[4,2,0]`; 0 leaves a module out. Raises
+    OptionError for anything else.
     """
     text = str(given)
     parts = [part.strip() for part in text.strip().removeprefix("[").removesuffix("]").split(",")]
@@ -80,7 +80,7 @@ class LoraSettings:
     conv_rank: int | None = None  # None: convolutions larger than 1 x 1 get no LoRA
     conv_alpha: float = DEFAULT_ALPHA
     dropouts: Dropouts = Dropouts()
-    # matched at the start of module paths: what is excluded may be included again
+    # matched at the start of module paths; `include` brings excluded modules back
     include: tuple[Pattern, ...] = ()
     exclude: tuple[Pattern, ...] = ()
     loraplus_lr_ratio: float | None = None
@@ -160,10 +160,10 @@ def read_settings(
 
 
 def fit_patterns(settings: LoraSettings, modules: Sequence[tuple[str, str]]) -> LoraSettings:
-    """Return settings whose patterns fit names in either spelling; warn of those that fit none.
+    """Return settings whose patterns fit names in either spelling; warn of patterns that fit none.
 
     modules: of all networks that may get a LoRA: (start of the name in files, path with dots). Patterns that
-    fit some of them as they are read keep their meaning; the others are searched in all spellings.
+    fit some modules as written are unchanged; the others are tried in all spellings.
     """
     names = [start + path.replace(".", "_") for start, path in modules]
 
@@ -202,7 +202,7 @@ def find_by_pattern(pairs: ByPattern, name: str) -> tuple[int, ...]:
 
 
 def log_overlaps(argument: str, pairs: ByPattern, found: Sequence[tuple[int, ...]]) -> None:
-    """Log which patterns take modules from earlier ones. found: `find_by_pattern` of each module."""
+    """Log which patterns override earlier ones. found: for each module, the result of `find_by_pattern`."""
     taken: dict[tuple[int, int], int] = {}
     for places in found:
         for place in places[:-1]:
@@ -229,7 +229,7 @@ def _read_number(
 
 
 def _as_number(kind: type[int] | type[float], text: Any) -> float | None:
-    """Return a number of at least 0 from its text, None if it is none."""
+    """Return a number of at least 0 from its text; None for anything else."""
     try:
         value = kind(text)
     except (ValueError, TypeError):
@@ -265,7 +265,7 @@ def _read_choice(choices: Collection[str], argument: str, text: Any) -> Any:
 
 
 def _read_patterns(argument: str, given: Any) -> tuple[re.Pattern[str], ...]:
-    """Return a list of regular expressions, or the text of a Python list, compiled."""
+    """Compile a list of regular expressions, or the text of such a list."""
     if isinstance(given, str):
         try:
             given = ast.literal_eval(given)

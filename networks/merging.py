@@ -1,5 +1,5 @@
-"""Add LoRAs to model files, tensor by tensor, or to each other, for merge_lora.py and the image families'
-tools.
+"""Merge LoRAs into model files, tensor by tensor, or into one LoRA, for merge_lora.py and the tools of image
+families.
 """
 # Letters: R rank
 
@@ -46,8 +46,8 @@ _STALE = ("sshs_", "modelspec.hash_sha256")  # hashes of the model before the me
 
 def merge_dit(options: MergeOptions) -> None:
     """Merge LoRAs into a transformer's file. Raises as `merge_into_file`, and if a file cannot be read."""
-    # by the file's name or its folder's: `high_noise_model/` is the official repository's, `transformer/`
-    # beside `transformer_2/` diffusers'
+    # by the name of the file or its folder: `high_noise_model/` in the official repository, `transformer/`
+    # beside `transformer_2/` in diffusers
     folders = {start.removesuffix("."): expert for start, expert in NETWORKS.items()}
     expert = options.expert or expert_of_file(options.dit, folders)
     loras = [*zip(options.lora.lora_weight or (), options.lora.multipliers(), strict=True)]
@@ -97,7 +97,7 @@ def merge_flux(options: FluxMergeOptions) -> None:
 
 
 def _read_uses(options: FluxMergeOptions | WholeMergeOptions) -> tuple[list[LoraUse], torch.dtype | None]:
-    """Return the LoRAs with their strengths, and the dtype to write; None: that of the base file."""
+    """Return the LoRAs with their strengths, and the dtype to write; None: keep the base file's."""
     rows = zip(options.models or (), options.ratios or (), strict=True)
     uses = [LoraUse(read_lora(path, with_texts=True), ratio) for path, ratio in rows]
     return uses, None if options.save_precision is None else DTYPES[options.save_precision]
@@ -117,7 +117,7 @@ def _write_sum(
     version = next((v for one in loras if (v := one.metadata.get(TRAINED_ON))), None)
     made = next(filter(None, (read_family(one.metadata) for one in loras)), None)
     found = families_of(group_by_module(tensors), None if made is None else made.name)
-    # of several it is the one whose tool this is; sums of text encoders are FLUX's too
+    # of several families, the one that this tool is for; sums of text encoders alone count as FLUX
     family = FLUX if FLUX in found else found[0] if found else made
     module = "networks.lora_flux" if family is None else f"networks.lora_{family.name}"
     own = "flux1" if family is None or family.name == "flux" else family.written_version or family.name
@@ -157,12 +157,12 @@ def merge_into_file(
 ) -> None:
     """Write the model with the LoRAs added as one safetensors file; keep names, dtypes and metadata.
 
-    dtype: of the result's weights; None: as in the model, of quantised ones bfloat16. option: that names
+    dtype: of the result's weights; None: as in the model, bfloat16 for quantised ones. option: that of
     `output`, for messages. in_channels: required input channels of the model's first layer. Memory: the
     LoRAs, one tensor of the model at a time, and some MB (for LoKr: the tensor's change in float32).
 
-    Raises CheckpointError where a file is unusable or a LoRA fits nothing, OptionError where the result would
-    replace one of them, OutputError where it cannot be written.
+    Raises CheckpointError if a file is unusable or a LoRA fits nothing, OptionError if the output would
+    replace an input, OutputError if it cannot be written.
     """
     start = time.monotonic()
     refuse_replacing(option, output, [*checkpoint_paths(model), *(use.lora.path for use in uses)])
@@ -208,7 +208,7 @@ def merge_into_file(
 
 
 def _check_fits(patch: LoraPatch | WholePatch, checkpoint: Checkpoint) -> None:
-    """Find out a LoRA of another model before anything is written. Raises as `merge_into_file`."""
+    """Check that all LoRAs fit the model before anything is written. Raises as `merge_into_file`."""
     for name, info in checkpoint.tensors.items():
         patch.add_to(name, hollow(info))
     patch.check()
@@ -229,9 +229,9 @@ def _add_up(
 ) -> dict[str, Tensor]:
     """Return sum(multiplier * alpha / rank * up @ down) of all files as a LoRA, module by module.
 
-    concat: all ranks, exact. Otherwise the best approximation of each module's sum at the rank that it has in
-    the first file with it. Raises CheckpointError for anything but plain LoRAs, for other sizes and for
-    LoRAs of several models.
+    concat: keep all ranks, which is exact. Otherwise approximate each module's sum at the rank that it has in
+    the first file with the module. Raises CheckpointError for anything but plain LoRAs, for other sizes and
+    for LoRAs of several models.
     """
     known = [(use.lora, made) for use in uses if (made := read_family(use.lora.metadata)) is not None]
     for lora, made in known[1:]:
@@ -268,7 +268,7 @@ def _add_up(
 def _sum(
     name: str, parts: Sequence[tuple[LoraFile, Factors, float]], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Return down R x in and up out x R of a sum, whose ranks stand side by side; alpha is the rank."""
+    """Return down R x in and up out x R of a sum, with the ranks of all parts concatenated; alpha is R."""
     downs: list[Tensor] = []
     ups: list[Tensor] = []
     for lora, factors, ratio in parts:
@@ -283,7 +283,7 @@ def _sum(
                 lora.path,
             )
         scale = ratio * strength(factors)
-        root = abs(scale) ** 0.5  # on both, so that neither gets too small for 16 bits
+        root = abs(scale) ** 0.5  # spread over both, so that neither gets too small for 16 bits
         downs.append(down * (root if scale >= 0 else -root))
         ups.append(up * root)
     return torch.cat(downs), torch.cat(ups, 1)
@@ -304,6 +304,6 @@ def _truncate(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def as_known(tensors: Mapping[str, Tensor], family: FamilyNames | None) -> Mapping[str, Tensor]:
-    """Return a LoRA under the names that other tools of its family know."""
+    """Return a LoRA under the names that other tools know for its family."""
     by_aliases = family is not None and family.always_underscored == "aliases"
     return rename_to_aliases(tensors, family) if family is not None and by_aliases else tensors

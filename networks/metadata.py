@@ -1,5 +1,5 @@
-"""What LoRA files say of themselves: their expert, checksums that model browsers look up; a description in a
-line.
+"""Metadata of LoRA files: their expert, the checksums that model browsers look up, and a one-line
+description.
 """
 
 import hashlib
@@ -28,14 +28,14 @@ from networks.names.layouts import EXPERT_VALUES, FOR_BOTH, OURS, TRAINED_EXPERT
 if TYPE_CHECKING:  # of a file that is described alone
     from networks.key_formats import NativeTensors
 
-# what a LoRA file with a part for each expert says of single parts: {"high_noise": {...}, ...} as JSON
+# metadata of the single parts in a LoRA file with a part for each expert: {"high_noise": {...}, ...} as JSON
 PARTS_METADATA = "reelsmith_experts"
 
 
 def expert_of(metadata: Mapping[str, str], path: Path) -> str | None:
     """Return the expert that a LoRA was trained for, or FOR_BOTH; None if unknown.
 
-    Metadata count before the file's name: `x_high_noise.safetensors`, `x-HIGH-v2.safetensors`.
+    Metadata take precedence over the file's name: `x_high_noise.safetensors`, `x-HIGH-v2.safetensors`.
     """
     value = metadata.get(TRAINED_EXPERT, "").strip().lower()
     if value == FOR_BOTH:
@@ -48,7 +48,7 @@ def in_words(expert: str) -> str:
 
 
 def metadata_of(metadata: Mapping[str, str], expert: str) -> dict[str, str]:
-    """Return the metadata of one part of a file with a part for each expert, which name the expert.
+    """Return the metadata for one expert's part of a file; they name the expert.
 
     Raises ValueError if the file's metadata of its parts are unreadable.
     """
@@ -90,9 +90,9 @@ def layout_hash(tensors: Mapping[str, Tensor | TensorInfo]) -> str:
 
 
 def is_damaged(path: Path, metadata: Mapping[str, str]) -> bool:
-    """Whether the data of a safetensors file written here differ from its checksum.
+    """Return whether the data of a safetensors file written by us differ from its checksum.
 
-    A tool that renames or casts tensors may copy old hashes: ask only if the layout is as written here.
+    Tools that rename or cast tensors may copy old hashes: call only if the layout is as we wrote it.
     """
     if "sshs_model_hash" not in metadata:
         return False
@@ -114,16 +114,16 @@ def save_network(
     save_tensors(path, tensors, add_hashes(tensors, metadata))
 
 
-# what the magnitudes of a DoRA by output are divided by: with this value the norms of the frozen weights, as
-# ComfyUI does it, otherwise those of the changed ones. A public name: other tools write it too.
+# norms that a DoRA's magnitudes by output refer to: with this value those of the frozen weights, as in
+# ComfyUI, otherwise those of the changed weights. A public name: other tools write it too.
 DORA_FORM, FROZEN_NORMS = "ss_dora_scale_format", "comfy_weight_norm"
 _MUSUBI_MODULE = re.compile(r"(musubi_tuner\.)?networks\.lo(ra|kr)")
 
 
 def is_of_frozen_norms(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bool:
-    """Tell whether a file in ComfyUI's dialect is a DoRA by musubi-tuner's fork for LTX-2, which marks none.
+    """Return whether a file in ComfyUI's dialect is an (unmarked) DoRA by musubi-tuner's fork for LTX-2.
 
-    It calls magnitudes so in these files alone. Ours have the same names, but a hash of the layout too.
+    It is known by its network module; our files name magnitudes alike, but also have a hash of the layout.
     """
     return (
         any(name.endswith(DORA) for name in tensors)
@@ -140,7 +140,7 @@ KINDS = {
     "lora_down.weight": "LoRA",
 }
 LISTED = 8  # kinds of layers, ranks
-LARGEST = 4 << 30  # bytes of tensors that are hashed in memory
+LARGEST = 4 << 30  # largest size of tensors, in bytes, to hash in memory
 
 
 def describe_lora(checkpoint: Checkpoint) -> str | None:
@@ -163,7 +163,7 @@ def describe_lora(checkpoint: Checkpoint) -> str | None:
 
 
 def lora_hashes(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return the checksums by which browsers find a LoRA; {} if it is none, or too large to be one."""
+    """Return the checksums by which browsers find a LoRA; {} if the file is no LoRA or too large."""
     size = sum(info.size_bytes for info in checkpoint.tensors.values())
     if size > LARGEST or describe_lora(checkpoint) is None:
         return {}
@@ -192,7 +192,7 @@ def _describe_part(checkpoint: Checkpoint, names: list[str], part: str | None) -
         if name.endswith(".alpha") and info.size_bytes == info.dtype.itemsize:
             alphas.add(float(checkpoint.read(name)))
     alphas |= _beside_tensors(checkpoint, native, part)
-    # infinite ones are of whole matrices, which are not scaled
+    # infinite alphas belong to whole matrices, which are not scaled
     numbers = of_numbers("alpha", Counter(filter(math.isfinite, alphas)))
     expert = expert_of(checkpoint.metadata, checkpoint.path)
     # `blocks_N_self_attn_q (40), blocks_N_ffn_0 (40)`
@@ -211,7 +211,7 @@ def _describe_part(checkpoint: Checkpoint, names: list[str], part: str | None) -
 
 
 def _beside_tensors(checkpoint: Checkpoint, native: "NativeTensors", part: str | None) -> set[float]:
-    """Return the alphas that stand in the header or beside the file; none if they cannot be used."""
+    """Return the alphas in the header or beside the file; empty if they are unusable."""
     from networks.alphas import read_alphas
 
     is_own = checkpoint.metadata.get(LAYOUT_KEY) == layout_hash(checkpoint.tensors)
@@ -223,7 +223,7 @@ def _beside_tensors(checkpoint: Checkpoint, native: "NativeTensors", part: str |
 
 
 def of_numbers(word: str, numbers: Collection[float]) -> str:
-    """Return numbers behind a word, the smallest and the largest of many; empty if there are none."""
+    """Return a word and its numbers, only the extremes of many; "" if there are none."""
     if not numbers:
         return ""
     if len(numbers) > LISTED:

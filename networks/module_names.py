@@ -1,4 +1,4 @@
-"""Modules by the names that LoRA files give them, in ours and in other layouts (`networks.names`)."""
+"""Look up modules by their names in LoRA files, in our layout and others (`networks.names`)."""
 
 import itertools
 import re
@@ -22,9 +22,9 @@ def family_named(name: str) -> FamilyNames:
 def choose_family(names: Iterable[str], hint: str | None = None) -> FamilyNames | None:
     """Return the family of a model whose modules have these underscored names; None if no list holds any.
 
-    Ties go to the family named `hint`, then to a family with modules of these names, not only aliases, then
-    to the first: SD 1 and 2 alone have the same names. For LoRAs, which have some modules only, see
-    `likely_families`.
+    Ties go to the family named `hint`, then to one where these names are modules, not only aliases, then to
+    the first (only SD 1 and 2 have equal names). LoRAs have only some modules: use `likely_families` for
+    them.
     """
     names = list(names)
     found = _knowing(names, hint)
@@ -33,11 +33,11 @@ def choose_family(names: Iterable[str], hint: str | None = None) -> FamilyNames 
 
 
 def _knowing(names: Sequence[str], hint: str | None) -> list[FamilyNames]:
-    """Return the families that know most of the names; of these that named `hint` alone, if it is there."""
+    """Return the families that know most of the names; only the one named `hint` if it is among them."""
     hinted = [one for one in FAMILIES if one.name == hint]
     if names and hinted and all(_place(name, hinted[0]) for name in names):
         return hinted  # without the tables of the others
-    # a family is done with at the first name that it lacks, if another knows all
+    # while some family knows all names, others are ruled out at the first name that they lack
     found = [one for one in FAMILIES if names and all(_place(name, one) for name in names)]
     if not found:
         counts = {one: sum(_place(name, one) is not None for name in names) for one in FAMILIES}
@@ -46,13 +46,13 @@ def _knowing(names: Sequence[str], hint: str | None) -> list[FamilyNames]:
 
 
 SizeOf = Callable[[str], tuple[int, int] | None]
-# a list of blocks that is complete tells a model if it is as long as this: shorter ones may be a choice
+# a complete list of blocks identifies a model only from this length: shorter ones may be chosen blocks
 _LONG = 16
 
 
 def likely_families(names: Iterable[str], size_of: SizeOf, hint: str | None = None) -> list[FamilyNames]:
-    """Return the families that a LoRA may be for: one, or several if neither names nor sizes nor the numbers
-    of blocks tell them apart; [] if no family has such names.
+    """Return the families that a LoRA may be for: several if names, sizes and numbers of blocks do not tell
+    them apart; [] if no family has such names.
 
     names: of its modules, underscored. size_of: name -> rows and columns of its change; None if unknown.
     hint: the family that its metadata or the user name.
@@ -66,18 +66,18 @@ def likely_families(names: Iterable[str], size_of: SizeOf, hint: str | None = No
     levels = {family: _agreement(family, names, sizes) for family in found}
     best = max(levels.values())
     chosen = [family for family in found if levels[family] == best]
-    # if the numbers of blocks leave several, the others are possible too
+    # if the numbers of blocks do not decide, the others are possible too
     return chosen if len(chosen) == 1 else [one for one in found if levels[one] >= min(best, _AS_RELEASED)]
 
 
 def sizes_fit(family: FamilyNames, names: Iterable[str], size_of: SizeOf) -> bool:
-    """Tell whether modules of a LoRA, as for `likely_families`, can have these sizes in the family."""
+    """Return whether a LoRA's modules can have these sizes in the family. Arguments as `likely_families`."""
     sizes = {name: size for name in names if (size := size_of(name)) is not None}
     return _agreement(family, [], sizes) != _CONTRADICTS
 
 
 def have_same_names(families: Sequence[FamilyNames]) -> bool:
-    """Tell whether names mean the same in all of these families, as in Stable Diffusion 1 and 2."""
+    """Return whether names mean the same in all of these families, as in Stable Diffusion 1 and 2."""
     return len({(one.aliases, one.parts, one.joined, one.further) for one in families}) == 1
 
 
@@ -85,7 +85,7 @@ _CONTRADICTS, _IN_PROPORTION, _AS_RELEASED, _COMPLETE = range(4)
 
 
 def _agreement(family: FamilyNames, names: Sequence[str], sizes: Mapping[str, tuple[int, int]]) -> int:
-    """Return how well the sizes of some modules, and the numbers of all, agree with a family's models."""
+    """Return how well sizes of modules and block numbers in names agree with a family's released models."""
     rules = list(_rules(family, sizes))
     numbers: dict[str, set[int]] = {}
     for name in names:
@@ -113,7 +113,7 @@ def _agreement(family: FamilyNames, names: Sequence[str], sizes: Mapping[str, tu
 def _rules(
     family: FamilyNames, sizes: Mapping[str, tuple[int, int]]
 ) -> Iterator[tuple[tuple[int, int], float, float]]:
-    """Yield the sizes that the family's record speaks of, with rows and columns in widths; 0: not told."""
+    """Yield (size, rows, columns) of modules in the family's `sides`; the latter in widths, 0: unknown."""
     for name, size in sizes.items():
         path, _, is_cut = _place(name, family) or ("", "", False)
         for end, rows, columns in family.sides:
@@ -123,7 +123,7 @@ def _rules(
 
 
 def _agree(rules: Iterable[tuple[tuple[int, int], float, float]], width: float) -> bool:
-    """Tell whether all sizes are as the rules say for blocks of this width."""
+    """Return whether all sizes satisfy the rules for blocks of this width."""
     return all(
         not of or abs(side - of * width) < 1
         for size, *sides in rules
@@ -150,8 +150,8 @@ def read_family(metadata: Mapping[str, str]) -> FamilyNames | None:
 def module_path(name: str, family: FamilyNames) -> str | None:
     """Return `blocks.0.self_attn.q` for `blocks_0_self_attn_q`; None if the family lacks the module.
 
-    A parameter that is no module's weight counts as a module: `blocks.0.modulation`. A module that another
-    layout stacks has its path there.
+    A parameter that is no module's weight counts as a module: `blocks.0.modulation`. A module that is stacked
+    in another layout gets its path there.
     """
     tables = _tables(family)
     return tables.own.find(name) or (tables.renamed.find(name) if family.joined else None)
@@ -164,7 +164,7 @@ def is_optional(name: str, family: FamilyNames) -> bool:
 
 @cache
 def on_text_side(name: str) -> str:
-    """Return what an underscored name belongs to if that is loaded with the text encoder; "" for all else."""
+    """Return what an underscored name belongs to if it is loaded with the text encoder; "" otherwise."""
     return next(
         (
             family.text_side_words
@@ -180,19 +180,19 @@ def is_unprefixed(path: str) -> bool:
 
 
 def alias(name: str, family: FamilyNames) -> str:
-    """Return our underscored name for one of another layout; return any other name unchanged."""
+    """Return our underscored name for a name of another layout; other names are unchanged."""
     found = _tables(family).foreign.find(name)
     return name if found is None else found.replace(".", "_")
 
 
 def to_alias(name: str, family: FamilyNames) -> str:
-    """Return another layout's underscored name for one of ours; return any other name unchanged."""
+    """Return another layout's underscored name for a name of ours; other names are unchanged."""
     found = _tables(family).to_foreign.find(name)
     return name if found is None else found.replace(".", "_")
 
 
 def is_stacked(name: str, family: FamilyNames) -> bool:
-    """Tell whether a module of ours is some rows of one of the layout that stacks some of ours."""
+    """Return whether a module of ours is among those that another layout of the family stacks."""
     return any(_template(part.theirs).fullmatch(name) for part in family.joined)
 
 
@@ -202,7 +202,7 @@ def has_module(name: str, family: FamilyNames) -> bool:
 
 
 def is_name(name: str, dotted: bool = False) -> bool:
-    """Tell whether a family has a module of this underscored name, or dotted path, in any layout."""
+    """Return whether any family has a module of this underscored name, or dotted path, in any layout."""
     return not _all_paths()[not dotted].isdisjoint(one for one, _ in _templates(name))
 
 
@@ -218,7 +218,7 @@ def _all_paths() -> tuple[frozenset[str], frozenset[str]]:
 
 
 def count_parts(path: str) -> set[int]:
-    """Return how many parts a joined layer has in layouts that cut it; anything may stand before its path."""
+    """Return how many parts a fused layer has in layouts that split it; `path` may have prefixes."""
     names = [path.replace(".", "_")]
     names += [names[0][place + 1 :] for place, letter in enumerate(names[0]) if letter == "_"]
     return {len(found) for family in FAMILIES for name in names if len(found := parts_of(name, family)) > 1}
@@ -226,18 +226,18 @@ def count_parts(path: str) -> set[int]:
 
 @dataclass(frozen=True)
 class Relative:
-    """A module whose weight has all or some rows of another module's weight, or the reverse."""
+    """A module whose weight is some or all rows of another module's weight, or contains it."""
 
     name: str  # underscored
     part: WeightPart
-    is_part: bool  # of the module that was asked for; otherwise that one is part of this
+    is_part: bool  # True: part of the module asked for; False: contains it
 
 
 @cache
 def relatives(name: str, family: FamilyNames | None = None) -> tuple[Relative, ...]:
     """Return the modules of other layouts that are part of this one or contain it, in one family or in all.
 
-    A name that is a module's in one family and another layout's in another one has its relatives in both.
+    A name may be ours in one family and another layout's in another family: both give relatives.
     """
     found: dict[tuple[str, int | None, bool], Relative] = {}  # families share names and parts
     for part in itertools.chain.from_iterable(map(_all_parts, FAMILIES if family is None else [family])):
@@ -267,7 +267,7 @@ def parts_of(name: str, family: FamilyNames) -> list[tuple[str, WeightPart]]:
 
 
 def part_path(name: str, family: FamilyNames) -> str | None:
-    """Return the path of a module that is some rows of one of ours: `transformer_blocks.0.attn.to_q`."""
+    """Return the path of a module that is part of one of ours: `transformer_blocks.0.attn.to_q`."""
     found = (
         (part, _template(part.theirs).fullmatch(name)) for part in family.parts if part.index is not None
     )
@@ -305,7 +305,7 @@ class _Table:
         return None if found is None else found[0].replace("{n}", found[1])
 
     def place(self, name: str) -> tuple[str, str] | None:
-        """Return the same with the number beside it; "" if there is none."""
+        """Return (meaning, number) of a name; the number is "" if there is none. None for unknown names."""
         best: tuple[int, str] | None = None
         number = ""
         for template, digits in _templates(name):
@@ -317,7 +317,7 @@ class _Table:
 
 @lru_cache(1 << 14)
 def _templates(name: str) -> tuple[tuple[str, str], ...]:
-    """Return a name, and it with each of its numbers as `{n}`, with that number."""
+    """Return (template, number) for a name: itself, and with each of its numbers replaced by `{n}`."""
     places = _DIGITS.finditer(name)
     return (name, ""), *((f"{name[: one.start()]}{{n}}{name[one.end() :]}", one[0]) for one in places)
 
@@ -328,8 +328,8 @@ class _Tables(NamedTuple):
     own: _Table  # under our names
     foreign: _Table  # under aliases -> ours
     to_foreign: _Table
-    renamed: _Table  # parts of another layout that are whole modules -> ours; joined ones -> themselves
-    cut: _Table  # parts that are some rows of a module -> ours
+    renamed: _Table  # whole modules of another layout -> ours; joined ones -> themselves
+    cut: _Table  # parts with some rows of a module -> ours
 
 
 @cache
@@ -348,8 +348,8 @@ def _tables(family: FamilyNames) -> _Tables:
 
 
 def _place(name: str, family: FamilyNames) -> tuple[str, str, bool] | None:
-    """Return our template for an underscored name in any layout, its number, and whether the module has only
-    some rows of ours; None if the family has no such name.
+    """Return (our template, number, whether it has only some rows of ours) for an underscored name in any
+    layout; None if the family has no such name.
     """
     own, foreign, _, renamed, cut = _tables(family)
     found = own.place(name) or foreign.place(name) or renamed.place(name)
@@ -384,7 +384,7 @@ def _places(family: FamilyNames | None) -> _Table:
 
 
 def number_modules(names: Iterable[str], family: FamilyNames | None) -> list[str] | None:
-    """Return names of modules with our prefixes in the order of known trainers; None if it is not known."""
+    """Sort names of modules with our prefixes as known trainers do; None if their order is unknown."""
     table, places = _places(family), dict[str, tuple[int, ...]]()
     for name in names:
         found = table.find(name)

@@ -179,7 +179,7 @@ class LoraPatternOptions(Options):
                     raise OptionError(f"--{name} {pattern!r} is not a regular expression: {error}") from None
 
     def also_excluding(self, pattern: str, files: int) -> "LoraPatternOptions":
-        """Return these options with `pattern`, which nobody typed, excluded too, from each of the files."""
+        """Return these options with `pattern`, which the user did not type, also excluded from each file."""
         given = [*(self.exclude_patterns or ()), *[None] * files][
             : max(files, len(self.exclude_patterns or ()))
         ]
@@ -194,7 +194,7 @@ class LoraPatternOptions(Options):
 def require_files(option: str, paths: Sequence[Path], folders: str | None = None) -> None:
     """Raise OptionError for the first path that does not exist, before anything heavy is loaded.
 
-    folders: how to get a file; if it is given, folders are refused too.
+    folders: advice for users who give a folder; if set, folders are refused too.
     """
     for path in paths:
         if not path.exists():
@@ -212,7 +212,7 @@ def multipliers_for(
 ) -> tuple[float, ...]:
     """Return one multiplier per file: the given ones, then 1.0.
 
-    warns: of multipliers without a file, unless there are no files: then they may be the default. Raises
+    warns: log multipliers without a file, unless there are no files, when they may be the default. Raises
     OptionError if a multiplier is infinite or NaN.
     """
     surplus = multipliers[len(files) :] if files and warns else ()

@@ -17,7 +17,7 @@ from networks.names.layouts import LoraRules
 class OwnModule:
     """One of our network modules: a LoRA, or a network of another kind."""
 
-    rules: LoraRules | None = None  # a family's arguments that choose among what its `DitSpec` names
+    rules: LoraRules | None = None  # a family's arguments that choose among the modules of its `DitSpec`
     kind: str = "LoRA"
     first: tuple[str, ...] = LORA[:1]  # each module of a file has one of these factors
 
@@ -30,7 +30,7 @@ OWN_MODULES = {
     **{one.network_module: OwnModule(one.rules) for one in FAMILIES if one.network_module},
 }
 _SWITCH = {"True": True, "true": True, "1": True, "False": False, "false": False, "0": False}
-# settings that go beside what a file says with --dim_from_weights
+# settings that are allowed with --dim_from_weights
 BESIDE_FILE = {
     *("rank_dropout", "module_dropout", "verbose", "split_qkv", "network_reg_lrs", "ggpo_sigma", "ggpo_beta"),
     *("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio"),
@@ -40,7 +40,7 @@ BESIDE_FILE = {
 def read_own(
     name: str, rank: int | None, alpha: float | None, dropout: float | None, arguments: Mapping[str, Any]
 ) -> tuple[LoraSettings, MakeShapes]:
-    """Read the settings of one of our modules, and how a LoHa or LoKr makes its factors.
+    """Read the settings of one of our modules, and the function for the shapes of a LoHa's or LoKr's factors.
 
     Of a LoKr, `factor=8` splits sizes into 8 and the rest (-1, the default: as equal as can be);
     `decompose_both=True` gives the smaller matrix two factors too. A `--network_dim` of half the larger

@@ -1,4 +1,4 @@
-"""Networks of our modules: build what `--network_module networks.lora_wan` and the like name."""
+"""Build the networks that `--network_module networks.lora_wan` and the like name."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -71,7 +71,7 @@ def _choose(
     start: str,
     unasked: tuple[str, ...] = (),
 ) -> dict[str, Target]:
-    """unasked: parts of paths that are left out unless a pattern or a rank of their kind asks for them."""
+    """Choose modules. unasked: parts of paths to leave out unless a pattern or a rank of their kind asks."""
     found: dict[str, Target] = {}
     fitting = []
     for path, module in candidates:
@@ -159,8 +159,8 @@ def build_network(
     """Build one of our networks on the modules that the settings choose.
 
     name: of the module, in OWN_MODULES. dit: None if only encoders learn. encoders: text encoders that learn,
-    by their `lora_prefix`. begun: tensors under our names that the network begins with; modules of them that
-    are no default and that `arguments` do not leave out join, with their own rank and alpha. Raises
+    by their `lora_prefix`. begun: tensors under our names that the network begins with; those of its modules
+    that are not default and not left out by `arguments` are added, with their own rank and alpha. Raises
     OptionError for wrong settings, or if no module is left.
     """
     settings, make_shapes = read_own(name, rank, alpha, dropout, arguments)
@@ -200,7 +200,7 @@ def _with_begun(
     dit: nn.Module | None,
     encoders: Mapping[str, nn.Module],
 ) -> dict[str, nn.Module]:
-    """Return the layers and those of `begun` that join, as `build_network` says, in the model's order."""
+    """Return the layers with those that `begun` adds (see `build_network`), in the model's order."""
     known = _layers_by_name(dit, encoders)
     joining: dict[str, nn.Module] = {}
     for path, factors in _factors_for(known, begun).items():
@@ -220,7 +220,7 @@ def _with_begun(
 
 
 def _is_left_out(inside: str, name: str, module: LoraModule, settings: LoraSettings) -> bool:
-    """Tell whether arguments leave a module out. inside: its path in its network; name: ours."""
+    """Return whether arguments leave a module out. inside: path in its network; name: our name."""
     if not name.startswith(OURS):
         settings = replace(settings, rules=None)
     rules, blocks = settings.rules, settings.train_blocks
@@ -238,7 +238,7 @@ def _is_left_out(inside: str, name: str, module: LoraModule, settings: LoraSetti
 def _layers_by_name(
     dit: nn.Module | None, encoders: Mapping[str, nn.Module]
 ) -> dict[str, tuple[str, LoraModule]]:
-    """Return all modules that can have a LoRA, by our names: their paths and they."""
+    """Return (path, module) of all modules that can have a LoRA, by our names."""
     networks = {} if dit is None else {OURS: dit}
     networks |= {f"{prefix}_": encoder for prefix, encoder in encoders.items()}
     return {
@@ -253,7 +253,7 @@ def _layers_by_name(
 def _factors_for(
     known: Mapping[str, tuple[str, LoraModule]], tensors: Mapping[str, Tensor]
 ) -> dict[str, dict[str, Tensor]]:
-    """Return the factors of each module, those of other layouts on the modules that the model has."""
+    """Return the factors of each module, with other layouts converted to the model's modules."""
     from networks.parts import for_model
 
     heights = {path: len(module.weight) for path, (_, module) in known.items()}
@@ -343,7 +343,7 @@ def _layer_of(
 
 
 def _heights(path: str, module: LoraModule, settings: LoraSettings) -> tuple[int, ...]:
-    """Return the rows of each part of a fused layer, whose parts get factors of their own; () of others."""
+    """Return the rows of each part of a fused layer whose parts get their own factors; () for others."""
     if settings.rules is None or not isinstance(module, nn.Linear):
         return ()
     name = path.replace(".", "_")
@@ -353,7 +353,7 @@ def _heights(path: str, module: LoraModule, settings: LoraSettings) -> tuple[int
 
 
 def smallest_lora_bytes(model: Path, rank: int) -> int:
-    """Return how large a LoRA of this rank for a model is at least, from the header of its file.
+    """Return a lower bound of a LoRA's size for a model, from the header of the model's file.
 
     It counts the matrices of the blocks with one byte a number: a LoRA has two or four, but leaves some out.
     """

@@ -19,7 +19,7 @@ Pieces = Sequence[tuple[WeightPart, Factors]]  # of one fused module
 
 
 def part_rows(part: WeightPart, own: int, whole: int) -> slice | Tensor | None:
-    """Return which of the fused weight's `whole` rows the part's `own` rows are; None if they do not fit."""
+    """Return the rows of a part in a fused weight; None if they do not fit. own, whole: numbers of rows."""
     if part.index is None or part.index == SWAPPED:
         if own != whole:
             return None
@@ -43,7 +43,7 @@ def for_model(tensors: Mapping[str, Tensor], height: Callable[[str], int | None]
 
 
 def cut(tensors: Mapping[str, Tensor], height: Callable[[str], int | None]) -> dict[str, Tensor]:
-    """Split the LoRA for a fused module into LoRAs for its parts; warn of those that cannot.
+    """Split LoRAs for fused modules into LoRAs for their parts; warn of LoRAs that cannot be split.
 
     Arguments as for `for_model`. Each part has the whole down factor and alpha, and its rows of the up
     factor. Parts that the model does not have are left out. Other modules, those that cannot be split, and
@@ -56,7 +56,7 @@ def cut(tensors: Mapping[str, Tensor], height: Callable[[str], int | None]) -> d
         heights = {
             one: height(OURS + one.name) for one in parts if one.is_part and OURS + one.name not in modules
         }
-        # families cut a module in different ways: a name for all of it that is not there is no part
+        # families split modules in different ways: a name for all rows that the model lacks is no part
         heights = {one: rows for one, rows in heights.items() if rows is not None or is_cut(one.part)}
         found = _cut(factors, heights) if any(heights.values()) else {name: factors}
         if isinstance(found, str):
@@ -85,12 +85,12 @@ def fuse(
     height: Callable[[str], int | None] | None = None,
     family: FamilyNames | None = None,
 ) -> dict[str, Tensor]:
-    """Join the LoRAs for parts of a module to one for that module; warn of those that cannot be joined.
+    """Join the LoRAs for parts of a module to one for the module; warn of LoRAs that cannot be joined.
 
     tensors: under our names, with our prefix; others are unchanged. height: fused module -> number of rows of
     its weight, None if the model lacks it: its parts then stay as they are. Without `height` every part is
-    joined, and heights come from the parts, those in other blocks too; if no block has the last part of a
-    weight, its height is that of every published model. family: whose modules these are; None: any. The
+    joined, and heights come from the parts, also those in other blocks; if no block has the last part of a
+    weight, its height is that of all published models. family: of the modules; None: any. The
     change of the weight stays the same. The rank is the sum of the parts' ranks, or their rank if they share
     one down factor.
     """
@@ -121,7 +121,7 @@ def fuse(
 
 
 def _likely_heights(found: Iterable[Pieces]) -> dict[str, int]:
-    """Estimate the number of rows of each fused module's weight, the same in all blocks, from its parts."""
+    """Estimate the rows of each fused weight, equal in all blocks, from its parts."""
     heights: dict[str, dict[int | None, int]] = {}  # path -> index of a part -> its rows
     of_families = [(*family.parts, *family.joined) for family in FAMILIES]
     seen: set[str] = set()
@@ -139,7 +139,7 @@ def _likely_heights(found: Iterable[Pieces]) -> dict[str, int]:
         if known is None:
             likely[ours] = 0
             continue
-        if not is_cut(known):  # it is no part, but all of it
+        if not is_cut(known):  # not a part, but the whole weight
             likely[ours] = rows[known.index]
             continue
         unit = rows[known.index] // known.usual_height
@@ -165,7 +165,7 @@ def _join(pieces: Pieces, height: int) -> Factors | str:
     ):
         return "only plain LoRAs can be joined"
     places = [part_rows(part, len(factors[LORA[1]]), height) for part, factors in pieces]
-    if isinstance(places[0], Tensor):  # the halves changed about
+    if isinstance(places[0], Tensor):  # with swapped halves
         swapped = deltas.rows_of(factors, places[0])
         return "its DoRA magnitudes are by input" if swapped is None else swapped
     slices = [place for place in places if isinstance(place, slice)]

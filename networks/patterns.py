@@ -16,7 +16,7 @@ MOST_LETTERS = 200  # of a pattern that is compared with names
 
 @dataclass(frozen=True)
 class NamePattern:
-    """Stands for a pattern that fits these names in another spelling than that of its option."""
+    """Replaces a pattern that fits these names only in another spelling than its option reads."""
 
     pattern: str  # as it was typed
     names: frozenset[str]  # in all spellings
@@ -28,7 +28,7 @@ class NamePattern:
 
 
 def in_any_spelling(pattern: str) -> str:
-    r"""Return a regular expression whose `\.` and `_` both fit a dot and an underscore."""
+    r"""Return the regular expression with each `\.` and `_` fitting both a dot and an underscore."""
     parts, is_class = [], False
     for part in re.findall(r"\\.|.", pattern, re.DOTALL):
         is_class = part == "[" or (is_class and part != "]")
@@ -42,7 +42,7 @@ def in_any_spelling(pattern: str) -> str:
 
 
 def describe_unfit(pattern: str, names: Iterable[str]) -> str:
-    """Return a sentence about a pattern that fits none of these names, with the nearest parts of them.
+    """Return a sentence about a pattern that fits none of these names, with the most similar parts of names.
 
     names: with underscores.
     """

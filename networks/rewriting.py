@@ -1,4 +1,4 @@
-"""LoRA files whose factors are arranged in another way than the modules of any model: make them usual ones.
+"""Rearrange LoRA files whose factors match the modules of no model into the usual form.
 
 XLabs      double_blocks.0.processor.qkv_lora1.down.weight (lora1: picture, lora2: text; qkv or proj)
            single_blocks.0.processor.qkv_lora.down.weight, .proj_lora. (as their processors compute: the first
@@ -50,8 +50,8 @@ MARKS = re.compile(
 def rewrite(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int], str]:
     """Bring XLabs', fused and numbered factors into the usual arrangement; leave other tensors as they are.
 
-    Returns the tensors, from how many each down factor was put together that was, and the name of the family
-    that alone has files of this form, else "".
+    Returns the tensors; by module, how many factors were joined into each joined one; and the name of the
+    only family with files of this form, else "".
 
     The change of the weights stays the same: numbered factors become one LoRA whose up factor is
     block-diagonal, with as many times the rank and alpha.
@@ -73,7 +73,7 @@ def rewrite(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
 
 
 def _in_flux(found: re.Match[str]) -> list[str]:
-    """Return the names of XLabs' tensor, three if queries, keys and values are some rows of a weight."""
+    """Return the usual names of an XLabs tensor: three if q, k and v are only some rows of a weight."""
     start, n, end = found["start"], found["n"], f"lora_{found['factor']}.weight"
     if found["list"] == "double" and found["stream"]:
         return [f"{start}double_blocks.{n}.{_STREAMS[found['stream']]}_attn.{found['what']}.{end}"]
@@ -85,10 +85,10 @@ def _in_flux(found: re.Match[str]) -> list[str]:
 
 
 def _take_apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors with those for fused queries, keys and values as such for each of them.
+    """Split the tensors for fused queries, keys and values into tensors for each of them.
 
-    As queries are as wide as what they are made of, two factors tell the rows of keys and values, which may
-    have fewer heads. Layers without two such factors stay whole.
+    Queries are as wide as their input, so that two factors show the rows of keys and values, which may have
+    fewer heads. Layers without two such factors stay whole.
     """
     layers: dict[tuple[str, str], dict[str, str]] = {}  # start and layer -> what follows -> key
     for key in tensors:
@@ -129,7 +129,7 @@ def _put_together(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dic
         pieces = [
             {**shared, **{part: tensors[key] for part, key in numbers[n].items()}} for n in sorted(numbers)
         ]
-        # PEFT's adapters may have numbers for names: layers that no model joins are not put together
+        # PEFT's adapters may have numbers as names: only layers that some model fuses are joined
         if len(numbers) < 2 or sorted(numbers) != list(range(len(numbers))):
             continue
         if len(numbers) not in count_parts(module):
@@ -146,7 +146,7 @@ def _put_together(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dic
 
 
 def _diagonal(pieces: Sequence[Factors]) -> dict[str, Tensor]:
-    """Return one LoRA for the rows of all pieces, one below the other."""
+    """Join LoRAs for stacked rows into one LoRA with a block-diagonal up factor."""
     scales, ups = [strength(piece) for piece in pieces], [piece[LORA[1]] for piece in pieces]
     down = torch.cat([piece[LORA[0]] for piece in pieces])
     if len(set(scales)) > 1:

@@ -1,4 +1,4 @@
-"""LoRAs of text encoders: add them to loaded encoders, and to single files with a U-Net in them."""
+"""Add LoRAs of text encoders to loaded encoders, and to single files that also hold a U-Net."""
 
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -22,9 +22,9 @@ logger = getLogger(__name__)
 
 
 def uses_for(uses: Iterable[LoraUse], prefix: str = "") -> list[LoraUse]:
-    """Return the parts of LoRAs for a text encoder, as uses for its own file; those without any are left out.
+    """Return the parts of LoRAs for one network, named as for its own file; skip LoRAs without such parts.
 
-    prefix: of its modules in LoRA files; "" for the DiT or U-Net.
+    prefix: of a text encoder in LoRA files; "" for the DiT or U-Net.
     """
     parts = []
     for use in uses:
@@ -35,7 +35,7 @@ def uses_for(uses: Iterable[LoraUse], prefix: str = "") -> list[LoraUse]:
                 for name, tensor in rename_texts(use.lora.text_tensors, {prefix}).items()
                 if prefix_of(name) == prefix
             }
-            about_dit = ("ss_base", "modelspec")  # metadata that say which DiT it is for
+            about_dit = ("ss_base", "modelspec")  # metadata that name the DiT
             metadata = {key: text for key, text in lora.metadata.items() if not key.startswith(about_dit)}
             lora = replace(lora, tensors=tensors, metadata=metadata)
         if lora.tensors:
@@ -44,7 +44,7 @@ def uses_for(uses: Iterable[LoraUse], prefix: str = "") -> list[LoraUse]:
 
 
 class TextLoras:
-    """Adds LoRAs to text encoders after they are loaded, once each, and to what is loaded with them."""
+    """Add LoRAs to text encoders after loading, once each, and to modules that are loaded with them."""
 
     def __init__(self, uses: Sequence[LoraUse]) -> None:
         self._uses = [use for use in uses if use.lora.text_tensors]
@@ -75,7 +75,7 @@ class TextLoras:
             )
 
     def add_to(self, encoder: TextEncoder) -> None:
-        """Add the encoder's LoRAs to its weights; do nothing if it is done, or without LoRAs for it.
+        """Add the encoder's LoRAs to its weights; do nothing if that is done, or if it has none.
 
         Raises CheckpointError if a LoRA does not fit, or for an encoder in 8 bits.
         """
@@ -129,7 +129,7 @@ def is_whole(names: Iterable[str]) -> bool:
 
 
 def pieces_of(name: str) -> list[TensorPiece]:
-    """Return the kind of a checkpoint's tensor; nothing if LoRAs do not change it (autoencoder, ...)."""
+    """Return the pieces of a checkpoint's tensor; [] if LoRAs do not change it (autoencoder, ...)."""
     if name.startswith(UNET):
         return [TensorPiece("", name)]
     for start, prefix, is_open_clip in _TEXTS:
@@ -144,8 +144,8 @@ def pieces_of(name: str) -> list[TensorPiece]:
 
 
 class WholePatch:
-    """Adds LoRAs to the weights of a whole checkpoint, as `LoraPatch` does to those of one network; its
-    methods are that one's.
+    """Add LoRAs to the weights of a whole checkpoint, with the methods of `LoraPatch`, which does so for one
+    network.
     """
 
     def __init__(self, uses: Sequence[LoraUse], names: Iterable[str], model: Path) -> None:
@@ -176,7 +176,7 @@ class WholePatch:
 
 
 def for_encoders(uses: Iterable[LoraUse], model: str, held: Collection[str]) -> list[LoraUse]:
-    """Return LoRAs with the names that a model's text encoders have; warn of parts for others.
+    """Return LoRAs with the names of a model's text encoders; warn of parts for other encoders.
 
     held: the prefixes of its encoders, as for `rename_texts`. Raises CheckpointError if nothing of a LoRA is
     left.

@@ -28,23 +28,23 @@ Written = tuple[dict[str, Tensor], dict[str, str]]
 def in_dialect(
     tensors: Mapping[str, Tensor], family: FamilyNames | None, target: str, start: str = IN_DIFFUSERS
 ) -> Written:
-    """Name ours as ComfyUI ("other") or diffusers do, `diffusion_model.<path>.lora_A/lora_B.weight`.
+    """Convert ours to the names of ComfyUI ("other") or diffusers: `diffusion_model.<path>.lora_A.weight`.
 
     Both factors are multiplied by sqrt(alpha / rank), alpha is left out; LoHa and LoKr keep their factors and
-    alphas. ComfyUI alone reads them, but for LoKrs of two families: diffusers takes files with nothing else,
+    alphas. Only ComfyUI reads these, except LoKrs of two families: diffusers takes files with LoKrs only,
     under ComfyUI's names. A whole difference of a matrix becomes a LoRA of full rank for
     diffusers, which is exact. Module paths come from the list of the family's real modules.
     start: of the names in diffusers, by the network of the pipeline.
 
-    Of families whose fused weights diffusers cuts up, such as FLUX, the parts share the down factor, or have
-    their own if the up factor is block-diagonal; alpha / rank is folded in by powers of two there, which
-    change no digit. ai-toolkit and ComfyUI read FLUX's plain LoRAs so too, all else in the weights of ours.
+    If diffusers splits the fused weights of a family, such as FLUX, the parts share the down factor, or have
+    their own if the up factor is block-diagonal; alpha / rank is folded in by powers of two, which is exact.
+    ai-toolkit and ComfyUI read FLUX's plain LoRAs in this form too, all else in the form of ours.
     """
     if family is None:
         return {}, dict.fromkeys(deltas.group_by_module(tensors), _UNKNOWN)
     modules = deltas.group_by_module(tensors)
     if target == "diffusers" and family.lokr_in_diffusers and all(map(_is_lokr, modules.values())):
-        # names of diffusers' own layout stand bare, and all have to be of one layout
+        # names of diffusers' own layout have no prefix, and all must be of one layout
         cut = any(module_names.part_path(name.removeprefix(OURS), family) for name in modules)
         begin = "" if cut else OTHER
         return _write(tensors, begin, lambda name, one: _lokr_path(name, one, family, cut), _in_comfyui)
@@ -67,12 +67,12 @@ def in_dialect(
 
 
 def _is_lokr(factors: Factors) -> bool:
-    """Tell whether diffusers can read them as a LoKr: without a core, magnitudes or biases."""
+    """Return whether diffusers can read the factors as a LoKr: no core, magnitudes or biases."""
     return factors.keys() <= {"alpha", *(f"lokr_w{n}{x}" for n in "12" for x in ("", "_a", "_b"))}
 
 
 def _lokr_path(name: str, factors: Factors, family: FamilyNames, cut: bool) -> Pieces | str:
-    """cut: whether the file has layers of diffusers' layout."""
+    """Return a LoKr by its path, or why there is none. cut: the file has layers of diffusers' layout."""
     parts = parts_of(name, family)
     if any(part.index == SWAPPED for _, part in parts):
         return "its halves stand the other way round in diffusers, which does not swap those of a LoKr"
@@ -102,8 +102,8 @@ def _write(
     pieces_of: Callable[[str, Factors], Pieces | str],
     form_of: Callable[[Factors], Form],
 ) -> Written:
-    """Return the tensors in a dialect. pieces_of: module, without our prefix, and its factors -> factors by
-    path there, or why there are none.
+    """Return the tensors in a dialect. pieces_of: maps a module (without our prefix) and its factors to
+    factors by path there, or to a reason why there are none.
     """
     written: dict[str, Tensor] = {}
     left_out: dict[str, str] = {}
@@ -165,7 +165,7 @@ def _in_diffusers(factors: Factors) -> Form:
 
 
 def _fold(factors: Factors) -> dict[str, Tensor]:
-    """LoRA factors with alpha / rank shared out between the two."""
+    """Return LoRA factors with alpha / rank split evenly between the two."""
     scale = deltas.strength(factors)
     halves = {
         LORA[0]: ("lora_A.weight", math.sqrt(abs(scale))),
@@ -181,7 +181,7 @@ def _fold(factors: Factors) -> dict[str, Tensor]:
 def _in_toolkit(factors: Factors) -> Form:
     """Return the tensors as `_in_diffusers`, with alpha / rank folded in by powers of two.
 
-    The down factor takes it, and powers of two go over to the up factor until they are about as large.
+    The down factor takes it; powers of two move to the up factor until both scales are of similar size.
     """
     if LORA[0] not in factors:
         return _in_diffusers(factors)
@@ -248,16 +248,16 @@ def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
 
 
 def in_own_form(tensors: Mapping[str, Tensor], family: FamilyNames | None) -> Mapping[str, Tensor]:
-    """Return our LoRA on the modules that the family's model has here: joined from parts, or taken apart."""
+    """Return our LoRA on the modules that the family's model has here: parts joined, or stacks split."""
     if family is not None and family.joined:
         return take_apart(tensors, family)
     return fuse(tensors, family=family) if family is None or family.parts else tensors
 
 
 def take_apart(tensors: Mapping[str, Tensor], family: FamilyNames) -> dict[str, Tensor]:
-    """Return our LoRA with the modules that another layout stacks or names otherwise as the family has them.
+    """Convert modules that another layout stacks or names otherwise to the family's own.
 
-    What cannot be cut stays as it is, with a warning.
+    Modules that cannot be split stay whole, with a warning.
     """
     apart: dict[str, Factors] = {}
     for name, factors in deltas.group_by_module(rename_to_aliases(tensors, family, alias)).items():

@@ -40,7 +40,7 @@ class Tool:
     record: type[Options]
     added: Callable[[Any], str]  # options -> SWINIR, VFI
     needs_video: bool = False  # it can do nothing with a single picture
-    hides: bool = False  # what was to be seen before must not be in its result, in a cover picture either
+    hides: bool = False  # its result must not show the source, also not in a cover picture
 
 
 TOOLS = (
@@ -73,7 +73,7 @@ class Chain:
 
     @property
     def hides(self) -> bool:
-        """Return whether a tool hides something, so that no picture of the source may go into the result."""
+        """Return whether a tool hides something, so that the result must hold no picture of the source."""
         return hiding_tool(self.tools) is not None
 
 
@@ -111,7 +111,7 @@ def read_chain(tool: str, description: str, argv: Sequence[str] | None = None) -
 
 
 def tool_script(tool: str, about: str | None) -> Script:
-    """Return the script of a tool. about: the script's docstring."""
+    """Return the `Script` of a tool. about: the script's docstring."""
 
     def run_tool(argv: Sequence[str] | None = None) -> None:
         chain = read_chain(tool, about or "", argv)
@@ -141,10 +141,10 @@ class AskedTools:
 
 
 def read_asked(texts: Sequence[str], option: str) -> AskedTools:
-    """Read tools from texts, each of one or more: `upscaler scale=2 model=x.pth --then gimmvfi model=y`.
+    """Read tools from texts such as `upscaler scale=2 model=x.pth --then gimmvfi model=y`.
 
-    option: that had the texts, for messages. Ends the program, as argparse does, if a word cannot be
-    understood. Raises OptionError.
+    option: the option that the texts were given to, for messages. Exits, as argparse does, if a word is
+    not understood. Raises OptionError.
     """
     tools = []
     for text in texts:
@@ -214,8 +214,8 @@ def tool_names() -> str:
 
 @contextlib.contextmanager
 def name_tool(name: str) -> Iterator[None]:
-    """Begin the message of a UserError in the block with the tool that it is about; once, and if there is a
-    name.
+    """Prefix the message of a UserError in the block with the tool's name, at most once; do nothing if the
+    name is empty.
     """
     try:
         yield
@@ -226,8 +226,8 @@ def name_tool(name: str) -> Iterator[None]:
 
 
 def tool_in_words(tool: Tool, options: Any) -> str:
-    """Return a tool and its settings as metadata keep them: `upscaler model=x.pth scale=2.0`; files by name
-    only, to keep folders private.
+    """Return a tool and its settings for metadata, such as `upscaler model=x.pth scale=2.0`; only names of
+    files, so that folders stay private.
     """
     words = [tool.name]
     for name, value in option_values(options).items():
@@ -238,7 +238,7 @@ def tool_in_words(tool: Tool, options: Any) -> str:
 
 
 def split_words(text: str) -> list[str]:
-    """Split the value of --post into words; quotes hold blanks together, a backslash is a letter."""
+    """Split the value of --post into words; quotes protect blanks, backslashes are ordinary characters."""
     lexer = shlex.shlex(text, posix=True)
     lexer.whitespace_split, lexer.escape, lexer.commenters = True, "", ""
     try:
@@ -278,9 +278,9 @@ TASKS = {"esrgan": ("realesrgan_x4", "realesrgan_x2"), "": ("yunet",)}
 def default_model(tool: str, mode: str, folders: Sequence[Path] = (MODELS, ROOT / MODELS)) -> Path | None:
     """Return the downloaded model for a tool, and log which; None for a mode that the tool does not have.
 
-    tool: its name in `TOOLS`. mode: of --mode, empty for tools without. folders: where models are downloaded
-    to; the first that has all files of the first task counts. Raises OptionError with the command that
-    downloads it if it is in none.
+    tool: its name in `TOOLS`. mode: value of --mode, "" for tools without it. folders: where models are
+    downloaded to; the first folder with all files of the first task is used. Raises OptionError with the
+    download command if no folder has them.
     """
     sets = import_own("downloads.catalogue").model_sets()
     models = {one.task: one.components[0] for one in sets if one.family == "tools"}

@@ -21,9 +21,9 @@ from modules.media.encoding import Picture, Pixels
 
 @dataclass(frozen=True)
 class Clip:
-    """A stream of pictures, as far as it is known before the first one is read."""
+    """The facts about a stream of pictures that are known before the first one is read."""
 
-    path: Path  # of the video, for messages
+    path: Path  # path of the video, for messages
     width: int
     height: int
     rate: Fraction | None  # pictures a second on average; None: a single picture
@@ -39,9 +39,9 @@ class Stage(Protocol):
         """The tool's name, for messages: upscaler."""
 
     def result(self, clip: Clip) -> Clip:
-        """Return the stage's result for a clip.
+        """Return the clip that the stage makes of a clip.
 
-        Raises MediaError or OptionError if it can do nothing with one, such as too small a picture.
+        Raises MediaError or OptionError if it cannot use the clip, for example if pictures are too small.
         """
 
     def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
@@ -54,7 +54,7 @@ class Stage(Protocol):
 
 
 def to_tensor(pixels: Pixels, device: torch.device) -> Tensor:
-    """Return pixels (H W 3) as 1 3 H W in float32, 0..1, on the device; few bytes go there."""
+    """Return pixels (H W 3) as 1 3 H W in float32, 0..1, on the device; they are copied as 8 or 16 bits."""
     whole = np.require(pixels, requirements=["C", "W"])  # torch wants memory that may be written to
     is_deep = whole.dtype == np.uint16
     # with a sign and back: not every device knows 16 bits without one
@@ -64,7 +64,7 @@ def to_tensor(pixels: Pixels, device: torch.device) -> Tensor:
 
 
 def to_pixels(image: Tensor, is_deep: bool) -> Pixels:
-    """Return 1 3 H W of 0..1, limited and rounded, as pixels H W 3 with 16 or 8 bits on the host."""
+    """Clamp and round an image 1 3 H W, 0..1, and return it as H W 3 in 16 or 8 bits on the host."""
     values = (image[0].to(torch.float32).clamp(0, 1) * (65535.0 if is_deep else 255.0)).round()
     if is_deep:  # with a sign, as in `to_tensor`
         values = torch.where(values < 32768, values, values - 65536)
@@ -74,7 +74,7 @@ def to_pixels(image: Tensor, is_deep: bool) -> Pixels:
 
 
 def batch_norm(width: int) -> nn.BatchNorm2d:
-    """Return a norm that does not count training batches: nothing needs it, and some files lack it."""
+    """Return a BatchNorm2d without num_batches_tracked, which some files lack and inference does not use."""
     norm = nn.BatchNorm2d(width)
     norm.num_batches_tracked = None
     return norm
@@ -88,7 +88,7 @@ def enlarged_size(width: int, height: int, factor: float) -> tuple[int, int]:
 
 
 def enlarged_clip(clip: Clip, factor: float, option: str) -> Clip:
-    """Return the clip in its new size.
+    """Return the clip with its size multiplied by `factor`.
 
     Raises OptionError, naming `option`, for a size that no file can have.
     """

@@ -16,9 +16,9 @@ from post.chain_options import Chain
 logger = logging.getLogger(__name__)
 
 PICTURE_SUFFIX = ".png"
-# with what phones, cameras and broadcasts have
+# including those of phones, cameras and broadcasts
 VIDEOS = VIDEO_SUFFIXES | {".3gp", ".mts", ".m2ts", ".ts", ".vob", ".ogv"}
-CAPTIONS = (".txt", ".caption")  # beside the pictures and clips of data sets
+CAPTIONS = (".txt", ".caption")  # besides the pictures and clips of datasets
 NAMED = 3  # files that a message names
 
 
@@ -32,9 +32,9 @@ class FileJob:
 
 
 def plan_jobs(chain: Chain, ask: Callable[[str], Answer | None]) -> list[FileJob]:
-    """Return the jobs, by name; empty if results exist and must not be overwritten.
+    """Return the jobs, sorted by name; empty if results exist and must not be overwritten.
 
-    ask: asks what to do about results that exist; returns None if nobody can answer. Raises OptionError,
+    ask: asks the user about existing results; returns None if nobody can answer. Raises OptionError,
     MediaError or OutputError if a file is missing, or if a result would replace an input or another result.
     """
     sources = list_sources(chain)
@@ -64,7 +64,7 @@ def plan_jobs(chain: Chain, ask: Callable[[str], Answer | None]) -> list[FileJob
                 )
     first: dict[str, Path] = {}
     for job in jobs:
-        # file systems of Windows and macOS take names for equal that differ in capitals
+        # file systems of Windows and macOS ignore case
         earlier = first.setdefault(str(job.output).casefold(), job.source)
         if earlier is not job.source:
             raise OutputError(
@@ -75,7 +75,7 @@ def plan_jobs(chain: Chain, ask: Callable[[str], Answer | None]) -> list[FileJob
 
 
 def list_sources(chain: Chain) -> list[Path]:
-    """Return the input, or the files in it that the tools work on, without results of the same tools."""
+    """Return the input file, or the files of the input folder, without results of the same tools."""
     given = chain.run.input
     if not given.is_dir():
         return [given]
@@ -104,7 +104,7 @@ def is_picture(path: Path) -> bool:
     """Return whether a file is a single picture, by its ending; animations are videos."""
     try:
         return path.suffix.lower() in image_suffixes() and not is_animation(path)
-    except MediaError:  # reading it says what is wrong
+    except MediaError:  # reading the file will say what is wrong
         return True
 
 
@@ -116,7 +116,7 @@ def _is_still(path: Path) -> bool:
 
 
 def name_output(chain: Chain, source: Path) -> Path:
-    """Return where the result of a file goes. Raises OptionError if --output is no place for it."""
+    """Return the path of a file's result. Raises OptionError if it cannot be written to --output."""
     run, suffix = chain.run, PICTURE_SUFFIX if is_picture(source) else chain.run.format.suffix
     usual = f"{source.stem}_{chain.added}{suffix}"
     given = run.output_path
@@ -135,7 +135,7 @@ def name_output(chain: Chain, source: Path) -> Path:
 
 
 def tell_suffix(chain: Chain, jobs: Sequence[FileJob]) -> None:
-    """Say if results have another ending than was asked for."""
+    """Log if results have another suffix than the user gave."""
     form, given = chain.run.format, chain.run.output_path
     if any(not job.is_picture for job in jobs) and form.suffix != f".{form.container}":
         logger.warning(
@@ -149,9 +149,9 @@ def tell_suffix(chain: Chain, jobs: Sequence[FileJob]) -> None:
 
 
 def settle_existing(jobs: Sequence[FileJob], ask: Callable[[str], Answer | None]) -> list[FileJob]:
-    """Return the jobs that are to be done, after asking about results that exist.
+    """Return the jobs to do, after asking the user about existing results.
 
-    Raises OutputError if one exists and nobody can answer.
+    Raises OutputError if a result exists and nobody can answer.
     """
     existing = [job for job in jobs if os.path.lexists(job.output)]
     if not existing:

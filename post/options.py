@@ -21,7 +21,7 @@ class ToolRunOptions(Options, title="input and output"):
         required=True,
         by_place=True,
     )
-    output: str | None = option(  # a text, because a path does not keep the / at its end
+    output: str | None = option(  # str, because Path drops a trailing /
         "file of the result, whose ending is that of --container or .png, or folder for results (default: "
         "beside the input, with the name of the network added)",
         metavar="PATH",
@@ -60,7 +60,7 @@ AUTO = "auto"
 
 
 def auto_or_number(text: str) -> int | None:
-    """Parse a whole number, or `auto`: None."""
+    """Parse a whole number; `auto` gives None."""
     if text.lower() == AUTO:
         return None
     try:
@@ -152,7 +152,7 @@ class InterpolationOptions(Options, title="interpolation"):
 
     @property
     def alignment(self) -> int:
-        """Return the divisor of pictures' sides, so that sides of the scaled part are multiples of 32."""
+        """Return the step of pictures' sides for which the sides times --ds_factor are multiples of 32."""
         step = ALIGNMENT / self.part  # whole steps of this; the first whole number among them
         return step.numerator
 

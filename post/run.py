@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 def run_chain(chain: Chain, ask: Callable[[str], Answer | None] = ask_at_console) -> None:
-    """Run a command line. Raises UserError; wrong names fail before networks load."""
+    """Run the tools of a command line. Raises UserError; wrong file names fail before networks load."""
     jobs = plan_jobs(chain, ask)
     device = choose_device(chain.run.device)
     check_tools(chain.tools, chain.labels, device)
@@ -49,9 +49,9 @@ def run_chain(chain: Chain, ask: Callable[[str], Answer | None] = ask_at_console
 
 
 def run_jobs(chain: Chain, jobs: Sequence[FileJob], stages: Sequence[NamedStage]) -> None:
-    """Work on file after file. Of several, one that fails is reported and the others go on.
+    """Work on the files in turn. If one of several fails, the failure is reported and the others go on.
 
-    Raises UserError at the end if one failed, with the exit code of the failures if they share one.
+    Raises UserError at the end if one failed, with the exit code of the failures if all have the same.
     """
     done = [tool_in_words(tool, options) for tool, options in chain.tools]
     failures = Failures(strict=len(jobs) == 1)
@@ -71,7 +71,7 @@ FOLDER = "frames"
 
 
 def write_frames(path: Path, folder: Path, most: int | None) -> None:
-    """Write a video's frames, or the first `most` of them, to `folder`/frames; of a picture a single PNG.
+    """Write a video's frames, or the first `most`, to `folder`/frames as PNG; a picture gives one PNG.
 
     The folder appears when all are written. Reads no further than necessary, with few frames in memory.
     Raises OutputError if `folder`/frames is there already; MediaError if the file cannot be read.
@@ -84,7 +84,7 @@ def write_frames(path: Path, folder: Path, most: int | None) -> None:
     if os.path.lexists(frames):
         raise OutputError(f"{frames} exists already. Move it away, or choose another --output.")
     is_single = is_picture(path)
-    # of a damaged file the beginning may still be wanted
+    # the beginning of a damaged file may still be useful
     total = most if is_single or most is not None else source_info(path).frames
     make_folder(folder, "--output")
     started, written = time.monotonic(), 0
@@ -115,9 +115,9 @@ SECONDS = Fraction(1)  # that a single picture is shown; no tool for pictures re
 
 
 def run_picture(stages: Sequence[NamedStage], job: FileJob, done: Sequence[str], hides: bool = False) -> None:
-    """Let all stages work on a picture, and write a PNG. done: their work in words, for its texts.
+    """Run all stages on a picture, and write a PNG. done: descriptions of the tools, for its metadata.
 
-    hides: of a chain; texts that may hold a small copy of the picture are left out. Raises UserError.
+    hides: leave out metadata that may hold a small copy of the picture. Raises UserError.
     """
     pixels = read_image(job.source)
     if media_colours(job.source).is_transparent:
@@ -141,10 +141,10 @@ def keep_pngs(pictures: Iterable[Picture], folder: Path) -> Iterator[Picture]:
 def run_video(
     stages: Sequence[NamedStage], job: FileJob, done: Sequence[str], form: FormatOptions, hides: bool = False
 ) -> None:
-    """Let all stages work on a video. done: their work in words, for its metadata. hides: of a chain.
+    """Run all stages on a video. done: descriptions of the tools, for its metadata. hides: see `Chain.hides`.
 
-    Reading and writing have a thread each. Nothing appears under the output's name before all of it is
-    written. Raises UserError.
+    Reading and writing have a thread each. The output appears only when all of it is written. Raises
+    UserError.
     """
     started = time.monotonic()
     info = source_info(job.source)

@@ -1,4 +1,4 @@
-"""Make the stages of several tools, and lead pictures through them."""
+"""Make the stages of several tools, and run pictures through them."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -24,9 +24,9 @@ from post.options import BlurOptions, FacefixOptions, InterpolationOptions, Upsc
 from post.tiling import check_network, short_reason
 from post.upscaling.stage import check_upscaler, make_upscaler
 
-Check = Callable[[Any], None]  # of the options of a tool
+Check = Callable[[Any], None]  # for the options of a tool
 Make = Callable[[Any, torch.device], Stage]
-# what reads the headers of each tool's model files, and what loads its networks, by the type of its options
+# type of a tool's options -> (reads the headers of its model files, loads its networks)
 TOOLS: dict[type, tuple[Check, Make]] = {
     UpscalerOptions: (check_upscaler, make_upscaler),
     InterpolationOptions: (check_interpolation, make_interpolation),
@@ -37,14 +37,14 @@ TOOLS: dict[type, tuple[Check, Make]] = {
 
 @dataclass(frozen=True)
 class NamedStage:
-    """A stage, and how messages name it in a chain; empty: not at all."""
+    """A stage, and its name in messages; empty: messages do not name it."""
 
     stage: Stage
     label: str = ""
 
 
 def check_tools(tools: Sequence[ToolOptions], labels: Sequence[str], device: torch.device) -> None:
-    """Read the headers of all model files. labels: how messages name the tools; empty: not at all.
+    """Read the headers of all model files. labels: see `NamedStage`.
 
     Raises UserError if a file does not fit, or if --compile cannot be followed on the device.
     """
@@ -57,7 +57,7 @@ def check_tools(tools: Sequence[ToolOptions], labels: Sequence[str], device: tor
 def make_stages(
     tools: Sequence[ToolOptions], labels: Sequence[str], device: torch.device
 ) -> list[NamedStage]:
-    """Load the networks of all tools. Raises UserError."""
+    """Load the networks of all tools. labels: see `NamedStage`. Raises UserError."""
     stages = []
     for (_, options), label in zip(tools, labels, strict=True):
         with name_tool(label), _explain_memory("its network"):
@@ -80,9 +80,9 @@ def results(stages: Sequence[NamedStage], clip: Clip) -> list[Clip]:
 def lead_through(
     stages: Sequence[NamedStage], pictures: Iterator[Picture], clips: Sequence[Clip]
 ) -> Iterator[Picture]:
-    """Yield the results of the last stage. clips: those of `results`.
+    """Yield the results of the last stage. clips: the result of `results`.
 
-    A stage's error names it; earlier errors are unchanged. Raises MemoryPlanError if memory ends.
+    Errors of a stage name its tool. Raises MemoryPlanError if memory runs out.
     """
     foreign: list[BaseException] = []
     pictures = _note_errors(pictures, clips[0], "", foreign)
@@ -94,7 +94,7 @@ def lead_through(
 def _note_errors(
     pictures: Iterator[Picture], clip: Clip, label: str, foreign: list[BaseException]
 ) -> Iterator[Picture]:
-    """Pass pictures on; name the tool in an error, unless it is of an earlier one."""
+    """Pass pictures on; prefix errors with the tool's name, unless an earlier stage raised them."""
     try:
         with _explain_memory(f"pictures of {clip.width} x {clip.height}"):
             yield from pictures
@@ -106,7 +106,7 @@ def _note_errors(
 
 @contextlib.contextmanager
 def _explain_memory(what: str) -> Iterator[None]:
-    """Raise MemoryPlanError, with a remedy, if memory ends in the block. what: does not fit."""
+    """Raise MemoryPlanError, with a remedy, if memory runs out in the block. what: the things too large."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -144,7 +144,7 @@ class PostTools:
     def check_length(self, frames: int, label: str) -> None:
         """Raise OptionError if there is a single frame, and a tool works between frames.
 
-        label: whose frames they are, for the message.
+        label: names the frames in the message.
         """
         for (tool, _), name in zip(self.asked.tools, self.asked.labels, strict=True):
             if frames == 1 and tool.needs_video:
@@ -154,9 +154,9 @@ class PostTools:
                 )
 
     def lead(self, frames: Iterator[Frame], fps: float, is_single: bool) -> tuple[Iterator[Frame], float]:
-        """Return the tools' result for frames, and its frames a second.
+        """Return the tools' results for frames, and their frames per second.
 
-        is_single: there is only one frame. The networks are loaded now, if they are not yet there.
+        is_single: there is only one frame. Loads the networks on the first call.
         Raises UserError.
         """
         first = next(frames)

@@ -13,20 +13,20 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 DEPTH = 2  # items that wait in a queue
-PAUSE = 0.2  # seconds after which waiting looks whether someone pressed Ctrl-C, which Windows needs
+PAUSE = 0.2  # seconds after which a wait checks for Ctrl-C: Windows needs this
 LAST_WAIT = 3.0  # seconds that a writer gets to end after Ctrl-C, when it has all it needs
 
 
 class Closed(Exception):
-    """End of a queue that nobody reads any more."""
+    """Signal that nobody reads a queue any more."""
 
 
 class StreamStopped(Exception):
-    """End of a failed run: its output so far must be removed."""
+    """Signal to a writer that the run has failed: it must remove its output."""
 
 
 class Pipe(Generic[T]):
-    """A queue between two threads that either of them may end. It keeps no item that was taken."""
+    """A queue between two threads that either may end; it keeps no reference to a taken item."""
 
     def __init__(self, depth: int = DEPTH) -> None:
         self._depth = depth
@@ -36,7 +36,7 @@ class Pipe(Generic[T]):
         self._error: BaseException | None = None
 
     def put(self, item: T) -> None:
-        """Append an item; waits while the queue is full. Raises Closed if nobody takes items any more."""
+        """Append an item; wait while the queue is full. Raises Closed if nobody takes items any more."""
         with self._changed:
             while len(self._items) >= self._depth and not self._is_closed:
                 self._changed.wait(PAUSE)
@@ -46,7 +46,7 @@ class Pipe(Generic[T]):
             self._changed.notify_all()
 
     def end(self, error: BaseException | None = None) -> None:
-        """Say that nothing more will come. error: what the taker is to raise; what waits is then dropped."""
+        """End the input. error: drop the waiting items and raise this where items are taken."""
         with self._changed:
             if error is not None:
                 self._items.clear()
@@ -55,7 +55,7 @@ class Pipe(Generic[T]):
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Say that nothing more will be taken; waiting items are dropped."""
+        """End the output: no item will be taken any more, and waiting items are dropped."""
         with self._changed:
             self._items.clear()
             self._is_closed = True
@@ -89,7 +89,7 @@ def read_ahead(source: Iterable[T], depth: int = DEPTH) -> Iterator[Iterator[T]]
         try:
             for item in source:
                 pipe.put(item)
-                del item  # else it would live until the next one is there
+                del item  # else it would stay alive until the next one is read
             pipe.end()
         except Closed:
             pass  # whoever took the items wants no more of them
@@ -115,9 +115,9 @@ def write_behind(
 ) -> Iterator[Callable[[T], None]]:
     """Call `write` in a thread with an iterator; yields a function that adds an item to that iterator.
 
-    At most DEPTH items wait. `write` has returned when the block ends. Its errors are raised by the
-    function, or at the end of the block. If the block fails, the iterator raises Stopped, so that `write` can
-    remove what it has made. last_wait: seconds that it gets to end if Ctrl-C comes when it has all items.
+    At most DEPTH items wait. `write` has returned when the block ends. Its errors are raised by the function
+    or at the end of the block. If the block fails, the iterator raises StreamStopped, so that `write` can
+    remove its output. last_wait: seconds that it gets to finish if Ctrl-C comes when it has all items.
     """
     pipe: Pipe[T] = Pipe()
     errors: list[BaseException] = []

@@ -1,6 +1,6 @@
-"""Run networks on pictures of any size: mirrored edges, tiles that are blended, less at once if memory ends.
+"""Run networks on pictures of any size: pad by mirroring, blend tiles, use less memory if it runs out.
 
-A network here is a function from B C H W to B C' fH fW, for H and W that are multiples of its step. It may
+A network here is a function from B C H W to B C' fH fW; H and W must be multiples of its step. It may
 compute in half precision, with float32 where that is not enough.
 """
 
@@ -22,9 +22,9 @@ logger = logging.getLogger(__name__)
 
 Run = Callable[[Tensor], Tensor]
 
-WHOLE = 0  # as the size of a tile: the whole picture
+WHOLE = 0  # size of a tile that means the whole picture
 LEAST = 64  # pixels; with smaller tiles most of the work would be their overlap
-SHARE = 0.8  # of the host's free memory that is taken; the system ends programs that take too much
+SHARE = 0.8  # share of the host's free memory to use; the system kills programs that take too much
 
 
 def round_up(number: int, step: int) -> int:
@@ -45,7 +45,7 @@ def pad_to_multiple(images: Tensor, step: int, repeats_edge: bool) -> Tensor:
 
 
 def mirrored(size: int, wanted: int, repeats_edge: bool) -> Tensor:
-    """Return for each of `wanted` places the place in a row of `size` that it shows."""
+    """Return for each of `wanted` places its source index in a row of `size` with mirrored ends."""
     period = 2 * size if repeats_edge else max(2 * size - 2, 1)
     there = torch.arange(wanted) % period
     back = period - there - (1 if repeats_edge else 0)
@@ -53,11 +53,11 @@ def mirrored(size: int, wanted: int, repeats_edge: bool) -> Tensor:
 
 
 def cut(length: int, tile: int, overlap: int, step: int = 1) -> list[tuple[int, int]]:
-    """Return beginnings and ends of tiles of one size that cover 0..length and overlap by at least `overlap`.
+    """Return (start, end) of equal tiles that cover 0..length and overlap by at least `overlap`.
 
-    tile: their greatest size, more than `overlap`. They are as few as possible, then as
-    small as possible, as each pixel of overlap is computed twice. All numbers are multiples of `step` if
-    `length` is; `overlap` is rounded up to one.
+    tile: their largest size, more than `overlap`. Tiles are as few as possible, then as small as possible,
+    because overlaps are computed twice. All numbers are multiples of `step` if `length` is; `overlap` is
+    rounded up to a multiple.
     """
     overlap = round_up(overlap, step)
     tile = max(tile // step * step, overlap + step)
@@ -73,9 +73,8 @@ def cut(length: int, tile: int, overlap: int, step: int = 1) -> list[tuple[int, 
 def run_in_tiles(run: Run, images: Tensor, tile: int, overlap: int, step: int = 1, factor: int = 1) -> Tensor:
     """Return run(images), computed tile by tile and blended linearly where tiles overlap.
 
-    images: B C H W, H and W multiples of `step`. tile, overlap: pixels of `images`; see `cut`. factor: how
-    much larger results are. The weights of a place add up to 1 exactly: values on which all tiles agree are
-    unchanged, to the bit.
+    images: B C H W, H and W multiples of `step`. tile, overlap: pixels of `images`; see `cut`. factor:
+    scale of the results. Values on which overlapping tiles agree are unchanged, to the bit.
     """
     height, width = images.shape[-2:]
     rows, columns = (
@@ -95,11 +94,11 @@ def run_in_tiles(run: Run, images: Tensor, tile: int, overlap: int, step: int = 
     return whole[0]
 
 
-Joined = tuple[Tensor, int]  # memory for all, and up to where it is filled
+Joined = tuple[Tensor, int]  # memory for the whole result, and the place up to which it is filled
 
 
 def _join(joined: Joined | None, made: Tensor, start: int, length: int, axis: int) -> Joined:
-    """Blend a tile, or a strip of them, into the result; `start` is its first place."""
+    """Blend a tile, or a strip of tiles, into the result from place `start` of an axis."""
     end = start + made.shape[axis]
     if joined is None:
         if end == length:
@@ -116,14 +115,14 @@ def _join(joined: Joined | None, made: Tensor, start: int, length: int, axis: in
         shape[axis] = shared
         weight = ((torch.arange(shared, dtype=torch.float32) + 0.5) / shared).to(made.device, made.dtype)
         there = room.narrow(axis, start, shared)
-        # from one to the other, not weighted sums: equal values give themselves
+        # interpolated, not a weighted sum: equal values stay exactly equal
         there.lerp_(made.narrow(axis, 0, shared), weight.view(shape))
     room.narrow(axis, filled, end - filled).copy_(made.narrow(axis, shared, end - filled))
     return room, end
 
 
 def room_on(device: torch.device) -> int | None:
-    """Return the bytes that may be taken there now, with a margin; None if unknown."""
+    """Return the free bytes of a device less a safety margin; None if unknown."""
     if device.type == "cuda":
         return spare_bytes(device)
     room = host_room() if device.type == "cpu" else None
@@ -140,9 +139,9 @@ def short_reason(error: BaseException) -> str:
 
 @dataclass
 class Fitting:
-    """Run a network on batches of pictures with as much at once as memory holds, remembered for a clip.
+    """Run a network on batches of pictures, as much at once as memory holds; remember the sizes for a clip.
 
-    If memory ends, batches are halved, then, if `is_auto`, pictures are cut into tiles, which are halved.
+    If memory runs out, batches are halved; then, if `is_auto`, pictures are cut into ever smaller tiles.
     """
 
     device: torch.device
@@ -156,7 +155,7 @@ class Fitting:
     def __call__(self, run: Run, images: Tensor, finish: Run = lambda made: made) -> Tensor:
         """Return finish(run(images)). images: B C H W, H and W multiples of `step`.
 
-        finish: takes whole results, of one or several pictures. Raises MemoryPlanError if nothing fits.
+        finish: applied to untiled results of one or more pictures. Raises MemoryPlanError if nothing fits.
         """
         while True:
             try:
@@ -190,21 +189,21 @@ class Fitting:
 
 
 def network_dtype(options: ToolNetworkOptions, device: torch.device, what: str) -> torch.dtype:
-    """Return the dtype that a network computes in on a device. what: its name, for the log.
+    """Return the dtype in which a network computes on a device. what: its name, for the log.
 
-    float16 is float32 on a CPU. Raises OptionError for an unknown dtype and for fp8.
+    float16 becomes float32 on a CPU. Raises OptionError for an unknown dtype and for fp8.
     """
     return half_where_fast(device, choose_compute_dtype(options.dtype, "--dtype", torch.float32), what)
 
 
 class Guarded:
-    """A network that takes and returns float32, whatever it computes in.
+    """A network with float32 inputs and outputs that may compute in half precision.
 
     In half precision, pictures of a batch whose result is NaN or infinite are computed again in float32.
     """
 
     def __init__(self, run: Run, dtype: torch.dtype, exact: Callable[[], Run], what: str) -> None:
-        """exact: loads the network in float32, at the first result that is not finite. what: its name."""
+        """exact: loads the network in float32; called at the first non-finite result. what: its name."""
         self._run = run
         self.dtype = dtype
         self._load_exact = exact
@@ -212,7 +211,7 @@ class Guarded:
         self.what = what
 
     def __call__(self, images: Tensor) -> Tensor:
-        """images: B C H W in float32. Raises CheckpointError if float32 does not suffice either."""
+        """images: B C H W in float32. Raises CheckpointError if a result is not finite in float32 either."""
         made = self._run(images.to(self.dtype)).float()
         if self.dtype == torch.float32:
             return made
@@ -241,7 +240,7 @@ USUAL = Compilation()
 
 
 def check_network(options: ToolNetworkOptions, device: torch.device) -> None:
-    """Raise OptionError if --dtype or --compile cannot be followed; call before anything is loaded."""
+    """Raise OptionError if --dtype or --compile is not possible; call before anything is loaded."""
     choose_compute_dtype(options.dtype, "--dtype", torch.float32)
     check_compilation(USUAL if options.compile else None, device)
 
@@ -251,8 +250,8 @@ def compile_parts(
 ) -> None:
     """Compile the `forward` of parts of a network in place, if --compile is given.
 
-    parts: best the blocks of a list, which share their code and so cost one compilation; else the whole
-    network. It runs at their first call. Call `check_network` before.
+    parts: preferably the blocks of a list, which share one compilation; else the whole network. Compilation
+    happens at the first call. Call `check_network` before.
     """
     if not options.compile:
         return

@@ -1,4 +1,4 @@
-"""Captions written by a vision-language model, and edited: where they go, who makes them, what they say.
+"""Write captions with a vision-language model, here or on a server, and edit captions.
 
 asking: frames, question, answer: what all makers share
 local_model: describe media with a vision-language model here

@@ -1,4 +1,4 @@
-"""What makers of captions share: frames of a file, the question about them, and the caption in an answer."""
+"""Shared by local models and servers: choose frames, ask the question, take the caption from the answer."""
 
 import math
 import re
@@ -14,7 +14,7 @@ from modules.media.reading import Frame, pick_frames, read_image, resize_stretch
 
 Frames = tuple[Frame, ...]  # each H W 3
 Look = Callable[[CaptionPlace], Frames]
-# the caption, or why there is none; other errors end the run
+# the caption, or the reason why there is none; other errors end the run
 Answers = Generator[tuple[CaptionPlace, str | Exception], None, None]
 Answerer = Callable[[Sequence[CaptionPlace], Look], Answers]
 
@@ -27,7 +27,7 @@ PROMPTS = {
     "from beginning to end, the surroundings, how the camera moves, the light and the style. Begin with the "
     "subject. Say nothing that is not seen, do not mention frames, and answer with the description alone.",
 }
-# what servers and tokenizers leave in an answer: <|im_end|>, </s>, <end_of_turn>
+# special tokens that may remain in an answer: <|im_end|>, </s>, <end_of_turn>
 _TOKENS = re.compile(
     r"<\|[^<>|\s]{1,40}\|>|</?s>|<(?:pad|unk|bos|eos|end_of_turn|end_of_utterance|end_of_text)>"
 )
@@ -35,19 +35,18 @@ _MOST_CHARACTERS = MAX_CAPTION_BYTES // 4  # in UTF-8 a character has up to four
 
 
 class NoCaptionError(Exception):
-    """An image or clip for which no caption was made, and why. The run goes on with the others."""
+    """The reason why an image or clip gets no caption. The run goes on with the others."""
 
     def __init__(self, reason: str, server_failed: bool = False) -> None:
-        """server_failed: the server did not answer, again and again."""
+        """server_failed: the server gave no answer in repeated attempts."""
         super().__init__(reason)
         self.server_failed = server_failed
 
 
 def choose_frames(num_frames: int, wanted: int) -> tuple[int, ...]:
-    """Return which of `num_frames` frames to show: the middle one of each of `wanted` equal parts.
+    """Return the indices of the frames to show: the middle one of each of `wanted` equal parts, or all.
 
-    All of them if there are fewer. As segments are sampled in Wang et al. 2016, arXiv 1608.00859, section
-    3.1.
+    Source: segment sampling, Wang et al. 2016, arXiv 1608.00859, section 3.1.
     """
     if num_frames <= wanted:
         return tuple(range(num_frames))
@@ -55,7 +54,7 @@ def choose_frames(num_frames: int, wanted: int) -> tuple[int, ...]:
 
 
 def read_shown(path: Path, is_image: bool, wanted: int, max_pixels: int) -> Frames:
-    """Return the frames of a file to show, each H W 3: one of an image, `wanted` of a clip, evenly spaced.
+    """Return the frames of a file to show, each H W 3: an image, or `wanted` evenly spaced frames of a clip.
 
     Frames with more than `max_pixels` pixels are scaled down. Raises MediaError if the file cannot be read.
     """
@@ -67,7 +66,7 @@ def read_shown(path: Path, is_image: bool, wanted: int, max_pixels: int) -> Fram
 
 
 def _shrink(frame: Frame, max_pixels: int) -> Frame:
-    """Return a frame in its proportions with at most `max_pixels` pixels; a smaller one as it is."""
+    """Scale a frame down, in its proportions, to at most `max_pixels` pixels; smaller ones are unchanged."""
     height, width = frame.shape[:2]
     if height * width <= max_pixels:
         return frame
@@ -110,7 +109,7 @@ def reword(caption: str, wording: WordingOptions) -> str:
 
 
 def reword_lines(caption: str, wording: WordingOptions, is_several: bool) -> str:
-    """Reword a caption that is there. is_several: each line is a caption (multi_caption)."""
+    """Reword an existing caption. is_several: each line is a caption (multi_caption)."""
     if not is_several:
         return reword(caption, wording)
     return "\n".join(line for line in (reword(line, wording) for line in lines_of(caption)) if line)

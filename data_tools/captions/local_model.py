@@ -1,7 +1,7 @@
-"""Have a vision-language model that runs here describe images and clips.
+"""Describe images and clips with a vision-language model on this machine.
 
-Any model that transformers loads as `AutoModelForImageTextToText` will do. Nothing that comes with a model is
-run: no code of its own, no pickle.
+Any model that transformers loads as `AutoModelForImageTextToText` will do. Code and pickles that come with a
+model are never run.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from modules.errors import CheckpointError, InstallationError, MemoryPlanError, 
 
 AHEAD_BYTES = 1 << 30  # of frames that wait for the model
 WORKERS = 4
-# of a repository, what is fetched: no code
+# files to fetch from a repository: no code
 FETCHED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 Shown = tuple[CaptionPlace, Frames]
@@ -86,12 +86,12 @@ class LocalModel:
 
     @torch.no_grad()
     def describe(self, batch: Sequence[Shown]) -> list[tuple[str, bool]]:
-        """Return for each image or clip the model's answer, and whether it was cut."""
+        """Return for each image or clip the model's answer, and whether it was cut off."""
         texts = [self.message(prompt_for(place, self.ask), len(frames)) for place, frames in batch]
         images = [[Image.fromarray(frame) for frame in frames] for _, frames in batch]
         tokenizer = self.processor.tokenizer
         start = tokenizer.bos_token
-        # templates of some models put it there themselves
+        # the templates of some models add the start token themselves
         own = {"add_special_tokens": False} if start and texts[0].startswith(start) else {}
         inputs = self.processor(text=texts, images=images, padding=True, return_tensors="pt", **own)
         inputs = inputs.to(self.model.device, self.model.dtype)
@@ -118,7 +118,7 @@ class LocalModel:
         ]
 
     def message(self, prompt: str, num_images: int) -> str:
-        """Return the text that the model reads: by its chat template, or image marks and the prompt.
+        """Return the model's input text: from its chat template, or else image marks and the prompt.
 
         Raises OptionError if the template does not take the system prompt.
         """
@@ -145,11 +145,11 @@ class LocalModel:
 
 
 class RowNoise:
-    """Adds noise to the scores of the next word, so that the best one is a random draw.
+    """Add noise to the scores of the next token, so that the largest score is a random draw.
 
     With Gumbel noise, the largest of `scores / temperature + noise` is a draw from their softmax (Maddison et
-    al. 2014, arXiv 1411.0030). Each row has a generator of its own, seeded by its name, so that its words
-    depend neither on the other rows nor on their number.
+    al. 2014, arXiv 1411.0030). Each row has its own generator, seeded by its name, so that its tokens do
+    not depend on the batch.
     """
 
     def __init__(self, temperature: float, seed: int, names: Sequence[str]) -> None:
@@ -170,7 +170,7 @@ class RowNoise:
 def load_model(options: CaptionModelOptions, ask: AskOptions) -> LocalModel:
     """Load the model that --model names.
 
-    Raises CheckpointError if the folder holds another model, DownloadError as `find_model_folder`.
+    Raises CheckpointError if the folder holds an unusable model, DownloadError as `find_model_folder`.
     """
     device = choose_device(options.device)
     dtype = choose_compute_dtype(options.dtype, "--dtype", None)
@@ -210,9 +210,9 @@ def load_model(options: CaptionModelOptions, ask: AskOptions) -> LocalModel:
 
 
 def _load_processor(folder: Path, model_type: str) -> Any:
-    """Return the processor of a model, which makes its inputs from texts and images.
+    """Load the processor, which makes a model's inputs from texts and images.
 
-    Raises CheckpointError if it takes no images, InstallationError if it needs a package that is missing.
+    Raises CheckpointError if it takes no images, InstallationError if a package is missing.
     """
     from transformers import AutoProcessor
 
@@ -235,9 +235,9 @@ def _load_processor(folder: Path, model_type: str) -> Any:
 
 
 def _without_videos(folder: Path, model_type: str) -> Any:
-    """Return the processor without its part for videos, the only one that needs torchvision.
+    """Load a processor without its video part, the only one that needs torchvision.
 
-    Clips are shown as images. None if another part is missing.
+    Clips are shown as images. Returns None if another part is missing.
     """
     import transformers
     from transformers.models.auto import processing_auto

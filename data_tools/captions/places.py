@@ -1,9 +1,9 @@
-"""Where the captions of a dataset stand, which of them this program wrote, and which are to be made.
+"""Find the captions of a dataset, know which of them this program wrote, and choose which to make.
 
 A caption is a text file beside its image or clip, or the "caption" in a line of a JSONL list. A hidden file
-beside the captions, `.captions_made.jsonl`, has the hash of each text that was written for a name: a caption
-whose text has no line there was written, or has been edited since, by a person. The line is written before
-the caption: after a kill between the two it names a text that is not there, which changes nothing.
+beside the captions, `.captions_made.jsonl`, has the hash of each text that this program wrote: a caption
+without a matching line was written or edited by a person. The line is written before the caption, so that a
+kill between the two leaves only a line without effect.
 """
 
 import contextlib
@@ -29,10 +29,10 @@ from modules.errors import DatasetError, OutputError
 from modules.paths import address_identity, expand_path, hide_secrets, is_address, short_hash
 from modules.text_files import bad_character, parse_json, read_lines, real_path
 
-EXTENSION = ".txt"  # of tables that name none
+EXTENSION = ".txt"  # for tables that name no extension
 MADE = ".captions_made.jsonl"
 BACKUP = ".bak"
-TRIES, PAUSE = 5, 0.2  # seconds between two; while another program writes a list
+TRIES, PAUSE = 5, 0.2  # seconds between attempts while another program writes a list
 Change = tuple[dict[str, Any], dict[str, Any]]  # old values of a line, new ones
 MISSING, EMPTY, OURS, FOREIGN = "missing", "empty", "made by this program", "hand-written"
 
@@ -49,20 +49,20 @@ def keep_backup(path: Path) -> None:
 
 
 class CaptionList:
-    """A JSONL list whose captions are written one by one; at any moment the file is whole.
+    """A JSONL list whose captions are written one by one; the file is complete at any moment.
 
-    Only changed lines are written anew, and these keep their other values. It is read again if somebody has
-    written meanwhile, whose lines stay.
+    Only changed lines are rewritten, and they keep their other values. If the file has changed on disk, it is
+    read again first, so that others' edits stay.
     """
 
     def __init__(self, table: DatasetTable) -> None:
-        """Read the list of a table, which has been read before, without faults."""
+        """Read the list of a table, which must have been checked before."""
         assert table.jsonl_file is not None
         self.path, self._key = table.jsonl_file, table.path_key
         self._lines: list[str] = []
         self._numbers: dict[str, int] = {}  # path in the line -> its place
         self._stamp: tuple[int, ...] = ()
-        self._has_backup = False  # of the state before this run
+        self._has_backup = False  # whether the state before this run is backed up
         self._read()
         self.entries: dict[Path, str] = {}  # of each source, its path as it stands in its line
         rows = RowReader(table, self.path, self._key, is_list=True)
@@ -73,7 +73,7 @@ class CaptionList:
                 self.entries[expand_path(entry)] = entry
 
     def take_waiting(self, waiting: Path) -> None:
-        """Put in the captions that a killed run of an earlier version left in a file beside the list.
+        """Add the captions that a killed run of an earlier version left in a file beside the list.
 
         Raises OutputError.
         """
@@ -98,11 +98,10 @@ class CaptionList:
         return {} if number is None else parse_json(self._lines[number].strip("\ufeff"))
 
     def write(self, changes: Mapping[str, Change], is_foreign: bool) -> int:
-        """Write values into lines; return into how many: not those that somebody has changed meanwhile.
+        """Write values into lines, except lines that others have changed meanwhile; return how many.
 
-        changes: by the path in the line. is_foreign: a person wrote what is
-        replaced: then, and if there is no .bak yet, the list of before this run is kept as .bak. Raises
-        OutputError.
+        changes: (old values, new values) by the path in the line. is_foreign: a person wrote what is
+        replaced: the first such write of a run keeps the old list as .bak. Raises OutputError.
         """
         for _ in range(TRIES):
             try:
@@ -162,24 +161,24 @@ def _stamp_of(path: Path) -> tuple[int, int]:
 
 
 def _key_of(entry: str) -> str:
-    """Return a line's path, or of an address a hash: it may hold a secret."""
+    """Return a line's path, or the hash of an address, which may hold a secret."""
     return short_hash(address_identity(entry)) if is_address(entry) else entry
 
 
 @dataclass(frozen=True, eq=False)
 class CaptionPlace:
-    """Where the caption of a source stands, or would."""
+    """The place of a source's caption, which may not exist yet."""
 
     source: MediaSource
     file: Path  # a text file, or the list
     lines: CaptionList | None  # the list; None: the file has nothing but this caption
     entry: str  # the path in the line of the list
-    caption: str | None  # as it stands there; None: missing, or in a file and not read
+    caption: str | None  # current text; None: missing, or in a file and not read
     has_caption: bool
 
     @property
     def name(self) -> str:
-        """Return the caption's name in the record of its folder: no address, as that may hold a secret."""
+        """Return the caption's name in the record of its folder; addresses (with secrets) are hashed."""
         if self.lines is None:
             return self.file.name
         return f"{self.file.name}: {_key_of(self.entry)}"
@@ -192,9 +191,9 @@ class CaptionPlace:
         return str(self.file) if self.lines is None else f"a line of {self.file}"
 
     def write(self, text: str, is_foreign: bool, made: "MadeCaptions") -> bool:
-        """Write a caption at once and whole, and return True; False if somebody has written one meanwhile.
+        """Write a caption atomically and return True; return False if it has changed meanwhile.
 
-        is_foreign: a person wrote the one that is replaced. Raises OutputError if it cannot be written.
+        is_foreign: a person wrote the caption that is replaced. Raises OutputError if it cannot be written.
         """
         if self.lines is not None:
             made.add(self.name, text)
@@ -214,10 +213,10 @@ class CaptionPlace:
 
 
 def find_places(config: DatasetConfig, texts: bool) -> list[CaptionPlace]:
-    """Return where the captions of all sources stand, each once. texts: also read those in files.
+    """Return the places of the captions of all sources, each once. texts: also read captions in files.
 
-    Sources are listed as for caching, but for control media and masks. A caption that several tables share is
-    one place. Raises DatasetError if the dataset cannot be used, or has tables whose captions cannot be
+    Sources are listed as for caching, without control media and masks. A caption that tables share is one
+    place. Raises DatasetError if the dataset cannot be used, or has tables whose captions cannot be
     written.
     """
     others = [table.name for table in config.datasets if not (table.directory or table.jsonl_file)]
@@ -257,7 +256,7 @@ def find_places(config: DatasetConfig, texts: bool) -> list[CaptionPlace]:
 
 
 def say_missing_keys(config: DatasetConfig) -> list[str]:
-    """Return a text for each table that needs a key for the place of its captions."""
+    """Return a message for each table that lacks the key for the place of its captions."""
     return [
         f"{table.name} has no caption_extension, so its captions are {EXTENSION} files beside its "
         f"{table.kind}s. "
@@ -268,15 +267,15 @@ def say_missing_keys(config: DatasetConfig) -> list[str]:
 
 
 class MadeCaptions:
-    """The captions of a folder that this program wrote."""
+    """A record of the captions of a folder that this program wrote."""
 
     def __init__(self, folder: Path) -> None:
-        """Read the list of a folder, if there is one. Raises DatasetError if it cannot be read."""
+        """Read the record of a folder, if there is one. Raises DatasetError if it cannot be read."""
         self.path = folder / MADE
         self._written: set[tuple[str, str]] = set()  # names, and hashes of texts
-        self._pass: str | None = None  # of a run that makes captions anew and has not come to its end
+        self._pass: str | None = None  # identifies an unfinished run that remakes captions
         self._of_pass: set[str] = set()
-        self._start = "\n"  # of the next line: the last one may be an unfinished one of a killed run
+        self._start = "\n"  # before the next line: a killed run may have left an unfinished one
         try:
             for line in read_lines(self.path):
                 with contextlib.suppress(ValueError):
@@ -302,13 +301,13 @@ class MadeCaptions:
         return (name, _hash_of(text)) in self._written
 
     def add(self, name: str, text: str) -> None:
-        """Note that a caption is about to be written. Raises OutputError if that fails."""
+        """Record a caption that is about to be written. Raises OutputError if that fails."""
         self._append({"name": name, "sha256": _hash_of(text)})
 
     def done_before(self, what: str) -> set[str]:
-        """Return the names that an earlier pass, which did not come to its end, has made anew.
+        """Return the names that an interrupted pass has already remade.
 
-        what: identifies equal passes.
+        what: identifies passes with equal options.
         """
         return self._of_pass if self._pass == what else set()
 
@@ -317,7 +316,7 @@ class MadeCaptions:
             self._append({"begin": what})
 
     def end_pass(self) -> None:
-        """Note that all captions have been made anew. Without a pass that has begun, do nothing."""
+        """Record that a pass has remade all its captions; do nothing if no pass has begun."""
         if self._pass is not None:
             self._append({"end": True})
 
@@ -345,9 +344,9 @@ def pass_of(options: CaptioningOptions) -> str:
 def plan_captions(
     places: Sequence[CaptionPlace], made: Mapping[Path, MadeCaptions], options: CaptioningOptions
 ) -> tuple[dict[CaptionPlace, str], int]:
-    """Return the captions to make, each with the reason, and how many an interrupted run has made anew.
+    """Return the captions to make, each with its reason, and how many an interrupted run has already remade.
 
-    Reasons: MISSING, EMPTY, OURS, or FOREIGN, of which the old one is kept. Nothing is written.
+    Reasons: MISSING, EMPTY, OURS, or FOREIGN (the old one will be kept as .bak). Nothing is written.
     """
     what = pass_of(options)
     jobs, num_done = {}, 0

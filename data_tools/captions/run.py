@@ -39,15 +39,15 @@ from modules.errors import DatasetError, MediaError, OptionError, UserError
 
 logger = logging.getLogger(__name__)
 
-LISTED = 50  # of what is missing, and of what failed
+LISTED = 50  # how many missing and failed captions are listed
 LISTED_EDITS = 20
 SHOWN = 160  # characters of a caption
-GIVE_UP = 20  # failures without one caption, after which something else is wrong than the files
+GIVE_UP = 20  # failures before the first caption, after which the cause is not a single file
 SERVER_GONE = 5  # images or clips in a row for which a server failed again and again
 
 
 def run_captioning(config: DatasetConfig, options: CaptioningOptions) -> None:
-    """Do the options' work. Raises UserError if something cannot be used, or failed at last."""
+    """Write or edit captions. Raises UserError if something is unusable, or captions failed."""
     for table in config.datasets:
         for name in ("caption_prefix", "caption_suffix"):
             text = getattr(options.wording, name).strip()
@@ -63,10 +63,10 @@ def run_captioning(config: DatasetConfig, options: CaptioningOptions) -> None:
 
 
 def write_captions(config: DatasetConfig, options: CaptioningOptions) -> None:
-    """Write the captions of a dataset that are missing, or all that the options name.
+    """Write the missing captions of a dataset, and those that the options ask to replace.
 
     The model is loaded only if there is something to write. Each caption is written as soon as it is made, so
-    the same command goes on after a kill. Raises DatasetError if the dataset cannot be used, and at the end
+    the same command continues after a kill. Raises DatasetError if the dataset cannot be used, and at the end
     if there are sources without a caption.
     """
     start = time.monotonic()
@@ -126,9 +126,9 @@ def _make_captions(
     made: Mapping[Path, MadeCaptions],
     options: CaptioningOptions,
 ) -> tuple[list[Failure], int]:
-    """Have captions made, and write each one as it comes.
+    """Make captions, and write each one when it arrives.
 
-    Returns the failures, and how many captions are left alone because a person has written them meanwhile.
+    Returns the failures, and how many captions were left alone because they changed meanwhile.
     Raises UserError if the server or the model fails again and again.
     """
 
@@ -222,9 +222,9 @@ def edit_captions(config: DatasetConfig, wording: WordingOptions, dry_run: bool)
 def _edits(
     places: Sequence[CaptionPlace], wording: WordingOptions
 ) -> Iterator[tuple[CaptionPlace, str, str, Change]]:
-    """Yield captions that change: place, old and new text, and of a line of a list the old and new values.
+    """Yield the captions that change: place, old text, new text, and (old, new) values of a line in a list.
 
-    The new text is empty if it, or one of several, would be.
+    The new text is empty if it, or one of several captions, would become empty.
     """
     for place in places:
         several = place.source.table.multi_caption

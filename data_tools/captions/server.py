@@ -1,7 +1,7 @@
-"""Have a server with an OpenAI-compatible interface describe images and clips.
+"""Describe images and clips with a server that has an OpenAI-compatible interface.
 
-Frames are sent in the request as JPEG. The key, if there is one, is in no message of this file: texts of the
-server and of libraries are searched for it before they are shown.
+Frames are sent in the request as JPEG. The key never appears in messages: it is removed from texts of the
+server and of libraries before they are shown.
 """
 
 import base64
@@ -47,7 +47,7 @@ JPEG_QUALITY = 92
 NO_PROXIES: Any = {"http": None, "https": None}
 _NO_SERVER = (ConnectionRefusedError, socket.gaierror, ssl.SSLError)
 LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
-# parameters that some models refuse -> by what they are replaced, or None
+# parameters that some models refuse -> their replacement, or None
 OTHER_NAMES: Mapping[str, str | None] = {
     "max_tokens": "max_completion_tokens",
     "temperature": None,
@@ -56,25 +56,25 @@ OTHER_NAMES: Mapping[str, str | None] = {
 
 
 class _TryAgain(Exception):
-    """The server could not answer this time: the reason, and the seconds that it asks to wait, else NaN."""
+    """The server could not answer: (reason, seconds that it asks to wait, else NaN)."""
 
 
 class _Session(requests.Session):
-    """Follows no answer to another address, which would get the key, and does not look at that address."""
+    """A session that follows no redirects, because the other address would get the key."""
 
     def get_redirect_target(self, resp: requests.Response) -> None:
         return None
 
 
 class ApiServer:
-    """A server and how it is asked. Threads share it."""
+    """Settings and state of requests to a server, shared by threads."""
 
     def __init__(
         self, options: ApiOptions, ask: AskOptions, environment: Mapping[str, str] = os.environ
     ) -> None:
-        """Take the server that --api_base names; no request is made.
+        """Set up the server that --api_base names, without a request.
 
-        Raises OptionError if the key in OPENAI_API_KEY can be none.
+        Raises OptionError if OPENAI_API_KEY holds an impossible key.
         """
         self.ask, self.timeout = ask, options.api_timeout or TIMEOUT
         self.first_wait = 1.0  # seconds between two requests
@@ -97,9 +97,9 @@ class ApiServer:
         self._replaced: set[str] = set()  # parameters that the model refuses
 
     def answer(self, places: Sequence[CaptionPlace], look: Look) -> Answers:
-        """Yield a caption, or why there is none, for each place, as they arrive.
+        """Yield a caption, or the reason why there is none, for each place, as they arrive.
 
-        Requests that wait for their answer when the caller ends are left to themselves.
+        Requests that are open when the caller stops are abandoned.
         """
         done: queue.SimpleQueue[tuple[CaptionPlace, Any]] = queue.SimpleQueue()
         waiting: queue.SimpleQueue[CaptionPlace] = queue.SimpleQueue()
@@ -167,14 +167,14 @@ class ApiServer:
         raise NoCaptionError(f"{TRIES} requests failed, the last because {reason}", server_failed=True)
 
     def _request(self, body: Mapping[str, Any]) -> str:
-        """Make one request. Raises _TryAgain if another one may succeed, else as `describe`."""
+        """Request a caption once and return it. Raises _TryAgain if a retry may help, else as `describe`."""
         renamed = {OTHER_NAMES[key] if key in self._replaced else key: value for key, value in body.items()}
         sent = {key: value for key, value in renamed.items() if key is not None}
         try:
             status, wait, text = self._post(sent)
         except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
             cause: BaseException = error
-            while cause.__context__ is not None:  # the innermost reason is the system's
+            while cause.__context__ is not None:  # the innermost error is the system's
                 cause = cause.__context__
             why = self._hide(getattr(cause, "strerror", None) or str(cause))
             is_refused = isinstance(error, requests.ConnectTimeout) or isinstance(cause, _NO_SERVER)
@@ -207,9 +207,9 @@ class ApiServer:
         raise NoCaptionError(f"the server answers {status}: {said}")
 
     def _post(self, sent: Any) -> tuple[int, float, str]:
-        """Make a request; return status, the seconds to wait if it says some, else NaN, and the text.
+        """Make a request; return status, seconds to wait (NaN if the server gives none), and text.
 
-        Raises the library's errors, NoCaptionError if the answer is too long.
+        Raises the errors of requests, and NoCaptionError if the answer is too long.
         """
         start = time.monotonic()
         with (
@@ -239,7 +239,7 @@ class ApiServer:
             return answer.status_code, wait, content.decode("utf-8", "replace")
 
     def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        """Put the key into a request. Given as `auth`, so that no entry of netrc is sent."""
+        """Put the key into a request. Passed as `auth`, so that requests sends no entry of netrc."""
         if self._key:
             request.headers["Authorization"] = f"Bearer {self._key}"
         return request
@@ -258,10 +258,10 @@ class ApiServer:
         return caption_in(content if isinstance(content, str) else "", was_cut)
 
     def _adapt(self, text: str, sent: Mapping[str, Any]) -> bool:
-        """Leave out settings that an error's text refuses. Returns whether the request held it."""
+        """Stop sending a parameter that an error names as refused. Returns whether the request had one."""
         for name, other in OTHER_NAMES.items():
             if name in sent and any(f"{mark}{name}{mark}" in text for mark in "'\"`"):
-                if name not in self._replaced:  # else another thread has been told
+                if name not in self._replaced:  # else another thread has noted it
                     self._replaced.add(name)
                     what = f"{other} is sent instead" if other else "its own is used"
                     logger.warning("%s does not take %s: %s", self._model, name, what)

@@ -43,11 +43,11 @@ from modules.text_files import parse_json, read_text
 
 T = TypeVar("T")
 Clip = NDArray[np.uint8]  # F H W 3
-Draws = tuple[tuple[float, float], bool]  # place of the part that is cut out, left and top in 0..1; mirrored
-MOST_WAITING = 1 << 29  # bytes of frames whose batch is not full
+Draws = tuple[tuple[float, float], bool]  # (left, top) of the crop in 0..1, and whether to mirror
+MOST_WAITING = 1 << 29  # bytes of frames that wait for a full batch
 IMAGES, VIDEOS, PROMPTS = "images", "videos", "prompts"
 FOLDERS = (IMAGES, IMAGE_MOMENTS, VIDEOS, MOMENTS, PROMPTS, EMBEDS)
-SUFFIXES = {IMAGES: ".png", VIDEOS: ".mp4", PROMPTS: ".txt"}  # of all others: .pt
+SUFFIXES = {IMAGES: ".png", VIDEOS: ".mp4", PROMPTS: ".txt"}  # suffixes; all others are .pt
 # in data.jsonl
 KEYS = {
     "prompt_embed": EMBEDS,
@@ -60,7 +60,7 @@ KEYS = {
 
 @dataclass(frozen=True)
 class PreparedItem:
-    """One clip and the files that are made of it."""
+    """One clip and the files that are made from it."""
 
     name: str
     caption: str  # one line
@@ -80,7 +80,7 @@ class PreparedItem:
         return {key: int(found[key]) for key in ("num_frames", "height", "width")}
 
     def has_media(self, latents: bool, image_latents: bool) -> bool:
-        """Whether the files of the clip are there, and newer than the clip."""
+        """Return whether the files of the clip exist and are newer than the clip."""
         kinds = [VIDEOS, IMAGES, *([MOMENTS] if latents else []), *([IMAGE_MOMENTS] if image_latents else [])]
         try:
             self.read_facts()
@@ -90,7 +90,7 @@ class PreparedItem:
         return is_newer and all(self.file(kind).exists() for kind in kinds)
 
     def has_texts(self, embeds: bool) -> bool:
-        """Whether the files of the caption are there, and of this caption."""
+        """Return whether the files of the caption exist and belong to this caption."""
         path = self.file(EMBEDS)
         if embeds and not (path.exists() and embeds_note(path).exists()):
             return False
@@ -103,9 +103,9 @@ class PreparedItem:
 def find_items(source: ClipSourceOptions, folder: Path, seed: int) -> list[PreparedItem]:
     """Return an item for each row of the data, in order.
 
-    A name is a UUID made of the seed, the path of the clip, and the number of the row of that clip: a rerun,
-    and one after rows were added, finds its files again. Raises DatasetError with all that is wrong: every
-    clip must be there.
+    Names are UUIDs derived from the seed, the path of the clip, and the row's number among rows of that clip:
+    reruns find their files again, also after rows were added. Raises DatasetError, listing all faults, if
+    data is wrong or a clip is missing.
     """
     root = source.data_root
     name = f"--data_root {root}"
@@ -129,9 +129,9 @@ def find_items(source: ClipSourceOptions, folder: Path, seed: int) -> list[Prepa
 
 
 def list_texts(items: Sequence[tuple[PreparedItem, Mapping[str, Any]]]) -> dict[str, str]:
-    """Return the lists of finished items by file name: prompts.txt, videos.txt and data.jsonl.
+    """Return the texts of the lists by file name: prompts.txt, videos.txt and data.jsonl.
 
-    items: with their facts. Missing files are null in data.jsonl.
+    items: finished items with their `read_facts`. Missing files are null in data.jsonl.
     """
     lines = []
     for item, facts in items:
@@ -175,18 +175,18 @@ def write_media(
     frames: F H W 3. moments, image_moments: 2C f h w, on the CPU. Raises OutputError, or CacheError if a
     value is NaN.
     """
-    item.facts.unlink(missing_ok=True)  # else a kill would leave old facts beside new files
+    item.facts.unlink(missing_ok=True)  # first: a kill must not leave old facts beside new files
     write_video(item.file(VIDEOS), list(frames), fps)
     write_png(item.file(IMAGES), frames[0])
     for kind, tensor in ((MOMENTS, moments), (IMAGE_MOMENTS, image_moments)):
         if tensor is None:
-            item.file(kind).unlink(missing_ok=True)  # of the clip as it was before
+            item.file(kind).unlink(missing_ok=True)  # from an earlier state of the clip
         else:
             save_pickled(item.file(kind), tensor)
     count, height, width = frames.shape[:3]
     write_text(item.facts, json.dumps({"num_frames": count, "height": height, "width": width}))
     newest = item.source.stat().st_mtime_ns
-    if newest > item.facts.stat().st_mtime_ns:  # the clip's clock is ahead: else it would never be done
+    if newest > item.facts.stat().st_mtime_ns:  # dated in the future: it would never count as done
         os.utime(item.facts, ns=(newest, newest))
 
 
@@ -196,7 +196,7 @@ def write_texts(
     identities: Mapping[str, Mapping[str, str]],
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Write the results for a caption: embeddings, if any, their owner, and last the caption itself.
+    """Write the results for a caption: embeddings, if any, the note of their origin, and last the caption.
 
     tensors: by their keys in caches; a single one is stored alone, as trainers of this form read it. Raises
     OutputError, or CacheError if a value is NaN.
@@ -207,7 +207,7 @@ def write_texts(
         save_pickled(path, next(iter(tensors.values())) if len(tensors) == 1 else tensors)
         note = describe_embeds(item.caption, architecture, identities, tensors)
         write_text(embeds_note(path), json.dumps(note, ensure_ascii=False, sort_keys=True))
-    else:  # those that are there are of the caption as it was before
+    else:  # existing ones are from an earlier caption
         path.unlink(missing_ok=True)
         embeds_note(path).unlink(missing_ok=True)
     write_text(item.file(PROMPTS), item.caption)
@@ -224,7 +224,7 @@ def prepare_clips(
     options: PrepareOptions,
     show_progress: bool,
 ) -> list[Failure]:
-    """Read, encode (if there is an encoder) and write all clips; return those that cannot be used.
+    """Read, encode (if there is an encoder) and write all clips; return the failures.
 
     Raises OutputError if a file cannot be written.
     """
@@ -270,9 +270,9 @@ def prepare_clips(
 def _encode_clips(
     clips: Sequence[Clip], encode: EncodeMoments, device: torch.device, settings: EncodingOptions
 ) -> list[Tensor]:
-    """Return the moments of clips of one shape, on the CPU in the dtype to save.
+    """Encode clips of one shape; returns moments on the CPU in the dtype to save.
 
-    On a CPU clips are encoded one by one, which costs nothing: so results do not depend on the batch.
+    On a CPU, clips are encoded one by one, which is as fast and makes results independent of the batch.
     """
     step = 1 if settings.use_slicing or device.type == "cpu" else len(clips)
     found: list[Tensor] = []
@@ -292,8 +292,8 @@ def _encode_clips(
 def read_clip(path: Path, options: ShapeOptions, name: str, threads: int) -> Clip:
     """Read the chosen frames of a clip at the chosen size: F H W 3.
 
-    name: of the item, for random choices, which are the same in every run, whatever is prepared beside it.
-    threads: that decode. Raises MediaError if the clip cannot be read or is too short.
+    name: of the item; seeds the random choices, so that they are the same in every run. threads: for
+    decoding. Raises MediaError if the clip cannot be read or is too short.
     """
     chance = random.Random(derive_seed(options.seed, "prepare", name))
     draws = (chance.random(), chance.random()), chance.random() < (options.random_flip or 0.0)
@@ -310,7 +310,7 @@ def read_clip(path: Path, options: ShapeOptions, name: str, threads: int) -> Cli
 
     def shape(frame: Frame) -> Frame:
         nonlocal size
-        if size is None:  # that of the first frame: a folder may have images of several
+        if size is None:  # the first frame's size: images of a folder may differ
             sides = (frame.shape[1], frame.shape[0])
             size = choose_size(sides, options.height_buckets, options.width_buckets)
         return shape_frame(frame, size, options, draws)
@@ -334,7 +334,7 @@ def choose_size(size: Size, heights: Sequence[int], widths: Sequence[int]) -> Si
 
 
 def shape_frame(frame: Frame, size: Size, options: ShapeOptions, draws: Draws) -> Frame:
-    """Return a frame H W 3 at a size, cut and mirrored as the options say."""
+    """Resize, crop and mirror a frame H W 3 to a size, as the options say."""
     place, is_flipped = draws
     if options.video_reshape_mode is None:
         frame = resize_stretched(frame, size)

@@ -1,4 +1,4 @@
-"""The VAE and text encoders of a diffusers pipeline, in a folder or on the hub; nothing is loaded yet."""
+"""Describe and load the VAE and text encoders of a diffusers pipeline, in a folder or on the hub."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,8 +28,8 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16} 
 LATENT = LatentSpec(channels=16, stride=(4, 8, 8), pixel_step=16, frame_step=4)  # of CogVideoX
 KEY = "prompt_embeds"
 
-# by the class of a pipeline's VAE: the family, options of its text encoders by their parts, and what its text
-# encoders do about numbers of tokens
+# class of a pipeline's VAE -> the family, the options of its text encoders by pipeline part, and how these
+# treat the number of tokens
 KNOWN: Mapping[str, tuple[str, Mapping[str, str], str]] = {
     "AutoencoderKLWan": (
         "wan",
@@ -60,15 +60,15 @@ class PipelineNetworks:
     architecture: str  # `Family.name` of the model
     latent: LatentSpec
     identity: Mapping[str, str]  # of the VAE: what moments depend on besides the pixels
-    usable_frames: Callable[[int], int]  # the most frames that the VAE takes, up to a number
+    usable_frames: Callable[[int], int]  # rounds a number of frames down to one that the VAE takes
     load: Callable[[torch.device], EncodeMoments]
     text_encoders: Sequence[TextEncoder]
 
 
 def find_maker(options: EncodingOptions) -> PipelineNetworks:
-    """Describe the networks of the pipeline --model_id. Of one on the hub the transformer is not downloaded.
+    """Describe the networks of the pipeline --model_id; from the hub, the transformer is not downloaded.
 
-    Raises CheckpointError if a part is missing or another model's, OptionError for a number of tokens,
+    Raises CheckpointError if a part is missing or of another model, OptionError for a wrong number of tokens,
     InstallationError if a package is missing, DownloadError.
     """
     patterns = ["model_index.json", *(f"{part}/*" for part in PARTS)]
@@ -98,7 +98,7 @@ def find_maker(options: EncodingOptions) -> PipelineNetworks:
 def _make_of_family(
     name: str, folder: Path, options: EncodingOptions, texts: Mapping[str, str]
 ) -> PipelineNetworks:
-    """Describe the networks as the caching scripts of a family would, with their options."""
+    """Describe the networks of a family, made as its caching scripts make them."""
     entry = FAMILIES[name]
     dtype = dtype_name(DTYPES[options.dtype])
     words = ["--vae", str(folder / "vae"), "--vae_dtype", dtype]
@@ -166,7 +166,7 @@ def make_cogvideox(folder: Path, options: EncodingOptions) -> PipelineNetworks:
 
 
 def usable_frames(frames: int) -> int:
-    """Return the most frames of the form 4n or 4n + 1 up to a number; 1 at least."""
+    """Return the largest number up to `frames` of the form 4n or 4n + 1, at least 1."""
     return frames if frames % 4 < 2 else frames // 4 * 4 or 1
 
 
@@ -196,9 +196,9 @@ class CogTextEncoder:
         }
 
     def token_counter(self) -> CountTokens:
-        """Return a function that counts a text's tokens with the end token; only the tokenizer is loaded.
+        """Return a function that counts tokens, including the end token; loads only the tokenizer.
 
-        Raises CheckpointError if it does not give the places of tokens in a text.
+        Raises CheckpointError if the tokenizer does not give the offsets of tokens in a text.
         """
         tokenizer = self._load_tokenizer()
         if not tokenizer.is_fast:
@@ -222,7 +222,7 @@ class CogTextEncoder:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
-        """Return {"prompt_embeds": T C} on the CPU for each prompt; T: `max_tokens`, padding included."""
+        """Return {"prompt_embeds": T C} on the CPU for each prompt; T is `max_tokens`, including padding."""
         ids = self._tokenizer(
             [prompt.text for prompt in prompts],
             padding="max_length",
@@ -240,7 +240,7 @@ class CogTextEncoder:
 
 
 def _load_part(kind: Any, folder: Path, **settings: Any) -> Any:
-    """Load a part of a pipeline from its folder, and nothing that could run code.
+    """Load a part of a pipeline from its folder, without running code or pickles from it.
 
     Raises CheckpointError if it cannot be read.
     """
@@ -252,7 +252,7 @@ def _load_part(kind: Any, folder: Path, **settings: Any) -> Any:
 
 
 def _packages() -> tuple[Any, Any]:
-    with hide_packages("bitsandbytes"):  # it would be loaded for nothing
+    with hide_packages("bitsandbytes"):  # unused here
         import diffusers  # slow
         import transformers
 

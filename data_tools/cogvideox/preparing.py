@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 def prepare(options: PrepareOptions) -> None:
     """Prepare missing files, write the lists, and show the results.
 
-    A clip that cannot be read does not stop the others, and is told at the end. Raises DatasetError if the
+    A clip that cannot be read does not stop the others; it is reported at the end. Raises DatasetError if the
     data cannot be used or a clip failed, OptionError if the folder was made with other settings,
     CheckpointError if a model cannot be loaded, OutputError if a file cannot be written; in processes other
     than the main one, SystemExit if a clip failed.
@@ -92,7 +92,7 @@ def prepare(options: PrepareOptions) -> None:
 
 
 def usable_shape(shape: ShapeOptions, maker: PipelineNetworks | None) -> ShapeOptions:
-    """Return frame buckets that the VAE takes, rounded down, with a warning.
+    """Return the options with frame buckets rounded down, with a warning, to numbers that the VAE takes.
 
     Raises OptionError if it does not take a height or width.
     """
@@ -114,7 +114,7 @@ def usable_shape(shape: ShapeOptions, maker: PipelineNetworks | None) -> ShapeOp
 
 
 def _settle(options: PrepareOptions, maker: PipelineNetworks | None) -> None:
-    """Write down how the folder is made. Raises OptionError if it was begun in another way."""
+    """Record the settings of the folder. Raises OptionError if it was begun with others."""
     settings: dict[str, Any] = {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in dataclasses.asdict(options.shape).items()
@@ -136,7 +136,7 @@ def _settle(options: PrepareOptions, maker: PipelineNetworks | None) -> None:
                 "ones to continue, or another folder."
             )
     write_prepared(options.output_dir, now)
-    for name in clips.FOLDERS:  # of runs that were killed; no other process has begun
+    for name in clips.FOLDERS:  # left by killed runs; no other process has begun
         if (options.output_dir / name).is_dir():
             remove_leftovers(options.output_dir / name, lambda _: True, older_seconds=0)
 
@@ -148,7 +148,7 @@ def _prepare_share(
     untexted: Sequence[clips.PreparedItem],
     unmade: Sequence[clips.PreparedItem],
 ) -> list[Failure]:
-    """Do this process's share; models are loaded only if there is work for them."""
+    """Process this process's share of the items; models are loaded only if needed."""
     device, is_main = share.device, share.rank == 0
     threads = options.workers.num_artifact_workers
     if maker is None:
@@ -176,14 +176,14 @@ def _encode_captions(
 ) -> None:
     """Encode the captions of `items`, one text encoder after the other, and write their files.
 
-    A file that not all encoders have added to has no caption beside it. Raises CheckpointError if an encoder
+    Captions are written last, when all encoders have added to the file. Raises CheckpointError if an encoder
     cannot be loaded.
     """
     identities = {encoder.name: dict(encoder.identity) for encoder in maker.text_encoders}
     for number, encoder in enumerate(maker.text_encoders, 1):
 
         def write(item: clips.PreparedItem, conditions: Conditions, number: int = number) -> None:
-            # each in memory of its own: a view would be stored whole
+            # cloned: a view would be stored with its whole base
             alone = {key: one[0] if isinstance(one, list) else one for key, one in conditions.items()}
             tensors = {key: tensor.detach().cpu().clone() for key, tensor in alone.items()}
             if number > 1:

@@ -1,4 +1,4 @@
-"""Look at all pictures of a video once, and choose its clips: scenes, in pieces of the wanted length."""
+"""Read all pictures of a video once, and choose its clips: scenes, in pieces of the wanted length."""
 
 import math
 from array import array
@@ -18,7 +18,7 @@ from modules.media.measures import CELLS, brightness, is_black, is_flat, is_stat
 from modules.media.streams import SourceInfo
 
 SAMPLE_SECONDS = 0.25  # between two pictures that are measured
-SHORT, BLACK, STATIC, BLURRED = "too short", "black", "static", "blurred"  # why a clip is left out
+SHORT, BLACK, STATIC, BLURRED = "too short", "black", "static", "blurred"  # reasons to leave out a clip
 ROUNDING = 1e-6  # seconds: times are sums of fractions
 BLACK_PART = 0.5  # of the pictures of a clip
 
@@ -32,22 +32,22 @@ class PictureMeasures:
     sharpness: float
     is_black: bool
     is_flat: bool
-    cells: NDArray[np.uint8]  # h w 3, all three the luma: a frame of 32 cells along the shorter side
+    cells: NDArray[np.uint8]  # h w 3, three times the luma: a frame reduced to 32 pixels on its shorter side
 
 
 @dataclass
 class VideoLook:
-    """Facts about a video after all of it was read. Two hours take some 60 MB, most of it for the samples."""
+    """Facts about a completely read video. Two hours take some 60 MB, most of it for the samples."""
 
     width: int
     height: int
-    starts: "array[float]" = field(default_factory=lambda: array("d"))  # of each picture, in seconds
+    starts: "array[float]" = field(default_factory=lambda: array("d"))  # start of each picture, in seconds
     end: float = 0.0
     samples: list[PictureMeasures] = field(default_factory=list)
     changes: list[SceneChange] = field(default_factory=list)
 
     def time(self, number: int) -> float:
-        """Return when a frame begins; for the number behind the last one, when the last ends."""
+        """Return the start of a frame in seconds; beyond the last frame, the end of the video."""
         return self.starts[number] if number < len(self.starts) else self.end
 
     def samples_between(self, begin: int, end: int) -> list[PictureMeasures]:
@@ -58,7 +58,7 @@ class VideoLook:
 def look_at(
     info: SourceInfo, frames: Iterable[Picture], detector: ChangeDetector, black_threshold: float
 ) -> VideoLook:
-    """Read all pictures of a video, and find its changes."""
+    """Read all pictures of a video; measure some, and find the scene changes."""
     look = VideoLook(info.width, info.height)
     due = 0.0
     for number, frame in enumerate(frames):
@@ -109,7 +109,7 @@ class PlannedClip:
 
 
 def plan_clips(look: VideoLook, lengths: LengthOptions, choice: ChoiceOptions) -> list[PlannedClip]:
-    """Return all clips of a video in order, those that are left out too."""
+    """Return all clips of a video in order, including those to leave out."""
     clips = []
     for number, (begin, end) in enumerate(scenes_of(look.changes, len(look.starts)), 1):
         first, last = begin + lengths.trim_frames, end - lengths.trim_frames
@@ -129,9 +129,9 @@ def scenes_of(changes: Sequence[SceneChange], frames: int) -> list[tuple[int, in
 
 
 def _pieces(look: VideoLook, first: int, end: int, lengths: LengthOptions) -> Iterator[tuple[int, int]]:
-    """Yield a scene in as few equal pieces as the longest length allows.
+    """Split a scene into as few equal pieces as the longest length allows.
 
-    If those would be too short, in pieces of the longest length, and the rest.
+    If these would be too short, use pieces of the longest length, and a rest.
     """
     seconds, frames = look.time(end) - look.time(first), end - first
     least = max(

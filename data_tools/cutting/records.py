@@ -1,7 +1,7 @@
-"""Remember how each source was cut, and list its clips, so that a rerun goes on where the last one ended.
+"""Record how each source was cut, and list its clips, so that a rerun continues where the last one ended.
 
 A record is a JSON file in a hidden folder beside the clips. It is written before the first clip, with the
-names of all that follow: named files are ours, and any other file belongs to the user.
+names of all clips: files with these names are ours, all other files belong to the user.
 """
 
 import json
@@ -36,23 +36,23 @@ class WrittenClip:
 class CutRecord:
     """How a source was cut, or is being cut."""
 
-    stem: str  # of its clips' names
+    stem: str  # beginning of its clips' names
     source: str
     size_bytes: int
     modified: int  # nanoseconds
-    width: int  # these two: of the clips
+    width: int  # of the clips, as height
     height: int
     options: dict[str, Any]
     clips: tuple[WrittenClip, ...]
     is_done: bool = False
-    lists: tuple[str, ...] = ()  # that have had its lines
+    lists: tuple[str, ...] = ()  # lists that its lines were written to
 
     def is_of(self, source: Path) -> bool:
         found = source.stat()
         return (self.size_bytes, self.modified) == (found.st_size, found.st_mtime_ns)
 
     def changes(self, source: Path, options: CuttingOptions) -> str:
-        """Return why a source has to be cut anew: `--min_seconds 2 (was 1)`; empty if it has not."""
+        """Return the reason to cut a source again, such as `--min_seconds 2 (was 1)`; empty if none."""
         now = _deciding(options)
         changed = [
             f"--{name} {value} (was {self.options.get(name)})"
@@ -91,7 +91,7 @@ def _deciding(options: CuttingOptions) -> dict[str, Any]:
 def read_records(output: Path) -> dict[str, CutRecord]:
     """Return the records of an output folder by the path of their source.
 
-    Raises DatasetError if one is damaged.
+    Raises DatasetError if a record is damaged.
     """
     records = {}
     for path in sorted(path for path in (output / MARK).glob("*.json") if not path.name.startswith(".")):
@@ -125,18 +125,18 @@ def write_record(output: Path, record: CutRecord) -> None:
 
 
 class ClipList:
-    """The list of clips, JSONL: one line a clip, as `video_jsonl_file` tables read it.
+    """The list of clips: JSONL with one line per clip, for `video_jsonl_file` tables.
 
-    Lines that are there stay as they are, with what users have added to them. Cutting takes hours, in which
-    captions may be written into the list: it is read anew whenever it is written. Records say which lists
-    have had their lines, so that a line which a user removes stays away.
+    Existing lines are kept, with all that users have added. Cutting takes hours, in which captions may be
+    written into the list, so it is read again before each write. Records note which lists have got their
+    lines, so that a line that a user removes is not added again.
     """
 
     def __init__(self, path: Path, output: Path) -> None:
         """Read the list if there is one. Raises OutputError if it cannot be read."""
         self._path, self._output = path, output
         self._was_there = path.exists()
-        for _ in self._read():  # says at once if it cannot be read
+        for _ in self._read():  # fails now if it cannot be read
             pass
         self._unlisted: list[tuple[CutRecord, bool]] = []  # whose lines are not written yet
         self._lock = Lock()
@@ -148,7 +148,7 @@ class ClipList:
             return {path for path, line in self._read() if path and "caption" in parse_json(line)}
 
     def add(self, record: CutRecord, is_new: bool) -> None:
-        """Add the lines of a source; a clip that has a line keeps it.
+        """Add the lines of a source; existing lines of its clips are kept.
 
         is_new: whether it was cut in this run, then its lines are written at once; else a user may have
         removed clips.
@@ -160,7 +160,7 @@ class ClipList:
             self.write()
 
     def write(self, removed: Collection[Path] = ()) -> None:
-        """Write additions since the last time, without lines of `removed` clips; completely or not at all.
+        """Write the list with added lines and without those of `removed` clips; completely or not at all.
 
         Raises OutputError, also if the list cannot be read again.
         """
@@ -182,7 +182,7 @@ class ClipList:
             self._unlisted = []
 
     def _read(self) -> Iterator[tuple[str, str]]:
-        """Yield the path of the clip of each line, empty if it is of none, and the line."""
+        """Yield (path of the clip, line) for each line; the path is empty for other lines."""
         try:
             for line in read_lines(self._path):
                 try:
@@ -200,7 +200,7 @@ class ClipList:
 
 
 def _line_of(output: Path, record: CutRecord, written: WrittenClip) -> dict[str, Any]:
-    """Return the line of a clip: its path, from anywhere, and facts. Captions are for others to add."""
+    """Return the line of a clip: its path in the output folder, and facts. Captions are added later."""
     clip = written.clip
     return {
         "video_path": str(output / written.name),

@@ -1,4 +1,4 @@
-"""Cut all videos that a command names, several at once if wanted, and list their clips."""
+"""Cut all videos that a command names, several at once if requested, and list their clips."""
 
 import contextlib
 import logging
@@ -33,9 +33,9 @@ from modules.text_files import bad_character, real_path
 
 logger = logging.getLogger(__name__)
 
-# with what phones, cameras and broadcasts have
+# including those of phones, cameras and broadcasts
 SUFFIXES = VIDEO_SUFFIXES | {".3gp", ".mts", ".m2ts", ".ts", ".vob", ".ogv"}
-WAIT_SECONDS = 0.5  # Windows tells a waiting thread of Ctrl-C only then
+WAIT_SECONDS = 0.5  # seconds: on Windows, Ctrl-C is noticed only between waits
 NAMED = 3  # files that a message names
 MICRO = 1_000_000
 # a source (absolute), the name of its clips, and the record of an earlier run
@@ -43,15 +43,15 @@ CuttingJob = tuple[Path, str, CutRecord | None]
 
 
 class CuttingStopped(Exception):
-    """End of work that another thread asked for."""
+    """Signal to a thread that it has to stop."""
 
 
 @dataclass(frozen=True)
 class CutResult:
     """Result for a source."""
 
-    record: CutRecord | None  # None: of a dry run
-    clips: Sequence[PlannedClip]  # those that are left out too
+    record: CutRecord | None  # None: a dry run
+    clips: Sequence[PlannedClip]  # including those that are left out
     is_new: bool = True  # whether anything was to be done
     written: int = 0  # clips of this run
 
@@ -62,7 +62,7 @@ def cut_footage(options: CuttingOptions) -> None:
     Raises UserError if nothing can be done, and DatasetError at the end if some sources could not be cut.
     """
     started = time.monotonic()
-    load_detector(options.scenes)  # which says what is missing before anything is read
+    load_detector(options.scenes)  # first: it says what is missing before anything is read
     sources = find_videos(options.input, options.output)
     output, list_path = real_path(options.output), real_path(options.list_path)
     if bad_character(str(output)):
@@ -118,11 +118,10 @@ def cut_footage(options: CuttingOptions) -> None:
 
 
 def find_videos(given: Path, output: Path) -> dict[Path, str]:
-    """Return the videos of a folder and of the folders in it, by name, or the given one, each with a stem.
+    """Return the given video, or all videos below the given folder sorted by path, each with a stem.
 
-    The stem is the name its clips would have by its place below `given`, if no other source has it. Files in
-    `output` are left out, if that is inside the folder, and so are clips that were cut into another folder
-    there. Raises MediaError without any video.
+    The stem, made of the path below `given`, names the clips, unless another source has it. Files in `output`
+    and in other folders that clips were cut into are left out. Raises MediaError if there is no video.
     """
     if not given.is_dir():
         return {real_path(given): readable_stem(given.stem)}
@@ -144,7 +143,7 @@ def find_videos(given: Path, output: Path) -> dict[Path, str]:
 
 @dataclass(frozen=True)
 class Workshop:
-    """Tools that all sources are cut with."""
+    """Cut sources with the options and the detector that all of them share."""
 
     options: CuttingOptions
     output: Path  # absolute
@@ -172,7 +171,7 @@ class Workshop:
                 return CutResult(None, clips)
             new = start_record(path, stem, options, look, clips)
             if record is not None:
-                self._check_untouched(path, record, why)  # looking takes long: a user may have worked
+                self._check_untouched(path, record, why)  # again: reading takes long
             self._make_way(new, record)
             write_record(self.output, new)
             record = new
@@ -190,7 +189,7 @@ class Workshop:
     def _check_untouched(self, source: Path, record: CutRecord, why: str) -> None:
         """Raise OutputError if a user has put work into the clips of an earlier cut.
 
-        That is captions beside them or in the list, or another file. why: it is cut anew.
+        Work is a file beside a clip, a caption in the list, or a changed clip. why: reason to cut again.
         """
         sizes = {self.output / one.name: one.size_bytes for one in record.clips}
         there = [path for path in sizes if os.path.lexists(path)]
@@ -218,7 +217,7 @@ class Workshop:
                 )
 
     def _frames(self, path: Path, what: str, deep: bool = False) -> Generator[Picture, None, None]:
-        """Yield the pictures of a video, with a bar. Raises MediaError."""
+        """Yield the pictures of a video, with a progress bar. Raises MediaError."""
         with Bar(source_info(path).frames, f"{what} {path.name}", FRAMES, self.shows_bars) as bar:
             for frame in shown_frames(path, deep):
                 yield frame
@@ -227,9 +226,9 @@ class Workshop:
                 bar.update()
 
     def _make_way(self, new: CutRecord, old: CutRecord | None) -> None:
-        """Remove the clips of an earlier cut and their lines; nothing of a user's is in them.
+        """Remove the clips of an earlier cut and their lines; `_check_untouched` must have passed.
 
-        Raises OutputError if a clip would take the name of a file that is not ours.
+        Raises OutputError if a new clip would overwrite a file that is not ours.
         """
         ours = set() if old is None else {one.name for one in old.clips}
         names = [one.name for one in new.clips if os.path.lexists(self.output / one.name)]
@@ -240,17 +239,17 @@ class Workshop:
                 "these names that this command has not made. Move them away, or choose another --output."
             )
         if old is not None:
-            # first of all it says that they are not complete: a run that ends here is followed by another
+            # first, the record says that the clips are incomplete: after a kill, the next run continues
             write_record(self.output, replace(old, options={}, is_done=False, lists=()))
             self.clip_list.write(removed=[self.output / name for name in ours])
             for name in ours:
                 (self.output / name).unlink(missing_ok=True)
 
     def _write_clips(self, source: Path, record: CutRecord) -> int:
-        """Write the clips that are not there yet, in one pass over the pictures; return how many.
+        """Write the missing clips in one pass over the pictures; return how many.
 
-        Each has its name once it is complete. The frames are those of the source, at its times: also of a
-        variable rate. Raises MediaError, OutputError.
+        A clip gets its name when it is complete. Frames keep the times of the source, also at variable rates.
+        Raises MediaError, OutputError.
         """
         clips = [(self.output / one.name, one.clip) for one in record.clips]
         missing = [(path, clip) for path, clip in clips if not os.path.lexists(path)]
@@ -272,7 +271,7 @@ class Workshop:
 
 
 def _frames_of(frames: Iterator[tuple[int, Picture]], source: Path, clip: PlannedClip) -> Iterator[Picture]:
-    """Yield the frames of a clip, from 0 s on. Frames before it are passed over, none behind it is taken."""
+    """Yield the frames of a clip, timed from 0 s. Skips frames before it, and reads none after it."""
     origin: Fraction | None = None
     for number, frame in frames:
         if number < clip.first:
@@ -287,7 +286,7 @@ def _frames_of(frames: Iterator[tuple[int, Picture]], source: Path, clip: Planne
 def _each(
     jobs: Sequence[CuttingJob], shop: Workshop, failures: list[tuple[Path, Exception]]
 ) -> Iterator[tuple[Path, CutResult]]:
-    """Yield each source and its result, in order; errors go to `failures`, of several videos at once."""
+    """Yield each source and its result, in order; add errors to `failures`, logging those of several jobs."""
     pool = ThreadPoolExecutor(shop.options.num_workers, thread_name_prefix="cut")
     try:
         for job, future in [(job, pool.submit(shop.cut, job)) for job in jobs]:
@@ -303,7 +302,7 @@ def _each(
                 if len(jobs) > 1:
                     logger.error("%s is skipped: %s", job[0], error)
     finally:
-        shop.stop.set()  # if this ends early, so do the threads: at the next frame
+        shop.stop.set()  # if this ends early, the threads stop at their next frame
         pool.shutdown(wait=True, cancel_futures=True)
 
 

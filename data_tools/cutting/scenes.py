@@ -13,14 +13,14 @@ from modules.errors import InstallationError
 from modules.media.encoding import Pixels, in_eight_bits
 from modules.media.measures import FLAT_SCENE, Thumbnail, scene_distance, thumbnail
 
-# frames from the first number to before the second belong to no scene; at a hard cut both are that of the
-# first frame of the new scene
+# (first, end): frames in between belong to no scene; at a hard cut both are the first frame of the new
+# scene
 SceneChange = tuple[int, int]
 FLASH_SECONDS = 0.15  # a shorter interruption of a scene is a flash, or a damaged picture
 PLAIN_SECONDS = 0.1  # pictures of one colour for that long are the end of a scene
 # from the middle of a dissolve to its ends, about; longer ones are found by their steepest part
 DISSOLVE_SECONDS = (0.2, 0.4, 0.8)
-# place in a dissolve, which is also the share of the second scene there; and the most variance that is left,
+# place in a dissolve, equal to the share of the second scene; and the most variance that may remain there,
 # as a part of the mean of both scenes, in theory 1/2 and 5/8. With these, 51 of 52 dissolves between filmed
 # scenes that move are found, and none within them
 DIPS = ((0.5, 0.75), (0.25, 0.9), (0.75, 0.9))
@@ -30,7 +30,7 @@ WIDTH = 256  # to which PySceneDetect itself reduces pictures
 
 
 def load_detector(options: SceneOptions) -> Callable[[float], "ChangeDetector"]:
-    """Return a function that makes a detector for a video of so many pictures a second.
+    """Return a function that makes a detector for a given number of pictures per second.
 
     Raises InstallationError if PySceneDetect is asked for and missing, or older than 0.7.
     """
@@ -53,7 +53,7 @@ def load_detector(options: SceneOptions) -> Callable[[float], "ChangeDetector"]:
 
 
 class PySceneDetect:
-    """Shows pictures to a detector of PySceneDetect, with its own defaults but for the threshold."""
+    """Run a detector of PySceneDetect, with its defaults except for the threshold."""
 
     def __init__(self, package: Any, options: SceneOptions, rate: float) -> None:
         self._detector: Any = (
@@ -61,7 +61,7 @@ class PySceneDetect:
             if options.detector == CONTENT
             else package.AdaptiveDetector(adaptive_threshold=options.threshold)
         )
-        # times of an even rate, whatever those in the file are, stand for the numbers of the pictures
+        # times at an even rate encode the numbers of the pictures, whatever the file's times are
         self._time = lambda number: package.FrameTimecode(number, rate)
         self._count = 0
         self._found: list[Any] = []
@@ -82,7 +82,7 @@ class PySceneDetect:
 
 
 class OwnDetector:
-    """Finds hard cuts, dissolves, and pictures of one colour between scenes.
+    """Find hard cuts, dissolves, and pictures of one colour between scenes.
 
     Hard cuts: neighbours whose `scene_distance` reaches the threshold, unless the earlier scene comes back
     within FLASH_SECONDS. Plain pictures: the part between fades out and in is a scene of its own. Dissolves:
@@ -91,13 +91,13 @@ class OwnDetector:
     """
 
     def __init__(self, threshold: float, rate: float) -> None:
-        """rate: pictures a second."""
+        """rate: pictures per second."""
         self._threshold = threshold
         self._flash = max(1, round(rate * FLASH_SECONDS))
         self._plain = max(2, round(rate * PLAIN_SECONDS))
         self._count = 0
         self._before: Thumbnail | None = None
-        self._jump: tuple[int, Thumbnail] | None = None  # a cut that may be a flash; what was before it
+        self._jump: tuple[int, Thumbnail] | None = None  # possible flash; the picture before it
         self._structured: Thumbnail | None = None  # the last picture that was not plain
         self._plain_since: int | None = None
         self._found: list[SceneChange] = []
@@ -144,7 +144,7 @@ class OwnDetector:
         self._jump = None
 
     def _see_plain(self, now: Thumbnail, number: int) -> bool:
-        """Note a picture of one colour, or the end of some. Returns whether it is one."""
+        """Track runs of pictures of one colour. Returns whether this picture is one."""
         seen = now.grey[~now.is_white]
         # of one colour besides white: `scene_distance` cannot judge it
         if not seen.size or float(seen.std()) < FLAT_SCENE:
@@ -159,21 +159,20 @@ class OwnDetector:
         return False
 
     def _end_plain(self, end: int, is_other: bool) -> None:
-        """Plain pictures before `end` are over. is_other: whether another scene follows."""
+        """End a run of one-colour pictures before `end`. is_other: whether another scene follows."""
         begin, self._plain_since = self._plain_since, None
         assert begin is not None
         if is_other or end - begin >= self._plain:
-            # a scene of its own: too short for a clip, as a rule, or black
+            # becomes a scene, which is usually too short for a clip, or black
             self._found += [(begin, begin), (end, end)]
 
 
 class _Dissolves:
-    """Finds where one scene turns into another by mixing them.
+    """Find dissolves, where one scene is mixed into another.
 
-    Two pictures that have nothing in common have less contrast when they are mixed: their variances add up by
-    the squares of their shares, to half of the mean in the middle. And the way from one to the other is half
-    done in the middle of the time. Motion does neither. Only if the pictures at both ends differ by the
-    threshold is there a new scene.
+    Mixing unrelated pictures lowers the contrast: their variances add up with the squares of their shares, so
+    that half of the mean is left in the middle. And the middle picture is half way between the ends. Motion
+    does neither. A new scene begins only if the pictures at both ends differ by the threshold.
     """
 
     def __init__(self, threshold: float, rate: float) -> None:
@@ -187,7 +186,7 @@ class _Dissolves:
         self.found: list[SceneChange] = []  # those of one dissolve overlap
 
     def see(self, now: Thumbnail, number: int, is_break: bool) -> None:
-        """Look at picture `number`. is_break: a cut comes before it, or it has one colour."""
+        """Look at picture `number`. is_break: it follows a cut, or has one colour."""
         self._pictures.append(now)
         self._variances.append(float(now.grey.var()))
         if is_break:
@@ -198,7 +197,7 @@ class _Dissolves:
                 self._look(first, reach)
 
     def _look(self, first: int, reach: int) -> None:
-        """Look whether the last 2 * reach + 1 pictures, from number `first` on, are a dissolve."""
+        """Check whether the last 2 * reach + 1 pictures, from number `first` on, are a dissolve."""
         offset = len(self._pictures) - 2 * reach - 1
         for part, most in DIPS:
             mean = (1 - part) * self._variances[offset] + part * self._variances[-1]
@@ -208,7 +207,7 @@ class _Dissolves:
         way = end.grey - begin.grey
         length = max(float(np.square(way).sum()), 1e-12)
         pictures = (self._pictures[offset + place] for place in range(2 * reach + 1))
-        # of the second scene in each picture
+        # share of the second scene in each picture
         shares = [float(((one.grey - begin.grey) * way).sum()) / length for one in pictures]
         is_even = all(abs(shares[round(2 * reach * part)] - part) <= SHARE_OFF for part, _ in DIPS)
         if not is_even or scene_distance(begin, end, self._threshold) < self._threshold:

@@ -45,7 +45,7 @@ from modules.errors import CacheError, DatasetError, MediaError, OptionError
 from modules.media.buckets import Size
 from modules.paths import is_address
 
-MEDIA, LATENTS, TEXTS = "media", "latents", "texts"  # what there is to check
+MEDIA, LATENTS, TEXTS = "media", "latents", "texts"  # the parts to check
 NO_ITEM = "tables have no item to train on"
 EDITS_NOTHING = "model that takes reference pictures gets none"
 TOKENS_ELSEWHERE = findings.Counters(
@@ -97,11 +97,10 @@ def check_caching(
 ) -> findings.CheckResult:
     """Report what caching would do. Nothing is encoded or written, and no encoder is loaded.
 
-    verify: read all cache files again. parts: MEDIA for what the sources give; those whose records are
-    missing or outdated are decoded. LATENTS for their caches, unless the family was made for another script,
-    without the options of latent caching. TEXTS for caches of captions, and those longer than an encoder
-    reads; without the encoders' files only the captions are checked. validation: share and seed of the
-    training, for tables that do not say theirs.
+    verify: read all cache files again. parts: MEDIA checks the sources; those whose records are missing or
+    outdated are decoded. LATENTS checks their caches; it needs a family made with the options of latent
+    caching. TEXTS checks caches of captions, and captions longer than an encoder reads; without the encoders'
+    files only the captions. validation: share and seed for tables that do not give their own.
     """
     media, latents, texts = (part in parts for part in (MEDIA, LATENTS, TEXTS))
     counters = findings.load_counters(family.text_encoders) if texts else findings.NO_COUNTERS
@@ -149,13 +148,13 @@ def check_caching(
     return findings.CheckResult(head, tuple(tables), tail, counters)
 
 
-Encoders = list[tuple[TextEncoder, dict[str, str]]]  # with what identifies each
+Encoders = list[tuple[TextEncoder, dict[str, str]]]  # each encoder with its identity
 
 
 def _identify(
     family: Caches, latents: bool, texts: bool
 ) -> tuple[Mapping[str, str], Encoders, Sequence[str]]:
-    """Return what identifies the media encoders, if caches are compared; the text encoders; lines of both."""
+    """Return the media encoders' identity (empty if not needed), the text encoders, and lines about both."""
     identity: Mapping[str, str] = {}
     encoders: Encoders = []
     files: list[str] = []
@@ -166,7 +165,7 @@ def _identify(
     except OptionError as error:
         files.append(f"caches are not compared: {error}")
     if texts:
-        with contextlib.suppress(OptionError):  # an encoder was not given: `Counters` says which
+        with contextlib.suppress(OptionError):  # an encoder is missing: `Counters` says which
             encoders = [(encoder, dict(encoder.identity)) for encoder in family.text_encoders()]
         files += [line for _, one in encoders for line in describe_identity(one)]
     return identity, encoders, files
@@ -175,7 +174,7 @@ def _identify(
 def _check_media(
     found: findings.TableFindings, family: Caches, recipe: Recipe, workers: int, with_latents: bool
 ) -> None:
-    """Compare the sources of a table with the model, with their caches, and with each other."""
+    """Compare the sources of a table with the model, their caches, and each other."""
     table = found.table
     try:
         check_resolution(table, recipe.latent.pixel_step)
@@ -216,8 +215,8 @@ def check_training(
     """Report the caches that a training run would see; every cache file is read and verified.
 
     accumulation, processes: their product is the number of batches per optimizer step. files: lines about the
-    checkpoints that the caller recognised. text_keys: keys of a complete text cache. sound: of a family that
-    hears.
+    checkpoints that the caller recognised. text_keys: keys of a complete text cache. sound: spec of a family
+    that learns sound.
     """
     cached = find_items(config, cache_tag, latent, text_keys, sound=sound)
     encoders = SameEncoders(commands)
@@ -249,7 +248,7 @@ def check_training(
 
 
 def _check_sources(found: findings.TableFindings, recipe: Recipe, workers: int) -> list[SourcePlan]:
-    """Compare the sources with their caches; decode those with too few known facts. Returns their plans."""
+    """Compare sources with their caches, decoding those without recorded facts. Returns their plans."""
     table = found.table
     existing = {table.index: LatentNames(recipe.stores.of(table), recipe.tag, table.kind)}
     looked, unreadable = plan_all(found.sources, existing, recipe, workers)
@@ -282,7 +281,7 @@ def _check_sources(found: findings.TableFindings, recipe: Recipe, workers: int) 
         if isinstance(sizes, Failure):
             found.faults.append(Fault("cannot be read", str(sizes), sizes.stem))
             continue
-        # those of a batch have to be equal
+        # items of a batch must be equal
         sides = tuple(itertools.chain(*sizes)) if table.batch_size > 1 else ()
         for item in plan.items:
             found.add_items([plan.source.stem], (*item, *sides))
@@ -315,7 +314,7 @@ def _check_caches(
     latent: LatentSpec,
     encoders: SameEncoders,
 ) -> None:
-    """Read every item of a table; add why some cannot be trained on."""
+    """Read every cached item of a table; add a fault for each that cannot be trained on."""
     folder = found.table.cache_directory
     for kind, paths in (
         ("text caches are missing", (*cached.missing_text, *cached.missing_empty)),
@@ -351,8 +350,8 @@ def _compare_sources(
     counters: findings.Counters,
     hears: bool,
 ) -> None:
-    """Add remarks about sources without a cache, a caption or cached sound, if they exist: they are not
-    needed.
+    """Add remarks about sources without a cache, a caption or cached sound, if the sources are there at
+    all: training does not need them.
     """
     if any(map(is_address, found.table.tars or ())):  # listing them would download them
         found.caches.append("its sources are not checked: they are in tars at addresses")

@@ -1,7 +1,7 @@
-"""List each file of a dataset for programs: how it is fitted, its caption, and whether its caches still hold.
+"""List each file of a dataset for programs: how it is fitted, its caption, and whether its caches are valid.
 
-No model is asked: caches are compared with what their own records say of the encoders. So what a record can
-tell is told, but not whether another VAE is meant now; that is what --check of the caching scripts compares.
+No model is read: caches are compared with the encoders named in their own records. Whether another VAE is
+chosen now is not known here; --check of the caching scripts compares that.
 """
 
 import contextlib
@@ -29,9 +29,9 @@ from modules.paths import hide_secrets
 
 VALID, STALE, MISSING, UNKNOWN = "valid", "stale", "missing", "unknown"
 MEDIA, TEXT = "media", "text"
-FIRST = 64  # caches that are searched for a record
+FIRST = 64  # how many caches are searched for a record
 _TAG = re.compile(r"_(?:\d+x\d+_([a-z0-9]+)|([a-z0-9]+)_te(?:\.caption\d+)?)\.safetensors$")
-State = tuple[str, str]  # one of the words above, and why
+State = tuple[str, str]  # (one of the words above, reason)
 States = dict[str, dict[str, State]]  # by the tag of a model, then MEDIA and TEXT
 
 
@@ -48,7 +48,7 @@ def list_files(
             fit, text = look.fit, None
             used = [] if source.caption is None else [source.caption, *source.more_captions]
             if source.caption_path is not None:
-                with contextlib.suppress(DatasetError):  # told as a fault
+                with contextlib.suppress(DatasetError):  # reported as a fault
                     text = read_caption(source.caption_path)
             files.append(
                 {
@@ -61,7 +61,7 @@ def list_files(
                     "caption_file": None if source.caption_path is None else str(source.caption_path),
                     "caption_list": None if source.caption_path is not None else str(source.table.source),
                     "text": text,  # of the file
-                    "captions": [] if used == [text] else used,  # as they are trained
+                    "captions": [] if used == [text] else used,  # captions as training uses them
                     "size": look.size,
                     "frames": look.frames,
                     "fps": look.fps and round(look.fps, 3),
@@ -80,7 +80,7 @@ def list_files(
 
 
 def _list_parts(source: MediaSource) -> list[Numbers]:
-    """Return the media of a source, its control media and its mask: paths, and where they are held."""
+    """Return the files of a source (media, control media, mask): paths, and the archive or address."""
     parts = []
     for path, origin in zip(
         (path for path, _ in source.parts) if source.tensors is None else (source.path,),
@@ -99,7 +99,7 @@ def _list_parts(source: MediaSource) -> list[Numbers]:
 
 
 def _compare_caches(found: TableFindings, fps: float, latent: LatentSpec, workers: int) -> dict[str, States]:
-    """Return by stem how the caches of a table's sources stand, for each model that there are any of."""
+    """Return the states of a table's caches by stem and model, for all models that have caches."""
     states: dict[str, States] = {source.stem: {} for source in found.sources}
     try:
         stores = Stores(skip_existing=True)
@@ -135,7 +135,7 @@ def _compare_media(
             record = latent_record(store.read(name, is_whole=False))
         if record is not None:
             break
-    # in how many sections a model cuts a length is seen by the files of its items
+    # the number of sections into which a model cuts a length shows in the files of its items
     of_items = Counter(
         (stem, name.span) for _, stem, name in listed if name.span is not None and name.section is not None
     )
@@ -208,6 +208,6 @@ def _compare_texts(
     states: dict[str, State] = {}
     for source in sources:
         for number in range(1 + len(source.more_captions)):
-            if states.get(source.stem, (VALID,))[0] == VALID:  # the first that is not tells
+            if states.get(source.stem, (VALID,))[0] == VALID:  # the first that is not valid decides
                 states[source.stem] = of_names.get(text_file_name(source.stem, tag, number), (VALID, ""))
     return states

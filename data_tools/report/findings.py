@@ -1,4 +1,4 @@
-"""Collect what is found in each table: totals, faults, remarks; captions and files without a use."""
+"""Collect the findings of each table: totals, faults, remarks, captions, unused files."""
 
 import contextlib
 import math
@@ -29,7 +29,7 @@ from modules.text_encodings import EncodingGuess
 from modules.text_files import bad_character, read_content
 
 BACKUP = ".bak"  # behind the name of a caption that is rewritten
-LISTED = 50  # at most so many lines of one kind
+LISTED = 50  # most lines of one kind
 UNUSABLE = "tables cannot be used"
 NO_CAPTION = "have no caption"
 
@@ -41,21 +41,21 @@ class TableFindings:
     table: DatasetTable
     title: str = ""  # "data.toml, [[datasets]] 1 (clips): 3 videos, 6 items"
     sources: Sequence[MediaSource] = ()
-    # items by (width, height), (width, height, frames), or with the width and height of each reference behind
+    # items by (width, height), (width, height, frames), or these followed by the size of each reference
     buckets: Counter[tuple[int, ...]] = field(default_factory=Counter)
-    held: Counter[tuple[int, ...]] = field(default_factory=Counter)  # those of them that are for validation
+    held: Counter[tuple[int, ...]] = field(default_factory=Counter)  # those for validation
     places: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)  # source and bucket of each item
-    faults: list[Fault] = field(default_factory=list)  # must be mended
-    remarks: list[Fault] = field(default_factory=list)  # left out, or cut off: good to know
+    faults: list[Fault] = field(default_factory=list)  # must be corrected
+    remarks: list[Fault] = field(default_factory=list)  # left out or cut off: worth knowing
     caches: list[str] = field(default_factory=list)  # lines about its cache files
-    times: float = 1.0  # how often its repeats come: regularisation images are as many as the others
-    looks: list[Look] = field(default_factory=list)  # at its sources, if they were measured
+    times: float = 1.0  # factor of its repeats: regularisation images balance the others
+    looks: list[Look] = field(default_factory=list)  # of its sources, if they were measured
 
     def unusable(self, error: DatasetError) -> None:
         self.faults.append(Fault(UNUSABLE, str(error)))
 
     def told(self, name: str, with_kind: bool = False) -> dict[str | None, list[str]]:
-        """Return the texts of `faults` or `remarks` by the stem of their source. with_kind: behind kinds."""
+        """Return the texts of `faults` or `remarks` by the stem of their source. with_kind: add kinds."""
         found: dict[str | None, list[str]] = {}
         for one in getattr(self, name):
             text = f"{one.kind}: {one.text}" if with_kind and not one.kind.startswith("give no") else one.text
@@ -81,7 +81,7 @@ class TableFindings:
         return rows
 
     def lines(self) -> list[str]:
-        """Return all of it as lines to print."""
+        """Return all findings as lines to print."""
         size, repeats = self.table.batch_size, self.table.num_repeats * self.times
         times = str(int(repeats)) if repeats == int(repeats) else f"{repeats:.1f}"
         lines = []
@@ -102,7 +102,7 @@ def references_in_words(bucket: tuple[int, ...]) -> str:
 
 @dataclass(frozen=True)
 class Counters:
-    """How the text encoders count tokens, and why some cannot."""
+    """Token counters of the text encoders, and lines about those that are missing."""
 
     by_name: tuple[tuple[str, CountTokens], ...] = ()
     missing: tuple[str, ...] = ()  # lines
@@ -152,7 +152,7 @@ class CheckResult:
 
 @dataclass(frozen=True)
 class _PlacedItem:
-    """An item by its table and source, for `split_validation`."""
+    """Table and source of an item, for `split_validation`."""
 
     table: DatasetTable
     source_stem: str
@@ -160,7 +160,7 @@ class _PlacedItem:
 
 
 def hold_back(tables: Sequence[TableFindings], share: float, seed: int) -> None:
-    """Fill `held` as a training splits. share, seed: for tables that do not say theirs."""
+    """Fill `held` with the split of a training. share, seed: for tables that do not give their own."""
     places = [_PlacedItem(found.table, stem, bucket) for found in tables for stem, bucket in found.places]
     by_index = {found.table.index: found for found in tables}
     for place in split_validation(places, share, seed)[1]:
@@ -168,7 +168,7 @@ def hold_back(tables: Sequence[TableFindings], share: float, seed: int) -> None:
 
 
 def balance(tables: Sequence[TableFindings]) -> None:
-    """Set how often the regularisation images of each dataset come. tables: all of a configuration."""
+    """Set `times` for the regularisation images of each dataset. tables: all of a configuration."""
     learned, raw = Counter[int](), Counter[int]()
     for found in tables:
         counts = raw if found.table.is_reg else learned
@@ -182,7 +182,7 @@ def balance(tables: Sequence[TableFindings]) -> None:
 def count_batches(tables: Iterable[TableFindings]) -> int:
     """Return the batches of an epoch, without those of validation. Subsets of a dataset share them.
 
-    With regularisation images it may differ by a few, as these are taken to be spread over their sizes.
+    With regularisation images it may differ by a few: they are assumed to be spread evenly over sizes.
     """
     counts: dict[tuple[int, ...], float] = {}
     sizes: dict[tuple[int, ...], int] = {}
@@ -202,7 +202,7 @@ def indent(lines: Iterable[str]) -> list[str]:
 def find_table(config: DatasetConfig, table: DatasetTable) -> TableFindings:
     """List the sources of a table with all faults of the listing, and the files beside them.
 
-    Remarks tell which of those look as if they were meant to be used.
+    Remarks name unused files that look as if they were meant to be used.
     """
     found = TableFindings(table)
     try:
@@ -210,7 +210,7 @@ def find_table(config: DatasetConfig, table: DatasetTable) -> TableFindings:
     except DatasetError as error:
         found.unusable(error)
         return found
-    with contextlib.suppress(DatasetError):  # the listing says so
+    with contextlib.suppress(DatasetError):  # the listing has reported it
         found.remarks += find_unread(table)
     counts = count_references(found.sources) if table.references is not None else []
     if counts:
@@ -239,7 +239,7 @@ def count_references(sources: Iterable[MediaSource]) -> list[tuple[int, int]]:
 
 
 def load_counters(text_encoders: Callable[[], Sequence[TextEncoder]]) -> Counters:
-    """Load the tokenizers that are here. No encoder is loaded and nothing is downloaded."""
+    """Load the tokenizers that are on this machine; no encoder is loaded, nothing is downloaded."""
     found, missing = [], []
     try:
         encoders = text_encoders()
@@ -279,7 +279,7 @@ def check_captions(found: TableFindings, counters: Counters = NO_COUNTERS) -> No
 
 
 def is_unread(source: MediaSource) -> bool:
-    """Return whether the caption is there but could not be read: the listing has reported that."""
+    """Return whether a caption file exists but could not be read; the listing has reported it."""
     return source.caption_path is not None and path_exists(source.caption_path)
 
 

@@ -1,4 +1,4 @@
-"""Read a source once, as caching does: numbers, measures of its frames, drawings of it and its references."""
+"""Read a source once, as caching does: facts, measures of its frames, drawings of it and its references."""
 # Letters: H, W height and width of a frame
 
 import contextlib
@@ -39,43 +39,43 @@ from modules.media.measures import (
 from modules.media.reading import Frame, read_image, video_info
 from modules.pages.page import embed_picture
 
-MOST_FRAMES = 12  # of a clip that are measured or shown
+MOST_FRAMES = 12  # frames of a clip that are measured or shown
 GAP = 4  # pixels between frames
 EDGE = np.array((255, 140, 0), np.uint8)  # of the part that is kept
-SHADE = 0.3  # brightness of what is cut off
+SHADE = 0.3  # brightness of the part that is cut off
 SMALL = 150  # longer side in a group of copies
-COLOUR_SIDE = 4  # of the small pictures that tell copies from pictures of one shape and other colours
+COLOUR_SIDE = 4  # side of the small pictures that tell copies from pictures of equal shapes in other colours
 DIGITS = 4  # of measures
 
 
 @dataclass(frozen=True)
 class StripSize:
-    """How large a page shows sources, in pixels."""
+    """Sizes of drawings on a page, in pixels."""
 
     clip_height: int
     picture_height: int
-    width: int  # of all frames of a clip side by side
-    quality: int  # of JPEG
+    width: int  # total width of a clip's frames, side by side
+    quality: int  # JPEG quality
 
 
 @dataclass(frozen=True, slots=True)
 class Measures:
-    """Measures of the used frames of a source. Of a clip, the mean over some frames."""
+    """Measures of the used frames of a source; for a clip, means over some frames."""
 
     brightness: float  # 0..1
-    motion: float  # 0..1; 0 of a picture
+    motion: float  # 0..1; 0 for a picture
     sharpness: float  # the median over the frames
-    is_black: bool  # all frames are
+    is_black: bool  # all frames are black
     is_static: bool  # a clip in which nothing moves, and which is not black
-    is_blurred: bool  # most frames are
+    is_blurred: bool  # most frames are blurred
     is_flat: bool  # all frames have one colour, so that their hash says nothing
-    hashes: tuple[int, ...]  # one of a picture, four of a clip
+    hashes: tuple[int, ...]  # one for a picture, four for a clip
     colours: bytes  # the same frames as 4 x 4 RGB, one after the other
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What reading a source tells. Whatever could not be read is None or empty; there may be a million."""
+    """Facts from reading a source; unreadable ones are None or empty. Kept small: there may be a million."""
 
     fit: Fit | None = None  # how a frame of `size` becomes what the model sees
     size: tuple[int, int] | None = None  # width, height
@@ -84,13 +84,13 @@ class Look:
     frames: int | None = None  # in the file, as its header says
     used: int = 0  # frames that are used at the model's rate, as far as they are needed
     lengths: tuple[tuple[int, int], ...] = ()  # frames of an item, how many such items
-    short: str | None = None  # for which target_frames it is too short
-    none: str | None = None  # why it gives no item although it can be read
+    short: str | None = None  # the target_frames for which it is too short
+    none: str | None = None  # why it gives no item, though it can be read
     problem: str | None = None  # why it cannot be read
     rate_remark: str | None = None  # if the table's source_fps does not fit the file's rate
     measures: Measures | None = None
     heard: Heard | None = None  # the sound of a clip; None: not looked for
-    # only of what a page shows
+    # only for sources that a page shows
     spans: tuple[Span, ...] = ()
     strip: Markup | None = None
     small: Markup | None = None
@@ -173,7 +173,7 @@ def show(source: MediaSource, fps: float, latent: LatentSpec, shown: StripSize, 
 
 
 def read_header(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
-    """Return the facts in the header of a source; a clip whose header has no number of frames is decoded."""
+    """Return the facts in the header of a source; decode a clip whose header has no frame count."""
     try:
         with fetch(source) as here:
             plan = plan_source(here, fps, latent.pixel_step, latent.frame_step)
@@ -201,11 +201,11 @@ def _listen(source: MediaSource, fps: float) -> Heard | None:
 def _look_over(
     source: MediaSource, fps: float, latent: LatentSpec, take: Callable[[Frame], None]
 ) -> dict[str, Any]:
-    """Hand each used frame of a source to `take`, at its own size; return what was found, for `Look`."""
+    """Pass each used frame of a source to `take`, at its own size; return fields for `Look`."""
     found: dict[str, Any] = {"used": 0, "spans": ()}
     table = source.table
     try:
-        if source.tensors is not None:  # its clip, which need not be there, is not read
+        if source.tensors is not None:  # the clip itself is not read and may be missing
             given = measure_source(source, latent)
             spans = (whole_span(given, latent.frame_step),)
             found |= {"size": given.size, "fit": fit_cover(given.size, given.size), "spans": spans}
@@ -227,7 +227,7 @@ def _look_over(
 def _read_frames(
     source: MediaSource, fps: float, latent: LatentSpec, take: Callable[[Frame], None], found: dict[str, Any]
 ) -> None:
-    """Hand the frames of a source on disk to `take`; add facts found on the way to `found`."""
+    """Pass the frames of a source on disk to `take`; add the facts to `found`."""
     found["bytes"] = _size_bytes(source)
     if source.table.holds == "video":
         info = video_info(source.path)
@@ -255,10 +255,10 @@ def _size_bytes(source: MediaSource) -> int | None:
 
 
 class EvenFrames:
-    """Evenly spaced frames of a stream of unknown length, from its first on; at most 2 * MOST_FRAMES."""
+    """Collect at most 2 * MOST_FRAMES evenly spaced frames of a stream of unknown length."""
 
     def __init__(self, reduce: Callable[[Frame], Frame]) -> None:
-        """reduce: turns a frame into its kept form; only called for kept ones."""
+        """reduce: makes the kept form of a frame; called only for frames to keep."""
         self.frames: list[Frame] = []
         self._count = 0
         self._reduce = reduce
@@ -279,7 +279,7 @@ def choose_evenly(frames: Sequence[Frame], most: int) -> list[Frame]:
 
 
 def draw_crop(frame: Frame, fit: Fit) -> Frame:
-    """Return a copy of a frame (H W 3, of any scale) with the part that is cut off dark, behind a line."""
+    """Return a copy of a frame (H W 3, of any scale) whose cropped part is dark, outside of a line."""
     height, width = frame.shape[:2]
     left, top = fit.crop[0] / fit.resized[0] * width, fit.crop[1] / fit.resized[1] * height
     right = left + fit.bucket[0] / fit.resized[0] * width
@@ -293,7 +293,7 @@ def draw_crop(frame: Frame, fit: Fit) -> Frame:
 
 
 def _measure_frames(frames: Sequence[Frame], is_clip: bool) -> Measures:
-    """Return the measures of a picture, or of frames of a clip, all of one size."""
+    """Return the measures of a picture or a clip from its frames, all of one size."""
     black = all(map(is_black, frames))
     flat, sharp = [is_flat(frame) for frame in frames], [sharpness(frame) for frame in frames]
     blurred = sum(not one and value < BLURRED for one, value in zip(flat, sharp, strict=True))
@@ -322,14 +322,14 @@ class ShownReference:
 
     name: str
     picture: Markup | None = None
-    text: str = ""  # its size and what becomes of it, or why it cannot be used
+    text: str = ""  # its size and how it is resized, or why it cannot be used
     is_bad: bool = False
 
 
 def show_references(source: MediaSource, image: Fit | None, shown: StripSize) -> Sequence[ShownReference]:
-    """Read the control images of an image; none of clips. image: how that is fitted; None: it is unreadable.
+    """Draw the control images of an image; () for clips. image: fit of the image; None: it is unreadable.
 
-    shown: the height of a picture is used.
+    shown: its picture_height is used.
     """
     if source.table.kind == "video" or not source.control:
         return ()

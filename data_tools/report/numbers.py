@@ -1,4 +1,4 @@
-"""All numbers of the report as one JSON object; the page shows the same ones."""
+"""Collect all numbers of the report as one JSON object, which the page shows too."""
 
 import math
 import re
@@ -51,7 +51,7 @@ def collect_numbers(
 ) -> Numbers:
     """Return the report as JSON values.
 
-    tables: measured. copies: groups of files that are nearly the same. decodes: False if only headers were
+    tables: measured. copies: groups of near duplicates. decodes: False if only headers were
     read.
     """
     epoch = sum(map(_items_per_epoch, tables))
@@ -78,7 +78,7 @@ def collect_numbers(
             for (width, height, frames), items in sorted(sizes.items())
         ],
         "broken": _with_reason(tables, "problem"),
-        # those of files and captions have their own lists
+        # faults of files and captions have their own lists
         "faults": _told(tables, "faults", lambda fault: fault.kind not in (CANNOT_BE_READ, NO_CAPTION)),
         # about files that no source uses
         "remarks": _told(tables, "remarks", lambda fault: fault.stem is None),
@@ -122,7 +122,7 @@ def _told(tables: Sequence[TableFindings], name: str, is_listed: Callable[[Fault
 
 
 def count_fits(found: TableFindings) -> dict[Size, Counter[Fit]]:
-    """Return by bucket how the sources that give items are resized and cropped to it."""
+    """Count for each bucket how the sources that give items are resized and cropped to it."""
     fits: dict[Size, Counter[Fit]] = {}
     for look in found.looks:
         if look.lengths and look.fit is not None:
@@ -164,7 +164,7 @@ def _count_table(found: TableFindings, epoch: int) -> Numbers:
             }
             for key, items, batches, last in rows
         ],
-        # how many items have how many control images or clips; nothing if none has any
+        # numbers of control images or clips, and how many items have so many; empty if there are none
         "control": [{"files": number, "count": count} for number, count in count_references(found.sources)],
         "captions": count_captions(found.sources),
         **_distributions(found.looks),
@@ -222,8 +222,8 @@ def summarise(values: Sequence[float]) -> Numbers | None:
 def count_bins(values: Sequence[float]) -> list[Numbers]:
     """Return a histogram: `from` (included), `to` (not included but in the last bin) and `count` of each bin.
 
-    All bins are equally wide, 1, 2 or 5 times a power of ten, and there are at most about 16. A few far
-    larger values share the last bin, so that they do not squeeze all others into one.
+    All bins have one width (1, 2 or 5 times a power of ten), and there are at most about 16. A few far larger
+    values share the last bin, so that they do not squeeze the others into one.
     """
     if not len(values):
         return []
@@ -240,7 +240,7 @@ def count_bins(values: Sequence[float]) -> list[Numbers]:
     count = math.floor((end - start) / width + 1e-9) + 1
     count += high >= start + count * width  # the last bin takes what is far larger
     edges = [*(start + index * width for index in range(count)), max(high, start + count * width)]
-    # a little is added: rounding must move no value into the bin before its own
+    # a little is added, so that rounding moves no value into an earlier bin
     sums, _ = np.histogram(np.minimum(numbers + 1e-9 * width, edges[-1]), edges)
     return [
         {"from": _plain(edge), "to": _plain(top), "count": int(number)}
@@ -254,14 +254,14 @@ def _plain(value: float) -> float | int:
 
 
 def count_captions(sources: Iterable[MediaSource]) -> Numbers:
-    """Return what captions hold, with the additions of their tables: lengths, words, and repeated texts."""
+    """Return statistics of captions, including prefixes and the like: lengths, words, repeated texts."""
     words: Counter[str] = Counter()
     holders: Counter[str] = Counter()  # in how many captions a word occurs
     counts: list[tuple[int, int]] = []  # words and characters of each caption that is not empty
     paths: dict[str, dict[Path, str]] = {}  # text -> paths by absolute path: each file once
     without: dict[str, list[str]] = {"empty": [], "missing": [], "unreadable": []}
     triggers: Counter[str] = Counter()  # captions of tables with that trigger word
-    present: Counter[str] = Counter()  # and those of them that hold it
+    present: Counter[str] = Counter()  # those that hold the trigger word
     for source in sources:
         path, trigger = str(source.path), source.table.trigger_word
         if source.caption is None:

@@ -44,7 +44,7 @@ FILTERS = (
     ("blurred", "blurred"),
     ("cut", "a fifth or more cut off"),
 )
-# a part of a caption, the encoders that do not read it, and whether none reads it
+# (part of a caption, the encoders that do not read it, whether no encoder reads it)
 CaptionPart = tuple[str, tuple[str, ...], bool]
 
 
@@ -59,9 +59,9 @@ class Card:
     remarks: Sequence[str]
     counts: Sequence[tuple[str, TokenCount]]
     texts: Sequence[Sequence[CaptionPart]]  # the captions as each group of encoders reads them
-    windows: Sequence[tuple[int, Sequence[tuple[float, float]], int]]  # length, (start, width) in %, how many
+    windows: Sequence[tuple[int, Sequence[tuple[float, float]], int]]  # of `_windows`
     marks: Sequence[str]  # classes by which the page filters
-    references: Sequence[ShownReference]  # of an image; none of clips
+    references: Sequence[ShownReference]  # of an image; empty for clips
 
 
 def write_check_page(
@@ -76,7 +76,7 @@ def write_check_page(
 ) -> None:
     """Write the page of a check: at most `most` files, each read once, in `workers` threads.
 
-    hears: whether the model learns sound. Raises OutputError if the page cannot be written.
+    hears: the model learns sound. Raises OutputError if the page cannot be written.
     """
     cards = _make_cards(result.tables, result.counters, latent, fps, most, workers, CHECK_STRIP, hears=hears)
     files = sum(len(found.sources) for found in result.tables)
@@ -152,9 +152,9 @@ def _make_cards(
     copies: frozenset[str] | set[str] = frozenset(),
     hears: bool = False,
 ) -> list[Card]:
-    """Read at most `most` files once more and return their cards, in the order of their tables.
+    """Read at most `most` files again and return their cards, in the order of their tables.
 
-    hears: with the sound of clips.
+    hears: draw the sound of clips.
     """
     chosen = choose_sources(tables, most)
     pairs = [(found, place) for found, places in zip(tables, chosen, strict=True) for place in places]
@@ -166,7 +166,7 @@ def _make_cards(
         look = show(source, fps, latent, shown, hears)
         paths = {str(path) for path in (source.path, source.caption_path)}
         faults, remarks = (
-            # that a caption is empty is a path alone: the card shows it
+            # empty captions are reported by path only: the card shows them
             [text for text in texts.get(source.stem, []) if text not in paths]
             for texts in told[found.table.index]
         )
@@ -194,15 +194,15 @@ def _make_cards(
     cards = []
     bar = Bar(len(pairs), "Reading pictures", "file")
     for _, card in read_ahead(pairs, lambda pair: pair[0].sources[pair[1]], work, workers, bar):
-        assert not isinstance(card, Failure)  # what cannot be read is told on the card
+        assert not isinstance(card, Failure)  # the card shows what cannot be read
         cards.append(card)
     return cards
 
 
 def choose_sources(tables: Sequence[TableFindings], most: int) -> list[list[int]]:
-    """Choose at most `most` sources: those with faults, those with remarks, then evenly from the others.
+    """Choose at most `most` sources: first with faults, then with remarks, then others, each evenly spaced.
 
-    Returns the places of each table's sources in this order.
+    Returns for each table the indices of its sources in this order.
     """
     ranked: list[list[tuple[int, int]]] = [[], [], []]  # table and place of: faults, remarks, all others
     for index, found in enumerate(tables):
@@ -221,7 +221,7 @@ def choose_sources(tables: Sequence[TableFindings], most: int) -> list[list[int]
 
 
 def caption_segments(caption: str, counts: Sequence[tuple[str, TokenCount]]) -> list[list[CaptionPart]]:
-    """Split a caption where encoders stop reading. Encoders that read the same text share one entry."""
+    """Split a caption where encoders stop reading; encoders that read the same text share an entry."""
     if not counts:
         return [[(_shorten(caption, MOST_CHARACTERS), (), False)]]
     by_text: dict[str, list[tuple[str, TokenCount]]] = {}
@@ -245,7 +245,7 @@ def _shorten(text: str, most: int) -> str:
 
 
 def _windows(look: Look) -> list[tuple[int, list[tuple[float, float]], int]]:
-    """Return the spans of each length, as parts of the frames that are used, in percent."""
+    """Return (length, [(start, width)], count) of the spans, in percent of the used frames."""
     by_length: dict[int, list[tuple[float, float]]] = {}
     for start, length in look.spans:
         place = (100 * start / max(look.used, 1), 100 * length / max(look.used, 1))
@@ -270,9 +270,9 @@ def _describe(table: DatasetTable) -> str:
 
 
 def _draw_table(table: Numbers, found: TableFindings) -> tuple[list[Numbers], int]:
-    """Return drawings of what the buckets of most items cut off, and how many sizes are not drawn.
+    """Draw what the largest buckets cut off; returns the drawings, and the number of sizes not drawn.
 
-    A drawing has the outlines of sources around what a bucket keeps of them: the most frequent, of very many.
+    A drawing shows the most frequent outlines of sources around the part that the bucket keeps.
     """
     by_size: dict[Size, list[Numbers]] = {}
     for bucket in table["buckets"]:
@@ -282,7 +282,7 @@ def _draw_table(table: Numbers, found: TableFindings) -> tuple[list[Numbers], in
     for size in (one for one in by_size if one in most):
         fits = fits_of[size]
         frequent = fits.most_common(MOST_OUTLINES)
-        # where the edges of the whole source lie, if the bucket's corner is 0, 0
+        # edges of the whole source relative to the bucket's corner
         boxes = [(-fit.crop[0], -fit.crop[1], *fit.resized, count) for fit, count in frequent]
         left, top = min(x for x, *_ in boxes), min(y for _, y, *_ in boxes)
         width = max(x + w for x, _, w, *_ in boxes) - left
@@ -294,7 +294,7 @@ def _draw_table(table: Numbers, found: TableFindings) -> tuple[list[Numbers], in
                 "rows": by_size[size],  # the buckets of this size
                 "view": f"{left - pad:g} {top - pad:g} {width + 2 * pad:g} {height + 2 * pad:g}",
                 "text": f"{size[0]} x {size[1]}: {text}",
-                "boxes": boxes,  # x, y, width and height of an outline, how many files
+                "boxes": boxes,  # x, y, width and height of an outline, number of files
             }
         )
     return drawings, len(by_size) - len(drawings)

@@ -36,8 +36,8 @@ from modules.paths import hide_secrets, is_address
 logger = logging.getLogger(__name__)
 
 NAMED = 10  # faults of one kind in the log
-# channels of the latents and the pixels of each, by --pixel_step and --frame_step: those of Wan2.2 TI2V-5B
-# and LTX-2; USUAL of all others
+# latent channels and strides by (--pixel_step, --frame_step): Wan2.2 TI2V-5B and LTX-2; USUAL for all
+# others
 LATENTS: Mapping[tuple[int, int], tuple[int, tuple[int, int, int]]] = {
     (32, 4): (48, (4, 16, 16)),
     (32, 8): (128, (8, 32, 32)),
@@ -95,7 +95,7 @@ def _measure_table(
         return found
     check_captions(found)
     found.remarks += find_other_lengths(found.sources, options.fps)
-    # a card shows the text alone
+    # a card shows only the text
     found.remarks += [replace(one, text=f"{one.text} ({one.kind})") for one in find_colours(found.sources)]
     try:
         check_resolution(table, latent.pixel_step)
@@ -107,7 +107,7 @@ def _measure_table(
         remote = (path for path, origin in source.parts if isinstance(origin, Remote))
         if options.no_download and not all(path.exists() for path in remote):
             raise MediaError("not downloaded yet; caching does that")
-        # of given tensors the header is all that is read
+        # for given tensors only the header is read
         read = measure if decodes or source.tensors is not None else read_header
         return read(source, options.fps, latent)
 
@@ -121,7 +121,7 @@ def _measure_table(
             line = look.problem if str(source.path) in look.problem else f"{source.path}: {look.problem}"
             found.faults.append(Fault(CANNOT_BE_READ, line, source.stem))
             continue
-        assert look.fit is not None  # what can be read has a size
+        assert look.fit is not None  # readable sources have a size
         for length, count in look.lengths:
             key = look.fit.bucket if table.kind == "image" else (*look.fit.bucket, length)
             found.buckets[key] += count
@@ -136,9 +136,9 @@ def _measure_table(
 
 
 def _find_copies(tables: Sequence[TableFindings], kind: str) -> list[list[Path]]:
-    """Return groups of files of a kind that are nearly the same, and add a remark to each file of a group.
+    """Return groups of near duplicates among files of a kind, and add a remark to each file of a group.
 
-    A file of several tables counts once; one of them may name it by a relative path.
+    A file that several tables name, by absolute or relative paths, counts once.
     """
     places: dict[Path, tuple[Path, Measures]] = {}
     own = [found for found in tables if found.table.kind == kind]
@@ -146,7 +146,7 @@ def _find_copies(tables: Sequence[TableFindings], kind: str) -> list[list[Path]]
         for source, look in zip(found.sources, found.looks, strict=False):
             if look.measures is not None:
                 places.setdefault(source.path.absolute(), (source.path, look.measures))
-    by_length: dict[int, list[tuple[Path, Measures]]] = {}  # clips of one frame have one hash
+    by_length: dict[int, list[tuple[Path, Measures]]] = {}  # clips of a single frame have one hash
     for path, measures in sorted(places.values(), key=lambda one: str(one[0])):
         by_length.setdefault(len(measures.hashes), []).append((path, measures))
     groups = [
@@ -170,8 +170,8 @@ def _find_copies(tables: Sequence[TableFindings], kind: str) -> list[list[Path]]
 # --- copies
 # ------------------------------------------------------------------------------------------------------------
 
-# A hash tells shapes; of pictures with few shapes, colours tell more. Those of copies differ by a brightness,
-# a contrast, and little else: of twenty photographs (JPEG 20, a quarter of the size, 30 brighter or darker,
+# Hashes compare shapes; colours tell more for pictures with few shapes. Copies differ in brightness,
+# contrast, and little else: of twenty photographs (JPEG 20, a quarter of the size, 30 brighter or darker,
 # times 0.7, gamma 0.8) by at most 0.2 of the range, a factor of 0.65, and 0.06 in the worst cell of 4 x 4.
 SAME_COLOURS, MOST_SHIFT, LEAST_GAIN = 0.06, 0.25, 0.6
 SAME_FLAT = 0.02  # of one colour, all counts
@@ -184,13 +184,13 @@ Indices = NDArray[np.int64]
 
 
 def group_copies(measures: Sequence[Measures]) -> list[list[int]]:
-    """Return groups of two or more places in `measures` that are nearly the same, in order.
+    """Return groups of two or more indices of `measures` that are near duplicates, in order.
 
-    All have hashes of equally many frames. Two belong together if the hashes differ in at most NEAR bits on
-    average and the colours fit; so do those of a chain of pairs. Black ones are left out: they look the same
-    without being copies.
+    All have hashes of equally many frames. Two match if the hashes differ in at most NEAR bits on average and
+    the colours fit; groups join chains of matches. Black ones are left out: they look the same without being
+    copies.
     """
-    by_key: dict[object, list[int]] = {}  # a thousand copies of a file are compared once
+    by_key: dict[object, list[int]] = {}  # exact copies are compared once
     for place, one in enumerate(measures):
         if not one.is_black:
             by_key.setdefault((one.hashes, one.colours, one.is_flat), []).append(place)
@@ -201,7 +201,7 @@ def group_copies(measures: Sequence[Measures]) -> list[list[int]]:
     small = np.frombuffer(b"".join(one.colours for one in first), np.uint8)
     is_flat = np.array([one.is_flat for one in first])
     colours = small.reshape(len(first), len(first[0].hashes), -1), is_flat
-    # a bit is -1 or 1, so that a product of two rows is how many bits agree less how many differ
+    # bits become -1 or 1: a product of two rows is the number of equal bits minus that of different ones
     bits = np.unpackbits(np.array([one.hashes for one in first], np.uint64).view(np.uint8), axis=1)
     signs = bits.astype(np.float32) * 2 - 1
     least = (BITS - 2 * NEAR) * len(first[0].hashes)
@@ -223,7 +223,7 @@ def group_copies(measures: Sequence[Measures]) -> list[list[int]]:
 
 
 def _have_same_colours(colours: Colours, one: int, others: Indices) -> NDArray[np.bool_]:
-    """Return for each of the others whether it is the one with some brightness and contrast."""
+    """Return for each of `others` whether its colours equal those of `one` up to brightness and contrast."""
     small, is_flat = colours
     first, second = (small[places].astype(np.float32) / np.float32(255) for places in ([one], others))
     means = first.mean(axis=(1, 2)), second.mean(axis=(1, 2))

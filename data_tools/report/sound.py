@@ -1,4 +1,4 @@
-"""The sound of clips in reports: which have it, whether it lasts as long as they do, and a drawing of it."""
+"""The sound of clips in reports: which clips have it, whether it covers the clip, and a drawing of it."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -24,18 +24,18 @@ from modules.media.reading import video_info
 from modules.media.samples import TrackFacts, track_facts
 
 FITS = 0.1  # seconds that sound may begin later or end earlier: codecs pad, and round to their frames
-WAVE_RATE = 8000  # samples in a second of which a drawing is made
+WAVE_RATE = 8000  # samples per second for the drawing
 WAVE_BARS = 300
 WAVE_HEIGHT = 40
 
 
 @dataclass(frozen=True, slots=True)
 class Heard:
-    """What the headers of a clip and of its sound say."""
+    """Facts in the headers of a clip and of its sound."""
 
     track: TrackFacts | None = None
-    silent: str | None = None  # why it has none
-    remark: str | None = None  # where it does not fit the clip
+    silent: str | None = None  # why the clip has no sound
+    remark: str | None = None  # how the sound does not fit the clip
 
 
 def is_heard(table: DatasetTable) -> bool:
@@ -71,7 +71,7 @@ def listen(source: MediaSource, fps: float) -> Heard:
 def check_sound(
     table: DatasetTable, plans: Sequence[SourcePlan], work: SoundWork, fps: float, workers: int
 ) -> tuple[list[str], list[Fault], list[Fault]]:
-    """Return lines about the sound of a table and its caches, faults, and remarks. plans: of its latents."""
+    """Return lines about a table's sound and its caches, faults, and remarks. plans: of its latents."""
 
     def look(plan: SourcePlan) -> tuple[Heard, int] | Failure:
         try:

@@ -33,8 +33,8 @@ WINDOW_WIDTH = 1600  # pixels
 CONSOLE_FRAMES = 4
 SHADES = " .:-=+*#%@"  # dark to light, for text on a background
 
-NEXT, NEXT_DATASET, QUIT = "next", "next dataset", "quit"  # answers to an item that is shown
-WINDOW = "window"  # a way to show, besides the values of --debug_mode
+NEXT, NEXT_DATASET, QUIT = "next", "next dataset", "quit"  # the user's answers to a shown item
+WINDOW = "window"  # another way to show, besides the values of --debug_mode
 
 
 def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions, workers: int) -> CacheReport:
@@ -45,13 +45,13 @@ def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions,
     dropped: list[Failure] = []
 
     def decode(source: MediaSource) -> DecodedMedia:
-        # a picture that is another each time is shown as it may be trained once
+        # a randomly changed picture is shown in one of its variants
         return decode_source(
             source, fps, latent.pixel_step, latent.frame_step, _numbers(source), latent.masks_latents
         )
 
     def show_items(media: DecodedMedia, most: int | None) -> Iterator[str]:
-        """Show the items of a source, at most so many; yield the answer to each."""
+        """Show at most `most` items of a source; yield the user's answer to each."""
         for span in media.spans[:most]:
             (width, height), size = media.bucket, f"{media.size[0]}x{media.size[1]}"
             frames = f"{span[1]} frames of " if media.source.table.kind == "video" else ""
@@ -83,7 +83,7 @@ def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions,
 
 
 def _choose_way(debug: DebugOptions, folder: Path) -> str:
-    """Return how items are shown, and tell where."""
+    """Return how to show items, and log where."""
     if debug.debug_mode == "video":
         logger.info("writing clips to %s", folder)
     if debug.debug_mode != "image":
@@ -105,7 +105,7 @@ def _choose_way(debug: DebugOptions, folder: Path) -> str:
 
 
 def _show(way: str, file: Path, frames: NDArray[np.uint8], fps: float, debug: DebugOptions) -> str:
-    """Show frames F H W 3 of an item; return what the user wants to see now. file: without suffix."""
+    """Show frames F H W 3 of an item; return the user's answer. file: path without suffix."""
     if way == "console":
         picture = sheet(frames, CONSOLE_FRAMES)
         sys.stdout.write(coloured_text(picture, debug.console_width, debug.console_back))
@@ -125,7 +125,7 @@ def _show(way: str, file: Path, frames: NDArray[np.uint8], fps: float, debug: De
 
 
 def _caption(source: MediaSource) -> str:
-    """Return a source's caption, as it may be trained once: if it is another each time, one is drawn."""
+    """Return a source's caption as training may use it; random changes are drawn once."""
     table = source.table
     return changed_caption(source.caption or "", table.changes, table, 1, 1, _numbers(source))
 
@@ -135,14 +135,14 @@ def _numbers(source: MediaSource) -> random.Random:
 
 
 def side_by_side(item: DecodedMedia) -> NDArray[np.uint8]:
-    """Return an item's frames (F H W 3), to the right control media and the mask; transparent is grey."""
+    """Join an item's frames (F H W 3) with its control media and mask to the right; transparency is grey."""
     parts = [item.frames]
     height = parts[0].shape[1]
     for frames in item.control:
         if frames.shape[-1] != 3:
             alpha = frames[..., 3:].astype(np.float32) / 255
             frames = np.asarray(frames[..., :3] * alpha + 127.5 * (1 - alpha)).round().astype(np.uint8)
-        if frames.shape[1] != height:  # reference pictures may have another
+        if frames.shape[1] != height:  # reference pictures may have another height
             size = (max(1, round(frames.shape[2] * height / frames.shape[1])), height)
             frames = np.stack([resize_frame(frame, size, "area") for frame in frames])
         parts.append(frames)

@@ -1,4 +1,4 @@
-"""How the names of a family's modules are written down, and renaming the tensors of a checkpoint by them.
+"""Records of the module names of a family, and patterns that rename the tensors of a checkpoint.
 
 `{n}` stands for a block number. LoRA files of our dialect write a path with "_" for "."; these lists restore
 the path.
@@ -32,14 +32,14 @@ FOR_BOTH = "both"  # another value: one LoRA that was trained in both
 
 @dataclass(frozen=True)
 class WeightPart:
-    """A module of another layout whose weight is rows of one of ours."""
+    """A module of another layout whose weight is some or all rows of one of our weights."""
 
     theirs: str  # path in the other layout
     ours: str
     # None: all rows; n: the nth group of as many rows as the part has; REST: the last rows; BEFORE_REST: the
     # last but as many rows as the part has; SWAPPED: all rows, with the two halves swapped
     index: int | None = None
-    usual_height: int = 1  # how many times as high as the lowest part, in every published model
+    usual_height: int = 1  # height as a multiple of the lowest part's, in every published model
 
 
 # The order in which known trainers number the modules of a LoRA, as states of their optimizers do: (start,
@@ -64,12 +64,12 @@ NUMBERED_ATTENTION = (
 
 @dataclass(frozen=True)
 class LoraRules:
-    """Arguments of a family's own, which choose among the modules that its `DitSpec` names for LoRAs.
+    """Arguments that only a family has, which choose among the modules that its `DitSpec` names for LoRAs.
 
     Paths are those of modules in the network; the values of `choices` are their beginnings.
     """
 
-    # (argument, kinds of modules whose rank it is), in order: the first given one that fits counts
+    # (argument, kinds of modules that get this rank), in order: the first given one that matches counts
     types: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...] = ()
     choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # train_blocks -> "double_blocks."
     indices: Mapping[str, str] = field(default_factory=dict)  # argument -> list of blocks
@@ -87,14 +87,14 @@ class FamilyNames:
     name: str  # as in `ss_base_model_version`
     architecture: str  # as in `modelspec.architecture`, before its "/lora"
     aliases: tuple[tuple[str, str], ...] = ()  # (path in another layout, our path)
-    parts: tuple[WeightPart, ...] = ()  # of a layout that cuts some of our modules up
-    # of a layout that stacks some of our modules: `theirs` is ours here, `ours` the module that has its rows
+    parts: tuple[WeightPart, ...] = ()  # of a layout that splits some of our modules
+    # of a layout that stacks some of our modules: here `theirs` is our module, and `ours` the stacked one
     joined: tuple[WeightPart, ...] = ()
     network_module: str = ""  # ours that trains its LoRAs, as --network_module names it
     rules: LoraRules | None = None  # of that module's own arguments
     takes: tuple[str, ...] = ()  # families whose LoRAs are of use here too
     start: str = IN_COMFYUI  # of the LoRA files that other tools read
-    # the tools that read LoRAs whole only once they are converted; "": all read them as they are saved
+    # tools that read LoRAs completely only after conversion; "": all tools read them as saved
     converted_for: str = ""
     # whether ComfyUI reads LoRAs by underscored names, those of `aliases` among them: its paths differ from
     # ours in dots too
@@ -109,7 +109,7 @@ class FamilyNames:
     # parameters that are no module's weight or bias, as aliases; LoRA files write `{path}.diff` for them
     parameters: tuple[tuple[str, str], ...] = ()
     optional: tuple[str, ...] = ()  # our paths, also of parameters, that only some models have
-    optional_words: str = ""  # what these are, for messages
+    optional_words: str = ""  # description of these, for messages
     # what others write in `ss_base_model_version`, if it is not the name; `ss_network_module` too then
     written_version: str = ""
     versions: tuple[str, ...] = ()  # how else `ss_base_model_version` may begin, in lower case
@@ -152,19 +152,19 @@ def in_both_streams(endings: str) -> str:
 
 
 def stacked_parts(theirs: str, ours: str) -> tuple[WeightPart, ...]:
-    """Return the parts for q, k and v ({x} in `theirs`), stacked in this order in the rows of ours."""
+    """Return parts for q, k and v ({x} in `theirs`), which are stacked in this order in our rows."""
     return tuple(WeightPart(theirs.replace("{x}", letter), ours, row) for row, letter in enumerate("qkv"))
 
 
 def renamed_parts(theirs: str, ours: str, endings: Iterable[tuple[str, str]]) -> tuple[WeightPart, ...]:
-    """Return parts that are whole modules of ours: `theirs` and `ours` before (their ending, our ending)."""
+    """Return renamed whole modules: `theirs` + their ending is `ours` + our ending, for each of `endings`."""
     return tuple(WeightPart(theirs + ending, ours + own) for ending, own in endings)
 
 
 def swapped_tensors(names: FamilyNames) -> tuple[str, ...]:
-    """Return our tensors whose two halves stand the other way round in the family's other layout.
+    """Return our tensors whose two halves are swapped in the family's other layout.
 
-    `tensor_patterns` renames them only: the reader of the file swaps the halves.
+    `tensor_patterns` only renames them: the reader of the file swaps the halves.
     """
     modules = [part.ours for part in names.parts if part.index == SWAPPED]
     return tuple(f"{module}.{leaf}" for module in modules for leaf in ("weight", "bias"))

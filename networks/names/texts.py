@@ -21,7 +21,7 @@ def _translated(table: Pairs, name: str) -> str | None:
 
 
 def published_path(path: str) -> str:
-    """Return the published path of a module of a text encoder; an unknown path is one already."""
+    """Return the published path of a text encoder's module; unknown paths are published ones already."""
     return _translated(_PUBLISHED, path) or path
 
 
@@ -44,9 +44,9 @@ _FUSED = re.compile(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)
 
 
 def open_clip_names(name: str) -> list[tuple[str, int | None]]:
-    """Return Hugging Face's names, below `text_model.`, of what a tensor of OpenCLIP's text encoder holds.
+    """Return (name, third) for the parameters that a tensor of OpenCLIP's text encoder holds.
 
-    Each with the third of the rows that it is, None: all. Nothing for a tensor that it does not have.
+    name: Hugging Face's, below `text_model.`. third: of the rows; None: all. [] for unknown tensors.
     """
     if fused := _FUSED.fullmatch(name):
         layer = f"encoder.layers.{fused[1]}.self_attn."

@@ -1,4 +1,4 @@
-"""Blur what a detector finds, and keep it blurred.
+"""Blur the boxes of a detector, also in pictures where it misses them.
 
 stage: blur the found boxes of each picture
 tracks: follow boxes from picture to picture

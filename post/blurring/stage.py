@@ -1,4 +1,4 @@
-"""The stage of this room."""
+"""The stage that blurs what a detector finds."""
 
 import logging
 import math
@@ -34,7 +34,7 @@ COARSE = 48  # pixels: larger blurs are made on a copy in which they have this s
 
 @dataclass(frozen=True)
 class _Area:
-    """Pixels from left and top up to, but not with, right and bottom."""
+    """A rectangle of pixels; left and top are included, right and bottom are not."""
 
     left: int
     top: int
@@ -42,7 +42,7 @@ class _Area:
     bottom: int
 
     def widened(self, pixels: int, width: int, height: int) -> "_Area":
-        """Return the area with so many pixels more on each side, as far as they are in the picture."""
+        """Return the area grown by `pixels` on each side, clipped to a picture of width x height."""
         return _Area(
             max(0, self.left - pixels),
             max(0, self.top - pixels),
@@ -51,15 +51,15 @@ class _Area:
         )
 
     def slices(self, origin: "_Area | None" = None) -> tuple[slice, slice]:
-        """Return its rows and columns, counted from the corner of another area."""
+        """Return its rows and columns, relative to the top left corner of `origin`, else of the picture."""
         x, y = (origin.left, origin.top) if origin else (0, 0)
         return slice(self.top - y, self.bottom - y), slice(self.left - x, self.right - x)
 
 
 def cover(pixels: Pixels, boxes: Iterable[Box], options: BlurOptions) -> Pixels:
-    """Return a picture (H W 3) in which boxes are covered; the pixels outside are the same to the bit.
+    """Return a copy of a picture (H W 3) with the boxes covered; pixels outside are equal to the bit.
 
-    The picture itself stays as it is.
+    `pixels` itself is unchanged.
     """
     result = pixels.copy()
     height, width = pixels.shape[:2]
@@ -80,7 +80,7 @@ def cover(pixels: Pixels, boxes: Iterable[Box], options: BlurOptions) -> Pixels:
             longer, asked = max(whole.right - whole.left, whole.bottom - whole.top), options.strength | 1
             size = min(max(asked, math.ceil(longer * LEAST_OF_BOX) | 1), longer | 1)
             sigma = max(options.sigmax * size / asked, LEAST_SIGMA * size)
-            # with what is around it: else its edges would be made of themselves
+            # blurred together with its surroundings: a crop alone would mirror its own edges
             around = area.widened(size // 2, width, height)
             covered = blurred(result[around.slices()], size, sigma)[area.slices(around)]
         if options.ellipse or feather:
@@ -94,9 +94,9 @@ def cover(pixels: Pixels, boxes: Iterable[Box], options: BlurOptions) -> Pixels:
 
 
 def blurred(pixels: Pixels, size: int, sigma: float) -> Pixels:
-    """Return pixels under a Gaussian of that size (odd) and standard deviation.
+    """Return pixels blurred by a Gaussian of `size` pixels (odd) and standard deviation `sigma`.
 
-    Large ones are made on a reduced copy, which is fast and leaves nothing finer behind to be restored.
+    Large blurs are computed on a reduced copy, which is fast and removes fine detail for good.
     """
     height, width = pixels.shape[:2]
     factor = max(1, size // COARSE)
@@ -113,7 +113,7 @@ def blurred(pixels: Pixels, size: int, sigma: float) -> Pixels:
 
 
 def _weights(area: _Area, whole: _Area, ellipse: Box | None, feather: int) -> NDArray[np.float32]:
-    """Return how much of the cover each pixel of an area gets: 1 inside, less and less in the soft edge."""
+    """Return the opacity of the cover, 0..1, for each pixel of an area: falling in the soft edge."""
     x = np.arange(area.left, area.right, dtype=np.float32)[None]
     y = np.arange(area.top, area.bottom, dtype=np.float32)[:, None]
     if ellipse is None:
@@ -145,13 +145,13 @@ def make_blur(options: BlurOptions, device: torch.device) -> Stage:
     return BlurStage(detector, options)
 
 
-# a picture that waits until the boxes of the next ones are known: its number, and was something found in it
+# a picture that waits until the boxes of the next ones are known: (number, picture, whether it has boxes)
 _Waiting = tuple[int, Picture, bool]
 
 
 @dataclass
 class _Count:
-    """Counts for the report at the end."""
+    """Counts for the summary in the log."""
 
     pictures: int = 0
     found: int = 0  # pictures in which something was found
@@ -160,7 +160,7 @@ class _Count:
 
 @dataclass(frozen=True)
 class BlurStage:
-    """Find, follow and cover; pictures with nothing to cover go through as they are."""
+    """Find, follow and cover things; pictures with nothing to cover pass unchanged."""
 
     detector: Detector
     options: BlurOptions
@@ -170,7 +170,7 @@ class BlurStage:
         return clip
 
     def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
-        """Yield the pictures with everything covered that was found in them or around them.
+        """Yield the pictures with everything covered that was found in them or in neighbouring pictures.
 
         `hold` or `lookback` pictures, whichever are more, wait in memory. Raises NothingFoundError if nothing
         was found in any of them.

@@ -1,6 +1,6 @@
-"""Follow boxes from picture to picture, and say where they are while nothing is found.
+"""Follow boxes from picture to picture, and estimate where they are in pictures without a detection.
 
-It errs on the side of covering too much: a face that is missed in a few frames must not be seen.
+The estimates rather cover too much: a face that the detector misses in a few frames must not be seen.
 """
 
 from collections import deque
@@ -14,15 +14,15 @@ from post.faces.boxes import Numbers, overlaps
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
 LEAST_OVERLAP = 0.3  # of a box with where it was, or should be by now: it is the same thing
-REACH = 1.5  # its longer side times this: so far away it may still be the same, if it is fast
+REACH = 1.5  # times its longer side: the farthest that a box may be away and still match
 MOTION = 5  # sightings that tell how something moves
-MOST_MOVED = 3.0  # its longer side times this: no further is it expected to move unseen
+MOST_MOVED = 3.0  # times its longer side: the farthest that a box is extrapolated
 GROWTH, MOST_GROWN = 0.02, 0.3  # of a box on each side, for each picture from where it was seen
 
 
 @dataclass(eq=False)
 class Track:
-    """One thing on its way through the pictures."""
+    """The sightings of one thing in successive pictures."""
 
     sightings: deque[tuple[int, Box]]  # number of the picture, box; in order
     is_new: bool  # False: the first sighting is also the last one of another track
@@ -37,7 +37,7 @@ class Track:
         return _moved(box, _motion(list(self.sightings)[-MOTION:]), index - number)
 
     def covered(self, index: int, hold: int, lookback: int) -> Box | None:
-        """Return the boxes to cover in a picture; None: it is not there any more, or not yet."""
+        """Return the box to cover in a picture; None if it is too long before or after the sightings."""
         first, last = self.sightings[0][0], self.last[0]
         if index < first:
             away = first - index
@@ -102,9 +102,9 @@ class Tracks:
 def _take_pairs(
     tracks: list[Track], boxes: list[Box], score: Callable[[Track, Numbers, int], Numbers], index: int
 ) -> list[tuple[Track, Box]]:
-    """Return tracks and boxes that belong together, best first, and take both off their lists.
+    """Match tracks with boxes, best pairs first, and remove both from their lists.
 
-    score: of a track with each of the boxes (N 4) in that picture, greater than 0 if they may be one.
+    score: function of a track, the boxes (N 4) and the picture's number; above 0 if they may match.
     """
     if not tracks or not boxes:
         return []
@@ -128,7 +128,7 @@ def _closeness(track: Track, boxes: Numbers, index: int) -> Numbers:
 
 
 def _nearness(track: Track, boxes: Numbers, index: int) -> Numbers:
-    """Return how near boxes are to where something was or should be, 0..1; 0 if they are too far."""
+    """Return how near boxes are to a track's last or expected place, 0..1; 0 if they are too far."""
     reach = REACH * np.maximum(_longer(track.last[1]), (boxes[:, 2:] - boxes[:, :2]).max(axis=1))
     centres = (boxes[:, :2] + boxes[:, 2:]) / 2
     places = np.array([_centre(track.last[1]), _centre(track.expected(index))], np.float32)
@@ -137,9 +137,9 @@ def _nearness(track: Track, boxes: Numbers, index: int) -> Numbers:
 
 
 def _between(before: Sequence[tuple[int, Box]], after: Sequence[tuple[int, Box]], index: int) -> Box:
-    """Return the boxes to cover between two sightings: the straight way, and the expected ones.
+    """Return a box to cover between two sightings, around the interpolated box and the extrapolated one.
 
-    Something that changes its pace in between is near one or the other.
+    Something that changes its speed in between is near one of the two.
     """
     (first, begin), (last, end) = before[-1], after[0]
     part = (index - first) / (last - first)
@@ -153,7 +153,7 @@ def _between(before: Sequence[tuple[int, Box]], after: Sequence[tuple[int, Box]]
 
 
 def _motion(sightings: Sequence[tuple[int, Box]]) -> tuple[float, float]:
-    """Return pixels to the right and down from picture to picture."""
+    """Return the mean motion from picture to picture, in pixels to the right and down."""
     (first, begin), (last, end) = sightings[0], sightings[-1]
     if first == last:
         return 0.0, 0.0
@@ -162,7 +162,7 @@ def _motion(sightings: Sequence[tuple[int, Box]]) -> tuple[float, float]:
 
 
 def _moved(box: Box, motion: tuple[float, float], pictures: int) -> Box:
-    """Return where a box is `pictures` pictures later; a negative number looks back."""
+    """Return a box moved by `pictures` pictures of motion; negative numbers move it back."""
     most = MOST_MOVED * _longer(box)
     x, y = (max(-most, min(most, step * pictures)) for step in motion)
     return box[0] + x, box[1] + y, box[2] + x, box[3] + y

@@ -14,7 +14,7 @@ from modules.media.encoding import Pixels
 
 @dataclass(frozen=True)
 class FoundFace:
-    """One thing that a detector has found, most often a face."""
+    """One detection, most often a face."""
 
     # left, top, right, bottom in pixels; it may reach outside the picture
     box: tuple[float, float, float, float]
@@ -45,9 +45,9 @@ def overlaps(box: Numbers, others: Numbers) -> Numbers:
 
 
 def best_of(boxes: Numbers, scores: Numbers, most_overlap: float, most: int | None = None) -> list[int]:
-    """Return the places of boxes that overlap no better one by more than that, best first.
+    """Return the indices of boxes that overlap no better box by more than `most_overlap`, best first.
 
-    Known as non-maximum suppression. most: how many at most. Of equal scores the first one is better. A box
+    Known as non-maximum suppression. most: limit of their number. Of equal scores the first is better. A box
     that is not finite overlaps nothing.
     """
     waiting = np.argsort(-scores, kind="stable")
@@ -60,11 +60,11 @@ def best_of(boxes: Numbers, scores: Numbers, most_overlap: float, most: int | No
 
 
 def shrunk(pixels: NDArray[np.uint8], factor: float) -> NDArray[np.uint8]:
-    """Return a picture (H W 3) of that part of its size, each side at least one pixel; 1 leaves it alone."""
+    """Return a picture (H W 3) scaled down by `factor`, each side at least one pixel; unchanged for 1."""
     if factor == 1:
         return pixels
     height, width = (max(1, round(side * factor)) for side in pixels.shape[:2])
-    # the mean of what falls together: small faces stay whole, where sharper filters would alias
+    # the mean of the pixels that merge: small faces stay whole, sharper filters would alias
     small: NDArray[np.uint8] = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)  # type: ignore[assignment]
     return small
 
@@ -112,10 +112,10 @@ def eye_distance(landmarks: NDArray[np.float32] | None) -> float:
 
 
 def alignment(landmarks: NDArray[np.float32], size: int) -> Matrix | None:
-    """Return the turn, scale and shift from a picture to a face of size x size pixels.
+    """Return the rotation, scale and shift (2 3) from a picture to a face of size x size pixels.
 
-    landmarks: 5 2, as `FoundFace.landmarks`. It is the least median of squares: one wrong landmark does not
-    count. None if these landmarks are nothing that can be laid on a face.
+    landmarks: 5 2, as `FoundFace.landmarks`. Fitted by least median of squares, which ignores one wrong
+    landmark. None if no such transform fits the landmarks.
     """
     matrix, _ = cv2.estimateAffinePartial2D(
         np.asarray(landmarks, dtype=np.float32), TEMPLATE * np.float32(size / TEMPLATE_SIZE), method=cv2.LMEDS
@@ -127,7 +127,7 @@ def alignment(landmarks: NDArray[np.float32], size: int) -> Matrix | None:
 
 
 def crop(pixels: Pixels, matrix: Matrix, size: int) -> Pixels:
-    """Return a face, size x size x 3, of a picture (H W 3), in its dtype."""
+    """Cut a face (size size 3) out of a picture (H W 3), in its dtype."""
     wide = pixels.dtype == np.uint16
     border = [value * 257 for value in BORDER] if wide else BORDER
     face: Pixels = cv2.warpAffine(  # type: ignore[assignment]
@@ -137,7 +137,7 @@ def crop(pixels: Pixels, matrix: Matrix, size: int) -> Pixels:
 
 
 def crops(pixels: Pixels, matrices: Sequence[Matrix], size: int) -> NDArray[np.float32]:
-    """Return the faces at the matrices' places as B 3 size size, -1..1."""
+    """Cut out one face for each matrix; returns B 3 size size, -1..1."""
     most = np.float32(65535 if pixels.dtype == np.uint16 else 255)
     faces = np.stack([crop(pixels, matrix, size) for matrix in matrices])
     return faces.transpose(0, 3, 1, 2).astype(np.float32) / most * 2 - 1

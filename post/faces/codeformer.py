@@ -69,7 +69,7 @@ def _conv(width_in: int, width: int) -> nn.Conv2d:
 
 
 class ResBlock(nn.Module):
-    """Two normalised convolutions beside a straight path."""
+    """Two normalised convolutions with a residual connection."""
 
     def __init__(self, width_in: int, width: int) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class AttentionBlock(nn.Module):
 
 
 class Halving(nn.Module):
-    """A convolution of stride 2 that looks one pixel further right and down."""
+    """A convolution of stride 2, padded by one pixel at the right and the bottom only."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class Halving(nn.Module):
 
 
 class Doubling(nn.Module):
-    """Each pixel four times, then a convolution."""
+    """Nearest-neighbour enlargement by 2, then a convolution."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ def _build(blocks: Sequence[CodeFormerBlock], resize: Callable[[int], nn.Module]
 
 
 class CodeFormerAttention(nn.Module):
-    """Attention of several heads; where a token is belongs to what it looks for, not to what it gives."""
+    """Multi-head attention; queries and keys include the position code, values do not."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ class CodeFormerAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, placed: Tensor, plain: Tensor) -> Tensor:
-        """placed, plain: B L D, with and without the code of the place."""
+        """placed, plain: B L D, with and without the position code."""
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         q, k, v = (
             rearrange(linear(x, weight, bias), "b l (n d) -> b n l d", n=HEADS)
@@ -160,7 +160,7 @@ class CodeFormerAttention(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Attention and two linear layers, each behind a norm and beside a straight path."""
+    """Attention and two linear layers, each behind a norm and with a residual connection."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -176,7 +176,7 @@ class TransformerLayer(nn.Module):
 
 
 class Fusion(nn.Module):
-    """Scale and shift the generator's features by the encoder's, as far as fidelity asks for."""
+    """Scale and shift the generator's features by the encoder's, weighted by `fidelity`."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -194,7 +194,7 @@ def _steering(width: int) -> nn.Sequential:
 
 
 class CodeFormer(nn.Module):
-    """Restore faces that lie as the template does."""
+    """Restore faces that are aligned with the template."""
 
     def __init__(self, config: CodeFormerConfig) -> None:
         super().__init__()
@@ -231,11 +231,11 @@ class CodeFormer(nn.Module):
         return x.float()
 
     def codes(self, faces: Tensor) -> Tensor:
-        """Return the number of the code of each place, B L, of faces B 3 S S of -1..1."""
+        """Return the index of the code for each place, B L. faces: B 3 S S, -1..1."""
         return self._choose(self._encode(faces)[0])
 
     def _encode(self, faces: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-        """Return the latents, B C h w, and the features at each size that is to be fused."""
+        """Return the latents, B C h w, and by size the features that are fused."""
         x = faces.to(next(self.encoder.parameters()).dtype)
         sizes = {block: size for size, block in last_blocks(self.config).items()}
         seen = {}
@@ -259,7 +259,7 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def last_blocks(config: CodeFormerConfig) -> dict[int, int]:
-    """Return size of features -> the encoder's last block of that size before it halves it."""
+    """Return for each size of features the index of the encoder's last block before the next halving."""
     found, size = {}, config.size
     for number, block in enumerate(config.encoder):
         if block.kind == RESIZE:
@@ -302,7 +302,7 @@ _MARKS = {"conv1.weight": RES, "q.weight": ATTENTION, "conv.weight": RESIZE, "we
 
 
 def _blocks(part: str, checkpoint: Checkpoint) -> tuple[CodeFormerBlock, ...]:
-    """Tell the blocks of the encoder or the generator by their tensors."""
+    """Derive the blocks of the encoder or the generator from their tensors."""
     found = []
     for number in range(count(checkpoint.tensors, rf"{part}\.blocks\.\d+")):
         shapes = {

@@ -23,10 +23,10 @@ SIDE = 640  # of the copy of a large picture that is looked at
 
 
 def check_detector(path: Path, option: str = "--model", needs_landmarks: bool = False) -> None:
-    """Read the headers of a detector's file. Raises CheckpointError if it is none, or damaged.
+    """Read the headers of a detector's file. Raises CheckpointError if it is damaged or not a detector.
 
-    option: under which it is given, for messages. needs_landmarks: one that says that it finds no eyes is
-    refused.
+    option: the option that names the file, for messages. needs_landmarks: refuse detectors whose file says
+    that they find no landmarks.
     """
     if may_be_onnx(path):
         header, _ = read_onnx(path)
@@ -46,9 +46,9 @@ def load_detector(
 ) -> Detector:
     """Load a detector; its file's content decides which. Raises as `check_detector`.
 
-    dtype: to compute in; ONNX files compute on the CPU in their own. side: short side (YuNet: long side) of
-    the copy in which larger pictures are searched; None: full size. YOLO files are made for one size, else
-    they take a square of that.
+    dtype: to compute in; ONNX files run on the CPU in their own dtype. side: short side (YuNet: long side)
+    to which larger pictures are reduced for the search; None: full size. YOLO files are made for one size;
+    those that take any size get squares of `side`.
     """
     if may_be_onnx(path):
         header, content = read_onnx(path)
@@ -65,7 +65,7 @@ def load_detector(
 
 
 def no_landmarks(detector: str) -> CheckpointError:
-    """Return the error for a detector of boxes where landmarks are needed. detector: how it was given."""
+    """Return the error for a detector without the needed landmarks. detector: as the user gave it."""
     return CheckpointError(
         f"{detector} tells where faces are, but not where their eyes are, which restoring needs. Give "
         "RetinaFace or YuNet."
@@ -73,7 +73,7 @@ def no_landmarks(detector: str) -> CheckpointError:
 
 
 def _layout(path: Path, header: OnnxHeader, side: int | None, option: str) -> YoloLayout | None:
-    """Return how to read a YOLO's result, None for a YuNet. Raises CheckpointError for other files."""
+    """Return the layout of a YOLO's result, None for a YuNet. Raises CheckpointError for other files."""
     if header.outputs.keys() >= OUTPUTS:  # a YuNet that today's OpenCV knows
         return None
     layout = read_layout(path, header, side)

@@ -21,7 +21,7 @@ from modules.checkpoints.opening import Checkpoint, plain_sources
 
 SMALLEST = 4  # side of the deepest features, and of the decoder's first ones
 FILES = "GFPGANv1.4.pth or GFPGANv1.3.pth, or a safetensors file of the same tensors,"
-# of no use here: pictures that the U-Net learned with, and styles drawn at random
+# unused at inference: outputs for training the U-Net, and the mapping of random styles
 UNUSED = ("toRGB.*", "stylegan_decoder.style_mlp.*")
 
 
@@ -48,7 +48,7 @@ def _resize(x: Tensor, factor: float) -> Tensor:
 
 
 class StyleResidualBlock(nn.Module):
-    """Two convolutions that change the size between them, beside a straight path."""
+    """Two convolutions with a change of size between them, and a residual connection."""
 
     def __init__(self, width_in: int, width: int, factor: float) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class StyleResidualBlock(nn.Module):
 
 
 class ModulatedConv(nn.Module):
-    """A convolution whose input channels a style weighs, a kernel of its own for every face."""
+    """A convolution whose input channels are scaled by a style, so that each face has its own kernel."""
 
     def __init__(self, width_in: int, width: int, kernel: int, style: int, demodulate: bool) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ class StyleDecoder(nn.Module):
 
 
 class Gfpgan(nn.Module):
-    """Restore faces that lie as the template does."""
+    """Restore faces that are aligned with the template."""
 
     def __init__(self, config: GfpganConfig) -> None:
         super().__init__()
@@ -175,7 +175,7 @@ class Gfpgan(nn.Module):
         self.stylegan_decoder = StyleDecoder(config)
 
     def forward(self, faces: Tensor) -> Tensor:
-        """faces: B 3 S S, -1..1. Returns as many of about -1..1, in float32, not limited."""
+        """faces: B 3 S S, -1..1. Returns B 3 S S of about -1..1, in float32, not clamped."""
         x = _lrelu(self.conv_body_first(faces.to(self.conv_body_first.weight.dtype)))
         skips = []
         for down in self.conv_body_down:

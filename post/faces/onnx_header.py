@@ -47,11 +47,11 @@ class OnnxHeader:
 
 
 class _RefusedError(Exception):
-    """A file that is whole and must not be run; the text says why."""
+    """An intact file that must not be run; the text says why."""
 
 
 def may_be_onnx(path: Path) -> bool:
-    """Return whether a file begins like an ONNX file, or claims to be one and begins like no other model.
+    """Return whether a file begins like ONNX, or has its suffix and does not begin like another model.
 
     Raises CheckpointError if it cannot be read.
     """
@@ -63,8 +63,8 @@ def may_be_onnx(path: Path) -> bool:
 
 
 def read_onnx(path: Path) -> tuple[OnnxHeader, bytes]:
-    """Return the file's inputs and outputs, and its content. Raises CheckpointError if it is damaged, or not
-    to be run: if a reader would open other files for it, or take memory without bound.
+    """Return the file's inputs and outputs, and its content. Raises CheckpointError if it is damaged or
+    unsafe: if running it would open other files, or take unlimited memory.
     """
     content = _read_bytes(path)
     try:
@@ -109,13 +109,13 @@ def _read_bytes(path: Path, most: int | None = None) -> bytes:
 
 @dataclass
 class _Checks:
-    """Looks through all that a reader of the file would do."""
+    """Check a whole file for what would be unsafe to run."""
 
     fields: int = 0
     constants: dict[str, float] = field(default_factory=dict)  # products of values that may be sizes
 
     def graph(self, graph: _Parts, depth: int = 0) -> None:
-        """Raise _RefusedError if a graph has tensors elsewhere, or asks for more memory than a detector."""
+        """Raise _RefusedError if a graph has tensors in other files, or needs more memory than a detector."""
         if depth > limits.MAX_ONNX_DEPTH:
             raise _RefusedError("it has graphs in graphs in graphs")
         for tensor in graph[_INITIALIZERS]:
@@ -140,7 +140,7 @@ class _Checks:
                 self.constants |= dict.fromkeys(outputs, math.prod(known))
 
     def _tensor(self, tensor: _Parts, names: Sequence[str] = ()) -> None:
-        """Check that a tensor's values are in the file; note the product of a few."""
+        """Check that a tensor's values are in the file; record the product of small tensors."""
         names = [*names, *map(_text, tensor[_TENSOR_NAME])]
         if tensor[_EXTERNAL] or any(tensor[_PLACE]):
             raise _RefusedError("its numbers are in another file. Export it again as one file")
@@ -162,7 +162,7 @@ class _Checks:
             self.constants |= dict.fromkeys(names, product)
 
     def parts(self, message: _Value) -> _Parts:
-        """Return the values of the fields of a message; all messages together may have MAX_ONNX_FIELDS."""
+        """Return the values of a message by field number; all messages together may have MAX_ONNX_FIELDS."""
         found: _Parts = defaultdict(list)
         for number, value in _fields(message):
             self.fields += 1
@@ -211,7 +211,7 @@ def _fields(content: _Value) -> Iterator[tuple[int, _Value]]:
 
 
 def _numbers(values: Iterable[_Value]) -> list[int]:
-    """Return the numbers of a field that may have several."""
+    """Return the integers of a repeated field."""
     numbers: list[int] = []
     for value in values:
         if isinstance(value, int):
@@ -227,7 +227,7 @@ def _numbers(values: Iterable[_Value]) -> list[int]:
 
 
 def _product(sizes: Iterable[float]) -> float:
-    """Multiply sizes; those that mean the end of an axis, or count from there, are left out."""
+    """Multiply sizes; skip those that mean the end of an axis or count from it."""
     return math.prod(max(1, one) for one in sizes if one < 2**63 - 1)
 
 

@@ -91,7 +91,7 @@ class ParsingBlock(nn.Module):
 
 
 class ParseNet(nn.Module):
-    """Scores of the parts of a face for each pixel."""
+    """Segment faces: score each part of a face at each pixel."""
 
     def __init__(self, config: ParseNetConfig) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class ParseNet(nn.Module):
 
 
 def face_parts(scores: Tensor) -> Tensor:
-    """Return where the face is, B h w, as bool, of the scores of ParseNet, B 19 h w."""
+    """Return the mask of the face, B h w bool, from the scores of ParseNet, B 19 h w."""
     is_face = torch.zeros(CLASSES, dtype=torch.bool, device=scores.device)
     is_face[list(OF_THE_FACE)] = True
     return is_face[scores.argmax(dim=1)]
@@ -153,7 +153,7 @@ PARSENET_LICENCE = "ParseNet's weights are under CC BY-NC-SA: for non-commercial
 class Restorer:
     """Two loaded networks and the size of the faces that they take, in pixels."""
 
-    restore: Run  # B 3 S S of -1..1 -> as many, about -1..1, float32
+    restore: Run  # B 3 S S of -1..1 -> B 3 S S of about -1..1, float32
     parse: Run  # B 3 S S of -1..1 -> scores of parts, B 19 S S
     size: int
 
@@ -161,11 +161,11 @@ class Restorer:
 def load_both(
     options: FacefixOptions, model: Path, parsenet: Path, device: torch.device, dtype: torch.dtype
 ) -> tuple[Gfpgan | CodeFormer, ParseNet]:
-    """Load both networks. Raises CheckpointError if a file does not fit, or they do not fit each other."""
+    """Load both networks. Raises CheckpointError if a file is wrong, or if their sizes do not match."""
     restorer = _load_model(options, model, device, dtype)
     parts = _load(parsenet, read_parsenet, ParseNet, device, dtype, "ParseNet")
     size, stride = restorer.config.size, parts.config.stride
-    # the mirrored edges of its smallest features need two of them
+    # mirrored padding needs at least two features on a side
     if size % stride or size < 2 * stride:
         raise CheckpointError(
             f"{parsenet} and {model} do not go together: the first takes faces of a multiple of {stride} "
@@ -181,7 +181,7 @@ def load_restorer(options: FacefixOptions, model: Path, parsenet: Path, device: 
     dtype = network_dtype(network, device, name)
 
     def prepared(made: Gfpgan | CodeFormer) -> Run:
-        """Return a function of faces alone."""
+        """Return a function that restores faces, with the options' fidelity or noise built in."""
         if isinstance(made, CodeFormer):
             return lambda faces: made(faces, options.weight)
         if network.seed is not None:
@@ -223,7 +223,7 @@ def _load(
     what: str,
     kept: tuple[str, ...] = (),
 ) -> Network:
-    """Load one network. kept: beginnings of names of weights that stay in float32."""
+    """Load one network. kept: prefixes of the weights that stay in float32."""
 
     def dtype_of(name: str, _stored: torch.dtype) -> torch.dtype:
         return torch.float32 if kept and name.startswith(kept) else dtype
@@ -251,7 +251,7 @@ ORIGINS = {
 def find_files(options: FacefixOptions) -> tuple[Path, Path, Path]:
     """Return the paths of the model, ParseNet and the detector. Raises CheckpointError if one is missing.
 
-    --model is the model or its folder. The others lie beside it, but for a detector that is given as a path.
+    --model is the model or its folder; the others lie beside it, unless --detection_model is a path.
     """
     mode, model, named = options.mode, options.network.model, options.detection_model
     if model.is_dir():
@@ -281,7 +281,7 @@ def find_files(options: FacefixOptions) -> tuple[Path, Path, Path]:
 
 
 def _first_file(folder: Path, stems: Sequence[str], what: str, origin: str, task: str | None) -> Path:
-    """Return the first of these files, whatever its suffix, in small or capital letters.
+    """Return the first of these files that exists, with any known suffix, ignoring case.
 
     what, origin, task: as for `_missing`. Raises CheckpointError if none is there.
     """
@@ -296,7 +296,7 @@ def _first_file(folder: Path, stems: Sequence[str], what: str, origin: str, task
 
 
 def _missing(what: str, file: str, folder: Path, origin: str, task: str | None) -> CheckpointError:
-    """Return the error of a file that is not there. task: of tools/download.py, which has it."""
+    """Return the error for a missing file. task: of tools/download.py, if that has it."""
     command = as_typed(["python", "tools/download.py", "--family", "tools", "--task", task or ""])
     download = "" if task is None else f"download it with {command}, or "
     return CheckpointError(

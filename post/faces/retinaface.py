@@ -37,10 +37,10 @@ logger = logging.getLogger(__name__)
 
 MEAN = (104.0, 117.0, 123.0)  # of blue, green, red, in the pictures it was trained with
 STEPS = (8, 16, 32)  # pixels between the anchors of each scale
-SIZES = ((16, 32), (64, 128), (256, 512))  # of the anchors there: two at each place
-CENTRE_SCALE, SIZE_SCALE = 0.1, 0.2  # of what the heads say
+SIZES = ((16, 32), (64, 128), (256, 512))  # sides of the anchors of each scale: two at each place
+CENTRE_SCALE, SIZE_SCALE = 0.1, 0.2  # scales of the heads' output
 MOST_OVERLAP = 0.4
-NARROW = 64  # networks up to this width leak in place of cutting off negative values
+NARROW = 64  # networks up to this width use leaky ReLUs
 FILES = (
     "detection_Resnet50_Final or detection_mobilenet0.25_Final (.pth or .safetensors), or an .onnx of YuNet "
     "or of a YOLO for faces"
@@ -72,7 +72,7 @@ class Pyramid(nn.Module):
 
 
 class Context(nn.Module):
-    """See 3x3, 5x5 and 7x7 places at once; the larger ones through several 3x3 convolutions."""
+    """Join features of 3x3, 5x5 and 7x7 places; the larger ones by several 3x3 convolutions."""
 
     def __init__(self, width: int, slope: float) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class Context(nn.Module):
 
 
 class AnchorHead(nn.Module):
-    """Say `values` numbers of each anchor."""
+    """Predict `values` numbers for each anchor."""
 
     def __init__(self, width: int, values: int) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class AnchorHead(nn.Module):
         self.values = values
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: B C h w. Returns B N values: row by row, the anchors of a place beside each other."""
+        """x: B C h w. Returns B N values: row by row, with the anchors of a place in succession."""
         return rearrange(self.conv1x1(x), "b (a v) h w -> b (h w a) v", v=self.values)
 
 
@@ -119,7 +119,7 @@ class RetinaFace(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x: B 3 H W, blue green red of 0..255 minus MEAN.
 
-        Returns scores B N (0..1), boxes B N 4 and landmarks B N 10 as the heads say them, in float32.
+        Returns scores B N (0..1), and boxes B N 4 and landmarks B N 10 relative to the anchors; float32.
         """
         fine, middle, coarse = self.fpn(self.body(x))
         seen = [self.ssh1(fine), self.ssh2(middle), self.ssh3(coarse)]
@@ -132,7 +132,7 @@ class RetinaFace(nn.Module):
 
 @lru_cache(maxsize=4)
 def anchors(height: int, width: int) -> Tensor:
-    """Return the anchors of a picture, N 4: centre x, centre y, width, height as parts of its own."""
+    """Return the anchors of a picture, N 4: centre x, centre y, width, height as parts of its sides."""
     found = []
     for step, sizes in zip(STEPS, SIZES, strict=True):
         rows, columns = -(-height // step), -(-width // step)
@@ -162,7 +162,7 @@ def decode_landmarks(said: Tensor, priors: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RetinaFaceDetector:
-    """A loaded network. Pictures whose short side is longer than `side` are looked at in a smaller copy."""
+    """A loaded network. Pictures whose short side is longer than `side` are searched in a smaller copy."""
 
     network: RetinaFace
     side: int | None  # None: every picture at its full size
@@ -187,9 +187,9 @@ class RetinaFaceDetector:
         ]
 
     def _run(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the heads' output; from then on in float32 if half precision fails.
+        """Return the heads' output; if it is not finite in half precision, switch to float32 for good.
 
-        Raises CheckpointError if it is not finite in float32 either: nothing would be found, unseen.
+        Raises CheckpointError if it is not finite in float32: faces would be missed without notice.
         """
         dtype = next(self.network.parameters()).dtype
         said: tuple[Tensor, Tensor, Tensor] = self.network(image.to(dtype))
@@ -256,7 +256,7 @@ def load_retinaface(
 
 
 def _conv(width: int, wider: int, size: int, slope: float | None) -> nn.Sequential:
-    """Build a convolution and its norm, with a leaky ReLU of that slope behind them (None: without)."""
+    """Build a convolution and its norm, followed by a leaky ReLU unless `slope` is None."""
     layers: list[nn.Module] = [
         nn.Conv2d(width, wider, size, padding=size // 2, bias=False),
         batch_norm(wider),

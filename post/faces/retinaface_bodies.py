@@ -96,7 +96,7 @@ class ResNet(nn.Module):
 
 
 class MobileNet(nn.Module):
-    """Convolutions apart for each channel, then across channels."""
+    """MobileNet v1 without its classifier: depthwise, then 1x1 convolutions."""
 
     def __init__(self, config: MobileNetConfig) -> None:
         super().__init__()

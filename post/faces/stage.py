@@ -1,4 +1,4 @@
-"""Restore the faces of each picture: find, align, restore, tell the parts, paste."""
+"""Restore the faces of each picture: find, align, restore, segment, paste."""
 
 import logging
 import math
@@ -23,24 +23,24 @@ from post.options import FacefixOptions
 logger = logging.getLogger(__name__)
 
 
-# parts of the distance between the eyes: landmarks that moved so far have really moved
+# as a part of the distance between the eyes: larger changes are motion, not trembling
 MOVED = 0.1
 Landmarks = NDArray[np.float32]  # 5 2
 
 
 class SteadyLandmarks:
-    """Damp the trembling of detectors. It remembers the faces of the last picture only.
+    """Damp the jitter of detected landmarks; only the faces of the last picture are remembered.
 
-    Faces go back to where they were cut out, so a landmark a little off displaces nothing.
+    Faces are pasted where they were cut out, so a slightly wrong landmark displaces nothing.
     """
 
     def __init__(self, strength: float) -> None:
-        """strength: 0 (none) to below 1: the part of the last landmarks that is kept at rest."""
+        """strength: share of the last landmarks that a face at rest keeps: 0 (no damping) to below 1."""
         self._strength = strength
         self._last: list[Landmarks] = []
 
     def steady(self, found: Sequence[Landmarks]) -> list[Landmarks]:
-        """Return the landmarks of the next picture's faces, damped; movement is followed."""
+        """Return the landmarks of the next picture's faces, damped the less the more they have moved."""
         far = {
             (new, old): _distance(found[new], self._last[old])
             for new, old in product(range(len(found)), range(len(self._last)))
@@ -59,11 +59,11 @@ class SteadyLandmarks:
 
 
 def _distance(new: Landmarks, old: Landmarks) -> float:
-    """Return how far landmarks are from others, in distances between the eyes."""
+    """Return the distance of landmarks from earlier ones, in units of the distance between the eyes."""
     return float(np.hypot(*(new - old).T).mean()) / eye_distance(new)
 
 
-# of masks of `TEMPLATE_SIZE`, those of other sizes in proportion
+# for masks of `TEMPLATE_SIZE`, in proportion for other sizes
 BLUR, SIGMA, BLUR_TIMES = 101, 11.0, 2
 FREE = 10  # pixels at the edge of a face that are never pasted
 Plane = NDArray[np.float32]
@@ -71,14 +71,14 @@ Plane = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Restored:
-    """A restored face and how it goes back."""
+    """A restored face and the mask to paste it with."""
 
     face: Plane  # S S 3, RGB, 0..1
     mask: Plane  # S S, 0..1: how much of it is shown
 
 
 def soften(is_face: NDArray[np.bool_]) -> Plane:
-    """Return the mask of a face, S S, 0..1, with soft edges, of where the face is."""
+    """Return a mask with soft edges, S S, 0..1. is_face: S S, True inside the face."""
     scale = len(is_face) / TEMPLATE_SIZE
     kernel = 2 * round(BLUR // 2 * scale) + 1
     mask = is_face.astype(np.float32)
@@ -91,7 +91,7 @@ def soften(is_face: NDArray[np.bool_]) -> Plane:
 
 
 def enlarge(pixels: Pixels, upscale: float) -> Pixels:
-    """Return a picture at that many times its size; the same object for 1."""
+    """Scale a picture by `upscale`; returns the same object for 1."""
     height, width = pixels.shape[:2]
     size = enlarged_size(width, height, upscale)
     if size == (width, height):
@@ -107,9 +107,8 @@ def paste(
 ) -> Pixels:
     """Return the enlarged picture (H W 3) with faces in it; where all masks are 0 no value changes.
 
-    matrices: how each face was cut out, size x size. faces: taken one at a time, so that those of a crowd
-    need not be in memory together. Of faces that overlap, later ones lie above earlier ones; all is rounded
-    once.
+    matrices: from the picture to each face, size x size. faces: read one at a time, so that not all must be
+    in memory. Of overlapping faces, the later one lies on top. Values are rounded once.
     """
     canvas = enlarge(pixels, upscale)
     across, down = canvas.shape[1] / pixels.shape[1], canvas.shape[0] / pixels.shape[0]
@@ -149,7 +148,7 @@ FACES_AT_ONCE = 4
 
 @dataclass(frozen=True)
 class Facefix:
-    """Restores faces with loaded networks. Its memory of a clip belongs to one `run`."""
+    """Restore faces with loaded networks. Nothing is remembered from one `run` to the next."""
 
     options: FacefixOptions
     detector: Detector
@@ -163,7 +162,7 @@ class Facefix:
         return enlarged_clip(clip, self.options.upscale, "--upscale")
 
     def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
-        """Yield the pictures with restored faces; one without a face passes as it is, unless it is scaled."""
+        """Yield the pictures with restored faces; pictures without a face are only scaled."""
         steady = SteadyLandmarks(self.options.smooth)
         seen = changed = faces = 0
         for picture in pictures:

@@ -1,6 +1,6 @@
 """Detectors that OpenCV runs from ONNX files: the YOLO family (v8 and later), and YuNet for faces.
 
-Nothing of their makers' program is here or is imported: the files are read by their inputs and outputs.
+None of the makers' code is used or imported: files are understood from their inputs and outputs.
 """
 
 import ast
@@ -21,7 +21,7 @@ from post.faces.onnx_header import OnnxHeader
 
 logger = logging.getLogger(__name__)
 
-USUAL_SIDE = 640  # of the square picture that a file takes, if it does not say
+USUAL_SIDE = 640  # side of the square picture, if the file does not fix it
 STEPS = (8, 16, 32)  # pixels between the places where boxes are looked for
 OTHER_STEPS = ((4, *STEPS), (*STEPS, 64))  # of variants for small and for large things
 PADDING = 114  # grey around pictures that are not square
@@ -35,7 +35,7 @@ CLASSES_SHOWN = 8
 
 @dataclass(frozen=True)
 class YoloLayout:
-    """Meaning of the rows of the result."""
+    """Layout of the rows of a YOLO's result."""
 
     side: int  # of the square picture that is looked at
     classes: int | None  # None: the file does not say
@@ -44,7 +44,7 @@ class YoloLayout:
 
 @dataclass(frozen=True)
 class YoloDetector:
-    """A detector in OpenCV; everything it was trained for counts, of whatever class."""
+    """A YOLO that OpenCV runs; detections of all classes count."""
 
     path: Path
     network: Any  # cv2.dnn.Net
@@ -73,7 +73,7 @@ class YoloDetector:
         ]
 
     def _result(self, outputs: Sequence[NDArray[np.float32] | None]) -> NDArray[np.float32]:
-        """Return the rows of boxes; masks of a file that has them are another output, of four axes."""
+        """Return the rows of boxes; skip the mask output (four axes) of segmentation models."""
         there = [output for output in outputs if output is not None]  # a damaged file may give none
         for output in there:
             if output.ndim == 3 and output.shape[0] == 1:
@@ -111,9 +111,9 @@ class YoloDetector:
 
 
 def read_layout(path: Path, header: OnnxHeader, side: int | None) -> YoloLayout | None:
-    """Return the meaning of the rows of a YOLO's result; None if the file does not look like one.
+    """Return the layout of the rows of a YOLO's result; None if the file does not look like a YOLO.
 
-    side: of the picture, for files that take any size. Raises CheckpointError for a YOLO that finds no boxes.
+    side: of the square picture, for files of any size. Raises CheckpointError for a YOLO without boxes.
     """
     taken = list(header.inputs.values())
     task = header.notes.get("task")
@@ -145,7 +145,7 @@ def read_layout(path: Path, header: OnnxHeader, side: int | None) -> YoloLayout 
 
 
 def load_yolo(path: Path, content: bytes, header: OnnxHeader, layout: YoloLayout) -> YoloDetector:
-    """Load a YOLO and let it look once. Raises CheckpointError if OpenCV cannot run it."""
+    """Load a YOLO and run it once as a test. Raises CheckpointError if OpenCV cannot run it."""
     try:
         network = cv2.dnn.readNetFromONNX(np.frombuffer(content, np.uint8))
     except cv2.error as error:
@@ -163,7 +163,7 @@ def load_yolo(path: Path, content: bytes, header: OnnxHeader, layout: YoloLayout
 def letterbox(pixels: NDArray[np.uint8], side: int) -> tuple[NDArray[np.uint8], float, tuple[int, int]]:
     """Fit a picture (H W 3) into a grey square.
 
-    Returns the square, the picture's scale, and its place there, x and y.
+    Returns the square, the scale of the picture, and its left and top in the square.
     """
     height, width = pixels.shape[:2]
     factor = min(side / height, side / width)
@@ -177,7 +177,7 @@ def letterbox(pixels: NDArray[np.uint8], side: int) -> tuple[NDArray[np.uint8], 
 
 
 def _points(numbers: Numbers, each: int) -> Numbers | None:
-    """Return landmarks N 5 2 of rows that hold x, y and perhaps how visible each is; None without any."""
+    """Return landmarks N 5 2 from rows of (x, y) or (x, y, visibility); None if there are none."""
     if each not in (2, 3) or numbers.shape[1] < each * POINTS:
         return None
     points: Numbers = numbers[:, : each * POINTS].reshape(-1, POINTS, each)[..., :2]
@@ -185,7 +185,7 @@ def _points(numbers: Numbers, each: int) -> Numbers | None:
 
 
 def _literal(text: str | None) -> Any:
-    """Return the value of a note, which is written as a Python literal; None if it cannot be read."""
+    """Return the value of a metadata entry, a Python literal; None if it cannot be parsed."""
     if len(text or "") > MAX_NOTE_CHARACTERS:
         return None
     try:
@@ -214,14 +214,14 @@ def _other_layout(path: Path, shapes: str) -> CheckpointError:
 # YuNet: a small detector of faces, free to use (MIT licence).
 OUTPUTS = {f"{kind}_{step}" for kind in ("cls", "obj", "bbox", "kps") for step in (8, 16, 32)}
 MOST_OVERLAP_YUNET = 0.3
-MOST_BEFORE = 5000  # boxes, best first, among which the overlapping ones are left out
+MOST_BEFORE = 5000  # best boxes that enter non-maximum suppression
 YUNETS = "Give face_detection_yunet_2023mar.onnx to OpenCV 4, face_detection_yunet_2026may.onnx to OpenCV 5."
-SMALLEST = 32  # pixels: a side of the picture that OpenCV makes of a smaller one
+SMALLEST = 32  # pixels: OpenCV pads smaller sides to this
 
 
 @dataclass(frozen=True)
 class YuNetDetector:
-    """YuNet in OpenCV. Pictures whose long side is longer than `side` are looked at in a smaller copy.
+    """YuNet in OpenCV. Pictures whose long side is longer than `side` are searched in a smaller copy.
 
     It was trained for faces of about 10 to 300 pixels.
     """
@@ -261,10 +261,10 @@ class YuNetDetector:
 
 
 def load_yunet(path: Path, content: bytes, header: OnnxHeader, side: int | None) -> YuNetDetector:
-    """Load a YuNet and let it look once. Raises CheckpointError if this OpenCV cannot run it.
+    """Load a YuNet and run it as a test. Raises CheckpointError if this OpenCV cannot run it.
 
-    Files are made for pictures of one size, or of any. OpenCV 4 runs both with any size; where OpenCV insists
-    on the one size, pictures are put into a larger one of that.
+    Files are made for one size of pictures, or for any. OpenCV 4 runs both with any size; if OpenCV insists
+    on the one size, pictures are fitted into it.
     """
     bare = np.frombuffer(content, np.uint8)
     try:

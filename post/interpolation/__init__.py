@@ -1,8 +1,8 @@
 """Make pictures between pictures: GIMM-VFI with RAFT or FlowFormer.
 
 files: find and load the files of GIMM-VFI
-flowformer: FlowFormer: optical flow from encoded maps of costs
-flowformer_memory: FlowFormer's encoder: maps of costs to tokens
+flowformer: FlowFormer: optical flow from encoded cost maps
+flowformer_memory: FlowFormer's encoder: cost maps to tokens
 layers: small layers, warps and comparisons of features
 motion: GIMM-VFI: motion and pictures at any time between two
 raft: RAFT, optical flow by refining one estimate over and over

@@ -40,7 +40,7 @@ Of = Callable[[str], tuple[int, ...]]  # name of a convolution -> shape of its w
 
 
 def read_gimm(checkpoint: Checkpoint) -> LoadPlan[GimmConfig]:
-    """Plan how to load the network without its flow. Raises CheckpointError for any other file."""
+    """Plan how to load GIMM-VFI without its optical flow. Raises CheckpointError for any other file."""
     checkpoint = checkpoint.without_prefix("module.")
     sources = plain_sources(checkpoint)
     other = other_kind(checkpoint, "GIMM-VFI", "--model", "the folder with gimmvfi_r_arb or gimmvfi_f_arb")
@@ -118,7 +118,7 @@ COMPILED = (RaftEncoder, Twins, MotionEncoder, SeparableGru, FlowHead)  # of the
 
 @dataclass(frozen=True)
 class ModeSettings:
-    """Settings of the YAML beside the files that no tensor gives; the defaults are the released ones."""
+    """Settings in the YAML file that tensors do not show; the defaults are those of the released models."""
 
     coordinates: tuple[float, float] = (-1.0, 1.0)
     frequency: float = 1.0
@@ -130,9 +130,9 @@ USUAL = ModeSettings()
 
 
 def find_files(path: Path, kind: str) -> tuple[Path, Path, Path | None]:
-    """Return the files of a mode: of the network, of the flow, and settings. path: the folder or main file.
+    """Return the paths of a mode's network, optical flow and settings. path: the folder or the main file.
 
-    The first may hold the flow too. Raises CheckpointError if one is missing.
+    The main file may also hold the flow. Raises CheckpointError if a file is missing.
     """
     if not path.exists():
         raise CheckpointError(
@@ -169,7 +169,7 @@ def find_files(path: Path, kind: str) -> tuple[Path, Path, Path | None]:
 
 
 def _find(folder: Path, known: Sequence[str], start: str) -> Path | None:
-    """Return the first of the known names, else the only model file whose name begins so, else None."""
+    """Return the first file with a known name, else the only model named `start`..., else None."""
     for name in known:
         if (folder / name).is_file():
             return folder / name
@@ -229,7 +229,7 @@ class InterpolationNetworks:
 
     @property
     def parts(self) -> list[nn.Module]:
-        """Return the parts worth compiling: layers without lookups and warps between them."""
+        """Return the parts worth compiling: runs of layers without lookups or warps."""
         motion, synthesis = self.gimm.motion, self.gimm.synthesis
         decoders = synthesis.amt_init_decoder, synthesis.amt_final_decoder
         return [
@@ -243,8 +243,8 @@ class InterpolationNetworks:
 def load_networks(path: Path, kind: str, device: torch.device, dtype: torch.dtype) -> InterpolationNetworks:
     """Load both networks; only the synthesis computes in `dtype`, motion in float32.
 
-    On the meta device headers alone are read.
-    Raises CheckpointError if a file is missing or does not fit its name, or if both do not fit each other.
+    On the meta device only headers are read.
+    Raises CheckpointError if a file is missing or not what its name says, or if the two do not match.
     """
     main, flow, beside = find_files(path, kind)
     settings = read_settings(beside)

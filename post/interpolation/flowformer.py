@@ -1,4 +1,4 @@
-"""FlowFormer: optical flow from maps of costs, each encoded into a few tokens that a decoder asks.
+"""FlowFormer: optical flow from cost maps, each encoded into a few tokens that a decoder attends to.
 
 Source: Huang et al. 2022, arXiv 2203.16194 (Apache licence). Attributes are named as in its released files.
 """
@@ -18,7 +18,7 @@ from post.interpolation.layers import SIDE, Correlation, EncodedPicture, grid_of
 from post.interpolation.raft import FlowHead, MotionEncoder, SeparableGru, upsample_flow, upsampling_mask
 from post.interpolation.twins import HEAD_WIDTH, StageConfig, Twins
 
-# FlowFormer's decoder: refine one estimate of the flow over and over, by asking each place's memory.
+# FlowFormer's decoder: refine one estimate of the flow repeatedly, attending to the memory of each place.
 #
 # Sources: Huang et al. 2022, arXiv 2203.16194, section 3.3; Jiang et al. 2021, arXiv 2104.02409 (motion of
 # places that look alike, for those that are hidden in the second picture).
@@ -41,16 +41,16 @@ class FlowDecoderConfig:
 
 
 class Alike(nn.Module):
-    """How alike places of the first picture are."""
+    """Attention between places of the first picture, weighted by how alike they are."""
 
     def __init__(self, config: FlowDecoderConfig) -> None:
         super().__init__()
         self.to_qk = nn.Conv2d(config.hidden, 2 * config.compared, 1, bias=False)
 
     def forward(self, context: Tensor, keeps_table: bool) -> Callable[[Tensor], Tensor]:
-        """context: 1 C H W. Returns a function from a map to its means over places that look alike.
+        """context: 1 C H W. Returns a function that averages a map over places that look alike.
 
-        keeps_table: the weights of all pairs of places are kept, not computed anew in every call.
+        keeps_table: store the weights of all pairs of places, not recompute them in every call.
         """
         q, k = (x.contiguous() for x in _rows(self.to_qk(context)).chunk(2, dim=1))  # N . each
         if keeps_table:
@@ -76,7 +76,7 @@ class Aggregator(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(1))
 
     def forward(self, motion: Tensor, mean: Callable[[Tensor], Tensor]) -> Tensor:
-        """motion: 1 C H W. mean: of `Alike`."""
+        """motion: 1 C H W. mean: the function that `Alike` returns."""
         return motion + self.gamma * mean(self.to_v(motion))
 
 
@@ -94,7 +94,7 @@ class FlowFormerUpdate(nn.Module):
 
 
 class MemoryDecoder(nn.Module):
-    """Flow of the first picture's places."""
+    """Compute the flow of the first picture from its memory."""
 
     def __init__(self, config: FlowDecoderConfig) -> None:
         super().__init__()
@@ -137,12 +137,12 @@ class MemoryDecoder(nn.Module):
 
 
 def _rows(x: Tensor) -> Tensor:
-    """1 C H W -> N C."""
+    """Reshape 1 C H W to N C."""
     return x[0].flatten(1).T
 
 
 def _over_places(x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
-    """Apply a function of N C to 1 C H W."""
+    """Apply a function of rows (N C) to a map (1 C H W)."""
     return run(_rows(x).contiguous()).T.reshape(x.shape)
 
 
@@ -166,7 +166,7 @@ class FlowFormerConfig:
 
 
 class MemoryEncoder(nn.Module):
-    """Features to compare, and the memory of their costs."""
+    """Encode pictures into features, and the costs of a pair into a memory."""
 
     def __init__(self, config: FlowFormerConfig) -> None:
         super().__init__()
@@ -176,11 +176,11 @@ class MemoryEncoder(nn.Module):
 
 
 class FlowFormer(nn.Module):
-    """The network: a `FlowEstimator`. It computes in float32, also below autocast.
+    """The network: a `FlowEstimator`. It computes in float32, also inside autocast.
 
-    Memory while it estimates the flow, beside weights and features: two tables of all pairs of places, up to
-    TABLE_BYTES each, and a part or two (parts.py). Larger pictures have no tables: costs and attention are
-    computed anew in every iteration.
+    Memory beside weights and features: two tables of all pairs of places, up to TABLE_BYTES each, and one or
+    two parts (`rows_of_part`). Larger pictures have no tables: costs and attention are recomputed in every
+    iteration.
     """
 
     def __init__(
@@ -202,7 +202,7 @@ class FlowFormer(nn.Module):
             return EncodedPicture(quarter, eighth, matching, None)
 
     def flow(self, first: EncodedPicture, second: EncodedPicture) -> Tensor:
-        """Return 1 2 H W: how far in x and y each pixel of the first picture moves to the second."""
+        """Return 1 2 H W: the motion in x and y of each pixel from the first picture to the second."""
         with torch.autocast(first.matching.device.type, enabled=False):
             # by the size alone, so that a picture gives the same on every device
             keeps = 4 * first.matching[0, 0].numel() ** 2 <= self.table_bytes

@@ -13,7 +13,7 @@ from torch.nn.functional import linear, pad
 from post.interpolation.layers import Correlation, in_parts, in_ranges, places_of, rows_of_part
 from post.interpolation.twins import WINDOW, TwinsBlock, attend, in_windows
 
-# What FlowFormer's encoder and decoder share: attention of a few tokens, and waves that tell places.
+# Shared by FlowFormer's encoder and decoder: attention of a few tokens, and sinusoidal position codes.
 HEADS = 8  # as trained, in all attentions but the trunk's; not seen in any tensor
 
 
@@ -21,7 +21,7 @@ class TokenAttention(nn.Module):
     """Attention of queries to tokens and two linear layers, both added to the queries."""
 
     def __init__(self, width: int, given: int, joined: bool = False) -> None:
-        """given: width of the tokens. joined: the queries stand beside their results, before `proj`."""
+        """given: width of the tokens. joined: concatenate queries and results before `proj`."""
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
         self.norm2 = nn.LayerNorm(width)
@@ -34,16 +34,16 @@ class TokenAttention(nn.Module):
         self.joined = joined
 
     def keep(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values B T C of tokens B T `given`."""
+        """Return the keys and values (B T C each) of tokens (B T given)."""
         return self.k(tokens), self.v(tokens)
 
     def forward(
         self, x: Tensor, kept: tuple[Tensor, Tensor] | None = None, code: Tensor | float = 0.0
     ) -> Tensor:
-        """Return B Q C of queries x: B Q C.
+        """Attend and return B Q C. x: the queries, B Q C.
 
-        kept: the result of `keep` for tokens; None: the queries attend to each other. code: added to their
-        queries.
+        kept: the result of `keep` for the tokens; None: self-attention. code: position code, added before the
+        query projection.
         """
         asking = self.norm1(x)
         k, v = self.keep(asking) if kept is None else kept
@@ -56,7 +56,7 @@ class TokenAttention(nn.Module):
 
 
 def position_code(places: Tensor, width: int) -> Tensor:
-    """Return ... `width` of places ... 2 (x, y): sines of x, cosines of x, then of y. float32."""
+    """Return position codes, ... width, float32: sines and cosines of x, then of y. places: ... 2 (x, y)."""
     step = 3.14 / 200  # as trained: not pi
     waves = places[..., None] * (torch.arange(width // 4, device=places.device) * step)
     return torch.cat([waves.sin(), waves.cos()], dim=-1).flatten(-2)
@@ -105,19 +105,19 @@ class CostEmbed(nn.Module):
         centres = places_of(x.shape[2], x.shape[3], x.device) * PATCH + PATCH / 2
         code = position_code(centres, x.shape[1]).expand(len(x), -1, -1, -1)
         x = torch.cat([x.permute(0, 2, 3, 1), code], dim=-1).flatten(1, 2)
-        # as products of rows: a convolution of one place is slower, and turns the layout twice
+        # as matrix products: 1x1 convolutions are slower, and change the memory layout twice
         widen, activate, mix = self.ffn_with_coord.children()
         return self.norm(_product(mix, activate(_product(widen, x))))
 
 
 def _product(layer: nn.Module, x: Tensor) -> Tensor:
-    """Apply a convolution of one place to rows. x: ... C."""
+    """Apply a 1x1 convolution to rows. x: ... C."""
     weight, bias = layer.parameters()
     return linear(x, weight.flatten(1), bias)
 
 
 class WindowContextAttention(nn.Module):
-    """Attention of one token of each place among the places of a window."""
+    """Self-attention inside windows, of one token of each place."""
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ class WindowContextAttention(nn.Module):
 
 
 class CoarseContextAttention(nn.Module):
-    """Attention of one token of each place to those of all squares of COARSE x COARSE places.
+    """Attention of one token of each place to the pooled tokens of all squares of COARSE x COARSE places.
 
     Both sides of a map are multiples of COARSE, as those of a picture are of 32.
     """
@@ -175,7 +175,7 @@ class CoarseContextAttention(nn.Module):
 
 
 class VerticalLayer(nn.Module):
-    """Let each token exchange with the same token of other places."""
+    """Attention of each token to the same token of other places."""
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ class VerticalLayer(nn.Module):
 
 
 class CostPerceiver(nn.Module):
-    """Tokens of all places."""
+    """Encode the cost map of each place into tokens."""
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()
@@ -202,9 +202,9 @@ class CostPerceiver(nn.Module):
         self.config = config
 
     def forward(self, costs: Correlation, context: Tensor, part_bytes: int | None = None) -> Tensor:
-        """costs: of the places of the first picture. context: 1 C H W of it. Returns N K D.
+        """costs: of a pair of pictures. context: of the first picture, 1 C H W. Returns N K D.
 
-        part_bytes: about the memory of one part; None: the best size for the device.
+        part_bytes: approximate memory of one part; None: the best size for the device.
         """
         height, width = context.shape[2:]
         context = context.permute(0, 2, 3, 1)
@@ -218,7 +218,7 @@ class CostPerceiver(nn.Module):
         return x + first
 
     def _start(self, costs: Correlation, height: int, width: int, part_bytes: int | None) -> Tensor:
-        """Return N K D: the tokens' attention to the cost map of their place."""
+        """Return N K D: the learned tokens after attention to the cost map of each place."""
         layer = self.input_layer
 
         def run(start: int, end: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Small layers, warps and the comparison of features that the networks of this room share."""
+"""Small layers, warps and the comparison of features, shared by the networks of this folder."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class EncodedPicture:
     quarter: Tensor  # 1 C H/4 W/4, features that the synthesis warps
     eighth: Tensor  # 1 C H/8 W/8, the same, coarser and deeper
     matching: Tensor  # 1 C H/8 W/8, features that are compared between pictures
-    own: Any  # what only the estimator that made it knows
+    own: Any  # data that only the estimator that made it uses
 
 
 class FlowEstimator(Protocol):
@@ -30,17 +30,17 @@ class FlowEstimator(Protocol):
         """Return the features of a single picture. image: 1 3 H W, 0..255, float32, sides multiples of 32."""
 
     def flow(self, first: EncodedPicture, second: EncodedPicture) -> Tensor:
-        """Return 1 2 H W, float32: how far in x and y each pixel of the first picture moves to the second."""
+        """Return 1 2 H W, float32: the motion (x, y) of each pixel from the first picture to the second."""
 
 
-CPU_BYTES = 1 << 24  # about what a part takes: what the caches hold is twice as fast as 256 MiB
+CPU_BYTES = 1 << 24  # memory of a part: fits the caches, twice as fast as 256 MiB
 DEVICE_BYTES = 1 << 27  # large enough for a GPU to have all its cores at work
 
 
 def rows_of_part(bytes_each: int, device: torch.device, part_bytes: int | None = None) -> int:
-    """Return how many rows are computed at once.
+    """Return how many rows to compute at once.
 
-    bytes_each: memory of one row meanwhile. part_bytes: limit for all; None: the best for the device.
+    bytes_each: memory to compute one row. part_bytes: limit for all rows; None: the best for the device.
     """
     if part_bytes is None:
         part_bytes = CPU_BYTES if device.type == "cpu" else DEVICE_BYTES
@@ -59,7 +59,7 @@ def in_parts(
 
 
 def in_ranges(run: Callable[[int, int], Tensor], count: int, rows: int) -> Tensor:
-    """Return the results of `run` for the rows from 0 to `count`, so many at once, at least one in all."""
+    """Return the joined results of run(start, end) for rows 0 to `count` (at least 1), `rows` at a time."""
     found = run(0, min(rows, count))
     if rows >= count:
         return found
@@ -84,7 +84,7 @@ def conv(inputs: int, outputs: int, size: int = 3, stride: int = 1) -> nn.Conv2d
 
 
 def warp(image: Tensor, flow: Tensor) -> Tensor:
-    """Return, for each pixel, the image at the place that the flow points to; beyond the edge, the edge.
+    """Sample the image, for each pixel, where the flow points to; outside, the edge is repeated.
 
     image: B C H W. flow: B 2 H W, pixels in x and y. Returns float32.
     """
@@ -98,7 +98,7 @@ def warp(image: Tensor, flow: Tensor) -> Tensor:
 
 
 def splat(image: Tensor, flow: Tensor, weight: Tensor) -> Tensor:
-    """Send each pixel to the place that the flow points to, and return the weighted mean of arriving pixels.
+    """Move each pixel to where the flow points to, and return the weighted mean of the pixels at each place.
 
     image: 1 C H W. flow: 1 2 H W. weight: 1 1 H W. Returns 1 C H W float32, 0 at places nothing arrives at.
     """
@@ -126,7 +126,7 @@ def splat(image: Tensor, flow: Tensor, weight: Tensor) -> Tensor:
 
 
 def resize(image: Tensor, factor: float) -> Tensor:
-    """Return B C H W resized bilinearly by a factor, without smoothing before."""
+    """Resize B C H W bilinearly by a factor, without antialiasing."""
     if factor == 1:
         return image
     size = [round(side * factor) for side in image.shape[-2:]]
@@ -146,7 +146,7 @@ RADIUS = 4
 SIDE = 2 * RADIUS + 1  # offsets in x and y
 CHANNELS = LEVELS * SIDE**2
 REACH = SIDE + 1  # whole places that the offsets fall between
-VOLUME_BYTES = 3 << 29  # the products of all pairs are kept up to this size: 720p with all scales
+VOLUME_BYTES = 3 << 29  # bytes up to which the products of all pairs are stored: 720p with all scales
 
 
 class Correlation:
@@ -186,7 +186,7 @@ class Correlation:
             self._levels = [rearrange(scale, "1 c h w -> (h w) c").contiguous() for scale in padded]
 
     def lookup(self, places: Tensor) -> Tensor:
-        """Return 1 81*levels h w: products around a place of the second picture for each place of the first.
+        """Return 1 81*levels h w: for each place of the first picture, products around a place of the second.
 
         places: 1 2 h w, x and y in the second picture's features. Channel level * 81 + i * 9 + j is that of
         the place moved by i - 4 in x and j - 4 in y at that scale; outside the picture it is 0.
@@ -199,12 +199,12 @@ class Correlation:
         return rearrange(torch.cat(found, dim=1), "(h w) c -> 1 c h w", h=height, w=width)
 
     def rows(self, start: int, end: int) -> Tensor:
-        """Return n h w: products of the first picture's places start to end with all of the second's."""
+        """Return n h w: products of places `start` to `end` of the first picture with all of the second."""
         rows = self._levels[0][start:end] if self._keeps_volume else self._first[start:end] @ self._second
         return rows.unflatten(1, self._sizes[0])
 
     def _around(self, level: int, centres: Tensor) -> Tensor:
-        """Return P 81. centres: P 2, at this scale."""
+        """Return the products around centres, P 81. centres: P 2, at this scale."""
         corner = centres.floor()
         share = centres - corner
         start = corner.long() - RADIUS
@@ -215,7 +215,7 @@ class Correlation:
         return mixed.transpose(1, 2).flatten(1)
 
     def _from_volume(self, level: int, start: Tensor) -> Tensor:
-        """Return P 10 10 (y, x) products out of those that are kept."""
+        """Return products P 10 10 (y, x), gathered from the stored volume."""
         height, width = self._sizes[level]
         steps = torch.arange(REACH, device=start.device)
         x, y = start[:, :1] + steps, start[:, 1:] + steps  # P 10 each
@@ -225,7 +225,7 @@ class Correlation:
         return found * is_inside
 
     def _sampled(self, level: int, start: Tensor) -> Tensor:
-        """Return P 10 10 (y, x) products, made of the features around each place."""
+        """Return products P 10 10 (y, x), computed from the features around each place."""
         height, width = self._sizes[level]
         features = self._levels[level]
         stride = width + 2 * REACH

@@ -16,20 +16,20 @@ from post.interpolation.synthesis import Compared, Maps, Synthesis, SynthesisCon
 
 # Letters: B batch, C channels, H W height and width, L layers
 
-SLOPE = 0.1  # of the leaky units
+SLOPE = 0.1  # slope of the leaky ReLUs
 LEAST_VARIANCE = 1e-9
 
 
 @dataclass(frozen=True)
 class MotionConfig:
-    """Widths of the layers, and three numbers that no tensor gives."""
+    """Widths of the layers, and three settings that the tensors do not show."""
 
-    encoder: tuple[int, int, int]  # two convolutions, and what comes out
+    encoder: tuple[int, int, int]  # widths of two convolutions, and output channels
     encoder_blocks: int
     residual: tuple[int, int]
     residual_blocks: int
-    layers: tuple[int, ...]  # of the function: what comes out of each
-    coordinates: tuple[float, float] = (-1.0, 1.0)  # of the first and the last edge
+    layers: tuple[int, ...]  # output widths of the layers of the function
+    coordinates: tuple[float, float] = (-1.0, 1.0)  # coordinates of the first and the last edge
     frequency: float = 1.0
     output_bias: float = 0.5
 
@@ -58,7 +58,7 @@ def lateral_network(inputs: int, first: int, second: int, outputs: int, blocks: 
 
 
 class HypoNet(nn.Module):
-    """(features, t, y, x) of a place -> its normalised flow, by sine layers with weights of length one."""
+    """Map (features, t, y, x) of a place to its normalised flow; sine layers with weights of norm 1."""
 
     def __init__(self, inputs: int, config: MotionConfig) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class HypoNet(nn.Module):
         self._config = config
 
     def places(self, like: Tensor, time: float) -> Tensor:
-        """Return 1 3 H W: a time, and y and x of the centre of each pixel."""
+        """Return 1 3 H W: the time, and y and x of the centre, of each pixel of `like`."""
         height, width = like.shape[-2:]
         low, high = self._config.coordinates
         y, x = (
@@ -80,12 +80,12 @@ class HypoNet(nn.Module):
         return torch.stack([torch.full_like(row, time), row, x.expand(height, width)])[None]
 
     def forward(self, features: Tensor, places: Tensor) -> Tensor:
-        """features: 1 C H W. Returns 1 2 H W, about 0..1."""
+        """features: 1 C H W. Returns the normalised flow, 1 2 H W, about 0..1."""
         values = torch.cat([features, places], dim=1)
         last = len(self.params_dict) - 1
         for number in range(last + 1):
             both = self.params_dict[f"linear_wb{number}"]
-            # as a convolution of one place, which needs no second layout of the picture
+            # as a 1x1 convolution, which needs no other memory layout
             weight = normalize(both[:-1], dim=0).t()[:, :, None, None]
             values = conv2d(values, weight, both[-1])
             if number < last:
@@ -94,7 +94,7 @@ class HypoNet(nn.Module):
 
 
 class MotionField(nn.Module):
-    """The motion between two pictures: made of both flows once, asked for several times."""
+    """The motion between two pictures: encoded once from both flows, then evaluated at any time."""
 
     def __init__(self, config: MotionConfig) -> None:
         super().__init__()
@@ -111,9 +111,9 @@ class MotionField(nn.Module):
         return Motion(forth, back, scale, first, second, *self.splat_weights(forth, back))
 
     def splat_weights(self, forth: Tensor, back: Tensor) -> tuple[Tensor, Tensor]:
-        """Return 1 1 H W for each picture: how much each pixel counts where several arrive.
+        """Return the weights of splatted pixels, 1 1 H W for each picture.
 
-        That is more where both flows agree and where the flow is even.
+        Weights are larger where both flows agree and where the flow is smooth.
         """
         near, made = torch.tensor([1.0, 2.0, 1.0], device=forth.device), []
         kernel = (near[:, None] * near / 16).expand(2, 1, 3, 3)
@@ -128,11 +128,11 @@ class MotionField(nn.Module):
         return made[0], made[1]
 
     def at(self, motion: "Motion", time: float) -> Tensor:
-        """Return 1 2 H W in pixels: the motion from the first picture to the second, as seen at a time."""
+        """Return the motion from the first picture to the second, 1 2 H W in pixels, as seen at `time`."""
         return (2 * self.normal_at(motion, time) - 1) * motion.scale
 
     def normal_at(self, motion: "Motion", time: float) -> Tensor:
-        """Return that motion as parts of the largest movement, shifted to 0..1: 0.5 is no movement."""
+        """Return the motion of `at` as a fraction of the largest, shifted to 0..1: 0.5 is no motion."""
         first = splat(motion.first, time * motion.forth, motion.first_weight)
         second = splat(motion.second, (1 - time) * motion.back, motion.second_weight)
         residual = self.res_conv(torch.cat([motion.first, motion.second, first, second], dim=1))
@@ -142,7 +142,7 @@ class MotionField(nn.Module):
 
 @dataclass(frozen=True)
 class Motion:
-    """Both flows of a pair and the tensors that all times between them share."""
+    """Tensors of a pair of pictures that all times between them share."""
 
     forth: Tensor
     back: Tensor
@@ -154,9 +154,9 @@ class Motion:
 
 
 def normalised(forth: Tensor, back: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both flows as parts of the largest movement, and that in pixels.
+    """Normalise both flows by the largest movement.
 
-    Returns 1 2 2 H W (x and y, then forth and minus back), 0..1, 0.5 where nothing moves; and a number.
+    Returns 1 2 2 H W (x and y, then forth and minus back), 0..1, 0.5 for no motion; and the scale in pixels.
     """
     scale = torch.maximum(forth.abs().amax(), back.abs().amax())
     both = torch.stack([forth, -back], dim=2) / torch.where(scale == 0, 1.0, scale)
@@ -193,16 +193,16 @@ class Frame:
     """A picture and its own features."""
 
     image: Tensor  # 1 3 H W, 0..1
-    small: Tensor  # the same at the size that flow is computed at
+    small: Tensor  # the same, scaled to the size at which flow is computed
     encoded: EncodedPicture
     maps: Maps
 
 
 class Interpolation:
-    """The whole network: pictures of the same size one by one, then pairs of them."""
+    """The whole network: `frame` encodes single pictures, `between` interpolates pairs of them."""
 
     def __init__(self, network: GimmVfi, estimator: FlowEstimator, ds_factor: float = 1.0) -> None:
-        """ds_factor: all but the last step is computed at this part of the size, more than 0, at most 1."""
+        """ds_factor: scale at which all but the last step is computed, above 0, at most 1."""
         self.network, self.estimator, self.ds_factor = network, estimator, ds_factor
 
     @torch.no_grad()
@@ -217,7 +217,7 @@ class Interpolation:
 
     @torch.no_grad()
     def between(self, first: Frame, second: Frame, times: Sequence[float]) -> Iterator[Tensor]:
-        """Yield the pictures, 1 3 H W, 0..1, at times between 0 and 1; both excluded."""
+        """Yield the interpolated pictures, 1 3 H W, 0..1. times: above 0, below 1."""
         motion = self.network.motion.between(
             self.estimator.flow(first.encoded, second.encoded),
             self.estimator.flow(second.encoded, first.encoded),

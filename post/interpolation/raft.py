@@ -1,4 +1,4 @@
-"""RAFT, optical flow by refining one estimate over and over.
+"""RAFT, optical flow by repeated refinement of one estimate.
 
 Source: Teed and Deng 2020, arXiv 2003.12039 (BSD-3 licence). Attributes are named as in raft-things.pth.
 """
@@ -32,7 +32,7 @@ class RaftConfig:
     """Widths of the layers."""
 
     stages: tuple[int, int, int]
-    features: int  # that are compared
+    features: int  # channels that are compared
     hidden: int
     context: int
     correlation: tuple[int, int]
@@ -61,7 +61,7 @@ class RaftResidual(nn.Module):
 
 
 class RaftEncoder(nn.Module):
-    """Picture -> features at an eighth of its size."""
+    """Encode a picture into features at an eighth of its size."""
 
     def __init__(self, stages: tuple[int, int, int], outputs: int, norm: Norm) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class RaftEncoder(nn.Module):
         self.conv2 = conv(third, outputs, 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x: 1 3 H W. Returns the second stage at a quarter, the third at an eighth, and the features."""
+        """x: 1 3 H W. Returns the outputs of stage 2 (1/4 of the size) and 3 (1/8), and the features."""
         x = self.layer1(relu(self.norm1(self.conv1(x))))
         quarter = self.layer2(x)
         eighth = self.layer3(quarter)
@@ -83,10 +83,10 @@ class RaftEncoder(nn.Module):
 
 
 class MotionEncoder(nn.Module):
-    """Correlation and flow -> features of the motion."""
+    """Encode correlation and flow into motion features."""
 
     def __init__(self, inputs: int, correlation: tuple[int, int], flow: tuple[int, int], motion: int) -> None:
-        """inputs: channels of the correlation. motion: channels that come out, the flow included."""
+        """inputs: channels of the correlation. motion: output channels, including the flow."""
         super().__init__()
         self.convc1, self.convc2 = conv(inputs, correlation[0], 1), conv(*correlation)
         self.convf1, self.convf2 = conv(2, flow[0], 7), conv(*flow)
@@ -99,12 +99,12 @@ class MotionEncoder(nn.Module):
 
 
 class RecurrentTurn(NamedTuple):
-    """One turn of the recurrent unit, along rows or columns, with the part equal in all iterations."""
+    """Weights of one step of the recurrent unit, along rows or columns, with the context's constant part."""
 
     constant: Tensor  # 1 3C h w: what the context and the biases add to the three gates
     moving: Tensor  # weights of the motion for the three gates
     recurrent: Tensor  # weights of the hidden state for the first two
-    kept: Tensor  # weights of what is kept of it for the third
+    kept: Tensor  # weights of the reset hidden state for the third
 
 
 class SeparableGru(nn.Module):
@@ -119,10 +119,10 @@ class SeparableGru(nn.Module):
                 setattr(self, f"conv{gate}{number}", layer)
 
     def turns(self, context: Tensor) -> tuple[RecurrentTurn, RecurrentTurn]:
-        """Return both turns of an iteration. context: 1 . h w, the same in all of them.
+        """Return the steps along rows and along columns. context: 1 . h w, the same in all iterations.
 
-        The three gates read the same maps, and a convolution is linear in them: the context's part is
-        computed once, and the motion's for all gates together.
+        The three gates read the same maps, and convolutions are linear: the context's part is computed
+        once, and the motion's for all gates together.
         """
         return self._turn("1", context), self._turn("2", context)
 
@@ -156,7 +156,7 @@ def _keeping_size(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
 
 class FlowHead(nn.Module):
-    """Hidden state -> change of the flow."""
+    """Predict the change of the flow from the hidden state."""
 
     def __init__(self, hidden: int, width: int) -> None:
         super().__init__()
@@ -179,7 +179,7 @@ class UpdateBlock(nn.Module):
     def forward(
         self, hidden: Tensor, turns: tuple[RecurrentTurn, RecurrentTurn], correlation: Tensor, flow: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return the new hidden state and the change of the flow. turns: of the recurrent unit."""
+        """Return the new hidden state and the change of the flow. turns: see `SeparableGru.turns`."""
         motion = self.encoder(correlation, flow)
         hidden = self.gru(hidden, motion, turns)
         return hidden, self.flow_head(hidden)
@@ -202,7 +202,7 @@ class Raft(nn.Module):
         return EncodedPicture(quarter, eighth, self.fnet(image)[2], context)
 
     def flow(self, first: EncodedPicture, second: EncodedPicture) -> Tensor:
-        """Return 1 2 H W: how far each pixel of the first picture moves to the second."""
+        """Return 1 2 H W: the motion (x, y) of each pixel from the first picture to the second."""
         correlation = Correlation(first.matching, second.matching)
         hidden, context = first.own.split([self.config.hidden, self.config.context], dim=1)
         hidden, context = torch.tanh(hidden), relu(context)
@@ -217,12 +217,12 @@ class Raft(nn.Module):
 
 
 def upsampling_mask(hidden: int, width: int) -> nn.Sequential:
-    """Return the layers that make the weights of `upsample_flow`, before they are divided by 4."""
+    """Return the layers that predict four times the logits for `upsample_flow`."""
     return nn.Sequential(conv(hidden, width), nn.ReLU(), conv(width, 9 * SCALE**2, 1))
 
 
 def upsample_flow(flow: Tensor, mask: Tensor) -> Tensor:
-    """Return 1 2 8h 8w: each pixel a mean of the nine places around, as the mask weighs them.
+    """Enlarge a flow to 1 2 8h 8w: each pixel is a weighted mean of the nine places around it.
 
     flow: 1 2 h w. mask: 1 576 h w, logits.
     """

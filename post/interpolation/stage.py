@@ -1,4 +1,4 @@
-"""The stage of this room."""
+"""The stage that adds pictures between those of a stream."""
 
 import logging
 import math
@@ -29,7 +29,7 @@ SHOWN = 5  # times of cuts in the log
 
 
 NAME = "GIMMVFI"
-LEAST_SIDE = 128  # of what the networks see: smaller ones have no fourth scale to compare at
+LEAST_SIDE = 128  # sides of the networks' input: smaller ones have no fourth scale to compare at
 
 
 def check_interpolation(options: InterpolationOptions) -> None:
@@ -47,7 +47,7 @@ def make_interpolation(options: InterpolationOptions, device: torch.device) -> S
 
 
 class Interpolator:
-    """Makes pictures between pictures: a `Stage`. Holds two pictures at a time, and their features."""
+    """A `Stage` that makes pictures between pictures. Holds two pictures at a time, and their features."""
 
     name = NAME
 
@@ -55,11 +55,11 @@ class Interpolator:
         self._options, self._network, self._device = options, network, device
 
     def result(self, clip: Clip) -> Clip:
-        """Return the clip with the pictures between. Raises MediaError if it is one picture, or too small."""
+        """Return the clip with the added pictures. Raises MediaError if it is one picture, or too small."""
         factor = self._options.factor
         if factor == 1:
             return clip
-        if clip.rate is None:  # how many frames a file says it has may be wrong: `run` counts them
+        if clip.rate is None:  # the frame count of a file may be wrong: `run` counts
             raise MediaError(f"{clip.path} is one picture: pictures can be made between two or more only.")
         part = self._options.part
         left, right, top, bottom = self._edges(clip.height, clip.width)
@@ -75,7 +75,7 @@ class Interpolator:
         return replace(clip, rate=clip.rate * factor, frames=frames)
 
     def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
-        """Yield the pictures as they are, and those between. Raises MediaError if there is only one."""
+        """Yield the pictures unchanged, and new ones between them. Raises MediaError for a single picture."""
         if self._options.factor == 1:
             yield from pictures
             return
@@ -101,7 +101,7 @@ class Interpolator:
     def _pair(
         self, first: "_Shown", second: "_Shown", is_deep: bool, cuts: list[Fraction]
     ) -> Iterator[Picture]:
-        """Yield the first picture and those before the second."""
+        """Yield the first picture and the new ones between the two."""
         factor, start = self._options.factor, first.picture.start
         step = (second.picture.start - start) / factor
         yield replace(first.picture, seconds=step)
@@ -146,7 +146,7 @@ class Interpolator:
 
 
 class _Shown:
-    """A picture of the stream, with its features as soon as they are asked for."""
+    """A picture of the stream; its features are computed on first use."""
 
     def __init__(self, picture: Picture, make: Callable[[Pixels], Frame]) -> None:
         self.picture, self._make = picture, make

@@ -1,4 +1,4 @@
-"""From two pictures and the flow between them to the picture at a time: refine the flow, then blend.
+"""Make the picture at a time between two pictures from their flow: refine the flow, then blend.
 
 Source: Li et al. 2023 (AMT), arXiv 2304.09790. Attributes of the module are named as in the released files of
 GIMM-VFI. Layers compute in their weights' dtype; flows, correlations and warps in float32.
@@ -67,7 +67,7 @@ class Residual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         inner = x
         for whole, part in ((self.conv1, self.conv2), (self.conv3, self.conv4)):
-            for layer in whole:  # one by one and in place: at full size each takes a large part of memory
+            for layer in whole:  # one by one and in place: at full size each tensor is large
                 inner = layer(inner)
             inner[:, -self._side :] = part(inner[:, -self._side :])
         inner = self.conv5(inner).add_(x)
@@ -75,7 +75,7 @@ class Residual(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Enlarge the features of a picture; and make `outputs` channels of all features of that size."""
+    """Enlarge the features of each picture, then predict `outputs` channels from them and other inputs."""
 
     def __init__(self, features: int, others: int, config: RefinementConfig) -> None:
         """features: channels of a picture's map. others: inputs beside the two enlarged maps."""
@@ -99,7 +99,7 @@ class Decoder(nn.Module):
 
 
 class Update(nn.Module):
-    """One refinement of the flow and of the feature."""
+    """Refine the flow and the feature once."""
 
     def __init__(self, feature: int, config: UpdateConfig) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ def _leaky(x: Tensor) -> Tensor:
 
 # Letters: C channels, H W height and width of the pictures, K blends
 
-PER_BLEND = 8  # channels of the last layer for each blend: two flows, a mask, three colours
+PER_BLEND = 8  # channels of the last layer for each of K blends: two flows, a mask, three colours
 FLOWS, PICTURES = 4, 12  # channels: flows to both pictures; both pictures as they are, and warped
 
 
@@ -140,7 +140,7 @@ FLOWS, PICTURES = 4, 12  # channels: flows to both pictures; both pictures as th
 class SynthesisConfig:
     """Widths of the layers."""
 
-    projections: tuple[tuple[int, int], ...]  # of the quarter, eighth and matching maps: from, to; or none
+    projections: tuple[tuple[int, int], ...]  # (in, out) of quarter, eighth and matching maps; or none
     quarter: int  # channels of the maps as the decoders take them
     eighth: int
     first: RefinementConfig
@@ -174,14 +174,14 @@ Refined = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Blend:
-    """How two pictures are put together, K times; float32."""
+    """K ways to blend two pictures; float32."""
 
     flow: Tensor  # 1 4K H W: K flows to the first picture, then K to the second
     mask: Tensor  # 1 K H W, 0..1: the share of the first picture
-    colours: Tensor  # 1 3K H W, added
+    colours: Tensor  # 1 3K H W, colours to add
 
     def enlarged(self, factor: float) -> "Blend":
-        """Return the same for pictures larger by a factor."""
+        """Return the blend for pictures that are larger by a factor."""
         if factor == 1:
             return self
         return Blend(
@@ -214,7 +214,7 @@ class Synthesis(nn.Module):
         return self.amt_comb_block[0].weight.dtype  # type: ignore[return-value]
 
     def maps(self, encoded: EncodedPicture) -> Maps:
-        """Return a picture's features as the other methods take them."""
+        """Return a picture's features in the form that the other methods take."""
         dtype = self.dtype
         quarter, eighth, matching = (
             each.to(dtype) for each in (encoded.quarter, encoded.eighth, encoded.matching)
@@ -230,7 +230,7 @@ class Synthesis(nn.Module):
     def blend(
         self, images: Tensor, flow: Tensor, first: Maps, second: Maps, compared: "Compared", time: float
     ) -> Blend:
-        """Return how to make the picture at a time, 0..1.
+        """Return the blend that makes the picture at a time, 0..1.
 
         images: 2 3 H W, -1..1, the first and the second. flow: 2 2 H W, from the picture to be made to each.
         """
@@ -239,7 +239,7 @@ class Synthesis(nn.Module):
         return self._end(images, refined, first.quarter, second.quarter)
 
     def _begin(self, images: Tensor, flow: Tensor, first: Tensor, second: Tensor) -> Refined:
-        """Estimate anew at a quarter of the size. first, second: maps of an eighth."""
+        """Make the first estimate, at a quarter of the size. first, second: maps at an eighth."""
         flow, images = 0.25 * resize(flow, 0.25), resize(images, 0.25)
         decoder, both = self.amt_init_decoder, _joined(flow)
         parts = [
@@ -251,7 +251,7 @@ class Synthesis(nn.Module):
         return both + change.float(), mask.float(), feature
 
     def _refine(self, refined: Refined, compared: "Compared", time: float) -> Refined:
-        """Change flow and feature by what the pictures look like where the flow points to."""
+        """Refine flow and feature by comparing the pictures where the flow points to."""
         flow, mask, wide = refined
         low = 0.5 * resize(flow, 0.5)
         correlation = compared.lookup(low, time)
@@ -262,7 +262,7 @@ class Synthesis(nn.Module):
         return flow + change, mask, wide + feature
 
     def _end(self, images: Tensor, refined: Refined, first: Tensor, second: Tensor) -> Blend:
-        """Estimate at full size. first, second: maps of a quarter."""
+        """Make the estimate at full size. first, second: maps at a quarter."""
         decoder, dtype = self.amt_final_decoder, self.dtype
         flow, mask, feature = refined
         both, mask = 4 * resize(flow, 4), resize(mask, 4)
@@ -291,28 +291,28 @@ class Synthesis(nn.Module):
 
 
 class Compared:
-    """The features of both pictures, ready to be compared both ways."""
+    """Correlations of the features of two pictures, in both directions."""
 
     def __init__(self, first: Maps, second: Maps) -> None:
-        # a few lookups: keeping all products would take longer, and memory beside the largest layers
+        # few lookups: storing all products would take longer, and memory beside the largest layers
         self._forth = Correlation(first.matching, second.matching, keeps_volume=False)
         self._back = Correlation(second.matching, first.matching, keeps_volume=False)
         self._grid = grid_of(first.matching)
 
     def lookup(self, flow: Tensor, time: float) -> Tensor:
-        """Return 1 648 h w. flow: 1 4 h w, from the picture at that time to both."""
+        """Return correlations, 1 648 h w. flow: 1 4 h w, from the picture at `time` to both pictures."""
         to_first, to_second = flow.split(2, dim=1)
         forth = self._forth.lookup(self._grid + to_second / (1 - time))
         return torch.cat([forth, self._back.lookup(self._grid + to_first / time)], dim=1)
 
 
 def _joined(both: Tensor) -> Tensor:
-    """2 C H W -> 1 2C H W."""
+    """Reshape 2 C H W to 1 2C H W."""
     return both.flatten(0, 1)[None]
 
 
 def _through(layers: nn.Sequential, parts: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """Return the layers' output for the joined parts; the list of these large tensors is emptied."""
+    """Return the layers' output for the concatenated parts; empties `parts` to free its large tensors."""
     x = torch.cat([part.to(dtype) for part in parts], dim=1)
     parts.clear()
     for layer in layers:

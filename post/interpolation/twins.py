@@ -20,13 +20,13 @@ HEAD_WIDTH = 32  # as trained: 4 and 8 heads of the published widths 128 and 256
 class StageConfig:
     """Dimensions of one stage."""
 
-    patch: int  # places on a side that become one
+    patch: int  # side of the square of places that becomes one place
     width: int
     reduction: int  # places on a side that become one key of the attention to the coarse grid
 
 
 class TwinsMlp(nn.Module):
-    """Two linear layers around a GELU, for each place alone."""
+    """Two linear layers around a GELU, for each place separately."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class TwinsMlp(nn.Module):
 
 
 class TwinsBlock(nn.Module):
-    """An attention over a map and an MLP, both added to their input."""
+    """An attention over a map and an MLP, both with residual connections."""
 
     def __init__(self, attn: nn.Module, width: int, eps: float) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class WindowAttention(nn.Module):
 
 
 class CoarseAttention(nn.Module):
-    """Attention of each place to all squares of `reduction` x `reduction` places."""
+    """Attention of each place to a grid with one key for each `reduction` x `reduction` places."""
 
     def __init__(self, width: int, reduction: int) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class CoarseAttention(nn.Module):
 
 
 class TwinsPatchEmbed(nn.Module):
-    """Make one place of each square of places."""
+    """Merge each square of places into one place."""
 
     def __init__(self, channels: int, config: StageConfig) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class TwinsPatchEmbed(nn.Module):
 
 
 class Neighbours(nn.Module):
-    """Add a convolution of each channel alone, from which the attention after it knows places."""
+    """Add a depthwise convolution, which encodes positions for the attention after it."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -159,8 +159,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 def in_windows(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Apply `run` to windows of WINDOW x WINDOW places of a map and put the results back.
 
-    x: B H W C, padded with zeros at the right and at the bottom to whole windows; the padding takes part, as
-    trained. run: (windows, WINDOW ** 2, C) -> the same with any C.
+    x: B H W C; padded with zeros at the right and bottom to whole windows, and the padding takes part, as
+    trained. run: (windows, WINDOW ** 2, C) to the same shape with any C.
     """
     batch, height, width, _ = x.shape
     x = pad(x, (0, 0, 0, -width % WINDOW, 0, -height % WINDOW))

@@ -1,4 +1,4 @@
-"""Read upscalers from files: SwinIR, RRDBNet under old, middle and new names, Real-ESRGAN's compact ones."""
+"""Read upscalers from files: SwinIR, RRDBNet in three generations of names, Real-ESRGAN's compact nets."""
 
 import re
 from collections.abc import Callable
@@ -54,12 +54,12 @@ HAT_NAME = "layers.0.residual_group.overlap_attn.relative_position_bias_table"  
 
 @dataclass(frozen=True)
 class UpscalerKind:
-    """A kind of network: how it is built, and how it is run."""
+    """A kind of network: how to build and to run it."""
 
     name: str
-    mode: str  # as of --mode
+    mode: str  # value of --mode
     build: Callable[[Any], Network]
-    repeats_edge: bool  # how pictures are extended to its step: as the tools did that users know
+    repeats_edge: bool  # how pictures are padded to its step: as in the original tools
 
 
 SWINIR = UpscalerKind("SwinIR", "swinir", SwinIR, repeats_edge=True)
@@ -69,7 +69,7 @@ RRDB = UpscalerKind("ESRGAN", "esrgan", RRDBNet, repeats_edge=False)
 
 @dataclass(frozen=True)
 class Upscaler:
-    """A network and the facts to run it."""
+    """A loaded network and the facts to run it."""
 
     kind: UpscalerKind
     config: Config
@@ -77,15 +77,15 @@ class Upscaler:
 
 
 def check_file(path: Path) -> tuple[UpscalerKind, Config]:
-    """Return a file's kind; only names and shapes are read. Raises CheckpointError for other files."""
+    """Return a file's kind and config; only the header is read. Raises CheckpointError for other files."""
     upscaler = load_upscaler(path, META, torch.float32)
     return upscaler.kind, upscaler.config
 
 
 def load_upscaler(path: Path, device: torch.device, dtype: torch.dtype) -> Upscaler:
-    """Load the network of a file; its tensors give kind and dimensions.
+    """Load the network of a file; kind and dimensions are derived from its tensors.
 
-    Norms and biases of scores stay in float32. Raises CheckpointError for other files.
+    Norms and attention biases stay in float32. Raises CheckpointError for other files.
     """
     with open_checkpoint(path) as checkpoint:
         checkpoint = checkpoint.without_prefix(*PREFIXES)
@@ -112,7 +112,7 @@ def _read_rrdb(checkpoint: Checkpoint) -> LoadPlan[RrdbConfig]:
     names = checkpoint.tensors
     table: Names = ()
     if "model.1.sub.0.RDB1.conv1.0.weight" in names:
-        # the number of the last layer gives that of enlargements
+        # the last layer's number shows the number of enlargements
         layers = (re.fullmatch(r"model\.(\d{1,3})\.[^.]*", name) for name in names)
         last = max((int(layer[1]) for layer in layers if layer), default=0)
         ups = max(last - 4, 0) // 3
@@ -206,7 +206,7 @@ def _read_swinir(checkpoint: Checkpoint) -> LoadPlan[SwinirConfig]:
 
 
 def _factor(shape: "_Shapes", name: str, channels: int) -> int:
-    """Return by how much a convolution and the shuffle behind it enlarge, for `channels` in the end."""
+    """Return the factor of a convolution with pixel shuffle that ends in `channels` channels."""
     rows = shape.of(name, 4)[0]
     factor = isqrt(rows // channels)
     if factor < 1 or rows != channels * factor**2:
@@ -216,13 +216,13 @@ def _factor(shape: "_Shapes", name: str, channels: int) -> int:
 
 @dataclass(frozen=True)
 class _Shapes:
-    """The shapes of a file's tensors, by our names."""
+    """The shapes of a file's tensors under our names."""
 
     checkpoint: Checkpoint
     shape: Callable[[str], tuple[int, ...]]
 
     def of(self, name: str, axes: int) -> tuple[int, ...]:
-        """Return a shape. Raises CheckpointError if there is none, or not with so many axes."""
+        """Return a shape. Raises CheckpointError if the tensor is missing or has not `axes` axes."""
         found = self.shape(name)
         if len(found) != axes or 0 in found:
             raise self.error(f"{name} has the shape {' x '.join(map(str, found)) or 'of a single number'}")

@@ -1,7 +1,7 @@
 """RRDBNet, the network of ESRGAN, BSRGAN and Real-ESRGAN: dense residual convolutions, then enlargement.
 
-Sources: Wang et al. 2018, arXiv 1809.00219 (ESRGAN); Wang et al. 2021, arXiv 2107.10833 (Real-ESRGAN: small
-factors by cutting the picture into a smaller one of more channels first); Rakotonirina and Rasoanaivo 2020,
+Sources: Wang et al. 2018, arXiv 1809.00219 (ESRGAN); Wang et al. 2021, arXiv 2107.10833 (Real-ESRGAN: for
+small factors, pixel unshuffle comes first); Rakotonirina and Rasoanaivo 2020,
 arXiv 2001.08073 (ESRGAN+: the shortcuts of 1x1).
 """
 
@@ -26,7 +26,7 @@ class RrdbConfig:
     growth: int  # channels that each convolution of a dense block adds
     blocks: int
     doublings: int  # of height and width, after the blocks
-    unshuffle: int  # pixels, down and across, that become channels of one before the blocks
+    unshuffle: int  # factor of the pixel unshuffle before the blocks
     has_shortcuts: bool  # ESRGAN+
 
     @property
@@ -44,7 +44,7 @@ class RrdbConfig:
 
 
 class DenseBlock(nn.Module):
-    """Five convolutions; each sees the results of all before it."""
+    """Five convolutions; each takes the outputs of all earlier ones."""
 
     def __init__(self, config: RrdbConfig) -> None:
         super().__init__()

@@ -21,15 +21,15 @@ from post.upscaling.files import META, Config, Upscaler, UpscalerKind, check_fil
 logger = logging.getLogger(__name__)
 
 
-SIZES = (32, 64)  # of the pictures that are tried
-OUTSIDE = 3 + 3 * 2  # numbers of float32 for a pixel of a result: it, and its copies while it is resized
+SIZES = (32, 64)  # side of the test pictures
+OUTSIDE = 3 + 3 * 2  # float32 numbers per pixel of a result: its colours, and their copies while resizing
 
 
 @lru_cache(maxsize=16)
 def bytes_per_pixel(kind: UpscalerKind, config: Config, dtype: torch.dtype) -> float:
-    """Return the bytes that enlarging takes for each pixel of the input, without the weights.
+    """Measure the bytes that enlarging takes for each pixel of the input, without the weights.
 
-    All blocks of a network need the same, so one of each form is run.
+    All blocks of a network take equal memory, so only one block of each form is run.
     """
     sizes, peaks = tuple(tiling.round_up(size, config.step) for size in SIZES), []
     for size in sizes:
@@ -44,14 +44,14 @@ def bytes_per_pixel(kind: UpscalerKind, config: Config, dtype: torch.dtype) -> f
 
 
 def result_bytes(config: Config, width: int, height: int) -> int:
-    """Return the bytes of a whole result on the device, in float32, with its conversion there."""
+    """Return the bytes of a whole result on the device, in float32, including its conversion to pixels."""
     return 4 * OUTSIDE * width * height * config.factor**2
 
 
 GIB = 1 << 30
-PLENTY = 1 << 16  # bytes; no released network takes so much for a pixel of its input
-MOST_AT_ONCE = 16  # pictures of a batch that is chosen here
-BATCH_PIXELS = 1 << 19  # of the input: a GPU is busy with so many, more would only take memory
+PLENTY = 1 << 16  # bytes per pixel of the input, more than any released network takes
+MOST_AT_ONCE = 16  # largest batch that is chosen automatically
+BATCH_PIXELS = 1 << 19  # pixels of the input that keep a GPU busy; more would only take memory
 
 
 def check_upscaler(options: UpscalerOptions) -> None:
@@ -78,7 +78,7 @@ def make_upscaler(options: UpscalerOptions, device: torch.device) -> Stage:
 
 @dataclass(frozen=True)
 class UpscalerStage:
-    """Enlarge each picture: network, then resizing to the size asked for, then rounding, once."""
+    """Enlarge each picture: network, then resizing to the requested size, then rounding once."""
 
     upscaler: Upscaler
     network: tiling.Guarded
@@ -92,19 +92,19 @@ class UpscalerStage:
         return enlarged_clip(clip, self.options.scale, "--scale")
 
     def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
-        """Yield the enlarged pictures. As many as are computed at once are in memory."""
+        """Yield the enlarged pictures; one batch is in memory at a time."""
         made = self.result(clip)
         fitting = self._fitting(clip)
         while some := list(islice(pictures, fitting.batch)):
             enlarged = self.enlarge([picture.pixels for picture in some], (made.height, made.width), fitting)
             for index, picture in enumerate(some):
-                # in no name of its own: it would live on while the next one is made
+                # not bound to a name, which would keep it alive while the next one is made
                 yield replace(picture, pixels=to_pixels(enlarged[index : index + 1], clip.is_deep))
             del enlarged, some, picture
 
     @torch.no_grad()
     def enlarge(self, pixels: list[Pixels], size: tuple[int, int], fitting: tiling.Fitting) -> Tensor:
-        """Return pictures as B 3 H W of that size (height, width), about 0..1, on the device."""
+        """Enlarge pictures to a size (height, width); returns B 3 H W, about 0..1, on the device."""
         images = torch.cat([to_tensor(each, self.device) for each in pixels])
         factor, (height, width) = self.upscaler.config.factor, images.shape[-2:]
         images = tiling.pad_to_multiple(images, self.upscaler.config.step, self.upscaler.kind.repeats_edge)
@@ -116,7 +116,7 @@ class UpscalerStage:
         )
 
     def _fitting(self, clip: Clip) -> tiling.Fitting:
-        """Return the first sizes of batch and tiles to try for a clip."""
+        """Choose the sizes of batch and tiles to try first for a clip."""
         options, config, tile = self.options, self.upscaler.config, self.options.tile
         batch = options.batch_size
         if batch is None:
@@ -139,10 +139,10 @@ class UpscalerStage:
         )
 
     def _forecast(self, clip: Clip, batch: int) -> int:
-        """Return the size of the largest tiles for which memory will suffice, `WHOLE` if it holds pictures.
+        """Return the size of the largest tiles that fit memory, `WHOLE` if whole pictures do.
 
-        On a CPU the system would end a program that takes too much, and some drivers would lend a GPU the
-        host's memory, which is slower than tiles.
+        It is estimated, not tried: on a CPU the system would kill the program, and some GPU drivers would
+        fall back to host memory, which is slower than tiles.
         """
         room, config = self.room(self.device), self.upscaler.config
         if room is None:
@@ -165,11 +165,11 @@ class UpscalerStage:
 
 
 def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return pictures B 3 H W in that size (height, width): as they are if they have it.
+    """Resize pictures B 3 H W to a size (height, width); unchanged if they have it.
 
-    Bicubic, and over all pixels that a smaller result covers: torch's own works on every device, in float32.
+    Bicubic with antialiasing, in float32, by torch's own function, which works on every device.
     """
     if tuple(images.shape[-2:]) == size:
         return images
-    # what is brighter than white was never to be seen, and would spread
+    # values beyond white are invisible, but would spread
     return interpolate(images.clamp(0, 1), size, mode="bicubic", antialias=True)

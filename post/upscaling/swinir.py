@@ -23,9 +23,9 @@ COLOURS = 3
 MEAN = (0.4488, 0.4371, 0.4040)  # of the pictures of DIV2K, as trained; the files do not hold it
 EPSILON = 1e-5
 APART = -100.0  # added to the score of two tokens that shifting has put into one window
-WINDOWS_ON_CPU = 16  # for each thread, computed together: their features stay in the processor's caches
-WINDOWS = 1 << 12  # elsewhere: bounds the memory
-CUDA_WIDTH = 8  # fused attention on CUDA takes heads whose width is a multiple; those released have 30
+WINDOWS_ON_CPU = 16  # windows per thread, computed together: their features stay in the caches
+WINDOWS = 1 << 12  # windows on other devices: bounds the memory
+CUDA_WIDTH = 8  # CUDA's fused attention needs a multiple of this as head width; released models have 30
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class SwinirConfig:
     depths: tuple[int, ...]  # blocks of each layer
     window: int  # S
     hidden: int  # width inside the two linear layers of a block
-    convolutions: int  # behind each layer and behind all: 1, or 3 narrower ones
+    convolutions: int  # after each layer and after all: 1, or 3 narrower ones
     upsampler: str  # nearest+conv, pixelshuffle, pixelshuffledirect, none
     ups: tuple[int, ...]  # factor of each enlargement
     features: int  # channels while enlarging; not used by pixelshuffledirect and none
@@ -68,7 +68,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def bias(self, index: Tensor) -> Tensor:
-        """Return the addend to the scores, heads N N in float32. index: N N, of rows of the table."""
+        """Return the attention bias, heads N N in float32. index: N N, rows of the table."""
         return rearrange(self.relative_position_bias_table[index].float(), "n m h -> h n m")
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
@@ -79,9 +79,9 @@ class Attention(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, multiple: int) -> Tensor:
-    """Return the result of attention, G heads N D as `q`; heads are filled up to a width of that multiple.
+    """Compute attention; returns G heads N D as `q`. Heads are zero-padded to a multiple of `multiple`.
 
-    Torch's kernels sum the scores and make them shares in float32, whatever the dtype.
+    Torch's kernels compute scores and softmax in float32, whatever the dtype.
     """
     width = q.shape[-1]
     if width % multiple:
@@ -103,7 +103,7 @@ class SwinMlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One block, which knows windows only: which tokens are in one is the layer's business."""
+    """One transformer block on windows; its layer splits maps into windows."""
 
     def __init__(self, config: SwinirConfig, heads: int) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ class ResidualGroup(nn.Module):
         return x
 
     def _in_windows(self, x: Tensor, block: nn.Module, index: Tensor, shift: int) -> Tensor:
-        """Compute a block, a few windows at a time."""
+        """Apply a block to the windows of a map, a few windows at a time."""
         out = torch.empty_like(x)
         # views, without a copy
         windows, made = (
@@ -163,7 +163,7 @@ class ResidualGroup(nn.Module):
 
 
 def apart(window: int, rows: int, columns: int, bias: Tensor) -> Tensor:
-    """Return a bias (heads N N) that separates the last `rows` and `columns` of a window from the others."""
+    """Return the bias (heads N N) with the last `rows` and `columns` of a window masked from the others."""
     if not rows and not columns:
         return bias
     place = torch.arange(window, device=bias.device)
@@ -198,7 +198,7 @@ def pieces(batch: int, rows: range, columns: range, most: int) -> Iterator[tuple
 
 
 def convolutions(config: SwinirConfig) -> nn.Module:
-    """Return the convolutions behind a layer: one, or three through a quarter of the channels."""
+    """Return the convolutions after a layer: one, or three with a bottleneck of a quarter of the channels."""
     dim, narrow = config.dim, config.dim // 4
     if config.convolutions == 1:
         return nn.Conv2d(dim, dim, 3, padding=1)
@@ -212,7 +212,7 @@ def convolutions(config: SwinirConfig) -> nn.Module:
 
 
 class Layer(nn.Module):
-    """Blocks, then convolutions, added to the input."""
+    """Blocks, then convolutions, with a residual connection."""
 
     def __init__(self, config: SwinirConfig, heads: int, depth: int) -> None:
         super().__init__()
@@ -225,12 +225,12 @@ class Layer(nn.Module):
 
 
 def as_map(x: Tensor) -> Tensor:
-    """B H W C -> B C H W, a view with channels last."""
+    """Return B H W C as B C H W, a view with channels last."""
     return rearrange(x, "b h w c -> b c h w")
 
 
 def as_tokens(x: Tensor) -> Tensor:
-    """B C H W -> B H W C, a view if the channels are last in memory."""
+    """Return B C H W as B H W C, a view if the channels are last in memory."""
     return rearrange(x, "b c h w -> b h w c").contiguous()
 
 
@@ -304,7 +304,7 @@ class SwinIR(nn.Module):
 
 
 def distances(window: int, device: torch.device) -> Tensor:
-    """Return the row of the bias table for each pair of tokens, N N: by their distance down and across."""
+    """Return for each pair of tokens the row of the bias table, N N, given by their distance in y and x."""
     place = torch.arange(window, device=device)
     rows = place.repeat_interleave(window)
     columns = place.repeat(window)
