@@ -222,7 +222,8 @@ def parse_words(
 ) -> dict[str, Any]:
     prompt, *parts = line.split(" --")
     values: dict[str, Any] = {"prompt": prompt.strip()}
-    keys = [one.key for part in parts if (one := find(part.partition(" ")[0])) is not None]
+    words = [part.partition(" ")[0] for part in parts]
+    known = [(one.key, word) for word in words if (one := find(word)) is not None]
     problems = [
         f"{dash}{word} {value}: an option begins with two plain dashes. Write --{word}"
         for dash, word, value in _ODD_OPTION.findall(line)
@@ -244,8 +245,9 @@ def parse_words(
         if not read_path(text.strip()) and text.strip() not in option.empty:
             problems.append(f"--{word} has no value. Write it, or leave --{word} out")
             continue
-        if keys.count(option.key) > 1 and not option.repeats and option.key not in values:
-            logger.warning("%s %r: --%s is there more than once, the last counts", where, line.strip(), word)
+        same = [other for key, other in known if key == option.key]
+        if len(same) > 1 and not option.repeats and option.key not in values:
+            logger.warning("%s %r: of --%s the last counts", where, line.strip(), ", --".join(same))
         try:
             store(values, option, option.read(text.strip()))
         except ValueError as error:

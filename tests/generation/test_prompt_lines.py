@@ -98,7 +98,8 @@ def test_a_line_is_read_with_the_options_of_its_script(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     assert parse_generation_line(line, options) == {"prompt": "p", **expected}
-    assert bool(caplog.text) == (expected == {})  # what has no meaning is reported
+    is_twice = line in ("p --g 2 --l 3", "p --g 3 --guidance_scale 5")
+    assert bool(caplog.text) == (expected == {} or is_twice)  # what has no meaning is reported
 
 
 @pytest.mark.parametrize(("text", "seeds"), SEEDS["cases"])
@@ -115,7 +116,7 @@ def test_a_size_in_one_word_is_height_first_and_a_warning_says_so(caplog: pytest
 def test_an_option_given_twice_is_told(caplog: pytest.LogCaptureFixture) -> None:
     assert parse_generation_line("p --w 32 --ci a --ci b --w 64", SECTIONS)["video_size_width"] == 64
     (told,) = caplog.messages
-    assert told.endswith(": --w is there more than once, the last counts")
+    assert told.endswith(": of --w, --w the last counts")
 
 
 def test_seed_minus_one_is_a_seed_and_a_warning_says_so(caplog: pytest.LogCaptureFixture) -> None:

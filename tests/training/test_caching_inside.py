@@ -115,6 +115,18 @@ def test_where_caches_are_changes_nothing_of_what_is_learned(tmp_path: Path) -> 
     assert all(same(in_memory, other) for other in (on_disk, again, own))
 
 
+def test_tables_with_one_npz_file_make_equal_captions(tmp_path: Path) -> None:
+    config = make(tmp_path)
+    first = config.read_text(encoding="utf-8")
+    second = first.replace("resolution = 32", "resolution = 48")
+    config.write_text(first + second, encoding="utf-8")
+    prepare(tmp_path, *TO_DISK)  # one file for both
+
+    config.write_text(first + second + 'caption_prefix = "two"\n', encoding="utf-8")
+    with pytest.raises(DatasetError, match="both have one npz file"):
+        prepare(tmp_path, *TO_DISK)
+
+
 def test_the_command_writes_what_the_script_writes(tmp_path: Path) -> None:
     for name, form in {"inside": "", "script": 'cache_format = "npz"'}.items():
         make(tmp_path / name, form)

@@ -112,8 +112,10 @@ def test_files_in_a_column_are_read_row_by_row(tmp_path: Path) -> None:
     with pytest.raises(MediaError, match=empty), fetch(sources[5]):
         pass
 
-    edits = {"image": {"bytes": contents[0]}, "before": {"bytes": contents[1]}, "mask_path": contents[2]}
-    (one,) = find_sources(table_of(tmp_path, [edits], control_column="before"))
+    edits = {"image": {"bytes": contents[0]}, "be/fore": {"bytes": contents[1]}, "mask_path": contents[2]}
+    other = {**edits, "image": {"bytes": contents[3]}, "mask_path": None}
+    one, two = find_sources(table_of(tmp_path, [edits, other], control_column="be/fore"))
+    assert (len(two.control), two.mask) == (1, None)
     with fetch(one) as here:
         assert [path.read_bytes() for path, _ in here.parts] == contents[:3]
         assert (len(here.control), here.mask is None) == (1, False)
