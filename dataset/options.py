@@ -32,7 +32,7 @@ class CheckPageOptions(Options):
     )
 
     def require_check(self, check: bool) -> None:
-        """Raise OptionError for a page that is asked for without --check, or is no page."""
+        """Raise OptionError if a page is asked for without --check, or if its name does not end in .html."""
         if self.html is not None and self.html.suffix.lower() not in {".html", ".htm"}:
             raise OptionError(f"--html {self.html}: name a file that ends in .html")
         if not check:
@@ -279,7 +279,6 @@ class RayOptions(Options, title="cluster"):
 
 
 def read_ray_options(description: str | None, argv: Sequence[str] | None) -> RayOptions:
-    """Read the options of the script that caches on Ray."""
     parser = Parser(description=description)
     add_options(parser, RayOptions)
     words = sys.argv[1:] if argv is None else list(argv)
