@@ -1,7 +1,7 @@
 """Guidance: which steps have it and how strongly, the passes of each, and checks before anything loads.
 
-A strategy is a function that makes a `GuidanceStage` (`guidance_formulas`); `plan_steps` says which ones a
-step has. A new one is a function there, and a line here.
+A kind of guidance is a function that makes a `GuidanceStage` (in `guidance_formulas`); `plan_steps` chooses
+the stages of each step. A new kind is a function there, and a line here.
 """
 
 import functools
@@ -171,7 +171,7 @@ def refuse_other_formulas(rules: GuidanceRules, options: GuidanceOptions) -> Non
 
 
 def plain_cfg(scale: float, negative: Pass) -> GuidanceStage:
-    """Classifier-free guidance: extrapolate from the negative velocity through the positive one.
+    """Make the stage of CFG: extrapolate from the negative velocity through the positive one.
 
     Source: Ho and Salimans 2022, arXiv 2207.12598.
     """
@@ -184,7 +184,7 @@ def plain_cfg(scale: float, negative: Pass) -> GuidanceStage:
 
 
 def guidance_scales(prepared: Prepared, options: GuidanceOptions) -> list[tuple[float | None, ...]]:
-    """List by expert the guidance scale of each step that is made; None: the positive conditions alone.
+    """List by expert the guidance scale of each step that runs; None: the positive conditions alone.
 
     The scales are those of the usual formula, in which 1 turns guidance off. Raises OptionError if the
     request's schedule and the options do not go together.
@@ -288,7 +288,7 @@ def parse_cfg_schedule(text: str, steps: int, guidance_scale: float) -> dict[int
 
 
 def read_or_explain(read: Callable[[str], Number], text: str, reason: str) -> Number:
-    """Return a number read from a text. Raises ValueError with the reason, in which the text stands."""
+    """Return a number read from a text. Raises ValueError with `reason` and the text."""
     try:
         return read(text)
     except ValueError:

@@ -1,7 +1,7 @@
 """Passes of the network in a step of guidance, and the formulas that combine their velocities.
 
-A kind of guidance is a `GuidanceStage`: it declares the passes that it needs and changes the velocity by
-theirs. All passes of a step's stages are requested together, each once, however many stages need it.
+A kind of guidance is a `GuidanceStage`: it declares the passes that it needs, and changes the velocity by
+their results. All passes of a step's stages are requested together, each once, however many stages need it.
 """
 
 from collections import Counter
@@ -43,7 +43,7 @@ class GuidanceStage:
     """One guidance idea at one step."""
 
     passes: tuple[Pass, ...]
-    # the velocity so far, which begins as that of the positive pass, and those of the passes -> the next one
+    # velocity so far (at first the positive pass'), velocities of the passes -> changed velocity
     change: Callable[[Tensor, Velocities], Tensor]
     is_of_clean: bool = False  # it takes and returns predicted clean latents in place of velocities
 
@@ -52,8 +52,8 @@ class GuidanceStage:
 class PassPlan:
     """Passes and stages of one step."""
 
-    passes: tuple[Pass, ...]  # the positive one, and those of the stages, each once; () if no pass is made
-    # of the picture, and of the sound that is made with it
+    passes: tuple[Pass, ...]  # the positive pass and those of the stages, each once; () if no pass is run
+    # stages of the picture, and of the sound that is made with it
     stages: tuple[tuple[GuidanceStage, ...], tuple[GuidanceStage, ...]] = ((), ())
     factor: float = 1.0  # of the velocity in the end
     tweaks: Tweaks = NO_TWEAKS  # of all passes
@@ -65,7 +65,7 @@ class PassPlan:
     def combine(self, velocities: Velocities, step: Step, section: Section) -> Tensor:
         """Return the velocity that the solver follows. There is at least one pass.
 
-        Picture and sound are guided each by itself; what is wholly given has the velocity 0.
+        Picture and sound are guided separately; if one is wholly given, its velocity is 0.
         """
         joint, made = section.tweaks.joint, list[Tensor]()
         streams = [(self.stages[0], velocities, step.noisy)]
@@ -103,8 +103,8 @@ def run_passes(calls: Calls, predict: Predict, _: Section) -> Made:
 #
 # Source: Fan et al. 2025, arXiv 2503.18886.
 def cfg_zero(scale: float, negative: Pass) -> GuidanceStage:
-    """`--cfgzerostar_scaling`: guidance with the negative velocity scaled to where it is nearest to the
-    positive one. Each sample by itself.
+    """Make the stage of `--cfgzerostar_scaling`: guidance after scaling the negative velocity so that it is
+    nearest to the positive one, for each sample.
     """
 
     def change(_: Tensor, velocities: Velocities) -> Tensor:
@@ -123,8 +123,9 @@ def cfg_zero(scale: float, negative: Pass) -> GuidanceStage:
 #
 # Source: Armandpour et al. 2023, arXiv 2304.04968.
 def perp_neg(scale: float, weight: float, negative: Pass) -> GuidanceStage:
-    """`--perp_neg`: guidance away from the empty prompt; of the negative direction only the part across the
-    positive one counts, `weight` times. Each sample by itself. At a weight of 0 there is no negative pass.
+    """Make the stage of `--perp_neg`: guidance away from the empty prompt, minus `weight` times the part of
+    the negative direction that is perpendicular to the positive one, for each sample. Weight 0: no negative
+    pass.
     """
 
     def change(_: Tensor, velocities: Velocities) -> Tensor:
@@ -151,10 +152,10 @@ def active_steps(options: GuidanceOptions, num_steps: int) -> range:
 
 
 def add_skipped_layers(weakened: Pass, scale: float) -> GuidanceStage:
-    """`--slg_mode original`: add the difference between the positive pass and a weakened negative one.
+    """Make the stage of `--slg_mode original`: add the positive pass minus a weakened negative one.
 
-    weakened: the negative pass without the layers. The other mode, "uncond", is no stage: there the guidance
-    takes the weakened pass for the negative one.
+    weakened: the negative pass without the layers. The other mode, "uncond", has no stage: there guidance
+    uses the weakened pass as the negative one.
     """
 
     def change(velocity: Tensor, velocities: Velocities) -> Tensor:
@@ -164,7 +165,7 @@ def add_skipped_layers(weakened: Pass, scale: float) -> GuidanceStage:
 
 
 def rescale(share: float) -> GuidanceStage:
-    """`--guidance_rescale`, 0 to 1: against overexposed, too contrasty pictures. Each sample by itself.
+    """Make the stage of `--guidance_rescale`, 0 to 1, against too contrasty pictures; for each sample.
 
     Source: Lin et al. 2023, arXiv 2305.08891, section 3.4.
     """
@@ -194,10 +195,11 @@ def guide_stream(rule: StreamGuidance, weights: Mapping[Pass, float]) -> Guidanc
 
 
 def limit_norm(limit: float) -> GuidanceStage:
-    """`--renorm_cfg`: a guided velocity is at most so many times as large as the positive one.
+    """Make the stage of `--renorm_cfg`: limit a guided velocity to `limit` times the norm of the positive
+    one.
 
-    Sizes are Euclidean norms over everything but the batch; each sample by itself. Source: Qin et al. 2025,
-    arXiv 2503.21758, section on inference.
+    Norms are Euclidean, over all but the batch. Source: Qin et al. 2025, arXiv 2503.21758, section on
+    inference.
     """
 
     def change(velocity: Tensor, velocities: Velocities) -> Tensor:
@@ -233,7 +235,7 @@ class Momentum:
     """A running sum of the differences of the passes over the steps of one section."""
 
     def __init__(self, factor: float) -> None:
-        """factor: of the sum so far when a difference is added."""
+        """factor: multiplies the sum so far when a difference is added."""
         self._factor = factor
         self._sum: Tensor | None = None
 
@@ -282,7 +284,7 @@ def projected(rule: Projection, momentum: Momentum, negative: Pass) -> GuidanceS
 
 @dataclass(frozen=True)
 class NormalisedGuidance:
-    """The formula, as `Away.steer`. Equal to another with the same numbers: compiled code serves both."""
+    """The formula for `Away.steer`. Objects with equal numbers are equal, so that compiled code is reused."""
 
     scale: float
     tau: float
@@ -301,5 +303,5 @@ class NormalisedGuidance:
 
 
 def _size(seen: Tensor) -> Tensor:
-    """Return B L 1 1 float32."""
+    """Return the L1 norm over the heads and channels of each token: B L 1 1 float32."""
     return torch.linalg.vector_norm(seen, 1, dim=(-2, -1), keepdim=True, dtype=torch.float32)

@@ -32,10 +32,11 @@ Item = TypeVar("Item")
 
 
 class LatestWriter(Generic[Item]):
-    """Call `write` with the items that are put, one at a time; a newer one replaces one that waits.
+    """Call `write` in a thread with the items that are put, one at a time; a newer item replaces a waiting
+    one.
 
-    The thread is started by the first item. `write` must not raise. rest: seconds of rest after an item for
-    each second that it took, where the thread takes time from the work that it shows.
+    The first item starts the thread. `write` must not raise. rest: seconds to pause after an item for each
+    second that it took, if the thread takes time from the generation itself.
     """
 
     def __init__(self, write: Callable[[Item], None], rest: float = 0.0) -> None:
@@ -46,7 +47,7 @@ class LatestWriter(Generic[Item]):
         self._thread: threading.Thread | None = None
 
     def put(self, item: Item) -> None:
-        """Have an item written soon, unless a newer one comes before; returns at once."""
+        """Queue an item to be written, in place of a waiting one. Returns at once."""
         with self._changed:
             self._waiting = item
             self._changed.notify()
@@ -56,7 +57,7 @@ class LatestWriter(Generic[Item]):
             self._thread.start()
 
     def close(self, drop: bool = False) -> None:
-        """Write the item that waits, without rest, or drop it; then end the thread."""
+        """Write the waiting item without a pause, or drop it; then end the thread."""
         with self._changed:
             self._ending.set()
             if drop:
@@ -86,7 +87,7 @@ REST_ON_CPU = 50.0
 CPU = torch.device("cpu")
 
 
-# a preview that is not written yet: frames H W 3, which may wait for the device, their rate, is it a picture
+# unwritten preview: function that returns frames H W 3 and may wait for the device; rate; is it a picture
 Shot = tuple[Callable[[], Iterator[Frame]], float, bool]
 
 
@@ -104,9 +105,10 @@ class LatentPreviews:
     has_ended: bool = field(default=False, init=False)  # an error has ended the previews of this run
 
     def take(self, latents: Tensor, fps: float) -> Shot | None:
-        """Return a preview of latents (1 C F h w in model space), as far as the device has to compute it.
+        """Start a preview of latents (1 C F h w in model space): do the device's part, and return the rest as
+        a `Shot`.
 
-        None if the device cannot.
+        None if no preview is possible.
         """
         if self.vae is not None and self.device.type != "cpu":
             needed = decoding_bytes(self.vae.config, dtype_on(self.device), *latents.shape[3:])
@@ -167,8 +169,8 @@ def preview_clip(
 ) -> Iterator[tuple[list[Watcher], Callable[[Section], None]]]:
     """Yield the watchers of a clip's steps and a function for its sections, for a block that denoises it.
 
-    previews: None: they do nothing. fps: of the finished clip. first_step: the first that predicts a clean
-    clip; before it guidance has scaled the velocity.
+    previews: if None, there are no watchers. fps: of the finished clip. first_step: the first step that
+    predicts a clean clip; in earlier steps guidance scales the velocity.
     """
     if previews is None:
         yield [], lambda _: None
@@ -177,11 +179,11 @@ def preview_clip(
     writer = LatestWriter(previews.write, REST_ON_CPU if on_cpu else 0.0)
 
     def show(latents: Callable[[], Tensor], count: int) -> None:
-        """Show a clip if it is the turn of this number of steps, or of sections."""
+        """Show a clip if a preview is due after `count` steps, or sections."""
         if count % previews.every or previews.has_ended:
             return
         with previews.optional(), torch.no_grad():
-            if on_cpu:  # all in the thread, for those that are really written
+            if on_cpu:  # all work is done in the thread, only for previews that are written
                 writer.put(lambda: previews.take(latents(), fps))
                 return
             shot = previews.take(latents(), fps)
@@ -210,9 +212,9 @@ def preview_clip(
 
 
 def bring_home(tensor: Tensor) -> Callable[[], Tensor]:
-    """Copy a tensor to the host; the function returned waits for the copy, and may be called elsewhere.
+    """Copy a tensor to the host; return a function, for any thread, that waits for the copy and returns it.
 
-    CUDA copies when it comes to it, into pinned memory; other devices are waited for.
+    From CUDA the copy is asynchronous, into pinned memory; for other devices this function waits.
     """
     if tensor.device.type != "cuda":
         copy = tensor.to(CPU)

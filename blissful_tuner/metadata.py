@@ -44,8 +44,8 @@ def output_metadata(
     created: datetime | None = None,
     experts: Sequence[Expert] = ONE_EXPERT,
 ) -> dict[str, str]:
-    """Metadata of one output: all that its pixels depend on; of files their names, without the folders they
-    lie in.
+    """Return the metadata of one output: all that its pixels depend on; of files only the names, without
+    folders.
 
     model: `Family.metadata`. loras: by expert, "" for those that have no LoRAs of their own, file name and
     multiplier of each. settings: the script's options that were given and that nothing else here says, by
@@ -93,7 +93,7 @@ def output_metadata(
 
 
 def _optional(request: Prepared, device: str | None, created: datetime | None) -> dict[str, object]:
-    """Return what only some outputs have."""
+    """Return the values that only some outputs have."""
     asked = request.asked
     values: dict[str, object] = {
         "embedded_cfg_scale": request.embedded_guidance,
@@ -111,7 +111,7 @@ def _optional(request: Prepared, device: str | None, created: datetime | None) -
 
 
 def lora_name(expert: str) -> str:
-    """Return how metadata call the LoRAs of an expert: `lora_high_noise`; `lora` for those without a name."""
+    """Return the name of an expert's LoRAs in metadata: `lora_high_noise`; `lora` if it has no name."""
     return f"lora_{expert}" if expert else "lora"
 
 
@@ -125,7 +125,7 @@ def read_decoded_metadata(
     kept = {
         name: text for name, text in saved.items() if name.removeprefix("bt_") not in {*of_decoding, "fps"}
     }
-    # what a latent file says twice
+    # drop values that a latent file holds under both names
     kept = {name: text for name, text in kept.items() if f"bt_{name}" not in kept}
     values = {name: text for name, text in _record(settings).items() if name in of_decoding}
     return kept | {f"bt_{name}": make_storable(text) for name, text in {**values, "fps": f"{fps:g}"}.items()}
@@ -171,7 +171,8 @@ def as_png_texts(metadata: Mapping[str, str]) -> dict[str, str]:
     """Return metadata for PNG: the tags, and with a prompt `parameters`, which viewers of pictures read.
 
     That is the text of AUTOMATIC1111's web UI: the prompt's lines, then a line with the negative prompt, then
-    one with all settings. A prompt with lines that would be taken for these becomes one line.
+    a line with all settings. If a line of the prompt could be taken for one of these, the prompt becomes one
+    line.
     """
     prompt, negative = value_in(metadata, "prompt"), value_in(metadata, "negative_prompt")
     if prompt is None:
@@ -208,7 +209,6 @@ def seed_in(metadata: Mapping[str, str]) -> int:
 
 
 def frame_rate_in(metadata: Mapping[str, str]) -> float | None:
-    """Return the stored frame rate, or None."""
     try:
         rate = float(value_in(metadata, "fps") or "")
     except ValueError:

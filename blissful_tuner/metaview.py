@@ -98,7 +98,6 @@ def list_files(given: Sequence[Path]) -> list[Path]:
 
 
 def read_file_facts(path: Path) -> FileFacts:
-    """Read the metadata of a file of any kind."""
     from modules.media.reading import read_tags  # with the libraries for pictures and videos
     from modules.text_files import read_safetensors_texts
 
@@ -124,7 +123,7 @@ def as_json(found: Sequence[FileFacts], is_one: bool) -> Iterator[str]:
 
 
 def as_lines(found: Sequence[FileFacts], is_one: bool) -> Iterator[str]:
-    """Yield `NAME: value`, for several files below their paths and with an empty line between them."""
+    """Yield `NAME: value`; with several files, below the path of each, with an empty line between files."""
     for index, one in enumerate(found):
         if one.error:
             continue

@@ -37,7 +37,7 @@ OLD_START, OLD_BYTES = 0x100000, 0x10000
 
 @dataclass(frozen=True)
 class Facts:
-    """Facts about a model that need no reading of its weights."""
+    """Facts about a model that are known without reading its weights."""
 
     path: Path
     what: str  # a Wan transformer (--dit) for --task t2v-14B
@@ -176,7 +176,7 @@ SAFETENSORS = (".safetensors", ".sft")
 
 @dataclass(frozen=True)
 class Knowledge:
-    """Functions on model files from rooms above this one."""
+    """Functions on model files from packages that this one must not import."""
 
     identify: Callable[[Path], str | None]  # "it is a Wan transformer ..."
     describe_lora: Callable[[Checkpoint], str | None]
@@ -239,7 +239,6 @@ def _selection(options: ModelUtilityOptions) -> changing.Selection:
 
 
 def _show(options: ModelUtilityOptions, knowledge: Knowledge, checkpoint: Checkpoint) -> None:
-    """Print the facts of the file."""
     what = knowledge.describe_lora(checkpoint)
     if what is None:
         what = knowledge.identify(checkpoint.path) or kind_of(checkpoint.tensors)

@@ -36,7 +36,7 @@ class NagOptions(Options, title=NAG):
 
     @property
     def is_on(self) -> bool:
-        """Whether attention is steered; scale 1 and alpha 0 would change nothing and are not computed."""
+        """Return whether attention is steered: scale 1 and alpha 0 change nothing and are skipped."""
         return self.nag_scale not in (None, 1) and self.nag_alpha != 0
 
 
@@ -255,7 +255,7 @@ class SteadierOptions(Options, title="longer videos"):
 
 
 RETENTION, THRESHOLD, MOST_SKIPS = 0.2, 0.24, 6  # usual values of --magcache_...
-MOST_RATIO = 100  # a larger one is a slip of the finger
+MOST_RATIO = 100  # larger values are typing mistakes
 MOST_COEFFICIENTS = 16
 NOTHING_SKIPPED = "0 skips nothing"
 COMPUTES_ALL = "a calibration computes every step, a cache skips some"

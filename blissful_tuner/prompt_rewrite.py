@@ -1,4 +1,4 @@
-"""Have a chat model turn a user's prompt into a description as video models were trained with.
+"""Let a chat model turn a user's prompt into a description of the kind that video models were trained on.
 
 The two modes are those of the prompt rewrite model of HunyuanVideo (Kong et al. 2024, arXiv 2412.03603,
 section 4.4); the instruction is our own. Any chat model that `transformers` loads from a folder will do.
@@ -100,7 +100,7 @@ class PromptRewriter:
         self._loaded.free()
 
     def rewrite(self, prompt: str) -> str:
-        """Return the prompt as the model writes it; the prompt itself if the model answers nothing."""
+        """Return the rewritten prompt; the prompt itself if the model answers nothing."""
         if not prompt.strip():
             return prompt
         if prompt not in self._known:
@@ -128,7 +128,7 @@ class PromptRewriter:
 
 
 def _render(tokenizer: Any, message: str) -> Any:
-    """Return the tokens of a conversation that begins with a message, for `generate`."""
+    """Return the tokens of a conversation that begins with `message`, for `generate`."""
     turns = [{"role": "user", "content": message}]
     return tokenizer.apply_chat_template(
         turns,

@@ -40,7 +40,7 @@ _NO_NAME = re.compile(r"[\x00-\x1f\x7f\\:*?\"<>|]")
 
 @dataclass(frozen=True)
 class Lines:
-    """The choices of a wildcard: a file's lines, their numbers in it, and the sums of weights up to each."""
+    """The choices of a wildcard: lines of a file, their numbers, and the running sums of their weights."""
 
     path: Path
     texts: tuple[str, ...]
@@ -50,11 +50,11 @@ class Lines:
 
 @dataclass
 class Drawing:
-    """Draws for the texts of one video, one after the other."""
+    """Make all draws for the texts of one video."""
 
     options: PromptOptions
     random: Random
-    files: dict[str, Lines] = field(default_factory=dict)  # those that were read, by key
+    files: dict[str, Lines] = field(default_factory=dict)  # wildcard files that were read, by key
     drawn: list[tuple[str, str]] = field(default_factory=list)  # for the present text
     characters: int = 0  # likewise
 
@@ -109,13 +109,13 @@ class Drawing:
         return self._expand(line, f"{lines.path}, line {lines.numbers[index]}", (*keys, key))
 
     def _choose(self, sums: Sequence[float]) -> int:
-        """Draw an index. sums: of the weights up to each."""
+        """Draw an index. sums: running sums of the weights."""
         index = bisect.bisect_right(sums, self.random.random() * sums[-1])
         return min(index, bisect.bisect_left(sums, sums[-1]))  # the product may be rounded up to the sum
 
 
 def sums_of(weights: Sequence[float], where: str) -> tuple[float, ...]:
-    """Return the sums of weights up to each of them. Raises OptionError if nothing can be drawn with them."""
+    """Return the running sums of weights. Raises OptionError if nothing can be drawn with them."""
     sums = tuple(itertools.accumulate(weights))
     if not 0 < sums[-1] <= MOST_WEIGHT:
         raise OptionError(
@@ -126,7 +126,7 @@ def sums_of(weights: Sequence[float], where: str) -> tuple[float, ...]:
 
 
 def expand_texts(texts: Mapping[str, str | None], options: PromptOptions, seed: int) -> dict[str, str | None]:
-    """Return the texts of a video with everything drawn, in their order; by the names of their options.
+    """Return the texts of a video with everything drawn, by option name; they are drawn in their order.
 
     Draws are logged. Raises OptionError as `Drawing.expand`.
     """
@@ -147,7 +147,7 @@ def expand_texts(texts: Mapping[str, str | None], options: PromptOptions, seed: 
 
 
 def find_file(folder: Path, key: str, where: str) -> Path:
-    """Return the file of a wildcard. Nothing outside the folder is one, by whatever name or link.
+    """Return the file of a wildcard. Files outside the folder are refused, even behind links.
 
     Raises OptionError if there is none.
     """
@@ -214,13 +214,13 @@ _MARKS = re.compile(r"\\[{}|]|[{}|]")
 _WEIGHT = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)::")
 _ESCAPED = re.compile(r"\\([{}|])")
 
-# weights of what is to choose from -> the index of one
+# weights of the alternatives -> index of the chosen one
 Choose = Callable[[Sequence[float]], int]
 
 
 @dataclass
 class _Group:
-    """The places of a group's braces and of the bars between them."""
+    """Positions of a group's braces and of the bars between them."""
 
     start: int
     end: int = 0
@@ -233,7 +233,7 @@ def choose_alternatives(text: str, choose: Choose) -> str:
     Raises OptionError if groups are nested more than MAX_NESTED deep, and as `choose`.
     """
     opened: list[_Group] = []
-    groups: list[_Group] = []  # those that have a choice, in the order in which they begin
+    groups: list[_Group] = []  # groups with alternatives, in the order in which they begin
     for mark in _MARKS.finditer(text):
         if mark[0] == "{":
             opened.append(_Group(mark.start()))
@@ -281,15 +281,15 @@ def unescape(text: str) -> str:
 
 
 USUAL = 1.1  # of (text)
-MOST = 100.0  # a larger one is a slip of the finger, and would overflow float16
+MOST = 100.0  # larger weights are typing mistakes, and would overflow float16
 _PARENTHESES = re.compile(r"\\[()]|[()]")
 
 
 def parse_weights(text: str) -> tuple[str, Spans]:
-    """Return a text without the marks, and its weighted parts as (start, end, weight) in characters of it.
+    """Return a text without weight marks, and its weighted parts as (start, end, weight), in characters.
 
-    Parts neither begin nor end with white space, and a weight of 1 is none. Takes time in proportion to the
-    length. Raises OptionError for a weight beyond MOST.
+    Parts neither begin nor end with white space; parts of weight 1 are left out. Takes time in proportion to
+    the length. Raises OptionError for a weight beyond MOST.
     """
     pieces: list[str] = []
     spans: list[tuple[int, int, float]] = []
@@ -320,7 +320,7 @@ def parse_weights(text: str) -> tuple[str, Spans]:
 
 
 def _weight_of(inside: str) -> tuple[str, float] | None:
-    """Return the text between parentheses and its weight; None if they are parentheses only."""
+    """Return the text between parentheses and its weight; None if the parentheses are plain text."""
     text, colon, number = inside.rpartition(":")
     if not colon:
         return (inside, USUAL) if inside.strip() else None
@@ -336,9 +336,9 @@ def _weight_of(inside: str) -> tuple[str, float] | None:
 
 
 def weigh_all(by_section: Mapping[int, Prompts]) -> dict[int, Prompts]:
-    """Return the texts of all sections with the weights that stand in them; they lose the marks.
+    """Return the texts of all sections without marks, and with the weights that these gave.
 
-    The second text loses them too, and has no weights: CLIP, which reads it, makes one vector of it all.
+    The second text loses its marks too, but gets no weights: CLIP, which reads it, makes one vector of it.
     """
 
     def weighed(prompt: Prompt) -> Prompt:

@@ -30,11 +30,11 @@ SHARES = {"magcache_retention_ratio"}  # not above 1
 def choose_step_cache(
     options: StepCacheOptions, line: Mapping[str, Any]
 ) -> tuple[StepCaching | None, Mapping[str, float]]:
-    """Return the step cache for a video (None if nothing is skipped or measured), and what its prompt line
-    says about it, by option; that replaces the command line's values.
+    """Return the step cache for a video (None if nothing is skipped or measured), and the prompt line's
+    values for it by option, which replace those of the command line.
 
-    line: the line's options by name. It can change a cache that the command line has turned on, and no other:
-    that is warned about. Raises OptionError for values that make no sense.
+    line: the line's options by name. A line can only change a cache that the command line turned on; other
+    values are ignored with a warning. Raises OptionError for values that make no sense.
     """
     says = {name: line[name] for name in LETTERS if line.get(name) is not None}
     for name, value in [*says.items()]:

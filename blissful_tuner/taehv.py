@@ -32,7 +32,7 @@ LEAST_RANGE = 1e-6  # of colours: a clip of one colour stays dark instead of bec
 
 
 def project(latents: Tensor, spec: LatentSpec) -> Tensor:
-    """Map latents (C F h w in model space) to colours 3 F h w, float32 on their device, not limited.
+    """Map latents (C F h w in model space) to colours 3 F h w, float32 on their device, not clamped.
 
     Does not wait for the device. Computed in float32 even under autocast.
     """
@@ -78,17 +78,17 @@ class TaehvConfig:
 
     channels: int  # of latents
     widths: tuple[int, int, int, int]  # of the features: before and after each stage
-    strides: tuple[int, int, int]  # frames that each stage makes of one
-    patch: int = 1  # pixels that the last layer makes of one place, in height and width
+    strides: tuple[int, int, int]  # frames that each stage makes from one frame
+    patch: int = 1  # pixels per position of the last layer, in height and width
 
     @property
     def frames(self) -> int:
-        """Frames that are made of one latent frame; of the first one, all but the last are dropped."""
+        """Return the frames made from one latent frame. From the first latent frame only the last is used."""
         return prod(self.strides)
 
 
 class MemoryBlock(nn.Module):
-    """Residual convolutions that see the frame before, too."""
+    """Residual convolutions over the current and the previous frame."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class MemoryBlock(nn.Module):
 
 
 class Growth(nn.Module):
-    """Make several frames of each."""
+    """Make `stride` frames of each frame."""
 
     def __init__(self, width: int, stride: int) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class TinyDecoder(nn.Module):
         self.config = config
 
     def decode(self, latents: Tensor) -> Iterator[Tensor]:
-        """Yield chunks F 3 H W of about 0..1, not limited, of latents C F h w in model space, anywhere."""
+        """Yield chunks F 3 H W, about 0..1 but not clamped. latents: C F h w in model space, any device."""
         weight = next(self.parameters())
         memory: dict[int, Tensor] = {}  # the last input of each memory block
         layers = self.decoder
@@ -162,7 +162,7 @@ class TinyVae:
 
     @torch.no_grad()
     def frames(self, latents: Tensor, device: torch.device) -> Iterator[Tensor]:
-        """Yield chunks of frames F H W 3, uint8 on the device, of latents C F h w anywhere."""
+        """Yield chunks of frames F H W 3, uint8 on `device`. latents: C F h w, on any device."""
         with META:
             decoder = TinyDecoder(self.config)
         moved = {name: send_ahead(weight, device) for name, weight in self.weights.items()}
@@ -196,12 +196,12 @@ def read_taehv(checkpoint: Checkpoint) -> LoadPlan[TaehvConfig]:
 
 
 def for_latents(plan: LoadPlan[TaehvConfig], latent: LatentSpec) -> LoadPlan[TaehvConfig]:
-    """Return the plan for a family's latents: a family of pictures leaves out the growth in time.
+    """Return the plan for a family's latents; for image families frames are not multiplied in time.
 
     Raises CheckpointError if the file is for other latents.
     """
     config, path = plan.config, plan.checkpoint.path
-    if latent.stride[0] == 1:  # the last rows make the last frame, which is that of the first latent
+    if latent.stride[0] == 1:  # the last rows make the last of the frames
         config = replace(config, strides=(1, 1, 1))
         sources = dict(plan.sources)
         for number, width in zip(STAGES, config.widths, strict=False):
@@ -246,15 +246,15 @@ def _load(plan: LoadPlan[TaehvConfig], device: torch.device, dtype: torch.dtype)
 
 
 def dtype_on(device: torch.device) -> torch.dtype:
-    """Return the dtype that is fast enough there; as trained: float16 suffices."""
+    """Return the dtype to decode with: float32 on the CPU, else float16, which is exact enough."""
     return torch.float32 if device.type == "cpu" else torch.float16
 
 
 @lru_cache(maxsize=16)  # of the sizes of a run
 def decoding_bytes(config: TaehvConfig, dtype: torch.dtype, height: int, width: int) -> int:
-    """Return the device memory that decoding takes, weights included, found without a device.
+    """Return the bytes of device memory that decoding takes, weights included.
 
-    height, width: of the latents. It does not depend on the number of frames.
+    height, width: of the latents. The result does not depend on the number of frames.
     """
     with META:
         decoder = TinyDecoder(config).to(dtype)

@@ -1,7 +1,7 @@
 """Video-to-video: start denoising from noisy latents of a video, at a later step of the schedule.
 
-Also image-to-image, which is a video of one frame, and a start from saved latents. Families say by
-`SourceRules` what they take and how frames are scaled, and encode; all else is here.
+Image-to-image is the same with one frame; saved latents can be the start too. Families state in `SourceRules`
+what they take and how frames are scaled, and encode; all else is here.
 Source: Meng et al. 2021, arXiv 2108.01073.
 """
 
@@ -35,10 +35,10 @@ ROUNDING = 1e-6  # of a noise level in float32
 
 
 def check_source(request: Request, source: Source, rules: SourceRules, latent: LatentSpec) -> Request:
-    """Check the source of a request; set the number of frames if only that says it.
+    """Check the source of a request; take the number of frames from the source if it is not given.
 
-    Reads headers, of a video also a frame. Raises OptionError if the family does not take it or
-    it does not exist, MediaError or CheckpointError if it cannot be read.
+    Reads headers, and one frame of a video. Raises OptionError if the source does not exist or the family
+    does not take it, MediaError or CheckpointError if it cannot be read.
     """
     named = f"--{source.option} {source.path}"
     if source.option not in rules.takes:
@@ -60,10 +60,10 @@ def check_source(request: Request, source: Source, rules: SourceRules, latent: L
 
 
 def begin_late(prepared: Prepared, source: Source, family: Family) -> Prepared:
-    """Return the request with the first step that is made of its source, which is long enough.
+    """Return the request with the step at which denoising of its source begins; check the source's length.
 
-    Raises MediaError if a video has too few frames, OptionError if latents have another number, or if the
-    video has sound too: noise alone is no start for it at a later step.
+    Raises MediaError if a video has too few frames, OptionError if saved latents have another number of
+    frames, or if the video is made with sound, which has to start from noise.
     """
     from modules.media import reading  # here: only a start from a file needs it
 
@@ -113,8 +113,8 @@ def begin_late(prepared: Prepared, source: Source, family: Family) -> Prepared:
 def first_step(source: Source, schedule: Schedule) -> int:
     """Return the step at which denoising begins.
 
-    "traditional": the last `denoise` of all steps are made, and at least one. "direct": begin at the step
-    whose noise level is nearest to `denoise`, the first of equals.
+    "traditional": the last `denoise` (a share) of all steps, at least one. "direct": begin at the step whose
+    noise level is nearest to `denoise`, the first if several are equally near.
     """
     steps = schedule.num_steps
     if source.noise_mode == "direct":
@@ -164,9 +164,10 @@ def encode_source(family: Family, encoders: MediaEncoders, prepared: Prepared) -
 
 
 def fit_frames(latents: Tensor, frames: int, pad_mode: str) -> Tensor:
-    """Return latents B C F h w with that many frames: further ones are cut off, missing ones are copies.
+    """Cut or pad latents B C F h w to this number of frames.
 
-    pad_mode: "front" puts copies of the first frame before it, "end" copies of the last one behind it.
+    pad_mode: "front" pads with copies of the first frame before it, "end" with copies of the last one after
+    it.
     """
     missing = frames - latents.shape[2]
     if missing <= 0:
@@ -181,7 +182,7 @@ def _load_saved_latents(
 ) -> Tensor:
     """Read saved latents, 1 C F h w. Raises CheckpointError if they are of another model.
 
-    only_shape: as of `load_latents`.
+    only_shape: see `load_latents`.
     """
     saved = load_latents(source.path, f"--{source.option}", only_shape)
     model = saved.metadata.get("bt_model_type")
@@ -207,7 +208,7 @@ def _load_saved_latents(
 def noisy_source(source: Tensor, noise: Tensor, schedule: Schedule, step: int) -> Tensor:
     """Mix clean latents with noise, both B C F H W, as the schedule does at this step.
 
-    A level that is 1 but for rounding leaves nothing of the latents.
+    A noise level within rounding of 1 gives pure noise.
     """
     if abs(1 - schedule.sigmas[step]) <= ROUNDING and schedule.alphas[step] <= ROUNDING:
         return noise

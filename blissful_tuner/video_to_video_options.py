@@ -98,7 +98,7 @@ class SourceOptions(Options, title="video or image to start from"):
 
     @property
     def denoise(self) -> float:
-        """How much is made anew, 0..1."""
+        """Return the share of denoising, 0..1; 1 if it is not given."""
         share = getattr(self, self.share)
         return 1.0 if share is None else share
 

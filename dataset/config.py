@@ -27,11 +27,11 @@ TOP_LEVEL = ("general", "datasets")
 MOST_TOLD = 100  # problems that a message names
 KNOWN_KEYS = {*KEYS, *forms.SPELLINGS, *SUBSET_KEYS, *OTHER_NAMES}  # of all forms of files
 
-# A table of sounds alone is one of clips without pictures: 25 black frames a second, that no network sees.
-# key of its source -> that of clips
+# A table of sounds alone becomes a table of clips with 25 black frames a second, which no network sees.
+# source key of sounds -> source key of clips
 OF_SOUND = {"audio_directory": "video_directory", "audio_jsonl_file": "video_jsonl_file"}
 BLACK = {"resolution": [64, 64], "enable_bucket": False, "bucket_no_upscale": False, "source_fps": "auto"}
-# where a table, and [general], say nothing; 20 seconds are the longest that LTX-2 tells positions of
+# if neither the table nor [general] says; 20 seconds are the longest for which LTX-2 has positions
 WHOLE_SOUND = {"frame_extraction": "full", "max_frames": 497, "target_fps": 25.0}
 
 
@@ -132,10 +132,10 @@ def for_family(
 
 
 def with_sound_files(config: DatasetConfig, option: str, folder: Path | None) -> DatasetConfig:
-    """Return a configuration whose folders of clips have their sound in files of the clips' names.
+    """Return a configuration whose folders of clips take their sound from files named like the clips.
 
-    folder: of these files; None: beside the clips. Tables with an audio_directory keep it. option: that asks
-    for it, for the warning of tables that name the sound in their rows.
+    folder: of these files; None: beside the clips. Tables with an audio_directory keep it. option: name of
+    the option that asked for this, for the warning about tables that name the sound in their rows.
     """
     tables = []
     for table in config.datasets:
@@ -169,7 +169,7 @@ def with_lengths(config: DatasetConfig, frame_step: int) -> DatasetConfig:
 
 
 def with_references(config: DatasetConfig, rules: ReferenceRules | None, instead: str = "") -> DatasetConfig:
-    """Return a configuration whose control images are taken as a family does: `Family.references`.
+    """Return a configuration whose control images follow a family's rules (`Family.references`).
 
     Raises DatasetError if the family has no use for a key.
     """
@@ -271,7 +271,7 @@ def _read_table(
 
 
 def _as_clips(entry: dict[str, Any], source: str, general: dict[str, Any]) -> dict[str, Any]:
-    """Return a table of sounds alone as one of clips."""
+    """Turn a table of sound files without pictures into a table of clips."""
     for key in (key for key in forms.LENGTHS if key in entry):
         logger.info("%s: not needed: the last few frames of a sound are cut off, none is padded", key)
     for key in (key for key in BLACK if key in entry):
@@ -284,7 +284,7 @@ def _as_clips(entry: dict[str, Any], source: str, general: dict[str, Any]) -> di
 
 
 def _complete(fields: dict[str, Any], source_key: str, where: str, problems: list[str]) -> bool:
-    """Settle fields that depend on others; False, with a line in `problems`, if they do not go together."""
+    """Fill in fields that depend on others; return False, with a line in `problems`, if they conflict."""
     place, jsonl_file = where.rpartition(", ")[2], fields["jsonl_file"]
     if jsonl_file and fields["control_directory"]:
         logger.warning(

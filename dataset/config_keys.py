@@ -38,11 +38,11 @@ RATES = (0.001, 1_000_000)  # frames a second
 
 
 class Unfit(Exception):
-    """The value is not allowed; the text, if there is one, says why."""
+    """Raised for a value that is not allowed; the text, if there is one, says why."""
 
 
 class Form(NamedTuple):
-    """What a key may be. read: converts the value, or raises Unfit. allowed: the allowed values, in words."""
+    """Form of a key's values. read: converts a value, or raises Unfit. allowed: allowed values, in words."""
 
     read: Callable[[Any], Any]
     allowed: str
@@ -181,9 +181,9 @@ BOTH = ("image", "video")
 
 
 class Stale(enum.Flag):
-    """What another value of a key makes stale. Each key says it: none keeps old caches by being forgotten.
+    """What becomes stale if a key gets another value. Each key has to state it, so that none is forgotten.
 
-    What a caption or a picture says is not meant: that is compared itself.
+    Captions and pictures themselves are not meant: their contents are compared.
     """
 
     NOTHING = 0
@@ -201,8 +201,8 @@ REFERENCES, TEXTS, LEARNING = Stale.REFERENCES, Stale.TEXTS, Stale.LEARNING
 
 @dataclasses.dataclass(frozen=True)
 class TableKey:
-    """One key of a table. kinds: of tables that may have it. only_with: ends of the keys of sources that its
-    table has to have; (): any. rank: of LEARNING, lower ones stand first in states and in metadata.
+    """One key of a table. kinds: of tables that may have it. only_with: endings of source keys, of which the
+    table needs one; (): any. rank: among LEARNING keys; lower ranks stand first in states and metadata.
     """
 
     form: Form
@@ -312,7 +312,7 @@ def parse_config(path: Path) -> dict[str, Any]:
 
 
 def other_trainers() -> Any:
-    """Return the module that knows files of other trainers, which only mistakes need."""
+    """Return the module that knows files of other trainers, imported for messages about mistakes only."""
     return import_own("dataset.other_trainers")
 
 
@@ -343,8 +343,8 @@ def read_keys(
 
     Each mistake adds a line to `problems`.
 
-    misplaced: keys that cannot stand in this table, and why, which is said behind the value. names: other
-    names of keys. more: keys that are read elsewhere.
+    misplaced: key that cannot stand in this table -> reason, which follows the value in the message. names:
+    other names of keys. more: keys that are read elsewhere.
     """
     values: dict[str, Any] = {}
     spelt: dict[str, str] = {}  # the name that each key has in the table

@@ -282,7 +282,6 @@ class RayOptions(Options, title="cluster"):
 
 
 def read_ray_options(description: str | None, argv: Sequence[str] | None) -> RayOptions:
-    """Read the options of the script that caches on Ray."""
     parser = Parser(description=description)
     add_options(parser, RayOptions)
     words = sys.argv[1:] if argv is None else list(argv)

@@ -35,7 +35,7 @@ def of_suffix(suffix: str) -> str:
 
 
 def hint_of(content: Any) -> str:
-    """Return whose file the content of one seems to be, and what to write in its place; "" if it is ours."""
+    """Return which trainer's file this seems to be, and what to write in its place; "" if not known."""
     top, inner = (content, content.get("datasets")) if isinstance(content, dict) else ({}, content)
     tables = [one for one in inner if isinstance(one, dict)] if isinstance(inner, list) else []
     keys = [*top, *(key for one in tables for key in one if key not in AT_TOP)]

@@ -15,8 +15,8 @@ from modules.parser import parse_options
 def caching_script(family: str, kind: str, about: str | None) -> Script:
     """Return the script that caches `latents` or `texts` of a family. about: the script's docstring.
 
-    Its function takes a second argument, which is called with what would be cached, in place of that
-    (cache_on_ray.py).
+    The script's function takes a second argument, for cache_on_ray.py: a function that is called with what
+    would be cached, in place of caching.
     """
     return Script(partial(cache_family_latents if kind == "latents" else cache_family_texts, family, about))
 

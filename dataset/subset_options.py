@@ -35,9 +35,9 @@ SAME = "same"  # the table's field has the name of the key
 class SubsetKey(NamedTuple):
     """One key.
 
-    field: where its value goes: of the table, or `changes.`, `augmentation.` or `buckets.` and its name;
-    "": nowhere as it is. option: of the command line, whose value counts if no table has the key; None: that
-    of its name, "": there is none.
+    field: the field of the table that takes the value, as `name`, `changes.name`, `augmentation.name` or
+    `buckets.name`; "": none directly. option: the command-line option whose value counts if no table has the
+    key; None: the option of the same name, "": none.
     """
 
     form: forms.Form

@@ -1,6 +1,6 @@
 """Read the image guides' form of a dataset to tables: `[[datasets.subsets]]`, or folders without a file.
 
-A value is that of the subset, else of its `[[datasets]]`, else of `[general]`, else of the command line.
+A value is taken from the subset, else its `[[datasets]]`, else `[general]`, else the command line.
 Standard library only.
 """
 
@@ -43,7 +43,7 @@ def read_subsets(
     tables: list[DatasetTable] = []
     unused = (
         {} if given is None else dict(typed_options(given))
-    )  # those that no subset takes from the command line
+    )  # keys that no subset takes from the command line
     from_options = {name: usual[name] for name in unused}
     usual |= _read_level(general, "[general]", problems, DATASET)
     for number, entry in enumerate(entries):
@@ -149,7 +149,7 @@ def _table_fields(values: Table, where: str, is_masked: bool) -> dict[str, Any]:
 
 
 def _contradictions(values: Table, is_masked: bool) -> list[str]:
-    """Return a line for each thing that a subset lacks, and for keys that do not go together."""
+    """Return a line for each missing key of a subset, and for keys that conflict."""
     problems = []
     conditioning, masks = values["conditioning_data_dir"], values["mask_directory"]
     from_json = values["metadata_file"] is not None
@@ -187,7 +187,7 @@ def _contradictions(values: Table, is_masked: bool) -> list[str]:
 
 
 def refuse_changing(table: DatasetTable, keys: Sequence[str], what: str) -> None:
-    """Raise DatasetError if the items to cache change each time. keys: that make it so."""
+    """Raise DatasetError if there are `keys`, with which the items to cache change each time."""
     if keys:
         raise DatasetError(
             f"{table.name}: {' and '.join(keys)} change what is encoded, so that its {what} cannot be "
@@ -198,8 +198,8 @@ def refuse_changing(table: DatasetTable, keys: Sequence[str], what: str) -> None
 def _with_cache_directories(tables: list[DatasetTable]) -> tuple[DatasetTable, ...]:
     """Give each table without a cache_directory its own folder: `1024x768` beside its pictures.
 
-    Several datasets may have one folder of pictures; where their resolutions are equal too, the later one
-    gets `1024x768_2`. npz files, which hold many resolutions, are beside the pictures.
+    Several datasets may have one folder of pictures; if their resolutions are equal too, the later one gets
+    `1024x768_2`. npz files, which hold many resolutions, are beside the pictures.
     """
     used: Counter[tuple[str, str]] = Counter()
     found = []

@@ -24,14 +24,14 @@ VIDEO, IMAGE = ("video",), ("image",)
 
 @dataclass(frozen=True)
 class CaptionChanges:
-    """How a caption differs each time its picture is trained; parts stand between separators."""
+    """How a caption is changed each time its picture is trained; its parts stand between separators."""
 
     shuffle: bool = False
     separator: str = ","
     keep_tokens: int = 0  # parts in front that stay in place
     keep_tokens_separator: str = ""  # at most three parts: fixed, shuffled, fixed; "": none
-    secondary_separator: str = ""  # joins what is shuffled as one part; "": none
-    wildcards: bool = False  # {a|b}; of several lines one is drawn
+    secondary_separator: str = ""  # joins parts that are shuffled together; "": none
+    wildcards: bool = False  # {a|b} in captions; if there are several lines, one is drawn
     dropout_every_n_epochs: int = 0  # in these epochs all captions are empty; 0: in none
     part_dropout_rate: float = 0.0
     warmup_min: int = 1  # parts that are there from the start
@@ -40,9 +40,9 @@ class CaptionChanges:
 
     @property
     def varying_keys(self) -> tuple[str, ...]:
-        """Return the keys for which a caption is not always the same, so that its embeddings are not cached.
+        """Return the given keys that make captions vary, so that embeddings cannot be cached.
 
-        Not caption_dropout_every_n_epochs: the empty prompt is cached.
+        caption_dropout_every_n_epochs is not among them, because the empty prompt is cached.
         """
         keys = {
             "shuffle_caption": self.shuffle,
@@ -64,7 +64,7 @@ class Augmentation:
 
     @property
     def varying_keys(self) -> tuple[str, ...]:
-        """Return the keys for which pictures must be encoded each time; of flip_aug both sides are cached."""
+        """Return the given keys that need pictures encoded each time; not flip_aug: both sides are cached."""
         keys = {
             "color_aug": self.color,
             "random_crop": self.random_crop,
@@ -139,11 +139,10 @@ class DatasetTable:
     allow_urls: bool = key(
         forms.YES_NO, False, only_with=OF_TABLES, stale=NOTHING
     )  # sources may lie elsewhere
-    # where these are kept; None: in the cache directory
+    # where downloads are kept; None: in the cache directory
     download_directory: Path | None = key(forms.PATH, only_with=OF_TABLES, stale=NOTHING)
     control_directory: Path | None = key(forms.PATH, only_with=OF_FOLDERS, stale=NOTHING)
-    # clips or pictures that a result is made from, and what of a control clip is new; the files themselves
-    # are compared with caches
+    # references of a result, and masks of the new part of control clips; caches are compared with the files
     reference_directory: Path | None = key(forms.PATH, only_with=("directory",), stale=NOTHING)
     control_mask_directory: Path | None = key(forms.PATH, only_with=("directory",), stale=NOTHING)
     mask_directory: Path | None = key(forms.PATH, only_with=OF_FOLDERS, stale=LATENTS | LEARNING, rank=6)
@@ -165,7 +164,7 @@ class DatasetTable:
     max_frames: int = key(forms.COUNT, 129, kinds=VIDEO, stale=FRAMES)
     # AUTO: by the times in each file
     source_fps: float | str | None = key(forms.SOURCE_FPS, kinds=VIDEO, stale=FRAMES)
-    # frames a second that clips are learned at; None: those of the model
+    # frames per second of clips in training; None: the model's
     target_fps: float | None = key(forms.TARGET_FPS, kinds=VIDEO, in_general=True, stale=FRAMES)
     fp_latent_window_size: int = key(forms.COUNT, 9, stale=SECTIONS)
     fp_1f_clean_indices: tuple[int, ...] | None = key(forms.PLACES, kinds=IMAGE, stale=SECTIONS)
@@ -173,7 +172,7 @@ class DatasetTable:
     fp_1f_no_post: bool = key(forms.YES_NO, False, kinds=IMAGE, stale=SECTIONS)
     # of reference pictures; with both, only larger ones are resized
     no_resize_control: bool = key(forms.YES_NO, False, kinds=IMAGE, stale=REFERENCES | LEARNING, rank=1)
-    # None: that of the picture
+    # None: the picture's own resolution
     control_resolution: tuple[int, int] | None = key(
         forms.SIZE, kinds=IMAGE, stale=REFERENCES | LEARNING, rank=1
     )
@@ -195,11 +194,10 @@ class DatasetTable:
     is_reg: bool = False  # regularisation images: as many are trained as others of the group
     metadata_file: Path | None = None  # JSON that names pictures and captions
     image_folder: Path | None = None  # that the names in metadata_file are relative to
-    # conditioning_data_dir as given: what it holds are masks (mask_directory) or control images
-    # (control_directory)
+    # conditioning_data_dir as given: it holds masks (mask_directory) or control images (control_directory)
     conditioning_directory: Path | None = None
     validation_split: float | None = None  # share that is not trained on; None: the command line says it
-    validation_seed: int | None = None  # which ones; None: likewise
+    validation_seed: int | None = None  # chooses the items; None: likewise
     preserves_output: bool = False  # custom_attributes: its outputs are compared with those without a LoRA
 
     @property
@@ -219,7 +217,7 @@ class DatasetTable:
 
     @property
     def source(self) -> Path:
-        """Return the folder or list that the items come from; of tars the first name, without passwords."""
+        """Return the folder or list that the items come from; for tars, the first name, without passwords."""
         source = self.directory or self.jsonl_file or self.table_file or self.cogvideox_root
         source = source or self.metadata_file
         if source is None:
@@ -237,7 +235,6 @@ class DatasetTable:
 
     @property
     def source_key(self) -> str:
-        """Return which key of SOURCES the table has."""
         if self.cogvideox_root is not None:
             return "cogvideox_root"
         if self.metadata_file is not None:
@@ -247,12 +244,11 @@ class DatasetTable:
 
     @property
     def path_key(self) -> str:
-        """Return what lists call the path of an item."""
+        """Return the key of an item's path in lists, such as `video_path`."""
         return "audio_path" if self.is_of_sound else f"{self.kind}_path"
 
     @property
     def holds(self) -> Literal["image", "video", "sound"]:
-        """Return what its files are."""
         return "sound" if self.is_of_sound else self.kind
 
     @property
@@ -273,8 +269,8 @@ class DatasetTable:
         return None if isinstance(self.source_fps, str) else self.source_fps
 
     def changed(self, stale: Stale) -> dict[str, Any]:
-        """Return those keys that make such things stale and are set to another value than their default, as
-        JSON values; of folders the names.
+        """Return the values that differ from their defaults, for the keys with these `stale` flags: as JSON
+        values, folders by name.
         """
         values = {name: getattr(self, name) for name in defaults_of(stale)}
         return {name: _as_json(value) for name, value in values.items() if value != KEYS[name].default}
@@ -335,7 +331,7 @@ _FORMS: dict[str, forms.Form] = {
     one.name: one.metadata["source"] for one in fields(DatasetTable) if "source" in one.metadata
 }
 SOURCE_FIELDS = tuple(_FORMS)
-# of these a table has one; it says what kind of source the others of the table must fit
+# a table has exactly one of these source keys; its other keys must fit that kind of source
 SOURCES = (*(f"{kind}_{name}" for kind in forms.BOTH for name in SOURCE_FIELDS), "cogvideox_root")
 KEYS: Mapping[str, forms.TableKey] = {
     **{

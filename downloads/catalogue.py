@@ -46,7 +46,7 @@ class Component:
     option: str | None  # None: found beside the encoder
     files: tuple[ReleasedFile, ...]
     tensor_bytes: int | None  # of its tensors, if the exact size is not known
-    in_fp8: str | None  # the component that is the same in 8 bits
+    in_fp8: str | None  # name of the same component in 8 bits
 
     @property
     def path(self) -> PurePosixPath:
@@ -59,7 +59,7 @@ class Component:
 
     @property
     def size_bytes(self) -> int | None:
-        """Return the size as far as it is known: exact, or that of the tensors, or None for a few MB."""
+        """Return the exact size or the size of the tensors, if known; None for a few MB."""
         return self.files[0].size_bytes or self.tensor_bytes
 
 
@@ -116,7 +116,6 @@ def model_sets(fp8_encoders: bool = False) -> list[ModelSet]:
 
 
 def known_components() -> dict[str, Component]:
-    """Return every component by its name in the list."""
     data = _read_catalogue()
     licences = {name: Licence(**entry) for name, entry in data["licence"].items()}
     components = {}

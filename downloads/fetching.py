@@ -71,7 +71,7 @@ def run_download(options: DownloadOptions) -> None:
 
 
 def _plan(file: ReleasedFile, options: DownloadOptions) -> tuple[RemoteFile, Path] | None:
-    """Return where a file is and where it goes to, or None if it is there and complete."""
+    """Return the remote file and the path for it; None if the file is there and complete."""
     target = options.to / file.name
     if not real_path(target.parent).is_relative_to(real_path(options.to)):
         raise OutputError(
@@ -188,9 +188,9 @@ def find_damage(path: Path, remote: RemoteFile) -> str | None:
 
 
 def find_other_kind(path: Path, name: str) -> str | None:
-    """Return why a file is not of the kind that the end of `name` promises, or None if it is.
+    """Return why a file is not of the kind that the suffix of `name` states; None if it is.
 
-    Headers are read, and files of torch without running code. Other kinds of names are not judged.
+    Reads headers, and torch files without running code. Other suffixes are not checked.
     """
     from modules.checkpoints.containers import ONNX, PICKLE, ZIP, open_file  # torch loads here
     from modules.checkpoints.tokenizers import check_sentencepiece
@@ -218,7 +218,7 @@ def find_other_kind(path: Path, name: str) -> str | None:
                     return "it is not a SentencePiece model"
                 check_sentencepiece(read_content(path, MAX_TOKENIZER_BYTES))
     except (CheckpointError, OSError, ValueError) as error:
-        # the message names the file that nobody is to use; what it is comes first
+        # the message names the partial file, which nobody should use; only its description is taken
         return str(error).removeprefix(f"{path} ").partition(". ")[0].rstrip(".").splitlines()[0]
     return None
 

@@ -88,7 +88,7 @@ def find_on_hub(file: ReleasedFile, endpoint: str | None = None) -> RemoteFile:
 
 
 def explain_status(status: int, file: str, page: str, has_token: bool) -> DownloadError:
-    """Return the error for an answer of a site that is not the file."""
+    """Return the error for a site's answer that is not the file."""
     if status in (401, 403):
         hint = (
             "The token that is stored on this machine or in HF_TOKEN may lack the rights."

@@ -1,4 +1,4 @@
-"""Hold parts of a picture to a reference while it is denoised: by a mask, or where both hardly differ."""
+"""Keep parts of a picture equal to a reference while denoising: by a mask, or where the two hardly differ."""
 # Letters: B batch, C channels, F H W frames, height and width of latents
 
 from pathlib import Path
@@ -15,9 +15,9 @@ from modules.flow.schedule import Schedule
 
 
 def hold_masked(section: Section, latents: Tensor, schedule: Schedule, step: int) -> Tensor:
-    """Return latents B C F H W that are the noisy reference where the section's mask says that it stays.
+    """Return latents B C F H W with the noisy reference in place of all that the section's mask keeps.
 
-    step: of the schedule, whose noise level the latents have. Call behind each step.
+    step: of the schedule, for the noise level of the latents. Call after each step.
     """
     anchor = section.anchor
     if anchor is None or anchor.changed is None:
@@ -27,7 +27,7 @@ def hold_masked(section: Section, latents: Tensor, schedule: Schedule, step: int
 
 
 def hold_consistent(section: Section, latents: Tensor, schedule: Schedule, step: int) -> Tensor:
-    """Return latents B C F H W that are the noisy reference where both hardly differ.
+    """Return latents B C F H W with the noisy reference wherever the two hardly differ.
 
     Call before each step, once its velocity is known, so that small deviations do not add up.
     """
@@ -41,8 +41,8 @@ def hold_consistent(section: Section, latents: Tensor, schedule: Schedule, step:
 def find_changes(difference: Tensor, rules: ConsistencyRules) -> Tensor:
     """Return where a picture is changed: B 1 F H W bool.
 
-    difference: B C F H W, to the reference of the same noise. It is blurred, and its size is the mean over
-    the channels.
+    difference: B C F H W, to the reference with the same noise. It is blurred; the mean of its absolute value
+    over the channels is compared with the threshold.
     """
     size = blur(difference, rules.kernel_size).abs().mean(dim=1, keepdim=True)
     threshold = rules.threshold * (size.max() if rules.is_relative else 1)
@@ -55,9 +55,9 @@ def find_changes(difference: Tensor, rules: ConsistencyRules) -> Tensor:
 
 
 def blur(latents: Tensor, kernel_size: int) -> Tensor:
-    """Blur latents B C F H W over `kernel_size` pixels, an odd number, by a Gaussian.
+    """Blur latents B C F H W with a Gaussian kernel of `kernel_size` pixels, an odd number.
 
-    Its width follows the size as in OpenCV; at the edges pixels repeat.
+    Sigma follows from the size as in OpenCV; edge pixels are repeated.
     """
     half = kernel_size // 2
     if not half:
@@ -71,7 +71,7 @@ def blur(latents: Tensor, kernel_size: int) -> Tensor:
 
 
 def save_changes(done: StepDone, folder: Path, stem: str) -> None:
-    """Write what is changed at a step as a picture, if the rules say so."""
+    """Write the mask of changes at a step as a picture, if the rules ask for it."""
     anchor, sigma = done.section.anchor, done.step.sigma
     if anchor is not None and anchor.rules is not None and anchor.rules.saves:
         held = (1 - sigma) * anchor.latents + sigma * done.section.noise

@@ -1,4 +1,4 @@
-"""Ask for lines at the console, with editing and history where the machine has them; ring its bell."""
+"""Ask for lines at the console, with editing and history if available; ring the terminal's bell."""
 
 import contextlib
 import importlib.util
@@ -19,9 +19,9 @@ _HELP = re.compile(r":?help(?:\(\))?|\?|--help|-h", re.IGNORECASE)
 def line_reader(options: Iterable[tuple[str, str]], more: str = "") -> Callable[[], str]:
     """Return a function that asks for one line; it raises EOFError and KeyboardInterrupt as `input` does.
 
-    `quit` and `exit` are the end of input too; `help` shows the options of a line and asks again. options:
-    their letters and names. more: help on the rest of a line. With the package prompt_toolkit lines are
-    edited and recalled by it, also on Windows; else by readline.
+    `quit` and `exit` end the input too; `help` shows the options of a line and asks again. options: their
+    letters and names. more: help on the rest of a line. Lines are edited and recalled with the package
+    prompt_toolkit (also on Windows), else with readline.
     """
     logger.info(
         "Enter a prompt and options such as --s 20 --d 7; help lists them. Ctrl-C cancels the current "
@@ -53,7 +53,7 @@ def line_reader(options: Iterable[tuple[str, str]], more: str = "") -> Callable[
 
 @contextlib.contextmanager
 def ring_after(is_asked: bool) -> Iterator[None]:
-    """Ring the terminal's bell when the block ends, also by an error; nothing is written to a file."""
+    """Ring the terminal's bell when the block ends, even by an error; not if output goes to a file."""
     try:
         yield
     finally:

@@ -48,7 +48,7 @@ WITHOUT = "without LoRA"
 
 @dataclass(frozen=True)
 class Variant:
-    """A LoRA at a strength, or none; for several experts one for each."""
+    """A column: a LoRA at a strength, or no LoRA; with several experts, one LoRA for each."""
 
     column: str
     strength: str  # "x 0.6"; empty without LoRA
@@ -147,7 +147,7 @@ def make_variants(
 ) -> list[Variant]:
     """Return the columns: without LoRA, then every file at every strength.
 
-    uses: by expert. Files at the same place make a column together, which is named after the first of them.
+    uses: by expert. Files at the same position in each expert's list share a column, named after the first.
     """
     variants = [Variant(WITHOUT, "", ((),) * len(experts), {})]
     count = max(map(len, uses), default=0)
@@ -176,7 +176,8 @@ def _hash(path: Path) -> str:
 def make_cell(run: GenerationRun, variant: Variant, job: GenerationJob, line: int) -> GenerationJob:
     """Return the job of a prompt in a column, with its name: line, seed and column.
 
-    A name with other content gets a `_` at its end: files that exist under the stem are of exactly this clip.
+    If other clips already have this name, `_` is appended: existing files with the stem are of exactly this
+    clip.
     """
     loras = {
         dressing.key_of(expert): [(use.lora.path.name, use.multiplier) for use in uses]
@@ -204,7 +205,7 @@ def _files(options: GenerationOptions, cell: GenerationJob) -> tuple[Path, Path]
 
 
 def _is_own(options: GenerationOptions, cell: GenerationJob) -> bool:
-    """Whether files of this name, if there are any, are of this very clip."""
+    """Return whether existing files of this name are of exactly this clip; True if there are none."""
     video, latents = _files(options, cell)
 
     def about_making(tags: Mapping[str, str]) -> dict[str, str]:
@@ -250,8 +251,8 @@ def networks_with(
     """Yield the clips of each column with the networks that have its LoRAs.
 
     A network is loaded once and its weights are changed. It is loaded again for each column only if its
-    weights are in 8 bits, swapped or compiled, or if it shares the device with others: what it was before the
-    change would take as much host memory again as those that wait there.
+    weights are in 8 bits, swapped or compiled, or if there are several experts: copies of the original
+    weights would then double the host memory.
     """
     family, options, dits = run.family, run.options, run.session.dits
     speed = options.speed
@@ -323,7 +324,7 @@ def write_grid(
 
 
 def _command(experts: Sequence[Expert], variant: Variant) -> str:
-    """Return the options of the generation script that use this column's LoRAs."""
+    """Return the generation script's options for this column's LoRAs."""
     words: list[str] = []
     for expert, uses in zip(experts, variant.uses, strict=True):
         weight = dressing.LORA_OPTIONS[dressing.key_of(expert)]

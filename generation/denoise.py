@@ -1,4 +1,4 @@
-"""THE denoising loop, section by section: a solver follows the velocity that guidance makes of the passes."""
+"""Denoise section by section: run the passes of each step, combine them by guidance, take a solver step."""
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack
@@ -34,13 +34,13 @@ def denoise(
     split: bool = True,
     first_step: int = 0,
 ) -> Tensor:
-    """Follow the velocity from noise to clean latents. Returns them like the section's noise, float32, where
-    it lies.
+    """Follow the velocity from noise to clean latents. Returns them in the shape of the section's noise,
+    float32, on its device.
 
-    dit_at: timestep -> the network to call. latents: to begin with, like the noise. watchers: all are called
-    once the velocity of a step is known; if one says "enough", the clean latents as predicted at that step
-    are returned. split: one pass after the other instead of equal-shaped conditions as one batch. first_step:
-    in the solver's schedule; later than 0 for video-to-video.
+    dit_at: timestep -> the network to call. latents: the start, shaped like the noise. watchers: all are
+    called once the velocity of a step is known; if one returns True, the clean latents predicted at that step
+    are returned. split: run passes one by one instead of equal-shaped conditions as one batch. first_step: in
+    the solver's schedule; later than 0 for video-to-video.
     """
     schedule, is_anchored = solver.schedule, section.anchor is not None
     assert not (is_anchored and section.tweaks.joint), "an anchor holds a picture alone"
@@ -53,7 +53,7 @@ def denoise(
         step = steps.Step(
             made, num_steps, float(schedule.sigmas[index]), float(schedule.timesteps[index]), latents
         )
-        # without a name: it would hold the network of this step while that of the next one is loaded
+        # not in a variable, which would keep this step's network while the next step's is loaded
         velocity = guidance(
             step, predictor(family, dit_at, step, split, section.tweaks, section.held), section
         ).float()
@@ -70,10 +70,10 @@ def denoise(
 
 
 def hold_given(section: steps.Section, latents: Tensor) -> Tensor:
-    """Return latents with the frames and the sound that the section is given in their place.
+    """Return latents with the section's given frames and given sound put in.
 
-    latents: B C F H W, or B N of a picture and its sound. As their velocity is 0 too, each predicted clean
-    video begins with them, and guidance that measures whole velocities does not see them.
+    latents: B C F H W, or B N of a picture and its sound. The given parts also have velocity 0, so they are
+    unchanged in predicted clean videos, and do not count in guidance that measures whole velocities.
     """
     given, joint = section.given, section.tweaks.joint
     if joint is not None:
@@ -91,10 +91,11 @@ def predictor(
     all_passes: steps.Tweaks = steps.NO_TWEAKS,
     held: tuple[bool, bool] = (False, False),
 ) -> steps.Predict:
-    """Make `predict(*conditions, tweaks=...)` of one step. It returns a velocity like `noisy` for each.
+    """Make the function `predict(*conditions, tweaks=...)` of one step; it returns a velocity for each
+    condition.
 
-    all_passes: tweaks of every pass, to which those of the call are added. held: `Section.held`; what is
-    wholly given is at time 0.
+    all_passes: tweaks of every pass; those of the call are added. held: `Section.held`; a picture or sound
+    that is wholly given has timestep 0.
     """
     dit, noisy = dit_at(step.timestep), step.noisy
 
@@ -124,7 +125,7 @@ def predictor(
 
 
 def stack(conditions: Sequence[Conditions]) -> Conditions:
-    """Conditions of several passes as one batch."""
+    """Stack the conditions of several passes to one batch."""
     stacked: dict[str, Tensor | list[Tensor]] = {}
     for name in conditions[0]:
         values = [one[name] for one in conditions]
@@ -134,7 +135,7 @@ def stack(conditions: Sequence[Conditions]) -> Conditions:
 
 
 class SeededNoise:
-    """Random generator of one request, continued by every draw.
+    """Draw the noise of one request from one generator.
 
     By default it runs on the device, and its stream depends on the kind of device. With `cpu_noise` it runs
     on the CPU: the stream of `torch.manual_seed(seed)`, the same on every machine and in ComfyUI.
@@ -230,8 +231,8 @@ def sections_of(
     inputs: Mapping[int, Conditions],
     noise: NoiseSource,
 ) -> Generator[steps.Section, Tensor, Tensor]:
-    """Yield the family's sections, each with the tweaks of all its passes that the request says, and the part
-    of the clean latents (`SOURCE`) that it starts from.
+    """Yield the family's sections, each with the request's tweaks for all passes, and with its part of the
+    clean latents (`SOURCE`) to start from.
     """
     conditions = dict(inputs.get(0, {}))
     source = conditions.pop(SOURCE, None)
@@ -257,7 +258,7 @@ def sections_of(
 def on_device(section: steps.Section, device: torch.device) -> steps.Section:
     """Return the section with all inputs of the network on `device`.
 
-    Conditions that are the same object stay so.
+    Conditions that are one object stay one object.
     """
     positive = conditions_to(section.positive, device)
     there = {id(section.positive): positive}

@@ -41,7 +41,7 @@ LorasByExpert = Sequence[Sequence["LoraUse"]]  # of each of `Family.experts`, in
 
 @dataclass(frozen=True)
 class DitLoader:
-    """expert -> its network on the device, its LoRAs merged; blocks compiled and swapped as options say."""
+    """Load an expert to the device, with LoRAs merged, and blocks compiled and swapped as options say."""
 
     family: Family
     uses: LorasByExpert
@@ -52,9 +52,10 @@ class DitLoader:
     originals: "Sequence[OriginalWeights] | None" = None
 
     def aside(self, expert: int, check: Check) -> tuple[nn.Module, HostCopy]:
-        """Load an expert into host memory, with equal weights: they are computed on the device, one by one.
+        """Load an expert into host memory. Its weights are computed on the device one by one, so they are the
+        same.
 
-        Its copy brings it to the device. check: called for each tensor; may raise.
+        The returned `HostCopy` moves it to the device. check: called for each tensor; may raise.
         """
         place = None
         if self.device.type != "cpu":
@@ -125,7 +126,7 @@ LORA_OPTIONS = {"": "--lora_weight", HIGH_NOISE: "--lora_weight_high_noise"}
 
 
 def loras_of(options: GenerationOptions) -> dict[str, list[tuple[Path, float]]]:
-    """Return the LoRA files with their strengths, by the expert that their option is for."""
+    """Return the LoRA files with their strengths, by the expert of their option."""
     files = options.experts.lora_weight_high_noise or ()
     high = multipliers_for(files, options.experts.lora_multiplier_high_noise, "--lora_multiplier_high_noise")
     low = zip(options.lora.lora_weight or (), options.lora.multipliers(), strict=True)
@@ -143,9 +144,9 @@ def expert_loras(
 
     with_texts: read their changes of text encoders too.
 
-    A file that holds a LoRA for each is used in both, whichever option names it. Patterns count over all
-    files: those of --lora_weight, then those of --lora_weight_high_noise. Raises OptionError if LoRAs are
-    given for an expert that is not, and as `read_lora`.
+    A file with a LoRA for each expert is used in both, whichever option names it. Patterns are counted over
+    the files of --lora_weight, then of --lora_weight_high_noise. Raises OptionError if LoRAs are given for an
+    expert that is not given, and as `read_lora`.
     """
     by_option = loras_of(options)
     files, patterns = [*chain(*by_option.values())], options.lora_patterns
@@ -196,7 +197,7 @@ def leave_out_missing(family: Family, options: GenerationOptions, device: torch.
 
     Options given by name stay: if unavailable, they are an error later.
     """
-    files = family.dit_files  # one that is missing is an error of its own
+    files = family.dit_files  # a missing file is an error of its own
 
     def check_attention(speed: GenerationSpeedOptions) -> None:
         placement = Placement(device, attention=speed.attention.choice)

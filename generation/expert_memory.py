@@ -34,7 +34,7 @@ from networks.loading import on_side
 
 @dataclass(frozen=True)
 class ExpertTurns:
-    """Who works when in a run. order: indices of experts, as `plan_turns` gives them."""
+    """Order in which experts work in a run. order: indices of experts, from `plan_turns`."""
 
     order: tuple[int, ...] = ()
     # as of `DitTurns`
@@ -51,7 +51,7 @@ class ExpertTurns:
     def host_peak(self, weights: int, swapped: int) -> int:
         """Return the most host memory that the experts hold, in bytes, if the host has room for all of it.
 
-        weights: all of an expert. swapped: its part that stays in host memory also while it works.
+        weights: of a whole expert. swapped: the part that stays in host memory even while the expert works.
         """
         if self.lazy:
             return swapped
@@ -71,9 +71,9 @@ class ExpertTurns:
         return most
 
     def parts(self, weights: int, swap: Swapped) -> tuple[MemoryPart, ...]:
-        """Return the line of a plan for idle experts; none if only one expert works.
+        """Return the line of a plan for idle experts; () if only one expert works.
 
-        weights: all of an expert. Swapped weights of the working expert count in its own line.
+        weights: of a whole expert. Swapped weights of the working expert are counted in its own line.
         """
         if self.count < 2:
             return ()
@@ -110,7 +110,7 @@ ALONE = ExpertTurns()  # of a model with one transformer
 
 
 def turns_of(family: Family, options: GenerationOptions, requests: Sequence[Prepared]) -> ExpertTurns:
-    """Return who works when as these requests are made one after the other, each --num_videos times."""
+    """Return the order of experts if these requests are made one after the other, each --num_videos times."""
     given = options.experts
     together = sharing_processes(options.speed) > 1
     order = tuple(plan_turns(family, [*requests] * options.num_videos))
@@ -168,7 +168,7 @@ def load_with_loras(
 ) -> tuple[nn.Module, Mapping[str, Sequence[Change]]]:
     """Load the first expert for a plan, on the meta device; return it and `LoraPatch.beside` of its LoRAs.
 
-    They are read only if layers are stored: into others they are merged, which takes no memory.
+    LoRAs are read only if layers are quantised; into others they are merged, which takes no memory.
     """
     dit = family.load_dit(placement)
     if options.lora.lora_weight is None or not any(map(stored_in, dit.modules())):

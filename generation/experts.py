@@ -1,9 +1,9 @@
-"""The networks that denoise: those of a model's experts, which take turns on the device.
+"""Load the networks that denoise, a model's experts, and let them take turns on the device.
 
-An expert is loaded to the device when its steps begin, unless it was foreseen: then it is read into host
-memory by a thread while the one before it works, and at the boundary only a copy to the device is left. What
-leaves the device waits in host memory if it comes again and the host has room; else it is freed. Experts stay
-on the device together if that has room for all, or if it is the CPU and the host has.
+An expert is loaded to the device when its steps begin. If the plan names it, a thread reads it into host
+memory while the expert before it works, so that at the boundary only a copy to the device is left. An expert
+that leaves the device waits in host memory if it is needed again and the host has room; else it is freed.
+Experts stay on the device together if it has room for all, or if it is the CPU and the host has room.
 """
 
 import logging
@@ -33,11 +33,11 @@ logger = logging.getLogger(__name__)
 
 PAUSE = 0.2  # seconds after which waiting looks whether someone pressed Ctrl-C, which Windows needs
 
-Check = Callable[[], None]  # called now and then by what is made; raises `ReadingStopped` if nobody wants it
+Check = Callable[[], None]  # called now and then while loading; may raise `ReadingStopped`
 
 
 class ReadingStopped(Exception):
-    """End of a reading whose result nobody wants any more."""
+    """Raised in a thread to stop reading an expert that is no longer needed."""
 
 
 CPU = torch.device("cpu")
@@ -46,7 +46,7 @@ LoadDit = Callable[[int], nn.Module]  # expert -> its network on the device
 
 
 class WaitingNetwork(Protocol):
-    """A network whose weights wait in host memory: `modules.offload.turns.HostCopy`."""
+    """Protocol of a network whose weights can wait in host memory, as `modules.offload.turns.HostCopy`."""
 
     def bring(self) -> None: ...
 
@@ -100,20 +100,20 @@ class DitTurns:
     make_copy: Callable[[nn.Module, torch.device], WaitingNetwork] = HostCopy
     # bytes of the device, where something was let in beside them
     most_beside: int = field(default=0, init=False)
-    _dits: dict[int, nn.Module] = field(default_factory=dict)  # those that are loaded
-    _copies: dict[int, WaitingNetwork] = field(default_factory=dict)  # of those that have one
-    _working: set[int] = field(default_factory=set)  # those that are on the device
+    _dits: dict[int, nn.Module] = field(default_factory=dict)  # the loaded experts
+    _copies: dict[int, WaitingNetwork] = field(default_factory=dict)  # of experts that have one
+    _working: set[int] = field(default_factory=set)  # experts on the device
     _ahead: ReadingAhead | None = None
     _plan: Sequence[int] = ()  # who works when, as far as it is known
     _place: int = 0  # in the plan
-    _told: set[int] = field(default_factory=set)  # of which it was said that they are not read ahead
+    _told: set[int] = field(default_factory=set)  # experts logged as not read ahead
 
     @contextmanager
     def phase(self, plan: Sequence[int] = ()) -> Iterator[Callable[[float], nn.Module]]:
-        """Yield timestep -> the network for it, on the device.
+        """Yield a function: timestep -> the network for it, on the device.
 
-        plan: `plan_turns`; its first expert comes at once. Empty: nothing is known; a video begins with
-        noise, and any expert may be needed again.
+        plan: from `plan_turns`; its first expert is loaded at once. Empty: the order is not known; a video
+        begins with noise, and any expert may be needed again.
         """
         self._plan, self._place = plan, 0
         free_memory(self.device)  # of networks that callers of the phase before held until they returned
@@ -133,10 +133,9 @@ class DitTurns:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """A block in the midst of their work, while those that work wait in host memory.
+        """Move the working networks to host memory during the block.
 
-        Raises MemoryPlanError where the host has no room for them; there a system may end the process without
-        a word.
+        Raises MemoryPlanError if the host has no room for them; the system could kill the process silently.
         """
         working = [(self._dits[expert], self._copies.get(expert)) for expert in self._working]
         weights = sum(bytes_on(dit, self.device) for dit, copy in working if copy is None)
@@ -159,8 +158,8 @@ class DitTurns:
                 _come(dit, copy, self.device)
 
     def can_stay(self, needed: int | None) -> bool:
-        """Whether those that work may stay on the device while something else needs so many bytes of it;
-        None: not known.
+        """Return whether the working networks may stay on the device while something else needs `needed`
+        bytes of it. None: not known.
         """
         if self.device.type == "cpu":
             return True
@@ -174,9 +173,9 @@ class DitTurns:
         self._dits, self._copies, self._working = {}, {}, set()
 
     def _bring(self, expert: int) -> nn.Module:
-        """Put an expert on the device, and look ahead.
+        """Put an expert on the device, and begin to read the next one.
 
-        Those that are there make room first, unless the device has room for them too.
+        Experts that are there make room first, unless the device has room for them too.
         """
         later = range(self._place, len(self._plan))  # skipped parts of the plan have failed or ended early
         self._place = next((place for place in later if self._plan[place] == expert), self._place)
@@ -203,7 +202,7 @@ class DitTurns:
         return self._dits[expert]
 
     def _may_stay(self, working: int, coming: int) -> bool:
-        """Whether an expert that works may stay on the device beside one that comes, which is as large."""
+        """Return whether a working expert may stay on the device beside the coming one, which is as large."""
         if self.lazy or self.together:
             return self.together
         weights = bytes_on(self._dits[working], self.device)
@@ -217,7 +216,7 @@ class DitTurns:
         return self.can_stay(weights + steps)
 
     def _put_away(self, expert: int) -> None:
-        """Have an expert wait in host memory, or free it if it need not or cannot."""
+        """Move an expert to host memory, or free it if it is not needed again or there is no room."""
         comes_again = self.keep or not self._plan or expert in self._plan[self._place :]
         if self.lazy or not comes_again:
             self._free(expert)
@@ -274,15 +273,15 @@ class DitTurns:
             if stop.is_set():
                 raise ReadingStopped
 
-        pool = ThreadPoolExecutor(1, "loading ahead")  # what it computes on a GPU wants a stream of its own
+        pool = ThreadPoolExecutor(1, "loading ahead")  # its GPU work needs a stream of its own
         made = pool.submit(torch.no_grad()(load), coming, check)  # gradients are a setting of each thread
         pool.shutdown(wait=False)  # once it is made
         self._ahead = ReadingAhead(coming, made, stop)
 
     def _take_ahead(self, expert: int, ahead: ReadingAhead) -> None:
-        """Take over an expert that was read ahead; raises its error.
+        """Take over an expert that was read ahead; raise the error of its reading.
 
-        If only memory was short beside the other's work, it is loaded when that is done.
+        If only memory ran out, return without it: it is loaded when the other expert is done.
         """
         if ahead.expert != expert:
             self._end_ahead(ahead)

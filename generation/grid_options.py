@@ -48,7 +48,7 @@ class SheetOptions(Options, title="comparison sheet"):
 
     @property
     def has_prompts(self) -> bool:
-        """Whether an axis names the prompts themselves."""
+        """Return whether an axis names the prompts themselves."""
         return any(axis.partition("=")[0].strip() == PROMPT.key for axis in self.sheet or ())
 
     def axes(self, line_options: Mapping[str, LineOption]) -> tuple[Axis, ...]:
@@ -118,7 +118,7 @@ def cells_of(
 ) -> Iterator[tuple[tuple[int, ...], dict[str, Any]]]:
     """Yield the place of each cell (index of its value on each axis) and its prompt line, row by row.
 
-    line: values of the line that the sheet is made of; those of the axes take their place.
+    line: values of the prompt line; values of the axes replace them.
     """
     for place in product(*(range(len(axis.texts)) for axis in reversed(axes))):
         place = place[::-1]
@@ -194,10 +194,10 @@ def _natural(path: Path) -> list[tuple[bool, int, str]]:
 def family_of(path: Path, families: Mapping[str, Sequence[str]]) -> str:
     """Return the family that a LoRA file's metadata name. Raises OptionError if they name none.
 
-    families: their names -> further models that their scripts run.
+    families: name -> further models that the family's scripts run.
     """
     metadata: dict[str, str] = {}
-    with contextlib.suppress(OSError, ValueError):  # reading it as a LoRA says what is wrong
+    with contextlib.suppress(OSError, ValueError):  # an error is reported when it is read as a LoRA
         metadata = read_safetensors_texts(path)
     said = " ".join(metadata.get(key, "") for key in ("ss_base_model_version", "modelspec.architecture"))
     words = re.sub(r"[^a-z0-9]", "", said.lower())

@@ -1,4 +1,4 @@
-"""Make the videos of jobs: texts, images, denoising, pixels, each for all before the next."""
+"""Make the videos of jobs in phases (texts, images, denoising, pixels), each for all jobs before the next."""
 
 import logging
 import time
@@ -154,9 +154,9 @@ Networks = Iterable[tuple[Sequence[Ready], DitAt]]  # jobs, and the networks tha
 def denoise_all(
     run: GenerationRun, ready: Sequence[Ready], failures: Failures, networks: Networks
 ) -> Iterator[GenerationJob]:
-    """Yield each job with its latents; they are written when it is done, so a kill loses at most one.
+    """Yield each job with its latents. These are written at once, so that a kill loses at most one job.
 
-    networks: with their jobs, in the order of `ready`.
+    networks: yields groups of jobs with their network, in the order of `ready`.
     """
     output, requests = run.options.output, [job.prepared for job, _, _ in ready]
     start, begun = 0.0, 0
@@ -213,8 +213,8 @@ def denoise_all(
 
 @contextmanager
 def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[list[Watcher], OnSection]]:
-    """Yield the callbacks for one job: progress bars over the steps, previews of latents, and of a video in
-    sections.
+    """Yield the callbacks for one job: they show progress bars over the steps, previews of latents, and the
+    growing preview of a video in sections.
     """
     prepared, output = job.prepared, run.options.output
     needed = None if run.predicted is None else run.predicted.decoding
@@ -284,7 +284,7 @@ def decode_all(
                 heard = tracks.get(one.label)
                 path = outputs.save_pixels(output, str(one.stem), chunks, fps, one.metadata, run.post, heard)
                 paths[one.label] = path
-                if are_named:  # else the last box says it
+                if are_named:  # else the last box lists it
                     logger.info("%s: %s", one.label, path)
                 if one.preview is not None and one.preview.exists():
                     remove_preview(one.preview)
@@ -295,7 +295,7 @@ def decode_all(
 
 @contextmanager
 def keep_on_failure(one: GenerationJob) -> Iterator[None]:
-    """Name the files that a clip leaves in an error of the block."""
+    """Add to an error of the block which files of the clip are kept."""
     with name_preview_on_failure(one.preview):
         try:
             yield
@@ -310,7 +310,7 @@ def make_tracks(
     latents: Mapping[str, Tensor | None],
     note: Callable[[str], AbstractContextManager[object]],
 ) -> Mapping[str, Track]:
-    """Return the tracks of clips that have sound and are written with it. latents, note: `decode_tracks`."""
+    """Return the tracks of clips that are written with sound. latents, note: see `decode_tracks`."""
     heard = {label: one for label, one in latents.items() if one is not None}
     if not heard or not hears_sound(run.family):
         return {}

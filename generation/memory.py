@@ -1,4 +1,4 @@
-"""Memory plan of a generation: rehearse its phases one by one, each with its own networks on the device."""
+"""Plan the memory of a generation: rehearse its phases one by one, each with its own networks."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -41,7 +41,7 @@ DECODED = 13
 
 @dataclass(frozen=True)
 class PhasePrediction:
-    """The memory of one request: of denoising before any block is swapped, with the effect of swapping."""
+    """The memory of one request: denoising without swapped blocks, effect of swapping, other phases."""
 
     moments: Mapping[str, dry.Moment]
     swaps: Sequence[memory_plan.Swapped]  # by --blocks_to_swap, from 0 to the most that can be
@@ -88,8 +88,8 @@ def predict(
     as loading does.
 
     Products in 8 bits are rehearsed as products in 16 bit of the same weights. turns: of the whole run; None:
-    those of this request alone. room: layers of text encoders that it has no place for wait in host memory.
-    watch: `TokenCounter.watch`, if cards are to share the step.
+    those of this request alone. room: memory of the device; text-encoder layers that do not fit wait on the
+    host. watch: `TokenCounter.watch`, if cards are to share the step.
     """
     extra = memory_plan.workspace(device, is_training=False)
     before, encoded = rehearse_texts(family, options, prepared, extra, room)
@@ -235,7 +235,7 @@ def rehearse_denoising(
 def heaviest_step(
     prepared: Prepared, options: GenerationOptions, experts: Sequence[Expert], noisy: Tensor
 ) -> Step:
-    """Find a step that takes most memory: that with most passes in one batch, or else with most of them."""
+    """Find a step that takes most memory: the one with most passes in a batch, then with most passes."""
     steps = [
         ((plan.most_together, len(plan.passes), expert.lowest, -index), index)
         for expert, plans in zip(experts, plan_steps(prepared, options.guidance), strict=True)

@@ -105,11 +105,11 @@ class PostOptions(Options, title="tools for finished videos"):
 
     @functools.cached_property
     def tools(self) -> Any:
-        """The tools in the order of work, as `post.chain_options.AskedTools`; None without a tool. Raises
+        """Return the tools in their order, as `post.chain_options.AskedTools`; None without a tool. Raises
         OptionError.
 
-        `post` is imported by its name, and only for this option: a training makes samples through these loops
-        and has no use for it.
+        `post` is imported by its name, and only for this option, because training makes its samples through
+        these loops and does not need it.
         """
         return import_own("post.chain_options").read_asked(self.post, POST) if self.post else None
 
@@ -271,7 +271,7 @@ class GenerationOptions(Options, title="run"):
         _ = self.axes
 
     def tell_ignored(self) -> None:
-        """Warn of options that the others leave without effect; once, as records are made anew."""
+        """Warn of options that have no effect beside others; call it once, as records are made repeatedly."""
         if self.request.prompt is not None and (self.from_file is not None or self.interactive):
             source = "--interactive" if self.interactive else "--from_file"
             logger.warning("--prompt is ignored because the prompts come from %s", source)
@@ -320,7 +320,7 @@ def read_generation(
 
 
 def _named_as_typed(parser: argparse.ArgumentParser, argv: Sequence[str] | None, text: str) -> str:
-    """Have a message name the spelling that the user took: --num_images in place of --num_videos."""
+    """Replace option names in a message by the spelling that was typed: --num_images for --num_videos."""
     typed = {word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
     for action in parser._actions:
         taken = {word for word in typed.intersection(action.option_strings) if word[:5] != "--no-"}

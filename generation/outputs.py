@@ -46,11 +46,11 @@ NAMED_BYTES = 100  # in UTF-8: names have 255 at most
 
 
 class FrameTools(Protocol):
-    """Tools that decoded frames go through before they are written: the stages of --post."""
+    """Protocol of the tools that change decoded frames before they are written: the stages of --post."""
 
     @property
     def hides(self) -> bool:
-        """Return whether a tool hides something, so that no frame may be shown as it was decoded."""
+        """Return whether a tool hides something, such as faces: then no unchanged frame may be shown."""
 
     def check(self) -> None:
         """Read the headers of the tools' model files. Raises UserError if they do not fit."""
@@ -58,23 +58,23 @@ class FrameTools(Protocol):
     def check_length(self, frames: int, label: str) -> None:
         """Raise OptionError if there is a single frame, and a tool works between frames.
 
-        label: whose frames they are, for the message.
+        label: names the clip in the message.
         """
 
     def lead(self, frames: Iterator[Frame], fps: float, is_single: bool) -> tuple[Iterator[Frame], float]:
-        """Return the tools' result for frames, and its frames a second. Raises UserError.
+        """Return the processed frames, and their frames per second. Raises UserError.
 
-        is_single: there is only one frame. The networks are loaded now, if they are not yet there.
+        is_single: there is only one frame. Loads the networks on the first call.
         """
 
 
 def output_stem(
     when: datetime, seed: int, origin: Path | None = None, prompt: str = "", start: str = ""
 ) -> str:
-    """Name an output without suffix, the same for all families: time, seed, and the latent file it was
-    decoded from; what is decoded from a latent file with such a name has the same name.
+    """Return the name of an output without suffix: time, seed, and the name of the latent file `origin`. If
+    that file was named by this function, its own time and seed are used.
 
-    prompt: its first words are added. start: stands before the time.
+    prompt: its first words are added. start: is put before the time.
     """
     if origin is not None and (own := OWN_LATENTS.fullmatch(origin.stem)):
         return own[1]
@@ -251,7 +251,7 @@ def write_frames(
 
 
 def drop_tail(frames: Iterable[Frame], count: int) -> Iterator[Frame]:
-    """Yield all but the last `count` frames, which are held back; a shorter video keeps its first frame."""
+    """Yield all but the last `count` frames; a shorter video keeps its first frame."""
     held: deque[Frame] = deque()
     passed = False
     for frame in frames:

@@ -1,4 +1,4 @@
-"""Show a run while it goes on: boxes at its start and end, lines, and a preview of the video that grows.
+"""Show the progress of a run: boxes at its start and end, lines, and a growing preview of the video.
 
 The preview of a video in sections is `<stem>_progress.mp4`, updated after each. Each piece is decoded by
 itself. Frames that show the same moments as the piece before are cross-faded with it, as in the finished
@@ -57,7 +57,7 @@ def show_start(
     folder: Path,
     device: torch.device,
 ) -> None:
-    """Show the generation's plan. loras: by expert, "" if none is meant, file name and strength of each."""
+    """Show the plan of a generation. loras: expert ("" if none is meant) -> names and strengths."""
     step, rows, columns = family.latent.stride
     sizes = [
         (family.latent.channels, (one.frames - 1) // step + 1, one.height // rows, one.width // columns)
@@ -137,7 +137,7 @@ def show_end(paths: Sequence[Path], seconds: float, device: torch.device, failed
 def tell_turn(label: str, requests: Sequence[Prepared], begun: int, seconds: float) -> None:
     """Log a line about the next of several requests: "3 of 40, about 2 h left".
 
-    begun: how many were, in so many seconds.
+    begun: how many requests came before, in `seconds`.
     """
     done, to_do = sum(map(work_of, requests[:begun])), sum(map(work_of, requests[begun:]))
     left = f", about {in_words(seconds * to_do / done)} left" if done else ""
@@ -146,7 +146,7 @@ def tell_turn(label: str, requests: Sequence[Prepared], begun: int, seconds: flo
 
 
 def work_of(prepared: Prepared) -> float:
-    """Return the work of a request, in units of its own: clips of one size take equally long."""
+    """Return the work of a request in arbitrary units: steps times pixels."""
     return prepared.num_steps * prepared.width * prepared.height * prepared.frames
 
 
@@ -178,7 +178,7 @@ def fade_in_clip(
 
 @dataclass
 class GrowingVideo:
-    """Preview of one video, whose sections the session's DiT makes meanwhile."""
+    """Preview of one video while the session's DiT makes its sections."""
 
     session: Session
     path: Path
@@ -197,8 +197,8 @@ class GrowingVideo:
         """Add a new piece to the preview.
 
         It is decoded beside the DiT if the device has room, else while the DiT waits in host memory. An error
-        here ends the preview with a warning; the generation goes on. But if the DiT cannot be moved back, the
-        error is raised: the generation needs it.
+        here ends the preview with a warning, and the generation goes on. If the DiT cannot be moved back, the
+        error is raised.
         """
         if self._has_failed:
             return

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 # a mapping sets several keys at once
 Value = int | float | str | Mapping[str, int] | Sequence[float] | None
-# what is meant as an option with a number, behind one dash or those of word processors
+# a mistyped option with a number: one dash, or dashes of word processors
 _ODD_OPTION = re.compile("(?<=\\s)(-|-?[\u2010-\u2015\u2212]+)([A-Za-z_]+) ([0-9]\\S*)")
 SOLVERS = {  # --sample_solver -> as `modules.flow.solvers` names it
     "unipc": "unipc",
@@ -49,7 +49,7 @@ class LineOption:
 
 
 def read_seed(text: str) -> int:
-    """Return the seed that a text stands for; which one is logged if it is no number. Raises ValueError."""
+    """Return the seed that a text stands for; if it is no number, its seed is logged. Raises ValueError."""
     seed = text_to_seed(text)
     if seed == -1:  # of other programs: a random one
         logger.warning("seed -1 is a seed like any other here: leave it out for a random one")
@@ -182,7 +182,6 @@ def find_option(word: str, options: Mapping[str, LineOption]) -> LineOption | No
 
 
 def store(values: dict[str, Any], option: LineOption, value: Value) -> None:
-    """Put the value of an option among those of its line."""
     if isinstance(value, Mapping):
         values.update(value)
     elif option.repeats:
@@ -205,7 +204,7 @@ def parse_generation_line(
 
 
 def parse_line(line: str, options: Mapping[str, LineOption], where: str) -> dict[str, Any]:
-    """Parse a line into `prompt` and its options by key, as `parse_generation_line`, by one table alone.
+    """Parse a line into `prompt` and its options by key, using only the table `options`.
 
     An option is given by its letters, large or small, or by its key. Raises OptionError if a value cannot be
     read.
@@ -258,7 +257,7 @@ def parse_words(
 
 
 def is_blank(line: str) -> bool:
-    """Whether a line has no prompt because it is empty or a comment."""
+    """Return whether a line has no prompt because it is empty or a comment."""
     return not line.strip() or line.lstrip().startswith("#")
 
 

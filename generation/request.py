@@ -1,4 +1,4 @@
-"""From options, a prompt line and defaults to a `Request`, to one that can be made, and to a job of a run."""
+"""Make a `Request` from options, a prompt line and defaults; prepare it; make it a job of a run."""
 
 import logging
 import secrets
@@ -42,11 +42,11 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 LorasInWords = Mapping[str, Sequence[tuple[str, float]]]  # file name and strength of each, by expert
 
-TURN = 0.9  # of a whole one that a slowed frequency makes in the length of the video
+TURN = 0.9  # share of a period that a slowed frequency covers over the length of the video
 
 
 def draw_seed() -> int:
-    """A seed from the system's entropy; processes that have joined get that of the first one."""
+    """Draw a seed from the system's entropy; joined processes get the seed of the first one."""
     seed = secrets.randbelow(2**SEED_BITS)
     if not (distributed.is_available() and distributed.is_initialized()):
         return seed
@@ -56,10 +56,7 @@ def draw_seed() -> int:
 
 
 def seed_of(text: str) -> int:
-    """Return the seed that --seed says: `read_seed`.
-
-    Raises OptionError for a number of more digits than any seed has.
-    """
+    """Return the seed of --seed, as `read_seed`. Raises OptionError if it has too many digits."""
     try:
         return read_seed(text)
     except ValueError as error:
@@ -133,7 +130,7 @@ def make_request(
 
 
 def _extra_settings(options: RequestOptions, line: Mapping[str, Any]) -> dict[str, str]:
-    """Return settings that only the family reads, as text; of a list an entry a line."""
+    """Return settings that only the family reads, as text; a list gives one line per entry."""
     extra = {}
     for name, (key, given) in options.extras.items():
         value = line.get(name, given)
@@ -144,7 +141,7 @@ def _extra_settings(options: RequestOptions, line: Mapping[str, Any]) -> dict[st
 
 
 def _source(options: SourceOptions, line: Mapping[str, Any]) -> Source | None:
-    """Return the start given by the command line or a prompt line. Raises OptionError for several."""
+    """Return the source that the command line or a prompt line names. Raises OptionError for several."""
     in_line = {name: line[name] for name in SOURCES if name in line}
     paths = in_line or {name: getattr(options, name) for name in SOURCES}
     given = {name: str(path) for name, path in paths.items() if path is not None and str(path) != ""}
@@ -170,7 +167,7 @@ def _source(options: SourceOptions, line: Mapping[str, Any]) -> Source | None:
 def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[str, Any]) -> Prepared:
     """Prepare the request of the command line, or of a prompt line on top of it. Loads no network.
 
-    Raises UserError for impossible ones.
+    Raises UserError if the request is impossible.
     """
     request = make_request(options.request, overrides, options.prompts)
     if options.step_cache.is_on or overrides:
@@ -245,7 +242,7 @@ class GenerationRun:
     now: Callable[[], datetime] = field(default=lambda: datetime.now().astimezone())
 
     def with_previews(self) -> "GenerationRun":
-        """Return the same with the previews that the options ask for. Loads a decoder of 20 MB for them."""
+        """Return the run with the previews that the options ask for. May load a decoder of 20 MB."""
         session, options = self.session, self.options
         made = import_own("blissful_tuner.latent_preview").make_previews(
             options.preview,
@@ -300,9 +297,9 @@ def of_each_line(
     failures: Failures,
     make: Callable[[GenerationRun, str, Mapping[str, Any]], T],
 ) -> dict[str, T]:
-    """Return what `make` makes of each prompt line, by its label, without those that cannot be made.
+    """Call `make` for each prompt line; return the results by label, without lines that fail.
 
-    lines: as `lines_of` gives them. Raises CheckpointError: a wrong model file is wrong for every line.
+    lines: from `lines_of`. Raises CheckpointError, because a wrong model file is wrong for every line.
     """
     made, path = {}, run.options.from_file
     with each_warning_once():

@@ -45,7 +45,7 @@ STRENGTHS = "lora_strengths"  # key of a line's option for the strengths of the 
 
 
 def decode_files(run: GenerationRun, paths: Sequence[Path]) -> None:
-    """Decode latent files; their metadata are passed on, with the settings of this decoding."""
+    """Decode latent files; outputs get their metadata and the settings of this decoding."""
     saved = [check_latents(run.family, path) for path in paths]
     if run.post is not None:
         for path, one in zip(paths, saved, strict=True):
@@ -115,7 +115,7 @@ def check_latents(family: Family, path: Path) -> SavedLatents:
 
 @contextlib.contextmanager
 def explain_lack(stays: str) -> Iterator[None]:
-    """Turn a lack of memory in the block into a UserError. stays: what it leaves, and how to go on."""
+    """Turn a lack of memory in the block into a UserError. stays: what is kept, and how to go on."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -126,8 +126,8 @@ def explain_lack(stays: str) -> Iterator[None]:
 def generate(family: Family, options: GenerationOptions, device: torch.device | None = None) -> None:
     """Run the mode that the options select, in all processes that make prompts together.
 
-    device: of this one of several processes, which have joined; None: as the options say. Raises UserError;
-    with --from_file only after all lines that work are generated.
+    device: of this process, if several have joined; None: as the options say. Raises UserError; with
+    --from_file only after all lines that work are generated.
     """
     refuse_other_splits()
     if device is None and options.speed.shared_by:
@@ -298,8 +298,8 @@ def check_models(run: GenerationRun) -> None:
 def save_merged_model(family: Family, uses: LorasByExpert, path: Path, device: torch.device) -> None:
     """Write the network's file with the LoRAs merged in, tensor by tensor.
 
-    uses: of each expert. The files of several experts get `_low_noise` and the like appended to the name; of
-    an expert without LoRAs there is none. Names and shapes are compared for all before one is written.
+    uses: by expert. With several experts, `_low_noise` and the like are appended to the names; no file is
+    written for an expert without LoRAs. Names and shapes of all are compared before the first is written.
     """
     files, experts = family.dit_files, family.experts
     named = len(files) > 1

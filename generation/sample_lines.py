@@ -22,7 +22,7 @@ def _leading_whole(text: str) -> int:
 
 
 def _sample_seed(text: str) -> int:
-    """Return the number that a text begins with, as other trainers read it; of any other text its seed."""
+    """Return the number that a text begins with, as other trainers do; else the seed of the text."""
     if not text.strip():
         raise ValueError("give a number or a text")
     return _leading_whole(text) if re.match(r"[+-]?[0-9]", text) else prompt_lines.read_seed(text)

@@ -162,14 +162,14 @@ class OutputOptions(Options, title="output"):
 
     @property
     def names_file(self) -> bool:
-        """Whether --save_path is a file: it ends as one, and is no folder."""
+        """Return whether --save_path is a file: it has the suffix of a result, and is no folder."""
         return self.save_path.suffix.lower() in OF_RESULTS and not self.save_path.is_dir()
 
     def in_folder(self) -> "OutputOptions":
         return replace(self, save_path=self.save_path.parent, file_name=self.save_path.name)
 
     def is_picture(self, is_single: bool) -> bool:
-        """Whether a result is one picture file. is_single: it has one frame."""
+        """Return whether a result is one picture file. is_single: it has one frame."""
         return is_single and (
             self.pictures
             or self.numbers_single
@@ -209,7 +209,7 @@ def as_typed(preset: Mapping[str, Any], name: str) -> str:
 
 
 def given_among(parser: argparse.ArgumentParser, argv: Sequence[str] | None, names: set[str]) -> set[str]:
-    """Return those of the arguments that are on the command line, also if their values are the defaults."""
+    """Return which arguments of `names` are on the command line, even with default values."""
     nothing = object()
     defaults = {name: parser.get_default(name) for name in names}
     parser.set_defaults(**dict.fromkeys(names, nothing))

@@ -1,4 +1,4 @@
-"""The networks of a family over a run: loaded when first needed, one kind at a time on the device.
+"""Hold the networks of a family over a run: loaded when first needed, one kind at a time on the device.
 
 The kinds are the text encoders, the media encoders (VAE and image encoder) and the DiT. Between its phases a
 kind is kept on the CPU or freed. If the DiT has several experts, they take turns (`generation.experts`).
@@ -119,8 +119,8 @@ class Session:
 
     @contextmanager
     def media(self, images: bool, again: bool) -> Iterator[MediaEncoders]:
-        """The VAE on the device, with the image encoder where `images`; `again`: they are needed later and
-        wait on the CPU, unless that is the device: there they are loaded again.
+        """Yield the media encoders on the device. images: with the image encoder. again: they are needed
+        later, so keep them on the CPU; if the CPU is the device they are freed, and loaded again later.
         """
         try:
             if self._media is None or (images and not self._has_image_encoder):
@@ -200,7 +200,8 @@ def decode_tracks(
 ) -> dict[str, Track]:
     """Return the track of each clip, by its label, without those that fail.
 
-    latents: 1 C T M in model space, by label. note: label -> a block that notes an error of the clip.
+    latents: 1 C T M in model space, by label. note: label -> context manager that records an error of the
+    clip.
     """
     made: dict[str, Track] = {}
     if not latents:

@@ -43,7 +43,7 @@ MOST_PLAYING, TALLEST = 100, 4096  # files open at once and pixels, of the video
 
 @dataclass(frozen=True)
 class Row:
-    """A prompt and its clips, one for each column; None: it could not be made."""
+    """A prompt and its clips, one for each column; None for a clip that could not be made."""
 
     prompt: str
     fps: float
@@ -110,7 +110,7 @@ def middle_of(path: Path | None) -> Frame | None:
 
 
 def play(grid: ClipGrid) -> Iterator[Frame]:
-    """Yield frames of all clips side by side; a clip that has ended keeps its last frame."""
+    """Yield frames of all clips side by side; a clip that has ended shows its last frame."""
     playing = [[iter(()) if path is None else frames_of(path) for path in row.paths] for row in grid.rows]
     shown = [[next(frames, None) for frames in row] for row in playing]
     while True:
@@ -128,7 +128,7 @@ def play(grid: ClipGrid) -> Iterator[Frame]:
 def compose(grid: ClipGrid, frames: Sequence[Sequence[Frame | None]]) -> Frame:
     """Return one picture of all frames (rows of columns), with the labels above them.
 
-    Frames may differ in size. A missing one is an empty cell as large as the first that is there.
+    Frames may differ in size. A missing frame is an empty cell as large as the first existing frame.
     """
     side = max(NARROWEST_CELL, min(grid.cell, WIDEST // len(grid.columns)))
     usual = next((_fit(frame, side) for row in frames for frame in row if frame is not None), (side, side))
@@ -182,7 +182,7 @@ MOST_OF_TITLE = 300  # characters
 Place = tuple[int, int]  # column, row
 
 
-Cells = Mapping[Place, GenerationJob]  # of one sheet; those that cannot be made are missing
+Cells = Mapping[Place, GenerationJob]  # of one sheet, without cells that cannot be made
 
 
 def make_sheets(run: GenerationRun, lines: Mapping[str, str | None], failures: Failures) -> int:
@@ -198,7 +198,7 @@ def make_sheets(run: GenerationRun, lines: Mapping[str, str | None], failures: F
 
 
 def lay_out(run: GenerationRun, label: str, line: Mapping[str, object], failures: Failures) -> Cells:
-    """Make the jobs of a prompt line's cells. Without any seed all cells have one drawn for the line.
+    """Make the jobs of a prompt line's cells. If no seed is given, all cells share one drawn for the line.
 
     Loads no network. Cells that cannot be made are noted as failures.
     """

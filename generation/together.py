@@ -3,9 +3,8 @@
 
 `--plan 2x24` compares these ways on several cards.
 
-All make every prompt from the same noise, as blocks and tokens are gathered from all of them, and the
-velocity of a pass from the process that runs it. The first one decodes, writes and talks; the others write
-nothing.
+All processes make every prompt from the same noise: blocks and tokens are gathered from all of them, and the
+velocity of a pass comes from the process that runs it. Only the first process decodes, writes and logs.
 """
 
 import logging
@@ -42,7 +41,7 @@ from modules.speed_options import ShardingOptions
 def plan_ways(
     family: Family, options: GenerationOptions, device: torch.device, cards: int, room: Room
 ) -> None:
-    """Print the ways to use `cards` cards, and the cheapest that fits. room: of each."""
+    """Print the ways to use `cards` cards, and the cheapest that fits. room: memory of each card."""
     alone = replace(options, speed=with_division(options.speed, Division(1)))
     with quiet():
         prepared, _ = predict_largest(family, alone, all_requests(family, alone), device, room)
@@ -104,7 +103,7 @@ def generate_together(generate: Generate, family: Family, options: GenerationOpt
     meet_anew()
     device = join_processes(options.device, options.speed.shared_by[0])
     if distributed.get_rank() > 0:
-        logging.getLogger().setLevel(logging.ERROR)  # one process tells what all do
+        logging.getLogger().setLevel(logging.ERROR)  # only one process logs what all do
         options = replace(
             options,
             output=replace(options.output, output_type=NOTHING, save_last_frame=False),
@@ -137,14 +136,14 @@ def read_together(ask: Callable[[], str]) -> Callable[[], str]:
 
 
 class SharedPasses:
-    """The passes of each step, divided over processes: `RunPasses`.
+    """Divide the passes of each step over processes; a `RunPasses`.
 
-    Each pass is run by itself. If the transformer is split too, all processes run equal passes: those that
-    skip the same blocks, and where there are fewer than processes some are run twice.
+    Each pass is run by itself. If the transformer is split too, all processes run passes that skip the same
+    blocks at the same time; if there are fewer such passes than processes, some are run twice.
     """
 
     def __init__(self, sharding: ShardingOptions, device: torch.device) -> None:
-        """device: of this one of the processes, which have joined."""
+        """device: of this process; all have joined before."""
         grid = _grid(sharding, distributed.get_world_size(), distributed.get_rank())
         self.processes = grid.passes
         self._rank = grid.pass_rank
@@ -173,14 +172,14 @@ class SharedPasses:
 
 
 def _grid(sharding: ShardingOptions, processes: int, rank: int = 0) -> ProcessGrid:
-    """Return how processes share prompts if all passes are shared too. Raises OptionError."""
+    """Return the grid of processes if as many passes as possible are shared. Raises OptionError."""
     passes = max(processes // sharding.context_parallel, 1)
     groups = sharding.groups_of(processes, passes)
     return ProcessGrid(rank, groups, passes, sharding.context_parallel)
 
 
 def _check_groups(options: GenerationOptions, processes: int) -> None:
-    """Raise OptionError unless all processes share a clip's tokens or a step's passes, or none do."""
+    """Raise OptionError if processes would make a prompt several times, or options conflict with sharing."""
     sharding = options.speed.sharding
     times, peers = sharding.groups_of(processes), sharding.context_parallel
     if times > 1 and peers > 1 and not options.speed.cfg_parallel:
@@ -196,7 +195,7 @@ def _check_groups(options: GenerationOptions, processes: int) -> None:
 
 
 def check_together(family: Family, options: GenerationOptions) -> None:
-    """Raise OptionError for what processes that make prompts together cannot do."""
+    """Raise OptionError if options do not work with several processes that make prompts together."""
     speed, asked = options.speed, " and ".join(options.speed.shared_by)
     if speed.cfg_parallel:
         _grid(speed.sharding, launched_processes())
@@ -225,7 +224,7 @@ def check_together(family: Family, options: GenerationOptions) -> None:
             f"--sheet and {asked} cannot be used together: a sheet is made by one process, which has the "
             f"whole weights. Use --from_file with a line for each, or leave {asked} out"
         )
-    if options.post.tools:  # a line that it can do nothing with would be left out by the first process alone
+    if options.post.tools:  # a line that the tools cannot process would be left out by the first process only
         raise OptionError(
             f"--post and {asked} cannot be used together. Run the tools on the finished files, with the "
             "scripts in blissful_tuner/"

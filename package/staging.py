@@ -1,6 +1,6 @@
 """Lay out the files of a distribution: the checkout's for the sdist, below `reelsmith` for the wheel.
 
-Imports of a module, and the commands in its texts, are put below that name too.
+In the wheel, imports of our modules and commands in texts are changed to that name too.
 """
 
 import ast
@@ -34,7 +34,7 @@ def package_name(name: str) -> str:
 
 
 def rewrite_imports(source: str, ours: Collection[str]) -> str:
-    """Let every absolute import of our modules name them below `reelsmith`; lines stay where they are.
+    """Change every absolute import of our modules to names below `reelsmith`; line numbers stay the same.
 
     ours: top-level names of the checkout. Raises ValueError for `import modules.errors` if the text uses the
     name `modules` that this binds: in the package it would bind `reelsmith`.
@@ -75,10 +75,10 @@ def _find_imports(
 
 
 def rename_scripts(source: str, scripts: Collection[str]) -> str:
-    """Let texts name the console commands: `wan_cache_latents` for `python wan_cache_latents.py`.
+    """Change commands in texts to console commands: `wan_cache_latents` for `python wan_cache_latents.py`.
 
-    The launcher gets the module: `accelerate launch ... -m reelsmith.wan_train_network`. Commands in lists of
-    words are translated when they are shown, by `command_words`.
+    For launchers it names the module: `accelerate launch ... -m reelsmith.wan_train_network`. Commands in
+    lists of words are translated when they are shown, by `command_words`.
     """
     names, rooms = "|".join(sorted(scripts)), "|".join(SCRIPT_ROOMS)
     source = re.sub(rf'(accelerate launch [^"\n]*?)\b({names})\.py\b', rf"\1-m {PACKAGE}.\2", source)
@@ -86,7 +86,7 @@ def rename_scripts(source: str, scripts: Collection[str]) -> str:
 
 
 def add_entry_point(source: str, script: str) -> str:
-    """Give a script the function `run` for its console command, with the work of its `__main__`.
+    """Add the function `run` to a script, which does the work of its `__main__`, for the console command.
 
     Raises ValueError if the script does not end with that.
     """
@@ -124,7 +124,7 @@ def lay_out_sources(root: Path, folder: Path) -> None:
 
 
 def lay_out_package(root: Path, folder: Path) -> None:
-    """Copy the installed files into `folder`/reelsmith, with the imports and texts that it has there.
+    """Copy the files to install into `folder`/reelsmith, with their imports and texts rewritten.
 
     Raises ValueError, naming the file, if one of them cannot be rewritten.
     """

@@ -1,4 +1,4 @@
-"""Choose the model of a folder: spellings of its name, the question on a terminal, what its family says."""
+"""Choose the model for a folder: read its name in any spelling, ask on a terminal, get its family's facts."""
 
 import logging
 import re
@@ -24,7 +24,7 @@ IN_USE = 2  # GiB of a card that the network itself cannot have: activations, Lo
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the family's record says of a model."""
+    """Facts about a model from its family's record."""
 
     references: int  # most pictures that one is made from; 0: it does not edit
     needs_reference: bool  # it only edits
@@ -33,18 +33,15 @@ class ModelFacts:
 
 
 def ask_family(model: ModelSet, files: Mapping[str, str] = MappingProxyType({})) -> ModelFacts:
-    """Return the facts of a model. files: its files by option, there or not.
-
-    Imports the family.
-    """
+    """Return the facts of a model; imports its family. files: its files by option; they need not exist."""
     words = shlex.split(model.commands["latents"])
     name = script_family(words)
     entry = with_scripts()[name]
-    for _, option, _ in entry.encoders:  # what is asked here needs none
+    for _, option, _ in entry.encoders:  # the facts here need no encoder
         place = words.index(option) if option in words else len(words)
         del words[place : place + 2]
     _, _, own = read_latent_caching(None, entry.options_record("LatentCaching"), words[2:])
-    logging.disable(logging.INFO)  # what it says of files that are not given
+    logging.disable(logging.INFO)  # it logs about files that are not given
     try:
         family = entry.make_family("latent_caching", own)
     finally:
@@ -54,13 +51,13 @@ def ask_family(model: ModelSet, files: Mapping[str, str] = MappingProxyType({}))
     dit = next((Path(files[name]) for one in options if one and (name := one.lstrip("-")) in files), None)
     try:
         hears = hears_sound(family)
-    except UserError:  # that of a file which is not given says how
+    except UserError:  # a family that cannot tell without a file is one that hears
         hears = True
     return ModelFacts(references, needs_picture(model) and references > 0, hears, _few_steps(family, dit))
 
 
 def needs_picture(model: ModelSet) -> bool:
-    """Return whether its command to generate edits a picture."""
+    """Return whether the model's command to generate edits a picture."""
     return "--control_image_path" in shlex.split(model.commands["generate"])
 
 
@@ -75,7 +72,7 @@ def _few_steps(family: Any, dit: Path | None) -> str | None:
         return None
     try:  # a release that an option names
         why = family.why_few_steps()
-    except UserError:  # its name alone tells: the file may still have to be downloaded
+    except UserError:  # only its name is known: the file may still have to be downloaded
         why = None if dit is None else family.few_steps.found_in(dit, {})
     return None if why is None else family.few_steps.instead
 
@@ -171,7 +168,7 @@ def _plain(text: str) -> str:
 
 
 def _read_family(text: str, models: Sequence[ModelSet]) -> tuple[str, str | None]:
-    """Return family and task, if that is named too, of any spelling. Raises OptionError."""
+    """Read the name of a family, and of a task if one is given, in any spelling. Raises OptionError."""
     known = list(dict.fromkeys(one.family for one in models))
     spelled = {_plain(entry.script): name for name, entry in with_scripts().items() if name in known}
     spelled |= {_plain(title): name for name in known if (title := family_title(name))}
@@ -199,7 +196,7 @@ def _read_family(text: str, models: Sequence[ModelSet]) -> tuple[str, str | None
 
 
 def _read_task(text: str, tasks: Sequence[ModelSet]) -> str:
-    """Return the task of any spelling, or of its number in the table. Raises OptionError."""
+    """Read the name of a task in any spelling. Raises OptionError."""
     known, plain = [one.task for one in tasks], _plain(text)
     same = [name for name in known if _plain(name) == plain]
     near = same or [name for name in known if len(plain) > 1 and plain in _plain(name)]

@@ -30,7 +30,7 @@ from training.config_options import OTHERS_TABLE, toml_value
 
 SMALL, LARGE = 16, 40  # GiB: below, text encoders have 8 bits; from here on, clips are twice as long
 MOST_SAMPLED = 480 * 320  # pixels of a frame of a sample: samples are made often
-OTHER = "a dog runs on a beach"  # a sample that shows what else the LoRA changes
+OTHER = "a dog runs on a beach"  # a sample that shows whether the LoRA changes other subjects
 OTHER_EDIT = "make it a pencil drawing"
 # a word of captions -> a situation that no such caption has
 SITUATIONS = {
@@ -42,7 +42,7 @@ SITUATIONS = {
     "boat": "on a boat",
 }
 ENOUGH = 10  # files, of which a tenth is held back for validation
-MOST_READ = 240  # frames, of which the last one is the end of a sample
+MOST_READ = 240  # frames; the last of them is the end image of a sample
 MOST_OF_SUBJECT = 80  # characters of a caption in a prompt
 
 
@@ -86,7 +86,7 @@ def _within(size: tuple[int, int], area: int) -> tuple[int, int]:
 
 
 def choose_frames(model: ModelSet, media: list[Media], memory: float) -> int:
-    """Return how many frames to take of each clip: the usual number, or one that three of four clips have."""
+    """Return how many frames to take of each clip: the usual number, or one that 3 of 4 clips reach."""
     usual, step = model.data["frames"], model.data.get("frame_step", 4)
     timed = [one for one in media if one.seconds is not None and usual > 1]
     counts = sorted(count_frames(one, model) for one in timed)
@@ -103,7 +103,7 @@ def count_frames(clip: Media, model: ModelSet) -> int:
 def name_files(options: NewOptions, model: ModelSet) -> dict[str, str]:
     """Return the path of each file of the model by its option.
 
-    Raises OptionError if a file is given for an option that there is not, or is not there.
+    Raises OptionError if a file is given for an unknown option, or does not exist.
     """
     parts = {(part.option or "").lstrip("-"): options.models / part.path for part in model.components}
     files = {name: path for name, path in parts.items() if name}
@@ -157,7 +157,7 @@ def describe_dataset(choice: Choice) -> str:
 
 
 def describe_samples(choice: Choice) -> str:
-    """Return prompts.txt: what is learned in two situations that no caption has, and something else."""
+    """Return prompts.txt: the subject in two situations that no caption has, and a prompt without it."""
     captions = [one.caption.lower() for one in choice.media if one.caption]
     new = [text for word, text in SITUATIONS.items() if not any(word in each for each in captions)]
     situations = (new if len(new) > 1 else [*SITUATIONS.values()])[:2]
@@ -187,9 +187,9 @@ def _plain(text: str) -> str:
 
 
 def _released_values(model: ModelSet) -> str:
-    """Return what the command of the model's page sets: steps, guidance, shift, what to avoid.
+    """Return sample options from the model's command to generate: steps, guidance, shift, negative prompt.
 
-    The rest is that of the family, in a sample as in a generation.
+    All other values are the family's defaults, which samples and generation share.
     """
     shared = {**COUNTS, **VALUES}
     names = "steps", "guidance_scale", "embedded_guidance", "flow_shift"
@@ -200,7 +200,7 @@ def _released_values(model: ModelSet) -> str:
 
 
 def _sample_media(choice: Choice) -> list[str]:
-    """Return what samples start from, for each in turn: a first and last frame, or pictures to edit."""
+    """Return the media options of each sample: a first and last frame, or pictures to edit."""
     edited = [one for one in choice.media if one.path.parent in choice.found.references and not one.is_clip]
     lines = []
     for one in edited:

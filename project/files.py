@@ -1,4 +1,4 @@
-"""Write dataset.toml, prompts.txt and run.toml into a folder, and tell what was found and chosen."""
+"""Write dataset.toml, prompts.txt and run.toml into a folder, and report what was found and chosen."""
 
 import shutil
 import subprocess
@@ -57,7 +57,7 @@ def write_project(options: NewOptions) -> None:
 
 
 def find_memory() -> float:
-    """Return the GiB of this machine's smallest NVIDIA card, as its driver says; 0 if there is none."""
+    """Return the GiB of this machine's smallest NVIDIA card, from the driver; 0 if there is none."""
     program = shutil.which("nvidia-smi")
     words = [program or "", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     said = subprocess.run(words, capture_output=True, text=True).stdout if program else ""
@@ -65,7 +65,6 @@ def find_memory() -> float:
 
 
 def _tell(choice: describing.Choice) -> list[str]:
-    """Return a report of found, chosen and missing files."""
     model, media, frames = choice.model, choice.media, choice.frames
     clips = [one for one in media if one.is_clip]
     kinds = (len(clips), "clip"), (len(media) - len(clips), "picture")
@@ -104,7 +103,7 @@ def _tell(choice: describing.Choice) -> list[str]:
 
 
 def _tell_captions(choice: describing.Choice) -> list[str]:
-    """Return lines about media without captions: what stands in their place, or both ways to get some."""
+    """Return lines about media without captions: what replaces these, or two ways to get some."""
     bare, kind = [one.path for one in choice.media if one.caption is None], choice.found.captions
     empty = [one.path for one in choice.media if one.caption == "" and not choice.trigger]
     told = [f"{name_some(empty)}: an empty caption, from which nothing is learned by name"] if empty else []

@@ -1,4 +1,4 @@
-"""Look at a folder: its clips and pictures, what they are made from; a line on what is left out or odd."""
+"""Look at a folder: list clips, pictures and their references, and lines about files left out or odd."""
 
 import contextlib
 import re
@@ -65,10 +65,10 @@ class Media:
 
 @dataclass
 class Found:
-    """Content of a folder; `lines` tell what is left out, and why."""
+    """Content of a folder; `lines` say what is left out, and why."""
 
     media: list[Media] = field(default_factory=list)
-    # folder of pictures -> that of what they are made from
+    # folder of pictures -> folder of their references
     references: dict[Path, Path] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
     captions: str = CAPTIONS  # suffix of their files
@@ -77,8 +77,8 @@ class Found:
 def look_at(folder: Path, facts: ModelFacts, name: str, edits: str = "") -> Found:
     """Return the media of a folder and of its sub-folders, with references if the model edits.
 
-    name: of the model, in lines. edits: which of its family does, if it does not. Raises DatasetError if
-    there are no media, or no references for a model that needs them.
+    name: of the model, for messages. edits: name of a model of its family that edits, if this one does not.
+    Raises DatasetError if there are no media, or no references for a model that needs them.
     """
     found = Found()
     places, sources = [folder], list[Path]()
@@ -165,7 +165,7 @@ def _tell_names(places: Sequence[Path]) -> Iterator[str]:
 
 
 def _find_deep(folders: Sequence[Path]) -> Iterator[tuple[Path, str]]:
-    """Yield folders inside sub-folders that hold media, with what to do."""
+    """Yield folders inside sub-folders that hold media, each with advice."""
     waiting, looked = list(folders), 0
     while waiting and looked < MOST_FOLDERS:
         place, looked = waiting.pop(0), looked + 1
@@ -224,7 +224,7 @@ def _measure(path: Path, captions: str) -> Media:
 
 
 def _find_references(folder: Path, places: Sequence[Path], sources: Sequence[Path], found: Found) -> None:
-    """Find for each folder of pictures the one that they are made from: in it, beside it, or beside all."""
+    """Find the folder of references for each folder of pictures: in it, beside it, or beside all of them."""
     whole = folder.absolute()
     beside = [] if sources else [one for one in _sources_in(whole.parent) if one != whole]
     for place in places:
@@ -244,7 +244,6 @@ def _find_references(folder: Path, places: Sequence[Path], sources: Sequence[Pat
 
 
 def _without_reference(source: Path, stems: Sequence[str]) -> list[str]:
-    """Return the pictures that have no reference in a folder, which is listed once."""
     having = set[str]()
     with contextlib.suppress(DatasetError):  # it cannot be listed
         folder = ControlFolder(source, {*stems})
@@ -278,7 +277,7 @@ def _tell_unread(place: Path, source: Path, media: Sequence[Media]) -> Iterator[
 
 
 def _find_numbered(media: Sequence[Media]) -> list[Path]:
-    """Return pictures without captions that are named like references of another one: cat_0, cat_input."""
+    """Return pictures without captions that are named like references of another: cat_0, cat_input."""
     stems = {one.path.stem for one in media if not one.is_clip}
     bare = [one.path for one in media if one.caption is None]
     parts = [(path, *path.stem.rpartition("_")) for path in bare]
@@ -290,7 +289,7 @@ def _find_numbered(media: Sequence[Media]) -> list[Path]:
 
 
 def _layout(folder: Path, name: str, media: Sequence[Media]) -> str:
-    """Return the message that shows how pairs lie."""
+    """Return the message that shows how pictures and their references are to be laid out."""
     numbered = _find_numbered(media)
     seem = f" {name_some(numbered)} seem to be such pictures: move them into {folder / 'control'}."
     told = seem if numbered else ""

@@ -15,7 +15,7 @@ MOST_OF_WORD = 200  # characters of a trigger word
 
 
 def find_models(fp8_encoders: bool = False) -> list[ModelSet]:
-    """Return the models that a folder can be described for: not those that need control clips too."""
+    """Return the models that a folder can be described for: all except those that need control clips."""
     sets = model_sets(fp8_encoders)
     return [one for one in sets if "train" in one.commands and not one.data.get("control")]
 

@@ -33,7 +33,7 @@ UNREADABLE = "cannot be read"  # kind of the faults that a run goes on with: the
 
 @dataclass(frozen=True)
 class Project:
-    """What run.toml says."""
+    """Content of run.toml."""
 
     folder: Path  # in which the commands run
     download: list[str]
@@ -42,7 +42,7 @@ class Project:
     output: Path
     name: str
     steps: int | None  # None: epochs say how long it is
-    model: dict[str, str]  # what tells a file of another model, as its metadata have it
+    model: dict[str, str]  # metadata that differ in files of other models
     validation: tuple[float, int]  # share and seed
 
     @property
@@ -138,7 +138,7 @@ def _read_project(folder: Path) -> Project:
 
 
 def _tell_trained(project: Project, options: RunOptions) -> bool:
-    """Return whether the run is finished, and say what can be done then. Loads nothing."""
+    """Return whether the run is finished, and if so print what can be done next. Loads nothing."""
     file = project.output / f"{project.name}.safetensors"
     try:
         texts = read_safetensors_texts(file)
@@ -208,10 +208,10 @@ def _check_training(project: Project) -> None:
 def _check_media(
     words: Sequence[str], folder: Path, validation: tuple[float, int] = (0.0, 0)
 ) -> tuple[int, list[str]]:
-    """Check as the script that caches latents does; return the exit code and the files that cannot be read.
+    """Check media with the script that caches latents. Returns 0 and the unreadable files; if there are other
+    faults, 1 and their kinds.
 
-    The code is 0 if nothing else is wrong, else with the kinds of the other faults. validation: share
-    and seed of the training.
+    validation: share and seed of the training.
     """
     faults: list[Any] = []
 
@@ -234,7 +234,7 @@ def _check_media(
 
 
 def _explain(words: Sequence[str], folder: Path, lacks_captions: bool = True) -> None:
-    """Say what helps if captions are missing, which is what most first runs end with."""
+    """Print what helps if a check fails, mostly for lack of captions."""
     if "--check" in words and not lacks_captions:
         print_lines(["", f"Correct what is listed above in the folder {folder}, then run this again."])
     elif "--check" in words:
@@ -250,8 +250,8 @@ def _explain(words: Sequence[str], folder: Path, lacks_captions: bool = True) ->
 
 
 def _require_script(words: Sequence[str]) -> Path:
-    """Return the script of a command. Raises OptionError if it is none of those that a run needs: the file
-    may be somebody else's.
+    """Return the script of a command. Raises OptionError if it is not one that a run needs: run.toml may come
+    from somebody else.
     """
     script = installation.find_script("".join(words[1:2])) if words[:1] == ["python"] else None
     known = {installation.find_script("download")}
@@ -268,17 +268,17 @@ def _require_script(words: Sequence[str]) -> Path:
 
 
 def run_command(words: Sequence[str], folder: Path) -> int:
-    """Run a command of ours as a program in a folder and return its exit code.
+    """Run one of our scripts as a program in a folder and return its exit code.
 
-    Ctrl-C reaches it from the terminal, a signal to end is passed on; this process waits for its end. Raises
-    OptionError if it is no script of ours.
+    The terminal sends Ctrl-C to it directly; SIGTERM is passed on; this process waits for its end. Raises
+    OptionError if it is not one of our scripts.
     """
     script = _require_script(words)
     interrupts: list[int] = []
     environment = installation.program_environment(**{installation.RUN_GOES_ON: "1"})
     program = [sys.executable, *installation.program_words(script), *words[2:]]
     with subprocess.Popen(program, cwd=folder, env=environment) as process:
-        # set after the start: a program inherits what is ignored
+        # set after the start: a program inherits ignored signals
         kept = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
         ended = signal.signal(signal.SIGTERM, lambda *_: interrupts.append(0) or process.terminate())
         try:

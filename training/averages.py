@@ -32,8 +32,8 @@ class WeightAverage:
     def __init__(
         self, options: AverageOptions, dits: Sequence[nn.Module], trainable: Trainable, on_host: bool
     ) -> None:
-        """Begin with the weights of now. dits: that are trained themselves; their weights may be swapped.
-        on_host: keep the average in host memory (of a whole model).
+        """Begin with the current weights. dits: those that are trained whole; their weights may be swapped.
+        on_host: keep the average in host memory, as for a whole model.
         """
         self.decay, self.every, self.on_host = options.ema_decay or 0.0, options.ema_update_every, on_host
         self._dits, self._parameters, self._split = dits, trainable.parameters, trainable.split
@@ -52,7 +52,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Count a step; update the average if it is due. Nothing waits for the device of a network."""
+        """Count a step, and update the average every `every` steps."""
         self.steps += 1
         if self.steps % self.every:
             return
@@ -67,7 +67,7 @@ class WeightAverage:
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """Let the parameters hold the average, in float32 and where it lies; then their own values again."""
+        """Let the parameters hold the average during the block: float32, on the average's own device."""
         settle_all(self._dits)
         kept = [weight.data for weight in self._parameters]
         try:
@@ -79,7 +79,7 @@ class WeightAverage:
                 weight.data = data
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the average by the names of the weights, not copied: for a state."""
+        """Return the average by weight name, not copied, for a saved state."""
         split = (self._split.get(weight) for weight in self._parameters)
         return {
             name: value if weight is None else as_split(weight, value)
@@ -91,7 +91,7 @@ class WeightAverage:
         return {"ss_ema_decay": str(self.decay), "ss_ema_steps": str(self.steps)}
 
     def restore(self, saved: SavedState) -> None:
-        """Take the average of a saved state of the same weights; without one, begin with those of now."""
+        """Load the average of a saved state; if it has none, begin with the current weights."""
         if AVERAGE not in saved.parts:
             logger.info("The state holds no average (EMA): it begins at step %d.", saved.progress.step)
             self.begin()
@@ -109,9 +109,9 @@ def make_average(
     optimizer: Optimizer,
     keeps: bool,
 ) -> WeightAverage | None:
-    """Begin the average of --ema_decay. A whole model's lies in host memory.
+    """Begin the average of --ema_decay, in host memory if a whole model is trained.
 
-    keeps: whether this process writes files or samples with it; a whole model's is kept by those alone.
+    keeps: whether this process writes files or samples with it; if not, None is returned for a whole model.
     Raises OptionError if the optimizer averages by itself.
     """
     if find_averaging(optimizer) is not None:

@@ -2,7 +2,7 @@
 
 Options say where latents and texts of a table are kept: in npz files beside the pictures, or in host memory.
 Without these options, caches of the caching scripts are used; if there are none, latents are encoded once
-into memory (which is encoding at each step but for the posterior's noise) and texts at each step. Pictures
+into memory (like encoding at each step, but with fixed posterior noise) and texts at each step. Pictures
 that augmentation changes each time are encoded at each step too: the training process reads, changes and
 encodes them once for each of their micro-batches. Their randomness is a function of the run's seed and the
 micro-batch's number, as that of noise and timesteps.
@@ -86,9 +86,9 @@ def prepare_sources(
 ) -> BatchSources:
     """Make the caches that the options ask for, and return the sources of batches.
 
-    options: None for a script that trains from caches alone. device: that encodes. live: see `plan_tables`.
+    options: None for a script that trains from caches alone. device: for encoding. live: see `plan_tables`.
     All processes of a training call this, and share the work. Raises UserError if something cannot be cached
-    so, or a file cannot be used.
+    in this way, or a file cannot be used.
     """
     plans = plan_tables(family, config, options, live)
     stores = open_stores(family, plans)
@@ -140,9 +140,9 @@ def plan_tables(
 ) -> list[TablePlan]:
     """Decide where latents and texts of each table are; nothing is encoded.
 
-    live: names of the texts' tensors that are encoded at each step; of others there are caches. Raises
-    DatasetError for a table whose pictures change each time, if they are to be cached, OptionError for a
-    family that has no npz files, if they are asked for.
+    live: names of text tensors that are encoded at each step; the others come from caches. Raises
+    DatasetError if pictures that change each time are to be cached, OptionError if npz files are asked for
+    and the family has none.
     """
     asked = {
         "latents": options is not None and options.cache_latents_to_disk,
@@ -190,7 +190,7 @@ def stores_for_plan(plan: TablePlan, names: NpzNames) -> tuple[CacheStore, Cache
             return open_store(table, names)
         if where is Where.NPZ:
             return open_npz(table, names, table.picture_folder)
-        return MemoryStore(table.cache_directory)  # of what is encoded at each step it has nothing
+        return MemoryStore(table.cache_directory)  # empty: everything is encoded at each step
 
     return place(plan.latents), place(plan.texts)
 
@@ -198,8 +198,8 @@ def stores_for_plan(plan: TablePlan, names: NpzNames) -> tuple[CacheStore, Cache
 def list_live_tables(tag: str, plans: Sequence[TablePlan], needs_captions: bool) -> LiveTables:
     """Return the tables whose sources are read while training, by index.
 
-    tag: the family's cache_tag. needs_captions: those of all tables. Raises DatasetError if captions are
-    missing, MediaError for a picture whose header cannot be read.
+    tag: the family's cache_tag. needs_captions: list all tables, with captions. Raises DatasetError if
+    captions are missing, MediaError if the header of a picture cannot be read.
     """
     found: dict[int, ItemKind] = {}
     for plan in plans:
@@ -237,9 +237,9 @@ UNET_ONLY = "--network_train_unet_only"
 
 
 def find_live_texts(family: Family, options: TrainingOptions, config: DatasetConfig) -> LiveTexts:
-    """Return the encoders that stay loaded: for captions that vary, those that learn, texts without caches.
+    """Return the encoders that stay loaded because captions vary, because they learn, or for lack of caches.
 
-    Without any, all texts come from caches. Raises OptionError if caches are asked for texts that change, or
+    If none does, all texts come from caches. Raises OptionError if caches are asked for texts that change, or
     if an encoder that is needed is not given.
     """
     asked = options.caching is not None and options.caching.caches_texts
@@ -293,7 +293,7 @@ def _may_learn(options: TrainingOptions) -> bool:
 
 
 def _encoders(family: Family, why: str) -> Sequence[TextEncoder]:
-    """Return the text encoders. Raises OptionError that says why they are needed, if one is not given."""
+    """Return the text encoders. Raises OptionError if one is not given. why: the reason in that message."""
     try:
         return family.text_encoders()
     except OptionError as error:
@@ -327,7 +327,7 @@ def _learning(
 
 
 def _switches(family: Family, options: TrainingOptions) -> Mapping[str, bool]:
-    """Return whether encoders that learn only if asked are to learn, by their prefixes."""
+    """Return LoRA prefix -> whether to train it, for the text encoders that are trained only on request."""
     network = options.network
     own = None if network is None else OWN_MODULES.get(network.network_module or family.lora_module)
     if network is None or own is None or own.rules is None:
@@ -344,11 +344,11 @@ class LiveMedia:
         self._family, self._encoders = family, load_encoders(family, device)
 
     def encode(self, items: Sequence[TrainingItem], *stream: int | str) -> dict[int, dict[str, Tensor]]:
-        """Encode the items of a batch that are not cached; return by their places tensors without batch
-        dimension, on the CPU.
+        """Encode the items of a batch that are not cached. Returns place in the batch -> tensors on the CPU,
+        without batch dimension.
 
-        stream: what random numbers are seeded by. Raises MediaError if a picture cannot be read, DatasetError
-        if it has changed its size.
+        stream: seeds of the random numbers. Raises MediaError if a picture cannot be read, DatasetError if
+        its size has changed.
         """
         groups: dict[tuple[object, ...], list[tuple[int, DecodedMedia]]] = {}
         for place, item in enumerate(items):
@@ -357,14 +357,14 @@ class LiveMedia:
                 groups.setdefault(read.group, []).append((place, read))
         found: dict[int, dict[str, Tensor]] = {}
         for pairs in groups.values():
-            # another posterior sample each time, so the names that it is seeded by are others
+            # the names seed the posterior sample, which is another one each time
             keys = ["-".join(map(str, (items[place].key, *stream, place))) for place, _ in pairs]
             found |= self._encode([place for place, _ in pairs], [read for _, read in pairs], keys)
         return found
 
     def _read(self, item: TrainingItem, numbers: random.Random) -> DecodedMedia:
         source = item.kind.sources[item.source_stem]
-        # an item that is validated on has another table, which changes nothing
+        # items for validation have a copy of the table that changes nothing
         source = replace(source, table=item.table)
         spec, fps = self._family.latent, self._family.defaults.fps
         changes = None if item.table.augmentation == NO_AUGMENTATION else numbers

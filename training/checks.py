@@ -92,7 +92,7 @@ def check_networks(family: Family, options: TrainingOptions) -> None:
                 f"weights, and each process has parts of them. Use one of {', '.join(OWN_MODULES)}"
             )
         if own is not None and own.rules is not None and module != family.lora_module:
-            # its rules name layers of another model: only those that happen to be called the same would learn
+            # its rules name layers of another model: only layers that happen to have these names would learn
             raise OptionError(
                 f"--network_module {module} is for another model than this script trains. Give "
                 f"{family.lora_module}, or leave the option out"
@@ -113,7 +113,7 @@ def check_networks(family: Family, options: TrainingOptions) -> None:
 
 
 def check_teacher(family: Family, asked: str, texts: LiveTexts) -> None:
-    """Raise OptionError if nothing can be told to --teacher, or not from caches."""
+    """Raise OptionError if the family has no extra inputs for --teacher, or if texts are not cached."""
     if not family.fuller:
         raise OptionError(
             f"--teacher {asked}: there is nothing that the model {family.name} can be told besides, so that "
@@ -129,7 +129,7 @@ def check_teacher(family: Family, asked: str, texts: LiveTexts) -> None:
 
 
 def _smallest_file(family: Family, options: TrainingOptions) -> int:
-    """Return the bytes that one trained file has at least, as far as that is known."""
+    """Return a lower bound for the bytes of one saved model; 0 if it is not known."""
     network = options.network
     if network is None:  # half: a file in float32 may be saved in 16 bits
         return sum(file.stat().st_size for file in family.dit_files if file.is_file()) // 2
@@ -143,7 +143,7 @@ def _smallest_file(family: Family, options: TrainingOptions) -> int:
 def list_unused_options(options: TrainingOptions, takes_guidance: bool, shifts_table: bool) -> list[str]:
     """Return one line for each given option that has no effect beside the others.
 
-    Most say so by themselves (`acts_if`); here are those that depend on the model or on several records.
+    Most options declare this with `acts_if`; this adds those that depend on the model or on several records.
     takes_guidance: the model has an input for embedded guidance. shifts_table: see
     `NoiseSpec.table_is_shifted`.
     """
@@ -174,9 +174,9 @@ def list_unused_options(options: TrainingOptions, takes_guidance: bool, shifts_t
 
 
 def _list_idle(record: Any, more: Mapping[str, str]) -> Iterator[str]:
-    """Yield a line for each given option of a record that does nothing, those of the records in it too.
+    """Yield a line for each given option of a record, and of the records in it, that has no effect.
 
-    more: public name -> why, of options for which facts beyond their record say so.
+    more: option name -> reason, for options without effect because of facts outside their record.
     """
     for field in fields(record):
         name, value, facts = option_name(field), getattr(record, field.name), field.metadata

@@ -18,7 +18,7 @@ from modules.text_files import parse_toml, read_text
 logger = logging.getLogger(__name__)
 
 OTHERS_TABLE = "reelsmith"  # what run_project.py keeps in the file
-TYPING_MISTAKE = 0.9  # similarity of a name and the one that was meant; 1 is the same
+TYPING_MISTAKE = 0.9  # similarity of a mistyped name and the intended one; 1: equal
 
 
 class ConfigOptions(Options):

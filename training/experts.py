@@ -53,8 +53,8 @@ class ExpertNetworks:
     copies: Mapping[nn.Module, HostCopy] = field(default_factory=dict)
 
     def at(self, expert: int) -> nn.Module:
-        """Return the network of an expert. It is on the device, maybe in place of another; nothing is copied
-        back.
+        """Return the network of an expert, on the device. If experts take turns it replaces the others there,
+        whose weights are not copied back.
         """
         network = self.networks[expert]
         if self.copies and not self.copies[network].is_here:
@@ -65,7 +65,7 @@ class ExpertNetworks:
 
 
 def read_use(path: Path, expert: Expert, multiplier: float) -> "LoraUse":
-    """Read a LoRA for an expert: of a file for several that for this one. Warns if it is for another."""
+    """Read a file's LoRA for an expert, which may be one of several. Warns if it is for another expert."""
     loading = import_own("networks.loading")
     lora = loading.read_lora(path, by_expert=True).for_expert(expert.name)
     loading.warn_of_other_expert(lora, expert.name)
@@ -76,7 +76,7 @@ def read_use(path: Path, expert: Expert, multiplier: float) -> "LoraUse":
 def read_adapter(options: TrainingOptions, expert: Expert, experts: Sequence[Expert]) -> "LoraUse | None":
     """Read --training_adapter for one of the trained experts.
 
-    None if it is not given, or if the file says that it is for another one of them.
+    Returns None if it is not given, or if the file says that it is for another of the trained experts.
     """
     path, multiplier = options.frozen.training_adapter, options.frozen.training_adapter_multiplier
     if path is None:
@@ -91,7 +91,7 @@ def read_adapter(options: TrainingOptions, expert: Expert, experts: Sequence[Exp
 
 
 def network_for(options: TrainingOptions, expert: Expert) -> NetworkOptions | None:
-    """Return the options of the network that learns in an expert, with the files that are for this one."""
+    """Return the options of the network that learns in an expert, with the files for this expert."""
     network, given = options.network, options.by_expert
     if network is None or expert.name != HIGH_NOISE:
         return network
@@ -211,9 +211,9 @@ def expert_metadata(family: Family, options: TrainingOptions, part: str) -> dict
 
 
 def expert_trained(family: Family, options: TrainingOptions) -> Expert | None:
-    """Return the expert that the only transformer of a run is trained as; None if that is open.
+    """Return the expert that the only transformer of a run is trained as; None if that is not clear.
 
-    A transformer that is trained at all noise levels is what it is for its window of timesteps.
+    If it is not said which one the transformer is, the range of timesteps decides.
     """
     experts, usual = family.experts, family.defaults.experts
     if len(experts) > 1 or len(usual) == 1:
@@ -269,9 +269,9 @@ def dress(
 
 
 def check_computing(family: Family, options: TrainingOptions, device: torch.device) -> Quantisation | None:
-    """Return the quantisation, with what multiplies on the device; nothing is loaded yet.
+    """Return the quantisation, with the products to use on the device. Loads nothing.
 
-    Raises OptionError if it, the requested attention or the precision is not available.
+    Raises OptionError if the quantisation, the attention or the precision is not available.
     """
     stored = options.speed.fp8.quantisation
     quantisation = None if stored is None else prepare(stored, device)

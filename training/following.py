@@ -53,7 +53,7 @@ NO_SCRIPTS = FamilyScripts()
 
 @dataclass(frozen=True)
 class NextSteps:
-    """Make the command lines that can follow a run. `sample`: of the first sample, see `Generation`."""
+    """Make the command lines that can follow a run. `sample`: the first sample, see `Generation`."""
 
     scripts: FamilyScripts
     options: TrainingOptions
@@ -66,8 +66,8 @@ class NextSteps:
     converted_for: str = ""  # the tool that reads LoRAs of this family only once they are converted
 
     def commands(self, best: Path | None, is_finished: bool) -> list[PageCommand]:
-        """Return the commands: train on, generate with the best file, convert it if a tool needs that; last
-        this run, as it was started.
+        """Return commands to train on, to generate with the best file, to convert it if a tool needs that,
+        and to start this run again.
         """
         chosen = best or [*self.names.files(self.names.name).values()][0]
         found = [self._resume(is_finished)]
@@ -81,7 +81,7 @@ class NextSteps:
         return [*found, _command("This run, as it was started", self._words())]
 
     def _convert(self, file: Path) -> PageCommand:
-        """Return the command that makes a file for other tools; of a DoRA a plain LoRA."""
+        """Return the command that converts a file for other tools; a DoRA becomes a plain LoRA."""
         title, end, note = f"Convert the LoRA for {self.converted_for}", self.converted_for.lower(), ""
         end = end if end.isalpha() else "converted"
         words = ["--target", "other" if self.converted_for else "default"]

@@ -108,7 +108,7 @@ class OtherNames(Options, title="other names"):
 
 
 def image_training_parser(doc: str | None, defaults: ImageTrainerDefaults) -> argparse.ArgumentParser:
-    """A parser with all options that every image trainer has. doc: the script's docstring."""
+    """Return a parser with all options that every image trainer has. doc: the script's docstring."""
     own = {
         "timestep_sampling": defaults.timestep_sampling,
         "model_prediction_type": defaults.model_prediction_type,

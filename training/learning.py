@@ -121,7 +121,6 @@ def make_run(
     reporter: RunReporter,
     saver: Saver | None,
 ) -> TrainingRun:
-    """Put together what the loop works with."""
     plan, options, accelerator = model.plan, model.plan.options, model.plan.accelerator
     preserves = any(table.preserves_output for table in plan.config.datasets)
     in_lockstep, trainable = plan.steps.in_lockstep and preserves, model.trainable
@@ -183,9 +182,9 @@ class Loading:
     ) -> tuple[nn.Module, tuple[Trainable, ...]]:
         """Load the network of an expert, frozen, merging --base_weights while loading, and dress it.
 
-        One that is to be trained gets the training dtype. learners: of the networks before this one; None:
-        the network is for samples only. Returns it, and what learns by now. Raises MemoryPlanError if the
-        device has no room for the next network.
+        A network to train gets the training dtype. learners: the trained parts of the networks before; None:
+        the network is for samples only. Returns the network, and all trained parts so far. Raises
+        MemoryPlanError if the device has no room for the next network.
         """
         plan, options, device = self.plan, self.plan.options, self.plan.accelerator.device
         expert, sharding = family.experts[index], options.speed.sharding
@@ -196,7 +195,7 @@ class Loading:
         merged = [experts.read_use(path, expert, multiplier) for path, multiplier in files]
         patch: LoraPatch | None = import_own("networks.apply").LoraPatch(merged) if merged else None
         placement = experts.placement_of(options, device, plan.quantisation)
-        # a DoRA learns the norms of the weights, which are those with what is merged
+        # a DoRA learns the norms of the weights, which include merged LoRAs
         beside = None if patch is None or (network and network.decomposes) else patch.leave_beside
         placement = replace(placement, patch=patch, beside=beside, host=host, blocks=shares)
         if options.network is None:
@@ -230,7 +229,7 @@ class Loading:
         if sharding.context_parallel > 1:
             share_tokens(dit, sharding, device)
         if plan.quantisation is not None and device.type == "cpu":
-            keep_heap_small()  # else weights that a product makes whole leave holes between what is kept
+            keep_heap_small()  # else temporary whole weights fragment the heap
         if self.takes_turns:
             self.copies[dit] = HostCopy(dit, device, host)
         elif index + 1 < len(family.experts) and device.type == "cuda":
@@ -251,12 +250,12 @@ def _add_learner(
 ) -> tuple[Trainable, ...]:
     """Put the network into a DiT, or choose the trained parameters of the DiT itself.
 
-    learners: of the DiTs before this one; a network that is there already is shared, unless each expert has
-    its own (--lora_per_expert). Returns all that learn by now.
+    learners: the trained parts of the DiTs before; if there is a network, this DiT shares it, unless each
+    expert has its own (--lora_per_expert). Returns all trained parts so far.
     """
     options, device = plan.options, plan.accelerator.device
     if options.network is None:
-        assert options.whole_dit is not None  # one of the two is there
+        assert options.whole_dit is not None  # one of the two is given
         train = train_dit
         if plan.splits_model:
             from training.saving.split_model import train_split_dit as train

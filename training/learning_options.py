@@ -271,7 +271,7 @@ _WITHOUT_CLASS = {"--lr_scheduler_type replaces it": lambda own: not own.lr_sche
 
 
 def _of_curves(*curves: str) -> dict[str, Callable[[Any], bool]]:
-    """Return when an option acts that these curves alone use."""
+    """Return the `acts_if` of an option that only these curves use."""
     why = f"only --lr_scheduler {', '.join(curves)} uses it"
     return {why: lambda own: not own.lr_scheduler_type and own.lr_scheduler in curves}
 

@@ -158,7 +158,7 @@ def _accumulate(
         for network in run.model.trainable.all_networks:
             network.set_dropout_seed(seed)
         # the global generators are for networks that use them; torch.manual_seed itself would record the call
-        # for every kind of device that is not in use
+        # for device types that are not in use
         seed = derive_seed(progress.seed, "global", noisy_batch.number)
         torch.default_generator.manual_seed(seed)
         if run.device.type == "cuda":
@@ -173,7 +173,7 @@ def _accumulate(
         noisy_batch, expert = noisy_batch.to(run.device), noisy_batch.expert
         is_repeat = steps.in_lockstep and index % steps.processes != run.feed.process  # another's own
         experts = [expert]
-        if len(run.family.experts) > 1 and steps.in_lockstep:  # those of all processes now
+        if len(run.family.experts) > 1 and steps.in_lockstep:  # experts of all processes in this pass
             now = [steps.share(group, process)[place] for process in range(steps.processes)]
             experts = sorted({run.feed.expert_of((progress.epoch, other)) for other in now})
         for which in experts:
@@ -316,7 +316,7 @@ def _save_to_go_on(run: TrainingRun) -> None:
 
 
 class SamplingStopped(Exception):
-    """Raised among the steps of a sample when the run is asked to end."""
+    """Raised between two steps of a sample when the run is asked to end."""
 
 
 def _sample(run: TrainingRun) -> None:
@@ -351,7 +351,7 @@ def _sample(run: TrainingRun) -> None:
 
 @contextlib.contextmanager
 def _as_sampled(run: TrainingRun) -> Iterator[None]:
-    """Turn the network into that of samples: with LoRAs of their own, with the average of the weights."""
+    """Use --sample_lora, and with --sample_ema the averaged weights, during the block."""
     with contextlib.ExitStack() as stack:
         for loras in run.model.sample_loras:
             stack.enter_context(loras.switched_on(run.device, run.model.compute_dtype))

@@ -52,7 +52,7 @@ class NoisyBatch:
     timesteps: Tensor  # B, what the network is fed
     weights: Tensor  # B, factors on the samples' losses
     given_frames: int = 0  # latent frames in front that stay clean and are not learned, fewer than all
-    expert: int = 0  # index of the one that they all go to
+    expert: int = 0  # index of the expert that all samples go to
     perturbation: Tensor | None = None  # further noise of the input, which is not to be predicted; like noise
     sound: NoisySound | None = None  # None: no sample has sound, and the network is not given any
     number: int = 0  # of the micro-batch in the whole run, over all processes
@@ -97,7 +97,7 @@ class LossRule:
     """Hold how a prediction is judged."""
 
     options: LossOptions = L2
-    prediction: str = RAW  # what of the output is compared with the velocity
+    prediction: str = RAW  # how the output is compared with the velocity
     # inside it the DiT is the base model, without what learns; None: no batch asks for that
     as_base: Autocast | None = None
     teacher_weight: float = 0.0  # share of the errors against the base model as a teacher; 0: it is none
@@ -124,17 +124,17 @@ def measure_streams(
         velocity = noisy_batch.joint.join(velocity, of_sound)
     target, is_preserved = velocity, any(batch.preserved)
     if is_preserved or rule.always_as_base:
-        assert rule.as_base is not None  # the loop was told that there are such samples
+        assert rule.as_base is not None  # the loop sets it if there are such samples
         with torch.no_grad(), rule.as_base():
             known = network()
         if is_preserved:
             chosen = numbers_on(velocity.device, batch.preserved, torch.bool)
             target = torch.where(chosen.view(-1, *([1] * (velocity.ndim - 1))), known, velocity)
-        del known  # before the forward pass that is learned from
+        del known  # frees memory before the forward pass with gradients
     taught = None
     if rule.teacher_weight:
         assert rule.as_base is not None
-        # the teacher is told all that there is, also what the network in training is not told
+        # the teacher gets all inputs, also those that the trained network lacks
         has_first = FIRST_FRAME in family.fuller and noisy_batch.noise.shape[2] > 1
         given = max(noisy_batch.given_frames, int(has_first))
         told = replace(noisy_batch, batch=batch.tell(family.fuller), given_frames=given)
@@ -231,9 +231,9 @@ def compared(velocity: Tensor, noisy: Tensor, sigmas: Tensor, prediction: str, s
 def training_loss(
     family: Trains, dit: nn.Module, noisy_batch: NoisyBatch, autocast: Autocast, rule: LossRule = PLAIN_LOSS
 ) -> Tensor:
-    """Return the weighted mean over the batch: one number.
+    """Return the weighted mean error over the batch: one number; the loss of the sound is added.
 
-    All samples of a batch have one size, so it is the mean over all elements too. That of the sound is added.
+    All samples of a batch have one size, so it is the mean over all elements too.
     """
     return functools.reduce(torch.add, training_losses(family, dit, noisy_batch, autocast, rule))
 

@@ -41,7 +41,7 @@ class TrainingOptions(Options):
     # None: the output is the velocity
     prediction: noise_options.PredictionOptions | None = option(facts=HABIT)
     network: NetworkOptions | None  # what learns: a network beside the DiT,
-    whole_dit: learning_options.WholeDitOptions | None  # or the DiT itself; one of the two is there
+    whole_dit: learning_options.WholeDitOptions | None  # or the DiT itself; one of the two is given
     accelerator: run_options.AcceleratorOptions = option(facts=HABIT)
     saving: SavingOptions = option(facts=FREE)
     samples: run_options.SampleOptions = option(facts=FREE)
@@ -55,7 +55,7 @@ class TrainingOptions(Options):
     # of image trainers; None in the others
     parts: learning_options.PartsOptions | None
     start: run_options.StartOptions | None = option(facts=FREE)
-    subset: SubsetOptions | None = option(facts=FREE)  # what it makes of the data is compared instead
+    subset: SubsetOptions | None = option(facts=FREE)  # the resulting tables are compared instead
     caching: CachingInRunOptions | None = option(facts=FREE)
 
     def __post_init__(self) -> None:
@@ -172,7 +172,7 @@ class TrainingOptions(Options):
 
 
 class GivenOption(NamedTuple):
-    """Hold an option of a run, with the words to type for it."""
+    """Hold a given option of a run, and the words to type for it."""
 
     name: str
     text: str
@@ -187,7 +187,7 @@ def given_options(parser: argparse.ArgumentParser, *records: Options) -> list[Gi
     for action in parser._actions:
         if action.dest not in values or vars(action).get("is_secret") or not action.option_strings:
             continue
-        # the value that needs no typing: the default, or the one of an option that is not given
+        # the value if nothing is typed: the default, or that of another option (`not_given`)
         value, usual = values[action.dest], getattr(action, "not_given", action.default)
         texts = value_words(value)
         are_numbers = isinstance(value, (int, float)) and isinstance(usual, (int, float))

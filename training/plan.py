@@ -65,7 +65,7 @@ class TrainingPlan:
     sources: BatchSources  # where batches are read from
     encoders: SameEncoders  # that made the caches
     texts: LiveTexts  # encoded while training
-    # what a state says of its run's settings, and what --resume_changed changes
+    # settings that states record, and changes by --resume_changed
     identity: dict[str, Any]
     habits: dict[str, Any]
     changes: Mapping[str, str]
@@ -156,9 +156,9 @@ def _find_sources(
 def join_processes(family: Family, options: TrainingOptions) -> Iterator[tuple[Accelerator, Any]]:
     """Start trackers and processes, and check the options against the device.
 
-    Yields what joins them, and `OtherProcesses`, None of a single one.
+    Yields the accelerator, and `OtherProcesses`, which is None for a single process.
 
-    During the block no other run has the name of this one, and the processes watch each other.
+    During the block no other run can take the name of this one, and the processes watch each other.
     """
     check_trackers(options.logs)
     accelerator = make_accelerator(options.accelerator, options.logs)
@@ -168,7 +168,7 @@ def join_processes(family: Family, options: TrainingOptions) -> Iterator[tuple[A
             "--multi_gpu --num_processes N"
         )
     if not accelerator.is_main_process:
-        logging.getLogger().setLevel(logging.WARNING)  # one process tells what all do
+        logging.getLogger().setLevel(logging.WARNING)  # only one process logs what all do
     else:
         takes_guidance = family.defaults.embedded_guidance is not None
         for line in list_unused_options(options, takes_guidance, family.noise.table_is_shifted):
@@ -186,7 +186,7 @@ def join_processes(family: Family, options: TrainingOptions) -> Iterator[tuple[A
             watch = import_own("modules.lost_processes").OtherProcesses
             others = held.enter_context(watch(accelerator.process_index, accelerator.num_processes))
             held.enter_context(others.explain())
-        # the main process holds the name; if it cannot be had, that one tells, and all end
+        # the main process reserves the name; if that fails, it reports the error, and all end
         error: OutputError | None = None
         if accelerator.is_main_process:
             try:

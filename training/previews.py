@@ -58,7 +58,7 @@ def show_preview(
         return 0
     if options.loop.check:
         return _check(family, options, commands)
-    if os.environ.get("RANK", "0") == "0":  # one process tells
+    if os.environ.get("RANK", "0") == "0":  # only one process prints
         _plan(family, options, commands, sampling)
     return 0
 
@@ -122,7 +122,7 @@ def _plan(
     check_channels(found, family.latent, commands, stores)
     items, _ = split_validation(found, options.validation.validation_split)
     others = sampling.dit_files if sampling is not None and options.samples.are_made else ()
-    sampled = len({*others} - {*family.dit_files})  # which are loaded beside those that are trained
+    sampled = len({*others} - {*family.dit_files})  # transformers that are loaded beside the trained ones
     sources = BatchSources(stores, tables)
     plan_training(family, options, items or found, commands, choose_device(None), sampled, sources, texts)
 
@@ -172,7 +172,7 @@ def timestep_statistics(
     noise: NoiseSpec = FLOW,
     experts: Sequence[Expert] = ONE_EXPERT,
 ) -> tuple[Tensor, Tensor]:
-    """How often each of 1000 timesteps is drawn, and the loss weight of each."""
+    """Return how often each of 1000 timesteps is drawn, and the loss weight of each."""
     counts = torch.zeros(NUM_TIMESTEPS, dtype=torch.float64)
     # all batches together have this distribution, whichever expert each of them goes to
     whole = [min(experts, key=lambda expert: expert.lowest)]

@@ -101,8 +101,8 @@ def fill_missing_gradients(parameters: Iterable[Parameter]) -> None:
 def norm_of_gradients(parameters: Iterable[Parameter], split: Collection[Tensor] = ()) -> Tensor:
     """Return the norm of all gradients together, in float32.
 
-    For bf16 gradients torch itself would round it to 3 digits. split: parameters of which each process has
-    some rows; then all must call it.
+    For bf16 gradients torch itself would round it to 3 digits. split: parameters whose rows are spread over
+    the processes; if there are any, all processes must call this.
     """
     if split:
         parameters = list(parameters)

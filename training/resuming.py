@@ -69,7 +69,7 @@ def find_state(
 
 
 def _explain_no_state(asked: str, folder: Path, name: str) -> None:
-    """Say that a new run begins, or raise OptionError if that was not asked for."""
+    """Log that a new run begins; raise OptionError if --resume asks for a state that has to exist."""
     aside = find_set_aside(folder, name)
     is_trained = (folder / f"{name}.safetensors").is_file()
     earlier = f" That of an earlier run is {aside[-1]}: --resume takes it." if aside else ""
@@ -116,8 +116,8 @@ def settings_of(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the settings that must be equal in a resumed run, and those that it may change with a warning.
 
-    Both by the words that a user knows; the models of the latter by their file names. module: of the network
-    that is trained.
+    Keys are words that a user knows; models in the second mapping are given by file name. module: of the
+    trained network.
     """
     config = public_config(options)
     batches = ", ".join([f"{plan.num_batches}, {epoch_digest(order)}", *order.learning_keys])
@@ -147,7 +147,7 @@ def settings_of(
 
 
 def describe_adapter(path: Path, strength: float, with_content: bool = False) -> str:
-    """Return name and strength of --training_adapter. with_content: with a mark of what is in the file."""
+    """Return name and strength of --training_adapter. with_content: add a hash of the file's content."""
     content = f", {fingerprint(path)[:12]}" if with_content else ""
     return f"{path.name}:{strength:g}{content}"
 
@@ -221,7 +221,7 @@ def check_resumable(
 
 
 def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """Return the settings of now that differ from saved ones, as texts: then and now."""
+    """Return setting -> (saved value, current value) as texts, for all that differ."""
     return {
         name: (states.shorten_value(saved[name]), states.shorten_value(value))
         for name, value in here.items()
@@ -235,10 +235,10 @@ def listed_settings(options: TrainingOptions, saving: SavingOptions) -> dict[str
 
 
 def take_over(changes: Mapping[str, str], progress: Progress, saved: states.SavedState) -> None:
-    """Note the changes in the run's progress, which begins a new plan of steps if it has to.
+    """Note the changes in the run's progress; begin a new plan of steps if they need one.
 
-    Other clips begin the current epoch again, in their own order; another size of a step goes on with the
-    clips that are left of it.
+    If the clips changed, the current epoch begins again in their order; if only the size of a step changed,
+    it goes on with the clips that are left.
     """
     logger.info("--resume_changed: %d differ from the saved run:", len(changes))
     for change in changes.values():

@@ -81,7 +81,7 @@ def prepare_run(
     sampling: Family | None = None,
 ) -> Iterator[TrainingRun]:
     """Load everything for a run; on exit, end logs and wait for uploads. Raises as `train_network`."""
-    config = read_config(options, family)  # a fault in it is told before anything is started
+    config = read_config(options, family)  # faults in it are reported before anything is started
     with contextlib.ExitStack() as held:
         accelerator, others = held.enter_context(join_processes(family, options))
         plan = make_plan(family, options, commands, config, accelerator, sampling)

@@ -159,8 +159,8 @@ class ValidationOptions(Options, title="validation"):
     def is_due_after_epoch(self, epoch: int, step: int, steps: int, is_saved: bool) -> bool:
         """Return whether to validate at the end of an epoch of so many steps, at `step`.
 
-        Without options: after each epoch that leaves a file; of the others after those that pass a multiple
-        of 50 steps, as a few batches do not repay a validation.
+        Without options: after each epoch that saves a file, and after each that passes a multiple of
+        LEAST_STEPS steps; a few batches are not worth a validation.
         """
         if self.validate_every_n_epochs is not None:
             return epoch % self.validate_every_n_epochs == 0
@@ -213,7 +213,6 @@ class SampleOptions(Options, title="samples while training"):
 
     @property
     def is_timed(self) -> bool:
-        """Return whether any option says when to make samples."""
         return (
             self.sample_every_n_steps is not None
             or self.sample_every_n_epochs is not None

@@ -67,7 +67,7 @@ class Sampler:
     folder: Path
     name: str  # --output_name
     has_metadata: bool = True  # samples say what made them, as the files of a generation do
-    weights: str = ""  # for the metadata: what of the run's weights they show, or what is added to them
+    weights: str = ""  # for the metadata: weights of the run that the samples show, or additions
     prompts: Sequence[str] = ()  # of all processes, by their place in the file
     previews: LatentPreviews | None = None
     # encodes texts again, with encoders that have learned; None: none does
@@ -164,7 +164,7 @@ class Sampler:
 def _show_steps(
     what: str, prepared: Prepared, check: Callable[[], None], tell: Callable[[str], None], also: OnSection
 ) -> Iterator[tuple[Watcher, OnSection]]:
-    """Yield a watcher and a function for sections that show on a bar which step of a sample is done."""
+    """Yield callbacks for steps and sections that show the progress of a sample on a bar."""
     bars: list[Bar] = []
     with ExitStack() as stack:
 
@@ -200,7 +200,8 @@ def prepare_samples(
 ) -> Sampler:
     """Read and check the prompts, and encode this process' share of texts and images.
 
-    together: all processes make every sample, and the first one writes it. blocks: then splits text encoders.
+    together: all processes make every sample, and the first one writes it; `blocks` then splits the text
+    encoders over them.
 
     Call it before the DiT is loaded. Raises as `read_requests`, and CheckpointError if a model file cannot be
     used.
@@ -220,7 +221,7 @@ def prepare_samples(
     texts = session.texts(wanted)
     encoders, writes = NO_ENCODERS, not together or process == 0
     with ExitStack() as loaded:
-        # by who decodes in any case: a file that is wrong shows before anything is trained
+        # in the process that decodes anyway: a wrong file is found before anything is trained
         if (writes and requests) or any(needs_media(family, request) for request in requests):
             encoders = loaded.enter_context(session.media(images=True, again=writes))
         inputs = [encode_inputs(family, encoders, request) for request in requests]
@@ -231,14 +232,14 @@ def prepare_samples(
     ]
     prompts = [str(entry.get("prompt", "")) for entry in entries]
     previews = None
-    if process == 0:  # one file for all: that of one process shows one sample after the other
+    if process == 0:  # one preview file for all: the first process shows its samples one after the other
         previews = make_previews(preview, family.latent, folder, device, session.dits.can_stay)
     sampler = Sampler(samples, session, folder, name, has_metadata, weights, prompts, previews)
     return replace(sampler, draw_seed=draw_together, writes=writes) if together else sampler
 
 
 def _warn_of_unread(entries: Sequence[Mapping[str, Any]], family: Family, prompt_file: Path) -> None:
-    """Warn of settings of samples that the model has no use for."""
+    """Warn of settings in the prompt file that the model does not use."""
     has_shift = any(entry.get("discrete_flow_shift") is not None for entry in entries)
     if has_shift and family.defaults.flow_shift is None:
         logger.warning(
@@ -297,7 +298,7 @@ def read_requests(family: Family, prompt_file: Path) -> tuple[list[dict[str, Any
 
 
 def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
-    """Turn one entry of a prompt file into a request. What it does not say is as in a generation.
+    """Turn one entry of a prompt file into a request. Missing values are the defaults of generation.
 
     Sizes are rounded down to sizes of the family. Raises OptionError for numbers that no model takes.
     """
@@ -376,11 +377,11 @@ def _no_dit(expert: int) -> nn.Module:
 
 
 def sample_values(made: Prepared, is_seeded: bool, family: Family) -> dict[str, Any]:
-    """Return the values of a sample, by the names of `Request`: see `training.following.Generation`."""
+    """Return the values that make a sample, by the names of `Request`; see `following.Generation`."""
     values = vars(made.asked) | {
         name: getattr(made, name) for name in ("frames", "steps", "embedded_guidance")
     }
-    # the one of streams that have their own is said only if the sample says it: it replaces theirs
+    # if streams have scales of their own, only a scale that the sample gives is listed: it replaces them
     values["guidance_scale"] = made.asked.guidance_scale if made.rules.streams else made.guidance_scale[0]
     for expert, scale in zip(family.experts, made.guidance_scale, strict=True):
         if expert.name == HIGH_NOISE:

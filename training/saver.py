@@ -45,7 +45,7 @@ def make_saver(
     prompts: Sequence[str],
     note_saved: Callable[[Sequence[Path], int], None],
 ) -> Saver | None:
-    """Make the saver in the main process, and remove what it no longer keeps; the others have none.
+    """Make the saver in the main process, and remove files that it no longer keeps; else return None.
 
     uploads: None without a repository. prompts: of the samples, for the card. note_saved: gets the files of
     each save, and the step.
@@ -101,7 +101,7 @@ def make_saver(
 
 
 def _metadata_now(plan: TrainingPlan, own: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata of a file that is saved now. own: what its part of the run has at any time."""
+    """Return the metadata of a file that is saved now. own: the entries that stay the same over the run."""
     progress, family = plan.progress, plan.family
     epoch = progress.epoch + (progress.position > 0 or progress.step == 0)
     facts, licence = family.metadata, family.release.licence
@@ -222,7 +222,7 @@ def _restore_own(model: TrainedModel, saved: states.SavedState) -> None:
 
 
 def _stepped_rows(model: TrainedModel) -> dict[str, Tensor]:
-    """Return the split weights, by name, of which the optimizer keeps what belongs to their rows here."""
+    """Return name -> split weight, if the optimizer keeps states for this process' rows only; else {}."""
     if not steps_numbers(type(model.optimizer)):
         return {}
     names = model.trainable.names

@@ -4,8 +4,8 @@ An epoch has the micro-batches 0 .. num_batches - 1. An optimizer step takes the
 accumulation` of them; the last step of an epoch takes the rest. Process r of P works on those whose index is
 r modulo P; where processes share the tokens of a clip, a group of them counts as one process here. So two
 processes take the same steps as one process with twice the accumulation. Processes in lockstep, which share a
-model, run equal passes: one that lacks a micro-batch in the last step of an epoch repeats the last one of
-all, with weight 0. `Progress` says where a run stands in its plan.
+model, run equal passes: a process without a micro-batch in the last step of an epoch repeats the step's last
+micro-batch with weight 0. `Progress` says where a run stands in its plan.
 """
 
 from collections.abc import Iterator
@@ -85,8 +85,8 @@ class StepPlan:
     def share(self, group: range, process: int) -> list[int]:
         """Return the micro-batches of `group` that process number `process` works on.
 
-        May be empty in the last group of an epoch, but not in lockstep: the last one is then
-        repeated, which is another process' own.
+        May be empty in the last group of an epoch. In lockstep it never is: a process that would lack a
+        micro-batch repeats the last one of the group.
         """
         own = [index for index in group if index % self.processes == process]
         lacks = self.in_lockstep and len(own) * self.processes < len(group)
@@ -97,7 +97,7 @@ class StepPlan:
     ) -> Iterator[tuple[int, int]]:
         """Yield (epoch, micro-batch) in the order in which a process needs them, from a place to the end.
 
-        num_epochs: at most so many.
+        num_epochs: stop after this many epochs.
         """
         end = self.num_epochs if num_epochs is None else min(epoch + num_epochs, self.num_epochs)
         for number in range(epoch, end):

@@ -1,4 +1,4 @@
-"""The boxes of a training run, its plan and its result; what its page is given."""
+"""Show the boxes of a training run, its plan and its result, and collect the facts for its page."""
 
 import os
 import sys
@@ -39,7 +39,7 @@ if TYPE_CHECKING:  # it is loaded only if there are prompts
 
 MOMENTS_BYTES = 8  # of AdamW's two moments, for each trained weight; other optimizers keep less
 FLOAT_BYTES = 4  # states are saved in float32
-LOW_STRENGTH = 0.1  # alpha / rank below it is told
+LOW_STRENGTH = 0.1  # a lower alpha / rank gets a remark
 # of a network, of a whole model: rates of Adam below and above which it is told, and what is usual
 USUAL_RATES = (2e-5, "1e-4", 5e-3), (5e-8, "1e-5", 1e-4)
 SPARE = 1.05  # a disk with less room than this times what the run will write is warned of
@@ -50,7 +50,7 @@ def count_saves(
 ) -> tuple[int, int]:
     """Return how many models and states are on disk when a run is over. Saves by the clock are left out.
 
-    first_step: after which they count. first_epoch: the first one that is not finished then.
+    first_step: only saves after this step count. first_epoch: the first epoch that is not finished then.
     """
     models = 0
     if options.save_every_n_steps is not None:
@@ -73,7 +73,7 @@ def saved_bytes(
 ) -> tuple[int, int]:
     """Return the bytes of one model, with its average (EMA), and of one state.
 
-    parameters: that are trained. dtype: of saved models; None: as they are.
+    parameters: the trained ones. dtype: of saved models; None: as they are.
     """
     model = sum(one.numel() * (dtype or one.dtype).itemsize for one in parameters)
     count, average = sum(one.numel() for one in parameters), FLOAT_BYTES if has_average else 0
@@ -128,12 +128,12 @@ def show_start(run: TrainingRun, dtype: torch.dtype | None) -> None:
 
 
 def _times(every: Mapping[str, float | None]) -> list[str]:
-    """Return in words how often something happens. every: numbers by their units."""
+    """Return texts such as "every 5 epochs". every: unit -> number; None is left out."""
     return [f"every {number:.12g} {unit}" for unit, number in every.items() if number is not None]
 
 
 def show_end(run: TrainingRun, story: history.Story, following: NextSteps) -> None:
-    """Show the result of a run that took its last step, and the commands that can follow."""
+    """Show the result of a finished run, and the commands that can follow."""
     names, clock, losses = run.plan.names, run.logs.clock, run.progress.losses
     network = run.options.network
     seconds, samples = clock.seconds_per_step, names.folder / FOLDER
@@ -167,7 +167,7 @@ def show_end(run: TrainingRun, story: history.Story, following: NextSteps) -> No
 
 
 def describe_best(story: history.Story, folder: Path) -> str:
-    """Return the step with the lowest validation loss and the best file that is there."""
+    """Return the step with the lowest validation loss and the best file that exists."""
     lowest, best = story.lowest, story.best_file(folder)
     assert lowest is not None
     text = f"step {lowest[0]}, loss {lowest[1]:.5f}"
@@ -190,7 +190,7 @@ def disk_needed(folder: Path, saves: tuple[int, int], written: tuple[int, int]) 
 
 
 def watch_run(plan: TrainingPlan, step: int) -> Mapping[str, str]:
-    """Return the bar's numbers beside losses at a step: the peak of memory, the step of the next samples."""
+    """Return numbers for the progress bar: the peak of device memory, and the step of the next samples."""
     shown = {"mem": peak_in_words(plan.accelerator.device).replace(" GiB", "G")}
     following = next_samples(plan.options.samples, plan.steps, step, plan.progress.epoch)
     return shown if following is None else {**shown, "sample": str(following)}
@@ -224,7 +224,7 @@ def count_pauses(
         if samples.sample_prompts is not None
         else 0,
         VALIDATION: (of_steps(by_step or usual) + of_epochs(by_epoch, epochs)) * validates,
-        # besides those of epochs, the finished model
+        # one more pause: the finished model
         SAVING: of_steps(saving.save_every_n_steps) + of_epochs(saving.save_every_n_epochs, epochs - 1) + 1,
     }
 
@@ -232,9 +232,9 @@ def count_pauses(
 def judge_alpha(
     network: NetworkOptions, sizes: tuple[Sequence[int], Sequence[float]] | None = None
 ) -> str | None:
-    """Return alpha with its effect, and the usual value if it is low; None if a rank says nothing.
+    """Return alpha with its effect, and the usual value if it is low; None for networks without a rank.
 
-    sizes: ranks and alphas of a network that goes on from a file, which count instead.
+    sizes: ranks and alphas of a network that goes on from a file; they replace the options.
     """
     if sizes is not None:
         ranks, alphas = sizes

@@ -63,7 +63,7 @@ class Trainable:
         return (*self.networks, *self.tied)
 
     def sizes(self, part: str | None = None) -> tuple[list[int], list[float]]:
-        """Return all ranks and alphas of the networks, or of that of one file. part: a key of `writes`."""
+        """Return all ranks and alphas of the networks, or only those in one file. part: a key of `writes`."""
         pairs = zip(self.writes, self.networks, strict=True)
         chosen = [network.module for name, network in pairs if part in (None, name)]
         return sizes_of([module.state_dict() for module in chosen])
@@ -83,7 +83,7 @@ class Trainable:
 
     @contextlib.contextmanager
     def as_base(self) -> Iterator[None]:
-        """Run a block in which the DiTs are as loaded. Not for one that learns itself."""
+        """Switch all networks off during the block, so that DiTs act as loaded. Not for trained DiTs."""
         for network in self.all_networks:
             network.set_multiplier(0.0)
         try:
@@ -182,7 +182,7 @@ def train_dit(dit: nn.Module, learning_rate: float, name_parts: Sequence[str] = 
 
 
 def kept_dtypes(own: Mapping[str, torch.dtype], dtype: torch.dtype | None) -> Mapping[str, torch.dtype]:
-    """Return the dtypes of tensors in a file. dtype: of those with fractions; None: as they are."""
+    """Return the dtypes of tensors in a file. dtype: of floating-point tensors; None: as they are."""
     if dtype is None:
         return own
     return {name: dtype if each.is_floating_point else each for name, each in own.items()}

@@ -55,8 +55,7 @@ if sys.platform == "win32":
 def trigger_paths(names: Names, also_plain: bool) -> dict[Path, str]:
     """Return the files of a run with the request of each.
 
-    `my_lora.sample` asks the run of that name, with also_plain `sample` any run of the folder; a folder of
-    that name is none.
+    `my_lora.sample` asks the run `my_lora`; with also_plain, `sample` asks any run in the folder.
     """
     starts = (f"{names.name}.", "") if also_plain else (f"{names.name}.",)
     return {names.folder / f"{start}{kind}": kind for kind in (SAMPLE, SAVE, STOP) for start in starts}
@@ -64,10 +63,11 @@ def trigger_paths(names: Names, also_plain: bool) -> dict[Path, str]:
 
 @dataclass
 class Requests:
-    """Hold what is asked of a run from outside: by Ctrl-C or SIGTERM to end after its step, by files more.
+    """Hold the requests to a run from outside: signals (Ctrl-C, SIGTERM) end it after its step, files also
+    ask for samples and saves.
 
-    A second signal ends it at once. A file is removed only when it was served: if the run is killed in
-    between, the next one serves the request.
+    A second signal ends it at once. A file is removed only when its request was served: if the run is killed
+    before, the next run serves it.
     """
 
     paths: Mapping[Path, str] = field(default_factory=dict)  # none: no file is watched
@@ -77,7 +77,7 @@ class Requests:
     agreed: bool = field(default=False, init=False)  # all processes know of it
     _looked: float | None = field(default=None, init=False)
     _found: dict[Path, int] = field(default_factory=dict, init=False)  # with their time of change
-    _passed: dict[Path, int] = field(default_factory=dict, init=False)  # likewise, those that are left alone
+    _passed: dict[Path, int] = field(default_factory=dict, init=False)  # likewise; files that are ignored
 
     @contextlib.contextmanager
     def listen(self) -> Iterator[None]:
@@ -131,7 +131,7 @@ class Requests:
             logger.info("%s asks to %s at the end of this step.", path, kind)
 
     def finish(self, kind: str) -> None:
-        """Remove the files that asked for this; one that was touched again meanwhile asks anew."""
+        """Remove the files that asked for this; files touched again meanwhile stay, as new requests."""
         for path in [path for path in self._found if self.paths[path] == kind]:
             changed = self._found.pop(path)
             try:
@@ -146,7 +146,7 @@ class Requests:
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """Hold the loaded networks of a plan, and what steps the trained weights."""
+    """Hold the loaded networks of a plan with the optimizer, its schedule and the average of the weights."""
 
     plan: TrainingPlan
     dits: ExpertNetworks  # of the experts that are trained
@@ -199,8 +199,8 @@ class TrainingRun:
     device: torch.device = field(init=False)  # where steps are computed; swapped weights may be elsewhere
     autocast: Autocast = field(init=False)
     parameters: list[Parameter] = field(init=False)  # that are trained, in the optimizer's order
-    of_sound: frozenset[Tensor] = field(init=False)  # those of them that only clips with sound reach
-    parts: tuple[str, ...] = field(init=False)  # whose losses are told apart: experts, picture and sound
+    of_sound: frozenset[Tensor] = field(init=False)  # parameters that only clips with sound reach
+    parts: tuple[str, ...] = field(init=False)  # with losses of their own: experts, picture and sound
 
     def __post_init__(self) -> None:
         plan, accelerator, trainable = self.model.plan, self.model.plan.accelerator, self.model.trainable

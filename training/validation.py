@@ -45,8 +45,8 @@ class Validation:
         self.sigmas = [level for level in levels if NUM_TIMESTEPS * level >= lowest] or [1.0]
 
     def logged(self, losses: Mapping[str, float], occasion: str, running: float | None) -> dict[str, float]:
-        """Return the numbers for the trackers; of image trainers the mean and its distance to the loss of
-        training, by their names. occasion: STEP or EPOCH. running: loss of the last steps.
+        """Return the numbers for the trackers. For image models these are, under the names of image trainers,
+        the mean and its difference to `running`, the loss of the last steps. occasion: STEP or EPOCH.
         """
         if not self.is_of_images:
             return dict(losses)
@@ -105,7 +105,7 @@ class Validation:
             with autocast():
                 batch = plan.texts.add_to(batch)
         shape = batch.tensor("latents").shape
-        # in all bands, and in all runs of one probability
+        # the same frames in all bands, and in all runs with the same probability
         given_frames = draw_given_frames(spec, shape[2], "validation", item.key, "given frames")
         losses, given = [], plan.options.validation.validation_seed  # of the noise, beside the item
         seed = () if given is None else (given,)

@@ -1,4 +1,4 @@
-"""Whether cached entries are what their table, model and sources ask for now, by the same encoders."""
+"""Check that cached entries fit their table, model and sources of now, and were made by equal encoders."""
 
 import logging
 import re
@@ -40,8 +40,8 @@ def check_channels(
     """Raise CacheError, with the caching command, if latents were encoded with the VAE of another model.
 
     Looks at the header of one file of each table and size: caches of two models in one folder mostly differ
-    in their sizes. Warns of those that do not say their frame rate. stores: of the run. Items that are
-    encoded while training have no caches.
+    in their sizes. Warns of caches without a frame rate. stores: of the run. Items that are encoded while
+    training are skipped.
     """
     stores = stores or Stores()
     unsaid: list[Path] = []  # of other programs
@@ -202,7 +202,7 @@ def sound_faults(
     checks: CacheChecks,
     is_shared: bool,
 ) -> Iterator[str]:
-    """Yield the same of latents of sound."""
+    """Yield why cached latents of sound are not what the table and the model ask for."""
     table, found = item.table, tuple(tensors[data.SOUND].shape)
     if item.sound and found != item.sound:
         yield f"its latents have the shape {found}, a clip of its frames and rate has {item.sound}"
@@ -218,7 +218,7 @@ def sound_faults(
 def _source_faults(
     item: TrainingItem, folders: Sequence[Path | None], record: LatentRecord, checks: CacheChecks
 ) -> Iterator[str]:
-    """Yield how the sources of a record differ; lists need not be there. folders: of each file."""
+    """Yield how the sources of an item differ from its record. folders: of each file in the record."""
     table, rate = item.table, record.options.get("source_fps")
     if table.kind == "video" and rate != table.source_fps:
         yield f"made for source_fps = {rate}, {table.name} has {table.source_fps}"
@@ -229,8 +229,8 @@ def _source_faults(
 
 
 def _reference_faults(item: TrainingItem, tensors: Iterable[str]) -> Iterator[str]:
-    """Yield why latents of reference pictures are not what a table asks for. Pictures that are gone are no
-    fault, but those that a list no longer names.
+    """Yield why latents of reference pictures are not what a table asks for. Deleted picture files are no
+    fault; pictures that a list no longer names are.
     """
     table, rules = item.table, item.table.references
     if table.clip_references is not None and table.directory is not None:
@@ -255,7 +255,7 @@ def _reference_faults(item: TrainingItem, tensors: Iterable[str]) -> Iterator[st
 
 
 def _references_now(item: TrainingItem) -> int | None:
-    """Return how many reference pictures an item has, whatever a model takes; None: it is not known."""
+    """Return how many reference pictures an item has, even if the model takes fewer; None: not known."""
     if item.table.directory is not None and item.table.control_directory is None:
         return None
     there = _companions_now(item)
@@ -263,7 +263,7 @@ def _references_now(item: TrainingItem) -> int | None:
 
 
 def _companions_now(item: TrainingItem) -> tuple[int, int, bool] | None:
-    """Return what `companions_now` has of an item; None if it is not there, or if listing may download."""
+    """Return an item's entry in `companions_now`; None without one, or if listing could download files."""
     table = item.table
     if not (table.directory or table.jsonl_file or table.table_file):
         return None

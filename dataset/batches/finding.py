@@ -64,11 +64,11 @@ def find_items(
     live: LiveTables | None = None,
     sound: SoundSpec | None = None,
 ) -> FoundItems:
-    """Find all items by the names of their files; no more than headers are opened. Where sources are listed
-    (tables encoded while training, npz files beside pictures), caches of others are left out.
+    """Find all items by the names of their files, reading headers at most. If a table's sources are listed
+    (encoded while training, or npz files beside pictures), caches of other sources are left out.
 
-    text_keys: the keys of a whole text cache. stores: of the run, if caches are elsewhere than the tables
-    say. live: tables encoded while training, by index. sound: of a family that hears.
+    text_keys: the keys of a complete text cache. stores: of the run, if caches are elsewhere than the tables
+    say. live: tables encoded while training, by index. sound: spec of a family that is trained with sound.
     """
     stores = stores or Stores((cache_tag, latent, text_keys))
     found, usual = FoundItems(), ItemKind(cache_tag)
@@ -144,8 +144,8 @@ def _add_table(
 
 
 def _sound_shape(store: CacheStore, latents: str, sound: SoundSpec, frames: int) -> tuple[int, ...]:
-    """Return the shape that the sound of an item has; of latents that do not say their rate, which reading
-    them for a batch refuses, none.
+    """Return the shape of an item's latents of sound; () if the latents do not say their frame rate, which is
+    an error when they are read for a batch.
     """
     rate: float | None = None
     with contextlib.suppress(CacheError, KeyError, ValueError):
@@ -154,9 +154,8 @@ def _sound_shape(store: CacheStore, latents: str, sound: SoundSpec, frames: int)
 
 
 def with_reference_sizes(items: Iterable[TrainingItem], stores: Stores) -> list[TrainingItem]:
-    """Return items with the sizes of their references, also those whose batches do not depend on them.
-
-    Reads their headers.
+    """Return the items with the sizes of their references, read from headers, even if batches do not depend
+    on these sizes.
     """
 
     def may_have(item: TrainingItem) -> bool:
@@ -174,7 +173,7 @@ def with_reference_sizes(items: Iterable[TrainingItem], stores: Stores) -> list[
 
 
 def learn_no_references(items: Sequence[TrainingItem], stores: Stores) -> bool:
-    """Return whether no item of a model that takes reference pictures has one, of at most LOOKED_AT items."""
+    """Return whether the model takes reference pictures, and none of about LOOKED_AT items has one."""
     edited = [
         item
         for item in items
@@ -193,8 +192,9 @@ def learn_no_references(items: Sequence[TrainingItem], stores: Stores) -> bool:
 
 
 def _reference_sizes(store: CacheStore, name: str) -> tuple[int, ...]:
-    """Return width and height of an entry's latents of control media and references, in order, without
-    mirrored ones; none if it is damaged, as reading it for a batch says. The height is that of all frames.
+    """Return width and height of each control and reference latent of an entry, in order, without mirrored
+    ones; () if the entry is damaged, which is an error when it is read. The heights of all frames are added
+    up.
     """
     try:
         shapes = store.read(name, is_whole=False).shapes
@@ -214,7 +214,7 @@ class _TextNames:
     """The text caches of a table among the names of its entries."""
 
     def __init__(self, table: DatasetTable, names: Collection[str], tag: str, found: FoundItems) -> None:
-        """found: gets those that are unfinished or missing."""
+        """found: unfinished and missing text caches are added to it."""
         self._table, self._tag, self._found = table, tag, found
         self._end = cache_files.text_file_name("", tag)
         self._first = {name for name in names if name.endswith(self._end)}
@@ -235,13 +235,13 @@ class _TextNames:
             stem: next(number for number in range(1, len(numbers) + 2) if number not in numbers)
             for stem, numbers in further.items()
         }
-        # of the empty prompt; None: they need not be there, or one that is not has been found
+        # names of empty prompts' caches; None: not needed, or a missing one was found already
         self._empty: set[str] | None = None
         if table.drops_captions:
             self._empty = {name for name in names if cache_files.is_empty_text_name(name, tag)}
 
     def has(self, stem: str) -> bool:
-        """Return whether there is the first text of a source."""
+        """Return whether the first text of a source is cached."""
         text, folder = stem + self._end, self._table.cache_directory
         if text + cache_files.PART in self._unfinished_first:
             self._found.unfinished_text[folder / (text + cache_files.PART)] = None
@@ -260,10 +260,10 @@ class _TextNames:
 
 
 def _listed_stems(table: DatasetTable, kind: ItemKind, latents: Sequence[str]) -> Collection[str] | None:
-    """Return the names of the sources that a table has now, if they are read, or if other programs share its
-    caches; None if the caches alone decide the items.
+    """Return the stems of a table's current sources, if these are read while training or if other programs
+    share its caches; None if the caches alone decide the items.
 
-    Latents of ours are removed with their source by the caching script; npz files never are.
+    The caching script removes our own caches when their source is gone, but never npz files.
     """
     if kind.sources:
         return kind.sources.keys()
@@ -283,7 +283,7 @@ def _bucket(
     """Return the bucket of a cache file: for videos its name holds the size after bucketing."""
     if table.kind == "image":
         return bucket_of(table, name.size, latent.pixel_step, path)
-    if name.section is not None:  # of clips of all lengths: what is stacked is equal
+    if name.section is not None:  # clips of all lengths share a batch: their sections are equal
         return (*name.size, section_frames(table.fp_latent_window_size, latent))
     assert name.span is not None
     return (*name.size, name.span[1])

@@ -13,7 +13,7 @@ from modules.media.buckets import Size
 
 @dataclass(frozen=True)
 class ItemKind:
-    """What all items of a table share: how their caches are named, and what training reads from sources."""
+    """Hold what all items of a table share: names of their caches, and sources that training reads."""
 
     tag: str  # the family's cache_tag
     text_keys: frozenset[str] = frozenset()  # what a text file has to hold
@@ -35,7 +35,7 @@ class ItemKind:
         return (source.caption or "", *source.more_captions)[number]
 
 
-LiveTables = Mapping[int, ItemKind]  # by index: those with a part that is not cached
+LiveTables = Mapping[int, ItemKind]  # by table index: tables with a part that is not cached
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +45,14 @@ class TrainingItem:
     file_name: str  # of the latents; whole, as the listing has it: a copy of each would be a lot
     stem_length: int  # of `file_name`, how much is the name of the source
     table: DatasetTable
-    # width, height in pixels; for videos also frames: of a section, those that it decodes to
+    # width, height in pixels; for videos also frames (of a section: the frames that it decodes to)
     bucket: tuple[int, ...]
     kind: ItemKind
     parts: int = 1  # how many files of the same clip are there
     captions: int = 1  # how many text files of the source are there, besides the empty prompt's
-    # width and height of each latents of a reference picture, if those of a batch have to be equal
+    # width and height of the latents of each reference picture, if they must be equal in a batch
     references: tuple[int, ...] = ()
-    # C T M of its sound, silent or not, if those of a batch have to be equal
+    # C T M of its sound, silent or not, if it must be equal in a batch
     sound: tuple[int, ...] = ()
     has_sound: bool = False  # in a cache of its own
 
@@ -85,7 +85,7 @@ class TrainingItem:
 
 
 class OfSource(Protocol):
-    """What can be held back: a dataclass that says its table and source."""
+    """Protocol of all that can be held out for validation: dataclasses with a table and a source."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 

@@ -91,9 +91,9 @@ class BatchOrder:
 def repeat_regularisation(repeats: Sequence[int], learned: int) -> list[int]:
     """Return how often each regularisation image is trained, so that they are as many as those learned.
 
-    repeats: of their tables, in order. Images are taken with their repeats until there are enough; those
-    behind are left out. If all of them are too few, each once more, from the first on, until there are
-    enough. learned: how many others of the dataset are trained in an epoch.
+    repeats: of the images' tables, in order. Images are taken with their repeats until there are enough; the
+    rest is left out. If all together are too few, they are repeated from the first on, one at a time.
+    learned: how many other images of the dataset are trained in an epoch.
     """
     if not repeats or not learned:
         return [0] * len(repeats)
@@ -104,9 +104,9 @@ def repeat_regularisation(repeats: Sequence[int], learned: int) -> list[int]:
 
 
 def repeat_items(items: Sequence[TrainingItem]) -> dict[tuple[int, ...], list[TrainingItem]]:
-    """Return the items that can share a batch, each as often as it is trained in an epoch; none without any.
+    """Return the items that can share a batch, each as often as it is trained in an epoch; no empty groups.
 
-    Where all occur equally often, all follow each other again and again, as ever: seeds keep their batches.
+    If all items of a group occur equally often, the whole list is repeated: this keeps the batches of a seed.
     """
     repeats = [item.table.num_repeats for item in items]
     for group in {item.table.batch_group for item in items if item.table.is_reg}:
@@ -180,8 +180,8 @@ def split_validation(items: Sequence[S], fraction: float, seed: int = 0) -> tupl
 def _split_subsets(items: Sequence[S], fraction: float, seed: int) -> tuple[list[S], list[S]]:
     """Split the subsets of the image guides, each by itself; regularisation images are all trained on.
 
-    Of a subset those sources are validated on that stand behind the first ceil(n (1 - fraction)) of its
-    sorted names, shuffled by the seed: once, as they are, with whole captions.
+    The sorted names of a subset are shuffled by the seed; those after the first ceil(n (1 - fraction)) are
+    validated on, once each, unchanged and with whole captions.
     """
     chosen: dict[int, tuple[frozenset[str], DatasetTable]] = {}  # by index of the table
     for table in tables_of(items):
@@ -231,7 +231,7 @@ def changed_caption(
     """Return the text that a sample is trained with now, if it is not dropped.
 
     caption: of a source of the table (`MediaSource.caption`). step: from 0. total_steps: of the run, for a
-    warm-up that is a share of it. Which captions are dropped says `choose_captions`.
+    warm-up that is a share of it. `choose_captions` says which captions are dropped.
     """
     if not changes.is_raw:  # the source has it as it is trained
         return caption
@@ -245,7 +245,7 @@ def changed_caption(
     if not (changes.shuffle or changes.warmup_step or changes.part_dropout_rate):
         return join_parts(text, changes)
 
-    # parts between those that are fixed are shuffled; those that come later, or that are drawn, are left out
+    # parts between the fixed ones are shuffled; parts beyond the warm-up, or dropped at random, are left out
     def split(one: str) -> list[str]:
         return [part.strip() for part in one.split(changes.separator)]
 
@@ -256,7 +256,7 @@ def changed_caption(
     else:
         parts = split(text)
         first, moving, last = parts[: changes.keep_tokens], parts[changes.keep_tokens :], []
-    # of the moving parts those that are there yet: from warmup_min, evenly up to all of them
+    # the number of moving parts grows evenly from warmup_min to all of them
     end = math.floor(changes.warmup_step * total_steps) if changes.warmup_step < 1 else changes.warmup_step
     if step < end:
         moving = moving[: math.floor(step * (len(moving) - changes.warmup_min) / end) + changes.warmup_min]
@@ -285,7 +285,7 @@ def choose_captions(
 
     number: of the micro-batch, in the whole run. epoch: from 0. EMPTY is chosen with the table's
     caption_dropout_rate, and in epochs whose captions are all empty; captions are equally likely.
-    drops: else the caption before it is dropped; those that are not are the same.
+    drops: if False, no caption is dropped; the choice of the others stays the same.
     """
     chosen = []
     for place, item in enumerate(items):

@@ -142,7 +142,7 @@ class _Reader:
         return part
 
     def read_text(self, item: TrainingItem, number: int) -> _Part:
-        """Read a caption of an item, of which live texts have no tensors."""
+        """Read a caption of an item. Texts that are encoded while training have no tensors."""
         path, table, store = item.caption_path(number), item.table, self.stores.of_texts(item.table)
         caption = item.kind.caption(item.source_stem, number) if item.kind.sources else ""
         if not item.kind.has_text:
@@ -175,8 +175,8 @@ class _Reader:
     def _read_entry(
         self, item: TrainingItem, path: Path, part: str, key: str, faults: Callable[..., Iterator[str]]
     ) -> _Part:
-        """Read a cache of media. part: for `MadeBy`. key: what it must have. faults: yields why its tensors
-        are not what the table asks for.
+        """Read a cache of media. part: for `MadeBy`. key: of a tensor that it must have. faults: yields why
+        its tensors are not what the table asks for.
         """
         store = self.stores.of(item.table)
         with _remedy(self.commands.latents, store):
@@ -208,7 +208,7 @@ def stores_for(item: TrainingItem, latent: data.LatentSpec) -> Stores:
 
 
 def _fill_gaps(media: Sequence[_Part]) -> None:
-    """Give all items what only some have: sound that is not learned, masks that change nothing."""
+    """Fill in tensors that only some items have: sound as zeros (not learned), masks as all white."""
     for name, value in ((data.SOUND, 0), (data.CONTROL_MASK, 255)):  # without a mask all is made anew
         given = [one.tensors[name] for one in media if name in one.tensors]
         for one in media if given else ():
@@ -245,7 +245,7 @@ def _stack(parts: Sequence[_Part], command: str) -> dict[str, Tensor | list[Tens
 
 
 def _put_in_front(tensors: dict[str, Tensor | list[Tensor]]) -> None:
-    """Put the latents of references, B C 1 H W each, in front of those of their clips; losses count there."""
+    """Put reference latents, B C 1 H W each, in front of their clips' latents; the loss covers them too."""
     names = sorted(name for name in tensors if name.startswith(data.REFERENCE_LATENTS))
     names.sort(key=lambda name: int(name.rpartition("_")[2]), reverse=True)
     if not names:

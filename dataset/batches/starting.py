@@ -1,4 +1,4 @@
-"""What a training looks at before it loads a model: whether its caches can be read and fit what is there."""
+"""Check before a model is loaded that caches can be read and fit the sources."""
 
 import contextlib
 import itertools
@@ -72,7 +72,7 @@ def check_caches(
     fewer = [
         (stem, there[table, stem], of) for (table, stem), of in windows.items() if there[table, stem] < of
     ]
-    if fewer and process[0] == 0:  # the share of one tells it
+    if fewer and process[0] == 0:  # the first process' share is enough to warn
         logger.warning(
             "%s with fewer latents than windows, such as %s, %d of %d: the others are left out. Cache again: "
             "%s",
@@ -81,9 +81,9 @@ def check_caches(
 
 
 def _compare_clocks(older: Sequence[TrainingItem], fps: float, commands: CachingCommands) -> None:
-    """Warn if a cache that says nothing of one clock would be another one now, by the headers of its files.
+    """Warn if a cache that was made before clip and companions shared one clock would be different now.
 
-    Files that are gone cannot be compared, and caches without them not made again.
+    Compares the headers of the source files; missing files are skipped.
     """
     stems = {(item.table.index, item.source_stem): item for item in older}
     for table in {item.table.index: item.table for item in older}.values():
@@ -149,7 +149,7 @@ def compare_sources(
 
 
 def _compare_lengths(table: DatasetTable, items: Sequence[TrainingItem], commands: CachingCommands) -> None:
-    """Warn of lengths that target_frames has and the caches have not, and the other way round."""
+    """Warn of lengths in target_frames without caches, and of cached lengths not in target_frames."""
     if table.kind != "video" or table.frame_extraction == "full" or not items:
         return
     first = parse_latent_name(items[0].file_name, items[0].kind.tag, table.kind)

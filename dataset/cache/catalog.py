@@ -1,7 +1,7 @@
 """The entries of a folder of shards, and the one shard that a process writes.
 
-A shard is an SQLite file with the table `entries`. A row says of a name: its generation (one more than that
-of what it replaces), how many bytes the entry has (NULL: it was removed), their CRC-32, and the bytes.
+A shard is an SQLite file with the table `entries`. A row holds a name, its generation (one more than the
+entry that it replaces), the number of bytes (NULL: the entry was removed), their CRC-32, and the bytes.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from modules.limits import MAX_CACHE_NAME_BYTES, MAX_ENTRY_BYTES, MAX_GENERATION
 
 FORMAT = 1  # PRAGMA user_version
 _JOURNAL = bytes.fromhex("d9d505f920a163d7")  # SQLite's mark behind the name of another journal
-PAGE_BYTES = 16384  # entries of 2 KB are written twice as fast as in pages of 4096, those of 64 KB as fast
+PAGE_BYTES = 16384  # writes entries of 2 KB twice as fast as 4096, and entries of 64 KB equally fast
 SHARD_TABLE = """
     CREATE TABLE entries (place INTEGER PRIMARY KEY, name BLOB, generation INTEGER, size INTEGER,
         crc32 INTEGER, data BLOB);
@@ -52,7 +52,7 @@ class CatalogRow(NamedTuple):
 
 
 def encode_name(name: str) -> bytes:
-    """Return the bytes of a name; those of file names that are no UTF-8 come back as they were."""
+    """Return the bytes of a name; file names that are not UTF-8 keep their original bytes."""
     return name.encode("utf-8", "surrogateescape")
 
 
@@ -69,7 +69,7 @@ def list_shards(folder: Path) -> dict[str, int]:
 
 
 def connect(uri: str, seconds: float = 0.2) -> sqlite3.Connection:
-    """Open an address. seconds: to wait for locks. Threads may share it."""
+    """Open an SQLite address; threads may share the connection. seconds: to wait for locks."""
     found = sqlite3.connect(uri, seconds, isolation_level=None, check_same_thread=False, uri=True)
     found.execute("PRAGMA trusted_schema = OFF")
     found.execute("PRAGMA cache_size = -1024")
@@ -77,8 +77,8 @@ def connect(uri: str, seconds: float = 0.2) -> sqlite3.Connection:
 
 
 def _bound(rows: sqlite3.Connection, size: int) -> None:
-    """End statements that take more steps than a file of so many bytes has rows for: one whose pages name
-    each other in a circle has no end.
+    """Stop statements that take far more steps than a file of `size` bytes can need: in a malicious file
+    pages can refer to each other in a circle.
     """
     turns = itertools.count()
     rows.set_progress_handler(lambda: next(turns) > 2 + (size >> 18), 1 << 20)
@@ -144,7 +144,7 @@ class Catalog:
             row = CatalogRow(shard, place, generation, size, crc32)
             name = encoded.decode("utf-8", "surrogateescape")
             old = self.rows.setdefault(name, row)
-            # the later one holds; of one generation the one that writes
+            # the later generation counts; of equal ones, the row that is not a removal
             if (row.generation, row.crc32) > (old.generation, old.crc32):
                 self.rows[name] = row
 
@@ -171,8 +171,8 @@ class Catalog:
 
 
 def _rows_in(rows: sqlite3.Connection) -> list[OldRow]:
-    """Return the rows of a shard. Raises sqlite3.DatabaseError unless all are as ours: a column of SQLite
-    takes any kind of value.
+    """Return the rows of a shard. Raises sqlite3.DatabaseError if values have other types than ours: SQLite
+    columns take any type.
     """
     found = rows.execute("SELECT name, place, generation, size, crc32 FROM entries").fetchall()
     most = MAX_GENERATION, MAX_ENTRY_BYTES, 0xFFFFFFFF
@@ -208,7 +208,7 @@ def machine() -> str:
 class ShardWriter:
     """The shard that a process fills. It is locked until it is finished, so that nobody takes it.
 
-    It has a log (WAL): what is put survives a kill, and what is older than some megabytes a power cut.
+    It has a log (WAL): all entries survive a kill, and all but the last megabytes survive a power cut.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -232,7 +232,7 @@ class ShardWriter:
             flush_folder(folder)
 
     def put(self, name: bytes, generation: int, data: bytes | None) -> CatalogRow:
-        """Write a row in place of an earlier one. data: None of a removed entry."""
+        """Write a row in place of an earlier one. data: None marks the entry as removed."""
         size, crc32 = (None, REMOVED_CRC32) if data is None else (len(data), zlib.crc32(data))
         check_space(self.path, size or 0)
         with explain_sqlite(self.path), self.rows:
@@ -284,7 +284,7 @@ def _give_final_name(path: Path) -> None:
 def adopt_shards(folder: Path, own: Path | None = None) -> None:
     """Finish the shards whose writers were killed; leave those whose writers may live. own: of this process.
 
-    Locks tell; of another machine, or on a volume without locks, only the age does.
+    Locks show whether a writer lives; for other machines and volumes without locks, the file's age decides.
     """
     for path in folder.glob("cache-*.writing"):
         with contextlib.suppress(OSError, sqlite3.Error):
@@ -299,16 +299,16 @@ def adopt_shards(folder: Path, own: Path | None = None) -> None:
                 is_empty = _recover(path, "&nolock=1")
             if not is_empty:
                 _give_final_name(path)
-    for path in folder.glob("cache-*.writing-*"):  # journals of those that were killed at once
+    for path in folder.glob("cache-*.writing-*"):  # journals of writers that were killed at once
         if not os.path.lexists(path.with_name(path.name.rpartition("-")[0])):
             with contextlib.suppress(OSError):  # a folder of that name
                 path.unlink()
 
 
 def _is_own(path: Path) -> bool:
-    """Whether a shard and its journals are files of this folder, by which SQLite opens nothing elsewhere.
+    """Return whether a shard and its journals are plain files that make SQLite open nothing elsewhere.
 
-    Not if one is a link, and not if a rollback journal names another file in its end: that one it removes.
+    False if one is a link, or if a rollback journal names another file at its end, which SQLite would remove.
     """
     for end in ("", "-wal", "-shm", "-journal"):
         file = path.with_name(path.name + end)
@@ -323,7 +323,7 @@ def _is_own(path: Path) -> bool:
 
 
 def _recover(path: Path, how: str = "") -> bool:
-    """Keep what the writer of a shard has committed. If that is not even a table, remove the shard and return
+    """Keep what the writer of a shard has committed. If not even the table was, remove the shard and return
     True.
     """
     with contextlib.closing(connect(f"{path.absolute().as_uri()}?mode=rw{how}", seconds=0)) as rows:

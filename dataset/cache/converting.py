@@ -29,8 +29,8 @@ Converted = tuple[int, int, int]  # entries copied, entries that were there alre
 def convert_caches(options: ConvertCacheOptions, config: DatasetConfig | None) -> None:
     """Convert folders and log the results.
 
-    Raises CacheError if entries are damaged, OutputError if something cannot be written; then all that was
-    there is still there, and the same command goes on.
+    Raises CacheError if entries are damaged, OutputError if something cannot be written; nothing is lost
+    then, and the same command continues.
     """
     npz = [table for table in (config.datasets if config else ()) if table.cache_format == "npz"]
     if npz:
@@ -83,8 +83,8 @@ def files_to_shards(folder: Path, keep: bool = False, dry_run: bool = False) -> 
 def shards_to_files(folder: Path, keep: bool = False, dry_run: bool = False) -> Converted:
     """Write each entry of a folder's shards as a single file.
 
-    keep: leave the shards too. dry_run: change nothing. Raises CacheError if entries are damaged: the others
-    are files then, the shards are kept. Raises OutputError.
+    keep: leave the shards too. dry_run: change nothing. Raises CacheError if entries are damaged (the others
+    are written, and the shards are kept), OutputError if a file cannot be written.
     """
     shards = ShardStore(folder)
     if not dry_run:
@@ -120,8 +120,8 @@ Form = SingleFiles | ShardStore
 def _copy(
     names: Sequence[str], source: Form, target: Form, what: str, dry_run: bool, damaged: list[str]
 ) -> Converted:
-    """Copy entries that are not in the target. what: an entry of the source. damaged: gets why some cannot
-    be read.
+    """Copy entries that the target lacks or has with other contents. what: word for an entry of the source.
+    damaged: gets a line for each entry that cannot be read.
     """
     copied = there = size_bytes = 0
     for name in track(names, f"Converting {source.folder.name}", len(names), unit="file"):
@@ -145,7 +145,7 @@ def _copy(
 
 
 def _require_equal(names: Sequence[str], folder: Path) -> None:
-    """Raise CacheError if entries of the shards, opened anew, are not those of the files."""
+    """Raise CacheError if entries of the shards, opened again, differ from those of the files."""
     files, shards = SingleFiles(folder), ShardStore(folder)
     for name in names:
         if files.read_bytes(name) != shards.read_bytes(name):

@@ -74,9 +74,7 @@ class LatentName:
 
 
 def sound_tag(tag: str) -> str:
-    """Return what stands for the family's tag in the names of latents of sound: beside `clip_..._ltx2` there
-    is `clip_..._ltx2_audio`.
-    """
+    """Return the tag in file names of sound latents: `clip_..._ltx2_audio` beside `clip_..._ltx2`."""
     return f"{tag}_audio"
 
 
@@ -106,13 +104,13 @@ def parse_latent_name(file_name: str, tag: str, kind: str) -> LatentName | None:
 def latent_names(names: Iterable[str], tag: str, kind: str) -> Iterator[tuple[str, str, LatentName]]:
     """Yield (file name, stem, the rest) of the latent caches of a family among names, in their order.
 
-    The rest is what `parse_latent_name` finds, but for the stem: one object for all names that end alike, as
-    each end is read once.
+    The rest is as `parse_latent_name` returns it, but without the stem: each distinct end is parsed once, and
+    names with the same end share the object.
     """
     end = f"_{tag}{SUFFIX}"
     num_ends = 1 if kind == "image" else 2  # _0112x0080, _00000-017_0112x0080
     ends: dict[str, LatentName | None] = {}
-    tail, what = end + "?", None  # those of the name before: mostly they are the same
+    tail, what = end + "?", None  # of the name before, which are mostly the same
     for name in names:
         if not name.endswith(end) or name[0] == ".":
             continue
@@ -154,7 +152,7 @@ def parse_more_text_name(file_name: str, tag: str) -> tuple[str, int] | None:
 
 
 def is_text_name(file_name: str, tag: str) -> bool:
-    """Whether a file name is that of any text cache of the family."""
+    """Return whether a file name is that of any text cache of the family."""
     if "_te." not in file_name:  # of a million names, half are of latents
         return False
     return (
@@ -225,7 +223,7 @@ def grid_in_name(name: str) -> Grid | None:
 
 @dataclass(frozen=True)
 class Entry:
-    """Contents of a cache file, or what its header says of them."""
+    """Hold the contents of a cache file, or only the facts in its header."""
 
     place: Path | str  # its path: of a million only a few are asked for
     metadata: Mapping[str, str]
@@ -250,7 +248,7 @@ class Entry:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Tensors by their keys in batches; latents have an axis of frames, which some files leave out."""
+        """Return tensors by their keys in batches; latents get the axis of frames that some files lack."""
         return {
             tensor_key(name): tensor.unsqueeze(1) if tensor.ndim == 3 and grid_in_name(name) else tensor
             for name, tensor in self.named.items()  # C H W of a picture: `LatentSpec.flat_in_caches`
@@ -299,7 +297,7 @@ def unpack(path: Path | str, data: bytes) -> Entry:
 def unpack_header(path: Path | str, size: int, read: Callable[[int], bytes]) -> Entry:
     """Return the metadata and tensor names of a cache file of `size` bytes; its tensors are not read.
 
-    read: returns the next of its bytes, as many as asked for. Raises CacheError if they are no safetensors.
+    read: returns the next N bytes of the file. Raises CacheError if they are no safetensors.
     """
     try:
         metadata, content, start = read_tensor_header(read, size, _FIRST_BYTES)
@@ -329,9 +327,10 @@ def checksum(name: str, tensor: Tensor) -> str:
 
 
 def is_latent_cache(entry: Entry, architecture: str, sound: bool = False) -> bool:
-    """Whether the tensor names are those of a latent cache of the family `architecture`, not of a LoRA.
+    """Return whether the tensor names are those of a latent cache of the family `architecture`, not of a
+    LoRA.
 
-    sound: of the cache of a clip's sound.
+    sound: check for a cache of a clip's sound.
     """
     return (
         (SOUND in entry.keys if sound else bool(entry.grids))

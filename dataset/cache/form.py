@@ -11,10 +11,8 @@ from modules.errors import CacheError, DatasetError
 
 
 def require_form(tables: Iterable[DatasetTable], tag: str) -> None:
-    """Raise DatasetError, with the command that converts, if a table of those that `may_be_mixed` has caches
-    of a family in the form that its `cache_format` does not say.
-
-    tag: of the family, in the names of its caches.
+    """Raise DatasetError, with the command that converts, if caches of a family are in the other form than
+    the `cache_format` of their table. tables: those that `may_be_mixed`. tag: the family's cache_tag.
     """
     said = [line for table in tables for line in other_form(table, tag)]
     if said:
@@ -31,9 +29,9 @@ def list_shard_faults(table: DatasetTable) -> list[str]:
 
 
 def other_form(table: DatasetTable, tag: str) -> Iterator[str]:
-    """Yield a fault if a table that `may_be_mixed` has caches of a family in the form that it does not say.
+    """Yield a fault if a table that `may_be_mixed` has caches in the other form than its `cache_format`.
 
-    Those in both forms, as `tools/convert_cache.py --keep` leaves them, are no fault.
+    Caches in both forms, as `tools/convert_cache.py --keep` leaves them, are no fault.
     """
     folder, form = table.cache_directory, table.cache_format
     from dataset.cache.catalog import list_shards

@@ -55,8 +55,8 @@ _KNOWN = ("latents", MIRRORED)
 
 @dataclass(frozen=True)
 class NpzStore:
-    """The npz files of a table. Messages of others name an entry as if it were a file of ours; those of this
-    class name the npz file.
+    """Store entries in the npz files of a table. Messages outside this class name an entry as a single cache
+    file; messages of this class name the npz file.
     """
 
     table: DatasetTable
@@ -130,7 +130,7 @@ class NpzStore:
         return place.with_name(place.name + file.removeprefix(source))
 
     def _source_stem(self, name: str) -> str:
-        """Return the beginning of an entry's name that its source has; "" of the empty prompt."""
+        """Return the stem of an entry's source, from the entry's name; "" for the empty prompt."""
         whole, tag = name.removesuffix(cache_files.PART), self.tag
         if (latents := cache_files.parse_latent_name(whole, tag, "image")) is not None:
             return latents.stem

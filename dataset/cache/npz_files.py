@@ -2,8 +2,9 @@
 
 An npz file is a zip archive with one `.npy` member for each array. Nothing is ever unpickled. Ours have one
 more array of bytes, the record, which holds JSON: the metadata that a file of ours would have, and the name,
-dtype and shape of each tensor, so that reading returns the written tensors bit for bit. The checksum of each
-array is that of the archive. If another program has replaced an array, it differs: the record does not count.
+dtype and shape of each tensor, so that reading returns the written tensors bit for bit. The record also holds
+the archive's checksum of each array: if another program replaces an array, it differs and the record is
+ignored.
 """
 
 import contextlib
@@ -50,7 +51,7 @@ _DTYPES = {
     )
 }
 
-# key, tensor of an array, shape that it had -> the tensor in that shape
+# key, tensor of an array, original shape -> the tensor in that shape
 Reshape = Callable[[str, Tensor, tuple[int, ...]], Tensor]
 
 
@@ -136,9 +137,9 @@ def _open(path: Path) -> Iterator[zipfile.ZipFile]:
 
 
 def as_array(tensor: Tensor, keep_half: bool) -> Array:
-    """Return a tensor as other programs read it: numbers of less than 32 bits as float32.
+    """Return a tensor as other programs read it: numbers of less than 32 bits become float32.
 
-    keep_half: float16 stays.
+    keep_half: float16 stays float16.
     """
     if tensor.is_floating_point() and not (keep_half and tensor.dtype == torch.float16):
         tensor = tensor.double() if tensor.dtype == torch.float64 else tensor.float()
@@ -165,7 +166,7 @@ def describe_tensors(
 
 
 def open_record(path: Path, arrays: Mapping[str, NpzArray], reshape: Reshape) -> Entry | None:
-    """Return the entry that we wrote; None if another program did, or has replaced some of it."""
+    """Return the entry if we wrote it; None if another program wrote it or replaced some of it."""
     record = arrays.get(OURS)
     if record is None:
         return None

@@ -20,7 +20,7 @@ OldRow = tuple[bytes, int, int, int | None, int]
 
 
 def read_old_shard(path: Path) -> list[OldRow]:
-    """Return the records of a tar. That an entry was removed stands in a global header.
+    """Return the rows of a tar. Global headers mark removed entries.
 
     Raises tarfile.HeaderError if it is damaged, OSError.
     """

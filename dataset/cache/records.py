@@ -46,7 +46,7 @@ from modules.text_files import parse_json
 RECORD_KEY = "reelsmith_record"
 CHECK_KEY = "reelsmith_record_crc32"
 VERSION = 1
-# what a record of latents says of its item alone, in the text that `record_metadata` makes
+# the parts of a record's text (`record_metadata`) that differ between items of a table
 _OF_ITEM = re.compile(r'"crc32": \{[^{}]*\}|"file": \{[^{}]*\}|"files": (\[[^\[\]]*\])')
 MOST_KNOWN = 1 << 16  # items that are remembered as unchanged: a few megabytes
 
@@ -76,7 +76,7 @@ class TextRecord:
     caption: str
     file: FileIdentity | None  # of the caption; None if it is in a JSONL list
     crc32: Mapping[str, str]
-    # what the table adds to captions, and how many there are if several; only what is not the default
+    # the table's additions to captions, and the number of captions; without default values
     settings: Mapping[str, Any] = field(default_factory=dict)
     references: tuple[FileIdentity, ...] = ()  # pictures that the encoder saw with it
     as_shown: int = 0  # and saw as a viewer shows them
@@ -124,8 +124,9 @@ def latent_record(entry: Entry) -> LatentRecord | None:
 
 
 def shared_part(entry: Entry) -> tuple[Sequence[str], tuple[FileIdentity, ...]] | None:
-    """Return what the record of a latent cache may have in common with others of its table, as texts that are
-    equal if all but checksums and files is, and its files; None if it cannot be told apart that simply.
+    """Split the record of a latent cache into the texts around its checksums and files, and the files.
+    Records with equal texts differ in checksums and files only. None if the record cannot be split that
+    simply.
     """
     text = entry.metadata.get(RECORD_KEY, "")
     parts = _OF_ITEM.split(text)
@@ -168,9 +169,7 @@ def verify_tensors(entry: Entry, crc32: Mapping[str, str]) -> None:
 
 
 def require_finite(tensor: Tensor, item: str, key: str) -> None:
-    """Raise CacheError if a value that would be cached is NaN or infinite, which would spread through all of
-    training.
-    """
+    """Raise CacheError if a value is NaN or infinite: cached, it would spread through all of training."""
     if is_finite(tensor):
         return
     wrong = tensor.numel() - int(torch.isfinite(tensor.float()).sum())
@@ -199,10 +198,10 @@ def identify(path: Path, origin: Origin | None = None) -> FileIdentity:
 
 
 def is_unchanged(then: FileIdentity, path: Path, origin: Origin | None = None) -> bool:
-    """Whether a file is unchanged. Its content is read only if its time differs but its size does not.
+    """Return whether a file is unchanged. Its content is read only if its time differs but its size does not.
 
-    A removed download of the same address counts as unchanged; nothing is asked for. Raises OSError if it is
-    missing, MediaError if a folder has no images any more.
+    A removed download of the same address counts as unchanged and is not downloaded again. Raises OSError if
+    the file is missing, MediaError if a folder has no images any more.
     """
     if isinstance(origin, Remote) and not path.exists():
         return then.name == path.name  # it holds a hash of the address
@@ -213,10 +212,10 @@ def is_unchanged(then: FileIdentity, path: Path, origin: Origin | None = None) -
 
 
 def stamp_of(path: Path, origin: Origin | None = None) -> tuple[int, int]:
-    """Return the size of a file and when it was last written; of a folder, of all its images together.
+    """Return size and modification time of a file; of a folder, the sum and the latest time of its images.
 
-    origin: of a source's part, whose time is that of the whole. Raises OSError if it is missing, MediaError
-    if a folder has no images.
+    origin: of a file inside a tar or table, which has the time of the whole. Raises OSError if the file is
+    missing, MediaError if a folder has no images.
     """
     if isinstance(origin, ParquetCell):  # its size is not known without reading it
         return 0, os.stat(origin.file).st_mtime_ns  # noqa: PTH116  # a third faster, a million times
@@ -260,8 +259,8 @@ def _content_hash(path: Path, size_bytes: int, mtime_ns: int, origin: Origin | N
 
 @contextlib.contextmanager
 def _content(entry: Entry, key: str) -> Iterator[Any]:
-    """Yield what an entry's record holds under a key, None without one. What the block finds wrong in it is
-    a CacheError.
+    """Yield the value of a key in an entry's record; None if there is no record. Errors of the block that
+    show a damaged record become CacheError.
     """
     text = entry.metadata.get(RECORD_KEY)
     if text is None:
@@ -307,9 +306,9 @@ def options_difference(then: Mapping[str, Any], now: Mapping[str, Any], latent: 
 
 @dataclass
 class CacheChecks:
-    """The checks of one run. An edit during the run does not end it: files newer than `started_ns` pass.
+    """Check sources during one run. Files newer than `started_ns` pass, so that an edit does not end the run.
 
-    Sources that are gone are no fault: training needs only the caches.
+    Missing sources are no fault: training needs only the caches.
     """
 
     started_ns: int = field(default_factory=time.time_ns)
@@ -318,9 +317,7 @@ class CacheChecks:
     known: set[tuple[int, str]] = field(default_factory=set)
 
     def add(self, table: int, key: str) -> None:
-        """Remember an item that was found right; when there are too many, all others are forgotten and looked
-        at again.
-        """
+        """Remember an item that passed; if there are too many, the others are forgotten and checked again."""
         if len(self.known) >= self.most_known:
             self.known.clear()
         self.known.add((table, key))

@@ -139,7 +139,7 @@ class ShardStore:
     # --- reading ---
 
     def _look(self, is_new: bool = False) -> Catalog:
-        if self._process != os.getpid():  # a forked process must not close what is its parent's
+        if self._process != os.getpid():  # a forked process must not close its parent's connections
             self._inherited = self._writer, self._opened, self._catalog
             self._process, self._writer, self._catalog, self._opened = os.getpid(), None, None, {}
         if is_new or self._catalog is None:
@@ -159,7 +159,7 @@ class ShardStore:
         self._catalog, self._opened = None, {}
 
     def _with_row(self, name: str, read: Callable[[CatalogRow], T]) -> T:
-        """Read an entry; if that fails look again, since shards may have been merged meanwhile."""
+        """Read an entry; if that fails, list the shards again and retry: they may have been merged."""
         for is_last in (False, True):
             with self._lock:
                 row = self._look().rows.get(name)
@@ -179,7 +179,7 @@ class ShardStore:
         raise AssertionError("unreachable")
 
     def _open(self, shard: str) -> sqlite3.Connection | None:
-        """Return an open shard; None of a tar. Another thread that still reads from one keeps it open."""
+        """Return an open shard; None for a tar. A shard stays open while another thread reads from it."""
         with self._lock:
             if shard.endswith(".tar"):
                 return None
@@ -193,9 +193,9 @@ class ShardStore:
 
 
 def _read_row(rows: sqlite3.Connection | None, folder: Path, row: CatalogRow) -> bytes:
-    """Return the bytes of an entry. rows: its open shard, None of a tar.
+    """Return the bytes of an entry. rows: its open shard; None for a tar.
 
-    Raises OSError or sqlite3.Error, CacheError if there are none or not those that were written.
+    Raises OSError or sqlite3.Error, CacheError if the bytes are missing or differ from those written.
     """
     if rows is None:
         with (folder / row.shard).open("rb") as file:
@@ -242,8 +242,8 @@ def merge_shards(folder: Path, shard_bytes: int = SHARD_BYTES, with_tars: bool =
 
 
 def _rewrite(folder: Path, catalog: Catalog, shards: Collection[str], shard_bytes: int) -> None:
-    """Write the valid entries of some shards to new ones, then remove them: a kill leaves every entry in one
-    shard or in two.
+    """Write the valid entries of some shards to new ones, then remove the old ones: after a kill every entry
+    is in one shard or in two.
     """
     sizes, opened = catalog.entry_bytes(), dict[str, sqlite3.Connection]()
     check_space(folder / "cache", sum(sizes[name] for name in shards))
@@ -258,7 +258,7 @@ def _rewrite(folder: Path, catalog: Catalog, shards: Collection[str], shard_byte
                 data = None if row.size is None else _read_row(opened.get(row.shard), folder, row)
             except (CacheError, sqlite3.DatabaseError) as error:
                 path = folder / row.shard
-                if isinstance(error, sqlite3.OperationalError):  # of the volume: what is there may be whole
+                if isinstance(error, sqlite3.OperationalError):  # of the volume: the shard may be whole
                     raise OutputError(f"{path} cannot be read: {error}. Run this again") from error
                 logger.warning("%s: an entry is damaged; cache again to make it anew (%s)", path, error)
                 continue

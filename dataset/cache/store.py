@@ -32,13 +32,13 @@ logger = logging.getLogger(__name__)
 
 
 class CacheStore(Protocol):
-    """The entries of one cache folder. An entry is there whole or not at all, and may be used by several
-    threads at once; other processes may write others of the same folder meanwhile.
+    """The entries of one cache folder. An entry exists whole or not at all. Several threads may use the store
+    at once, and other processes may write other entries of the same folder meanwhile.
     """
 
     @property
     def folder(self) -> Path:
-        """Return the cache folder, there or not."""
+        """Return the cache folder, which need not exist."""
 
     @property
     def holds_only_caches(self) -> bool:
@@ -52,7 +52,7 @@ class CacheStore(Protocol):
         """Return the names of all entries, and of other files that lie beside them."""
 
     def __contains__(self, name: str) -> bool:
-        """Whether there is an entry of that name, whole or damaged."""
+        """Return whether there is an entry of that name, whole or damaged."""
 
     def read(self, name: str, is_whole: bool = True) -> Entry:
         """Read an entry to the CPU; its header alone if it is not wanted whole.
@@ -121,9 +121,9 @@ class SingleFiles:
 
 @dataclass(frozen=True)
 class MemoryStore:
-    """Entries that end with the process. Nothing is copied when they are read: they must not be changed.
+    """Keep entries in memory. Reading copies nothing, so tensors must not be changed.
 
-    It is not meant to be sent to other processes: those that read from it are in the training process.
+    Not meant to be sent to other processes: only the training process reads from it.
     """
 
     folder: Path  # for messages
@@ -175,8 +175,8 @@ def open_store(table: DatasetTable, names: NpzNames | None = None) -> CacheStore
 
 
 def may_be_mixed(table: DatasetTable, names: Collection[str] | None = None) -> bool:
-    """Whether there may be files and shards of a table, of which its `cache_format` says one: what there is
-    finds `dataset.cache.form`. names: of its cache folder, if they have been listed.
+    """Return whether a table may have single files and shards, though its `cache_format` names one form; see
+    `dataset.cache.form`. names: of its cache folder, if they have been listed.
     """
     folder = table.cache_directory
     if table.cache_format != "files":  # npz may lie beside files of other forms, which other trainings use
@@ -199,7 +199,7 @@ class Stores:
     """
 
     names: NpzNames | None = None  # of the family in npz files; None: no table has any
-    # of latents and of texts, by index of the table: where they are elsewhere than its cache_format says
+    # of latents and of texts, by table index, if they are elsewhere than its cache_format says
     given: Mapping[int, tuple[CacheStore, CacheStore]] = field(default_factory=dict)
     trusts: bool = False  # shared files that are there are taken to be right, unread
     skip_existing: bool = False  # what has no record counts as valid if its size or its caption is right
@@ -231,7 +231,7 @@ class Stores:
 # --- caches of latents by their sources
 # ------------------------------------------------------------------------------------------------------------
 
-# the latent cache files of one source, with what their names say but for the stem
+# the latent cache files of one source: file name -> parsed name without the stem
 Names = Mapping[str, LatentName]
 
 
@@ -239,7 +239,7 @@ class LatentNames:
     """The latent caches of a table by the stem of their source. There may be millions."""
 
     def __init__(self, store: CacheStore, tag: str, kind: str) -> None:
-        """List them, without opening one. kind: of the table, "image" or "video"."""
+        """List the latent caches without opening any. kind: of the table, "image" or "video"."""
         self._rest: dict[str, LatentName] = {}  # by the end of a name
         self._files: dict[str, tuple[str, ...]] = {}  # by stem; mostly there is one
         for file, stem, rest in latent_names(store.names(), tag, kind):
@@ -250,7 +250,7 @@ class LatentNames:
         return {file: self._rest[file[len(stem) :]] for file in self._files.get(stem, ())}
 
     def not_in(self, names: Container[str], but_of: Container[str]) -> list[str]:
-        """Return the files that are not among `names`, by stem, without those of the sources `but_of`."""
+        """Return the files that are not among `names`, sorted by stem; stems in `but_of` are skipped."""
         stale = [
             (stem, file)
             for stem, files in self._files.items()
@@ -266,7 +266,7 @@ ExistingNames = Mapping[int, LatentNames]  # by table index
 def remove_caches(store: CacheStore, names: Iterable[str], is_cache: Callable[[Entry], bool]) -> int:
     """Remove those of `names` whose tensor names show that they are caches; return how many were removed.
 
-    names: of before the run listed its sources.
+    names: listed before the run listed its sources.
     """
     count = 0
     for name in () if store.is_shared else names:

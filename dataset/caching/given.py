@@ -1,6 +1,6 @@
-"""Tensors that other programs computed before (load_tensors): moments of clips, embeddings of captions.
+"""Use tensors that other programs computed (load_tensors): moments of clips, embeddings of captions.
 
-They are used if the family can. Loaded with the first table that has any.
+This module is imported with the first table that has any.
 """
 
 import dataclasses
@@ -34,10 +34,10 @@ def refuse_moments(family: Caches, table: DatasetTable) -> None:
 
 
 def use_moments(family: Caches, sources: Sequence[MediaSource]) -> list[MediaSource]:
-    """Return the sources with those of their tensors that the family's latents are made from.
+    """Return the sources; moments of first frames are left out if the family does not use them.
 
-    Raises DatasetError if it cannot use moments, if they are visibly of another model's VAE, or if moments of
-    first frames are needed and missing. A file that cannot be read is left to caching.
+    Raises DatasetError if the family cannot use moments, if they are visibly of another model's VAE, or if
+    moments of first frames are needed and missing. Unreadable files are reported later, by caching.
     """
     given = [source for source in sources if source.tensors is not None]
     if not given:
@@ -128,7 +128,7 @@ def describe_embeds(
     identities: Mapping[str, Mapping[str, str]],
     tensors: Mapping[str, Tensor],
 ) -> dict[str, Any]:
-    """Return the content of that file. identities: of the encoders by name. tensors: by key."""
+    """Return the content of the file `embeds_note`. identities: of the encoders by name. tensors: by key."""
     return {
         "caption": caption,
         "architecture": architecture,
@@ -143,7 +143,7 @@ def take_embeds(
     identity: Mapping[str, str],
     submit: Callable[[CaptionFile, Conditions], None],
 ) -> list[CaptionFile]:
-    """Submit the outputs that were computed before by this encoder; return the texts without any."""
+    """Submit the outputs that this encoder computed earlier; return the texts without such outputs."""
     rest, why_not = [], list[str]()
     for file in files:
         conditions, why = read_embeds(file, encoder, identity)
@@ -165,10 +165,9 @@ def take_embeds(
 def read_embeds(
     file: CaptionFile, encoder: TextEncoder, identity: Mapping[str, str]
 ) -> tuple[Conditions | None, str | None]:
-    """Return the encoder's outputs for a caption, if computed before, or the reason against them.
+    """Return the encoder's outputs for a caption, if computed earlier, or the reason against using them.
 
-    Both are None if there is nothing. Only unchanged embeddings of this encoder and this caption are used;
-    others are ignored, as they do not name their origin.
+    Both are None if there are none. Only unchanged embeddings of this encoder and this caption are used.
     """
     if file.embeds is None:
         return None, None

@@ -1,4 +1,4 @@
-"""From a source to entries: decode it, cut its items out, encode those of one size together, write."""
+"""Turn sources into cache entries: decode, cut out items, encode items of one size together, write."""
 
 import dataclasses
 import itertools
@@ -31,7 +31,7 @@ SMALLEST_SIDE = 8  # pixels: one latent
 def decode(
     plan: SourcePlan, existing: LatentNames, recipe: Recipe
 ) -> tuple[SourcePlan, Iterable[DecodedMedia]]:
-    """Read the frames of a source, or its moments; return its plan, complete, and its missing items.
+    """Read the frames of a source, or its moments; return its completed plan and its missing items.
 
     Items that overlap, or are large, are cut out one by one when they are asked for. Raises MediaError,
     DatasetError or OSError if the source cannot be used.
@@ -82,7 +82,7 @@ def load_encoders(family: Caches, device: torch.device) -> data.MediaEncoders:
 
 
 def batch_media(items: Sequence[DecodedMedia], keys: Sequence[str]) -> data.MediaBatch:
-    """Return items of equal shapes as a family encodes them. keys: their names, without suffix."""
+    """Return items of equal shapes as one batch for the encoders. keys: their names, without suffix."""
     alphas = [item.alpha for item in items if item.alpha is not None]
     return data.MediaBatch(
         frames=_stack_batch([item.frames for item in items]),
@@ -103,7 +103,7 @@ def batch_media(items: Sequence[DecodedMedia], keys: Sequence[str]) -> data.Medi
 def encode(
     items: Sequence[DecodedMedia], keys: Sequence[str], family: Caches, encoders: data.MediaEncoders | None
 ) -> Sequence[Sequence[data.CacheEntry]]:
-    """Return the entries of each item of a batch, those of mirrored media with them if its table flips.
+    """Return the entries of each item of a batch; if its table flips, with the mirrored latents.
 
     keys: their names, without suffix. encoders: of the family; moments need none.
     """
@@ -145,9 +145,7 @@ def _add_mirrored(entry: data.CacheEntry, mirrored: data.CacheEntry) -> data.Cac
 
 
 def name_tensors(item: DecodedMedia, entry: data.CacheEntry, spec: data.LatentSpec) -> dict[str, Tensor]:
-    """Return the tensors of an entry, with the mask of its loss and its frame rate, by their names in the
-    file.
-    """
+    """Return the tensors of an entry, loss mask and frame rate included, by their names in the file."""
     tensors = {key: tensor.detach().cpu() for key, tensor in entry.tensors.items()}
     if item.mask is not None:
         mask = shrink_mask(torch.from_numpy(item.mask), spec.stride)

@@ -39,7 +39,7 @@ PATIENCE = datetime.timedelta(days=7)  # timeout: one share may take far longer 
 
 @dataclass(frozen=True)
 class Share:
-    """Process `rank` of `count`."""
+    """Hold this process' rank among `count` processes, and its device."""
 
     rank: int
     count: int
@@ -47,7 +47,7 @@ class Share:
     group: Any = None  # of torch.distributed; None for a single process
 
     def gather(self, value: T) -> list[T]:
-        """Return the values of all processes, by rank, when all have called this."""
+        """Return the values of all processes, by rank. All processes must call it."""
         if self.group is None:
             return [value]
         values: list[Any] = [None] * self.count
@@ -59,7 +59,7 @@ class Share:
 def join_processes(device: str | None) -> Iterator[Share]:
     """Join the processes that a launcher (torchrun, accelerate, mpirun) started; yield this one's share.
 
-    device: as asked for, if it was. Processes communicate through gloo, on the CPU, whatever device they
+    device: the device option, if given. Processes communicate through gloo, on the CPU, whatever device they
     encode on. Raises OptionError if the launcher's variables are incomplete.
     """
     rank, count, local_rank = (
@@ -96,7 +96,7 @@ def cache(
 
     kind: LATENTS or TEXTS. stores: where caches are kept, if not where the tables say. A source that cannot
     be read becomes a failure of the report and does not stop the others. Encoders are loaded only if there is
-    something to encode. A text cache is written when all of its encoders are through; until then there is a
+    something to encode. A text cache is written when all of its encoders have run; until then there is a
     `.part`, which a later run continues. Raises DatasetError if the dataset cannot be used or a caption is
     missing, CheckpointError if an encoder cannot be loaded, OutputError if a file cannot be written.
     """

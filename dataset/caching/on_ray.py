@@ -28,8 +28,8 @@ from modules.text_files import real_path
 
 logger = logging.getLogger(__name__)
 
-SHARDS_PER_ACTOR = 8  # of latents: the last ones to end wait for little. Texts load their encoders for each
-# `main` of a caching script: reads the words, then calls the function with what is to be cached
+SHARDS_PER_ACTOR = 8  # of latents: actors idle little at the end. A shard of texts loads all encoders
+# `main` of a caching script: reads the arguments, then calls the function in place of caching
 Main = Callable[[Sequence[str], Callable[..., None]], None]
 
 
@@ -51,8 +51,8 @@ class CachingActor:
     ) -> None:
         """Keep the work; the first batch begins it.
 
-        main, words: a caching script and its words. threads: that read ahead, if the words do not say.
-        folder: in which the command was typed, for the actor's process to go to.
+        main, words: a caching script and its arguments. threads: how many read ahead, if the arguments do not
+        say. folder: where the command was typed; the actor's process changes to it.
         """
         self._begin = partial(main, words, self._make)
         self._is_latents, self._num_shards = is_latents, num_shards
@@ -61,7 +61,7 @@ class CachingActor:
         self._tables: Sequence[DatasetTable] = ()
 
     def __call__(self, batch: Mapping[str, Sequence[int]]) -> dict[str, list[Any]]:
-        """Cache some shards. Errors that a user can mend are reported, all others are raised."""
+        """Cache some shards. A UserError becomes the shard's `error`; other errors are raised."""
         rows = [self._row(int(index)) for index in batch["shard_index"]]
         return {column: [row[column] for row in rows] for column in rows[0]}
 
@@ -82,7 +82,7 @@ class CachingActor:
         return {"shard_index": index, **counts, "failures": failures, "error": error}
 
     def _make(self, family: Caches, config: DatasetConfig, options: CachingOptions, *_: object) -> None:
-        """Make the caches, as the script would."""
+        """Set up the work, with the options that the script has read."""
         if options.num_workers is None:
             options = dataclasses.replace(options, num_workers=self._threads)
         if options.disable_cudnn_backend:
@@ -149,7 +149,7 @@ def run_on_ray(main: Main, options: RayOptions) -> None:
 
 
 def conclude_shards(rows: Sequence[Mapping[str, Any]], options: RayOptions) -> None:
-    """Show what the actors gave, by shard. Raises DatasetError with their failures, in their words."""
+    """Show the results of the actors. Raises DatasetError with the failures that they reported."""
     done = [row for row in rows if not row["error"]]
     files = ", ".join(f"{sum(row[count] for row in done)} {count}" for count in ("written", "kept"))
     command = as_typed(["python", f"{options.script}.py", *options.command[1:]])
@@ -169,7 +169,7 @@ def conclude_shards(rows: Sequence[Mapping[str, Any]], options: RayOptions) -> N
 
 
 def _refuse_looks(family: Caches, config: DatasetConfig, options: CachingOptions, *more: Any) -> None:
-    """Raise OptionError if the command does not cache, or only a shard."""
+    """Raise OptionError if the command only looks at the dataset, or caches a single shard."""
     options.shard.refuse_beside("cache_on_ray.py")
     if options.check or (more and getattr(more[0], "debug_mode", None) is not None):
         raise OptionError("--check and --debug_mode look at the dataset: run them without cache_on_ray.py")

@@ -38,7 +38,7 @@ FLIP = "flip"  # mirrored latents are there too
 
 
 class OtherKind(CacheError):
-    """A cache that another encoder, other options or another program made."""
+    """Raised for a cache that another encoder, other options or another program made."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def plan_all(
 
 
 class Planning:
-    """One source beside those of its cache files that are there."""
+    """Compare one source with its existing cache files."""
 
     def __init__(
         self, source: MediaSource, existing: Names, recipe: Recipe, reads_values: bool = True
@@ -150,11 +150,11 @@ class Planning:
         self._records: dict[str, records.LatentRecord | None] = {}
         self._same: dict[int, FileIdentity] = {}  # parts of the source that were found unchanged, by number
         self._otherwise: dict[int, str | None] = {}  # by `as_shown`, how the source was read otherwise
-        self._by_header = False  # what is wanted was told by the source's header, not by its caches
+        self._by_header = False  # the wanted items are known from the source's header, not from its caches
 
     def plan_by_shape(self) -> SourcePlan:
-        """Return what `plan` does. Sources whose caches differ in nothing but their files and values are
-        compared once: of the others, only the files are looked at.
+        """Return the same as `plan`, faster: of many sources whose caches differ only in files and values,
+        one is compared fully, and for the others only the source files are checked.
         """
         shape, valid = self._shape(), self.recipe.valid
         if shape in valid:
@@ -166,7 +166,7 @@ class Planning:
         return plan
 
     def _shape(self) -> tuple[object, ...] | None:
-        """Return what `plan` depends on besides unchanged source files; None if they changed."""
+        """Return all that `plan` depends on besides unchanged source files; None if they changed."""
         source = self.source
         # on the number of references it depends whether keys of the table count
         shape: list[object] = [
@@ -183,9 +183,9 @@ class Planning:
             if found is None or self._find_change(found[1]) is not None:
                 return None
             if has_beside(source) and not any(records.CLOCK in text for text in found[0]):
-                return None  # headers tell
+                return None  # headers have to be compared
             if not self._is_as_shown(found[0]):
-                return None  # of an earlier version: it depends on the pictures
+                return None  # from an earlier version: the result depends on the pictures
             shape += (file[len(source.stem) :], *found[0])
         return tuple(shape)
 
@@ -302,9 +302,10 @@ class Planning:
         return SourcePlan(*counts, reason, short, outdated, is_other)
 
     def _check_file(self, file: str, files: Names, size: Size, bucket: Size, span: Span) -> bool:
-        """Check that a file of an item equals the one that this run would write; return if it has no record.
+        """Check that a file of an item equals the one that this run would write; return whether it lacks a
+        record.
 
-        Raises CacheError if it is wrong.
+        Raises CacheError if it does not fit.
         """
         recipe, path = self.recipe, self.table.cache_directory / file
         is_shared, entry = self.store.is_shared, self.store.read(file) if self.reads_values else None
@@ -368,7 +369,7 @@ class Planning:
         return f"{', '.join(changed)} changed since" if changed else None
 
     def _is_unchanged(self, number: int, then: FileIdentity) -> bool:
-        """Return whether a part of the source is what it was; each is looked at once."""
+        """Return whether a part of the source is unchanged; each part is checked once."""
         if self._same.get(number) != then:
             if not records.is_unchanged(then, *self.source.parts[number]):
                 return False
@@ -381,8 +382,8 @@ class Planning:
         return None
 
     def _image_size(self) -> Size | None:
-        """Return the size of an image, of thousands by caches: opening the images takes longer. None if it
-        has to be fetched first, and has no cache that knows it.
+        """Return the size of an image, from its caches if possible, as opening images takes longer. None if
+        the image has to be fetched first and no cache has its size.
 
         Raises MediaError if its header cannot be read.
         """

@@ -25,7 +25,7 @@ from modules.media.reading import video_info
 
 logger = logging.getLogger(__name__)
 
-LISTED = 200  # lines on sources; a list of a million may name none that is there
+LISTED = 200  # lines about sources; in a list of a million all may be missing
 NAMED = 3  # how many of the clips that give fewer items
 
 
@@ -70,8 +70,8 @@ class CacheReport:
 def list_sources(
     config: DatasetConfig, captions: bool
 ) -> tuple[list[MediaSource], CacheReport, list[DatasetTable]]:
-    """Return all sources, a report of unreadable ones, such as the end of a tar, and the completely listed
-    tables: only their entries can be stale.
+    """Return all sources, a report of unreadable parts (such as the end of a tar), and the tables that were
+    listed completely: only these can have stale entries.
     """
     skipped: list[tuple[DatasetTable, Fault]] = []
     sources = find_all_sources(config, captions, skipped=skipped)
@@ -82,7 +82,6 @@ def list_sources(
 
 
 def join_reports(reports: Sequence[CacheReport]) -> CacheReport:
-    """Join the reports of several processes to one."""
     found: dict[str, Any] = {"whole": max((report.whole for report in reports), default=0)}
     for name in ("written", "kept", "foreign", "share"):
         found[name] = sum(getattr(report, name) for report in reports)
@@ -217,10 +216,10 @@ Write = Callable[[Callable[[], object]], None]  # runs a function in the backgro
 
 @contextlib.contextmanager
 def write_behind(threads: int = 1) -> Iterator[Write]:
-    """Yield what has files written in a thread, or several, while the next items are encoded. It waits while
-    too many writes are pending.
+    """Yield a function that runs writes in threads, while the next items are encoded. It waits while too many
+    writes are pending.
 
-    An error is raised by a later call, or at the end.
+    An error is raised by a later call, or at the end of the block.
     """
     waiting: collections.deque[Future[object]] = collections.deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="writer") as pool:
@@ -242,8 +241,8 @@ def fill_batches(
     bytes_of: Callable[[T], int],
     most_bytes: int,
 ) -> Iterator[list[T]]:
-    """Yield items of one group together: when there are `most_of` them, or, if all that wait take more than
-    `most_bytes`, the group that takes most; the rest at the end.
+    """Yield items of one group together, as soon as there are `most_of` them. If all waiting items take more
+    than `most_bytes`, yield the largest group; at the end, yield the rest.
     """
     waiting: dict[object, list[T]] = {}
     for item in items:

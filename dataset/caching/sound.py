@@ -1,6 +1,6 @@
-"""Encode the sound of clips whose latents are cached, each to a file of its own beside them.
+"""Encode the sound of clips whose latents are cached, each into a file of its own beside the latents.
 
-So turning sound on encodes sound alone, and another sound file makes only its own cache stale.
+Turning sound on therefore encodes sound alone, and a changed sound file makes only its own cache stale.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ class HearingFamily(Caches, HearsSound, Protocol):
 
 @dataclass(frozen=True)
 class SoundPlan:
-    """Sound of the cached items of one clip; behind `missing`, what was read for these."""
+    """Plan the sound of one clip's cached items; the fields after `missing` are read from its sound file."""
 
     source: MediaSource
     kept: tuple[str, ...]  # names of valid files
@@ -53,8 +53,8 @@ class SoundPlan:
 
 
 class SoundWork:
-    """The sound of a dataset. The networks are loaded when they are first needed and stay until `free`, or
-    until the encoders of pictures are loaded in their place.
+    """Encode the sound of a dataset. The networks are loaded when they are first needed and stay until
+    `free`, or until the encoders of pictures take their place.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class SoundWork:
         device: torch.device,
         before_loading: Callable[[], None] = lambda: None,
     ) -> None:
-        """List entries. before_loading: frees what the networks take the place of."""
+        """List entries. before_loading: called to free the device before the networks are loaded."""
         assert family.sound is not None
         self._family, self.spec, self._stores, self._device = family, family.sound, stores, device
         self._before_loading = before_loading
@@ -81,9 +81,9 @@ class SoundWork:
     ) -> CacheReport:
         """Encode the sound of all items of some sources that have latents and no valid entry of sound.
 
-        latents: the valid entries of latents. A clip whose
-        sound cannot be read, or that has none and needs some, becomes a failure of the report. Raises
-        CheckpointError if a network cannot be loaded, OutputError if an entry cannot be written.
+        latents: the valid entries of latents. A clip whose sound cannot be read, or is missing but needed,
+        becomes a failure of the report. Raises CheckpointError if a network cannot be loaded, OutputError if
+        an entry cannot be written.
         """
         items = self._items_of(latents)
         jobs = [(one, items[key]) for one in sources if (key := (one.table.index, one.stem)) in items]
@@ -134,8 +134,8 @@ class SoundWork:
             free_memory(self._device)
 
     def plan(self, source: MediaSource, names: Sequence[cache_files.LatentName], verifies: bool) -> SoundPlan:
-        """Compare the entries of a clip's items with those that this run would write; with `audio = "ignore"`
-        all stay as they are.
+        """Compare a clip's entries of sound with those that this run would write. With `audio = "ignore"` all
+        stay as they are.
         """
         there, kept, foreign = self._existing[source.table.index].of(source.stem), list[str](), 0
         missing: list[cache_files.LatentName] = []
@@ -167,7 +167,7 @@ class SoundWork:
         return found
 
     def _check(self, file: str, source: MediaSource, name: cache_files.LatentName, verifies: bool) -> bool:
-        """Check an entry; return whether it has no record. Raises CacheError if it is to be made again."""
+        """Check an entry; return whether it lacks a record. Raises CacheError if it has to be made again."""
         entry = self._stores.of(source.table).read(file, is_whole=verifies)
         record = records.latent_record(entry)
         if record is None:
@@ -210,7 +210,7 @@ class SoundWork:
     def _encode(
         self, file: str, name: cache_files.LatentName, samples: Tensor, read: SoundPlan
     ) -> Callable[[], None]:
-        """Encode the sound of an item; return what writes it."""
+        """Encode the sound of an item; return the function that writes it."""
         if self._networks is None:
             self._before_loading()
             self._networks = self._family.sound_networks(self._device, decodes=False)
@@ -230,5 +230,5 @@ class SoundWork:
 
 
 def _parts(source: MediaSource) -> list[tuple[Path, Origin | None]]:
-    """Return what sound is made from: the clip, whose rate tells the seconds of its frames; a given file."""
+    """Return the files that cached sound depends on: the clip, for its rate, and a given sound file."""
     return [source.parts[0], *([] if source.sound is None else [source.sound])]

@@ -30,7 +30,7 @@ Encoders = Sequence[tuple[TextEncoder, Mapping[str, str]]]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CaptionFile:
-    """One text, the cache file of its embeddings, and what is to be done for it. There may be a million."""
+    """Hold one text, the cache file of its embeddings, and the work left to do. There may be a million."""
 
     table: DatasetTable
     file_name: str  # of the cache file
@@ -113,8 +113,8 @@ def distinct_texts(files: Sequence[CaptionFile], stores: Stores) -> list[Caption
 
 
 def why_outdated(record: TextRecord, identity: Mapping[str, str], file: CaptionFile) -> str | None:
-    """Describe how the text, the encoder, the settings, or the pictures that it saw with the text, differ in
-    a record from those that are there now.
+    """Describe how a record differs from the current text, encoder, settings, or reference pictures; None if
+    it does not.
     """
     changed = (
         difference(record.encoder, identity)
@@ -138,7 +138,7 @@ def why_outdated(record: TextRecord, identity: Mapping[str, str], file: CaptionF
 def plan_texts(
     files: Sequence[CaptionFile], encoders: Encoders, stores: Stores, workers: int = 1
 ) -> list[CaptionFile]:
-    """Compare all texts with their files; return them with what is to be done for each."""
+    """Compare all texts with their files; return them with the work left to do."""
     reads_values = stores.verify or len(files) < MANY
     plan = partial(_plan, encoders=encoders, stores=stores, reads_values=reads_values)
     with pause_collection():
@@ -170,9 +170,9 @@ def find_outputs(
 ) -> tuple[Entry | None, Mapping[str, bool]]:
     """Return a text's file, and the encoders with valid outputs in it -> whether these have a record.
 
-    in_part: the unfinished file. If anything in that is from a run with other encoders or another caption,
-    joining it would corrupt the valid outputs: then nothing is found. reads_values: else only the header is
-    read. None: it is missing or damaged.
+    in_part: look at the unfinished file. If anything in it is from a run with other encoders or another
+    caption, nothing is found, as joining it would corrupt valid outputs. reads_values: if False, only the
+    header is read. The entry is None if the file is missing or damaged.
     """
     store, right = stores.of_texts(file.table), dict[str, bool]()
     name = file.file_name + PART if in_part else file.file_name

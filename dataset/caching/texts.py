@@ -2,8 +2,8 @@
 
 One file per caption serves all items of its source and holds the tensors of all encoders. Each text encoder
 runs in a pass of its own, because two of them would not fit into memory. Until the last pass, outputs go to a
-`.part` beside the file; the last pass joins everything, writes the file, and then removes the `.part`. So a
-file is always complete, also if several processes work on it: whoever finds the `.part` gone finds the file.
+`.part` beside the file; the last pass joins everything, writes the file, and then removes the `.part`. A file
+is always complete, even if several processes work on it: when the `.part` is gone, the file exists.
 """
 
 import contextlib
@@ -124,8 +124,8 @@ class TextWork:
     def encode(self, pieces: Sequence[TextBatch], who: str | None) -> CacheReport:
         """Encode every caption of some batches that has no valid entry, one encoder after the other.
 
-        An encoder without work is not loaded. who: which share of the work this is, to show it; None shows
-        nothing. Raises CheckpointError if an encoder cannot be loaded, OutputError if an entry cannot be
+        An encoder without work is not loaded. who: name of this share of the work, for progress bars; None:
+        show none. Raises CheckpointError if an encoder cannot be loaded, OutputError if an entry cannot be
         written.
         """
         if who is not None:
@@ -164,7 +164,7 @@ class TextWork:
     ) -> int:
         """Remove the entries of a table that belong to no caption; return how many there were.
 
-        keep_cache: only further captions of sources that have fewer now.
+        keep_cache: remove only further captions of sources that now have fewer captions.
         """
         stems = {one.stem for one in self._sources if one.table.index == table.index}
         names = {file.file_name for file in self._files if file.table.index == table.index}
@@ -220,7 +220,8 @@ class TextWork:
     def _encode_batch(self, encoder: TextEncoder, batch: TextBatch) -> list[tuple[CaptionFile, Conditions]]:
         """Return the texts of a batch with their outputs.
 
-        If a reference picture cannot be used each text is encoded alone, and that one becomes a failure.
+        If a reference picture cannot be used, each text is encoded alone, and the one with that picture
+        becomes a failure.
         """
         try:
             with contextlib.ExitStack() as held:
@@ -291,8 +292,8 @@ class TextWork:
         """Join an entry with the file, if there is one; write the file, then remove its `.part`.
 
         there: the encoders whose valid outputs are in the entry. A changed caption is replaced with a
-        warning. Raises OutputError if writing fails, CacheError if the output of other encoders is gone: no
-        file is left incomplete.
+        warning. Raises OutputError if writing fails, CacheError if the outputs of other encoders are gone, so
+        that no file is incomplete.
         """
         store = self.stores.of_texts(file.table)
         path = store.folder / file.file_name
@@ -343,7 +344,7 @@ def warn_cut_captions(encoder: TextEncoder, captions: Sequence[tuple[Path | str,
 
 
 def _join(old: Entry, new: Entry) -> Entry:
-    """Join two entries; the new one wins if both have something."""
+    """Join two entries; if both have a tensor or text, the new one's is taken."""
     new_keys = new.keys
     kept = {name: tensor for name, tensor in old.named.items() if tensor_key(name) not in new_keys}
     records = record_metadata({**text_records(old), **text_records(new)})

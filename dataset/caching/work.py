@@ -1,7 +1,7 @@
 """The latents of a dataset, in parts that any process on any machine can make by itself.
 
-Names of existing caches are listed before the sources are: an entry that was there belongs to a source that
-was there, so additions meanwhile never count as stale.
+Existing caches are listed before the sources. An entry in that list can be stale only if its source is gone;
+entries and sources that are added meanwhile never count as stale.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ NUMBER_BYTES = 2  # of a latent; float32 ones take twice as much
 
 
 def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[MediaSource]) -> None:
-    """Raise DatasetError with all that makes tables useless for a family."""
+    """Raise DatasetError with all faults that make tables unusable for a family."""
     problems, heard = [], sound_of(family)
     is_alone = heard is not None and heard.is_alone
     controlled = {source.table.index for source in sources if source.control}
@@ -86,8 +86,8 @@ def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[Media
 
 
 class MediaWork:
-    """The latents of a dataset. The encoders are loaded when they are first needed and stay until `free`, or
-    until those of sound are loaded in their place, and the other way round.
+    """Encode the latents of a dataset. The encoders are loaded when they are first needed and stay until
+    `free`; encoders of media and of sound replace each other on the device.
     """
 
     def __init__(
@@ -146,15 +146,15 @@ class MediaWork:
     def encode(self, pieces: Sequence[MediaSource], who: str | None) -> prefetch.CacheReport:
         """Encode every item of some sources that has no valid entry.
 
-        A source that cannot be read becomes a failure of the report and does not stop the others. who: which
-        share of the work this is, to show it; None shows nothing. Raises CheckpointError if an encoder cannot
-        be loaded, OutputError if an entry cannot be written.
+        A source that cannot be read becomes a failure of the report and does not stop the others. who: name
+        of this share of the work, for progress bars; None: show none. Raises CheckpointError if an encoder
+        cannot be loaded, OutputError if an entry cannot be written.
         """
         workers, shows = prefetch.workers_of(self._options), who is not None
         plans, failures = plan_all(pieces, self._existing, self._recipe, workers, shows)
         to_do = [plan for plan in plans if plan.missing is None or plan.missing]
         some = [plan.source for plan in to_do]
-        # told and done: of rates the option decides, as a file's header may be wrong
+        # warned about, and encoded: source_fps decides, as a file's header may be wrong
         states_rates = any(table.stated_fps is not None for table in self._config.datasets)
         told = find_wrong_rates(some) if states_rates else []
         told += find_other_lengths(some, self._recipe.fps)
@@ -213,7 +213,7 @@ class MediaWork:
     ) -> int:
         """Remove the entries of a table that belong to no item; return how many there were.
 
-        right: of all processes. failed: stems of sources that failed: theirs stay.
+        right: valid files of all processes. failed: stems of sources that failed; their entries stay.
         """
         if keep_cache:
             return 0
@@ -260,8 +260,8 @@ class MediaWork:
                 del result  # frees its frames before waiting for the next source
 
     def _write(self, batch: Sequence[DecodedMedia], write: prefetch.Write) -> set[tuple[int, str]]:
-        """Encode a batch and have its items' files written, and then their other files removed: sections
-        that an item no longer has. Return table index and name of each file.
+        """Encode a batch and pass its files to `write`; then files of sections that an item no longer has are
+        removed. Return table index and name of each file.
         """
         family, tag, written = self._family, self._recipe.tag, set[tuple[int, str]]()
         if self._encoders is None and not batch[0].moments:
@@ -298,7 +298,7 @@ class MediaWork:
         return written
 
     def _disk(self, plans: Sequence[SourcePlan]) -> str | None:
-        """Estimate what the latents of some sources take on disk; None if no size is known yet."""
+        """Describe the estimated disk space for the latents of some sources; None if no size is known yet."""
         spec, sizes = self._family.latent, [size for plan in plans for size in plan.items]
         known = sum(plan.missing is not None for plan in plans)
         if not sizes:
@@ -320,7 +320,7 @@ MASKS_HINT = (
 
 
 def _warn_of_outdated(reasons: Sequence[str]) -> None:
-    """Say before they are replaced which caches do not fit: they may be meant for another model."""
+    """Warn of caches that do not fit before they are replaced: they may be meant for another model."""
     logger.warning(
         "%s, which this command replaces. If they are to stay, press Ctrl-C, and give another "
         "cache_directory or the options that made them. The first: %s",

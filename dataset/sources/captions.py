@@ -25,7 +25,7 @@ SHOWN = 60  # characters of a caption in a message
 
 
 def read_caption(path: Path) -> str | None:
-    """The text of a caption file without white space at either end; None where there is no file.
+    """Return the text of a caption file, stripped of white space; None if there is no file.
 
     Raises DatasetError if it is no UTF-8 text, too large, no regular file, or cannot be read.
     """
@@ -55,8 +55,8 @@ def read_caption(path: Path) -> str | None:
 def captions_in(text: str, table: DatasetTable) -> tuple[str, ...]:
     """Return the captions in the text of a caption file, as they are encoded; at least one.
 
-    With multi_caption each line that is not empty is one. Of image trainers it is one: if it is not always
-    the same, the whole text, which `dataset.batches.order` changes, else its first line.
+    With multi_caption each line that is not empty is a caption. In a table of image trainers there is one:
+    the first line, or, if captions vary, the whole text, which `dataset.batches.order` then changes.
     """
     if table.group is None:
         return complete_captions((lines_of(text) or [""]) if table.multi_caption else [text], table)
@@ -78,9 +78,9 @@ def first_and_more(
 
 
 def complete_captions(captions: Iterable[str], table: DatasetTable) -> tuple[str, ...]:
-    """Return captions with trigger word, prefix and suffix of their table, equal ones once.
+    """Return captions with trigger word, prefix and suffix of their table; equal ones are listed once.
 
-    "prefix trigger, caption suffix"; one that has the trigger word keeps it where it is.
+    The form is "prefix trigger, caption suffix"; a caption that has the trigger word keeps it where it is.
     """
     if table.trigger_word:
         captions = [add_trigger(caption, table.trigger_word) for caption in captions]
@@ -100,7 +100,7 @@ def lines_of(text: str) -> list[str]:
 
 
 def join_parts(text: str, changes: CaptionChanges) -> str:
-    """Return a text in which parts that are shuffled as one are separated as the others are."""
+    """Return a text in which parts that are shuffled together are separated like all other parts."""
     second = changes.secondary_separator
     return text.replace(second, changes.separator) if second else text
 
@@ -112,7 +112,7 @@ def add_trigger(caption: str, trigger: str) -> str:
 
 
 def guess_captions(paths: Sequence[Path]) -> "list[EncodingGuess | None]":
-    """Guess the encoding of caption files that are not UTF-8, judged together.
+    """Guess the encoding of caption files that are not UTF-8, from all of them together.
 
     None for a file that is probably no text, or cannot be read.
     """

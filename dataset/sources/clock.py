@@ -1,7 +1,7 @@
-"""One clock for a clip and what belongs to it: its control clips and the clip of its mask.
+"""Choose frames of control clips and mask clips that belong to the kept frames of a clip.
 
-The clip alone decides which of its frames are kept. What belongs to it has a frame for each of these: the one
-of the same number, if it has as many frames or the same rate; else the one that it shows at that time.
+The clip alone decides which of its frames are kept. A control or mask clip gives a frame for each kept frame:
+the frame of the same number, if it has as many frames or the same rate, else the one shown at the same time.
 """
 
 import contextlib
@@ -42,9 +42,9 @@ MANY_FRAMES = 1000  # of a clip whose header does not say how many
 def kept_frames(path: Path, table: DatasetTable, fps: float, alpha: bool = False) -> Iterator[Kept]:
     """Yield the frames of a clip that are kept at `fps`, at their own size, no more than the table needs.
 
-    With source_fps = "auto", and of GIF and WebP, those shown at that rate. These are played at the
-    source_fps of their table if it is a number, as if they were clips of that rate. A folder of images has no
-    times: all of them are frames. alpha: with their transparency, if they have any.
+    With source_fps = "auto", and for GIF and WebP, these are the frames shown at that rate. If source_fps is
+    a number, GIF and WebP are played at it, as clips of that rate. A folder of images has no times: all of
+    them are frames. alpha: with their transparency, if they have any.
     """
     fps = table.target_fps or fps
     if table.is_of_sound:
@@ -79,11 +79,11 @@ def frames_beside(
     kept: Sequence[tuple[int, float]],
     alpha: bool = False,
 ) -> Iterator[reading.Frame]:
-    """Yield a frame of a control clip or mask for each kept frame of its clip; if it ends before, fewer, but
-    one at least.
+    """Yield a frame of a control clip or mask for each kept frame of its clip; fewer if it ends earlier, but
+    at least one.
 
-    kept: number and second of each, as of `kept_frames`. alpha: as there. Raises MediaError as
-    `video_frames` does.
+    kept: number and second of each kept frame. alpha: see `kept_frames`. Raises MediaError as `video_frames`
+    does.
     """
     numbers = [number for number, _ in kept]
     if not _Pair(path, clip, table, fps).is_numbered:
@@ -103,7 +103,7 @@ def read_mask(
 ) -> Mask:
     """Read the mask of a fetched clip for `count` kept frames: an image for all of them, or a clip.
 
-    sizes: of the clip, and of its bucket. clock: `kept`, as of `frames_beside`. Raises MediaError.
+    sizes: of the clip, and of its bucket. clock: see `kept` of `frames_beside`. Raises MediaError.
     """
     place = functools.partial(reading.resize_cover, bucket=sizes[1])
     if is_still(path):
@@ -113,7 +113,7 @@ def read_mask(
 
 
 def _numbered(frames: Iterator[reading.Frame], numbers: Sequence[int]) -> Iterator[reading.Frame]:
-    """Yield the frames of these numbers, which do not fall; the last frame if it comes before all of them."""
+    """Yield the frames with these ascending numbers; the last frame if all numbers lie beyond it."""
     done, frame = 0, None
     for number, frame in enumerate(frames):
         while done < len(numbers) and numbers[done] == number:
@@ -131,7 +131,7 @@ def _is_timed(path: Path, table: DatasetTable) -> bool:
 
 @dataclass(frozen=True)
 class _Timing:
-    """What the header of a clip says."""
+    """Hold the facts from a clip's header."""
 
     frames: int | None
     rate: float  # frames a second; NaN if they are not shown equally long
@@ -144,12 +144,12 @@ class _Timing:
 
 
 class _Pair:
-    """A clip, and a control clip or mask beside it, by their headers. Raises MediaError."""
+    """Compare a clip with a control clip or mask, by their headers. Raises MediaError."""
 
     def __init__(self, path: Path, clip: Path, table: DatasetTable, fps: float) -> None:
         self._path, self._clip, self._usual = path, clip, table.stated_fps or table.target_fps or fps
         self._is_timed = [_is_timed(one, table) for one in (path, clip)]
-        # frames of a folder are numbered as those of its clip, whatever rate that one's header says
+        # frames of a folder have the numbers of its clip's frames, whatever rate the clip's header states
         self._in_step = path.is_dir() and table.stated_fps is not None and not self._is_timed[1]
         self.clip, self.beside = self._measure(clip), self._measure(path)
 
@@ -174,9 +174,7 @@ class _Pair:
 
     @property
     def was_so_before(self) -> bool:
-        """Return whether both were read in step when each had a clock of its own: its times, or the rate that
-        its table says.
-        """
+        """Return whether the former rule, by which each clip was timed by itself, chose the same frames."""
         beside, clip = (
             timing.rate if is_timed else self._usual
             for timing, is_timed in zip((self.beside, self.clip), self._is_timed, strict=True)
@@ -207,7 +205,7 @@ def has_beside(source: MediaSource) -> bool:
 
 
 def kept_one_clock(source: MediaSource, fps: float) -> bool:
-    """Return whether a cache made before there was one clock holds what would be made now.
+    """Return whether a cache that was made when each clip was timed by itself equals one made now.
 
     Headers are read, of files at addresses and in tars too. Raises MediaError.
     """

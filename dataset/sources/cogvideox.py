@@ -39,7 +39,7 @@ VERSION = 1
 
 
 def whole_span(clip: ClipFacts, frame_step: int) -> Span:
-    """Return the span of the one item of moments, all of it: the model takes frame_step * n + 1 frames."""
+    """Return the span of the only item in moments: all frames that fit frame_step * n + 1."""
     return (0, (clip.kept_frames - 1) // frame_step * frame_step + 1)
 
 
@@ -62,8 +62,8 @@ def read_tensor(path: Path) -> Tensor:
 def read_moments(path: Path, latent: LatentSpec) -> Tensor:
     """Read moments 2C F h w, mapped. latent: of the model that they are for.
 
-    A first axis of 1 is a batch, as some tools leave it. Raises MediaError as `read_tensor`, and if they are
-    not of that shape.
+    A leading axis of size 1, which some tools leave, is removed. Raises MediaError as `read_tensor`, and if
+    the shape is another.
     """
     moments = read_tensor(path)
     if moments.ndim == 5 and len(moments) == 1:
@@ -91,10 +91,10 @@ def explain_channels(found: int, latent: LatentSpec) -> str:
 
 
 def measure(moments: Tensor, latent: LatentSpec, path: Path) -> ClipFacts:
-    """Return the clip of moments 2C F h w.
+    """Return the facts of the clip that moments 2C F h w were made from.
 
-    Its frames are those that the form states: four for each latent frame if there is an even number of
-    these; else the first stands for one. Raises MediaError if the model does not take the size.
+    If the number of latent frames is even, each stands for four frames; if it is odd, the first stands for
+    one. Raises MediaError if the model does not take the size.
     """
     step, rows, columns = latent.stride
     count, height, width = moments.shape[1], moments.shape[2] * rows, moments.shape[3] * columns

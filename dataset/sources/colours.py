@@ -1,4 +1,4 @@
-"""Pictures and clips whose colours need a word: transparent ones, those with a profile, HDR."""
+"""Find pictures and clips whose colours need a remark: transparent ones, those with a profile, HDR."""
 
 import contextlib
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ TORN = "are interlaced, which is not undone: what moves is torn into lines. Dein
 
 
 def keeps_transparency(source: MediaSource, masks_latents: bool) -> tuple[bool, bool]:
-    """Return whether a source and its control media keep the colours below what is transparent.
+    """Return whether a source, and whether its control media, keep the colours of transparent pixels.
 
     masks_latents: of the family's LatentSpec.
     """
@@ -26,9 +26,9 @@ def keeps_transparency(source: MediaSource, masks_latents: bool) -> tuple[bool, 
 
 
 def shown_otherwise(source: MediaSource, masks_latents: bool, as_shown: int) -> str | None:
-    """Return which of a source's files the version that wrote `as_shown` in a record read in another way.
+    """Describe a file of a source that the version which wrote `as_shown` into a record read differently.
 
-    What has yet to be downloaded counts as equal.
+    None if there is none. Files that still have to be downloaded count as equal.
     """
     if source.tensors is not None or not any(_may_differ(path, as_shown) for path, _ in source.parts):
         return None
@@ -57,11 +57,11 @@ def _may_differ(path: Path, as_shown: int) -> bool:
 
 
 def _otherwise(parts: Sequence[tuple[Path, bool]], as_shown: int) -> str | None:
-    """parts: each with whether the colours below what is transparent are kept."""
+    """Describe the first part that was read differently. parts: path, `keeps_transparency`."""
     for path, keeps in parts:
         if not _may_differ(path, as_shown):
             continue
-        with contextlib.suppress(MediaError, OSError):  # reading it says so
+        with contextlib.suppress(MediaError, OSError):  # errors are reported when it is read
             colours = media_colours(path)
             had_profiles = as_shown > 0
             found = (
@@ -77,9 +77,9 @@ def _otherwise(parts: Sequence[tuple[Path, bool]], as_shown: int) -> str | None:
 
 
 def find_colours(sources: Sequence[MediaSource], masks_latents: bool = False) -> list[Fault]:
-    """Return a remark for each file whose colours are not just its numbers, once for each.
+    """Return one remark for each file whose pixel values alone do not tell its colours.
 
-    Of at most LOOKED_AT files that are here. Unreadable files are reported elsewhere.
+    At most LOOKED_AT local files are checked. Unreadable files are reported elsewhere.
     """
     told: dict[tuple[Path, str], Fault] = {}
     looked: dict[Path, Colours] = {}

@@ -33,10 +33,10 @@ FIRST_LINES = 100  # of JSONL, whose keys are taken for the columns
 class TableRow:
     """One row of a table."""
 
-    file: Path  # of several parts: the one that it is in
+    file: Path  # if there are several parts, the part with this row
     unit: str  # what `number` counts: "line", or "row" in Parquet
     number: int  # from 1; of a CSV row over several lines, the first; in CSV the first line is the header
-    # by column, those that were asked for and are not null
+    # by column: wanted values that are not null
     values: Mapping[str, Any] = field(default_factory=dict)
     fault: str | None = None  # why it has no values: "it has 3 cells, the header has 2"
 
@@ -132,7 +132,7 @@ def read_jsonl(path: Path, wanted: Collection[str] | None, example: str = "") ->
 
 
 def _open_csv(path: Path, kind: str) -> tuple[list[str], Any]:
-    """Return the columns of a CSV or TSV file, and the reader of the rows behind the first line."""
+    """Return the columns of a CSV or TSV file, and a reader of the rows after the first line."""
     lines = table_lines(path)
     first = next(lines, None)
     if first is None:
@@ -215,8 +215,8 @@ def _parquet_rows(path: Path, wanted: Collection[str] | None) -> Iterator[TableR
 def _parquet_columns(
     path: Path, wanted: Collection[str] | None
 ) -> tuple[tuple[str, ...], dict[str, Any], list[str]]:
-    """Return the wanted columns; those of them that hold nested values, with their types; and of lists of
-    texts the names of their texts, whose equal ones are then held once.
+    """Return the wanted columns, the types of those with nested values, and the Parquet names of values in
+    lists (for `open_parquet`, which then holds equal texts once).
     """
     with parquet.open_parquet(path) as file:
         schema, leaves = file.schema_arrow, [file.schema.column(n).path for n in range(len(file.schema))]
@@ -249,7 +249,7 @@ def _values(array: Any, limit: parquet.Unpacking) -> list[Any]:
     from pyarrow import compute, types
 
     if types.is_list(array.type) or types.is_large_list(array.type):
-        array.validate(full=True)  # places in a dictionary are not looked at else
+        array.validate(full=True)  # else indices into dictionaries are not checked
         inner = array.flatten()
         limit.add(parquet.VALUE_BYTES * len(inner))
         if types.is_dictionary(inner.type):

@@ -1,4 +1,4 @@
-"""References of clips, and masks of what is new in their control clips: found by name, read, cut."""
+"""Find by name, read and cut references of clips, and masks that say which part of a control clip is new."""
 
 import logging
 from collections import Counter
@@ -30,11 +30,12 @@ NONE = {REFERENCE: "have no reference, while others have", MASK: "have no contro
 
 
 def add_companions(table: DatasetTable, sources: list[MediaSource], faults: list[Fault]) -> list[MediaSource]:
-    """Return sources of a folder with what the table's folders of companions have of their names.
+    """Add to a folder's sources the files of the same name in the table's folders of references and control
+    masks.
 
     `cat.mp4`, `cat.png` or a folder `cat` belongs to `cat.mp4`; of references also `cat_0.mp4`, `cat_1.mp4`,
-    ..., in this order. Two of one number, and a folder that fits none, are faults; a warning tells what has
-    no partner.
+    ..., in this order. Two files with one number, and a folder in which nothing fits, are faults; a warning
+    counts sources and files without a partner.
     """
     stems = frozenset(source.stem for source in sources)
     for key in (REFERENCE, MASK):
@@ -70,7 +71,7 @@ def add_companions(table: DatasetTable, sources: list[MediaSource], faults: list
 
 
 def _pair(folder: Path, key: str, stems: Collection[str]) -> tuple[dict[str, tuple[Path, ...]], list[Path]]:
-    """Return what belongs to each stem, in order, and what belongs to none. Raises DatasetError."""
+    """Return the paths for each stem, in order, and the paths without a stem. Raises DatasetError."""
     suffixes = image_suffixes() | ANIMATION_SUFFIXES | VIDEO_SUFFIXES
     numbered: dict[str, dict[int, Path]] = {}
     alone = []
@@ -135,9 +136,9 @@ def read_companions(
 ) -> dict[str, Any]:
     """Read references and the control mask of a fetched source, as fields of `DecodedMedia`.
 
-    References cover and are cropped to the bucket divided by the family's factor, or stand on white. A clip
-    has `count` frames,
-    those shown at the times of `clock`, its last one repeated; a picture one. Raises MediaError.
+    References are cropped to the bucket divided by the family's factor, or padded with white. A clip gives
+    `count` frames, those shown at the times of `clock`, its last one repeated; a picture gives one. Raises
+    MediaError.
     """
     found: dict[str, Any] = {}
     rules = here.table.clip_references

@@ -63,7 +63,7 @@ class DecodedMedia:
     # what the records of its caches say
     clip: ClipFacts | None = None
     files: tuple[FileIdentity, ...] = ()
-    rate: float | None = None  # frames in a second, for models that are told
+    rate: float | None = None  # frames per second, for models that take the rate
 
     @property
     def arrays(self) -> tuple[Any, ...]:
@@ -72,7 +72,7 @@ class DecodedMedia:
 
     @property
     def group(self) -> tuple[object, ...]:
-        """Return what items of a batch have in common: their table, and the shapes of what is stacked."""
+        """Return what items of a batch must have in common: their table, and the shapes of stacked arrays."""
         counts = len(self.control), len(self.references)
         return (self.source.table.index, counts, *(one.shape for one in self.arrays))
 
@@ -82,7 +82,7 @@ class DecodedMedia:
         return mask + sum(one.nbytes for one in self.arrays)
 
     def cut(self, span: Span) -> "DecodedMedia":
-        """Cut the item of a span out; copy it, to free the rest of the clip, unless it is most of that."""
+        """Cut out the item of a span; copy it to free the rest of the clip, unless that is small."""
         begin, end, whole, mask, made = span[0], sum(span), len(self.frames), self.mask, self.control_mask
         clips = (clip[begin:end] for clip in (self.frames, *self.control))
         frames, *control = (clip.copy() if 2 * span[1] < whole else clip for clip in clips)
@@ -264,8 +264,8 @@ def check_resolution(table: DatasetTable, step: int) -> None:
 def _gather(
     frames: Iterator[Frame], bucket: Size, wanted: int | None, are_equal: bool = False
 ) -> tuple[Clip, Mask | None]:
-    """Collect frames at bucket size in one growing array, so that a clip is never copied; and their
-    transparency, if they have any. are_equal: they are all the same, of bucket size; memory holds one.
+    """Collect frames at bucket size, and their transparency if any, in a growing array, so that a clip is
+    never copied. are_equal: all frames are the same, already at bucket size; memory holds one.
     """
     if are_equal:
         black = next(frames)

@@ -22,7 +22,7 @@ from modules.paths import hide_secrets, protocol_of, short_hash
 TRIES = 3  # in a row that bring nothing
 FIRST_WAIT = 0.5  # seconds before the second try; before the third twice as long
 NUM_LOCKS = 64  # files in a folder by which processes wait for one another
-# of fsspec: they reach for other addresses, or for parts of this machine, by what a file says
+# protocols of fsspec by which a file's content can make it open other addresses or local files
 INDIRECT = frozenset(
     {
         *("reference", "filecache", "blockcache", "simplecache", "cached", "dir", "zip", "tar", "libarchive"),
@@ -78,7 +78,7 @@ def download(address: str, target: Path, wait: Callable[[float], None] = time.sl
                     return
                 try:
                     check_space(temporary, answer.size_bytes - answer.start)
-                except OutputError:  # only said: another file may well have room
+                except OutputError:  # only reported: another file may have room
                     size = f"{answer.size_bytes / 1e9:,.1f} GB"
                     raise RefusedBySite(
                         f"it says that it has {size}, for which the disk has no room"

@@ -37,7 +37,7 @@ def fetch(source: MediaSource) -> Iterator[MediaSource]:
             if isinstance(origin, (TarMember, ParquetCell)):
                 if not places:
                     _sweep(tempfile.gettempdir())
-                    # Windows removes no file that is still open somewhere: the next run does
+                    # Windows cannot remove a file that is still open: the next run does
                     made = tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True)
                     folder = Path(stack.enter_context(made))
                 copy = _extract(origin, path, folder / str(len(places)))

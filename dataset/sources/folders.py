@@ -1,4 +1,4 @@
-"""List what a table's folder holds: images or clips, captions, control media; and what in it is not used."""
+"""List a table's folder: images or clips, captions, control media; and files in it that are not used."""
 
 import contextlib
 import itertools
@@ -66,10 +66,10 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
 def _find_companions(
     table: DatasetTable, what: str, folder: Path, media: Sequence[Path], faults: list[Fault]
 ) -> dict[Path, Path]:
-    """Return the mask, or the sound, of each image or clip that has one in the table's folder for them: a
-    file of its name but for the suffix. what: mask or sound.
+    """Return image or clip -> its mask or sound: the file in `folder` with the same name but for the suffix.
+    what: mask or sound.
 
-    There is a fault if a name is not unique, or if nothing in the folder is of any use.
+    Adds a fault if a name is not unique, or if no file in the folder fits.
     """
     of_masks = what == "mask"
     try:
@@ -97,7 +97,7 @@ def _find_companions(
 
 
 def _media_in(table: DatasetTable, faults: list[Fault]) -> list[Path]:
-    """Return a table folder's images or clips, sorted; add those that are no regular file."""
+    """Return a table folder's images or clips, sorted; add a fault for each that is no regular file."""
     assert table.directory is not None
     suffixes, spare = media_suffixes(table.holds)
     key = table.source_key if table.group is None else "image_dir"
@@ -127,7 +127,7 @@ def is_file(entry: "os.DirEntry[str]") -> bool:
 def _folder_controls(
     table: DatasetTable, folder: "ControlFolder", paths: Sequence[Path], faults: list[Fault]
 ) -> list[tuple[Path, ...]]:
-    """Return the control media of each path; those that are not used are told."""
+    """Return the control media of each path; log those that are not used."""
     controls: list[tuple[Path, ...]] = []
     kind = f"problems with the control media of {table.name}"
     for path in paths:
@@ -270,8 +270,8 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def media_suffixes(kind: str) -> tuple[frozenset[str], frozenset[str]]:
-    """Return the suffixes of images, clips or sounds, and of those that give way to others of the same name
-    (previews, originals); of images .webp is none of these.
+    """Return the suffixes of images, clips or sounds, and suffixes of files that are left out if one of the
+    first kind has the same name (previews, originals).
     """
     if kind == "sound":
         return SOUND_SUFFIXES, frozenset()
@@ -317,7 +317,7 @@ def _has_pages(path: Path) -> bool:
 
 
 def _explain(path: Path) -> str:
-    """Say what an entry with the name of a picture or clip is, if it is no file."""
+    """Say why an entry named like a picture or clip is no regular file."""
     try:
         require_regular_file(path)
     except FileNotFoundError:
@@ -337,7 +337,7 @@ def _leave_out_results(table: DatasetTable, paths: Sequence[Path]) -> list[Path]
     for path in paths:
         parts = path.stem.split("_")[:-1]
         if any(one in stems for one in itertools.accumulate(parts, "{}_{}".format)):
-            with contextlib.suppress(MediaError, OSError):  # reading it says what is wrong
+            with contextlib.suppress(MediaError, OSError):  # errors are reported when it is read
                 if any(TOOL_TAG.fullmatch(name) for name in read_tags(path)):
                     results.add(path)
     if results:

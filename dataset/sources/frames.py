@@ -85,7 +85,7 @@ def frames_wanted(table: DatasetTable) -> int | None:
 
 
 def media_table(table: DatasetTable, has_control: bool = False, has_references: bool = False) -> MediaTable:
-    """Return a table's facts for families: also whether its items have control media, and references."""
+    """Return the facts about a table that families check."""
     return MediaTable(
         name=table.name,
         kind=table.kind,
@@ -132,8 +132,8 @@ def resample_indices(num_frames: int, source_fps: float | None, target_fps: floa
 
 
 def file_rate(path: Path) -> float | None:
-    """Return the frames in a second of a video by its header; None of a folder, and of an animation, which is
-    played by the times in its file. Raises MediaError if it cannot be read.
+    """Return a video's frames per second, from its header; None for folders and animations, which are timed
+    otherwise. Raises MediaError if it cannot be read.
     """
     if path.is_dir() or is_animation(path):
         return None
@@ -142,10 +142,10 @@ def file_rate(path: Path) -> float | None:
 
 
 def kept_rate(source: MediaSource, fps: float) -> float:
-    """Return how many of the frames that are kept make a second. Only the header of a clip is read.
+    """Return the rate of the kept frames, per second. Only the header of a clip is read.
 
-    source: fetched. fps: of the family, which frames are dropped to. Pictures, and folders of images, have
-    that rate, too. Raises MediaError if a clip cannot be read.
+    source: fetched. fps: the family's rate, to which frames are dropped; pictures and folders of images have
+    this rate too. Raises MediaError if a clip cannot be read.
     """
     table, stated = source.table, source.table.stated_fps
     fps = table.target_fps or fps
@@ -234,8 +234,8 @@ def read_still(path: Path, place: Place, size: buckets.Size, num_frames: int) ->
 def read_moving(
     path: Path, frames: Iterator[Frame], place: Place, size: buckets.Size, num_frames: int
 ) -> Mask:
-    """Turn the frames of a mask clip, H W 3 or 4, into masks; a longer one is cut, a shorter one repeats its
-    last.
+    """Turn the frames of a mask clip, H W 3 or 4, into masks; a longer clip is cut, a shorter one repeats its
+    last frame.
     """
     look, masks, opacities = MaskLook(), list[Frame](), list[Frame]()
     for frame in itertools.islice(frames, num_frames):

@@ -37,7 +37,7 @@ REMEDIES = {
 
 
 def remedy_of(suffix: str) -> str | None:
-    """Return what to do with files of a kind that is not read; None if it is no kind of media."""
+    """Return advice for files with a suffix that is not read; None if it is no kind of media."""
     return next((text for ends, text in REMEDIES.items() if suffix in ends), None)
 
 
@@ -89,14 +89,14 @@ def left_out_files(config: DatasetConfig, table: DatasetTable) -> str | None:
 
 
 def _other_folders(config: DatasetConfig) -> set[str]:
-    """Return the folders of what belongs to media: controls, masks, sound, caches."""
+    """Return the folders that belong to the media of all tables: controls, masks, sound, caches."""
     keys = [f"{kind}_directory" for kind in ("cache", "control", "mask", "audio", "download")]
     keys += ["reference_directory", "control_mask_directory"]
     return {folder_id(path) for table in config.datasets for key in keys if (path := getattr(table, key))}
 
 
 def _is_still(path: Path) -> bool:
-    """Return whether a file with the suffix of an animation is none."""
+    """Return whether a file with the suffix of an animation is a still picture."""
     try:
         return not is_animation(path)
     except MediaError:  # which decoding reports

@@ -1,6 +1,6 @@
 """Find the sources of a dataset table, whatever its source is, and check what holds for all of them.
 
-What reads lists, tables and tars is loaded by the first table that names one.
+The modules that read lists, tables and tars are imported when the first table needs them.
 """
 
 import functools
@@ -94,7 +94,7 @@ def find_sources(
 
 
 def _lister(table: DatasetTable) -> Callable[[DatasetTable, list[Fault]], list[MediaSource]]:
-    """Return what lists a table that is no folder."""
+    """Return the function that lists a table whose source is not a folder."""
     if table.tars is not None:
         from dataset.sources.tars import list_tars
 
@@ -110,8 +110,8 @@ def _lister(table: DatasetTable) -> Callable[[DatasetTable, list[Fault]], list[M
 
 @functools.lru_cache(maxsize=64)
 def companions_now(table: DatasetTable) -> Mapping[str, tuple[int, int, bool]]:
-    """Return by stem how many control media and references each source of a table has now, and whether it has
-    a mask. None is there if the sources are gone: training, which asks for each item, needs the caches alone.
+    """Return stem -> (number of control media, number of references, has a mask), for the current sources of
+    a table. Empty if the sources are gone: training needs only the caches.
     """
     try:
         with quiet():  # the dataset was described when it was cached
@@ -170,7 +170,7 @@ def warn_unused(config: DatasetConfig, sources: Sequence[MediaSource]) -> None:
 
 
 def missing_captions(sources: Iterable[MediaSource]) -> list[str]:
-    """Return one line per source without a caption: the file, and where its caption was searched."""
+    """Return one line per source without a caption: the file, and where a caption was looked for."""
     lines = []
     for source in sources:
         table, where = source.table, "no caption_extension in its table, such as .txt"

@@ -1,4 +1,4 @@
-"""A source of a dataset: an image or clip with its caption and companions; nothing is opened yet.
+"""A source of a dataset: an image or clip with its caption and the files beside it; nothing is opened yet.
 
 Its bytes are in a file at its path, in a tar, in a table, or at an address. Below: its names for caches and
 downloads, and faults of files, collected so that one run reports all of them.
@@ -25,7 +25,7 @@ MOMENTS, IMAGE_MOMENTS, EMBEDS = "video_latents", "image_latents", "prompt_embed
 PIECE = 1 << 20  # bytes
 # in the options of a record: how many references, and `ReferenceRules.factors`; that there is a mask
 CLIP_REFERENCES, CONTROL_MASK = "references", "control_mask"
-# what is said of a model that takes reference pictures and gets none
+# warning for a model that takes reference pictures and gets none
 NO_REFERENCE = (
     "nothing has a reference: this trains on texts alone. To train edits, give control_directory, or "
     "control_path in the lines of a list or table; an IC-LoRA has reference_directory, reference_path"
@@ -187,10 +187,10 @@ def readable_stem(name: str) -> str:
 
 
 def unique_stems(stems: Sequence[str], identities: Sequence[str]) -> list[str]:
-    """Return the stems; where several are equal, but for upper case, each gets a hash of its identity.
+    """Return the stems; if several are equal (ignoring case), each gets a hash of its identity.
 
-    identities: texts that differ if the sources do. So neither the order of a table nor other rows matter to
-    a stem that occurs once, and equal sources keep equal stems, which the listing reports.
+    identities: texts that differ if the sources do. A stem that occurs once depends neither on order nor on
+    other rows. Equal sources keep equal stems, which the listing reports.
     """
     counts = Counter(stem for stem, _ in {*zip(map(str.casefold, stems), identities, strict=True)})
     return [
@@ -200,8 +200,8 @@ def unique_stems(stems: Sequence[str], identities: Sequence[str]) -> list[str]:
 
 
 def number_repeats(sources: Sequence[MediaSource]) -> list[MediaSource]:
-    """Give a file that stands in several rows, with other captions, control media, masks or sound, a stem for
-    each, in the order of the rows: `t`, `t-2`, `t-3`.
+    """Give each row its own stem if several rows name one file with different captions, control media, masks
+    or sound: `t`, `t-2`, `t-3`, in the order of the rows.
 
     Equal rows keep equal stems, which the listing reports.
     """
@@ -209,7 +209,7 @@ def number_repeats(sources: Sequence[MediaSource]) -> list[MediaSource]:
     if not places or max(places.values()) == 1:
         return list(sources)
     taken = {source.stem.casefold() for source in sources}
-    seen: dict[object, dict[object, str]] = {}  # by file: stems by what else stands in a row
+    seen: dict[object, dict[object, str]] = {}  # file -> (other values of its row -> stem)
     numbered = []
     for source in sources:
         file = source.path, source.origins[:1]

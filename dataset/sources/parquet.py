@@ -22,7 +22,7 @@ from modules.text_files import require_regular_file
 from modules.varints import read_varint
 
 SUFFIXES = (".parquet", ".pq")
-ROW_BYTES, VALUE_BYTES = 256, 16  # in memory of a row, and of a value, besides what it says
+ROW_BYTES, VALUE_BYTES = 256, 16  # memory of a row, and of a value, besides its content
 # bytes of a page's header, with the statistics in it: usual ones, and at most, which is pyarrow's own limit
 _HEADERS = (1 << 12, 1 << 16, 1 << 20, 1 << 24)
 _DICTIONARY_PAGE, _DELTA_BYTE_ARRAY = 2, 7
@@ -102,11 +102,11 @@ class Unpacking:
 
 
 def largest_value(file: Any, pages: Unpacking, group: int, columns: Collection[str]) -> int:
-    """Return the size in bytes of the largest page whose values are used again: of a dictionary, or of
-    prefixes. 0: there is none. Each row may hold a value as large as that page.
+    """Return the bytes of the largest page whose values rows can refer to (a dictionary, or prefixes); 0 if
+    there is none. Each row may unpack to a value as large as that page.
 
-    file: a `ParquetFile`. pages: counter for the pages of this row group. columns: with all that is in them.
-    Raises DatasetError if that is too much, ValueError if pages are damaged, OSError.
+    file: a `ParquetFile`. pages: counter for the pages of this row group. columns: with all nested ones.
+    Raises DatasetError if the pages unpack to too much, ValueError if they are damaged, OSError.
     """
     chunks, largest, wanted = file.metadata.row_group(group), 0, set(columns)
     with pages.path.open("rb") as content:
@@ -119,7 +119,7 @@ def largest_value(file: Any, pages: Unpacking, group: int, columns: Collection[s
 
 
 def _walk(content: Any, chunk: Any, pages: Unpacking) -> int:
-    """Count the pages of a column in a row group; return the size as `largest_value` does."""
+    """Count the unpacked bytes of a column in a row group; return its `largest_value`."""
     largest, values = 0, 0
     place = min(one for one in (chunk.data_page_offset, chunk.dictionary_page_offset) if one is not None)
     end = place + chunk.total_compressed_size
@@ -161,7 +161,7 @@ def _read_header(content: Any, place: int) -> tuple[dict[int, Any], int]:
 
 
 def _read_struct(data: memoryview, place: int, depth: int = 0) -> tuple[dict[int, Any], int]:
-    """Return the numbers and structs in a struct by the numbers of their fields, and where it ends."""
+    """Return field number -> value for the numbers and structs in a struct, and the place where it ends."""
     if depth > 4:  # a page's header, its kind, its statistics
         raise ValueError("a page's header is damaged")
     found: dict[int, Any] = {}
@@ -195,7 +195,7 @@ def _signed(data: memoryview, place: int) -> tuple[int, int]:
 
 
 def cell_column(path: Path, name: str) -> str | None:
-    """Return which column holds the bytes of `name`: itself, or `name.bytes`; None if there are none."""
+    """Return the column with the bytes of `name`: itself, or `name.bytes`; None if it holds no bytes."""
     from pyarrow import types
 
     with open_parquet(path) as file:
@@ -209,7 +209,8 @@ def cell_column(path: Path, name: str) -> str | None:
 
 
 def cells_of(path: Path, column: str, finds_nulls: bool = False) -> Callable[[int], ParquetCell | None]:
-    """Return the function row, counted from 1 -> its place in a Parquet file. column: of `cell_column`.
+    """Return a function: row number, from 1 -> place of the cell in a Parquet file. column: from
+    `cell_column`.
 
     finds_nulls: return None for a cell that is null; a row group that has such cells is read for it.
     Raises DatasetError if its row groups are too large to read one at a time.
@@ -261,7 +262,7 @@ def _value(origin: ParquetCell) -> Any:
 
 @lru_cache(maxsize=2)  # sources are read in the order of rows
 def _group(path: Path, group: int, column: str, mtime_ns: int) -> Any:
-    """Return a column of a row group. mtime_ns: so that a file that was written again is read again."""
+    """Return a column of a row group. mtime_ns: only a cache key, so that a changed file is read again."""
     with open_parquet(path, [column]) as file:
         pages = Unpacking.of(path)
         pages.most_bytes = min(pages.most_bytes, MAX_GROUP_BYTES)
@@ -271,5 +272,5 @@ def _group(path: Path, group: int, column: str, mtime_ns: int) -> Any:
         import pyarrow.compute as pc
 
         found = pc.struct_field(found, column.rpartition(".")[2])
-    found.validate(full=True)  # places in a dictionary are not looked at else
+    found.validate(full=True)  # else indices into dictionaries are not checked
     return found

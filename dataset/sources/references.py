@@ -41,7 +41,7 @@ def find_equal_references(sources: Iterable[MediaSource]) -> list[Fault]:
 
 
 def _is_equal(source: MediaSource) -> bool:
-    with contextlib.suppress(OSError):  # reading it says what is wrong
+    with contextlib.suppress(OSError):  # errors are reported when it is read
         size = source.path.stat().st_size
         return any(
             one.stat().st_size == size and filecmp.cmp(one, source.path, shallow=False)

@@ -24,7 +24,7 @@ Part = tuple[Path, media_source.Origin | None]  # a file, and where its bytes ar
 
 
 class RefusedAddress(DatasetError):
-    """An address that the table does not allow, or that cannot be read here."""
+    """Raised for an address that the table does not allow, or that cannot be read here."""
 
     def __init__(self, reason: str, shown: str) -> None:
         super().__init__(f"{shown}: {reason}")
@@ -41,7 +41,7 @@ class RowReader:
     caption_column: str | None = "caption"
     is_list: bool = False  # a JSONL list, whose texts are captions as they stand and whose names are unique
     base: Path | None = None  # where relative paths start; None: in the working folder
-    _identities: list[str] = field(default_factory=list)  # of each source made, what tells it from others
+    _identities: list[str] = field(default_factory=list)  # of each source, differs if sources do
 
     def read(
         self, values: Mapping[str, Any], where: str, held: tuple[str, Part] | None = None
@@ -116,7 +116,7 @@ class RowReader:
         return "line" if self.is_list else "row"
 
     def _locate(self, text: str, where: str) -> tuple[Path, media_source.Remote | None]:
-        """Return the path of a file, and where its bytes are if they are not there."""
+        """Return the local path of a file, and its address if it has one."""
         if not is_address(text):
             return locate(text, self.base, where), None
         table, protocol = self.table, protocol_of(text)
@@ -135,7 +135,7 @@ class RowReader:
         return download_folder(table) / media_source.local_name(text), media_source.Remote(text)
 
     def _captions(self, values: Mapping[str, Any], where: str) -> list[str]:
-        """Return the caption, and with multi_caption the texts of the list `captions` behind it."""
+        """Return the caption, followed with multi_caption by the texts of the list `captions`."""
         name = self.caption_column
         caption = None if name is None else values.get(name)
         if caption is not None and not isinstance(caption, str):
@@ -182,7 +182,7 @@ def make_source(
     references: Sequence[Part] = (),
     control_mask: Part | None = None,
 ) -> media_source.MediaSource:
-    """Return the source of what stands in one row, or is one sample of a tar. where: for messages."""
+    """Return the source made from one row, or from one sample of a tar. where: for messages."""
     if mask is not None and table.alpha_mask:
         raise DatasetError(f"{where}: its mask and alpha_mask = true exclude each other; leave out one.")
     first, more = first_and_more(captions, where)

@@ -1,4 +1,4 @@
-"""The sound of clips: which file has it, at which seconds their frames are, and why one has none."""
+"""Find and read the sound of clips, and say why a clip has none."""
 
 import contextlib
 import itertools
@@ -28,10 +28,10 @@ class NoSound(MediaError):
 
 
 def find_sound(source: MediaSource) -> Path:
-    """Return the file that has the sound of a clip; it may turn out to have no track. One at an address is
-    downloaded.
+    """Return the file with the sound of a clip, downloaded if it is at an address. The file may still have no
+    track.
 
-    source: fetched. Raises NoSound if there is none that fits, MediaError if a file is missing or unreadable.
+    source: fetched. Raises NoSound if no file fits, MediaError if a file is missing or unreadable.
     """
     table, path, stated = source.table, source.path, source.table.stated_fps
     if source.sound is not None:
@@ -55,8 +55,8 @@ def find_sound(source: MediaSource) -> Path:
 
 
 def count_frames(path: Path, fps: float) -> int:
-    """Return how many frames a clip of a sound's length has. Raises MediaError if there is no sound, or none
-    of the length of a frame, or if the file does not say how long it is.
+    """Return how many frames a clip as long as a sound has. Raises MediaError if there is no sound, if it is
+    shorter than a frame, or if the file does not state its length.
     """
     facts = track_facts(path)
     if facts is None or facts.end is None:
@@ -79,7 +79,7 @@ def list_unheard(sources: Iterable[MediaSource], silent: Collection[str]) -> lis
     """Return the clips that have sound although none is cached.
 
     silent: stems of clips without cached sound. At most MOST_ASKED files are opened, none is downloaded, and
-    one that cannot be read is passed over.
+    unreadable ones are skipped.
     """
     asked = (one for one in sources if one.stem in silent and not any(one.origins))
     found = []
@@ -93,8 +93,8 @@ def list_unheard(sources: Iterable[MediaSource], silent: Collection[str]) -> lis
 def read_sounds(path: Path, spans: Sequence[Span], rate: float, spec: SoundSpec) -> list[Tensor]:
     """Read the sound of spans of a clip's kept frames: channels S each, `spec.rate` samples a second.
 
-    path: of `find_sound`. rate: as of `kept_rate`. The track is decoded once. Raises NoSound if
-    there is no track, MediaError if the file cannot be read, or its sound is damaged.
+    path: from `find_sound`. rate: from `kept_rate`. The track is decoded once. Raises NoSound if there is no
+    track, MediaError if the file cannot be read or its sound is damaged.
     """
     places = [(round(first / rate * spec.rate), round(count / rate * spec.rate)) for first, count in spans]
     begin, end = min(place for place, _ in places), max(map(sum, places))

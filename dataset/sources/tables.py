@@ -83,8 +83,8 @@ Cells = Callable[[TableRow], ParquetCell | None]
 
 
 def _open_table(table: DatasetTable, path: Path) -> tuple[RowReader, dict[str, Cells], set[str] | None]:
-    """Return what reads the rows of a table; of columns that hold files, where each is; and the columns to
-    read (None: all).
+    """Return the reader of a table's rows; column -> function that finds its files, for columns that hold
+    files; and the columns to read (None: all).
     """
     columns = column_names(path)
     path_column, caption_column = choose_columns(table, columns)

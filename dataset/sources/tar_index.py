@@ -2,8 +2,8 @@
 
 A sample is the files of a tar whose names are equal up to the first dot (the WebDataset form). Texts are read
 at the same time, because they lie beside the headers. Nothing is unpacked, and names are only labels, so that
-neither absolute ones nor links lead anywhere. Reading the headers of a million samples takes half a minute
-from memory, and far longer from a disk, which has to go to each of them.
+absolute names and links do no harm. Reading the headers of a million samples takes half a minute from memory,
+and far longer from a disk.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ COMPRESSED = {
 
 
 class TarDamage(Exception):
-    """A tar that cannot be read from here on; the text says why."""
+    """Raised if a tar cannot be read from here on; the text says why."""
 
     def __init__(self, reason: str, is_no_tar: bool = False) -> None:
         super().__init__(reason)
@@ -130,7 +130,7 @@ def _scan(file: BinaryIO, size_bytes: int, rules: TarRules, tar: Path) -> TarInd
             f"{command} {tar.name}"
         )
     index = TarIndex()
-    groups: dict[str, dict[str, Member | str]] = {}  # key -> what is behind the first dot -> where, or text
+    groups: dict[str, dict[str, Member | str]] = {}  # key -> (name after the first dot -> place, or text)
     last = ""
     try:
         for member in read_members(file, size_bytes):
@@ -174,7 +174,7 @@ def _scan(file: BinaryIO, size_bytes: int, rules: TarRules, tar: Path) -> TarInd
 
 
 def _read_text(file: BinaryIO, member: Member) -> str:
-    """Return the text of a member; one that is no text begins with NUL, which no text holds."""
+    """Return the text of a member; for other data, a message that begins with NUL, which no text contains."""
     if member.size_bytes > MAX_CAPTION_BYTES:
         return f"\0has {member.size_bytes:,} bytes, at most {MAX_CAPTION_BYTES:,} are read"
     file.seek(member.offset)
@@ -198,7 +198,7 @@ def _sample(key: str, group: dict[str, Member | str], rules: TarRules) -> TarSam
             others.append(end)
         else:
             beside.setdefault((match[1], int(match[2] or 0)), []).append(end)
-    found: list[str] = []  # to learn: named exactly like a suffix, else those that end in one
+    found: list[str] = []  # media to learn: names that are a suffix, else names that end in one
     for suffixes in (rules.media, rules.spare):
         exact = [end for end in others if f".{end}" in suffixes]
         like = [end for end in others if f".{end.rpartition('.')[2]}" in suffixes]
@@ -248,7 +248,7 @@ def _caption(texts: dict[str, str], rules: TarRules) -> str | None:
 
 
 class _HeaderFile:
-    """A tar as `tarfile` reads it: headers and long names, no more at once than these may have."""
+    """A tar for `tarfile` to read headers and long names from; refuses larger reads than these need."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -279,7 +279,7 @@ def read_members(file: BinaryIO, size_bytes: int) -> Iterator[Member]:
             found = tar.next()
         except TarDamage:
             raise
-        except Exception as error:  # the library lets those of its parts through
+        except Exception as error:  # the library passes on errors of other modules
             if isinstance(error, OSError) and error.errno != errno.EINVAL:  # not a seek to a damaged place
                 raise
             is_cut = file.tell() >= size_bytes

@@ -80,7 +80,7 @@ def list_tars(table: DatasetTable, faults: list[media_source.Fault]) -> list[med
 def _sources(
     table: DatasetTable, samples: Sequence[tuple[Path, TarSample]], faults: list[media_source.Fault]
 ) -> list[media_source.MediaSource]:
-    """Return the sources of samples; the stem of one is its key, with a hash where two tars have it."""
+    """Return the sources of samples. A sample's stem is its key, with a hash if two tars have that key."""
     names = Counter(tar.name for tar in {tar for tar, _ in samples})
     labels = {tar: tar.name if names[tar.name] == 1 else str(tar) for tar, _ in samples}
     stems = media_source.unique_stems(

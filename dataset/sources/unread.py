@@ -21,7 +21,7 @@ from modules.paths import expand_path, hide_secrets, path_exists
 LOOKED_AT = 1000  # rows of a file
 MOST_SHOWN = 80  # characters of a value
 NEAR = 0.84  # how alike names are, 0..1: contol_path is near control_path, caption_en not near caption
-# what is read from a column, by its name here: what that is, and words in other programs' names of it
+# our column name -> what it holds, and words in other programs' names of such columns
 MEANT: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "control_path": (
         "reference pictures and control media are",
@@ -38,10 +38,10 @@ _QUOTED = re.compile(r"""["']([^"']+)["']""")
 def find_unread(table: DatasetTable) -> list[Fault]:
     """Return a remark for each column that is not read, but holds files, or is named almost like one that is.
 
-    Of at most LOOKED_AT rows. Raises DatasetError as listing the table does.
+    Looks at LOOKED_AT rows at most. Raises DatasetError as listing the table does.
     """
     path = table.jsonl_file or table.table_file
-    if path is None or not path.exists():  # the listing says so
+    if path is None or not path.exists():  # reported by the listing
         return []
     found: dict[str, str] = {}  # text by column
     media_column, held, rows = _open(table, path)
@@ -68,7 +68,9 @@ def find_unread(table: DatasetTable) -> list[Fault]:
 
 
 def _open(table: DatasetTable, path: Path) -> tuple[str, list[str], Iterator[Mapping[str, Any]]]:
-    """Return the column of the media; unread columns that hold whole files; and rows of the others and it."""
+    """Return the column of the media, the unread columns that hold whole files, and rows with the media,
+    control and other unread columns.
+    """
     if table.jsonl_file is not None:
         lines = read_jsonl(path, None)
         return table.path_key, [], (row.values for row in lines)
@@ -103,7 +105,7 @@ def _place(name: str, table: DatasetTable) -> int | None:
 
 
 def _explain(name: str, value: Any, table: DatasetTable, path: Path, media: Any) -> str | None:
-    """Return what there is to say of a value; None: nothing. media: the path that the same row reads."""
+    """Return a remark on a value, or None. media: the path that the same row reads."""
     hint = _hint(name, table)
     texts = [value] if isinstance(value, str) else [*value] if isinstance(value, list) else []
     texts = [*value.values()] if isinstance(value, dict) else texts

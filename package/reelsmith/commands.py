@@ -45,7 +45,7 @@ class ScriptCommand:
 
     @property
     def module(self) -> str:
-        """Its name as a module: `wan_train_network`, `blissful_tuner.metaview`."""
+        """Return its name as a module: `wan_train_network`, `blissful_tuner.metaview`."""
         room = self.path.parent.name
         return f"{room}.{self.script}" if room in SCRIPT_ROOMS else self.script
 
@@ -54,7 +54,7 @@ def find_commands(folder: Path) -> list[ScriptCommand]:
     """Return the commands of all scripts in a checkout's or the package's folder, by their words.
 
     A script is a file there, or in one of `SCRIPT_ROOMS`, that runs `command_line` or a
-    `Script`. One at the root that stands for one of the same name in a room is no other command.
+    `Script`. A file at the root with the same name as one in a room is the same command.
     """
     commands = []
     paths = {path.name: path for room in ("", *SCRIPT_ROOMS) for path in (folder / room).glob("*.py")}
@@ -76,7 +76,7 @@ def name_words(script: str) -> str:
 
 
 def main() -> None:
-    """Run the command that the words name; without one, list what there is."""
+    """Run the command that the words name; without a command, list all."""
     words = sys.argv[1:]
     if words[:1] == ["help"] and len(words) > 1:
         words = [*words[1:], "--help"]
@@ -125,7 +125,7 @@ def _explain(commands: Sequence[ScriptCommand], words: Sequence[str]) -> None:
 
 
 def _listing(commands: Sequence[ScriptCommand]) -> str:
-    """Return the commands with a line each: those to begin with, those of each family, and the tools."""
+    """Return a line for each command: first steps, commands of each family, tools."""
     width = max(len(" ".join(one.words)) for one in commands)
     families = sorted({one.words[-1] for one in commands if len(one.words) > 1})
     begin = "from a folder to a LoRA"

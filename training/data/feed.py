@@ -61,7 +61,7 @@ class BatchSources:
     """Sources of the parts of a run's batches: caches, and encoding while training."""
 
     stores: Stores = field(default_factory=Stores)
-    tables: LiveTables = field(default_factory=dict)  # with a part that is not cached, by index
+    tables: LiveTables = field(default_factory=dict)  # tables with a part that is not cached, by index
     media: EncodesPictures | None = None  # None: all latents are cached
     # whether batches must be made in the training process: what they need is not sent to others
     stays: bool = False
@@ -83,7 +83,7 @@ class BatchSources:
         or as `LiveMedia.encode`.
         """
         encoded = {} if self.media is None else self.media.encode(items, *stream)
-        # what is encoded now has been mirrored already
+        # items encoded now have been mirrored already
         sides = [flip and place not in encoded for place, flip in enumerate(flips)]
         return read_batch(items, latent, commands, checks, captions, self.stores, sides, undropped, encoded)
 
@@ -136,7 +136,7 @@ class Randomness:
     noise: NoiseSpec = FLOW
     experts: tuple[Expert, ...] = ONE_EXPERT
     perturbation: NoiseOptions = PLAIN_NOISE
-    weighted_by: str = TIMESTEP  # what of the time --weighting_scheme weights the loss by
+    weighted_by: str = TIMESTEP  # timestep or sigma: what --weighting_scheme computes the loss weight from
     sound: SoundLearning = SoundLearning()
 
     def add(self, batch: Batch, number: int, first_sample: int) -> NoisyBatch:
@@ -217,8 +217,8 @@ def seed_generator(*parts: int | str) -> torch.Generator:
 
 @dataclass
 class Feed:
-    """Yield the micro-batches of one process, in the order of the plan. Workers get copies of it, as a
-    map-style data set.
+    """Yield the micro-batches of one process, in the order of the plan. Workers get copies of this object, as
+    a map-style data set.
     """
 
     order: BatchOrder
@@ -235,10 +235,10 @@ class Feed:
     checks: CacheChecks = field(default_factory=CacheChecks, init=False)  # of the run, which begins here
 
     def start(self, epoch: int, position: int) -> Generator[NoisyBatch]:
-        """Yield all micro-batches from that place to the end of the run.
+        """Yield all micro-batches from a place in an epoch to the end of the run.
 
-        The readers stay from one epoch to the next: to start them takes longer than a short epoch. Those of a
-        long epoch end with it: each would make the order of the next one, in memory of its own.
+        Workers are kept over all epochs if these are short, because starting them takes longer than an epoch.
+        If epochs are long they end with each, because every worker would hold its own copy of the next order.
         """
         together = self.plan.num_epochs if self.order.num_items <= MOST_KEPT else 1
         most = 0 if self.sources.stays else min(self.workers, os.cpu_count() or 1)
@@ -252,7 +252,7 @@ class Feed:
                 read = (each.moved(pin) if self.pin_memory else each for each in map(self.read, keys))
             with contextlib.closing(read):
                 for noisy_batch in read:
-                    if self.process == 0:  # one tells; shuffled epochs bring it items of all
+                    if self.process == 0:  # one process warns; in shuffled epochs it gets items of all tables
                         self.encoders.warn(noisy_batch.batch.made_by)
                     yield noisy_batch
 
@@ -275,7 +275,7 @@ class Feed:
             ending.set()
 
     def __getitem__(self, key: Key) -> Packed | UserError:
-        """Return what a worker hands over: an error raised there would arrive as the text of a traceback."""
+        """Return a micro-batch, or its error: raised in a worker, only a traceback's text would arrive."""
         try:
             return Packed.of(self.read(key))
         except UserError as error:

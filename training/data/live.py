@@ -26,7 +26,7 @@ class LiveTexts:
     """Hold the text encoders that stay loaded; none may. Outputs of all others come from caches."""
 
     encoders: Sequence[TextEncoder]
-    learning: Sequence[LearningEncoder] = ()  # those of them that get a network, in their order
+    learning: Sequence[LearningEncoder] = ()  # encoders that get a network, in their order
     able: Sequence[str] = ()  # prefixes of all encoders that could learn, in the order of their rates
 
     @property
@@ -56,7 +56,7 @@ class LiveTexts:
     def add_to(self, batch: Batch) -> Batch:
         """Return a batch with the outputs of these encoders for its captions, B first; on the CPU.
 
-        Gradients flow to trained parts, if they are on. Other encoders are asked without.
+        Encoders that learn run with gradients if these are on, the others without.
         """
         prompts = [Prompt(caption) for caption in batch.captions]
         tensors = dict(batch.tensors)
@@ -69,7 +69,7 @@ class LiveTexts:
     def renew(
         self, wanted: Mapping[int, Prompts], known: Mapping[int, EncodedPrompts]
     ) -> dict[int, EncodedPrompts]:
-        """Return the encoded texts of a sample, anew from the encoders that learn.
+        """Return the encoded texts of a sample; the encoders that learn encode them again.
 
         wanted: its texts by section; `known` has all their outputs. Conditions have no batch dimension.
         """

@@ -38,7 +38,7 @@ class Timesteps:
 
     sigmas: Tensor  # share of noise in the mixture, 0..1
     timesteps: Tensor  # what the network is fed
-    expert: int = 0  # index of the one that all samples go to
+    expert: int = 0  # index of the expert that all samples go to
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ def draw(
     first_sample, how many samples the run has drawn before this micro-batch. Then every N samples in a row
     take one of each of N equal parts. noise: conventions of the family. shape: of the latents, B C F H W, for
     a shift that follows the size. experts: of the run; a level belongs to the one that works there in a
-    generation. Raises OptionError where nearly nothing lies between --min_timestep and --max_timestep, or on
-    the side of an expert.
+    generation. Raises OptionError if the sampler draws almost nothing between --min_timestep and
+    --max_timestep, or in the range of an expert.
     """
     flow_shift, lowest = find_shift(options, noise, shape), min(experts, key=lambda expert: expert.lowest)
     whole = Span(lowest.lowest, words=lowest.words if lowest.name else "")  # of any of the experts
@@ -162,7 +162,7 @@ def shares_of_uniform(options: TimestepOptions, u: Tensor, noise: NoiseSpec, flo
 
 
 def takes_normal(options: TimestepOptions) -> bool:
-    """Whether the sampler is a function of a normal number, not of a uniform one."""
+    """Return whether the sampler is a function of a normal number, not of a uniform one."""
     by_weighting = options.timestep_sampling == "sigma" and options.weighting_scheme == "logit_normal"
     return by_weighting or options.timestep_sampling in {"sigmoid", "shift", "logsnr", *SIZE_SHIFTS}
 
@@ -212,8 +212,8 @@ def times_at(options: TimestepOptions, shares: Tensor, noise: NoiseSpec = FLOW) 
 
 
 def is_in_range(options: TimestepOptions, shares: Tensor, noise: NoiseSpec = FLOW) -> Tensor:
-    """Which of them lie between --min_timestep and --max_timestep; the sampler `sigma` counts these from the
-    noisy end.
+    """Return which shares lie between --min_timestep and --max_timestep: B bool. For the sampler `sigma`
+    these bounds count from the noisy end.
     """
     shares = shares.float().double()
     if options.timestep_sampling == "sigma":
@@ -234,7 +234,7 @@ def is_accepted(options: TimestepOptions, shares: Tensor, noise: NoiseSpec, span
 def find_accepted_range(
     options: TimestepOptions, noise: NoiseSpec, flow_shift: float, span: Span = EVERYWHERE
 ) -> tuple[float, float]:
-    """The smallest range of u that holds all accepted draws, a little widened.
+    """Return the smallest range of u that holds all accepted draws, a little widened.
 
     Narrowing u to it leaves few draws to reject. Raises OptionError if there are none.
     """
@@ -261,7 +261,7 @@ def find_accepted_range(
 def scan(
     options: TimestepOptions, noise: NoiseSpec, flow_shift: float, span: Span = EVERYWHERE
 ) -> tuple[Tensor, Tensor]:
-    """Return, of SCAN numbers u spread evenly, those that are accepted, and their shares of noise."""
+    """Try SCAN evenly spread numbers u. Returns those that are accepted, and their shares of noise."""
     u = (torch.arange(SCAN, dtype=torch.float64) + 0.5) / SCAN
     shares = shares_of_uniform(options, u, noise, flow_shift)
     fits = is_accepted(options, shares, noise, span)
@@ -290,8 +290,8 @@ def check_reaches(options: TimestepOptions, noise: NoiseSpec, experts: Sequence[
 
 
 def loss_weights(options: TimestepOptions, times: Timesteps, exactly: bool = False) -> Tensor:
-    """The weight of each sample's loss: B float32. Each timestep fed to the network counts as the nearest of
-    1 to 1000; `exactly`: the share of noise counts, from a thousandth on.
+    """Return the weight of each sample's loss: B float32. Timesteps are rounded to 1..1000; with `exactly`,
+    the share of noise is used as it is, but at least a thousandth.
 
     Source: Esser et al. 2024, arXiv 2403.03206, section 3.1.
     """
@@ -351,8 +351,8 @@ def _stretched(rule: ShiftedLogit, numbers: Tensor, scale: float, flow_shift: fl
 
 
 def _from_table(options: TimestepOptions, numbers: Tensor, noise: NoiseSpec) -> Tensor:
-    """The sampler `sigma`: an index into 1000, 999, ..., 1. So the bounds count from the noisy end, as in the
-    known tuners.
+    """Return t of the sampler `sigma`, an index into 1000, 999, ..., 1: the bounds count from the noisy end,
+    as in known tuners.
     """
     match options.weighting_scheme:
         case "logit_normal":
@@ -374,7 +374,7 @@ def _shifted(shares: Tensor, flow_shift: float) -> Tensor:
 
 
 def _in_buckets(u: Tensor, num_buckets: int, seed: int, first_sample: int) -> Tensor:
-    """Move each of u into its part of 0..1.
+    """Move each number u into one of `num_buckets` equal parts of 0..1.
 
     Parts are dealt in rounds, each a permutation that depends on (seed, round) only.
     """

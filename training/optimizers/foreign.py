@@ -1,4 +1,4 @@
-"""States of other programs' optimizers: tensors by number, which go to the layers that they belong to.
+"""Read states of other programs' optimizers, whose tensors have numbers, and find the layer of each tensor.
 
 The numbers follow the parameter groups, within them the order in which that program registers its layers, and
 within a layer the order of its factors.
@@ -14,7 +14,7 @@ from networks.module_names import choose_family, number_modules, read_family
 from networks.names.layouts import OURS, TRAINED_ON
 from training.optimizers.optimizer import MOMENTS
 
-# of a layer, by the names of its parameters; LoHas differ between programs, which shapes tell apart
+# orders of a layer's parameters, by name; for LoHa programs differ, and shapes tell which it is
 FACTORS = (
     ("lora_down.weight", "lora_up.weight"),
     ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
@@ -32,7 +32,7 @@ def renumber(
     version: str,
     ordered: Sequence[str] = (),
 ) -> dict[str, Any] | str:
-    """Return the `state_dict` of another program's optimizer with the numbers that it has here, or why not.
+    """Return another program's optimizer `state_dict` with our parameter numbers, or the reason against.
 
     groups: the optimizer's parameters. names: of the trained tensors: part, dot, name in its module. version:
     the model's, as in `ss_base_model_version`. ordered: names of tensors in that program's own order, if its
@@ -63,7 +63,7 @@ def _by_list(names: Mapping[Tensor, str], ordered: Sequence[str]) -> Place:
 
 
 def _by_names(groups: Groups, names: Mapping[Tensor, str], version: str) -> list[Place]:
-    """Return the places that parameters may have there, if the model's numbering is known."""
+    """Return the numberings that the other program may have used, if they are known for the model."""
     split = {one: names[one].split(".", 2) for group in groups for one in group}  # part, module, factor
     modules = list(dict.fromkeys(module for _, module, _ in split.values()))
     made = read_family({TRAINED_ON: version})
@@ -81,7 +81,7 @@ def _by_names(groups: Groups, names: Mapping[Tensor, str], version: str) -> list
 
 
 def _fit(state: Mapping[str, Any], groups: Groups, place: Place) -> dict[str, Any] | None:
-    """Return the state with our numbers, if it has groups and shapes as these."""
+    """Return the state with our numbers; None if its groups or shapes differ from ours."""
     theirs = state["param_groups"]
     ours = sorted(range(len(groups)), key=lambda index: min(map(place, groups[index])))
     if [len(group["params"]) for group in theirs] != [len(groups[index]) for index in ours]:

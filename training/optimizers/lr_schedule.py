@@ -28,7 +28,7 @@ LARGEST_ARGUMENT = 1e12  # of --lr_scheduler_args; NaN is not below it either
 class RateShape:
     """Hold the numbers that the curves are made of.
 
-    Those after `total` are set by options or, as `ARGUMENTS` says, by arguments.
+    The fields after `total` are set by options or by arguments (`ARGUMENTS`).
     """
 
     learning_rate: float
@@ -124,7 +124,7 @@ def count_steps(steps: int | float, total_steps: int) -> int:
 
 
 def factor_at(name: str, curve: RateShape, step: int) -> float:
-    """Return the factor on the learning rate at a step, from 0. name: of one of `CURVES`."""
+    """Return the factor on the learning rate at a step, counted from 0. name: one of `CURVES`."""
     if name == "piecewise_constant":  # it has no warm-up
         rules, last = _read_rules(curve.step_rules)
         return next((factor for factor, until in rules if step < until), last)
@@ -235,7 +235,7 @@ class Imported:
     inner: LRScheduler
 
     def step(self) -> None:
-        """Raises OptionError if the scheduler does not go on, as OneCycleLR after its `total_steps`."""
+        """Step. Raises OptionError if the scheduler has ended, as OneCycleLR does after `total_steps`."""
         try:
             self.inner.step()
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:
@@ -330,7 +330,7 @@ def _import_scheduler(options: LrScheduleOptions, optimizer: Optimizer) -> LRSch
     check_arguments("--lr_scheduler_args", kind, options.arguments(), {"optimizer"})
     try:
         made = kind(optimizer, **options.arguments())
-    except Exception as error:  # whatever a class makes of arguments that it does not take
+    except Exception as error:  # classes raise anything for unsuitable arguments
         said = str(error) or type(error).__name__
         raise OptionError(f"--lr_scheduler_type {given} refuses --lr_scheduler_args: {said}") from None
     if not isinstance(made, LRScheduler):

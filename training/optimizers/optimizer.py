@@ -74,7 +74,7 @@ def make_optimizer(
     check_arguments("--optimizer_args", kind, arguments, {"params"})
     try:
         optimizer = kind(groups, lr=rate, **arguments)
-    except Exception as error:  # whatever a class makes of arguments that it does not take
+    except Exception as error:  # classes raise anything for unsuitable arguments
         said = str(error) or type(error).__name__
         raise OptionError(
             f"--optimizer_type {options.optimizer_type or 'AdamW'} with --optimizer_args {described}: {said}"
@@ -91,7 +91,7 @@ def check_arguments(
     """
     try:
         parameters = inspect.signature(kind).parameters
-    except (ValueError, TypeError):  # of compiled code that does not tell
+    except (ValueError, TypeError):  # compiled code without a signature
         return
     if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
         return
@@ -162,7 +162,7 @@ def needs_no_schedule(optimizer: Optimizer) -> bool:
 
 
 def find_averaging(optimizer: Optimizer) -> Any:
-    """Return the optimizer, or the one it wraps, that trains other weights than those to save; None if none.
+    """Return the optimizer, or the one it wraps, if it trains other weights than the ones to save; else None.
 
     Such an optimizer has `train()` and `eval()`, which switch between the two, whatever its name.
     """
@@ -179,7 +179,7 @@ def _adafactor_arguments(
 ) -> tuple[dict[str, Any], float | None]:
     """Return Adafactor's arguments and learning rate.
 
-    If it finds its own rate, that is None and the groups lose theirs.
+    If Adafactor finds its own rate, the returned rate is None and `groups` lose theirs.
     """
     arguments = {"relative_step": True, **arguments}
     if arguments.get("warmup_init") and not arguments["relative_step"]:
@@ -222,10 +222,9 @@ def evaluation(
 @contextlib.contextmanager
 @torch.no_grad()
 def finished_weights(optimizer: Optimizer, parameters: Sequence[Parameter]) -> Iterator[None]:
-    """Load the averaged weights of an averaging optimizer; others are unchanged.
+    """Load the averaged weights of an averaging optimizer during the block; for other optimizers do nothing.
 
-    While training, this optimizer keeps other weights in their place. Its own way back rounds, so the
-    training weights are kept aside: saving changes nothing in the run.
+    The optimizer's own way back to the training weights rounds, so these are copied and restored.
     """
     averaging = find_averaging(optimizer)
     if averaging is None:
@@ -277,7 +276,7 @@ def optimizer_state(optimizer: Optimizer, names: Mapping[Tensor, str]) -> dict[s
 def restore_optimizer(
     optimizer: Optimizer, names: Mapping[Tensor, str], saved: Mapping[str, Any], device: torch.device
 ) -> None:
-    """Bring the optimizer into the state that was saved, on the device where steps are computed; empty that.
+    """Load a saved state into the optimizer, on the device where steps are computed; empties `saved`.
 
     Raises CheckpointError if the parameters are not those of the state.
     """
@@ -361,10 +360,10 @@ def _copied(value: Any, device: torch.device | str = "cpu") -> Any:
 
 
 def _page(optimizer: Any, parameter: Tensor, state: dict[str, Any], device: torch.device) -> None:
-    """Put what of a state is as large as its parameter where a paged optimizer of bitsandbytes keeps it.
+    """Move state tensors as large as their parameter into the buffers of a paged bitsandbytes optimizer.
 
-    That is memory that the driver moves between host and device: on the device alone it may not fit. A
-    function of its own, so that its copies are gone before those of the next parameter are made.
+    The driver moves these buffers between host and device: on the device alone they may not fit. A function
+    of its own, so that its copies are freed before those of the next parameter are made.
     """
     like = torch.empty_like(parameter, device=device)  # the buffers are for the device that steps
     for name, value in state.items():

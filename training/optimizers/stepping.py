@@ -5,13 +5,13 @@ differentiated by then, so nothing needs the old value any more) the gradient is
 stepped, the gradient freed. Besides weights and optimizer state only the largest gradient needs memory.
 Without clipping the result equals that of the usual order, to the bit.
 
-Of a weight that is split over processes each steps its rows. An optimizer that looks at a whole weight, as
-Adafactor, is shown one whole weight after the other, by all processes.
+If a weight is split over processes, each process steps its rows. For an optimizer that needs whole weights,
+such as Adafactor, all processes gather one weight after the other.
 
 A step is often smaller than half the distance between two bf16 numbers, and rounding to the nearest would
 undo it each time. So weights in bf16 are stepped in float32 and rounded up or down at random, the nearer
 number being the more likely: right on average. The optimizer sees float32 weights, so its moments are float32
-too. The random bits are a function of seed, step and parameter.
+too. The random bits depend only on seed, step and parameter.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -31,7 +31,7 @@ from training.optimizers.optimizer import find_optimizer
 from training.processes import norm_of_gradients
 from training.steps import Progress
 
-# package -> classes whose step of each number depends on it, on its gradient and on what is kept of it alone
+# package -> classes whose step of each number depends only on it, its gradient and its own moments
 BY_NUMBER: Mapping[str, frozenset[str]] = {
     "torch": frozenset(
         {
@@ -113,8 +113,8 @@ def stochastic_bfloat16(values: Tensor, generator: torch.Generator, weight: Tens
     """Round float32 values at random to one of their two bf16 neighbours, so that the mean is the value.
 
     The bits that bf16 has no room for count as a fraction; a random fraction is added to it, and the sum is
-    cut off. NaN stays NaN. generator: on the device of the values. weight: split, of which the values are the
-    rows of this process; they are rounded as if they were whole.
+    cut off. NaN stays NaN. generator: on the device of the values. weight: if it is split, the values are
+    this process' rows of it, and are rounded as they would be in the whole weight.
     """
     shape = (values if weight is None else weight).shape
     noise = torch.randint(_LOW_16, shape, dtype=torch.int32, device=values.device, generator=generator)
@@ -149,7 +149,7 @@ class StepAfterBackward:
     parameters: Sequence[Parameter]
     max_norm: float  # 0 turns clipping off
     scaler: torch.amp.GradScaler
-    networks: Sequence[TrainableNetwork] = ()  # are told once gradients are clipped
+    networks: Sequence[TrainableNetwork] = ()  # are notified once gradients are clipped
     alone: ParameterSteps | None = None  # steps the weights one after the other
     split: Collection[Tensor] = ()  # parameters of which each process has some rows
 

@@ -58,7 +58,7 @@ class StepPrediction:
     workspace: memory_plan.MemoryPart
     average: int = 0  # bytes of a whole model's average (EMA) in host memory
     others: int = 0  # further transformers that are trained, each like the one that was rehearsed
-    sampled: int = 0  # those that only samples need
+    sampled: int = 0  # transformers that only samples need
     texts: LiveTexts = NO_TEXTS  # encoded in each step
 
     def phase(self, blocks: int) -> memory_plan.Phase:
@@ -78,7 +78,7 @@ class StepPrediction:
                 device = further * (whole - swap.saved)
             parts.append(memory_plan.MemoryPart("further transformers", device, host, note))
         if further and self.options.by_expert.lora_per_expert:
-            # a micro-batch goes to one of them, so that only several of them leave gradients in both
+            # a micro-batch goes to one transformer, so only several micro-batches leave gradients in both
             kinds = [dry.NETWORK, dry.OPTIMIZER]
             kinds += [dry.GRADIENTS] if self.options.loop.gradient_accumulation_steps > 1 else []
             learning = sum(moment.get(kind, 0) for kind in kinds)
@@ -92,7 +92,7 @@ class StepPrediction:
         return self.sampled > 0 or (self.others > 0 and self.options.by_expert.offload_inactive_dit)
 
     def scaled(self, share: float) -> "StepPrediction":
-        """Return the prediction for a batch with this share of the numbers: activations go with them."""
+        """Return the prediction for a batch with this share of the elements; activations scale with it."""
 
         def part(place: str, moment: dry.Moment) -> dry.Moment:
             follows = () if place == STEP else (dry.KEPT, dry.WORKING, dry.BATCH)
@@ -173,7 +173,7 @@ def predict(
 def largest_batch(items: Iterable[TrainingItem], latent_side: int = 8) -> tuple[TrainingItem, ...]:
     """Return the items of the batch with the most pixels that the data set can give, those with sound first.
 
-    latent_side: pixels of a side of what `TrainingItem.references` counts.
+    latent_side: pixels on a side of the units in which `TrainingItem.references` are measured.
     """
     there = list(items)
     pools = repeat_items(there).values()
@@ -312,16 +312,16 @@ def cheaper(options: TrainingOptions, others: int = 0) -> list[tuple[str, Traini
     }
     found: list[tuple[str, TrainingOptions]] = []
     for line in (line for line, is_unused in unused.items() if is_unused):
-        with quiet():  # what records say of their values was said of the given ones
+        with quiet():  # warnings about the options were already logged for the given ones
             options = override_options(options, {word.removeprefix("--"): True for word in line.split()})
         found.append((line, options))
     return found
 
 
 def smaller(latent: LatentSpec, before: StepPrediction, room: Room) -> list[str]:
-    """Return how far the batch, the clip or the picture has to shrink, after all other savings.
+    """Return how far the batch, the clip or the picture has to shrink if all other savings do not suffice.
 
-    Stops at the first that fits. before: with these savings.
+    Stops at the first that fits. before: the prediction with all other savings.
     """
     can_swap = before.options.can_swap
     blocks = before.most if can_swap else before.blocks
@@ -333,10 +333,10 @@ def smaller(latent: LatentSpec, before: StepPrediction, room: Room) -> list[str]
 
 
 def shrunk(latent: LatentSpec, shape: Shape) -> list[tuple[str, str, Shape]]:
-    """Return keys of --dataset_config with values and the shapes that they give: fewer samples, then fewer
-    frames, then smaller pictures.
+    """Return (key of --dataset_config, value, resulting shape): fewer samples, then fewer frames, then
+    smaller pictures.
 
-    A section of a clip keeps its length, which is the model's.
+    Sections of a clip keep their length, which the model sets.
     """
     count, frames, height, width = shape
     step, vertical, horizontal = latent.stride
@@ -355,7 +355,7 @@ def shrunk(latent: LatentSpec, shape: Shape) -> list[tuple[str, str, Shape]]:
 
 
 def list_halves(number: int) -> list[int]:
-    """Return half of it, half of that, and so on down to 1."""
+    """Halve a number again and again down to 1; return all halves."""
     found = []
     while number > 1:
         number = (number + 1) // 2

@@ -65,9 +65,8 @@ class Rehearsal:
 
     @property
     def waiting(self) -> int:
-        """Return the bytes that --gradient_checkpointing_cpu_offload keeps on the host.
-
-        That is the input of each block but the last.
+        """Return the bytes that --gradient_checkpointing_cpu_offload keeps on the host: the inputs of all
+        blocks but the last.
         """
         if not self.options.loop.gradient_checkpointing_cpu_offload:
             return 0
@@ -107,9 +106,9 @@ class Rehearsal:
         return found
 
     def measure_step(self) -> dict[str, dry.Moment]:
-        """Clip and step once, which makes the optimizer's states.
+        """Clip and step once, which creates the optimizer's states.
 
-        Returns the largest moment of that, as in every later step.
+        Returns the largest moment of such a step.
         """
         whole, max_norm = self.options.whole_dit, self.options.optimizer.max_grad_norm
         found: dict[str, dry.Moment] = {}
@@ -136,7 +135,7 @@ class Rehearsal:
         return {}
 
     def know_states(self) -> None:
-        """Count what the optimizer keeps as its own; a step may have made it anew."""
+        """Count all tensors in the optimizer as its states; a step may have replaced them."""
         for value in held_by(self.optimizer):
             self.ledger.see(value, dry.OPTIMIZER)
 
@@ -173,8 +172,8 @@ def rehearse(
 
 
 def _add_adapters(family: Trains, options: TrainingOptions, dit: nn.Module, ledger: dry.Ledger) -> None:
-    """Add --training_adapter of each expert: the first is switched on for good, the others stand for the
-    factors in further transformers.
+    """Add --training_adapter of each expert. The first one is switched on; the others only take the memory
+    that they need in further transformers.
     """
     with disable_modes():  # the file has real tensors
         uses = [read_adapter(options, expert, family.experts) for expert in family.experts]
@@ -191,7 +190,7 @@ def _add_adapters(family: Trains, options: TrainingOptions, dit: nn.Module, ledg
 def dress_trainable(
     family: Trains, options: TrainingOptions, dit: nn.Module, ledger: dry.Ledger, texts: LiveTexts = NO_TEXTS
 ) -> Rehearsal:
-    """The order of dressing of `training.learning`: network, then `dress`; and the optimizer."""
+    """Add the network, `dress` the DiT and make the optimizer, in the order of `training.learning`."""
     dry.place(dit, ledger)
     for encoder in texts.encoders:
         for module in dry.modules_in(encoder):
@@ -215,7 +214,7 @@ def dress_trainable(
     blocks = family.dit.blocks(dit)
     dry.watch_blocks(blocks, ledger)
     dress(dit, family.dit, options.loop, ledger.device)
-    # bitsandbytes reads a table of numbers that it makes; the weights stay without content
+    # bitsandbytes needs the values of a table that it makes; the weights stay without content
     with disable_modes():
         optimizer, _ = make_optimizer(options.optimizer, groups)
     for group in optimizer.param_groups:
@@ -244,7 +243,7 @@ def held_by(optimizer: Optimizer) -> list[Tensor]:
 
 
 def state_bytes(optimizer: Optimizer, parameters: Sequence[Parameter]) -> int:
-    """Return the bytes of the states on the device of an optimizer that cannot be rehearsed.
+    """Return the device bytes of the states of an optimizer that cannot be rehearsed.
 
     They are measured on small copies of two weights on the CPU.
     """
@@ -285,7 +284,7 @@ def autocast_of(options: TrainingOptions, device: torch.device) -> Autocast:
 
 
 def stand_in_batch(tensor: Tensor, ledger: dry.Ledger) -> Tensor:
-    """Return a tensor of a batch on the device without content; whole numbers (masks) keep theirs."""
+    """Return a tensor of a batch as an empty one on the device; integer tensors (masks) keep their values."""
     if not tensor.is_floating_point():
         return tensor
     with ledger.allocating(dry.BATCH):

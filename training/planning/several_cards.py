@@ -29,7 +29,7 @@ def plan_ways(
     sampled: int,
     texts: LiveTexts,
 ) -> None:
-    """Print the ways to use `cards` cards, and the cheapest that fits. room: of each."""
+    """Print the ways to use `cards` cards, and the cheapest that fits. room: memory of each card."""
 
     def rehearsed(options: TrainingOptions, words: tuple[str, ...]) -> Rehearsed:
         counter = TokenCounter()

@@ -5,5 +5,5 @@ logs: progress bar, TensorBoard and wandb
 page: one HTML page about a training
 pauses: time steps and what interrupts them; slow steps
 reporter: pass a run's events to history and page
-sample_files: find samples of a run, draw sheets, fill the grid of the page
+sample_files: find a run's samples, draw sheets, fill the page's grid
 """

@@ -1,9 +1,9 @@
-"""Keep a run's reports in a list of lines beside its files; its page is made of them alone.
+"""Keep a run's reports as lines of a file beside its results; its page is made from this file alone.
 
-`OUTPUT_NAME-history.jsonl` has one JSON object a line: first the run it belongs to, then what it is, steps,
+`OUTPUT_NAME-history.jsonl` has one JSON object a line: first the number of the run, then its settings, steps,
 validations, samples, saved files, messages and its end as they happen. Lines are appended. A resumed run
-drops those of steps beyond its state, which are trained again, and those that cannot be read, such as the
-last one of a killed run.
+drops the lines of steps after its state, which are trained again, and lines that cannot be read, such as
+the last one of a killed run.
 """
 
 import json
@@ -38,7 +38,7 @@ SHOWN = 50  # steps whose mean seconds are shown: beside the bar, in the box at 
 
 @dataclass(frozen=True)
 class SampleRow:
-    """Hold the samples of one time."""
+    """Hold the samples that were made at one step."""
 
     step: int
     mark: str  # as in their names: 000020 at a step, e000001 at the end of an epoch
@@ -58,7 +58,7 @@ class PageCommand:
 
 @dataclass(frozen=True)
 class Start:
-    """Hold what a run tells when it is started: of itself, and of its process."""
+    """Hold what a run reports at its start about itself and its process."""
 
     model: str
     total_steps: int
@@ -70,7 +70,7 @@ class Start:
 
     @classmethod
     def of(cls, told: Row) -> "Start":
-        """Return what a line tells. Raises ValueError, TypeError or LookupError if it is not one of ours."""
+        """Read the line of a start. Raises ValueError, TypeError or LookupError if it is not one of ours."""
         changed, unchanged = ([(str(a), str(b)) for a, b in told[key]] for key in ("changed", "unchanged"))
         numbers = int(told["total_steps"]), bool(told["listens"])
         if not 0 <= numbers[0] <= MOST_STEPS:
@@ -81,13 +81,13 @@ class Start:
 
 @dataclass
 class Story:
-    """Hold the content of a history's lines. A line that is there twice counts once."""
+    """Hold the content of a history's lines. A repeated line counts once."""
 
     loss: Points = field(default_factory=dict)
     seconds: Points = field(default_factory=dict)  # of steps
     average: float | None = None  # of the last losses, at most an epoch's; None: of an older version
     left: float | None = None  # seconds to the end as of the last step, with samples, validations and saves
-    doing: str = ""  # what is done between two steps now: `sample 1 of 2, step 140 of 300`
+    doing: str = ""  # current work between two steps: `sample 1 of 2, step 140 of 300`
     rates: dict[str, Points] = field(default_factory=dict)
     experts: dict[str, Points] = field(default_factory=dict)  # losses of the experts by name
     bands: dict[str, Points] = field(default_factory=dict)  # validation losses by noise level
@@ -152,15 +152,15 @@ class Story:
         return min(self.validations.items(), key=lambda found: (found[1], found[0]), default=None)
 
     def nearest(self, step: int) -> tuple[int, float] | None:
-        """Return step and loss of the validation nearest to a step, the earlier one of two.
+        """Return step and loss of the validation nearest to a step, the earlier of two equally near.
 
-        One before the first step is of none but that.
+        The validation at step 0, before training, is returned for step 0 only.
         """
         found = [one for one in self.validations.items() if one[0] > 0 or step == 0]
         return min(found, key=lambda one: (abs(one[0] - step), one[0]), default=None)
 
     def best_file(self, folder: Path) -> str | None:
-        """Return the saved file with the lowest validation loss of those that are still there."""
+        """Return the saved file with the lowest validation loss among those that still exist."""
         found = [
             (validated[1], -step, name)
             for name, step in self.saved.items()
@@ -171,20 +171,20 @@ class Story:
         return min(found)[2] if found else None
 
     def is_average(self, name: str) -> bool:
-        """Return whether a saved file is the average (EMA) beside another one; no loss of it was measured."""
+        """Return whether a saved file is the average (EMA) of another one: its loss was not measured."""
         # behind the mark may stand which transformer a file is for
         marks = AVERAGE_MARK.finditer(name)
         return any(f"{name[: mark.start()]}{name[mark.end() :]}" in self.saved for mark in marks)
 
 
 class History:
-    """Keep the lines of one run: on disk, and in memory those that are not of steps."""
+    """Keep the lines of one run: all on disk, and in memory those that are not about single steps."""
 
     def __init__(self, path: Path, session: int, step: int = 0, is_written: bool = True) -> None:
-        """Go on with the lines of a run that stands at `step`: none at 0, or if the file is of another run.
+        """Keep the lines up to `step`, where the run is: none at 0, or if the file belongs to another run.
 
-        session: identifies the run among others of the same name. is_written: else the file is only read. A
-        file that cannot be read is reported and counts as none.
+        session: identifies the run among others of the same name. is_written: if False, the file is only
+        read. A file that cannot be read is reported and counts as missing.
         """
         self.path, self.session, self.is_written = path, session, is_written
         self._waiting: list[str] = []
@@ -196,14 +196,14 @@ class History:
             logger.warning("%s cannot be read (%s): the page begins at step %d.", path, error.strerror, step)
 
     def add(self, step: int, **what: Any) -> None:
-        """Add a line, of which `Story.of` says what it may be about.
+        """Add a line with one of the keys that `Story.add` reads.
 
-        Raises OutputError if many lines wait and cannot be written; they are forgotten then.
+        Raises OutputError if many lines wait and cannot be written; they are dropped then.
         """
         row: Row = _finite({"step": step, **what})
         if not row.keys() & PASSING:
             self.events.append(row)
-        # a part of a file's name that is no text becomes \\udce9, which JSON reads as that part
+        # bytes of a file's name that are not UTF-8 become \\udce9 and the like, which JSON can restore
         line = make_storable(json.dumps(row, ensure_ascii=False)) + "\n"
         self._waiting += [line] if self.is_written else []
         if len(self._waiting) >= MOST_WAITING:
@@ -245,7 +245,7 @@ def history_name(path: Path) -> str:
 
 
 def describe_process(number: int | None = None) -> dict[str, Any]:
-    """Return what a process can be found by: its machine, its number, and when it began.
+    """Return the facts that identify a process: its machine, its number, and when it began.
 
     number: this process if None. Raises psutil.NoSuchProcess if it has ended and is not there any more.
     """
@@ -256,7 +256,7 @@ def describe_process(number: int | None = None) -> dict[str, Any]:
 
 
 def read_session(path: Path) -> int | None:
-    """Return which run a history is of; None if there is none, or if it does not tell."""
+    """Return the number of the run that a history belongs to; None without a file or a number."""
     try:
         require_regular_file(path)
         with path.open("rb") as file:
@@ -267,7 +267,7 @@ def read_session(path: Path) -> int | None:
 
 
 def _rows(path: Path, session: int, step: int | None = None) -> Iterator[Row]:
-    """Yield the lines of a run, up to a step if it is given: none if the run stands at its beginning.
+    """Yield the lines of a run, up to `step` if it is given; none at step 0.
 
     Unreadable lines are left out, with a warning if there are more than a kill leaves. Raises OSError if the
     file cannot be read.
@@ -277,7 +277,7 @@ def _rows(path: Path, session: int, step: int | None = None) -> Iterator[Row]:
     require_regular_file(path)
     is_ours, broken = False, 0
     with path.open("rb") as file:
-        # one that is longer than any comes in pieces
+        # a line longer than any of ours is read in pieces
         for line in filter(bytes.strip, iter(lambda: file.readline(MAX_LINE_CHARACTERS), b"")):
             row = parse_row(line)
             if row is None:
@@ -291,7 +291,7 @@ def _rows(path: Path, session: int, step: int | None = None) -> Iterator[Row]:
 
 
 def parse_row(line: bytes) -> Row | None:
-    """Return a line as `History` writes it; None for one that was torn, or shows a file of another folder."""
+    """Parse a line that `History` wrote; None if it is incomplete, or names a file in another folder."""
     try:
         row = json.loads(line.decode("utf-8"))
         if not (line.endswith(b"\n") and isinstance(row, dict)):

@@ -1,12 +1,12 @@
 """Report a run: a progress bar, and TensorBoard, wandb or others through accelerate's trackers.
 
 Only the main process reports. Numbers that a step leaves on the device are read one step later, so that the
-host never waits for them. They are one row: the loss; what processes wish (`WISHES`); if there are several
-parts (experts, or picture and sound) the sum of the losses and the count of micro-batches of each; at the end
-norms.
+host never waits for them. They form one row: the loss; the requests of processes (`WISHES`); for each part,
+if there are several (experts, or picture and sound), the sum of its losses and its count of micro-batches; at
+the end the norms.
 
-A step is timed from the end of the step before it, or from the end of a pause, to its own end on the device:
-not to when the host reads its numbers, which is a step later, or at once if a pause follows.
+A step is timed from the end of the step before it, or from the end of a pause, to its own end on the device.
+The host reads its numbers later: after the next step, or at once if a pause follows.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ WISHES = slice(1, 4)  # of a row: how many processes ask to end, to save, and fo
 
 @dataclass(frozen=True)
 class StepReport:
-    """Hold what is reported of an optimizer step; the row and what follows from it is known a step later."""
+    """Hold the report of an optimizer step. The row, and the fields made from it, are filled a step later."""
 
     step: int  # from 1
     rates: Mapping[str, float]  # learning rates as `name_rates` gives them
@@ -74,7 +74,7 @@ class StepReport:
 class Readings:
     """Keep the row of the last step until it has arrived. `now` returns seconds.
 
-    A moment is one of these, or an event of a CUDA device, which may still lie ahead.
+    A moment is a time in seconds, or an event of a CUDA device that may not have happened yet.
     """
 
     now: Callable[[], float] = time.monotonic
@@ -108,7 +108,7 @@ class Readings:
         return replace(step, row=values, seconds=begun.elapsed_time(self.last) / 1000)
 
     def moment(self, device: str) -> Any:
-        """Return that of now. device: its type, as cuda."""
+        """Return the current moment. device: its type, such as cuda."""
         if device != "cuda":
             return self.now()
         event = torch.cuda.Event(enable_timing=True)
@@ -176,7 +176,7 @@ class Logs:
             threading.excepthook = self._hook
 
     def _note_thread(self, error: threading.ExceptHookArgs) -> None:
-        """Print an error of a thread, but not of TensorBoard's writer: it comes with the next number too."""
+        """Print an error of a thread, but not of TensorBoard's writer, which raises it again later."""
         if not type(error.thread).__module__.startswith("tensorboard."):
             self._hook(error)
 
@@ -222,7 +222,7 @@ class Logs:
         self.values(values, report.step)
 
     def _fitting(self, numbers: Mapping[str, str]) -> dict[str, str]:
-        """Return the numbers beside which the bar keeps some columns of the terminal."""
+        """Return as many of the numbers as fit beside a bar of some columns."""
         kept, place = dict(numbers), self.bar.format_dict
         around = (
             f"steps: 100%|| {self.total_steps}/{self.total_steps} [{tqdm.format_interval(place['elapsed'])}]"
@@ -234,7 +234,6 @@ class Logs:
         return kept
 
     def _numbers(self, report: StepReport) -> dict[str, str]:
-        """Return the numbers beside the bar, by name."""
         shown = {}
         seconds, left = self.clock.seconds_per_step, self.clock.left(report.step, self.total_steps)
         if seconds is not None and left is not None:

@@ -65,8 +65,8 @@ def page_values(
     load: LoadClip | None = None,
     most: tuple[int, int] = (MOST_COLUMNS, MOST_PROMPTS),
 ) -> dict[str, Any]:
-    """Return the values of the template. folder: --output_dir. load: of a story with samples; most: columns
-    and rows of them.
+    """Return the values of the template. folder: --output_dir. load: gives the clips, if the story has
+    samples. most: the largest number of columns and rows in the grid of samples.
     """
     best = story.best_file(folder)
     return {
@@ -88,7 +88,7 @@ def link(*parts: str) -> str:
 
 
 def list_charts(story: Story, most: int = MOST_BINS) -> list[Chart]:
-    """Return the diagrams of a run. most: points of a curve, about."""
+    """Return the diagrams of a run. most: about how many points a curve has."""
     curves = _curves({"loss": story.loss}, most, SMOOTHING)
     if story.validations:
         steps = sorted(story.validations)
@@ -115,7 +115,7 @@ def list_charts(story: Story, most: int = MOST_BINS) -> list[Chart]:
 def _curves(
     named: Mapping[str, Points], most: int, smoothing: float = 0.0, has_dots: bool = False
 ) -> list[Curve]:
-    """Return the curves that have points; of short ones each point counts, and may get a dot."""
+    """Return the curves that have points. Short curves are not smoothed, and may get a dot for each point."""
     curves = []
     for name, points in named.items():
         bins = join_bins(points, most)
@@ -191,9 +191,9 @@ def list_tiles(standing: Standing, story: Story) -> list[tuple[str, str, str]]:
 
 
 def list_files(story: Story, folder: Path) -> list[tuple[int, list[str]]]:
-    """Return the saved files that are there, by step; equal weights together, the shortest name first.
+    """Return the saved files that exist, by step; equal weights together, the shortest name first.
 
-    The last file of a run is often saved twice: as that of its step, and as that of the run.
+    The last weights of a run are often saved twice: under the number of the step, and as the final file.
     """
     found: dict[tuple[int, str], list[str]] = {}
     for name, step in sorted(story.saved.items(), key=lambda saved: (saved[1], len(saved[0]), saved[0])):
@@ -207,7 +207,7 @@ def list_files(story: Story, folder: Path) -> list[tuple[int, list[str]]]:
 
 @functools.lru_cache(maxsize=10_000)
 def _weights_mark(path: Path, changed: int, size: int) -> str:
-    """Return the SHA-256 of the tensors that a LoRA's metadata tell; empty if they do not."""
+    """Return the SHA-256 of the tensors from a LoRA's metadata; empty if it is missing."""
     try:
         return read_safetensors_texts(path).get("sshs_model_hash", "")
     except (OSError, ValueError):

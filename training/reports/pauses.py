@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from training.reports.history import SHOWN
 
 SAMPLES, VALIDATION, SAVING = "samples", "validation", "saving"
-# slow steps are told
+# slow steps are reported
 SEEN = 10  # steps before a median means something
 KEPT = 200  # steps that the median is taken over: a run changes
 LEAST = 1.0  # seconds of a step that is worth a line
@@ -26,10 +26,10 @@ CAUSES = (
 
 @dataclass
 class StepClock:
-    """Keep the seconds of steps, and of pauses by kind; judge each step beside its like.
+    """Keep the seconds of steps, and of pauses by kind; compare each step with steps of the same sizes.
 
-    A step with a pause before it is not judged: set `skips` then. A kind of pauses that has not been seen
-    counts nothing yet.
+    A step after a pause is not compared: set `skips` then. Kinds of pauses that have not occurred yet do not
+    count in the time left.
     """
 
     to_come: Callable[[int], dict[str, int]] = lambda step: {}  # pauses after a step by kind
@@ -50,8 +50,8 @@ class StepClock:
         self.pauses.setdefault(kind, []).append(self.now() - start)
 
     def left(self, step: int, total_steps: int) -> float | None:
-        """Return the seconds left after a step, with the mean of each kind of pauses for each that comes;
-        None before the first step.
+        """Return the seconds left after a step, coming pauses included at the mean of their kind; None before
+        the first step.
         """
         if self.seconds_per_step is None:
             return None
@@ -60,9 +60,9 @@ class StepClock:
         return self.seconds_per_step * (total_steps - step) + sum(pauses)
 
     def note(self, step: int, seconds: float, sizes: Hashable = None) -> str | None:
-        """Note the time of a step. Returns a warning if it was more than twice the median of its like.
+        """Note the time of a step. Returns a warning if it was more than twice the median of similar steps.
 
-        sizes: of the items; two steps that share them take as long.
+        sizes: of the items; steps with equal sizes take equally long.
         """
         self.active, self.steps = self.active + seconds, self.steps + 1
         self._last.append(seconds)

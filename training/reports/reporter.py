@@ -32,13 +32,13 @@ MOST_MESSAGES, MOST_CHARACTERS = 1000, 2000
 class RunReporter:
     """Report one run. Use it as a context manager: leaving it writes the last page.
 
-    In a process that is not the main one, its history is not written and it has no trackers.
+    In processes other than the main one, the history is not written and there are no trackers.
     """
 
     history: History  # if it is not written, there is no page either
     start: Start
     prompts: Mapping[int, str]  # of the samples
-    step: int  # the last one that is done
+    step: int  # the last finished one
     commands: Callable[[Path | None, bool], Sequence[PageCommand]]  # of the best file; finished or not
     memory: Callable[[], Sequence[tuple[str, str]]]
     trackers: Callable[[], Sequence[Any]] = tuple  # of accelerate, which get the samples
@@ -49,12 +49,12 @@ class RunReporter:
     clips: sample_files.ClipStore | None = field(default=None, init=False)  # None: there are no samples yet
     _messages: "_Messages" = field(init=False)
     _written: float = field(init=False)  # when the last page was
-    _cost: float = 0.0  # seconds that it took
+    _cost: float = 0.0  # seconds that writing the page took
     _flushed: float = 0.0  # when the history was
     _flush_cost: float = 0.0
     _told: dict[str, Any] = field(default_factory=dict)  # memory and commands, as last noted
     _has_warned: bool = False
-    _doing: float = -math.inf  # when a pause was told
+    _doing: float = -math.inf  # when work between steps was last recorded
 
     def __post_init__(self) -> None:
         self.folder, self.name = self.history.path.parent, history_name(self.history.path)
@@ -82,7 +82,7 @@ class RunReporter:
         self._write(standing, ending)
 
     def note_doing(self, text: str) -> None:
-        """Tell what is done between two steps, now and then: `sample 1 of 2, step 140 of 300`."""
+        """Record work between steps, as `sample 1 of 2, step 140 of 300`, at most every DOING_SECONDS."""
         if self.now() - self._doing >= DOING_SECONDS:
             self._doing = self.now()
             self._note(self.step, doing=text)
@@ -149,7 +149,7 @@ class RunReporter:
     def note_saved(self, paths: Sequence[Path], step: int) -> None:
         """Add all files of a save, and write the page unless that would take too much of the time.
 
-        It is not written for those of the last step: the run ends there.
+        After the last step it is not written, because the end of the run writes it.
         """
         for path in paths:
             self._note(step, saved=path.name)
@@ -189,7 +189,7 @@ class RunReporter:
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
-        """Turn errors into one warning."""
+        """Turn errors of the block into a warning; only the first one is logged."""
         try:
             yield
         except Exception as error:
@@ -203,7 +203,7 @@ class RunReporter:
 
 
 class _Messages(logging.Handler):
-    """Pass on the first messages of the main thread, which alone adds lines to a history."""
+    """Pass the first messages of the main thread to the history; only that thread adds lines."""
 
     def __init__(self, note: Callable[[str, str], None]) -> None:
         super().__init__(logging.INFO)

@@ -1,5 +1,5 @@
-"""Find the samples of a run by their names and read them reduced; draw sheets and the grid on the page, tell
-trackers.
+"""Find the samples of a run by their names and read them reduced; draw sheets and the grid of the page, and
+send samples to trackers.
 """
 
 import re
@@ -72,7 +72,7 @@ def read_reduced(path: Path) -> ReducedClip:
 
 
 def _draw_sound(path: Path) -> Frame:
-    """Return a picture of a WAV file's sound: over time, how far it swings."""
+    """Return a picture of a WAV file's amplitude over time."""
     from modules.media.samples import read_track, track_facts  # of runs with sound alone
 
     facts = track_facts(path)
@@ -121,7 +121,7 @@ def write_sheet(path: Path, title: str, strips: Mapping[int, Frame], prompts: Ma
 
 
 def _fit(text: str, width: int, size: int) -> str:
-    """Return as much of a text, on one line, as the sheet is wide."""
+    """Cut a text to one line of the sheet's width."""
     text = escape_control_codes(" ".join(text[:1000].split()))
     font = _font(size)
     if font.getlength(text) <= width - 2 * GAP:
@@ -186,9 +186,8 @@ class ClipStore:
     clips: dict[str, Markup] = field(default_factory=dict)
 
     def for_page(self) -> LoadClip:
-        """Return what gives a page its clips; after some seconds only the newest and those that are there.
-
-        Clips that were on no page since the one before are freed.
+        """Return the function that loads clips for a page. After some seconds it reads no more files, except
+        the newest samples. Clips that the last page did not show are freed.
         """
         deadline = self.now() + OLD_CLIPS_SECONDS
         before, self.clips = self.clips, {}
@@ -219,7 +218,7 @@ class ClipStore:
 def choose_columns(rows: Sequence[SampleRow], best_step: int | None, most: int) -> list[SampleRow]:
     """Return at most `most` rows: the first, the last, the one nearest to the best step, and others evenly.
 
-    Of a longer list, those chosen before stay unless they were the last or the best.
+    "Evenly" is every 2nd, 4th, 8th, ... row, so that most of the chosen rows stay when the list grows.
     """
     if len(rows) <= most:
         return list(rows)
@@ -233,7 +232,6 @@ def choose_columns(rows: Sequence[SampleRow], best_step: int | None, most: int) 
 
 
 def make_grid(story: Story, load: LoadClip, most_columns: int, most_prompts: int) -> dict[str, Any]:
-    """Return the values of the grid for the template."""
     rows = [story.samples[key] for key in sorted(story.samples)]
     lowest = story.lowest
     best = None if lowest is None else lowest[0]

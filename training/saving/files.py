@@ -97,9 +97,9 @@ class Saver:
         self._save("", self.options.saves_state_at_end)
 
     def tidy(self, step: int | None = None, epoch: int | None = None) -> None:
-        """Remove what saves at this step and at this epoch no longer keep.
+        """Remove saves that --save_last_n_steps or --save_last_n_epochs no longer keep at this step or epoch.
 
-        Every 5 steps and the last 5: at step 25 those up to 15.
+        With --save_every_n_steps 5 and --save_last_n_steps 5, step 25 removes the saves up to step 15.
         """
         options = self.options
         kept = options.save_last_n_steps, options.save_last_n_steps_state
@@ -117,7 +117,7 @@ class Saver:
     ) -> None:
         """Remove files and states whose number is a multiple of `every` and expired.
 
-        All of them, not only the newest: a run killed before it could remove one leaves it to the next save.
+        Removes all of them, not only the newest: a killed run may not have removed some.
         kept: --save_last_n of files, and of states: those up to now - unit * n expire.
         """
         if not self.is_main:
@@ -150,7 +150,7 @@ class Saver:
                 _remove(entry)
 
     def _save(self, end: str, with_state: bool) -> None:
-        """Save under the run's name with this end."""
+        """Write model, average and state under the run's name and `end`."""
         written, stem = list[Path](), f"{self.names.name}{end}"
         state = self.names.folder / f"{stem}-state"
         kinds = {"": self.write_file}
@@ -290,7 +290,9 @@ def _make_new(folder: Path) -> Path:
 
 
 def _copy(file: Path, target: Path) -> None:
-    """Give a file a second name; copy it where the volume cannot. Whoever replaces it leaves the other."""
+    """Give a file a second name (hard link), or copy it if the volume has no links. Files are replaced, never
+    changed, so the second one stays as it is.
+    """
     try:
         os.link(file, target)
     except OSError:

@@ -1,7 +1,7 @@
 """Upload to and download from the Hugging Face hub; write the model card, README.md with YAML front matter.
 
 A failed upload is logged and never ends a run. A card ends with a comment that holds its own SHA-256, so that
-one that was edited is recognised and kept.
+an edited card is recognised and kept.
 """
 
 import hashlib
@@ -216,7 +216,7 @@ class Uploads:
             logger.error("%s was saved but not uploaded to %s: %s", path, repo, error)
 
     def _upload_card(self, card: str) -> None:
-        """Upload the model card, unless the repository has one of somebody else."""
+        """Upload the model card, unless the repository has a card that must be kept (`may_replace`)."""
         repo = self.options.huggingface_repo_id
         if card in self._sent_cards:
             return

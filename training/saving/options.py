@@ -113,7 +113,7 @@ class SavingOptions(Options, title="saving"):
         return self.save_state or self.save_state_on_train_end
 
     def spread(self, num_epochs: int, ratio: int) -> "SavingOptions":
-        """Return the options with --save_n_epoch_ratio as --save_every_n_epochs. num_epochs: of the run."""
+        """Turn --save_n_epoch_ratio into --save_every_n_epochs. num_epochs: of the run."""
         every = max(1, num_epochs // ratio)
         return replace(self, save_n_epoch_ratio=None, save_every_n_epochs=every)
 

@@ -5,9 +5,9 @@ weights one after the other (`optimizers/stepping.py`). A model file is gathered
 written by the first process.
 
 A state is a folder as in other runs (`states.py`), without the tensors that are split: these are written by
-`torch.distributed.checkpoint` as safetensors files, by each process its rows. Its usual format is read with
-pickle, which could run code of the file. It is read again by any number of processes, with or without
---shard_base; files are checked first, as rows of a missing one would stay what they were.
+`torch.distributed.checkpoint` as safetensors files, each process its rows; its usual format is read with
+pickle, which could run code. Any number of processes can read a state again, with or without --shard_base;
+all files are checked first, because rows from a missing file would silently stay as they were.
 """
 
 import warnings
@@ -62,7 +62,7 @@ def _write_model(
     dtype: torch.dtype | None,
     metadata: Mapping[str, str],
 ) -> None:
-    """Write the weights of now, which may be an average in their place. All processes must call it."""
+    """Write the current weights, or the average if it is in their place. All processes must call it."""
     weights, kept = {**dit.state_dict(), **dict(dit.named_parameters())}, kept_dtypes(dtypes, dtype)
 
     def read(name: str) -> Tensor:
@@ -97,14 +97,14 @@ def write_split_state(folder: Path, state: SavedState) -> None:
 
 
 def _tensors(state: SavedState) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the mappings that hold a state's tensors, by names without "/" or with one in front."""
+    """Yield (name, tensors) of a state's parts, and of the optimizer's states as `optimizer/NAME`."""
     yield from _parts(state).items()
     for name, values in state.optimizer["states"].items():
         yield f"{OPTIMIZER}/{name}", values
 
 
 def _write_files(folder: Path | None, tensors: Mapping[str, Any]) -> dict[str, int]:
-    """Write the rows of all processes to a folder of the first; return the checksums of the files."""
+    """Write the rows of all processes to the first one's `folder`; return the checksums of the files."""
     (folder,) = broadcast_object_list([folder])
     assert folder is not None
     ends = accumulate(tensor.to_local().nbytes for tensor in tensors.values())
@@ -142,7 +142,7 @@ def fill_state(
             saved.optimizer["states"][name][item] = value
         elif part in own:
             ours = own[part].get(name)
-            if ours is None or ours.shape != shape:  # told where all names and shapes are compared
+            if ours is None or ours.shape != shape:  # reported where all names and shapes are compared
                 ours = torch.empty(shape, device="meta")
             else:
                 targets[key] = ours
@@ -156,7 +156,7 @@ def fill_state(
             kept: Any = saved.parts.get(part, {}).get(name)
             if kept is None or not is_split(ours) or kept.shape != ours.shape:
                 continue
-            if not is_split(kept):  # of a state that is whole
+            if not is_split(kept):  # the state is whole
                 rows_here(ours).copy_(rows_of(ours, kept))
                 _parts(saved)[part][name] = ours
     for name, weight in split.items():
@@ -174,7 +174,7 @@ def _empty_moment(
     weight: Tensor | None,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """Return memory for what an optimizer keeps of a weight, and the same as what it is filled through.
+    """Return an empty moment for this process' rows of a weight, and the (split) tensor to load it by.
 
     Raises CheckpointError if this run has no weight of that name and shape.
     """

@@ -163,8 +163,8 @@ def read_state(folder: Path) -> SavedState | ForeignState:
 
 @contextlib.contextmanager
 def one_error(folder: Path) -> Iterator[None]:
-    """Raise CheckpointError with the folder in place of whatever a state causes that is damaged or of
-    another network.
+    """Turn errors of the block, as damaged states and those of other networks cause them, into
+    CheckpointError with the folder.
     """
     try:
         yield
@@ -180,9 +180,9 @@ def one_error(folder: Path) -> Iterator[None]:
 
 
 def plain_state(value: Any, name: str) -> Any:
-    """Return a copy of containers with plain values, which alone can be read without running code.
+    """Return a copy with plain containers and values only: those can be read without running code.
 
-    Raises OptionError for another object. name: of the value in that message.
+    Raises OptionError for any other object. name: names the value in that message.
     """
     if isinstance(value, Tensor):
         return value.detach()
@@ -191,7 +191,7 @@ def plain_state(value: Any, name: str) -> Any:
     if isinstance(value, (list, tuple)):
         items = [plain_state(item, f"{name}/{index}") for index, item in enumerate(value)]
         return tuple(items) if isinstance(value, tuple) else items
-    for kind in (bool, int, float, str):  # a class derived from them, as numpy's float, becomes one of them
+    for kind in (bool, int, float, str):  # subclasses, such as numpy's float, become the plain type
         if isinstance(value, kind):
             return kind(value)
     if value is None:
@@ -255,9 +255,9 @@ def _is_own(folder: Path) -> bool:
 
 
 def _content(folder: Path, is_checked: bool = False) -> dict[str, Any]:
-    """Return the fields of `SavedState` but its folder; tensors are mapped.
+    """Return the fields of `SavedState` except its folder; tensors are mapped.
 
-    is_checked: compare the checksum too; without, a state of before comes without tensors.
+    is_checked: compare the checksum too. If False, a state of an older version comes without tensors.
     """
     if not (folder / FILE).exists():
         return read_old_state(folder, is_checked)
@@ -310,7 +310,7 @@ def _read_foreign(folder: Path) -> ForeignState:
 
 
 def read_old_state(folder: Path, is_checked: bool) -> dict[str, Any]:
-    """Return the fields of `SavedState` but its folder, of a state of before.
+    """Return the fields of `SavedState` except its folder, of a state of an older version.
 
     is_checked: read the tensors too, and compare their checksums. Raises an error of any kind if the folder
     is damaged.
