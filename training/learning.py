@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from modules.contract.data import CAPTION
 from modules.contract.family import Family, hears_sound
-from modules.contract.rules import Expert, SoundLearning
+from modules.contract.rules import Expert
 from modules.devices import dtype_of, gib, keep_heap_small, warn_if_emulated
 from modules.dressing import share_tokens, shared_blocks, swapped_weights
 from modules.errors import MemoryPlanError
@@ -134,7 +134,7 @@ def make_run(
         tuple(plan.family.experts),
         options.noise,
         options.weighted_by,
-        plan.family.sound_learning if hears_sound(plan.family) else SoundLearning(),
+        plan.family.sound_learning if hears_sound(plan.family) else None,
     )
     feed = Feed(
         plan.order,

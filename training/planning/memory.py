@@ -19,6 +19,7 @@ from dataset.cache.records import CacheChecks
 from modules.console import quiet
 from modules.contract.data import LatentSpec
 from modules.contract.family import Described
+from modules.contract.rules import SoundLearning
 from modules.devices import gib
 from modules.installation import import_own
 from modules.options import override_options
@@ -202,7 +203,8 @@ def read_largest(
     batch = sources.read(found, family.latent, commands, CacheChecks(), ("largest",))
     # given frames take a little more memory than none: if they may come, the largest batch has some
     noise = replace(family.noise, first_frame_probability=math.ceil(family.noise.first_frame_probability))
-    return Randomness(options.timesteps, 0, noise, perturbation=options.noise).add(batch, 0, 0)
+    drawn = Randomness(options.timesteps, 0, noise, perturbation=options.noise, sound=SoundLearning())
+    return drawn.add(batch, 0, 0)
 
 
 def plan_training(
