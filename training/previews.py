@@ -1,6 +1,7 @@
 """Preview a run without training: --show_timesteps, --debug_dataset, --check and --plan."""
 
 import io
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ from modules.seeds import derive_seed
 from training.caching_inside import find_live_texts, list_live_tables, open_stores, plan_tables
 from training.checks import check_teacher
 from training.data.feed import BatchSources
-from training.data.timesteps import Timesteps, draw, loss_weights, spans_of
+from training.data.timesteps import Timesteps, draw, loss_weights
 from training.noise_options import NOTHING, NUM_TIMESTEPS, WEIGHTS_OF_LOSS, TimestepOptions
 from training.options import TrainingOptions
 from training.plan import read_config
@@ -157,10 +158,12 @@ def shares_in_words(counts: Tensor, experts: Sequence[Expert]) -> str:
     if experts[0] == ONE_EXPERT[0]:
         return ""
     lines = []
-    for expert, span in zip(experts, spans_of(experts), strict=True):
-        share = float(counts[span.holds(torch.arange(NUM_TIMESTEPS))].sum() / counts.sum())
-        end = min(span.highest, NUM_TIMESTEPS)
-        lines.append(f"{expert.words}: timesteps from {span.lowest:g} to {end:g}, {share:.1%} of the draws\n")
+    for expert in experts:
+        end = min(expert.highest, NUM_TIMESTEPS)
+        share = float(counts[math.ceil(expert.lowest) : math.ceil(end)].sum() / counts.sum())
+        lines.append(
+            f"{expert.words}: timesteps from {expert.lowest:g} to {end:g}, {share:.1%} of the draws\n"
+        )
     return "".join(lines)
 
 
