@@ -275,7 +275,7 @@ def _add_learner(
         plan.family.lora_module,
         dit,
         plan.progress.seed,
-        texts.networks if texts.learning else {},
+        {} if texts is None else texts.networks,
         in_dit,
         saved,
     )
@@ -285,7 +285,7 @@ def _add_learner(
     rates: Rates = (rate, None if parts is None else parts.unet_lr, None)
     if parts is not None:
         of_texts = None
-        if texts.learning:
+        if texts is not None and texts.learning:
             found = dict(zip(texts.able, parts.text_rates(len(texts.able), rate), strict=True))
             of_texts = [found[each.lora_prefix] for each in texts.learning]
         rates = (rate, parts.unet_lr, of_texts)

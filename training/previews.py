@@ -69,7 +69,8 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
     checks, findings = import_own("data_tools.report.check"), import_own("data_tools.report.findings")
     config, workers = read_config(options, family), max(1, os.cpu_count() or 1)
     counters = findings.load_counters(family.text_encoders)
-    plans = plan_tables(family, config, options.caching, find_live_texts(family, options, config).keys)
+    texts = find_live_texts(family, options, config)
+    plans = plan_tables(family, config, options.caching, () if texts is None else texts.keys)
     asked, seed = options.validation, options.loop.seed or 0
     validation = asked.validation_split, seed if asked.validation_seed is None else asked.validation_seed
     if all(plan.is_own for plan in plans):
@@ -109,7 +110,7 @@ def _plan(
     texts = find_live_texts(family, options, config)
     if options.frozen.teacher is not None:
         check_teacher(family, options.frozen.teacher, texts)
-    plans = plan_tables(family, config, options.caching, texts.keys)
+    plans = plan_tables(family, config, options.caching, () if texts is None else texts.keys)
     if not all(plan.can_be_planned for plan in plans):
         raise OptionError(
             "--plan rehearses a batch from caches on disk, and this training makes others: make them first, "
@@ -118,7 +119,7 @@ def _plan(
         )
     stores = open_stores(family, plans)
     parts = family.cache_tag, family.latent, family.text_keys
-    tables = list_live_tables(family.cache_tag, plans, needs_captions=bool(texts.encoders))
+    tables = list_live_tables(family.cache_tag, plans, needs_captions=texts is not None)
     found = require_items(find_items(config, *parts, stores, tables, sound_of(family)), commands)
     check_channels(found, family.latent, commands, stores)
     items, _ = split_validation(found, options.validation.validation_split)

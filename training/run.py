@@ -95,7 +95,7 @@ def prepare_run(
         swap, memory = options.speed.swap, None
         if accelerator.device.type == "cuda" or swap.is_auto:  # others need no planner
             swap, memory = import_own("training.planning.memory").prepare_memory(plan)
-        if texts.encoders:
+        if texts is not None:
             texts.load(accelerator.device, shared_blocks(options.speed.sharding, accelerator.device))
             held.callback(texts.free)
         logs = _make_logs(plan, swap)
@@ -180,4 +180,4 @@ def _make_sampler(plan: TrainingPlan, prompts: Path) -> "Sampler | None":
         plan.steps.works_together,
         shared_blocks(plan.options.speed.sharding, accelerator.device),
     )
-    return replace(sampler, renew=plan.texts.renew) if plan.texts.learning else sampler
+    return replace(sampler, renew=plan.texts.renew) if plan.texts and plan.texts.learning else sampler
