@@ -31,14 +31,11 @@ Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
 @dataclass(frozen=True)
 class Dropouts:
-    """Dropout rates during training; eval mode drops nothing."""
+    """Dropout rates during training, at least one above 0; eval mode drops nothing."""
 
     neuron: float = 0.0  # of single values between the factors
     rank: float = 0.0  # of whole ranks, per sample
     module: float = 0.0  # of whole LoRAs
-
-    def __bool__(self) -> bool:
-        return max(self.neuron, self.rank, self.module) > 0
 
 
 class DropoutSeed:
@@ -99,7 +96,8 @@ class LoraLayer(nn.Module):
             self.dora_scale = nn.Parameter(norms.view(-1, 1))
             self.register_buffer("squares", norms.square(), persistent=False)
         # index: its number in the network, which gives it its own masks
-        self.dropouts, self.seed, self.index = Dropouts(), DropoutSeed(), 0
+        self.dropouts: Dropouts | None = None
+        self.seed, self.index = DropoutSeed(), 0
         # KINDS x 2 int64, a tensor because compiled code would treat a number as a constant
         self.seed_table: Tensor | None = None
         # where the standard deviations of noise on the weight are, for training: a buffer, and its name
@@ -116,7 +114,7 @@ class LoraLayer(nn.Module):
     def attach(self) -> None:
         self._original_forward = self._original[0].forward
         # masks depend on an element's index in the input, so that pieces of it would get equal masks
-        self._original[0].sees_whole_input = self.dropouts.neuron > 0  # type: ignore[assignment]
+        self._original[0].sees_whole_input = bool(self.dropouts and self.dropouts.neuron)  # type: ignore[assignment]
         self._original[0].forward = self.forward  # type: ignore[assignment,method-assign]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -127,29 +125,29 @@ class LoraLayer(nn.Module):
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else self.lora_down.weight.dtype
         if autocast and x.dtype == torch.float32:
             x = x.to(dtype)  # cast once, not in both the original and the LoRA
-        dropping = self.training and bool(self.dropouts)
-        in_tensors = dropping and self.seed_table is not None and torch.compiler.is_compiling()
-        if self.multiplier == 0 or (dropping and not in_tensors and self._skips()):
+        dropouts = self.dropouts if self.training else None
+        in_tensors = dropouts is not None and self.seed_table is not None and torch.compiler.is_compiling()
+        if self.multiplier == 0 or (dropouts and not in_tensors and self._skips(dropouts.module)):
             return self._original_forward(x)
         if self._joins(x, dtype):
             seen, hidden = branch(x, self.lora_down.weight.to(x.dtype))
-            hidden, up = self._scaled(hidden, dropping), self.lora_up.weight.to(x.dtype)
+            hidden, up = self._scaled(hidden, dropouts), self.lora_up.weight.to(x.dtype)
             heights = self.lora_up.heights if isinstance(self.lora_up, BlockUp) else ()
             held = hold(hidden, up, heights)
             out = self._original_forward(seen)
             out = whole = add_up(out.to(x.dtype), hidden, up, heights, held).to(out.dtype)
         else:
             out = self._original_forward(x)
-            added = self.lora_up(self._scaled(self.lora_down(x.to(dtype)), dropping)).to(out.dtype)
+            added = self.lora_up(self._scaled(self.lora_down(x.to(dtype)), dropouts)).to(out.dtype)
             whole = out + added if self.dora_scale is None else self._decompose(out, added, given)
         if self.training and self.noise_of is not None:
             strengths, name = self.noise_of
             noise = perturbed(x.to(dtype), getattr(strengths, name), self.seed.derive(self.index, "noise"))
             whole = whole + noise.to(whole.dtype)
         # compiled code computes it in any case
-        if self.seed_table is not None and in_tensors and self.dropouts.module > 0:
+        if self.seed_table is not None and in_tensors and dropouts and dropouts.module > 0:
             return torch.where(
-                self.seed_table[KINDS.index("module"), 0] < self.dropouts.module * (_32_BITS + 1), out, whole
+                self.seed_table[KINDS.index("module"), 0] < dropouts.module * (_32_BITS + 1), out, whole
             )
         return whole
 
@@ -190,15 +188,15 @@ class LoraLayer(nn.Module):
         largest = x.numel() // original.in_features * max(original.in_features, original.out_features)
         return self.dora_scale is None and largest >= self.joins_from
 
-    def _scaled(self, hidden: Tensor, dropping: bool) -> Tensor:
-        """Return hidden (... R, a small tensor) times multiplier and scale. dropping: with dropouts."""
+    def _scaled(self, hidden: Tensor, dropouts: Dropouts | None) -> Tensor:
+        """Return hidden (... R, a small tensor) times multiplier and scale."""
         hidden = hidden * (self.multiplier * self.scale)
-        if dropping and self.dropouts.neuron > 0:
-            hidden = self._mask(hidden, "neuron", hidden.shape, self.dropouts.neuron)
-        if dropping and self.dropouts.rank > 0:
+        if dropouts and dropouts.neuron > 0:
+            hidden = self._mask(hidden, "neuron", hidden.shape, dropouts.neuron)
+        if dropouts and dropouts.rank > 0:
             axes = [1] * hidden.ndim
             axes[0], axes[-1 if isinstance(self.lora_down, nn.Linear) else 1] = hidden.shape[0], self.rank
-            hidden = self._mask(hidden, "rank", axes, self.dropouts.rank)
+            hidden = self._mask(hidden, "rank", axes, dropouts.rank)
         return hidden
 
     def _decompose(self, out: Tensor, added: Tensor, dtype: torch.dtype) -> Tensor:
@@ -235,8 +233,7 @@ class LoraLayer(nn.Module):
         part = getattr(self._original[0], TOKEN_PART, 0) if kind == "neuron" else 0
         return self.seed.derive(self.index, kind, part)
 
-    def _skips(self) -> bool:
-        share = self.dropouts.module
+    def _skips(self, share: float) -> bool:
         return share > 0 and (self.seed_of("module") & _32_BITS) < share * (_32_BITS + 1)
 
     def _mask(self, hidden: Tensor, kind: str, shape: Sequence[int], share: float) -> Tensor:

@@ -79,7 +79,7 @@ class LoraSettings:
     alpha: float = DEFAULT_ALPHA
     conv_rank: int | None = None  # None: convolutions larger than 1 x 1 get no LoRA
     conv_alpha: float = DEFAULT_ALPHA
-    dropouts: Dropouts = Dropouts()
+    dropouts: Dropouts | None = None
     # matched at the start of module paths; `include` brings excluded modules back
     include: tuple[Pattern, ...] = ()
     exclude: tuple[Pattern, ...] = ()
@@ -139,7 +139,7 @@ def read_settings(
         alpha=DEFAULT_ALPHA if alpha is None else float(alpha),
         conv_rank=given.get("conv_dim"),
         conv_alpha=given.get("conv_alpha", DEFAULT_ALPHA),
-        dropouts=Dropouts(*(share or 0.0 for share in dropouts)),
+        dropouts=Dropouts(*(share or 0.0 for share in dropouts)) if any(dropouts) else None,
         include=given.get("include_patterns", ()),
         exclude=given.get("exclude_patterns", ()),
         loraplus_lr_ratio=given.get("loraplus_unet_lr_ratio", ratio),

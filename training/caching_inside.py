@@ -39,7 +39,7 @@ from modules.media.reading import image_size
 from modules.seeds import derive_seed
 from networks.own_kinds import OWN_MODULES
 from training.data.feed import BatchSources
-from training.data.live import NO_TEXTS, LiveTexts
+from training.data.live import LiveTexts
 from training.options import TrainingOptions
 
 logger = logging.getLogger(__name__)
@@ -236,10 +236,10 @@ def _share_entries(stores: Sequence[MemoryStore]) -> None:
 UNET_ONLY = "--network_train_unet_only"
 
 
-def find_live_texts(family: Family, options: TrainingOptions, config: DatasetConfig) -> LiveTexts:
+def find_live_texts(family: Family, options: TrainingOptions, config: DatasetConfig) -> LiveTexts | None:
     """Return the encoders that stay loaded because captions vary, because they learn, or for lack of caches.
 
-    If none does, all texts come from caches. Raises OptionError if caches are asked for texts that change, or
+    None: all texts come from caches. Raises OptionError if caches are asked for texts that change, or
     if an encoder that is needed is not given.
     """
     asked = options.caching is not None and options.caching.caches_texts
@@ -281,10 +281,10 @@ def find_live_texts(family: Family, options: TrainingOptions, config: DatasetCon
                 UNET_ONLY,
             )
     if asked or not options.is_for_images:
-        return NO_TEXTS
+        return None
     stores, end = Stores(npz_names(family)), text_file_name("", family.cache_tag)
     if any(name.endswith(end) for table in config.datasets for name in stores.of(table).names()):
-        return NO_TEXTS
+        return None
     return LiveTexts(_encoders(family, "there are no text caches"))
 
 

@@ -112,14 +112,14 @@ def check_networks(family: Family, options: TrainingOptions) -> None:
                 import_own("networks.apply").check_loras_fit(file, uses, family.file_beside(file))
 
 
-def check_teacher(family: Family, asked: str, texts: LiveTexts) -> None:
+def check_teacher(family: Family, asked: str, texts: LiveTexts | None) -> None:
     """Raise OptionError if the family has no extra inputs for --teacher, or if texts are not cached."""
     if not family.fuller:
         raise OptionError(
             f"--teacher {asked}: there is nothing that the model {family.name} can be told besides, so that "
             "the teacher would know no more than the network. Leave it out"
         )
-    if texts.encoders:
+    if texts is not None:
         names = " and ".join(encoder.name for encoder in texts.encoders)
         raise OptionError(
             f"--teacher {asked}: captions are encoded while training here, by {names}, and the teacher's "

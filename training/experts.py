@@ -221,10 +221,7 @@ def expert_trained(family: Family, options: TrainingOptions) -> Expert | None:
     if experts != ONE_EXPERT:
         return experts[0]
     lowest, highest = levels_reached(options.timesteps, family.noise)
-    ends = [*(expert.lowest for expert in usual[1:]), float("inf")]
-    fitting = [
-        expert for expert, end in zip(usual, ends, strict=True) if expert.lowest <= lowest and highest <= end
-    ]
+    fitting = [expert for expert in usual if expert.lowest <= lowest and highest <= expert.highest]
     return fitting[0] if fitting else None
 
 

@@ -40,22 +40,12 @@ Generation = Callable[[Mapping[str, Any]], Sequence[str]]
 
 
 @dataclass(frozen=True)
-class FamilyScripts:
-    """Hold the scripts of a family, and the options that the training one was given."""
-
-    train: str = "the training script"
-    given: Sequence[GivenOption] = ()
-    generation: Generation | None = None
-
-
-NO_SCRIPTS = FamilyScripts()
-
-
-@dataclass(frozen=True)
 class NextSteps:
     """Make the command lines that can follow a run. `sample`: the first sample, see `Generation`."""
 
-    scripts: FamilyScripts
+    script: str  # that trains
+    given: Sequence[GivenOption]  # to it
+    generation: Generation | None
     options: TrainingOptions
     names: Names
     total_steps: int
@@ -71,8 +61,8 @@ class NextSteps:
         """
         chosen = best or [*self.names.files(self.names.name).values()][0]
         found = [self._resume(is_finished)]
-        if self.scripts.generation is not None:
-            found.append(self._generate(self.scripts.generation, chosen))
+        if self.generation is not None:
+            found.append(self._generate(self.generation, chosen))
         network = self.options.network
         if network is not None and (network.decomposes or self.converted_for):
             found += [self._convert(file) for file in self.names.files(self.names.stem_of(chosen)).values()]
@@ -90,7 +80,7 @@ class NextSteps:
             title, end, note = "Make a plain LoRA of the DoRA", "plain", DORA_ELSEWHERE
             is_high = bool(self.names.parts) and file.stem.endswith(HIGH_NOISE)
             dits = ("dit_high_noise",) if is_high else ("dit", "dit_high_noise")
-            texts = {option.name: option.text for option in self.scripts.given}
+            texts = {option.name: option.text for option in self.given}
             dit = next(filter(None, map(texts.get, dits)), "model.safetensors")
             words += ["--bake", str(BAKED_RANK), "--dit", dit]
         elif network is not None and self.converted_for != "ComfyUI":
@@ -126,9 +116,9 @@ class NextSteps:
 
     def _words(self, without: Collection[str] = ()) -> list[str]:
         launcher = ["accelerate", "launch", "--quiet", "--num_processes", str(self.processes)]
-        given = [one for one in self.scripts.given if one.is_changed and one.name not in without]
+        given = [one for one in self.given if one.is_changed and one.name not in without]
         words = [word for option in given for word in option.words]
-        return [*(launcher if self.processes > 1 else ["python"]), self.scripts.train, *words]
+        return [*(launcher if self.processes > 1 else ["python"]), self.script, *words]
 
     def after_loss(self) -> str:
         if self._has_state():
@@ -180,11 +170,19 @@ def _command(title: str, words: Sequence[str], note: str = "") -> PageCommand:
     return PageCommand(title, shlex.join(words), quote_for_powershell(words), note)
 
 
-def plan_next_steps(plan: TrainingPlan, scripts: FamilyScripts, sampler: "Sampler | None") -> NextSteps:
-    """Return a maker of the command lines that can follow the run."""
+def plan_next_steps(
+    plan: TrainingPlan,
+    sampler: "Sampler | None",
+    script: str = "the training script",
+    given: Sequence[GivenOption] = (),
+    generation: Generation | None = None,
+) -> NextSteps:
+    """Return a maker of the command lines that can follow the run. What follows `sampler` is as there."""
     found = read_family({TRAINED_ON: plan.family.name})
     return NextSteps(
-        scripts,
+        script,
+        given,
+        generation,
         plan.options,
         plan.names,
         plan.steps.total_steps,

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from modules.contract.data import CAPTION
 from modules.contract.family import Family, hears_sound
-from modules.contract.rules import Expert, SoundLearning
+from modules.contract.rules import Expert
 from modules.devices import dtype_of, gib, keep_heap_small, warn_if_emulated
 from modules.dressing import share_tokens, shared_blocks, swapped_weights
 from modules.errors import MemoryPlanError
@@ -133,7 +133,7 @@ def make_run(
         tuple(plan.family.experts),
         options.noise,
         options.weighted_by,
-        plan.family.sound_learning if hears_sound(plan.family) else SoundLearning(),
+        plan.family.sound_learning if hears_sound(plan.family) else None,
     )
     feed = Feed(
         plan.order,
@@ -273,7 +273,7 @@ def _add_learner(
         plan.family.lora_module,
         dit,
         plan.progress.seed,
-        texts.networks,
+        {} if texts is None else texts.networks,
         in_dit,
         saved,
     )
@@ -283,7 +283,7 @@ def _add_learner(
     rates: Rates = (rate, None if parts is None else parts.unet_lr, None)
     if parts is not None:
         of_texts = None
-        if texts.learning:
+        if texts is not None and texts.learning:
             found = dict(zip(texts.able, parts.text_rates(len(texts.able), rate), strict=True))
             of_texts = [found[each.lora_prefix] for each in texts.learning]
         rates = (rate, parts.unet_lr, of_texts)

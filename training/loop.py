@@ -167,7 +167,7 @@ def _accumulate(
             torch.mps.manual_seed(seed)
         if run.memory is not None:
             run.memory.see_batch(noisy_batch.noise.numel())
-        if run.plan.texts.encoders:
+        if run.plan.texts is not None:
             with run.autocast():
                 noisy_batch = replace(noisy_batch, batch=run.plan.texts.add_to(noisy_batch.batch))
         noisy_batch, expert = noisy_batch.to(run.device), noisy_batch.expert

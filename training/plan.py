@@ -26,7 +26,7 @@ from modules.option_values import require
 from modules.speed_options import Quantisation
 from training.checks import check_before_loading, check_teacher, list_unused_options
 from training.data.feed import BatchSources
-from training.data.live import NO_TEXTS, LiveTexts
+from training.data.live import LiveTexts
 from training.experts import check_computing, note_experts
 from training.optimizers.stepping import check_fused_backward, check_split
 from training.options import TrainingOptions
@@ -64,7 +64,7 @@ class TrainingPlan:
     steps: StepPlan
     sources: BatchSources  # where batches are read from
     encoders: SameEncoders  # that made the caches
-    texts: LiveTexts  # encoded while training
+    texts: LiveTexts | None  # encoded while training; None: all come from caches
     # settings that states record, and changes by --resume_changed
     identity: dict[str, Any]
     habits: dict[str, Any]
@@ -137,11 +137,11 @@ def make_plan(
 
 def _find_sources(
     family: Family, options: TrainingOptions, config: DatasetConfig, device: torch.device
-) -> tuple[LiveTexts, BatchSources]:
+) -> tuple[LiveTexts | None, BatchSources]:
     """Return what encodes while training, and where the rest is read from. Checks --teacher."""
     subsets = [one for one in config.datasets if one.group is not None]
     is_changing = any(one.changes.varying_keys or one.augmentation.varying_keys for one in subsets)
-    inside, texts = None, NO_TEXTS
+    inside, texts = None, None
     if is_changing or options.is_for_images or options.caching is not None:  # maybe it encodes by itself
         inside = import_own("training.caching_inside")
         texts = inside.find_live_texts(family, options, config)
@@ -149,7 +149,8 @@ def _find_sources(
         check_teacher(family, options.frozen.teacher, texts)
     if inside is None:
         return texts, BatchSources(Stores(npz_names(family)))
-    return texts, inside.prepare_sources(family, config, options.caching, device, texts.keys)
+    keys = () if texts is None else texts.keys
+    return texts, inside.prepare_sources(family, config, options.caching, device, keys)
 
 
 @contextmanager
@@ -219,7 +220,7 @@ def _find_items(
     options: TrainingOptions,
     config: DatasetConfig,
     sources: BatchSources,
-    texts: LiveTexts,
+    texts: LiveTexts | None,
     commands: CachingCommands,
     seed: int,
     process: tuple[int, int],
@@ -235,7 +236,7 @@ def _find_items(
     found = require_items(listed, commands)
     check_channels(found, family.latent, commands, sources.stores)
     starting = import_own("dataset.batches.starting")
-    starting.check_caches(family, found, commands, sources.stores, bool(texts.encoders), process)
+    starting.check_caches(family, found, commands, sources.stores, texts is not None, process)
     if process[0] == 0:
         hears = sound_of(family) is not None
         starting.compare_sources(config.datasets, listed, commands, family.cache_tag, hears)

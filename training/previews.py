@@ -1,6 +1,7 @@
 """Preview a run without training: --show_timesteps, --debug_dataset, --check and --plan."""
 
 import io
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ from modules.seeds import derive_seed
 from training.caching_inside import find_live_texts, list_live_tables, open_stores, plan_tables
 from training.checks import check_teacher
 from training.data.feed import BatchSources
-from training.data.timesteps import Timesteps, draw, loss_weights, spans_of
+from training.data.timesteps import Timesteps, draw, loss_weights
 from training.noise_options import NOTHING, NUM_TIMESTEPS, WEIGHTS_OF_LOSS, TimestepOptions
 from training.options import TrainingOptions
 from training.plan import read_config
@@ -68,7 +69,8 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
     checks, findings = import_own("data_tools.report.check"), import_own("data_tools.report.findings")
     config, workers = read_config(options, family), max(1, os.cpu_count() or 1)
     counters = findings.load_counters(family.text_encoders)
-    plans = plan_tables(family, config, options.caching, find_live_texts(family, options, config).keys)
+    texts = find_live_texts(family, options, config)
+    plans = plan_tables(family, config, options.caching, () if texts is None else texts.keys)
     asked, seed = options.validation, options.loop.seed or 0
     validation = asked.validation_split, seed if asked.validation_seed is None else asked.validation_seed
     if all(plan.is_own for plan in plans):
@@ -108,7 +110,7 @@ def _plan(
     texts = find_live_texts(family, options, config)
     if options.frozen.teacher is not None:
         check_teacher(family, options.frozen.teacher, texts)
-    plans = plan_tables(family, config, options.caching, texts.keys)
+    plans = plan_tables(family, config, options.caching, () if texts is None else texts.keys)
     if not all(plan.can_be_planned for plan in plans):
         raise OptionError(
             "--plan rehearses a batch from caches on disk, and this training makes others: make them first, "
@@ -117,7 +119,7 @@ def _plan(
         )
     stores = open_stores(family, plans)
     parts = family.cache_tag, family.latent, family.text_keys
-    tables = list_live_tables(family.cache_tag, plans, needs_captions=bool(texts.encoders))
+    tables = list_live_tables(family.cache_tag, plans, needs_captions=texts is not None)
     found = require_items(find_items(config, *parts, stores, tables, sound_of(family)), commands)
     check_channels(found, family.latent, commands, stores)
     items, _ = split_validation(found, options.validation.validation_split)
@@ -157,10 +159,12 @@ def shares_in_words(counts: Tensor, experts: Sequence[Expert]) -> str:
     if experts[0] == ONE_EXPERT[0]:
         return ""
     lines = []
-    for expert, span in zip(experts, spans_of(experts), strict=True):
-        share = float(counts[span.holds(torch.arange(NUM_TIMESTEPS))].sum() / counts.sum())
-        end = min(span.highest, NUM_TIMESTEPS)
-        lines.append(f"{expert.words}: timesteps from {span.lowest:g} to {end:g}, {share:.1%} of the draws\n")
+    for expert in experts:
+        end = min(expert.highest, NUM_TIMESTEPS)
+        share = float(counts[math.ceil(expert.lowest) : math.ceil(end)].sum() / counts.sum())
+        lines.append(
+            f"{expert.words}: timesteps from {expert.lowest:g} to {end:g}, {share:.1%} of the draws\n"
+        )
     return "".join(lines)
 
 

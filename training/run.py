@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -20,7 +20,7 @@ from modules.options import option_values
 from modules.planning.device_memory import too_little
 from modules.speed_options import SwapOptions
 from training.checks import check_before_loading
-from training.following import NO_SCRIPTS, FamilyScripts, plan_next_steps
+from training.following import NextSteps, plan_next_steps
 from training.learning import load_model, make_run
 from training.loop import train
 from training.options import TrainingOptions
@@ -44,13 +44,14 @@ def train_network(
     family: Family,
     options: TrainingOptions,
     commands: CachingCommands = NO_COMMANDS,
-    scripts: FamilyScripts = NO_SCRIPTS,
+    follow: Callable[..., NextSteps] = plan_next_steps,
     sampling: Family | None = None,
 ) -> int:
     """Train a network (a LoRA) for a family's DiT, or the whole DiT, from the first step or a saved state.
 
-    commands: to show if caches are missing. scripts: to show on the page as next ones. sampling: the model of
-    samples, if it has transformers that are not trained. Returns the program's exit code.
+    commands: to show if caches are missing. follow: given the plan and the sampler, makes what the page shows
+    as next ones. sampling: the model of samples, if it has transformers that are not trained. Returns the
+    program's exit code.
     Raises UserError if the user has to change something.
     """
     if os.environ.get(RUN_GOES_ON) == RUN_CHECKS:
@@ -61,7 +62,7 @@ def train_network(
         code: int = import_own("training.previews").show_preview(family, options, commands, sampling)
         return code
     try:
-        with prepare_run(family, options, commands, scripts, sampling) as run:
+        with prepare_run(family, options, commands, follow, sampling) as run:
             train(run)
     except torch.OutOfMemoryError as error:
         raise too_little(
@@ -77,7 +78,7 @@ def prepare_run(
     family: Family,
     options: TrainingOptions,
     commands: CachingCommands = NO_COMMANDS,
-    scripts: FamilyScripts = NO_SCRIPTS,
+    follow: Callable[..., NextSteps] = plan_next_steps,
     sampling: Family | None = None,
 ) -> Iterator[TrainingRun]:
     """Load everything for a run; on exit, end logs and wait for uploads. Raises as `train_network`."""
@@ -88,13 +89,13 @@ def prepare_run(
         texts, progress, prompts = plan.texts, plan.progress, options.samples.sample_prompts
         # texts and images are encoded while there is no DiT
         sampler = None if prompts is None else _make_sampler(plan, prompts)
-        following = plan_next_steps(plan, scripts, sampler)
+        following = follow(plan, sampler)
         if others is not None:
             others.advice = following.after_loss
         swap, memory = options.speed.swap, None
         if accelerator.device.type == "cuda" or swap.is_auto:  # others need no planner
             swap, memory = import_own("training.planning.memory").prepare_memory(plan)
-        if texts.encoders:
+        if texts is not None:
             texts.load(accelerator.device, shared_blocks(options.speed.sharding, accelerator.device))
             held.callback(texts.free)
         logs = _make_logs(plan, swap)
@@ -179,4 +180,4 @@ def _make_sampler(plan: TrainingPlan, prompts: Path) -> "Sampler | None":
         plan.steps.works_together,
         shared_blocks(plan.options.speed.sharding, accelerator.device),
     )
-    return replace(sampler, renew=plan.texts.renew) if plan.texts.learning else sampler
+    return replace(sampler, renew=plan.texts.renew) if plan.texts and plan.texts.learning else sampler

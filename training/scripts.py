@@ -52,19 +52,20 @@ def training_script(
 
         tell_loading()
         from dataset.batches.items import CachingCommands
-        from training.following import FamilyScripts
+        from training.following import plan_next_steps
         from training.run import train_network  # torch loads here, after every option has been read
 
         made = entry.make_family("training", own)
         # options of the caching script that follow from the checkpoint
         commands = entry.caching_commands(own, options.loop.dataset_config, made.caching_switches)
-        scripts = FamilyScripts(
-            f"{entry.script}_train{'' if whole else '_network'}.py",
-            given,
-            partial(entry.generation_words, own),
+        follow = partial(
+            plan_next_steps,
+            script=f"{entry.script}_train{'' if whole else '_network'}.py",
+            given=given,
+            generation=partial(entry.generation_words, own),
         )
         make_sampling = getattr(import_own(f"{entry.room}.family"), "family_for_samples", lambda own: None)
-        code = train_network(made, options, CachingCommands(*commands), scripts, make_sampling(own))
+        code = train_network(made, options, CachingCommands(*commands), follow, make_sampling(own))
         if code:
             raise SystemExit(code)
 

@@ -267,7 +267,7 @@ def make_reporter(
     plan: TrainingPlan, following: NextSteps, sampler: "Sampler | None", memory: MemoryWatch | None
 ) -> RunReporter:
     """Return the reporter of the run. With --no_page it keeps the last box."""
-    progress, device, given = plan.progress, plan.accelerator.device, following.scripts.given
+    progress, device, given = plan.progress, plan.accelerator.device, following.given
     is_main = plan.accelerator.is_main_process
     is_written = is_main and not plan.options.logs.no_page
     path = history.history_path(plan.names.folder, plan.names.name)

@@ -101,7 +101,7 @@ class Validation:
         if plan.sources.tables:
             place = RunPlace(0, 0, 1, 1)  # wildcards are drawn alike each time, all parts are there
             batch = replace(batch, captions=change_captions((item,), batch.captions, (0,), place))
-        if plan.texts.encoders:
+        if plan.texts is not None:
             with autocast():
                 batch = plan.texts.add_to(batch)
         shape = batch.tensor("latents").shape

@@ -435,7 +435,7 @@ def family_for_generation(options: WanGenerationOptions) -> Wan:
 
 
 def _experts(boundary: float) -> tuple[Expert, Expert]:
-    return Expert(LOW_NOISE, 0.0), Expert(HIGH_NOISE, boundary)
+    return Expert(LOW_NOISE, 0.0, boundary), Expert(HIGH_NOISE, boundary)
 
 
 _: type[Family] = Wan

@@ -12,10 +12,11 @@ from modules.families import HIGH_NOISE, LOW_NOISE
 
 @dataclass(frozen=True)
 class Expert:
-    """One network of a model, used from its lowest timestep up to where the next one begins."""
+    """One network of a model, used from its lowest timestep up to its highest, where the next one begins."""
 
     name: str  # "high_noise": in options, file names and messages; "" if it is the only one
     lowest: float  # timestep, 0..1000, from which on it is used
+    highest: float = math.inf  # this one not included
 
     @property
     def words(self) -> str:

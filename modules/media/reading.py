@@ -191,10 +191,11 @@ def resize_cover(
     place: where to crop instead, as shares from left and top, 0 to below 1; each pixel is as likely as
     another.
     """
-    fit = fit_cover((frame.shape[1], frame.shape[0]), bucket)
-    if "lanczos" in (fit.interpolation, shrink) and fit.interpolation != "none":
-        fit = replace(fit, interpolation="lanczos")
-    return fit_frame(frame, fit, place)
+    size = frame.shape[1], frame.shape[0]
+    if size == bucket:
+        return frame
+    fit = fit_cover(size, bucket)
+    return fit_frame(frame, replace(fit, interpolation="lanczos") if shrink == "lanczos" else fit, place)
 
 
 def fit_frame(frame: Frame, fit: Fit, place: tuple[float, float] | None = None) -> Frame:

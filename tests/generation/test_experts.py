@@ -32,7 +32,7 @@ from tests.wan.test_model import tiny_inputs
 from wan.checkpoints import load_dit
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-LOW, HIGH = Expert(LOW_NOISE, 0.0), Expert(HIGH_NOISE, 900.0)
+LOW, HIGH = Expert(LOW_NOISE, 0.0, 900.0), Expert(HIGH_NOISE, 900.0)
 SIZE, SWAPPED = 10, 3  # bytes of an expert, and of its swapped blocks
 VIDEO = (999.0, 950.0, 899.0, 100.0)
 

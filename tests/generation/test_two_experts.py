@@ -175,7 +175,7 @@ def test_a_lora_is_added_beside_the_layers_of_a_file_in_fp8(
     assert float((found - expected).abs().max()) < 0.2 * float((without - expected).abs().max())
 
 
-BOTH = (Expert(LOW_NOISE, 0.0), Expert(HIGH_NOISE, 875.0))
+BOTH = (Expert(LOW_NOISE, 0.0, 875.0), Expert(HIGH_NOISE, 875.0))
 
 
 def write_factors(path: Path, seed: int, *starts: str, width: int = 128) -> Path:

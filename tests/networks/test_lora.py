@@ -236,7 +236,7 @@ def test_ranks_and_alphas_can_come_from_a_file(tmp_path: Path, caplog: pytest.Lo
         network = lora_like("lora_wan", tensors, dit, conv_dim="4", rank_dropout="0.5")
 
     assert "conv_dim is ignored" in caplog.text
-    assert network.settings.dropouts.rank == 0.5
+    assert network.settings.dropouts == Dropouts(rank=0.5)
     assert len(network.layers) == 8
     assert {layer.rank for layer in network.layers} == {6}
     assert [layer.scale for layer in network.layers] == [0.5] * 7 + [1.0]

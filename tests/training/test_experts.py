@@ -254,7 +254,7 @@ def test_options_for_two_transformers_are_refused_for_one(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("first", "second"),
     [
-        (BOTH, replace(BOTH, experts=(Expert(LOW_NOISE, 0.0), Expert(HIGH_NOISE, 700.0)))),
+        (BOTH, replace(BOTH, experts=(Expert(LOW_NOISE, 0.0, 700.0), Expert(HIGH_NOISE, 700.0)))),
         (toy.ToyFamily(), BOTH),
     ],
     ids=["another boundary", "one before"],

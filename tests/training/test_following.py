@@ -15,7 +15,7 @@ from modules.families import FAMILIES, HIGH_NOISE, LOW_NOISE
 from modules.options import read_options
 from modules.parser import add_options
 from tests.training.toy import TWO_EXPERTS
-from training.following import FamilyScripts, NextSteps
+from training.following import NextSteps
 from training.learning_options import WholeDitOptions
 from training.options import (
     GivenOption,
@@ -46,9 +46,8 @@ def read(words: list[str]) -> tuple[TrainingOptions, WanTrainingOptions, list[Gi
 
 def next_steps(folder: Path, words: list[str], processes: int = 1, **sample: Any) -> NextSteps:
     options, own, given = read([*NEEDED, "--output_dir", str(folder), "--output_name", "x", *words])
-    scripts = FamilyScripts("wan_train_network.py", given, partial(FAMILIES["wan"].generation_words, own))
-    names = Names(folder, "x")
-    return NextSteps(scripts, options, names, 40, processes, sample, converted_for="ComfyUI")
+    scripts = "wan_train_network.py", given, partial(FAMILIES["wan"].generation_words, own)
+    return NextSteps(*scripts, options, Names(folder, "x"), 40, processes, sample, converted_for="ComfyUI")
 
 
 def words_of(command: PageCommand) -> list[str]:
@@ -147,7 +146,7 @@ def test_two_transformers_are_generated_with_by_the_files_for_each(
     steps = next_steps(tmp_path, ["--ema_decay", "0.9", "--sample_ema"], guidance_scale_high_noise=4.0)
     steps = replace(
         steps,
-        scripts=replace(steps.scripts, generation=lambda _: generation),
+        generation=lambda _: generation,
         experts=TWO_EXPERTS,
         names=Names(tmp_path, "x", parts),
         sample_loras=[(Path("distilled.safetensors"), 0.8)],
@@ -205,9 +204,9 @@ def test_a_whole_transformer_takes_the_place_of_the_released_one(tmp_path: Path)
     args = read_arguments(parser, [*NEEDED, "--dit", "released.safetensors"], {})
     options, own = read_options(TrainingOptions, args), read_options(HunyuanTrainingOptions, args)
     generation = partial(FAMILIES["hunyuan_video"].generation_words, own)
-    scripts = FamilyScripts("hv_train.py", given_options(parser, own, options), generation)
+    scripts = "hv_train.py", given_options(parser, own, options), generation
 
-    steps = NextSteps(scripts, options, Names(tmp_path, "x"), 9, 1, {})
+    steps = NextSteps(*scripts, options, Names(tmp_path, "x"), 9, 1, {})
     resume, generate, _ = steps.commands(None, is_finished=False)
 
     assert words_of(resume)[:2] == ["python", "hv_train.py"]

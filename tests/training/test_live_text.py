@@ -134,7 +134,7 @@ def test_encoders_whose_outputs_are_all_cached_do_not_learn(
         options = image_toy_options(tmp_path, *both)
         texts = find_live_texts(TextFamily(), options, read_config(options, TextFamily()))
 
-    assert not texts.encoders
+    assert texts is None
     assert "does not learn" in caplog.text
     options = image_toy_options(tmp_path, *both, "--network_train_text_encoder_only")
     with pytest.raises(OptionError, match="its outputs change"):
@@ -221,6 +221,7 @@ def test_the_memory_plan_counts_the_text_encoders(tmp_path: Path) -> None:
     family, options = TextFamily(), image_toy_options(tmp_path)
     with prepare_run(family, options) as run:
         batch = run.feed.read((0, 0))
+        assert run.plan.texts is not None
         known = replace(batch, batch=run.plan.texts.add_to(batch.batch))
     encoders = family.text_encoders()
 

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from modules.families import HIGH_NOISE, LOW_NOISE
 from modules.options import NO_OPTIONS, read_options
 from modules.parser import add_options
 from networks.options import NetworkOptions
-from training.following import FamilyScripts
+from training.following import plan_next_steps
 from training.learning_options import ExpertTrainingOptions, WholeDitOptions
 from training.loss import Trains
 from training.options import TrainingOptions, given_options, read_arguments, training_parser
@@ -43,7 +44,7 @@ from training.run import train_network
 from training.saving.states import SavedState, read_state
 
 TOY_RELEASE = ModelRelease(("owner/toy",), "Toy licence", "other", "https://example.org/licence")
-TWO_EXPERTS = (Expert(LOW_NOISE, 0.0), Expert(HIGH_NOISE, 600.0))
+TWO_EXPERTS = (Expert(LOW_NOISE, 0.0, 600.0), Expert(HIGH_NOISE, 600.0))
 LATENT = LatentSpec(channels=2, stride=(4, 8, 8), pixel_step=16, frame_step=4, scale=0.5)
 WIDTH = 8
 
@@ -290,8 +291,8 @@ def train_toy(
 ) -> dict[str, Tensor]:
     """Train the whole way; returns the tensors of the final file, none if the run was asked to stop."""
     options = toy_options(folder, *arguments, whole_dit=whole_dit, has_page=has_page)
-    scripts = FamilyScripts(given=given_options(toy_parser(whole_dit), options) if has_page else ())
-    assert train_network(family or ToyFamily(), options, scripts=scripts) == 0
+    given = given_options(toy_parser(whole_dit), options) if has_page else ()
+    assert train_network(family or ToyFamily(), options, follow=partial(plan_next_steps, given=given)) == 0
     folder, name = options.saving.place
     path = folder / f"{name}.safetensors"
     return load_file(path) if path.exists() else {}

@@ -137,7 +137,7 @@ class Randomness:
     experts: tuple[Expert, ...] = ONE_EXPERT
     perturbation: NoiseOptions = PLAIN_NOISE
     weighted_by: str = TIMESTEP  # timestep or sigma: what --weighting_scheme computes the loss weight from
-    sound: SoundLearning = SoundLearning()
+    sound: SoundLearning | None = None  # None: the family has no sound
 
     def add(self, batch: Batch, number: int, first_sample: int) -> NoisyBatch:
         """Draw noise and timesteps for micro-batch `number` of the run.
@@ -148,21 +148,23 @@ class Randomness:
         noise = torch.randn(shape, generator=seed_generator(self.seed, "noise", number))
         times = self.draw(len(batch), number, first_sample, shape)
         given = draw_given_frames(self.noise, shape[2], self.seed, "given frames", number)
+        learning, weights = self.sound, self._weigh(batch, times)
         sound: NoisySound | None = None  # no sample has sound
         heard, has_sound = batch.tensors.get(SOUND), batch.tensors.get(HAS_SOUND)
-        if isinstance(heard, Tensor) and isinstance(has_sound, Tensor):
+        if learning is not None and isinstance(heard, Tensor) and isinstance(has_sound, Tensor):
             of_sound = torch.randn(heard.shape, generator=seed_generator(self.seed, "sound", number))
-            if self.sound.given == SOUND_STREAM:
+            if learning.given == SOUND_STREAM:
                 zeros = torch.zeros(len(batch))
                 sound = NoisySound(of_sound, zeros, zeros, zeros)
             else:
                 own = times
-                if self.sound.has_own_times:
+                if learning.has_own_times:
                     own = self.draw(len(batch), number, first_sample, heard.shape, "sound timesteps")
-                weights = self.sound.sound_weight * self._weigh(batch, own) * has_sound
-                sound = NoisySound(of_sound, own.sigmas, own.timesteps, weights)
-        weights = self.sound.picture_weight * self._weigh(batch, times)
-        if self.sound.given == PICTURE_STREAM:
+                of_loss = learning.sound_weight * self._weigh(batch, own) * has_sound
+                sound = NoisySound(of_sound, own.sigmas, own.timesteps, of_loss)
+        if learning is not None:
+            weights = learning.picture_weight * weights
+        if learning is not None and learning.given == PICTURE_STREAM:
             weights = zeros = torch.zeros(len(batch))
             times = replace(times, sigmas=zeros, timesteps=zeros)
         # further noise of the input; source: Ning et al. 2023, arXiv 2301.11706

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LiveTexts:
-    """Hold the text encoders that stay loaded; none may. Outputs of all others come from caches."""
+    """Hold the text encoders that stay loaded. Outputs of all others come from caches."""
 
     encoders: Sequence[TextEncoder]
     learning: Sequence[LearningEncoder] = ()  # encoders that get a network, in their order
@@ -96,9 +96,6 @@ class LiveTexts:
 
     def _learns(self, encoder: TextEncoder) -> bool:
         return any(encoder is one for one in self.learning)
-
-
-NO_TEXTS = LiveTexts(())  # all texts come from caches
 
 
 def _stack(values: Sequence[Tensor | list[Tensor]], is_varying: bool) -> Tensor | list[Tensor]:

@@ -41,30 +41,6 @@ class Timesteps:
     expert: int = 0  # index of the expert that all samples go to
 
 
-@dataclass(frozen=True)
-class Span:
-    """The noise levels of an expert, or of several together: thousandths, the highest not included."""
-
-    lowest: float = 0.0
-    highest: float = math.inf
-    words: str = ""  # how messages call the expert
-
-    def holds(self, levels: Tensor) -> Tensor:
-        return (levels >= self.lowest) & (levels < self.highest)
-
-
-EVERYWHERE = Span()
-
-
-def spans_of(experts: Sequence[Expert]) -> tuple[Span, ...]:
-    """Return the range of noise levels of each expert. Levels below the lowest are not trained."""
-    begins = sorted(expert.lowest for expert in experts)
-    ends = dict(zip(begins, [*begins[1:], math.inf], strict=True))
-    return tuple(
-        Span(expert.lowest, ends[expert.lowest], expert.words if expert.name else "") for expert in experts
-    )
-
-
 def draw(
     options: TimestepOptions,
     batch_size: int,
@@ -85,20 +61,21 @@ def draw(
     first_sample, how many samples the run has drawn before this micro-batch. Then every N samples in a row
     take one of each of N equal parts. noise: conventions of the family. shape: of the latents, B C F H W, for
     a shift that follows the size. experts: of the run; a level belongs to the one that works there in a
-    generation. Raises OptionError if the sampler draws almost nothing between --min_timestep and
-    --max_timestep, or in the range of an expert.
+    generation, and levels below the lowest are not trained. Raises OptionError if the sampler draws almost
+    nothing between --min_timestep and --max_timestep, or in the range of an expert.
     """
     flow_shift, lowest = find_shift(options, noise, shape), min(experts, key=lambda expert: expert.lowest)
-    whole = Span(lowest.lowest, words=lowest.words if lowest.name else "")  # of any of the experts
     uniform = functools.partial(torch.rand, batch_size, generator=generator, dtype=torch.float64)
-    takes_all = not options.preserve_distribution_shape and whole.lowest <= 0
-    low, high = (0.0, 1.0) if takes_all else find_accepted_range(options, noise, flow_shift, whole)
+    takes_all, low, high = not options.preserve_distribution_shape and lowest.lowest <= 0, 0.0, 1.0
+    if not takes_all:
+        whole = replace(lowest, highest=math.inf)  # of any of the experts
+        low, high = find_accepted_range(options, noise, flow_shift, whole)
 
     def shares_between(u: Tensor, low: float, high: float) -> Tensor:
         return shares_of_uniform(options, low + u * (high - low), noise, flow_shift)
 
-    def drawn_again(shares: Tensor, span: Span, low: float, high: float) -> Tensor:
-        while not (fits := is_accepted(options, shares, noise, span)).all():
+    def drawn_again(shares: Tensor, expert: Expert, low: float, high: float) -> Tensor:
+        while not (fits := is_accepted(options, shares, noise, expert)).all():
             shares = torch.where(fits, shares, shares_between(uniform(), low, high))
         return shares
 
@@ -112,10 +89,10 @@ def draw(
         shares = drawn_again(shares, whole, low, high)
     if len(experts) == 1:
         return times_at(options, shares, noise)
-    expert = expert_at(NUM_TIMESTEPS * float(shares[0]), experts)
-    side = spans_of(experts)[expert]
+    index = expert_at(NUM_TIMESTEPS * float(shares[0]), experts)
+    side = experts[index]
     shares = drawn_again(shares, side, *find_accepted_range(options, noise, flow_shift, side))
-    return replace(times_at(options, shares, noise), expert=expert)
+    return replace(times_at(options, shares, noise), expert=index)
 
 
 def find_shift(options: TimestepOptions, noise: NoiseSpec, shape: Sequence[int]) -> float:
@@ -225,25 +202,26 @@ def is_in_range(options: TimestepOptions, shares: Tensor, noise: NoiseSpec = FLO
     return (timesteps >= options.lowest) & (timesteps <= options.highest)
 
 
-def is_accepted(options: TimestepOptions, shares: Tensor, noise: NoiseSpec, span: Span) -> Tensor:
-    fits = span.holds(NUM_TIMESTEPS * shares.double())
+def is_accepted(options: TimestepOptions, shares: Tensor, noise: NoiseSpec, expert: Expert) -> Tensor:
+    levels = NUM_TIMESTEPS * shares.double()
+    fits = (levels >= expert.lowest) & (levels < expert.highest)
     return fits & is_in_range(options, shares, noise) if options.preserve_distribution_shape else fits
 
 
 @functools.cache
 def find_accepted_range(
-    options: TimestepOptions, noise: NoiseSpec, flow_shift: float, span: Span = EVERYWHERE
+    options: TimestepOptions, noise: NoiseSpec, flow_shift: float, expert: Expert = ONE_EXPERT[0]
 ) -> tuple[float, float]:
     """Return the smallest range of u that holds all accepted draws, a little widened.
 
     Narrowing u to it leaves few draws to reject. Raises OptionError if there are none.
     """
-    accepted, _ = scan(options, noise, flow_shift, span)
+    accepted, _ = scan(options, noise, flow_shift, expert)
     is_table = options.timestep_sampling == "sigma"
-    if not len(accepted) and span.words:
+    if not len(accepted) and expert.name:
         raise OptionError(
-            f"no timestep of this run reaches the {span.words}, which is trained from {span.lowest:g} "
-            f"{'on' if span.highest == math.inf else f'to {span.highest:g}'}: of {SCAN} draws of "
+            f"no timestep of this run reaches the {expert.words}, which is trained from {expert.lowest:g} "
+            f"{'on' if expert.highest == math.inf else f'to {expert.highest:g}'}: of {SCAN} draws of "
             f"--timestep_sampling {options.timestep_sampling} none lies there. Leave this transformer out, "
             "or change --min_timestep, --max_timestep, --discrete_flow_shift or --timestep_boundary"
             + (". This sampler counts the first two from the noisy end" if is_table else "")
@@ -259,12 +237,12 @@ def find_accepted_range(
 
 
 def scan(
-    options: TimestepOptions, noise: NoiseSpec, flow_shift: float, span: Span = EVERYWHERE
+    options: TimestepOptions, noise: NoiseSpec, flow_shift: float, expert: Expert = ONE_EXPERT[0]
 ) -> tuple[Tensor, Tensor]:
     """Try SCAN evenly spread numbers u. Returns those that are accepted, and their shares of noise."""
     u = (torch.arange(SCAN, dtype=torch.float64) + 0.5) / SCAN
     shares = shares_of_uniform(options, u, noise, flow_shift)
-    fits = is_accepted(options, shares, noise, span)
+    fits = is_accepted(options, shares, noise, expert)
     return u[fits], shares[fits]
 
 
@@ -284,9 +262,9 @@ def check_reaches(options: TimestepOptions, noise: NoiseSpec, experts: Sequence[
     """
     line = _line_of(options)
     shifts = [options.flow_shift] if line is None else [math.exp(mu) for _, mu in line]
-    for span in spans_of(experts):
-        if not any(len(scan(options, noise, shift, span)[0]) for shift in shifts):
-            find_accepted_range(options, noise, shifts[0], span)
+    for expert in experts:
+        if not any(len(scan(options, noise, shift, expert)[0]) for shift in shifts):
+            find_accepted_range(options, noise, shifts[0], expert)
 
 
 def loss_weights(options: TimestepOptions, times: Timesteps, exactly: bool = False) -> Tensor:

@@ -5,6 +5,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch.optim import Optimizer
@@ -22,25 +23,6 @@ INVERSE_SQRT_TIMESCALE = 10_000  # where neither a time scale nor a warm-up is g
 # what torch's schedulers change while they step
 COUNTS = frozenset({"last_epoch", "_step_count", "_last_lr", "T_cur", "T_i"})
 LARGEST_ARGUMENT = 1e12  # of --lr_scheduler_args; NaN is not below it either
-
-
-@dataclass(frozen=True)
-class RateShape:
-    """Hold the numbers that the curves are made of.
-
-    The fields after `total` are set by options or by arguments (`ARGUMENTS`).
-    """
-
-    learning_rate: float
-    warmup: int
-    decay: int
-    total: int
-    num_cycles: float = 1
-    power: float = 1
-    timescale: float | None = None
-    min_lr_ratio: float = 0.0
-    lr_end: float = POLYNOMIAL_END
-    step_rules: str = ""
 
 
 def make_lr_schedule(options: LrScheduleOptions, optimizer: Optimizer, total_steps: int) -> "LrSchedule":
@@ -75,18 +57,15 @@ def make_lr_schedule(options: LrScheduleOptions, optimizer: Optimizer, total_ste
             f"{name}."
         )
     rate = optimizer.defaults.get("lr", optimizer.param_groups[0]["lr"])  # a wrapper may have no defaults
-    curve = make_curve(options, total_steps, float(rate))
-    return CurveSchedule(name, optimizer, lambda step: factor_at(name, curve, step))
+    return CurveSchedule(name, optimizer, make_curve(name, options, total_steps, float(rate)))
 
 
-def make_curve(options: LrScheduleOptions, total_steps: int, learning_rate: float) -> RateShape:
-    """Return the numbers of the curve that the options name. Raises OptionError for unknown arguments."""
-    standard: dict[str, Any] = {
-        "num_cycles": options.lr_scheduler_num_cycles,
-        "power": options.lr_scheduler_power,
-        "timescale": options.lr_scheduler_timescale,
-        "min_lr_ratio": options.lr_scheduler_min_lr_ratio or 0.0,
-    }
+def make_curve(
+    name: str, options: LrScheduleOptions, total_steps: int, learning_rate: float
+) -> Callable[[int], float]:
+    """Return the factor at a step, from 0, of the curve of that name. Raises OptionError for unknown
+    arguments.
+    """
     arguments, allowed = options.arguments(), ARGUMENTS.get(options.lr_scheduler, ())
     if unknown := sorted(set(arguments) - set(allowed)):
         known = f"it has {', '.join(allowed)}" if allowed else "it has none"
@@ -97,64 +76,84 @@ def make_curve(options: LrScheduleOptions, total_steps: int, learning_rate: floa
     for key in arguments.keys() - {"step_rules"}:
         if not isinstance(arguments[key], (int, float)) or not abs(arguments[key]) < LARGEST_ARGUMENT:
             raise OptionError(f"--lr_scheduler_args {key}={arguments[key]}: give a number, as {key}=1")
-    curve = RateShape(
-        learning_rate=learning_rate,
-        warmup=count_steps(options.lr_warmup_steps, total_steps),
-        decay=count_steps(options.lr_decay_steps, total_steps),
-        total=total_steps,
-        **{**standard, **arguments},
-    )
-    if options.lr_scheduler == "warmup_stable_decay" and curve.warmup + curve.decay > total_steps:
+    warmup = count_steps(options.lr_warmup_steps, total_steps)
+    decay = count_steps(options.lr_decay_steps, total_steps)
+    numbers: dict[str, Any] = {
+        "num_cycles": options.lr_scheduler_num_cycles,
+        "power": options.lr_scheduler_power,
+        "timescale": options.lr_scheduler_timescale,
+        "min_lr_ratio": options.lr_scheduler_min_lr_ratio or 0.0,
+        "lr_end": POLYNOMIAL_END,
+        "step_rules": "",
+        **arguments,
+    }
+    if options.lr_scheduler == "warmup_stable_decay" and warmup + decay > total_steps:
         raise OptionError(
-            f"--lr_warmup_steps {curve.warmup} and --lr_decay_steps {curve.decay} exceed the {total_steps} "
-            "steps of the run"
+            f"--lr_warmup_steps {warmup} and --lr_decay_steps {decay} exceed the {total_steps} steps of the "
+            "run"
         )
-    if options.lr_scheduler == "polynomial" and learning_rate <= curve.lr_end:
+    if options.lr_scheduler == "polynomial" and learning_rate <= numbers["lr_end"]:
         raise OptionError(
-            f"--learning_rate {learning_rate}: the polynomial schedule ends at {curve.lr_end}; start above, "
-            "or set lr_end"
+            f"--learning_rate {learning_rate}: the polynomial schedule ends at {numbers['lr_end']}; start "
+            "above, or set lr_end"
         )
     if options.lr_scheduler == "piecewise_constant":
-        _read_rules(curve.step_rules)
-    return curve
+        _read_rules(numbers["step_rules"])
+    return partial(factor_at, name, total_steps, warmup, decay, learning_rate, **numbers)
 
 
 def count_steps(steps: int | float, total_steps: int) -> int:
     return steps if isinstance(steps, int) else int(steps * total_steps)
 
 
-def factor_at(name: str, curve: RateShape, step: int) -> float:
-    """Return the factor on the learning rate at a step, counted from 0. name: one of `CURVES`."""
+def factor_at(
+    name: str,
+    total: int,
+    warmup: int,
+    decay: int,
+    learning_rate: float,
+    step: int,
+    *,
+    num_cycles: float,
+    power: float,
+    timescale: float | None,
+    min_lr_ratio: float,
+    lr_end: float,
+    step_rules: str,
+) -> float:
+    """Return the factor on the learning rate at a step, from 0, of the curve of that name.
+
+    total, warmup, decay: steps. What follows `step` is set by options or, as `ARGUMENTS` says, by arguments.
+    """
     if name == "piecewise_constant":  # it has no warm-up
-        rules, last = _read_rules(curve.step_rules)
+        rules, last = _read_rules(step_rules)
         return next((factor for factor, until in rules if step < until), last)
-    if step < curve.warmup:
-        lowest = curve.min_lr_ratio if name == "warmup_stable_decay" else 0.0
-        return _above(lowest, step / curve.warmup)
+    if step < warmup:
+        lowest = min_lr_ratio if name == "warmup_stable_decay" else 0.0
+        return _above(lowest, step / warmup)
     # 0 at the end of the warm-up, 1 at the end of the run
-    progress = min(1.0, (step - curve.warmup) / max(1, curve.total - curve.warmup))
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
     match name:
         case "linear":
             return 1 - progress
         case "cosine":
             return _half_cosine(progress)
         case "cosine_with_restarts":
-            return 0.0 if progress >= 1 else _half_cosine(curve.num_cycles * progress % 1)
+            return 0.0 if progress >= 1 else _half_cosine(num_cycles * progress % 1)
         case "cosine_with_min_lr":
-            return _above(curve.min_lr_ratio, _half_cosine(curve.num_cycles * progress))
+            return _above(min_lr_ratio, _half_cosine(num_cycles * progress))
         case "polynomial":
-            start, end = curve.learning_rate, curve.lr_end
-            return ((start - end) * (1 - progress) ** curve.power + end) / start
+            return ((learning_rate - lr_end) * (1 - progress) ** power + lr_end) / learning_rate
         case "inverse_sqrt":
-            timescale = curve.timescale or curve.warmup or INVERSE_SQRT_TIMESCALE
-            return 1 / math.sqrt((step + timescale - curve.warmup) / timescale)
+            timescale = timescale or warmup or INVERSE_SQRT_TIMESCALE
+            return 1 / math.sqrt((step + timescale - warmup) / timescale)
         case "warmup_stable_decay":
-            falling = step - (curve.total - curve.decay)
+            falling = step - (total - decay)
             if falling < 0:
                 return 1.0
-            if falling >= curve.decay:
-                return curve.min_lr_ratio if curve.decay else 1.0
-            return _above(curve.min_lr_ratio, _half_cosine(curve.num_cycles * falling / curve.decay))
+            if falling >= decay:
+                return min_lr_ratio if decay else 1.0
+            return _above(min_lr_ratio, _half_cosine(num_cycles * falling / decay))
         case _:  # constant, with a warm-up or without
             return 1.0
 

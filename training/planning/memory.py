@@ -19,6 +19,7 @@ from dataset.cache.records import CacheChecks
 from modules.console import quiet
 from modules.contract.data import LatentSpec
 from modules.contract.family import Described
+from modules.contract.rules import SoundLearning
 from modules.devices import gib
 from modules.installation import import_own
 from modules.options import override_options
@@ -27,7 +28,7 @@ from modules.planning import memory_plan
 from modules.planning.device_memory import MemoryWatch, Room, host_room, room_on
 from modules.speed_options import SwapOptions
 from training.data.feed import BatchSources, Randomness
-from training.data.live import NO_TEXTS, LiveTexts
+from training.data.live import LiveTexts
 from training.experts import placement_of
 from training.loss import NoisyBatch, Trains
 from training.options import TrainingOptions
@@ -59,7 +60,7 @@ class StepPrediction:
     average: int = 0  # bytes of a whole model's average (EMA) in host memory
     others: int = 0  # further transformers that are trained, each like the one that was rehearsed
     sampled: int = 0  # transformers that only samples need
-    texts: LiveTexts = NO_TEXTS  # encoded in each step
+    texts: LiveTexts | None = None  # encoded in each step
 
     def phase(self, blocks: int) -> memory_plan.Phase:
         """Return the largest moment of a step with this many blocks swapped."""
@@ -123,7 +124,7 @@ def predict(
     noisy_batch: NoisyBatch,
     device: torch.device,
     sampled: int = 0,
-    texts: LiveTexts = NO_TEXTS,
+    texts: LiveTexts | None = None,
     watch: Callable[[nn.Module], dry.Extrapolate] = dry.plainly,
 ) -> StepPrediction:
     """Rehearse a step. noisy_batch: on the CPU. device: of the run. sampled, texts: see `StepPrediction`.
@@ -147,11 +148,12 @@ def predict(
     shape: Shape = (count, *size)
     try:
         with quiet():
-            for encoder in texts.encoders:
+            for encoder in () if texts is None else texts.encoders:
                 encoder.load(META)
             moments, waiting = rehearse(family, options, dit, noisy_batch, texts, watch)
     finally:
-        texts.free()
+        if texts is not None:
+            texts.free()
     return StepPrediction(
         options,
         describe_batch(family.latent, shape),
@@ -202,7 +204,8 @@ def read_largest(
     batch = sources.read(found, family.latent, commands, CacheChecks(), ("largest",))
     # given frames take a little more memory than none: if they may come, the largest batch has some
     noise = replace(family.noise, first_frame_probability=math.ceil(family.noise.first_frame_probability))
-    return Randomness(options.timesteps, 0, noise, perturbation=options.noise).add(batch, 0, 0)
+    drawn = Randomness(options.timesteps, 0, noise, perturbation=options.noise, sound=SoundLearning())
+    return drawn.add(batch, 0, 0)
 
 
 def plan_training(
@@ -213,7 +216,7 @@ def plan_training(
     device: torch.device,
     sampled: int = 0,
     sources: BatchSources | None = None,
-    texts: LiveTexts = NO_TEXTS,
+    texts: LiveTexts | None = None,
 ) -> None:
     """Print the plan. Nothing large is loaded, and no GPU is needed.
 

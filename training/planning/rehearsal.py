@@ -19,7 +19,7 @@ from modules.planning import dry_run as dry
 from modules.private_torch import disable_modes
 from networks.adapter import make_network
 from networks.added import add_loras
-from training.data.live import NO_TEXTS, LiveTexts
+from training.data.live import LiveTexts
 from training.experts import AUTOCAST, TRAINING_ADAPTER, dress, read_adapter
 from training.loss import Autocast, LossRule, NoisyBatch, Trains, training_loss
 from training.optimizers.optimizer import find_averaging, make_optimizer
@@ -55,7 +55,7 @@ class Rehearsal:
     steps: ParameterSteps | None  # of single weights
     states: list[Tensor]  # stand-ins for the average (EMA), and for states that a rehearsal cannot make
     blocks: Mapping[str, list[nn.Module]]  # all, by the name of their list
-    texts: LiveTexts = NO_TEXTS  # encoded in each step, without content
+    texts: LiveTexts | None = None  # encoded in each step, without content
     # with --fused_backward_pass, once the optimizer has its states
     fused: FusedBackward | None = None
 
@@ -81,7 +81,7 @@ class Rehearsal:
         self.ledger.enter("text encoders")
         self.ledger.forget_peaks()
         self.ledger.is_backward = False
-        if self.texts.encoders:
+        if self.texts is not None:
             with autocast_of(self.options, self.ledger.device)():
                 batch = self.texts.add_to(noisy_batch.batch)
             noisy_batch = replace(noisy_batch, batch=batch).to(self.ledger.device)
@@ -154,7 +154,7 @@ def rehearse(
     options: TrainingOptions,
     dit: nn.Module,
     noisy_batch: NoisyBatch,
-    texts: LiveTexts = NO_TEXTS,
+    texts: LiveTexts | None = None,
     watch: Callable[[nn.Module], dry.Extrapolate] = dry.plainly,
 ) -> tuple[dict[str, dry.Moment], int]:
     """Return the largest moment at each place of a training step, and the bytes that wait on the host.
@@ -188,11 +188,15 @@ def _add_adapters(family: Trains, options: TrainingOptions, dit: nn.Module, ledg
 
 
 def dress_trainable(
-    family: Trains, options: TrainingOptions, dit: nn.Module, ledger: dry.Ledger, texts: LiveTexts = NO_TEXTS
+    family: Trains,
+    options: TrainingOptions,
+    dit: nn.Module,
+    ledger: dry.Ledger,
+    texts: LiveTexts | None = None,
 ) -> Rehearsal:
     """Add the network, `dress` the DiT and make the optimizer, in the order of `training.learning`."""
     dry.place(dit, ledger)
-    for encoder in texts.encoders:
+    for encoder in () if texts is None else texts.encoders:
         for module in dry.modules_in(encoder):
             dry.place(module.requires_grad_(False), ledger, dry.TEXTS)
     dit.requires_grad_(False)
@@ -201,7 +205,9 @@ def dress_trainable(
         if not unread.dim_from_weights:
             unread = replace(unread, network_weights=None)
         in_dit = options.parts is None or options.parts.trains_dit
-        network = make_network(unread, family.lora_module, dit, 0, texts.networks, in_dit)
+        network = make_network(
+            unread, family.lora_module, dit, 0, {} if texts is None else texts.networks, in_dit
+        )
         dry.place(network.module, ledger, dry.NETWORK)
         _add_adapters(family, options, dit, ledger)
         groups, _ = network.parameter_groups(options.optimizer.learning_rate)

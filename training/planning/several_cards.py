@@ -27,7 +27,7 @@ def plan_ways(
     cards: int,
     room: Room,
     sampled: int,
-    texts: LiveTexts,
+    texts: LiveTexts | None,
 ) -> None:
     """Print the ways to use `cards` cards, and the cheapest that fits. room: memory of each card."""
 

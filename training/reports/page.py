@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import quote
 
 from markupsafe import Markup
@@ -119,33 +119,25 @@ def _curves(
     curves = []
     for name, points in named.items():
         bins = join_bins(points, most)
-        is_binned = any(each.values > 1 for each in bins)
+        is_binned = any(len(values) > 1 for values in bins.values())
         curves.append(
             Curve(
                 name,
-                [each.step for each in bins],
-                [each.mean for each in bins],
+                [*bins],
+                [sum(values) / len(values) for values in bins.values()],
                 smoothing if len(bins) > 20 else 0.0,
-                [each.lowest for each in bins] if is_binned else None,
-                [each.highest for each in bins] if is_binned else None,
+                [*map(min, bins.values())] if is_binned else None,
+                [*map(max, bins.values())] if is_binned else None,
                 has_dots and len(bins) < 60,
             )
         )
     return [curve for curve in curves if curve.x]
 
 
-class StepBin(NamedTuple):
-    """Hold the values of a range of steps."""
-
-    step: float  # the middle of the range
-    values: int  # so many
-    mean: float
-    lowest: float
-    highest: float
-
-
-def join_bins(points: Points, most: int = MOST_BINS) -> list[StepBin]:
-    """Return means and extremes over about `most` equal ranges of steps, by step."""
+def join_bins(points: Points, most: int = MOST_BINS) -> dict[float, list[float]]:
+    """Return the values in each of about `most` equal ranges of steps, in order, by the middle of their
+    steps.
+    """
     width = 1
     while points and (max(points) - min(points)) // width >= most:
         width *= 2
@@ -153,11 +145,10 @@ def join_bins(points: Points, most: int = MOST_BINS) -> list[StepBin]:
     for step, value in points.items():
         if value is not None:
             ranges[step // width].append((step, value))
-    bins = []
+    bins = {}
     for index in sorted(ranges):
-        steps, values = zip(*ranges[index], strict=True)
-        middle = (min(steps) + max(steps)) / 2
-        bins.append(StepBin(middle, len(values), sum(values) / len(values), min(values), max(values)))
+        steps = [step for step, _ in ranges[index]]
+        bins[(min(steps) + max(steps)) / 2] = [value for _, value in ranges[index]]
     return bins
 
 
@@ -168,10 +159,8 @@ def list_tiles(standing: Standing, story: Story) -> list[tuple[str, str, str]]:
     tiles = [("Step", f"{standing.step:,} of {standing.start.total_steps:,}", since)]
     bins = join_bins(story.loss)
     if bins:
-        latest = bins[-max(1, len(bins) // 10) :]
-        count = sum(each.values for each in latest)
-        mean = sum(each.mean * each.values for each in latest) / count
-        note = f"mean of the last {count_of(count, 'step')}"
+        latest = [value for values in [*bins.values()][-max(1, len(bins) // 10) :] for value in values]
+        mean, note = sum(latest) / len(latest), f"mean of the last {count_of(len(latest), 'step')}"
         if story.average is not None:  # as the bar, the box at the end and the list of runs have it
             mean, note = story.average, "average of the last steps, at most an epoch"
         if left_out := sum(loss is None for loss in story.loss.values()):

@@ -204,7 +204,7 @@ def test_extreme_uniform_numbers_stay_finite(sampling: str) -> None:
     assert torch.isfinite(shares_of_uniform(made, torch.tensor([0.0, 1.0]), FLOW, made.flow_shift)).all()
 
 
-TWO = (Expert(LOW_NOISE, 0.0), Expert(HIGH_NOISE, 875.0))
+TWO = (Expert(LOW_NOISE, 0.0, 875.0), Expert(HIGH_NOISE, 875.0))
 DRAWS = {
     "uniform": "--timestep_sampling uniform",
     "shift": "--timestep_sampling shift --discrete_flow_shift 5",
