@@ -276,7 +276,7 @@ def _resolve(identity: Mapping[str, Any]) -> dict[str, Any]:
 def _resolve_pairs(option: str, text: str) -> str:
     """Return KEY=VALUE arguments, as `public_config` gives them, in one order and with values of one form."""
     try:
-        pairs = read_literals(option, ast.literal_eval(text))
+        pairs = read_literals(option, ast.literal_eval(text) or ())
     except (ValueError, SyntaxError, TypeError, AttributeError, OptionError):
         return text  # of a state that was edited
     return ", ".join(f"{key}={pairs[key]!r}" for key in sorted(pairs))

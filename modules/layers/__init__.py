@@ -2,6 +2,6 @@
 
 convolution: convolutions, memory layouts and enlarging of clips
 modulation: shift, scale and gate of adaptive norms
-norms: norms, two layers in a row, the dtype a layer computes in
+norms: norms, two layers in a row, dtypes of layers
 rope: rotary embeddings over several axes, and sinusoids
 """

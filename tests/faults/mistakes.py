@@ -94,10 +94,10 @@ def no_model_is_loaded() -> Iterator[None]:
 
         return read
 
-    kinds: tuple[type, ...] = (SafetensorsFile, TorchFile)
+    kinds = (SafetensorsFile, TorchFile)
     with contextlib.ExitStack() as stack:
         for kind in kinds:
-            stack.enter_context(patch.object(kind, "borrow", guard(vars(kind)["borrow"])))
+            stack.enter_context(patch.object(kind, "borrow", guard(kind.borrow)))
         yield
 
 
