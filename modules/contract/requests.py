@@ -4,15 +4,17 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from modules.contract.data import Joint, LatentSpec, SamplingDefaults
 from modules.contract.rules import AS_PLAIN, ONE_EXPERT, VIDEO, Expert, GuidanceRules, Source, StepCaching
 from modules.errors import MediaError, OptionError
-from modules.layers.rope import Slow
 from modules.option_values import check_seed, show_number
 from modules.paths import explain_missing
 from modules.text_files import bad_character
+
+if TYPE_CHECKING:  # caching has no use for positions
+    from modules.layers.rope import Slow
 
 Spans = tuple[tuple[int, int, float], ...]
 
@@ -103,7 +105,7 @@ class Prepared:
     flow_shift: float
     guidance_scale: tuple[float, ...]  # one for each of `Family.experts`, in their order; 1: no guidance
     embedded_guidance: float | None  # None: the model has no input for it
-    slow_frames: Slow | None = None  # a frequency of the frames' positions, for a long video
+    slow_frames: "Slow | None" = None  # a frequency of the frames' positions, for a long video
     first_step: int = 0  # to be made; above 0 if denoising starts from a video; set by the shared loop
     rules: GuidanceRules = AS_PLAIN  # of the model's guidance
     joint: Joint | None = None  # the latents are those of a picture and its sound

@@ -2,15 +2,17 @@
 
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from modules.attention.attend import Steer
 from modules.contract.data import Conditions, Joint, MediaEncoders, add_batch_axis
 from modules.contract.rules import ConsistencyRules
-from modules.layers.rope import Slow
+
+if TYPE_CHECKING:  # caching has no use for attention and positions
+    from modules.attention.attend import Steer
+    from modules.layers.rope import Slow
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Away:
     """A second text, which the attention of a pass looks at too (normalised attention guidance)."""
 
     text: Conditions  # under the names that the family's text encoders give; in a network as its arguments
-    steer: Steer
+    steer: "Steer"
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Tweaks:
     skip_self_attention: frozenset[int] = frozenset()
     isolated: bool = False  # picture and sound do not hear each other
     away: Away | None = None
-    slow_frames: Slow | None = None  # one frequency of the frames' rotary positions (RIFLEx)
+    slow_frames: "Slow | None" = None  # one frequency of the frames' rotary positions (RIFLEx)
     embedded_guidance: bool = True  # False: the network's input for it is left out
     # latent frames in front that are clean, not noisy: the network is told so, and their velocity is 0
     given_frames: int = 0
@@ -99,7 +101,7 @@ class Tweaks:
         return replace(self, away=replace(self.away, text=rename(self.away.text)))
 
     @property
-    def steer(self) -> Steer | None:
+    def steer(self) -> "Steer | None":
         return None if self.away is None else self.away.steer
 
     def texts(self, batch: int, **text: Any) -> list[dict[str, Any]]:
