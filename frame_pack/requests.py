@@ -132,7 +132,7 @@ def _prompts_of(request: requests.Request, sections: int, is_picture: bool) -> l
 
 
 def _with_media(request: requests.Request, is_f1: bool, is_picture: bool) -> requests.Request:
-    """Leave out unusable media with a warning. Raises OptionError if the end image is missing."""
+    """Leave out unusable media with a warning. Raises OptionError if one that is given cannot be opened."""
     why_not = "--f1 generates a video from its start" if is_f1 else "a single picture has no end"
     request = requests.keep_usable_media(request, {"end_image_path": not is_f1 and not is_picture}, why_not)
     if request.end_image_path is not None:

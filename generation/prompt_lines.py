@@ -246,7 +246,8 @@ def parse_words(
             continue
         same = [other for key, other in known if key == option.key]
         if len(same) > 1 and not option.repeats and option.key not in values:
-            logger.warning("%s %r: of --%s the last counts", where, line.strip(), ", --".join(same))
+            names = " and --".join(dict.fromkeys(same))
+            logger.warning("%s %r: --%s: given more than once, the last counts", where, line.strip(), names)
         try:
             store(values, option, option.read(text.strip()))
         except ValueError as error:

@@ -49,10 +49,9 @@ def train_network(
 ) -> int:
     """Train a network (a LoRA) for a family's DiT, or the whole DiT, from the first step or a saved state.
 
-    commands: to show if caches are missing. follow: given the plan and the sampler, makes what the page shows
-    as next ones. sampling: the model of samples, if it has transformers that are not trained. Returns the
-    program's exit code.
-    Raises UserError if the user has to change something.
+    commands: to show if caches are missing. follow: given the plan and the sampler, makes the commands that
+    the page shows as next steps. sampling: the model of samples, if it has transformers that are not
+    trained. Returns the program's exit code. Raises UserError if the user has to change something.
     """
     if os.environ.get(RUN_GOES_ON) == RUN_CHECKS:
         read_config(options, family)

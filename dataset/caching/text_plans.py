@@ -97,11 +97,11 @@ def distinct_texts(files: Sequence[CaptionFile], stores: Stores) -> list[Caption
 
     Raises DatasetError if their captions differ.
     """
-    seen: dict[tuple[Path, str], CaptionFile] = {}
+    seen: dict[tuple[Path | int, str], CaptionFile] = {}
     for file in files:
         store = stores.of_texts(file.table)
-        folder = store.folder if store.is_shared else file.table.cache_directory
-        first = seen.setdefault((folder, file.file_name), file)
+        place = store.folder if store.is_shared else file.table.index
+        first = seen.setdefault((place, file.file_name), file)
         if first is not file and first.caption != file.caption:
             raise DatasetError(
                 f"{file.table.name}: the caption of {file.name} is {file.caption!r} here, but "

@@ -1,7 +1,7 @@
 """The latents of a dataset, in parts that any process on any machine can make by itself.
 
-Existing caches are listed before the sources. An entry in that list can be stale only if its source is gone;
-entries and sources that are added meanwhile never count as stale.
+Existing caches are listed before the sources, so that entries and sources that are added meanwhile never
+count as stale.
 """
 
 import contextlib

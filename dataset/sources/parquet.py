@@ -10,7 +10,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -212,14 +212,16 @@ def cells_of(path: Path, column: str, finds_nulls: bool = False) -> Callable[[in
     """Return a function: row number, from 1 -> place of the cell in a Parquet file. column: from
     `cell_column`.
 
-    finds_nulls: return None for a cell that is null; a row group that has such cells is read for it.
+    finds_nulls: return None for a cell that is null and names no file; a row group with such cells is read.
     Raises DatasetError if its row groups are too large to read one at a time.
     """
-    nulls = []  # by row group: whether some cells are null, as far as the file tells
+    nulls, leaves = list[bool](), set[str]()  # by row group: whether some cells may be null
+    beside = f"{column.rpartition('.')[0]}.path"
     with open_parquet(path) as file:
         groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
         for group in groups:
             sizes = [group.column(index) for index in range(group.num_columns)]
+            leaves |= {one.path_in_schema for one in sizes}
             sizes = [one for one in sizes if one.path_in_schema == column]
             size = sum(one.total_uncompressed_size for one in sizes)
             told = [one.statistics for one in sizes if one.is_stats_set and one.statistics.has_null_count]
@@ -232,10 +234,18 @@ def cells_of(path: Path, column: str, finds_nulls: bool = False) -> Callable[[in
                 )
         starts = list(accumulate((group.num_rows for group in groups), initial=0))
 
+    @cache
+    def filled(group: int) -> Sequence[bool]:
+        try:
+            both = [_column(path, group, one).is_valid() for one in (column, beside) if one in leaves]
+            return [any(row) for row in zip(*(one.to_pylist() for one in both), strict=True)]
+        except (DatasetError, OSError, ValueError, IndexError):  # as it is told where cells are read
+            return [True] * (starts[group + 1] - starts[group])
+
     def place(number: int) -> ParquetCell | None:
         group = bisect.bisect_right(starts, number - 1) - 1
-        cell = ParquetCell(path, group, number - 1 - starts[group], column)
-        return None if nulls[group] and not _value(cell).is_valid else cell
+        row = number - 1 - starts[group]
+        return ParquetCell(path, group, row, column) if not nulls[group] or filled(group)[row] else None
 
     return place
 
@@ -244,7 +254,7 @@ def read_cell(origin: ParquetCell) -> bytes:
     """Return the bytes of a cell. Raises MediaError if it is empty or cannot be read."""
     where = f"{origin.file}, row {origin.row + 1} of row group {origin.group + 1}"
     try:
-        content = _value(origin).as_py()
+        content = _column(origin.file, origin.group, origin.column)[origin.row].as_py()
     except OSError as error:
         raise MediaError(f"{where}: it cannot be read: {error.strerror or error}") from error
     except (DatasetError, ValueError, IndexError) as error:
@@ -254,10 +264,11 @@ def read_cell(origin: ParquetCell) -> bytes:
     return bytes(content)
 
 
-def _value(origin: ParquetCell) -> Any:
-    stamp = origin.file.stat().st_mtime_ns
+def _column(path: Path, group: int, column: str) -> Any:
+    """Return a column of a row group. Raises DatasetError, OSError or ValueError if it cannot be read."""
+    stamp = path.stat().st_mtime_ns
     with _ONE_AT_A_TIME:
-        return _group(origin.file, origin.group, origin.column, stamp)[origin.row]
+        return _group(path, group, column, stamp)
 
 
 @lru_cache(maxsize=2)  # sources are read in the order of rows

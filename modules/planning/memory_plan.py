@@ -266,8 +266,8 @@ def smallest_swap(prediction: Swappable, usable: int) -> int | None:
 def swap_for(prediction: Swappable, swap: SwapOptions, room: Room | None) -> tuple[int, str | None]:
     """Return how many blocks to swap, and the reason if --blocks_to_swap is `auto`.
 
-    The number is the smallest that fits the room, the largest if none fits, and 0 without a room. Raises
-    OptionError if there are too few blocks.
+    With `auto` the number is the smallest that fits the room, the largest if none fits, and 0 without a
+    room. Raises OptionError if there are too few blocks.
     """
     most = prediction.most
     if not swap.is_auto:

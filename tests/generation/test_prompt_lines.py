@@ -116,7 +116,7 @@ def test_a_size_in_one_word_is_height_first_and_a_warning_says_so(caplog: pytest
 def test_an_option_given_twice_is_told(caplog: pytest.LogCaptureFixture) -> None:
     assert parse_generation_line("p --w 32 --ci a --ci b --w 64", SECTIONS)["video_size_width"] == 64
     (told,) = caplog.messages
-    assert told.endswith(": of --w, --w the last counts")
+    assert told.endswith(": --w: given more than once, the last counts")
 
 
 def test_seed_minus_one_is_a_seed_and_a_warning_says_so(caplog: pytest.LogCaptureFixture) -> None:

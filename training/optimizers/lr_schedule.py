@@ -63,8 +63,9 @@ def make_lr_schedule(options: LrScheduleOptions, optimizer: Optimizer, total_ste
 def make_curve(
     name: str, options: LrScheduleOptions, total_steps: int, learning_rate: float
 ) -> Callable[[int], float]:
-    """Return the factor at a step, from 0, of the curve of that name. Raises OptionError for unknown
-    arguments.
+    """Return a function: step, from 0 -> factor of the curve of that name.
+
+    Raises OptionError for unknown arguments.
     """
     arguments, allowed = options.arguments(), ARGUMENTS.get(options.lr_scheduler, ())
     if unknown := sorted(set(arguments) - set(allowed)):

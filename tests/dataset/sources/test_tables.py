@@ -116,6 +116,12 @@ def test_files_in_a_column_are_read_row_by_row(tmp_path: Path) -> None:
     other = {**edits, "image": {"bytes": contents[3]}, "mask_path": None}
     one, two = find_sources(table_of(tmp_path, [edits, other], control_column="be/fore"))
     assert (len(two.control), two.mask) == (1, None)
+    named = {**edits, "mask_path": {"bytes": None, "path": "m.png"}}  # it names a file that is not there
+    first = {**edits, "mask_path": {"bytes": contents[2], "path": None}}
+    _, two = find_sources(table_of(tmp_path, [first, {**named, "image": other["image"]}]))
+    with pytest.raises(MediaError, match="mask_path.bytes is empty there"), fetch(two):
+        pass
+    one, two = find_sources(table_of(tmp_path, [edits, other], control_column="be/fore"))
     with fetch(one) as here:
         assert [path.read_bytes() for path, _ in here.parts] == contents[:3]
         assert (len(here.control), here.mask is None) == (1, False)
