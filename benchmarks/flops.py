@@ -8,6 +8,8 @@ layers that see one vector in place of tokens, the first and the last layers, te
 from dataclasses import dataclass
 from typing import Protocol
 
+from krea2.configs import Krea2Config
+from ltx_2.configs import LtxConfig
 from lumina.configs import LuminaConfig
 from wan.configs import WanConfig
 
@@ -31,6 +33,16 @@ class JointConfig(Protocol):
 
     @property
     def single_blocks(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class JointBlocks:
+    """The same of a transformer whose config has other names for it."""
+
+    dim: int
+    ffn_dim: int
+    double_blocks: int
+    single_blocks: int = 0
 
 
 @dataclass(frozen=True)
@@ -98,6 +110,30 @@ def joint_work(config: JointConfig, video_tokens: int, text_tokens: int) -> Work
         config.single_blocks * tokens * (dim + config.ffn_dim),
     )
     return Work(linear, attention, last=2 * dim * sum(ends))
+
+
+def gated_work(config: Krea2Config, picture_tokens: int, text_tokens: int) -> Work:
+    """Return the work of Krea 2: gated attention with grouped keys, gated feed-forward, one stream.
+
+    The few blocks that fuse the states of the language model are left out: about half a percent.
+    """
+    dim, tokens = config.dim, picture_tokens + text_tokens
+    keys_and_values = 2 * config.num_kv_heads * config.head_width
+    per_token = 3 * dim**2 + dim * keys_and_values + 3 * dim * config.ffn_dim
+    linear = config.num_layers * 2 * tokens * per_token
+    attention = config.num_layers * 4 * tokens**2 * dim
+    return Work(linear, attention, last=config.num_layers * 2 * tokens * dim * config.ffn_dim)
+
+
+def ltx_work(config: LtxConfig, video_tokens: int, text_tokens: int) -> Work:
+    """Return the work of the video stream of LTX-2, without sound."""
+    dim, ffn_dim, layers = config.video.dim, config.video.ffn_dim, config.num_layers
+    per_video = 6 * dim**2 + 2 * dim * ffn_dim  # q, k, v, o; q and o of cross-attention; feed-forward
+    linear = 2 * (video_tokens * per_video + text_tokens * 2 * dim**2)
+    attention = 4 * video_tokens**2 * dim
+    cross = 4 * video_tokens * text_tokens * dim
+    last = 2 * video_tokens * dim * ffn_dim
+    return Work(layers * linear, layers * attention, layers * cross, last=layers * last)
 
 
 def lumina_work(config: LuminaConfig, picture_tokens: int, text_tokens: int) -> Work:

@@ -21,8 +21,9 @@ import os
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = continue_results(args.output, head_of(args.device))
     print(f"{head_line(results.head)}\n")
     job = Job(args.folder, args.device, args.profiled)
-    measure_all(missing(rows, results, args.again), results, args.seconds, job.run)
+    chosen = missing(rows, results, args.again)
+    if args.one_process:
+        measure_all(chosen, results, args.seconds, job.run_here)
+    else:
+        measure_all(chosen, results, args.seconds, job.run)
     print("\nGoals:", *goals_of(results), sep="\n")
 
 
@@ -91,6 +96,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--profile", metavar="ROW", help="profile two steps of a row by kinds of kernels")
     parser.add_argument(
         "--profiled", action="store_true", help="profile a call of each row too; it is kept in --output"
+    )
+    parser.add_argument(
+        "--one_process",
+        action="store_true",
+        help="measure all rows in this process: quicker, but a crash ends it, and no row has a limit",
     )
     parser.add_argument("--check", action="store_true", help="compare results on the GPU with the CPU's")
     parser.add_argument(
@@ -134,6 +144,19 @@ class Job:
     folder: Path | None  # with the models' files; None: temporary ones
     device: str
     profiled: bool = False  # profile a call of each row too
+
+    def run_here(self, row: Row, limit: float) -> dict[str, Any]:
+        """Return the figures of a row that is measured in this process, or why it failed."""
+        from benchmarks.gpu_measuring import forget_row
+        from modules.devices import choose_device
+
+        try:
+            return measure_here(row, self.folder, self.device, self.profiled)
+        except Exception as error:  # the next row may work
+            traceback.print_exc()
+            return {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
+        finally:
+            forget_row(choose_device(self.device))
 
     def run(self, row: Row, limit: float) -> dict[str, Any]:
         """Return the figures of a row, or why it failed. limit: seconds after which it is ended."""
@@ -231,10 +254,11 @@ def expected_of(row: Row) -> Any:
 
     with folder_for(row, None) as folder:
         path, high = lay_out(row, folder)
+        whole = with_vae(row, folder)
         if row.kind == TRAINING:
-            options, family = training_family(row, path)
+            options, family = training_family(whole, path)
         else:
-            options, family = generation_family(row, path, high)
+            options, family = generation_family(whole, path, high)
         operations, _ = call_operations(row, options, family)
         files = 2 if high is not None else 1
         return expect(row, operations, files * path.stat().st_size)
@@ -263,7 +287,16 @@ def measure_here(row: Row, folder: Path | None, device: str, profiled: bool) -> 
     from modules.devices import choose_device
 
     with folder_for(row, folder) as where:
-        return measure_row(row, *lay_out(row, where), choose_device(device), profiled=profiled)
+        path, high = lay_out(row, where)
+        whole = with_vae(row, where)
+        return measure_row(whole, path, high, choose_device(device), profiled=profiled)
+
+
+def with_vae(row: Row, folder: Path) -> Row:
+    """Return a row with the option that names its VAE, if the family reads sizes from it."""
+    from benchmarks.gpu_files import vae_of
+
+    return replace(row, options=(*row.options, *vae_of(row, folder)))
 
 
 def profile(row: Row, folder: Path | None, device: str) -> None:
@@ -277,7 +310,8 @@ def profile(row: Row, folder: Path | None, device: str) -> None:
         raise SystemExit(f"--profile {row.name}: loading has no steps. Give a row of another group")
     with folder_for(row, folder) as where:
         chosen = choose_device(device)  # as a script does, which also sets how float32 is computed
-        bench = prepare(row, *lay_out(row, where), chosen)
+        path, high = lay_out(row, where)
+        bench = prepare(with_vae(row, where), path, high, chosen)
         bench.warm_up()
         calls = 2 if row.kind != GENERATION else 1
         print(f"{row.name}: {row.model.name}, {row.about}\n")

@@ -200,7 +200,9 @@ def child_environment() -> dict[str, str]:
     Groups run side by side, and what they compute on the CPU is small: each takes a few cores.
     """
     own = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "OMP_NUM_THREADS": str(min(4, os.cpu_count() or 1))}
-    return {**own, **os.environ, "PYTHONUTF8": "1", "PYTHONPATH": str(ROOT)}
+    # packages may come from a folder that the caller has put on the path
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**own, **os.environ, "PYTHONUTF8": "1", "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def judge(group: Group, code: int, text: str) -> None:

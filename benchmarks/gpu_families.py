@@ -14,7 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.flops import Work, joint_work, lumina_work, wan_work
+from benchmarks.flops import (
+    JointBlocks,
+    Work,
+    gated_work,
+    joint_work,
+    ltx_work,
+    lumina_work,
+    wan_work,
+)
 from benchmarks.gpu_rows import Row
 from modules.contract.data import Conditions
 
@@ -271,11 +279,21 @@ FAMILIES = {
     ),
     "flux_2": BenchFamily("flux_2", "Flux2TrainingOptions", "flux_2_generate_image", _flux_2_texts),
     "krea2": BenchFamily(
-        "krea2", "Krea2TrainingOptions", "krea2_generate_image", _listed("krea2_vl_embed", several=True)
+        *("krea2", "Krea2TrainingOptions", "krea2_generate_image", _listed("krea2_vl_embed", several=True)),
+        work=lambda config, shape, text: gated_work(config, count_tokens(shape), text),
     ),
-    "ltx_2": BenchFamily("ltx_2", "Ltx2TrainingOptions", "ltx2_generate_video", _ltx_texts),
+    "ltx_2": BenchFamily(
+        *("ltx_2", "Ltx2TrainingOptions", "ltx2_generate_video", _ltx_texts),
+        work=lambda config, shape, text: ltx_work(config, count_tokens(shape, patch=1), text),
+    ),
     "qwen_image": BenchFamily(
-        "qwen_image", "QwenImageTrainingOptions", "qwen_image_generate_image", _listed("vl_embed")
+        *("qwen_image", "QwenImageTrainingOptions", "qwen_image_generate_image", _listed("vl_embed")),
+        work=lambda config, shape, text: joint_work(
+            JointBlocks(config.dim, config.ffn_dim, config.num_layers), count_tokens(shape), text
+        ),
     ),
-    "z_image": BenchFamily("z_image", "ZImageTrainingOptions", "zimage_generate_image", _listed("llm_embed")),
+    "z_image": BenchFamily(
+        *("z_image", "ZImageTrainingOptions", "zimage_generate_image", _listed("llm_embed")),
+        work=lambda config, shape, text: lumina_work(config, count_tokens(shape), text),
+    ),
 }

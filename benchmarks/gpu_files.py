@@ -62,6 +62,13 @@ def lay_out(row: Row, folder: Path) -> tuple[Path, Path | None]:
     return paths[0], paths[1] if len(paths) > 1 else None
 
 
+def vae_of(row: Row, folder: Path) -> tuple[str, ...]:
+    """Return the option of a family that reads the size of latents from its VAE, with an empty file."""
+    if not row.model.vae:
+        return ()
+    return "--vae", str(write_hollow(folder / "vae.safetensors", tensor_list(row.model.vae)))
+
+
 def fill(path: Path) -> None:
     """Write random bf16 numbers behind the header of an empty file, and wait until they are on the disk.
 

@@ -14,13 +14,16 @@ from benchmarks.gpu_encoders import latents, texts
 from benchmarks.gpu_families import training_family
 from benchmarks.gpu_files import forget
 from benchmarks.gpu_profile import profile_calls, report
+from benchmarks.gpu_results import GIB
 from benchmarks.gpu_rows import GENERATION, LATENTS, LOADING, TEXTS, TRAINING, Row
 from benchmarks.gpu_steps import Bench, generation, train_steps
-from benchmarks.process_memory import STATUS, peak
+from benchmarks.process_memory import STATUS, is_known, peak, start_of_peak
 from modules.dressing import swapped_weights
 from training.experts import placement_of
 
 LEAST, MOST = 2, 5  # timed calls
+LONG = 10.0  # seconds of a call that is timed once
+CONTEXT = 0.6  # GiB that CUDA takes of a card for itself
 ENOUGH = 25.0  # seconds of timed calls, after which there is no other
 Figures = dict[str, Any]  # of a row, as the result file holds them
 
@@ -34,11 +37,32 @@ def measure_row(
     profiled: bool = False,
 ) -> Figures:
     """Return the figures of a row. path, high: its files. enough: seconds. profiled: profile a call too."""
+    if row.card:
+        limit_memory(device, row.card)
     if row.kind == LOADING:
         return {**_measure_loading(row, path, device), "host": _host_peak()}
     bench = prepare(row, path, high, device)
     found = measure(bench, path, device, enough)
     return {**found, "profile": _profile(bench, device)} if profiled else found
+
+
+def limit_memory(device: torch.device, card: float) -> None:
+    """Let torch take no more of a CUDA device than a card of so many GiB has free."""
+    if device.type == "cuda":
+        whole = torch.cuda.get_device_properties(device).total_memory / GIB
+        torch.cuda.set_per_process_memory_fraction((card - CONTEXT) / whole, device.index or 0)
+
+
+def forget_row(device: torch.device) -> None:
+    """Release what a row has left, so that the next one begins as in a new process."""
+    gc.collect()
+    torch._dynamo.reset()
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(1.0, device.index or 0)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    if is_known():
+        start_of_peak()
 
 
 def _profile(bench: Bench, device: torch.device) -> list[str]:
@@ -64,6 +88,7 @@ def measure(bench: Bench, path: Path, device: torch.device, enough: float) -> Fi
     (warm_up,) = time_call(bench.warm_up, device, 1, 1, 0)
     first = reset_peak(device)
     times = time_call(bench.call, device, LEAST, MOST, enough)
+    reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
     return {
         "seconds": statistics.median(times),
         "spread": (max(times) - min(times)) / statistics.median(times),
@@ -75,6 +100,7 @@ def measure(bench: Bench, path: Path, device: torch.device, enough: float) -> Fi
         "model_operations": bench.model_operations,
         "device": reset_peak(device),
         "device_first": first,
+        "reserved": reserved,
         "planned": bench.planned,
         "host": _host_peak(),
         "loading": bench.loading,
@@ -89,11 +115,13 @@ def time_call(
 ) -> list[float]:
     """Return the seconds of each call, each ended by the device's last kernel.
 
-    There are at least `least` and at most `most`, and no other after `enough` seconds.
+    There are at least `least` and at most `most`, and no other after `enough` seconds or after a long one.
     """
     times: list[float] = []
     synchronize(device)
     while len(times) < least or (len(times) < most and sum(times) < enough):
+        if times and times[0] > LONG:
+            break
         start = time.perf_counter()
         call()
         synchronize(device)

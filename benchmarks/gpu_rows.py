@@ -10,6 +10,8 @@ CACHING = (LATENTS, TEXTS)
 CHECKPOINTED = ("--gradient_checkpointing",)
 FP8 = ("--fp8_base", "--fp8_scaled")
 FP8_PRODUCTS = (*FP8, "--fp8_fast")
+INT8 = ("--convrot_int8",)
+NF4 = ("--nf4_base",)
 OFFLOADED = ("--gradient_checkpointing_cpu_offload",)
 COMPILED = ("--compile",)
 KEPT = ("--gradient_checkpointing_keep", "attention")
@@ -28,6 +30,7 @@ class Model:
     manifest: str
     words: tuple[str, ...] = ()  # options of both scripts that say which model it is
     high: str = ""  # manifest of the expert for much noise, if generation takes two
+    vae: str = ""  # manifest of the VAE, if the family reads the size of latents from it
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Row:
     is_goal: bool = False
     seconds: float = 0.0  # that a run may take, a guess, if no operations are counted
     steps: int = 3  # of a generation that are timed
+    card: float = 0.0  # GiB of the card that the row pretends to run on; 0: all that there is
 
     @property
     def group(self) -> str:
@@ -76,12 +80,18 @@ FLUX = Model("FLUX.1 dev", "flux", "flux1-dev-dit")
 CHROMA = Model("Chroma", "flux", "chroma1-dit", ("--model_type", "chroma"))
 HUNYUAN_IMAGE = Model("HunyuanImage-2.1", "hunyuan_image", "hunyuanimage2.1-dit")
 LUMINA = Model("Lumina-Image-2.0", "lumina", "lumina2-dit")
+QWEN_IMAGE = Model("Qwen-Image", "qwen_image", "qwen-image-dit")
+FLUX_2 = Model("FLUX.2 dev", "flux_2", "flux2-dev-dit", ("--model_version", "dev"))
+KREA_2 = Model("Krea 2", "krea2", "krea2-dit")
+Z_IMAGE = Model("Z-Image", "z_image", "z-image-dit")
+LTX_2 = Model("LTX-2.3", "ltx_2", "ltx2.3-dit", vae="ltx2.3-video-vae")
 WAN_VAE = Model("Wan2.1 VAE", "wan", "wan2.1-vae")
 WAN22_VAE = Model("Wan2.2 5B VAE", "wan", "wan2.2-vae")
 HUNYUAN_VAE = Model("HunyuanVideo VAE", "hunyuan_video", "hunyuanvideo-vae")
 UMT5 = Model("umT5", "wan", "umt5-xxl-enc-wan")
 LLAMA = Model("Llama of HunyuanVideo", "hunyuan_video", "llava-llama3-single")
 
+LTX_CLIP = Size(768, 512, 49)
 SMALL, WIDE, HD = Size(832, 480, 81), Size(960, 544, 129), Size(1280, 704, 121)
 SECTION = Size(832, 480, 37)  # the start image and the 36 frames of a section of FramePack
 SQUARE, LARGE = Size(1024, 1024), Size(2048, 2048)
@@ -126,6 +136,33 @@ ROWS = (
     _train("flux-bf16-compiled", FLUX, SQUARE, "bf16, compiled", *COMPILED, text_tokens=512),
     _generate("gen-framepack", FRAMEPACK, SECTION, "bf16, eager, one section"),
     _generate("gen-flux", FLUX, SQUARE, "bf16, eager", text_tokens=512, steps=8),
+    _wan("int8-compiled", "int8 (ConvRot), compiled", *COMPILED, *INT8),
+    _train(
+        "wan14b-nf4-12gib",
+        WAN_14B,
+        SMALL,
+        "nf4, swap 34, offload, rank 16, on a card of 12 GiB",
+        *NF4,
+        *OFFLOADED,
+        *("--blocks_to_swap", "34", "--network_dim", "16", "--optimizer_type", "adamw8bit"),
+        card=12,
+    ),
+    _train("qwen-image-bf16", QWEN_IMAGE, SQUARE, "bf16, eager"),
+    _train("krea2-bf16", KREA_2, SQUARE, "bf16, eager"),
+    _train("ltx2.3-bf16", LTX_2, LTX_CLIP, "bf16, eager"),
+    _train("z-image-bf16", Z_IMAGE, SQUARE, "bf16, eager"),
+    _train("flux-int8", FLUX, SQUARE, "int8 (ConvRot), eager", *INT8, text_tokens=512),
+    _train("flux-nf4", FLUX, SQUARE, "nf4, eager", *NF4, text_tokens=512),
+    _train("qwen-image-nf4", QWEN_IMAGE, SQUARE, "nf4, eager", *NF4),
+    _train("krea2-nf4", KREA_2, SQUARE, "nf4, eager", *NF4),
+    _train("krea2-int8-compiled", KREA_2, SQUARE, "int8 (ConvRot), compiled", *COMPILED, *INT8),
+    _train("ltx2.3-nf4", LTX_2, LTX_CLIP, "nf4, eager", *NF4),
+    _generate("gen-wan1.3b-eager", WAN_1_3B, SMALL, "bf16, eager", steps=6),
+    _generate(
+        *("gen-wan1.3b-sage", WAN_1_3B, SMALL, "bf16, eager, SageAttention"),
+        *("--attn_mode", "sageattn"),
+        steps=6,
+    ),
     _wan("fp8-swap38-offload", "fp8 weights, swap 38, offload", *FP8, *MOST, *OFFLOADED),
     _wan(
         *("fp8-products-swap30-compiled", "fp8 products, swap 30, compiled", *COMPILED, *FP8_PRODUCTS),

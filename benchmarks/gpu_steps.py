@@ -74,7 +74,7 @@ def train_steps(row: Row, path: Path, device: torch.device) -> Bench:
     network = make_network(options.network, family.lora_module, dit, seed=SEED)
     network.module.to(device)
     dress(dit, family.dit, options.loop, device, options.speed.compilation.choice, host)
-    parameters = network.parameters()
+    parameters = list(network.parameters())  # clipped at each step
     groups, _ = network.parameter_groups(options.optimizer.learning_rate)
     optimizer, _ = make_optimizer(options.optimizer, groups)
     if (averaging := find_averaging(optimizer)) is not None:

@@ -20,19 +20,26 @@ sys.path[0] = str(ROOT)
 import torch  # noqa: E402  # found from here on
 
 from benchmarks.gpu_families import training_family  # noqa: E402
-from benchmarks.gpu_files import lay_out  # noqa: E402
+from benchmarks.gpu_files import lay_out, vae_of  # noqa: E402
 from benchmarks.gpu_rows import (  # noqa: E402
     CHECKPOINTED,
     FLUX,
+    FLUX_2,
     HUNYUAN,
     HUNYUAN_IMAGE,
+    INT8,
+    KREA_2,
     LARGE,
+    LTX_2,
+    LTX_CLIP,
+    NF4,
     OFFLOADED,
+    QWEN_IMAGE,
     SMALL,
     SQUARE,
     TRAINING,
     WAN_14B,
-    Model,
+    Z_IMAGE,
     Row,
     Size,
 )
@@ -43,27 +50,19 @@ from modules.options import Options, option, read_options  # noqa: E402
 from modules.parser import Parser, add_options  # noqa: E402
 from modules.planning.device_memory import Room  # noqa: E402
 from modules.planning.memory_plan import smallest_swap  # noqa: E402
-from tests.manifests import tensor_list, write_hollow  # noqa: E402
 from training.experts import placement_of  # noqa: E402
 from training.planning.memory import StepPrediction, predict  # noqa: E402
 
 CPU = torch.device("cpu")
 CARDS = (8, 10, 12, 16)  # GiB
-INT8: tuple[str, ...] = ("--convrot_int8",)
-NF4: tuple[str, ...] = ("--nf4_base",)
 OFFLOADED_NF4: tuple[str, ...] = (*NF4, *OFFLOADED)
 RANK_16 = ("--network_dim", "16", "--optimizer_type", "adamw8bit")
-QWEN_IMAGE = Model("Qwen-Image", "qwen_image", "qwen-image-dit")
-FLUX_2 = Model("FLUX.2 dev", "flux_2", "flux2-dev-dit", ("--model_version", "dev"))
-KREA_2 = Model("Krea 2", "krea2", "krea2-dit")
-Z_IMAGE = Model("Z-Image", "z_image", "z-image-dit")
-LTX_2 = Model("LTX-2.3", "ltx_2", "ltx2.3-dit")
 ROWS = tuple(
     Row(model.name, TRAINING, model, size, "", (*CHECKPOINTED, *RANK_16), tokens)
     for model, size, tokens in (
         (WAN_14B, SMALL, 256),
         (HUNYUAN, Size(960, 544, 33), 256),
-        (LTX_2, Size(768, 512, 49), 256),
+        (LTX_2, LTX_CLIP, 256),
         (QWEN_IMAGE, SQUARE, 256),
         (FLUX_2, SQUARE, 512),
         (FLUX, SQUARE, 512),
@@ -109,13 +108,6 @@ def cells(row: Row) -> Iterator[str]:
 
     found = [choose(plan, Room("", card * GIB, card * GIB).usable) for card in reversed(CARDS)]
     yield from reversed(found)
-
-
-def vae_of(row: Row, folder: Path) -> tuple[str, ...]:
-    """Return the option of a family that reads the size of latents off its VAE, with an empty file."""
-    if row.model is not LTX_2:
-        return ()
-    return "--vae", str(write_hollow(folder / "vae.safetensors", tensor_list("ltx2.3-video-vae")))
 
 
 def choose(plan: Callable[[tuple[str, ...]], StepPrediction], usable: int) -> str:

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import small_cards
 from benchmarks.cards import CARDS, RUNS
-from benchmarks.flops import Work, joint_work, wan_work
+from benchmarks.flops import JointBlocks, Work, gated_work, joint_work, ltx_work, wan_work
 from benchmarks.generation import count_waits
 from benchmarks.gpu_families import generation_family, training_family
 from benchmarks.gpu_rows import GENERATION, TRAINING, WAN_14B, Row, Size
@@ -39,14 +39,20 @@ from blissful_tuner.options import PLAIN_GUIDANCE
 from generation.denoise import denoise
 from hunyuan_model.configs import HunyuanVideoConfig
 from hunyuan_model.model import HunyuanVideoModel
+from krea2.model import Krea2Model
+from ltx_2.configs import LtxConfig, StreamConfig
+from ltx_2.model import LtxModel
 from modules.contract.requests import Request
 from modules.contract.rules import ONE_EXPERT
 from modules.contract.steps import Section
 from modules.flow.solvers import solver_for
 from modules.planning.dry_run import dry_run
 from modules.planning.memory_plan import MemoryPart, Phase
+from qwen_image.model import QwenImageModel
 from tests.commands import ROOT
 from tests.preparing import prepare
+from tests.tiny import krea2 as tiny_krea2
+from tests.tiny import qwen_image as tiny_qwen_image
 from tests.tiny.wan_dit import tiny_state, write_dit
 from wan.configs import WanConfig
 from wan.model import WanModel
@@ -84,6 +90,41 @@ def test_a_pass_of_hunyuan_video_takes_as_many_operations_as_torch_counts() -> N
     noisy, llama, pooled = torch.zeros(1, 16, 2, 8, 8), torch.zeros(1, 20, 32), torch.zeros(1, 32)
     counted = _operations_of_blocks(model, lambda: model(noisy, ONE, llama, torch.ones(1, 20), pooled, ONE))
     assert counted == joint_work(config, 2 * 4 * 4, 20).forward
+
+
+def test_a_pass_of_krea_2_takes_as_many_operations_as_torch_counts() -> None:
+    model = Krea2Model(tiny_krea2.CONFIG)
+    noisy = torch.zeros(1, 16, 1, 8, 8)
+    text = torch.zeros(1, 20, tiny_krea2.CONFIG.states, tiny_krea2.CONFIG.text_dim)
+
+    counted = _operations_of_blocks(model, lambda: model(noisy, ONE, text, torch.ones(1, 20)))
+
+    assert counted == gated_work(tiny_krea2.CONFIG, 4 * 4, 20).forward
+
+
+def test_a_pass_of_qwen_image_takes_as_many_operations_as_torch_counts() -> None:
+    config = tiny_qwen_image.CONFIG
+    model = QwenImageModel(config)
+    text = torch.zeros(1, 20, config.text_dim)
+
+    counted = _operations_of_blocks(
+        model, lambda: model(torch.zeros(1, 16, 1, 8, 8), ONE, text, torch.ones(1, 20))
+    )
+
+    blocks = JointBlocks(config.dim, config.ffn_dim, config.num_layers)
+    assert counted == joint_work(blocks, 4 * 4, 20).forward
+
+
+def test_a_pass_of_ltx_takes_as_many_operations_as_torch_counts() -> None:
+    """The gates of heads, a number each, are left out."""
+    stream = StreamConfig(dim=256, ffn_dim=1024, channels=128, text_dim=256)
+    config = LtxConfig(stream, None, 4, 2, 128, projects_text=False, is_gated=False, modulates_text=False)
+    model = LtxModel(config)
+    noisy, text = torch.zeros(1, 128, 2, 4, 4), torch.zeros(1, 20, 256)
+
+    counted = _operations_of_blocks(model, lambda: model(noisy, ONE, text))
+
+    assert counted == ltx_work(config, 2 * 4 * 4, 20).forward
 
 
 def _operations_of_blocks(
