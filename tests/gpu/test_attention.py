@@ -7,6 +7,7 @@ Rounding a factor to e4m3 costs 2.7 % root mean square, whatever its size; a pro
 rounding to bf16, and with fast sums on Hopper that of partial sums of 14 bits.
 """
 
+import importlib.metadata
 import importlib.util
 import math
 from collections.abc import Callable, Sequence
@@ -199,11 +200,14 @@ def attend_by_package(
 def require(name: str, device: torch.device) -> bool:
     """Skip if the package is missing or is for other GPUs; return whether it has gradients.
 
-    A package that is there and for this GPU has to pass what a run checks.
+    A package that is there and for this GPU has to pass what a run checks. SageAttention 1 does not, and
+    every run refuses it.
     """
     package = BACKENDS[name]
     if importlib.util.find_spec(package.module.partition(".")[0]) is None:
         pytest.skip(f"{package.name} is not installed")
+    if name == "sage" and importlib.metadata.version("sageattention").startswith("1."):
+        pytest.skip("SageAttention 1 attends to padding")
     capability = torch.cuda.get_device_capability(device)
     if package.only is not None and capability != package.capability:
         pytest.skip(f"{package.name} runs on {package.only}")
@@ -322,14 +326,17 @@ def test_output_and_gradient_are_as_near_as_rounding_allows(
 def test_the_gpu_has_a_kernel_for_every_layer(
     fp8: torch.device, columns: int, rows: int, tokens: int
 ) -> None:
-    weight = torch.ones(rows, columns, device=fp8).to(E4M3)
+    # Signs are random, as fast sums of Hopper lose what is far below the sum so far: of 14,336 ones,
+    # measured on an H100, 9,344 are left. Sums of either sign stay small, and exact until the last rounding.
+    signs = torch.randint(0, 2, (rows, columns), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    weight = signs.to(fp8, torch.float32).to(E4M3)
     x = torch.ones(1, tokens, columns, device=fp8, dtype=torch.bfloat16, requires_grad=True)
 
     out = fp8_linear(x, weight, None, None, choose_product(fp8))
     (gradient,) = torch.autograd.grad(out, x, torch.ones_like(out))
 
-    assert bool(((out / columns - 1).abs() < 0.01).all())
-    assert bool(((gradient / rows - 1).abs() < 0.01).all())
+    assert relative_error(out, signs.sum(dim=1).expand(out.shape)) < 0.01
+    assert relative_error(gradient, signs.sum(dim=0).expand(gradient.shape)) < 0.01
 
 
 def test_products_are_compiled_without_a_break(fp8: torch.device) -> None:
