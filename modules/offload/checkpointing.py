@@ -312,7 +312,8 @@ class _Given:
         self._places = [index for index, value in enumerate(inputs) if isinstance(value, Tensor)]
         tensors = [inputs[index] for index in self._places]
         self._learns = [tensor.requires_grad for tensor in tensors]
-        self._node: Any = _Keep.apply(torch.empty(0, requires_grad=True), *tensors).grad_fn
+        # the output, not its node: before torch 2.13 a node frees what it saved when its output is gone
+        self._saver: Any = _Keep.apply(torch.empty(0, requires_grad=True), *tensors)
         self._tensors: list[Tensor] | None = tensors
         self._pieces = x.chunk(count, dim=1)  # split once, so that the pieces' gradients are joined once
         self._done = 0  # recomputed pieces
@@ -327,7 +328,7 @@ class _Given:
         is_again = self._tensors is None or self._done > 0
         if self._tensors is None:
             # read only once: this makes torch recompute the block
-            kept = zip(self._node.saved_tensors, self._learns, strict=True)
+            kept = zip(self._saver.grad_fn.saved_tensors, self._learns, strict=True)
             self._tensors = [tensor.detach().requires_grad_(learns) for tensor, learns in kept]
             self._pieces = self._tensors[0].chunk(self._count, dim=1)
         inputs = list(self._fixed)
