@@ -1,4 +1,4 @@
-.PHONY: check fast all format
+.PHONY: check fast all format house
 check:  ## format, lint, types, import arrows, tests
 	python run_tests.py
 fast:   ## quick tests
@@ -7,3 +7,5 @@ all:    ## slow tests too
 	python run_tests.py --all
 format:
 	.venv/bin/python -m ruff format . && .venv/bin/python -m ruff check --fix .
+house:  ## what a reader of the code must hold in mind
+	.venv/bin/python benchmarks/house.py

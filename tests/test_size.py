@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from benchmarks.house import Function, measure_function
 from tests.marks import SLOW_CASES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,8 +18,6 @@ ROOT = Path(__file__).resolve().parent.parent
 # files, functions and kinds of records of ours on each way, as `python benchmarks/way.py` prints them
 WAYS = {"one clip, cache and train": (144, 944, 105), "one prompt with a LoRA": (89, 595, 54)}
 GROWTH = 1.25
-# of a function of the product: expressions, local names, parameters
-MOST_EXPRESSIONS, MOST_LOCALS, MOST_PARAMETERS = 300, 20, 12
 # functions that were above a limit when the limits were made: `file: name`, one a line
 CROWDED = ROOT / "tests" / "data" / "crowded_functions.txt"
 NOT_PRODUCT = {"tests", "benchmarks", "docs", "pocket"}
@@ -39,18 +38,8 @@ def crowded_functions() -> set[str]:
         for room, path in product_files()
         if room not in NOT_PRODUCT
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and is_crowded(node)
+        if isinstance(node, Function) and measure_function(node, path.name).is_crowded
     }
-
-
-def is_crowded(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    """Whether a function is above a limit; functions inside it count too."""
-    nodes = list(ast.walk(function))
-    expressions = sum(isinstance(node, ast.expr) for node in nodes)
-    stored = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    parameters = function.args
-    count = len(parameters.posonlyargs) + len(parameters.args) + len(parameters.kwonlyargs)
-    return expressions > MOST_EXPRESSIONS or len(stored) > MOST_LOCALS or count > MOST_PARAMETERS
 
 
 def test_no_further_function_asks_too_much_of_a_reader() -> None:
