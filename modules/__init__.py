@@ -22,6 +22,7 @@ file_locks: locks on open files that end with their process
 flow/: noise schedules and the solvers that follow them
 help_text: what -h and --help print of a parser's options
 installation: checkout or package, imports by name
+installed: find modules of installed packages, importing none
 interpreter: refuse a Python that cannot run Reelsmith
 layers/: small layers and rules that several models share
 limits: limits on files and answers from outside
@@ -38,6 +39,7 @@ parser: argparse from records, and answers to mistakes
 paths: paths and addresses as users write them
 planning/: the memory of a run, predicted before it starts
 private_torch: everything private of torch that is used
+run_limits: where `run` may write, and what it sends
 run_blocks: the one loop over blocks, the DiTs' base
 seeds: seeds for independent random streams, derived from names and numbers
 speed_options: options of attention, fp8, block swap, VAE, plan
