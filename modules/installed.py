@@ -22,10 +22,10 @@ from modules.installation import IMPORTED_AS, describe_missing, own_name, read_r
 from modules.text_files import real_path
 
 
-def require_installed(place: str, name: str, typed: str) -> None:
+def require_installed(place: str, name: str, remedy: str) -> None:
     """Raise OptionError if a module that a file names is not one of an installed package.
 
-    place: where the name stands, for the message. typed: words of the command line that may name it.
+    place: where the name stands, for the message. remedy: what to do if the code is the user's own.
     """
     if find_installed(own_name(name)) is not None:
         return
@@ -35,8 +35,8 @@ def require_installed(place: str, name: str, typed: str) -> None:
     else:
         why = f"{name} is no module of an installed package"
     raise OptionError(
-        f"{place}: {why}.\n  A file names what installed packages have, and no other code. If it is your own "
-        f"code, type it: {typed}"
+        f"{place}: {why}.\n  A file names what installed packages have, and no other code. If it is your "
+        f"own, {remedy}"
     )
 
 

@@ -19,7 +19,7 @@ from modules.errors import OptionError
 from modules.families import with_scripts
 from modules.option_values import option_words
 from modules.output_files import check_output_name
-from modules.paths import path_from
+from modules.paths import expand_path, path_from
 from modules.run_limits import OF_TRAINING, describe_outside, limit_run, refuse_outside
 from modules.text_files import parse_toml, read_safetensors_texts, read_text, real_path
 from project.choosing import script_family, transformers_of
@@ -127,8 +127,8 @@ def _read_project(folder: Path, typed: Mapping[str, Any]) -> Project:
         tables = parse_toml(read_text(path))
         own, values = tables[OTHERS_TABLE], {**tables["training"], **typed}
         download, *commands = [[str(word) for word in words] for words in own["commands"]]
-        output, name = folder / values["output_dir"], str(values["output_name"])
-        logs = [folder / values["logging_dir"]] if values.get("logging_dir") else []
+        output, name = expand_path(str(values["output_dir"]), folder), str(values["output_name"])
+        logs = [expand_path(str(values["logging_dir"]), folder)] if values.get("logging_dir") else []
         files = [str(file) for file in own["files"]]
         names = ("network_module", "task", "model_version", "ltx2_mode")
         model = {f"ss_{name}": str(values[name]) for name in names if name in values}

@@ -14,7 +14,7 @@ from modules.installed import require_installed
 from modules.option_values import int_or_float, to_path
 from modules.options import IMPORTS, IMPORTS_CLASS, Options, option
 from modules.paths import explain_missing, path_exists
-from modules.run_limits import refuse_outside
+from modules.run_limits import is_limited, refuse_outside
 from modules.text_files import parse_toml, read_text
 
 logger = logging.getLogger(__name__)
@@ -79,8 +79,9 @@ def check_imports(parser: argparse.ArgumentParser, values: Mapping[str, Any], pl
         is_class = reach == IMPORTS_CLASS["reach"]
         module = value.rpartition(".")[0] if is_class else value
         if module and not module.startswith(OUR_NETWORKS):
-            name = f"--{action.dest} {value}"
-            require_installed(f"{place}: {action.dest} = {value}", module, name)
+            typed = f"type --{action.dest} {value}"
+            remedy = "start the training itself, and type it there" if is_limited() else typed
+            require_installed(f"{place}: {action.dest} = {value}", module, remedy)
 
 
 def write_config_file(path: Path, values: Mapping[str, Any]) -> None:
