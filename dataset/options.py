@@ -91,8 +91,7 @@ class CachingOptions(Options, title="caching"):
     skip_existing: bool = option("also keep files made by other programs if their size is right", often=True)
     keep_cache: bool = option("do not remove cache files that no longer belong to an item", often=True)
     download_directory: Path | None = option(
-        "folder for what is downloaded, for all tables with addresses; default: as the table says, in its "
-        "cache folder",
+        "folder for downloads; default: in the cache folders",
         place="new folder",
     )
     verify: bool = option(

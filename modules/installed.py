@@ -7,13 +7,11 @@ that begins with `_` (`unittest.__main__` would run).
 
 import functools
 import importlib.util
-import json
 import os
 import site
 import sysconfig
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec, PathFinder
-from importlib.metadata import distributions
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -96,6 +94,9 @@ def _package_folders() -> tuple[Path, ...]:
 @functools.cache
 def _editable_folders() -> tuple[Path, ...]:
     """Return the folders of packages that are installed in place (`pip install -e`)."""
+    import json  # here: options import this file
+    from importlib.metadata import distributions  # likewise
+
     found = []
     for one in distributions():
         try:

@@ -63,6 +63,8 @@ MAX_ANSWER_BYTES = 1 << 24  # of a server that captions
 MAX_ANSWER_CHARACTERS = 4000  # of a prompt that a language model writes
 
 # prompts
+MAX_LINE_OPTIONS = 300  # of a prompt line; all that there are, several times
+MAX_LINE_SHOWN = 400  # characters of a line in a warning about it
 MAX_WILDCARD_ROUNDS = 50  # of lines that draw from a file themselves
 MAX_WILDCARD_DRAWS = 100_000  # of a text: lines that draw several lines each have no end otherwise
 MAX_WILDCARD_CHARACTERS = 1 << 22  # likewise

@@ -7,16 +7,16 @@ what leaves this machine is typed there. Other commands have no limits.
 
 import contextlib
 import functools
-import json
 import os
+import shlex
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
-from modules.command import as_typed
 from modules.errors import OptionError, OutputError
 from modules.text_files import real_path
 
 FOLDERS = "REELSMITH_RUN_FOLDERS"  # JSON list of folders: first that of the run
+COMMAND = "REELSMITH_RUN_COMMAND"  # the command of the run, as it can be typed
 TYPED = "REELSMITH_RUN_TYPED"  # names of options that the user typed for the run, with blanks between
 # options of `run` that it hands to its training
 OF_TRAINING = ("output_dir", "logging_dir", "log_with", "log_tracker_config", "huggingface_repo_id")
@@ -26,14 +26,17 @@ ANY = "may_write"  # for all others
 
 
 @contextlib.contextmanager
-def limit_run(folders: Sequence[Path], typed: Collection[str]) -> Iterator[None]:
+def limit_run(folders: Sequence[Path], typed: Collection[str] = (), command: str = "run") -> Iterator[None]:
     """Limit this process, and those that it starts, to writing below these folders until the block ends.
 
-    typed: names of the options that may send something.
+    typed: names of the options that may send something. command: of the run, for messages.
     """
-    before = {name: os.environ.get(name) for name in (FOLDERS, TYPED)}
+    import json  # here: all options import this file
+
+    before = {name: os.environ.get(name) for name in (FOLDERS, TYPED, COMMAND)}
     os.environ[FOLDERS] = json.dumps([str(real_path(folder)) for folder in folders])
     os.environ[TYPED] = " ".join(sorted(typed))
+    os.environ[COMMAND] = command
     try:
         yield
     finally:
@@ -96,8 +99,7 @@ def refuse_sending(option: str, value: object) -> None:
 
 def _run_command(*words: str) -> str:
     """Return the command of this run with further words, as it can be typed."""
-    folder = json.loads(os.environ[FOLDERS])[0]
-    return as_typed(["python", "reelsmith.py", "run", folder, *words])
+    return f"{os.environ.get(COMMAND, 'run')} {shlex.join(words)}"
 
 
 @functools.lru_cache(maxsize=4096)  # asked for at each file that is written
@@ -107,4 +109,6 @@ def _resolved(path: str) -> Path:
 
 @functools.lru_cache(maxsize=8)
 def _folders(text: str) -> tuple[Path, ...]:
+    import json  # likewise
+
     return tuple(Path(os.path.normcase(folder)) for folder in json.loads(text))

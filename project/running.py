@@ -64,7 +64,9 @@ def run_project(options: RunOptions) -> None:
     places = [options.output_dir, options.logging_dir, *options.may_write]
     places += [options.models] if options.download else []
     folder = options.folder.parent if options.folder.name == RUN_FILE else options.folder
-    with limit_run([folder, *(place for place in places if place is not None)], typed.keys()):
+    folders = [folder, *(place for place in places if place is not None)]
+    command = as_typed(["python", "reelsmith.py", "run", str(options.folder)])
+    with limit_run(folders, typed.keys(), command):
         _run_within_limits(options, _read_project(options.folder, typed))
 
 

@@ -29,9 +29,9 @@ def test_folders_below_those_of_the_run_are_allowed(tmp_path: Path) -> None:
     [("output_dir", "--output_dir"), ("to", "--models"), ("html", "--may_write"), ("", "--may_write")],
 )
 def test_a_refusal_says_what_to_type(option: str, typed: str, tmp_path: Path) -> None:
-    with limit_run([tmp_path / "my clips"], []), pytest.raises(OptionError) as error:
-        refuse_outside(option, tmp_path / "x")
-    assert str(error.value).endswith(f"reelsmith.py run '{tmp_path / 'my clips'}' {typed} {tmp_path / 'x'}")
+    with limit_run([tmp_path], command="run 'my clips'"), pytest.raises(OptionError) as error:
+        refuse_outside(option, tmp_path.parent / "x")
+    assert str(error.value).endswith(f"type it: run 'my clips' {typed} {tmp_path.parent / 'x'}")
 
 
 WRITERS: list[Callable[[Path], object]] = [
