@@ -3,6 +3,7 @@
 atomic_write: write to a temporary name, then rename
 attention/: attention: one function over a table of back ends
 bars: progress bars of one look
+chat_templates: render a model's chat template within bounds
 checkpoints/: open, recognise, load and write files of weights
 command: what every script shares: logging, clean error output, exit codes
 compile: torch.compile for blocks, applied from outside
@@ -45,6 +46,7 @@ seeds: seeds for independent random streams, derived from names and numbers
 speed_options: options of attention, fp8, block swap, VAE, plan
 step_cache: rules decide which passes to skip; a runner skips
 stored/: linear layers with weights in 8 or 4 bits
+template_process: the program that renders one chat template
 text_encodings: guess the encoding of a file not in UTF-8
 text_files: text files that a user names, read safely
 varints: read whole numbers of varying length

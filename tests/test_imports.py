@@ -50,7 +50,7 @@ FLOORS = {
         {"compile_options", "help_text"},
         {"speed_options"},
         {"command", "console", "environment", "stored"},
-        {"lost_processes", "mistyped"},
+        {"chat_templates", "lost_processes", "mistyped", "template_process"},
         {"downloading", "parser"},
         {"families"},
         {"console_options"},
