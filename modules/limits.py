@@ -32,6 +32,7 @@ MAX_ONNX_FIELDS = 1 << 20  # of all that is looked at; of a detector some ten th
 MAX_ONNX_DEPTH = 4  # of graphs in graphs
 MAX_ONNX_SIDE = 1 << 12  # pixels of the pictures that a file takes
 MAX_ONNX_VALUES = 1 << 26  # that an operator makes of constants
+MAX_ONNX_COUNT = 1 << 28  # values that any operator makes: 1 GiB
 MAX_ONNX_SCALE = 1 << 8  # by which one enlarges by constants
 
 # pictures and videos
