@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+from modules.chat_templates import TemplateError, render_chat
 from modules.contract.requests import Prepared, Prompts
 from modules.control_codes import shorten, take_answer
-from modules.errors import CheckpointError
+from modules.errors import CheckpointError, catch_panics
 from modules.offload.host_memory import LoadedNetwork
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,8 @@ class PromptRewriter:
 
         local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.folder, **local)
+            with catch_panics():
+                tokenizer = AutoTokenizer.from_pretrained(self.folder, **local)
             if tokenizer.chat_template is None:
                 raise CheckpointError(
                     f"--prompt_rewrite_model {self.folder}: its tokenizer has no chat template, so it is no "
@@ -85,6 +87,11 @@ class PromptRewriter:
             )
         except (CheckpointError, torch.OutOfMemoryError):
             raise
+        except TemplateError as error:
+            raise CheckpointError(
+                f"--prompt_rewrite_model {self.folder}: its chat template fails: {error}. Give another model",
+                self.folder,
+            ) from None
         except Exception as error:  # damaged files raise errors of many libraries
             raise CheckpointError(
                 f"--prompt_rewrite_model {self.folder}: transformers cannot load it: "
@@ -130,13 +137,10 @@ class PromptRewriter:
 def _render(tokenizer: Any, message: str) -> Any:
     """Return the tokens of a conversation that begins with `message`, for `generate`."""
     turns = [{"role": "user", "content": message}]
-    return tokenizer.apply_chat_template(
-        turns,
-        add_generation_prompt=True,
-        return_tensors="pt",
-        return_dict=True,
-        enable_thinking=False,  # read by the templates of models that can do without
-    )
+    # the last is read by the templates of models that can do without
+    text = render_chat(tokenizer, None, turns, enable_thinking=False)
+    with catch_panics():
+        return tokenizer(text, add_special_tokens=False, return_tensors="pt")
 
 
 def rewrite_prompts(prepared: Prepared, rewriter: PromptRewriter) -> Prepared:

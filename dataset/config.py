@@ -18,6 +18,8 @@ from dataset.table import KEYS, SOURCE_FIELDS, SOURCES, DatasetConfig, DatasetTa
 from modules.command import did_you_mean
 from modules.contract.rules import ReferenceRules
 from modules.errors import DatasetError
+from modules.run_limits import describe_outside
+from modules.text_files import real_path
 
 __all__ = ["KEYS", "MODES", "DatasetConfig", "DatasetTable", "load_dataset_config"]
 
@@ -75,6 +77,7 @@ def load_dataset_config(path: Path, given: SubsetOptions | None = None) -> Datas
                 f"{table.place}: cache_directory = {folder}: {there} is a file; name a "
                 "folder, which is made if it is not there"
             )
+        problems += _places_elsewhere(table)
         if table.kind == "video" and table.cache_format == "npz":
             problems.append(
                 f'{table.place}: cache_format = "npz" is for tables of pictures; use "files" or "shards"'
@@ -91,6 +94,29 @@ def load_dataset_config(path: Path, given: SubsetOptions | None = None) -> Datas
         more = [f"... and {len(problems) - MOST_TOLD} more"] if len(problems) > MOST_TOLD else []
         raise DatasetError("\n  ".join([f"{path} cannot be used:", *problems[:MOST_TOLD], *more, *theirs]))
     return DatasetConfig(path, tables)
+
+
+def _places_elsewhere(table: DatasetTable) -> list[str]:
+    """Return what is wrong with the folders that a table writes into."""
+    cache, downloads = table.cache_directory, table.download_directory
+    problem = describe_outside(cache)
+    if problem is not None:
+        return [f"{table.place}: caches go to cache_directory = {cache}, and {problem}"]
+    if downloads is None or real_path(downloads).is_relative_to(real_path(cache)):
+        return []
+    return [
+        f"{table.place}: download_directory = {downloads} lies outside of cache_directory = {cache}, and a "
+        f"file may name no other place for downloads. Leave it out ({cache / 'downloads'} is taken), or type "
+        f"it for the command that caches: --download_directory {downloads}"
+    ]
+
+
+def with_downloads(config: DatasetConfig, folder: Path | None) -> DatasetConfig:
+    """Return a configuration whose tables keep downloads in a folder; None: where they say."""
+    if folder is None:
+        return config
+    tables = tuple(replace(table, download_directory=folder) for table in config.datasets)
+    return replace(config, datasets=tables)
 
 
 def _with_keys_in_general(path: Path, content: Table, problems: list[str]) -> Table:

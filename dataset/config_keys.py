@@ -115,6 +115,20 @@ def _is_text(value: str) -> bool:
     return bool(value.strip()) and not bad_character(value)
 
 
+# endings of files that systems, shells, Python or browsers run: no caption is written under them
+PROGRAMS = frozenset(
+    {
+        *("py", "pyc", "pyw", "pth", "so", "sh", "bash", "zsh", "bat", "cmd", "ps1", "exe", "com", "dll"),
+        *("scr", "vbs", "js", "lnk", "desktop", "html", "svg"),
+    }
+)
+
+
+def _is_of_programs(extension: str) -> bool:
+    """Return whether a file with this extension may lie in another folder, or be run."""
+    return bool(set(extension) & set("/\\\0")) or extension.rpartition(".")[2].strip().lower() in PROGRAMS
+
+
 def is_short(value: str) -> bool:
     return len(value) <= MOST_WORDS and not bad_character(value)
 
@@ -162,7 +176,9 @@ TARS = _list_of(
     form_of(str, _is_text, ""), 'a path in quotes, such as "clips-*.tar", or a list of them', or_one=True
 )
 EXTENSION = form_of(
-    str, lambda value: _is_text(value) and "." in value, 'an extension with its dot, such as ".txt"'
+    str,
+    lambda value: _is_text(value) and "." in value and not _is_of_programs(value),
+    'an extension with its dot, such as ".txt"; no folder, and none of programs or pages',
 )
 # an empty one overrides [general]
 WORDS = form_of(

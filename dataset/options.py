@@ -90,6 +90,10 @@ class CachingOptions(Options, title="caching"):
     )
     skip_existing: bool = option("also keep files made by other programs if their size is right", often=True)
     keep_cache: bool = option("do not remove cache files that no longer belong to an item", often=True)
+    download_directory: Path | None = option(
+        "folder for downloads; default: in the cache folders",
+        place="new folder",
+    )
     verify: bool = option(
         "read every cache file whole; without it, only the headers are read if there are thousands of them"
     )

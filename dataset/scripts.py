@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from dataset.config import for_family, load_dataset_config, with_sound_files
+from dataset.config import for_family, load_dataset_config, with_downloads, with_sound_files
 from dataset.options import CachingOptions, read_latent_caching
 from modules.command import as_typed, tell_loading
 from modules.families import FAMILIES, Script
@@ -31,7 +31,7 @@ def cache_family_latents(
         values = option_values(own)
         for name, option, why in entry.encoders:
             require(values[name], option, f"{why}; only --debug_mode and --check work without it")
-    config = load_dataset_config(options.dataset_config)
+    config = with_downloads(load_dataset_config(options.dataset_config), options.download_directory)
     sounds = getattr(own, "sound_files", None)  # of families that hear, whose options may say where it is
     if sounds is not None:
         config = with_sound_files(config, *sounds)
@@ -54,7 +54,7 @@ def cache_family_texts(
     """Encode the captions of a dataset."""
     entry = FAMILIES[family]
     options, own = parse_options(about, argv, CachingOptions, entry.options_record("TextCaching"))
-    config = load_dataset_config(options.dataset_config)
+    config = with_downloads(load_dataset_config(options.dataset_config), options.download_directory)
 
     tell_loading()
     from dataset.caching import loop  # torch loads here, after every option has been read

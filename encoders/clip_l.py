@@ -58,7 +58,8 @@ def load_clip_words(files: TokenizerFiles, file: Path) -> ClipWords:
         raise files.unreadable(file, ValueError(f"it has no {CLIP_START} or no {CLIP_END}"))
 
     def tokenize(text: str) -> list[int]:
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        with files.explain(file):
+            ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
     return ClipWords(tokenize, start, end)
@@ -70,10 +71,8 @@ def _read_clip(files: TokenizerFiles, file: Path) -> Tokenizer:
         return files.read(file)
     for part in (file, merges):
         files.check_bytes(part)
-    try:
+    with files.explain(file):
         model = models.BPE.from_file(str(file), str(merges), unk_token=CLIP_END, end_of_word_suffix="</w>")
-    except Exception as error:  # the library raises nothing more precise
-        raise files.unreadable(file, error) from error
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]

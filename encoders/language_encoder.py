@@ -87,10 +87,8 @@ def read_qwen_tokenizer(files: TokenizerFiles, file: Path) -> Tokenizer:
         return files.read(file)
     for part in (file, merges):
         files.check_bytes(part)
-    try:
+    with files.explain(file):
         tokenizer = Tokenizer(models.BPE.from_file(str(file), str(merges)))
-    except Exception as error:  # the library raises nothing more precise
-        raise files.unreadable(file, error) from error
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

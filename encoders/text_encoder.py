@@ -127,15 +127,18 @@ class TokenizerSource:
 
     def _use(self, tokenizer: Tokenizer, file: Path) -> TextTokenizer:
         begin = tokenizer.token_to_id(self.begin) if self.begin else None
-        has_own = tokenizer.encode("").ids[:1] == [begin]
-        first = [] if begin is None or has_own else [begin]
-        if self.end and tokenizer.encode("").ids[-1:] != [tokenizer.token_to_id(self.end)]:
+        with self.files.explain(file):
+            empty: list[int] = tokenizer.encode("").ids
+            tokenizer.encode("a b")  # what fails with a text does so now
+        first = [] if begin is None or empty[:1] == [begin] else [begin]
+        if self.end and empty[-1:] != [tokenizer.token_to_id(self.end)]:
             logger.warning(
                 "tokenizer %s does not end texts with %s, but the encoder was trained with it", file, self.end
             )
 
         def read(text: str) -> Tokens:
-            encoded = tokenizer.encode(text, add_special_tokens=self.adds_own)
+            with self.files.explain(file):
+                encoded = tokenizer.encode(text, add_special_tokens=self.adds_own)
             places: list[Place] = [None for _ in first]
             for place, is_added in zip(encoded.offsets, encoded.special_tokens_mask, strict=True):
                 places.append(None if is_added else place)
@@ -161,8 +164,9 @@ class TokenizerSource:
             )
 
         def read(text: str) -> Tokens:
-            ids: list[int] = processor.encode(text)
-            surfaces = piece_surfaces(processor.encode(text, out_type="serialized_proto"))
+            with self.files.explain(origin):
+                ids: list[int] = processor.encode(text)
+                surfaces = piece_surfaces(processor.encode(text, out_type="serialized_proto"))
             # they follow one another; white space that is dropped can only stand in front of them
             begin = len(text) - sum(map(len, surfaces))
             places = itertools.pairwise(itertools.accumulate(map(len, surfaces), initial=begin))

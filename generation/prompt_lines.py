@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from modules.control_codes import shorten
 from modules.errors import OptionError
+from modules.limits import MAX_LINE_OPTIONS, MAX_LINE_SHOWN
 from modules.option_values import JOINED, few_digits, height_width, read_whole, text_to_seed
 from modules.paths import explain_missing, path_exists
 from modules.text_files import read_text
@@ -213,6 +215,26 @@ def parse_line(line: str, options: Mapping[str, LineOption], where: str) -> dict
     return parse_words(line, options, where, lambda word: options.get(word.lower()) or by_key.get(word))
 
 
+def _warn_of_unknown(line: str, part: str, options: Mapping[str, LineOption]) -> None:
+    name = part.partition(" ")[0]
+    near = next((letter for letter, known in options.items() if known.key == name), None)
+    logger.warning(
+        "%s: the unknown option --%s is ignored. Use %s",
+        line,
+        shorten(part, MAX_LINE_SHOWN),
+        f"--{near}" if near is not None else " ".join(f"--{letter}" for letter in options),
+    )
+
+
+def _check_count(options: int) -> None:
+    """Raise OptionError for a line with more options than any that is meant."""
+    if options > MAX_LINE_OPTIONS:
+        raise OptionError(
+            f"it has {options:,} options, which are words behind --, and {MAX_LINE_OPTIONS} are the most. "
+            "Leave out those that are not meant"
+        )
+
+
 def parse_words(
     line: str,
     options: Mapping[str, LineOption],
@@ -220,26 +242,21 @@ def parse_words(
     find: Callable[[str], LineOption | None],
 ) -> dict[str, Any]:
     prompt, *parts = line.split(" --")
+    _check_count(len(parts))
+    shown = shorten(line.strip(), MAX_LINE_SHOWN)
     values: dict[str, Any] = {"prompt": prompt.strip()}
     words = [part.partition(" ")[0] for part in parts]
     known = [(one.key, word) for word in words if (one := find(word)) is not None]
     problems = [
         f"{dash}{word} {value}: an option begins with two plain dashes. Write --{word}"
-        for dash, word, value in _ODD_OPTION.findall(line)
+        for dash, word, value in _ODD_OPTION.findall(line)[:MAX_LINE_OPTIONS]
         if find(word) is not None
     ]
     for part in parts:
         word, _, text = part.partition(" ")
         option = find(word)
         if option is None:
-            near = next((letter for letter, known in options.items() if known.key == word), None)
-            logger.warning(
-                "%s %r: the unknown option --%s is ignored. Use %s",
-                where,
-                line.strip(),
-                part.strip(),
-                f"--{near}" if near is not None else " ".join(f"--{letter}" for letter in options),
-            )
+            _warn_of_unknown(f"{where} {shown!r}", part.strip(), options)
             continue
         if not read_path(text.strip()) and text.strip() not in option.empty:
             problems.append(f"--{word} has no value. Write it, or leave --{word} out")
@@ -247,7 +264,7 @@ def parse_words(
         same = [other for key, other in known if key == option.key]
         if len(same) > 1 and not option.repeats and option.key not in values:
             names = " and --".join(dict.fromkeys(same))
-            logger.warning("%s %r: --%s: given more than once, the last counts", where, line.strip(), names)
+            logger.warning("%s %r: --%s: given more than once, the last counts", where, shown, names)
         try:
             store(values, option, option.read(text.strip()))
         except ValueError as error:

@@ -12,7 +12,7 @@ from generation.prompt_lines import GENERATION_OPTIONS, MOST_FPS, SOLVERS, LineO
 from modules.errors import OptionError
 from modules.media.options import FormatOptions
 from modules.option_values import HEIGHT_WIDTH, check_path
-from modules.options import NO_PIXELS, OF_DECODING, SETTING, Options, option
+from modules.options import NO_PIXELS, OF_DECODING, SETTING, WRITES, Options, option
 from modules.output_files import check_place
 
 MEDIA = ("image_path", "end_image_path", "control_path", "control_image_path")
@@ -94,6 +94,7 @@ class OutputOptions(Options, title="output"):
     save_path: Path = option(
         "output folder, created if missing; or for a single video or picture its file, such as cat.mp4",
         required=True,
+        facts=WRITES,
     )
     output_type: str = option("what is written", often=True)
     no_metadata: bool = option("do not write the prompt, seed and settings into the files")

@@ -3,6 +3,7 @@
 atomic_write: write to a temporary name, then rename
 attention/: attention: one function over a table of back ends
 bars: progress bars of one look
+chat_templates: render a model's chat template within bounds
 checkpoints/: open, recognise, load and write files of weights
 command: what every script shares: logging, clean error output, exit codes
 compile: torch.compile for blocks, applied from outside
@@ -22,6 +23,7 @@ file_locks: locks on open files that end with their process
 flow/: noise schedules and the solvers that follow them
 help_text: what -h and --help print of a parser's options
 installation: checkout or package, imports by name
+installed: find modules of installed packages, importing none
 interpreter: refuse a Python that cannot run Reelsmith
 layers/: small layers and rules that several models share
 limits: limits on files and answers from outside
@@ -38,11 +40,13 @@ parser: argparse from records, and answers to mistakes
 paths: paths and addresses as users write them
 planning/: the memory of a run, predicted before it starts
 private_torch: everything private of torch that is used
+run_limits: where `run` may write, and what it sends
 run_blocks: the one loop over blocks, the DiTs' base
 seeds: seeds for independent random streams, derived from names and numbers
 speed_options: options of attention, fp8, block swap, VAE, plan
 step_cache: rules decide which passes to skip; a runner skips
 stored/: linear layers with weights in 8 or 4 bits
+template_process: the program that renders one chat template
 text_encodings: guess the encoding of a file not in UTF-8
 text_files: text files that a user names, read safely
 varints: read whole numbers of varying length

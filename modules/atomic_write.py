@@ -23,6 +23,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from modules.errors import OutputError
+from modules.run_limits import refuse_writing
 from modules.text_files import real_path
 
 LEFTOVER_SECONDS = 3600.0  # older temporary files are leftovers: no writer leaves its file alone for so long
@@ -37,6 +38,7 @@ def atomic_path(path: Path, size_bytes: int = 0) -> Iterator[Path]:
     runs are removed. size_bytes: size of the whole file, compared with the free space first. Raises
     OutputError if the folder cannot be written or the disk is full; an existing file then stays unchanged.
     """
+    refuse_writing(path)
     with explain_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path.parent)
@@ -60,6 +62,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     An existing folder is first moved aside and deleted last; `recover_folder` repairs a kill between the two
     renames. Raises OutputError if the folder cannot be written.
     """
+    refuse_writing(path)
     with explain_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         recover_folder(path)
@@ -91,6 +94,7 @@ def atomic_files(path: Path, size_bytes: int = 0) -> Iterator[Path]:
     names. size_bytes: as for `atomic_path`. Raises OutputError if they cannot be written; existing files then
     stay unchanged.
     """
+    refuse_writing(path)
     with explain_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path.parent)
@@ -111,6 +115,7 @@ def make_folder(folder: Path, option: str) -> None:
 
     Raises OutputError, with `option` in the message, if nothing can be written there.
     """
+    refuse_writing(folder / "file")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -212,6 +217,7 @@ def write_text(path: Path, text: str) -> None:
 
 def append_text(path: Path, text: str) -> None:
     """Append `text` as UTF-8; a kill may leave its last line unfinished. Raises OutputError if it fails."""
+    refuse_writing(real_path(path))  # a link of this name is followed
     with explain_errors(path), path.open("ab") as file:
         file.write(text.encode("utf-8"))
         file.flush()

@@ -3,6 +3,8 @@
 They end the program without a traceback.
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -61,6 +63,17 @@ class NothingFoundError(UserError):
     """A video in which nothing was found, although the user relies on it: nothing was written."""
 
     exit_code = 3
+
+
+@contextlib.contextmanager
+def catch_panics() -> Iterator[None]:
+    """Raise ValueError for a panic of a library in Rust (tokenizers), which is no `Exception`."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # no package exports it
+            raise
+        raise ValueError(f"its library fails: {error}") from error
 
 
 # where the classes of compilers' errors are; torch need not be loaded to tell them

@@ -32,6 +32,7 @@ MAX_ONNX_FIELDS = 1 << 20  # of all that is looked at; of a detector some ten th
 MAX_ONNX_DEPTH = 4  # of graphs in graphs
 MAX_ONNX_SIDE = 1 << 12  # pixels of the pictures that a file takes
 MAX_ONNX_VALUES = 1 << 26  # that an operator makes of constants
+MAX_ONNX_COUNT = 1 << 28  # values that any operator makes: 1 GiB
 MAX_ONNX_SCALE = 1 << 8  # by which one enlarges by constants
 
 # pictures and videos
@@ -63,8 +64,13 @@ MAX_ANSWER_BYTES = 1 << 24  # of a server that captions
 MAX_ANSWER_CHARACTERS = 4000  # of a prompt that a language model writes
 
 # prompts
+MAX_LINE_OPTIONS = 300  # of a prompt line; all that there are, several times
+MAX_LINE_SHOWN = 400  # characters of a line in a warning about it
 MAX_WILDCARD_ROUNDS = 50  # of lines that draw from a file themselves
 MAX_WILDCARD_DRAWS = 100_000  # of a text: lines that draw several lines each have no end otherwise
 MAX_WILDCARD_CHARACTERS = 1 << 22  # likewise
+MAX_TEMPLATE_SECONDS = 15.0  # of a chat template, with the start of its process; usual ones take 0.01 s
+MAX_TEMPLATE_CHARACTERS = 1 << 20  # that it makes
+MAX_TEMPLATE_MEMORY = 1 << 30  # bytes of its process
 MAX_NESTED = 50  # alternatives in alternatives
 MAX_VARIANTS = 10_000  # of one prompt that enumerates

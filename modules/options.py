@@ -25,6 +25,7 @@ from modules.control_codes import shorten
 from modules.errors import OptionError
 from modules.option_values import check_characters, check_numbers, check_path, convert_value, show_number
 from modules.output_files import refuse_replacing
+from modules.run_limits import refuse_outside, refuse_sending
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -41,6 +42,14 @@ OF_DECODING = {"record": "decoding"}  # likewise; a run that only decodes says i
 # its value for this video, which a prompt line, an image or the task may decide
 OF_REQUEST = {"record": "request"}
 NO_PIXELS = {"record": "nothing"}  # nothing: it changes no pixel
+# What a value reaches outside of the program; a `place` says it of most paths (`reach_of`).
+# docs/new_and_run.md lists what of it a folder of somebody else may use.
+WRITES = {"reach": "writes"}  # something is written there; in `run` only below its folders
+SENDS = {"reach": "sends"}  # something leaves this machine; in `run` only if it is typed
+IMPORTS_CLASS = {"reach": "imports class"}  # it names `package.module.Class`, whose module is imported
+IMPORTS_MODULE = {"reach": "imports module"}  # it names a module, which is imported
+IMPORTS = ("imports class", "imports module")
+MADE_PLACES = ("new file", "new folder", "safetensors")  # of `place`: something is written there
 
 _UNSET: Any = object()
 # of a record: field -> its type
@@ -176,6 +185,8 @@ class Options:
             object.__setattr__(self, field.name, value)
         for field in known:
             _check_facts(self, field)
+        for field in known:
+            _check_reach(self, field)
         # as the last, for a message of what is wrong without any file
         names = {option_name(field): field.name for field in known}
         for field, facts in ((field, field.metadata) for field in known if "place" in field.metadata):
@@ -282,6 +293,22 @@ def _check_facts(record: Any, field: "dataclasses.Field[Any]") -> None:
         typed = option if isinstance(value, (bool, tuple)) else f"{option} {value}"
         names = f"--{useful[0]} is not" if len(useful) == 1 else f"none of --{', --'.join(useful)} is"
         logger.warning("%s is ignored because %s given", typed, names)
+
+
+def reach_of(facts: Mapping[str, Any]) -> str:
+    """Return what a value reaches outside of the program, such as "writes"; "" if its facts do not say."""
+    return str(facts.get("reach", "writes" if facts.get("place") in MADE_PLACES else ""))
+
+
+def _check_reach(record: Any, field: "dataclasses.Field[Any]") -> None:
+    """Raise OptionError if the value of a field reaches further than a run of a described folder may."""
+    facts, value = field.metadata, getattr(record, field.name)
+    reach, name = reach_of(facts), option_name(field)
+    if reach == "writes":
+        for path in _paths(value):
+            refuse_outside(name, path)
+    elif reach == "sends" and is_given(record, field):
+        refuse_sending(name, value)
 
 
 def _paths(value: Any) -> list[Path]:

@@ -22,6 +22,7 @@ from modules.options import (
     default_of,
     hints_of,
     option_name,
+    reach_of,
     read_options,
     record_of,
     refusal_of,
@@ -341,6 +342,7 @@ def add_options(
                 else:
                     action = _add_option(there, name, hint, default, declared, more.get(name, {}))
                     action.is_secret = "secret" in field.metadata  # type: ignore[attr-defined]
+                    action.reach = reach_of(field.metadata)  # type: ignore[attr-defined]
                     if name in reasons:
                         action.refusal = Refusal(action.help or "", reasons[name], "", (), {})  # type: ignore[attr-defined]
         for name, refusal in ((name, getattr(cls, name)) for base in cls.__mro__ for name in vars(base)):

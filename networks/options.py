@@ -9,7 +9,7 @@ from pathlib import Path
 
 from modules.errors import OptionError
 from modules.option_values import split_pairs
-from modules.options import FREE, HABIT, IDENTITY, Options, option
+from modules.options import FREE, HABIT, IDENTITY, IMPORTS_MODULE, Options, option
 from modules.paths import explain_missing
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class NetworkOptions(Options, title="network"):
         "module that builds the network: networks.lora, networks.loha, networks.lokr, or another "
         "package's, such as lycoris.kohya; default: the family's LoRA",
         often=True,
-        facts=IDENTITY,
+        facts={**IDENTITY, **IMPORTS_MODULE},
     )
     network_dim: int | None = option(
         "rank of the network; default 4",

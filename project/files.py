@@ -11,6 +11,7 @@ from modules.console import count_of
 from modules.errors import OutputError
 from modules.installation import PREFIX
 from modules.options import option_values
+from modules.text_files import real_path
 from project import describing
 from project.choosing import ask_family, choose_model, describe_fit, describe_makes, needs_picture
 from project.media import WRITTEN, look_at, name_some
@@ -45,13 +46,16 @@ def write_project(options: NewOptions) -> None:
     for path, text in zip(paths, (dataset, samples, describing.describe_run(choice, commands)), strict=True):
         write_text(path, text)
     run = [*(["reelsmith"] if PREFIX else ["python", "reelsmith.py"]), "run", str(options.folder)]
+    is_usual = real_path(options.models) == real_path(NewOptions(folder=options.folder).models)
+    download = ["--download", *([] if is_usual else ["--models", str(options.models)])]
     print_lines(
         [
             *_tell(choice),
             *found.lines,
             *_tell_captions(choice),
             f"written: {', '.join(map(str, paths))}",
-            f"{as_typed(run)} checks, caches and trains, with --download it downloads the model first",
+            f"{as_typed(run)} checks, caches and trains, with {as_typed(download)} it downloads the model "
+            "first",
         ]
     )
 

@@ -9,6 +9,7 @@ from modules.option_values import gibibytes
 from modules.options import Options, option, unsupported
 from modules.output_files import check_output_name
 from modules.text_files import bad_character
+from training.run_options import TRACKERS
 
 RUN_FILE = "run.toml"
 MOST_OF_WORD = 200  # characters of a trigger word
@@ -92,4 +93,27 @@ class RunOptions(Options):
 
     folder: Path = option("folder that `new` described", positional=True)
     download: bool = option("download the model, after its licences")
+    models: Path = option("folder that --download may fill", default=Path("models"), place="new folder")
+    output_dir: Path | None = option(
+        "folder for the trained files, anywhere; default: that of run.toml, in the folder", place="new folder"
+    )
+    logging_dir: Path | None = option(
+        "folder for TensorBoard's files, anywhere; default: that of run.toml, in the folder",
+        place="new folder",
+    )
+    log_with: str | None = option(
+        "a tracker for the losses; in run.toml only tensorboard and aim are taken unasked",
+        choices=(*TRACKERS, "all"),
+    )
+    log_tracker_config: Path | None = option(
+        "TOML file with arguments for the trackers; in run.toml it is refused", place="there"
+    )
+    huggingface_repo_id: str | None = option(
+        "upload the trained files to this repository (owner/name); in run.toml it is refused"
+    )
+    may_write: tuple[Path, ...] = option(
+        "further folders that the run may write into, as caches may lie elsewhere; default: its own alone",
+        default=(),
+        place="new folder",
+    )
     dry_run: bool = option("print the commands, and run none")

@@ -4,7 +4,7 @@ import contextlib
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ from modules.command import INTERRUPTED, as_typed, message_of
 from modules.control_codes import shorten
 from modules.errors import OptionError
 from modules.families import with_scripts
+from modules.option_values import option_words
 from modules.output_files import check_output_name
-from modules.paths import path_from
+from modules.paths import expand_path, path_from
+from modules.run_limits import OF_TRAINING, describe_outside, limit_run, refuse_outside
 from modules.text_files import parse_toml, read_safetensors_texts, read_text, real_path
 from project.choosing import script_family, transformers_of
 from project.options import RUN_FILE, RunOptions, find_models
@@ -57,15 +59,27 @@ def run_project(options: RunOptions) -> None:
     described, or if files of the model are missing and may not be downloaded. Exits with the code of the
     first command that fails.
     """
-    project = _read_project(options.folder)
+    typed = {name: value for name in OF_TRAINING if (value := getattr(options, name)) is not None}
+    typed |= {name: real_path(value) for name, value in typed.items() if isinstance(value, Path)}
+    places = [options.output_dir, options.logging_dir, *options.may_write]
+    places += [options.models] if options.download else []
+    folder = options.folder.parent if options.folder.name == RUN_FILE else options.folder
+    folders = [folder, *(place for place in places if place is not None)]
+    command = as_typed(["python", "reelsmith.py", "run", str(options.folder)])
+    with limit_run(folders, typed.keys(), command):
+        _run_within_limits(options, _read_project(options.folder, typed))
+
+
+def _run_within_limits(options: RunOptions, project: Project) -> None:
     if _tell_trained(project, options):
         return
     if find_latest(project.output, project.name) is not None:
         commands = [*project.commands[:-1], [*project.commands[-1], "--resume", "latest"]]
         project = replace(project, commands=commands)
     if project.missing and not (options.download or options.dry_run):
+        size, add = _download_size(project.download), _download_words(project, options.models)
         raise OptionError(
-            f"{project.missing[0]} is missing{_download_size(project.download)}. Add --download, or run\n"
+            f"{project.missing[0]} is missing{size}. Add {add}, or run\n"
             f"  {as_typed(project.download)}\n"
             f"If it lies elsewhere, correct its path in {project.folder / RUN_FILE}"
         )
@@ -100,8 +114,11 @@ def run_project(options: RunOptions) -> None:
         print_lines(["", f"The page of the training: {project.output / project.name}.html"])
 
 
-def _read_project(folder: Path) -> Project:
-    """Read the run.toml of a folder. Raises OptionError if it is not as `new` writes it."""
+def _read_project(folder: Path, typed: Mapping[str, Any]) -> Project:
+    """Read the run.toml of a folder. typed: options of its training, which count before those of the file.
+
+    Raises OptionError if it is not as `new` writes it, or if results would lie outside of what is allowed.
+    """
     given = folder
     if folder.name == RUN_FILE and not folder.is_dir():
         folder = folder.parent
@@ -110,9 +127,10 @@ def _read_project(folder: Path) -> Project:
     path = folder / RUN_FILE
     try:
         tables = parse_toml(read_text(path))
-        own, values = tables[OTHERS_TABLE], tables["training"]
+        own, values = tables[OTHERS_TABLE], {**tables["training"], **typed}
         download, *commands = [[str(word) for word in words] for words in own["commands"]]
-        output, name = folder / values["output_dir"], str(values["output_name"])
+        output, name = expand_path(str(values["output_dir"]), folder), str(values["output_name"])
+        logs = [expand_path(str(values["logging_dir"]), folder)] if values.get("logging_dir") else []
         files = [str(file) for file in own["files"]]
         names = ("network_module", "task", "model_version", "ltx2_mode")
         model = {f"ss_{name}": str(values[name]) for name in names if name in values}
@@ -132,8 +150,12 @@ def _read_project(folder: Path) -> Project:
             f"{path} is not as `new` writes it ({why}). Correct it, or run `new` again."
         ) from None
     check_output_name(f"{path}: output_name", name)
+    refuse_outside("output_dir", output)
+    for place in logs:
+        refuse_outside("logging_dir", place)
     for command in (download, *commands):
         _require_script(command)
+    commands[-1] += option_words({f"--{name}": value for name, value in typed.items()})
     return Project(real_path(folder), download, commands, files, output, name, steps, model, validation)
 
 
@@ -165,6 +187,14 @@ def _tell_trained(project: Project, options: RunOptions) -> bool:
         ]
     )
     return True
+
+
+def _download_words(project: Project, models: Path) -> str:
+    """Return the options of `run` that let it download. models: the folder that --download alone may fill."""
+    values = dict(zip(project.download, project.download[1:], strict=False))
+    to = project.folder / values.get("--to", "models")
+    is_allowed = real_path(to).is_relative_to(real_path(models)) or describe_outside(to) is None
+    return "--download" if is_allowed else as_typed(["--download", "--models", str(to)])
 
 
 def _download_size(words: Sequence[str]) -> str:

@@ -10,14 +10,17 @@ from typing import Any
 
 from modules.command import did_you_mean
 from modules.errors import OptionError, UserError
+from modules.installed import require_installed
 from modules.option_values import int_or_float, to_path
-from modules.options import Options, option
+from modules.options import IMPORTS, IMPORTS_CLASS, Options, option
 from modules.paths import explain_missing, path_exists
+from modules.run_limits import is_limited, refuse_outside
 from modules.text_files import parse_toml, read_text
 
 logger = logging.getLogger(__name__)
 
 OTHERS_TABLE = "reelsmith"  # what run_project.py keeps in the file
+OUR_NETWORKS = "networks."  # modules of ours begin so
 TYPING_MISTAKE = 0.9  # similarity of a mistyped name and the intended one; 1: equal
 
 
@@ -64,11 +67,29 @@ def read_config_file(name: str, parser: argparse.ArgumentParser) -> dict[str, An
     return values
 
 
+def check_imports(parser: argparse.ArgumentParser, values: Mapping[str, Any], place: str) -> None:
+    """Raise OptionError for a value that names code to import, unless an installed package has the code.
+
+    values: by destination. place: the file that they are from, for the message.
+    """
+    for action in parser._actions:
+        reach, value = getattr(action, "reach", ""), values.get(action.dest)
+        if reach not in IMPORTS or not value:
+            continue
+        is_class = reach == IMPORTS_CLASS["reach"]
+        module = value.rpartition(".")[0] if is_class else value
+        if module and not module.startswith(OUR_NETWORKS):
+            typed = f"type --{action.dest} {value}"
+            remedy = "start the training itself, and type it there" if is_limited() else typed
+            require_installed(f"{place}: {action.dest} = {value}", module, remedy)
+
+
 def write_config_file(path: Path, values: Mapping[str, Any]) -> None:
     """Write options as TOML, to be read by `read_config_file`.
 
     Raises OptionError if the file is there already or cannot be written.
     """
+    refuse_outside("output_config", path)
     if path.exists():
         raise OptionError(f"--output_config: {path} exists already. Remove it, or name another file")
     lines = [f"{key} = {toml_value(value)}" for key, value in values.items()]

@@ -11,7 +11,16 @@ from typing import Any
 from modules.command import did_you_mean
 from modules.errors import OptionError
 from modules.option_values import int_or_float, read_literals
-from modules.options import CHANGEABLE, HABIT, IDENTITY, Options, not_needed, option, unsupported
+from modules.options import (
+    CHANGEABLE,
+    HABIT,
+    IDENTITY,
+    IMPORTS_CLASS,
+    Options,
+    not_needed,
+    option,
+    unsupported,
+)
 from networks.options import BASE, multipliers_for
 
 logger = logging.getLogger(__name__)
@@ -134,7 +143,7 @@ class OptimizerOptions(Options, title="optimizer"):
         "class or pkg.module.Class",
         default="",
         often=True,
-        facts=IDENTITY,
+        facts={**IDENTITY, **IMPORTS_CLASS},
     )
     optimizer_args: tuple[str, ...] | None = option(
         'arguments of the optimizer, e.g. weight_decay=0.01 "betas=0.9,0.95"',
@@ -325,7 +334,9 @@ class LrScheduleOptions(Options, title="learning-rate schedule"):
         acts_if=_of_curves("cosine_with_min_lr", "warmup_stable_decay"),
     )
     lr_scheduler_type: str = option(
-        "a class of torch.optim.lr_scheduler or package.module.Class instead of --lr_scheduler", default=""
+        "a class of torch.optim.lr_scheduler or package.module.Class instead of --lr_scheduler",
+        default="",
+        facts=IMPORTS_CLASS,
     )
     lr_scheduler_args: tuple[str, ...] | None = option(
         "arguments of the scheduler, e.g. T_max=100", metavar="KEY=VALUE"

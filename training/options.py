@@ -12,10 +12,11 @@ from modules.errors import OptionError
 from modules.option_values import option_words, require, value_words
 from modules.options import FREE, HABIT, Options, option, option_values, read_options
 from modules.parser import Parser, add_options, refuse_unsupported
+from modules.run_limits import is_limited
 from modules.speed_options import TrainingSpeedOptions
 from networks.options import NOTHING_FROZEN, FrozenModelOptions, NetworkOptions
 from training import learning_options, noise_options, run_options
-from training.config_options import ConfigOptions, read_config_file
+from training.config_options import ConfigOptions, check_imports, read_config_file
 from training.saving.options import HubOptions, MetadataOptions, SavingOptions
 
 logger = logging.getLogger(__name__)
@@ -249,6 +250,15 @@ def read_arguments(
     from_file = {} if config_file is None else read_config_file(config_file, parser)
     args = parser.parse_args(argv, argparse.Namespace(**{**prefilled, **from_file}))
     refuse_unsupported(parser, args)
+    if is_limited():  # `run`: also the words of its commands are from a file
+        check_imports(parser, vars(args), "run.toml")
+    else:
+        untyped = {
+            action.dest for action in parser._actions if getattr(typed, action.dest, None) == action.default
+        }
+        check_imports(
+            parser, {name: from_file[name] for name in untyped & from_file.keys()}, str(config_file)
+        )
     has_steps = typed.max_train_steps is not None or "max_train_steps" in from_file
     if has_steps and args.max_train_epochs is not None:
         logger.warning(

@@ -10,7 +10,8 @@ from blissful_tuner.options import PreviewOptions
 from dataset.options import CheckPageOptions
 from modules.errors import OptionError
 from modules.option_values import text_to_seed
-from modules.options import FREE, HABIT, SECRET, Options, not_needed, option
+from modules.options import FREE, HABIT, SECRET, SENDS, Options, not_needed, option
+from modules.run_limits import refuse_sending
 from networks.options import require_files
 
 logger = logging.getLogger(__name__)
@@ -269,6 +270,7 @@ class LogOptions(Options, title="logs"):
         place="there",
         hint="a TOML file with a table [wandb] or of another tracker",
         acts_if=_IF_LOGGED,
+        facts=SENDS,
     )
     wandb_api_key: str | None = option(
         "log in to wandb with this key; it is never written anywhere", acts_if=_IF_WANDB, facts=SECRET
@@ -285,6 +287,8 @@ class LogOptions(Options, title="logs"):
             raise OptionError(
                 f"--log_with {self.log_with} needs --logging_dir: the folder for {writes[0]}'s files"
             )
+        if len(writes) < len(self.trackers):  # the others write and send where they like
+            refuse_sending("log_with", self.log_with)
 
     @property
     def trackers(self) -> tuple[str, ...]:

@@ -20,10 +20,18 @@ from data_tools.captions.asking import Answers, Frames, Look, NoCaptionError, ca
 from data_tools.captions.options import AskOptions, CaptionModelOptions
 from data_tools.captions.places import CaptionPlace
 from dataset.caching.prefetch import run_ahead
+from modules.chat_templates import TemplateError, render_chat
 from modules.checkpoints.model_files import find_model_folder
 from modules.control_codes import shorten
 from modules.devices import choose_compute_dtype, choose_device
-from modules.errors import CheckpointError, InstallationError, MemoryPlanError, OptionError, UserError
+from modules.errors import (
+    CheckpointError,
+    InstallationError,
+    MemoryPlanError,
+    OptionError,
+    UserError,
+    catch_panics,
+)
 
 AHEAD_BYTES = 1 << 30  # of frames that wait for the model
 WORKERS = 4
@@ -129,19 +137,17 @@ class LocalModel:
         if getattr(self.processor, "chat_template", None) is not None:
             if system:
                 turns.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
-            render = self.processor.apply_chat_template
         elif self.processor.tokenizer.chat_template is not None:  # of a model for texts: contents are texts
             turns = [{"role": "system", "content": system}] if system else []
             turns.append({"role": "user", "content": plain})
-            render = self.processor.tokenizer.apply_chat_template
         else:
             return f"{system}\n{plain}" if system else plain
         try:
-            text: str = render(turns, add_generation_prompt=True, tokenize=False)
-        except Exception as error:  # of jinja2, or what the template itself raises
+            template = getattr(self.processor, "chat_template", None)
+            return render_chat(self.processor.tokenizer, template, turns)
+        except TemplateError as error:
             why = "; does it know system messages? Try without --system_prompt" if system else ""
-            raise OptionError(f"--model: its chat template fails: {shorten(str(error), 200)}{why}") from None
-        return text
+            raise OptionError(f"--model: its chat template fails: {error}{why}") from None
 
 
 class RowNoise:
@@ -188,11 +194,14 @@ def load_model(options: CaptionModelOptions, ask: AskOptions) -> LocalModel:
     transformers.utils.logging.set_verbosity_error()
     try:
         config = transformers.AutoConfig.from_pretrained(folder, **LOCAL)
-        processor = _load_processor(folder, config.model_type)
+        with catch_panics():
+            processor = _load_processor(folder, config.model_type)
         processor.tokenizer.padding_side = "left"  # answers follow the prompt of each row
         if processor.tokenizer.pad_token is None:
             processor.tokenizer.pad_token = processor.tokenizer.eos_token
         model = _load_network(folder, config, dtype)
+        with catch_panics():
+            processor.tokenizer("a b")  # what fails with a text does so now
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # damaged files raise errors of many libraries

@@ -17,7 +17,7 @@ from modules.contract.family import EncoderAbilities, TextEncoder
 from modules.contract.requests import Prompt
 from modules.contract.rules import CountTokens, TokenCount, kept_characters
 from modules.devices import dtype_name
-from modules.errors import CheckpointError, OptionError
+from modules.errors import CheckpointError, OptionError, catch_panics
 from modules.families import FAMILIES
 from modules.installation import hide_packages
 from modules.parser import parse_options
@@ -246,7 +246,8 @@ def _load_part(kind: Any, folder: Path, **settings: Any) -> Any:
     """
     weights = {"use_safetensors": True} if settings else {}
     try:
-        return kind.from_pretrained(folder, local_files_only=True, **weights, **settings)
+        with catch_panics():
+            return kind.from_pretrained(folder, local_files_only=True, **weights, **settings)
     except Exception as error:  # the packages raise nothing more precise
         raise CheckpointError(f"{folder} cannot be loaded: {first_line(error)}", folder) from error
 

@@ -6,6 +6,7 @@ whole. Files at addresses count as unchanging: a downloaded one is not asked for
 
 import contextlib
 import functools
+import tarfile
 import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -52,11 +53,17 @@ def protocol_problem(protocol: str) -> str | None:
     return None
 
 
-def download(address: str, target: Path, wait: Callable[[float], None] = time.sleep) -> None:
+def download(
+    address: str,
+    target: Path,
+    wait: Callable[[float], None] = time.sleep,
+    check: Callable[[Path], None] | None = None,
+) -> None:
     """Download `address` to `target`, unless it is there. wait: called with seconds before another try.
 
-    Raises MediaError if the file cannot be had, after several tries if that may help; OutputError if the disk
-    is full.
+    check: looks at the file before it gets its name; if it raises MediaError, nothing stays. Raises
+    MediaError if the file cannot be had, after several tries if that may help; OutputError if the disk is
+    full.
     """
     if target.is_file():
         return
@@ -73,7 +80,7 @@ def download(address: str, target: Path, wait: Callable[[float], None] = time.sl
             return
         with atomic_path(target) as temporary:
 
-            def check(answer: Answer) -> None:
+            def check_size(answer: Answer) -> None:
                 if answer.size_bytes is None:
                     return
                 try:
@@ -85,7 +92,7 @@ def download(address: str, target: Path, wait: Callable[[float], None] = time.sl
                     ) from None
 
             try:
-                receive(ask, temporary, TRIES, wait, FIRST_WAIT, MAX_DOWNLOAD_BYTES, check=check)
+                receive(ask, temporary, TRIES, wait, FIRST_WAIT, MAX_DOWNLOAD_BYTES, check=check_size)
             except RefusedBySite as refused:
                 raise MediaError(f"{shown} cannot be downloaded: {refused}") from None
             except BrokenTry as error:
@@ -94,6 +101,25 @@ def download(address: str, target: Path, wait: Callable[[float], None] = time.sl
                 raise MediaError(
                     f"{shown} sends more than {MAX_DOWNLOAD_BYTES >> 30} GiB; remove it from the table"
                 )
+            if check is not None:
+                try:
+                    check(temporary)
+                except MediaError as error:
+                    why = str(error).replace(str(temporary), "it")
+                    raise MediaError(f"{shown}: {why} Nothing of it is kept.") from None
+
+
+def check_media(path: Path) -> None:
+    """Raise MediaError if a downloaded file is no picture, clip or sound that can be read here."""
+    from modules.media.opening import require_media  # here: tables without addresses need no decoder
+
+    require_media(path)
+
+
+def check_tar(path: Path) -> None:
+    """Raise MediaError if a downloaded file is no tar, as its first header shows."""
+    if not tarfile.is_tarfile(path):
+        raise MediaError(f"{path} is no tar.")
 
 
 # --- what fsspec knows

@@ -45,9 +45,9 @@ def fetch(source: MediaSource) -> Iterator[MediaSource]:
                 paths.append(copy)
             else:
                 if isinstance(origin, Remote):
-                    from dataset.sources.downloads import download
+                    from dataset.sources.downloads import check_media, download
 
-                    download(origin.address, path)
+                    download(origin.address, path, check=check_media)
                 paths.append(path)
         try:
             left = iter(paths)

@@ -227,11 +227,36 @@ def number_repeats(sources: Sequence[MediaSource]) -> list[MediaSource]:
     return numbered
 
 
+# endings of pictures, clips, sounds and tars: no other comes from an address, as programs run files by theirs
+DOWNLOADED_SUFFIXES = frozenset(
+    {
+        *(
+            ".png",
+            ".jpg",
+            ".jpeg",
+            ".webp",
+            ".bmp",
+            ".tif",
+            ".tiff",
+            ".gif",
+            ".avif",
+            ".heic",
+            ".heif",
+            ".jxl",
+        ),
+        *(".mp4", ".webm", ".avi", ".mkv", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg", ".ogv", ".apng"),
+        *(".wav", ".flac", ".mp3", ".m4a", ".aac", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".wma", ".mka"),
+        *(".ac3", ".tar"),
+    }
+)
+
+
 def local_name(address: str) -> str:
     """Return the name of a downloaded file: the address's last part, readable, with a hash of the address,
-    and its suffix.
+    and its suffix if that is one of media.
     """
     stem, suffix = split_name(address)
+    suffix = suffix if suffix.lower() in DOWNLOADED_SUFFIXES else ""
     return f"{stem}-{short_hash(address_identity(address), 16)}{suffix}"
 
 

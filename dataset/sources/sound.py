@@ -37,9 +37,9 @@ def find_sound(source: MediaSource) -> Path:
     if source.sound is not None:
         given, origin = source.sound
         if origin is not None:
-            from dataset.sources.downloads import download
+            from dataset.sources.downloads import check_media, download
 
-            download(origin.address, given)
+            download(origin.address, given, check=check_media)
         return given
     if table.audio_directory is not None:
         raise NoSound(f"{path}: no file of its name in {table.audio_directory}")

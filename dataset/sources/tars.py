@@ -12,7 +12,7 @@ from urllib.request import url2pathname
 from dataset.config import DatasetTable
 from dataset.sources import media_source
 from dataset.sources.captions import captions_in
-from dataset.sources.downloads import HTTP, download, find_remote
+from dataset.sources.downloads import HTTP, check_tar, download, find_remote
 from dataset.sources.folders import media_suffixes
 from dataset.sources.frames import mask_suffixes
 from dataset.sources.rows import Part, check_controls, download_folder, make_source
@@ -160,7 +160,7 @@ def _tars_of(table: DatasetTable, name: str) -> Iterator[Path]:
             target = download_folder(table) / media_source.local_name(address)
             if not target.is_file():
                 logger.info("downloading %s", hide_secrets(address))
-            download(address, target)
+            download(address, target, check=check_tar)
             yield target
         return
     try:

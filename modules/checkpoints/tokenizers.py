@@ -4,6 +4,7 @@ Also check by how much its normaliser may lengthen a text: a small file could tu
 """
 
 import base64
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from tokenizers import Tokenizer
 
 from modules.checkpoints.containers import describe_kind, is_pointer_or_page
 from modules.checkpoints.opening import fingerprint
-from modules.errors import CheckpointError
+from modules.errors import CheckpointError, catch_panics
 from modules.limits import MAX_TOKENIZER_BYTES, MAX_TOKENIZER_GROWTH
 from modules.paths import explain_missing
 from modules.text_files import read_content, require_regular_file
@@ -112,17 +113,10 @@ class TokenizerFiles:
         """
         if content is None:
             self.check_bytes(file)
-        try:
+        with self.explain(file):
             tokenizer = Tokenizer.from_file(str(file)) if content is None else Tokenizer.from_buffer(content)
             if tokenizer.normalizer is not None:
                 _check(_growth(json.loads(tokenizer.normalizer.__getstate__())))
-        except Exception as error:  # the library raises nothing more precise
-            raise self.unreadable(file, error) from error
-        except BaseException as error:
-            # what Rust raises for a damaged table; no package exports it
-            if type(error).__name__ != "PanicException":
-                raise
-            raise self.unreadable(file, ValueError(str(error))) from error
         tokenizer.no_padding()
         tokenizer.no_truncation()
         return tokenizer
@@ -140,6 +134,17 @@ class TokenizerFiles:
             require_regular_file(file, MAX_TOKENIZER_BYTES)
         except OSError as error:
             raise self.unreadable(file, OSError(error.strerror)) from error
+
+    @contextlib.contextmanager
+    def explain(self, file: Path) -> Iterator[None]:
+        """Turn what the library raises in the block, while it reads or is used, into CheckpointError."""
+        try:
+            with catch_panics():
+                yield
+        except CheckpointError:
+            raise
+        except Exception as error:  # the library raises nothing more precise
+            raise self.unreadable(file, error) from error
 
     def unreadable(self, file: Path, error: Exception) -> CheckpointError:
         return CheckpointError(

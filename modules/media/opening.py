@@ -137,6 +137,27 @@ def open_container(path: Path, formats: Sequence[str] = VIDEO_FORMATS) -> Any:
         ) from None
 
 
+def require_media(path: Path) -> None:
+    """Raise MediaError if a file is no picture, clip or sound in a format that is read here.
+
+    Only its beginning is read: it may still be damaged, or too large.
+    """
+    Image.init()
+    with reading(path):
+        try:
+            with Image.open(path, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN]):
+                return
+        except UnidentifiedImageError:
+            pass
+        try:
+            with open_container(path, SOUND_FORMATS) as container:
+                if container.streams.video or container.streams.audio:
+                    return
+        except (MediaError, av.FFmpegError):
+            pass
+    raise MediaError(f"{path} is no picture, clip or sound that is read here.")
+
+
 def is_cover(stream: Any) -> bool:
     return bool(int(stream.disposition) & ATTACHED_PICTURE)
 

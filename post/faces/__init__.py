@@ -5,6 +5,7 @@ codeformer: CodeFormer: a face from entries of a codebook
 detectors: open the file of a detector, whichever kind it is
 gfpgan: GFPGAN v1.2 to v1.4: a U-Net steers a StyleGAN2
 onnx_header: inputs and outputs of an ONNX file
+onnx_sizes: how many numbers operators of ONNX make
 restorers: ParseNet; find and load networks that restore faces
 retinaface: RetinaFace: faces and their landmarks, at three scales
 retinaface_bodies: RetinaFace's feature extractors: ResNet-50 and a small MobileNet

@@ -16,12 +16,14 @@ from modules.errors import CheckpointError
 from modules.paths import explain_missing
 from modules.text_files import read_content, require_regular_file
 from modules.varints import read_varint
+from post.faces.onnx_sizes import Constant, Node, input_count, output_count
 
 _VARINT, _EIGHT_BYTES, _LENGTH, _FOUR_BYTES = 0, 1, 2, 5
 # numbers of fields: of a model, a graph, a tensor, a value, its type, its shape, a note
 _GRAPH, _NOTES = 7, 14
 _NODES, _INITIALIZERS, _INPUTS, _OUTPUTS = 1, 5, 11, 12
 _NODE_INPUTS, _NODE_OUTPUTS, _KIND, _ATTRIBUTES = 1, 2, 4, 5
+_SETTING, _NUMBER = 1, 3  # of an attribute: its name, and the number of one
 _TENSOR, _INNER_GRAPH, _NUMBERS, _TENSORS, _INNER_GRAPHS = 5, 6, 8, 10, 11  # of an attribute
 _DIMS, _DTYPE, _TENSOR_NAME, _RAW, _EXTERNAL, _PLACE = 1, 2, 8, 9, 13, 14
 _VALUES = (4, 5, 6, 7, _RAW, 10, 11)  # of a tensor, by its dtype
@@ -30,7 +32,10 @@ _DTYPES = {1: ("f", 4), 6: ("i", 5), 7: ("q", 7)}
 _MOST_SIZES = 16
 # operators whose result may be far larger than what they are given
 _GROWING = {"ConstantOfShape", "EyeLike", "Expand", "OneHot", "Pad", "Range", "Resize", "Tile", "Upsample"}
-_FOLDED = {"Add", "Concat", "Mul"}  # that may make sizes of sizes
+_UNBOUNDED = {"Exp", "Pow"}
+_FOLDED = {"Add", "Concat", "Max", "Mul", "Sum", *_UNBOUNDED}  # that may make sizes of sizes
+# that hand sizes on, or some of them
+_SAME = {"Cast", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
 
 Shape = tuple[int | None, ...]  # None: any size
 _Value = int | memoryview  # of a field
@@ -74,6 +79,7 @@ def read_onnx(path: Path) -> tuple[OnnxHeader, bytes]:
             raise ValueError("no graph")
         notes = [dict(_fields(note)) for note in model[_NOTES]]
         graph = checks.parts(model[_GRAPH][-1])
+        checks.counts |= {name: input_count(shape) for name, shape in map(_read_value, graph[_INPUTS])}
         outputs = dict(map(_read_value, graph[_OUTPUTS]))
         if not graph[_NODES] or not outputs:
             raise ValueError("an empty graph")
@@ -113,6 +119,8 @@ class _Checks:
 
     fields: int = 0
     constants: dict[str, float] = field(default_factory=dict)  # products of values that may be sizes
+    tensors: dict[str, Constant] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)  # about how many numbers a value has
 
     def graph(self, graph: _Parts, depth: int = 0) -> None:
         """Raise _RefusedError if a graph has tensors in other files, or needs more memory than a detector."""
@@ -122,13 +130,16 @@ class _Checks:
             self._tensor(self.parts(tensor))
         for node in map(self.parts, graph[_NODES]):
             outputs = list(map(_text, node[_NODE_OUTPUTS]))
+            settings: dict[str, Sequence[int]] = {}
             for attribute in map(self.parts, node[_ATTRIBUTES]):
                 for tensor in attribute[_TENSOR] + attribute[_TENSORS]:
                     self._tensor(self.parts(tensor), outputs)
                 for inner in attribute[_INNER_GRAPH] + attribute[_INNER_GRAPHS]:
                     self.graph(self.parts(inner), depth + 1)
+                numbers = _numbers(attribute[_NUMBERS] or attribute[_NUMBER])
+                settings[next(map(_text, attribute[_SETTING]), "")] = numbers
                 # 2**31 - 1: the end, of old files
-                sizes = (one for one in _numbers(attribute[_NUMBERS]) if one != 2**31 - 1)
+                sizes = (one for one in numbers if one != 2**31 - 1) if attribute[_NUMBERS] else ()
                 if _product(sizes) > limits.MAX_ONNX_VALUES:
                     raise _RefusedError(f"{_shown(outputs)} asks for sizes that no detector has")
             kind = next(map(_text, node[_KIND]), "")
@@ -136,8 +147,24 @@ class _Checks:
             known = [self.constants[name] for name in inputs if name in self.constants]
             if kind in _GROWING and max(known, default=0) > limits.MAX_ONNX_VALUES:
                 raise _RefusedError(f"{_shown(outputs)} makes more numbers than any detector")
-            if kind in _FOLDED and inputs and len(known) == len(inputs):
-                self.constants |= dict.fromkeys(outputs, math.prod(known))
+            self._count(Node(kind, inputs, settings), outputs)
+            if known and kind in _SAME and inputs[0] in self.constants:
+                self._fold(outputs, known[0])
+            elif kind in _FOLDED and inputs and len(known) == len(inputs):
+                self._fold(outputs, math.inf if kind in _UNBOUNDED else math.prod(known))
+
+    def _fold(self, names: Sequence[str], product: float) -> None:
+        """Record sizes that an operator makes of sizes; which of them belongs to which axis is not known."""
+        self.constants |= dict.fromkeys(names, product)
+        self.tensors |= dict.fromkeys(names, Constant((2,), (product, 1.0)))
+
+    def _count(self, node: Node, outputs: Sequence[str]) -> None:
+        """Record the numbers that an operator makes. Raises _RefusedError if they are too many."""
+        count = output_count(node, self.counts, self.tensors)
+        most = limits.MAX_ONNX_VALUES if node.kind in _GROWING else limits.MAX_ONNX_COUNT
+        if count > most:
+            raise _RefusedError(f"{_shown(outputs)} makes more numbers than any detector")
+        self.counts |= dict.fromkeys(outputs, count)
 
     def _tensor(self, tensor: _Parts, names: Sequence[str] = ()) -> None:
         """Check that a tensor's values are in the file; record the product of small tensors."""
@@ -149,15 +176,21 @@ class _Checks:
         size = sum(1 if isinstance(one, int) else len(one) for kind in _VALUES for one in tensor[kind])
         if count > 2 * size:  # the smallest numbers have four bits
             raise _RefusedError(f"its tensor {_shown(names)} of shape {dims[:8]} has not so many numbers")
+        self.tensors |= dict.fromkeys(names, Constant(tuple(dims)))
+        self.counts |= dict.fromkeys(names, float(count))
         dtype = next((one for one in tensor[_DTYPE] if isinstance(one, int)), 0)
         if dtype in _DTYPES and count <= _MOST_SIZES:
             letter, own = _DTYPES[dtype]
             found = tensor[_RAW][-1:] or tensor[own]
+            values: Sequence[float]
             if letter != "f" and not tensor[_RAW]:
-                product = _product(_numbers(found))
+                values = _numbers(found)
             else:
                 data = b"".join(one for one in found if not isinstance(one, int))
-                product = _product(struct.unpack(f"<{count}{letter}", data))
+                values = struct.unpack(f"<{count}{letter}", data)
+            product = _product(values)
+            constant = Constant(tuple(dims), tuple(values), letter == "f")
+            self.tensors |= dict.fromkeys(names, constant)
             product *= limits.MAX_ONNX_VALUES / limits.MAX_ONNX_SCALE if letter == "f" else 1
             self.constants |= dict.fromkeys(names, product)
 

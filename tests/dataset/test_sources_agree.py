@@ -155,10 +155,11 @@ def test_a_rerun_needs_no_download_and_a_changed_caption_makes_its_text_only(
 ) -> None:
     rows = make_media(site.folder, "image")
     keys = write_forms(tmp_path, site.folder, rows, "image", site.url)["urls"]
-    config = config_of(tmp_path, "urls", keys | {"download_directory": str(tmp_path / "kept")})
+    kept = tmp_path / "urls" / "kept"
+    config = config_of(tmp_path, "urls", keys | {"download_directory": str(kept)})
     cache_media(ToyFamily(), config, options())
     cache_texts(ToyFamily(), config, options())
-    for path in (tmp_path / "kept").iterdir():
+    for path in kept.iterdir():
         path.unlink()
     changed = [{"url": f"{site.url}/{row['file_name']}", "caption": row["text"]} for row in rows]
     changed[1]["caption"] = "new"

@@ -320,22 +320,16 @@ def _import_scheduler(options: LrScheduleOptions, optimizer: Optimizer) -> LRSch
             "--lr_scheduler_type ReduceLROnPlateau: needs a value after each epoch; use a curve that "
             "depends on the step alone"
         )
-    # a function may make one too; a class of something else is not even called
-    if not callable(kind) or (isinstance(kind, type) and not issubclass(kind, LRScheduler)):
+    # never a function: it could do anything with the arguments
+    if not isinstance(kind, type) or not issubclass(kind, LRScheduler):
         raise OptionError(
-            f"--lr_scheduler_type {given}: is not a learning-rate scheduler. Give a class of "
-            "torch.optim.lr_scheduler, "
-            "as CosineAnnealingLR, or leave it out and use --lr_scheduler."
+            f"--lr_scheduler_type {given}: is not a learning-rate scheduler. Give a subclass of "
+            "torch.optim.lr_scheduler.LRScheduler, as CosineAnnealingLR, or leave it out and use "
+            "--lr_scheduler."
         )
     check_arguments("--lr_scheduler_args", kind, options.arguments(), {"optimizer"})
     try:
-        made = kind(optimizer, **options.arguments())
+        return kind(optimizer, **options.arguments())
     except Exception as error:  # classes raise anything for unsuitable arguments
         said = str(error) or type(error).__name__
         raise OptionError(f"--lr_scheduler_type {given} refuses --lr_scheduler_args: {said}") from None
-    if not isinstance(made, LRScheduler):
-        raise OptionError(
-            f"--lr_scheduler_type {given}: made a {type(made).__name__}, which is not a learning-rate "
-            "scheduler"
-        )
-    return made

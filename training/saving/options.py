@@ -8,7 +8,7 @@ from typing import Any
 
 from modules.errors import OptionError
 from modules.option_values import require
-from modules.options import SECRET, Options, option
+from modules.options import SECRET, SENDS, Options, option
 from modules.output_files import check_output_name
 
 SAVE_PRECISIONS = ("float", "fp32", "fp16", "bf16")
@@ -130,7 +130,8 @@ class HubOptions(Options, title="Hugging Face hub"):
     """Options of upload to and resume from the Hugging Face hub."""
 
     huggingface_repo_id: str | None = option(
-        "upload each saved file to this repository (owner/name); it gets a model card if it has none"
+        "upload each saved file to this repository (owner/name); it gets a model card if it has none",
+        facts=SENDS,
     )
     huggingface_repo_type: str | None = option(
         "model (when not given), dataset or space", one_of=("model", "dataset", "space"), acts_if=_IF_UPLOADED
@@ -147,7 +148,7 @@ class HubOptions(Options, title="Hugging Face hub"):
         "public, else a new repository is private", one_of=("public", "private"), acts_if=_IF_UPLOADED
     )
     save_state_to_huggingface: bool = option("upload state folders as well", needs="huggingface_repo_id")
-    resume_from_huggingface: bool = option("--resume names owner/repo/path[:revision[:type]]")
+    resume_from_huggingface: bool = option("--resume names owner/repo/path[:revision[:type]]", facts=SENDS)
     async_upload: bool = option(
         "upload while training continues; only the final upload is waited for", needs="huggingface_repo_id"
     )

@@ -1,6 +1,7 @@
 """Detectors told by what their files hold, and files that are none."""
 
 import contextlib
+import itertools
 import pickle
 import zipfile
 from pathlib import Path
@@ -9,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from modules import limits
 from modules.errors import CheckpointError
 from post.faces.boxes import FoundFace, best_of
 from post.faces.detectors import check_detector, load_detector
 from post.faces.onnx_header import read_onnx
+from post.faces.onnx_sizes import Constant, Node, input_count, output_count
 from post.faces.yolo import YoloDetector, YoloLayout
 from tests.tiny.onnx_files import _field, _node, _number, write_onnx, write_yolo, write_yunet
 from tests.tiny.post_faces import write_red_detector
@@ -249,6 +252,74 @@ def test_operators_that_make_far_more_than_they_are_given(
     path = write_onnx(tmp_path / "x.onnx", nodes, weights, {"images": [1, 3, 64, 64]}, {"z": [1, 5, 84]}, {})
     with pytest.raises(CheckpointError, match=r"cannot be used: '[yz]' (makes more numbers|asks for sizes)"):
         check_detector(path)
+
+
+MANY = np.array([10**4, 10, 1, 1], np.int64)
+GROWING: dict[str, tuple[list[bytes], Weights]] = {
+    "tiled": ([_node("Tile", ["images", "s"], ["y"])], {"s": MANY}),
+    "tiled twice": (
+        [_node("Tile", ["images", "s"], ["x"]), _node("Tile", ["x", "s"], ["y"])],
+        {"s": np.array([1, 1, 64, 64], np.int64)},
+    ),
+    "by sizes of sizes": (
+        [
+            _node("Cast", ["s"], ["t"], to=7),
+            _node("Identity", ["t"], ["u"]),
+            _node("Tile", ["images", "u"], ["y"]),
+        ],
+        {"s": MANY},
+    ),
+    "by a power": (
+        [_node("Pow", ["s", "s"], ["t"]), _node("Tile", ["images", "t"], ["y"])],
+        {"s": np.array([9, 9, 9, 9], np.int64)},
+    ),
+    "expanded": (
+        [_node("Expand", ["images", "s"], ["y"])],
+        {"s": np.array([10**4, 1, 1, 1, 1], np.int64)},
+    ),
+    "joined": (
+        [_node("Concat", ["images"], ["x0"], axis=0)]
+        + [_node("Concat", [f"x{i}", f"x{i}"], [f"x{i + 1}"], axis=0) for i in range(20)],
+        {},
+    ),
+    "one hot": (
+        [_node("OneHot", ["images", "d", "v"], ["y"])],
+        {"d": np.array([10**6], np.int64), "v": np.array([0, 1], np.float32)},
+    ),
+    "enlarged": (
+        [_node("Resize", ["images", "", "f"], ["x"]), _node("Resize", ["x", "", "f"], ["y"])],
+        {"f": np.array([1, 1, 16, 16], np.float32)},
+    ),
+    "channels": (
+        [_node("Conv", ["images", "w"], ["x"]), _node("Conv", ["x", "v"], ["y"])],
+        {"w": np.zeros((90_000, 3, 1, 1), np.float32), "v": np.zeros((3, 90_000, 1, 1), np.float32)},
+    ),
+}
+
+
+@pytest.mark.parametrize(("nodes", "weights"), GROWING.values(), ids=GROWING)
+def test_what_an_operator_multiplies_counts_too(tmp_path: Path, nodes: list[bytes], weights: Weights) -> None:
+    path = write_onnx(tmp_path / "x.onnx", nodes, weights, {"images": [1, 3, 64, 64]}, {"y": [1, 5, 84]}, {})
+    with pytest.raises(CheckpointError, match="makes more numbers than any detector"):
+        check_detector(path)
+
+
+def test_the_sizes_of_a_usual_detector_are_no_reason_to_refuse_it() -> None:
+    """A U-Net of 640 pixels with 64 to 1024 channels, and boxes for 8400 places."""
+    counts, constants = {"x0": input_count([None, 3, None, None])}, dict[str, Constant]()
+    channels, most = [3, 64, 128, 256, 512, 1024], 0.0
+    for index, (taken, made) in enumerate(itertools.pairwise(channels)):
+        constants[f"w{index}"] = Constant((made, taken, 3, 3))
+        node = Node("Conv", [f"x{index}", f"w{index}"], {"strides": [2, 2]})
+        counts[f"x{index + 1}"] = output_count(node, counts, constants)
+    assert counts["x5"] == 1024 * 20 * 20
+    constants["twice"] = Constant((4,), (1.0, 1.0, 2.0, 2.0), is_float=True)
+    for index in range(5, 1, -1):
+        counts["up"] = output_count(Node("Resize", [f"x{index}", "", "twice"], {}), counts, constants)
+        most = max(most, output_count(Node("Concat", ["up", f"x{index - 1}"], {}), counts, constants))
+    assert most < limits.MAX_ONNX_VALUES
+    counts["row"], constants["s"] = 8400.0, Constant((3,), (1.0, 4.0, 8400.0))
+    assert output_count(Node("Expand", ["row", "s"], {}), counts, constants) == 4 * 8400
 
 
 def tensor_of(*dims: int, more: bytes = b"") -> bytes:

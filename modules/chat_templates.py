@@ -1,0 +1,87 @@
+"""Render the chat template of a model's folder within bounds of seconds, memory and characters.
+
+A template is a program in Jinja, and comes from whoever made the folder. Its sandbox keeps it from reaching
+anything, but not from going on for ever: so it runs in a process of its own, which is stopped. What templates
+may use is what transformers' `apply_chat_template` gives them.
+"""
+
+import functools
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from modules.control_codes import shorten
+from modules.errors import InstallationError
+from modules.limits import MAX_TEMPLATE_CHARACTERS, MAX_TEMPLATE_MEMORY, MAX_TEMPLATE_SECONDS
+
+PROCESS = Path(__file__).with_name("template_process.py")
+
+
+class TemplateError(Exception):
+    """A chat template that fails, or does not end; the text says why."""
+
+
+def render_chat(
+    tokenizer: Any,
+    template: Any,
+    turns: Sequence[Mapping[str, Any]],
+    seconds: float = MAX_TEMPLATE_SECONDS,
+    **more: Any,
+) -> str:
+    """Return the text of a conversation that the model is to go on with.
+
+    tokenizer: of transformers, whose special tokens the template may use. template: its text, or a mapping
+    with one called default; None: the tokenizer's. turns: `role` and `content` each. seconds: until it is
+    stopped. more: further variables.
+    Raises TemplateError if it fails or goes beyond a bound.
+    """
+    if template is None:
+        template = tokenizer.get_chat_template()
+    if isinstance(template, Mapping):
+        if "default" not in template:
+            raise TemplateError(f"it has {', '.join(map(str, template)) or 'none'}, but none called default")
+        template = template["default"]
+    variables = {
+        **{
+            name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)
+        },
+        **{"messages": turns, "tools": None, "documents": None, "add_generation_prompt": True},
+        **more,
+    }
+    return _render(str(template), json.dumps(variables), seconds)
+
+
+@functools.lru_cache(maxsize=1024)  # most items of a dataset are asked about in the same words
+def _render(template: str, variables: str, seconds: float) -> str:
+    spec = importlib.util.find_spec("jinja2")
+    if spec is None or spec.origin is None:
+        raise InstallationError("chat templates need the package jinja2. Run: pip install jinja2")
+    job = {
+        "template": template,
+        "variables": json.loads(variables),
+        "packages": str(Path(spec.origin).parent.parent),
+        "characters": MAX_TEMPLATE_CHARACTERS,
+        "memory": MAX_TEMPLATE_MEMORY,
+    }
+    try:
+        done = subprocess.run(
+            # isolated: nothing is imported from the working folder
+            [sys.executable, "-I", "-X", "utf8", str(PROCESS)],
+            input=json.dumps(job).encode("ascii"),
+            capture_output=True,
+            timeout=seconds,
+        )
+    except subprocess.TimeoutExpired:
+        raise TemplateError(f"it does not end within {seconds:g} seconds") from None
+    try:
+        answer = json.loads(done.stdout)
+    except ValueError:
+        said = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
+        raise TemplateError(f"its process ended with {done.returncode}: {shorten(said, 200)}") from None
+    if "error" in answer:
+        raise TemplateError(shorten(str(answer["error"]), 200))
+    return str(answer["text"])

@@ -1,0 +1,118 @@
+"""Find the file of a module of an installed package, without importing anything. Standard library only.
+
+A file that describes a training may come from somebody else. It may name what an installed package has, and
+nothing else: no module of the working folder or beside the file, none of Python itself, none of a package
+that begins with `_` (`unittest.__main__` would run).
+"""
+
+import functools
+import importlib.util
+import os
+import site
+import sysconfig
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from modules.errors import OptionError
+from modules.installation import IMPORTED_AS, describe_missing, own_name, read_requirements, requirement_name
+from modules.text_files import real_path
+
+
+def require_installed(place: str, name: str, remedy: str) -> None:
+    """Raise OptionError if a module that a file names is not one of an installed package.
+
+    place: where the name stands, for the message. remedy: what to do if the code is the user's own.
+    """
+    if find_installed(own_name(name)) is not None:
+        return
+    package = name.partition(".")[0]
+    if package.isidentifier() and _find_top(package) is None:
+        why = describe_missing(ModuleNotFoundError(name=package))
+    else:
+        why = f"{name} is no module of an installed package"
+    raise OptionError(
+        f"{place}: {why}.\n  A file names what installed packages have, and no other code. If it is your "
+        f"own, {remedy}"
+    )
+
+
+def find_installed(name: str) -> Path | None:
+    """Return the file of a module; None if an installed package has none of that name."""
+    parts = name.split(".")
+    if any(not part.isidentifier() or part.startswith("_") for part in parts):
+        return None
+    spec = _find_top(parts[0])
+    is_required = spec is not None and parts[0] in _required_packages()
+    for place in range(1, len(parts) + 1):
+        if spec is None or not (is_required or _has_installed_file(spec)):
+            return None
+        if place < len(parts):
+            folders = spec.submodule_search_locations
+            spec = None if folders is None else PathFinder.find_spec(".".join(parts[: place + 1]), folders)
+    return None if spec is None or spec.origin is None else Path(spec.origin)
+
+
+def _find_top(package: str) -> ModuleSpec | None:
+    try:
+        return importlib.util.find_spec(package)
+    except (ImportError, ValueError):  # a module that is loaded and does not say where it is from
+        return None
+
+
+def _has_installed_file(spec: ModuleSpec) -> bool:
+    """Return whether a module's file lies in an installed package. A folder without code has none to run."""
+    if spec.origin is None:
+        return spec.submodule_search_locations is not None
+    return spec.has_location and is_installed_file(Path(spec.origin))
+
+
+def is_installed_file(file: Path) -> bool:
+    """Return whether a file lies in a folder of installed packages, or in one that is installed in place."""
+    if _is_below(file, _package_folders()):
+        return True
+    here = real_path(Path.cwd())
+    return _is_below(file, _editable_folders()) and not real_path(file).is_relative_to(here)
+
+
+def _is_below(file: Path, folders: Sequence[Path]) -> bool:
+    absolute = Path(os.path.abspath(file))  # noqa: PTH100
+    return any(absolute.is_relative_to(folder) for folder in folders)
+
+
+@functools.cache
+def _package_folders() -> tuple[Path, ...]:
+    """Return the folders that pip installs into, of this Python and of its user."""
+    texts = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()]
+    if site.ENABLE_USER_SITE:
+        texts.append(site.getusersitepackages())
+    absolute = [Path(os.path.abspath(text)) for text in texts]  # noqa: PTH100
+    return tuple(dict.fromkeys([*absolute, *map(real_path, absolute)]))
+
+
+@functools.cache
+def _editable_folders() -> tuple[Path, ...]:
+    """Return the folders of packages that are installed in place (`pip install -e`)."""
+    import json  # here: options import this file
+    from importlib.metadata import distributions  # likewise
+
+    found = []
+    for one in distributions():
+        try:
+            note = json.loads(one.read_text("direct_url.json") or "{}")
+            is_editable = note.get("dir_info", {}).get("editable", False)
+            address = urlsplit(note.get("url", "")) if is_editable else None
+        except (ValueError, AttributeError):  # a note that is damaged
+            continue
+        if address is not None and address.scheme == "file":
+            path = unquote(address.path)
+            found.append(Path(path.lstrip("/") if os.name == "nt" else path))  # /C:/folder
+    return tuple(found)
+
+
+@functools.cache
+def _required_packages() -> frozenset[str]:
+    """Return what requirements.txt asks for, as it is imported: the program itself takes it from anywhere."""
+    names = [requirement_name(line) for line in read_requirements()]
+    return frozenset(IMPORTED_AS.get(name, name.replace("-", "_")) for name in names)

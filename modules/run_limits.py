@@ -1,0 +1,114 @@
+"""Limit what a run of a described folder may do: the folder may be somebody else's. Standard library only.
+
+`run_project.py` sets the limits for itself and for the commands that it starts, in two variables of the
+environment. Everything that is written goes below the folder or below those that its command line names;
+what leaves this machine is typed there. Other commands have no limits.
+"""
+
+import contextlib
+import functools
+import os
+import shlex
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+
+from modules.errors import OptionError, OutputError
+from modules.text_files import real_path
+
+FOLDERS = "REELSMITH_RUN_FOLDERS"  # JSON list of folders: first that of the run
+COMMAND = "REELSMITH_RUN_COMMAND"  # the command of the run, as it can be typed
+TYPED = "REELSMITH_RUN_TYPED"  # names of options that the user typed for the run, with blanks between
+# options of `run` that it hands to its training
+OF_TRAINING = ("output_dir", "logging_dir", "log_with", "log_tracker_config", "huggingface_repo_id")
+# option of a command -> the option of `run` that allows a folder of it to lie elsewhere
+ALLOWED_BY = {"output_dir": "output_dir", "logging_dir": "logging_dir", "to": "models"}
+ANY = "may_write"  # for all others
+
+
+@contextlib.contextmanager
+def limit_run(folders: Sequence[Path], typed: Collection[str] = (), command: str = "run") -> Iterator[None]:
+    """Limit this process, and those that it starts, to writing below these folders until the block ends.
+
+    typed: names of the options that may send something. command: of the run, for messages.
+    """
+    import json  # here: all options import this file
+
+    before = {name: os.environ.get(name) for name in (FOLDERS, TYPED, COMMAND)}
+    os.environ[FOLDERS] = json.dumps([str(real_path(folder)) for folder in folders])
+    os.environ[TYPED] = " ".join(sorted(typed))
+    os.environ[COMMAND] = command
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def is_limited() -> bool:
+    return bool(os.environ.get(FOLDERS))
+
+
+def describe_outside(path: Path, option: str = "") -> str | None:
+    """Return why a run may not write below a path, and what to type; None if it may.
+
+    option: the one that holds the path.
+    """
+    text = os.environ.get(FOLDERS)
+    if not text:
+        return None
+    place, folders = _resolved(os.path.abspath(path)), _folders(text)  # noqa: PTH100
+    if any(place.is_relative_to(folder) for folder in folders):
+        return None
+    typed = _run_command(f"--{ALLOWED_BY.get(option, ANY)}", str(place))
+    return (
+        f"{place} lies outside of {folders[0]}, where alone `run` writes unasked.\n"
+        f"  Correct it; or, if you want it there, type it: {typed}"
+    )
+
+
+def refuse_outside(option: str, path: Path) -> None:
+    """Raise OptionError if a run may not write below the path of an option."""
+    problem = describe_outside(path, option)
+    if problem is not None:
+        raise OptionError(f"--{option} {path}: {problem}")
+
+
+def refuse_writing(path: Path) -> None:
+    """Raise OutputError if a run may not write this file or folder, as for a link that leads elsewhere."""
+    problem = describe_outside(path.parent)
+    if problem is not None:
+        raise OutputError(f"{path}: {problem}")
+
+
+def refuse_sending(option: str, value: object) -> None:
+    """Raise OptionError if an option sends something from this machine and is not typed for the run."""
+    if not is_limited() or option in os.environ.get(TYPED, "").split():
+        return
+    if option in OF_TRAINING:
+        remedy = f"type it: {_run_command(f'--{option}', str(value))}"
+    else:
+        remedy = f"start the training itself, with the last command of {_run_command('--dry_run')}"
+    raise OptionError(
+        f"--{option}: what a folder describes does not leave this machine unasked. Leave it out; or, if you "
+        f"want it, {remedy}"
+    )
+
+
+def _run_command(*words: str) -> str:
+    """Return the command of this run with further words, as it can be typed."""
+    return f"{os.environ.get(COMMAND, 'run')} {shlex.join(words)}"
+
+
+@functools.lru_cache(maxsize=4096)  # asked for at each file that is written
+def _resolved(path: str) -> Path:
+    return Path(os.path.normcase(os.path.realpath(path)))
+
+
+@functools.lru_cache(maxsize=8)
+def _folders(text: str) -> tuple[Path, ...]:
+    import json  # likewise
+
+    return tuple(Path(os.path.normcase(folder)) for folder in json.loads(text))

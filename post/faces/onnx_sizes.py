@@ -1,0 +1,89 @@
+"""Estimate how many numbers an operator of an ONNX graph makes, from what it is given and from constants.
+
+Sizes of single axes are not followed: the estimates of operators that enlarge are upper bounds where their
+inputs' counts are, those of others follow what detectors are made of. Source of the operators:
+onnx.ai/onnx/operators.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+USUAL_SIDE = 640  # of an input that the file leaves open
+
+
+class Constant(NamedTuple):
+    """A tensor of the file that may be sizes, or weights."""
+
+    dims: tuple[int, ...]
+    values: tuple[float, ...] = ()  # of a short one; of others none
+    is_float: bool = False
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operator: its kind, inputs and settings."""
+
+    kind: str
+    inputs: Sequence[str]
+    settings: Mapping[str, Sequence[int]]
+
+
+def input_count(shape: Sequence[int | None]) -> float:
+    """Return the numbers of an input; open sizes are 1 for pictures at once, else `USUAL_SIDE`."""
+    sizes = [(1 if axis == 0 else USUAL_SIDE) if size is None else size for axis, size in enumerate(shape)]
+    return float(math.prod(sizes))
+
+
+def output_count(node: Node, counts: Mapping[str, float], constants: Mapping[str, Constant]) -> float:
+    """Return about how many numbers each output of an operator has.
+
+    counts: of the values before it. constants: tensors of the file by name.
+    """
+    given = [counts[name] for name in node.inputs if name in counts]
+    first = counts.get(node.inputs[0], 1.0) if node.inputs else 1.0
+    others = [constants[name] for name in node.inputs[1:] if name in constants]
+    strides = math.prod(node.settings.get("strides", ())) or 1
+    match node.kind:
+        case "Conv" if others and len(others[0].dims) > 2:
+            channels = others[0].dims
+            return first * channels[0] / max(1, channels[1] * _groups(node)) / strides
+        case "ConvTranspose" if others and len(others[0].dims) > 2:
+            channels = others[0].dims
+            return first * channels[1] * _groups(node) / max(1, channels[0]) * strides
+        case "MaxPool" | "AveragePool":
+            return first / strides
+        case "MatMul" | "Gemm" if others and len(others[0].dims) == 2:
+            rows, columns = sorted(others[0].dims)
+            return first * columns / max(1, rows)  # whichever of them is summed over
+        case "Concat":
+            return sum(given)
+        case "Gather":
+            indices = constants.get(node.inputs[1]) if len(node.inputs) > 1 else None
+            return first * (1 if indices is None else max(1, math.prod(indices.dims)))
+        case "Tile" | "OneHot":
+            return first * max((_product(one) for one in others), default=1.0)
+        case "Expand":
+            return max((_expanded(first, one) for one in others), default=first)
+        case "Resize" | "Upsample":
+            scaled = [
+                first * _product(one) if one.is_float else _product(one) for one in others if one.values
+            ]
+            return max(scaled, default=first)
+        case _:
+            return max(given, default=1.0)
+
+
+def _groups(node: Node) -> int:
+    return next(iter(node.settings.get("group", ())), 1)
+
+
+def _product(constant: Constant) -> float:
+    return math.prod(max(1.0, value) for value in constant.values if value < 2**63 - 1)
+
+
+def _expanded(count: float, shape: Constant) -> float:
+    """Return the numbers of what is expanded to a shape, in which a 1 stands for the size of the input."""
+    keeps_size = any(value <= 1 for value in shape.values[1:])
+    return max(count, _product(shape) * (count if keeps_size else 1))

@@ -1,0 +1,82 @@
+"""A run of a described folder writes below it, and sends nothing, unless its command line says otherwise."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from modules import atomic_write
+from modules.errors import OptionError, OutputError
+from modules.run_limits import FOLDERS, is_limited, limit_run, refuse_outside, refuse_sending
+
+
+def test_folders_below_those_of_the_run_are_allowed(tmp_path: Path) -> None:
+    folder, logs = tmp_path / "clips", tmp_path / "logs"
+    with limit_run([folder, logs], []):
+        assert is_limited()
+        refuse_outside("output_dir", folder / "output")
+        refuse_outside("logging_dir", logs)
+        for place in (tmp_path, tmp_path / "clips2", folder / ".." / "x", Path("/")):
+            with pytest.raises(OptionError, match="lies outside of"):
+                refuse_outside("output_dir", place)
+    assert FOLDERS not in os.environ
+    refuse_outside("output_dir", tmp_path)  # other commands have no limits
+
+
+@pytest.mark.parametrize(
+    ("option", "typed"),
+    [("output_dir", "--output_dir"), ("to", "--models"), ("html", "--may_write"), ("", "--may_write")],
+)
+def test_a_refusal_says_what_to_type(option: str, typed: str, tmp_path: Path) -> None:
+    with limit_run([tmp_path], command="run 'my clips'"), pytest.raises(OptionError) as error:
+        refuse_outside(option, tmp_path.parent / "x")
+    assert str(error.value).endswith(f"type it: run 'my clips' {typed} {tmp_path.parent / 'x'}")
+
+
+WRITERS: list[Callable[[Path], object]] = [
+    lambda path: atomic_write.write_text(path, "x"),
+    lambda path: atomic_write.append_text(path, "x"),
+    lambda path: atomic_write.make_folder(path, "--output_dir"),
+    lambda path: atomic_write.atomic_folder(path).__enter__(),
+    lambda path: atomic_write.atomic_files(path).__enter__(),
+]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_nothing_is_written_through_a_link_that_leads_elsewhere(
+    write: Callable[[Path], object], tmp_path: Path
+) -> None:
+    folder, elsewhere = tmp_path / "clips", tmp_path / "home"
+    folder.mkdir()
+    elsewhere.mkdir()
+    (folder / "sample").symlink_to(elsewhere, target_is_directory=True)
+    with limit_run([folder], []), pytest.raises(OutputError, match="lies outside of"):
+        write(folder / "sample" / "a")
+    assert not [*elsewhere.iterdir()]
+
+
+def test_nothing_is_appended_to_a_file_that_a_link_names(tmp_path: Path) -> None:
+    folder, mine = tmp_path / "clips", tmp_path / "mine"
+    folder.mkdir()
+    mine.write_text("mine", encoding="utf-8")
+    (folder / "history.jsonl").symlink_to(mine)
+    with limit_run([folder], []):
+        with pytest.raises(OutputError, match="lies outside of"):
+            atomic_write.append_text(folder / "history.jsonl", "x")
+        atomic_write.write_text(folder / "history.jsonl", "new")  # takes the place of the link
+    assert mine.read_text(encoding="utf-8") == "mine"
+
+
+def test_what_is_sent_is_typed(tmp_path: Path) -> None:
+    refuse_sending("log_with", "wandb")
+    with limit_run([tmp_path], ["log_with"]):
+        refuse_sending("log_with", "wandb")
+        with pytest.raises(
+            OptionError, match="--huggingface_repo_id: .*type it: .* --huggingface_repo_id a/b"
+        ):
+            refuse_sending("huggingface_repo_id", "a/b")
+        with pytest.raises(
+            OptionError, match="start the training itself, with the last command of .*--dry_run"
+        ):
+            refuse_sending("resume_from_huggingface", True)
