@@ -9,6 +9,7 @@ import difflib
 import itertools
 import os
 import re
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
@@ -19,6 +20,7 @@ MOST_OF_NAME, MOST_OF_PATH = 255, 4096  # bytes, characters; no file system take
 QUOTES = tuple("\"'`\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u00ab\u00bb")
 NOTHING = ("none", "null", "nil")  # as people write it; an option or a key is left out
 _HUB = re.compile(r"(?:hf|huggingface|hub):(?!\\)", re.IGNORECASE)
+_DIGITS = re.compile(r"(\d+)")
 _DRIVE = re.compile(r"[A-Za-z]:[\w\\/]")
 # a whole part of a path
 _VARIABLE = re.compile(r"(?<![^\\/])(?:\$\{\w+\}|\$(?:env:)?[A-Za-z_]\w*|%[A-Za-z_]\w*%)(?![^\\/.])")
@@ -55,6 +57,24 @@ def path_from(folder: Path, path: Path) -> str:
         return os.path.relpath(path, folder)
     except ValueError:
         return os.path.abspath(path)  # noqa: PTH100
+
+
+def number_key(name: str) -> tuple[tuple[str | int, ...], str, str]:
+    """Return a sort key of a file's name that compares numbers as numbers and ignores case.
+
+    `2.png` comes before `10.png`, and `a.png` before `B.png`. Names whose numbers are padded with zeros to
+    one width keep the order that they have as texts. The suffix counts last.
+    """
+    stem, suffix = os.path.splitext(name)  # noqa: PTH122
+    # text, number, text, number, ..., text: so that texts are compared with texts, numbers with numbers
+    parts = _DIGITS.split(stem.casefold())
+    compared = tuple(int(part) if place % 2 else part for place, part in enumerate(parts))
+    return compared, suffix.casefold(), name
+
+
+def sort_by_numbers(paths: Iterable[Path]) -> list[Path]:
+    """Sort the files of a folder by their names, as `number_key` compares them."""
+    return sorted(paths, key=lambda path: number_key(path.name))
 
 
 def path_exists(path: Path) -> bool:
