@@ -374,7 +374,8 @@ def _packed_source(path: Path, name: str, info: TensorInfo) -> TensorSource:
         return as_stored(*tensors).value().view(info.shape)
 
     names = name, *companions_of(name, info)
-    return TensorSource(names, build, as_stored if len(info.shape) == 2 else None)
+    can_stay = len(info.shape) == 2 and info.packing.can_stay
+    return TensorSource(names, build, as_stored if can_stay else None)
 
 
 def scales_in(names: Iterable[str]) -> dict[str, str]:
