@@ -20,6 +20,9 @@ MOST_OF_NAME, MOST_OF_PATH = 255, 4096  # bytes, characters; no file system take
 QUOTES = tuple("\"'`\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u00ab\u00bb")
 NOTHING = ("none", "null", "nil")  # as people write it; an option or a key is left out
 _HUB = re.compile(r"(?:hf|huggingface|hub):(?!\\)", re.IGNORECASE)
+_BACKSLASH = "\\"
+# control characters that TOML and JSON write with a backslash and a letter, as they stand in folders' names
+_ESCAPES = {"\t": "\\t", "\n": "\\n", "\r": "\\r", "\f": "\\f", "\b": "\\b", "\x1b": "\\e"}
 _DIGITS = re.compile(r"(\d+)")
 _DRIVE = re.compile(r"[A-Za-z]:[\w\\/]")
 # a whole part of a path
@@ -85,9 +88,17 @@ def path_exists(path: Path) -> bool:
 def explain_path(text: str) -> str | None:
     """Return why a path that names nothing is no path, if it shows a usual mistake.
 
-    These are an address, quotation marks, a variable, a pattern and another system's path. The result follows
-    the path in a message and ends without a full stop.
+    These are backslashes that a file's format took for control characters, an address, quotation marks, a
+    variable, a pattern and another system's path. The result follows the path in a message and ends without a
+    full stop.
     """
+    if escaped := [character for character in dict.fromkeys(text) if character in _ESCAPES]:
+        signs = ", ".join(_ESCAPES[character] for character in escaped)
+        meant = "".join(_ESCAPES.get(character, character) for character in text)
+        return (
+            f"it holds control characters, as TOML and JSON read {signs} in double quotes. Write a Windows path "
+            f"with forward slashes, {meant.replace(_BACKSLASH, '/')}, or in TOML in single quotes, '{meant}'"
+        )
     if is_address(text) or _HUB.match(text):
         return "this is an address. Download the file first and give its path"
     if text.startswith(QUOTES) or text.endswith(QUOTES):

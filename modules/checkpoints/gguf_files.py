@@ -105,7 +105,7 @@ class GgufFile(HeaderFile):
         self._name_like_transformers()
 
     def _info(self, name: str, number: int, shape: tuple[int, ...], own_shape: tuple[int, ...]) -> TensorInfo:
-        """Return the facts of a tensor. number: of its GGUF type. shape: in the file. own_shape: in the model."""
+        """Return the facts of a tensor. number: GGUF type. shape: in the file. own_shape: in the model."""
         value_shape = _full_shape(name, shape) if own_shape == shape else own_shape
         if number in _PLAIN:
             return TensorInfo(_PLAIN[number], value_shape)
