@@ -95,9 +95,10 @@ def explain_path(text: str) -> str | None:
     if escaped := [character for character in dict.fromkeys(text) if character in _ESCAPES]:
         signs = ", ".join(_ESCAPES[character] for character in escaped)
         meant = "".join(_ESCAPES.get(character, character) for character in text)
+        forward = meant.replace(_BACKSLASH, "/")
         return (
-            f"it holds control characters, as TOML and JSON read {signs} in double quotes. Write a Windows path "
-            f"with forward slashes, {meant.replace(_BACKSLASH, '/')}, or in TOML in single quotes, '{meant}'"
+            f"it holds control characters, as TOML and JSON read {signs} in double quotes. Write a path of "
+            f"Windows with forward slashes, {forward}, or in TOML in single quotes, '{meant}'"
         )
     if is_address(text) or _HUB.match(text):
         return "this is an address. Download the file first and give its path"

@@ -112,8 +112,8 @@ def table_lines(path: Path) -> Iterator[str]:
 def read_jsonl(path: Path, wanted: Collection[str] | None, example: str = "") -> Iterator[TableRow]:
     """Yield the rows of a JSONL file, whatever its suffix is; empty lines are skipped.
 
-    example: of a line, which faults then show. Raises DatasetError as `read_columns`, and for a file of another
-    form: an array, an object over several lines, or CSV.
+    example: of a line, which faults then show. Raises DatasetError as `read_columns`, and for a file of
+    another form: an array, an object over several lines, or CSV.
     """
     each = f". Each line is one object such as {example}" if example else ""
     is_first = True
@@ -163,8 +163,8 @@ def _refuse_other_form(path: Path, line: str) -> None:
         )
     if not start.startswith("{") and ("," in start or "\t" in start or ";" in start):
         raise DatasetError(
-            f"{path} looks like a table with a header ({start[:60]!r}); {form}. Name it .csv or .tsv, and give it "
-            "to image_table_file or video_table_file."
+            f"{path} looks like a table with a header ({start[:60]!r}); {form}. Name it .csv or .tsv, and "
+            "give it to image_table_file or video_table_file."
         )
 
 

@@ -250,3 +250,40 @@ def test_tensors_of_gguf_get_the_shapes_that_the_header_or_the_model_says(tmp_pa
         x = torch.eye(weight.shape[1])
         made = module.get_submodule(name.removesuffix(".weight"))(x).T
         torch.testing.assert_close(made, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("weight_packed", torch.int32),
+        ("codes", torch.int16),
+        ("Qidxs", torch.int64),
+        ("weight.data_lp", torch.uint8),
+        ("weight_8", torch.float8_e4m3fn),
+    ],
+)
+def test_weights_of_an_unknown_quantiser_are_called_so(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    state = {
+        f"m.0.{name}": torch.zeros(4, 8, dtype=dtype),
+        "m.0.bias": torch.zeros(4),
+        "m.0.norms": torch.ones(4),
+    }
+    path = write_tensors(tmp_path / "a.safetensors", state)
+
+    with open_checkpoint(path) as checkpoint, pytest.raises(CheckpointError) as error:
+        plain_sources(checkpoint)
+
+    assert f"quantised, form unknown: it has m.0.{name} in" in str(error.value)
+    assert "opy it again" not in str(error.value)
+
+
+def test_places_and_texts_of_tokenizers_are_no_packed_weights(tmp_path: Path) -> None:
+    state = {
+        "embeddings.position_ids": torch.arange(8).view(2, 4),
+        "cond.spiece_model": torch.zeros(64, dtype=torch.uint8),
+        "norm.num_batches_tracked": torch.tensor(3),
+        "m.0.weight": torch.ones(4, 4),
+        "m.0.mask": torch.ones(4, 4, dtype=torch.bool),
+    }
+    with open_checkpoint(write_tensors(tmp_path / "a.safetensors", state)) as checkpoint:
+        assert plain_sources(checkpoint).keys() == state.keys()
