@@ -46,7 +46,7 @@ def load_dataset_config(path: Path, given: SubsetOptions | None = None) -> Datas
     Raises DatasetError, with file, table, key, the value found and the values allowed.
     """
     problems: list[str] = []
-    content: Table = forms.parse_config(path)
+    content: Table = forms.without_unneeded(path, forms.parse_config(path))
     if not content.keys() <= {*TOP_LEVEL}:
         content = _with_keys_in_general(path, content, problems)
     problems += [

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import enum
 import json
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -18,6 +19,8 @@ from modules.errors import DatasetError
 from modules.installation import import_own
 from modules.text_encodings import guess_encoding
 from modules.text_files import bad_character, parse_json, parse_toml, read_text
+
+logger = logging.getLogger(__name__)
 
 # of frame_extraction; what they do: dataset/sources/frames.py
 MODES = ("head", "chunk", "slide", "uniform", "full")
@@ -255,7 +258,6 @@ LENGTHS = ("audio_bucket_strategy", "audio_bucket_interval")
 NO_KEYS: Mapping[str, str] = {
     "audio_jsonl_file": "it lists sounds without clips. audio_path in a list of clips names their sound",
     **dict.fromkeys(LENGTHS, "sound is as long as its clip"),
-    "reference_cache_directory": "latents of references are cached with those of their clip",
     **dict.fromkeys(
         ("reference_audio_directory", "reference_audio_cache_directory"),
         "sounds as references are not built. reference_directory has clips and pictures",
@@ -267,6 +269,32 @@ NO_KEYS: Mapping[str, str] = {
         "masks are files in mask_directory, white is learned; an item without one is learned whole",
     ),
 }
+
+
+# keys of that fork that are taken and need nothing, and why
+UNNEEDED: Mapping[str, str] = dict.fromkeys(
+    ("reference_cache_directory", "reference_cache_directories"),
+    "caches of references lie with those of their clips, in cache_directory",
+)
+
+
+def without_unneeded(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of a configuration without the keys of UNNEEDED; a line in the log names them."""
+    found: dict[str, None] = {}
+
+    def cleaned(table: Any) -> Any:
+        if not isinstance(table, dict):
+            return table
+        found.update(dict.fromkeys(name for name in table if name in UNNEEDED))
+        return {name: value for name, value in table.items() if name not in UNNEEDED}
+
+    datasets = content.get("datasets")
+    changed = {name: cleaned(content[name]) for name in ("general",) if name in content}
+    if isinstance(datasets, list):
+        changed["datasets"] = [cleaned(table) for table in datasets]
+    for name in found:
+        logger.info("%s: %s is not needed: %s", path, name, UNNEEDED[name])
+    return {**content, **changed}
 
 
 # --- reading them, and explaining wrong ones

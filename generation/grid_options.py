@@ -13,7 +13,7 @@ from typing import Any
 from generation.prompt_lines import LineOption, Value, find_option, store
 from modules.errors import OptionError
 from modules.options import Options, option
-from modules.paths import explain_missing
+from modules.paths import explain_missing, sort_by_numbers
 from modules.text_files import read_safetensors_texts
 
 MOST_AXES = 2
@@ -178,17 +178,12 @@ def expand_patterns(given: tuple[Path, ...], flag: str = "--lora") -> tuple[Path
         if path.is_dir():
             raise OptionError(f"{flag} {path} is a folder: give {path / '*.safetensors'}")
         matches = [Path(name) for name in glob.glob(str(path))]  # noqa: PTH207 (of any folder)
-        files = sorted((match for match in matches if match.is_file()), key=_natural)
+        files = sort_by_numbers(match for match in matches if match.is_file())
         if not files:
             hint = explain_missing(path) or " Give LoRA files or a pattern that fits some."
             raise OptionError(f"{flag} {path}: no such file.{hint}")
         found |= dict.fromkeys(files)
     return tuple(found)
-
-
-def _natural(path: Path) -> list[tuple[bool, int, str]]:
-    parts = re.split(r"(\d+)", path.name)
-    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts]
 
 
 def family_of(path: Path, families: Mapping[str, Sequence[str]]) -> str:

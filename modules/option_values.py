@@ -179,14 +179,39 @@ def split_pairs(option: str, items: Sequence[str]) -> dict[str, str]:
             raise OptionError(
                 f"{option} {item!r}: write key=value, without spaces around the =, or put all of it in quotes"
             )
-        joined = re.search(r"[^\s,]\s+(?=[A-Za-z_]\w*=[^=])", value)
-        if joined and '"' not in value and "'" not in value:
-            apart = f"{key.strip()}={value[: joined.end()].strip()}", value[joined.end() :]
-            raise OptionError(
-                f"{option} {item!r}: write each KEY=VALUE as a word of its own: {' '.join(apart)}"
-            )
+        _check_single_pair(option, item, value)
         pairs[key.strip()] = value
     return pairs
+
+
+# what stands between two settings in one word: a blank, or a comma or semicolon behind a value without "="
+_JOINED = (
+    re.compile(r"[^\s,;](?P<gap>\s+)(?=[A-Za-z_]\w*=[^=])"),
+    re.compile(r"^[^=\[({]*(?P<gap>[,;]\s*)(?=[A-Za-z_]\w*\s*=[^=])"),
+)
+
+
+def _check_single_pair(option: str, item: str, value: str) -> None:
+    """Raise OptionError for two settings in one word, and for a separator behind the value.
+
+    item: the whole word. value: what follows its first `=`.
+    """
+    if '"' in value or "'" in value:
+        return
+    for pattern in _JOINED:
+        joined = pattern.search(value)
+        if joined is not None:
+            first = item[: len(item) - len(value) + joined.start("gap")]
+            raise OptionError(
+                f"{option} {item!r}: write each KEY=VALUE as a word of its own, without a separator: "
+                f"{first.strip()} {value[joined.end('gap') :]}"
+            )
+    if value.rstrip().endswith((",", ";")):
+        mark = value.rstrip()[-1]
+        raise OptionError(
+            f"{option} {item!r}: a {'comma' if mark == ',' else 'semicolon'} is left behind the value. "
+            f"Settings are separated by blanks alone: {item.rstrip().rstrip(',; ')}"
+        )
 
 
 def read_literals(option: str, items: Sequence[str]) -> dict[str, Any]:

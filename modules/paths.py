@@ -9,6 +9,7 @@ import difflib
 import itertools
 import os
 import re
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
@@ -19,6 +20,10 @@ MOST_OF_NAME, MOST_OF_PATH = 255, 4096  # bytes, characters; no file system take
 QUOTES = tuple("\"'`\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u00ab\u00bb")
 NOTHING = ("none", "null", "nil")  # as people write it; an option or a key is left out
 _HUB = re.compile(r"(?:hf|huggingface|hub):(?!\\)", re.IGNORECASE)
+_BACKSLASH = "\\"
+# control characters that TOML and JSON write with a backslash and a letter, as they stand in folders' names
+_ESCAPES = {"\t": "\\t", "\n": "\\n", "\r": "\\r", "\f": "\\f", "\b": "\\b", "\x1b": "\\e"}
+_DIGITS = re.compile(r"(\d+)")
 _DRIVE = re.compile(r"[A-Za-z]:[\w\\/]")
 # a whole part of a path
 _VARIABLE = re.compile(r"(?<![^\\/])(?:\$\{\w+\}|\$(?:env:)?[A-Za-z_]\w*|%[A-Za-z_]\w*%)(?![^\\/.])")
@@ -57,6 +62,24 @@ def path_from(folder: Path, path: Path) -> str:
         return os.path.abspath(path)  # noqa: PTH100
 
 
+def number_key(name: str) -> tuple[tuple[str | int, ...], str, str]:
+    """Return a sort key of a file's name that compares numbers as numbers and ignores case.
+
+    `2.png` comes before `10.png`, and `a.png` before `B.png`. Names whose numbers are padded with zeros to
+    one width keep the order that they have as texts. The suffix counts last.
+    """
+    stem, suffix = os.path.splitext(name)  # noqa: PTH122
+    # text, number, text, number, ..., text: so that texts are compared with texts, numbers with numbers
+    parts = _DIGITS.split(stem.casefold())
+    compared = tuple(int(part) if place % 2 else part for place, part in enumerate(parts))
+    return compared, suffix.casefold(), name
+
+
+def sort_by_numbers(paths: Iterable[Path]) -> list[Path]:
+    """Sort the files of a folder by their names, as `number_key` compares them."""
+    return sorted(paths, key=lambda path: number_key(path.name))
+
+
 def path_exists(path: Path) -> bool:
     """Return whether a path exists; False for names that no file can have, where `Path.exists` may raise."""
     return os.path.exists(path)  # noqa: PTH110
@@ -65,9 +88,18 @@ def path_exists(path: Path) -> bool:
 def explain_path(text: str) -> str | None:
     """Return why a path that names nothing is no path, if it shows a usual mistake.
 
-    These are an address, quotation marks, a variable, a pattern and another system's path. The result follows
-    the path in a message and ends without a full stop.
+    These are backslashes that a file's format took for control characters, an address, quotation marks, a
+    variable, a pattern and another system's path. The result follows the path in a message and ends without a
+    full stop.
     """
+    if escaped := [character for character in dict.fromkeys(text) if character in _ESCAPES]:
+        signs = ", ".join(_ESCAPES[character] for character in escaped)
+        meant = "".join(_ESCAPES.get(character, character) for character in text)
+        forward = meant.replace(_BACKSLASH, "/")
+        return (
+            f"it holds control characters, as TOML and JSON read {signs} in double quotes. Write a path of "
+            f"Windows with forward slashes, {forward}, or in TOML in single quotes, '{meant}'"
+        )
     if is_address(text) or _HUB.match(text):
         return "this is an address. Download the file first and give its path"
     if text.startswith(QUOTES) or text.endswith(QUOTES):

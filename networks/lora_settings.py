@@ -287,6 +287,14 @@ def _compile(argument: str, pattern: str) -> re.Pattern[str]:
         ) from None
 
 
+REG_RATES = "network_reg_lrs"
+
+
+def read_rates(argument: str, text: Any) -> ByPattern:
+    """Return the pairs of pattern and learning rate of an argument. Raises OptionError."""
+    return _read_pairs(float, argument, text)
+
+
 _SHARE, _RATIO = partial(_read_number, float, below=1), partial(_read_number, float)
 _READERS: Mapping[str, Reader] = {
     "conv_dim": partial(_read_number, int, least=1),
@@ -298,6 +306,6 @@ _READERS: Mapping[str, Reader] = {
     **dict.fromkeys(("ggpo_sigma", "ggpo_beta"), _RATIO),
     **dict.fromkeys(("include_patterns", "exclude_patterns"), _read_patterns),
     "network_reg_dims": partial(_read_pairs, int),
-    "network_reg_lrs": partial(_read_pairs, float),
+    REG_RATES: read_rates,
     **dict.fromkeys(("dora_wd", "verbose"), _read_switch),
 }

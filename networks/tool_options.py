@@ -7,7 +7,7 @@ from typing import Any
 from modules.errors import OptionError
 from modules.options import Options, not_needed, option, unsupported
 from modules.output_files import check_output_file, refuse_replacing
-from modules.paths import explain_missing
+from modules.paths import explain_missing, sort_by_numbers
 from modules.text_files import real_path
 from networks.options import LoraOptions, multipliers_for, require_files
 
@@ -167,7 +167,7 @@ class AveragingOptions(Options):
             if path.exists():
                 found[path] = None
                 continue
-            named = sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
+            named = sort_by_numbers(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
             if not named:
                 raise OptionError(
                     f"{path}: no such file.{explain_missing(path)} Give files that a training has saved"

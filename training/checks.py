@@ -17,14 +17,14 @@ from modules.offload.swap_plan import check_swap
 from modules.options import is_given, option_name, option_values
 from modules.speed_options import TRAINING_FLAGS
 from networks.adapter import check_network
-from networks.lora_settings import DEFAULT_RANK
+from networks.lora_settings import DEFAULT_RANK, REG_RATES, read_rates
 from networks.own_kinds import OWN_MODULES
 from networks.own_modules import smallest_lora_bytes
 from training.data.live import LiveTexts
 from training.experts import TRAINING_ADAPTER, check_experts, network_for, read_adapter, read_use
 from training.noise_options import NOTHING, WEIGHTS_OF_LOSS
 from training.optimizers.lr_schedule import make_lr_schedule
-from training.optimizers.optimizer import make_optimizer
+from training.optimizers.optimizer import check_rates, make_optimizer
 from training.options import RANKED_NETWORKS, TrainingOptions
 from training.run_options import MOST_STEPS
 
@@ -58,6 +58,7 @@ def check_before_loading(
         optimizer, _ = make_optimizer(options.optimizer, [stand_in])
         make_lr_schedule(options.lr_schedule, optimizer, total_steps or MOST_STEPS)
     check_networks(family, options)
+    check_rates(options.optimizer, _asked_rates(options))
     samples, of_samples = options.samples, sampling or family
     if samples.preview.preview_latent_every is not None:
         import_own("blissful_tuner.latent_preview").check_preview(samples.preview, of_samples.latent)
@@ -74,6 +75,32 @@ def check_before_loading(
     folder, name = options.saving.output_dir, options.saving.output_name
     if folder is not None and name is not None and folder.is_dir():
         check_space(folder / f"{name}.safetensors", _smallest_file(family, options))
+
+
+def _asked_rates(options: TrainingOptions) -> dict[str, float]:
+    """Return the learning rates of the parts of the networks, by the option that gives each.
+
+    Parts with rate 0 do not learn. What only the loaded networks tell is left out.
+    """
+    base, parts, network = options.optimizer.learning_rate, options.parts, options.network
+    rates = {"--learning_rate": base}
+    if parts is not None and parts.trains_dit and parts.unet_lr is not None:
+        base = parts.unet_lr
+        rates = {"--unet_lr": base}
+    if parts is not None and parts.trains_texts:
+        by_encoder = {f"--text_encoder_lr {rate:g}": rate for rate in parts.text_encoder_lr or ()}
+        rates = rates | by_encoder if parts.trains_dit else by_encoder or rates
+    if network is not None and (network.network_module or RANKED_NETWORKS[0]).startswith(RANKED_NETWORKS):
+        for key, text in network.arguments().items():
+            is_of_texts = key == "loraplus_text_encoder_lr_ratio"
+            if key.startswith("loraplus_") and (
+                not is_of_texts or (parts is not None and parts.trains_texts)
+            ):
+                rates[f"--network_args {key}={text}"] = base * float(text)
+            elif key == REG_RATES:
+                for pattern, rate in read_rates(REG_RATES, text):
+                    rates[f"--network_args {REG_RATES} {pattern.pattern}={rate:g}"] = rate
+    return {option: rate for option, rate in rates.items() if rate > 0}
 
 
 def check_networks(family: Family, options: TrainingOptions) -> None:

@@ -24,7 +24,7 @@ from training.data.feed import Feed, Randomness
 from training.loss import LossRule
 from training.optimizers import stepping
 from training.optimizers.lr_schedule import make_lr_schedule
-from training.optimizers.optimizer import find_averaging, make_optimizer
+from training.optimizers.optimizer import check_rates, find_averaging, make_optimizer
 from training.plan import TrainingPlan
 from training.reports.logs import Logs
 from training.reports.reporter import RunReporter
@@ -83,6 +83,8 @@ def load_model(plan: TrainingPlan, swap: SwapOptions, has_samples: bool) -> Trai
     else:
         names = [expert.name for expert in family.experts]
         trainable = train_apart(dict(zip(names, learners, strict=True)))
+    rates = zip(trainable.group_names, (group["lr"] for group in trainable.groups), strict=True)
+    check_rates(options.optimizer, {f"the learning rate of {name}": rate for name, rate in rates})
     optimizer, optimizer_name = make_optimizer(options.optimizer, trainable.groups)
     schedule = make_lr_schedule(options.lr_schedule, optimizer, plan.steps.total_steps)
     if (averaging := find_averaging(optimizer)) is not None:

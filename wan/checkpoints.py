@@ -227,7 +227,7 @@ def _config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig:
         patch_size=(patch[0], patch[1], patch[2]),
         has_image="blocks.0.cross_attn.k_img.weight" in shapes,
         image_dim=image[0] if image else WanConfig.image_dim,
-        image_positions=shapes["img_emb.emb_pos"][1] if "img_emb.emb_pos" in shapes else 0,
+        image_positions=shapes["img_emb.emb_pos"][-2] if "img_emb.emb_pos" in shapes else 0,
         has_ref_conv="ref_conv.weight" in shapes,
     )
 

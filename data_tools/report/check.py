@@ -29,7 +29,7 @@ from dataset.caching.text_plans import list_caption_files, plan_texts
 from dataset.config import DatasetConfig
 from dataset.options import CachingOptions, CheckPageOptions
 from dataset.sources.clock import find_other_lengths
-from dataset.sources.colours import find_colours
+from dataset.sources.colours import find_colours, find_reordered
 from dataset.sources.companions import refuse_companions
 from dataset.sources.decoding import check_resolution, decode_source
 from dataset.sources.frames import find_wrong_rates, media_table
@@ -196,6 +196,7 @@ def _check_media(
     found.faults += find_wrong_rates(found.sources)
     found.remarks += find_other_lengths(found.sources, recipe.fps)
     found.remarks += find_equal_references(found.sources)
+    found.remarks += find_reordered(found.sources)
     found.remarks += find_colours(found.sources, recipe.latent.masks_latents)
 
 

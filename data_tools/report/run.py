@@ -20,7 +20,7 @@ from data_tools.report.page import write_report_page
 from dataset.caching.prefetch import Failure, read_ahead
 from dataset.config import DatasetConfig, DatasetTable, with_lengths, with_references
 from dataset.sources.clock import find_other_lengths
-from dataset.sources.colours import find_colours
+from dataset.sources.colours import find_colours, find_reordered
 from dataset.sources.decoding import check_resolution
 from dataset.sources.media_source import Fault, MediaSource, Remote, list_faults
 from modules.atomic_write import write_text
@@ -95,6 +95,7 @@ def _measure_table(
         return found
     check_captions(found)
     found.remarks += find_other_lengths(found.sources, options.fps)
+    found.remarks += find_reordered(found.sources)
     # a card shows only the text
     found.remarks += [replace(one, text=f"{one.text} ({one.kind})") for one in find_colours(found.sources)]
     try:

@@ -26,6 +26,7 @@ from dataset.cache.store import CacheStore, Stores
 from dataset.sources.frames import spans
 from modules.contract import data
 from modules.errors import CacheError
+from modules.media.colours import AS_SHOWN
 
 
 def read_batch(
@@ -198,8 +199,18 @@ class _Reader:
             and CLOCK not in record.options
             and any(name.startswith((data.CONTROL, data.LOSS_MASK)) for name in tensors)
         )
-        windows = 0 if record is None else _count_windows(item, record, self.latent.frame_step)
-        made_by = () if record is None else (data.MadeBy(path, part, record.encoder, own_clocks, windows),)
+        made_by: tuple[data.MadeBy, ...] = ()
+        if record is not None:
+            is_older = item.table.kind == "video" and record.as_shown < AS_SHOWN
+            made = data.MadeBy(
+                path=path,
+                part=part,
+                encoder=record.encoder,
+                own_clocks=own_clocks,
+                windows=_count_windows(item, record, self.latent.frame_step),
+                as_shown=record.as_shown if is_older else None,
+            )
+            made_by = (made,)
         return _Part(path, tensors, entry.variable, made_by=made_by)
 
 

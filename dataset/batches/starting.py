@@ -17,6 +17,7 @@ from dataset.cache.store import Stores
 from dataset.config import DatasetTable
 from dataset.config_keys import IGNORE
 from dataset.sources.clock import kept_one_clock
+from dataset.sources.colours import shown_otherwise
 from dataset.sources.listing import find_sources
 from dataset.sources.media_source import MediaSource
 from dataset.sources.sound import list_unheard
@@ -31,6 +32,8 @@ OLDER = (
     "where the rates differ, as here, frames do not belong together. Cache again: it changes such caches "
     "alone.\n  %s"
 )
+READ_OTHERWISE = "%s is of an earlier version: %s. Cache again: it changes such caches alone.\n  %s"
+MOST_LOOKED_AT = 100  # clips of which a frame is decoded
 MOST_READ, MOST_READ_BYTES = 1000, 1 << 30  # of caches: a second or a few
 MOST_LISTED = 50_000  # files of a folder, captions among them
 
@@ -51,6 +54,7 @@ def check_caches(
     """
     cached = [item for item in items if item.kind.sizes is None]
     size_bytes, checks, older = 0, CacheChecks(), list[TrainingItem]()
+    read_otherwise: list[tuple[TrainingItem, int]] = []  # with the mark of how its clip was read
     windows: dict[tuple[int, str], int] = {}
     sample = random.Random(0).sample(cached, min(len(cached), MOST_READ))
     further = ((item, number) for item in sample for number in range(1, item.captions))
@@ -59,6 +63,7 @@ def check_caches(
         batch = read_batch([item], family.latent, commands, checks, [number], stores)
         if number == 0 and any(made.own_clocks for made in batch.made_by):
             older.append(item)
+        read_otherwise += [(item, made.as_shown) for made in batch.made_by if made.as_shown is not None]
         windows[item.table.index, item.source_stem] = max((made.windows for made in batch.made_by), default=0)
         if item.kind.has_text and not has_live_texts:
             family.batch_conditions(family.latent.to_model(batch.tensor("latents")), batch)
@@ -68,6 +73,8 @@ def check_caches(
             break
     if older:
         _compare_clocks(older, family.defaults.fps, commands)
+    if read_otherwise:
+        _compare_reading(read_otherwise, family.latent.masks_latents, commands)
     there = Counter((item.table.index, item.source_stem) for item in cached)
     fewer = [
         (stem, there[table, stem], of) for (table, stem), of in windows.items() if there[table, stem] < of
@@ -95,6 +102,29 @@ def _compare_clocks(older: Sequence[TrainingItem], fps: float, commands: Caching
             with contextlib.suppress(MediaError, OSError):
                 if item is not None and not source.origins and not kept_one_clock(source, fps):
                     logger.warning(OLDER, item.latent_path, commands.latents)
+                    return
+
+
+def _compare_reading(
+    items: Sequence[tuple[TrainingItem, int]], masks_latents: bool, commands: CachingCommands
+) -> None:
+    """Warn of a cache whose clip an earlier version read in another order or direction of its frames.
+
+    items: each with the mark of how its clip was read. masks_latents: of the family's LatentSpec. At most
+    MOST_LOOKED_AT clips are looked at; missing files are skipped.
+    """
+    marks = {(item.table.index, item.source_stem): (item, mark) for item, mark in items[:MOST_LOOKED_AT]}
+    for table in {item.table.index: item.table for item, _ in items}.values():
+        sources: Sequence[MediaSource] = ()
+        with contextlib.suppress(DatasetError, OSError):
+            sources = find_sources(table, captions=False, faults=[])
+        for source in sources:
+            if source.origins or (table.index, source.stem) not in marks:
+                continue
+            item, mark = marks[table.index, source.stem]
+            with contextlib.suppress(MediaError, OSError):
+                if (difference := shown_otherwise(source, masks_latents, mark)) is not None:
+                    logger.warning(READ_OTHERWISE, item.latent_path, difference, commands.latents)
                     return
 
 

@@ -4,6 +4,7 @@ This is decided from records, if possible without decoding.
 """
 
 import contextlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +34,7 @@ from modules.media.buckets import Size
 from modules.media.colours import AS_SHOWN
 from modules.media.reading import image_size
 
+_AS_SHOWN = re.compile(r'"as_shown": (\d{1,9}|true)')  # in the text of a record
 # in the options of a record:
 FLIP = "flip"  # mirrored latents are there too
 
@@ -182,7 +184,7 @@ class Planning:
                 return None
             if found is None or self._find_change(found[1]) is not None:
                 return None
-            if has_beside(source) and not any(records.CLOCK in text for text in found[0]):
+            if has_beside(source) and not any(records.CLOCK in text for text in found[0] if text):
                 return None  # headers have to be compared
             if not self._is_as_shown(found[0]):
                 return None  # from an earlier version: the result depends on the pictures
@@ -191,9 +193,10 @@ class Planning:
 
     def _is_as_shown(self, texts: Sequence[str]) -> bool:
         whole = "".join(text or "" for text in texts)
-        if f'"as_shown": {AS_SHOWN}' in whole:
+        marks = {1 if mark == "true" else int(mark) for mark in _AS_SHOWN.findall(whole)}
+        if marks == {AS_SHOWN}:
             return True
-        return '"as_shown": true' in whole and not any(has_codes(path) for path, _ in self.source.parts)
+        return min(marks, default=0) > 0 and not any(has_codes(path) for path, _ in self.source.parts)
 
     def plan(self) -> SourcePlan:
         """Compare the cache files with the ones that this run would make.

@@ -22,7 +22,7 @@ from dataset.config import DatasetConfig, DatasetTable
 from dataset.config_keys import IGNORE
 from dataset.options import CachingOptions
 from dataset.sources.clock import find_other_lengths
-from dataset.sources.colours import find_colours
+from dataset.sources.colours import find_colours, find_reordered
 from dataset.sources.decoding import DecodedMedia, check_resolution
 from dataset.sources.frames import find_wrong_rates, media_table
 from dataset.sources.listing import warn_captions, warn_unused
@@ -158,6 +158,7 @@ class MediaWork:
         states_rates = any(table.stated_fps is not None for table in self._config.datasets)
         told = find_wrong_rates(some) if states_rates else []
         told += find_other_lengths(some, self._recipe.fps)
+        told += find_reordered(some)
         told += find_colours(some, self._family.latent.masks_latents)
         if told:
             logger.warning("%s", escape_control_codes("\n".join(list_faults(told, LISTED))))

@@ -1,4 +1,4 @@
-"""Find pictures and clips whose colours need a remark: transparent ones, those with a profile, HDR."""
+"""Find media that need a remark on how they are shown: transparency, profiles, HDR, order of frames."""
 
 import contextlib
 from collections.abc import Sequence
@@ -8,8 +8,12 @@ from dataset.sources.fetching import fetch
 from dataset.sources.media_source import Fault, MediaSource, Origin, Remote
 from modules.errors import MediaError
 from modules.media.colours import AS_SHOWN, Colours
-from modules.media.reading import image_suffixes, media_colours
+from modules.media.reading import image_suffixes, is_laid_otherwise, media_colours, reordered_images
 
+REORDERED = (
+    "folders of frames have another order by the numbers in their names than by the names as texts; the "
+    "numbers count"
+)
 LOOKED_AT = 10_000  # pictures and clips of a dataset
 CONVERTED = "have a colour profile, or colours other than sRGB, and are converted to sRGB"
 PALE = "are HDR, and their brightness is not converted: they look pale. Convert them to SDR first"
@@ -36,8 +40,10 @@ def shown_otherwise(source: MediaSource, masks_latents: bool, as_shown: int) -> 
         return None
     with fetch(source) as here:
         first, others = keeps_transparency(source, masks_latents)
-        masks = [] if here.mask is None else [(here.mask, False)]
-        return _otherwise([(here.path, first), *((path, others) for path in here.control), *masks], as_shown)
+        masks = [(path, False) for path in (here.mask, here.control_mask) if path is not None]
+        references = [(path, False) for path in here.references]
+        controls = [(path, others) for path in here.control]
+        return _otherwise([(here.path, first), *controls, *masks, *references], as_shown)
 
 
 def references_otherwise(references: Sequence[tuple[Path, Origin | None]], as_shown: int) -> str | None:
@@ -45,8 +51,8 @@ def references_otherwise(references: Sequence[tuple[Path, Origin | None]], as_sh
 
 
 def has_codes(path: Path) -> bool:
-    """Return whether a file may name its colours by codes, or have pixels that are not square: clips, AVIFs,
-    and folders, by their name.
+    """Return whether a file may name its colours by codes, have pixels that are not square, or have an order
+    or a direction of its frames: clips, AVIFs, and folders, by their name.
     """
     suffix = path.suffix.lower()
     return suffix == ".avif" or suffix not in image_suffixes()
@@ -62,6 +68,13 @@ def _otherwise(parts: Sequence[tuple[Path, bool]], as_shown: int) -> str | None:
         if not _may_differ(path, as_shown):
             continue
         with contextlib.suppress(MediaError, OSError):  # errors are reported when it is read
+            if path.is_dir() and (pair := reordered_images(path)) is not None:
+                names = f"{pair[0].name} before {pair[1].name}"
+                return f"{path.name} was read in the order of names as texts, now in that of numbers: {names}"
+            if is_laid_otherwise(path):
+                return f"{path.name} was read without the mirroring that it states, now with it"
+            if as_shown > 1:
+                continue
             colours = media_colours(path)
             had_profiles = as_shown > 0
             found = (
@@ -105,3 +118,23 @@ def find_colours(sources: Sequence[MediaSource], masks_latents: bool = False) ->
                 if is_so:
                     told.setdefault((path, kind), Fault(kind, f"{path}{text}", source.stem))
     return list(told.values())
+
+
+def find_reordered(sources: Sequence[MediaSource]) -> list[Fault]:
+    """Return a remark for each folder of frames in which numbers and texts give different orders.
+
+    At most LOOKED_AT local folders are listed. Unreadable folders are reported elsewhere.
+    """
+    found: dict[Path, Fault | None] = {}
+    for source in sources:
+        if source.origins or source.table.kind == "image":
+            continue
+        for path, _ in source.parts:
+            if path in found or not path.is_dir() or len(found) == LOOKED_AT:
+                continue
+            found[path] = None
+            with contextlib.suppress(MediaError, OSError):
+                if (pair := reordered_images(path)) is not None:
+                    text = f"{path}: {pair[0].name} comes before {pair[1].name}"
+                    found[path] = Fault(REORDERED, text, source.stem)
+    return [fault for fault in found.values() if fault is not None]

@@ -6,6 +6,7 @@ Parquet and JSONL.
 
 import csv
 import itertools
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -109,44 +110,96 @@ def table_lines(path: Path) -> Iterator[str]:
 
 
 def read_jsonl(path: Path, wanted: Collection[str] | None, example: str = "") -> Iterator[TableRow]:
-    """Yield the rows of a JSONL file, whatever its suffix is.
+    """Yield the rows of a JSONL file, whatever its suffix is; empty lines are skipped.
 
-    example: of a line, which faults then show; an empty line is one too.
+    example: of a line, which faults then show. Raises DatasetError as `read_columns`, and for a file of
+    another form: an array, an object over several lines, or CSV.
     """
     each = f". Each line is one object such as {example}" if example else ""
+    is_first = True
     for number, line in enumerate(table_lines(path), 1):
-        fault = None
+        if not line.strip():
+            continue
+        fault, record = None, None
         try:
-            record = parse_json(line, no_repeats=True) if line.strip() else None
+            record = parse_json(line, no_repeats=True)
         except ValueError as error:
-            record, fault = None, f"invalid JSON: {error}{each}"
+            fault = f"invalid JSON: {error}{each}"
+            if line.rstrip().endswith("},"):
+                fault = f"a comma stands behind the object. Remove it{each}"
+        if is_first and not isinstance(record, dict):
+            _refuse_other_form(path, line)
+        is_first = False
         if fault is None and not isinstance(record, dict):
-            if not example and not line.strip():
-                continue
-            what = "it is not an object of columns and values" if line.strip() else "an empty line"
-            fault = f"{what}{each}"
+            fault = f"it is not an object of columns and values{each}"
         found: Mapping[str, Any] = {} if fault is not None else record or {}
         keys = found if wanted is None else wanted
         values = {key: found[key] for key in keys if found.get(key) is not None}
         yield TableRow(path, "line", number, values, fault)
 
 
+TO_LINES = (
+    """python -c "import json, sys; [print(json.dumps(row)) for row in json.load(open(sys.argv[1], """
+    """encoding='utf-8'))]" {path} > {lines}"""
+)
+
+
+def _refuse_other_form(path: Path, line: str) -> None:
+    """Raise DatasetError if the first line of a list shows that the file is none of lines of JSON.
+
+    line: not empty, and no object.
+    """
+    start, form = (
+        line.strip(),
+        "a list has one object on each line, with nothing around or between them (JSONL)",
+    )
+    if start.startswith("["):
+        remedy = TO_LINES.format(path=path, lines=path.with_name(f"{path.stem}_lines.jsonl"))
+        raise DatasetError(f"{path} is one JSON array; {form}.\n  Convert it: {remedy}")
+    if start.startswith("{") and not start.endswith(("}", "},")):
+        raise DatasetError(
+            f"{path} has an object over several lines; {form}. Write each object on one line, as json.dumps "
+            "without indent does."
+        )
+    if not start.startswith("{") and ("," in start or "\t" in start or ";" in start):
+        raise DatasetError(
+            f"{path} looks like a table with a header ({start[:60]!r}); {form}. Name it .csv or .tsv, and "
+            "give it to image_table_file or video_table_file."
+        )
+
+
 def _open_csv(path: Path, kind: str) -> tuple[list[str], Any]:
     """Return the columns of a CSV or TSV file, and a reader of the rows after the first line."""
     lines = table_lines(path)
-    first = next(lines, None)
-    if first is None:
+    head = []  # empty lines, and the line that names the columns
+    for line in lines:
+        head.append(line)
+        if line.strip():
+            break
+    if not head or not head[-1].strip():
         raise DatasetError(f"{path} is empty; its first line names the columns")
-    # spreadsheets write semicolons where the comma stands in numbers
-    mark = "\t" if kind == TSV else ";" if "," not in first and ";" in first else ","
-    ended = (f"{line}\n" for line in itertools.chain([first], lines))
+    mark = _mark_between(head[-1], kind)
+    stated = re.fullmatch(r"sep=(.)", head[-1].strip()) if kind == CSV else None
+    if stated is not None:  # as spreadsheets write it: the next line names the columns
+        mark, head[-1] = stated[1], ""
+    ended = (f"{line}\n" for line in itertools.chain(head, lines))
     rows = csv.reader(ended, delimiter=mark, strict=True)
     try:
-        names = [name.strip() for name in next(rows)]
+        names = [name.strip() for name in next(row for row in rows if row)]
     except (csv.Error, StopIteration) as error:
-        raise DatasetError(f"{path}, line 1: the names of the columns cannot be read: {error}") from None
+        raise DatasetError(
+            f"{path}, line {len(head)}: the names of the columns cannot be read: {error}"
+        ) from None
     _check_names(path, names)
     return names, rows
+
+
+def _mark_between(first: str, kind: str) -> str:
+    """Return what stands between the cells of a table, from the line that names its columns."""
+    if kind == TSV or ("," not in first and ";" not in first and "\t" in first):
+        return "\t"
+    # spreadsheets write semicolons where the comma stands in numbers
+    return ";" if "," not in first and ";" in first else ","
 
 
 def _csv_rows(path: Path, kind: str, wanted: Collection[str] | None) -> Iterator[TableRow]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from modules.checkpoints.filling import (
     StoredLoading,
+    add_leading_sides,
     find_stored_weights,
     linear_weights,
     load_module,
@@ -171,7 +172,10 @@ def shapes_of(
                 checkpoint.path,
             )
         found = checkpoint.tensors[sources[name].names[0]].shape
-        if wrong is not None and (len(found) != axes or 0 in found):
+        if wrong is None:
+            return found
+        found = add_leading_sides(found, axes)
+        if len(found) != axes or 0 in found:
             raise wrong
         return found
 
@@ -187,14 +191,21 @@ class DitShapes:
     model: str  # for messages: HunyuanVideo
 
     def of(self, name: str, axes: int = 2) -> tuple[int, ...]:
-        """Return the shape of a tensor with this many axes.
+        """Return the shape of a tensor with this many axes; leading sides of 1 may be left out in the file.
 
-        Raises CheckpointError if the file has no tensor of that name.
+        Raises CheckpointError if the file has no tensor of that name, or one with other axes.
         """
-        found = self.shapes.get(name, ())
-        if len(found) != axes or 0 in found:
+        if name not in self.shapes:
             raise CheckpointError(
                 f"{self.path} is an incomplete {self.model} transformer: {name} is missing. Copy it again.",
+                self.path,
+            )
+        found = add_leading_sides(self.shapes[name], axes)
+        if len(found) != axes or 0 in found:
+            sizes = " x ".join(map(str, self.shapes[name])) or "a single number"
+            raise CheckpointError(
+                f"{self.path} does not fit {self.model}: {name} is {sizes}, {axes} axes are needed. Give a "
+                "file of that model in the shapes of its release.",
                 self.path,
             )
         return found

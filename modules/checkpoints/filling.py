@@ -325,6 +325,7 @@ class _Filling:
         """Make a tensor on the device, not yet rounded to its dtype; it may be a view of the buffer."""
         source = self._sources[name]
         tensor = source.make(self._parts(source))
+        tensor = tensor.view(add_leading_sides(tuple(tensor.shape), len(self._shapes[name])))
         if self._checkpoint.tensors[source.names[0]].packing is not None:  # it may be padded
             tensor = tensor[tuple(slice(length) for length in self._shapes[name])]
         if self._patch is None:
@@ -395,6 +396,8 @@ def _check_fit(
                 except (RuntimeError, IndexError):
                     shape = None  # the parts do not even go together
             packing = infos[0].packing
+            if shape is not None:
+                shape = add_leading_sides(shape, len(wanted_shape))
             if shape != wanted_shape and (packing is None or shape != packing.padded(wanted_shape)):
                 lines.append(f"  {name}: the file has {_sizes(shape)}, {_sizes(wanted_shape)} is needed")
     if lines:
@@ -403,6 +406,11 @@ def _check_fit(
             f"{checkpoint.path} does not fit {what}:\n{text}\n  Give the complete file of that model.",
             checkpoint.path,
         )
+
+
+def add_leading_sides(shape: tuple[int, ...], axes: int) -> tuple[int, ...]:
+    """Return a shape with sides of 1 in front, up to this number of axes: converters to GGUF drop them."""
+    return (1,) * (axes - len(shape)) + shape
 
 
 def _sizes(shape: tuple[int, ...] | None) -> str:

@@ -26,6 +26,9 @@ _PLAIN = {0: torch.float32, 1: torch.float16, 28: torch.float64, 30: torch.bfloa
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _LIST = 8, 9
 _MAX_AXES = 8
+# before a tensor's name: its shape in the model, if it lies in another one. Converters for ComfyUI store
+# layers whose rows are no multiple of 256 as rows of 256
+_SHAPE_KEY = "comfy.gguf.orig_shape."
 
 _T5 = {
     **{f"attn_{letter}": f"layer.0.SelfAttention.{letter}" for letter in "qkvo"},
@@ -62,14 +65,13 @@ class GgufFile(HeaderFile):
         if version not in (2, 3):
             raise ValueError(f"its version is {version}, 2 and 3 are known")
         count, keys = head.number("Q"), head.number("Q")
+        own_shapes: dict[str, tuple[int, ...]] = {}  # of tensors that lie in another one, by name
         for _ in range(keys):
-            key, value = head.text(), head.value(head.number("I"))
-            if key.startswith("comfy.gguf.orig_shape."):
-                raise CheckpointError(
-                    f"{self.path}: {shorten(key, 120)} says that a tensor lies in another shape than its "
-                    "own, as in files of Stable Diffusion, which is not supported. Give the safetensors.",
-                    self.path,
-                )
+            key, kind = head.text(), head.number("I")
+            if key.startswith(_SHAPE_KEY) and kind == _LIST:
+                own_shapes[key.removeprefix(_SHAPE_KEY)] = head.whole_numbers()
+                continue
+            value = head.value(kind)
             if value is not None:
                 self.metadata[key] = str(value)
         places, starts = [], {}
@@ -80,7 +82,12 @@ class GgufFile(HeaderFile):
             shape = tuple(head.number("Q") for _ in range(axes))[::-1]
             if math.prod(max(length, 1) for length in shape) > MAX_ELEMENTS:
                 raise ValueError(f"{name} has the impossible shape {shape}")
-            self.tensors[name] = self._info(name, head.number("I"), shape)
+            own_shape = own_shapes.get(name, shape)
+            if math.prod(own_shape) != math.prod(shape) or not all(length > 0 for length in own_shape):
+                raise ValueError(
+                    f"{name} lies as {shape}, and {_SHAPE_KEY} says {shorten(str(own_shape), 60)}"
+                )
+            self.tensors[name] = self._info(name, head.number("I"), shape, own_shape)
             starts[name] = head.number("Q")
         align = int(self.metadata.get("general.alignment", 32))
         if align < 1:
@@ -97,9 +104,11 @@ class GgufFile(HeaderFile):
         self._heads: dict[str, int] = {}  # of tensors whose rows are permuted within each head
         self._name_like_transformers()
 
-    def _info(self, name: str, number: int, shape: tuple[int, ...]) -> TensorInfo:
+    def _info(self, name: str, number: int, shape: tuple[int, ...], own_shape: tuple[int, ...]) -> TensorInfo:
+        """Return the facts of a tensor. number: GGUF type. shape: in the file. own_shape: in the model."""
+        value_shape = _full_shape(name, shape) if own_shape == shape else own_shape
         if number in _PLAIN:
-            return TensorInfo(_PLAIN[number], _full_shape(name, shape))
+            return TensorInfo(_PLAIN[number], value_shape)
         try:
             kind = KINDS.get(number) or kind_of_package(number)
         except ImportError:
@@ -117,10 +126,16 @@ class GgufFile(HeaderFile):
             )
         if not shape or shape[-1] % kind.weights:
             raise ValueError(f"{name} has the shape {shape}, {kind.name} is stored in rows of {kind.weights}")
-        rows, columns = math.prod(shape[:-1]), shape[-1]
-        packed = (rows, columns // kind.weights * kind.size)
-        packing = Packing(packed, (), partial(_keep, kind, (rows, columns)))
-        return TensorInfo(torch.uint8, _full_shape(name, shape), packing)
+        has_whole_rows = own_shape[-1] % kind.weights == 0  # then its own rows are rows of blocks too
+        *ahead, columns = own_shape if has_whole_rows else shape
+        rows = math.prod(ahead)
+        packing = Packing(
+            shape=(rows, columns // kind.weights * kind.size),
+            beside=(),
+            keep=partial(_keep, kind, (rows, columns)),
+            can_stay=has_whole_rows,
+        )
+        return TensorInfo(torch.uint8, value_shape, packing)
 
     def _name_like_transformers(self) -> None:
         """Rename tensors of llama.cpp as in transformers; it permutes the rows of Llama's q and k.
@@ -186,6 +201,13 @@ class _Header:
         if most is not None and length > most:
             raise ValueError(f"a tensor has a name of {length} bytes")
         return self.take(length).decode("utf-8")
+
+    def whole_numbers(self) -> tuple[int, ...]:
+        """Return a short list of whole numbers, such as a shape. Raises ValueError for another list."""
+        inner, count = self.number("I"), self.number("Q")
+        if _NUMBERS.get(inner, "f") in "fd?" or count > _MAX_AXES:
+            raise ValueError(f"a shape is a list of {count} values of the kind {inner}")
+        return tuple(self.number(_NUMBERS[inner]) for _ in range(count))
 
     def value(self, kind: int) -> str | float | None:
         """Return a text or a number; skip a list and return None."""

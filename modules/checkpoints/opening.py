@@ -327,7 +327,26 @@ def _find_form(tensors: Mapping[str, TensorInfo]) -> str | None:
             return f"{'fp8 in blocks' if is_float else 'mxfp8'}: it has {name} {list(info.shape)}"
         if name.endswith(".weight") and len(info.shape) > 1 and not info.dtype.is_floating_point:
             return f"{dtype_name(info.dtype)}: {name} is of that type"
+    packed = next((name for name in tensors if _is_packed_weight(name, tensors)), None)
+    if packed is not None:
+        kind = dtype_name(tensors[packed].dtype)
+        return f"quantised, form unknown: it has {packed} in {kind} in place of a weight"
     return None
+
+
+def _is_packed_weight(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
+    """Return whether a tensor of unknown name stands in place of a layer's weight, in packed numbers."""
+    info = tensors[name]
+    layer, inside, _ = name.partition(".weight.")  # blocks.0.q.weight.data
+    if not inside:
+        layer = name.rpartition(".")[0]
+    is_narrow = info.dtype.itemsize == 1 or not info.dtype.is_floating_point
+    if not layer or not is_narrow or info.dtype is torch.bool:
+        return False
+    is_table = len(info.shape) > 1 and min(info.shape) > 1
+    if not is_table and not name.removeprefix(f"{layer}.").startswith(("weight", "qweight")):
+        return False
+    return f"{layer}.weight" not in tensors and not name.endswith(("_ids", "_index", ".weight"))
 
 
 def plain_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
@@ -374,7 +393,8 @@ def _packed_source(path: Path, name: str, info: TensorInfo) -> TensorSource:
         return as_stored(*tensors).value().view(info.shape)
 
     names = name, *companions_of(name, info)
-    return TensorSource(names, build, as_stored if len(info.shape) == 2 else None)
+    can_stay = len(info.shape) == 2 and info.packing.can_stay
+    return TensorSource(names, build, as_stored if can_stay else None)
 
 
 def scales_in(names: Iterable[str]) -> dict[str, str]:

@@ -85,6 +85,7 @@ class MadeBy:
     encoder: Mapping[str, str]  # `Family.media_identity`, `sound_identity` or `TextEncoder.identity`
     own_clocks: bool = False  # of a version that read control clips and masks by clocks of their own
     windows: int = 0  # how many items its clip gives; 0: the cache does not say
+    as_shown: int | None = None  # the mark of how an earlier version read clips; None: they are read so today
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ class Packing:
     beside: tuple[str, ...]  # what the names of its companions end in, in place of "weight"
     keep: Callable[..., Stored]  # of the weight and the companions; ValueError for scales that are none
     pad: int = 1  # rows and columns are rounded up to multiples of it
+    can_stay: bool = True  # its rows are those of the value, so that a layer can keep it packed
 
     def padded(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(-(-length // self.pad) * self.pad for length in shape)

@@ -20,8 +20,9 @@ logger = logging.getLogger(__name__)
 Frame = NDArray[np.uint8]  # H W C
 
 # what caches note of how pixels were read. 0: without transparency and colour profiles; 1, or true: with
-# these, without colours that clips and AVIFs name by codes, and with pixels of clips that are not square
-AS_SHOWN = 2
+# these, without colours that clips and AVIFs name by codes, and with pixels of clips that are not square;
+# 2: with all of these, without the mirroring of clips, and with frames of folders in the order of texts
+AS_SHOWN = 3
 _ALPHA_MODES = frozenset({"RGBA", "LA", "PA", "La", "RGBa"})
 # Pillow's modes that count as grey when a profile is chosen. Browsers let profiles of RGB count for grey
 # pictures too

@@ -1,7 +1,9 @@
 """Decode a video file or an animation picture by picture, and notice when it ends early."""
 
 import re
+import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -13,23 +15,67 @@ from modules.console import count_of
 from modules.errors import MediaError
 from modules.limits import MAX_PIXELS
 from modules.media.colours import blend_on_white, shown_pixels
-from modules.media.opening import av, open_image, reading
+from modules.media.opening import av, open_image, open_video, reading
 
 # decoders that read transparency, which FFmpeg's own do not, by the codec
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 MOST_RATIO = 4  # of the sides of a pixel: files with more are damaged
 NEARLY_SQUARE = 0.005  # a ratio that differs from 1 by less is a rounding error
+_DISPLAY_MATRIX = "DISPLAYMATRIX"  # PyAV's name of it among the side data of a frame
 TAIL = 64  # bytes; programs that fetch files may claim their whole length at once, in zeros
 
 
-def decode_frames(path: Path, container: Any, stream: Any) -> Iterator[tuple[Any, float]]:
-    """Yield FFmpeg's frames in playing order, each with the second from which it is shown.
+@dataclass(frozen=True)
+class Orientation:
+    """How a stored frame is turned and mirrored to be shown: transposed first, then mirrored."""
+
+    is_transposed: bool = False  # rows become columns
+    flips_columns: bool = False  # left and right change places
+    flips_rows: bool = False  # top and bottom change places
+
+    @property
+    def is_mirrored(self) -> bool:
+        """Return whether turning alone does not show the frame as it should be."""
+        return self.is_transposed ^ self.flips_columns ^ self.flips_rows
+
+
+AS_STORED = Orientation()
+
+
+def orientation_of(frame: Any) -> Orientation:
+    """Return how the display matrix of FFmpeg's frame turns and mirrors it.
+
+    A matrix between two of the eight ways to lay a picture into a rectangle counts as the nearest of them;
+    how much it enlarges does not count. Source: FFmpeg's libavutil/display.h.
+    """
+    stored = frame.side_data.get(_DISPLAY_MATRIX)
+    if stored is None:
+        return AS_STORED
+    # a pixel at column x and row y is shown at column a * x + c * y, row b * x + d * y
+    a, b, _, c, d, *_ = struct.unpack("=9i", bytes(stored)[:36])
+    if abs(a) + abs(d) >= abs(b) + abs(c):
+        return Orientation(False, flips_columns=a < 0, flips_rows=d < 0)
+    return Orientation(True, flips_columns=c < 0, flips_rows=b < 0)
+
+
+@dataclass(frozen=True, slots=True)
+class TimedFrame:
+    """FFmpeg's frame, the second from which it is shown, and how it is laid to be shown."""
+
+    frame: Any
+    start: float
+    orientation: Orientation
+
+
+def decode_frames(path: Path, container: Any, stream: Any) -> Iterator[TimedFrame]:
+    """Yield the frames of a video in playing order.
 
     container, stream: from `open_video(path)`. Raises MediaError if the file is damaged, ends before the
     length that it states, or has no frame.
     """
     stream.thread_type = "AUTO"
     decoder: Any = None  # for packets with transparency, if the stream's own decoder would drop it
+    orientation = AS_STORED
     codec = stream.codec_context.name
     if hides_alpha(stream):
         try:
@@ -40,6 +86,10 @@ def decode_frames(path: Path, container: Any, stream: Any) -> Iterator[tuple[Any
                 "Convert it to ProRes 4444, or to a folder of PNG images."
             ) from None
         decoder.options = {"max_pixels": str(MAX_PIXELS)}
+        # this decoder is not given the matrix that the container holds
+        with open_video(path) as (again, same_stream):
+            first, _, _ = first_picture(path, again, same_stream)
+            orientation = orientation_of(first)
     usual_seconds = 1 / float(stream.average_rate) if stream.average_rate else 0.0
     num_frames, end_seconds = 0, 0.0
     for packet in container.demux(stream):
@@ -53,7 +103,7 @@ def decode_frames(path: Path, container: Any, stream: Any) -> Iterator[tuple[Any
             base = frame.time_base or stream.time_base
             start = end_seconds + usual_seconds if frame.pts is None else float(frame.pts * base)
             end_seconds = max(end_seconds, start)
-            yield frame, start
+            yield TimedFrame(frame, start, orientation_of(frame) if decoder is None else orientation)
     if not num_frames:
         raise _no_frames(path)
     # most demuxers report a truncated file themselves; Matroska's ends silently, but each stream has its
@@ -163,7 +213,7 @@ def first_picture(path: Path, container: Any, stream: Any) -> tuple[Any, int, in
 
 
 def is_sideways(frame: Any) -> bool:
-    return round(frame.rotation / 90) % 2 == 1
+    return orientation_of(frame).is_transposed
 
 
 def square_width(frame: Any, stream: Any) -> int:
@@ -178,11 +228,17 @@ def _no_frames(path: Path) -> MediaError:
     return MediaError(f"no frames in {path}: it holds none that can be decoded")
 
 
-def turn_upright(frame: Turned, degrees: float) -> Turned:
-    """Rotate a frame counter-clockwise by the rotation stored in the file; only quarter turns occur."""
-    turns = round(degrees / 90) % 4
-    turned: Any = np.ascontiguousarray(np.rot90(frame, turns)) if turns else frame
-    return turned
+def turn_upright(pixels: Turned, orientation: Orientation) -> Turned:
+    """Turn and mirror the pixels of a frame, H W C, to what a player shows."""
+    if orientation == AS_STORED:
+        return pixels
+    turned: Any = pixels.swapaxes(0, 1) if orientation.is_transposed else pixels
+    if orientation.flips_columns:
+        turned = turned[:, ::-1]
+    if orientation.flips_rows:
+        turned = turned[::-1]
+    upright: Any = np.ascontiguousarray(turned)
+    return upright
 
 
 def time_origin(container: Any) -> Fraction:

@@ -1,8 +1,8 @@
 """Read images and videos from disk as uint8 frames; no other file reads them.
 
 A frame is `H W C` uint8 RGB (C = 4 with alpha); sizes are (width, height). A "video" may also be a folder of
-images, which are its frames in name order. Colours are converted according to the file's own metadata. Every
-failure is a MediaError with the file and the reason.
+images, which are its frames in the order of the numbers in their names. Colours are converted according to
+the file's own metadata. Every failure is a MediaError with the file and the reason.
 """
 
 import contextlib
@@ -37,6 +37,7 @@ from modules.media.colours import (
 )
 from modules.media.colours import Frame as Frame
 from modules.media.opening import SOUND_FORMATS, open_container, open_image, open_video, reading
+from modules.paths import sort_by_numbers
 
 # lower case
 VIDEO_SUFFIXES = frozenset({".mp4", ".webm", ".avi", ".mkv", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg"})
@@ -121,7 +122,7 @@ def media_colours(path: Path) -> Colours:
         with open_video(path) as (container, stream):
             codec, is_transparent = stream.codec_context, False
             if decoding.hides_alpha(stream) or (codec.format is not None and decoding.has_alpha(codec)):
-                first, _ = next(decoding.decode_frames(path, container, stream))
+                first = next(decoding.decode_frames(path, container, stream)).frame
                 shown, plain = (
                     decoding.frame_pixels(first, stream),
                     first.to_ndarray(format="rgb24", threads=1),
@@ -273,12 +274,13 @@ def timed_frames(path: Path, alpha: bool = False, threads: int = 0) -> Iterator[
     with open_video(path) as (container, stream):
         usual_seconds = 1 / float(stream.average_rate) if stream.average_rate else 0.0
         stream.codec_context.thread_count = threads
-        for frame, start in decoding.decode_frames(path, container, stream):
+        for timed in decoding.decode_frames(path, container, stream):
+            frame, start = timed.frame, timed.start
             shown = float(frame.duration * stream.time_base) if frame.duration else usual_seconds
             pixels = coded_pixels(decoding.frame_pixels(frame, stream, alpha=alpha), frame)
             if (width := decoding.square_width(frame, stream)) != frame.width:
                 pixels = resize_frame(pixels, (width, frame.height), "lanczos")
-            yield decoding.turn_upright(pixels, frame.rotation), start, start + shown
+            yield decoding.turn_upright(pixels, timed.orientation), start, start + shown
 
 
 def slots(rate: float) -> Iterator[float]:
@@ -339,17 +341,31 @@ def video_info(path: Path) -> VideoInfo:
         return VideoInfo(width, height, frames, fps, frames / fps if frames and fps else seconds)
 
 
+def is_laid_otherwise(path: Path) -> bool:
+    """Return whether earlier versions, which knew only the angle of a display matrix, read a clip otherwise.
+
+    That is so for clips that are mirrored, and for those with transparency, which were read as stored. One
+    frame is decoded. Raises MediaError if it cannot be read.
+    """
+    if path.suffix.lower() not in VIDEO_SUFFIXES or path.is_dir():
+        return False
+    with open_video(path) as (container, stream):
+        first, _, _ = decoding.first_picture(path, container, stream)
+        orientation = decoding.orientation_of(first)
+        return orientation.is_mirrored or (decoding.hides_alpha(stream) and orientation != decoding.AS_STORED)
+
+
 def count_frames(path: Path, threads: int = 0) -> int:
     """Return the number of frames by the header; if that has none, all are decoded. Raises MediaError."""
     return video_info(path).frames or sum(1 for _ in video_frames(path, threads=threads))
 
 
 def folder_images(folder: Path) -> list[Path]:
-    """Return the images of a folder that is used as a video, in name order.
+    """Return the images of a folder that is used as a video, in the order of `sort_by_numbers`.
 
     Raises MediaError if there are none.
     """
-    images = sorted(
+    images = sort_by_numbers(
         path
         for path in folder.iterdir()
         if path.suffix.lower() in image_suffixes() and not path.name.startswith(".")
@@ -357,6 +373,17 @@ def folder_images(folder: Path) -> list[Path]:
     if not images:
         raise MediaError(f"{folder} is a folder without images")
     return images
+
+
+def reordered_images(folder: Path) -> tuple[Path, Path] | None:
+    """Return two neighbouring images of a folder that have the other order if names are compared as texts.
+
+    None if both orders are the same. Raises MediaError if the folder has no images.
+    """
+    for earlier, later in itertools.pairwise(folder_images(folder)):
+        if earlier.name > later.name:
+            return earlier, later
+    return None
 
 
 def _check_shown(path: Path, seconds: float) -> None:

@@ -114,7 +114,8 @@ def _timed(path: Path, deep: bool) -> Iterator[Picture]:
             end = min(end, length) - origin
         else:
             end = None
-        for number, (frame, _) in enumerate(decoding.decode_frames(path, container, stream)):
+        for number, timed in enumerate(decoding.decode_frames(path, container, stream)):
+            frame = timed.frame
             base = frame.time_base or stream.time_base
             if number == 0:
                 hdr = HDR.get(int(frame.color_trc))
@@ -133,7 +134,7 @@ def _timed(path: Path, deep: bool) -> Iterator[Picture]:
             seconds = clock.duration(Fraction(frame.duration * base) if frame.duration else None)
             if end is not None and end - start > seconds + 1 / rate:
                 seconds = end - start  # of the last one; of the others it is not known yet
-            yield Picture(decoding.turn_upright(pixels, frame.rotation), start, seconds)
+            yield Picture(decoding.turn_upright(pixels, timed.orientation), start, seconds)
 
 
 class Clock:

@@ -5,8 +5,10 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from data_tools.report.check import check_caching
@@ -17,7 +19,7 @@ from dataset.cache.records import latent_record, record_metadata, text_records
 from dataset.caching import planning
 from dataset.caching.loop import cache_media
 from dataset.config import DatasetConfig
-from dataset.sources.colours import shown_otherwise
+from dataset.sources.colours import REORDERED, find_reordered, shown_otherwise
 from dataset.sources.decoding import decode_source
 from dataset.sources.listing import find_sources
 from tests.dataset.caching.test_loop import make_config
@@ -191,3 +193,93 @@ def test_a_mask_clip_drawn_by_transparency_may_have_empty_frames(tmp_path: Path)
 
     assert mask is not None
     assert mask.mean(axis=(1, 2)).tolist() == [0, 255 / 4, 255 / 2, 3 * 255 / 4, 255]
+
+
+def numbered_frames(folder: Path, names: list[str]) -> Path:
+    folder.mkdir(parents=True)
+    for number, name in enumerate(names):
+        make_image(folder / name, colour=(10 * number + 10,) * 3)
+    return folder
+
+
+def greys(frames: NDArray[np.uint8]) -> list[int]:
+    found: list[int] = frames[:, 0, 0, 0].tolist()
+    return found
+
+
+PADDED = [f"{number:03d}.png" for number in range(5)]
+BY_NUMBER = ["1.png", "2.JPG.png", "9.png", "10.png", "11.png"]
+
+
+def test_frames_in_folders_have_the_order_of_their_numbers(tmp_path: Path) -> None:
+    make_config(tmp_path, clips=(5,))
+    for place in ("controls", "masks", "references"):
+        numbered_frames(tmp_path / place / "clip_0", BY_NUMBER)
+    table = make_table(
+        tmp_path,
+        target_frames=(5,),
+        resolution=(32, 32),
+        control_directory=tmp_path / "controls",
+        mask_directory=tmp_path / "masks",
+        reference_directory=tmp_path / "references",
+    )
+    (source,) = find_sources(table)
+
+    media = decode_source(source, 16.0)
+
+    order = [10, 20, 30, 40, 50]
+    assert greys(media.control[0]) == greys(media.references[0]) == order
+    assert media.mask is not None
+    assert media.mask[:, 0, 0].tolist() == order
+    remarks = [fault.text for fault in find_reordered([source])]
+    assert remarks == [
+        f"{tmp_path / place / 'clip_0'}: 9.png comes before 10.png"
+        for place in ("controls", "masks", "references")
+    ]
+
+
+@pytest.mark.parametrize("many", [8192, 1])
+@pytest.mark.parametrize(("names", "is_stale"), [(BY_NUMBER, True), (PADDED, False)])
+def test_caches_of_folders_in_the_order_of_texts_are_made_again(
+    tmp_path: Path,
+    names: list[str],
+    is_stale: bool,
+    many: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(planning, "MANY", many)
+    config = make_config(tmp_path, clips=(5,))
+    numbered_frames(tmp_path / "controls" / "clip_0", names)
+    table = dataclasses.replace(
+        config.datasets[0], control_directory=tmp_path / "controls", target_frames=(5,)
+    )
+    config = DatasetConfig(config.path, (table,))
+    assert set(cached(config)) == {"clip"}
+    assert caplog.text.count("9.png comes before 10.png") == is_stale
+    age(tmp_path, 2)
+
+    found = check_caching(ToyFamily(), config, 1, False)
+
+    assert [fault.kind for table in found.tables for fault in table.remarks].count(REORDERED) == is_stale
+    assert set(cached(config)) == ({"clip"} if is_stale else set())
+    assert cached(config) == {}
+
+
+def test_caches_of_mirrored_clips_are_made_again(tmp_path: Path) -> None:
+    grey = np.full((32, 32, 3), 99, np.uint8)
+    for name, flip in (("plain", False), ("selfie", True)):
+        with av.open(str(tmp_path / f"{name}.mp4"), "w") as container:
+            stream = container.add_stream("libx264", rate=16)
+            stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+            stream.set_display_rotation(180, hflip=flip)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
+            container.mux(stream.encode())
+    config = DatasetConfig(
+        tmp_path / "data.toml", (make_table(tmp_path, target_frames=(1,), resolution=(32, 32)),)
+    )
+    assert set(cached(config)) == {"plain", "selfie"}
+    age(tmp_path, 2)
+
+    assert set(cached(config)) == {"selfie"}
+    assert cached(config) == {}

@@ -205,10 +205,25 @@ def test_the_manual_of_pictures_names_every_key_with_where_it_may_stand() -> Non
     assert places == {name: words[key.place] for name, key in SUBSET_KEYS.items()}
 
 
+@pytest.mark.parametrize("place", ["[general]", "[[datasets]]"])
+def test_a_cache_folder_of_references_is_taken_with_a_line(
+    tmp_path: Path, place: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = "[general]\nresolution = 64\n[[datasets]]\nvideo_directory = 'v'\nreference_directory = 'r'\n"
+    path = tmp_path / "data.toml"
+    path.write_text(text.replace(place, f"{place}\nreference_cache_directory = 'r/cache'"), encoding="utf-8")
+
+    with caplog.at_level("INFO"):
+        (table,) = load_dataset_config(path).datasets
+
+    assert table.reference_directory == Path("r")
+    said = "reference_cache_directory is not needed: caches of references lie with those of their clips"
+    assert caplog.text.count(said) == 1
+
+
 @pytest.mark.parametrize(
     ("key", "reason"),
     [
-        ("reference_cache_directory = 'r'", "cached with those of their clip"),
         ("reference_audio_directory = 'r'", "sounds as references are not built"),
         ("audio_bucket_strategy = 'pad'", "sound is as long as its clip"),
         ("audio_jsonl_file = 'a'", "it lists sounds without clips"),

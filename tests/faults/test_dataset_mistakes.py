@@ -199,7 +199,7 @@ def caption_is_a_folder(folder: Path) -> None:
 
 def two_bad_lines(folder: Path) -> None:
     good = json.dumps({"video_path": "clips/a.mp4", "caption": "a"})
-    write_list(folder, f"{good}\n{{'video_path': 1}}\n\n".encode())
+    write_list(folder, f"{good}\n\n{{'video_path': 1}}\n{good},\n".encode())
 
 
 def without_caption(folder: Path) -> None:
@@ -223,7 +223,7 @@ IN_TEXTS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "no captions": (no_captions, ("2 of 3 captions are missing", "no a.txt", "no c.txt")),
     "no extension": (no_extension, ("caption_extension",)),
     "a folder": (caption_is_a_folder, ("a.txt", "Is a directory")),
-    "two bad lines": (two_bad_lines, ("2 lines", "line 2", "line 3", "an empty line")),
+    "two bad lines": (two_bad_lines, ("2 lines", "line 3", "line 4", "a comma stands behind the object")),
     "a line without a caption": (without_caption, ('no "caption" in its line',)),
     "a list in UTF-16": (lambda folder: write_list(folder, "{}".encode("utf-16")), ("UTF-16", "list.jsonl")),
     "an empty list": (lambda folder: write_list(folder, b""), ("has no lines",)),

@@ -358,9 +358,13 @@ def test_a_header_that_is_no_table_is_not_read() -> None:
 
 
 def test_pairs_in_one_word_are_told_and_lists_with_blanks_are_not_pairs() -> None:
-    for words in ("a=1 b=2", "a=1 betas=(0.9, 0.95)"):
-        with pytest.raises(OptionError, match="each KEY=VALUE as a word of its own: a=1 b"):
+    for words in ("a=1 b=2", "a=1 betas=(0.9, 0.95)", "a=1,b=2", "a=1; b = 2"):
+        with pytest.raises(OptionError, match="as a word of its own, without a separator: a=1 b"):
             read_literals("--optimizer_args", [words])
+    for mark, name in ((",", "comma"), (" ; ", "semicolon")):
+        with pytest.raises(OptionError, match=f"a {name} is left behind the value.*alone: a=0.1"):
+            read_literals("--optimizer_args", [f"a=0.1{mark}"])
+    assert read_literals("--network_args", ["rates=.*a=1,.*b=2"]) == {"rates": ".*a=1,.*b=2"}
     assert read_literals("--optimizer_args", ["betas=(0.9, 0.95)", "x=['a b=2']"]) == {
         "betas": (0.9, 0.95),
         "x": ["a b=2"],

@@ -339,3 +339,28 @@ def test_a_packed_micro_batch_comes_out_as_it_went_in() -> None:
     torch.testing.assert_close(dict(out.batch.tensors), tensors, rtol=0, atol=0)
     for name in ("noise", "sigmas", "timesteps", "weights"):
         assert torch.equal(getattr(out, name), getattr(data, name))
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--network_args", "loraplus_lr_ratio=4"], "--network_args loraplus_lr_ratio=4: "),
+        (
+            ["--network_args", "network_reg_lrs=.*0.*=0.1,x=0.01"],
+            "--network_args network_reg_lrs .*0.*=0.1: ",
+        ),
+        (["--network_args", "loraplus_lr_ratio=1"], None),
+    ],
+)
+def test_rates_that_an_optimizer_cannot_have_are_refused_before_a_model_is_loaded(
+    tmp_path: Path, words: list[str], named: str | None
+) -> None:
+    toy.write_caches(tmp_path, count=3)
+    rate = ["--optimizer_type", "tests.training.optimizers.test_lr_schedule.OneRate", "--learning_rate", 0.01]
+
+    if named is None:
+        toy.train_toy(tmp_path, *rate, *words)
+        return
+    with pytest.raises(OptionError) as error:
+        toy.train_toy(tmp_path, *rate, *words, family=UnloadedToy())
+    assert str(error.value).startswith(named)

@@ -18,6 +18,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from modules.command import did_you_mean
+from modules.console import quiet
 from modules.errors import CheckpointError, OptionError
 from modules.installation import describe_missing
 from training.learning_options import OptimizerOptions
@@ -80,6 +81,45 @@ def make_optimizer(
             f"--optimizer_type {options.optimizer_type or 'AdamW'} with --optimizer_args {described}: {said}"
         ) from None
     return optimizer, f"{kind.__module__}.{kind.__name__}" + (f"({described})" if described else "")
+
+
+def check_rates(options: OptimizerOptions, rates: Mapping[str, float]) -> None:
+    """Raise OptionError if the optimizer cannot step parts of a network at these learning rates.
+
+    rates: by the option that gives each; the first one is that of most weights. Some optimizers refuse
+    several rates in their first step, so one step is tried on a few numbers.
+    """
+    if len(rates) < 2:
+        return
+    (_, usual), *others = rates.items()
+    different = [option for option, rate in others if rate != usual] or [option for option, _ in others]
+    fault = _try_step(options, [*rates.values()])
+    if fault is None or _try_step(options, [usual]) is not None:
+        return
+    named = "it" if len(different) == 1 else "them"
+    raise OptionError(
+        f"{' and '.join(different)}: --optimizer_type {options.optimizer_type or 'AdamW'} takes one group of "
+        f"weights at one learning rate ({fault.rstrip('.')}).\n  Leave {named} out, or use an optimizer that "
+        "takes several rates, such as AdamW"
+    )
+
+
+def _try_step(options: OptimizerOptions, rates: Sequence[float]) -> str | None:
+    """Step a new optimizer once on a few numbers, a group for each rate; return its error, if any."""
+    groups = [{"params": [Parameter(torch.ones(2, 2))], "lr": rate} for rate in rates]
+    for group in groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.ones_like(parameter)
+    try:
+        with quiet():
+            optimizer, _ = make_optimizer(options, groups)
+        averaging = find_averaging(optimizer)
+        if averaging is not None:
+            averaging.train()
+        optimizer.step()
+    except Exception as error:  # classes raise anything
+        return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return None
 
 
 def check_arguments(

@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import pytest
 from dataset.cache.records import identify, is_unchanged
 from dataset.config import DatasetTable
 from dataset.sources import parquet
-from dataset.sources.columns import column_names, read_columns
+from dataset.sources.columns import column_names, read_columns, read_jsonl
 from dataset.sources.fetching import fetch
 from dataset.sources.listing import find_sources
 from dataset.sources.media_source import Fault
@@ -420,3 +422,55 @@ def test_a_file_in_several_rows_has_a_cache_for_each(tmp_path: Path, form: str) 
     }
     with pytest.raises(DatasetError, match="repeat another one and would share a cache file"):
         find_sources(list_of(tmp_path, [*rows, rows[3]], form, references=ReferenceRules(most=2)))
+
+
+LINE = '{"image_path": "a.png", "caption": "a"}'
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (f"[{LINE}]", r"is one JSON array; a list has one object on each line.*Convert it: python -c"),
+        (f"\n[\n{LINE},\n{LINE}\n]\n", "is one JSON array"),
+        ('{\n "image_path": "a.png"\n}\n', "has an object over several lines"),
+        ("image_path,caption\na.png,a\n", "looks like a table with a header .*Name it .csv"),
+    ],
+)
+def test_a_list_of_another_form_is_told_once(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "list.jsonl"
+    path.write_text(content, encoding="utf-8")
+
+    with pytest.raises(DatasetError, match=rf"(?s)^\S*list.jsonl {message}"):
+        list(read_jsonl(path, None))
+
+
+def test_the_command_in_the_message_makes_lines_of_an_array(tmp_path: Path) -> None:
+    path = tmp_path / "list.json"
+    path.write_text(f"[{LINE}, {LINE}]", encoding="utf-8")
+    with pytest.raises(DatasetError) as error:
+        list(read_jsonl(path, None))
+    command = str(error.value).partition("Convert it: python ")[2].replace(str(path), "list.json")
+
+    subprocess.run(f"{sys.executable} {command}", shell=True, check=True, cwd=tmp_path)
+
+    assert [row.values["caption"] for row in read_jsonl(tmp_path / "list_lines.jsonl", None)] == ["a", "a"]
+
+
+@pytest.mark.parametrize("empty", ["", "   "])
+def test_empty_lines_of_lists_and_tables_are_skipped(tmp_path: Path, empty: str) -> None:
+    path = tmp_path / "list.jsonl"
+    path.write_text("\n".join([empty, LINE, empty, LINE, empty]), encoding="utf-8")
+
+    assert [(row.number, row.fault) for row in read_jsonl(path, None, LINE)] == [(2, None), (4, None)]
+
+
+@pytest.mark.parametrize(
+    "head", ["a,b", "\n\na,b", "sep=,\na,b", "sep=;\na;b", "a;b", "\r\na,b", "a\tb", "sep=|\na|b"]
+)
+def test_the_columns_of_a_table_are_found_behind_what_spreadsheets_write(tmp_path: Path, head: str) -> None:
+    mark = head[-2]
+    path = tmp_path / "list.csv"
+    path.write_text(f"{head}\n1{mark}2\n\n3{mark}4\n", encoding="utf-8", newline="")
+
+    assert column_names(path) == ("a", "b")
+    assert [row.values for row in read_columns(path)] == [{"a": "1", "b": "2"}, {"a": "3", "b": "4"}]

@@ -9,8 +9,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from modules.checkpoints.filling import (
+    StoredLoading,
+    find_stored_weights,
+    linear_weights,
+    load_module,
+    on_meta_device,
+)
 from modules.checkpoints.opening import open_checkpoint, plain_sources
 from modules.errors import CheckpointError
 from tests.tiny.dit_files import write_tensors
@@ -111,6 +118,11 @@ def tensor(name: bytes, shape: tuple[int, ...], kind: int, start: int) -> bytes:
     return struct.pack("<Q", len(name)) + name + axes + struct.pack("<IQ", kind, start)
 
 
+def shape_key(name: bytes, *shape: int) -> bytes:
+    key = b"comfy.gguf.orig_shape." + name
+    return struct.pack("<Q", len(key)) + key + struct.pack(f"<IIQ{len(shape)}i", 9, 5, len(shape), *shape)
+
+
 def encoder(name: bytes) -> bytes:
     return header(2, 0, tensor(b"token_embd.weight", (), 0, 0) + tensor(name, (), 0, 32)) + bytes(128)
 
@@ -136,9 +148,11 @@ BROKEN = {
     "same name": (encoder(b"model.embed_tokens.weight"), "are the same tensor"),
     "no axes": (encoder(b"blk.0.attn_q.weight"), r"does not divide rows of \(\)"),
     "other shape": (
-        header(0, 1, struct.pack("<Q25sII", 25, b"comfy.gguf.orig_shape.a.b", 4, 1)),
-        "another shape than its own",
+        header(1, 1, shape_key(b"a", 4, 9) + tensor(b"a", (32,), 0, 0)) + bytes(256),
+        r"a lies as \(32,\), and comfy.gguf.orig_shape. says \(4, 9\)",
     ),
+    "negative shape": (header(1, 1, shape_key(b"a", -4, -8) + tensor(b"a", (32,), 0, 0)), "a lies as"),
+    "long shape": (header(0, 1, shape_key(b"a", *[1] * 9)), "a list of 9 values"),
 }
 
 
@@ -184,3 +198,92 @@ def test_text_encoders_get_the_names_of_transformers_and_llamas_rows_in_order(tm
         names = {"model.embed_tokens", "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"}
         assert checkpoint.tensors.keys() == {f"{name}.weight" for name in names}
         assert all(torch.equal(checkpoint.read(name), rows) for name in checkpoint.tensors)
+
+
+class Joined(nn.Module):
+    """A layer with rows of 48 columns, one with rows of 512, and a token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.narrow, self.wide = nn.Linear(48, 16, bias=False), nn.Linear(512, 4, bias=False)
+        self.token = nn.Parameter(torch.empty(1, 1, 32))
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_0"])
+def test_tensors_of_gguf_get_the_shapes_that_the_header_or_the_model_says(tmp_path: Path, kind: str) -> None:
+    gguf = pytest.importorskip("gguf")
+    number = gguf.GGMLQuantizationType[kind]
+    values = {"narrow.weight": torch.randn(16, 48), "wide.weight": torch.randn(4, 512)}
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "krea2")
+    for name, weight in values.items():  # as rows of 256
+        writer.add_array(f"comfy.gguf.orig_shape.{name}", list(weight.shape))
+        packed = gguf.quants.quantize(weight.view(-1, 256).numpy(), number)
+        writer.add_tensor(name, packed, raw_dtype=number)
+    token = torch.randn(32)  # without its leading sides
+    writer.add_tensor("token", token.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with on_meta_device():
+        module = Joined()
+
+    with open_checkpoint(tmp_path / "a.gguf") as checkpoint:
+        sources = plain_sources(checkpoint)
+        kept = find_stored_weights(linear_weights(module), sources, checkpoint.tensors, asked=False)
+        load_module(
+            module,
+            checkpoint,
+            sources,
+            device=torch.device("cpu"),
+            dtype=lambda *_: torch.float32,
+            stored=StoredLoading(None, kept=kept),
+        )
+
+    assert kept == (set() if kind == "F16" else {"wide.weight"})
+    torch.testing.assert_close(module.token, token.view(1, 1, 32))
+    for name, weight in values.items():
+        packed = gguf.quants.quantize(weight.view(-1, 256).numpy(), number)
+        expected = torch.from_numpy(gguf.quants.dequantize(packed, number).astype("float32")).view(
+            weight.shape
+        )
+        x = torch.eye(weight.shape[1])
+        made = module.get_submodule(name.removesuffix(".weight"))(x).T
+        torch.testing.assert_close(made, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("weight_packed", torch.int32),
+        ("codes", torch.int16),
+        ("Qidxs", torch.int64),
+        ("weight.data_lp", torch.uint8),
+        ("weight_8", torch.float8_e4m3fn),
+    ],
+)
+def test_weights_of_an_unknown_quantiser_are_called_so(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    state = {
+        f"m.0.{name}": torch.zeros(4, 8, dtype=dtype),
+        "m.0.bias": torch.zeros(4),
+        "m.0.norms": torch.ones(4),
+    }
+    path = write_tensors(tmp_path / "a.safetensors", state)
+
+    with open_checkpoint(path) as checkpoint, pytest.raises(CheckpointError) as error:
+        plain_sources(checkpoint)
+
+    assert f"quantised, form unknown: it has m.0.{name} in" in str(error.value)
+    assert "opy it again" not in str(error.value)
+
+
+def test_places_and_texts_of_tokenizers_are_no_packed_weights(tmp_path: Path) -> None:
+    state = {
+        "embeddings.position_ids": torch.arange(8).view(2, 4),
+        "cond.spiece_model": torch.zeros(64, dtype=torch.uint8),
+        "norm.num_batches_tracked": torch.tensor(3),
+        "m.0.weight": torch.ones(4, 4),
+        "m.0.mask": torch.ones(4, 4, dtype=torch.bool),
+    }
+    with open_checkpoint(write_tensors(tmp_path / "a.safetensors", state)) as checkpoint:
+        assert plain_sources(checkpoint).keys() == state.keys()

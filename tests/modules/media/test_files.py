@@ -85,15 +85,15 @@ def test_png_text_is_read_back_as_written(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_image(tmp_path / "bild ü.png"), frame)
 
 
-def test_a_folder_of_images_is_a_video_in_name_order(tmp_path: Path) -> None:
+def test_a_folder_of_images_is_a_video_in_the_order_of_its_numbers(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("not a frame")
     with pytest.raises(MediaError, match="a folder without images"):
         list(video_frames(tmp_path))
-    for name, value in (("b.png", 2), ("a.jpg", 1), ("c.PNG", 3)):
+    for name, value in (("B2.png", 2), ("a.jpg", 0), ("b1.png", 1), ("b10.PNG", 4), ("b010.jpg", 3)):
         Image.new("RGB", (8, 6), (value * 50,) * 3).save(tmp_path / name)
 
-    assert [round(frame.mean() / 50) for frame in video_frames(tmp_path)] == [1, 2, 3]
-    assert video_info(tmp_path).frames == 3
+    assert [round(frame.mean() / 50) for frame in video_frames(tmp_path)] == [0, 1, 2, 3, 4]
+    assert video_info(tmp_path).frames == 5
 
 
 @pytest.mark.parametrize("full_range", [False, True])

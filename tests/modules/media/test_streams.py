@@ -12,7 +12,7 @@ from PIL import Image
 
 from modules.errors import MediaError
 from modules.media.encoding import X264, Picture
-from modules.media.reading import timed_frames
+from modules.media.reading import timed_frames, video_frames, video_info
 from modules.media.streams import Clock, shown_frames, source_info
 from modules.media.writing import VideoSection, write_shown
 from tests.modules.hostile_media import SIZE, Source, write_source, write_stream
@@ -105,23 +105,47 @@ def test_only_so_many_pictures_are_read_as_are_asked_for(tmp_path: Path) -> None
         assert part == whole[:limit]
 
 
-@pytest.mark.parametrize("degrees", [90, -90, 180])
-def test_pictures_are_turned_upright(tmp_path: Path, degrees: int) -> None:
+@pytest.mark.parametrize("flips", [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("degrees", [0, 90, -90, 180])
+def test_pictures_are_turned_and_mirrored_upright(
+    tmp_path: Path, degrees: int, flips: tuple[bool, bool]
+) -> None:
     picture = np.zeros((32, 64, 3), np.uint8)
     picture[:16, :32] = 255  # top left
     with av.open(str(tmp_path / "phone.mp4"), "w") as container:
         stream = container.add_stream("libx264", rate=16, options=X264)
         stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
-        stream.set_display_rotation(degrees)
+        stream.set_display_rotation(degrees, hflip=flips[0], vflip=flips[1])
         container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
 
     (shown,) = shown_frames(tmp_path / "phone.mp4", deep=True)
 
     expected = np.rot90(picture, degrees // 90)
+    expected = expected[:, ::-1] if flips[0] else expected
+    expected = expected[::-1] if flips[1] else expected
     assert np.abs(shown.pixels.astype(int) - expected).mean() < 8
-    info = source_info(tmp_path / "phone.mp4")
-    assert (info.height, info.width) == expected.shape[:2]
+    (read,) = video_frames(tmp_path / "phone.mp4")
+    assert np.abs(read.astype(int) - expected).mean() < 8
+    info, header = source_info(tmp_path / "phone.mp4"), video_info(tmp_path / "phone.mp4")
+    assert (info.height, info.width) == (header.height, header.width) == expected.shape[:2]
+
+
+def test_a_transparent_clip_is_turned_and_mirrored_as_its_container_says(tmp_path: Path) -> None:
+    picture = np.full((32, 64, 4), 255, np.uint8)
+    picture[:16, :32, :3] = 0  # top left
+    with av.open(str(tmp_path / "clear.webm"), "w") as container:
+        stream = container.add_stream("libvpx-vp9", rate=16)
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuva420p"
+        stream.set_display_rotation(90, hflip=True)
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgba")))
+        container.mux(stream.encode())
+
+    (read,) = video_frames(tmp_path / "clear.webm")
+
+    expected = np.rot90(picture)[:, ::-1, :3]
+    assert read.shape == expected.shape
+    assert np.abs(read.astype(int) - expected).mean() < 8
 
 
 @pytest.mark.parametrize("shift", [-4, 8])

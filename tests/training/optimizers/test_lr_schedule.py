@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from modules.errors import CheckpointError, OptionError
 from modules.parser import parse_options
 from training.learning_options import LrScheduleOptions, OptimizerOptions
 from training.optimizers.lr_schedule import LrSchedule, make_lr_schedule
-from training.optimizers.optimizer import PATHS, find_optimizer, make_optimizer
+from training.optimizers.optimizer import PATHS, check_rates, find_optimizer, make_optimizer
 
 RATE = 1e-3
 STABLE = "warmup_stable_decay --lr_warmup_steps"
@@ -265,3 +266,35 @@ def test_adafactor_finds_its_own_rate_unless_told_otherwise(caplog: pytest.LogCa
     assert forced.defaults["relative_step"]
     assert given.param_groups[0]["lr"] == 0.05
     assert "--max_grad_norm" in caplog.text
+
+
+class OneRate(torch.optim.SGD):
+    """Refuses several learning rates in its first step, as Prodigy does."""
+
+    def step(self, closure: Any = None) -> Any:
+        if len({group["lr"] for group in self.param_groups}) > 1:
+            raise RuntimeError("one rate only")
+        return super().step(closure)
+
+
+class OneGroup(torch.optim.SGD):
+    """Refuses several groups when it is made, as some optimizers of second order do."""
+
+    def __init__(self, params: Any, **arguments: Any) -> None:
+        super().__init__(params, **arguments)
+        if len(self.param_groups) > 1:
+            raise ValueError("no parameter groups")
+
+
+@pytest.mark.parametrize(("kind", "reason"), [(OneRate, "one rate only"), (OneGroup, "no parameter groups")])
+def test_an_optimizer_of_one_rate_is_refused_by_the_options_that_give_several(
+    kind: type, reason: str
+) -> None:
+    given = OptimizerOptions.usual(optimizer_type=f"{__name__}.{kind.__name__}", learning_rate=0.05)
+    rates = {"--learning_rate": 0.05, "--text_encoder_lr 0.01": 0.01}
+
+    with pytest.raises(OptionError, match=rf"^--text_encoder_lr 0.01: .*takes one group .*\(.*{reason}"):
+        check_rates(given, rates)
+
+    check_rates(given, {"--learning_rate": 0.05})
+    check_rates(OptimizerOptions.usual(learning_rate=0.05), rates)
