@@ -1,11 +1,12 @@
 """Choose the model for a folder: read its name in any spelling, ask on a terminal, get its family's facts."""
 
+import argparse
 import contextlib
 import itertools
 import logging
 import re
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -19,9 +20,13 @@ from modules.contract.family import hears_sound, knows_few_steps
 from modules.errors import OptionError, UserError
 from modules.families import with_scripts
 from modules.output_files import ask_on_terminal, has_terminal
-from modules.parser import Parser, add_options, read_options
+from modules.options import read_options
+from modules.parser import add_options
+from modules.speed_options import take_ae
 from modules.text_files import read_safetensors_texts
 from project.options import NewOptions, check_trigger, find_models
+from training.image_options import ImageModelOptions
+from training.options import training_parser
 
 SLOW = "Slow on a CPU"
 IN_USE = 2  # GiB of a card that the network itself cannot have: activations, LoRA, optimizer
@@ -90,22 +95,31 @@ def check_model_files(model: ModelSet, given: Mapping[str, str]) -> None:
     """
     if not given:
         return
-    script = Path(next(word for word in shlex.split(model.commands["train"]) if word.endswith(".py")))
     entry = with_scripts()[script_family(shlex.split(model.commands["latents"]))]
     record = entry.options_record("Training")
-    parser = Parser(prog=script.name)
+    parser = training_parser(None)
+    shared = _names_of(parser)  # how it is trained, which says nothing of its files
     add_options(parser, record)
-    known = vars(parser.parse_args([]))
-    words = _known_words(shlex.split(model.commands["train"]), known, given)
+    of_pictures = {"pretrained_model_name_or_path", "vae"}
+    add_options(parser, ImageModelOptions, without=of_pictures & _names_of(parser))
+    known = _names_of(parser)
+    words = _known_words(shlex.split(model.commands["train"]), known - shared, given)
     words += [word for name, path in given.items() if name in known for word in (f"--{name}", path)]
+    args = parser.parse_args(words)
+    if "ae" in known:
+        take_ae(args)
     logging.disable(logging.INFO)
     try:
-        entry.make_family("training", read_options(record, parser.parse_args(words))).check_given_files()
+        entry.make_family("training", read_options(record, args)).check_given_files()
     finally:
         logging.disable(logging.NOTSET)
 
 
-def _known_words(words: Sequence[str], known: Mapping[str, Any], given: Mapping[str, str]) -> list[str]:
+def _names_of(parser: argparse.ArgumentParser) -> set[str]:
+    return {flag.lstrip("-") for action in parser._actions for flag in action.option_strings}
+
+
+def _known_words(words: Sequence[str], known: Collection[str], given: Mapping[str, str]) -> list[str]:
     """Return those options of a command that are known, with their values, and with the files given."""
     found: list[str] = []
     starts = [index for index, word in enumerate(words) if word.startswith("--")]

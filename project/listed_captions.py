@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dataset.sources.captions import guess_of_editor
 from dataset.sources.columns import FORMATS, PARQUET, column_names, read_columns
 from dataset.sources.rows import check_text
 from dataset.sources.tables import CAPTION_COLUMNS, PATH_COLUMNS
@@ -186,7 +187,7 @@ def _as_table(path: Path, names: Collection[str], remarks: list[str]) -> Iterato
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
-        guess = guess_encoding(content)
+        guess = guess_of_editor(content) or guess_encoding(content)
         if guess is None:
             raise DatasetError(f"{path} is not UTF-8 text. Save it as UTF-8.") from None
         text = guess.text.removeprefix("\ufeff")

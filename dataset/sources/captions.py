@@ -59,7 +59,7 @@ def read_caption_file(path: Path) -> CaptionFile | None:
         try:
             caption = read_text(path, MAX_CAPTION_BYTES).strip()
         except UnicodeDecodeError as error:
-            guess = _guess_of_editor(error.object)
+            guess = guess_of_editor(error.object)
             if guess is None:
                 raise DatasetError(
                     f"{path}: this caption is not UTF-8 text (byte {error.start}). Save it as UTF-8."
@@ -83,7 +83,7 @@ def read_caption_file(path: Path) -> CaptionFile | None:
     return CaptionFile(caption, encoding)
 
 
-def _guess_of_editor(content: bytes) -> "EncodingGuess | None":
+def guess_of_editor(content: bytes) -> "EncodingGuess | None":
     """Return the text of a file that Windows' editor may have saved; None if it is in another encoding."""
     from modules.text_encodings import EncodingGuess, guess_encoding
 

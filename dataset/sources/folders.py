@@ -122,7 +122,9 @@ def _media_in(table: DatasetTable, faults: list[Fault]) -> list[Path]:
         there = [path for path in there if path not in left]
         others = [path for path in others if path not in left]
         if left:
-            text = "%s: %d files, such as %s, are animated: the table of clips with the same folder takes them"
+            text = (
+                "%s: %d files, such as %s, are animated: the table of clips with the same folder takes them"
+            )
             logger.info(text, table.name, len(left), min(left))
     return sorted([*there, *_find_spare(table, others, there)], key=str)
 
