@@ -19,8 +19,8 @@ from modules.command import did_you_mean
 from modules.contract.family import hears_sound, knows_few_steps
 from modules.errors import OptionError, UserError
 from modules.families import with_scripts
-from modules.output_files import ask_on_terminal, has_terminal
 from modules.options import read_options
+from modules.output_files import ask_on_terminal, has_terminal
 from modules.parser import add_options
 from modules.speed_options import take_ae
 from modules.text_files import read_safetensors_texts

@@ -140,7 +140,7 @@ def count_frames(clip: Media, model: ModelSet) -> int:
     return int((clip.seconds or 0) * model.data["fps"])
 
 
-def given_files(options: NewOptions) -> dict[str, str]:
+def typed_files(options: NewOptions) -> dict[str, str]:
     """Return the paths that --model_file gives, as typed, by option."""
     pairs = (given.partition("=") for given in options.model_files)
     return {name: text.strip() for name, _, text in pairs}
@@ -153,7 +153,7 @@ def name_files(options: NewOptions, model: ModelSet) -> dict[str, str]:
     """
     parts = {(part.option or "").lstrip("-"): options.models / part.path for part in model.components}
     files = {name: path for name, path in parts.items() if name}
-    for name, text in given_files(options).items():
+    for name, text in typed_files(options).items():
         given = f"{name}={text}"
         if name not in files or not text:
             raise OptionError(f"--model_file {given}: give NAME=PATH with one of {', '.join(files)}")

@@ -52,7 +52,7 @@ def write_project(options: NewOptions) -> None:
         model = encoders[model.family, model.task]
     files = describing.name_files(options, model)
     facts = ask_family(model, files)
-    check_model_files(model, {name: files[name] for name in describing.given_files(options)})
+    check_model_files(model, {name: files[name] for name in describing.typed_files(options)})
     found = _look_at(options, model, facts)
     choice = describing.Choice(
         options=options,

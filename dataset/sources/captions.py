@@ -31,7 +31,7 @@ NOT_UTF8 = "have a caption that is not UTF-8"
 
 
 @dataclass(frozen=True)
-class CaptionFile:
+class CaptionContent:
     """The text of a caption file, stripped of white space, and its encoding if that is not UTF-8."""
 
     text: str
@@ -47,7 +47,7 @@ def read_caption(path: Path) -> str | None:
     return None if file is None else file.text
 
 
-def read_caption_file(path: Path) -> CaptionFile | None:
+def read_caption_file(path: Path) -> CaptionContent | None:
     """Return the text and encoding of a caption file; None if there is no file.
 
     A file that is not UTF-8 is read if it is Windows-1252, or UTF-16 with a byte order mark, as Windows'
@@ -80,7 +80,7 @@ def read_caption_file(path: Path) -> CaptionFile | None:
     found = bad_character(caption)
     if found is not None:
         raise DatasetError(f"{path}: this caption holds {found}. Save it as UTF-8.")
-    return CaptionFile(caption, encoding)
+    return CaptionContent(caption, encoding)
 
 
 def guess_of_editor(content: bytes) -> "EncodingGuess | None":
