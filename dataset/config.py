@@ -82,13 +82,14 @@ def load_dataset_config(path: Path, given: SubsetOptions | None = None) -> Datas
             problems.append(
                 f'{table.place}: cache_format = "npz" is for tables of pictures; use "files" or "shards"'
             )
-        first = users.setdefault(os.path.normcase(os.path.realpath(folder)), table)
+        first = users.setdefault(_folder_id(folder), table)
         if first is not table and not first.cache_format == table.cache_format == "npz":
             other = table.place.removeprefix("[[datasets]] ")
             problems.append(
                 f"{first.place} and {other} share the cache directory {folder}; "
                 "give each its own cache_directory (the default is the folder of the images or videos)"
             )
+    tables = _share_folders(tables)
     if problems:
         theirs = [hint] if (hint := forms.other_trainers().hint_of(content)) else []
         more = [f"... and {len(problems) - MOST_TOLD} more"] if len(problems) > MOST_TOLD else []
@@ -117,6 +118,21 @@ def with_downloads(config: DatasetConfig, folder: Path | None) -> DatasetConfig:
         return config
     tables = tuple(replace(table, download_directory=folder) for table in config.datasets)
     return replace(config, datasets=tables)
+
+
+def _share_folders(tables: tuple[DatasetTable, ...]) -> tuple[DatasetTable, ...]:
+    """Let tables of images leave the animations of a folder to the table of clips that has it too."""
+    of_clips = {_folder_id(one.directory) for one in tables if one.kind == "video" and one.directory}
+    return tuple(
+        replace(one, leaves_animations=True)
+        if one.kind == "image" and one.directory and _folder_id(one.directory) in of_clips
+        else one
+        for one in tables
+    )
+
+
+def _folder_id(folder: Path) -> str:
+    return os.path.normcase(os.path.realpath(folder))
 
 
 def _with_keys_in_general(path: Path, content: Table, problems: list[str]) -> Table:

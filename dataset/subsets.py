@@ -24,6 +24,22 @@ logger = logging.getLogger(__name__)
 _NAME = re.compile(r"(\d+)_(.*)", re.DOTALL)  # of a folder: repeats and class
 
 
+@dataclasses.dataclass(frozen=True)
+class FolderName:
+    """The name of a folder of pictures as image trainers read it: `10_ohwx man`."""
+
+    repeats: int
+    words: str  # the caption of pictures without one; "": none
+
+
+def read_folder_name(name: str) -> FolderName | None:
+    """Return what the name of a folder says to image trainers; None if it says nothing."""
+    match = _NAME.fullmatch(name)
+    if match is None or int(match[1]) == 0:
+        return None
+    return FolderName(int(match[1]), match[2])
+
+
 def read_subsets(
     path: Path, content: Mapping[str, Any], given: SubsetOptions | None, problems: list[str]
 ) -> tuple[DatasetTable, ...]:
@@ -260,8 +276,9 @@ def _subsets(folder: Path, option: str, is_reg: bool) -> list[dict[str, Any]]:
         raise DatasetError(f"{option} {folder}: {error.strerror}. Correct the path.") from error
     found = []
     for name in names:
-        match = _NAME.fullmatch(name)
-        if match is None or int(match[1]) == 0:
+        meaning = read_folder_name(name)
+        if meaning is None:
+            match = _NAME.fullmatch(name)
             logger.warning(
                 "%s: %s is left out because its name does not begin with a number of repeats, such as 10_%s",
                 option,
@@ -269,7 +286,8 @@ def _subsets(folder: Path, option: str, is_reg: bool) -> list[dict[str, Any]]:
                 match[2] if match else name,
             )
             continue
-        subset = {"image_dir": str(folder / name), "num_repeats": int(match[1]), "class_tokens": match[2]}
+        subset: dict[str, Any] = {"image_dir": str(folder / name)}
+        subset |= {"num_repeats": meaning.repeats, "class_tokens": meaning.words}
         found.append({**subset, "is_reg": is_reg})
     if not found:
         raise DatasetError(

@@ -184,6 +184,7 @@ class DatasetTable:
     # how the family takes references of clips, and masks of control clips; None: it takes neither
     clip_references: ReferenceRules | None = None
     is_of_sound: bool = False  # its clips are sounds without pictures
+    leaves_animations: bool = False  # a table of clips has the same folder, and takes those in it
     lists_controls: bool = True  # False: control media are of no interest, whatever lists name
     # --- of a subset of the image guides' form; our own tables have the defaults
     group: int | None = None  # index of its dataset, whose subsets share batches; None: it shares none

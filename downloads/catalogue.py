@@ -147,6 +147,11 @@ def family_title(family: str) -> str:
     return str(_read_catalogue()["family"][family].get("title", ""))
 
 
+def family_page(family: str) -> str:
+    """Return the page of a family in docs/, such as flux.md."""
+    return str(_read_catalogue()["family"][family]["page"])
+
+
 def download_hint(path: Path) -> str | None:
     """Return the command that downloads a file that does not exist, if it is a released one."""
     for in_fp8 in (False, True):

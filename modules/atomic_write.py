@@ -262,14 +262,15 @@ def explain_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = (
-            "the disk is full"
-            if error.errno in (errno.ENOSPC, errno.EDQUOT)
-            else error.strerror or str(error)
-        )
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = "the disk is full" if is_full else error.strerror or str(error)
+        remedy = "Choose another folder, and run again"
+        if is_full:
+            remedy = "Free some space or choose another folder, and run again"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            remedy = f"Choose another folder, or make {path.parent} one that you may write in, and run again"
         raise OutputError(
-            f"{path} cannot be written: {reason}. No partial file was kept. Free some space or choose "
-            "another folder, and run again."
+            f"{path} cannot be written: {reason}. No partial file was kept. {remedy}."
         ) from error
 
 

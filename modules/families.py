@@ -184,17 +184,22 @@ def plain_script(
     *records: type[Options],
     without: Collection[str] = (),
     prepare: Callable[[Any], tuple[Any, ...]] = lambda options: (options,),
+    going_on: Callable[[Any], str] = lambda options: "",
 ) -> Script:
     """Return the script that reads options and hands the first record to a function.
 
     about: the script's docstring. work: the function's name, as `networks.merging.merge_flux`; its import
     loads torch. without: as for `add_options`. prepare: makes the function's arguments from the record.
+    going_on: says what to do after Ctrl-C.
     """
 
     def run_tool(argv: Sequence[str] | None = None) -> None:
         options, *_ = parse_options(about, argv, *records, without=without)
         arguments = prepare(options)
         module, _, function = work.rpartition(".")
-        getattr(import_own(module), function)(*arguments)
+        try:
+            getattr(import_own(module), function)(*arguments)
+        except KeyboardInterrupt as stop:
+            raise KeyboardInterrupt(f"{stop} {going_on(options)}".strip()) from None
 
     return Script(run_tool)

@@ -80,8 +80,9 @@ def check_path(option: str, path: Path, place: str, hint: str) -> None:
         give = hint or "the path of an existing one"
         raise OptionError(f"{option} {path}: no such {what}.{explain_missing(path)} Give {give}")
     elif place != "there" and path.is_dir() != (place == "folder"):
-        what = "is a folder" if path.is_dir() else "is not a folder"
-        raise OptionError(f"{option} {path}: {what}. Give {hint or f'a {place}'}")
+        if place == "folder":
+            raise OptionError(f"{option} {path}: it is a file. Give the folder that it is in: {path.parent}")
+        raise OptionError(f"{option} {path}: is a folder. Give {hint or f'a {place}'}")
 
 
 def check_numbers(option: str, value: Any) -> None:

@@ -1,6 +1,7 @@
 """From a folder of clips or pictures to a trained LoRA: the files that describe it, and its commands.
 
 media: looks at the folder
+listed_captions: reads captions from lists beside the files
 choosing: spellings of models, the question asked, facts of families
 describing: the text of the three files
 files: writes them, and tells what was found

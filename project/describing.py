@@ -44,6 +44,7 @@ SITUATIONS = {
 ENOUGH = 10  # files, of which a tenth is held back for validation
 MOST_READ = 240  # frames; the last of them is the end image of a sample
 MOST_OF_SUBJECT = 80  # characters of a caption in a prompt
+SOUND_FRAMES = 121  # length of a sample of sound alone: five seconds
 
 
 @dataclass(frozen=True)
@@ -68,14 +69,53 @@ class Choice:
     def media(self) -> list[Media]:
         return self.found.media
 
+    @property
+    def is_of_sound(self) -> bool:
+        return self.media[0].kind == "audio"
+
     def inside(self, path: Path) -> str:
         return Path(path_from(self.folder, real_path(path))).as_posix()
 
 
 def choose_size(model: ModelSet, media: list[Media]) -> tuple[int, int]:
-    sizes = sorted((one.size for one in media), key=lambda size: size[0] * size[1])
+    """Return width and height: those of the file in the middle by area, or less to keep the usual area."""
     usual = model.data["resolution"]
-    return _within(sizes[len(sizes) // 2], usual[0] * usual[1])
+    middle = _middle_by_area(model, media)
+    return tuple(usual) if middle is None else _within(middle.size, usual[0] * usual[1])
+
+
+def explain_size(model: ModelSet, media: list[Media]) -> str:
+    """Return why `choose_size` chooses its size; "" for sounds, which have none."""
+    middle = _middle_by_area(model, media)
+    if middle is None:
+        return ""
+    usual, area = model.data["resolution"], middle.size[0] * middle.size[1]
+    sizes = sorted({one.size for one in _learned(model, media)}, key=lambda size: size[0] * size[1])
+    span = f" of files from {_sides(sizes[0])} to {_sides(sizes[-1])}" if len(sizes) > 1 else ""
+    most = (
+        f", reduced to the area of {_sides(usual)} that the model's page has"
+        if area > usual[0] * usual[1]
+        else ""
+    )
+    return (
+        f"the shape of {middle.path.name} ({_sides(middle.size)}), the middle one by area{span}{most}, in "
+        "steps of 32. Every file is fitted to this area in its own shape (resolution in dataset.toml)"
+    )
+
+
+def _sides(size: Sequence[int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def _learned(model: ModelSet, media: list[Media]) -> list[Media]:
+    """Return the clips and pictures that a model learns from."""
+    seen = [one for one in media if one.kind != "audio"]
+    return [one for one in seen if one.is_clip] or seen if model.data.get("from_image") else seen
+
+
+def _middle_by_area(model: ModelSet, media: list[Media]) -> Media | None:
+    ranked = sorted(_learned(model, media), key=lambda one: one.size[0] * one.size[1])
+    return ranked[len(ranked) // 2] if ranked else None
 
 
 def _within(size: tuple[int, int], area: int) -> tuple[int, int]:
@@ -100,6 +140,12 @@ def count_frames(clip: Media, model: ModelSet) -> int:
     return int((clip.seconds or 0) * model.data["fps"])
 
 
+def typed_files(options: NewOptions) -> dict[str, str]:
+    """Return the paths that --model_file gives, as typed, by option."""
+    pairs = (given.partition("=") for given in options.model_files)
+    return {name: text.strip() for name, _, text in pairs}
+
+
 def name_files(options: NewOptions, model: ModelSet) -> dict[str, str]:
     """Return the path of each file of the model by its option.
 
@@ -107,11 +153,11 @@ def name_files(options: NewOptions, model: ModelSet) -> dict[str, str]:
     """
     parts = {(part.option or "").lstrip("-"): options.models / part.path for part in model.components}
     files = {name: path for name, path in parts.items() if name}
-    for given in options.model_files:
-        name, _, text = given.partition("=")
+    for name, text in typed_files(options).items():
+        given = f"{name}={text}"
         if name not in files or not text:
             raise OptionError(f"--model_file {given}: give NAME=PATH with one of {', '.join(files)}")
-        files[name] = Path(text.strip()).expanduser()
+        files[name] = Path(text).expanduser()
         if not files[name].exists():
             missing = explain_missing(files[name])
             raise OptionError(
@@ -120,33 +166,26 @@ def name_files(options: NewOptions, model: ModelSet) -> dict[str, str]:
             )
         if files[name].is_dir() and not any(files[name].glob("*/*.safetensors")):
             checkpoint_paths(files[name])  # raises if no file of it is the one
-    return {name: real_path(path).as_posix() for name, path in files.items()}
+    # links are not followed: in the hub's cache the name that says what a file is belongs to the link
+    return {name: path.absolute().as_posix() for name, path in files.items()}
 
 
 def describe_dataset(choice: Choice) -> str:
-    """Return dataset.toml: for each folder a table of its clips and one of its pictures."""
+    """Return dataset.toml: for each folder a table of its clips, one of its pictures or one of its sounds."""
     data, frames, trigger = choice.model.data, choice.frames, choice.trigger
     from_image = data.get("from_image", False)
     general = {"resolution": choice.size, "caption_extension": choice.found.captions, "enable_bucket": True}
+    if choice.is_of_sound:
+        general = {"caption_extension": choice.found.captions}
     lines = _table("[general]", general | ({"trigger_word": trigger} if trigger else {}))
     lengths = [frames] if from_image or frames == 1 else [1, frames]
     cut = {"target_frames": lengths, "frame_extraction": "head"}
     cut |= {"source_fps": "auto"} if frames > 1 else {}
-    tables = dict.fromkeys((one.path.parent, one.is_clip) for one in choice.media)
-    for place, is_clip in tables:
-        if from_image and (not is_clip or frames == 1):
+    for place, kind in dict.fromkeys((one.path.parent, one.kind) for one in choice.media):
+        if from_image and (kind != "video" or frames == 1):
             continue
-        kind, inside = "video" if is_clip else "image", choice.inside(place)
-        keys: dict[str, Any] = {f"{kind}_directory": inside}
-        keys["cache_directory"] = (Path("cache") / f"{kind}s" / inside).as_posix()
-        source = None if is_clip else choice.found.references.get(place)
-        if source is not None:
-            keys["control_directory"] = choice.inside(source)
-            keys |= {"control_resolution": choice.size} if data.get("sizes_references") else {}
-        bare = [one for one in choice.media if (one.path.parent, one.is_clip) == (place, is_clip)]
-        if trigger and any(one.caption is None for one in bare):
-            keys["class_tokens"] = trigger
-        lines += ["", *_table("[[datasets]]", {**keys, **(cut if is_clip else {})})]
+        keys = {**_folder_keys(choice, place, kind), **(cut if kind == "video" else {})}
+        lines += ["", *_table("[[datasets]]", keys)]
     if "[[datasets]]" not in lines:
         least = (1 + data.get("frame_step", 4)) / data["fps"]
         raise OptionError(
@@ -156,15 +195,38 @@ def describe_dataset(choice: Choice) -> str:
     return "\n".join([*lines, ""])
 
 
+def _folder_keys(choice: Choice, place: Path, kind: str) -> dict[str, Any]:
+    """Return the keys of the table for the files of one kind in a folder."""
+    found, inside = choice.found, choice.inside(place)
+    keys: dict[str, Any] = {f"{kind}_directory": inside}
+    keys["cache_directory"] = (Path("cache") / f"{kind}s" / inside).as_posix()
+    source = found.references.get(place) if kind == "image" else None
+    if source is not None:
+        keys["control_directory"] = choice.inside(source)
+        keys |= {"control_resolution": choice.size} if choice.model.data.get("sizes_references") else {}
+    name = found.names.get(place)
+    if name is not None and name.repeats > 1:
+        keys["num_repeats"] = name.repeats
+    words = choice.trigger if name is None else name.words
+    same = (one for one in choice.media if one.path.parent == place and one.kind == kind)
+    if words and any(one.caption is None for one in same):
+        keys["class_tokens"] = words
+    return keys
+
+
 def describe_samples(choice: Choice) -> str:
     """Return prompts.txt: the subject in two situations that no caption has, and a prompt without it."""
     captions = [one.caption.lower() for one in choice.media if one.caption]
     new = [text for word, text in SITUATIONS.items() if not any(word in each for each in captions)]
     situations = (new if len(new) > 1 else [*SITUATIONS.values()])[:2]
-    subject = _plain(choice.trigger or _find_subject([one.caption or "" for one in choice.media]))
+    texts = [one.caption for one in choice.media if one.caption]
+    texts = texts or [name.words for name in choice.found.names.values()]
+    subject = _plain(choice.trigger or _find_subject(texts))
     other = OTHER_EDIT if choice.facts.needs_reference else OTHER
     width, height = _within(choice.size, MOST_SAMPLED) if choice.frames > 1 else choice.size
     size = f"--w {width} --h {height} --f {choice.frames}"
+    if choice.is_of_sound:
+        size = f"--f {SOUND_FRAMES}"
     values, lines = _released_values(choice.model), ""
     prompts = [*(f"{subject}, {text}" for text in situations), other]
     for index, (text, media) in enumerate(zip(prompts, itertools.cycle(_sample_media(choice)), strict=False)):
@@ -201,7 +263,9 @@ def _released_values(model: ModelSet) -> str:
 
 def _sample_media(choice: Choice) -> list[str]:
     """Return the media options of each sample: a first and last frame, or pictures to edit."""
-    edited = [one for one in choice.media if one.path.parent in choice.found.references and not one.is_clip]
+    edited = [
+        one for one in choice.media if one.path.parent in choice.found.references and one.kind == "image"
+    ]
     lines = []
     for one in edited:
         sources = reference_of(one, choice.found.references[one.path.parent])[: choice.facts.references]
@@ -225,9 +289,9 @@ def list_commands(choice: Choice) -> list[list[str]]:
     model = choice.model
     paths = {f"{{{name}}}": path for name, path in choice.files.items()}
     latents, texts = (
-        [paths.get(word, word) for word in shlex.split(model.commands[step])] for step in ("latents", "texts")
+        [paths.get(word, word) for word in _words_of(choice, step)] for step in ("latents", "texts")
     )
-    fp8 = ["--fp8_encoders"] if model not in find_models() else []
+    fp8 = [] if model in find_models() else ["--fp8_encoders"]
     names = ["--family", model.family, "--task", model.task, *fp8, "--to", real_path(choice.options.models)]
     script = next(word for word in shlex.split(model.commands["train"]) if word.endswith(".py"))
     return [
@@ -240,10 +304,22 @@ def list_commands(choice: Choice) -> list[list[str]]:
     ]
 
 
+def _words_of(choice: Choice, step: str) -> list[str]:
+    """Return the words of a model's command, with the option of sounds alone if there are only sounds."""
+    words = shlex.split(choice.model.commands[step])
+    if choice.is_of_sound:
+        option, value = choice.model.data["sound_alone"].split()
+        if option in words:
+            words[words.index(option) + 1] = value
+        else:
+            words += [option, value]
+    return words
+
+
 def describe_run(choice: Choice, commands: list[list[str]]) -> str:
     """Return run.toml: the training's options, as its --config_file takes them, and the commands."""
     options, files = choice.options, choice.files
-    words = shlex.split(choice.model.commands["train"])
+    words = _words_of(choice, "train")
     start = next(index for index, word in enumerate(words) if word.endswith(".py")) + 1
     words = [*words[start:], *shlex.split(choice.model.data.get("train", ""))]
     if choice.memory and not is_small(choice.model, choice.memory):
@@ -261,8 +337,11 @@ def describe_run(choice: Choice, commands: list[list[str]]) -> str:
             kind = str if number is None else float if number[1] or number[2] else int
             values[name] = kind(files.get(word.strip("{}"), word))
     values = {name: value for name, value in values.items() if "epoch" not in name}
-    if not choice.memory and values["optimizer_type"] == "adamw8bit":
-        values["optimizer_type"] = "adamw"  # 8 bits need a GPU
+    if not choice.memory:  # forms of weights and optimizers for a card
+        for word in shlex.split(choice.model.data["fp8"]):
+            values.pop(word.lstrip("-"), None)
+        if values["optimizer_type"] == "adamw8bit":
+            values["optimizer_type"] = "adamw"
     every = max(options.max_train_steps // 10, min(options.max_train_steps, 50))
     own_name = re.sub(r"[^\w.-]+", "_", choice.folder.name).strip("._")[:MOST_OF_SUBJECT] or "lora"
     values |= {name: path for name, path in files.items() if name != "dit"}

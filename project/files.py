@@ -1,63 +1,145 @@
 """Write dataset.toml, prompts.txt and run.toml into a folder, and report what was found and chosen."""
 
+import contextlib
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
+from dataset.config import for_family, load_dataset_config
+from dataset.sources.listing import find_sources
+from dataset.sources.media_source import LISTED, Fault, list_faults
+from downloads.catalogue import ModelSet
 from downloads.listing import gigabytes, print_lines, total_bytes
 from modules.atomic_write import write_text
-from modules.command import as_typed
-from modules.console import count_of
-from modules.errors import OutputError
-from modules.installation import PREFIX
+from modules.console import count_of, quiet
+from modules.errors import DatasetError, OutputError
+from modules.media.reading import first_frame
+from modules.media.writing import write_png
 from modules.options import option_values
 from modules.text_files import real_path
 from project import describing
-from project.choosing import ask_family, choose_model, describe_fit, describe_makes, needs_picture
-from project.media import WRITTEN, look_at, name_some
-from project.options import RUN_FILE, NewOptions, find_models
-from project.running import WRITE_CAPTIONS, typed_in
+from project.choosing import (
+    ModelFacts,
+    ask_family,
+    check_model_files,
+    choose_model,
+    describe_fit,
+    describe_makes,
+    needs_picture,
+)
+from project.media import WRITTEN, Found, look_at, name_some
+from project.options import RUN_FILE, NewOptions, find_models, own_command
+from project.running import CAPTION_MODEL, CAPTION_MODEL_SIZE, WRITE_CAPTIONS, typed_in
 
 
 def write_project(options: NewOptions) -> None:
     """Write the three files; print found and chosen files, and the commands that use them.
 
-    Raises OutputError if one of the files exists.
+    Also writes captions that lists have into caption files, and the first frames of clips for a model that
+    learns pictures. Raises OutputError if one of the three files exists.
     """
     paths = [options.folder / name for name in WRITTEN]
-    there = [path for path in paths if path.exists()]
-    if there and not options.overwrite:
-        raise OutputError(f"{there[0]} is there already. Edit it, or give --overwrite to replace all three.")
+    existing = [path for path in paths if path.exists()]
+    if existing and not options.overwrite:
+        raise OutputError(
+            f"{existing[0]} is there already. Edit it, or give --overwrite to replace all three."
+        )
     memory = find_memory() if options.memory is None else options.memory
-    model, trigger = choose_model(options, memory)
+    chosen = choose_model(options, memory)
+    model = chosen.model
     if 0 < memory < describing.SMALL:
         encoders = {(one.family, one.task): one for one in find_models(fp8_encoders=True)}
         model = encoders[model.family, model.task]
     files = describing.name_files(options, model)
     facts = ask_family(model, files)
-    others = [one for one in find_models() if one.family == model.family and needs_picture(one)]
-    edits = "".join(f", --task {one.task} does" for one in others[:1])
-    found = look_at(options.folder, facts, f"{model.family} {model.task}", edits)
-    size = describing.choose_size(model, found.media)
-    frames = describing.choose_frames(model, found.media, memory)
-    choice = describing.Choice(options, model, facts, found, memory, size, frames, files, trigger)
-    dataset, samples = describing.describe_dataset(choice), describing.describe_samples(choice)
-    commands = describing.list_commands(choice)
+    check_model_files(model, {name: files[name] for name in describing.typed_files(options)})
+    found = _look_at(options, model, facts)
+    choice = describing.Choice(
+        options=options,
+        model=model,
+        facts=facts,
+        found=found,
+        memory=memory,
+        size=describing.choose_size(model, found.media),
+        frames=describing.choose_frames(model, found.media, memory),
+        files=files,
+        trigger=chosen.trigger,
+    )
+    dataset = describing.describe_dataset(choice)
+    _write_found(found)
+    samples, commands = describing.describe_samples(choice), describing.list_commands(choice)
     for path, text in zip(paths, (dataset, samples, describing.describe_run(choice, commands)), strict=True):
         write_text(path, text)
-    run = [*(["reelsmith"] if PREFIX else ["python", "reelsmith.py"]), "run", str(options.folder)]
-    is_usual = real_path(options.models) == real_path(NewOptions(folder=options.folder).models)
-    download = ["--download", *([] if is_usual else ["--models", str(options.models)])]
+    problems = find_problems(options.folder, model, facts.family)
     print_lines(
         [
-            *_tell(choice),
-            *found.lines,
+            *_tell(choice, chosen.remarks),
             *_tell_captions(choice),
+            *problems,
             f"written: {', '.join(map(str, paths))}",
-            f"{as_typed(run)} checks, caches and trains, with {as_typed(download)} it downloads the model "
-            "first",
+            _tell_next(choice, bool(problems)),
         ]
     )
+
+
+def _look_at(options: NewOptions, model: ModelSet, facts: ModelFacts) -> Found:
+    name, models = f"{model.family} {model.task}", find_models()
+    edits = [one.task for one in models if one.family == model.family and needs_picture(one)]
+    hearing = dict.fromkeys(one.family for one in models if "sound_alone" in one.data)
+    return look_at(
+        folder=options.folder,
+        facts=facts,
+        name=name,
+        edits="".join(f", --task {task} does" for task in edits[:1]),
+        hearing=" or ".join(f"--family {family}" for family in hearing),
+    )
+
+
+def _write_found(found: Found) -> None:
+    """Write the first frames of clips, and captions that lists have. Caption files that exist stay."""
+    for picture, clip in found.first_frames.items():
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        write_png(picture, first_frame(clip))
+    for path, text in found.new_captions.items():
+        if not path.exists() or path.with_suffix(".png") in found.first_frames:
+            write_text(path, f"{text}\n")
+
+
+def find_problems(folder: Path, model: ModelSet, family: Any) -> list[str]:
+    """Return what ends a run, of the files that dataset.toml names: found as `run` finds it.
+
+    Captions that are missing are no part of it: another line is about them.
+    """
+    problems: list[Fault] = []
+    with contextlib.chdir(folder), quiet():
+        config = load_dataset_config(Path(WRITTEN[0]))
+        step = model.data.get("frame_step", 4)
+        config = for_family(config, family.references, step, True, family.can.references)
+        for table in config.datasets:
+            faults: list[Fault] = []
+            try:
+                find_sources(table, faults=faults)
+            except DatasetError as error:
+                faults.append(Fault("tables cannot be used", str(error)))
+            problems += [fault for fault in faults if fault.ends_run]
+    return list_faults(problems, LISTED)
+
+
+def _tell_next(choice: describing.Choice, has_problems: bool) -> str:
+    """Return the line about the command that trains, and what has to be done before it."""
+    missing = [path for path in choice.files.values() if not Path(path).exists()]
+    models = choice.options.models
+    is_usual = real_path(models) == real_path(NewOptions(folder=choice.options.folder).models)
+    download = ["--download", *([] if is_usual else ["--models", str(models)])]
+    words = own_command("run", str(choice.options.folder), *(download if missing else []))
+    does = f"{words} {'downloads the model, ' if missing else ''}checks, caches and trains"
+    first = []
+    if has_problems:
+        first.append("correct what is listed above")
+    if _find_bare(choice):
+        first.append("give captions or a trigger word as above")
+    return f"First {', and '.join(first)}. Then {does}" if first else does
 
 
 def find_memory() -> float:
@@ -68,68 +150,94 @@ def find_memory() -> float:
     return min((int(line) / 1024 for line in said.split() if line.isdecimal()), default=0.0)
 
 
-def _tell(choice: describing.Choice) -> list[str]:
+def _tell(choice: describing.Choice, remarks: list[str]) -> list[str]:
     model, media, frames = choice.model, choice.media, choice.frames
-    clips = [one for one in media if one.is_clip]
-    kinds = (len(clips), "clip"), (len(media) - len(clips), "picture")
-    shown = (
-        f"{choice.size[0]}x{choice.size[1]}, {frames} frames" if frames > 1 else "{}x{}".format(*choice.size)
-    )
+    kinds = {"video": "clip", "image": "picture", "audio": "sound"}
+    counts = [(sum(one.kind == kind for one in media), word) for kind, word in kinds.items()]
+    size = f" at {choice.size[0]}x{choice.size[1]}" if not choice.is_of_sound else ""
+    size += f", {frames} frames" if frames > 1 else ""
     card = f"a card of {choice.memory:.0f} GiB" if choice.memory else "a CPU (--memory 12: a card of 12 GiB)"
-    there = {f"--{name}" for name, path in choice.files.items() if Path(path).exists()}
-    size = total_bytes(part for part in model.components if part.option and part.option not in there)
-    size_told = f"{gigabytes(size)} to download" if size else "its files are there"
+    existing = {f"--{name}" for name, path in choice.files.items() if Path(path).exists()}
+    missing = total_bytes(part for part in model.components if part.option and part.option not in existing)
+    download = f"{gigabytes(missing)} to download" if missing else "its files are there"
+    reason = describing.explain_size(model, media)
     lines = [
-        f"{choice.options.folder}: {' and '.join(count_of(*each) for each in kinds if each[0])}. "
-        f"{model.family} {model.task} at {shown}, on {card}",
-        f"{model.family} {model.task} makes {describe_makes(model, choice.facts)}; {size_told}. "
+        f"{choice.options.folder}: {' and '.join(count_of(*each) for each in counts if each[0])}. "
+        f"{model.family} {model.task}{size}, on {card}",
+        *choice.found.lines,
+        *remarks,
+        *([f"{choice.size[0]}x{choice.size[1]}: {reason}"] if reason else []),
+        f"{model.family} {model.task} makes {describe_makes(model, choice.facts)}; {download}. "
         f"{'Its transformer: ' if choice.memory else ''}{describe_fit(model, choice.memory)}",
     ]
+    lines += [choice.facts.contradiction] if choice.facts.contradiction else []
     if choice.facts.few_steps is not None:
+        subject = "It" if choice.facts.contradiction else f"{model.family} {model.task}"
         lines.append(
-            f"{model.family} {model.task} was distilled to few steps, and training it as it is unlearns "
-            f"them. {choice.facts.few_steps}. Options are keys of [training] in {RUN_FILE}"
+            f"{subject} was distilled to few steps, and training it as it is unlearns them. "
+            f"{choice.facts.few_steps}. Options are keys of [training] in {RUN_FILE}"
         )
     lines += [f"{place}: made from {source}" for place, source in choice.found.references.items()]
-    rate = model.data.get("fps")
+    return lines + _tell_lengths(choice)
+
+
+def _tell_lengths(choice: describing.Choice) -> list[str]:
+    """Return lines about clips that are too short, and pictures that the model does not learn."""
+    model, media, frames = choice.model, choice.media, choice.frames
+    clips = [one for one in media if one.is_clip]
     told = {
-        f"shorter than {frames} frames (at {rate} a second)": (
+        f"shorter than {frames} frames (at {model.data.get('fps')} a second)": (
             one.path
             for one in clips
             if frames > 1 and one.seconds is not None and describing.count_frames(one, model) < frames
         ),
-        "clips of which this model takes the first frame": (one.path for one in clips if frames == 1),
+        "too short for a clip of this model, which learns their first frame": (
+            one.path for one in clips if frames == 1
+        ),
         "pictures, of which this model learns nothing": (
-            one.path for one in media if not one.is_clip and model.data.get("from_image")
+            one.path for one in media if one.kind == "image" and model.data.get("from_image")
         ),
     }
-    return lines + [f"{name_some(found)}: {what}" for what, each in told.items() if (found := list(each))]
+    return [f"{name_some(paths)}: {what}" for what, each in told.items() if (paths := list(each))]
+
+
+def _find_bare(choice: describing.Choice) -> list[Path]:
+    """Return media for which no caption, trigger word or name of a folder stands."""
+    if choice.trigger:
+        return []
+    return [
+        one.path for one in choice.media if one.caption is None and one.path.parent not in choice.found.names
+    ]
 
 
 def _tell_captions(choice: describing.Choice) -> list[str]:
     """Return lines about media without captions: what replaces these, or two ways to get some."""
-    bare, kind = [one.path for one in choice.media if one.caption is None], choice.found.captions
-    empty = [one.path for one in choice.media if one.caption == "" and not choice.trigger]
-    told = [f"{name_some(empty)}: an empty caption, from which nothing is learned by name"] if empty else []
+    kind, names = choice.found.captions, choice.found.names
+    empty = [one.path for one in choice.media if one.caption == ""]
+    meaning = f"{choice.trigger} alone is learned of them" if choice.trigger else "nothing is learned by name"
+    lines = [f"{name_some(empty)}: an empty caption: {meaning}"] if empty else []
+    bare = _find_bare(choice)
+    replaced = [one for one in choice.media if one.caption is None and one.path not in bare]
+    plain = [one.path for one in replaced if one.path.parent not in names]
+    if plain:
+        lines.append(
+            f"{name_some(plain)}: no caption in a {kind} file; {choice.trigger} (class_tokens) stands for it"
+        )
     if not bare:
-        return told
-    if choice.trigger:
-        return [
-            f"{name_some(bare)}: no caption in a {kind} file; {choice.trigger} (class_tokens) stands for it"
-        ]
+        return lines
     return [
-        *told,
+        *lines,
         f"{name_some(bare)}: without a caption in a {kind} file beside it, which `run` refuses. A model "
-        f"writes them, in the folder {choice.folder}:",
+        f"({CAPTION_MODEL}, {CAPTION_MODEL_SIZE} to download) writes them, in the folder {choice.folder}:",
         f"  {typed_in(WRITE_CAPTIONS, choice.folder)}",
         "or name what they show by a made-up word alone:",
-        f"  {as_typed(_with_word(choice))}",
+        f"  {own_command(*_with_word(choice))}",
     ]
 
 
 def _with_word(choice: describing.Choice) -> list[str]:
-    """Return the command of this description again, with a trigger word."""
-    model, words = choice.model, ["python", "reelsmith.py", "new", str(choice.options.folder)]
+    """Return the words of the command for this description again, with a trigger word."""
+    model, words = choice.model, ["new", str(choice.options.folder)]
     chosen = {"family": model.family, "task": model.task, "trigger_word": "WORD", "overwrite": True}
     usual = option_values(NewOptions(folder=choice.options.folder))
     for name, value in (option_values(choice.options) | chosen).items():

@@ -3,8 +3,10 @@
 from pathlib import Path
 
 from downloads.catalogue import ModelSet, model_sets
+from modules.command import as_typed
 from modules.control_codes import escape_control_codes
 from modules.errors import OptionError
+from modules.installation import PREFIX
 from modules.option_values import gibibytes
 from modules.options import Options, option, unsupported
 from modules.output_files import check_output_name
@@ -19,6 +21,11 @@ def find_models(fp8_encoders: bool = False) -> list[ModelSet]:
     """Return the models that a folder can be described for: all except those that need control clips."""
     sets = model_sets(fp8_encoders)
     return [one for one in sets if "train" in one.commands and not one.data.get("control")]
+
+
+def own_command(*words: str) -> str:
+    """Return a command of `reelsmith` as it is typed: `new` or `run`, and what follows."""
+    return as_typed([*(["reelsmith"] if PREFIX else ["python", "reelsmith.py"]), *words])
 
 
 def check_trigger(word: str) -> None:
@@ -117,3 +124,9 @@ class RunOptions(Options):
         place="new folder",
     )
     dry_run: bool = option("print the commands, and run none")
+
+    @property
+    def going_on(self) -> str:
+        """Return what to type after an interruption."""
+        more = ["--download"] if self.download else []
+        return f"The same command goes on: {own_command('run', str(self.folder), *more)}"

@@ -23,13 +23,17 @@ from modules.paths import expand_path, path_from
 from modules.run_limits import OF_TRAINING, describe_outside, limit_run, refuse_outside
 from modules.text_files import parse_toml, read_safetensors_texts, read_text, real_path
 from project.choosing import script_family, transformers_of
-from project.options import RUN_FILE, RunOptions, find_models
+from project.options import RUN_FILE, RunOptions, find_models, own_command
 from training.config_options import OTHERS_TABLE
 from training.saving.states import find_latest
 
+# small, and of a kind that tools/caption_dataset.py is tested with
+CAPTION_MODEL, CAPTION_MODEL_SIZE = "Qwen/Qwen2-VL-2B-Instruct", "4.4 GB"
 WRITE_CAPTIONS = [
-    *("python", "tools/caption_dataset.py", "--dataset_config", "dataset.toml", "--model", "MODEL_FOLDER")
+    *("python", "tools/caption_dataset.py", "--dataset_config", "dataset.toml", "--model", CAPTION_MODEL)
 ]
+# kinds of faults of a check
+NO_CAPTIONS, BAD_CAPTIONS = ("have no caption",), ("have a caption that cannot be used",)
 UNREADABLE = "cannot be read"  # kind of the faults that a run goes on with: the files are left out
 
 
@@ -94,15 +98,16 @@ def _run_within_limits(options: RunOptions, project: Project) -> None:
             _check_training(project)
             code, left_out = _check_media(words, project.folder, project.validation)
             if code:
-                _explain(words, project.folder, any("caption" in kind for kind in left_out))
+                _explain(words, project.folder, left_out)
                 raise SystemExit(code)
             if left_out:
                 print_lines([f"Going on without {len(left_out)} that cannot be read."])
         else:
             code = run_command(words, project.folder)
         if code and not (left_out and code == installation.SOURCES_LEFT_OUT):  # the check has found which
-            if code != INTERRUPTED:
-                _explain(words, project.folder)
+            if code == INTERRUPTED:
+                raise KeyboardInterrupt
+            _explain(words, project.folder)
             raise SystemExit(1 if code == installation.SOURCES_LEFT_OUT else code)
         if words == project.download and (still := project.missing):
             raise OptionError(f"{still[0]} is still missing: correct its path in {project.folder / RUN_FILE}")
@@ -142,7 +147,7 @@ def _read_project(folder: Path, typed: Mapping[str, Any]) -> Project:
     except FileNotFoundError:
         if not folder.is_dir():
             raise OptionError(f"{folder}: there is no such folder. Correct the path") from None
-        words = as_typed(["python", "reelsmith.py", "new", str(folder)])
+        words = own_command("new", str(folder))
         raise OptionError(f"{path}: there is no such file. Describe the folder first: {words}") from None
     except (OSError, KeyError, TypeError, ValueError, OverflowError) as error:
         why = f"it has no {error}" if isinstance(error, KeyError) else error
@@ -263,16 +268,23 @@ def _check_media(
     return 0, [fault.text for fault in faults]
 
 
-def _explain(words: Sequence[str], folder: Path, lacks_captions: bool = True) -> None:
-    """Print what helps if a check fails, mostly for lack of captions."""
-    if "--check" in words and not lacks_captions:
-        print_lines(["", f"Correct what is listed above in the folder {folder}, then run this again."])
-    elif "--check" in words:
+def _explain(words: Sequence[str], folder: Path, kinds: Sequence[str] = ()) -> None:
+    """Print what helps if a check fails. kinds: of the faults that it found."""
+    if "--check" not in words:
+        return
+    print_lines(["", f"Correct what is listed above in the folder {folder}, then run this again."])
+    if any(kind in BAD_CAPTIONS for kind in kinds):
         print_lines(
             [
-                "",
-                "Correct what is listed above. If captions are missing, let a model write them in the folder "
-                f"{folder}:",
+                "Captions in another encoding are converted by this, in that folder:",
+                f"  {typed_in([*words, '--repair_captions'], folder)}",
+            ]
+        )
+    if any(kind in NO_CAPTIONS for kind in kinds):
+        print_lines(
+            [
+                f"Captions that are missing are written by a model ({CAPTION_MODEL}, {CAPTION_MODEL_SIZE} to "
+                "download), in that folder:",
                 f"  {typed_in(WRITE_CAPTIONS, folder)}",
                 'or add class_tokens = "WORD" to the table in dataset.toml: a made-up word in their place.',
             ]

@@ -12,9 +12,9 @@ from data_tools.report.looks import Look
 from dataset.batches.order import split_validation
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.options import GUESS
-from dataset.sources.captions import SHOWN, describe_cut, guess_captions, read_caption
+from dataset.sources.captions import SHOWN, describe_cut, guess_captions, read_caption_file
 from dataset.sources.left_out import left_out_files, left_out_folders
-from dataset.sources.listing import find_sources, missing_captions
+from dataset.sources.listing import find_encodings, find_sources, missing_captions
 from dataset.sources.media_source import Fault, MediaSource, list_faults
 from dataset.sources.unread import find_unread
 from modules.atomic_write import write_bytes, write_text
@@ -210,6 +210,7 @@ def find_table(config: DatasetConfig, table: DatasetTable) -> TableFindings:
     except DatasetError as error:
         found.unusable(error)
         return found
+    found.remarks += find_encodings(found.sources)
     with contextlib.suppress(DatasetError):  # the listing has reported it
         found.remarks += find_unread(table)
     counts = count_references(found.sources) if table.references is not None else []
@@ -302,9 +303,11 @@ def repair_captions(config: DatasetConfig, encoding: str) -> list[str]:
         paths = []
         for path in sorted({one.caption_path for one in sources if one.caption_path is not None}):
             try:
-                read_caption(path)
+                file = read_caption_file(path)
+                is_other = file is not None and file.encoding is not None
             except DatasetError:
-                paths += [path] if path.is_file() else []
+                is_other = path.is_file()
+            paths += [path] if is_other else []
         guesses = guess_captions(paths) if encoding == GUESS else [_decode(path, encoding) for path in paths]
         for path, guess in zip(paths, guesses, strict=True):
             backup = path.with_name(path.name + BACKUP)

@@ -1,8 +1,10 @@
 """Caption files: a text file beside an image or a clip, and a table's additions to their text."""
 
+import codecs
 import errno
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,21 +24,50 @@ def caption_path(media: Path, extension: str) -> Path:
 
 
 SHOWN = 60  # characters of a caption in a message
+ANSI = "cp1252"  # what Windows' editor calls ANSI in Western Europe and America
+ANSI_OF_CENTRE = "cp1250"  # and in Central Europe
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # and what it calls Unicode
+NOT_UTF8 = "have a caption that is not UTF-8"
+
+
+@dataclass(frozen=True)
+class CaptionContent:
+    """The text of a caption file, stripped of white space, and its encoding if that is not UTF-8."""
+
+    text: str
+    encoding: str | None = None  # as people call it: "Windows-1252 (Western European)"
 
 
 def read_caption(path: Path) -> str | None:
     """Return the text of a caption file, stripped of white space; None if there is no file.
 
-    Raises DatasetError if it is no UTF-8 text, too large, no regular file, or cannot be read.
+    Raises DatasetError as `read_caption_file`.
     """
+    file = read_caption_file(path)
+    return None if file is None else file.text
+
+
+def read_caption_file(path: Path) -> CaptionContent | None:
+    """Return the text and encoding of a caption file; None if there is no file.
+
+    A file that is not UTF-8 is read if it is Windows-1252, or UTF-16 with a byte order mark, as Windows'
+    editor saves it. Raises DatasetError if it is in another encoding, too large, no regular file, or cannot
+    be read.
+    """
+    encoding = None
     try:
-        caption = read_text(path, MAX_CAPTION_BYTES).strip()
+        try:
+            caption = read_text(path, MAX_CAPTION_BYTES).strip()
+        except UnicodeDecodeError as error:
+            guess = guess_of_editor(error.object)
+            if guess is None:
+                raise DatasetError(
+                    f"{path}: this caption is not UTF-8 text (byte {error.start}). Save it as UTF-8."
+                ) from None
+            caption = guess.text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").strip()
+            encoding = guess.name
     except FileNotFoundError:
         return None
-    except UnicodeDecodeError as error:
-        raise DatasetError(
-            f"{path}: this caption is not UTF-8 text (byte {error.start}). Save it as UTF-8."
-        ) from None
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             raise DatasetError(
@@ -49,7 +80,28 @@ def read_caption(path: Path) -> str | None:
     found = bad_character(caption)
     if found is not None:
         raise DatasetError(f"{path}: this caption holds {found}. Save it as UTF-8.")
-    return caption
+    return CaptionContent(caption, encoding)
+
+
+def guess_of_editor(content: bytes) -> "EncodingGuess | None":
+    """Return the text of a file that Windows' editor may have saved; None if it is in another encoding."""
+    from modules.text_encodings import EncodingGuess, guess_encoding
+
+    guess = guess_encoding(content)
+    if guess is None or guess.encoding == ANSI or content.startswith(UTF_16):
+        return guess
+    if guess.encoding == ANSI_OF_CENTRE:  # many letters are the same in both
+        western = content.decode(ANSI, "replace")
+        if guess.text == western or not (guess.is_sure or "\ufffd" in western):
+            return EncodingGuess(ANSI, western, is_sure=False)
+    return None
+
+
+def describe_encoding(path: Path, text: str, encoding: str) -> str:
+    """Return `cat.txt: read as Windows-1252 (...): 'ein Mädchen'`."""
+    words = " ".join(text.split())
+    shown = words if len(words) <= SHOWN else f"{words[:SHOWN]}..."
+    return f"{path}: read as {encoding}: {shown!r}"
 
 
 def captions_in(text: str, table: DatasetTable) -> tuple[str, ...]:

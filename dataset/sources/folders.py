@@ -5,11 +5,12 @@ import itertools
 import logging
 import os
 from collections.abc import Container, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from dataset.config import DatasetTable
 from dataset.config_keys import IGNORE
-from dataset.sources.captions import captions_in, explain_captions, first_and_more, read_caption
+from dataset.sources.captions import captions_in, explain_captions, first_and_more, read_caption_file
 from dataset.sources.frames import files_by_stem, mask_suffixes
 from dataset.sources.media_source import Fault, MediaSource
 from modules.console import count_of
@@ -46,16 +47,19 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
         text_path = table.directory / (stem + table.caption_extension) if table.caption_extension else None
         first: str | None = None
         more: tuple[str, ...] = ()
+        encoding: str | None = None
         if captions and text_path is not None:
             try:
-                text = read_caption(text_path)
-                text = table.class_tokens if text is None else text
+                file = read_caption_file(text_path)
+                text = table.class_tokens if file is None else file.text
+                encoding = None if file is None else file.encoding
                 first, more = first_and_more(None if text is None else captions_in(text, table), text_path)
             except DatasetError as error:
                 bad[text_path] = stem, str(error)
         sound = (sounds[path], None) if path in sounds else None
         mask = masks.get(path)
-        sources.append(MediaSource(path, stem, first, text_path, control, table, more, mask, sound=sound))
+        source = MediaSource(path, stem, first, text_path, control, table, more, mask, sound=sound)
+        sources.append(source if encoding is None else replace(source, caption_encoding=encoding))
     if bad:
         messages = explain_captions(list(bad), [message for _, message in bad.values()])
         kind = "have a caption that cannot be used"
@@ -113,7 +117,24 @@ def _media_in(table: DatasetTable, faults: list[Fault]) -> list[Path]:
     if (ANIMATION_SUFFIXES | spare).isdisjoint(ends):
         return there
     others = [table.directory / entry.name for entry, end in zip(entries, ends, strict=True) if end in spare]
+    if table.leaves_animations:
+        left = {path for path in (*there, *others) if _moves(path)}
+        there = [path for path in there if path not in left]
+        others = [path for path in others if path not in left]
+        if left:
+            text = (
+                "%s: %d files, such as %s, are animated: the table of clips with the same folder takes them"
+            )
+            logger.info(text, table.name, len(left), min(left))
     return sorted([*there, *_find_spare(table, others, there)], key=str)
+
+
+def _moves(path: Path) -> bool:
+    """Return whether a file is an animation, which a damaged one counts as: decoding reports it."""
+    try:
+        return is_animation(path)
+    except MediaError:
+        return True
 
 
 def is_file(entry: "os.DirEntry[str]") -> bool:

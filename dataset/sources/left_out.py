@@ -15,10 +15,10 @@ from modules.media.opening import SOUND_SUFFIXES
 
 LOOKED_INTO = 1000  # names of a folder inside a folder
 # what lies beside media without being read: files of runs and caches, captions of other programs
-_NO_MEDIA = {"prompts.txt", "check.html", "thumbs.db", "desktop.ini"}
+NO_MEDIA = {"prompts.txt", "check.html", "thumbs.db", "desktop.ini"}
 _USUAL = frozenset({".json", ".jsonl", ".toml", ".bak", ".npz", ".safetensors", ".ini", ".db", ".txt"})
 _USUAL |= {".caption", ".csv", ".tsv", ".parquet", ".md"}
-_FOLDERS_OF_RUNS = {"cache", "output"}
+FOLDERS_OF_RUNS = {"cache", "output"}
 _KINDS = ("image", "video")
 # what to do with files of other kinds
 REMEDIES = {
@@ -66,7 +66,7 @@ def left_out_files(config: DatasetConfig, table: DatasetTable) -> str | None:
     for entry, stem, suffix in there:
         end = suffix.lower()
         is_caption = end in caption_ends
-        if (suffix in captions and stem in stems) or entry.name.lower() in _NO_MEDIA:
+        if (suffix in captions and stem in stems) or entry.name.lower() in NO_MEDIA:
             continue
         if not is_caption and end in _USUAL:
             continue
@@ -138,7 +138,7 @@ def left_out_folders(config: DatasetConfig) -> Iterator[str]:
         with os.scandir(table.directory) as entries:
             folders = sorted(entry.path for entry in entries if entry.name[0] != "." and not is_file(entry))
         for folder in folders:
-            if Path(folder).name in _FOLDERS_OF_RUNS and (table.directory / "run.toml").exists():
+            if Path(folder).name in FOLDERS_OF_RUNS and (table.directory / "run.toml").exists():
                 continue
             kind, suffixes = table.holds, frozenset[str]().union(*media_suffixes(table.holds))
             if folder_id(folder) not in others and _holds(folder, suffixes, others):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from dataset.config import DatasetConfig, DatasetTable
-from dataset.sources.captions import explain_captions, read_caption
+from dataset.sources.captions import NOT_UTF8, describe_encoding, explain_captions, read_caption
 from dataset.sources.folders import list_table_folder
 from dataset.sources.left_out import describe_entries, left_out_files, left_out_folders
 from dataset.sources.media_source import (
@@ -150,10 +150,25 @@ def find_all_sources(
             skipped += [(table, fault) for fault in faults if not fault.ends_run]
     if problems:
         raise DatasetError("\n".join(problems))
+    if remarks := list_faults(find_encodings(sources), LISTED):
+        logger.warning("%s", escape_control_codes("\n".join(remarks)))
     files = filter(None, (left_out_files(config, table) for table in config.datasets))
     for line in (*files, *left_out_folders(config)):
         logger.warning("%s", escape_control_codes(line))
     return sources
+
+
+def find_encodings(sources: Iterable[MediaSource]) -> list[Fault]:
+    """Return a remark for each caption that was read in another encoding than UTF-8."""
+    return [
+        Fault(
+            NOT_UTF8,
+            describe_encoding(one.caption_path or one.path, one.caption or "", one.caption_encoding),
+            one.stem,
+        )
+        for one in sources
+        if one.caption_encoding is not None
+    ]
 
 
 def warn_unused(config: DatasetConfig, sources: Sequence[MediaSource]) -> None:

@@ -105,6 +105,7 @@ class MediaSource:
     sound: tuple[Path, Remote | None] | None = None
     references: tuple[Path, ...] = ()  # clips, folders of images or images; not the control images
     control_mask: Path | None = None  # an image, clip or folder of images: white is made anew
+    caption_encoding: str | None = None  # of its caption file, if that is not UTF-8
 
     @property
     def parts(self) -> tuple[tuple[Path, Origin | None], ...]:

@@ -179,7 +179,7 @@ def write_list(folder: Path, content: bytes) -> None:
 
 
 def two_encodings(folder: Path) -> None:
-    (folder / "clips" / "a.txt").write_bytes("ein Käfer fährt über die Straße".encode("cp1252"))
+    (folder / "clips" / "a.txt").write_bytes("девушка в красном платье".encode("cp1251"))
     (folder / "clips" / "b.txt").write_bytes("赤いドレスを着た女性".encode("cp932"))
 
 
@@ -212,8 +212,8 @@ IN_TEXTS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
         (
             "2 have a caption that cannot be used",
             "a.txt",
-            "Windows-1252",
-            "Käfer",
+            "Windows-1251",
+            "девушка",
             "b.txt",
             "Shift-JIS",
             "赤い",

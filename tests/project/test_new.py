@@ -152,14 +152,15 @@ def test_captions_of_other_names(end: str, found: int, tmp_path: Path) -> None:
     said = run_script("new_project.py", tmp_path, "--family", "lumina", "--trigger_word", "ohwx").stdout
 
     assert "gone.jpg is a link to nowhere.jpg, which is not there" in said
-    assert "num_repeats = 10 in its table" in said
-    assert "num_repeats = 2024" not in said
+    assert "10_ohwx: by its name, each file is trained 10 times an epoch" in said
+    assert "2024_06: by its name" not in said
     told = f"q0.txt: left out, captions are read from {end} files. Rename them"
     assert (told in said and 'caption_extension = ".txt"' in said) is (end == ".caption")
     assert "Thumbs" not in said
     assert ("That of cat.mp4 is cat.txt, not cat.mp4.txt: rename them" in said) is (found == 0)
-    table, _ = load_dataset_config(tmp_path / "dataset.toml").datasets
+    table, other = load_dataset_config(tmp_path / "dataset.toml").datasets
     assert (table.caption_extension, table.class_tokens is None) == (end if found else ".txt", found == 3)
+    assert (table.num_repeats, other.num_repeats) == (10, 1)
 
 
 @pytest.mark.parametrize("words", ["12", "12GB", "12 GB", "12gib", "=12G", "=12 GiB"])
@@ -245,9 +246,9 @@ def test_a_terminal_is_asked_until_the_answer_is_right(
     monkeypatch.setattr(choosing, "has_terminal", lambda: True)
     monkeypatch.setattr(choosing, "ask_on_terminal", answer)
 
-    chosen, trigger = choosing.choose_model(NewOptions(folder=tmp_path), 12)
+    chosen = choosing.choose_model(NewOptions(folder=tmp_path), 12)
 
-    assert ((chosen.family, chosen.task), trigger, answers) == (model, word, [])
+    assert ((chosen.model.family, chosen.model.task), chosen.trigger, answers) == (model, word, [])
     assert all(f"{number + 1:<2}  {name}" in shown[0] for number, name in enumerate(FAMILY_NAMES))
     assert not [word for word in ("edits", "sound", " GB ", "fits in 8 bits") if word not in shown[0]]
 

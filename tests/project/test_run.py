@@ -115,12 +115,15 @@ def test_the_check_tells_unreadable_files_from_other_faults(
     assert other == (1, ["have no caption"])
 
 
-@pytest.mark.parametrize("lacks", [True, False])
-def test_only_missing_captions_are_explained(lacks: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    running._explain(["--check"], Path("clips"), lacks)
+@pytest.mark.parametrize("kind", ["have no caption", "have a caption that cannot be used", "cannot be read"])
+def test_each_fault_of_captions_has_its_own_remedy(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["python", "wan_cache_latents.py", "--check"]
+    running._explain(words, Path("clips"), [kind])
     said = capsys.readouterr().out
     assert "Correct what is listed above" in said
-    assert ("class_tokens" in said) is lacks
+    assert ("class_tokens" in said) is (kind == "have no caption")
+    is_repaired = "wan_cache_latents.py --check --repair_captions" in said
+    assert is_repaired is (kind == "have a caption that cannot be used")
 
 
 @pytest.mark.parametrize(
@@ -289,7 +292,7 @@ def test_the_first_failure_ends_the_run(collected: Path, tmp_path: Path) -> None
     assert 'class_tokens = "WORD"' in done.stdout
     # it works where it says
     told = run_here("tools/caption_dataset.py", *shlex.split(command)[2:], folder=folder)
-    assert_one_message(*told, "--model MODEL_FOLDER")
+    assert_one_message(*told, "--model Qwen/Qwen2-VL-2B-Instruct", "cannot be fetched from the hub")
     told = run_here(
         "tools/dataset_report.py", "--dataset_config", folder / "dataset.toml", "--json", folder=tmp_path
     )
@@ -331,6 +334,8 @@ def test_ctrl_c_ends_the_command_and_the_run(collected: Path, tmp_path: Path) ->
         said, errors = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "Traceback" not in errors
+    assert "The same command goes on: python " in errors
+    assert f"reelsmith.py run '{folder}'" in errors or f"reelsmith.py run {folder}" in errors
     assert "wan_train_network.py" not in said
 
 
@@ -381,7 +386,8 @@ def test_every_model_takes_what_is_written(model: ModelSet, copied: Path) -> Non
         assert table.target_frames[-1] % step == 1
         assert min(data["frames"], 1 + step) <= table.target_frames[-1] <= data["frames"]
         assert (1 in table.target_frames) is (not data.get("from_image"))
-    assert {table.kind for table in tables} == ({"video"} if data.get("from_image") else {"video", "image"})
+    kinds = {"video"} if data.get("from_image") else {"video", "image"}
+    assert {table.kind for table in tables} == (kinds if data["frames"] > 1 else {"image"})
     prompts = (copied / "prompts.txt").read_text(encoding="utf-8").splitlines()
     assert [line.startswith("mrsfluff, ") for line in prompts] == [True, True, False]
     assert not any("a square moves" in line for line in prompts)

@@ -97,7 +97,7 @@ def test_training_is_told_what_it_cannot_use_and_what_to_run(tmp_path: Path) -> 
 
 def test_all_faults_of_all_tables_are_reported_in_one_run(tmp_path: Path) -> None:
     config = make_config(tmp_path, clips=(9, 7, 9, 9), target_frames=(5, 9))
-    (tmp_path / "clip_0.txt").write_bytes("Käse auf der Straße".encode("cp1252"))
+    (tmp_path / "clip_0.txt").write_bytes("девушка на улице".encode("cp1251"))
     (tmp_path / "clip_2.txt").unlink()
     (tmp_path / "clip_3.txt").write_text("", encoding="utf-8")
     (tmp_path / "clip_3.mp4").write_bytes(b"")
@@ -111,7 +111,7 @@ def test_all_faults_of_all_tables_are_reported_in_one_run(tmp_path: Path) -> Non
     text = "\n".join(result.lines)
     for part in (
         "1 has a caption that cannot be used:",
-        "Windows-1252 (Western European): 'Käse auf der Straße'",
+        "Windows-1251 (Cyrillic): 'девушка на улице'",
         "clip_2.mp4: no clip_2.txt beside it",
         "clip_3.mp4 is empty (0 bytes)",
         "absent: No such file or directory",
@@ -167,6 +167,18 @@ def test_clips_show_the_control_beside_the_frames(tmp_path: Path) -> None:
 
 
 GERMAN = "ein roter Käfer fährt über die Straße"
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16"])
+def test_a_caption_as_windows_saves_it_is_a_remark(encoding: str, tmp_path: Path) -> None:
+    result = check_caching(ToyFamily(), config_of(tmp_path, {"a": GERMAN.encode(encoding)}), 1, False)
+
+    name = "Windows-1252 (Western European)" if encoding == "cp1252" else "UTF-16"
+    text = "\n".join(result.lines)
+    assert result.exit_code == 0
+    assert "1 has a caption that is not UTF-8:" in text
+    assert f"{tmp_path / 'a.txt'}: read as {name}: 'ein" in text
+    assert result.tables[0].sources[0].caption == GERMAN
 
 
 def config_of(folder: Path, captions: dict[str, bytes]) -> DatasetConfig:

@@ -205,7 +205,7 @@ def test_a_table_that_cannot_be_used_does_not_end_the_run(
 ) -> None:
     (tmp_path / "p").mkdir()
     save_picture(tmp_path / "p/a.png", 1)
-    (tmp_path / "p/a.txt").write_bytes("Käse".encode("cp1252"))
+    (tmp_path / "p/a.txt").write_bytes("девушка".encode("cp1251"))
     tables = ["image_directory = '{folder}/p'", "video_directory = '{folder}/nothing'\ntarget_frames = [5]"]
     odd = "image_directory = '{folder}/p'\nenable_bucket = false\nresolution = [50, 50]"
 

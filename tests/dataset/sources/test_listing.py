@@ -10,14 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset.config import load_dataset_config
+from dataset.config import DatasetConfig, load_dataset_config
 from dataset.sources.cogvideox import list_cogvideox
 from dataset.sources.listing import find_all_sources, find_sources, missing_captions, require_captions
 from dataset.sources.media_source import Fault
 from modules.errors import DatasetError
 from modules.media.writing import write_png
 from tests.data_tools.cogvideox.making import NAMES, read_table, save, write_data, write_lists
-from tests.dataset.making import make_table
+from tests.dataset.making import make_animation, make_table
 from tests.tiny.project import CAPTIONS, moving_square
 
 
@@ -46,6 +46,56 @@ def test_a_folder_gives_its_files_sorted_by_path(tmp_path: Path, key: str, names
 
     assert [source.path.name for source in sources] == names
     assert [source.stem for source in sources] == [name.rpartition(".")[0] for name in names]
+
+
+def test_an_animation_belongs_to_one_table_of_its_folder(tmp_path: Path) -> None:
+    for name in ("a.gif", "b.webp"):
+        make_animation(tmp_path / name, [100, 100])
+    for name in ("c.gif", "d.webp", "e.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    (tmp_path / "f.gif").write_bytes(b"GIF89a")  # damaged
+    pictures, clips = (
+        f'[[datasets]]\n{kind}_directory = "{tmp_path.as_posix()}"\n'
+        f'cache_directory = "{tmp_path.as_posix()}/cache_{kind}"\n'
+        for kind in ("image", "video")
+    )
+
+    def list_names(text: str) -> list[list[str]]:
+        (tmp_path / "data.toml").write_text(text, encoding="utf-8")
+        tables = load_dataset_config(tmp_path / "data.toml").datasets
+        return [[source.path.name for source in find_sources(table)] for table in tables]
+
+    moving, still = ["a.gif", "b.webp", "f.gif"], ["c.gif", "d.webp", "e.png"]
+    assert list_names(pictures + clips) == [still, moving]
+    assert list_names(pictures) == [sorted(moving + still)]
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16"])
+def test_captions_of_windows_are_read_with_a_remark(
+    encoding: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    touch(tmp_path, "a.png", "b.png")
+    (tmp_path / "a.txt").write_bytes("ein größerer Bär\r\n".encode(encoding))
+    (tmp_path / "b.txt").write_text("ein kleiner Bär", encoding="utf-8")
+    table = make_table(tmp_path, "image_directory", caption_extension=".txt")
+
+    sources = find_all_sources(DatasetConfig(table.config_path, (table,)))
+
+    assert [source.caption for source in sources] == ["ein größerer Bär", "ein kleiner Bär"]
+    (remark,) = [one.getMessage() for one in caplog.records if "not UTF-8" in one.getMessage()]
+    name = "Windows-1252 (Western European)" if encoding == "cp1252" else "UTF-16"
+    assert f"{tmp_path / 'a.txt'}: read as {name}: 'ein größerer Bär'" in remark
+    assert "b.txt" not in remark
+
+
+@pytest.mark.parametrize(("text", "encoding"), [("девушка", "cp1251"), ("gęślą jaźń", "cp1250")])
+def test_captions_of_other_places_are_not_taken_for_western_ones(
+    text: str, encoding: str, tmp_path: Path
+) -> None:
+    touch(tmp_path, "a.png")
+    (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+    with pytest.raises(DatasetError, match="not UTF-8 text"):
+        find_sources(make_table(tmp_path, "image_directory", caption_extension=".txt"))
 
 
 def test_captions_lie_beside_their_files(tmp_path: Path) -> None:

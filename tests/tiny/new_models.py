@@ -1,0 +1,76 @@
+"""Tiny models of all families that `new` describes a folder for, by the options that name their files."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from tests.ltx_2.release import write_release
+from tests.tiny.flux import write_tiny_flux
+from tests.tiny.flux_2 import write_tiny_flux_2
+from tests.tiny.framepack import write_tiny_framepack
+from tests.tiny.hunyuan import write_tiny_hunyuan
+from tests.tiny.hunyuan_image import write_tiny_hunyuan_image
+from tests.tiny.krea2 import write_tiny_krea2
+from tests.tiny.lumina import write_tiny_lumina
+from tests.tiny.qwen_image import write_tiny_qwen_image
+from tests.tiny.wan import write_tiny_wan
+from tests.tiny.z_image import write_tiny_z_image
+
+Writer = Callable[[Path], object]
+WAN = {"dit": "dit.safetensors", "vae": "vae.safetensors", "t5": "t5.safetensors"}
+PICTURES = {"dit": "dit.safetensors", "vae": "vae.safetensors", "text_encoder": "text_encoder"}
+TWO_TEXTS = {"text_encoder1": "text_encoder", "text_encoder2": "text_encoder_2"}
+HUNYUAN = {"dit": "dit.safetensors", "vae": "vae.safetensors", **TWO_TEXTS}
+FLUX = {"dit": "dit.safetensors", "ae": "ae.safetensors", "t5xxl": "t5xxl_fp16.safetensors"}
+CLIP = {"clip": "clip.safetensors"}
+LTX_25 = {
+    "ltx2_checkpoint": "ltx 2.3.safetensors",
+    "ltx2_text_encoder_checkpoint": "text.safetensors",
+    "ltx2_video_vae": "video vae.safetensors",
+    "ltx2_audio_vae": "audio vae.safetensors",
+}
+# family and task -> what writes its files into a folder, and the files by option
+MODELS: dict[str, tuple[Writer, dict[str, str]]] = {
+    "wan t2v-1.3B": (write_tiny_wan, WAN),
+    "wan t2i-14B": (write_tiny_wan, WAN),
+    "wan i2v-14B-480p": (partial(write_tiny_wan, kind="i2v"), WAN | CLIP),
+    "wan flf2v-14B": (partial(write_tiny_wan, kind="flf2v"), WAN | CLIP),
+    "wan22 t2v-A14B": (partial(write_tiny_wan, experts=2), WAN | {"dit_high_noise": "dit_high.safetensors"}),
+    "wan22 ti2v-5B": (partial(write_tiny_wan, kind="ti2v"), WAN),
+    "hunyuan_video t2v": (write_tiny_hunyuan, HUNYUAN),
+    "skyreels i2v": (partial(write_tiny_hunyuan, kind="i2v"), HUNYUAN),
+    "framepack i2v": (write_tiny_framepack, HUNYUAN | {"image_encoder": "siglip.safetensors"}),
+    "hunyuan_image 2.1": (write_tiny_hunyuan_image, PICTURES | {"byt5": "byt5.safetensors"}),
+    "qwen_image original": (write_tiny_qwen_image, PICTURES),
+    "qwen_image edit-2511": (partial(write_tiny_qwen_image, edits=True), PICTURES),
+    "z_image turbo": (write_tiny_z_image, PICTURES),
+    "krea2 raw": (write_tiny_krea2, PICTURES),
+    "krea2 edit": (write_tiny_krea2, PICTURES),
+    "ltx_2 av": (write_release, {"ltx2_checkpoint": "ltx 2.3.safetensors", "gemma_root": "gemma"}),
+    "ltx_25 v": (partial(write_release, version="2.5"), LTX_25),
+    "flux dev": (write_tiny_flux, FLUX | {"clip_l": "clip_l.safetensors"}),
+    "flux_kontext dev": (
+        write_tiny_flux,
+        {
+            "dit": "dit.safetensors",
+            "vae": "ae.safetensors",
+            "text_encoder1": "t5xxl_fp16.safetensors",
+            "text_encoder2": "clip_l.safetensors",
+        },
+    ),
+    "flux_2 klein-base-4b": (write_tiny_flux_2, PICTURES),
+    "chroma hd": (partial(write_tiny_flux, kind="chroma"), FLUX),
+    "lumina 2.0": (write_tiny_lumina, {"dit": "dit.safetensors", "ae": "ae.safetensors", "gemma2": "gemma2"}),
+}
+
+
+def write_new_model(name: str, folder: Path) -> list[str]:
+    """Write the files of a model, `wan t2v-1.3B`, into a folder. Returns the options of `new` for it."""
+    write, files = MODELS[name]
+    if not folder.exists():
+        write(folder)
+    family, task = name.split()
+    words = ["--family", family, "--task", task, "--memory", "0"]
+    for option, file in files.items():
+        words += ["--model_file", f"{option}={folder / file}"]
+    return words
