@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, distributed
 
-from blissful_tuner.guidance import check_guidance
+from blissful_tuner.guidance import check_guidance, warn_of_low_scales
 from blissful_tuner.guidance_formulas import RunPasses, run_passes
 from blissful_tuner.metadata import output_metadata
 from blissful_tuner.options import PLAIN_PROMPTS, PromptOptions
@@ -184,6 +184,7 @@ def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[
             prepared, prompts=import_own("blissful_tuner.prompt_syntax").weigh_all(prepared.prompts)
         )
     check_guidance(prepared, options.guidance)
+    warn_of_low_scales(prepared, options.guidance)
     if request.step_cache is not None:
         check = import_own("blissful_tuner.step_cache").check_step_cache
         check(request.step_cache, prepared, family.dit)

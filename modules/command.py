@@ -125,6 +125,9 @@ def _once() -> Callable[[logging.LogRecord], bool]:
 # a script and its options within a message, which are typed as that script has them
 _COMMAND = re.compile(r"(?:\.py|(?<![\w-])[a-z]\w*_\w+) --\w")
 
+_FLAG = re.compile(r"(?<![\w-])--[A-Za-z][\w-]*")
+_TWICE = re.compile(rf"({_FLAG.pattern}) \(\1\)")
+
 
 @contextlib.contextmanager
 def name_as_typed(names: Mapping[str, str]) -> Iterator[None]:
@@ -143,7 +146,7 @@ def name_as_typed(names: Mapping[str, str]) -> Iterator[None]:
 
     handlers = list(logging.getLogger().handlers)
     for handler in handlers:
-        handler.addFilter(respell)
+        handler.filters.insert(0, respell)  # of nested blocks the inner one counts first, as for errors
     try:
         yield
     except UserError as error:
@@ -157,12 +160,12 @@ def name_as_typed(names: Mapping[str, str]) -> Iterator[None]:
 
 def respell_options(text: str, names: Mapping[str, str]) -> str:
     """Return a message with other spellings of options. names: see `name_as_typed`."""
-    lines = [
-        line
-        if _COMMAND.search(line)
-        else re.sub(r"(?<![\w-])--[A-Za-z][\w-]*", lambda flag: names.get(flag[0], flag[0]), line)
-        for line in text.split("\n")
-    ]
+    lines = []
+    for line in text.split("\n"):
+        if not _COMMAND.search(line):
+            line = _FLAG.sub(lambda flag: names.get(flag[0], flag[0]), line)
+            line = _TWICE.sub(r"\1", line)  # --dit (--dit)
+        lines.append(line)
     return "\n".join(lines)
 
 
