@@ -285,10 +285,10 @@ def read_requests(family: Family, prompt_file: Path) -> tuple[list[dict[str, Any
         number, entry = numbered
         try:
             prepared = family.prepare(sample_request(entry, family))
+            warn_of_low_scales(prepared)
         except (OptionError, ValueError, TypeError) as error:  # the latter: a text where a number belongs
             prompt = shorten(str(entry.get("prompt", "")), 100)
             raise OptionError(f"{prompt_file}, prompt {number} ({prompt!r}): {error}") from None
-        warn_of_low_scales(prepared)
         return prepared
 
     entries = read_sample_prompts(prompt_file)
@@ -333,7 +333,10 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
         embedded_guidance=number("guidance_scale"),
         flow_shift=None if usual.flow_shift is None else number("discrete_flow_shift"),
         solver=_solver_of(values),
+        fps=number("fps"),
         negative_prompt=values.get("negative_prompt"),
+        second_prompt=values.get("prompt_2") or None,
+        cfg_schedule=values.get("cfg_schedule") or None,
         image_path=path("image_path"),
         end_image_path=path("end_image_path"),
         control_path=path("control_video_path"),
