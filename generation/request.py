@@ -24,7 +24,7 @@ from generation.script_options import RequestOptions
 from generation.session import Session
 from modules.command import each_warning_once
 from modules.contract.family import Family
-from modules.contract.requests import Prepared, Request, check_opens, check_values
+from modules.contract.requests import Prepared, Request, check_values
 from modules.contract.rules import SOURCES, Source
 from modules.devices import Failures
 from modules.errors import CheckpointError, OptionError
@@ -188,10 +188,6 @@ def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[
     if request.step_cache is not None:
         check = import_own("blissful_tuner.step_cache").check_step_cache
         check(request.step_cache, prepared, family.dit)
-    for name, is_image in {"image_path": True, "end_image_path": True, "control_path": False}.items():
-        path = getattr(prepared.asked, name)
-        if path is not None and path.exists():  # which the family has checked
-            check_opens(name, path, is_image)
     index, beyond = options.steadier.riflex_index, options.steadier.riflex_beyond
     if index and prepared.frames <= beyond:
         logger.warning(

@@ -131,11 +131,11 @@ class Parser(argparse.ArgumentParser):
         for action in self._actions:
             flags = [flag for flag in action.option_strings if flag[:2] == "--" and flag[:5] != "--no-"]
             shown = [flag for flag in flags if flag in typed]
-            if not shown and action.dest in self.shown_flags:
-                shown = [self.shown_flags[action.dest]]
             if shown:
                 names |= {flag: shown[0] for flag in flags if flag not in shown}
-        return names
+            elif action.dest in self.shown_flags:
+                names[f"--{action.dest}"] = self.shown_flags[action.dest]
+        return {flag: shown for flag, shown in names.items() if flag != shown}
 
     def _refuse_joined(self, words: Sequence[str]) -> None:
         """Refuse numbers that are typed as one word; people write sizes as width x height: 832x480."""
