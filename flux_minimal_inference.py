@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import modules.interpreter  # noqa: F401
-from flux.official_options import LINE_LETTERS, generation_words, is_fp8, read_minimal
+from flux.official_options import LINE_LETTERS, TYPED, generation_words, is_fp8, read_minimal
 from flux_generate_image import main as generate_image
 from generation.prompt_lines import NO_TEXT, LineOption
-from modules.command import command_line
+from modules.command import command_line, name_as_typed
 from modules.families import identify
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             replace(family, noise_dtype=torch.float32) if is_fp8(minimal.model.dtype) else family, options
         )
 
-    generate_image(generation_words(minimal), make)
+    with name_as_typed(TYPED):
+        generate_image(generation_words(minimal), make)
 
 
 if __name__ == "__main__":

@@ -6,15 +6,16 @@ All options: python lumina_minimal_inference.py --help. lumina_generate_image.py
 from collections.abc import Sequence
 
 import modules.interpreter  # noqa: F401
-from lumina.official_options import generation_words, read_minimal
+from lumina.official_options import TYPED, generation_words, read_minimal
 from lumina_generate_image import main as generate_image
-from modules.command import command_line
+from modules.command import command_line, name_as_typed
 from modules.families import identify
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the options of the guides, and do what lumina_generate_image.py does with the same."""
-    generate_image(generation_words(read_minimal(__doc__, argv)))
+    with name_as_typed(TYPED):
+        generate_image(generation_words(read_minimal(__doc__, argv)))
 
 
 if __name__ == "__main__":

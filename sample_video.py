@@ -8,9 +8,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import modules.interpreter  # noqa: F401
-from hunyuan_model.official_options import generation_words, read_official
+from hunyuan_model.official_options import TYPED, generation_words, read_official
 from hv_generate_video import main as generate_video
-from modules.command import command_line
+from modules.command import command_line, name_as_typed
 from modules.families import identify
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         options = replace(options, output=output, settings=settings)
         generate(replace(family, files=replace(family.files, dit_dtype=dtype)), options)
 
-    generate_video(generation_words(official), make)
+    with name_as_typed(TYPED):
+        generate_video(generation_words(official), make)
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ DEFAULTS = ScriptDefaults(
         "of": LineOption("one_frame_inference", read_name),
     },
     spellings={
-        "control_path": ("--src_video", "--vace_video"),
-        "control_image_path": ("--src_ref_images", "--vace_reference_image"),
+        "control_path": ("--control_path", "--src_video", "--vace_video"),
+        "control_image_path": ("--control_image_path", "--src_ref_images", "--vace_reference_image"),
     },
     extras={MASK: MASK, SCALE: SCALE, "one_frame_inference": ONE_FRAME},
     media=frozenset({"image_path", "end_image_path", "control_path", "control_image_path"}),

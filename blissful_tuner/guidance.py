@@ -349,6 +349,39 @@ def check_guidance(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE
             logger.warning("%s is ignored because %s", option, reason)
 
 
+def warn_of_low_scales(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> None:
+    """Warn about guidance scales below the one that turns guidance off, which other programs count from 0."""
+    request, off = prepared.asked, prepared.rules.off_at
+    named: dict[float, str] = {}  # by scale: each is reported once, by the first option that gives it
+    if request.guidance_scale is not None:
+        named[request.guidance_scale] = "--guidance_scale {} (--l in a prompt line)"
+    for expert, scale in request.expert_guidance.items():
+        named.setdefault(scale, f"--guidance_scale_{expert} {{}}")
+    streams = prepared.rules.streams
+    for name, stream in zip(("video", "audio"), streams, strict=False):
+        if stream.text is not None:
+            named.setdefault(stream.text, f"--{name}_cfg_scale {{}}")
+    scheduled = guidance_scales(prepared, options) if request.cfg_schedule else []
+    for scales in scheduled:
+        for weight in scales:
+            if weight is not None:
+                named.setdefault(weight - 1 + off, "the scale {} of --cfg_schedule")
+    used = {*prepared.guidance_scale, *(stream.text for stream in streams)}
+    for scale, option in named.items():
+        if scale < off and (scale in used or scheduled):
+            logger.warning("%s: %s", option.format(f"{scale:g}"), _low_scale_in_words(scale, off))
+
+
+def _low_scale_in_words(scale: float, off: float) -> str:
+    """Say what a guidance scale below `off`, the one that turns guidance off, does."""
+    weight = scale + 1 - off  # of the usual formula, in which 0 is the negative prompt alone
+    effect = f"{scale:g} leaves the prompt out"
+    if weight:
+        effect = f"{scale:g} {'weakens' if weight > 0 else 'steers away from'} the prompt"
+    elsewhere = f"; what programs that count from 0 call {scale:g} is {scale + 1:g} here"
+    return f"it counts from {off:g} here; {effect}; {off:g} turns guidance off{elsewhere if off else ''}"
+
+
 def why_none_skipped(options: GuidanceOptions, num_steps: int) -> str:
     """Say why no pass skips the layers of --slg_layers although there is guidance."""
     skipping = active_steps(options, num_steps)

@@ -18,7 +18,7 @@ from torch.nn.functional import interpolate
 from modules.checkpoints.model_files import load_latents
 from modules.contract.data import LatentSpec, MediaEncoders
 from modules.contract.family import Family
-from modules.contract.requests import Prepared, Request, check_opens
+from modules.contract.requests import Prepared, Request, check_opens, count_frames_up_to
 from modules.contract.rules import IMAGE, LATENTS, VIDEO, Source, SourceRules
 from modules.errors import CheckpointError, MediaError, OptionError
 from modules.flow.schedule import TRAIN_TIMESTEPS, Schedule, add_noise, make_schedule
@@ -81,12 +81,9 @@ def begin_late(prepared: Prepared, source: Source, family: Family) -> Prepared:
                 f"{needed} ({prepared.frames} frames). Ask for the length that the file was made with: "
                 f"{(found - 1) * family.latent.stride[0] + 1} frames"
             )
-    elif source.pad_mode is None and source.option == VIDEO:
-        stated, needed = reading.video_info(source.path).frames, prepared.frames
-        found = stated or 0
-        if found < needed:  # a header may be wrong
-            found = sum(1 for _ in islice(reading.video_frames(source.path), needed))
-        if found < needed:
+    elif source.option == VIDEO:
+        found, needed = count_frames_up_to(source.path, prepared.frames), prepared.frames
+        if found < needed and source.pad_mode is None:
             raise _too_short(source, found, needed)
     if source.needs_vae and family.source.stretches:
         if source.option == IMAGE:

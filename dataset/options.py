@@ -1,7 +1,7 @@
 """Options of all caching scripts."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -113,6 +113,7 @@ class CachingOptions(Options, title="caching"):
         needs="check",
     )
     page: CheckPageOptions
+    typed_names: Mapping[str, str] = option(default={})  # no option: see `name_as_typed`
 
     def __post_init__(self) -> None:
         self.page.require_check(self.check)

@@ -43,7 +43,7 @@ from modules.contract.rules import IMAGE, LATENTS, SourceRules
 from modules.contract.steps import EncodedPrompts, Section
 from modules.control_codes import shorten
 from modules.devices import send, send_ahead
-from modules.errors import CacheError, DatasetError, MediaError, OptionError
+from modules.errors import CacheError, DatasetError, OptionError
 from modules.families import share_latents
 from modules.media.buckets import fit_within
 from modules.media.pixels import byte_clips
@@ -252,11 +252,8 @@ class ModelOfPictures(OneTransformer):
                 f"{option}: {len(paths)} reference pictures, {who} takes {rules.most} at most. Leave out "
                 + " ".join(map(str, paths[rules.most :]))
             )
-        for path in paths:  # they exist, as `keep_usable_media` has seen
-            try:
-                width, height = image_size(path)
-            except MediaError as error:
-                raise OptionError(f"{option}: {str(error).rstrip('.')}. Give an image file.") from None
+        for path in paths:  # they can be read, as `keep_usable_media` has seen
+            width, height = image_size(path)
             if min(width, height) < rules.step:
                 raise OptionError(
                     f"{option} {path}: {width} x {height} pixels are too few, each side needs at least "

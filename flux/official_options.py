@@ -103,6 +103,17 @@ def round_up(side: int) -> int:
     return -(-side // SIZE_STEP) * SIZE_STEP
 
 
+# options of flux_generate_image.py -> as they are typed here
+TYPED = {
+    "--dit": "--ckpt_path",
+    "--save_path": "--output_dir",
+    "--embedded_cfg_scale": "--guidance",
+    "--guidance_scale": "--cfg_scale",
+    "--infer_steps": "--steps",
+    "--image_size": "--height and --width,",
+}
+
+
 def generation_words(options: FluxMinimalOptions) -> list[str]:
     model, picture = options.model, options.picture
     values = {

@@ -23,7 +23,7 @@ from frame_pack.sections import (
 from modules.contract import requests
 from modules.contract.data import LatentSpec, SamplingDefaults
 from modules.contract.one_frame import OneFrame, parse_one_frame
-from modules.errors import MediaError, OptionError
+from modules.errors import OptionError
 from modules.media.buckets import bucket_sizes, choose_bucket
 from modules.option_values import require, to_path
 from modules.paths import explain_missing
@@ -233,15 +233,10 @@ def _entries_of(text: str, option: str, sections: int, is_picture: bool) -> tupl
 
 
 def _check_image(option: str, path: Path) -> None:
-    """Raise OptionError if there is no image file, long before it would be read."""
-    from modules.media.reading import image_size
-
+    """Raise OptionError if there is no image that can be decoded, long before it would be used."""
     if not path.exists():
         raise OptionError(f"{option} {path}: no such file.{explain_missing(path)}")
-    try:
-        image_size(path)
-    except MediaError as error:
-        raise OptionError(f"{option} {error}. Give an image file.") from None
+    requests.check_opens(option.removeprefix("--"), path, is_image=True)
 
 
 def _paths(extra: Mapping[str, str], name: str) -> tuple[Path, ...]:

@@ -8,6 +8,7 @@ dressing: how networks and LoRAs are loaded, and features around them
 expert_memory: host memory of experts that wait
 experts: the networks that denoise, and take turns
 grid_options: options of sheets and of tools/compare.py
+line_options: long names of options in prompt and sample lines
 making: make the videos of jobs: texts, denoising, pixels, files
 memory: predict memory by rehearsing each phase
 options: options of the generation scripts that all families share

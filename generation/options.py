@@ -3,8 +3,6 @@
 import argparse
 import functools
 import logging
-import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +28,7 @@ from generation.script_options import (
     ScriptDefaults,
     given_among,
 )
+from modules.command import name_as_typed
 from modules.errors import OptionError
 from modules.installation import import_own
 from modules.options import (
@@ -43,7 +42,7 @@ from modules.options import (
     option_values,
     read_options,
 )
-from modules.parser import Parser, add_options, refuse_unsupported
+from modules.parser import Parser, add_options, refuse_unsupported, typed_names
 from modules.paths import path_exists
 from modules.speed_options import GenerationSpeedOptions
 from networks.options import (
@@ -185,6 +184,7 @@ class GenerationOptions(Options, title="run"):
         default={}
     )  # options given, the family's too, as metadata record them
     decoding_options: frozenset[str] = option(default=frozenset())  # which of all say how latents are decoded
+    typed_names: Mapping[str, str] = option(default={}, facts=NO_PIXELS)  # see `name_as_typed`
 
     @property
     def splits_guidance(self) -> bool:
@@ -296,10 +296,8 @@ def read_generation(
     add_options(parser, record)
     add_more(parser)
     args = read_arguments(parser, argv)
-    try:
+    with name_as_typed(typed_names(args)):
         options, own = read_options(GenerationOptions, args), read_options(record, args)
-    except OptionError as error:
-        raise OptionError(_named_as_typed(parser, argv, str(error))) from None
     values = option_values(options) | option_values(own)
     given = {
         action.dest
@@ -319,19 +317,10 @@ def read_generation(
     return replace(options, settings=settings, decoding_options=of_decoding, output=output), own
 
 
-def _named_as_typed(parser: argparse.ArgumentParser, argv: Sequence[str] | None, text: str) -> str:
-    """Replace option names in a message by the spelling that was typed: --num_images for --num_videos."""
-    typed = {word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
-    for action in parser._actions:
-        taken = {word for word in typed.intersection(action.option_strings) if word[:5] != "--no-"}
-        if taken and f"--{action.dest}" not in taken:
-            text = re.sub(rf"--{action.dest}(?!\w)", min(taken), text)
-    return text
-
-
 def generation_parser(description: str | None, defaults: ScriptDefaults) -> argparse.ArgumentParser:
     """Build a parser with the shared options, as the family's script has them."""
     parser = Parser(description=description)
+    parser.shown_flags = {name: flags[0] for name, flags in defaults.spelled.items()}
     add_options(parser, GenerationOptions, **defaults.declared())
     parser.set_defaults(
         extras=defaults.extras,

@@ -1,8 +1,8 @@
 """Prompt lines: `a cat --w 832 --d 7` of --from_file and --interactive; training samples have such lines too.
 
 Standard library only. Both grammars split a line at every ` --`. The first part is the prompt; in each other
-part the first word is the option and the rest its value. An option is given by its letters or, in lines of
-the generation scripts, by its name on the command line. Unknown options are ignored with a warning.
+part the first word is the option and the rest its value. An option is given by its letters or by a long name
+(`line_options`). Unknown options are ignored with a warning.
 """
 
 import logging
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from generation.line_options import key_of, known_names, suggest
 from modules.control_codes import shorten
 from modules.errors import OptionError
 from modules.limits import MAX_LINE_OPTIONS, MAX_LINE_SHOWN
@@ -75,8 +76,8 @@ def _rate(text: str) -> int:
     return rate
 
 
-def _size(text: str) -> dict[str, int]:
-    """Read `480 832`, in the order of --video_size."""
+def read_size(text: str) -> dict[str, int]:
+    """Read `480 832`, in the order of --video_size. Raises ValueError."""
     found = JOINED.fullmatch(text)
     if found is None:
         raise ValueError(f"{text!r} is not a height and a width, such as 480 832")
@@ -169,7 +170,7 @@ EMBEDDED_IMAGE_OPTIONS: Mapping[str, LineOption] = {
 
 # what generation lines know by the name on the command line only
 NAMED_OPTIONS: Mapping[str, LineOption] = {
-    **dict.fromkeys(("video_size", "image_size"), LineOption("video_size", _size)),
+    **dict.fromkeys(("video_size", "image_size"), LineOption("video_size", read_size)),
     "fps": LineOption("fps", _rate),
     "guidance_scale_high_noise": LineOption("guidance_scale_high_noise", read_number),
     "sample_solver": LineOption("sample_solver", read_name),
@@ -178,9 +179,21 @@ NAMED_OPTIONS: Mapping[str, LineOption] = {
 }
 
 
+# options that a line of some generation script has
+OF_ALL_SCRIPTS: Mapping[str, LineOption] = {
+    **SECTIONED_GENERATION_OPTIONS,
+    **IMAGE_GENERATION_OPTIONS,
+    **EMBEDDED_GENERATION_OPTIONS,
+}
+
+
 def find_option(word: str, options: Mapping[str, LineOption]) -> LineOption | None:
-    by_name = {option.key: option for option in options.values()}
-    return options.get(word) or by_name.get(word) or NAMED_OPTIONS.get(word)
+    option = options.get(word)
+    if option is not None:
+        return option
+    by_name = {**NAMED_OPTIONS, **{option.key: option for option in options.values()}}
+    key = key_of(word, by_name)
+    return None if key is None else by_name[key]
 
 
 def store(values: dict[str, Any], option: LineOption, value: Value) -> None:
@@ -205,27 +218,6 @@ def parse_generation_line(
     return parse_words(line, options, where, lambda word: find_option(word, options))
 
 
-def parse_line(line: str, options: Mapping[str, LineOption], where: str) -> dict[str, Any]:
-    """Parse a line into `prompt` and its options by key, using only the table `options`.
-
-    An option is given by its letters, large or small, or by its key. Raises OptionError if a value cannot be
-    read.
-    """
-    by_key = {option.key: option for option in options.values()}
-    return parse_words(line, options, where, lambda word: options.get(word.lower()) or by_key.get(word))
-
-
-def _warn_of_unknown(line: str, part: str, options: Mapping[str, LineOption]) -> None:
-    name = part.partition(" ")[0]
-    near = next((letter for letter, known in options.items() if known.key == name), None)
-    logger.warning(
-        "%s: the unknown option --%s is ignored. Use %s",
-        line,
-        shorten(part, MAX_LINE_SHOWN),
-        f"--{near}" if near is not None else " ".join(f"--{letter}" for letter in options),
-    )
-
-
 def _check_count(options: int) -> None:
     """Raise OptionError for a line with more options than any that is meant."""
     if options > MAX_LINE_OPTIONS:
@@ -240,13 +232,22 @@ def parse_words(
     options: Mapping[str, LineOption],
     where: str,
     find: Callable[[str], LineOption | None],
+    no_use: str = "Lines of this script have no use for it",
 ) -> dict[str, Any]:
+    """Parse a line into `prompt` and its options by key.
+
+    find: returns an option by its name, or None. no_use: follows the warning about an option that lines of
+    other scripts have. Raises OptionError if a value cannot be read.
+    """
     prompt, *parts = line.split(" --")
     _check_count(len(parts))
     shown = shorten(line.strip(), MAX_LINE_SHOWN)
     values: dict[str, Any] = {"prompt": prompt.strip()}
     words = [part.partition(" ")[0] for part in parts]
     known = [(one.key, word) for word in words if (one := find(word)) is not None]
+    has_unknown = len(known) < len(words)
+    own_names = (*options, *(option.key for option in options.values()))
+    names = known_names(own_names, find) if has_unknown else []
     problems = [
         f"{dash}{word} {value}: an option begins with two plain dashes. Write --{word}"
         for dash, word, value in _ODD_OPTION.findall(line)[:MAX_LINE_OPTIONS]
@@ -256,7 +257,13 @@ def parse_words(
         word, _, text = part.partition(" ")
         option = find(word)
         if option is None:
-            _warn_of_unknown(f"{where} {shown!r}", part.strip(), options)
+            logger.warning(
+                "%s %r: the unknown option --%s is ignored. %s",
+                where,
+                shown,
+                shorten(part.strip(), MAX_LINE_SHOWN),
+                no_use if find_option(word, OF_ALL_SCRIPTS) else suggest(word, options, names),
+            )
             continue
         if not read_path(text.strip()) and text.strip() not in option.empty:
             problems.append(f"--{word} has no value. Write it, or leave --{word} out")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, distributed
 
-from blissful_tuner.guidance import check_guidance
+from blissful_tuner.guidance import check_guidance, warn_of_low_scales
 from blissful_tuner.guidance_formulas import RunPasses, run_passes
 from blissful_tuner.metadata import output_metadata
 from blissful_tuner.options import PLAIN_PROMPTS, PromptOptions
@@ -24,7 +24,7 @@ from generation.script_options import RequestOptions
 from generation.session import Session
 from modules.command import each_warning_once
 from modules.contract.family import Family
-from modules.contract.requests import Prepared, Request, check_opens, check_values
+from modules.contract.requests import Prepared, Request, check_values
 from modules.contract.rules import SOURCES, Source
 from modules.devices import Failures
 from modules.errors import CheckpointError, OptionError
@@ -184,13 +184,10 @@ def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[
             prepared, prompts=import_own("blissful_tuner.prompt_syntax").weigh_all(prepared.prompts)
         )
     check_guidance(prepared, options.guidance)
+    warn_of_low_scales(prepared, options.guidance)
     if request.step_cache is not None:
         check = import_own("blissful_tuner.step_cache").check_step_cache
         check(request.step_cache, prepared, family.dit)
-    for name, is_image in {"image_path": True, "end_image_path": True, "control_path": False}.items():
-        path = getattr(prepared.asked, name)
-        if path is not None and path.exists():  # which the family has checked
-            check_opens(name, path, is_image)
     index, beyond = options.steadier.riflex_index, options.steadier.riflex_beyond
     if index and prepared.frames <= beyond:
         logger.warning(

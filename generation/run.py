@@ -21,7 +21,7 @@ from generation.making import decode, make_outputs, make_tracks
 from generation.options import GenerationOptions
 from generation.outputs import SUFFIXES, FrameTools, output_stem, own_stem, save_pixels
 from generation.progress import show_end
-from generation.prompt_lines import is_blank, lines_of
+from generation.prompt_lines import find_option, is_blank, lines_of
 from generation.request import GenerationRun, make_job, of_each_line, seed_of
 from generation.script_options import LATENT_OUTPUTS, UNDECODED
 from generation.session import Session
@@ -251,7 +251,8 @@ def make_session(family: Family, options: GenerationOptions, loader: DitLoader, 
 def make_prompt(run: GenerationRun) -> None:
     """Generate the prompt of the command line, --num_videos times with seeds that follow one another."""
     request, count = run.options.request, run.options.num_videos
-    typed = re.findall(r" (--[a-z]{1,4}) \S", f" {request.prompt}")
+    words = re.findall(r" --([A-Za-z_]+) \S", f" {request.prompt}")
+    typed = [f"--{word}" for word in words if find_option(word, run.options.line_options)]
     if typed:
         logger.warning(
             "%s in --prompt is text that the model reads: such options are for lines of --from_file and "

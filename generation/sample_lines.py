@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from generation import prompt_lines
+from generation.line_options import key_of
+from modules.command import did_you_mean
 from modules.errors import OptionError
 from modules.option_values import few_digits
 from modules.text_files import parse_json, parse_toml
@@ -73,8 +75,44 @@ SAMPLE_OPTIONS: Mapping[str, prompt_lines.LineOption] = {
     "sv": prompt_lines.LineOption("control_video_path", prompt_lines.read_path),
     "sr": prompt_lines.LineOption("control_image_path", prompt_lines.read_path, repeats=True),
     "ss": prompt_lines.LineOption("sample_sampler", prompt_lines.read_name),
+    "cs": prompt_lines.LineOption("cfg_schedule", str, prompt_lines.NO_TEXT),
+    "p2": prompt_lines.LineOption("prompt_2", str, prompt_lines.NO_TEXT),
+    "fps": prompt_lines.NAMED_OPTIONS["fps"],
     **OF_SOME_MODELS,
 }
+
+
+# options of prompt lines by their keys -> their letters, which sample lines share
+_LETTERS = {
+    option.key: letter
+    for letter, option in {
+        "ss": prompt_lines.IMAGE_GENERATION_OPTIONS["ss"],
+        **prompt_lines.EMBEDDED_GENERATION_OPTIONS,
+        **prompt_lines.REFERENCES,
+    }.items()
+    if letter in SAMPLE_OPTIONS and letter not in OF_SOME_MODELS
+}
+
+
+def _size(text: str) -> Mapping[str, int]:
+    """Read `480 832`, in the order of --video_size. Raises ValueError."""
+    sides = prompt_lines.read_size(text)
+    return {"height": sides["video_size_height"], "width": sides["video_size_width"]}
+
+
+_SIZE = prompt_lines.LineOption("size", _size)
+
+
+def find_sample_option(word: str) -> prompt_lines.LineOption | None:
+    """Return the option of a sample line by its letters or by a long name, as prompt lines have them."""
+    option = SAMPLE_OPTIONS.get(word.lower())
+    if option is not None:
+        return option
+    by_name = {option.key: option for option in SAMPLE_OPTIONS.values()}
+    by_name |= {key: SAMPLE_OPTIONS[letter] for key, letter in _LETTERS.items()}
+    by_name |= dict.fromkeys(("video_size", "image_size"), _SIZE)
+    key = key_of(word, by_name)
+    return None if key is None else by_name[key]
 
 
 def parse_sample_line(line: str, where: str = "the sample prompt") -> dict[str, Any]:
@@ -83,9 +121,8 @@ def parse_sample_line(line: str, where: str = "the sample prompt") -> dict[str, 
     where: names the line. Raises OptionError if a value cannot be read.
     """
     try:
-        return prompt_lines.parse_words(
-            line, SAMPLE_OPTIONS, where, lambda word: SAMPLE_OPTIONS.get(word.lower())
-        )
+        no_use = "Samples of a training have no use for it"
+        return prompt_lines.parse_words(line, SAMPLE_OPTIONS, where, find_sample_option, no_use)
     except OptionError as error:
         raise OptionError(f"{where} {line.strip()!r}: {error}. Correct the line") from None
 
@@ -147,23 +184,22 @@ def read_all(entries: Iterable[Entry], read: Callable[[Entry], Made]) -> list[Ma
     return made
 
 
-_ALIASES = {"scale": "cfg_scale"}  # what the image guides call the value of --l
-
-
 def _check_entry(entry: dict[str, Any], where: str) -> dict[str, Any]:
     kinds = {one.key: list if one.repeats else type(one.read("1")) for one in SAMPLE_OPTIONS.values()} | {
         "prompt": str
     }
     values = {}
     for written, value in entry.items():
-        key = _ALIASES.get(written, written)
+        key = written
+        option = find_sample_option(written)
+        if key not in kinds and option is not None and option.key in kinds:
+            key = option.key  # a name of lines, such as steps
         if key != written and key in entry:
             continue
         kind = kinds.get(key)
         if kind is None:
-            logger.warning(
-                "%s: the unknown key %s is ignored. Known: %s", where, key, ", ".join(sorted(kinds))
-            )
+            near = did_you_mean(key, kinds) or f" Known: {', '.join(sorted(kinds))}"
+            logger.warning("%s: the unknown key %s is ignored.%s", where, key, near)
             continue
         if kind is list and isinstance(value, str):
             value = [value]

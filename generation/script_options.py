@@ -286,6 +286,12 @@ class ScriptDefaults:
     # what --optimized turns on
     optimized: Mapping[str, Any] = field(default_factory=lambda: {**FASTER, "fp8_fast": True})
 
+    @property
+    def spelled(self) -> Mapping[str, tuple[str, ...]]:
+        """Return `spellings` with those that all scripts of pictures have."""
+        of_pictures = {"video_size": ("--image_size",), "num_videos": ("--num_images",)}
+        return {**(of_pictures if self.pictures else {}), **self.spellings}
+
     def declared(self) -> dict[str, Any]:
         """Return the settings of `GenerationOptions` for `add_options` in the script."""
         source, pictures = self.source.declared(), self.pictures
@@ -306,8 +312,7 @@ class ScriptDefaults:
             **source["defaults"],
         }
         written = ", ".join(f"{name} ({OUTPUT_TYPES[name]})" for name in self.output_types)
-        of_pictures = {"video_size": ("--image_size",), "num_videos": ("--num_images",)}
-        spelled = {**(of_pictures if pictures else {}), **self.spellings}
+        spelled = self.spelled
         only, frequencies = self.riflex_beyond, self.riflex_frequencies
         long = RIFLEX.format(f" of more than {only} frames" if only else "", frequencies)
         usual = " ".join(as_typed(self.optimized, name) for name in self.optimized)

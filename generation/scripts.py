@@ -7,7 +7,7 @@ from typing import Any
 
 from generation.options import GenerationOptions, read_generation
 from generation.script_options import ScriptDefaults
-from modules.command import tell_loading
+from modules.command import each_warning_once, name_as_typed, tell_loading
 from modules.families import FAMILIES, Script
 from modules.installation import import_own
 from modules.options import option_values
@@ -31,17 +31,23 @@ def generation_script(
 
     def generate_with(argv: Sequence[str] | None = None, make: Callable[..., None] | None = None) -> None:
         record = entry.options_record("Generation")
-        options, own = read_generation(about, defaults, record, argv, add_more)
-        if settle is not None:
-            options, own = settle(options, own)
-        options.tell_ignored()
-        tell_loading()
-        from generation.run import generate  # torch loads here, after every option has been read
-        from modules.devices import make_deterministic
-
-        if option_values(own).get("reproduce"):
-            make_deterministic()
         with contextlib.ExitStack() as stack:
+            warnings = stack.enter_context(contextlib.ExitStack())
+            warnings.enter_context(each_warning_once())
+            options, own = read_generation(about, defaults, record, argv, add_more)
+            stack.enter_context(name_as_typed(options.typed_names))
+            if settle is not None:
+                options, own = settle(options, own)
+                stack.enter_context(name_as_typed(options.typed_names))
+            options.tell_ignored()
+            if options.interactive:  # each prompt has its own
+                warnings.close()
+            tell_loading()
+            from generation.run import generate  # torch loads here, after every option has been read
+            from modules.devices import make_deterministic
+
+            if option_values(own).get("reproduce"):
+                make_deterministic()
             if options.output.bell and not options.interactive:
                 stack.enter_context(import_own("generation.asking").ring_after(True))
             (make or generate)(entry.make_family("generation", own), options)

@@ -191,6 +191,21 @@ def read_official(description: str | None, argv: Sequence[str] | None) -> Offici
     return options
 
 
+# options of hv_generate_video.py -> as they are typed here
+TYPED = {
+    "--video_size": "--video-size",
+    "--video_length": "--video-length",
+    "--infer_steps": "--infer-steps",
+    "--embedded_cfg_scale": "--embedded-cfg-scale",
+    "--guidance_scale": "--cfg-scale",
+    "--flow_shift": "--flow-shift",
+    "--num_videos": "--num-videos",
+    "--dit": "--dit-weight",
+    "--save_path": "--save-path",
+    "--fp8": "--use-fp8",
+}
+
+
 def generation_words(options: OfficialOptions) -> list[str]:
     video, model = options.video, options.model
     base = model.model_base

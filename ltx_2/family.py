@@ -27,6 +27,7 @@ from ltx_2.options import (
 from ltx_2.reference_options import MOST
 from ltx_2.references import (
     STRENGTHS,
+    check_references,
     check_sides,
     factor_metadata,
     is_picture,
@@ -68,6 +69,7 @@ from modules.contract.requests import (
     NO_MEDIA,
     Prepared,
     Request,
+    check_frames,
     check_opens,
     check_size,
     keep_usable_media,
@@ -312,6 +314,11 @@ class Ltx2(Ltx2Media):
         if given and self.references is not None:
             small = prepared.stages[0] if prepared.stages else prepared
             check_sides(small.width, small.height, self.references)
+            mask, _ = self.reference_attention
+            for stage in prepared.stages or (prepared,):
+                check_references(given, mask, stage.frames, self.references, self.latent)
+        if self.drive_video is not None:
+            check_frames("--drive_video", self.drive_video, prepared.frames)
         return prepared
 
     def _refuse_pictures(self, request: Request) -> None:

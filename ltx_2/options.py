@@ -337,11 +337,14 @@ def settle_generation(shared: T, own: Ltx2GenerationOptions) -> tuple[T, Ltx2Gen
     """
     known = option_values(shared)
     usual = {"fps": FPS}
-    found: dict[str, Any] = {}
+    typed = dict(known["typed_names"])
+    found: dict[str, Any] = {"typed_names": typed}
     for theirs, ours in _SAME.items():
         given = None if known[ours] == usual.get(ours) else known[ours]
         value = _one_of(ours, given, getattr(own, theirs), theirs)
         found |= {} if value is None else {ours: value}
+        if getattr(own, theirs) is not None:
+            typed[f"--{ours}"] = f"--{theirs}"
     kernels = {f"--{flag}": mode for flag, mode in _KERNELS.items() if getattr(own, flag)}
     if known["attn_mode"] is not None and not (kernels and "attn_mode" in known["by_preset"]):
         kernels[f"--attn_mode {known['attn_mode']}"] = known["attn_mode"]

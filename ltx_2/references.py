@@ -28,6 +28,7 @@ from ltx_2.reference_options import (
 )
 from modules.contract.data import REFERENCE_LATENTS, Conditions, Joint, LatentSpec
 from modules.contract.family import NoiseSource
+from modules.contract.requests import count_frames_up_to
 from modules.contract.rules import ReferenceRules
 from modules.contract.steps import Section
 from modules.control_codes import shorten
@@ -48,8 +49,39 @@ def thin_out(frames: Tensor, rules: ReferenceRules, frame_step: int) -> Tensor:
     With the time factor S these are 0, 1, 1 + S, 1 + 2S, ..., and 8n + 1 in number.
     """
     taken = torch.cat([frames[:, :1], frames[:, 1 :: rules.time_factor]], dim=1)
-    most = min(taken.shape[1], rules.frames or taken.shape[1])
-    return taken[:, : (most - 1) // frame_step * frame_step + 1]
+    return taken[:, : count_taken(frames.shape[1], rules, frame_step)]
+
+
+def count_taken(frames: int, rules: ReferenceRules, frame_step: int) -> int:
+    """Return how many of so many frames of a reference are encoded; see `thin_out`."""
+    taken = 1 + len(range(1, frames, rules.time_factor))
+    most = min(taken, rules.frames or taken)
+    return (most - 1) // frame_step * frame_step + 1
+
+
+def check_references(
+    paths: Sequence[Path], mask: Path | None, frames: int, rules: ReferenceRules, latent: LatentSpec
+) -> None:
+    """Decode references and their mask, before a text encoder is loaded. frames: of the target.
+
+    Raises MediaError if one cannot be decoded, OptionError if the mask is shorter than a reference.
+    """
+    for path in paths:
+        count = 1 if is_picture(path) else count_frames_up_to(path, frames)
+        taken = count_taken(count, rules, latent.frame_step)
+        if mask is None or is_picture(mask):
+            continue
+        white = count_frames_up_to(mask, (taken - 1) * rules.time_factor + 1)
+        check_mask_length(mask, count_taken(white, rules, latent.frame_step), taken)
+
+
+def check_mask_length(mask: Path, taken: int, needed: int) -> None:
+    """Raise OptionError if too few frames of a mask are taken for those of a reference."""
+    if taken < needed:
+        raise OptionError(
+            f"--conditioning-attention-mask {mask}: {taken} frames are taken of it, {needed} of a reference. "
+            "Give a picture, or a clip as long as the reference"
+        )
 
 
 def reference_key(number: int) -> str:
@@ -147,11 +179,7 @@ def read_strengths(mask: Path, shown: Sequence[Tensor], rules: ReferenceRules, l
         white = (read_pixels(mask, size, rules, latent).mean(1, keepdim=True) + 1) / 2
         if is_picture(mask):
             white = white.expand(-1, -1, frames, -1, -1)
-        if white.shape[2] < frames:
-            raise OptionError(
-                f"--conditioning-attention-mask {mask}: {white.shape[2]} frames are taken of it, {frames} of "
-                "a reference. Give a picture, or a clip as long as the reference"
-            )
+        check_mask_length(mask, white.shape[2], frames)
         # the first latent frame is of one frame
         first = white[:, :, :1].expand(-1, -1, latent.frame_step - 1, -1, -1)
         found.append(functional.avg_pool3d(torch.cat([first, white], dim=2), steps).flatten(1))

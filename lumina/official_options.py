@@ -76,6 +76,20 @@ def read_minimal(description: str | None, argv: Sequence[str] | None) -> LuminaM
     return options
 
 
+# options of lumina_generate_image.py -> as they are typed here
+TYPED = {
+    "--gemma2": "--gemma2_path",
+    "--ae": "--ae_path",
+    "--save_path": "--output_dir",
+    "--infer_steps": "--steps",
+    "--flow_shift": "--discrete_flow_shift",
+    "--dit_dtype": "--dtype",
+    "--text_encoder_dtype": "--gemma2_dtype",
+    "--vae_dtype": "--ae_dtype",
+    "--image_size": "--image_height and --image_width,",
+}
+
+
 def generation_words(options: LuminaMinimalOptions) -> list[str]:
     model, picture = options.model, options.picture
     values = {

@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,53 @@ def _once() -> Callable[[logging.LogRecord], bool]:
         return not is_repeated
 
     return is_new
+
+
+# a script and its options within a message, which are typed as that script has them
+_COMMAND = re.compile(r"(?:\.py|(?<![\w-])[a-z]\w*_\w+) --\w")
+
+_FLAG = re.compile(r"(?<![\w-])--[A-Za-z][\w-]*")
+_TWICE = re.compile(rf"({_FLAG.pattern}) \(\1\)")
+
+
+@contextlib.contextmanager
+def name_as_typed(names: Mapping[str, str]) -> Iterator[None]:
+    """Name options in warnings and errors of the block as they were typed: --nf4 in place of --nf4_base.
+
+    names: flag -> the flag to show. Lines that hold a command are left as they are.
+    """
+    if not names:
+        yield
+        return
+
+    def respell(record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.WARNING:
+            record.msg, record.args = respell_options(record.getMessage(), names), ()
+        return True
+
+    handlers = list(logging.getLogger().handlers)
+    for handler in handlers:
+        handler.filters.insert(0, respell)  # of nested blocks the inner one counts first, as for errors
+    try:
+        yield
+    except UserError as error:
+        if error.args:
+            error.args = (respell_options(str(error), names), *error.args[1:])
+        raise
+    finally:
+        for handler in handlers:
+            handler.removeFilter(respell)
+
+
+def respell_options(text: str, names: Mapping[str, str]) -> str:
+    """Return a message with other spellings of options. names: see `name_as_typed`."""
+    lines = []
+    for line in text.split("\n"):
+        if not _COMMAND.search(line):
+            line = _FLAG.sub(lambda flag: names.get(flag[0], flag[0]), line)
+            line = _TWICE.sub(r"\1", line)  # --dit (--dit)
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def command_line(

@@ -40,21 +40,23 @@ dataset_config: data dataset data_config dataset_path train_data_dir instance_da
 output_name: name
 output_dir: output out output_path output_folder save_dir save_path
 infer_steps: steps num_steps num_inference_steps sample_steps sampling_steps inference_steps
-guidance_scale: cfg scale cfg_scale guide_scale guidance sample_guide_scale cfg_guidance_scale
+guidance_scale: cfg scale cfg_scale guide_scale guidance sample_guide_scale cfg_guidance_scale true_cfg_scale
+embedded_cfg_scale: embedded_guidance embedded_guidance_scale distilled_guidance_scale distilled_cfg_scale
 flow_shift: shift sample_shift discrete_flow_shift
-video_length: frames length num_frames frame_num video_frames sample_frames sample_num_frames
+video_length: frames length num_frames frame_num video_frames sample_frames sample_num_frames frame_count
 image_size: size width height resolution W H
 video_size: size width height resolution W H
 lora_weight: models lora loras lora_path lora_paths lora_file lora_weights network_weights
 lora_multiplier: ratios lora_scale lora_strength lora_alpha network_mul
 save_path: out output outfile output_path output_file output_dir outdir save_file save_dir out_dir
 from_file: prompts prompt_file prompts_file prompt_path
-negative_prompt: uncond_prompt neg_prompt
+negative_prompt: uncond_prompt neg_prompt negative neg
 image_path: image init_image input_image first_frame start_image
 end_image_path: last_image end_image last_frame
-control_path: control_video src_video
-control_image_path: control_image image image_path input_image reference_image ref_image
-sample_solver: sampler scheduler solver sampling_method
+control_path: control_video control_video_path control src_video vace_video
+control_image_path: control_image image image_path input_image reference_image ref_image reference
+control_image_path: control_images reference_images src_ref_images
+sample_solver: sampler scheduler solver sampling_method sample_sampler
 dit: model model_path transformer transformer_path unet ckpt ckpt_path checkpoint
 pretrained_model_name_or_path: model model_path transformer unet ckpt checkpoint dit
 text_encoder: text_encoder_path llm te

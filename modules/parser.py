@@ -12,7 +12,15 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, NoReturn
 
-from modules.command import as_typed, did_you_mean, let_the_first_tell, one_line, plain_message, wants_colour
+from modules.command import (
+    as_typed,
+    did_you_mean,
+    let_the_first_tell,
+    name_as_typed,
+    one_line,
+    plain_message,
+    wants_colour,
+)
 from modules.errors import OptionError
 from modules.option_values import HEIGHT_WIDTH, JOINED, UNIT, height_width
 from modules.options import (
@@ -57,6 +65,8 @@ class Parser(argparse.ArgumentParser):
     """
 
     key_file = ""
+    # option -> the flag that messages show for it if none is typed, for scripts with names of their own
+    shown_flags: Mapping[str, str] = {}
 
     def __init__(self, *args: Any, add_help: bool = True, **settings: Any) -> None:
         super().__init__(*args, add_help=False, **settings)  # type: ignore[misc]
@@ -105,7 +115,28 @@ class Parser(argparse.ArgumentParser):
             self.error(
                 explain_rest(self._option_string_actions, words, others, self._get_positional_actions())
             )
+        names = self._find_typed_names(words)
+        if names:
+            found.typed_names = names  # for records with a field of this name
         return found
+
+    def _find_typed_names(self, words: Sequence[str]) -> dict[str, str]:
+        """Return other flags of the options that are typed, each with the flag to show in its place."""
+        typed = {word.partition("=")[0] for word in words if word.startswith("--")}
+        known = self._option_string_actions
+        begun = [
+            word for word in typed if word not in known and word != "--"
+        ]  # argparse takes beginnings too
+        typed |= {flag for flag in known for word in begun if flag.startswith(word)}
+        names: dict[str, str] = {}
+        for action in self._actions:
+            flags = [flag for flag in action.option_strings if flag[:2] == "--" and flag[:5] != "--no-"]
+            shown = [flag for flag in flags if flag in typed]
+            if shown:
+                names |= {flag: shown[0] for flag in flags if flag not in shown}
+            elif action.dest in self.shown_flags:
+                names[f"--{action.dest}"] = self.shown_flags[action.dest]
+        return {flag: shown for flag, shown in names.items() if flag != shown}
 
     def _refuse_joined(self, words: Sequence[str]) -> None:
         """Refuse numbers that are typed as one word; people write sizes as width x height: 832x480."""
@@ -285,6 +316,12 @@ class Parser(argparse.ArgumentParser):
         )
 
 
+def typed_names(args: argparse.Namespace) -> Mapping[str, str]:
+    """Return other flags of options that were typed, each with the flag to show; see `name_as_typed`."""
+    names: Mapping[str, str] = getattr(args, "typed_names", {})
+    return names
+
+
 def parse_options(
     description: str | None, argv: Sequence[str] | None, *records: type[Options], **own: Any
 ) -> list[Any]:
@@ -292,8 +329,9 @@ def parse_options(
     parser = Parser(description=description)
     add_options(parser, *records, **own)
     args = parser.parse_args(argv)
-    refuse_unsupported(parser, args)
-    return [read_options(record, args) for record in records]
+    with name_as_typed(typed_names(args)):
+        refuse_unsupported(parser, args)
+        return [read_options(record, args) for record in records]
 
 
 def add_options(

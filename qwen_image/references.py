@@ -10,7 +10,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from encoders.pictures import show_references
-from modules.contract.requests import Prepared, Request
+from modules.contract.requests import Prepared, Request, check_opens
 from modules.contract.rules import ConsistencyRules
 from modules.contract.steps import Anchor
 from modules.errors import MediaError, OptionError
@@ -119,7 +119,7 @@ def add_pictures(prepared: Prepared, options: QwenImageReferenceOptions) -> Prep
 
 
 def _check_mask(path: Path, has_picture: bool, rcm: bool) -> None:
-    """Raise OptionError if a mask has nothing to keep, or cannot be read. Reads its header."""
+    """Raise OptionError if a mask has nothing to keep, or cannot be read."""
     if not has_picture:
         raise OptionError(
             f"--{MASK} {path}: there is no picture to keep. Give one to --control_image_path "
@@ -129,10 +129,7 @@ def _check_mask(path: Path, has_picture: bool, rcm: bool) -> None:
         raise OptionError(f"--{MASK} {path} (in a prompt line): leave --rcm_threshold out, which excludes it")
     if not path.is_file():
         raise OptionError(f"--{MASK} {path}: no such file.{explain_missing(path)} Correct the path")
-    try:
-        image_size(path)
-    except MediaError as error:
-        raise OptionError(f"--{MASK}: {str(error).rstrip('.')}. Give an image file.") from None
+    check_opens(MASK, path, is_image=True)
 
 
 def read_anchor(prepared: Prepared, latents: Tensor, options: QwenImageReferenceOptions) -> Anchor | None:

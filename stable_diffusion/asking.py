@@ -222,6 +222,14 @@ def settle(
             "--strength is ignored because the picture begins with noise. It is for --image_path and "
             "--highres_fix_scale"
         )
+    if sampling.scale < 1:
+        effect = "below 1 guidance is off, as at 1"
+        if sampling.negative_scale is not None:
+            effect = "0 leaves the prompt out, and less than 1 weakens it"
+        logger.warning(
+            "--scale %g (--l in a prompt): it counts from 1 here; %s; %g of programs that count from 0 is %g",
+            *(sampling.scale, effect, sampling.scale, sampling.scale + 1),
+        )
     for name, is_off in (
         ("dsd1", shrink.ds_depth_1 is None),
         ("glt", gradual.gradual_latent_timesteps is None),

@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from generation import prompt_lines
+from generation.line_options import key_of
 from modules.control_codes import replace_control_codes, shorten
 from modules.errors import OptionError, UserError
 from modules.installation import import_user_module
@@ -91,6 +92,26 @@ LINE_OPTIONS: Mapping[str, prompt_lines.LineOption] = {
     "glus": prompt_lines.LineOption("gradual_latent_unsharp_params", _unsharp),
 }
 
+# names of options in lines of the other scripts -> ours
+_LONG_NAMES = {
+    "video_size_width": LINE_OPTIONS["w"],
+    "video_size_height": LINE_OPTIONS["h"],
+    "infer_steps": LINE_OPTIONS["s"],
+    "seed": LINE_OPTIONS["d"],
+    "guidance_scale": LINE_OPTIONS["l"],
+    "negative_prompt": LINE_OPTIONS["n"],
+}
+
+
+def find_option(word: str) -> prompt_lines.LineOption | None:
+    """Return an option of a line by its letters, large or small, its key, or a long name."""
+    by_key = {option.key: option for option in LINE_OPTIONS.values()}
+    option = LINE_OPTIONS.get(word.lower()) or by_key.get(word)
+    if option is not None:
+        return option
+    key = key_of(word, _LONG_NAMES)
+    return None if key is None else _LONG_NAMES[key]
+
 
 def read_line(line: str, where: str = "the prompt") -> dict[str, Any]:
     """Read a prompt line into `prompt` and its options by key; unknown options are ignored with a warning.
@@ -98,7 +119,7 @@ def read_line(line: str, where: str = "the prompt") -> dict[str, Any]:
     where: names the line in warnings. Raises OptionError if a value cannot be read, or if --f is not a valid
     file name on every system.
     """
-    values = prompt_lines.parse_line(line, LINE_OPTIONS, where)
+    values = prompt_lines.parse_words(line, LINE_OPTIONS, where, find_option)
     name = values.get("file_name")
     if name is None:
         return values
@@ -124,7 +145,8 @@ def split_seeds(line: str) -> tuple[int, ...] | None:
     Raises OptionError if they cannot be read.
     """
     found = (part.partition(" ") for part in line.split(" --")[1:])
-    text = next((text.strip() for word, _, text in found if word.lower() == "d"), None)
+    seeds = LINE_OPTIONS["d"]
+    text = next((text.strip() for word, _, text in found if find_option(word) is seeds), None)
     try:
         return None if text is None else _seeds(text)
     except ValueError as error:

@@ -12,11 +12,12 @@ from typing import Any, TypeVar
 
 from dataset.options import CachingInRunOptions
 from dataset.subset_options import SubsetOptions
+from modules.command import name_as_typed
 from modules.console_options import ConsoleOptions
 from modules.errors import OptionError
 from modules.option_values import to_path
 from modules.options import Options, not_needed, option, read_options, unsupported
-from modules.parser import add_options
+from modules.parser import add_options, typed_names
 from training.config_options import write_config_file
 from training.learning_options import PartsOptions
 from training.noise_options import RAW, WEIGHTINGS, PredictionOptions
@@ -71,14 +72,14 @@ def read_image_training(
     _translate(args)
     defaults.translate(args)
     _find_tokenizers(args, defaults.tokenizers)
-    options = read_options(TrainingOptions, args)
+    with name_as_typed(typed_names(args)):
+        options, own = read_options(TrainingOptions, args), read_options(record, args)
     if options.predicted != RAW:
         logger.warning(
             "--model_prediction_type %s compares something else than the velocity with the velocity, as "
             "known trainers do. Use raw, unless you go on with what was trained so.",
             options.predicted,
         )
-    own = read_options(record, args)
     return options, own, given_options(parser, own, options)
 
 

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple, TypeVar
 
 from dataset.options import CachingInRunOptions
 from dataset.subset_options import SubsetOptions
+from modules.command import name_as_typed
 from modules.errors import OptionError
 from modules.option_values import option_words, require, value_words
 from modules.options import FREE, HABIT, Options, option, option_values, read_options
-from modules.parser import Parser, add_options, refuse_unsupported
+from modules.parser import Parser, add_options, refuse_unsupported, typed_names
 from modules.run_limits import is_limited
 from modules.speed_options import TrainingSpeedOptions
 from networks.options import NOTHING_FROZEN, FrozenModelOptions, NetworkOptions
@@ -57,6 +58,7 @@ class TrainingOptions(Options):
     parts: learning_options.PartsOptions | None
     start: run_options.StartOptions | None = option(facts=FREE)
     subset: SubsetOptions | None = option(facts=FREE)  # the resulting tables are compared instead
+    typed_names: Mapping[str, str] = option(default={}, facts=FREE)  # no option: see `name_as_typed`
     caching: CachingInRunOptions | None = option(facts=FREE)
 
     def __post_init__(self) -> None:
@@ -215,7 +217,8 @@ def read_training(
     parser = training_parser(doc, learner, **settings)
     add_options(parser, record, *more)
     args = read_arguments(parser, argv)
-    options, own = read_options(TrainingOptions, args), read_options(record, args)
+    with name_as_typed(typed_names(args)):
+        options, own = read_options(TrainingOptions, args), read_options(record, args)
     return options, own, given_options(parser, own, options)
 
 

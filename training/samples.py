@@ -14,6 +14,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
+from blissful_tuner.guidance import warn_of_low_scales
 from blissful_tuner.latent_preview import LatentPreviews, make_previews, preview_clip
 from blissful_tuner.metadata import as_png_texts, as_tags, output_metadata
 from blissful_tuner.options import NO_PREVIEW, PreviewOptions
@@ -23,6 +24,7 @@ from generation.prompt_lines import SOLVERS
 from generation.sample_lines import OF_SOME_MODELS, read_all, read_sample_prompts
 from generation.session import NO_ENCODERS, Session, decode_tracks, encode_inputs, needs_media, wanted_texts
 from modules.bars import Bar
+from modules.command import each_warning_once
 from modules.contract.data import Conditions, LatentSpec
 from modules.contract.family import Family, hears_sound
 from modules.contract.loading import BlockPlace
@@ -282,10 +284,12 @@ def read_requests(family: Family, prompt_file: Path) -> tuple[list[dict[str, Any
     def prepare(numbered: tuple[int, Mapping[str, Any]]) -> Prepared:
         number, entry = numbered
         try:
-            return family.prepare(sample_request(entry, family))
+            prepared = family.prepare(sample_request(entry, family))
+            warn_of_low_scales(prepared)
         except (OptionError, ValueError, TypeError) as error:  # the latter: a text where a number belongs
             prompt = shorten(str(entry.get("prompt", "")), 100)
             raise OptionError(f"{prompt_file}, prompt {number} ({prompt!r}): {error}") from None
+        return prepared
 
     entries = read_sample_prompts(prompt_file)
     try:
@@ -294,7 +298,8 @@ def read_requests(family: Family, prompt_file: Path) -> tuple[list[dict[str, Any
         raise OptionError(
             f"{error}; the samples of --sample_prompts need it. Give it, or leave --sample_prompts out"
         ) from None
-    return entries, read_all(enumerate(entries, 1), prepare)
+    with each_warning_once():
+        return entries, read_all(enumerate(entries, 1), prepare)
 
 
 def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
@@ -328,7 +333,10 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
         embedded_guidance=number("guidance_scale"),
         flow_shift=None if usual.flow_shift is None else number("discrete_flow_shift"),
         solver=_solver_of(values),
+        fps=number("fps"),
         negative_prompt=values.get("negative_prompt"),
+        second_prompt=values.get("prompt_2") or None,
+        cfg_schedule=values.get("cfg_schedule") or None,
         image_path=path("image_path"),
         end_image_path=path("end_image_path"),
         control_path=path("control_video_path"),

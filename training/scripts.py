@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from modules.command import tell_loading
+from modules.command import name_as_typed, tell_loading
 from modules.families import FAMILIES, Script
 from modules.installation import import_own
 from modules.options import Options, option_values
@@ -46,26 +46,29 @@ def training_script(
             from training.image_options import read_image_training
 
             options, own, given = read_image_training(about, record, images, argv)
-        if whole:
-            refuse_for_whole(option_values(own).get("dit_dtype"))
-        check(own)
+        with name_as_typed(options.typed_names):
+            if whole:
+                refuse_for_whole(option_values(own).get("dit_dtype"))
+            check(own)
 
-        tell_loading()
-        from dataset.batches.items import CachingCommands
-        from training.following import plan_next_steps
-        from training.run import train_network  # torch loads here, after every option has been read
+            tell_loading()
+            from dataset.batches.items import CachingCommands
+            from training.following import plan_next_steps
+            from training.run import train_network  # torch loads here, after every option has been read
 
-        made = entry.make_family("training", own)
-        # options of the caching script that follow from the checkpoint
-        commands = entry.caching_commands(own, options.loop.dataset_config, made.caching_switches)
-        follow = partial(
-            plan_next_steps,
-            script=f"{entry.script}_train{'' if whole else '_network'}.py",
-            given=given,
-            generation=partial(entry.generation_words, own),
-        )
-        make_sampling = getattr(import_own(f"{entry.room}.family"), "family_for_samples", lambda own: None)
-        code = train_network(made, options, CachingCommands(*commands), follow, make_sampling(own))
+            made = entry.make_family("training", own)
+            # options of the caching script that follow from the checkpoint
+            commands = entry.caching_commands(own, options.loop.dataset_config, made.caching_switches)
+            follow = partial(
+                plan_next_steps,
+                script=f"{entry.script}_train{'' if whole else '_network'}.py",
+                given=given,
+                generation=partial(entry.generation_words, own),
+            )
+            make_sampling = getattr(
+                import_own(f"{entry.room}.family"), "family_for_samples", lambda own: None
+            )
+            code = train_network(made, options, CachingCommands(*commands), follow, make_sampling(own))
         if code:
             raise SystemExit(code)
 

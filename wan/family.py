@@ -60,6 +60,7 @@ from wan.files import WanFiles, boundary_of, caching_files, files_and_boundary, 
 from wan.inputs import (
     FIRST_LATENTS,
     appends_end,
+    check_control,
     encode_inputs,
     prepare_request,
     take_inputs,
@@ -301,6 +302,7 @@ class Wan(OneTransformer):
         self.files.check(("dit", "clip"))
         given = self.files.task, request, self.defaults, self.latent, self.experts
         prepared = prepare_request(*given)
+        check_control(self.files.task, prepared)
         return prepared if control is None else control.tell(prepared)
 
     def needs_media(self, prepared: Prepared) -> bool:

@@ -19,6 +19,7 @@ from modules.contract.data import LatentSpec, MediaEncoders, SamplingDefaults
 from modules.contract.requests import (
     Prepared,
     Request,
+    check_frames,
     check_size,
     keep_usable_media,
     settle,
@@ -144,6 +145,16 @@ def take_inputs(task: WanTask, request: Request) -> Request:
         "control_images": task.kind == VACE,
     }
     return keep_usable_media(request, taken, f"--task {task.name} does not take it")
+
+
+def check_control(task: WanTask, prepared: Prepared) -> None:
+    """Raise MediaError if a control video has too few frames, before a text encoder is loaded."""
+    path = prepared.asked.control_path
+    if path is None:
+        return
+    option = "--src_video" if task.kind == VACE else "--control_path"
+    end_frames = int(task.has_control and appends_end(task, prepared.asked))
+    check_frames(option, path, prepared.frames + end_frames)
 
 
 def encode_inputs(

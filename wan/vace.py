@@ -38,7 +38,8 @@ class VaceRequest:
     def tell(self, prepared: Prepared) -> Prepared:
         """Return the prepared request with these settings in it and in the metadata of its files.
 
-        Raises OptionError if the mask has neither the shape of its clip nor that of the result.
+        Raises OptionError if the mask has neither the shape of its clip nor that of the result, or if nothing
+        in it is white; MediaError if it is too short.
         """
         own, clip = dict(prepared.own_metadata), prepared.asked.control_path
         if self.mask is not None and clip is not None:
@@ -50,6 +51,7 @@ class VaceRequest:
                     f"--src_mask {self.mask} has {mask[0]} x {mask[1]} pixels, --src_video {clip} "
                     f"{there[0]} x {there[1]}: it would lie elsewhere. Give a mask of the clip's size"
                 )
+            read_mask(self.mask, prepared.width, prepared.height, prepared.frames)
         if set(self.scales) != {1.0}:
             different = self.scales if len(set(self.scales)) > 1 else self.scales[:1]
             own["vace_scale"] = ", ".join(f"{scale:g}" for scale in different)

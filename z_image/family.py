@@ -1,5 +1,6 @@
 """Z-Image, described for the shared loops."""
 
+import logging
 import re
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -70,6 +71,8 @@ DEFAULTS = picture_defaults(25, 0.0, 1024, FLOW_SHIFT, solver=SOLVER, extras=tup
 TURBO = replace(DEFAULTS, steps=8)
 BASE = replace(DEFAULTS, steps=28, guidance_scale=4.0)
 CALLED_BASE = r"(^|--)z[-_ ]?image([-_](base|bf16|fp16|fp32|fp8\w*))*$"
+logger = logging.getLogger(__name__)
+
 UNIT = 1000  # of timesteps; the model takes the share of data, 1 - timestep / UNIT
 
 
@@ -182,6 +185,11 @@ class ZImage(ModelOfPictures):
     def prepare(self, request: Request) -> Prepared:
         """Settle a request. A guidance scale of 0 or below means no guidance."""
         prepared = self.settle_picture(request, FLOW_SHIFT)
+        if min(prepared.guidance_scale) < 0:
+            logger.warning(
+                "--guidance_scale %g (--l in a prompt line): it counts from 0 here; below 0 guidance is off",
+                min(prepared.guidance_scale),
+            )
         extra, is_euler = request.extra, prepared.solver in {"euler", SOLVER}
         rules = guidance_rules(extra, CFG_TRUNC_RATIO, RENORM_CFG)
         return replace(

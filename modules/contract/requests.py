@@ -1,5 +1,7 @@
 """Requests and their prepared form; checks and defaults that all families share."""
 
+import functools
+import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -137,6 +139,7 @@ logger = logging.getLogger(__name__)
 NO_MEDIA = dict.fromkeys(("image_path", "end_image_path", "control_path", "control_images"), False)
 _OPTIONS = {"control_images": "control_image_path"}  # of media whose option has another name
 
+REMEMBERED = 256  # files that were decoded to check them
 MOST_PIXELS = 1 << 34  # made at once: 2000 frames of 4K, whose latents alone take 4 GiB
 
 
@@ -217,7 +220,7 @@ def keep_usable_media(request: Request, taken: Mapping[str, bool], why_not: str)
     """Return the request without media that cannot be used, and warn about those.
 
     taken: by name of the field, `image_path`. why_not: "--task t2v-1.3B does not take it".
-    Raises OptionError if a file or folder that is taken does not exist.
+    Raises OptionError if a file or folder that is taken does not exist or cannot be read.
     """
     for name, is_taken in taken.items():
         given, option = getattr(request, name), _OPTIONS.get(name, name)
@@ -231,25 +234,68 @@ def keep_usable_media(request: Request, taken: Mapping[str, bool], why_not: str)
                 raise OptionError(
                     f"--{option} {path}: no such file or folder.{explain_missing(path)} Correct the path"
                 )
+            check_opens(option, path, is_image=name != "control_path")
     return request
 
 
 def check_opens(name: str, path: Path, is_image: bool) -> None:
-    """Raise OptionError if an image, or a video or a folder of images, cannot be opened.
+    """Raise OptionError if an image cannot be decoded, or a video or a folder of images cannot be opened.
 
-    Reads headers, and a frame of a video. name: of its option.
+    Reads an image whole, and a frame of a video. name: of its option.
     """
-    from modules.media.reading import image_size, video_info
+    from modules.media.reading import video_info
 
     try:
         if is_image:
-            image_size(path)
+            _decode_image(path, *_identity(path))
         else:
             video_info(path)
     except MediaError as error:
         kind = "an image file" if is_image else "a video, or a folder of images"
         near = "" if path.exists() else explain_missing(path)
-        raise OptionError(f"--{name}: {error}.{near} Give {kind}.") from None
+        raise OptionError(f"--{name}: {str(error).rstrip('.')}.{near} Give {kind}.") from None
+
+
+def check_frames(option: str, path: Path, needed: int) -> None:
+    """Raise MediaError if a video or a folder of images has too few frames, or cannot be decoded so far.
+
+    option: as it is typed, for messages.
+    """
+    from modules.media.pixels import too_short
+
+    found = count_frames_up_to(path, needed)
+    if found < needed:
+        raise too_short(option, path, found, needed)
+
+
+def count_frames_up_to(path: Path, most: int) -> int:
+    """Decode frames of a video or a folder of images, at most so many, and return how many there are.
+
+    Raises MediaError if it cannot be decoded.
+    """
+    return _decode_frames(path, most, *_identity(path))
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """Return what changes with the content of a file: prompts of a file often share their pictures."""
+    if not path.exists():
+        return 0, 0
+    status = path.stat()
+    return status.st_mtime_ns, status.st_size
+
+
+@functools.lru_cache(maxsize=REMEMBERED)
+def _decode_image(path: Path, *identity: int) -> None:
+    from modules.media.reading import read_image
+
+    read_image(path)
+
+
+@functools.lru_cache(maxsize=REMEMBERED)
+def _decode_frames(path: Path, most: int, *identity: int) -> int:
+    from modules.media.reading import video_frames
+
+    return sum(1 for _ in itertools.islice(video_frames(path), most))
 
 
 def check_size(size: tuple[int, int, int], latent: LatentSpec) -> None:

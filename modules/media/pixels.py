@@ -127,12 +127,17 @@ def video_pixels(
         resize_cover(frame, (width, height)) for frame in islice(video_frames(path), frames + end_frames)
     ]
     if len(found) < needed:
-        raise MediaError(
-            f"{option} {path}: it has {len(found)} frames, {needed} are needed. Lower the length or give a "
-            "longer video."
-        )
+        raise too_short(option, path, len(found), needed)
     found += [found[-1]] * (frames + end_frames - len(found))
     return to_pixels(torch.from_numpy(numpy.stack(found)[None]))
+
+
+def too_short(option: str, path: Path, found: int, needed: int) -> MediaError:
+    """Return the error about a video with too few frames."""
+    has = "1 frame" if found == 1 else f"{found} frames"
+    return MediaError(
+        f"{option} {path}: it has {has}, {needed} are needed. Lower the length or give a longer video."
+    )
 
 
 def cross_fade(earlier: Tensor, later: Tensor) -> Tensor:

@@ -7,11 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from blissful_tuner.guidance import check_guidance, choose_applied_steps, make_guidance, parse_cfg_schedule
+from blissful_tuner.guidance import (
+    check_guidance,
+    choose_applied_steps,
+    make_guidance,
+    parse_cfg_schedule,
+    warn_of_low_scales,
+)
 from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions
 from generation.session import wanted_texts
 from modules.contract.requests import Request
-from modules.contract.rules import GuidanceRules
+from modules.contract.rules import GuidanceRules, StreamGuidance
 from modules.contract.steps import Step
 from modules.errors import OptionError
 from tests.blissful_tuner.test_guidance_formulas import Network, step
@@ -147,6 +153,67 @@ def test_zero_star_is_refused_where_no_step_has_guidance(options: dict[str, Any]
     with pytest.raises(OptionError, match=f"--{option}.* needs guidance, and no step uses guidance: give a"):
         check(5.0, "!1")
     check(1.0, "2:3")
+
+
+FROM_1 = "it counts from 1 here; {}; 1 turns guidance off; what programs that count from 0 call {} is {} here"
+
+
+@pytest.mark.parametrize(
+    ("asked", "off_at", "message"),
+    [
+        ({"guidance_scale": 1.0}, 1.0, ""),
+        ({"guidance_scale": 5.5}, 1.0, ""),
+        ({"guidance_scale": 0.0}, 0.0, ""),
+        (
+            {"guidance_scale": 0.0},
+            1.0,
+            "--guidance_scale 0 (--l in a prompt line): " + FROM_1.format("0 leaves the prompt out", 0, 1),
+        ),
+        (
+            {"guidance_scale": 0.5},
+            1.0,
+            "--guidance_scale 0.5 (--l in a prompt line): "
+            + FROM_1.format("0.5 weakens the prompt", 0.5, 1.5),
+        ),
+        (
+            {"guidance_scale": -2.0},
+            1.0,
+            "--guidance_scale -2 (--l in a prompt line): "
+            + FROM_1.format("-2 steers away from the prompt", -2, -1),
+        ),
+        (
+            {"guidance_scale": 3.0, "cfg_schedule": "1-2:0,3"},
+            1.0,
+            "the scale 0 of --cfg_schedule: " + FROM_1.format("0 leaves the prompt out", 0, 1),
+        ),
+        (
+            {"guidance_scale": 3.0, "cfg_schedule": "1:-1"},
+            0.0,
+            "the scale -1 of --cfg_schedule: it counts from 0 here; -1 leaves the prompt out; "
+            "0 turns guidance off",
+        ),
+    ],
+)
+def test_a_scale_below_the_one_that_turns_guidance_off_is_reported(
+    asked: dict[str, Any], off_at: float, message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    prepared = prepare(Request("p", 0, steps=4, **asked), usual_negative="")
+
+    warn_of_low_scales(replace(prepared, rules=replace(prepared.rules, off_at=off_at)))
+
+    assert [record.getMessage() for record in caplog.records] == ([message] if message else [])
+
+
+def test_the_scales_of_a_second_expert_and_of_streams_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    both = prepare(Request("p", 0, guidance_scale=3.0, expert_guidance={"high_noise": 0.0}))
+    streams = StreamGuidance(text=3.0), StreamGuidance(text=0.0)
+
+    warn_of_low_scales(replace(both, guidance_scale=(3.0, 0.0)))
+    warn_of_low_scales(replace(prepare(Request("p", 0)), rules=GuidanceRules(streams=streams)))
+
+    first, second = (record.getMessage() for record in caplog.records if "counts from" in record.getMessage())
+    assert first.startswith("--guidance_scale_high_noise 0: it counts from 1 here; 0 leaves the prompt out")
+    assert second.startswith("--audio_cfg_scale 0: it counts from 1 here; 0 leaves the prompt out")
 
 
 DESCRIPTION, TENSORS = read_case("image_guidance")

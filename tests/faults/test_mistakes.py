@@ -293,8 +293,16 @@ TOGETHER = (
     wrong(WAN, "--riflex_index 23 --rope_func comfy", "--riflex_index 23", "from 1 to 22"),
     wrong(HV, "--riflex_index 9", "--riflex_index 9", "from 1 to 8"),
 )
+# a message names an option by the flag that was typed
+SPELLED = (
+    wrong(GENERATIONS, "--nf4 --fp8", "--nf4 and --fp8 exclude each other"),
+    wrong(GENERATIONS, "--nf4_base --fp8", "--nf4_base and --fp8 exclude each other"),
+    wrong(WAN, "--src_video none.mp4", "--src_video: --task t2v-1.3B has no use for it"),
+    wrong(WAN, "--control_pa none.mp4", "--control_path: --task t2v-1.3B has no use for it"),
+    wrong(WAN, "--noise_mode sideways", "--noise_mode"),
+)
 MISTAKES = {"number": NUMBERS, "name": NAMES, "file": FILES, "kind": OF_ANOTHER_KIND, "path": MISTYPED}
-MISTAKES |= {"together": TOGETHER, "nearly": NEARLY}
+MISTAKES |= {"together": TOGETHER, "nearly": NEARLY, "spelled": SPELLED}
 
 
 def _cases() -> list[object]:

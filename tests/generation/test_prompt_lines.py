@@ -1,7 +1,7 @@
 """Prompt lines against the measured ones, and what is mended in them."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import pytest
 from generation.prompt_lines import (
     EMBEDDED_GENERATION_OPTIONS,
     GENERATION_OPTIONS,
+    IMAGE_GENERATION_OPTIONS,
     SECTIONED_GENERATION_OPTIONS,
     LineOption,
     parse_generation_line,
@@ -100,6 +101,98 @@ def test_a_line_is_read_with_the_options_of_its_script(
     assert parse_generation_line(line, options) == {"prompt": "p", **expected}
     is_twice = line in ("p --g 2 --l 3", "p --g 3 --guidance_scale 5")
     assert bool(caplog.text) == (expected == {} or is_twice)  # what has no meaning is reported
+
+
+PLACE = {
+    "width": ("video_size_width", "width", 64),
+    "height": ("video_size_height", "height", 32),
+    "frames": ("video_length", "frame_count", 9),
+    "num_frames": ("video_length", "frame_count", 9),
+    "frame_count": ("video_length", "frame_count", 9),
+    "seed": ("seed", "seed", 4),
+    "steps": ("infer_steps", "sample_steps", 2),
+    "num-inference-steps": ("infer_steps", "sample_steps", 2),
+    "sample_steps": ("infer_steps", "sample_steps", 2),
+    "cfg": ("guidance_scale", "cfg_scale", 5.5),
+    "CFG": ("guidance_scale", "cfg_scale", 5.5),
+    "guidance_scale": ("guidance_scale", "cfg_scale", 5.5),
+    "scale": ("guidance_scale", "cfg_scale", 5.5),
+    "embedded_cfg_scale": ("embedded_cfg_scale", "guidance_scale", 6.0),
+    "shift": ("flow_shift", "discrete_flow_shift", 3.0),
+    "negative": ("negative_prompt", "negative_prompt", "ugly"),
+    "image": ("image_path", "image_path", "a.png"),
+    "end_image": ("end_image_path", "end_image_path", "a.png"),
+    "control": ("control_path", "control_video_path", "a.mp4"),
+    "sampler": ("sample_solver", "sample_sampler", "euler"),
+    "cfg_schedule": ("cfg_schedule", "cfg_schedule", "1-2"),
+    "prompt_2": ("prompt_2", "prompt_2", "a pet"),
+    "fps": ("fps", "fps", 12),
+}
+
+
+@pytest.mark.parametrize("name", PLACE)
+def test_long_names_mean_the_same_in_generations_and_in_samples(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    key, sample_key, value = PLACE[name]
+    line = f"a cat --{name} {value:g}" if isinstance(value, float) else f"a cat --{name} {value}"
+
+    assert parse_generation_line(line, EMBEDDED_GENERATION_OPTIONS) == {"prompt": "a cat", key: value}
+    assert parse_sample_line(line) == {"prompt": "a cat", sample_key: value}
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("name", ["size", "video_size", "image_size"])
+def test_a_size_by_a_long_name_has_the_height_first(name: str) -> None:
+    sides = {"video_size_height": 480, "video_size_width": 832}
+    assert parse_generation_line(f"a --{name} 480 832") == {"prompt": "a", **sides}
+    assert parse_sample_line(f"a --{name} 480 832") == {"prompt": "a", "height": 480, "width": 832}
+
+
+@pytest.mark.parametrize("parse", [parse_generation_line, parse_sample_line])
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("stpes 3", "the unknown option --stpes 3 is ignored. Did you mean --steps?"),
+        ("widht 3", "the unknown option --widht 3 is ignored. Did you mean --width?"),
+        ("negativ x", "the unknown option --negativ x is ignored. Did you mean --negative?"),
+        ("frame 3", "the unknown option --frame 3 is ignored. Did you mean --frames?"),
+        ("zz 3", "the unknown option --zz 3 is ignored. Use --w --h --f --d --s --g --l"),
+    ],
+)
+def test_the_nearest_name_is_suggested(
+    parse: Callable[[str], dict[str, Any]], word: str, message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert parse(f"a cat --{word}") == {"prompt": "a cat"}
+    assert message in caplog.text
+
+
+def test_an_option_that_only_other_lines_have_is_not_taken_for_a_similar_one(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    parse_generation_line("a cat --end_image a.png --frames 9", IMAGE_GENERATION_OPTIONS)
+    parse_sample_line("a cat --vd 0.5")
+
+    assert "--end_image a.png is ignored. Lines of this script have no use for it" in caplog.text
+    assert "--frames 9 is ignored. Lines of this script have no use for it" in caplog.text
+    assert "--vd 0.5 is ignored. Samples of a training have no use for it" in caplog.text
+
+
+def test_long_names_stand_in_entries_too(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.json"
+    entry = {"prompt": "a", "steps": 3, "cfg": 2, "video_length": 5, "guidance_scale": 7}
+    path.write_text(json.dumps([entry]), "utf-8")
+
+    (found,) = read_sample_prompts(path)
+
+    # `guidance_scale` is the embedded one in files of entries, as other trainers have it
+    assert found == {
+        "prompt": "a",
+        "sample_steps": 3,
+        "cfg_scale": 2.0,
+        "frame_count": 5,
+        "guidance_scale": 7.0,
+    }
 
 
 @pytest.mark.parametrize(("text", "seeds"), SEEDS["cases"])

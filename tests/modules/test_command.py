@@ -12,11 +12,11 @@ import pytest
 
 from modules import command
 from modules.bars import BYTES, FRAMES, LINE_EVERY, Bar
-from modules.command import LAUNCHED, command_line
+from modules.command import LAUNCHED, command_line, name_as_typed
 from modules.console import as_size, count_of, count_words, draw_box, in_words, show_box
 from modules.control_codes import escape_control_codes, fold
-from modules.errors import CheckpointError
-from modules.parser import Parser
+from modules.errors import CheckpointError, OptionError
+from modules.parser import Parser, typed_names
 from tests.commands import ROOT, run_program
 from tests.faults.messages import assert_one_message, run_here
 
@@ -153,6 +153,48 @@ def test_a_warning_is_not_shown_again_within_the_block(caplog: pytest.LogCapture
 
 ATTACK = "a\x1b[2Jb\x1b]0;title\x07c\x9bd\re\x7f \u202egpj.exe\u202c \u2066x\ud800"
 SHOWN = r"a\x1b[2Jb\x1b]0;title\x07c\x9bd\re\x7f \u202egpj.exe\u202c \u2066x\ud800".replace(r"\r", r"\x0d")
+
+
+def test_options_are_named_as_they_were_typed_and_commands_stay(caplog: pytest.LogCaptureFixture) -> None:
+    root = logging.getLogger()
+    names = {"--nf4_base": "--nf4", "--control_path": "--src_video"}
+    shown = io.StringIO()
+    handler = logging.StreamHandler(shown)
+    root.addHandler(handler)
+    try:
+        with name_as_typed(names):
+            root.warning("--nf4_base_x %s: --nf4_base is not --control_path.", "a")
+            root.warning("no\n  python krea2_train_network.py --nf4_base")
+        with pytest.raises(OptionError, match="^--src_video nix.mp4: --nf4 has"), name_as_typed(names):
+            raise OptionError("--control_path nix.mp4: --nf4_base has")
+        root.warning("--nf4_base")
+    finally:
+        root.removeHandler(handler)
+
+    assert shown.getvalue().splitlines() == [
+        "--nf4_base_x a: --nf4 is not --src_video.",
+        "no",
+        "  python krea2_train_network.py --nf4_base",
+        "--nf4_base",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        ("--b 1", {"--a": "--b", "--c": "--b"}),
+        ("--a 1", {"--b": "--a", "--c": "--a"}),
+        ("--long_na 1", {"--other": "--long_name"}),
+        ("--a 1 --b 2", {"--c": "--a"}),
+        ("", {}),
+    ],
+)
+def test_the_typed_flag_stands_for_the_others_of_its_option(words: str, names: dict[str, str]) -> None:
+    parser = Parser(prog="make.py")
+    parser.add_argument("--a", "--b", "--c", "-d", type=int)
+    parser.add_argument("--other", "--long_name", type=int)
+
+    assert typed_names(parser.parse_args(words.split())) == names
 
 
 def test_control_codes_are_written_out_and_letters_of_every_language_stay() -> None:

@@ -274,8 +274,16 @@ def test_an_unknown_option_is_left_out_with_a_warning(caplog: pytest.LogCaptureF
     assert "line 2 'a cat --zz 3 --s 4': the unknown option --zz 3 is ignored" in caplog.text
 
 
+def test_a_line_has_the_long_names_of_other_scripts(caplog: pytest.LogCaptureFixture) -> None:
+    found = read_line("a --width 64 --height 32 --steps 3 --seed 4 --cfg 5 --negative x")
+    expected = {"W": 64, "H": 32, "steps": 3, "seeds": (4,), "scale": 5.0, "negative_prompt": "x"}
+    assert found == {"prompt": "a", **expected}
+    assert not caplog.records
+
+
 def test_seeds_are_found_before_variants_are_chosen() -> None:
     assert split_seeds("a") is None
+    assert split_seeds("a --seed 7,8") == (7, 8)
     assert split_seeds("a {b|c} --D 7,8 --n x") == (7, 8)
     with pytest.raises(OptionError, match="not a whole number"):
         split_seeds("a {b --d 1|c}")

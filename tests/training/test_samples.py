@@ -23,7 +23,7 @@ from tests.sound_family import generate_with_sound, tiny_sound_family
 from tests.tiny.taehv import write_taehv
 from tests.tiny.wan import write_tiny_wan
 from tests.training.toy import LATENT, ToyFamily, same, toy_options, train_toy, write_caches, write_prompts
-from training.samples import prepare_samples, sample_request
+from training.samples import prepare_samples, read_requests, sample_request
 
 PROMPTS = "a cat --w 40 --h 70 --f 7 --d 11 --s 2\n# no prompt\na dog --s 2 --f 1\n"
 
@@ -168,6 +168,16 @@ def test_a_number_is_refused_in_the_words_that_a_generation_has(tmp_path: Path, 
         train_toy(tmp_path, "--sample_prompts", prompts, "--sample_at_first")
 
     assert str(found.value) == f"{prompts}, prompt 1 ('a cat'): {of_generation.value}"
+
+
+def test_a_guidance_scale_below_1_is_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    prompts = write_prompts(tmp_path, "a cat --l 0\na dog --l 0")
+
+    read_requests(ToyFamily(), prompts)
+
+    said = [record.getMessage() for record in caplog.records if "counts from 1" in record.getMessage()]
+    assert len(said) == 1
+    assert said[0].startswith("--guidance_scale 0 (--l in a prompt line): it counts from 1 here; 0 leaves")
 
 
 def test_a_missing_prompt_file_ends_the_run_before_the_network_is_loaded(tmp_path: Path) -> None:

@@ -1,0 +1,47 @@
+"""Long names of options in prompt lines and sample lines: --steps beside --s, --cfg beside --l.
+
+Standard library only.
+"""
+
+from collections.abc import Callable, Collection
+
+from modules.command import did_you_mean
+
+# the sides of --video_size, which have keys of their own in a line
+SIDES = {"width": "video_size_width", "height": "video_size_height"}
+# names that are suggested, beside the options' own
+USUAL_NAMES = (
+    *("width", "height", "frames", "size", "seed", "steps", "cfg", "scale", "shift", "negative", "solver"),
+    *("image", "end_image", "control", "reference"),
+)
+
+
+def key_of(word: str, keys: Collection[str]) -> str | None:
+    """Return the key in `keys` that a long name stands for; None if it stands for none.
+
+    keys: names of options on the command line of the generation scripts, with those of `SIDES`.
+    """
+    name = word.lower().replace("-", "_")
+    name = SIDES.get(name, name)
+    if name in keys:
+        return name
+    from modules.mistyped import ours_for  # only names of other programs need it
+
+    return ours_for(name, keys) or None
+
+
+def known_names(own: Collection[str], find: Callable[[str], object]) -> list[str]:
+    """Return the names that options of a line can have.
+
+    own: their letters and keys. find: returns an option by its name, or None.
+    """
+    return [name for name in dict.fromkeys((*own, *USUAL_NAMES)) if find(name) is not None]
+
+
+def suggest(word: str, letters: Collection[str], names: Collection[str]) -> str:
+    """Return what to write in place of an unknown option of a line: the nearest name, or all letters.
+
+    letters: of the options that the line can have. names: see `known_names`.
+    """
+    near = did_you_mean(word.lower().replace("-", "_"), names).strip()
+    return near.replace("mean ", "mean --") or f"Use {' '.join(f'--{letter}' for letter in letters)}"
