@@ -47,7 +47,7 @@ FLOORS = {
         {"output_files", "paths"},
         {"atomic_write", "devices", "file_locks", "installation", "option_values"},
         {"options"},
-        {"compile_options", "help_text"},
+        {"compile_options", "help_text", "repeated_options"},
         {"speed_options"},
         {"command", "console", "environment", "stored"},
         {"lost_processes", "mistyped"},

@@ -12,6 +12,7 @@ from modules.command import did_you_mean
 from modules.errors import OptionError, UserError
 from modules.option_values import int_or_float, to_path
 from modules.options import Options, option
+from modules.parser import Parser
 from modules.paths import explain_missing, path_exists
 from modules.text_files import parse_toml, read_text
 
@@ -55,7 +56,10 @@ def read_config_file(name: str, parser: argparse.ArgumentParser) -> dict[str, An
         raise OptionError(f"{path} describes a data set: give it to --dataset_config, and options here")
     for key, value in _flatten(tables):
         if key in actions:
-            values[actions[key].dest] = _convert(path, actions[key], value)
+            action = actions[key]
+            values[action.dest] = _convert(path, action, value)
+            if isinstance(parser, Parser) and f"--{key}" in action.option_strings:
+                parser.typed_flags.setdefault(action.dest, f"--{key}")
         else:
             close = difflib.get_close_matches(key, actions, n=1, cutoff=TYPING_MISTAKE)
             if close:

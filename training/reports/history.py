@@ -54,6 +54,7 @@ class PageCommand:
     bash: str
     powershell: str
     note: str = ""
+    missing: str = ""  # words that the user has to replace; "": the command is complete
 
 
 @dataclass(frozen=True)
