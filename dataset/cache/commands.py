@@ -38,7 +38,8 @@ def remember_options(
     """Write the options of a caching command into the cache folders of all tables.
 
     family: by name. kind: one of KINDS. own: the family's options of the command. typed: how the user spelled
-    them, by public name. training: options that a training from these caches needs, by flag. A folder that cannot be written to is left as it is: the caches are what counts.
+    them, by public name. training: options that a training from these caches needs, by flag. A folder that
+    cannot be written to is left as it is: the caches are what counts.
     """
     accepted = accepted_options(type(own))
     options = {
@@ -71,8 +72,9 @@ def recall_options(
 ) -> list[RepeatedOption]:
     """Return the options with which the caches in these folders were made, the first folder's first.
 
-    for_training: also those that a training from the caches needs. A path is given as it was typed if this is the folder where it was typed, else whole. Options that are not
-    known, and paths of files that are gone, are left out.
+    for_training: also those that a training from the caches needs. A path is given as it was typed if this is
+    the folder where it was typed, else whole. Options that are not known, and paths of files that are gone,
+    are left out.
     """
     recalled: list[RepeatedOption] = []
     for folder in dict.fromkeys(folders):
