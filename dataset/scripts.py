@@ -1,8 +1,9 @@
 """Make the caching scripts of a family: read its options, then hand it to the caching loop."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from dataset.cache.commands import recall_options, remember_options
 from dataset.config import DatasetConfig, for_family, load_dataset_config, with_sound_files
@@ -46,12 +47,7 @@ def cache_family_latents(
     config = for_family(
         config, made.references, made.latent.frame_step, made.latent.in_sections, made.can.references
     )
-    recalled = _recall(config, family, "TextCaching")
-    is_known = any(isinstance(option.value, Path) for option in recalled)
-    encoders = {} if is_known else entry.text_encoder_options(own)
-    repeated = [*repeat_given(own, typed), *recalled]
-    texts = option_words(join_options(entry.options_record("TextCaching"), encoders, repeated))
-    words = ["python", f"{entry.cache}_text_encoder_outputs.py", *texts, *_shared_words(options)]
+    words = [*_caption_words(config, family, own, typed), *_shared_words(options)]
     training = entry.training_options(own, made)
     remember = partial(remember_options, config, family, "LatentCaching", own, typed, training)
     following = loop.NextCommand(words, remember)
@@ -80,6 +76,20 @@ def cache_family_texts(
     remember = partial(remember_options, config, family, "TextCaching", own, typed)
     following = loop.NextCommand(words, remember)
     (run or partial(loop.run_caching, loop.TEXTS))(made, config, options, None, following)
+
+
+def _caption_words(config: DatasetConfig, family: str, own: Any, typed: Mapping[str, str]) -> list[str]:
+    """Return the command that caches captions, but for its shared options.
+
+    own, typed: the family's options of the command that caches latents, and how they were spelled.
+    """
+    entry = FAMILIES[family]
+    recalled = _recall(config, family, "TextCaching")
+    is_known = any(isinstance(option.value, Path) for option in recalled)
+    encoders = {} if is_known else entry.text_encoder_options(own)
+    repeated = [*repeat_given(own, typed), *recalled]
+    joined = join_options(entry.options_record("TextCaching"), encoders, repeated)
+    return ["python", f"{entry.cache}_text_encoder_outputs.py", *option_words(joined)]
 
 
 def _recall(config: DatasetConfig, family: str, kind: str) -> list[RepeatedOption]:

@@ -332,30 +332,10 @@ def caching_options(options: WanTrainingOptions) -> tuple[dict[str, Any], dict[s
 def generation_options(options: WanTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
     task, other = TASKS[options.task], options.sample_dit_other
-    needs_image = task.takes_image and not options.one_frame  # else the control images are seen
     low, high = options.dit, options.experts.dit_high_noise
     low, high = (low or other, high) if high is not None else (low, other)
-    extra, seen, example = sample.get("extra") or {}, sample.get("control_images"), sample.get("example")
-    control, picture = sample.get("control_path"), sample.get("image_path")
-    if example is not None and needs_image:
-        picture = example.picture
-    needed_end = FillIn("END_IMAGE_FILE") if needs_image and task.kind == "flf2v" else None
-    if options.one_frame or ONE_FRAME in extra:
-        if example is not None:
-            extra, seen = {ONE_FRAME: example.places or "default"}, example.controls
-        how = {"--one_frame_inference": extra.get(ONE_FRAME, "default")}
-        how["--control_image_path"] = seen or FillIn("CONTROL_IMAGE_FILE")
-    elif task.kind == VACE:
-        if example is not None:
-            control, seen = next(iter(example.controls), None), example.references
-            extra = {MASK: example.control_mask if control else None}
-        how = {"--src_video": control, **{f"--{name}": extra.get(name) for name in (MASK, SCALE)}}
-        how["--src_ref_images"] = seen or None
-        control = None
-    else:
-        how = {}
-        if example is not None and task.has_control:
-            control = next(iter(example.controls), None)
+    one_frame = options.one_frame or ONE_FRAME in (sample.get("extra") or {})
+    inputs = _inputs_of_item(options, sample) if sample.get("example") else _inputs_of_sample(options, sample)
     return {
         "--task": options.task,
         "--timestep_boundary": None if high is None else options.experts.timestep_boundary,
@@ -368,9 +348,54 @@ def generation_options(options: WanTrainingOptions, sample: Mapping[str, Any]) -
         "--clip": (options.clip or FillIn("CLIP_FILE")) if task.has_features else None,
         "--t5_tokenizer": options.text.t5_tokenizer,
         "--dit_dtype": options.dit_dtype,
-        "--image_path": picture or (FillIn("IMAGE_FILE") if needs_image else None),
-        "--end_image_path": sample.get("end_image_path") or needed_end,
-        "--control_path": control or (FillIn("CONTROL_FILE") if task.has_control else None),
-        **how,
+        **_needed_inputs(task, one_frame),
+        **{flag: value for flag, value in inputs.items() if value},
         "--video_length": sample.get("frames"),
+    }
+
+
+def _needed_inputs(task: WanTask, one_frame: bool) -> dict[str, Any]:
+    """Return the pictures and clips that a task cannot do without, each with a word in place of the path."""
+    if one_frame:
+        return {"--one_frame_inference": "default", "--control_image_path": FillIn("CONTROL_IMAGE_FILE")}
+    return {
+        "--image_path": FillIn("IMAGE_FILE") if task.takes_image else None,
+        "--end_image_path": FillIn("END_IMAGE_FILE") if task.kind == "flf2v" else None,
+        "--control_path": FillIn("CONTROL_FILE") if task.has_control else None,
+    }
+
+
+def _inputs_of_sample(options: WanTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the pictures and clips that a sample was made from."""
+    extra, seen = sample.get("extra") or {}, sample.get("control_images")
+    is_vace = TASKS[options.task].kind == VACE
+    inputs: dict[str, Any] = {
+        "--image_path": sample.get("image_path"),
+        "--end_image_path": sample.get("end_image_path"),
+        "--src_video" if is_vace else "--control_path": sample.get("control_path"),
+    }
+    if options.one_frame or ONE_FRAME in extra:
+        inputs["--one_frame_inference"] = extra.get(ONE_FRAME, "default")
+        inputs["--control_image_path"] = seen
+    else:
+        inputs |= {f"--{name}": extra.get(name) for name in (MASK, SCALE)}
+        inputs["--src_ref_images"] = seen
+    return inputs
+
+
+def _inputs_of_item(options: WanTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the pictures and clips that a training item was learned with."""
+    task, example = TASKS[options.task], sample["example"]
+    control = next(iter(example.controls), None)
+    if options.one_frame:
+        return {"--one_frame_inference": example.places, "--control_image_path": example.controls}
+    if task.kind == VACE:
+        return {
+            "--src_video": control,
+            f"--{MASK}": example.control_mask if control else None,
+            "--src_ref_images": example.references,
+        }
+    return {
+        "--image_path": example.picture if task.takes_image else None,
+        "--control_path": control if task.has_control else None,
     }

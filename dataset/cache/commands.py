@@ -56,7 +56,7 @@ def remember_options(
     for folder in dict.fromkeys(table.cache_directory for table in config.datasets):
         if not folder.is_dir():
             continue
-        content = _read(folder)
+        content = _read_families(folder)
         content.setdefault(family, {})[kind] = told
         text = json.dumps({"version": VERSION, "families": content}, indent=1, sort_keys=True)
         with contextlib.suppress(OutputError, OSError):
@@ -78,7 +78,7 @@ def recall_options(
     """
     recalled: list[RepeatedOption] = []
     for folder in dict.fromkeys(folders):
-        of_family = _read(folder).get(family, {})
+        of_family = _read_families(folder).get(family, {})
         for kind in kinds:
             told = of_family.get(kind)
             if isinstance(told, dict):
@@ -131,7 +131,7 @@ def _as_json(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _read(folder: Path) -> dict[str, Any]:
+def _read_families(folder: Path) -> dict[str, Any]:
     """Return what a cache folder remembers by family; nothing if the file is missing or damaged."""
     try:
         content = parse_json(read_text(folder / NAME, MOST_BYTES))
