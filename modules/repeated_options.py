@@ -108,7 +108,7 @@ def join_options(
     by_flag = {flag: name for name, option in accepted.items() for flag in option.flags}
     joined = {by_flag.get(flag, flag): (flag, value) for flag, value in chosen.items()}
     for option in repeated:
-        name = find_name(option, accepted, by_flag)
+        name = next(find_names(option, accepted, by_flag), None)
         if name is None:
             continue
         usual, value = joined.get(name, (accepted[name].flags[-1], option.value))
@@ -118,14 +118,18 @@ def join_options(
     return dict(joined.values())
 
 
-def find_name(
+def find_names(
     option: RepeatedOption, accepted: Mapping[str, AcceptedOption], by_flag: Mapping[str, str]
-) -> str | None:
-    """Return the public name of an earlier command's option in a record; None if the record lacks it."""
+) -> Iterator[str]:
+    """Yield the public names in a record of an earlier command's option; most have one or none.
+
+    The name of the spelling that was typed comes first.
+    """
     spellings = (option.typed, f"--{option.name}", *option.flags)
-    names = (by_flag[flag] for flag in spellings if flag in by_flag)
-    name = next(names, None)
-    return name if name is not None and accepted[name].is_switch == option.is_switch else None
+    names = dict.fromkeys(by_flag[flag] for flag in spellings if flag in by_flag)
+    for name in names:
+        if accepted[name].is_switch == option.is_switch:
+            yield name
 
 
 def fill_options(own: T, repeated: Iterable[RepeatedOption]) -> T:
@@ -138,10 +142,9 @@ def fill_options(own: T, repeated: Iterable[RepeatedOption]) -> T:
     facts, known = facts_of(type(own)), {name for name, _ in _given_values(own)}
     values: dict[str, Any] = {}
     for option in repeated:
-        name = find_name(option, accepted, by_flag)
-        if name is None or name in known or known & {*facts[name].get("excludes", ())}:
-            continue
-        values.setdefault(name, convert_value(option.value, accepted[name].hint, f"--{name}"))
+        for name in find_names(option, accepted, by_flag):
+            if name not in known and not known & {*facts[name].get("excludes", ())}:
+                values.setdefault(name, convert_value(option.value, accepted[name].hint, f"--{name}"))
     try:
         return override_options(own, values)
     except OptionError:
