@@ -20,6 +20,7 @@ from browser.runs import RUNNING, Glance, Runs
 from browser.views import COMPARED, COMPARED_FOLDER, FileNotes
 from modules.errors import OptionError, UserError
 from modules.families import HIGH_NOISE, LOW_NOISE, with_scripts
+from modules.installation import MOST_BEFORE
 from modules.media.reading import read_tags
 from modules.text_files import read_text, real_path
 from training.reports.history import SampleRow, Story
@@ -51,6 +52,7 @@ class ComparableRun:
     story: Story
     family: str  # as tools/compare.py calls it
     options: Mapping[str, Sequence[str]]  # name -> the words that follow
+    missing: Sequence[str] = ()  # words that stand for what the run does not know
 
     @property
     def folder(self) -> Path:
@@ -69,7 +71,8 @@ class ComparableRun:
     def problem(self) -> str:
         """Return why no clip can be made with this run's files; empty if clips can be made."""
         for name, words in self.options.items():
-            if any(map(PLACEHOLDER.fullmatch, words)):
+            is_missing = any(word in self.missing or PLACEHOLDER.fullmatch(word) for word in words)
+            if is_missing and name not in REPLACED:
                 return f"{self.run.name} was trained without {name}, which a clip needs"
         if self.is_link:
             return f"{self.folder} is a link"
@@ -150,17 +153,17 @@ def read_source(runs: Runs, run: Glance) -> ComparableRun | None:
     Raises OSError if its history cannot be read.
     """
     story = runs.open(run).story
-    for bash in (command.bash for command in story.commands):
+    families = {entry.generation_script: name for name, entry in with_scripts().items()}
+    for command in story.commands:
         try:
-            words = shlex.split(bash)
+            words, missing = shlex.split(command.bash), shlex.split(command.missing)
         except ValueError:  # an edited history
             continue
-        words = words[1:] if words[:1] == ["python"] else words
-        script = re.split(r"[\\/]", "".join(words[:1]))[-1].removesuffix(".py")
-        known = with_scripts().items()
-        family = next((name for name, entry in known if entry.generation_script == script), None)
-        if family is not None:
-            return ComparableRun(run, story, family, group_options(words[1:]))
+        # behind python, or behind a launcher with its options
+        for place, word in enumerate(words[:MOST_BEFORE]):
+            script = re.split(r"[\\/.]", word.removesuffix(".py"))[-1]
+            if script in families:
+                return ComparableRun(run, story, families[script], group_options(words[place + 1 :]), missing)
     return None
 
 

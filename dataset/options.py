@@ -9,7 +9,7 @@ from modules.command import did_you_mean
 from modules.errors import OptionError
 from modules.families import with_scripts
 from modules.options import Options, option, read_options
-from modules.parser import Parser, add_options, parse_options
+from modules.parser import Parser, add_options, parse_spelled
 
 R = TypeVar("R", bound=Options)
 
@@ -208,10 +208,19 @@ def read_latent_caching(
     description: str | None, record: type[R], argv: Sequence[str] | None
 ) -> tuple[CachingOptions, DebugOptions, R]:
     """Read the options of a script that caches latents. record: the family's own."""
-    caching, own, debug = parse_options(description, argv, CachingOptions, record, DebugOptions)
+    caching, debug, own, _ = read_spelled_caching(description, record, argv)
+    return caching, debug, own
+
+
+def read_spelled_caching(
+    description: str | None, record: type[R], argv: Sequence[str] | None
+) -> tuple[CachingOptions, DebugOptions, R, Mapping[str, str]]:
+    """Return what `read_latent_caching` does, and how each given option was spelled, by public name."""
+    records, typed = parse_spelled(description, argv, CachingOptions, record, DebugOptions)
+    caching, own, debug = records
     if debug.debug_mode is not None:
         caching.shard.refuse_beside("--debug_mode")
-    return caching, debug, own
+    return caching, debug, own, typed
 
 
 def caching_scripts() -> tuple[str, ...]:

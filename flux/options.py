@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.errors import OptionError
+from modules.option_values import FillIn
 from modules.options import FREE, HABIT, NO_PIXELS, OF_DECODING, Options, option, unsupported
 from modules.speed_options import AE, AE_HELP, VaeOptions, dit_dtype_option, fp8_text_option, text_form_option
 
@@ -120,15 +121,15 @@ class FluxGenerationOptions(Options, title=NAME):
 
 
 def caching_options(options: FluxTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    latents = {"--ae": options.vae.vae or "AE_FILE", CONTROL_NET: options.controlnet}
+    latents = {"--ae": options.vae.vae or FillIn("AE_FILE"), CONTROL_NET: options.controlnet}
     return latents, _text_options(options)
 
 
 def generation_options(options: FluxTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
     return {
-        "--dit": options.dit or "DIT_FILE",
-        "--ae": options.vae.vae or "AE_FILE",
+        "--dit": options.dit or FillIn("DIT_FILE"),
+        "--ae": options.vae.vae or FillIn("AE_FILE"),
         **_text_options(options),
         "--dit_dtype": options.dit_dtype,
         "--embedded_cfg_scale": sample.get("embedded_guidance"),
@@ -138,9 +139,9 @@ def generation_options(options: FluxTrainingOptions, sample: Mapping[str, Any]) 
 def _text_options(options: FluxTrainingOptions) -> dict[str, Any]:
     text, is_chroma = options.text, options.model_type == CHROMA
     return {
-        "--t5xxl": text.t5xxl or "T5_FILE",
+        "--t5xxl": text.t5xxl or FillIn("T5_FILE"),
         "--t5xxl_tokenizer": text.t5xxl_tokenizer,
-        "--clip_l": None if is_chroma else text.clip_l or "CLIP_FILE",
+        "--clip_l": None if is_chroma else text.clip_l or FillIn("CLIP_FILE"),
         "--clip_l_tokenizer": None if is_chroma else text.clip_l_tokenizer,
         "--model_type": CHROMA if is_chroma else None,
         "--t5xxl_max_token_length": text.t5xxl_max_token_length,

@@ -11,8 +11,7 @@ ENTRY = FamilyEntry(
     cache="flux_2_cache",
     record="Flux2",
     encoders=(("vae", "--vae", PICTURES),),
-    texts="--text_encoder TEXT_ENCODER",
-    repeated=("model_version",),
+    texts="--text_encoder TEXT_ENCODER_FILE",
 )
 
 # FLUX.2 as Black Forest Labs publish it, which ComfyUI has too

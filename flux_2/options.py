@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from modules.option_values import FillIn
 from modules.options import FREE, HABIT, IDENTITY, OF_DECODING, OF_REQUEST, Options, option
 from modules.speed_options import TextEncoderOptions, VaeOptions, dit_dtype_option
 
@@ -73,17 +74,17 @@ class Flux2GenerationOptions(Options, title=NAME):
 
 def caching_options(options: Flux2TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
     version = {"--model_version": options.model_version}
-    latents = {"--vae": options.vae.file.vae or "VAE_FILE", **version}
-    return latents, {**options.text.words("TEXT_ENCODER"), **version}
+    latents = {"--vae": options.vae.file.vae or FillIn("VAE_FILE"), **version}
+    return latents, {**options.text.words("TEXT_ENCODER_FILE"), **version}
 
 
 def generation_options(options: Flux2TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
     controls = sample.get("control_images") or ()
     return {
-        "--dit": options.dit or "DIT_FILE",
-        "--vae": options.vae.file.vae or "VAE_FILE",
-        **options.text.words("TEXT_ENCODER"),
+        "--dit": options.dit or FillIn("DIT_FILE"),
+        "--vae": options.vae.file.vae or FillIn("VAE_FILE"),
+        **options.text.words("TEXT_ENCODER_FILE"),
         "--model_version": options.model_version,
         "--dit_dtype": options.dit_dtype,
         "--control_image_path": controls,

@@ -12,7 +12,7 @@ ENTRY = FamilyEntry(
     makes="video",
     record="FramePack",
     encoders=(("vae", "--vae", CLIPS), ("image_encoder", "--image_encoder", "it encodes first frames")),
-    texts="--text_encoder1 TEXT_ENCODER1 --text_encoder2 TEXT_ENCODER2",
+    texts="--text_encoder1 TEXT_ENCODER1_FILE --text_encoder2 TEXT_ENCODER2_FILE",
 )
 
 # whose own layout is that of diffusers

@@ -16,6 +16,7 @@ from hunyuan_model.options import (
     model_options,
 )
 from modules.errors import OptionError
+from modules.option_values import FillIn
 from modules.options import FREE, HABIT, OF_DECODING, OF_REQUEST, Options, option
 
 SEPARATOR = ";;;"
@@ -199,30 +200,42 @@ class FramePackGenerationOptions(Options, title="FramePack"):
 
 def caching_options(options: FramePackTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
     text = options.text
-    latents = {"--vae": options.vae.file.vae or "VAE"}
-    latents["--image_encoder"] = options.image_encoder or "IMAGE_ENCODER"
-    encoders = {"--text_encoder1": text.text_encoder1 or "TEXT_ENCODER1"}
-    encoders["--text_encoder2"] = text.text_encoder2 or "TEXT_ENCODER2"
+    latents = {"--vae": options.vae.file.vae or FillIn("VAE_FILE")}
+    latents["--image_encoder"] = options.image_encoder or FillIn("IMAGE_ENCODER_FILE")
+    encoders = {"--text_encoder1": text.text_encoder1 or FillIn("TEXT_ENCODER1_FILE")}
+    encoders["--text_encoder2"] = text.text_encoder2 or FillIn("TEXT_ENCODER2_FILE")
     return latents, encoders
 
 
 def generation_options(options: FramePackTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
     window, extra, frames = options.latent_window_size, sample.get("extra") or {}, sample.get("frames")
+    example, picture = sample.get("example"), sample.get("image_path")
+    controls = sample.get("control_images") or ()
+    if example is not None:
+        picture = next(iter(example.controls), None) if options.one_frame else example.picture
+        controls = example.controls
+        extra = {"one_frame": _join_places(example.places, sample.get("cached_with") or {})}
     found = {
         **model_options(options.dit, options.vae, options.text),
-        "--image_encoder": options.image_encoder or "IMAGE_ENCODER",
-        "--image_path": sample.get("image_path") or "IMAGE_FILE",
+        "--image_encoder": options.image_encoder or FillIn("IMAGE_ENCODER_FILE"),
+        "--image_path": picture or FillIn("IMAGE_FILE"),
         "--embedded_cfg_scale": sample.get("embedded_guidance"),
         "--latent_window_size": None if window == WINDOW else window,
     }
     if options.one_frame:
         return found | {
             "--one_frame_inference": extra.get("one_frame", "default"),
-            "--control_image_path": sample.get("control_images") or (),
+            "--control_image_path": controls,
         }
     seconds = f"{frames / FRAMES_PER_SECOND:.4g}" if frames else None
     return found | {"--f1": options.f1, "--video_seconds": seconds}
+
+
+def _join_places(places: str, cached_with: Mapping[str, Any]) -> str:
+    """Return --one_frame_inference of what was cached. cached_with: options of the caching script by name."""
+    without = [word for word in ("no_2x", "no_4x") if cached_with.get(f"one_frame_{word}")]
+    return ",".join([*filter(None, [places]), *without]) or "default"
 
 
 def _warn_of_both(f1: bool, one_frame: bool) -> None:

@@ -2,7 +2,7 @@
 
 import logging
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -32,6 +32,7 @@ from modules.families import HIGH_NOISE
 from modules.installation import import_own
 from modules.layers.rope import Slow
 from modules.option_values import SEED_BITS, to_path
+from modules.text_files import parse_json, texts_of_files
 
 if TYPE_CHECKING:  # they are loaded only if options ask for them
     from blissful_tuner.latent_preview import LatentPreviews
@@ -164,6 +165,28 @@ def _source(options: SourceOptions, line: Mapping[str, Any]) -> Source | None:
     return replace(source, extra_noise=getattr(options, source.extra_option) or 0.0)
 
 
+def find_edit_loras(paths: Iterable[Path]) -> Iterator[tuple[Path, str]]:
+    """Yield the LoRA files whose metadata say that they learned edits of pictures.
+
+    With each comes the option of its training in brackets, "" if there is none.
+    """
+    for path, metadata in texts_of_files(paths):
+        if metadata.get("ss_edit") == "True":
+            yield path, " (--edit)"
+            continue
+        if metadata.get("ss_edit") == "False" and metadata.get("ss_model_version", "None") == "None":
+            continue  # of a model that takes pictures only with --edit
+        try:
+            tables = parse_json(metadata.get("ss_datasets", ""))
+        except ValueError:
+            continue
+        has_control = isinstance(tables, list) and all(
+            isinstance(table, dict) and table.get("has_control") is True for table in tables
+        )
+        if tables and has_control:
+            yield path, ""
+
+
 def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[str, Any]) -> Prepared:
     """Prepare the request of the command line, or of a prompt line on top of it. Loads no network.
 
@@ -177,6 +200,13 @@ def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[
     if request.source is not None:
         request = check_source(request, request.source, family.source, family.latent)
     prepared = family.prepare(request)
+    if family.references is not None and not family.references.clips and not request.control_images:
+        for path, option in find_edit_loras(options.lora.lora_weight or ()):
+            logger.warning(
+                "%s learned edits of pictures%s, and there is no picture: the result is made from the text "
+                "alone. Give --control_image_path (--ci in a prompt line)",
+                *(path, option),
+            )
     if prepared.asked.source is not None:
         prepared = begin_late(prepared, prepared.asked.source, family)
     if options.prompts.prompt_weighting:

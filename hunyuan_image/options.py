@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.errors import OptionError
+from modules.option_values import FillIn
 from modules.options import FREE, NO_PIXELS, OF_DECODING, Options, option
 from modules.speed_options import (
     GENERATION_VALUES,
@@ -160,17 +161,17 @@ def translate_training(args: argparse.Namespace) -> None:
 
 
 def caching_options(options: HunyuanImageTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    return {"--vae": options.vae.file.vae or "VAE_FILE"}, _text_options(options.text)
+    return {"--vae": options.vae.file.vae or FillIn("VAE_FILE")}, _text_options(options.text)
 
 
 def generation_options(options: HunyuanImageTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    files = {"--dit": options.dit or "DIT_FILE", "--vae": options.vae.file.vae or "VAE_FILE"}
+    files = {"--dit": options.dit or FillIn("DIT_FILE"), "--vae": options.vae.file.vae or FillIn("VAE_FILE")}
     return files | _text_options(options.text)
 
 
 def _text_options(text: HunyuanImageTextOptions) -> dict[str, Any]:
     return {
-        "--text_encoder": text.text_encoder or "QWEN_FILE",
-        "--byt5": text.byt5 or "BYT5_FILE",
+        "--text_encoder": text.text_encoder or FillIn("QWEN_FILE"),
+        "--byt5": text.byt5 or FillIn("BYT5_FILE"),
         "--text_encoder_tokenizer": text.text_encoder_tokenizer,
     }

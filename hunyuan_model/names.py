@@ -19,7 +19,7 @@ ENTRY = FamilyEntry(
     cache="cache",
     makes="video",
     record="Hunyuan",
-    texts="--text_encoder1 TEXT_ENCODER1 --text_encoder2 TEXT_ENCODER2",
+    texts="--text_encoder1 TEXT_ENCODER1_FILE --text_encoder2 TEXT_ENCODER2_FILE",
 )
 
 # HunyuanVideo and SkyReels V1. `BLOCK_...`: of its blocks and its text refiner, which HunyuanImage has too

@@ -7,6 +7,7 @@ from typing import Any
 
 from hunyuan_model.configs import SKIP_LAYERS
 from modules.errors import OptionError
+from modules.option_values import FillIn
 from modules.options import FREE, HABIT, NO_PIXELS, OF_DECODING, Options, option
 from modules.speed_options import VAE_TILE, VaeOptions, dit_dtype_option, fp8_text_option, text_form_option
 
@@ -155,14 +156,17 @@ def _check_channels(channels: int) -> None:
 
 def caching_options(options: HunyuanTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
     text = options.text
-    encoders = {"--text_encoder1": text.text_encoder1 or "ENCODER1"}
-    encoders["--text_encoder2"] = text.text_encoder2 or "ENCODER2"
-    return {"--vae": options.vae.file.vae or "VAE_FILE"}, encoders
+    encoders = {"--text_encoder1": text.text_encoder1 or FillIn("TEXT_ENCODER1_FILE")}
+    encoders["--text_encoder2"] = text.text_encoder2 or FillIn("TEXT_ENCODER2_FILE")
+    return {"--vae": options.vae.file.vae or FillIn("VAE_FILE")}, encoders
 
 
 def generation_options(options: HunyuanTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
-    usual_image = "IMAGE_FILE" if options.dit_in_channels == 32 else None
+    usual_image, example = None, sample.get("example")
+    starts_from_image = (sample.get("cached_with") or {}).get("i2v", options.dit_in_channels == 32)
+    if starts_from_image:
+        usual_image = (None if example is None else example.picture) or FillIn("IMAGE_FILE")
     return {
         **model_options(options.dit, options.vae, options.text),
         "--image_path": sample.get("image_path") or usual_image,
@@ -173,10 +177,10 @@ def generation_options(options: HunyuanTrainingOptions, sample: Mapping[str, Any
 
 def model_options(dit: Path | None, vae: HunyuanVaeOptions, text: HunyuanTextOptions) -> dict[str, Any]:
     return {
-        "--dit": dit or "DIT_FILE",
-        "--vae": vae.file.vae or "VAE_FILE",
-        "--text_encoder1": text.text_encoder1 or "ENCODER1",
-        "--text_encoder2": text.text_encoder2 or "ENCODER2",
+        "--dit": dit or FillIn("DIT_FILE"),
+        "--vae": vae.file.vae or FillIn("VAE_FILE"),
+        "--text_encoder1": text.text_encoder1 or FillIn("TEXT_ENCODER1_FILE"),
+        "--text_encoder2": text.text_encoder2 or FillIn("TEXT_ENCODER2_FILE"),
         "--text_encoder1_tokenizer": text.text_encoder1_tokenizer,
         "--text_encoder2_tokenizer": text.text_encoder2_tokenizer,
     }

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.errors import OptionError
+from modules.option_values import FillIn
 from modules.options import FREE, HABIT, OF_REQUEST, Options, not_needed, option
 from modules.speed_options import TextEncoderOptions, dit_dtype_option, fp8_text_option
 from modules.text_files import texts_of_files
@@ -183,7 +184,7 @@ def settle_generation(options: Any, own: Krea2GenerationOptions) -> tuple[Any, K
 def caching_options(options: Krea2TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the options of the commands that make missing caches of latents and of texts."""
     match, edit = {"--match_target_res": options.match_target_res}, {"--edit": options.edit}
-    latents = {"--vae": options.vae.file.vae or "VAE_FILE", **edit, **match}
+    latents = {"--vae": options.vae.file.vae or FillIn("VAE_FILE"), **edit, **match}
     return latents, {**options.text.words("QWEN3_VL_FILE"), **edit}
 
 
@@ -194,11 +195,11 @@ def generation_options(options: Krea2TrainingOptions, sample: Mapping[str, Any])
     given, of_turbo = sample.get("extra") or {}, {} if options.turbo_dit is None else {"mu": MU_OF_TURBO}
     levels = {name: given[name] for name in EXTRAS if name in given}
     return {
-        "--dit": options.turbo_dit or options.dit or "DIT_FILE",
+        "--dit": options.turbo_dit or options.dit or FillIn("DIT_FILE"),
         **{f"--{name}": value for name, value in (levels or of_turbo).items()},
         # a sample says its own; the file's name need not say that it is Turbo
-        **({} if options.turbo_dit is None or sample else usual),
-        "--vae": options.vae.file.vae or "VAE_FILE",
+        **({} if options.turbo_dit is None or sample.get("steps") else usual),
+        "--vae": options.vae.file.vae or FillIn("VAE_FILE"),
         **options.text.words("QWEN3_VL_FILE"),
         "--dit_dtype": options.dit_dtype,
         "--control_image_path": controls,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from encoders.language_models import FAR, FEED_NORM, NEAR, Q_NORM, SCALAR, LanguageModel
+from ltx_2.model_options import OF_GEMMA_4
 from ltx_2.text_encoder import GEMMA_USE, NEAR_THETA, THETA, TOKENIZER_FILES, WINDOW
 from modules.checkpoints.encoders import config_beside
 from modules.checkpoints.model_files import read_once
@@ -19,7 +20,7 @@ from modules.text_files import parse_json
 
 OPTION = "--ltx2_text_encoder_checkpoint"
 FILE = "gemma4-12b-with-proj-ltx-2.5-bf16.safetensors"
-CONFIG, SOURCE = "gemma_config", "gemma_source_checkpoint"  # metadata of its file; of a transformer's
+CONFIG = "gemma_config"  # metadata of its file
 
 
 def read_settings(
@@ -95,7 +96,7 @@ def is_gemma_4(checkpoint: Checkpoint) -> bool:
 
 def wanted_gemma(checkpoint: Checkpoint) -> str | None:
     """Return which Gemma a transformer was trained with; None if its file does not say."""
-    return _version(checkpoint, SOURCE)
+    return _version(checkpoint, OF_GEMMA_4)
 
 
 def _own_version(checkpoint: Checkpoint) -> str | None:

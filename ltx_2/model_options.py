@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from modules.option_values import FillIn
 from modules.options import FREE, IDENTITY, OF_DECODING, Options, option
 from modules.speed_options import VaeOptions, fp8_text_option, text_form_option
+from modules.text_files import read_safetensors_texts
 
 VIDEO, AUDIO = STREAMS = ("video", "audio")
 MODES = {  # of --ltx2_mode: streams that are trained or made
@@ -13,7 +15,16 @@ MODES = {  # of --ltx2_mode: streams that are trained or made
     **dict.fromkeys(("a", "audio"), (AUDIO,)),
 }
 CHECKPOINT = Path("models/ltx-2.3-22b-dev.safetensors")
+OF_GEMMA_4 = "gemma_source_checkpoint"  # metadata of transformers that were trained with Gemma 4: LTX-2.5
 GEMMA = Path("models/gemma-3-12b-it-qat-q4_0-unquantized")
+
+
+def is_version_2_5(checkpoint: Path) -> bool:
+    """Return whether the metadata of a released file say LTX-2.5; False if it cannot be read."""
+    try:
+        return OF_GEMMA_4 in read_safetensors_texts(checkpoint)
+    except (OSError, ValueError):
+        return False
 
 
 class Ltx2ModelOptions(Options):
@@ -75,11 +86,23 @@ class Ltx2TextOptions(Options):
         is_there = self.gemma_root != GEMMA or self.gemma_root.is_dir()
         return self.gemma_root if self.gemma_safetensors is not None and is_there else None
 
-    def words(self) -> dict[str, Any]:
+    def words(self, checkpoint: Path) -> dict[str, Any]:
+        """Return the options that encode texts in the same way, with the text encoder of a release.
+
+        checkpoint: the released file. A word stands for a file that is not given.
+        """
+        apart: Path | str | None = self.ltx2_text_encoder_checkpoint
+        root: Path | str | None = self.gemma_root
+        if is_version_2_5(checkpoint):
+            apart, root = apart or FillIn("GEMMA_4_FILE"), None
+        elif self.gemma_safetensors is not None:
+            root = self.tokenizer
+        elif root == GEMMA and not GEMMA.is_dir():
+            root = FillIn("GEMMA_FOLDER") if apart is None else None  # another release in an unknown form
         return {
-            "--gemma_root": self.gemma_root,
+            "--gemma_root": root,
             "--gemma_safetensors": self.gemma_safetensors,
-            "--ltx2_text_encoder_checkpoint": self.ltx2_text_encoder_checkpoint,
+            "--ltx2_text_encoder_checkpoint": apart,
             "--gemma_load_in_8bit": self.in_fp8,
             "--text_encoder_form": self.text_encoder_form,
         }

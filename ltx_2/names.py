@@ -12,8 +12,6 @@ ENTRY = FamilyEntry(
     makes="video",
     record="Ltx2",
     encoders=(("ltx2_checkpoint", "--ltx2_checkpoint", CLIPS),),
-    texts="--gemma_root GEMMA_FOLDER",
-    repeated=("ltx2_checkpoint", "ltx_mode"),
     others=("ltx2_v1",),
 )
 

@@ -14,11 +14,13 @@ from ltx_2.model_options import (
     Ltx2ModelOptions,
     Ltx2TextOptions,
     Ltx2VaeOptions,
+    is_version_2_5,
 )
 from ltx_2.reference_options import Ltx2GivenReferences, Ltx2ReferenceOptions
 from ltx_2.refused_options import ALWAYS_GIVEN, GENERATION, LATENTS, TEXTS, TRAINING, declare_all
 from ltx_2.stage_options import Ltx2OfficialStages, Ltx2StageOptions
 from modules.errors import OptionError
+from modules.option_values import FillIn
 from modules.options import (
     FREE,
     HABIT,
@@ -375,20 +377,38 @@ declare_all(Ltx2GenerationOptions, GENERATION)
 
 
 def caching_options(options: Ltx2TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    model = {"--ltx2_checkpoint": options.model.ltx2_checkpoint, "--ltx2_mode": options.model.ltx_mode}
-    latents: dict[str, Any] = {"--vae": options.vae.file.vae, "--audio_vae": options.vae.audio_vae}
-    return {**model, **latents, **options.references.words()}, {**model, **options.text.words()}
+    checkpoint = options.model.ltx2_checkpoint
+    model = {"--ltx2_checkpoint": checkpoint, "--ltx2_mode": options.model.ltx_mode}
+    latents: dict[str, Any] = {"--ltx2_video_vae": options.vae.file.vae}
+    latents["--ltx2_audio_vae"] = options.vae.audio_vae
+    if is_version_2_5(checkpoint):  # which has them in files of their own
+        latents["--ltx2_video_vae"] = options.vae.file.vae or FillIn("VIDEO_VAE_FILE")
+        if AUDIO in options.model.streams:
+            latents["--ltx2_audio_vae"] = options.vae.audio_vae or FillIn("AUDIO_VAE_FILE")
+    texts = options.text.words(checkpoint)
+    return {**model, **latents, **options.references.words()}, {**model, **texts}
+
+
+def text_encoder_options(options: Ltx2LatentCachingOptions) -> dict[str, Any]:
+    """Return the options that cache texts with the text encoder of a release, for which a word stands."""
+    return Ltx2TextOptions.usual().words(options.model.ltx2_checkpoint)
 
 
 def generation_options(options: Ltx2TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
     latents, texts = caching_options(options)
-    reference = (sample.get("extra") or {}).get("reference_video")
+    reference, example = (sample.get("extra") or {}).get("reference_video"), sample.get("example")
+    if example is not None:
+        reference = next(iter(example.references), None)
     return {
-        **{name: value for name, value in latents.items() if name not in options.references.words()},
-        "--reference_video": reference,  # the LoRA says by which factors it is smaller
+        **latents,
+        # the LoRA says by which factors its references are smaller
+        **dict.fromkeys(options.references.words()),
+        "--reference_video": reference,
+        # sizes of samples, which a sample says itself
+        **dict.fromkeys(("--height", "--width", "--sample_num_frames")),
         **texts,
-        "--dit": options.dit_file,  # the page of a run adds the LoRA to it
+        "--dit": options.dit,
         "--dit_dtype": options.dit_dtype,
         "--image_path": sample.get("image_path"),
         "--video_length": sample.get("frames"),

@@ -10,7 +10,7 @@ ENTRY = FamilyEntry(
     cache="lumina_cache",
     record="Lumina",
     encoders=(("vae", "--ae", PICTURES),),
-    texts="--gemma2 GEMMA2",
+    texts="--gemma2 GEMMA2_FILE",
     same_latents="flux",
 )
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.errors import OptionError
+from modules.option_values import FillIn
 from modules.options import FREE, OF_DECODING, OF_REQUEST, Options, not_needed, option
 from modules.speed_options import AE, AE_HELP, VaeOptions, dit_dtype_option, take_ae
 
@@ -128,14 +129,14 @@ def translate_training(args: argparse.Namespace) -> None:
 
 
 def caching_options(options: LuminaTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    return {"--ae": options.vae.vae or "AE_FILE"}, _text_options(options.text)
+    return {"--ae": options.vae.vae or FillIn("AE_FILE")}, _text_options(options.text)
 
 
 def generation_options(options: LuminaTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
     return {
-        "--dit": options.dit or "DIT_FILE",
-        "--ae": options.vae.vae or "AE_FILE",
+        "--dit": options.dit or FillIn("DIT_FILE"),
+        "--ae": options.vae.vae or FillIn("AE_FILE"),
         "--vae_dtype": options.vae.vae_dtype,
         "--text_encoder_dtype": options.text.text_encoder_dtype,
         **_text_options(options.text),
@@ -150,7 +151,7 @@ def say_extras(sample: Mapping[str, Any]) -> dict[str, Any]:
 
 def _text_options(text: LuminaTextOptions) -> dict[str, Any]:
     return {
-        "--gemma2": text.gemma2 or "GEMMA2_FILE",
+        "--gemma2": text.gemma2 or FillIn("GEMMA2_FILE"),
         "--gemma2_tokenizer": text.gemma2_tokenizer,
         "--gemma2_max_token_length": text.gemma2_max_token_length,
         "--system_prompt": text.system_prompt or None,

@@ -40,6 +40,7 @@ parser: argparse from records, and answers to mistakes
 paths: paths and addresses as users write them
 planning/: the memory of a run, predicted before it starts
 private_torch: everything private of torch that is used
+repeated_options: repeat one command's options in the next one
 run_limits: where `run` may write, and what it sends
 run_blocks: the one loop over blocks, the DiTs' base
 seeds: seeds for independent random streams, derived from names and numbers

@@ -334,11 +334,21 @@ def as_typed(words: Sequence[str]) -> str:
     In the installed package, scripts are its console commands.
     """
     words = command_words(words)
-    if os.name != "nt":
-        return shlex.join(words)
-    import subprocess  # only there
+    return shlex.join(words) if os.name != "nt" else quote_for_windows(words)
 
-    return subprocess.list2cmdline(words)
+
+def quote_for_windows(words: Sequence[str]) -> str:
+    """Return a command for cmd and PowerShell: in double quotes, unless PowerShell reads a sign in them."""
+    quoted = []
+    for word in words:
+        if PLAIN_IN_POWERSHELL.fullmatch(word):
+            quoted.append(word)
+        elif re.search('["$`\u201c-\u201e]', word):
+            quoted.append(quote_for_powershell([word]))
+        else:
+            end = word[len(word.rstrip("\\")) :]  # which would take the quote behind it as a sign of the word
+            quoted.append(f'"{word}{end}"')
+    return " ".join(quoted)
 
 
 def quote_for_powershell(words: Sequence[str]) -> str:

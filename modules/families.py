@@ -13,9 +13,10 @@ from typing import Any
 from modules.command import as_typed, command_line
 from modules.errors import CheckpointError
 from modules.installation import import_own
-from modules.option_values import option_words
-from modules.options import Options, option_values
+from modules.option_values import FillIn, option_words
+from modules.options import Options
 from modules.parser import parse_options
+from modules.repeated_options import join_options, repeat_given
 
 Marks = Sequence[tuple[str, str]]  # a tensor that only such a file has -> what the file is
 
@@ -35,9 +36,10 @@ class FamilyEntry:
     record: str = ""  # what the names of its option records begin with
     # files that encode latents: name of the value, how the option is typed, what for
     encoders: tuple[tuple[str, str, str], ...] = (("vae", "--vae", CLIPS),)
-    texts: str = ""  # options of the files that encode texts, in a command that is shown
+    # options of the files that encode texts, with a word for the path of each, in a command that is shown;
+    # if they depend on the release, `text_encoder_options` of options.py says them
+    texts: str = ""
     training: tuple[str, ...] = ()  # likewise, of its training script
-    repeated: tuple[str, ...] = ()  # its options that the next command is given too: "model_version"
     # further models that its scripts run, as outputs and LoRA files name them, with its latents
     others: tuple[str, ...] = ()
     same_latents: str = ""  # the family whose autoencoder it has too
@@ -54,33 +56,57 @@ class FamilyEntry:
         """Return an option record of the family; kind: LatentCaching, TextCaching, Training, Generation."""
         return getattr(self.options, f"{self.record}{kind}Options")
 
-    def repeat_options(self, own: Any) -> list[str]:
-        """Return the words of the options that the next command needs too. own: of the family."""
-        values = option_values(own)
-        return option_words({f"--{name}": values[name] for name in self.repeated})
+    def text_encoder_options(self, own: Any) -> dict[str, Any]:
+        """Return the options of the files that encode texts, each with a word in place of the path.
+
+        own: the family's options of the command that caches latents.
+        """
+        by_release = vars(self.options).get("text_encoder_options")
+        if by_release is not None:
+            return dict(by_release(own))
+        flags, words = self.texts.split()[::2], self.texts.split()[1::2]
+        return {flag: FillIn(word) for flag, word in zip(flags, words, strict=True)}
+
+    def training_options(self, own: Any, made: Any) -> dict[str, Any]:
+        """Return the options that a training from caches of latents needs, by flag.
+
+        own: the family's options of the command that caches latents. made: the family as it made them.
+        """
+        by_caches = vars(self.options).get("training_options")
+        return {} if by_caches is None else dict(by_caches(own, made))
 
     def caching_commands(
-        self, own: Any, dataset_config: Path | None, switches: Sequence[str]
+        self,
+        own: Any,
+        dataset_config: Path | None,
+        switches: Sequence[str],
+        typed: Mapping[str, str] | None = None,
     ) -> tuple[str, str]:
         """Return the commands that make missing caches of latents and of texts, for a training.
 
-        own: the training's options of the family. switches: further ones of the command for latents.
+        own: the training's options of the family. switches: further ones of the command for latents. typed:
+        how the user spelled the options, by public name.
         """
-        latents, texts = (
-            option_words({"--dataset_config": str(dataset_config), **values})
-            for values in self.options.caching_options(own)
-        )
-        return (
-            as_typed(["python", f"{self.cache}_latents.py", *latents, *switches]),
-            as_typed(["python", f"{self.cache}_text_encoder_outputs.py", *texts]),
-        )
+        repeated, lines = repeat_given(own, typed), []
+        kinds = (("LatentCaching", "latents", switches), ("TextCaching", "text_encoder_outputs", ()))
+        for (kind, what, more), chosen in zip(kinds, self.options.caching_options(own), strict=True):
+            joined = join_options(self.options_record(kind), chosen, repeated)
+            options = option_words({"--dataset_config": str(dataset_config), **joined})
+            lines.append(as_typed(["python", f"{self.cache}_{what}.py", *options, *more]))
+        latents, texts = lines
+        return latents, texts
 
-    def generation_words(self, own: Any, sample: Mapping[str, Any]) -> list[str]:
+    def generation_words(
+        self, own: Any, sample: Mapping[str, Any], typed: Mapping[str, str] | None = None
+    ) -> list[str]:
         """Return the script and the options that generate with the models of a training.
 
-        own: as of `caching_commands`. sample: settings of a sample, by the names of `Request`; may be empty.
+        Options of the training that the script has too are repeated. own, typed: as of `caching_commands`.
+        sample: settings of a sample, by the names of `Request`; may be empty.
         """
-        return [f"{self.generation_script}.py", *option_words(self.options.generation_options(own, sample))]
+        chosen = self.options.generation_options(own, sample)
+        joined = join_options(self.options_record("Generation"), chosen, repeat_given(own, typed))
+        return [f"{self.generation_script}.py", *option_words(joined)]
 
     def make_family(self, kind: str, own: Any) -> Any:
         return getattr(import_own(f"{self.room}.family"), f"family_for_{kind}")(own)

@@ -29,6 +29,10 @@ MOST_DIGITS = 100  # of a whole number
 MOST_OF_ARGUMENT = 10_000  # characters of one KEY=VALUE
 
 
+class FillIn(str):
+    """Stand for a value that a printed command lacks, such as the path of a file; the user types it."""
+
+
 def check_characters(option: str, value: Any) -> None:
     texts = value if isinstance(value, (list, tuple)) else [value]
     for text in texts:
@@ -296,4 +300,11 @@ def value_words(value: Any) -> list[str]:
         return []
     if isinstance(value, (list, tuple)):
         return [text for each in value for text in value_words(each)]
+    if isinstance(value, FillIn):
+        return [value]
     return [repr(value) if isinstance(value, float) else str(value)]
+
+
+def missing_words(words: Sequence[str]) -> list[str]:
+    """Return the words of a command that the user has to replace, each once."""
+    return list(dict.fromkeys(word for word in words if isinstance(word, FillIn)))

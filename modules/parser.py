@@ -70,6 +70,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, add_help: bool = True, **settings: Any) -> None:
         super().__init__(*args, add_help=False, **settings)  # type: ignore[misc]
+        self.typed_flags: dict[str, str] = {}  # of the options that were given: the spelling by `dest`
         texts = {"-h": "show the options that people use", "--help": "show all options"} if add_help else {}
         for flag, text in texts.items():  # `_show_help` reads them
             self.add_argument(flag, action="store_true", default=argparse.SUPPRESS, dest="help", help=text)
@@ -108,6 +109,7 @@ class Parser(argparse.ArgumentParser):
         self._refuse_joined(words)
         takers = [one for one in self._actions if getattr(one, "by_place", False)]
         words = self._give_flags(words, takers) if takers else words
+        self._note_flags(words)
         found, others = super().parse_known_args(words, namespace)
         if others:
             from modules.mistyped import explain_rest  # only mistakes need it
@@ -115,28 +117,32 @@ class Parser(argparse.ArgumentParser):
             self.error(
                 explain_rest(self._option_string_actions, words, others, self._get_positional_actions())
             )
-        names = self._find_typed_names(words)
+        names = self._find_typed_names()
         if names:
             found.typed_names = names  # for records with a field of this name
         return found
 
-    def _find_typed_names(self, words: Sequence[str]) -> dict[str, str]:
+    def _find_typed_names(self) -> dict[str, str]:
         """Return other flags of the options that are typed, each with the flag to show in its place."""
-        typed = {word.partition("=")[0] for word in words if word.startswith("--")}
-        known = self._option_string_actions
-        begun = [
-            word for word in typed if word not in known and word != "--"
-        ]  # argparse takes beginnings too
-        typed |= {flag for flag in known for word in begun if flag.startswith(word)}
         names: dict[str, str] = {}
         for action in self._actions:
-            flags = [flag for flag in action.option_strings if flag[:2] == "--" and flag[:5] != "--no-"]
-            shown = [flag for flag in flags if flag in typed]
-            if shown:
-                names |= {flag: shown[0] for flag in flags if flag not in shown}
+            shown = self.typed_flags.get(action.dest)
+            if shown is not None:
+                flags = [flag for flag in action.option_strings if flag[:2] == "--" and flag[:5] != "--no-"]
+                names |= {flag: shown for flag in flags if flag != shown}
             elif action.dest in self.shown_flags:
                 names[f"--{action.dest}"] = self.shown_flags[action.dest]
         return {flag: shown for flag, shown in names.items() if flag != shown}
+
+    def _note_flags(self, words: Sequence[str]) -> None:
+        """Keep the spelling of each option that is given, whole where only its beginning was typed."""
+        flags = self._option_string_actions
+        for word in words[: words.index("--") if "--" in words else None]:
+            name = word.partition("=")[0]
+            begun = [flag for flag in flags if flag.startswith(name)] if name[:2] == "--" else []
+            if name in flags or len(begun) == 1:
+                flag = name if name in flags else begun[0]
+                self.typed_flags[flags[flag].dest] = flag
 
     def _refuse_joined(self, words: Sequence[str]) -> None:
         """Refuse numbers that are typed as one word; people write sizes as width x height: 832x480."""
@@ -326,12 +332,19 @@ def parse_options(
     description: str | None, argv: Sequence[str] | None, *records: type[Options], **own: Any
 ) -> list[Any]:
     """Return the records of a script that has these options and no others. own: of `add_options`."""
+    return parse_spelled(description, argv, *records, **own)[0]
+
+
+def parse_spelled(
+    description: str | None, argv: Sequence[str] | None, *records: type[Options], **own: Any
+) -> tuple[list[Any], Mapping[str, str]]:
+    """Return what `parse_options` does, and how each given option was spelled, by public name."""
     parser = Parser(description=description)
     add_options(parser, *records, **own)
     args = parser.parse_args(argv)
     with name_as_typed(typed_names(args)):
         refuse_unsupported(parser, args)
-        return [read_options(record, args) for record in records]
+        return [read_options(record, args) for record in records], parser.typed_flags
 
 
 def add_options(

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from modules.compile_options import GenerationCompileOptions, TrainingCompileOptions
 from modules.errors import OptionError
-from modules.option_values import MEMORY, show_number
+from modules.option_values import MEMORY, FillIn, show_number
 from modules.options import FREE, HABIT, NO_PIXELS, SETTING, Options, not_needed, option, option_name
 
 VAE_TILE = 256  # pixels, as --vae_tiling in the known tuners
@@ -87,7 +87,7 @@ class TextEncoderOptions(Options):
         """Return the options that encode texts in the same way. stand_in: for a file that is not given."""
         fp8 = next(option_name(field) for field in dataclasses.fields(self) if field.name == "in_fp8")
         return {
-            "--text_encoder": self.text_encoder or stand_in,
+            "--text_encoder": self.text_encoder or FillIn(stand_in),
             "--text_encoder_tokenizer": self.text_encoder_tokenizer,
             f"--{fp8}": self.in_fp8,
             "--text_encoder_form": self.text_encoder_form,
@@ -487,6 +487,29 @@ class GenerationSpeedOptions(Options, title="memory and speed"):
 
 
 Speed = TypeVar("Speed", TrainingSpeedOptions, GenerationSpeedOptions)
+
+
+def say_for_generation(speed: TrainingSpeedOptions) -> dict[str, Any]:
+    """Return the options of generation that keep the model as a training did, by flag.
+
+    The form of the weights is that of the training, whose LoRA learned to correct it.
+    """
+    fp8, swap = speed.fp8, speed.swap
+    mode = speed.attention.choice.mode
+    ring = swap.block_swap_ring_size
+    return {
+        "--attn_mode": None if mode == SDPA.mode else flag_of(mode, training=False).split()[1],
+        "--fp8": fp8.fp8_base and not fp8.fp8_scaled,
+        "--fp8_scaled": fp8.fp8_scaled,
+        "--fp8_fast": fp8.fp8_fast,
+        "--upcast_quantization": fp8.fp8_scaled and fp8.upcast_quantization,
+        "--convrot_int8": fp8.convrot_int8,
+        "--nf4": fp8.nf4_base,
+        "--blocks_to_swap": swap.blocks_to_swap or None,
+        "--img_in_txt_in_offloading": swap.img_in_txt_in_offloading,
+        "--block_swap_ring_size": None if ring == SLOTS else ring,
+        "--shard_base": speed.sharding.shard_base,
+    }
 
 
 def set_blocks_to_swap(speed: Speed, blocks: int) -> Speed:

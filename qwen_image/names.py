@@ -11,7 +11,6 @@ ENTRY = FamilyEntry(
     record="QwenImage",
     encoders=(("vae", "--vae", PICTURES),),
     texts="--text_encoder QWEN_FILE",
-    repeated=("model_version", "edit", "edit_plus"),
     others=("qwen_image_edit",),
 )
 

@@ -47,7 +47,7 @@ FLOORS = {
         {"output_files", "paths", "run_limits"},
         {"atomic_write", "devices", "file_locks", "installation", "option_values"},
         {"installed", "options"},
-        {"compile_options", "help_text"},
+        {"compile_options", "help_text", "repeated_options"},
         {"speed_options"},
         {"command", "console", "environment", "stored"},
         {"chat_templates", "lost_processes", "mistyped", "template_process"},

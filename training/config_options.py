@@ -13,6 +13,7 @@ from modules.errors import OptionError, UserError
 from modules.installed import require_installed
 from modules.option_values import int_or_float, to_path
 from modules.options import IMPORTS, IMPORTS_CLASS, Options, option
+from modules.parser import Parser
 from modules.paths import explain_missing, path_exists
 from modules.run_limits import is_limited, refuse_outside
 from modules.text_files import parse_toml, read_text
@@ -58,7 +59,10 @@ def read_config_file(name: str, parser: argparse.ArgumentParser) -> dict[str, An
         raise OptionError(f"{path} describes a data set: give it to --dataset_config, and options here")
     for key, value in _flatten(tables):
         if key in actions:
-            values[actions[key].dest] = _convert(path, actions[key], value)
+            action = actions[key]
+            values[action.dest] = _convert(path, action, value)
+            if isinstance(parser, Parser) and f"--{key}" in action.option_strings:
+                parser.typed_flags.setdefault(action.dest, f"--{key}")
         else:
             close = difflib.get_close_matches(key, actions, n=1, cutoff=TYPING_MISTAKE)
             if close:

@@ -2,15 +2,17 @@
 
 import shlex
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dataset.batches.example import find_example
 from modules.command import quote_for_powershell
 from modules.contract.rules import ONE_EXPERT, Expert
 from modules.families import HIGH_NOISE
 from modules.installation import command_words
-from modules.option_values import option_words
+from modules.option_values import FillIn, missing_words, option_words
+from modules.speed_options import say_for_generation
 from networks.module_names import read_family
 from networks.names.layouts import TRAINED_ON
 from training.options import GivenOption, TrainingOptions
@@ -54,6 +56,8 @@ class NextSteps:
     sample_loras: Sequence[tuple[Path, float]] = ()  # that the samples have besides, with multipliers
     experts: Sequence[Expert] = ONE_EXPERT  # that are trained
     converted_for: str = ""  # the tool that reads LoRAs of this family only once they are converted
+    # of a run without samples: files and caption of a training item, in the form of `sample`
+    example: Mapping[str, Any] = field(default_factory=dict)
 
     def commands(self, best: Path | None, is_finished: bool) -> list[PageCommand]:
         """Return commands to train on, to generate with the best file, to convert it if a tool needs that,
@@ -115,10 +119,13 @@ class NextSteps:
         return _command(title, [*self._words(without), "--max_train_steps", str(steps), *ending], note)
 
     def _words(self, without: Collection[str] = ()) -> list[str]:
-        launcher = ["accelerate", "launch", "--quiet", "--num_processes", str(self.processes)]
         given = [one for one in self.given if one.is_changed and one.name not in without]
         words = [word for option in given for word in option.words]
-        return [*(launcher if self.processes > 1 else ["python"]), self.script, *words]
+        return [*self._launcher(self.processes > 1), self.script, *words]
+
+    def _launcher(self, has_processes: bool) -> list[str]:
+        launcher = ["accelerate", "launch", "--quiet", "--num_processes", str(self.processes)]
+        return launcher if has_processes else ["python"]
 
     def after_loss(self) -> str:
         if self._has_state():
@@ -130,13 +137,16 @@ class NextSteps:
         return any(map(state_pattern(self.names.name).fullmatch, entries))
 
     def _generate(self, generation: Generation, file: Path) -> PageCommand:
-        sample, words = self.sample, ["python", *generation(self.sample)]
+        sample, speed = self.sample or self.example, self.options.speed
+        shares_base = speed.sharding.shard_base and self.processes > 1
+        words = [*self._launcher(shares_base), *generation(sample)]
+        words += option_words(say_for_generation(speed))
         shown = "-ema" if self.options.average.sample_ema else ""  # what the samples show
         files = [*self.names.files(self.names.stem_of(file) + shown).values()]
         trained = {index for index, expert in enumerate(self.experts) if expert.name == HIGH_NOISE}
         # to each transformer the trained file of it, and the LoRAs of samples
         for end, indexes in (("", {*range(len(self.experts))} - trained), (f"_{HIGH_NOISE}", trained)):
-            if f"--dit{end}" not in words:
+            if end and f"--dit{end}" not in words:
                 continue
             found = [files[index if len(files) > 1 else 0] for index in sorted(indexes)]
             loras = [] if self.options.network is None else [(each, 1.0) for each in found]
@@ -149,7 +159,7 @@ class NextSteps:
         return _command(
             "Generate with it",
             [*words, *say_sample(sample), "--save_path", str(file.parent / "generated")],
-            "The first sample again; change the prompt." if sample else "",
+            "The first sample again; change the prompt." if self.sample else "",
         )
 
 
@@ -158,7 +168,7 @@ def say_sample(sample: Mapping[str, Any]) -> list[str]:
     size = [sample[side] for side in ("height", "width") if sample.get(side)]
     return option_words(
         {
-            "--prompt": sample.get("prompt") or "what it should show",
+            "--prompt": sample.get("prompt") or FillIn("what it should show"),
             "--video_size": size if len(size) == 2 else None,
             **{f"--{name}": sample.get(OTHER_NAMES.get(name, name)) for name in OF_SAMPLES},
         }
@@ -167,7 +177,10 @@ def say_sample(sample: Mapping[str, Any]) -> list[str]:
 
 def _command(title: str, words: Sequence[str], note: str = "") -> PageCommand:
     words = command_words(words)
-    return PageCommand(title, shlex.join(words), quote_for_powershell(words), note)
+    missing = [shlex.quote(word) for word in missing_words(words)]
+    if missing:
+        note = f"Fill in {' and '.join(missing)} first: the run does not know this. {note}".rstrip()
+    return PageCommand(title, shlex.join(words), quote_for_powershell(words), note, " ".join(missing))
 
 
 def plan_next_steps(
@@ -176,8 +189,18 @@ def plan_next_steps(
     script: str = "the training script",
     given: Sequence[GivenOption] = (),
     generation: Generation | None = None,
+    generation_of_caches: Generation | None = None,
+    cached_with: Mapping[str, Any] | None = None,
 ) -> NextSteps:
-    """Return a maker of the command lines that can follow the run. What follows `sampler` is as there."""
+    """Return a maker of the command lines that can follow the run. What follows `sampler` is as there.
+
+    generation_of_caches: in place of `generation` for a run without samples, which needs no encoders and may
+    not know their files. cached_with: the options that made the caches, by name.
+    """
+    example: dict[str, Any] = {}
+    if sampler is None and plan.accelerator.is_main_process:
+        generation = generation_of_caches or generation
+        example = say_example(plan, cached_with or {})
     found = read_family({TRAINED_ON: plan.family.name})
     return NextSteps(
         script,
@@ -191,4 +214,22 @@ def plan_next_steps(
         () if sampler is None else plan.options.samples.loras(),
         plan.family.experts,
         "" if found is None else found.converted_for,
+        example,
     )
+
+
+def say_example(plan: TrainingPlan, cached_with: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the caption and the files of the first training item, by the names of `Request`.
+
+    What only some families use stands under `example`, an `ExampleItem`; the options that made the caches
+    under `cached_with`.
+    """
+    item = plan.training[0]
+    found = find_example(item, plan.sources.stores)
+    takes_references = item.table.references is not None
+    return {
+        "prompt": found.caption,
+        "control_images": found.controls if takes_references else (),
+        "example": found,
+        "cached_with": cached_with,
+    }

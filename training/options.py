@@ -179,23 +179,30 @@ class GivenOption(NamedTuple):
 
     name: str
     text: str
-    words: Sequence[str]
+    words: Sequence[str]  # with the spelling that was typed
     is_changed: bool  # it differs from its default
+
+    @property
+    def flag(self) -> str:
+        return self.words[0].partition("=")[0] if self.words else f"--{self.name}"
 
 
 def given_options(parser: argparse.ArgumentParser, *records: Options) -> list[GivenOption]:
     """Return the options that a parser read, in its order. Keys and tokens are left out."""
     values = {name: value for record in records for name, value in option_values(record).items()}
+    spelled = parser.typed_flags if isinstance(parser, Parser) else {}
     found = []
     for action in parser._actions:
         if action.dest not in values or vars(action).get("is_secret") or not action.option_strings:
             continue
         # the value if nothing is typed: the default, or that of another option (`not_given`)
-        value, usual = values[action.dest], getattr(action, "not_given", action.default)
+        value, default = values[action.dest], getattr(action, "not_given", action.default)
         texts = value_words(value)
-        are_numbers = isinstance(value, (int, float)) and isinstance(usual, (int, float))
-        is_changed = value != usual if are_numbers else texts != value_words(usual)
-        name = next(each for each in action.option_strings if each.startswith("--"))
+        are_numbers = isinstance(value, (int, float)) and isinstance(default, (int, float))
+        is_changed = value != default if are_numbers else texts != value_words(default)
+        flags = [each for each in action.option_strings if each.startswith("--")]
+        preferred = (spelled.get(action.dest), f"--{action.dest}", flags[0])
+        name = next(flag for flag in preferred if flag in flags)
         words = option_words({name: True if action.nargs == 0 or not texts else value})
         found.append(GivenOption(action.dest, " ".join(texts), words, is_changed))
     return found

@@ -4,15 +4,20 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from dataset.cache.commands import recall_options
+from dataset.config import load_dataset_config
 from modules.command import name_as_typed, tell_loading
+from modules.console import quiet
+from modules.errors import UserError
 from modules.families import FAMILIES, Script
 from modules.installation import import_own
 from modules.options import Options, option_values
+from modules.repeated_options import RepeatedOption, fill_options
 from modules.speed_options import refuse_for_whole
 from networks.options import NetworkOptions
 from training.learning_options import WholeDitOptions
 from training.noise_options import SAMPLERS
-from training.options import read_training
+from training.options import TrainingOptions, read_training
 
 if TYPE_CHECKING:
     from training.image_options import ImageTrainerDefaults
@@ -57,13 +62,22 @@ def training_script(
             from training.run import train_network  # torch loads here, after every option has been read
 
             made = entry.make_family("training", own)
+            typed = {option.name: option.flag for option in given if option.is_changed}
+            recalled = _recall(options, family)
+            # the files that made the caches are known where the training does not need them itself
+            filled = fill_options(own, recalled)
+            typed_before = {option.name: option.typed for option in recalled} | typed
             # options of the caching script that follow from the checkpoint
-            commands = entry.caching_commands(own, options.loop.dataset_config, made.caching_switches)
+            commands = entry.caching_commands(
+                filled, options.loop.dataset_config, made.caching_switches, typed_before
+            )
             follow = partial(
                 plan_next_steps,
                 script=f"{entry.script}_train{'' if whole else '_network'}.py",
                 given=given,
-                generation=partial(entry.generation_words, own),
+                generation=partial(entry.generation_words, own, typed=typed),
+                generation_of_caches=partial(entry.generation_words, filled, typed=typed_before),
+                cached_with={option.name: option.value for option in recalled},
             )
             make_sampling = getattr(
                 import_own(f"{entry.room}.family"), "family_for_samples", lambda own: None
@@ -73,3 +87,17 @@ def training_script(
             raise SystemExit(code)
 
     return Script(train)
+
+
+def _recall(options: TrainingOptions, family: str) -> list[RepeatedOption]:
+    """Return the options that made the caches of a training, if its cache folders remember them."""
+    path = options.loop.dataset_config
+    if path is None:
+        return []
+    try:
+        with quiet():  # the training reads the file too, and reports what is wrong with it
+            config = load_dataset_config(path, options.subset)
+    except UserError:
+        return []
+    folders = (table.cache_directory for table in config.datasets)
+    return recall_options(folders, family, FAMILIES[family])

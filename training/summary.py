@@ -157,8 +157,9 @@ def show_end(run: TrainingRun, story: history.Story, following: NextSteps) -> No
     ]
     best = story.best_file(names.folder)
     *chosen, _ = following.commands(None if best is None else names.folder / best, is_finished=True)
+    is_windows = sys.platform == "win32"
     commands: list[Row] = [
-        (command.title, command.powershell if sys.platform == "win32" else command.bash) for command in chosen
+        (command.heading, command.powershell if is_windows else command.bash) for command in chosen
     ]
     if run.options.logs.logging_dir is not None:
         board = as_typed(["tensorboard", "--logdir", str(run.options.logs.logging_dir)])

@@ -9,7 +9,7 @@ ENTRY = FamilyEntry(
     cache="wan_cache",
     makes="video",
     record="Wan",
-    texts="--t5 T5",
+    texts="--t5 T5_FILE",
 )
 
 _IMAGE_ATTENTION = (

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.errors import OptionError
+from modules.option_values import FillIn
 from modules.options import (
     FREE,
     HABIT,
@@ -298,46 +299,103 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
             )
 
 
+def training_options(options: WanLatentCachingOptions, family: Any) -> dict[str, Any]:
+    """Return the --task of a training from caches of latents, if it is not the usual one.
+
+    family: as it made them. Which size of the model is trained the caches do not tell.
+    """
+    has_features = options.clip is not None
+    if options.vace:
+        task = "vace-14B"
+    elif options.flf2v and has_features:
+        task = "flf2v-14B"
+    elif options.i2v or has_features:
+        task = "i2v-14B" if has_features else "i2v-A14B"
+    else:
+        task = family.files.task.name
+    return {} if task == "t2v-14B" else {"--task": task}
+
+
 def caching_options(options: WanTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
     task = TASKS[options.task]
     latents = {
-        "--vae": options.vae.vae or f"WAN_{'2.2' if task.kind == 'ti2v' else '2.1'}_VAE_FILE",
-        "--clip": (options.clip or "CLIP_FILE") if task.has_features else None,
+        "--vae": options.vae.vae or FillIn(f"WAN_{'2.2' if task.kind == 'ti2v' else '2.1'}_VAE_FILE"),
+        "--clip": (options.clip or FillIn("CLIP_FILE")) if task.has_features else None,
         "--i2v": task.takes_image and not task.has_features,
         "--flf2v": options.task.startswith("flf2v") and not options.one_frame,
         "--vace": task.kind == VACE,
         "--one_frame": options.one_frame,
     }
-    return latents, {"--t5": options.text.t5 or "T5_FILE"}
+    return latents, {"--t5": options.text.t5 or FillIn("T5_FILE")}
 
 
 def generation_options(options: WanTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
     task, other = TASKS[options.task], options.sample_dit_other
-    needs_image = task.takes_image and not options.one_frame  # else the control images are seen
     low, high = options.dit, options.experts.dit_high_noise
     low, high = (low or other, high) if high is not None else (low, other)
-    extra, seen = sample.get("extra") or {}, sample.get("control_images")
-    if options.one_frame or ONE_FRAME in extra:
-        how = {"--one_frame_inference": extra.get(ONE_FRAME, "default")}
-        how["--control_image_path"] = seen or "CONTROL_IMAGE_FILE"
-    else:
-        how = {**{f"--{name}": extra.get(name) for name in (MASK, SCALE)}, "--src_ref_images": seen or None}
+    one_frame = options.one_frame or ONE_FRAME in (sample.get("extra") or {})
+    inputs = _inputs_of_item(options, sample) if sample.get("example") else _inputs_of_sample(options, sample)
     return {
         "--task": options.task,
         "--timestep_boundary": None if high is None else options.experts.timestep_boundary,
-        "--dit": low or "DIT_FILE",
+        "--dit": low or FillIn("DIT_FILE"),
         "--dit_high_noise": high,
         "--vace": options.vace,
         "--vace_high_noise": options.vace_high_noise,
-        "--vae": options.vae.vae or "VAE_FILE",
-        "--t5": options.text.t5 or "T5_FILE",
-        "--clip": (options.clip or "CLIP_FILE") if task.has_features else None,
+        "--vae": options.vae.vae or FillIn("VAE_FILE"),
+        "--t5": options.text.t5 or FillIn("T5_FILE"),
+        "--clip": (options.clip or FillIn("CLIP_FILE")) if task.has_features else None,
         "--t5_tokenizer": options.text.t5_tokenizer,
         "--dit_dtype": options.dit_dtype,
-        "--image_path": sample.get("image_path") or ("IMAGE_FILE" if needs_image else None),
-        "--end_image_path": sample.get("end_image_path"),
-        "--control_path": sample.get("control_path") or ("CONTROL_FILE" if task.has_control else None),
-        **how,
+        **_needed_inputs(task, one_frame),
+        **{flag: value for flag, value in inputs.items() if value},
         "--video_length": sample.get("frames"),
+    }
+
+
+def _needed_inputs(task: WanTask, one_frame: bool) -> dict[str, Any]:
+    """Return the pictures and clips that a task cannot do without, each with a word in place of the path."""
+    if one_frame:
+        return {"--one_frame_inference": "default", "--control_image_path": FillIn("CONTROL_IMAGE_FILE")}
+    return {
+        "--image_path": FillIn("IMAGE_FILE") if task.takes_image else None,
+        "--end_image_path": FillIn("END_IMAGE_FILE") if task.kind == "flf2v" else None,
+        "--control_path": FillIn("CONTROL_FILE") if task.has_control else None,
+    }
+
+
+def _inputs_of_sample(options: WanTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the pictures and clips that a sample was made from."""
+    extra, seen = sample.get("extra") or {}, sample.get("control_images")
+    is_vace = TASKS[options.task].kind == VACE
+    inputs: dict[str, Any] = {
+        "--image_path": sample.get("image_path"),
+        "--end_image_path": sample.get("end_image_path"),
+        "--src_video" if is_vace else "--control_path": sample.get("control_path"),
+    }
+    if options.one_frame or ONE_FRAME in extra:
+        inputs["--one_frame_inference"] = extra.get(ONE_FRAME, "default")
+        inputs["--control_image_path"] = seen
+    else:
+        inputs |= {f"--{name}": extra.get(name) for name in (MASK, SCALE)}
+        inputs["--src_ref_images"] = seen
+    return inputs
+
+
+def _inputs_of_item(options: WanTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the pictures and clips that a training item was learned with."""
+    task, example = TASKS[options.task], sample["example"]
+    control = next(iter(example.controls), None)
+    if options.one_frame:
+        return {"--one_frame_inference": example.places, "--control_image_path": example.controls}
+    if task.kind == VACE:
+        return {
+            "--src_video": control,
+            f"--{MASK}": example.control_mask if control else None,
+            "--src_ref_images": example.references,
+        }
+    return {
+        "--image_path": example.picture if task.takes_image else None,
+        "--control_path": control if task.has_control else None,
     }

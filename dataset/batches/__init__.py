@@ -1,6 +1,7 @@
 """Cached items in the order of training.
 
 checks: whether cached entries are what is asked for
+example: find the files of one training item
 finding: find training items by names of cache files
 items: training items, and what is encoded while training
 order: order of batches, captions of samples, what is validated on

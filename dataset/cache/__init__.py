@@ -1,6 +1,7 @@
 """Cache files: names, contents, and what they were made from.
 
 catalog: the entries of shards, and writing a shard
+commands: remember the options of the caching commands
 converting: convert cache folders: single files to shards, and back
 files: cache files: names, tensor names, reading and writing
 form: whether caches are in the form of their table

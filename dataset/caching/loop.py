@@ -10,7 +10,7 @@ import contextlib
 import datetime
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -22,12 +22,13 @@ from dataset.cache.store import Stores
 from dataset.caching.prefetch import CacheReport, conclude, join_reports, workers_of
 from dataset.config import DatasetConfig
 from dataset.options import CachingOptions, DebugOptions
-from modules.command import COUNT, LOCAL_RANK, RANK
+from modules.command import COUNT, LOCAL_RANK, RANK, as_typed
 from modules.console import Row, in_words
 from modules.contract.family import Caches
 from modules.devices import choose_device, leave_cudnn_out, peak_in_words
 from modules.errors import OptionError
 from modules.installation import import_own
+from modules.option_values import missing_words
 
 T = TypeVar("T")
 
@@ -35,6 +36,25 @@ T = TypeVar("T")
 LATENTS, TEXTS = "dataset.caching.work:MediaWork", "dataset.caching.texts:TextWork"
 STAYS = "What is cached so far stays; the same command goes on from there."
 PATIENCE = datetime.timedelta(days=7)  # timeout: one share may take far longer than another
+
+
+@dataclass(frozen=True)
+class NextCommand:
+    """Hold the command that follows a caching command, and what it needs to know then."""
+
+    words: Sequence[str]
+    remember: Callable[[], None]  # keeps the options of this command, once all is cached
+
+    @property
+    def line(self) -> str:
+        return as_typed(self.words)
+
+    @property
+    def advice(self) -> str:
+        """Return what to replace in the command; "" if it is complete."""
+        missing = missing_words(self.words)
+        names = " and ".join(missing)
+        return f" (fill in {names}: this command does not know the path)" if missing else ""
 
 
 @dataclass(frozen=True)
@@ -133,11 +153,11 @@ def run_caching(
     config: DatasetConfig,
     options: CachingOptions,
     debug: DebugOptions | None,
-    following: str,
+    following: NextCommand,
 ) -> None:
     """Run --debug_mode, --check, or the caching of one half, LATENTS or TEXTS.
 
-    following: the command that comes next, if no shard is missing.
+    following: what comes next, if no shard is missing.
     Raises UserError if caching fails, and SystemExit with the result of a check.
     """
     if debug is not None and debug.debug_mode is not None:
@@ -157,10 +177,12 @@ def run_caching(
         report = cache(kind, family, config, options)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(STAYS) from None
+    if report.is_main:
+        following.remember()
     memory = peak_in_words(choose_device(options.device))
     costs: list[Row] = [("time", in_words(time.monotonic() - start)), ("peak memory", memory)]
     if options.shard.num_shards is None:
-        conclude(report, costs, [(f"Next, {then}", following)])
+        conclude(report, costs, [(f"Next, {then}{following.advice}", following.line)])
         return
     rows: list[Row] = [
         ("this shard", f"{report.share} of {report.whole} {what}"),

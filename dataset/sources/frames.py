@@ -102,6 +102,18 @@ def media_table(table: DatasetTable, has_control: bool = False, has_references: 
     )
 
 
+def one_frame_words(table: DatasetTable) -> str:
+    """Return the places of a single picture and its controls for --one_frame_inference, "" for none."""
+    words = []
+    if table.fp_1f_target_index is not None:
+        words.append(f"target_index={table.fp_1f_target_index}")
+    if table.fp_1f_clean_indices:
+        words.append(f"control_index={';'.join(map(str, table.fp_1f_clean_indices))}")
+    if table.fp_1f_no_post:
+        words.append("no_post")
+    return ",".join(words)
+
+
 def keep_pattern(source_fps: float | None, target_fps: float) -> Iterator[bool]:
     """Yield for each decoded frame, without end, whether to keep it to get from `source_fps` to `target_fps`.
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from modules.option_values import FillIn
 from modules.options import FREE, HABIT, OF_DECODING, OF_REQUEST, Options, not_needed, option
 from modules.speed_options import VaeOptions, dit_dtype_option, fp8_text_option, text_form_option
 
@@ -74,15 +75,15 @@ class KontextGenerationOptions(Options, title=NAME):
 
 
 def caching_options(options: KontextTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    return {"--vae": options.vae.file.vae or "VAE_FILE"}, _text_options(options.text)
+    return {"--vae": options.vae.file.vae or FillIn("VAE_FILE")}, _text_options(options.text)
 
 
 def generation_options(options: KontextTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
     controls = sample.get("control_images") or ()
     return {
-        "--dit": options.dit or "DIT_FILE",
-        "--vae": options.vae.file.vae or "VAE_FILE",
+        "--dit": options.dit or FillIn("DIT_FILE"),
+        "--vae": options.vae.file.vae or FillIn("VAE_FILE"),
         **_text_options(options.text),
         "--dit_dtype": options.dit_dtype,
         "--control_image_path": controls,
@@ -93,8 +94,8 @@ def generation_options(options: KontextTrainingOptions, sample: Mapping[str, Any
 
 def _text_options(text: KontextTextOptions) -> dict[str, Any]:
     return {
-        "--text_encoder1": text.text_encoder1 or "T5_FILE",
+        "--text_encoder1": text.text_encoder1 or FillIn("T5_FILE"),
         "--text_encoder1_tokenizer": text.text_encoder1_tokenizer,
-        "--text_encoder2": text.text_encoder2 or "CLIP_FILE",
+        "--text_encoder2": text.text_encoder2 or FillIn("CLIP_FILE"),
         "--text_encoder2_tokenizer": text.text_encoder2_tokenizer,
     }

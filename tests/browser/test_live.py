@@ -256,6 +256,20 @@ def test_a_command_that_another_machine_or_folder_wrote_is_read_before_it_is_que
         assert [problem for problem in page.problems if "422" not in problem] == []
 
 
+def test_a_command_that_lacks_a_file_is_not_queued_as_if_it_were_whole(tmp_path: Path) -> None:
+    history = write_run(tmp_path / "output", "x", 6, "", changed=[["output_dir", "output"]])
+    line = "python wan_generate_video.py --vae VAE_FILE --save_path output/generated"
+    told = ["Generate with it", line, line, "Fill in VAE_FILE first: the run does not know this.", "VAE_FILE"]
+    with history.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": 6, "commands": [told]}) + "\n")
+    with serve_runs(tmp_path) as served, open_page(f"{served.url}{served.of('x')}") as page:
+        assert page.get_by_text("Put it into the queue", exact=True).count() == 0
+        assert "Fill in VAE_FILE first" in page.inner_text(".command")
+        page.click("text=Fill in what is missing, then put it into the queue")
+        page.wait_for_selector("#words")
+        assert page.input_value("#words") == line
+
+
 @pytest.mark.slow
 def test_a_sample_that_cannot_be_shown_says_so_and_the_newest_is_in_view(tmp_path: Path) -> None:
     history = History(write_run(tmp_path, "x", 6).parent / "y-history.jsonl", 2)

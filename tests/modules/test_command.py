@@ -616,3 +616,18 @@ def test_what_libraries_say_of_themselves_is_not_shown() -> None:
         "warnings.warn('Image size (9 pixels) exceeds limit of 8 pixels, could be a bomb')",
     )
     assert run_program(sys.executable, "-c", "\n".join(lines), folder=ROOT).stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("word", "typed"),
+    [
+        ("target_index=1,control_index=0;2", '"target_index=1,control_index=0;2"'),
+        ("Bilder von J\u00f6rg & Co\\a.png", '"Bilder von J\u00f6rg & Co\\a.png"'),
+        ("a folder\\", '"a folder\\\\"'),
+        ('a "cat" of $5', "'a \"cat\" of $5'"),
+        ("it's", '"it\'s"'),
+        ("", '""'),
+    ],
+)
+def test_a_command_on_windows_is_quoted_for_both_of_its_shells(word: str, typed: str) -> None:
+    assert command.quote_for_windows(["python", "x.py", word]) == f"python x.py {typed}"

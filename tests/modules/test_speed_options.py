@@ -13,12 +13,16 @@ from modules.compile_options import (
     TrainingCompileOptions,
 )
 from modules.errors import OptionError
+from modules.option_values import option_words
 from modules.parser import parse_options
 from modules.speed_options import (
     AttentionChoice,
     GenerationAttentionOptions,
+    GenerationSpeedOptions,
     TrainingAttentionOptions,
+    TrainingSpeedOptions,
     flag_of,
+    say_for_generation,
 )
 from tests.faults.messages import assert_one_message, run_here
 
@@ -153,3 +157,29 @@ def test_words_that_do_nothing_or_clash_are_refused(
 ) -> None:
     with pytest.raises(OptionError, match=message):
         ask(*words)
+
+
+@pytest.mark.parametrize(
+    ("training", "generation"),
+    [
+        ("", ""),
+        ("--sdpa --split_attn", ""),
+        ("--flash_attn", "--attn_mode flash"),
+        ("--fp8_base", "--fp8"),
+        ("--fp8_base --fp8_scaled --fp8_fast", "--fp8_scaled --fp8_fast"),
+        ("--fp8_base --fp8_scaled --upcast_quantization", "--fp8_scaled --upcast_quantization"),
+        ("--convrot_int8 --convrot_int8_bwd int8", "--convrot_int8"),
+        ("--nf4_base --blocks_to_swap auto", "--nf4 --blocks_to_swap auto"),
+        ("--blocks_to_swap 20 --block_swap_ring_size 3", "--blocks_to_swap 20 --block_swap_ring_size 3"),
+        ("--shard_base", "--shard_base"),
+    ],
+)
+def test_generation_keeps_the_model_as_a_training_did(training: str, generation: str) -> None:
+    (options,) = parse_options(None, training.split(), TrainingSpeedOptions)
+
+    words = option_words(say_for_generation(options))
+
+    assert words == generation.split()
+    (again,) = parse_options(None, words, GenerationSpeedOptions)
+    stored, kept = options.fp8.quantisation, again.fp8.quantisation
+    assert (stored and (stored.kind, stored.form)) == (kept and (kept.kind, kept.form))

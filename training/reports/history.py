@@ -54,6 +54,12 @@ class PageCommand:
     bash: str
     powershell: str
     note: str = ""
+    missing: str = ""  # words that the user has to replace; "": the command is complete
+
+    @property
+    def heading(self) -> str:
+        """Return the title with what the user has to fill in."""
+        return f"{self.title} (fill in {self.missing})" if self.missing else self.title
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,73 @@
+"""Find the source of a training item, to show in a command what the model was given."""
+
+import contextlib
+import itertools
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from dataset.batches.items import TrainingItem
+from dataset.cache.records import text_records
+from dataset.cache.store import Stores
+from dataset.sources.frames import one_frame_words
+from modules.console import quiet
+from modules.errors import UserError
+
+MOST_LISTED = 50_000  # files of a folder, captions among them
+MOST_OF_PROMPT = 1000  # characters
+
+
+@dataclass(frozen=True)
+class ExampleItem:
+    """Hold the files of a training item, as a generation can be given them."""
+
+    caption: str = ""
+    picture: Path | None = None  # the item itself, if it is a picture on disk
+    controls: tuple[Path, ...] = ()  # control images in order, or one control clip
+    control_mask: Path | None = None
+    references: tuple[Path, ...] = ()  # of a clip
+    places: str = ""  # of a single picture and its control images, as --one_frame_inference takes them
+
+
+def find_example(item: TrainingItem, stores: Stores) -> ExampleItem:
+    """Return the files and the caption of an item. What cannot be found is left out."""
+    from dataset.sources.listing import find_sources  # a run with samples does without
+
+    caption = _read_caption(item, stores)
+    table = item.table
+    places = one_frame_words(table)
+    with contextlib.suppress(UserError, OSError), quiet():
+        if _is_large(table.directory):
+            return ExampleItem(caption, places=places)
+        sources = find_sources(table, captions=False, faults=[])
+        source = next((one for one in sources if one.stem == item.source_stem), None)
+        if source is not None and not any(source.origins) and source.tensors is None:
+            return ExampleItem(
+                caption,
+                picture=source.path if table.kind == "image" else None,
+                controls=source.control,
+                control_mask=source.control_mask,
+                references=source.references,
+                places=places,
+            )
+    return ExampleItem(caption, places=places)
+
+
+def _is_large(folder: Path | None) -> bool:
+    if folder is None:
+        return False
+    with os.scandir(folder) as entries:
+        return next(itertools.islice(entries, MOST_LISTED, None), None) is not None
+
+
+def _read_caption(item: TrainingItem, stores: Stores) -> str:
+    caption = ""
+    with contextlib.suppress(UserError, OSError, LookupError):
+        if item.kind.has_text:
+            entry = stores.of_texts(item.table).read(item.caption_path(0).name, is_whole=False)
+            records = text_records(entry)
+            captions = [record.caption for record in records.values()]
+            caption = captions[0] if captions else entry.metadata.get("caption1", "")
+        else:
+            caption = item.kind.caption(item.source_stem, 0)
+    return " ".join(caption.split())[:MOST_OF_PROMPT]

@@ -1,0 +1,143 @@
+"""Remember the options of the caching commands in each cache folder, for the commands that follow.
+
+Only what is still true is used again: a file that is gone is not named.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dataset.config import DatasetConfig
+from modules.atomic_write import write_text
+from modules.control_codes import escape_control_codes
+from modules.errors import OutputError
+from modules.families import FamilyEntry
+from modules.option_values import value_words
+from modules.options import Options
+from modules.paths import path_exists
+from modules.repeated_options import RepeatedOption, accepted_options, is_path_option, repeat_given
+from modules.text_files import parse_json, read_text, real_path
+
+NAME = ".reelsmith_commands.json"  # hidden: cache folders may be folders of pictures
+VERSION = 1
+MOST_BYTES = 1 << 20  # of a few families with a few dozen options each
+MOST_CHARACTERS = 10_000  # of one value
+KINDS = ("LatentCaching", "TextCaching")
+
+
+def remember_options(
+    config: DatasetConfig,
+    family: str,
+    kind: str,
+    own: Options,
+    typed: Mapping[str, str],
+    training: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the options of a caching command into the cache folders of all tables.
+
+    family: by name. kind: one of KINDS. own: the family's options of the command. typed: how the user spelled
+    them, by public name. training: options that a training from these caches needs, by flag. A folder that
+    cannot be written to is left as it is: the caches are what counts.
+    """
+    accepted = accepted_options(type(own))
+    options = {
+        option.name: {
+            "flag": option.typed,
+            "value": _as_json(option.value),
+            "is_path": is_path_option(accepted[option.name]),
+        }
+        for option in repeat_given(own, typed)
+    }
+    told = {"folder": str(real_path(Path.cwd())), "options": options}
+    follows = {flag.lstrip("-"): {"value": value} for flag, value in (training or {}).items()}
+    told |= {"training": follows} if follows else {}
+    for folder in dict.fromkeys(table.cache_directory for table in config.datasets):
+        if not folder.is_dir():
+            continue
+        content = _read_families(folder)
+        content.setdefault(family, {})[kind] = told
+        text = json.dumps({"version": VERSION, "families": content}, indent=1, sort_keys=True)
+        with contextlib.suppress(OutputError, OSError):
+            write_text(folder / NAME, f"{text}\n")
+
+
+def recall_options(
+    folders: Iterable[Path],
+    family: str,
+    entry: FamilyEntry,
+    kinds: Sequence[str] = KINDS,
+    for_training: bool = False,
+) -> list[RepeatedOption]:
+    """Return the options with which the caches in these folders were made, the first folder's first.
+
+    for_training: also those that a training from the caches needs. A path is given as it was typed if this is
+    the folder where it was typed, else whole. Options that are not known, and paths of files that are gone,
+    are left out.
+    """
+    recalled: list[RepeatedOption] = []
+    for folder in dict.fromkeys(folders):
+        of_family = _read_families(folder).get(family, {})
+        for kind in kinds:
+            told = of_family.get(kind)
+            if isinstance(told, dict):
+                recalled += _recall(told, "options", entry.options_record(kind))
+                if for_training:
+                    recalled += _recall(told, "training", entry.options_record("Training"))
+    return recalled
+
+
+def _recall(told: Mapping[str, Any], key: str, record: type[Options]) -> Iterable[RepeatedOption]:
+    accepted, folder, options = accepted_options(record), told.get("folder"), told.get(key)
+    if not isinstance(folder, str) or not isinstance(options, dict):
+        return
+    for name, said in options.items():
+        if name not in accepted or not isinstance(said, dict):
+            continue
+        option, value, flag = accepted[name], said.get("value"), said.get("flag")
+        is_switch = isinstance(value, bool)
+        if option.is_switch != is_switch or not _is_plain(value):
+            continue
+        if is_path_option(option):
+            value = _find(str(value), Path(folder))
+            if value is None:
+                continue
+        typed = flag if flag in option.flags else option.flags[-1]
+        yield RepeatedOption(name, option.flags, typed, value)
+
+
+def _find(text: str, folder: Path) -> Path | None:
+    """Return a path that was typed in a folder as it is typed here; None if there is no such file."""
+    path = Path(text)
+    if not path.is_absolute() and folder != real_path(Path.cwd()):
+        path = folder / path
+    return path if path_exists(path) else None
+
+
+def _is_plain(value: Any) -> bool:
+    values = value if isinstance(value, list) else [value]
+    texts = value_words(value)
+    are_plain = all(isinstance(one, (str, int, float)) for one in values)
+    return are_plain and all(
+        len(text) <= MOST_CHARACTERS and escape_control_codes(text) == text and "\n" not in text
+        for text in texts
+    )
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_as_json(one) for one in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _read_families(folder: Path) -> dict[str, Any]:
+    """Return what a cache folder remembers by family; nothing if the file is missing or damaged."""
+    try:
+        content = parse_json(read_text(folder / NAME, MOST_BYTES))
+    except (OSError, ValueError):
+        return {}
+    families = content.get("families") if isinstance(content, dict) else None
+    if not isinstance(families, dict) or content.get("version") != VERSION:
+        return {}
+    return {name: told for name, told in families.items() if isinstance(told, dict)}

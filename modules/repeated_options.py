@@ -1,0 +1,157 @@
+"""Repeat the options of one command in the command that follows it, under the names that it has there.
+
+Standard library only.
+"""
+
+import dataclasses
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Any, NamedTuple, TypeVar
+
+from modules.errors import OptionError
+from modules.option_values import FillIn, convert_value
+from modules.options import (
+    Options,
+    facts_of,
+    hints_of,
+    is_given,
+    option_name,
+    override_options,
+    record_of,
+)
+
+T = TypeVar("T", bound=Options)
+
+
+class AcceptedOption(NamedTuple):
+    """Describe an option that a record has: how it can be typed, and what it takes."""
+
+    flags: tuple[str, ...]  # the public name is the last one
+    is_switch: bool
+    hint: Any  # type of the field
+
+
+class RepeatedOption(NamedTuple):
+    """Hold an option of an earlier command that the next one may need too."""
+
+    name: str
+    flags: tuple[str, ...]  # all spellings
+    typed: str  # the spelling that the user typed
+    value: Any
+
+    @property
+    def is_switch(self) -> bool:
+        return isinstance(self.value, bool)
+
+
+def accepted_options(
+    record: type[Options], flags: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, AcceptedOption]:
+    """Return the options of a record, and of the records in it, by public name.
+
+    flags: further spellings by public name, as the field that holds the record declares them.
+    """
+    more = flags or {}
+    accepted: dict[str, AcceptedOption] = {}
+    for field in dataclasses.fields(record):
+        name, declared, hint = (
+            option_name(field),
+            field.metadata.get("declared"),
+            hints_of(record)[field.name],
+        )
+        inner = record_of(hint)
+        if inner is not None:
+            settings = {} if declared is None else declared.settings.get("settings", {})
+            inner_flags = {key: facts["flags"] for key, facts in settings.items() if "flags" in facts}
+            accepted |= accepted_options(inner, {**inner_flags, **more})
+            continue
+        spelled = more.get(name) or (() if declared is None else declared.flags)
+        others = tuple(flag for flag in spelled if flag != f"--{name}")
+        accepted[name] = AcceptedOption((*others, f"--{name}"), hint is bool, hint)
+    return accepted
+
+
+def repeat_given(own: Options, typed: Mapping[str, str] | None = None) -> list[RepeatedOption]:
+    """Return the options of a record that differ from their defaults.
+
+    typed: spelling of the given options by public name; others are left out, as a script may have defaults
+    of its own. None: all are given.
+    """
+    accepted = accepted_options(type(own))
+    return [
+        RepeatedOption(name, accepted[name].flags, f"--{name}" if typed is None else typed[name], value)
+        for name, value in _given_values(own)
+        if typed is None or name in typed
+    ]
+
+
+def _given_values(own: Any) -> Iterator[tuple[str, Any]]:
+    for field in dataclasses.fields(own):
+        value = getattr(own, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _given_values(value)
+        elif is_given(own, field):
+            yield option_name(field), value
+
+
+def join_options(
+    record: type[Options], chosen: Mapping[str, Any], repeated: Iterable[RepeatedOption]
+) -> dict[str, Any]:
+    """Return the options of a command by flag: the chosen ones, then those of earlier commands that it has.
+
+    record: of the command. chosen: value by flag; None and False leave an option out, and it is not repeated
+    either. A chosen option is spelled as the user typed it, and a `FillIn` takes the repeated value.
+    """
+    accepted = accepted_options(record)
+    by_flag = {flag: name for name, option in accepted.items() for flag in option.flags}
+    joined = {by_flag.get(flag, flag): (flag, value) for flag, value in chosen.items()}
+    for option in repeated:
+        name = next(find_names(option, accepted, by_flag), None)
+        if name is None:
+            continue
+        usual, value = joined.get(name, (accepted[name].flags[-1], option.value))
+        value = option.value if isinstance(value, FillIn) else value
+        flag = option.typed if option.typed in accepted[name].flags else usual
+        joined[name] = flag, value
+    return dict(joined.values())
+
+
+def find_names(
+    option: RepeatedOption, accepted: Mapping[str, AcceptedOption], by_flag: Mapping[str, str]
+) -> Iterator[str]:
+    """Yield the public names in a record of an earlier command's option; most have one or none.
+
+    The name of the spelling that was typed comes first.
+    """
+    spellings = (option.typed, f"--{option.name}", *option.flags)
+    names = dict.fromkeys(by_flag[flag] for flag in spellings if flag in by_flag)
+    for name in names:
+        if accepted[name].is_switch == option.is_switch:
+            yield name
+
+
+def fill_options(own: T, repeated: Iterable[RepeatedOption]) -> T:
+    """Return a record with the values of earlier commands in place of its own defaults.
+
+    Values that the record refuses beside its own are left out.
+    """
+    accepted = accepted_options(type(own))
+    by_flag = {flag: name for name, option in accepted.items() for flag in option.flags}
+    facts, known = facts_of(type(own)), {name for name, _ in _given_values(own)}
+    values: dict[str, Any] = {}
+    for option in repeated:
+        for name in find_names(option, accepted, by_flag):
+            if name not in known and not known & {*facts[name].get("excludes", ())}:
+                values.setdefault(name, convert_value(option.value, accepted[name].hint, f"--{name}"))
+    try:
+        return override_options(own, values)
+    except OptionError:
+        paths = {name: value for name, value in values.items() if isinstance(value, Path)}
+        return override_options(own, paths)
+
+
+def is_path_option(option: AcceptedOption) -> bool:
+    kinds = typing.get_args(option.hint) if isinstance(option.hint, UnionType) else (option.hint,)
+    return Path in kinds
