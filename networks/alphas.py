@@ -15,7 +15,7 @@ from torch import Tensor
 from modules.errors import CheckpointError
 from modules.limits import MAX_EXPRESSIONS, MAX_SEARCH_SECONDS
 from modules.text_files import parse_json, read_text
-from networks.deltas import Factors, group_by_module, rank_of
+from networks.deltas import LORA, Factors, group_by_module, rank_of, split_strength, ungroup
 from networks.key_formats import EXPERT_STARTS, NETWORKS, NativeTensors
 from networks.names.layouts import IN_DIFFUSERS, UNET_IN_DIFFUSERS
 from networks.names.texts import diffusers_path_of_text
@@ -24,6 +24,8 @@ logger = getLogger(__name__)
 # key of the adapter's settings that diffusers writes into a file's metadata
 PEFT_SETTINGS = "lora_adapter_metadata"
 PEFT_FILE = "adapter_config.json"
+# metadata of our files without alphas, JSON: rank -> alpha / rank that was folded into factors of this rank
+FOLDED = "reelsmith_folded"
 _PLAIN_KEY = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
 # the same settings under other keys of a header
 _SETTINGS = (PEFT_SETTINGS, "peft_config", "adapter_config", "lora_config", "config")
@@ -127,6 +129,39 @@ def find_alphas(
     some = "in it" if is_bare else f"for {without} modules"
     words += [f"no alpha {some}: the rank is taken"] if without else []
     return FoundAlphas(tensors, ", ".join(words), tuple(warnings))
+
+
+def unfold(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
+    """Return the tensors of a file written by us with the alphas that were folded into their factors.
+
+    tensors: under our names. The change of the weights stays the same. Factors keep their dtype if that is
+    exact, else they become float32.
+    """
+    strengths = read_folded(metadata)
+    modules = group_by_module(tensors)
+    for factors in modules.values():
+        rank = rank_of(factors)
+        if rank not in strengths or "alpha" in factors or not factors.keys() >= {*LORA}:
+            continue
+        strength = strengths[rank]
+        is_exact = math.frexp(strength)[0] == 0.5
+        by = split_strength(strength)
+        divisors = {LORA[0]: by[0], LORA[1]: by[1], "lora_up.bias": strength}
+        for part, divisor in divisors.items():
+            if part in factors:
+                whole = factors[part].float() / divisor
+                factors[part] = whole.to(factors[part].dtype) if is_exact else whole
+        factors["alpha"] = torch.tensor(strength * rank)
+    return ungroup(modules)
+
+
+def read_folded(metadata: Mapping[str, str]) -> dict[int, float]:
+    """Return rank -> alpha / rank of the metadata `FOLDED`; {} if there are none that can be used."""
+    try:
+        found = {int(rank): float(one) for rank, one in parse_json(metadata.get(FOLDED, "{}")).items()}
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+        return {}
+    return {rank: one for rank, one in found.items() if math.isfinite(one) and one > 0}
 
 
 def without_alphas(metadata: Mapping[str, str]) -> dict[str, str]:

@@ -58,6 +58,8 @@ def metadata_of(metadata: Mapping[str, str], expert: str) -> dict[str, str]:
     return {**common, **{str(key): str(text) for key, text in own.items()}, TRAINED_EXPERT: value}
 
 
+LORA_FORMAT = "ss_lora_format"  # metadata: whose names a file has, a value of --lora_format
+
 LEGACY_START, LEGACY_BYTES = 0x100000, 0x10000
 LAYOUT_KEY = "reelsmith_layout"
 STALE = ("sshs_", "modelspec.hash_sha256", LAYOUT_KEY)  # metadata of other tensors: how hashes in them begin
@@ -212,9 +214,11 @@ def _describe_part(checkpoint: Checkpoint, names: list[str], part: str | None) -
 
 def _beside_tensors(checkpoint: Checkpoint, native: "NativeTensors", part: str | None) -> set[float]:
     """Return the alphas in the header or beside the file; empty if they are unusable."""
-    from networks.alphas import read_alphas
+    from networks.alphas import read_alphas, read_folded
 
     is_own = checkpoint.metadata.get(LAYOUT_KEY) == layout_hash(checkpoint.tensors)
+    if is_own and (folded := read_folded(checkpoint.metadata)):
+        return {rank * strength for rank, strength in folded.items()}
     try:
         found, _ = read_alphas(checkpoint.path, checkpoint.metadata, native, part, is_own, warns=False)
     except CheckpointError:
