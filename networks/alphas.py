@@ -17,15 +17,13 @@ from modules.limits import MAX_EXPRESSIONS, MAX_SEARCH_SECONDS
 from modules.text_files import parse_json, read_text
 from networks.deltas import LORA, Factors, group_by_module, rank_of, split_strength, ungroup
 from networks.key_formats import EXPERT_STARTS, NETWORKS, NativeTensors
-from networks.names.layouts import IN_DIFFUSERS, UNET_IN_DIFFUSERS
+from networks.names.layouts import FOLDED, IN_DIFFUSERS, UNET_IN_DIFFUSERS
 from networks.names.texts import diffusers_path_of_text
 
 logger = getLogger(__name__)
 # key of the adapter's settings that diffusers writes into a file's metadata
 PEFT_SETTINGS = "lora_adapter_metadata"
 PEFT_FILE = "adapter_config.json"
-# metadata of our files without alphas, JSON: rank -> alpha / rank that was folded into factors of this rank
-FOLDED = "reelsmith_folded"
 _PLAIN_KEY = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
 # the same settings under other keys of a header
 _SETTINGS = (PEFT_SETTINGS, "peft_config", "adapter_config", "lora_config", "config")

@@ -22,11 +22,12 @@ from networks.deltas import DORA, add_missing_alphas, group_by_module, ungroup
 from networks.formats import TARGETS
 from networks.key_formats import NETWORKS, can_be_for, dialect_in_words
 from networks.loading import LoraFile, read_lora, warn_of_other_expert
-from networks.metadata import LORA_FORMAT, PARTS_METADATA, STALE, add_hashes
+from networks.metadata import PARTS_METADATA, STALE, add_hashes
 from networks.names.layouts import (
     COMFYUI,
     IN_DIFFUSERS,
     KNOWN,
+    LORA_FORMAT,
     OURS,
     TRAINED_EXPERT,
     TRAINED_ON,

@@ -13,14 +13,21 @@ from modules.checkpoints.writing import save_tensors
 from modules.console import list_some
 from modules.errors import OptionError
 from networks import deltas
-from networks.alphas import FOLDED
 from networks.deltas import LORA
-from networks.metadata import LORA_FORMAT, add_hashes
+from networks.metadata import add_hashes
 from networks.module_names import read_family
-from networks.names.layouts import COMFYUI, DIFFUSERS, KNOWN, OURS, TRAINED_ON, FamilyNames
+from networks.names.layouts import (
+    COMFYUI,
+    DIFFUSERS,
+    FOLDED,
+    KNOWN,
+    LORA_FORMAT,
+    OURS,
+    TRAINED_ON,
+    FamilyNames,
+)
 from networks.options import NetworkOptions
 from networks.own_kinds import OWN_MODULES
-from networks.writing import in_own_form, in_target, texts_to_diffusers
 
 logger = getLogger(__name__)
 
@@ -69,6 +76,8 @@ class LoraFormat:
         """
         if self.name == KNOWN:
             return dict(tensors), {}, {}
+        from networks.writing import texts_to_diffusers  # most runs save the known names
+
         modules = deltas.group_by_module(tensors)
         texts = {name: one for name, one in modules.items() if not name.startswith(OURS)}
         in_dit = {name: one for name, one in modules.items() if name.startswith(OURS)}
@@ -104,6 +113,8 @@ class LoraFormat:
     def _convert_dit(
         self, tensors: Mapping[str, Tensor], is_folded: bool
     ) -> tuple[Mapping[str, Tensor], Mapping[str, str]]:
+        from networks.writing import in_own_form, in_target  # most runs save the known names
+
         native = in_own_form(tensors, self.family)
         if is_folded:
             modules = deltas.group_by_module(native)

@@ -58,8 +58,6 @@ def metadata_of(metadata: Mapping[str, str], expert: str) -> dict[str, str]:
     return {**common, **{str(key): str(text) for key, text in own.items()}, TRAINED_EXPERT: value}
 
 
-LORA_FORMAT = "ss_lora_format"  # metadata: whose names a file has, a value of --lora_format
-
 LEGACY_START, LEGACY_BYTES = 0x100000, 0x10000
 LAYOUT_KEY = "reelsmith_layout"
 STALE = ("sshs_", "modelspec.hash_sha256", LAYOUT_KEY)  # metadata of other tensors: how hashes in them begin

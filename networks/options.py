@@ -117,7 +117,6 @@ class NetworkOptions(Options, title="network"):
         "alphas); comfyui: of ComfyUI; diffusers: of diffusers' pipelines. Default: known, of LTX-2 comfyui, "
         "which are the names of its official code. Every script here reads all of them",
         choices=(KNOWN, COMFYUI, DIFFUSERS),
-        often=True,
         facts=FREE,
     )
     # resuming compares their names

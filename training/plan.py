@@ -103,7 +103,6 @@ def make_plan(
     if is_main:
         note_experts(family, options, sampling is not None)
     module = "" if options.network is None else options.network.network_module or family.lora_module
-    parts = tuple(expert.name for expert in family.experts) if options.by_expert.lora_per_expert else ()
     identity, habits = settings_of(family, options, seed, order, steps, module)
     if saving.save_n_epoch_ratio is not None:
         saving = saving.spread(steps.num_epochs, saving.save_n_epoch_ratio)
@@ -122,7 +121,7 @@ def make_plan(
         quantisation=quantisation,
         saved=saved,
         progress=progress,
-        names=Names(*saving.place, parts),
+        names=_names_of(family, options),
         saving=saving,
         network_module=module,
         lora_format=lora_format,
@@ -138,6 +137,12 @@ def make_plan(
         habits=habits,
         changes=changes,
     )
+
+
+def _names_of(family: Family, options: TrainingOptions) -> Names:
+    """Return the names of the run's files: one for each expert, if each has a LoRA of its own."""
+    parts = tuple(expert.name for expert in family.experts) if options.by_expert.lora_per_expert else ()
+    return Names(*options.saving.place, parts)
 
 
 def _may_encode(options: TrainingOptions, config: DatasetConfig) -> bool:

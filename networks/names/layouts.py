@@ -26,6 +26,9 @@ TRAINED_ON = "ss_base_model_version"  # the metadata of a LoRA file that name it
 TRAINED_EXPERT = "ss_wan_expert"  # metadata of a LoRA file that name its expert, with one of these values
 # metadata of a LoRA file: which of a model's uses it has learned, in words (`Family.metadata` as trained_for)
 TRAINED_FOR = "reelsmith_trained_for"
+LORA_FORMAT = "ss_lora_format"  # metadata of a LoRA file: whose names it has, a value of --lora_format
+# metadata of our files without alphas, JSON: rank -> alpha / rank that was folded into factors of this rank
+FOLDED = "reelsmith_folded"
 EXPERT_VALUES = {"high": HIGH_NOISE, "low": LOW_NOISE}
 # of text encoders: how the names of their layers begin
 OF_CLIP, OF_T5, OF_LANGUAGE_MODEL = "text_model_", "encoder_block_", "layers_"
