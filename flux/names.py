@@ -108,6 +108,7 @@ FLUX = FamilyNames(
         ("distilled_guidance_layer.norms.{n}.weight", "distilled_guidance_layer.norms.{n}.scale"),
     ),
     versions=("flux", "chroma"),
+    texts_in_diffusers=("lora_te1",),
     sides=(
         *(("_attn.qkv", 3, 1), ("_attn.proj", 1, 1), ("_mlp.0", 4, 1), ("_mlp.2", 1, 4)),
         *(("_mod.lin", 6, 1), (".modulation.lin", 3, 1), (".linear1", 7, 1), (".linear2", 1, 5)),

@@ -28,6 +28,7 @@ FRAMEPACK = FamilyNames(
     # as diffusers' HunyuanVideoFramepackPipeline needs it; with another start it loads no layer
     start=layouts.IN_DIFFUSERS,
     converted_for="diffusers",
+    not_in_comfyui="ComfyUI has no FramePack, so that it has no names for its layers",
     is_as_in_diffusers=True,
     sides=(
         *layouts.IN_TWO_STREAMS,

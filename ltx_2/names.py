@@ -3,7 +3,7 @@
 import re
 
 from modules.families import CLIPS, FamilyEntry, Marks
-from networks.names.layouts import FamilyNames, each
+from networks.names.layouts import COMFYUI, FamilyNames, each
 
 ENTRY = FamilyEntry(
     "ltx_2",
@@ -104,6 +104,9 @@ LTX_2 = FamilyNames(
     "ltx-2",
     _LTX_ALIASES,
     converted_for="diffusers, LTX-2's own pipelines and musubi-tuner's fork",
+    # the names of its official code, which ComfyUI, diffusers and the fork of musubi-tuner read, too
+    usual_format=COMFYUI,
+    dora_not_in_diffusers="diffusers leaves the magnitudes of LTX-2's DoRAs out",
     versions=("ltx2", "ltx-2", "ltx_2"),
     told_release=r"(?:architecture=ltx-|model_version=)(\d\.\d)",
     newest=("2.5", "keyframes_abs_pos_embedding"),

@@ -47,7 +47,7 @@ VERSIONS = ("2.0", "2.3", "2.5")
 PRESETS = ("t2v", "video_sa", "video_sa_ff", "video_sa_ca_ff", "audio", "audio_v2a", "v2v", "full")
 _REFERENCES = "it is for sounds as references, which are not built; v2v has clips and pictures"
 _TIMES = "--show_timesteps draws the distribution of timesteps."
-_ONE_FILE = "one LoRA file is saved, and convert_lora.py makes others of it"
+_ONE_FILE = "one LoRA file is saved, with the names of --lora_format; convert_lora.py makes others of it."
 FPS = 24.0  # of the release
 # what is for pictures, or between both streams
 _OF_PICTURES = (
@@ -245,9 +245,9 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
     disable_timestep_distribution_tensorboard = not_needed(
         _TIMES, action="store_false", dest="log_timestep_distribution_tensorboard"
     )
-    save_original_lora = not_needed(f"{_ONE_FILE}.", action="store_true", default=True)
-    no_save_original_lora = unsupported(_ONE_FILE, action="store_false", dest="save_original_lora")
-    no_convert_to_comfy = not_needed(f"{_ONE_FILE}.", action="store_false", dest="convert_to_comfy")
+    save_original_lora = not_needed(_ONE_FILE, action="store_true", default=True)
+    no_save_original_lora = not_needed(_ONE_FILE, action="store_false", dest="save_original_lora")
+    no_convert_to_comfy = not_needed(_ONE_FILE, action="store_false", dest="convert_to_comfy")
 
     def __post_init__(self) -> None:
         if not self.video_loss_weight + self.audio_loss_weight:

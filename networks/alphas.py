@@ -15,9 +15,9 @@ from torch import Tensor
 from modules.errors import CheckpointError
 from modules.limits import MAX_EXPRESSIONS, MAX_SEARCH_SECONDS
 from modules.text_files import parse_json, read_text
-from networks.deltas import Factors, group_by_module, rank_of
+from networks.deltas import LORA, Factors, group_by_module, rank_of, split_strength, ungroup
 from networks.key_formats import EXPERT_STARTS, NETWORKS, NativeTensors
-from networks.names.layouts import IN_DIFFUSERS, UNET_IN_DIFFUSERS
+from networks.names.layouts import FOLDED, IN_DIFFUSERS, UNET_IN_DIFFUSERS
 from networks.names.texts import diffusers_path_of_text
 
 logger = getLogger(__name__)
@@ -127,6 +127,39 @@ def find_alphas(
     some = "in it" if is_bare else f"for {without} modules"
     words += [f"no alpha {some}: the rank is taken"] if without else []
     return FoundAlphas(tensors, ", ".join(words), tuple(warnings))
+
+
+def unfold(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
+    """Return the tensors of a file written by us with the alphas that were folded into their factors.
+
+    tensors: under our names. The change of the weights stays the same. Factors keep their dtype if that is
+    exact, else they become float32.
+    """
+    strengths = read_folded(metadata)
+    modules = group_by_module(tensors)
+    for factors in modules.values():
+        rank = rank_of(factors)
+        if rank not in strengths or "alpha" in factors or not factors.keys() >= {*LORA}:
+            continue
+        strength = strengths[rank]
+        is_exact = math.frexp(strength)[0] == 0.5
+        by = split_strength(strength)
+        divisors = {LORA[0]: by[0], LORA[1]: by[1], "lora_up.bias": strength}
+        for part, divisor in divisors.items():
+            if part in factors:
+                whole = factors[part].float() / divisor
+                factors[part] = whole.to(factors[part].dtype) if is_exact else whole
+        factors["alpha"] = torch.tensor(strength * rank)
+    return ungroup(modules)
+
+
+def read_folded(metadata: Mapping[str, str]) -> dict[int, float]:
+    """Return rank -> alpha / rank of the metadata `FOLDED`; {} if there are none that can be used."""
+    try:
+        found = {int(rank): float(one) for rank, one in parse_json(metadata.get(FOLDED, "{}")).items()}
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+        return {}
+    return {rank: one for rank, one in found.items() if math.isfinite(one) and one > 0}
 
 
 def without_alphas(metadata: Mapping[str, str]) -> dict[str, str]:

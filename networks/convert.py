@@ -19,10 +19,20 @@ from networks import module_names
 from networks.alphas import without_alphas
 from networks.baking import OTHER_KINDS, Baking, bake, with_norms
 from networks.deltas import DORA, add_missing_alphas, group_by_module, ungroup
+from networks.formats import TARGETS
 from networks.key_formats import NETWORKS, can_be_for, dialect_in_words
 from networks.loading import LoraFile, read_lora, warn_of_other_expert
 from networks.metadata import PARTS_METADATA, STALE, add_hashes
-from networks.names.layouts import IN_DIFFUSERS, OURS, TRAINED_EXPERT, TRAINED_ON, FamilyNames
+from networks.names.layouts import (
+    COMFYUI,
+    IN_DIFFUSERS,
+    KNOWN,
+    LORA_FORMAT,
+    OURS,
+    TRAINED_EXPERT,
+    TRAINED_ON,
+    FamilyNames,
+)
 from networks.parts import fuse
 from networks.tool_options import (
     ComfyConvertOptions,
@@ -30,7 +40,7 @@ from networks.tool_options import (
     FluxConvertOptions,
     ZImageConvertOptions,
 )
-from networks.writing import in_dialect, in_own_form, rename_to_aliases, take_apart, texts_to_diffusers
+from networks.writing import in_own_form, in_target, rename_to_aliases, take_apart, texts_to_diffusers
 
 logger = getLogger(__name__)
 FLUX, HUNYUAN_IMAGE, Z_IMAGE = map(module_names.family_named, ("flux", "hunyuan_image", "z_image"))
@@ -103,6 +113,8 @@ def convert_hunyuan_image(options: ComfyConvertOptions) -> None:
     with open_checkpoint(source) as checkpoint:
         stored = {name: checkpoint.read(name) for name in checkpoint.tensors}
         metadata = {k: v for k, v in checkpoint.metadata.items() if not k.startswith(STALE)}
+    if LORA_FORMAT in metadata:
+        metadata[LORA_FORMAT] = KNOWN if options.reverse else COMFYUI
     renamed = rename_to_aliases(
         stored, HUNYUAN_IMAGE, module_names.alias if options.reverse else module_names.to_alias
     )
@@ -132,10 +144,11 @@ def convert_z_image(options: ZImageConvertOptions) -> None:
     source = options.src_path
     lora = read_lora(source, family=Z_IMAGE.name)
     _family_of(lora, Z_IMAGE.name)
+    metadata = {key: value for key, value in lora.metadata.items() if key != LORA_FORMAT}
     tensors: Mapping[str, Tensor] = add_missing_alphas(take_apart(lora.tensors, Z_IMAGE))
     modules = group_by_module(tensors)
     if options.reverse:
-        _save(options.dst_path, tensors, lora.metadata, [lora], Z_IMAGE)
+        _save(options.dst_path, tensors, metadata, [lora], Z_IMAGE)
         return
     # LoHas and LoKrs of joined modules are replaced by plain LoRAs
     stacked = {
@@ -157,7 +170,7 @@ def convert_z_image(options: ZImageConvertOptions) -> None:
         baked, words = bake(replace(lora, tensors=own), Z_IMAGE, baking)
         tensors = {**{name: one for name, one in tensors.items() if name not in own}, **baked.tensors}
     tensors = rename_to_aliases(fuse(tensors, family=Z_IMAGE), Z_IMAGE)
-    _save(options.dst_path, tensors, lora.metadata, [lora], Z_IMAGE, words)
+    _save(options.dst_path, tensors, metadata, [lora], Z_IMAGE, words)
 
 
 def convert_file(
@@ -249,15 +262,8 @@ def converted(
     can be written.
     """
     native = lora.tensors if family is None else in_own_form(lora.tensors, family)
-    names = "" if family is None or target == "diffusers" else family.always_underscored
-    if target == "other" and family is not None and family.underscored:
-        names = "aliases"
-    if names or target == "default":
-        tensors = add_missing_alphas(native)
-        if names == "aliases" and family is not None:
-            tensors = rename_to_aliases(tensors, family)
-    else:
-        tensors, left_out = in_dialect(native, family, target, start)
+    tensors, left_out = in_target(native, family, target, start)
+    if left_out:
         modules = group_by_module(native)
         is_other_kind = any(OTHER_KINDS & modules[name].keys() for name in left_out)
         remedy = "\n  --bake RANK makes plain LoRAs of them." if is_other_kind else ""
@@ -272,6 +278,8 @@ def converted(
     _warn_of_left_out(lora.path, left_out)
     # its alphas are in the tensors now
     metadata = without_alphas(lora.metadata)
+    if LORA_FORMAT in metadata:
+        metadata[LORA_FORMAT] = next(name for name, one in TARGETS.items() if one == target)
     if family is not None and module_names.read_family(lora.metadata) is None:
         told = lora.families()
         if len(told) < 2 or not module_names.have_same_names(told):

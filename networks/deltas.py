@@ -148,6 +148,29 @@ def strength(factors: Factors) -> float:
     return float(factors["alpha"]) / rank or 1.0
 
 
+def split_strength(strength: float) -> tuple[float, float]:
+    """Return factors for the down and the up matrix whose product is `strength`, of similar size.
+
+    The factor of the up matrix is a power of two, and so is the other one if `strength` is: then folding it
+    into the matrices is exact.
+    """
+    down, up = strength, 1.0
+    while 0 < abs(down) * 2 < up:
+        down, up = down * 2, up / 2
+    return down, up
+
+
+def fold_strength(factors: Factors) -> Factors:
+    """Return LoRA factors with alpha / rank multiplied into them by `split_strength`, without alpha."""
+    down, up = split_strength(strength(factors))
+    by = {LORA[0]: down, LORA[1]: up, "lora_up.bias": strength(factors)}
+    return {
+        part: (one.float() * by[part]).to(one.dtype) if part in by else one
+        for part, one in factors.items()
+        if part != "alpha"
+    }
+
+
 def has_input_magnitudes(factors: Factors) -> bool:
     return DORA in factors and len(factors[DORA]) < factors[DORA].numel()
 

@@ -13,7 +13,7 @@ from modules.checkpoints.opening import open_checkpoint, refuse_quantised
 from modules.console import count_of, count_words, list_some
 from modules.errors import CheckpointError, OptionError
 from networks import key_formats
-from networks.alphas import read_alphas
+from networks.alphas import read_alphas, unfold
 from networks.deltas import Factors, drop_unused_alphas, find_fault, group_by_module, rank_of, ungroup
 from networks.key_formats import NativeTensors
 from networks.leftovers import kind_of_module, kind_of_tensor, sort_by_kind, without_numbers
@@ -29,7 +29,7 @@ from networks.metadata import (
     metadata_of,
 )
 from networks.module_names import have_same_names, on_text_side, read_family, relatives
-from networks.names.layouts import FOR_BOTH, OURS, TRAINED_FOR, TRAINED_ON, FamilyNames
+from networks.names.layouts import FOLDED, FOR_BOTH, OURS, TRAINED_FOR, TRAINED_ON, FamilyNames
 from networks.options import UNTYPED, LoraPatternOptions
 from networks.parts import mend_split_alphas
 from networks.patterns import describe_unfit, in_any_spelling
@@ -206,6 +206,9 @@ def _read_part(
     if native.text_encoder or native.repeated or native.unknown:
         _warn_of_unused(path, native, made or native.family, len(stored))
     tensors, texts = drop_unused_alphas(native.tensors), drop_unused_alphas(native.texts)
+    if is_own:
+        tensors, texts = unfold(tensors, metadata), unfold(texts, metadata)
+    metadata = {key: value for key, value in metadata.items() if key != FOLDED}
     native = replace(native, tensors=tensors, texts=texts)
     modules, in_texts = group_by_module(native.tensors), group_by_module(native.texts)
     _refuse_faulty(path, modules | in_texts, native.unknown)

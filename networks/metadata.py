@@ -212,9 +212,11 @@ def _describe_part(checkpoint: Checkpoint, names: list[str], part: str | None) -
 
 def _beside_tensors(checkpoint: Checkpoint, native: "NativeTensors", part: str | None) -> set[float]:
     """Return the alphas in the header or beside the file; empty if they are unusable."""
-    from networks.alphas import read_alphas
+    from networks.alphas import read_alphas, read_folded
 
     is_own = checkpoint.metadata.get(LAYOUT_KEY) == layout_hash(checkpoint.tensors)
+    if is_own and (folded := read_folded(checkpoint.metadata)):
+        return {rank * strength for rank, strength in folded.items()}
     try:
         found, _ = read_alphas(checkpoint.path, checkpoint.metadata, native, part, is_own, warns=False)
     except CheckpointError:

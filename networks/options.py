@@ -11,6 +11,7 @@ from modules.errors import OptionError
 from modules.option_values import split_pairs
 from modules.options import FREE, HABIT, IDENTITY, IMPORTS_MODULE, Options, option
 from modules.paths import explain_missing
+from networks.names.layouts import COMFYUI, DIFFUSERS, KNOWN
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +111,13 @@ class NetworkOptions(Options, title="network"):
         above=0,
         hint="leave it out for no limit",
         facts=HABIT,
+    )
+    lora_format: str | None = option(
+        "whose names the layers have in saved files. known: of the known tuners (lora_unet_..., with "
+        "alphas); comfyui: of ComfyUI; diffusers: of diffusers' pipelines. Default: known, of LTX-2 comfyui, "
+        "which are the names of its official code. Every script here reads all of them",
+        choices=(KNOWN, COMFYUI, DIFFUSERS),
+        facts=FREE,
     )
     # resuming compares their names
     base_weights: tuple[Path, ...] | None = option(

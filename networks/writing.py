@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from networks import deltas, module_names
-from networks.deltas import DORA, LORA, Factors
+from networks.deltas import DORA, LORA, Factors, add_missing_alphas
 from networks.key_formats import OTHER
 from networks.lora_products import diagonal_blocks, fused_heights
 from networks.module_names import alias, module_path, parts_of, to_alias
@@ -179,22 +179,11 @@ def _fold(factors: Factors) -> dict[str, Tensor]:
 
 
 def _in_toolkit(factors: Factors) -> Form:
-    """Return the tensors as `_in_diffusers`, with alpha / rank folded in by powers of two.
-
-    The down factor takes it; powers of two move to the up factor until both scales are of similar size.
-    """
+    """Return the tensors as `_in_diffusers`, with alpha / rank folded in by `deltas.split_strength`."""
     if LORA[0] not in factors:
         return _in_diffusers(factors)
-    down, up = deltas.strength(factors), 1.0
-    while 0 < abs(down) * 2 < up:
-        down, up = down * 2, up / 2
-    by = {LORA[0]: down, LORA[1]: up, "lora_up.bias": deltas.strength(factors)}
-    scaled = {
-        part: (one.float() * by[part]).to(one.dtype) if part in by else one.contiguous()
-        for part, one in factors.items()
-        if part != "alpha"
-    }
-    return _in_diffusers(scaled)
+    folded = deltas.fold_strength(factors)
+    return _in_diffusers({part: one.contiguous() for part, one in folded.items()})
 
 
 def _pieces(name: str, factors: Factors, family: FamilyNames) -> Pieces | str:
@@ -245,6 +234,24 @@ def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
         for path, one in found.items()
         if any(values.any() for part, values in one.items() if part not in {LORA[0], "alpha"})
     } or found
+
+
+def in_target(
+    native: Mapping[str, Tensor], family: FamilyNames | None, target: str, start: str = IN_DIFFUSERS
+) -> Written:
+    """Return a LoRA for a DiT under the names of a target: "default" (ours), "other" (ComfyUI), "diffusers".
+
+    native: on the family's own modules, see `in_own_form`. start: as for `in_dialect`.
+    """
+    names = "" if family is None or target == "diffusers" else family.always_underscored
+    if target == "other" and family is not None and family.underscored:
+        names = "aliases"
+    if not names and target != "default":
+        return in_dialect(native, family, target, start)
+    tensors = add_missing_alphas(native)
+    if names == "aliases" and family is not None:
+        tensors = rename_to_aliases(tensors, family)
+    return tensors, {}
 
 
 def in_own_form(tensors: Mapping[str, Tensor], family: FamilyNames | None) -> Mapping[str, Tensor]:

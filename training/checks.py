@@ -1,6 +1,6 @@
 """Check a run's options and file headers before gigabytes are loaded; name given options without effect."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from itertools import zip_longest
 from typing import Any
@@ -10,13 +10,14 @@ from torch.nn import Parameter
 
 from modules.atomic_write import check_space
 from modules.console import quiet
-from modules.contract.family import Family
+from modules.contract.family import Family, LearningEncoder
 from modules.errors import OptionError
 from modules.installation import import_own
 from modules.offload.swap_plan import check_swap
 from modules.options import is_given, option_name, option_values
 from modules.speed_options import TRAINING_FLAGS
 from networks.adapter import check_network
+from networks.formats import LoraFormat, choose_format
 from networks.lora_settings import DEFAULT_RANK, REG_RATES, read_rates
 from networks.own_kinds import OWN_MODULES
 from networks.own_modules import smallest_lora_bytes
@@ -59,6 +60,8 @@ def check_before_loading(
         make_lr_schedule(options.lr_schedule, optimizer, total_steps or MOST_STEPS)
     check_networks(family, options)
     check_rates(options.optimizer, _asked_rates(options))
+    with quiet():
+        choose_lora_format(family, options)
     samples, of_samples = options.samples, sampling or family
     if samples.preview.preview_latent_every is not None:
         import_own("blissful_tuner.latent_preview").check_preview(samples.preview, of_samples.latent)
@@ -137,6 +140,20 @@ def check_networks(family: Family, options: TrainingOptions) -> None:
                 uses.append(adapter)
             if uses and file is not None:
                 import_own("networks.apply").check_loras_fit(file, uses, family.file_beside(file))
+
+
+def choose_lora_format(
+    family: Family, options: TrainingOptions, texts: Sequence[LearningEncoder] = ()
+) -> LoraFormat | None:
+    """Return the format of saved LoRAs, as `choose_format`; None if there is no network of ours.
+
+    texts: text encoders that learn, as far as they are known.
+    """
+    if options.network is None:
+        return None
+    module = options.network.network_module or family.lora_module
+    names = {encoder.lora_prefix: encoder.name for encoder in texts}
+    return choose_format(options.network, family.name, module, names)
 
 
 def check_teacher(family: Family, asked: str, texts: LiveTexts | None) -> None:

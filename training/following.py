@@ -14,7 +14,8 @@ from modules.installation import command_words
 from modules.option_values import FillIn, missing_words, option_words
 from modules.speed_options import say_for_generation
 from networks.module_names import read_family
-from networks.names.layouts import TRAINED_ON
+from networks.names.layouts import KNOWN, TRAINED_ON
+from networks.options import NetworkOptions
 from training.options import GivenOption, TrainingOptions
 from training.plan import TrainingPlan
 from training.reports.history import PageCommand
@@ -31,6 +32,7 @@ DORA_ELSEWHERE = (
     "convert_lora.py --target other --dit MODEL wrote it. musubi-tuner and sd-scripts leave its magnitudes "
     "out: they need a plain LoRA."
 )
+COMFYUI_TOOL = "ComfyUI"
 FACTORED = ("networks.loha", "networks.lokr")  # which ComfyUI reads, but not the tools of `converted_for`
 STARTING = {"initial_step", "initial_epoch"}
 # options that make a sample; its values are named as they are, but for two
@@ -55,9 +57,11 @@ class NextSteps:
     sample: Mapping[str, Any]
     sample_loras: Sequence[tuple[Path, float]] = ()  # that the samples have besides, with multipliers
     experts: Sequence[Expert] = ONE_EXPERT  # that are trained
-    converted_for: str = ""  # the tool that reads LoRAs of this family only once they are converted
     # of a run without samples: files and caption of a training item, in the form of `sample`
     example: Mapping[str, Any] = field(default_factory=dict)
+    # the tool that reads LoRAs of this family with the names of the known tuners only once they are converted
+    converted_for: str = ""
+    lora_format: str = KNOWN  # of the run's files
 
     def commands(self, best: Path | None, is_finished: bool) -> list[PageCommand]:
         """Return commands to train on, to generate with the best file, to convert it if a tool needs that,
@@ -68,11 +72,18 @@ class NextSteps:
         if self.generation is not None:
             found.append(self._generate(self.generation, chosen))
         network = self.options.network
-        if network is not None and (network.decomposes or self.converted_for):
+        if network is not None and (network.decomposes or self._needs_conversion(network)):
             found += [self._convert(file) for file in self.names.files(self.names.stem_of(chosen)).values()]
         here = f"Commands here are typed in the folder {Path.cwd()}."
         found[0] = replace(found[0], note=" ".join(filter(None, (found[0].note, here))))
         return [*found, _command("This run, as it was started", self._words())]
+
+    def _needs_conversion(self, network: NetworkOptions) -> bool:
+        """Return whether the tool of `converted_for` does not read the run's files as they are."""
+        if not self.converted_for or self.lora_format == KNOWN:
+            return bool(self.converted_for)
+        # which ComfyUI alone reads under its names
+        return network.network_module in FACTORED and self.converted_for != COMFYUI_TOOL
 
     def _convert(self, file: Path) -> PageCommand:
         """Return the command that converts a file for other tools; a DoRA becomes a plain LoRA."""
@@ -87,7 +98,7 @@ class NextSteps:
             texts = {option.name: option.text for option in self.given}
             dit = next(filter(None, map(texts.get, dits)), "model.safetensors")
             words += ["--bake", str(BAKED_RANK), "--dit", dit]
-        elif network is not None and self.converted_for != "ComfyUI":
+        elif network is not None and self.converted_for != COMFYUI_TOOL:
             is_factored = network.network_module in FACTORED
             words += ["--bake", str(BAKED_RANK)] if is_factored else []
         files = ["--input", str(file), "--output", str(file.with_name(f"{file.stem}_{end}.safetensors"))]
@@ -203,18 +214,19 @@ def plan_next_steps(
         example = say_example(plan, cached_with or {})
     found = read_family({TRAINED_ON: plan.family.name})
     return NextSteps(
-        script,
-        given,
-        generation,
-        plan.options,
-        plan.names,
-        plan.steps.total_steps,
-        plan.accelerator.num_processes,
-        {} if sampler is None else sampler.first_values,
-        () if sampler is None else plan.options.samples.loras(),
-        plan.family.experts,
-        "" if found is None else found.converted_for,
-        example,
+        script=script,
+        given=given,
+        generation=generation,
+        options=plan.options,
+        names=plan.names,
+        total_steps=plan.steps.total_steps,
+        processes=plan.accelerator.num_processes,
+        sample={} if sampler is None else sampler.first_values,
+        sample_loras=() if sampler is None else plan.options.samples.loras(),
+        experts=plan.family.experts,
+        example=example,
+        converted_for="" if found is None else found.converted_for,
+        lora_format=KNOWN if plan.lora_format is None else plan.lora_format.name,
     )
 
 

@@ -289,7 +289,7 @@ def _add_learner(
             found = dict(zip(texts.able, parts.text_rates(len(texts.able), rate), strict=True))
             of_texts = [found[each.lora_prefix] for each in texts.learning]
         rates = (rate, parts.unet_lr, of_texts)
-    return (*learners, train_network(network, rates, given.scale_weight_norms, device))
+    return (*learners, train_network(network, rates, given.scale_weight_norms, device, plan.lora_format))
 
 
 def _make_stepping(

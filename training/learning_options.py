@@ -21,6 +21,7 @@ from modules.options import (
     option,
     unsupported,
 )
+from networks.names.layouts import COMFYUI, DIFFUSERS, KNOWN
 from networks.options import BASE, multipliers_for
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ class WholeDitOptions(Options, title="full fine-tuning"):
     base_weights_multiplier = unsupported(_MERGED_BEFORE, "their strengths", type=float, nargs="*")
     network_weights = unsupported(_MERGED_BEFORE, "LoRA file to start from", type=str)
     dim_from_weights = not_needed(_NO_NETWORK)
+    lora_format = not_needed(_NO_NETWORK, choices=(KNOWN, COMFYUI, DIFFUSERS))
     network_module = not_needed(_NO_NETWORK, type=str)
     network_dim = not_needed(_NO_NETWORK, type=int)
     network_alpha = not_needed(_NO_NETWORK, type=float, default=1)

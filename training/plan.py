@@ -24,7 +24,8 @@ from modules.errors import DatasetError, OptionError, OutputError
 from modules.installation import import_own
 from modules.option_values import require
 from modules.speed_options import Quantisation
-from training.checks import check_before_loading, check_teacher, list_unused_options
+from networks.formats import LoraFormat
+from training.checks import check_before_loading, check_teacher, choose_lora_format, list_unused_options
 from training.data.feed import BatchSources
 from training.data.live import LiveTexts
 from training.experts import check_computing, note_experts
@@ -57,6 +58,7 @@ class TrainingPlan:
     names: Names  # of the run's files
     saving: SavingOptions  # with the epochs of --save_n_epoch_ratio
     network_module: str  # empty if the model itself is trained
+    lora_format: LoraFormat | None  # of its files; None: they have the names of what is trained
     config: DatasetConfig
     training: Sequence[TrainingItem]
     validation: Sequence[TrainingItem]
@@ -90,7 +92,9 @@ def make_plan(
     quantisation = check_computing(family, options, device)
     if options.caching is not None:  # before minutes of encoding
         check_before_loading(family, options, options.loop.known_steps, sampling)
-    texts, sources = _find_sources(family, options, config, device)
+    texts = _find_texts(family, options, config)
+    lora_format = choose_lora_format(family, options, () if texts is None else texts.learning)
+    sources = _find_sources(family, options, config, device, texts)
     process, seed = (accelerator.process_index, accelerator.num_processes), progress.seed
     training, validation = _find_items(family, options, config, sources, texts, commands, seed, process)
     order = BatchOrder(training, seed)
@@ -99,7 +103,6 @@ def make_plan(
     if is_main:
         note_experts(family, options, sampling is not None)
     module = "" if options.network is None else options.network.network_module or family.lora_module
-    parts = tuple(expert.name for expert in family.experts) if options.by_expert.lora_per_expert else ()
     identity, habits = settings_of(family, options, seed, order, steps, module)
     if saving.save_n_epoch_ratio is not None:
         saving = saving.spread(steps.num_epochs, saving.save_n_epoch_ratio)
@@ -118,9 +121,10 @@ def make_plan(
         quantisation=quantisation,
         saved=saved,
         progress=progress,
-        names=Names(*saving.place, parts),
+        names=_names_of(family, options),
         saving=saving,
         network_module=module,
+        lora_format=lora_format,
         config=config,
         training=training,
         validation=validation,
@@ -135,22 +139,42 @@ def make_plan(
     )
 
 
-def _find_sources(
-    family: Family, options: TrainingOptions, config: DatasetConfig, device: torch.device
-) -> tuple[LiveTexts | None, BatchSources]:
-    """Return what encodes while training, and where the rest is read from. Checks --teacher."""
+def _names_of(family: Family, options: TrainingOptions) -> Names:
+    """Return the names of the run's files: one for each expert, if each has a LoRA of its own."""
+    parts = tuple(expert.name for expert in family.experts) if options.by_expert.lora_per_expert else ()
+    return Names(*options.saving.place, parts)
+
+
+def _may_encode(options: TrainingOptions, config: DatasetConfig) -> bool:
+    """Return whether the training may encode pictures or captions by itself."""
     subsets = [one for one in config.datasets if one.group is not None]
     is_changing = any(one.changes.varying_keys or one.augmentation.varying_keys for one in subsets)
-    inside, texts = None, None
-    if is_changing or options.is_for_images or options.caching is not None:  # maybe it encodes by itself
-        inside = import_own("training.caching_inside")
-        texts = inside.find_live_texts(family, options, config)
+    return is_changing or options.is_for_images or options.caching is not None
+
+
+def _find_texts(family: Family, options: TrainingOptions, config: DatasetConfig) -> LiveTexts | None:
+    """Return the text encoders that work while training. Checks --teacher."""
+    texts: LiveTexts | None = None
+    if _may_encode(options, config):
+        texts = import_own("training.caching_inside").find_live_texts(family, options, config)
     if options.frozen.teacher is not None:
         check_teacher(family, options.frozen.teacher, texts)
-    if inside is None:
-        return texts, BatchSources(Stores(npz_names(family)))
+    return texts
+
+
+def _find_sources(
+    family: Family,
+    options: TrainingOptions,
+    config: DatasetConfig,
+    device: torch.device,
+    texts: LiveTexts | None,
+) -> BatchSources:
+    """Return where the parts of batches are read from that `texts` does not encode."""
+    if not _may_encode(options, config):
+        return BatchSources(Stores(npz_names(family)))
     keys = () if texts is None else texts.keys
-    return texts, inside.prepare_sources(family, config, options.caching, device, keys)
+    prepare = import_own("training.caching_inside").prepare_sources
+    return prepare(family, config, options.caching, device, keys)
 
 
 @contextmanager

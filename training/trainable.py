@@ -17,6 +17,7 @@ from modules.contract.loading import TensorInfo
 from modules.errors import CheckpointError, OptionError
 from networks.adapter import ForeignNetwork, TrainableNetwork, tie_network
 from networks.deltas import sizes_of
+from networks.formats import LoraFormat
 from networks.metadata import save_network
 
 # learning rates: of all; of the DiT's part and of each text encoder that learns, None: as all
@@ -94,12 +95,19 @@ class Trainable:
 
 
 def train_network(
-    network: TrainableNetwork, rates: Rates, max_norm: float | None, device: torch.device
+    network: TrainableNetwork,
+    rates: Rates,
+    max_norm: float | None,
+    device: torch.device,
+    lora_format: LoraFormat | None = None,
 ) -> Trainable:
     """Move a network that is already in its DiT to the device, in float32, and return it as a `Trainable`.
 
-    Raises OptionError if it has no parameters to train.
+    lora_format: of its files; None: under the names of the network itself. Raises OptionError if it has no
+    parameters to train, or modules that the format cannot hold.
     """
+    if lora_format is not None:
+        lora_format.check(network.module)
     network.module.to(device=device, dtype=torch.float32)
     groups, names = network.parameter_groups(*rates)
     if not any(group["params"] for group in groups):
@@ -108,11 +116,12 @@ def train_network(
             "--network_args"
         )
     modules = {"network": network.module, **network.state_beside_file}
+    save = save_network if lora_format is None else lora_format.save
     return Trainable(
         modules,
         groups,
         tuple(names),
-        {"": partial(save_network, network.module)},
+        {"": partial(save, network.module)},
         [network],
         max_norm=max_norm,
     )

@@ -15,6 +15,8 @@ REST, SWAPPED, BEFORE_REST = -1, -2, -3
 OURS, OF_LTX_FORK = "lora_unet_", "lora_unet_model_"  # before names in LoRA files of ours; of musubi's fork
 IN_COMFYUI, IN_DIFFUSERS = "diffusion_model.", "transformer."  # before module paths in LoRA files for either
 UNET_IN_DIFFUSERS = "unet."
+# whose names saved LoRAs have (--lora_format): those of the known tuners, of ComfyUI, of diffusers
+KNOWN, COMFYUI, DIFFUSERS = "known", "comfyui", "diffusers"
 # first layers; how many channels they take differs between models of a family
 FIRST_LAYERS = (
     *("patch_embedding.weight", "img_in.proj.weight", "x_embedder.proj.weight"),
@@ -24,6 +26,9 @@ TRAINED_ON = "ss_base_model_version"  # the metadata of a LoRA file that name it
 TRAINED_EXPERT = "ss_wan_expert"  # metadata of a LoRA file that name its expert, with one of these values
 # metadata of a LoRA file: which of a model's uses it has learned, in words (`Family.metadata` as trained_for)
 TRAINED_FOR = "reelsmith_trained_for"
+LORA_FORMAT = "ss_lora_format"  # metadata of a LoRA file: whose names it has, a value of --lora_format
+# metadata of our files without alphas, JSON: rank -> alpha / rank that was folded into factors of this rank
+FOLDED = "reelsmith_folded"
 EXPERT_VALUES = {"high": HIGH_NOISE, "low": LOW_NOISE}
 # of text encoders: how the names of their layers begin
 OF_CLIP, OF_T5, OF_LANGUAGE_MODEL = "text_model_", "encoder_block_", "layers_"
@@ -94,8 +99,13 @@ class FamilyNames:
     rules: LoraRules | None = None  # of that module's own arguments
     takes: tuple[str, ...] = ()  # families whose LoRAs are of use here too
     start: str = IN_COMFYUI  # of the LoRA files that other tools read
-    # tools that read LoRAs completely only after conversion; "": all tools read them as saved
+    # tools that read LoRAs under our names only after conversion; "": all tools read them so
     converted_for: str = ""
+    usual_format: str = KNOWN  # of the files that a training saves, without --lora_format
+    not_in_comfyui: str = ""  # why ComfyUI reads no LoRA for it; "": it does
+    dora_not_in_diffusers: str = ""  # why diffusers does not read its DoRAs; "": it does
+    # starts of the names of the text encoders that diffusers' pipelines take LoRAs for
+    texts_in_diffusers: tuple[str, ...] = ()
     # whether ComfyUI reads LoRAs by underscored names, those of `aliases` among them: its paths differ from
     # ours in dots too
     underscored: bool = False

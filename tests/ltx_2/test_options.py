@@ -90,7 +90,6 @@ def test_the_dtype_of_texts_has_two_names() -> None:
             )
         ),
         ("ltx2_train_network", ("--ltx2_first_frame_conditioning_p", "2"), "from 0 to 1"),
-        ("ltx2_train_network", ("--no_save_original_lora",), "convert_lora.py"),
         ("ltx2_train_network", ("--ltx2_remote_stage",), "--shard_base"),
         (
             "ltx2_train_network",

@@ -59,6 +59,7 @@ class Project:
 
     def train(self, *words: object, code: int = 0) -> str:
         command = [*self.words, "--network_module", "networks.lora_ltx2", "--network_dim", RANK]
+        command += ["--lora_format", "known"]  # names that the computed tensors have
         command += ["--timestep_sampling", "uniform", "--ltx2_first_frame_conditioning_p", 0, *words]
         found, said = run_here("ltx2_train_network.py", *command, folder=self.folder)
         assert found == code, said[-4000:]

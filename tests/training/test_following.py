@@ -198,6 +198,25 @@ def test_tools_besides_comfyui_get_what_they_read(tmp_path: Path, module: str, m
     assert command.title.startswith("Convert the LoRA for diffusers, LTX-2's own pipelines")
 
 
+@pytest.mark.parametrize(
+    ("tool", "module", "converts"),
+    [
+        ("ComfyUI", "networks.lora", False),
+        ("ComfyUI", "networks.lokr", False),
+        (LTX_2.converted_for, "networks.lora_ltx2", False),
+        (LTX_2.converted_for, "networks.loha", True),  # which ComfyUI alone reads
+    ],
+)
+def test_a_file_in_the_format_of_the_tool_is_not_converted(
+    tmp_path: Path, tool: str, module: str, converts: bool
+) -> None:
+    steps = next_steps(tmp_path, ["--network_module", module])
+
+    commands = replace(steps, converted_for=tool, lora_format="comfyui").commands(None, is_finished=True)
+
+    assert any("convert_lora.py" in one.bash for one in commands) == converts
+
+
 def test_a_whole_transformer_takes_the_place_of_the_released_one(tmp_path: Path) -> None:
     parser = training_parser("", WholeDitOptions)
     add_options(parser, HunyuanTrainingOptions)

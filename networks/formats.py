@@ -1,0 +1,204 @@
+"""Write the LoRA of a training under the names of the known tuners, of ComfyUI or of diffusers."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from logging import getLogger
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from modules.checkpoints.writing import save_tensors
+from modules.console import list_some
+from modules.errors import OptionError
+from networks import deltas
+from networks.deltas import LORA
+from networks.metadata import add_hashes
+from networks.module_names import read_family
+from networks.names.layouts import (
+    COMFYUI,
+    DIFFUSERS,
+    FOLDED,
+    KNOWN,
+    LORA_FORMAT,
+    OURS,
+    TRAINED_ON,
+    FamilyNames,
+)
+from networks.options import NetworkOptions
+from networks.own_kinds import OWN_MODULES
+
+logger = getLogger(__name__)
+
+TARGETS = {KNOWN: "default", COMFYUI: "other", DIFFUSERS: "diffusers"}  # of convert_lora.py
+_OTHERWISE = "Use --lora_format known"
+
+
+@dataclass(frozen=True)
+class LoraFormat:
+    """The names of the layers in a training's LoRA files: those of `name`, for a family's model."""
+
+    name: str = KNOWN
+    family: FamilyNames | None = None
+
+    def check(self, network: nn.Module) -> None:
+        """Raise OptionError if a module of the network has no form in this format."""
+        _, _, left_out = self.convert(_on_cpu(network))
+        if left_out:
+            reasons = [f"{module} ({reason})" for module, reason in left_out.items()]
+            raise OptionError(
+                f"--lora_format {self.name} cannot hold {len(reasons)} of the network's modules: "
+                f"{list_some(reasons, 3)}. {_OTHERWISE}, or leave them out with --network_args "
+                "exclude_patterns"
+            )
+
+    def save(
+        self, network: nn.Module, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]
+    ) -> None:
+        """Write a network to a file, completely or not at all, with hashes added to the metadata.
+
+        dtype: of the tensors in the file; None: as trained.
+        """
+        # converted as trained, so that there is one rounding
+        converted, folded, _ = self.convert(_on_cpu(network))
+        tensors = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in converted.items()}
+        save_tensors(path, tensors, add_hashes(tensors, {**metadata, **folded, LORA_FORMAT: self.name}))
+
+    def convert(
+        self, tensors: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, str], dict[str, str]]:
+        """Return tensors under the names of this format, metadata that describe them, and modules without a
+        form there, each with the reason.
+
+        tensors: under our names, on the CPU. alpha / rank is folded into the factors by powers of two, where
+        the format has no alphas; the metadata say how (`FOLDED`), so that reading the file brings it back.
+        """
+        if self.name == KNOWN:
+            return dict(tensors), {}, {}
+        from networks.writing import texts_to_diffusers  # most runs save the known names
+
+        modules = deltas.group_by_module(tensors)
+        texts = {name: one for name, one in modules.items() if not name.startswith(OURS)}
+        in_dit = {name: one for name, one in modules.items() if name.startswith(OURS)}
+        written: dict[str, Tensor] = {}
+        left_out: dict[str, str] = {}
+        strengths: dict[int, set[float]] = {}  # rank in the file -> alpha / rank of the modules folded there
+        for strength, group in self._by_strength(in_dit).items():
+            found, without = self._convert_dit(group, is_folded=strength is not None)
+            written |= found
+            left_out |= without
+            _note_strength(strengths, found, strength)
+        if self.name == COMFYUI:  # which reads text encoders under our names
+            written |= deltas.ungroup(texts)
+        for name, factors in texts.items() if self.name == DIFFUSERS else ():
+            found, without = texts_to_diffusers(deltas.ungroup({name: factors}))
+            written |= found
+            left_out |= without
+            _note_strength(strengths, found, deltas.strength(factors))
+        known = {rank: min(found) for rank, found in strengths.items() if len(found) == 1}
+        return written, ({FOLDED: json.dumps(known)} if known else {}), left_out
+
+    def _by_strength(self, modules: Mapping[str, deltas.Factors]) -> dict[float | None, dict[str, Tensor]]:
+        """Group the tensors of modules by alpha / rank; None: of modules that keep their alphas."""
+        # ComfyUI's names for HunyuanImage-2.1 are underscored ones, beside which alphas stand
+        keeps = self.name == COMFYUI and self.family is not None and self.family.underscored
+        groups: dict[float | None, dict[str, Tensor]] = {}
+        for name, factors in modules.items():
+            is_folded = LORA[0] in factors and not keeps
+            strength = deltas.strength(factors) if is_folded else None
+            groups.setdefault(strength, {}).update(deltas.ungroup({name: factors}))
+        return groups
+
+    def _convert_dit(
+        self, tensors: Mapping[str, Tensor], is_folded: bool
+    ) -> tuple[Mapping[str, Tensor], Mapping[str, str]]:
+        from networks.writing import in_own_form, in_target  # most runs save the known names
+
+        native = in_own_form(tensors, self.family)
+        if is_folded:
+            modules = deltas.group_by_module(native)
+            native = deltas.ungroup({name: deltas.fold_strength(one) for name, one in modules.items()})
+        return in_target(native, self.family, TARGETS[self.name])
+
+
+def _note_strength(
+    strengths: dict[int, set[float]], written: Mapping[str, Tensor], strength: float | None
+) -> None:
+    if strength is not None:
+        for name, tensor in written.items():
+            if name.endswith("lora_A.weight"):
+                strengths.setdefault(len(tensor), set()).add(strength)
+
+
+def _on_cpu(network: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu") for name, tensor in network.state_dict().items()}
+
+
+def choose_format(
+    options: NetworkOptions, family_name: str, module: str, texts: Mapping[str, str]
+) -> LoraFormat | None:
+    """Return the format of --lora_format, or the family's usual one; None for another package's network.
+
+    module: that builds the network. texts: text encoders that learn, start of their modules' names -> name.
+    Raises OptionError if the format that was asked for cannot hold such a network. If the usual one cannot,
+    the names of the known tuners are used, and the log says why.
+    """
+    family, asked = read_family({TRAINED_ON: family_name}), options.lora_format
+    if module not in OWN_MODULES and asked in (None, KNOWN):
+        return None
+    name = asked or (KNOWN if family is None else family.usual_format)
+    fault = find_fault(name, family, options, module, texts)
+    if fault is None:
+        return LoraFormat(name, family)
+    if asked is None:
+        logger.info(f"LoRA files get the names of the known tuners (--lora_format {KNOWN}): {fault}")
+        return LoraFormat(KNOWN, family)
+    raise OptionError(f"--lora_format {asked}: {fault}")
+
+
+def find_fault(
+    name: str, family: FamilyNames | None, options: NetworkOptions, module: str, texts: Mapping[str, str]
+) -> str | None:
+    """Return why a format cannot hold a network; None if it can. Arguments as for `choose_format`."""
+    if name == KNOWN:
+        return None
+    own = OWN_MODULES.get(module)
+    if own is None:
+        return (
+            f"the files of --network_module {module} have that package's own names. {_OTHERWISE}, and "
+            f"convert the file afterwards (convert_lora.py --target {name})"
+        )
+    if family is None:
+        return f"no names of this model's layers are known there. {_OTHERWISE}"
+    if name == COMFYUI:
+        return _fault_in_comfyui(family, options)
+    if own.kind == "LoHa" or (own.kind == "LoKr" and not family.lokr_in_diffusers):
+        return (
+            f"diffusers reads no {own.kind} of this model. {_OTHERWISE}, and make a plain LoRA of it "
+            "afterwards (convert_lora.py --target diffusers --bake 64)"
+        )
+    if options.decomposes and family.dora_not_in_diffusers:
+        return (
+            f"{family.dora_not_in_diffusers}. {_OTHERWISE}, and make a plain LoRA of it afterwards "
+            "(convert_lora.py --target diffusers --bake 64 --dit MODEL)"
+        )
+    unread = [encoder for start, encoder in texts.items() if start not in family.texts_in_diffusers]
+    if unread:
+        return (
+            f"diffusers' pipeline of this model loads no LoRA for the text encoder {unread[0]}, which learns "
+            f"here. {_OTHERWISE}, or train the transformer alone (--network_train_unet_only)"
+        )
+    return None
+
+
+def _fault_in_comfyui(family: FamilyNames, options: NetworkOptions) -> str | None:
+    if family.not_in_comfyui:
+        return f"{family.not_in_comfyui}. {_OTHERWISE} or diffusers"
+    if options.decomposes:
+        return (
+            "ComfyUI divides the magnitudes of a DoRA by the norms of the model's own weights, and training "
+            f"by those of the changed weights. {_OTHERWISE}, and convert the file afterwards with the model "
+            f"(convert_lora.py --target {COMFYUI} --dit MODEL), which is exact"
+        )
+    return None
