@@ -152,7 +152,14 @@ def encode_source(family: Family, encoders: MediaEncoders, prepared: Prepared) -
     resize = reading.resize_stretched if family.source.stretches else reading.resize_cover
     read = [reading.read_image(source.path)] if source.option == IMAGE else reading.video_frames(source.path)
     size = prepared.width, prepared.height
-    frames = torch.from_numpy(numpy.stack([resize(one, size) for one in islice(read, prepared.frames)]))
+    sizes = reading.FrameSizes()
+    watched = sizes.watch(islice(read, prepared.frames))
+    frames = torch.from_numpy(numpy.stack([resize(frame, size) for frame in watched]))
+    if sizes.change is not None:
+        logger.warning(
+            "--%s %s changes its size (%s): all frames are brought to %dx%d.",
+            *(source.option, source.path, sizes.change, *size),
+        )
     if source.pad_mode is None and len(frames) < prepared.frames:
         raise _too_short(source, len(frames), prepared.frames)
     whole = (len(frames) - 1) // family.latent.frame_step * family.latent.frame_step + 1

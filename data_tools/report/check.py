@@ -23,7 +23,7 @@ from dataset.cache.form import list_shard_faults, other_form
 from dataset.cache.store import LatentNames, Stores, may_be_mixed, npz_names
 from dataset.caching.given import use_moments
 from dataset.caching.planning import Planning, Recipe, SourcePlan, plan_all
-from dataset.caching.prefetch import Failure, map_ahead, read_ahead, workers_of
+from dataset.caching.prefetch import SIZE_CHANGES, Failure, map_ahead, read_ahead, workers_of
 from dataset.caching.sound import HearingFamily, SoundWork
 from dataset.caching.text_plans import list_caption_files, plan_texts
 from dataset.config import DatasetConfig
@@ -257,7 +257,9 @@ def _check_sources(found: findings.TableFindings, recipe: Recipe, workers: int) 
     def decoded(plan: SourcePlan) -> SourcePlan:
         media = decode_source(plan.source, recipe.fps, recipe.latent.pixel_step, recipe.latent.frame_step)
         planning = Planning(plan.source, existing[table.index].of(plan.source.stem), recipe)
-        return planning.compare(media.size, media.spans, len(media.frames), media.reason)
+        compared = planning.compare(media.size, media.spans, len(media.frames), media.reason)
+        changes = () if media.clip is None else media.clip.size_changes
+        return replace(compared, size_changes=changes)
 
     plans = [plan for plan in looked if plan.missing is not None]
     unknown = [plan for plan in looked if plan.missing is None]
@@ -290,6 +292,7 @@ def _check_sources(found: findings.TableFindings, recipe: Recipe, workers: int) 
     for kind, lines in (
         ("give no item", [(plan.source, plan.reason) for plan in plans]),
         ("give no item of some lengths", [(plan.source, plan.short) for plan in plans]),
+        (SIZE_CHANGES, [(plan.source, "; ".join(plan.size_changes) or None) for plan in plans]),
     ):
         told = [(one, line) for one, line in lines if line is not None]
         found.remarks += [Fault(kind, f"{one.path}: {line}", one.stem) for one, line in told]

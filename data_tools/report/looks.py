@@ -36,7 +36,7 @@ from modules.media.measures import (
     motion,
     sharpness,
 )
-from modules.media.reading import Frame, read_image, video_info
+from modules.media.reading import Frame, FrameSizes, read_image, video_info
 from modules.pages.page import embed_picture
 
 MOST_FRAMES = 12  # frames of a clip that are measured or shown
@@ -87,6 +87,7 @@ class Look:
     short: str | None = None  # the target_frames for which it is too short
     none: str | None = None  # why it gives no item, though it can be read
     problem: str | None = None  # why it cannot be read
+    size_change: str | None = None  # where its frames change their size
     rate_remark: str | None = None  # if the table's source_fps does not fit the file's rate
     measures: Measures | None = None
     heard: Heard | None = None  # the sound of a clip; None: not looked for
@@ -234,12 +235,14 @@ def _read_frames(
         found |= {"fps": info.fps, "frames": info.frames}
         if not is_animation(source.path):  # these are played by the times in the file
             found["rate_remark"] = compare_rates(info.fps, source.table.source_fps, fps)
-    for frame in source_frames(source, fps):
+    sizes = FrameSizes()
+    for frame in sizes.watch(source_frames(source, fps)):
         if "fit" not in found:
             size = (frame.shape[1], frame.shape[0])
             found |= {"size": size, "fit": fit_of(source.table, size, latent.pixel_step, source.path)}
         take(frame)
         found["used"] += 1
+    found["size_change"] = sizes.change
 
 
 def _count_lengths(spans: Sequence[Span]) -> tuple[tuple[int, int], ...]:

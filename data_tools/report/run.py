@@ -17,7 +17,7 @@ from data_tools.report.looks import Look, Measures, measure, read_header
 from data_tools.report.numbers import CANNOT_BE_READ, collect_numbers
 from data_tools.report.options import ReportOptions
 from data_tools.report.page import write_report_page
-from dataset.caching.prefetch import Failure, read_ahead
+from dataset.caching.prefetch import SIZE_CHANGES, Failure, read_ahead
 from dataset.config import DatasetConfig, DatasetTable, with_lengths, with_references
 from dataset.sources.clock import find_other_lengths
 from dataset.sources.colours import find_colours, find_reordered
@@ -127,6 +127,7 @@ def _measure_table(
             key = look.fit.bucket if table.kind == "image" else (*look.fit.bucket, length)
             found.buckets[key] += count
         told = {"give no item": look.none, "give no item of some lengths": look.short}
+        told[SIZE_CHANGES] = look.size_change
         if look.measures is not None:
             told["are black"] = "black" if look.measures.is_black else None
             told["do not move"] = "nothing moves" if look.measures.is_static else None

@@ -86,7 +86,9 @@ def record_metadata(made: LatentRecord | Mapping[str, TextRecord]) -> dict[str, 
     """Return the metadata entries for the record of latents, or for those of texts by encoder name."""
     content: dict[str, Any] = {"version": VERSION}
     if isinstance(made, LatentRecord):
-        content["latents"] = dataclasses.asdict(made)
+        content["latents"] = latents = dataclasses.asdict(made)
+        if made.clip is not None and not made.clip.size_changes:
+            del latents["clip"]["size_changes"]
     else:
         content["texts"] = texts = {name: dataclasses.asdict(record) for name, record in made.items()}
         for text in texts.values():
@@ -110,7 +112,8 @@ def latent_record(entry: Entry) -> LatentRecord | None:
                 kept = clip["kept_frames"]
                 if type(kept) is not int or not 0 <= kept <= MAX_FRAMES:
                     raise ValueError(f"a clip of {kept!r} frames")
-                clip = ClipFacts(tuple(clip["size"]), kept, clip["complete"])
+                changes = tuple(map(str, clip.get("size_changes", ())))
+                clip = ClipFacts(tuple(clip["size"]), kept, clip["complete"], changes)
             found = LatentRecord(
                 encoder=dict(data["encoder"]),
                 options=dict(data["options"]),

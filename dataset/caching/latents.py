@@ -57,6 +57,8 @@ def decode(
     if plan.missing is None:
         planning = Planning(source, existing.of(source.stem), recipe)
         plan = planning.compare(media.size, media.spans, len(media.frames), media.reason)
+    if media.clip is not None:
+        plan = dataclasses.replace(plan, size_changes=media.clip.size_changes)
     missing = plan.missing or ()
     files = tuple(itertools.starmap(identify, source.parts)) if missing else ()
     media = dataclasses.replace(media, source=source, files=files, rate=rate)

@@ -6,7 +6,7 @@ This is decided from records, if possible without decoding.
 import contextlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dataset.cache import records
@@ -113,6 +113,7 @@ class SourcePlan:
     short: str | None = None  # for which target_frames the clip is too short, if it gives other items
     outdated: str | None = None  # why an existing file is made again
     is_other: bool = False  # one was made by another encoder, with other options, or by another program
+    size_changes: tuple[str, ...] = ()  # of `ClipFacts`
 
 
 def plan_all(
@@ -234,7 +235,8 @@ class Planning:
                 reason = (
                     None if found else f"{count_of(clip.kept_frames, 'frame')}, target_frames are {targets}"
                 )
-                return self.compare(clip.size, found, clip.kept_frames, reason)
+                plan = self.compare(clip.size, found, clip.kept_frames, reason)
+                return replace(plan, size_changes=clip.size_changes)
         if self.existing and recipe.stores.skip_existing:
             # the header may be wrong about the number of frames, so it counts only if it agrees with the
             # existing files

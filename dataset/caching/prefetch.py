@@ -47,6 +47,9 @@ class Failure:
         return self.reason if str(self.path) in self.reason else f"{self.path}: {self.reason}"
 
 
+SIZE_CHANGES = "have frames of several sizes: those of another shape than the first are cropped to its shape"
+
+
 @dataclass(frozen=True)
 class CacheReport:
     """Results of a run. Counts are numbers of cache files."""
@@ -59,6 +62,7 @@ class CacheReport:
     failures: tuple[Failure, ...] = ()  # sources that could not be read
     dropped: tuple[Failure, ...] = ()  # sources that can be read but give no item
     shortened: tuple[Failure, ...] = ()  # clips too short for some of target_frames
+    resized: tuple[Failure, ...] = ()  # clips whose frames change their size
     silent: tuple[Failure, ...] = ()  # clips without sound, of a model that hears
     share: int = 0  # how many of the sources or captions this run looked at
     whole: int = 0  # how many there are
@@ -85,7 +89,7 @@ def join_reports(reports: Sequence[CacheReport]) -> CacheReport:
     found: dict[str, Any] = {"whole": max((report.whole for report in reports), default=0)}
     for name in ("written", "kept", "foreign", "share"):
         found[name] = sum(getattr(report, name) for report in reports)
-    for name in ("failures", "dropped", "shortened", "silent"):
+    for name in ("failures", "dropped", "shortened", "resized", "silent"):
         some = (one for report in reports for one in getattr(report, name))
         found[name] = tuple(sorted(some, key=lambda one: str(one.path)))
     return CacheReport(**found, right=frozenset().union(*(report.right for report in reports)))
@@ -109,6 +113,7 @@ def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[R
         logger.warning("%s:\n%s", told, lines)
     for clips, tell, what in (
         (report.shortened, logger.warning, "give no item of some lengths"),
+        (report.resized, logger.warning, SIZE_CHANGES),
         (report.silent, logger.info, "are learned silent"),
     ):
         if clips:

@@ -197,6 +197,9 @@ class MediaWork:
             failures=tuple(failures),
             dropped=tuple(failed(one.source, one.reason) for one in finished if one.reason is not None),
             shortened=tuple(failed(one.source, one.short) for one in finished if one.short is not None),
+            resized=tuple(
+                failed(one.source, "; ".join(one.size_changes)) for one in finished if one.size_changes
+            ),
             share=len(pieces),
             whole=len(self.pieces),
             right=frozenset(kept | written),

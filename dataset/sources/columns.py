@@ -153,15 +153,15 @@ def _refuse_other_form(path: Path, line: str) -> None:
         line.strip(),
         "a list has one object on each line, with nothing around or between them (JSONL)",
     )
-    if start.startswith("["):
+    if start.startswith("[") and start[1:].strip()[:1] in {"", "{"}:
         remedy = TO_LINES.format(path=path, lines=path.with_name(f"{path.stem}_lines.jsonl"))
         raise DatasetError(f"{path} is one JSON array; {form}.\n  Convert it: {remedy}")
-    if start.startswith("{") and not start.endswith(("}", "},")):
+    if start.startswith("{") and start.endswith(("{", "[", ":", ",")) and not start.endswith("},"):
         raise DatasetError(
             f"{path} has an object over several lines; {form}. Write each object on one line, as json.dumps "
             "without indent does."
         )
-    if not start.startswith("{") and ("," in start or "\t" in start or ";" in start):
+    if not start.startswith(("{", "[")) and ("," in start or "\t" in start or ";" in start):
         raise DatasetError(
             f"{path} looks like a table with a header ({start[:60]!r}); {form}. Name it .csv or .tsv, and "
             "give it to image_table_file or video_table_file."

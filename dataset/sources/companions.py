@@ -20,7 +20,14 @@ from modules.errors import DatasetError, MediaError
 from modules.media.buckets import Size
 from modules.media.decoding import ANIMATION_SUFFIXES
 from modules.media.pixels import pixels_to_uint8
-from modules.media.reading import VIDEO_SUFFIXES, first_frame, image_suffixes, read_image, resize_cover
+from modules.media.reading import (
+    VIDEO_SUFFIXES,
+    FrameSizes,
+    first_frame,
+    image_suffixes,
+    read_image,
+    resize_cover,
+)
 
 Clip = NDArray[np.uint8]  # F H W C
 
@@ -134,7 +141,8 @@ def read_companions(
     fps: float = 0.0,
     clock: Sequence[tuple[int, float]] = (),
 ) -> dict[str, Any]:
-    """Read references and the control mask of a fetched source, as fields of `DecodedMedia`.
+    """Read references and the control mask of a fetched source, as fields of `DecodedMedia`, and with
+    `size_changes` a text for each reference whose frames change their size.
 
     References are cropped to the bucket divided by the family's factor, or padded with white. A clip gives
     `count` frames, those shown at the times of `clock`, its last one repeated; a picture gives one. Raises
@@ -149,6 +157,7 @@ def read_companions(
             f"sides are multiples of {step}. Choose another resolution"
         )
     small = bucket[0] // factor, bucket[1] // factor
+    changes: list[str] = []
 
     def read(path: Path) -> Clip:
         if here.table.clip_references is not None and here.table.clip_references.on_white:
@@ -157,11 +166,15 @@ def read_companions(
             return pixels_to_uint8(on_white(first_frame(path), *small))
         if is_still(path) or here.table.kind == "image":
             return resize_cover(read_image(path), small)[None]
-        frames = frames_beside(path, here.path, here.table, fps, clock)
+        sizes = FrameSizes()
+        frames = sizes.watch(frames_beside(path, here.path, here.table, fps, clock))
         clip = [resize_cover(np.ascontiguousarray(frame[..., :3]), small) for frame in frames][:count]
+        if sizes.change is not None:
+            changes.append(f"{path.name}: {sizes.change}")
         return np.stack(clip + clip[-1:] * (count - len(clip)))
 
     found["references"] = tuple(map(read, here.references))
+    found["size_changes"] = changes
     if here.control_mask is not None:
         found["control_mask"] = read_mask(here.control_mask, here, (size, bucket), count, fps, clock)
     return found

@@ -32,7 +32,15 @@ from modules.errors import MediaError
 from modules.media.augmenting import change_colours, crop_anywhere, face_in_name, fit_face, mirror
 from modules.media.buckets import Fit, Size, fit_cover, fit_like, fit_without_enlarging, how_to_resize
 from modules.media.decoding import is_animation
-from modules.media.reading import Frame, fit_frame, image_size, read_image, resize_cover, video_info
+from modules.media.reading import (
+    Frame,
+    FrameSizes,
+    fit_frame,
+    image_size,
+    read_image,
+    resize_cover,
+    video_info,
+)
 
 Clip = NDArray[np.uint8]  # F H W C
 
@@ -133,12 +141,15 @@ def decode_source(
                 clock.append((number, second))
                 yield frame
 
-        frames_in = decoded()
+        sizes = FrameSizes()
+        changes: list[str] = []
+        frames_in = sizes.watch(decoded())
         first = next(frames_in)
         size = (first.shape[1], first.shape[0])
         bucket = bucket_of(table, size, step, here.path)
         enough = frames_wanted(table)
         frames, mask = _gather(itertools.chain([first], frames_in), bucket, enough, table.is_of_sound)
+        changes += [] if sizes.change is None else [f"{source.path.name}: {sizes.change}"]
         path, count = here.mask, len(frames)
         if path is not None:  # one image for all frames, or a clip
             mask = read_mask(path, here, (size, bucket), count, fps, clock)
@@ -146,7 +157,10 @@ def decode_source(
         control = []
         for path in here.control if found else ():
             # a longer control clip is cut, a shorter one repeats its last frame
-            clip, _ = _gather(frames_beside(path, here.path, table, fps, clock), bucket, count)
+            sizes = FrameSizes()
+            beside = sizes.watch(frames_beside(path, here.path, table, fps, clock))
+            clip, _ = _gather(beside, bucket, count)
+            changes += [] if sizes.change is None else [f"{path.name}: {sizes.change}"]
             missing = count - len(clip)
             control.append(np.concatenate([clip, *[clip[-1:]] * missing]) if missing else clip)
         more: dict[str, Any] = {}
@@ -154,8 +168,10 @@ def decode_source(
             from dataset.sources.companions import read_companions
 
             more = read_companions(here, size, bucket, count, fps, clock)
+            changes += more.pop("size_changes")
     # decoding stops early where there are enough: then there may be more
-    facts = ClipFacts(size, count, complete=enough is None or count < enough)
+    complete = enough is None or count < enough
+    facts = ClipFacts(size, count, complete, size_changes=tuple(changes))
     seen = size, bucket, frames, found, reason, tuple(control)
     return DecodedMedia(source, *seen, mask=mask, clip=facts, **more)
 
@@ -202,6 +218,7 @@ def _decode_image(
         from dataset.sources.companions import read_companions
 
         more = read_companions(source, size, fit.bucket, 1)
+        del more["size_changes"]
     ends = IMAGE_SPANS, None, tuple(control), alpha, mask
     return DecodedMedia(source, size, fit.bucket, frames, *ends, **more)
 

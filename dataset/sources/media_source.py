@@ -142,6 +142,8 @@ class ClipFacts:
     size: tuple[int, int]
     kept_frames: int
     complete: bool = True  # False: decoding stopped early, there may be more frames
+    # of it and its control clips and references: "cat.mp4: 64x32, from frame 9 on 32x64"
+    size_changes: tuple[str, ...] = ()
 
 
 def member_pieces(origin: TarMember) -> Iterator[bytes]:

@@ -118,14 +118,19 @@ def video_pixels(
     them must exist, and the last existing one is repeated for the others.
     Raises MediaError if the video is too short.
     """
-    from modules.media.reading import media_colours, resize_cover, video_frames
+    from modules.media.reading import FrameSizes, media_colours, resize_cover, video_frames
 
     if (hdr := media_colours(path).hdr) is not None:
         logger.warning("%s %s is HDR (%s): it is used pale. Convert it to SDR first.", option, path, hdr)
     needed = frames + min(end_frames, 1)
-    found = [
-        resize_cover(frame, (width, height)) for frame in islice(video_frames(path), frames + end_frames)
-    ]
+    sizes = FrameSizes()
+    read = sizes.watch(islice(video_frames(path), frames + end_frames))
+    found = [resize_cover(frame, (width, height)) for frame in read]
+    if sizes.change is not None:
+        logger.warning(
+            "%s %s changes its size (%s): all frames are cropped to %dx%d.",
+            *(option, path, sizes.change, width, height),
+        )
     if len(found) < needed:
         raise too_short(option, path, len(found), needed)
     found += [found[-1]] * (frames + end_frames - len(found))

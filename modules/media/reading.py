@@ -283,6 +283,23 @@ def timed_frames(path: Path, alpha: bool = False, threads: int = 0) -> Iterator[
             yield decoding.turn_upright(pixels, timed.orientation), start, start + shown
 
 
+class FrameSizes:
+    """Notice where the frames of a clip change their size, as turned recordings and mixed folders do."""
+
+    def __init__(self) -> None:
+        self.change: str | None = None  # "64x32, from frame 9 on 32x64": the first change
+
+    def watch(self, frames: Iterable[Frame]) -> Iterator[Frame]:
+        """Yield the frames as they are, H W C."""
+        first: Size | None = None
+        for number, frame in enumerate(frames, 1):
+            size = frame.shape[1], frame.shape[0]
+            first = size if first is None else first
+            if self.change is None and size != first:
+                self.change = f"{first[0]}x{first[1]}, from frame {number} on {size[0]}x{size[1]}"
+            yield frame
+
+
 def slots(rate: float) -> Iterator[float]:
     """Yield, without end, the second at which the picture of each frame of a clip at `rate` is looked up."""
     return ((count + PLACE_IN_FRAME) / rate for count in itertools.count())

@@ -18,6 +18,7 @@ from dataset.cache.files import read_entry, write_tensors
 from dataset.cache.records import latent_record, record_metadata, text_records
 from dataset.caching import planning
 from dataset.caching.loop import cache_media
+from dataset.caching.prefetch import SIZE_CHANGES, conclude
 from dataset.config import DatasetConfig
 from dataset.sources.colours import REORDERED, find_reordered, shown_otherwise
 from dataset.sources.decoding import decode_source
@@ -283,3 +284,30 @@ def test_caches_of_mirrored_clips_are_made_again(tmp_path: Path) -> None:
 
     assert set(cached(config)) == {"selfie"}
     assert cached(config) == {}
+
+
+def test_clips_and_controls_that_change_their_size_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = make_config(tmp_path, clips=(5,))
+    folder = tmp_path / "controls" / "clip_0"
+    folder.mkdir(parents=True)
+    for number, size in enumerate([(64, 32)] * 3 + [(32, 64)] * 2):
+        make_image(folder / f"{number}.png", size)
+    table = dataclasses.replace(config.datasets[0], control_directory=tmp_path / "controls")
+    config = DatasetConfig(config.path, (table,))
+    change = "clip_0: 64x32, from frame 4 on 32x64"
+    kind = "1 clip has frames of several sizes: those of another shape than the first are cropped"
+
+    for _ in range(2):
+        before = check_caching(ToyFamily(), config, 1, False)
+        report = cache_media(ToyFamily(), config, options())
+
+        assert [one.reason for one in report.resized] == [change]
+        remarks = [fault for found in before.tables for fault in found.remarks]
+        assert [(one.kind, one.text) for one in remarks] == [
+            (SIZE_CHANGES, f"{tmp_path / 'clip_0.mp4'}: {change}")
+        ]
+    with caplog.at_level("WARNING"):
+        conclude(report)
+    assert kind in caplog.text
