@@ -383,8 +383,7 @@ def as_line(words: Sequence[str]) -> str:
 
 
 def open_queue(runs: Runs, read_only: bool) -> JobQueue:
-    top = runs.roots[0]
-    return JobQueue((top if top.is_dir() else top.parent) / FOLDER, read_only)
+    return JobQueue(runs.tops[0] / FOLDER, read_only)
 
 
 def _read_or_empty(path: Path) -> str:

@@ -21,8 +21,9 @@ import psutil  # comes with accelerate
 
 from modules.atomic_write import write_text
 from modules.command import did_you_mean, message_of
+from modules.control_codes import shorten
 from modules.errors import OptionError
-from modules.installation import PREFIX, ROOT, find_script, program_environment, program_words
+from modules.installation import LONGEST_NAME, PREFIX, ROOT, find_script, program_environment, program_words
 from modules.text_files import real_path
 from package.reelsmith.commands import ScriptCommand, find_commands
 
@@ -153,10 +154,10 @@ def _find_command(words: Sequence[str], folder: Path) -> tuple[ScriptCommand, in
     for command in known:
         if script is not None and command.path == ROOT / script:
             return command, count
-    hint = did_you_mean(Path(word).name, [command.path.name for command in known])
+    hint = did_you_mean(word.rpartition("/")[2][:LONGEST_NAME], [command.path.name for command in known])
     raise OptionError(
-        f"{word!r} is no command of this program.{hint} A job is a line such as python wan_train_network.py "
-        "..., with `accelerate launch ...` before it if needed"
+        f"{shorten(word, 80)!r} is no command of this program.{hint} A job is a line such as "
+        "python wan_train_network.py ..., with `accelerate launch ...` before it if needed"
     )
 
 

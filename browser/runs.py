@@ -123,6 +123,24 @@ class Glance:
         return Path(here).parts[len(Path(here).parts) - len(parts) :] == parts
 
     @property
+    def working_folder(self) -> Path | None:
+        """Return the folder in which the command was typed; None if it is not known.
+
+        A folder that was moved or copied together with the run's is found at its new place.
+        """
+        if self.start is None or not self.start.working_folder or not self.start.written_in:
+            return None
+        typed_in, written_in = Path(self.start.working_folder), Path(self.start.written_in)
+        here = real_path(self.history.parent)
+        if written_in == here:
+            return typed_in
+        if not written_in.is_relative_to(typed_in):
+            return None
+        inner = written_in.relative_to(typed_in).parts
+        outer = here.parts[: len(here.parts) - len(inner)]
+        return Path(*outer) if outer and (*outer, *inner) == here.parts else None
+
+    @property
     def network(self) -> str:
         return Path(dict(self.start.changed).get("dit", "") if self.start else "").name
 
@@ -338,6 +356,11 @@ class Runs:
             given = [root for root in self.roots if root.suffix == CONFIG]
             return given + [path for *_, configs in self._folders.values() for path in configs]
 
+    @property
+    def tops(self) -> list[Path]:
+        """Return the folders that are shown: those given, and those of given files."""
+        return [root.parent if root.is_file() else root for root in self.roots]
+
     def is_inside(self, path: Path) -> bool:
         return self.is_below(path) and path.is_file()
 
@@ -347,8 +370,7 @@ class Runs:
             real = path.resolve(strict=True)
         except (OSError, RuntimeError, ValueError):
             return False
-        tops = [root if root.is_dir() else root.parent for root in self.roots]
-        return any(real.is_relative_to(top) for top in tops)
+        return any(real.is_relative_to(top) for top in self.tops)
 
 
 MOST_OPEN = 8  # histories in memory

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # "" in a checkout, "reelsmith." in the package
 PREFIX = __name__.rpartition("modules.")[0]
 SCRIPT_ROOMS = ("tools", "blissful_tuner", "networks")  # the rooms that have scripts too
+LONGEST_NAME = 100  # characters of a script; file systems refuse to look for far longer names
 MOST_BEFORE = 16  # words of a command before the script: options of the launcher
 # variable of a program that run_project.py starts: it types the next command itself, and no hint names it
 RUN_GOES_ON = "REELSMITH_RUN_GOES_ON"
@@ -104,7 +105,7 @@ def command_words(words: Sequence[str]) -> list[str]:
 
 def find_script(word: str) -> Path | None:
     """Return the path in ROOT of a command's script, with or without its room and .py, or None."""
-    if re.fullmatch(rf"(({'|'.join(SCRIPT_ROOMS)})/)?\w+(\.py)?", word) is None:
+    if re.fullmatch(rf"(({'|'.join(SCRIPT_ROOMS)})/)?\w{{1,{LONGEST_NAME}}}(\.py)?", word) is None:
         return None
     name = f"{word.removesuffix('.py')}.py"
     return next((Path(room, name) for room in ("", *SCRIPT_ROOMS) if (ROOT / room / name).is_file()), None)
