@@ -39,6 +39,7 @@ paths: paths and addresses as users write them
 planning/: the memory of a run, predicted before it starts
 private_torch: everything private of torch that is used
 run_blocks: the one loop over blocks, the DiTs' base
+script_words: words of the command that name a script
 seeds: seeds for independent random streams, derived from names and numbers
 speed_options: options of attention, fp8, block swap, VAE, plan
 step_cache: rules decide which passes to skip; a runner skips

@@ -40,7 +40,7 @@ MAY_IMPORT = {
 # Rooms, file or folder, from the ground up: a room imports rooms of lower floors only.
 FLOORS = {
     "modules": (
-        {"errors", "flow", "interpreter", "limits", "seeds"}
+        {"errors", "flow", "interpreter", "limits", "script_words", "seeds"}
         | {"private_torch"}
         | {"text_encodings", "varints", "version"},
         {"control_codes", "text_files"},
@@ -109,6 +109,7 @@ _LIGHT = {
             "output_files",
             "parser",
             "paths",
+            "script_words",
             "text_encodings",
             "text_files",
         ),

@@ -110,6 +110,7 @@ REFUSED = (
     ("accelerate launch --num_processes 2", "''"),
     ("accelerate config", "'accelerate'"),
     ("python wan_train_network.py --dit 'x", "No closing quotation"),
+    ("ü" * 100, "is no command of this program"),
     ("x" * 300, "is no command of this program"),
     (f"python {'x' * 300}.py", "is no command of this program"),
     (f"reelsmith {'ü' * 300}", "is no command of this program"),
