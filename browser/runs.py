@@ -22,6 +22,7 @@ from modules.console import in_words
 from modules.limits import MAX_LINE_CHARACTERS
 from modules.text_files import real_path
 from training.reports.history import (
+    BEFORE_TRAINING,
     END,
     HIGHEST,
     PREDICTED,
@@ -30,6 +31,7 @@ from training.reports.history import (
     Start,
     Story,
     history_name,
+    history_path,
     parse_row,
 )
 from training.reports.page import page_path
@@ -84,6 +86,7 @@ class Glance:
     total_steps: int = 0
     average: float | None = None  # mean loss, as the run's own bar shows it; None: an older version's history
     seconds_left: float | None = None  # with samples, validations and saves; None: an older version's
+    doing: str = ""  # current work between two steps, or before the first
 
     @property
     def id(self) -> str:
@@ -246,7 +249,17 @@ def read_glance(path: Path, status: os.stat_result) -> Glance:
             story.start.total_steps if story.start else told[2] if told else step,
             float(averages[-1]) if (averages := AVERAGE.findall(tail)) else None,
             float(left[-1]) if (left := LEFT.findall(tail)) else None,
+            doing=find_doing(tail),
         )
+
+
+def find_doing(tail: bytes) -> str:
+    """Return the work between two steps that the end of a history tells; empty if a step followed it."""
+    row = _last_row(tail, "doing", 0)
+    place = tail.rfind(b', "doing": ')
+    later = ("loss", "ended", "started", "samples")
+    is_over = any(tail.rfind(f', "{key}": '.encode()) > place for key in later)
+    return "" if row is None or is_over else str(row["doing"])
 
 
 def _last_row(data: Any, key: str, least: int) -> Row | None:
@@ -306,7 +319,16 @@ class Runs:
                 with contextlib.suppress(OSError):
                     found[str(path)] = self._glance(path)
             self._glances = found
-            return sorted((one for _, one in found.values()), key=lambda one: -one.changed)
+            shown = [one for _, one in found.values() if not self._has_begun(one)]
+            return sorted(shown, key=lambda one: -one.changed)
+
+    def _has_begun(self, run: Glance) -> bool:
+        """Return whether a run is only what `run` did before a training that writes its own history now."""
+        if not run.name.endswith(BEFORE_TRAINING):
+            return False
+        training = history_path(run.history.parent, run.name.removesuffix(BEFORE_TRAINING))
+        known = self._glances.get(str(training))
+        return known is not None and known[1].changed >= run.changed
 
     def _glance(self, path: Path) -> tuple[tuple[int, int, int], Glance]:
         status, known = path.lstat(), self._glances.get(str(path))

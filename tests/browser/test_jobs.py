@@ -492,3 +492,41 @@ def test_a_word_of_300_letters_in_the_text_file_shuts_no_page(tmp_path: Path) ->
         assert (page.status, page.text.count("is no command of this program")) == (200, 2)
         assert ask(served, "add", line="z" * 300) == 422
         assert served.ask("/compare").status == 200
+
+
+def test_a_line_may_begin_with_the_folder_of_its_command(queue: JobQueue, tmp_path: Path) -> None:
+    folder = tmp_path / "my clips"
+    folder.mkdir()
+    line = f"cd '{folder}' && python tools/download.py --list"
+    with serve_runs(tmp_path, queue=queue) as served:
+        assert ask(served, "add", line=line) == 303
+        assert ask(served, "add", line="cd 'no such' && python tools/download.py --list") == 422
+        assert ask(served, "add", line=f"cd '{folder}'; python tools/download.py --list") == 422
+        assert ask(served, "add", line=f"cd '{folder}' && rm -rf x") == 422
+        [job] = queue.jobs()
+        assert (job.words, job.folder, job.problem) == (SHORT, str(folder), "")
+        with (queue.folder / QUEUE).open("a", encoding="utf-8") as file:
+            file.write(f"{line}\ncd {'x' * 300} && python download.py\ncd nowhere && python download.py\n")
+        first, typed, long, nowhere = queue.jobs()
+        assert [(one.words, one.folder) for one in (first, typed)] == [(SHORT, str(folder))] * 2
+        assert all("there is no such folder" in one.problem for one in (long, nowhere))
+        assert served.ask("/queue").status == 200
+        queue.edit(typed.id, f"cd '{tmp_path}' && python tools/download.py --list")
+        assert queue.jobs()[1].folder == str(tmp_path)
+
+
+def test_a_paused_queue_says_so_and_a_job_that_ended_shows_what_it_printed(
+    queue: JobQueue, tmp_path: Path
+) -> None:
+    write_command(tmp_path, "python tools/download.py --list")
+    queue.add(SHORT, tmp_path)
+    with serve_runs(tmp_path, queue=queue) as served:
+        assert "which is paused" in served.ask(served.of("x")).text
+        page = served.ask("/queue").text
+        assert ("paused: jobs wait" in page, 'data-paused="yes"' in page) == (True, True)
+        assert "reelsmith run my_clips" in page
+        queue.start_next()
+        wait_for_states(queue, FINISHED)
+        assert "--task TASK --list shows the files of one" in served.ask("/queue").text
+        queue.begin_work()
+        assert "which is paused" not in served.ask(served.of("x")).text

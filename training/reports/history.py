@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 VERSION = 1
 END = "-history.jsonl"
+BEFORE_TRAINING = ".run"  # behind the name of a run: what `run` did before its training
 MOST_WAITING = 2000  # lines in memory
 MOST_STEPS = 10**15
 LOSS = "validation/loss"
