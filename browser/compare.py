@@ -168,7 +168,12 @@ def read_source(runs: Runs, run: Glance) -> ComparableRun | None:
 
 
 def working_folder(run: Glance, options: Mapping[str, Sequence[str]]) -> Path:
-    """Return the folder in which a run's command was typed, as its output option shows, else this one."""
+    """Return the folder in which a run's command was typed: the one in its history, else the one that its
+    output option shows, else the browser's own.
+    """
+    with contextlib.suppress(OSError, ValueError):  # of a history from elsewhere
+        if run.working_folder is not None and run.working_folder.is_dir():
+            return run.working_folder
     told = options.get("--output_dir")
     typed = Path(*told) if told else Path(*options.get("--save_path", ())).parent
     parents = run.history.parent.parts
@@ -323,7 +328,7 @@ def asked_cells(queue: JobQueue) -> dict[tuple[str, str], tuple[int, str]]:
     """Return the number and state of the last queued job for each pair of LoRA file and prompt line."""
     found: dict[tuple[str, str], tuple[int, str]] = {}
     for job in queue.jobs():
-        with contextlib.suppress(OSError, ValueError, UserError):
+        with contextlib.suppress(OSError, ValueError, LookupError, UserError):  # lines may be typed by hand
             if job.words[:2] != SCRIPT:
                 continue
             options = group_options(job.words[2:])

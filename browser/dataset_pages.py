@@ -122,8 +122,7 @@ class DatasetPages:
         except ValueError as error:
             return {"state": "failed", "error": f"{dataset.path}: {error}"}
         if measured is None:
-            roots = [root if root.is_dir() else root.parent for root in self.runs.roots]
-            folders = [str(each) for each in dict.fromkeys([*roots, *outside])]
+            folders = [str(each) for each in dict.fromkeys([*self.runs.tops, *outside])]
             return {"state": "outside", "command": as_typed(["python", "tools/run_browser.py", *folders])}
         words = asked.get("text", "").lower().split()
         only = asked.get("only", "")
@@ -148,7 +147,7 @@ class DatasetPages:
 
     def show(self, dataset: FoundDataset, id: str, file: File) -> dict[str, Any]:
         """Return the JSON values that the page shows of a file, with its current caption."""
-        caption = self.caption(file)
+        caption = self.caption(dataset, file)
         caches = {tag: dict(states) for tag, states in file["caches"].items()}
         if caption["can_edit"] and caption["text"] != (file["text"] or ""):
             for states in caches.values():
@@ -168,14 +167,14 @@ class DatasetPages:
 
     def address(self, dataset: FoundDataset, id: str, number: int, part: Mapping[str, Any]) -> str | None:
         place = Path(part.get("in", part["path"]))
-        if not self.runs.is_below(place) or ("in" in part and "offset" not in part):
+        if not self.datasets.is_open(dataset, place) or ("in" in part and "offset" not in part):
             return None
         return f"/dataset/{dataset.id}/picture/{id}/{number}/{place.stat().st_mtime_ns}"
 
-    def caption(self, file: File) -> dict[str, Any]:
+    def caption(self, dataset: FoundDataset, file: File) -> dict[str, Any]:
         """Return the current caption of a file, and whether it can be edited here, else the reason."""
         where, found, saves, mark = "", CaptionText(), 0, ""
-        path = self.caption_path(file)
+        path = self.caption_path(dataset, file)
         if path is None:
             text = "\n".join(file["captions"])
             where = f"It stands in {file['caption_list']}: edit it there." if file["caption_list"] else GONE
@@ -189,18 +188,18 @@ class DatasetPages:
         where = where or (NO_WRITING if self.read_only else "")
         return {"text": found.text, "can_edit": not where, "where": where, "mark": mark, "saves": saves}
 
-    def caption_path(self, file: File) -> Path | None:
+    def caption_path(self, dataset: FoundDataset, file: File) -> Path | None:
         """Return the real path of a caption file, which need not exist; None if not inside the folders."""
         if file["caption_file"] is None:
             return None
         path = Path(file["caption_file"])
         inside = path if path.exists() or path.is_symlink() else path.parent
-        return real_path(path) if self.runs.is_below(inside) else None
+        return real_path(path) if self.datasets.is_open(dataset, inside) else None
 
     def write_caption(self, dataset: FoundDataset, id: str, asked: Mapping[str, Any]) -> tuple[int, Any]:
         """Save or undo a caption; return status and answer. asked: what, have, and text to save."""
         file = self.datasets.measure(dataset).files.get(id)
-        path = None if file is None else self.caption_path(file)
+        path = None if file is None else self.caption_path(dataset, file)
         if file is None or path is None:
             return 404, {"error": GONE}
         what, have, text = (str(asked.get(name, "")) for name in ("what", "have", "text"))

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from browser.runs import CONFIG, Runs
+from browser.options import PROJECT_CONFIG
+from browser.runs import CONFIG, Glance, Runs
 from modules.control_codes import escape_control_codes
 from modules.errors import OptionError
 from modules.installation import program_environment, program_words
@@ -43,6 +44,7 @@ class FoundDataset:
 
     path: Path
     folder: Path  # that relative paths in it begin at
+    is_project: bool = False  # the whole folder of the file is open, though only one in it was given
     runs: Sequence[tuple[str, str]] = ()  # id and name of those that trained on it
     model: str = next(iter(MODELS))
 
@@ -59,17 +61,37 @@ class FoundDataset:
 
         Raises OSError or ValueError if it cannot be read.
         """
-        text = read_text(self.path)
-        content = parse_toml(text) if self.path.suffix == CONFIG else parse_json(text)
-        places = []
-        for one in _texts_in(content):
-            begin = re.split(r"[*?\[{]", one)[0]  # of a pattern, the folder that it looks into
-            path = self.folder / begin
-            path = path if begin == one else path.parent
-            with contextlib.suppress(OSError, ValueError):
-                if path.exists():
-                    places.append(path)
-        return list(dict.fromkeys(places))
+        return find_places(self.path, self.folder)
+
+
+def find_places(config: Path, folder: Path) -> list[Path]:
+    """Return the existing files and folders that a dataset's configuration names.
+
+    folder: where relative paths begin. Raises OSError or ValueError if the configuration cannot be read.
+    """
+    text = read_text(config)
+    content = parse_toml(text) if config.suffix == CONFIG else parse_json(text)
+    places = []
+    for one in _texts_in(content):
+        begin = re.split(r"[*?\[{]", one)[0]  # of a pattern, the folder that it looks into
+        path = folder / begin
+        path = path if begin == one else path.parent
+        with contextlib.suppress(OSError, ValueError):
+            if path.exists():
+                places.append(path)
+    return list(dict.fromkeys(places))
+
+
+def choose_folder(config: Path, working_folder: Path) -> Path:
+    """Return the folder where relative paths of a configuration begin, of which no run tells.
+
+    That is the configuration's own folder, as `new` writes it, if anything it names exists there, else
+    `working_folder`, as for a command typed there.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        if not find_places(config, config.parent) and find_places(config, working_folder):
+            return working_folder
+    return config.parent
 
 
 def _texts_in(content: Any) -> Iterator[str]:
@@ -117,21 +139,47 @@ class Datasets:
         """Return all datasets in the order of their paths: those of runs, and those in the folders."""
         of_runs: dict[tuple[Path, Path], list[tuple[str, str]]] = {}
         models: dict[Path, str] = {}
+        projects = self._find_projects()
         for run in self.runs.look():
-            given = dict(run.start.changed if run.start else ()).get("dataset_config")
-            if given:
-                folder, path = _locate(given, run.history.parent)
+            typed = dict(run.start.changed if run.start else ()).get("dataset_config")
+            if typed:
+                folder, path = _locate(typed, run)
                 of_runs.setdefault((path, folder), []).append((run.id, run.name))
                 models.setdefault(path, OF_RUNS.get(run.model, next(iter(MODELS))))
         found = {
-            path: FoundDataset(path, folder, named, models[path]) for (path, folder), named in of_runs.items()
+            path: FoundDataset(path, folder, path in projects, named, models[path])
+            for (path, folder), named in of_runs.items()
         }
-        for path in self.runs.configs():
-            if real_path(path) not in found and self._is_dataset(path):
-                found[real_path(path)] = FoundDataset(real_path(path), Path.cwd())
+        for config in (*self.runs.configs(), *projects):
+            path = real_path(config)
+            if path not in found and self._is_dataset(config):
+                folder = choose_folder(path, Path.cwd())
+                found[path] = FoundDataset(path, folder, path in projects)
         with self.lock:
             self._found = {one.id: one for one in found.values()}
         return sorted(found.values(), key=lambda one: str(one.path))
+
+    def _find_projects(self) -> set[Path]:
+        """Return the datasets next to the given folders: `new` writes FOLDER/dataset.toml, and a training of
+        it FOLDER/output.
+        """
+        found: set[Path] = set()
+        for folder in self.runs.tops:
+            config = folder.parent / PROJECT_CONFIG
+            with contextlib.suppress(OSError):
+                if config.is_file() and real_path(config) == config:  # no link to elsewhere
+                    found.add(config)
+        return found
+
+    def is_open(self, dataset: FoundDataset, path: Path) -> bool:
+        """Return whether a path that a dataset names exists inside the folders that are shown."""
+        if self.runs.is_below(path):
+            return True
+        if not dataset.is_project:
+            return False
+        with contextlib.suppress(OSError, RuntimeError, ValueError):
+            return path.resolve(strict=True).is_relative_to(dataset.path.parent)
+        return False
 
     def find(self, id: str) -> FoundDataset | None:
         if id not in self._found:
@@ -153,10 +201,10 @@ class Datasets:
 
         Raises OSError if the configuration does not exist, ValueError if it cannot be read.
         """
-        if not self.runs.is_inside(dataset.path):
+        if not (self.is_open(dataset, dataset.path) and dataset.path.is_file()):
             dataset.path.stat()
             return [dataset.path.parent]
-        places = [place for place in dataset.places() if not self.runs.is_below(place)]
+        places = [place for place in dataset.places() if not self.is_open(dataset, place)]
         return list(dict.fromkeys(place if place.is_dir() else place.parent for place in places))
 
     def measure(self, dataset: FoundDataset) -> Measured:
@@ -214,11 +262,12 @@ class Datasets:
                 numbers, error = {}, str(problem)
         files, outside = {}, 0
         for file in numbers.get("files", ()):
-            if all(self.runs.is_below(Path(part.get("in", part["path"]))) for part in file["parts"][:1]):
+            _join_paths(file, dataset.folder)
+            if all(self.is_open(dataset, Path(part.get("in", part["path"]))) for part in file["parts"][:1]):
                 name = f"{file['table']} {file['parts'][0]['path']}"
                 id = hashlib.blake2s(os.fsencode(name), digest_size=8).hexdigest()
                 path = Path(file["caption_file"] or file["caption_list"])
-                if not self.runs.is_below(path) and (path.exists() or path.is_symlink()):
+                if not self.is_open(dataset, path) and (path.exists() or path.is_symlink()):
                     # the caption lies elsewhere: it is left out, and what may quote it
                     told: File = {"text": None, "captions": [], "faults": [], "remarks": []}
                     told["caches"] = {
@@ -262,13 +311,28 @@ class Datasets:
             process.kill()
 
 
-def _locate(given: str, folder: Path) -> tuple[Path, Path]:
-    """Return the working folder of a run, and the path of the file that it was given.
+def _join_paths(file: File, folder: Path) -> None:
+    """Make the paths that the report tells of a file absolute. folder: in which the report was made."""
+    for part in file["parts"]:
+        for name in ("path", "in"):
+            if name in part and "://" not in part[name]:
+                part[name] = str(folder / part[name])
+    for name in ("caption_file", "caption_list"):
+        if file[name] and "://" not in file[name]:
+            file[name] = str(folder / file[name])
 
-    A history does not tell the working folder: the current one and the run folder's parents are tried.
+
+def _locate(typed: str, run: Glance) -> tuple[Path, Path]:
+    """Return the working folder of a run, and the path of its --dataset_config.
+
+    The history of an older version does not tell the working folder: the run folder's parents are tried, the
+    nearest first. The browser's own working folder is not: its dataset would be taken for that of all runs.
     """
-    for base in (Path.cwd(), *folder.parents):
+    bases = list(run.history.parent.parents)
+    if run.working_folder is not None:
+        bases.insert(0, run.working_folder)
+    for base in bases:
         with contextlib.suppress(OSError, ValueError):
-            if (base / given).is_file():
-                return base, real_path(base / given)
-    return Path.cwd(), Path.cwd() / given
+            if (base / typed).is_file():
+                return base, real_path(base / typed)
+    return bases[0], bases[0] / typed

@@ -87,17 +87,21 @@ class Job:
 
     @property
     def words(self) -> list[str]:
-        """Return the words of the line. Raises OptionError if it cannot be parsed."""
-        return launch.split_words(self.line)
+        """Return the words of the command in the line. Raises OptionError if it cannot be parsed."""
+        return launch.split_words(launch.command_part(self.line))
 
     @property
     def problem(self) -> str:
         """Return why the line would be refused; empty if it is accepted."""
+        folder = Path(self.folder)
         try:
-            launch.find_program(self.words, Path(self.folder))
+            launch.find_program(self.words, folder)
+            is_there = folder.is_dir()
         except OptionError as error:
             return str(error)
-        return ""
+        except (OSError, ValueError):  # of a name that no folder can have
+            is_there = False
+        return "" if is_there else f"{self.folder}: there is no such folder"
 
     @property
     def seconds(self) -> float:
@@ -237,12 +241,15 @@ class JobQueue:
                 line = shlex.join([*words, "--resume", "latest"])
             book.wait_again(job, line)
 
-    def edit(self, number: int, words: Sequence[str]) -> None:
+    def edit(self, number: int, line: str) -> None:
         """Change the line of a job that is not running, and queue it again. Raises as `add`."""
         with self._change() as book:
             job = book.find(number, WAITING, *ENDED)
-            launch.check_options(words, Path(job.folder))
+            command, folder = launch.split_folder(line, Path(job.folder))
+            words = launch.split_words(command)
+            launch.check_options(words, folder)
             book.wait_again(job, as_line(words))
+            job.folder = str(real_path(folder))
 
     def begin_work(self) -> None:
         """Run the jobs one after another, in a thread. Raises OutputError if another process does."""
@@ -360,7 +367,7 @@ class JobQueue:
             book.jobs += [job for job in equal if job.state in ENDED][:surplus]
             free[line] = [job for job in equal if job not in book.jobs]
         for place, line in lines.items():
-            job = free[line].pop(0) if free[line] else self._new_job(book, line, Path.cwd())
+            job = free[line].pop(0) if free[line] else self._new_job(book, line, _folder_of(line))
             job.place = place
             book.jobs.append(job)
         book.jobs[:0] = [job for rest in free.values() for job in rest if job.state == RUNNING]
@@ -382,9 +389,14 @@ def as_line(words: Sequence[str]) -> str:
     return line
 
 
+def _folder_of(line: str) -> Path:
+    """Return the folder in which a line of the text file runs: this one, or that of its `cd`."""
+    match = launch.CHANGE.fullmatch(line)
+    return Path.cwd() if match is None else Path.cwd() / match[1].strip("'\"")
+
+
 def open_queue(runs: Runs, read_only: bool) -> JobQueue:
-    top = runs.roots[0]
-    return JobQueue((top if top.is_dir() else top.parent) / FOLDER, read_only)
+    return JobQueue(runs.tops[0] / FOLDER, read_only)
 
 
 def _read_or_empty(path: Path) -> str:

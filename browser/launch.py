@@ -21,12 +21,14 @@ import psutil  # comes with accelerate
 
 from modules.atomic_write import write_text
 from modules.command import did_you_mean, message_of
+from modules.control_codes import shorten
 from modules.errors import OptionError
-from modules.installation import PREFIX, ROOT, find_script, program_environment, program_words
+from modules.installation import LONGEST_NAME, PREFIX, ROOT, find_script, program_environment, program_words
 from modules.text_files import real_path
 from package.reelsmith.commands import ScriptCommand, find_commands
 
 QUOTED = re.compile(r"""'[^']*'|"(?:\\"|[^"])*"|\\.""")
+CHANGE = re.compile(r"cd\s+(.+?)\s*&&\s*(.*)", re.DOTALL)  # the only use of `&&` that a line may have
 MARKS = re.compile(r"[;&|<>()`$*?\0]|(?<!\S)[~#]")
 # options of `accelerate launch` that a job may have, and how many words follow each
 LAUNCHER = {
@@ -64,6 +66,33 @@ def split_words(line: str) -> list[str]:
         return list(lexer)
     except ValueError as error:
         raise OptionError(f"{line!r}: {error}") from None
+
+
+def command_part(line: str) -> str:
+    """Return a line without a `cd FOLDER &&` at its start."""
+    match = CHANGE.fullmatch(line.strip())
+    return line if match is None else match[2]
+
+
+def split_folder(line: str, folder: Path) -> tuple[str, Path]:
+    """Return a line without a `cd FOLDER &&` at its start, and the folder that its command runs in.
+
+    folder: the working folder without that. Raises OptionError if it is not one folder that exists.
+    """
+    match = CHANGE.fullmatch(line.strip())
+    if match is None:
+        return line, folder
+    words = split_words(match[1])
+    if len(words) != 1:
+        raise OptionError(f"cd {match[1]}: give one folder; put quotes round a name with blanks")
+    target = folder / Path(words[0])
+    try:
+        is_there = target.is_dir()
+    except (OSError, ValueError):  # too long, or no name
+        is_there = False
+    if not is_there:
+        raise OptionError(f"cd {shorten(words[0], 80)}: there is no such folder in {folder}")
+    return match[2], target
 
 
 def find_program(words: Sequence[str], folder: Path) -> tuple[ScriptCommand, list[str]]:
@@ -153,10 +182,10 @@ def _find_command(words: Sequence[str], folder: Path) -> tuple[ScriptCommand, in
     for command in known:
         if script is not None and command.path == ROOT / script:
             return command, count
-    hint = did_you_mean(Path(word).name, [command.path.name for command in known])
+    hint = did_you_mean(word.rpartition("/")[2][:LONGEST_NAME], [command.path.name for command in known])
     raise OptionError(
-        f"{word!r} is no command of this program.{hint} A job is a line such as python wan_train_network.py "
-        "..., with `accelerate launch ...` before it if needed"
+        f"{shorten(word, 80)!r} is no command of this program.{hint} A job is a line such as "
+        "python wan_train_network.py ..., with `accelerate launch ...` before it if needed"
     )
 
 

@@ -11,6 +11,7 @@ from modules.text_files import read_text, real_path
 
 LOCAL = "localhost"
 USUAL_PORT = 8765
+PROJECT_CONFIG = "dataset.toml"  # that `new` writes into a folder
 READ = (".toml", "-history.jsonl")  # endings of the files that it shows: datasets, histories of runs
 SHORTEST, LONGEST = 16, 1024  # characters of a token
 MAKE_TOKEN = 'This makes one: python -c "import secrets; print(secrets.token_urlsafe())" > {}'
@@ -54,7 +55,9 @@ class BrowserOptions(Options, title="browser"):
 
     def __post_init__(self) -> None:
         for folder in self.folders:
-            if not folder.exists():
+            # the output folder of a described folder does not exist before its first training
+            is_described = (folder.absolute().parent / PROJECT_CONFIG).is_file()
+            if not folder.exists() and not (is_described and self.export is None):
                 raise OptionError(f"{folder}: no such folder.{explain_missing(folder)}")
             if folder.is_file() and not folder.name.endswith(READ):
                 raise OptionError(

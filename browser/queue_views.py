@@ -15,7 +15,7 @@ from starlette.routing import Route
 from browser import compare
 from browser.answers import Form, answer_form, answer_page
 from browser.jobs import ENDED, ENTRY, QUEUE, WAITING, Job, JobQueue
-from browser.launch import check_options, split_words
+from browser.launch import check_options, command_part, split_folder, split_words
 from browser.runs import RUNNING, Glance, Runs, is_living
 from browser.views import HERE, POLICY, FileNotes
 from modules.atomic_write import write_text
@@ -25,6 +25,8 @@ from modules.control_codes import escape_control_codes
 from modules.errors import OptionError, UserError
 from modules.pages.page import render_page
 
+EXAMPLE = ["reelsmith run my_clips", "cd my_clips && " + as_typed(["python", "wan_train_network.py"])]
+SHORT_SECONDS = 60  # the output of a job that ran no longer is shown without a click
 NUMBER = re.compile(r"[0-9]{1,15}")  # of a job
 
 
@@ -120,13 +122,15 @@ def read_jobs(text: str, run: Glance | None) -> list[tuple[list[str], Path]]:
     run: the run that the commands are from, if any. Raises UserError.
     """
     lines = [line.strip() for line in ENTRY.findall(text.replace("\r\n", "\n"))]
-    found = [split_words(line) for line in lines if line and not line.startswith("#")]
-    jobs = [
-        (words, compare.working_folder(run, compare.group_options(words)) if run else Path.cwd())
-        for words in found
-    ]
-    for job in jobs:
-        check_options(*job)
+    jobs = []
+    for line in lines:
+        if line and not line.startswith("#"):
+            words = split_words(command_part(line))
+            base = compare.working_folder(run, compare.group_options(words)) if run else Path.cwd()
+            _, folder = split_folder(line, base)
+            jobs.append((words, folder))
+    for words, folder in jobs:
+        check_options(words, folder)
     return jobs
 
 
@@ -158,6 +162,10 @@ def queue_routes(runs: Runs, queue: JobQueue) -> list[Route]:
                 "in_words": in_words,
                 "draft": draft,
                 "draft_of": draft_of,
+                "example": EXAMPLE,
+                "here": Path.cwd(),
+                "is_paused": queue.worker == "",
+                "short": SHORT_SECONDS,
             }
             page = render_page(HERE / "queue.html", "Queue", values, POLICY)
             return answer_page(page, 422 if said else 200)
@@ -179,7 +187,7 @@ def queue_routes(runs: Runs, queue: JobQueue) -> list[Route]:
                 for job in read_jobs(text, run):
                     queue.add(*job)
             elif what == "edit" and NUMBER.fullmatch(number):
-                queue.edit(int(number), split_words(text))
+                queue.edit(int(number), text)
             elif what in changes and NUMBER.fullmatch(number):
                 changes[what](int(number))
             else:

@@ -22,6 +22,7 @@ from modules.console import in_words
 from modules.limits import MAX_LINE_CHARACTERS
 from modules.text_files import real_path
 from training.reports.history import (
+    BEFORE_TRAINING,
     END,
     HIGHEST,
     PREDICTED,
@@ -30,6 +31,7 @@ from training.reports.history import (
     Start,
     Story,
     history_name,
+    history_path,
     parse_row,
 )
 from training.reports.page import page_path
@@ -84,6 +86,7 @@ class Glance:
     total_steps: int = 0
     average: float | None = None  # mean loss, as the run's own bar shows it; None: an older version's history
     seconds_left: float | None = None  # with samples, validations and saves; None: an older version's
+    doing: str = ""  # current work between two steps, or before the first
 
     @property
     def id(self) -> str:
@@ -121,6 +124,24 @@ class Glance:
         parts = Path(os.path.normcase(os.path.normpath(typed))).parts
         parts = tuple(part for part in parts if part != os.pardir)
         return Path(here).parts[len(Path(here).parts) - len(parts) :] == parts
+
+    @property
+    def working_folder(self) -> Path | None:
+        """Return the folder in which the command was typed; None if it is not known.
+
+        A folder that was moved or copied together with the run's is found at its new place.
+        """
+        if self.start is None or not self.start.working_folder or not self.start.written_in:
+            return None
+        typed_in, written_in = Path(self.start.working_folder), Path(self.start.written_in)
+        here = real_path(self.history.parent)
+        if written_in == here:
+            return typed_in
+        if not written_in.is_relative_to(typed_in):
+            return None
+        inner = written_in.relative_to(typed_in).parts
+        outer = here.parts[: len(here.parts) - len(inner)]
+        return Path(*outer) if outer and (*outer, *inner) == here.parts else None
 
     @property
     def network(self) -> str:
@@ -228,7 +249,17 @@ def read_glance(path: Path, status: os.stat_result) -> Glance:
             story.start.total_steps if story.start else told[2] if told else step,
             float(averages[-1]) if (averages := AVERAGE.findall(tail)) else None,
             float(left[-1]) if (left := LEFT.findall(tail)) else None,
+            doing=find_doing(tail),
         )
+
+
+def find_doing(tail: bytes) -> str:
+    """Return the work between two steps that the end of a history tells; empty if a step followed it."""
+    row = _last_row(tail, "doing", 0)
+    place = tail.rfind(b', "doing": ')
+    later = ("loss", "ended", "started", "samples")
+    is_over = any(tail.rfind(f', "{key}": '.encode()) > place for key in later)
+    return "" if row is None or is_over else str(row["doing"])
 
 
 def _last_row(data: Any, key: str, least: int) -> Row | None:
@@ -288,7 +319,16 @@ class Runs:
                 with contextlib.suppress(OSError):
                     found[str(path)] = self._glance(path)
             self._glances = found
-            return sorted((one for _, one in found.values()), key=lambda one: -one.changed)
+            shown = [one for _, one in found.values() if not self._has_begun(one)]
+            return sorted(shown, key=lambda one: -one.changed)
+
+    def _has_begun(self, run: Glance) -> bool:
+        """Return whether a run is only what `run` did before a training that writes its own history now."""
+        if not run.name.endswith(BEFORE_TRAINING):
+            return False
+        training = history_path(run.history.parent, run.name.removesuffix(BEFORE_TRAINING))
+        known = self._glances.get(str(training))
+        return known is not None and known[1].changed >= run.changed
 
     def _glance(self, path: Path) -> tuple[tuple[int, int, int], Glance]:
         status, known = path.lstat(), self._glances.get(str(path))
@@ -338,6 +378,11 @@ class Runs:
             given = [root for root in self.roots if root.suffix == CONFIG]
             return given + [path for *_, configs in self._folders.values() for path in configs]
 
+    @property
+    def tops(self) -> list[Path]:
+        """Return the folders that are shown: those given, and those of given files."""
+        return [root.parent if root.is_file() else root for root in self.roots]
+
     def is_inside(self, path: Path) -> bool:
         return self.is_below(path) and path.is_file()
 
@@ -347,8 +392,7 @@ class Runs:
             real = path.resolve(strict=True)
         except (OSError, RuntimeError, ValueError):
             return False
-        tops = [root if root.is_dir() else root.parent for root in self.roots]
-        return any(real.is_relative_to(top) for top in tops)
+        return any(real.is_relative_to(top) for top in self.tops)
 
 
 MOST_OPEN = 8  # histories in memory

@@ -1,5 +1,6 @@
 """Serve the routes, and check each request: its host, its origin, and the token."""
 
+import contextlib
 import hmac
 import ipaddress
 import logging
@@ -22,6 +23,7 @@ from browser.jobs import JobQueue, open_queue
 from browser.queue_views import compare_routes, queue_routes
 from browser.runs import RUNNING, Glance, Runs
 from browser.views import HERE, POLICY, FileNotes, file_of, list_page, mark_list, run_page, tell_news
+from modules.errors import UserError
 from modules.pages.page import HERE as PAGES
 
 logger = logging.getLogger(__name__)
@@ -141,8 +143,8 @@ class Gate:
 class RunPages:
     """Show the list of runs, and the page, news and files of each; pass requests on to trainings."""
 
-    def __init__(self, runs: Runs, notes: FileNotes, read_only: bool) -> None:
-        self.runs, self.notes, self.read_only = runs, notes, read_only
+    def __init__(self, runs: Runs, notes: FileNotes, queue: JobQueue) -> None:
+        self.runs, self.notes, self.queue = runs, notes, queue
 
     def find(self, request: Request) -> Glance | None:
         return self.runs.find(request.path_params["id"])
@@ -160,7 +162,12 @@ class RunPages:
 
     def show_run(self, request: Request) -> Response:
         run = self.find(request)
-        return answer_gone() if run is None else answer_page(run_page(self.runs, run, not self.read_only))
+        if run is None:
+            return answer_gone()
+        is_paused = False
+        with contextlib.suppress(UserError):  # the page of the queue tells it
+            is_paused = self.queue.worker == ""
+        return answer_page(run_page(self.runs, run, not self.queue.read_only, is_paused))
 
     def show_news(self, request: Request) -> Response:
         run = self.find(request)
@@ -223,7 +230,7 @@ def make_app(
     queue: None means the one of `open_queue`.
     """
     notes, queue = FileNotes(), queue or open_queue(runs, read_only)
-    pages = RunPages(runs, notes, read_only)
+    pages = RunPages(runs, notes, queue)
     routes = [
         Route("/", pages.guard(pages.show_list)),
         Route("/static/{name}", pages.guard(pages.show_static)),

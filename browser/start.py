@@ -14,6 +14,7 @@ from browser.options import USUAL_PORT, BrowserOptions
 from browser.runs import RUNNING, Runs
 from modules.console import count_of
 from modules.errors import InstallationError, OutputError
+from modules.installation import install_words
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ def run_browser(options: BrowserOptions) -> None:
         from browser.server import make_app
     except ImportError as error:
         raise InstallationError(
-            f"{error.name} is not installed, and the browser needs it: pip install starlette uvicorn"
+            f"{error.name} is not installed, and the browser needs it: {install_words('browser')}"
         ) from None
     listener = open_socket(options.host, options.port)
     port = listener.getsockname()[1]

@@ -136,8 +136,11 @@ def linked_clip(name: str, prompt: str, step: int, _: bool) -> Markup:
     return Markup(tag).format(link(SAMPLES, name), f"{prompt}, step {step}")
 
 
-def run_page(runs: Runs, run: Glance, can_write: bool) -> str:
-    """Return the page of a run. Raises OSError if its history cannot be read."""
+def run_page(runs: Runs, run: Glance, can_write: bool, is_paused: bool = False) -> str:
+    """Return the page of a run. is_paused: no job of the queue begins.
+
+    Raises OSError if its history cannot be read.
+    """
     story = runs.open(run).story
     now = LiveStanding.of(run, story)
     values = page_values(run.history.parent, story, now.shown, linked_clip, MOST_SAMPLES)
@@ -149,6 +152,7 @@ def run_page(runs: Runs, run: Glance, can_write: bool) -> str:
         "can_ask": can_write and now.shown.start.listens and now.state == RUNNING,
         "can_sample": bool(dict(now.shown.start.changed).get("sample_prompts")),
         "can_queue": can_write,
+        "is_paused": is_paused,
         "is_of_here": run.is_of_here,
         "others": [(one.id, label) for one, label in label_runs(runs.look()) if one.id != run.id],
         "messages": story.messages[-MOST_MESSAGES:],

@@ -43,6 +43,7 @@ private_torch: everything private of torch that is used
 repeated_options: repeat one command's options in the next one
 run_limits: where `run` may write, and what it sends
 run_blocks: the one loop over blocks, the DiTs' base
+script_words: words of the command that name a script
 seeds: seeds for independent random streams, derived from names and numbers
 speed_options: options of attention, fp8, block swap, VAE, plan
 step_cache: rules decide which passes to skip; a runner skips

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from modules.errors import InstallationError
-from modules.installation import check_requirements, read_requirements
+from modules.installation import EXTRAS, check_requirements, install_words, read_requirements
 
 _GB = 1 << 30
 FEW_GB = 60  # of free disk: the files and caches of a model of 14 billion weights, in 16 bits
@@ -29,7 +29,12 @@ class Finding:
 def examine(folder: Path) -> list[Finding]:
     """Return what this environment has, a line each. folder: where models and caches would be written."""
     python = f"{platform.python_version()} ({sys.executable}) on {platform.system()} {platform.machine()}"
-    return [Finding("Python", python), *_examine_packages(), *_examine_torch(), _examine_disk(folder)]
+    return [
+        Finding("Python", python),
+        *_examine_packages(),
+        *_examine_torch(),
+        _examine_disk(folder),
+    ]
 
 
 def _examine_packages() -> Iterator[Finding]:
@@ -56,6 +61,7 @@ def _examine_packages() -> Iterator[Finding]:
         lacking = "missing: --optimizer_type adamw8bit is refused; adamw takes 6 bytes more for each weight"
         remedy = "" if sys.platform == "darwin" else " that learns. python -m pip install bitsandbytes"
         yield Finding("bitsandbytes", lacking + remedy)
+    yield _examine_browser()
 
 
 def _examine_torch() -> Iterator[Finding]:
@@ -95,6 +101,14 @@ def _examine_torch() -> Iterator[Finding]:
     lacking = ", ".join(name for name, has in packages.items() if not has)
     told = f"; not installed: {lacking}. Their options are refused, torch's own needs none" if lacking else ""
     yield Finding("attention", ", ".join(there) + told)
+
+
+def _examine_browser() -> Finding:
+    missing = [name for name in EXTRAS["browser"] if importlib.util.find_spec(name) is None]
+    if not missing:
+        return Finding("browser", "works: pages of runs, their datasets and a queue")
+    lacking = f"missing {' and '.join(missing)}, for the pages of runs, datasets and the queue"
+    return Finding("browser", f"{lacking}: {install_words('browser')}")
 
 
 def _without_cuda(kind: str) -> Finding:

@@ -15,12 +15,15 @@ from pathlib import Path
 from types import ModuleType
 
 from modules.errors import InstallationError, OptionError
+from modules.script_words import console_words
 from modules.text_files import real_path
 
 ROOT = Path(__file__).resolve().parent.parent
 # "" in a checkout, "reelsmith." in the package
 PREFIX = __name__.rpartition("modules.")[0]
+FRONT_SCRIPT = "reelsmith.py"  # of a checkout; the package has the command `reelsmith` in its place
 SCRIPT_ROOMS = ("tools", "blissful_tuner", "networks")  # the rooms that have scripts too
+LONGEST_NAME = 100  # characters of a script; file systems refuse to look for far longer names
 MOST_BEFORE = 16  # words of a command before the script: options of the launcher
 # variable of a program that run_project.py starts: it types the next command itself, and no hint names it
 RUN_GOES_ON = "REELSMITH_RUN_GOES_ON"
@@ -28,6 +31,8 @@ RUN_CHECKS = "checks"  # its value for a training that only checks its options a
 SOURCES_LEFT_OUT = 4  # exit code of caching, for that program alone: all is cached but sources with faults
 # distribution -> what it is imported as, if that is another name
 IMPORTED_AS = {"opencv-python-headless": "cv2", "pillow": "PIL", "pyyaml": "yaml"}
+# extras of pyproject.toml whose lack is told by name
+EXTRAS = {"browser": ("starlette", "uvicorn")}
 # module that an option may name -> its distribution on PyPI, looked up there: any other name may be free for
 # anyone to take, so it is not printed as a command
 DISTRIBUTIONS = {
@@ -77,8 +82,8 @@ def command_words(words: Sequence[str]) -> list[str]:
     """Return a command of ours as this copy has it, and as it can be typed where this program was.
 
     words: as in the folder of a checkout: `python wan_train_network.py ...` or `accelerate launch ...
-    wan_train_network.py ...`. In the package this is `wan_train_network ...` or `accelerate launch ... -m
-    reelsmith.wan_train_network ...`.
+    wan_train_network.py ...`. In the package this is `wan_train_network ...`, for scripts of no model
+    `reelsmith compare ...`, or `accelerate launch ... -m reelsmith.wan_train_network ...`.
     """
     words = list(words)
     if not PREFIX:
@@ -94,17 +99,21 @@ def command_words(words: Sequence[str]) -> list[str]:
             folder = folder if find_script(inside.as_posix()) else Path()
             words[place] = str(folder / (find_script(words[place]) or ""))
         return words
+    if words[:2] == ["python", FRONT_SCRIPT]:
+        return ["reelsmith", *words[2:]]
     if words[:1] == ["python"] and any(map(find_script, words[1:2])):
-        return [Path(words[1]).stem, *words[2:]]
-    place = next((index for index, word in enumerate(words) if find_script(word)), None)
-    if words[:2] == ["accelerate", "launch"] and place is not None:
-        return [*words[:place], "-m", PREFIX + words[place].removesuffix(".py"), *words[place + 1 :]]
+        return [*console_words(Path(words[1]).stem), *words[2:]]
+    for place, word in enumerate(words):
+        script = find_script(word)
+        if words[:2] == ["accelerate", "launch"] and script is not None:
+            return [*words[:place], *program_words(script), *words[place + 1 :]]
     return words
 
 
 def find_script(word: str) -> Path | None:
     """Return the path in ROOT of a command's script, with or without its room and .py, or None."""
-    if re.fullmatch(rf"(({'|'.join(SCRIPT_ROOMS)})/)?\w+(\.py)?", word) is None:
+    shape = rf"(({'|'.join(SCRIPT_ROOMS)})/)?\w{{1,{LONGEST_NAME}}}(\.py)?"
+    if re.fullmatch(shape, word, re.ASCII) is None:
         return None
     name = f"{word.removesuffix('.py')}.py"
     return next((Path(room, name) for room in ("", *SCRIPT_ROOMS) if (ROOT / room / name).is_file()), None)
@@ -129,6 +138,11 @@ def read_requirements() -> list[str]:
 def requirement_name(requirement: str) -> str:
     """Return the name of the distribution that a line asks for: `torch` of `torch>=2.7`."""
     return re.split(r"[^A-Za-z0-9._-]", requirement, maxsplit=1)[0].lower()
+
+
+def install_words(extra: str) -> str:
+    """Return the command that installs the packages of an extra; a checkout has no name to install it by."""
+    return f"pip install 'reelsmith[{extra}]'" if PREFIX else f"pip install {' '.join(EXTRAS[extra])}"
 
 
 def check_requirements() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from modules.installation import SCRIPT_ROOMS
+from modules.script_words import console_words, has_own_command
 from modules.version import VERSION
 from package.reelsmith.commands import OF_A_CHECKOUT, find_commands
 
@@ -75,14 +76,25 @@ def _find_imports(
 
 
 def rename_scripts(source: str, scripts: Collection[str]) -> str:
-    """Change commands in texts to console commands: `wan_cache_latents` for `python wan_cache_latents.py`.
+    """Change commands in texts to console commands: `wan_cache_latents` for `python wan_cache_latents.py`,
+    `reelsmith compare` for `python tools/compare.py`.
 
-    For launchers it names the module: `accelerate launch ... -m reelsmith.wan_train_network`. Commands in
-    lists of words are translated when they are shown, by `command_words`.
+    For launchers it names the module: `accelerate launch ... -m reelsmith.wan_train_network`. A literal that
+    is the path of a script and nothing else is not a text but a word of a command: code finds the script by
+    it, and `command_words` translates it when the command is shown. So it stays; only that of a script with a
+    console command of its own loses its ending, because either form names that script.
     """
     names, rooms = "|".join(sorted(scripts)), "|".join(SCRIPT_ROOMS)
     source = re.sub(rf'(accelerate launch [^"\n]*?)\b({names})\.py\b', rf"\1-m {PACKAGE}.\2", source)
-    return re.sub(rf"(?:\bpython )?\b(?:(?:{rooms})/)?({names})\.py\b", r"\1", source)
+    source = re.sub(r"\bpython reelsmith\.py\b", PACKAGE, source)
+
+    def rename(match: re.Match[str]) -> str:
+        before, python, script, after = match.groups(default="")
+        if before and before == after and not python:
+            return f"{before}{script}{after}" if has_own_command(script) else match[0]
+        return f"{before}{' '.join(console_words(script))}{after}"
+
+    return re.sub(rf"([\"'])?(\bpython )?\b(?:(?:{rooms})/)?({names})\.py\b([\"'])?", rename, source)
 
 
 def add_entry_point(source: str, script: str) -> str:
@@ -93,7 +105,7 @@ def add_entry_point(source: str, script: str) -> str:
     found = MAIN_BLOCK.search(source)
     if found is None:
         raise ValueError(f"{script}.py does not end with: if __name__ == ...")
-    return source[: found.start()] + RUN.format(body=found[1], script=script)
+    return source[: found.start()] + RUN.format(body=found[1], script=" ".join(console_words(script)))
 
 
 # folders of Python that are for work on Reelsmith, or for its quickstart
@@ -162,9 +174,14 @@ def _copy_texts(root: Path, folder: Path) -> None:
 
 
 def entry_points(root: Path) -> dict[str, str]:
+    """Return the console commands: `reelsmith`, and the scripts of models by their names."""
     return {
         "reelsmith": "reelsmith.commands:main",
-        **{command.script: f"{package_name(command.module)}:run" for command in find_commands(root)},
+        **{
+            command.script: f"{package_name(command.module)}:run"
+            for command in find_commands(root)
+            if has_own_command(command.script)
+        },
     }
 
 

@@ -7,4 +7,5 @@ describing: the text of the three files
 files: writes them, and tells what was found
 options: options of new_project.py and run_project.py
 running: runs the commands of a described folder
+tracing: keeps a trace of a run for the browser
 """

@@ -24,6 +24,7 @@ from modules.run_limits import OF_TRAINING, describe_outside, limit_run, refuse_
 from modules.text_files import parse_toml, read_safetensors_texts, read_text, real_path
 from project.choosing import script_family, transformers_of
 from project.options import RUN_FILE, RunOptions, find_models, own_command
+from project.tracing import RunTrace, trace_run
 from training.config_options import OTHERS_TABLE
 from training.saving.states import find_latest
 
@@ -57,6 +58,12 @@ class Project:
 
 
 def run_project(options: RunOptions) -> None:
+    """Run a described folder, with a trace for the browser. Raises and exits as `run_commands`."""
+    with trace_run() as trace:
+        run_commands(options, trace)
+
+
+def run_commands(options: RunOptions, trace: RunTrace) -> None:
     """Check, download, cache and train; end with the path of the training's page.
 
     Files that cannot be read are left out, and listed at the end. Raises OptionError if the folder is not
@@ -88,12 +95,15 @@ def _run_within_limits(options: RunOptions, project: Project) -> None:
             f"If it lies elsewhere, correct its path in {project.folder / RUN_FILE}"
         )
     print_lines([f"In the folder {project.folder}:"])
+    if not options.dry_run:
+        trace.begin(project.folder, project.output, project.name, project.steps)
     left_out: list[str] = []
     for words in [project.download] * bool(project.missing) + project.commands:
         print_lines(["", f"$ {typed_in(words, project.folder)}"])
         sys.stdout.flush()
         if options.dry_run:
             continue
+        trace.note(words)
         if _is_check_of_media(words):
             _check_training(project)
             code, left_out = _check_media(words, project.folder, project.validation)

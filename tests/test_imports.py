@@ -40,7 +40,7 @@ MAY_IMPORT = {
 # Rooms, file or folder, from the ground up: a room imports rooms of lower floors only.
 FLOORS = {
     "modules": (
-        {"errors", "flow", "interpreter", "limits", "seeds"}
+        {"errors", "flow", "interpreter", "limits", "script_words", "seeds"}
         | {"private_torch"}
         | {"text_encodings", "varints", "version"},
         {"control_codes", "text_files"},
@@ -111,6 +111,7 @@ _LIGHT = {
             "parser",
             "paths",
             "run_limits",
+            "script_words",
             "text_encodings",
             "text_files",
         ),

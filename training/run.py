@@ -87,7 +87,7 @@ def prepare_run(
         plan = make_plan(family, options, commands, config, accelerator, sampling)
         texts, progress, prompts = plan.texts, plan.progress, options.samples.sample_prompts
         # texts and images are encoded while there is no DiT
-        sampler = None if prompts is None else _make_sampler(plan, prompts)
+        sampler = _make_sampler(plan, prompts) if prompts is not None else None
         following = follow(plan, sampler)
         if others is not None:
             others.advice = following.after_loss
@@ -149,18 +149,12 @@ def _set_earlier_aside(plan: TrainingPlan, history: Path) -> None:
         set_aside(plan.names, inputs, datetime.now(), saving.resume is not None)
 
 
-def _make_sampler(plan: TrainingPlan, prompts: Path) -> "Sampler | None":
-    """Encode the texts and images of the samples; None if none are made.
+def _make_sampler(plan: TrainingPlan, prompts: Path) -> "Sampler":
+    """Encode the texts and images of the samples.
 
     Raises OptionError if an encoder is missing, before the DiT is loaded.
     """
     options, accelerator = plan.options.samples, plan.accelerator
-    if not (options.is_timed or options.sample_now):
-        logger.warning(
-            "--sample_prompts is ignored because none of --sample_every_n_steps, --sample_every_n_epochs, "
-            "--sample_at_first and --sample_now is given."
-        )
-        return None
     share = accelerator.process_index, accelerator.num_processes
     folder, has_metadata = plan.names.folder / "sample", not plan.options.metadata.no_metadata
     weights = "".join(f" + {path.name}:{multiplier:g}" for path, multiplier in options.loras())

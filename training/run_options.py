@@ -173,7 +173,7 @@ class SampleOptions(Options, title="samples while training"):
     """When to make samples, and from which prompts."""
 
     sample_prompts: Path | None = option(
-        "file of prompts for samples (txt, toml, json)",
+        "file of prompts for samples (txt, toml, json); a file OUTPUT_NAME.sample asks for them any time",
         place="file",
         hint="a .txt, .toml or .json file of prompts",
         often=True,
@@ -182,9 +182,8 @@ class SampleOptions(Options, title="samples while training"):
     sample_every_n_epochs: int | None = option("make samples after every so many epochs", least=1, often=True)
     sample_at_first: bool = option("sample before the first step too", often=True)
     sample_now: bool = option(
-        "make samples whenever a file OUTPUT_NAME.sample appears in --output_dir; at the end of the step, "
-        "for runs whose other options make none; the names sample, save and stop ask any run of the folder "
-        "then",
+        "let files named sample, save and stop in --output_dir ask any run of the folder, as those that "
+        "begin with OUTPUT_NAME ask one run",
         often=True,
     )
     sample_lora: tuple[Path, ...] | None = option(
@@ -210,7 +209,8 @@ class SampleOptions(Options, title="samples while training"):
 
     @property
     def are_made(self) -> bool:
-        return self.sample_prompts is not None and (self.is_timed or self.sample_now)
+        """Return whether samples can be made: a run with prompts can be asked for them at any time."""
+        return self.sample_prompts is not None
 
     @property
     def is_timed(self) -> bool:

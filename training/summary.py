@@ -106,7 +106,7 @@ def show_start(run: TrainingRun, dtype: torch.dtype | None) -> None:
     saves = _times({**every, "minutes": saving.save_every_n_minutes})
     sampling = ["before the first step"] if samples.sample_at_first else []
     sampling += _times({"steps": samples.sample_every_n_steps, "epochs": samples.sample_every_n_epochs})
-    has_samples = samples.sample_prompts is not None and samples.is_timed
+    sampling = sampling or ["when asked for"]
     written = saved_bytes(parameters, dtype, options.average.ema_decay is not None)
     counts = count_saves(saving, steps, plan.progress.step, plan.progress.epoch)
     items = count_of(plan.order.num_items, "item")
@@ -119,7 +119,7 @@ def show_start(run: TrainingRun, dtype: torch.dtype | None) -> None:
         ("learning rate", judge_rate(options)),
         ("optimizer", f"{options.optimizer.optimizer_type or 'AdamW'}, seed {plan.progress.seed}"),
         ("saves", " and ".join([*saves, "at the end"])),
-        ("samples", f"{' and '.join(sampling)}, from {samples.sample_prompts}" if has_samples else None),
+        ("samples", f"{' and '.join(sampling)}, from {samples.sample_prompts}" if samples.are_made else None),
         ("disk", disk_needed(plan.names.folder, counts, written)),
         ("folder", str(plan.names.folder)),
         ("page", None if options.logs.no_page else str(page_path(plan.names.folder, plan.names.name))),
@@ -283,6 +283,7 @@ def make_reporter(
             True,
             history.describe_process(),
             str(real_path(plan.names.folder)),
+            str(Path.cwd()),
         ),
         {} if sampler is None else dict(enumerate(sampler.prompts)),
         progress.step,

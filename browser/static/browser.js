@@ -323,7 +323,9 @@ document.addEventListener("htmx:after:swap", () => {
   watch();
   showNewest();
   keepStep();
-  if (wasAdded && $("added")) $("added").textContent = "Added: it waits above.";
+  const isPaused = $("jobs")?.dataset.paused === "yes";
+  if (wasAdded && $("added")) $("added").textContent = isPaused ? "Added: it waits above. The queue is paused." : "Added: it waits above.";
+  if ($("begin")) $("begin").hidden = !isPaused || !$("added").textContent;
   wasAdded = false;
 });
 document.addEventListener("htmx:after:request", ({ target, detail }) => {
@@ -335,7 +337,10 @@ document.addEventListener("htmx:after:request", ({ target, detail }) => {
     target.reset();
     wasAdded = true;
   }
-  if (target.matches(".enqueue")) target.querySelector("button:not(.copy)").replaceWith(Object.assign(document.createElement("a"), { href: "/queue", textContent: "It is in the queue" }));
+  if (target.matches(".enqueue")) {
+    target.querySelector("button:not(.copy):not(.begin)").replaceWith(Object.assign(document.createElement("a"), { href: "/queue", textContent: "It is in the queue" }));
+    for (const one of target.querySelectorAll(".paused")) one.hidden = false;
+  }
 });
 document.addEventListener("visibilitychange", () => { if (!document.hidden) ask().catch(() => {}); });
 watch();

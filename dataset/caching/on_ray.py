@@ -170,7 +170,7 @@ def conclude_shards(rows: Sequence[Mapping[str, Any]], options: RayOptions) -> N
 
 def _refuse_looks(family: Caches, config: DatasetConfig, options: CachingOptions, *more: Any) -> None:
     """Raise OptionError if the command only looks at the dataset, or caches a single shard."""
-    options.shard.refuse_beside("cache_on_ray.py")
+    options.shard.refuse_beside(as_typed(["python", "tools/cache_on_ray.py"]))
     if options.check or (more and getattr(more[0], "debug_mode", None) is not None):
         raise OptionError("--check and --debug_mode look at the dataset: run them without cache_on_ray.py")
 

@@ -14,20 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modules.installation import PREFIX, ROOT, SCRIPT_ROOMS, import_own
+from modules.script_words import has_own_command, name_words
 from modules.version import VERSION
 
 PROGRAM = "reelsmith" if PREFIX else "python reelsmith.py"
-# a script's name -> what follows `reelsmith`; other scripts keep their name, with - for _
-WORDS = {
-    r"(\w+)_train_network": "train {family}",
-    r"(\w+)_train": "finetune {family}",
-    r"(\w+)_generate_(?:video|image)": "generate {family}",
-    r"(?:(\w+)_)?cache_latents": "cache latents {family}",
-    r"(?:(\w+)_)?cache_text_encoder_outputs": "cache text {family}",
-    r"(\w+)_(?:lora|project)": "{family}",  # merge, convert, flux-merge; new, run
-    r"run_(browser)": "{family}",
+# scripts that are listed first: the way from a folder to a LoRA
+FIRST = {
+    "doctor": "show what is installed here, and what is missing",
+    "new_project": "describe a folder of clips or pictures for training",
+    "caption_dataset": "write captions with a vision-language model",
+    "run_project": "check, download, cache and train a described folder",
+    "run_browser": "watch runs, edit captions and queue jobs in a web browser",
+    "compare": "make a grid of clips or pictures from several LoRA files",
 }
-FAMILY = "hv"  # of scripts that name none
 # scripts that set up a checkout, and its door to the commands; the package has none of them
 OF_A_CHECKOUT = {"quickstart", "reelsmith", "run_tests"}
 
@@ -66,15 +65,6 @@ def find_commands(folder: Path) -> list[ScriptCommand]:
     return sorted(commands, key=lambda command: command.words)
 
 
-def name_words(script: str) -> str:
-    """Return the words behind `reelsmith` for a script: `train wan` for wan_train_network."""
-    for pattern, words in WORDS.items():
-        match = re.fullmatch(pattern, script)
-        if match:
-            return words.format(family=(match[1] or FAMILY).replace("_", "-"))
-    return script.replace("_", "-")
-
-
 def main() -> None:
     """Run the command that the words name; without a command, list all."""
     words = sys.argv[1:]
@@ -97,13 +87,17 @@ def main() -> None:
 
 
 def _explain(commands: Sequence[ScriptCommand], words: Sequence[str]) -> None:
-    """List the commands that begin with these words. Exits with code 2 if help was not asked for."""
-    asks = not words or words[-1] in {"-h", "--help", "help"}
+    """List the commands that begin with these words; without any, those that a beginner needs.
+
+    Exits with code 2 if help was not asked for.
+    """
+    asks = not words or words[-1] in {"-h", "--help", "help", "--all"}
     begun = tuple(words[:-1] if words and asks else words)
     found = [one for one in commands if one.words[: len(begun)] == begun]
     if found and asks:
+        text = _listing(found) if words else _list_first(commands)
         with contextlib.suppress(BrokenPipeError):  # of a pager that was left
-            print(_listing(found), flush=True)
+            print(text, flush=True)
         return
     if found:
         message = f"{' '.join(begun)}: which one? {', '.join(' '.join(one.words) for one in found)}"
@@ -120,8 +114,38 @@ def _explain(commands: Sequence[ScriptCommand], words: Sequence[str]) -> None:
         near = near or difflib.get_close_matches(begun[0], known, 1)
         hint = f" Did you mean {PROGRAM} {near[0]}?" if near else ""
         message = f"{typed or begun[0]!r} is no command.{hint}"
-    print(f"{PROGRAM}: error: {message}\n{PROGRAM} --help lists all commands", file=sys.stderr)
+    print(f"{PROGRAM}: error: {message}\n{PROGRAM} --all lists all commands", file=sys.stderr)
     raise SystemExit(2)
+
+
+def _summary(command: ScriptCommand) -> str:
+    """Return the first sentence of a script's docstring."""
+    text = ast.get_docstring(ast.parse(command.path.read_text(encoding="utf-8"))) or ""
+    return re.split(r"(?<=\.)\s", text)[0]
+
+
+USAGE = f"usage: {PROGRAM} COMMAND [options]    {PROGRAM} COMMAND --help lists the options of one"
+
+
+def _list_first(commands: Sequence[ScriptCommand]) -> str:
+    """Return a line for each command of `FIRST`, and how to list the others; all if none of them is there."""
+    by_script = {one.script: one for one in commands}
+    first = [by_script[script] for script in FIRST if script in by_script]
+    if not first:
+        return _listing(commands)
+    width = max(len(" ".join(one.words)) for one in first)
+    kinds = dict.fromkeys(one.words[0] for one in commands if len(one.words) > 1)
+    return "\n".join(
+        (
+            USAGE,
+            "",
+            "from a folder to a LoRA:",
+            *(f"  {' '.join(one.words):{width}}  {FIRST[one.script]}" for one in first),
+            "",
+            f"The steps of each model: {', '.join(kinds)}. {PROGRAM} train --help lists the models.",
+            f"{PROGRAM} --all lists all {len(commands)} commands.",
+        )
+    )
 
 
 def _listing(commands: Sequence[ScriptCommand]) -> str:
@@ -132,18 +156,24 @@ def _listing(commands: Sequence[ScriptCommand]) -> str:
     groups: dict[str, list[str]] = {name: [] for name in (begin, *families, "tools")}
     for one in commands:
         begins = [name for name in families if one.words[-1] == name or one.words[0].startswith(f"{name}-")]
-        group = begin if one.script.endswith("_project") else max(begins, key=len, default="tools")
-        text = ast.get_docstring(ast.parse(one.path.read_text(encoding="utf-8"))) or ""
-        summary = re.split(r"(?<=\.)\s", text)[0]  # the first sentence
-        groups[group].append(f"  {' '.join(one.words):{width}}  {summary}")
+        group = begin if one.script in FIRST else max(begins, key=len, default="tools")
+        groups[group].append(f"  {' '.join(one.words):{width}}  {_summary(one)}")
     lines = [line for name, group in groups.items() if group for line in ("", f"{name}:", *group)]
-    shown = next((one for one in commands if len(one.words) > 1), commands[0])
     return "\n".join(
         (
-            f"usage: {PROGRAM} COMMAND [options]    {PROGRAM} COMMAND --help lists the options of one",
+            USAGE,
             *lines,
             "",
             "hv: HunyuanVideo and SkyReels V1; fpack: FramePack.",
-            f"Each has the name of its script too: {shown.script} is {PROGRAM} {' '.join(shown.words)}.",
+            *_name_scripts(commands),
         )
     )
+
+
+def _name_scripts(commands: Sequence[ScriptCommand]) -> list[str]:
+    """Return a line about the names of scripts: in the package those of models are commands too."""
+    shown = next((one for one in commands if has_own_command(one.script)), None)
+    if shown is None:
+        return []
+    which = "Scripts of models are commands too" if PREFIX else "Each has the name of its script too"
+    return [f"{which}: {shown.script} is {PROGRAM} {' '.join(shown.words)}."]

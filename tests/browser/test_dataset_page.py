@@ -15,6 +15,8 @@ import pytest
 from PIL import Image
 
 from browser.captions import CaptionText
+from browser.datasets import Datasets
+from browser.runs import Runs
 from data_tools.report.check import check_caching
 from dataset.config import load_dataset_config
 from pocket.clips import write_clips
@@ -187,6 +189,131 @@ def test_with_read_only_no_caption_is_edited_and_no_button_is_there(tmp_path: Pa
         caption = page.file("c.mp4")["caption"]
         assert (caption["can_edit"], "--read_only" in caption["where"]) == (False, True)
         assert 'id="measure"' not in page.ask().text
+
+
+def save_project(folder: Path, caption: str = "a cat") -> Path:
+    """A folder of pictures that `new` has described: paths in its dataset.toml are relative to it."""
+    folder.mkdir(parents=True)
+    for name in ("ä 1", "b"):
+        save_picture(folder / f"{name}.png", 1, (64, 64), caption=caption)
+    (folder / "dataset.toml").write_text(
+        '[general]\nresolution = [64, 64]\ncaption_extension = ".txt"\n\n'
+        '[[datasets]]\nimage_directory = "."\ncache_directory = "cache/images"\n',
+        encoding="utf-8",
+    )
+    (folder / "run.toml").write_text("[training]\n", encoding="utf-8")
+    return folder
+
+
+def write_project_run(folder: Path, name: str = "x", **places: str) -> None:
+    write_run(
+        folder / "output",
+        name,
+        changed=[["dataset_config", "dataset.toml"], ["output_dir", "output"]],
+        **places,
+    )
+
+
+ROOTS = ("output", ".", "..")
+
+
+@pytest.mark.parametrize("version", ["untrained", "older", "now"])
+@pytest.mark.parametrize("root", ROOTS)
+def test_a_folder_that_new_described_is_open_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: str, version: str
+) -> None:
+    project = save_project(tmp_path / "all" / "Bilder von Jörg")
+    if version == "now":
+        write_project_run(project, written_in=str(project / "output"), working_folder=str(project))
+    elif version == "older":
+        write_project_run(project)
+    monkeypatch.chdir(save_project(tmp_path / "decoy", "another project"))
+
+    datasets = Datasets(Runs([project / root]))
+    [dataset] = datasets.look()
+
+    assert (dataset.path, dataset.folder) == (project / "dataset.toml", project)
+    assert [name for _, name in dataset.runs] == ([] if version == "untrained" else ["x"])
+    assert datasets.outside(dataset) == []
+
+
+@pytest.mark.parametrize(
+    "root", ["output", *(pytest.param(one, marks=pytest.mark.slow) for one in ROOTS[1:])]
+)
+def test_files_captions_and_caches_of_a_described_folder_are_shown_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: str
+) -> None:
+    project = save_project(tmp_path / "all" / "Bilder von Jörg")
+    decoy = save_project(tmp_path / "decoy", "another project")
+    write_project_run(project)
+    monkeypatch.chdir(decoy)
+    with serve_runs(project / root) as served:
+        page = Page(served, "dataset.toml")
+        news = page.measured()
+        assert (news["state"], news["items"], news["outside"], news["remarks"]) == ("ready", 2, 0, [])
+        assert [one["pictures"][0]["name"] for one in news["files"]] == ["b.png", "ä 1.png"]
+        for file in news["files"]:
+            assert (file["caption"]["text"], file["caption"]["can_edit"]) == ("a cat", True)
+            assert served.ask(file["pictures"][0]["address"]).status == 200
+        assert news["counts"]["outdated"] == 2  # not cached yet
+        assert page.write(page.file("b.png"), "save", "a dog").status == 200
+    assert (project / "b.txt").read_text() == "a dog"
+    assert (decoy / "b.txt").read_text() == "another project"
+
+
+def test_a_run_is_of_the_dataset_where_its_command_was_typed(tmp_path: Path) -> None:
+    project = save_project(tmp_path / "project")
+    places = {"written_in": str(tmp_path / "runs/output"), "working_folder": str(project)}
+    write_project_run(tmp_path / "runs", **places)
+    (tmp_path / "runs/dataset.toml").write_text("[[datasets]]\n", encoding="utf-8")
+
+    found = {one.path: one for one in Datasets(Runs([tmp_path])).look()}
+
+    assert [name for _, name in found[project / "dataset.toml"].runs] == ["x"]
+    assert found[tmp_path / "runs/dataset.toml"].runs == ()
+
+
+def test_a_moved_project_is_found_at_its_new_place(tmp_path: Path) -> None:
+    before, after = tmp_path / "before", tmp_path / "after"
+    save_project(before)
+    write_project_run(before, written_in=str(before / "output"), working_folder=str(before))
+    before.rename(after)
+
+    runs = Runs([after / "output"])
+
+    [run], [dataset] = runs.look(), Datasets(runs).look()
+    assert (run.working_folder, dataset.path, len(dataset.runs)) == (after, after / "dataset.toml", 1)
+
+
+def test_only_the_dataset_file_of_a_project_opens_its_folder(tmp_path: Path) -> None:
+    """Files in `output` may be somebody else's: theirs name files of the project in vain."""
+    project = save_project(tmp_path / "project")
+    write_project_run(project)
+    (project / "output" / "dataset.toml").write_text("[[datasets]]\n", encoding="utf-8")
+    text = '[[datasets]]\nimage_directory = "{}"\ncaption_extension = ".txt"\n'
+    for name, place in (("theirs", project), ("above", tmp_path)):
+        (project / "output" / f"{name}.toml").write_text(text.format(place), encoding="utf-8")
+
+    datasets = Datasets(Runs([project / "output"]))
+
+    outside = {one.path.name: datasets.outside(one) for one in datasets.look() if one.path.parent != project}
+    assert outside == {"dataset.toml": [], "theirs.toml": [project], "above.toml": [tmp_path]}
+
+
+@pytest.mark.parametrize("folder", ["project", "elsewhere"])
+def test_paths_of_a_dataset_begin_where_they_exist(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    (tmp_path / folder / "clips").mkdir(parents=True)
+    (tmp_path / "project").mkdir(exist_ok=True)
+    (tmp_path / "elsewhere").mkdir(exist_ok=True)
+    config = tmp_path / "project" / "data.toml"
+    config.write_text('[[datasets]]\nvideo_directory = "clips"\n', encoding="utf-8")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+
+    [dataset] = Datasets(Runs([tmp_path])).look()
+
+    assert dataset.folder == tmp_path / folder
 
 
 def test_no_way_leads_out_of_the_folders(tmp_path: Path) -> None:

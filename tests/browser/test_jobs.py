@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import urlencode
 
@@ -18,7 +21,7 @@ from browser.launch import check_options, find_program, prepare_process, split_w
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED
 from modules.errors import OptionError, OutputError
 from pocket.measure import IN_FLOAT32, POCKET, model_options
-from tests.browser.serving import Served, serve_runs
+from tests.browser.serving import Served, serve_runs, write_run
 from tests.chromium import open_page, wait_until
 from tests.commands import QUIET, ROOT, assert_user_error, run_python
 from tests.pocket.test_training import cached  # noqa: F401  # a fixture
@@ -107,6 +110,10 @@ REFUSED = (
     ("accelerate launch --num_processes 2", "''"),
     ("accelerate config", "'accelerate'"),
     ("python wan_train_network.py --dit 'x", "No closing quotation"),
+    ("ü" * 100, "is no command of this program"),
+    ("x" * 300, "is no command of this program"),
+    (f"python {'x' * 300}.py", "is no command of this program"),
+    (f"reelsmith {'ü' * 300}", "is no command of this program"),
     (r"python tools\compare.py", r"\c in 'python tools"),
     (r"python wan_train_network.py --dit C:\models\x.safetensors", "Write / between folders"),
     *((f"python wan_train_network.py {sign}x", f"'{sign}'") for sign in ";&|>$`~*"),
@@ -397,3 +404,129 @@ def test_a_job_that_is_stopped_twice_ends_now(
     assert processes
     wait_for(lambda: all(not one.is_running() or one.status() == psutil.STATUS_ZOMBIE for one in processes))
     assert not (tmp_path / "out" / "x-step00000002.safetensors").exists()
+
+
+class Fields(HTMLParser):
+    """What a page holds: attributes of all elements, and the fields of each form that posts."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.values: list[str] = []
+        self.forms: list[dict[str, str]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        named = {name: value or "" for name, value in attrs}
+        self.values += named.values()
+        if tag == "form" and "hx-post" in named:
+            self.forms.append({})
+        if tag == "input" and self.forms:
+            self.forms[-1][named.get("name", "")] = named.get("value", "")
+
+
+def write_command(folder: Path, line: str) -> None:
+    """Write a run in `folder`/output whose history has this command, typed in `folder`."""
+    places = {"written_in": str(folder / "output"), "working_folder": str(folder)}
+    history = write_run(folder / "output", "x", changed=[["output_dir", "output"]], **places)
+    with history.open("a", encoding="utf-8") as file:
+        row = {"step": 6, "commands": [["Copy", line, line, ""]]}
+        file.write(json.dumps(row) + "\n")
+
+
+def test_a_command_with_paths_is_queued_from_the_page_of_its_run_as_it_is_and_runs(
+    queue: JobQueue, tmp_path: Path
+) -> None:
+    folder = tmp_path / "Bilder von Jörg & Co"
+    folder.mkdir()
+    page = folder / "it's a page.html"
+    page.write_text('<meta name="generator" content="reelsmith">', encoding="utf-8")
+    line = shlex.join(["python", "tools/share_page.py", str(page), "--output", "copies/made ü.html"])
+    (folder / "copies").mkdir()
+    write_command(folder, line)
+    with serve_runs(folder / "output", queue=queue) as served:
+        [form] = Fields(served.ask(served.of("x")).text).forms
+        assert form["line"] == line
+        assert ask(served, "add", **form) == 303
+        assert [(job.line, job.folder) for job in queue.jobs()] == [(line, str(folder))]
+        queue.start_next()
+        wait_for_states(queue, FINISHED)
+    assert (folder / "copies" / "made ü.html").exists()
+
+
+def test_no_page_has_the_marks_of_private_text_where_they_would_be_text(tmp_path: Path) -> None:
+    prompt = "a cat --i '/home/me/a b/start.png'"
+    write_command(tmp_path, f"python wan_generate_video.py --prompt '{prompt}' --dit /models/x.safetensors")
+    (run,) = tmp_path.glob("output/*-history.jsonl")
+    with run.open("a", encoding="utf-8") as file:
+        row = {"step": 6, "samples": "000006", "files": {"0": "x_1.png"}, "prompts": {"0": prompt}}
+        file.write(json.dumps(row) + "\n")
+    with serve_runs(tmp_path) as served:
+        ask(served, "add", line="python tools/share_page.py /home/me/x.html --help")
+        more = urlencode({"run": served.of("x").split("/")[2], "more": prompt})
+        draft = urlencode({"line": "python /home/me/x.py"})
+        for address in ("/", served.of("x"), f"/compare?{more}", f"/queue?{draft}", "/datasets"):
+            text = served.ask(address).text
+            assert not [value for value in Fields(text).values if "<!--" in value], address
+            for area in re.findall(r"<textarea[^>]*>(.*?)</textarea>", text, re.DOTALL):
+                assert "<!--" not in area, address
+
+
+def test_with_read_only_no_page_posts(tmp_path: Path) -> None:
+    write_command(tmp_path, "python wan_generate_video.py --dit x --prompt x --save_path output/made")
+    with serve_runs(tmp_path, read_only=True) as served:
+        run = served.of("x").split("/")[2]
+        for address in ("/", served.of("x"), f"/compare?run={run}&more=a+dog", "/queue", "/datasets"):
+            text = served.ask(address).text
+            assert "hx-post" not in text, address
+            assert 'method="post"' not in text.lower(), address
+
+
+def test_a_word_of_300_letters_in_the_text_file_shuts_no_page(tmp_path: Path) -> None:
+    folder = tmp_path / "reelsmith-queue"
+    folder.mkdir()
+    lines = ["x" * 300, f"python {'y' * 300}.py", "python tools/compare.py", "python download.py"]
+    (folder / QUEUE).write_text("\n".join(lines), encoding="utf-8")
+    write_run(tmp_path)
+    with serve_runs(tmp_path) as served:
+        page = served.ask("/queue")
+        assert (page.status, page.text.count("is no command of this program")) == (200, 2)
+        assert ask(served, "add", line="z" * 300) == 422
+        assert served.ask("/compare").status == 200
+
+
+def test_a_line_may_begin_with_the_folder_of_its_command(queue: JobQueue, tmp_path: Path) -> None:
+    folder = tmp_path / "my clips"
+    folder.mkdir()
+    line = f"cd '{folder}' && python tools/download.py --list"
+    with serve_runs(tmp_path, queue=queue) as served:
+        assert ask(served, "add", line=line) == 303
+        assert ask(served, "add", line="cd 'no such' && python tools/download.py --list") == 422
+        assert ask(served, "add", line=f"cd '{folder}'; python tools/download.py --list") == 422
+        assert ask(served, "add", line=f"cd '{folder}' && rm -rf x") == 422
+        [job] = queue.jobs()
+        assert (job.words, job.folder, job.problem) == (SHORT, str(folder), "")
+        with (queue.folder / QUEUE).open("a", encoding="utf-8") as file:
+            file.write(f"{line}\ncd {'x' * 300} && python download.py\ncd nowhere && python download.py\n")
+        first, typed, long, nowhere = queue.jobs()
+        assert [(one.words, one.folder) for one in (first, typed)] == [(SHORT, str(folder))] * 2
+        assert all("there is no such folder" in one.problem for one in (long, nowhere))
+        assert served.ask("/queue").status == 200
+        queue.edit(typed.id, f"cd '{tmp_path}' && python tools/download.py --list")
+        assert queue.jobs()[1].folder == str(tmp_path)
+
+
+def test_a_paused_queue_says_so_and_a_job_that_ended_shows_what_it_printed(
+    queue: JobQueue, tmp_path: Path
+) -> None:
+    write_command(tmp_path, "python tools/download.py --list")
+    queue.add(SHORT, tmp_path)
+    with serve_runs(tmp_path, queue=queue) as served:
+        assert "which is paused" in served.ask(served.of("x")).text
+        page = served.ask("/queue").text
+        assert ("paused: jobs wait" in page, 'data-paused="yes"' in page) == (True, True)
+        assert "reelsmith run my_clips" in page
+        queue.start_next()
+        wait_for_states(queue, FINISHED)
+        assert "--task TASK --list shows the files of one" in served.ask("/queue").text
+        queue.begin_work()
+        assert "which is paused" not in served.ask(served.of("x")).text

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from browser.options import USUAL_PORT, BrowserOptions
+from browser.runs import Runs
 from browser.start import draw_code, open_socket
 from modules.errors import OptionError, OutputError
 from modules.parser import parse_options
@@ -72,6 +73,18 @@ def test_refusals_say_what_to_give(
 
     with pytest.raises(OptionError, match=re.escape(said)):
         parse_options("", words, BrowserOptions)[0].read_token()
+
+
+def test_the_output_folder_of_a_described_folder_need_not_exist_yet(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="no such folder"):
+        parse_options("", [str(tmp_path / "output")], BrowserOptions)
+    (tmp_path / "dataset.toml").write_text("[[datasets]]\n", encoding="utf-8")
+
+    options, *_ = parse_options("", [str(tmp_path / "output")], BrowserOptions)
+
+    runs = Runs(options.folders)
+    assert (runs.tops, runs.look()) == ([tmp_path / "output"], [])
+    assert not runs.is_below(tmp_path / "dataset.toml")
 
 
 def test_without_a_folder_it_looks_into_this_one() -> None:

@@ -29,11 +29,11 @@ def test_a_line_for_each_thing_says_what_is_here(capsys: pytest.CaptureFixture[s
     doctor.main([])
 
     said = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert [*said][:4] == ["Python", "packages", "video", "bitsandbytes"]
-    assert [*said][4:5] + [*said][-3:] == ["torch", "compile", "attention", "disk"]
+    assert [*said][:5] == ["Python", "packages", "video", "bitsandbytes", "browser"]
+    assert [*said][5:6] + [*said][-3:] == ["torch", "compile", "attention", "disk"]
     assert said["Python"].startswith(sys.version.split()[0])
     assert said["torch"].startswith(torch.__version__)
-    assert len(said) <= 12
+    assert len(said) <= 13
 
 
 def test_what_is_missing_says_what_it_costs(tmp_path: Path) -> None:
@@ -41,6 +41,12 @@ def test_what_is_missing_says_what_it_costs(tmp_path: Path) -> None:
         found = {each.name: each for each in examine(tmp_path)}
     assert found["bitsandbytes"].text.startswith("missing: --optimizer_type adamw8bit is refused")
     assert all(each.is_fit for each in found.values())  # nothing else needs it
+
+    with without("uvicorn"):
+        found = {each.name: each for each in examine(tmp_path)}
+    assert "missing uvicorn" in found["browser"].text
+    assert found["browser"].text.endswith("pip install starlette uvicorn")
+    assert found["browser"].is_fit
 
     with without("einops"):
         found = {each.name: each for each in examine(tmp_path)}

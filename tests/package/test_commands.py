@@ -1,5 +1,6 @@
 """The words of the command `reelsmith`."""
 
+import ast
 import importlib
 import re
 import tomllib
@@ -8,9 +9,11 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from modules.installation import find_script
+from modules.script_words import console_words, has_own_command, name_words
 from package.reelsmith import commands
-from package.reelsmith.commands import OF_A_CHECKOUT, ScriptCommand, find_commands, name_words
-from package.staging import add_entry_point, find_rooms, rename_scripts, rewrite_imports
+from package.reelsmith.commands import OF_A_CHECKOUT, ScriptCommand, find_commands
+from package.staging import add_entry_point, entry_points, find_rooms, rename_scripts, rewrite_imports
 from tests.commands import ROOT, assert_user_error, run_script
 from tests.test_imports import SCRIPTS, TOOLS
 
@@ -62,11 +65,13 @@ def test_other_words_are_answered_with_what_was_meant(
         commands._explain(FOUND, typed.split())
     assert end.value.code == 2
     program = "python reelsmith.py"
-    told = f"{program}: error: {answer}\n{program} --help lists all commands\n"
+    told = f"{program}: error: {answer}\n{program} --all lists all commands\n"
     assert capsys.readouterr().err == told
 
 
-@pytest.mark.parametrize(("typed", "count"), [("", 4), ("--help", 4), ("train --help", 2), ("cache -h", 1)])
+@pytest.mark.parametrize(
+    ("typed", "count"), [("", 4), ("--help", 4), ("--all", 4), ("train --help", 2), ("cache -h", 1)]
+)
 def test_help_lists_the_commands_that_begin_so(
     typed: str, count: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -77,9 +82,15 @@ def test_help_lists_the_commands_that_begin_so(
 
 def test_the_door_of_a_checkout_runs_a_script_as_it_is(tmp_path: Path) -> None:
     """The installed command is tested with the wheel."""
-    listing = run_script("reelsmith.py", folder=tmp_path).stdout
+    listing = run_script("reelsmith.py", "--all", folder=tmp_path).stdout
     for command in find_commands(ROOT):
         assert f"  {' '.join(command.words)}  " in listing
+    first = run_script("reelsmith.py", folder=tmp_path).stdout.splitlines()
+    begin = first.index("from a folder to a LoRA:") + 1
+    shown = [line.split()[0] for line in first[begin : begin + 6]]
+    assert shown == ["doctor", "new", "caption-dataset", "run", "browser", "compare"]
+    assert max(map(len, first)) <= 110
+    assert len(first) < 20
     through = run_script("reelsmith.py", "metaview", "--help", folder=tmp_path)
     assert through.stdout == run_script("blissful_tuner/metaview.py", "--help", folder=tmp_path).stdout
     done = run_script("reelsmith.py", "merge", "--dit", "nothing.safetensors", folder=tmp_path, check=False)
@@ -131,14 +142,55 @@ def test_an_import_whose_name_would_change_is_refused() -> None:
 
 def test_texts_name_console_commands() -> None:
     scripts = {"cache_latents", "wan_cache_latents"}
-    text = 'f("wan_cache_latents.py", x)  # python cache_latents.py, my_cache_latents.py, or wan.py'
-    renamed = 'f("wan_cache_latents", x)  # cache_latents, my_cache_latents.py, or wan.py'
+    text = 'f("wan_cache_latents.py x")  # python cache_latents.py, my_cache_latents.py, or wan.py'
+    renamed = 'f("wan_cache_latents x")  # cache_latents, my_cache_latents.py, or wan.py'
     assert rename_scripts(text, scripts) == renamed
-    assert rename_scripts("python blissful_tuner/metaview.py --help", {"metaview"}) == "metaview --help"
+    shown = rename_scripts("python blissful_tuner/metaview.py --help, or metaview.py", {"metaview"})
+    assert shown == "reelsmith metaview --help, or reelsmith metaview"
+    assert rename_scripts("python reelsmith.py new FOLDER", scripts) == "reelsmith new FOLDER"
     launch = "accelerate launch --cpu {}cache_latents --x"
     assert rename_scripts(launch.format("").replace("s --x", "s.py --x"), scripts) == launch.format(
         "-m reelsmith."
     )
+
+
+def test_a_literal_that_names_a_script_still_names_it_in_the_package() -> None:
+    """Code finds scripts by such literals: what the package has in their place is found there too."""
+    commands = find_commands(ROOT)
+    scripts = {command.script for command in commands}
+    paths = [path for room in find_rooms(ROOT) for path in (ROOT / room).rglob("*.py")]
+    words, joined = [], []
+    for path in [*paths, *ROOT.glob("*.py")]:
+        source = path.read_text(encoding="utf-8")
+        before, after = (
+            [node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant)]
+            for text in (source, rename_scripts(source, scripts))
+        )
+        assert len(before) == len(after)
+        for literal, renamed in zip(before, after, strict=True):
+            if isinstance(literal, str) and find_script(literal.strip()) and literal.endswith(".py"):
+                words.append(literal)
+                assert find_script(renamed) == find_script(literal), (path, literal)
+                assert renamed == literal or has_own_command(Path(literal).stem), (path, literal)
+        # a command that is broken between two literals of a text would keep its `python`
+        joined += re.findall(r"\bpython *\"\n *f?\"", source)
+    assert "tools/dataset_report.py" in words
+    assert joined == []
+
+
+@pytest.mark.parametrize("script", ["compare", "download", "doctor", "quantise", "merge_lora", "new_project"])
+def test_scripts_with_plain_names_hide_no_other_program(script: str) -> None:
+    assert not has_own_command(script)
+    assert script not in entry_points(ROOT)
+    assert console_words(script)[0] == "reelsmith"
+
+
+def test_scripts_of_models_are_console_commands() -> None:
+    names = entry_points(ROOT)
+    for command in find_commands(ROOT):
+        if command.words[0] in ("train", "finetune", "cache", "generate"):
+            assert names[command.script] == f"reelsmith.{command.module}:run"
+    assert {"reelsmith", "wan_train_network", "cache_latents", "lumina_minimal_inference"} <= set(names)
 
 
 def test_a_script_gets_an_entry_point_that_does_what_it_does_as_a_program() -> None:
@@ -146,7 +198,7 @@ def test_a_script_gets_an_entry_point_that_does_what_it_does_as_a_program() -> N
     done = add_entry_point(script, "merge_lora")
     assert "def run() -> None:" in done
     assert done.count("    command_line(main, explain=identify)\n") == 1
-    assert done.endswith('    sys.argv[0] = "merge_lora"\n    run()\n')
+    assert done.endswith('    sys.argv[0] = "reelsmith merge"\n    run()\n')
     with pytest.raises(ValueError, match=r"merge_lora\.py does not end with"):
         add_entry_point("def main(): ...\n", "merge_lora")
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from modules.script_words import console_words, has_own_command
 from modules.version import VERSION
 from package.staging import find_own_imports, find_own_names, find_rooms
 from tests.commands import ROOT, assert_user_error, run_program, run_python, run_script
@@ -85,6 +87,9 @@ print(as_typed(["python", "wan_generate_video.py", "--prompt", "merge_lora.py"])
 print(as_typed(["accelerate", "launch", "--num_processes", "2", "wan_train_network", "--seed", "1"]))
 print(as_typed(["git", "lfs", "pull"]))
 print(as_typed(["merge_lora"]))
+print(as_typed(["python", "reelsmith.py", "new", "clips"]))
+print(as_typed(["python", "tools/compare.py", "--lora", "x"]))
+print(as_typed(["python", "merge_lora.py", "--lora", "x"]))
 from reelsmith.modules.installation import own_name
 print(*map(own_name, ("modules.seeds", "networks.mine", "lycoris.kohya")))
 """
@@ -128,13 +133,17 @@ def test_nothing_in_the_wheel_imports_a_name_of_the_checkout(wheel: Path) -> Non
     assert find_own_imports((ROOT / "wan" / "family.py").read_text(encoding="utf-8"), ours)  # they are seen
 
 
-def test_every_script_is_a_console_command(wheel: Path) -> None:
+def test_every_script_of_a_model_is_a_console_command(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         text = archive.read(f"reelsmith-{VERSION}.dist-info/entry_points.txt").decode()
     parser = ConfigParser()
     parser.optionxform = str  # type: ignore[assignment,method-assign]  # GIMMVFI keeps its capital letters
     parser.read_string(text)
-    scripts = {name: f"reelsmith.{module}:run" for name, module in zip(NAMES, MODULES, strict=True)}
+    scripts = {
+        name: f"reelsmith.{module}:run"
+        for name, module in zip(NAMES, MODULES, strict=True)
+        if has_own_command(name)
+    }
     assert dict(parser["console_scripts"]) == {"reelsmith": "reelsmith.commands:main", **scripts}
 
 
@@ -148,9 +157,11 @@ def test_commands_have_the_options_and_help_of_the_scripts(installed: Installed)
     for name in NAMES:
         expected = scripts[name]
         for tool in TOOLS:
-            expected = expected.replace(f"python {tool}", Path(tool).stem).replace(tool, Path(tool).stem)
+            shown = " ".join(console_words(Path(tool).stem))
+            expected = expected.replace(f"python {tool}", shown).replace(tool, shown)
         for other in NAMES:
-            expected = expected.replace(f"python {other}.py", other).replace(f" {other}.py", f" {other}")
+            shown = " ".join(console_words(other))
+            expected = expected.replace(f"python {other}.py", shown).replace(f" {other}.py", f" {shown}")
         assert "--" in expected
         assert ours[name] == expected
 
@@ -159,7 +170,7 @@ def test_the_package_runs_in_an_empty_folder(installed: Installed) -> None:
     dit = write_dit(installed.folder, tiny_state("t2v"), name="dit")
     words = ("--input", dit, "--output", "x.safetensors", "--target", "other")
 
-    wrong = installed.run("convert_lora", *words, check=False)
+    wrong = installed.run("reelsmith", "convert", *words, check=False)
     mistyped = installed.run("python", "-m", "reelsmith.wan_train_network", "--tusk", check=False)
     bare = {"PYTHONPATH": str(installed.packages)}  # with -S: no other package
     start = "from reelsmith.merge_lora import run; run()"
@@ -169,7 +180,8 @@ def test_the_package_runs_in_an_empty_folder(installed: Installed) -> None:
     assert_user_error(wrong, "it is a Wan transformer")  # `families.identify` found the family's module
     assert mistyped.stderr.startswith("wan_train_network: error: Unknown option --tusk")
     assert f"reelsmith {VERSION}" in installed.run("reelsmith", "--version").stdout
-    assert "train wan " in installed.run("reelsmith").stdout
+    assert "train wan " in installed.run("reelsmith", "--all").stdout
+    assert "  new " in installed.run("reelsmith").stdout
 
 
 def test_the_package_names_its_own_modules_and_commands(installed: Installed) -> None:
@@ -178,8 +190,35 @@ def test_the_package_names_its_own_modules_and_commands(installed: Installed) ->
         "accelerate launch --num_processes 2 -m reelsmith.wan_train_network --seed 1",
         "git lfs pull",
         "merge_lora",
+        "reelsmith new clips",
+        "reelsmith compare --lora x",
+        "reelsmith merge --lora x",
         "reelsmith.modules.seeds networks.mine lycoris.kohya",
     ]
+
+
+# what these tests start, or compare with, lies in the checkout
+OF_THE_CHECKOUT = (
+    *("a_line_of_ours_becomes_a_program", "the_browser_never_loads_torch", "ended_process"),
+    *("it_prints_an_address", "a_run_appears_grows", "is_accessible"),
+)
+
+
+@pytest.mark.slow
+def test_the_pages_of_the_package_pass_the_tests_of_those_of_the_checkout(
+    installed: Installed, tmp_path: Path
+) -> None:
+    for name in ("tests", "pocket"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    words = ["-p", "tests.package.installed_names", "--rootdir", tmp_path, "-p", "no:cacheprovider"]
+    words += ["-k", f"not ({' or '.join(OF_THE_CHECKOUT)})", tmp_path / "tests" / "browser"]
+    environment = {"PYTHONPATH": str(tmp_path)}
+
+    done = installed.run("python", "-m", "pytest", *words, environment=environment, check=False)
+
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "passed" in done.stdout or "100%" in done.stdout
 
 
 @pytest.mark.slow

@@ -81,6 +81,23 @@ def test_pictures_say_what_made_them_as_those_of_a_generation_do(
         assert not any(name.endswith("_") for name in picture.info)
 
 
+def test_a_run_with_prompts_alone_makes_samples_when_it_is_asked(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_caches(tmp_path)
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "x.sample").touch()
+
+    prompts = write_prompts(tmp_path, "a cat --f 1 --s 1")
+
+    train_toy(tmp_path, "--sample_prompts", prompts, "--max_train_steps", 2)
+
+    (made,) = (tmp_path / "output" / "sample").iterdir()
+    assert made.name.startswith("x_00000")
+    assert not (tmp_path / "output" / "x.sample").exists()
+    assert "ignored" not in caplog.text
+
+
 def test_files_are_named_by_epoch_or_step_prompt_time_and_seed(tmp_path: Path) -> None:
     """Four steps an epoch, samples every third: at step 12 both are due and only the step's are made."""
     write_caches(tmp_path, count=4)

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 VERSION = 1
 END = "-history.jsonl"
+BEFORE_TRAINING = ".run"  # behind the name of a run: what `run` did before its training
 MOST_WAITING = 2000  # lines in memory
 MOST_STEPS = 10**15
 LOSS = "validation/loss"
@@ -73,6 +74,7 @@ class Start:
     listens: bool = False  # to files that ask for something, see `Requests`
     process: Mapping[str, Any] = field(default_factory=dict)  # see `describe_process`
     written_in: str = ""  # folder of the history, with links resolved; "": an older version's
+    working_folder: str = ""  # in which the command was typed; "": an older version's
 
     @classmethod
     def of(cls, told: Row) -> "Start":
@@ -81,8 +83,16 @@ class Start:
         numbers = int(told["total_steps"]), bool(told["listens"])
         if not 0 <= numbers[0] <= MOST_STEPS:
             raise ValueError("no run has so many steps")
-        process, folder = dict(told["process"]), str(told.get("written_in", ""))
-        return cls(str(told["model"]), numbers[0], changed, unchanged, numbers[1], process, folder)
+        return cls(
+            model=str(told["model"]),
+            total_steps=numbers[0],
+            changed=changed,
+            unchanged=unchanged,
+            listens=numbers[1],
+            process=dict(told["process"]),
+            written_in=str(told.get("written_in", "")),
+            working_folder=str(told.get("working_folder", "")),
+        )
 
 
 @dataclass

@@ -1,0 +1,125 @@
+"""Keep a trace of `run` for the browser: what it does before its training has a page, and where it ended."""
+
+import logging
+import shlex
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from modules.command import quote_for_powershell
+from modules.control_codes import shorten_lines
+from modules.errors import OutputError, UserError
+from modules.installation import command_words
+from modules.text_files import real_path
+from training.reports.history import BEFORE_TRAINING, History, Start, describe_process, history_path
+
+logger = logging.getLogger(__name__)
+
+# what a command of a run does, by the end of its script's name, and when it only checks
+STEPS = {
+    "download": ("downloading the model",) * 2,
+    "_latents": ("caching latents", "checking the clips"),
+    "_text_encoder_outputs": ("caching captions", "checking the captions"),
+    "_train_network": ("training",) * 2,
+    "_train": ("training",) * 2,
+}
+
+
+def describe_step(words: Sequence[str]) -> str:
+    """Return what a command of a run does: `caching latents`."""
+    script = Path("".join(words[1:2])).stem
+    for end, (doing, checking) in STEPS.items():
+        if script.endswith(end):
+            return checking if "--check" in words else doing
+    return script
+
+
+class RunTrace:
+    """Write a history of one `run`, which is shown until its training writes its own.
+
+    A trace that cannot be written ends no run.
+    """
+
+    def __init__(self) -> None:
+        self._history: History | None = None
+        self._training = Path()  # history of the training
+        self._step = ""  # what the current command does
+        self._since = 0.0  # when it began
+
+    def begin(self, folder: Path, output: Path, name: str, steps: int | None) -> None:
+        """Start a trace. folder: that `new` described. output, name, steps: of its training."""
+        if not real_path(output).is_relative_to(real_path(folder)):
+            return  # run.toml may be somebody else's: what it names elsewhere is not written here
+        words = command_words(["python", "reelsmith.py", "run", str(real_path(folder))])
+        note = "It continues where it ended."
+        command = ["Run it again", shlex.join(words), quote_for_powershell(words), note]
+        start = Start(
+            model="",
+            total_steps=steps or 0,
+            process=describe_process(),
+            written_in=str(real_path(output)),
+            working_folder=str(Path.cwd()),
+        )
+        self._training = history_path(output, name)
+        self._history = History(history_path(output, f"{name}{BEFORE_TRAINING}"), session=1)
+        with self._guarded():
+            output.mkdir(parents=True, exist_ok=True)
+            self._history.add(0, started=asdict(start))
+            self._history.add(0, commands=[command])
+
+    def note(self, words: Sequence[str]) -> None:
+        """Note which command begins now."""
+        self._step, self._since = describe_step(words), time.time()
+        if self._history is not None:
+            with self._guarded():
+                self._history.add(0, message=self._step, level="info")
+                self._history.add(0, doing=self._step)
+                self._history.flush()
+
+    def end(self, reason: str, kind: str) -> None:
+        """Note how the run ended. kind: as of a history's end. A training that has begun tells it itself."""
+        if self._history is None or not self._step:
+            return
+        with self._guarded():
+            if not reason or self._has_training():
+                self._history.path.unlink(missing_ok=True)
+                return
+            ended = f"ended while {self._step}" + (f": {reason}" if reason else "")
+            self._history.add(0, message=shorten_lines(reason, 1000), level="error")
+            self._history.add(0, ended=ended.splitlines()[0], kind=kind)
+            self._history.flush()
+
+    def _has_training(self) -> bool:
+        """Return whether the training has begun to write its own history."""
+        try:
+            return self._step == "training" and self._training.stat().st_mtime >= self._since
+        except OSError:
+            return False
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, OutputError) as error:
+            logger.debug("no trace of this run is kept: %s", error)
+            self._history = None
+
+
+@contextmanager
+def trace_run() -> Iterator[RunTrace]:
+    """Yield a trace, and note in it how the block ends."""
+    trace = RunTrace()
+    try:
+        yield trace
+    except KeyboardInterrupt:
+        trace.end("it was stopped", "")
+        raise
+    except SystemExit as error:
+        trace.end(f"exit code {error.code}", "bad")
+        raise
+    except UserError as error:
+        trace.end(str(error), "bad")
+        raise
+    trace.end("", "good")

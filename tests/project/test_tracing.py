@@ -1,0 +1,93 @@
+"""What the browser shows of `run` before its training has a page."""
+
+from pathlib import Path
+
+import pytest
+
+from browser.runs import DIED, RUNNING, STOPPED, Runs
+from modules.errors import OptionError
+from project.tracing import RunTrace, describe_step, trace_run
+from training.reports.history import History, history_path
+
+CHECK = ["python", "wan_cache_latents.py", "--dataset_config", "dataset.toml", "--check"]
+TRAIN = ["python", "wan_train_network.py", "--config_file", "run.toml"]
+
+
+def begin(trace: RunTrace, folder: Path) -> None:
+    trace.begin(folder, folder / "output", "clips", 10)
+
+
+def end_with(error: BaseException, folder: Path) -> None:
+    with trace_run() as trace:
+        begin(trace, folder)
+        trace.note(CHECK)
+        raise error
+
+
+@pytest.mark.parametrize(
+    ("words", "doing"),
+    [
+        (["python", "tools/download.py", "--family", "wan"], "downloading the model"),
+        (CHECK, "checking the clips"),
+        (CHECK[:-1], "caching latents"),
+        (["python", "krea2_cache_text_encoder_outputs.py"], "caching captions"),
+        (TRAIN, "training"),
+        (["python", "wan_train.py"], "training"),
+    ],
+)
+def test_each_step_of_a_run_is_named(words: list[str], doing: str) -> None:
+    assert describe_step(words) == doing
+
+
+def test_a_run_that_checks_and_caches_is_listed_with_what_it_does(tmp_path: Path) -> None:
+    with trace_run() as trace:
+        begin(trace, tmp_path)
+        trace.note(CHECK)
+        [run] = Runs([tmp_path]).look()
+        assert (run.name, run.state, run.doing) == ("clips.run", RUNNING, "checking the clips")
+        trace.note(CHECK[:-1])
+        [run] = Runs([tmp_path]).look()
+        assert run.doing == "caching latents"
+    assert Runs([tmp_path]).look() == []  # it went well: its training tells the rest
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "reason"),
+    [
+        (SystemExit(1), DIED, "ended while checking the clips: exit code 1"),
+        (OptionError("--vae x is missing"), DIED, "ended while checking the clips: --vae x is missing"),
+        (KeyboardInterrupt(), STOPPED, "ended while checking the clips: it was stopped"),
+    ],
+)
+def test_a_run_that_ended_at_a_check_leaves_a_trace(
+    tmp_path: Path, error: BaseException, state: str, reason: str
+) -> None:
+    with pytest.raises(type(error)):
+        end_with(error, tmp_path)
+    runs = Runs([tmp_path])
+    [run] = runs.look()
+    assert (run.state, run.ending and run.ending[0]) == (state, reason)
+    [command] = runs.open(run).story.commands
+    assert command.bash.endswith(f"reelsmith.py run {tmp_path}")
+
+
+def test_a_training_takes_the_place_of_the_trace_and_tells_its_own_end(tmp_path: Path) -> None:
+    trace = RunTrace()
+    begin(trace, tmp_path)
+    trace.note(TRAIN)
+    history = History(history_path(tmp_path / "output", "clips"), 2)
+    history.add(1, loss=1.0)
+    history.flush()
+    assert [run.name for run in Runs([tmp_path]).look()] == ["clips"]
+    trace.end("exit code 1", "bad")
+    assert [path.name for path in (tmp_path / "output").iterdir()] == ["clips-history.jsonl"]
+
+
+def test_nothing_is_written_outside_the_folder_of_a_run(tmp_path: Path) -> None:
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    trace = RunTrace()
+    trace.begin(folder, folder / "../elsewhere", "clips", 10)
+    trace.note(CHECK)
+    trace.end("exit code 1", "bad")
+    assert [path.name for path in tmp_path.iterdir()] == ["clips"]
