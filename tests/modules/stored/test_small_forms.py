@@ -70,6 +70,7 @@ def test_the_rotation_is_the_regular_hadamard_matrix() -> None:
     near(rotate(X, 256)[0, :6], [0.0625, -0.359375, 0.296875, -0.84375, 0.171875, -0.96875])
 
 
+@pytest.mark.recorded
 def test_products_in_int8_have_the_worked_numbers() -> None:
     near(run(Int8(0), many(X))[0], [-2.261517, -1.515897, 1.425937, -1.512466])
     near(run(Int8(256), many(X))[0], [-2.319193, -1.552082, 1.386709, -1.481578])
