@@ -17,7 +17,18 @@ SHOWN = re.compile(r"# ([\w.-]+\.(?:toml|txt|json))$")  # the first line of a bl
 LISTED = re.compile(r"(\S+(?: \S+)*?)  +\S")  # a line of a list of the reader's files: path, meaning
 # options whose value is written, not read
 WRITTEN = frozenset(
-    ("--html", "--output", "--output_dir", "--save_merged_model", "--save_path", "--save_to", "--to")
+    (
+        *(
+            "--dst_path",
+            "--html",
+            "--outdir",
+            "--output",
+            "--output_dir",
+            "--output_file",
+            "--save_merged_model",
+        ),
+        *("--save_merged_model", "--save_path", "--save_to", "--to"),
+    )
 )
 
 
@@ -102,12 +113,21 @@ def _read_block(kind: str, lines: Sequence[str]) -> Iterator[Step]:
     if kind == "bash":
         joined = "\n".join(lines).replace("\\\n", " ")
         commands = [line.split("  #")[0].strip() for line in joined.splitlines()]
-        yield from (Command(tuple(shlex.split(line))) for line in commands if line.startswith("python "))
+        yield from (parse_command(line) for line in commands if line.startswith("python "))
     elif shown is not None:
         yield Shown(shown.group(1), "\n".join([*lines[1:], ""]))
     elif kind == "text":
         listed = [LISTED.match(line) for line in lines]
         yield from (Brought(match.group(1)) for match in listed if match is not None)
+
+
+def parse_command(line: str) -> Command:
+    """Return a command line as words, `--option=value` as two."""
+    words: list[str] = []
+    for word in shlex.split(line):
+        option, _, value = word.partition("=")
+        words += [option, value] if value and word.startswith("--") else [word]
+    return Command(tuple(words))
 
 
 def paths_in(span: str) -> Iterator[str]:
@@ -125,7 +145,9 @@ def outputs_of(command: Command, folder: Path) -> list[str]:
         return []
     if "--check" in command.words:
         return [command.value("--html")] if "--html" in command.words else []
-    script, save_path = command.script.rpartition("/")[2], command.value("--save_path")
+    if "pocket.concepts" in command.words:
+        return [f"{command.words[-1]}/blorp/dataset.toml"]
+    script = command.script.rpartition("/")[2]
     if script == "download.py":
         return [*_downloaded(command)]
     if script == "reelsmith.py":
@@ -136,8 +158,10 @@ def outputs_of(command: Command, folder: Path) -> list[str]:
         name = f"{command.value('--output_dir')}/{command.value('--output_name')}"
         experts = ("_low_noise", "_high_noise") if "--lora_per_expert" in command.words else ("",)
         return [f"{name}.html", *(f"{name}{expert}.safetensors" for expert in experts)]
-    written = [command.value(option) for option in ("--output", "--save_merged_model", "--save_to")]
-    return [path for path in (save_path, *written) if path]
+    if script.endswith("_to_comfy.py"):  # from, to
+        return [word for word in command.arguments if not word.startswith("--")][1:]
+    options = WRITTEN - {"--html", "--output_dir", "--to"}
+    return [command.value(option) for option in sorted(options) if option in command.words]
 
 
 def _downloaded(command: Command) -> Iterator[str]:

@@ -18,7 +18,7 @@ from tests.commands import ROOT, run_python
 from tests.data_tools.captions.making import run_server
 from tests.dataset.serving import serve
 from tests.faults.messages import succeed_here
-from tests.pages import Command, outputs_of
+from tests.pages import outputs_of, parse_command
 from tests.test_command_line import parser_of
 from tests.test_imports import SCRIPTS, TOOLS
 from tests.tiny import picture_project
@@ -399,7 +399,9 @@ def run_in(folder: Path, command: str, makes_caches: bool, apart: bool) -> None:
     words = shlex.split(command)
     start_command(folder, words, makes_caches, apart)
     if words[1] != "-m":
-        missing = [path for path in outputs_of(Command(tuple(words)), folder) if not (folder / path).exists()]
+        missing = [
+            path for path in outputs_of(parse_command(command), folder) if not (folder / path).exists()
+        ]
         assert not missing, f"{command} does not write {missing}"
 
 

@@ -5,6 +5,7 @@ that its commands write. tests/test_docs.py runs the commands and shows that the
 """
 
 import shlex
+import shutil
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,14 +17,15 @@ from tests.commands import ROOT
 from tests.downloads.test_catalogue import READERS
 from tests.faults.messages import run_here
 from tests.pages import WRITTEN, Brought, Command, EndOfBlock, Named, Shown, outputs_of, paths_in, read_page
-from tests.test_docs import script_parser
+from tests.test_docs import PAGES, script_parser
 from tests.test_printed_commands import WasReadError, ending_where_work_begins
 
+ONE_WAY = ("README", "new_and_run", "krea2", "small_cards", "ltx2", "vace", "wan_one_frame")
 # pages; of one with two ways, the heading of the other way
 WALKS = {
     "first_lora, in two commands": ("first_lora", "### By hand"),
     "first_lora, by hand": ("first_lora", "### In two commands"),
-    **{name: (name, "") for name in ("new_and_run", "krea2", "small_cards", "ltx2", "vace", "wan_one_frame")},
+    **{name: (name, "") for name in ONE_WAY},
 }
 # files of other programs and releases, which no command of a page reads
 OF_OTHERS = {
@@ -70,7 +72,7 @@ class Walk:
         self.announced = []
 
     def type(self, command: Command) -> None:
-        missing = [path for path in _read_by(command) if not (self.folder / path).exists()]
+        missing = [path for path in _read_by(command, self.folder) if not (self.folder / path).exists()]
         line = shlex.join(command.words)
         self.wrong += [f"{path} does not exist yet for: {line}" for path in missing]
         if not missing:
@@ -89,16 +91,20 @@ def _paths_of(shown: Shown) -> Iterator[str]:
         yield from (path for word in shown.text.split() for path in paths_in(word))
 
 
-def _read_by(command: Command) -> Iterator[str]:
+def _read_by(command: Command, folder: Path) -> Iterator[str]:
     """Yield the paths among a command's words, except those that it writes to."""
+    written = outputs_of(command, folder)
     for before, word in zip(command.words, command.words[1:], strict=False):
-        is_path = "/" in word or any(True for _ in paths_in(word))
-        if is_path and word != command.script and before not in WRITTEN and "*" not in word:
-            yield word
+        path = word.partition(";")[0]  # a file and its strength
+        is_path = "/" in path or any(True for _ in paths_in(path))
+        if is_path and path != command.script and before not in WRITTEN and path not in written:
+            yield path
 
 
 def _take(command: Command, folder: Path) -> None:
     """Let the script take the command's options, in the folder where its files are, and end there."""
+    if not command.script:  # `python -m`
+        return
     script, words = command.script, command.arguments
     if script == "reelsmith.py":
         script, words = f"{words[0]}_project.py", words[1:]
@@ -114,8 +120,13 @@ def _take(command: Command, folder: Path) -> None:
 
 
 def _content(path: str, command: Command) -> str:
-    name = command.value("--output_name", Path(path).parent.name)
-    return f'[training]\noutput_dir = "output"\noutput_name = "{name}"\n' if path.endswith("run.toml") else ""
+    """Return what later commands of a page read of a file that a command has written."""
+    if path.endswith("run.toml"):
+        name = command.value("--output_name", Path(path).parent.name)
+        return f'[training]\noutput_dir = "output"\noutput_name = "{name}"\n'
+    if path.endswith("dataset.toml"):
+        return '[[datasets]]\nvideo_directory = "clips"\ncache_directory = "cache"\n'
+    return ""
 
 
 @pytest.mark.parametrize(("page", "left_out"), WALKS.values(), ids=WALKS)
@@ -123,7 +134,10 @@ def test_a_page_can_be_followed_from_the_first_line_to_the_last(
     page: str, left_out: str, tmp_path: Path
 ) -> None:
     walk = Walk(tmp_path)
-    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    if page == "README":  # its reader types in the checkout
+        shutil.copytree(ROOT / "pocket", tmp_path / "pocket", ignore=shutil.ignore_patterns("*.py"))
+    (path,) = [path for path in PAGES if path.stem == page and (page != "README" or path.parent == ROOT)]
+    text = path.read_text(encoding="utf-8")
     assert not left_out or left_out in text.splitlines()
     for step in read_page(text, left_out):
         match step:
