@@ -75,7 +75,7 @@ class Named:
 
 @dataclass(frozen=True)
 class EndOfBlock:
-    """The end of a block: a sentence before it may name what is in it."""
+    """The end of a block of commands or of a file: a sentence before it may name what it makes."""
 
 
 Step = Brought | Shown | Command | Named | EndOfBlock
@@ -95,8 +95,10 @@ def read_page(text: str, left_out: str = "") -> Iterator[Step]:
             kind, block = fence.group(1), []
         elif fence is not None and kind is not None:
             if not is_left_out:
-                yield from _read_block(kind, block)
-                yield EndOfBlock()
+                steps = [*_read_block(kind, block)]
+                yield from steps
+                if not any(isinstance(step, Brought) for step in steps):
+                    yield EndOfBlock()
             kind = None
         elif kind is not None:
             block.append(line)

@@ -20,7 +20,20 @@ from tests.pages import WRITTEN, Brought, Command, EndOfBlock, Named, Shown, out
 from tests.test_docs import PAGES, script_parser
 from tests.test_printed_commands import WasReadError, ending_where_work_begins
 
-ONE_WAY = ("README", "new_and_run", "krea2", "small_cards", "ltx2", "vace", "wan_one_frame")
+ONE_WAY = (
+    *(
+        "README",
+        "new_and_run",
+        "small_cards",
+        "wan",
+        "wan22",
+        "vace",
+        "wan_one_frame",
+        "hunyuan_video",
+        "ltx2",
+    ),
+    *("krea2", "z_image", "qwen_image", "flux_2", "flux_kontext", "hunyuan_image", "lumina"),
+)
 # pages; of one with two ways, the heading of the other way
 WALKS = {
     "first_lora, in two commands": ("first_lora", "### By hand"),
@@ -29,7 +42,8 @@ WALKS = {
 }
 # files of other programs and releases, which no command of a page reads
 OF_OTHERS = {
-    *("krea2_raw_bf16.safetensors", "model_index.json", "tokenizer.json", "config.json"),
+    *("krea2_raw_bf16.safetensors", "hunyuanimage2.1_bf16.safetensors"),
+    *("model_index.json", "tokenizer.json", "config.json"),
     *("ltx-2.3-22b-distilled-1.1.safetensors", "my.safetensors"),
 }
 FILES = [file for component in known_components().values() for file in component.files]
