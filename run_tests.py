@@ -1,11 +1,12 @@
 """Set up the test environment, then run the linter, the type checker and the tests.
 
-    python run_tests.py             what CI runs: at most 15 minutes on two cores
+    python run_tests.py             what CI runs, in a clone (.ci/run): at most 15 minutes on two cores
     python run_tests.py --fast      quick tests alone, and the whole way of Wan: at most 4 minutes
     python run_tests.py --all       slow tests too
     python run_tests.py tests/wan   one folder
 
-What compares with recorded numbers runs once more with the Python that the environment variable
+Tests that compare with recorded numbers run again with the arithmetic of other processors: of old ones, and
+with AVX-512 if this processor has it. They run once more with the Python that the environment variable
 REELSMITH_SECOND_PYTHON names, or that of .venv-second: an environment with another torch, made by you.
 Tests that failed beside others run once more, alone: what passes then is named and does not fail the run.
 Further arguments go to pytest.
@@ -25,10 +26,24 @@ from modules.parser import Parser
 # the models are tiny: workers share the cores better than threads
 THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 # Settings of torch's libraries that compute as other processors do: what was recorded is to be met there too.
-# Networks are compared, a minute of work; `-m recorded` runs all such tests.
-OTHER_PROCESSOR = {"MKL_CBWR": "COMPATIBLE", "ATEN_CPU_CAPABILITY": "default"}
-NETWORKS = ("wan", "hunyuan_model", "frame_pack", "flux", "lumina", "hunyuan_image", "encoders", "networks")
-RECORDED = ["-m", "recorded and not slow and not gpu", *(f"tests/{room}" for room in NETWORKS)]
+# Each with the flags of /proc/cpuinfo without which this processor cannot do so.
+PROCESSORS: tuple[tuple[dict[str, str], str], ...] = (
+    ({"MKL_CBWR": "COMPATIBLE", "ATEN_CPU_CAPABILITY": "default"}, ""),
+    ({"ATEN_CPU_CAPABILITY": "avx512"}, "avx512f avx512bw avx512dq avx512vl"),
+)
+# Layers and networks are compared, a minute of work each time; `-m recorded` runs all such tests.
+COMPARED = (
+    "modules",
+    "wan",
+    "hunyuan_model",
+    "frame_pack",
+    "flux",
+    "lumina",
+    "hunyuan_image",
+    "encoders",
+    "networks",
+)
+RECORDED = ["-m", "recorded and not slow and not gpu", *(f"tests/{room}" for room in COMPARED)]
 SECOND = "REELSMITH_SECOND_PYTHON"  # names the Python of an environment with another torch
 TIERS = {"--fast": ["-m", "fast"], "--all": ["-m", ""]}
 MOST_SECONDS = 480  # of the processor, for --fast
@@ -56,7 +71,7 @@ def main() -> None:
     ]
     if not chosen and not args.fast:
         recorded = ["pytest", *workers, *RECORDED]
-        runs.append((python, recorded, OTHER_PROCESSOR))
+        runs += [(python, recorded, setting) for setting in _processors()]
         runs += [(second, recorded, {}) for second in _second_python()]
     failed = [_typed(*run) for run in runs if _run(*run)]
     seconds = sum(os.times()[2:4])  # of the commands; 0 on Windows, which does not count them
@@ -65,6 +80,13 @@ def main() -> None:
     if failed:
         print(f"Failed: {'; '.join(failed)}")
         raise SystemExit(1)
+
+
+def _processors(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[dict[str, str]]:
+    """Return the settings of PROCESSORS that this processor can run. cpuinfo: Linux's description of it."""
+    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else ""
+    flags = set(text.split())
+    return [setting for setting, needed in PROCESSORS if flags.issuperset(needed.split())]
 
 
 def _second_python() -> list[Path]:

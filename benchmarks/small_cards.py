@@ -45,7 +45,7 @@ from benchmarks.gpu_rows import (  # noqa: E402
 )
 from benchmarks.gpu_steps import random_batch  # noqa: E402
 from modules.contract.data import Batch  # noqa: E402
-from modules.devices import GIB, gib  # noqa: E402
+from modules.devices import GIB  # noqa: E402
 from modules.options import Options, option, read_options  # noqa: E402
 from modules.parser import Parser, add_options  # noqa: E402
 from modules.planning.device_memory import Room  # noqa: E402
@@ -56,6 +56,8 @@ from training.planning.memory import StepPrediction, predict  # noqa: E402
 CPU = torch.device("cpu")
 CARDS = (8, 10, 12, 16)  # GiB
 OFFLOADED_NF4: tuple[str, ...] = (*NF4, *OFFLOADED)
+# what the page calls the options, so that a row can be read
+SHORT = {**dict.fromkeys(INT8, "int8"), **dict.fromkeys(NF4, "nf4"), **dict.fromkeys(OFFLOADED, "offload")}
 RANK_16 = ("--network_dim", "16", "--optimizer_type", "adamw8bit")
 ROWS = tuple(
     Row(model.name, TRAINING, model, size, "", (*CHECKPOINTED, *RANK_16), tokens)
@@ -95,7 +97,7 @@ def about(row: Row) -> str:
 
 
 def cells(row: Row) -> Iterator[str]:
-    """Yield for each card the options, and the GiB of the device and of the host."""
+    """Yield for each card what to write about it."""
     made: dict[tuple[str, ...], StepPrediction] = {}
 
     def plan(way: tuple[str, ...]) -> StepPrediction:
@@ -126,10 +128,12 @@ def choose(plan: Callable[[tuple[str, ...]], StepPrediction], usable: int) -> st
 
 
 def cell(way: Sequence[str], prediction: StepPrediction, blocks: int) -> str:
+    """Return the short names of the options, the GiB of the device, and in brackets those of the host."""
     phase = prediction.phase(blocks)
-    words = [*way, *(["--blocks_to_swap", str(blocks)] if blocks else [])]
-    host = f", host {gib(phase.host)}" if phase.host else ""
-    return f"`{' '.join(words)}` ({gib(phase.device)}{host})"
+    words = [SHORT[word] for word in way]
+    words += [f"swap {blocks}"] if blocks else []
+    host = f" ({phase.host / GIB:.1f})" if phase.host else ""
+    return f"{', '.join(words)}: {phase.device / GIB:.1f}{host}"
 
 
 # What the forms cost

@@ -93,7 +93,7 @@ def explain_status(status: int, file: str, page: str, has_token: bool) -> Downlo
         hint = (
             "The token that is stored on this machine or in HF_TOKEN may lack the rights."
             if has_token
-            else "Log in with `huggingface-cli login`, or set HF_TOKEN."
+            else "Log in with `hf auth login`, or set HF_TOKEN."
         )
         return DownloadError(
             f"{page}: access to {file} is refused ({status}). Accept the licence on that page with your "

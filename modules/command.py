@@ -263,19 +263,32 @@ def explain_compilation(error: Exception) -> str | None:
         return None
     said, _, output = str(error).partition("Output:\n")
     lines = [line.strip() for line in (output or said).splitlines() if line.strip()]
-    told = next((line for line in lines if re.search("error|cannot|not found", line, re.IGNORECASE)), "")
-    places = [getattr(sys.modules.get("torch"), "__file__", None), os.environ.get("TORCHINDUCTOR_CACHE_DIR")]
-    blank = next((place for place in places if place and " " in place), None)
+    reason = next((line for line in lines if re.search("error|cannot|not found", line, re.IGNORECASE)), "")
+    folder = _folder_with_blank(said)
     remedy = "Update the compiler (g++ or clang; on a GPU Triton) and its headers"
-    if blank is not None:
+    if folder is not None:
         remedy = (
-            f"{blank} has a blank in its path, which breaks the compiler's command: use a folder without one"
+            f"{folder} has a blank in its path, which breaks the compiler's command: use a folder without one"
         )
-    what = told or (lines[0] if lines else "no reason is given")
+    what = reason or (lines[0] if lines else "no reason is given")
     return (
         f"compiling the blocks failed: {shorten(what, MOST_OF_WORD)}\n"
         f"  {remedy}. Or leave --compile, --dynamo_backend and --optimized out"
     )
+
+
+def _folder_with_blank(command: str) -> str | None:
+    """Return the folder of torch or of its compiled code that has a blank and is in a compiler's command.
+
+    torch does not quote paths there, so that the compiler reads such a path as two.
+    """
+    import tempfile  # only here: it loads more than a start needs
+
+    torch_file = getattr(sys.modules.get("torch"), "__file__", None)
+    folders = [os.environ.get("TORCHINDUCTOR_CACHE_DIR"), tempfile.gettempdir()]
+    if torch_file is not None:
+        folders.append(str(Path(torch_file).parent))
+    return next((folder for folder in folders if folder and " " in folder and folder in command), None)
 
 
 def tell_loading() -> None:

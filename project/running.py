@@ -78,10 +78,10 @@ def run_commands(options: RunOptions, trace: RunTrace) -> None:
     folders = [folder, *(place for place in places if place is not None)]
     command = as_typed(["python", "reelsmith.py", "run", str(options.folder)])
     with limit_run(folders, typed.keys(), command):
-        _run_within_limits(options, _read_project(options.folder, typed))
+        _run_within_limits(options, _read_project(options.folder, typed), trace)
 
 
-def _run_within_limits(options: RunOptions, project: Project) -> None:
+def _run_within_limits(options: RunOptions, project: Project, trace: RunTrace) -> None:
     if _tell_trained(project, options):
         return
     if find_latest(project.output, project.name) is not None:

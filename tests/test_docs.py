@@ -18,6 +18,7 @@ from tests.commands import ROOT, run_python
 from tests.data_tools.captions.making import run_server
 from tests.dataset.serving import serve
 from tests.faults.messages import succeed_here
+from tests.pages import outputs_of, parse_command
 from tests.test_command_line import parser_of
 from tests.test_imports import SCRIPTS, TOOLS
 from tests.tiny import picture_project
@@ -238,7 +239,7 @@ def of_each(pages: Sequence[Path]) -> pytest.MarkDecorator:
 
 
 @functools.cache
-def _parser(script: str) -> argparse.ArgumentParser:
+def script_parser(script: str) -> argparse.ArgumentParser:
     with pytest.MonkeyPatch.context() as patch:
         return parser_of(script, patch)
 
@@ -250,7 +251,7 @@ def test_the_scripts_have_the_options_that_a_page_gives_them(page: Path) -> None
         script = next((word for word in words if word.endswith(".py")), "")
         if script in {*SCRIPTS, *TOOLS} - PASSES_ON:
             given = {word.partition("=")[0] for word in words[words.index(script) :] if word.startswith("--")}
-            assert given <= _parser(script)._option_string_actions.keys(), command
+            assert given <= script_parser(script)._option_string_actions.keys(), command
 
 
 @of_each(OTHERS)
@@ -394,8 +395,17 @@ def lay_out_inputs(folder: Path) -> None:
 
 
 def run_in(folder: Path, command: str, makes_caches: bool, apart: bool) -> None:
-    """Run a command of a page. apart: each in a process of its own."""
+    """Run a command of a page, and see that it writes what it says. apart: each in a process of its own."""
     words = shlex.split(command)
+    start_command(folder, words, makes_caches, apart)
+    if words[1] != "-m":
+        missing = [
+            path for path in outputs_of(parse_command(command), folder) if not (folder / path).exists()
+        ]
+        assert not missing, f"{command} does not write {missing}"
+
+
+def start_command(folder: Path, words: list[str], makes_caches: bool, apart: bool) -> None:
     if words[1] == "-m":  # a tool of the checkout
         run_python(*words[1:], folder=folder, environment={"PYTHONPATH": str(ROOT)})
         return

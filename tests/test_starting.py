@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -112,6 +113,59 @@ def test_recorded_tests_run_with_a_second_torch_where_one_is_named(monkeypatch: 
     monkeypatch.setenv(run_tests.SECOND, "nowhere")
     with pytest.raises(UserError, match="nowhere: there is no such file"):
         run_tests._second_python()
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("fpu sse4_2 avx2", ["default"]),
+        ("fpu avx2 avx512f avx512dq", ["default"]),  # torch's kernels need four of its parts
+        ("fpu avx2 avx512f avx512dq avx512bw avx512vl", ["default", "avx512"]),
+        (None, ["default"]),  # not Linux
+    ],
+)
+def test_recorded_tests_run_as_on_other_processors(
+    flags: str | None, expected: list[str], tmp_path: Path
+) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    if flags is not None:
+        cpuinfo.write_text(f"processor\t: 0\nflags\t\t: {flags}\n", encoding="utf-8")
+
+    settings = run_tests._processors(cpuinfo)
+
+    assert [setting["ATEN_CPU_CAPABILITY"] for setting in settings] == expected
+
+
+@pytest.mark.skipif(
+    os.name == "nt" or not (ROOT / ".ci").exists(), reason="the package has no .ci; Windows has no bash"
+)
+def test_ci_tests_the_commit_in_a_clone_whose_path_has_a_blank_and_an_umlaut(tmp_path: Path) -> None:
+    git = ["git", "-c", "user.name=Jo", "-c", "user.email=jo@example.org"]
+    checkout = tmp_path / "checkout"
+    (checkout / ".ci").mkdir(parents=True)
+    shutil.copy(ROOT / ".ci" / "run", checkout / ".ci" / "run")
+    (checkout / "file").write_text("committed", encoding="utf-8")
+    for words in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message", "a"]):
+        subprocess.run([*git, *words], cwd=checkout, check=True)
+    (checkout / "file").write_text("not committed", encoding="utf-8")
+    stand_in = tmp_path / "bin" / "python3"  # it says where it runs and with what, and ends with 7
+    stand_in.parent.mkdir()
+    stand_in.write_text('#!/bin/sh\npwd\ncat file\necho " $*"\nexit 7\n', encoding="utf-8")
+    stand_in.chmod(0o755)
+    (tmp_path / "tmp").mkdir()
+    path = os.pathsep.join([str(stand_in.parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "TMPDIR": str(tmp_path / "tmp"), "GIT_DIR": "nowhere"}
+
+    done = subprocess.run(
+        ["bash", ".ci/run", "-k", "one"], cwd=checkout, env=environment, capture_output=True, encoding="utf-8"
+    )
+
+    folder, text = done.stdout.splitlines()
+    assert done.returncode == 7, done.stderr
+    assert " " in folder
+    assert "ü" in folder
+    assert text == "committed run_tests.py -k one"
+    assert [*(tmp_path / "tmp").iterdir()] == []
 
 
 def test_in_a_checkout_a_module_is_imported_by_the_name_that_was_typed() -> None:

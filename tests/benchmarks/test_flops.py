@@ -279,11 +279,11 @@ class Planned:
 @pytest.mark.parametrize(
     ("int8", "nf4", "offloaded", "expected"),
     [
-        (8, 5, 5, "`--convrot_int8` (8.00)"),
-        (9, 8, 5, "`--nf4_base` (8.00)"),
-        (20, 9, 8, "`--nf4_base --gradient_checkpointing_cpu_offload` (8.00)"),
-        (20, 10, 9, "`--nf4_base --gradient_checkpointing_cpu_offload --blocks_to_swap 1` (8.00, host 1.00)"),
-        (20, 9, 9, "`--nf4_base --blocks_to_swap 1` (8.00, host 1.00)"),
+        (8, 5, 5, "int8: 8.0"),
+        (9, 8, 5, "nf4: 8.0"),
+        (20, 9, 8, "nf4, offload: 8.0"),
+        (20, 10, 9, "nf4, offload, swap 1: 8.0 (1.0)"),
+        (20, 9, 9, "nf4, swap 1: 8.0 (1.0)"),
         (20, 20, 13, "does not fit"),
     ],
 )

@@ -242,7 +242,7 @@ def test_what_cannot_be_downloaded_is_refused_at_once(words: str, message: str, 
     (tmp_path / "file").touch()
 
     with pytest.raises(UserError, match=message):
-        parse_options("", words.format(file=tmp_path / "file").split(), DownloadOptions)
+        parse_options("", [word.format(file=tmp_path / "file") for word in words.split()], DownloadOptions)
 
 
 def test_families_name_the_releases_and_licences_of_the_list() -> None:

@@ -219,7 +219,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_features_work_together(
     kind: str, words: str, scripts: dict[str, Script], folder: Path, tmp_path: Path
 ) -> None:
-    made, calls = scripts[kind].run(tmp_path, *words.format(folder=folder).split(), say=TEXT)
+    arguments = [word.format(folder=folder) for word in words.split()]
+    made, calls = scripts[kind].run(tmp_path, *arguments, say=TEXT)
     assert len(made) == (2 if "--num_videos" in words or "--sheet" in words else 1)
     assert is_finite(made)
     assert {call.step for call in calls} <= set(range(STEPS))

@@ -189,7 +189,7 @@ def test_mistakes_are_named_before_anything_is_loaded(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     (tmp_path / "text.mp4").write_text("no video", encoding="utf-8")
-    words = arguments.replace("CLIP", str(clip)).replace("TMP", str(tmp_path)).split()
+    words = [word.replace("CLIP", str(clip)).replace("TMP", str(tmp_path)) for word in arguments.split()]
     with pytest.raises(UserError, match=message):
         scripts[name].made(tmp_path / "out", *SAY, *words)
     assert not (tmp_path / "out").exists()

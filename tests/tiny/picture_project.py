@@ -94,10 +94,16 @@ def lay_out_lumina(folder: Path) -> None:
 
 
 def lay_out_ltx_2(folder: Path) -> None:
-    """LTX-2.3 and what two stages need; beside the folder clips with sound, and references."""
+    """LTX-2.3 and what two stages need, and LTX-2.5; beside the folder clips with sound, and references."""
     release = write_release(folder)
     release.checkpoint.rename(folder / "ltx-2.3-22b-dev.safetensors")
     release.gemma.rename(folder / "gemma-3-12b-it-qat-q4_0-unquantized")
+    newest = write_release(folder / "2.5", version="2.5")
+    newest.checkpoint.rename(folder / "ltx-2.5-22b-dev-transformer-bf16.safetensors")
+    newest.gemma.rename(folder / "gemma4-12b-with-proj-ltx-2.5-bf16.safetensors")
+    for part, name in (("video vae", "video-vae-conv"), ("audio vae", "audio-vae")):
+        path = folder / "2.5" / f"{part}.safetensors"
+        path.rename(folder / f"ltx-2.5-{name}-bf16.safetensors")
     for index, caption in enumerate(CAPTIONS[:2]):
         clip = folder.parent / "clips" / f"clip {index}.mp4"
         clip.parent.mkdir(exist_ok=True)

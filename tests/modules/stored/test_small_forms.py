@@ -70,12 +70,13 @@ def test_the_rotation_is_the_regular_hadamard_matrix() -> None:
     near(rotate(X, 256)[0, :6], [0.0625, -0.359375, 0.296875, -0.84375, 0.171875, -0.96875])
 
 
+@pytest.mark.recorded
 def test_products_in_int8_have_the_worked_numbers() -> None:
     near(run(Int8(0), many(X))[0], [-2.261517, -1.515897, 1.425937, -1.512466])
     near(run(Int8(256), many(X))[0], [-2.319193, -1.552082, 1.386709, -1.481578])
-    near(
-        run(Int8(256), X)[0], [-2.295324, -1.557477, 1.416198, -1.457998], 3e-6
-    )  # few tokens stay as they are
+    # Few tokens are not rounded: 256 products in float32, whose magnitudes sum to 85. Processors add them in
+    # other orders, and float32 rounds sums of that size by 5e-6. The numbers are those of float64.
+    near(run(Int8(256), X)[0], [-2.295328, -1.557475, 1.416200, -1.457999], 2e-5)
 
 
 @pytest.mark.parametrize(

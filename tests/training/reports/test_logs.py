@@ -252,7 +252,8 @@ def test_steps_per_second_are_those_of_the_steps_whatever_lies_between_them(
 ) -> None:
     """As TensorBoard gets them; steps take STEP seconds each."""
     write_caches(tmp_path)
-    words = pauses.replace("PROMPTS", str(write_prompts(tmp_path))).split()
+    prompts = write_prompts(tmp_path)
+    words = [str(prompts) if word == "PROMPTS" else word for word in pauses.split()]
     family: Any = SlowPauses()
 
     with prepare_run(family, toy_options(tmp_path, "--logging_dir", tmp_path / "logs", *words)) as run:
