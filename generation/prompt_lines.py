@@ -270,8 +270,8 @@ def parse_words(
             continue
         same = [other for key, other in known if key == option.key]
         if len(same) > 1 and not option.repeats and option.key not in values:
-            names = " and --".join(dict.fromkeys(same))
-            logger.warning("%s %r: --%s: given more than once, the last counts", where, shown, names)
+            spelled = " and --".join(dict.fromkeys(same))
+            logger.warning("%s %r: --%s: given more than once, the last counts", where, shown, spelled)
         try:
             store(values, option, option.read(text.strip()))
         except ValueError as error:

@@ -106,10 +106,11 @@ def check_rates(options: OptimizerOptions, rates: Mapping[str, float]) -> None:
 
 def _try_step(options: OptimizerOptions, rates: Sequence[float]) -> str | None:
     """Step a new optimizer once on a few numbers, a group for each rate; return its error, if any."""
-    groups = [{"params": [Parameter(torch.ones(2, 2))], "lr": rate} for rate in rates]
-    for group in groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.ones_like(parameter)
+    groups = []
+    for rate in rates:
+        parameter = Parameter(torch.ones(2, 2))
+        parameter.grad = torch.ones_like(parameter)
+        groups.append({"params": [parameter], "lr": rate})
     try:
         with quiet():
             optimizer, _ = make_optimizer(options, groups)
