@@ -26,6 +26,7 @@ class CheckPageOptions(Options):
         "with --check: also write an HTML page that shows every item: frames with the crop, caption "
         "with its tokens, sizes, what is left out and why",
         place="new file",
+        often=True,
     )
     html_items: int = option(
         "most files that the page shows: those with faults first, then an even choice", default=500, least=1
