@@ -23,7 +23,7 @@ class CheckPageOptions(Options):
     """The page of --check."""
 
     html: Path | None = option(
-        "with --check: also write an HTML page that shows every item: frames with the crop, caption "
+        "with --check: also write an HTML page of all items: frames with the crop, caption "
         "with its tokens, sizes, what is left out and why",
         place="new file",
         often=True,
