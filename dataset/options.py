@@ -23,9 +23,10 @@ class CheckPageOptions(Options):
     """The page of --check."""
 
     html: Path | None = option(
-        "with --check: also write an HTML page that shows every item: frames with the crop, caption "
+        "with --check: also write an HTML page of all items: frames with the crop, caption "
         "with its tokens, sizes, what is left out and why",
         place="new file",
+        often=True,
     )
     html_items: int = option(
         "most files that the page shows: those with faults first, then an even choice", default=500, least=1

@@ -138,6 +138,6 @@ def explain_rest(
             'shell knows straight ones only. Write "..." around a text with blanks.'
         )
     if len(by_place) == 1 and by_place[0].nargs is None:
-        taken = f"one {by_place[0].dest} is taken. Put a name with blanks in quotes."
-        return f"{as_typed(others)} is too much: {taken}"
+        what = by_place[0].dest
+        return f"{as_typed(others)} is not used: give one {what}, and put quotes around a name with blanks."
     return f"{as_typed(others)} belongs to no option. Put a text with blanks in quotes."

@@ -224,7 +224,7 @@ def find_table(config: DatasetConfig, table: DatasetTable) -> TableFindings:
 
         found.caches += companion_lines(found.sources, found.remarks)
     if (line := left_out_files(config, table)) is not None:
-        found.remarks.append(Fault("folders are not read whole", line))
+        found.remarks.append(Fault("folders have files that are not used", line))
     if table is config.datasets[0]:
         found.remarks += [Fault("folders are not searched", line) for line in left_out_folders(config)]
     return found

@@ -70,7 +70,7 @@ def lay_out_flux_2(folder: Path) -> None:
     (qwen / "model.safetensors").rename(folder / "qwen_3_4b.safetensors")
     (qwen / "config.json").rename(folder / "config.json")
     (folder.parent / "before").mkdir()
-    for name in ("start", "before/0", "before/1"):
+    for name in ("start", "chair", "before/0", "before/1"):
         write_image(folder.parent / f"{name}.png", SIDE, SIDE)
 
 
