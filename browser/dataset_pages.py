@@ -2,9 +2,11 @@
 
 import contextlib
 import io
+import shlex
 import shutil
 import tempfile
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +20,7 @@ from starlette.routing import Route
 from browser.answers import GONE, NO_WRITING, answer_body, answer_gone, answer_json, answer_page
 from browser.captions import CaptionConflictError, Captions, CaptionText
 from browser.datasets import MODELS, Datasets, File, FoundDataset
+from browser.options import PROJECT_CONFIG
 from browser.runs import Runs
 from browser.views import HERE, POLICY
 from modules.command import as_typed
@@ -55,8 +58,10 @@ def is_chosen(file: File, words: Sequence[str], only: str) -> bool:
     if only == "told":
         return bool(file["faults"] or file["remarks"])
     if only == "uncaptioned":
-        return not any(file["captions"] or [file["text"]])
+        return not any([file["edited"]] if "edited" in file else file["captions"] or [file["text"]])
     if only == "outdated":
+        if "edited" in file and file["caches"]:
+            return not file["dropped"]
         states = [state for one in file["caches"].values() for state, _ in one.values()]
         return not file["dropped"] and (not states or any(state != "valid" for state in states))
     return True
@@ -137,6 +142,8 @@ class DatasetPages:
                 "totals": measured.totals,
                 "model": measured.model,
                 "decodes": measured.decodes,
+                "seconds": round(time.monotonic() - measured.began),
+                "media": measured.num_media,
             }
         chosen = [(id, file) for id, file in files.items() if is_chosen(file, words, only)]
         part = chosen[max(0, first) : max(0, first) + min(max(0, count), MOST_AT_ONCE)]
@@ -212,6 +219,7 @@ class DatasetPages:
             else:
                 return 404, {"error": GONE}
             self.datasets.forgive(dataset, before)
+            self.note_edited(dataset, file)
         except CaptionConflictError:
             status, error = 409, "The file has changed since it was read."
         except LookupError:
@@ -220,8 +228,17 @@ class DatasetPages:
             status, error = 500 if isinstance(problem, (OSError, OutputError)) else 400, str(problem)
         return status, {"error": error, "file": self.show(dataset, id, file)}
 
+    def note_edited(self, dataset: FoundDataset, file: File) -> None:
+        """Note in a measured file that its caption is another one now: counts are made of what is noted."""
+        text = self.caption(dataset, file)["text"]
+        with self.datasets.lock:
+            file.pop("edited", None)
+            if text != (file["text"] or ""):
+                file["edited"] = text
+
     def show_list(self, _: Request) -> Response:
-        values = {"dataset": None, "found": self.datasets.look(), "roots": self.runs.roots}
+        found = [(dataset, *self.datasets.glance(dataset)) for dataset in self.datasets.look()]
+        values = {"dataset": None, "found": found, "roots": self.runs.roots}
         return answer_page(render_page(HERE / "dataset.html", "Datasets", values, POLICY))
 
     def show_page(self, dataset: FoundDataset, _: Request) -> Response:  # its script asks for the files
@@ -231,14 +248,33 @@ class DatasetPages:
             "only": ONLY,
             "models": list(MODELS),
             "can_write": not self.read_only,
+            "run_line": self.run_line(dataset),
         }
         return answer_page(render_page(HERE / "dataset.html", dataset.name, values, POLICY))
+
+    def run_line(self, dataset: FoundDataset) -> str:
+        """Return the line that trains on a folder that `new` has described; empty if it has not."""
+        folder = dataset.path.parent
+        is_described = dataset.path.name == PROJECT_CONFIG and (folder / "run.toml").is_file()
+        return shlex.join(["reelsmith", "run", str(folder)]) if is_described else ""
 
     def show_items(self, dataset: FoundDataset, request: Request) -> Response:
         try:
             return answer_json(self.items(dataset, request.query_params))
         except ValueError:
             return PlainTextResponse("from and count are numbers of files.", 400)
+
+    def show_first(self, dataset: FoundDataset, _: Request) -> Response:
+        """Return a small picture of a dataset's first file, for the list."""
+        media, _words = self.datasets.glance(dataset)
+        try:
+            if media.first is None or not self.datasets.is_open(dataset, media.first):
+                return answer_gone()
+            part = {"path": str(media.first)}
+            picture = self.thumbnails.make(part, media.first.stat().st_mtime_ns)
+        except MediaError:
+            return answer_gone()
+        return Response(picture, media_type="image/jpeg")
 
     def show_picture(self, dataset: FoundDataset, request: Request) -> Response:
         asked = request.path_params
@@ -292,6 +328,7 @@ def dataset_routes(runs: Runs, read_only: bool) -> list[Route]:
     return [
         Route("/datasets", pages.show_list),
         Route(f"{place}/", guard(pages.show_page)),
+        Route(f"{place}/first", guard(pages.show_first)),
         Route(f"{place}/items", guard(pages.show_items)),
         Route(f"{place}/picture/{{item}}/{{number:int}}/{{stamp:int}}", guard(pages.show_picture)),
         Route(f"{place}/measure", answer_body(guard(pages.write)), methods=["POST"]),

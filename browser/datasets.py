@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -10,19 +11,22 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from browser.options import PROJECT_CONFIG
 from browser.runs import CONFIG, Glance, Runs
+from modules.console import count_of
 from modules.control_codes import escape_control_codes
 from modules.errors import OptionError
 from modules.installation import program_environment, program_words
+from modules.media.reading import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from modules.text_files import parse_json, parse_toml, read_text, real_path
 
 SETTLED_SECONDS = 2.0  # files are measured again once unchanged for so long: caching writes many
+MOST_ENTRIES = 100_000  # of a folder, that are counted
 MOST_ERROR = 4000  # characters
 TABLES = re.compile(r"(?m)^\s*(\[\[\s*datasets\s*\]\]|datasets\s*=)")
 # frames per second, steps of sides and of frames of models, for files of which no run tells the model
@@ -120,6 +124,49 @@ class Measured:
     mark: object = None  # `Datasets.mark` of the files that were measured
     seen: tuple[object, float] = (None, 0.0)  # a newer mark, and since when it is seen
     is_running: bool = False
+    began: float = 0.0  # when the current measurement began, in seconds of the monotonic clock
+    num_media: int = 0  # files that it finds in the folders of the dataset
+
+
+@dataclass(frozen=True)
+class MediaFiles:
+    """Hold what the folders of a dataset have at a glance, before anything is measured."""
+
+    pictures: int = 0
+    clips: int = 0
+    first: Path | None = None  # by name
+
+    @property
+    def total(self) -> int:
+        return self.pictures + self.clips
+
+    @property
+    def words(self) -> str:
+        """Return the counts in words: `5 pictures, 1 clip`."""
+        counts = (self.pictures, "picture"), (self.clips, "clip")
+        return (
+            ", ".join(count_of(*each) for each in counts if each[0]) or "no pictures or clips in its folders"
+        )
+
+
+def look_at_media(dataset: FoundDataset, is_open: Callable[[Path], bool]) -> MediaFiles:
+    """Count the pictures and clips in the folders that a dataset names; nothing is opened.
+
+    is_open: whether a folder may be shown. Raises as `FoundDataset.places`.
+    """
+    pictures, clips = [], []
+    for place in dataset.places():
+        if not (place.is_dir() and is_open(place)):
+            continue
+        with os.scandir(place) as entries:
+            for entry in itertools.islice(entries, MOST_ENTRIES):
+                suffix = Path(entry.name).suffix.lower()
+                if suffix in IMAGE_SUFFIXES:
+                    pictures.append(entry.path)
+                elif suffix in VIDEO_SUFFIXES:
+                    clips.append(entry.path)
+    first = min([*pictures, *clips], default=None)
+    return MediaFiles(len(pictures), len(clips), None if first is None else Path(first))
 
 
 class Datasets:
@@ -219,6 +266,34 @@ class Datasets:
                 self.start(dataset)
             return measured
 
+    def glance(self, dataset: FoundDataset) -> tuple[MediaFiles, str]:
+        """Return what a dataset's folders have, and what is known of it in words. Measures nothing."""
+        try:
+            if self.outside(dataset):
+                return MediaFiles(), "partly outside the folders that are shown"
+            media = look_at_media(dataset, lambda path: self.is_open(dataset, path))
+        except OSError as error:
+            return MediaFiles(), f"cannot be read: {error.strerror or error}"
+        except ValueError as error:
+            return MediaFiles(), f"cannot be read: {error}"
+        with self.lock:
+            measured = self._measured.get(dataset.id)
+            if measured is None or not measured.version:
+                return media, "not measured yet" if measured is None else "being measured"
+            if measured.error:
+                return media, "cannot be measured"
+            dropped = sum(bool(file["dropped"]) for file in measured.files.values())
+            states = [
+                state
+                for file in measured.files.values()
+                for parts in file["caches"].values()
+                for state, _ in parts.values()
+            ]
+            cached = "not cached" if not states else "caches valid" if set(states) == {"valid"} else ""
+            return media, ", ".join(
+                filter(None, (f"{dropped} dropped" if dropped else "", cached or "caches out of date"))
+            )
+
     def mark(self, dataset: FoundDataset) -> object:
         """Return a value that changes whenever files of a dataset do. Raises as `FoundDataset.places`."""
         found: list[object] = []
@@ -245,6 +320,8 @@ class Datasets:
             if measured.is_running or self.outside(dataset):
                 return
             measured.is_running, measured.mark = True, self.mark(dataset)
+            measured.began = time.monotonic()
+            measured.num_media = look_at_media(dataset, lambda path: self.is_open(dataset, path)).total
             measured.decodes = measured.decodes if decodes is None else decodes
             measured.model = model or measured.model
             threading.Thread(target=self._run, args=(dataset, measured), daemon=True).start()

@@ -17,7 +17,7 @@ from browser.answers import Form, answer_form, answer_page
 from browser.jobs import ENDED, ENTRY, QUEUE, WAITING, Job, JobQueue
 from browser.launch import check_options, command_part, split_folder, split_words
 from browser.runs import RUNNING, Glance, Runs, is_living
-from browser.views import HERE, POLICY, FileNotes
+from browser.views import HERE, PLAYED, POLICY, FileNotes
 from modules.atomic_write import write_text
 from modules.command import as_typed
 from modules.console import in_words
@@ -55,6 +55,7 @@ def compare_routes(runs: Runs, notes: FileNotes, queue: JobQueue) -> list[Route]
             "titles": [file.title for file in comparison.columns],
             "others": others,
             "missing": sum(not cell.href and not cell.is_asked for _, *of_row in cells for cell in of_row),
+            "plays": any(cell.href.endswith(PLAYED) for of_row in cells for cell in of_row),
             "commands": [as_typed(words) for words, *_ in compare.plan_jobs(comparison, cells)],
             "is_of_here": all(source.run.is_of_here for source in comparison.sources),
             "can_write": not queue.read_only,

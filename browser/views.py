@@ -36,6 +36,7 @@ from training.reports.sample_files import ClipStore
 logger = logging.getLogger(__name__)
 
 HERE = Path(__file__).resolve().parent
+PLAYED = (".mp4", ".wav")  # endings of samples that play; others are pictures
 MOST_RUNS = 200  # of a list, until all are asked for
 MOST_CARDS = 60  # of a list; more are rows of a table, if cards are not asked for
 MOST_SAMPLES = (2000, 100)  # columns and rows of the grid
@@ -152,6 +153,7 @@ def run_page(runs: Runs, run: Glance, can_write: bool, is_paused: bool = False) 
         "can_ask": can_write and now.shown.start.listens and now.state == RUNNING,
         "can_sample": bool(dict(now.shown.start.changed).get("sample_prompts")),
         "can_queue": can_write,
+        "plays": any(name.endswith(PLAYED) for row in story.samples.values() for name in row.files.values()),
         "is_paused": is_paused,
         "is_of_here": run.is_of_here,
         "others": [(one.id, label) for one, label in label_runs(runs.look()) if one.id != run.id],

@@ -150,6 +150,7 @@ document.addEventListener("click", (event) => {
 
 document.addEventListener("change", (event) => {
   if (["left", "right"].includes(event.target.id)) showPair();
+  if (event.target.matches("select[name=run]")) event.target.form.requestSubmit(); // of Compare
   if (event.target.id === "part") showPart(+event.target.value);
   if (event.target.id !== "with") return;
   const { value, selectedOptions: [{ text }] } = event.target;

@@ -26,7 +26,8 @@ const WORDS = { ready: "", measuring: "measuring …", failed: "It cannot be mea
 
 function showState(news) {
   const how = news.decodes ? "whole files were read" : "only headers were read: damaged, black and equal clips are found by reading whole files";
-  $("state").textContent = news.state === "ready" ? how : WORDS[news.state];
+  const progress = news.state === "measuring" ? `measuring ${news.media.toLocaleString("en")} files … ${news.seconds} s` : WORDS[news.state];
+  $("state").textContent = news.state === "ready" ? how : progress;
   $("told").hidden = !(news.error || news.command);
   $("told").textContent = news.command ?? news.error ?? "";
   const names = { "": "files", dropped: "dropped", uncaptioned: "without a caption", outdated: "caches out of date" };
@@ -40,7 +41,7 @@ function showState(news) {
   }));
   const lines = [...(news.outside ? [`${news.outside} files lie outside the folders and are not shown`] : []), ...(news.remarks ?? [])];
   $("remarks").hidden = !lines.length;
-  $("remarks").firstChild.textContent = `${lines.length} remarks on the dataset`;
+  $("remarks").firstChild.textContent = lines.length === 1 ? "1 remark on the dataset" : `${lines.length} remarks on the dataset`;
   $("remarks").lastChild.replaceChildren(...lines.map((line) => make("li", line)));
   if ($("measure")) {
     $("measure").disabled = news.state !== "ready" && news.state !== "failed";
@@ -198,7 +199,13 @@ async function write(card, what, have) {
   drafts.delete(card.dataset.id);
   card.querySelector(".conflict").hidden = true;
   fill(card, file);
+  ask().then(showState).catch(() => {}); // the counts above
 }
+
+document.addEventListener("htmx:after:request", ({ target, detail }) => {
+  if (target === document || !target.matches(".enqueue") || !detail.ctx.response?.raw.ok) return;
+  target.querySelector("button").replaceWith(Object.assign(document.createElement("a"), { href: "/queue", textContent: "It is in the queue" }));
+});
 
 function act(card, what) {
   const draft = drafts.get(card.dataset.id), caption = card.file.caption;

@@ -123,6 +123,11 @@ def write_report_page(
     _write_page(path, config.path.name, values, cards, options.fps)
 
 
+def name_source(source: Path | str) -> str:
+    """Return the name of a table's folder or list for a heading; the working folder by its own name."""
+    return str(source) if Path(source).name else Path.cwd().name or str(source)
+
+
 def _write_page(path: Path, title: str, values: Mapping[str, Any], cards: Sequence[Card], fps: float) -> None:
     filters = [(mark, words, sum(mark in card.marks for card in cards)) for mark, words in FILTERS]
     shared: dict[str, Any] = {
@@ -132,6 +137,7 @@ def _write_page(path: Path, title: str, values: Mapping[str, Any], cards: Sequen
         **MOST,
     }
     shared["name_of"] = lambda path: Path(path).name
+    shared["source_name"] = name_source
     shared |= {"references_in_words": references_in_words, "count_words": count_words}
     write_page(path, TEMPLATE, title, {**shared, **values})
     logger.info("wrote %s", path)

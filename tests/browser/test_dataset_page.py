@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 from PIL import Image
 
 from browser.captions import CaptionText
+from browser.dataset_pages import is_chosen
 from browser.datasets import Datasets
 from browser.runs import Runs
 from data_tools.report.check import check_caching
@@ -147,6 +149,41 @@ def test_a_missing_caption_is_written_and_undone(page: Page, tmp_path: Path) -> 
     assert (tmp_path / "data/set/b.txt").read_bytes() == b"a hill"
     assert page.write(page.file("b.png"), "undo").status == 200
     assert not (tmp_path / "data/set/b.txt").exists()
+
+
+def test_counts_follow_a_caption_that_was_saved() -> None:
+    valid = {"wan": {"media": ("valid", ""), "text": ("valid", "")}}
+    file = {
+        "parts": [{"path": "a.png"}],
+        "text": "a cat",
+        "captions": ["a cat"],
+        "dropped": "",
+        "caches": valid,
+    }
+    found = [[is_chosen(file, (), only) for only in ("outdated", "uncaptioned")]]
+    for text in ("a dog", ""):
+        file["edited"] = text
+        found.append([is_chosen(file, (), only) for only in ("outdated", "uncaptioned")])
+    assert found == [[False, False], [True, False], [True, True]]
+
+
+def test_the_list_has_a_picture_the_number_of_files_and_the_state(kept: Page) -> None:
+    kept.measured()
+    page = kept.served.ask("/datasets").text
+    assert "2 pictures, 2 clips · 1 dropped, not cached" in page
+    picture = kept.ask("first")
+    assert (picture.status, picture.body[:3]) == (200, b"\xff\xd8\xff")
+
+
+def test_a_described_folder_is_put_into_the_queue_from_its_page(tmp_path: Path) -> None:
+    project = save_project(tmp_path / "Bilder von Jörg")
+    with serve_runs(project, read_only=True) as served:
+        assert "reelsmith run" not in Page(served, "dataset.toml").ask().text
+    with serve_runs(project) as served:
+        page = Page(served, "dataset.toml").ask().text
+        assert f'name="line" value="reelsmith run &#39;{project}&#39;"' in page
+        sent = urlencode({"line": f"reelsmith run '{project}'"})
+        assert served.ask("/queue/add", "POST", sent, Origin=served.url).status == 303
 
 
 def test_what_others_wrote_meanwhile_is_shown_and_not_overwritten(page: Page, tmp_path: Path) -> None:
@@ -481,6 +518,7 @@ def test_an_edited_caption_makes_its_text_stale_and_the_next_caching_mends_it(tm
         page.press("textarea >> nth=0", "Control+Enter")
         page.wait_for_selector("text=saved")
         assert page.evaluate(STATES) == ["latents valid", "text stale", *valid]
+        wait_until(page, "document.querySelector('#tiles').innerText.includes('1\\ncaches out of date')")
         assert caption.read_text(encoding="utf-8") == "a green blorp"
 
         run_script(*cache_texts)

@@ -289,3 +289,20 @@ def test_list_page_and_bar_show_one_average(tmp_path: Path) -> None:
     assert round(average, 6) in [round(sum(losses[-count:]) / count, 6) for count in range(2, 9)]
     assert look(tmp_path)["x"].loss == pytest.approx(average)
     assert f"<b>{average:.4g}</b>" in (tmp_path / "output" / "x.html").read_text(encoding="utf-8")
+
+
+def test_only_samples_that_play_have_a_player(tmp_path: Path) -> None:
+    for name in ("pictures", "clips"):
+        path = write_run(tmp_path / name, name)
+        if name == "clips":
+            with path.open("a", encoding="utf-8") as file:
+                row = {
+                    "step": 6,
+                    "samples": "000006",
+                    "files": {"0": "clips_1.mp4"},
+                    "prompts": {"0": "a cat"},
+                }
+                file.write(json.dumps(row) + "\n")
+    with serve_runs(tmp_path) as served:
+        found = {name: served.ask(served.of(name)).text.count('id="play"') for name in ("pictures", "clips")}
+    assert found == {"pictures": 0, "clips": 1}
