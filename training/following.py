@@ -56,6 +56,7 @@ class NextSteps:
     sample_loras: Sequence[tuple[Path, float]] = ()  # that the samples have besides, with multipliers
     experts: Sequence[Expert] = ONE_EXPERT  # that are trained
     converted_for: str = ""  # the tool that reads LoRAs of this family only once they are converted
+    dits: Sequence[Path] = ()  # files of the transformers that are trained, little noise first
     # of a run without samples: files and caption of a training item, in the form of `sample`
     example: Mapping[str, Any] = field(default_factory=dict)
 
@@ -83,9 +84,8 @@ class NextSteps:
         if network is not None and network.decomposes:
             title, end, note = "Make a plain LoRA of the DoRA", "plain", DORA_ELSEWHERE
             is_high = bool(self.names.parts) and file.stem.endswith(HIGH_NOISE)
-            dits = ("dit_high_noise",) if is_high else ("dit", "dit_high_noise")
-            texts = {option.name: option.text for option in self.given}
-            dit = next(filter(None, map(texts.get, dits)), "model.safetensors")
+            dits = [str(path) for path in self.dits]
+            dit = (dits[-1] if is_high else dits[0]) if dits else FillIn("DIT_FILE")
             words += ["--bake", str(BAKED_RANK), "--dit", dit]
         elif network is not None and self.converted_for != "ComfyUI":
             is_factored = network.network_module in FACTORED
@@ -119,7 +119,7 @@ class NextSteps:
         return _command(title, [*self._words(without), "--max_train_steps", str(steps), *ending], note)
 
     def _words(self, without: Collection[str] = ()) -> list[str]:
-        given = [one for one in self.given if one.is_changed and one.name not in without]
+        given = [one for one in self.given if one.is_changed and one.is_typed and one.name not in without]
         words = [word for option in given for word in option.words]
         return [*self._launcher(self.processes > 1), self.script, *words]
 
@@ -203,18 +203,19 @@ def plan_next_steps(
         example = say_example(plan, cached_with or {})
     found = read_family({TRAINED_ON: plan.family.name})
     return NextSteps(
-        script,
-        given,
-        generation,
-        plan.options,
-        plan.names,
-        plan.steps.total_steps,
-        plan.accelerator.num_processes,
-        {} if sampler is None else sampler.first_values,
-        () if sampler is None else plan.options.samples.loras(),
-        plan.family.experts,
-        "" if found is None else found.converted_for,
-        example,
+        script=script,
+        given=given,
+        generation=generation,
+        options=plan.options,
+        names=plan.names,
+        total_steps=plan.steps.total_steps,
+        processes=plan.accelerator.num_processes,
+        sample={} if sampler is None else sampler.first_values,
+        sample_loras=() if sampler is None else plan.options.samples.loras(),
+        experts=plan.family.experts,
+        converted_for="" if found is None else found.converted_for,
+        dits=plan.family.dit_files,
+        example=example,
     )
 
 
