@@ -57,6 +57,7 @@ class NextSteps:
     sample: Mapping[str, Any]
     sample_loras: Sequence[tuple[Path, float]] = ()  # that the samples have besides, with multipliers
     experts: Sequence[Expert] = ONE_EXPERT  # that are trained
+    dits: Sequence[Path] = ()  # files of the transformers that are trained, little noise first
     # of a run without samples: files and caption of a training item, in the form of `sample`
     example: Mapping[str, Any] = field(default_factory=dict)
     # the tool that reads LoRAs of this family with the names of the known tuners only once they are converted
@@ -94,9 +95,8 @@ class NextSteps:
         if network is not None and network.decomposes:
             title, end, note = "Make a plain LoRA of the DoRA", "plain", DORA_ELSEWHERE
             is_high = bool(self.names.parts) and file.stem.endswith(HIGH_NOISE)
-            dits = ("dit_high_noise",) if is_high else ("dit", "dit_high_noise")
-            texts = {option.name: option.text for option in self.given}
-            dit = next(filter(None, map(texts.get, dits)), "model.safetensors")
+            dits = [str(path) for path in self.dits]
+            dit = (dits[-1] if is_high else dits[0]) if dits else FillIn("DIT_FILE")
             words += ["--bake", str(BAKED_RANK), "--dit", dit]
         elif network is not None and self.converted_for != COMFYUI_TOOL:
             is_factored = network.network_module in FACTORED
@@ -130,7 +130,7 @@ class NextSteps:
         return _command(title, [*self._words(without), "--max_train_steps", str(steps), *ending], note)
 
     def _words(self, without: Collection[str] = ()) -> list[str]:
-        given = [one for one in self.given if one.is_changed and one.name not in without]
+        given = [one for one in self.given if one.is_changed and one.is_typed and one.name not in without]
         words = [word for option in given for word in option.words]
         return [*self._launcher(self.processes > 1), self.script, *words]
 
@@ -224,6 +224,7 @@ def plan_next_steps(
         sample={} if sampler is None else sampler.first_values,
         sample_loras=() if sampler is None else plan.options.samples.loras(),
         experts=plan.family.experts,
+        dits=plan.family.dit_files,
         example=example,
         converted_for="" if found is None else found.converted_for,
         lora_format=KNOWN if plan.lora_format is None else plan.lora_format.name,

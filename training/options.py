@@ -174,6 +174,10 @@ class TrainingOptions(Options):
             )
 
 
+# options that `accelerate launch` sets by variables
+OF_LAUNCHER = {"mixed_precision": "ACCELERATE_MIXED_PRECISION", "dynamo_backend": "ACCELERATE_DYNAMO_BACKEND"}
+
+
 class GivenOption(NamedTuple):
     """Hold a given option of a run, and the words to type for it."""
 
@@ -181,6 +185,7 @@ class GivenOption(NamedTuple):
     text: str
     words: Sequence[str]  # with the spelling that was typed
     is_changed: bool  # it differs from its default
+    is_typed: bool = True  # False: its value follows from other options
 
     @property
     def flag(self) -> str:
@@ -204,7 +209,8 @@ def given_options(parser: argparse.ArgumentParser, *records: Options) -> list[Gi
         preferred = (spelled.get(action.dest), f"--{action.dest}", flags[0])
         name = next(flag for flag in preferred if flag in flags)
         words = option_words({name: True if action.nargs == 0 or not texts else value})
-        found.append(GivenOption(action.dest, " ".join(texts), words, is_changed))
+        is_typed = not (is_changed and spelled) or action.dest in {*spelled, *OF_LAUNCHER}
+        found.append(GivenOption(action.dest, " ".join(texts), words, is_changed, is_typed))
     return found
 
 
@@ -253,10 +259,8 @@ def read_arguments(
     typed = parser.parse_args(argv, argparse.Namespace(max_train_steps=None))
     # the file that --output_config writes is not there yet
     config_file = None if getattr(typed, "output_config", False) else typed.config_file
-    prefilled = {
-        "mixed_precision": environment.get("ACCELERATE_MIXED_PRECISION", "no"),
-        "dynamo_backend": environment.get("ACCELERATE_DYNAMO_BACKEND", "NO"),
-    }
+    usual = {"mixed_precision": "no", "dynamo_backend": "NO"}
+    prefilled = {name: environment.get(OF_LAUNCHER[name], value) for name, value in usual.items()}
     from_file = {} if config_file is None else read_config_file(config_file, parser)
     args = parser.parse_args(argv, argparse.Namespace(**{**prefilled, **from_file}))
     refuse_unsupported(parser, args)

@@ -179,7 +179,8 @@ def test_a_dora_becomes_a_plain_lora_for_tools_that_take_it_otherwise(
 ) -> None:
     steps = next_steps(tmp_path, ["--network_args", "dora_wd=True", dit, "mo dels/dit.safetensors"])
 
-    *_, command, _ = replace(steps, converted_for=tool).commands(None, is_finished=True)
+    steps = replace(steps, converted_for=tool, dits=[Path("mo dels/dit.safetensors")])
+    *_, command, _ = steps.commands(None, is_finished=True)
 
     files = ["--input", str(tmp_path / "x.safetensors"), "--output", str(tmp_path / "x_plain.safetensors")]
     baked = ["--target", target, "--bake", "64", "--dit", "mo dels/dit.safetensors"]
