@@ -65,6 +65,7 @@ caption_dropout_rate: caption_dropout
 save_merged_model: out output output_path save_to
 W: width
 H: height
+convrot_int8: int8 int8_base fp8_int8 use_int8
 bf16: bfloat16
 fp16: float16 half
 fp32: float32
@@ -138,6 +139,6 @@ def explain_rest(
             'shell knows straight ones only. Write "..." around a text with blanks.'
         )
     if len(by_place) == 1 and by_place[0].nargs is None:
-        taken = f"one {by_place[0].dest} is taken. Put a name with blanks in quotes."
-        return f"{as_typed(others)} is too much: {taken}"
+        what = f"give one {by_place[0].dest}"
+        return f"{as_typed(others)} is too much: {what}, with quotes round a name with blanks."
     return f"{as_typed(others)} belongs to no option. Put a text with blanks in quotes."
