@@ -163,8 +163,8 @@ class OutputOptions(Options, title="output"):
             if self.save_path.suffix.lower() in _OF_SOUND:
                 usual = self.save_path.with_suffix(".wav")
                 raise OptionError(
-                    f"--save_path {self.save_path}: no such files are written. Sound alone becomes a WAV file: "
-                    f"give {usual}"
+                    f"--save_path {self.save_path}: no such files are written. Sound alone is "
+                    f"written as WAV: give {usual}"
                 )
             raise OptionError(f"--save_path {self.save_path}: no such files are written. Give {usual}")
 

@@ -70,9 +70,9 @@ def take_control(request: Request, layers: int) -> tuple[Request, VaceRequest]:
     for option, path in {"image_path": request.image_path, "end_image_path": request.end_image_path}.items():
         if path is not None:
             raise OptionError(
-                f"--{option} {path}: VACE has no such input. To keep a first or last frame give --src_video a "
-                "clip that has it, grey elsewhere, and --src_mask one that is black there and white elsewhere; "
-                "to show what something looks like, give the picture to --src_ref_images"
+                f"--{option} {path}: VACE has no such input. To keep a first or last frame give --src_video "
+                "a clip that has it, grey elsewhere, and --src_mask one that is black there and white "
+                "elsewhere; to show what something looks like, give the picture to --src_ref_images"
             )
     extra, references = request.extra, divide(request.control_images)
     mask = to_path("--src_mask", extra[MASK]) if extra.get(MASK) else None
@@ -96,12 +96,10 @@ def take_control(request: Request, layers: int) -> tuple[Request, VaceRequest]:
                 f"--src_ref_images {path}: nothing can be seen in so few pixels. Give a larger one"
             )
     if request.control_path is None and not references and request.source is None:
-        given = (
-            f"--vace_scale {extra[SCALE]} acts on nothing: " if extra.get(SCALE, "1") not in _PLAIN else ""
-        )
+        scale = extra.get(SCALE, "1")
         logger.warning(
             "%sneither --src_video nor --src_ref_images is given, and the video is made from the text alone",
-            given,
+            "" if scale in _PLAIN else f"--vace_scale {scale} acts on nothing: ",
         )
     own = VaceRequest(mask, read_scales(extra.get(SCALE, "1"), layers))
     return replace(request, control_images=references), own

@@ -73,10 +73,10 @@ def _refuse(text: str, why: str) -> OptionError:
 
 
 def semicolon_hint(text: str) -> str:
-    """Return a sentence on a semicolon that the shell took, if a text ends where one may have been; else ""."""
+    """Return a sentence on a semicolon that the shell may have taken at the end of a text; else ""."""
     if not re.search(r"control_index=-?[0-9]+$", text):
         return ""
     return (
-        ". If control_index has several places with ; between them, the shell ended the command at the first: "
-        "write control_index=0+10, or put quotes round it"
+        ". If control_index has several places with ; between them, the shell ended the command at "
+        "the first: write control_index=0+10, or put quotes round it"
     )
