@@ -68,7 +68,9 @@ def show_start(
     heard = [one.joint.sound for one in requests if one.joint is not None]
     first = requests[0]
     kind = "sound" if first.is_sound_alone else "clip" if first.frames > 1 else "picture"
-    is_one = len(requests) == 1
+    is_one, several = len(requests) == 1, "clips"
+    if all(one.frames == 1 and not one.is_sound_alone for one in requests):
+        several = "pictures"
     free = shutil.disk_usage(folder).free
     has_names = any(expert.name for expert in family.experts)
     lines = [
@@ -83,7 +85,7 @@ def show_start(
         ("experts", "\n".join(experts_in_words(family)) if has_names else None),
         ("LoRAs", "\n".join(lines)),
         (kind, size_in_words(first) if is_one else None),
-        ("clips", None if is_one else f"{len(requests)}; the first: {size_in_words(first)}"),
+        (several, None if is_one else f"{len(requests)}; the first: {size_in_words(first)}"),
         ("turns", turns_in_words(family, first) if has_names else None),
         ("prompt", in_short(first.asked.prompt, 3 * PROMPT_LENGTH) if is_one else None),
         ("from", start if is_one else None),

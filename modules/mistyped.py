@@ -65,6 +65,7 @@ caption_dropout_rate: caption_dropout
 save_merged_model: out output output_path save_to
 W: width
 H: height
+convrot_int8: int8 int8_base fp8_int8 use_int8
 bf16: bfloat16
 fp16: float16 half
 fp32: float32

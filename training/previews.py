@@ -20,6 +20,7 @@ from dataset.options import DebugOptions
 from modules.atomic_write import write_bytes
 from modules.contract.family import FLOW, Family, NoiseSpec, sound_of
 from modules.contract.rules import ONE_EXPERT, Expert
+from modules.console import count_of
 from modules.control_codes import escape_control_codes
 from modules.devices import choose_device
 from modules.errors import OptionError
@@ -33,6 +34,7 @@ from training.noise_options import NOTHING, NUM_TIMESTEPS, WEIGHTS_OF_LOSS, Time
 from training.options import TrainingOptions
 from training.plan import read_config
 from training.planning.memory import plan_training
+from training.summary import judge_rate
 
 # of --debug_dataset: windows, or files where there are none
 DEBUG_VIEW = DebugOptions(debug_mode="image", console_width=80, console_back=None, console_num_images=None)
@@ -97,8 +99,23 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
         ]
         head = ("Where the training has them:", *findings.indent(places))
         result = replace(result, head=head, counters=counters)
+    result = replace(result, tail=(*result.tail, *_check_run(options, held=result.num_held)))
     code: int = checks.tell_check(result, family, config, options.loop.page, workers)
     return code
+
+
+def _check_run(options: TrainingOptions, held: int) -> list[str]:
+    """Return lines about a run's validation and its learning rate, for --check. held: items of validation."""
+    lines = []
+    if held:
+        most = options.validation.max_validation_steps
+        measured = held if most is None else min(held, most)
+        limit = "" if most is None else f" (--max_validation_steps {most})"
+        lines.append(f"Each validation measures {count_of(measured, 'batch')} of one item{limit}")
+    rate = judge_rate(options)
+    if "HIGH" in rate or "LOW" in rate:
+        lines.append(f"Learning rate: {rate}")
+    return lines
 
 
 def _plan(

@@ -129,7 +129,11 @@ def show_start(run: TrainingRun, dtype: torch.dtype | None) -> None:
 
 def _times(every: Mapping[str, float | None]) -> list[str]:
     """Return texts such as "every 5 epochs". every: unit -> number; None is left out."""
-    return [f"every {number:.12g} {unit}" for unit, number in every.items() if number is not None]
+    return [
+        f"every {unit.removesuffix('s')}" if number == 1 else f"every {number:.12g} {unit}"
+        for unit, number in every.items()
+        if number is not None
+    ]
 
 
 def show_end(run: TrainingRun, story: history.Story, following: NextSteps) -> None:
@@ -186,7 +190,7 @@ def disk_needed(folder: Path, saves: tuple[int, int], written: tuple[int, int]) 
     """
     needed, free = saves[0] * written[0] + saves[1] * written[1], free_bytes(folder)
     states = f" and {count_of(saves[1], 'state')}" if saves[1] else ""
-    text = f"about {as_size(needed)} for {count_of(saves[0], 'model')}{states}; {as_size(free)} free"
+    text = f"about {as_size(needed)} for {count_of(saves[0], 'save')}{states}; {as_size(free)} free"
     return text if free > SPARE * needed else f"{text}: TOO LITTLE, save less often or free some"
 
 

@@ -128,6 +128,11 @@ class CheckResult:
         return sum(len(found.faults) for found in self.tables)
 
     @property
+    def num_held(self) -> int:
+        """Return how many items are kept for validation."""
+        return sum(found.held.total() for found in self.tables)
+
+    @property
     def num_remarks(self) -> int:
         return sum(len(found.remarks) for found in self.tables)
 

@@ -19,6 +19,7 @@ class QuantiseOptions(Options):
         place="there",
         required=True,
         by_place=True,
+        flags=("--model", "--input"),
     )
     form: str = option(
         "int8: a scale for each row; convrot: the same, rotated so that outliers cost nothing; fp8: a scale "
