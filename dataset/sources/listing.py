@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.captions import explain_captions, read_caption
-from dataset.sources.folders import list_table_folder
+from dataset.sources.folders import list_table_folder, tell_lone_controls
 from dataset.sources.left_out import describe_entries, left_out_files, left_out_folders
 from dataset.sources.media_source import (
     LISTED,
@@ -150,6 +150,7 @@ def find_all_sources(
             skipped += [(table, fault) for fault in faults if not fault.ends_run]
     if problems:
         raise DatasetError("\n".join(problems))
+    tell_lone_controls(sources)
     files = filter(None, (left_out_files(config, table) for table in config.datasets))
     for line in (*files, *left_out_folders(config)):
         logger.warning("%s", escape_control_codes(line))

@@ -239,11 +239,14 @@ def check_opens(name: str, path: Path, is_image: bool) -> None:
 
     Reads headers, and a frame of a video. name: of its option.
     """
+    from modules.media.decoding import is_animation
     from modules.media.reading import image_size, video_info
 
     try:
         if is_image:
             image_size(path)
+            if is_animation(path):
+                logger.warning("--%s %s is animated: only its first picture is used", name, path)
         else:
             video_info(path)
     except MediaError as error:

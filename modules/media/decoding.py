@@ -15,7 +15,7 @@ from modules.console import count_of
 from modules.errors import MediaError
 from modules.limits import MAX_PIXELS
 from modules.media.colours import blend_on_white, shown_pixels
-from modules.media.opening import av, open_image, open_video, reading
+from modules.media.opening import av, open_image, open_video, reading, refuse_cut
 
 # decoders that read transparency, which FFmpeg's own do not, by the codec
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
@@ -105,6 +105,7 @@ def decode_frames(path: Path, container: Any, stream: Any) -> Iterator[TimedFram
             end_seconds = max(end_seconds, start)
             yield TimedFrame(frame, start, orientation_of(frame) if decoder is None else orientation)
     if not num_frames:
+        refuse_cut(path)
         raise _no_frames(path)
     # most demuxers report a truncated file themselves; Matroska's ends silently, but each stream has its
     # length as a tag
@@ -208,6 +209,7 @@ def first_picture(path: Path, container: Any, stream: Any) -> tuple[Any, int, in
     """Return FFmpeg's first frame, and width and height of its upright picture. Raises MediaError."""
     first = next(container.decode(stream), None)
     if first is None:
+        refuse_cut(path)
         raise _no_frames(path)
     return (first, first.height, first.width) if is_sideways(first) else (first, first.width, first.height)
 
