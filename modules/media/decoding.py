@@ -42,6 +42,19 @@ class Orientation:
 AS_STORED = Orientation()
 
 
+# by the value of EXIF's orientation, which animated WebPs may have
+EXIF_ORIENTATION = 0x0112
+_BY_EXIF = {
+    2: Orientation(flips_columns=True),
+    3: Orientation(flips_columns=True, flips_rows=True),
+    4: Orientation(flips_rows=True),
+    5: Orientation(is_transposed=True),
+    6: Orientation(is_transposed=True, flips_columns=True),
+    7: Orientation(is_transposed=True, flips_columns=True, flips_rows=True),
+    8: Orientation(is_transposed=True, flips_rows=True),
+}
+
+
 def orientation_of(frame: Any) -> Orientation:
     """Return how the display matrix of FFmpeg's frame turns and mirrors it.
 
@@ -290,12 +303,13 @@ def animation_frames(path: Path) -> Iterator[tuple[NDArray[np.uint8], float]]:
     """
     durations = _durations(path)
     with open_image(path) as image:
+        orientation = _BY_EXIF.get(image.getexif().get(EXIF_ORIENTATION, 1), AS_STORED)
         for index, seconds in enumerate(durations):
             image.seek(index)
             pixels = shown_pixels(path, image, alpha=True)
             if pixels.shape[2] == 3:
                 pixels = np.dstack([pixels, np.full(pixels.shape[:2], 255, np.uint8)])
-            yield pixels, seconds
+            yield turn_upright(pixels, orientation), seconds
 
 
 def _durations(path: Path, most: int | None = None) -> list[float]:
