@@ -30,9 +30,10 @@ from dataset.config import DatasetConfig
 from dataset.options import CachingOptions, CheckPageOptions
 from dataset.sources.clock import find_other_lengths
 from dataset.sources.colours import find_colours, find_reordered
-from dataset.sources.companions import refuse_companions
+from dataset.sources.companions import find_moving_references, refuse_companions
 from dataset.sources.decoding import check_resolution, decode_source
-from dataset.sources.frames import find_wrong_rates, media_table
+from dataset.sources.folders import tell_lone_controls
+from dataset.sources.frames import find_far_rates, find_wrong_rates, media_table
 from dataset.sources.media_source import NO_REFERENCE, Fault
 from dataset.sources.references import find_equal_references, lack_references, reference_buckets
 from dataset.sources.sound import list_unheard
@@ -135,7 +136,9 @@ def check_caching(
         items = f", {count_of(found.num_items, 'item')}" if media else ""
         found.title = f"{table.name}: {count_of(len(found.sources), table.holds)}{items}"
         tables.append(found)
-    if lack_references(config.datasets, itertools.chain(*(found.sources for found in tables))):
+    sources = [source for found in tables for source in found.sources]
+    tell_lone_controls(sources)
+    if lack_references(config.datasets, sources):
         tables[0].remarks.append(Fault(EDITS_NOTHING, NO_REFERENCE))
     findings.hold_back(tables, *validation)
     findings.balance(tables)
@@ -194,9 +197,11 @@ def _check_media(
     except DatasetError as error:
         found.unusable(error)
     found.faults += find_wrong_rates(found.sources)
+    found.remarks += [] if recipe.has_rates else find_far_rates(found.sources, recipe.fps)
     found.remarks += find_other_lengths(found.sources, recipe.fps)
     found.remarks += find_equal_references(found.sources)
     found.remarks += find_reordered(found.sources)
+    found.remarks += find_moving_references(found.sources)
     found.remarks += find_colours(found.sources, recipe.latent.masks_latents)
 
 
@@ -365,6 +370,7 @@ def _compare_sources(
         found.caches += [f"its sources are not checked: {fault.text}" for fault in sources.faults[:1]]
         return
     found.sources = sources.sources
+    found.remarks += find_reordered(found.sources)
     findings.check_captions(sources, counters)
     stems, kind = (
         {item.source_stem for item in items},

@@ -24,7 +24,7 @@ from dataset.options import CachingOptions
 from dataset.sources.clock import find_other_lengths
 from dataset.sources.colours import find_colours, find_reordered
 from dataset.sources.decoding import DecodedMedia, check_resolution
-from dataset.sources.frames import find_wrong_rates, media_table
+from dataset.sources.frames import find_far_rates, find_wrong_rates, media_table
 from dataset.sources.listing import warn_captions, warn_unused
 from dataset.sources.media_source import LISTED, MediaSource, list_faults
 from dataset.subsets import refuse_changing
@@ -157,8 +157,13 @@ class MediaWork:
         # warned about, and encoded: source_fps decides, as a file's header may be wrong
         states_rates = any(table.stated_fps is not None for table in self._config.datasets)
         told = find_wrong_rates(some) if states_rates else []
+        told += [] if self._recipe.has_rates else find_far_rates(some, self._recipe.fps)
         told += find_other_lengths(some, self._recipe.fps)
         told += find_reordered(some)
+        if any(source.references or source.control for source in some):
+            from dataset.sources.companions import find_moving_references  # few tables have any
+
+            told += find_moving_references(some)
         told += find_colours(some, self._family.latent.masks_latents)
         if told:
             logger.warning("%s", escape_control_codes("\n".join(list_faults(told, LISTED))))

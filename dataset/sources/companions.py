@@ -1,5 +1,6 @@
 """Find by name, read and cut references of clips, and masks that say which part of a control clip is new."""
 
+import contextlib
 import logging
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -18,7 +19,7 @@ from dataset.sources.media_source import Fault, MediaSource
 from modules.console import count_of
 from modules.errors import DatasetError, MediaError
 from modules.media.buckets import Size
-from modules.media.decoding import ANIMATION_SUFFIXES
+from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
 from modules.media.pixels import pixels_to_uint8
 from modules.media.reading import (
     VIDEO_SUFFIXES,
@@ -118,6 +119,26 @@ def refuse_companions(table: DatasetTable, sources: Sequence[MediaSource]) -> No
                 f"{table.name}: {source.path} has a control mask, which says what of a control clip is made "
                 "new, and no such clip. Give control_directory, or control_path in a list."
             )
+
+
+FIRST_ONLY = "files are references of several pictures, of which the model takes the first alone"
+
+
+def find_moving_references(sources: Sequence[MediaSource]) -> list[Fault]:
+    """Return a remark for each clip or animation that is read as a single reference picture.
+
+    Only files that are here are looked at. Unreadable files are reported elsewhere.
+    """
+    found: dict[Path, Fault] = {}
+    for source in sources:
+        rules, is_image = source.table.clip_references, source.table.kind == "image"
+        takes_first = is_image or (rules is not None and rules.on_white)
+        paths = [*(source.references if takes_first else ()), *(source.control if is_image else ())]
+        for path in paths if not source.origins else ():
+            with contextlib.suppress(MediaError, OSError):
+                if path.is_dir() or path.suffix.lower() in VIDEO_SUFFIXES or is_animation(path):
+                    found.setdefault(path, Fault(FIRST_ONLY, str(path), source.stem))
+    return list(found.values())
 
 
 def companion_lines(sources: Sequence[MediaSource], faults: list[Fault]) -> Iterator[str]:

@@ -166,11 +166,6 @@ def _folder_controls(
             f"{table.control_directory} has no reference picture for any image, such as {paths[0].stem}.png"
         )
         faults.append(Fault(kind, text))
-    if table.kind == "image" and folder.alone:
-        lone = count_of(len(folder.alone), "control image")
-        logger.info(
-            "%s: %s without an image of that name, such as %s: not read", table.name, lone, folder.alone[0]
-        )
     if table.kind == "image" and table.control_count is not None and all(controls):
         unused = [one for path in paths for one in folder.beyond(path.stem, table.control_count)]
         if unused:
@@ -183,6 +178,26 @@ def _folder_controls(
                 table.control_count,
             )
     return controls
+
+
+def tell_lone_controls(sources: Sequence[MediaSource]) -> None:
+    """Log the control images of each folder that belong to no image of any table.
+
+    sources: of all tables, which may share a folder.
+    """
+    stems: dict[Path, set[str]] = {}
+    names: dict[Path, str] = {}  # of the first table with the folder
+    for source in sources:
+        folder = source.table.control_directory
+        if source.table.kind == "image" and folder is not None:
+            stems.setdefault(folder, set()).add(source.stem)
+            names.setdefault(folder, source.table.name)
+    for folder, owners in stems.items():
+        with contextlib.suppress(DatasetError):  # the listing has reported it
+            if alone := ControlFolder(folder, owners).alone:
+                lone = count_of(len(alone), "control image")
+                text = "%s: %s without an image of that name, such as %s: not read"
+                logger.info(text, names[folder], lone, alone[0])
 
 
 class ControlFolder:

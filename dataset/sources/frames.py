@@ -203,6 +203,31 @@ def find_wrong_rates(sources: Sequence[MediaSource]) -> list[Fault]:
     return faults
 
 
+FAR = 2.0  # times by which a clip is faster or slower than a model sees others
+
+
+def find_far_rates(sources: Sequence[MediaSource], fps: float) -> list[Fault]:
+    """Return a remark for each clip without source_fps whose rate is far from that of the model.
+
+    fps: of the model. Only headers of clips that are here are read, of at most LOOKED_AT clips. Unreadable
+    files are reported elsewhere.
+    """
+    clips = [one for one in sources if one.table.kind == "video" and not one.table.is_of_sound]
+    clips = [one for one in clips if one.table.source_fps is None and one.tensors is None and not one.origins]
+    faults = []
+    step = -(-len(clips) // LOOKED_AT) or 1
+    for source in clips[::step]:
+        try:
+            rate = file_rate(source.path)
+        except (MediaError, OSError):
+            continue
+        if rate and not 1 / FAR <= rate / fps <= FAR:
+            text = f"{source.path}: {rate:.4g} frames a second, the model takes {fps:g}; "
+            faults.append(Fault(FAR_RATES, f"{text}{compare_rates(rate, None, fps)}", source.stem))
+    return faults
+
+
+FAR_RATES = 'clips have a rate far from that of the model; source_fps = "auto" plays them at their speed'
 Mask = NDArray[np.uint8]  # F H W
 Place = Callable[[Frame], Frame]  # resizes and crops a picture
 

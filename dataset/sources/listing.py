@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.captions import NOT_UTF8, describe_encoding, explain_captions, read_caption
-from dataset.sources.folders import list_table_folder
+from dataset.sources.folders import list_table_folder, tell_lone_controls
 from dataset.sources.left_out import describe_entries, left_out_files, left_out_folders
 from dataset.sources.media_source import (
     LISTED,
@@ -152,6 +152,7 @@ def find_all_sources(
         raise DatasetError("\n".join(problems))
     if remarks := list_faults(find_encodings(sources), LISTED):
         logger.warning("%s", escape_control_codes("\n".join(remarks)))
+    tell_lone_controls(sources)
     files = filter(None, (left_out_files(config, table) for table in config.datasets))
     for line in (*files, *left_out_folders(config)):
         logger.warning("%s", escape_control_codes(line))

@@ -92,7 +92,9 @@ def _open_table(table: DatasetTable, path: Path) -> tuple[RowReader, dict[str, C
     beside = "control_path", "reference_path"
     wanted |= {name for name in columns if any(control_number(name, one) is not None for one in beside)}
     media = wanted - {"audio_path", caption_column}
-    cells = {name: cell for name in media if (cell := _cells(path, name, name != path_column)) is not None}
+    cells = {
+        name: cell for name in media if (cell := find_cells(path, name, name != path_column)) is not None
+    }
     wanted -= cells.keys()
     base = None if path_column in cells else _base_of(path, path_column)
     rows = RowReader(table, path, path_column, caption_column, base=base)
@@ -121,7 +123,7 @@ def names_read(table: DatasetTable, path_column: str, caption_column: str) -> se
     return (names | ({"audio_path"} if table.kind == "video" else set())) - {""}
 
 
-def _cells(path: Path, name: str, finds_nulls: bool) -> Cells | None:
+def find_cells(path: Path, name: str, finds_nulls: bool) -> Cells | None:
     """Return a function row -> place of its file if the column `name` holds files; None if it does not.
 
     finds_nulls: as of `cells_of`.

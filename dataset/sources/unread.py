@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from dataset.config import DatasetTable
-from dataset.sources.columns import column_names, plain_columns, read_columns, read_jsonl
+from dataset.sources.columns import TableRow, column_names, plain_columns, read_columns, read_jsonl
 from dataset.sources.media_source import Fault
 from dataset.sources.rows import control_number
-from dataset.sources.tables import CAPTION_COLUMNS, choose_columns, names_read
+from dataset.sources.tables import CAPTION_COLUMNS, choose_columns, find_cells, names_read
 from modules.control_codes import shorten
 from modules.media.decoding import ANIMATION_SUFFIXES
 from modules.media.opening import SOUND_SUFFIXES
@@ -45,12 +45,16 @@ def find_unread(table: DatasetTable) -> list[Fault]:
         return []
     found: dict[str, str] = {}  # text by column
     media_column, held, rows = _open(table, path)
-    beside = {name: True for name in held if _place(name, table) is not None}
+    beside = [name for name in held if _place(name, table) is not None]
     found |= {name: f", which holds files{_hint(name, table) or ''}" for name in held if name not in beside}
+    finders = {name: find_cells(path, name, finds_nulls=True) for name in beside}
+    cells = {name: cell for name, cell in finders.items() if cell is not None}
     is_list = table.jsonl_file is not None
     read = names_read(table, media_column, "caption" if is_list else "")
-    for values in itertools.islice(rows, LOOKED_AT):
-        for name in _beyond({**beside, **values}, table):
+    for row in itertools.islice(rows, LOOKED_AT):
+        values = row.values
+        filled = {name: True for name, cell in cells.items() if cell(row) is not None}
+        for name in _beyond({**filled, **values}, table):
             found[name] = f": of such files the model takes {table.control_count} an item"
         for name, value in values.items():
             if name in read or name in found or _is_beside(name):
@@ -67,13 +71,13 @@ def find_unread(table: DatasetTable) -> list[Fault]:
     return [Fault(kind, f"{name!r}{text}{ends[name]}") for name, text in found.items()]
 
 
-def _open(table: DatasetTable, path: Path) -> tuple[str, list[str], Iterator[Mapping[str, Any]]]:
+def _open(table: DatasetTable, path: Path) -> tuple[str, list[str], Iterator[TableRow]]:
     """Return the column of the media, the unread columns that hold whole files, and rows with the media,
     control and other unread columns.
     """
     if table.jsonl_file is not None:
         lines = read_jsonl(path, None)
-        return table.path_key, [], (row.values for row in lines)
+        return table.path_key, [], lines
     columns = column_names(path)
     media, caption = choose_columns(table, columns)
     read = names_read(table, media, caption or "") - {media}
@@ -81,7 +85,7 @@ def _open(table: DatasetTable, path: Path) -> tuple[str, list[str], Iterator[Map
     unread = [name for name in columns if name not in read and not _is_beside(name)]
     plain, held = plain_columns(path, [*unread, *control])
     rows = read_columns(path, plain)
-    return media, [name for name in held if name != media], (row.values for row in rows)
+    return media, [name for name in held if name != media], rows
 
 
 def _is_beside(name: str) -> bool:

@@ -243,11 +243,14 @@ def check_opens(name: str, path: Path, is_image: bool) -> None:
 
     Reads an image whole, and a frame of a video. name: of its option.
     """
+    from modules.media.decoding import is_animation
     from modules.media.reading import video_info
 
     try:
         if is_image:
             _decode_image(path, *_identity(path))
+            if is_animation(path):
+                logger.warning("--%s %s is animated: only its first picture is used", name, path)
         else:
             video_info(path)
     except MediaError as error:

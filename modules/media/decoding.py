@@ -15,7 +15,7 @@ from modules.console import count_of
 from modules.errors import MediaError
 from modules.limits import MAX_PIXELS
 from modules.media.colours import blend_on_white, shown_pixels
-from modules.media.opening import av, open_image, open_video, reading
+from modules.media.opening import av, open_image, open_video, reading, refuse_cut
 
 # decoders that read transparency, which FFmpeg's own do not, by the codec
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
@@ -40,6 +40,19 @@ class Orientation:
 
 
 AS_STORED = Orientation()
+
+
+# by the value of EXIF's orientation, which animated WebPs may have
+EXIF_ORIENTATION = 0x0112
+_BY_EXIF = {
+    2: Orientation(flips_columns=True),
+    3: Orientation(flips_columns=True, flips_rows=True),
+    4: Orientation(flips_rows=True),
+    5: Orientation(is_transposed=True),
+    6: Orientation(is_transposed=True, flips_columns=True),
+    7: Orientation(is_transposed=True, flips_columns=True, flips_rows=True),
+    8: Orientation(is_transposed=True, flips_rows=True),
+}
 
 
 def orientation_of(frame: Any) -> Orientation:
@@ -105,6 +118,7 @@ def decode_frames(path: Path, container: Any, stream: Any) -> Iterator[TimedFram
             end_seconds = max(end_seconds, start)
             yield TimedFrame(frame, start, orientation_of(frame) if decoder is None else orientation)
     if not num_frames:
+        refuse_cut(path)
         raise _no_frames(path)
     # most demuxers report a truncated file themselves; Matroska's ends silently, but each stream has its
     # length as a tag
@@ -208,6 +222,7 @@ def first_picture(path: Path, container: Any, stream: Any) -> tuple[Any, int, in
     """Return FFmpeg's first frame, and width and height of its upright picture. Raises MediaError."""
     first = next(container.decode(stream), None)
     if first is None:
+        refuse_cut(path)
         raise _no_frames(path)
     return (first, first.height, first.width) if is_sideways(first) else (first, first.width, first.height)
 
@@ -288,12 +303,13 @@ def animation_frames(path: Path) -> Iterator[tuple[NDArray[np.uint8], float]]:
     """
     durations = _durations(path)
     with open_image(path) as image:
+        orientation = _BY_EXIF.get(image.getexif().get(EXIF_ORIENTATION, 1), AS_STORED)
         for index, seconds in enumerate(durations):
             image.seek(index)
             pixels = shown_pixels(path, image, alpha=True)
             if pixels.shape[2] == 3:
                 pixels = np.dstack([pixels, np.full(pixels.shape[:2], 255, np.uint8)])
-            yield pixels, seconds
+            yield turn_upright(pixels, orientation), seconds
 
 
 def _durations(path: Path, most: int | None = None) -> list[float]:

@@ -106,8 +106,10 @@ def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
     """Open a video: the container and its video stream. Raises MediaError, also for errors inside the
     block.
     """
-    with reading(path), open_container(path) as container:
+    with reading(path), _open_whole(path) as container:
         stream = container.streams.best("video")
+        if stream is None or stream.codec_context is None:
+            refuse_cut(path)
         if stream is None:
             found = ", ".join(other.type for other in container.streams) or "nothing"
             raise MediaError(f"{path} has no video stream, only {found}")
@@ -118,6 +120,46 @@ def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
         check_pixels(path, stream.width, stream.height)
         stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # the size may change within a stream
         yield container, stream
+
+
+def _open_whole(path: Path) -> Any:
+    """Open a container of pictures. Raises MediaError for an MP4 that is cut short, else FFmpegError."""
+    try:
+        return open_container(path)
+    except av.FFmpegError:
+        refuse_cut(path)
+        raise
+
+
+# kinds of boxes that MP4 and MOV files begin with
+_FIRST_BOXES = frozenset({b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot"})
+_MOST_BOXES = 100_000  # of a file in fragments
+
+
+def refuse_cut(path: Path) -> None:
+    """Raise MediaError if an MP4 or MOV file ends before its boxes do, or without its index.
+
+    Source: ISO/IEC 14496-12, 4.2.
+    """
+    size, place, kinds = path.stat().st_size, 0, set[bytes]()
+    with path.open("rb") as file:
+        for _ in range(_MOST_BOXES):
+            file.seek(place)
+            head = file.read(16)
+            length, kind = int.from_bytes(head[:4], "big"), head[4:8]
+            if not kinds and kind not in _FIRST_BOXES:
+                return
+            if not head or length == 0 and len(head) > 7:  # the last one may go to the end of the file
+                break
+            kinds.add(kind)
+            length = int.from_bytes(head[8:], "big") if length == 1 else length
+            place += max(length, 8)
+            if place > size:
+                raise MediaError(
+                    f"{path} is cut short: it has {size:,} bytes of at least {place:,}. Fetch it again."
+                )
+    if b"moov" not in kinds:
+        raise MediaError(f"{path} is cut short: its index, which is at its end, is missing. Fetch it again.")
 
 
 def open_container(path: Path, formats: Sequence[str] = VIDEO_FORMATS) -> Any:

@@ -63,7 +63,7 @@ OPENCV_METHODS = {
 
 PROGRESSIVE = 1  # FFmpeg's orders of fields: 0 unknown, above 1 interlaced
 ONE_COLOUR = 2  # of 255, by which one colour may differ: programs round what is transparent
-ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 exchange width and height
+TIFF_WIDTH, TIFF_HEIGHT = 0x0100, 0x0101  # tags of a picture as it is stored
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,10 @@ def image_size(path: Path) -> Size:
     """Return (width, height) of the upright image, by its header. Raises MediaError if it cannot be read."""
     with open_image(path) as image:
         width, height = image.size
-        return (height, width) if image.getexif().get(ORIENTATION, 1) >= 5 else (width, height)
+        if image.format == "TIFF":  # whose size Pillow has turned already
+            width, height = (int(image.getexif()[tag]) for tag in (TIFF_WIDTH, TIFF_HEIGHT))
+        is_sideways = image.getexif().get(decoding.EXIF_ORIENTATION, 1) >= 5
+        return (height, width) if is_sideways else (width, height)
 
 
 def resize_cover(

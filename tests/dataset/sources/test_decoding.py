@@ -4,15 +4,20 @@ nothing.
 
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
 
 from dataset.config import load_dataset_config, with_lengths
+from dataset.sources.companions import find_moving_references
 from dataset.sources.decoding import decode_source, plan_source
-from dataset.sources.frames import resample_indices, spans
+from dataset.sources.frames import find_far_rates, resample_indices, spans
 from dataset.sources.listing import find_sources
-from modules.media.reading import resize_cover
+from modules.contract.rules import ReferenceRules
+from modules.errors import MediaError
+from modules.media.reading import resize_cover, video_frames
+from modules.media.writing import write_video
 from tests.dataset.making import frame_numbers, make_animation, make_clip, make_frames, make_image, make_table
 from tests.golden_cases import read_case
 
@@ -237,3 +242,50 @@ def test_a_family_with_another_frame_step_rounds_full_clips_by_it(tmp_path: Path
 @pytest.mark.parametrize("source", [None, 8.0, 16.0])
 def test_nothing_is_dropped_or_doubled_without_need(source: float | None) -> None:
     assert resample_indices(20, source, 16.0) == tuple(range(20))
+
+
+@pytest.mark.parametrize(("rate", "is_told"), [(120, True), (5, True), (24, False)])
+def test_clips_far_from_the_rate_of_the_model_are_told(tmp_path: Path, rate: int, is_told: bool) -> None:
+    write_video(tmp_path / "a.mp4", (np.zeros((32, 32, 3), np.uint8) for _ in range(5)), rate)
+
+    found = find_far_rates(find_sources(make_table(tmp_path)), 16.0)
+    stated = find_far_rates(find_sources(make_table(tmp_path, source_fps="auto")), 16.0)
+
+    assert [fault.text.partition("; ")[0] for fault in found] == [
+        f"{tmp_path / 'a.mp4'}: {rate} frames a second, the model takes 16"
+    ] * is_told
+    assert stated == []
+
+
+@pytest.mark.parametrize("share", [0.03, 0.3, 0.6, 0.9])
+@pytest.mark.parametrize("index_first", [True, False])
+def test_an_mp4_that_is_cut_short_is_called_so(tmp_path: Path, share: float, index_first: bool) -> None:
+    path = tmp_path / "a.mp4"
+    options = {"movflags": "faststart"} if index_first else {}
+    with av.open(str(path), "w", options=options) as container:
+        stream = container.add_stream("libx264", rate=16)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        frame = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    whole = path.read_bytes()
+    # a share of the index, if it is first, else of the whole file
+    length = whole.find(b"moov") + int(900 * share) if index_first else int(len(whole) * share)
+    path.write_bytes(whole[:length])
+
+    with pytest.raises(MediaError, match="cut short"):
+        list(video_frames(path))
+
+
+def test_animations_as_single_references_are_told(tmp_path: Path) -> None:
+    (tmp_path / "references").mkdir()
+    make_clip(tmp_path / "a.mp4", 5)
+    pictures = [Image.new("RGB", (32, 32), (grey,) * 3) for grey in (10, 200)]
+    pictures[0].save(tmp_path / "references" / "a.gif", save_all=True, append_images=pictures[1:])
+    keys = {"reference_directory": tmp_path / "references", "target_frames": (5,)}
+
+    for on_white in (True, False):
+        rules = ReferenceRules(most=1, clips=True, on_white=on_white)
+        sources = find_sources(make_table(tmp_path, clip_references=rules, **keys))
+        texts = [fault.text for fault in find_moving_references(sources)]
+        assert texts == [str(tmp_path / "references" / "a.gif")] * on_white

@@ -124,8 +124,13 @@ def test_control_images_go_by_stem_and_number(tmp_path: Path, caplog: pytest.Log
     touch(control, "a.txt", "unrelated.png")
     table = make_table(tmp_path, "image_directory", control_directory=control, fp_1f_clean_indices=(0, 1))
 
-    found = {source.stem: [path.name for path in source.control] for source in find_sources(table)}
+    other = make_table(tmp_path, "image_directory", control_directory=control)
+    touch(tmp_path / "more", "c.png")
+    touch(control, "c.png")
+    more = dataclasses.replace(other, index=1, directory=tmp_path / "more")
+    sources = find_all_sources(DatasetConfig(tmp_path / "data.toml", (table, more)))
 
+    found = {one.stem: [path.name for path in one.control] for one in sources if one.table is table}
     assert found == {
         "a": ["a.webp", "a_2.png"],
         "a_1": ["a_1_01.png", "a_1_0002.png"],
@@ -133,6 +138,7 @@ def test_control_images_go_by_stem_and_number(tmp_path: Path, caplog: pytest.Log
     }
     lone = control / "unrelated.png"
     assert f"1 control image without an image of that name, such as {lone}: not read" in caplog.text
+    assert caplog.text.count("without an image of that name") == 1
 
 
 def test_a_control_clip_is_the_same_name_or_a_folder_or_another_type(tmp_path: Path) -> None:

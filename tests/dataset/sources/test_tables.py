@@ -354,6 +354,13 @@ def test_columns_of_whole_files_and_lists_of_paths_are_told(tmp_path: Path) -> N
     (fault,) = find_unread(both)
     assert fault.text == "'control_path_1': of such files the model takes 1 an item."
 
+    cell = {"bytes": content, "path": "c.png"}
+    apart = [
+        {"image": row["image"], "text": "x", "control_path_0": cell, "control_path_1": None},
+        {"image": row["image"], "text": "y", "control_path_0": None, "control_path_1": cell},
+    ]
+    assert find_unread(table_of(tmp_path, apart)) == []  # each row has one
+
     rows = [{"image_path": "a.png", "control_images": ["b.png", "c.png"]}]
     (fault,) = find_unread(list_of(tmp_path, rows, "list"))
     assert "'control_images', such as 'b.png'" in fault.text

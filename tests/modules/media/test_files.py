@@ -326,3 +326,26 @@ def test_heic_is_read_where_pillow_heif_is_installed(monkeypatch: pytest.MonkeyP
         monkeypatch.setitem(sys.modules, "pillow_heif", plugin if there else None)
         Image.EXTENSION.pop(".heic", None)
         assert (".heic" in image_suffixes.__wrapped__()) is there
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", [".tif", ".webp", ".png", ".jpg"])
+def test_pictures_and_animations_are_laid_as_their_exif_says(
+    tmp_path: Path, suffix: str, orientation: int
+) -> None:
+    stored = np.zeros((32, 64, 3), np.uint8)
+    stored[:16, :16] = 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture, path = Image.fromarray(stored), tmp_path / f"a{suffix}"
+    more = {"save_all": True, "append_images": [Image.fromarray(255 - stored)]} if suffix == ".webp" else {}
+    picture.save(path, exif=exif if suffix == ".tif" else exif.tobytes(), quality=100, **more)
+    turned = stored.swapaxes(0, 1) if orientation > 4 else stored
+    turned = turned[:, ::-1] if orientation in (2, 3, 6, 7) else turned
+    expected = turned[::-1] if orientation in (3, 4, 7, 8) else turned
+
+    shown = next(video_frames(path)) if suffix == ".webp" else read_image(path)
+
+    assert shown.shape == expected.shape
+    assert np.abs(shown.astype(int) - expected).mean() < 4
+    assert image_size(path) == (shown.shape[1], shown.shape[0])
