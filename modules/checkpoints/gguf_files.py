@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from modules.checkpoints.containers import HeaderFile
+from modules.checkpoints.containers import HeaderFile, check_count
 from modules.contract.loading import Packing, TensorInfo
 from modules.control_codes import shorten
 from modules.errors import CheckpointError
@@ -62,6 +62,7 @@ class GgufFile(HeaderFile):
         if version not in (2, 3):
             raise ValueError(f"its version is {version}, 2 and 3 are known")
         count, keys = head.number("Q"), head.number("Q")
+        check_count(self.path, count)
         for _ in range(keys):
             key, value = head.text(), head.value(head.number("I"))
             if key.startswith("comfy.gguf.orig_shape."):
