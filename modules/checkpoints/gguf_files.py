@@ -62,7 +62,6 @@ class GgufFile(HeaderFile):
         if version not in (2, 3):
             raise ValueError(f"its version is {version}, 2 and 3 are known")
         count, keys = head.number("Q"), head.number("Q")
-        check_count(self.path, count)
         for _ in range(keys):
             key, value = head.text(), head.value(head.number("I"))
             if key.startswith("comfy.gguf.orig_shape."):
@@ -75,6 +74,7 @@ class GgufFile(HeaderFile):
                 self.metadata[key] = str(value)
         places, starts = [], {}
         for _ in range(count):
+            check_count(self.path, len(self.tensors))
             name, axes = head.text(MAX_TENSOR_NAME), head.number("I")
             if axes > _MAX_AXES or name in self.tensors:
                 raise ValueError(f"{shorten(name, 60)} has {axes} axes, or is there twice")
