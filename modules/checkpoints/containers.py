@@ -28,6 +28,7 @@ from modules.limits import (
     MAX_PICKLE_BYTES,
     MAX_PICKLE_STEPS,
     MAX_TENSOR_NAME,
+    MAX_TENSORS,
     MAX_WRAPPERS,
     SHORT_PICKLE_BYTES,
 )
@@ -123,6 +124,16 @@ def describe_kind(start: bytes) -> str:
     )
 
 
+def check_count(path: Path, tensors: int) -> None:
+    """Raise CheckpointError if a file has more tensors than any model: each is looked at many times."""
+    if tensors > MAX_TENSORS:
+        raise CheckpointError(
+            f"{path} has {tensors:,} tensors, and no model has more than {MAX_TENSORS:,}. Give the file of a "
+            "model.",
+            path,
+        )
+
+
 class HeaderFile:
     """A file whose header lists its tensors."""
 
@@ -170,6 +181,7 @@ class SafetensorsFile(HeaderFile):
     def _read_header(self, size: int) -> None:
         # every number is checked against the others
         self.metadata, header, start = read_tensor_header(self._file.read, size, no_repeats=True)
+        check_count(self.path, len(header))
         # raises for halves of characters
         "".join([*header, *self.metadata, *self.metadata.values()]).encode("utf-8")
         places = []

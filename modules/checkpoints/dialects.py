@@ -3,6 +3,7 @@
 Also name the kind of a foreign file.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -126,11 +127,19 @@ def _refuse_other_forms(plan: LoadPlan[Any], kept: Iterable[str], form: str) -> 
 
 def translate_name(name: str, table: Names) -> str:
     """Return our name for a name in the file; a name not in the table stays, to be reported as unexpected."""
+    if not _any_of(tuple(pattern for pattern, _ in table)).fullmatch(name):
+        return name
     for pattern, ours in table:
         found = re.fullmatch(pattern, name)
         if found:
             return found.expand(ours)
     return name
+
+
+@functools.cache  # of each table
+def _any_of(patterns: tuple[str, ...]) -> re.Pattern[str]:
+    """Return a pattern of all names that fit one of these. They hold no names or numbers of groups."""
+    return re.compile("|".join(f"(?:{pattern})" for pattern in patterns))
 
 
 def rename_sources(

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from modules.checkpoints.containers import HeaderFile
+from modules.checkpoints.containers import HeaderFile, check_count
 from modules.contract.loading import Packing, TensorInfo
 from modules.control_codes import shorten
 from modules.errors import CheckpointError
@@ -76,6 +76,7 @@ class GgufFile(HeaderFile):
                 self.metadata[key] = str(value)
         places, starts = [], {}
         for _ in range(count):
+            check_count(self.path, len(self.tensors))
             name, axes = head.text(MAX_TENSOR_NAME), head.number("I")
             if axes > _MAX_AXES or name in self.tensors:
                 raise ValueError(f"{shorten(name, 60)} has {axes} axes, or is there twice")
