@@ -21,7 +21,7 @@ from modules.errors import CheckpointError
 from modules.stored.forms import stored_in
 from networks import deltas, loading
 from networks.apply import changes_of
-from networks.deltas import CPU, DORA, LORA, OF_BIAS, OF_LOW_RANK, Factors
+from networks.deltas import CPU, DORA, LORA, OF_BIAS, OF_LOW_RANK, ROWS, Factors
 from networks.leftovers import text_side_of
 from networks.loading import LoraFile, LoraUse
 from networks.lora_products import add_product
@@ -98,7 +98,7 @@ class AddedPart:
             middle = [factors[_MID].to(device, dtype)] if _MID in factors else []
             self._chain = [factors[LORA[0]].to(device, dtype), *middle, up.to(dtype)]
         elif factors.keys() - OF_BIAS - {"alpha"}:
-            self._whole = {name: one.to(device) for name, one in factors.items()}
+            self._whole = {name: one if name == ROWS else one.to(device) for name, one in factors.items()}
         self._bias = deltas.bias_delta(factors, device)
 
     def release(self) -> None:

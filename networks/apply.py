@@ -18,7 +18,7 @@ from modules.console import list_some
 from modules.errors import CheckpointError
 from modules.offload.sharding import gather_weight, set_weight
 from networks import deltas
-from networks.deltas import CPU, DORA, META, Factors, has_input_magnitudes, other_channels
+from networks.deltas import CPU, DORA, META, ROWS, Factors, has_input_magnitudes, other_channels
 from networks.key_formats import module_of_tensor
 from networks.leftovers import text_side_of
 from networks.loading import LoraUse, refuse_unknown, warn_of_absent, warn_of_other_family
@@ -29,6 +29,7 @@ from networks.parts import is_cut, part_rows
 logger = getLogger(__name__)
 # HunyuanVideo in diffusers' layout has no name that FramePack has not too; FramePack has more
 LIKELY_MODEL = "hunyuan_video"
+BY_INPUT = "DoRA magnitudes by input are of the whole weight, the model has parts of it"
 _BLOCK_ELEMENTS = 1 << 20  # elements of a weight that are changed at once: 4 MB in float32
 
 
@@ -57,7 +58,10 @@ class Change:
         """
         path = self.use.lora.path
         try:
-            change = self if relative is None else self._placed(relative, weight)
+            if ROWS in self.factors and has_input_magnitudes(self.factors):
+                change = self._joined(relative, weight)
+            else:
+                change = self if relative is None else self._placed(relative, weight)
             found = list(change.delta(deltas.without_alpha(change.factors), META).shape)
         except (RuntimeError, IndexError) as error:
             raise CheckpointError(
@@ -78,6 +82,22 @@ class Change:
             raise CheckpointError(f"{option}{path} does not fit {model}: for {name} it has {what}", path)
         return change
 
+    def _joined(self, relative: Relative | None, weight: Tensor) -> "Change":
+        """Return the change of the whole layer that this one is the first part of, if the weight has it all.
+
+        DoRA magnitudes by input need the norms of the whole layer. Raises RuntimeError if the weight is a
+        part of it.
+        """
+        size, (first, last) = deltas.size_of(self.factors), deltas.rows_in(self.factors)
+        if relative is None or not relative.is_part or not is_cut(relative.part) or size is None:
+            raise RuntimeError(BY_INPUT)
+        rows = part_rows(relative.part, last - first, len(weight))
+        if not isinstance(rows, slice):
+            raise RuntimeError(BY_INPUT)
+        start = rows.start - first
+        whole = {part: one for part, one in self.factors.items() if part != ROWS}
+        return replace(self, factors=whole, rows=slice(start, start + size[0]))
+
     def _placed(self, relative: Relative, weight: Tensor) -> "Change":
         """Return the change for a relative of the LoRA's module.
 
@@ -94,7 +114,7 @@ class Change:
         if rows is None or rows == slice(0, own):
             return self
         if has_input_magnitudes(self.factors):
-            raise RuntimeError("DoRA magnitudes by input are of the whole weight, the model has parts of it")
+            raise RuntimeError(BY_INPUT)
         factors = deltas.rows_of(self.factors, rows)
         if factors is None:  # LoKr: computed whole, then cut
             norms = {DORA: self.factors[DORA][rows]} if DORA in self.factors else {}
@@ -193,9 +213,12 @@ class LoraPatch:
         another size.
         """
         changes = self._fitting(name, weight)
-        for place, change in enumerate(changes):  # move all factors but alphas, which the host reads
+        # move all factors but alphas and numbers of rows, which the host reads
+        for place, change in enumerate(changes):
             moved = {
-                part: one.to(weight.device) for part, one in deltas.without_alpha(change.factors).items()
+                part: one.to(weight.device)
+                for part, one in deltas.without_alpha(change.factors).items()
+                if part != ROWS
             }
             changes[place] = replace(change, factors={**change.factors, **moved})
         for rows in () if weight.is_meta else _blocks(weight, changes):
@@ -227,7 +250,10 @@ class LoraPatch:
                 self._narrower[id(change.use)] = other
                 continue
             self._taken[id(change.use)].add(key)
-            changes.append(change.fit(relative, weight, name, self._model))
+            fitted = change.fit(relative, weight, name, self._model)
+            is_whole = ROWS in change.factors and ROWS not in fitted.factors
+            if not is_whole or not deltas.rows_in(change.factors)[0]:  # the first part stands for all
+                changes.append(fitted)
         return changes
 
     @torch.no_grad()

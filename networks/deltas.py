@@ -20,17 +20,21 @@ Factors = Mapping[str, Tensor]  # "lora_down.weight" -> tensor: the factors of o
 CPU, META = torch.device("cpu"), torch.device("meta")
 
 LORA = ("lora_down.weight", "lora_up.weight")
+# rows (first, last + 1) of the factors' change that are the module's: it is a part of a layer that other
+# programs join, and a LoKr has no factor with these rows. No file holds it.
+ROWS = "reelsmith_rows"
 PARTS = (
     *LORA,
     *("lora_mid.weight", "lora_up.bias", "alpha", "diff", "diff_b", "dora_scale"),
     *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
     *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
+    ROWS,
 )
 # magnitudes: out x 1 (x 1 ...), one of each output, or 1 x in (x 1 ...), one of each input
 DORA = "dora_scale"
 OF_BIAS = {"diff_b": None, "lora_up.bias": None}.keys()  # in order of precedence
 OF_LOW_RANK = {"alpha", *LORA, *OF_BIAS}  # of plain LoRAs: two matrices change the weight
-_NO_MATRICES = {"alpha", "diff", DORA, *OF_BIAS}
+_NO_MATRICES = {"alpha", "diff", DORA, ROWS, *OF_BIAS}
 _PAIRS = (
     LORA,
     ("hada_w1_a", "hada_w1_b"),
@@ -107,6 +111,8 @@ def find_fault(factors: Factors) -> str | None:
     if "alpha" in factors and not _is_number(factors["alpha"]):
         return "its alpha is NaN or infinite, or more than one number"
     for part, tensor in factors.items():
+        if part == ROWS:
+            continue
         if part != "alpha" and not tensor.is_floating_point():
             return f"its {part} is of the type {dtype_name(tensor.dtype)}, which no factor is"
         if not is_finite(tensor):
@@ -138,6 +144,44 @@ def sizes_of(files: Sequence[Mapping[str, Tensor]]) -> tuple[list[int], list[flo
     ranked = [(rank, factors) for factors in modules if (rank := rank_of(factors))]
     alphas = {float(factors.get("alpha", 0)) or float(rank) for rank, factors in ranked}
     return sorted({rank for rank, _ in ranked}), sorted(alphas)
+
+
+def size_of(factors: Factors) -> tuple[int, int] | None:
+    """Return rows and columns of the matrix that the factors change; None if they are none for a matrix."""
+    shapes = {part: tuple(one.shape) for part, one in factors.items() if part in PARTS}
+    if any(len(shape) != 2 for part, shape in shapes.items() if part not in _NO_MATRICES):
+        return None
+    if "diff" in shapes:
+        return (shapes["diff"][0], shapes["diff"][1]) if len(shapes["diff"]) == 2 else None
+    if LORA[0] in shapes and LORA[1] in shapes:
+        return shapes[LORA[1]][0], shapes[LORA[0]][1]
+    if "hada_w1_a" in shapes and "hada_w1_b" in shapes and "hada_t1" not in shapes:
+        return shapes["hada_w1_a"][0], shapes["hada_w1_b"][1]
+    first, second = (_shape_of_lokr(shapes, f"lokr_w{n}") for n in "12")
+    if first is None or second is None or "lokr_t2" in shapes:
+        return None
+    return first[0] * second[0], first[1] * second[1]
+
+
+def _shape_of_lokr(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, ...] | None:
+    if name in shapes:
+        return shapes[name]
+    factors = shapes.get(f"{name}_a"), shapes.get(f"{name}_b")
+    return None if factors[0] is None or factors[1] is None else (factors[0][0], factors[1][1])
+
+
+def height_of(factors: Factors) -> int | None:
+    """Return the rows of a module that the factors are for, see `ROWS`; None if they tell none."""
+    if ROWS in factors:
+        first, last = rows_in(factors)
+        return last - first
+    size = size_of(factors)
+    return None if size is None else size[0]
+
+
+def rows_in(factors: Factors) -> tuple[int, int]:
+    first, last = factors[ROWS].tolist()
+    return int(first), int(last)
 
 
 def strength(factors: Factors) -> float:
@@ -181,7 +225,7 @@ def rows_of(factors: Factors, rows: slice | Tensor) -> Factors | None:
     It is for LoKr, whose rows are not rows of a factor, and for DoRA with magnitudes by input, whose norms
     need all rows. rows: a slice, for views, or row numbers in any order.
     """
-    if "lokr_w1" in factors or "lokr_w1_a" in factors or has_input_magnitudes(factors):
+    if {"lokr_w1", "lokr_w1_a", ROWS} & factors.keys() or has_input_magnitudes(factors):
         return None
     cut = dict(factors)
     for part in factors.keys() & {LORA[1], "diff", "diff_b", "lora_up.bias", DORA}:
@@ -192,6 +236,21 @@ def rows_of(factors: Factors, rows: slice | Tensor) -> Factors | None:
     return cut
 
 
+def part_of(factors: Factors, first: int, last: int) -> Factors:
+    """Return the factors of a part of a joined layer: these rows of the change, cut where factors have rows.
+
+    Others keep their factors and get `ROWS`. By output, magnitudes of a DoRA are cut, too.
+    """
+    cut = rows_of(factors, slice(first, last))
+    if cut is None:
+        cut = {**factors, ROWS: torch.tensor([first, last])}
+        for part in factors.keys() & {DORA, *OF_BIAS}:
+            if part != DORA or not has_input_magnitudes(factors):
+                cut[part] = factors[part][first:last]
+    # copies: files cannot hold tensors that share memory
+    return {part: tensor.clone() for part, tensor in cut.items()}
+
+
 def weight_delta(factors: Factors, device: torch.device) -> Tensor | None:
     """Return the change of the module's weight at multiplier 1: out x in (x kernel), float32, a new
     tensor.
@@ -199,7 +258,7 @@ def weight_delta(factors: Factors, device: torch.device) -> Tensor | None:
     For DoRA this is the change before `decompose`. None if only the bias changes.
     Raises RuntimeError if the factors do not match.
     """
-    f = {part: tensor.to(device, torch.float32) for part, tensor in factors.items()}
+    f = {part: tensor.to(device, torch.float32) for part, tensor in factors.items() if part != ROWS}
     scale = strength(factors)
     changes = [f["diff"].clone()] if "diff" in f else []
     if LORA[0] in f:
@@ -217,7 +276,8 @@ def weight_delta(factors: Factors, device: torch.device) -> Tensor | None:
             second = _product(f["lokr_w2_a"], f["lokr_w2_b"], f.get("lokr_t2"))
         shaped = (first * scale).reshape(*first.shape, *[1] * (second.ndim - first.ndim))
         changes.append(torch.kron(shaped, second.contiguous()))
-    return functools.reduce(Tensor.add_, changes) if changes else None
+    total = functools.reduce(Tensor.add_, changes) if changes else None
+    return total[slice(*rows_in(factors))] if total is not None and ROWS in factors else total
 
 
 def other_channels(factors: Factors, weight: Tensor) -> str | None:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from networks.deltas import DORA, LORA, PARTS, Factors
+from networks.deltas import DORA, LORA, PARTS, ROWS, Factors, height_of, size_of
 from networks.module_names import FAMILIES, alias, is_name, likely_families, sizes_fit
 from networks.names import layouts
 from networks.names.layouts import OF_CLIP, OF_LANGUAGE_MODEL, OF_LTX_FORK, OF_T5, OURS, FamilyNames
@@ -397,6 +397,9 @@ def _size_of(factors: Factors) -> tuple[int, int] | None:
     """
     shapes = {part: tuple(one.shape) for part, one in factors.items()}
     try:
+        if ROWS in factors:
+            whole = size_of(factors)
+            return None if whole is None else (height_of(factors) or 0, whole[1])
         if "diff" in shapes:
             rows, *columns = shapes["diff"]
         elif LORA[0] in shapes:

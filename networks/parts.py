@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from modules.errors import CheckpointError
 from networks import deltas
-from networks.deltas import DORA, LORA, Factors, strength
+from networks.deltas import DORA, LORA, ROWS, Factors, strength
 from networks.lora_products import diagonal_blocks, fused_heights
 from networks.module_names import FAMILIES, Relative, relatives
 from networks.names.layouts import BEFORE_REST, OURS, REST, SWAPPED, FamilyNames, WeightPart
@@ -68,16 +69,25 @@ def cut(tensors: Mapping[str, Tensor], height: Callable[[str], int | None]) -> d
 
 def _cut(factors: Factors, heights: Mapping[Relative, int | None]) -> dict[str, Factors] | str:
     """Return the factors of each part that has a height, or the reason why there are none."""
-    if LORA[1] not in factors:
-        return "only plain LoRAs can be split"
-    whole, given = len(factors[LORA[1]]), [rows for rows in heights.values() if rows is not None]
+    size, given = deltas.size_of(factors), [rows for rows in heights.values() if rows is not None]
+    if size is None and LORA[1] not in factors:
+        return "its change is no matrix"
+    whole = len(factors[LORA[1]]) if size is None else size[0]
     places = {one: part_rows(one.part, rows, whole) for one, rows in heights.items() if rows is not None}
     if any(rows is None for rows in places.values()) or (len(given) == len(heights) and sum(given) != whole):
         return f"its {whole} rows are not those of its parts, which have {' + '.join(map(str, given))}"
     if deltas.has_input_magnitudes(factors):
         return "its DoRA magnitudes are by input, so they belong to the whole weight"
-    pieces = {one: deltas.rows_of(factors, rows) for one, rows in places.items() if rows is not None}
-    return {OURS + one.name: piece for one, piece in pieces.items() if piece is not None}
+    pieces: dict[str, Factors] = {}
+    for one, rows in places.items():
+        if isinstance(rows, slice):
+            pieces[OURS + one.name] = deltas.part_of(factors, rows.start, rows.stop)
+        elif rows is not None:  # with swapped halves
+            swapped = deltas.rows_of(factors, rows)
+            if swapped is None:
+                return "its halves are to be swapped, which a LoKr has no form for"
+            pieces[OURS + one.name] = swapped
+    return pieces
 
 
 def fuse(
@@ -111,7 +121,7 @@ def fuse(
     likely = _likely_heights(pieces.values()) if height is None else {}
     for into, names in found.items():
         rows = likely[pieces[into][0][0].ours] if height is None else height(into)
-        joined = _join(pieces[into], rows or 0)
+        joined = _join(pieces[into], rows or 0, is_for_model=height is not None)
         if isinstance(joined, str):
             logger.warning(f"{into}: {joined}; they stay apart")
             fused.update({name: modules[name] for name in names})
@@ -128,8 +138,8 @@ def _likely_heights(found: Iterable[Pieces]) -> dict[str, int]:
     for part, factors in itertools.chain.from_iterable(found):
         seen.add(part.theirs)
         rows = heights.setdefault(part.ours, {})
-        if LORA[1] in factors:
-            rows[part.index] = len(factors[LORA[1]])
+        if (height := deltas.height_of(factors)) is not None:
+            rows[part.index] = height
     likely = {}
     for ours, rows in heights.items():
         # families may stack other parts under one name
@@ -154,8 +164,12 @@ def _likely_heights(found: Iterable[Pieces]) -> dict[str, int]:
     return likely
 
 
-def _join(pieces: Pieces, height: int) -> Factors | str:
-    """Return factors for a weight of this height, or the reason why there are none."""
+def _join(pieces: Pieces, height: int, is_for_model: bool = False) -> Factors | str:
+    """Return factors for a weight of this height, or the reason why there are none.
+
+    is_for_model: whole differences are made of what no factors can be joined of. They are large: files get
+    them apart.
+    """
     (part, factors), *others = pieces
     if part.index is None and not others:
         return factors
@@ -163,7 +177,7 @@ def _join(pieces: Pieces, height: int) -> Factors | str:
         set(factors) - {"alpha", *LORA, DORA, "lora_up.bias"} or factors[LORA[1]].ndim != 2
         for _, factors in pieces
     ):
-        return "only plain LoRAs can be joined"
+        return _join_others(pieces, height, is_for_model)
     places = [part_rows(part, len(factors[LORA[1]]), height) for part, factors in pieces]
     if isinstance(places[0], Tensor):  # with swapped halves
         swapped = deltas.rows_of(factors, places[0])
@@ -205,6 +219,115 @@ def _join(pieces: Pieces, height: int) -> Factors | str:
             for tensor, rows in given:
                 whole[name][rows] = tensor
     return whole
+
+
+def _join_others(pieces: Pieces, height: int, is_for_model: bool) -> Factors | str:
+    """Return factors for a weight made of parts that are no plain LoRAs, or the reason why there are none."""
+    heights = [deltas.height_of(factors) for _, factors in pieces]
+    places = [part_rows(part, rows, height) for (part, _), rows in zip(pieces, heights, strict=True) if rows]
+    slices = [place for place in places if isinstance(place, slice)]
+    if len(slices) < len(pieces):
+        return "its parts are no matrices, or do not fit the rows of the weight"
+    order = sorted(range(len(slices)), key=lambda one: slices[one].start)
+    slices, parts = [slices[one] for one in order], [pieces[one][1] for one in order]
+    is_whole = [one.start for one in slices] == [0, *(one.stop for one in slices[:-1])]
+    is_whole = is_whole and slices[-1].stop == height
+    if is_whole and (found := _one_layer(parts)) is not None:
+        return found
+    if not is_for_model:
+        return "only plain LoRAs, or the parts of one layer, can be joined"
+    if any(deltas.has_input_magnitudes(one) for one in parts):
+        return "its DoRA magnitudes are by input, so they belong to the parts"
+    is_dora = [DORA in one for one in parts]
+    if any(is_dora) and not (is_whole and all(is_dora)):
+        return f"its parts have DoRA magnitudes for less than its {height} rows"
+    changes = [deltas.weight_delta(one, deltas.CPU) for one in parts]
+    columns = {None if one is None else one.shape[1:] for one in changes}
+    if len(columns) > 1 or None in columns:
+        return "its parts have different inputs"
+    whole = torch.zeros(height, *next(iter(columns - {None})) or ())
+    for rows, change in zip(slices, changes, strict=True):
+        assert change is not None
+        whole[rows] = change
+    joined: dict[str, Tensor] = {"diff": whole}
+    if any(is_dora):
+        joined[DORA] = torch.cat([one[DORA] for one in parts])
+    biases = [deltas.bias_delta(one, deltas.CPU) for one in parts]
+    if any(bias is not None for bias in biases):
+        joined["diff_b"] = torch.zeros(height)
+        for rows, bias in zip(slices, biases, strict=True):
+            if bias is not None:
+                joined["diff_b"][rows] = bias
+    return joined
+
+
+# of a layer's parts: what has the part's rows; everything else is the whole layer's
+_BY_ROWS = {LORA[1], "diff", "diff_b", "lora_up.bias", DORA, "hada_w1_a", "hada_w2_a", ROWS}
+
+
+def _one_layer(parts: Sequence[Factors]) -> Factors | None:
+    """Return the factors of a layer that was taken apart into these parts, by rows; None if it was not."""
+    first = parts[0]
+    if any(one.keys() != first.keys() or "hada_t1" in one or "hada_t2" in one for one in parts):
+        return None
+    by_rows = first.keys() & _BY_ROWS - {ROWS}
+    if deltas.has_input_magnitudes(first):
+        by_rows -= {DORA}
+    if ROWS in first:  # their factors have no rows of their own, but for what is beside them
+        by_rows &= {DORA, *deltas.OF_BIAS}
+        ends = [deltas.rows_in(one) for one in parts]
+        size = deltas.size_of(first)
+        if size is None or [start for start, _ in ends] != [0, *(end for _, end in ends[:-1])]:
+            return None
+        if ends[-1][1] != size[0]:
+            return None
+    shared = first.keys() - by_rows - {ROWS}
+    if not all(torch.equal(one[part], first[part]) for one in parts for part in shared):
+        return None
+    return {
+        **{part: first[part] for part in shared},
+        **{part: torch.cat([one[part] for one in parts]) for part in by_rows},
+    }
+
+
+def settle_rows(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return a LoRA in which the parts of joined layers are forms that files have, without `ROWS`.
+
+    A LoKr whose blocks lie between the parts is cut, another becomes whole differences, in the dtype of its
+    factors. Raises CheckpointError for DoRA magnitudes by input: they belong to the whole layer.
+    """
+    modules = deltas.group_by_module(tensors)
+    if not any(ROWS in factors for factors in modules.values()):
+        return tensors
+    settled: dict[str, Factors] = {}
+    for name, factors in modules.items():
+        settled[name] = factors if ROWS not in factors else _settled(name, factors)
+    return deltas.ungroup(settled)
+
+
+def _settled(name: str, factors: Factors) -> Factors:
+    if deltas.has_input_magnitudes(factors):
+        raise CheckpointError(
+            f"{name} is a part of a joined layer whose DoRA magnitudes are by input: they belong to the "
+            "whole layer, which this model has in parts.\n  Convert the file with the program that made it."
+        )
+    (start, stop), others = deltas.rows_in(factors), {part for part in factors if part != ROWS}
+    first = next((part for part in ("lokr_w1", "lokr_w1_a") if part in factors), None)
+    size = deltas.size_of(factors)
+    assert size is not None
+    if first is not None:
+        block = size[0] // len(factors[first])  # rows of the second matrix
+        if not start % block and not stop % block:
+            rows = factors[first][start // block : stop // block].clone()
+            return {**{part: factors[part] for part in others}, first: rows}
+    change = deltas.weight_delta(factors, deltas.CPU)
+    assert change is not None
+    dtype = next(factors[part].dtype for part in factors if part.startswith(("lokr_w1", "lora_down")))
+    settled: dict[str, Tensor] = {"diff": change.to(dtype).clone()}
+    if DORA in factors:
+        settled[DORA] = factors[DORA]
+    bias = deltas.stored_bias(factors)
+    return settled if bias is None else {**settled, "diff_b": bias}
 
 
 def mend_split_alphas(

@@ -6,7 +6,7 @@ XLabs      double_blocks.0.processor.qkv_lora1.down.weight (lora1: picture, lora
 numbered   lora_unet_double_blocks_0_img_attn_qkv.lora_down.0.weight, .1., .2. (sd-scripts' split_dims): for
            the parts of a joined layer; also ..._qkv.0.lora_down.weight
 fused      transformer_blocks.0.attn.to_qkv.lora_A.weight (diffusers' `fuse_qkv_projections`, as SimpleTuner
-           trains): for to_q, to_k and to_v; also to_added_qkv, to_kv
+           trains): for to_q, to_k and to_v; also to_added_qkv, to_kv; LoRA, LoHa, LoKr and DoRA
 """
 
 import re
@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from networks.deltas import LORA, Factors, strength
+from networks.deltas import DORA, LORA, Factors, part_of, size_of, strength
 from networks.module_names import count_parts
 
 _XLABS = re.compile(
@@ -87,31 +87,50 @@ def _in_flux(found: re.Match[str]) -> list[str]:
 def _take_apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Split the tensors for fused queries, keys and values into tensors for each of them.
 
-    Queries are as wide as their input, so that two factors show the rows of keys and values, which may have
-    fewer heads. Layers without two such factors stay whole.
+    Queries are as wide as their input, so that the change's size shows the rows of keys and values, which may
+    have fewer heads. Layers whose change is no matrix stay whole.
     """
-    layers: dict[tuple[str, str], dict[str, str]] = {}  # start and layer -> what follows -> key
+    layers: dict[tuple[str, str], dict[str, str]] = {}  # start and layer -> our name of a factor -> key
     for key in tensors:
         if (found := _FUSED.fullmatch(key)) is not None:
-            layers.setdefault((found["start"], found["layer"]), {})[found["end"]] = key
+            named = _FACTOR.match(found["end"])
+            is_factor = named is not None and ".bias" not in found["end"]
+            part = _FACTORS[named["factor"]] if named is not None and is_factor else _usual_end(found["end"])
+            layers.setdefault((found["start"], found["layer"]), {})[part] = key
     apart = dict(tensors)
     for (start, layer), keys in layers.items():
-        named = {end: one["factor"] for end in keys if (one := _FACTOR.match(end)) is not None}
-        sides = {_FACTORS[factor]: tensors[keys[end]] for end, factor in named.items() if ".bias" not in end}
-        if any(side not in sides or sides[side].ndim != 2 for side in LORA):
+        factors = {part: _as_column(part, tensors[key]) for part, key in keys.items()}
+        size = size_of(factors)
+        if size is None:
             continue
-        whole, width = len(sides[LORA[1]]), sides[LORA[0]].shape[1]
-        first = () if layer == "kv" else (width,)
-        rows, left = divmod(whole - sum(first), 2)
+        whole, width = size
+        leading = () if layer == "kv" else (width,)
+        rows, left = divmod(whole - sum(leading), 2)
         if left or rows <= 0 or width % rows:
             continue
-        heights, parts = [*first, rows, rows], _FUSED_PARTS[layer]
-        for end, key in keys.items():
-            tensor = apart.pop(key)
-            by_rows = _FACTORS.get(named.get(end, "")) != LORA[0] and tensor.ndim and len(tensor) == whole
-            pieces = tensor.split(heights) if by_rows else [tensor] * len(parts)
-            apart |= {f"{start}{part}.{end}": one.clone() for part, one in zip(parts, pieces, strict=True)}
+        ends = {part: _FUSED.fullmatch(key)["end"] for part, key in keys.items()}  # type: ignore[index]
+        first = 0
+        for part, height in zip(_FUSED_PARTS[layer], (*leading, rows, rows), strict=True):
+            pieces = part_of(factors, first, first + height)
+            apart |= {f"{start}{part}.{ends.get(name, name)}": one for name, one in pieces.items()}
+            first += height
+        for key in keys.values():
+            del apart[key]
     return apart
+
+
+def _usual_end(end: str) -> str:
+    """Return our name for what follows a module in a key: DoRA magnitudes and biases have several."""
+    if end.startswith("lora_magnitude_vector") or end == "magnitude":
+        return DORA
+    named = _FACTOR.match(end)
+    is_bias = named is not None and end.endswith(".bias") and _FACTORS[named["factor"]] == LORA[1]
+    return "lora_up.bias" if is_bias else end
+
+
+def _as_column(part: str, tensor: Tensor) -> Tensor:
+    """Return magnitudes as out x 1, as PEFT has them in one axis."""
+    return tensor.view(-1, 1) if part == DORA and tensor.ndim == 1 else tensor
 
 
 def _put_together(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:

@@ -15,7 +15,7 @@ from networks.lora_products import diagonal_blocks, fused_heights
 from networks.module_names import alias, module_path, parts_of, to_alias
 from networks.names.layouts import IN_COMFYUI, IN_DIFFUSERS, OURS, SWAPPED, UNET_IN_DIFFUSERS, FamilyNames
 from networks.names.texts import diffusers_path_of_text
-from networks.parts import fuse
+from networks.parts import fuse, settle_rows
 
 logger = getLogger(__name__)
 _UNKNOWN = "no known model has a module with this name"
@@ -255,10 +255,14 @@ def in_target(
 
 
 def in_own_form(tensors: Mapping[str, Tensor], family: FamilyNames | None) -> Mapping[str, Tensor]:
-    """Return our LoRA on the modules that the family's model has here: parts joined, or stacks split."""
+    """Return our LoRA on the modules that the family's model has here: parts joined, or stacks split.
+
+    Raises CheckpointError if a part of a joined layer has no form of its own.
+    """
     if family is not None and family.joined:
-        return take_apart(tensors, family)
-    return fuse(tensors, family=family) if family is None or family.parts else tensors
+        return settle_rows(take_apart(tensors, family))
+    is_joined = family is None or family.parts
+    return settle_rows(fuse(tensors, family=family) if is_joined else tensors)
 
 
 def take_apart(tensors: Mapping[str, Tensor], family: FamilyNames) -> dict[str, Tensor]:
