@@ -18,9 +18,9 @@ from dataset.batches.order import split_validation
 from dataset.caching.prefetch import conclude
 from dataset.options import DebugOptions
 from modules.atomic_write import write_bytes
+from modules.console import count_of
 from modules.contract.family import FLOW, Family, NoiseSpec, sound_of
 from modules.contract.rules import ONE_EXPERT, Expert
-from modules.console import count_of
 from modules.control_codes import escape_control_codes
 from modules.devices import choose_device
 from modules.errors import OptionError
