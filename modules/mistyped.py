@@ -130,7 +130,7 @@ def meant_elsewhere(flags: Flags, name: str, key_file: str = "") -> str:
 
 
 def explain_role(flags: Flags, name: str) -> str:
-    """Return what to give in place of another model's option for the same kind of file; "" if there is none."""
+    """Return what to give in place of another model's option for such a file; "" if there is none."""
     role = next((names.split() for names in _ROLES if name in names.split()), [])
     options = {id(flags[f"--{one}"]): flags[f"--{one}"] for one in role if f"--{one}" in flags}
     told = []
