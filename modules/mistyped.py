@@ -65,6 +65,8 @@ caption_dropout_rate: caption_dropout
 save_merged_model: out output output_path save_to
 W: width
 H: height
+renorm_cfg: rcfg
+cfg_trunc_ratio: ctr
 convrot_int8: int8 int8_base fp8_int8 use_int8
 bf16: bfloat16
 fp16: float16 half
@@ -83,6 +85,8 @@ _NOTHING = {
     "v_parameterization zero_terminal_snr scale_v_pred_loss_like_noise_pred debiased_estimation_loss": (
         "it belongs to the noise of Stable Diffusion"
     ),
+    "rcfg ctr": "it is for lines of prompts, of Lumina and Z-Image",
+    "load_tensors": "it is a key of a dataset file, load_tensors = true in a table, which caching reads",
     "clip_skip max_token_length v2 sdxl": "it is for the text encoders of Stable Diffusion",
 }
 
