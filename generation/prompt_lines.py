@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 Value = int | float | str | Mapping[str, int] | Sequence[float] | None
 # a mistyped option with a number: one dash, or dashes of word processors
 _ODD_OPTION = re.compile("(?<=\\s)(-|-?[\u2010-\u2015\u2212]+)([A-Za-z_]+) ([0-9]\\S*)")
+_ONE_DASH = re.compile(r"(?<=\s)-rcfg (?=[0-9.])")  # as a guide of image trainers prints it
 SOLVERS = {  # --sample_solver -> as `modules.flow.solvers` names it
     "unipc": "unipc",
     "dpm++": "dpm++",
@@ -239,39 +240,29 @@ def parse_words(
     find: returns an option by its name, or None. no_use: follows the warning about an option that lines of
     other scripts have. Raises OptionError if a value cannot be read.
     """
+    line = _ONE_DASH.sub("--rcfg ", line)
     prompt, *parts = line.split(" --")
     _check_count(len(parts))
-    shown = shorten(line.strip(), MAX_LINE_SHOWN)
+    shown = f"{where} {shorten(line.strip(), MAX_LINE_SHOWN)!r}"
     values: dict[str, Any] = {"prompt": prompt.strip()}
     words = [part.partition(" ")[0] for part in parts]
-    known = [(one.key, word) for word in words if (one := find(word)) is not None]
-    has_unknown = len(known) < len(words)
-    own_names = (*options, *(option.key for option in options.values()))
-    names = known_names(own_names, find) if has_unknown else []
-    problems = [
-        f"{dash}{word} {value}: an option begins with two plain dashes. Write --{word}"
-        for dash, word, value in _ODD_OPTION.findall(line)[:MAX_LINE_OPTIONS]
-        if find(word) is not None
-    ]
+    spellings = _spellings_by_key(words, find)
+    problems = _find_odd_options(line, find)
     for part in parts:
         word, _, text = part.partition(" ")
         option = find(word)
         if option is None:
-            logger.warning(
-                "%s %r: the unknown option --%s is ignored. %s",
-                where,
-                shown,
-                shorten(part.strip(), MAX_LINE_SHOWN),
-                no_use if find_option(word, OF_ALL_SCRIPTS) else suggest(word, options, names),
-            )
+            use = no_use if find_option(word, OF_ALL_SCRIPTS) else _suggest(word, options, find)
+            unknown = shorten(part.strip(), MAX_LINE_SHOWN)
+            logger.warning("%s: the unknown option --%s is ignored. %s", shown, unknown, use)
             continue
         if not read_path(text.strip()) and text.strip() not in option.empty:
             problems.append(f"--{word} has no value. Write it, or leave --{word} out")
             continue
-        same = [other for key, other in known if key == option.key]
+        same = spellings[option.key]
         if len(same) > 1 and not option.repeats and option.key not in values:
             spelled = " and --".join(dict.fromkeys(same))
-            logger.warning("%s %r: --%s: given more than once, the last counts", where, shown, spelled)
+            logger.warning("%s: --%s: given more than once, the last counts", shown, spelled)
         try:
             store(values, option, option.read(text.strip()))
         except ValueError as error:
@@ -279,6 +270,31 @@ def parse_words(
     if problems:
         raise OptionError("; ".join(problems))
     return values
+
+
+def _spellings_by_key(words: Sequence[str], find: Callable[[str], LineOption | None]) -> dict[str, list[str]]:
+    """Return how each option of a line is spelled, in their order."""
+    spellings: dict[str, list[str]] = {}
+    for word in words:
+        option = find(word)
+        if option is not None:
+            spellings.setdefault(option.key, []).append(word)
+    return spellings
+
+
+def _find_odd_options(line: str, find: Callable[[str], LineOption | None]) -> list[str]:
+    """Return what is wrong with options that do not begin with two plain dashes."""
+    return [
+        f"{dash}{word} {value}: an option begins with two plain dashes. Write --{word}"
+        for dash, word, value in _ODD_OPTION.findall(line)[:MAX_LINE_OPTIONS]
+        if find(word) is not None
+    ]
+
+
+def _suggest(word: str, options: Mapping[str, LineOption], find: Callable[[str], LineOption | None]) -> str:
+    """Return what to write in place of an unknown option."""
+    own_names = (*options, *(option.key for option in options.values()))
+    return suggest(word, options, known_names(own_names, find))
 
 
 def is_blank(line: str) -> bool:

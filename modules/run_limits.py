@@ -77,7 +77,12 @@ def refuse_outside(option: str, path: Path) -> None:
 
 
 def refuse_writing(path: Path) -> None:
-    """Raise OutputError if a run may not write this file or folder, as for a link that leads elsewhere."""
+    """Raise OutputError if a run may not write this file or folder, as for a link that leads elsewhere.
+
+    Temporary files of the system's folder for them are ours: no option of a run may name that folder.
+    """
+    if is_limited() and _resolved(os.path.abspath(path)).is_relative_to(_temporary_folder()):  # noqa: PTH100
+        return
     problem = describe_outside(path.parent)
     if problem is not None:
         raise OutputError(f"{path}: {problem}")
@@ -105,6 +110,13 @@ def _run_command(*words: str) -> str:
 @functools.lru_cache(maxsize=4096)  # asked for at each file that is written
 def _resolved(path: str) -> Path:
     return Path(os.path.normcase(os.path.realpath(path)))
+
+
+@functools.cache
+def _temporary_folder() -> Path:
+    import tempfile  # likewise
+
+    return _resolved(tempfile.gettempdir())
 
 
 @functools.lru_cache(maxsize=8)
