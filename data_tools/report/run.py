@@ -85,6 +85,13 @@ def run_report(config: DatasetConfig, options: ReportOptions) -> None:
             logger.info("wrote %s", options.json)
 
 
+def _find_remarks(sources: Sequence[MediaSource], fps: float) -> list[Fault]:
+    """Return remarks that headers and listings tell. fps: of the model."""
+    remarks = find_other_lengths(sources, fps) + find_reordered(sources)
+    # a card shows only the text
+    return remarks + [replace(one, text=f"{one.text} ({one.kind})") for one in find_colours(sources)]
+
+
 def _measure_table(
     config: DatasetConfig, table: DatasetTable, options: ReportOptions, latent: LatentSpec, workers: int
 ) -> TableFindings:
@@ -94,10 +101,7 @@ def _measure_table(
     if not found.sources:
         return found
     check_captions(found)
-    found.remarks += find_other_lengths(found.sources, options.fps)
-    found.remarks += find_reordered(found.sources)
-    # a card shows only the text
-    found.remarks += [replace(one, text=f"{one.text} ({one.kind})") for one in find_colours(found.sources)]
+    found.remarks += _find_remarks(found.sources, options.fps)
     try:
         check_resolution(table, latent.pixel_step)
     except DatasetError as error:

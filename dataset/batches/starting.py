@@ -22,6 +22,7 @@ from dataset.sources.listing import find_sources
 from dataset.sources.media_source import MediaSource
 from dataset.sources.sound import list_unheard
 from modules.console import count_of
+from modules.contract.data import MadeBy
 from modules.contract.family import Family
 from modules.errors import DatasetError, MediaError
 
@@ -53,28 +54,23 @@ def check_caches(
     changed captions. What is encoded while training is not looked at.
     """
     cached = [item for item in items if item.kind.sizes is None]
-    size_bytes, checks, older = 0, CacheChecks(), list[TrainingItem]()
-    read_otherwise: list[tuple[TrainingItem, int]] = []  # with the mark of how its clip was read
+    size_bytes, checks = 0, CacheChecks()
+    made: list[tuple[TrainingItem, MadeBy]] = []
     windows: dict[tuple[int, str], int] = {}
     sample = random.Random(0).sample(cached, min(len(cached), MOST_READ))
     further = ((item, number) for item in sample for number in range(1, item.captions))
     looked_at = itertools.islice(itertools.chain(((item, 0) for item in sample), further), MOST_READ)
     for item, number in itertools.islice(looked_at, process[0], None, process[1]):
         batch = read_batch([item], family.latent, commands, checks, [number], stores)
-        if number == 0 and any(made.own_clocks for made in batch.made_by):
-            older.append(item)
-        read_otherwise += [(item, made.as_shown) for made in batch.made_by if made.as_shown is not None]
-        windows[item.table.index, item.source_stem] = max((made.windows for made in batch.made_by), default=0)
+        made += [(item, one) for one in batch.made_by if number == 0]
+        windows[item.table.index, item.source_stem] = max((one.windows for one in batch.made_by), default=0)
         if item.kind.has_text and not has_live_texts:
             family.batch_conditions(family.latent.to_model(batch.tensor("latents")), batch)
         values = [value if isinstance(value, list) else [value] for value in batch.tensors.values()]
         size_bytes += sum(one.nbytes for one in itertools.chain(*values))
         if size_bytes > MOST_READ_BYTES:
             break
-    if older:
-        _compare_clocks(older, family.defaults.fps, commands)
-    if read_otherwise:
-        _compare_reading(read_otherwise, family.latent.masks_latents, commands)
+    _warn_of_earlier(made, family, commands)
     there = Counter((item.table.index, item.source_stem) for item in cached)
     fewer = [
         (stem, there[table, stem], of) for (table, stem), of in windows.items() if there[table, stem] < of
@@ -85,6 +81,18 @@ def check_caches(
             "%s",
             *(count_of(len(fewer), "clip"), *fewer[0], commands.latents),
         )
+
+
+def _warn_of_earlier(
+    made: Sequence[tuple[TrainingItem, MadeBy]], family: Family, commands: CachingCommands
+) -> None:
+    """Warn of caches that earlier versions made and that would be different now. made: of each item."""
+    by_own_clocks = [item for item, one in made if one.own_clocks]
+    if by_own_clocks:
+        _compare_clocks(by_own_clocks, family.defaults.fps, commands)
+    read_before = [(item, one.as_shown) for item, one in made if one.as_shown is not None]
+    if read_before:
+        _compare_reading(read_before, family.latent.masks_latents, commands)
 
 
 def _compare_clocks(older: Sequence[TrainingItem], fps: float, commands: CachingCommands) -> None:

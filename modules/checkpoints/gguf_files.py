@@ -65,15 +65,7 @@ class GgufFile(HeaderFile):
         if version not in (2, 3):
             raise ValueError(f"its version is {version}, 2 and 3 are known")
         count, keys = head.number("Q"), head.number("Q")
-        own_shapes: dict[str, tuple[int, ...]] = {}  # of tensors that lie in another one, by name
-        for _ in range(keys):
-            key, kind = head.text(), head.number("I")
-            if key.startswith(_SHAPE_KEY) and kind == _LIST:
-                own_shapes[key.removeprefix(_SHAPE_KEY)] = head.whole_numbers()
-                continue
-            value = head.value(kind)
-            if value is not None:
-                self.metadata[key] = str(value)
+        own_shapes = self._read_keys(head, keys)
         places, starts = [], {}
         for _ in range(count):
             check_count(self.path, len(self.tensors))
@@ -104,6 +96,19 @@ class GgufFile(HeaderFile):
             last = end
         self._heads: dict[str, int] = {}  # of tensors whose rows are permuted within each head
         self._name_like_transformers()
+
+    def _read_keys(self, head: "_Header", number: int) -> dict[str, tuple[int, ...]]:
+        """Read keys into `metadata`; return by name the shapes of tensors that lie in another one."""
+        own_shapes: dict[str, tuple[int, ...]] = {}
+        for _ in range(number):
+            key, kind = head.text(), head.number("I")
+            if key.startswith(_SHAPE_KEY) and kind == _LIST:
+                own_shapes[key.removeprefix(_SHAPE_KEY)] = head.whole_numbers()
+                continue
+            value = head.value(kind)
+            if value is not None:
+                self.metadata[key] = str(value)
+        return own_shapes
 
     def _info(self, name: str, number: int, shape: tuple[int, ...], own_shape: tuple[int, ...]) -> TensorInfo:
         """Return the facts of a tensor. number: GGUF type. shape: in the file. own_shape: in the model."""
