@@ -22,7 +22,7 @@ import psutil  # comes with accelerate
 from modules.atomic_write import write_text
 from modules.command import did_you_mean, message_of
 from modules.errors import OptionError
-from modules.installation import PREFIX, ROOT, find_script, program_environment, program_words
+from modules.installation import FROM_QUEUE, PREFIX, ROOT, find_script, program_environment, program_words
 from modules.text_files import real_path
 from package.reelsmith.commands import ScriptCommand, find_commands
 
@@ -123,7 +123,7 @@ def check_options(words: Sequence[str], folder: Path) -> None:
         done = subprocess.run(
             [python, "-P", "-c", READ_OPTIONS, *program],
             cwd=folder,
-            env=program_environment(),
+            env=program_environment(**{FROM_QUEUE: "1"}),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             encoding="utf-8",
@@ -210,7 +210,9 @@ def main() -> None:
             signal.signal(getattr(signal, name), lambda number, _: signals.append(number))
     program, folder, path = json.loads(told)
     try:
-        process = subprocess.Popen(program, cwd=folder, env=program_environment(), stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            program, cwd=folder, env=program_environment(**{FROM_QUEUE: "1"}), stdin=subprocess.DEVNULL
+        )
     except OSError as error:
         write_text(Path(path), "1")
         raise SystemExit(f"{folder}: no job can be started there: {error.strerror}") from None
