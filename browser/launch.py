@@ -23,7 +23,15 @@ from modules.atomic_write import write_text
 from modules.command import did_you_mean, message_of
 from modules.control_codes import shorten
 from modules.errors import OptionError
-from modules.installation import LONGEST_NAME, PREFIX, ROOT, find_script, program_environment, program_words
+from modules.installation import (
+    FROM_QUEUE,
+    LONGEST_NAME,
+    PREFIX,
+    ROOT,
+    find_script,
+    program_environment,
+    program_words,
+)
 from modules.text_files import real_path
 from package.reelsmith.commands import ScriptCommand, find_commands
 
@@ -152,7 +160,7 @@ def check_options(words: Sequence[str], folder: Path) -> None:
         done = subprocess.run(
             [python, "-P", "-c", READ_OPTIONS, *program],
             cwd=folder,
-            env=program_environment(),
+            env=program_environment(**{FROM_QUEUE: "1"}),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             encoding="utf-8",
@@ -239,7 +247,9 @@ def main() -> None:
             signal.signal(getattr(signal, name), lambda number, _: signals.append(number))
     program, folder, path = json.loads(told)
     try:
-        process = subprocess.Popen(program, cwd=folder, env=program_environment(), stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            program, cwd=folder, env=program_environment(**{FROM_QUEUE: "1"}), stdin=subprocess.DEVNULL
+        )
     except OSError as error:
         write_text(Path(path), "1")
         raise SystemExit(f"{folder}: no job can be started there: {error.strerror}") from None

@@ -27,6 +27,8 @@ LONGEST_NAME = 100  # characters of a script; file systems refuse to look for fa
 MOST_BEFORE = 16  # words of a command before the script: options of the launcher
 # variable of a program that run_project.py starts: it types the next command itself, and no hint names it
 RUN_GOES_ON = "REELSMITH_RUN_GOES_ON"
+# variable of a program that the browser's queue starts: its command is a line of a file
+FROM_QUEUE = "REELSMITH_FROM_QUEUE"
 RUN_CHECKS = "checks"  # its value for a training that only checks its options and files
 SOURCES_LEFT_OUT = 4  # exit code of caching, for that program alone: all is cached but sources with faults
 # distribution -> what it is imported as, if that is another name
@@ -197,24 +199,36 @@ def describe_missing(error: ImportError) -> str:
     )
 
 
+def refuses_code() -> str | None:
+    """Return why no code of the working folder may be run, and what to do; None if the user types commands.
+
+    For `run` and the queue the names come from a file that may be somebody else's.
+    """
+    if os.environ.get(RUN_GOES_ON):
+        return "`run` takes no code from its folder: if it is yours, start the training itself"
+    if os.environ.get(FROM_QUEUE):
+        return "The queue takes no code from a folder: if it is yours, start the command in a terminal"
+    return None
+
+
 def import_user_module(option: str, name: str, example: str, remedy: str) -> ModuleType:
-    """Import a module by the name that a user gave to an option. The working folder is searched too, but not
-    for `run`: there the name comes from a file that may be somebody else's.
+    """Import a module by the name that a user gave to an option. The working folder is searched too, if the
+    user has typed the name (`refuses_code`).
 
     example: a valid name. remedy: more words for the error if it is not found. Raises OptionError if it
     cannot be imported.
     """
     if not all(part.isidentifier() for part in name.split(".")):
         raise OptionError(f"{option} {name} is not an import path. Write package.module, as {example}.")
-    here, is_asked = str(Path.cwd()), not os.environ.get(RUN_GOES_ON)
-    if is_asked and here not in sys.path:
+    here, reason = str(Path.cwd()), refuses_code()
+    if reason is None and here not in sys.path:
         sys.path.append(here)
     try:
         return importlib.import_module(own_name(name))
     except ImportError as error:
         why = describe_missing(error)
-        if not is_asked:
-            why += ". `run` takes no code from its folder: if it is yours, start the training itself"
+        if reason is not None:
+            why += f". {reason}"
         raise OptionError(f"{option} {name} cannot be imported: {why}.{remedy}") from error
     except Exception as error:  # the module may run any code of its own
         raise OptionError(f"{option} {name} cannot be imported: {type(error).__name__}: {error}") from error

@@ -47,6 +47,26 @@ def limit_run(folders: Sequence[Path], typed: Collection[str] = (), command: str
                 os.environ[name] = value
 
 
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Make a temporary folder of the system, into which a limited run may write too."""
+    import json  # here: all options import this file
+    import tempfile  # likewise
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if not is_limited():
+            yield folder
+            return
+        place = str(real_path(folder))
+        os.environ[FOLDERS] = json.dumps([*json.loads(os.environ[FOLDERS]), place])
+        try:
+            yield folder
+        finally:
+            folders = json.loads(os.environ[FOLDERS])
+            os.environ[FOLDERS] = json.dumps([one for one in folders if one != place])
+
+
 def is_limited() -> bool:
     return bool(os.environ.get(FOLDERS))
 
@@ -77,12 +97,7 @@ def refuse_outside(option: str, path: Path) -> None:
 
 
 def refuse_writing(path: Path) -> None:
-    """Raise OutputError if a run may not write this file or folder, as for a link that leads elsewhere.
-
-    Temporary files of the system's folder for them are ours: no option of a run may name that folder.
-    """
-    if is_limited() and _resolved(os.path.abspath(path)).is_relative_to(_temporary_folder()):  # noqa: PTH100
-        return
+    """Raise OutputError if a run may not write this file or folder, as for a link that leads elsewhere."""
     problem = describe_outside(path.parent)
     if problem is not None:
         raise OutputError(f"{path}: {problem}")
@@ -110,13 +125,6 @@ def _run_command(*words: str) -> str:
 @functools.lru_cache(maxsize=4096)  # asked for at each file that is written
 def _resolved(path: str) -> Path:
     return Path(os.path.normcase(os.path.realpath(path)))
-
-
-@functools.cache
-def _temporary_folder() -> Path:
-    import tempfile  # likewise
-
-    return _resolved(tempfile.gettempdir())
 
 
 @functools.lru_cache(maxsize=8)

@@ -20,7 +20,7 @@ from generation import prompt_lines
 from generation.line_options import key_of
 from modules.control_codes import replace_control_codes, shorten
 from modules.errors import OptionError, UserError
-from modules.installation import import_user_module
+from modules.installation import import_user_module, refuses_code
 from modules.limits import MAX_VARIANTS
 from modules.media.reading import folder_images, image_size, read_tags
 from modules.option_values import read_whole
@@ -331,6 +331,9 @@ def import_prompter(name: str) -> ModuleType:
     cannot be imported or has no get_prompter.
     """
     if name.endswith(".py"):
+        reason = refuses_code()
+        if reason is not None:
+            raise OptionError(f"--from_module {name}: {reason}")
         spec = importlib.util.spec_from_file_location(Path(name).stem, name)
         assert spec is not None
         assert spec.loader is not None

@@ -1,5 +1,6 @@
 """Turn a source into items to encode: decode once, keep and resize frames, choose the bucket, cut spans."""
 
+import contextlib
 import dataclasses
 import itertools
 import random
@@ -31,6 +32,7 @@ from modules.console import count_of
 from modules.errors import MediaError
 from modules.media.augmenting import change_colours, crop_anywhere, face_in_name, fit_face, mirror
 from modules.media.buckets import Fit, Size, fit_cover, fit_like, fit_without_enlarging, how_to_resize
+from modules.media.budget import ByteBudget
 from modules.media.decoding import is_animation
 from modules.media.reading import (
     Frame,
@@ -47,6 +49,9 @@ Clip = NDArray[np.uint8]  # F H W C
 NO_FRAMES: Clip = np.empty((0, 0, 0, 3), np.uint8)
 LARGE = 1 << 14  # the side of a picture that no table finds too small
 GROWTH = 64  # frames by which memory grows at a time
+DECODED_COPIES = 9  # bytes of a pixel while a picture is decoded: three copies in RGB
+SMALL_PICTURE = 1 << 26  # bytes up to which pictures are decoded by all threads at once
+PICTURES = ByteBudget(1 << 30)  # of all threads of this process
 IMAGE_SPANS: tuple[Span, ...] = ((0, 1),)
 
 
@@ -133,7 +138,8 @@ def decode_source(
             why = "its latents are given (load_tensors), so that no frames are read"
             raise MediaError(f"{source.path}: {why}")
         if table.kind == "image":
-            return dataclasses.replace(_decode_image(here, step, numbers, keeps_alpha), source=source)
+            with PICTURES.hold(planned_bytes(here)):
+                return dataclasses.replace(_decode_image(here, step, numbers, keeps_alpha), source=source)
         clock: list[tuple[int, float]] = []  # number and second of each kept frame
 
         def decoded() -> Iterator[Frame]:
@@ -174,6 +180,19 @@ def decode_source(
     facts = ClipFacts(size, count, complete, size_changes=tuple(changes))
     seen = size, bucket, frames, found, reason, tuple(control)
     return DecodedMedia(source, *seen, mask=mask, clip=facts, **more)
+
+
+def planned_bytes(source: MediaSource) -> int:
+    """Return about what decoding a picture and its control pictures takes, by their headers; 0 if little.
+
+    source: fetched. What cannot be read counts as nothing: decoding says why.
+    """
+    total = 0
+    for path in (source.path, *source.control):
+        with contextlib.suppress(MediaError, OSError):
+            width, height = image_size(path)
+            total += width * height * DECODED_COPIES
+    return total if total > SMALL_PICTURE else 0
 
 
 def _decode_image(

@@ -14,7 +14,6 @@ import functools
 import hashlib
 import io
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from modules.atomic_write import write_text
 from modules.command import as_typed
 from modules.control_codes import escape_control_codes
 from modules.media.colours import Frame
+from modules.run_limits import temporary_folder
 
 # Templates put what no copy for others may hold between these, and `mark_folders` does so in all texts of a
 # page; escaped texts cannot hold them.
@@ -118,8 +118,8 @@ def embed_clip(frames: Sequence[Frame], fps: float, text: str, largest_side: int
         return embed_picture(frames[0], text, largest_side)
     from modules.media.writing import write_video
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "clip.mp4"
+    with temporary_folder() as folder:
+        path = folder / "clip.mp4"
         reduced = (reduce_frame(frame, largest_side) for frame in frames)
         write_video(path, reduced, fps, crf=CLIP_CRF, preset="veryfast")
         data = path.read_bytes()

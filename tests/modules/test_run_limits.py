@@ -4,10 +4,12 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from modules import atomic_write
 from modules.errors import OptionError, OutputError
+from modules.pages.page import embed_clip
 from modules.run_limits import FOLDERS, is_limited, limit_run, refuse_outside, refuse_sending
 
 
@@ -66,6 +68,15 @@ def test_nothing_is_appended_to_a_file_that_a_link_names(tmp_path: Path) -> None
             atomic_write.append_text(folder / "history.jsonl", "x")
         atomic_write.write_text(folder / "history.jsonl", "new")  # takes the place of the link
     assert mine.read_text(encoding="utf-8") == "mine"
+
+
+def test_a_page_embeds_clips_though_they_are_written_to_a_temporary_folder(tmp_path: Path) -> None:
+    frames = [np.zeros((32, 32, 3), np.uint8)] * 3
+    with limit_run([tmp_path], []):
+        tag = embed_clip(frames, 8.0, "black")
+        with pytest.raises(OutputError, match="lies outside of"):
+            atomic_write.write_text(tmp_path.parent / "other.txt", "x")
+    assert "data:video/mp4;base64," in tag
 
 
 def test_what_is_sent_is_typed(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from downloads.catalogue import ModelSet
 from modules.checkpoints.writing import save_tensors
 from modules.command import as_typed
 from modules.errors import OptionError
-from modules.installation import RUN_GOES_ON, SOURCES_LEFT_OUT
+from modules.installation import FROM_QUEUE, RUN_GOES_ON, SOURCES_LEFT_OUT
 from modules.media.reading import Frame
 from modules.text_files import parse_toml
 from networks.adapter import import_network_module
@@ -31,6 +31,7 @@ from networks.loading import read_lora
 from project import running
 from project.options import RunOptions, find_models
 from project.running import _check_media, run_command
+from stable_diffusion.lines import import_prompter
 from tests.commands import QUIET, ROOT, run_script
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.tiny.project import moving_square
@@ -255,9 +256,14 @@ def test_no_code_of_the_folder_is_run(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv(RUN_GOES_ON, "1")
     with pytest.raises(OptionError, match="takes no code from its folder"):
         import_network_module("hostile_network")
+    monkeypatch.delenv(RUN_GOES_ON)
+    monkeypatch.setenv(FROM_QUEUE, "1")
+    for use in (import_network_module, import_prompter):
+        with pytest.raises(OptionError, match="The queue takes no code from a folder"):
+            use("hostile_network" if use is import_network_module else "hostile_network.py")
     assert not (tmp_path / "it ran").exists()
 
-    monkeypatch.delenv(RUN_GOES_ON)  # typed by the user
+    monkeypatch.delenv(FROM_QUEUE)  # typed by the user
     with pytest.raises(OptionError, match="builds no network"):
         import_network_module("hostile_network")
     assert (tmp_path / "it ran").exists()
