@@ -174,7 +174,7 @@ def _downloaded(command: Command) -> Iterator[str]:
 
 
 def _of_project(arguments: Sequence[str], folder: Path) -> Iterator[str]:
-    action, place, *_ = arguments
+    action, place = [*arguments, ""][:2]
     if action == "new":
         yield from (f"{place}/{name}" for name in ("dataset.toml", "prompts.txt", "run.toml"))
     if action == "run":
