@@ -69,6 +69,8 @@ REQUEST_OPTIONS = {
     "one_frame_inference": "one_frame",
     "control_image_mask_path": "control_image_mask_path",
 }
+# keys of caches: clean latents, and those at half the resolution, which single pictures lack
+CLEAN, DOUBLED = "latents_clean", "latents_clean_2x"
 FRAMES_PER_SECOND = 30  # as in training; --fps only sets the rate in the file
 USUAL_SECONDS = 5.0
 WINDOW = 9  # latent frames of a section, as the model was trained
@@ -215,8 +217,10 @@ def generation_options(options: FramePackTrainingOptions, sample: Mapping[str, A
     window, extra, frames = options.latent_window_size, sample.get("extra") or {}, sample.get("frames")
     example, picture = sample.get("example"), sample.get("image_path")
     controls = sample.get("control_images") or ()
+    one_frame = options.one_frame
     if example is not None:
-        picture = next(iter(example.controls), None) if options.one_frame else example.picture
+        one_frame |= CLEAN in example.cached and DOUBLED not in example.cached
+        picture = next(iter(example.controls), None) if one_frame else example.picture
         controls = example.controls
         extra = {"one_frame": _join_places(example.places, sample.get("cached_with") or {})}
     found = {
@@ -226,7 +230,7 @@ def generation_options(options: FramePackTrainingOptions, sample: Mapping[str, A
         "--embedded_cfg_scale": sample.get("embedded_guidance"),
         "--latent_window_size": None if window == WINDOW else window,
     }
-    if options.one_frame:
+    if one_frame:
         return found | {
             "--one_frame_inference": extra.get("one_frame", "default"),
             "--control_image_path": controls,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from dataset.cache.commands import NAME
 from tests.faults.messages import succeed_here
 from tests.tiny.families import CLIP, FAMILIES, OUTPUT, TWO_LISTS, Command, TinyFamily, family_called
 from tests.tiny.families import _wan as wan_of  # a variant that no other test drives
@@ -67,6 +68,7 @@ def control(*names: str) -> tuple[str, ...]:
     return tuple(f"{{folder}}/control/{name}" for name in names)
 
 
+CONTROLS = control("picture 0_0.png", "picture 0_1.png")
 PLACES = "target_index=1,control_index=0;3"
 ONE_FRAME = wan_of("i2v-14B", "i2v", with_clip=[*CLIP, "--one_frame"], media=[])
 VACE = family_called("wan vace-1.3B")
@@ -108,7 +110,7 @@ CASES = [
         "plain",
         (
             *("--one_frame_inference", PLACES, "--control_image_path"),
-            *control("picture 0_0.png", "picture 0_1.png"),
+            *CONTROLS,
         ),
         is_daily=True,
         prepare=one_frame_of_wan,
@@ -279,6 +281,28 @@ def test_the_spelling_that_was_typed_is_printed_again(tmp_path: Path) -> None:
     words = shlex.split(commands["Generate with it"][1])
     assert is_row(["--ltx2_video_vae", "model/video vae.safetensors"], words)
     assert "--gemma_root" not in words
+
+
+@pytest.mark.parametrize(
+    "family",
+    [ONE_FRAME, pytest.param(family_called("framepack one frame"), marks=pytest.mark.slow)],
+    ids=["wan", "framepack"],
+)
+def test_caches_of_another_program_tell_single_pictures_by_their_tensors(
+    family: TinyFamily, tmp_path: Path
+) -> None:
+    (one_frame_of_wan if family is ONE_FRAME else family.prepare)(tmp_path)
+    succeed_here(*family.cache_latents, folder=tmp_path)
+    succeed_here(*family.cache_texts, folder=tmp_path)
+    (tmp_path / "cache" / NAME).unlink()
+    train = without_encoders(family.train)
+
+    succeed_here(*train, *OUTPUT, "--max_train_steps", "1", folder=tmp_path)
+
+    note, line = page_commands(tmp_path)["Generate with it"]
+    controls = [text.format(folder=tmp_path.as_posix()) for text in CONTROLS]
+    assert is_row(["--one_frame_inference", PLACES, "--control_image_path", *controls], shlex.split(line))
+    assert "Fill in VAE_FILE" in note
 
 
 def test_a_cache_folder_that_moved_with_its_data_names_the_files_where_they_were(tmp_path: Path) -> None:

@@ -67,6 +67,7 @@ class WanExpertOptions(Options):
 
 
 _CACHE_CPU = "keep the VAE's features between frames in host memory"
+PLACES_KEY = "f_indices"  # in caches of single pictures: their places, and those of control images
 ONE_FRAME = "one_frame"  # a kind of caches, and the name of --one_frame_inference in Request.extra
 
 
@@ -341,7 +342,11 @@ def generation_options(options: WanTrainingOptions, sample: Mapping[str, Any]) -
     low, high = options.dit, options.experts.dit_high_noise
     low, high = (low or other, high) if high is not None else (low, other)
     one_frame = options.one_frame or ONE_FRAME in (sample.get("extra") or {})
-    inputs = _inputs_of_item(options, sample) if sample.get("example") else _inputs_of_sample(options, sample)
+    if sample.get("example"):
+        one_frame |= PLACES_KEY in sample["example"].cached
+        inputs = _inputs_of_item(task, one_frame, sample)
+    else:
+        inputs = _inputs_of_sample(options, sample)
     return {
         "--task": options.task,
         "--timestep_boundary": None if high is None else options.experts.timestep_boundary,
@@ -389,11 +394,11 @@ def _inputs_of_sample(options: WanTrainingOptions, sample: Mapping[str, Any]) ->
     return inputs
 
 
-def _inputs_of_item(options: WanTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
+def _inputs_of_item(task: WanTask, one_frame: bool, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the pictures and clips that a training item was learned with."""
-    task, example = TASKS[options.task], sample["example"]
+    example = sample["example"]
     control = next(iter(example.controls), None)
-    if options.one_frame:
+    if one_frame:
         return {"--one_frame_inference": example.places, "--control_image_path": example.controls}
     if task.kind == VACE:
         return {

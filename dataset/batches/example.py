@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dataset.batches.items import TrainingItem
@@ -26,6 +26,7 @@ class ExampleItem:
     controls: tuple[Path, ...] = ()  # control images in order, or one control clip
     control_mask: Path | None = None
     references: tuple[Path, ...] = ()  # of a clip
+    cached: frozenset[str] = frozenset()  # keys of its latents' cache
     places: str = ""  # of a single picture and its control images, as --one_frame_inference takes them
 
 
@@ -33,24 +34,31 @@ def find_example(item: TrainingItem, stores: Stores) -> ExampleItem:
     """Return the files and the caption of an item. What cannot be found is left out."""
     from dataset.sources.listing import find_sources  # a run with samples does without
 
-    caption = _read_caption(item, stores)
     table = item.table
-    places = one_frame_words(table)
+    found = ExampleItem(
+        _read_caption(item, stores), cached=_read_keys(item, stores), places=one_frame_words(table)
+    )
     with contextlib.suppress(UserError, OSError), quiet():
         if _is_large(table.directory):
-            return ExampleItem(caption, places=places)
+            return found
         sources = find_sources(table, captions=False, faults=[])
         source = next((one for one in sources if one.stem == item.source_stem), None)
         if source is not None and not any(source.origins) and source.tensors is None:
-            return ExampleItem(
-                caption,
+            return replace(
+                found,
                 picture=source.path if table.kind == "image" else None,
                 controls=source.control,
                 control_mask=source.control_mask,
                 references=source.references,
-                places=places,
             )
-    return ExampleItem(caption, places=places)
+    return found
+
+
+def _read_keys(item: TrainingItem, stores: Stores) -> frozenset[str]:
+    with contextlib.suppress(UserError, OSError):
+        if item.kind.sizes is None:  # else its picture is encoded while training
+            return stores.of(item.table).read(item.file_name, is_whole=False).keys
+    return frozenset()
 
 
 def _is_large(folder: Path | None) -> bool:
