@@ -250,7 +250,7 @@ def load_counters(text_encoders: Callable[[], Sequence[TextEncoder]]) -> Counter
     try:
         encoders = text_encoders()
     except (OptionError, CheckpointError) as error:
-        return Counters((), (f"tokens are not counted: {error}",))
+        return Counters((), (f"tokens of captions are not counted, which is no fault: {error}",))
     for encoder in encoders:
         try:
             found.append((encoder.name, encoder.token_counter()))
