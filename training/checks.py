@@ -29,7 +29,7 @@ from training.optimizers.optimizer import make_optimizer
 from training.options import RANKED_NETWORKS, TrainingOptions
 from training.run_options import MOST_STEPS
 
-# of a network, of a whole model: rates of Adam below and above which they are called LOW and HIGH, and what is usual
+# of a network, of a whole model: the lowest and the highest usual rate of Adam; between them the usual one
 USUAL_RATES = (2e-5, "1e-4", 5e-3), (5e-8, "1e-5", 1e-4)
 
 
