@@ -285,7 +285,10 @@ class Parser(argparse.ArgumentParser):
         """Count an option's values as argparse does, but say which ones are wanted if there are too few."""
         try:
             return super()._match_argument(action, arg_strings_pattern)
-        except argparse.ArgumentError:
+        except argparse.ArgumentError as error:
+            about = (action.help or "").replace("%%", "%")
+            if action.nargs is None and about and not action.choices:
+                raise argparse.ArgumentError(action, f"{error.message}: {about}") from None
             if not isinstance(action.metavar, tuple):
                 raise
         names, default = action.metavar, action.default

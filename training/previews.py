@@ -27,14 +27,13 @@ from modules.errors import OptionError
 from modules.installation import import_own
 from modules.seeds import derive_seed
 from training.caching_inside import find_live_texts, list_live_tables, open_stores, plan_tables
-from training.checks import check_teacher
+from training.checks import check_teacher, judge_rate
 from training.data.feed import BatchSources
 from training.data.timesteps import Timesteps, draw, loss_weights
 from training.noise_options import NOTHING, NUM_TIMESTEPS, WEIGHTS_OF_LOSS, TimestepOptions
 from training.options import TrainingOptions
 from training.plan import read_config
 from training.planning.memory import plan_training
-from training.summary import judge_rate
 
 # of --debug_dataset: windows, or files where there are none
 DEBUG_VIEW = DebugOptions(debug_mode="image", console_width=80, console_back=None, console_num_images=None)

@@ -263,8 +263,6 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
         "default, which is one control image at 0",
         facts=OF_REQUEST,
         flags=("--one_frame_inference", "--one_frame"),
-        nargs="?",
-        const="",
     )
     control_image_mask_path = unsupported(
         "Wan's one-frame mode takes control images whole, as its LoRAs learn them. Use FramePack for masks",
@@ -284,7 +282,7 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
             check_one_frame(TASKS[self.task])
             if not self.one_frame_inference.strip():
                 raise OptionError(
-                    "--one_frame_inference has no value: give default, or places such as "
+                    "--one_frame_inference is empty: give default, or places such as "
                     "target_index=1,control_index=0+2; or leave it out for a video"
                 )
         task, one_frame = TASKS[self.task], self.one_frame_inference is not None

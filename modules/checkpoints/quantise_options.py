@@ -26,8 +26,8 @@ class QuantiseOptions(Options):
         "for each weight; all three in ComfyUI's layout. q8_0: GGUF, of transformers. bf16: back to 16 bits",
         choices=FORMS,
         refused={
-            "nf4": "its scales are stored in a form of ours that no other program reads; --nf4_base (training, "
-            "generation) rounds to 4 bits while the model loads",
+            "nf4": "its scales are stored in a form of ours that no other program reads; --nf4_base "
+            "rounds to 4 bits while the model loads",
         },
         required=True,
     )

@@ -86,13 +86,10 @@ GENERATION = {
     ),
     "a last image": ([*WHOLE, "--end_image_path", "white.png"], "--src_video a clip that has it, grey"),
     "a clip that is too short": (
-        [*WHOLE, "--src_video", "clips/a.mp4", "--video_length", 9],
-        "has 5 frames, 9",
+        [*WHOLE, "--src_video", "short.mp4"],
+        "--src_video short.mp4: it has 1 frame",
     ),
-    "a clip by its other name": (
-        [*WHOLE, "--vace_video", "clips/a.mp4", "--video_length", 9],
-        "--vace_video clips/a.mp4: it has 5 frames, 9 are needed",
-    ),
+    "a clip by its other name": ([*WHOLE, "--vace_video", "short.mp4"], "--vace_video short.mp4: it has"),
     "a mask that is too short": (
         [*WHOLE, *CLIP, "--src_mask", "short.mp4"],
         "--src_mask short.mp4: it has 1 frame",
