@@ -241,6 +241,14 @@ def _join_others(pieces: Pieces, height: int, is_for_model: bool) -> Factors | s
     is_dora = [DORA in one for one in parts]
     if any(is_dora) and not (is_whole and all(is_dora)):
         return f"its parts have DoRA magnitudes for less than its {height} rows"
+    return _join_changes(parts, slices, height)
+
+
+def _join_changes(parts: Sequence[Factors], slices: Sequence[slice], height: int) -> Factors | str:
+    """Return the change of a whole weight, and what stands beside it, from those of its parts; or why not.
+
+    slices: the rows of each part. If one part has DoRA magnitudes, all have.
+    """
     changes = [deltas.weight_delta(one, deltas.CPU) for one in parts]
     columns = {None if one is None else one.shape[1:] for one in changes}
     if len(columns) > 1 or None in columns:
@@ -250,7 +258,7 @@ def _join_others(pieces: Pieces, height: int, is_for_model: bool) -> Factors | s
         assert change is not None
         whole[rows] = change
     joined: dict[str, Tensor] = {"diff": whole}
-    if any(is_dora):
+    if DORA in parts[0]:
         joined[DORA] = torch.cat([one[DORA] for one in parts])
     biases = [deltas.bias_delta(one, deltas.CPU) for one in parts]
     if any(bias is not None for bias in biases):

@@ -7,6 +7,7 @@ specification in ggml's docs/gguf.md; names of text encoders: llama.cpp's `tenso
 import math
 import re
 import struct
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, BinaryIO
 
@@ -66,26 +67,35 @@ class GgufFile(HeaderFile):
             raise ValueError(f"its version is {version}, 2 and 3 are known")
         count, keys = head.number("Q"), head.number("Q")
         own_shapes = self._read_keys(head, keys)
-        places, starts = [], {}
+        starts: dict[str, int] = {}
         for _ in range(count):
-            check_count(self.path, len(self.tensors))
-            name, axes = head.text(MAX_TENSOR_NAME), head.number("I")
-            if axes > _MAX_AXES or name in self.tensors:
-                raise ValueError(f"{shorten(name, 60)} has {axes} axes, or is there twice")
-            shape = tuple(head.number("Q") for _ in range(axes))[::-1]
-            if math.prod(max(length, 1) for length in shape) > MAX_ELEMENTS:
-                raise ValueError(f"{name} has the impossible shape {shape}")
-            own_shape = own_shapes.get(name, shape)
-            if math.prod(own_shape) != math.prod(shape) or not all(length > 0 for length in own_shape):
-                raise ValueError(
-                    f"{name} lies as {shape}, and {_SHAPE_KEY} says {shorten(str(own_shape), 60)}"
-                )
-            self.tensors[name] = self._info(name, head.number("I"), shape, own_shape)
+            name = self._read_tensor(head, own_shapes)
             starts[name] = head.number("Q")
         align = int(self.metadata.get("general.alignment", 32))
         if align < 1:
             raise ValueError(f"its alignment is {align}")
-        data = -(-head.place // align) * align
+        self._place_tensors(starts, -(-head.place // align) * align, size)
+        self._heads: dict[str, int] = {}  # of tensors whose rows are permuted within each head
+        self._name_like_transformers()
+
+    def _read_tensor(self, head: "_Header", own_shapes: Mapping[str, tuple[int, ...]]) -> str:
+        """Add the next tensor of the header, but for its place; return its name."""
+        check_count(self.path, len(self.tensors))
+        name, axes = head.text(MAX_TENSOR_NAME), head.number("I")
+        if axes > _MAX_AXES or name in self.tensors:
+            raise ValueError(f"{shorten(name, 60)} has {axes} axes, or is there twice")
+        shape = tuple(head.number("Q") for _ in range(axes))[::-1]
+        if math.prod(max(length, 1) for length in shape) > MAX_ELEMENTS:
+            raise ValueError(f"{name} has the impossible shape {shape}")
+        own_shape = own_shapes.get(name, shape)
+        if math.prod(own_shape) != math.prod(shape) or not all(length > 0 for length in own_shape):
+            raise ValueError(f"{name} lies as {shape}, and {_SHAPE_KEY} says {shorten(str(own_shape), 60)}")
+        self.tensors[name] = self._info(name, head.number("I"), shape, own_shape)
+        return name
+
+    def _place_tensors(self, starts: Mapping[str, int], data: int, size: int) -> None:
+        """Note where tensors lie, which may not overlap. starts: from `data` on, where the header ends."""
+        places = []
         for name, start in starts.items():
             self._places[name] = data + start
             places.append((data + start, data + start + self.tensors[name].size_bytes, name))
@@ -94,8 +104,6 @@ class GgufFile(HeaderFile):
             if begin < last or end > size:
                 raise ValueError(f"{name} lies at bytes {begin} to {end} of {size}, others end at {last}")
             last = end
-        self._heads: dict[str, int] = {}  # of tensors whose rows are permuted within each head
-        self._name_like_transformers()
 
     def _read_keys(self, head: "_Header", number: int) -> dict[str, tuple[int, ...]]:
         """Read keys into `metadata`; return by name the shapes of tensors that lie in another one."""
