@@ -285,7 +285,7 @@ def _list_media(place: Path, found: Found, facts: ModelFacts) -> list[Path]:
             found.media.append(_measure(path, found, facts, remarks))
         except MediaError as error:
             found.lines.append(f"left out: {error}")
-            found.unreadable.append(path)
+            found.unreadable += [path] if path.is_file() else []  # no run looks at a link without a file
     if remarks:
         more = f" and {len(remarks) - 1} more" if len(remarks) > 1 else ""
         found.lines.append(f"captions that are not UTF-8: {remarks[0]}{more}")
@@ -336,7 +336,7 @@ def _add_sounds(found: Found, sounds: Sequence[Path], facts: ModelFacts) -> None
             found.media.append(Media(path, "audio", (0, 0), None, caption))
         except MediaError as error:
             found.lines.append(f"left out: {error}")
-            found.unreadable.append(path)
+            found.unreadable += [path] if path.is_file() else []  # no run looks at a link without a file
 
 
 def _measure(path: Path, found: Found, facts: ModelFacts, remarks: list[str]) -> Media:
