@@ -209,7 +209,9 @@ def _folder_keys(choice: Choice, place: Path, kind: str) -> dict[str, Any]:
         keys["num_repeats"] = name.repeats
     words = choice.trigger if name is None else name.words
     same = (one for one in choice.media if one.path.parent == place and one.kind == kind)
-    if words and any(one.caption is None for one in same):
+    # a run without a file that cannot be read asks for its caption too
+    is_damaged = any(path.parent == place for path in found.unreadable)
+    if words and (is_damaged or any(one.caption is None for one in same)):
         keys["class_tokens"] = words
     return keys
 

@@ -4,11 +4,10 @@ import contextlib
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
 
 from dataset.config import for_family, load_dataset_config
 from dataset.sources.listing import find_sources
-from dataset.sources.media_source import LISTED, Fault, list_faults
+from dataset.sources.media_source import LISTED, Fault, MediaSource, list_faults
 from downloads.catalogue import ModelSet
 from downloads.listing import gigabytes, print_lines, total_bytes
 from modules.atomic_write import write_text
@@ -31,6 +30,9 @@ from project.choosing import (
 from project.media import WRITTEN, Found, look_at, name_some
 from project.options import RUN_FILE, NewOptions, find_models, own_command
 from project.running import CAPTION_MODEL, CAPTION_MODEL_SIZE, WRITE_CAPTIONS, typed_in
+
+# kind of a fault
+DAMAGED = "cannot be read and have no caption, which ends a run: delete each, or move it away"
 
 
 def write_project(options: NewOptions) -> None:
@@ -71,7 +73,7 @@ def write_project(options: NewOptions) -> None:
     samples, commands = describing.describe_samples(choice), describing.list_commands(choice)
     for path, text in zip(paths, (dataset, samples, describing.describe_run(choice, commands)), strict=True):
         write_text(path, text)
-    problems = find_problems(options.folder, model, facts.family)
+    problems = find_problems(choice)
     print_lines(
         [
             *_tell(choice, chosen.remarks),
@@ -106,23 +108,28 @@ def _write_found(found: Found) -> None:
             write_text(path, f"{text}\n")
 
 
-def find_problems(folder: Path, model: ModelSet, family: Any) -> list[str]:
+def find_problems(choice: describing.Choice) -> list[str]:
     """Return what ends a run, of the files that dataset.toml names: found as `run` finds it.
 
-    Captions that are missing are no part of it: another line is about them.
+    Captions that are missing are no part of it, except those of files that cannot be read either: other lines
+    are about them.
     """
+    family, step = choice.facts.family, choice.model.data.get("frame_step", 4)
+    damaged = {path.name for path in choice.found.unreadable}
     problems: list[Fault] = []
-    with contextlib.chdir(folder), quiet():
+    with contextlib.chdir(choice.options.folder), quiet():
         config = load_dataset_config(Path(WRITTEN[0]))
-        step = model.data.get("frame_step", 4)
         config = for_family(config, family.references, step, True, family.can.references)
         for table in config.datasets:
             faults: list[Fault] = []
+            sources: list[MediaSource] = []
             try:
-                find_sources(table, faults=faults)
+                sources = find_sources(table, faults=faults)
             except DatasetError as error:
                 faults.append(Fault("tables cannot be used", str(error)))
             problems += [fault for fault in faults if fault.ends_run]
+            bare = [one for one in sources if one.caption is None and one.path.name in damaged]
+            problems += [Fault(DAMAGED, str(one.path)) for one in bare]
     return list_faults(problems, LISTED)
 
 
@@ -205,9 +212,9 @@ def _find_bare(choice: describing.Choice) -> list[Path]:
     """Return media for which no caption, trigger word or name of a folder stands."""
     if choice.trigger:
         return []
-    return [
-        one.path for one in choice.media if one.caption is None and one.path.parent not in choice.found.names
-    ]
+    replaced, bad = choice.found.names, choice.found.bad_captions
+    lacking = [one.path for one in choice.media if one.caption is None]
+    return [path for path in lacking if path.parent not in replaced and path not in bad]
 
 
 def _tell_captions(choice: describing.Choice) -> list[str]:
@@ -217,7 +224,8 @@ def _tell_captions(choice: describing.Choice) -> list[str]:
     meaning = f"{choice.trigger} alone is learned of them" if choice.trigger else "nothing is learned by name"
     lines = [f"{name_some(empty)}: an empty caption: {meaning}"] if empty else []
     bare = _find_bare(choice)
-    replaced = [one for one in choice.media if one.caption is None and one.path not in bare]
+    bad = choice.found.bad_captions
+    replaced = [one for one in choice.media if one.caption is None and one.path not in {*bare, *bad}]
     plain = [one.path for one in replaced if one.path.parent not in names]
     if plain:
         lines.append(

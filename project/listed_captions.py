@@ -103,7 +103,8 @@ def _add_rows(found: ListedCaptions, path: Path, rows: Sequence[tuple[str, Any]]
     if count:
         found.lists[path] = count
     elif not rows or len(missing) == len(rows):
-        found.lines.append(f"{path.name}: left out, it has captions for none of the files. {TABLE_KEY}")
+        hint = "" if path.suffix.lower() == JSON else f". {TABLE_KEY}"
+        found.lines.append(f"{path.name}: left out, it has captions for none of the files{hint}")
         return
     if missing:
         names = list_some(missing)

@@ -75,6 +75,8 @@ class Found:
     # files that `new` writes: captions from lists, and the first frames of clips
     new_captions: dict[Path, str] = field(default_factory=dict)
     other_captions: list[Path] = field(default_factory=list)  # files whose caption file is not as the list
+    bad_captions: set[Path] = field(default_factory=set)  # files whose caption cannot be read
+    unreadable: list[Path] = field(default_factory=list)  # clips and pictures
     first_frames: dict[Path, Path] = field(default_factory=dict)  # picture -> clip
     # folder of pictures -> folder of their references
     references: dict[Path, Path] = field(default_factory=dict)
@@ -281,8 +283,9 @@ def _list_media(place: Path, found: Found, facts: ModelFacts) -> list[Path]:
             continue
         try:
             found.media.append(_measure(path, found, facts, remarks))
-        except (MediaError, DatasetError) as error:
+        except MediaError as error:
             found.lines.append(f"left out: {error}")
+            found.unreadable += [path] if path.is_file() else []  # no run looks at a link without a file
     if remarks:
         more = f" and {len(remarks) - 1} more" if len(remarks) > 1 else ""
         found.lines.append(f"captions that are not UTF-8: {remarks[0]}{more}")
@@ -331,12 +334,13 @@ def _add_sounds(found: Found, sounds: Sequence[Path], facts: ModelFacts) -> None
                 raise MediaError(f"{path} has no sound")
             caption = _find_caption(path, found, remarks)
             found.media.append(Media(path, "audio", (0, 0), None, caption))
-        except (MediaError, DatasetError) as error:
+        except MediaError as error:
             found.lines.append(f"left out: {error}")
+            found.unreadable += [path] if path.is_file() else []  # no run looks at a link without a file
 
 
 def _measure(path: Path, found: Found, facts: ModelFacts, remarks: list[str]) -> Media:
-    """Return a clip or picture with its caption. Raises MediaError or DatasetError if it cannot be read."""
+    """Return a clip or picture with its caption. Raises MediaError if it cannot be read."""
     caption = _find_caption(path, found, remarks)
     is_moving = path.suffix.lower() in VIDEO_SUFFIXES or (facts.learns_clips and is_animation(path))
     if not is_moving:
@@ -352,7 +356,11 @@ def _find_caption(path: Path, found: Found, remarks: list[str]) -> str | None:
     remarks: takes a line about a file that is not UTF-8.
     """
     place = caption_path(path, found.captions)
-    file = read_caption_file(place)
+    try:
+        file = read_caption_file(place)
+    except DatasetError:  # which the check of what was written reports
+        found.bad_captions.add(path)
+        return None
     if file is not None and file.encoding is not None:
         remarks.append(describe_encoding(place, file.text, file.encoding))
     text = None if file is None else file.text
@@ -378,6 +386,9 @@ def _take_first_frames(folder: Path, found: Found, name: str) -> None:
             height, width, _ = first_frame(one.path).shape
         except MediaError as error:
             found.lines.append(f"left out: {error}")
+            continue
+        if one.path in found.bad_captions:
+            found.lines.append(f"left out: {one.path}: its caption cannot be read. Save it as UTF-8")
             continue
         found.first_frames[target] = one.path
         if one.caption is not None:

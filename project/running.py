@@ -330,9 +330,14 @@ def run_command(words: Sequence[str], folder: Path) -> int:
     environment = installation.program_environment(**{installation.RUN_GOES_ON: "1"})
     program = [sys.executable, *installation.program_words(script), *words[2:]]
     with subprocess.Popen(program, cwd=folder, env=environment) as process:
+
+        def end(*_: Any) -> None:
+            interrupts.append(0)
+            process.terminate()
+
         # set after the start: a program inherits ignored signals
         kept = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
-        ended = signal.signal(signal.SIGTERM, lambda *_: interrupts.append(0) or process.terminate())
+        ended = signal.signal(signal.SIGTERM, end)
         try:
             code = process.wait()
         finally:

@@ -240,6 +240,8 @@ def reading(path: Path) -> Iterator[None]:
         ) from None
     except (*_DAMAGE, getattr(sys.modules.get("av"), "FFmpegError", OSError)) as error:  # FFmpeg's if used
         reason = getattr(error, "strerror", None) or str(error)
+        if "truncated" in reason.lower():  # in Pillow's words: Truncated File Read
+            reason = "the file is cut short"
         raise MediaError(f"{path} cannot be read: {reason}") from error
 
 

@@ -517,3 +517,20 @@ def test_a_folder_that_cannot_be_written_is_no_full_disk(tmp_path: Path) -> None
     (tmp_path / "set").chmod(0o755)
     said = assert_one_message(*told, "make set one that you may write in")
     assert "Free some space" not in said
+
+
+def test_new_says_what_run_stops_at(tmp_path: Path) -> None:
+    write_photos(tmp_path)
+    (tmp_path / "p0.txt").write_bytes("девушка в красном".encode("cp1251"))
+    (tmp_path / "broken.gif").write_bytes(b"GIF89a")
+
+    said = new(tmp_path)
+
+    assert f"{tmp_path}: 3 pictures. " in said  # a caption that cannot be read leaves no picture out
+    assert "1 has a caption that cannot be used:" in said
+    assert "It looks like Windows-1251 (Cyrillic): 'девушка в красном'" in said
+    assert f"left out: {tmp_path / 'broken.gif'} is" in said
+    assert "1 cannot be read and has no caption, which ends a run: delete each" in said
+    assert said.splitlines()[-1].startswith("First correct what is listed above. ")
+    said = new(tmp_path, "--trigger_word", "ohwx", "--overwrite")
+    assert "cannot be read and has no caption" not in said  # the word stands for it too

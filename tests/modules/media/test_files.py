@@ -125,7 +125,7 @@ def test_image_size_needs_only_the_header_and_is_upright(tmp_path: Path) -> None
 
     assert image_size(cut(tmp_path / "phone.jpg", 0.5)) == (200, 400)
     assert read_image(tmp_path / "phone.jpg").shape == (400, 200, 3)
-    with pytest.raises(MediaError, match="truncated"):
+    with pytest.raises(MediaError, match="the file is cut short"):
         read_image(tmp_path / "cut_phone.jpg")
 
 
