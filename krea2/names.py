@@ -10,6 +10,7 @@ ENTRY = FamilyEntry(
     record="Krea2",
     encoders=(("vae", "--vae", PICTURES),),
     texts="--text_encoder QWEN3_VL_FILE",
+    spelled=(("infer_steps", "--steps"),),
     same_latents="qwen_image",
 )
 _TEXT_BLOCKS = ("layerwise_blocks.{n}.", "refiner_blocks.{n}.")

@@ -40,6 +40,8 @@ class FamilyEntry:
     # if they depend on the release, `text_encoder_options` of options.py says them
     texts: str = ""
     training: tuple[str, ...] = ()  # likewise, of its training script
+    # shared options of generation that its page spells otherwise: name -> flag
+    spelled: tuple[tuple[str, str], ...] = ()
     # further models that its scripts run, as outputs and LoRA files name them, with its latents
     others: tuple[str, ...] = ()
     same_latents: str = ""  # the family whose autoencoder it has too
@@ -47,6 +49,12 @@ class FamilyEntry:
     @property
     def generation_script(self) -> str:
         return f"{self.script}_generate_{self.makes}"
+
+    @property
+    def spellings(self) -> dict[str, str]:
+        """Return the flags of shared options of generation that its script spells otherwise, by name."""
+        of_pictures = {"video_size": "--image_size"} if self.makes == "image" else {}
+        return {**of_pictures, **dict(self.spelled)}
 
     @property
     def options(self) -> ModuleType:

@@ -260,6 +260,7 @@ def test_a_training_with_samples_prints_its_own_options(tmp_path: Path) -> None:
     assert note == "The first sample again; change the prompt."
     assert is_row(form, words)
     assert is_row(["--nf4", *NF4[1:]], words)
+    assert is_row(["--image_size", "32", "32", "--steps", "2"], words)  # as its page calls them
     typed(line, tmp_path)
 
 

@@ -58,6 +58,7 @@ class NextSteps:
     sample_loras: Sequence[tuple[Path, float]] = ()  # that the samples have besides, with multipliers
     experts: Sequence[Expert] = ONE_EXPERT  # that are trained
     dits: Sequence[Path] = ()  # files of the transformers that are trained, little noise first
+    spellings: Mapping[str, str] = field(default_factory=dict)  # of shared options: `FamilyEntry.spellings`
     # of a run without samples: files and caption of a training item, in the form of `sample`
     example: Mapping[str, Any] = field(default_factory=dict)
     # the tool that reads LoRAs of this family with the names of the known tuners only once they are converted
@@ -169,21 +170,24 @@ class NextSteps:
             words += [f"--lora_multiplier{end}", *numbers] if self.sample_loras else []
         return _command(
             "Generate with it",
-            [*words, *say_sample(sample), "--save_path", str(file.parent / "generated")],
+            [*words, *say_sample(sample, self.spellings), "--save_path", str(file.parent / "generated")],
             "The first sample again; change the prompt." if self.sample else "",
         )
 
 
-def say_sample(sample: Mapping[str, Any]) -> list[str]:
-    """Return the words of shared options that make a sample; see `Generation`."""
+def say_sample(sample: Mapping[str, Any], spellings: Mapping[str, str] | None = None) -> list[str]:
+    """Return the words of shared options that make a sample; see `Generation`.
+
+    spellings: as of `FamilyEntry`.
+    """
     size = [sample[side] for side in ("height", "width") if sample.get(side)]
-    return option_words(
-        {
-            "--prompt": sample.get("prompt") or FillIn("what it should show"),
-            "--video_size": size if len(size) == 2 else None,
-            **{f"--{name}": sample.get(OTHER_NAMES.get(name, name)) for name in OF_SAMPLES},
-        }
-    )
+    values = {
+        "prompt": sample.get("prompt") or FillIn("what it should show"),
+        "video_size": size if len(size) == 2 else None,
+        **{name: sample.get(OTHER_NAMES.get(name, name)) for name in OF_SAMPLES},
+    }
+    flags = spellings or {}
+    return option_words({flags.get(name, f"--{name}"): value for name, value in values.items()})
 
 
 def _command(title: str, words: Sequence[str], note: str = "") -> PageCommand:
@@ -202,11 +206,12 @@ def plan_next_steps(
     generation: Generation | None = None,
     generation_of_caches: Generation | None = None,
     cached_with: Mapping[str, Any] | None = None,
+    spellings: Mapping[str, str] | None = None,
 ) -> NextSteps:
     """Return a maker of the command lines that can follow the run. What follows `sampler` is as there.
 
     generation_of_caches: in place of `generation` for a run without samples, which needs no encoders and may
-    not know their files. cached_with: the options that made the caches, by name.
+    not know their files. cached_with: the options that made the caches, by name. spellings: see `NextSteps`.
     """
     example: dict[str, Any] = {}
     if sampler is None and plan.accelerator.is_main_process:
@@ -228,6 +233,7 @@ def plan_next_steps(
         example=example,
         converted_for="" if found is None else found.converted_for,
         lora_format=KNOWN if plan.lora_format is None else plan.lora_format.name,
+        spellings=spellings or {},
     )
 
 

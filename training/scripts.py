@@ -77,11 +77,11 @@ def training_script(
                 given=given,
                 generation=partial(entry.generation_words, own, typed=typed),
                 generation_of_caches=partial(entry.generation_words, filled, typed=typed_before),
+                spellings=entry.spellings,
                 cached_with={option.name: option.value for option in recalled},
             )
-            make_sampling = getattr(
-                import_own(f"{entry.room}.family"), "family_for_samples", lambda own: None
-            )
+            room = import_own(f"{entry.room}.family")
+            make_sampling = getattr(room, "family_for_samples", lambda own: None)
             code = train_network(made, options, CachingCommands(*commands), follow, make_sampling(own))
         if code:
             raise SystemExit(code)
