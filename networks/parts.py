@@ -236,19 +236,20 @@ def _join_others(pieces: Pieces, height: int, is_for_model: bool) -> Factors | s
         return found
     if not is_for_model:
         return "only plain LoRAs, or the parts of one layer, can be joined"
+    return _whole_difference(parts, slices, height)
+
+
+def _whole_difference(parts: Sequence[Factors], slices: Sequence[slice], height: int) -> Factors | str:
+    """Return the change of a weight of this height by its parts, float32, or the reason why there is none.
+
+    slices: the rows of each part, in order.
+    """
     if any(deltas.has_input_magnitudes(one) for one in parts):
         return "its DoRA magnitudes are by input, so they belong to the parts"
-    is_dora = [DORA in one for one in parts]
-    if any(is_dora) and not (is_whole and all(is_dora)):
+    covered = sum(rows.stop - rows.start for rows in slices)
+    magnitudes = [one[DORA] for one in parts if DORA in one]
+    if magnitudes and (len(magnitudes) < len(parts) or covered < height):
         return f"its parts have DoRA magnitudes for less than its {height} rows"
-    return _join_changes(parts, slices, height)
-
-
-def _join_changes(parts: Sequence[Factors], slices: Sequence[slice], height: int) -> Factors | str:
-    """Return the change of a whole weight, and what stands beside it, from those of its parts; or why not.
-
-    slices: the rows of each part. If one part has DoRA magnitudes, all have.
-    """
     changes = [deltas.weight_delta(one, deltas.CPU) for one in parts]
     columns = {None if one is None else one.shape[1:] for one in changes}
     if len(columns) > 1 or None in columns:
@@ -257,15 +258,15 @@ def _join_changes(parts: Sequence[Factors], slices: Sequence[slice], height: int
     for rows, change in zip(slices, changes, strict=True):
         assert change is not None
         whole[rows] = change
-    joined: dict[str, Tensor] = {"diff": whole}
-    if DORA in parts[0]:
-        joined[DORA] = torch.cat([one[DORA] for one in parts])
+    joined = {"diff": whole}
+    if magnitudes:
+        joined[DORA] = torch.cat(magnitudes)
     biases = [deltas.bias_delta(one, deltas.CPU) for one in parts]
     if any(bias is not None for bias in biases):
         joined["diff_b"] = torch.zeros(height)
-        for rows, bias in zip(slices, biases, strict=True):
-            if bias is not None:
-                joined["diff_b"][rows] = bias
+    for rows, bias in zip(slices, biases, strict=True):
+        if bias is not None:
+            joined["diff_b"][rows] = bias
     return joined
 
 
