@@ -235,7 +235,7 @@ def parse_words(
     known = [(one.key, word) for word in words if (one := find(word)) is not None]
     has_unknown = len(known) < len(words)
     own_names = (*options, *(option.key for option in options.values()))
-    names = known_names(own_names, find) if has_unknown else []
+    usable = known_names(own_names, find) if has_unknown else []
     problems = [
         f"{dash}{word} {value}: an option begins with two plain dashes. Write --{word}"
         for dash, word, value in _ODD_OPTION.findall(_ONE_DASH.sub("--rcfg ", line))
@@ -250,7 +250,7 @@ def parse_words(
                 where,
                 line.strip(),
                 part.strip(),
-                no_use if find_option(word, OF_ALL_SCRIPTS) else suggest(word, options, names),
+                no_use if find_option(word, OF_ALL_SCRIPTS) else suggest(word, options, usable),
             )
             continue
         if not read_path(text.strip()) and text.strip() not in option.empty:
