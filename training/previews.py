@@ -98,13 +98,13 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
         ]
         head = ("Where the training has them:", *findings.indent(places))
         result = replace(result, head=head, counters=counters)
-    result = replace(result, tail=(*result.tail, *_check_run(options, held=result.num_held)))
+    result = replace(result, tail=(*result.tail, *describe_run(options, held=result.num_held)))
     code: int = checks.tell_check(result, family, config, options.loop.page, workers)
     return code
 
 
-def _check_run(options: TrainingOptions, held: int) -> list[str]:
-    """Return lines about a run's validation and its learning rate, for --check. held: items of validation."""
+def describe_run(options: TrainingOptions, held: int) -> list[str]:
+    """Return lines of --check about a run's validation and its learning rate. held: items of validation."""
     lines = []
     if held:
         most = options.validation.max_validation_steps
