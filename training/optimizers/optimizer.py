@@ -106,7 +106,7 @@ def check_rates(options: OptimizerOptions, rates: Mapping[str, float]) -> None:
 
 def _try_step(options: OptimizerOptions, rates: Sequence[float]) -> str | None:
     """Step a new optimizer once on a few numbers, a group for each rate; return its error, if any."""
-    groups = [{"params": [Parameter(torch.ones(2, 2))], "lr": rate} for rate in rates]
+    groups: list[dict[str, Any]] = [{"params": [Parameter(torch.ones(2, 2))], "lr": rate} for rate in rates]
     for group in groups:
         for parameter in group["params"]:
             parameter.grad = torch.ones_like(parameter)
