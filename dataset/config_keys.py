@@ -7,7 +7,6 @@ of the image guides' form in `SUBSET_KEYS` (dataset/subset_options.py). Standard
 import dataclasses
 import difflib
 import enum
-import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -404,5 +403,7 @@ def unknown(name: str, value: Any, allowed: Iterable[str]) -> str:
 
 
 def show(value: Any) -> str:
+    import json  # here: options of trainings import this file
+
     text = paths.hide_secrets(json.dumps(value, ensure_ascii=False, default=str))
     return text if len(text) <= 80 else text[:77] + "..."
