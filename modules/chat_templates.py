@@ -19,6 +19,7 @@ from modules.errors import InstallationError
 from modules.limits import MAX_TEMPLATE_CHARACTERS, MAX_TEMPLATE_MEMORY, MAX_TEMPLATE_SECONDS
 
 PROCESS = Path(__file__).with_name("template_process.py")
+START = "import runpy, sys; runpy.run_path(sys.argv[1])['main']()"  # by its path: nothing else is imported
 
 
 class TemplateError(Exception):
@@ -70,7 +71,7 @@ def _render(template: str, variables: str, seconds: float) -> str:
     try:
         done = subprocess.run(
             # isolated: nothing is imported from the working folder
-            [sys.executable, "-I", "-X", "utf8", str(PROCESS)],
+            [sys.executable, "-I", "-X", "utf8", "-c", START, str(PROCESS)],
             input=json.dumps(job).encode("ascii"),
             capture_output=True,
             timeout=seconds,

@@ -55,8 +55,11 @@ def find_installed(name: str) -> Path | None:
 
 
 def _find_top(package: str) -> ModuleSpec | None:
+    found = PathFinder.find_spec(package)  # what is loaded may be another object than the package
+    if found is not None:
+        return found
     try:
-        return importlib.util.find_spec(package)
+        return importlib.util.find_spec(package)  # of packages that are installed in place
     except (ImportError, ValueError):  # a module that is loaded and does not say where it is from
         return None
 

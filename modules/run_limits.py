@@ -1,6 +1,6 @@
 """Limit what a run of a described folder may do: the folder may be somebody else's. Standard library only.
 
-`run_project.py` sets the limits for itself and for the commands that it starts, in two variables of the
+`run_project.py` sets the limits for itself and for the commands that it starts, in variables of the
 environment. Everything that is written goes below the folder or below those that its command line names;
 what leaves this machine is typed there. Other commands have no limits.
 """

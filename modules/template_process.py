@@ -68,5 +68,5 @@ def _generate(job: dict[str, Any]) -> str:
     return "".join(pieces)
 
 
-if __name__ == "__main__":
+def main() -> None:
     json.dump(render(json.load(sys.stdin)), sys.stdout)
