@@ -48,14 +48,16 @@ from training.summary import count_pauses
 PLAIN = AcceleratorOptions.usual()
 
 
-def options(words: str = "") -> TrainingOptions:
-    needed = "--dataset_config d.toml --output_dir out --output_name x"
-    argv = f"{needed} {words}".split()
+def options(words: str = "", **paths: Path) -> TrainingOptions:
+    """The options of a command. paths: options whose value may have a blank."""
+    argv = f"--dataset_config d.toml --output_dir out --output_name x {words}".split()
+    for name, path in paths.items():
+        argv += [f"--{name}", str(path)]
     return read_options(TrainingOptions, read_arguments(training_parser(None), argv, {}))
 
 
 def test_tensorboard_gets_every_number_under_its_tag(tmp_path: Path) -> None:
-    given = options(f"--logging_dir {tmp_path} --log_prefix run- --log_config").logs
+    given = options("--log_prefix run- --log_config", logging_dir=tmp_path).logs
     clock = itertools.count(0, 5)
     accelerator = make_accelerator(PLAIN, given, datetime(2030, 1, 2, 3, 4, 5))
     folder = tmp_path / "run-20300102030405" / "network_train"
@@ -79,7 +81,7 @@ def test_a_tracker_whose_disk_is_full_ends_no_training(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     resource = pytest.importorskip("resource")  # of POSIX systems
-    given = options(f"--logging_dir {tmp_path}").logs
+    given = options(logging_dir=tmp_path).logs
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     with Logs(make_accelerator(PLAIN, given, datetime(2030, 1, 2, 3, 4, 5)), given, 4, 1, {}) as logs:
@@ -138,7 +140,7 @@ def test_a_tracker_config_replaces_the_name_of_the_run(tmp_path: Path) -> None:
     file.write_text('[wandb]\nname = "b"\n')
 
     assert tracker_arguments(options("--wandb_run_name a").logs) == {"wandb": {"name": "a"}}
-    given = options(f"--wandb_run_name a --log_tracker_config {file}").logs
+    given = options("--wandb_run_name a", log_tracker_config=file).logs
     assert tracker_arguments(given) == {"wandb": {"name": "b"}}
     file.write_text("name = 1")
     with pytest.raises(UserError, match="outside a table"):
@@ -158,7 +160,7 @@ def test_other_dashboards_get_the_numbers_and_their_arguments(
     file = tmp_path / "t.toml"
     argument = "run_name" if name == "mlflow" else "experiment"
     file.write_text(f'[{name}]\n{argument} = "mine"\n')
-    given = options(f"--log_with {name} --log_tracker_config {file} --logging_dir {tmp_path}").logs
+    given = options(f"--log_with {name}", log_tracker_config=file, logging_dir=tmp_path).logs
     check_trackers(given)
 
     with Logs(make_accelerator(PLAIN, given), given, 4, config={"max_train_steps": 4}) as logs:
@@ -268,7 +270,7 @@ def test_steps_per_second_are_those_of_the_steps_whatever_lies_between_them(
 def test_what_is_left_counts_the_pauses_to_come_and_the_history_says_what_is_made(tmp_path: Path) -> None:
     write_caches(tmp_path)
     prompts = write_prompts(tmp_path, "a cat --f 1 --s 2 --d 1\n" * 2)
-    words = f"--sample_every_n_steps 3 --sample_prompts {prompts}".split()
+    words = ["--sample_every_n_steps", "3", "--sample_prompts", str(prompts)]
     family: Any = SlowPauses()
 
     with prepare_run(family, toy_options(tmp_path, *words, has_page=True)) as run:
@@ -290,8 +292,8 @@ def test_what_is_left_counts_the_pauses_to_come_and_the_history_says_what_is_mad
     [
         ("", 5, 1, (0, 0, 1)),
         ("--save_every_n_steps 3 --save_every_n_epochs 1", 5, 1, (0, 0, 3 + 2 + 1)),
-        ("--sample_prompts p.txt --sample_every_n_steps 4", 4, 1, (2, 0, 1)),
-        ("--sample_prompts p.txt --sample_every_n_epochs 2", 4, 1, (2, 0, 1)),
+        ("--sample_every_n_steps 4", 4, 1, (2, 0, 1)),
+        ("--sample_every_n_epochs 2", 4, 1, (2, 0, 1)),
         ("--validate_every_n_steps 2 --save_every_n_epochs 2", 5, 1, (0, 4, 2)),
         ("--validate_every_n_epochs 1", 5, 1, (0, 3, 1)),
     ],
@@ -302,7 +304,8 @@ def test_pauses_to_come_are_counted_by_kind(
     """Epochs of 4 steps, and 13 steps in all: the fourth epoch is cut short."""
     prompts = tmp_path / "p.txt"
     prompts.write_text("a cat")
-    given = options(words.replace("p.txt", str(prompts)))
+    paths = {"sample_prompts": prompts} if "--sample" in words else {}
+    given = options(words, **paths)
     found = count_pauses(given, given.saving, StepPlan(4, 1, 1, 13), True, step, epoch)
     assert tuple(found[kind] for kind in (SAMPLES, VALIDATION, SAVING)) == expected
 
