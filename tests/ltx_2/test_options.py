@@ -234,6 +234,7 @@ def test_spellings_of_the_official_scripts_are_ours(words: tuple[str, ...], path
 
 def test_commands_that_follow_from_a_training_are_read_again() -> None:
     words = "--ltx2_mode av --dit dit.safetensors --gemma_load_in_8bit --stg_blocks 3 5 --audio_cfg_scale 6"
+    words += " --gemma_root gemma"
     own = read_own("ltx2_train_network", *words.split())
     latents, texts = map(option_words, caching_options(own))
 

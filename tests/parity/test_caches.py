@@ -129,7 +129,8 @@ def test_the_files_have_the_known_names(cached: Cached) -> None:
     spans |= {f"clip_two_00000-005_{width:04d}x{height:04d}"}
 
     clips, pictures = (
-        {path.name for path in (cached.folder / "cache" / table).iterdir()} for table in ("clips", "pictures")
+        {path.name for path in (cached.folder / "cache" / table).glob("[!.]*")}
+        for table in ("clips", "pictures")
     )
 
     assert clips == {f"{span}_wan.safetensors" for span in spans} | {
