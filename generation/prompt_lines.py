@@ -9,6 +9,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -233,9 +234,7 @@ def parse_words(
     values: dict[str, Any] = {"prompt": prompt.strip()}
     words = [part.partition(" ")[0] for part in parts]
     known = [(one.key, word) for word in words if (one := find(word)) is not None]
-    has_unknown = len(known) < len(words)
-    own_names = (*options, *(option.key for option in options.values()))
-    usable = known_names(own_names, find) if has_unknown else []
+    usable = cache(lambda: known_names(options, [option.key for option in options.values()], find))
     problems = [
         f"{dash}{word} {value}: an option begins with two plain dashes. Write --{word}"
         for dash, word, value in _ODD_OPTION.findall(_ONE_DASH.sub("--rcfg ", line))
@@ -250,7 +249,7 @@ def parse_words(
                 where,
                 line.strip(),
                 part.strip(),
-                no_use if find_option(word, OF_ALL_SCRIPTS) else suggest(word, options, usable),
+                no_use if find_option(word, OF_ALL_SCRIPTS) else suggest(word, options, usable()),
             )
             continue
         if not read_path(text.strip()) and text.strip() not in option.empty:
