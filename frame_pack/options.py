@@ -151,6 +151,7 @@ class FramePackVideoOptions(Options, title="length and images of a video"):
         "generate an image, not a video: default, or with commas no_2x, no_4x, no_post, target_index=N, "
         "control_index=N+N",
         flags=("--one_frame_inference", "--one_frame"),
+        metavar="default|target_index=N,control_index=N+N",
     )
     control_image_mask_path: tuple[str, ...] | None = option(
         "a mask for each control image: white parts are used; default: its alpha channel"

@@ -293,8 +293,8 @@ def _find_odd_options(line: str, find: Callable[[str], LineOption | None]) -> li
 
 def _suggest(word: str, options: Mapping[str, LineOption], find: Callable[[str], LineOption | None]) -> str:
     """Return what to write in place of an unknown option."""
-    own_names = (*options, *(option.key for option in options.values()))
-    return suggest(word, options, known_names(own_names, find))
+    keys = [option.key for option in options.values()]
+    return suggest(word, options, known_names(options, keys, find))
 
 
 def is_blank(line: str) -> bool:

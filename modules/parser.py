@@ -286,9 +286,13 @@ class Parser(argparse.ArgumentParser):
         try:
             return super()._match_argument(action, arg_strings_pattern)
         except argparse.ArgumentError as error:
-            about = (action.help or "").replace("%%", "%")
-            if action.nargs is None and about and not action.choices:
-                raise argparse.ArgumentError(action, f"{error.message}: {about}") from None
+            values = action.metavar
+            if (
+                action.nargs is None
+                and isinstance(values, str)
+                and values not in (*METAVARS.values(), "TEXT")
+            ):
+                raise argparse.ArgumentError(action, f"{error.message}: {values}") from None
             if not isinstance(action.metavar, tuple):
                 raise
         names, default = action.metavar, action.default

@@ -26,7 +26,7 @@ BLOCKS_OF_A_GROUP = 4  # each group adds its input to its output
 LATENT_SCALE = 0.18215  # of Stable Diffusion 1.x and 2.x: a latent is the autoencoder's times this
 
 
-class RefinerBlock(nn.Module):
+class LatentRefinerBlock(nn.Module):
     """Two normalised convolutions beside a shortcut."""
 
     def __init__(self, width: int) -> None:
@@ -50,7 +50,7 @@ class LatentRefiner(nn.Module):
         self.conv1 = nn.Conv2d(4, WIDTH, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(WIDTH)
         for number in range(1, NUM_BLOCKS + 1):
-            self.add_module(f"resblock{number}", RefinerBlock(WIDTH))
+            self.add_module(f"resblock{number}", LatentRefinerBlock(WIDTH))
         self.conv2 = nn.Conv2d(WIDTH, WIDTH // 2, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(WIDTH // 2)
         self.conv3 = nn.Conv2d(WIDTH // 2, WIDTH // 2, 3, padding=1, bias=False)

@@ -263,6 +263,7 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
         "default, which is one control image at 0",
         facts=OF_REQUEST,
         flags=("--one_frame_inference", "--one_frame"),
+        metavar="default|target_index=N,control_index=N+N",
     )
     control_image_mask_path = unsupported(
         "Wan's one-frame mode takes control images whole, as its LoRAs learn them. Use FramePack for masks",

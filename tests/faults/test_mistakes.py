@@ -290,7 +290,7 @@ TOGETHER = (
     wrong(WHOLE_TRAININGS, "--full_bf16", "--full_bf16", "use bf16 for both"),
     wrong(WHOLE_TRAININGS, "--blocks_to_swap 1", "--fused_backward_pass"),
     wrong(HV_WHOLE, "--dit_dtype bfloat16", "--dit_dtype", "leave it out"),
-    wrong(FP, "--one_frame", "--one_frame: expected one argument: generate an image", "control_index=N+N"),
+    wrong(FP, "--one_frame", "expected one argument: default|target_index=N,control_index=N+N"),
     wrong(FP, "--one_frame_inference 0+1", "'0+1' is unknown", "control_index=N+N"),
     wrong(FP, "--f1 --one_frame_inference default", "--one_frame_inference needs the FramePack model"),
     wrong(HV, "--scheduler dpm++ --sample_solver unipc", "--scheduler dpm++ is --sample_solver dpm++"),
