@@ -128,9 +128,9 @@ def test_the_files_have_the_known_names(cached: Cached) -> None:
     spans |= {f"clip_two_{start:05d}-001_{width:04d}x{height:04d}" for start in range(6)}
     spans |= {f"clip_two_00000-005_{width:04d}x{height:04d}"}
 
+    caches = cached.folder / "cache"
     clips, pictures = (
-        {path.name for path in (cached.folder / "cache" / table).glob("[!.]*")}
-        for table in ("clips", "pictures")
+        {path.name for path in (caches / table).glob("[!.]*")} for table in ("clips", "pictures")
     )
 
     assert clips == {f"{span}_wan.safetensors" for span in spans} | {
