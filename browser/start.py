@@ -35,7 +35,8 @@ def run_browser(options: BrowserOptions) -> None:
         from browser.server import make_app
     except ImportError as error:
         raise InstallationError(
-            f"{error.name} is not installed, and the browser needs it: pip install starlette uvicorn"
+            f"{error.name} is not installed, and the browser needs it: python -m pip install starlette "
+            "uvicorn; or, of the installed package, python -m pip install 'reelsmith[browser]'"
         ) from None
     listener = open_socket(options.host, options.port)
     port = listener.getsockname()[1]

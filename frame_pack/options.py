@@ -146,7 +146,9 @@ class FramePackVideoOptions(Options, title="length and images of a video"):
     video_sections: int | None = option("number of sections, in place of --video_seconds")
     one_frame_inference: str | None = option(
         "generate an image, not a video: default, or with commas no_2x, no_4x, no_post, target_index=N, "
-        "control_index=N;N"
+        "control_index=N+N",
+        flags=("--one_frame_inference", "--one_frame"),
+        metavar="default|target_index=N,control_index=N+N",
     )
     control_image_mask_path: tuple[str, ...] | None = option(
         "a mask for each control image: white parts are used; default: its alpha channel"
@@ -156,8 +158,8 @@ class FramePackVideoOptions(Options, title="length and images of a video"):
         parse_entries(self.image_path or "", "--image_path")
         if self.one_frame_inference is not None and not self.one_frame_inference.strip():
             raise OptionError(
-                "--one_frame_inference is empty: give default for an image, or leave the option out for a "
-                "video."
+                "--one_frame_inference is empty: give default for an image, or places such as "
+                "target_index=1,control_index=0+10; or leave it out for a video"
             )
 
 

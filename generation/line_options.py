@@ -30,12 +30,13 @@ def key_of(word: str, keys: Collection[str]) -> str | None:
     return ours_for(name, keys) or None
 
 
-def known_names(own: Collection[str], find: Callable[[str], object]) -> list[str]:
+def known_names(letters: Collection[str], keys: Collection[str], find: Callable[[str], object]) -> list[str]:
     """Return the names that options of a line can have.
 
-    own: their letters and keys. find: returns an option by its name, or None.
+    letters, keys: of these options. find: returns an option by its name, or None.
     """
-    return [name for name in dict.fromkeys((*own, *USUAL_NAMES)) if find(name) is not None]
+    names = dict.fromkeys((*letters, *keys, *USUAL_NAMES))
+    return [name for name in names if find(name) is not None]
 
 
 def suggest(word: str, letters: Collection[str], names: Collection[str]) -> str:

@@ -67,7 +67,6 @@ def show_start(
     ]
     heard = [one.joint.sound for one in requests if one.joint is not None]
     first = requests[0]
-    kind = "sound" if first.is_sound_alone else "clip" if first.frames > 1 else "picture"
     is_one = len(requests) == 1
     free = shutil.disk_usage(folder).free
     has_names = any(expert.name for expert in family.experts)
@@ -82,8 +81,7 @@ def show_start(
         ("model", ", ".join(filter(None, map(family.metadata.get, NAMING)))),
         ("experts", "\n".join(experts_in_words(family)) if has_names else None),
         ("LoRAs", "\n".join(lines)),
-        (kind, size_in_words(first) if is_one else None),
-        ("clips", None if is_one else f"{len(requests)}; the first: {size_in_words(first)}"),
+        _results_in_words(requests),
         ("turns", turns_in_words(family, first) if has_names else None),
         ("prompt", in_short(first.asked.prompt, 3 * PROMPT_LENGTH) if is_one else None),
         ("from", start if is_one else None),
@@ -92,6 +90,17 @@ def show_start(
         ("folder", str(folder)),
     ]
     show_box("Generating", box)
+
+
+def _results_in_words(requests: Sequence[Prepared]) -> Row:
+    """Return the row about what is made: `clip`, `pictures` and the like, with the size of the first."""
+    first = requests[0]
+    size = size_in_words(first)
+    if len(requests) == 1:
+        kind = "sound" if first.is_sound_alone else "clip" if first.frames > 1 else "picture"
+        return kind, size
+    are_pictures = all(one.frames == 1 and not one.is_sound_alone for one in requests)
+    return "pictures" if are_pictures else "clips", f"{len(requests)}; the first: {size}"
 
 
 def experts_in_words(family: Family) -> list[str]:

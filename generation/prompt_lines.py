@@ -9,6 +9,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 Value = int | float | str | Mapping[str, int] | Sequence[float] | None
 # a mistyped option with a number: one dash, or dashes of word processors
 _ODD_OPTION = re.compile("(?<=\\s)(-|-?[\u2010-\u2015\u2212]+)([A-Za-z_]+) ([0-9]\\S*)")
+_ONE_DASH = re.compile(r"(?<=\s)-rcfg (?=[0-9.])")  # as a guide of image trainers prints it
 SOLVERS = {  # --sample_solver -> as `modules.flow.solvers` names it
     "unipc": "unipc",
     "dpm++": "dpm++",
@@ -228,16 +230,14 @@ def parse_words(
     find: returns an option by its name, or None. no_use: follows the warning about an option that lines of
     other scripts have. Raises OptionError if a value cannot be read.
     """
-    prompt, *parts = line.split(" --")
+    prompt, *parts = _ONE_DASH.sub("--rcfg ", line).split(" --")
     values: dict[str, Any] = {"prompt": prompt.strip()}
     words = [part.partition(" ")[0] for part in parts]
     known = [(one.key, word) for word in words if (one := find(word)) is not None]
-    has_unknown = len(known) < len(words)
-    own_names = (*options, *(option.key for option in options.values()))
-    names = known_names(own_names, find) if has_unknown else []
+    usable = cache(lambda: known_names(options, [option.key for option in options.values()], find))
     problems = [
         f"{dash}{word} {value}: an option begins with two plain dashes. Write --{word}"
-        for dash, word, value in _ODD_OPTION.findall(line)
+        for dash, word, value in _ODD_OPTION.findall(_ONE_DASH.sub("--rcfg ", line))
         if find(word) is not None
     ]
     for part in parts:
@@ -249,7 +249,7 @@ def parse_words(
                 where,
                 line.strip(),
                 part.strip(),
-                no_use if find_option(word, OF_ALL_SCRIPTS) else suggest(word, options, names),
+                no_use if find_option(word, OF_ALL_SCRIPTS) else suggest(word, options, usable()),
             )
             continue
         if not read_path(text.strip()) and text.strip() not in option.empty:

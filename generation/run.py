@@ -264,7 +264,8 @@ def make_prompt(run: GenerationRun) -> None:
     else:
         first = None if request.seed is None else seed_of(request.seed)
         seeds = [{} if first is None else {"seed": first + number} for number in range(count)]
-        jobs = [make_job(run, f"video {number}", seed) for number, seed in enumerate(seeds, 1)]
+        kind = "picture" if run.options.output.pictures else "video"
+        jobs = [make_job(run, f"{kind} {number}", seed) for number, seed in enumerate(seeds, 1)]
     failures = Failures(strict=count == 1)
     make_outputs(run, jobs, failures)
     failures.raise_if_any(count)

@@ -85,7 +85,9 @@ OUTPUT_TYPES = {
 
 # names with such an ending are files, and no folders
 WRITTEN = {".mp4", ".mkv", ".png", ".wav"}
-OF_RESULTS = WRITTEN | {".mov", ".webm", ".gif", ".jpg", ".jpeg", ".webp", ".safetensors"}
+_OF_PICTURES = {".gif", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff"}
+_OF_SOUND = {".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac"}
+OF_RESULTS = WRITTEN | {".mov", ".webm", ".avi", ".m4v", ".safetensors"} | _OF_PICTURES | _OF_SOUND
 
 
 class OutputOptions(Options, title="output"):
@@ -158,6 +160,12 @@ class OutputOptions(Options, title="output"):
             )
         if self.save_path.suffix.lower() not in WRITTEN:
             usual = self.save_path.with_suffix(".png" if self.pictures else self.format.suffix)
+            if self.save_path.suffix.lower() in _OF_SOUND:
+                usual = self.save_path.with_suffix(".wav")
+                raise OptionError(
+                    f"--save_path {self.save_path}: no such files are written. Sound alone is "
+                    f"written as WAV: give {usual}"
+                )
             raise OptionError(f"--save_path {self.save_path}: no such files are written. Give {usual}")
 
     @property

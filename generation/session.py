@@ -5,7 +5,7 @@ kind is kept on the CPU or freed. If the DiT has several experts, they take turn
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from generation.denoise import SOURCE, conditions_to
 from generation.experts import DitTurns
 from modules.bars import track
 from modules.checkpoints.finite import is_finite
+from modules.console import quiet
 from modules.contract.data import Conditions, MediaEncoders
 from modules.contract.family import Family, HearsSound, TextEncoder, can_divide
 from modules.contract.loading import BlockPlace
@@ -68,6 +69,7 @@ class Session:
     _text_encoders: Sequence[TextEncoder] | None = None
     _media: MediaEncoders | None = None
     _has_image_encoder: bool = False
+    _logged_media: set[bool] = field(default_factory=set)  # `images` of loads that the log has already
 
     def texts(self, wanted: Sequence[Mapping[int, Prompts]]) -> list[Mapping[int, EncodedPrompts]]:
         """Encode texts by section, as `wanted_texts` names them. Conditions are on the CPU, without batch
@@ -126,7 +128,11 @@ class Session:
             if self._media is None or (images and not self._has_image_encoder):
                 # the VAE comes again with the image encoder: rare, and two at once would not fit
                 self._media = None
-                self._media, self._has_image_encoder = self.family.media_encoders(self.device, images), images
+                # a VAE that comes again, as for each sample of a training on the CPU, is logged once
+                with quiet() if images in self._logged_media else nullcontext():
+                    self._media = self.family.media_encoders(self.device, images)
+                self._has_image_encoder = images
+                self._logged_media.add(images)
             else:
                 _move(self._media, self.device, images)
             with torch.no_grad():

@@ -223,9 +223,7 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
     )
     height: int = option("height of samples, if their line says none", default=512, least=1, facts=FREE)
     width: int = option("width of samples, likewise", default=768, least=1, facts=FREE)
-    sample_num_frames: int = option(
-        "frames of samples, likewise; made 8n + 1", default=45, least=1, facts=FREE
-    )
+    sample_num_frames: int = option("frames of samples, likewise: 8n + 1", default=41, least=1, facts=FREE)
     references: Ltx2ReferenceOptions = option(facts=HABIT)
     ic_lora_strategy: str = _strategy(
         "what references are: auto and v2v: clips or pictures, of tables with reference_directory; none: "

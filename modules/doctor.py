@@ -50,6 +50,12 @@ def _examine_packages() -> Iterator[Finding]:
     told = ", ".join(wrong) + remedy if wrong else "all of requirements.txt, in the versions that it asks for"
     yield Finding("packages", told, is_fit=not wrong)
     yield Finding("video", f"PyAV {version('av')}; it brings FFmpeg, so no other is needed")
+    missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
+    if missing:
+        remedy = f"python -m pip install {' '.join(missing)}"
+        yield Finding(
+            "browser", f"{' and '.join(missing)} missing: the browser page does not start. {remedy}"
+        )
     if importlib.util.find_spec("bitsandbytes") is not None:
         yield Finding("bitsandbytes", f"{version('bitsandbytes')}: optimizers in 8 bits (adamw8bit) work")
     else:

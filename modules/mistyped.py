@@ -65,6 +65,9 @@ caption_dropout_rate: caption_dropout
 save_merged_model: out output output_path save_to
 W: width
 H: height
+renorm_cfg: rcfg
+cfg_trunc_ratio: ctr
+convrot_int8: int8 int8_base fp8_int8 use_int8
 bf16: bfloat16
 fp16: float16 half
 fp32: float32
@@ -82,8 +85,20 @@ _NOTHING = {
     "v_parameterization zero_terminal_snr scale_v_pred_loss_like_noise_pred debiased_estimation_loss": (
         "it belongs to the noise of Stable Diffusion"
     ),
+    "rcfg ctr": "it is for lines of prompts, of Lumina and Z-Image",
+    "load_tensors": "it is a key of a dataset file, load_tensors = true in a table, which caching reads",
     "clip_skip max_token_length v2 sdxl": "it is for the text encoders of Stable Diffusion",
 }
+
+
+# options of models' files, by what the files are: a script has those of its own model
+_ROLES = (
+    "t5 t5xxl umt5 text_encoder text_encoder1 text_encoder2 gemma gemma2 gemma_root llm qwen qwen3 "
+    "qwen2_5_vl mistral clip_l byt5 ltx2_text_encoder_checkpoint text_encoder_path",
+    "vae ae vae_path ae_path autoencoder ltx2_video_vae video_vae",
+    "clip image_encoder clip_vision image_encoder_path",
+    "dit transformer unet model pretrained_model_name_or_path ltx2_checkpoint ckpt",
+)
 
 
 def ours_for(theirs: str, has: Container[str]) -> str:
@@ -109,11 +124,25 @@ def meant_elsewhere(flags: Flags, name: str, key_file: str = "") -> str:
             return f" It is an option of the training: write {key} = ... below [training] in {key_file}."
     if not ours and why:
         return f" Leave it out: {why}."
+    if not ours and (same_role := explain_role(flags, name)):
+        return same_role
     if ours not in options:
         text = f" It is a key of the dataset file: write {ours} = ... in its table there."
         return text if ours else ""
     is_size = flags[f"--{ours}"].metavar == HEIGHT_WIDTH
     return f" Did you mean --{ours}{' HEIGHT WIDTH' if is_size else ''}?"
+
+
+def explain_role(flags: Flags, name: str) -> str:
+    """Return what to give in place of another model's option for such a file; "" if there is none."""
+    role = next((names.split() for names in _ROLES if name in names.split()), [])
+    options = {id(flags[f"--{one}"]): flags[f"--{one}"] for one in role if f"--{one}" in flags}
+    told = []
+    for action in options.values():
+        flag = next(flag for flag in action.option_strings if flag[:2] == "--" and flag[2:] in role)
+        about = (action.help or "").replace("%%", "%").partition(";")[0]
+        told.append(f"{flag} ({about})" if about else flag)
+    return f" Give {' and '.join(told)} instead." if told else ""
 
 
 def explain_rest(
@@ -138,6 +167,6 @@ def explain_rest(
             'shell knows straight ones only. Write "..." around a text with blanks.'
         )
     if len(by_place) == 1 and by_place[0].nargs is None:
-        taken = f"one {by_place[0].dest} is taken. Put a name with blanks in quotes."
-        return f"{as_typed(others)} is too much: {taken}"
+        what = f"give one {by_place[0].dest}"
+        return f"{as_typed(others)} is too much: {what}, with quotes round a name with blanks."
     return f"{as_typed(others)} belongs to no option. Put a text with blanks in quotes."

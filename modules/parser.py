@@ -278,7 +278,14 @@ class Parser(argparse.ArgumentParser):
         """Count an option's values as argparse does, but say which ones are wanted if there are too few."""
         try:
             return super()._match_argument(action, arg_strings_pattern)
-        except argparse.ArgumentError:
+        except argparse.ArgumentError as error:
+            values = action.metavar
+            if (
+                action.nargs is None
+                and isinstance(values, str)
+                and values not in (*METAVARS.values(), "TEXT")
+            ):
+                raise argparse.ArgumentError(action, f"{error.message}: {values}") from None
             if not isinstance(action.metavar, tuple):
                 raise
         names, default = action.metavar, action.default

@@ -60,8 +60,8 @@ _WRAPPERS = re.compile(
 )
 _FAMILY_OF_DIALECT = {"HunyuanVideo-I2V": "hunyuan_video"}
 _IN_WORDS = {
-    "": "sd-scripts and here",
-    "ours": "sd-scripts and here",
+    "": "sd-scripts",
+    "ours": "sd-scripts",
     "other": "ComfyUI",
     "without prefix": "files without a prefix",
 }

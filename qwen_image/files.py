@@ -144,6 +144,10 @@ VERSIONS = {
 }
 
 
+# the VAE of Wan2.1 is the same
+VAE_FILES = "qwen_image_vae.safetensors, the vae folder of the pipeline, or Wan2.1's VAE"
+
+
 @dataclass(frozen=True)
 class QwenImageFiles(LanguageModelFiles):
     """Files of a run with Wan2.1's VAE and Qwen2.5-VL's language model."""
@@ -155,10 +159,12 @@ class QwenImageFiles(LanguageModelFiles):
     called: ClassVar[str] = NAME
 
     def load_vae(self, device: torch.device) -> WanVae:
+        self.check_vae()
         return load_vae(self.vae_path, device, self.beside(self.vae_dtype), tile=self.vae_tile)
 
     def check_vae(self) -> None:
-        check_latents(read_once(self.vae_path, read_vae).config, WAN_LATENT, self.vae_path, self.called)
+        config = read_once(self.vae_path, read_vae, "the VAE of Qwen-Image", VAE_FILES).config
+        check_latents(config, WAN_LATENT, self.vae_path, self.called)
 
 
 def files_of(options: QwenImageModelOptions, use: LanguageUse) -> QwenImageFiles:

@@ -10,6 +10,7 @@ files: which Stable Diffusion a checkpoint is, by tensor names
 folders: folders in the layout of diffusers
 guiding: CLIP and VGG16 steer the predicted picture
 highres: two stages: a small picture, then full size
+latent_upscaler: enlarge the first stage with sd-scripts' latent upscaler
 lines: lines of prompts: options, variants, where they come from
 lllites: ControlNet-LLLites in the U-Net during a batch
 loading: load a checkpoint: kind, networks, tokenizers

@@ -24,6 +24,8 @@ from stable_diffusion.starting import STRIDE, fit, latent_size, vae_batch
 # says so.
 OPTION = "--highres_fix_upscaler"
 OURS = "stable_diffusion.model_upscaler"
+# modules of sd-scripts -> ours
+OTHER_NAMES = {"tools.latent_upscaler": "stable_diffusion.latent_upscaler"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +74,7 @@ def load_upscaler(name: str, args: str | None) -> UpscalingModule:
     Raises OptionError if it cannot be used.
     """
     hint = f" Or give {OURS}, which takes SwinIR and ESRGAN files (model=FILE)."
-    module = import_user_module(OPTION, name, OURS, hint)
+    module = import_user_module(OPTION, OTHER_NAMES.get(name, name), OURS, hint)
     if not callable(getattr(module, "create_upscaler", None)):
         raise OptionError(f"{OPTION} {name} has no create_upscaler(...), so it makes no upscaler.{hint}")
     try:

@@ -162,25 +162,18 @@ class HighresOptions(Options, title="highres fix: two stages"):
     )
     highres_fix_upscaler: str | None = option(
         "enlarge by a module with create_upscaler: one of your own, or stable_diffusion.model_upscaler, "
-        "which takes SwinIR and ESRGAN files",
+        "which takes SwinIR and ESRGAN files, or tools.latent_upscaler, which takes sd-scripts' own",
         needs="highres_fix_scale",
         excludes="highres_fix_latents_upscaling",
     )
     highres_fix_upscaler_args: str | None = option(
-        "arguments of that module: key=value, several joined by ; as in model=4x.safetensors",
+        "arguments of that module: key=value, several joined by ; as in model=4x.safetensors, for "
+        "tools.latent_upscaler weights=FILE",
         needs="highres_fix_upscaler",
     )
     highres_fix_disable_control_net: bool = option(
         "no ControlNet in the second stage", needs="highres_fix_scale"
     )
-
-    def __post_init__(self) -> None:
-        if self.highres_fix_upscaler == "tools.latent_upscaler":
-            raise OptionError(
-                "--highres_fix_upscaler tools.latent_upscaler: this module of sd-scripts has a network of "
-                "its own, not built here. Give stable_diffusion.model_upscaler with model=FILE, a SwinIR or "
-                "ESRGAN file, or --highres_fix_latents_upscaling, or a copy of the module under another name"
-            )
 
 
 _BLOCK = "an input block of the U-Net"

@@ -29,6 +29,7 @@ OUR_DEFAULTS = {
     *((f"{name}_generate_image.py", "--image_size") for name in ("qwen_image", "zimage")),
     # the best device that there is; strengths that are not given are 1
     *(("krea2_generate_image.py", f"--{name}") for name in ("device", "lora_multiplier")),
+    ("ltx2_train_network.py", "--sample_num_frames"),  # 8n + 1, as it is made
     # follow --model_version, which leaves no choice there
     ("flux_2_generate_image.py", "--infer_steps"),
     ("flux_2_generate_image.py", "--guidance_scale"),

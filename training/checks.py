@@ -22,11 +22,15 @@ from networks.own_kinds import OWN_MODULES
 from networks.own_modules import smallest_lora_bytes
 from training.data.live import LiveTexts
 from training.experts import TRAINING_ADAPTER, check_experts, network_for, read_adapter, read_use
+from training.learning_options import FIND_RATE
 from training.noise_options import NOTHING, WEIGHTS_OF_LOSS
 from training.optimizers.lr_schedule import make_lr_schedule
 from training.optimizers.optimizer import make_optimizer
 from training.options import RANKED_NETWORKS, TrainingOptions
 from training.run_options import MOST_STEPS
+
+# of a network, of a whole model: the lowest and the highest usual rate of Adam; between them the usual one
+USUAL_RATES = (2e-5, "1e-4", 5e-3), (5e-8, "1e-5", 1e-4)
 
 
 def check_before_loading(
@@ -186,3 +190,15 @@ def _list_idle(record: Any, more: Mapping[str, str]) -> Iterator[str]:
             reasons = [why for why, acts in facts.get("acts_if", {}).items() if not acts(record)]
             reasons = [more[name]] if name in more else reasons
             yield from (f"--{name} has no effect: {why}." for why in reasons[:1])
+
+
+def judge_rate(options: TrainingOptions) -> str:
+    """Return the learning rate, and the usual one if it is far from that."""
+    given, parts, is_whole = options.optimizer, options.parts, options.network is None
+    rate = given.learning_rate if parts is None or parts.unet_lr is None else parts.unet_lr
+    text, name = f"{rate:g}", (given.optimizer_type or "AdamW").rpartition(".")[2].lower()
+    low, usual, high = USUAL_RATES[is_whole]
+    if "adam" not in name or name.startswith(FIND_RATE) or low <= rate <= high:
+        return text
+    what = "a whole model" if is_whole else "a LoRA"
+    return f"{text}, which is {'LOW' if rate < low else 'HIGH'} for {what}: {usual} is usual"

@@ -18,6 +18,7 @@ from dataset.batches.order import split_validation
 from dataset.caching.prefetch import conclude
 from dataset.options import DebugOptions
 from modules.atomic_write import write_bytes
+from modules.console import count_of
 from modules.contract.family import FLOW, Family, NoiseSpec, sound_of
 from modules.contract.rules import ONE_EXPERT, Expert
 from modules.control_codes import escape_control_codes
@@ -26,7 +27,7 @@ from modules.errors import OptionError
 from modules.installation import import_own
 from modules.seeds import derive_seed
 from training.caching_inside import find_live_texts, list_live_tables, open_stores, plan_tables
-from training.checks import check_teacher
+from training.checks import check_teacher, judge_rate
 from training.data.feed import BatchSources
 from training.data.timesteps import Timesteps, draw, loss_weights
 from training.noise_options import NOTHING, NUM_TIMESTEPS, WEIGHTS_OF_LOSS, TimestepOptions
@@ -97,8 +98,23 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
         ]
         head = ("Where the training has them:", *findings.indent(places))
         result = replace(result, head=head, counters=counters)
+    result = replace(result, tail=(*result.tail, *describe_run(options, held=result.num_held)))
     code: int = checks.tell_check(result, family, config, options.loop.page, workers)
     return code
+
+
+def describe_run(options: TrainingOptions, held: int) -> list[str]:
+    """Return lines of --check about a run's validation and its learning rate. held: items of validation."""
+    lines = []
+    if held:
+        most = options.validation.max_validation_steps
+        measured = held if most is None else min(held, most)
+        limit = "" if most is None else f" (--max_validation_steps {most})"
+        lines.append(f"Each validation measures {count_of(measured, 'batch')} of one item{limit}")
+    rate = judge_rate(options)
+    if "HIGH" in rate or "LOW" in rate:
+        lines.append(f"Learning rate: {rate}")
+    return lines
 
 
 def _plan(

@@ -25,6 +25,7 @@ from generation.sample_lines import OF_SOME_MODELS, read_all, read_sample_prompt
 from generation.session import NO_ENCODERS, Session, decode_tracks, encode_inputs, needs_media, wanted_texts
 from modules.bars import Bar
 from modules.command import each_warning_once
+from modules.console import count_of
 from modules.contract.data import Conditions, LatentSpec
 from modules.contract.family import Family, hears_sound
 from modules.contract.loading import BlockPlace
@@ -357,12 +358,14 @@ def _whole_size(prompt: str, asked: tuple[int, int, int], latent: LatentSpec) ->
     width, height = (max(one // side, 1) * side for one in asked[:2])
     made = width, height, 1 if latent.is_of_pictures else (asked[2] - 1) // step * step + 1
     if made != asked:
-        logger.warning(
-            "the sample %r: %d x %d pixels and %d frames (--w, --h, --f) are changed to %d x %d and %d: "
-            "sides are multiples of %d, %s",
-            *(prompt, *asked, *made, side),
-            "and a picture has one frame" if latent.is_of_pictures else f"frames {step}n + 1",
-        )
+        changes = []
+        if made[:2] != asked[:2]:
+            pixels = f"{asked[0]} x {asked[1]} pixels (--w, --h) are changed to {made[0]} x {made[1]}"
+            changes.append(f"{pixels}: sides are multiples of {side}")
+        if made[2] != asked[2]:
+            why = "a picture has one frame" if latent.is_of_pictures else f"lengths are {step}n + 1 frames"
+            changes.append(f"{count_of(asked[2], 'frame')} (--f) changed to {made[2]}: {why}")
+        logger.warning("the sample %r: %s", prompt, "; ".join(changes))
     return made
 
 

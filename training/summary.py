@@ -19,8 +19,8 @@ from modules.text_files import real_path
 from networks.lora_settings import DEFAULT_RANK
 from networks.metadata import of_numbers
 from networks.options import NetworkOptions
+from training.checks import judge_rate
 from training.following import DORA_ELSEWHERE, NextSteps
-from training.learning_options import FIND_RATE
 from training.metadata import continued_sizes
 from training.options import RANKED_NETWORKS, TrainingOptions
 from training.plan import TrainingPlan
@@ -40,8 +40,6 @@ if TYPE_CHECKING:  # it is loaded only if there are prompts
 MOMENTS_BYTES = 8  # of AdamW's two moments, for each trained weight; other optimizers keep less
 FLOAT_BYTES = 4  # states are saved in float32
 LOW_STRENGTH = 0.1  # a lower alpha / rank gets a remark
-# of a network, of a whole model: rates of Adam below and above which it is told, and what is usual
-USUAL_RATES = (2e-5, "1e-4", 5e-3), (5e-8, "1e-5", 1e-4)
 SPARE = 1.05  # a disk with less room than this times what the run will write is warned of
 
 
@@ -129,7 +127,11 @@ def show_start(run: TrainingRun, dtype: torch.dtype | None) -> None:
 
 def _times(every: Mapping[str, float | None]) -> list[str]:
     """Return texts such as "every 5 epochs". every: unit -> number; None is left out."""
-    return [f"every {number:.12g} {unit}" for unit, number in every.items() if number is not None]
+    return [
+        f"every {unit.removesuffix('s')}" if number == 1 else f"every {number:.12g} {unit}"
+        for unit, number in every.items()
+        if number is not None
+    ]
 
 
 def show_end(run: TrainingRun, story: history.Story, following: NextSteps) -> None:
@@ -185,7 +187,7 @@ def disk_needed(folder: Path, saves: tuple[int, int], written: tuple[int, int]) 
     """
     needed, free = saves[0] * written[0] + saves[1] * written[1], free_bytes(folder)
     states = f" and {count_of(saves[1], 'state')}" if saves[1] else ""
-    text = f"about {as_size(needed)} for {count_of(saves[0], 'model')}{states}; {as_size(free)} free"
+    text = f"about {as_size(needed)} for {count_of(saves[0], 'save')}{states}; {as_size(free)} free"
     return text if free > SPARE * needed else f"{text}: TOO LITTLE, save less often or free some"
 
 
@@ -249,18 +251,6 @@ def judge_alpha(
     if alpha / rank >= LOW_STRENGTH:
         return text
     return f"{text}, which is LOW: --network_alpha {max(1, rank // 2)} or {rank} is usual"
-
-
-def judge_rate(options: TrainingOptions) -> str:
-    """Return the learning rate, and the usual one if it is far from that."""
-    given, parts, is_whole = options.optimizer, options.parts, options.network is None
-    rate = given.learning_rate if parts is None or parts.unet_lr is None else parts.unet_lr
-    text, name = f"{rate:g}", (given.optimizer_type or "AdamW").rpartition(".")[2].lower()
-    low, usual, high = USUAL_RATES[is_whole]
-    if "adam" not in name or name.startswith(FIND_RATE) or low <= rate <= high:
-        return text
-    what = "a whole model" if is_whole else "a LoRA"
-    return f"{text}, which is {'LOW' if rate < low else 'HIGH'} for {what}: {usual} is usual"
 
 
 def make_reporter(

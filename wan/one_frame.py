@@ -26,7 +26,7 @@ from modules.contract.data import (
     MediaTable,
     SamplingDefaults,
 )
-from modules.contract.one_frame import parse_one_frame
+from modules.contract.one_frame import parse_one_frame, semicolon_hint
 from modules.contract.requests import (
     Prepared,
     Request,
@@ -99,7 +99,7 @@ def prepare(
         )
     if len(settings.control_indices or (USUAL_CONTROL,)) != len(images):
         raise OptionError(
-            f"{where}: {len(images)} control images. Give as many places, as in control_index=0;2 for two"
+            f"{where}: {len(images)} control images. Give as many places, as in control_index=0+2 for two"
         )
     try:
         order = order_frames(settings.control_indices, settings.target_index)
@@ -127,7 +127,10 @@ def _take_images(task: WanTask, request: Request, where: str) -> Request:
     taken = {**seen, "control_path": False, "control_images": True}
     request = keep_usable_media(request, taken, f"a single picture of --task {task.name} does not take it")
     if not request.control_images:
-        raise OptionError(f"{where}: give the images that the picture is made from to --control_image_path")
+        hint = semicolon_hint(request.extra.get(ONE_FRAME, ""))
+        raise OptionError(
+            f"{where}: give the images that the picture is made from to --control_image_path{hint}"
+        )
     for path in request.control_images:
         check_opens("control_image_path", path, is_image=True)
     if task.kind == "flf2v" and len(_seen(request)) != MOST_FEATURES:

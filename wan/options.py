@@ -257,9 +257,11 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
         nargs="+",
     )
     one_frame_inference: str | None = option(
-        "make one image from --control_image_path: places in time, 'target_index=1,control_index=0', or "
-        "default, which are these",
+        "make one image from --control_image_path: places in time, 'target_index=1,control_index=0+2', or "
+        "default, which is one control image at 0",
         facts=OF_REQUEST,
+        flags=("--one_frame_inference", "--one_frame"),
+        metavar="default|target_index=N,control_index=N+N",
     )
     control_image_mask_path = unsupported(
         "Wan's one-frame mode takes control images whole, as its LoRAs learn them. Use FramePack for masks",
@@ -278,7 +280,10 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
         if self.one_frame_inference is not None:
             check_one_frame(TASKS[self.task])
             if not self.one_frame_inference.strip():
-                raise OptionError("--one_frame_inference is empty: give default, or leave it out for a video")
+                raise OptionError(
+                    "--one_frame_inference is empty: give default, or places such as "
+                    "target_index=1,control_index=0+2; or leave it out for a video"
+                )
         task, one_frame = TASKS[self.task], self.one_frame_inference is not None
         is_able = task.takes_image and not task.has_control
         if is_able:  # lines may ask for one frame too

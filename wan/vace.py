@@ -7,6 +7,7 @@ the released code (ali-vilab/VACE) and diffusers' WanVACEPipeline, whose order o
 first one stands beside the clip.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,9 @@ from wan.options import MASK, MOST_HINT_SCALE, MOST_REFERENCES, SCALE
 from wan.spec import LATENT
 from wan.vae import WanVae
 
+logger = logging.getLogger(__name__)
+
+_PLAIN = ("1", "1.0")  # --vace_scale, if it is left out
 SAME_SHAPE = 0.05  # by how much the aspect of a mask may differ, as sides are rounded
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # a mask that is one holds for all frames
 
@@ -63,6 +67,13 @@ def take_control(request: Request, layers: int) -> tuple[Request, VaceRequest]:
 
     Raises OptionError if a file is missing or has no use.
     """
+    for option, path in {"image_path": request.image_path, "end_image_path": request.end_image_path}.items():
+        if path is not None:
+            raise OptionError(
+                f"--{option} {path}: VACE has no such input. To keep a first or last frame give --src_video "
+                "a clip that has it, grey elsewhere, and --src_mask one that is black there and white "
+                "elsewhere; to show what something looks like, give the picture to --src_ref_images"
+            )
     extra, references = request.extra, divide(request.control_images)
     mask = to_path("--src_mask", extra[MASK]) if extra.get(MASK) else None
     if mask is not None and request.control_path is None:
@@ -84,6 +95,12 @@ def take_control(request: Request, layers: int) -> tuple[Request, VaceRequest]:
             raise OptionError(
                 f"--src_ref_images {path}: nothing can be seen in so few pixels. Give a larger one"
             )
+    if request.control_path is None and not references and request.source is None:
+        scale = extra.get(SCALE, "1")
+        logger.warning(
+            "%sneither --src_video nor --src_ref_images is given, and the video is made from the text alone",
+            "" if scale in _PLAIN else f"--vace_scale {scale} acts on nothing: ",
+        )
     own = VaceRequest(mask, read_scales(extra.get(SCALE, "1"), layers))
     return replace(request, control_images=references), own
 

@@ -51,10 +51,15 @@ _RESAMPLER = 1 << 30  # its index there: behind all residual blocks
 _HALVES = {"down": "encoder.downsamples", "up": "decoder.upsamples"}
 
 
-def read_vae(checkpoint: Checkpoint) -> LoadPlan[WanVaeConfig]:
+def read_vae(
+    checkpoint: Checkpoint,
+    wanted: str = "a VAE of Wan2.1 or Wan2.2",
+    files: str = f"{WAN_2_1.files}; for TI2V-5B {WAN_2_2.files}",
+) -> LoadPlan[WanVaeConfig]:
     """Plan how to load a VAE of Wan2.1 or Wan2.2: official or ComfyUI file, or diffusers layout.
 
-    Raises CheckpointError for any other file.
+    wanted, files: what the model needs and its released files, for messages. Raises CheckpointError for any
+    other file.
     """
     checkpoint = checkpoint.without_prefix(
         "first_stage_model.", "vae.", others=("model.diffusion_model.", "text_encoders.")
@@ -72,8 +77,7 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[WanVaeConfig]:
     ):
         translate = str
     if translate is None:
-        files = f"{WAN_2_1.files} (Qwen-Image: qwen_image_vae.safetensors); for TI2V-5B {WAN_2_2.files}"
-        raise other_kind(checkpoint, "a VAE of Wan2.1 or Wan2.2", "--vae", files)
+        raise other_kind(checkpoint, wanted, "--vae", files)
     sources = rename_sources(sources, translate)
     shape = shapes_of(checkpoint, sources)
     config = WanVaeConfig(

@@ -40,7 +40,7 @@ function showState(news) {
   }));
   const lines = [...(news.outside ? [`${news.outside} files lie outside the folders and are not shown`] : []), ...(news.remarks ?? [])];
   $("remarks").hidden = !lines.length;
-  $("remarks").firstChild.textContent = `${lines.length} remarks on the dataset`;
+  $("remarks").firstChild.textContent = `${lines.length} ${lines.length === 1 ? "remark" : "remarks"} on the dataset`;
   $("remarks").lastChild.replaceChildren(...lines.map((line) => make("li", line)));
   if ($("measure")) {
     $("measure").disabled = news.state !== "ready" && news.state !== "failed";

@@ -128,6 +128,11 @@ class CheckResult:
         return sum(len(found.faults) for found in self.tables)
 
     @property
+    def num_held(self) -> int:
+        """Return how many items are kept for validation."""
+        return sum(found.held.total() for found in self.tables)
+
+    @property
     def num_remarks(self) -> int:
         return sum(len(found.remarks) for found in self.tables)
 
@@ -244,7 +249,7 @@ def load_counters(text_encoders: Callable[[], Sequence[TextEncoder]]) -> Counter
     try:
         encoders = text_encoders()
     except (OptionError, CheckpointError) as error:
-        return Counters((), (f"tokens are not counted: {error}",))
+        return Counters((), (f"tokens of captions are not counted, which is no fault: {error}",))
     for encoder in encoders:
         try:
             found.append((encoder.name, encoder.token_counter()))

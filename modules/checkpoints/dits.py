@@ -16,6 +16,7 @@ from modules.checkpoints.filling import (
     linear_weights,
     load_module,
     on_meta_device,
+    stored_as,
 )
 from modules.checkpoints.kinds import OF_OTHERS, kind_of
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources, refuse_quantised
@@ -23,6 +24,7 @@ from modules.contract.family import DitSpec
 from modules.contract.loading import Placement, TensorSource
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
+from modules.speed_options import Quantisation
 from modules.stored.forms import form_of
 
 logger = logging.getLogger(__name__)
@@ -228,6 +230,12 @@ def _stored_layers(
     if not kept:
         exclude = spec.form_exclude.get(quantisation.form, spec.fp8_exclude)
         return StoredLoading(form, others(linear_weights(dit, spec.block_lists, exclude)))
+    if has_asked_form(quantisation, kept, sources, checkpoint):
+        logger.info(
+            "%s: %s is in %s already, and stays as it is",
+            *(quantisation.asked_by, checkpoint.path, quantisation.form),
+        )
+        return StoredLoading(None, kept=_without_patched(kept, dit, checkpoint.path, placement))
     is_packed = any(checkpoint.tensors[sources[name].names[0]].packing is not None for name in kept)
     if quantisation.kind != "cast":
         asked, state, instead = quantisation.asked_by, "quantised", "layers stay as the file has them."
@@ -242,6 +250,23 @@ def _stored_layers(
             checkpoint.path,
         )
     return StoredLoading(form, kept=_without_patched(kept, dit, checkpoint.path, placement))
+
+
+# forms in which a file's layers are those that rounding them here would make; of fp8 there are several
+_SAME_FORMS = ("int8", "nf4")
+
+
+def has_asked_form(
+    quantisation: Quantisation,
+    kept: frozenset[str],
+    sources: Mapping[str, TensorSource],
+    checkpoint: Checkpoint,
+) -> bool:
+    """Return whether all stored weights of a file have the form that options ask for. kept: their names."""
+    if quantisation.form not in _SAME_FORMS or quantisation.int8_backward:
+        return False
+    stored = [stored_as(sources[name], checkpoint.tensors) for name in kept]
+    return all(weight is not None and weight.form.name == quantisation.form for weight in stored)
 
 
 def _without_patched(

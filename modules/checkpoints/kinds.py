@@ -1,5 +1,6 @@
 """Recognise a model file by the names of its tensors, for messages about a file of another kind."""
 
+import re
 from collections.abc import Iterable
 
 from modules.families import Marks, family_marks
@@ -124,6 +125,17 @@ OF_TOOLS: Marks = (
     ("out_mask_conv.conv2d.weight", "a ParseNet, which finds the parts of a face (beside GFPGAN)"),
     ("decoder.3.conv.0.weight", "a TAEHV, a tiny decoder for previews (--preview_vae)"),
 )
+
+
+# a tensor of a LoRA, LoHa or LoKr of any program
+_OF_LORAS = re.compile(
+    r"[._](?:lora_(?:down|up|A|B|a|b)|lora\.(?:down|up)|hada_w1_a|lokr_w[12](?:_a)?)(?:[._]|$)"
+)
+
+
+def is_lora(names: Iterable[str]) -> bool:
+    """Return whether tensors of these names are those of a LoRA, LoHa or LoKr."""
+    return any(_OF_LORAS.search(name) for name in names)
 
 
 def kind_of(names: Iterable[str], marks: Marks | None = None) -> str | None:

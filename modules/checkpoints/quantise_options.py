@@ -19,11 +19,16 @@ class QuantiseOptions(Options):
         place="there",
         required=True,
         by_place=True,
+        flags=("--model", "--input"),
     )
     form: str = option(
         "int8: a scale for each row; convrot: the same, rotated so that outliers cost nothing; fp8: a scale "
         "for each weight; all three in ComfyUI's layout. q8_0: GGUF, of transformers. bf16: back to 16 bits",
         choices=FORMS,
+        refused={
+            "nf4": "its scales are stored in a form of ours that no other program reads; --nf4_base "
+            "rounds to 4 bits while the model loads",
+        },
         required=True,
     )
     output: Path = option("file to write: .safetensors, with --form q8_0 .gguf", required=True, by_place=True)

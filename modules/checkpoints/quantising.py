@@ -23,7 +23,7 @@ from modules.checkpoints.containers import HEADER, MARK
 from modules.checkpoints.dits import DitFormat, bare_names
 from modules.checkpoints.filling import linear_weights, on_meta_device
 from modules.checkpoints.finite import check_finite
-from modules.checkpoints.kinds import kind_of
+from modules.checkpoints.kinds import is_lora, kind_of
 from modules.checkpoints.opening import (
     Checkpoint,
     checkpoint_paths,
@@ -143,6 +143,12 @@ def _recognise(checkpoint: Checkpoint) -> Recognised:
                 return _transformer(checkpoint, bare, family, form)
         except CheckpointError as error:
             logger.debug("%s is not %s: %s", checkpoint.path, family, error)
+    if is_lora(names):
+        raise CheckpointError(
+            f"{checkpoint.path} is a LoRA, which is small and stays in 16 bits. Give the model that it was "
+            "trained for; merge_lora.py adds a LoRA to it before it is quantised.",
+            checkpoint.path,
+        )
     raise CheckpointError(
         f"{checkpoint.path} is {kind_of(names) or 'no model that is known'}. Give the transformer or the "
         "language model or T5 of a family that is supported.",

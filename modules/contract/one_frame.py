@@ -23,25 +23,27 @@ class OneFrame:
 
 
 def parse_one_frame(text: str) -> OneFrame:
-    """Read --one_frame_inference, as "target_index=1,control_index=0;10,no_post,no_2x,no_4x" or "default".
+    """Read --one_frame_inference, as "target_index=1,control_index=0+10,no_post,no_2x,no_4x" or "default".
 
+    Control indices are separated by `+`, `,` or, as other programs write them, `;`.
     Raises OptionError if a word is unknown or a number is missing.
     """
-    settings = OneFrame()
+    settings, word = OneFrame(), ""
     for item in (piece.strip() for piece in text.split(",")):
+        if word == "control_index" and _WHOLE.fullmatch(item):  # places may have commas between them too
+            indices = (*settings.control_indices, _index(item, text))
+            settings = replace(settings, control_indices=indices)
+            continue
         word, _, value = item.partition("=")
         if item in _SWITCHES:
             settings = _SWITCHES[item](settings)
         elif word == "target_index":
             settings = replace(settings, target_index=_index(value, text))
         elif word == "control_index":
-            settings = replace(
-                settings, control_indices=tuple(_index(number, text) for number in value.split(";"))
-            )
+            indices = tuple(_index(number, text) for number in re.split("[;+]", value))
+            settings = replace(settings, control_indices=indices)
         elif _WHOLE.fullmatch(item):
-            raise _refuse(
-                text, f"{item!r} stands alone: separate indices by semicolons, as in control_index=0;10"
-            )
+            raise _refuse(text, f"{item!r} stands alone: write indices as in control_index=0+10")
         else:
             raise _refuse(text, f"{item!r} is unknown")
     return settings
@@ -66,5 +68,15 @@ def _index(number: str, text: str) -> int:
 def _refuse(text: str, why: str) -> OptionError:
     return OptionError(
         f"--one_frame_inference {text!r}: {why}. Give default, no_post, no_2x, no_4x, target_index=N and "
-        "control_index=N;N, separated by commas."
+        "control_index=N+N, separated by commas."
+    )
+
+
+def semicolon_hint(text: str) -> str:
+    """Return a sentence on a semicolon that the shell may have taken at the end of a text; else ""."""
+    if not re.search(r"control_index=-?[0-9]+$", text):
+        return ""
+    return (
+        ". If control_index has several places with ; between them, the shell ended the command at "
+        "the first: write control_index=0+10, or put quotes round it"
     )

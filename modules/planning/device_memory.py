@@ -29,6 +29,7 @@ class Room:
     name: str
     total: int
     free: int
+    is_planned: bool = False  # a card that is only thought of
 
     @property
     def usable(self) -> int:
@@ -40,7 +41,7 @@ def room_on(device: torch.device, planned_gib: float | None = None) -> Room | No
     """Return the room to plan for: `planned_gib` if given, else the CUDA device's; None if there is none."""
     if planned_gib:
         size = round(planned_gib * GIB)
-        return Room(f"a card of {planned_gib:g} GiB", size, size)
+        return Room(f"A card of {planned_gib:g} GiB", size, size, is_planned=True)
     if device.type != "cuda":
         return None
     free, total = torch.cuda.mem_get_info(device)

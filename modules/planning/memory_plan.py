@@ -221,6 +221,8 @@ def verdict(plan: MemoryPlan, room: Room | None, advice: Sequence[str] = ()) -> 
             f"Needs {needed}. There is no CUDA device to compare with; --plan 24 plans for a card of 24 GiB."
         )
     free = f"{room.name}: {gib(room.free)} of {gib(room.total)} GiB are free"
+    if room.is_planned:
+        free = f"{room.name}, all of it free; a screen and other programs take 0.5 to 1.5 GiB of one"
     if plan.device <= room.usable:
         return f"Fits: {needed}. {free}."
     lines = "\n".join(f"  {line}" for line in advice)

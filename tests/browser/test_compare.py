@@ -112,7 +112,7 @@ def test_samples_of_a_file_and_clips_of_its_content_are_shown_and_the_best_is_ma
     cells = [cell.partition("</td>")[0] for cell in body.split("<td>")[1:]]
     shown = ["001_9_without-LoRA", "x_4_0.png", "001_9_a", "not made", "x_4_1.png", "not made"]
     assert [name in cell for name, cell in zip(shown, cells, strict=True)] == [True] * 6
-    assert "1 of 4 clips are not made" in page
+    assert "1 of 4 clips is not made" in page
     assert "two &lt;b&gt;dogs" in page
     assert served.ask(served.of("x", "compare/001_9_a_000000.png")).body.startswith(b"\x89PNG")
     file.write_bytes(b"another training's")

@@ -22,7 +22,7 @@ from frame_pack.options import FramePackGenerationOptions, FramePackTrainingOpti
 from frame_pack.requests import FramePackRequest, prepare_request
 from hunyuan_model.spec import LATENT as VAE_LATENT
 from modules.contract.data import MediaEncoders
-from modules.contract.one_frame import OneFrame, parse_one_frame
+from modules.contract.one_frame import OneFrame, parse_one_frame, semicolon_hint
 from modules.contract.requests import Prepared, Request
 from modules.errors import OptionError
 from modules.media.writing import write_png
@@ -294,3 +294,15 @@ def test_without_a_negative_prompt_it_is_empty(
         prepared = model.prepare(replace(asked, negative_prompt=said or None))
         assert (prepared.guidance_scale, prepared.negative_prompt) == ((3.0,), said)
     assert not caplog.text
+
+
+@pytest.mark.parametrize("places", ["0;10", "0+10", "0,10", " 0 , 10 "])
+def test_places_of_control_images_may_be_separated_in_several_ways(places: str) -> None:
+    found = parse_one_frame(f"target_index=1,control_index={places},no_post")
+
+    assert (found.target_index, found.control_indices, found.has_post) == (1, (0, 10), False)
+
+
+def test_a_text_that_the_shell_may_have_cut_gets_a_hint() -> None:
+    assert "the shell ended the command" in semicolon_hint("target_index=1,control_index=0")
+    assert semicolon_hint("target_index=1,control_index=0+10,no_post") == semicolon_hint("default") == ""

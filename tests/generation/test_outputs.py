@@ -243,3 +243,7 @@ def test_boxes_name_loras_and_count_the_files_of_folders(
 
     assert "  LoRAs:  a.safetensors, strength 0.8\n  clips:  2; the first: 48 x 32" in caplog.text
     assert f"  result:      {tmp_path / 'frames'} (6 bytes)" in caplog.text
+
+    show_start(ToyFamily(), [replace(PREPARED, frames=1)] * 2, {}, tmp_path, torch.device("cpu"))
+
+    assert "  pictures: 2; the first: 48 x 32" in caplog.text

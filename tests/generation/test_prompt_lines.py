@@ -142,6 +142,11 @@ def test_long_names_mean_the_same_in_generations_and_in_samples(
     assert not caplog.records
 
 
+def test_an_option_of_a_guide_may_have_one_dash() -> None:
+    found = parse_sample_line("a cat --ctr 0.25 -rcfg 1.0 --w 64")
+    assert found == {"prompt": "a cat", "cfg_trunc_ratio": 0.25, "renorm_cfg": 1.0, "width": 64}
+
+
 @pytest.mark.parametrize("name", ["size", "video_size", "image_size"])
 def test_a_size_by_a_long_name_has_the_height_first(name: str) -> None:
     sides = {"video_size_height": 480, "video_size_width": 832}

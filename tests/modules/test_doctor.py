@@ -42,6 +42,10 @@ def test_what_is_missing_says_what_it_costs(tmp_path: Path) -> None:
     assert found["bitsandbytes"].text.startswith("missing: --optimizer_type adamw8bit is refused")
     assert all(each.is_fit for each in found.values())  # nothing else needs it
 
+    with without("starlette"):
+        found = {each.name: each for each in examine(tmp_path)}
+    assert found["browser"].text.endswith("does not start. python -m pip install starlette")
+
     with without("einops"):
         found = {each.name: each for each in examine(tmp_path)}
     assert "einops is not installed" in found["packages"].text

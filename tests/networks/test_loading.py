@@ -48,7 +48,7 @@ def test_what_a_lora_was_trained_for_is_said_when_it_is_read(
     network, use = wan_network(tiny_dit(tmp_path)), "videos of FramePack-F1"
     save_network(network, tmp_path / "f1.safetensors", torch.bfloat16, {"reelsmith_trained_for": use})
     read_lora(tmp_path / "f1.safetensors")
-    assert caplog.messages[-1].endswith(f"names as in sd-scripts and here, trained for {use}")
+    assert caplog.messages[-1].endswith(f"names as in sd-scripts, trained for {use}")
 
 
 def test_old_hashes_that_another_tool_copied_do_no_harm(saved: Path) -> None:

@@ -427,7 +427,7 @@ def test_what_does_not_fit_is_told(copied: Path, capfd: pytest.CaptureFixture[st
         ("--family won", "Did you mean wan?"),
         ("--family hunyuan", "Did you mean hunyuan_image or hunyuan_video?"),
         ("--family sdxl", "Others are not described here; "),
-        ("other --family lumina", "other is too much: one folder is taken"),
+        ("other --family lumina", "other is too much: give one folder, with quotes round a name with blanks"),
         ("--family lumina --network_dim 4", "write network_dim = ... below [training] in run.toml"),
         ("--family lumina --num_repeats 2", "a key of the dataset file: write num_repeats = ..."),
         ("--family lumina --memory 12TB", "'12TB' is no memory. Give GiB, such as 12"),

@@ -3,17 +3,20 @@
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.nn.functional import interpolate
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, interpolate
 
 from modules.checkpoints.writing import save_tensors
 from modules.errors import CheckpointError, OptionError
+from stable_diffusion import latent_upscaler
 from stable_diffusion.contract import AskedPicture, PictureSettings, SecondStart, UnetCall
-from stable_diffusion.highres import make_pictures, prepare_highres, read_args
+from stable_diffusion.highres import load_upscaler, make_pictures, prepare_highres, read_args
 from stable_diffusion.sampling_options import DeepShrinkOptions, HighresOptions
 from stable_diffusion.small_start import DeepShrinks
 from tests.stable_diffusion.loaded import PlainMaker, call_of, run_unet, unet_of
@@ -291,3 +294,50 @@ def test_a_depth_that_the_model_lacks_is_refused(unet: Any) -> None:
     for shrink, name in ((DeepShrinkOptions(ds_depth_1=6), "ds_depth_1"), (second, "ds_depth_2")):
         with pytest.raises(OptionError, match=f"--{name} .*0 to 5"):
             shrunk(unet, call_at(900.0), shrink)
+
+
+class HalfVae(nn.Module):
+    """Encode pixels as their mean colour, in squares of 8."""
+
+    def __init__(self, scale: float = 0.18215) -> None:
+        super().__init__()
+        self.weight, self.config = nn.Parameter(torch.zeros(1)), SimpleNamespace(scaling_factor=scale)
+
+    def encode(self, pixels: Tensor) -> Any:
+        grey = avg_pool2d(pixels.mean(1, keepdim=True), 8).expand(-1, 4, -1, -1)
+        return SimpleNamespace(latent_dist=SimpleNamespace(mean=grey))
+
+
+def write_refiner(path: Path, final: float) -> Path:
+    """Weights whose last convolution gives `final` everywhere; the others are those of a new network."""
+    refiner = latent_upscaler.LatentRefiner()
+    state = {name: tensor.clone() for name, tensor in refiner.state_dict().items() if tensor.ndim}
+    state["conv_final.weight"].zero_()
+    state["conv_final.bias"].fill_(final)
+    save_tensors(path, state)
+    return path
+
+
+def test_the_latent_upscaler_of_sd_scripts_adds_to_the_enlarged_latents(tmp_path: Path) -> None:
+    path = write_refiner(tmp_path / "upscaler.safetensors", final=0.25)
+    images = [Image.new("RGB", (16, 8), "white"), Image.new("RGB", (16, 8), "black")]
+
+    made = load_upscaler("tools.latent_upscaler", f"weights={path}").made
+    latents = made.upscale(HalfVae(), images, None, torch.float32, 32, 16, 2, 1)
+
+    expected = torch.tensor([1.25, -0.75]).view(2, 1, 1, 1).expand(2, 4, 2, 4) * 0.18215
+    torch.testing.assert_close(latents, expected)
+
+
+def test_a_latent_upscaler_is_refused_if_it_does_not_fit(tmp_path: Path) -> None:
+    path = write_refiner(tmp_path / "upscaler.safetensors", final=0.0)
+    other = tmp_path / "other.safetensors"
+    save_tensors(other, {"conv1.weight": torch.zeros(1)})
+    made = load_upscaler("tools.latent_upscaler", f"weights={path}").made
+
+    with pytest.raises(CheckpointError, match="other.safetensors is not a latent upscaler of sd-scripts"):
+        load_upscaler("tools.latent_upscaler", f"weights={other}")
+    with pytest.raises(OptionError, match="give weights=FILE"):
+        load_upscaler("tools.latent_upscaler", "model=a.safetensors")
+    with pytest.raises(OptionError, match="latents of Stable Diffusion 1.x and 2.x"):
+        made.upscale(HalfVae(0.13025), [Image.new("RGB", (8, 8))], None, torch.float32, 16, 16, 1, 1)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.training.toy import toy_options, train_toy, write_caches, write_prompts
+from training.previews import describe_run
 from training.reports.history import History, Story
 from training.reports.pauses import StepClock
 from training.steps import StepPlan
@@ -62,7 +63,7 @@ def test_a_run_says_what_it_does_and_what_came_of_it(
     start, end = (text for text in caplog.messages if text.startswith(("Training x", "x is trained")))
     assert "3 items with repeats, 2 items for validation" in start
     assert "  steps:         8 in 3 epochs of 3" in start
-    assert "for 3 models" in start
+    assert "for 3 saves" in start
     assert f"  result:             {tmp_path / 'output' / 'x.safetensors'} (" in end
     assert "best by validation: step " in end
     assert "8 in " in end
@@ -94,6 +95,25 @@ def test_a_rate_and_an_alpha_that_were_forgotten_are_judged(
     assert said == rate if "which" not in rate else said.startswith(rate)
     assert options.network is not None
     assert alpha in str(judge_alpha(options.network))
+
+
+@pytest.mark.parametrize(
+    ("words", "held", "lines"),
+    [
+        ("--learning_rate 1e-4", 0, []),
+        ("--learning_rate 1e-4", 5, ["Each validation measures 5 batches of one item"]),
+        (
+            "--learning_rate 1e-4 --max_validation_steps 1",
+            5,
+            ["Each validation measures 1 batch of one item (--max_validation_steps 1)"],
+        ),
+        ("--learning_rate 1e-2", 0, ["Learning rate: 0.01, which is HIGH for a LoRA: 1e-4 is usual"]),
+    ],
+)
+def test_a_check_tells_of_validation_and_of_an_unusual_rate(
+    tmp_path: Path, words: str, held: int, lines: list[str]
+) -> None:
+    assert describe_run(toy_options(tmp_path, *words.split()), held) == lines
 
 
 def test_a_resumed_run_counts_its_own_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -50,6 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("clips", "control"):
         (made / name).mkdir()
         write_video(made / name / "a.mp4", random.integers(0, 256, (5, 32, 48, 3), dtype=numpy.uint8), fps=16)
+    write_video(made / "short.mp4", random.integers(0, 256, (1, 32, 48, 3), dtype=numpy.uint8), fps=16)
     (made / "clips" / "a.txt").write_text("a cat", encoding="utf-8")
     white = numpy.full((32, 48, 3), 255, numpy.uint8)
     write_png(made / "white.png", white)
@@ -79,6 +80,21 @@ GENERATION = {
     ),
     "blocks as a model": (["--dit", "module.safetensors"], "the blocks of VACE alone"),
     "too many strengths": ([*WHOLE, *CLIP, "--vace_scale", 1, 0.5, 1], "VACE has 2 layers"),
+    "a first image": (
+        [*WHOLE, "--image_path", "white.png"],
+        "--image_path white.png: VACE has no such input",
+    ),
+    "a last image": ([*WHOLE, "--end_image_path", "white.png"], "--src_video a clip that has it, grey"),
+    "a clip that is too short": (
+        [*WHOLE, "--src_video", "short.mp4"],
+        "--src_video short.mp4: it has 1 frame",
+    ),
+    "a clip by its other name": ([*WHOLE, "--vace_video", "short.mp4"], "--vace_video short.mp4: it has"),
+    "a mask that is too short": (
+        [*WHOLE, *CLIP, "--src_mask", "short.mp4"],
+        "--src_mask short.mp4: it has 1 frame",
+    ),
+    "a clip that is not there": ([*WHOLE, "--src_video", "none.mp4"], "--src_video none.mp4: no such file"),
     "a clip that is none": (
         [*WHOLE, "--src_video", "models/vae.safetensors"],
         "vae.safetensors cannot be read",

@@ -107,6 +107,18 @@ def check_arguments(
         )
 
 
+# names in early guides of video trainers -> ours
+OTHER_NAMES = dict.fromkeys(
+    (
+        "adamw8bit_apex_fused",
+        "adamw8bit_apex_fused_legacy",
+        "adamw8bit_apex_fused_legacy_no_scale",
+    ),
+    "AdamW8bit",
+)
+OLD_NAME = "No trainer has this name of early guides; it stands for AdamW with 8-bit states."
+
+
 def find_optimizer(name: str) -> Callable[..., Optimizer]:
     """Find the class behind a name.
 
@@ -115,9 +127,11 @@ def find_optimizer(name: str) -> Callable[..., Optimizer]:
     module, _, class_name = PATHS.get(name.lower(), name).rpartition(".")
     if not module:
         known = sorted(filter(None, PATHS))
+        ours = OTHER_NAMES.get(name.lower())
+        remedy = "" if ours is None else f"\n  {OLD_NAME} Give --optimizer_type {ours}."
         raise OptionError(
             f"--optimizer_type {name}: unknown.{did_you_mean(name.lower(), known)} Use one of "
-            f"{', '.join(known)}, or an import path such as package.module.Class."
+            f"{', '.join(known)}, or an import path such as package.module.Class.{remedy}"
         )
     kind: Any = import_object("--optimizer_type", name, module, class_name)
     if not (isinstance(kind, type) and issubclass(kind, Optimizer)):

@@ -92,10 +92,12 @@ def test_a_written_file_generates_what_the_option_makes_of_the_16_bits(project: 
     dit.rename(dit.with_name("plain.safetensors"))
     dit.with_name("small.safetensors").rename(dit)
     (read,) = project.generate("read", *SAY)
+    (again,) = project.generate("again", *SAY, "--convrot_int8")  # what the file has already
     dit.with_name("plain.safetensors").replace(dit)
 
     assert asked.keys() == read.keys()
     assert all(torch.equal(read[name], tensor) for name, tensor in asked.items())
+    assert all(torch.equal(again[name], tensor) for name, tensor in asked.items())
 
 
 def test_gguf_reads_q8_0(project: TinyProject, tmp_path: Path) -> None:
@@ -158,6 +160,10 @@ def test_what_it_cannot_do_is_refused_by_name(project: TinyProject, tmp_path: Pa
     refused(
         model / "vae.safetensors", "--form", "int8", "--output", "x.safetensors", holds=("a VAE", "Give the")
     )
+    save_file({"lora_unet_a.lora_down.weight": torch.zeros(2, 2)}, tmp_path / "lora.safetensors")
+    for words in (["lora.safetensors"], ["--input", "lora.safetensors"]):
+        out = ("--form", "int8", "--output", "x.safetensors")
+        refused(*words, *out, holds=("lora.safetensors is a LoRA", "Give the model that it was trained for"))
     encoder = model / "text_encoder"
     refused(encoder, "--form", "q8_0", "--output", "x.gguf", holds=("is for transformers", "int8"))
     tensors = load_file(dit)

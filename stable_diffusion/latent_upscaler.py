@@ -1,0 +1,140 @@
+"""Enlarge the first stage's pictures by a network on latents, as sd-scripts' tools.latent_upscaler does.
+
+For --highres_fix_upscaler tools.latent_upscaler --highres_fix_upscaler_args weights=FILE. Pictures are
+enlarged by Lanczos and encoded; the network then adds what is lost. It is for latents of Stable Diffusion 1.x
+and 2.x. Source of the structure: sd-scripts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from modules.checkpoints.opening import open_checkpoint
+from modules.errors import CheckpointError, OptionError
+from modules.paths import explain_missing
+
+ARGS = "--highres_fix_upscaler_args"
+WIDTH = 128
+NUM_BLOCKS = 20
+BLOCKS_OF_A_GROUP = 4  # each group adds its input to its output
+LATENT_SCALE = 0.18215  # of Stable Diffusion 1.x and 2.x: a latent is the autoencoder's times this
+
+
+class LatentRefinerBlock(nn.Module):
+    """Two normalised convolutions beside a shortcut."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # x: B width h w
+        inner = torch.relu(self.bn1(self.conv1(x)))
+        return torch.relu(x + self.bn2(self.conv2(inner)))
+
+
+class LatentRefiner(nn.Module):
+    """Predict what enlarged latents lack, and add it. Names of layers are those of the published file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(4, WIDTH, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(WIDTH)
+        for number in range(1, NUM_BLOCKS + 1):
+            self.add_module(f"resblock{number}", LatentRefinerBlock(WIDTH))
+        self.conv2 = nn.Conv2d(WIDTH, WIDTH // 2, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(WIDTH // 2)
+        self.conv3 = nn.Conv2d(WIDTH // 2, WIDTH // 2, 3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(WIDTH // 2)
+        self.conv_final = nn.Conv2d(WIDTH // 2, 4, 1)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        # latents: B 4 h w
+        x = torch.relu(self.bn1(self.conv1(latents)))
+        for first in range(1, NUM_BLOCKS + 1, BLOCKS_OF_A_GROUP):
+            group = x
+            for number in range(first, first + BLOCKS_OF_A_GROUP):
+                group = self.get_submodule(f"resblock{number}")(group)
+            x = x + group
+        x = torch.relu(self.bn2(self.conv2(x)))
+        x = self.bn3(self.conv3(x))
+        return latents + self.conv_final(x)
+
+
+@dataclass(frozen=True)
+class LatentUpscaler:
+    """Enlarges pictures to latents of the size that is wanted."""
+
+    refiner: LatentRefiner
+
+    @torch.no_grad()
+    def upscale(
+        self,
+        vae: Any,
+        imgs: Sequence[Image.Image],
+        latents: None,
+        dtype: torch.dtype,
+        width: int,
+        height: int,
+        batch_size: int,
+        vae_batch_size: int,
+    ) -> Tensor:
+        """Return the latents of the enlarged pictures, B 4 h w, as the U-Net sees them.
+
+        The mean of the autoencoder's distribution is taken, so that nothing is drawn.
+        """
+        del latents, dtype
+        scale = getattr(vae.config, "scaling_factor", LATENT_SCALE)
+        if abs(scale - LATENT_SCALE) > 1e-4:
+            raise OptionError(
+                "--highres_fix_upscaler tools.latent_upscaler is for latents of Stable Diffusion 1.x and "
+                "2.x, and this model has others. Give stable_diffusion.model_upscaler with model=FILE, a "
+                "SwinIR or ESRGAN file"
+            )
+        weight = next(vae.parameters())
+        enlarged = [image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS) for image in imgs]
+        pixels = torch.stack([torch.from_numpy(np.array(image)) for image in enlarged]).movedim(-1, 1)
+        pixels = pixels.float() / 127.5 - 1
+        encoded = [
+            vae.encode(part.to(weight.device, weight.dtype)).latent_dist.mean.float()
+            for part in pixels.split(vae_batch_size)
+        ]
+        refiner = self.refiner.to(weight.device)  # float32: it is small
+        refined = [refiner(part) for part in torch.cat(encoded).split(batch_size)]
+        return torch.cat(refined) * LATENT_SCALE
+
+
+def create_upscaler(**args: str) -> LatentUpscaler:
+    """Load the network from `weights`. Raises OptionError, or CheckpointError for another file."""
+    unknown = sorted(args.keys() - {"weights"})
+    if unknown or "weights" not in args:
+        what = f"{unknown[0]} is not known; " if unknown else ""
+        raise OptionError(f"{ARGS}: {what}give weights=FILE, a latent upscaler of sd-scripts")
+    path = Path(args["weights"])
+    if not path.exists():
+        near = explain_missing(path)
+        raise OptionError(f"{ARGS} weights={path}: no such file.{near} Give a latent upscaler of sd-scripts")
+    refiner = LatentRefiner()
+    wanted = {name: tuple(tensor.shape) for name, tensor in refiner.state_dict().items()}
+    with open_checkpoint(path) as checkpoint:
+        stored = {name: tuple(info.shape) for name, info in checkpoint.tensors.items()}
+        # counts of batches, which only a training needs, are not in every file
+        counts = {name for name in wanted if name.endswith("num_batches_tracked")}
+        if any(stored.get(name) != shape for name, shape in wanted.items() if name not in counts):
+            raise CheckpointError(
+                f"{path} is not a latent upscaler of sd-scripts. Give such a file to weights=, or a SwinIR "
+                "or ESRGAN file to --highres_fix_upscaler stable_diffusion.model_upscaler with model=FILE",
+                path,
+            )
+        state = {name: checkpoint.read(name) for name in wanted if name in stored}
+    refiner.load_state_dict(state, strict=False)
+    return LatentUpscaler(refiner.eval())
