@@ -67,8 +67,8 @@ def training_script(
             # the files that made the caches are known where the training does not need them itself
             filled = fill_options(own, recalled)
             typed_before = {option.name: option.typed for option in recalled} | typed
-            # options of the caching script that follow from the checkpoint; not the files of the caches that are
-            # there, which may be of another model
+            # options of the caching script that follow from the checkpoint; not the files of the caches that
+            # are there, which may be of another model
             commands = entry.caching_commands(own, options.loop.dataset_config, made.caching_switches, typed)
             follow = partial(
                 plan_next_steps,
