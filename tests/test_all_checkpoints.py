@@ -446,7 +446,7 @@ SENSELESS: dict[str, list[tuple[str, tuple[int, ...]]]] = {
         ("blocks.0.attn.qknorm.qnorm.scale", (0,)),
         ("blocks.0.attn.qknorm.qnorm.scale", (24,)),
         ("blocks.0.attn.wk.weight", (33, 64)),
-        ("txtfusion.projector.weight", (12,)),
+        ("txtfusion.projector.weight", (2, 6)),
         ("first.weight", (64, 63)),
     ],
     "z_image comfy": [("layers.0.attention.qkv.weight", ()), ("layers.0.attention.qkv.weight", (95, 96))],

@@ -316,7 +316,7 @@ def _find_form(tensors: Mapping[str, TensorInfo]) -> str | None:
     """Return the form of quantised weights without marks, and a tensor that shows it."""
     read = {name for name, info in tensors.items() if info.packing is not None}
     read |= {part for name in read for part in companions_of(name, tensors[name])}
-    tensors = {name: info for name, info in tensors.items() if name not in read}
+    every, tensors = tensors, {name: info for name, info in tensors.items() if name not in read}
     for ending, form in _FOREIGN.items():
         name = next((name for name in tensors if name.endswith(ending)), None)
         if name is not None:
@@ -327,7 +327,7 @@ def _find_form(tensors: Mapping[str, TensorInfo]) -> str | None:
             return f"{'fp8 in blocks' if is_float else 'mxfp8'}: it has {name} {list(info.shape)}"
         if name.endswith(".weight") and len(info.shape) > 1 and not info.dtype.is_floating_point:
             return f"{dtype_name(info.dtype)}: {name} is of that type"
-    packed = next((name for name in tensors if _is_packed_weight(name, tensors)), None)
+    packed = next((name for name in tensors if _is_packed_weight(name, every)), None)
     if packed is not None:
         kind = dtype_name(tensors[packed].dtype)
         return f"quantised, form unknown: it has {packed} in {kind} in place of a weight"
@@ -340,7 +340,7 @@ def _is_packed_weight(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
     layer, inside, _ = name.partition(".weight.")  # blocks.0.q.weight.data
     if not inside:
         layer = name.rpartition(".")[0]
-    is_narrow = info.dtype.itemsize == 1 or not info.dtype.is_floating_point
+    is_narrow = info.dtype.itemsize == 1 or info.dtype is torch.int32  # int64: tables of places
     if not layer or not is_narrow or info.dtype is torch.bool:
         return False
     is_table = len(info.shape) > 1 and min(info.shape) > 1

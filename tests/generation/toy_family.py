@@ -136,6 +136,7 @@ class ToyFamily:
     lora_module: str = "networks.lora_wan"
     latent: LatentSpec = LATENT
     noise: NoiseSpec = FLOW
+    references: None = None
     dit: DitSpec = DitSpec(("blocks",))
     text_keys: frozenset[str] = frozenset({"letters"})
     defaults: SamplingDefaults = SamplingDefaults(3, 16.0, 5.0, None, 3.0, "unipc", 32, 32, 5)

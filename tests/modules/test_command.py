@@ -185,7 +185,7 @@ def test_options_are_named_as_they_were_typed_and_commands_stay(caplog: pytest.L
         ("--b 1", {"--a": "--b", "--c": "--b"}),
         ("--a 1", {"--b": "--a", "--c": "--a"}),
         ("--long_na 1", {"--other": "--long_name"}),
-        ("--a 1 --b 2", {"--c": "--a"}),
+        ("--a 1 --b 2", {"--a": "--b", "--c": "--b"}),
         ("", {}),
     ],
 )

@@ -20,6 +20,7 @@ import prepare_dataset
 import wan_cache_latents
 import wan_cache_text_encoder_outputs
 from data_tools.cogvideox.models import CogTextEncoder, usable_frames
+from dataset.cache import commands
 from modules.errors import DatasetError, OptionError
 from modules.media.pixels import to_pixels
 from modules.media.reading import video_frames
@@ -69,7 +70,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         if path.suffix == ".mp4"
         else path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name != commands.NAME
     }
 
 
