@@ -141,7 +141,9 @@ def name_as_typed(names: Mapping[str, str]) -> Iterator[None]:
 
     def respell(record: logging.LogRecord) -> bool:
         if record.levelno >= logging.WARNING:
-            record.msg, record.args = respell_options(record.getMessage(), names), ()
+            # the handler itself reports a message that does not fit its values
+            with contextlib.suppress(TypeError, ValueError, LookupError):
+                record.msg, record.args = respell_options(record.getMessage(), names), ()
         return True
 
     handlers = list(logging.getLogger().handlers)
