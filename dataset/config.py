@@ -107,8 +107,9 @@ def _places_elsewhere(table: DatasetTable) -> list[str]:
         return []
     return [
         f"{table.place}: download_directory = {downloads} lies outside of cache_directory = {cache}, and a "
-        f"file may name no other place for downloads. Leave it out ({cache / 'downloads'} is taken), or type "
-        f"it for the command that caches: --download_directory {downloads}"
+        f"file may name no other place for downloads. Take it out of the file: {cache / 'downloads'} is used "
+        "then. If you want them there, type it for the command that caches: "
+        f"--download_directory {downloads}"
     ]
 
 

@@ -188,13 +188,16 @@ def _check_entry(entry: dict[str, Any], where: str) -> dict[str, Any]:
     kinds = {one.key: list if one.repeats else type(one.read("1")) for one in SAMPLE_OPTIONS.values()} | {
         "prompt": str
     }
-    values = {}
+    values: dict[str, Any] = {}
     for written, value in entry.items():
         key = written
         option = find_sample_option(written)
         if key not in kinds and option is not None and option.key in kinds:
             key = option.key  # a name of lines, such as steps
         if key != written and key in entry:
+            continue
+        if option is _SIZE:
+            values |= {side: number for side, number in _sides(value, where).items() if side not in entry}
             continue
         kind = kinds.get(key)
         if kind is None:
@@ -214,3 +217,11 @@ def _check_entry(entry: dict[str, Any], where: str) -> dict[str, Any]:
             raise OptionError(f"{where}: {key} = {value!r} must be of type {kind.__name__}")
         values[key] = value
     return values
+
+
+def _sides(size: Any, where: str) -> Mapping[str, int]:
+    """Return the sides of a size such as [480, 832] or "480 832". Raises OptionError."""
+    try:
+        return _size(" ".join(map(str, size)) if isinstance(size, list) else str(size))
+    except ValueError as error:
+        raise OptionError(f"{where}: size: {error}") from None

@@ -114,7 +114,10 @@ def _once() -> Callable[[logging.LogRecord], bool]:
     told: set[str] = set()
 
     def is_new(record: logging.LogRecord) -> bool:
-        message = record.getMessage()
+        try:
+            message = record.getMessage()
+        except (TypeError, ValueError, LookupError):  # a faulty one: the handler itself reports it
+            return True
         is_repeated = record.levelno == logging.WARNING and message in told
         told.add(message)
         return not is_repeated
@@ -141,7 +144,9 @@ def name_as_typed(names: Mapping[str, str]) -> Iterator[None]:
 
     def respell(record: logging.LogRecord) -> bool:
         if record.levelno >= logging.WARNING:
-            record.msg, record.args = respell_options(record.getMessage(), names), ()
+            # a message that does not fit its values: the handler itself reports it
+            with contextlib.suppress(TypeError, ValueError, LookupError):
+                record.msg, record.args = respell_options(record.getMessage(), names), ()
         return True
 
     handlers = list(logging.getLogger().handlers)

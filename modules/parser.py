@@ -70,7 +70,9 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, add_help: bool = True, **settings: Any) -> None:
         super().__init__(*args, add_help=False, **settings)  # type: ignore[misc]
-        self.typed_flags: dict[str, str] = {}  # of the options that were given: the spelling by `dest`
+        # of the options that were given: the spelling by `dest`, the first one if there are several
+        self.typed_flags: dict[str, str] = {}
+        self._all_typed: set[str] = set()
         texts = {"-h": "show the options that people use", "--help": "show all options"} if add_help else {}
         for flag, text in texts.items():  # `_show_help` reads them
             self.add_argument(flag, action="store_true", default=argparse.SUPPRESS, dest="help", help=text)
@@ -129,7 +131,7 @@ class Parser(argparse.ArgumentParser):
             shown = self.typed_flags.get(action.dest)
             if shown is not None:
                 flags = [flag for flag in action.option_strings if flag[:2] == "--" and flag[:5] != "--no-"]
-                names |= {flag: shown for flag in flags if flag != shown}
+                names |= {flag: shown for flag in flags if flag not in self._all_typed}
             elif action.dest in self.shown_flags:
                 names[f"--{action.dest}"] = self.shown_flags[action.dest]
         return {flag: shown for flag, shown in names.items() if flag != shown}
@@ -142,7 +144,8 @@ class Parser(argparse.ArgumentParser):
             begun = [flag for flag in flags if flag.startswith(name)] if name[:2] == "--" else []
             if name in flags or len(begun) == 1:
                 flag = name if name in flags else begun[0]
-                self.typed_flags[flags[flag].dest] = flag
+                self.typed_flags.setdefault(flags[flag].dest, flag)
+                self._all_typed.add(flag)
 
     def _refuse_joined(self, words: Sequence[str]) -> None:
         """Refuse numbers that are typed as one word; people write sizes as width x height: 832x480."""

@@ -3,6 +3,7 @@
 Standard library only.
 """
 
+import contextlib
 import dataclasses
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -145,13 +146,16 @@ def fill_options(own: T, repeated: Iterable[RepeatedOption]) -> T:
         for name in find_names(option, accepted, by_flag):
             if name not in known and not known & {*facts[name].get("excludes", ())}:
                 values.setdefault(name, convert_value(option.value, accepted[name].hint, f"--{name}"))
-    try:
-        return override_options(own, values)
-    except OptionError:
-        paths = {name: value for name, value in values.items() if isinstance(value, Path)}
-        return override_options(own, paths)
+    paths = {name: value for name, value in values.items() if isinstance(value, Path)}
+    for choice in (values, paths):
+        with contextlib.suppress(OptionError):
+            return override_options(own, choice)
+    return own
+
+
+def types_of(option: AcceptedOption) -> tuple[Any, ...]:
+    return typing.get_args(option.hint) if isinstance(option.hint, UnionType) else (option.hint,)
 
 
 def is_path_option(option: AcceptedOption) -> bool:
-    kinds = typing.get_args(option.hint) if isinstance(option.hint, UnionType) else (option.hint,)
-    return Path in kinds
+    return Path in types_of(option)

@@ -69,7 +69,7 @@ def control(*names: str) -> tuple[str, ...]:
 
 
 CONTROLS = control("picture 0_0.png", "picture 0_1.png")
-PLACES = "target_index=1,control_index=0;3"
+PLACES = "target_index=1,control_index=0+3"
 ONE_FRAME = wan_of("i2v-14B", "i2v", with_clip=[*CLIP, "--one_frame"], media=[])
 VACE = family_called("wan vace-1.3B")
 SAYS = {

@@ -5,7 +5,7 @@ A script calls `read_image_training` with its family's differences, then `train_
 
 import argparse
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ from modules.console_options import ConsoleOptions
 from modules.errors import OptionError
 from modules.option_values import to_path
 from modules.options import Options, not_needed, option, read_options, unsupported
-from modules.parser import add_options, typed_names
+from modules.parser import Parser, add_options, typed_names
 from training.config_options import write_config_file
 from training.learning_options import PartsOptions
 from training.noise_options import RAW, WEIGHTINGS, PredictionOptions
@@ -72,6 +72,9 @@ def read_image_training(
     _translate(args)
     defaults.translate(args)
     _find_tokenizers(args, defaults.tokenizers)
+    if isinstance(parser, Parser):  # commands that are printed have these in place of their other names
+        for name in _named_otherwise(args, defaults.tokenizers):
+            parser.typed_flags.setdefault(name, f"--{name}")
     with name_as_typed(typed_names(args)):
         options, own = read_options(TrainingOptions, args), read_options(record, args)
     if options.predicted != RAW:
@@ -163,6 +166,18 @@ def _translate(args: argparse.Namespace) -> None:
     # as known trainers do; T5 in bfloat16 is 3 to 5 % off, Gemma 1 %
     if args.mixed_precision == "no" and getattr(args, "text_encoder_dtype", "") is None:
         args.text_encoder_dtype = "float32"
+
+
+def _named_otherwise(args: argparse.Namespace, tokenizers: Collection[str]) -> set[str]:
+    """Return the options whose values were given by `OtherNames`. tokenizers: names of their options."""
+    names = {name for other, name in SWITCHES.items() if getattr(args, other)}
+    if any(getattr(args, other) for other in OPTIMIZERS):
+        names.add("optimizer_type")
+    if args.caption_extention is not None:
+        names.add("caption_extension")
+    if args.tokenizer_cache_dir is not None:
+        names |= {*tokenizers}
+    return names
 
 
 def _find_tokenizers(args: argparse.Namespace, folders: Mapping[str, str]) -> None:

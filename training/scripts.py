@@ -65,7 +65,8 @@ def training_script(
             typed = {option.name: option.flag for option in given if option.is_changed}
             recalled = _recall(options, family)
             # the files that made the caches are known where the training does not need them itself
-            filled = fill_options(own, recalled)
+            with quiet():  # a record that is made again warns again
+                filled = fill_options(own, recalled)
             typed_before = {option.name: option.typed for option in recalled} | typed
             # options of the caching script that follow from the checkpoint; not the files of the caches that
             # are there, which may be of another model

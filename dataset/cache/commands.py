@@ -5,6 +5,7 @@ Only what is still true is used again: a file that is gone is not named.
 
 import contextlib
 import json
+import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from modules.families import FamilyEntry
 from modules.option_values import value_words
 from modules.options import Options
 from modules.paths import path_exists
-from modules.repeated_options import RepeatedOption, accepted_options, is_path_option, repeat_given
+from modules.repeated_options import RepeatedOption, accepted_options, is_path_option, repeat_given, types_of
 from modules.text_files import parse_json, read_text, real_path
 
 NAME = ".reelsmith_commands.json"  # hidden: cache folders may be folders of pictures
@@ -96,8 +97,7 @@ def _recall(told: Mapping[str, Any], key: str, record: type[Options]) -> Iterabl
         if name not in accepted or not isinstance(said, dict):
             continue
         option, value, flag = accepted[name], said.get("value"), said.get("flag")
-        is_switch = isinstance(value, bool)
-        if option.is_switch != is_switch or not _is_plain(value):
+        if not _is_plain(value) or not any(_has_type(value, kind) for kind in types_of(option)):
             continue
         if is_path_option(option):
             value = _find(str(value), Path(folder))
@@ -113,6 +113,21 @@ def _find(text: str, folder: Path) -> Path | None:
     if not path.is_absolute() and folder != real_path(Path.cwd()):
         path = folder / path
     return path if path_exists(path) else None
+
+
+def _has_type(value: Any, kind: Any) -> bool:
+    """Return whether a value of the file has the type that an option takes.
+
+    In a command the second word of a list could be an option itself.
+    """
+    if typing.get_origin(kind) is tuple:
+        of_words = typing.get_args(kind)[0]
+        return isinstance(value, list) and all(
+            _has_type(one, of_words) and not (isinstance(one, str) and one.startswith("-")) for one in value
+        )
+    if kind is Path:
+        return isinstance(value, str) and bool(value)
+    return type(value) in ((int, float) if kind is float else (kind,))
 
 
 def _is_plain(value: Any) -> bool:

@@ -108,7 +108,7 @@ def one_frame_words(table: DatasetTable) -> str:
     if table.fp_1f_target_index is not None:
         words.append(f"target_index={table.fp_1f_target_index}")
     if table.fp_1f_clean_indices:
-        words.append(f"control_index={';'.join(map(str, table.fp_1f_clean_indices))}")
+        words.append(f"control_index={'+'.join(map(str, table.fp_1f_clean_indices))}")
     if table.fp_1f_no_post:
         words.append("no_post")
     return ",".join(words)

@@ -265,6 +265,18 @@ def test_json_holds_lines_and_objects(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("size", [[48, 32], "48 32"])
+def test_a_size_is_a_key_of_prompt_files_too(size: object, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.json"
+    path.write_text(json.dumps([{"prompt": "a", "size": size, "steps": 4}]))
+
+    assert read_sample_prompts(path) == [{"prompt": "a", "height": 48, "width": 32, "sample_steps": 4}]
+
+    path.write_text(json.dumps([{"prompt": "a", "size": "large"}]))
+    with pytest.raises(OptionError, match="entry 1: size: 'large' is not a height and a width"):
+        read_sample_prompts(path)
+
+
 def test_a_wrong_type_names_file_entry_and_key(tmp_path: Path) -> None:
     path = tmp_path / "prompts.json"
     path.write_text(json.dumps([{"prompt": "b", "width": "wide"}]))

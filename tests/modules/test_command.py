@@ -179,6 +179,17 @@ def test_options_are_named_as_they_were_typed_and_commands_stay(caplog: pytest.L
     ]
 
 
+def test_a_faulty_message_of_a_package_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    handler, records = logging.Handler(), list[logging.LogRecord]()
+    monkeypatch.setattr(handler, "emit", records.append)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [handler])
+
+    with name_as_typed({"--a": "--b"}):
+        logging.getLogger("package").warning("%d --a", "x")
+
+    assert [record.args for record in records] == [("x",)]
+
+
 @pytest.mark.parametrize(
     ("words", "names"),
     [

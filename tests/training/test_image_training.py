@@ -375,6 +375,15 @@ def test_other_names_of_options_are_told_by_those_that_a_run_reads(monkeypatch: 
     assert read(*(word for option in given if option.is_changed for word in option.words)) == options
 
 
+def test_a_printed_command_has_what_other_names_stand_for() -> None:
+    words = ["--use_8bit_adam", "--fp8_base_unet", "--caption_extention", ".cap", "--fp8_scaled"]
+
+    _, _, given = read_image_training(None, NoOptions, DEFAULTS, [*NEEDED, *words])
+
+    typed = [one.name for one in given if one.is_changed and one.is_typed and f"--{one.name}" not in NEEDED]
+    assert typed == ["optimizer_type", "fp8_base", "fp8_scaled", "caption_extension"]
+
+
 def test_options_are_written_to_a_file_that_gives_them_again(tmp_path: Path) -> None:
     path = tmp_path / "options.toml"
     argv = ["--learning_rate", "1e-3", "--text_encoder_lr", "1e-4", "0", "--caption_separator", 'a "b" \\ \t']

@@ -18,7 +18,7 @@ from networks.options import NetworkOptions
 from tests.tiny.families import FAMILIES, OUTPUT, family_called
 from tests.tiny.flux import write_tiny_flux
 from tests.tiny.krea2 import tiny_state, write_dit
-from tests.tiny.project import write_image
+from tests.tiny.project import write_clips, write_image
 from training.following import say_sample
 from training.image_options import read_image_training
 from training.options import read_training
@@ -125,6 +125,8 @@ def test_a_line_that_says_nothing_is_made_as_the_generation_script_makes_it(
         (tmp_path / "model" / "dit.safetensors").rename(tmp_path / file)
     if (tmp_path / "start.png").exists():
         write_image(tmp_path / "start.png", 131, 75)
+    if (tmp_path / "control" / "clip 0.mp4").exists():  # as long as a video of which a line says nothing
+        write_clips(tmp_path / "control", count=1, frames=81)
     (tmp_path / "prompts.txt").write_text(bare_line(tiny.sample_line), encoding="utf-8")
     found: list[Prepared] = []
 

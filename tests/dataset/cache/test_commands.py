@@ -59,6 +59,8 @@ def test_a_file_that_is_gone_is_not_named(remembered: Path) -> None:
         {"value": ["nf4", {"a": 1}]},
         {"value": True},
         {"value": "x" * 20_000},
+        {"value": ["nf4", "--network_module", "theirs"]},
+        {"value": 4},
     ],
 )
 def test_what_a_hostile_file_says_is_left_out(remembered: Path, change: dict[str, object]) -> None:
