@@ -6,9 +6,9 @@ from downloads.catalogue import ModelSet, model_sets
 from modules.command import as_typed
 from modules.control_codes import escape_control_codes
 from modules.errors import OptionError
-from modules.installation import PREFIX
-from modules.option_values import gibibytes
-from modules.options import Options, option, unsupported
+from modules.installation import FRONT_SCRIPT
+from modules.option_values import gibibytes, option_words
+from modules.options import Options, option, option_values, unsupported
 from modules.output_files import check_output_name
 from modules.text_files import bad_character
 from training.run_options import TRACKERS
@@ -25,7 +25,7 @@ def find_models(fp8_encoders: bool = False) -> list[ModelSet]:
 
 def own_command(*words: str) -> str:
     """Return a command of `reelsmith` as it is typed: `new` or `run`, and what follows."""
-    return as_typed([*(["reelsmith"] if PREFIX else ["python", "reelsmith.py"]), *words])
+    return as_typed(["python", FRONT_SCRIPT, *words])
 
 
 def check_trigger(word: str) -> None:
@@ -122,11 +122,18 @@ class RunOptions(Options):
         "further folders that the run may write into, as caches may lie elsewhere; default: its own alone",
         default=(),
         place="new folder",
+        action="extend",
     )
     dry_run: bool = option("print the commands, and run none")
 
     @property
+    def words(self) -> list[str]:
+        """Return the words behind `reelsmith` that run this again, with all options except --dry_run."""
+        usual = option_values(RunOptions(folder=self.folder)) | {"dry_run": self.dry_run}
+        typed = {f"--{name}": value for name, value in option_values(self).items() if value != usual[name]}
+        return ["run", str(self.folder), *option_words(typed)]
+
+    @property
     def going_on(self) -> str:
         """Return what to type after an interruption."""
-        more = ["--download"] if self.download else []
-        return f"The same command goes on: {own_command('run', str(self.folder), *more)}"
+        return f"The same command continues: {own_command(*self.words)}"
