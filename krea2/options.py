@@ -161,21 +161,12 @@ def settle_generation(options: Any, own: Krea2GenerationOptions) -> tuple[Any, K
         [name for name in EXTRAS if getattr(own, name) is not None], options.request.flow_shift is not None
     )
     how, mend = ("without", "Leave it out") if own.kv_cache else ("with", "Give it")
-    files = options.lora.lora_weight or ()
-    for path, said in texts_of_files(files):
+    for path, said in texts_of_files(options.lora.lora_weight or ()):
         if said.get("ss_edit") == "True" and said.get("ss_kv_cache", str(own.kv_cache)) != str(own.kv_cache):
             logger.warning(
                 f"{path} was trained {how} --kv_cache, as its metadata say: its references look another way "
                 f"at each other. {mend} here too"
             )
-    learned = [path for path, said in texts_of_files(files) if said.get("ss_edit") == "True"]
-    has_lines = options.from_file is not None or options.interactive
-    if learned and not options.request.control_image_path and not has_lines:
-        logger.warning(
-            "%s was trained with --edit, and no picture is given: it is made from the text alone. Give the "
-            "picture to change to --control_image_path",
-            learned[0],
-        )
     given, asked = {"width": own.width, "height": own.height}, options.request.video_size
     size = own.height or SIDE, own.width or SIDE
     if asked is not None:
