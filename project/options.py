@@ -14,6 +14,7 @@ from modules.text_files import bad_character
 from training.run_options import TRACKERS
 
 RUN_FILE = "run.toml"
+MODELS = Path("models")  # of the working folder
 MOST_OF_WORD = 200  # characters of a trigger word
 
 
@@ -69,7 +70,7 @@ class NewOptions(Options):
     max_train_steps: int = option(
         "length of the training", default=2000, least=1, hint="1500 to 3000 are usual"
     )
-    models: Path = option("folder that tools/download.py fills", default=Path("models"))
+    models: Path = option("folder that tools/download.py fills", default=MODELS)
     model_files: tuple[str, ...] = option(
         f"file of a model in another place, such as dit=my.safetensors; once for each: {_names()}",
         default=(),
@@ -100,7 +101,7 @@ class RunOptions(Options):
 
     folder: Path = option("folder that `new` described", positional=True)
     download: bool = option("download the model, after its licences")
-    models: Path = option("folder that --download may fill", default=Path("models"), place="new folder")
+    models: Path = option("folder that --download may fill", default=MODELS, place="new folder")
     output_dir: Path | None = option(
         "folder for the trained files, anywhere; default: that of run.toml, in the folder", place="new folder"
     )
@@ -129,8 +130,10 @@ class RunOptions(Options):
     @property
     def words(self) -> list[str]:
         """Return the words behind `reelsmith` that run this again, with all options except --dry_run."""
-        usual = option_values(RunOptions(folder=self.folder)) | {"dry_run": self.dry_run}
-        typed = {f"--{name}": value for name, value in option_values(self).items() if value != usual[name]}
+        unsaid = {"folder": None, "dry_run": None}
+        if self.models == MODELS:
+            unsaid["models"] = None
+        typed = {f"--{name}": value for name, value in (option_values(self) | unsaid).items()}
         return ["run", str(self.folder), *option_words(typed)]
 
     @property

@@ -95,7 +95,7 @@ def _run_within_limits(options: RunOptions, project: Project, trace: RunTrace) -
         )
     print_lines([f"In the folder {project.folder}:"])
     if not options.dry_run:
-        again = replace(options, folder=project.folder).words
+        again = ["run", str(project.folder), *options.words[2:]]
         trace.begin(again, output=project.output, name=project.name, steps=project.steps)
     left_out: list[str] = []
     for words in [project.download] * bool(project.missing) + project.commands:
