@@ -392,7 +392,12 @@ def as_line(words: Sequence[str]) -> str:
 def _folder_of(line: str) -> Path:
     """Return the folder in which a line of the text file runs: this one, or that of its `cd`."""
     match = launch.CHANGE.fullmatch(line)
-    return Path.cwd() if match is None else Path.cwd() / match[1].strip("'\"")
+    if match is None:
+        return Path.cwd()
+    words: list[str] = []
+    with contextlib.suppress(OptionError):  # an open quote
+        words = launch.split_words(match[1])
+    return Path.cwd() / (words[0] if len(words) == 1 else match[1])  # the job says if it does not exist
 
 
 def open_queue(runs: Runs, read_only: bool) -> JobQueue:

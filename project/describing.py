@@ -199,7 +199,9 @@ def _folder_keys(choice: Choice, place: Path, kind: str) -> dict[str, Any]:
     """Return the keys of the table for the files of one kind in a folder."""
     found, inside = choice.found, choice.inside(place)
     keys: dict[str, Any] = {f"{kind}_directory": inside}
-    keys["cache_directory"] = (Path("cache") / f"{kind}s" / inside).as_posix()
+    # by the name in this folder: a link leads elsewhere, where `run` writes nothing
+    name_here = place.relative_to(choice.options.folder)
+    keys["cache_directory"] = (Path("cache") / f"{kind}s" / name_here).as_posix()
     source = found.references.get(place) if kind == "image" else None
     if source is not None:
         keys["control_directory"] = choice.inside(source)

@@ -47,7 +47,7 @@ def read_lists(files: Mapping[Path, Collection[Path]], ignored: Collection[str])
     files: folder -> its media. ignored: names of files that are no lists.
     """
     found = ListedCaptions()
-    known = {media for each in files.values() for media in each}
+    known = _by_name([media for each in files.values() for media in each])
     for folder, media in files.items():
         stems = {one.stem: one for one in media}
         for path in _lists_in(folder, ignored):
@@ -83,8 +83,18 @@ def _explain(path: Path, error: Exception) -> str:
     return text if str(path) in text else f"{path}: {text}"
 
 
-def _add_rows(found: ListedCaptions, path: Path, rows: Sequence[tuple[str, Any]], known: set[Path]) -> None:
-    """Add the captions of one list. rows: names as the list has them, and captions."""
+def _by_name(media: Sequence[Path]) -> dict[Path, list[Path]]:
+    """Return files by their path, and by their path without suffix."""
+    by_stem: dict[Path, list[Path]] = {}
+    for path in media:
+        by_stem.setdefault(path.parent / path.stem, []).append(path)
+    return by_stem | {path: [path] for path in media}
+
+
+def _add_rows(
+    found: ListedCaptions, path: Path, rows: Sequence[tuple[str, Any]], known: Mapping[Path, Sequence[Path]]
+) -> None:
+    """Add the captions of one list. rows: names as the list has them, and captions. known: of `_by_name`."""
     missing, bad, count = list[str](), list[str](), 0
     for name, caption in rows:
         media = _find_media(path.parent, name, known)
@@ -115,13 +125,11 @@ def _add_rows(found: ListedCaptions, path: Path, rows: Sequence[tuple[str, Any]]
         found.lines.append(f"{path.name}: no text as caption for {list_some(bad)}")
 
 
-def _find_media(folder: Path, name: str, known: set[Path]) -> Path | None:
+def _find_media(folder: Path, name: str, known: Mapping[Path, Sequence[Path]]) -> Path | None:
     """Return the file that a list in a folder names: by its path, its name, or its name without suffix."""
     inside = Path(os.path.normpath(folder / name.replace("\\", "/")))
     for path in (inside, folder / inside.name):
-        if path in known:
-            return path
-        same = [one for one in known if one.parent == path.parent and one.stem == path.name]
+        same = known.get(path, ())
         if len(same) == 1:
             return same[0]
     return None

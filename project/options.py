@@ -6,14 +6,15 @@ from downloads.catalogue import ModelSet, model_sets
 from modules.command import as_typed
 from modules.control_codes import escape_control_codes
 from modules.errors import OptionError
-from modules.installation import PREFIX
-from modules.option_values import gibibytes
-from modules.options import Options, option, unsupported
+from modules.installation import FRONT_SCRIPT
+from modules.option_values import gibibytes, option_words
+from modules.options import Options, option, option_values, unsupported
 from modules.output_files import check_output_name
 from modules.text_files import bad_character
 from training.run_options import TRACKERS
 
 RUN_FILE = "run.toml"
+MODELS = Path("models")  # of the working folder
 MOST_OF_WORD = 200  # characters of a trigger word
 
 
@@ -25,7 +26,7 @@ def find_models(fp8_encoders: bool = False) -> list[ModelSet]:
 
 def own_command(*words: str) -> str:
     """Return a command of `reelsmith` as it is typed: `new` or `run`, and what follows."""
-    return as_typed([*(["reelsmith"] if PREFIX else ["python", "reelsmith.py"]), *words])
+    return as_typed(["python", FRONT_SCRIPT, *words])
 
 
 def check_trigger(word: str) -> None:
@@ -69,7 +70,7 @@ class NewOptions(Options):
     max_train_steps: int = option(
         "length of the training", default=2000, least=1, hint="1500 to 3000 are usual"
     )
-    models: Path = option("folder that tools/download.py fills", default=Path("models"))
+    models: Path = option("folder that tools/download.py fills", default=MODELS)
     model_files: tuple[str, ...] = option(
         f"file of a model in another place, such as dit=my.safetensors; once for each: {_names()}",
         default=(),
@@ -100,7 +101,7 @@ class RunOptions(Options):
 
     folder: Path = option("folder that `new` described", positional=True)
     download: bool = option("download the model, after its licences")
-    models: Path = option("folder that --download may fill", default=Path("models"), place="new folder")
+    models: Path = option("folder that --download may fill", default=MODELS, place="new folder")
     output_dir: Path | None = option(
         "folder for the trained files, anywhere; default: that of run.toml, in the folder", place="new folder"
     )
@@ -122,11 +123,20 @@ class RunOptions(Options):
         "further folders that the run may write into, as caches may lie elsewhere; default: its own alone",
         default=(),
         place="new folder",
+        action="extend",
     )
     dry_run: bool = option("print the commands, and run none")
 
     @property
+    def words(self) -> list[str]:
+        """Return the words behind `reelsmith` that run this again, with all options except --dry_run."""
+        unsaid = {"folder": None, "dry_run": None}
+        if self.models == MODELS:
+            unsaid["models"] = None
+        typed = {f"--{name}": value for name, value in (option_values(self) | unsaid).items()}
+        return ["run", str(self.folder), *option_words(typed)]
+
+    @property
     def going_on(self) -> str:
         """Return what to type after an interruption."""
-        more = ["--download"] if self.download else []
-        return f"The same command goes on: {own_command('run', str(self.folder), *more)}"
+        return f"The same command continues: {own_command(*self.words)}"

@@ -76,8 +76,7 @@ def run_commands(options: RunOptions, trace: RunTrace) -> None:
     places += [options.models] if options.download else []
     folder = options.folder.parent if options.folder.name == RUN_FILE else options.folder
     folders = [folder, *(place for place in places if place is not None)]
-    command = as_typed(["python", "reelsmith.py", "run", str(options.folder)])
-    with limit_run(folders, typed.keys(), command):
+    with limit_run(folders, typed.keys(), own_command(*options.words)):
         _run_within_limits(options, _read_project(options.folder, typed), trace)
 
 
@@ -96,7 +95,8 @@ def _run_within_limits(options: RunOptions, project: Project, trace: RunTrace) -
         )
     print_lines([f"In the folder {project.folder}:"])
     if not options.dry_run:
-        trace.begin(project.folder, project.output, project.name, project.steps)
+        again = ["run", str(project.folder), *options.words[2:]]
+        trace.begin(again, output=project.output, name=project.name, steps=project.steps)
     left_out: list[str] = []
     for words in [project.download] * bool(project.missing) + project.commands:
         print_lines(["", f"$ {typed_in(words, project.folder)}"])

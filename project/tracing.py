@@ -11,7 +11,7 @@ from pathlib import Path
 from modules.command import quote_for_powershell
 from modules.control_codes import shorten_lines
 from modules.errors import OutputError, UserError
-from modules.installation import command_words
+from modules.installation import FRONT_SCRIPT, command_words
 from modules.text_files import real_path
 from training.reports.history import BEFORE_TRAINING, History, Start, describe_process, history_path
 
@@ -48,11 +48,9 @@ class RunTrace:
         self._step = ""  # what the current command does
         self._since = 0.0  # when it began
 
-    def begin(self, folder: Path, output: Path, name: str, steps: int | None) -> None:
-        """Start a trace. folder: that `new` described. output, name, steps: of its training."""
-        if not real_path(output).is_relative_to(real_path(folder)):
-            return  # run.toml may be somebody else's: what it names elsewhere is not written here
-        words = command_words(["python", "reelsmith.py", "run", str(real_path(folder))])
+    def begin(self, again: Sequence[str], output: Path, name: str, steps: int | None) -> None:
+        """Start a trace. again: words behind `reelsmith` that repeat the run. The others: of its training."""
+        words = command_words(["python", FRONT_SCRIPT, *again])
         note = "It continues where it ended."
         command = ["Run it again", shlex.join(words), quote_for_powershell(words), note]
         start = Start(

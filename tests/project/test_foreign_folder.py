@@ -118,6 +118,15 @@ def test_a_run_writes_nowhere_else_unasked(keys: dict[str, str], typed: str, for
     assert [*foreign.parent.iterdir()] == [foreign]
 
 
+def test_what_is_to_be_typed_keeps_what_was_typed(foreign: Path) -> None:
+    describe(foreign, output_dir="../../x")
+    words = [foreign, "--may_write", "a", "b c", "--may_write", "d"]
+    code, said = run_here("run_project.py", *words, folder=foreign.parent)
+    assert_one_message(code, said, f"run {foreign} --may_write a 'b c' d --output_dir ")
+    options = RunOptions(folder=Path("x"), download=True, output_dir=Path("o"), dry_run=True)
+    assert options.going_on.endswith("reelsmith.py run x --download --output_dir o")
+
+
 COMMANDS = [
     (
         ["wan_cache_latents.py", "--dataset_config", "dataset.toml", "--check", "--html", "../x.html"],

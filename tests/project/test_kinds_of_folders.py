@@ -271,6 +271,16 @@ def test_a_class_beside_its_subject_is_left_out(tmp_path: Path) -> None:
     assert (table.class_tokens, table.num_repeats) == ("man", 1)
 
 
+def test_caches_of_a_linked_folder_are_below_the_described_one(tmp_path: Path) -> None:
+    """`run` writes nothing elsewhere."""
+    write_photos(tmp_path / "far" / "away")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "day").symlink_to("../far/away", target_is_directory=True)
+    new(tmp_path / "set")
+    (table,) = load_dataset_config(tmp_path / "set" / "dataset.toml").datasets
+    assert table.cache_directory == Path("cache/images/day")
+
+
 def write_json(folder: Path) -> None:
     for path in write_photos(folder, captions=False):
         path.with_suffix(".json").write_text(

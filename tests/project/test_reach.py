@@ -49,7 +49,6 @@ PLAIN = {
     *("slg_layers", "system_prompt", "task"),
     *("te_multiplier", "text_encoder_dtype", "trainable_modules"),
     *("training_comment", "vae_dtype", "wandb_api_key", "wandb_run_name"),
-    *("wandb_run_name"),
 }
 SWITCHES = {"repair_captions"}  # what it writes stands in the text
 NUMBERS = {int, float}

@@ -341,7 +341,7 @@ def test_ctrl_c_ends_the_command_and_the_run(collected: Path, tmp_path: Path) ->
         said, errors = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "Traceback" not in errors
-    assert "The same command goes on: python " in errors
+    assert "The same command continues: python " in errors
     assert f"reelsmith.py run '{folder}'" in errors or f"reelsmith.py run {folder}" in errors
     assert "wan_train_network.py" not in said
 

@@ -14,7 +14,7 @@ TRAIN = ["python", "wan_train_network.py", "--config_file", "run.toml"]
 
 
 def begin(trace: RunTrace, folder: Path) -> None:
-    trace.begin(folder, folder / "output", "clips", 10)
+    trace.begin(["run", str(folder), "--download"], folder / "output", "clips", 10)
 
 
 def end_with(error: BaseException, folder: Path) -> None:
@@ -68,7 +68,7 @@ def test_a_run_that_ended_at_a_check_leaves_a_trace(
     [run] = runs.look()
     assert (run.state, run.ending and run.ending[0]) == (state, reason)
     [command] = runs.open(run).story.commands
-    assert command.bash.endswith(f"reelsmith.py run {tmp_path}")
+    assert command.bash.endswith(f"reelsmith.py run {tmp_path} --download")
 
 
 def test_a_training_takes_the_place_of_the_trace_and_tells_its_own_end(tmp_path: Path) -> None:
@@ -81,13 +81,3 @@ def test_a_training_takes_the_place_of_the_trace_and_tells_its_own_end(tmp_path:
     assert [run.name for run in Runs([tmp_path]).look()] == ["clips"]
     trace.end("exit code 1", "bad")
     assert [path.name for path in (tmp_path / "output").iterdir()] == ["clips-history.jsonl"]
-
-
-def test_nothing_is_written_outside_the_folder_of_a_run(tmp_path: Path) -> None:
-    folder = tmp_path / "clips"
-    folder.mkdir()
-    trace = RunTrace()
-    trace.begin(folder, folder / "../elsewhere", "clips", 10)
-    trace.note(CHECK)
-    trace.end("exit code 1", "bad")
-    assert [path.name for path in tmp_path.iterdir()] == ["clips"]
