@@ -220,3 +220,14 @@ def test_converted_it_is_the_same_change_in_form_that_tools_know(
     assert not [name for name in tensors if "rows" in name]
     assert any("lokr" in name for name in tensors) == (kind == "LoKr" and not joined.is_split)
     assert_changed(merged(tmp_path / "there.safetensors", dit), expected)
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 2], [-3, -1], [0, 4]])
+def test_rows_that_a_file_states_are_not_read(tmp_path: Path, rows: list[int]) -> None:
+    name = "lora_unet_blocks_0_self_attn_q"
+    factors = {f"{name}.lora_down.weight": torch.ones(2, 8), f"{name}.lora_up.weight": torch.ones(8, 2)}
+    save_file({**factors, f"{name}.reelsmith_rows": torch.tensor(rows)}, tmp_path / "x.safetensors")
+
+    lora = read_lora(tmp_path / "x.safetensors", family="wan")
+
+    assert lora.tensors.keys() == factors.keys()
