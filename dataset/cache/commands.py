@@ -5,8 +5,10 @@ Only what is still true is used again: a file that is gone is not named.
 
 import contextlib
 import json
+import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from dataset.config import DatasetConfig
@@ -17,7 +19,13 @@ from modules.families import FamilyEntry
 from modules.option_values import value_words
 from modules.options import Options
 from modules.paths import path_exists
-from modules.repeated_options import RepeatedOption, accepted_options, is_path_option, repeat_given
+from modules.repeated_options import (
+    AcceptedOption,
+    RepeatedOption,
+    accepted_options,
+    is_path_option,
+    repeat_given,
+)
 from modules.text_files import parse_json, read_text, real_path
 
 NAME = ".reelsmith_commands.json"  # hidden: cache folders may be folders of pictures
@@ -96,8 +104,7 @@ def _recall(told: Mapping[str, Any], key: str, record: type[Options]) -> Iterabl
         if name not in accepted or not isinstance(said, dict):
             continue
         option, value, flag = accepted[name], said.get("value"), said.get("flag")
-        is_switch = isinstance(value, bool)
-        if option.is_switch != is_switch or not _is_plain(value):
+        if not _fits(value, option) or not _is_plain(value):
             continue
         if is_path_option(option):
             value = _find(str(value), Path(folder))
@@ -113,6 +120,23 @@ def _find(text: str, folder: Path) -> Path | None:
     if not path.is_absolute() and folder != real_path(Path.cwd()):
         path = folder / path
     return path if path_exists(path) else None
+
+
+def _fits(value: Any, option: AcceptedOption) -> bool:
+    """Return whether an option takes a value of JSON: the file may be damaged, or somebody else's."""
+    if isinstance(value, str) and option.choices and value not in option.choices:
+        return False
+    kinds = typing.get_args(option.hint) if isinstance(option.hint, UnionType) else (option.hint,)
+    return any(_is_of_kind(value, kind) for kind in kinds)
+
+
+def _is_of_kind(value: Any, kind: Any) -> bool:
+    if typing.get_origin(kind) is tuple:
+        inner = typing.get_args(kind)[0]
+        return isinstance(value, list) and all(_is_of_kind(item, inner) for item in value)
+    if kind is Path:
+        return isinstance(value, str) and bool(value)
+    return type(value) is kind or (kind is float and type(value) is int)
 
 
 def _is_plain(value: Any) -> bool:

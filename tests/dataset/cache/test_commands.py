@@ -59,6 +59,9 @@ def test_a_file_that_is_gone_is_not_named(remembered: Path) -> None:
         {"value": ["nf4", {"a": 1}]},
         {"value": True},
         {"value": "x" * 20_000},
+        {"value": "nf5"},
+        {"value": 4},
+        {"value": None},
     ],
 )
 def test_what_a_hostile_file_says_is_left_out(remembered: Path, change: dict[str, object]) -> None:
@@ -78,3 +81,13 @@ def test_a_damaged_file_tells_nothing(remembered: Path, text: str) -> None:
     (remembered / "cache" / NAME).write_text(text, encoding="utf-8")
 
     assert recall(remembered / "cache") == []
+
+
+@pytest.mark.parametrize("value", ["x", "", [1, 2], 1.5, None, True])
+def test_a_number_is_recalled_only_if_it_is_one(tmp_path: Path, value: object) -> None:
+    options = {"vae_spatial_tile_sample_min_size": {"value": value}}
+    remembered = {"LatentCaching": {"folder": str(tmp_path), "options": options}}
+    content = {"version": 1, "families": {"wan": remembered}}
+    (tmp_path / NAME).write_text(json.dumps(content), encoding="utf-8")
+
+    assert recall(tmp_path) == []
