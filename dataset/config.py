@@ -107,8 +107,8 @@ def _places_elsewhere(table: DatasetTable) -> list[str]:
         return []
     return [
         f"{table.place}: download_directory = {downloads} lies outside of cache_directory = {cache}, and a "
-        f"file may name no other place for downloads. Leave it out ({cache / 'downloads'} is taken), or type "
-        f"it for the command that caches: --download_directory {downloads}"
+        f"file may name no other place for downloads. Leave the key out: {cache / 'downloads'} is taken, or "
+        f"what is typed for the command that caches, --download_directory {downloads}"
     ]
 
 
