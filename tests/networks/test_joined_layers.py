@@ -231,3 +231,21 @@ def test_rows_that_a_file_states_are_not_read(tmp_path: Path, rows: list[int]) -
     lora = read_lora(tmp_path / "x.safetensors", family="wan")
 
     assert lora.tensors.keys() == factors.keys()
+
+
+@pytest.mark.parametrize(
+    ("part", "shape"),
+    [("diff_b", ()), ("diff_b", (24,)), ("hada_w2_a", (12, 2)), ("dora_scale", ()), ("dora_scale", (24, 1))],
+)
+def test_factors_that_do_not_fit_the_joined_layer_are_one_message(
+    tmp_path: Path, part: str, shape: tuple[int, ...]
+) -> None:
+    factors = {f"hada_w{n}_a": torch.ones(384, 2) for n in "12"}
+    factors |= {f"hada_w{n}_b": torch.ones(2, 128) for n in "12"}
+    factors[part] = torch.ones(shape)
+    save_file(
+        {f"blocks.0.attn1.to_qkv.{name}": one for name, one in factors.items()}, tmp_path / "x.safetensors"
+    )
+
+    with pytest.raises(CheckpointError, match=r"x.safetensors"):
+        merged(tmp_path / "x.safetensors", dit_called("wan t2v").make(1))
