@@ -32,6 +32,7 @@ class AcceptedOption(NamedTuple):
     flags: tuple[str, ...]  # the public name is the last one
     is_switch: bool
     hint: Any  # type of the field
+    choices: tuple[Any, ...] = ()  # all values that it takes; (): any of its type
 
 
 class RepeatedOption(NamedTuple):
@@ -70,7 +71,8 @@ def accepted_options(
             continue
         spelled = more.get(name) or (() if declared is None else declared.flags)
         others = tuple(flag for flag in spelled if flag != f"--{name}")
-        accepted[name] = AcceptedOption((*others, f"--{name}"), hint is bool, hint)
+        choices = () if declared is None else tuple(declared.settings.get("choices") or ())
+        accepted[name] = AcceptedOption((*others, f"--{name}"), hint is bool, hint, choices)
     return accepted
 
 

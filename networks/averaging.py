@@ -15,15 +15,18 @@ from torch import Tensor
 from modules.checkpoints.finite import check_finite
 from modules.checkpoints.opening import Checkpoint, open_checkpoint
 from modules.checkpoints.writing import save_tensors, stream_tensors
+from modules.command import as_typed
 from modules.console import list_some
 from modules.errors import CheckpointError
 from networks.metadata import STALE, add_hashes, expert_of
+from networks.names.layouts import COMFYUI, DIFFUSERS, KNOWN, LORA_FORMAT
 from networks.tool_options import AveragingOptions
 
 logger = getLogger(__name__)
 
 LARGEST_HASHED = 4 << 30  # bytes; hashes precede the data in a file, so hashed files are built in memory
 NOTE = "ss_post_hoc_ema"
+_TARGETS = {KNOWN: "default", COMFYUI: "comfyui", DIFFUSERS: "diffusers"}  # of convert_lora.py
 
 
 def average_files(options: AveragingOptions) -> None:
@@ -145,12 +148,20 @@ def _choose_files(files: Sequence[Checkpoint]) -> list[Checkpoint]:
         ]
         if names or shapes:
             what = f"only one has {list_some(names, 3)}" if names else f"sizes differ: {list_some(shapes, 3)}"
-            raise CheckpointError(
-                f"{file.path} holds another network than {first.path}: {what}.\n"
-                "  Give files of one run, with equal ranks.",
-                file.path,
-            )
+            problem = f"{file.path} holds another network than {first.path}: {what}."
+            raise CheckpointError(f"{problem}\n  {_how_to_agree(file, first)}", file.path)
     return found
+
+
+def _how_to_agree(file: Checkpoint, first: Checkpoint) -> str:
+    """Return what to do about a file that has other names or sizes than the first one."""
+    formats = [one.metadata.get(LORA_FORMAT, KNOWN) for one in (file, first)]
+    if formats[0] == formats[1] or formats[1] not in _TARGETS:
+        return "Give files of one run, with equal ranks."
+    made = file.path.with_name(f"{file.path.stem}_{formats[1]}.safetensors")
+    words = ["--input", str(file.path), "--output", str(made), "--target", _TARGETS[formats[1]]]
+    command = as_typed(["python", "convert_lora.py", *words])
+    return f"They were saved with other names (--lora_format). Convert it: {command}"
 
 
 def _averaged(files: Sequence[Checkpoint], weights: Sequence[float]) -> Callable[[str], Tensor]:

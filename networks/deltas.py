@@ -125,8 +125,9 @@ def find_fault(factors: Factors) -> str | None:
         delta, bias = weight_delta(sized, META), bias_delta(sized, META)
     except (RuntimeError, IndexError):
         return f"its factors do not go together: {shown}"
-    if delta is not None and bias is not None and len(delta) != bias.numel():
-        return f"its bias has {bias.numel()} values, its weight {len(delta)} rows: {shown}"
+    rows = 0 if delta is None or not delta.ndim else len(delta)
+    if delta is not None and bias is not None and rows != bias.numel():
+        return f"its bias has {bias.numel()} values, its weight {rows} rows: {shown}"
     return None
 
 

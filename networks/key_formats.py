@@ -134,6 +134,8 @@ def to_native(
     missing. with_texts: also rename tensors of text encoders.
     """
     stacked, of_form = dict[str, int](), ""
+    internal = tuple(key for key in tensors if ROWS in key)  # `rewrite` alone may say which rows a part has
+    tensors = {key: tensor for key, tensor in tensors.items() if key not in internal}
     if any(map(MARKS.search, tensors)):
         tensors, stacked, of_form = rewrite(tensors)
     split = {key: _split(key) for key in tensors}
@@ -182,7 +184,7 @@ def to_native(
         dialect=" + ".join(dialects),
         text_encoder=tuple(key for key, name in named.items() if name is None),
         texts=texts,
-        unknown=tuple(key for key in rest if key not in places),
+        unknown=(*(key for key in rest if key not in places), *internal),
         repeated=repeated,
         clash=next(
             ((first, key) for key, first in repeated.items() if _differ(tensors[key], tensors[first])), None

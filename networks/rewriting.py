@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from networks.deltas import DORA, LORA, Factors, part_of, size_of, strength
+from networks.deltas import DORA, LORA, OF_BIAS, Factors, has_input_magnitudes, part_of, size_of, strength
 from networks.module_names import count_parts
 
 _XLABS = re.compile(
@@ -88,7 +88,7 @@ def _take_apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Split the tensors for fused queries, keys and values into tensors for each of them.
 
     Queries are as wide as their input, so that the change's size shows the rows of keys and values, which may
-    have fewer heads. Layers whose change is no matrix stay whole.
+    have fewer heads. Layers whose change is no matrix, or whose factors do not fit it, stay whole.
     """
     layers: dict[tuple[str, str], dict[str, str]] = {}  # start and layer -> our name of a factor -> key
     for key in tensors:
@@ -104,6 +104,8 @@ def _take_apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if size is None:
             continue
         whole, width = size
+        if not _fit_rows(factors, whole):
+            continue
         leading = () if layer == "kv" else (width,)
         rows, left = divmod(whole - sum(leading), 2)
         if left or rows <= 0 or width % rows:
@@ -117,6 +119,16 @@ def _take_apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for key in keys.values():
             del apart[key]
     return apart
+
+
+def _fit_rows(factors: Factors, whole: int) -> bool:
+    """Return whether the factors that are cut by rows all have the rows of the whole layer."""
+    if any(tensor.ndim == 0 for part, tensor in factors.items() if part != "alpha"):
+        return False
+    by_rows = factors.keys() & {LORA[1], "diff", "hada_w1_a", "hada_w2_a", *OF_BIAS}
+    if DORA in factors and not has_input_magnitudes(factors):
+        by_rows.add(DORA)
+    return all(len(factors[part]) == whole for part in by_rows)
 
 
 def _usual_end(end: str) -> str:

@@ -183,6 +183,19 @@ def add_vace_header(checkpoint: Checkpoint, header: DitHeader[WanConfig], dit: P
     return replace(header, config=replace(config, vace_layers=layers, vace_dim=channels))
 
 
+# axes of the weights that `_config` reads; GGUF files may lack leading sides of 1
+_LEAST_AXES = {
+    "patch_embedding.weight": 5,
+    "blocks.0.ffn.0.weight": 2,
+    "time_embedding.0.weight": 2,
+    "text_embedding.0.weight": 2,
+    "head.head.weight": 2,
+    "img_emb.proj.0.weight": 1,
+    "img_emb.emb_pos": 2,
+    "vace_patch_embedding.weight": 5,
+}
+
+
 def _config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig:
     needed = (
         "blocks.0.ffn.0.weight",
@@ -196,6 +209,11 @@ def _config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig:
             f"{path} is an incomplete Wan transformer without {', '.join(missing)}. Download it again.",
             path,
         )
+    for name, axes in _LEAST_AXES.items():
+        found = shapes.get(name)
+        if found is not None and (len(found) < axes or 0 in found):
+            sizes = " x ".join(map(str, found)) or "a single number"
+            raise CheckpointError(f"{path} does not fit Wan: {name} is {sizes}. Download it again.", path)
     dim, in_dim, *patch = shapes["patch_embedding.weight"]
     layers, vace_layers = _count_blocks(shapes, "blocks"), _count_blocks(shapes, "vace_blocks")
     vace_dim = shapes.get("vace_patch_embedding.weight", (0, 0))[1]

@@ -99,6 +99,8 @@ def _recall(told: Mapping[str, Any], key: str, record: type[Options]) -> Iterabl
         option, value, flag = accepted[name], said.get("value"), said.get("flag")
         if not _is_plain(value) or not any(_has_type(value, kind) for kind in types_of(option)):
             continue
+        if option.choices and isinstance(value, str) and value not in option.choices:
+            continue
         if is_path_option(option):
             value = _find(str(value), Path(folder))
             if value is None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from dataset.sources import parquet
 from dataset.sources.captions import not_utf8
+from modules.command import as_typed
 from modules.errors import DatasetError
 from modules.limits import MAX_CELL_CHARACTERS, MAX_COLUMNS
 from modules.text_files import parse_json, read_lines
@@ -139,8 +140,7 @@ def read_jsonl(path: Path, wanted: Collection[str] | None, example: str = "") ->
 
 
 TO_LINES = (
-    """python -c "import json, sys; [print(json.dumps(row)) for row in json.load(open(sys.argv[1], """
-    """encoding='utf-8'))]" {path} > {lines}"""
+    "import json, sys; [print(json.dumps(row)) for row in json.load(open(sys.argv[1], encoding='utf-8'))]"
 )
 
 
@@ -154,7 +154,8 @@ def _refuse_other_form(path: Path, line: str) -> None:
         "a list has one object on each line, with nothing around or between them (JSONL)",
     )
     if start.startswith("[") and start[1:].strip()[:1] in {"", "{"}:
-        remedy = TO_LINES.format(path=path, lines=path.with_name(f"{path.stem}_lines.jsonl"))
+        lines = as_typed([str(path.with_name(f"{path.stem}_lines.jsonl"))])
+        remedy = f"{as_typed(['python', '-c', TO_LINES, str(path)])} > {lines}"
         raise DatasetError(f"{path} is one JSON array; {form}.\n  Convert it: {remedy}")
     if start.startswith("{") and start.endswith(("{", "[", ":", ",")) and not start.endswith("},"):
         raise DatasetError(
@@ -173,20 +174,22 @@ def _open_csv(path: Path, kind: str) -> tuple[list[str], Any]:
     lines = table_lines(path)
     head = []  # empty lines, and the line that names the columns
     for line in lines:
-        head.append(line)
-        if line.strip():
+        head.append(line if line.strip() else "")
+        if head[-1]:
             break
-    if not head or not head[-1].strip():
+    if not head or not head[-1]:
         raise DatasetError(f"{path} is empty; its first line names the columns")
     mark = _mark_between(head[-1], kind)
-    stated = re.fullmatch(r"sep=(.)", head[-1].strip()) if kind == CSV else None
+    stated = re.fullmatch(r"sep=(.) *", head[-1]) if kind == CSV else None
     if stated is not None:  # as spreadsheets write it: the next line names the columns
         mark, head[-1] = stated[1], ""
     ended = (f"{line}\n" for line in itertools.chain(head, lines))
     rows = csv.reader(ended, delimiter=mark, strict=True)
     try:
         names = [name.strip() for name in next(row for row in rows if row)]
-    except (csv.Error, StopIteration) as error:
+    except StopIteration:
+        raise DatasetError(f"{path} ends before the names of its columns") from None
+    except csv.Error as error:
         raise DatasetError(
             f"{path}, line {len(head)}: the names of the columns cannot be read: {error}"
         ) from None

@@ -162,7 +162,7 @@ class _Checks:
         """Record the numbers that an operator makes. Raises _RefusedError if they are too many."""
         count = output_count(node, self.counts, self.tensors)
         most = limits.MAX_ONNX_VALUES if node.kind in _GROWING else limits.MAX_ONNX_COUNT
-        if count > most:
+        if not count <= most:  # NaN too
             raise _RefusedError(f"{_shown(outputs)} makes more numbers than any detector")
         self.counts |= dict.fromkeys(outputs, count)
 

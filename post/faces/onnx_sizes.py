@@ -33,7 +33,7 @@ class Node:
 def input_count(shape: Sequence[int | None]) -> float:
     """Return the numbers of an input; open sizes are 1 for pictures at once, else `USUAL_SIDE`."""
     sizes = [(1 if axis == 0 else USUAL_SIDE) if size is None else size for axis, size in enumerate(shape)]
-    return float(math.prod(sizes))
+    return math.prod(map(float, sizes))
 
 
 def output_count(node: Node, counts: Mapping[str, float], constants: Mapping[str, Constant]) -> float:
@@ -44,7 +44,7 @@ def output_count(node: Node, counts: Mapping[str, float], constants: Mapping[str
     given = [counts[name] for name in node.inputs if name in counts]
     first = counts.get(node.inputs[0], 1.0) if node.inputs else 1.0
     others = [constants[name] for name in node.inputs[1:] if name in constants]
-    strides = math.prod(node.settings.get("strides", ())) or 1
+    strides = math.prod(map(float, node.settings.get("strides", ()))) or 1.0
     match node.kind:
         case "Conv" if others and len(others[0].dims) > 2:
             channels = others[0].dims

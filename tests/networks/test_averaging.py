@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,14 +20,18 @@ from modules.errors import CheckpointError, OptionError
 from networks import averaging
 from networks.apply import LoraPatch
 from networks.averaging import exponent_of, file_weights
+from networks.formats import LoraFormat
 from networks.loading import LoraFile, LoraUse, read_lora
 from networks.metadata import add_hashes, model_hashes
+from networks.module_names import family_named
+from networks.names.layouts import COMFYUI, KNOWN
 from networks.text_loras import WholePatch
 from networks.tool_options import LARGEST_SIGMA, AveragingOptions
 from tests.faults.messages import assert_one_message, run_here
 from tests.networks.test_read_by_comfyui import MODELS, write_lora
 from tests.networks.test_read_by_comfyui import factors as factors_of_kind
 from tests.tiny import hunyuan_dit, stable_diffusion
+from tests.tiny.dits import dit_called
 from tests.tiny.loras import unused
 
 NAME = "lora_unet_blocks_0_self_attn_q"
@@ -161,6 +166,26 @@ def test_what_cannot_be_averaged_is_refused(
 
     assert_one_message(code, said, *words)
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_files_of_two_formats_are_averaged_after_the_command_of_the_message(tmp_path: Path) -> None:
+    """As of a run that was resumed with another --lora_format."""
+    tiny = dit_called("ltx_2 2.3")
+    _, network = tiny.with_lora(2)
+    paths = [tmp_path / f"{name}.safetensors" for name in (KNOWN, COMFYUI)]
+    for path in paths:
+        metadata = {"ss_base_model_version": "ltx2", "ss_steps": str(len(path.stem))}
+        LoraFormat(path.stem, family_named("ltx_2")).save(network, path, None, metadata)
+        for parameter in network.parameters():  # the next file is of another step
+            parameter.data += 1
+    code, said = run_here("lora_post_hoc_ema.py", *paths, "--output_file", "x.safetensors", folder=tmp_path)
+    assert code == 1
+    command = said.partition("Convert it: python convert_lora.py ")[2].splitlines()[0]
+
+    assert run_here("convert_lora.py", *shlex.split(command), folder=tmp_path)[0] == 0
+
+    averaged = run(tmp_path, paths[0], tmp_path / "comfyui_known.safetensors")
+    assert averaged.keys() == load_file(paths[0]).keys()
 
 
 def test_files_of_a_cache_are_no_networks(tmp_path: Path) -> None:

@@ -220,3 +220,32 @@ def test_converted_it_is_the_same_change_in_form_that_tools_know(
     assert not [name for name in tensors if "rows" in name]
     assert any("lokr" in name for name in tensors) == (kind == "LoKr" and not joined.is_split)
     assert_changed(merged(tmp_path / "there.safetensors", dit), expected)
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 2], [-3, -1], [0, 4]])
+def test_rows_that_a_file_states_are_not_read(tmp_path: Path, rows: list[int]) -> None:
+    name = "lora_unet_blocks_0_self_attn_q"
+    factors = {f"{name}.lora_down.weight": torch.ones(2, 8), f"{name}.lora_up.weight": torch.ones(8, 2)}
+    save_file({**factors, f"{name}.reelsmith_rows": torch.tensor(rows)}, tmp_path / "x.safetensors")
+
+    lora = read_lora(tmp_path / "x.safetensors", family="wan")
+
+    assert lora.tensors.keys() == factors.keys()
+
+
+@pytest.mark.parametrize(
+    ("part", "shape"),
+    [("diff_b", ()), ("diff_b", (24,)), ("hada_w2_a", (12, 2)), ("dora_scale", ()), ("dora_scale", (24, 1))],
+)
+def test_factors_that_do_not_fit_the_joined_layer_are_one_message(
+    tmp_path: Path, part: str, shape: tuple[int, ...]
+) -> None:
+    factors = {f"hada_w{n}_a": torch.ones(384, 2) for n in "12"}
+    factors |= {f"hada_w{n}_b": torch.ones(2, 128) for n in "12"}
+    factors[part] = torch.ones(shape)
+    save_file(
+        {f"blocks.0.attn1.to_qkv.{name}": one for name, one in factors.items()}, tmp_path / "x.safetensors"
+    )
+
+    with pytest.raises(CheckpointError, match=r"x.safetensors"):
+        merged(tmp_path / "x.safetensors", dit_called("wan t2v").make(1))

@@ -207,3 +207,22 @@ def test_a_file_of_another_network_is_refused_with_what_it_looks_like(
 def test_a_width_that_no_head_of_128_divides_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="width 96 is not a multiple of 128"):
         read_once(write_dit(tmp_path, tiny_state("t2v", dim=96)), read_dit_header)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("img_emb.emb_pos", (5,)),
+        ("vace_patch_embedding.weight", (5,)),
+        ("head.head.weight", ()),
+        ("time_embedding.0.weight", (3,)),
+        ("patch_embedding.weight", (128, 16, 1, 0, 2)),
+    ],
+)
+def test_a_weight_of_a_shape_that_no_model_has_is_refused(
+    tmp_path: Path, name: str, shape: tuple[int, ...]
+) -> None:
+    state = {**tiny_state("t2v"), name: torch.zeros(shape)}
+
+    with pytest.raises(CheckpointError, match=f"does not fit Wan: {name} is "):
+        read_once(write_dit(tmp_path, state), read_dit_header)

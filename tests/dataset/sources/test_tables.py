@@ -452,15 +452,17 @@ def test_a_list_of_another_form_is_told_once(tmp_path: Path, content: str, messa
 
 
 def test_the_command_in_the_message_makes_lines_of_an_array(tmp_path: Path) -> None:
-    path = tmp_path / "list.json"
+    path = tmp_path / "a b" / "list.json"
+    path.parent.mkdir()
     path.write_text(f"[{LINE}, {LINE}]", encoding="utf-8")
     with pytest.raises(DatasetError) as error:
         list(read_jsonl(path, None))
-    command = str(error.value).partition("Convert it: python ")[2].replace(str(path), "list.json")
+    command = str(error.value).partition("Convert it: python ")[2]
 
     subprocess.run(f"{sys.executable} {command}", shell=True, check=True, cwd=tmp_path)
 
-    assert [row.values["caption"] for row in read_jsonl(tmp_path / "list_lines.jsonl", None)] == ["a", "a"]
+    lines = path.with_name("list_lines.jsonl")
+    assert [row.values["caption"] for row in read_jsonl(lines, None)] == ["a", "a"]
 
 
 @pytest.mark.parametrize("empty", ["", "   "])
@@ -472,7 +474,19 @@ def test_empty_lines_of_lists_and_tables_are_skipped(tmp_path: Path, empty: str)
 
 
 @pytest.mark.parametrize(
-    "head", ["a,b", "\n\na,b", "sep=,\na,b", "sep=;\na;b", "a;b", "\r\na,b", "a\tb", "sep=|\na|b"]
+    "head",
+    [
+        "a,b",
+        "\n\na,b",
+        "sep=,\na,b",
+        "sep=;\na;b",
+        "a;b",
+        "\r\na,b",
+        "a\tb",
+        "sep=|\na|b",
+        "sep=\t\na\tb",
+        "  \na,b",
+    ],
 )
 def test_the_columns_of_a_table_are_found_behind_what_spreadsheets_write(tmp_path: Path, head: str) -> None:
     mark = head[-2]

@@ -304,6 +304,14 @@ def test_what_an_operator_multiplies_counts_too(tmp_path: Path, nodes: list[byte
         check_detector(path)
 
 
+def test_an_input_of_many_large_axes_is_refused(tmp_path: Path) -> None:
+    """Their product is no float any more."""
+    nodes = [_node("MaxPool", ["images"], ["y"], strides=[(1 << 63) - 1] * 20)]
+    path = write_onnx(tmp_path / "x.onnx", nodes, {}, {"images": [4000] * 100}, {"y": [1, 5, 84]}, {})
+    with pytest.raises(CheckpointError, match="makes more numbers than any detector"):
+        check_detector(path)
+
+
 def test_the_sizes_of_a_usual_detector_are_no_reason_to_refuse_it() -> None:
     """A U-Net of 640 pixels with 64 to 1024 channels, and boxes for 8400 places."""
     counts, constants = {"x0": input_count([None, 3, None, None])}, dict[str, Constant]()
