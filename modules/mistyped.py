@@ -44,7 +44,8 @@ infer_steps: steps num_steps num_inference_steps sample_steps sampling_steps inf
 guidance_scale: cfg scale cfg_scale guide_scale guidance sample_guide_scale cfg_guidance_scale true_cfg_scale
 embedded_cfg_scale: embedded_guidance embedded_guidance_scale distilled_guidance_scale distilled_cfg_scale
 flow_shift: shift sample_shift discrete_flow_shift
-video_length: frame frames length num_frames frame_num video_frames sample_frames sample_num_frames frame_count
+video_length: frame frames length num_frames frame_num video_frames sample_frames sample_num_frames
+video_length: frame_count
 image_size: size width height resolution W H
 video_size: size width height resolution W H
 lora_weight: models lora loras lora_path lora_paths lora_file lora_weights network_weights
