@@ -4,6 +4,7 @@ Standard library only.
 """
 
 import argparse
+import re
 from collections.abc import Collection, Container, Mapping, Sequence
 from pathlib import Path
 
@@ -43,8 +44,8 @@ infer_steps: steps num_steps num_inference_steps sample_steps sampling_steps inf
 guidance_scale: cfg scale cfg_scale guide_scale guidance sample_guide_scale cfg_guidance_scale true_cfg_scale
 embedded_cfg_scale: embedded_guidance embedded_guidance_scale distilled_guidance_scale distilled_cfg_scale
 flow_shift: shift sample_shift discrete_flow_shift
-video_length: frames frame length num_frames frame_num video_frames sample_frames frame_count
-video_length: sample_num_frames
+video_length: frame frames length num_frames frame_num video_frames sample_frames sample_num_frames
+video_length: frame_count
 image_size: size width height resolution W H
 video_size: size width height resolution W H
 lora_weight: models lora loras lora_path lora_paths lora_file lora_weights network_weights
@@ -86,13 +87,14 @@ _NOTHING = {
     "v_parameterization zero_terminal_snr scale_v_pred_loss_like_noise_pred debiased_estimation_loss": (
         "it belongs to the noise of Stable Diffusion"
     ),
-    "rcfg ctr": "it is for lines of prompts, of Lumina and Z-Image",
+    "rcfg ctr": "it is for lines of prompts, of models that have it",
     "load_tensors": "it is a key of a dataset file, load_tensors = true in a table, which caching reads",
     "clip_skip max_token_length v2 sdxl": "it is for the text encoders of Stable Diffusion",
 }
 
 
-# options of models' files, by what the files are: a script has those of its own model
+# options of models' files, by what the files are, without the model's name and number in front: a script has
+# those of its own model
 _ROLES = (
     "t5 t5xxl umt5 text_encoder text_encoder1 text_encoder2 gemma gemma2 gemma_root llm qwen qwen3 "
     "qwen2_5_vl mistral clip_l byt5 text_encoder_checkpoint text_encoder_path",
@@ -136,20 +138,19 @@ def meant_elsewhere(flags: Flags, name: str, key_file: str = "") -> str:
 
 def explain_role(flags: Flags, name: str) -> str:
     """Return what to give in place of another model's option for such a file; "" if there is none."""
-    role = next((names.split() for names in _ROLES if _is_of_role(name, names.split())), [])
-    named = {flag: action for flag, action in flags.items() if _is_of_role(flag.removeprefix("--"), role)}
-    options = {id(action): action for action in named.values()}
+    role = next((names.split() for names in _ROLES if _has_role(name, names.split())), [])
+    found = [flag for flag, one in flags.items() if one.nargs != 0 and _has_role(flag.lstrip("-"), role)]
+    options = {id(flags[flag]): flags[flag] for flag in found}
     told = []
     for action in options.values():
-        flag = next(flag for flag in action.option_strings if flag in named)
+        flag = next(flag for flag in action.option_strings if flag in found)
         about = (action.help or "").replace("%%", "%").partition(";")[0]
         told.append(f"{flag} ({about})" if about else flag)
     return f" Give {' and '.join(told)} instead." if told else ""
 
 
-def _is_of_role(name: str, role: Collection[str]) -> bool:
-    """Whether an option is for such a file, also behind the name of its model: `MODEL_video_vae`."""
-    return name in role or name.partition("_")[2] in role
+def _has_role(name: str, role: Collection[str]) -> bool:
+    return name in role or re.sub("^[a-z]+[0-9]_", "", name) in role
 
 
 def explain_rest(

@@ -101,7 +101,7 @@ NAMES = (
     wrong(TRAININGS, "--config_file t.yaml", "t.yaml is no TOML file"),
     wrong(GENERATIONS, "--cfg 5 --num_frames 9", "mean --guidance_scale?", "mean --video_length?"),
     wrong(GENERATIONS, "--lora x", "Unknown option --lora. Did you mean --lora_weight?"),
-    wrong(GENERATIONS, "--frame 3", "Unknown option --frame. Leave it out."),
+    wrong(GENERATIONS, "--frame 3", "Unknown option --frame. Did you mean --video_length?"),
     wrong(TRAININGS, "--output o --step 3", "--output. Did you mean --output_dir?", "--step. Leave it out."),
     wrong(GENERATIONS, "--output out.mp4", "Unknown option --output. Did you mean --save_path?"),
     wrong(NETWORK_TRAININGS, "--dim 4 --resume_from x", "mean --network_dim?", "mean --resume?"),

@@ -161,7 +161,7 @@ def test_a_size_by_a_long_name_has_the_height_first(name: str) -> None:
         ("stpes 3", "the unknown option --stpes 3 is ignored. Did you mean --steps?"),
         ("widht 3", "the unknown option --widht 3 is ignored. Did you mean --width?"),
         ("negativ x", "the unknown option --negativ x is ignored. Did you mean --negative?"),
-        ("frame 3", "the unknown option --frame 3 is ignored. Did you mean --frames?"),
+        ("framez 3", "the unknown option --framez 3 is ignored. Did you mean --frames?"),
         ("zz 3", "the unknown option --zz 3 is ignored. Use --w --h --f --d --s --g --l"),
     ],
 )
