@@ -148,8 +148,11 @@ def _choose_files(files: Sequence[Checkpoint]) -> list[Checkpoint]:
         ]
         if names or shapes:
             what = f"only one has {list_some(names, 3)}" if names else f"sizes differ: {list_some(shapes, 3)}"
-            problem = f"{file.path} holds another network than {first.path}: {what}."
-            raise CheckpointError(f"{problem}\n  {_how_to_agree(file, first)}", file.path)
+            raise CheckpointError(
+                f"{file.path} holds another network than {first.path}: {what}."
+                f"\n  {_how_to_agree(file, first)}",
+                file.path,
+            )
     return found
 
 

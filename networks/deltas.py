@@ -125,10 +125,13 @@ def find_fault(factors: Factors) -> str | None:
         delta, bias = weight_delta(sized, META), bias_delta(sized, META)
     except (RuntimeError, IndexError):
         return f"its factors do not go together: {shown}"
-    rows = 0 if delta is None or not delta.ndim else len(delta)
-    if delta is not None and bias is not None and rows != bias.numel():
-        return f"its bias has {bias.numel()} values, its weight {rows} rows: {shown}"
+    if delta is not None and bias is not None and bias.numel() != _rows_of_change(delta):
+        return f"its bias has {bias.numel()} values, its weight {_rows_of_change(delta)} rows: {shown}"
     return None
+
+
+def _rows_of_change(delta: Tensor) -> int:
+    return len(delta) if delta.ndim else 0
 
 
 def rank_of(factors: Factors) -> int | None:

@@ -54,7 +54,8 @@ class NextCommand:
         """Return what to replace in the command; "" if it is complete."""
         missing = missing_words(self.words)
         names = " and ".join(missing)
-        return f" (fill in {names}: this command does not know the path)" if missing else ""
+        paths = "that path" if len(missing) == 1 else "those paths"
+        return f" (fill in {names}: this command does not know {paths})" if missing else ""
 
 
 @dataclass(frozen=True)
