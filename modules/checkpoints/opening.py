@@ -334,19 +334,22 @@ def _find_form(tensors: Mapping[str, TensorInfo]) -> str | None:
     return None
 
 
+_TABLES = ("_ids", "_index", "_ind")  # ends of the names of whole numbers that networks have as they are
+
+
 def _is_packed_weight(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
     """Return whether a tensor of unknown name stands in place of a layer's weight, in packed numbers."""
     info = tensors[name]
     layer, inside, _ = name.partition(".weight.")  # blocks.0.q.weight.data
     if not inside:
         layer = name.rpartition(".")[0]
-    is_narrow = info.dtype.itemsize == 1 or info.dtype is torch.int32  # int64: tables of places
+    is_narrow = info.dtype.itemsize == 1 or not info.dtype.is_floating_point
     if not layer or not is_narrow or info.dtype is torch.bool:
         return False
     is_table = len(info.shape) > 1 and min(info.shape) > 1
     if not is_table and not name.removeprefix(f"{layer}.").startswith(("weight", "qweight")):
         return False
-    return f"{layer}.weight" not in tensors and not name.endswith(("_ids", "_index", ".weight"))
+    return f"{layer}.weight" not in tensors and not name.endswith((*_TABLES, ".weight"))
 
 
 def plain_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:

@@ -359,7 +359,7 @@ def test_another_language_model_is_refused_by_name(given: str, wanted: LanguageM
         ("model.norm.weight", None, "missing: norm.weight"),
         ("model.layers.0.mlp.gate_proj.weight", None, "incomplete"),
         ("model.layers.2.mlp.up_proj.weight", torch.ones(3, 3), "the file has 3 x 3, 96 x 64 is needed"),
-        ("model.embed_tokens.weight", torch.ones(5), "do not have the sizes"),
+        ("model.embed_tokens.weight", torch.ones(5), "cannot be divided into heads"),
         ("model.layers.0.self_attn.q_norm.weight", torch.ones(33), "cannot be divided into heads of 33"),
         ("model.layers.0.self_attn.k_proj.weight", torch.ones(7, DIM), "7 of keys cannot be divided"),
         ("model.layers.0.self_attn.surplus", torch.ones(2), "unexpected: layers.0.self_attn.surplus"),

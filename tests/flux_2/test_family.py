@@ -215,4 +215,4 @@ def test_the_next_command_has_the_version_too(tmp_path: Path) -> None:
     said = succeed_here("flux_2_cache_latents.py", *words.split(), folder=tmp_path)
 
     # whatever folder the script is in
-    assert " --text_encoder TEXT_ENCODER --model_version klein-4b --dataset_config dataset.toml" in said
+    assert " --text_encoder TEXT_ENCODER_FILE --model_version klein-4b --dataset_config dataset.toml" in said
