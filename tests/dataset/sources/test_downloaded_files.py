@@ -104,7 +104,10 @@ def test_a_file_puts_downloads_below_its_cache_folder(downloads: str, tmp_path: 
     text = f'[[datasets]]\nimage_jsonl_file = "l.jsonl"\ncache_directory = "{tmp_path / "cache"}"\n'
     path = tmp_path / "d.toml"
     path.write_text(f'{text}allow_urls = true\ndownload_directory = "{downloads}"\n', encoding="utf-8")
-    with pytest.raises(DatasetError, match="outside of cache_directory .* typed for .* --download_directory"):
+    with pytest.raises(
+        DatasetError,
+        match="outside of cache_directory .*Take it out .*type it .* --download_directory",
+    ):
         load_dataset_config(path)
 
     inside = tmp_path / "cache" / "mine"

@@ -459,7 +459,7 @@ def test_the_command_in_the_message_makes_lines_of_an_array(tmp_path: Path) -> N
         list(read_jsonl(path, None))
     command = str(error.value).partition("Convert it: python ")[2]
 
-    subprocess.run(f"{sys.executable} {command}", shell=True, check=True, cwd=tmp_path)
+    subprocess.run(f'"{sys.executable}" {command}', shell=True, check=True, cwd=tmp_path)
 
     lines = path.with_name("list_lines.jsonl")
     assert [row.values["caption"] for row in read_jsonl(lines, None)] == ["a", "a"]
