@@ -19,7 +19,7 @@ from dataset.cache.files import latent_names, tensor_key, text_file_name
 from dataset.cache.records import LatentRecord, TextRecord, latent_record, text_records
 from dataset.cache.store import CacheStore, LatentNames, Stores
 from dataset.caching.planning import Recipe, plan_all
-from dataset.caching.text_plans import list_caption_files, plan_texts, why_outdated
+from dataset.caching.text_plans import CaptionFile, list_caption_files, plan_texts, why_outdated
 from dataset.sources.captions import read_caption
 from dataset.sources.media_source import MediaSource, Remote, TarMember
 from modules.contract.data import LatentSpec
@@ -148,6 +148,7 @@ def _compare_media(
         float((record and record.options.get("fps")) or fps),
         lambda _, frames: sections.get(frames),
         stores,
+        has_rates=bool(record and record.options.get("frame_rate")),
     )
     existing = LatentNames(store, tag, table.kind)
     plans, failures = plan_all(found.sources, {table.index: existing}, recipe, workers, show_progress=False)
@@ -169,6 +170,13 @@ def _compare_media(
     return states
 
 
+def _with_references(file: CaptionFile, source: MediaSource | None) -> CaptionFile:
+    """Return a text with the pictures that its encoder saw with it, which only the records of caches tell."""
+    if source is None or not source.control:
+        return file
+    return replace(file, source=source, references=source.parts[1 : 1 + len(source.control)])
+
+
 def _compare_texts(
     sources: Sequence[MediaSource], tag: str, store: CacheStore, stores: Stores, workers: int
 ) -> dict[str, State]:
@@ -179,6 +187,9 @@ def _compare_texts(
             recorded = text_records(store.read(file.file_name, is_whole=False))
         if recorded:
             break
+    if any(record.references for record in recorded.values()):
+        by_stem = {source.stem: source for source in sources}
+        files = [_with_references(file, by_stem.get(file.name)) for file in files]
     encoders = [
         (SimpleNamespace(name=name, keys=frozenset(map(tensor_key, one.crc32))), one.encoder)
         for name, one in recorded.items()
