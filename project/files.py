@@ -89,12 +89,15 @@ def _look_at(options: NewOptions, model: ModelSet, facts: ModelFacts) -> Found:
     name, models = f"{model.family} {model.task}", find_models()
     edits = [one.task for one in models if one.family == model.family and needs_picture(one)]
     hearing = dict.fromkeys(one.family for one in models if "sound_alone" in one.data)
+    others = [one for one in models if one.family == model.family and facts.hears]
+    silent = [one.task for one in others if not ask_family(one).hears]
     return look_at(
         folder=options.folder,
         facts=facts,
         name=name,
         edits="".join(f", --task {task} does" for task in edits[:1]),
         hearing=" or ".join(f"--family {family}" for family in hearing),
+        silent=silent[0] if silent else "",
     )
 
 

@@ -84,12 +84,15 @@ class Found:
     captions: str = CAPTIONS  # suffix of their files
 
 
-def look_at(folder: Path, facts: ModelFacts, name: str, edits: str = "", hearing: str = "") -> Found:
+def look_at(
+    folder: Path, facts: ModelFacts, name: str, edits: str = "", hearing: str = "", silent: str = ""
+) -> Found:
     """Return the media of a folder and of its sub-folders, with references if the model edits.
 
     name: of the model, for messages. edits: name of a model of its family that edits, if this one does not.
-    hearing: models that learn sounds alone. Raises DatasetError if there are no media, or no references for
-    a model that needs them.
+    hearing: models that learn sounds alone. silent: task of the family that learns clips without their sound.
+    Raises DatasetError if there are no media, no references for a model that needs them, or no sound for a
+    model that learns it.
     """
     found = Found()
     places, sources, regularising = _sort_folders(folder, found)
@@ -118,14 +121,9 @@ def look_at(folder: Path, facts: ModelFacts, name: str, edits: str = "", hearing
             for place in (*sources, *nested)
             if _media_in(place)
         ]
-    why = "".join(f"\n  {line}" for line in found.lines)
-    if not found.media:
-        alone = f" {hearing} learns sounds alone." if sounds and hearing else ""
-        raise DatasetError(
-            f"{folder} has no clip and no picture that can be read. Give one that has.{alone}{why}"
-        )
-    if facts.needs_reference and not found.references:
-        raise DatasetError(_layout(folder, name, found.media) + why)
+    alone = f" {hearing} learns sounds alone." if sounds and hearing else ""
+    instead = f", or take --task {silent}, which learns pictures and movement alone" if silent else ""
+    _require_media(folder, found, facts, name=name, alone=alone, instead=instead, has_sounds=bool(sounds))
     if facts.references and (numbered := _find_numbered(found.media)):
         text = "learned as results. If they are what others are made from, move them into a folder control"
         found.lines.append(f"{name_some(numbered)}: {text}")
@@ -537,6 +535,31 @@ def _is_transparent(path: Path) -> bool:
             alpha = image.convert("RGBA").getchannel("A").getextrema()
             return isinstance(alpha[0], (int, float)) and alpha[0] < 255
     return False
+
+
+def _require_media(
+    folder: Path, found: Found, facts: ModelFacts, *, name: str, alone: str, instead: str, has_sounds: bool
+) -> None:
+    """Raise DatasetError if a folder lacks what a model learns.
+
+    name: of the model. alone, instead: what else could be done with such a folder. has_sounds: sounds lie
+    next to the clips, which `audio_directory` in dataset.toml joins with them.
+    """
+    why = "".join(f"\n  {line}" for line in found.lines)
+    if not found.media:
+        raise DatasetError(
+            f"{folder} has no clip and no picture that can be read. Give one that has.{alone}{why}"
+        )
+    if facts.needs_reference and not found.references:
+        raise DatasetError(_layout(folder, name, found.media) + why)
+    if facts.hears and not has_sounds and not any(map(_has_sound, found.media)):
+        raise DatasetError(
+            f"{folder} has no sound, and {name} learns sound. Give clips that have some{instead}.{why}"
+        )
+
+
+def _has_sound(medium: Media) -> bool:
+    return medium.kind == "audio" or (medium.is_clip and not _is_silent(medium.path))
 
 
 def _is_silent(path: Path) -> bool:

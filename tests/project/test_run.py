@@ -377,6 +377,10 @@ def test_every_model_takes_what_is_written(model: ModelSet, copied: Path) -> Non
     for stem in "ghijkl":
         shutil.copy(copied / "i.png", copied / "control" / f"{stem}.png")
     told = describe(copied, "--memory", 12, "--trigger_word", "mrsfluff", model=model)
+    if model.task == "av":  # it learns sound, and the clips are silent
+        assert_one_message(*told, "has no sound", "Give clips that have some, or take --task v")
+        assert not (copied / "run.toml").exists()
+        return
     # `run` works in the folder
     code, said = run_here(script, "--config_file", "run.toml", "--check", folder=copied)
 
