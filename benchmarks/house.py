@@ -4,7 +4,8 @@
     python benchmarks/house.py --room wan    of one
     python benchmarks/house.py --worst 30    and the functions that ask most of a reader
 
-A thermometer, not a goal: where a figure and a reading disagree, the reading counts. Nothing is run.
+A thermometer, not a goal: where a figure and a reading disagree, the reading counts. Without --room the ways
+are printed too, for which the commands of the pocket model run (benchmarks/way.py).
 """
 
 import argparse

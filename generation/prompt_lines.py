@@ -5,6 +5,7 @@ part the first word is the option and the rest its value. An option is given by 
 (`line_options`). Unknown options are ignored with a warning.
 """
 
+import functools
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -248,11 +249,13 @@ def parse_words(
     words = [part.partition(" ")[0] for part in parts]
     spellings = _spellings_by_key(words, find)
     problems = _find_odd_options(line, find)
+    # once for a line, and only if an option is unknown
+    usable = functools.cache(lambda: known_names(options, [option.key for option in options.values()], find))
     for part in parts:
         word, _, text = part.partition(" ")
         option = find(word)
         if option is None:
-            use = no_use if find_option(word, OF_ALL_SCRIPTS) else _suggest(word, options, find)
+            use = no_use if find_option(word, OF_ALL_SCRIPTS) else suggest(word, options, usable())
             unknown = shorten(part.strip(), MAX_LINE_SHOWN)
             logger.warning("%s: the unknown option --%s is ignored. %s", shown, unknown, use)
             continue
@@ -289,12 +292,6 @@ def _find_odd_options(line: str, find: Callable[[str], LineOption | None]) -> li
         for dash, word, value in _ODD_OPTION.findall(line)[:MAX_LINE_OPTIONS]
         if find(word) is not None
     ]
-
-
-def _suggest(word: str, options: Mapping[str, LineOption], find: Callable[[str], LineOption | None]) -> str:
-    """Return what to write in place of an unknown option."""
-    keys = [option.key for option in options.values()]
-    return suggest(word, options, known_names(options, keys, find))
 
 
 def is_blank(line: str) -> bool:
