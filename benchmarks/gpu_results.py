@@ -160,12 +160,14 @@ class Goal:
 PAIRS_FP8 = (
     ("wan14b-fp8-products-compiled", "wan14b-bf16-compiled"),
     ("wan14b-fp8-products", "wan14b-bf16"),
+    ("wan14b-short-fp8-products-compiled", "wan14b-short-bf16-compiled"),
     ("hunyuan-fp8-products-compiled", "hunyuan-bf16-compiled"),
     ("flux-fp8-products-compiled", "flux-bf16-compiled"),
 )
 PAIRS_SWAP = (
     ("wan14b-bf16-swap30-compiled", "wan14b-bf16-compiled"),
     ("wan14b-bf16-swap30", "wan14b-bf16"),
+    ("wan14b-short-bf16-swap30-compiled", "wan14b-short-bf16-compiled"),
     ("wan14b-fp8-products-swap30-compiled", "wan14b-fp8-products-compiled"),
     ("wan14b-fp8-weights-swap30-compiled", "wan14b-fp8-weights-compiled"),
 )

@@ -92,6 +92,7 @@ UMT5 = Model("umT5", "wan", "umt5-xxl-enc-wan")
 LLAMA = Model("Llama of HunyuanVideo", "hunyuan_video", "llava-llama3-single")
 
 LTX_CLIP = Size(768, 512, 49)
+SHORT = Size(512, 512, 33)  # 9,216 tokens: products weigh more than attention
 SMALL, WIDE, HD = Size(832, 480, 81), Size(960, 544, 129), Size(1280, 704, 121)
 SECTION = Size(832, 480, 37)  # the start image and the 36 frames of a section of FramePack
 SQUARE, LARGE = Size(1024, 1024), Size(2048, 2048)
@@ -130,6 +131,16 @@ ROWS = (
     Row("cache-hunyuan-vae", LATENTS, HUNYUAN_VAE, SMALL, "float16", seconds=60),
     Row("cache-umt5", TEXTS, UMT5, NONE, "texts of 256 tokens", seconds=35),
     Row("cache-llama", TEXTS, LLAMA, NONE, "texts of 256 tokens behind the template", seconds=40),
+    _train("wan14b-short-bf16-compiled", WAN_14B, SHORT, "bf16, compiled", *COMPILED),
+    _train(
+        *("wan14b-short-fp8-products-compiled", WAN_14B, SHORT, "fp8 products, compiled"),
+        *(*COMPILED, *FP8_PRODUCTS),
+    ),
+    _train(
+        *("wan14b-short-bf16-swap30-compiled", WAN_14B, SHORT, "bf16, swap 30, compiled"),
+        *(*COMPILED, *THREE_QUARTERS),
+    ),
+    _train("wan14b-short-int8-compiled", WAN_14B, SHORT, "int8 (ConvRot), compiled", *COMPILED, *INT8),
     _train("hunyuan-bf16-compiled", HUNYUAN, WIDE, "bf16, compiled", *COMPILED),
     _train("framepack-bf16-compiled", FRAMEPACK, SECTION, "bf16, compiled", *COMPILED),
     _train("wan1.3b-bf16-compiled", WAN_1_3B, SMALL, "bf16, compiled", *COMPILED),

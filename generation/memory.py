@@ -32,6 +32,7 @@ from modules.planning import memory_plan
 from modules.planning.device_memory import Room, host_room, room_on
 from modules.private_torch import FakeTensor
 from modules.run_blocks import spec_of
+from modules.stored.forms import rehearsed
 
 META = torch.device("meta")
 FIRST_TIMESTEP = 1000.0
@@ -175,7 +176,7 @@ def rehearse_denoising(
     """Rehearse the step that takes most memory. watch: as of `predict`."""
     speed = options.speed
     choice = replace(speed.attention.choice, mode="sdpa")  # the stand-in of all kernels
-    placement = Placement(META, attention=choice, quantisation=speed.fp8.quantisation)
+    placement = Placement(META, attention=choice, quantisation=rehearsed(speed.fp8.quantisation))
     dit, beside = load_with_loras(family, options, placement)
     dit.eval().requires_grad_(False)
     weights, swaps = (

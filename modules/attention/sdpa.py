@@ -21,7 +21,7 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, repeats: Tensor | None = Non
     Returns B L N D.
     """
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))  # B N L D
-    is_cuda = query.device.type == "cuda"
+    is_cuda = is_on_cuda(query)
     dtype = query.dtype
     if is_cuda and torch.is_autocast_enabled("cuda"):
         dtype = torch.get_autocast_dtype("cuda")
@@ -32,7 +32,27 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, repeats: Tensor | None = Non
     if not is_cuda:
         return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
     order = kernels(_capability(query.device), dtype, query.shape[-1], bias is not None, _cudnn())
+    if order[0] == SDPBackend.CUDNN_ATTENTION and len(q) > 1 and _learns(q, k, v):
+        return _attend_to_each(q, k, v, order)
     return attend_in_order(q, k, v, bias, order).transpose(1, 2)
+
+
+def is_on_cuda(tensor: Tensor) -> bool:
+    return tensor.device.type == "cuda"
+
+
+def _learns(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _attend_to_each(q: Tensor, k: Tensor, v: Tensor, order: list[SDPBackend]) -> Tensor:
+    """Attend to one sample of B N L D after the other. Returns B L N D.
+
+    On an H100 (torch 2.11) the gradients of two samples of 754 tokens in one call of cuDNN were NaN, those of
+    single samples never. A sample of thousands of tokens keeps a GPU busy, so little is lost.
+    """
+    samples = zip(q.split(1), k.split(1), v.split(1), strict=True)
+    return torch.cat([attend_in_order(*sample, None, order).transpose(1, 2) for sample in samples])
 
 
 def key_bias(repeats: Tensor, queries: int, dtype: torch.dtype) -> Tensor:

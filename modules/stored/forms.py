@@ -6,7 +6,7 @@ as scales, are buffers. `forward` is set on the layer itself, so that wrappers a
 compilation) find it.
 
 A form is a frozen dataclass of a file of this room, as `StoredForm` describes. A form that options ask for
-has the name of its file in `Quantisation.form`; the file has `form_of` and `prepare` (see there).
+has the name of its file in `Quantisation.form`; the file has `form_of`, `prepare` and `rehearsed`.
 """
 
 import types
@@ -106,6 +106,14 @@ def prepare(quantisation: Quantisation, device: torch.device) -> Quantisation:
     Raises OptionError if the device or the libraries lack it.
     """
     found: Quantisation = import_own(f"modules.stored.{quantisation.form}").prepare(quantisation, device)
+    return found
+
+
+def rehearsed(quantisation: Quantisation | None) -> Quantisation | None:
+    """Return the quantisation for a dry run, by `rehearsed` in the form's file; None stays None."""
+    if quantisation is None:
+        return None
+    found: Quantisation = import_own(f"modules.stored.{quantisation.form}").rehearsed(quantisation)
     return found
 
 

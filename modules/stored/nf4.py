@@ -116,6 +116,23 @@ def prepare(quantisation: Quantisation, device: torch.device) -> Quantisation:
     return replace(quantisation, product=torch.ops.bitsandbytes.dequantize_4bit)
 
 
+def rehearsed(quantisation: Quantisation) -> Quantisation:
+    """Return it for a dry run: where bitsandbytes is installed, only the value is allocated, as by its kernel.
+
+    Formulas of torch need several float32 copies of a weight.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return quantisation
+    return replace(quantisation, product=_allocate_value)
+
+
+def _allocate_value(
+    packed: Tensor, peaks: Tensor, block: int, kind: str, shape: Shape, dtype: torch.dtype
+) -> Tensor:
+    """Stand in for bitsandbytes' operation: it takes the same arguments."""
+    return packed.new_empty(shape, dtype=dtype)
+
+
 def nested_values(device: torch.device) -> Tensor:
     """Return the 256 values of 8 bits with a dynamic exponent, sorted: 0, 1, and both signs of 127.
 

@@ -41,6 +41,8 @@ SIZES = [  # batch, queries, keys, heads, width
     pytest.param((2, 128, 128, 2, 128), id="128"),
     pytest.param((1, 333, 333, 3, 128), id="odd"),
     pytest.param((2, 257, 77, 2, 64), id="cross 64"),
+    pytest.param((2, 754, 754, 2, 64), id="two odd"),
+    pytest.param((2, 8, 8, 2, 64), id="two short"),
     pytest.param((1, 1, 129, 2, 64), id="one query"),
 ]
 DTYPES = pytest.mark.parametrize(

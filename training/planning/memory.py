@@ -27,6 +27,7 @@ from modules.planning import dry_run as dry
 from modules.planning import memory_plan
 from modules.planning.device_memory import MemoryWatch, Room, host_room, room_on
 from modules.speed_options import SwapOptions
+from modules.stored.forms import rehearsed
 from training.data.feed import BatchSources, Randomness
 from training.data.live import LiveTexts
 from training.experts import placement_of
@@ -133,7 +134,8 @@ def predict(
     8-bit products are rehearsed as 16-bit products of the same weights. Raises the errors of loading.
     """
     choice = replace(options.speed.attention.choice, mode="sdpa")  # stands in for all kernels
-    placement = replace(placement_of(options, META, options.speed.fp8.quantisation), attention=choice)
+    quantisation = rehearsed(options.speed.fp8.quantisation)
+    placement = replace(placement_of(options, META, quantisation), attention=choice)
     with quiet():
         dit = family.load_dit(placement)
     processes = memory_plan.sharing_processes(options.speed)

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
+from modules.attention import sdpa
 from modules.devices import make_deterministic
 from tests.gpu.measuring import chosen
 from tests.gpu.runs.project import TEST_DEVICE, Project, write_project
@@ -23,9 +25,14 @@ def device() -> Iterator[torch.device]:
 
 
 @pytest.fixture
-def repeatable(device: torch.device) -> None:
-    """Equal runs give equal bits, where torch has operations for it; others warn."""
+def repeatable(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal runs give equal bits, where torch has operations for it; others warn.
+
+    While they only warn, the backward passes of torch's fused attention sum in any order
+    (pytorch/pytorch#101847): it is computed by plain products.
+    """
     make_deterministic()
+    monkeypatch.setattr(sdpa, "kernels", lambda *facts: [SDPBackend.MATH])
 
 
 @pytest.fixture(scope="session")

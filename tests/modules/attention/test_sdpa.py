@@ -149,6 +149,33 @@ def test_only_the_kernels_given_are_used_and_the_backward_pass_takes_the_forward
     assert torch.backends.cuda.math_sdp_enabled()
 
 
+@pytest.mark.parametrize(
+    ("batch", "learns", "calls"), [(3, True, 3), (3, False, 1), (1, True, 1)], ids=["learns", "makes", "one"]
+)
+def test_cudnn_gets_one_sample_at_a_time_where_there_are_gradients(
+    monkeypatch: pytest.MonkeyPatch, batch: int, learns: bool, calls: int
+) -> None:
+    """As on a GPU whose kernel is cuDNN's: the samples of a batch are those of separate calls."""
+    seen: list[int] = []
+
+    def attend_plainly(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, order: Any) -> Tensor:
+        seen.append(len(q))
+        return functional.scaled_dot_product_attention(q, k, v)
+
+    inputs = [torch.randn(batch, 7, 2, 8).requires_grad_(learns) for _ in range(3)]
+    expected = attention_sdpa.sdpa(*inputs)
+    monkeypatch.setattr(attention_sdpa, "attend_in_order", attend_plainly)
+    monkeypatch.setattr(attention_sdpa, "kernels", lambda *facts: [CUDNN, MATH])
+    monkeypatch.setattr(attention_sdpa, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(attention_sdpa, "is_on_cuda", lambda tensor: True)
+
+    found = attention_sdpa.sdpa(*inputs)
+
+    torch.testing.assert_close(found, expected)
+    assert found.is_contiguous()
+    assert seen == [batch // calls] * calls
+
+
 @pytest.mark.usefixtures("nothing_compiled")
 def test_the_order_is_the_gpus_under_compile_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is asked of the GPU is a constant of the graph."""

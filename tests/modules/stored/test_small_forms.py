@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from modules.planning.dry_run import ACCELERATOR, WORKING, dry_run
+from modules.speed_options import Quantisation
 from modules.stored.forms import StoredForm, attach, stored_in, value_of
 from modules.stored.int8 import Int8, rotate
-from modules.stored.nf4 import LEVELS, Nf4
+from modules.stored.nf4 import LEVELS, Nf4, form_of, rehearsed
 from modules.stored.packed import four_bits
 
 # the numbers come from comfy-kitchen 0.2.40 and bitsandbytes 0.50.2 on a CPU
@@ -37,6 +39,25 @@ def run(form: StoredForm, x: Tensor, bias: Tensor | None = None) -> Tensor:
 def many(tokens: Tensor) -> Tensor:
     """These and zeros, so that they are enough to be multiplied in int8."""
     return torch.cat([tokens, torch.zeros(18, tokens.shape[1])])
+
+
+def test_a_plan_counts_the_value_of_nf4_alone_as_its_kernel_makes_no_copies() -> None:
+    pytest.importorskip("bitsandbytes")
+    shape = (512, 512)
+    form = form_of(rehearsed(Quantisation("nf4", form="nf4")))
+    with dry_run() as ledger:
+        tensors = tuple(
+            torch.empty(each.shape, dtype=each.dtype, device=ACCELERATOR)
+            for each in form.empty(shape).tensors
+            if each is not None
+        )
+        ledger.enter("value")
+        value = form.value(tensors, shape, torch.bfloat16)
+        peak = ledger.peaks["value"][WORKING]
+
+    assert (value.shape, value.dtype) == (shape, torch.bfloat16)
+    of_blocks = 4 * 512 * 512 // 64  # the maxima of blocks in float32, some of them at a time
+    assert value.nbytes <= peak <= value.nbytes + 4 * of_blocks
 
 
 @pytest.mark.parametrize(
