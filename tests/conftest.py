@@ -15,13 +15,13 @@ FILES_BETWEEN = 10  # of tests, after which garbage older than a test is collect
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add what writes the list of long tests."""
-    parser.addoption("--write-long-tests", action="store_true", help="write tests/data/long_tests.txt")
+    """Add what compares the marks `long` with measured times."""
+    parser.addoption("--measure-long-tests", action="store_true", help="print where marks `long` are wrong")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Measure if that is asked for."""
-    if config.getoption("write_long_tests"):
+    if config.getoption("measure_long_tests"):
         config.pluginmanager.register(long_tests.Measuring())
 
 

@@ -1,4 +1,4 @@
-"""Measure which tests are long: `python -m pytest --write-long-tests`, all or some folders."""
+"""Compare the marks `long` with measured times: `python -m pytest --measure-long-tests`."""
 
 import time
 from collections import Counter, defaultdict
@@ -6,17 +6,22 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.marks import LONG, LONG_TESTS
+from tests.marks import LONG, test_name
 
 SECONDS = "processor_seconds"  # of a report; pytest-xdist sends it on with all else
 
 
 class Measuring:
-    """Measures tests with their fixtures, and writes the names of those that are long."""
+    """Measures tests with their fixtures, and prints those whose mark is missing or not needed."""
 
     def __init__(self) -> None:
         self._last = time.process_time()
         self._seconds: Counter[str] = Counter()  # of each case
+        self._marked: set[str] = set()
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Note which tests are marked."""
+        self._marked = {test_name(item) for item in session.items if item.get_closest_marker("long")}
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logstart(self) -> None:
@@ -36,15 +41,14 @@ class Measuring:
         """Add up the phases."""
         self._seconds[report.nodeid] += getattr(report, SECONDS, 0.0)
 
-    def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """Replace what the list says of the tests that ran, and drop those whose file is gone."""
-        if hasattr(session.config, "workerinput"):
-            return  # the process that started this one writes
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """Print the tests whose mark differs from what was measured."""
         cases: dict[str, list[float]] = defaultdict(list)
         for name, seconds in self._seconds.items():
             cases[name.partition("[")[0]].append(seconds)
-        listed = set(LONG_TESTS.read_text(encoding="utf-8").split())
-        root = session.config.rootpath
-        kept = {name for name in listed - cases.keys() if (root / name.partition("::")[0]).exists()}
-        found = {name for name, each in cases.items() if sum(each) > LONG * len(each)}
-        LONG_TESTS.write_text("".join(f"{name}\n" for name in sorted(kept | found)), encoding="utf-8")
+        for name, seconds_of_cases in sorted(cases.items()):
+            is_long = sum(seconds_of_cases) > LONG * len(seconds_of_cases)
+            if is_long and name not in self._marked:
+                terminalreporter.write_line(f"{name} is long: mark it with @pytest.mark.long")
+            if not is_long and name in self._marked:
+                terminalreporter.write_line(f"{name} is quick: remove its mark")

@@ -1,15 +1,15 @@
 """Set the marks that follow from what a test calls: `recorded`, `script`, and the tier `fast`.
 
 Three tiers. `fast`: cases below LONG seconds of processor time that start no script and compile nothing, and
-the cases marked `whole_way`. The default: all that is not marked `slow`. Everything: the rest too. Single
-cases of a test that are slow, because others of it show the same daily, are listed in data/slow_cases.txt.
+the cases marked `whole_way`. The default: all that is not marked `slow`. Everything: the rest too.
+`slow_cases("CASE", ...)` marks single cases of a test as slow, because others of it show the same daily.
+`long` marks a test whose cases take longer than LONG.
 """
 
 import functools
 import inspect
 import subprocess
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
@@ -27,27 +27,29 @@ STARTERS: frozenset[Name] = frozenset(
 )
 COMPILES = "nothing_compiled"  # the fixture of tests that compile
 LONG = 0.15  # seconds of processor time that a case of the fast tier may take
-LONG_TESTS = Path(__file__).parent / "data" / "long_tests.txt"  # written by `pytest --write-long-tests`
-SLOW_CASES = Path(__file__).parent / "data" / "slow_cases.txt"  # one a line: FILE::TEST[CASE]
 
 
 def set_marks(items: Iterable[pytest.Item]) -> None:
     """Mark the tests that read `tests/golden` or start a script, themselves or in their fixtures, and those
     of the fast tier.
     """
-    long = frozenset(LONG_TESTS.read_text(encoding="utf-8").split())
-    slow = frozenset(SLOW_CASES.read_text(encoding="utf-8").splitlines())
     for item in items:
-        if item.nodeid in slow:
+        if is_slow_case(item):
             item.add_marker("slow")
         fixtures = getattr(item, "_fixtureinfo").name2fixturedefs  # noqa: B009
         given = [getattr(item, "function", None), *(each.func for some in fixtures.values() for each in some)]
         for mark in _marks_of(tuple(given)):
             item.add_marker(mark)
         marks = {mark.name for mark in item.iter_markers()}
-        is_long = "script" in marks or COMPILES in fixtures or test_name(item) in long
+        is_long = bool({"script", "long"} & marks) or COMPILES in fixtures
         if not {"slow", "gpu"} & marks and ("whole_way" in marks or not is_long):
             item.add_marker("fast")
+
+
+def is_slow_case(item: pytest.Item) -> bool:
+    """Return whether a mark `slow_cases` of a test names this case of it."""
+    case = item.nodeid.partition("[")[2].removesuffix("]")
+    return any(case in mark.args for mark in item.iter_markers("slow_cases"))
 
 
 @functools.cache

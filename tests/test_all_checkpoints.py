@@ -129,6 +129,31 @@ KINDS = {
 }
 
 
+@pytest.mark.slow_cases(
+    "flux schnell-diffusers",
+    "flux schnell-diffusers_sharded",
+    "flux schnell-prefixed",
+    "flux schnell-safetensors",
+    "flux schnell-sharded",
+    "hunyuan i2v-comfy",
+    "hunyuan i2v-comfy_all_in_one",
+    "hunyuan i2v-diffusers",
+    "hunyuan i2v-diffusers_sharded",
+    "hunyuan i2v-prefixed",
+    "hunyuan i2v-pt",
+    "hunyuan i2v-pt_wrapped",
+    "hunyuan i2v-safetensors",
+    "hunyuan i2v-sharded",
+    "wan flf2v-all_in_one",
+    "wan flf2v-compiled",
+    "wan flf2v-diffusers",
+    "wan flf2v-diffusers_sharded",
+    "wan flf2v-prefixed",
+    "wan flf2v-pth",
+    "wan flf2v-pth_wrapped",
+    "wan flf2v-safetensors",
+    "wan flf2v-sharded",
+)
 @pytest.mark.parametrize(
     ("name", "layout"), [(kind.name, layout) for kind in KINDS.values() for layout in kind.layouts]
 )
@@ -152,6 +177,19 @@ FP8_FILES = {
 }
 
 
+@pytest.mark.slow_cases(
+    "framepack-fp8",
+    "framepack-fp8_row_scale",
+    "framepack-fp8_weight_scale",
+    "hunyuan i2v-diffusers_fp8_scaled",
+    "hunyuan i2v-fp8_row_scale",
+    "hunyuan i2v-fp8_scaled",
+    "hunyuan i2v-fp8_weight_scale",
+    "z_image-fp8",
+    "z_image-fp8_row_scale",
+    "z_image-fp8_scaled",
+    "z_image-fp8_weight_scale",
+)
 @pytest.mark.parametrize(
     ("name", "layout"), [(name, layout) for name, layouts in FP8_FILES.items() for layout in layouts]
 )
@@ -197,6 +235,53 @@ def packed(state: State, form: str, marks: bool) -> State:
     return found
 
 
+@pytest.mark.slow_cases(
+    "flux chroma-GPTQ-False",
+    "flux chroma-int3-True",
+    "flux chroma-int8-False",
+    "flux chroma-mxfp8-False",
+    "flux chroma-nvfp4-False",
+    "flux schnell-GPTQ-False",
+    "flux schnell-int3-True",
+    "flux schnell-int8-False",
+    "flux schnell-mxfp8-False",
+    "flux schnell-nvfp4-False",
+    "flux_2 dev-GPTQ-False",
+    "flux_2 dev-int3-True",
+    "flux_2 dev-int8-False",
+    "flux_2 dev-mxfp8-False",
+    "flux_2 dev-nvfp4-False",
+    "framepack-GPTQ-False",
+    "framepack-int3-True",
+    "framepack-int8-False",
+    "framepack-mxfp8-False",
+    "framepack-nvfp4-False",
+    "hunyuan i2v-GPTQ-False",
+    "hunyuan i2v-int3-True",
+    "hunyuan i2v-int8-False",
+    "hunyuan i2v-mxfp8-False",
+    "hunyuan i2v-nvfp4-False",
+    "hunyuan t2v-GPTQ-False",
+    "hunyuan t2v-int3-True",
+    "hunyuan t2v-int8-False",
+    "hunyuan t2v-mxfp8-False",
+    "hunyuan t2v-nvfp4-False",
+    "hunyuan_image-GPTQ-False",
+    "hunyuan_image-int3-True",
+    "hunyuan_image-int8-False",
+    "hunyuan_image-mxfp8-False",
+    "hunyuan_image-nvfp4-False",
+    "wan flf2v-GPTQ-False",
+    "wan flf2v-int3-True",
+    "wan flf2v-int8-False",
+    "wan flf2v-mxfp8-False",
+    "wan flf2v-nvfp4-False",
+    "z_image comfy-GPTQ-False",
+    "z_image comfy-int3-True",
+    "z_image comfy-int8-False",
+    "z_image comfy-mxfp8-False",
+    "z_image comfy-nvfp4-False",
+)
 @pytest.mark.parametrize(
     ("form", "marks"), [*((form, False) for form in ("nvfp4", "mxfp8", "int8", "GPTQ")), ("int3", True)]
 )

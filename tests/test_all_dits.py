@@ -230,6 +230,20 @@ def test_the_pooled_vector_of_the_second_text_reaches_only_that_text(tiny: TinyD
     assert not torch.allclose(velocity(tiny, changed), velocity(tiny, other), atol=1e-5)
 
 
+@pytest.mark.long
+@pytest.mark.slow_cases(
+    "flux dev",
+    "flux_2",
+    "framepack",
+    "hunyuan t2v",
+    "krea2 edit",
+    "krea2",
+    "ltx_2 2.3",
+    "qwen_image",
+    "wan i2v",
+    "wan vace",
+    "z_image",
+)
 @pytest.mark.parametrize("tiny", ONE_OF_EACH_BLOCK, ids=lambda each: each.name)
 def test_compiled_blocks_see_a_second_text_too(tiny: TinyDit) -> None:
     torch._dynamo.reset()  # the families share a forward, and a process compiles it 8 times

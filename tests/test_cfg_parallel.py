@@ -45,6 +45,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Shared:
     return Shared(USUAL, tmp_path_factory.mktemp("passes on two cards"), trains=False)
 
 
+@pytest.mark.slow_cases("parts, third pass", "third pass")
 @pytest.mark.parametrize("way", with_slow(WAYS, {"two passes", "third pass", "parts, third pass"}))
 def test_a_generation_is_that_of_one_process(project: Shared, way: str) -> None:
     processes, by, words = WAYS[way]

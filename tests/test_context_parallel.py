@@ -142,6 +142,7 @@ def test_the_lora_is_that_of_one_process(project: Wide, way: str) -> None:
     assert error_of(project.shared(f"{way} shared", 2, *words), expected) < 1e-6
 
 
+@pytest.mark.slow_cases("words0")
 @pytest.mark.parametrize(
     "words", [("--gradient_checkpointing",), pytest.param(("--split_attn",), marks=pytest.mark.slow)]
 )
@@ -178,6 +179,7 @@ MADE = {
 }
 
 
+@pytest.mark.slow_cases("teacache")
 @pytest.mark.parametrize("way", with_slow(MADE, {"teacache"}))
 def test_a_generation_is_that_of_one_process(project: Wide, way: str) -> None:
     words = (*MADE[way], "--video_size", "48", "48", "--video_length", "9")
@@ -186,6 +188,7 @@ def test_a_generation_is_that_of_one_process(project: Wide, way: str) -> None:
     assert error_of_latents(project.generate(f"{way} shared", 2, *words), expected) < 2e-6
 
 
+@pytest.mark.slow_cases("second text")
 @pytest.mark.parametrize("way", with_slow(sorted(MADE.keys() - {"file", "long"}), {"second text"}))
 def test_a_generation_with_texts_among_the_tokens_is_that_of_one_process(joint: Wide, way: str) -> None:
     words = MADE[way]
@@ -266,6 +269,7 @@ def test_a_run_is_resumed_by_another_number_of_processes(project: Wide) -> None:
     assert error_of(found, expected) < 1e-6
 
 
+@pytest.mark.slow_cases("generate", "train")
 @pytest.mark.parametrize("kind", ["train", "generate"])
 def test_one_process_makes_no_groups_but_plans_for_them(project: Wide, kind: str) -> None:
     command = [*getattr(project.family, kind), *(RUN if kind == "train" else (*SIZE, "--prompt", "x"))]

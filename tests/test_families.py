@@ -94,6 +94,16 @@ def assert_equal(one: Path, other: Path) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow_cases(
+    "framepack",
+    "hunyuan_image",
+    "krea2",
+    "ltx_2 with sound",
+    "lumina",
+    "qwen_image",
+    "wan i2v-14B",
+    "wan vace-1.3B",
+)
 def test_a_state_is_not_resumed_with_other_options_of_the_family_in_silence(
     trained: tuple[TinyFamily, Path],
 ) -> None:
@@ -128,6 +138,21 @@ def test_a_sample_is_what_the_generation_script_makes(trained: tuple[TinyFamily,
     assert (ours - without).abs().mean() > 12
 
 
+@pytest.mark.slow_cases(
+    "flux",
+    "flux_2",
+    "framepack",
+    "hunyuan_image",
+    "hunyuan_video",
+    "krea2",
+    "ltx_2 with sound",
+    "lumina",
+    "qwen_image",
+    "skyreels i2v",
+    "wan i2v-14B",
+    "wan ti2v-5B",
+    "wan vace-1.3B",
+)
 def test_the_commands_on_the_page_run(trained: tuple[TinyFamily, Path], tmp_path: Path) -> None:
     """They go on with the training, generate the first sample again, and convert the LoRA."""
     family, original = trained
@@ -240,6 +265,8 @@ def project(
     return family, folder
 
 
+@pytest.mark.long
+@pytest.mark.slow_cases("framepack")
 def test_the_trained_file_is_a_checkpoint_that_generation_loads(project: tuple[TinyFamily, Path]) -> None:
     """The sample made while training is what the script makes of the file, and not of the one before."""
     family, folder = project

@@ -170,6 +170,7 @@ def daily(names: Sequence[str], chosen: set[str]) -> list[Any]:
     return [name if name in chosen else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
+@pytest.mark.slow_cases("lazy", "texts and VAE beside no transformer")
 @pytest.mark.parametrize("name", daily([*SAVERS], DAILY))
 def test_no_process_holds_more_than_it_has_to(project: Path, name: str) -> None:
     saver, large = SAVERS[name], project / "large"
@@ -261,6 +262,7 @@ def test_neither_card_nor_host_holds_more_than_it_has_to(project: Path, name: st
 TRAINED = "--max_train_steps 1 --sample_every_n_steps 1 --optimizer_type adamw --sample_prompts samples.txt"
 
 
+@pytest.mark.slow_cases("wan i2v-14B")
 @pytest.mark.parametrize("name", daily([one.name for one in FAMILIES], {"wan i2v-14B"}))
 def test_encoders_are_gone_when_the_transformer_comes(name: str, tmp_path: Path) -> None:
     family = family_called(name)

@@ -54,6 +54,9 @@ def compare(project: TinyProject, packed: Path, most: float = 1e-4, *more: objec
         assert difference <= most
 
 
+@pytest.mark.slow_cases(
+    "flux_2-Q4_0", "flux_2-convrot", "wan t2v-1.3B-nvfp4", "z_image-Q4_0", "z_image-convrot", "z_image-nvfp4"
+)
 @pytest.mark.parametrize(
     ("name", "form"),
     [
@@ -105,6 +108,7 @@ def lora_for(dit: Path, path: Path, kind: str) -> None:
     save_file({f"{start}.lora_A.weight": down, f"{start}.lora_B.weight": up}, path)
 
 
+@pytest.mark.slow_cases("Q8_0-LoRA-True", "mxfp8-LoRA-True", "nvfp4-LoRA-True", "nvfp4-queries-True")
 @pytest.mark.parametrize(
     ("form", "kind", "kept"),
     [

@@ -10,8 +10,9 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 from benchmarks.house import Function, measure_function
-from tests.marks import SLOW_CASES
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -60,6 +61,7 @@ def test_the_ways_through_the_house_do_not_grow() -> None:
         assert all(count <= most * GROWTH for count, most in zip(counts, WAYS[name], strict=True)), counts
 
 
+@pytest.mark.long
 def test_a_class_name_occurs_once_and_a_function_says_what_it_does() -> None:
     trees = {
         path: ast.parse(path.read_text(encoding="utf-8"))
@@ -115,9 +117,3 @@ def test_each_room_names_its_files() -> None:
 
 if __name__ == "__main__":
     print("\n".join(line for room in rooms_with_files() for line in unnamed_files(room)))  # noqa: T201
-
-
-def test_slow_cases_are_cases_of_tests_that_are_there() -> None:
-    for line in SLOW_CASES.read_text(encoding="utf-8").splitlines():
-        file, _, name = line.partition("[")[0].partition("::")
-        assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), line

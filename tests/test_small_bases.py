@@ -47,6 +47,7 @@ def cosine(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
     return float(left @ right / (left.norm() * right.norm()))
 
 
+@pytest.mark.slow_cases("wan t2v-1.3B-int8", "wan t2v-1.3B-nf4")
 @EACH
 def test_the_gradient_has_nearly_the_direction_of_that_in_16_bits(project: TinyProject, form: str) -> None:
     """With plain gradient descent the factor `up` is after one step the gradient itself, times the rate."""
@@ -95,6 +96,7 @@ def test_every_network_learns_on_small_forms_and_savers_of_memory_change_nothing
     assert all(torch.equal(saved[name], tensor) for name, tensor in found.items())
 
 
+@pytest.mark.slow_cases("wan t2v-1.3B-int8")
 @pytest.mark.parametrize("form", ["int8", "nf4"])
 def test_a_resumed_run_ends_with_equal_bytes(project: TinyProject, form: str) -> None:
     how = [*FORMS[form][0], "--mixed_precision", "bf16", "--gradient_checkpointing", "--blocks_to_swap", "1"]
@@ -111,6 +113,7 @@ def test_a_resumed_run_ends_with_equal_bytes(project: TinyProject, form: str) ->
     assert f"{FORMS[form][0][0]} was True when the state was saved" in said
 
 
+@pytest.mark.slow_cases("wan t2v-1.3B-int8-0.1")
 @pytest.mark.parametrize(("form", "most"), [("int8", 0.1), ("nf4", 0.5)])
 def test_generation_makes_nearly_the_same(
     project: TinyProject, tmp_path: Path, form: str, most: float
@@ -134,6 +137,7 @@ def test_two_forms_and_files_in_fp8_are_refused_by_name(project: TinyProject, tm
     assert_one_message(*found, "--convrot_int8: ", "already in fp8")
 
 
+@pytest.mark.slow_cases("wan t2v-1.3B-nf4-0.08")
 @pytest.mark.parametrize(("form", "most"), [("int8", 0.03), ("nf4", 0.08)])
 def test_losses_stay_near_those_in_16_bits(project: TinyProject, form: str, most: float) -> None:
     steps = ["--max_train_steps", "10", "--mixed_precision", "bf16", "--log_with", "tensorboard"]

@@ -64,6 +64,8 @@ def _slow(names: Iterable[str]) -> list[Any]:
     return [pytest.param(name, marks=[] if name in USUAL else pytest.mark.slow) for name in names]
 
 
+@pytest.mark.long
+@pytest.mark.slow_cases("flux-bf16")
 @pytest.mark.parametrize("name", _slow(TRAINED))
 def test_a_training_step_is_measured_and_planned(tmp_path: Path, name: str) -> None:
     write, size, options = TRAINED[name]
@@ -78,6 +80,7 @@ def test_a_training_step_is_measured_and_planned(tmp_path: Path, name: str) -> N
     assert found["operations"] > found["model_operations"] > 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", _slow(GENERATED))
 def test_a_generation_is_measured_and_planned(tmp_path: Path, name: str) -> None:
     write, size, options = GENERATED[name]

@@ -145,6 +145,7 @@ def assert_fits(page: Any) -> None:
     assert page.evaluate(f"{unnamed}.map(one => one.outerHTML)") == []
 
 
+@pytest.mark.slow_cases("/", "/queue", "x")
 @pytest.mark.parametrize("name", ["/", "x", "/queue"])
 def test_pages_fit_no_text_is_small_and_all_is_named(served: Served, name: str) -> None:
     with open_page(served.url + (name if name.startswith("/") else served.of(name))) as page:
@@ -153,6 +154,7 @@ def test_pages_fit_no_text_is_small_and_all_is_named(served: Served, name: str) 
         assert page.problems == []
 
 
+@pytest.mark.slow_cases("check", "quickstart", "report", "run", "sheet")
 @pytest.mark.parametrize("name", FILES)
 def test_pages_of_one_file_fit_and_have_no_serious_fault(axe: str, files: dict[str, Path], name: str) -> None:
     with open_page(files[name]) as page:
@@ -166,6 +168,7 @@ def test_pages_of_one_file_fit_and_have_no_serious_fault(axe: str, files: dict[s
         assert page.problems == []
 
 
+@pytest.mark.slow_cases("/", "/compare", "/datasets", "run_bad", "x")
 @pytest.mark.parametrize("name", ["/", "/queue", "/compare", "/datasets", "x", "run_None", "run_bad"])
 def test_no_page_has_a_serious_fault(axe: str, served: Served, name: str) -> None:
     with open_page(served.url + (name if name.startswith("/") else served.of(name))) as page:

@@ -413,6 +413,7 @@ def test_runs_lead_to_their_dataset_also_by_a_relative_path(tmp_path: Path) -> N
         assert ">x</a>" in listed
 
 
+@pytest.mark.slow_cases("damaged", "gone", "without its clips")
 @pytest.mark.parametrize(
     ("damage", "said"),
     [

@@ -128,6 +128,7 @@ def test_anything_else_is_refused_by_name(line: str, word: str, tmp_path: Path) 
     assert word in str(refusal.value)
 
 
+@pytest.mark.slow_cases("accelerate launch wan_train_network.py")
 @pytest.mark.parametrize("line", ["wan_train_network.py --sed 1", "accelerate launch wan_train_network.py"])
 def test_no_module_is_taken_from_the_folder_of_a_job(line: str, tmp_path: Path) -> None:
     for name in ("runpy", "argparse", "json", "accelerate"):
@@ -280,6 +281,10 @@ def test_a_damaged_list_is_named(queue: JobQueue) -> None:
     (queue.folder / QUEUE).unlink()
 
 
+@pytest.mark.slow_cases(
+    "python wan_train_network.py --dataset_confg x.toml-Did you mean --dataset_config?",
+    "wan_generate_video.py --save_path x --prompt a --infer_steps x---infer_steps",
+)
 @pytest.mark.parametrize(
     ("line", "said"),
     [

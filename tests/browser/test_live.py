@@ -215,6 +215,7 @@ def test_commands_are_copied_without_a_secure_context_and_put_into_the_queue(tmp
         assert [(job.line, job.folder) for job in jobs] == [(f"{line} --help", str(tmp_path))]
 
 
+@pytest.mark.slow_cases("told1", "told2", "told3", "told4")
 @pytest.mark.parametrize(
     "told",
     [

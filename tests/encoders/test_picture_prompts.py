@@ -152,6 +152,7 @@ def test_a_picture_is_reduced_in_its_shape_and_never_enlarged(tmp_path: Path) ->
     assert read_within(long, area=384 * 384).shape == (28, 47030, 3)
 
 
+@pytest.mark.slow_cases("qwen3_vl")
 def test_prompts_together_are_each_alone(encoder: LanguageModelEncoder) -> None:
     shown = pictures(*SIZES)
     prompts = [(f"{index} rabbits", shown[: index % 4]) for index in range(10)]
@@ -269,6 +270,7 @@ def test_without_a_configuration_the_tower_is_the_released_one(tmp_path: Path) -
         load_vision_tower(write_model(tmp_path / "qwen3.safetensors", qwen3()), USE.model, CPU, torch.float32)
 
 
+@pytest.mark.slow_cases("qwen3_vl")
 def test_a_memory_plan_rehearses_prompts_with_pictures(encoder: LanguageModelEncoder, tmp_path: Path) -> None:
     planned = LanguageModelEncoder(encoder.use, encoder.path, torch.float32)
     planned.load(META)

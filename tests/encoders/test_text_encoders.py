@@ -95,6 +95,10 @@ def encoded(encoder: Encoder, *prompts: str | Prompt) -> list[dict[str, Tensor]]
     ]
 
 
+@pytest.mark.long
+@pytest.mark.slow_cases(
+    "FramePack's CLIP-L", "FramePack's Llama", "Llama without begin", "Mistral", "Qwen", "umT5 by pieces"
+)
 def test_prompts_together_are_each_alone_in_their_order(encoder: Encoder) -> None:
     many = [TEXTS[-1]] * 8  # two groups of umT5
     texts = (*TEXTS, *(f"{number} rabbits" for number in range(9)), *many)

@@ -71,6 +71,7 @@ BAD_CACHES: dict[str, Damage] = {
 }
 
 
+@pytest.mark.slow_cases("wan-clip 1_00000-005_0032x0032_wan.safetensors-truncated")
 @pytest.mark.parametrize(
     ("name", "damage"),
     [(LATENTS, damage) for damage in BAD_CACHES]

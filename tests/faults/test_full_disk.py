@@ -102,6 +102,7 @@ def test_caching_on_a_full_disk(
     assert_same_caches(tmp_path / "cache", project / "cache")
 
 
+@pytest.mark.slow_cases("wan-file")
 @pytest.mark.parametrize("what", ["disk", "file"])
 def test_training_on_a_full_disk(
     what: str, scripts: Scripts, project: Path, undisturbed: Undisturbed, tmp_path: Path

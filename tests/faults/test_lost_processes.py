@@ -56,6 +56,7 @@ def passed(scripts: Scripts, project: Path, tmp_path_factory: pytest.TempPathFac
 INSTANTS = [(way, number) for way in WAYS for number in range(10)]
 
 
+@pytest.mark.slow_cases("wan-shared-0")
 @pytest.mark.parametrize(
     ("way", "number"),
     [pytest.param(*one, marks=[] if one[1] == 0 else pytest.mark.slow) for one in INSTANTS],

@@ -27,6 +27,7 @@ def write(folder: Path, state: dict[str, Tensor]) -> Path:
     return path
 
 
+@pytest.mark.slow_cases("diffusers")
 @pytest.mark.parametrize("layout", ["released", "diffusers"])
 @torch.no_grad()
 def test_latents_and_pictures_equal_those_of_diffusers(tmp_path: Path, layout: str) -> None:

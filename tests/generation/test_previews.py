@@ -69,6 +69,8 @@ SHAPES = {  # frames and rate of the preview by colours, frames and rate by TAEH
 }
 
 
+@pytest.mark.long
+@pytest.mark.slow_cases("framepack")
 @pytest.mark.parametrize("family", SHAPES)
 def test_latents_are_the_same_bits_with_previews_in_every_family(
     tmp_path: Path, scripts: dict[str, Script], taehv: Path, family: str

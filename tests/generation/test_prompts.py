@@ -40,6 +40,8 @@ def said_in(folder: Path) -> dict[str, str]:
         return file.metadata()
 
 
+@pytest.mark.long
+@pytest.mark.slow_cases("wan")
 @KINDS_OF_TEXT
 def test_weights_of_one_and_switches_alone_change_no_bit(
     scripts: dict[str, Script], kind: str, cards: Path, tmp_path: Path
@@ -52,6 +54,8 @@ def test_weights_of_one_and_switches_alone_change_no_bit(
     assert torch.equal(make(tmp_path / "drawn", *ONE, "--prompt", "a red car", *GUIDED, *switches), plain)
 
 
+@pytest.mark.long
+@pytest.mark.slow_cases("hunyuan")
 @KINDS_OF_TEXT
 def test_weights_change_the_video_and_stand_in_the_metadata_as_typed(
     scripts: dict[str, Script], kind: str, tmp_path: Path
@@ -65,6 +69,7 @@ def test_weights_change_the_video_and_stand_in_the_metadata_as_typed(
     assert "bt_prompt_weighting" not in said_in(tmp_path / "plain")
 
 
+@pytest.mark.long
 def test_a_drawn_prompt_is_that_prompt(scripts: dict[str, Script], cards: Path, tmp_path: Path) -> None:
     make, typed = scripts["wan"].one, "a __beast__ on a {mat|{rug|bed}}"
     draw = ("--prompt", typed, "--prompt_wildcards", cards, "--prompt_alternatives")
@@ -109,6 +114,7 @@ def test_what_cannot_be_drawn_is_said_before_anything_is_loaded(
     assert not (tmp_path / "made").exists()  # it is made before the first network is loaded
 
 
+@pytest.mark.long
 def test_a_second_prompt_is_for_clip_and_a_line_may_give_it(
     scripts: dict[str, Script], tmp_path: Path
 ) -> None:
@@ -126,6 +132,7 @@ def test_a_second_prompt_is_for_clip_and_a_line_may_give_it(
     assert "bt_prompt_2" not in said_in(tmp_path / "1")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_sections_have_their_weights_and_second_prompts(scripts: dict[str, Script], tmp_path: Path) -> None:
     def make(prompt: str, *more: str) -> torch.Tensor:
@@ -140,6 +147,15 @@ def test_sections_have_their_weights_and_second_prompts(scripts: dict[str, Scrip
     assert said_in(tmp_path / "3")["bt_prompt"] == "0:a cat;;;1:a (dog:3)"
 
 
+@pytest.mark.long
+@pytest.mark.slow_cases(
+    "framepack-neutral5-real5",
+    "framepack-neutral6-real6",
+    "hunyuan-neutral0-real0",
+    "hunyuan-neutral2-real2",
+    "hunyuan-neutral3-real3",
+    "hunyuan-neutral4-real4",
+)
 @pytest.mark.parametrize(
     ("kind", "neutral", "real"),
     [
@@ -215,6 +231,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
+@pytest.mark.long
+@pytest.mark.slow_cases(
+    "framepack---fp8_scaled --compile --compile_args eager default auto False --sample_solver dpm++sde",
+    "framepack-words16",
+    "framepack-words17",
+    "hunyuan---compile --compile_args eager default auto False --fp8_scaled --perp_neg 1.5",
+    "hunyuan-words13",
+    "skyreels i2v-words15",
+    "wan i2v---nag_scale 4 --compile --compile_args eager default auto False --fp8_scaled",
+    "wan i2v-words7",
+)
 @pytest.mark.parametrize(("kind", "words"), [(kind, one) for kind, some in TOGETHER.items() for one in some])
 def test_features_work_together(
     kind: str, words: str, scripts: dict[str, Script], folder: Path, tmp_path: Path

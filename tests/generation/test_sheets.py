@@ -52,6 +52,7 @@ def without_time(metadata: dict[str, str]) -> dict[str, str]:
     return {name: text for name, text in metadata.items() if name != "bt_creation_timestamp"}
 
 
+@pytest.mark.slow_cases("framepack one frame")
 @pytest.mark.parametrize("name", AXES)
 def test_every_cell_is_what_a_single_run_makes(name: str, tmp_path: Path) -> None:
     family = BY_NAME[name]
@@ -220,6 +221,8 @@ def prompts(folder: Path) -> Path:
     return path
 
 
+@pytest.mark.long
+@pytest.mark.slow_cases("in place", "loaded for each", "with fresh noise")
 @pytest.mark.parametrize(
     "speed",
     [(), ("--fp8_scaled",), ("--sample_solver", "lcm")],
@@ -245,6 +248,7 @@ def test_a_clip_equals_what_the_generation_script_makes(
         assert torch.equal(made[name], script.one(tmp_path / column, *more, *weights)), column
 
 
+@pytest.mark.long
 def test_loras_of_two_experts_are_compared_in_pairs(tmp_path: Path) -> None:
     files = write_tiny_wan(tmp_path / "models", experts=2)
     low, high = tmp_path / "low.safetensors", tmp_path / "high.safetensors"
@@ -274,6 +278,7 @@ def test_loras_of_two_experts_are_compared_in_pairs(tmp_path: Path) -> None:
     assert torch.equal(load_file(column)["latent"], load_file(path)["latent"])
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_grids_show_every_clip_with_its_labels(
     tmp_path: Path, t2v: TinyWan, caplog: pytest.LogCaptureFixture
@@ -302,6 +307,7 @@ def test_the_grids_show_every_clip_with_its_labels(
         assert not opened.problems
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_an_interrupted_comparison_goes_on_and_replaces_nothing(
     tmp_path: Path, t2v: TinyWan, caplog: pytest.LogCaptureFixture
@@ -327,6 +333,7 @@ def test_an_interrupted_comparison_goes_on_and_replaces_nothing(
     assert {read_tags(path)["bt_guidance_scale"] for path in again} == {"3.0"}
 
 
+@pytest.mark.long
 def test_a_retrained_lora_of_the_same_name_is_not_taken_for_the_old_one(tmp_path: Path, t2v: TinyWan) -> None:
     lora = t2v.dit.parent / "other.safetensors"
     write_lora(lora, t2v.dit)

@@ -93,6 +93,7 @@ def assert_like(samples: np.ndarray[Any, Any], latents: Tensor) -> None:
         assert np.corrcoef(ours, theirs)[0, 1] > 0.99
 
 
+@pytest.mark.slow_cases("mp4")
 @pytest.mark.parametrize("container", ["mp4", "mkv"])
 def test_a_video_has_the_track_of_its_latents(model: list[str], tmp_path: Path, container: str) -> None:
     names = make(model, tmp_path, "--output_type", "both", "--save_audio", "wav", "--container", container)

@@ -57,6 +57,7 @@ def loras(files: TinyWan, *names: str) -> list[str]:
     return [word for name in names for word in (options[name], str(files.dit.parent / f"{name}.safetensors"))]
 
 
+@pytest.mark.long
 def test_latents_are_equal_to_the_bit_however_the_experts_are_loaded(
     tmp_path: Path, files: TinyWan, script: Script, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -71,6 +72,7 @@ def test_latents_are_equal_to_the_bit_however_the_experts_are_loaded(
     assert torch.equal(script.latents(tmp_path / "alone", *asked, "--offload_inactive_dit"), ahead)
 
 
+@pytest.mark.long
 def test_no_expert_is_loaded_twice(
     tmp_path: Path, files: TinyWan, script: Script, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -85,6 +87,7 @@ def test_no_expert_is_loaded_twice(
         assert caplog.text.count(f"Loading {model}:") == 1
 
 
+@pytest.mark.long
 def test_each_expert_has_its_own_loras(
     tmp_path: Path, files: TinyWan, script: Script, plain: torch.Tensor
 ) -> None:
@@ -139,6 +142,7 @@ FEATURES = {  # what is said of an expert or kept by it: with a value that chang
 }
 
 
+@pytest.mark.slow_cases("guidance of high noise", "magcache", "nag")
 @pytest.mark.parametrize("name", FEATURES)
 def test_features_act_with_two_experts_and_neutral_values_change_no_bit(
     tmp_path: Path, files: TinyWan, script: Script, plain: torch.Tensor, name: str

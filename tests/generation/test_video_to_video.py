@@ -77,6 +77,8 @@ def reconstruction(name: str, scripts: Scripts) -> Tensor:
 FAMILIES = ["wan", "hv", "fpack"]
 
 
+@pytest.mark.long
+@pytest.mark.slow_cases("f1-direct", "wan-direct")
 @pytest.mark.parametrize(("name", "mode"), [("wan", "direct"), ("hv", "traditional"), ("f1", "direct")])
 def test_all_of_it_made_anew_equals_a_video_from_noise(
     tmp_path: Path, scripts: Scripts, clip: Path, name: str, mode: str
@@ -85,6 +87,8 @@ def test_all_of_it_made_anew_equals_a_video_from_noise(
     assert torch.equal(make(tmp_path / "plain", *SAY), make(tmp_path / mode, *SAY, *more))
 
 
+@pytest.mark.long
+@pytest.mark.slow_cases("f1", "fpack", "hv")
 @pytest.mark.parametrize("name", [*FAMILIES, "f1"])
 def test_little_made_anew_is_near_what_the_vae_reconstructs(
     tmp_path: Path, scripts: Scripts, clip: Path, name: str
@@ -101,6 +105,8 @@ def test_little_made_anew_is_near_what_the_vae_reconstructs(
     assert steps > 2 * off, "the frames are too alike to tell one from another"
 
 
+@pytest.mark.long
+@pytest.mark.slow_cases("fpack")
 @pytest.mark.parametrize("name", ["wan", "fpack"])
 def test_lines_of_a_file_equal_single_runs(
     tmp_path: Path, scripts: Scripts, clip: Path, name: str, caplog: pytest.LogCaptureFixture
@@ -129,6 +135,8 @@ def test_lines_of_a_file_equal_single_runs(
         assert torch.equal(made[seed], alone), seed
 
 
+@pytest.mark.long
+@pytest.mark.slow_cases("fpack", "hv")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_saved_latents_are_a_start_too(
     tmp_path: Path, scripts: Scripts, name: str, caplog: pytest.LogCaptureFixture
@@ -164,6 +172,11 @@ def test_latents_of_another_length_or_model_are_refused(tmp_path: Path, scripts:
         scripts["wan"].made(tmp_path, *SAY, "--from_latent", path)
 
 
+@pytest.mark.slow_cases(
+    "fpack---i2i_path CLIP/0.png---i2i_path is refused",
+    "fpack---video_path CLIP --one_frame_inference default---video_path .*--one_frame_inference",
+    "fpack---video_path no.mp4---video_path no.mp4: no such file",
+)
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [

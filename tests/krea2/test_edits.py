@@ -70,6 +70,7 @@ def test_a_check_tells_what_captions_take(project: Path, monkeypatch: pytest.Mon
     assert float(found[1]) == pytest.approx(max(sizes), rel=0.05)
 
 
+@pytest.mark.slow_cases("target")
 @pytest.mark.parametrize(
     ("words", "size"), [((), (64, 32)), (("--match_target_res",), (48, 32))], ids=["megapixel", "target"]
 )

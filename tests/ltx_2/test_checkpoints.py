@@ -26,6 +26,7 @@ from tests.tiny import qwen_image
 CPU, META = Placement(torch.device("cpu")), Placement(torch.device("meta"))
 
 
+@pytest.mark.slow_cases("2.0-diffusers-False", "2.0-official-True")
 @pytest.mark.parametrize(
     ("version", "layout", "with_sound"),
     [
@@ -114,6 +115,12 @@ def test_linear_layers_of_blocks_alone_are_kept_in_8_bits(tmp_path: Path) -> Non
     assert not any("gate_logits" in name for name in in_8_bits)
 
 
+@pytest.mark.slow_cases(
+    "2.3-dit-True-18988838144",
+    "2.3-dit-diffusers-True-18988838144",
+    "2.5-dit-True-18923347200",
+    "2.5-dit-diffusers-True-18923347200",
+)
 @pytest.mark.parametrize(
     ("layout", "with_sound", "weights"),
     [

@@ -99,6 +99,7 @@ def scale_words(picture: Scales, sound: Scales) -> list[object]:
     return words
 
 
+@pytest.mark.slow_cases("2.5 alone", "as released", "guided", "video alone")
 @pytest.mark.parametrize(
     ("release", "mode", "fps", "picture", "sound"),
     [
@@ -206,6 +207,7 @@ def test_what_is_for_pictures_is_told_before_sound_alone_is_made(
         assert_one_message(code, said, message)
 
 
+@pytest.mark.slow_cases("2.0-av-0", "2.3-av-None", "2.3-v-18", "2.5-av-None")
 @pytest.mark.parametrize(
     ("release", "mode", "crf"),
     [("2.3", "av", None), ("2.0", "av", 0), ("2.3", "v", 18), ("2.5", "av", None)],
@@ -246,6 +248,7 @@ def test_a_video_from_an_image_equals_that_of_diffusers(
     assert_as_there(pipe, made, tmp_path / "shown", 24, picture, OF_SOUND, **asked)
 
 
+@pytest.mark.slow_cases("2.0", "2.3")
 @each_version
 def test_sound_is_made_for_a_given_video(release: TinyRelease, tmp_path: Path) -> None:
     """The video stays as it is, and its sound depends on it."""
@@ -274,6 +277,7 @@ def test_a_file_that_nobody_typed_is_named_as_the_default_of_its_option() -> Non
         Ltx2Files(gemma=Path("other")).text_encoder()
 
 
+@pytest.mark.slow_cases("2.3")
 @each_version
 def test_sound_for_a_given_video_equals_that_of_diffusers(release: TinyRelease, tmp_path: Path) -> None:
     """There with the pictures' time at 0 and no velocity of theirs, and gates of the other stream's time."""

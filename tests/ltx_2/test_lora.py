@@ -94,6 +94,7 @@ def convert(path: Path, target: str) -> Path:
     return output
 
 
+@pytest.mark.slow_cases("2.0", "2.3")
 @torch.no_grad()
 def test_diffusers_pipeline_predicts_with_a_converted_file_what_the_network_does(
     saved: tuple[str, Path, tuple[Tensor, ...]],
@@ -113,6 +114,16 @@ def test_diffusers_pipeline_predicts_with_a_converted_file_what_the_network_does
     assert not torch.allclose(plain[0], expected[0], rtol=1e-2)
 
 
+@pytest.mark.slow_cases(
+    "2.0-diffusers-transformer.",
+    "2.0-kohya-lora_unet_model_",
+    "2.0-other-diffusion_model.",
+    "2.3 dora-diffusers-transformer.",
+    "2.3 dora-kohya-lora_unet_model_",
+    "2.3 dora-other-diffusion_model.",
+    "2.3-kohya-lora_unet_model_",
+    "2.3-other-diffusion_model.",
+)
 @pytest.mark.parametrize(
     ("dialect", "start"),
     [("other", "diffusion_model."), ("diffusers", "transformer."), ("kohya", "lora_unet_model_")],
@@ -137,6 +148,7 @@ def test_every_dialect_merged_predicts_what_the_network_does(
         assert_both(dit(**dit_inputs(version)), expected)
 
 
+@pytest.mark.slow_cases("2.3 dora", "2.3")
 def test_a_lora_is_merged_into_the_official_file(saved: tuple[str, Path, tuple[Tensor, ...]]) -> None:
     version, path, expected = saved
     model = write_dit(path.parent, version, "official")
@@ -184,6 +196,7 @@ def write_for_all_parts(model: Path, folder: Path, dialect: str) -> dict[str, Te
     return sums
 
 
+@pytest.mark.slow_cases("diffusers-2.0", "diffusers-2.3", "official-2.3")
 @pytest.mark.parametrize("version", ["2.0", "2.3"])
 @pytest.mark.parametrize("dialect", ["official", "diffusers"])
 def test_connectors_learned_in_a_lora_are_used_in_generation_as_in_the_merged_file(
@@ -225,6 +238,19 @@ def test_connectors_learned_in_a_lora_are_used_in_generation_as_in_the_merged_fi
         assert {name.partition(".")[0] for name in names} == {"transformer", "connectors"}
 
 
+@pytest.mark.slow_cases(
+    "added-2.3-record4-",
+    "added-2.5-record0-was trained for 2.3, as its metadata say",
+    "added-2.5-record1-was trained for 2.3, as its metadata say",
+    "added-2.5-record2-",
+    "added-2.5-record3-",
+    "loaded-2.5-record0-was trained for 2.3, as its metadata say",
+    "network-2.3-record4-",
+    "network-2.5-record0-was trained for 2.3, as its metadata say",
+    "network-2.5-record1-was trained for 2.3, as its metadata say",
+    "network-2.5-record2-",
+    "network-2.5-record3-",
+)
 @pytest.mark.parametrize(
     ("version", "record", "note"),
     [

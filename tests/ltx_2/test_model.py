@@ -57,6 +57,14 @@ def test_velocities_of_video_and_sound_equal_those_of_diffusers(version: str, ro
     assert (other[0] - ours[0]).abs().max() > 1e-3
 
 
+@pytest.mark.slow_cases(
+    "size0-1-23.976-dtype0-2.0",
+    "size1-40-60.0-dtype1-2.0",
+    "size2-3-8.5-dtype2-2.0",
+    "size2-3-8.5-dtype2-2.3",
+    "size2-3-8.5-dtype2-2.5",
+    "size3-12-24.0-dtype3-2.0",
+)
 @each_version
 @pytest.mark.parametrize(
     ("size", "moments", "fps", "dtype"),

@@ -178,6 +178,18 @@ CASES: dict[str, Any] = {
 OF_25 = [("half the size", "2.5"), ("two", "2.5")]  # its mark is on the clip's first frame alone
 
 
+@pytest.mark.slow_cases(
+    "a clip-2.3",
+    "a grey picture-2.3",
+    "a picture-2.3",
+    "half the size-2.3",
+    "half the size-2.5",
+    "less of a clip-2.3",
+    "less of two-2.3",
+    "seen less-2.3",
+    "the factor of a LoRA-2.3",
+    "two-2.3",
+)
 @pytest.mark.parametrize(
     ("case", "release"), [*((case, "2.3") for case in CASES), *OF_25], indirect=["release"]
 )
@@ -253,6 +265,7 @@ def test_lines_and_the_official_spelling_name_references(release: TinyRelease, t
     assert not torch.equal(one, none)
 
 
+@pytest.mark.slow_cases("first frame", "strength")
 @pytest.mark.parametrize(
     "more",
     [["--image_path", "start.png"], ["--reference_strength", "0.5"]],
@@ -418,6 +431,7 @@ def loss_of(dit: Any, items: list[Heard], references: list[Tensor], step: int) -
     return torch.stack(found).mean()
 
 
+@pytest.mark.slow_cases("1.0")
 @pytest.mark.parametrize("share", [1.0, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_two_steps_with_references_equal_those_computed_with_diffusers(
     project: tuple[Path, TinyRelease], share: float

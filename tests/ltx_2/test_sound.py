@@ -101,6 +101,7 @@ def test_latents_equal_those_of_diffusers(
     torch.testing.assert_close(latents, expected, rtol=0, atol=EXACT)
 
 
+@pytest.mark.slow_cases("2.3-False", "2.3-True")
 @pytest.mark.parametrize("is_official", [True, False])
 @pytest.mark.parametrize("version", RATES)
 def test_sound_of_latents_equals_that_of_diffusers(tmp_path: Path, version: str, is_official: bool) -> None:
@@ -127,6 +128,7 @@ def test_sound_of_latents_equals_that_of_diffusers(tmp_path: Path, version: str,
         assert not torch.allclose(expected, unlimited(mel), atol=1e-3)
 
 
+@pytest.mark.slow_cases("121-24-126", "121-25-121")
 @pytest.mark.parametrize(
     ("frames", "fps", "count"), [(121, 24, 126), (121, 25, 121), (1, 24, 1), (97, 29.97, 81), (1, 60, 0)]
 )
@@ -151,6 +153,7 @@ def test_files_in_sixteen_bits_are_computed_in_float32(tmp_path: Path) -> None:
     assert not torch.equal(latents, latents.bfloat16().float())
 
 
+@pytest.mark.slow_cases("ltx2.3-vocoder-diffusers", "ltx2.3-vocoder")
 @pytest.mark.parametrize("manifest", [*manifest_names("ltx2.3-audio-vae"), *manifest_names("ltx2.3-vocoder")])
 def test_released_lists_fit(tmp_path: Path, manifest: str) -> None:
     path = write_hollow(tmp_path / "sound.safetensors", tensor_list(manifest))

@@ -52,6 +52,7 @@ def release(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return write_release(tmp_path_factory.mktemp("größe"), getattr(request, "param", "2.3"))
 
 
+@pytest.mark.slow_cases("plain-False")
 @pytest.mark.parametrize("is_folder", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_latents_are_enlarged_as_in_diffusers(
@@ -97,6 +98,7 @@ def token_by_token(latents: Tensor, scale: Any, generator: torch.Generator) -> T
     return scale * noise + (1 - scale) * latents
 
 
+@pytest.mark.slow_cases("an IC-LoRA in the first stage", "from an image", "twice the frames")
 @pytest.mark.parametrize(
     ("release", "mode", "image", "strengths", "kinds"),
     [

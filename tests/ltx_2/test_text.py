@@ -82,6 +82,7 @@ def assert_close(ours: Tensor, theirs: Tensor) -> None:
     assert (ours - theirs).abs().max() <= TOLERANCE * theirs.abs().max()
 
 
+@pytest.mark.slow_cases("2.3-official")
 @pytest.mark.parametrize(("version", "dialect"), [("2.0", "diffusers"), ("2.3", "official")])
 def test_texts_are_those_of_diffusers(version: str, dialect: str, gemma: Any, tmp_path: Path) -> None:
     encoder = tiny_encoder(tmp_path, gemma, version, dialect)
@@ -96,6 +97,7 @@ def test_texts_are_those_of_diffusers(version: str, dialect: str, gemma: Any, tm
         assert len(ours[VIDEO]) == ROWS
 
 
+@pytest.mark.slow_cases("transformers 5")
 @pytest.mark.parametrize("layout", ["transformers 5", "comfy"])
 def test_other_files_of_gemma_give_the_same_texts(layout: str, gemma: Any, tmp_path: Path) -> None:
     encoder = tiny_encoder(tmp_path, gemma)

@@ -161,6 +161,7 @@ def told(project: Project, name: str = "lora") -> list[dict[str, float]]:
     return [row["experts"] for row in map(json.loads, history.splitlines()) if "experts" in row]
 
 
+@pytest.mark.slow_cases("2.0-all is noisy", "2.3-all is noisy", "2.5-all is noisy")
 @pytest.mark.parametrize("given", [0, 1], ids=["all is noisy", "the first frame is given"])
 def test_two_steps_with_sound_equal_those_computed_with_diffusers(project: Project, given: int) -> None:
     project.train(*descent(RATE), "--ltx2_first_frame_conditioning_p", given)
@@ -231,6 +232,7 @@ def test_steps_without_sound_leave_its_weights_as_they_are(alone: Project) -> No
     assert moved == [{"", "audio"} if one else {""} for one in hears[1:]]
 
 
+@pytest.mark.slow_cases("a2v-audio")
 @pytest.mark.parametrize(("direction", "given"), [("v2a", "video"), ("a2v", "audio")])
 def test_a_direction_learns_one_stream(alone: Project, direction: str, given: str) -> None:
     alone.train(*run(direction, 3), "--ltx2_train_direction", direction)
@@ -337,6 +339,7 @@ def test_sound_comes_from_files_if_the_command_says_so(alone: Project, tmp_path:
     assert not torch.equal(own, table)
 
 
+@pytest.mark.slow_cases("2.3")
 @pytest.mark.parametrize("project", ["2.3"], indirect=True)
 def test_sound_that_caching_left_out_is_told_of(
     project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

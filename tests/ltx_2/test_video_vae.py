@@ -73,6 +73,7 @@ def compare(ours: LtxVideoVae, theirs: AutoencoderKLLTX2Video, pixels: Tensor) -
     torch.testing.assert_close(decoded, their_pixels(theirs, latents), rtol=0, atol=EXACT)
 
 
+@pytest.mark.slow_cases("1-96-64-1-2.0", "49-64-96-1-2.0", "49-64-96-1-2.3")
 @each_version
 @pytest.mark.parametrize(
     ("frames", "height", "width", "batch"), [(1, 96, 64, 1), (9, 64, 64, 2), (49, 64, 96, 1)]
@@ -91,6 +92,7 @@ def test_no_chunk_is_longer_than_a_latent_frame_makes(tmp_path: Path) -> None:
     assert max(float(chunk.abs().max()) for chunk in chunks) == 1  # clamped
 
 
+@pytest.mark.slow_cases("2.0")
 @each_version
 def test_diffusers_folder_is_the_official_file(tmp_path: Path, version: str) -> None:
     """With config.json, which says what no tensor does, and without."""

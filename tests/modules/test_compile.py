@@ -63,6 +63,8 @@ def assert_equal_gradients(
         assert (one - other).abs().max() <= share * largest
 
 
+@pytest.mark.long
+@pytest.mark.slow_cases("hunyuan t2v")
 def test_all_blocks_of_a_list_share_one_compilation_also_when_sizes_change(tiny: TinyDit) -> None:
     dit = tiny.make(3)
     compile_blocks(dit, tiny.spec, EAGER)
@@ -118,6 +120,7 @@ def test_blocks_of_stored_weights_share_theirs_and_keep_their_numbers(
     assert_near(results[1], results[0])
 
 
+@pytest.mark.long
 def test_open_sizes_are_compiled_once() -> None:
     tiny = DITS[0]
     dit = tiny.make(2)
@@ -130,6 +133,8 @@ def test_open_sizes_are_compiled_once() -> None:
     assert compilations() == 1
 
 
+@pytest.mark.long
+@pytest.mark.slow_cases("hunyuan t2v-False")
 @pytest.mark.parametrize("autocast", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_numbers_are_those_of_uncompiled_blocks(tiny: TinyDit, autocast: bool) -> None:
     """The eager back end calls the same kernels; only the rotary turns are multiplied out.
@@ -151,6 +156,8 @@ def test_numbers_are_those_of_uncompiled_blocks(tiny: TinyDit, autocast: bool) -
     assert_equal_gradients(found, expected, BF16 if autocast else ROUNDING)
 
 
+@pytest.mark.long
+@pytest.mark.slow_cases("neuron_dropout")
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -179,6 +186,7 @@ def test_dropout_masks_are_those_of_uncompiled_blocks_and_change_with_the_seed(
     assert compilations() == 2  # the first block and the others: not one for each seed
 
 
+@pytest.mark.slow_cases("hunyuan t2v-True", "wan t2v-True")
 @pytest.mark.parametrize("keep", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("tiny", [each for each in TINY if each.values[0] in ONE_OF_EACH])
 def test_checkpoints_that_wait_on_the_host_or_keep_attention_give_the_same_bits(

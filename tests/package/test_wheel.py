@@ -118,6 +118,7 @@ def test_the_wheel_has_one_top_level_name_and_every_file_of_the_rooms(wheel: Pat
                 assert f"reelsmith/{path.relative_to(ROOT).as_posix()}" in names
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_nothing_in_the_wheel_imports_a_name_of_the_checkout(wheel: Path) -> None:
     ours = find_own_names(ROOT)

@@ -111,6 +111,7 @@ ORDERS = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("switches", "rules"), ORDERS)
 def test_sections_are_those_of_the_documented_rules(
     project: Project, switches: tuple[str, ...], rules: Rules
@@ -164,6 +165,7 @@ PICTURES_AS: dict[str, tuple[tuple[str, ...], str, list[int], int, int | None, d
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", PICTURES_AS)
 def test_pictures_are_those_of_the_documented_rules(project: Project, name: str) -> None:
     """Two control images at places of their own; where an image or a control image is transparent its latents
@@ -214,6 +216,7 @@ def in_bucket(path: Path) -> framepack.Picture:
     )
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(("switches", "rules"), ORDERS)
 def test_without_a_dtype_sections_are_as_exact_as_diffusers_in_float16(

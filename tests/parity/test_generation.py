@@ -111,6 +111,13 @@ CASES = {
 }
 
 
+@pytest.mark.long
+@pytest.mark.slow_cases(
+    "cfg-zero* with a factor, dpm++",
+    "cfg-zero*, slg uncond, first steps without guidance",
+    "perpendicular negative, slg uncond, dpm++",
+    "skip alternate",
+)
 @pytest.mark.parametrize("name", CASES)
 def test_latents_equal_those_of_diffusers(tmp_path: Path, folder: Path, theirs: Theirs, name: str) -> None:
     options, sampling = CASES[name]
@@ -132,6 +139,7 @@ def test_the_tasks_own_number_of_steps_equals_that_of_diffusers(
     assert_equal(latents, denoise(theirs.dit, inputs_of(theirs), Sampling(scales=(FIVE,) * 50)), "50 steps")
 
 
+@pytest.mark.long
 def test_cpu_noise_is_the_stream_of_the_global_generator(
     tmp_path: Path, folder: Path, theirs: Theirs
 ) -> None:

@@ -106,6 +106,7 @@ def made(files: TinyModel, folder: Path, *words: object) -> Tensor:
     return pack(latents_in(folder)[None])
 
 
+@pytest.mark.slow_cases("1-False-1", "1-True-4", "2-False-4")
 @pytest.mark.parametrize(
     ("count", "isolated", "scale"), [(1, False, 1), (2, False, 4), (1, True, 4), (2, True, 1)]
 )

@@ -128,6 +128,7 @@ def scene(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return Scene(tmp_path_factory.mktemp("one frame"), request.param)
 
 
+@pytest.mark.slow_cases("flf2v", "i2v-2.2")
 def test_a_picture_equals_that_of_diffusers_at_these_places(tmp_path: Path, scene: Scene) -> None:
     """The images are given in another order than their places; both are seen by models of Wan2.1."""
     one, two = scene.folder / "a.png", scene.folder / "b.png"
@@ -251,6 +252,7 @@ def expected_item(folder: Path, scene: Scene, name: str, controls: int) -> Item:
     )
 
 
+@pytest.mark.slow_cases("flf2v", "i2v-2.2")
 def test_the_first_steps_are_those_of_plain_torch(tmp_path: Path, scene: Scene) -> None:
     """One control image of an image-to-video model, two of the others."""
     controls = 1 if scene.task == "i2v-14B" else 2

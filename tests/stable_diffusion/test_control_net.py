@@ -50,6 +50,8 @@ def residuals(call: UnetCall) -> list[Tensor]:
 # Files
 
 
+@pytest.mark.long
+@pytest.mark.slow_cases("sd2-prefixed")
 @pytest.mark.parametrize(
     ("kind", "layout"),
     [
@@ -90,6 +92,7 @@ def test_torch_files_with_a_whole_model_are_read(tmp_path: Path) -> None:
 # What they add
 
 
+@pytest.mark.long
 def test_several_take_turns_in_sd1_and_are_averaged_in_sdxl(tmp_path: Path) -> None:
     guide = loaded.write_guide(tmp_path / "guide.png")
     images = loaded.pixels(guide).repeat(2, 1, 1, 1)
@@ -161,6 +164,7 @@ def test_guides_follow_the_size_of_the_latents(tmp_path: Path) -> None:
 # Wrong files
 
 
+@pytest.mark.long
 def test_other_files_are_named(tmp_path: Path) -> None:
     def holding(name: str) -> Path:
         return loaded.save(tmp_path / f"{name}.safetensors", {name: torch.zeros(1)})
@@ -228,6 +232,7 @@ def hollow(path: Path, kind: str, layout: str, sizes: dict[str, object]) -> Path
     return write_hollow(path, {name: ("F16", tuple(tensor.shape)) for name, tensor in state.items()})
 
 
+@pytest.mark.slow_cases("sdxl-diffusers-sizes2")
 @pytest.mark.parametrize(("kind", "layout", "sizes"), FULL)
 def test_those_of_released_sizes_fit(
     tmp_path: Path, kind: str, layout: str, sizes: dict[str, object]

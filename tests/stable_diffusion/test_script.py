@@ -38,6 +38,7 @@ def make(model: list[str], out: Path, *words: object) -> list[Path]:
     return sorted(out.iterdir())
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_texts_of_a_picture_make_it_again(model: list[str], tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
@@ -177,6 +178,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow_cases("regions")
 @pytest.mark.parametrize(
     "case", ["regions", *(pytest.param(case, marks=pytest.mark.slow) for case in CASES if case != "regions")]
 )

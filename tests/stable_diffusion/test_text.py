@@ -53,6 +53,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("text")
 
 
+@pytest.mark.long
+@pytest.mark.slow_cases("sd1-False", "sd2-False", "sdxl-False")
 @pytest.mark.parametrize("is_file", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_plain_text_has_the_states_of_diffusers(folder: Path, kind: str, is_file: bool) -> None:

@@ -78,6 +78,12 @@ WAYS = {" ".join(words): (words, ()) for words in OPTIMIZERS}
 WAYS |= {f"{' '.join(words)} bf16": (words, BF16) for words in (*OPTIMIZERS[:3], ["AdamW8bit"])}
 
 
+@pytest.mark.slow_cases(
+    "Adafactor bf16",
+    "Adafactor relative_step=False beta1=0.9 weight_decay=0.1 bf16",
+    "AdamW amsgrad=True foreach=True bf16",
+    "AdamW8bit bf16",
+)
 @pytest.mark.usefixtures("_idle_weight")
 @pytest.mark.parametrize("way", WAYS)
 def test_steps_inside_the_backward_pass_give_the_same_bits(tmp_path: Path, way: str) -> None:
@@ -272,6 +278,8 @@ def test_a_tensor_that_is_kept_in_another_dtype_is_saved_in_it(
 # ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
+@pytest.mark.slow_cases("fused", "part")
 @pytest.mark.parametrize(
     "how",
     [
@@ -292,6 +300,7 @@ def test_a_killed_run_ends_with_equal_bytes(tmp_path: Path, how: tuple[str, ...]
     assert all(toy.same(ours[part], theirs[part]) for part in ("dit", "optimizer"))
 
 
+@pytest.mark.long
 def test_samples_and_validation_come_from_the_model_that_learns(tmp_path: Path) -> None:
     toy.write_caches(tmp_path, count=6)
     words = [FUSED, *UNCLIPPED, "--validation_split", "0.2"]

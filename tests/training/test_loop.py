@@ -141,6 +141,7 @@ def test_weights_are_those_of_a_loop_written_by_hand(tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.long
 def test_samples_validation_and_saving_change_nothing(tmp_path: Path) -> None:
     toy.write_caches(tmp_path)
     prompts = toy.write_prompts(tmp_path, "a cat --f 5 --s 2 --d 1\na dog --s 2\n")

@@ -112,6 +112,23 @@ def training_of(words: list[str]) -> tuple[Any, Any, Any]:
     return entry, entry.make_family("training", own), own
 
 
+@pytest.mark.slow_cases(
+    "chroma",
+    "flux schnell",
+    "flux_2 klein",
+    "framepack f1",
+    "framepack one frame",
+    "framepack, window of 3",
+    "kontext",
+    "krea2 edit",
+    "ltx_2 with sound",
+    "ltx_2",
+    "qwen_image edit-2511",
+    "wan flf2v-14B",
+    "wan i2v-14B-FC",
+    "wan t2i",
+    "wan t2v-1.3B-FC",
+)
 @pytest.mark.parametrize("case", CASES)
 def test_a_line_that_says_nothing_is_made_as_the_generation_script_makes_it(
     tmp_path: Path, case: str
@@ -154,6 +171,7 @@ def test_a_line_that_says_nothing_is_made_as_the_generation_script_makes_it(
     assert (made.joint is not None) == (case == "ltx_2 with sound")
 
 
+@pytest.mark.slow_cases("--y1 1 --y2 2-1.625")
 @pytest.mark.parametrize(
     ("words", "mu"),
     [("--mu 0.3", 0.3), ("--y1 1", 1 + 0.15 * 3840 / 6144), ("--y1 1 --y2 2", 1 + 3840 / 6144)],

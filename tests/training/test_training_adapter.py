@@ -45,6 +45,7 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-4, msg=name)
 
 
+@pytest.mark.slow_cases("LoHa", "accumulating", "compiled", "swapped")
 @pytest.mark.parametrize("how", HOW)
 def test_training_is_that_of_a_model_merged_with_it(tmp_path: Path, how: str) -> None:
     toy.write_caches(tmp_path)
@@ -84,6 +85,7 @@ def test_a_change_of_a_norm_is_in_the_backward_pass_too(tmp_path: Path) -> None:
     assert isinstance(dit[1].weight, torch.nn.Parameter)
 
 
+@pytest.mark.slow_cases("compiled", "usual")
 @pytest.mark.parametrize("how", [[], SWAPPED, COMPILED], ids=["usual", "swapped", "compiled"])
 def test_samples_and_validation_are_without_it_to_the_bit(tmp_path: Path, how: list[object]) -> None:
     """Before the first step the network changes nothing, so that samples are the model's own."""
@@ -163,6 +165,7 @@ def test_a_resumed_run_ends_with_equal_bytes_and_needs_the_same_file(tmp_path: P
     assert toy.same(toy.train_toy(tmp_path, *words, *adapter), expected)
 
 
+@pytest.mark.slow_cases("both")
 @pytest.mark.parametrize("turns", [[], ["--offload_inactive_dit"]], ids=["both", "turns"])
 def test_two_transformers_have_it_both_unless_the_file_is_for_one(
     tmp_path: Path, turns: list[object]

@@ -56,6 +56,7 @@ def cache(project: Path, name: str, *switches: str) -> dict[str, dict[str, Tenso
     return {file.name: load_file(file) for file in files}
 
 
+@pytest.mark.long
 def test_the_condition_equals_that_of_a_cache_with_image_features(project: Path) -> None:
     with_features = cache(project, "clip", "--clip", str(project / "model/clip.safetensors"))
     without = cache(project, "i2v", "--i2v")
@@ -133,6 +134,7 @@ def cached(dataset: Path) -> list[Path]:
     return sorted((dataset.parent / "cache").glob("*_wan.safetensors"))
 
 
+@pytest.mark.long
 def test_the_5b_vae_caches_its_own_latents_in_steps_of_32_pixels(clips: Path, vaes: dict[str, Path]) -> None:
     cache_of(clips, vaes["2.2"])
 
@@ -230,6 +232,7 @@ def test_a_training_refuses_caches_of_the_other_vae_before_anything_loads(
         train_on(clips, "t2v-A14B", "t2v", "--vae", str(vaes["2.2"]), *more)
 
 
+@pytest.mark.long
 def test_caches_of_both_vaes_in_one_folder_are_found(clips: Path, vaes: dict[str, Path]) -> None:
     cache_of(clips, vaes["2.1"])
     cache_of(clips, vaes["2.2"], "--keep_cache")
@@ -309,6 +312,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow_cases("apart", "low", "shared")
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "high")) for name in CASES]
 )

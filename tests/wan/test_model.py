@@ -185,6 +185,7 @@ def with_tweaks(tiny: TinyDit, tweaks: Tweaks) -> TinyDit:
 GIVEN = with_tweaks(TI2V, Tweaks(given_frames=1))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("autocast", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_pieces_of_tokens_follow_the_time_of_their_frame(autocast: bool) -> None:
     """A frame has 16 tokens here, of which two pieces are made, the others have 32, of which two."""

@@ -35,6 +35,7 @@ def test_each_block_of_vace_runs_before_its_share_of_the_others() -> None:
     assert VACE_DIT.order([30, 15])[:5] == [30, 0, 1, 31, 2]
 
 
+@pytest.mark.slow_cases("True")
 @pytest.mark.parametrize("learns", [False, True])
 def test_swapped_blocks_of_both_stacks_give_the_same_bits(learns: bool) -> None:
     tiny = dit_called("wan vace")

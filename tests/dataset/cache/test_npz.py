@@ -190,6 +190,7 @@ def test_resolutions_share_a_file_and_keep_each_other(folder: Path) -> None:
     assert [one.tensor("latents").shape[-1] for one in read_all(both)] == [4, 4, 4, 2, 2, 2]
 
 
+@pytest.mark.long
 @needs_fork
 def test_a_kill_while_a_resolution_is_added_loses_nothing(folder: Path, tmp_path: Path) -> None:
     small, large = (make_config(folder, resolution=size) for size in ((16, 16), (32, 32)))

@@ -210,6 +210,7 @@ def quantised_blocks(path: Path, quantisation: Quantisation) -> set[int]:
     return {int(name.split(".")[1]) for name in quantised_layers(dit)}
 
 
+@pytest.mark.long
 def test_the_last_two_blocks_stay_in_16_bits_where_the_others_multiply_in_8() -> None:
     path = POCKET / "dit.safetensors"
 
@@ -235,6 +236,7 @@ def test_the_last_blocks_of_an_fp8_file_are_multiplied_out(tmp_path: Path) -> No
     assert torch.equal(last, state[LAST].bfloat16())
 
 
+@pytest.mark.slow_cases("how0")
 @pytest.mark.parametrize("how", [FAST, replace(FAST, kind="cast")])
 def test_a_network_that_multiplies_in_8_bits_predicts_nearly_the_same(how: Quantisation) -> None:
     path = POCKET / "dit.safetensors"

@@ -70,6 +70,7 @@ def in_bf16(kind: Kind) -> dict[str, Tensor]:
     return {name: tensor.bfloat16() for name, tensor in kind.state().items()}
 
 
+@pytest.mark.slow_cases("framepack-cast", "framepack-float32", "framepack-rows")
 @pytest.mark.parametrize(
     "quantisation", [CAST, ROWS, Quantisation("rows", float32_scales=True)], ids=["cast", "rows", "float32"]
 )
@@ -129,6 +130,16 @@ def test_what_cannot_be_in_8_bits_is_refused(
         kind.load(path, placement)
 
 
+@pytest.mark.slow_cases(
+    "None-framepack-fp8",
+    "None-framepack-fp8_row_scale",
+    "None-framepack-fp8_scaled",
+    "None-framepack-fp8_weight_scale",
+    "kept1-framepack-fp8",
+    "kept1-framepack-fp8_row_scale",
+    "kept1-framepack-fp8_scaled",
+    "kept1-framepack-fp8_weight_scale",
+)
 @pytest.mark.parametrize(("family", "dialect"), RELEASED)
 @pytest.mark.parametrize("kept", [None, torch.float16])
 def test_released_fp8_files_stay_as_they_are_beside_layers_in_the_computing_dtype(

@@ -114,6 +114,7 @@ def test_what_is_stored_lasts_as_long_as_the_pictures(
 SIZES = [(64, 64), (192, 96), (480, 272), (832, 480)]
 
 
+@pytest.mark.slow_cases("h264-64-64")
 @pytest.mark.parametrize(
     ("codec", "width", "height"),
     [
@@ -265,6 +266,7 @@ def test_what_cannot_be_written_is_refused_by_name(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_ten_bit_pictures_are_converted_alike_each_time(tmp_path: Path) -> None:
     """With several threads swscale damaged the beginnings of rows, here in half of all conversions."""

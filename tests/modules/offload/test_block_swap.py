@@ -46,6 +46,16 @@ PASSES: list[tuple[int, frozenset[int]]] = [
 ]
 
 
+@pytest.mark.slow_cases(
+    "framepack 3-checkpointed",
+    "framepack 3-kept",
+    "framepack 4-checkpointed",
+    "framepack 4-kept",
+    "hunyuan 3-checkpointed",
+    "hunyuan 4-checkpointed",
+    "hunyuan 4-kept",
+    "wan 1-checkpointed",
+)
 @CHECKPOINTING
 @pytest.mark.parametrize(("case", "blocks"), MANY)
 def test_output_and_gradients_are_those_without_swap_in_the_memory_promised(
@@ -72,6 +82,7 @@ def test_output_and_gradients_are_those_without_swap_in_the_memory_promised(
     assert live + device.live_bytes == promised
 
 
+@pytest.mark.slow_cases("framepack 3")
 @pytest.mark.parametrize(("case", "blocks"), MANY)
 def test_generation_is_that_without_swap_also_with_skipped_blocks(case: Case, blocks: int) -> None:
     dit = case.make().eval()
@@ -99,6 +110,38 @@ def interrupt_at(device: FakeDevice, count: int) -> None:
         setattr(device, name, watched(getattr(device, name)))
 
 
+@pytest.mark.slow_cases(
+    "hunyuan-10-checkpointed",
+    "hunyuan-10-kept",
+    "hunyuan-14-checkpointed",
+    "hunyuan-14-kept",
+    "hunyuan-18-checkpointed",
+    "hunyuan-18-kept",
+    "hunyuan-2-checkpointed",
+    "hunyuan-2-kept",
+    "hunyuan-22-checkpointed",
+    "hunyuan-22-kept",
+    "hunyuan-26-checkpointed",
+    "hunyuan-26-kept",
+    "hunyuan-30-checkpointed",
+    "hunyuan-30-kept",
+    "hunyuan-34-checkpointed",
+    "hunyuan-34-kept",
+    "hunyuan-38-checkpointed",
+    "hunyuan-38-kept",
+    "hunyuan-6-checkpointed",
+    "hunyuan-6-kept",
+    "wan-10-kept",
+    "wan-14-kept",
+    "wan-18-kept",
+    "wan-2-kept",
+    "wan-22-kept",
+    "wan-26-kept",
+    "wan-30-kept",
+    "wan-34-kept",
+    "wan-38-kept",
+    "wan-6-kept",
+)
 @CHECKPOINTING
 @pytest.mark.parametrize("count", range(2, 40, 4))
 @pytest.mark.parametrize("case", CASES[:2], ids=lambda case: case.name)
@@ -130,6 +173,8 @@ def test_frozen_weights_are_never_copied_back_and_come_twice_a_step() -> None:
     assert first == 2 + 2 * 6
 
 
+@pytest.mark.long
+@pytest.mark.slow_cases("checkpointed")
 @CHECKPOINTING
 def test_weights_that_learn_are_copied_back(checkpointing: bool) -> None:
     """Stepped inside the backward pass, read after `settle`."""
@@ -150,6 +195,8 @@ def test_weights_that_learn_are_copied_back(checkpointing: bool) -> None:
     assert not torch.equal(results[0][-1], list(case.make().parameters())[-1])
 
 
+@pytest.mark.long
+@pytest.mark.slow_cases("framepack 3", "framepack 4")
 @pytest.mark.parametrize(("case", "blocks"), [MANY[0], MANY[3], *MANY[4:]])
 def test_weights_are_sent_for_before_their_block_is_entered(case: Case, blocks: int) -> None:
     """In every pass, forwards and backwards, also where the last block is followed by the first."""
@@ -173,6 +220,8 @@ def test_weights_are_sent_for_before_their_block_is_entered(case: Case, blocks: 
     assert min(device.ages) >= 1
 
 
+@pytest.mark.long
+@pytest.mark.slow_cases("hunyuan-checkpointed")
 @CHECKPOINTING
 @pytest.mark.parametrize("case", CASES[:2], ids=lambda case: case.name)
 def test_under_autocast_and_in_bf16(case: Case, checkpointing: bool) -> None:

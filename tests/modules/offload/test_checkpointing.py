@@ -55,6 +55,29 @@ BOTH_DTYPES = [pytest.param(tiny, False, id=tiny.name) for tiny in DITS]
 BOTH_DTYPES += [pytest.param(tiny, True, id=f"{tiny.name} autocast") for tiny in ONE_OF_EACH]
 
 
+@pytest.mark.long
+@pytest.mark.slow_cases(
+    "flux chroma",
+    "flux dev",
+    "flux_2",
+    "framepack autocast",
+    "framepack",
+    "hunyuan t2v autocast",
+    "hunyuan t2v",
+    "hunyuan_image",
+    "krea2 edit",
+    "krea2",
+    "ltx_2 2.0",
+    "ltx_2 2.3",
+    "ltx_2 2.5",
+    "lumina",
+    "qwen_image edit",
+    "qwen_image",
+    "wan i2v",
+    "wan t2v autocast",
+    "wan t2v",
+    "wan vace",
+)
 @pytest.mark.parametrize(("tiny", "autocast"), BOTH_DTYPES)
 def test_attention_that_is_kept_is_computed_once_and_gradients_are_the_same(
     tiny: TinyDit, autocast: bool
@@ -238,6 +261,21 @@ def assert_alike(ours: list[Tensor], theirs: list[Tensor], share: float) -> None
     assert max(apart[1:]) <= share * max(one.abs().max() for one in theirs[1:])
 
 
+@pytest.mark.long
+@pytest.mark.slow_cases(
+    "flux chroma",
+    "framepack autocast",
+    "framepack",
+    "hunyuan t2v autocast",
+    "hunyuan_image",
+    "krea2 edit",
+    "ltx_2 2.0",
+    "ltx_2 2.3",
+    "ltx_2 2.5",
+    "qwen_image edit",
+    "wan i2v",
+    "wan vace",
+)
 @pytest.mark.parametrize(("tiny", "autocast"), BOTH_DTYPES)
 def test_outputs_and_gradients_are_those_of_whole_inputs(tiny: TinyDit, autocast: bool) -> None:
     assert_alike(results(tiny, True, autocast), results(tiny, False, autocast), BF16 if autocast else FLOAT32)
@@ -255,6 +293,8 @@ def test_all_weights_may_learn() -> None:
     assert_alike(found[1], found[0], FLOAT32)
 
 
+@pytest.mark.long
+@pytest.mark.slow_cases("hunyuan t2v-attention kept", "hunyuan t2v-nothing kept", "wan t2v-nothing kept")
 @pytest.mark.parametrize("keep", [False, True], ids=["nothing kept", "attention kept"])
 @pytest.mark.parametrize("tiny", ONE_OF_EACH[:2], ids=lambda dit: dit.name)
 def test_nothing_is_computed_a_third_time(tiny: TinyDit, keep: bool) -> None:
@@ -282,6 +322,7 @@ def test_dropout_of_single_values_sees_whole_inputs() -> None:
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.usefixtures("nothing_compiled")
 @pytest.mark.parametrize(

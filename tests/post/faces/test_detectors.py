@@ -361,6 +361,7 @@ def test_pictures_larger_than_any_detector_takes(tmp_path: Path) -> None:
         check_detector(path)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_graphs_in_graphs_and_a_million_parts_end(tmp_path: Path) -> None:
     inner = b""
@@ -374,6 +375,7 @@ def test_graphs_in_graphs_and_a_million_parts_end(tmp_path: Path) -> None:
             check_detector(path)
 
 
+@pytest.mark.long
 def test_damage_anywhere_is_one_message(tmp_path: Path) -> None:
     numbers = np.random.default_rng(0)
     for write in (write_yolo, write_yunet):

@@ -120,6 +120,9 @@ def version_of(family: Any) -> str:
     return version
 
 
+@pytest.mark.slow_cases(
+    "chroma", "flux_2", "hunyuan_image", "kontext", "krea2", "ltx_2 with sound", "wan i2v-14B"
+)
 @pytest.mark.parametrize("name", RECORDED)
 def test_moments_of_a_known_trainer_go_to_the_layers_they_belong_to(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

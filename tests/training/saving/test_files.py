@@ -187,6 +187,7 @@ def asides(folder: Path) -> list[Path]:
     return sorted((folder / "output").glob("x.before-*"))
 
 
+@pytest.mark.long
 def test_a_new_training_sets_all_results_of_an_earlier_one_aside(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -211,6 +212,7 @@ def test_a_new_training_sets_all_results_of_an_earlier_one_aside(
     assert "3 states" in told
 
 
+@pytest.mark.long
 def test_what_goes_on_or_fails_or_only_shows_moves_nothing(folder: Path) -> None:
     toy.train_toy(folder, *STATES, "--max_train_steps", 4, has_page=True)
     before = results(folder / "output")
@@ -245,6 +247,7 @@ def test_a_file_to_start_from_stays_where_the_command_names_it(folder: Path) -> 
     assert not toy.same(first, second)
 
 
+@pytest.mark.long
 def test_a_state_that_was_set_aside_goes_on_and_its_successor_is_set_aside_then(folder: Path) -> None:
     toy.train_toy(folder, *STATES, has_page=True)
     alone = toy.train_toy(folder, *STATES, "--max_train_steps", 12, "--overwrite")
@@ -259,6 +262,7 @@ def test_a_state_that_was_set_aside_goes_on_and_its_successor_is_set_aside_then(
     assert read_state(other / "x-state").progress.session_id == third
 
 
+@pytest.mark.long
 def test_without_a_state_a_new_run_names_those_set_aside_and_latest_or_fail_ends(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -57,6 +57,7 @@ WAYS = {
 }
 
 
+@pytest.mark.slow_cases("Adafactor bf16")
 @pytest.mark.parametrize("way", with_slow(WAYS, {"AdamWScheduleFree"}))
 def test_the_model_is_that_of_one_process(caches: Path, way: str) -> None:
     """To the bit, also what a resumed run saves."""
@@ -89,6 +90,7 @@ def test_weights_in_uneven_parts_are_clipped_together(caches: Path) -> None:
 AVERAGED = (*UNCLIPPED, "--ema_decay", "0.9", "--save_state")
 
 
+@pytest.mark.slow_cases("counts1")
 @pytest.mark.parametrize("counts", with_slow([(2, 2, 2), (2, 1, 2), (1, 2, 1)], {(2, 1, 2)}))
 def test_a_run_goes_on_in_any_number_of_processes(caches: Path, counts: tuple[int, ...]) -> None:
     expected = train(caches, 1, "whole", *AVERAGED)
