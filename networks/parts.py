@@ -32,6 +32,8 @@ class PlacedFactors(NamedTuple):
 
     rows: slice
     factors: Factors
+
+
 def part_rows(part: WeightPart, height: int, whole_height: int) -> slice | Tensor | None:
     """Return the rows of a part in a fused weight; None if they do not fit.
 
@@ -252,7 +254,7 @@ def _in_order(pieces: Sequence[Piece], slices: Sequence[slice]) -> list[PlacedFa
 
 
 def _fault_of_magnitudes(parts: Sequence[Factors], height: int) -> str:
-    """Return the reason why the DoRA magnitudes of parts cannot be joined; "" if they can or there are none."""
+    """Return the reason why the DoRA magnitudes of parts cannot be joined; "" if there is none."""
     if not any(DORA in factors for factors in parts):
         return ""
     if any(DORA not in factors or deltas.has_input_magnitudes(factors) for factors in parts):
@@ -390,7 +392,7 @@ def _one_layer(parts: Sequence[Factors]) -> Factors | None:
 
 
 def _cover_layer(parts: Sequence[Factors]) -> bool:
-    """Return whether the rows of parts, by `ROWS`, are those of the whole layer, without gaps and in order."""
+    """Return whether the rows of parts, by `ROWS`, are those of the whole layer, in order, without gaps."""
     size = deltas.size_of(parts[0])
     ranges = [deltas.rows_in(part) for part in parts]
     starts = [start for start, _ in ranges]

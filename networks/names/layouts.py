@@ -127,7 +127,7 @@ class FamilyNames:
     refused: tuple[tuple[str, str], ...] = ()
     # releases whose LoRAs have the same names: a regular expression that finds one in such metadata, and the
     # newest with a parameter that only it has
-    told_release: str = ""
+    release_pattern: str = ""
     newest: tuple[str, str] = ("", "")
     # text encoders that LoRAs change: (start of their modules' names in LoRA files, how their layers' names
     # begin); of several with the same layers the first one counts as the first
