@@ -290,23 +290,23 @@ def _tensors_of(options: NetworkOptions, encoders: Mapping[str, nn.Module]) -> d
     return {**lora.tensors, **rename_texts(lora.text_tensors, encoders)}
 
 
-def tie_network(network: nn.Module, other: nn.Module) -> None:
-    """Make `other` share the parameters and buffers of `network`; both are on the same device.
+def tie_network(network: nn.Module, twin: nn.Module) -> None:
+    """Make `twin` share the parameters and buffers of `network`; both are on the same device.
 
     They were built with equal options, for DiTs of one shape. Raises OptionError if their values differ:
     then these depend on the weights of the DiTs, as DoRA magnitudes do.
     """
     state = network.state_dict(keep_vars=True)
-    other_state = other.state_dict(keep_vars=True)
-    is_equal = state.keys() == other_state.keys()
-    if not is_equal or not all(torch.equal(state[name], other_state[name]) for name in state):
+    twin_state = twin.state_dict(keep_vars=True)
+    is_equal = state.keys() == twin_state.keys()
+    if not is_equal or not all(torch.equal(state[name], twin_state[name]) for name in state):
         raise OptionError(
             "the network begins with values that depend on the weights of the transformer (as a DoRA does), "
             f"so that two transformers cannot share it. {OWN_NETWORKS}"
         )
     for name, tensor in state.items():
         path, _, leaf = name.rpartition(".")
-        module = other.get_submodule(path)
+        module = twin.get_submodule(path)
         (module._parameters if leaf in module._parameters else module._buffers)[leaf] = tensor
 
 

@@ -47,9 +47,9 @@ class ChangedPlace:
 
     @property
     def parameter(self) -> Tensor:
-        found = getattr(self.module, self.leaf)
-        assert isinstance(found, Tensor)
-        return found
+        parameter = getattr(self.module, self.leaf)
+        assert isinstance(parameter, Tensor)
+        return parameter
 
     @property
     def shaped(self) -> Tensor:

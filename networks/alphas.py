@@ -388,11 +388,11 @@ def read_alphas(
             "  Correct lora_alpha or alpha_pattern in them, or give another LoRA.",
             path,
         ) from error
-    warnings = dict.fromkeys(warning for found in alphas for warning in found.warnings)
+    warnings = dict.fromkeys(warning for entry in alphas for warning in entry.warnings)
     for warning in warnings if warns else ():
         logger.warning(f"{path}: {warning}")
-    tensors = {name: alpha for found in alphas for name, alpha in found.tensors.items()}
-    text_words = ", ".join(dict.fromkeys(found.words for found in alphas[1:] if found.words))
+    tensors = {name: alpha for entry in alphas for name, alpha in entry.tensors.items()}
+    text_words = ", ".join(dict.fromkeys(entry.words for entry in alphas[1:] if entry.words))
     words = dict.fromkeys(filter(None, (alphas[0].words, text_words)))
     return FoundAlphas(tensors, ", ".join(words), tuple(warnings))
 

@@ -25,11 +25,11 @@ LORA = ("lora_down.weight", "lora_up.weight")
 ROWS = "reelsmith_rows"
 PARTS = (
     *LORA,
-    *("lora_mid.weight", "lora_up.bias", "alpha", "diff", "diff_b", "dora_scale"),
-    *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
-    *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
+    "lora_mid.weight", "lora_up.bias", "alpha", "diff", "diff_b", "dora_scale",
+    "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2",
+    "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
     ROWS,
-)
+)  # fmt: skip
 # magnitudes: out x 1 (x 1 ...), one of each output, or 1 x in (x 1 ...), one of each input
 DORA = "dora_scale"
 OF_BIAS = {"diff_b": None, "lora_up.bias": None}.keys()  # in order of precedence
@@ -183,8 +183,8 @@ def size_of(factors: Factors) -> tuple[int, int] | None:
     if any(len(shape) != 2 for part, shape in shapes.items() if part not in _NO_MATRICES):
         return None
     if "diff" in shapes:
-        whole = shapes["diff"]
-        return (whole[0], whole[1]) if len(whole) == 2 else None
+        shape = shapes["diff"]
+        return (shape[0], shape[1]) if len(shape) == 2 else None
     if LORA[0] in shapes and LORA[1] in shapes:
         return shapes[LORA[1]][0], shapes[LORA[0]][1]
     if "hada_w1_a" in shapes and "hada_w1_b" in shapes and "hada_t1" not in shapes:

@@ -278,10 +278,10 @@ def _factors_of_change(options: ExtractOptions, pair: Pair, plan: Plan) -> dict[
         after = pair.tuned.read(name)
         check_finite(pair.original.path, name, before)
         check_finite(pair.tuned.path, name, after)
-        whole = after.to(device, torch.float32) - before.to(device, torch.float32)
-        is_changed = is_changed or bool(whole.any())
+        difference = after.to(device, torch.float32) - before.to(device, torch.float32)
+        is_changed = is_changed or bool(difference.any())
         for module in modules:
-            change = module.piece.of(whole)
+            change = module.piece.of(difference)
             kernel_axes = change.ndim - 2
             down, up = decompose_change(
                 change.flatten(1), module.rank, options.clamp_quantile, module.seed_name

@@ -163,7 +163,7 @@ def to_native(
     repeated = {key: first_keys[name] for key, name in all_names.items() if first_keys[name] != key}
     unknown_names = ""
     if places and not families:
-        unknown_names = _unknown_names([place.whole for place in places.values()])
+        unknown_names = _unknown_names([place.full_path for place in places.values()])
     return NativeTensors(
         tensors=_alphas_for_all(alpha_keys, tensors, modules.values()) | _rename(names, first_keys, tensors),
         dialect=" + ".join(dialects),
@@ -448,7 +448,7 @@ class _Place(NamedTuple):
     """The parts of the name of a tensor of a LoRA for a DiT."""
 
     path: str  # of the module as the file writes it, without prefixes: `blocks.0.attn1.to_q`
-    whole: str  # the same with its prefixes
+    full_path: str  # the same with its prefixes
     part: str  # our name of the part: `lora_down.weight`
     dialect: str
 
@@ -463,9 +463,9 @@ def _split(key: str) -> _Place | None:
     ending = _ending_of(key)
     if ending is None or _text_place(key) is not None:
         return None
-    whole = key.removesuffix(ending)
-    bare = _bare(whole)
-    return _Place(bare.path, whole, _ENDINGS[ending], bare.dialect)
+    full_path = key.removesuffix(ending)
+    bare = _bare(full_path)
+    return _Place(bare.path, full_path, _ENDINGS[ending], bare.dialect)
 
 
 def _our_factor(key: str) -> str:
@@ -563,8 +563,8 @@ def _size_of(factors: Factors) -> tuple[int, int] | None:
     shapes = {part: tuple(tensor.shape) for part, tensor in factors.items()}
     try:
         if ROWS in factors:
-            whole = size_of(factors)
-            return None if whole is None else (height_of(factors) or 0, whole[1])
+            size = size_of(factors)
+            return None if size is None else (height_of(factors) or 0, size[1])
         rows, columns = _rows_and_columns(shapes)
     except (KeyError, ValueError, IndexError):  # such files are described too
         return None

@@ -135,20 +135,20 @@ class LoraLayer(nn.Module):
         if self.multiplier == 0 or (dropouts and not drops_after and self._skips(dropouts.module)):
             return self._original_forward(x)
         if self._joins(x, dtype):
-            out = whole = self._add_in_place(x, dropouts)
+            out = total = self._add_in_place(x, dropouts)
         else:
             out = self._original_forward(x)
             added = self.lora_up(self._scaled(self.lora_down(x.to(dtype)), dropouts)).to(out.dtype)
-            whole = out + added if self.dora_scale is None else self._decompose(out, added, input_dtype)
+            total = out + added if self.dora_scale is None else self._decompose(out, added, input_dtype)
         if self.training and self.noise_of is not None:
             strengths, name = self.noise_of
             noise_seed = self.seed.derive(self.index, "noise")
             noise = perturbed(x.to(dtype), getattr(strengths, name), noise_seed)
-            whole = whole + noise.to(whole.dtype)
+            total = total + noise.to(total.dtype)
         if self.seed_table is not None and drops_after and dropouts and dropouts.module > 0:
             is_dropped = self.seed_table[KINDS.index("module"), 0] < dropouts.module * (_32_BITS + 1)
-            return torch.where(is_dropped, out, whole)
-        return whole
+            return torch.where(is_dropped, out, total)
+        return total
 
     def _add_in_place(self, x: Tensor, dropouts: Dropouts | None) -> Tensor:
         """Return the output with the LoRA's products added to the tensors of the frozen module in place."""

@@ -98,8 +98,8 @@ def add_up(out: Tensor, hidden: Tensor, up: Tensor, heights: Sequence[int], save
     heights = tuple(heights or up.shape[:1])
     if saved is None and not (torch.is_grad_enabled() and out.requires_grad):
         return _add_parts(out, hidden, up, heights)
-    whole: Tensor = _AddUp.apply(out, saved, hidden.detach(), up.detach(), heights)
-    return whole
+    total: Tensor = _AddUp.apply(out, saved, hidden.detach(), up.detach(), heights)
+    return total
 
 
 class _AddUp(torch.autograd.Function):
@@ -178,10 +178,10 @@ def _spread(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> No
 def _gather(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Replace the whole matrix in a state dict by the blocks."""
     assert isinstance(module, BlockUp)
-    whole = state.get(f"{prefix}weight")
-    if whole is None:
+    weight = state.get(f"{prefix}weight")
+    if weight is None:
         return
-    blocks = diagonal_blocks(whole, module.heights)
+    blocks = diagonal_blocks(weight, module.heights)
     if blocks is None:
         raise ValueError(f"{prefix}weight has values outside the blocks of its parts")
     state[f"{prefix}weight"] = torch.cat(blocks)

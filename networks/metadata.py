@@ -218,8 +218,9 @@ def _layers_in_words(modules: Iterable[str]) -> str:
     """Return the kinds of layers with their numbers: `blocks_N_self_attn_q (40), blocks_N_ffn_0 (40)`."""
     counts = Counter(re.sub(r"\d+", "N", name.removeprefix(OURS), count=1) for name in modules)
     layers = [f"{name} ({number})" for name, number in counts.most_common(LISTED)]
-    more = f" and {len(counts) - LISTED} kinds more" if len(counts) > LISTED else ""
-    return ", ".join(layers) + more
+    num_unlisted = len(counts) - LISTED
+    ending = f" and {num_unlisted} kinds more" if num_unlisted > 0 else ""
+    return ", ".join(layers) + ending
 
 
 def _stored_alphas(checkpoint: Checkpoint, names: Iterable[str]) -> set[float]:

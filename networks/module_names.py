@@ -341,8 +341,10 @@ def part_path(name: str, family: FamilyNames) -> str | None:
 @cache
 def _all_parts(family: FamilyNames) -> tuple[WeightPart, ...]:
     """Return the parts of a family's modules, with aliases that are names of other families' modules."""
-    others = [other for other in FAMILIES if other is not family]
-    foreign = {path.replace(".", "_") for other in others for path in other.modules}
+    foreign: set[str] = set()
+    for foreign_family in FAMILIES:
+        if foreign_family is not family:
+            foreign.update(path.replace(".", "_") for path in foreign_family.modules)
     parts = [*family.parts, *family.joined]
     if parts:
         for theirs, ours in family.aliases:
@@ -427,14 +429,14 @@ def _tables(family: FamilyNames) -> _Tables:
     parameters = [(theirs.removesuffix(".weight"), ours) for theirs, ours in family.parameters]
     aliases = [*family.aliases, *parameters]
     paths = [*family.modules, *(ours for _, ours in parameters)]
-    whole = [(part.theirs, part.ours) for part in family.parts if part.index in (None, SWAPPED)]
+    renamed = [(part.theirs, part.ours) for part in family.parts if part.index in (None, SWAPPED)]
     joined = [(part.ours, part.ours) for part in family.joined]
     cut = [(part.theirs, part.ours) for part in family.parts if part.index not in (None, SWAPPED)]
     return _Tables(
         ours=_Table((path, path) for path in paths),
         foreign=_Table(aliases),
         to_foreign=_Table((ours, theirs) for theirs, ours in aliases),
-        renamed=_Table([*whole, *joined]),
+        renamed=_Table([*renamed, *joined]),
         cut=_Table(cut),
     )
 
@@ -450,9 +452,9 @@ class _Place(NamedTuple):
 def _place(name: str, family: FamilyNames) -> _Place | None:
     """Return the place of an underscored name in any layout; None if the family has no such name."""
     tables = _tables(family)
-    whole = tables.ours.place(name) or tables.foreign.place(name) or tables.renamed.place(name)
-    if whole is not None:
-        return _Place(whole.path, whole.number, is_cut=False)
+    module = tables.ours.place(name) or tables.foreign.place(name) or tables.renamed.place(name)
+    if module is not None:
+        return _Place(module.path, module.number, is_cut=False)
     part = tables.cut.place(name)
     return None if part is None else _Place(part.path, part.number, is_cut=True)
 

@@ -136,13 +136,13 @@ def fuse(
     part_names: dict[str, list[str]] = {}  # fused module -> the modules that are parts of it
     pieces: dict[str, list[Piece]] = {}  # fused module -> its parts
     for name, factors in modules.items():
-        whole = _find_whole(name, height, family)
-        if whole is None or OURS + whole.name in modules:
+        module = _find_whole(name, height, family)
+        if module is None or OURS + module.name in modules:
             fused[name] = factors
             continue
-        into = OURS + whole.name
+        into = OURS + module.name
         part_names.setdefault(into, []).append(name)
-        pieces.setdefault(into, []).append(Piece(whole.part, factors))
+        pieces.setdefault(into, []).append(Piece(module.part, factors))
     likely = _likely_heights(pieces.values()) if height is None else {}
     for into, names in part_names.items():
         rows = likely[pieces[into][0].part.ours] if height is None else height(into)
@@ -283,11 +283,11 @@ def _join_low_rank(placed: Sequence[PlacedFactors], height: int) -> Factors:
         block = part.factors[LORA[1]]
         up[part.rows, start : start + block.shape[1]] = block
         start += 0 if is_shared else block.shape[1]
-    whole: dict[str, Tensor] = {"alpha": torch.tensor(scale * len(down)), LORA[0]: down, LORA[1]: up}
+    joined: dict[str, Tensor] = {"alpha": torch.tensor(scale * len(down)), LORA[0]: down, LORA[1]: up}
     for name in (DORA, _BIAS):
         if any(name in part.factors for part in placed):
-            whole[name] = _stack_rows(placed, name, height)
-    return whole
+            joined[name] = _stack_rows(placed, name, height)
+    return joined
 
 
 def _fold_into_up(factors: Factors) -> Factors:
@@ -349,11 +349,11 @@ def _whole_difference(placed: Sequence[PlacedFactors], height: int) -> Factors |
     columns = {None if change is None else change.shape[1:] for change in changes}
     if len(columns) > 1 or None in columns:
         return "its parts have different inputs"
-    whole = torch.zeros(height, *next(iter(columns - {None})) or ())
+    difference = torch.zeros(height, *next(iter(columns - {None})) or ())
     for part, change in zip(placed, changes, strict=True):
         assert change is not None
-        whole[part.rows] = change
-    joined = {"diff": whole}
+        difference[part.rows] = change
+    joined = {"diff": difference}
     if magnitudes:
         joined[DORA] = torch.cat(magnitudes)
     biases = [deltas.bias_delta(factors, deltas.CPU) for factors in parts]
@@ -385,10 +385,10 @@ def _one_layer(parts: Sequence[Factors]) -> Factors | None:
     for name in shared:
         if not all(torch.equal(part[name], first[name]) for part in parts):
             return None
-    whole = {name: first[name] for name in shared}
+    layer = {name: first[name] for name in shared}
     for name in by_rows:
-        whole[name] = torch.cat([part[name] for part in parts])
-    return whole
+        layer[name] = torch.cat([part[name] for part in parts])
+    return layer
 
 
 def _cover_layer(parts: Sequence[Factors]) -> bool:

@@ -229,7 +229,7 @@ def _diagonal(pieces: Sequence[Factors]) -> dict[str, Tensor]:
     if len(set(scales)) > 1:
         ups = [(up.float() * factor).to(up.dtype) for up, factor in zip(ups, scales, strict=True)]
         scale = 1.0
-    whole = {LORA[0]: down, LORA[1]: torch.block_diag(*ups)}
+    joined = {LORA[0]: down, LORA[1]: torch.block_diag(*ups)}
     if any("alpha" in piece for piece in pieces):
-        whole["alpha"] = torch.tensor(scale * len(down))
-    return whole
+        joined["alpha"] = torch.tensor(scale * len(down))
+    return joined

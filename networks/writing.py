@@ -191,12 +191,12 @@ def _in_diffusers(factors: Factors) -> Form:
 
 def _of_full_rank(factors: Factors) -> Factors:
     """Return a whole difference of a matrix, out x in, as the LoRA of it and a unit matrix."""
-    whole = factors["diff"]
-    out, inner = whole.shape
-    unit = torch.eye(min(out, inner), dtype=whole.dtype)
+    difference = factors["diff"]
+    out, inner = difference.shape
+    unit = torch.eye(min(out, inner), dtype=difference.dtype)
     lora = {part: tensor for part, tensor in factors.items() if part not in ("diff", "alpha")}
-    lora[LORA[0]] = whole if out <= inner else unit
-    lora[LORA[1]] = unit if out <= inner else whole
+    lora[LORA[0]] = difference if out <= inner else unit
+    lora[LORA[1]] = unit if out <= inner else difference
     return lora
 
 
