@@ -256,14 +256,18 @@ def _sources_in_header(metadata: Mapping[str, str], paths: Mapping[str, str], st
             shown = repr(str(text)[:_LONGEST])
             warnings.append(f"its metadata have {full_key} {shown}, which is no number: not used")
             continue
-        rank_keys = [_Key(key.network, name) for name in _KEYS[key.name]]
         settings = {
             "lora_alpha": float(text),
-            "r": next((texts[rank_key] for rank_key in rank_keys if rank_key in texts), None),
+            "r": _first_of(texts, [_Key(key.network, name) for name in _KEYS[key.name]]),
             "use_rslora": texts.get(_Key(key.network, "userslora"), "").lower() == "true",
         }
         sources.append(_Source(f"its metadata ({full_key})", settings))
     return _Sources(sources, warnings)
+
+
+def _first_of(values: Mapping[Any, Any], keys: Iterable[Any]) -> Any:
+    """Return the value of the first key that there is; None if there is none of them."""
+    return next((values[key] for key in keys if key in values), None)
 
 
 def _sources_in_settings(metadata: Mapping[str, str], start: str) -> _Sources:
@@ -309,17 +313,18 @@ def _sources_in_json(place: str, settings: Mapping[str, Any], start: str, networ
     if not any(key.name in _KEYS or key.name == "alphapattern" for key, _ in entries):
         return _nested_sources(place, settings, start, network)
     values = {key.name: value for key, value in entries if _is_of(key.network or network, start)}
-    patterns = {word: values[name] for name, word in _PEFT_KEYS.items() if name in values}
-    if "use_rslora" in patterns:
-        patterns["use_rslora"] = str(patterns["use_rslora"]).lower() == "true"
-    names = [name for name in _KEYS if name in values]
-    if not names and patterns:
-        names = [""]
+    common = {word: values[name] for name, word in _PEFT_KEYS.items() if name in values}
+    if "use_rslora" in common:
+        common["use_rslora"] = str(common["use_rslora"]).lower() == "true"
     sources: list[_Source] = []
-    for name in names:
-        rank_keys = _KEYS.get(name, _RANKS)
-        rank = next((values[rank_key] for rank_key in rank_keys if rank_key in values), None)
-        sources.append(_Source(place, {"lora_alpha": values.get(name), "r": rank, **patterns}))
+    for name, rank_names in _KEYS.items():
+        if name in values:
+            alpha = {"lora_alpha": values[name], "r": _first_of(values, rank_names)}
+            sources.append(_Source(place, alpha | common))
+    if not sources and common:
+        sources.append(
+            _Source(place, {"lora_alpha": values.get(""), "r": _first_of(values, _RANKS), **common})
+        )
     return sources
 
 

@@ -166,16 +166,20 @@ def _with_norms(lora: LoraFile, family: FamilyNames | None, baking: Baking, are_
             assert change is not None
             weight, path = _weight_of(name, len(change), lora, weights)
             Change(LoraUse(lora), factors).fit(None, weight, name, str(path))
-            frozen = weight.to(baking.device, torch.float32)
-            changed = frozen + change.reshape(frozen.shape)
-            share = (deltas.norms_of(frozen) / deltas.norms_of(changed)).cpu()
-            magnitudes = factors[DORA].float().reshape(share.shape)
+            ratio = _ratio_of_norms(weight.to(baking.device, torch.float32), change)
+            magnitudes = factors[DORA].float().reshape(ratio.shape)
             # float32: rounding to 16 bits here would add a loss
-            modules[name] = {**factors, DORA: magnitudes * share if are_frozen else magnitudes / share}
+            modules[name] = {**factors, DORA: magnitudes * ratio if are_frozen else magnitudes / ratio}
     metadata = {key: value for key, value in lora.metadata.items() if key != DORA_FORM}
     if are_frozen:
         metadata[DORA_FORM] = FROZEN_NORMS
     return _with(lora, modules, metadata)
+
+
+def _ratio_of_norms(frozen: Tensor, change: Tensor) -> Tensor:
+    """Return the norms of a frozen weight divided by those of the changed weight, by output, on the CPU."""
+    changed = frozen + change.reshape(frozen.shape)
+    return (deltas.norms_of(frozen) / deltas.norms_of(changed)).cpu()
 
 
 def _with(lora: LoraFile, modules: Mapping[str, Factors], metadata: Mapping[str, str]) -> LoraFile:
@@ -192,21 +196,28 @@ def _as_lora(name: str, factors: Factors, change: Tensor, rank: int) -> tuple[di
     dtype = next(tensor.dtype for part, tensor in factors.items() if part != "alpha")
     flat = change.flatten(1)
     down, up = decompose_change(flat, rank, 1.0, name)
-    root = up.norm(dim=0).clamp(min=torch.finfo(torch.float32).tiny).sqrt()  # equal size: for 16 bits
+    # of equal size: for 16 bits
+    norms = up.norm(dim=0).clamp(min=torch.finfo(torch.float32).tiny)
+    root = norms.sqrt()
     down = (down * root[:, None]).to(dtype)
     up = (up / root).to(dtype)
+
     size = float(flat.norm())
-    lost = float(flat.addmm_(up.float(), down.float(), alpha=-1).norm())
-    kernel_axes = change.ndim - 2
+    remainder = flat.addmm_(up.float(), down.float(), alpha=-1)
+    loss = Loss(size, lost=float(remainder.norm()))
+
+    kernel_axes = [1] * (change.ndim - 2)
+    shaped_down = down.unflatten(1, change.shape[1:])
+    shaped_up = up.reshape(*up.shape, *kernel_axes)
     lora = {
-        LORA[0]: down.unflatten(1, change.shape[1:]).cpu().contiguous(),
-        LORA[1]: up.reshape(*up.shape, *[1] * kernel_axes).cpu().contiguous(),
+        LORA[0]: shaped_down.cpu().contiguous(),
+        LORA[1]: shaped_up.cpu().contiguous(),
         "alpha": torch.tensor(float(len(down))),
     }
     bias = deltas.bias_delta(factors, CPU)
     if bias is not None:
         lora["diff_b"] = bias.to(dtype)
-    return lora, Loss(size, lost)
+    return lora, loss
 
 
 def _change(name: str, factors: Factors, lora: LoraFile, weights: Weights, device: torch.device) -> Tensor:

@@ -249,8 +249,11 @@ def _convert_parts(parts: Mapping[str, LoraFile], output: Path, how: Conversion)
 
 def _join_metadata(by_expert: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
     """Return the metadata of a file with a LoRA for each expert; `metadata_of` splits them again."""
-    first, *others = by_expert.values()
-    common = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
+    parts = list(by_expert.values())
+    common: dict[str, str] = {}
+    for key, value in parts[0].items():
+        if all(part.get(key) == value for part in parts[1:]):
+            common[key] = value
     distinct: dict[str, dict[str, str]] = {}
     for expert, metadata in by_expert.items():
         distinct[expert] = {key: value for key, value in metadata.items() if key not in common}

@@ -26,7 +26,7 @@ from networks.deltas import DORA, LORA, PARTS, ROWS, Factors, height_of, size_of
 from networks.module_names import FAMILIES, alias, is_name, likely_families, sizes_fit
 from networks.names import layouts
 from networks.names.layouts import OF_CLIP, OF_LANGUAGE_MODEL, OF_LTX_FORK, OF_T5, OURS, FamilyNames
-from networks.rewriting import FOR_ALL, MARKS, rewrite
+from networks.rewriting import FOR_ALL, MARKS, Rewritten, rewrite
 
 OTHER = "diffusion_model."
 # the experts' networks in pipelines of diffusers, which are also prefixes of tensor names
@@ -136,19 +136,17 @@ def to_native(
     missing. with_texts: also rename tensors of text encoders.
     """
     internal = tuple(key for key in tensors if ROWS in key)  # `rewrite` alone may say which rows a part has
-    tensors = {key: tensor for key, tensor in tensors.items() if key not in internal}
-    stacked: dict[str, int] = {}
-    family_name = ""
-    if any(MARKS.search(key) for key in tensors):
-        tensors, stacked, family_name = rewrite(tensors)
+    usual = Rewritten({key: tensor for key, tensor in tensors.items() if key not in internal}, {})
+    if any(MARKS.search(key) for key in usual.tensors):
+        usual = rewrite(usual.tensors)
 
+    tensors = usual.tensors
     places = _place_keys(tensors)
     dialects = sorted({place.dialect for place in places.values()})
-    family_name = family_name or _family_of_dialects(dialects)
+    family_name = usual.family_name or _family_of_dialects(dialects)
     hint = family_hint or family_name or None
     families = _families_of_places(places, tensors, hint)
-    modules = _our_modules(places, families)
-    names = {key: f"{modules[place.path]}.{place.part}" for key, place in places.items()}
+    in_dit = _NamedModules(places, _our_modules(places, families))
 
     alpha_keys = [key for key in FOR_ALL if key in tensors]
     unplaced = [key for key in tensors if key not in places and key not in alpha_keys]
@@ -158,26 +156,47 @@ def to_native(
         text_family = _family_for_texts(text_places, families, hint)
         text_names = _names_of_texts(text_places, text_family)
 
-    all_names = names | text_names
-    first_keys = _first_keys(all_names)
-    repeated = {key: first_keys[name] for key, name in all_names.items() if first_keys[name] != key}
-    unknown_names = ""
-    if places and not families:
-        unknown_names = _unknown_names([place.full_path for place in places.values()])
+    names = in_dit.names()
+    first_keys = _first_keys(names | text_names)
+    repeated = _repeated_keys(names | text_names, first_keys)
+    alphas = _alphas_for_all(alpha_keys, tensors, in_dit.modules.values())
     return NativeTensors(
-        tensors=_alphas_for_all(alpha_keys, tensors, modules.values()) | _rename(names, first_keys, tensors),
+        tensors=alphas | _rename(names, first_keys, tensors),
         dialect=" + ".join(dialects),
         text_encoder=tuple(key for key in text_places if key not in text_names),
         texts=_renamed_texts(alpha_keys, text_names, tensors),
         unknown=(*(key for key in unplaced if key not in text_places), *internal),
         repeated=repeated,
         clash=_find_clash(repeated, tensors),
-        paths={modules[place.path]: place.path for place in places.values()},
-        stacked={modules[places[key].path]: count for key, count in stacked.items() if key in places},
+        paths=in_dit.paths(),
+        stacked=in_dit.counts(usual.stacked),
         family=families[0] if families else None,
         family_name=family_name or None,
-        unknown_names=unknown_names,
+        unknown_names="" if families else _unknown_names(places),
     )
+
+
+class _NamedModules(NamedTuple):
+    """The modules of a LoRA for a DiT."""
+
+    places: Mapping[str, "_Place"]  # by key
+    modules: Mapping[str, str]  # path as the file writes it -> our name
+
+    def names(self) -> dict[str, str]:
+        """Return our name of each key."""
+        return {key: f"{self.modules[place.path]}.{place.part}" for key, place in self.places.items()}
+
+    def paths(self) -> dict[str, str]:
+        """Return the path of each module of ours."""
+        return {self.modules[place.path]: place.path for place in self.places.values()}
+
+    def counts(self, by_key: Mapping[str, int]) -> dict[str, int]:
+        """Return numbers by key as numbers by module of ours."""
+        counts: dict[str, int] = {}
+        for key, count in by_key.items():
+            if key in self.places:
+                counts[self.modules[self.places[key].path]] = count
+        return counts
 
 
 def _place_keys(keys: Iterable[str]) -> dict[str, "_Place"]:
@@ -223,6 +242,11 @@ def _first_keys(names: Mapping[str, str]) -> dict[str, str]:
     for key, name in names.items():
         first_keys.setdefault(name, key)
     return first_keys
+
+
+def _repeated_keys(names: Mapping[str, str], first_keys: Mapping[str, str]) -> dict[str, str]:
+    """Return the keys of names that another key has too: key -> the first key of the name."""
+    return {key: first_keys[name] for key, name in names.items() if first_keys[name] != key}
 
 
 def _rename(
@@ -517,8 +541,13 @@ def _bare(path: str) -> _Bare:
     return _Bare(bare.path, bare.dialect or "without prefix")
 
 
-def _unknown_names(paths: Sequence[str]) -> str:
-    """Describe what precedes or follows the path of a known module, else the start of all names."""
+def _unknown_names(places: Mapping[str, _Place]) -> str:
+    """Describe what precedes or follows the path of a known module, else the start of all names; "" if there
+    are no names.
+    """
+    if not places:
+        return ""
+    paths = [place.full_path for place in places.values()]
     for path in paths:
         pieces = re.split(r"(?<=[._])", path)
         for count in range(1, len(pieces)):
@@ -572,8 +601,12 @@ def _size_of(factors: Factors) -> tuple[int, int] | None:
     return (rows, width) if rows and columns and width else None
 
 
-def _rows_and_columns(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, Sequence[int]]:
-    """Return the rows of a weight's change, and its sizes along all further axes.
+Shapes = Mapping[str, tuple[int, ...]]  # of factors
+Extent = tuple[int, Sequence[int]]  # rows, sizes along all further axes
+
+
+def _rows_and_columns(shapes: Shapes) -> Extent:
+    """Return the extent of a weight's change.
 
     Raises KeyError, ValueError or IndexError if the shapes are no factors of one change.
     """
@@ -581,15 +614,27 @@ def _rows_and_columns(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, Seque
         rows, *columns = shapes["diff"]
         return rows, columns
     if LORA[0] in shapes:
-        rank, *columns = shapes[LORA[0]]
-        rows, inner, *_ = shapes[LORA[1]]
-        kernel = shapes.get("lora_mid.weight", ())[2:]
-        return rows if rank == inner else 0, [*columns, *kernel]
+        return _extent_of_lora(shapes)
     if "hada_w1_a" in shapes:
-        kernel = shapes.get("hada_t1", ())[2:]
-        # if there is a core it is stored r x out
-        rows = shapes["hada_w1_a"][1 if "hada_t1" in shapes else 0]
-        return rows, [shapes["hada_w1_b"][1], *kernel]
+        return _extent_of_loha(shapes)
+    return _extent_of_lokr(shapes)
+
+
+def _extent_of_lora(shapes: Shapes) -> Extent:
+    rank, *columns = shapes[LORA[0]]
+    rows, inner, *_ = shapes[LORA[1]]
+    kernel = shapes.get("lora_mid.weight", ())[2:]
+    return rows if rank == inner else 0, [*columns, *kernel]
+
+
+def _extent_of_loha(shapes: Shapes) -> Extent:
+    kernel = shapes.get("hada_t1", ())[2:]
+    # if there is a core it is stored r x out
+    rows = shapes["hada_w1_a"][1 if "hada_t1" in shapes else 0]
+    return rows, [shapes["hada_w1_b"][1], *kernel]
+
+
+def _extent_of_lokr(shapes: Shapes) -> Extent:
     first = shapes.get("lokr_w1") or (shapes["lokr_w1_a"][0], shapes["lokr_w1_b"][1])
     second = shapes.get("lokr_w2")
     if second is None:

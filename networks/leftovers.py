@@ -41,20 +41,30 @@ def kind_of_tensor(family: FamilyNames | None, key: str) -> Kind:
     if path.startswith(_OF_WORDS):
         return "are embeddings of words and are ignored", ""
     if module_names.is_name(name):
-        kind = "biases" if leaf == ".bias" else "norms" if "norm" in name else "weights"
-        return f"are whole {kind} of the model, no changes of them, and are ignored", (
-            f"whole {kind} are no part of a LoRA, and it was trained together with them. Save the change "
-            "alone with its program."
-        )
-    start, dot, _ = path.partition(".")
-    module, dot_behind, part = path.rpartition(".")
-    if not leaf and dot_behind and module_names.is_name(module.replace(".", "_")):
+        return _kind_of_weight(name, leaf)
+    module, dot, part = path.rpartition(".")
+    if not leaf and dot and module_names.is_name(module.replace(".", "_")):
         return f"are parts of layers called {part}, which are not known here, and are ignored", (
             f"what {part} does to a layer is not known here. Save the LoRA as a plain one with its program."
         )
     if not dot or not leaf:
         return "are no part of a LoRA and are ignored", NOT_KNOWN
-    return f"are of another network, {key[: key.index(start)]}{start}, and are ignored", ""
+    start = path.partition(".")[0]
+    network = key[: key.index(start)] + start
+    return f"are of another network, {network}, and are ignored", ""
+
+
+def _kind_of_weight(name: str, leaf: str) -> Kind:
+    """Return the kind of a whole weight of a model's module."""
+    kind = "weights"
+    if leaf == ".bias":
+        kind = "biases"
+    elif "norm" in name:
+        kind = "norms"
+    return f"are whole {kind} of the model, no changes of them, and are ignored", (
+        f"whole {kind} are no part of a LoRA, and it was trained together with them. Save the change "
+        "alone with its program."
+    )
 
 
 def kind_of_module(model: FamilyNames | None, has_side: bool, numberless: Collection[str], name: str) -> Kind:

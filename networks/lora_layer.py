@@ -122,13 +122,12 @@ class LoraLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # x: B L in, or B in H W
-        autocast = torch.is_autocast_enabled(x.device.type)
         input_dtype = x.dtype
         dtype = self.lora_down.weight.dtype  # what the factors compute in
-        if autocast:
+        if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
-        if autocast and x.dtype == torch.float32:
-            x = x.to(dtype)  # cast once, not in both the original and the LoRA
+            if x.dtype == torch.float32:
+                x = x.to(dtype)  # cast once, not in both the original and the LoRA
         dropouts = self.dropouts if self.training else None
         # compiled code computes the LoRA in any case, and drops it afterwards
         drops_after = dropouts is not None and self.seed_table is not None and torch.compiler.is_compiling()
@@ -138,17 +137,19 @@ class LoraLayer(nn.Module):
             out = total = self._add_in_place(x, dropouts)
         else:
             out = self._original_forward(x)
-            added = self.lora_up(self._scaled(self.lora_down(x.to(dtype)), dropouts)).to(out.dtype)
+            hidden = self._scaled(self.lora_down(x.to(dtype)), dropouts)
+            added = self.lora_up(hidden).to(out.dtype)
             total = out + added if self.dora_scale is None else self._decompose(out, added, input_dtype)
         if self.training and self.noise_of is not None:
-            strengths, name = self.noise_of
-            noise_seed = self.seed.derive(self.index, "noise")
-            noise = perturbed(x.to(dtype), getattr(strengths, name), noise_seed)
-            total = total + noise.to(total.dtype)
+            total = total + self._noise(x.to(dtype), *self.noise_of).to(total.dtype)
         if self.seed_table is not None and drops_after and dropouts and dropouts.module > 0:
             is_dropped = self.seed_table[KINDS.index("module"), 0] < dropouts.module * (_32_BITS + 1)
             return torch.where(is_dropped, out, total)
         return total
+
+    def _noise(self, x: Tensor, strengths: nn.Module, name: str) -> Tensor:
+        """Return the effect of the noise on the weight; the buffer `name` has its standard deviations."""
+        return perturbed(x, getattr(strengths, name), self.seed.derive(self.index, "noise"))
 
     def _add_in_place(self, x: Tensor, dropouts: Dropouts | None) -> Tensor:
         """Return the output with the LoRA's products added to the tensors of the frozen module in place."""

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from logging import getLogger
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,10 @@ from networks.lora_layer import DropoutSeed, LoraLayer
 from networks.lora_products import mean_row_norm, row_strengths
 from networks.lora_settings import LoraSettings, find_by_pattern, log_overlaps
 from networks.module_names import choose_family, on_text_side, read_family
-from networks.names.layouts import OURS
+from networks.names.layouts import OURS, FamilyNames
 
+if TYPE_CHECKING:  # only for --network_weights
+    from networks.loading import LoraFile
 logger = getLogger(__name__)
 UNET = OURS.removesuffix("_")
 
@@ -78,12 +80,12 @@ class OwnNetwork(nn.Module):
         The file's alphas are loaded too. modules: of the model; they show its release. Raises
         CheckpointError if a module has other factors or sizes here, or if no module is here.
         """
-        from networks import leftovers, loading, parts  # only for --network_weights
+        from networks import loading  # only for --network_weights
 
         state = self.state_dict()
         here = group_by_module(state)
-        prefixes = {prefix_of(name) for name in here}
-        lora = loading.read_lora(path, with_texts=any(prefix != UNET for prefix in prefixes))
+        has_texts = any(prefix_of(name) != UNET for name in here)
+        lora = loading.read_lora(path, with_texts=has_texts)
         if lora.has_frozen_norms:
             raise CheckpointError(
                 f"--network_weights {path} is a DoRA in ComfyUI's form, which goes by the model's weights.\n"
@@ -96,30 +98,17 @@ class OwnNetwork(nn.Module):
         family = choose_family(names, None if lora_family is None else lora_family.name)
         loading.warn_of_other_family(lora, family, modules)
 
-        heights = {name: len(factors[LORA[1]]) for name, factors in here.items() if LORA[1] in factors}
-        texts = rename_texts(lora.text_tensors, prefixes)
-        tensors = parts.for_model({**lora.tensors, **texts}, heights.get)
-        stored = group_by_module(add_missing_alphas(tensors))
+        stored = _factors_for_network(lora, here)
         _refuse_other_sizes(path, stored, here)
         fitting = {name: factors for name, factors in stored.items() if name in here}
         if not fitting:
-            loading.refuse_unknown(lora, "--network_weights")
-            words = leftovers.text_side_of(stored)
-            reason = f"it changes {words} alone" if words else f"there is no {next(iter(stored))}"
-            raise CheckpointError(
-                f"--network_weights {path} does not fit this network: {reason}. Give a file for this model, "
-                "or another --network_module.",
-                path,
-            )
+            raise _misfit(lora, stored)
         # some tools store alpha as a list with one element
         shaped = {name: tensor.reshape(state[name].shape) for name, tensor in ungroup(fitting).items()}
         self.load_state_dict(shaped, strict=False)
 
         absent = [name for name in stored if name not in here]
-        unusable = [name for name in stored if on_text_side(name.removeprefix(OURS))]
-        unusable += leftovers.lacking(absent, modules, family)
-        what = "modules are not in this network"
-        loading.warn_of_absent(path, unusable, total=len(stored), what=what, model=family)
+        unusable = _warn_of_unusable(path, stored, absent, modules=modules, family=family)
         problems = [f"{name} is not in this network" for name in absent if name not in unusable]
         problems += [f"{name} is not in the file" for name in here if name not in stored]
         if problems:
@@ -229,6 +218,50 @@ def _order_of_groups(labels: Collection[str]) -> list[str]:
         return places.get(base, places[label]), label.endswith(" plus")
 
     return sorted(labels, key=key)
+
+
+def _factors_for_network(lora: "LoraFile", here: Mapping[str, Factors]) -> dict[str, dict[str, Tensor]]:
+    """Return the factors of a file by module, with other layouts converted to the network's modules."""
+    from networks.parts import for_model  # only for --network_weights
+
+    heights = {name: len(factors[LORA[1]]) for name, factors in here.items() if LORA[1] in factors}
+    texts = rename_texts(lora.text_tensors, {prefix_of(name) for name in here})
+    tensors = for_model({**lora.tensors, **texts}, heights.get)
+    return group_by_module(add_missing_alphas(tensors))
+
+
+def _misfit(lora: "LoraFile", stored: Mapping[str, Factors]) -> CheckpointError:
+    """Return the error for a file of which the network has no module. stored: its modules."""
+    from networks import leftovers, loading  # only for --network_weights
+
+    loading.refuse_unknown(lora, "--network_weights")
+    words = leftovers.text_side_of(stored)
+    reason = f"it changes {words} alone" if words else f"there is no {next(iter(stored))}"
+    return CheckpointError(
+        f"--network_weights {lora.path} does not fit this network: {reason}. Give a file for this model, "
+        "or another --network_module.",
+        lora.path,
+    )
+
+
+def _warn_of_unusable(
+    path: Path,
+    stored: Mapping[str, Factors],
+    absent: Sequence[str],
+    modules: Collection[str],
+    family: FamilyNames | None,
+) -> list[str]:
+    """Warn of modules of a file that this model cannot have a LoRA for, and return them.
+
+    absent: modules of the file that the network lacks. modules: of the model.
+    """
+    from networks import leftovers, loading  # only for --network_weights
+
+    unusable = [name for name in stored if on_text_side(name.removeprefix(OURS))]
+    unusable += leftovers.lacking(absent, modules, family)
+    what = "modules are not in this network"
+    loading.warn_of_absent(path, unusable, total=len(stored), what=what, model=family)
+    return unusable
 
 
 def _refuse_other_sizes(path: Path, stored: Mapping[str, Factors], here: Mapping[str, Factors]) -> None:

@@ -214,12 +214,7 @@ def merge_into_file(
     with open_checkpoint(model) as opened:
         checkpoint = in_values(opened)
         _check_in_channels(checkpoint, in_channels)
-        patch: LoraPatch | WholePatch
-        if is_whole(checkpoint.tensors):
-            patch = WholePatch(uses, checkpoint.tensors, model)
-        else:
-            for_encoders(uses, str(model), prefixes=())
-            patch = LoraPatch(uses, checkpoint.tensors, model)
+        patch = _make_patch(uses, checkpoint, model)
         _check_fits(patch, checkpoint)
         quantised = {name for name, info in checkpoint.tensors.items() if info is not opened.tensors[name]}
         written = _written_tensors(checkpoint, quantised, dtype)
@@ -232,22 +227,38 @@ def merge_into_file(
             wide = tensor.to(device) if dtype is None else tensor.to(device, torch.float32)
             return patch.add_to(name, wide).to(written[name].dtype)
 
-        needed = as_size(sum(info.size_bytes for info in written.values()))
-        free = as_size(free_bytes(real_path(output).parent))
         rows = [("model", str(model)), ("LoRAs", _in_lines(uses)), ("result", str(output))]
         if quantised:
             change = f"{len(quantised)} quantised weights become {dtype_name(dtype or torch.bfloat16)}"
             rows.append(("precision", f"{change}; tools/quantise.py rounds them again"))
-        show_box("Merging", [*rows, ("disk", f"{needed}; {free} free")])
-        metadata = {key: value for key, value in checkpoint.metadata.items() if not key.startswith(_STALE)}
-        if uses:
-            metadata["modelspec.merged_from"] = ", ".join([model.name, *(use.lora.path.name for use in uses)])
-        else:
+        size = as_size(sum(info.size_bytes for info in written.values()))
+        free = as_size(free_bytes(real_path(output).parent))
+        show_box("Merging", [*rows, ("disk", f"{size}; {free} free")])
+        if not uses:
             state = "has the values" if quantised else "becomes a copy"
             logger.warning(f"no --lora_weight is given: {output} {state} of {model}")
-        stream_tensors(output, written, read, metadata)
-    rows = [("Merged model", f"{output} ({as_size(output.stat().st_size)})")]
-    show_box("Merging is finished", [*rows, ("time", in_words(time.monotonic() - start))])
+        stream_tensors(output, written, read, _metadata_of_merged(checkpoint, model, uses))
+    rows = [
+        ("Merged model", f"{output} ({as_size(output.stat().st_size)})"),
+        ("time", in_words(time.monotonic() - start)),
+    ]
+    show_box("Merging is finished", rows)
+
+
+def _make_patch(uses: Sequence[LoraUse], checkpoint: Checkpoint, model: Path) -> LoraPatch | WholePatch:
+    """Return what adds the LoRAs to the weights of a file: of one network, or of a whole checkpoint."""
+    if is_whole(checkpoint.tensors):
+        return WholePatch(uses, checkpoint.tensors, model)
+    for_encoders(uses, str(model), prefixes=())
+    return LoraPatch(uses, checkpoint.tensors, model)
+
+
+def _metadata_of_merged(checkpoint: Checkpoint, model: Path, uses: Sequence[LoraUse]) -> dict[str, str]:
+    """Return the metadata of a merged model: the model's own, and the files that were merged."""
+    metadata = {key: value for key, value in checkpoint.metadata.items() if not key.startswith(_STALE)}
+    if uses:
+        metadata["modelspec.merged_from"] = ", ".join([model.name, *(use.lora.path.name for use in uses)])
+    return metadata
 
 
 def _written_tensors(
@@ -353,14 +364,14 @@ def _sum(name: str, summands: Sequence[_Summand], device: torch.device) -> tuple
     for summand in summands:
         down = summand.factors[LORA[0]].to(device, torch.float32)
         up = summand.factors[LORA[1]].to(device, torch.float32)
-        if downs and down[0].numel() == downs[0][0].numel() and len(up) == len(ups[0]):
-            # a matrix may have the shape of a 1x1 convolution
-            down = down.reshape(-1, *downs[0].shape[1:])
-            up = up.reshape(*up.shape[:2], *ups[0].shape[2:])
+        if downs:
+            down, up = _reshape_as(down, up, first_down=downs[0], first_up=ups[0])
         if downs and (down.shape[1:] != downs[0].shape[1:] or len(up) != len(ups[0])):
+            there = f"{len(up)} x {down.shape[1]}"
+            here = f"{len(ups[0])} x {downs[0].shape[1]}"
             raise CheckpointError(
-                f"{summand.lora.path} does not fit {summands[0].lora.path}: {name} changes {len(up)} x "
-                f"{down.shape[1]} there, {len(ups[0])} x {downs[0].shape[1]} here. Give LoRAs for one model.",
+                f"{summand.lora.path} does not fit {summands[0].lora.path}: {name} changes {there} there, "
+                f"{here} here. Give LoRAs for one model.",
                 summand.lora.path,
             )
         scale = summand.multiplier * strength(summand.factors)
@@ -368,6 +379,17 @@ def _sum(name: str, summands: Sequence[_Summand], device: torch.device) -> tuple
         downs.append(down * (root if scale >= 0 else -root))
         ups.append(up * root)
     return torch.cat(downs), torch.cat(ups, 1)
+
+
+def _reshape_as(down: Tensor, up: Tensor, first_down: Tensor, first_up: Tensor) -> tuple[Tensor, Tensor]:
+    """Return factors in the form of the first ones, if only that differs.
+
+    A matrix may have the shape of a 1x1 convolution.
+    """
+    if down[0].numel() != first_down[0].numel() or len(up) != len(first_up):
+        return down, up
+    kernel_axes = first_up.shape[2:]
+    return down.reshape(-1, *first_down.shape[1:]), up.reshape(*up.shape[:2], *kernel_axes)
 
 
 def _truncate(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:

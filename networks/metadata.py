@@ -188,20 +188,25 @@ def _describe_part(checkpoint: Checkpoint, names: list[str], part: str | None) -
     if not families and trained_family is not None:
         families = [trained_family]
     model = f" for {' or '.join(family.name for family in families)}" if families else ""
-    ranks = Counter(rank for rank in map(rank_of, modules.values()) if rank is not None)
-    alphas = _stored_alphas(checkpoint, names) | _beside_tensors(checkpoint, native, part)
-    in_texts = len(group_by_module(native.texts))
+    words = [f"a {_kinds_in_words(modules)}{model}, {key_formats.dialect_in_words(native.dialect)}"]
+    words += _scales_in_words(
+        modules, _stored_alphas(checkpoint, names) | _beside_tensors(checkpoint, native, part)
+    )
+    words.append(f"{count_of(len(modules), 'layer')}: {_layers_in_words(modules)}")
+    if native.texts:
+        words.append(f"{len(group_by_module(native.texts))} of them in text encoders")
     expert = expert_of(checkpoint.metadata, checkpoint.path)
-    words = [
-        f"a {_kinds_in_words(modules)}{model}, {key_formats.dialect_in_words(native.dialect)}",
-        of_numbers("rank", ranks),
-        # infinite alphas belong to whole matrices, which are not scaled
-        of_numbers("alpha", Counter(filter(math.isfinite, alphas))),
-        f"{count_of(len(modules), 'layer')}: {_layers_in_words(modules)}",
-        f"{in_texts} of them in text encoders" if in_texts else "",
-        "" if expert in (None, FOR_BOTH) else f"trained for the {in_words(str(expert))}",
-    ]
-    return ", ".join(word for word in words if word)
+    if expert is not None and expert != FOR_BOTH:
+        words.append(f"trained for the {in_words(expert)}")
+    return ", ".join(words)
+
+
+def _scales_in_words(modules: Mapping[str, Factors], alphas: Iterable[float]) -> list[str]:
+    """Return the ranks and the alphas of a network in words, as far as it has any."""
+    ranks = Counter(rank for rank in map(rank_of, modules.values()) if rank is not None)
+    # infinite alphas belong to whole matrices, which are not scaled
+    finite = Counter(filter(math.isfinite, alphas))
+    return [words for words in (of_numbers("rank", ranks), of_numbers("alpha", finite)) if words]
 
 
 def _kinds_in_words(modules: Mapping[str, Factors]) -> str:

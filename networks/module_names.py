@@ -1,7 +1,6 @@
 """Look up modules by their names in LoRA files, in our layout and others (`networks.names`)."""
 
 import itertools
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -110,21 +109,26 @@ def _agreement(family: FamilyNames, names: Sequence[str], sizes: Mapping[str, tu
     numbers = _block_numbers(family, names)
     level = _CONTRADICTS
     for width, lists in family.released or ((0, ()),):
-        depths = dict(lists)
-        if any(max(blocks) >= depths.get(name, math.inf) for name, blocks in numbers.items()):
-            continue
-        if width and not all(_agrees(rule, width) for rule in rules):
-            continue
-        common = [name for name in depths if name in numbers]
-        is_long = any(depths[name] >= _LONG for name in common)
-        is_complete = is_long and all(len(numbers[name]) == depths[name] for name in common)
-        level = max(level, _COMPLETE if is_complete else _AS_RELEASED)
+        if not width or all(_agrees(rule, width) for rule in rules):
+            level = max(level, _agreement_of_numbers(numbers, dict(lists)))
     if level == _CONTRADICTS and rules:
         first = rules[0]
-        fitting = first.size[1] / first.columns if first.columns else first.size[0] / first.rows
-        if all(_agrees(rule, fitting) for rule in rules):
+        fitting_width = first.size[1] / first.columns if first.columns else first.size[0] / first.rows
+        if all(_agrees(rule, fitting_width) for rule in rules):
             level = _IN_PROPORTION
     return level
+
+
+def _agreement_of_numbers(numbers: Mapping[str, set[int]], depths: Mapping[str, int]) -> int:
+    """Return how well numbers of blocks agree with a released model. depths: its number of blocks by list."""
+    for name, blocks in numbers.items():
+        if name in depths and max(blocks) >= depths[name]:
+            return _CONTRADICTS
+    common = [name for name in depths if name in numbers]
+    is_long = any(depths[name] >= _LONG for name in common)
+    if is_long and all(len(numbers[name]) == depths[name] for name in common):
+        return _COMPLETE
+    return _AS_RELEASED
 
 
 def _block_numbers(family: FamilyNames, names: Iterable[str]) -> dict[str, set[int]]:

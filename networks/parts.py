@@ -96,25 +96,29 @@ def _cut(factors: Factors, heights: Mapping[Relative, int | None]) -> dict[str, 
     if size is None and LORA[1] not in factors:
         return "its change is no matrix"
     whole_height = len(factors[LORA[1]]) if size is None else size[0]
-    sizes = {relative: rows for relative, rows in heights.items() if rows is not None}
-    places = {relative: part_rows(relative.part, rows, whole_height) for relative, rows in sizes.items()}
-    is_complete = len(sizes) == len(heights)
+    present = {relative: rows for relative, rows in heights.items() if rows is not None}
+    places = {relative: part_rows(relative.part, rows, whole_height) for relative, rows in present.items()}
     has_misfit = any(rows is None for rows in places.values())
-    if has_misfit or (is_complete and sum(sizes.values()) != whole_height):
-        shown = " + ".join(map(str, sizes.values()))
+    is_complete = len(present) == len(heights)
+    if has_misfit or (is_complete and sum(present.values()) != whole_height):
+        shown = " + ".join(map(str, present.values()))
         return f"its {whole_height} rows are not those of its parts, which have {shown}"
     if deltas.has_input_magnitudes(factors):
         return "its DoRA magnitudes are by input, so they belong to the whole weight"
     pieces: dict[str, Factors] = {}
     for relative, rows in places.items():
-        if isinstance(rows, slice):
-            pieces[OURS + relative.name] = deltas.part_of(factors, rows.start, rows.stop)
-        elif rows is not None:  # with swapped halves
-            swapped = deltas.rows_of(factors, rows)
-            if swapped is None:
-                return "its halves are to be swapped, which a LoKr has no form for"
-            pieces[OURS + relative.name] = swapped
+        piece = None if rows is None else _part_of(factors, rows)
+        if piece is None:
+            return "its halves are to be swapped, which a LoKr has no form for"
+        pieces[OURS + relative.name] = piece
     return pieces
+
+
+def _part_of(factors: Factors, rows: slice | Tensor) -> Factors | None:
+    """Return the factors for some rows, or for all with swapped halves; None if they cannot be swapped."""
+    if isinstance(rows, slice):
+        return deltas.part_of(factors, rows.start, rows.stop)
+    return deltas.rows_of(factors, rows)
 
 
 def fuse(
@@ -277,16 +281,26 @@ def _join_low_rank(placed: Sequence[PlacedFactors], height: int) -> Factors:
     downs = [part.factors[LORA[0]] for part in placed]
     is_shared = all(torch.equal(down, downs[0]) for down in downs)
     down = downs[0] if is_shared else torch.cat(downs)
-    up = placed[0].factors[LORA[1]].new_zeros(height, len(down))
-    start = 0
-    for part in placed:
-        block = part.factors[LORA[1]]
-        up[part.rows, start : start + block.shape[1]] = block
-        start += 0 if is_shared else block.shape[1]
-    joined: dict[str, Tensor] = {"alpha": torch.tensor(scale * len(down)), LORA[0]: down, LORA[1]: up}
+    joined: dict[str, Tensor] = {
+        "alpha": torch.tensor(scale * len(down)),
+        LORA[0]: down,
+        LORA[1]: _join_ups(placed, height, len(down), is_shared),
+    }
     for name in (DORA, _BIAS):
         if any(name in part.factors for part in placed):
             joined[name] = _stack_rows(placed, name, height)
+    return joined
+
+
+def _join_ups(placed: Sequence[PlacedFactors], height: int, rank: int, is_shared: bool) -> Tensor:
+    """Return an up factor with those of parts as blocks. is_shared: the parts share their down factor."""
+    joined = placed[0].factors[LORA[1]].new_zeros(height, rank)
+    start = 0
+    for part in placed:
+        up = part.factors[LORA[1]]
+        joined[part.rows, start : start + up.shape[1]] = up
+        if not is_shared:
+            start += up.shape[1]
     return joined
 
 
@@ -349,20 +363,21 @@ def _whole_difference(placed: Sequence[PlacedFactors], height: int) -> Factors |
     columns = {None if change is None else change.shape[1:] for change in changes}
     if len(columns) > 1 or None in columns:
         return "its parts have different inputs"
-    difference = torch.zeros(height, *next(iter(columns - {None})) or ())
-    for part, change in zip(placed, changes, strict=True):
-        assert change is not None
-        difference[part.rows] = change
-    joined = {"diff": difference}
+    joined = {"diff": _place_rows(placed, changes, torch.zeros(height, *(columns.pop() or ())))}
     if magnitudes:
         joined[DORA] = torch.cat(magnitudes)
     biases = [deltas.bias_delta(factors, deltas.CPU) for factors in parts]
     if any(bias is not None for bias in biases):
-        joined["diff_b"] = torch.zeros(height)
-    for part, bias in zip(placed, biases, strict=True):
-        if bias is not None:
-            joined["diff_b"][part.rows] = bias
+        joined["diff_b"] = _place_rows(placed, biases, torch.zeros(height))
     return joined
+
+
+def _place_rows(placed: Sequence[PlacedFactors], values: Sequence[Tensor | None], total: Tensor) -> Tensor:
+    """Write the values of each part into its rows of `total`, and return it."""
+    for part, rows in zip(placed, values, strict=True):
+        if rows is not None:
+            total[part.rows] = rows
+    return total
 
 
 # of a layer's parts: what has the part's rows; everything else is the whole layer's
@@ -467,12 +482,17 @@ def mend_split_alphas(
     for name, factors in deltas.group_by_module(tensors).items():
         if set(factors) != {"alpha", *LORA} or f"{float(factors['alpha']):g}" != trained_alpha:
             continue
-        indices = {relative.part.index for relative in relatives(name.removeprefix(OURS)) if relative.is_part}
-        count = len(indices - {None, SWAPPED})
-        heights = fused_heights(count, len(factors[LORA[1]]), factors[LORA[0]].shape[1])
+        num_parts = _count_parts(name)
+        heights = fused_heights(num_parts, len(factors[LORA[1]]), factors[LORA[0]].shape[1])
         if heights and diagonal_blocks(factors[LORA[1]], heights) is not None:
             mended[f"{name}.alpha"] = factors["alpha"] * len(heights)
             changed += 1
     if changed:
         logger.info(f"{path}: the alphas of {changed} modules with split factors are set right")
     return mended
+
+
+def _count_parts(name: str) -> int:
+    """Return in how many parts, with some of its rows, other layouts have a module."""
+    parts = [relative.part for relative in relatives(name.removeprefix(OURS)) if relative.is_part]
+    return len({part.index for part in parts} - {None, SWAPPED})

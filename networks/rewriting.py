@@ -187,24 +187,36 @@ def _put_together(tensors: Mapping[str, Tensor]) -> Rewritten:
     alpha_of_all = single[0] if single else None
     for module, keys in _numbered_factors(tensors).items():
         alpha = tensors.get(f"{module}.alpha", alpha_of_all)
-        shared = {} if alpha is None else {"alpha": alpha}
-        pieces: list[dict[str, Tensor]] = []
-        for number in sorted(keys):
-            pieces.append(shared | {part: tensors[key] for part, key in keys[number].items()})
+        pieces = _numbered_pieces(keys, tensors, alpha)
         # PEFT's adapters may have numbers as names: only layers that some model fuses are joined
-        if len(keys) < 2 or sorted(keys) != list(range(len(keys))):
+        if len(pieces) < 2 or sorted(keys) != list(range(len(pieces))):
             continue
-        if len(keys) not in count_parts(module):
-            continue
-        if any(not set(LORA) <= set(piece) or piece[LORA[1]].ndim != 2 for piece in pieces):
+        if len(pieces) not in count_parts(module) or not all(map(_is_lora_of_matrix, pieces)):
             continue
         for part_keys in keys.values():
             for key in part_keys.values():
                 del usual[key]
         usual.pop(f"{module}.alpha", None)
-        usual |= {f"{module}.{part}": tensor for part, tensor in _diagonal(pieces).items()}
+        for part, tensor in _diagonal(pieces).items():
+            usual[f"{module}.{part}"] = tensor
         stacked[f"{module}.{LORA[0]}"] = len(pieces)
     return Rewritten(usual, stacked)
+
+
+def _numbered_pieces(
+    keys: Mapping[int, Mapping[str, str]], tensors: Mapping[str, Tensor], alpha: Tensor | None
+) -> list[Factors]:
+    """Return the factors of each number in order. alpha: of those without one."""
+    shared = {} if alpha is None else {"alpha": alpha}
+    pieces: list[Factors] = []
+    for number in sorted(keys):
+        factors = {part: tensors[key] for part, key in keys[number].items()}
+        pieces.append({**shared, **factors})
+    return pieces
+
+
+def _is_lora_of_matrix(factors: Factors) -> bool:
+    return set(LORA) <= set(factors) and factors[LORA[1]].ndim == 2
 
 
 def _numbered_factors(keys: Iterable[str]) -> dict[str, dict[int, dict[str, str]]]:

@@ -57,12 +57,15 @@ def in_dialect(
         form_of = _in_toolkit if family.parts else _in_diffusers
         return _write(tensors, prefix, lambda name, factors: _pieces(name, factors, family), form_of)
     # plain LoRAs of weights that diffusers splits are written as for diffusers
+    is_cut = family.parts and family.start == IN_DIFFUSERS
     plain: dict[str, Factors] = {}
-    if family.parts and family.start == IN_DIFFUSERS:
-        plain = {name: one for name, one in modules.items() if one.keys() <= deltas.OF_LOW_RANK}
+    remaining: dict[str, Factors] = {}
+    for name, factors in modules.items():
+        is_plain = is_cut and factors.keys() <= deltas.OF_LOW_RANK
+        (plain if is_plain else remaining)[name] = factors
     written = in_dialect(deltas.ungroup(plain), family, "diffusers")
-    remaining = {name: one for name, one in modules.items() if name not in plain}
-    remaining |= {name: one for name, one in plain.items() if name in written.left_out}
+    for name in written.left_out:
+        remaining[name] = plain[name]
     as_ours = _write(
         deltas.ungroup(remaining),
         OTHER,
@@ -244,13 +247,10 @@ def _pieces(name: str, factors: Factors, family: FamilyNames) -> Pieces | str:
 
 def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
     """Return the factors of each part of a fused weight, or why there are none. paths: of the parts."""
-    if LORA[0] in factors and factors[LORA[1]].ndim == 2:
-        rows = len(factors[LORA[1]])
-        columns = factors[LORA[0]].shape[1]
-    elif factors.keys() <= {"diff", "diff_b", "alpha"} and "diff" in factors and factors["diff"].ndim == 2:
-        rows, columns = factors["diff"].shape
-    else:
+    size = _size_to_cut(factors)
+    if size is None:
         return "only plain LoRAs and whole differences can be cut into the parts of a weight"
+    rows, columns = size
     heights = fused_heights(len(paths), rows, columns)
     if not heights:
         return f"its {rows} rows are not those of {len(paths)} parts"
@@ -264,6 +264,15 @@ def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
     # the whole is zero in the rows of a part that it was joined without
     changing = {path: piece for path, piece in pieces.items() if _changes_any(piece)}
     return changing or pieces
+
+
+def _size_to_cut(factors: Factors) -> tuple[int, int] | None:
+    """Return rows and columns of a change that can be cut into parts; None for other factors."""
+    if LORA[0] in factors and factors[LORA[1]].ndim == 2:
+        return len(factors[LORA[1]]), factors[LORA[0]].shape[1]
+    if factors.keys() <= {"diff", "diff_b", "alpha"} and "diff" in factors and factors["diff"].ndim == 2:
+        return len(factors["diff"]), factors["diff"].shape[1]
+    return None
 
 
 def _cut_rows(factors: Factors, heights: Sequence[int]) -> list[Factors | None]:
