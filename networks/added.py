@@ -118,9 +118,7 @@ class AddedPart:
 
         out: may be changed in place.
         """
-        is_sum = self._chain and self.place.is_linear and self.region is None and self._bias is None
-        is_followed = torch.compiler.is_compiling() or torch.is_grad_enabled()
-        if is_sum and not is_followed and out.dtype == self._chain[-1].dtype:
+        if self._adds_in_place(out):
             # the last product is added to `out` in place: one pass over it, not three
             down, *_, up = self._chain
             hidden = self._hidden(x, down).view(-1, len(down))
@@ -133,6 +131,12 @@ class AddedPart:
         if added is None:
             return out
         return out + (added if self.region is None else self.region(added))
+
+    def _adds_in_place(self, out: Tensor) -> bool:
+        """Return whether the addition is only a product, of which neither gradients nor code are recorded."""
+        is_product = bool(self._chain) and self.place.is_linear and self.region is None and self._bias is None
+        is_recorded = torch.compiler.is_compiling() or torch.is_grad_enabled()
+        return is_product and not is_recorded and out.dtype == self._chain[-1].dtype
 
     def _weight_addition(self, out: Tensor, x: Tensor) -> Tensor | None:
         """Return what the change of the weight adds to the output; None if the weight does not change."""

@@ -242,24 +242,26 @@ def _sources_in_header(metadata: Mapping[str, str], paths: Mapping[str, str], st
     """Return the alphas that stand in a file's header as keys of their own."""
     sources: list[_Source] = []
     warnings: list[str] = []
+    # trainers that write this key store alphas as tensors; dotted names show that a converter has
+    # folded them into the factors
+    is_folded = "ss_network_module" in metadata and any("." in path for path in paths.values())
     texts = {_split_key(key): text for key, text in metadata.items()}
     for full_key, text in metadata.items():
         key = _split_key(full_key)
         if key.name not in _KEYS or not _is_of(key.network, start):
             continue
-        # trainers that write this key store alphas as tensors; dotted names show that a converter has
-        # folded them into the factors
-        is_trained = full_key == _TRAINED and "ss_network_module" in metadata
-        if is_trained and any("." in path for path in paths.values()):
+        if full_key == _TRAINED and is_folded:
             continue
         if _number(text) is None:
             shown = repr(str(text)[:_LONGEST])
             warnings.append(f"its metadata have {full_key} {shown}, which is no number: not used")
             continue
+        rank_keys = [_Key(key.network, name) for name in _KEYS[key.name]]
+        scaling = texts.get(_Key(key.network, "userslora"), "")
         settings = {
             "lora_alpha": float(text),
-            "r": _first_of(texts, [_Key(key.network, name) for name in _KEYS[key.name]]),
-            "use_rslora": texts.get(_Key(key.network, "userslora"), "").lower() == "true",
+            "r": _first_of(texts, rank_keys),
+            "use_rslora": scaling.lower() == "true",
         }
         sources.append(_Source(f"its metadata ({full_key})", settings))
     return _Sources(sources, warnings)
@@ -316,15 +318,13 @@ def _sources_in_json(place: str, settings: Mapping[str, Any], start: str, networ
     common = {word: values[name] for name, word in _PEFT_KEYS.items() if name in values}
     if "use_rslora" in common:
         common["use_rslora"] = str(common["use_rslora"]).lower() == "true"
+    names = [name for name in _KEYS if name in values]
+    if not names and common:
+        names = [""]  # patterns alone
     sources: list[_Source] = []
-    for name, rank_names in _KEYS.items():
-        if name in values:
-            alpha = {"lora_alpha": values[name], "r": _first_of(values, rank_names)}
-            sources.append(_Source(place, alpha | common))
-    if not sources and common:
-        sources.append(
-            _Source(place, {"lora_alpha": values.get(""), "r": _first_of(values, _RANKS), **common})
-        )
+    for name in names:
+        rank = _first_of(values, _KEYS.get(name, _RANKS))
+        sources.append(_Source(place, {"lora_alpha": values.get(name), "r": rank, **common}))
     return sources
 
 

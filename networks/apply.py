@@ -145,15 +145,17 @@ class Change:
         """
         if self.rows is not None:
             start = 0 if block is None else block.start
-            begin = max(start, self.rows.start)
+            first = max(start, self.rows.start)
             end = min(start + len(total), self.rows.stop)
-            if begin >= end:
+            if first >= end:
                 return
-            block = slice(begin - self.rows.start, end - self.rows.start)
-            total = total[begin - start : end - start]
-            weight = weight[begin - start : end - start]
-        # a LoKr is never in blocks, see `_blocks`
-        factors = (None if block is None else deltas.rows_of(self.factors, block)) or self.factors
+            block = slice(first - self.rows.start, end - self.rows.start)
+            covered = slice(first - start, end - start)
+            total = total[covered]
+            weight = weight[covered]
+        factors = self.factors
+        if block is not None:  # a LoKr is never in blocks, see `_blocks`
+            factors = deltas.rows_of(self.factors, block) or self.factors
         delta = self.delta(factors, total.device)
         if DORA in factors and self.leaf == "weight":  # it depends on the weight
             delta = deltas.decompose(weight, delta, factors[DORA], self.use.lora.has_frozen_norms)

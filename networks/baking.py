@@ -162,11 +162,7 @@ def _with_norms(lora: LoraFile, family: FamilyNames | None, baking: Baking, are_
         for name, factors in modules.items():
             if DORA not in factors or deltas.has_input_magnitudes(factors):
                 continue
-            change = weight_delta(factors, baking.device)
-            assert change is not None
-            weight, path = _weight_of(name, len(change), lora, weights)
-            Change(LoraUse(lora), factors).fit(None, weight, name, str(path))
-            ratio = _ratio_of_norms(weight.to(baking.device, torch.float32), change)
+            ratio = _ratio_of_norms(name, factors, lora=lora, weights=weights, device=baking.device)
             magnitudes = factors[DORA].float().reshape(ratio.shape)
             # float32: rounding to 16 bits here would add a loss
             modules[name] = {**factors, DORA: magnitudes * ratio if are_frozen else magnitudes / ratio}
@@ -176,8 +172,15 @@ def _with_norms(lora: LoraFile, family: FamilyNames | None, baking: Baking, are_
     return _with(lora, modules, metadata)
 
 
-def _ratio_of_norms(frozen: Tensor, change: Tensor) -> Tensor:
-    """Return the norms of a frozen weight divided by those of the changed weight, by output, on the CPU."""
+def _ratio_of_norms(
+    name: str, factors: Factors, lora: LoraFile, weights: Weights, device: torch.device
+) -> Tensor:
+    """Return the norms of the frozen weight divided by those of the changed one, by output, on the CPU."""
+    change = weight_delta(factors, device)
+    assert change is not None
+    weight, path = _weight_of(name, len(change), lora, weights)
+    Change(LoraUse(lora), factors).fit(None, weight, name, str(path))
+    frozen = weight.to(device, torch.float32)
     changed = frozen + change.reshape(frozen.shape)
     return (deltas.norms_of(frozen) / deltas.norms_of(changed)).cpu()
 
@@ -201,23 +204,23 @@ def _as_lora(name: str, factors: Factors, change: Tensor, rank: int) -> tuple[di
     root = norms.sqrt()
     down = (down * root[:, None]).to(dtype)
     up = (up / root).to(dtype)
-
     size = float(flat.norm())
     remainder = flat.addmm_(up.float(), down.float(), alpha=-1)
-    loss = Loss(size, lost=float(remainder.norm()))
-
-    kernel_axes = [1] * (change.ndim - 2)
-    shaped_down = down.unflatten(1, change.shape[1:])
-    shaped_up = up.reshape(*up.shape, *kernel_axes)
-    lora = {
-        LORA[0]: shaped_down.cpu().contiguous(),
-        LORA[1]: shaped_up.cpu().contiguous(),
-        "alpha": torch.tensor(float(len(down))),
-    }
+    lora = _lora_of_shape(down, up, change.shape)
     bias = deltas.bias_delta(factors, CPU)
     if bias is not None:
         lora["diff_b"] = bias.to(dtype)
-    return lora, loss
+    return lora, Loss(size, lost=float(remainder.norm()))
+
+
+def _lora_of_shape(down: Tensor, up: Tensor, shape: torch.Size) -> dict[str, Tensor]:
+    """Return a LoRA of two matrices for a change of this shape, on the CPU; its alpha is the rank."""
+    kernel_axes = [1] * (len(shape) - 2)
+    return {
+        LORA[0]: down.unflatten(1, shape[1:]).cpu().contiguous(),
+        LORA[1]: up.reshape(*up.shape, *kernel_axes).cpu().contiguous(),
+        "alpha": torch.tensor(float(len(down))),
+    }
 
 
 def _change(name: str, factors: Factors, lora: LoraFile, weights: Weights, device: torch.device) -> Tensor:

@@ -232,12 +232,7 @@ def _convert_parts(parts: Mapping[str, LoraFile], output: Path, how: Conversion)
     for expert, baked in prepared.items():
         part = converted(baked.lora, "diffusers", families[expert], starts[expert])
         tensors |= part.tensors
-        # without the hashes of the original files
-        metadata[expert] = {
-            key: value
-            for key, value in part.metadata.items()
-            if key != TRAINED_EXPERT and not key.startswith(STALE)
-        }
+        metadata[expert] = part.metadata
     _save(
         output,
         Converted(tensors, _join_metadata(metadata)),
@@ -248,15 +243,24 @@ def _convert_parts(parts: Mapping[str, LoraFile], output: Path, how: Conversion)
 
 
 def _join_metadata(by_expert: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-    """Return the metadata of a file with a LoRA for each expert; `metadata_of` splits them again."""
-    parts = list(by_expert.values())
+    """Return the metadata of a file with a LoRA for each expert; `metadata_of` splits them again.
+
+    The expert and the hashes of the original files are left out.
+    """
+    parts: dict[str, dict[str, str]] = {}
+    for expert, metadata in by_expert.items():
+        parts[expert] = {
+            key: value
+            for key, value in metadata.items()
+            if key != TRAINED_EXPERT and not key.startswith(STALE)
+        }
     common: dict[str, str] = {}
-    for key, value in parts[0].items():
-        if all(part.get(key) == value for part in parts[1:]):
+    for key, value in next(iter(parts.values())).items():
+        if all(part.get(key) == value for part in parts.values()):
             common[key] = value
     distinct: dict[str, dict[str, str]] = {}
-    for expert, metadata in by_expert.items():
-        distinct[expert] = {key: value for key, value in metadata.items() if key not in common}
+    for expert, part in parts.items():
+        distinct[expert] = {key: value for key, value in part.items() if key not in common}
     if any(distinct.values()):
         common[PARTS_METADATA] = json.dumps(distinct, ensure_ascii=False, sort_keys=True)
     return common

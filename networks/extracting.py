@@ -274,20 +274,15 @@ def _factors_of_change(options: ExtractOptions, pair: Pair, plan: Plan) -> dict[
     for name, modules in plan.items():
         if not modules:
             continue
-        before = pair.original.read(name)
-        after = pair.tuned.read(name)
-        check_finite(pair.original.path, name, before)
-        check_finite(pair.tuned.path, name, after)
-        difference = after.to(device, torch.float32) - before.to(device, torch.float32)
+        difference = _difference(pair, name, device)
         is_changed = is_changed or bool(difference.any())
         for module in modules:
             change = module.piece.of(difference)
-            kernel_axes = change.ndim - 2
-            down, up = decompose_change(
-                change.flatten(1), module.rank, options.clamp_quantile, module.seed_name
-            )
+            flat = change.flatten(1)
+            down, up = decompose_change(flat, module.rank, options.clamp_quantile, module.seed_name)
+            kernel_axes = [1] * (change.ndim - 2)
             down = down.unflatten(1, change.shape[1:])
-            up = up.reshape(*up.shape, *[1] * kernel_axes)
+            up = up.reshape(*up.shape, *kernel_axes)
             factors[f"{module.name}.{LORA[0]}"] = down.to("cpu", dtype).contiguous()
             factors[f"{module.name}.{LORA[1]}"] = up.to("cpu", dtype).contiguous()
             factors[f"{module.name}.alpha"] = torch.tensor(float(len(down)))
@@ -298,6 +293,15 @@ def _factors_of_change(options: ExtractOptions, pair: Pair, plan: Plan) -> dict[
             options.model_tuned,
         )
     return factors
+
+
+def _difference(pair: Pair, name: str, device: torch.device) -> Tensor:
+    """Return the change of a tensor, float32. Raises CheckpointError if it has NaN or infinite values."""
+    before = pair.original.read(name)
+    after = pair.tuned.read(name)
+    check_finite(pair.original.path, name, before)
+    check_finite(pair.tuned.path, name, after)
+    return after.to(device, torch.float32) - before.to(device, torch.float32)
 
 
 def decompose_change(change: Tensor, rank: int, quantile: float, name: str) -> tuple[Tensor, Tensor]:

@@ -153,8 +153,7 @@ def to_native(
     text_places = _place_texts(unplaced)
     text_names: dict[str, str] = {}
     if with_texts:
-        text_family = _family_for_texts(text_places, families, hint)
-        text_names = _names_of_texts(text_places, text_family)
+        text_names = _names_of_texts(text_places, _family_for_texts(text_places, families, hint))
 
     names = in_dit.names()
     first_keys = _first_keys(names | text_names)

@@ -42,16 +42,16 @@ def kind_of_tensor(family: FamilyNames | None, key: str) -> Kind:
         return "are embeddings of words and are ignored", ""
     if module_names.is_name(name):
         return _kind_of_weight(name, leaf)
+    if leaf and "." in path:
+        start = path.partition(".")[0]
+        network = key[: key.index(start)] + start
+        return f"are of another network, {network}, and are ignored", ""
     module, dot, part = path.rpartition(".")
-    if not leaf and dot and module_names.is_name(module.replace(".", "_")):
+    if dot and module_names.is_name(module.replace(".", "_")):
         return f"are parts of layers called {part}, which are not known here, and are ignored", (
             f"what {part} does to a layer is not known here. Save the LoRA as a plain one with its program."
         )
-    if not dot or not leaf:
-        return "are no part of a LoRA and are ignored", NOT_KNOWN
-    start = path.partition(".")[0]
-    network = key[: key.index(start)] + start
-    return f"are of another network, {network}, and are ignored", ""
+    return "are no part of a LoRA and are ignored", NOT_KNOWN
 
 
 def _kind_of_weight(name: str, leaf: str) -> Kind:

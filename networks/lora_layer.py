@@ -142,10 +142,15 @@ class LoraLayer(nn.Module):
             total = out + added if self.dora_scale is None else self._decompose(out, added, input_dtype)
         if self.training and self.noise_of is not None:
             total = total + self._noise(x.to(dtype), *self.noise_of).to(total.dtype)
-        if self.seed_table is not None and drops_after and dropouts and dropouts.module > 0:
-            is_dropped = self.seed_table[KINDS.index("module"), 0] < dropouts.module * (_32_BITS + 1)
-            return torch.where(is_dropped, out, total)
+        if drops_after and dropouts and dropouts.module > 0:
+            return self._without_dropped(out, total, dropouts.module)
         return total
+
+    def _without_dropped(self, out: Tensor, total: Tensor, share: float) -> Tensor:
+        """Return `out`, of the frozen module, if the table of seeds drops the whole LoRA, else `total`."""
+        assert self.seed_table is not None
+        is_dropped = self.seed_table[KINDS.index("module"), 0] < share * (_32_BITS + 1)
+        return torch.where(is_dropped, out, total)
 
     def _noise(self, x: Tensor, strengths: nn.Module, name: str) -> Tensor:
         """Return the effect of the noise on the weight; the buffer `name` has its standard deviations."""

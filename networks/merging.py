@@ -357,39 +357,52 @@ def _summands(uses: Sequence[LoraUse]) -> dict[str, list[_Summand]]:
     return modules
 
 
+class _LowRank(NamedTuple):
+    """The factors of a change of a weight."""
+
+    down: Tensor  # R x in (x kernel)
+    up: Tensor  # out x R (x 1 x 1)
+
+    @property
+    def size(self) -> tuple[torch.Size, int]:
+        """Return the inputs (x kernel) and the outputs."""
+        return self.down.shape[1:], len(self.up)
+
+    def reshaped_as(self, first: "_LowRank") -> "_LowRank":
+        """Return factors in the form of others, if only that differs.
+
+        A matrix may have the shape of a 1x1 convolution.
+        """
+        inputs, outputs = self.size
+        first_inputs, first_outputs = first.size
+        if inputs.numel() != first_inputs.numel() or outputs != first_outputs:
+            return self
+        up_shape = (*self.up.shape[:2], *first.up.shape[2:])
+        return _LowRank(self.down.reshape(-1, *first_inputs), self.up.reshape(up_shape))
+
+
 def _sum(name: str, summands: Sequence[_Summand], device: torch.device) -> tuple[Tensor, Tensor]:
     """Return down R x in and up out x R of a sum, with the ranks of all parts concatenated; alpha is R."""
-    downs: list[Tensor] = []
-    ups: list[Tensor] = []
+    scaled: list[_LowRank] = []
     for summand in summands:
-        down = summand.factors[LORA[0]].to(device, torch.float32)
-        up = summand.factors[LORA[1]].to(device, torch.float32)
-        if downs:
-            down, up = _reshape_as(down, up, first_down=downs[0], first_up=ups[0])
-        if downs and (down.shape[1:] != downs[0].shape[1:] or len(up) != len(ups[0])):
-            there = f"{len(up)} x {down.shape[1]}"
-            here = f"{len(ups[0])} x {downs[0].shape[1]}"
+        down, up = (summand.factors[part].to(device, torch.float32) for part in LORA)
+        change = _LowRank(down, up)
+        if scaled:
+            change = change.reshaped_as(scaled[0])
+        if scaled and change.size != scaled[0].size:
             raise CheckpointError(
-                f"{summand.lora.path} does not fit {summands[0].lora.path}: {name} changes {there} there, "
-                f"{here} here. Give LoRAs for one model.",
+                f"{summand.lora.path} does not fit {summands[0].lora.path}: {name} changes "
+                f"{len(up)} x {down.shape[1]} there, {len(scaled[0].up)} x {scaled[0].down.shape[1]} here. "
+                "Give LoRAs for one model.",
                 summand.lora.path,
             )
         scale = summand.multiplier * strength(summand.factors)
         root = abs(scale) ** 0.5  # spread over both, so that neither gets too small for 16 bits
-        downs.append(down * (root if scale >= 0 else -root))
-        ups.append(up * root)
-    return torch.cat(downs), torch.cat(ups, 1)
-
-
-def _reshape_as(down: Tensor, up: Tensor, first_down: Tensor, first_up: Tensor) -> tuple[Tensor, Tensor]:
-    """Return factors in the form of the first ones, if only that differs.
-
-    A matrix may have the shape of a 1x1 convolution.
-    """
-    if down[0].numel() != first_down[0].numel() or len(up) != len(first_up):
-        return down, up
-    kernel_axes = first_up.shape[2:]
-    return down.reshape(-1, *first_down.shape[1:]), up.reshape(*up.shape[:2], *kernel_axes)
+        signed_root = root if scale >= 0 else -root
+        scaled.append(_LowRank(change.down * signed_root, change.up * root))
+    down = torch.cat([change.down for change in scaled])
+    up = torch.cat([change.up for change in scaled], 1)
+    return down, up
 
 
 def _truncate(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -181,20 +181,21 @@ def _describe_part(checkpoint: Checkpoint, names: list[str], part: str | None) -
     trained_family = read_family(checkpoint.metadata)
     hint = None if trained_family is None else trained_family.name
     native = key_formats.to_native({name: hollow(checkpoint.tensors[name]) for name in names}, hint)
-    modules = group_by_module({**native.tensors, **native.texts})
+    in_dit = group_by_module(native.tensors)
+    in_texts = group_by_module(native.texts)
+    modules = in_dit | in_texts
     if not modules or 2 * len(native.unknown) > len(names):  # a whole model may have a LoRA's names in it
         return None
-    families = key_formats.families_of(group_by_module(native.tensors), hint)
+    families = key_formats.families_of(in_dit, hint)
     if not families and trained_family is not None:
         families = [trained_family]
     model = f" for {' or '.join(family.name for family in families)}" if families else ""
+    alphas = _stored_alphas(checkpoint, names) | _beside_tensors(checkpoint, native, part)
     words = [f"a {_kinds_in_words(modules)}{model}, {key_formats.dialect_in_words(native.dialect)}"]
-    words += _scales_in_words(
-        modules, _stored_alphas(checkpoint, names) | _beside_tensors(checkpoint, native, part)
-    )
+    words += _scales_in_words(modules, alphas)
     words.append(f"{count_of(len(modules), 'layer')}: {_layers_in_words(modules)}")
-    if native.texts:
-        words.append(f"{len(group_by_module(native.texts))} of them in text encoders")
+    if in_texts:
+        words.append(f"{len(in_texts)} of them in text encoders")
     expert = expert_of(checkpoint.metadata, checkpoint.path)
     if expert is not None and expert != FOR_BOTH:
         words.append(f"trained for the {in_words(expert)}")

@@ -384,16 +384,9 @@ def _layer_of(
     """Return a layer of a network module with the rank and alpha of factors; split if that is asked for and
     the up factor has blocks. Raises CheckpointError if factors of a LoHa or LoKr are no matrices.
     """
-    rank = rank_of(factors)
     if OWN_MODULES[name].kind != "LoRA":
-        shapes = {part: tuple(tensor.shape) for part, tensor in without_alpha(factors).items()}
-        if not isinstance(module, nn.Linear) or any(len(shape) != 2 for shape in shapes.values()):
-            raise CheckpointError(
-                f"--dim_from_weights: {path} has {shapes}, and only matrices can be trained"
-            )
-        if rank and "alpha" in factors:
-            return FactoredLayer(module, shapes, rank, float(factors["alpha"]))
-        return FactoredLayer(module, shapes, rank or 1, rank or 1)
+        return _factored_layer_of(module, path, factors)
+    rank = rank_of(factors)
     assert rank is not None
     alpha = float(factors["alpha"])
     heights = _heights(path, module, settings) if settings.splits else ()
@@ -401,6 +394,17 @@ def _layer_of(
         num_parts = len(heights)
         return LoraLayer(module, rank // num_parts, alpha / num_parts, heights=heights)
     return LoraLayer(module, rank, alpha, DORA in factors)
+
+
+def _factored_layer_of(module: LoraModule, path: str, factors: Factors) -> FactoredLayer:
+    """Return a layer of a LoHa or LoKr. Raises CheckpointError if its factors are no matrices."""
+    shapes = {part: tuple(tensor.shape) for part, tensor in without_alpha(factors).items()}
+    if not isinstance(module, nn.Linear) or any(len(shape) != 2 for shape in shapes.values()):
+        raise CheckpointError(f"--dim_from_weights: {path} has {shapes}, and only matrices can be trained")
+    rank = rank_of(factors)
+    if rank and "alpha" in factors:
+        return FactoredLayer(module, shapes, rank, float(factors["alpha"]))
+    return FactoredLayer(module, shapes, rank or 1, rank or 1)
 
 
 def _heights(path: str, module: LoraModule, settings: LoraSettings) -> tuple[int, ...]:

@@ -97,21 +97,30 @@ def _cut(factors: Factors, heights: Mapping[Relative, int | None]) -> dict[str, 
         return "its change is no matrix"
     whole_height = len(factors[LORA[1]]) if size is None else size[0]
     present = {relative: rows for relative, rows in heights.items() if rows is not None}
-    places = {relative: part_rows(relative.part, rows, whole_height) for relative, rows in present.items()}
-    has_misfit = any(rows is None for rows in places.values())
+    places = _places_of_parts(present, whole_height)
     is_complete = len(present) == len(heights)
-    if has_misfit or (is_complete and sum(present.values()) != whole_height):
+    if len(places) < len(present) or (is_complete and sum(present.values()) != whole_height):
         shown = " + ".join(map(str, present.values()))
         return f"its {whole_height} rows are not those of its parts, which have {shown}"
     if deltas.has_input_magnitudes(factors):
         return "its DoRA magnitudes are by input, so they belong to the whole weight"
     pieces: dict[str, Factors] = {}
     for relative, rows in places.items():
-        piece = None if rows is None else _part_of(factors, rows)
+        piece = _part_of(factors, rows)
         if piece is None:
             return "its halves are to be swapped, which a LoKr has no form for"
         pieces[OURS + relative.name] = piece
     return pieces
+
+
+def _places_of_parts(heights: Mapping[Relative, int], whole_height: int) -> dict[Relative, slice | Tensor]:
+    """Return the rows of each part in the whole weight, without parts whose rows do not fit."""
+    places: dict[Relative, slice | Tensor] = {}
+    for relative, height in heights.items():
+        rows = part_rows(relative.part, height, whole_height)
+        if rows is not None:
+            places[relative] = rows
+    return places
 
 
 def _part_of(factors: Factors, rows: slice | Tensor) -> Factors | None:
@@ -361,9 +370,10 @@ def _whole_difference(placed: Sequence[PlacedFactors], height: int) -> Factors |
         return f"its parts have DoRA magnitudes for less than its {height} rows"
     changes = [deltas.weight_delta(factors, deltas.CPU) for factors in parts]
     columns = {None if change is None else change.shape[1:] for change in changes}
-    if len(columns) > 1 or None in columns:
+    inputs = columns.pop()
+    if columns or inputs is None:
         return "its parts have different inputs"
-    joined = {"diff": _place_rows(placed, changes, torch.zeros(height, *(columns.pop() or ())))}
+    joined = {"diff": _place_rows(placed, changes, torch.zeros(height, *inputs))}
     if magnitudes:
         joined[DORA] = torch.cat(magnitudes)
     biases = [deltas.bias_delta(factors, deltas.CPU) for factors in parts]

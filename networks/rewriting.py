@@ -188,10 +188,7 @@ def _put_together(tensors: Mapping[str, Tensor]) -> Rewritten:
     for module, keys in _numbered_factors(tensors).items():
         alpha = tensors.get(f"{module}.alpha", alpha_of_all)
         pieces = _numbered_pieces(keys, tensors, alpha)
-        # PEFT's adapters may have numbers as names: only layers that some model fuses are joined
-        if len(pieces) < 2 or sorted(keys) != list(range(len(pieces))):
-            continue
-        if len(pieces) not in count_parts(module) or not all(map(_is_lora_of_matrix, pieces)):
+        if not _can_be_joined(module, list(keys), pieces):
             continue
         for part_keys in keys.values():
             for key in part_keys.values():
@@ -201,6 +198,18 @@ def _put_together(tensors: Mapping[str, Tensor]) -> Rewritten:
             usual[f"{module}.{part}"] = tensor
         stacked[f"{module}.{LORA[0]}"] = len(pieces)
     return Rewritten(usual, stacked)
+
+
+def _can_be_joined(module: str, numbers: Sequence[int], pieces: Sequence[Factors]) -> bool:
+    """Return whether numbered factors are LoRAs of the parts of a layer that some model fuses.
+
+    PEFT's adapters may have numbers as names.
+    """
+    if len(numbers) < 2 or sorted(numbers) != list(range(len(numbers))):
+        return False
+    if len(numbers) not in count_parts(module):
+        return False
+    return all(set(LORA) <= set(piece) and piece[LORA[1]].ndim == 2 for piece in pieces)
 
 
 def _numbered_pieces(
@@ -213,10 +222,6 @@ def _numbered_pieces(
         factors = {part: tensors[key] for part, key in keys[number].items()}
         pieces.append({**shared, **factors})
     return pieces
-
-
-def _is_lora_of_matrix(factors: Factors) -> bool:
-    return set(LORA) <= set(factors) and factors[LORA[1]].ndim == 2
 
 
 def _numbered_factors(keys: Iterable[str]) -> dict[str, dict[int, dict[str, str]]]:
