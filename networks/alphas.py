@@ -420,6 +420,7 @@ class _AlphaRules:
     """
 
     values: Mapping[str, float]  # alpha_pattern
+    places: Mapping[str, int]  # of its keys
     expressions: Mapping[str, Callable[[str], bool]]  # those of its keys that are no plain ends of paths
     default: float | None
 
@@ -430,8 +431,7 @@ class _AlphaRules:
         matching += [key for key, fits in self.expressions.items() if fits(path)]
         if not matching:
             return self.default
-        places = {key: place for place, key in enumerate(self.values)}
-        return self.values[min(matching, key=places.__getitem__)]
+        return self.values[min(matching, key=self.places.__getitem__)]
 
 
 def _read_rules(config: Mapping[str, Any]) -> _AlphaRules:
@@ -442,7 +442,8 @@ def _read_rules(config: Mapping[str, Any]) -> _AlphaRules:
         raise ValueError(f"its regular expressions have more than {MAX_EXPRESSIONS} characters in all")
     expressions = {key: _expression(key) for key in keys}
     default = None if config.get("lora_alpha") is None else _finite(config["lora_alpha"])
-    return _AlphaRules(values, expressions, default)
+    places = {key: place for place, key in enumerate(values)}
+    return _AlphaRules(values, places, expressions, default)
 
 
 def peft_alphas(

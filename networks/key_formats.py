@@ -229,6 +229,8 @@ def _our_modules(places: Mapping[str, "_Place"], families: Sequence[FamilyNames]
     """Return our name of the module at each path: an alias if all families have the same one."""
     modules: dict[str, str] = {}
     for place in places.values():
+        if place.path in modules:
+            continue
         module = place.path.replace(".", "_")
         aliases = {alias(module, family) for family in families}
         modules[place.path] = OURS + (aliases.pop() if len(aliases) == 1 else module)
