@@ -80,7 +80,7 @@ class ForeignNetwork:
 
     @property
     def state_beside_file(self) -> Mapping[str, nn.Module]:
-        """Return modules by name whose state a training saves beside the file; {} if the network has none."""
+        """Return modules by name whose state a training saves with its own; {} if the network has none."""
         parts: Mapping[str, nn.Module] = getattr(self.module, "state_beside_file", {})
         return parts
 

@@ -167,7 +167,8 @@ class AddedPart:
         if self.place.is_linear:
             return functional.linear(self._hidden(x, down), up.flatten(1))
         x = x.to(down.dtype)
-        rank, channels = len(down), self.place.parameter.shape[1]
+        rank = len(down)
+        channels = self.place.parameter.shape[1]
         if middle:  # Tucker: only the core has the size of the kernel
             x = functional.conv2d(x, down.reshape(rank, channels, 1, 1))
             down = middle[0]
@@ -354,7 +355,7 @@ def attach_parts(
 
 
 def refuse_dora(lora: LoraFile, option: str) -> None:
-    """Raise CheckpointError if a file is a DoRA: it cannot be added beside other changes of the weights."""
+    """Raise CheckpointError if a file is a DoRA, which cannot be added to other changes of the weights."""
     decomposed = [name for name, factors in deltas.group_by_module(lora.tensors).items() if DORA in factors]
     if decomposed:
         raise CheckpointError(

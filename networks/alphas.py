@@ -28,7 +28,7 @@ _PLAIN_KEY = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
 # the same settings under other keys of a header
 _SETTINGS = (PEFT_SETTINGS, "peft_config", "adapter_config", "lora_config", "config")
 # keys of alpha in a header, as `_split_key` returns them, with or without the network before them
-# (`transformer.lora_alpha`), and the keys of the rank beside each
+# (`transformer.lora_alpha`), and the keys of the rank that belong to each
 _TRAINED = "ss_network_alpha"
 _TEXTS = ("text_encoder", "lora_te", "te1", "te2", "te3")
 # a network's name before a key of its own: `transformer.lora_alpha`, `lora_te1_alpha`
@@ -80,7 +80,7 @@ class _Key(NamedTuple):
 
 @dataclass(frozen=True)
 class FoundAlphas:
-    """Alphas of those modules that have none beside their factors."""
+    """Alphas of those modules that have none among their factors."""
 
     tensors: Mapping[str, Tensor]  # "lora_unet_x.alpha"
     words: str  # their source, or that there are none; "" if every module has its own

@@ -448,18 +448,18 @@ class OriginalWeights:
             parameter.copy_(patch(self._published(name), original.to(parameter.device)))
 
 
-def check_loras_fit(model: Path, uses: Sequence[LoraUse], beside: Path | None = None) -> None:
+def check_loras_fit(model: Path, uses: Sequence[LoraUse], companion: Path | None = None) -> None:
     """Compare names and shapes of LoRAs with the header of a transformer's file, before it is loaded.
 
-    beside: a file with more tensors of the model. Raises CheckpointError if a LoRA has another size, or if no
-    part of it has a weight.
+    companion: a file with more tensors of the model. Raises CheckpointError if a LoRA has another size, or
+    if no part of it has a weight.
     """
     if not uses:
         return
     with contextlib.ExitStack() as opened:
         checkpoint = opened.enter_context(open_checkpoint(model))
-        if beside is not None:
-            checkpoint = checkpoint.join(opened.enter_context(open_checkpoint(beside)))
+        if companion is not None:
+            checkpoint = checkpoint.join(opened.enter_context(open_checkpoint(companion)))
         patch = LoraPatch(uses, checkpoint.tensors, model)
         for name, info in checkpoint.tensors.items():
             if info.packing is None or info.packing.pad == 1:

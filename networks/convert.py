@@ -243,17 +243,8 @@ def _convert_parts(parts: Mapping[str, LoraFile], output: Path, how: Conversion)
 
 
 def _join_metadata(by_expert: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-    """Return the metadata of a file with a LoRA for each expert; `metadata_of` splits them again.
-
-    The expert and the hashes of the original files are left out.
-    """
-    parts: dict[str, dict[str, str]] = {}
-    for expert, metadata in by_expert.items():
-        parts[expert] = {
-            key: value
-            for key, value in metadata.items()
-            if key != TRAINED_EXPERT and not key.startswith(STALE)
-        }
+    """Return the metadata of a file with a LoRA for each expert; `metadata_of` splits them again."""
+    parts = {expert: _transferable(metadata) for expert, metadata in by_expert.items()}
     common: dict[str, str] = {}
     for key, value in next(iter(parts.values())).items():
         if all(part.get(key) == value for part in parts.values()):
@@ -264,6 +255,13 @@ def _join_metadata(by_expert: Mapping[str, Mapping[str, str]]) -> dict[str, str]
     if any(distinct.values()):
         common[PARTS_METADATA] = json.dumps(distinct, ensure_ascii=False, sort_keys=True)
     return common
+
+
+def _transferable(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return the metadata without the expert and without the hashes of the original file."""
+    return {
+        key: value for key, value in metadata.items() if key != TRAINED_EXPERT and not key.startswith(STALE)
+    }
 
 
 def _prepare(lora: LoraFile, family: FamilyNames | None, how: Conversion) -> Baked:

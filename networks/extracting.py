@@ -269,7 +269,7 @@ def _factors_of_change(options: ExtractOptions, pair: Pair, plan: Plan) -> dict[
     """Return the LoRA of the difference of two models. Raises CheckpointError if they are equal."""
     device = choose_device(options.device)
     dtype = DTYPES[options.save_precision or "float"]
-    factors: dict[str, Tensor] = {}
+    lora: dict[str, Tensor] = {}
     is_changed = False
     for name, modules in plan.items():
         if not modules:
@@ -277,22 +277,31 @@ def _factors_of_change(options: ExtractOptions, pair: Pair, plan: Plan) -> dict[
         difference = _difference(pair, name, device)
         is_changed = is_changed or bool(difference.any())
         for module in modules:
-            change = module.piece.of(difference)
-            flat = change.flatten(1)
-            down, up = decompose_change(flat, module.rank, options.clamp_quantile, module.seed_name)
-            kernel_axes = [1] * (change.ndim - 2)
-            down = down.unflatten(1, change.shape[1:])
-            up = up.reshape(*up.shape, *kernel_axes)
-            factors[f"{module.name}.{LORA[0]}"] = down.to("cpu", dtype).contiguous()
-            factors[f"{module.name}.{LORA[1]}"] = up.to("cpu", dtype).contiguous()
-            factors[f"{module.name}.alpha"] = torch.tensor(float(len(down)))
-    if factors and not is_changed:
+            factors = _factors_of_module(module, difference, options.clamp_quantile, dtype)
+            lora |= {f"{module.name}.{part}": tensor for part, tensor in factors.items()}
+    if lora and not is_changed:
         raise CheckpointError(
             f"{options.model_tuned} has the weights of {options.model_org}: there is no change to extract. "
             "Give the fine-tuned model to --model_tuned.",
             options.model_tuned,
         )
-    return factors
+    return lora
+
+
+def _factors_of_module(
+    module: ExtractedModule, difference: Tensor, quantile: float, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Return the LoRA of a module, on the CPU. difference: the change of its tensor."""
+    change = module.piece.of(difference)
+    down, up = decompose_change(change.flatten(1), module.rank, quantile, module.seed_name)
+    kernel_axes = [1] * (change.ndim - 2)
+    down = down.unflatten(1, change.shape[1:])
+    up = up.reshape(*up.shape, *kernel_axes)
+    return {
+        LORA[0]: down.to("cpu", dtype).contiguous(),
+        LORA[1]: up.to("cpu", dtype).contiguous(),
+        "alpha": torch.tensor(float(len(down))),
+    }
 
 
 def _difference(pair: Pair, name: str, device: torch.device) -> Tensor:

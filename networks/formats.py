@@ -111,7 +111,7 @@ class LoraFormat:
 
     def _by_strength(self, modules: Mapping[str, deltas.Factors]) -> dict[float | None, dict[str, Tensor]]:
         """Group the tensors of modules by alpha / rank; None: of modules that keep their alphas."""
-        # ComfyUI's names for HunyuanImage-2.1 are underscored ones, beside which alphas stand
+        # ComfyUI's names for HunyuanImage-2.1 are underscored ones, which have alphas
         keeps = self.name == COMFYUI and self.family is not None and self.family.underscored
         groups: dict[float | None, dict[str, Tensor]] = {}
         for name, factors in modules.items():

@@ -346,7 +346,8 @@ def _text_place(key: str) -> _TextPlace | None:
         if match is not None:
             number = int(match["ours"] or match["short"] or match["pipeline"] or 1)
             is_second = "clip_g" in (match["comfy"], match["alone"]) or match["ldm"] == "1"
-            start, path = bare.path[: match.end()], bare.path[match.end() :]
+            start = bare.path[: match.end()]
+            path = bare.path[match.end() :]
             return _TextPlace(start, 2 if is_second else number, path)
         if bare.path.startswith(_BARE_TEXTS):
             return _TextPlace("", 1, bare.path)
@@ -463,7 +464,8 @@ def module_of_tensor(name: str) -> tuple[str, str]:
     """
     path, _, leaf = name.rpartition(".")
     if leaf not in _LEAVES:
-        path, leaf = name, "weight"
+        path = name
+        leaf = "weight"
     for prefix in ("model.diffusion_model.", "model.model.", OTHER, "transformer.", "module.", "_orig_mod."):
         path = path.removeprefix(prefix)
     return path.replace(".", "_"), leaf

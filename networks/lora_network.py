@@ -196,7 +196,8 @@ class OwnNetwork(nn.Module):
         for name, base in self._bases.items():
             assert rule is not None
             layer = getattr(self, name)
-            down, up = layer.lora_down.weight, layer.lora_up.weight
+            down = layer.lora_down.weight
+            up = layer.lora_up.weight
             if down.grad is None or up.grad is None:
                 continue
             strengths = row_strengths(

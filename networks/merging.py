@@ -368,6 +368,9 @@ class _LowRank(NamedTuple):
         """Return the inputs (x kernel) and the outputs."""
         return self.down.shape[1:], len(self.up)
 
+    def in_words(self) -> str:
+        return f"{len(self.up)} x {self.down.shape[1]}"
+
     def reshaped_as(self, first: "_LowRank") -> "_LowRank":
         """Return factors in the form of others, if only that differs.
 
@@ -392,17 +395,16 @@ def _sum(name: str, summands: Sequence[_Summand], device: torch.device) -> tuple
         if scaled and change.size != scaled[0].size:
             raise CheckpointError(
                 f"{summand.lora.path} does not fit {summands[0].lora.path}: {name} changes "
-                f"{len(up)} x {down.shape[1]} there, {len(scaled[0].up)} x {scaled[0].down.shape[1]} here. "
-                "Give LoRAs for one model.",
+                f"{change.in_words()} there, {scaled[0].in_words()} here. Give LoRAs for one model.",
                 summand.lora.path,
             )
         scale = summand.multiplier * strength(summand.factors)
         root = abs(scale) ** 0.5  # spread over both, so that neither gets too small for 16 bits
         signed_root = root if scale >= 0 else -root
         scaled.append(_LowRank(change.down * signed_root, change.up * root))
-    down = torch.cat([change.down for change in scaled])
-    up = torch.cat([change.up for change in scaled], 1)
-    return down, up
+    downs = [change.down for change in scaled]
+    ups = [change.up for change in scaled]
+    return torch.cat(downs), torch.cat(ups, 1)
 
 
 def _truncate(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -186,11 +186,11 @@ def _describe_part(checkpoint: Checkpoint, names: list[str], part: str | None) -
     modules = in_dit | in_texts
     if not modules or 2 * len(native.unknown) > len(names):  # a whole model may have a LoRA's names in it
         return None
-    families = key_formats.families_of(in_dit, hint)
-    if not families and trained_family is not None:
-        families = [trained_family]
-    model = f" for {' or '.join(family.name for family in families)}" if families else ""
-    alphas = _stored_alphas(checkpoint, names) | _beside_tensors(checkpoint, native, part)
+    families = [family.name for family in key_formats.families_of(in_dit, hint)]
+    if not families and hint is not None:
+        families = [hint]
+    model = f" for {' or '.join(families)}" if families else ""
+    alphas = _stored_alphas(checkpoint, names) | _alphas_of_settings(checkpoint, native, part)
     words = [f"a {_kinds_in_words(modules)}{model}, {key_formats.dialect_in_words(native.dialect)}"]
     words += _scales_in_words(modules, alphas)
     words.append(f"{count_of(len(modules), 'layer')}: {_layers_in_words(modules)}")
@@ -239,7 +239,7 @@ def _stored_alphas(checkpoint: Checkpoint, names: Iterable[str]) -> set[float]:
     return alphas
 
 
-def _beside_tensors(checkpoint: Checkpoint, native: "NativeTensors", part: str | None) -> set[float]:
+def _alphas_of_settings(checkpoint: Checkpoint, native: "NativeTensors", part: str | None) -> set[float]:
     """Return the alphas in the header or in a file of settings; empty if they are unusable."""
     from networks.alphas import read_alphas, read_folded  # only for LoRAs
 

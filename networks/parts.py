@@ -92,10 +92,9 @@ def cut(tensors: Mapping[str, Tensor], height: Callable[[str], int | None]) -> d
 
 def _cut(factors: Factors, heights: Mapping[Relative, int | None]) -> dict[str, Factors] | str:
     """Return the factors of each part that has a height, or the reason why there are none."""
-    size = deltas.size_of(factors)
-    if size is None and LORA[1] not in factors:
+    whole_height = _height_to_cut(factors)
+    if whole_height is None:
         return "its change is no matrix"
-    whole_height = len(factors[LORA[1]]) if size is None else size[0]
     present = {relative: rows for relative, rows in heights.items() if rows is not None}
     places = _places_of_parts(present, whole_height)
     is_complete = len(present) == len(heights)
@@ -111,6 +110,14 @@ def _cut(factors: Factors, heights: Mapping[Relative, int | None]) -> dict[str, 
             return "its halves are to be swapped, which a LoKr has no form for"
         pieces[OURS + relative.name] = piece
     return pieces
+
+
+def _height_to_cut(factors: Factors) -> int | None:
+    """Return the rows of a change; None if it is no matrix."""
+    size = deltas.size_of(factors)
+    if size is not None:
+        return size[0]
+    return len(factors[LORA[1]]) if LORA[1] in factors else None
 
 
 def _places_of_parts(heights: Mapping[Relative, int], whole_height: int) -> dict[Relative, slice | Tensor]:
