@@ -14,7 +14,7 @@ from modules.console import list_some
 from modules.errors import CheckpointError, OptionError
 from modules.run_blocks import spec_of
 from networks.deltas import DORA, LORA, Factors, add_missing_alphas, group_by_module, rank_of, without_alpha
-from networks.factored import FactoredLayer
+from networks.factored import FactoredLayer, MakeShapes
 from networks.lora_layer import LoraLayer
 from networks.lora_network import OwnNetwork
 from networks.lora_products import diagonal_blocks, fused_heights
@@ -210,25 +210,33 @@ def build_network(
         start = f"{prefix}_"
         # ranks by type and numbers of blocks are for the DiT alone
         targets |= _choose(in_texts[start], replace(settings, rules=None, splits=False), start)
-    layers: dict[str, nn.Module] = {}
-    for path, target in targets.items():
-        module = target.module
-        if is_lora:
-            layers[path] = LoraLayer(
-                module,
-                target.rank,
-                target.alpha,
-                decomposes=settings.decomposes,
-                heights=target.heights,
-            )
-        elif isinstance(module, nn.Linear):
-            shapes = make_shapes(module.out_features, module.in_features, target.rank)
-            layers[path] = FactoredLayer(module, shapes, target.rank, target.alpha)
+    layers = _lora_layers(targets, settings.decomposes) if is_lora else _factored_layers(targets, make_shapes)
     if begun:
         by_name = _layers_by_name(dit, learning)
         joining = _joining_layers(layers, name, settings, begun=begun, by_name=by_name)
         layers = _in_order(layers, joining, by_name)
     return OwnNetwork(layers, settings)
+
+
+def _lora_layers(targets: Mapping[str, Target], decomposes: bool) -> dict[str, nn.Module]:
+    """Build the layers of a LoRA network. decomposes: DoRA."""
+    layers: dict[str, nn.Module] = {}
+    for name, target in targets.items():
+        layers[name] = LoraLayer(
+            target.module, target.rank, target.alpha, decomposes=decomposes, heights=target.heights
+        )
+    return layers
+
+
+def _factored_layers(targets: Mapping[str, Target], make_shapes: MakeShapes) -> dict[str, nn.Module]:
+    """Build the layers of a LoHa or LoKr network. make_shapes: returns the shapes of their factors."""
+    layers: dict[str, nn.Module] = {}
+    for name, target in targets.items():
+        module = target.module
+        if isinstance(module, nn.Linear):
+            shapes = make_shapes(module.out_features, module.in_features, target.rank)
+            layers[name] = FactoredLayer(module, shapes, target.rank, target.alpha)
+    return layers
 
 
 def _joining_layers(
@@ -327,19 +335,19 @@ def build_from_tensors(
     tensors: under our names. Of `typed` only dropout and arguments count. Modules that the model does not
     have are logged. Raises CheckpointError if nothing fits, or if the file holds another kind of network.
     """
-    kind = OWN_MODULES[name]
+    own_module = OWN_MODULES[name]
     settings = _settings_with_file(name, typed)
     by_name = _layers_by_name(dit, encoders)
     layers: dict[str, nn.Module] = {}
     absent: list[str] = []
     for path, factors in _factors_for(by_name, tensors).items():
-        if not any(part in factors for part in kind.first):
+        if not any(part in factors for part in own_module.first):
             raise CheckpointError(
                 f"--dim_from_weights: {path} has {', '.join(factors)}, which is another kind of network.\n"
                 "  Give the --network_module that the file was trained with."
             )
         module = by_name[path].module if path in by_name else None
-        if module is None or (kind.kind != "LoRA" and not isinstance(module, nn.Linear)):
+        if module is None or (own_module.kind != "LoRA" and not isinstance(module, nn.Linear)):
             absent.append(path)
         else:
             layers[path] = _layer_of(name, module, path=path, factors=factors, settings=settings)
