@@ -84,7 +84,7 @@ class Session:
                 if can_divide(encoder):
                     encoder.blocks = self.blocks
             if self.text_loras is not None:
-                self.text_loras.tell_unused(self._text_encoders)
+                self.text_loras.warn_of_unused(self._text_encoders)
         new = [text for text in texts_of(wanted) if text not in self._known]
         outputs: dict[Prompt, dict[str, Tensor | list[Tensor]]] = {}
         for encoder in self._text_encoders if new else ():

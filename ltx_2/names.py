@@ -108,7 +108,7 @@ LTX_2 = FamilyNames(
     usual_format=COMFYUI,
     dora_not_in_diffusers="diffusers leaves the magnitudes of LTX-2's DoRAs out",
     versions=("ltx2", "ltx-2", "ltx_2"),
-    told_release=r"(?:architecture=ltx-|model_version=)(\d\.\d)",
+    release_pattern=r"(?:architecture=ltx-|model_version=)(\d\.\d)",
     newest=("2.5", "keyframes_abs_pos_embedding"),
     optional=tuple(ours for _, ours in (*_LTX_ALIASES, *_LTX_PARAMETERS) if _LTX_STREAM.search(ours)),
     optional_words="a stream that this run is without (sound or pictures, --ltx2_mode)",

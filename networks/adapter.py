@@ -23,7 +23,7 @@ from modules.seeds import derive_seed
 from networks.lora_network import OwnNetwork, rename_texts
 from networks.lora_settings import DEFAULT_RANK
 from networks.options import NetworkOptions
-from networks.own_kinds import OWN_MODULES, read_own
+from networks.own_kinds import OWN_MODULES, NetworkArguments, read_own
 from networks.own_modules import build_from_tensors, build_network, check_blocks
 
 logger = getLogger(__name__)
@@ -75,12 +75,12 @@ class ForeignNetwork:
         )
         groups, names = result if isinstance(result, tuple) else (result, None)
         groups = [{**group, "params": list(group["params"])} for group in groups]
-        usual = ["unet"] if len(groups) == 1 else [f"group {index}" for index in range(len(groups))]
-        return groups, list(names or usual)
+        usual_names = ["unet"] if len(groups) == 1 else [f"group {index}" for index in range(len(groups))]
+        return groups, list(names or usual_names)
 
     @property
     def state_beside_file(self) -> Mapping[str, nn.Module]:
-        """Return modules by name whose state a training saves beside the file; {} if the network has none."""
+        """Return modules by name whose state a training saves with its own; {} if the network has none."""
         parts: Mapping[str, nn.Module] = getattr(self.module, "state_beside_file", {})
         return parts
 
@@ -124,43 +124,65 @@ class ForeignNetwork:
 
         Raises CheckpointError if the file is damaged, has other sizes, or holds nothing for this network.
         """
-        from networks.alphas import PEFT_FILE
-        from networks.key_formats import to_native
-        from networks.loading import read_lora
+        from networks.loading import read_lora  # only for --network_weights
 
         # under the names that the network itself saves: other tools' files have many layouts
-        mine = self.module.state_dict()
-        with open_checkpoint(path) as checkpoint:
-            for name in checkpoint.tensors:
-                check_finite(path, name, checkpoint.read(name))
-            shapes = {name: list(info.shape) for name, info in checkpoint.tensors.items()}
-        common = [name for name in mine if name in shapes]
-        wrong = [name for name in common if mine[name].numel() != math.prod(shapes[name])]
-        words = f"has none of this network's {len(mine)} tensors, such as {next(iter(mine), 'none')}.\n"
-        if wrong:
-            words = f"does not fit this network in {len(wrong)} of {len(common)} tensors:\n"
-            words += "".join(f"  {n} has {shapes[n]}, here {list(mine[n].shape)}\n" for n in wrong[:3])
+        state = self.module.state_dict()
+        shapes = _read_shapes(path)
+        common = [name for name in state if name in shapes]
+        wrong = [name for name in common if state[name].numel() != math.prod(shapes[name])]
         if wrong or not common:
+            words = f"has none of this network's {len(state)} tensors, such as {next(iter(state), 'none')}.\n"
+            if wrong:
+                lines = [
+                    f"  {name} has {shapes[name]}, here {list(state[name].shape)}\n" for name in wrong[:3]
+                ]
+                words = f"does not fit this network in {len(wrong)} of {len(common)} tensors:\n"
+                words += "".join(lines)
             raise CheckpointError(
                 f"--network_weights {path} {words}"
                 "  Give the --network_module, --network_dim and --network_args that it was trained with.",
                 path,
             )
-        own = {name: alpha for name, alpha in to_native(mine).tensors.items() if name.endswith(".alpha")}
-        if own and not any(name.endswith(".alpha") for name in shapes):
-            # loading sets only tensors; the scale was computed at construction
-            alphas = {name: float(one) for name, one in read_lora(path).tensors.items() if name in own}
-            others = [name for name, alpha in alphas.items() if alpha != float(own[name])]
-            if others:
-                theirs, ours = alphas[others[0]], float(own[others[0]])
-                raise CheckpointError(
-                    f"--network_weights {path} has alpha {theirs:g}, as its header or {PEFT_FILE} says, the "
-                    f"network {ours:g}.\n  Give --network_alpha {theirs:g}.",
-                    path,
-                )
+        if not any(name.endswith(".alpha") for name in shapes):
+            _refuse_other_alphas(path, state)
         if hasattr(self.module, "load_weights"):
             return self.module.load_weights(str(path))
         return self.module.load_state_dict(dict(read_lora(path).tensors), strict=False)
+
+
+def _read_shapes(path: Path) -> dict[str, list[int]]:
+    """Return the shapes of a file's tensors. Raises CheckpointError if values are NaN or infinite."""
+    with open_checkpoint(path) as checkpoint:
+        for name in checkpoint.tensors:
+            check_finite(path, name, checkpoint.read(name))
+        return {name: list(info.shape) for name, info in checkpoint.tensors.items()}
+
+
+def _refuse_other_alphas(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError if a file has alphas outside of its tensors, other than those of a network.
+
+    Loading sets only tensors; the scale was computed at construction. state: tensors of the network.
+    """
+    from networks.alphas import PEFT_FILE  # only for --network_weights
+    from networks.key_formats import to_native
+    from networks.loading import read_lora
+
+    native = to_native(state).tensors
+    alphas = {name: alpha for name, alpha in native.items() if name.endswith(".alpha")}
+    if not alphas:
+        return
+    for name, tensor in read_lora(path).tensors.items():
+        if name not in alphas:
+            continue
+        file_alpha = float(tensor)
+        network_alpha = float(alphas[name])
+        if file_alpha != network_alpha:
+            raise CheckpointError(
+                f"--network_weights {path} has alpha {file_alpha:g}, as its header or {PEFT_FILE} says, the "
+                f"network {network_alpha:g}.\n  Give --network_alpha {file_alpha:g}.",
+                path,
+            )
 
 
 TrainableNetwork = OwnNetwork | ForeignNetwork  # inside a DiT
@@ -172,7 +194,7 @@ def check_network(options: NetworkOptions, name: str, depths: Mapping[str, int])
     name: of the module. depths: known numbers of blocks by list of the model.
     """
     if name in OWN_MODULES:
-        settings, _ = read_own(name, *_settings(options))
+        settings, _ = read_own(name, _arguments_of(options))
         if settings.block_numbers:
             check_blocks(settings, depths)
     else:
@@ -204,15 +226,23 @@ def make_network(
         torch.manual_seed(derive_seed(seed, "network"))
         network: TrainableNetwork
         if builder is not None:
-            network = ForeignNetwork(_build_foreign(builder, options, dit, encoders, in_dit), dit)
+            module = _build_foreign(builder, options, dit=dit, encoders=encoders, in_dit=in_dit)
+            network = ForeignNetwork(module, dit)
         elif options.dim_from_weights:
             tensors = _tensors_of(options, encoders)
-            network = build_from_tensors(name, tensors, *_settings(options)[2:], dit, encoders)
+            typed = _arguments_of(options)
+            network = build_from_tensors(name, tensors, typed=typed, dit=dit, encoders=encoders)
         else:
             begun = dict(resumed or {})
             if not begun and options.network_weights is not None:
                 begun = _tensors_of(options, encoders)
-            network = build_network(name, *_settings(options), dit if in_dit else None, encoders, begun)
+            network = build_network(
+                name,
+                _arguments_of(options),
+                dit=dit if in_dit else None,
+                encoders=encoders,
+                begun=begun,
+            )
     if isinstance(network, OwnNetwork):
         network.attach(in_dit)
     elif options.scale_weight_norms is not None and not hasattr(
@@ -222,13 +252,7 @@ def make_network(
             f"--scale_weight_norms cannot be used with --network_module {name}, which cannot scale its norms"
         )
     if options.network_weights is not None:
-        path, found = options.network_weights, list[str]()
-        if isinstance(network, OwnNetwork):
-            found = network.load_weights(path, dict(dit.named_parameters()))
-        else:
-            network.load_weights(path)
-        fits = f"but for {count_of(len(found), 'module')}, see above" if found else "everything fits"
-        logger.info(f"{options.network_weights}: loaded, {fits}")
+        _load_file(network, options.network_weights, dit)
     prepare: Any = getattr(network.module, "prepare_grad_etc", None)
     if prepare is not None:
         _call(prepare, text_encoder=None, unet=dit, transformer=dit)
@@ -237,33 +261,52 @@ def make_network(
     return network
 
 
-def _settings(options: NetworkOptions) -> tuple[int | None, float, float | None, dict[str, str]]:
-    return options.network_dim, options.network_alpha, options.network_dropout, options.arguments()
+def _load_file(network: TrainableNetwork, path: Path, dit: nn.Module) -> None:
+    """Start a network from `--network_weights`."""
+    problems: list[str] = []
+    if isinstance(network, OwnNetwork):
+        problems = network.load_weights(path, dict(dit.named_parameters()))
+    else:
+        network.load_weights(path)
+    fits = f"but for {count_of(len(problems), 'module')}, see above" if problems else "everything fits"
+    logger.info(f"{path}: loaded, {fits}")
+
+
+def _arguments_of(options: NetworkOptions) -> NetworkArguments:
+    return NetworkArguments(
+        rank=options.network_dim,
+        alpha=options.network_alpha,
+        dropout=options.network_dropout,
+        arguments=options.arguments(),
+    )
 
 
 def _tensors_of(options: NetworkOptions, encoders: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    from networks.loading import read_lora
+    """Return the tensors of `--network_weights` under our names."""
+    from networks.loading import read_lora  # only for --network_weights
 
     assert options.network_weights is not None
     lora = read_lora(options.network_weights, with_texts=bool(encoders))
     return {**lora.tensors, **rename_texts(lora.text_tensors, encoders)}
 
 
-def tie_network(network: nn.Module, other: nn.Module) -> None:
-    """Make `other` share the parameters and buffers of `network`; both are on the same device.
+def tie_network(network: nn.Module, twin: nn.Module) -> None:
+    """Make `twin` share the parameters and buffers of `network`; both are on the same device.
 
     They were built with equal options, for DiTs of one shape. Raises OptionError if their values differ:
     then these depend on the weights of the DiTs, as DoRA magnitudes do.
     """
-    mine, theirs = network.state_dict(keep_vars=True), other.state_dict(keep_vars=True)
-    if mine.keys() != theirs.keys() or not all(torch.equal(mine[name], theirs[name]) for name in mine):
+    state = network.state_dict(keep_vars=True)
+    twin_state = twin.state_dict(keep_vars=True)
+    is_equal = state.keys() == twin_state.keys()
+    if not is_equal or not all(torch.equal(state[name], twin_state[name]) for name in state):
         raise OptionError(
             "the network begins with values that depend on the weights of the transformer (as a DoRA does), "
             f"so that two transformers cannot share it. {OWN_NETWORKS}"
         )
-    for name, tensor in mine.items():
+    for name, tensor in state.items():
         path, _, leaf = name.rpartition(".")
-        module = other.get_submodule(path)
+        module = twin.get_submodule(path)
         (module._parameters if leaf in module._parameters else module._buffers)[leaf] = tensor
 
 
@@ -297,34 +340,9 @@ def _build_foreign(
     """Build another package's network as other LoRA trainers do, and put it into the models."""
     texts = list(encoders.values()) or None
     if options.dim_from_weights:
-        create = getattr(builder, "create_arch_network_from_weights", None)
-        create = create or getattr(builder, "create_network_from_weights", None)
-        if create is None:
-            raise OptionError(
-                f"--dim_from_weights cannot be used with --network_module {builder.__name__}, which does not "
-                "support it"
-            )
-        given: dict[str, Any] = {
-            "multiplier": 1.0,
-            "weights_sd": _tensors_of(options, encoders),
-            "unet": dit,
-            "vae": None,
-        }
-        given |= {"file": str(options.network_weights), "text_encoder": texts, "text_encoders": texts}
-        made = _call(create, **given, neuron_dropout=options.network_dropout, **options.arguments())
-        module = made[0] if isinstance(made, tuple) else made
+        module = _create_from_file(builder, options, dit, encoders)
     else:
-        rank, alpha, dropout, arguments = _settings(options)
-        create, dropouts = getattr(builder, "create_arch_network", None), {"neuron_dropout": dropout}
-        if create is None:
-            create, dropouts = builder.create_network, {}
-            if dropout is not None:
-                logger.warning(
-                    f"--network_dropout is ignored because {builder.__name__} takes its own settings; try "
-                    "--network_args dropout=..."
-                )
-        into = dit if in_dit else None
-        module = create(1.0, rank or DEFAULT_RANK, alpha, None, texts, into, **dropouts, **arguments)
+        module = _create(builder, options, dit if in_dit else None, texts)
     models = [dit, *encoders.values()]
     frozen = [dict(model.named_parameters()) for model in models]
     module.apply_to(texts, dit, apply_text_encoder=bool(encoders), apply_unet=in_dit)
@@ -337,6 +355,53 @@ def _build_foreign(
             if layer._parameters.get(leaf) is None:
                 layer.register_parameter(leaf, parameter)
     return module
+
+
+def _create(
+    builder: ModuleType, options: NetworkOptions, dit: nn.Module | None, texts: list[nn.Module] | None
+) -> Any:
+    """Build another package's network from its settings."""
+    rank = options.network_dim or DEFAULT_RANK
+    create = getattr(builder, "create_arch_network", None)
+    dropouts = {"neuron_dropout": options.network_dropout}
+    if create is None:
+        create = builder.create_network
+        dropouts = {}
+        if options.network_dropout is not None:
+            logger.warning(
+                f"--network_dropout is ignored because {builder.__name__} takes its own settings; try "
+                "--network_args dropout=..."
+            )
+    # by position, as their parameters have different names
+    arguments = options.arguments()
+    return create(1.0, rank, options.network_alpha, None, texts, dit, **dropouts, **arguments)
+
+
+def _create_from_file(
+    builder: ModuleType, options: NetworkOptions, dit: nn.Module, encoders: Mapping[str, nn.Module]
+) -> Any:
+    """Build another package's network with the modules of `--network_weights`."""
+    texts = list(encoders.values()) or None
+    create = getattr(builder, "create_arch_network_from_weights", None)
+    create = create or getattr(builder, "create_network_from_weights", None)
+    if create is None:
+        raise OptionError(
+            f"--dim_from_weights cannot be used with --network_module {builder.__name__}, which does not "
+            "support it"
+        )
+    created = _call(
+        create,
+        multiplier=1.0,
+        weights_sd=_tensors_of(options, encoders),
+        unet=dit,
+        vae=None,
+        file=str(options.network_weights),
+        text_encoder=texts,
+        text_encoders=texts,
+        neuron_dropout=options.network_dropout,
+        **options.arguments(),
+    )
+    return created[0] if isinstance(created, tuple) else created
 
 
 def _call(function: Callable[..., Any], **values: Any) -> Any:

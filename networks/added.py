@@ -26,7 +26,7 @@ from networks.leftovers import text_side_of
 from networks.loading import LoraFile, LoraUse
 from networks.lora_products import add_product
 from networks.module_names import choose_family
-from networks.names.layouts import FIRST_LAYERS, OURS
+from networks.names.layouts import FIRST_LAYERS, OURS, FamilyNames
 from networks.parts import for_model
 
 logger = getLogger(__name__)
@@ -47,9 +47,9 @@ class ChangedPlace:
 
     @property
     def parameter(self) -> Tensor:
-        found = getattr(self.module, self.leaf)
-        assert isinstance(found, Tensor)
-        return found
+        parameter = getattr(self.module, self.leaf)
+        assert isinstance(parameter, Tensor)
+        return parameter
 
     @property
     def shaped(self) -> Tensor:
@@ -93,16 +93,21 @@ class AddedPart:
         """Copy the factors to the device, the low-rank ones in the dtype to compute in."""
         self.release()
         factors = self.factors
-        if self.place.adds_to_output and LORA[0] in factors and not factors.keys() - OF_LOW_RANK - {_MID}:
+        is_low_rank = LORA[0] in factors and not factors.keys() - OF_LOW_RANK - {_MID}
+        if self.place.adds_to_output and is_low_rank:
             up = factors[LORA[1]].to(device, torch.float32) * deltas.strength(factors)
             middle = [factors[_MID].to(device, dtype)] if _MID in factors else []
             self._chain = [factors[LORA[0]].to(device, dtype), *middle, up.to(dtype)]
         elif factors.keys() - OF_BIAS - {"alpha"}:
-            self._whole = {name: one if name == ROWS else one.to(device) for name, one in factors.items()}
+            self._whole = {
+                name: tensor if name == ROWS else tensor.to(device) for name, tensor in factors.items()
+            }
         self._bias = deltas.bias_delta(factors, device)
 
     def release(self) -> None:
-        self._chain, self._whole, self._bias = [], {}, None
+        self._chain = []
+        self._whole = {}
+        self._bias = None
 
     @property
     def is_made_whole(self) -> bool:
@@ -113,19 +118,12 @@ class AddedPart:
 
         out: may be changed in place.
         """
-        is_sum = self._chain and self.place.is_linear and self.region is None and self._bias is None
-        is_followed = torch.compiler.is_compiling() or torch.is_grad_enabled()
-        if is_sum and not is_followed and out.dtype == self._chain[-1].dtype:
+        if self._adds_in_place(out):
             # the last product is added to `out` in place: one pass over it, not three
             down, *_, up = self._chain
-            return add_product(out, self._hidden(x, down).view(-1, len(down)), up.flatten(1).t())
-        added: Tensor | None = None
-        if self._chain:
-            added = self._low_rank(x).to(out.dtype)
-        elif self._whole:  # recomputed in every pass: stored, all of them would be as large as the model
-            delta = (self._delta(x.device) * self.multiplier).to(out.dtype)
-            shaped = delta.flatten(1) if self.place.is_linear else delta.reshape(self.place.parameter.shape)
-            added = self._apply(x.to(out.dtype), shaped)
+            hidden = self._hidden(x, down).view(-1, len(down))
+            return add_product(out, hidden, up.flatten(1).t())
+        added = self._weight_addition(out, x)
         if self._bias is not None:
             bias = (self._bias * self.multiplier).to(out.dtype)
             bias = bias if self.place.is_linear else bias[:, None, None]
@@ -133,6 +131,23 @@ class AddedPart:
         if added is None:
             return out
         return out + (added if self.region is None else self.region(added))
+
+    def _adds_in_place(self, out: Tensor) -> bool:
+        """Return whether the addition is only a product, of which neither gradients nor code are recorded."""
+        is_product = bool(self._chain) and self.place.is_linear and self.region is None and self._bias is None
+        is_recorded = torch.compiler.is_compiling() or torch.is_grad_enabled()
+        return is_product and not is_recorded and out.dtype == self._chain[-1].dtype
+
+    def _weight_addition(self, out: Tensor, x: Tensor) -> Tensor | None:
+        """Return what the change of the weight adds to the output; None if the weight does not change."""
+        if self._chain:
+            return self._low_rank(x).to(out.dtype)
+        if not self._whole:
+            return None
+        # recomputed in every pass: stored, all of them would be as large as the model
+        delta = (self._delta(x.device) * self.multiplier).to(out.dtype)
+        shaped = delta.flatten(1) if self.place.is_linear else delta.reshape(self.place.parameter.shape)
+        return self._apply(x.to(out.dtype), shaped)
 
     def changes(self) -> dict[str, Tensor]:
         """Return the addends to the module's parameters, by their names, float32."""
@@ -152,7 +167,8 @@ class AddedPart:
         if self.place.is_linear:
             return functional.linear(self._hidden(x, down), up.flatten(1))
         x = x.to(down.dtype)
-        rank, channels = len(down), self.place.parameter.shape[1]
+        rank = len(down)
+        channels = self.place.parameter.shape[1]
         if middle:  # Tucker: only the core has the size of the kernel
             x = functional.conv2d(x, down.reshape(rank, channels, 1, 1))
             down = middle[0]
@@ -224,7 +240,7 @@ class AddedLayer(nn.Module):
     def _run_with(self, parts: Sequence[AddedPart], *inputs: Any, **named: Any) -> Tensor:
         """Run the module with changed weights, then put them back."""
         parameters = self._original[0]._parameters
-        kept = {name: parameters[name] for name in (self._place.leaf, "bias") if self._place.has(name)}
+        originals = {name: parameters[name] for name in (self._place.leaf, "bias") if self._place.has(name)}
         # compute all changes from the original weights
         changes = [part.changes() for part in parts]
         try:
@@ -238,7 +254,7 @@ class AddedLayer(nn.Module):
                     parameters[name] = nn.Parameter(changed, requires_grad=False)
             return self._before(*inputs, **named)
         finally:
-            parameters.update(kept)
+            parameters.update(originals)
 
 
 class AddedLoras:
@@ -288,19 +304,26 @@ def add_loras(
     weights. option: the option with the files, for messages. Raises CheckpointError if a file does not fit
     the model or is a DoRA.
     """
-    known, parts = places(dit), []
+    by_name = places(dit)
+    parts: list[dict[str, AddedPart]] = []
     for use in uses:
         refuse_dora(use.lora, option)
-        found = fitting(use.lora, known, option)
+        modules = fitting(use.lora, by_name, option)
         if is_compiled:
-            left_out = [name for name in found if not known[name].adds_to_output]
-            what = "modules are not changed because blocks are compiled"
+            left_out = [name for name in modules if not by_name[name].adds_to_output]
             if left_out:
-                loss = "compiled blocks take no other weights. Leave out --compile."
-                loading.warn_of_rest(use.lora.path, left_out, len(found), what, loss)
-            found = {name: factors for name, factors in found.items() if name not in left_out}
-        parts.append({name: AddedPart(known[name], one, use.multiplier) for name, one in found.items()})
-    return AddedLoras(attach_parts(parts, known))
+                loading.warn_of_rest(
+                    use.lora.path,
+                    left_out,
+                    total=len(modules),
+                    what="modules are not changed because blocks are compiled",
+                    loss="compiled blocks take no other weights. Leave out --compile.",
+                )
+            modules = {name: factors for name, factors in modules.items() if name not in left_out}
+        parts.append(
+            {name: AddedPart(by_name[name], factors, use.multiplier) for name, factors in modules.items()}
+        )
+    return AddedLoras(attach_parts(parts, by_name))
 
 
 def add_stage_loras(dit: nn.Module, is_compiled: bool = False) -> None:
@@ -315,21 +338,24 @@ def add_stage_loras(dit: nn.Module, is_compiled: bool = False) -> None:
 
 
 def attach_parts(
-    parts: Sequence[Mapping[str, AddedPart]], known: Mapping[str, ChangedPlace]
+    parts: Sequence[Mapping[str, AddedPart]], by_name: Mapping[str, ChangedPlace]
 ) -> list[AddedLayer]:
     """Put the parts of several LoRAs into a model, switched off; return its changed layers.
 
-    parts: for each LoRA, by our names of modules. known: the `places` of the model.
+    parts: for each LoRA, by our names of modules. by_name: the `places` of the model.
     """
-    names = dict.fromkeys(name for one in parts for name in one)
-    layers = [AddedLayer(known[name], [one[name] for one in parts if name in one]) for name in names]
+    by_module: dict[str, list[AddedPart]] = {}
+    for lora_parts in parts:
+        for name, part in lora_parts.items():
+            by_module.setdefault(name, []).append(part)
+    layers = [AddedLayer(by_name[name], module_parts) for name, module_parts in by_module.items()]
     for layer in layers:
         layer.attach()
     return layers
 
 
 def refuse_dora(lora: LoraFile, option: str) -> None:
-    """Raise CheckpointError if a file is a DoRA: it cannot be added beside other changes of the weights."""
+    """Raise CheckpointError if a file is a DoRA, which cannot be added to other changes of the weights."""
     decomposed = [name for name, factors in deltas.group_by_module(lora.tensors).items() if DORA in factors]
     if decomposed:
         raise CheckpointError(
@@ -344,57 +370,87 @@ def places(dit: nn.Module, published: Callable[[str], str] = str) -> dict[str, C
 
     published: maps the path of a module to its path in files.
     """
-    found = {}
+    by_name: dict[str, ChangedPlace] = {}
     for path, module in dit.named_modules():
         for leaf, _ in module.named_parameters(recurse=False):
-            named = published(path)
-            name, whole = named if leaf == "weight" else f"{named}.{leaf}".lstrip("."), f"{path}.{leaf}"
-            if leaf != "bias":
-                found[OURS + name.replace(".", "_")] = ChangedPlace(whole, module, leaf)
-    return found
+            if leaf == "bias":
+                continue
+            name = published(path)
+            if leaf != "weight":
+                name = f"{name}.{leaf}".lstrip(".")
+            by_name[OURS + name.replace(".", "_")] = ChangedPlace(f"{path}.{leaf}", module, leaf)
+    return by_name
 
 
-def fitting(lora: LoraFile, known: Mapping[str, ChangedPlace], option: str) -> dict[str, Factors]:
+def fitting(lora: LoraFile, by_name: Mapping[str, ChangedPlace], option: str) -> dict[str, Factors]:
     """Return the factors of a file for the modules of a model; warn of modules that the model lacks.
 
-    option: the option with the file, for messages. Raises CheckpointError if the file does not fit the model.
+    by_name: the `places` of the model. option: the option with the file, for messages. Raises
+    CheckpointError if the file does not fit the model.
     """
-    heights = {name: len(place.shaped) for name, place in known.items()}
+    heights = {name: len(place.shaped) for name, place in by_name.items()}
     stored = deltas.group_by_module(for_model(lora.tensors, heights.get))
-    missed = [name for name in stored if name not in known]
-    found: dict[str, Factors] = {name: factors for name, factors in stored.items() if name in known}
-    family = choose_family(name.removeprefix(OURS) for name in known)
-    if not found:
-        loading.refuse_unknown(lora, option)
-        made = lora.family()
-        kinds = "" if made is None or made is family else f" It is for {made.name}."
-        if words := text_side_of(missed):
-            kinds = f" It changes {words} alone: merge it into the model's file with merge_lora.py."
-        raise CheckpointError(
-            f"{option} {lora.path} does not fit this model, which has no {list_some(missed, 2)}.{kinds}\n"
-            "  Give a LoRA that was trained for this model.",
-            lora.path,
-        )
-    for name, factors in list(found.items()):
-        place, weight = known[name], known[name].shaped
-        other = deltas.other_channels(factors, weight) if place.path.endswith(FIRST_LAYERS) else None
-        if other is not None:
-            logger.warning(f"{lora.path}: {other}; the rest is used without it")
-            bias = deltas.bias_delta(factors, CPU)
-            found[name] = {} if bias is None else {"diff_b": bias}
-        for change in changes_of(LoraUse(lora), found[name]):
-            if change.leaf == "weight":
-                change.fit(None, weight, name, "this model", f"{option} ")
-            elif place.adds_to_output or place.has("bias"):
-                of_bias = weight.new_empty(len(weight))
-                change.fit(None, of_bias, f"the bias of {name}", "this model", f"{option} ")
-            else:
-                remedy = "Give a LoRA that was trained for this model."
-                raise CheckpointError(
-                    f"{option} {lora.path} does not fit this model: {name} has no bias there.\n  {remedy}",
-                    lora.path,
-                )
-    modules = [name.removeprefix(OURS) for name in known]
-    loading.warn_of_absent(lora.path, missed, len(stored), "modules are not in this model", family, modules)
+    absent = [name for name in stored if name not in by_name]
+    modules = [name.removeprefix(OURS) for name in by_name]
+    family = choose_family(modules)
+    if len(absent) == len(stored):
+        raise _misfit(lora, absent, family, option)
+    fitted: dict[str, Factors] = {}
+    for name, factors in stored.items():
+        if name in by_name:
+            fitted[name] = _fit_factors(lora, name, factors, place=by_name[name], option=option)
+    loading.warn_of_absent(
+        lora.path,
+        absent,
+        total=len(stored),
+        what="modules are not in this model",
+        model=family,
+        modules=modules,
+    )
     loading.warn_of_other_family(lora, family, modules)
-    return found
+    return fitted
+
+
+def _misfit(
+    lora: LoraFile, absent: Sequence[str], family: FamilyNames | None, option: str
+) -> CheckpointError:
+    """Return the error for a file of which a model has no module. absent: its modules."""
+    loading.refuse_unknown(lora, option)
+    lora_family = lora.family()
+    advice = ""
+    if lora_family is not None and lora_family is not family:
+        advice = f" It is for {lora_family.name}."
+    words = text_side_of(absent)
+    if words:
+        advice = f" It changes {words} alone: merge it into the model's file with merge_lora.py."
+    return CheckpointError(
+        f"{option} {lora.path} does not fit this model, which has no {list_some(absent, 2)}.{advice}\n"
+        "  Give a LoRA that was trained for this model.",
+        lora.path,
+    )
+
+
+def _fit_factors(lora: LoraFile, name: str, factors: Factors, place: ChangedPlace, option: str) -> Factors:
+    """Return the factors for a module, without those for other input channels of a first layer.
+
+    Raises CheckpointError if they do not fit the module.
+    """
+    weight = place.shaped
+    channels = deltas.other_channels(factors, weight) if place.path.endswith(FIRST_LAYERS) else None
+    if channels is not None:
+        logger.warning(f"{lora.path}: {channels}; the rest is used without it")
+        bias = deltas.bias_delta(factors, CPU)
+        factors = {} if bias is None else {"diff_b": bias}
+    for change in changes_of(LoraUse(lora), factors):
+        if change.leaf == "weight":
+            change.fit(None, weight, name=name, model="this model", option=f"{option} ")
+        elif place.adds_to_output or place.has("bias"):
+            of_bias = weight.new_empty(len(weight))
+            change.fit(None, of_bias, name=f"the bias of {name}", model="this model", option=f"{option} ")
+        else:
+            remedy = "Give a LoRA that was trained for this model."
+            raise CheckpointError(
+                f"{option} {lora.path} does not fit this model: {name} has no bias there.\n  {remedy}",
+                lora.path,
+            )
+    return factors

@@ -1,13 +1,13 @@
-"""Find alphas that are not stored as tensors: in a file's header, or in PEFT settings there or beside it."""
+"""Find alphas that are not stored as tensors: in a file's header, or in PEFT settings there or in a file."""
 
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from logging import getLogger
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +27,8 @@ PEFT_FILE = "adapter_config.json"
 _PLAIN_KEY = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
 # the same settings under other keys of a header
 _SETTINGS = (PEFT_SETTINGS, "peft_config", "adapter_config", "lora_config", "config")
-# keys of alpha in a header, as `_bare` returns them, with or without the network before them
-# (`transformer.lora_alpha`), and the keys of the rank beside each
+# keys of alpha in a header, as `_split_key` returns them, with or without the network before them
+# (`transformer.lora_alpha`), and the keys of the rank that belong to each
 _TRAINED = "ss_network_alpha"
 _TEXTS = ("text_encoder", "lora_te", "te1", "te2", "te3")
 # a network's name before a key of its own: `transformer.lora_alpha`, `lora_te1_alpha`
@@ -64,9 +64,23 @@ class _Source:
         return self.rank in ranks or bool(self.settings.get("rank_pattern"))
 
 
+class _Sources(NamedTuple):
+    """Settings that may apply, and warnings about unusable ones."""
+
+    sources: list[_Source]
+    warnings: list[str]
+
+
+class _Key(NamedTuple):
+    """A key of settings, as spellings vary: `transformer.LoRA_alpha` has the name `loraalpha`."""
+
+    network: str  # that it begins with, as a pipeline calls it; else ""
+    name: str
+
+
 @dataclass(frozen=True)
 class FoundAlphas:
-    """Alphas of those modules that have none beside their factors."""
+    """Alphas of those modules that have none among their factors."""
 
     tensors: Mapping[str, Tensor]  # "lora_unet_x.alpha"
     words: str  # their source, or that there are none; "" if every module has its own
@@ -82,7 +96,7 @@ def find_alphas(
     start: str,
     stacked: Mapping[str, int],
 ) -> FoundAlphas:
-    """Find alphas for modules that have none, in the header or in PEFT settings there or beside the file.
+    """Find alphas for modules that have none, in the header or in PEFT settings there or in a file.
 
     is_written_here: the file was written by us; then alphas are in tensors or folded into factors. modules:
     factors by name. paths: of these modules, as in the file. start: prefix of their network in pipelines of
@@ -90,43 +104,69 @@ def find_alphas(
     the trained rank. Raises CheckpointError if two places differ, ValueError and the like if PEFT's
     settings cannot be used.
     """
-    ranks = {
-        name: rank // stacked.get(name, 1)
-        for name, factors in modules.items()
-        if "alpha" not in factors and (rank := rank_of(factors)) is not None
-    }
+    ranks = _ranks_without_alpha(modules, stacked)
     if not ranks:
         return FoundAlphas({}, "")
-    sources, warnings = ([], []) if is_written_here else _sources(path, metadata, paths, start)
+    sources: list[_Source] = []
+    warnings: list[str] = []
+    if not is_written_here:
+        sources, warnings = _sources(path, metadata, paths, start)
+    distinct_ranks = set(ranks.values())
     for source in sources:
-        if not source.fits(set(ranks.values())) and source.is_sure:
-            shown = ", ".join(map(str, sorted(set(ranks.values()))))
+        if not source.fits(distinct_ranks) and source.is_sure:
+            shown = ", ".join(map(str, sorted(distinct_ranks)))
             warnings.append(
                 f"{source.place} has an alpha for rank {source.rank:g}, the factors have rank {shown}: it is "
                 "not used"
             )
-    sources = [source for source in sources if source.fits(set(ranks.values()))]
-    given = [(source.place, source.settings.get("lora_alpha")) for source in sources]
-    told = [(place, _finite(alpha)) for place, alpha in given if alpha]
-    if len({alpha for _, alpha in told}) > 1:
-        both = " and ".join(f"{alpha:g} in {place}" for place, alpha in told)
+    sources = [source for source in sources if source.fits(distinct_ranks)]
+    scaled = [source for source in sources if source.settings.get("lora_alpha")]
+    alphas = [_finite(source.settings["lora_alpha"]) for source in scaled]
+    if len(set(alphas)) > 1:
+        both = " and ".join(
+            f"{alpha:g} in {source.place}" for alpha, source in zip(alphas, scaled, strict=True)
+        )
         raise CheckpointError(
             f"{path} has two alphas: {both}.\n"
             "  Take the wrong one out: the strength of the LoRA depends on it.",
             path,
         )
-    config: dict[str, Any] = {"lora_alpha": told[0][1] if told else None, "alpha_pattern": {}}
-    for source in sources:
-        config["alpha_pattern"] = {**(source.settings.get("alpha_pattern") or {}), **config["alpha_pattern"]}
-        config["use_rslora"] = config.get("use_rslora") or source.settings.get("use_rslora")
-    tensors = peft_alphas(modules, paths, config, stacked)
-    without = len(ranks) - len(tensors)
-    words = [f"alpha {told[0][1]:g} of {told[0][0]}"] if told else []
-    words += [f"alphas of {sources[0].place}"] if tensors and not told else []
-    is_bare = not tensors and not any("alpha" in factors for factors in modules.values())
-    some = "in it" if is_bare else f"for {without} modules"
-    words += [f"no alpha {some}: the rank is taken"] if without else []
+    tensors = peft_alphas(modules, paths, _join_settings(sources, alphas), stacked)
+    words: list[str] = []
+    if alphas:
+        words.append(f"alpha {alphas[0]:g} of {scaled[0].place}")
+    elif tensors:
+        words.append(f"alphas of {sources[0].place}")
+    missing = len(ranks) - len(tensors)
+    if missing:
+        is_bare = not tensors and not any("alpha" in factors for factors in modules.values())
+        where = "in it" if is_bare else f"for {missing} modules"
+        words.append(f"no alpha {where}: the rank is taken")
     return FoundAlphas(tensors, ", ".join(words), tuple(warnings))
+
+
+def _ranks_without_alpha(modules: Mapping[str, Factors], stacked: Mapping[str, int]) -> dict[str, int]:
+    """Return the trained rank of each module that has a rank but no alpha."""
+    ranks: dict[str, int] = {}
+    for name, factors in modules.items():
+        rank = None if "alpha" in factors else rank_of(factors)
+        if rank is not None:
+            ranks[name] = rank // stacked.get(name, 1)
+    return ranks
+
+
+def _join_settings(sources: Sequence[_Source], alphas: Sequence[float]) -> dict[str, Any]:
+    """Return the settings of all sources as one PEFT configuration; of patterns, earlier sources count."""
+    patterns: dict[str, Any] = {}
+    use_rslora = None
+    for source in sources:
+        patterns = {**(source.settings.get("alpha_pattern") or {}), **patterns}
+        use_rslora = use_rslora or source.settings.get("use_rslora")
+    return {
+        "lora_alpha": alphas[0] if alphas else None,
+        "alpha_pattern": patterns,
+        "use_rslora": use_rslora,
+    }
 
 
 def unfold(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
@@ -143,12 +183,12 @@ def unfold(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[s
             continue
         strength = strengths[rank]
         is_exact = math.frexp(strength)[0] == 0.5
-        by = split_strength(strength)
-        divisors = {LORA[0]: by[0], LORA[1]: by[1], "lora_up.bias": strength}
+        by_down, by_up = split_strength(strength)
+        divisors = {LORA[0]: by_down, LORA[1]: by_up, "lora_up.bias": strength}
         for part, divisor in divisors.items():
             if part in factors:
-                whole = factors[part].float() / divisor
-                factors[part] = whole.to(factors[part].dtype) if is_exact else whole
+                unfolded = factors[part].float() / divisor
+                factors[part] = unfolded.to(factors[part].dtype) if is_exact else unfolded
         factors["alpha"] = torch.tensor(strength * rank)
     return ungroup(modules)
 
@@ -156,21 +196,24 @@ def unfold(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[s
 def read_folded(metadata: Mapping[str, str]) -> dict[int, float]:
     """Return rank -> alpha / rank of the metadata `FOLDED`; {} if there are none that can be used."""
     try:
-        found = {int(rank): float(one) for rank, one in parse_json(metadata.get(FOLDED, "{}")).items()}
+        entries = parse_json(metadata.get(FOLDED, "{}"))
+        strengths = {int(rank): float(strength) for rank, strength in entries.items()}
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return {}
-    return {rank: one for rank, one in found.items() if math.isfinite(one) and one > 0}
+    return {
+        rank: strength for rank, strength in strengths.items() if math.isfinite(strength) and strength > 0
+    }
 
 
 def without_alphas(metadata: Mapping[str, str]) -> dict[str, str]:
     """Return the metadata without alphas, for a file with alphas as tensors or folded into the factors."""
     is_trained = "ss_network_module" in metadata
-    return {
-        key: value
-        for key, value in metadata.items()
-        if not _has_alpha(key, value)
-        and not (_bare(key)[1] in _KEYS and not (is_trained and key == _TRAINED))
-    }
+    remaining: dict[str, str] = {}
+    for key, value in metadata.items():
+        is_alpha = _split_key(key).name in _KEYS and not (is_trained and key == _TRAINED)
+        if not _has_alpha(key, value) and not is_alpha:
+            remaining[key] = value
+    return remaining
 
 
 def _has_alpha(key: str, text: str) -> bool:
@@ -178,101 +221,149 @@ def _has_alpha(key: str, text: str) -> bool:
     if key != "config":
         return key in _SETTINGS
     try:
-        return any(source.settings.get("lora_alpha") for source in _inside(key, parse_json(text), ""))
+        sources = _sources_in_json(key, parse_json(text), "")
     except (ValueError, AttributeError, RecursionError):
         return False
+    return any(source.settings.get("lora_alpha") for source in sources)
 
 
-def _sources(
-    path: Path, metadata: Mapping[str, str], paths: Mapping[str, str], start: str
-) -> tuple[list[_Source], list[str]]:
+def _sources(path: Path, metadata: Mapping[str, str], paths: Mapping[str, str], start: str) -> _Sources:
     """Return the settings that may apply to these modules, and warnings about non-numeric values."""
-    sources, warnings = [], []
-    bare = {_bare(key): text for key, text in metadata.items()}
-    for key, text in metadata.items():
-        begin, name = _bare(key)
-        if name not in _KEYS or not _is_of(begin, start):
+    in_header = _sources_in_header(metadata, paths, start)
+    in_settings = _sources_in_settings(metadata, start)
+    in_folder = _sources_in_folder(path, start)
+    return _Sources(
+        sources=[*in_header.sources, *in_settings.sources, *in_folder.sources],
+        warnings=[*in_header.warnings, *in_settings.warnings, *in_folder.warnings],
+    )
+
+
+def _sources_in_header(metadata: Mapping[str, str], paths: Mapping[str, str], start: str) -> _Sources:
+    """Return the alphas that stand in a file's header as keys of their own."""
+    sources: list[_Source] = []
+    warnings: list[str] = []
+    # trainers that write this key store alphas as tensors; dotted names show that a converter has
+    # folded them into the factors
+    is_folded = "ss_network_module" in metadata and any("." in path for path in paths.values())
+    texts = {_split_key(key): text for key, text in metadata.items()}
+    for full_key, text in metadata.items():
+        key = _split_key(full_key)
+        if key.name not in _KEYS or not _is_of(key.network, start):
             continue
-        # trainers that write this key store alphas as tensors; dotted names show that a converter has
-        # folded them into the factors
-        if key == _TRAINED and "ss_network_module" in metadata and any("." in one for one in paths.values()):
+        if full_key == _TRAINED and is_folded:
             continue
-        rank = next((bare[begin, one] for one in _KEYS[name] if (begin, one) in bare), None)
         if _number(text) is None:
-            warnings.append(f"its metadata have {key} {str(text)[:_LONGEST]!r}, which is no number: not used")
+            shown = repr(str(text)[:_LONGEST])
+            warnings.append(f"its metadata have {full_key} {shown}, which is no number: not used")
             continue
-        scaling = bare.get((begin, "userslora"), "").lower() == "true"
-        own = {"lora_alpha": float(text), "r": rank, "use_rslora": scaling}
-        sources.append(_Source(f"its metadata ({key})", own))
+        rank_keys = [_Key(key.network, name) for name in _KEYS[key.name]]
+        scaling = texts.get(_Key(key.network, "userslora"), "")
+        settings = {
+            "lora_alpha": float(text),
+            "r": _first_of(texts, rank_keys),
+            "use_rslora": scaling.lower() == "true",
+        }
+        sources.append(_Source(f"its metadata ({full_key})", settings))
+    return _Sources(sources, warnings)
+
+
+def _first_of(values: Mapping[Any, Any], keys: Iterable[Any]) -> Any:
+    """Return the value of the first key that there is; None if there is none of them."""
+    return next((values[key] for key in keys if key in values), None)
+
+
+def _sources_in_settings(metadata: Mapping[str, str], start: str) -> _Sources:
+    """Return the alphas in the settings, JSON, that a file's header holds."""
+    sources: list[_Source] = []
+    warnings: list[str] = []
     for key in _SETTINGS:
         if key == "config" and not _has_alpha(key, metadata.get(key, "")):
             continue  # of a model, or of anything
         try:
-            sources += _inside(f"its metadata ({key})", parse_json(metadata.get(key, "{}")), start)
+            settings = parse_json(metadata.get(key, "{}"))
+            sources += _sources_in_json(f"its metadata ({key})", settings, start)
         except (ValueError, AttributeError, RecursionError) as error:
             if key == PEFT_SETTINGS:
                 raise
             warnings.append(f"its metadata have {key}, which cannot be read and is not used: {error}")
+    return _Sources(sources, warnings)
+
+
+def _sources_in_folder(path: Path, start: str) -> _Sources:
+    """Return the alphas in the adapter's settings in the folder of the file."""
     folder = path if path.is_dir() else path.parent
-    if (beside := folder / PEFT_FILE).is_file():
-        is_sure = path.is_dir() or path.name.startswith("adapter_model")
-        try:
-            found = _inside(f"{PEFT_FILE} beside it", parse_json(read_text(beside)), start)
-            sources += [replace(source, is_sure=is_sure) for source in found]
-        except (ValueError, AttributeError, OSError, RecursionError) as error:
-            if is_sure:
-                raise
-            warnings.append(f"{beside} cannot be read and is not used: {error}")
-    return sources, warnings
+    settings_path = folder / PEFT_FILE
+    if not settings_path.is_file():
+        return _Sources([], [])
+    is_sure = path.is_dir() or path.name.startswith("adapter_model")
+    try:
+        sources = _sources_in_json(f"{PEFT_FILE} beside it", parse_json(read_text(settings_path)), start)
+    except (ValueError, AttributeError, OSError, RecursionError) as error:
+        if is_sure:
+            raise
+        return _Sources([], [f"{settings_path} cannot be read and is not used: {error}"])
+    return _Sources([replace(source, is_sure=is_sure) for source in sources], [])
 
 
-def _inside(place: str, settings: Mapping[str, Any], start: str, begin: str = "") -> list[_Source]:
+def _sources_in_json(place: str, settings: Mapping[str, Any], start: str, network: str = "") -> list[_Source]:
     """Return the settings in JSON for the network that a pipeline calls `start`, in any spelling.
 
-    begin: network of keys that name none. Settings without an alpha may hold nested ones, as PEFT's for
+    network: of keys that name none. Settings without an alpha may hold nested ones, as PEFT's for
     several adapters do. Raises AttributeError if `settings` is not a JSON object.
     """
-    entries = [(*_bare(key), value) for key, value in settings.items()]
-    if not any(name in _KEYS or name == "alphapattern" for _, name, _ in entries):
-        return [
-            source
-            for key, value in settings.items()
-            if isinstance(value, Mapping)
-            for source in _inside(f"{place}: {key}", value, start, key if _is_network(key) else begin)
-        ]
-    own = {name: value for inside, name, value in entries if _is_of(inside or begin, start)}
-    patterns = {word: own[name] for name, word in _PEFT_KEYS.items() if name in own}
-    if "use_rslora" in patterns:
-        patterns["use_rslora"] = str(patterns["use_rslora"]).lower() == "true"
-    names = [name for name in _KEYS if name in own] or ([""] if patterns else [])
-    ranks = (next((own[one] for one in _KEYS.get(name, _RANKS) if one in own), None) for name in names)
-    return [
-        _Source(place, {"lora_alpha": own.get(name), "r": rank, **patterns})
-        for name, rank in zip(names, ranks, strict=True)
-    ]
+    entries = [(_split_key(full_key), value) for full_key, value in settings.items()]
+    if not any(key.name in _KEYS or key.name == "alphapattern" for key, _ in entries):
+        return _nested_sources(place, settings, start, network)
+    values = {key.name: value for key, value in entries if _is_of(key.network or network, start)}
+    common = {word: values[name] for name, word in _PEFT_KEYS.items() if name in values}
+    if "use_rslora" in common:
+        common["use_rslora"] = str(common["use_rslora"]).lower() == "true"
+    names = [name for name in _KEYS if name in values]
+    if not names and common:
+        names = [""]  # patterns alone
+    sources: list[_Source] = []
+    for name in names:
+        rank = _first_of(values, _KEYS.get(name, _RANKS))
+        sources.append(_Source(place, {"lora_alpha": values.get(name), "r": rank, **common}))
+    return sources
+
+
+def _nested_sources(place: str, settings: Mapping[str, Any], start: str, network: str) -> list[_Source]:
+    """Return the settings in the values of a JSON object. Arguments as for `_sources_in_json`."""
+    sources: list[_Source] = []
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            inner_network = key if _is_network(key) else network
+            sources += _sources_in_json(f"{place}: {key}", value, start, inner_network)
+    return sources
 
 
 def _is_network(key: str) -> bool:
     return f"{key}." in (*EXPERT_STARTS, UNET_IN_DIFFUSERS) or key.startswith(_TEXTS)
 
 
-def _bare(key: str) -> tuple[str, str]:
-    """Normalise a key, as spellings vary: `transformer.LoRA_alpha` -> (`transformer`, `loraalpha`)."""
-    found = _BEGIN.fullmatch(key)
-    begin, name = ("", key) if found is None else (found[1] or found[2] or "", found[3])
-    return begin, re.sub(r"[\W_]", "", name).lower()
+def _split_key(key: str) -> _Key:
+    """Split a key of settings into the network that it begins with and its name."""
+    match = _BEGIN.fullmatch(key)
+    network = ""
+    name = key
+    if match is not None:
+        network = match[1] or match[2] or ""
+        name = match[3]
+    return _Key(network, re.sub(r"[\W_]", "", name).lower())
 
 
-def _is_of(begin: str, start: str) -> bool:
-    """Return whether a key with this prefix belongs to the network that a pipeline calls `start`."""
-    if not begin or f"{begin}." == start:
+def _is_of(network: str, start: str) -> bool:
+    """Return whether a key that begins with `network` belongs to the one that a pipeline calls `start`."""
+    if not network or f"{network}." == start:
         return True
-    if text := _OF_TEXTS.fullmatch(begin):  # numbered from 1, through CLIP-L, CLIP-G and T5
-        return start == ("text_encoder_2." if text[1] in ("2", "3") else "text_encoder.")
+    match = _OF_TEXTS.fullmatch(network)
+    if match is not None:  # numbered from 1, through CLIP-L, CLIP-G and T5
+        return start == ("text_encoder_2." if match[1] in ("2", "3") else "text_encoder.")
     # a transformer has many names: any prefix except those of text encoders and other experts
-    if start not in EXPERT_STARTS or begin.startswith(_TEXTS):
+    if start not in EXPERT_STARTS or network.startswith(_TEXTS):
         return False
-    return EXPERT_STARTS.get(f"{begin}.", EXPERT_STARTS[start]) == EXPERT_STARTS[start]
+    return EXPERT_STARTS.get(f"{network}.", EXPERT_STARTS[start]) == EXPERT_STARTS[start]
 
 
 def read_alphas(
@@ -282,36 +373,77 @@ def read_alphas(
     expert: str | None,
     is_written_here: bool,
     warns: bool = True,
-) -> tuple[dict[str, Tensor], str]:
-    """Return the alphas of a file's modules and text encoders by `find_alphas`, and their source in words.
+) -> FoundAlphas:
+    """Find the alphas of a file's modules and text encoders by `find_alphas`.
 
     expert: the expert of this part of the file; None: it has no parts. warns: log unusable values. Raises
     CheckpointError if settings are unusable.
     """
     find = partial(find_alphas, path, metadata, is_written_here)
     texts = group_by_module(native.texts)
-    groups: dict[str, dict[str, str]] = {}  # start of the encoder's names in diffusers -> modules' paths
-    for name in texts:
-        begin, dot, rest = (diffusers_path_of_text(name) or f".{name}").partition(".")
-        groups.setdefault(begin and begin + dot, {})[name] = rest
     start = next((start for start, name in NETWORKS.items() if name == expert), IN_DIFFUSERS)
     try:
-        found = find(group_by_module(native.tensors), native.paths, start, native.stacked)
-        of_texts = [
-            find({name: texts[name] for name in paths}, paths, start, {}) for start, paths in groups.items()
-        ]
+        alphas = [find(group_by_module(native.tensors), native.paths, start, native.stacked)]
+        for text_start, paths in _paths_by_encoder(texts).items():
+            modules = {name: texts[name] for name in paths}
+            alphas.append(find(modules, paths, text_start, {}))
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: its PEFT settings cannot be read: {error}.\n"
             "  Correct lora_alpha or alpha_pattern in them, or give another LoRA.",
             path,
         ) from error
-    if warns:
-        for warning in dict.fromkeys(warning for one in (found, *of_texts) for warning in one.warnings):
-            logger.warning(f"{path}: {warning}")
-    tensors = {name: alpha for one in (found, *of_texts) for name, alpha in one.tensors.items()}
-    words = (found.words, ", ".join(dict.fromkeys(one.words for one in of_texts if one.words)))
-    return tensors, ", ".join(dict.fromkeys(filter(None, words)))
+    warnings = dict.fromkeys(warning for entry in alphas for warning in entry.warnings)
+    for warning in warnings if warns else ():
+        logger.warning(f"{path}: {warning}")
+    tensors = {name: alpha for entry in alphas for name, alpha in entry.tensors.items()}
+    text_words = ", ".join(dict.fromkeys(entry.words for entry in alphas[1:] if entry.words))
+    words = dict.fromkeys(filter(None, (alphas[0].words, text_words)))
+    return FoundAlphas(tensors, ", ".join(words), tuple(warnings))
+
+
+def _paths_by_encoder(texts: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Return, by the prefix of a text encoder's names in diffusers, its modules and their paths there."""
+    paths: dict[str, dict[str, str]] = {}
+    for name in texts:
+        encoder, dot, path = (diffusers_path_of_text(name) or f".{name}").partition(".")
+        paths.setdefault(encoder + dot if encoder else "", {})[name] = path
+    return paths
+
+
+@dataclass(frozen=True)
+class _AlphaRules:
+    """The alphas in PEFT settings.
+
+    A key of `alpha_pattern` is the end of a module's path (`to_q`, `attn1.to_q`) or a regular expression for
+    it; of several that match, PEFT takes the first.
+    """
+
+    values: Mapping[str, float]  # alpha_pattern
+    places: Mapping[str, int]  # of its keys
+    expressions: Mapping[str, Callable[[str], bool]]  # those of its keys that are no plain ends of paths
+    default: float | None
+
+    def alpha_of(self, path: str) -> float | None:
+        """Return the alpha of a module: `blocks.0.attn1.to_q`."""
+        ends = [path, *(path[index + 1 :] for index, char in enumerate(path) if char == ".")]
+        matching = [end for end in ends if end in self.values]
+        matching += [key for key, fits in self.expressions.items() if fits(path)]
+        if not matching:
+            return self.default
+        return self.values[min(matching, key=self.places.__getitem__)]
+
+
+def _read_rules(config: Mapping[str, Any]) -> _AlphaRules:
+    """Read the alphas in PEFT settings. Raises ValueError if they cannot be used."""
+    values = {key: _finite(value) for key, value in (config.get("alpha_pattern") or {}).items()}
+    keys = [key for key in values if not _PLAIN_KEY.fullmatch(key)]
+    if sum(map(len, keys)) > MAX_EXPRESSIONS:
+        raise ValueError(f"its regular expressions have more than {MAX_EXPRESSIONS} characters in all")
+    expressions = {key: _expression(key) for key in keys}
+    default = None if config.get("lora_alpha") is None else _finite(config["lora_alpha"])
+    places = {key: place for place, key in enumerate(values)}
+    return _AlphaRules(values, places, expressions, default)
 
 
 def peft_alphas(
@@ -324,25 +456,13 @@ def peft_alphas(
 
     Arguments as for `find_alphas`. Raises ValueError if the settings cannot be used.
     """
-    # a key is the end of a module's path (`to_q`, `attn1.to_q`) or a regular expression for it; of several
-    # that match, PEFT takes the first
-    values = {key: _finite(value) for key, value in (config.get("alpha_pattern") or {}).items()}
-    places = {key: place for place, key in enumerate(values)}
-    expressions = [key for key in values if not _PLAIN_KEY.fullmatch(key)]
-    if sum(map(len, expressions)) > MAX_EXPRESSIONS:
-        raise ValueError(f"its regular expressions have more than {MAX_EXPRESSIONS} characters in all")
-    fitting = {key: _expression(key) for key in expressions}
-    default = None if config.get("lora_alpha") is None else _finite(config["lora_alpha"])
-    alphas = {}
+    rules = _read_rules(config)
+    alphas: dict[str, Tensor] = {}
     for module, factors in modules.items():
         rank = rank_of(factors)
         if rank is None or "alpha" in factors:
             continue
-        path = paths[module]  # `blocks.0.attn1.to_q`
-        ends = [path, *(path[index + 1 :] for index, char in enumerate(path) if char == ".")]
-        found = [end for end in ends if end in places]
-        found += [key for key, fits in fitting.items() if fits(path)]
-        alpha = values[min(found, key=places.__getitem__)] if found else default
+        alpha = rules.alpha_of(paths[module])
         if alpha is None:
             continue
         count = stacked.get(module, 1)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from logging import getLogger
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from networks import deltas
 from networks.deltas import CPU, DORA, META, ROWS, Factors, has_input_magnitudes, other_channels
 from networks.key_formats import module_of_tensor
 from networks.leftovers import text_side_of
-from networks.loading import LoraUse, refuse_unknown, warn_of_absent, warn_of_other_family
+from networks.loading import LoraFile, LoraUse, refuse_unknown, warn_of_absent, warn_of_other_family
 from networks.module_names import Relative, alias, choose_family, relatives
 from networks.names.layouts import FIRST_LAYERS, OURS
 from networks.parts import is_cut, part_rows
@@ -44,9 +45,12 @@ class Change:
 
     def delta(self, factors: Factors, device: torch.device) -> Tensor:
         """Return the addition of the factors at multiplier 1, before DoRA's normalisation; float32."""
-        found = (deltas.bias_delta if self.leaf == "bias" else deltas.weight_delta)(factors, device)
-        assert found is not None
-        return found
+        if self.leaf == "bias":
+            delta = deltas.bias_delta(factors, device)
+        else:
+            delta = deltas.weight_delta(factors, device)
+        assert delta is not None
+        return delta
 
     def fit(
         self, relative: Relative | None, weight: Tensor, name: str, model: str, option: str = ""
@@ -62,25 +66,33 @@ class Change:
                 change = self._joined(relative, weight)
             else:
                 change = self if relative is None else self._placed(relative, weight)
-            found = list(change.delta(deltas.without_alpha(change.factors), META).shape)
+            shape = list(change.delta(deltas.without_alpha(change.factors), META).shape)
         except (RuntimeError, IndexError) as error:
             raise CheckpointError(
                 f"{path}: the factors for {name} do not go together ({error}).", path
             ) from error
-        wanted = list((weight if change.rows is None else weight[change.rows]).shape)
-        what, fits = "", math.prod(found) == math.prod(wanted) and found[:1] == wanted[:1]
-        if fits and DORA in change.factors and self.leaf == "weight":
-            magnitudes = change.factors[DORA].numel()
-            fits = len(wanted) > 1 and magnitudes == wanted[1 if has_input_magnitudes(change.factors) else 0]
-            what = f"{magnitudes} DoRA magnitudes, the model {wanted}."
-        if not fits:
-            made = " or ".join(family.name for family in self.use.lora.families())
-            kind = f" It is for {made}." if made else ""
-            what = (
-                what or f"{found}, the model {wanted}.{kind}\n  Give a LoRA that was trained for this model."
-            )
-            raise CheckpointError(f"{option}{path} does not fit {model}: for {name} it has {what}", path)
+        expected = list((weight if change.rows is None else weight[change.rows]).shape)
+        fault = change._fault(shape, expected)
+        if fault:
+            raise CheckpointError(f"{option}{path} does not fit {model}: for {name} it has {fault}", path)
         return change
+
+    def _fault(self, shape: list[int], expected: list[int]) -> str:
+        """Return why the change does not fit, as in "it has ..."; "" if it fits.
+
+        shape: of the change. expected: shape of the rows of the parameter that it is for.
+        """
+        if math.prod(shape) != math.prod(expected) or shape[:1] != expected[:1]:
+            families = " or ".join(family.name for family in self.use.lora.families())
+            kind = f" It is for {families}." if families else ""
+            return f"{shape}, the model {expected}.{kind}\n  Give a LoRA that was trained for this model."
+        if DORA not in self.factors or self.leaf != "weight":
+            return ""
+        magnitudes = self.factors[DORA].numel()
+        axis = 1 if has_input_magnitudes(self.factors) else 0
+        if len(expected) > 1 and magnitudes == expected[axis]:
+            return ""
+        return f"{magnitudes} DoRA magnitudes, the model {expected}."
 
     def _joined(self, relative: Relative | None, weight: Tensor) -> "Change":
         """Return the change of the whole layer that this one is the first part of, if the weight has it all.
@@ -88,30 +100,35 @@ class Change:
         DoRA magnitudes by input need the norms of the whole layer. Raises RuntimeError if the weight is a
         part of it.
         """
-        size, (first, last) = deltas.size_of(self.factors), deltas.rows_in(self.factors)
+        size = deltas.size_of(self.factors)
+        first, last = deltas.rows_in(self.factors)
         if relative is None or not relative.is_part or not is_cut(relative.part) or size is None:
             raise RuntimeError(BY_INPUT)
         rows = part_rows(relative.part, last - first, len(weight))
         if not isinstance(rows, slice):
             raise RuntimeError(BY_INPUT)
         start = rows.start - first
-        whole = {part: one for part, one in self.factors.items() if part != ROWS}
-        return replace(self, factors=whole, rows=slice(start, start + size[0]))
+        factors = {part: tensor for part, tensor in self.factors.items() if part != ROWS}
+        return replace(self, factors=factors, rows=slice(start, start + size[0]))
 
     def _placed(self, relative: Relative, weight: Tensor) -> "Change":
         """Return the change for a relative of the LoRA's module.
 
         If the numbers of rows do not match it is unchanged, and `fit` finds the wrong shape.
         """
-        own, whole = len(self.delta(deltas.without_alpha(self.factors), META)), len(weight)
-        heights = (own, whole) if relative.is_part else (whole, own)
-        if is_cut(relative.part) and heights[0] >= heights[1]:
+        height = len(self.delta(deltas.without_alpha(self.factors), META))
+        weight_height = len(weight)
+        part_height = height if relative.is_part else weight_height
+        whole_height = weight_height if relative.is_part else height
+        if is_cut(relative.part) and part_height >= whole_height:
             parts = "it is a part of the weight" if relative.is_part else "the weight is a part of it"
-            raise RuntimeError(f"{relative.name} has {own} rows, the weight {whole}, although {parts}")
-        rows = part_rows(relative.part, *heights)
+            raise RuntimeError(
+                f"{relative.name} has {height} rows, the weight {weight_height}, although {parts}"
+            )
+        rows = part_rows(relative.part, part_height, whole_height)
         if isinstance(rows, slice) and relative.is_part:
             return replace(self, rows=rows)
-        if rows is None or rows == slice(0, own):
+        if rows is None or rows == slice(0, height):
             return self
         if has_input_magnitudes(self.factors):
             raise RuntimeError(BY_INPUT)
@@ -128,13 +145,17 @@ class Change:
         """
         if self.rows is not None:
             start = 0 if block is None else block.start
-            begin, end = max(start, self.rows.start), min(start + len(total), self.rows.stop)
-            if begin >= end:
+            first = max(start, self.rows.start)
+            end = min(start + len(total), self.rows.stop)
+            if first >= end:
                 return
-            block = slice(begin - self.rows.start, end - self.rows.start)
-            total, weight = total[begin - start : end - start], weight[begin - start : end - start]
-        # a LoKr is never in blocks, see `_blocks`
-        factors = (None if block is None else deltas.rows_of(self.factors, block)) or self.factors
+            block = slice(first - self.rows.start, end - self.rows.start)
+            covered = slice(first - start, end - start)
+            total = total[covered]
+            weight = weight[covered]
+        factors = self.factors
+        if block is not None:  # a LoKr is never in blocks, see `_blocks`
+            factors = deltas.rows_of(self.factors, block) or self.factors
         delta = self.delta(factors, total.device)
         if DORA in factors and self.leaf == "weight":  # it depends on the weight
             delta = deltas.decompose(weight, delta, factors[DORA], self.use.lora.has_frozen_norms)
@@ -142,8 +163,21 @@ class Change:
 
 
 def changes_of(use: LoraUse, factors: Factors) -> list[Change]:
-    leaves = {"bias": factors.keys() & deltas.OF_BIAS, "weight": factors.keys() - deltas.OF_BIAS - {"alpha"}}
-    return [Change(use, factors, leaf) for leaf, given in leaves.items() if given]
+    """Return the changes by a LoRA of a module's bias and weight."""
+    changes: list[Change] = []
+    if factors.keys() & deltas.OF_BIAS:
+        changes.append(Change(use, factors, "bias"))
+    if factors.keys() - deltas.OF_BIAS - {"alpha"}:
+        changes.append(Change(use, factors, "weight"))
+    return changes
+
+
+class FoundChange(NamedTuple):
+    """A change of a parameter."""
+
+    key: str  # `lora_unet_x.weight`
+    change: Change
+    relative: Relative | None  # how the parameter lies to the LoRA's module
 
 
 def _blocks(weight: Tensor, changes: Sequence[Change]) -> Iterator[slice | None]:
@@ -191,12 +225,12 @@ class LoraPatch:
         self.beside: dict[str, list[Change]] = {}
         self._seen: set[str] = set()  # keys, in any layout, of weights that were passed in
         # use -> those of its keys that change something
-        self._taken: dict[int, set[str]] = {id(use): set() for use in uses}
+        self._used: dict[int, set[str]] = {id(use): set() for use in uses}
         # use -> input channels of its first layer, if the model has another number
         self._narrower: dict[int, str] = {}
         self._modules: dict[str, None] = {}  # of the model, as far as its weights were passed in
-        # parameter -> (key, change, how the parameter lies to the LoRA's module) that the patterns keep
-        self._found: dict[str, list[tuple[str, Change, Relative | None]]] = {}
+        # parameter -> its changes that the patterns keep
+        self._found: dict[str, list[FoundChange]] = {}
         theirs = list(dict.fromkeys(module_of_tensor(name)[0] for name in parameter_names or ()))
         family = choose_family(theirs)
         self._renamed = {} if family is None else {module: alias(module, family) for module in theirs}
@@ -212,15 +246,7 @@ class LoraPatch:
         input channels is left out, and `check` reports it. Raises CheckpointError if a LoRA has
         another size.
         """
-        changes = self._fitting(name, weight)
-        # move all factors but alphas and numbers of rows, which the host reads
-        for place, change in enumerate(changes):
-            moved = {
-                part: one.to(weight.device)
-                for part, one in deltas.without_alpha(change.factors).items()
-                if part != ROWS
-            }
-            changes[place] = replace(change, factors={**change.factors, **moved})
+        changes = [_move_factors(change, weight.device) for change in self._fitting(name, weight)]
         for rows in () if weight.is_meta else _blocks(weight, changes):
             part = weight if rows is None else weight[rows]
             total = torch.zeros(part.shape, dtype=torch.float32, device=part.device)
@@ -246,10 +272,11 @@ class LoraPatch:
         """Return the changes of a parameter, fitted to it. Raises as `add_to`."""
         changes = []
         for key, change, relative in self._find(name):
-            if name.endswith(FIRST_LAYERS) and (other := other_channels(change.factors, weight)) is not None:
-                self._narrower[id(change.use)] = other
+            channels = other_channels(change.factors, weight) if name.endswith(FIRST_LAYERS) else None
+            if channels is not None:
+                self._narrower[id(change.use)] = channels
                 continue
-            self._taken[id(change.use)].add(key)
+            self._used[id(change.use)].add(key)
             fitted = change.fit(relative, weight, name, self._model)
             is_whole = ROWS in change.factors and ROWS not in fitted.factors
             if not is_whole or not deltas.rows_in(change.factors)[0]:  # the first part stands for all
@@ -277,79 +304,106 @@ class LoraPatch:
         self.refuse_misfits()
         family = choose_family(self._modules, LIKELY_MODEL)
         for use in self._uses:
-            path, keys, taken = use.lora.path, self._keys(use), self._taken[id(use)]
+            path = use.lora.path
+            keys = self._keys(use)
+            used = self._used[id(use)]
             if not keys and use.lora.text_tensors:
                 continue  # it changes only text encoders
             if id(use) in self._narrower:
                 logger.warning(f"{path}: {self._narrower[id(use)]}; the rest is used without it")
-            if not taken:
+            if not used:
                 logger.warning(f"{path} changes nothing, because its patterns leave no tensor that fits")
-            else:
-                logger.info(f"{path}: {len(taken)} weights changed, multiplier {use.multiplier:g}")
-                warn_of_other_family(use.lora, family, self._modules)
-                if missed := [key for key in keys if key not in self._seen]:
-                    what = f"weights are not in {self._model}"
-                    warn_of_absent(path, missed, len(keys), what, family, self._modules)
+                continue
+            logger.info(f"{path}: {len(used)} weights changed, multiplier {use.multiplier:g}")
+            warn_of_other_family(use.lora, family, self._modules)
+            absent = [key for key in keys if key not in self._seen]
+            if absent:
+                warn_of_absent(
+                    path,
+                    absent,
+                    total=len(keys),
+                    what=f"weights are not in {self._model}",
+                    model=family,
+                    modules=self._modules,
+                )
 
     def refuse_misfits(self) -> None:
         """Raise CheckpointError if no part of a LoRA has a weight."""
         for use in self._uses:
-            keys, lora = self._keys(use), use.lora
-            if not keys or self._seen.intersection(keys):
-                continue
-            if not self._is_text:
-                refuse_unknown(lora)
-            family = choose_family(self._modules, LIKELY_MODEL)
-            if self._path is not None and family is None and not self._is_text:
-                raise CheckpointError(
-                    f"{self._model} is no transformer that a LoRA could be added to: it has modules such as "
-                    f"{list_some(list(self._modules), 3)}.\n  Give the model's own file.",
-                    self._path,
-                )
-            if words := text_side_of(keys):
-                raise CheckpointError(
-                    f"{lora.path} changes {words} alone, which are not in {self._model}.\n"
-                    "  Merge it into the model's file with merge_lora.py.",
-                    self._path or lora.path,
-                )
-            if self._is_text:
-                keys = [key.removeprefix(OURS) for key in keys]
-            made, kinds = lora.family(), ""
-            if made is not None and family is not None and made is not family:
-                kinds = f" It is for {made.name}, the model is {family.name}."
-            raise CheckpointError(
-                f"{lora.path} does not fit {self._model}, which has none of its {len(keys)} weights, such as "
-                f"{list_some(keys, 2)}.{kinds}\n  Give a LoRA that was trained for this model.",
+            keys = self._keys(use)
+            if keys and not self._seen.intersection(keys):
+                raise self._misfit(use.lora, keys)
+
+    def _misfit(self, lora: LoraFile, keys: list[str]) -> CheckpointError:
+        """Return the error for a LoRA of which no part has a weight. keys: of its changes."""
+        if not self._is_text:
+            refuse_unknown(lora)
+        family = choose_family(self._modules, LIKELY_MODEL)
+        if self._path is not None and family is None and not self._is_text:
+            return CheckpointError(
+                f"{self._model} is no transformer that a LoRA could be added to: it has modules such as "
+                f"{list_some(list(self._modules), 3)}.\n  Give the model's own file.",
+                self._path,
+            )
+        words = text_side_of(keys)
+        if words:
+            return CheckpointError(
+                f"{lora.path} changes {words} alone, which are not in {self._model}.\n"
+                "  Merge it into the model's file with merge_lora.py.",
                 self._path or lora.path,
             )
+        if self._is_text:
+            keys = [key.removeprefix(OURS) for key in keys]
+        lora_family = lora.family()
+        kinds = ""
+        if lora_family is not None and family is not None and lora_family is not family:
+            kinds = f" It is for {lora_family.name}, the model is {family.name}."
+        return CheckpointError(
+            f"{lora.path} does not fit {self._model}, which has none of its {len(keys)} weights, such as "
+            f"{list_some(keys, 2)}.{kinds}\n  Give a LoRA that was trained for this model.",
+            self._path or lora.path,
+        )
 
-    def _find(self, name: str) -> list[tuple[str, Change, Relative | None]]:
-        """Return (key, change, relation) for the changes of a parameter, under its own name or the names of
-        its parts and wholes in other layouts.
+    def _find(self, name: str) -> list[FoundChange]:
+        """Return the changes of a parameter, under its own name or the names of its parts and wholes in
+        other layouts.
         """
         if name not in self._found:
             module, leaf = module_of_tensor(name)
             module = self._renamed.get(module, module)
             self._modules.setdefault(module)
-            named: list[tuple[str, Relative | None]] = [(module, None)]
-            named += [(relative.name, relative) for relative in relatives(module)]
-            self._seen.update(f"{OURS}{own}.{leaf}" for own, _ in named)
-            self._found[name] = [
-                (f"{OURS}{own}.{leaf}", change, relative)
-                for own, relative in named
-                for change in self._changes.get(f"{OURS}{own}.{leaf}", [])
-                if change.use.keeps(change.factors, OURS + own, OURS + module)
-            ]
+            relations: list[tuple[str, Relative | None]] = [(module, None)]
+            relations += [(relative.name, relative) for relative in relatives(module)]
+            self._seen.update(f"{OURS}{relative_name}.{leaf}" for relative_name, _ in relations)
+            changes: list[FoundChange] = []
+            for relative_name, relative in relations:
+                key = f"{OURS}{relative_name}.{leaf}"
+                for change in self._changes.get(key, []):
+                    if change.use.keeps(change.factors, OURS + relative_name, OURS + module):
+                        changes.append(FoundChange(key, change, relative))
+            self._found[name] = changes
         return self._found[name]
 
     def _keys(self, use: LoraUse) -> list[str]:
-        return [
-            key
-            for key, changes in self._changes.items()
-            for change in changes
-            if change.use is use
-            and (key in self._taken[id(use)] or use.keeps(change.factors, key.partition(".")[0]))
-        ]
+        """Return the keys of a LoRA's changes that the patterns keep."""
+        keys: list[str] = []
+        for key, changes in self._changes.items():
+            module = key.partition(".")[0]
+            for change in changes:
+                if change.use is not use:
+                    continue
+                if key in self._used[id(use)] or use.keeps(change.factors, module):
+                    keys.append(key)
+        return keys
+
+
+def _move_factors(change: Change, device: torch.device) -> Change:
+    """Return the change with its factors on a device, except alphas and rows, which the host reads."""
+    moved = dict(change.factors)
+    for part, tensor in deltas.without_alpha(change.factors).items():
+        if part != ROWS:
+            moved[part] = tensor.to(device)
+    return replace(change, factors=moved)
 
 
 class OriginalWeights:
@@ -364,7 +418,7 @@ class OriginalWeights:
         """uses: all LoRAs that may be switched to. published: see `LoraPatch.bake`."""
         self._all = LoraPatch(uses)
         self._published = published
-        self._kept: dict[str, Tensor] = {}
+        self._originals: dict[str, Tensor] = {}
 
     def __call__(self, name: str, weight: Tensor) -> Tensor:
         """Keep a copy of the weight if a LoRA changes it, and return the weight as it is.
@@ -374,7 +428,7 @@ class OriginalWeights:
         published = self._published(name)
         self._all.add_to(published, deltas.hollow(weight))
         if self._all.touches(published):
-            self._kept[name] = weight.detach().to(CPU, copy=True)
+            self._originals[name] = weight.detach().to(CPU, copy=True)
         return weight
 
     def keep(self, network: nn.Module) -> None:
@@ -389,23 +443,23 @@ class OriginalWeights:
     def switch(self, network: nn.Module, uses: Sequence[LoraUse]) -> None:
         """Reset the loaded network to its original weights, with these LoRAs added."""
         patch = LoraPatch(uses)
-        for name, original in self._kept.items():
+        for name, original in self._originals.items():
             parameter = network.get_parameter(name)
             parameter.copy_(patch(self._published(name), original.to(parameter.device)))
 
 
-def check_loras_fit(model: Path, uses: Sequence[LoraUse], beside: Path | None = None) -> None:
+def check_loras_fit(model: Path, uses: Sequence[LoraUse], companion: Path | None = None) -> None:
     """Compare names and shapes of LoRAs with the header of a transformer's file, before it is loaded.
 
-    beside: a file with more tensors of the model. Raises CheckpointError if a LoRA has another size, or if no
-    part of it has a weight.
+    companion: a file with more tensors of the model. Raises CheckpointError if a LoRA has another size, or
+    if no part of it has a weight.
     """
     if not uses:
         return
     with contextlib.ExitStack() as opened:
         checkpoint = opened.enter_context(open_checkpoint(model))
-        if beside is not None:
-            checkpoint = checkpoint.join(opened.enter_context(open_checkpoint(beside)))
+        if companion is not None:
+            checkpoint = checkpoint.join(opened.enter_context(open_checkpoint(companion)))
         patch = LoraPatch(uses, checkpoint.tensors, model)
         for name, info in checkpoint.tensors.items():
             if info.packing is None or info.packing.pad == 1:

@@ -5,7 +5,7 @@ Source: Karras et al. 2023, arXiv 2312.02696, section 3 and appendix C.
 
 import contextlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from logging import getLogger
 from pathlib import Path
 
@@ -38,25 +38,15 @@ def average_files(options: AveragingOptions) -> None:
     """
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(open_checkpoint(path)) for path in options.files()]
-        steps = {file.path: file.metadata.get("ss_steps", "") for file in opened}
-        if options.no_sort:
-            pass
-        elif all(step.isdecimal() and len(step) < 19 for step in steps.values()):
-            opened.sort(key=lambda file: (int(steps[file.path]), file.path.name))
-        else:
-            logger.info("The files do not all say their step, so they are sorted by their time of change.")
-            opened.sort(key=lambda file: (file.path.stat().st_mtime_ns, file.path.name))
+        if not options.no_sort:
+            _sort_by_step(opened)
         files = _choose_files(opened)
         weights = file_weights(len(files), options)
         for file, weight in zip(files, weights, strict=True):
             logger.info("%6.2f %%  %s", 100 * weight, file.path)
         last = files[-1]
         metadata = {key: value for key, value in last.metadata.items() if not key.startswith(STALE)}
-        rule: Mapping[str, float | None] = {"sigma_rel": options.sigma_rel}
-        if options.sigma_rel is None:
-            rule = {"beta": options.beta, "beta2": options.beta2}
-        shares = {file.path.name: round(weight, 6) for file, weight in zip(files, weights, strict=True)}
-        metadata[NOTE] = json.dumps({**rule, "files": shares}, ensure_ascii=False)
+        metadata[NOTE] = _note(files, weights, options)
         read = _averaged(files, weights)
         if sum(info.size_bytes for info in last.tensors.values()) > LARGEST_HASHED:
             stream_tensors(options.output_file, last.tensors, read, metadata)
@@ -64,6 +54,25 @@ def average_files(options: AveragingOptions) -> None:
             tensors = {name: read(name) for name in last.tensors}
             save_tensors(options.output_file, tensors, add_hashes(tensors, metadata))
     logger.info("%s: the average of %d files", options.output_file, len(files))
+
+
+def _sort_by_step(files: list[Checkpoint]) -> None:
+    """Sort files by the step in their metadata, or by their time of change if one has no step."""
+    steps = {file.path: file.metadata.get("ss_steps", "") for file in files}
+    if all(step.isdecimal() and len(step) < 19 for step in steps.values()):
+        files.sort(key=lambda file: (int(steps[file.path]), file.path.name))
+    else:
+        logger.info("The files do not all say their step, so they are sorted by their time of change.")
+        files.sort(key=lambda file: (file.path.stat().st_mtime_ns, file.path.name))
+
+
+def _note(files: Sequence[Checkpoint], weights: Sequence[float], options: AveragingOptions) -> str:
+    """Return the rule of the average and the share of each file, JSON for the metadata."""
+    rule: dict[str, object] = {"sigma_rel": options.sigma_rel}
+    if options.sigma_rel is None:
+        rule = {"beta": options.beta, "beta2": options.beta2}
+    shares = {file.path.name: round(weight, 6) for file, weight in zip(files, weights, strict=True)}
+    return json.dumps({**rule, "files": shares}, ensure_ascii=False)
 
 
 def file_weights(count: int, options: AveragingOptions) -> list[float]:
@@ -90,16 +99,21 @@ def exponent_of(sigma_rel: float) -> float:
 
     Inverts sigma_rel = sqrt(gamma + 1) / ((gamma + 2) sqrt(gamma + 3)), which falls as gamma rises.
     """
-    low, high = 0.0, 1.0
+    low = 0.0
+    high = 1.0
 
     def is_wide(gamma: float) -> bool:
         return float((gamma + 1) ** 0.5 / ((gamma + 2) * (gamma + 3) ** 0.5)) > sigma_rel
 
     while is_wide(high):
-        low, high = high, 2 * high
+        low = high
+        high = 2 * high
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = (middle, high) if is_wide(middle) else (low, middle)
+        if is_wide(middle):
+            low = middle
+        else:
+            high = middle
     return low
 
 
@@ -109,60 +123,78 @@ def _choose_files(files: Sequence[Checkpoint]) -> list[Checkpoint]:
     Raises CheckpointError if fewer than two are left, if names or shapes differ, or if the files are for
     different experts.
     """
-    found: list[Checkpoint] = []
-    has_others = any("ss_ema_decay" not in file.metadata for file in files)
-    hashes: dict[str, Path] = {}
-    for file in files:
-        own = file.metadata.get("sshs_model_hash", "")
-        if has_others and "ss_ema_decay" in file.metadata:
-            logger.warning("%s is left out: it is an average (EMA) already.", file.path)
-        elif own and own in hashes:
-            logger.warning("%s is left out: it holds the same as %s.", file.path, hashes[own])
-        else:
-            hashes[own] = file.path
-            found.append(file)
-    if len(found) < 2:
-        raise CheckpointError(f"{found[0].path} is the only file that is left: give two or more of one run")
-    if len({file.metadata.get("ss_session_id") for file in found}) > 1:
+    chosen = _without_copies(files)
+    if len(chosen) < 2:
+        raise CheckpointError(f"{chosen[0].path} is the only file that is left: give two or more of one run")
+    if len({file.metadata.get("ss_session_id") for file in chosen}) > 1:
         logger.warning("The files are of different runs; an average of those rarely makes sense.")
-    first = found[0]
+    first = chosen[0]
     if not any("." in name for name in first.tensors):  # as latents of caches
         raise CheckpointError(
             f"{first.path} holds no network: it has {list_some(list(first.tensors), 3)}.\n"
             "  Give the saved LoRAs or models of one run.",
             first.path,
         )
-    said = {file.path: expert_of(file.metadata, file.path) for file in found}
-    experts = {path: expert.replace("_", " ") for path, expert in said.items() if expert is not None}
+    _refuse_several_experts(chosen)
+    for file in chosen[1:]:
+        _refuse_other_network(file, first)
+    return chosen
+
+
+def _without_copies(files: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """Return the files without copies, and without averages (EMA) if there are other files; warn of these."""
+    chosen: list[Checkpoint] = []
+    has_others = any("ss_ema_decay" not in file.metadata for file in files)
+    paths: dict[str, Path] = {}  # by hash
+    for file in files:
+        model_hash = file.metadata.get("sshs_model_hash", "")
+        if has_others and "ss_ema_decay" in file.metadata:
+            logger.warning("%s is left out: it is an average (EMA) already.", file.path)
+        elif model_hash and model_hash in paths:
+            logger.warning("%s is left out: it holds the same as %s.", file.path, paths[model_hash])
+        else:
+            paths[model_hash] = file.path
+            chosen.append(file)
+    return chosen
+
+
+def _refuse_several_experts(files: Sequence[Checkpoint]) -> None:
+    """Raise CheckpointError if the files are LoRAs of different experts."""
+    experts: dict[Path, str] = {}
+    for file in files:
+        expert = expert_of(file.metadata, file.path)
+        if expert is not None:
+            experts[file.path] = expert.replace("_", " ")
     if len(set(experts.values())) > 1:
         listed = ", ".join(f"{path} ({expert})" for path, expert in experts.items())
         raise CheckpointError(
             f"The files are LoRAs of different experts: {listed}.\n  Give files of one expert."
         )
-    for file in found[1:]:
-        names = sorted(first.tensors.keys() ^ file.tensors.keys())
-        shapes = [
-            f"{name} {list(info.shape)} and {list(first.tensors[name].shape)}"
-            for name, info in file.tensors.items()
-            if name in first.tensors and info.shape != first.tensors[name].shape
-        ]
-        if names or shapes:
-            what = f"only one has {list_some(names, 3)}" if names else f"sizes differ: {list_some(shapes, 3)}"
-            raise CheckpointError(
-                f"{file.path} holds another network than {first.path}: {what}."
-                f"\n  {_how_to_agree(file, first)}",
-                file.path,
-            )
-    return found
+
+
+def _refuse_other_network(file: Checkpoint, first: Checkpoint) -> None:
+    """Raise CheckpointError if a file has other names or shapes than the first one."""
+    names = sorted(first.tensors.keys() ^ file.tensors.keys())
+    shapes: list[str] = []
+    for name, info in file.tensors.items():
+        if name in first.tensors and info.shape != first.tensors[name].shape:
+            shapes.append(f"{name} {list(info.shape)} and {list(first.tensors[name].shape)}")
+    if names or shapes:
+        what = f"only one has {list_some(names, 3)}" if names else f"sizes differ: {list_some(shapes, 3)}"
+        raise CheckpointError(
+            f"{file.path} holds another network than {first.path}: {what}.\n  {_how_to_agree(file, first)}",
+            file.path,
+        )
 
 
 def _how_to_agree(file: Checkpoint, first: Checkpoint) -> str:
     """Return what to do about a file that has other names or sizes than the first one."""
-    formats = [one.metadata.get(LORA_FORMAT, KNOWN) for one in (file, first)]
-    if formats[0] == formats[1] or formats[1] not in _TARGETS:
+    file_format = file.metadata.get(LORA_FORMAT, KNOWN)
+    first_format = first.metadata.get(LORA_FORMAT, KNOWN)
+    if file_format == first_format or first_format not in _TARGETS:
         return "Give files of one run, with equal ranks."
-    made = file.path.with_name(f"{file.path.stem}_{formats[1]}.safetensors")
-    words = ["--input", str(file.path), "--output", str(made), "--target", _TARGETS[formats[1]]]
+    output = file.path.with_name(f"{file.path.stem}_{first_format}.safetensors")
+    words = ["--input", str(file.path), "--output", str(output), "--target", _TARGETS[first_format]]
     command = as_typed(["python", "convert_lora.py", *words])
     return f"They were saved with other names (--lora_format). Convert it: {command}"
 

@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from logging import getLogger
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,14 +49,34 @@ class Baking:
     models: Sequence[Path] = ()  # its transformer, then its text encoders
 
 
+class Baked(NamedTuple):
+    """A converted LoRA, and a text about the loss."""
+
+    lora: LoraFile
+    words: str
+
+
+class StoredWeight(NamedTuple):
+    """A weight in a model's file."""
+
+    checkpoint: Checkpoint
+    source: TensorSource
+
+
 # module as in LoRA files (without prefix if the file does not name the network) -> its weights
-Weights = Mapping[str, Sequence[tuple[Checkpoint, TensorSource]]]
+Weights = Mapping[str, Sequence[StoredWeight]]
+
+
+class Loss(NamedTuple):
+    """Norms of a change, and of what is lost of it."""
+
+    size: float
+    lost: float
 
 
 @torch.no_grad()
-def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> tuple[LoraFile, str]:
-    """Replace each LoHa, LoKr and DoRA by the best LoRA of a given rank for its change at multiplier 1;
-    return the LoRA, and a text about the loss.
+def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> Baked:
+    """Replace each LoHa, LoKr and DoRA by the best LoRA of a given rank for its change at multiplier 1.
 
     Other modules stay as they are. Memory: the LoRA, and one weight with its change in float32. Raises
     OptionError if there is nothing to replace, or a DoRA without its model, CheckpointError if the model does
@@ -64,24 +85,24 @@ def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> tuple[Lo
     assert baking.rank is not None
     # a DoRA for parts of a fused weight becomes one for the whole weight, as the model has it
     is_dora = any(name.endswith(DORA) for name in lora.tensors)
-    own = in_own_form(lora.tensors, family) if is_dora and family is not None else lora.tensors
-    modules = deltas.group_by_module({**own, **lora.text_tensors})
-    found = {name: factors for name, factors in modules.items() if factors.keys() & OTHER_KINDS}
-    if not found:
+    tensors = in_own_form(lora.tensors, family) if is_dora and family is not None else lora.tensors
+    modules = deltas.group_by_module({**tensors, **lora.text_tensors})
+    replaced = {name: factors for name, factors in modules.items() if factors.keys() & OTHER_KINDS}
+    if not replaced:
         raise OptionError(
             f"--bake: {lora.path} has plain LoRAs alone, whose rank stays as it is. Leave --bake out"
         )
-    decomposed = [name for name, factors in found.items() if DORA in factors]
+    decomposed = [name for name, factors in replaced.items() if DORA in factors]
     if decomposed and not baking.models:
         raise OptionError(
             f"--bake: {lora.path} is a DoRA ({decomposed[0]}), whose change depends on the weights that it "
             "was trained for. Add --dit with the model's file; after it those of the text encoders that it "
             "changes"
         )
-    losses: dict[str, tuple[float, float]] = {}  # module -> norms of the change, and of what is lost of it
+    losses: dict[str, Loss] = {}
     with _open_weights(baking.models if decomposed else (), family) as weights:
-        for name, factors in found.items():
-            change = _change(name, factors, lora, weights, baking.device)
+        for name, factors in replaced.items():
+            change = _change(name, factors, lora=lora, weights=weights, device=baking.device)
             modules[name], losses[name] = _as_lora(name, factors, change, baking.rank)
     ranks = {len(factors[LORA[0]]) for factors in modules.values() if LORA[0] in factors}
     shown = str(next(iter(ranks))) if len(ranks) == 1 else "Dynamic"
@@ -94,7 +115,7 @@ def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> tuple[Lo
         "ss_network_args": "{}",
     }
     metadata.pop(DORA_FORM, None)
-    return _with(lora, modules, metadata), _in_words(losses, len(modules), baking.rank)
+    return Baked(_with(lora, modules, metadata), _in_words(losses, len(modules), baking.rank))
 
 
 @torch.no_grad()
@@ -108,13 +129,15 @@ def with_norms(
     Raises OptionError if a model is given for nothing, CheckpointError if one is missing or does not fit.
     """
     tensors = {**lora.tensors, **lora.text_tensors}
-    is_dora = any(name.endswith(DORA) and len(one) == one.numel() for name, one in tensors.items())
-    if baking is not None and (not is_dora or lora.has_frozen_norms == are_frozen):
+    magnitudes = [tensor for name, tensor in tensors.items() if name.endswith(DORA)]
+    is_dora = any(len(tensor) == tensor.numel() for tensor in magnitudes)
+    is_same_form = lora.has_frozen_norms == are_frozen
+    if baking is not None and (not is_dora or is_same_form):
         state = "no DoRA by output" if not is_dora else "a DoRA of this form already"
         raise OptionError(
             f"--dit: {lora.path} is {state}, so that --target {target} needs no model. Leave --dit out"
         )
-    if not is_dora or lora.has_frozen_norms == are_frozen or (baking is None and target == "default"):
+    if not is_dora or is_same_form or (baking is None and target == "default"):
         return lora
     if baking is None and lora.has_frozen_norms:
         raise CheckpointError(
@@ -132,121 +155,152 @@ def with_norms(
 
 
 def _with_norms(lora: LoraFile, family: FamilyNames | None, baking: Baking, are_frozen: bool) -> LoraFile:
-    own = lora.tensors if family is None else in_own_form(lora.tensors, family)
-    modules = deltas.group_by_module({**own, **lora.text_tensors})
+    """Return a DoRA with magnitudes for the norms of the frozen weights, or of the changed ones."""
+    tensors = lora.tensors if family is None else in_own_form(lora.tensors, family)
+    modules = deltas.group_by_module({**tensors, **lora.text_tensors})
     with _open_weights(baking.models, family) as weights:
         for name, factors in modules.items():
             if DORA not in factors or deltas.has_input_magnitudes(factors):
                 continue
-            change = weight_delta(factors, baking.device)
-            assert change is not None
-            weight, path = _weight_of(name, len(change), lora, weights)
-            Change(LoraUse(lora), factors).fit(None, weight, name, str(path))
-            frozen = weight.to(baking.device, torch.float32)
-            share = (deltas.norms_of(frozen) / deltas.norms_of(frozen + change.reshape(frozen.shape))).cpu()
-            magnitudes = factors[DORA].float().reshape(share.shape)
+            ratio = _ratio_of_norms(name, factors, lora=lora, weights=weights, device=baking.device)
+            magnitudes = factors[DORA].float().reshape(ratio.shape)
             # float32: rounding to 16 bits here would add a loss
-            modules[name] = {**factors, DORA: magnitudes * share if are_frozen else magnitudes / share}
+            modules[name] = {**factors, DORA: magnitudes * ratio if are_frozen else magnitudes / ratio}
     metadata = {key: value for key, value in lora.metadata.items() if key != DORA_FORM}
-    return _with(lora, modules, metadata | ({DORA_FORM: FROZEN_NORMS} if are_frozen else {}))
+    if are_frozen:
+        metadata[DORA_FORM] = FROZEN_NORMS
+    return _with(lora, modules, metadata)
+
+
+def _ratio_of_norms(
+    name: str, factors: Factors, lora: LoraFile, weights: Weights, device: torch.device
+) -> Tensor:
+    """Return the norms of the frozen weight divided by those of the changed one, by output, on the CPU."""
+    change = weight_delta(factors, device)
+    assert change is not None
+    weight, path = _weight_of(name, len(change), lora, weights)
+    Change(LoraUse(lora), factors).fit(None, weight, name, str(path))
+    frozen = weight.to(device, torch.float32)
+    changed = frozen + change.reshape(frozen.shape)
+    return (deltas.norms_of(frozen) / deltas.norms_of(changed)).cpu()
 
 
 def _with(lora: LoraFile, modules: Mapping[str, Factors], metadata: Mapping[str, str]) -> LoraFile:
-    texts = deltas.ungroup({name: one for name, one in modules.items() if not name.startswith(OURS)})
-    own = deltas.ungroup({name: one for name, one in modules.items() if name.startswith(OURS)})
-    return replace(lora, tensors=own, text_tensors=texts, metadata=metadata)
+    """Return the LoRA with other factors, of the DiT and of text encoders, and other metadata."""
+    texts = {name: factors for name, factors in modules.items() if not name.startswith(OURS)}
+    in_dit = {name: factors for name, factors in modules.items() if name.startswith(OURS)}
+    return replace(
+        lora, tensors=deltas.ungroup(in_dit), text_tensors=deltas.ungroup(texts), metadata=metadata
+    )
 
 
-def _as_lora(
-    name: str, factors: Factors, change: Tensor, rank: int
-) -> tuple[dict[str, Tensor], tuple[float, float]]:
-    """Return the best LoRA for a change, out x in (x kernel), and the norms of the change and the loss."""
-    dtype = next(one.dtype for part, one in factors.items() if part != "alpha")
+def _as_lora(name: str, factors: Factors, change: Tensor, rank: int) -> tuple[dict[str, Tensor], Loss]:
+    """Return the best LoRA for a change, out x in (x kernel), and the loss."""
+    dtype = next(tensor.dtype for part, tensor in factors.items() if part != "alpha")
     flat = change.flatten(1)
     down, up = decompose_change(flat, rank, 1.0, name)
-    root = up.norm(dim=0).clamp(min=torch.finfo(torch.float32).tiny).sqrt()  # equal size: for 16 bits
-    down, up = (down * root[:, None]).to(dtype), (up / root).to(dtype)
+    # of equal size: for 16 bits
+    norms = up.norm(dim=0).clamp(min=torch.finfo(torch.float32).tiny)
+    root = norms.sqrt()
+    down = (down * root[:, None]).to(dtype)
+    up = (up / root).to(dtype)
     size = float(flat.norm())
-    lost = float(flat.addmm_(up.float(), down.float(), alpha=-1).norm())
-    made = {
-        LORA[0]: down.unflatten(1, change.shape[1:]).cpu().contiguous(),
-        LORA[1]: up.reshape(*up.shape, *[1] * (change.ndim - 2)).cpu().contiguous(),
+    remainder = flat.addmm_(up.float(), down.float(), alpha=-1)
+    lora = _lora_of_shape(down, up, change.shape)
+    bias = deltas.bias_delta(factors, CPU)
+    if bias is not None:
+        lora["diff_b"] = bias.to(dtype)
+    return lora, Loss(size, lost=float(remainder.norm()))
+
+
+def _lora_of_shape(down: Tensor, up: Tensor, shape: torch.Size) -> dict[str, Tensor]:
+    """Return a LoRA of two matrices for a change of this shape, on the CPU; its alpha is the rank."""
+    kernel_axes = [1] * (len(shape) - 2)
+    return {
+        LORA[0]: down.unflatten(1, shape[1:]).cpu().contiguous(),
+        LORA[1]: up.reshape(*up.shape, *kernel_axes).cpu().contiguous(),
         "alpha": torch.tensor(float(len(down))),
     }
-    bias = deltas.bias_delta(factors, CPU)
-    return (made if bias is None else {**made, "diff_b": bias.to(dtype)}), (size, lost)
 
 
 def _change(name: str, factors: Factors, lora: LoraFile, weights: Weights, device: torch.device) -> Tensor:
     """Return the addition of factors to their weight at multiplier 1, float32."""
     is_dora = DORA in factors
-    change = weight_delta(without_alpha(factors), META) if is_dora else weight_delta(factors, device)
-    assert change is not None
+    delta = weight_delta(without_alpha(factors), META) if is_dora else weight_delta(factors, device)
+    assert delta is not None
     if not is_dora:
-        return change
-    weight, path = _weight_of(name, len(change), lora, weights)
-    one = Change(LoraUse(lora), factors).fit(None, weight, name, str(path))
+        return delta
+    weight, path = _weight_of(name, len(delta), lora, weights)
+    change = Change(LoraUse(lora), factors).fit(None, weight, name, str(path))
     total = torch.zeros(weight.shape, device=device)
-    one.add_to(total, None, weight.to(device))
+    change.add_to(total, None, weight.to(device))
     return total
 
 
 def _weight_of(name: str, rows: int, lora: LoraFile, weights: Weights) -> tuple[Tensor, Path]:
     """Return the weight that a DoRA module changes, and its file. Raises CheckpointError if it is missing."""
     alone = name.replace("lora_te1_", "lora_te_", 1)  # Stable Diffusion 1 and 2 have one encoder
-    names = (name, alone, name.removeprefix(f"{prefix_of(name)}_"))
-    for checkpoint, source in (each for one in dict.fromkeys(names) for each in weights.get(one, ())):
-        # text encoders in files of their own share names
-        if len(weight := source.make([checkpoint.read(one) for one in source.names])) == rows:
-            break
-    else:
-        raise CheckpointError(
-            f"{lora.path}: the weight that {name} was trained for is not in the files of --dit.\n  Give the "
-            "model that the DoRA was trained for, and after it the files of text encoders that it changes.",
-            lora.path,
-        )
-    return weight, checkpoint.path
+    bare = name.removeprefix(f"{prefix_of(name)}_")
+    for module in dict.fromkeys((name, alone, bare)):
+        for stored in weights.get(module, ()):
+            weight = stored.source.make([stored.checkpoint.read(tensor) for tensor in stored.source.names])
+            if len(weight) == rows:  # text encoders in files of their own share names
+                return weight, stored.checkpoint.path
+    raise CheckpointError(
+        f"{lora.path}: the weight that {name} was trained for is not in the files of --dit.\n  Give the "
+        "model that the DoRA was trained for, and after it the files of text encoders that it changes.",
+        lora.path,
+    )
 
 
 @contextmanager
 def _open_weights(paths: Sequence[Path], family: FamilyNames | None) -> Iterator[Weights]:
     """Open model files of any layout; only their headers are read."""
-    found: dict[str, list[tuple[Checkpoint, TensorSource]]] = {}
+    weights: dict[str, list[StoredWeight]] = {}
     with ExitStack() as stack:
         for path in paths:
-            opened = in_values(stack.enter_context(open_checkpoint(path)))
-            bare = bare_names(opened)
-            # text encoders inside a whole checkpoint, by their names in LoRA files
-            texts = (
-                (opened, f"{piece.network}_{piece.name}", TensorSource((name,), piece.of))
-                for name in (opened.tensors if is_whole(opened.tensors) else ())
-                for piece in pieces_of(name)
-                if piece.network
-            )
-            # our names -> how their tensors are made from the file's, as far as the family's lists go
-            sources = plain_sources(bare)
-            if family is not None:
-                turned = [part for part in family.parts if part.index == SWAPPED]
-                swapped = [f"{one.ours}.weight" for one in turned if f"{one.theirs}.weight" in sources]
-                joined = join_parts(sources, tensor_patterns(family), swapped)
-                sources = cut_parts(joined, joined_tensors(family))
-            of_network = ((bare, *each) for each in sources.items())
-            for checkpoint, name, source in (*texts, *of_network):
+            checkpoint = in_values(stack.enter_context(open_checkpoint(path)))
+            for name, stored in (*_weights_of_texts(checkpoint), *_weights_of_dit(checkpoint, family)):
                 module, leaf = module_of_tensor(name)
                 if leaf == "weight":
                     module = module if family is None else alias(module, family)
-                    found.setdefault(module, []).append((checkpoint, source))
-        yield found
+                    weights.setdefault(module, []).append(stored)
+        yield weights
 
 
-def _in_words(losses: Mapping[str, tuple[float, float]], modules: int, rank: int) -> str:
+def _weights_of_texts(checkpoint: Checkpoint) -> Iterator[tuple[str, StoredWeight]]:
+    """Yield the tensors of text encoders inside a whole checkpoint, by their names in LoRA files."""
+    if not is_whole(checkpoint.tensors):
+        return
+    for name in checkpoint.tensors:
+        for piece in pieces_of(name):
+            if piece.network:
+                source = TensorSource((name,), piece.of)
+                yield f"{piece.network}_{piece.name}", StoredWeight(checkpoint, source)
+
+
+def _weights_of_dit(checkpoint: Checkpoint, family: FamilyNames | None) -> Iterator[tuple[str, StoredWeight]]:
+    """Yield our tensors as they are made from a file's, as far as the family's lists go."""
+    bare = bare_names(checkpoint)
+    sources = plain_sources(bare)
+    if family is not None:
+        turned_parts = [part for part in family.parts if part.index == SWAPPED]
+        swapped = [f"{part.ours}.weight" for part in turned_parts if f"{part.theirs}.weight" in sources]
+        sources = join_parts(sources, tensor_patterns(family), swapped)
+        sources = cut_parts(sources, joined_tensors(family))
+    for name, source in sources.items():
+        yield name, StoredWeight(bare, source)
+
+
+def _in_words(losses: Mapping[str, Loss], num_modules: int, rank: int) -> str:
     """Describe the loss as relative Frobenius norms: of all modules together, and of the worst one."""
-    shares = {name: lost / size if size else 0.0 for name, (size, lost) in losses.items()}
+    shares = {name: loss.lost / loss.size if loss.size else 0.0 for name, loss in losses.items()}
     worst = max(shares, key=lambda name: shares[name])
-    whole = math.hypot(*(size for size, _ in losses.values()))
-    share = math.hypot(*(lost for _, lost in losses.values())) / whole if whole else 0.0
-    more = "; a higher rank loses less" if share > A_LOT else ""
+    size = math.hypot(*(loss.size for loss in losses.values()))
+    lost = math.hypot(*(loss.lost for loss in losses.values()))
+    share = lost / size if size else 0.0
+    advice = "; a higher rank loses less" if share > A_LOT else ""
     return (
-        f"{len(losses)} of {count_of(modules, 'module')} at rank {rank}: {100 * share:.2g} % of the change "
-        f"is lost, at most {100 * shares[worst]:.2g} % ({worst}){more}"
+        f"{len(losses)} of {count_of(num_modules, 'module')} at rank {rank}: {100 * share:.2g} % of the "
+        f"change is lost, at most {100 * shares[worst]:.2g} % ({worst}){advice}"
     )

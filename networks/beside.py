@@ -18,13 +18,13 @@ def add_beside(
 
     changes: `LoraPatch.beside`. dtype: to compute in.
     """
-    for name, found in changes.items():
+    for name, weight_changes in changes.items():
         place = ChangedPlace(name, dit.get_submodule(name.removesuffix(".weight")))
         height = len(place.shaped)
-        parts = [AddedPart(place, change.factors, change.use.multiplier) for change in found]
-        for part, change in zip(parts, found, strict=True):
+        parts = [AddedPart(place, change.factors, change.use.multiplier) for change in weight_changes]
+        for part, change in zip(parts, weight_changes, strict=True):
             if change.rows is not None:  # add to some of the outputs only
-                around = change.rows.start, height - change.rows.stop
+                around = (change.rows.start, height - change.rows.stop)
                 part.region = partial(functional.pad, pad=around)
         layer = AddedLayer(place, parts)
         layer.attach()

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from logging import getLogger
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -17,8 +18,8 @@ from modules.families import HIGH_NOISE, LOW_NOISE
 from modules.output_files import refuse_replacing
 from networks import module_names
 from networks.alphas import without_alphas
-from networks.baking import OTHER_KINDS, Baking, bake, with_norms
-from networks.deltas import DORA, add_missing_alphas, group_by_module, ungroup
+from networks.baking import OTHER_KINDS, Baked, Baking, bake, with_norms
+from networks.deltas import DORA, Factors, add_missing_alphas, group_by_module, ungroup
 from networks.formats import TARGETS
 from networks.key_formats import NETWORKS, can_be_for, dialect_in_words
 from networks.loading import LoraFile, read_lora, warn_of_other_expert
@@ -63,36 +64,39 @@ def convert(options: ConvertOptions) -> None:
     baking = None
     if options.bake is not None or options.dit:
         baking = Baking(options.bake, choose_device(options.device), options.dit or ())
-    known = [family.name for family in module_names.FAMILIES]
-    if options.family is not None and options.family not in known:
-        raise OptionError(f"--family {options.family}: no such model; there are {', '.join(known)}")
+    names = [family.name for family in module_names.FAMILIES]
+    if options.family is not None and options.family not in names:
+        raise OptionError(f"--family {options.family}: no such model; there are {', '.join(names)}")
     target = "other" if options.target == "comfyui" else options.target
     how = Conversion(target, options.family, baking)
     if options.input_high_noise is None and options.output_high_noise is None and options.expert is None:
-        convert_file(options.input, options.output, target, options.family, baking)
+        convert_file(options.input, options.output, target=target, family=options.family, baking=baking)
         return
-    first = read_lora(options.input, by_expert=True, family=options.family)
-    if options.input_high_noise is not None:
-        low, high = first, read_lora(options.input_high_noise, by_expert=True, family=options.family)
-    elif first.parts:
-        low = high = first
-    else:
-        option = "--expert" if options.expert is not None else "--output_high_noise"
-        raise OptionError(
-            f"{option} takes a file apart that holds a LoRA for each expert, but --input {options.input} "
-            f"holds a single one. Leave {option} out"
-        )
-    for one, expert in ((low, LOW_NOISE), (high, HIGH_NOISE)):
-        warn_of_other_expert(one.for_expert(expert), expert)
-    low, high = low.for_expert(LOW_NOISE), high.for_expert(HIGH_NOISE)
+    low, high = _read_experts(options)
     if options.expert is not None:
-        one = high if options.expert == HIGH_NOISE else low
-        _convert_one(one, options.output, how)
+        _convert_one(high if options.expert == HIGH_NOISE else low, options.output, how)
     elif options.output_high_noise is not None:
         _convert_one(low, options.output, how)
         _convert_one(high, options.output_high_noise, how)
     else:
         _convert_parts({HIGH_NOISE: high, LOW_NOISE: low}, options.output, how)
+
+
+def _read_experts(options: ConvertOptions) -> tuple[LoraFile, LoraFile]:
+    """Return the LoRAs of low and high noise. Raises OptionError if `--input` holds a single one."""
+    low = read_lora(options.input, by_expert=True, family=options.family)
+    high = low
+    if options.input_high_noise is not None:
+        high = read_lora(options.input_high_noise, by_expert=True, family=options.family)
+    elif not low.parts:
+        option = "--expert" if options.expert is not None else "--output_high_noise"
+        raise OptionError(
+            f"{option} takes a file apart that holds a LoRA for each expert, but --input {options.input} "
+            f"holds a single one. Leave {option} out"
+        )
+    warn_of_other_expert(low.for_expert(LOW_NOISE), LOW_NOISE)
+    warn_of_other_expert(high.for_expert(HIGH_NOISE), HIGH_NOISE)
+    return low.for_expert(LOW_NOISE), high.for_expert(HIGH_NOISE)
 
 
 def convert_flux(options: FluxConvertOptions) -> None:
@@ -112,12 +116,11 @@ def convert_hunyuan_image(options: ComfyConvertOptions) -> None:
     source = options.src_path
     with open_checkpoint(source) as checkpoint:
         stored = {name: checkpoint.read(name) for name in checkpoint.tensors}
-        metadata = {k: v for k, v in checkpoint.metadata.items() if not k.startswith(STALE)}
+        metadata = {key: text for key, text in checkpoint.metadata.items() if not key.startswith(STALE)}
     if LORA_FORMAT in metadata:
         metadata[LORA_FORMAT] = KNOWN if options.reverse else COMFYUI
-    renamed = rename_to_aliases(
-        stored, HUNYUAN_IMAGE, module_names.alias if options.reverse else module_names.to_alias
-    )
+    change = module_names.alias if options.reverse else module_names.to_alias
+    renamed = rename_to_aliases(stored, HUNYUAN_IMAGE, change)
     if renamed.keys() == stored.keys():
         direction = "ComfyUI's names to ours" if options.reverse else "our names to ComfyUI's"
         raise CheckpointError(
@@ -146,31 +149,38 @@ def convert_z_image(options: ZImageConvertOptions) -> None:
     _family_of(lora, Z_IMAGE.name)
     metadata = {key: value for key, value in lora.metadata.items() if key != LORA_FORMAT}
     tensors: Mapping[str, Tensor] = add_missing_alphas(take_apart(lora.tensors, Z_IMAGE))
-    modules = group_by_module(tensors)
     if options.reverse:
-        _save(options.dst_path, tensors, metadata, [lora], Z_IMAGE)
+        converted_lora = Converted(tensors, metadata)
+        _save(options.dst_path, converted_lora, sources=[lora], family=Z_IMAGE)
         return
-    # LoHas and LoKrs of joined modules are replaced by plain LoRAs
-    stacked = {
-        name: factors
-        for name, factors in modules.items()
-        if factors.keys() & (OTHER_KINDS - {DORA})
-        and module_names.is_stacked(name.removeprefix(OURS), Z_IMAGE)
-    }
     words = ""
-    if stacked:
+    unjoinable = _unjoinable_factors(tensors)
+    if unjoinable:
+        # LoHas and LoKrs of joined modules are replaced by plain LoRAs
         if options.lokr_rank is None:
             raise OptionError(
-                f"{source} is a LoHa or LoKr for queries, keys and values ({next(iter(stacked))}), which are "
-                "one module in ComfyUI, and only plain LoRAs can be joined. Add --lokr_rank RANK, such as "
-                "64: the best LoRA of that rank takes the place of each"
+                f"{source} is a LoHa or LoKr for queries, keys and values ({next(iter(unjoinable))}), which "
+                "are one module in ComfyUI, and only plain LoRAs can be joined. Add --lokr_rank RANK, such "
+                "as 64: the best LoRA of that rank takes the place of each"
             )
-        own = ungroup(stacked)
+        replaced = ungroup(unjoinable)
         baking = Baking(options.lokr_rank, choose_device(None))
-        baked, words = bake(replace(lora, tensors=own), Z_IMAGE, baking)
-        tensors = {**{name: one for name, one in tensors.items() if name not in own}, **baked.tensors}
+        plain = bake(replace(lora, tensors=replaced), Z_IMAGE, baking)
+        words = plain.words
+        unchanged = {name: tensor for name, tensor in tensors.items() if name not in replaced}
+        tensors = {**unchanged, **plain.lora.tensors}
     tensors = rename_to_aliases(fuse(tensors, family=Z_IMAGE), Z_IMAGE)
-    _save(options.dst_path, tensors, metadata, [lora], Z_IMAGE, words)
+    _save(options.dst_path, Converted(tensors, metadata), sources=[lora], family=Z_IMAGE, baked=words)
+
+
+def _unjoinable_factors(tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
+    """Return the LoHas and LoKrs of the modules that ComfyUI joins."""
+    unjoinable: dict[str, Factors] = {}
+    for name, factors in group_by_module(tensors).items():
+        is_other_kind = bool(factors.keys() & (OTHER_KINDS - {DORA}))
+        if is_other_kind and module_names.is_stacked(name.removeprefix(OURS), Z_IMAGE):
+            unjoinable[name] = factors
+    return unjoinable
 
 
 def convert_file(
@@ -205,87 +215,106 @@ def convert_file(
 
 
 def _convert_one(lora: LoraFile, output: Path, how: Conversion) -> None:
+    """Write a LoRA in another dialect."""
     family = _family_of(lora, how.family)
-    lora, words = _prepared(lora, family, how)
-    _save(output, *converted(lora, how.target, family), [lora], family, words)
+    prepared = _prepare(lora, family, how)
+    in_target_dialect = converted(prepared.lora, how.target, family)
+    _save(output, in_target_dialect, sources=[prepared.lora], family=family, baked=prepared.words)
 
 
 def _convert_parts(parts: Mapping[str, LoraFile], output: Path, how: Conversion) -> None:
     """Write one file of diffusers' dialect with a LoRA for each expert. parts: by expert."""
     families = {expert: _family_of(lora, how.family) for expert, lora in parts.items()}
-    found = {expert: _prepared(lora, families[expert], how) for expert, lora in parts.items()}
+    prepared = {expert: _prepare(lora, families[expert], how) for expert, lora in parts.items()}
     starts = {expert: start for start, expert in NETWORKS.items()}
-    each = {
-        expert: converted(lora, "diffusers", families[expert], starts[expert])
-        for expert, (lora, _) in found.items()
-    }
-    tensors = {name: tensor for one, _ in each.values() for name, tensor in one.items()}
-    # without the hashes of the original files; `metadata_of` splits the joined metadata again
-    own = {
-        expert: {
-            key: value for key, value in one.items() if key != TRAINED_EXPERT and not key.startswith(STALE)
-        }
-        for expert, (_, one) in each.items()
-    }
-    first, *others = own.values()
-    metadata = {key: value for key, value in first.items() if all(one.get(key) == value for one in others)}
-    own = {
-        expert: {key: value for key, value in one.items() if key not in metadata}
-        for expert, one in own.items()
-    }
-    if any(own.values()):
-        metadata[PARTS_METADATA] = json.dumps(own, ensure_ascii=False, sort_keys=True)
-    words = "\n".join(words for _, words in found.values() if words)
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, dict[str, str]] = {}
+    for expert, baked in prepared.items():
+        part = converted(baked.lora, "diffusers", families[expert], starts[expert])
+        tensors |= part.tensors
+        metadata[expert] = part.metadata
     _save(
-        output, tensors, metadata, [lora for lora, _ in found.values()], next(iter(families.values())), words
+        output,
+        Converted(tensors, _join_metadata(metadata)),
+        sources=[baked.lora for baked in prepared.values()],
+        family=next(iter(families.values())),
+        baked="\n".join(baked.words for baked in prepared.values() if baked.words),
     )
 
 
-def _prepared(lora: LoraFile, family: FamilyNames | None, how: Conversion) -> tuple[LoraFile, str]:
-    """Return the LoRA converted to plain factors, or with DoRA magnitudes as the target expects them; and a
-    text about the loss.
-    """
+def _join_metadata(by_expert: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """Return the metadata of a file with a LoRA for each expert; `metadata_of` splits them again."""
+    parts = {expert: _transferable(metadata) for expert, metadata in by_expert.items()}
+    common: dict[str, str] = {}
+    for key, value in next(iter(parts.values())).items():
+        if all(part.get(key) == value for part in parts.values()):
+            common[key] = value
+    distinct: dict[str, dict[str, str]] = {}
+    for expert, part in parts.items():
+        distinct[expert] = {key: value for key, value in part.items() if key not in common}
+    if any(distinct.values()):
+        common[PARTS_METADATA] = json.dumps(distinct, ensure_ascii=False, sort_keys=True)
+    return common
+
+
+def _transferable(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return the metadata without the expert and without the hashes of the original file."""
+    return {
+        key: value for key, value in metadata.items() if key != TRAINED_EXPERT and not key.startswith(STALE)
+    }
+
+
+def _prepare(lora: LoraFile, family: FamilyNames | None, how: Conversion) -> Baked:
+    """Return the LoRA converted to plain factors, or with DoRA magnitudes as the target expects them."""
     if how.baking is not None and how.baking.rank is not None:
         return bake(lora, family, how.baking)
     # files of FramePack are for diffusers
     in_diffusers = family is not None and family.is_as_in_diffusers and family.start == IN_DIFFUSERS
     is_for_comfyui = how.target == "other" and not in_diffusers
-    return with_norms(lora, family, how.baking, is_for_comfyui, how.target), ""
+    normed = with_norms(lora, family, baking=how.baking, are_frozen=is_for_comfyui, target=how.target)
+    return Baked(normed, "")
+
+
+class Converted(NamedTuple):
+    """The tensors of a LoRA in another dialect, and their metadata."""
+
+    tensors: Mapping[str, Tensor]
+    metadata: dict[str, str]
 
 
 def converted(
     lora: LoraFile, target: str, family: FamilyNames | None, start: str = IN_DIFFUSERS
-) -> tuple[Mapping[str, Tensor], dict[str, str]]:
-    """Return a LoRA's tensors in another dialect, and their metadata; warn of parts without a form in it.
+) -> Converted:
+    """Convert a LoRA to another dialect; warn of parts without a form in it.
 
     family: of the LoRA. start: prefix of the names in diffusers' dialect. Raises CheckpointError if no part
     can be written.
     """
     native = lora.tensors if family is None else in_own_form(lora.tensors, family)
-    tensors, left_out = in_target(native, family, target, start)
-    if left_out:
+    written = in_target(native, family, target, start)
+    if written.left_out:
         modules = group_by_module(native)
-        is_other_kind = any(OTHER_KINDS & modules[name].keys() for name in left_out)
+        is_other_kind = any(OTHER_KINDS & modules[name].keys() for name in written.left_out)
         remedy = "\n  --bake RANK makes plain LoRAs of them." if is_other_kind else ""
-        if not tensors and not lora.text_tensors:
-            reasons = list_some([f"{module} ({reason})" for module, reason in left_out.items()], 3)
+        if not written.tensors and not lora.text_tensors:
+            reasons = list_some([f"{module} ({reason})" for module, reason in written.left_out.items()], 3)
             raise CheckpointError(f"{lora.path} cannot be converted: {reasons}.{remedy}", lora.path)
-        _warn_of_left_out(lora.path, left_out, remedy)
-    # only diffusers names text encoders otherwise
-    texts, left_out = add_missing_alphas(lora.text_tensors), {}
-    if target == "diffusers":
-        texts, left_out = texts_to_diffusers(lora.text_tensors)
-    _warn_of_left_out(lora.path, left_out)
+        _warn_of_left_out(lora.path, written.left_out, remedy)
+    texts = add_missing_alphas(lora.text_tensors)
+    if target == "diffusers":  # only diffusers names text encoders otherwise
+        written_texts = texts_to_diffusers(lora.text_tensors)
+        texts = written_texts.tensors
+        _warn_of_left_out(lora.path, written_texts.left_out)
     # its alphas are in the tensors now
     metadata = without_alphas(lora.metadata)
     if LORA_FORMAT in metadata:
-        metadata[LORA_FORMAT] = next(name for name, one in TARGETS.items() if one == target)
+        metadata[LORA_FORMAT] = next(name for name, dialect in TARGETS.items() if dialect == target)
     if family is not None and module_names.read_family(lora.metadata) is None:
-        told = lora.families()
-        if len(told) < 2 or not module_names.have_same_names(told):
+        families = lora.families()
+        if len(families) < 2 or not module_names.have_same_names(families):
             # the names alone may no longer show the family
             metadata[TRAINED_ON] = family.written_version or family.name
-    return {**tensors, **texts}, metadata
+    return Converted({**written.tensors, **texts}, metadata)
 
 
 def _warn_of_left_out(path: Path, left_out: Mapping[str, str], remedy: str = "") -> None:
@@ -300,28 +329,29 @@ def _family_of(lora: LoraFile, name: str | None) -> FamilyNames | None:
     name: the family that the user or a family's own script names. Raises CheckpointError if the file is of
     another family, or if several are possible and none is named.
     """
-    made, told = module_names.read_family(lora.metadata), lora.families()
-    found = told if name is None else lora.families(name)
-    names = " or ".join(family.name for family in told) or "no known model"
+    trained_family = module_names.read_family(lora.metadata)
+    likely = lora.families()
+    families = likely if name is None else lora.families(name)
+    words = " or ".join(family.name for family in likely) or "no known model"
     if name is None:
-        if not found or module_names.have_same_names(found):
-            return found[0] if found else None
+        if not families or module_names.have_same_names(families):
+            return families[0] if families else None
         raise CheckpointError(
-            f"{lora.path} can be for {names}: all of them have layers of these names and sizes.\n"
-            f"  Say which one it was trained for, such as --family {found[0].name}.",
+            f"{lora.path} can be for {words}: all of them have layers of these names and sizes.\n"
+            f"  Say which one it was trained for, such as --family {families[0].name}.",
             lora.path,
         )
-    if [family.name for family in found] != [name]:
-        says = "names"
-    elif made is not None and made.name != name:
-        says = "metadata"
-    elif found[0] not in told and not can_be_for(found[0], lora.modules()):
-        says = "sizes"
+    if [family.name for family in families] != [name]:
+        evidence = "names"
+    elif trained_family is not None and trained_family.name != name:
+        evidence = "metadata"
+    elif families[0] not in likely and not can_be_for(families[0], lora.modules()):
+        evidence = "sizes"
     else:
-        return found[0]
+        return families[0]
     # layers of equal names have other sizes there, and would be cut in the wrong places
     raise CheckpointError(
-        f"{lora.path} is a LoRA for {names}, as its {says} say, not for {name}.\n"
+        f"{lora.path} is a LoRA for {words}, as its {evidence} say, not for {name}.\n"
         "  Convert it with convert_lora.py without --family, which knows all models.",
         lora.path,
     )
@@ -329,18 +359,18 @@ def _family_of(lora: LoraFile, name: str | None) -> FamilyNames | None:
 
 def _save(
     output: Path,
-    tensors: Mapping[str, Tensor],
-    metadata: Mapping[str, str],
+    result: Converted,
     sources: list[LoraFile],
     family: FamilyNames | None,
     baked: str = "",
 ) -> None:
-    save_tensors(output, tensors, add_hashes(tensors, metadata))
+    """Write a converted LoRA. baked: a text about the loss by conversion to plain factors."""
+    save_tensors(output, result.tensors, add_hashes(result.tensors, result.metadata))
     rows = [
         ("from", "\n".join(f"{lora.path}, {dialect_in_words(lora.dialect)}" for lora in sources)),
         ("model", "not known" if family is None else family.name),
         ("to", f"{output} ({as_size(output.stat().st_size)})"),
-        ("tensors", f"{len(tensors)} written"),
+        ("tensors", f"{len(result.tensors)} written"),
         ("made plain", baked),
     ]
     show_box("The LoRA is converted", rows)

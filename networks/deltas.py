@@ -25,11 +25,11 @@ LORA = ("lora_down.weight", "lora_up.weight")
 ROWS = "reelsmith_rows"
 PARTS = (
     *LORA,
-    *("lora_mid.weight", "lora_up.bias", "alpha", "diff", "diff_b", "dora_scale"),
-    *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
-    *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
+    "lora_mid.weight", "lora_up.bias", "alpha", "diff", "diff_b", "dora_scale",
+    "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2",
+    "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
     ROWS,
-)
+)  # fmt: skip
 # magnitudes: out x 1 (x 1 ...), one of each output, or 1 x in (x 1 ...), one of each input
 DORA = "dora_scale"
 OF_BIAS = {"diff_b": None, "lora_up.bias": None}.keys()  # in order of precedence
@@ -70,18 +70,18 @@ def add_missing_alphas(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors in our order; factors with a rank and without alpha get alpha = rank, an integer."""
     modules = group_by_module(tensors)
     for module, factors in modules.items():
-        if "alpha" not in factors and (rank := rank_of(factors)) is not None:
+        rank = None if "alpha" in factors else rank_of(factors)
+        if rank is not None:
             modules[module] = {"alpha": torch.tensor(rank, dtype=torch.int64), **factors}
     return ungroup(modules)
 
 
 def drop_unused_alphas(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors without non-finite alphas of modules without a rank, where alpha scales nothing."""
-    unused = [
-        f"{module}.alpha"
-        for module, factors in group_by_module(tensors).items()
-        if len(factors) > 1 and rank_of(factors) is None and not _is_number(factors.get("alpha"))
-    ]
+    unused: set[str] = set()
+    for module, factors in group_by_module(tensors).items():
+        if len(factors) > 1 and rank_of(factors) is None and not _is_number(factors.get("alpha")):
+            unused.add(f"{module}.alpha")
     return {name: tensor for name, tensor in tensors.items() if name not in unused}
 
 
@@ -91,23 +91,41 @@ def _is_number(alpha: Tensor | None) -> bool:
 
 def find_fault(factors: Factors) -> str | None:
     """Return the reason why these factors define no change of a weight; None if they do."""
-    for pair in _PAIRS:
-        if (pair[0] in factors) != (pair[1] in factors):
-            there, absent = pair if pair[0] in factors else pair[::-1]
-            return f"it has {there} but no {absent}"
-    if not any(part in factors for part in (*LORA, "diff", "diff_b", "hada_w1_a", "lokr_w1", "lokr_w1_a")):
+    for find in (_find_absent_factor, _find_wrong_shape, _find_wrong_value, _find_mismatch):
+        fault = find(factors)
+        if fault is not None:
+            return fault
+    return None
+
+
+def _find_absent_factor(factors: Factors) -> str | None:
+    for first, second in _PAIRS:
+        if first in factors and second not in factors:
+            return f"it has {first} but no {second}"
+        if second in factors and first not in factors:
+            return f"it has {second} but no {first}"
+    if not factors.keys() & {*LORA, "diff", "diff_b", "hada_w1_a", "lokr_w1", "lokr_w1_a"}:
         return f"it has only {', '.join(factors)}"
     if "hada_w1_a" in factors and "hada_w2_a" not in factors:
         return "it has hada_w1_a but no hada_w2_a"
-    if ("lokr_w1" in factors or "lokr_w1_a" in factors) and not (
-        "lokr_w2" in factors or "lokr_w2_a" in factors
-    ):
+    if factors.keys() & {"lokr_w1", "lokr_w1_a"} and not factors.keys() & {"lokr_w2", "lokr_w2_a"}:
         return "it has lokr_w1 but no lokr_w2"
+    return None
+
+
+def _find_wrong_shape(factors: Factors) -> str | None:
     for part, tensor in factors.items():
         if part not in _NO_MATRICES and (tensor.ndim < 2 or not tensor.numel()):
             return f"its {part} has the shape {list(tensor.shape)}"
-    if DORA in factors and (factors[DORA].ndim < 2 or factors[DORA].numel() not in factors[DORA].shape[:2]):
-        return f"its {DORA} has the shape {list(factors[DORA].shape)}"
+    if DORA not in factors:
+        return None
+    shape = factors[DORA].shape
+    if len(shape) < 2 or shape.numel() not in shape[:2]:
+        return f"its {DORA} has the shape {list(shape)}"
+    return None
+
+
+def _find_wrong_value(factors: Factors) -> str | None:
     if "alpha" in factors and not _is_number(factors["alpha"]):
         return "its alpha is NaN or infinite, or more than one number"
     for part, tensor in factors.items():
@@ -118,20 +136,24 @@ def find_fault(factors: Factors) -> str | None:
         if not is_finite(tensor):
             wrong = tensor.numel() - int(torch.isfinite(tensor.float()).sum())
             return f"{wrong} of {tensor.numel()} values of its {part} are NaN or infinite"
-    # the size of the weight is known only with the model
-    sized = without_alpha(factors)
-    shown = ", ".join(f"{part} {list(one.shape)}" for part, one in sized.items())
-    try:
-        delta, bias = weight_delta(sized, META), bias_delta(sized, META)
-    except (RuntimeError, IndexError):
-        return f"its factors do not go together: {shown}"
-    if delta is not None and bias is not None and bias.numel() != _rows_of_change(delta):
-        return f"its bias has {bias.numel()} values, its weight {_rows_of_change(delta)} rows: {shown}"
     return None
 
 
-def _rows_of_change(delta: Tensor) -> int:
-    return len(delta) if delta.ndim else 0
+def _find_mismatch(factors: Factors) -> str | None:
+    """Return why the factors have no product; the size of the weight is known only with the model."""
+    sized = without_alpha(factors)
+    shown = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in sized.items())
+    try:
+        delta = weight_delta(sized, META)
+        bias = bias_delta(sized, META)
+    except (RuntimeError, IndexError):
+        return f"its factors do not go together: {shown}"
+    if delta is None or bias is None:
+        return None
+    rows = len(delta) if delta.ndim else 0
+    if bias.numel() != rows:
+        return f"its bias has {bias.numel()} values, its weight {rows} rows: {shown}"
+    return None
 
 
 def rank_of(factors: Factors) -> int | None:
@@ -144,34 +166,43 @@ def rank_of(factors: Factors) -> int | None:
 
 def sizes_of(files: Sequence[Mapping[str, Tensor]]) -> tuple[list[int], list[float]]:
     """Return the distinct ranks and alphas of the modules that have a rank, sorted."""
-    modules = [factors for tensors in files for factors in group_by_module(tensors).values()]
-    ranked = [(rank, factors) for factors in modules if (rank := rank_of(factors))]
-    alphas = {float(factors.get("alpha", 0)) or float(rank) for rank, factors in ranked}
-    return sorted({rank for rank, _ in ranked}), sorted(alphas)
+    ranks: set[int] = set()
+    alphas: set[float] = set()
+    for tensors in files:
+        for factors in group_by_module(tensors).values():
+            rank = rank_of(factors)
+            if rank:
+                ranks.add(rank)
+                alphas.add(float(factors.get("alpha", 0)) or float(rank))
+    return sorted(ranks), sorted(alphas)
 
 
 def size_of(factors: Factors) -> tuple[int, int] | None:
     """Return rows and columns of the matrix that the factors change; None if they are none for a matrix."""
-    shapes = {part: tuple(one.shape) for part, one in factors.items() if part in PARTS}
+    shapes = {part: tuple(tensor.shape) for part, tensor in factors.items() if part in PARTS}
     if any(len(shape) != 2 for part, shape in shapes.items() if part not in _NO_MATRICES):
         return None
     if "diff" in shapes:
-        return (shapes["diff"][0], shapes["diff"][1]) if len(shapes["diff"]) == 2 else None
+        shape = shapes["diff"]
+        return (shape[0], shape[1]) if len(shape) == 2 else None
     if LORA[0] in shapes and LORA[1] in shapes:
         return shapes[LORA[1]][0], shapes[LORA[0]][1]
     if "hada_w1_a" in shapes and "hada_w1_b" in shapes and "hada_t1" not in shapes:
         return shapes["hada_w1_a"][0], shapes["hada_w1_b"][1]
-    first, second = (_shape_of_lokr(shapes, f"lokr_w{n}") for n in "12")
+    first = _shape_of_lokr(shapes, "lokr_w1")
+    second = _shape_of_lokr(shapes, "lokr_w2")
     if first is None or second is None or "lokr_t2" in shapes:
         return None
     return first[0] * second[0], first[1] * second[1]
 
 
 def _shape_of_lokr(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, ...] | None:
+    """Return the shape of one of the two matrices of a LoKr, which may have two factors."""
     if name in shapes:
         return shapes[name]
-    factors = shapes.get(f"{name}_a"), shapes.get(f"{name}_b")
-    return None if factors[0] is None or factors[1] is None else (factors[0][0], factors[1][1])
+    left = shapes.get(f"{name}_a")
+    right = shapes.get(f"{name}_b")
+    return None if left is None or right is None else (left[0], right[1])
 
 
 def height_of(factors: Factors) -> int | None:
@@ -202,21 +233,25 @@ def split_strength(strength: float) -> tuple[float, float]:
     The factor of the up matrix is a power of two, and so is the other one if `strength` is: then folding it
     into the matrices is exact.
     """
-    down, up = strength, 1.0
+    down = strength
+    up = 1.0
     while 0 < abs(down) * 2 < up:
-        down, up = down * 2, up / 2
+        down = down * 2
+        up = up / 2
     return down, up
 
 
 def fold_strength(factors: Factors) -> Factors:
     """Return LoRA factors with alpha / rank multiplied into them by `split_strength`, without alpha."""
-    down, up = split_strength(strength(factors))
-    by = {LORA[0]: down, LORA[1]: up, "lora_up.bias": strength(factors)}
-    return {
-        part: (one.float() * by[part]).to(one.dtype) if part in by else one
-        for part, one in factors.items()
-        if part != "alpha"
-    }
+    by_down, by_up = split_strength(strength(factors))
+    by_part = {LORA[0]: by_down, LORA[1]: by_up, "lora_up.bias": strength(factors)}
+    folded: dict[str, Tensor] = {}
+    for part, tensor in factors.items():
+        if part in by_part:
+            folded[part] = (tensor.float() * by_part[part]).to(tensor.dtype)
+        elif part != "alpha":
+            folded[part] = tensor
+    return folded
 
 
 def has_input_magnitudes(factors: Factors) -> bool:
@@ -235,8 +270,10 @@ def rows_of(factors: Factors, rows: slice | Tensor) -> Factors | None:
     for part in factors.keys() & {LORA[1], "diff", "diff_b", "lora_up.bias", DORA}:
         cut[part] = factors[part][rows]
     for part, core in (("hada_w1_a", "hada_t1"), ("hada_w2_a", "hada_t2")):
-        if part in factors:  # beside a core it is stored r x out
-            cut[part] = factors[part][:, rows] if core in factors else factors[part][rows]
+        if part not in factors:
+            continue
+        # if there is a core it is stored r x out
+        cut[part] = factors[part][:, rows] if core in factors else factors[part][rows]
     return cut
 
 
@@ -262,26 +299,47 @@ def weight_delta(factors: Factors, device: torch.device) -> Tensor | None:
     For DoRA this is the change before `decompose`. None if only the bias changes.
     Raises RuntimeError if the factors do not match.
     """
-    f = {part: tensor.to(device, torch.float32) for part, tensor in factors.items() if part != ROWS}
+    wide = {part: tensor.to(device, torch.float32) for part, tensor in factors.items() if part != ROWS}
     scale = strength(factors)
-    changes = [f["diff"].clone()] if "diff" in f else []
-    if LORA[0] in f:
-        down, up = f[LORA[0]], f[LORA[1]] * scale  # r x in (x kernel), out x r (x 1 x 1)
-        if "lora_mid.weight" in f:
-            down = torch.einsum("r s ..., s i -> r i ...", f["lora_mid.weight"], down.flatten(1))
-        changes.append((up.flatten(1) @ down.flatten(1)).unflatten(1, down.shape[1:]))
-    if "hada_w1_a" in f:
-        first = _product(f["hada_w1_a"] * scale, f["hada_w1_b"], f.get("hada_t1"))
-        changes.append(first.mul_(_product(f["hada_w2_a"], f["hada_w2_b"], f.get("hada_t2"))))
-    if "lokr_w1" in f or "lokr_w1_a" in f:
-        first = f["lokr_w1"] if "lokr_w1" in f else f["lokr_w1_a"] @ f["lokr_w1_b"]
-        second = f.get("lokr_w2")
-        if second is None:
-            second = _product(f["lokr_w2_a"], f["lokr_w2_b"], f.get("lokr_t2"))
-        shaped = (first * scale).reshape(*first.shape, *[1] * (second.ndim - first.ndim))
-        changes.append(torch.kron(shaped, second.contiguous()))
-    total = functools.reduce(Tensor.add_, changes) if changes else None
-    return total[slice(*rows_in(factors))] if total is not None and ROWS in factors else total
+    changes: list[Tensor] = []
+    if "diff" in wide:
+        changes.append(wide["diff"].clone())
+    if LORA[0] in wide:
+        changes.append(_lora_delta(wide, scale))
+    if "hada_w1_a" in wide:
+        changes.append(_loha_delta(wide, scale))
+    if "lokr_w1" in wide or "lokr_w1_a" in wide:
+        changes.append(_lokr_delta(wide, scale))
+    if not changes:
+        return None
+    total = functools.reduce(Tensor.add_, changes)
+    return total[slice(*rows_in(factors))] if ROWS in factors else total
+
+
+def _lora_delta(factors: Factors, scale: float) -> Tensor:
+    down = factors[LORA[0]]  # r x in (x kernel)
+    up = factors[LORA[1]] * scale  # out x r (x 1 x 1)
+    if "lora_mid.weight" in factors:
+        down = torch.einsum("r s ..., s i -> r i ...", factors["lora_mid.weight"], down.flatten(1))
+    return (up.flatten(1) @ down.flatten(1)).unflatten(1, down.shape[1:])
+
+
+def _loha_delta(factors: Factors, scale: float) -> Tensor:
+    first = _product(factors["hada_w1_a"] * scale, factors["hada_w1_b"], factors.get("hada_t1"))
+    second = _product(factors["hada_w2_a"], factors["hada_w2_b"], factors.get("hada_t2"))
+    return first.mul_(second)
+
+
+def _lokr_delta(factors: Factors, scale: float) -> Tensor:
+    first = factors.get("lokr_w1")
+    if first is None:
+        first = factors["lokr_w1_a"] @ factors["lokr_w1_b"]
+    second = factors.get("lokr_w2")
+    if second is None:
+        second = _product(factors["lokr_w2_a"], factors["lokr_w2_b"], factors.get("lokr_t2"))
+    kernel_axes = second.ndim - first.ndim
+    shaped = (first * scale).reshape(*first.shape, *[1] * kernel_axes)
+    return torch.kron(shaped, second.contiguous())
 
 
 def other_channels(factors: Factors, weight: Tensor) -> str | None:
@@ -293,7 +351,7 @@ def other_channels(factors: Factors, weight: Tensor) -> str | None:
     delta = weight_delta(without_alpha(factors), META)
     if delta is None or delta.ndim != weight.ndim or delta.ndim < 2 or delta.shape[1] == weight.shape[1]:
         return None
-    if (delta.shape[0], *delta.shape[2:]) != (weight.shape[0], *weight.shape[2:]):
+    if delta.shape[0] != weight.shape[0] or delta.shape[2:] != weight.shape[2:]:
         return None
     return f"its first layer takes {delta.shape[1]} channels, the model's {weight.shape[1]}"
 
@@ -306,17 +364,18 @@ def decompose(weight: Tensor, delta: Tensor, magnitudes: Tensor, by_frozen_norms
     magnitudes: out x 1 (x 1 ...) or 1 x in (x 1 ...). by_frozen_norms: those by output are divided by the
     norms of the weight alone, as ComfyUI does.
     """
-    weight, magnitudes = weight.float(), magnitudes.to(weight.device, torch.float32)
-    whole = weight + delta.reshape(weight.shape)
-    kept = 1 if len(magnitudes) < magnitudes.numel() else 0
-    norms = norms_of(weight if by_frozen_norms and not kept else whole, kept)
-    return whole.mul_(magnitudes.reshape(norms.shape) / norms).sub_(weight)
+    weight = weight.float()
+    magnitudes = magnitudes.to(weight.device, torch.float32)
+    changed = weight + delta.reshape(weight.shape)
+    axis = 1 if len(magnitudes) < magnitudes.numel() else 0  # 1: by input
+    norms = norms_of(weight if by_frozen_norms and not axis else changed, axis)
+    return changed.mul_(magnitudes.reshape(norms.shape) / norms).sub_(weight)
 
 
-def norms_of(weight: Tensor, kept: int = 0) -> Tensor:
-    """Return a weight's norms by output (kept = 0) or input (kept = 1), float32, never 0."""
-    others = [axis for axis in range(weight.ndim) if axis != kept]
-    norms = torch.linalg.vector_norm(weight, dim=others, keepdim=True, dtype=torch.float32)
+def norms_of(weight: Tensor, axis: int = 0) -> Tensor:
+    """Return a weight's norms by output (axis 0) or input (axis 1), float32, never 0."""
+    summed_axes = [place for place in range(weight.ndim) if place != axis]
+    norms = torch.linalg.vector_norm(weight, dim=summed_axes, keepdim=True, dtype=torch.float32)
     return norms + torch.finfo(torch.float32).eps  # as LyCORIS and ComfyUI have it
 
 
@@ -330,8 +389,12 @@ def bias_delta(factors: Factors, device: torch.device) -> Tensor | None:
 
 
 def stored_bias(factors: Factors) -> Tensor | None:
+    """Return the change of the module's bias in the dtype of its factor, or None."""
     bias = bias_delta(factors, CPU)
-    return None if bias is None else bias.to(factors[next(part for part in OF_BIAS if part in factors)].dtype)
+    if bias is None:
+        return None
+    part = next(part for part in OF_BIAS if part in factors)
+    return bias.to(factors[part].dtype)
 
 
 def _product(a: Tensor, b: Tensor, core: Tensor | None) -> Tensor:

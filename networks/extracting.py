@@ -43,10 +43,31 @@ _WEIGHTS = ("weight", "bias")
 _IN_TEXT = re.compile(r"_encoder_layers_\d+_(self_attn_\w+_proj|mlp_fc[12])$")
 
 
-# tensor -> the modules that get a LoRA of it or of a part of it: the name in LoRA files, the rank, what the
-# random numbers of the decomposition depend on, and the part
-Wanted = Mapping[str, Sequence[tuple[str, int, str, TensorPiece]]]
-Pair = tuple[Checkpoint, Checkpoint]  # the model before fine-tuning, and after it
+class ExtractedModule(NamedTuple):
+    """A module that gets a LoRA of a tensor or of a part of it."""
+
+    name: str  # in LoRA files
+    rank: int
+    seed_name: str  # what the random numbers of the decomposition depend on
+    piece: TensorPiece
+
+
+Plan = Mapping[str, Sequence[ExtractedModule]]  # tensor -> the modules that get a LoRA of it
+
+
+class Pair(NamedTuple):
+    """The model before and after fine-tuning."""
+
+    original: Checkpoint
+    tuned: Checkpoint
+
+
+class LoraNames(NamedTuple):
+    """What the metadata of a LoRA say of its model."""
+
+    module: str  # that trains such LoRAs
+    version: str  # of the base model
+    architecture: str
 
 
 class BlockWeights(NamedTuple):
@@ -76,19 +97,23 @@ QWEN = BlockWeights("Qwen-Image", ("transformer_blocks.",), "transformer_blocks.
 def extract_flux(options: ExtractOptions) -> None:
     """Write the LoRA of a FLUX.1, FLUX.2 or Chroma model, as `_extract_blocks`."""
 
-    def names_of(original: Checkpoint) -> tuple[str, str, str]:
+    def names_of(original: Checkpoint) -> LoraNames:
         if "double_stream_modulation_img.lin.weight" in original.tensors:
-            return (FLUX_2.network_module, FLUX_2.name, FLUX_2.architecture)
-        is_chroma = any(name.startswith("distilled_guidance_layer.") for name in original.tensors)
-        return (FLUX_MODULE, *(("chroma", "chroma") if is_chroma else ("flux1", "flux-1-dev")))
+            return _names_of_family(FLUX_2)
+        if any(name.startswith("distilled_guidance_layer.") for name in original.tensors):
+            return LoraNames(FLUX_MODULE, "chroma", "chroma")
+        return LoraNames(FLUX_MODULE, "flux1", "flux-1-dev")
 
     _extract_blocks(options, FLUX, names_of)
 
 
+def _names_of_family(family: FamilyNames) -> LoraNames:
+    return LoraNames(family.network_module, family.name, family.architecture)
+
+
 def extract_qwen(options: ExtractOptions) -> None:
     """Write the LoRA of a Qwen-Image model, as `_extract_blocks`; modulation layers get one too."""
-    names = (QWEN_IMAGE.network_module, QWEN_IMAGE.name, QWEN_IMAGE.architecture)
-    _extract_blocks(options, QWEN, lambda _: names)
+    _extract_blocks(options, QWEN, lambda _: _names_of_family(QWEN_IMAGE))
 
 
 def extract_model(options: ExtractOptions) -> None:
@@ -96,11 +121,13 @@ def extract_model(options: ExtractOptions) -> None:
     with open_checkpoint(options.model_org) as original:
         if is_whole(original.tensors):
             return extract_whole(options)
-        everything = BlockWeights("", ("",), "").of(bare_names(original))
-    modules = {module_of_tensor(name)[0]: name for name in everything}
+        matrices = BlockWeights("", ("",), "").of(bare_names(original))
+    modules = {module_of_tensor(name)[0]: name for name in matrices}
     family = choose_family(modules)
-    known = [name for one, name in modules.items() if family is not None and has_module(one, family)]
-    if family is None or not known:
+    weights: list[str] = []
+    if family is not None:
+        weights = [name for module, name in modules.items() if has_module(module, family)]
+    if family is None or not weights:
         raise CheckpointError(
             f"{options.model_org} has layers of no model here, by their published names. Give such a "
             "transformer, or a single-file checkpoint of Stable Diffusion, to --model_org.",
@@ -114,26 +141,25 @@ def extract_model(options: ExtractOptions) -> None:
             "checkpoints, in a single file each, to --model_org and --model_tuned.",
             options.model_org,
         )
-    for option, given in (
-        ("--conv_dim", options.conv_dim is not None),
-        ("--min_diff", options.min_diff != MIN_DIFF),
-    ):
-        if given:
-            logger.warning("%s is ignored because the LoRA is for a transformer", option)
-    names = (family.network_module, family.name, family.architecture)
-    return _extract_blocks(options, BlockWeights(family.name, tuple(known), known[0]), lambda _: names)
+    if options.conv_dim is not None:
+        logger.warning("%s is ignored because the LoRA is for a transformer", "--conv_dim")
+    if options.min_diff != MIN_DIFF:
+        logger.warning("%s is ignored because the LoRA is for a transformer", "--min_diff")
+    blocks = BlockWeights(family.name, tuple(weights), weights[0])
+    names = _names_of_family(family)
+    return _extract_blocks(options, blocks, lambda _: names)
 
 
 def _extract_blocks(
-    options: ExtractOptions, weights: BlockWeights, names_of: Callable[[Checkpoint], tuple[str, str, str]]
+    options: ExtractOptions, weights: BlockWeights, names_of: Callable[[Checkpoint], LoraNames]
 ) -> None:
     """Write the LoRA of a transformer's blocks, as `_extract`.
 
-    names_of: returns network module, base version and architecture of the original, for the metadata. Raises
-    CheckpointError if these tensors are missing or differ in shape.
+    names_of: returns what the metadata say of the original. Raises CheckpointError if these tensors are
+    missing or differ in shape.
     """
-    with open_checkpoint(options.model_org) as one, open_checkpoint(options.model_tuned) as other:
-        pair = _values_of_both(bare_names(one), bare_names(other))
+    with open_checkpoint(options.model_org) as original, open_checkpoint(options.model_tuned) as tuned:
+        pair = _values_of_both(bare_names(original), bare_names(tuned))
         for checkpoint in pair:
             if weights.example not in checkpoint.tensors:
                 kind = kind_of(checkpoint.tensors)
@@ -143,24 +169,29 @@ def _extract_blocks(
                     "  Give a model with the published names to --model_org and --model_tuned.",
                     checkpoint.path,
                 )
-        names = [weights.of(checkpoint) for checkpoint in pair]
-        _check_same_shapes(pair, names)
-        wanted: Wanted = {
-            name: [(OURS + module_of_tensor(name)[0], options.dim, name, TensorPiece("", name))]
-            for name in names[0]
-        }
-        _extract(options, pair, wanted, _metadata(options, *names_of(pair[0])), None)
+        names = weights.of(pair.original)
+        _check_same_shapes(pair, names, weights.of(pair.tuned))
+        plan: dict[str, list[ExtractedModule]] = {}
+        for name in names:
+            module = OURS + module_of_tensor(name)[0]
+            plan[name] = [ExtractedModule(module, options.dim, name, TensorPiece("", name))]
+        metadata = _metadata(options, names_of(pair.original))
+        _extract(options, pair, plan=plan, metadata=metadata, family=None)
 
 
 def _values_of_both(original: Checkpoint, tuned: Checkpoint) -> Pair:
-    pair = in_values(original), in_values(tuned)
-    if rounded := [
-        one.path.name for one, values in zip((original, tuned), pair, strict=True) if one is not values
-    ]:
+    """Return two models with their weights as values; warn if one is quantised."""
+    pair = Pair(in_values(original), in_values(tuned))
+    quantised = []
+    if pair.original is not original:
+        quantised.append(original.path.name)
+    if pair.tuned is not tuned:
+        quantised.append(tuned.path.name)
+    if quantised:
         logger.warning(
             "%s: quantised. What rounding has changed is a difference of the models too, and will be in the "
             "LoRA, often larger than what was learned. Give files in 16 bits if there are any",
-            " and ".join(rounded),
+            " and ".join(quantised),
         )
     return pair
 
@@ -174,64 +205,54 @@ def extract_whole(options: ExtractOptions) -> None:
     with open_checkpoint(options.model_org) as original, open_checkpoint(options.model_tuned) as tuned:
         pair = _values_of_both(original, tuned)
         family = _family_of_both(pair)
-        same = _unchanged_texts(pair, options.min_diff)
-        wanted: dict[str, list[tuple[str, int, str, TensorPiece]]] = {}
-        for name in pair[0].tensors:
-            wanted[name] = []
-            for one in pieces_of(name):
-                if not one.name.endswith(".weight") or one.network in same:
-                    continue
-                if one.network:
-                    module = f"{one.network}_{one.name.removesuffix('.weight').replace('.', '_')}"
-                    own = options.dim if _IN_TEXT.search(module) else 0
-                else:
-                    module = OURS + alias(module_of_tensor(one.name)[0], family)
-                    own = (options.conv_dim or 0) if _RESIDUAL.search(module) else 0
-                    own = options.dim if _ATTENTION.search(module) else own
-                if own:
-                    wanted[name].append((module, own, module, one))
-        rank = options.conv_dim
-        arguments = {} if rank is None else {"conv_dim": str(rank), "conv_alpha": str(float(rank))}
-        version, kind = family.written_version, family.architecture
-        metadata = _metadata(options, "networks.lora", version, kind, family is SD2, arguments)
-        _extract(options, pair, wanted, metadata, family)
+        unchanged = _unchanged_texts(pair, options.min_diff)
+        plan: dict[str, list[ExtractedModule]] = {}
+        for name in pair.original.tensors:
+            pieces = [piece for piece in pieces_of(name) if piece.network not in unchanged]
+            modules = [_module_of_piece(piece, options, family) for piece in pieces]
+            plan[name] = [module for module in modules if module is not None]
+        arguments: dict[str, str] = {}
+        if options.conv_dim is not None:
+            arguments = {"conv_dim": str(options.conv_dim), "conv_alpha": str(float(options.conv_dim))}
+        names = LoraNames("networks.lora", family.written_version, family.architecture)
+        metadata = _metadata(options, names, is_v2=family is SD2, arguments=arguments)
+        _extract(options, pair, plan=plan, metadata=metadata, family=family)
+
+
+def _module_of_piece(
+    piece: TensorPiece, options: ExtractOptions, family: FamilyNames
+) -> ExtractedModule | None:
+    """Return the module of a whole checkpoint that gets a LoRA of a tensor; None if it gets none."""
+    if not piece.name.endswith(".weight"):
+        return None
+    rank = 0
+    if piece.network:
+        module = f"{piece.network}_{piece.name.removesuffix('.weight').replace('.', '_')}"
+        if _IN_TEXT.search(module):
+            rank = options.dim
+    else:
+        module = OURS + alias(module_of_tensor(piece.name)[0], family)
+        if _ATTENTION.search(module):
+            rank = options.dim
+        elif _RESIDUAL.search(module):
+            rank = options.conv_dim or 0
+    return ExtractedModule(module, rank, module, piece) if rank else None
 
 
 def _extract(
     options: ExtractOptions,
     pair: Pair,
-    wanted: Wanted,
+    plan: Plan,
     metadata: Mapping[str, str],
     family: FamilyNames | None,
 ) -> None:
     """Write a LoRA whose product is near the difference of two models, tensor by tensor.
 
     Factors are U * S and V^T, limited to a quantile of their values; alpha is the rank. Memory: one weight of
-    each model, and the LoRA. wanted: by names of tensors. family: its aliases name the modules.
+    each model, and the LoRA. family: its aliases name the modules.
     """
-    start, device = time.monotonic(), choose_device(options.device)
-    dtype = DTYPES[options.save_precision or "float"]
-    factors: dict[str, Tensor] = {}
-    is_changed = False
-    for name in (name for name, modules in wanted.items() if modules):
-        before, after = (checkpoint.read(name) for checkpoint in pair)
-        for checkpoint, tensor in zip(pair, (before, after), strict=True):
-            check_finite(checkpoint.path, name, tensor)
-        whole = after.to(device, torch.float32) - before.to(device, torch.float32)
-        is_changed = is_changed or bool(whole.any())
-        for module, rank, seed, piece in wanted[name]:
-            change = piece.of(whole)
-            down, up = decompose_change(change.flatten(1), rank, options.clamp_quantile, seed)
-            down, up = down.unflatten(1, change.shape[1:]), up.reshape(*up.shape, *[1] * (change.ndim - 2))
-            factors[f"{module}.{LORA[0]}"] = down.to("cpu", dtype).contiguous()
-            factors[f"{module}.{LORA[1]}"] = up.to("cpu", dtype).contiguous()
-            factors[f"{module}.alpha"] = torch.tensor(float(len(down)))
-    if factors and not is_changed:
-        raise CheckpointError(
-            f"{options.model_tuned} has the weights of {options.model_org}: there is no change to extract. "
-            "Give the fine-tuned model to --model_tuned.",
-            options.model_tuned,
-        )
+    start = time.monotonic()
+    factors = _factors_of_change(options, pair, plan)
     tensors = as_known(factors, family)
     save_tensors(options.save_to, tensors, add_hashes(tensors, metadata))
     rows = [
@@ -244,6 +265,54 @@ def _extract(
     show_box("The LoRA is extracted", rows)
 
 
+def _factors_of_change(options: ExtractOptions, pair: Pair, plan: Plan) -> dict[str, Tensor]:
+    """Return the LoRA of the difference of two models. Raises CheckpointError if they are equal."""
+    device = choose_device(options.device)
+    dtype = DTYPES[options.save_precision or "float"]
+    lora: dict[str, Tensor] = {}
+    is_changed = False
+    for name, modules in plan.items():
+        if not modules:
+            continue
+        difference = _difference(pair, name, device)
+        is_changed = is_changed or bool(difference.any())
+        for module in modules:
+            factors = _factors_of_module(module, difference, options.clamp_quantile, dtype)
+            lora |= {f"{module.name}.{part}": tensor for part, tensor in factors.items()}
+    if lora and not is_changed:
+        raise CheckpointError(
+            f"{options.model_tuned} has the weights of {options.model_org}: there is no change to extract. "
+            "Give the fine-tuned model to --model_tuned.",
+            options.model_tuned,
+        )
+    return lora
+
+
+def _factors_of_module(
+    module: ExtractedModule, difference: Tensor, quantile: float, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Return the LoRA of a module, on the CPU. difference: the change of its tensor."""
+    change = module.piece.of(difference)
+    down, up = decompose_change(change.flatten(1), module.rank, quantile, module.seed_name)
+    kernel_axes = [1] * (change.ndim - 2)
+    down = down.unflatten(1, change.shape[1:])
+    up = up.reshape(*up.shape, *kernel_axes)
+    return {
+        LORA[0]: down.to("cpu", dtype).contiguous(),
+        LORA[1]: up.to("cpu", dtype).contiguous(),
+        "alpha": torch.tensor(float(len(down))),
+    }
+
+
+def _difference(pair: Pair, name: str, device: torch.device) -> Tensor:
+    """Return the change of a tensor, float32. Raises CheckpointError if it has NaN or infinite values."""
+    before = pair.original.read(name)
+    after = pair.tuned.read(name)
+    check_finite(pair.original.path, name, before)
+    check_finite(pair.tuned.path, name, after)
+    return after.to(device, torch.float32) - before.to(device, torch.float32)
+
+
 def decompose_change(change: Tensor, rank: int, quantile: float, name: str) -> tuple[Tensor, Tensor]:
     """Return down R x in and up out x R whose product approximates a change of a weight, out x in.
 
@@ -251,41 +320,55 @@ def decompose_change(change: Tensor, rank: int, quantile: float, name: str) -> t
     random numbers that depend on the name alone. Small matrices are decomposed in full.
     """
     rank = min(rank, *change.shape)
-    width = min(rank + OVERSAMPLING, *change.shape)
     if min(change.shape) <= EXACT_BELOW:
         u, s, vh = torch.linalg.svd(change, full_matrices=False)
     else:
-        generator = torch.Generator().manual_seed(derive_seed(0, name))
-        basis = change @ torch.randn(change.shape[1], width, generator=generator).to(change.device)
-        for _ in range(POWERS):
-            basis = change @ (change.T @ torch.linalg.qr(basis)[0])
-        basis = torch.linalg.qr(basis)[0]
-        small, s, vh = torch.linalg.svd(basis.T @ change, full_matrices=False)
-        u = basis @ small
-    up, down = u[:, :rank] * s[:rank], vh[:rank]
-    if quantile < 1:
-        # signs are arbitrary in a decomposition, but the quantile depends on them
-        signs = down.gather(1, down.abs().argmax(dim=1, keepdim=True)).sign()
-        up, down = up * signs.T, down * signs
-        # by sorting, as torch.quantile takes 16 million values at most
-        ordered = torch.cat([up.flatten(), down.flatten()]).sort().values
-        place = quantile * (len(ordered) - 1)
-        low = int(place)
-        limit = torch.lerp(ordered[low], ordered[min(low + 1, len(ordered) - 1)], place - low)
-        up, down = up.clamp(-limit, limit), down.clamp(-limit, limit)
-    return down, up
+        u, s, vh = _randomised_svd(change, rank, name)
+    up = u[:, :rank] * s[:rank]
+    down = vh[:rank]
+    return _limit_values(down, up, quantile) if quantile < 1 else (down, up)
 
 
-def _check_same_shapes(pair: Pair, names: Sequence[Sequence[str]]) -> None:
-    """Raise CheckpointError if one model lacks a tensor or has another shape. names: of each model."""
-    shapes = [{name: one.tensors[name].shape for name in own} for one, own in zip(pair, names, strict=True)]
-    wrong = sorted(n for n in shapes[0].keys() | shapes[1].keys() if shapes[0].get(n) != shapes[1].get(n))
+def _randomised_svd(change: Tensor, rank: int, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U, S and V^T of a matrix, near the exact ones for the first `rank` singular values."""
+    width = min(rank + OVERSAMPLING, *change.shape)
+    generator = torch.Generator().manual_seed(derive_seed(0, name))
+    basis = change @ torch.randn(change.shape[1], width, generator=generator).to(change.device)
+    for _ in range(POWERS):
+        basis = change @ (change.T @ torch.linalg.qr(basis)[0])
+    basis = torch.linalg.qr(basis)[0]
+    small, s, vh = torch.linalg.svd(basis.T @ change, full_matrices=False)
+    return basis @ small, s, vh
+
+
+def _limit_values(down: Tensor, up: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
+    """Return factors whose values are limited to a quantile of all of them."""
+    # signs are arbitrary in a decomposition, but the quantile depends on them
+    signs = down.gather(1, down.abs().argmax(dim=1, keepdim=True)).sign()
+    up = up * signs.T
+    down = down * signs
+    # by sorting, as torch.quantile takes 16 million values at most
+    ordered = torch.cat([up.flatten(), down.flatten()]).sort().values
+    place = quantile * (len(ordered) - 1)
+    low = int(place)
+    limit = torch.lerp(ordered[low], ordered[min(low + 1, len(ordered) - 1)], place - low)
+    return down.clamp(-limit, limit), up.clamp(-limit, limit)
+
+
+def _check_same_shapes(pair: Pair, original_names: Sequence[str], tuned_names: Sequence[str]) -> None:
+    """Raise CheckpointError if one model lacks a tensor or has another shape."""
+    original = {name: pair.original.tensors[name].shape for name in original_names}
+    tuned = {name: pair.tuned.tensors[name].shape for name in tuned_names}
+    names = sorted(original.keys() | tuned.keys())
+    wrong = [name for name in names if original.get(name) != tuned.get(name)]
     if wrong:
-        found = " and ".join(str(list(one[wrong[0]])) if wrong[0] in one else "missing" for one in shapes)
+        shapes = [
+            str(list(model[wrong[0]])) if wrong[0] in model else "missing" for model in (original, tuned)
+        ]
         raise CheckpointError(
-            f"{pair[0].path} and {pair[1].path} are not the same model: {wrong[0]} is {found}. Give a model "
-            "and its fine-tuned version.",
-            pair[1].path,
+            f"{pair.original.path} and {pair.tuned.path} are not the same model: {wrong[0]} is "
+            f"{' and '.join(shapes)}. Give a model and its fine-tuned version.",
+            pair.tuned.path,
         )
 
 
@@ -300,51 +383,53 @@ def _family_of_both(pair: Pair) -> FamilyNames:
                 "  Give such files to --model_org and --model_tuned.",
                 checkpoint.path,
             )
-    # only weights and biases: position ids, which many files lack, are no part of a LoRA
-    names = [[name for name in one.tensors if name.endswith(_WEIGHTS) and pieces_of(name)] for one in pair]
-    _check_same_shapes(pair, names)
-    if any(name.startswith("cond_stage_model.model.") for name in names[0]):
+    names = _weight_names(pair.original)
+    _check_same_shapes(pair, names, _weight_names(pair.tuned))
+    if any(name.startswith("cond_stage_model.model.") for name in names):
         return SD2
-    pieces = (piece for name in names[0] for piece in pieces_of(name))
+    pieces = [piece for name in names for piece in pieces_of(name)]
     modules = [module_of_tensor(piece.name)[0] for piece in pieces if not piece.network]
     return SDXL if choose_family(modules) is SDXL else SD1
 
 
+def _weight_names(checkpoint: Checkpoint) -> list[str]:
+    """Return the weights and biases: position ids, which many files lack, are no part of a LoRA."""
+    return [name for name in checkpoint.tensors if name.endswith(_WEIGHTS) and pieces_of(name)]
+
+
 def _unchanged_texts(pair: Pair, least: float) -> set[str]:
     """Return the text encoders whose values all changed by at most `least`."""
-    original, tuned = pair
     changed: dict[str, bool] = {}
-    for name in (name for name in original.tensors if name.endswith("weight")):
-        network = next((piece.network for piece in pieces_of(name)), "")
+    for name in pair.original.tensors:
+        pieces = pieces_of(name) if name.endswith("weight") else []
+        network = pieces[0].network if pieces else ""
         if network and not changed.get(network):
-            change = (tuned.read(name).float() - original.read(name).float()).abs()
+            change = (pair.tuned.read(name).float() - pair.original.read(name).float()).abs()
             changed[network] = bool(change.numel() and float(change.max()) > least)
-    same = {network for network, has_changed in changed.items() if not has_changed}
-    if same:
+    unchanged = {network for network, has_changed in changed.items() if not has_changed}
+    if unchanged:
         logger.info(
-            f"{tuned.path}: no value of {', '.join(sorted(same))} has changed by more than {least:g}, so the "
-            "LoRA has nothing for it"
+            f"{pair.tuned.path}: no value of {', '.join(sorted(unchanged))} has changed by more than "
+            f"{least:g}, so the LoRA has nothing for it"
         )
-    return same
+    return unchanged
 
 
 def _metadata(
     options: ExtractOptions,
-    module: str,
-    version: str,
-    kind: str,
+    names: LoraNames,
     is_v2: bool = False,
     arguments: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     metadata = {
         "ss_v2": str(is_v2),
-        "ss_network_module": module,
+        "ss_network_module": names.module,
         "ss_network_dim": str(options.dim),
         "ss_network_alpha": str(float(options.dim)),
         "ss_network_args": json.dumps(arguments or {}),
-        "ss_base_model_version": version,
+        "ss_base_model_version": names.version,
     }
     if not options.no_metadata:
-        metadata["modelspec.architecture"] = f"{kind}/lora"
+        metadata["modelspec.architecture"] = f"{names.architecture}/lora"
         metadata["modelspec.title"] = f"Extracted LoRA from {options.model_tuned.name}"
     return metadata

@@ -33,7 +33,9 @@ class FactoredLayer(nn.Module):
         self.is_scaled = not {"lokr_w1", "lokr_w2"} <= shapes.keys()  # two whole matrices are not scaled
         self.register_buffer("alpha", torch.tensor(float(alpha or rank) if self.is_scaled else float(rank)))
         # first values as in LyCORIS: one factor is zero, so the change begins with nothing
-        zero = "hada_w2_a" if "hada_w1_a" in shapes else "lokr_w2" if "lokr_w2" in shapes else "lokr_w2_b"
+        zero = "lokr_w2" if "lokr_w2" in shapes else "lokr_w2_b"
+        if "hada_w1_a" in shapes:
+            zero = "hada_w2_a"
         for name, shape in shapes.items():
             weight = nn.Parameter(torch.empty(shape))
             self.register_parameter(name, weight)
@@ -43,7 +45,8 @@ class FactoredLayer(nn.Module):
                 nn.init.normal_(weight, std=0.1 if name == "hada_w1_a" else 1.0)
             else:
                 nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
-        self.rank, self.multiplier = rank, 1.0
+        self.rank = rank
+        self.multiplier = 1.0
         self.factors = tuple(shapes)
         self.kind = "LoHa" if "hada_w1_a" in shapes else "LoKr"
         self._add: Callable[..., Tensor] = add_loha if self.kind == "LoHa" else add_lokr
@@ -77,18 +80,21 @@ class FactoredLayer(nn.Module):
         """Return the Frobenius norm of the change at multiplier 1."""
         factors = {name: self.get_parameter(name) for name in self.factors}
         if "hada_w1_a" in factors:
-            pairs = [factors[f"hada_w{index}_a"] @ factors[f"hada_w{index}_b"] for index in (1, 2)]
-            return torch.linalg.vector_norm(pairs[0] * pairs[1]) * self.scale
-        whole = [_whole(factors, name) for name in ("lokr_w1", "lokr_w2")]
-        return torch.linalg.vector_norm(whole[0]) * torch.linalg.vector_norm(whole[1]) * self.scale
+            first = factors["hada_w1_a"] @ factors["hada_w1_b"]
+            second = factors["hada_w2_a"] @ factors["hada_w2_b"]
+            return torch.linalg.vector_norm(first * second) * self.scale
+        first_norm = torch.linalg.vector_norm(_whole(factors, "lokr_w1"))
+        second_norm = torch.linalg.vector_norm(_whole(factors, "lokr_w2"))
+        return first_norm * second_norm * self.scale
 
     def shrink(self, ratio: Tensor) -> None:
         self.get_parameter(self.factors[0]).mul_(ratio)
 
 
 def loha_shapes(out_features: int, in_features: int, rank: int) -> Shapes:
-    first, second = (out_features, rank), (rank, in_features)
-    return {"hada_w1_a": first, "hada_w1_b": second, "hada_w2_a": first, "hada_w2_b": second}
+    left = (out_features, rank)
+    right = (rank, in_features)
+    return {"hada_w1_a": left, "hada_w1_b": right, "hada_w2_a": left, "hada_w2_b": right}
 
 
 def lokr_shapes(
@@ -98,7 +104,8 @@ def lokr_shapes(
 
     factor: see `split_size`. decompose_both: the small matrix gets two factors too, if that makes it smaller.
     """
-    (l, k), (m, n) = split_size(out_features, factor), split_size(in_features, factor)  # noqa: E741
+    l, k = split_size(out_features, factor)  # noqa: E741
+    m, n = split_size(in_features, factor)
     first: Shapes = {"lokr_w1": (l, m)}
     if decompose_both and rank < max(l, m) / 2:
         first = {"lokr_w1_a": (l, rank), "lokr_w1_b": (rank, m)}
@@ -122,7 +129,8 @@ def split_size(size: int, factor: int) -> tuple[int, int]:
 
 def add_lokr(x: Tensor, factors: Mapping[str, Tensor], strength: float) -> Tensor:
     """Return x @ kron(w1, w2)^T without forming the product. x: ... m*n. Returns ... l*k."""
-    first, second = _parts(factors, "lokr_w1"), _parts(factors, "lokr_w2")
+    first = _parts(factors, "lokr_w1")
+    second = _parts(factors, "lokr_w2")
     width = second[0].shape[1]  # n
     hidden = x.unflatten(-1, (x.shape[-1] // width, width))
     for factor in second:
@@ -135,10 +143,11 @@ def add_lokr(x: Tensor, factors: Mapping[str, Tensor], strength: float) -> Tenso
 
 def add_loha(x: Tensor, factors: Mapping[str, Tensor], strength: float) -> Tensor:
     """Return x @ ((w1_a w1_b) * (w2_a w2_b))^T. x: ... in. Returns ... out."""
-    names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
-    first, *others = (factors[name] for name in names)
-    cast = [factor.to(x.dtype) for factor in (first * strength, *others)]
-    result: Tensor = _HadamardLinear.apply(x, *cast)
+    w1_a = (factors["hada_w1_a"] * strength).to(x.dtype)
+    w1_b = factors["hada_w1_b"].to(x.dtype)
+    w2_a = factors["hada_w2_a"].to(x.dtype)
+    w2_b = factors["hada_w2_b"].to(x.dtype)
+    result: Tensor = _HadamardLinear.apply(x, w1_a, w1_b, w2_a, w2_b)
     return result
 
 
@@ -154,10 +163,12 @@ class _HadamardLinear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         x, w1_a, w1_b, w2_a, w2_b = ctx.saved_tensors
-        first, second = w1_a @ w1_b, w2_a @ w2_b  # out in
+        first = w1_a @ w1_b  # out in
+        second = w2_a @ w2_b
         of_x = gradient @ (first * second) if ctx.needs_input_grad[0] else None
         of_weight = gradient.flatten(0, -2).T @ x.flatten(0, -2)  # out in
-        of_first, of_second = of_weight * second, of_weight * first
+        of_first = of_weight * second
+        of_second = of_weight * first
         return of_x, of_first @ w1_b.T, w1_a.T @ of_first, of_second @ w2_b.T, w2_a.T @ of_second
 
 

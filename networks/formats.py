@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +30,21 @@ from networks.names.layouts import (
 from networks.options import NetworkOptions
 from networks.own_kinds import OWN_MODULES
 
+if TYPE_CHECKING:  # most runs save the known names
+    from networks.writing import Written
+
 logger = getLogger(__name__)
 
 TARGETS = {KNOWN: "default", COMFYUI: "other", DIFFUSERS: "diffusers"}  # of convert_lora.py
 _OTHERWISE = "Use --lora_format known"
+
+
+class Formatted(NamedTuple):
+    """The tensors of a LoRA under the names of a format."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]  # that describe the tensors
+    left_out: dict[str, str]  # modules without a form there, each with the reason
 
 
 @dataclass(frozen=True)
@@ -44,7 +56,7 @@ class LoraFormat:
 
     def check(self, network: nn.Module) -> None:
         """Raise OptionError if a module of the network has no form in this format."""
-        _, _, left_out = self.convert(_on_cpu(network))
+        left_out = self.convert(_on_cpu(network)).left_out
         if left_out:
             reasons = [f"{module} ({reason})" for module, reason in left_out.items()]
             raise OptionError(
@@ -61,47 +73,45 @@ class LoraFormat:
         dtype: of the tensors in the file; None: as trained.
         """
         # converted as trained, so that there is one rounding
-        converted, folded, _ = self.convert(_on_cpu(network))
-        tensors = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in converted.items()}
-        save_tensors(path, tensors, add_hashes(tensors, {**metadata, **folded, LORA_FORMAT: self.name}))
+        converted = self.convert(_on_cpu(network))
+        tensors = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in converted.tensors.items()}
+        all_metadata = {**metadata, **converted.metadata, LORA_FORMAT: self.name}
+        save_tensors(path, tensors, add_hashes(tensors, all_metadata))
 
-    def convert(
-        self, tensors: Mapping[str, Tensor]
-    ) -> tuple[dict[str, Tensor], dict[str, str], dict[str, str]]:
-        """Return tensors under the names of this format, metadata that describe them, and modules without a
-        form there, each with the reason.
+    def convert(self, tensors: Mapping[str, Tensor]) -> Formatted:
+        """Return tensors under the names of this format.
 
         tensors: under our names, on the CPU. alpha / rank is folded into the factors by powers of two, where
         the format has no alphas; the metadata say how (`FOLDED`), so that reading the file brings it back.
         """
         if self.name == KNOWN:
-            return dict(tensors), {}, {}
+            return Formatted(dict(tensors), {}, {})
         from networks.writing import texts_to_diffusers  # most runs save the known names
 
         modules = deltas.group_by_module(tensors)
-        texts = {name: one for name, one in modules.items() if not name.startswith(OURS)}
-        in_dit = {name: one for name, one in modules.items() if name.startswith(OURS)}
+        texts = {name: factors for name, factors in modules.items() if not name.startswith(OURS)}
+        in_dit = {name: factors for name, factors in modules.items() if name.startswith(OURS)}
         written: dict[str, Tensor] = {}
         left_out: dict[str, str] = {}
         strengths: dict[int, set[float]] = {}  # rank in the file -> alpha / rank of the modules folded there
         for strength, group in self._by_strength(in_dit).items():
-            found, without = self._convert_dit(group, is_folded=strength is not None)
-            written |= found
-            left_out |= without
-            _note_strength(strengths, found, strength)
+            converted = self._convert_dit(group, is_folded=strength is not None)
+            written |= converted.tensors
+            left_out |= converted.left_out
+            _note_strength(strengths, converted.tensors, strength)
         if self.name == COMFYUI:  # which reads text encoders under our names
             written |= deltas.ungroup(texts)
-        for name, factors in texts.items() if self.name == DIFFUSERS else ():
-            found, without = texts_to_diffusers(deltas.ungroup({name: factors}))
-            written |= found
-            left_out |= without
-            _note_strength(strengths, found, deltas.strength(factors))
-        known = {rank: min(found) for rank, found in strengths.items() if len(found) == 1}
-        return written, ({FOLDED: json.dumps(known)} if known else {}), left_out
+        if self.name == DIFFUSERS:
+            for name, factors in texts.items():
+                converted = texts_to_diffusers(deltas.ungroup({name: factors}))
+                written |= converted.tensors
+                left_out |= converted.left_out
+                _note_strength(strengths, converted.tensors, deltas.strength(factors))
+        return Formatted(written, _metadata_of_strengths(strengths), left_out)
 
     def _by_strength(self, modules: Mapping[str, deltas.Factors]) -> dict[float | None, dict[str, Tensor]]:
         """Group the tensors of modules by alpha / rank; None: of modules that keep their alphas."""
-        # ComfyUI's names for HunyuanImage-2.1 are underscored ones, beside which alphas stand
+        # ComfyUI's names for HunyuanImage-2.1 are underscored ones, which have alphas
         keeps = self.name == COMFYUI and self.family is not None and self.family.underscored
         groups: dict[float | None, dict[str, Tensor]] = {}
         for name, factors in modules.items():
@@ -110,25 +120,35 @@ class LoraFormat:
             groups.setdefault(strength, {}).update(deltas.ungroup({name: factors}))
         return groups
 
-    def _convert_dit(
-        self, tensors: Mapping[str, Tensor], is_folded: bool
-    ) -> tuple[Mapping[str, Tensor], Mapping[str, str]]:
+    def _convert_dit(self, tensors: Mapping[str, Tensor], is_folded: bool) -> "Written":
+        """Return the tensors of a DiT. is_folded: fold alpha / rank into the factors."""
         from networks.writing import in_own_form, in_target  # most runs save the known names
 
         native = in_own_form(tensors, self.family)
         if is_folded:
-            modules = deltas.group_by_module(native)
-            native = deltas.ungroup({name: deltas.fold_strength(one) for name, one in modules.items()})
+            folded = {
+                name: deltas.fold_strength(factors)
+                for name, factors in deltas.group_by_module(native).items()
+            }
+            native = deltas.ungroup(folded)
         return in_target(native, self.family, TARGETS[self.name])
 
 
 def _note_strength(
     strengths: dict[int, set[float]], written: Mapping[str, Tensor], strength: float | None
 ) -> None:
-    if strength is not None:
-        for name, tensor in written.items():
-            if name.endswith("lora_A.weight"):
-                strengths.setdefault(len(tensor), set()).add(strength)
+    """Add alpha / rank of the written modules to `strengths`, by rank; None: it was not folded."""
+    if strength is None:
+        return
+    for name, tensor in written.items():
+        if name.endswith("lora_A.weight"):
+            strengths.setdefault(len(tensor), set()).add(strength)
+
+
+def _metadata_of_strengths(strengths: Mapping[int, set[float]]) -> dict[str, str]:
+    """Return the metadata that say which alpha / rank was folded into factors of a rank, if it is one."""
+    single = {rank: min(values) for rank, values in strengths.items() if len(values) == 1}
+    return {FOLDED: json.dumps(single)} if single else {}
 
 
 def _on_cpu(network: nn.Module) -> dict[str, Tensor]:
@@ -144,17 +164,18 @@ def choose_format(
     Raises OptionError if the format that was asked for cannot hold such a network. If the usual one cannot,
     the names of the known tuners are used, and the log says why.
     """
-    family, asked = read_family({TRAINED_ON: family_name}), options.lora_format
-    if module not in OWN_MODULES and asked in (None, KNOWN):
+    family = read_family({TRAINED_ON: family_name})
+    typed_name = options.lora_format
+    if module not in OWN_MODULES and typed_name in (None, KNOWN):
         return None
-    name = asked or (KNOWN if family is None else family.usual_format)
-    fault = find_fault(name, family, options, module, texts)
+    name = typed_name or (KNOWN if family is None else family.usual_format)
+    fault = find_fault(name, family, options=options, module=module, texts=texts)
     if fault is None:
         return LoraFormat(name, family)
-    if asked is None:
+    if typed_name is None:
         logger.info(f"LoRA files get the names of the known tuners (--lora_format {KNOWN}): {fault}")
         return LoraFormat(KNOWN, family)
-    raise OptionError(f"--lora_format {asked}: {fault}")
+    raise OptionError(f"--lora_format {typed_name}: {fault}")
 
 
 def find_fault(
@@ -163,8 +184,8 @@ def find_fault(
     """Return why a format cannot hold a network; None if it can. Arguments as for `choose_format`."""
     if name == KNOWN:
         return None
-    own = OWN_MODULES.get(module)
-    if own is None:
+    own_module = OWN_MODULES.get(module)
+    if own_module is None:
         return (
             f"the files of --network_module {module} have that package's own names. {_OTHERWISE}, and "
             f"convert the file afterwards (convert_lora.py --target {name})"
@@ -173,9 +194,10 @@ def find_fault(
         return f"no names of this model's layers are known there. {_OTHERWISE}"
     if name == COMFYUI:
         return _fault_in_comfyui(family, options)
-    if own.kind == "LoHa" or (own.kind == "LoKr" and not family.lokr_in_diffusers):
+    kind = own_module.kind
+    if kind == "LoHa" or (kind == "LoKr" and not family.lokr_in_diffusers):
         return (
-            f"diffusers reads no {own.kind} of this model. {_OTHERWISE}, and make a plain LoRA of it "
+            f"diffusers reads no {kind} of this model. {_OTHERWISE}, and make a plain LoRA of it "
             "afterwards (convert_lora.py --target diffusers --bake 64)"
         )
     if options.decomposes and family.dora_not_in_diffusers:

@@ -26,7 +26,7 @@ from networks.deltas import DORA, LORA, PARTS, ROWS, Factors, height_of, size_of
 from networks.module_names import FAMILIES, alias, is_name, likely_families, sizes_fit
 from networks.names import layouts
 from networks.names.layouts import OF_CLIP, OF_LANGUAGE_MODEL, OF_LTX_FORK, OF_T5, OURS, FamilyNames
-from networks.rewriting import FOR_ALL, MARKS, rewrite
+from networks.rewriting import FOR_ALL, MARKS, Rewritten, rewrite
 
 OTHER = "diffusion_model."
 # the experts' networks in pipelines of diffusers, which are also prefixes of tensor names
@@ -49,7 +49,9 @@ _STARTS = {
     layouts.UNET_IN_DIFFUSERS: "diffusers",
     **dict.fromkeys(("base_model.", "model.", "module.", "dit.", "net.", "denoiser."), ""),
 }
-_BOTH_FURTHER = {form: EXPERT_STARTS[one] for one in _FURTHER for form in (one, one.replace(".", "_"))}
+_BOTH_FURTHER = {
+    form: EXPERT_STARTS[start] for start in _FURTHER for form in (start, start.replace(".", "_"))
+}
 _ALL_STARTS = {**_STARTS, **{start.replace(".", "_"): dialect for start, dialect in _STARTS.items()}}
 _OF_TOOLS = tuple(start for start in _STARTS if start.endswith("_"))  # what follows has "_" for "."
 # names that begin so are named after whose these are, although the rest is taken off singly
@@ -88,7 +90,7 @@ _FACTOR = re.compile(
     r"\.lora(?:_linear_layer)?[._]?(?:lora_)?(?P<factor>[ABab]|down|up)(?:(?:\.[^.]+)*?(?P<leaf>\.weight|\.bias))?$"
 )
 _OF_ADAPTER = re.compile(r"(?<=\.lora_magnitude_vector)(\.[^.]+){1,2}$")
-# diffusers before PEFT: factors beside the attention, not in its layers
+# diffusers before PEFT: factors of the attention, not of its layers
 _PROCESSOR = re.compile(r"(\.processor)?\.to_(?P<layer>q|k|v|out)_lora\.(?P<factor>down|up)\.weight$")
 _LEAVES = ("weight", "bias")
 _MODULATION = ".diff_m"  # LightX2V: of `modulation` in a block or in the head, whose path stands before
@@ -133,121 +135,287 @@ def to_native(
     Values are unchanged, except that `rewrite` joins some, and magnitudes become columns; missing alphas stay
     missing. with_texts: also rename tensors of text encoders.
     """
-    stacked, of_form = dict[str, int](), ""
     internal = tuple(key for key in tensors if ROWS in key)  # `rewrite` alone may say which rows a part has
-    tensors = {key: tensor for key, tensor in tensors.items() if key not in internal}
-    if any(map(MARKS.search, tensors)):
-        tensors, stacked, of_form = rewrite(tensors)
-    split = {key: _split(key) for key in tensors}
-    found = {key: place for key, place in split.items() if place is not None}
-    modules = {place.path: place.path.replace(".", "_") for place in found.values()}
-    dialects = sorted({place.dialect for place in found.values()})
-    told = of_form or next((_FAMILY_OF_DIALECT[one] for one in dialects if one in _FAMILY_OF_DIALECT), None)
+    usual = Rewritten({key: tensor for key, tensor in tensors.items() if key not in internal}, {})
+    if any(MARKS.search(key) for key in usual.tensors):
+        usual = rewrite(usual.tensors)
+
+    tensors = usual.tensors
+    places = _place_keys(tensors)
+    dialects = sorted({place.dialect for place in places.values()})
+    family_name = usual.family_name or _family_of_dialects(dialects)
+    hint = family_hint or family_name or None
+    families = _families_of_places(places, tensors, hint)
+    in_dit = _NamedModules(places, _our_modules(places, families))
+
+    alpha_keys = [key for key in FOR_ALL if key in tensors]
+    unplaced = [key for key in tensors if key not in places and key not in alpha_keys]
+    text_places = _place_texts(unplaced)
+    text_names: dict[str, str] = {}
+    if with_texts:
+        text_names = _names_of_texts(text_places, _family_for_texts(text_places, families, hint))
+
+    names = in_dit.names()
+    first_keys = _first_keys(names | text_names)
+    repeated = _repeated_keys(names | text_names, first_keys)
+    alphas = _alphas_for_all(alpha_keys, tensors, in_dit.modules.values())
+    return NativeTensors(
+        tensors=alphas | _rename(names, first_keys, tensors),
+        dialect=" + ".join(dialects),
+        text_encoder=tuple(key for key in text_places if key not in text_names),
+        texts=_renamed_texts(alpha_keys, text_names, tensors),
+        unknown=(*(key for key in unplaced if key not in text_places), *internal),
+        repeated=repeated,
+        clash=_find_clash(repeated, tensors),
+        paths=in_dit.paths(),
+        stacked=in_dit.counts(usual.stacked),
+        family=families[0] if families else None,
+        family_name=family_name or None,
+        unknown_names="" if families else _unknown_names(places),
+    )
+
+
+class _NamedModules(NamedTuple):
+    """The modules of a LoRA for a DiT."""
+
+    places: Mapping[str, "_Place"]  # by key
+    modules: Mapping[str, str]  # path as the file writes it -> our name
+
+    def names(self) -> dict[str, str]:
+        """Return our name of each key."""
+        return {key: f"{self.modules[place.path]}.{place.part}" for key, place in self.places.items()}
+
+    def paths(self) -> dict[str, str]:
+        """Return the path of each module of ours."""
+        return {self.modules[place.path]: place.path for place in self.places.values()}
+
+    def counts(self, by_key: Mapping[str, int]) -> dict[str, int]:
+        """Return numbers by key as numbers by module of ours."""
+        counts: dict[str, int] = {}
+        for key, count in by_key.items():
+            if key in self.places:
+                counts[self.modules[self.places[key].path]] = count
+        return counts
+
+
+def _place_keys(keys: Iterable[str]) -> dict[str, "_Place"]:
+    """Return the parts of the name of each key that belongs to a LoRA for a DiT."""
+    places: dict[str, _Place] = {}
+    for key in keys:
+        place = _split(key)
+        if place is not None:
+            places[key] = place
+    return places
+
+
+def _family_of_dialects(dialects: Iterable[str]) -> str:
+    """Return the name of the only family that has files in one of these dialects; "" if there is none."""
+    names = (_FAMILY_OF_DIALECT.get(dialect, "") for dialect in dialects)
+    return next(filter(None, names), "")
+
+
+def _families_of_places(
+    places: Mapping[str, "_Place"], tensors: Mapping[str, Tensor], hint: str | None
+) -> list[FamilyNames]:
+    """Return the families that modules of these names and sizes may be for."""
     factors: dict[str, dict[str, Tensor]] = {}
-    for key, place in found.items():
-        factors.setdefault(OURS + modules[place.path], {})[place.part] = tensors[key]
-    families = families_of(factors, family_hint or told) if factors else []
-    family = families[0] if families else None
-    aliases = {path: {alias(module, one) for one in families} for path, module in modules.items()}
-    names = {  # ours, if all families have the same one
-        path: OURS + (next(iter(aliases[path])) if len(aliases[path]) == 1 else module)
-        for path, module in modules.items()
-    }
-    keys: dict[str, str] = {}  # our name -> key in the file; a second key of one name is reported
-    for key, place in found.items():
-        keys.setdefault(f"{names[place.path]}.{place.part}", key)
-    native = {name: tensors[key] for name, key in keys.items()}
-    for name, key in keys.items():
+    for key, place in places.items():
+        module = OURS + place.path.replace(".", "_")
+        factors.setdefault(module, {})[place.part] = tensors[key]
+    return families_of(factors, hint) if factors else []
+
+
+def _our_modules(places: Mapping[str, "_Place"], families: Sequence[FamilyNames]) -> dict[str, str]:
+    """Return our name of the module at each path: an alias if all families have the same one."""
+    modules: dict[str, str] = {}
+    for place in places.values():
+        if place.path in modules:
+            continue
+        module = place.path.replace(".", "_")
+        aliases = {alias(module, family) for family in families}
+        modules[place.path] = OURS + (aliases.pop() if len(aliases) == 1 else module)
+    return modules
+
+
+def _first_keys(names: Mapping[str, str]) -> dict[str, str]:
+    """Return the first key of each of our names. names: key -> our name."""
+    first_keys: dict[str, str] = {}
+    for key, name in names.items():
+        first_keys.setdefault(name, key)
+    return first_keys
+
+
+def _repeated_keys(names: Mapping[str, str], first_keys: Mapping[str, str]) -> dict[str, str]:
+    """Return the keys of names that another key has too: key -> the first key of the name."""
+    return {key: first_keys[name] for key, name in names.items() if first_keys[name] != key}
+
+
+def _rename(
+    names: Mapping[str, str], first_keys: Mapping[str, str], tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the tensors for a DiT under our names, magnitudes as columns."""
+    native: dict[str, Tensor] = {}
+    for name in names.values():
+        key = first_keys[name]
+        tensor = tensors[key]
         if ".lora_magnitude_vector" in key or key.endswith(".magnitude"):
             # PEFT's: out, of convolutions 1 x out x 1 x 1; LyCORIS' and ours: out x 1 (x 1 ...)
-            native[name] = tensors[key].reshape(-1, *[1] * max(tensors[key].ndim - 1, 1))
-    of_all = [key for key in FOR_ALL if key in tensors]
-    native = {f"{name}.alpha": tensors[key] for key in of_all for name in names.values()} | native
-    rest = [key for key in tensors if key not in found and key not in of_all]
-    places = {key: one for key in rest if (one := _text_place(key)) is not None}
-    # of several with equal names, the one with as many text encoders
-    most = max((place[1] for place in places.values()), default=1)
-    of_texts = next((one for one in families if len(one.encoders) >= most), family)
-    of_texts = of_texts or next((one for one in FAMILIES if one.name == (family_hint or told)), None)
-    named = {
-        key: _name_of_text(key, *place, of_texts) if with_texts else None for key, place in places.items()
-    }
-    of_names = [(key, f"{names[place.path]}.{place.part}") for key, place in found.items()]
-    of_names += [(key, name) for key, name in named.items() if name is not None]
-    for key, name in of_names:
-        keys.setdefault(name, key)
-    repeated = {key: keys[name] for key, name in of_names if keys[name] != key}
-    texts = {name: tensors[key] for key, name in named.items() if name is not None}
-    texts = {f"{name.partition('.')[0]}.alpha": tensors[key] for key in of_all for name in texts} | texts
-    return NativeTensors(
-        tensors=native,
-        dialect=" + ".join(dialects),
-        text_encoder=tuple(key for key, name in named.items() if name is None),
-        texts=texts,
-        unknown=(*(key for key in rest if key not in places), *internal),
-        repeated=repeated,
-        clash=next(
-            ((first, key) for key, first in repeated.items() if _differ(tensors[key], tensors[first])), None
-        ),
-        paths={names[place.path]: place.path for place in found.values()},
-        stacked={names[found[key].path]: count for key, count in stacked.items() if key in found},
-        family=family,
-        family_name=told or None,
-        unknown_names=""
-        if family is not None or not found
-        else _unknown_names([place.whole for place in found.values()]),
-    )
+            inner_axes = max(tensor.ndim - 1, 1)
+            tensor = tensor.reshape(-1, *[1] * inner_axes)
+        native[name] = tensor
+    return native
+
+
+def _alphas_for_all(
+    alpha_keys: Iterable[str], tensors: Mapping[str, Tensor], modules: Iterable[str]
+) -> dict[str, Tensor]:
+    """Return the alpha that a file has for all of its modules, for each of them."""
+    modules = list(modules)
+    return {f"{module}.alpha": tensors[key] for key in alpha_keys for module in modules}
+
+
+def _place_texts(keys: Iterable[str]) -> dict[str, "_TextPlace"]:
+    """Return the parts of the name of each key that belongs to a text encoder."""
+    places: dict[str, _TextPlace] = {}
+    for key in keys:
+        place = _text_place(key)
+        if place is not None:
+            places[key] = place
+    return places
+
+
+def _family_for_texts(
+    places: Mapping[str, "_TextPlace"], families: Sequence[FamilyNames], hint: str | None
+) -> FamilyNames | None:
+    """Return the family whose text encoders a file changes.
+
+    families: by the names of modules of the DiT; of several, the first one with as many text encoders.
+    """
+    most = max((place.number for place in places.values()), default=1)
+    for family in families:
+        if len(family.encoders) >= most:
+            return family
+    if families:
+        return families[0]
+    return next((family for family in FAMILIES if family.name == hint), None)
+
+
+def _names_of_texts(places: Mapping[str, "_TextPlace"], family: FamilyNames | None) -> dict[str, str]:
+    """Return our name of each key of a text encoder that has one."""
+    names: dict[str, str] = {}
+    for key, place in places.items():
+        name = _name_of_text(place, family)
+        if name is not None:
+            names[key] = name
+    return names
+
+
+def _renamed_texts(
+    alpha_keys: Iterable[str], names: Mapping[str, str], tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the tensors of text encoders under our names, with the alpha that a file has for all modules."""
+    texts = {name: tensors[key] for key, name in names.items()}
+    modules = [name.partition(".")[0] for name in texts]
+    return _alphas_for_all(alpha_keys, tensors, modules) | texts
+
+
+def _find_clash(repeated: Mapping[str, str], tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
+    """Return two keys of one part with different values, the first one first."""
+    for key, first_key in repeated.items():
+        if _differ(tensors[key], tensors[first_key]):
+            return first_key, key
+    return None
 
 
 def _differ(first: Tensor, second: Tensor) -> bool:
     return first.shape != second.shape or not first.float().equal(second.float())
 
 
-def _text_place(key: str) -> tuple[str, int, str] | None:
-    """Split a text encoder's name into (prefix, number of the encoder, rest); None for other names."""
-    for rest, _ in _without_starts(key):
-        if (found := _TEXT.match(rest)) is not None:
-            number = int(found["ours"] or found["short"] or found["pipeline"] or 1)
-            is_second = "clip_g" in (found["comfy"], found["alone"]) or found["ldm"] == "1"
-            return rest[: found.end()], 2 if is_second else number, rest[found.end() :]
-        if rest.startswith(_BARE_TEXTS):
-            return "", 1, rest
+class _TextPlace(NamedTuple):
+    """The parts of the name of a tensor of a text encoder's LoRA."""
+
+    start: str  # prefix that shows the encoder
+    number: int  # of the encoder, from 1
+    path: str  # what follows
+
+
+def _text_place(key: str) -> _TextPlace | None:
+    """Split a text encoder's name; None for other names."""
+    for bare in _without_starts(key):
+        match = _TEXT.match(bare.path)
+        if match is not None:
+            number = int(match["ours"] or match["short"] or match["pipeline"] or 1)
+            is_second = "clip_g" in (match["comfy"], match["alone"]) or match["ldm"] == "1"
+            start = bare.path[: match.end()]
+            path = bare.path[match.end() :]
+            return _TextPlace(start, 2 if is_second else number, path)
+        if bare.path.startswith(_BARE_TEXTS):
+            return _TextPlace("", 1, bare.path)
     return None
 
 
-def _name_of_text(key: str, start: str, number: int, path: str, family: FamilyNames | None) -> str | None:
+def _name_of_text(place: _TextPlace, family: FamilyNames | None) -> str | None:
     """Return our name for a tensor of a text encoder's LoRA: `lora_te1_text_model_...`; None if unknown.
 
-    The layers identify the encoder, whatever number a program gives it. start, number, path: the result of
-    `_text_place`.
+    The layers identify the encoder, whatever number a program gives it.
     """
-    path = _our_factor(_PROCESSOR.sub(r".\g<layer>_proj.lora_\g<factor>.weight", path))
-    ending = next((ending for ending in _BY_LENGTH if path.endswith(ending)), None)
+    path = _our_factor(_PROCESSOR.sub(r".\g<layer>_proj.lora_\g<factor>.weight", place.path))
+    ending = _ending_of(path)
     if ending is None:
         return None
     path = _WRAPPERS.sub("", path.removesuffix(ending)).rstrip("_")
-    rests = [path]
-    while begin := next((one for one in _TEXT_STARTS if path.startswith((one, one.replace(".", "_")))), ""):
-        path = path[len(begin) :]
-        rests.append(path)
-    layers = (OF_CLIP, OF_T5, OF_LANGUAGE_MODEL)
-    names = [one.replace(".", "_") for one in rests]
-    # CLIP, as transformers 5 and later has it
-    names = [OF_CLIP + name if name.startswith("encoder_layers_") else name for name in names]
-    kind, name = next(
-        ((one, name) for name in names for one in layers if name.startswith(one)), ("", names[0])
-    )
+    kind, name = _text_layer(_text_paths(path))
+    prefix = _text_prefix(place, kind, family)
+    return None if prefix is None else f"{prefix}_{name}.{_ENDINGS[ending]}"
+
+
+def _ending_of(key: str) -> str | None:
+    """Return the longest known ending of a key; None if it has none."""
+    return next((ending for ending in _BY_LENGTH if key.endswith(ending)), None)
+
+
+def _text_paths(path: str) -> list[str]:
+    """Return a path in a text encoder with 0, 1, 2 ... known prefixes removed."""
+    paths = [path]
+    while True:
+        start = next(
+            (start for start in _TEXT_STARTS if path.startswith((start, start.replace(".", "_")))), ""
+        )
+        if not start:
+            return paths
+        path = path[len(start) :]
+        paths.append(path)
+
+
+def _text_layer(paths: Iterable[str]) -> tuple[str, str]:
+    """Return the kind of encoder ("" if unknown) and the underscored name of the layer.
+
+    paths: of one layer, with ever fewer prefixes.
+    """
+    names: list[str] = []
+    for path in paths:
+        name = path.replace(".", "_")
+        # CLIP, as transformers 5 and later has it
+        names.append(OF_CLIP + name if name.startswith("encoder_layers_") else name)
+    for name in names:
+        for kind in (OF_CLIP, OF_T5, OF_LANGUAGE_MODEL):
+            if name.startswith(kind):
+                return kind, name
+    return "", names[0]
+
+
+def _text_prefix(place: _TextPlace, kind: str, family: FamilyNames | None) -> str | None:
+    """Return our prefix of an encoder; None if its name is that of another kind of encoder."""
     encoders = _OF_ALL if family is None else family.encoders
-    own = [prefix for prefix, one in encoders if one == kind]
-    label = start.rstrip("_.-").replace("lycoris_", "lora_")
+    prefixes = [prefix for prefix, layers in encoders if layers == kind]
+    label = place.start.rstrip("_.-").replace("lycoris_", "lora_")
     if not label.startswith("lora_te"):
-        label = encoders[0][0] if number == 1 else f"lora_te{number}"
-    elif kind == OF_CLIP and label == "lora_te" and (family is None or len(own) > 1):
-        own = [label]  # Stable Diffusion 1 and 2 call their single one so
-    if not own and label in dict(encoders) and kind:
+        label = encoders[0][0] if place.number == 1 else f"lora_te{place.number}"
+    elif kind == OF_CLIP and label == "lora_te" and (family is None or len(prefixes) > 1):
+        prefixes = [label]  # Stable Diffusion 1 and 2 call their single one so
+    if not prefixes and label in dict(encoders) and kind:
         return None  # another encoder than that of this name
-    prefix = own[min(number, len(own)) - 1] if own else label
-    return f"{prefix}_{name}.{_ENDINGS[ending]}"
+    return prefixes[min(place.number, len(prefixes)) - 1] if prefixes else label
 
 
 def split_names(names: Iterable[str]) -> dict[str | None, list[str]]:
@@ -257,29 +425,35 @@ def split_names(names: Iterable[str]) -> dict[str | None, list[str]]:
     goes into each part.
     """
     names = list(names)
-    starts = {
-        name: next(
-            (start for rest, _ in _without_starts(name) for start in _BOTH_FURTHER if rest.startswith(start)),
-            "",
-        )
-        for name in names
-    }
+    starts = {name: _further_start(name) for name in names}
     if not any(starts.values()):
         return {None: names}
-    found: dict[str | None, list[str]] = {}
-    of_all = [name for name in names if name in FOR_ALL]
+    by_expert: dict[str | None, list[str]] = {}
+    alpha_names = [name for name in names if name in FOR_ALL]
     for name, start in starts.items():
         if name in FOR_ALL:
             continue
         expert = _BOTH_FURTHER[start] if start else NETWORKS[layouts.IN_DIFFUSERS]
-        found.setdefault(expert, [*of_all]).append(name)
-    return found
+        by_expert.setdefault(expert, [*alpha_names]).append(name)
+    return by_expert
+
+
+def _further_start(name: str) -> str:
+    """Return the prefix by which a name belongs to a further network of a pipeline; "" if it has none."""
+    for bare in _without_starts(name):
+        for start in _BOTH_FURTHER:
+            if bare.path.startswith(start):
+                return start
+    return ""
 
 
 def other_kind(keys: Iterable[str]) -> tuple[str, str] | None:
-    return next(
-        ((kind, key) for key in keys for kind, endings in _OTHER_KINDS.items() if key.endswith(endings)), None
-    )
+    """Find a key of a kind of network that is not supported; return the kind and the key."""
+    for key in keys:
+        for kind, endings in _OTHER_KINDS.items():
+            if key.endswith(endings):
+                return kind, key
+    return None
 
 
 def module_of_tensor(name: str) -> tuple[str, str]:
@@ -290,7 +464,8 @@ def module_of_tensor(name: str) -> tuple[str, str]:
     """
     path, _, leaf = name.rpartition(".")
     if leaf not in _LEAVES:
-        path, leaf = name, "weight"
+        path = name
+        leaf = "weight"
     for prefix in ("model.diffusion_model.", "model.model.", OTHER, "transformer.", "module.", "_orig_mod."):
         path = path.removeprefix(prefix)
     return path.replace(".", "_"), leaf
@@ -300,7 +475,7 @@ class _Place(NamedTuple):
     """The parts of the name of a tensor of a LoRA for a DiT."""
 
     path: str  # of the module as the file writes it, without prefixes: `blocks.0.attn1.to_q`
-    whole: str  # the same with its prefixes
+    full_path: str  # the same with its prefixes
     part: str  # our name of the part: `lora_down.weight`
     dialect: str
 
@@ -308,59 +483,74 @@ class _Place(NamedTuple):
 def _split(key: str) -> _Place | None:
     """Split a key into its parts; None if it does not belong to a LoRA for a DiT."""
     layers = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
-    key = _PROCESSOR.sub(lambda found: f".{layers[found['layer']]}.lora_{found['factor']}.weight", key)
-    # with our names of factors, without what PEFT and diffusers write into them
-    key = _our_factor(
-        f"{key.removesuffix(_MODULATION)}.modulation.diff" if key.endswith(_MODULATION) else key
-    )
-    ending = next((ending for ending in _BY_LENGTH if key.endswith(ending)), None)
+    key = _PROCESSOR.sub(lambda match: f".{layers[match['layer']]}.lora_{match['factor']}.weight", key)
+    if key.endswith(_MODULATION):
+        key = f"{key.removesuffix(_MODULATION)}.modulation.diff"
+    key = _our_factor(key)  # without what PEFT and diffusers write into the names of factors
+    ending = _ending_of(key)
     if ending is None or _text_place(key) is not None:
         return None
-    whole = key.removesuffix(ending)
-    path, dialect = _bare(whole)
-    return _Place(path, whole, _ENDINGS[ending], dialect)
+    full_path = key.removesuffix(ending)
+    bare = _bare(full_path)
+    return _Place(bare.path, full_path, _ENDINGS[ending], bare.dialect)
 
 
 def _our_factor(key: str) -> str:
     """Rename factors to ours: `x.lora_A.default.weight` -> `x.lora_down.weight`; drop names of adapters."""
-    found = _FACTOR.search(key)
-    if found is None:
+    match = _FACTOR.search(key)
+    if match is None:
         return _OF_ADAPTER.sub("", key)
-    is_down = found["factor"] in ("A", "a", "down")
-    return f"{key[: found.start()]}.{LORA[0 if is_down else 1].partition('.')[0]}{found['leaf'] or '.weight'}"
+    is_down = match["factor"] in ("A", "a", "down")
+    factor = LORA[0 if is_down else 1].partition(".")[0]
+    return f"{key[: match.start()]}.{factor}{match['leaf'] or '.weight'}"
 
 
-def _without_starts(path: str) -> list[tuple[str, str]]:
-    """Return (path, dialect) with 0, 1, 2 ... known prefixes removed; the first tells the dialect."""
+class _Bare(NamedTuple):
+    """A path without some of its prefixes, and the dialect that they show."""
+
+    path: str
+    dialect: str
+
+
+def _without_starts(path: str) -> list[_Bare]:
+    """Return the path with 0, 1, 2 ... known prefixes removed; the first prefix shows the dialect."""
     special = next((dialect for start, dialect in _SPECIAL.items() if path.startswith(start)), "")
     path = _WRAPPERS.sub("", path).rstrip("_.")
-    found = [(path, special)]
+    stages = [_Bare(path, special)]
     starts = _STARTS if "." in path and not path.startswith(_OF_TOOLS) else _ALL_STARTS
-    while start := next((one for one in starts if path.startswith(one)), ""):
+    while True:
+        start = next((start for start in starts if path.startswith(start)), "")
+        if not start:
+            return stages
         path = path.removeprefix(start).lstrip("_")
-        found.append((path, found[-1][1] or _ALL_STARTS[start]))
-    return found
+        stages.append(_Bare(path, stages[-1].dialect or _ALL_STARTS[start]))
 
 
 def bare_path(path: str) -> str:
-    return _bare(path)[0]
+    """Return a module's path without prefixes."""
+    return _bare(path).path
 
 
-def _bare(path: str) -> tuple[str, str]:
+def _bare(path: str) -> _Bare:
     """Return a module's path without prefixes, and the dialect.
 
     Prefixes are removed one by one until a known family has a module of that path, or else of that
     underscored name; if none has, all are removed.
     """
-    found = _without_starts(path)
-    known = next((one for one in found if is_name(one[0], dotted=True)), None)
-    known = known or next((one for one in found if is_name(one[0].replace(".", "_"))), None)
-    rest, dialect = known or found[-1]
-    return rest, dialect or "without prefix"
+    stages = _without_starts(path)
+    bare = next((stage for stage in stages if is_name(stage.path, dotted=True)), None)
+    if bare is None:
+        bare = next((stage for stage in stages if is_name(stage.path.replace(".", "_"))), stages[-1])
+    return _Bare(bare.path, bare.dialect or "without prefix")
 
 
-def _unknown_names(paths: Sequence[str]) -> str:
-    """Describe what precedes or follows the path of a known module, else the start of all names."""
+def _unknown_names(places: Mapping[str, _Place]) -> str:
+    """Describe what precedes or follows the path of a known module, else the start of all names; "" if there
+    are no names.
+    """
+    if not places:
+        return ""
+    paths = [place.full_path for place in places.values()]
     for path in paths:
         pieces = re.split(r"(?<=[._])", path)
         for count in range(1, len(pieces)):
@@ -370,26 +560,31 @@ def _unknown_names(paths: Sequence[str]) -> str:
         if dot and is_name(bare_path(begin).replace(".", "_")):
             return f"have .{end} behind the module's"
     common = os.path.commonprefix(paths)
-    return (
-        f"begin with {common[: max(common.rfind('.'), common.rfind('_')) + 1] or paths[0].partition('.')[0]}"
-    )
+    last_separator = max(common.rfind("."), common.rfind("_"))
+    return f"begin with {common[: last_separator + 1] or paths[0].partition('.')[0]}"
 
 
 def dialect_in_words(dialect: str) -> str:
     """Describe a dialect by the program that uses it: `names as in ComfyUI`."""
-    return "names as in " + " + ".join(_IN_WORDS.get(each, each) for each in dialect.split(" + "))
+    words = [_IN_WORDS.get(name, name) for name in dialect.split(" + ")]
+    return "names as in " + " + ".join(words)
 
 
 def families_of(modules: Mapping[str, Factors], hint: str | None = None) -> list[FamilyNames]:
     """Return the families that a LoRA's modules, under our names, may be for, as `likely_families`."""
-    own = {name.removeprefix(OURS): one for name, one in modules.items() if name.startswith(OURS)}
-    return likely_families(own, lambda name: _size_of(own[name]), hint)
+    in_dit = _modules_of_dit(modules)
+    return likely_families(in_dit, lambda name: _size_of(in_dit[name]), hint)
 
 
 def can_be_for(family: FamilyNames, modules: Mapping[str, Factors]) -> bool:
     """Return whether the sizes of a LoRA's modules, under our names, are possible in the family."""
-    own = {name.removeprefix(OURS): one for name, one in modules.items() if name.startswith(OURS)}
-    return sizes_fit(family, own, lambda name: _size_of(own[name]))
+    in_dit = _modules_of_dit(modules)
+    return sizes_fit(family, in_dit, lambda name: _size_of(in_dit[name]))
+
+
+def _modules_of_dit(modules: Mapping[str, Factors]) -> dict[str, Factors]:
+    """Return the modules with our prefix for a DiT, without the prefix."""
+    return {name.removeprefix(OURS): factors for name, factors in modules.items() if name.startswith(OURS)}
 
 
 def _size_of(factors: Factors) -> tuple[int, int] | None:
@@ -397,35 +592,67 @@ def _size_of(factors: Factors) -> tuple[int, int] | None:
 
     Computed from shapes, because the first operation on the meta device takes seconds.
     """
-    shapes = {part: tuple(one.shape) for part, one in factors.items()}
+    shapes = {part: tuple(tensor.shape) for part, tensor in factors.items()}
     try:
         if ROWS in factors:
-            whole = size_of(factors)
-            return None if whole is None else (height_of(factors) or 0, whole[1])
-        if "diff" in shapes:
-            rows, *columns = shapes["diff"]
-        elif LORA[0] in shapes:
-            (rank, *columns), (rows, inner, *_) = shapes[LORA[0]], shapes[LORA[1]]
-            columns += shapes.get("lora_mid.weight", ())[2:]
-            rows = rows if rank == inner else 0
-        elif "hada_w1_a" in shapes:  # beside a core it is stored r x out
-            rows = shapes["hada_w1_a"]["hada_t1" in shapes]
-            columns = [shapes["hada_w1_b"][1], *shapes.get("hada_t1", ())[2:]]
-        else:
-            first, second = (shapes.get(name) for name in ("lokr_w1", "lokr_w2"))
-            first = first or (shapes["lokr_w1_a"][0], shapes["lokr_w1_b"][1])
-            if second is None:
-                core = shapes.get("lokr_t2", ())
-                second = shapes["lokr_w2_a"][bool(core)], shapes["lokr_w2_b"][1], *core[2:]
-            rows, columns = first[0] * second[0], [*first[1:], *second[1:]]
+            size = size_of(factors)
+            return None if size is None else (height_of(factors) or 0, size[1])
+        rows, columns = _rows_and_columns(shapes)
     except (KeyError, ValueError, IndexError):  # such files are described too
         return None
-    return (rows, math.prod(columns)) if rows and columns and math.prod(columns) else None
+    width = math.prod(columns)
+    return (rows, width) if rows and columns and width else None
+
+
+Shapes = Mapping[str, tuple[int, ...]]  # of factors
+Extent = tuple[int, Sequence[int]]  # rows, sizes along all further axes
+
+
+def _rows_and_columns(shapes: Shapes) -> Extent:
+    """Return the extent of a weight's change.
+
+    Raises KeyError, ValueError or IndexError if the shapes are no factors of one change.
+    """
+    if "diff" in shapes:
+        rows, *columns = shapes["diff"]
+        return rows, columns
+    if LORA[0] in shapes:
+        return _extent_of_lora(shapes)
+    if "hada_w1_a" in shapes:
+        return _extent_of_loha(shapes)
+    return _extent_of_lokr(shapes)
+
+
+def _extent_of_lora(shapes: Shapes) -> Extent:
+    rank, *columns = shapes[LORA[0]]
+    rows, inner, *_ = shapes[LORA[1]]
+    kernel = shapes.get("lora_mid.weight", ())[2:]
+    return rows if rank == inner else 0, [*columns, *kernel]
+
+
+def _extent_of_loha(shapes: Shapes) -> Extent:
+    kernel = shapes.get("hada_t1", ())[2:]
+    # if there is a core it is stored r x out
+    rows = shapes["hada_w1_a"][1 if "hada_t1" in shapes else 0]
+    return rows, [shapes["hada_w1_b"][1], *kernel]
+
+
+def _extent_of_lokr(shapes: Shapes) -> Extent:
+    first = shapes.get("lokr_w1") or (shapes["lokr_w1_a"][0], shapes["lokr_w1_b"][1])
+    second = shapes.get("lokr_w2")
+    if second is None:
+        core = shapes.get("lokr_t2", ())
+        rows = shapes["lokr_w2_a"][1 if core else 0]
+        second = (rows, shapes["lokr_w2_b"][1], *core[2:])
+    return first[0] * second[0], [*first[1:], *second[1:]]
 
 
 def family_by_text_width(modules: Mapping[str, Factors]) -> FamilyNames | None:
     """Return the family whose released models have the text width of these cross-attention factors."""
-    sizes = [_size_of(one) for name, one in modules.items() if name.endswith(("attn2_to_k", "attn2_to_v"))]
-    widths = {size[1] for size in sizes if size is not None}
-    unets = [one for one in FAMILIES if one.start == layouts.UNET_IN_DIFFUSERS]
-    return next((one for one in unets if {width for width, _ in one.released} == widths), None)
+    widths: set[int] = set()
+    for name, factors in modules.items():
+        size = _size_of(factors) if name.endswith(("attn2_to_k", "attn2_to_v")) else None
+        if size is not None:
+            widths.add(size[1])
+    unets = [family for family in FAMILIES if family.start == layouts.UNET_IN_DIFFUSERS]
+    return next((unet for unet in unets if {width for width, _ in unet.released} == widths), None)

@@ -35,41 +35,53 @@ def kind_of_tensor(family: FamilyNames | None, key: str) -> Kind:
     leaf = next((leaf for leaf in _LEAVES if key.endswith(leaf)), "")
     path = bare_path(_IN_PEFT.sub("", key.removesuffix(leaf)))
     name = path.replace(".", "_")
-    if beside := module_names.on_text_side(name if family is None else module_names.alias(name, family)):
-        return f"are whole weights of {beside}, no changes of them, and are ignored", ""
+    side = module_names.on_text_side(name if family is None else module_names.alias(name, family))
+    if side:
+        return f"are whole weights of {side}, no changes of them, and are ignored", ""
     if path.startswith(_OF_WORDS):
         return "are embeddings of words and are ignored", ""
     if module_names.is_name(name):
-        kind = "biases" if leaf == ".bias" else "norms" if "norm" in name else "weights"
-        return f"are whole {kind} of the model, no changes of them, and are ignored", (
-            f"whole {kind} are no part of a LoRA, and it was trained together with them. Save the change "
-            "alone with its program."
-        )
-    start, dot, _ = path.partition(".")
-    module, dot_behind, part = path.rpartition(".")
-    if not leaf and dot_behind and module_names.is_name(module.replace(".", "_")):
+        return _kind_of_weight(name, leaf)
+    if leaf and "." in path:
+        start = path.partition(".")[0]
+        network = key[: key.index(start)] + start
+        return f"are of another network, {network}, and are ignored", ""
+    module, dot, part = path.rpartition(".")
+    if dot and module_names.is_name(module.replace(".", "_")):
         return f"are parts of layers called {part}, which are not known here, and are ignored", (
             f"what {part} does to a layer is not known here. Save the LoRA as a plain one with its program."
         )
-    if not dot or not leaf:
-        return "are no part of a LoRA and are ignored", NOT_KNOWN
-    return f"are of another network, {key[: key.index(start)]}{start}, and are ignored", ""
+    return "are no part of a LoRA and are ignored", NOT_KNOWN
 
 
-def kind_of_module(model: FamilyNames | None, holds_side: bool, alike: Collection[str], name: str) -> Kind:
+def _kind_of_weight(name: str, leaf: str) -> Kind:
+    """Return the kind of a whole weight of a model's module."""
+    kind = "weights"
+    if leaf == ".bias":
+        kind = "biases"
+    elif "norm" in name:
+        kind = "norms"
+    return f"are whole {kind} of the model, no changes of them, and are ignored", (
+        f"whole {kind} are no part of a LoRA, and it was trained together with them. Save the change "
+        "alone with its program."
+    )
+
+
+def kind_of_module(model: FamilyNames | None, has_side: bool, numberless: Collection[str], name: str) -> Kind:
     """Return the kind of a part that a model lacks. name: `lora_unet_x.weight` or `lora_unet_x`.
 
-    model: the model's family. holds_side: the model has modules of the text encoder's side. alike: its
+    model: the model's family. has_side: the model has modules of the text encoder's side. numberless: its
     modules `without_numbers`.
     """
     module, _, leaf = name.removeprefix(OURS).partition(".")
-    if not holds_side and (words := module_names.on_text_side(module)):
+    words = "" if has_side else module_names.on_text_side(module)
+    if words:
         return (
             f": they change {words}, which read the texts before the transformer, and are not used here. To "
             "have them, merge it into the model's file with merge_lora.py, and cache texts with that file"
         ), ""
     # a model with such layers in other blocks is of another size
-    is_other_size = without_numbers(module) in alike
+    is_other_size = without_numbers(module) in numberless
     if model is not None and not is_other_size and module_names.is_optional(module, model):
         return f": they are for {model.optional_words}; the rest is used without them", ""
     if model is not None and module_names.has_module(module, model):
@@ -78,11 +90,11 @@ def kind_of_module(model: FamilyNames | None, holds_side: bool, alike: Collectio
         return f": other models of {model.name} have them", (
             f"it is for another model of {model.name}, with other layers. Give a LoRA for this one."
         )
-    others = [one.name for one in module_names.FAMILIES if module_names.has_module(module, one)]
-    if others:
+    families = [family.name for family in module_names.FAMILIES if module_names.has_module(module, family)]
+    if families:
         return (
-            f": they are of {' or '.join(others)}",
-            f"it is for {' or '.join(others)}. Give a LoRA for this model.",
+            f": they are of {' or '.join(families)}",
+            f"it is for {' or '.join(families)}. Give a LoRA for this model.",
         )
     return (
         ": no known model has layers of these names",
@@ -102,13 +114,15 @@ def lacking(names: Iterable[str], weights: Collection[str], model: FamilyNames |
     """Return the parts of a LoRA for modules that are optional in the family, and missing in the model with
     these `weights`.
     """
-    there = {name.removesuffix(".weight").replace(".", "_") for name in weights}
-    if model is None or not there:
+    existing = {name.removesuffix(".weight").replace(".", "_") for name in weights}
+    if model is None or not existing:
         return []
-    modules = {name: module_of(name) for name in names}
-    return [
-        name for name, one in modules.items() if one not in there and module_names.is_optional(one, model)
-    ]
+    absent: list[str] = []
+    for name in dict.fromkeys(names):
+        module = module_of(name)
+        if module not in existing and module_names.is_optional(module, model):
+            absent.append(name)
+    return absent
 
 
 def text_side_of(names: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ from modules.checkpoints.opening import open_checkpoint, refuse_quantised
 from modules.console import count_of, count_words, list_some
 from modules.errors import CheckpointError, OptionError
 from networks import key_formats
-from networks.alphas import read_alphas, unfold
+from networks.alphas import FoundAlphas, read_alphas, unfold
 from networks.deltas import Factors, drop_unused_alphas, find_fault, group_by_module, rank_of, ungroup
 from networks.key_formats import NativeTensors
 from networks.leftovers import kind_of_module, kind_of_tensor, sort_by_kind, without_numbers
@@ -35,9 +35,8 @@ from networks.parts import mend_split_alphas
 from networks.patterns import describe_unfit, in_any_spelling
 
 logger = getLogger(__name__)
-# in a name of every kind of network beside a model, read here or not
 # metadata that may name a LoRA's needs, in the order in which `FamilyNames.refused` reads them
-_SAYING = (
+_ORIGIN_KEYS = (
     "ss_network_module",
     TRAINED_ON,
     "modelspec.architecture",
@@ -46,6 +45,7 @@ _SAYING = (
     "software",
     "model_version",
 )
+# in a name of every kind of network that changes a model, read here or not
 _OF_NETWORKS = re.compile(r"lora|hada|lokr|oft|dora|vera|ia3|alpha|magnitude|diff(_[bm])?$|norm$")
 A_FEW = 0.1  # up to this unused share of a file, a plain warning is enough
 
@@ -102,16 +102,19 @@ class LoraFile:
         """Return the possible families, several if names, sizes, block numbers and metadata do not decide.
         hint: the family to prefer then; None: the one in the metadata.
         """
-        one = next(iter(self.parts.values()), self)
-        made = read_family(one.metadata)
-        if hint is None and made is not None:
-            hint = made.name
-        return key_formats.families_of(one.modules(), hint) or ([] if made is None else [made])
+        part = next(iter(self.parts.values()), self)
+        trained_family = read_family(part.metadata)
+        if hint is None and trained_family is not None:
+            hint = trained_family.name
+        families = key_formats.families_of(part.modules(), hint)
+        if not families and trained_family is not None:
+            return [trained_family]
+        return families
 
     def family(self) -> FamilyNames | None:
         """Return the family it was trained for; None if unknown or if several are possible."""
-        found = self.families()
-        return found[0] if found and have_same_names(found) else None
+        families = self.families()
+        return families[0] if families and have_same_names(families) else None
 
 
 def _several(path: Path) -> CheckpointError:
@@ -156,17 +159,22 @@ def read_lora(
     groups = key_formats.split_names(stored)
     if len(groups) > 1 and not by_expert:
         raise _several(path)
-    parts = {
-        expert: _read_part(
-            path, {name: stored[name] for name in names}, metadata, expert, with_texts, is_own, family
+    parts: dict[str | None, LoraFile] = {}
+    for expert, names in groups.items():
+        parts[expert] = _read_part(
+            path,
+            {name: stored[name] for name in names},
+            metadata,
+            expert=expert,
+            with_texts=with_texts,
+            is_own=is_own,
+            family=family,
         )
-        for expert, names in groups.items()
-    }
     if len(parts) == 1:
         return next(iter(parts.values()))
     dialects = sorted({part.dialect for part in parts.values()})
-    named = {expert: part for expert, part in parts.items() if expert is not None}
-    return LoraFile(path, {}, metadata, " + ".join(dialects), named)
+    by_name = {expert: part for expert, part in parts.items() if expert is not None}
+    return LoraFile(path, {}, metadata, dialect=" + ".join(dialects), parts=by_name)
 
 
 def _read_part(
@@ -184,51 +192,86 @@ def _read_part(
     `read_lora`.
     """
     if expert is not None:
-        try:
-            metadata = metadata_of(metadata, expert)
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(
-                f"{path}: what its metadata say of its parts cannot be read: {error}. Copy it again.", path
-            ) from error
-    made = read_family(metadata)
-    native = key_formats.to_native(stored, family or (None if made is None else made.name), with_texts)
-    if made is None and native.family_name is not None:
+        metadata = _metadata_of_expert(path, metadata, expert)
+    trained_family = read_family(metadata)
+    hint = family or (None if trained_family is None else trained_family.name)
+    native = key_formats.to_native(stored, hint, with_texts)
+    if trained_family is None and native.family_name is not None:
         metadata = {**metadata, TRAINED_ON: native.family_name}
     if native.dialect == "other" and is_of_frozen_norms(native.tensors, metadata):
         metadata = {**metadata, DORA_FORM: FROZEN_NORMS}
         logger.info(f"{path}: its DoRA magnitudes are in ComfyUI's form, as its writer has them there")
     if not native.tensors and not native.texts:
         raise _no_lora(path, stored)
-    if twice := native.clash or _named_twice(native):
-        remedy = "They are of two programs. Take the tensors of one of them out of the file."
-        names = f"{twice[0]} and {twice[1]}"
-        raise CheckpointError(f"{path} changes one layer under two names: {names}.\n  {remedy}", path)
+    _refuse_clash(path, native)
     if native.text_encoder or native.repeated or native.unknown:
-        _warn_of_unused(path, native, made or native.family, len(stored))
-    tensors, texts = drop_unused_alphas(native.tensors), drop_unused_alphas(native.texts)
+        _warn_of_unused(path, native, trained_family or native.family, len(stored))
+
+    tensors = drop_unused_alphas(native.tensors)
+    texts = drop_unused_alphas(native.texts)
     if is_own:
-        tensors, texts = unfold(tensors, metadata), unfold(texts, metadata)
+        tensors = unfold(tensors, metadata)
+        texts = unfold(texts, metadata)
     metadata = {key: value for key, value in metadata.items() if key != FOLDED}
     native = replace(native, tensors=tensors, texts=texts)
-    modules, in_texts = group_by_module(native.tensors), group_by_module(native.texts)
-    _refuse_faulty(path, modules | in_texts, native.unknown)
-    found, said = dict[str, Tensor](), ""
-    if any("alpha" not in one and rank_of(one) is not None for one in (modules | in_texts).values()):
-        found, said = read_alphas(path, metadata, native, expert, is_own)
-    beside = f" and {len(in_texts)} of text encoders" if in_texts else ""
-    words = [
-        f"{count_of(len(modules), 'module')}{beside}",
-        key_formats.dialect_in_words(native.dialect),
-        *([said] if said else []),
-        *([f"trained for {metadata[TRAINED_FOR]}"] if TRAINED_FOR in metadata else []),
-        *([f"for the {in_words(expert)}"] if expert is not None else []),
-    ]
-    logger.info(f"{path}: {', '.join(words)}")
-    tensors = {**native.tensors, **{name: one for name, one in found.items() if name.startswith(OURS)}}
+    modules = group_by_module(tensors) | group_by_module(texts)
+    _refuse_faulty(path, modules, native.unknown)
+
+    alphas = FoundAlphas({}, "")
+    if any("alpha" not in factors and rank_of(factors) is not None for factors in modules.values()):
+        alphas = read_alphas(path, metadata, native=native, expert=expert, is_written_here=is_own)
+    logger.info(f"{path}: {_part_in_words(native, metadata, alphas, expert)}")
+    dit_alphas = {name: alpha for name, alpha in alphas.tensors.items() if name.startswith(OURS)}
+    tensors = {**tensors, **dit_alphas}
     if '"split_qkv": "true"' in metadata.get("ss_network_args", "").lower():
         tensors = mend_split_alphas(path, tensors, metadata)
-    texts = {**native.texts, **{name: one for name, one in found.items() if name not in tensors}}
-    return LoraFile(path, tensors, metadata, native.dialect, {}, texts, native.unknown_names)
+    text_alphas = {name: alpha for name, alpha in alphas.tensors.items() if name not in tensors}
+    return LoraFile(
+        path,
+        tensors,
+        metadata,
+        dialect=native.dialect,
+        text_tensors={**texts, **text_alphas},
+        unknown_names=native.unknown_names,
+    )
+
+
+def _metadata_of_expert(path: Path, metadata: Mapping[str, str], expert: str) -> dict[str, str]:
+    """Return the metadata of one expert's part of a file. Raises CheckpointError if they are unreadable."""
+    try:
+        return metadata_of(metadata, expert)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: what its metadata say of its parts cannot be read: {error}. Copy it again.", path
+        ) from error
+
+
+def _refuse_clash(path: Path, native: NativeTensors) -> None:
+    """Raise CheckpointError if a file changes one layer under two names."""
+    clash = native.clash or _named_twice(native)
+    if clash:
+        remedy = "They are of two programs. Take the tensors of one of them out of the file."
+        names = f"{clash[0]} and {clash[1]}"
+        raise CheckpointError(f"{path} changes one layer under two names: {names}.\n  {remedy}", path)
+
+
+def _part_in_words(
+    native: NativeTensors, metadata: Mapping[str, str], alphas: FoundAlphas, expert: str | None
+) -> str:
+    """Describe what was read from a file, or from one expert's part: modules, names, alphas, experts."""
+    num_texts = len(group_by_module(native.texts))
+    of_texts = f" and {num_texts} of text encoders" if num_texts else ""
+    words = [
+        f"{count_of(len(group_by_module(native.tensors)), 'module')}{of_texts}",
+        key_formats.dialect_in_words(native.dialect),
+    ]
+    if alphas.words:
+        words.append(alphas.words)
+    if TRAINED_FOR in metadata:
+        words.append(f"trained for {metadata[TRAINED_FOR]}")
+    if expert is not None:
+        words.append(f"for the {in_words(expert)}")
+    return ", ".join(words)
 
 
 def _refuse_faulty(path: Path, modules: Mapping[str, Factors], unknown: Sequence[str]) -> None:
@@ -254,23 +297,24 @@ def _named_twice(native: key_formats.NativeTensors) -> tuple[str, str] | None:
     if native.family is None:
         return None
     for name, path in native.paths.items():
-        for other in relatives(name.removeprefix(OURS), native.family):
-            if other.is_part and (found := native.paths.get(OURS + other.name)) is not None:
-                return path, found
+        for relative in relatives(name.removeprefix(OURS), native.family):
+            part_path = native.paths.get(OURS + relative.name) if relative.is_part else None
+            if part_path is not None:
+                return path, part_path
     return None
 
 
-def _warn_of_unused(path: Path, native: NativeTensors, family: FamilyNames | None, whole: int) -> None:
-    """Warn of keys of a file that are not read. whole: number of all keys."""
-    rest = (
+def _warn_of_unused(path: Path, native: NativeTensors, family: FamilyNames | None, total: int) -> None:
+    """Warn of keys of a file that are not read. total: number of all keys."""
+    ignored = (
         (native.text_encoder, "tensors of a text encoder are ignored"),
         (list(native.repeated), "tensors of parts named once more are ignored"),
     )
-    for keys, what in rest:
+    for keys, what in ignored:
         if keys:
             logger.warning(f"{path}: {count_words(len(keys), what)}: {list_some(keys)}")
     for (words, loss), names in sort_by_kind(native.unknown, partial(kind_of_tensor, family)).items():
-        warn_of_rest(path, names, whole, f"tensors {words}", loss)
+        warn_of_rest(path, names, total=total, what=f"tensors {words}", loss=loss)
 
 
 def _no_lora(path: Path, names: Iterable[str]) -> CheckpointError:
@@ -295,13 +339,13 @@ def refuse_unknown(lora: LoraFile, option: str = "") -> None:
         )
 
 
-def warn_of_rest(path: Path, rest: Sequence[str], whole: int, what: str, loss: str = "") -> None:
-    """Warn of unused names, with a second, louder line if they are more than a few of `whole`.
+def warn_of_rest(path: Path, unused: Sequence[str], total: int, what: str, loss: str = "") -> None:
+    """Warn of unused names, with a second, louder line if they are more than a few of `total`.
 
     what: as in "4 of 24 {what}: a, b, c". loss: the consequence if many are unused; "": none.
     """
-    logger.warning(f"{path}: {len(rest)} of {whole} {what}: {list_some(rest)}")
-    if loss and len(rest) > A_FEW * whole:
+    logger.warning(f"{path}: {len(unused)} of {total} {what}: {list_some(unused)}")
+    if loss and len(unused) > A_FEW * total:
         logger.warning(f"{path} IS USED ONLY IN PART: {loss}")
 
 
@@ -330,11 +374,10 @@ class LoraUse:
         model.
         """
         for factor in factors:
-            tensor = [f"{name}.{factor}" for name in names]
-            included = self.include is None or any(re.search(self.include, name) for name in tensor)
-            if included and not (
-                self.exclude is not None and any(re.search(self.exclude, name) for name in tensor)
-            ):
+            tensors = [f"{name}.{factor}" for name in names]
+            if self.include is not None and not any(re.search(self.include, name) for name in tensors):
+                continue
+            if self.exclude is None or not any(re.search(self.exclude, name) for name in tensors):
                 return True
         return False
 
@@ -348,33 +391,39 @@ def lora_uses(
 
     with_texts: with their changes of text encoders.
     """
-    both: list[list[str | None]] = []  # to include, to exclude: one per file
-    for option in ("include_patterns", "exclude_patterns"):
-        given = list(getattr(patterns, option, None) or ())
-        if len(given) > len(files):
-            raise OptionError(
-                f"--{option} has {len(given)} patterns for {len(files)} LoRA files: give one per file, in "
-                "the same order"
-            )
-        both.append([*given, *[None] * (len(files) - len(given))])
+    included = _patterns_by_file(patterns, "include_patterns", len(files))
+    excluded = _patterns_by_file(patterns, "exclude_patterns", len(files))
     uses = []
-    for (path, multiplier), *found in zip(files, *both, strict=True):
+    for (path, multiplier), include, exclude in zip(files, included, excluded, strict=True):
         lora = read_lora(path, by_expert=True, with_texts=with_texts)
-        if any(found):
+        if include or exclude:
             names = _names_for_patterns(lora)
-            found = [fit_pattern(pattern, names, str(path)) for pattern in found]
-        uses.append(LoraUse(lora, multiplier, *found))
+            include = fit_pattern(include, names, str(path))
+            exclude = fit_pattern(exclude, names, str(path))
+        uses.append(LoraUse(lora, multiplier, include, exclude))
     return uses
+
+
+def _patterns_by_file(patterns: LoraPatternOptions | None, option: str, num_files: int) -> list[str | None]:
+    """Return the pattern of each file, None for the last files without one."""
+    typed = list(getattr(patterns, option, None) or ())
+    if len(typed) > num_files:
+        raise OptionError(
+            f"--{option} has {len(typed)} patterns for {num_files} LoRA files: give one per file, in "
+            "the same order"
+        )
+    return [*typed, *[None] * (num_files - len(typed))]
 
 
 def _names_for_patterns(lora: LoraFile) -> set[str]:
     """Return the names of a file's tensors, also with the module names of other layouts."""
-    names = set()
-    files = (lora, *lora.parts.values())
-    for tensor in (name for one in files for name in (*one.tensors, *one.text_tensors)):
-        module, _, factor = tensor.partition(".")
-        others = (OURS + one.name for one in relatives(module.removeprefix(OURS)))
-        names |= {f"{name}.{factor}" for name in (module, *others)}
+    names: set[str] = set()
+    for part in (lora, *lora.parts.values()):
+        for tensor in (*part.tensors, *part.text_tensors):
+            module, _, factor = tensor.partition(".")
+            names.add(f"{module}.{factor}")
+            for relative in relatives(module.removeprefix(OURS)):
+                names.add(f"{OURS}{relative.name}.{factor}")
     return names
 
 
@@ -383,37 +432,37 @@ def fit_pattern(pattern: str | None, names: Collection[str], where: str) -> str 
 
     The mark of patterns that other options have added is removed.
     """
-    typed, untyped, rest = (pattern or "").partition(UNTYPED)
+    typed, untyped, added = (pattern or "").partition(UNTYPED)
     bar = "|" if typed.endswith("|") and untyped else ""
     typed = typed.removesuffix(bar)
     if not typed or any(re.search(typed, name) for name in names):
-        return f"{typed}{bar}{rest}" or pattern
+        return f"{typed}{bar}{added}" or pattern
     loose = in_any_spelling(typed)
     if not any(re.search(loose, name) for name in names):
-        logger.warning(
-            "%s: the pattern %s.", where, describe_unfit(typed, (n.partition(".")[0] for n in names))
-        )
-    return f"{loose}{bar}{rest}"
+        modules = (name.partition(".")[0] for name in names)
+        logger.warning("%s: the pattern %s.", where, describe_unfit(typed, modules))
+    return f"{loose}{bar}{added}"
 
 
 def warn_of_absent(
     path: Path,
     absent: Sequence[str],
-    whole: int,
+    total: int,
     what: str,
     model: FamilyNames | None,
     modules: Iterable[str] = (),
 ) -> None:
     """Warn of parts of a LoRA that a model does not have, each kind with `warn_of_rest`.
 
-    absent: under our names, with our prefix, `lora_unet_x.weight` or `lora_unet_x`. modules: of the model,
-    without the prefix.
+    absent: under our names, with our prefix, `lora_unet_x.weight` or `lora_unet_x`. total: number of all
+    parts. modules: of the model, without the prefix.
     """
     modules = list(modules)
-    holds_side, alike = any(map(on_text_side, modules)), {*map(without_numbers, modules)}
-    kinds = sort_by_kind(absent, partial(kind_of_module, model, holds_side, alike))
+    has_side = any(on_text_side(module) for module in modules)
+    numberless = {without_numbers(module) for module in modules}
+    kinds = sort_by_kind(absent, partial(kind_of_module, model, has_side, numberless))
     for (words, loss), names in kinds.items():
-        warn_of_rest(path, names, whole, what + words, loss)
+        warn_of_rest(path, names, total=total, what=what + words, loss=loss)
 
 
 def on_side(uses: Iterable[LoraUse], is_text: bool) -> list[LoraUse]:
@@ -427,13 +476,18 @@ def on_side(uses: Iterable[LoraUse], is_text: bool) -> list[LoraUse]:
         sides: dict[bool, dict[str, Mapping[str, Tensor]]] = {True: {}, False: {}}
         for name, factors in use.lora.modules().items():
             sides[bool(on_text_side(name.removeprefix(OURS)))][name] = factors
-        kept = {
-            side: any(use.keeps(one, name) for name, one in found.items()) for side, found in sides.items()
-        }
-        if kept[is_text] or (sides[is_text] and not is_text and not kept[True]):
-            own = ungroup(sides[is_text]) if sides[not is_text] else use.lora.tensors
-            parts.append(replace(use, lora=replace(use.lora, tensors=own)))
+        has_text = _keeps_any(use, sides[True])
+        has_dit = _keeps_any(use, sides[False])
+        is_kept = has_text if is_text else has_dit or (bool(sides[False]) and not has_text)
+        if is_kept:
+            tensors = ungroup(sides[is_text]) if sides[not is_text] else use.lora.tensors
+            parts.append(replace(use, lora=replace(use.lora, tensors=tensors)))
     return parts
+
+
+def _keeps_any(use: LoraUse, modules: Mapping[str, Factors]) -> bool:
+    """Return whether the patterns of a LoRA keep any of these modules."""
+    return any(use.keeps(factors, name) for name, factors in modules.items())
 
 
 def warn_of_other_family(lora: LoraFile, model: FamilyNames | None, modules: Collection[str] = ()) -> None:
@@ -442,24 +496,26 @@ def warn_of_other_family(lora: LoraFile, model: FamilyNames | None, modules: Col
     modules: of the model; they show its release. Raises CheckpointError if the metadata name a need that this
     program does not support.
     """
-    told = " ".join(f"{key}={lora.metadata.get(key, '')}" for key in _SAYING)
-    for pattern, why in () if model is None else model.refused:
-        if re.search(pattern, told, re.IGNORECASE):
-            raise CheckpointError(f"{lora.path}: {why}", lora.path)
-    if model is not None and model.told_release:
+    if model is None:
+        return
+    origin = " ".join(f"{key}={lora.metadata.get(key, '')}" for key in _ORIGIN_KEYS)
+    for pattern, reason in model.refused:
+        if re.search(pattern, origin, re.IGNORECASE):
+            raise CheckpointError(f"{lora.path}: {reason}", lora.path)
+    if model.release_pattern:
         release, mark = model.newest
-        said = re.search(model.told_release, told, re.IGNORECASE)
-        if said is not None and mark in modules and said[1] != release:
+        match = re.search(model.release_pattern, origin, re.IGNORECASE)
+        if match is not None and mark in modules and match[1] != release:
             logger.info(
-                f"{lora.path} was trained for {said[1]}, as its metadata say, and is used on {release}: most "
-                "of what it has learned carries over, what it adds may be weaker or stronger"
+                f"{lora.path} was trained for {match[1]}, as its metadata say, and is used on {release}: "
+                "most of what it has learned carries over, what it adds may be weaker or stronger"
             )
-    made = read_family(lora.metadata)
-    if made is None or model is None or made is model or made.name in model.takes:
+    trained_family = read_family(lora.metadata)
+    if trained_family is None or trained_family is model or trained_family.name in model.takes:
         return
     logger.warning(
-        f"{lora.path} was trained for {made.name}, as its metadata say, and is used on a {model.name} model. "
-        "The names are the same, what it has learned is not: do not expect much of it."
+        f"{lora.path} was trained for {trained_family.name}, as its metadata say, and is used on a "
+        f"{model.name} model. The names are the same, what it has learned is not: do not expect much of it."
     )
 
 

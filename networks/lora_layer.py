@@ -50,7 +50,8 @@ class DropoutSeed:
 
     def tables(self, layers: "Sequence[LoraLayer]", device: torch.device) -> Tensor:
         """Return the seeds of all layers: layers x KINDS x (lower, upper 32 bits), int64; one transfer."""
-        return numbers_on(device, [[halves(layer.seed_of(kind)) for kind in KINDS] for layer in layers])
+        seeds = [[halves(layer.seed_of(kind)) for kind in KINDS] for layer in layers]
+        return numbers_on(device, seeds)
 
 
 class LoraLayer(nn.Module):
@@ -74,14 +75,16 @@ class LoraLayer(nn.Module):
         decomposes: bool = False,
         heights: Sequence[int] = (),
     ) -> None:
-        """alpha: 0 means rank. decomposes: train the norms of the weight's rows beside the LoRA (DoRA).
+        """alpha: 0 means rank. decomposes: also train the norms of the weight's rows (DoRA).
 
         heights: rows of the parts of a fused weight; each part gets factors of its own, of this rank and
         alpha. Rank and alpha of the whole are theirs times the parts, so that alpha / rank stays.
         Initial values come from torch's global CPU generator, as in the LoRA modules of other tools.
         """
         super().__init__()
-        alpha, rank = (alpha or rank) * max(len(heights), 1), rank * max(len(heights), 1)
+        num_parts = max(len(heights), 1)
+        alpha = (alpha or rank) * num_parts
+        rank = rank * num_parts
         self.register_buffer("alpha", torch.tensor(float(alpha)))
         self.lora_down, self.lora_up = _factors(original, rank, heights)
         nn.init.kaiming_uniform_(self.lora_down.weight, a=math.sqrt(5))
@@ -95,9 +98,9 @@ class LoraLayer(nn.Module):
             norms = torch.linalg.vector_norm(weight.detach(), dim=1, dtype=torch.float32).cpu()
             self.dora_scale = nn.Parameter(norms.view(-1, 1))
             self.register_buffer("squares", norms.square(), persistent=False)
-        # index: its number in the network, which gives it its own masks
         self.dropouts: Dropouts | None = None
-        self.seed, self.index = DropoutSeed(), 0
+        self.seed = DropoutSeed()
+        self.index = 0  # its number in the network, which gives it its own masks
         # KINDS x 2 int64, a tensor because compiled code would treat a number as a constant
         self.seed_table: Tensor | None = None
         # where the standard deviations of noise on the weight are, for training: a buffer, and its name
@@ -119,37 +122,49 @@ class LoraLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # x: B L in, or B in H W
-        autocast = torch.is_autocast_enabled(x.device.type)
-        given = x.dtype
-        # what the factors compute in
-        dtype = torch.get_autocast_dtype(x.device.type) if autocast else self.lora_down.weight.dtype
-        if autocast and x.dtype == torch.float32:
-            x = x.to(dtype)  # cast once, not in both the original and the LoRA
+        input_dtype = x.dtype
+        dtype = self.lora_down.weight.dtype  # what the factors compute in
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            if x.dtype == torch.float32:
+                x = x.to(dtype)  # cast once, not in both the original and the LoRA
         dropouts = self.dropouts if self.training else None
-        in_tensors = dropouts is not None and self.seed_table is not None and torch.compiler.is_compiling()
-        if self.multiplier == 0 or (dropouts and not in_tensors and self._skips(dropouts.module)):
+        # compiled code computes the LoRA in any case, and drops it afterwards
+        drops_after = dropouts is not None and self.seed_table is not None and torch.compiler.is_compiling()
+        if self.multiplier == 0 or (dropouts and not drops_after and self._skips(dropouts.module)):
             return self._original_forward(x)
         if self._joins(x, dtype):
-            seen, hidden = branch(x, self.lora_down.weight.to(x.dtype))
-            hidden, up = self._scaled(hidden, dropouts), self.lora_up.weight.to(x.dtype)
-            heights = self.lora_up.heights if isinstance(self.lora_up, BlockUp) else ()
-            held = hold(hidden, up, heights)
-            out = self._original_forward(seen)
-            out = whole = add_up(out.to(x.dtype), hidden, up, heights, held).to(out.dtype)
+            out = total = self._add_in_place(x, dropouts)
         else:
             out = self._original_forward(x)
-            added = self.lora_up(self._scaled(self.lora_down(x.to(dtype)), dropouts)).to(out.dtype)
-            whole = out + added if self.dora_scale is None else self._decompose(out, added, given)
+            hidden = self._scaled(self.lora_down(x.to(dtype)), dropouts)
+            added = self.lora_up(hidden).to(out.dtype)
+            total = out + added if self.dora_scale is None else self._decompose(out, added, input_dtype)
         if self.training and self.noise_of is not None:
-            strengths, name = self.noise_of
-            noise = perturbed(x.to(dtype), getattr(strengths, name), self.seed.derive(self.index, "noise"))
-            whole = whole + noise.to(whole.dtype)
-        # compiled code computes it in any case
-        if self.seed_table is not None and in_tensors and dropouts and dropouts.module > 0:
-            return torch.where(
-                self.seed_table[KINDS.index("module"), 0] < dropouts.module * (_32_BITS + 1), out, whole
-            )
-        return whole
+            total = total + self._noise(x.to(dtype), *self.noise_of).to(total.dtype)
+        if drops_after and dropouts and dropouts.module > 0:
+            return self._without_dropped(out, total, dropouts.module)
+        return total
+
+    def _without_dropped(self, out: Tensor, total: Tensor, share: float) -> Tensor:
+        """Return `out`, of the frozen module, if the table of seeds drops the whole LoRA, else `total`."""
+        assert self.seed_table is not None
+        is_dropped = self.seed_table[KINDS.index("module"), 0] < share * (_32_BITS + 1)
+        return torch.where(is_dropped, out, total)
+
+    def _noise(self, x: Tensor, strengths: nn.Module, name: str) -> Tensor:
+        """Return the effect of the noise on the weight; the buffer `name` has its standard deviations."""
+        return perturbed(x, getattr(strengths, name), self.seed.derive(self.index, "noise"))
+
+    def _add_in_place(self, x: Tensor, dropouts: Dropouts | None) -> Tensor:
+        """Return the output with the LoRA's products added to the tensors of the frozen module in place."""
+        original_x, hidden = branch(x, self.lora_down.weight.to(x.dtype))
+        hidden = self._scaled(hidden, dropouts)
+        up = self.lora_up.weight.to(x.dtype)
+        heights = self.lora_up.heights if isinstance(self.lora_up, BlockUp) else ()
+        saved = hold(hidden, up, heights)
+        out = self._original_forward(original_x)
+        return add_up(out.to(x.dtype), hidden, up, heights=heights, saved=saved).to(out.dtype)
 
     @property
     def original(self) -> nn.Linear | nn.Conv2d:
@@ -168,8 +183,10 @@ class LoraLayer(nn.Module):
         for down, up in self.factor_pairs():  # R x in, out x R
             # Apple GPUs have no float64
             exact = torch.float32 if down.device.type == "mps" else torch.float64
-            down, up = down.to(exact), up.to(exact)
-            squares.append(((up.T @ up) * (down @ down.T)).sum().clamp(min=0))
+            down = down.to(exact)
+            up = up.to(exact)
+            products = (up.T @ up) * (down @ down.T)
+            squares.append(products.sum().clamp(min=0))
         return self.scale * torch.stack(squares).sum().sqrt()
 
     def shrink(self, ratio: Tensor) -> None:
@@ -195,7 +212,9 @@ class LoraLayer(nn.Module):
             hidden = self._mask(hidden, "neuron", hidden.shape, dropouts.neuron)
         if dropouts and dropouts.rank > 0:
             axes = [1] * hidden.ndim
-            axes[0], axes[-1 if isinstance(self.lora_down, nn.Linear) else 1] = hidden.shape[0], self.rank
+            rank_axis = -1 if isinstance(self.lora_down, nn.Linear) else 1
+            axes[0] = hidden.shape[0]
+            axes[rank_axis] = self.rank
             hidden = self._mask(hidden, "rank", axes, dropouts.rank)
         return hidden
 
@@ -218,14 +237,16 @@ class LoraLayer(nn.Module):
         |w + s b A|^2 = |w|^2 + 2 s b (A w) + s^2 b (A A^T) b^T. A w comes from the frozen module's forward,
         so that its weight may be stored in any way.
         """
-        down, up, bias = self.lora_down.weight, self.lora_up.weight, self._original[0].bias
+        down = self.lora_down.weight
+        up = self.lora_up.weight
+        bias = self._original[0].bias
         products = self._original_forward(down.to(dtype)).float()  # R out
         with torch.autocast(down.device.type, enabled=False):
             if bias is not None:
                 products = products - bias.float()
             mixed = (up * products.T).sum(1)
-            own = ((up @ (down @ down.T)) * up).sum(1)
-            squares = self.squares + 2 * self.scale * mixed + self.scale**2 * own
+            of_change = ((up @ (down @ down.T)) * up).sum(1)
+            squares = self.squares + 2 * self.scale * mixed + self.scale**2 * of_change
             return squares.clamp(min=0).sqrt() + torch.finfo(torch.float32).eps  # as LyCORIS has it
 
     def seed_of(self, kind: str) -> int:
@@ -254,17 +275,21 @@ def _factors(
     original: nn.Linear | nn.Conv2d, rank: int, heights: Sequence[int]
 ) -> tuple[nn.Linear | nn.Conv2d, nn.Linear | nn.Conv2d | BlockUp]:
     """Return uninitialised down and up modules, float32 on the CPU."""
-    made: Any = {"bias": False, "dtype": torch.float32, "device": "meta"}
-    if heights:
-        assert isinstance(original, nn.Linear)
-        return _make_empty(nn.Linear(original.in_features, rank, **made)), BlockUp(rank, heights)
+    common: Any = {"bias": False, "dtype": torch.float32, "device": "meta"}
     if isinstance(original, nn.Linear):
-        down, up = (original.in_features, rank), (rank, original.out_features)
-        return _make_empty(nn.Linear(*down, **made)), _make_empty(nn.Linear(*up, **made))
-    places: Any = {"stride": original.stride, "padding": original.padding, "dilation": original.dilation}
-    places["kernel_size"] = original.kernel_size
-    down_conv = nn.Conv2d(original.in_channels, rank, **places, **made)
-    return _make_empty(down_conv), _make_empty(nn.Conv2d(rank, original.out_channels, 1, **made))
+        down = _make_empty(nn.Linear(original.in_features, rank, **common))
+        if heights:
+            return down, BlockUp(rank, heights)
+        return down, _make_empty(nn.Linear(rank, original.out_features, **common))
+    assert not heights
+    geometry: Any = {
+        "kernel_size": original.kernel_size,
+        "stride": original.stride,
+        "padding": original.padding,
+        "dilation": original.dilation,
+    }
+    down_conv = _make_empty(nn.Conv2d(original.in_channels, rank, **geometry, **common))
+    return down_conv, _make_empty(nn.Conv2d(rank, original.out_channels, 1, **common))
 
 
 def _make_empty(layer: Layer) -> Layer:

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from logging import getLogger
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,10 @@ from networks.lora_layer import DropoutSeed, LoraLayer
 from networks.lora_products import mean_row_norm, row_strengths
 from networks.lora_settings import LoraSettings, find_by_pattern, log_overlaps
 from networks.module_names import choose_family, on_text_side, read_family
-from networks.names.layouts import OURS
+from networks.names.layouts import OURS, FamilyNames
 
+if TYPE_CHECKING:  # only for --network_weights
+    from networks.loading import LoraFile
 logger = getLogger(__name__)
 UNET = OURS.removesuffix("_")
 
@@ -35,21 +37,28 @@ class OwnNetwork(nn.Module):
         for index, (name, layer) in enumerate(layers.items()):
             self.add_module(name, layer)
             if isinstance(layer, LoraLayer):
-                layer.dropouts, layer.seed, layer.index = settings.dropouts, self._seed, index
+                layer.dropouts = settings.dropouts
+                layer.seed = self._seed
+                layer.index = index
         # LoRA-GGPO: mean norm of the frozen weight's rows by layer, and the noise on them
         self._bases: dict[str, Tensor] = {}
         self.state_beside_file: dict[str, nn.Module] = {}  # for states, by name
         if settings.perturbation is not None:
-            linear = {name: one for name, one in layers.items() if isinstance(one.original, nn.Linear)}
-            strengths = nn.Module()  # buffers, which are saved with the state of a training
-            for index, (name, layer) in enumerate(linear.items()):
-                strengths.register_buffer(name, torch.zeros(layer.original.out_features))
-                self._bases[name] = mean_row_norm(layer.original, index)
-                layer.noise_of = strengths, name  # there is none until the first step
-            self.state_beside_file = {"ggpo": strengths}
+            self._prepare_noise(layers)
         ranks = sorted({layer.rank for layer in self.layers})
-        kind, count = self.layers[0].kind, count_of(len(self.layers), "module")
-        logger.info(f"{kind} on {count}, rank {list_some([str(rank) for rank in ranks])}")
+        kind = self.layers[0].kind
+        shown = list_some([str(rank) for rank in ranks])
+        logger.info(f"{kind} on {count_of(len(self.layers), 'module')}, rank {shown}")
+
+    def _prepare_noise(self, layers: Mapping[str, Any]) -> None:
+        """Give each layer of a Linear the buffer with the strength of LoRA-GGPO's noise on its weight."""
+        linear = {name: layer for name, layer in layers.items() if isinstance(layer.original, nn.Linear)}
+        strengths = nn.Module()  # buffers, which are saved with the state of a training
+        for index, (name, layer) in enumerate(linear.items()):
+            strengths.register_buffer(name, torch.zeros(layer.original.out_features))
+            self._bases[name] = mean_row_norm(layer.original, index)
+            layer.noise_of = (strengths, name)  # 0 until the first step
+        self.state_beside_file = {"ggpo": strengths}
 
     def attach(self, in_dit: bool = True) -> None:
         """Put the layers into the models they were built for. in_dit: into the DiT too."""
@@ -71,53 +80,37 @@ class OwnNetwork(nn.Module):
         The file's alphas are loaded too. modules: of the model; they show its release. Raises
         CheckpointError if a module has other factors or sizes here, or if no module is here.
         """
-        from networks import leftovers, loading, parts
+        from networks import loading  # only for --network_weights
 
-        mine = self.state_dict()
-        own = group_by_module(mine)
-        lora = loading.read_lora(path, with_texts=any(prefix_of(name) != UNET for name in own))
-        # the network has only some modules: names known to the LoRA's family are taken to be of that family
+        state = self.state_dict()
+        here = group_by_module(state)
+        has_texts = any(prefix_of(name) != UNET for name in here)
+        lora = loading.read_lora(path, with_texts=has_texts)
         if lora.has_frozen_norms:
             raise CheckpointError(
                 f"--network_weights {path} is a DoRA in ComfyUI's form, which goes by the model's weights.\n"
                 "  Bring it back first: convert_lora.py --target default --dit MODEL.",
                 path,
             )
-        made = read_family(lora.metadata)
-        names = (name.removeprefix(OURS) for name in own)
-        family = choose_family(names, None if made is None else made.name)
+        # the network has only some modules: names known to the LoRA's family are taken to be of that family
+        lora_family = read_family(lora.metadata)
+        names = (name.removeprefix(OURS) for name in here)
+        family = choose_family(names, None if lora_family is None else lora_family.name)
         loading.warn_of_other_family(lora, family, modules)
-        heights = {name: len(factors[LORA[1]]) for name, factors in own.items() if LORA[1] in factors}
-        texts = rename_texts(lora.text_tensors, set(map(prefix_of, own)))
-        stored = group_by_module(add_missing_alphas(parts.for_model({**lora.tensors, **texts}, heights.get)))
-        fitting = {name: factors for name, factors in stored.items() if name in own}
-        wrong = [name for name, factors in fitting.items() if _shapes(factors) != _shapes(own[name])]
-        if wrong:
-            sizes = [(name, _in_words(stored[name]), _in_words(own[name])) for name in wrong]
-            lines = [f"  {name} has {theirs}, here {ours}\n" for name, theirs, ours in sizes]
-            raise CheckpointError(
-                f"--network_weights {path} does not fit this network in {len(wrong)} of {len(stored)} "
-                f"modules:\n{''.join(lines[:3])}  {_remedy(stored, own[wrong[0]], wrong[0])}",
-                path,
-            )
+
+        stored = _factors_for_network(lora, here)
+        _refuse_other_sizes(path, stored, here)
+        fitting = {name: factors for name, factors in stored.items() if name in here}
         if not fitting:
-            loading.refuse_unknown(lora, "--network_weights")
-            words = leftovers.text_side_of(stored)
-            why = f"it changes {words} alone" if words else f"there is no {next(iter(stored))}"
-            raise CheckpointError(
-                f"--network_weights {path} does not fit this network: {why}. Give a file for this model, or "
-                "another --network_module.",
-                path,
-            )
+            raise _misfit(lora, stored)
         # some tools store alpha as a list with one element
-        tensors = {name: tensor.reshape(mine[name].shape) for name, tensor in ungroup(fitting).items()}
-        self.load_state_dict(tensors, strict=False)
-        beside = [name for name in stored if on_text_side(name.removeprefix(OURS))]
-        beside += leftovers.lacking([name for name in stored if name not in own], modules, family)
-        loading.warn_of_absent(path, beside, len(stored), "modules are not in this network", family)
-        lost = [name for name in stored if name not in own and name not in beside]
-        problems = [f"{name} is not in this network" for name in lost]
-        problems += [f"{name} is not in the file" for name in own if name not in stored]
+        shaped = {name: tensor.reshape(state[name].shape) for name, tensor in ungroup(fitting).items()}
+        self.load_state_dict(shaped, strict=False)
+
+        absent = [name for name in stored if name not in here]
+        unusable = _warn_of_unusable(path, stored, absent, modules=modules, family=family)
+        problems = [f"{name} is not in this network" for name in absent if name not in unusable]
+        problems += [f"{name} is not in the file" for name in here if name not in stored]
         if problems:
             logger.warning(
                 f"{path}: {count_of(len(fitting), 'module')} loaded, "
@@ -137,7 +130,7 @@ class OwnNetwork(nn.Module):
         for layer, ratio in zip(self.layers, ratios, strict=True):
             layer.shrink(ratio)
         after = norms * ratios
-        numbers = (ratios < 1).sum(), after.mean(), after.max()
+        numbers = ((ratios < 1).sum(), after.mean(), after.max())
         return torch.stack([number.to(device, torch.float32) for number in numbers])
 
     def set_dropout_seed(self, seed: int) -> None:
@@ -161,39 +154,40 @@ class OwnNetwork(nn.Module):
         no group. With LoRA+ the up matrices have their own groups. The last matching pattern of
         network_reg_lrs gives a module's rate.
         """
-        texts = [learning_rate] if text_encoder_lr is None else text_encoder_lr
+        text_rates = [learning_rate] if text_encoder_lr is None else text_encoder_lr
         encoders = [prefix for prefix in dict.fromkeys(map(prefix_of, self.names)) if prefix != UNET]
-        rates = {prefix: texts[min(index, len(texts) - 1)] for index, prefix in enumerate(encoders)}
+        rates = {prefix: text_rates[min(index, len(text_rates) - 1)] for index, prefix in enumerate(encoders)}
         rates[UNET] = learning_rate if unet_lr is None else unet_lr
-        found: list[tuple[int, ...]] = [()] * len(self.names)
-        if self.settings.reg_rates:
-            found = [find_by_pattern(self.settings.reg_rates, name) for name in self.names]
-            log_overlaps("network_reg_lrs", self.settings.reg_rates, found)
+        matches = self._matches_of_patterns()
         groups: dict[str, dict[str, Any]] = {}
-        for name, layer, places in zip(self.names, self.layers, found, strict=True):
+        for name, layer, places in zip(self.names, self.layers, matches, strict=True):
             prefix = prefix_of(name)
-            rate, label = rates[prefix], "unet" if prefix == UNET else prefix
+            rate = rates[prefix]
+            label = "unet" if prefix == UNET else prefix
+            ratio = self.settings.loraplus_encoder_ratio
+            if prefix == UNET:
+                ratio = self.settings.loraplus_lr_ratio
             if places:
                 pattern, rate = self.settings.reg_rates[places[-1]]
                 label = f"{label} {pattern.pattern}"
             if rate == 0 and any(rates.values()):
                 continue
-            ratio = (
-                self.settings.loraplus_lr_ratio if prefix == UNET else self.settings.loraplus_encoder_ratio
-            )
             for parameter in layer.parameters():
                 if ratio is not None and parameter is layer.lora_up.weight:
                     group = groups.setdefault(f"{label} plus", {"params": [], "lr": rate * ratio})
                 else:
                     group = groups.setdefault(label, {"params": [], "lr": rate})
                 group["params"].append(parameter)
-        # a group of LoRA+ follows the one of the same modules
-        made = {name: place for place, name in enumerate(groups)}
-        order = sorted(
-            groups,
-            key=lambda name: (made.get(name.removesuffix(" plus"), made[name]), name.endswith(" plus")),
-        )
-        return [groups[name] for name in order], order
+        order = _order_of_groups(groups)
+        return [groups[label] for label in order], order
+
+    def _matches_of_patterns(self) -> list[tuple[int, ...]]:
+        """Return, for each layer, the places of the patterns of network_reg_lrs that its name matches."""
+        if not self.settings.reg_rates:
+            return [()] * len(self.names)
+        matches = [find_by_pattern(self.settings.reg_rates, name) for name in self.names]
+        log_overlaps("network_reg_lrs", self.settings.reg_rates, matches)
+        return matches
 
     @torch.no_grad()
     def before_optimizer_step(self) -> None:
@@ -202,29 +196,108 @@ class OwnNetwork(nn.Module):
         for name, base in self._bases.items():
             assert rule is not None
             layer = getattr(self, name)
-            gradients = layer.lora_down.weight.grad, layer.lora_up.weight.grad
-            if gradients[0] is None or gradients[1] is None:
+            down = layer.lora_down.weight
+            up = layer.lora_up.weight
+            if down.grad is None or up.grad is None:
                 continue
-            weights = layer.lora_down.weight, layer.lora_up.weight
-            strengths = row_strengths(weights, gradients, layer.scale, base.to(weights[0].device), rule)
+            strengths = row_strengths(
+                factors=(down, up),
+                gradients=(down.grad, up.grad),
+                scale=layer.scale,
+                base=base.to(down.device),
+                rule=rule,
+            )
             getattr(self.state_beside_file["ggpo"], name).copy_(strengths)
 
 
-def _remedy(stored: Mapping[str, Factors], own: Factors, wrong: str) -> str:
-    """Return a remedy for a module that does not fit. own: the factors that it has in the network."""
-    if LORA[0] not in own:
+def _order_of_groups(labels: Collection[str]) -> list[str]:
+    """Return the labels of parameter groups in order; a group of LoRA+ follows that of the same modules."""
+    places = {label: place for place, label in enumerate(labels)}
+
+    def key(label: str) -> tuple[int, bool]:
+        base = label.removesuffix(" plus")
+        return places.get(base, places[label]), label.endswith(" plus")
+
+    return sorted(labels, key=key)
+
+
+def _factors_for_network(lora: "LoraFile", here: Mapping[str, Factors]) -> dict[str, dict[str, Tensor]]:
+    """Return the factors of a file by module, with other layouts converted to the network's modules."""
+    from networks.parts import for_model  # only for --network_weights
+
+    heights = {name: len(factors[LORA[1]]) for name, factors in here.items() if LORA[1] in factors}
+    texts = rename_texts(lora.text_tensors, {prefix_of(name) for name in here})
+    tensors = for_model({**lora.tensors, **texts}, heights.get)
+    return group_by_module(add_missing_alphas(tensors))
+
+
+def _misfit(lora: "LoraFile", stored: Mapping[str, Factors]) -> CheckpointError:
+    """Return the error for a file of which the network has no module. stored: its modules."""
+    from networks import leftovers, loading  # only for --network_weights
+
+    loading.refuse_unknown(lora, "--network_weights")
+    words = leftovers.text_side_of(stored)
+    reason = f"it changes {words} alone" if words else f"there is no {next(iter(stored))}"
+    return CheckpointError(
+        f"--network_weights {lora.path} does not fit this network: {reason}. Give a file for this model, "
+        "or another --network_module.",
+        lora.path,
+    )
+
+
+def _warn_of_unusable(
+    path: Path,
+    stored: Mapping[str, Factors],
+    absent: Sequence[str],
+    modules: Collection[str],
+    family: FamilyNames | None,
+) -> list[str]:
+    """Warn of modules of a file that this model cannot have a LoRA for, and return them.
+
+    absent: modules of the file that the network lacks. modules: of the model.
+    """
+    from networks import leftovers, loading  # only for --network_weights
+
+    unusable = [name for name in stored if on_text_side(name.removeprefix(OURS))]
+    unusable += leftovers.lacking(absent, modules, family)
+    what = "modules are not in this network"
+    loading.warn_of_absent(path, unusable, total=len(stored), what=what, model=family)
+    return unusable
+
+
+def _refuse_other_sizes(path: Path, stored: Mapping[str, Factors], here: Mapping[str, Factors]) -> None:
+    """Raise CheckpointError if modules of a file have other factors or sizes in the network."""
+    common = [name for name in stored if name in here]
+    wrong = [name for name in common if _shapes(stored[name]) != _shapes(here[name])]
+    if not wrong:
+        return
+    lines = [f"  {name} has {_in_words(stored[name])}, here {_in_words(here[name])}\n" for name in wrong[:3]]
+    raise CheckpointError(
+        f"--network_weights {path} does not fit this network in {len(wrong)} of {len(stored)} "
+        f"modules:\n{''.join(lines)}  {_remedy(stored, here[wrong[0]], wrong[0])}",
+        path,
+    )
+
+
+def _remedy(stored: Mapping[str, Factors], factors: Factors, name: str) -> str:
+    """Return a remedy for a module of a file that does not fit. factors: those that it has in the network."""
+    if LORA[0] not in factors:
         return "Give its --network_module, --network_dim and --network_args, or --dim_from_weights."
-    if stored[wrong].keys() != own.keys():
+    if stored[name].keys() != factors.keys():
         return (
             "This network trains plain LoRAs. Add the file to the model instead (--base_weights), or train "
             "on with the --network_module that made it, such as lycoris.kohya."
         )
-    sizes = [(one[LORA[0]].shape[1:], len(one[LORA[1]])) for one in (stored[wrong], own)]
-    if sizes[0] != sizes[1]:
+    if _outer_sizes(stored[name]) != _outer_sizes(factors):
         return "Give a LoRA that was trained for a model of this size."
     ranks = {deltas.rank_of(factors) for factors in stored.values()}
-    known = f"--network_dim {ranks.pop()}, or " if len(ranks) == 1 else ""
-    return f"Give {known}--dim_from_weights."
+    single_rank = f"--network_dim {ranks.pop()}, or " if len(ranks) == 1 else ""
+    return f"Give {single_rank}--dim_from_weights."
+
+
+def _outer_sizes(factors: Factors) -> tuple[torch.Size, int]:
+    """Return the inputs (x kernel) and the outputs of the layer that LoRA factors are for."""
+    return factors[LORA[0]].shape[1:], len(factors[LORA[1]])
 
 
 def prefix_of(name: str) -> str:
@@ -232,18 +305,21 @@ def prefix_of(name: str) -> str:
     return "_".join(name.split("_", 2)[:2])
 
 
-def rename_texts(texts: Mapping[str, Tensor], held: Collection[str]) -> dict[str, Tensor]:
+def rename_texts(texts: Mapping[str, Tensor], prefixes: Collection[str]) -> dict[str, Tensor]:
     """Return the tensors of text encoders under the prefixes that a model has.
 
-    held: these prefixes. The only or first encoder is `lora_te` in some models and `lora_te1` in others.
-    Models with two CLIPs have no `lora_te`; there the name is another model's.
+    prefixes: those of the model. The only or first encoder is `lora_te` in some models and `lora_te1` in
+    others. Models with two CLIPs have no `lora_te`; there the name is another model's.
     """
-    other = {"lora_te1": "lora_te"} if "lora_te2" in held else {"lora_te": "lora_te1", "lora_te1": "lora_te"}
-    changed = {old: new for old, new in other.items() if new in held and old not in held}
-    return {
-        f"{changed.get(prefix_of(name), prefix_of(name))}{name.removeprefix(prefix_of(name))}": tensor
-        for name, tensor in texts.items()
-    }
+    first_names = {"lora_te": "lora_te1", "lora_te1": "lora_te"}
+    if "lora_te2" in prefixes:
+        first_names = {"lora_te1": "lora_te"}
+    changed = {old: new for old, new in first_names.items() if new in prefixes and old not in prefixes}
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in texts.items():
+        prefix = prefix_of(name)
+        renamed[changed.get(prefix, prefix) + name.removeprefix(prefix)] = tensor
+    return renamed
 
 
 def _shapes(factors: Mapping[str, Tensor]) -> dict[str, list[int]]:

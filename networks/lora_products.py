@@ -29,8 +29,8 @@ def branch(x: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """
     if not (torch.is_grad_enabled() and x.requires_grad):
         return x, functional.linear(x, down)
-    seen, hidden = _Branch.apply(x, down)
-    return seen, hidden
+    original_x, hidden = _Branch.apply(x, down)
+    return original_x, hidden
 
 
 class _Branch(torch.autograd.Function):
@@ -64,8 +64,8 @@ def hold(hidden: Tensor, up: Tensor, heights: Sequence[int] = ()) -> Tensor | No
     """
     if not (torch.is_grad_enabled() and (hidden.requires_grad or up.requires_grad)):
         return None
-    held: Tensor = _Hold.apply(hidden, up, tuple(heights or up.shape[:1]))
-    return held
+    saved: Tensor = _Hold.apply(hidden, up, tuple(heights or up.shape[:1]))
+    return saved
 
 
 class _Hold(torch.autograd.Function):
@@ -81,24 +81,25 @@ class _Hold(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         hidden, up = ctx.saved_tensors
-        rows, groups = _flat(gradient).split(ctx.heights, -1), _flat(hidden).chunk(len(ctx.heights), -1)
+        rows = _flat(gradient).split(ctx.heights, -1)
+        groups = _flat(hidden).chunk(len(ctx.heights), -1)
         of_hidden = [row @ block for row, block in zip(rows, up.split(ctx.heights), strict=True)]
         of_up = [row.t() @ group for row, group in zip(rows, groups, strict=True)]
         return _join(of_hidden, -1).view(hidden.shape), _join(of_up, 0), None
 
 
-def add_up(out: Tensor, hidden: Tensor, up: Tensor, heights: Sequence[int], held: Tensor | None) -> Tensor:
+def add_up(out: Tensor, hidden: Tensor, up: Tensor, heights: Sequence[int], saved: Tensor | None) -> Tensor:
     """Return out + hidden @ up^T, in the memory of `out`.
 
     out: ... out, of a frozen layer; nothing else may use it. hidden: ... R and up: out x R, in its dtype.
     heights: rows of the parts of `up`; each part multiplies its own group of values of `hidden`, as wide as
-    `up`. held: the result of `hold` for the same arguments.
+    `up`. saved: the result of `hold` for the same arguments.
     """
     heights = tuple(heights or up.shape[:1])
-    if held is None and not (torch.is_grad_enabled() and out.requires_grad):
+    if saved is None and not (torch.is_grad_enabled() and out.requires_grad):
         return _add_parts(out, hidden, up, heights)
-    whole: Tensor = _AddUp.apply(out, held, hidden.detach(), up.detach(), heights)
-    return whole
+    total: Tensor = _AddUp.apply(out, saved, hidden.detach(), up.detach(), heights)
+    return total
 
 
 class _AddUp(torch.autograd.Function):
@@ -110,7 +111,7 @@ class _AddUp(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, out: Tensor, held: Tensor | None, hidden: Tensor, up: Tensor, heights: tuple[int, ...]
+        ctx: Any, out: Tensor, saved: Tensor | None, hidden: Tensor, up: Tensor, heights: tuple[int, ...]
     ) -> Tensor:
         return _add_parts(out.detach(), hidden, up, heights)
 
@@ -124,7 +125,8 @@ def _add_parts(out: Tensor, hidden: Tensor, up: Tensor, heights: tuple[int, ...]
     """Compute `add_up` without gradients."""
     if len(heights) == 1:
         return add_product(out, _flat(hidden), up.t())
-    rows, groups = out.view(-1, out.shape[-1]).split(heights, -1), _flat(hidden).chunk(len(heights), -1)
+    rows = out.view(-1, out.shape[-1]).split(heights, -1)
+    groups = _flat(hidden).chunk(len(heights), -1)
     for row, group, block in zip(rows, groups, up.split(heights), strict=True):
         row.addmm_(group, block.t())
     return out
@@ -176,10 +178,10 @@ def _spread(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> No
 def _gather(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Replace the whole matrix in a state dict by the blocks."""
     assert isinstance(module, BlockUp)
-    whole = state.get(f"{prefix}weight")
-    if whole is None:
+    weight = state.get(f"{prefix}weight")
+    if weight is None:
         return
-    blocks = diagonal_blocks(whole, module.heights)
+    blocks = diagonal_blocks(weight, module.heights)
     if blocks is None:
         raise ValueError(f"{prefix}weight has values outside the blocks of its parts")
     state[f"{prefix}weight"] = torch.cat(blocks)
@@ -189,11 +191,15 @@ def fused_heights(parts: int, rows: int, columns: int) -> tuple[int, ...]:
     """Return the rows of each part of a fused layer: q, k, v, or q, k, v and the first layer of the MLP.
 
     rows, columns: of the layer's weight; queries are as many as its columns. Of 3 parts, keys and values
-    share the rest (they may have fewer heads); of 4, they are as high as queries. () if that does not fit.
+    share the remaining rows (they may have fewer heads); of 4, they are as high as queries. () if that does
+    not fit.
     """
-    rest = rows - columns
-    by_parts = {3: (columns, rest // 2, rest - rest // 2), 4: (*(columns,) * 3, rows - 3 * columns)}
-    heights: tuple[int, ...] = by_parts.get(parts, ())
+    heights: tuple[int, ...] = ()
+    if parts == 3:
+        remaining = rows - columns
+        heights = (columns, remaining // 2, remaining - remaining // 2)
+    elif parts == 4:
+        heights = (columns, columns, columns, rows - 3 * columns)
     return heights if heights and min(heights) > 0 else ()
 
 
@@ -207,8 +213,9 @@ def diagonal_blocks(up: Tensor, heights: Sequence[int]) -> list[Tensor] | None:
     rank = up.shape[1] // len(heights)
     rows = up.split(list(heights))
     blocks = [part[:, index * rank : (index + 1) * rank] for index, part in enumerate(rows)]
-    outside = sum(int(part.count_nonzero()) for part in rows) - sum(int(b.count_nonzero()) for b in blocks)
-    return None if outside else blocks
+    in_rows = sum(int(part.count_nonzero()) for part in rows)
+    in_blocks = sum(int(block.count_nonzero()) for block in blocks)
+    return blocks if in_rows == in_blocks else None
 
 
 MOST_ROWS = 1000  # most rows of a weight for estimating their mean norm
@@ -228,7 +235,9 @@ def row_strengths(
     factors: down R x in, up out x R. gradients: of both. base: the mean norm of the frozen weight's rows.
     rule: sigma and beta.
     """
-    (down, up), (d_down, d_up), (sigma, beta) = factors, gradients, rule
+    down, up = factors
+    d_down, d_up = gradients
+    sigma, beta = rule
     weights = (base**2 + _row_squares(up, down)).sqrt()
     changes = scale**2 * _row_squares(torch.cat([up, d_up], 1), torch.cat([d_down, down]))
     return (sigma * weights + beta * changes) / math.sqrt(len(up))

@@ -5,7 +5,7 @@ the meaning of a family's own.
 import ast
 import math
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from logging import getLogger
@@ -30,20 +30,20 @@ BlockNumbers = frozenset[int] | None  # numbers of blocks of one list; None: all
 
 def readers_of(rules: LoraRules) -> dict[str, Reader]:
     """Return the readers of the arguments that only a family's module has."""
-    found: dict[str, Reader] = {argument: partial(_read_number, int) for argument, _ in rules.types}
+    readers: dict[str, Reader] = {argument: partial(_read_number, int) for argument, _ in rules.types}
     if rules.choices:
-        found["train_blocks"] = partial(_read_choice, rules.choices)
-    found |= dict.fromkeys(rules.indices, read_block_numbers)
+        readers["train_blocks"] = partial(_read_choice, rules.choices)
+    readers |= dict.fromkeys(rules.indices, read_block_numbers)
     if rules.outside:
-        found[rules.outside] = partial(read_ranks, rules.outside_paths)
+        readers[rules.outside] = partial(read_ranks, rules.outside_paths)
     if rules.fused:
-        found["split_qkv"] = _read_switch
-    return found | dict.fromkeys(rules.encoders, _read_switch)
+        readers["split_qkv"] = _read_switch
+    return readers | dict.fromkeys(rules.encoders, _read_switch)
 
 
-def read_block_numbers(argument: str, given: Any) -> BlockNumbers:
+def read_block_numbers(argument: str, typed: Any) -> BlockNumbers:
     """Read `all`, `none` or a list such as `0,1,8-12`. Raises OptionError for anything else."""
-    text = str(given)
+    text = str(typed)
     if text.strip() in ("all", "none"):
         return None if text.strip() == "all" else frozenset()
     numbers: set[int] = set()
@@ -57,18 +57,19 @@ def read_block_numbers(argument: str, given: Any) -> BlockNumbers:
     return frozenset(numbers)
 
 
-def read_ranks(paths: Sequence[str], argument: str, given: Any) -> tuple[int, ...]:
+def read_ranks(paths: Sequence[str], argument: str, typed: Any) -> tuple[int, ...]:
     """Read one rank for each of `paths` from a text such as `[4,2,0]`; 0 leaves a module out. Raises
     OptionError for anything else.
     """
-    text = str(given)
-    parts = [part.strip() for part in text.strip().removeprefix("[").removesuffix("]").split(",")]
-    if len(parts) != len(paths) or not all(part.isdecimal() for part in parts):
+    text = str(typed)
+    numbers = text.strip().removeprefix("[").removesuffix("]").split(",")
+    ranks = [number.strip() for number in numbers]
+    if len(ranks) != len(paths) or not all(rank.isdecimal() for rank in ranks):
         raise OptionError(
             f"--network_args {argument}={text}: write {len(paths)} ranks, for {', '.join(paths)}, such as "
             f"[{','.join(['4'] * len(paths))}]; 0 leaves one out"
         )
-    return tuple(map(int, parts))
+    return tuple(map(int, ranks))
 
 
 @dataclass(frozen=True)
@@ -110,53 +111,82 @@ def read_settings(
 
     rules: of the family's module. Raises OptionError if a key is unknown or a value is out of range.
     """
-    readers = {**_READERS, **({} if rules is None else readers_of(rules))}
+    values = _read_values(arguments, rules)
+    ratio = values.get("loraplus_lr_ratio")
+    perturbation = None
+    if "ggpo_sigma" in values:
+        perturbation = (values["ggpo_sigma"], values["ggpo_beta"])
+    family_rules = rules or LoraRules(())  # without arguments of a family
+    types = [argument for argument, _ in family_rules.types]
+    return LoraSettings(
+        rank=DEFAULT_RANK if rank is None else int(rank),
+        alpha=DEFAULT_ALPHA if alpha is None else float(alpha),
+        conv_rank=values.get("conv_dim"),
+        conv_alpha=values.get("conv_alpha", DEFAULT_ALPHA),
+        dropouts=_dropouts(neuron_dropout, values),
+        include=values.get("include_patterns", ()),
+        exclude=values.get("exclude_patterns", ()),
+        loraplus_lr_ratio=values.get("loraplus_unet_lr_ratio", ratio),
+        loraplus_encoder_ratio=values.get("loraplus_text_encoder_lr_ratio", ratio),
+        decomposes=values.get("dora_wd", False),
+        verbose=values.get("verbose", False),
+        reg_ranks=values.get("network_reg_dims", ()),
+        reg_rates=values.get("network_reg_lrs", ()),
+        perturbation=perturbation,
+        rules=rules,
+        type_ranks=_with_keys(types, values),
+        train_blocks=values.get("train_blocks"),
+        block_numbers=_with_keys(family_rules.indices, values),
+        outside_ranks=values.get(family_rules.outside, ()),
+        splits=values.get("split_qkv", False),
+        encoders_off=frozenset(
+            prefix for argument, prefix in family_rules.encoders.items() if not values.get(argument)
+        ),
+    )
+
+
+def _read_values(arguments: Mapping[str, Any], rules: LoraRules | None) -> dict[str, Any]:
+    """Return the values of `--network_args` that are not None. Raises OptionError."""
+    readers = dict(_READERS)
+    if rules is not None:
+        readers |= readers_of(rules)
     texts = {key: text for key, text in arguments.items() if text is not None}
-    given = {key: read(key, texts[key]) for key, read in readers.items() if key in texts}
-    if unknown := [key for key in texts if key not in readers]:
+    typed_values = {key: read(key, texts[key]) for key, read in readers.items() if key in texts}
+    unknown = [key for key in texts if key not in readers]
+    if unknown:
         raise OptionError(
             f"--network_args {unknown[0]}: this network has no such setting."
             f"{did_you_mean(unknown[0], readers)} It has {', '.join(readers)}"
         )
-    given = {key: value for key, value in given.items() if value is not None}
-    if ("ggpo_sigma" in given) != ("ggpo_beta" in given):
+    values = {key: value for key, value in typed_values.items() if value is not None}
+    if ("ggpo_sigma" in values) != ("ggpo_beta" in values):
         raise OptionError(
             "--network_args ggpo_sigma and ggpo_beta need each other: give both, such as ggpo_sigma=0.03 "
             "ggpo_beta=0.01"
         )
     exclusive = [
-        name for name in ("split_qkv", "ggpo_sigma", "dora_wd") if given.get(name, False) is not False
+        name for name in ("split_qkv", "ggpo_sigma", "dora_wd") if values.get(name, False) is not False
     ]
     if len(exclusive) > 1:
         raise OptionError(
             f"--network_args {exclusive[0]} and {exclusive[-1]} cannot be used together: leave one out"
         )
-    dropouts = (neuron_dropout, given.get("rank_dropout"), given.get("module_dropout"))
-    ratio = given.get("loraplus_lr_ratio")
-    own = rules or LoraRules(())  # without arguments of a family
-    return LoraSettings(
-        rank=DEFAULT_RANK if rank is None else int(rank),
-        alpha=DEFAULT_ALPHA if alpha is None else float(alpha),
-        conv_rank=given.get("conv_dim"),
-        conv_alpha=given.get("conv_alpha", DEFAULT_ALPHA),
-        dropouts=Dropouts(*(share or 0.0 for share in dropouts)) if any(dropouts) else None,
-        include=given.get("include_patterns", ()),
-        exclude=given.get("exclude_patterns", ()),
-        loraplus_lr_ratio=given.get("loraplus_unet_lr_ratio", ratio),
-        loraplus_encoder_ratio=given.get("loraplus_text_encoder_lr_ratio", ratio),
-        decomposes=given.get("dora_wd", False),
-        verbose=given.get("verbose", False),
-        reg_ranks=given.get("network_reg_dims", ()),
-        reg_rates=given.get("network_reg_lrs", ()),
-        perturbation=(given["ggpo_sigma"], given["ggpo_beta"]) if "ggpo_sigma" in given else None,
-        rules=rules,
-        type_ranks={argument: given[argument] for argument, _ in own.types if argument in given},
-        train_blocks=given.get("train_blocks"),
-        block_numbers={argument: given[argument] for argument in own.indices if argument in given},
-        outside_ranks=given.get(own.outside, ()),
-        splits=given.get("split_qkv", False),
-        encoders_off=frozenset(prefix for name, prefix in own.encoders.items() if not given.get(name)),
+    return values
+
+
+def _dropouts(neuron_dropout: float | None, values: Mapping[str, Any]) -> Dropouts | None:
+    """Return the dropout rates; None if all are 0."""
+    rates = Dropouts(
+        neuron=neuron_dropout or 0.0,
+        rank=values.get("rank_dropout") or 0.0,
+        module=values.get("module_dropout") or 0.0,
     )
+    return rates if rates.neuron or rates.rank or rates.module else None
+
+
+def _with_keys(keys: Iterable[str], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of these keys, as far as there are any."""
+    return {key: values[key] for key in keys if key in values}
 
 
 def fit_patterns(settings: LoraSettings, modules: Sequence[tuple[str, str]]) -> LoraSettings:
@@ -165,28 +195,35 @@ def fit_patterns(settings: LoraSettings, modules: Sequence[tuple[str, str]]) -> 
     modules: of all networks that may get a LoRA: (start of the name in files, path with dots). Patterns that
     fit some modules as written are unchanged; the others are tried in all spellings.
     """
+    paths = [path for _, path in modules]
     names = [start + path.replace(".", "_") for start, path in modules]
 
     def fit(argument: str, pattern: Pattern, fits_some: bool) -> Pattern:
         if fits_some or not modules:
             return pattern
         loose = re.compile(in_any_spelling(pattern.pattern))
-        found = {
-            spelled
-            for (_, path), name in zip(modules, names, strict=True)
-            if pattern.search(path) or loose.search(name)
-            for spelled in (path, name)
-        }
-        if found:
-            return NamePattern(pattern.pattern, frozenset(found))
+        spellings: set[str] = set()
+        for path, name in zip(paths, names, strict=True):
+            if pattern.search(path) or loose.search(name):
+                spellings.update((path, name))
+        if spellings:
+            return NamePattern(pattern.pattern, frozenset(spellings))
         logger.warning("--network_args %s: %s.", argument, describe_unfit(pattern.pattern, names))
         return pattern
 
     def by_path(argument: str, patterns: tuple[Pattern, ...]) -> tuple[Pattern, ...]:
-        return tuple(fit(argument, one, any(one.match(path) for _, path in modules)) for one in patterns)
+        fitted = []
+        for pattern in patterns:
+            fits_some = any(pattern.match(path) for path in paths)
+            fitted.append(fit(argument, pattern, fits_some))
+        return tuple(fitted)
 
     def by_name(argument: str, pairs: ByPattern) -> ByPattern:
-        return tuple((fit(argument, one, any(map(one.search, names))), number) for one, number in pairs)
+        fitted = []
+        for pattern, number in pairs:
+            fits_some = any(pattern.search(name) for name in names)
+            fitted.append((fit(argument, pattern, fits_some), number))
+        return tuple(fitted)
 
     return replace(
         settings,
@@ -198,19 +235,22 @@ def fit_patterns(settings: LoraSettings, modules: Sequence[tuple[str, str]]) -> 
 
 
 def find_by_pattern(pairs: ByPattern, name: str) -> tuple[int, ...]:
+    """Return the places of the patterns that a name matches."""
     return tuple(place for place, (pattern, _) in enumerate(pairs) if pattern.search(name))
 
 
-def log_overlaps(argument: str, pairs: ByPattern, found: Sequence[tuple[int, ...]]) -> None:
-    """Log which patterns override earlier ones. found: for each module, the result of `find_by_pattern`."""
-    taken: dict[tuple[int, int], int] = {}
-    for places in found:
+def log_overlaps(argument: str, pairs: ByPattern, matches: Sequence[tuple[int, ...]]) -> None:
+    """Log which patterns override earlier ones. matches: for each module, the result of `find_by_pattern`."""
+    counts: dict[tuple[int, int], int] = {}  # place of a pattern and of the one that overrides it
+    for places in matches:
         for place in places[:-1]:
-            taken[place, places[-1]] = taken.get((place, places[-1]), 0) + 1
-    for (place, last), count in sorted(taken.items()):
+            counts[place, places[-1]] = counts.get((place, places[-1]), 0) + 1
+    for (place, last), count in sorted(counts.items()):
+        overridden, _ = pairs[place]
+        pattern, number = pairs[last]
         logger.info(
-            f"--network_args {argument}: {count} modules fit {pairs[place][0].pattern!r} and the later "
-            f"{pairs[last][0].pattern!r}, which counts ({pairs[last][1]:g})"
+            f"--network_args {argument}: {count} modules fit {overridden.pattern!r} and the later "
+            f"{pattern.pattern!r}, which counts ({number:g})"
         )
 
 
@@ -238,17 +278,18 @@ def _as_number(kind: type[int] | type[float], text: Any) -> float | None:
 
 
 def _read_pairs(kind: type[int] | type[float], argument: str, text: Any) -> ByPattern:
+    """Read pairs of pattern and number. Raises OptionError."""
     pairs = []
     for part in str(text).split(","):
-        pattern, equals, number = part.strip().partition("=")
-        found = _as_number(kind, number)
-        if not equals or not pattern.strip() or found is None:
-            whole = " that are whole" if kind is int else ""
+        pattern, equals, number_text = part.strip().partition("=")
+        number = _as_number(kind, number_text)
+        if not equals or not pattern.strip() or number is None:
+            restriction = " that are whole" if kind is int else ""
             raise OptionError(
                 f"--network_args {argument}: {part.strip()!r} is no pair; write pattern=number,"
-                f"pattern=number, with numbers of at least 0{whole}"
+                f"pattern=number, with numbers of at least 0{restriction}"
             )
-        pairs.append((_compile(argument, pattern.strip()), found))
+        pairs.append((_compile(argument, pattern.strip()), number))
     return tuple(pairs)
 
 
@@ -264,17 +305,18 @@ def _read_choice(choices: Collection[str], argument: str, text: Any) -> Any:
     return text
 
 
-def _read_patterns(argument: str, given: Any) -> tuple[re.Pattern[str], ...]:
+def _read_patterns(argument: str, typed: Any) -> tuple[re.Pattern[str], ...]:
     """Compile a list of regular expressions, or the text of such a list."""
-    if isinstance(given, str):
+    patterns = typed
+    if isinstance(typed, str):
         try:
-            given = ast.literal_eval(given)
+            patterns = ast.literal_eval(typed)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
-            given = None
-    if not isinstance(given, (list, tuple)) or not all(isinstance(pattern, str) for pattern in given):
+            patterns = None
+    if not isinstance(patterns, (list, tuple)) or not all(isinstance(pattern, str) for pattern in patterns):
         example = f"{argument}=[r'.*ffn.*']"
         raise OptionError(f'--network_args {argument}: write a Python list of strings, such as "{example}".')
-    return tuple(_compile(argument, pattern) for pattern in given)
+    return tuple(_compile(argument, pattern) for pattern in patterns)
 
 
 def _compile(argument: str, pattern: str) -> re.Pattern[str]:
@@ -295,7 +337,8 @@ def read_rates(argument: str, text: Any) -> ByPattern:
     return _read_pairs(float, argument, text)
 
 
-_SHARE, _RATIO = partial(_read_number, float, below=1), partial(_read_number, float)
+_SHARE = partial(_read_number, float, below=1)
+_RATIO = partial(_read_number, float)
 _READERS: Mapping[str, Reader] = {
     "conv_dim": partial(_read_number, int, least=1),
     "conv_alpha": _RATIO,

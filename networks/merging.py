@@ -4,10 +4,11 @@ families.
 # Letters: R rank
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from logging import getLogger
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from modules.checkpoints.opening import Checkpoint, checkpoint_paths, open_check
 from modules.checkpoints.quantising import in_values
 from modules.checkpoints.writing import save_tensors, stream_tensors
 from modules.console import as_size, in_words, show_box
+from modules.contract.loading import TensorInfo
 from modules.contract.rules import expert_of_file
 from modules.devices import choose_device, dtype_name
 from modules.errors import CheckpointError
@@ -47,16 +49,19 @@ _STALE = ("sshs_", "modelspec.hash_sha256")  # hashes of the model before the me
 def merge_dit(options: MergeOptions) -> None:
     """Merge LoRAs into a transformer's file. Raises as `merge_into_file`, and if a file cannot be read."""
     # by the name of the file or its folder: `high_noise_model/` in the official repository, `transformer/`
-    # beside `transformer_2/` in diffusers
+    # and `transformer_2/` in diffusers
     folders = {start.removesuffix("."): expert for start, expert in NETWORKS.items()}
     expert = options.expert or expert_of_file(options.dit, folders)
-    loras = [*zip(options.lora.lora_weight or (), options.lora.multipliers(), strict=True)]
+    files = list(zip(options.lora.lora_weight or (), options.lora.multipliers(), strict=True))
+    in_channels: int | None = options.dit_in_channels
+    if in_channels == tool_options.MERGE_CHANNELS_UNCHECKED:
+        in_channels = None
     merge_into_file(
-        options.dit,
-        [use.for_expert(expert) for use in lora_uses(loras, with_texts=True)],
-        options.save_merged_model,
-        choose_device(options.device),
-        None if options.dit_in_channels == tool_options.MERGE_CHANNELS_UNCHECKED else options.dit_in_channels,
+        model=options.dit,
+        uses=[use.for_expert(expert) for use in lora_uses(files, with_texts=True)],
+        output=options.save_merged_model,
+        device=choose_device(options.device),
+        in_channels=in_channels,
     )
 
 
@@ -65,11 +70,18 @@ def merge_whole(options: WholeMergeOptions) -> None:
 
     Raises CheckpointError if a file cannot be used or fits nothing.
     """
-    uses, dtype = _read_uses(options)
+    uses = _read_uses(options)
     if options.sd_model is None:
-        _write_sum(options, options.save_to, uses, dtype, CPU)
-    else:
-        merge_into_file(options.sd_model, uses, options.save_to, CPU, dtype=dtype, option="--save_to")
+        _write_sum(options, options.save_to, uses, CPU)
+        return
+    merge_into_file(
+        model=options.sd_model,
+        uses=uses,
+        output=options.save_to,
+        device=CPU,
+        dtype=_dtype_of(options),
+        option="--save_to",
+    )
 
 
 def merge_flux(options: FluxMergeOptions) -> None:
@@ -78,60 +90,51 @@ def merge_flux(options: FluxMergeOptions) -> None:
     Raises CheckpointError if a file cannot be used or fits nothing, OptionError if a model has no part in any
     LoRA.
     """
-    device, (uses, dtype) = torch.device(options.working_device), _read_uses(options)
+    device = torch.device(options.working_device)
+    uses = _read_uses(options)
     if not options.targets:
         assert options.save_to is not None
-        _write_sum(options, options.save_to, uses, dtype, device)
+        _write_sum(options, options.save_to, uses, device)
         return
     parts = {name: uses_for(uses, prefix) for name, prefix in ENCODERS.items()}
-    for name, found in parts.items():
-        if found and name not in options.targets:
+    for name, part_uses in parts.items():
+        if part_uses and name not in options.targets:
             logger.warning(
-                f"{len(found)} of the LoRAs change {name} too, which is left out: no --{name} is given"
+                f"{len(part_uses)} of the LoRAs change {name} too, which is left out: no --{name} is given"
             )
     for name, model in options.targets.items():
         option = tool_options.FLUX_OUTPUTS[name]
         merge_into_file(
-            model, parts[name], getattr(options, option), device, dtype=dtype, option=f"--{option}"
+            model=model,
+            uses=parts[name],
+            output=getattr(options, option),
+            device=device,
+            dtype=_dtype_of(options),
+            option=f"--{option}",
         )
 
 
-def _read_uses(options: FluxMergeOptions | WholeMergeOptions) -> tuple[list[LoraUse], torch.dtype | None]:
-    """Return the LoRAs with their strengths, and the dtype to write; None: keep the base file's."""
+def _read_uses(options: FluxMergeOptions | WholeMergeOptions) -> list[LoraUse]:
+    """Return the LoRAs with their strengths."""
     rows = zip(options.models or (), options.ratios or (), strict=True)
-    uses = [LoraUse(read_lora(path, with_texts=True), ratio) for path, ratio in rows]
-    return uses, None if options.save_precision is None else DTYPES[options.save_precision]
+    return [LoraUse(read_lora(path, with_texts=True), ratio) for path, ratio in rows]
+
+
+def _dtype_of(options: FluxMergeOptions | WholeMergeOptions) -> torch.dtype | None:
+    """Return the dtype to write; None: that of the base file."""
+    return None if options.save_precision is None else DTYPES[options.save_precision]
 
 
 def _write_sum(
     options: FluxMergeOptions | WholeMergeOptions,
     output: Path,
     uses: Sequence[LoraUse],
-    dtype: torch.dtype | None,
     device: torch.device,
 ) -> None:
-    loras = [use.lora for use in uses]
-    tensors = _add_up(uses, options.concat, dtype or DTYPES[options.precision], device)
-    ranks = sorted({len(one) for name, one in tensors.items() if name.endswith(LORA[0])})
-    text = str(ranks[0]) if len(ranks) == 1 else "Dynamic"
-    version = next((v for one in loras if (v := one.metadata.get(TRAINED_ON))), None)
-    made = next(filter(None, (read_family(one.metadata) for one in loras)), None)
-    found = families_of(group_by_module(tensors), None if made is None else made.name)
-    # of several families, the one that this tool is for; sums of text encoders alone count as FLUX
-    family = FLUX if FLUX in found else found[0] if found else made
-    module = "networks.lora_flux" if family is None else f"networks.lora_{family.name}"
-    own = "flux1" if family is None or family.name == "flux" else family.written_version or family.name
-    metadata = {
-        "ss_network_module": "networks.lora" if family is not None and family.written_version else module,
-        "ss_network_dim": text,
-        "ss_network_alpha": text,
-        "ss_network_args": "{}",
-        TRAINED_ON: version or own,
-    }
-    if not options.no_metadata:
-        metadata["modelspec.merged_from"] = ", ".join(one.path.name for one in loras)
-        title = next((t for one in loras if (t := one.metadata.get("modelspec.architecture"))), None)
-        metadata |= {} if title is None else {"modelspec.architecture": title}
+    """Write the sum of LoRAs as one LoRA."""
+    dtype = _dtype_of(options) or DTYPES[options.precision]
+    tensors = _add_up(uses, options.concat, dtype, device)
+    metadata = _metadata_of_sum([use.lora for use in uses], tensors, options.no_metadata)
     named = as_known(tensors, read_family(metadata))
     save_tensors(output, named, add_hashes(named, metadata))
     rows = [
@@ -140,6 +143,48 @@ def _write_sum(
         ("rank", metadata["ss_network_dim"]),
     ]
     show_box("The LoRAs are merged into one", rows)
+
+
+def _metadata_of_sum(
+    loras: Sequence[LoraFile], tensors: Mapping[str, Tensor], no_metadata: bool
+) -> dict[str, str]:
+    """Return the metadata of the sum of LoRAs. no_metadata: only what loaders need to know."""
+    ranks = sorted({len(tensor) for name, tensor in tensors.items() if name.endswith(LORA[0])})
+    rank = str(ranks[0]) if len(ranks) == 1 else "Dynamic"
+    family = _family_of_sum(loras, tensors)
+    module = "networks.lora_flux"
+    version = "flux1"
+    if family is not None and family.name != "flux":
+        module = "networks.lora" if family.written_version else f"networks.lora_{family.name}"
+        version = family.written_version or family.name
+    metadata = {
+        "ss_network_module": module,
+        "ss_network_dim": rank,
+        "ss_network_alpha": rank,
+        "ss_network_args": "{}",
+        TRAINED_ON: _first_of_metadata(loras, TRAINED_ON) or version,
+    }
+    if not no_metadata:
+        metadata["modelspec.merged_from"] = ", ".join(lora.path.name for lora in loras)
+        architecture = _first_of_metadata(loras, "modelspec.architecture")
+        if architecture is not None:
+            metadata["modelspec.architecture"] = architecture
+    return metadata
+
+
+def _first_of_metadata(loras: Sequence[LoraFile], key: str) -> str | None:
+    """Return the metadata of this key of the first LoRA that has it."""
+    return next(filter(None, (lora.metadata.get(key) for lora in loras)), None)
+
+
+def _family_of_sum(loras: Sequence[LoraFile], tensors: Mapping[str, Tensor]) -> FamilyNames | None:
+    """Return the family of a sum of LoRAs; None if there are only parts of text encoders."""
+    by_metadata = next(filter(None, (read_family(lora.metadata) for lora in loras)), None)
+    hint = None if by_metadata is None else by_metadata.name
+    families = families_of(group_by_module(tensors), hint)
+    if FLUX in families:  # of several families, the one that this tool is for
+        return FLUX
+    return families[0] if families else by_metadata
 
 
 def _in_lines(uses: Sequence[LoraUse]) -> str:
@@ -169,17 +214,10 @@ def merge_into_file(
     with open_checkpoint(model) as opened:
         checkpoint = in_values(opened)
         _check_in_channels(checkpoint, in_channels)
-        if not (whole := is_whole(checkpoint.tensors)):
-            for_encoders(uses, str(model), held=())
-        patch: LoraPatch | WholePatch = (WholePatch if whole else LoraPatch)(uses, checkpoint.tensors, model)
+        patch = _make_patch(uses, checkpoint, model)
         _check_fits(patch, checkpoint)
-        narrow = {name for name, info in checkpoint.tensors.items() if info is not opened.tensors[name]}
-        written = {  # whole numbers stay as they are
-            name: replace(info, dtype=dtype or (torch.bfloat16 if name in narrow else info.dtype))
-            if info.dtype in _WIDE
-            else info
-            for name, info in checkpoint.tensors.items()
-        }
+        quantised = {name for name, info in checkpoint.tensors.items() if info is not opened.tensors[name]}
+        written = _written_tensors(checkpoint, quantised, dtype)
 
         def read(name: str) -> Tensor:
             tensor = checkpoint.read(name)  # memory of its own
@@ -189,22 +227,51 @@ def merge_into_file(
             wide = tensor.to(device) if dtype is None else tensor.to(device, torch.float32)
             return patch.add_to(name, wide).to(written[name].dtype)
 
-        needed = as_size(sum(info.size_bytes for info in written.values()))
-        free = as_size(free_bytes(real_path(output).parent))
         rows = [("model", str(model)), ("LoRAs", _in_lines(uses)), ("result", str(output))]
-        if narrow:
-            text = f"{len(narrow)} quantised weights become {dtype_name(dtype or torch.bfloat16)}"
-            rows.append(("precision", f"{text}; tools/quantise.py rounds them again"))
-        show_box("Merging", [*rows, ("disk", f"{needed}; {free} free")])
-        metadata = {key: value for key, value in checkpoint.metadata.items() if not key.startswith(_STALE)}
+        if quantised:
+            change = f"{len(quantised)} quantised weights become {dtype_name(dtype or torch.bfloat16)}"
+            rows.append(("precision", f"{change}; tools/quantise.py rounds them again"))
+        size = as_size(sum(info.size_bytes for info in written.values()))
+        free = as_size(free_bytes(real_path(output).parent))
+        show_box("Merging", [*rows, ("disk", f"{size}; {free} free")])
         if not uses:
-            made = "has the values" if narrow else "becomes a copy"
-            logger.warning(f"no --lora_weight is given: {output} {made} of {model}")
-        else:
-            metadata["modelspec.merged_from"] = ", ".join([model.name, *(use.lora.path.name for use in uses)])
-        stream_tensors(output, written, read, metadata)
-    rows = [("Merged model", f"{output} ({as_size(output.stat().st_size)})")]
-    show_box("Merging is finished", [*rows, ("time", in_words(time.monotonic() - start))])
+            state = "has the values" if quantised else "becomes a copy"
+            logger.warning(f"no --lora_weight is given: {output} {state} of {model}")
+        stream_tensors(output, written, read, _metadata_of_merged(checkpoint, model, uses))
+    rows = [
+        ("Merged model", f"{output} ({as_size(output.stat().st_size)})"),
+        ("time", in_words(time.monotonic() - start)),
+    ]
+    show_box("Merging is finished", rows)
+
+
+def _make_patch(uses: Sequence[LoraUse], checkpoint: Checkpoint, model: Path) -> LoraPatch | WholePatch:
+    """Return what adds the LoRAs to the weights of a file: of one network, or of a whole checkpoint."""
+    if is_whole(checkpoint.tensors):
+        return WholePatch(uses, checkpoint.tensors, model)
+    for_encoders(uses, str(model), prefixes=())
+    return LoraPatch(uses, checkpoint.tensors, model)
+
+
+def _metadata_of_merged(checkpoint: Checkpoint, model: Path, uses: Sequence[LoraUse]) -> dict[str, str]:
+    """Return the metadata of a merged model: the model's own, and the files that were merged."""
+    metadata = {key: value for key, value in checkpoint.metadata.items() if not key.startswith(_STALE)}
+    if uses:
+        metadata["modelspec.merged_from"] = ", ".join([model.name, *(use.lora.path.name for use in uses)])
+    return metadata
+
+
+def _written_tensors(
+    checkpoint: Checkpoint, quantised: Collection[str], dtype: torch.dtype | None
+) -> dict[str, TensorInfo]:
+    """Return the tensors of a merged model. quantised: weights that are quantised in the model's file."""
+    written: dict[str, TensorInfo] = {}
+    for name, info in checkpoint.tensors.items():
+        if info.dtype in _WIDE:  # whole numbers stay as they are
+            usual_dtype = torch.bfloat16 if name in quantised else info.dtype
+            info = replace(info, dtype=dtype or usual_dtype)
+        written[name] = info
+    return written
 
 
 def _check_fits(patch: LoraPatch | WholePatch, checkpoint: Checkpoint) -> None:
@@ -215,13 +282,22 @@ def _check_fits(patch: LoraPatch | WholePatch, checkpoint: Checkpoint) -> None:
 
 
 def _check_in_channels(checkpoint: Checkpoint, in_channels: int | None) -> None:
-    first = [name for name in checkpoint.tensors if name.endswith(FIRST_LAYERS)]
-    found = checkpoint.tensors[first[0]].shape[1] if first else None  # out x in x kernel
-    if in_channels not in {None, found}:
-        what = f"{first[0]} takes {found} channels" if first else "it has no first layer that is known"
+    """Raise CheckpointError if the first layer takes another number of channels; None: any number."""
+    layers = [name for name in checkpoint.tensors if name.endswith(FIRST_LAYERS)]
+    channels = checkpoint.tensors[layers[0]].shape[1] if layers else None  # out x in x kernel
+    if in_channels not in {None, channels}:
+        what = f"{layers[0]} takes {channels} channels" if layers else "it has no first layer that is known"
         raise CheckpointError(
             f"{checkpoint.path}: {what}, --dit_in_channels asks for {in_channels}.", checkpoint.path
         )
+
+
+class _Summand(NamedTuple):
+    """The factors of one LoRA for a module."""
+
+    lora: LoraFile
+    factors: Factors
+    multiplier: float
 
 
 def _add_up(
@@ -233,16 +309,40 @@ def _add_up(
     the first file with the module. Raises CheckpointError for anything but plain LoRAs, for other sizes and
     for LoRAs of several models.
     """
-    known = [(use.lora, made) for use in uses if (made := read_family(use.lora.metadata)) is not None]
-    for lora, made in known[1:]:
-        first, wanted = known[0]
-        if made is not wanted:
+    _refuse_other_families([use.lora for use in uses])
+    merged: dict[str, Tensor] = {}
+    for name, summands in _summands(uses).items():
+        down, up = _sum(name, summands, device)
+        if not concat and len(summands) > 1:
+            down, up = _truncate(down, up, len(summands[0].factors[LORA[0]]))
+        merged[f"{name}.{LORA[0]}"] = down.to("cpu", dtype).contiguous()
+        merged[f"{name}.{LORA[1]}"] = up.to("cpu", dtype).contiguous()
+        merged[f"{name}.alpha"] = torch.tensor(float(len(down)))
+    return merged
+
+
+def _refuse_other_families(loras: Sequence[LoraFile]) -> None:
+    """Raise CheckpointError if LoRAs are for several models, by their metadata."""
+    first: LoraFile | None = None
+    first_family: FamilyNames | None = None
+    for lora in loras:
+        family = read_family(lora.metadata)
+        if family is None:
+            continue
+        if first is None or first_family is None:
+            first = lora
+            first_family = family
+        elif family is not first_family:
             raise CheckpointError(
-                f"{lora.path} is for {made.name}, {first.path} for {wanted.name}: no model could use their "
-                "sum.\n  Give LoRAs for one model.",
+                f"{lora.path} is for {family.name}, {first.path} for {first_family.name}: no model could use "
+                "their sum.\n  Give LoRAs for one model.",
                 lora.path,
             )
-    modules: dict[str, list[tuple[LoraFile, Factors, float]]] = {}
+
+
+def _summands(uses: Sequence[LoraUse]) -> dict[str, list[_Summand]]:
+    """Return the factors of all files by module. Raises CheckpointError for anything but plain LoRAs."""
+    modules: dict[str, list[_Summand]] = {}
     for use in uses:
         lora = use.lora
         tensors = {**in_own_form(lora.tensors, lora.family()), **lora.text_tensors}
@@ -253,39 +353,57 @@ def _add_up(
                     "  Only plain LoRAs can; merge it into the model instead.",
                     lora.path,
                 )
-            modules.setdefault(name, []).append((lora, factors, use.multiplier))
-    merged: dict[str, Tensor] = {}
-    for name, parts in modules.items():
-        down, up = _sum(name, parts, device)
-        if not concat and len(parts) > 1:
-            down, up = _truncate(down, up, len(parts[0][1][LORA[0]]))
-        merged[f"{name}.{LORA[0]}"] = down.to("cpu", dtype).contiguous()
-        merged[f"{name}.{LORA[1]}"] = up.to("cpu", dtype).contiguous()
-        merged[f"{name}.alpha"] = torch.tensor(float(len(down)))
-    return merged
+            modules.setdefault(name, []).append(_Summand(lora, factors, use.multiplier))
+    return modules
 
 
-def _sum(
-    name: str, parts: Sequence[tuple[LoraFile, Factors, float]], device: torch.device
-) -> tuple[Tensor, Tensor]:
+class _LowRank(NamedTuple):
+    """The factors of a change of a weight."""
+
+    down: Tensor  # R x in (x kernel)
+    up: Tensor  # out x R (x 1 x 1)
+
+    @property
+    def size(self) -> tuple[torch.Size, int]:
+        """Return the inputs (x kernel) and the outputs."""
+        return self.down.shape[1:], len(self.up)
+
+    def in_words(self) -> str:
+        return f"{len(self.up)} x {self.down.shape[1]}"
+
+    def reshaped_as(self, first: "_LowRank") -> "_LowRank":
+        """Return factors in the form of others, if only that differs.
+
+        A matrix may have the shape of a 1x1 convolution.
+        """
+        inputs, outputs = self.size
+        first_inputs, first_outputs = first.size
+        if inputs.numel() != first_inputs.numel() or outputs != first_outputs:
+            return self
+        up_shape = (*self.up.shape[:2], *first.up.shape[2:])
+        return _LowRank(self.down.reshape(-1, *first_inputs), self.up.reshape(up_shape))
+
+
+def _sum(name: str, summands: Sequence[_Summand], device: torch.device) -> tuple[Tensor, Tensor]:
     """Return down R x in and up out x R of a sum, with the ranks of all parts concatenated; alpha is R."""
-    downs: list[Tensor] = []
-    ups: list[Tensor] = []
-    for lora, factors, ratio in parts:
-        down, up = (factors[part].to(device, torch.float32) for part in LORA)
-        if downs and (down[0].numel(), len(up)) == (downs[0][0].numel(), len(ups[0])):
-            # a matrix may have the shape of a 1x1 convolution
-            down, up = down.reshape(-1, *downs[0].shape[1:]), up.reshape(*up.shape[:2], *ups[0].shape[2:])
-        if downs and (down.shape[1:], len(up)) != (downs[0].shape[1:], len(ups[0])):
+    scaled: list[_LowRank] = []
+    for summand in summands:
+        down, up = (summand.factors[part].to(device, torch.float32) for part in LORA)
+        change = _LowRank(down, up)
+        if scaled:
+            change = change.reshaped_as(scaled[0])
+        if scaled and change.size != scaled[0].size:
             raise CheckpointError(
-                f"{lora.path} does not fit {parts[0][0].path}: {name} changes {len(up)} x {down.shape[1]} "
-                f"there, {len(ups[0])} x {downs[0].shape[1]} here. Give LoRAs for one model.",
-                lora.path,
+                f"{summand.lora.path} does not fit {summands[0].lora.path}: {name} changes "
+                f"{change.in_words()} there, {scaled[0].in_words()} here. Give LoRAs for one model.",
+                summand.lora.path,
             )
-        scale = ratio * strength(factors)
+        scale = summand.multiplier * strength(summand.factors)
         root = abs(scale) ** 0.5  # spread over both, so that neither gets too small for 16 bits
-        downs.append(down * (root if scale >= 0 else -root))
-        ups.append(up * root)
+        signed_root = root if scale >= 0 else -root
+        scaled.append(_LowRank(change.down * signed_root, change.up * root))
+    downs = [change.down for change in scaled]
+    ups = [change.up for change in scaled]
     return torch.cat(downs), torch.cat(ups, 1)
 
 
@@ -299,11 +417,13 @@ def _truncate(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     u, s, vh = torch.linalg.svd(small_left @ small_right.T, full_matrices=False)
     rank = min(rank, len(s))
     root = s[:rank].sqrt()
-    new_up, new_down = left @ (u[:, :rank] * root), (root[:, None] * vh[:rank]) @ right.T
+    new_up = left @ (u[:, :rank] * root)
+    new_down = (root[:, None] * vh[:rank]) @ right.T
     return new_down.unflatten(1, down.shape[1:]), new_up.reshape(*new_up.shape, *up.shape[2:])
 
 
 def as_known(tensors: Mapping[str, Tensor], family: FamilyNames | None) -> Mapping[str, Tensor]:
     """Return a LoRA under the names that other tools know for its family."""
-    by_aliases = family is not None and family.always_underscored == "aliases"
-    return rename_to_aliases(tensors, family) if family is not None and by_aliases else tensors
+    if family is None or family.always_underscored != "aliases":
+        return tensors
+    return rename_to_aliases(tensors, family)

@@ -6,7 +6,7 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ from modules.contract.loading import TensorInfo
 from modules.contract.rules import named_expert
 from modules.errors import CheckpointError
 from modules.text_files import parse_json
-from networks.deltas import DORA, group_by_module, hollow, rank_of
+from networks.deltas import DORA, Factors, group_by_module, hollow, rank_of
 from networks.module_names import read_family
 from networks.names.layouts import EXPERT_VALUES, FOR_BOTH, OURS, TRAINED_EXPERT
 
@@ -53,9 +53,10 @@ def metadata_of(metadata: Mapping[str, str], expert: str) -> dict[str, str]:
     Raises ValueError if the file's metadata of its parts are unreadable.
     """
     common = {key: value for key, value in metadata.items() if key != PARTS_METADATA}
-    own = parse_json(metadata.get(PARTS_METADATA, "{}")).get(expert, {})
+    of_expert = parse_json(metadata.get(PARTS_METADATA, "{}")).get(expert, {})
     value = next(value for value, name in EXPERT_VALUES.items() if name == expert)
-    return {**common, **{str(key): str(text) for key, text in own.items()}, TRAINED_EXPERT: value}
+    texts = {str(key): str(text) for key, text in of_expert.items()}
+    return {**common, **texts, TRAINED_EXPERT: value}
 
 
 LEGACY_START, LEGACY_BYTES = 0x100000, 0x10000
@@ -69,9 +70,9 @@ def model_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
     The first is SHA-256 over the data part of a safetensors file. The second is the first 8 digits of SHA-256
     over 64 KiB at 1 MiB of a file that has only the `ss_*` metadata. Other metadata change neither.
     """
-    own = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    training_metadata = {key: value for key, value in metadata.items() if key.startswith("ss_")}
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    data = memoryview(safetensors.torch.save(ready, own))
+    data = memoryview(safetensors.torch.save(ready, training_metadata))
     header_bytes = int.from_bytes(data[:8], "little")
     return {
         "sshs_model_hash": hashlib.sha256(data[8 + header_bytes :]).hexdigest(),
@@ -148,17 +149,17 @@ def describe_lora(checkpoint: Checkpoint) -> str | None:
 
     Only scales are read.
     """
-    from networks import key_formats
+    from networks import key_formats  # only for LoRAs
 
     unsupported = key_formats.other_kind(checkpoint.tensors)
     if unsupported is not None:
         return f"a network of the kind {unsupported[0]}, which is not supported"
     parts = []
     for expert, names in key_formats.split_names(checkpoint.tensors).items():
-        one = _describe_part(checkpoint, names, expert)
-        if one is None:
+        description = _describe_part(checkpoint, names, expert)
+        if description is None:
             return None
-        parts.append(one if expert is None else f"{one}, for the {in_words(expert)}")
+        parts.append(description if expert is None else f"{description}, for the {in_words(expert)}")
     return "; ".join(parts) or None
 
 
@@ -171,57 +172,93 @@ def lora_hashes(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _describe_part(checkpoint: Checkpoint, names: list[str], part: str | None) -> str | None:
-    from networks import key_formats
+    """Describe the LoRA of one expert, or of a model without experts; None if it is no LoRA.
 
-    made = read_family(checkpoint.metadata)
-    hint = None if made is None else made.name
+    names: of its tensors. part: the expert, if the file has a LoRA for each.
+    """
+    from networks import key_formats  # only for LoRAs
+
+    trained_family = read_family(checkpoint.metadata)
+    hint = None if trained_family is None else trained_family.name
     native = key_formats.to_native({name: hollow(checkpoint.tensors[name]) for name in names}, hint)
-    modules = group_by_module({**native.tensors, **native.texts})
-    in_texts = len(group_by_module(native.texts))
-    kinds = {name for factors in modules.values() for part, name in KINDS.items() if part in factors}
+    in_dit = group_by_module(native.tensors)
+    in_texts = group_by_module(native.texts)
+    modules = in_dit | in_texts
     if not modules or 2 * len(native.unknown) > len(names):  # a whole model may have a LoRA's names in it
         return None
-    families = key_formats.families_of(group_by_module(native.tensors), hint)
-    families = families or ([] if made is None else [made])
-    what = "DoRA" if "DoRA" in kinds else " and ".join(sorted(kinds)) or "whole differences of weights"
-    model = f" for {' or '.join(one.name for one in families)}" if families else ""
-    ranks = Counter(rank for factors in modules.values() if (rank := rank_of(factors)) is not None)
-    alphas = set()
+    families = [family.name for family in key_formats.families_of(in_dit, hint)]
+    if not families and hint is not None:
+        families = [hint]
+    model = f" for {' or '.join(families)}" if families else ""
+    alphas = _stored_alphas(checkpoint, names) | _alphas_of_settings(checkpoint, native, part)
+    words = [f"a {_kinds_in_words(modules)}{model}, {key_formats.dialect_in_words(native.dialect)}"]
+    words += _scales_in_words(modules, alphas)
+    words.append(f"{count_of(len(modules), 'layer')}: {_layers_in_words(modules)}")
+    if in_texts:
+        words.append(f"{len(in_texts)} of them in text encoders")
+    expert = expert_of(checkpoint.metadata, checkpoint.path)
+    if expert is not None and expert != FOR_BOTH:
+        words.append(f"trained for the {in_words(expert)}")
+    return ", ".join(words)
+
+
+def _scales_in_words(modules: Mapping[str, Factors], alphas: Iterable[float]) -> list[str]:
+    """Return the ranks and the alphas of a network in words, as far as it has any."""
+    ranks = Counter(rank for rank in map(rank_of, modules.values()) if rank is not None)
+    # infinite alphas belong to whole matrices, which are not scaled
+    finite = Counter(filter(math.isfinite, alphas))
+    return [words for words in (of_numbers("rank", ranks), of_numbers("alpha", finite)) if words]
+
+
+def _kinds_in_words(modules: Mapping[str, Factors]) -> str:
+    """Return the kinds of a network by the factors of its modules: `LoHa and LoRA`."""
+    kinds: set[str] = set()
+    for factors in modules.values():
+        kinds.update(name for part, name in KINDS.items() if part in factors)
+    if "DoRA" in kinds:
+        return "DoRA"
+    return " and ".join(sorted(kinds)) or "whole differences of weights"
+
+
+def _layers_in_words(modules: Iterable[str]) -> str:
+    """Return the kinds of layers with their numbers: `blocks_N_self_attn_q (40), blocks_N_ffn_0 (40)`."""
+    counts = Counter(re.sub(r"\d+", "N", name.removeprefix(OURS), count=1) for name in modules)
+    layers = [f"{name} ({number})" for name, number in counts.most_common(LISTED)]
+    num_unlisted = len(counts) - LISTED
+    ending = f" and {num_unlisted} kinds more" if num_unlisted > 0 else ""
+    return ", ".join(layers) + ending
+
+
+def _stored_alphas(checkpoint: Checkpoint, names: Iterable[str]) -> set[float]:
+    """Return the alphas among a file's tensors."""
+    alphas: set[float] = set()
     for name in names:
         info = checkpoint.tensors[name]
         if name.endswith(".alpha") and info.size_bytes == info.dtype.itemsize:
             alphas.add(float(checkpoint.read(name)))
-    alphas |= _beside_tensors(checkpoint, native, part)
-    # infinite alphas belong to whole matrices, which are not scaled
-    numbers = of_numbers("alpha", Counter(filter(math.isfinite, alphas)))
-    expert = expert_of(checkpoint.metadata, checkpoint.path)
-    # `blocks_N_self_attn_q (40), blocks_N_ffn_0 (40)`
-    counts = Counter(re.sub(r"\d+", "N", name.removeprefix(OURS), count=1) for name in modules)
-    layers = [f"{name} ({number})" for name, number in counts.most_common(LISTED)]
-    more = f" and {len(counts) - LISTED} kinds more" if len(counts) > LISTED else ""
-    words = [
-        f"a {what}{model}, {key_formats.dialect_in_words(native.dialect)}",
-        of_numbers("rank", ranks),
-        numbers,
-        f"{count_of(len(modules), 'layer')}: {', '.join(layers)}{more}",
-        f"{in_texts} of them in text encoders" if in_texts else "",
-        "" if expert in (None, FOR_BOTH) else f"trained for the {in_words(str(expert))}",
-    ]
-    return ", ".join(word for word in words if word)
+    return alphas
 
 
-def _beside_tensors(checkpoint: Checkpoint, native: "NativeTensors", part: str | None) -> set[float]:
-    """Return the alphas in the header or beside the file; empty if they are unusable."""
-    from networks.alphas import read_alphas, read_folded
+def _alphas_of_settings(checkpoint: Checkpoint, native: "NativeTensors", part: str | None) -> set[float]:
+    """Return the alphas in the header or in a file of settings; empty if they are unusable."""
+    from networks.alphas import read_alphas, read_folded  # only for LoRAs
 
     is_own = checkpoint.metadata.get(LAYOUT_KEY) == layout_hash(checkpoint.tensors)
-    if is_own and (folded := read_folded(checkpoint.metadata)):
+    folded = read_folded(checkpoint.metadata) if is_own else {}
+    if folded:
         return {rank * strength for rank, strength in folded.items()}
     try:
-        found, _ = read_alphas(checkpoint.path, checkpoint.metadata, native, part, is_own, warns=False)
+        alphas = read_alphas(
+            checkpoint.path,
+            checkpoint.metadata,
+            native=native,
+            expert=part,
+            is_written_here=is_own,
+            warns=False,
+        )
     except CheckpointError:
         return set()
-    return set(map(float, found.values()))
+    return set(map(float, alphas.tensors.values()))
 
 
 def of_numbers(word: str, numbers: Collection[float]) -> str:

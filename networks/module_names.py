@@ -16,7 +16,8 @@ _DIGITS = re.compile(r"\d+")
 
 
 def family_named(name: str) -> FamilyNames:
-    return next(one for one in FAMILIES if one.name == name)
+    """Return the family of this name."""
+    return next(family for family in FAMILIES if family.name == name)
 
 
 def choose_family(names: Iterable[str], hint: str | None = None) -> FamilyNames | None:
@@ -27,22 +28,28 @@ def choose_family(names: Iterable[str], hint: str | None = None) -> FamilyNames 
     them.
     """
     names = list(names)
-    found = _knowing(names, hint)
-    own = [sum(_tables(one).own.find(name) is not None for name in names) for one in found]
-    return found[own.index(max(own))] if found else None
+    families = _families_knowing(names, hint)
+    counts = [_count_modules(names, family) for family in families]
+    return families[counts.index(max(counts))] if families else None
 
 
-def _knowing(names: Sequence[str], hint: str | None) -> list[FamilyNames]:
+def _count_modules(names: Iterable[str], family: FamilyNames) -> int:
+    """Return how many of the names are those of a family's modules, not only aliases."""
+    modules = _tables(family).ours
+    return sum(modules.find(name) is not None for name in names)
+
+
+def _families_knowing(names: Sequence[str], hint: str | None) -> list[FamilyNames]:
     """Return the families that know most of the names; only the one named `hint` if it is among them."""
-    hinted = [one for one in FAMILIES if one.name == hint]
+    hinted = [family for family in FAMILIES if family.name == hint]
     if names and hinted and all(_place(name, hinted[0]) for name in names):
         return hinted  # without the tables of the others
     # while some family knows all names, others are ruled out at the first name that they lack
-    found = [one for one in FAMILIES if names and all(_place(name, one) for name in names)]
-    if not found:
-        counts = {one: sum(_place(name, one) is not None for name in names) for one in FAMILIES}
-        found = [one for one, known in counts.items() if known == max(counts.values()) > 0]
-    return [one for one in found if one in hinted] or found
+    families = [family for family in FAMILIES if names and all(_place(name, family) for name in names)]
+    if not families:
+        counts = {family: sum(_place(name, family) is not None for name in names) for family in FAMILIES}
+        families = [family for family, count in counts.items() if count == max(counts.values()) > 0]
+    return [family for family in families if family in hinted] or families
 
 
 SizeOf = Callable[[str], tuple[int, int] | None]
@@ -58,27 +65,39 @@ def likely_families(names: Iterable[str], size_of: SizeOf, hint: str | None = No
     hint: the family that its metadata or the user name.
     """
     names = list(names)
-    found = _knowing(names, hint)
-    if len(found) < 2:
-        return found
+    families = _families_knowing(names, hint)
+    if len(families) < 2:
+        return families
     kinds = {_DIGITS.sub("n", name): name for name in reversed(names)}
-    sizes = {name: size for name in kinds.values() if (size := size_of(name)) is not None}
-    levels = {family: _agreement(family, names, sizes) for family in found}
+    sizes = _known_sizes(kinds.values(), size_of)
+    levels = {family: _agreement(family, names, sizes) for family in families}
     best = max(levels.values())
-    chosen = [family for family in found if levels[family] == best]
+    chosen = [family for family in families if levels[family] == best]
+    if len(chosen) == 1:
+        return chosen
     # if the numbers of blocks do not decide, the others are possible too
-    return chosen if len(chosen) == 1 else [one for one in found if levels[one] >= min(best, _AS_RELEASED)]
+    return [family for family in families if levels[family] >= min(best, _AS_RELEASED)]
+
+
+def _known_sizes(names: Iterable[str], size_of: SizeOf) -> dict[str, tuple[int, int]]:
+    """Return the rows and columns of the change of each module where they are known."""
+    sizes: dict[str, tuple[int, int]] = {}
+    for name in names:
+        size = size_of(name)
+        if size is not None:
+            sizes[name] = size
+    return sizes
 
 
 def sizes_fit(family: FamilyNames, names: Iterable[str], size_of: SizeOf) -> bool:
     """Return whether a LoRA's modules can have these sizes in the family. Arguments as `likely_families`."""
-    sizes = {name: size for name in names if (size := size_of(name)) is not None}
-    return _agreement(family, [], sizes) != _CONTRADICTS
+    return _agreement(family, [], _known_sizes(names, size_of)) != _CONTRADICTS
 
 
 def have_same_names(families: Sequence[FamilyNames]) -> bool:
     """Return whether names mean the same in all of these families, as in Stable Diffusion 1 and 2."""
-    return len({(one.aliases, one.parts, one.joined, one.further) for one in families}) == 1
+    layouts = {(family.aliases, family.parts, family.joined, family.further) for family in families}
+    return len(layouts) == 1
 
 
 _CONTRADICTS, _IN_PROPORTION, _AS_RELEASED, _COMPLETE = range(4)
@@ -87,64 +106,85 @@ _CONTRADICTS, _IN_PROPORTION, _AS_RELEASED, _COMPLETE = range(4)
 def _agreement(family: FamilyNames, names: Sequence[str], sizes: Mapping[str, tuple[int, int]]) -> int:
     """Return how well sizes of modules and block numbers in names agree with a family's released models."""
     rules = list(_rules(family, sizes))
-    numbers: dict[str, set[int]] = {}
-    for name in names:
-        path, number, _ = _place(name, family) or ("", "", False)
-        if "{n}" in path and number:
-            numbers.setdefault(path.partition(".")[0], set()).add(int(number))
+    numbers = _block_numbers(family, names)
     level = _CONTRADICTS
     for width, lists in family.released or ((0, ()),):
-        depths = dict(lists)
-        if any(max(own) >= depths.get(name, max(own) + 1) for name, own in numbers.items()):
-            continue
-        if width and not _agree(rules, width):
-            continue
-        own = [(numbers[name], depth) for name, depth in lists if name in numbers]
-        is_long = any(depth >= _LONG for _, depth in own)
-        is_complete = is_long and all(len(given) == depth for given, depth in own)
-        level = max(level, _COMPLETE if is_complete else _AS_RELEASED)
+        if not width or all(_agrees(rule, width) for rule in rules):
+            level = max(level, _agreement_of_numbers(numbers, dict(lists)))
     if level == _CONTRADICTS and rules:
-        size, rows, columns = rules[0]
-        fitting = size[1] / columns if columns else size[0] / rows
-        level = _IN_PROPORTION if _agree(rules, fitting) else _CONTRADICTS
+        first = rules[0]
+        fitting_width = first.size[1] / first.columns if first.columns else first.size[0] / first.rows
+        if all(_agrees(rule, fitting_width) for rule in rules):
+            level = _IN_PROPORTION
     return level
 
 
-def _rules(
-    family: FamilyNames, sizes: Mapping[str, tuple[int, int]]
-) -> Iterator[tuple[tuple[int, int], float, float]]:
-    """Yield (size, rows, columns) of modules in the family's `sides`; the latter in widths, 0: unknown."""
+def _agreement_of_numbers(numbers: Mapping[str, set[int]], depths: Mapping[str, int]) -> int:
+    """Return how well numbers of blocks agree with a released model. depths: its number of blocks by list."""
+    for name, blocks in numbers.items():
+        if name in depths and max(blocks) >= depths[name]:
+            return _CONTRADICTS
+    common = [name for name in depths if name in numbers]
+    is_long = any(depths[name] >= _LONG for name in common)
+    if is_long and all(len(numbers[name]) == depths[name] for name in common):
+        return _COMPLETE
+    return _AS_RELEASED
+
+
+def _block_numbers(family: FamilyNames, names: Iterable[str]) -> dict[str, set[int]]:
+    """Return the numbers of blocks in names, by the list that the blocks are in."""
+    numbers: dict[str, set[int]] = {}
+    for name in names:
+        place = _place(name, family)
+        if place is not None and "{n}" in place.path and place.number:
+            numbers.setdefault(place.path.partition(".")[0], set()).add(int(place.number))
+    return numbers
+
+
+class _Rule(NamedTuple):
+    """The size of a module's change, and the one in the family, in widths of a block; 0: unknown."""
+
+    size: tuple[int, int]
+    rows: float
+    columns: float
+
+
+def _rules(family: FamilyNames, sizes: Mapping[str, tuple[int, int]]) -> Iterator[_Rule]:
+    """Yield the rules for the modules in the family's `sides`."""
     for name, size in sizes.items():
-        path, _, is_cut = _place(name, family) or ("", "", False)
+        place = _place(name, family)
+        path = "" if place is None else place.path
+        is_cut = place is not None and place.is_cut
         for end, rows, columns in family.sides:
             if f".{path}".endswith(end) and (columns or not is_cut):
-                yield size, 0 if is_cut else rows, columns
+                yield _Rule(size, 0 if is_cut else rows, columns)
                 break
 
 
-def _agree(rules: Iterable[tuple[tuple[int, int], float, float]], width: float) -> bool:
-    """Return whether all sizes satisfy the rules for blocks of this width."""
-    return all(
-        not of or abs(side - of * width) < 1
-        for size, *sides in rules
-        for side, of in zip(size, sides, strict=True)
-    )
+def _agrees(rule: _Rule, width: float) -> bool:
+    """Return whether a size satisfies its rule for blocks of this width."""
+    rows, columns = rule.size
+    fits_rows = not rule.rows or abs(rows - rule.rows * width) < 1
+    fits_columns = not rule.columns or abs(columns - rule.columns * width) < 1
+    return fits_rows and fits_columns
 
 
 def read_family(metadata: Mapping[str, str]) -> FamilyNames | None:
     """Return the family that a LoRA file's metadata name; None if they name none, or an unknown one."""
     version = metadata.get(TRAINED_ON, "")
     architecture = metadata.get("modelspec.architecture", "").removesuffix("/lora")
-
-    named = next((one for one in FAMILIES if version == one.name or architecture == one.architecture), None)
-    begun = [
-        (len(start), family)
-        for family in FAMILIES
-        for start in family.versions
-        if version.lower().startswith(start) or architecture.lower().startswith(start)
-    ]
-    # "flux_2_dev" begins with FLUX.1's "flux" too
-    return named or max(begun, key=lambda pair: pair[0], default=(0, None))[1]
+    for family in FAMILIES:
+        if version == family.name or architecture == family.architecture:
+            return family
+    longest = 0  # "flux_2_dev" begins with FLUX.1's "flux" too
+    likely: FamilyNames | None = None
+    for family in FAMILIES:
+        for start in family.versions:
+            begins = version.lower().startswith(start) or architecture.lower().startswith(start)
+            if begins and len(start) > longest:
+                longest = len(start)
+                likely = family
+    return likely
 
 
 def module_path(name: str, family: FamilyNames) -> str | None:
@@ -154,7 +194,7 @@ def module_path(name: str, family: FamilyNames) -> str | None:
     in another layout gets its path there.
     """
     tables = _tables(family)
-    return tables.own.find(name) or (tables.renamed.find(name) if family.joined else None)
+    return tables.ours.find(name) or (tables.renamed.find(name) if family.joined else None)
 
 
 @cache
@@ -165,14 +205,11 @@ def is_optional(name: str, family: FamilyNames) -> bool:
 @cache
 def on_text_side(name: str) -> str:
     """Return what an underscored name belongs to if it is loaded with the text encoder; "" otherwise."""
-    return next(
-        (
-            family.text_side_words
-            for family in FAMILIES
-            if name.startswith(tuple(start.replace(".", "_") for start in family.text_side))
-        ),
-        "",
-    )
+    for family in FAMILIES:
+        starts = tuple(start.replace(".", "_") for start in family.text_side)
+        if name.startswith(starts):
+            return family.text_side_words
+    return ""
 
 
 def is_unprefixed(path: str) -> bool:
@@ -181,14 +218,14 @@ def is_unprefixed(path: str) -> bool:
 
 def alias(name: str, family: FamilyNames) -> str:
     """Return our underscored name for a name of another layout; other names are unchanged."""
-    found = _tables(family).foreign.find(name)
-    return name if found is None else found.replace(".", "_")
+    path = _tables(family).foreign.find(name)
+    return name if path is None else path.replace(".", "_")
 
 
 def to_alias(name: str, family: FamilyNames) -> str:
     """Return another layout's underscored name for a name of ours; other names are unchanged."""
-    found = _tables(family).to_foreign.find(name)
-    return name if found is None else found.replace(".", "_")
+    path = _tables(family).to_foreign.find(name)
+    return name if path is None else path.replace(".", "_")
 
 
 def is_stacked(name: str, family: FamilyNames) -> bool:
@@ -198,30 +235,42 @@ def is_stacked(name: str, family: FamilyNames) -> bool:
 
 def has_module(name: str, family: FamilyNames) -> bool:
     tables = _tables(family)
-    return any(one.find(name) is not None for one in (tables.own, tables.foreign, tables.cut))
+    return any(table.find(name) is not None for table in (tables.ours, tables.foreign, tables.cut))
 
 
 def is_name(name: str, dotted: bool = False) -> bool:
     """Return whether any family has a module of this underscored name, or dotted path, in any layout."""
-    return not _all_paths()[not dotted].isdisjoint(one for one, _ in _templates(name))
+    paths = _all_paths() if dotted else _all_names()
+    return not paths.isdisjoint(template.text for template in _templates(name))
 
 
 @cache
-def _all_paths() -> tuple[frozenset[str], frozenset[str]]:
-    """Return the templates of all families' modules in all layouts, as paths and as underscored names."""
-    paths = {path for family in FAMILIES for path in family.modules}
+def _all_paths() -> frozenset[str]:
+    """Return the templates of all families' modules in all layouts, as paths."""
+    paths: set[str] = set()
     for family in FAMILIES:
-        paths |= {path for pair in family.aliases for path in pair}
-        paths |= {path.removesuffix(".weight") for pair in family.parameters for path in pair}
-        paths |= {path for part in (*family.parts, *family.joined) for path in (part.theirs, part.ours)}
-    return frozenset(paths), frozenset(path.replace(".", "_") for path in paths)
+        paths.update(family.modules)
+        for pair in family.aliases:
+            paths.update(pair)
+        for pair in family.parameters:
+            paths.update(path.removesuffix(".weight") for path in pair)
+        for part in (*family.parts, *family.joined):
+            paths.update((part.theirs, part.ours))
+    return frozenset(paths)
+
+
+@cache
+def _all_names() -> frozenset[str]:
+    """Return the templates of all families' modules in all layouts, as underscored names."""
+    return frozenset(path.replace(".", "_") for path in _all_paths())
 
 
 def count_parts(path: str) -> set[int]:
     """Return how many parts a fused layer has in layouts that split it; `path` may have prefixes."""
-    names = [path.replace(".", "_")]
-    names += [names[0][place + 1 :] for place, letter in enumerate(names[0]) if letter == "_"]
-    return {len(found) for family in FAMILIES for name in names if len(found := parts_of(name, family)) > 1}
+    name = path.replace(".", "_")
+    names = [name, *(name[place + 1 :] for place, letter in enumerate(name) if letter == "_")]
+    counts = {len(parts_of(name, family)) for family in FAMILIES for name in names}
+    return {count for count in counts if count > 1}
 
 
 @dataclass(frozen=True)
@@ -239,53 +288,88 @@ def relatives(name: str, family: FamilyNames | None = None) -> tuple[Relative, .
 
     A name may be ours in one family and another layout's in another family: both give relatives.
     """
-    found: dict[tuple[str, int | None, bool], Relative] = {}  # families share names and parts
-    for part in itertools.chain.from_iterable(map(_all_parts, FAMILIES if family is None else [family])):
-        for own, other, is_part in ((part.ours, part.theirs, True), (part.theirs, part.ours, False)):
-            match = _template(own).fullmatch(name)
-            if match is not None:
-                path = other.replace("{n}", match["n"]).replace(".", "_")
-                if path == name and part.index is None:
-                    continue  # the same in both layouts
-                found.setdefault((path, part.index, is_part), Relative(path, part, is_part))
-    return tuple(found.values())
+    distinct: dict[tuple[str, int | None, bool], Relative] = {}  # families share names and parts
+    families = FAMILIES if family is None else [family]
+    for part in itertools.chain.from_iterable(map(_all_parts, families)):
+        for path, relative_path, is_part in (
+            (part.ours, part.theirs, True),
+            (part.theirs, part.ours, False),
+        ):
+            match = _template(path).fullmatch(name)
+            if match is None:
+                continue
+            relative_name = relative_path.replace("{n}", match["n"]).replace(".", "_")
+            if relative_name == name and part.index is None:
+                continue  # the same in both layouts
+            relative = Relative(relative_name, part, is_part)
+            distinct.setdefault((relative_name, part.index, is_part), relative)
+    return tuple(distinct.values())
+
+
+class PartPath(NamedTuple):
+    """A part of a module in another layout, and its path there."""
+
+    path: str
+    part: WeightPart
 
 
 @cache
-def parts_of(name: str, family: FamilyNames) -> list[tuple[str, WeightPart]]:
-    """Return the parts of a module in the family's other layout, (path, part), in the order of their rows.
+def parts_of(name: str, family: FamilyNames) -> list[PartPath]:
+    """Return the parts of a module in the family's other layout, in the order of their rows.
 
     Of a module that the other layout stacks, they are ours.
     """
-    found = [
-        (part.theirs.replace("{n}", match["n"]), part)
-        for part in (*family.parts, *family.joined)
-        if (match := _template(part.ours).fullmatch(name)) is not None
-    ]
-    order = {REST: 101, BEFORE_REST: 100}
-    return sorted(found, key=lambda pair: order.get(pair[1].index or 0, pair[1].index or 0))
+    parts: list[PartPath] = []
+    for part in (*family.parts, *family.joined):
+        match = _template(part.ours).fullmatch(name)
+        if match is not None:
+            parts.append(PartPath(part.theirs.replace("{n}", match["n"]), part))
+    from_end = {REST: 101, BEFORE_REST: 100}
+
+    def place(placed: PartPath) -> int:
+        index = placed.part.index or 0
+        return from_end.get(index, index)
+
+    return sorted(parts, key=place)
 
 
 def part_path(name: str, family: FamilyNames) -> str | None:
     """Return the path of a module that is part of one of ours: `transformer_blocks.0.attn.to_q`."""
-    found = (
-        (part, _template(part.theirs).fullmatch(name)) for part in family.parts if part.index is not None
-    )
-    return next((part.theirs.replace("{n}", match["n"]) for part, match in found if match is not None), None)
+    for part in family.parts:
+        match = None if part.index is None else _template(part.theirs).fullmatch(name)
+        if match is not None:
+            return part.theirs.replace("{n}", match["n"])
+    return None
 
 
 @cache
 def _all_parts(family: FamilyNames) -> tuple[WeightPart, ...]:
-    others = {path.replace(".", "_") for other in FAMILIES if other is not family for path in other.modules}
-    cuts = family.parts or family.joined
-    aliases = [pair for pair in family.aliases if cuts and pair[0].replace(".", "_") in others]
-    return (*family.parts, *family.joined, *(WeightPart(theirs, ours) for theirs, ours in aliases))
+    """Return the parts of a family's modules, with aliases that are names of other families' modules."""
+    foreign: set[str] = set()
+    for foreign_family in FAMILIES:
+        if foreign_family is not family:
+            foreign.update(path.replace(".", "_") for path in foreign_family.modules)
+    parts = [*family.parts, *family.joined]
+    if parts:
+        for theirs, ours in family.aliases:
+            if theirs.replace(".", "_") in foreign:
+                parts.append(WeightPart(theirs, ours))
+    return tuple(parts)
 
 
 @cache
 def _template(path: str) -> re.Pattern[str]:
+    """Return the expression for the underscored names of a path with `{n}`; its group `n` is the number."""
     before, _, after = path.replace(".", "_").partition("{n}")
-    return re.compile(re.escape(before) + (r"(?P<n>\d+)" if "{n}" in path else "(?P<n>)") + re.escape(after))
+    number = r"(?P<n>\d+)" if "{n}" in path else "(?P<n>)"
+    return re.compile(re.escape(before) + number + re.escape(after))
+
+
+class _Meaning(NamedTuple):
+    """What a name in a table means, and its number."""
+
+    path: str  # with `{n}`
+    number: str  # "" if there is none
 
 
 class _Table:
@@ -301,31 +385,42 @@ class _Table:
             self._places.setdefault(template.replace(".", "_"), (place, target))
 
     def find(self, name: str) -> str | None:
-        found = self.place(name)
-        return None if found is None else found[0].replace("{n}", found[1])
+        """Return the meaning of a name with its number; None for unknown names."""
+        meaning = self.place(name)
+        return None if meaning is None else meaning.path.replace("{n}", meaning.number)
 
-    def place(self, name: str) -> tuple[str, str] | None:
-        """Return (meaning, number) of a name; the number is "" if there is none. None for unknown names."""
+    def place(self, name: str) -> _Meaning | None:
+        """Return the meaning and the number of a name; None for unknown names."""
         best: tuple[int, str] | None = None
         number = ""
-        for template, digits in _templates(name):
-            found = self._places.get(template)
-            if found is not None and (best is None or found[0] < best[0]):
-                best, number = found, digits
-        return None if best is None else (best[1], number)
+        for template in _templates(name):
+            entry = self._places.get(template.text)
+            if entry is not None and (best is None or entry[0] < best[0]):
+                best = entry
+                number = template.number
+        return None if best is None else _Meaning(best[1], number)
+
+
+class _Template(NamedTuple):
+    """A name with one of its numbers replaced by `{n}`, and that number; "": as it is."""
+
+    text: str
+    number: str
 
 
 @lru_cache(1 << 14)
-def _templates(name: str) -> tuple[tuple[str, str], ...]:
-    """Return (template, number) for a name: itself, and with each of its numbers replaced by `{n}`."""
-    places = _DIGITS.finditer(name)
-    return (name, ""), *((f"{name[: one.start()]}{{n}}{name[one.end() :]}", one[0]) for one in places)
+def _templates(name: str) -> tuple[_Template, ...]:
+    """Return the templates that fit a name: itself, and with each of its numbers replaced by `{n}`."""
+    templates = [_Template(name, "")]
+    for match in _DIGITS.finditer(name):
+        templates.append(_Template(f"{name[: match.start()]}{{n}}{name[match.end() :]}", match[0]))
+    return tuple(templates)
 
 
 class _Tables(NamedTuple):
     """A family's modules by names in several layouts."""
 
-    own: _Table  # under our names
+    ours: _Table  # under our names
     foreign: _Table  # under aliases -> ours
     to_foreign: _Table
     renamed: _Table  # whole modules of another layout -> ours; joined ones -> themselves
@@ -337,25 +432,35 @@ def _tables(family: FamilyNames) -> _Tables:
     # a parameter of ours may be the weight of a module there
     parameters = [(theirs.removesuffix(".weight"), ours) for theirs, ours in family.parameters]
     aliases = [*family.aliases, *parameters]
-    whole = [(part.theirs, part.ours) for part in family.parts if part.index in (None, SWAPPED)]
+    paths = [*family.modules, *(ours for _, ours in parameters)]
+    renamed = [(part.theirs, part.ours) for part in family.parts if part.index in (None, SWAPPED)]
+    joined = [(part.ours, part.ours) for part in family.joined]
+    cut = [(part.theirs, part.ours) for part in family.parts if part.index not in (None, SWAPPED)]
     return _Tables(
-        _Table((path, path) for path in (*family.modules, *(ours for _, ours in parameters))),
-        _Table(aliases),
-        _Table((ours, theirs) for theirs, ours in aliases),
-        _Table([*whole, *((part.ours, part.ours) for part in family.joined)]),
-        _Table((one.theirs, one.ours) for one in family.parts if one.index not in (None, SWAPPED)),
+        ours=_Table((path, path) for path in paths),
+        foreign=_Table(aliases),
+        to_foreign=_Table((ours, theirs) for theirs, ours in aliases),
+        renamed=_Table([*renamed, *joined]),
+        cut=_Table(cut),
     )
 
 
-def _place(name: str, family: FamilyNames) -> tuple[str, str, bool] | None:
-    """Return (our template, number, whether it has only some rows of ours) for an underscored name in any
-    layout; None if the family has no such name.
-    """
-    own, foreign, _, renamed, cut = _tables(family)
-    found = own.place(name) or foreign.place(name) or renamed.place(name)
-    if found is not None:
-        return *found, False
-    return None if (part := cut.place(name)) is None else (*part, True)
+class _Place(NamedTuple):
+    """Where a module lies in our layout."""
+
+    path: str  # our template
+    number: str
+    is_cut: bool  # it has only some rows of ours
+
+
+def _place(name: str, family: FamilyNames) -> _Place | None:
+    """Return the place of an underscored name in any layout; None if the family has no such name."""
+    tables = _tables(family)
+    module = tables.ours.place(name) or tables.foreign.place(name) or tables.renamed.place(name)
+    if module is not None:
+        return _Place(module.path, module.number, is_cut=False)
+    part = tables.cut.place(name)
+    return None if part is None else _Place(part.path, part.number, is_cut=True)
 
 
 def diffusers_path(name: str, family: FamilyNames) -> str | None:
@@ -375,20 +480,24 @@ def _places(family: FamilyNames | None) -> _Table:
 
     Those of a transformer begin with `lora_unet_`.
     """
-    of_dit = ((f"lora_unet_{start}", endings) for start, endings in (family.numbered if family else ()))
-    return _Table(
-        (start + ending, f"{index}.{'{n}' if '{n}' in start else 0}.{place}")
-        for index, (start, endings) in enumerate((*TEXTS_NUMBERED, *of_dit))
-        for place, ending in enumerate(endings.split())
-    )
+    numbered = list(TEXTS_NUMBERED)
+    if family is not None:
+        numbered += [(f"lora_unet_{start}", endings) for start, endings in family.numbered]
+    pairs: list[tuple[str, str]] = []
+    for index, (start, endings) in enumerate(numbered):
+        block = "{n}" if "{n}" in start else "0"
+        for place, ending in enumerate(endings.split()):
+            pairs.append((start + ending, f"{index}.{block}.{place}"))
+    return _Table(pairs)
 
 
 def number_modules(names: Iterable[str], family: FamilyNames | None) -> list[str] | None:
     """Sort names of modules with our prefixes as known trainers do; None if their order is unknown."""
-    table, places = _places(family), dict[str, tuple[int, ...]]()
+    table = _places(family)
+    places: dict[str, tuple[int, ...]] = {}
     for name in names:
-        found = table.find(name)
-        if found is None:
+        numbers = table.find(name)
+        if numbers is None:
             return None
-        places[name] = tuple(map(int, found.split(".")))
+        places[name] = tuple(map(int, numbers.split(".")))
     return sorted(places, key=lambda name: places[name])

@@ -73,7 +73,7 @@ class NetworkOptions(Options, title="network"):
         "rank of the network; default 4",
         least=1,
         hint="the rank",
-        acts_if={"--dim_from_weights takes ranks from the file": lambda own: not own.dim_from_weights},
+        acts_if={"--dim_from_weights takes ranks from the file": lambda typed: not typed.dim_from_weights},
         often=True,
         facts=IDENTITY,
     )
@@ -84,7 +84,7 @@ class NetworkOptions(Options, title="network"):
         most=1_000_000,
         hint="0 means alpha = rank",
         acts_if={
-            "the alphas in the file of --network_weights count": lambda own: own.network_weights is None
+            "the alphas in the file of --network_weights count": lambda typed: typed.network_weights is None
         },
         often=True,
         facts=IDENTITY,
@@ -142,8 +142,9 @@ class NetworkOptions(Options, title="network"):
         return self.arguments().get("dora_wd", "").lower() == "true"
 
     def base_multipliers(self, warns: bool = False) -> tuple[float, ...]:
-        given = self.base_weights_multiplier or ()
-        return multipliers_for(self.base_weights or (), given, "--base_weights_multiplier", warns)
+        """Return one multiplier for each file of --base_weights, as `multipliers_for`."""
+        multipliers = self.base_weights_multiplier or ()
+        return multipliers_for(self.base_weights or (), multipliers, "--base_weights_multiplier", warns)
 
 
 class LoraOptions(Options):
@@ -188,15 +189,11 @@ class LoraPatternOptions(Options):
 
     def also_excluding(self, pattern: str, files: int) -> "LoraPatternOptions":
         """Return these options with `pattern`, which the user did not type, also excluded from each file."""
-        given = [*(self.exclude_patterns or ()), *[None] * files][
-            : max(files, len(self.exclude_patterns or ()))
-        ]
-        return replace(
-            self,
-            exclude_patterns=tuple(
-                f"{UNTYPED}{pattern}" if one is None else f"(?:{one})|{UNTYPED}{pattern}" for one in given
-            ),
-        )
+        typed = self.exclude_patterns or ()
+        num_untyped = max(files - len(typed), 0)
+        patterns = [f"(?:{typed_pattern})|{UNTYPED}{pattern}" for typed_pattern in typed]
+        patterns += [f"{UNTYPED}{pattern}"] * num_untyped
+        return replace(self, exclude_patterns=tuple(patterns))
 
 
 def require_files(option: str, paths: Sequence[Path], folders: str | None = None) -> None:
@@ -226,8 +223,8 @@ def multipliers_for(
     surplus = multipliers[len(files) :] if files and warns else ()
     if surplus:
         numbers = " ".join(f"{value:g}" for value in surplus)
-        there = "is 1 file" if len(files) == 1 else f"are {len(files)} files"
-        logger.warning("%s: %s is ignored because there %s", option, numbers, there)
+        number_of_files = "is 1 file" if len(files) == 1 else f"are {len(files)} files"
+        logger.warning("%s: %s is ignored because there %s", option, numbers, number_of_files)
     for value in multipliers:
         if not math.isfinite(value):
             raise OptionError(f"{option} {value}: give a finite number")

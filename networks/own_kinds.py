@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from modules.errors import OptionError
@@ -11,6 +11,16 @@ from networks.factored import MakeShapes, loha_shapes, lokr_shapes
 from networks.lora_settings import LoraSettings, read_settings
 from networks.module_names import FAMILIES
 from networks.names.layouts import LoraRules
+
+
+@dataclass(frozen=True)
+class NetworkArguments:
+    """What the options say of a network: `--network_dim` and so on; None: the default."""
+
+    rank: int | None = None
+    alpha: float | None = None
+    dropout: float | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # --network_args
 
 
 @dataclass(frozen=True)
@@ -27,49 +37,62 @@ OWN_MODULES = {
     "networks.loha": OwnModule(kind="LoHa", first=("hada_w1_a",)),
     "networks.lokr": OwnModule(kind="LoKr", first=("lokr_w1", "lokr_w1_a")),
     # LoRAs under the names that other LoRA tuners have
-    **{one.network_module: OwnModule(one.rules) for one in FAMILIES if one.network_module},
+    **{family.network_module: OwnModule(family.rules) for family in FAMILIES if family.network_module},
 }
 _SWITCH = {"True": True, "true": True, "1": True, "False": False, "false": False, "0": False}
 # settings that are allowed with --dim_from_weights
-BESIDE_FILE = {
-    *("rank_dropout", "module_dropout", "verbose", "split_qkv", "network_reg_lrs", "ggpo_sigma", "ggpo_beta"),
-    *("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio"),
+WITH_FILE = {
+    "rank_dropout",
+    "module_dropout",
+    "verbose",
+    "split_qkv",
+    "network_reg_lrs",
+    "ggpo_sigma",
+    "ggpo_beta",
+    "loraplus_lr_ratio",
+    "loraplus_unet_lr_ratio",
+    "loraplus_text_encoder_lr_ratio",
 }
 
 
-def read_own(
-    name: str, rank: int | None, alpha: float | None, dropout: float | None, arguments: Mapping[str, Any]
-) -> tuple[LoraSettings, MakeShapes]:
+def read_own(name: str, typed: NetworkArguments) -> tuple[LoraSettings, MakeShapes]:
     """Read the settings of one of our modules, and the function for the shapes of a LoHa's or LoKr's factors.
 
-    Of a LoKr, `factor=8` splits sizes into 8 and the rest (-1, the default: as equal as can be);
+    Of a LoKr, `factor=8` splits sizes into 8 and the remaining factor (-1, the default: as equal as can be);
     `decompose_both=True` gives the smaller matrix two factors too. A `--network_dim` of half the larger
     matrix's side or more keeps that matrix whole.
     Raises OptionError for a setting that is unknown or out of range, or that only LoRAs have.
     """
-    own, rest = OWN_MODULES[name], dict(arguments)
+    module = OWN_MODULES[name]
+    arguments = dict(typed.arguments)
     make_shapes: MakeShapes = loha_shapes
-    if own.kind == "LoKr":
-        factor, decompose_both = rest.pop("factor", -1), str(rest.pop("decompose_both", False))
-        try:
-            size = int(factor)
-        except ValueError:
-            size = 0
-        if size < 1 and size != -1:
-            raise OptionError(
-                f"--network_args factor={factor}: give a whole number from 1, or -1 for equal parts"
-            )
-        if decompose_both not in _SWITCH:
-            raise OptionError(f"--network_args decompose_both={decompose_both}: give True or False")
-        decomposes = _SWITCH[decompose_both]
-        make_shapes = functools.partial(lokr_shapes, factor=size, decompose_both=decomposes)
-    settings = read_settings(rank, alpha, dropout, rest, own.rules)
-    ratios = settings.loraplus_lr_ratio, settings.loraplus_encoder_ratio
-    others = settings.dropouts, settings.decomposes, settings.reg_rates, settings.perturbation
-    if own.kind != "LoRA" and (any(others) or any(ratio is not None for ratio in ratios)):
+    if module.kind == "LoKr":
+        factor = arguments.pop("factor", -1)
+        decompose_both = str(arguments.pop("decompose_both", False))
+        make_shapes = _read_lokr(factor, decompose_both)
+    settings = read_settings(typed.rank, typed.alpha, typed.dropout, arguments=arguments, rules=module.rules)
+    ratios = (settings.loraplus_lr_ratio, settings.loraplus_encoder_ratio)
+    has_ratio = any(ratio is not None for ratio in ratios)
+    of_loras = (settings.dropouts, settings.decomposes, settings.reg_rates, settings.perturbation)
+    if module.kind != "LoRA" and (any(of_loras) or has_ratio):
         raise OptionError(
             "--network_dropout, and rank_dropout, module_dropout, dora_wd, loraplus_..., network_reg_lrs and "
             "ggpo_... of --network_args, are for LoRAs only: leave them out, or use --network_module "
             "networks.lora"
         )
     return settings, make_shapes
+
+
+def _read_lokr(factor: Any, decompose_both: str) -> MakeShapes:
+    """Return the function for the shapes of a LoKr's factors. Raises OptionError for wrong arguments."""
+    try:
+        size = int(factor)
+    except ValueError:
+        size = 0
+    if size < 1 and size != -1:
+        raise OptionError(
+            f"--network_args factor={factor}: give a whole number from 1, or -1 for equal parts"
+        )
+    if decompose_both not in _SWITCH:
+        raise OptionError(f"--network_args decompose_both={decompose_both}: give True or False")
+    return functools.partial(lokr_shapes, factor=size, decompose_both=_SWITCH[decompose_both])

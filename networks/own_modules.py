@@ -1,11 +1,11 @@
 """Build the networks that `--network_module networks.lora_wan` and the like name."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from logging import getLogger
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -14,21 +14,38 @@ from modules.console import list_some
 from modules.errors import CheckpointError, OptionError
 from modules.run_blocks import spec_of
 from networks.deltas import DORA, LORA, Factors, add_missing_alphas, group_by_module, rank_of, without_alpha
-from networks.factored import FactoredLayer
+from networks.factored import FactoredLayer, MakeShapes
 from networks.lora_layer import LoraLayer
 from networks.lora_network import OwnNetwork
 from networks.lora_products import diagonal_blocks, fused_heights
 from networks.lora_settings import LoraSettings, find_by_pattern, fit_patterns, log_overlaps
 from networks.names.layouts import OURS
 from networks.names.texts import published_path
-from networks.own_kinds import BESIDE_FILE, OWN_MODULES, read_own
+from networks.own_kinds import OWN_MODULES, WITH_FILE, NetworkArguments, read_own
 
 logger = getLogger(__name__)
 LoraModule = nn.Linear | nn.Conv2d
 
 
-# a module that gets a LoRA, its rank and alpha, and the heights of parts that get factors of their own
-Target = tuple[LoraModule, int, float, tuple[int, ...]]
+class Target(NamedTuple):
+    """A module that gets a LoRA."""
+
+    module: LoraModule
+    rank: int
+    alpha: float
+    heights: tuple[int, ...]  # of parts that get factors of their own
+
+
+class PlacedModule(NamedTuple):
+    """A module of a network, and its path there."""
+
+    path: str
+    module: LoraModule
+
+
+class LoraSize(NamedTuple):
+    rank: int
+    alpha: float
 
 
 def choose_modules(unet: nn.Module, settings: LoraSettings) -> dict[str, Target]:
@@ -36,74 +53,86 @@ def choose_modules(unet: nn.Module, settings: LoraSettings) -> dict[str, Target]
 
     Raises OptionError if no module is left, or for blocks that the DiT does not have.
     """
-    spec, rules = spec_of(unet), settings.rules
+    spec = spec_of(unet)
+    rules = settings.rules
     if rules is not None and settings.block_numbers:
-        there = dict(unet.named_children())
-        depths = {one: len(list(there[one].children())) for one in rules.indices.values() if one in there}
-        check_blocks(settings, depths)
-    unasked = () if spec.lora_choice else spec.lora_exclude
-    found = _choose(_candidates(unet, settings), settings, OURS, unasked)
-    if not found:
+        children = dict(unet.named_children())
+        lists = [name for name in rules.indices.values() if name in children]
+        check_blocks(settings, {name: len(list(children[name].children())) for name in lists})
+    optional = () if spec.lora_choice else spec.lora_exclude
+    targets = _choose(_candidates(unet, settings), settings, OURS, optional)
+    if not targets:
         raise OptionError(
             "--network_args: the LoRA has no module left. Exclude fewer (exclude_patterns, ranks of 0, "
             "numbers of blocks), or add some with include_patterns"
         )
-    return found
+    return targets
 
 
-def _candidates(unet: nn.Module, settings: LoraSettings) -> Iterator[tuple[str, LoraModule]]:
-    """Yield the modules of a DiT, by path, among which patterns and ranks choose."""
-    spec, rules = spec_of(unet), settings.rules
+def _candidates(unet: nn.Module, settings: LoraSettings) -> Iterator[PlacedModule]:
+    """Yield the modules of a DiT among which patterns and ranks choose."""
+    spec = spec_of(unet)
+    rules = settings.rules
     starts = [tuple(f"{name}." for name in (*spec.block_lists, *spec.lora_lists))]
     if rules is not None:
         if settings.train_blocks is not None:
             starts = [rules.choices[settings.train_blocks]]
         outside = zip(rules.outside_paths, settings.outside_ranks, strict=False)
         starts += [(path,) for path, rank in outside if rank]
-    choice = [re.compile(pattern) for pattern in spec.lora_choice]
-    found = (one for start in starts for one in _modules_below(unet, start))
-    return (one for one in found if not choice or any(pattern.match(one[0]) for pattern in choice))
+    patterns = [re.compile(pattern) for pattern in spec.lora_choice]
+    for start in starts:
+        for candidate in _modules_below(unet, start):
+            if not patterns or any(pattern.match(candidate.path) for pattern in patterns):
+                yield candidate
 
 
 def _choose(
-    candidates: Iterator[tuple[str, LoraModule]],
+    candidates: Iterable[PlacedModule],
     settings: LoraSettings,
     start: str,
-    unasked: tuple[str, ...] = (),
+    optional: tuple[str, ...] = (),
 ) -> dict[str, Target]:
-    """Choose modules. unasked: parts of paths to leave out unless a pattern or a rank of their kind asks."""
-    found: dict[str, Target] = {}
-    fitting = []
+    """Choose modules.
+
+    start: of their names. optional: parts of paths to leave out unless a pattern or a rank of their kind
+    asks for them.
+    """
+    targets: dict[str, Target] = {}
+    matches: list[tuple[int, ...]] = []
     for path, module in candidates:
         name = start + path.replace(".", "_")
         places = find_by_pattern(settings.reg_ranks, name) if settings.reg_ranks else ()
-        fitting.append(places)
+        matches.append(places)
         size = _size(path, module, settings)
         if places:
-            size = int(settings.reg_ranks[places[-1]][1]), settings.alpha
-        is_unasked = any(part in f".{path}" for part in unasked) and _rank_of_kind(path, settings) is None
-        may_go = is_unasked or settings.exclude
-        if size is None or size[0] <= 0 or (may_go and _is_excluded(path, settings, is_unasked)):
+            _, rank = settings.reg_ranks[places[-1]]
+            size = LoraSize(int(rank), settings.alpha)
+        is_optional = any(part in f".{path}" for part in optional) and _rank_of_kind(path, settings) is None
+        may_go = is_optional or settings.exclude
+        if size is None or size.rank <= 0 or (may_go and _is_excluded(path, settings, is_optional)):
             size = None
         if settings.verbose:
-            logger.info(f"  {path}: {'left out' if size is None else f'rank {size[0]}, alpha {size[1]:g}'}")
+            state = "left out" if size is None else f"rank {size.rank}, alpha {size.alpha:g}"
+            logger.info(f"  {path}: {state}")
         if size is not None:
-            found[name] = module, *size, _heights(path, module, settings) if settings.splits else ()
+            heights = _heights(path, module, settings) if settings.splits else ()
+            targets[name] = Target(module, size.rank, size.alpha, heights)
     if settings.reg_ranks:
-        log_overlaps("network_reg_dims", settings.reg_ranks, fitting)
-    return found
+        log_overlaps("network_reg_dims", settings.reg_ranks, matches)
+    return targets
 
 
-def _is_excluded(path: str, settings: LoraSettings, is_unasked: bool = False) -> bool:
-    is_excluded = is_unasked or any(one.match(path) for one in settings.exclude)
-    return is_excluded and not any(one.match(path) for one in settings.include)
+def _is_excluded(path: str, settings: LoraSettings, is_optional: bool = False) -> bool:
+    """Return whether patterns leave a module out. is_optional: it is left out unless a pattern asks."""
+    is_excluded = is_optional or any(pattern.match(path) for pattern in settings.exclude)
+    return is_excluded and not any(pattern.match(path) for pattern in settings.include)
 
 
-def _modules_below(unet: nn.Module, starts: tuple[str, ...]) -> Iterator[tuple[str, LoraModule]]:
-    """Yield (path, module) of each Linear and Conv2d whose path begins so, in the model's order."""
+def _modules_below(unet: nn.Module, starts: tuple[str, ...]) -> Iterator[PlacedModule]:
+    """Yield each Linear and Conv2d whose path begins so, in the model's order."""
     for path, module in unet.named_modules():
         if f"{path}.".startswith(starts) and isinstance(module, (nn.Linear, nn.Conv2d)):
-            yield path, module
+            yield PlacedModule(path, module)
 
 
 def check_blocks(settings: LoraSettings, depths: Mapping[str, int]) -> None:
@@ -118,40 +147,38 @@ def check_blocks(settings: LoraSettings, depths: Mapping[str, int]) -> None:
             )
 
 
-def _size(path: str, module: LoraModule, settings: LoraSettings) -> tuple[int, float] | None:
-    """Return (rank, alpha), or None if the module gets no LoRA."""
+def _size(path: str, module: LoraModule, settings: LoraSettings) -> LoraSize | None:
+    """Return rank and alpha, or None if the module gets no LoRA."""
     if not isinstance(module, nn.Linear) and module.kernel_size != (1, 1):
-        return None if settings.conv_rank is None else (settings.conv_rank, settings.conv_alpha)
+        return None if settings.conv_rank is None else LoraSize(settings.conv_rank, settings.conv_alpha)
     rules = settings.rules
     if rules is None:
-        return settings.rank, settings.alpha
+        return LoraSize(settings.rank, settings.alpha)
     for start, rank in zip(rules.outside_paths, settings.outside_ranks, strict=False):
         if path == start or path.startswith(f"{start}."):
-            return rank, settings.alpha
+            return LoraSize(rank, settings.alpha)
     for argument, numbers in settings.block_numbers.items():
-        found = re.match(rf"{rules.indices[argument]}\.(\d+)\.", path)
-        if found is not None and numbers is not None and int(found[1]) not in numbers:
+        match = re.match(rf"{rules.indices[argument]}\.(\d+)\.", path)
+        if match is not None and numbers is not None and int(match[1]) not in numbers:
             return None
-    of_kind = _rank_of_kind(path, settings)
-    return settings.rank if of_kind is None else of_kind, settings.alpha
+    rank_of_kind = _rank_of_kind(path, settings)
+    return LoraSize(settings.rank if rank_of_kind is None else rank_of_kind, settings.alpha)
 
 
 def _rank_of_kind(path: str, settings: LoraSettings) -> int | None:
     """Return the rank that an argument for this kind of module gives; None if there is none."""
-    ranks = (
-        settings.type_ranks[argument]
-        for argument, kinds in (() if settings.rules is None else settings.rules.types)
-        if argument in settings.type_ranks and any(all(word in path for word in words) for words in kinds)
-    )
-    return next(ranks, None)
+    if settings.rules is None:
+        return None
+    for argument, kinds in settings.rules.types:
+        is_of_kind = any(all(word in path for word in words) for words in kinds)
+        if argument in settings.type_ranks and is_of_kind:
+            return settings.type_ranks[argument]
+    return None
 
 
 def build_network(
     name: str,
-    rank: int | None,
-    alpha: float | None,
-    dropout: float | None,
-    arguments: Mapping[str, Any],
+    typed: NetworkArguments,
     dit: nn.Module | None,
     encoders: Mapping[str, nn.Module],
     begun: Mapping[str, Tensor] | None = None,
@@ -160,55 +187,84 @@ def build_network(
 
     name: of the module, in OWN_MODULES. dit: None if only encoders learn. encoders: text encoders that learn,
     by their `lora_prefix`. begun: tensors under our names that the network begins with; those of its modules
-    that are not default and not left out by `arguments` are added, with their own rank and alpha. Raises
-    OptionError for wrong settings, or if no module is left.
+    that are not default and not left out by `typed.arguments` are added, with their own rank and alpha.
+    Raises OptionError for wrong settings, or if no module is left.
     """
-    settings, make_shapes = read_own(name, rank, alpha, dropout, arguments)
-    learning = encoders.keys() - settings.encoders_off
-    in_texts = {
-        f"{prefix}_": list(_in_encoder(one)) for prefix, one in encoders.items() if prefix in learning
+    settings, make_shapes = read_own(name, typed)
+    learning = {
+        prefix: encoder for prefix, encoder in encoders.items() if prefix not in settings.encoders_off
     }
+    in_texts = {f"{prefix}_": list(_in_encoder(encoder)) for prefix, encoder in learning.items()}
     if settings.include or settings.exclude or settings.reg_ranks or settings.reg_rates:
         modules = [] if dit is None else [(OURS, path) for path, _ in _candidates(dit, settings)]
-        modules += [(start, path) for start, inside in in_texts.items() for path, _ in inside]
+        for start, candidates in in_texts.items():
+            modules += [(start, path) for path, _ in candidates]
         settings = fit_patterns(settings, modules)
     is_lora = OWN_MODULES[name].kind == "LoRA"
-    able = {prefix: one for prefix, one in encoders.items() if is_lora and prefix in learning}
-    of_dit = settings if is_lora else replace(settings, conv_rank=None)
-    targets = {} if dit is None else choose_modules(dit, of_dit)
-    for prefix in able:
+    targets: dict[str, Target] = {}
+    if dit is not None:
+        targets = choose_modules(dit, settings if is_lora else replace(settings, conv_rank=None))
+    if not is_lora:
+        learning = {}
+    for prefix in learning:
+        start = f"{prefix}_"
         # ranks by type and numbers of blocks are for the DiT alone
-        inside = iter(in_texts[f"{prefix}_"])
-        targets |= _choose(inside, replace(settings, rules=None, splits=False), f"{prefix}_")
-    layers: dict[str, nn.Module] = {}
-    for path, (module, its_rank, its_alpha, heights) in targets.items():
-        if is_lora:
-            layers[path] = LoraLayer(module, its_rank, its_alpha, settings.decomposes, heights)
-        elif isinstance(module, nn.Linear):
-            shapes = make_shapes(module.out_features, module.in_features, its_rank)
-            layers[path] = FactoredLayer(module, shapes, its_rank, its_alpha)
+        targets |= _choose(in_texts[start], replace(settings, rules=None, splits=False), start)
+    layers = _lora_layers(targets, settings.decomposes) if is_lora else _factored_layers(targets, make_shapes)
     if begun:
-        layers = _with_begun(layers, name, settings, begun, dit, able)
+        by_name = _layers_by_name(dit, learning)
+        joining = _joining_layers(layers, name, settings, begun=begun, by_name=by_name)
+        layers = _in_order(layers, joining, by_name)
     return OwnNetwork(layers, settings)
 
 
-def _with_begun(
-    layers: dict[str, nn.Module],
+def _lora_layers(targets: Mapping[str, Target], decomposes: bool) -> dict[str, nn.Module]:
+    """Build the layers of a LoRA network. decomposes: DoRA."""
+    layers: dict[str, nn.Module] = {}
+    for name, target in targets.items():
+        layers[name] = LoraLayer(
+            target.module, target.rank, target.alpha, decomposes=decomposes, heights=target.heights
+        )
+    return layers
+
+
+def _factored_layers(targets: Mapping[str, Target], make_shapes: MakeShapes) -> dict[str, nn.Module]:
+    """Build the layers of a LoHa or LoKr network. make_shapes: returns the shapes of their factors."""
+    layers: dict[str, nn.Module] = {}
+    for name, target in targets.items():
+        module = target.module
+        if isinstance(module, nn.Linear):
+            shapes = make_shapes(module.out_features, module.in_features, target.rank)
+            layers[name] = FactoredLayer(module, shapes, target.rank, target.alpha)
+    return layers
+
+
+def _joining_layers(
+    layers: Mapping[str, nn.Module],
     name: str,
     settings: LoraSettings,
     begun: Mapping[str, Tensor],
-    dit: nn.Module | None,
-    encoders: Mapping[str, nn.Module],
+    by_name: Mapping[str, PlacedModule],
 ) -> dict[str, nn.Module]:
-    """Return the layers with those that `begun` adds (see `build_network`), in the model's order."""
-    known = _layers_by_name(dit, encoders)
+    """Return the layers that `begun` adds to those of a network, see `build_network`.
+
+    name: of the network's module. by_name: all modules that can have a LoRA.
+    """
     joining: dict[str, nn.Module] = {}
-    for path, factors in _factors_for(known, begun).items():
+    for path, factors in _factors_for(by_name, begun).items():
         is_of_kind = any(part in factors for part in OWN_MODULES[name].first)
-        if path in known and path not in layers and is_of_kind:
-            inside, module = known[path]
-            if not _is_left_out(inside, path, module, settings):
-                joining[path] = _layer_of(name, module, path, factors, settings)
+        if path not in by_name or path in layers or not is_of_kind:
+            continue
+        placed = by_name[path]
+        if not _is_left_out(placed, path, settings):
+            joining[path] = _layer_of(name, placed.module, path=path, factors=factors, settings=settings)
+    return joining
+
+
+def _in_order(
+    layers: dict[str, nn.Module], joining: Mapping[str, nn.Module], names: Iterable[str]
+) -> dict[str, nn.Module]:
+    """Return the layers with those that join them, in the model's order. names: of all modules."""
     if not joining:
         return layers
     logger.info(
@@ -216,107 +272,118 @@ def _with_begun(
         f"them: {list_some([*joining], 3)}"
     )
     together = {**layers, **joining}
-    return {path: together[path] for path in known if path in together}
+    return {name: together[name] for name in names if name in together}
 
 
-def _is_left_out(inside: str, name: str, module: LoraModule, settings: LoraSettings) -> bool:
-    """Return whether arguments leave a module out. inside: path in its network; name: our name."""
+def _is_left_out(placed: PlacedModule, name: str, settings: LoraSettings) -> bool:
+    """Return whether arguments leave a module out. name: our name."""
     if not name.startswith(OURS):
         settings = replace(settings, rules=None)
-    rules, blocks = settings.rules, settings.train_blocks
-    if rules is not None and blocks is not None and not inside.startswith(rules.choices[blocks]):
+    rules = settings.rules
+    blocks = settings.train_blocks
+    if rules is not None and blocks is not None and not placed.path.startswith(rules.choices[blocks]):
         return True
-    if _is_excluded(inside, settings):
+    if _is_excluded(placed.path, settings):
         return True
     places = find_by_pattern(settings.reg_ranks, name)
     if places:
-        return not settings.reg_ranks[places[-1]][1]
-    size = _size(inside, module, replace(settings, conv_rank=settings.conv_rank or 1))
-    return size is None or not size[0]
+        _, rank = settings.reg_ranks[places[-1]]
+        return not rank
+    size = _size(placed.path, placed.module, replace(settings, conv_rank=settings.conv_rank or 1))
+    return size is None or not size.rank
 
 
-def _layers_by_name(
-    dit: nn.Module | None, encoders: Mapping[str, nn.Module]
-) -> dict[str, tuple[str, LoraModule]]:
-    """Return (path, module) of all modules that can have a LoRA, by our names."""
+def _layers_by_name(dit: nn.Module | None, encoders: Mapping[str, nn.Module]) -> dict[str, PlacedModule]:
+    """Return all modules that can have a LoRA, by our names."""
     networks = {} if dit is None else {OURS: dit}
     networks |= {f"{prefix}_": encoder for prefix, encoder in encoders.items()}
-    return {
-        start + inside.replace(".", "_"): (inside, module)
-        for start, network in networks.items()
-        for path, module in network.named_modules()
-        if isinstance(module, (nn.Linear, nn.Conv2d))
-        for inside in [path if start == OURS else published_path(path)]
-    }
+    by_name: dict[str, PlacedModule] = {}
+    for start, network in networks.items():
+        for path, module in network.named_modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                inner_path = path if start == OURS else published_path(path)
+                by_name[start + inner_path.replace(".", "_")] = PlacedModule(inner_path, module)
+    return by_name
 
 
 def _factors_for(
-    known: Mapping[str, tuple[str, LoraModule]], tensors: Mapping[str, Tensor]
+    by_name: Mapping[str, PlacedModule], tensors: Mapping[str, Tensor]
 ) -> dict[str, dict[str, Tensor]]:
     """Return the factors of each module, with other layouts converted to the model's modules."""
-    from networks.parts import for_model
+    from networks.parts import for_model  # only for a file or a state
 
-    heights = {path: len(module.weight) for path, (_, module) in known.items()}
+    heights = {name: len(placed.module.weight) for name, placed in by_name.items()}
     return group_by_module(add_missing_alphas(for_model(tensors, heights.get)))
 
 
-def _in_encoder(encoder: nn.Module) -> Iterator[tuple[str, LoraModule]]:
-    for path, module in _modules_below(encoder, tuple(f"{name}." for name in spec_of(encoder).block_lists)):
-        yield published_path(path), module
+def _in_encoder(encoder: nn.Module) -> Iterator[PlacedModule]:
+    """Yield the modules of a text encoder's blocks, with their published paths."""
+    starts = tuple(f"{name}." for name in spec_of(encoder).block_lists)
+    for path, module in _modules_below(encoder, starts):
+        yield PlacedModule(published_path(path), module)
 
 
 def build_from_tensors(
     name: str,
     tensors: Mapping[str, Tensor],
-    dropout: float | None,
-    arguments: Mapping[str, Any],
+    typed: NetworkArguments,
     dit: nn.Module,
     encoders: Mapping[str, nn.Module],
 ) -> OwnNetwork:
     """Build one of our networks with the modules, ranks and alphas of a file's tensors, not their values.
 
-    tensors: under our names. Modules that the model does not have are logged. Raises CheckpointError if
-    nothing fits, or if the file holds another kind of network.
+    tensors: under our names. Of `typed` only dropout and arguments count. Modules that the model does not
+    have are logged. Raises CheckpointError if nothing fits, or if the file holds another kind of network.
     """
-    own = OWN_MODULES[name]
-    given = {key for key, value in arguments.items() if value is not None}
-    from_file = given - {*BESIDE_FILE, *({} if own.rules is None else own.rules.encoders)}
-    read_own(name, None, None, None, {key: value for key, value in arguments.items() if key in from_file})
+    own_module = OWN_MODULES[name]
+    settings = _settings_with_file(name, typed)
+    by_name = _layers_by_name(dit, encoders)
+    layers: dict[str, nn.Module] = {}
+    absent: list[str] = []
+    for path, factors in _factors_for(by_name, tensors).items():
+        if not any(part in factors for part in own_module.first):
+            raise CheckpointError(
+                f"--dim_from_weights: {path} has {', '.join(factors)}, which is another kind of network.\n"
+                "  Give the --network_module that the file was trained with."
+            )
+        module = by_name[path].module if path in by_name else None
+        if module is None or (own_module.kind != "LoRA" and not isinstance(module, nn.Linear)):
+            absent.append(path)
+        else:
+            layers[path] = _layer_of(name, module, path=path, factors=factors, settings=settings)
+    if not layers:
+        raise CheckpointError(
+            "--dim_from_weights: the model has none of the file's modules, such as "
+            f"{list_some(absent, 3)}.\n  Give a file that was trained for this model."
+        )
+    modules: list[tuple[str, str]] = []
+    for layer in layers:
+        inner_path = by_name[layer].path
+        modules.append((layer.removesuffix(inner_path.replace(".", "_")), inner_path))
+    settings = fit_patterns(settings, modules)
+    if absent:
+        logger.warning(
+            f"--dim_from_weights: {len(absent)} modules of the file are not in this model: "
+            f"{list_some(absent)}"
+        )
+    return OwnNetwork(layers, settings)
+
+
+def _settings_with_file(name: str, typed: NetworkArguments) -> LoraSettings:
+    """Return the settings that count together with those of a file; warn of the others."""
+    rules = OWN_MODULES[name].rules
+    allowed = {*WITH_FILE, *({} if rules is None else rules.encoders)}
+    from_file = {key for key, value in typed.arguments.items() if value is not None and key not in allowed}
+    checked = {key: value for key, value in typed.arguments.items() if key in from_file}
+    read_own(name, NetworkArguments(arguments=checked))
     for key in sorted(from_file):
         logger.warning(
             f"--network_args {key} is ignored because --dim_from_weights takes the modules and ranks from "
             "the file"
         )
-    others = {key: value for key, value in arguments.items() if key in BESIDE_FILE}
-    settings, _ = read_own(name, None, None, dropout, others)
-    known = _layers_by_name(dit, encoders)
-    layers: dict[str, nn.Module] = {}
-    missed = []
-    for path, factors in _factors_for(known, tensors).items():
-        if not any(part in factors for part in own.first):
-            raise CheckpointError(
-                f"--dim_from_weights: {path} has {', '.join(factors)}, which is another kind of network.\n"
-                "  Give the --network_module that the file was trained with."
-            )
-        if path not in known or (own.kind != "LoRA" and not isinstance(known[path][1], nn.Linear)):
-            missed.append(path)
-        else:
-            layers[path] = _layer_of(name, known[path][1], path, factors, settings)
-    if not layers:
-        raise CheckpointError(
-            "--dim_from_weights: the model has none of the file's modules, such as "
-            f"{list_some(missed, 3)}.\n  Give a file that was trained for this model."
-        )
-    inside = [(path, known[path][0]) for path in layers]
-    settings = fit_patterns(
-        settings, [(path.removesuffix(one.replace(".", "_")), one) for path, one in inside]
-    )
-    if missed:
-        logger.warning(
-            f"--dim_from_weights: {len(missed)} modules of the file are not in this model: "
-            f"{list_some(missed)}"
-        )
-    return OwnNetwork(layers, settings)
+    arguments = {key: value for key, value in typed.arguments.items() if key in WITH_FILE}
+    settings, _ = read_own(name, NetworkArguments(dropout=typed.dropout, arguments=arguments))
+    return settings
 
 
 def _layer_of(
@@ -326,20 +393,26 @@ def _layer_of(
     the up factor has blocks. Raises CheckpointError if factors of a LoHa or LoKr are no matrices.
     """
     if OWN_MODULES[name].kind != "LoRA":
-        shapes = {part: tuple(tensor.shape) for part, tensor in without_alpha(factors).items()}
-        if not isinstance(module, nn.Linear) or any(len(shape) != 2 for shape in shapes.values()):
-            raise CheckpointError(
-                f"--dim_from_weights: {path} has {shapes}, and only matrices can be trained"
-            )
-        rank = rank_of(factors) or 1
-        alpha = float(factors["alpha"]) if "alpha" in factors and rank_of(factors) else rank
-        return FactoredLayer(module, shapes, rank, alpha)
-    rank, alpha = factors[LORA[0]].shape[0], float(factors["alpha"])
+        return _factored_layer_of(module, path, factors)
+    rank = rank_of(factors)
+    assert rank is not None
+    alpha = float(factors["alpha"])
     heights = _heights(path, module, settings) if settings.splits else ()
     if heights and diagonal_blocks(factors[LORA[1]], heights) is not None:
-        parts = len(heights)
-        return LoraLayer(module, rank // parts, alpha / parts, heights=heights)
+        num_parts = len(heights)
+        return LoraLayer(module, rank // num_parts, alpha / num_parts, heights=heights)
     return LoraLayer(module, rank, alpha, DORA in factors)
+
+
+def _factored_layer_of(module: LoraModule, path: str, factors: Factors) -> FactoredLayer:
+    """Return a layer of a LoHa or LoKr. Raises CheckpointError if its factors are no matrices."""
+    shapes = {part: tuple(tensor.shape) for part, tensor in without_alpha(factors).items()}
+    if not isinstance(module, nn.Linear) or any(len(shape) != 2 for shape in shapes.values()):
+        raise CheckpointError(f"--dim_from_weights: {path} has {shapes}, and only matrices can be trained")
+    rank = rank_of(factors)
+    if rank and "alpha" in factors:
+        return FactoredLayer(module, shapes, rank, float(factors["alpha"]))
+    return FactoredLayer(module, shapes, rank or 1, rank or 1)
 
 
 def _heights(path: str, module: LoraModule, settings: LoraSettings) -> tuple[int, ...]:
@@ -347,9 +420,12 @@ def _heights(path: str, module: LoraModule, settings: LoraSettings) -> tuple[int
     if settings.rules is None or not isinstance(module, nn.Linear):
         return ()
     name = path.replace(".", "_")
-    fused = settings.rules.fused.items()
-    parts = next((count for ending, count in fused if name.endswith(ending.replace(".", "_"))), 0)
-    return fused_heights(parts, module.out_features, module.in_features)
+    num_parts = 0
+    for ending, count in settings.rules.fused.items():
+        if name.endswith(ending.replace(".", "_")):
+            num_parts = count
+            break
+    return fused_heights(num_parts, module.out_features, module.in_features)
 
 
 def smallest_lora_bytes(model: Path, rank: int) -> int:

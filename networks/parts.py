@@ -1,9 +1,10 @@
 """LoRAs of layouts that split a fused weight: which rows belong to which part, splitting and joining."""
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from logging import getLogger
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,18 +17,37 @@ from networks.module_names import FAMILIES, Relative, relatives
 from networks.names.layouts import BEFORE_REST, OURS, REST, SWAPPED, FamilyNames, WeightPart
 
 logger = getLogger(__name__)
-Pieces = Sequence[tuple[WeightPart, Factors]]  # of one fused module
+_BIAS = "lora_up.bias"
 
 
-def part_rows(part: WeightPart, own: int, whole: int) -> slice | Tensor | None:
-    """Return the rows of a part in a fused weight; None if they do not fit. own, whole: numbers of rows."""
+class Piece(NamedTuple):
+    """The factors of a part of a fused module."""
+
+    part: WeightPart
+    factors: Factors
+
+
+class PlacedFactors(NamedTuple):
+    """The factors for some rows of a fused weight."""
+
+    rows: slice
+    factors: Factors
+
+
+def part_rows(part: WeightPart, height: int, whole_height: int) -> slice | Tensor | None:
+    """Return the rows of a part in a fused weight; None if they do not fit.
+
+    height, whole_height: numbers of rows.
+    """
     if part.index is None or part.index == SWAPPED:
-        if own != whole:
+        if height != whole_height:
             return None
-        return slice(0, whole) if part.index is None else torch.arange(whole).roll(whole // 2)
+        if part.index is None:
+            return slice(0, whole_height)
+        return torch.arange(whole_height).roll(whole_height // 2)
     from_end = {REST: 1, BEFORE_REST: 2}.get(part.index)
-    start = part.index * own if from_end is None else whole - from_end * own
-    return slice(start, start + own) if 0 <= start <= whole - own else None
+    start = part.index * height if from_end is None else whole_height - from_end * height
+    return slice(start, start + height) if 0 <= start <= whole_height - height else None
 
 
 def is_cut(part: WeightPart) -> bool:
@@ -53,41 +73,68 @@ def cut(tensors: Mapping[str, Tensor], height: Callable[[str], int | None]) -> d
     modules = deltas.group_by_module(tensors)
     apart: dict[str, Factors] = {}
     for name, factors in modules.items():
-        parts = () if height(name) is not None else relatives(name.removeprefix(OURS))
-        heights = {
-            one: height(OURS + one.name) for one in parts if one.is_part and OURS + one.name not in modules
-        }
-        # families split modules in different ways: a name for all rows that the model lacks is no part
-        heights = {one: rows for one, rows in heights.items() if rows is not None or is_cut(one.part)}
-        found = _cut(factors, heights) if any(heights.values()) else {name: factors}
-        if isinstance(found, str):
-            logger.warning(f"{name}: {found}; it stays whole")
-            found = {name: factors}
-        apart.update(found)
+        heights: dict[Relative, int | None] = {}
+        candidates = () if height(name) is not None else relatives(name.removeprefix(OURS))
+        for relative in candidates:
+            if not relative.is_part or OURS + relative.name in modules:
+                continue
+            rows = height(OURS + relative.name)
+            # families split modules in different ways: a name for all rows that the model lacks is no part
+            if rows is not None or is_cut(relative.part):
+                heights[relative] = rows
+        pieces = _cut(factors, heights) if any(heights.values()) else {name: factors}
+        if isinstance(pieces, str):
+            logger.warning(f"{name}: {pieces}; it stays whole")
+            pieces = {name: factors}
+        apart.update(pieces)
     return deltas.ungroup(apart)
 
 
 def _cut(factors: Factors, heights: Mapping[Relative, int | None]) -> dict[str, Factors] | str:
     """Return the factors of each part that has a height, or the reason why there are none."""
-    size, given = deltas.size_of(factors), [rows for rows in heights.values() if rows is not None]
-    if size is None and LORA[1] not in factors:
+    whole_height = _height_to_cut(factors)
+    if whole_height is None:
         return "its change is no matrix"
-    whole = len(factors[LORA[1]]) if size is None else size[0]
-    places = {one: part_rows(one.part, rows, whole) for one, rows in heights.items() if rows is not None}
-    if any(rows is None for rows in places.values()) or (len(given) == len(heights) and sum(given) != whole):
-        return f"its {whole} rows are not those of its parts, which have {' + '.join(map(str, given))}"
+    present = {relative: rows for relative, rows in heights.items() if rows is not None}
+    places = _places_of_parts(present, whole_height)
+    is_complete = len(present) == len(heights)
+    if len(places) < len(present) or (is_complete and sum(present.values()) != whole_height):
+        shown = " + ".join(map(str, present.values()))
+        return f"its {whole_height} rows are not those of its parts, which have {shown}"
     if deltas.has_input_magnitudes(factors):
         return "its DoRA magnitudes are by input, so they belong to the whole weight"
     pieces: dict[str, Factors] = {}
-    for one, rows in places.items():
-        if isinstance(rows, slice):
-            pieces[OURS + one.name] = deltas.part_of(factors, rows.start, rows.stop)
-        elif rows is not None:  # with swapped halves
-            swapped = deltas.rows_of(factors, rows)
-            if swapped is None:
-                return "its halves are to be swapped, which a LoKr has no form for"
-            pieces[OURS + one.name] = swapped
+    for relative, rows in places.items():
+        piece = _part_of(factors, rows)
+        if piece is None:
+            return "its halves are to be swapped, which a LoKr has no form for"
+        pieces[OURS + relative.name] = piece
     return pieces
+
+
+def _height_to_cut(factors: Factors) -> int | None:
+    """Return the rows of a change; None if it is no matrix."""
+    size = deltas.size_of(factors)
+    if size is not None:
+        return size[0]
+    return len(factors[LORA[1]]) if LORA[1] in factors else None
+
+
+def _places_of_parts(heights: Mapping[Relative, int], whole_height: int) -> dict[Relative, slice | Tensor]:
+    """Return the rows of each part in the whole weight, without parts whose rows do not fit."""
+    places: dict[Relative, slice | Tensor] = {}
+    for relative, height in heights.items():
+        rows = part_rows(relative.part, height, whole_height)
+        if rows is not None:
+            places[relative] = rows
+    return places
+
+
+def _part_of(factors: Factors, rows: slice | Tensor) -> Factors | None:
+    """Return the factors for some rows, or for all with swapped halves; None if they cannot be swapped."""
+    if isinstance(rows, slice):
+        return deltas.part_of(factors, rows.start, rows.stop)
+    return deltas.rows_of(factors, rows)
 
 
 def fuse(
@@ -105,22 +152,20 @@ def fuse(
     one down factor.
     """
     modules = deltas.group_by_module(tensors)
-    found: dict[str, list[str]] = {}  # fused module -> the modules that are parts of it
     fused: dict[str, Factors] = {}
-    parts: dict[str, WeightPart] = {}
+    part_names: dict[str, list[str]] = {}  # fused module -> the modules that are parts of it
+    pieces: dict[str, list[Piece]] = {}  # fused module -> its parts
     for name, factors in modules.items():
-        # the module of our layout that it is part of, and that the model has
-        wholes = (other for other in relatives(name.removeprefix(OURS), family) if not other.is_part)
-        larger = next((one for one in wholes if height is None or height(OURS + one.name) is not None), None)
-        if larger is None or OURS + larger.name in modules:
+        module = _find_whole(name, height, family)
+        if module is None or OURS + module.name in modules:
             fused[name] = factors
-        else:
-            found.setdefault(OURS + larger.name, []).append(name)
-            parts[name] = larger.part
-    pieces = {into: [(parts[name], modules[name]) for name in names] for into, names in found.items()}
+            continue
+        into = OURS + module.name
+        part_names.setdefault(into, []).append(name)
+        pieces.setdefault(into, []).append(Piece(module.part, factors))
     likely = _likely_heights(pieces.values()) if height is None else {}
-    for into, names in found.items():
-        rows = likely[pieces[into][0][0].ours] if height is None else height(into)
+    for into, names in part_names.items():
+        rows = likely[pieces[into][0].part.ours] if height is None else height(into)
         joined = _join(pieces[into], rows or 0, is_for_model=height is not None)
         if isinstance(joined, str):
             logger.warning(f"{into}: {joined}; they stay apart")
@@ -130,173 +175,261 @@ def fuse(
     return deltas.ungroup(fused)
 
 
-def _likely_heights(found: Iterable[Pieces]) -> dict[str, int]:
+def _find_whole(
+    name: str, height: Callable[[str], int | None] | None, family: FamilyNames | None
+) -> Relative | None:
+    """Return the module of our layout that a module is part of, and that the model has."""
+    for relative in relatives(name.removeprefix(OURS), family):
+        if not relative.is_part and (height is None or height(OURS + relative.name) is not None):
+            return relative
+    return None
+
+
+def _likely_heights(fused: Iterable[Sequence[Piece]]) -> dict[str, int]:
     """Estimate the rows of each fused weight, equal in all blocks, from its parts."""
     heights: dict[str, dict[int | None, int]] = {}  # path -> index of a part -> its rows
-    of_families = [(*family.parts, *family.joined) for family in FAMILIES]
-    seen: set[str] = set()
-    for part, factors in itertools.chain.from_iterable(found):
-        seen.add(part.theirs)
-        rows = heights.setdefault(part.ours, {})
-        if (height := deltas.height_of(factors)) is not None:
-            rows[part.index] = height
-    likely = {}
-    for ours, rows in heights.items():
-        # families may stack other parts under one name
-        lists = (one for one in of_families if any(part.theirs in seen for part in one))
-        siblings = {part.theirs: part for one in lists for part in one if part.ours == ours}
-        known = next((part for part in siblings.values() if rows.get(part.index)), None)
-        if known is None:
-            likely[ours] = 0
-            continue
-        if not is_cut(known):  # not a part, but the whole weight
-            likely[ours] = rows[known.index]
-            continue
-        unit = rows[known.index] // known.usual_height
-        others = [part for part in siblings.values() if is_cut(part)]
-        likely[ours] = sum(rows.get(part.index) or unit * part.usual_height for part in others)
-        for part in others:
-            if not rows.get(part.index) and part.usual_height > known.usual_height:
-                logger.info(
-                    f"{part.theirs} is not in the file; it is assumed to have {part.usual_height} times as "
-                    "many rows as the parts beside it"
-                )
-    return likely
+    paths: set[str] = set()  # of the parts, in their layout
+    for piece in itertools.chain.from_iterable(fused):
+        paths.add(piece.part.theirs)
+        rows = heights.setdefault(piece.part.ours, {})
+        height = deltas.height_of(piece.factors)
+        if height is not None:
+            rows[piece.part.index] = height
+    return {ours: _likely_height(_siblings(ours, paths), rows) for ours, rows in heights.items()}
 
 
-def _join(pieces: Pieces, height: int, is_for_model: bool = False) -> Factors | str:
+def _siblings(ours: str, paths: Collection[str]) -> list[WeightPart]:
+    """Return the parts of a weight in the families that have a module of these paths.
+
+    Families may stack other parts under one name.
+    """
+    siblings: dict[str, WeightPart] = {}
+    for family in FAMILIES:
+        parts = (*family.parts, *family.joined)
+        if not any(part.theirs in paths for part in parts):
+            continue
+        for part in parts:
+            if part.ours == ours:
+                siblings[part.theirs] = part
+    return list(siblings.values())
+
+
+def _likely_height(siblings: Sequence[WeightPart], rows: Mapping[int | None, int]) -> int:
+    """Estimate the rows of a weight from those of some of its parts; 0 if there are none.
+
+    siblings: all parts of the weight. rows: index of a part -> its rows.
+    """
+    reference = next((part for part in siblings if rows.get(part.index)), None)
+    if reference is None:
+        return 0
+    if not is_cut(reference):  # not a part, but the whole weight
+        return rows[reference.index]
+    unit = rows[reference.index] // reference.usual_height
+    height = 0
+    for part in siblings:
+        if not is_cut(part):
+            continue
+        part_height = rows.get(part.index)
+        height += part_height or unit * part.usual_height
+        if not part_height and part.usual_height > reference.usual_height:
+            logger.info(
+                f"{part.theirs} is not in the file; it is assumed to have {part.usual_height} times as "
+                "many rows as the parts beside it"
+            )
+    return height
+
+
+def _join(pieces: Sequence[Piece], height: int, is_for_model: bool = False) -> Factors | str:
     """Return factors for a weight of this height, or the reason why there are none.
 
     is_for_model: whole differences are made of what no factors can be joined of. They are large: files get
     them apart.
     """
-    (part, factors), *others = pieces
-    if part.index is None and not others:
-        return factors
-    if any(
-        set(factors) - {"alpha", *LORA, DORA, "lora_up.bias"} or factors[LORA[1]].ndim != 2
-        for _, factors in pieces
-    ):
+    first = pieces[0]
+    if first.part.index is None and len(pieces) == 1:
+        return first.factors
+    if not all(_is_low_rank_matrix(piece.factors) for piece in pieces):
         return _join_others(pieces, height, is_for_model)
-    places = [part_rows(part, len(factors[LORA[1]]), height) for part, factors in pieces]
+    places = [part_rows(piece.part, len(piece.factors[LORA[1]]), height) for piece in pieces]
     if isinstance(places[0], Tensor):  # with swapped halves
-        swapped = deltas.rows_of(factors, places[0])
+        swapped = deltas.rows_of(first.factors, places[0])
         return "its DoRA magnitudes are by input" if swapped is None else swapped
     slices = [place for place in places if isinstance(place, slice)]
     if len(slices) < len(places):
         return f"its parts do not fit into {height} rows"
-    if any(DORA in factors for _, factors in pieces):
-        if any(DORA not in factors or deltas.has_input_magnitudes(factors) for _, factors in pieces):
-            return "only DoRA magnitudes by output, for all of its rows, can be put together"
-        if sum(len(factors[DORA]) for _, factors in pieces) != height:
-            return f"its parts have DoRA magnitudes for less than its {height} rows"
-    # the up factor has the parts' up factors as blocks, each in its rows; ranks in the order of the rows
-    order = sorted(range(len(slices)), key=lambda one: slices[one].start)
-    slices, parts = [slices[one] for one in order], [pieces[one][1] for one in order]
-    downs, ups = [factors[LORA[0]] for factors in parts], [factors[LORA[1]] for factors in parts]
-    scales = [strength(factors) for factors in parts]
-    if scales.count(scales[0]) < len(scales):
-        ups = [(up.float() * scale).to(up.dtype) for up, scale in zip(ups, scales, strict=True)]
-        scales, name = [1.0] * len(scales), "lora_up.bias"
-        parts = [
-            {**one, name: (strength(one) * one[name].float()).to(one[name].dtype)} if name in one else one
-            for one in parts
-        ]
-    shared = all(torch.equal(down, downs[0]) for down in downs)
-    down = downs[0] if shared else torch.cat(downs)
-    up = ups[0].new_zeros(height, len(down))
-    start = 0
-    for factor, rows in zip(ups, slices, strict=True):
-        up[rows, start : start + factor.shape[1]] = factor
-        start += 0 if shared else factor.shape[1]
-    whole: dict[str, Tensor] = {"alpha": torch.tensor(scales[0] * len(down)), LORA[0]: down, LORA[1]: up}
-    for name in (DORA, "lora_up.bias"):
-        given = [
-            (factors[name], rows) for factors, rows in zip(parts, slices, strict=True) if name in factors
-        ]
-        if given:
-            whole[name] = given[0][0].new_zeros(height, *given[0][0].shape[1:])
-            for tensor, rows in given:
-                whole[name][rows] = tensor
-    return whole
+    fault = _fault_of_magnitudes([piece.factors for piece in pieces], height)
+    return fault or _join_low_rank(_in_order(pieces, slices), height)
 
 
-def _join_others(pieces: Pieces, height: int, is_for_model: bool) -> Factors | str:
-    """Return factors for a weight made of parts that are no plain LoRAs, or the reason why there are none."""
-    heights = [deltas.height_of(factors) for _, factors in pieces]
-    places = [part_rows(part, rows, height) for (part, _), rows in zip(pieces, heights, strict=True) if rows]
-    slices = [place for place in places if isinstance(place, slice)]
-    if len(slices) < len(pieces):
-        return "its parts are no matrices, or do not fit the rows of the weight"
-    order = sorted(range(len(slices)), key=lambda one: slices[one].start)
-    slices, parts = [slices[one] for one in order], [pieces[one][1] for one in order]
-    is_whole = [one.start for one in slices] == [0, *(one.stop for one in slices[:-1])]
-    is_whole = is_whole and slices[-1].stop == height
-    if is_whole and (found := _one_layer(parts)) is not None:
-        return found
-    if not is_for_model:
-        return "only plain LoRAs, or the parts of one layer, can be joined"
-    return _whole_difference(parts, slices, height)
+def _is_low_rank_matrix(factors: Factors) -> bool:
+    """Return whether factors are those of a LoRA or DoRA for a matrix, without a core."""
+    further = set(factors) - {"alpha", *LORA, DORA, _BIAS}
+    return not further and factors[LORA[1]].ndim == 2
 
 
-def _whole_difference(parts: Sequence[Factors], slices: Sequence[slice], height: int) -> Factors | str:
-    """Return the change of a weight of this height by its parts, float32, or the reason why there is none.
+def _in_order(pieces: Sequence[Piece], slices: Sequence[slice]) -> list[PlacedFactors]:
+    """Return the factors of the parts in the order of their rows."""
+    placed = [PlacedFactors(rows, piece.factors) for rows, piece in zip(slices, pieces, strict=True)]
+    return sorted(placed, key=lambda part: part.rows.start)
 
-    slices: the rows of each part, in order.
-    """
-    if any(deltas.has_input_magnitudes(one) for one in parts):
-        return "its DoRA magnitudes are by input, so they belong to the parts"
-    covered = sum(rows.stop - rows.start for rows in slices)
-    magnitudes = [one[DORA] for one in parts if DORA in one]
-    if magnitudes and (len(magnitudes) < len(parts) or covered < height):
+
+def _fault_of_magnitudes(parts: Sequence[Factors], height: int) -> str:
+    """Return the reason why the DoRA magnitudes of parts cannot be joined; "" if there is none."""
+    if not any(DORA in factors for factors in parts):
+        return ""
+    if any(DORA not in factors or deltas.has_input_magnitudes(factors) for factors in parts):
+        return "only DoRA magnitudes by output, for all of its rows, can be put together"
+    if sum(len(factors[DORA]) for factors in parts) != height:
         return f"its parts have DoRA magnitudes for less than its {height} rows"
-    changes = [deltas.weight_delta(one, deltas.CPU) for one in parts]
-    columns = {None if one is None else one.shape[1:] for one in changes}
-    if len(columns) > 1 or None in columns:
-        return "its parts have different inputs"
-    whole = torch.zeros(height, *next(iter(columns - {None})) or ())
-    for rows, change in zip(slices, changes, strict=True):
-        assert change is not None
-        whole[rows] = change
-    joined = {"diff": whole}
-    if magnitudes:
-        joined[DORA] = torch.cat(magnitudes)
-    biases = [deltas.bias_delta(one, deltas.CPU) for one in parts]
-    if any(bias is not None for bias in biases):
-        joined["diff_b"] = torch.zeros(height)
-    for rows, bias in zip(slices, biases, strict=True):
-        if bias is not None:
-            joined["diff_b"][rows] = bias
+    return ""
+
+
+def _join_low_rank(placed: Sequence[PlacedFactors], height: int) -> Factors:
+    """Return one LoRA whose up factor has the parts' up factors as blocks, each in its rows.
+
+    placed: in the order of the rows, which is that of the ranks.
+    """
+    scales = [strength(part.factors) for part in placed]
+    scale = scales[0]
+    if scales.count(scale) < len(scales):
+        placed = [PlacedFactors(part.rows, _fold_into_up(part.factors)) for part in placed]
+        scale = 1.0
+    downs = [part.factors[LORA[0]] for part in placed]
+    is_shared = all(torch.equal(down, downs[0]) for down in downs)
+    down = downs[0] if is_shared else torch.cat(downs)
+    joined: dict[str, Tensor] = {
+        "alpha": torch.tensor(scale * len(down)),
+        LORA[0]: down,
+        LORA[1]: _join_ups(placed, height, len(down), is_shared),
+    }
+    for name in (DORA, _BIAS):
+        if any(name in part.factors for part in placed):
+            joined[name] = _stack_rows(placed, name, height)
     return joined
 
 
+def _join_ups(placed: Sequence[PlacedFactors], height: int, rank: int, is_shared: bool) -> Tensor:
+    """Return an up factor with those of parts as blocks. is_shared: the parts share their down factor."""
+    joined = placed[0].factors[LORA[1]].new_zeros(height, rank)
+    start = 0
+    for part in placed:
+        up = part.factors[LORA[1]]
+        joined[part.rows, start : start + up.shape[1]] = up
+        if not is_shared:
+            start += up.shape[1]
+    return joined
+
+
+def _fold_into_up(factors: Factors) -> Factors:
+    """Return LoRA factors with alpha / rank multiplied into the up factor and its bias."""
+    scale = strength(factors)
+    folded = dict(factors)
+    for name in (LORA[1], _BIAS):
+        if name in factors:
+            folded[name] = (factors[name].float() * scale).to(factors[name].dtype)
+    return folded
+
+
+def _stack_rows(placed: Sequence[PlacedFactors], name: str, height: int) -> Tensor:
+    """Return one tensor of a weight's rows from those of its parts; rows of parts without one are 0."""
+    having = [part for part in placed if name in part.factors]
+    first = having[0].factors[name]
+    stacked = first.new_zeros(height, *first.shape[1:])
+    for part in having:
+        stacked[part.rows] = part.factors[name]
+    return stacked
+
+
+def _join_others(pieces: Sequence[Piece], height: int, is_for_model: bool) -> Factors | str:
+    """Return factors for a weight made of parts that are no plain LoRAs, or the reason why there are none."""
+    slices: list[slice] = []
+    for piece in pieces:
+        part_height = deltas.height_of(piece.factors)
+        rows = part_rows(piece.part, part_height, height) if part_height else None
+        if isinstance(rows, slice):
+            slices.append(rows)
+    if len(slices) < len(pieces):
+        return "its parts are no matrices, or do not fit the rows of the weight"
+    placed = _in_order(pieces, slices)
+    parts = [part.factors for part in placed]
+    starts = [part.rows.start for part in placed]
+    stops = [part.rows.stop for part in placed]
+    is_whole = starts == [0, *stops[:-1]] and stops[-1] == height
+    layer = _one_layer(parts) if is_whole else None
+    if layer is not None:
+        return layer
+    if not is_for_model:
+        return "only plain LoRAs, or the parts of one layer, can be joined"
+    return _whole_difference(placed, height)
+
+
+def _whole_difference(placed: Sequence[PlacedFactors], height: int) -> Factors | str:
+    """Return the change of a weight of this height by its parts, float32, or the reason why there is none.
+
+    placed: in the order of the rows.
+    """
+    parts = [part.factors for part in placed]
+    if any(deltas.has_input_magnitudes(factors) for factors in parts):
+        return "its DoRA magnitudes are by input, so they belong to the parts"
+    covered = sum(part.rows.stop - part.rows.start for part in placed)
+    magnitudes = [factors[DORA] for factors in parts if DORA in factors]
+    if magnitudes and (len(magnitudes) < len(parts) or covered < height):
+        return f"its parts have DoRA magnitudes for less than its {height} rows"
+    changes = [deltas.weight_delta(factors, deltas.CPU) for factors in parts]
+    columns = {None if change is None else change.shape[1:] for change in changes}
+    inputs = columns.pop()
+    if columns or inputs is None:
+        return "its parts have different inputs"
+    joined = {"diff": _place_rows(placed, changes, torch.zeros(height, *inputs))}
+    if magnitudes:
+        joined[DORA] = torch.cat(magnitudes)
+    biases = [deltas.bias_delta(factors, deltas.CPU) for factors in parts]
+    if any(bias is not None for bias in biases):
+        joined["diff_b"] = _place_rows(placed, biases, torch.zeros(height))
+    return joined
+
+
+def _place_rows(placed: Sequence[PlacedFactors], values: Sequence[Tensor | None], total: Tensor) -> Tensor:
+    """Write the values of each part into its rows of `total`, and return it."""
+    for part, rows in zip(placed, values, strict=True):
+        if rows is not None:
+            total[part.rows] = rows
+    return total
+
+
 # of a layer's parts: what has the part's rows; everything else is the whole layer's
-_BY_ROWS = {LORA[1], "diff", "diff_b", "lora_up.bias", DORA, "hada_w1_a", "hada_w2_a", ROWS}
+_BY_ROWS = {LORA[1], "diff", "diff_b", _BIAS, DORA, "hada_w1_a", "hada_w2_a", ROWS}
 
 
 def _one_layer(parts: Sequence[Factors]) -> Factors | None:
     """Return the factors of a layer that was taken apart into these parts, by rows; None if it was not."""
     first = parts[0]
-    if any(one.keys() != first.keys() or "hada_t1" in one or "hada_t2" in one for one in parts):
+    if any(part.keys() != first.keys() for part in parts) or "hada_t1" in first or "hada_t2" in first:
         return None
     by_rows = first.keys() & _BY_ROWS - {ROWS}
     if deltas.has_input_magnitudes(first):
         by_rows -= {DORA}
-    if ROWS in first:  # their factors have no rows of their own, but for what is beside them
+    if ROWS in first:  # only magnitudes and biases have rows of the part
         by_rows &= {DORA, *deltas.OF_BIAS}
-        ends = [deltas.rows_in(one) for one in parts]
-        size = deltas.size_of(first)
-        if size is None or [start for start, _ in ends] != [0, *(end for _, end in ends[:-1])]:
-            return None
-        if ends[-1][1] != size[0]:
+        if not _cover_layer(parts):
             return None
     shared = first.keys() - by_rows - {ROWS}
-    if not all(torch.equal(one[part], first[part]) for one in parts for part in shared):
-        return None
-    return {
-        **{part: first[part] for part in shared},
-        **{part: torch.cat([one[part] for one in parts]) for part in by_rows},
-    }
+    for name in shared:
+        if not all(torch.equal(part[name], first[name]) for part in parts):
+            return None
+    layer = {name: first[name] for name in shared}
+    for name in by_rows:
+        layer[name] = torch.cat([part[name] for part in parts])
+    return layer
+
+
+def _cover_layer(parts: Sequence[Factors]) -> bool:
+    """Return whether the rows of parts, by `ROWS`, are those of the whole layer, in order, without gaps."""
+    size = deltas.size_of(parts[0])
+    ranges = [deltas.rows_in(part) for part in parts]
+    starts = [start for start, _ in ranges]
+    stops = [stop for _, stop in ranges]
+    return size is not None and starts == [0, *stops[:-1]] and stops[-1] == size[0]
 
 
 def settle_rows(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -310,25 +443,20 @@ def settle_rows(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return tensors
     settled: dict[str, Factors] = {}
     for name, factors in modules.items():
-        settled[name] = factors if ROWS not in factors else _settled(name, factors)
+        settled[name] = factors if ROWS not in factors else _settle_part(name, factors)
     return deltas.ungroup(settled)
 
 
-def _settled(name: str, factors: Factors) -> Factors:
+def _settle_part(name: str, factors: Factors) -> Factors:
+    """Return the factors of a part of a joined layer without `ROWS`."""
     if deltas.has_input_magnitudes(factors):
         raise CheckpointError(
             f"{name} is a part of a joined layer whose DoRA magnitudes are by input: they belong to the "
             "whole layer, which this model has in parts.\n  Convert the file with the program that made it."
         )
-    (start, stop), others = deltas.rows_in(factors), {part for part in factors if part != ROWS}
-    first = next((part for part in ("lokr_w1", "lokr_w1_a") if part in factors), None)
-    size = deltas.size_of(factors)
-    assert size is not None
-    if first is not None:
-        block = size[0] // len(factors[first])  # rows of the second matrix
-        if not start % block and not stop % block:
-            rows = factors[first][start // block : stop // block].clone()
-            return {**{part: factors[part] for part in others}, first: rows}
+    cut_lokr = _cut_lokr(factors)
+    if cut_lokr is not None:
+        return cut_lokr
     change = deltas.weight_delta(factors, deltas.CPU)
     assert change is not None
     dtype = next(factors[part].dtype for part in factors if part.startswith(("lokr_w1", "lora_down")))
@@ -336,7 +464,25 @@ def _settled(name: str, factors: Factors) -> Factors:
     if DORA in factors:
         settled[DORA] = factors[DORA]
     bias = deltas.stored_bias(factors)
-    return settled if bias is None else {**settled, "diff_b": bias}
+    if bias is not None:
+        settled["diff_b"] = bias
+    return settled
+
+
+def _cut_lokr(factors: Factors) -> Factors | None:
+    """Return a LoKr of the rows in `ROWS`; None if they are not whole blocks of the product."""
+    start, stop = deltas.rows_in(factors)
+    first = next((part for part in ("lokr_w1", "lokr_w1_a") if part in factors), None)
+    size = deltas.size_of(factors)
+    assert size is not None
+    if first is None:
+        return None
+    block = size[0] // len(factors[first])  # rows of the second matrix
+    if start % block or stop % block:
+        return None
+    lokr = {part: tensor for part, tensor in factors.items() if part != ROWS}
+    lokr[first] = factors[first][start // block : stop // block].clone()
+    return lokr
 
 
 def mend_split_alphas(
@@ -347,15 +493,23 @@ def mend_split_alphas(
     These files join the parts' factors to one of k times the rank, but keep the alpha of one part, so that
     alpha / rank would be k times too small. Block-diagonal up factors show them.
     """
-    mended, trained = dict(tensors), metadata.get("ss_network_alpha", "").removesuffix(".0")
+    mended = dict(tensors)
+    trained_alpha = metadata.get("ss_network_alpha", "").removesuffix(".0")
+    changed = 0
     for name, factors in deltas.group_by_module(tensors).items():
-        if set(factors) != {"alpha", *LORA} or f"{float(factors['alpha']):g}" != trained:
+        if set(factors) != {"alpha", *LORA} or f"{float(factors['alpha']):g}" != trained_alpha:
             continue
-        parts = {other.part.index for other in relatives(name.removeprefix(OURS)) if other.is_part}
-        count = len(parts - {None, SWAPPED})
-        heights = fused_heights(count, len(factors[LORA[1]]), factors[LORA[0]].shape[1])
+        num_parts = _count_parts(name)
+        heights = fused_heights(num_parts, len(factors[LORA[1]]), factors[LORA[0]].shape[1])
         if heights and diagonal_blocks(factors[LORA[1]], heights) is not None:
             mended[f"{name}.alpha"] = factors["alpha"] * len(heights)
-    if changed := sum(mended[name] is not tensors[name] for name in tensors):
+            changed += 1
+    if changed:
         logger.info(f"{path}: the alphas of {changed} modules with split factors are set right")
     return mended
+
+
+def _count_parts(name: str) -> int:
+    """Return in how many parts, with some of its rows, other layouts have a module."""
+    parts = [relative.part for relative in relatives(name.removeprefix(OURS)) if relative.is_part]
+    return len({part.index for part in parts} - {None, SWAPPED})

@@ -29,7 +29,8 @@ class NamePattern:
 
 def in_any_spelling(pattern: str) -> str:
     r"""Return the regular expression with each `\.` and `_` fitting both a dot and an underscore."""
-    parts, is_class = [], False
+    parts: list[str] = []
+    is_class = False
     for part in re.findall(r"\\.|.", pattern, re.DOTALL):
         is_class = part == "[" or (is_class and part != "]")
         parts.append("[._]" if part in ("\\.", "_") and not is_class else part)
@@ -46,12 +47,14 @@ def describe_unfit(pattern: str, names: Iterable[str]) -> str:
 
     names: with underscores.
     """
-    text = re.sub(r"\d+", "N", re.sub(r"[\W_]+", "_", re.sub(r"\\[a-zA-Z]", "_", pattern))).strip("_")
+    text = re.sub(r"\\[a-zA-Z]", "_", pattern)
+    text = re.sub(r"[\W_]+", "_", text)
+    text = re.sub(r"\d+", "N", text).strip("_")
     kinds = dict.fromkeys(re.sub(r"\d+", "N", name) for name in names)
     parts = dict.fromkeys(part for kind in kinds for part in _parts(kind.split("_")))
     near = difflib.get_close_matches(text[:MOST_LETTERS], list(parts), MOST_NEAR, cutoff=0.5)
-    found = near or list(kinds)[:MOST_NEAR]
-    return f"'{pattern}' fits no name, and changes nothing. Near it are {', '.join(found)} (N: a number)"
+    examples = near or list(kinds)[:MOST_NEAR]
+    return f"'{pattern}' fits no name, and changes nothing. Near it are {', '.join(examples)} (N: a number)"
 
 
 def _parts(words: list[str]) -> Iterator[str]:

@@ -10,7 +10,8 @@ fused      transformer_blocks.0.attn.to_qkv.lora_A.weight (diffusers' `fuse_qkv_
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,17 +42,22 @@ _FACTOR = re.compile(r"lora(?:_linear_layer)?[._](?P<factor>A|B|down|up)(?![a-z]
 FOR_ALL = ("alpha", "lora_alpha", "network_alpha")
 
 
-# in names of files that have something to rewrite; of numbered factors it is the second
+class Rewritten(NamedTuple):
+    """Tensors in the usual arrangement."""
+
+    tensors: dict[str, Tensor]
+    stacked: dict[str, int]  # key of a joined factor -> how many were joined into it
+    family_name: str = ""  # of the only family with files of this form
+
+
+# found in names of files that have something to rewrite; of numbered factors it is the second
 MARKS = re.compile(
     r"\.processor\.|to_(?:added_)?q?kv\.|\.lora_(?:A|B|down|up)\.1\.weight|[._]1\.lora_(?:A|B|down|up)\.weight"
 )
 
 
-def rewrite(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int], str]:
+def rewrite(tensors: Mapping[str, Tensor]) -> Rewritten:
     """Bring XLabs', fused and numbered factors into the usual arrangement; leave other tensors as they are.
-
-    Returns the tensors; by module, how many factors were joined into each joined one; and the name of the
-    only family with files of this form, else "".
 
     The change of the weights stays the same: numbered factors become one LoRA whose up factor is
     block-diagonal, with as many times the rank and alpha.
@@ -59,84 +65,112 @@ def rewrite(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
     usual: dict[str, Tensor] = {}
     family_name = ""
     for key, tensor in _take_apart(tensors).items():
-        found = _XLABS.fullmatch(key)
-        names = [] if found is None else _in_flux(found)
-        if found is None or not names:
+        match = _XLABS.fullmatch(key)
+        names = [] if match is None else _in_flux(match)
+        if match is None or not names:
             usual[key] = tensor
             continue
         family_name = "flux"
-        cut = len(names) > 1
-        # copies: files cannot hold tensors that share memory
-        parts = tensor.chunk(3) if cut and found["factor"] == "up" else [tensor] * len(names)
-        usual |= {name: part.clone() if cut else part for name, part in zip(names, parts, strict=True)}
-    return *_put_together(usual), family_name
+        if len(names) == 1:
+            usual[names[0]] = tensor
+            continue
+        parts = tensor.chunk(3) if match["factor"] == "up" else [tensor] * len(names)
+        for name, part in zip(names, parts, strict=True):
+            usual[name] = part.clone()  # copies: files cannot hold tensors that share memory
+    return _put_together(usual)._replace(family_name=family_name)
 
 
-def _in_flux(found: re.Match[str]) -> list[str]:
+def _in_flux(match: re.Match[str]) -> list[str]:
     """Return the usual names of an XLabs tensor: three if q, k and v are only some rows of a weight."""
-    start, n, end = found["start"], found["n"], f"lora_{found['factor']}.weight"
-    if found["list"] == "double" and found["stream"]:
-        return [f"{start}double_blocks.{n}.{_STREAMS[found['stream']]}_attn.{found['what']}.{end}"]
-    if found["list"] == "double" or found["stream"]:
+    start, number, layer = match["start"], match["n"], match["what"]
+    end = f"lora_{match['factor']}.weight"
+    if match["list"] == "double" and match["stream"]:
+        return [f"{start}double_blocks.{number}.{_STREAMS[match['stream']]}_attn.{layer}.{end}"]
+    if match["list"] == "double" or match["stream"]:
         return []
-    if found["what"] == "proj":
-        return [f"{start}single_blocks.{n}.linear2.{end}"]
-    return [f"{start}single_transformer_blocks.{n}.attn.to_{x}.{end}" for x in "qkv"]
+    if layer == "proj":
+        return [f"{start}single_blocks.{number}.linear2.{end}"]
+    return [f"{start}single_transformer_blocks.{number}.attn.to_{x}.{end}" for x in "qkv"]
 
 
 def _take_apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Split the tensors for fused queries, keys and values into tensors for each of them.
 
-    Queries are as wide as their input, so that the change's size shows the rows of keys and values, which may
-    have fewer heads. Layers whose change is no matrix, or whose factors do not fit it, stay whole.
+    Layers whose change is no matrix, or whose factors do not fit it, stay whole.
     """
-    layers: dict[tuple[str, str], dict[str, str]] = {}  # start and layer -> our name of a factor -> key
-    for key in tensors:
-        if (found := _FUSED.fullmatch(key)) is not None:
-            named = _FACTOR.match(found["end"])
-            is_factor = named is not None and ".bias" not in found["end"]
-            part = _FACTORS[named["factor"]] if named is not None and is_factor else _usual_end(found["end"])
-            layers.setdefault((found["start"], found["layer"]), {})[part] = key
     apart = dict(tensors)
-    for (start, layer), keys in layers.items():
+    for layer, keys in _fused_layers(tensors).items():
         factors = {part: _as_column(part, tensors[key]) for part, key in keys.items()}
-        size = size_of(factors)
-        if size is None:
+        heights = _heights_of_parts(layer.name, factors)
+        if not heights:
             continue
-        whole, width = size
-        if not _fit_rows(factors, whole):
-            continue
-        leading = () if layer == "kv" else (width,)
-        rows, left = divmod(whole - sum(leading), 2)
-        if left or rows <= 0 or width % rows:
-            continue
-        ends = {part: _FUSED.fullmatch(key)["end"] for part, key in keys.items()}  # type: ignore[index]
+        ends = {part: key.removeprefix(f"{layer.start}to_{layer.name}.") for part, key in keys.items()}
         first = 0
-        for part, height in zip(_FUSED_PARTS[layer], (*leading, rows, rows), strict=True):
-            pieces = part_of(factors, first, first + height)
-            apart |= {f"{start}{part}.{ends.get(name, name)}": one for name, one in pieces.items()}
+        for part, height in zip(_FUSED_PARTS[layer.name], heights, strict=True):
+            for name, tensor in part_of(factors, first, first + height).items():
+                apart[f"{layer.start}{part}.{ends.get(name, name)}"] = tensor
             first += height
         for key in keys.values():
             del apart[key]
     return apart
 
 
-def _fit_rows(factors: Factors, whole: int) -> bool:
+class _FusedLayer(NamedTuple):
+    """A layer that another program fuses."""
+
+    start: str  # of its names
+    name: str  # in `_FUSED_PARTS`
+
+
+def _fused_layers(keys: Iterable[str]) -> dict[_FusedLayer, dict[str, str]]:
+    """Return the key of each factor, by our name, of the fused layers of a file."""
+    layers: dict[_FusedLayer, dict[str, str]] = {}
+    for key in keys:
+        match = _FUSED.fullmatch(key)
+        if match is None:
+            continue
+        end = match["end"]
+        factor = None if ".bias" in end else _FACTOR.match(end)
+        part = _usual_end(end) if factor is None else _FACTORS[factor["factor"]]
+        layers.setdefault(_FusedLayer(match["start"], match["layer"]), {})[part] = key
+    return layers
+
+
+def _heights_of_parts(layer: str, factors: Factors) -> tuple[int, ...]:
+    """Return the rows of each part of a fused layer; () if its factors cannot be split.
+
+    Queries are as wide as their input, so that the change's size shows the rows of keys and values, which may
+    have fewer heads.
+    """
+    size = size_of(factors)
+    if size is None:
+        return ()
+    whole_height, width = size
+    if not _fit_rows(factors, whole_height):
+        return ()
+    leading = () if layer == "kv" else (width,)
+    rows, remainder = divmod(whole_height - sum(leading), 2)
+    if remainder or rows <= 0 or width % rows:
+        return ()
+    return (*leading, rows, rows)
+
+
+def _fit_rows(factors: Factors, height: int) -> bool:
     """Return whether the factors that are cut by rows all have the rows of the whole layer."""
     if any(tensor.ndim == 0 for part, tensor in factors.items() if part != "alpha"):
         return False
     by_rows = factors.keys() & {LORA[1], "diff", "hada_w1_a", "hada_w2_a", *OF_BIAS}
     if DORA in factors and not has_input_magnitudes(factors):
         by_rows.add(DORA)
-    return all(len(factors[part]) == whole for part in by_rows)
+    return all(len(factors[part]) == height for part in by_rows)
 
 
 def _usual_end(end: str) -> str:
     """Return our name for what follows a module in a key: DoRA magnitudes and biases have several."""
     if end.startswith("lora_magnitude_vector") or end == "magnitude":
         return DORA
-    named = _FACTOR.match(end)
-    is_bias = named is not None and end.endswith(".bias") and _FACTORS[named["factor"]] == LORA[1]
+    match = _FACTOR.match(end)
+    is_bias = match is not None and end.endswith(".bias") and _FACTORS[match["factor"]] == LORA[1]
     return "lora_up.bias" if is_bias else end
 
 
@@ -145,45 +179,74 @@ def _as_column(part: str, tensor: Tensor) -> Tensor:
     return tensor.view(-1, 1) if part == DORA and tensor.ndim == 1 else tensor
 
 
-def _put_together(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:
-    groups: dict[str, dict[int, dict[str, str]]] = {}  # module -> number -> part -> key
-    for key in tensors:
-        found = next((match for one in _NUMBERED if (match := one.fullmatch(key)) is not None), None)
-        if found is not None:
-            part = _FACTORS.get(found["factor"], found["factor"])
-            groups.setdefault(found["module"], {}).setdefault(int(found["number"]), {})[part] = key
-    usual, stacked = dict(tensors), dict[str, int]()
-    of_all = next((tensors[key] for key in FOR_ALL if key in tensors and tensors[key].numel() == 1), None)
-    for module, numbers in groups.items():
-        alpha = tensors.get(f"{module}.alpha", of_all)
-        shared = {} if alpha is None else {"alpha": alpha}
-        pieces = [
-            {**shared, **{part: tensors[key] for part, key in numbers[n].items()}} for n in sorted(numbers)
-        ]
-        # PEFT's adapters may have numbers as names: only layers that some model fuses are joined
-        if len(numbers) < 2 or sorted(numbers) != list(range(len(numbers))):
+def _put_together(tensors: Mapping[str, Tensor]) -> Rewritten:
+    """Join numbered factors, each set of a module to one LoRA."""
+    usual = dict(tensors)
+    stacked: dict[str, int] = {}
+    single = [tensors[key] for key in FOR_ALL if key in tensors and tensors[key].numel() == 1]
+    alpha_of_all = single[0] if single else None
+    for module, keys in _numbered_factors(tensors).items():
+        alpha = tensors.get(f"{module}.alpha", alpha_of_all)
+        pieces = _numbered_pieces(keys, tensors, alpha)
+        if not _can_be_joined(module, list(keys), pieces):
             continue
-        if len(numbers) not in count_parts(module):
-            continue
-        if any(not set(LORA) <= set(piece) or piece[LORA[1]].ndim != 2 for piece in pieces):
-            continue
-        for keys in numbers.values():
-            for key in keys.values():
+        for part_keys in keys.values():
+            for key in part_keys.values():
                 del usual[key]
         usual.pop(f"{module}.alpha", None)
-        usual |= {f"{module}.{part}": one for part, one in _diagonal(pieces).items()}
+        for part, tensor in _diagonal(pieces).items():
+            usual[f"{module}.{part}"] = tensor
         stacked[f"{module}.{LORA[0]}"] = len(pieces)
-    return usual, stacked
+    return Rewritten(usual, stacked)
+
+
+def _can_be_joined(module: str, numbers: Sequence[int], pieces: Sequence[Factors]) -> bool:
+    """Return whether numbered factors are LoRAs of the parts of a layer that some model fuses.
+
+    PEFT's adapters may have numbers as names.
+    """
+    if len(numbers) < 2 or sorted(numbers) != list(range(len(numbers))):
+        return False
+    if len(numbers) not in count_parts(module):
+        return False
+    return all(set(LORA) <= set(piece) and piece[LORA[1]].ndim == 2 for piece in pieces)
+
+
+def _numbered_pieces(
+    keys: Mapping[int, Mapping[str, str]], tensors: Mapping[str, Tensor], alpha: Tensor | None
+) -> list[Factors]:
+    """Return the factors of each number in order. alpha: of those without one."""
+    shared = {} if alpha is None else {"alpha": alpha}
+    pieces: list[Factors] = []
+    for number in sorted(keys):
+        factors = {part: tensors[key] for part, key in keys[number].items()}
+        pieces.append({**shared, **factors})
+    return pieces
+
+
+def _numbered_factors(keys: Iterable[str]) -> dict[str, dict[int, dict[str, str]]]:
+    """Return the keys of numbered factors: module -> number -> our name of the factor -> key."""
+    modules: dict[str, dict[int, dict[str, str]]] = {}
+    for key in keys:
+        matches = (pattern.fullmatch(key) for pattern in _NUMBERED)
+        match = next((match for match in matches if match is not None), None)
+        if match is not None:
+            part = _FACTORS.get(match["factor"], match["factor"])
+            numbers = modules.setdefault(match["module"], {})
+            numbers.setdefault(int(match["number"]), {})[part] = key
+    return modules
 
 
 def _diagonal(pieces: Sequence[Factors]) -> dict[str, Tensor]:
     """Join LoRAs for stacked rows into one LoRA with a block-diagonal up factor."""
-    scales, ups = [strength(piece) for piece in pieces], [piece[LORA[1]] for piece in pieces]
+    scales = [strength(piece) for piece in pieces]
+    scale = scales[0]
+    ups = [piece[LORA[1]] for piece in pieces]
     down = torch.cat([piece[LORA[0]] for piece in pieces])
     if len(set(scales)) > 1:
-        ups = [(up.float() * scale).to(up.dtype) for up, scale in zip(ups, scales, strict=True)]
-        scales = [1.0]
-    whole = {LORA[0]: down, LORA[1]: torch.block_diag(*ups)}
+        ups = [(up.float() * factor).to(up.dtype) for up, factor in zip(ups, scales, strict=True)]
+        scale = 1.0
+    joined = {LORA[0]: down, LORA[1]: torch.block_diag(*ups)}
     if any("alpha" in piece for piece in pieces):
-        whole["alpha"] = torch.tensor(scales[0] * len(down))
-    return whole
+        joined["alpha"] = torch.tensor(scale * len(down))
+    return joined

@@ -48,26 +48,27 @@ class TextLoras:
 
     def __init__(self, uses: Sequence[LoraUse]) -> None:
         self._uses = [use for use in uses if use.lora.text_tensors]
-        self._beside = on_side(uses, True)
+        self._on_side = on_side(uses, True)
         self._done: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     @property
     def is_empty(self) -> bool:
-        return not self._uses and not self._beside
+        return not self._uses and not self._on_side
 
-    def tell_unused(self, encoders: Sequence[TextEncoder]) -> None:
+    def warn_of_unused(self, encoders: Sequence[TextEncoder]) -> None:
         """Warn of parts for text encoders that the model does not have, or that cannot take them."""
-        taken = {encoder.lora_prefix for encoder in encoders if can_learn(encoder)}
+        prefixes = {encoder.lora_prefix for encoder in encoders if can_learn(encoder)}
         for use in self._uses:
-            names = [
-                name for name in rename_texts(use.lora.text_tensors, taken) if prefix_of(name) not in taken
-            ]
+            texts = rename_texts(use.lora.text_tensors, prefixes)
+            names = [name for name in texts if prefix_of(name) not in prefixes]
             if names:
                 logger.warning(
                     f"{use.lora.path}: {len(names)} tensors change a text encoder that this model does "
                     f"not have, or that takes no LoRAs here, and are ignored: {list_some(names, 2)}"
                 )
-        for use in () if any(map(has_text_side, encoders)) else self._beside:
+        if any(has_text_side(encoder) for encoder in encoders):
+            return
+        for use in self._on_side:
             names = [*use.lora.tensors]
             logger.warning(
                 f"{use.lora.path}: {len(names)} tensors change {text_side_of(names)}, which this model does "
@@ -81,8 +82,8 @@ class TextLoras:
         """
         if self._uses and can_learn(encoder):
             self._add(uses_for(self._uses, encoder.lora_prefix), encoder.network, encoder.name)
-        if self._beside and has_text_side(encoder):
-            self._add(self._beside, encoder.text_side, encoder.name)
+        if self._on_side and has_text_side(encoder):
+            self._add(self._on_side, encoder.text_side, encoder.name)
 
     def _add(self, uses: Sequence[LoraUse], network: nn.Module, label: str) -> None:
         if not uses or network in self._done:
@@ -135,11 +136,11 @@ def pieces_of(name: str) -> list[TensorPiece]:
     for start, prefix, is_open_clip in _TEXTS:
         if not name.startswith(start):
             continue
-        own = name.removeprefix(start)
-        if not is_open_clip:
-            # old and merged files leave this level out
-            return [TensorPiece(prefix, own if own.startswith(_HF_START) else _HF_START + own)]
-        return [TensorPiece(prefix, _HF_START + ours, third) for ours, third in open_clip_names(own)]
+        path = name.removeprefix(start)
+        if is_open_clip:
+            return [TensorPiece(prefix, _HF_START + ours, third) for ours, third in open_clip_names(path)]
+        # old and merged files leave this level out
+        return [TensorPiece(prefix, path if path.startswith(_HF_START) else _HF_START + path)]
     return []
 
 
@@ -152,12 +153,12 @@ class WholePatch:
         """names: of all tensors in the file."""
         names = list(names)
         texts = sorted({piece.network for name in names for piece in pieces_of(name)} - {""})
-        given = for_encoders(uses, str(model), texts)
-        unet = LoraPatch(uses_for(given), [name for name in names if name.startswith(UNET)], model)
+        fitting = for_encoders(uses, str(model), texts)
+        of_unet = [name for name in names if name.startswith(UNET)]
         # by the prefix of the network in LoRA files
-        self._patches = {"": unet} | {
-            prefix: LoraPatch(uses_for(given, prefix), model=model, is_text=True) for prefix in texts
-        }
+        self._patches = {"": LoraPatch(uses_for(fitting), of_unet, model)}
+        for prefix in texts:
+            self._patches[prefix] = LoraPatch(uses_for(fitting, prefix), model=model, is_text=True)
 
     def touches(self, name: str) -> bool:
         return any(patch.touches(piece.name) for piece, patch in self._of(name))
@@ -175,28 +176,27 @@ class WholePatch:
         return ((piece, self._patches[piece.network]) for piece in pieces_of(name))
 
 
-def for_encoders(uses: Iterable[LoraUse], model: str, held: Collection[str]) -> list[LoraUse]:
+def for_encoders(uses: Iterable[LoraUse], model: str, prefixes: Collection[str]) -> list[LoraUse]:
     """Return LoRAs with the names of a model's text encoders; warn of parts for other encoders.
 
-    held: the prefixes of its encoders, as for `rename_texts`. Raises CheckpointError if nothing of a LoRA is
+    prefixes: of the model's encoders, as for `rename_texts`. Raises CheckpointError if nothing of a LoRA is
     left.
     """
-    found = []
+    fitting: list[LoraUse] = []
     for use in uses:
-        texts = rename_texts(use.lora.text_tensors, held)
-        use = replace(use, lora=replace(use.lora, text_tensors=texts))
-        others = [name for name in texts if prefix_of(name) not in held]
+        texts = rename_texts(use.lora.text_tensors, prefixes)
         path = use.lora.path
-        if others and not use.lora.tensors and len(others) == len(texts):
+        foreign = [name for name in texts if prefix_of(name) not in prefixes]
+        if foreign and not use.lora.tensors and len(foreign) == len(texts):
             raise CheckpointError(
-                f"{path} changes text encoders alone, which {model} does not hold: {list_some(others, 2)}.\n"
+                f"{path} changes text encoders alone, which {model} does not hold: {list_some(foreign, 2)}.\n"
                 "  Give a LoRA that was trained for this model.",
                 path,
             )
-        if others:
+        if foreign:
             logger.warning(
-                f"{path}: {len(others)} tensors change a text encoder, which {model} does not hold, and are "
-                f"ignored: {list_some(others, 2)}"
+                f"{path}: {len(foreign)} tensors change a text encoder, which {model} does not hold, and are "
+                f"ignored: {list_some(foreign, 2)}"
             )
-        found.append(use)
-    return found
+        fitting.append(replace(use, lora=replace(use.lora, text_tensors=texts)))
+    return fitting

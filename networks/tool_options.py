@@ -162,18 +162,18 @@ class AveragingOptions(Options):
 
     def files(self) -> list[Path]:
         """Return the files, each once; patterns such as `x-*.safetensors` are expanded: not all shells do."""
-        found: dict[Path, None] = {}
+        files: dict[Path, None] = {}
         for path in self.path:
             if path.exists():
-                found[path] = None
+                files[path] = None
                 continue
-            named = sort_by_numbers(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
-            if not named:
+            matching = sort_by_numbers(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
+            if not matching:
                 raise OptionError(
                     f"{path}: no such file.{explain_missing(path)} Give files that a training has saved"
                 )
-            found |= dict.fromkeys(named)
-        return list(found)
+            files |= dict.fromkeys(matching)
+        return list(files)
 
 
 class ExtractOptions(Options):

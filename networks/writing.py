@@ -2,8 +2,9 @@
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from logging import getLogger
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,10 +20,16 @@ from networks.parts import fuse, settle_rows
 
 logger = getLogger(__name__)
 _UNKNOWN = "no known model has a module with this name"
+_OF_LOKR = {"alpha", *(f"lokr_w{number}{end}" for number in "12" for end in ("", "_a", "_b"))}
 Pieces = Mapping[str, Factors]  # path in the other dialect -> factors
 Form = dict[str, Tensor] | str  # tensors of a module by the ends of their names, or why there are none
-# a LoRA in another dialect, and the modules that have no form there, each with the reason
-Written = tuple[dict[str, Tensor], dict[str, str]]
+
+
+class Written(NamedTuple):
+    """A LoRA in another dialect, and the modules that have no form there, each with the reason."""
+
+    tensors: dict[str, Tensor]
+    left_out: dict[str, str]
 
 
 def in_dialect(
@@ -40,45 +47,60 @@ def in_dialect(
     their own if the up factor is block-diagonal; alpha / rank is folded in by powers of two, which is exact.
     ai-toolkit and ComfyUI read FLUX's plain LoRAs in this form too, all else in the form of ours.
     """
-    if family is None:
-        return {}, dict.fromkeys(deltas.group_by_module(tensors), _UNKNOWN)
     modules = deltas.group_by_module(tensors)
+    if family is None:
+        return Written({}, dict.fromkeys(modules, _UNKNOWN))
     if target == "diffusers" and family.lokr_in_diffusers and all(map(_is_lokr, modules.values())):
-        # names of diffusers' own layout have no prefix, and all must be of one layout
-        cut = any(module_names.part_path(name.removeprefix(OURS), family) for name in modules)
-        begin = "" if cut else OTHER
-        return _write(tensors, begin, lambda name, one: _lokr_path(name, one, family, cut), _in_comfyui)
+        return _lokrs_in_diffusers(tensors, family)
     if target == "diffusers" or (family.is_as_in_diffusers and family.start != IN_COMFYUI):
-        begin = UNET_IN_DIFFUSERS if family.start == UNET_IN_DIFFUSERS else start
-        form = _in_toolkit if family.parts else _in_diffusers
-        return _write(tensors, begin, lambda name, factors: _pieces(name, factors, family), form)
-    plain: dict[str, Tensor] = {}
-    others: dict[str, Tensor] = {}
-    cuts = family.parts and family.start == IN_DIFFUSERS
+        prefix = UNET_IN_DIFFUSERS if family.start == UNET_IN_DIFFUSERS else start
+        form_of = _in_toolkit if family.parts else _in_diffusers
+        return _write(tensors, prefix, lambda name, factors: _pieces(name, factors, family), form_of)
+    # plain LoRAs of weights that diffusers splits are written as for diffusers
+    is_cut = family.parts and family.start == IN_DIFFUSERS
+    plain: dict[str, Factors] = {}
+    remaining: dict[str, Factors] = {}
     for name, factors in modules.items():
-        is_plain = cuts and factors.keys() <= deltas.OF_LOW_RANK
-        (plain if is_plain else others).update({f"{name}.{part}": one for part, one in factors.items()})
-    written, left_out = in_dialect(plain, family, "diffusers")
-    others |= {name: one for name, one in plain.items() if name.partition(".")[0] in left_out}
-    whole, left_out = _write(
-        others, OTHER, lambda name, factors: _alone(module_path(name, family), factors), _in_comfyui
+        is_plain = is_cut and factors.keys() <= deltas.OF_LOW_RANK
+        (plain if is_plain else remaining)[name] = factors
+    written = in_dialect(deltas.ungroup(plain), family, "diffusers")
+    for name in written.left_out:
+        remaining[name] = plain[name]
+    as_ours = _write(
+        deltas.ungroup(remaining),
+        OTHER,
+        lambda name, factors: _alone(module_path(name, family), factors),
+        _in_comfyui,
     )
-    return {**written, **whole}, left_out
+    return Written({**written.tensors, **as_ours.tensors}, as_ours.left_out)
+
+
+def _lokrs_in_diffusers(tensors: Mapping[str, Tensor], family: FamilyNames) -> Written:
+    """Return LoKrs in the form that diffusers reads, as ComfyUI does."""
+    # names of diffusers' own layout have no prefix, and all must be of one layout
+    names = deltas.group_by_module(tensors)
+    is_cut = any(module_names.part_path(name.removeprefix(OURS), family) for name in names)
+    return _write(
+        tensors,
+        "" if is_cut else OTHER,
+        lambda name, factors: _lokr_path(name, factors, family, is_cut),
+        _in_comfyui,
+    )
 
 
 def _is_lokr(factors: Factors) -> bool:
     """Return whether diffusers can read the factors as a LoKr: no core, magnitudes or biases."""
-    return factors.keys() <= {"alpha", *(f"lokr_w{n}{x}" for n in "12" for x in ("", "_a", "_b"))}
+    return factors.keys() <= _OF_LOKR
 
 
-def _lokr_path(name: str, factors: Factors, family: FamilyNames, cut: bool) -> Pieces | str:
-    """Return a LoKr by its path, or why there is none. cut: the file has layers of diffusers' layout."""
+def _lokr_path(name: str, factors: Factors, family: FamilyNames, is_cut: bool) -> Pieces | str:
+    """Return a LoKr by its path, or why there is none. is_cut: the file has layers of diffusers' layout."""
     parts = parts_of(name, family)
-    if any(part.index == SWAPPED for _, part in parts):
+    if any(placed.part.index == SWAPPED for placed in parts):
         return "its halves stand the other way round in diffusers, which does not swap those of a LoKr"
-    if not cut:
+    if not is_cut:
         return _alone(module_path(name, family), factors)
-    path = parts[0][0] if len(parts) == 1 else module_names.part_path(name, family)
+    path = parts[0].path if len(parts) == 1 else module_names.part_path(name, family)
     return _alone(path, factors, "diffusers has it in parts, as the file has other layers")
 
 
@@ -88,12 +110,18 @@ def texts_to_diffusers(tensors: Mapping[str, Tensor]) -> Written:
     CLIP-L is `text_encoder`, T5 `text_encoder_2`. Encoders that no pipeline of diffusers takes LoRAs for are
     left out.
     """
-    why = "diffusers has no such text encoder"
-    return _write(tensors, "", lambda name, one: _alone(diffusers_path_of_text(name), one, why), _in_toolkit)
+    reason = "diffusers has no such text encoder"
+    return _write(
+        tensors,
+        "",
+        lambda name, factors: _alone(diffusers_path_of_text(name), factors, reason),
+        _in_toolkit,
+    )
 
 
-def _alone(path: str | None, factors: Factors, why: str = _UNKNOWN) -> Pieces | str:
-    return why if path is None else {path: factors}
+def _alone(path: str | None, factors: Factors, reason: str = _UNKNOWN) -> Pieces | str:
+    """Return the factors of a module that is whole in the other dialect. reason: why, if it has no path."""
+    return reason if path is None else {path: factors}
 
 
 def _write(
@@ -109,16 +137,19 @@ def _write(
     left_out: dict[str, str] = {}
     for name, factors in deltas.group_by_module(tensors).items():
         pieces = pieces_of(name.removeprefix(OURS), factors)
-        forms = {} if isinstance(pieces, str) else {path: form_of(one) for path, one in pieces.items()}
-        reasons = [form for form in (pieces, *forms.values()) if isinstance(form, str)]
+        if isinstance(pieces, str):
+            left_out[name] = pieces
+            continue
+        forms = {path: form_of(piece) for path, piece in pieces.items()}
+        reasons = [form for form in forms.values() if isinstance(form, str)]
         if reasons:
             left_out[name] = reasons[0]
             continue
         for path, form in forms.items():
             assert not isinstance(form, str)
-            begin = "" if module_names.is_unprefixed(path) else start
-            written.update({f"{begin}{path}.{part}": tensor for part, tensor in form.items()})
-    return written, left_out
+            prefix = "" if module_names.is_unprefixed(path) else start
+            written.update({f"{prefix}{path}.{part}": tensor for part, tensor in form.items()})
+    return Written(written, left_out)
 
 
 def _in_comfyui(factors: Factors) -> dict[str, Tensor]:
@@ -126,26 +157,22 @@ def _in_comfyui(factors: Factors) -> dict[str, Tensor]:
 
     Biases are whole differences there. An alpha of 0 means the rank, and is written so.
     """
-    rest = {part: one for part, one in factors.items() if part not in ("alpha", *deltas.OF_BIAS)}
-    if rest.keys() <= {*LORA, "diff", DORA}:
-        form = _fold(factors) | {part: one for part, one in rest.items() if part not in LORA}
-    else:
-        rank = deltas.rank_of(factors)
-        form = rest if rank is None else {**rest, "alpha": torch.tensor(deltas.strength(factors) * rank)}
+    form = {part: tensor for part, tensor in factors.items() if part not in ("alpha", *deltas.OF_BIAS)}
+    rank = deltas.rank_of(factors)
+    if form.keys() <= {*LORA, "diff", DORA}:
+        form = _fold(factors) | {part: tensor for part, tensor in form.items() if part not in LORA}
+    elif rank is not None:
+        form["alpha"] = torch.tensor(deltas.strength(factors) * rank)
     bias = deltas.stored_bias(factors)
-    return form if bias is None else {**form, "diff_b": bias}
+    if bias is not None:
+        form["diff_b"] = bias
+    return form
 
 
 def _in_diffusers(factors: Factors) -> Form:
     """Return the tensors of a module as diffusers and PEFT read them, or why there are none."""
     if "diff" in factors and factors["diff"].ndim == 2 and LORA[0] not in factors and DORA not in factors:
-        # a whole difference of a matrix, out x in: the LoRA of it and a unit matrix
-        whole = factors["diff"]
-        out, inner = whole.shape
-        one = torch.eye(min(out, inner), dtype=whole.dtype)
-        rest = {part: tensor for part, tensor in factors.items() if part not in ("diff", "alpha")}
-        down, up = (whole, one) if out <= inner else (one, whole)
-        factors = {**rest, LORA[0]: down, LORA[1]: up}
+        factors = _of_full_rank(factors)
     if factors.keys() - deltas.OF_LOW_RANK - {DORA} or LORA[0] not in factors:
         return f"{', '.join(sorted(set(factors) - {'alpha'}))} has no form in this dialect"
     if deltas.has_input_magnitudes(factors):
@@ -157,25 +184,37 @@ def _in_diffusers(factors: Factors) -> Form:
     if bias is not None:
         form["lora_B.bias"] = bias
     if DORA in factors:
-        magnitudes, ndim = factors[DORA], factors[DORA].ndim
-        form["lora_magnitude_vector"] = (
-            magnitudes.flatten() if ndim == 2 else magnitudes.reshape(1, -1, *[1] * (ndim - 2))
-        )
+        magnitudes = factors[DORA]
+        kernel_axes = magnitudes.ndim - 2
+        form["lora_magnitude_vector"] = magnitudes.flatten()
+        if kernel_axes:
+            form["lora_magnitude_vector"] = magnitudes.reshape(1, -1, *[1] * kernel_axes)
     return form
+
+
+def _of_full_rank(factors: Factors) -> Factors:
+    """Return a whole difference of a matrix, out x in, as the LoRA of it and a unit matrix."""
+    difference = factors["diff"]
+    out, inner = difference.shape
+    unit = torch.eye(min(out, inner), dtype=difference.dtype)
+    lora = {part: tensor for part, tensor in factors.items() if part not in ("diff", "alpha")}
+    lora[LORA[0]] = difference if out <= inner else unit
+    lora[LORA[1]] = unit if out <= inner else difference
+    return lora
 
 
 def _fold(factors: Factors) -> dict[str, Tensor]:
     """Return LoRA factors with alpha / rank split evenly between the two."""
     scale = deltas.strength(factors)
-    halves = {
-        LORA[0]: ("lora_A.weight", math.sqrt(abs(scale))),
-        LORA[1]: ("lora_B.weight", math.copysign(math.sqrt(abs(scale)), scale)),
-    }
-    return {
-        name: (factors[part].float() * half).to(factors[part].dtype)
-        for part, (name, half) in halves.items()
-        if part in factors
-    }
+    root = math.sqrt(abs(scale))
+    folded: dict[str, Tensor] = {}
+    if LORA[0] in factors:
+        down = factors[LORA[0]]
+        folded["lora_A.weight"] = (down.float() * root).to(down.dtype)
+    if LORA[1] in factors:
+        up = factors[LORA[1]]
+        folded["lora_B.weight"] = (up.float() * math.copysign(root, scale)).to(up.dtype)
+    return folded
 
 
 def _in_toolkit(factors: Factors) -> Form:
@@ -183,7 +222,7 @@ def _in_toolkit(factors: Factors) -> Form:
     if LORA[0] not in factors:
         return _in_diffusers(factors)
     folded = deltas.fold_strength(factors)
-    return _in_diffusers({part: one.contiguous() for part, one in folded.items()})
+    return _in_diffusers({part: tensor.contiguous() for part, tensor in folded.items()})
 
 
 def _pieces(name: str, factors: Factors, family: FamilyNames) -> Pieces | str:
@@ -194,46 +233,65 @@ def _pieces(name: str, factors: Factors, family: FamilyNames) -> Pieces | str:
     parts = parts_of(name, family)
     if not parts:
         return {path: factors}  # the same in both layouts
-    (theirs, part), *others = parts
-    if others:
-        return _cut(factors, [path for path, _ in parts])
-    if part.index != SWAPPED:
-        return {theirs: factors}
-    whole = next((len(factors[one]) for one in (LORA[1], "diff", "diff_b") if one in factors), 0)
-    swapped = deltas.rows_of(factors, torch.arange(whole).roll(whole // 2)) if whole else None
-    return "it has no rows to swap" if swapped is None else {theirs: swapped}
+    if len(parts) > 1:
+        return _cut(factors, [placed.path for placed in parts])
+    if parts[0].part.index != SWAPPED:
+        return {parts[0].path: factors}
+    by_rows = [factors[part] for part in (LORA[1], "diff", "diff_b") if part in factors]
+    height = len(by_rows[0]) if by_rows else 0
+    if not height:
+        return "it has no rows to swap"
+    swapped = deltas.rows_of(factors, torch.arange(height).roll(height // 2))
+    return "it has no rows to swap" if swapped is None else {parts[0].path: swapped}
 
 
 def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
-    if LORA[0] in factors and factors[LORA[1]].ndim == 2:
-        rows, columns = len(factors[LORA[1]]), factors[LORA[0]].shape[1]
-    elif factors.keys() <= {"diff", "diff_b", "alpha"} and "diff" in factors and factors["diff"].ndim == 2:
-        rows, columns = factors["diff"].shape
-    else:
+    """Return the factors of each part of a fused weight, or why there are none. paths: of the parts."""
+    size = _size_to_cut(factors)
+    if size is None:
         return "only plain LoRAs and whole differences can be cut into the parts of a weight"
+    rows, columns = size
     heights = fused_heights(len(paths), rows, columns)
     if not heights:
         return f"its {rows} rows are not those of {len(paths)} parts"
     is_plain = LORA[0] in factors and len(factors) <= 3
     blocks = diagonal_blocks(factors[LORA[1]], heights) if is_plain else None
-    if blocks is not None:
-        downs = factors[LORA[0]].chunk(len(paths))
-        alpha = torch.tensor(deltas.strength(factors) * (len(factors[LORA[0]]) // len(paths)))
-        pairs = zip(downs, blocks, strict=True)
-        cut: list[Factors | None] = [{LORA[0]: down, LORA[1]: up, "alpha": alpha} for down, up in pairs]
-    else:
-        starts = itertools.accumulate(heights, initial=0)
-        places = zip(starts, heights, strict=False)
-        cut = [deltas.rows_of(factors, slice(start, start + height)) for start, height in places]
-    found = {path: one for path, one in zip(paths, cut, strict=True) if one is not None}
-    if len(found) < len(paths):
+    parts: Sequence[Factors | None]
+    parts = _cut_rows(factors, heights) if blocks is None else _cut_blocks(factors, blocks)
+    pieces = {path: part for path, part in zip(paths, parts, strict=True) if part is not None}
+    if len(pieces) < len(paths):
         return "its magnitudes belong to the whole weight"
     # the whole is zero in the rows of a part that it was joined without
-    return {
-        path: one
-        for path, one in found.items()
-        if any(values.any() for part, values in one.items() if part not in {LORA[0], "alpha"})
-    } or found
+    changing = {path: piece for path, piece in pieces.items() if _changes_any(piece)}
+    return changing or pieces
+
+
+def _size_to_cut(factors: Factors) -> tuple[int, int] | None:
+    """Return rows and columns of a change that can be cut into parts; None for other factors."""
+    if LORA[0] in factors and factors[LORA[1]].ndim == 2:
+        return len(factors[LORA[1]]), factors[LORA[0]].shape[1]
+    if factors.keys() <= {"diff", "diff_b", "alpha"} and "diff" in factors and factors["diff"].ndim == 2:
+        return len(factors["diff"]), factors["diff"].shape[1]
+    return None
+
+
+def _cut_rows(factors: Factors, heights: Sequence[int]) -> list[Factors | None]:
+    """Return the factors of each group of rows; None where rows cannot be cut."""
+    starts = itertools.accumulate(heights, initial=0)
+    places = zip(starts, heights, strict=False)
+    return [deltas.rows_of(factors, slice(start, start + height)) for start, height in places]
+
+
+def _cut_blocks(factors: Factors, blocks: Sequence[Tensor]) -> list[Factors]:
+    """Return the LoRA of each block of a block-diagonal up factor."""
+    downs = factors[LORA[0]].chunk(len(blocks))
+    alpha = torch.tensor(deltas.strength(factors) * (len(factors[LORA[0]]) // len(blocks)))
+    return [{LORA[0]: down, LORA[1]: up, "alpha": alpha} for down, up in zip(downs, blocks, strict=True)]
+
+
+def _changes_any(factors: Factors) -> bool:
+    """Return whether any value but those of the down factor and alpha differs from 0."""
+    return any(bool(tensor.any()) for part, tensor in factors.items() if part not in {LORA[0], "alpha"})
 
 
 def in_target(
@@ -251,7 +309,7 @@ def in_target(
     tensors = add_missing_alphas(native)
     if names == "aliases" and family is not None:
         tensors = rename_to_aliases(tensors, family)
-    return tensors, {}
+    return Written(tensors, {})
 
 
 def in_own_form(tensors: Mapping[str, Tensor], family: FamilyNames | None) -> Mapping[str, Tensor]:
@@ -272,7 +330,8 @@ def take_apart(tensors: Mapping[str, Tensor], family: FamilyNames) -> dict[str, 
     """
     apart: dict[str, Factors] = {}
     for name, factors in deltas.group_by_module(rename_to_aliases(tensors, family, alias)).items():
-        paths = [OURS + path.replace(".", "_") for path, _ in parts_of(name.removeprefix(OURS), family)]
+        parts = parts_of(name.removeprefix(OURS), family)
+        paths = [OURS + placed.path.replace(".", "_") for placed in parts]
         pieces = _cut(factors, paths) if paths else {name: factors}
         if isinstance(pieces, str):
             logger.warning(f"{name}: {pieces}; it stays whole")
@@ -289,9 +348,10 @@ def rename_to_aliases(
 
     change: `to_alias`, or `alias` for the way back.
     """
-    renamed = {}
+    renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        module, dot, part = name.removeprefix(OURS).partition(".")
-        own = name.startswith(OURS)
-        renamed[f"{OURS}{change(module, family)}{dot}{part}" if own else name] = tensor
+        if name.startswith(OURS):
+            module, dot, part = name.removeprefix(OURS).partition(".")
+            name = f"{OURS}{change(module, family)}{dot}{part}"
+        renamed[name] = tensor
     return renamed

@@ -19,8 +19,11 @@ UNET_IN_DIFFUSERS = "unet."
 KNOWN, COMFYUI, DIFFUSERS = "known", "comfyui", "diffusers"
 # first layers; how many channels they take differs between models of a family
 FIRST_LAYERS = (
-    *("patch_embedding.weight", "img_in.proj.weight", "x_embedder.proj.weight"),
-    *("conv_in.weight", "input_blocks.0.0.weight"),  # of U-Nets; more channels for inpainting
+    "patch_embedding.weight",
+    "img_in.proj.weight",
+    "x_embedder.proj.weight",
+    "conv_in.weight",  # of U-Nets, as the next; more channels for inpainting
+    "input_blocks.0.0.weight",
 )
 TRAINED_ON = "ss_base_model_version"  # the metadata of a LoRA file that name its family
 TRAINED_EXPERT = "ss_wan_expert"  # metadata of a LoRA file that name its expert, with one of these values
@@ -59,7 +62,8 @@ Released = tuple[tuple[int, tuple[tuple[str, int], ...]], ...]
 IN_TWO_STREAMS: Sides = (
     *((f".to_{x}", 1, 1) for x in ("q", "k", "v", "out.0", "add_out")),
     *((f".add_{x}_proj", 1, 1) for x in "qkv"),
-    *((".net.0.proj", 4, 1), (".net.2", 1, 4)),
+    (".net.0.proj", 4, 1),
+    (".net.2", 1, 4),
 )
 # of `Numbering`, in blocks with two streams in diffusers' layout
 NUMBERED_ATTENTION = (
@@ -127,7 +131,7 @@ class FamilyNames:
     refused: tuple[tuple[str, str], ...] = ()
     # releases whose LoRAs have the same names: a regular expression that finds one in such metadata, and the
     # newest with a parameter that only it has
-    told_release: str = ""
+    release_pattern: str = ""
     newest: tuple[str, str] = ("", "")
     # text encoders that LoRAs change: (start of their modules' names in LoRA files, how their layers' names
     # begin); of several with the same layers the first one counts as the first
@@ -168,7 +172,7 @@ def stacked_parts(theirs: str, ours: str) -> tuple[WeightPart, ...]:
 
 def renamed_parts(theirs: str, ours: str, endings: Iterable[tuple[str, str]]) -> tuple[WeightPart, ...]:
     """Return renamed whole modules: `theirs` + their ending is `ours` + our ending, for each of `endings`."""
-    return tuple(WeightPart(theirs + ending, ours + own) for ending, own in endings)
+    return tuple(WeightPart(theirs + their_ending, ours + our_ending) for their_ending, our_ending in endings)
 
 
 def swapped_tensors(names: FamilyNames) -> tuple[str, ...]:
@@ -182,11 +186,16 @@ def swapped_tensors(names: FamilyNames) -> tuple[str, ...]:
 
 def joined_tensors(names: FamilyNames) -> tuple[tuple[str, tuple[str, ...]], ...]:
     """Return (pattern, our replacements in the order of the rows) for weights that a checkpoint stacks."""
-    found: dict[str, list[str]] = {}
+    replacements: dict[str, list[str]] = {}
     for part in names.joined:
-        pattern = re.escape(part.ours).replace(re.escape("{n}"), r"(\d+)") + r"\.weight"
-        found.setdefault(pattern, []).append(part.theirs.replace("{n}", r"\1") + ".weight")
-    return tuple((pattern, tuple(ours)) for pattern, ours in found.items())
+        pattern = _pattern(part.ours) + r"\.weight"
+        replacements.setdefault(pattern, []).append(part.theirs.replace("{n}", r"\1") + ".weight")
+    return tuple((pattern, tuple(ours)) for pattern, ours in replacements.items())
+
+
+def _pattern(path: str) -> str:
+    """Return the regular expression for a path whose number of the block is `{n}`."""
+    return re.escape(path).replace(re.escape("{n}"), r"(\d+)")
 
 
 def tensor_patterns(names: FamilyNames) -> tuple[tuple[str, str], ...]:
@@ -200,13 +209,12 @@ def tensor_patterns(names: FamilyNames) -> tuple[tuple[str, str], ...]:
     for part in parts:
         place = ""
         if part.index is not None and part.index != SWAPPED:
-            place = f"#{counts.get(part.ours, 0)}"
-            counts[part.ours] = counts.get(part.ours, 0) + 1
-        blocks = "{n}" in part.theirs
-        pattern = re.escape(part.theirs).replace(re.escape("{n}"), r"(\d+)") + r"\.(\w+)"
-        ours = part.ours.replace("{n}", r"\1") + (r".\2" if blocks else r".\1")
-        patterns.append((pattern, ours + place))
+            number = counts.get(part.ours, 0)
+            place = f"#{number}"
+            counts[part.ours] = number + 1
+        leaf = r".\2" if "{n}" in part.theirs else r".\1"
+        replacement = part.ours.replace("{n}", r"\1") + leaf + place
+        patterns.append((_pattern(part.theirs) + r"\.(\w+)", replacement))
     for theirs, ours in names.parameters:
-        pattern = re.escape(theirs).replace(re.escape("{n}"), r"(\d+)")
-        patterns.append((pattern, ours.replace("{n}", r"\1")))
+        patterns.append((_pattern(theirs), ours.replace("{n}", r"\1")))
     return tuple(patterns)

@@ -15,14 +15,18 @@ _PUBLISHED = (
 )
 
 
-def _translated(table: Pairs, name: str) -> str | None:
-    found = ((re.fullmatch(pattern, name), target) for pattern, target in table)
-    return next((match.expand(target) for match, target in found if match is not None), None)
+def _translate(table: Pairs, name: str) -> str | None:
+    """Return the name that the first fitting pattern of a table stands for; None if none fits."""
+    for pattern, target in table:
+        match = re.fullmatch(pattern, name)
+        if match is not None:
+            return match.expand(target)
+    return None
 
 
 def published_path(path: str) -> str:
     """Return the published path of a text encoder's module; unknown paths are published ones already."""
-    return _translated(_PUBLISHED, path) or path
+    return _translate(_PUBLISHED, path) or path
 
 
 def published_parameter(name: str) -> str:
@@ -48,11 +52,12 @@ def open_clip_names(name: str) -> list[tuple[str, int | None]]:
 
     name: Hugging Face's, below `text_model.`. third: of the rows; None: all. [] for unknown tensors.
     """
-    if fused := _FUSED.fullmatch(name):
+    fused = _FUSED.fullmatch(name)
+    if fused is not None:
         layer = f"encoder.layers.{fused[1]}.self_attn."
         return [(f"{layer}{x}_proj.{fused[2]}", third) for third, x in enumerate("qkv")]
-    found = _translated(_OPEN_CLIP, name)
-    return [] if found is None else [(found, None)]
+    translated = _translate(_OPEN_CLIP, name)
+    return [] if translated is None else [(translated, None)]
 
 
 # names of modules in LoRA files -> their paths in diffusers' pipelines
@@ -68,7 +73,8 @@ _IN_DIFFUSERS = (
 
 
 def diffusers_path_of_text(name: str) -> str | None:
-    return _translated(_IN_DIFFUSERS, name)
+    """Return the path of a text encoder's module in diffusers' pipelines; None if there is none."""
+    return _translate(_IN_DIFFUSERS, name)
 
 
 # order of the modules, which come before the transformer's: CLIP-L, T5, Gemma 2

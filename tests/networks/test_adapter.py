@@ -297,7 +297,7 @@ def test_parts_for_encoders_that_a_model_does_not_have_are_told(
     loras = TextLoras([LoraUse(read_lora(tmp_path / "lora.safetensors", with_texts=True))])
 
     with caplog.at_level(logging.WARNING):
-        loras.tell_unused([clip])
+        loras.warn_of_unused([clip])
 
     assert "2 tensors change a text encoder that this model does not have" in caplog.text
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from networks.apply import LoraPatch
 from networks.lora_network import OwnNetwork
+from networks.own_kinds import NetworkArguments
 from networks.own_modules import build_from_tensors, build_network
 
 
@@ -20,12 +21,14 @@ def make_lora(
     **arguments: Any,
 ) -> OwnNetwork:
     """A network by the last part of its module's name, `lora_wan`, not attached yet."""
-    return build_network(f"networks.{name}", rank, alpha, neuron_dropout, arguments, dit, texts or {})
+    typed = NetworkArguments(rank, alpha, neuron_dropout, arguments)
+    return build_network(f"networks.{name}", typed, dit, texts or {})
 
 
 def lora_like(name: str, tensors: Mapping[str, Tensor], dit: nn.Module, **arguments: Any) -> OwnNetwork:
     """A network with the modules, ranks and alphas of a file's tensors, not their values."""
-    return build_from_tensors(f"networks.{name}", tensors, None, arguments, dit, {})
+    typed = NetworkArguments(arguments=arguments)
+    return build_from_tensors(f"networks.{name}", tensors, typed, dit, encoders={})
 
 
 def unused(patch: LoraPatch) -> list[str]:
