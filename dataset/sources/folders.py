@@ -5,8 +5,8 @@ import itertools
 import logging
 import os
 from collections.abc import Container, Sequence
-from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from dataset.config import DatasetTable
 from dataset.config_keys import IGNORE
@@ -25,46 +25,106 @@ logger = logging.getLogger(__name__)
 
 
 def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) -> list[MediaSource]:
-    assert table.directory is not None
-    there = _leave_out_results(table, _media_in(table, faults))
-    bad_names = {path for path in there if not path.name.isascii() and bad_character(path.name)}
-    paths = [path for path in there if path not in bad_names] if bad_names else there
-    kind = f"names of {table.name} are not UTF-8, so that no cache can name them; rename the files"
-    faults += [Fault(kind, ascii(str(path))) for path in there if path in bad_names]
+    """Return the sources of a table's folder; add a fault for each file that cannot be used.
+
+    captions: read them. Raises DatasetError if the folder cannot be listed.
+    """
+    paths = _leave_out_results(table, _media_in(table, faults))
+    paths = _leave_out_bad_names(table, paths, faults)
     controls: list[tuple[Path, ...]] = [()] * len(paths)
     if table.control_directory is not None:
         folder = ControlFolder(table.control_directory, {path.stem for path in paths})
         controls = _folder_controls(table, folder, paths, faults)
-    masks, sounds = dict[Path, Path](), dict[Path, Path]()
+    masks: dict[Path, Path] = {}
     if table.mask_directory is not None:
-        masks = _find_companions(table, "mask", table.mask_directory, paths, faults)
+        masks = _find_companions(table, "mask", table.mask_directory, media=paths, faults=faults)
+    sounds: dict[Path, Path] = {}
     if table.audio_directory is not None and table.audio != IGNORE:
-        sounds = _find_companions(table, "sound", table.audio_directory, paths, faults)
+        sounds = _find_companions(table, "sound", table.audio_directory, media=paths, faults=faults)
+    reader = _CaptionReader(table, captions)
     sources = []
-    bad: dict[Path, tuple[str, str]] = {}  # caption file -> stem and message
     for path, control in zip(paths, controls, strict=True):
         stem = path.stem
-        text_path = table.directory / (stem + table.caption_extension) if table.caption_extension else None
-        first: str | None = None
-        more: tuple[str, ...] = ()
-        encoding: str | None = None
-        if captions and text_path is not None:
-            try:
-                file = read_caption_file(text_path)
-                text = table.class_tokens if file is None else file.text
-                encoding = None if file is None else file.encoding
-                first, more = first_and_more(None if text is None else captions_in(text, table), text_path)
-            except DatasetError as error:
-                bad[text_path] = stem, str(error)
-        sound = (sounds[path], None) if path in sounds else None
-        mask = masks.get(path)
-        source = MediaSource(path, stem, first, text_path, control, table, more, mask, sound=sound)
-        sources.append(source if encoding is None else replace(source, caption_encoding=encoding))
-    if bad:
-        messages = explain_captions(list(bad), [message for _, message in bad.values()])
-        kind = "have a caption that cannot be used"
-        faults += [Fault(kind, text, stem) for text, (stem, _) in zip(messages, bad.values(), strict=True)]
+        caption_path = reader.path_of(stem)
+        content = reader.read(stem, caption_path)
+        source = MediaSource(
+            path=path,
+            stem=stem,
+            caption=content.first,
+            caption_path=caption_path,
+            control=control,
+            table=table,
+            more_captions=content.further,
+            mask=masks.get(path),
+            sound=(sounds[path], None) if path in sounds else None,
+            caption_encoding=content.encoding,
+        )
+        sources.append(source)
+    faults += reader.faults()
     return sources
+
+
+def _leave_out_bad_names(table: DatasetTable, paths: list[Path], faults: list[Fault]) -> list[Path]:
+    """Return the paths whose names are UTF-8; add a fault for each of the others."""
+    bad_names = {path for path in paths if not path.name.isascii() and bad_character(path.name)}
+    if not bad_names:
+        return paths
+    kind = f"names of {table.name} are not UTF-8, so that no cache can name them; rename the files"
+    faults += [Fault(kind, ascii(str(path))) for path in paths if path in bad_names]
+    return [path for path in paths if path not in bad_names]
+
+
+class _Captions(NamedTuple):
+    """The captions of one image or clip."""
+
+    first: str | None = None
+    further: tuple[str, ...] = ()
+    encoding: str | None = None  # of the caption file, if that is not UTF-8
+
+
+_NO_CAPTION = _Captions()
+
+
+class _CaptionReader:
+    """Read the caption files of a table's folder, and collect those that cannot be used."""
+
+    def __init__(self, table: DatasetTable, is_wanted: bool) -> None:
+        """is_wanted: False reads no file."""
+        assert table.directory is not None
+        self._table, self._is_wanted = table, is_wanted
+        self._folder, self._extension = table.directory, table.caption_extension
+        self._problems: dict[Path, tuple[str, str]] = {}  # caption file -> stem and message
+
+    def path_of(self, stem: str) -> Path | None:
+        """Return the caption file of an image or clip, there or not; None if the table has no such files."""
+        return self._folder / (stem + self._extension) if self._extension else None
+
+    def read(self, stem: str, path: Path | None) -> _Captions:
+        """Return the captions in a file. No caption if it is not there, or if it cannot be used."""
+        if not self._is_wanted or path is None:
+            return _NO_CAPTION
+        encoding = None
+        try:
+            file = read_caption_file(path)
+            text = self._table.class_tokens
+            if file is not None:
+                text, encoding = file.text, file.encoding
+            captions = None if text is None else captions_in(text, self._table)
+            first, further = first_and_more(captions, path)
+        except DatasetError as error:
+            self._problems[path] = stem, str(error)
+            return _Captions(encoding=encoding)
+        return _Captions(first, further, encoding)
+
+    def faults(self) -> list[Fault]:
+        """Return a fault for each file that could not be used."""
+        if not self._problems:
+            return []
+        texts = [text for _, text in self._problems.values()]
+        messages = explain_captions(list(self._problems), texts)
+        stems = [stem for stem, _ in self._problems.values()]
+        kind = "have a caption that cannot be used"
+        return [Fault(kind, message, stem) for message, stem in zip(messages, stems, strict=True)]
 
 
 def _find_companions(
@@ -75,29 +135,40 @@ def _find_companions(
 
     Adds a fault if a name is not unique, or if no file in the folder fits.
     """
-    of_masks = what == "mask"
     try:
-        listed = list_entries(folder, "mask_directory" if of_masks else "audio_directory")
-        suffixes = mask_suffixes(table.kind) if of_masks else SOUND_SUFFIXES | VIDEO_SUFFIXES
-        if not of_masks and folder == table.directory:  # a clip is not a file beside itself
-            suffixes = SOUND_SUFFIXES
-        there = files_by_stem(map(Path, listed), suffixes, of_masks and table.kind == "video")
-        found = {path: there[path.stem] for path in media if path.stem in there}
-        doubled = next((files for files in found.values() if len(files) > 1), None)
-        if doubled is not None:
-            same = f"masks of the same {table.kind}" if of_masks else "sound of the same clip"
-            raise DatasetError(f"{table.name}: {doubled[0]} and {doubled[1].name} are {same}. Keep one.")
-        if not found:
-            of_clips = "cat.png or cat.mp4 for cat.mp4" if of_masks else "cat.wav for cat.mp4"
+        by_stem = _companions_by_stem(table, what, folder)
+        companions = {path: by_stem[path.stem] for path in media if path.stem in by_stem}
+        for files in companions.values():
+            if len(files) > 1:
+                kinds = f"masks of the same {table.kind}" if what == "mask" else "sound of the same clip"
+                raise DatasetError(f"{table.name}: {files[0]} and {files[1].name} are {kinds}. Keep one.")
+        if not companions:
             raise DatasetError(
                 f"{table.name}: {folder} has no {what} for any {table.kind}. Files there have the name of "
-                f"their {table.kind} but for the suffix: "
-                f"{'cat.png for cat.jpg' if table.kind == 'image' else of_clips}."
+                f"their {table.kind} but for the suffix: {_example_of(table, what)}."
             )
     except DatasetError as error:
         faults.append(Fault(f"problems with the {what} of {table.name}", str(error)))
         return {}
-    return {path: files[0] for path, files in found.items()}
+    return {path: files[0] for path, files in companions.items()}
+
+
+def _companions_by_stem(table: DatasetTable, what: str, folder: Path) -> dict[str, list[Path]]:
+    """Return the files of masks or of sound in a folder by their stems."""
+    if what == "mask":
+        entries = list_entries(folder, "mask_directory")
+        return files_by_stem(map(Path, entries), mask_suffixes(table.kind), table.kind == "video")
+    entries = list_entries(folder, "audio_directory")
+    suffixes = SOUND_SUFFIXES | VIDEO_SUFFIXES
+    if folder == table.directory:  # a clip is not a file beside itself
+        suffixes = SOUND_SUFFIXES
+    return files_by_stem(map(Path, entries), suffixes, False)
+
+
+def _example_of(table: DatasetTable, what: str) -> str:
+    if table.kind == "image":
+        return "cat.png for cat.jpg"
+    return "cat.png or cat.mp4 for cat.mp4" if what == "mask" else "cat.wav for cat.mp4"
 
 
 def _media_in(table: DatasetTable, faults: list[Fault]) -> list[Path]:
