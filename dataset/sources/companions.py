@@ -188,7 +188,7 @@ def read_companions(
         if is_still(path) or here.table.kind == "image":
             return resize_cover(read_image(path), small)[None]
         sizes = FrameSizes()
-        frames = sizes.watch(frames_beside(path, here.path, here.table, fps, clock))
+        frames = sizes.watch(frames_beside(path, here.path, table=here.table, fps=fps, clock=clock))
         clip = [resize_cover(np.ascontiguousarray(frame[..., :3]), small) for frame in frames][:count]
         if sizes.change is not None:
             changes.append(f"{path.name}: {sizes.change}")
