@@ -6,6 +6,7 @@ of a file are reported together.
 
 import logging
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +27,7 @@ __all__ = ["KEYS", "MODES", "DatasetConfig", "DatasetTable", "load_dataset_confi
 logger = logging.getLogger(__name__)
 
 TOP_LEVEL = ("general", "datasets")
-MOST_TOLD = 100  # problems that a message names
+MOST_LISTED = 100  # problems that a message names
 KNOWN_KEYS = {*KEYS, *forms.SPELLINGS, *SUBSET_KEYS, *OTHER_NAMES}  # of all forms of files
 
 # A table of sounds alone becomes a table of clips with 25 black frames a second, which no network sees.
@@ -37,10 +38,10 @@ BLACK = {"resolution": [64, 64], "enable_bucket": False, "bucket_no_upscale": Fa
 WHOLE_SOUND = {"frame_extraction": "full", "max_frames": 497, "target_fps": 25.0}
 
 
-def load_dataset_config(path: Path, given: SubsetOptions | None = None) -> DatasetConfig:
+def load_dataset_config(path: Path, typed: SubsetOptions | None = None) -> DatasetConfig:
     """Read `path` (.toml or .json): our own form, or that of the image guides, which has subsets.
 
-    given: values of the command line, for keys that a file with subsets lacks.
+    typed: values of the command line, for keys that a file with subsets lacks.
 
     Source folders are not checked, because training needs only the caches; `find_sources` checks them.
     Raises DatasetError, with file, table, key, the value found and the values allowed.
@@ -49,32 +50,71 @@ def load_dataset_config(path: Path, given: SubsetOptions | None = None) -> Datas
     content: Table = forms.without_unneeded(path, forms.parse_config(path))
     if not content.keys() <= {*TOP_LEVEL}:
         content = _with_keys_in_general(path, content, problems)
-    problems += [
-        forms.unknown(name, value, TOP_LEVEL) for name, value in content.items() if name not in TOP_LEVEL
-    ]
-    datasets = content.get("datasets")
-    entries = [
-        one for one in (datasets if isinstance(datasets, list) else [datasets]) if isinstance(one, dict)
-    ]
-    if any(key.startswith("subset") for entry in entries for key in entry):  # the image guides' form
-        tables = read_subsets(path, content, given, problems)
+    for name, value in content.items():
+        if name not in TOP_LEVEL:
+            problems.append(forms.unknown(name, value, TOP_LEVEL))
+    if _has_subsets(content):  # the image guides' form
+        tables = read_subsets(path, content, typed, problems)
     else:
-        if given is not None and (unused := sorted(set(typed_options(given).values()))):
-            logger.warning("%s: ignored because the tables of %s have no subsets", ", ".join(unused), path)
-        general = forms.without_nulls(content.get("general"), "[general]", problems)
-        entries = _entries(content, problems)
-        elsewhere = "is allowed only in a [[datasets]] table; move it there"
-        misplaced = {name: elsewhere for name, key in KEYS.items() if not key.in_general}
-        general = forms.read_keys(KEYS, general, "[general]", problems, misplaced, forms.SPELLINGS)
-        read = [_read_table(path, index, entry, general, problems) for index, entry in enumerate(entries)]
-        tables = tuple(table for table in read if table is not None)
+        if typed is not None:
+            unused = sorted(set(typed_options(typed).values()))
+            if unused:
+                logger.warning(
+                    "%s: ignored because the tables of %s have no subsets", ", ".join(unused), path
+                )
+        tables = _read_tables(path, content, problems)
+    _check_cache_folders(tables, problems)
+    tables = _share_folders(tables)
+    if problems:
+        lines = [f"{path} cannot be used:", *problems[:MOST_LISTED]]
+        if len(problems) > MOST_LISTED:
+            lines.append(f"... and {len(problems) - MOST_LISTED} more")
+        hint = forms.other_trainers().hint_of(content)
+        if hint:
+            lines.append(hint)
+        raise DatasetError("\n  ".join(lines))
+    return DatasetConfig(path, tables)
+
+
+def _has_subsets(content: Table) -> bool:
+    datasets = content.get("datasets")
+    for entry in datasets if isinstance(datasets, list) else [datasets]:
+        if isinstance(entry, dict) and any(key.startswith("subset") for key in entry):
+            return True
+    return False
+
+
+def _read_tables(path: Path, content: Table, problems: list[str]) -> tuple[DatasetTable, ...]:
+    """Return the tables of a file in our own form. Errors are added to `problems`."""
+    general = forms.without_nulls(content.get("general"), "[general]", problems)
+    entries = _entries(content, problems)
+    elsewhere = "is allowed only in a [[datasets]] table; move it there"
+    misplaced = {name: elsewhere for name, key in KEYS.items() if not key.in_general}
+    general = forms.read_keys(
+        KEYS,
+        general,
+        where="[general]",
+        problems=problems,
+        misplaced=misplaced,
+        names=forms.SPELLINGS,
+    )
+    tables = []
+    for index, entry in enumerate(entries):
+        table = _read_table(path, index, entry=entry, general=general, problems=problems)
+        if table is not None:
+            tables.append(table)
+    return tuple(tables)
+
+
+def _check_cache_folders(tables: Sequence[DatasetTable], problems: list[str]) -> None:
+    """Add a line for each folder that cannot hold the caches of its table."""
     users: dict[str, DatasetTable] = {}  # of cache directories
     for table in tables:
         folder = table.cache_directory
-        there = next((place for place in (folder, *folder.parents) if place.exists()), None)
-        if there is not None and not there.is_dir():
+        existing = next((place for place in (folder, *folder.parents) if place.exists()), None)
+        if existing is not None and not existing.is_dir():
             problems.append(
-                f"{table.place}: cache_directory = {folder}: {there} is a file; name a "
+                f"{table.place}: cache_directory = {folder}: {existing} is a file; name a "
                 "folder, which is made if it is not there"
             )
         problems += _places_elsewhere(table)
@@ -83,18 +123,13 @@ def load_dataset_config(path: Path, given: SubsetOptions | None = None) -> Datas
                 f'{table.place}: cache_format = "npz" is for tables of pictures; use "files" or "shards"'
             )
         first = users.setdefault(_folder_id(folder), table)
-        if first is not table and not first.cache_format == table.cache_format == "npz":
-            other = table.place.removeprefix("[[datasets]] ")
+        may_share = first is table or first.cache_format == table.cache_format == "npz"
+        if not may_share:
+            second = table.place.removeprefix("[[datasets]] ")
             problems.append(
-                f"{first.place} and {other} share the cache directory {folder}; "
+                f"{first.place} and {second} share the cache directory {folder}; "
                 "give each its own cache_directory (the default is the folder of the images or videos)"
             )
-    tables = _share_folders(tables)
-    if problems:
-        theirs = [hint] if (hint := forms.other_trainers().hint_of(content)) else []
-        more = [f"... and {len(problems) - MOST_TOLD} more"] if len(problems) > MOST_TOLD else []
-        raise DatasetError("\n  ".join([f"{path} cannot be used:", *problems[:MOST_TOLD], *more, *theirs]))
-    return DatasetConfig(path, tables)
 
 
 def _places_elsewhere(table: DatasetTable) -> list[str]:
@@ -123,13 +158,13 @@ def with_downloads(config: DatasetConfig, folder: Path | None) -> DatasetConfig:
 
 def _share_folders(tables: tuple[DatasetTable, ...]) -> tuple[DatasetTable, ...]:
     """Let tables of images leave the animations of a folder to the table of clips that has it too."""
-    of_clips = {_folder_id(one.directory) for one in tables if one.kind == "video" and one.directory}
-    return tuple(
-        replace(one, leaves_animations=True)
-        if one.kind == "image" and one.directory and _folder_id(one.directory) in of_clips
-        else one
-        for one in tables
-    )
+    of_clips = {_folder_id(table.directory) for table in tables if table.kind == "video" and table.directory}
+    changed = []
+    for table in tables:
+        if table.kind == "image" and table.directory and _folder_id(table.directory) in of_clips:
+            table = replace(table, leaves_animations=True)
+        changed.append(table)
+    return tuple(changed)
 
 
 def _folder_id(folder: Path) -> str:
@@ -138,22 +173,22 @@ def _folder_id(folder: Path) -> str:
 
 def _with_keys_in_general(path: Path, content: Table, problems: list[str]) -> Table:
     """Return a file's content with the keys above all tables in [general], where some guides mean them."""
-    of_subsets = {name for name, key in SUBSET_KEYS.items() if key.place != SUBSET}
-    known = (
-        of_subsets | {name for name, key in KEYS.items() if key.in_general} | {*OTHER_NAMES, *forms.SPELLINGS}
-    )
+    in_general = {name for name, key in SUBSET_KEYS.items() if key.place != SUBSET}
+    in_general |= {name for name, key in KEYS.items() if key.in_general}
+    in_general |= {*OTHER_NAMES, *forms.SPELLINGS}
     general = content.get("general", {})
-    below = [name for name in content if name in KEYS and not KEYS[name].in_general]
-    problems += [f"{name} stands above all tables: write it below [[datasets]]" for name in below]
-    content = {name: value for name, value in content.items() if name not in below}
-    above = {name: value for name, value in content.items() if name in known}
+    of_tables = [name for name in content if name in KEYS and not KEYS[name].in_general]
+    problems += [f"{name} stands above all tables: write it below [[datasets]]" for name in of_tables]
+    content = {name: value for name, value in content.items() if name not in of_tables}
+    above = {name: value for name, value in content.items() if name in in_general}
     if not above or not isinstance(general, dict):
         return content
-    twice = ", ".join(name for name in above if name in general)
-    problems += [f"above all tables and in [general]: {twice}; leave one out"] if twice else []
+    twice = [name for name in above if name in general]
+    if twice:
+        problems.append(f"above all tables and in [general]: {', '.join(twice)}; leave one out")
     logger.info("%s: read as if in [general]: %s, which stand above all tables", path, ", ".join(above))
-    rest = {name: value for name, value in content.items() if name not in above}
-    return {**rest, "general": {**general, **above}}
+    content = {name: value for name, value in content.items() if name not in above}
+    return {**content, "general": {**general, **above}}
 
 
 def for_family(
@@ -216,45 +251,66 @@ def with_references(config: DatasetConfig, rules: ReferenceRules | None, instead
 
     Raises DatasetError if the family has no use for a key.
     """
-    flips = [one.name for one in config.datasets if one.augmentation.flip]
+    flips = [table.name for table in config.datasets if table.augmentation.flip]
     if rules is not None and rules.seen_by_text and flips:
         raise DatasetError(
             f"{flips[0]}: flip_aug mirrors reference pictures, but not what the text encoder sees of them. "
             "Leave it out"
         )
-    takes_clips, remedy = rules is not None and rules.clips, f"Leave it out{instead and f'. {instead}'}"
-    if rules is not None and not takes_clips:
-        of_images = [
-            replace(one, references=rules) if one.kind == "image" else one for one in config.datasets
-        ]
-        config = replace(config, datasets=tuple(of_images))
-    problems = []
+    problems: list[str] = []
     for table in config.datasets:
-        if table.reference_directory is not None and not takes_clips:
-            other = "none" if rules is None else "them from control_directory"
-            why = f"this model takes {other}. {remedy}"
-            problems.append(f"{table.name}: reference_directory has clips and pictures as references; {why}")
-        if table.control_mask_directory is not None and not (takes_clips and rules and rules.control_masks):
-            why = "this model takes no masks of control clips; those of the loss are in mask_directory"
-            problems.append(f"{table.name}: control_mask_directory: {why}. {remedy}")
-        if rules is not None and not takes_clips:
-            continue
-        if table.reference_dropout_rate:
-            why = "this model takes no reference pictures that are left out at times. Leave it out"
-            problems.append(f"{table.name}: reference_dropout_rate: {why}")
-        if of_references := table.changed(forms.REFERENCES):
-            why = "this model fits control images to the size of their picture; the keys are for models that"
-            keys = " and ".join(of_references)
-            problems.append(f"{table.name}: {keys}: {why} take reference pictures. Leave them out")
+        problems += _clip_reference_problems(table, rules, instead)
+        if rules is None or rules.clips:
+            problems += _picture_reference_problems(table)
     if problems:
         raise DatasetError("\n".join(problems))
-    if rules is not None and takes_clips:
-        rate = rules.dropped
-        tables = tuple(
-            replace(one, clip_references=rules, reference_dropout_rate=rate) for one in config.datasets
+    if rules is None:
+        return config
+    tables = []
+    for table in config.datasets:
+        if rules.clips:
+            table = replace(table, clip_references=rules, reference_dropout_rate=rules.dropped)
+        elif table.kind == "image":
+            table = replace(table, references=rules)
+        tables.append(table)
+    return replace(config, datasets=tuple(tables))
+
+
+def _clip_reference_problems(table: DatasetTable, rules: ReferenceRules | None, instead: str) -> list[str]:
+    """Return a line for each key of references of clips that the model has no use for."""
+    takes_clips = rules is not None and rules.clips
+    takes_masks = rules is not None and rules.clips and rules.control_masks
+    remedy = f"Leave it out. {instead}" if instead else "Leave it out"
+    problems = []
+    if table.reference_directory is not None and not takes_clips:
+        takes = "none" if rules is None else "them from control_directory"
+        problems.append(
+            f"{table.name}: reference_directory has clips and pictures as references; this model takes "
+            f"{takes}. {remedy}"
         )
-        config = replace(config, datasets=tables)
-    return config
+    if table.control_mask_directory is not None and not takes_masks:
+        problems.append(
+            f"{table.name}: control_mask_directory: this model takes no masks of control clips; those of the "
+            f"loss are in mask_directory. {remedy}"
+        )
+    return problems
+
+
+def _picture_reference_problems(table: DatasetTable) -> list[str]:
+    """Return a line for each key of reference pictures, for a model that takes none."""
+    problems = []
+    if table.reference_dropout_rate:
+        problems.append(
+            f"{table.name}: reference_dropout_rate: this model takes no reference pictures that are left out "
+            "at times. Leave it out"
+        )
+    changed = table.changed(forms.REFERENCES)
+    if changed:
+        problems.append(
+            f"{table.name}: {' and '.join(changed)}: this model fits control images to the size of their "
+            "picture; the keys are for models that take reference pictures. Leave them out"
+        )
+    return problems
 
 
 def _entries(content: Table, problems: list[str]) -> list[Any]:
@@ -278,75 +334,97 @@ def _read_table(
     where = f"[[datasets]] {index + 1}"
     before = len(problems)
     entry = forms.without_nulls(entry, where, problems)
-    given = [name for name in SOURCES if name in entry] or [name for name in OF_SOUND if name in entry]
-    if len(given) > 1:
-        names = " and ".join(given)
+    source_key = _find_source(entry, where, problems)
+    if source_key is None:
+        return None
+    is_of_sound = source_key in OF_SOUND
+    if is_of_sound:
+        entry = _as_clips(entry, source_key, general)
+    media_key = OF_SOUND.get(source_key, source_key)
+    kind: Literal["image", "video"] = "image" if media_key.startswith("image") else "video"
+    values = {name: key.default for name, key in KEYS.items()}
+    values |= general
+    values |= forms.read_keys(
+        KEYS,
+        entry,
+        where=where,
+        problems=problems,
+        misplaced=_misplaced_keys(media_key, kind),
+        names=forms.SPELLINGS,
+    )
+    if len(problems) > before or any(value is forms.BAD for value in values.values()):
+        return None
+    fields = {name: value for name, value in values.items() if name not in SOURCES}
+    fields |= {name: values[f"{kind}_{name}"] for name in SOURCE_FIELDS}
+    fields["cogvideox_root"] = values["cogvideox_root"]
+    fields["is_of_sound"] = is_of_sound
+    if not _complete(fields, source_key, f"{path}, {where}", problems):
+        return None
+    return DatasetTable(path, index, kind, **fields)
+
+
+def _find_source(entry: dict[str, Any], where: str, problems: list[str]) -> str | None:
+    """Return the key that says where a table's items are; None, with a line in `problems`, if there is not
+    exactly one.
+    """
+    sources = [name for name in SOURCES if name in entry] or [name for name in OF_SOUND if name in entry]
+    if len(sources) == 1:
+        return sources[0]
+    if sources:
+        names = " and ".join(sources)
         problems.append(f"{where}: {names} exclude each other; make a [[datasets]] table for each")
         return None
-    if not given:
-        refused = [forms.unknown(key, value, ()) for key, value in entry.items() if key in forms.NO_KEYS]
-        hint = next(filter(None, (did_you_mean(key, SOURCES) for key in entry if key not in KEYS)), "")
-        needs = f"the source of its items is missing; it needs one of {', '.join(SOURCES)}.{hint}"
-        problems += [f"{where}: {line}" for line in refused or [needs]]
+    refused = [forms.unknown(key, value, ()) for key, value in entry.items() if key in forms.NO_KEYS]
+    if refused:
+        problems += [f"{where}: {line}" for line in refused]
         return None
-    is_of_sound = given[0] in OF_SOUND
-    entry = _as_clips(entry, given[0], general) if is_of_sound else entry
-    source_key = OF_SOUND.get(given[0], given[0])
-    kind: Literal["image", "video"] = "image" if source_key.startswith("image") else "video"
+    hints = (did_you_mean(key, SOURCES) for key in entry if key not in KEYS)
+    hint = next(filter(None, hints), "")
+    problems.append(
+        f"{where}: the source of its items is missing; it needs one of {', '.join(SOURCES)}.{hint}"
+    )
+    return None
 
+
+def _misplaced_keys(source_key: str, kind: str) -> dict[str, str]:
+    """Return why keys cannot stand in a table with this source, by key."""
     misplaced = {}
     for name, key in KEYS.items():
         if kind not in key.kinds:
             misplaced[name] = f"is for {key.kinds[0]} tables; {source_key} makes this one {kind}s"
         elif key.only_with and not source_key.endswith(key.only_with):
-            sources = [one for one in SOURCES if kind in KEYS[one].kinds and one.endswith(key.only_with)]
-            misplaced[name] = f"is for tables with {' or '.join(sources)}, not {source_key}"
-    values = {name: key.default for name, key in KEYS.items()}
-    values |= general | forms.read_keys(KEYS, entry, where, problems, misplaced, forms.SPELLINGS)
-    if len(problems) > before or any(value is forms.BAD for value in values.values()):
-        return None
-    fields = {name: value for name, value in values.items() if name not in SOURCES}
-    fields |= {name: values[f"{kind}_{name}"] for name in SOURCE_FIELDS}
-    fields |= {"cogvideox_root": values["cogvideox_root"], "is_of_sound": is_of_sound}
-    if not _complete(fields, given[0], f"{path}, {where}", problems):
-        return None
-    return DatasetTable(path, index, kind, **fields)
+            of_kind = [source for source in SOURCES if kind in KEYS[source].kinds]
+            fitting = [source for source in of_kind if source.endswith(key.only_with)]
+            misplaced[name] = f"is for tables with {' or '.join(fitting)}, not {source_key}"
+    return misplaced
 
 
 def _as_clips(entry: dict[str, Any], source: str, general: dict[str, Any]) -> dict[str, Any]:
     """Turn a table of sound files without pictures into a table of clips."""
-    for key in (key for key in forms.LENGTHS if key in entry):
-        logger.info("%s: not needed: the last few frames of a sound are cut off, none is padded", key)
-    for key in (key for key in BLACK if key in entry):
-        logger.info("%s: ignored, as sounds have no pictures", key)
-    kept = {key: value for key, value in entry.items() if key != source and key not in forms.LENGTHS}
+    for key in forms.LENGTHS:
+        if key in entry:
+            logger.info("%s: not needed: the last few frames of a sound are cut off, none is padded", key)
+    for key in BLACK:
+        if key in entry:
+            logger.info("%s: ignored, as sounds have no pictures", key)
     usual = {key: value for key, value in WHOLE_SOUND.items() if key not in general}
     if "target_frames" in entry:
         usual.pop("frame_extraction", None)
-    return {**usual, **kept, **BLACK, OF_SOUND[source]: entry[source]}
+    stated = {key: value for key, value in entry.items() if key != source and key not in forms.LENGTHS}
+    return {**usual, **stated, **BLACK, OF_SOUND[source]: entry[source]}
 
 
 def _complete(fields: dict[str, Any], source_key: str, where: str, problems: list[str]) -> bool:
     """Fill in fields that depend on others; return False, with a line in `problems`, if they conflict."""
-    place, jsonl_file = where.rpartition(", ")[2], fields["jsonl_file"]
-    if jsonl_file and fields["control_directory"]:
+    if fields["jsonl_file"] and fields["control_directory"]:
         logger.warning(
             "%s: control_directory is ignored because a list itself names control files (control_path)", where
         )
         fields["control_directory"] = None
-    folder = fields["directory"] or fields["cogvideox_root"]
-    found = None
-    if fields["cache_directory"] is None and not folder:
-        found = f"cache_directory is required with {source_key}"
-    elif fields["mask_directory"] and (jsonl_file or fields["alpha_mask"]):
-        other = "give mask_path in the lines of the list" if jsonl_file else "leave out it or alpha_mask"
-        found = f"mask_directory cannot be used here; {other}"
-    elif fields["load_tensors"] and fields["alpha_mask"]:
-        found = "alpha_mask cannot be used with load_tensors, which reads no frames; leave out one"
-    elif fields["is_of_sound"] and fields["audio"] == forms.IGNORE:
-        found = 'audio = "ignore" leaves nothing of sounds to learn; leave it out'
-    if found is not None:
-        problems.append(f"{place}: {found}")
+    conflict = _find_conflict(fields, source_key)
+    if conflict is not None:
+        place = where.rpartition(", ")[2]
+        problems.append(f"{place}: {conflict}")
         return False
     of_frames = defaults_of(forms.FRAMES) if fields["load_tensors"] else {}
     unused = [name for name, default in of_frames.items() if fields[name] != default]
@@ -356,7 +434,7 @@ def _complete(fields: dict[str, Any], source_key: str, where: str, problems: lis
             where,
             " and ".join(unused),
         )
-    fields["cache_directory"] = fields["cache_directory"] or folder
+    fields["cache_directory"] = fields["cache_directory"] or fields["directory"] or fields["cogvideox_root"]
     if fields["target_fps"] is not None and fields["source_fps"] is None:
         fields["source_fps"] = forms.AUTO  # frames are dropped or repeated by their times
     fields["bucket_no_upscale"] = fields["bucket_no_upscale"] and fields["enable_bucket"]
@@ -365,3 +443,18 @@ def _complete(fields: dict[str, Any], source_key: str, where: str, problems: lis
         logger.warning('%s: frame_extraction = "uniform" with frame_sample = 1 is the same as "head"', where)
         fields["frame_extraction"] = "head"
     return True
+
+
+def _find_conflict(fields: Mapping[str, Any], source_key: str) -> str | None:
+    """Say which fields of a table exclude each other, or which one is missing; None if all is well."""
+    if not (fields["cache_directory"] or fields["directory"] or fields["cogvideox_root"]):
+        return f"cache_directory is required with {source_key}"
+    if fields["mask_directory"] and fields["jsonl_file"]:
+        return "mask_directory cannot be used here; give mask_path in the lines of the list"
+    if fields["mask_directory"] and fields["alpha_mask"]:
+        return "mask_directory cannot be used here; leave out it or alpha_mask"
+    if fields["load_tensors"] and fields["alpha_mask"]:
+        return "alpha_mask cannot be used with load_tensors, which reads no frames; leave out one"
+    if fields["is_of_sound"] and fields["audio"] == forms.IGNORE:
+        return 'audio = "ignore" leaves nothing of sounds to learn; leave it out'
+    return None

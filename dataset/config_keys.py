@@ -10,12 +10,12 @@ import enum
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
 from modules import paths
 from modules.command import as_typed, did_you_mean
 from modules.errors import DatasetError
-from modules.installation import import_own
 from modules.text_encodings import guess_encoding
 from modules.text_files import bad_character, parse_json, parse_toml, read_text
 
@@ -77,7 +77,8 @@ def number(fits: Callable[[float], bool], allowed: str) -> Form:
 
 
 def one_of(values: tuple[str, ...]) -> Form:
-    return form_of(str, lambda value: value in values, "one of " + ", ".join(f'"{one}"' for one in values))
+    quoted = ", ".join(f'"{value}"' for value in values)
+    return form_of(str, lambda value: value in values, f"one of {quoted}")
 
 
 def _list_of(form: Form, allowed: str, or_one: bool = False) -> Form:
@@ -119,11 +120,11 @@ def _is_text(value: str) -> bool:
 
 # endings of files that systems, shells, Python or browsers run: no caption is written under them
 PROGRAMS = frozenset(
-    {
-        *("py", "pyc", "pyw", "pth", "so", "sh", "bash", "zsh", "bat", "cmd", "ps1", "exe", "com", "dll"),
-        *("scr", "vbs", "js", "lnk", "desktop", "html", "svg"),
-    }
-)
+    [
+        "py", "pyc", "pyw", "pth", "so", "sh", "bash", "zsh", "bat", "cmd", "ps1", "exe", "com", "dll",
+        "scr", "vbs", "js", "lnk", "desktop", "html", "svg",
+    ]
+)  # fmt: skip
 
 
 def _is_of_programs(extension: str) -> bool:
@@ -279,19 +280,21 @@ UNNEEDED: Mapping[str, str] = dict.fromkeys(
 
 def without_unneeded(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     """Return the content of a configuration without the keys of UNNEEDED; a line in the log names them."""
-    found: dict[str, None] = {}
+    unneeded: dict[str, None] = {}
 
-    def cleaned(table: Any) -> Any:
+    def clean(table: Any) -> Any:
         if not isinstance(table, dict):
             return table
-        found.update(dict.fromkeys(name for name in table if name in UNNEEDED))
+        unneeded.update(dict.fromkeys(name for name in table if name in UNNEEDED))
         return {name: value for name, value in table.items() if name not in UNNEEDED}
 
     datasets = content.get("datasets")
-    changed = {name: cleaned(content[name]) for name in ("general",) if name in content}
+    changed = {}
+    if "general" in content:
+        changed["general"] = clean(content["general"])
     if isinstance(datasets, list):
-        changed["datasets"] = [cleaned(table) for table in datasets]
-    for name in found:
+        changed["datasets"] = [clean(table) for table in datasets]
+    for name in unneeded:
         logger.info("%s: %s is not needed: %s", path, name, UNNEEDED[name])
     return {**content, **changed}
 
@@ -322,9 +325,7 @@ BAD = object()  # marks a value that has been reported
 def parse_config(path: Path) -> dict[str, Any]:
     """Return the content of a .toml or .json file. Raises DatasetError if it cannot be read or parsed."""
     if path.is_dir():
-        there, makes = path / "dataset.toml", as_typed(["python", "new_project.py", str(path)])
-        give = f"Give {there}" if there.is_file() else f"Give a .toml or .json file: {makes} makes one"
-        raise DatasetError(f"{path} is a folder. {give}")
+        raise DatasetError(f"{path} is a folder. {_advise_file(path)}")
     if path.suffix.lower() not in {".toml", ".json"}:
         hint = other_trainers().of_suffix(path.suffix)
         raise DatasetError(
@@ -354,9 +355,19 @@ def parse_config(path: Path) -> dict[str, Any]:
     return content
 
 
-def other_trainers() -> Any:
+def _advise_file(folder: Path) -> str:
+    usual = folder / "dataset.toml"
+    if usual.is_file():
+        return f"Give {usual}"
+    command = as_typed(["python", "new_project.py", str(folder)])
+    return f"Give a .toml or .json file: {command} makes one"
+
+
+def other_trainers() -> ModuleType:
     """Return the module that knows files of other trainers, imported for messages about mistakes only."""
-    return import_own("dataset.other_trainers")
+    from dataset import other_trainers as module  # only for mistakes
+
+    return module
 
 
 def without_nulls(table: Any, name: str, problems: list[str]) -> dict[str, Any]:
@@ -364,12 +375,10 @@ def without_nulls(table: Any, name: str, problems: list[str]) -> dict[str, Any]:
     if isinstance(table, dict):
         return {key: value for key, value in table.items() if value is not None}
     if table is not None:
-        is_doubled = name == "[general]" and isinstance(table, list)
-        problems.append(
-            "[[general]] needs one pair of brackets: write [general]"
-            if is_doubled
-            else f"{name} = {show(table)} is not a table of keys"
-        )
+        if name == "[general]" and isinstance(table, list):
+            problems.append("[[general]] needs one pair of brackets: write [general]")
+        else:
+            problems.append(f"{name} = {show(table)} is not a table of keys")
     return {}
 
 
@@ -380,43 +389,43 @@ def read_keys(
     problems: list[str],
     misplaced: Mapping[str, str],
     names: Mapping[str, str] | None = None,
-    more: tuple[str, ...] = (),
+    ignored: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """Return the values of the keys in a table, by the keys' own names; BAD for one that is not allowed.
 
     Each mistake adds a line to `problems`.
 
     misplaced: key that cannot stand in this table -> reason, which follows the value in the message. names:
-    other names of keys. more: keys that are read elsewhere.
+    other names of keys. ignored: keys that are read elsewhere.
     """
     values: dict[str, Any] = {}
-    spelt: dict[str, str] = {}  # the name that each key has in the table
-    for name, value in table.items():
-        real = (names or {}).get(name, name)
-        if name in more:
+    spellings: dict[str, str] = {}  # the name that each key has in the table
+    for spelling, value in table.items():
+        name = (names or {}).get(spelling, spelling)
+        if spelling in ignored:
             continue
-        if real not in keys:
-            allowed = [one for one in keys if one not in misplaced]
-            problems.append(f"{where}: {unknown(name, value, [*more, *allowed])}")
-        elif real in misplaced:
-            problems.append(f"{where}: {name} = {show(value)} {misplaced[real]}")
-        elif spelt.setdefault(real, name) != name:
-            both = " and ".join(sorted((spelt[real], name), key=real.__eq__))  # its own name last
-            problems.append(f"{where}: {both} are the same key; leave out one")
+        if name not in keys:
+            allowed = [key for key in keys if key not in misplaced]
+            problems.append(f"{where}: {unknown(spelling, value, [*ignored, *allowed])}")
+        elif name in misplaced:
+            problems.append(f"{where}: {spelling} = {show(value)} {misplaced[name]}")
+        elif spellings.setdefault(name, spelling) != spelling:
+            both = sorted((spellings[name], spelling), key=name.__eq__)  # its own name last
+            problems.append(f"{where}: {' and '.join(both)} are the same key; leave out one")
         else:
             try:
-                values[real] = keys[real].form.read(value)
+                values[name] = keys[name].form.read(value)
             except Unfit as unfit:
-                values[real] = BAD
-                problems.append(f"{where}: {_explain(real, value, keys[real].form.allowed, str(unfit))}")
+                values[name] = BAD
+                problems.append(f"{where}: {_explain(name, value, keys[name].form.allowed, str(unfit))}")
     return values
 
 
 def _explain(name: str, value: Any, allowed: str, why: str) -> str:
     hint = f"; but {why}" if why else ""
     if not why and name == "frame_extraction" and isinstance(value, str):
-        near = difflib.get_close_matches(value, MODES, 1)
-        hint = f'. Did you mean "{near[0]}"?' if near else ""
+        similar = difflib.get_close_matches(value, MODES, 1)
+        hint = f'. Did you mean "{similar[0]}"?' if similar else ""
     if not hint and str(value).strip().lower() in paths.NOTHING:
         hint = ". For nothing, leave the key out"
     kind = KINDS.get(type(value), type(value).__name__)

@@ -36,11 +36,19 @@ def of_suffix(suffix: str) -> str:
 
 def hint_of(content: Any) -> str:
     """Return which trainer's file this seems to be, and what to write in its place; "" if not known."""
-    top, inner = (content, content.get("datasets")) if isinstance(content, dict) else ({}, content)
-    tables = [one for one in inner if isinstance(one, dict)] if isinstance(inner, list) else []
-    keys = [*top, *(key for one in tables for key in one if key not in AT_TOP)]
-    known = next((key for key in keys if key in OF_OTHERS), None)
-    return f"It seems to be a file of {OF_OTHERS[known][0]}. {_translate(known)}" if known else ""
+    keys = []
+    tables = content
+    if isinstance(content, dict):
+        keys += content
+        tables = content.get("datasets")
+    for table in tables if isinstance(tables, list) else ():
+        if isinstance(table, dict):
+            keys += [key for key in table if key not in AT_TOP]
+    for key in keys:
+        if key in OF_OTHERS:
+            trainer, _ = OF_OTHERS[key]
+            return f"It seems to be a file of {trainer}. {_translate(key)}"
+    return ""
 
 
 def _translate(key: str) -> str:

@@ -65,32 +65,34 @@ FACES = forms.Form(
 
 SUBSET_KEYS: Mapping[str, SubsetKey] = {
     # where pictures are
-    "image_dir": SubsetKey(forms.PATH, None, SUBSET, "", ""),
-    "metadata_file": SubsetKey(forms.PATH, None, SUBSET, SAME, ""),
+    "image_dir": SubsetKey(forms.PATH, None, SUBSET, field="", option=""),
+    "metadata_file": SubsetKey(forms.PATH, None, SUBSET, field=SAME, option=""),
     "conditioning_data_dir": SubsetKey(forms.PATH, None, SUBSET, "conditioning_directory"),
-    "mask_directory": SubsetKey(forms.PATH, None, SUBSET, SAME, ""),
-    "cache_directory": SubsetKey(forms.PATH, None, SUBSET, SAME, ""),
-    "cache_format": SubsetKey(forms.CACHE_FORMAT, "files", ANYWHERE, SAME, ""),
-    "is_reg": SubsetKey(forms.YES_NO, False, SUBSET, SAME, ""),
-    "class_tokens": SubsetKey(forms.TEXT, None, SUBSET, SAME, ""),
+    "mask_directory": SubsetKey(forms.PATH, None, SUBSET, field=SAME, option=""),
+    "cache_directory": SubsetKey(forms.PATH, None, SUBSET, field=SAME, option=""),
+    "cache_format": SubsetKey(forms.CACHE_FORMAT, "files", ANYWHERE, field=SAME, option=""),
+    "is_reg": SubsetKey(forms.YES_NO, False, SUBSET, field=SAME, option=""),
+    "class_tokens": SubsetKey(forms.TEXT, None, SUBSET, field=SAME, option=""),
     "cache_info": SubsetKey(forms.YES_NO, False),
-    "custom_attributes": SubsetKey(_ATTRIBUTES, {}, ANYWHERE, "", ""),
-    "num_repeats": SubsetKey(forms.REPEATS, 1, ANYWHERE, SAME, ""),  # --dataset_repeats is of --in_json alone
+    "custom_attributes": SubsetKey(_ATTRIBUTES, {}, ANYWHERE, field="", option=""),
+    "num_repeats": SubsetKey(
+        forms.REPEATS, 1, ANYWHERE, field=SAME, option=""
+    ),  # --dataset_repeats is of --in_json alone
     # sizes
     "resolution": SubsetKey(forms.SIZE, None, DATASET, SAME),
-    "batch_size": SubsetKey(forms.COUNT, 1, DATASET, SAME, "train_batch_size"),
+    "batch_size": SubsetKey(forms.COUNT, 1, DATASET, field=SAME, option="train_batch_size"),
     "enable_bucket": SubsetKey(forms.YES_NO, False, DATASET, SAME),
     "min_bucket_reso": SubsetKey(forms.SIDE, 256, DATASET, "buckets.minimum"),
     "max_bucket_reso": SubsetKey(forms.SIDE, 1024, DATASET, "buckets.maximum"),
     "bucket_reso_steps": SubsetKey(forms.SIDE, 64, DATASET, "buckets.step"),
     "bucket_no_upscale": SubsetKey(forms.YES_NO, False, DATASET, SAME),
     "resize_interpolation": SubsetKey(_INTERPOLATION, None, ANYWHERE, "buckets.interpolation"),
-    "network_multiplier": SubsetKey(_STRENGTH, 1.0, DATASET, "", ""),
+    "network_multiplier": SubsetKey(_STRENGTH, 1.0, DATASET, field="", option=""),
     # losses and validation
     "prior_loss_weight": SubsetKey(_LOSS_WEIGHT, 1.0, ANYWHERE, SAME),
     "alpha_mask": SubsetKey(forms.YES_NO, False, ANYWHERE, SAME),
-    "validation_split": SubsetKey(forms.SHARE, None, ANYWHERE, SAME, ""),
-    "validation_seed": SubsetKey(_SEED, None, ANYWHERE, SAME, ""),
+    "validation_split": SubsetKey(forms.SHARE, None, ANYWHERE, field=SAME, option=""),
+    "validation_seed": SubsetKey(_SEED, None, ANYWHERE, field=SAME, option=""),
     # captions
     "caption_extension": SubsetKey(forms.EXTENSION, ".caption", ANYWHERE, SAME),
     "shuffle_caption": SubsetKey(forms.YES_NO, False, ANYWHERE, "changes.shuffle"),

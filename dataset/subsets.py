@@ -9,7 +9,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +41,24 @@ def read_folder_name(name: str) -> FolderName | None:
 
 
 def read_subsets(
-    path: Path, content: Mapping[str, Any], given: SubsetOptions | None, problems: list[str]
+    path: Path, content: Mapping[str, Any], typed: SubsetOptions | None, problems: list[str]
 ) -> tuple[DatasetTable, ...]:
     """Return the tables of a file's subsets, in order. Errors are added to `problems`.
 
-    given: the values of the command line; None: the keys' defaults.
+    typed: the values of the command line; None: the keys' defaults.
     """
-    usual = {name: key.default for name, key in SUBSET_KEYS.items()}
-    usual |= read_keys(SUBSET_KEYS, _given_values(given), "the command line", problems, {}, OTHER_NAMES)
+    defaults = {name: key.default for name, key in SUBSET_KEYS.items()}
+    defaults |= read_keys(
+        SUBSET_KEYS,
+        _option_values(typed),
+        where="the command line",
+        problems=problems,
+        misplaced={},
+        names=OTHER_NAMES,
+    )
+    # keys that no subset takes from the command line
+    unused = {} if typed is None else dict(typed_options(typed))
+    from_options = {name: defaults[name] for name in unused}
     general = without_nulls(content.get("general"), "[general]", problems)
     entries = content.get("datasets")
     if not isinstance(entries, list):
@@ -56,112 +66,146 @@ def read_subsets(
             "[datasets] needs two pairs of brackets: write [[datasets]], once for each resolution"
         )
         entries = [entries]
+    defaults |= _read_level(general, "[general]", problems, DATASET)
+    is_masked = typed is not None and typed.masked_loss
     tables: list[DatasetTable] = []
-    unused = (
-        {} if given is None else dict(typed_options(given))
-    )  # keys that no subset takes from the command line
-    from_options = {name: usual[name] for name in unused}
-    usual |= _read_level(general, "[general]", problems, DATASET)
-    for number, entry in enumerate(entries):
-        place = f"[[datasets]] {number + 1}"
-        dataset = without_nulls(entry, place, problems)
-        subsets = dataset.get("subsets")
-        shared = usual | _read_level(dataset, place, problems, DATASET, ("subsets",))
-        if not isinstance(subsets, list) or not subsets:
-            problems.append(
-                f"{place}: [datasets.subsets] needs two pairs of brackets: write [[datasets.subsets]]"
-                if isinstance(subsets, dict)
-                else f"{place} has no [[datasets.subsets]]; each folder of pictures needs one"
-            )
-            continue
-        for order, subset in enumerate(subsets):
-            where = f"{place}, subset {order + 1}"
-            inner = without_nulls(subset, where, problems)
-            values = shared | _read_level(inner, where, problems, SUBSET)
+    for group, entry in enumerate(entries):
+        for subset in _subsets_of(entry, group, defaults, problems):
+            values = subset.values
             if any(value is BAD for value in values.values()):
                 continue
             unused = {name: option for name, option in unused.items() if values[name] != from_options[name]}
-            is_masked = given is not None and given.masked_loss
-            found = _contradictions(values, is_masked)
-            problems += [f"{where}: {line}" for line in found]
-            if not found:
-                fields = _table_fields(values, where, is_masked)
-                numbers: dict[str, Any] = {"group": number, "subset": order}
-                tables.append(DatasetTable(path, len(tables), "image", **numbers, **fields))
+            contradictions = _contradictions(values, is_masked)
+            problems += [f"{subset.place}: {line}" for line in contradictions]
+            if contradictions:
+                continue
+            fields = _table_fields(values, subset.place, is_masked)
+            table = DatasetTable(path, len(tables), "image", group=group, subset=subset.number, **fields)
+            tables.append(table)
     for option in unused.values() if tables else ():
         logger.warning("%s is ignored because %s gives another value everywhere", option, path)
     return _with_cache_directories(tables)
 
 
-def typed_options(given: SubsetOptions) -> dict[str, str]:
+@dataclasses.dataclass(frozen=True)
+class _Subset:
+    """The values of all keys of one subset."""
+
+    number: int  # in its [[datasets]], from 0
+    place: str  # in the file
+    values: Table
+
+
+def _subsets_of(entry: Any, group: int, defaults: Table, problems: list[str]) -> Iterator[_Subset]:
+    """Yield the subsets of one [[datasets]]. defaults: values of keys that it lacks."""
+    place = f"[[datasets]] {group + 1}"
+    dataset = without_nulls(entry, place, problems)
+    subsets = dataset.get("subsets")
+    shared = {**defaults, **_read_level(dataset, place, problems, DATASET, ignored=("subsets",))}
+    if isinstance(subsets, dict):
+        problems.append(
+            f"{place}: [datasets.subsets] needs two pairs of brackets: write [[datasets.subsets]]"
+        )
+    elif not isinstance(subsets, list) or not subsets:
+        problems.append(f"{place} has no [[datasets.subsets]]; each folder of pictures needs one")
+    else:
+        for number, subset in enumerate(subsets):
+            where = f"{place}, subset {number + 1}"
+            stated = without_nulls(subset, where, problems)
+            values = {**shared, **_read_level(stated, where, problems, SUBSET)}
+            yield _Subset(number, where, values)
+
+
+def typed_options(typed: SubsetOptions) -> dict[str, str]:
     """Return the options that have another value than their default, by the keys that they stand for."""
-    usual, values = _given_values(SubsetOptions.usual()), _given_values(given)
-    keys = {name: key.option or name for name, key in SUBSET_KEYS.items()}
-    return {
-        name: f"--{keys[name]}" for name, value in values.items() if name in keys and value != usual.get(name)
-    }
+    defaults = _option_values(SubsetOptions.usual())
+    options = {}
+    for name, value in _option_values(typed).items():
+        if name in SUBSET_KEYS and value != defaults.get(name):
+            options[name] = f"--{SUBSET_KEYS[name].option or name}"
+    return options
 
 
-def _given_values(given: SubsetOptions | None) -> dict[str, Any]:
+def _option_values(typed: SubsetOptions | None) -> dict[str, Any]:
     """Return the command line's values of keys, in the form of a dataset file."""
-    if given is None:
+    if typed is None:
         return {}
-    options = {one.name: getattr(given, one.name) for one in dataclasses.fields(given)}
-    names = {name: name if key.option is None else key.option for name, key in SUBSET_KEYS.items()}
-    names |= {other: other for other in OTHER_NAMES}
-    found = {name: options.get(option) for name, option in names.items()}
-    found["resolution"] = None if given.size is None else list(given.size)
-    return {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in found.items()
-        if value is not None
-    }
+    by_option = {option.name: getattr(typed, option.name) for option in dataclasses.fields(typed)}
+    by_key = {}
+    for name, key in SUBSET_KEYS.items():
+        by_key[name] = by_option.get(name if key.option is None else key.option)
+    by_key |= {name: by_option.get(name) for name in OTHER_NAMES}
+    by_key["resolution"] = None if typed.size is None else list(typed.size)
+    values = {}
+    for name, value in by_key.items():
+        if value is not None:
+            values[name] = str(value) if isinstance(value, Path) else value
+    return values
 
 
 def _read_level(
-    table: Table, where: str, problems: list[str], level: str, more: tuple[str, ...] = ()
+    table: Table, where: str, problems: list[str], level: str, ignored: tuple[str, ...] = ()
 ) -> dict[str, Any]:
     """Read the keys of one table. level: SUBSET, or DATASET for the others."""
-    there = "[[datasets]] or [general]" if level == SUBSET else "[[datasets.subsets]]"
+    tables = "[[datasets]] or [general]" if level == SUBSET else "[[datasets.subsets]]"
     misplaced = {
-        name: f"is for {there}; move it there"
+        name: f"is for {tables}; move it there"
         for name, key in SUBSET_KEYS.items()
         if key.place not in (level, ANYWHERE)
     }
-    return read_keys(SUBSET_KEYS, table, where, problems, misplaced, OTHER_NAMES, more)
+    return read_keys(
+        SUBSET_KEYS,
+        table,
+        where=where,
+        problems=problems,
+        misplaced=misplaced,
+        names=OTHER_NAMES,
+        ignored=ignored,
+    )
 
 
 def _table_fields(values: Table, where: str, is_masked: bool) -> dict[str, Any]:
     """Return the fields of a table by the keys of a subset."""
     if values["cache_info"]:
         logger.info("cache_info is not needed: sizes and captions are kept with the caches")
-    parts: dict[str, dict[str, Any]] = {"changes": {}, "augmentation": {}, "buckets": {}, "": {}}
+    by_record: dict[str, dict[str, Any]] = {"changes": {}, "augmentation": {}, "buckets": {}, "": {}}
     for name, key in SUBSET_KEYS.items():
         record, _, inner = key.field.rpartition(".")
         if key.field:
-            parts[record][name if inner == SAME else inner] = values[name]
-    fields, sizes = parts[""], BucketRule(**parts["buckets"])
-    # sides of buckets are multiples of the step
-    step, low, high = sizes.step, sizes.minimum, sizes.maximum
-    used = max(step, low // step * step), -(-high // step) * step
-    if values["enable_bucket"] and not values["bucket_no_upscale"] and used != (low, high):
-        logger.warning(
-            "%s: sides of buckets run from %d to %d, multiples of bucket_reso_steps = %d", where, *used, step
-        )
-    changes = CaptionChanges(**parts["changes"])
-    from_json, conditioning = values["metadata_file"] is not None, values["conditioning_data_dir"]
-    return fields | {
+            by_record[record][name if inner == SAME else inner] = values[name]
+    grows = values["enable_bucket"] and not values["bucket_no_upscale"]
+    buckets = _round_buckets(BucketRule(**by_record["buckets"]), where, warns=grows)
+    changes = CaptionChanges(**by_record["changes"])
+    from_json = values["metadata_file"] is not None
+    conditioning = values["conditioning_data_dir"]
+    return by_record[""] | {
         "directory": None if from_json else values["image_dir"],
         "image_folder": values["image_dir"] if from_json else None,
         "control_directory": None if is_masked else conditioning,
         "mask_directory": (conditioning if is_masked else None) or values["mask_directory"],
         "bucket_no_upscale": values["bucket_no_upscale"] and values["enable_bucket"],
         "prior_loss_weight": values["prior_loss_weight"] if values["is_reg"] else 1.0,
-        "buckets": BucketRule(*used, step, sizes.interpolation),
+        "buckets": buckets,
         "changes": dataclasses.replace(changes, is_raw=bool(changes.varying_keys)),
-        "augmentation": Augmentation(**parts["augmentation"]),
+        "augmentation": Augmentation(**by_record["augmentation"]),
         "preserves_output": bool(values["custom_attributes"].get("diff_output_preservation", False)),
     }
+
+
+def _round_buckets(rule: BucketRule, where: str, warns: bool) -> BucketRule:
+    """Return the rule with limits that are multiples of its step. warns: log if they change."""
+    step = rule.step
+    minimum = max(step, rule.minimum // step * step)
+    maximum = -(-rule.maximum // step) * step
+    if warns and (minimum, maximum) != (rule.minimum, rule.maximum):
+        logger.warning(
+            "%s: sides of buckets run from %d to %d, multiples of bucket_reso_steps = %d",
+            where,
+            minimum,
+            maximum,
+            step,
+        )
+    return BucketRule(minimum, maximum, step, rule.interpolation)
 
 
 def _contradictions(values: Table, is_masked: bool) -> list[str]:
@@ -173,32 +217,39 @@ def _contradictions(values: Table, is_masked: bool) -> list[str]:
         problems.append(
             "image_dir, the folder of its pictures, is missing (or metadata_file, a JSON that names them)"
         )
-    size, low, high = values["resolution"], values["min_bucket_reso"], values["max_bucket_reso"]
-    if size is None:
-        problems.append(
-            "resolution is missing in its [[datasets]], such as 1024 (training also takes --resolution)"
-        )
-    elif values["enable_bucket"] and not values["bucket_no_upscale"]:
-        if min(size) < low:
-            found = f"min_bucket_reso = {low} is above the resolution {_sides(size)}"
-            problems.append(f"{found}; set at most {min(size)}")
-        if max(size) > high:
-            found = f"max_bucket_reso = {high} is below the resolution {_sides(size)}"
-            problems.append(f"{found}; set at least {max(size)}")
-    sources = {
-        "alpha_mask": values["alpha_mask"],
-        "mask_directory": masks is not None,
-        "conditioning_data_dir with --masked_loss": is_masked and conditioning is not None,
-    }
-    given = [name for name, is_given in sources.items() if is_given]
-    if len(given) > 1:
-        problems.append(
-            f"{' and '.join(given)}: both say where the masks of the loss are from; leave out one"
-        )
+    problems += _size_problems(values)
+    mask_sources = []
+    if values["alpha_mask"]:
+        mask_sources.append("alpha_mask")
+    if masks is not None:
+        mask_sources.append("mask_directory")
+    if is_masked and conditioning is not None:
+        mask_sources.append("conditioning_data_dir with --masked_loss")
+    if len(mask_sources) > 1:
+        names = " and ".join(mask_sources)
+        problems.append(f"{names}: both say where the masks of the loss are from; leave out one")
     elif from_json and (conditioning or masks):
         problems.append(
             "conditioning_data_dir and mask_directory cannot be used with metadata_file; use image_dir"
         )
+    return problems
+
+
+def _size_problems(values: Table) -> list[str]:
+    """Return a line if a subset has no resolution, and for each limit of its buckets that excludes it."""
+    size, low, high = values["resolution"], values["min_bucket_reso"], values["max_bucket_reso"]
+    if size is None:
+        return ["resolution is missing in its [[datasets]], such as 1024 (training also takes --resolution)"]
+    problems = []
+    if values["enable_bucket"] and not values["bucket_no_upscale"]:
+        if min(size) < low:
+            problems.append(
+                f"min_bucket_reso = {low} is above the resolution {_sides(size)}; set at most {min(size)}"
+            )
+        if max(size) > high:
+            problems.append(
+                f"max_bucket_reso = {high} is below the resolution {_sides(size)}; set at least {max(size)}"
+            )
     return problems
 
 
@@ -218,7 +269,7 @@ def _with_cache_directories(tables: list[DatasetTable]) -> tuple[DatasetTable, .
     `1024x768_2`. npz files, which hold many resolutions, are beside the pictures.
     """
     used: Counter[tuple[str, str]] = Counter()
-    found = []
+    changed = []
     for table in tables:
         folder = table.picture_folder
         if table.cache_directory is None and table.cache_format == "npz":
@@ -229,8 +280,8 @@ def _with_cache_directories(tables: list[DatasetTable]) -> tuple[DatasetTable, .
             used[key] += 1
             name += f"_{used[key]}" if used[key] > 1 else ""
             table = dataclasses.replace(table, cache_directory=folder / name)
-        found.append(table)
-    return tuple(found)
+        changed.append(table)
+    return tuple(changed)
 
 
 def _sides(size: tuple[int, int]) -> str:
@@ -241,27 +292,27 @@ def _sides(size: tuple[int, int]) -> str:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def folders_config(given: SubsetOptions) -> DatasetConfig:
+def folders_config(typed: SubsetOptions) -> DatasetConfig:
     """Return the dataset that --train_data_dir and its companions describe: one group of tables.
 
     Raises DatasetError if there is no folder to train on, or with all values that are not allowed.
     """
-    folder = given.train_data_dir
-    assert folder is not None  # `given.replaces_toml`
-    if given.in_json is not None:
+    folder = typed.train_data_dir
+    assert folder is not None  # `typed.replaces_toml`
+    if typed.in_json is not None:
         subsets: list[dict[str, Any]] = [
             {
                 "image_dir": str(folder),
-                "metadata_file": str(given.in_json),
-                "num_repeats": given.dataset_repeats,
+                "metadata_file": str(typed.in_json),
+                "num_repeats": typed.dataset_repeats,
             }
         ]
     else:
         subsets = _subsets(folder, "--train_data_dir", is_reg=False)
-        if given.reg_data_dir is not None:
-            subsets += _subsets(given.reg_data_dir, "--reg_data_dir", is_reg=True)
+        if typed.reg_data_dir is not None:
+            subsets += _subsets(typed.reg_data_dir, "--reg_data_dir", is_reg=True)
     problems: list[str] = []
-    tables = read_subsets(folder, {"datasets": [{"subsets": subsets}]}, given, problems)
+    tables = read_subsets(folder, {"datasets": [{"subsets": subsets}]}, typed, problems)
     if problems:
         raise DatasetError("\n  ".join([f"{folder} cannot be used:", *problems]))
     return DatasetConfig(folder, tables)
@@ -271,11 +322,11 @@ def _subsets(folder: Path, option: str, is_reg: bool) -> list[dict[str, Any]]:
     """Return a subset for each folder whose name begins with a number of repeats; warn about the others."""
     try:
         with os.scandir(folder) as entries:
-            names = sorted(one.name for one in entries if one.is_dir() and not one.name.startswith("."))
+            names = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
     except OSError as error:
         raise DatasetError(f"{option} {folder}: {error.strerror}. Correct the path.") from error
-    found = []
-    for name in names:
+    subsets = []
+    for name in sorted(names):
         meaning = read_folder_name(name)
         if meaning is None:
             match = _NAME.fullmatch(name)
@@ -286,12 +337,17 @@ def _subsets(folder: Path, option: str, is_reg: bool) -> list[dict[str, Any]]:
                 match[2] if match else name,
             )
             continue
-        subset: dict[str, Any] = {"image_dir": str(folder / name)}
-        subset |= {"num_repeats": meaning.repeats, "class_tokens": meaning.words}
-        found.append({**subset, "is_reg": is_reg})
-    if not found:
+        subsets.append(
+            {
+                "image_dir": str(folder / name),
+                "num_repeats": meaning.repeats,
+                "class_tokens": meaning.words,
+                "is_reg": is_reg,
+            }
+        )
+    if not subsets:
         raise DatasetError(
             f"{option} {folder} has no folder whose name begins with a number of repeats, such as 10_cat. "
             "Move the pictures into one."
         )
-    return found
+    return subsets

@@ -32,7 +32,7 @@ from dataset.sources.clock import find_other_lengths
 from dataset.sources.colours import find_colours, find_reordered
 from dataset.sources.companions import find_moving_references, refuse_companions
 from dataset.sources.decoding import check_resolution, decode_source
-from dataset.sources.folders import tell_lone_controls
+from dataset.sources.folders import log_lone_controls
 from dataset.sources.frames import find_far_rates, find_wrong_rates, media_table
 from dataset.sources.media_source import NO_REFERENCE, Fault
 from dataset.sources.references import find_equal_references, lack_references, reference_buckets
@@ -137,7 +137,7 @@ def check_caching(
         found.title = f"{table.name}: {count_of(len(found.sources), table.holds)}{items}"
         tables.append(found)
     sources = [source for found in tables for source in found.sources]
-    tell_lone_controls(sources)
+    log_lone_controls(sources)
     if lack_references(config.datasets, sources):
         tables[0].remarks.append(Fault(EDITS_NOTHING, NO_REFERENCE))
     findings.hold_back(tables, *validation)

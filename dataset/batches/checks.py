@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from dataset.cache.records import (
     stamp_of,
 )
 from dataset.cache.store import Stores
+from dataset.config import DatasetTable
 from dataset.config_keys import REFERENCES, SECTIONS, TEXTS
 from dataset.sources.captions import captions_in, read_caption
 from dataset.sources.frames import bucket_of
@@ -27,6 +29,9 @@ from dataset.table import FROM_ALPHA, FROM_FILE, defaults_of
 from modules.console import count_of
 from modules.contract import data
 from modules.errors import CacheError
+
+if TYPE_CHECKING:  # it is loaded only if sources are compared
+    from dataset.sources.listing import Companions
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +50,8 @@ def check_channels(
     """
     stores = stores or Stores()
     unsaid: list[Path] = []  # of other programs
-    for *_, item in group_items(items).values():
+    for group in group_items(items).values():
+        item = group[-1]
         if item.kind.sizes is not None:
             continue
         header = stores.of(item.table).read(item.latent_path.name, is_whole=False)
@@ -83,18 +89,17 @@ def text_faults(
 
     is_shared: another program may have made the cache, which keeps no record.
     """
-    table, usual = item.table, {**defaults_of(TEXTS), "captions": 1}
-    now = {**usual, **table.changed(TEXTS), "captions": item.captions}
-    # a file of ours without records was made with the usual keys, or by hand
-    for made_with in [one.settings for one in records.values()] or ([] if is_shared else [{}]):
-        changed = difference({**usual, **made_with}, now)
+    table = item.table
+    defaults = {**defaults_of(TEXTS), "captions": 1}
+    settings = {**defaults, **table.changed(TEXTS), "captions": item.captions}
+    recorded = [record.settings for record in records.values()]
+    if not recorded and not is_shared:
+        recorded = [{}]  # a file of ours without records was made with the usual keys, or by hand
+    for recorded_settings in recorded:
+        changed = difference({**defaults, **recorded_settings}, settings)
         if changed is not None:
             yield f"{changed} in {table.name}"
-    if table.references is not None and table.references.seen_by_text:
-        there = min(_references_now(item) or 0, table.references.most)
-        seen = min((len(one.references) for one in records.values()), default=there)
-        if seen < there:
-            yield f"its caption was encoded with {seen} of its {count_of(there, 'reference picture')}"
+    yield from _seen_reference_faults(item, records)
     if table.directory is None:
         return
     for record in records.values():
@@ -106,9 +111,22 @@ def text_faults(
             continue
         path = table.directory / record.file.name
         text = read_caption(path)
-        is_same = text is None or captions_in(text, table)[number : number + 1] == (record.caption,)
+        captions = None if text is None else captions_in(text, table)
+        is_same = captions is None or captions[number : number + 1] == (record.caption,)
         if not is_same and stamp_of(path)[1] <= checks.started_ns:
             yield f"made from the caption {record.caption!r}, which now is {text!r}"
+
+
+def _seen_reference_faults(item: TrainingItem, records: Mapping[str, TextRecord]) -> Iterator[str]:
+    """Yield a line if a text encoder saw fewer reference pictures than the item has."""
+    rules = item.table.references
+    if rules is None or not rules.seen_by_text:
+        return
+    num_references = min(_references_now(item) or 0, rules.most)
+    num_seen = min((len(record.references) for record in records.values()), default=num_references)
+    if num_seen < num_references:
+        pictures = count_of(num_references, "reference picture")
+        yield f"its caption was encoded with {num_seen} of its {pictures}"
 
 
 def latent_faults(
@@ -123,25 +141,11 @@ def latent_faults(
 
     record: None if it has none. is_shared: another program may have made them.
     """
-    table, found = item.table, list(tensors["latents"].shape)
-    if found[0] != latent.channels:
-        yield other_space(found[0], latent)
-    if record is not None:
-        made_from = record.options.get("mask")
-    else:  # other programs make no mask but from transparency
-        theirs = is_shared and data.LOSS_MASK in tensors
-        made_from = FROM_ALPHA if theirs else None
-    if table.alpha_mask:
-        wanted: set[str | None] = {FROM_ALPHA}
-    elif table.mask_directory is not None:
-        there = _companions_now(item)
-        wanted = {FROM_FILE} if there is not None and there[2] else {FROM_FILE, None}
-    else:
-        wanted = {FROM_FILE, None} if table.directory is None else {None}
-    if made_from not in wanted:
-        has = "no mask" if wanted == {None} else "a mask for it"
-        has = "alpha_mask = true" if table.alpha_mask else has
-        yield f"the mask of its loss is from {made_from or 'nowhere'}, {table.name} has {has}"
+    table = item.table
+    shape = list(tensors["latents"].shape)
+    if shape[0] != latent.channels:
+        yield other_space(shape[0], latent)
+    yield from _mask_faults(item, tensors, record, is_shared)
     if table.augmentation.flip and "latents" + FLIPPED not in tensors:
         yield "it has no mirrored latents, which flip_aug needs"
     if table.references is not None or table.clip_references is not None:
@@ -150,20 +154,64 @@ def latent_faults(
         yield from _option_faults(item, tensors, record, latent)
         if record.parts != item.parts:
             yield f"{record.parts} files of its clip belong together, {item.parts} are there"
-        references = record.options.get(CLIP_REFERENCES, [0])[0]
-        others = [table.mask_directory] * (record.options.get("mask") == FROM_FILE)
-        others += [table.control_mask_directory] * (CONTROL_MASK in record.options)
-        others += [table.reference_directory] * references
-        controls = len(record.files) - 1 - len(others)
-        folders = [table.directory, *[table.control_directory] * controls, *others]
-        yield from _source_faults(item, folders, record, checks)
+        yield from _source_faults(item, _source_folders(table, record), record, checks)
+    yield from _shape_faults(item, tensors, latent)
+
+
+def _mask_faults(
+    item: TrainingItem, tensors: Mapping[str, Tensor], record: LatentRecord | None, is_shared: bool
+) -> Iterator[str]:
+    """Yield a line if the mask of the loss is not from where the table has it."""
+    table = item.table
+    if record is not None:
+        made_from = record.options.get("mask")
+    else:  # other programs make no mask but from transparency
+        made_from = FROM_ALPHA if is_shared and data.LOSS_MASK in tensors else None
+    allowed: set[str | None]
+    if table.alpha_mask:
+        allowed = {FROM_ALPHA}
+    elif table.mask_directory is not None:
+        companions = _companions_now(item)
+        has_mask = companions is not None and companions.has_mask
+        allowed = {FROM_FILE} if has_mask else {FROM_FILE, None}
+    elif table.directory is None:
+        allowed = {FROM_FILE, None}
+    else:
+        allowed = {None}
+    if made_from in allowed:
+        return
+    if table.alpha_mask:
+        expected = "alpha_mask = true"
+    else:
+        expected = "no mask" if allowed == {None} else "a mask for it"
+    yield f"the mask of its loss is from {made_from or 'nowhere'}, {table.name} has {expected}"
+
+
+def _source_folders(table: DatasetTable, record: LatentRecord) -> list[Path | None]:
+    """Return the folder of each file in a record of latents."""
+    companions: list[Path | None] = []
+    if record.options.get("mask") == FROM_FILE:
+        companions.append(table.mask_directory)
+    if CONTROL_MASK in record.options:
+        companions.append(table.control_mask_directory)
+    num_references = record.options.get(CLIP_REFERENCES, [0])[0]
+    companions += [table.reference_directory] * num_references
+    num_controls = len(record.files) - 1 - len(companions)
+    return [table.directory, *[table.control_directory] * num_controls, *companions]
+
+
+def _shape_faults(
+    item: TrainingItem, tensors: Mapping[str, Tensor], latent: data.LatentSpec
+) -> Iterator[str]:
+    """Yield a line if latents, or the mask of their loss, have another shape than the table asks for."""
+    shape = list(tensors["latents"].shape)
     width, height, frames = (*item.bucket, 1)[:3]
     expected = list(latent.shape(frames, height, width)[1:])
     if data.PLACES in tensors:
         expected[1] = len(tensors[data.PLACES])
-    if found != expected:
+    if shape != expected:
         yield (
-            f"its latents have the shape {as_shape(found)}, {table.name} asks for {as_shape(expected)} "
+            f"its latents have the shape {as_shape(shape)}, {item.table.name} asks for {as_shape(expected)} "
             f"({frames} frames of {width}x{height})"
         )
     mask = tensors.get(data.LOSS_MASK)
@@ -179,19 +227,24 @@ def _option_faults(
     bucket = bucket_of(table, tuple(options["size"]), latent.pixel_step, item.latent_path)
     if tuple(options["bucket"]) != bucket:
         yield f"made for {as_shape(options['bucket'])} pixels, {table.name} asks for {as_shape(bucket)}"
-    of_sections, usual = defaults_of(SECTIONS), defaults_of(REFERENCES)
-    sections = {key: value for key, value in options.items() if key in of_sections}
+    section_keys = defaults_of(SECTIONS)
+    sections = {key: option for key, option in options.items() if key in section_keys}
     changed = [options_difference(sections, table.changed(SECTIONS), latent)]
     if any(key.startswith(data.CONTROL) for key in tensors):
-        then = usual | {key: value for key, value in options.items() if key in usual}
-        changed.append(difference(then, usual | table.changed(REFERENCES)))
-    yield from (f"{keys} in {table.name}" for keys in changed if keys is not None)
+        defaults = defaults_of(REFERENCES)
+        recorded = {key: option for key, option in options.items() if key in defaults}
+        changed.append(difference(defaults | recorded, defaults | table.changed(REFERENCES)))
+    for keys in changed:
+        if keys is not None:
+            yield f"{keys} in {table.name}"
     rules = table.clip_references
-    if rules is not None and CLIP_REFERENCES in options:
-        made, shown = options[CLIP_REFERENCES][1:], "size factor {}, time factor {} and {} frames (0: all)"
-        if made != [*rules.factors]:
-            here = shown.format(*rules.factors)
-            yield f"its references were made with {shown.format(*made)}, this run has {here}"
+    if rules is None or CLIP_REFERENCES not in options:
+        return
+    factors = options[CLIP_REFERENCES][1:]
+    if factors != [*rules.factors]:
+        text = "size factor {}, time factor {} and {} frames (0: all)"
+        recorded_text, text_now = text.format(*factors), text.format(*rules.factors)
+        yield f"its references were made with {recorded_text}, this run has {text_now}"
 
 
 def sound_faults(
@@ -203,15 +256,16 @@ def sound_faults(
     is_shared: bool,
 ) -> Iterator[str]:
     """Yield why cached latents of sound are not what the table and the model ask for."""
-    table, found = item.table, tuple(tensors[data.SOUND].shape)
-    if item.sound and found != item.sound:
-        yield f"its latents have the shape {found}, a clip of its frames and rate has {item.sound}"
+    table = item.table
+    shape = tuple(tensors[data.SOUND].shape)
+    if item.sound and shape != item.sound:
+        yield f"its latents have the shape {shape}, a clip of its frames and rate has {item.sound}"
     if record is None:
         return
-    is_given = len(record.files) > 1
-    if table.directory is not None and is_given != (table.audio_directory is not None):
-        made = "a file of audio_directory" if is_given else "the track of its clip"
-        yield f"it was made from {made}, which {table.name} does not use now"
+    is_from_file = len(record.files) > 1
+    if table.directory is not None and is_from_file != (table.audio_directory is not None):
+        source = "a file of audio_directory" if is_from_file else "the track of its clip"
+        yield f"it was made from {source}, which {table.name} does not use now"
     yield from _source_faults(item, [table.directory, table.audio_directory], record, checks)
 
 
@@ -234,40 +288,55 @@ def _reference_faults(item: TrainingItem, tensors: Iterable[str]) -> Iterator[st
     """
     table, rules = item.table, item.table.references
     if table.clip_references is not None and table.directory is not None:
-        cached = sum(key.startswith(data.REFERENCE_LATENTS) and not key.endswith(FLIPPED) for key in tensors)
-        if cached or table.reference_directory is not None:
-            beside = _companions_now(item)
-            now = 0 if table.reference_directory is None else cached if beside is None else beside[1]
-            if now != cached:
-                yield f"it was made with {count_of(cached, 'reference')}, now {table.name} has {now} for it"
+        yield from _clip_reference_faults(item, tensors)
     if rules is None:
         return
-    cached = sum(key.startswith(data.CONTROL) and not key.endswith(FLIPPED) for key in tensors)
-    made_with = f"it was made with {count_of(cached, 'reference picture')}"
-    there = _references_now(item)
+    num_cached = _count_unmirrored(tensors, data.CONTROL)
+    made_with = f"it was made with {count_of(num_cached, 'reference picture')}"
+    num_now = _references_now(item)
     if table.directory is None:
-        if there is not None and min(there, rules.most) != cached:
-            yield f"{made_with}, now {table.source} names {there}"
-    elif cached and table.control_directory is None:
+        if num_now is not None and min(num_now, rules.most) != num_cached:
+            yield f"{made_with}, now {table.source} names {num_now}"
+    elif num_cached and table.control_directory is None:
         yield f"it was made with reference pictures, {table.name} has no control_directory"
-    elif there is not None and cached < min(there, rules.most):
-        yield f"{made_with}, now its image has {min(there, rules.most)}"
+    elif num_now is not None and num_cached < min(num_now, rules.most):
+        yield f"{made_with}, now its image has {min(num_now, rules.most)}"
+
+
+def _clip_reference_faults(item: TrainingItem, tensors: Iterable[str]) -> Iterator[str]:
+    """Yield a line if the clip of a folder has another number of references than its latents."""
+    table = item.table
+    num_cached = _count_unmirrored(tensors, data.REFERENCE_LATENTS)
+    if not num_cached and table.reference_directory is None:
+        return
+    if table.reference_directory is None:
+        num_now = 0
+    else:
+        companions = _companions_now(item)
+        num_now = num_cached if companions is None else companions.num_references
+    if num_now != num_cached:
+        made_with = count_of(num_cached, "reference")
+        yield f"it was made with {made_with}, now {table.name} has {num_now} for it"
+
+
+def _count_unmirrored(tensors: Iterable[str], start: str) -> int:
+    return sum(key.startswith(start) and not key.endswith(FLIPPED) for key in tensors)
 
 
 def _references_now(item: TrainingItem) -> int | None:
     """Return how many reference pictures an item has, even if the model takes fewer; None: not known."""
     if item.table.directory is not None and item.table.control_directory is None:
         return None
-    there = _companions_now(item)
-    return None if there is None else there[0]
+    companions = _companions_now(item)
+    return None if companions is None else companions.num_controls
 
 
-def _companions_now(item: TrainingItem) -> tuple[int, int, bool] | None:
+def _companions_now(item: TrainingItem) -> "Companions | None":
     """Return an item's entry in `companions_now`; None without one, or if listing could download files."""
     table = item.table
     if not (table.directory or table.jsonl_file or table.table_file):
         return None
-    from dataset.sources.listing import companions_now
+    from dataset.sources.listing import companions_now  # only if sources are compared
 
     return companions_now(table).get(item.source_stem)
 
@@ -296,43 +365,51 @@ class SameEncoders:
 
     commands: CachingCommands = NO_COMMANDS
     _first: dict[str, data.MadeBy] = field(default_factory=dict)  # by part
-    _told: set[str] = field(default_factory=set)  # parts
+    _warned: set[str] = field(default_factory=set)  # parts
 
     def warn(self, made_by: Iterable[data.MadeBy]) -> None:
-        said = self.difference(made_by)
-        if said is not None:
-            logger.warning(said)
+        warning = self.difference(made_by)
+        if warning is not None:
+            logger.warning(warning)
 
     def difference(self, made_by: Iterable[data.MadeBy]) -> str | None:
         """Return the text of the warning; None if there is nothing new."""
-        files, parts, has_other_networks = list[str](), set[bool](), False
-        for made in made_by:
-            first = self._first.setdefault(made.part, made)
-            keys = made.encoder.keys() | first.encoder.keys()
-            if made.part == data.LATENTS_MADE:  # without image conditions a file has no image encoder
-                keys = (made.encoder.keys() & first.encoder.keys()) - _BESIDE_LATENTS
-            keys = {key for key in keys if first.encoder.get(key) != made.encoder.get(key)}
-            if made.part in self._told or not keys:
+        lines: list[str] = []
+        are_latents: set[bool] = set()  # of the parts that differ
+        has_other_networks = False
+        for origin in made_by:
+            first = self._first.setdefault(origin.part, origin)
+            keys = _different_keys(first, origin)
+            if origin.part in self._warned or not keys:
                 continue
-            self._told.add(made.part)
-            parts.add(first.part in (data.LATENTS_MADE, data.SOUND_MADE))
-            for one in (first, made):
-                texts = {key: one.encoder.get(key, "none") for key in sorted(keys)}
+            self._warned.add(origin.part)
+            are_latents.add(first.part in (data.LATENTS_MADE, data.SOUND_MADE))
+            for file in (first, origin):
+                texts = {key: file.encoder.get(key, "none") for key in keys}
                 has_other_networks |= any(map(_FINGERPRINT.fullmatch, texts.values()))
-                said = [f"{key} {_FINGERPRINT.sub(SHORTENED, text)}" for key, text in texts.items()]
-                files.append(f"{one.path}: {', '.join(said)}")
-        if not files:
+                shown = [f"{key} {_FINGERPRINT.sub(SHORTENED, text)}" for key, text in texts.items()]
+                lines.append(f"{file.path}: {', '.join(shown)}")
+        if not lines:
             return None
-        again = ([self.commands.latents] if True in parts else []) + (
-            [self.commands.text] if False in parts else []
-        )
-        consequence = (
-            "Unless the encoders' files hold the same network, the model learns a mixture that fits neither."
-            if has_other_networks
-            else "Their values differ slightly."
-        )
+        commands = [self.commands.latents] if True in are_latents else []
+        commands += [self.commands.text] if False in are_latents else []
+        if has_other_networks:
+            consequence = (
+                "Unless the encoders' files hold the same network, the model learns a mixture that fits "
+                "neither."
+            )
+        else:
+            consequence = "Their values differ slightly."
         remedy = f"{consequence} To make all caches alike, cache again with:"
-        return "\n  ".join(["Not all caches were made by the same encoders:", *files, remedy, *again])
+        return "\n  ".join(["Not all caches were made by the same encoders:", *lines, remedy, *commands])
+
+
+def _different_keys(first: data.MadeBy, second: data.MadeBy) -> list[str]:
+    """Return the keys in which the encoders of two files differ, sorted."""
+    keys = second.encoder.keys() | first.encoder.keys()
+    if second.part == data.LATENTS_MADE:  # without image conditions a file has no image encoder
+        keys = (second.encoder.keys() & first.encoder.keys()) - _BESIDE_LATENTS
+    return sorted(key for key in keys if first.encoder.get(key) != second.encoder.get(key))
 
 
 def describe_identity(identity: Mapping[str, str]) -> list[str]:

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 LOOKED_AT = 1000  # items whose headers are read to know whether any has a reference
 _LATENTS_OF_ANY = re.compile(r"_[0-9]+x[0-9]+_[a-z0-9]+\.safetensors$")  # names of latent caches, whoever's
+_Clip = tuple[str, cache_files.LatentName]  # stem, and the end of a file name without its section
 
 
 @dataclass
@@ -71,76 +72,181 @@ def find_items(
     say. live: tables encoded while training, by index. sound: spec of a family that is trained with sound.
     """
     stores = stores or Stores((cache_tag, latent, text_keys))
-    found, usual = FoundItems(), ItemKind(cache_tag)
+    listing = FoundItems()
+    cached_kind = ItemKind(cache_tag)
     for table in config.datasets:
-        kind = replace((live or {}).get(table.index, usual), text_keys=text_keys)
-        _add_table(found, table, kind, latent, stores, sound)
+        kind = live.get(table.index, cached_kind) if live else cached_kind
+        _add_table(
+            listing,
+            table=table,
+            kind=replace(kind, text_keys=text_keys),
+            latent=latent,
+            stores=stores,
+            sound=sound,
+        )
     if sound is not None and sound.is_alone:
-        found.needs_sound = "sound alone is learned"
-    if found.items and not live and not any(item.has_sound for item in found.items):
-        found.silent = sound
-    return found
+        listing.needs_sound = "sound alone is learned"
+    if listing.items and not live and not any(item.has_sound for item in listing.items):
+        listing.silent = sound
+    return listing
 
 
 def _add_table(
-    found: FoundItems,
+    listing: FoundItems,
     table: DatasetTable,
     kind: ItemKind,
     latent: LatentSpec,
     stores: Stores,
-    hears: SoundSpec | None,
+    sound: SoundSpec | None,
 ) -> None:
-    tag, store, texts_store = kind.tag, stores.of(table), stores.of_texts(table)
-    names, end = store.names(), f"_{tag}{cache_files.SUFFIX}"
+    """Add the items of a table to `listing`, and what is missing of them."""
+    store = stores.of(table)
+    texts_store = stores.of_texts(table)
+    names = store.names()
     if table.index not in stores.given and may_be_mixed(table, names):
-        from dataset.cache.form import list_shard_faults, other_form
-
-        found.unsound += [(table, line) for line in (*other_form(table, tag), *list_shard_faults(table))]
-    latent_files = names if kind.sizes is None else kind.latent_names()
-    wanted = sorted([name for name in latent_files if name.endswith(end)])
-    stems = _listed_stems(table, kind, wanted) if kind.sources or store.is_shared else None
+        _add_form_faults(listing, table, kind.tag)
+    latent_files = _latent_files(names, kind)
+    stems = None
+    if kind.sources or store.is_shared:
+        stems = _listed_stems(table, kind, latent_files)
     if stems is not None:
-        found.listed.setdefault(table.picture_folder, set()).update(stems)
+        listing.listed.setdefault(table.picture_folder, set()).update(stems)
     text_names = names if texts_store is store else texts_store.names()
-    texts = _TextNames(table, text_names, tag, found) if kind.has_text else None
-    clips = cache_files.latent_names(wanted, tag, table.kind) if table.kind == "video" else ()
-    # how many files each clip in sections has: all that differ in their section alone
-    parts = Counter(
-        (stem, replace(what, section=None)) for _, stem, what in clips if what.section is not None
+    texts = _TextNames(table, text_names, kind.tag, listing) if kind.has_text else None
+    sections = Counter[_Clip]()
+    sounds = None
+    if table.kind == "video":
+        sections = _count_sections(latent_files, kind.tag)
+        if sound is not None and table.audio != IGNORE:
+            sounds = _SoundNames(table, names=names, tag=kind.tag, spec=sound, listing=listing)
+    del names, text_names  # a million names: what is needed of them is held elsewhere
+    maker = _ItemMaker(
+        table=table,
+        kind=kind,
+        latent=latent,
+        store=store,
+        texts=texts,
+        sounds=sounds,
+        sections=sections,
     )
-    sound = hears if table.kind == "video" and table.audio != IGNORE else None
-    needs_sound = sound is not None and (table.audio == REQUIRED or sound.is_alone)
-    sound_end = "" if sound is None else f"_{cache_files.sound_tag(tag)}{cache_files.SUFFIX}"
-    with_sound = {name for name in names if sound and name.endswith(sound_end)}
-    del names, text_names, latent_files  # a million names: what is needed of them is held elsewhere
-    has_references = bool(table.references or table.clip_references) and table.batch_size > 1
-    buckets: dict[int, tuple[int, ...]] = {}  # by the meaning of the end of a name, by identity
-    sizes: dict[tuple[int, ...], tuple[int, ...]] = {}  # each once: of references, of sound
-    is_empty, folder = True, table.cache_directory
+    is_empty = True
     with pause_collection():
-        for name, stem, what in cache_files.latent_names(wanted, tag, table.kind):
+        for name, stem, ending in cache_files.latent_names(latent_files, kind.tag, table.kind):
             if stems is not None and stem not in stems:
-                found.unlisted[table.picture_folder, stem] = None
+                listing.unlisted[table.picture_folder, stem] = None
                 continue
             is_empty = False
-            if texts is not None and not texts.has(stem):
-                continue
-            if id(what) not in buckets:
-                buckets[id(what)] = _bucket(table, what, latent, folder / name)
-            files = (parts[stem, replace(what, section=None)] or 1) if parts else 1
-            captions = texts.captions.get(stem, 1) if texts else 1 + len(kind.sources[stem].more_captions)
-            bucket, shape = buckets[id(what)], tuple[int, ...]()
-            references = _reference_sizes(store, name) if has_references and kind.sizes is None else ()
-            sound_file = "" if sound is None else cache_files.sound_file_name(name, tag)
-            if sound is not None and table.batch_size > 1:
-                shape = _sound_shape(store, name, sound, bucket[2])
-            if needs_sound and sound_file not in with_sound:
-                found.missing_sound.append(folder / sound_file)
-            shared = sizes.setdefault(references, references), sizes.setdefault(shape, shape)
-            own = files, captions, *shared, sound_file in with_sound
-            found.items.append(TrainingItem(name, len(stem), table, bucket, kind, *own))
+            if texts is None or texts.has(stem):
+                listing.items.append(maker.make(name, stem, ending))
     if is_empty:
-        found.empty_tables.append(table)
+        listing.empty_tables.append(table)
+
+
+def _add_form_faults(listing: FoundItems, table: DatasetTable, tag: str) -> None:
+    from dataset.cache.form import list_shard_faults, other_form  # few folders are mixed
+
+    for line in (*other_form(table, tag), *list_shard_faults(table)):
+        listing.unsound.append((table, line))
+
+
+def _latent_files(names: Collection[str], kind: ItemKind) -> list[str]:
+    """Return the names of a table's latent caches, sorted: cached ones, or those that would be cached."""
+    ending = f"_{kind.tag}{cache_files.SUFFIX}"
+    candidates = names if kind.sizes is None else kind.latent_names()
+    return sorted([name for name in candidates if name.endswith(ending)])
+
+
+def _count_sections(latent_files: Sequence[str], tag: str) -> Counter[_Clip]:
+    """Count the files of each clip in sections: all that differ in their section alone."""
+    return Counter(
+        (stem, replace(ending, section=None))
+        for _, stem, ending in cache_files.latent_names(latent_files, tag, "video")
+        if ending.section is not None
+    )
+
+
+class _ItemMaker:
+    """Make the items of a table from the names of its latent caches."""
+
+    def __init__(
+        self,
+        table: DatasetTable,
+        kind: ItemKind,
+        latent: LatentSpec,
+        store: CacheStore,
+        texts: "_TextNames | None",
+        sounds: "_SoundNames | None",
+        sections: Counter[_Clip],
+    ) -> None:
+        """texts: None if captions are encoded while training. sounds: None if no sound is trained. sections:
+        number of files of each clip in sections.
+        """
+        self._table, self._kind, self._latent, self._store = table, kind, latent, store
+        self._texts, self._sounds, self._sections = texts, sounds, sections
+        takes_references = bool(table.references or table.clip_references)
+        self._reads_references = takes_references and table.batch_size > 1 and kind.sizes is None
+        self._buckets: dict[int, tuple[int, ...]] = {}  # by the meaning of the end of a name, by identity
+        self._sizes: dict[tuple[int, ...], tuple[int, ...]] = {}  # each once: of references, of sound
+
+    def make(self, name: str, stem: str, ending: cache_files.LatentName) -> TrainingItem:
+        """Return the item of a latent cache. ending: its name without the stem."""
+        table, kind = self._table, self._kind
+        bucket = self._buckets.get(id(ending))
+        if bucket is None:
+            bucket = _bucket(table, ending, self._latent, table.cache_directory / name)
+            self._buckets[id(ending)] = bucket
+        num_files = 1
+        if self._sections:
+            num_files = self._sections[stem, replace(ending, section=None)] or 1
+        if self._texts is not None:
+            num_captions = self._texts.captions.get(stem, 1)
+        else:
+            num_captions = 1 + len(kind.sources[stem].more_captions)
+        references: tuple[int, ...] = ()
+        if self._reads_references:
+            references = _reference_sizes(self._store, name)
+            references = self._sizes.setdefault(references, references)
+        sound: tuple[int, ...] = ()
+        has_sound = False
+        if self._sounds is not None:
+            if table.batch_size > 1:
+                sound = _sound_shape(self._store, name, self._sounds.spec, bucket[2])
+                sound = self._sizes.setdefault(sound, sound)
+            has_sound = self._sounds.has(name)
+        return TrainingItem(
+            file_name=name,
+            stem_length=len(stem),
+            table=table,
+            bucket=bucket,
+            kind=kind,
+            parts=num_files,
+            captions=num_captions,
+            references=references,
+            sound=sound,
+            has_sound=has_sound,
+        )
+
+
+class _SoundNames:
+    """The sound caches of a table among the names of its entries."""
+
+    def __init__(
+        self, table: DatasetTable, names: Collection[str], tag: str, spec: SoundSpec, listing: FoundItems
+    ) -> None:
+        """listing: missing sound caches are added to it, if the table needs them."""
+        self.spec = spec
+        self._tag, self._folder, self._listing = tag, table.cache_directory, listing
+        self._is_needed = table.audio == REQUIRED or spec.is_alone
+        ending = f"_{cache_files.sound_tag(tag)}{cache_files.SUFFIX}"
+        self._names = {name for name in names if name.endswith(ending)}
+
+    def has(self, latents: str) -> bool:
+        """Return whether the sound of a latent cache is cached. latents: its file name."""
+        name = cache_files.sound_file_name(latents, self._tag)
+        is_cached = name in self._names
+        if self._is_needed and not is_cached:
+            self._listing.missing_sound.append(self._folder / name)
+        return is_cached
 
 
 def _sound_shape(store: CacheStore, latents: str, sound: SoundSpec, frames: int) -> tuple[int, ...]:
@@ -158,37 +264,42 @@ def with_reference_sizes(items: Iterable[TrainingItem], stores: Stores) -> list[
     on these sizes.
     """
 
-    def may_have(item: TrainingItem) -> bool:
-        table = item.table
-        shown = table.reference_directory or table.control_directory or table.directory is None
-        beside = table.references or (table.clip_references and shown) or table.fp_1f_clean_indices
-        return bool(beside) and not item.references and item.kind.sizes is None
+    sized = []
+    for item in items:
+        is_read = not item.references and item.kind.sizes is None
+        if is_read and _may_have_references(item.table):
+            sizes = _reference_sizes(stores.of(item.table), item.file_name)
+            item = replace(item, references=sizes)
+        sized.append(item)
+    return sized
 
-    return [
-        replace(item, references=_reference_sizes(stores.of(item.table), item.file_name))
-        if may_have(item)
-        else item
-        for item in items
-    ]
+
+def _may_have_references(table: DatasetTable) -> bool:
+    if table.references or table.fp_1f_clean_indices:
+        return True
+    has_source = table.reference_directory or table.control_directory or table.directory is None
+    return bool(table.clip_references and has_source)
 
 
 def learn_no_references(items: Sequence[TrainingItem], stores: Stores) -> bool:
     """Return whether the model takes reference pictures, and none of about LOOKED_AT items has one."""
-    edited = [
-        item
-        for item in items
-        if (item.table.references is not None and item.table.kind == "image")
-        or (item.table.clip_references is not None and item.table.clip_references.edits)
-    ]
+    edited = [item for item in items if _is_edited(item.table)]
     for item in edited[:: len(edited) // LOOKED_AT + 1]:
         if item.kind.sizes is not None:
             source = item.kind.sources[item.source_stem]
-            found: Sequence[object] = source.control or source.references
+            references: Sequence[object] = source.control or source.references
         else:
-            found = item.references or _reference_sizes(stores.of(item.table), item.file_name)
-        if found:
+            references = item.references or _reference_sizes(stores.of(item.table), item.file_name)
+        if references:
             return False
     return bool(edited)
+
+
+def _is_edited(table: DatasetTable) -> bool:
+    """Return whether the model edits the reference pictures or clips of a table."""
+    if table.references is not None and table.kind == "image":
+        return True
+    return table.clip_references is not None and table.clip_references.edits
 
 
 def _reference_sizes(store: CacheStore, name: str) -> tuple[int, ...]:
@@ -200,53 +311,51 @@ def _reference_sizes(store: CacheStore, name: str) -> tuple[int, ...]:
         shapes = store.read(name, is_whole=False).shapes
     except CacheError:
         return ()
-    keys = [(cache_files.tensor_key(name), shape) for name, shape in sorted(shapes.items())]
-    found = [
-        (shape[-1], shape[-2] * (1 if key.startswith(CONTROL) else shape[-3]))
-        for key, shape in keys
-        if key.startswith((CONTROL, REFERENCE_LATENTS, IMAGE_LATENTS))
-        and not key.endswith(cache_files.FLIPPED)
-    ]
-    return tuple(side for sides in found for side in sides)
+    sizes: list[int] = []
+    for tensor, shape in sorted(shapes.items()):
+        key = cache_files.tensor_key(tensor)
+        if not key.startswith((CONTROL, REFERENCE_LATENTS, IMAGE_LATENTS)):
+            continue
+        if key.endswith(cache_files.FLIPPED):
+            continue
+        num_frames = 1 if key.startswith(CONTROL) else shape[-3]
+        sizes += [shape[-1], shape[-2] * num_frames]
+    return tuple(sizes)
 
 
 class _TextNames:
     """The text caches of a table among the names of its entries."""
 
-    def __init__(self, table: DatasetTable, names: Collection[str], tag: str, found: FoundItems) -> None:
-        """found: unfinished and missing text caches are added to it."""
-        self._table, self._tag, self._found = table, tag, found
+    def __init__(self, table: DatasetTable, names: Collection[str], tag: str, listing: FoundItems) -> None:
+        """listing: unfinished and missing text caches are added to it."""
+        self._table, self._tag, self._listing = table, tag, listing
         self._end = cache_files.text_file_name("", tag)
         self._first = {name for name in names if name.endswith(self._end)}
         unfinished = [name for name in names if name.endswith(cache_files.PART)]
         self._unfinished_first = {name for name in unfinished if name.endswith(self._end + cache_files.PART)}
         for name in unfinished:  # of further captions and of the empty prompt, if the table uses these
-            whole = name.removesuffix(cache_files.PART)
-            is_further = table.multi_caption and cache_files.parse_more_text_name(whole, tag) is not None
-            if is_further or (table.drops_captions and cache_files.is_empty_text_name(whole, tag)):
-                found.unfinished_text[table.cache_directory / name] = None
-        further: dict[str, set[int]] = {}
-        for name in names if table.multi_caption else ():
-            parsed = cache_files.parse_more_text_name(name, tag) if ".caption" in name else None
-            if parsed is not None:
-                further.setdefault(parsed[0], set()).add(parsed[1])
-        # the first, and further ones up to a gap in their numbers
-        self.captions = {
-            stem: next(number for number in range(1, len(numbers) + 2) if number not in numbers)
-            for stem, numbers in further.items()
-        }
+            if self._is_used(name.removesuffix(cache_files.PART)):
+                listing.unfinished_text[table.cache_directory / name] = None
+        # by stem: the first, and further ones up to a gap in their numbers
+        self.captions = _count_captions(names, tag) if table.multi_caption else {}
         # names of empty prompts' caches; None: not needed, or a missing one was found already
         self._empty: set[str] | None = None
         if table.drops_captions:
             self._empty = {name for name in names if cache_files.is_empty_text_name(name, tag)}
 
+    def _is_used(self, name: str) -> bool:
+        """Return whether a name is that of a further caption, or of an empty prompt, that the table uses."""
+        if self._table.multi_caption and cache_files.parse_more_text_name(name, self._tag) is not None:
+            return True
+        return self._table.drops_captions and cache_files.is_empty_text_name(name, self._tag)
+
     def has(self, stem: str) -> bool:
         """Return whether the first text of a source is cached."""
         text, folder = stem + self._end, self._table.cache_directory
         if text + cache_files.PART in self._unfinished_first:
-            self._found.unfinished_text[folder / (text + cache_files.PART)] = None
+            self._listing.unfinished_text[folder / (text + cache_files.PART)] = None
         elif text not in self._first:
-            self._found.missing_text[folder / text] = None
+            self._listing.missing_text[folder / text] = None
         if text not in self._first:
             return False
         if self._empty is not None:
@@ -254,9 +363,27 @@ class _TextNames:
             if self._table.texts_see_references:
                 name = cache_files.text_file_name(stem, self._tag, cache_files.EMPTY)
             if name not in self._empty:
-                self._found.missing_empty.append(folder / name)
+                self._listing.missing_empty.append(folder / name)
                 self._empty = None
         return True
+
+
+def _count_captions(names: Iterable[str], tag: str) -> dict[str, int]:
+    """Return by stem how many captions are cached without a gap in their numbers, for stems with further ones
+    than the first.
+    """
+    further: dict[str, set[int]] = {}
+    for name in names:
+        parsed = cache_files.parse_more_text_name(name, tag) if ".caption" in name else None
+        if parsed is not None:
+            stem, number = parsed
+            further.setdefault(stem, set()).add(number)
+    counts = {}
+    for stem, numbers in further.items():
+        counts[stem] = 1
+        while counts[stem] in numbers:
+            counts[stem] += 1
+    return counts
 
 
 def _listed_stems(table: DatasetTable, kind: ItemKind, latents: Sequence[str]) -> Collection[str] | None:
@@ -289,58 +416,89 @@ def _bucket(
     return (*name.size, name.span[1])
 
 
-def require_items(found: FoundItems, commands: CachingCommands = NO_COMMANDS) -> Sequence[TrainingItem]:
+def require_items(listing: FoundItems, commands: CachingCommands = NO_COMMANDS) -> Sequence[TrainingItem]:
     """Return the items to train on. Items without a text cache are left out with a warning.
 
     Raises CacheError with the caching commands if a table has no usable cache, or text caching has not
     finished.
     """
-    if found.unsound:
-        lines = [line for _, line in found.unsound]
+    _refuse_unfinished(listing, commands)
+    faults = [_explain_empty(table) for table in listing.empty_tables]
+    faults += _sound_faults(listing)
+    if not faults and not listing.items:
+        folders = {path.parent for path in listing.missing_text}
+        faults = [f"no text cache in {folder}" for folder in sorted(folders)]
+    if listing.silent is not None:
+        faults.append(f"no clip of the dataset has cached sound. Give some, or {listing.silent.without}")
+    for path in listing.missing_empty:
+        faults.append(f"caption_dropout_rate needs the empty prompt's cache, {path}")
+    if faults:
+        raise CacheError("\n  ".join([*faults, "Make the caches first:", commands.latents, commands.text]))
+    _warn_left_out(listing, commands)
+    num_items = count_of(len(listing.items), "item")
+    num_tables = count_of(len(tables_of(listing.items)), "data set")
+    logger.info("In the caches: %s of %s", num_items, num_tables)
+    return listing.items
+
+
+def _refuse_unfinished(listing: FoundItems, commands: CachingCommands) -> None:
+    """Raise CacheError if caches may be missing, or if text caching has not finished."""
+    if listing.unsound:
+        lines = [line for _, line in listing.unsound]
         if any("convert_cache" not in line for line in lines):
             lines += ["Shards are made whole by:", commands.latents, commands.text]
         raise CacheError("\n  ".join(lines))
-    if found.unfinished_text:
+    if listing.unfinished_text:
+        count = count_words(len(listing.unfinished_text), "text caches are unfinished")
+        first = next(iter(listing.unfinished_text))
         raise CacheError(
-            f"{count_words(len(found.unfinished_text), 'text caches are unfinished')}, such as "
-            f"{next(iter(found.unfinished_text))}: text caching was stopped before all text encoders had "
-            f"written.\n  Finish it with: {commands.text}"
+            f"{count}, such as {first}: text caching was stopped before all text encoders had written.\n"
+            f"  Finish it with: {commands.text}"
         )
+
+
+def _explain_empty(table: DatasetTable) -> str:
+    """Say why a table may have no latent cache."""
+    names = [] if table.cache_format == "npz" else sorted(open_store(table).names())
+    of_any_model = next(filter(_LATENTS_OF_ANY.search, names), None)
+    problem = f"{table.name}: no latent cache in {table.cache_directory}"
+    folder = table.directory
+    if folder is not None and not folder.exists() and not table.cache_directory.exists():
+        where = "" if folder.is_absolute() else f" from here ({Path.cwd()})"
+        problem = f"{table.name}: {folder}: no such folder{where}.{explain_missing(folder)}"
+    if of_any_model is not None:
+        problem += (
+            f" of {table.kind}s for this model: {of_any_model} is for another model, or of something else"
+        )
+    return problem
+
+
+def _sound_faults(listing: FoundItems) -> list[str]:
+    """Return a line for each folder with clips whose sound is missing."""
     faults = []
-    for table in found.empty_tables:
-        names = [] if table.cache_format == "npz" else sorted(open_store(table).names())
-        other = next(filter(_LATENTS_OF_ANY.search, names), None)
-        there = f" of {table.kind}s for this model: {other} is for another model, or of something else"
-        lacks = f"{table.name}: no latent cache in {table.cache_directory}"
-        folder = table.directory
-        if folder is not None and not folder.exists() and not table.cache_directory.exists():
-            where = "" if folder.is_absolute() else f" from here ({Path.cwd()})"
-            lacks = f"{table.name}: {folder}: no such folder{where}.{explain_missing(folder)}"
-        faults.append(lacks if other is None else lacks + there)
-    for folder, count in Counter(path.parent for path in found.missing_sound).items():
-        one = next(path.name for path in found.missing_sound if path.parent == folder)
+    counts = Counter(path.parent for path in listing.missing_sound)
+    for folder, count in counts.items():
+        example = next(path.name for path in listing.missing_sound if path.parent == folder)
         lacking = count_words(count, "clips have no sound")
-        faults.append(f"{found.needs_sound}, but {lacking} in {folder}, such as {one}. Take silent ones out")
-    if not faults and not found.items:
-        faults = [
-            f"no text cache in {folder}" for folder in sorted({one.parent for one in found.missing_text})
-        ]
-    if found.silent is not None:
-        faults.append(f"no clip of the dataset has cached sound. Give some, or {found.silent.without}")
-    faults += [f"caption_dropout_rate needs the empty prompt's cache, {path}" for path in found.missing_empty]
-    if faults:
-        raise CacheError("\n  ".join([*faults, "Make the caches first:", commands.latents, commands.text]))
-    if found.missing_text:
+        faults.append(
+            f"{listing.needs_sound}, but {lacking} in {folder}, such as {example}. Take silent ones out"
+        )
+    return faults
+
+
+def _warn_left_out(listing: FoundItems, commands: CachingCommands) -> None:
+    """Log which sources and caches are not trained on."""
+    if listing.missing_text:
         logger.warning(
             "%d of the sources have latents but no text cache (the first: %s); they are left out. Run: %s",
-            *(len(found.missing_text), next(iter(found.missing_text)), commands.text),
+            len(listing.missing_text),
+            next(iter(listing.missing_text)),
+            commands.text,
         )
-    gone = [folder / stem for folder, stem in found.unlisted if stem not in found.listed[folder]]
+    gone = [folder / stem for folder, stem in listing.unlisted if stem not in listing.listed[folder]]
     if gone:
         logger.warning(
             "%d sources have caches but are gone, or in no list (the first: %s): they are left out.",
-            *(len(gone), gone[0]),
+            len(gone),
+            gone[0],
         )
-    counts = count_of(len(found.items), "item"), count_of(len(tables_of(found.items)), "data set")
-    logger.info("In the caches: %s of %s", *counts)
-    return found.items

@@ -15,7 +15,7 @@ import re
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from dataset.batches.items import OfSource, TrainingItem, tables_of
 from dataset.cache.files import EMPTY
@@ -45,7 +45,8 @@ class BatchOrder:
         self._pools = repeat_items(self._items)
         if any(item.table.is_reg for item in self._items):
             used = {id(item) for pool in self._pools.values() for item in pool}
-            if unused := len(self._items) - len(used):
+            unused = len(self._items) - len(used)
+            if unused:
                 logger.warning(
                     "%d regularisation images are not used because fewer other pictures are trained in an "
                     "epoch. More num_repeats of those would use more.",
@@ -71,15 +72,18 @@ class BatchOrder:
     def epoch(self, number: int) -> Sequence[tuple[TrainingItem, ...]]:
         """Return the batches of an epoch in order. number: from 0. The last one asked for is remembered."""
         if self._last != number:
-            self._last, self._batches = -1, []  # those held so far go first
+            self._last = -1
+            self._batches = []  # freed before the new ones are made
             draw_bits = random.Random(derive_seed(self._seed, "items", number)).getrandbits
             batches: list[tuple[TrainingItem, ...]] = []
             with pause_collection():
                 for _, pool in sorted(self._pools.items()):
-                    size, shuffled = pool[0].table.batch_size, _shuffled(pool, draw_bits)
+                    size = pool[0].table.batch_size
+                    shuffled = _shuffled(pool, draw_bits)
                     starts = range(0, len(pool), size)
                     batches += [tuple(shuffled[start : start + size]) for start in starts]
-                self._last, self._batches = number, _shuffled(batches, draw_bits)
+                self._batches = _shuffled(batches, draw_bits)
+                self._last = number
             self._starts = array("q", itertools.accumulate(map(len, self._batches), initial=0))
         return self._batches
 
@@ -97,10 +101,13 @@ def repeat_regularisation(repeats: Sequence[int], learned: int) -> list[int]:
     """
     if not repeats or not learned:
         return [0] * len(repeats)
-    pairs = zip(repeats, itertools.accumulate(repeats, initial=0), strict=False)
-    taken = [count if before < learned else 0 for count, before in pairs]
-    rounds, rest = divmod(max(0, learned - sum(taken)), len(repeats))
-    return [count + rounds + (place < rest) for place, count in enumerate(taken)]
+    counts = []
+    total = 0
+    for count in repeats:
+        counts.append(count if total < learned else 0)
+        total += counts[-1]
+    rounds, remainder = divmod(max(0, learned - total), len(repeats))
+    return [count + rounds + (place < remainder) for place, count in enumerate(counts)]
 
 
 def repeat_items(items: Sequence[TrainingItem]) -> dict[tuple[int, ...], list[TrainingItem]]:
@@ -108,26 +115,47 @@ def repeat_items(items: Sequence[TrainingItem]) -> dict[tuple[int, ...], list[Tr
 
     If all items of a group occur equally often, the whole list is repeated: this keeps the batches of a seed.
     """
-    repeats = [item.table.num_repeats for item in items]
-    for group in {item.table.batch_group for item in items if item.table.is_reg}:
-        of_group = [place for place, item in enumerate(items) if item.table.batch_group == group]
-        reg = [place for place in of_group if items[place].table.is_reg]
-        learned = sum(repeats[place] for place in of_group if not items[place].table.is_reg)
-        found = repeat_regularisation([repeats[place] for place in reg], learned)
-        for place, count in zip(reg, found, strict=True):
-            repeats[place] = count
-    groups: dict[tuple[int, ...], tuple[list[TrainingItem], list[int]]] = {}
-    for item, count in zip(items, repeats, strict=True):
-        one = groups.setdefault(item.group, ([], []))
-        one[0].append(item)
-        one[1].append(count)
-    pools = {}
-    for key, (some, counts) in groups.items():
-        if min(counts) == max(counts):
-            pools[key] = some * counts[0]
+    groups: dict[tuple[int, ...], _Pool] = {}
+    for item, count in zip(items, _count_repeats(items), strict=True):
+        group = groups.setdefault(item.group, _Pool([], []))
+        group.items.append(item)
+        group.counts.append(count)
+    pools: dict[tuple[int, ...], list[TrainingItem]] = {}
+    for key, group in groups.items():
+        if min(group.counts) == max(group.counts):
+            pool = group.items * group.counts[0]
         else:
-            pools[key] = [item for item, count in zip(some, counts, strict=True) for _ in range(count)]
-    return {key: pool for key, pool in pools.items() if pool}
+            repeated = map(itertools.repeat, group.items, group.counts)
+            pool = list(itertools.chain.from_iterable(repeated))
+        if pool:
+            pools[key] = pool
+    return pools
+
+
+class _Pool(NamedTuple):
+    """Items that can share a batch, and how often each is trained in an epoch."""
+
+    items: list[TrainingItem]
+    counts: list[int]
+
+
+def _count_repeats(items: Sequence[TrainingItem]) -> list[int]:
+    """Return how often each item is trained in an epoch."""
+    counts = [item.table.num_repeats for item in items]
+    for group in {item.table.batch_group for item in items if item.table.is_reg}:
+        regularisation: list[int] = []  # places of the images
+        learned = 0
+        for place, item in enumerate(items):
+            if item.table.batch_group != group:
+                continue
+            if item.table.is_reg:
+                regularisation.append(place)
+            else:
+                learned += counts[place]
+        repeats = repeat_regularisation([counts[place] for place in regularisation], learned)
+        for place, count in zip(regularisation, repeats, strict=True):
+            counts[place] = count
+    return counts
 
 
 def _shuffled(values: Sequence[T], draw_bits: Callable[[int], int]) -> list[T]:
@@ -136,14 +164,14 @@ def _shuffled(values: Sequence[T], draw_bits: Callable[[int], int]) -> list[T]:
     draw_bits: `getrandbits` of the generator. Written out, as later Pythons must give the same batches; it is
     a fifth faster too.
     """
-    found = list(values)
-    for place in range(len(found) - 1, 0, -1):
+    shuffled = list(values)
+    for place in range(len(shuffled) - 1, 0, -1):
         bits = (place + 1).bit_length()
-        other = draw_bits(bits)
-        while other > place:
-            other = draw_bits(bits)
-        found[place], found[other] = found[other], found[place]
-    return found
+        drawn = draw_bits(bits)
+        while drawn > place:
+            drawn = draw_bits(bits)
+        shuffled[place], shuffled[drawn] = shuffled[drawn], shuffled[place]
+    return shuffled
 
 
 S = TypeVar("S", bound=OfSource)
@@ -162,19 +190,19 @@ def split_validation(items: Sequence[S], fraction: float, seed: int = 0) -> tupl
     if fraction > 0:
         candidates = {item.source_stem for item in items if not item.table.validation}
         count = min(max(round(fraction * len(candidates)), 1), len(candidates) - 1)
-        chosen = set(
-            heapq.nsmallest(
-                count,
-                candidates,
-                key=lambda stem: hashlib.sha256(stem.encode("utf-8", "surrogateescape")).digest(),
-            )
-        )
+        chosen = set(heapq.nsmallest(count, candidates, key=_digest))
     training: list[S] = []
     validation: list[S] = []
     for item in items:
-        is_held = item.table.validation or (bool(chosen) and item.source_stem in chosen)
-        (validation if is_held else training).append(item)
+        if item.table.validation or (chosen and item.source_stem in chosen):
+            validation.append(item)
+        else:
+            training.append(item)
     return training, validation
+
+
+def _digest(stem: str) -> bytes:
+    return hashlib.sha256(stem.encode("utf-8", "surrogateescape")).digest()
 
 
 def _split_subsets(items: Sequence[S], fraction: float, seed: int) -> tuple[list[S], list[S]]:
@@ -189,7 +217,8 @@ def _split_subsets(items: Sequence[S], fraction: float, seed: int) -> tuple[list
         if not share or table.is_reg:
             continue
         names = sorted({item.source_stem for item in items if item.table.index == table.index})
-        random.Random(seed if table.validation_seed is None else table.validation_seed).shuffle(names)
+        table_seed = seed if table.validation_seed is None else table.validation_seed
+        random.Random(table_seed).shuffle(names)
         # rounded first: 10 * (1 - 0.7) is a little above 3
         held_back = frozenset(names[math.ceil(round(len(names) * (1 - share), 9)) :])
         changes = dataclasses.replace(
@@ -239,33 +268,42 @@ def changed_caption(
     text = generator.choice(lines) if changes.wildcards else lines[0]
     text = add_ends(text, table)
     if changes.wildcards:
-        text = _WILDCARD.sub(
-            lambda found: _BRACES.get(found[0]) or generator.choice((found[1] or "").split("|")), text
-        )
+
+        def fill_in(match: re.Match[str]) -> str:
+            return _BRACES.get(match[0]) or generator.choice((match[1] or "").split("|"))
+
+        text = _WILDCARD.sub(fill_in, text)
     if not (changes.shuffle or changes.warmup_step or changes.part_dropout_rate):
         return join_parts(text, changes)
 
     # parts between the fixed ones are shuffled; parts beyond the warm-up, or dropped at random, are left out
-    def split(one: str) -> list[str]:
-        return [part.strip() for part in one.split(changes.separator)]
-
-    separator = changes.keep_tokens_separator
-    if separator and separator in text:
-        sections = map(split, text.split(separator, 2))
-        first, moving, last = ([part for part in one if part] for one in (*sections, [])[:3])
-    else:
-        parts = split(text)
-        first, moving, last = parts[: changes.keep_tokens], parts[changes.keep_tokens :], []
+    first, moving, last = _split_parts(text, changes)
     # the number of moving parts grows evenly from warmup_min to all of them
     end = math.floor(changes.warmup_step * total_steps) if changes.warmup_step < 1 else changes.warmup_step
     if step < end:
-        moving = moving[: math.floor(step * (len(moving) - changes.warmup_min) / end) + changes.warmup_min]
+        num_added = math.floor(step * (len(moving) - changes.warmup_min) / end)
+        moving = moving[: num_added + changes.warmup_min]
     if changes.shuffle:
         generator.shuffle(moving)
     rate = changes.part_dropout_rate
     if rate:
         moving = [part for part in moving if generator.random() >= rate]
     return join_parts(", ".join([*first, *moving, *last]), changes)
+
+
+def _split_parts(text: str, changes: CaptionChanges) -> tuple[list[str], list[str], list[str]]:
+    """Return the parts of a caption that stay in front, those that may be shuffled, and those at its end."""
+
+    def split(section: str) -> list[str]:
+        return [part.strip() for part in section.split(changes.separator)]
+
+    separator = changes.keep_tokens_separator
+    if separator and separator in text:
+        sections = [[part for part in split(section) if part] for section in text.split(separator, 2)]
+        first, moving = sections[:2]
+        return first, moving, sections[2] if len(sections) > 2 else []
+    parts = split(text)
+    return parts[: changes.keep_tokens], parts[changes.keep_tokens :], []
 
 
 @dataclass(frozen=True)
@@ -314,19 +352,22 @@ def change_captions(
 
     texts: of the sources. chosen: as of `choose_captions`; a caption that is EMPTY stays so.
     """
-    return tuple(
-        ""
-        if which == EMPTY
-        else changed_caption(
+    changed = []
+    for place, (item, text, which) in enumerate(zip(items, texts, chosen, strict=True)):
+        if which == EMPTY:
+            changed.append("")
+            continue
+        seed = derive_seed(run.seed, "caption changes", run.number, place)
+        caption = changed_caption(
             text,
-            item.table.changes,
-            item.table,
-            run.step,
-            run.total_steps,
-            random.Random(derive_seed(run.seed, "caption changes", run.number, place)),
+            changes=item.table.changes,
+            table=item.table,
+            step=run.step,
+            total_steps=run.total_steps,
+            generator=random.Random(seed),
         )
-        for place, (item, text, which) in enumerate(zip(items, texts, chosen, strict=True))
-    )
+        changed.append(caption)
+    return tuple(changed)
 
 
 def choose_sides(items: Sequence[TrainingItem], seed: int, number: int) -> tuple[bool, ...]:

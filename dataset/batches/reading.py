@@ -53,14 +53,48 @@ def read_batch(
     their files have them.
     """
     stores = stores or stores_for(items[0], latent)
-    reader = _Reader(stores, latent, commands, checks or CacheChecks(), encoded)
-    numbers, sides = captions or [0] * len(items), flips or [False] * len(items)
-    media = [
-        reader.read_media(item, place, side)
-        for place, (item, side) in enumerate(zip(items, sides, strict=True))
-    ]
-    texts = [reader.read_text(item, number) for item, number in zip(items, numbers, strict=True)]
-    has_sound = [data.SOUND in one.tensors for one in media]
+    reader = _Reader(
+        stores=stores,
+        latent=latent,
+        commands=commands,
+        checks=checks or CacheChecks(),
+        encoded=encoded,
+    )
+    numbers = captions or [0] * len(items)
+    sides = flips or [False] * len(items)
+    media = []
+    for place, (item, side) in enumerate(zip(items, sides, strict=True)):
+        media.append(reader.read_media(item, place, side))
+    texts = reader.read_texts(items, numbers)
+    full_texts: list[_Part] = []
+    tensors = _join_media_and_texts(media, texts, latent, commands)
+    full_tensors: dict[str, Any] = {}
+    if undropped and tuple(undropped) != tuple(numbers):
+        full_texts = reader.read_texts(items, undropped)
+        full_tensors = _stack(full_texts, commands.text)
+    made_by: list[data.MadeBy] = []
+    for of_media, of_text in zip(media, texts, strict=True):
+        made_by += (*of_media.made_by, *of_text.made_by)
+    for of_text in full_texts:
+        made_by += of_text.made_by
+    weights = tuple(item.table.prior_loss_weight for item in items)
+    preserved = tuple(item.table.preserves_output for item in items)
+    return data.Batch(
+        tensors=tensors,
+        captions=tuple(text.caption for text in texts),
+        keys=tuple(item.key for item in items),
+        made_by=tuple(made_by),
+        loss_weights=() if set(weights) == {1.0} else weights,
+        preserved=preserved if any(preserved) else (),
+        undropped=full_tensors,
+    )
+
+
+def _join_media_and_texts(
+    media: Sequence["_Part"], texts: Sequence["_Part"], latent: data.LatentSpec, commands: CachingCommands
+) -> dict[str, Any]:
+    """Return the stacked tensors of all items of a batch, by their keys."""
+    has_sound = [data.SOUND in part.tensors for part in media]  # before gaps are filled
     if len(media) > 1:
         _fill_gaps(media)
     tensors = {**_stack(media, commands.latents), **_stack(texts, commands.text)}
@@ -68,33 +102,18 @@ def read_batch(
         _put_in_front(tensors)
     if any(has_sound):
         tensors[data.HAS_SOUND] = torch.tensor(has_sound)
-    if isinstance(rates := tensors.get(data.FPS), Tensor):
+    rates = tensors.get(data.FPS)
+    if isinstance(rates, Tensor):
         tensors[data.FPS] = (1000 * rates.double()).round().long()
-    read, full = [part for pair in zip(media, texts, strict=True) for part in pair], dict[str, Any]()
-    if undropped and tuple(undropped) != tuple(numbers):
-        whole_texts = [reader.read_text(*pair) for pair in zip(items, undropped, strict=True)]
-        full, read = _stack(whole_texts, commands.text), [*read, *whole_texts]
-    weights = tuple(item.table.prior_loss_weight for item in items)
-    preserved = tuple(item.table.preserves_output for item in items)
-    return data.Batch(
-        tensors,
-        tuple(one.caption for one in texts),
-        tuple(item.key for item in items),
-        tuple(made for one in read for made in one.made_by),
-        () if set(weights) == {1.0} else weights,
-        preserved if any(preserved) else (),
-        full,
-    )
+    return tensors
 
 
 def _count_windows(item: TrainingItem, record: LatentRecord, frame_step: int) -> int:
+    """Return how many windows of its clip a record says there are; 0 if that is not known."""
     table, clip = item.table, record.clip
-    if (
-        table.load_tensors
-        or clip is None
-        or not (clip.complete or table.frame_extraction == "head")
-        or record.parts > 1
-    ):
+    if table.load_tensors or clip is None or record.parts > 1:
+        return 0
+    if not clip.complete and table.frame_extraction != "head":
         return 0
     return len(spans(table, clip.kept_frames, frame_step))
 
@@ -122,29 +141,56 @@ class _Reader:
 
     def read_media(self, item: TrainingItem, place: int, flip: bool) -> _Part:
         """Read latents, and sound if there is any. place: in the batch. flip: the mirrored side."""
-        path, encoded = item.latent_path, self.encoded.get(place)
+        encoded = self.encoded.get(place)
         if encoded is not None:
-            part = _Part(path, dict(encoded))
+            part = _Part(item.latent_path, dict(encoded))
         else:
-            part = self._read_entry(item, path, data.LATENTS_MADE, "latents", latent_faults)
-            if item.has_sound:
-                sound = self._read_entry(item, item.sound_path, data.SOUND_MADE, data.SOUND, sound_faults)
-                part.tensors[data.SOUND] = sound.tensors[data.SOUND]
-                part.made_by += sound.made_by
-            if self.latent.unsaid_fps is not None and data.FPS not in part.tensors:
-                part.tensors[data.FPS] = torch.tensor(self.latent.unsaid_fps)
+            part = self._read_cached_media(item)
         self.checks.add(item.table.index, item.key)
-        sides = {key.removesuffix(FLIPPED): one for key, one in part.tensors.items() if key.endswith(FLIPPED)}
-        part.tensors = {key: one for key, one in part.tensors.items() if not key.endswith(FLIPPED)}
+        mirrored: dict[str, Tensor] = {}
+        unmirrored: dict[str, Tensor] = {}
+        for key, tensor in part.tensors.items():
+            if key.endswith(FLIPPED):
+                mirrored[key.removesuffix(FLIPPED)] = tensor
+            else:
+                unmirrored[key] = tensor
+        part.tensors = unmirrored
         if flip:
-            if data.LOSS_MASK in part.tensors:
-                sides[data.LOSS_MASK] = part.tensors[data.LOSS_MASK].flip(-1)
-            part.tensors |= sides
+            if data.LOSS_MASK in unmirrored:
+                mirrored[data.LOSS_MASK] = unmirrored[data.LOSS_MASK].flip(-1)
+            part.tensors |= mirrored
         return part
+
+    def _read_cached_media(self, item: TrainingItem) -> _Part:
+        part = self._read_entry(
+            item,
+            path=item.latent_path,
+            part=data.LATENTS_MADE,
+            key="latents",
+            find_faults=latent_faults,
+        )
+        if item.has_sound:
+            sound = self._read_entry(
+                item,
+                path=item.sound_path,
+                part=data.SOUND_MADE,
+                key=data.SOUND,
+                find_faults=sound_faults,
+            )
+            part.tensors[data.SOUND] = sound.tensors[data.SOUND]
+            part.made_by += sound.made_by
+        if self.latent.unsaid_fps is not None and data.FPS not in part.tensors:
+            part.tensors[data.FPS] = torch.tensor(self.latent.unsaid_fps)
+        return part
+
+    def read_texts(self, items: Sequence[TrainingItem], numbers: Sequence[int]) -> list[_Part]:
+        """Read a caption of each item. numbers: of the captions."""
+        return [self.read_text(item, number) for item, number in zip(items, numbers, strict=True)]
 
     def read_text(self, item: TrainingItem, number: int) -> _Part:
         """Read a caption of an item. Texts that are encoded while training have no tensors."""
-        path, table, store = item.caption_path(number), item.table, self.stores.of_texts(item.table)
+        path = item.caption_path(number)
+        store = self.stores.of_texts(item.table)
         caption = item.kind.caption(item.source_stem, number) if item.kind.sources else ""
         if not item.kind.has_text:
             return _Part(path, {}, caption=caption)
@@ -154,64 +200,79 @@ class _Reader:
             absent = sorted(item.kind.text_keys - tensors.keys())
             if absent:
                 maker = entry.metadata.get("architecture", "")
+                made_for = f" (made for {maker})" if maker else ""
                 raise CacheError(
-                    f"{path}: the text cache is incomplete, it has no {', '.join(absent)}"
-                    + (f" (made for {maker})" if maker else "")
+                    f"{path}: the text cache is incomplete, it has no {', '.join(absent)}{made_for}"
                 )
             records = text_records(entry)
             for record in records.values():
                 verify_tensors(entry, record.crc32)
-            if number != EMPTY and (table.index, path.name) not in self.checks.known:
-                found = text_faults(item, number, records, store.is_shared, self.checks)
-                fault = next(found, None)
+            if number != EMPTY and (item.table.index, path.name) not in self.checks.known:
+                faults = text_faults(
+                    item,
+                    number=number,
+                    records=records,
+                    is_shared=store.is_shared,
+                    checks=self.checks,
+                )
+                fault = next(faults, None)
                 if fault is not None:
                     raise CacheError(f"{entry.path}: {fault}")
-        self.checks.add(table.index, path.name)
+        self.checks.add(item.table.index, path.name)
+        if not caption:  # a cache of another program does not say its caption
+            recorded = next((record.caption for record in records.values()), None)
+            caption = entry.metadata.get("caption1", "") if recorded is None else recorded
         made_by = tuple(data.MadeBy(path, name, record.encoder) for name, record in records.items())
-        # a cache of another program does not say its caption
-        stored = next((record.caption for record in records.values()), None)
-        cached = entry.metadata.get("caption1", "") if stored is None else stored
-        return _Part(path, tensors, entry.variable, caption or cached, made_by)
+        return _Part(path, tensors, variable=entry.variable, caption=caption, made_by=made_by)
 
     def _read_entry(
-        self, item: TrainingItem, path: Path, part: str, key: str, faults: Callable[..., Iterator[str]]
+        self, item: TrainingItem, path: Path, part: str, key: str, find_faults: Callable[..., Iterator[str]]
     ) -> _Part:
-        """Read a cache of media. part: for `MadeBy`. key: of a tensor that it must have. faults: yields why
-        its tensors are not what the table asks for.
+        """Read a cache of media. part: for `MadeBy`. key: of a tensor that it must have. find_faults: yields
+        why its tensors are not what the table asks for.
         """
         store = self.stores.of(item.table)
         with _remedy(self.commands.latents, store):
             entry = store.read(path.name)
-            tensors, record = entry.tensors, latent_record(entry)
+            tensors = entry.tensors
+            record = latent_record(entry)
             if key not in tensors:
                 raise CacheError(
                     f"{path}: it has no {key}, so it is not a cache; move it out of the cache folder"
                 )
-            is_shared = store.is_shared
-            fault = next(faults(item, tensors, record, self.latent, self.checks, is_shared), None)
+            faults = find_faults(
+                item,
+                tensors=tensors,
+                record=record,
+                latent=self.latent,
+                checks=self.checks,
+                is_shared=store.is_shared,
+            )
+            fault = next(faults, None)
             if fault is not None:
                 raise CacheError(f"{path}: {fault}")
             if record is not None:
                 verify_tensors(entry, record.crc32)
-        own_clocks = (
-            record is not None
-            and item.table.kind == "video"
-            and CLOCK not in record.options
-            and any(name.startswith((data.CONTROL, data.LOSS_MASK)) for name in tensors)
-        )
         made_by: tuple[data.MadeBy, ...] = ()
         if record is not None:
-            is_older = item.table.kind == "video" and record.as_shown < AS_SHOWN
-            made = data.MadeBy(
-                path=path,
-                part=part,
-                encoder=record.encoder,
-                own_clocks=own_clocks,
-                windows=_count_windows(item, record, self.latent.frame_step),
-                as_shown=record.as_shown if is_older else None,
-            )
-            made_by = (made,)
+            made_by = (self._origin_of(item, path, part, tensors=tensors, record=record),)
         return _Part(path, tensors, entry.variable, made_by=made_by)
+
+    def _origin_of(
+        self, item: TrainingItem, path: Path, part: str, tensors: Mapping[str, Tensor], record: LatentRecord
+    ) -> data.MadeBy:
+        """Return what made a cache of media, and whether it may be of an earlier version."""
+        is_video = item.table.kind == "video"
+        has_companions = any(name.startswith((data.CONTROL, data.LOSS_MASK)) for name in tensors)
+        is_older = is_video and record.as_shown < AS_SHOWN
+        return data.MadeBy(
+            path=path,
+            part=part,
+            encoder=record.encoder,
+            own_clocks=is_video and CLOCK not in record.options and has_companions,
+            windows=_count_windows(item, record, self.latent.frame_step),
+            as_shown=record.as_shown if is_older else None,
+        )
 
 
 def stores_for(item: TrainingItem, latent: data.LatentSpec) -> Stores:
@@ -220,19 +281,21 @@ def stores_for(item: TrainingItem, latent: data.LatentSpec) -> Stores:
 
 def _fill_gaps(media: Sequence[_Part]) -> None:
     """Fill in tensors that only some items have: sound as zeros (not learned), masks as all white."""
-    for name, value in ((data.SOUND, 0), (data.CONTROL_MASK, 255)):  # without a mask all is made anew
-        given = [one.tensors[name] for one in media if name in one.tensors]
-        for one in media if given else ():
-            one.tensors.setdefault(name, torch.full_like(given[0], value))
-    if any(data.LOSS_MASK in one.tensors for one in media):
-        for one in media:
-            ones = torch.ones(one.tensors["latents"].shape[1:], dtype=torch.float16)
-            one.tensors.setdefault(data.LOSS_MASK, ones)
+    for name, filling in ((data.SOUND, 0), (data.CONTROL_MASK, 255)):  # without a mask all is made anew
+        like = next((part.tensors[name] for part in media if name in part.tensors), None)
+        if like is not None:
+            for part in media:
+                part.tensors.setdefault(name, torch.full_like(like, filling))
+    if any(data.LOSS_MASK in part.tensors for part in media):
+        for part in media:
+            ones = torch.ones(part.tensors["latents"].shape[1:], dtype=torch.float16)
+            part.tensors.setdefault(data.LOSS_MASK, ones)
 
 
 def _stack(parts: Sequence[_Part], command: str) -> dict[str, Tensor | list[Tensor]]:
     """Return the tensors of equal parts of all items. Raises CacheError with the command that makes them."""
-    first, stacked = parts[0], dict[str, Tensor | list[Tensor]]()
+    first = parts[0]
+    stacked: dict[str, Tensor | list[Tensor]] = {}
     for part in parts:
         if part.tensors.keys() != first.tensors.keys():
             odd = ", ".join(sorted(part.tensors.keys() ^ first.tensors.keys()))
@@ -261,9 +324,10 @@ def _put_in_front(tensors: dict[str, Tensor | list[Tensor]]) -> None:
     names.sort(key=lambda name: int(name.rpartition("_")[2]), reverse=True)
     if not names:
         return
-    fronts, latents = [tensors[name] for name in names], tensors["latents"]
-    tensors["latents"] = torch.cat([*fronts, latents], dim=2)  # type: ignore[list-item]
-    if isinstance(mask := tensors.get(data.LOSS_MASK), Tensor):
+    references = [tensors[name] for name in names]
+    tensors["latents"] = torch.cat([*references, tensors["latents"]], dim=2)  # type: ignore[list-item]
+    mask = tensors.get(data.LOSS_MASK)
+    if isinstance(mask, Tensor):
         tensors[data.LOSS_MASK] = functional.pad(mask, (0, 0, 0, 0, len(names), 0), value=1.0)
 
 
@@ -281,5 +345,5 @@ def _remedy(command: str, store: CacheStore) -> Iterator[None]:
                 f"{command}"
             ) from error
         # of thousands of entries the values are read only then
-        again = " --verify" if "damaged" in str(error) else ""
-        raise CacheError(f"{error}.\n  Make it again with: {command}{again}") from error
+        flag = " --verify" if "damaged" in str(error) else ""
+        raise CacheError(f"{error}.\n  Make it again with: {command}{flag}") from error

@@ -6,7 +6,8 @@ import logging
 import os
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 from dataset.batches.finding import FoundItems
 from dataset.batches.items import CachingCommands, TrainingItem
@@ -22,7 +23,7 @@ from dataset.sources.listing import find_sources
 from dataset.sources.media_source import MediaSource
 from dataset.sources.sound import list_unheard
 from modules.console import count_of
-from modules.contract.data import MadeBy
+from modules.contract.data import Batch, MadeBy
 from modules.contract.family import Family
 from modules.errors import DatasetError, MediaError
 
@@ -53,46 +54,74 @@ def check_caches(
     Raises CacheError for what reading them for a batch would refuse: damage, another encoder or release,
     changed captions. What is encoded while training is not looked at.
     """
+    rank, count = process
     cached = [item for item in items if item.kind.sizes is None]
-    size_bytes, checks = 0, CacheChecks()
-    made: list[tuple[TrainingItem, MadeBy]] = []
-    windows: dict[tuple[int, str], int] = {}
-    sample = random.Random(0).sample(cached, min(len(cached), MOST_READ))
-    further = ((item, number) for item in sample for number in range(1, item.captions))
-    looked_at = itertools.islice(itertools.chain(((item, 0) for item in sample), further), MOST_READ)
-    for item, number in itertools.islice(looked_at, process[0], None, process[1]):
-        batch = read_batch([item], family.latent, commands, checks, [number], stores)
-        made += [(item, one) for one in batch.made_by if number == 0]
-        windows[item.table.index, item.source_stem] = max((one.windows for one in batch.made_by), default=0)
+    size_bytes = 0
+    checks = CacheChecks()
+    origins: list[tuple[TrainingItem, MadeBy]] = []
+    windows: dict[tuple[int, str], int] = {}  # by table index and stem
+    for item, number in itertools.islice(_sample_captions(cached), rank, None, count):
+        batch = read_batch([item], family.latent, commands, checks=checks, captions=[number], stores=stores)
+        if number == 0:
+            origins += [(item, origin) for origin in batch.made_by]
+        num_windows = max((origin.windows for origin in batch.made_by), default=0)
+        windows[item.table.index, item.source_stem] = num_windows
         if item.kind.has_text and not has_live_texts:
             family.batch_conditions(family.latent.to_model(batch.tensor("latents")), batch)
-        values = [value if isinstance(value, list) else [value] for value in batch.tensors.values()]
-        size_bytes += sum(one.nbytes for one in itertools.chain(*values))
+        size_bytes += _batch_bytes(batch)
         if size_bytes > MOST_READ_BYTES:
             break
-    _warn_of_earlier(made, family, commands)
-    there = Counter((item.table.index, item.source_stem) for item in cached)
-    fewer = [
-        (stem, there[table, stem], of) for (table, stem), of in windows.items() if there[table, stem] < of
-    ]
-    if fewer and process[0] == 0:  # the first process' share is enough to warn
-        logger.warning(
-            "%s with fewer latents than windows, such as %s, %d of %d: the others are left out. Cache again: "
-            "%s",
-            *(count_of(len(fewer), "clip"), *fewer[0], commands.latents),
-        )
+    _warn_of_earlier(origins, family, commands)
+    if rank == 0:  # the first process' share is enough to warn
+        _warn_of_fewer(cached, windows, commands)
+
+
+def _sample_captions(cached: Sequence[TrainingItem]) -> Iterator[tuple[TrainingItem, int]]:
+    """Yield random items with the numbers of their captions, at most MOST_READ; further captions last."""
+    sample = random.Random(0).sample(cached, min(len(cached), MOST_READ))
+    first = ((item, 0) for item in sample)
+    further = ((item, number) for item in sample for number in range(1, item.captions))
+    return itertools.islice(itertools.chain(first, further), MOST_READ)
+
+
+def _batch_bytes(batch: Batch) -> int:
+    size_bytes = 0
+    for tensors in batch.tensors.values():
+        for tensor in tensors if isinstance(tensors, list) else [tensors]:
+            size_bytes += tensor.nbytes
+    return size_bytes
 
 
 def _warn_of_earlier(
-    made: Sequence[tuple[TrainingItem, MadeBy]], family: Family, commands: CachingCommands
+    origins: Sequence[tuple[TrainingItem, MadeBy]], family: Family, commands: CachingCommands
 ) -> None:
-    """Warn of caches that earlier versions made and that would be different now. made: of each item."""
-    by_own_clocks = [item for item, one in made if one.own_clocks]
+    """Warn of caches that earlier versions made and that would be different now. origins: of each item."""
+    by_own_clocks = [item for item, origin in origins if origin.own_clocks]
     if by_own_clocks:
         _compare_clocks(by_own_clocks, family.defaults.fps, commands)
-    read_before = [(item, one.as_shown) for item, one in made if one.as_shown is not None]
+    read_before = [(item, origin.as_shown) for item, origin in origins if origin.as_shown is not None]
     if read_before:
         _compare_reading(read_before, family.latent.masks_latents, commands)
+
+
+def _warn_of_fewer(
+    cached: Sequence[TrainingItem], windows: Mapping[tuple[int, str], int], commands: CachingCommands
+) -> None:
+    """Warn of clips with fewer cached items than they have windows. windows: by table index and stem."""
+    counts = Counter((item.table.index, item.source_stem) for item in cached)
+    fewer = [clip for clip, num_windows in windows.items() if counts[clip] < num_windows]
+    if fewer:
+        first = fewer[0]
+        _, stem = first
+        logger.warning(
+            "%s with fewer latents than windows, such as %s, %d of %d: the others are left out. Cache again: "
+            "%s",
+            count_of(len(fewer), "clip"),
+            stem,
+            counts[first],
+            windows[first],
+            commands.latents,
+        )
 
 
 def _compare_clocks(older: Sequence[TrainingItem], fps: float, commands: CachingCommands) -> None:
@@ -102,10 +131,7 @@ def _compare_clocks(older: Sequence[TrainingItem], fps: float, commands: Caching
     """
     stems = {(item.table.index, item.source_stem): item for item in older}
     for table in {item.table.index: item.table for item in older}.values():
-        sources: Sequence[MediaSource] = ()
-        with contextlib.suppress(DatasetError, OSError):
-            sources = find_sources(table, captions=False, faults=[])
-        for source in sources:
+        for source in _sources_of(table):
             item = stems.get((table.index, source.stem))
             with contextlib.suppress(MediaError, OSError):
                 if item is not None and not source.origins and not kept_one_clock(source, fps):
@@ -123,22 +149,27 @@ def _compare_reading(
     """
     marks = {(item.table.index, item.source_stem): (item, mark) for item, mark in items[:MOST_LOOKED_AT]}
     for table in {item.table.index: item.table for item, _ in items}.values():
-        sources: Sequence[MediaSource] = ()
-        with contextlib.suppress(DatasetError, OSError):
-            sources = find_sources(table, captions=False, faults=[])
-        for source in sources:
+        for source in _sources_of(table):
             if source.origins or (table.index, source.stem) not in marks:
                 continue
             item, mark = marks[table.index, source.stem]
             with contextlib.suppress(MediaError, OSError):
-                if (difference := shown_otherwise(source, masks_latents, mark)) is not None:
+                difference = shown_otherwise(source, masks_latents, mark)
+                if difference is not None:
                     logger.warning(READ_OTHERWISE, item.latent_path, difference, commands.latents)
                     return
 
 
+def _sources_of(table: DatasetTable) -> Sequence[MediaSource]:
+    """Return the sources of a table; none if they cannot be listed."""
+    with contextlib.suppress(DatasetError, OSError):
+        return find_sources(table, captions=False, faults=[])
+    return ()
+
+
 def compare_sources(
     tables: Iterable[DatasetTable],
-    found: FoundItems,
+    listing: FoundItems,
     commands: CachingCommands,
     tag: str,
     hears: bool = False,
@@ -149,32 +180,27 @@ def compare_sources(
     tag: the family's cache_tag. hears: the run is with sound. Folders of more than MOST_LISTED files are left
     out.
     """
-    untold = {path.name for path in found.missing_text}  # have latents, and a warning of their own
     for table in tables:
-        _compare_lengths(table, [item for item in found.items if item.table.index == table.index], commands)
-        items = [item for item in found.items if item.table.index == table.index]
+        items = [item for item in listing.items if item.table.index == table.index]
+        _compare_lengths(table, items, commands)
         cached = {item.source_stem for item in items}
         if table.directory is None or not cached or table.cache_format == "npz":
             continue
-        try:
-            with os.scandir(table.directory) as entries:
-                if next(itertools.islice(entries, MOST_LISTED, None), None) is not None:
-                    continue
-            sources = {source.stem: source for source in find_sources(table, captions=False, faults=[])}
-        except (DatasetError, OSError):  # none at all: the caches were copied without them
+        sources = _sources_of_small(table, table.directory)
+        if sources is None:
             continue
-        new = [
-            str(source.path)
-            for stem, source in sources.items()
-            if stem not in cached and text_file_name(stem, tag) not in untold
-        ]
+        # they have latents, and a warning of their own
+        without_text = {path.name for path in listing.missing_text}
+        new = []
+        for stem, source in sources.items():
+            if stem not in cached and text_file_name(stem, tag) not in without_text:
+                new.append(str(source.path))
         gone = sorted(cached - sources.keys())
         unheard: list[str] = []
         if hears and table.kind == "video" and table.audio != IGNORE:
             silent = {item.source_stem for item in items if not item.has_sound}
             unheard = [*map(str, list_unheard(sources.values(), silent))]
-        kind = table.kind if table.kind == "image" else "clip"
-        for names, what, does in (
+        for names, problem, consequence in (
             (new, "no latents", "not cached, too short or unreadable: left out"),
             (gone, "caches but no file any more", "trained on until the caches are made again"),
             (unheard, "sound that is not cached", "learned silent"),
@@ -182,8 +208,26 @@ def compare_sources(
             if names:
                 logger.warning(
                     "%s: %s with %s, such as %s: %s. Cache again: %s",
-                    *(table.name, count_of(len(names), kind), what, names[0], does, commands.latents),
+                    table.name,
+                    count_of(len(names), table.kind if table.kind == "image" else "clip"),
+                    problem,
+                    names[0],
+                    consequence,
+                    commands.latents,
                 )
+
+
+def _sources_of_small(table: DatasetTable, folder: Path) -> dict[str, MediaSource] | None:
+    """Return the sources of a folder by stem; None if it has more than MOST_LISTED files or cannot be
+    listed: the caches were copied without it.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            if next(itertools.islice(entries, MOST_LISTED, None), None) is not None:
+                return None
+        return {source.stem: source for source in find_sources(table, captions=False, faults=[])}
+    except (DatasetError, OSError):
+        return None
 
 
 def _compare_lengths(table: DatasetTable, items: Sequence[TrainingItem], commands: CachingCommands) -> None:
@@ -193,13 +237,14 @@ def _compare_lengths(table: DatasetTable, items: Sequence[TrainingItem], command
     first = parse_latent_name(items[0].file_name, items[0].kind.tag, table.kind)
     if first is None or first.section is not None:  # sections have a length of their own
         return
-    cached, asked = {item.bucket[2] for item in items}, {*table.target_frames}
-    for frames, what in (
-        (asked - cached, "in no cache: all clips are shorter, or it was added after caching"),
-        (cached - asked, "in caches, and not in target_frames: trained on until the caches are made again"),
+    cached = {item.bucket[2] for item in items}
+    targets = {*table.target_frames}
+    for frames, where in (
+        (targets - cached, "in no cache: all clips are shorter, or it was added after caching"),
+        (cached - targets, "in caches, and not in target_frames: trained on until the caches are made again"),
     ):
         if frames:
             lengths = ", ".join(map(str, sorted(frames)))
             logger.warning(
-                "%s: clips of %s frames are %s. Cache again: %s", table.name, lengths, what, commands.latents
+                "%s: clips of %s frames are %s. Cache again: %s", table.name, lengths, where, commands.latents
             )

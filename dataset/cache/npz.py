@@ -65,18 +65,19 @@ class NpzStore:
     text_keys: frozenset[str]  # of a whole text cache
     folder: Path
     # pictures that a list names, which may be in many folders: stem -> path without suffix
-    beside: Mapping[str, Path] = field(default_factory=dict)
+    listed: Mapping[str, Path] = field(default_factory=dict)
     holds_only_caches: ClassVar[bool] = False
     is_shared: ClassVar[bool] = True
 
     def names(self) -> Collection[str]:
-        stems = {path: stem for stem, path in self.beside.items()}
-        return [
-            name
-            for folder in {self.folder, *(path.parent for path in stems)}
-            for file in (os.listdir(folder) if folder.is_dir() else ())
-            if (name := self._entry_name(file, folder, stems)) is not None
-        ]
+        stems = {path: stem for stem, path in self.listed.items()}
+        names = []
+        for folder in {self.folder, *(path.parent for path in stems)}:
+            for file in os.listdir(folder) if folder.is_dir() else ():
+                name = self._entry_name(file, folder, stems)
+                if name is not None:
+                    names.append(name)
+        return names
 
     def __contains__(self, name: str) -> bool:
         return self._path(name).is_file()
@@ -96,12 +97,12 @@ class NpzStore:
         if self._is_text(name):
             path.unlink(missing_ok=True)
             return
-        end = self._suffix(name)
+        suffix = self._suffix(name)
         with explain_errors(path), only_one(path.with_name(LOCK)):
             members = read_members(path) if path.is_file() else {}
-            kept = {array: data for array, data in members.items() if not array.endswith(end)}
-            if kept:
-                write_members(path, kept)
+            of_other_sizes = {array: data for array, data in members.items() if not array.endswith(suffix)}
+            if of_other_sizes:
+                write_members(path, of_other_sizes)
             else:
                 path.unlink(missing_ok=True)
 
@@ -119,43 +120,50 @@ class NpzStore:
         return cache_files.is_text_name(name.removesuffix(cache_files.PART), self.tag)
 
     def _path(self, name: str) -> Path:
-        whole = name.removesuffix(cache_files.PART)
-        part, stem = name[len(whole) :], whole.removesuffix(cache_files.SUFFIX)
-        stem = _other_end(stem, self._ends())
+        finished = name.removesuffix(cache_files.PART)
+        part = name[len(finished) :]
+        stem = _replace_end(finished.removesuffix(cache_files.SUFFIX), self._ends())
         file = f"{stem}{NPZ}{part}"
         source = self._source_stem(name)
-        place = self.beside.get(source)
+        place = self.listed.get(source)
         if place is None:
             return self.folder / file
         return place.with_name(place.name + file.removeprefix(source))
 
     def _source_stem(self, name: str) -> str:
         """Return the stem of an entry's source, from the entry's name; "" for the empty prompt."""
-        whole, tag = name.removesuffix(cache_files.PART), self.tag
-        if (latents := cache_files.parse_latent_name(whole, tag, "image")) is not None:
+        finished = name.removesuffix(cache_files.PART)
+        latents = cache_files.parse_latent_name(finished, self.tag, "image")
+        if latents is not None:
             return latents.stem
-        further = cache_files.parse_more_text_name(whole, tag)
-        return (further[0] if further is not None else cache_files.parse_text_name(whole, tag)) or ""
+        further = cache_files.parse_more_text_name(finished, self.tag)
+        if further is not None:
+            stem, _ = further
+            return stem
+        return cache_files.parse_text_name(finished, self.tag) or ""
 
     def _entry_name(self, file: str, folder: Path, stems: Mapping[Path, str]) -> str | None:
         """Return the name of the entry in a file; None if it belongs to another family.
 
         stems: of pictures that a list names, by their paths without suffix.
         """
-        whole = file.removesuffix(cache_files.PART)
-        part, stem = file[len(whole) :], whole.removesuffix(NPZ)
-        name = _other_end(stem, [pair[::-1] for pair in self._ends()]) + cache_files.SUFFIX
-        is_one = self._is_text(name) or cache_files.parse_latent_name(name, self.tag, "image") is not None
-        if not (is_one and whole.endswith(NPZ)):
+        finished = file.removesuffix(cache_files.PART)
+        if not finished.endswith(NPZ):
+            return None
+        part = file[len(finished) :]
+        ends_of_entries = [(theirs, ours) for ours, theirs in self._ends()]
+        name = _replace_end(finished.removesuffix(NPZ), ends_of_entries) + cache_files.SUFFIX
+        if not self._is_text(name) and cache_files.parse_latent_name(name, self.tag, "image") is None:
             return None
         source = self._source_stem(name)
         if folder / source in stems:
             name = stems[folder / source] + name.removeprefix(source)
-        elif folder != self.folder or source in self.beside:  # of a picture that left the list
+        elif folder != self.folder or source in self.listed:  # of a picture that left the list
             return None
         return name + part
 
     def _ends(self) -> tuple[tuple[str, str], ...]:
+        """Return the ends of an entry's name, without suffix, and those of the files."""
         return (f"_{self.tag}_te", self.form.texts), (f"_{self.tag}", self.form.latents)
 
     # --- latents ---
@@ -169,143 +177,171 @@ class NpzStore:
         return parsed.size, bucket_of(self.table, parsed.size, step, self._path(name))
 
     def _grid(self, name: str) -> tuple[int, int]:
-        width, height = self._bucket(name)[1]
-        shape = self.latent.shape(1, height, width)
-        return shape[-2], shape[-1]
+        _, (width, height) = self._bucket(name)
+        *_, latent_height, latent_width = self.latent.shape(1, height, width)
+        return latent_height, latent_width
 
     def _suffix(self, name: str) -> str:
         height, width = self._grid(name)
         return f"_{height}x{width}"
 
     def _read_latents(self, name: str) -> cache_files.Entry:
-        path, grid, latent, end = self._path(name), self._grid(name), self.latent, self._suffix(name)
-        found = read_arrays(path, lambda one: one.endswith(end))
-        arrays = {one.removesuffix(end): array for one, array in found.items()}
+        path, suffix = self._path(name), self._suffix(name)
+        members = read_arrays(path, lambda array: array.endswith(suffix))
+        arrays = {array.removesuffix(suffix): member for array, member in members.items()}
         if "latents" not in arrays:
-            others = sorted(
-                one.removeprefix("latents") for one in list_arrays(path) if one.startswith("latents_")
-            )
-            raise CacheError(f"{path}: it has no latents{end}, but those of {', '.join(others) or 'nothing'}")
+            latents = [array for array in list_arrays(path) if array.startswith("latents_")]
+            sizes = ", ".join(sorted(array.removeprefix("latents") for array in latents))
+            raise CacheError(f"{path}: it has no latents{suffix}, but those of {sizes or 'nothing'}")
 
         def reshape(key: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
             if key == LOSS_MASK and tensor.numel() != math.prod(shape):  # in pixels
-                return shrink_mask(tensor[None] * 255, latent.stride)
+                return shrink_mask(tensor[None] * 255, self.latent.stride)
             return tensor.reshape(shape)
 
-        return open_record(path, arrays, reshape) or self._foreign_latents(path, arrays, grid)
+        return open_record(path, arrays, reshape) or self._foreign_latents(path, arrays, self._grid(name))
 
     def _foreign_latents(
         self, path: Path, arrays: Mapping[str, NpzArray], grid: tuple[int, int]
     ) -> cache_files.Entry:
         """Return another program's latents, if they fit the table."""
-        latent, wanted = self.latent, ["latents"]
-        wanted += [MIRRORED] if self.table.augmentation.flip else []
-        wanted += [ALPHA] if self.table.alpha_mask else []
-        missing = [one for one in wanted if one not in arrays]
-        if missing:
-            asks = {MIRRORED: "flip_aug", ALPHA: "alpha_mask"}[missing[0]]
-            raise CacheError(f"{path}: it has no {missing[0]} of {grid[0]}x{grid[1]}, which {asks} needs")
-        tensors = {}
-        for key in wanted:
-            array = arrays[key].tensor
+        needed_by = {"latents": ""}
+        if self.table.augmentation.flip:
+            needed_by[MIRRORED] = "flip_aug"
+        if self.table.alpha_mask:
+            needed_by[ALPHA] = "alpha_mask"
+        for key, option in needed_by.items():
+            if key not in arrays:
+                raise CacheError(f"{path}: it has no {key} of {grid[0]}x{grid[1]}, which {option} needs")
+        named = {}
+        for key in needed_by:
+            tensor = arrays[key].tensor
             if key == ALPHA:
-                pixels = grid[0] * latent.stride[1], grid[1] * latent.stride[2]
-                if array.shape not in (grid, pixels):
-                    shape = tuple(array.shape)
-                    raise CacheError(f"{path}: its alpha_mask has the shape {shape}, its latents have {grid}")
-                is_small = array.shape == grid
-                mask = (
-                    array[None].half() if is_small else shrink_mask(array.float()[None] * 255, latent.stride)
-                )
-                tensors[LOSS_MASK] = mask
+                mask = self._foreign_mask(path, tensor, grid)
+                named[cache_files.tensor_name(LOSS_MASK, mask)] = mask
                 continue
-            if array.shape != (latent.channels, *grid) or not array.is_floating_point():
+            shape = (self.latent.channels, *grid)
+            if tensor.shape != shape or not tensor.is_floating_point():
                 raise CacheError(
-                    f"{path}: its {key} are {dtype_name(array.dtype)} of shape {tuple(array.shape)}, this "
-                    f"model's are floating-point numbers of shape {(latent.channels, *grid)}"
+                    f"{path}: its {key} are {dtype_name(tensor.dtype)} of shape {tuple(tensor.shape)}, this "
+                    f"model's are floating-point numbers of shape {shape}"
                 )
-            tensors[key] = array[:, None]
-        return cache_files.Entry.of(
-            path, {}, {cache_files.tensor_name(key, one): one for key, one in tensors.items()}
-        )
+            latents = tensor[:, None]
+            named[cache_files.tensor_name(key, latents)] = latents
+        return cache_files.Entry.of(path, {}, named)
+
+    def _foreign_mask(self, path: Path, mask: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Return another program's mask, 1 H W of latents. mask: H W of latents or of pixels."""
+        stride = self.latent.stride
+        pixels = grid[0] * stride[1], grid[1] * stride[2]
+        if mask.shape == grid:
+            return mask[None].half()
+        if mask.shape == pixels:
+            return shrink_mask(mask.float()[None] * 255, stride)
+        raise CacheError(f"{path}: its alpha_mask has the shape {tuple(mask.shape)}, its latents have {grid}")
 
     def _write_latents(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        (size, bucket), end = self._bucket(name), self._suffix(name)
+        size, bucket = self._bucket(name)
+        suffix = self._suffix(name)
         arrays: dict[str, Array] = {}
-        sources: dict[str, str] = {}  # array -> name of its tensor
-        for named, tensor in tensors.items():
-            key = cache_files.tensor_key(named)
-            array, place = as_array(tensor, keep_half=False), f"{OURS}_{key}"
-            if key in _KNOWN and tensor.shape[1] == 1:
-                array, place = array[:, 0], key
-            elif key == LOSS_MASK and self.table.alpha_mask:  # 1 H W of latents; averages to the same
-                _, down, across = self.latent.stride
-                mask = tensor[0].repeat_interleave(down, 0).repeat_interleave(across, 1)
-                array, place = as_array(mask, keep_half=False), ALPHA
-            arrays[place], sources[place] = array, named
+        tensor_names: dict[str, str] = {}  # by array
+        for tensor_name, tensor in tensors.items():
+            array_name, array = self._latent_array(cache_files.tensor_key(tensor_name), tensor)
+            arrays[array_name] = array
+            tensor_names[array_name] = tensor_name
         if self.table.alpha_mask and ALPHA not in arrays:  # opaque; other programs ask for it all the same
             width, height = bucket
             arrays[ALPHA] = np.ones((height, width), np.float32)
         arrays["original_size"] = np.array(size)
         arrays["crop_ltrb"] = np.array(inner_box(size, bucket))
-        members = {one: format_array(array) for one, array in arrays.items()}
-        members[OURS] = format_array(describe_tensors(tensors, sources, metadata, members))
+        members = {array_name: format_array(array) for array_name, array in arrays.items()}
+        members[OURS] = format_array(describe_tensors(tensors, tensor_names, metadata, members))
         path = self._path(name)
         with explain_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         with explain_errors(path), only_one(path.with_name(LOCK)):
-            others: dict[str, bytes] = {}  # of other resolutions
-            try:
-                if path.is_file():
-                    others = {one: data for one, data in read_members(path).items() if not one.endswith(end)}
-            except CacheError as error:
-                logger.warning(
-                    "%s. It is made again; what it held of other sizes has to be cached again.", error
-                )
-            write_members(path, others | {one + end: data for one, data in members.items()})
+            members_in_file = self._other_sizes(path, suffix)
+            members_in_file |= {array_name + suffix: data for array_name, data in members.items()}
+            write_members(path, members_in_file)
+
+    def _latent_array(self, key: str, tensor: Tensor) -> tuple[str, Array]:
+        """Return name and values of the array that holds a tensor of a latent entry."""
+        if key in _KNOWN and tensor.shape[1] == 1:
+            return key, as_array(tensor, keep_half=False)[:, 0]
+        if key == LOSS_MASK and self.table.alpha_mask:  # 1 H W of latents; averages to the same
+            _, down, across = self.latent.stride
+            mask = tensor[0].repeat_interleave(down, 0).repeat_interleave(across, 1)
+            return ALPHA, as_array(mask, keep_half=False)
+        return f"{OURS}_{key}", as_array(tensor, keep_half=False)
+
+    def _other_sizes(self, path: Path, suffix: str) -> dict[str, bytes]:
+        """Return the members of a file that are of other resolutions; none if it is damaged. suffix: of the
+        members of this resolution.
+        """
+        if not path.is_file():
+            return {}
+        try:
+            members = read_members(path)
+        except CacheError as error:
+            logger.warning("%s. It is made again; what it held of other sizes has to be cached again.", error)
+            return {}
+        return {array: data for array, data in members.items() if not array.endswith(suffix)}
 
     # --- texts ---
 
     def _read_text(self, name: str) -> cache_files.Entry:
         path, form, keys = self._path(name), self.form, self.text_keys
-        arrays = read_arrays(path, lambda one: one in keys or one in form.constants or one == OURS)
+        arrays = read_arrays(path, lambda array: array in keys or array in form.constants or array == OURS)
         is_part = name.endswith(cache_files.PART)
-        for constant, expected in {} if is_part else form.constants.items():
-            there = arrays.get(constant)
-            found = there.tensor.item() if there is not None and there.tensor.numel() == 1 else None
-            if found != expected:
-                says = "nothing" if found is None else found
-                raise CacheError(f"{path}: it was made with {constant} {says}, this training has {expected}")
+        if not is_part:
+            self._check_constants(path, arrays)
         entry = open_record(path, arrays, lambda _, tensor, shape: tensor.reshape(shape))
         if entry is not None:
             return entry
         missing = sorted(keys - arrays.keys())
         if missing or is_part:
             raise CacheError(f"{path}: it has no {', '.join(missing) or 'record'}")
-        pairs = sorted((key, arrays[key].tensor) for key in keys)
-        named = {
-            cache_files.tensor_name(key, tensor, key in form.variable_length): tensor for key, tensor in pairs
-        }
+        named = {}
+        for key in sorted(keys):
+            tensor = arrays[key].tensor
+            named[cache_files.tensor_name(key, tensor, key in form.variable_length)] = tensor
         return cache_files.Entry.of(path, {}, named)
 
+    def _check_constants(self, path: Path, arrays: Mapping[str, NpzArray]) -> None:
+        """Raise CacheError if texts were made with other settings than this training's."""
+        for name, expected in self.form.constants.items():
+            array = arrays.get(name)
+            is_number = array is not None and array.tensor.numel() == 1
+            constant = array.tensor.item() if array is not None and is_number else None
+            if constant != expected:
+                shown = "nothing" if constant is None else constant
+                raise CacheError(f"{path}: it was made with {name} {shown}, this training has {expected}")
+
     def _write_text(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        form, sources = self.form, {cache_files.tensor_key(named): named for named in tensors}
-        arrays = {key: as_array(tensors[named], keep_half=True) for key, named in sources.items()}
+        tensor_names = {cache_files.tensor_key(tensor_name): tensor_name for tensor_name in tensors}
+        arrays: dict[str, Array] = {}
+        for key, tensor_name in tensor_names.items():
+            arrays[key] = as_array(tensors[tensor_name], keep_half=True)
         members = {key: format_array(array) for key, array in arrays.items()}
-        members[OURS] = format_array(describe_tensors(tensors, sources, metadata, members))
-        arrays |= {constant: np.array(value) for constant, value in form.constants.items()}
-        for zeros, (like, columns) in form.zeros.items():
+        members[OURS] = format_array(describe_tensors(tensors, tensor_names, metadata, members))
+        arrays |= {constant: np.array(value) for constant, value in self.form.constants.items()}
+        for zeros, (like, columns) in self.form.zeros.items():
             if like in arrays:
                 arrays[zeros] = np.zeros((len(arrays[like]), columns), np.float32)
             elif not like:
                 arrays[zeros] = np.zeros(columns, np.float32)
-        more = {one: format_array(array) for one, array in arrays.items() if one not in members}
-        write_members(self._path(name), members | more)
+        for key, array in arrays.items():
+            if key not in members:
+                members[key] = format_array(array)
+        write_members(self._path(name), members)
 
 
-def _other_end(stem: str, ends: Sequence[tuple[str, str]]) -> str:
-    """Return a name with the second of a pair of ends in place of the first; others as they are."""
-    return next((stem.removesuffix(one) + other for one, other in ends if stem.endswith(one)), stem)
+def _replace_end(stem: str, ends: Sequence[tuple[str, str]]) -> str:
+    """Return a name with the second of a pair of ends in place of the first; a name with none unchanged."""
+    for end, replacement in ends:
+        if stem.endswith(end):
+            return stem.removesuffix(end) + replacement
+    return stem
 
 
 def open_npz(table: DatasetTable, names: cache_files.NpzNames | None, folder: Path) -> NpzStore:
@@ -319,4 +355,12 @@ def open_npz(table: DatasetTable, names: cache_files.NpzNames | None, folder: Pa
             '"shards"'
         )
     sources = [] if table.metadata_file is None else find_sources(table, captions=False, faults=[])
-    return NpzStore(table, *names, folder, {source.stem: source.path.with_suffix("") for source in sources})
+    tag, latent, text_keys = names
+    return NpzStore(
+        table=table,
+        tag=tag,
+        latent=latent,
+        text_keys=text_keys,
+        folder=folder,
+        listed={source.stem: source.path.with_suffix("") for source in sources},
+    )

@@ -240,23 +240,21 @@ class LatentNames:
 
     def __init__(self, store: CacheStore, tag: str, kind: str) -> None:
         """List the latent caches without opening any. kind: of the table, "image" or "video"."""
-        self._rest: dict[str, LatentName] = {}  # by the end of a name
+        self._endings: dict[str, LatentName] = {}  # by the end of a name
         self._files: dict[str, tuple[str, ...]] = {}  # by stem; mostly there is one
-        for file, stem, rest in latent_names(store.names(), tag, kind):
-            self._rest.setdefault(file[len(stem) :], rest)
+        for file, stem, ending in latent_names(store.names(), tag, kind):
+            self._endings.setdefault(file[len(stem) :], ending)
             self._files[stem] = (*self._files.get(stem, ()), file)
 
     def of(self, stem: str) -> Names:
-        return {file: self._rest[file[len(stem) :]] for file in self._files.get(stem, ())}
+        return {file: self._endings[file[len(stem) :]] for file in self._files.get(stem, ())}
 
-    def not_in(self, names: Container[str], but_of: Container[str]) -> list[str]:
-        """Return the files that are not among `names`, sorted by stem; stems in `but_of` are skipped."""
-        stale = [
-            (stem, file)
-            for stem, files in self._files.items()
-            for file in files
-            if file not in names and stem not in but_of
-        ]
+    def not_in(self, names: Container[str], except_of: Container[str]) -> list[str]:
+        """Return the files that are not among `names`, sorted by stem; stems in `except_of` are skipped."""
+        stale = []
+        for stem, files in self._files.items():
+            if stem not in except_of:
+                stale += [(stem, file) for file in files if file not in names]
         return [file for _, file in sorted(stale)]
 
 

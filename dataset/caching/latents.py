@@ -36,20 +36,28 @@ def decode(
     Items that overlap, or are large, are cut out one by one when they are asked for. Raises MediaError,
     DatasetError or OSError if the source cannot be used.
     """
-    source, latent, rate = plan.source, recipe.latent, None
+    source, latent = plan.source, recipe.latent
+    rate: float | None = None
     if source.tensors is not None:
-        from dataset.caching.given import decode_moments
+        from dataset.caching.given import decode_moments  # only with load_tensors
 
         media = decode_moments(source, latent)
-        rate = kept_rate(source, recipe.fps) if recipe.has_rates else None
+        if recipe.has_rates:
+            rate = kept_rate(source, recipe.fps)
     else:
         with fetch(source) as here:
             check_memory(here)
-            rate = kept_rate(here, recipe.fps) if recipe.has_rates else None
-            steps = latent.pixel_step, latent.frame_step
-            media = decode_source(here, recipe.fps, *steps, keeps_alpha=latent.masks_latents)
-        if min(media.bucket) < SMALLEST_SIDE:
-            width, height = media.bucket
+            if recipe.has_rates:
+                rate = kept_rate(here, recipe.fps)
+            media = decode_source(
+                here,
+                recipe.fps,
+                latent.pixel_step,
+                latent.frame_step,
+                keeps_alpha=latent.masks_latents,
+            )
+        width, height = media.bucket
+        if min(width, height) < SMALLEST_SIDE:
             raise MediaError(
                 f"{source.path}: {width}x{height} pixels are too few to encode; each side needs at least "
                 f"{SMALLEST_SIDE}"
@@ -70,8 +78,13 @@ def decode(
 
 def batches(items: Iterable[DecodedMedia], size: int | None) -> Iterator[list[DecodedMedia]]:
     """Yield items of equal shapes together. size: of a batch; None: that of its table."""
-    most, bytes_of = (lambda item: size or item.source.table.batch_size), (lambda item: item.size_bytes)
-    return fill_batches(items, lambda item: item.group, most, bytes_of, PARTIAL_BYTES)
+    return fill_batches(
+        items,
+        group_of=lambda item: item.group,
+        most_of=lambda item: size or item.source.table.batch_size,
+        bytes_of=lambda item: item.size_bytes,
+        most_bytes=PARTIAL_BYTES,
+    )
 
 
 def load_encoders(family: Caches, device: torch.device) -> data.MediaEncoders:
@@ -86,18 +99,17 @@ def load_encoders(family: Caches, device: torch.device) -> data.MediaEncoders:
 def batch_media(items: Sequence[DecodedMedia], keys: Sequence[str]) -> data.MediaBatch:
     """Return items of equal shapes as one batch for the encoders. keys: their names, without suffix."""
     alphas = [item.alpha for item in items if item.alpha is not None]
+    control_masks = [item.control_mask for item in items if item.control_mask is not None]
+    controls = zip(*(item.control for item in items), strict=True)
+    references = zip(*(item.references for item in items), strict=True)
     return data.MediaBatch(
         frames=_stack_batch([item.frames for item in items]),
         keys=tuple(keys),
         spans=tuple(item.spans[0] for item in items),
-        control=tuple(
-            _stack_batch(controls) for controls in zip(*(item.control for item in items), strict=True)
-        ),
+        control=tuple(_stack_batch(arrays) for arrays in controls),
         alpha=_stack_batch(alphas) if alphas else None,
-        references=tuple(map(_stack_batch, zip(*(item.references for item in items), strict=True))),
-        control_mask=_stack_batch([one.control_mask for one in items if one.control_mask is not None])
-        if items[0].control_mask is not None
-        else None,
+        references=tuple(_stack_batch(arrays) for arrays in references),
+        control_mask=_stack_batch(control_masks) if items[0].control_mask is not None else None,
         table=media_table(items[0].source.table, bool(items[0].control)),
     )
 
@@ -110,19 +122,21 @@ def encode(
     keys: their names, without suffix. encoders: of the family; moments need none.
     """
     if items[0].moments:
-        moments = [torch.stack(found) for found in zip(*(item.moments for item in items), strict=True)]
-        given = data.MomentsBatch(moments[0], tuple(keys), *moments[1:])
-        return [[entry] for entry in family.latents_from_moments(given)]
+        of_items = zip(*(item.moments for item in items), strict=True)
+        moments, *of_first_frames = [torch.stack(tensors) for tensors in of_items]
+        batch = data.MomentsBatch(moments, tuple(keys), *of_first_frames)
+        return [[entry] for entry in family.latents_from_moments(batch)]
     assert encoders is not None
     media = batch_media(items, keys)
     encoded = family.encode_media(encoders, media)
     if not items[0].source.table.augmentation.flip:
         return encoded
     mirrored = family.encode_media(encoders, _mirror(media))
-    return [
-        [_add_mirrored(one, other) for one, other in zip(*sides, strict=True)]
-        for sides in zip(encoded, mirrored, strict=True)
-    ]
+    with_both_sides = []
+    for entries, mirrored_entries in zip(encoded, mirrored, strict=True):
+        pairs = zip(entries, mirrored_entries, strict=True)
+        with_both_sides.append([_add_mirrored(entry, mirrored_entry) for entry, mirrored_entry in pairs])
+    return with_both_sides
 
 
 def _mirror(media: data.MediaBatch) -> data.MediaBatch:
@@ -138,12 +152,11 @@ def _mirror(media: data.MediaBatch) -> data.MediaBatch:
 
 
 def _add_mirrored(entry: data.CacheEntry, mirrored: data.CacheEntry) -> data.CacheEntry:
-    more = {
-        f"{key}{cache_files.FLIPPED}": one
-        for key, one in mirrored.tensors.items()
-        if key.startswith("latents")
-    }
-    return dataclasses.replace(entry, tensors={**entry.tensors, **more})
+    tensors = dict(entry.tensors)
+    for key, tensor in mirrored.tensors.items():
+        if key.startswith("latents"):
+            tensors[f"{key}{cache_files.FLIPPED}"] = tensor
+    return dataclasses.replace(entry, tensors=tensors)
 
 
 def name_tensors(item: DecodedMedia, entry: data.CacheEntry, spec: data.LatentSpec) -> dict[str, Tensor]:
@@ -154,16 +167,12 @@ def name_tensors(item: DecodedMedia, entry: data.CacheEntry, spec: data.LatentSp
         tensors[data.LOSS_MASK] = mask[entry.start : entry.start + tensors["latents"].shape[1]].clone()
     if item.rate is not None:
         tensors[data.FPS] = torch.tensor(item.rate)
-    named = {
-        cache_files.tensor_name(key, tensor, grid=entry.grid, has_frames=spec.names_frames): tensor
-        for key, tensor in tensors.items()
-    }
-    if not spec.flat_in_caches:
-        return named
-    return {
-        name: tensor if cache_files.grid_in_name(name) is None else tensor.squeeze(1)
-        for name, tensor in named.items()
-    }
+    named = {}
+    for key, tensor in tensors.items():
+        name = cache_files.tensor_name(key, tensor, grid=entry.grid, has_frames=spec.names_frames)
+        is_flat = spec.flat_in_caches and cache_files.grid_in_name(name) is not None
+        named[name] = tensor.squeeze(1) if is_flat else tensor
+    return named
 
 
 def write_entry(

@@ -7,6 +7,7 @@ import contextlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from dataset.cache import records
@@ -14,7 +15,7 @@ from dataset.cache.files import Entry, LatentName
 from dataset.cache.store import ExistingNames, Names, Stores
 from dataset.caching.prefetch import MANY, Failure, map_ahead
 from dataset.config_keys import REFERENCES, SECTIONS
-from dataset.sources.clock import has_beside, kept_one_clock
+from dataset.sources.clock import has_companions, kept_one_clock
 from dataset.sources.colours import has_codes, shown_otherwise
 from dataset.sources.decoding import plan_source
 from dataset.sources.frames import Span, bucket_of, describe_short, frames_wanted, media_table, spans
@@ -58,10 +59,10 @@ class Recipe:
     has_rates: bool = False  # each file says how many frames make a second (`Abilities.rate`)
     sound: SoundSpec | None = None  # of a family that hears
 
-    def options(self, source: MediaSource, **own: Sequence[int]) -> dict[str, Any]:
-        """Return the options in the record of an item of a source. own: its size, bucket and span."""
+    def options(self, source: MediaSource, **sizes: Sequence[int]) -> dict[str, Any]:
+        """Return the options in the record of an item of a source. sizes: its size, bucket and span."""
         table, mask_from = source.table, source.mask_from
-        options: dict[str, Any] = {name: [*numbers] for name, numbers in own.items()}
+        options: dict[str, Any] = {name: [*numbers] for name, numbers in sizes.items()}
         if table.kind == "video":
             options["source_fps"] = table.source_fps
             options["fps"] = table.target_fps or (None if table.source_fps is None else self.fps)
@@ -73,12 +74,12 @@ class Recipe:
             options[FLIP] = True
         if self.has_rates:
             options["frame_rate"] = True
-        if has_beside(source):
+        if has_companions(source):
             options[records.CLOCK] = True
         if source.control:
             options |= table.changed(REFERENCES)
-        if source.references and (rules := table.clip_references) is not None:
-            options[CLIP_REFERENCES] = [len(source.references), *rules.factors]
+        if source.references and table.clip_references is not None:
+            options[CLIP_REFERENCES] = [len(source.references), *table.clip_references.factors]
         if source.control_mask is not None:
             options[CONTROL_MASK] = True
         return options | table.changed(SECTIONS)
@@ -88,15 +89,15 @@ class Recipe:
     ) -> str | None:
         """Describe how a record of other encoders or options than this run's differs."""
         options = self.options(source, size=size, bucket=bucket, span=span)
-        then = dict(record.options)
+        recorded = dict(record.options)
         if FLIP not in options:
-            then.pop(FLIP, None)  # mirrored latents that nobody asks for do no harm
-        if records.CLOCK in options and records.CLOCK not in then and kept_one_clock(source, self.fps):
-            then[records.CLOCK] = True
-        other = records.difference(record.encoder, self.encoder)
+            recorded.pop(FLIP, None)  # mirrored latents that nobody asks for do no harm
+        if records.CLOCK in options and records.CLOCK not in recorded and kept_one_clock(source, self.fps):
+            recorded[records.CLOCK] = True
+        changed = records.difference(record.encoder, self.encoder)
         if self.sound is not None and self.sound.is_alone:
-            other = None  # latents of pictures only hold a place, whatever made them
-        return other or records.options_difference(then, options, self.latent)
+            changed = None  # latents of pictures only hold a place, whatever made them
+        return changed or records.options_difference(recorded, options, self.latent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +138,27 @@ def plan_all(
     bar = Bar(len(sources), "Comparing", "source", show_progress)
     with pause_collection():
         results = list(map_ahead(sources, plan, workers, bar))
-    plans = [one for one in results if isinstance(one, SourcePlan)]
-    return plans, [one for one in results if isinstance(one, Failure)]
+    plans = [result for result in results if isinstance(result, SourcePlan)]
+    failures = [result for result in results if isinstance(result, Failure)]
+    return plans, failures
+
+
+@dataclass
+class _Comparison:
+    """What the comparison of a source with its files has found so far."""
+
+    valid: set[str] = field(default_factory=set)  # files
+    foreign: int = 0  # how many of them have no record
+    missing: list[Span] = field(default_factory=list)
+    outdated: str | None = None
+    is_other: bool = False  # a file is of another kind
+
+    def add_outdated(self, error: CacheError) -> None:
+        """Note why a file is made again: the first reason, or the last of one of another kind."""
+        is_other = isinstance(error, OtherKind)
+        if self.outdated is None or is_other:
+            self.outdated = str(error)
+        self.is_other = self.is_other or is_other
 
 
 class Planning:
@@ -147,11 +167,15 @@ class Planning:
     def __init__(
         self, source: MediaSource, existing: Names, recipe: Recipe, reads_values: bool = True
     ) -> None:
-        self.source, self.table, self.existing, self.recipe = source, source.table, existing, recipe
-        self.store, self.reads_values = recipe.stores.of(source.table), reads_values
+        self.source, self.table = source, source.table
+        self.existing, self.recipe = existing, recipe
+        self.store = recipe.stores.of(source.table)
+        self.reads_values = reads_values
         self._headers: dict[str, Entry] = {}  # that were read
         self._records: dict[str, records.LatentRecord | None] = {}
-        self._same: dict[int, FileIdentity] = {}  # parts of the source that were found unchanged, by number
+        self._unchanged: dict[
+            int, FileIdentity
+        ] = {}  # parts of the source that were found unchanged, by number
         self._otherwise: dict[int, str | None] = {}  # by `as_shown`, how the source was read otherwise
         self._by_header = False  # the wanted items are known from the source's header, not from its caches
 
@@ -180,21 +204,24 @@ class Planning:
         ]
         for file in self.existing:
             try:
-                found = records.shared_part(self._header(file))
+                record = records.shared_part(self._header(file))
             except CacheError:
                 return None
-            if found is None or self._find_change(found[1]) is not None:
+            if record is None:
                 return None
-            if has_beside(source) and not any(records.CLOCK in text for text in found[0] if text):
+            texts, files = record
+            if self._find_change(files) is not None:
+                return None
+            if has_companions(source) and not any(records.CLOCK in text for text in texts if text):
                 return None  # headers have to be compared
-            if not self._is_as_shown(found[0]):
+            if not self._is_as_shown(texts):
                 return None  # from an earlier version: the result depends on the pictures
-            shape += (file[len(source.stem) :], *found[0])
+            shape += (file[len(source.stem) :], *texts)
         return tuple(shape)
 
     def _is_as_shown(self, texts: Sequence[str]) -> bool:
-        whole = "".join(text or "" for text in texts)
-        marks = {1 if mark == "true" else int(mark) for mark in _AS_SHOWN.findall(whole)}
+        joined = "".join(text or "" for text in texts)
+        marks = {1 if mark == "true" else int(mark) for mark in _AS_SHOWN.findall(joined)}
         if marks == {AS_SHOWN}:
             return True
         return min(marks, default=0) > 0 and not any(has_codes(path) for path, _ in self.source.parts)
@@ -209,47 +236,60 @@ class Planning:
         if table.kind == "image":
             size = self._image_size()
             return unknown if size is None else self.compare(size, [(0, 1)])
-        # what earlier runs found by decoding the source, if it has not changed since
-        rate, known = recipe.options(self.source), list[ClipFacts]()
-        for file in self.existing:
-            record = self._record_of(file)
-            if record is None or record.clip is None:
-                continue
-            if any(record.options.get(key) != rate.get(key) for key in ("source_fps", "fps", "moments")):
-                continue
-            if self._read_otherwise(record) is not None:
-                continue  # its size may be another one
-            if record.files and self._is_unchanged(0, record.files[0]):
-                known.append(record.clip)
-        clip = max(known, key=lambda one: (one.complete, one.kept_frames), default=None)
+        clip = self._recorded_clip()
         if self.source.tensors is not None:
-            from dataset.sources.cogvideox import measure_source, whole_span
+            from dataset.sources.cogvideox import measure_source, whole_span  # only with load_tensors
 
-            given = clip or measure_source(self.source, latent)
-            return self.compare(given.size, [whole_span(given, latent.frame_step)])
+            clip = clip or measure_source(self.source, latent)
+            return self.compare(clip.size, [whole_span(clip, latent.frame_step)])
         if clip is not None:
-            wanted = frames_wanted(table)
-            if clip.complete or (wanted is not None and clip.kept_frames >= wanted):
-                found = spans(table, clip.kept_frames, latent.frame_step)
-                targets = ", ".join(map(str, table.target_frames))
-                reason = (
-                    None if found else f"{count_of(clip.kept_frames, 'frame')}, target_frames are {targets}"
-                )
-                plan = self.compare(clip.size, found, clip.kept_frames, reason)
-                return replace(plan, size_changes=clip.size_changes)
+            enough = frames_wanted(table)
+            if clip.complete or (enough is not None and clip.kept_frames >= enough):
+                return self._compare_clip(clip)
         if self.existing and recipe.stores.skip_existing:
             # the header may be wrong about the number of frames, so it counts only if it agrees with the
             # existing files
             self._by_header = True
-            headers = plan_source(self.source, recipe.fps, latent.pixel_step, latent.frame_step)
+            header = plan_source(self.source, recipe.fps, latent.pixel_step, latent.frame_step)
             with contextlib.suppress(MediaError):  # too short for a section, according to the header
-                plan = self.compare(headers.size, headers.spans)
+                plan = self.compare(header.size, header.spans)
                 if plan.kept == self.existing.keys() and not plan.missing:
                     return plan
         return unknown
 
+    def _recorded_clip(self) -> ClipFacts | None:
+        """Return what earlier runs found by decoding the source, if it has not changed since."""
+        options = self.recipe.options(self.source)
+        recorded: list[ClipFacts] = []
+        for file in self.existing:
+            record = self._record_of(file)
+            if record is None or record.clip is None:
+                continue
+            if any(record.options.get(key) != options.get(key) for key in ("source_fps", "fps", "moments")):
+                continue
+            if self._read_otherwise(record) is not None:
+                continue  # its size may be another one
+            if record.files and self._is_unchanged(0, record.files[0]):
+                recorded.append(record.clip)
+        return max(recorded, key=lambda clip: (clip.complete, clip.kept_frames), default=None)
+
+    def _compare_clip(self, clip: ClipFacts) -> SourcePlan:
+        """Return the plan of a clip by what is known of it."""
+        table = self.table
+        clip_spans = spans(table, clip.kept_frames, self.recipe.latent.frame_step)
+        reason = None
+        if not clip_spans:
+            targets = ", ".join(map(str, table.target_frames))
+            reason = f"{count_of(clip.kept_frames, 'frame')}, target_frames are {targets}"
+        plan = self.compare(clip.size, clip_spans, clip.kept_frames, reason)
+        return replace(plan, size_changes=clip.size_changes)
+
     def compare(
-        self, size: Size, wanted: Sequence[Span], kept_frames: int | None = None, reason: str | None = None
+        self,
+        size: Size,
+        source_spans: Sequence[Span],
+        kept_frames: int | None = None,
+        reason: str | None = None,
     ) -> SourcePlan:
         """Return the plan of a source whose size and spans are known.
 
@@ -257,54 +297,72 @@ class Planning:
         """
         table, recipe = self.table, self.recipe
         bucket = bucket_of(table, size, recipe.latent.pixel_step, self.source.path)
-        kept: set[str] = set()
-        foreign = 0
-        missing: list[Span] = []
-        outdated: str | None = None
-        is_other = False
-        is_image = table.kind == "image"
-        # files by item (from their names), in the order of their sections
-        there: dict[tuple[Size, Span | None], dict[str, LatentName]] = {}
-        for file, name in sorted(self.existing.items(), key=lambda pair: pair[1].section or 0):
-            there.setdefault((name.size, name.span), {})[file] = name
+        by_item = self._files_by_item()
+        progress = _Comparison()
         items: list[tuple[int, ...]] = []
-        for span in wanted:
-            sections = recipe.sections(media_table(table), span[1])
-            # what training sees: the whole item, or each of its sections
-            whole = (
-                records.section_frames(table.fp_latent_window_size, recipe.latent)
-                if sections is not None
-                else span[1]
-            )
-            items += [bucket if is_image else (*bucket, whole)] * (sections or 1)
-            files = there.get((size, None) if is_image else (bucket, span), {})
+        for span in source_spans:
+            num_sections = recipe.sections(media_table(table), span[1])
+            items += self._trained_sizes(bucket, span, num_sections)
+            item = (size, None) if table.kind == "image" else (bucket, span)
+            files = by_item.get(item, {})
             if not files:
-                missing.append(span)
-                continue
-            if recipe.stores.trusts and self.store.is_shared:
-                kept |= set(files)
-                foreign += len(files)
-                continue
-            try:
-                expected = [None] if sections is None else list(range(sections))
-                found = [name.section for name in files.values()]
-                if found != expected:
-                    theirs = ", ".join("the whole" if one is None else str(one) for one in found)
-                    raise CacheError(
-                        f"{table.cache_directory / next(iter(files))}: sections {theirs} were found, "
-                        f"{len(expected)} files belong together"
-                    )
-                foreign += sum(self._check_file(file, files, size, bucket, span) for file in files)
-                kept |= set(files)
-            except CacheError as error:
-                missing.append(span)
-                outdated = str(error) if outdated is None or isinstance(error, OtherKind) else outdated
-                is_other = is_other or isinstance(error, OtherKind)
-        counts = self.source, frozenset(kept), foreign, tuple(missing), tuple(items)
+                progress.missing.append(span)
+            elif recipe.stores.trusts and self.store.is_shared:
+                progress.valid |= set(files)
+                progress.foreign += len(files)
+            else:
+                try:
+                    self._check_sections(files, num_sections)
+                    foreign = [
+                        self._check_file(file, files, size, bucket=bucket, span=span) for file in files
+                    ]
+                    progress.foreign += sum(foreign)
+                    progress.valid |= set(files)
+                except CacheError as error:
+                    progress.missing.append(span)
+                    progress.add_outdated(error)
         short = None
         if kept_frames is not None and len(table.target_frames) > 1:
-            short = describe_short(table, wanted, kept_frames)
-        return SourcePlan(*counts, reason, short, outdated, is_other)
+            short = describe_short(table, source_spans, kept_frames)
+        return SourcePlan(
+            source=self.source,
+            kept=frozenset(progress.valid),
+            foreign=progress.foreign,
+            missing=tuple(progress.missing),
+            items=tuple(items),
+            reason=reason,
+            short=short,
+            outdated=progress.outdated,
+            is_other=progress.is_other,
+        )
+
+    def _files_by_item(self) -> dict[tuple[Size, Span | None], dict[str, LatentName]]:
+        """Return the existing files by item (from their names), in the order of their sections."""
+        by_item: dict[tuple[Size, Span | None], dict[str, LatentName]] = {}
+        for file, name in sorted(self.existing.items(), key=lambda pair: pair[1].section or 0):
+            by_item.setdefault((name.size, name.span), {})[file] = name
+        return by_item
+
+    def _trained_sizes(self, bucket: Size, span: Span, num_sections: int | None) -> list[tuple[int, ...]]:
+        """Return the sizes that training sees of an item: of the whole, or of each of its sections."""
+        if self.table.kind == "image":
+            return [bucket] * (num_sections or 1)
+        _, num_frames = span
+        if num_sections is not None:
+            num_frames = records.section_frames(self.table.fp_latent_window_size, self.recipe.latent)
+        return [(*bucket, num_frames)] * (num_sections or 1)
+
+    def _check_sections(self, files: Names, num_sections: int | None) -> None:
+        """Raise CacheError unless the files of an item are those of all its sections."""
+        expected = [None] if num_sections is None else list(range(num_sections))
+        sections = [name.section for name in files.values()]
+        if sections == expected:
+            return
+        shown = ", ".join("the whole" if section is None else str(section) for section in sections)
+        raise CacheError(
+            f"{self.table.cache_directory / next(iter(files))}: sections {shown} were found, "
+            f"{len(expected)} files belong together"
+        )
 
     def _check_file(self, file: str, files: Names, size: Size, bucket: Size, span: Span) -> bool:
         """Check that a file of an item equals the one that this run would write; return whether it lacks a
@@ -312,31 +370,16 @@ class Planning:
 
         Raises CacheError if it does not fit.
         """
-        recipe, path = self.recipe, self.table.cache_directory / file
-        is_shared, entry = self.store.is_shared, self.store.read(file) if self.reads_values else None
+        path = self.table.cache_directory / file
+        entry = self.store.read(file) if self.reads_values else None
         header = self._header(file) if entry is None else entry
         record = self._record(file) if entry is None else records.latent_record(header)
         if record is None:
-            if self.source.mask_from is not None and not (is_shared and LOSS_MASK in header.keys):
-                raise OtherKind(f"{path}: it has no mask of the loss")
-            if recipe.has_rates and recipe.latent.unsaid_fps is None and FPS not in header.keys:
-                raise OtherKind(f"{path}: it does not say how many frames make a second")
-            references = self.source.control if self.table.references is not None else ()
-            if sum(key.startswith(CONTROL) for key in header.keys) < len(references):
-                raise OtherKind(f"{path}: it has no latents of its {len(references)} reference pictures")
-            if not (recipe.stores.skip_existing or is_shared):
-                raise OtherKind(f"{path}: it has no record of what it was made from")
-            window = self.table.fp_latent_window_size
-            length = span[1] if files[file].section is None else records.section_frames(window, recipe.latent)
-            shape = recipe.latent.shape(length, bucket[1], bucket[0])[2:]
-            if shape not in header.grids:
-                grids = ", ".join("x".join(map(str, grid)) for grid in sorted(header.grids))
-                ours = "x".join(map(str, shape))
-                raise OtherKind(f"{path}: it holds {grids or 'no latents'}, this configuration writes {ours}")
+            self._check_foreign(path, header, files[file], bucket, span)
             return True
         if record.parts != len(files):
             raise CacheError(f"{path}: {record.parts} files belong together, {len(files)} were found")
-        changed = recipe.difference(record, self.source, size, bucket, span)
+        changed = self.recipe.difference(record, self.source, size=size, bucket=bucket, span=span)
         if changed is not None:
             raise OtherKind(f"{path}: {changed}")
         changed = self._read_otherwise(record) or self._find_change(record.files)
@@ -345,6 +388,30 @@ class Planning:
         if entry is not None:
             records.verify_tensors(entry, record.crc32)
         return False
+
+    def _check_foreign(self, path: Path, header: Entry, name: LatentName, bucket: Size, span: Span) -> None:
+        """Raise OtherKind if a file without a record does not fit, as far as its header says."""
+        recipe, is_shared = self.recipe, self.store.is_shared
+        if self.source.mask_from is not None and not (is_shared and LOSS_MASK in header.keys):
+            raise OtherKind(f"{path}: it has no mask of the loss")
+        if recipe.has_rates and recipe.latent.unsaid_fps is None and FPS not in header.keys:
+            raise OtherKind(f"{path}: it does not say how many frames make a second")
+        references = self.source.control if self.table.references is not None else ()
+        if sum(key.startswith(CONTROL) for key in header.keys) < len(references):
+            raise OtherKind(f"{path}: it has no latents of its {len(references)} reference pictures")
+        if not (recipe.stores.skip_existing or is_shared):
+            raise OtherKind(f"{path}: it has no record of what it was made from")
+        _, num_frames = span
+        if name.section is not None:
+            num_frames = records.section_frames(self.table.fp_latent_window_size, recipe.latent)
+        width, height = bucket
+        grid = recipe.latent.shape(num_frames, height, width)[2:]
+        if grid not in header.grids:
+            stored = ", ".join("x".join(map(str, stored)) for stored in sorted(header.grids))
+            expected = "x".join(map(str, grid))
+            raise OtherKind(
+                f"{path}: it holds {stored or 'no latents'}, this configuration writes {expected}"
+            )
 
     def _header(self, file: str) -> Entry:
         if file not in self._headers:
@@ -368,17 +435,18 @@ class Planning:
             return f"it was made from {len(files)} source files, now there are {len(parts)}"
         changed = [
             str(path)
-            for number, ((path, _), then) in enumerate(zip(parts, files, strict=True))
-            if not self._is_unchanged(number, then)
+            for number, ((path, _), identity) in enumerate(zip(parts, files, strict=True))
+            if not self._is_unchanged(number, identity)
         ]
         return f"{', '.join(changed)} changed since" if changed else None
 
-    def _is_unchanged(self, number: int, then: FileIdentity) -> bool:
+    def _is_unchanged(self, number: int, identity: FileIdentity) -> bool:
         """Return whether a part of the source is unchanged; each part is checked once."""
-        if self._same.get(number) != then:
-            if not records.is_unchanged(then, *self.source.parts[number]):
+        if self._unchanged.get(number) != identity:
+            path, origin = self.source.parts[number]
+            if not records.is_unchanged(identity, path, origin):
                 return False
-            self._same[number] = then
+            self._unchanged[number] = identity
         return True
 
     def _record_of(self, file: str) -> records.LatentRecord | None:
@@ -395,9 +463,9 @@ class Planning:
         if (self.reads_values or self.recipe.stores.trusts) and not self.source.origins:
             return image_size(self.source.path)
         for file, name in self.existing.items():
-            read = self._record_of(file)
-            if read is None or not read.files or read.options.get("size") != [*name.size]:
+            record = self._record_of(file)
+            if record is None or not record.files or record.options.get("size") != [*name.size]:
                 continue
-            if self._is_unchanged(0, read.files[0]):
+            if self._is_unchanged(0, record.files[0]):
                 return name.size
         return None if self.source.origins else image_size(self.source.path)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.config_keys import AUTO
@@ -71,28 +71,32 @@ class CacheReport:
     right: frozenset[tuple[int, str]] = field(default=frozenset(), compare=False, repr=False)
 
 
-def list_sources(
-    config: DatasetConfig, captions: bool
-) -> tuple[list[MediaSource], CacheReport, list[DatasetTable]]:
-    """Return all sources, a report of unreadable parts (such as the end of a tar), and the tables that were
-    listed completely: only these can have stale entries.
-    """
+class SourceListing(NamedTuple):
+    """All sources of a dataset."""
+
+    sources: list[MediaSource]
+    report: CacheReport  # of unreadable parts, such as the end of a tar
+    complete_tables: list[DatasetTable]  # that were listed completely: only these can have stale entries
+
+
+def list_sources(config: DatasetConfig, captions: bool) -> SourceListing:
+    """List all sources. captions: read them."""
     skipped: list[tuple[DatasetTable, Fault]] = []
     sources = find_all_sources(config, captions, skipped=skipped)
     failures = [Failure(table.source, fault.text, table.index, fault.stem or "") for table, fault in skipped]
     broken = {table.index for table, _ in skipped}
-    whole = [table for table in config.datasets if table.index not in broken]
-    return sources, CacheReport(failures=tuple(failures)), whole
+    complete = [table for table in config.datasets if table.index not in broken]
+    return SourceListing(sources, CacheReport(failures=tuple(failures)), complete)
 
 
 def join_reports(reports: Sequence[CacheReport]) -> CacheReport:
-    found: dict[str, Any] = {"whole": max((report.whole for report in reports), default=0)}
+    fields: dict[str, Any] = {"whole": max((report.whole for report in reports), default=0)}
     for name in ("written", "kept", "foreign", "share"):
-        found[name] = sum(getattr(report, name) for report in reports)
+        fields[name] = sum(getattr(report, name) for report in reports)
     for name in ("failures", "dropped", "shortened", "resized", "silent"):
-        some = (one for report in reports for one in getattr(report, name))
-        found[name] = tuple(sorted(some, key=lambda one: str(one.path)))
-    return CacheReport(**found, right=frozenset().union(*(report.right for report in reports)))
+        failures = [failure for report in reports for failure in getattr(report, name)]
+        fields[name] = tuple(sorted(failures, key=lambda failure: str(failure.path)))
+    return CacheReport(**fields, right=frozenset().union(*(report.right for report in reports)))
 
 
 def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[Row] = ()) -> None:
@@ -109,17 +113,18 @@ def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[R
         return
     if report.dropped:
         lines = "\n".join(first_lines(report.dropped, LISTED))
-        told = count_words(len(report.dropped), "sources give no item to train on")
-        logger.warning("%s:\n%s", told, lines)
-    for clips, tell, what in (
-        (report.shortened, logger.warning, "give no item of some lengths"),
-        (report.resized, logger.warning, SIZE_CHANGES),
-        (report.silent, logger.info, "are learned silent"),
+        count = count_words(len(report.dropped), "sources give no item to train on")
+        logger.warning("%s:\n%s", count, lines)
+    for clips, level, remark in (
+        (report.shortened, logging.WARNING, "give no item of some lengths"),
+        (report.resized, logging.WARNING, SIZE_CHANGES),
+        (report.silent, logging.INFO, "are learned silent"),
     ):
         if clips:
-            tell(
+            logger.log(
+                level,
                 "%s. The first: %s",
-                count_words(len(clips), f"clips {what}"),
+                count_words(len(clips), f"clips {remark}"),
                 "; ".join(map(str, clips[:NAMED])),
             )
     if report.foreign:
@@ -142,8 +147,10 @@ def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[R
 
 
 def first_lines(things: Sequence[object], most: int) -> list[str]:
-    more = [f"  ... and {len(things) - most} more"] if len(things) > most else []
-    return [*(f"  {line}" for line in things[:most]), *more]
+    lines = [f"  {line}" for line in things[:most]]
+    if len(things) > most:
+        lines.append(f"  ... and {len(things) - most} more")
+    return lines
 
 
 def failure_error(failures: Sequence[Failure], things: str) -> DatasetError:
@@ -179,18 +186,22 @@ def run_ahead(
     single one may be larger.
     """
     waiting: collections.deque[tuple[T, int, Future[R]]] = collections.deque()
-    used, given, started = 0, 0, 0
+    used = 0  # bytes of all results in progress, waiting or in use
+    in_use = 0  # bytes of the result that was yielded last
+    started = 0
     pool = ThreadPoolExecutor(workers, thread_name_prefix="ahead")
     try:
         while waiting or started < len(jobs):
-            used, given = used - given, 0
+            used -= in_use
+            in_use = 0
             while started < len(jobs) and len(waiting) < workers * (1 + AHEAD_PER_WORKER):
                 size = size_bytes(jobs[started])
                 if waiting and used + size > limit_bytes:
                     break
                 waiting.append((jobs[started], size, pool.submit(work, jobs[started])))
-                used, started = used + size, started + 1
-            job, given, future = waiting.popleft()
+                used += size
+                started += 1
+            job, in_use, future = waiting.popleft()
             error = future.exception()
             if error is not None and not isinstance(error, Exception):
                 raise error
@@ -206,14 +217,20 @@ def map_ahead(values: Sequence[T], work: Callable[[T], R], workers: int, bar: Ba
     A thread takes many at once: handing over each would take as long as the work.
     """
     at_once = min(AT_ONCE, max(1, len(values) // (4 * workers)))
-    jobs = [values[start : start + at_once] for start in range(0, len(values), at_once)]
-    ahead = run_ahead(jobs, lambda some: list(map(work, some)), workers, lambda _: 0, limit_bytes=1)
+    groups = [values[start : start + at_once] for start in range(0, len(values), at_once)]
+    ahead = run_ahead(
+        groups,
+        work=lambda group: list(map(work, group)),
+        workers=workers,
+        size_bytes=lambda _: 0,
+        limit_bytes=1,
+    )
     with bar, contextlib.closing(ahead):
-        for job, results in ahead:
+        for group, results in ahead:
             if isinstance(results, Exception):
                 raise results
             yield from results
-            bar.update(len(job))
+            bar.update(len(group))
 
 
 Write = Callable[[Callable[[], object]], None]  # runs a function in the background
@@ -235,8 +252,8 @@ def write_behind(threads: int = 1) -> Iterator[Write]:
             waiting.append(pool.submit(work))
 
         yield write
-    for one in waiting:
-        one.result()
+    for future in waiting:
+        future.result()
 
 
 def fill_batches(
@@ -256,7 +273,7 @@ def fill_batches(
         del item  # frees its frames before waiting for the next source
         if len(waiting[group]) >= most:
             yield waiting.pop(group)
-        sizes = {group: sum(map(bytes_of, some)) for group, some in waiting.items()}
+        sizes = {group: sum(map(bytes_of, members)) for group, members in waiting.items()}
         if sum(sizes.values()) > most_bytes:
             yield waiting.pop(max(sizes, key=sizes.__getitem__))
     while waiting:
@@ -282,10 +299,10 @@ def read_ahead(
     """
     ahead = run_ahead(
         jobs,
-        work,
-        workers,
-        lambda job: estimate_decoded_bytes(source_of(job)) if decodes else 0,
-        DECODED_BYTES,
+        work=work,
+        workers=workers,
+        size_bytes=lambda job: estimate_decoded_bytes(source_of(job)) if decodes else 0,
+        limit_bytes=DECODED_BYTES,
     )
     with bar, contextlib.closing(ahead):
         for job, result in ahead:
@@ -307,30 +324,35 @@ def estimate_decoded_bytes(source: MediaSource) -> int:
     table = source.table
     if source.tensors is not None:
         return 0  # moments are small
-    frames: float | None = 1 if table.kind == "image" else frames_wanted(table)
-    if not frames and source.origins:  # it would have to be fetched: `check_memory` looks when it is here
-        frames = UNKNOWN_FRAMES
-    elif not frames and table.is_of_sound:  # its samples take about as much as frames would
-        from dataset.sources.sound import count_frames
-
-        frames = 0
-        with contextlib.suppress(UserError):
-            frames = count_frames(source.path, FASTEST_FPS)
-    elif not frames:
-        try:
-            info = video_info(source.path)
-            is_timed = table.source_fps == AUTO or is_animation(source.path)
-            frames = info.frames or UNKNOWN_FRAMES
-            if is_timed and info.fps:  # they may be repeated too
-                frames = frames * FASTEST_FPS / info.fps
-            else:
-                frames = frames * min(1.0, FASTEST_FPS / (table.stated_fps or FASTEST_FPS))
-        except UserError:
-            frames = 0  # decoding reports the reason
+    num_frames: float | None = 1 if table.kind == "image" else frames_wanted(table)
+    if not num_frames:
+        num_frames = _estimate_frames(source)
     width, height = table.resolution
     clips = 1 + len(source.control) + len(source.references)
     channels = 3 * clips + (source.mask_from is not None) + (source.control_mask is not None)
-    return int(frames) * width * height * channels
+    return int(num_frames) * width * height * channels
+
+
+def _estimate_frames(source: MediaSource) -> float:
+    """Estimate how many frames of a whole clip are kept, by its header."""
+    table = source.table
+    if source.origins:  # it would have to be fetched: `check_memory` looks when it is here
+        return UNKNOWN_FRAMES
+    if table.is_of_sound:  # its samples take about as much as frames would
+        from dataset.sources.sound import count_frames  # only with sounds
+
+        with contextlib.suppress(UserError):
+            return count_frames(source.path, FASTEST_FPS)
+        return 0
+    try:
+        info = video_info(source.path)
+        num_frames = info.frames or UNKNOWN_FRAMES
+        is_timed = table.source_fps == AUTO or is_animation(source.path)
+        if is_timed and info.fps:  # they may be repeated too
+            return num_frames * FASTEST_FPS / info.fps
+        return num_frames * min(1.0, FASTEST_FPS / (table.stated_fps or FASTEST_FPS))
+    except UserError:
+        return 0  # decoding reports the reason
 
 
 def check_memory(source: MediaSource) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -52,6 +52,13 @@ class SoundPlan:
     silent: str | None = None  # why there is none
 
 
+class _SoundJob(NamedTuple):
+    """A clip with its cached items."""
+
+    source: MediaSource
+    names: Sequence[cache_files.LatentName]
+
+
 class SoundWork:
     """Encode the sound of a dataset. The networks are loaded when they are first needed and stay until
     `free`, or until the encoders of pictures take their place.
@@ -67,9 +74,11 @@ class SoundWork:
     ) -> None:
         """List entries. before_loading: called to free the device before the networks are loaded."""
         assert family.sound is not None
-        self._family, self.spec, self._stores, self._device = family, family.sound, stores, device
+        self._family, self.spec = family, family.sound
+        self._stores, self._device = stores, device
         self._before_loading = before_loading
-        self._tag, self._networks = cache_files.sound_tag(family.cache_tag), None
+        self._tag = cache_files.sound_tag(family.cache_tag)
+        self._networks = None
         self._existing: ExistingNames = {
             table.index: LatentNames(stores.of(table), self._tag, table.kind)
             for table in tables
@@ -86,35 +95,42 @@ class SoundWork:
         an entry cannot be written.
         """
         items = self._items_of(latents)
-        jobs = [(one, items[key]) for one in sources if (key := (one.table.index, one.stem)) in items]
+        jobs: list[_SoundJob] = []
+        for source in sources:
+            names = items.get((source.table.index, source.stem))
+            if names is not None:
+                jobs.append(_SoundJob(source, names))
         verifies = self._stores.verify or len(jobs) < MANY
         ahead = read_ahead(
             jobs,
-            lambda job: job[0],
-            lambda job: self._read(self.plan(*job, verifies)),
-            workers,
-            Bar(len(jobs), "Sound", "clip", shows),
+            source_of=lambda job: job.source,
+            work=lambda job: self._read(self.plan(job.source, job.names, verifies)),
+            workers=workers,
+            bar=Bar(len(jobs), "Sound", "clip", shows),
             decodes=True,
         )
-        valid, report = set[tuple[int, str]](), CacheReport()
+        report = CacheReport()
+        valid: set[tuple[int, str]] = set()
         with write_behind() as write, contextlib.closing(ahead), torch.no_grad():
-            for (source, _), read in ahead:
-                if isinstance(read, Failure):
-                    report = replace(report, failures=(*report.failures, read))
+            for job, plan in ahead:
+                if isinstance(plan, Failure):
+                    report = replace(report, failures=(*report.failures, plan))
                     continue
-                files = [name.file_name(self._tag) for name in read.missing]
-                for file, name, samples in zip(files, read.missing, read.samples, strict=False):
-                    write(self._encode(file, name, samples, read))
-                valid |= {(source.table.index, file) for file in (*read.kept, *files[: len(read.samples)])}
-                silent = () if read.silent is None else (Failure.of(source, read.silent),)
+                files = list(plan.kept)
+                for name, samples in zip(plan.missing, plan.samples, strict=False):
+                    file = name.file_name(self._tag)
+                    write(self._encode(file, name, samples, plan))
+                    files.append(file)
+                valid |= {(job.source.table.index, file) for file in files}
+                silent = () if plan.silent is None else (Failure.of(job.source, plan.silent),)
                 report = replace(
                     report,
-                    written=report.written + len(read.samples),
-                    kept=report.kept + len(read.kept),
-                    foreign=report.foreign + read.foreign,
+                    written=report.written + len(plan.samples),
+                    kept=report.kept + len(plan.kept),
+                    foreign=report.foreign + plan.foreign,
                     silent=report.silent + silent,
                 )
-                del read  # frees its samples before waiting for the next source
+                del plan  # frees its samples before waiting for the next source
         return replace(report, right=frozenset(valid))
 
     def remove_stale(self, table: DatasetTable, valid: Collection[str], failed: Collection[str]) -> int:
@@ -124,7 +140,7 @@ class SoundWork:
         """
         if table.index not in self._existing:
             return 0
-        stale = self._existing[table.index].not_in(valid, but_of=failed)
+        stale = self._existing[table.index].not_in(valid, except_of=failed)
         is_ours = partial(cache_files.is_latent_cache, architecture=self._family.name, sound=True)
         return remove_caches(self._stores.of(table), stale, is_ours)
 
@@ -137,19 +153,21 @@ class SoundWork:
         """Compare a clip's entries of sound with those that this run would write. With `audio = "ignore"` all
         stay as they are.
         """
-        there, kept, foreign = self._existing[source.table.index].of(source.stem), list[str](), 0
+        existing = self._existing[source.table.index].of(source.stem)
+        valid: list[str] = []
+        foreign = 0
         missing: list[cache_files.LatentName] = []
         for name in names:
             file = name.file_name(self._tag)
             try:
                 if source.table.audio != IGNORE:
                     foreign += self._check(file, source, name, verifies)
-                elif file not in there:
+                elif file not in existing:
                     continue
-                kept.append(file)
+                valid.append(file)
             except CacheError:
                 missing.append(name)
-        return SoundPlan(source, tuple(kept), foreign, tuple(missing))
+        return SoundPlan(source, tuple(valid), foreign, tuple(missing))
 
     def count_valid(self, source: MediaSource, files: Collection[str]) -> int:
         """Return how many of a clip's latents have a valid entry of sound. files: names of the latents."""
@@ -159,12 +177,15 @@ class SoundWork:
 
     def _items_of(self, latents: Entries) -> dict[tuple[int, str], list[cache_files.LatentName]]:
         """Return the items of clips by table and stem. latents: names of entries."""
-        found: dict[tuple[int, str], list[cache_files.LatentName]] = {}
-        for index, pairs in itertools.groupby(sorted(latents), lambda one: one[0]):
-            names = (name for _, name in pairs if index in self._existing)
-            for _, stem, rest in cache_files.latent_names(names, self._family.cache_tag, "video"):
-                found.setdefault((index, stem), []).append(replace(rest, stem=stem))
-        return found
+        by_table: dict[int, list[str]] = {}
+        for index, name in sorted(latents):
+            if index in self._existing:
+                by_table.setdefault(index, []).append(name)
+        items: dict[tuple[int, str], list[cache_files.LatentName]] = {}
+        for index, names in by_table.items():
+            for _, stem, ending in cache_files.latent_names(names, self._family.cache_tag, "video"):
+                items.setdefault((index, stem), []).append(replace(ending, stem=stem))
+        return items
 
     def _check(self, file: str, source: MediaSource, name: cache_files.LatentName, verifies: bool) -> bool:
         """Check an entry; return whether it lacks a record. Raises CacheError if it has to be made again."""
@@ -179,8 +200,9 @@ class SoundWork:
         parts = _parts(source)
         if changed is not None or len(parts) != len(record.files):
             raise CacheError(f"{file}: {changed}")
-        if not all(records.is_unchanged(then, *part) for then, part in zip(record.files, parts, strict=True)):
-            raise CacheError(f"{file}: its clip or its sound changed since")
+        for identity, (path, origin) in zip(record.files, parts, strict=True):
+            if not records.is_unchanged(identity, path, origin):
+                raise CacheError(f"{file}: its clip or its sound changed since")
         if verifies:
             records.verify_tensors(entry, record.crc32)
         return False
@@ -197,7 +219,8 @@ class SoundWork:
         spans = [name.span for name in plan.missing if name.span is not None]
         try:
             with fetch(plan.source) as here:
-                path, rate = find_sound(here), kept_rate(here, self._family.defaults.fps)
+                path = find_sound(here)
+                rate = kept_rate(here, self._family.defaults.fps)
                 samples = read_sounds(path, spans, rate, self.spec)
         except NoSound as reason:
             if plan.source.table.audio == REQUIRED or self.spec.is_alone:
@@ -208,27 +231,42 @@ class SoundWork:
         return replace(plan, files=files, rate=rate, samples=tuple(samples))
 
     def _encode(
-        self, file: str, name: cache_files.LatentName, samples: Tensor, read: SoundPlan
+        self, file: str, name: cache_files.LatentName, samples: Tensor, plan: SoundPlan
     ) -> Callable[[], None]:
         """Encode the sound of an item; return the function that writes it."""
         if self._networks is None:
             self._before_loading()
             self._networks = self._family.sound_networks(self._device, decodes=False)
         assert name.span is not None
-        frames, source = name.span[1], read.source
-        (latents,) = self._family.encode_sound(self._networks, samples[None], frames, read.rate)
-        expected = self.spec.shape(frames, read.rate)
+        _, frames = name.span
+        (latents,) = self._family.encode_sound(self._networks, samples[None], frames, plan.rate)
+        expected = self.spec.shape(frames, plan.rate)
         if tuple(latents.shape) != expected:  # batches are made by it
             raise ValueError(f"latents of sound are {tuple(latents.shape)}, SoundSpec.shape says {expected}")
         length = torch.tensor(expected[1], dtype=torch.int32)
         tensors = {SOUND: latents.detach().cpu().contiguous(), cache_files.SOUND_LENGTH: length}
-        named = {cache_files.tensor_name(key, tensor): tensor for key, tensor in tensors.items()}
-        identity, options = self._family.sound_identity, self._options(source, name)
-        record = records.LatentRecord(identity, options, read.files, None, parts=1, crc32={})
-        store, facts = self._stores.of(source.table), {"frame_count": str(frames)}
-        return partial(write_entry, store, self._family, file, named, record, facts)
+        record = records.LatentRecord(
+            encoder=self._family.sound_identity,
+            options=self._options(plan.source, name),
+            files=plan.files,
+            clip=None,
+            parts=1,
+            crc32={},
+        )
+        return partial(
+            write_entry,
+            self._stores.of(plan.source.table),
+            self._family,
+            file=file,
+            named={cache_files.tensor_name(key, tensor): tensor for key, tensor in tensors.items()},
+            record=record,
+            facts={"frame_count": str(frames)},
+        )
 
 
 def _parts(source: MediaSource) -> list[tuple[Path, Origin | None]]:
     """Return the files that cached sound depends on: the clip, for its rate, and a given sound file."""
-    return [source.parts[0], *([] if source.sound is None else [source.sound])]
+    parts: list[tuple[Path, Origin | None]] = [source.parts[0]]
+    if source.sound is not None:
+        parts.append(source.sound)
+    return parts

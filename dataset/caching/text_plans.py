@@ -2,7 +2,6 @@
 unfinished files, and which are missing.
 """
 
-import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -53,43 +52,73 @@ def list_caption_files(sources: Sequence[MediaSource], tag: str) -> list[Caption
 
     First captions come first, so that their batches are those of a table without more texts.
     """
-    of_tables: dict[int, list[MediaSource]] = {}
+    by_table: dict[int, list[MediaSource]] = {}
     for source in sources:
-        of_tables.setdefault(source.table.index, []).append(source)
+        by_table.setdefault(source.table.index, []).append(source)
     files: list[CaptionFile] = []
     with pause_collection():
-        for found in of_tables.values():
-            # first captions, further ones, empty prompts
-            table, passes = found[0].table, (list[CaptionFile](), list[CaptionFile](), list[CaptionFile]())
-            of_table = table.changed(TEXTS)
-            for source in found:
-                seen, pictures = None, tuple[tuple[Path, Origin | None], ...]()
-                if source.control and table.texts_see_references:
-                    seen, pictures = source, source.parts[1 : 1 + len(source.control)]
-                captions = (source.caption, *source.more_captions)
-                settings = of_table
-                if len(captions) > 1:
-                    settings = {**settings, "captions": len(captions)}
-                for number, caption in enumerate(captions):
-                    name = text_file_name(source.stem, tag, number)
-                    embeds = None if source.tensors is None or number else source.tensors.embeds
-                    first = min(number, 1)
-                    passes[first].append(
-                        CaptionFile(
-                            *(table, name, source.stem, caption, source.caption_path, settings, first),
-                            *(embeds, seen, pictures),
-                        )
-                    )
-                if table.drops_captions and table.texts_see_references:
-                    name = text_file_name(source.stem, tag, EMPTY)
-                    shown = f"the empty prompt of {source.stem}"
-                    empty = CaptionFile(table, name, shown, "", None, pass_over=2)
-                    passes[2].append(replace(empty, source=seen, references=pictures))
-            if table.drops_captions and not table.texts_see_references:
-                name = empty_text_name(tag)
-                passes[2].append(CaptionFile(table, name, "the empty prompt", "", None, pass_over=2))
-            files += itertools.chain(*passes)
+        for of_table in by_table.values():
+            files += _files_of_table(of_table[0].table, of_table, tag)
     return files
+
+
+def _files_of_table(table: DatasetTable, sources: Sequence[MediaSource], tag: str) -> list[CaptionFile]:
+    """Return the texts of a table: first captions, further ones, then the empty prompt."""
+    first: list[CaptionFile] = []
+    further: list[CaptionFile] = []
+    empty: list[CaptionFile] = []
+    of_table = table.changed(TEXTS)
+    for source in sources:
+        pictures: tuple[tuple[Path, Origin | None], ...] = ()
+        shown_source = None
+        if source.control and table.texts_see_references:
+            shown_source = source
+            pictures = source.parts[1 : 1 + len(source.control)]
+        captions = (source.caption, *source.more_captions)
+        settings = of_table
+        if len(captions) > 1:
+            settings = {**settings, "captions": len(captions)}
+        for number, caption in enumerate(captions):
+            embeds = None if source.tensors is None or number else source.tensors.embeds
+            file = CaptionFile(
+                table=table,
+                file_name=text_file_name(source.stem, tag, number),
+                name=source.stem,
+                caption=caption,
+                caption_path=source.caption_path,
+                settings=settings,
+                pass_over=1 if number else 0,
+                embeds=embeds,
+                source=shown_source,
+                references=pictures,
+            )
+            if number:
+                further.append(file)
+            else:
+                first.append(file)
+        if table.drops_captions and table.texts_see_references:
+            file = CaptionFile(
+                table=table,
+                file_name=text_file_name(source.stem, tag, EMPTY),
+                name=f"the empty prompt of {source.stem}",
+                caption="",
+                caption_path=None,
+                pass_over=2,
+                source=shown_source,
+                references=pictures,
+            )
+            empty.append(file)
+    if table.drops_captions and not table.texts_see_references:
+        file = CaptionFile(
+            table=table,
+            file_name=empty_text_name(tag),
+            name="the empty prompt",
+            caption="",
+            caption_path=None,
+            pass_over=2,
+        )
+        empty.append(file)
+    return [*first, *further, *empty]
 
 
 def distinct_texts(files: Sequence[CaptionFile], stores: Stores) -> list[CaptionFile]:
@@ -97,11 +126,11 @@ def distinct_texts(files: Sequence[CaptionFile], stores: Stores) -> list[Caption
 
     Raises DatasetError if their captions differ.
     """
-    seen: dict[tuple[Path | int, str], CaptionFile] = {}
+    by_entry: dict[tuple[Path | int, str], CaptionFile] = {}
     for file in files:
         store = stores.of_texts(file.table)
         place = store.folder if store.is_shared else file.table.index
-        first = seen.setdefault((place, file.file_name), file)
+        first = by_entry.setdefault((place, file.file_name), file)
         if first is not file and first.caption != file.caption:
             raise DatasetError(
                 f"{file.table.name}: the caption of {file.name} is {file.caption!r} here, but "
@@ -109,7 +138,7 @@ def distinct_texts(files: Sequence[CaptionFile], stores: Stores) -> list[Caption
                 "make equal captions, or keep the embeddings elsewhere: --cache_text_encoder_outputs without "
                 "_to_disk"
             )
-    return list(seen.values())
+    return list(by_entry.values())
 
 
 def why_outdated(record: TextRecord, identity: Mapping[str, str], file: CaptionFile) -> str | None:
@@ -123,16 +152,16 @@ def why_outdated(record: TextRecord, identity: Mapping[str, str], file: CaptionF
     )
     if changed is not None:
         return changed
-    then, now = record.references, file.references
-    if len(then) != len(now):
-        return f"it was made with {len(then)} reference pictures, now there are {len(now)}"
-    for (path, origin), one in zip(now, then, strict=True):
+    recorded = record.references
+    if len(recorded) != len(file.references):
+        return f"it was made with {len(recorded)} reference pictures, now there are {len(file.references)}"
+    for (path, origin), identity in zip(file.references, recorded, strict=True):
         try:
-            if not is_unchanged(one, path, origin):
+            if not is_unchanged(identity, path, origin):
                 return f"{path} changed since"
         except OSError as error:  # encoding it says what is wrong
             return str(error)
-    return references_otherwise(now, record.as_shown)
+    return references_otherwise(file.references, record.as_shown)
 
 
 def plan_texts(
@@ -141,8 +170,9 @@ def plan_texts(
     """Compare all texts with their files; return them with the work left to do."""
     reads_values = stores.verify or len(files) < MANY
     plan = partial(_plan, encoders=encoders, stores=stores, reads_values=reads_values)
+    bar = Bar(len(files), "Comparing", "caption", shown=False)
     with pause_collection():
-        return list(map_ahead(files, plan, workers, Bar(len(files), "Comparing", "caption", shown=False)))
+        return list(map_ahead(files, plan, workers, bar))
 
 
 def _plan(file: CaptionFile, encoders: Encoders, stores: Stores, reads_values: bool) -> CaptionFile:
@@ -174,7 +204,8 @@ def find_outputs(
     caption, nothing is found, as joining it would corrupt valid outputs. reads_values: if False, only the
     header is read. The entry is None if the file is missing or damaged.
     """
-    store, right = stores.of_texts(file.table), dict[str, bool]()
+    store = stores.of_texts(file.table)
+    right: dict[str, bool] = {}
     name = file.file_name + PART if in_part else file.file_name
     try:
         entry = store.read(name, reads_values)
@@ -189,8 +220,8 @@ def find_outputs(
             # what a shared one does not say is not asked for: other programs keep no record
             accepts = store.is_shared or (stores.skip_existing and not in_part and not file.settings)
             # whose tensors are of the same caption
-            theirs = entry.metadata.get("caption1", file.caption) == file.caption
-            if accepts and theirs and encoder.keys <= entry.keys:
+            is_same_caption = entry.metadata.get("caption1", file.caption) == file.caption
+            if accepts and is_same_caption and encoder.keys <= entry.keys:
                 right[encoder.name] = False
             continue
         changed = why_outdated(record, identity, file)

@@ -88,32 +88,32 @@ class TextWork:
         self.stores = stores = dataclasses.replace(
             stores or Stores(npz_names(family)), skip_existing=options.skip_existing, verify=options.verify
         )
-        self._existing: Mapping[int, Collection[str]] = {
-            table.index: [
-                name
-                for name in stores.of_texts(table).names()
-                if is_text_name(name.removesuffix(PART), family.cache_tag)
+        self._existing: dict[int, list[str]] = {}
+        for table in config.datasets:
+            names = stores.of_texts(table).names()
+            self._existing[table.index] = [
+                name for name in names if is_text_name(name.removesuffix(PART), family.cache_tag)
             ]
-            for table in config.datasets
-        }
-        self._parts = {one for names in self._existing.values() for one in names if one.endswith(PART)}
-        for table in (one for one in config.datasets if one.group is not None):
-            refuse_changing(table, table.changes.varying_keys, "texts")
-        self._sources, self.not_listed, self.whole_tables = list_sources(config, captions=True)
+        self._parts: set[str] = set()
+        for names in self._existing.values():
+            self._parts |= {name for name in names if name.endswith(PART)}
+        for table in config.datasets:
+            if table.group is not None:
+                refuse_changing(table, table.changes.varying_keys, "texts")
+        listing = list_sources(config, captions=True)
+        self._sources = listing.sources
+        self.not_listed, self.whole_tables = listing.report, listing.complete_tables
         if any(source.caption is None for source in self._sources):
             require_captions(self._sources)
         family.check_given_files()
-        if mixed := [one for one in config.datasets if one.index not in stores.given and may_be_mixed(one)]:
-            from dataset.cache.form import require_form
+        own_folders = [table for table in config.datasets if table.index not in stores.given]
+        mixed = [table for table in own_folders if may_be_mixed(table)]
+        if mixed:
+            from dataset.cache.form import require_form  # only with shards
 
             require_form(mixed, family.cache_tag)
         self._files = distinct_texts(list_caption_files(self._sources, family.cache_tag), stores)
-        batches: list[TextBatch] = []  # consecutive texts of one table and kind
-        for _, some in itertools.groupby(self._files, lambda file: (file.table.index, file.pass_over)):
-            texts = tuple(some)
-            size = options.batch_size or texts[0].table.batch_size
-            batches += [texts[start : start + size] for start in range(0, len(texts), size)]
-        self.pieces: Sequence[TextBatch] = batches
+        self.pieces: Sequence[TextBatch] = _make_batches(self._files, options.batch_size)
         self._encoders = [(encoder, dict(encoder.identity)) for encoder in family.text_encoders()]
         self._find = partial(find_outputs, encoders=self._encoders, stores=stores)
         self._family, self._config, self._device = family, config, device
@@ -130,8 +130,8 @@ class TextWork:
         """
         if who is not None:
             captions = count_of(len(self._files), "caption")
-            rows = [("data", f"{self._config.path}, {captions}"), ("device", str(self._device))]
-            show_box("Caching texts", rows)
+            data = f"{self._config.path}, {captions}"
+            show_box("Caching texts", [("data", data), ("device", str(self._device))])
         files = [file for batch in pieces for file in batch]
         files = plan_texts(files, self._encoders, self.stores, self._workers)
         following = iter(files)
@@ -140,7 +140,8 @@ class TextWork:
         for file in files:
             part = file.file_name + PART
             if file.in_part and not file.missing:  # an earlier run was stopped before it could do so
-                self._finish(file, *self._find(file, in_part=True))
+                unfinished, encoders = self._find(file, in_part=True)
+                self._finish(file, unfinished, encoders)
             elif part in self._parts and not file.missing and not self.stores.trusts:
                 self.stores.of_texts(file.table).remove(part)
         for encoder, identity in self._encoders:
@@ -148,7 +149,7 @@ class TextWork:
             to_do = [file for file in to_do if file.file_name not in self._failed]
             logger.info("%s: %d captions, %d of them to encode", encoder.name, len(files), len(to_do))
             if to_do:
-                self._encode(encoder, identity, batches, to_do, who is not None)
+                self._encode(encoder, identity, batches=batches, to_do=to_do, shows=who is not None)
         changed = sum(bool(file.missing or file.in_part) for file in files) - len(self._failed)
         return CacheReport(
             written=changed,
@@ -166,16 +167,27 @@ class TextWork:
 
         keep_cache: remove only further captions of sources that now have fewer captions.
         """
-        stems = {one.stem for one in self._sources if one.table.index == table.index}
         names = {file.file_name for file in self._files if file.table.index == table.index}
-        store, tag = self.stores.of_texts(table), self._family.cache_tag
         # unfinished ones too
-        stale = [one for one in sorted(self._existing[table.index]) if one.removesuffix(PART) not in names]
+        stale = [name for name in self._existing[table.index] if name.removesuffix(PART) not in names]
+        stale.sort()
         if keep_cache:
-            further = [(name, parse_more_text_name(name.removesuffix(PART), tag)) for name in stale]
-            stale = [name for name, parsed in further if parsed is not None and parsed[0] in stems]
+            stale = self._further_captions(table, stale)
+        store = self.stores.of_texts(table)
         is_ours = partial(is_text_cache, architecture=self._family.name)
         return remove_caches(store, stale, is_ours) if stale else 0
+
+    def _further_captions(self, table: DatasetTable, names: Sequence[str]) -> list[str]:
+        """Return the names that are of a source's second caption or a later one."""
+        stems = {source.stem for source in self._sources if source.table.index == table.index}
+        further = []
+        for name in names:
+            parsed = parse_more_text_name(name.removesuffix(PART), self._family.cache_tag)
+            if parsed is not None:
+                stem, _ = parsed
+                if stem in stems:
+                    further.append(name)
+        return further
 
     def free(self) -> None:
         if self._loaded is not None:
@@ -198,7 +210,7 @@ class TextWork:
         with write_behind() as write:
             submit = partial(self._submit, write, encoder, identity)
             if any(file.embeds is not None for file in to_do):
-                from dataset.caching.given import take_embeds
+                from dataset.caching.given import take_embeds  # only with load_tensors
 
                 to_do = take_embeds(to_do, encoder, identity, submit)
                 if not to_do:
@@ -207,15 +219,19 @@ class TextWork:
                 self.free()
                 self._loaded = encoder  # before it is loaded: what a failure leaves is freed too
                 encoder.load(self._device)
-            warn_cut_captions(encoder, [(one.caption_path or one.name, one.caption or "") for one in to_do])
-            wanted, doing = {*to_do}, f"Encoding with {encoder.name}"
-            with Bar(len(to_do), doing, "caption", shows, at_once=True) as bar, torch.no_grad():
+            warn_cut_captions(
+                encoder, [(file.caption_path or file.name, file.caption or "") for file in to_do]
+            )
+            incomplete = {*to_do}
+            bar = Bar(len(to_do), f"Encoding with {encoder.name}", "caption", shows, at_once=True)
+            with bar, torch.no_grad():
                 for batch in batches:
-                    if not wanted.isdisjoint(batch):
-                        for file, conditions in self._encode_batch(encoder, batch):
-                            if file in wanted:
-                                submit(file, conditions)
-                        bar.update(len(wanted.intersection(batch)))
+                    if incomplete.isdisjoint(batch):
+                        continue
+                    for file, conditions in self._encode_batch(encoder, batch):
+                        if file in incomplete:
+                            submit(file, conditions)
+                    bar.update(len(incomplete.intersection(batch)))
 
     def _encode_batch(self, encoder: TextEncoder, batch: TextBatch) -> list[tuple[CaptionFile, Conditions]]:
         """Return the texts of a batch with their outputs.
@@ -224,15 +240,19 @@ class TextWork:
         becomes a failure.
         """
         try:
-            with contextlib.ExitStack() as held:
-                sources = (file.source for file in batch)
-                pictures = [held.enter_context(hold_references(one)) if one else () for one in sources]
-                texts = zip(batch, pictures, strict=True)
-                encoded = encoder.encode([Prompt(file.caption or "", pictures=seen) for file, seen in texts])
+            with contextlib.ExitStack() as stack:
+                pictures: list[Sequence[Path]] = []
+                for file in batch:
+                    pictures.append(stack.enter_context(hold_references(file.source)) if file.source else ())
+                prompts = []
+                for file, references in zip(batch, pictures, strict=True):
+                    prompts.append(Prompt(file.caption or "", pictures=references))
+                encoded = encoder.encode(prompts)
             return list(zip(batch, encoded, strict=True))
         except MediaError as error:
             if len(batch) > 1:
-                return [pair for file in batch for pair in self._encode_batch(encoder, [file])]
+                alone = [self._encode_batch(encoder, [file]) for file in batch]
+                return [*itertools.chain.from_iterable(alone)]
             (file,) = batch
             if file.source is None:
                 raise
@@ -248,15 +268,23 @@ class TextWork:
         conditions: Conditions,
     ) -> None:
         named = {}
-        for key, value in conditions.items():
-            tensor = (value[0] if isinstance(value, list) else value).detach().cpu()
+        for key, output in conditions.items():
+            tensor = (output[0] if isinstance(output, list) else output).detach().cpu()
             require_finite(tensor, file.name, key)
             named[tensor_name(key, tensor, variable=key in encoder.variable_length)] = tensor
-        is_file = file.caption_path is not None and path_exists(file.caption_path)  # else of class_tokens
-        source = identify(file.caption_path) if file.caption_path is not None and is_file else None
+        caption_file = None
+        if file.caption_path is not None and path_exists(file.caption_path):  # else of class_tokens
+            caption_file = identify(file.caption_path)
         references = tuple(itertools.starmap(identify, file.references))
-        as_shown = AS_SHOWN if references else 0
-        record = TextRecord(identity, file.caption or "", source, {}, file.settings, references, as_shown)
+        record = TextRecord(
+            encoder=identity,
+            caption=file.caption or "",
+            file=caption_file,
+            crc32={},
+            settings=file.settings,
+            references=references,
+            as_shown=AS_SHOWN if references else 0,
+        )
         write(partial(self._write, file, named, encoder.name, record))
 
     def _write(
@@ -280,18 +308,18 @@ class TextWork:
             **record_metadata({encoder: dataclasses.replace(record, crc32=sums)}),
         }
         new = Entry.of(store.folder / file.file_name, metadata, tensors)
-        part, there = self._find(file, in_part=True)  # before the file: another may finish it now
+        part, encoders = self._find(file, in_part=True)  # before the file: another may finish it now
         if part is not None:
             new = _join(part, new)
         if encoder == file.missing[-1]:  # no other encoder adds anything
-            self._finish(file, new, {encoder, *there})
+            self._finish(file, new, {encoder, *encoders})
         else:
             store.write(file.file_name + PART, new.named, new.metadata)
 
-    def _finish(self, file: CaptionFile, new: Entry | None, there: Collection[str]) -> None:
+    def _finish(self, file: CaptionFile, new: Entry | None, encoders: Collection[str]) -> None:
         """Join an entry with the file, if there is one; write the file, then remove its `.part`.
 
-        there: the encoders whose valid outputs are in the entry. A changed caption is replaced with a
+        encoders: those whose valid outputs are in the entry. A changed caption is replaced with a
         warning. Raises OutputError if writing fails, CacheError if the outputs of other encoders are gone, so
         that no file is incomplete.
         """
@@ -299,13 +327,17 @@ class TextWork:
         path = store.folder / file.file_name
         old, right = self._find(file)
         if old is not None:
-            before, now = old.metadata.get("caption1", file.caption or ""), file.caption or ""
-            if before != now:
-                logger.warning("%s: the caption was %r, now it is %r; it is replaced", path, before, now)
+            caption = file.caption or ""
+            old_caption = old.metadata.get("caption1", caption)
+            if old_caption != caption:
+                logger.warning(
+                    "%s: the caption was %r, now it is %r; it is replaced", path, old_caption, caption
+                )
             new = old if new is None else _join(old, new)
         if new is None:
             return
-        lost = [encoder.name for encoder, _ in self._encoders if encoder.name not in {*there, *right}]
+        complete = {*encoders, *right}
+        lost = [encoder.name for encoder, _ in self._encoders if encoder.name not in complete]
         if lost:
             raise CacheError(
                 f"{path}: while it was made, another run with other captions or encoders removed or replaced "
@@ -314,6 +346,16 @@ class TextWork:
             )
         store.write(file.file_name, new.named, new.metadata)
         store.remove(file.file_name + PART)  # last: another process may need it until then
+
+
+def _make_batches(files: Sequence[CaptionFile], size: int | None) -> list[TextBatch]:
+    """Return consecutive texts of one table and kind together. size: of a batch; None: that of its table."""
+    batches: list[TextBatch] = []
+    for _, group in itertools.groupby(files, lambda file: (file.table.index, file.pass_over)):
+        texts = tuple(group)
+        batch_size = size or texts[0].table.batch_size
+        batches += [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
+    return batches
 
 
 def warn_cut_captions(encoder: TextEncoder, captions: Sequence[tuple[Path | str, str]]) -> None:
@@ -346,7 +388,7 @@ def warn_cut_captions(encoder: TextEncoder, captions: Sequence[tuple[Path | str,
 def _join(old: Entry, new: Entry) -> Entry:
     """Join two entries; if both have a tensor or text, the new one's is taken."""
     new_keys = new.keys
-    kept = {name: tensor for name, tensor in old.named.items() if tensor_key(name) not in new_keys}
+    only_old = {name: tensor for name, tensor in old.named.items() if tensor_key(name) not in new_keys}
     records = record_metadata({**text_records(old), **text_records(new)})
     metadata = {**old.metadata, **new.metadata, **records}
-    return Entry.of(new.path, metadata, {**kept, **new.named})
+    return Entry.of(new.path, metadata, {**only_old, **new.named})

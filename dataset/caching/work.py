@@ -7,7 +7,7 @@ count as stale.
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Iterable, Sequence, Set
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
@@ -26,12 +26,12 @@ from dataset.sources.colours import find_colours, find_reordered
 from dataset.sources.decoding import DecodedMedia, check_resolution
 from dataset.sources.frames import find_far_rates, find_wrong_rates, media_table
 from dataset.sources.listing import warn_captions, warn_unused
-from dataset.sources.media_source import LISTED, MediaSource, list_faults
+from dataset.sources.media_source import LISTED, Fault, MediaSource, list_faults
 from dataset.subsets import refuse_changing
 from modules.atomic_write import free_bytes
 from modules.bars import Bar
 from modules.console import Row, as_size, count_of, count_words, show_box
-from modules.contract.data import FPS, MediaEncoders
+from modules.contract.data import FPS, CacheEntry, MediaEncoders
 from modules.contract.family import Caches, hears_sound, sound_of
 from modules.control_codes import escape_control_codes
 from modules.devices import free_memory
@@ -47,42 +47,57 @@ NUMBER_BYTES = 2  # of a latent; float32 ones take twice as much
 
 def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[MediaSource]) -> None:
     """Raise DatasetError with all faults that make tables unusable for a family."""
-    problems, heard = [], sound_of(family)
-    is_alone = heard is not None and heard.is_alone
-    controlled = {source.table.index for source in sources if source.control}
-    companions: dict[int, list[MediaSource]] = {}
+    problems = []
+    spec = sound_of(family)
+    learns_sound_alone = spec is not None and spec.is_alone
+    with_control = {source.table.index for source in sources if source.control}
+    with_companions: dict[int, list[MediaSource]] = {}
     for source in sources:
         if source.references or source.control_mask is not None:
-            companions.setdefault(source.table.index, []).append(source)
+            with_companions.setdefault(source.table.index, []).append(source)
     for table in config.datasets:
-        has_control = table.index in controlled
+        has_control = table.index in with_control
         try:
-            if table.group is not None:
-                refuse_changing(table, table.augmentation.varying_keys, "latents")
-            # first: load_tensors ignores the keys that a family's own check would have changed
-            if table.load_tensors:
-                from dataset.caching.given import refuse_moments
-
-                refuse_moments(family, table)
-            check_resolution(table, family.latent.pixel_step)
-            family.check_table(media_table(table, has_control, table.index in companions))
-            if table.index in companions:
-                from dataset.sources.companions import refuse_companions
-
-                refuse_companions(table, companions[table.index])
-            if is_alone and (table.kind == "image" or table.audio == IGNORE):
-                why = "it has pictures" if table.kind == "image" else 'audio = "ignore" leaves none'
-                raise DatasetError(f"{table.name}: this run learns sound alone, and {why}. Leave it out")
-            if table.is_of_sound and not is_alone:
-                raise DatasetError(
-                    f"{table.name}: it has sounds, and this run learns pictures. Give the mode that learns "
-                    "sound alone, audio"
-                )
+            _check_table(family, table, has_control, with_companions.get(table.index, ()))
+            _check_sound(table, learns_sound_alone)
         except DatasetError as error:
             is_hint = has_control and table.conditioning_directory is not None
             problems.append(f"{error}{MASKS_HINT if is_hint else ''}")
     if problems:
         raise DatasetError("\n".join(problems))
+
+
+def _check_table(
+    family: Caches, table: DatasetTable, has_control: bool, companions: Sequence[MediaSource]
+) -> None:
+    """Raise DatasetError if a family cannot use a table. companions: sources with references or masks of
+    control clips.
+    """
+    if table.group is not None:
+        refuse_changing(table, table.augmentation.varying_keys, "latents")
+    # first: load_tensors ignores the keys that a family's own check would have changed
+    if table.load_tensors:
+        from dataset.caching.given import refuse_moments  # only with load_tensors
+
+        refuse_moments(family, table)
+    check_resolution(table, family.latent.pixel_step)
+    family.check_table(media_table(table, has_control, bool(companions)))
+    if companions:
+        from dataset.sources.companions import refuse_companions  # few tables have any
+
+        refuse_companions(table, companions)
+
+
+def _check_sound(table: DatasetTable, learns_sound_alone: bool) -> None:
+    """Raise DatasetError if a table of pictures is for a run of sound alone, or the other way round."""
+    if learns_sound_alone and (table.kind == "image" or table.audio == IGNORE):
+        why = "it has pictures" if table.kind == "image" else 'audio = "ignore" leaves none'
+        raise DatasetError(f"{table.name}: this run learns sound alone, and {why}. Leave it out")
+    if table.is_of_sound and not learns_sound_alone:
+        raise DatasetError(
+            f"{table.name}: it has sounds, and this run learns pictures. Give the mode that learns "
+            "sound alone, audio"
+        )
 
 
 class MediaWork:
@@ -111,36 +126,46 @@ class MediaWork:
         }
         self._sound: SoundWork | None = None
         if hears_sound(family):
-            from dataset.caching import sound
+            from dataset.caching import sound  # only of families that hear
 
             hearing = cast("HearingFamily", family)
-            self._sound = sound.SoundWork(hearing, config.datasets, stores, device, self.free)
-        sources, self.not_listed, self.whole_tables = prefetch.list_sources(config, captions=False)
+            self._sound = sound.SoundWork(
+                hearing,
+                tables=config.datasets,
+                stores=stores,
+                device=device,
+                before_loading=self.free,
+            )
+        listing = prefetch.list_sources(config, captions=False)
+        sources, self.not_listed, self.whole_tables = listing.sources, listing.report, listing.complete_tables
         _check_tables(family, config, sources)
         warn_captions(sources)
         if any(table.directory is None or table.references is not None for table in config.datasets):
             warn_unused(config, sources)
         family.check_given_files()
         if any(source.tensors is not None for source in sources):
-            from dataset.caching.given import use_moments
+            from dataset.caching.given import use_moments  # only with load_tensors
 
             sources = use_moments(family, sources)
         self.pieces: Sequence[MediaSource] = sources
-        if mixed := [one for one in config.datasets if one.index not in stores.given and may_be_mixed(one)]:
-            from dataset.cache.form import require_form
+        own_folders = [table for table in config.datasets if table.index not in stores.given]
+        mixed = [table for table in own_folders if may_be_mixed(table)]
+        if mixed:
+            from dataset.cache.form import require_form  # only with shards
 
             require_form(mixed, family.cache_tag)
         self._recipe = Recipe(
-            family.cache_tag,
-            family.media_identity,
-            family.latent,
-            family.defaults.fps,
-            family.sections_of,
-            stores,
+            tag=family.cache_tag,
+            encoder=family.media_identity,
+            latent=family.latent,
+            fps=family.defaults.fps,
+            sections=family.sections_of,
+            stores=stores,
             has_rates=family.can.rate,
             sound=sound_of(family),
         )
-        self._family, self._config, self._options, self._device = family, config, options, device
+        self._family, self._config = family, config
+        self._options, self._device = options, device
         self._encoders: MediaEncoders | None = None
 
     def encode(self, pieces: Sequence[MediaSource], who: str | None) -> prefetch.CacheReport:
@@ -150,23 +175,17 @@ class MediaWork:
         of this share of the work, for progress bars; None: show none. Raises CheckpointError if an encoder
         cannot be loaded, OutputError if an entry cannot be written.
         """
-        workers, shows = prefetch.workers_of(self._options), who is not None
-        plans, failures = plan_all(pieces, self._existing, self._recipe, workers, shows)
+        workers = prefetch.workers_of(self._options)
+        shows = who is not None
+        plans, failures = plan_all(
+            pieces,
+            existing=self._existing,
+            recipe=self._recipe,
+            workers=workers,
+            show_progress=shows,
+        )
         to_do = [plan for plan in plans if plan.missing is None or plan.missing]
-        some = [plan.source for plan in to_do]
-        # warned about, and encoded: source_fps decides, as a file's header may be wrong
-        states_rates = any(table.stated_fps is not None for table in self._config.datasets)
-        told = find_wrong_rates(some) if states_rates else []
-        told += [] if self._recipe.has_rates else find_far_rates(some, self._recipe.fps)
-        told += find_other_lengths(some, self._recipe.fps)
-        told += find_reordered(some)
-        if any(source.references or source.control for source in some):
-            from dataset.sources.companions import find_moving_references  # few tables have any
-
-            told += find_moving_references(some)
-        told += find_colours(some, self._family.latent.masks_latents)
-        if told:
-            logger.warning("%s", escape_control_codes("\n".join(list_faults(told, LISTED))))
+        self._warn_of_sources([plan.source for plan in to_do])
         if who is not None:
             rows: list[Row] = [
                 ("data", str(self._config.path)),
@@ -175,43 +194,47 @@ class MediaWork:
                 ("device", str(self._device)),
             ]
             show_box("Caching latents", rows)
-        outdated = [plan.outdated for plan in to_do if plan.outdated is not None and plan.is_other]
-        if outdated and shows:
-            _warn_of_outdated(outdated)
+        of_another_kind = [plan.outdated for plan in to_do if plan.outdated is not None and plan.is_other]
+        if of_another_kind and shows:
+            _warn_of_outdated(of_another_kind)
         finished = [plan for plan in plans if plan.missing == ()]
         written: set[tuple[int, str]] = set()
         if to_do:
-            items = self._items(to_do, finished, failures, workers, shows)
+            items = self._items(to_do, finished, failures, workers=workers, shows=shows)
             with prefetch.write_behind() as write, contextlib.closing(items), torch.no_grad():
                 for batch in latents.batches(items, self._options.batch_size):
                     written |= self._write(batch, write)
                     del batch  # frees its frames before waiting for the next source
         reasons = [plan.outdated for plan in finished if plan.outdated is not None]
-        if len(reasons) > len(outdated):  # so that the extra work is explained
+        if len(reasons) > len(of_another_kind):  # so that the extra work is explained
             logger.info(
                 "%d sources had outdated cache files, which were made again. The first: %s",
                 len(reasons),
                 reasons[0],
             )
-        kept = {(plan.source.table.index, name) for plan in finished for name in plan.kept}
-        failed = prefetch.Failure.of
-        report = prefetch.CacheReport(
-            written=len(written),
-            kept=sum(len(plan.kept) for plan in finished),
-            foreign=sum(plan.foreign for plan in finished),
-            failures=tuple(failures),
-            dropped=tuple(failed(one.source, one.reason) for one in finished if one.reason is not None),
-            shortened=tuple(failed(one.source, one.short) for one in finished if one.short is not None),
-            resized=tuple(
-                failed(one.source, "; ".join(one.size_changes)) for one in finished if one.size_changes
-            ),
-            share=len(pieces),
-            whole=len(self.pieces),
-            right=frozenset(kept | written),
-        )
+        report = _report_of(finished, failures, written, len(pieces), whole=len(self.pieces))
         if self._sound is None:
             return report
-        return prefetch.join_reports([report, self._sound.encode(pieces, report.right, workers, shows)])
+        of_sound = self._sound.encode(pieces, report.right, workers, shows)
+        return prefetch.join_reports([report, of_sound])
+
+    def _warn_of_sources(self, sources: Sequence[MediaSource]) -> None:
+        """Warn about sources that are encoded, but whose rate, order or colours may be wrong."""
+        faults: list[Fault] = []
+        # source_fps decides, as a file's header may be wrong
+        if any(table.stated_fps is not None for table in self._config.datasets):
+            faults += find_wrong_rates(sources)
+        if not self._recipe.has_rates:
+            faults += find_far_rates(sources, self._recipe.fps)
+        faults += find_other_lengths(sources, self._recipe.fps)
+        faults += find_reordered(sources)
+        if any(source.references or source.control for source in sources):
+            from dataset.sources.companions import find_moving_references  # few tables have any
+
+            faults += find_moving_references(sources)
+        faults += find_colours(sources, self._family.latent.masks_latents)
+        if faults:
+            logger.warning("%s", escape_control_codes("\n".join(list_faults(faults, LISTED))))
 
     def remove_stale(
         self,
@@ -228,7 +251,7 @@ class MediaWork:
             return 0
         belongs = {name for index, name in right if index == table.index}
         store, family = self.stores.of(table), self._family
-        stale = self._existing[table.index].not_in(belongs, but_of=failed)
+        stale = self._existing[table.index].not_in(belongs, except_of=failed)
         of_sound = 0 if self._sound is None else self._sound.remove_stale(table, belongs, failed)
         is_ours = partial(is_latent_cache, architecture=family.name)
         return of_sound + (remove_caches(store, stale, is_ours) if stale else 0)
@@ -251,12 +274,16 @@ class MediaWork:
         """Yield the missing items of the plans, while threads decode the next ones; add the completed plans
         to `finished`, and sources that cannot be read to `failures`.
         """
+
+        def decode(plan: SourcePlan) -> tuple[SourcePlan, Iterable[DecodedMedia]]:
+            return latents.decode(plan, self._existing[plan.source.table.index], self._recipe)
+
         ahead = prefetch.read_ahead(
             plans,
-            lambda plan: plan.source,
-            lambda plan: latents.decode(plan, self._existing[plan.source.table.index], self._recipe),
-            workers,
-            Bar(len(plans), "Encoding", "source", shows, at_once=True),
+            source_of=lambda plan: plan.source,
+            work=decode,
+            workers=workers,
+            bar=Bar(len(plans), "Encoding", "source", shows, at_once=True),
             decodes=True,
         )
         with contextlib.closing(ahead):
@@ -264,60 +291,96 @@ class MediaWork:
                 if isinstance(result, prefetch.Failure):
                     failures.append(result)
                 else:
-                    finished.append(result[0])
-                    yield from result[1]
+                    plan, items = result
+                    finished.append(plan)
+                    yield from items
+                    del items
                 del result  # frees its frames before waiting for the next source
 
     def _write(self, batch: Sequence[DecodedMedia], write: prefetch.Write) -> set[tuple[int, str]]:
         """Encode a batch and pass its files to `write`; then files of sections that an item no longer has are
         removed. Return table index and name of each file.
         """
-        family, tag, written = self._family, self._recipe.tag, set[tuple[int, str]]()
         if self._encoders is None and not batch[0].moments:
             self.free()  # the networks of pictures and of sound take turns
-            self._encoders = latents.load_encoders(family, self._device)
-        names = [
-            LatentName(one.source.stem, one.size)
-            if one.source.table.kind == "image"
-            else LatentName(one.source.stem, one.bucket, one.spans[0])
-            for one in batch
-        ]
-        keys = [name.file_name(tag).removesuffix(SUFFIX) for name in names]
-        encoded = latents.encode(batch, keys, family, self._encoders)
+            self._encoders = latents.load_encoders(self._family, self._device)
+        names = [_latent_name(item) for item in batch]
+        keys = [name.file_name(self._recipe.tag).removesuffix(SUFFIX) for name in names]
+        encoded = latents.encode(batch, keys, self._family, self._encoders)
+        written: set[tuple[int, str]] = set()
         for item, name, entries in zip(batch, names, encoded, strict=True):
-            store = self.stores.of(item.source.table)
-            sizes = {"size": item.size, "bucket": item.bucket, "span": item.spans[0]}
-            options = self._recipe.options(item.source, **sizes)
-            record = LatentRecord(self._recipe.encoder, options, item.files, item.clip, len(entries), {})
-            facts = {"width": str(name.size[0]), "height": str(name.size[1])}
-            if name.span is not None:
-                facts["frame_count"] = str(name.span[1])
-            if item.rate is not None:  # as text, too: what can share a batch is found by headers alone
-                facts[FPS] = repr(item.rate)
-            files = [dataclasses.replace(name, section=entry.section).file_name(tag) for entry in entries]
-            for file, entry in zip(files, entries, strict=True):
-                named = latents.name_tensors(item, entry, family.latent)
-                write(partial(latents.write_entry, store, family, file, named, record, facts))
+            files = self._write_item(item, name, entries, write)
             written |= {(item.source.table.index, file) for file in files}
-            there = self._existing[item.source.table.index].of(item.source.stem)
-            same = [file for file, one in there.items() if (one.size, one.span) == (name.size, name.span)]
-            if surplus := [file for file in same if file not in files]:
-                is_ours = partial(is_latent_cache, architecture=family.name)
-                write(partial(remove_caches, store, surplus, is_ours))
+            self._remove_surplus(item, name, files, write)
         return written
+
+    def _write_item(
+        self, item: DecodedMedia, name: LatentName, entries: Sequence[CacheEntry], write: prefetch.Write
+    ) -> list[str]:
+        """Pass the files of an item to `write`, one for each entry; return their names."""
+        options = self._recipe.options(item.source, size=item.size, bucket=item.bucket, span=item.spans[0])
+        record = LatentRecord(
+            encoder=self._recipe.encoder,
+            options=options,
+            files=item.files,
+            clip=item.clip,
+            parts=len(entries),
+            crc32={},
+        )
+        facts = {"width": str(name.size[0]), "height": str(name.size[1])}
+        if name.span is not None:
+            facts["frame_count"] = str(name.span[1])
+        if item.rate is not None:  # as text, too: what can share a batch is found by headers alone
+            facts[FPS] = repr(item.rate)
+        store = self.stores.of(item.source.table)
+        files = []
+        for entry in entries:
+            file = dataclasses.replace(name, section=entry.section).file_name(self._recipe.tag)
+            tensors = latents.name_tensors(item, entry, self._family.latent)
+            write(
+                partial(
+                    latents.write_entry,
+                    store,
+                    self._family,
+                    file=file,
+                    named=tensors,
+                    record=record,
+                    facts=facts,
+                )
+            )
+            files.append(file)
+        return files
+
+    def _remove_surplus(
+        self, item: DecodedMedia, name: LatentName, files: Sequence[str], write: prefetch.Write
+    ) -> None:
+        """Have the files of sections removed that an item no longer has. files: those that it has."""
+        existing = self._existing[item.source.table.index].of(item.source.stem)
+        surplus = []
+        for file, existing_name in existing.items():
+            is_of_item = (existing_name.size, existing_name.span) == (name.size, name.span)
+            if is_of_item and file not in files:
+                surplus.append(file)
+        if surplus:
+            store = self.stores.of(item.source.table)
+            is_ours = partial(is_latent_cache, architecture=self._family.name)
+            write(partial(remove_caches, store, surplus, is_ours))
 
     def _disk(self, plans: Sequence[SourcePlan]) -> str | None:
         """Describe the estimated disk space for the latents of some sources; None if no size is known yet."""
-        spec, sizes = self._family.latent, [size for plan in plans for size in plan.items]
-        known = sum(plan.missing is not None for plan in plans)
+        sizes = [size for plan in plans for size in plan.items]
+        num_with_sizes = sum(plan.missing is not None for plan in plans)
         if not sizes:
             return None
-        step, rows, columns = spec.stride
-
-        def numbers(width: int, height: int, frames: int = 1) -> int:
-            return spec.channels * ((frames - 1) // step + 1) * (height // rows) * (width // columns)
-
-        needed = sum(numbers(*size) for size in sizes) * NUMBER_BYTES * len(plans) / known
+        latent = self._family.latent
+        frame_stride, height_stride, width_stride = latent.stride
+        numbers = 0
+        for width, height, *lengths in sizes:
+            frames = lengths[0] if lengths else 1
+            latent_frames = (frames - 1) // frame_stride + 1
+            latent_pixels = (height // height_stride) * (width // width_stride)
+            numbers += latent.channels * latent_frames * latent_pixels
+        needed = numbers * NUMBER_BYTES * len(plans) / num_with_sizes
         free = free_bytes(self._config.datasets[0].cache_directory)
         return f"about {as_size(needed)}, more with control or start images; {as_size(free)} free"
 
@@ -328,10 +391,50 @@ MASKS_HINT = (
 )
 
 
+def _latent_name(item: DecodedMedia) -> LatentName:
+    if item.source.table.kind == "image":
+        return LatentName(item.source.stem, item.size)
+    return LatentName(item.source.stem, item.bucket, item.spans[0])
+
+
+def _report_of(
+    finished: Sequence[SourcePlan],
+    failures: Sequence[prefetch.Failure],
+    written: Set[tuple[int, str]],
+    share: int,
+    whole: int,
+) -> prefetch.CacheReport:
+    """Return the report of a share of the sources. share, whole: how many sources it has, and how many there
+    are.
+    """
+    kept = {(plan.source.table.index, name) for plan in finished for name in plan.kept}
+    dropped, shortened, resized = [], [], []
+    for plan in finished:
+        if plan.reason is not None:
+            dropped.append(prefetch.Failure.of(plan.source, plan.reason))
+        if plan.short is not None:
+            shortened.append(prefetch.Failure.of(plan.source, plan.short))
+        if plan.size_changes:
+            resized.append(prefetch.Failure.of(plan.source, "; ".join(plan.size_changes)))
+    return prefetch.CacheReport(
+        written=len(written),
+        kept=sum(len(plan.kept) for plan in finished),
+        foreign=sum(plan.foreign for plan in finished),
+        failures=tuple(failures),
+        dropped=tuple(dropped),
+        shortened=tuple(shortened),
+        resized=tuple(resized),
+        share=share,
+        whole=whole,
+        right=frozenset(kept | written),
+    )
+
+
 def _warn_of_outdated(reasons: Sequence[str]) -> None:
     """Warn of caches that do not fit before they are replaced: they may be meant for another model."""
     logger.warning(
         "%s, which this command replaces. If they are to stay, press Ctrl-C, and give another "
         "cache_directory or the options that made them. The first: %s",
-        *(count_words(len(reasons), "sources have cache files of another kind"), reasons[0]),
+        count_words(len(reasons), "sources have cache files of another kind"),
+        reasons[0],
     )

@@ -77,9 +77,9 @@ def read_caption_file(path: Path) -> CaptionContent | None:
         raise DatasetError(
             f"{path}: this caption cannot be read: {error.strerror}. Put a text file there."
         ) from error
-    found = bad_character(caption)
-    if found is not None:
-        raise DatasetError(f"{path}: this caption holds {found}. Save it as UTF-8.")
+    bad = bad_character(caption)
+    if bad is not None:
+        raise DatasetError(f"{path}: this caption holds {bad}. Save it as UTF-8.")
     return CaptionContent(caption, encoding)
 
 

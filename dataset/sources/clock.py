@@ -31,15 +31,14 @@ from modules.media import reading
 from modules.media.buckets import Size
 from modules.media.decoding import animation_durations, is_animation
 
-Kept = tuple[
-    reading.Frame, int, float
-]  # its number in the file; the second at which others show the same moment
+# a frame, its number in the file, and the second at which other clips show the same moment
+KeptFrame = tuple[reading.Frame, int, float]
 SAME_RATE = 1e-4  # by how much equal rates of two files differ
 UNEVEN = 0.011  # seconds by which durations of frames differ that are not only rounded
 MANY_FRAMES = 1000  # of a clip whose header does not say how many
 
 
-def kept_frames(path: Path, table: DatasetTable, fps: float, alpha: bool = False) -> Iterator[Kept]:
+def kept_frames(path: Path, table: DatasetTable, fps: float, alpha: bool = False) -> Iterator[KeptFrame]:
     """Yield the frames of a clip that are kept at `fps`, at their own size, no more than the table needs.
 
     With source_fps = "auto", and for GIF and WebP, these are the frames shown at that rate. If source_fps is
@@ -48,11 +47,11 @@ def kept_frames(path: Path, table: DatasetTable, fps: float, alpha: bool = False
     """
     fps = table.target_fps or fps
     if table.is_of_sound:
-        from dataset.sources.sound import black_frames
+        from dataset.sources.sound import black_frames  # only with sounds
 
         return itertools.islice(black_frames(path, fps), frames_wanted(table))
     rate = table.stated_fps or fps
-    frames: Iterable[Kept]
+    frames: Iterable[KeptFrame]
     if _is_timed(path, table):
         frames = reading.frames_at(path, reading.slots(rate), alpha)
     elif path.is_dir():
@@ -64,7 +63,7 @@ def kept_frames(path: Path, table: DatasetTable, fps: float, alpha: bool = False
     return itertools.islice(frames, frames_wanted(table))
 
 
-def _all_frames(path: Path, alpha: bool) -> Iterator[Kept]:
+def _all_frames(path: Path, alpha: bool) -> Iterator[KeptFrame]:
     begin = None
     for number, (frame, start, end) in enumerate(reading.timed_frames(path, alpha)):
         begin = start if begin is None else begin
@@ -76,20 +75,22 @@ def frames_beside(
     clip: Path,
     table: DatasetTable,
     fps: float,
-    kept: Sequence[tuple[int, float]],
+    clock: Sequence[tuple[int, float]],
     alpha: bool = False,
 ) -> Iterator[reading.Frame]:
     """Yield a frame of a control clip or mask for each kept frame of its clip; fewer if it ends earlier, but
     at least one.
 
-    kept: number and second of each kept frame. alpha: see `kept_frames`. Raises MediaError as `video_frames`
+    clock: number and second of each kept frame. alpha: see `kept_frames`. Raises MediaError as `video_frames`
     does.
     """
-    numbers = [number for number, _ in kept]
+    numbers = [number for number, _ in clock]
     if not _Pair(path, clip, table, fps).is_numbered:
+        seconds = [second for _, second in clock]
         if not path.is_dir():
-            return (frame for frame, _, _ in reading.frames_at(path, [second for _, second in kept], alpha))
-        numbers = [int(second * (table.stated_fps or table.target_fps or fps)) for _, second in kept]
+            return (frame for frame, _, _ in reading.frames_at(path, seconds, alpha))
+        rate = table.stated_fps or table.target_fps or fps
+        numbers = [int(second * rate) for second in seconds]
     return _numbered(reading.video_frames(path, alpha), numbers)
 
 
@@ -103,18 +104,20 @@ def read_mask(
 ) -> Mask:
     """Read the mask of a fetched clip for `count` kept frames: an image for all of them, or a clip.
 
-    sizes: of the clip, and of its bucket. clock: see `kept` of `frames_beside`. Raises MediaError.
+    sizes: of the clip, and of its bucket. clock: see `frames_beside`. Raises MediaError.
     """
-    place = functools.partial(reading.resize_cover, bucket=sizes[1])
+    size, bucket = sizes
+    place = functools.partial(reading.resize_cover, bucket=bucket)
     if is_still(path):
-        return read_still(path, place, sizes[0], count)
-    beside = frames_beside(path, here.path, here.table, fps, clock, alpha=True)
-    return read_moving(path, beside, place, sizes[0], count)
+        return read_still(path, place, size, count)
+    frames = frames_beside(path, here.path, table=here.table, fps=fps, clock=clock, alpha=True)
+    return read_moving(path, frames, place=place, size=size, num_frames=count)
 
 
 def _numbered(frames: Iterator[reading.Frame], numbers: Sequence[int]) -> Iterator[reading.Frame]:
     """Yield the frames with these ascending numbers; the last frame if all numbers lie beyond it."""
-    done, frame = 0, None
+    done = 0
+    frame = None
     for number, frame in enumerate(frames):
         while done < len(numbers) and numbers[done] == number:
             yield frame
@@ -147,15 +150,18 @@ class _Pair:
     """Compare a clip with a control clip or mask, by their headers. Raises MediaError."""
 
     def __init__(self, path: Path, clip: Path, table: DatasetTable, fps: float) -> None:
-        self._path, self._clip, self._usual = path, clip, table.stated_fps or table.target_fps or fps
-        self._is_timed = [_is_timed(one, table) for one in (path, clip)]
+        self._path, self._clip_path = path, clip
+        self._usual_rate = table.stated_fps or table.target_fps or fps
+        self._is_timed = _is_timed(path, table)
+        self._clip_is_timed = _is_timed(clip, table)
         # frames of a folder have the numbers of its clip's frames, whatever rate the clip's header states
-        self._in_step = path.is_dir() and table.stated_fps is not None and not self._is_timed[1]
-        self.clip, self.beside = self._measure(clip), self._measure(path)
+        self._in_step = path.is_dir() and table.stated_fps is not None and not self._clip_is_timed
+        self.clip = self._measure(clip)
+        self.companion = self._measure(path)
 
     def _measure(self, path: Path) -> _Timing:
         info = reading.video_info(path)
-        rate = info.fps or self._usual
+        rate = info.fps or self._usual_rate
         seconds = (info.frames or 0) / rate if info.seconds is None else info.seconds
         if is_animation(path):
             times = animation_durations(path)
@@ -165,41 +171,43 @@ class _Pair:
     @property
     def is_numbered(self) -> bool:
         """Return whether frames of equal numbers belong together."""
-        near = TOLERANCE if self._clip.is_dir() else SAME_RATE  # of a folder a rate is only stated
-        if self._in_step or abs(self.beside.rate / self.clip.rate - 1) < near:
+        tolerance = TOLERANCE if self._clip_path.is_dir() else SAME_RATE  # of a folder a rate is only stated
+        if self._in_step or abs(self.companion.rate / self.clip.rate - 1) < tolerance:
             return True
-        pair = (self.beside, self._path), (self.clip, self._clip)
-        ours, theirs = (timing.frames or reading.count_frames(path) for timing, path in pair)
-        return ours == theirs
+        num_frames = self.companion.frames or reading.count_frames(self._path)
+        return num_frames == (self.clip.frames or reading.count_frames(self._clip_path))
 
     @property
     def was_so_before(self) -> bool:
         """Return whether the former rule, by which each clip was timed by itself, chose the same frames."""
-        beside, clip = (
-            timing.rate if is_timed else self._usual
-            for timing, is_timed in zip((self.beside, self.clip), self._is_timed, strict=True)
-        )
-        now = 1.0 if self.is_numbered else self.beside.rate / self.clip.rate
-        return abs(beside / clip / now - 1) * (self.clip.likely or MANY_FRAMES) < reading.PLACE_IN_FRAME
+        companion_rate = self.companion.rate if self._is_timed else self._usual_rate
+        clip_rate = self.clip.rate if self._clip_is_timed else self._usual_rate
+        ratio_now = 1.0 if self.is_numbered else self.companion.rate / self.clip.rate
+        drift = abs(companion_rate / clip_rate / ratio_now - 1)
+        return drift * (self.clip.likely or MANY_FRAMES) < reading.PLACE_IN_FRAME
 
     @property
     def differs(self) -> bool:
         """Return whether neither the numbers of frames nor the durations agree, as far as headers tell."""
-        ours, theirs = self.beside, self.clip
-        if not ours.likely or not theirs.likely or ours.likely in (1, theirs.likely):
+        companion, clip = self.companion, self.clip
+        if not companion.likely or not clip.likely or companion.likely in (1, clip.likely):
             return False
-        longest = 1.5 * max(one.seconds / one.likely for one in (ours, theirs))  # a frame, rounded
-        return abs(ours.seconds - theirs.seconds) > max(longest, TOLERANCE * theirs.seconds)
+        frame_seconds = max(companion.seconds / companion.likely, clip.seconds / clip.likely)
+        tolerance = max(1.5 * frame_seconds, TOLERANCE * clip.seconds)  # a frame, rounded
+        return abs(companion.seconds - clip.seconds) > tolerance
 
 
-def _beside(source: MediaSource) -> Iterator[Path]:
+def _moving_companions(source: MediaSource) -> Iterator[Path]:
+    """Yield the control clips, masks and references of a clip that are no still pictures."""
     if source.table.kind == "video" and source.tensors is None:
         yield from source.control
-        others = (source.mask, source.control_mask, *source.references)
-        yield from (path for path in others if path is not None and not is_still(path))
+        for path in (source.mask, source.control_mask, *source.references):
+            if path is not None and not is_still(path):
+                yield path
 
 
-def has_beside(source: MediaSource) -> bool:
+def has_companions(source: MediaSource) -> bool:
+    """Return whether a clip has control clips, masks or references."""
     has_any = any((source.control, source.mask, source.control_mask, source.references))
     return source.table.kind == "video" and source.tensors is None and has_any
 
@@ -210,7 +218,8 @@ def kept_one_clock(source: MediaSource, fps: float) -> bool:
     Headers are read, of files at addresses and in tars too. Raises MediaError.
     """
     with fetch(source) as here:
-        return all(_Pair(path, here.path, here.table, fps).was_so_before for path in _beside(here))
+        paths = _moving_companions(here)
+        return all(_Pair(path, here.path, here.table, fps).was_so_before for path in paths)
 
 
 OTHER_LENGTHS = (
@@ -225,16 +234,16 @@ def find_other_lengths(sources: Sequence[MediaSource], fps: float) -> list[Fault
     Only headers of files that are here are read, of at most LOOKED_AT clips. Unreadable files are reported
     elsewhere.
     """
-    clips = [one for one in sources if has_beside(one) and not one.origins]
+    clips = [source for source in sources if has_companions(source) and not source.origins]
     faults = []
-    for source in clips[:: -(-len(clips) // LOOKED_AT) or 1]:
+    step = -(-len(clips) // LOOKED_AT) or 1
+    for source in clips[::step]:
         with contextlib.suppress(MediaError, OSError):
-            for path in _beside(source):
+            for path in _moving_companions(source):
                 pair = _Pair(path, source.path, source.table, fps)
                 if pair.differs:
-                    ours, theirs = (
-                        f"{one.likely} frames, {one.seconds:.2f} s" for one in (pair.beside, pair.clip)
-                    )
-                    text = f"{path}: {ours}; its clip {theirs}"
+                    companion = f"{pair.companion.likely} frames, {pair.companion.seconds:.2f} s"
+                    clip = f"{pair.clip.likely} frames, {pair.clip.seconds:.2f} s"
+                    text = f"{path}: {companion}; its clip {clip}"
                     faults.append(Fault(OTHER_LENGTHS, text, source.stem, ends_run=False))
     return faults

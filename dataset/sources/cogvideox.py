@@ -6,10 +6,10 @@ variances, before any normalisation.
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -68,10 +68,10 @@ def read_moments(path: Path, latent: LatentSpec) -> Tensor:
     moments = read_tensor(path)
     if moments.ndim == 5 and len(moments) == 1:
         moments = moments[0]
-    found = "x".join(map(str, moments.shape))
+    shape = "x".join(map(str, moments.shape))
     if moments.ndim != 4 or not moments.numel() or not moments.is_floating_point():
         raise MediaError(
-            f"{path} holds {found or 'a number'} of {moments.dtype}, not moments of a VAE (channels x frames "
+            f"{path} holds {shape or 'a number'} of {moments.dtype}, not moments of a VAE (channels x frames "
             "x height x width)"
         )
     if moments.shape[0] != 2 * latent.channels:
@@ -81,9 +81,9 @@ def read_moments(path: Path, latent: LatentSpec) -> Tensor:
     return moments
 
 
-def explain_channels(found: int, latent: LatentSpec) -> str:
-    """Say which channels are wanted instead of `found`."""
-    plain = " These look like latents, not like moments." if found == latent.channels else ""
+def explain_channels(channels: int, latent: LatentSpec) -> str:
+    """Say which channels the model needs. channels: those that there are."""
+    plain = " These look like latents, not like moments." if channels == latent.channels else ""
     return (
         f"this model's VAE has {2 * latent.channels}, a mean and a variance for each of {latent.channels}."
         f"{plain} Compute them with this model's VAE (prepare_dataset.py), or leave out load_tensors"
@@ -103,7 +103,8 @@ def measure(moments: Tensor, latent: LatentSpec, path: Path) -> ClipFacts:
             f"{path} is of a clip of {width}x{height}; the model takes sides that are multiples of "
             f"{latent.pixel_step}"
         )
-    return ClipFacts((width, height), count * step if count % 2 == 0 else (count - 1) * step + 1)
+    num_frames = count * step if count % 2 == 0 else (count - 1) * step + 1
+    return ClipFacts((width, height), num_frames)
 
 
 def measure_source(source: MediaSource, latent: LatentSpec) -> ClipFacts:
@@ -168,14 +169,25 @@ def list_cogvideox(table: DatasetTable, faults: list[Fault]) -> list[MediaSource
     Raises DatasetError if there is nothing to list.
     """
     sources: list[MediaSource] = []
-    folders: dict[str, _Listed] = {}
+    folders: dict[str, _TensorFolder] = {}
     for row in read_rows(table, table.name, faults):
         (caption,) = complete_captions([row.caption], table)
         tensors = _find_tensors(row, folders, faults) if table.load_tensors else None
-        if tensors is None and (table.load_tensors or not row.video.exists()):
-            faults += [] if table.load_tensors else missing_clips(table.name, [row])
+        if table.load_tensors and tensors is None:
             continue
-        sources.append(MediaSource(row.video, row.video.stem, caption, None, (), table, tensors=tensors))
+        if not table.load_tensors and not row.video.exists():
+            faults += missing_clips(table.name, [row])
+            continue
+        source = MediaSource(
+            path=row.video,
+            stem=row.video.stem,
+            caption=caption,
+            caption_path=None,
+            control=(),
+            table=table,
+            tensors=tensors,
+        )
+        sources.append(source)
     return sources if table.load_tensors else number_repeats(sources)
 
 
@@ -189,22 +201,25 @@ def read_rows(table: DatasetTable, name: str, faults: list[Fault]) -> Iterator[C
     assert root is not None
     if not root.is_dir():
         raise DatasetError(f"{name}: {root}: no such folder.{explain_missing(root)} Correct the path.")
-    rows, *columns = (_open_lists if table.dataset_file is None else _open_table)(table, root, name)
-    for row in rows:
+    open_rows = _open_lists if table.dataset_file is None else _open_table
+    clips = open_rows(table, root, name)
+    for row in clips.rows:
         try:
-            texts = []
-            for column in columns:
-                text = row.values.get(column, "")
-                if row.fault is not None or not isinstance(text, str) or not text.strip():
-                    raise DatasetError(f"{row.where}: {row.fault or f'{column} is missing, or not a text'}")
-                check_text(text, f"{row.where}: {column}")
-                texts.append(text.strip())
-            caption, video = texts
-            path = locate(video, root, row.where)
+            caption = _text_in(row, clips.caption_column)
+            path = locate(_text_in(row, clips.video_column), root, row.where)
         except DatasetError as error:
             faults.append(Fault(f"lines of {name} cannot be used", str(error)))
         else:
             yield CogRow(row.where, f"{table.id_token} {caption}".lstrip(), path)
+
+
+def _text_in(row: TableRow, column: str) -> str:
+    """Return the text in a column, stripped of white space. Raises DatasetError if there is none."""
+    text = row.values.get(column, "")
+    if row.fault is not None or not isinstance(text, str) or not text.strip():
+        raise DatasetError(f"{row.where}: {row.fault or f'{column} is missing, or not a text'}")
+    check_text(text, f"{row.where}: {column}")
+    return text.strip()
 
 
 def missing_clips(name: str, rows: list[CogRow]) -> list[Fault]:
@@ -215,26 +230,30 @@ def missing_clips(name: str, rows: list[CogRow]) -> list[Fault]:
     ]
 
 
-Rows = tuple[Iterable[TableRow], str, str]  # with the columns of captions and of videos
+class _Clips(NamedTuple):
+    """The clips of a data set, one a row."""
+
+    rows: Iterable[TableRow]
+    caption_column: str
+    video_column: str
 
 
-def _open_lists(table: DatasetTable, root: Path, name: str) -> Rows:
-    usual = [one for one in PROMPTS if (root / one).exists()] or PROMPTS[:1]
+def _open_lists(table: DatasetTable, root: Path, name: str) -> _Clips:
+    usual = [file for file in PROMPTS if (root / file).exists()] or PROMPTS[:1]
     if table.caption_column is None and len(usual) > 1:
         raise DatasetError(
             f"{name}: {root} has {' and '.join(usual)}; say with caption_column which one it is"
         )
-    prompts, videos = root / (table.caption_column or usual[0]), root / (table.video_column or VIDEOS)
+    prompts = root / (table.caption_column or usual[0])
+    videos = root / (table.video_column or VIDEOS)
     for path, key in ((prompts, "caption_column"), (videos, "video_column")):
         if not path.exists():
             raise DatasetError(
                 f"{name}: {path}: no such file. Without dataset_file, a CogVideoX folder has {PROMPTS[0]} "
                 f"and {VIDEOS}; name another list with {key}."
             )
-    captions, paths = (
-        [(number, line) for number, line in enumerate(table_lines(path), 1) if line.strip()]
-        for path in (prompts, videos)
-    )
+    captions = [line for line in table_lines(prompts) if line.strip()]
+    paths = [(number, line) for number, line in enumerate(table_lines(videos), 1) if line.strip()]
     if len(captions) != len(paths):
         raise DatasetError(
             f"{name}: {prompts} has {len(captions)} lines, {videos} has {len(paths)}; each video has one "
@@ -242,62 +261,70 @@ def _open_lists(table: DatasetTable, root: Path, name: str) -> Rows:
         )
     rows = (
         TableRow(videos, "line", number, {"caption": caption, "video": video})
-        for (_, caption), (number, video) in zip(captions, paths, strict=True)
+        for caption, (number, video) in zip(captions, paths, strict=True)
     )
-    return rows, "caption", "video"
+    return _Clips(rows, "caption", "video")
 
 
-def _open_table(table: DatasetTable, root: Path, name: str) -> Rows:
+def _open_table(table: DatasetTable, root: Path, name: str) -> _Clips:
     assert table.dataset_file is not None
     places = (table.dataset_file, root / table.dataset_file)
     path = next((place for place in places if place.exists()), None)
     if path is None:
         raise DatasetError(f"{name}: dataset_file {table.dataset_file} is neither there nor in {root}")
     names = column_names(path)
-    of_captions = CAPTION_COLUMNS[::-1] if table_format(path) == JSONL else CAPTION_COLUMNS
-    caption, video = (
-        own or next((one for one in usual if one in names), usual[0])
-        for own, usual in ((table.caption_column, of_captions), (table.video_column, VIDEO_COLUMNS))
-    )
+    caption_columns = CAPTION_COLUMNS[::-1] if table_format(path) == JSONL else CAPTION_COLUMNS
+    caption = table.caption_column or _first_of(caption_columns, names)
+    video = table.video_column or _first_of(VIDEO_COLUMNS, names)
     for key, column in (("caption_column", caption), ("video_column", video)):
         if column not in names:
             raise DatasetError(
                 f"{name}: {path} has no column {column!r}; it has {', '.join(names)}. Name one of them "
                 f"with {key}."
             )
-    return read_columns(path, (caption, video)), caption, video
+    return _Clips(read_columns(path, (caption, video)), caption, video)
+
+
+def _first_of(usual: Sequence[str], names: Sequence[str]) -> str:
+    """Return the first usual name that is among `names`; the first one if none is."""
+    return next((name for name in usual if name in names), usual[0])
 
 
 # --- tensors
 # ------------------------------------------------------------------------------------------------------------
 
 
-# a folder X, then the names in X/video_latents and X/prompt_embeds; None for a missing folder
-_Listed = tuple[Path, frozenset[str] | None, frozenset[str] | None]
+class _TensorFolder(NamedTuple):
+    """A folder X, and the names in X/video_latents and X/prompt_embeds; None for a missing folder."""
+
+    path: Path
+    moments: frozenset[str] | None
+    embeds: frozenset[str] | None
 
 
-def _find_tensors(row: CogRow, folders: dict[str, _Listed], faults: list[Fault]) -> GivenTensors | None:
+def _find_tensors(row: CogRow, folders: dict[str, _TensorFolder], faults: list[Fault]) -> GivenTensors | None:
     """Return the computed tensors' files for X/videos/NAME.mp4: X/video_latents/NAME.pt and others.
 
     Without a folder of embeddings, captions are encoded as always. folders: by X, those that are known. Adds
     to `faults` and returns None if a file is missing.
     """
-    x = os.path.dirname(os.path.dirname(row.video))  # noqa: PTH120  # a Path for each takes three times as long
-    if x not in folders:  # listed once: a million files are not asked for one by one
-        folder = Path(x)
-        moments, embeds = (
-            frozenset(os.listdir(folder / inner)) if (folder / inner).is_dir() else None
-            for inner in (MOMENTS, EMBEDS)
-        )
-        folders[x] = folder, moments, embeds
-        if moments is None:
-            faults.append(Fault("folders are missing, which load_tensors needs", str(folder / MOMENTS)))
-    folder, moments, embeds = folders[x]
-    if moments is None:
+    place = os.path.dirname(os.path.dirname(row.video))  # noqa: PTH120  # a Path takes three times as long
+    if place not in folders:  # listed once: a million files are not asked for one by one
+        path = Path(place)
+        folders[place] = _TensorFolder(path, _names_in(path / MOMENTS), _names_in(path / EMBEDS))
+        if folders[place].moments is None:
+            faults.append(Fault("folders are missing, which load_tensors needs", str(path / MOMENTS)))
+    folder = folders[place]
+    if folder.moments is None:
         return None
-    for inner, names in ((MOMENTS, moments), (EMBEDS, embeds)):
+    for inner, names in ((MOMENTS, folder.moments), (EMBEDS, folder.embeds)):
         if names is not None and f"{row.video.stem}.pt" not in names:
             kind = "files are missing, which load_tensors needs"
-            faults.append(Fault(kind, f"{folder / inner / row.video.stem}.pt ({row.where})", row.video.stem))
+            file = f"{folder.path / inner / row.video.stem}.pt"
+            faults.append(Fault(kind, f"{file} ({row.where})", row.video.stem))
             return None
-    return GivenTensors(folder, row.video.stem, embeds is not None)
+    return GivenTensors(folder.path, row.video.stem, folder.embeds is not None)
+
+
+def _names_in(folder: Path) -> frozenset[str] | None:
+    return frozenset(os.listdir(folder)) if folder.is_dir() else None

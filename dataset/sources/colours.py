@@ -39,11 +39,12 @@ def shown_otherwise(source: MediaSource, masks_latents: bool, as_shown: int) -> 
     if any(isinstance(origin, Remote) and not path.exists() for path, origin in source.parts):
         return None
     with fetch(source) as here:
-        first, others = keeps_transparency(source, masks_latents)
-        masks = [(path, False) for path in (here.mask, here.control_mask) if path is not None]
-        references = [(path, False) for path in here.references]
-        controls = [(path, others) for path in here.control]
-        return _otherwise([(here.path, first), *controls, *masks, *references], as_shown)
+        source_keeps, control_keeps = keeps_transparency(source, masks_latents)
+        parts = [(here.path, source_keeps)]
+        parts += [(path, control_keeps) for path in here.control]
+        parts += [(path, False) for path in (here.mask, here.control_mask) if path is not None]
+        parts += [(path, False) for path in here.references]
+        return _otherwise(parts, as_shown)
 
 
 def references_otherwise(references: Sequence[tuple[Path, Origin | None]], as_shown: int) -> str | None:
@@ -68,24 +69,33 @@ def _otherwise(parts: Sequence[tuple[Path, bool]], as_shown: int) -> str | None:
         if not _may_differ(path, as_shown):
             continue
         with contextlib.suppress(MediaError, OSError):  # errors are reported when it is read
-            if path.is_dir() and (pair := reordered_images(path)) is not None:
+            pair = reordered_images(path) if path.is_dir() else None
+            if pair is not None:
                 names = f"{pair[0].name} before {pair[1].name}"
                 return f"{path.name} was read in the order of names as texts, now in that of numbers: {names}"
             if is_laid_otherwise(path):
                 return f"{path.name} was read without the mirroring that it states, now with it"
             if as_shown > 1:
                 continue
-            colours = media_colours(path)
-            had_profiles = as_shown > 0
-            found = (
-                (colours.is_transparent and not keeps and not had_profiles, "its transparency"),
-                (colours.by_codes, "the colours that it names (such as Display P3)"),
-                (colours.is_converted and not had_profiles, "its colour profile"),
-                (not colours.is_square, "the shape of its pixels, which are not square"),
-            )
-            what = next((text for differs, text in found if differs), None)
-            if what is not None:
-                return f"{path.name} was read without {what}, now with it"
+            ignored = _formerly_ignored(media_colours(path), keeps, had_profiles=as_shown > 0)
+            if ignored is not None:
+                return f"{path.name} was read without {ignored}, now with it"
+    return None
+
+
+def _formerly_ignored(colours: Colours, keeps_transparent: bool, had_profiles: bool) -> str | None:
+    """Say what of a file's colours an earlier version ignored; None if nothing.
+
+    keeps_transparent: the colours of transparent pixels are used. had_profiles: the version read profiles.
+    """
+    if colours.is_transparent and not keeps_transparent and not had_profiles:
+        return "its transparency"
+    if colours.by_codes:
+        return "the colours that it names (such as Display P3)"
+    if colours.is_converted and not had_profiles:
+        return "its colour profile"
+    if not colours.is_square:
+        return "the shape of its pixels, which are not square"
     return None
 
 
@@ -94,30 +104,31 @@ def find_colours(sources: Sequence[MediaSource], masks_latents: bool = False) ->
 
     At most LOOKED_AT local files are checked. Unreadable files are reported elsewhere.
     """
-    told: dict[tuple[Path, str], Fault] = {}
-    looked: dict[Path, Colours] = {}
+    remarks: dict[tuple[Path, str], Fault] = {}
+    read: dict[Path, Colours] = {}
     for source in sources:
         if source.origins or source.tensors is not None:
             continue
         for number, path in enumerate((source.path, *source.control)):
-            if len(looked) == LOOKED_AT and path not in looked:
-                return list(told.values())
+            if len(read) == LOOKED_AT and path not in read:
+                return list(remarks.values())
             try:
-                colours = looked[path] = looked.get(path) or media_colours(path)
+                colours = read.get(path) or media_colours(path)
             except (MediaError, OSError):
                 continue
-            is_laid = colours.is_transparent
-            is_laid = is_laid and not keeps_transparency(source, masks_latents)[min(number, 1)]
-            for is_so, kind, text in (
-                (is_laid, "are transparent and laid on white", ""),
+            read[path] = colours
+            source_keeps, control_keeps = keeps_transparency(source, masks_latents)
+            keeps = control_keeps if number else source_keeps
+            for applies, kind, text in (
+                (colours.is_transparent and not keeps, "are transparent and laid on white", ""),
                 (colours.is_converted, CONVERTED, ""),
                 (colours.fault is not None, "have a colour profile that is not used", f": {colours.fault}"),
                 (colours.hdr is not None, PALE, f": {colours.hdr}"),
                 (colours.is_interlaced, TORN, ""),
             ):
-                if is_so:
-                    told.setdefault((path, kind), Fault(kind, f"{path}{text}", source.stem))
-    return list(told.values())
+                if applies:
+                    remarks.setdefault((path, kind), Fault(kind, f"{path}{text}", source.stem))
+    return list(remarks.values())
 
 
 def find_reordered(sources: Sequence[MediaSource]) -> list[Fault]:
@@ -125,16 +136,17 @@ def find_reordered(sources: Sequence[MediaSource]) -> list[Fault]:
 
     At most LOOKED_AT local folders are listed. Unreadable folders are reported elsewhere.
     """
-    found: dict[Path, Fault | None] = {}
+    remarks: dict[Path, Fault | None] = {}  # of all folders that were listed
     for source in sources:
         if source.origins or source.table.kind == "image":
             continue
         for path, _ in source.parts:
-            if path in found or not path.is_dir() or len(found) == LOOKED_AT:
+            if path in remarks or not path.is_dir() or len(remarks) == LOOKED_AT:
                 continue
-            found[path] = None
+            remarks[path] = None
             with contextlib.suppress(MediaError, OSError):
-                if (pair := reordered_images(path)) is not None:
+                pair = reordered_images(path)
+                if pair is not None:
                     text = f"{path}: {pair[0].name} comes before {pair[1].name}"
-                    found[path] = Fault(REORDERED, text, source.stem)
-    return [fault for fault in found.values() if fault is not None]
+                    remarks[path] = Fault(REORDERED, text, source.stem)
+    return [remark for remark in remarks.values() if remark is not None]

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dataset.sources import parquet
 from dataset.sources.captions import not_utf8
@@ -38,7 +38,7 @@ class TableRow:
     file: Path  # if there are several parts, the part with this row
     unit: str  # what `number` counts: "line", or "row" in Parquet
     number: int  # from 1; of a CSV row over several lines, the first; in CSV the first line is the header
-    # by column: wanted values that are not null
+    # by column: values that are not null
     values: Mapping[str, Any] = field(default_factory=dict)
     fault: str | None = None  # why it has no values: "it has 3 cells, the header has 2"
 
@@ -52,13 +52,13 @@ def table_format(path: Path) -> str:
     """Return the format of a table by its suffix; of a folder PARQUET. Raises DatasetError for another."""
     if path.is_dir():
         return PARQUET
-    found = FORMATS.get(path.suffix.lower())
-    if found is None:
+    name = FORMATS.get(path.suffix.lower())
+    if name is None:
         raise DatasetError(
             f"{path}: tables are read from {', '.join(FORMATS)}, or a folder of .parquet parts; this ends in "
             f"{path.suffix or 'nothing'}"
         )
-    return found
+    return name
 
 
 def column_names(path: Path) -> tuple[str, ...]:
@@ -68,17 +68,18 @@ def column_names(path: Path) -> tuple[str, ...]:
     """
     kind = table_format(path)
     if kind == PARQUET:
-        return _parquet_columns(parquet.parquet_parts(path)[0], None)[0]
+        return _parquet_columns(parquet.parquet_parts(path)[0], None).names
     if kind == JSONL:
-        found: dict[str, None] = {}
-        for row, _ in zip(read_jsonl(path, None), range(FIRST_LINES), strict=False):
-            found |= dict.fromkeys(row.values)
-        return tuple(found)
-    return tuple(_open_csv(path, kind)[0])
+        keys: dict[str, None] = {}
+        for row in itertools.islice(read_jsonl(path, None), FIRST_LINES):
+            keys |= dict.fromkeys(row.values)
+        return tuple(keys)
+    names, _ = _open_csv(path, kind)
+    return tuple(names)
 
 
-def read_columns(path: Path, wanted: Collection[str] | None = None) -> Iterator[TableRow]:
-    """Yield the rows of a table with the wanted columns; None: all of them. A name that is no column is left
+def read_columns(path: Path, names: Collection[str] | None = None) -> Iterator[TableRow]:
+    """Yield the rows of a table with the columns `names`; None: all of them. A name that is no column is left
     out.
 
     A row that cannot be read has a `fault` and no values; the next ones follow. Raises DatasetError if the
@@ -87,11 +88,11 @@ def read_columns(path: Path, wanted: Collection[str] | None = None) -> Iterator[
     kind = table_format(path)
     if kind == PARQUET:
         for part in parquet.parquet_parts(path):
-            yield from _parquet_rows(part, wanted)
+            yield from _parquet_rows(part, names)
     elif kind == JSONL:
-        yield from read_jsonl(path, wanted)
+        yield from read_jsonl(path, names)
     else:
-        yield from _csv_rows(path, kind, wanted)
+        yield from _csv_rows(path, kind, names)
 
 
 # --- texts
@@ -110,32 +111,33 @@ def table_lines(path: Path) -> Iterator[str]:
         raise DatasetError(f"{path} cannot be read: {error.strerror}. Correct the path.") from error
 
 
-def read_jsonl(path: Path, wanted: Collection[str] | None, example: str = "") -> Iterator[TableRow]:
+def read_jsonl(path: Path, names: Collection[str] | None, example: str = "") -> Iterator[TableRow]:
     """Yield the rows of a JSONL file, whatever its suffix is; empty lines are skipped.
 
     example: of a line, which faults then show. Raises DatasetError as `read_columns`, and for a file of
     another form: an array, an object over several lines, or CSV.
     """
-    each = f". Each line is one object such as {example}" if example else ""
+    hint = f". Each line is one object such as {example}" if example else ""
     is_first = True
     for number, line in enumerate(table_lines(path), 1):
         if not line.strip():
             continue
-        fault, record = None, None
+        fault = None
+        record = None
         try:
             record = parse_json(line, no_repeats=True)
         except ValueError as error:
-            fault = f"invalid JSON: {error}{each}"
+            fault = f"invalid JSON: {error}{hint}"
             if line.rstrip().endswith("},"):
-                fault = f"a comma stands behind the object. Remove it{each}"
+                fault = f"a comma stands behind the object. Remove it{hint}"
         if is_first and not isinstance(record, dict):
             _refuse_other_form(path, line)
         is_first = False
         if fault is None and not isinstance(record, dict):
-            fault = f"it is not an object of columns and values{each}"
-        found: Mapping[str, Any] = {} if fault is not None else record or {}
-        keys = found if wanted is None else wanted
-        values = {key: found[key] for key in keys if found.get(key) is not None}
+            fault = f"it is not an object of columns and values{hint}"
+        cells: Mapping[str, Any] = {} if fault is not None else record or {}
+        keys = cells if names is None else names
+        values = {key: cells[key] for key in keys if cells.get(key) is not None}
         yield TableRow(path, "line", number, values, fault)
 
 
@@ -149,10 +151,8 @@ def _refuse_other_form(path: Path, line: str) -> None:
 
     line: not empty, and no object.
     """
-    start, form = (
-        line.strip(),
-        "a list has one object on each line, with nothing around or between them (JSONL)",
-    )
+    start = line.strip()
+    form = "a list has one object on each line, with nothing around or between them (JSONL)"
     if start.startswith("[") and start[1:].strip()[:1] in {"", "{"}:
         lines = as_typed([str(path.with_name(f"{path.stem}_lines.jsonl"))])
         remedy = f"{as_typed(['python', '-c', TO_LINES, str(path)])} > {lines}"
@@ -180,11 +180,12 @@ def _open_csv(path: Path, kind: str) -> tuple[list[str], Any]:
     if not head or not head[-1]:
         raise DatasetError(f"{path} is empty; its first line names the columns")
     mark = _mark_between(head[-1], kind)
-    stated = re.fullmatch(r"sep=(.) *", head[-1]) if kind == CSV else None
-    if stated is not None:  # as spreadsheets write it: the next line names the columns
-        mark, head[-1] = stated[1], ""
-    ended = (f"{line}\n" for line in itertools.chain(head, lines))
-    rows = csv.reader(ended, delimiter=mark, strict=True)
+    separator_line = re.fullmatch(r"sep=(.) *", head[-1]) if kind == CSV else None
+    if separator_line is not None:  # as spreadsheets write it: the next line names the columns
+        mark = separator_line[1]
+        head[-1] = ""
+    lines_with_ends = (f"{line}\n" for line in itertools.chain(head, lines))
+    rows = csv.reader(lines_with_ends, delimiter=mark, strict=True)
     try:
         names = [name.strip() for name in next(row for row in rows if row)]
     except StopIteration:
@@ -205,9 +206,9 @@ def _mark_between(first: str, kind: str) -> str:
     return ";" if "," not in first and ";" in first else ","
 
 
-def _csv_rows(path: Path, kind: str, wanted: Collection[str] | None) -> Iterator[TableRow]:
-    names, rows = _open_csv(path, kind)
-    places = [(name, place) for place, name in enumerate(names) if wanted is None or name in wanted]
+def _csv_rows(path: Path, kind: str, names: Collection[str] | None) -> Iterator[TableRow]:
+    header, rows = _open_csv(path, kind)
+    places = [(name, place) for place, name in enumerate(header) if names is None or name in names]
     while True:
         number = rows.line_num + 1
         try:
@@ -222,10 +223,10 @@ def _csv_rows(path: Path, kind: str, wanted: Collection[str] | None) -> Iterator
                 ) from None
             yield TableRow(path, "line", number, {}, f"it is not valid {kind}: {error}")
             continue
-        if len(cells) == len(names):
+        if len(cells) == len(header):
             yield TableRow(path, "line", number, {name: cells[place] for name, place in places})
         elif cells:  # else an empty line
-            fault = f"it has {len(cells)} cells, the header has {len(names)}"
+            fault = f"it has {len(cells)} cells, the header has {len(header)}"
             yield TableRow(path, "line", number, {}, fault)
 
 
@@ -241,54 +242,67 @@ def _check_names(path: Path, names: Sequence[str]) -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def _parquet_rows(path: Path, wanted: Collection[str] | None) -> Iterator[TableRow]:
-    columns, nested, lists = _parquet_columns(path, wanted)
-    for name, kind in nested.items():  # whose size is unknown
+def _parquet_rows(path: Path, names: Collection[str] | None) -> Iterator[TableRow]:
+    columns = _parquet_columns(path, names)
+    for name, kind in columns.nested.items():  # whose size is unknown
         raise DatasetError(
             f"{path}: the column {name!r} holds {kind}, which is neither a text nor a list of them"
         )
-    number = 0
-    with parquet.open_parquet(path, lists) as file:
+    with parquet.open_parquet(path, columns.leaves_of_lists) as file:
         limit = parquet.Unpacking.of(path)
-        if not columns:
+        if not columns.names:
             limit.add(parquet.ROW_BYTES * file.metadata.num_rows)
-            yield from (TableRow(path, "row", place + 1) for place in range(file.metadata.num_rows))
+            for number in range(1, file.metadata.num_rows + 1):
+                yield TableRow(path, "row", number)
             return
-        for group in range(file.metadata.num_row_groups):
-            largest = parquet.largest_value(file, parquet.Unpacking.of(path), group, columns)
-            rows = max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, largest)))
-            for batch in file.iter_batches(rows, [group], columns, use_threads=False):
-                limit.add(parquet.ROW_BYTES * len(batch))
-                cells = [_values(batch.column(name), limit) for name in columns]
-                for row in zip(*cells, strict=True):
-                    number += 1
-                    values = {
-                        name: value for name, value in zip(columns, row, strict=True) if value is not None
-                    }
-                    yield TableRow(path, "row", number, values)
+        number = 0
+        for cells in _parquet_batches(file, path, columns.names, limit):
+            for row in zip(*cells, strict=True):
+                number += 1
+                pairs = zip(columns.names, row, strict=True)
+                values = {name: value for name, value in pairs if value is not None}
+                yield TableRow(path, "row", number, values)
 
 
-def _parquet_columns(
-    path: Path, wanted: Collection[str] | None
-) -> tuple[tuple[str, ...], dict[str, Any], list[str]]:
-    """Return the wanted columns, the types of those with nested values, and the Parquet names of values in
-    lists (for `open_parquet`, which then holds equal texts once).
-    """
+def _parquet_batches(
+    file: Any, path: Path, names: Sequence[str], limit: parquet.Unpacking
+) -> Iterator[list[list[Any]]]:
+    """Yield the values of some rows after the others, by column. limit: counts what they take."""
+    for group in range(file.metadata.num_row_groups):
+        largest = parquet.largest_value(file, parquet.Unpacking.of(path), group, names)
+        num_rows = max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, largest)))
+        for batch in file.iter_batches(num_rows, [group], names, use_threads=False):
+            limit.add(parquet.ROW_BYTES * len(batch))
+            yield [_values(batch.column(name), limit) for name in names]
+
+
+class _ParquetColumns(NamedTuple):
+    """Columns of a Parquet file."""
+
+    names: tuple[str, ...]
+    nested: dict[str, Any]  # types of those with nested values
+    leaves_of_lists: list[str]  # for `open_parquet`, which then holds equal texts once
+
+
+def _parquet_columns(path: Path, names: Collection[str] | None) -> _ParquetColumns:
+    """Return the columns of these names; None: all of them."""
     with parquet.open_parquet(path) as file:
-        schema, leaves = file.schema_arrow, [file.schema.column(n).path for n in range(len(file.schema))]
+        schema = file.schema_arrow
+        leaves = [file.schema.column(number).path for number in range(len(file.schema))]
     from pyarrow import types
 
     _check_names(path, schema.names)
-    columns = tuple(name for name in schema.names if wanted is None or name in wanted)
-    nested, lists = {}, []
+    columns = tuple(name for name in schema.names if names is None or name in names)
+    nested: dict[str, Any] = {}
+    leaves_of_lists: list[str] = []
     for name in columns:
         kind = schema.field(name).type
         if types.is_list(kind) or types.is_large_list(kind):
             kind = kind.value_type
-            lists += [leaf for leaf in leaves if leaf.startswith(f"{name}.")]
+            leaves_of_lists += [leaf for leaf in leaves if leaf.startswith(f"{name}.")]
         if types.is_nested(kind):
             nested[name] = kind
-    return columns, nested, lists
+    return _ParquetColumns(columns, nested, leaves_of_lists)
 
 
 def plain_columns(path: Path, names: Collection[str]) -> tuple[list[str], list[str]]:
@@ -296,9 +310,9 @@ def plain_columns(path: Path, names: Collection[str]) -> tuple[list[str], list[s
     if table_format(path) != PARQUET:
         return [*names], []
     part = parquet.parquet_parts(path)[0]
-    held = [name for name in names if parquet.cell_column(part, name) is not None]
-    nested = _parquet_columns(part, names)[1]
-    return [name for name in names if name not in nested and name not in held], held
+    cells = [name for name in names if parquet.cell_column(part, name) is not None]
+    nested = _parquet_columns(part, names).nested
+    return [name for name in names if name not in nested and name not in cells], cells
 
 
 def _values(array: Any, limit: parquet.Unpacking) -> list[Any]:

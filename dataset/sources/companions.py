@@ -53,29 +53,38 @@ def add_companions(table: DatasetTable, sources: list[MediaSource], faults: list
         try:
             paired, alone = _pair(folder, key, stems)
             if not paired:
-                example = next(iter(sorted(stems)), "clip")
-                raise DatasetError(
-                    f"{folder} has nothing for any {table.kind}. Files and folders there are named like "
-                    f"their {table.kind}: {example}.mp4, {example}.png"
-                    + (f" or {example}_0.mp4, {example}_1.mp4" if key == REFERENCE else "")
-                )
+                raise DatasetError(_explain_unpaired(table, folder, key, stems))
         except DatasetError as error:
             faults.append(Fault(f"problems with {key} of {table.name}", f"{str(error).rstrip('.')}."))
             continue
-        lacking = [source for source in sources if source.stem not in paired]
-        for what, paths in (
-            (f"of {len(sources)} {table.kind}s {NONE[key]}", [source.path for source in lacking]),
-            (f"in {key} belong to no {table.kind} by their name, and are not read", alone),
-        ):
-            if paths:
-                logger.warning("%s: %d %s, such as %s", table.name, len(paths), what, paths[0])
-        found = []
-        for one in sources:
-            there = paired.get(one.stem, ())
-            changes = {"references": there} if key == REFERENCE else {"control_mask": next(iter(there), None)}
-            found.append(replace(one, **changes))
-        sources = found
+        lacking = [source.path for source in sources if source.stem not in paired]
+        _warn_of_paths(table, f"of {len(sources)} {table.kind}s {NONE[key]}", lacking)
+        unread = f"in {key} belong to no {table.kind} by their name, and are not read"
+        _warn_of_paths(table, unread, alone)
+        completed = []
+        for source in sources:
+            paths = paired.get(source.stem, ())
+            if key == REFERENCE:
+                completed.append(replace(source, references=paths))
+            else:
+                completed.append(replace(source, control_mask=next(iter(paths), None)))
+        sources = completed
     return sources
+
+
+def _explain_unpaired(table: DatasetTable, folder: Path, key: str, stems: Collection[str]) -> str:
+    """Say how files are named in a folder in which nothing fits."""
+    example = next(iter(sorted(stems)), "clip")
+    text = (
+        f"{folder} has nothing for any {table.kind}. Files and folders there are named like "
+        f"their {table.kind}: {example}.mp4, {example}.png"
+    )
+    return f"{text} or {example}_0.mp4, {example}_1.mp4" if key == REFERENCE else text
+
+
+def _warn_of_paths(table: DatasetTable, remark: str, paths: Sequence[Path]) -> None:
+    if paths:
+        logger.warning("%s: %d %s, such as %s", table.name, len(paths), remark, paths[0])
 
 
 def _pair(folder: Path, key: str, stems: Collection[str]) -> tuple[dict[str, tuple[Path, ...]], list[Path]]:
@@ -85,19 +94,31 @@ def _pair(folder: Path, key: str, stems: Collection[str]) -> tuple[dict[str, tup
     alone = []
     for entry in list_entries(folder, key):
         path = folder / entry.name
-        name = entry.name if entry.is_dir() else path.stem
-        if not entry.is_dir() and path.suffix.lower() not in suffixes:
+        is_folder = entry.is_dir()
+        if not is_folder and path.suffix.lower() not in suffixes:
             continue
-        first, _, number = name.rpartition("_")
-        if name in stems:
-            first, number = name, "-1"
-        elif key == MASK or first not in stems or not (number.isdecimal() and number.isascii()):
+        place = _place_of(entry.name if is_folder else path.stem, key, stems)
+        if place is None:
             alone.append(path)
             continue
-        other = numbered.setdefault(first, {}).setdefault(int(number), path)
-        if other != path:
-            raise DatasetError(f"{other} and {path.name} have the same name but for the suffix. Keep one")
-    return {stem: tuple(path for _, path in sorted(of.items())) for stem, of in numbered.items()}, alone
+        stem, number = place
+        first = numbered.setdefault(stem, {}).setdefault(number, path)
+        if first != path:
+            raise DatasetError(f"{first} and {path.name} have the same name but for the suffix. Keep one")
+    paired = {}
+    for stem, by_number in numbered.items():
+        paired[stem] = tuple(by_number[number] for number in sorted(by_number))
+    return paired, alone
+
+
+def _place_of(name: str, key: str, stems: Collection[str]) -> tuple[str, int] | None:
+    """Return the stem that a name belongs to, and its number, -1 without one; None if it belongs to none."""
+    if name in stems:
+        return name, -1
+    stem, _, number = name.rpartition("_")
+    if key == MASK or stem not in stems or not (number.isdecimal() and number.isascii()):
+        return None
+    return stem, int(number)
 
 
 def refuse_companions(table: DatasetTable, sources: Sequence[MediaSource]) -> None:
@@ -129,29 +150,39 @@ def find_moving_references(sources: Sequence[MediaSource]) -> list[Fault]:
 
     Only files that are here are looked at. Unreadable files are reported elsewhere.
     """
-    found: dict[Path, Fault] = {}
+    remarks: dict[Path, Fault] = {}
     for source in sources:
-        rules, is_image = source.table.clip_references, source.table.kind == "image"
-        takes_first = is_image or (rules is not None and rules.on_white)
-        paths = [*(source.references if takes_first else ()), *(source.control if is_image else ())]
-        for path in paths if not source.origins else ():
+        if source.origins:
+            continue
+        for path in _single_references(source):
             with contextlib.suppress(MediaError, OSError):
                 if path.is_dir() or path.suffix.lower() in VIDEO_SUFFIXES or is_animation(path):
-                    found.setdefault(path, Fault(FIRST_ONLY, str(path), source.stem))
-    return list(found.values())
+                    remarks.setdefault(path, Fault(FIRST_ONLY, str(path), source.stem))
+    return list(remarks.values())
+
+
+def _single_references(source: MediaSource) -> list[Path]:
+    """Return the references of a source of which the model takes one picture each."""
+    if source.table.kind == "image":
+        return [*source.references, *source.control]
+    rules = source.table.clip_references
+    return [*source.references] if rules is not None and rules.on_white else []
 
 
 def companion_lines(sources: Sequence[MediaSource], faults: list[Fault]) -> Iterator[str]:
     """Yield lines about the pairs of a table for its report; add a remark for each item without partner."""
-    for key, counts in (
-        (REFERENCE, [len(one.references) for one in sources]),
-        (MASK, [int(one.control_mask is not None) for one in sources]),
+    for key, title, counts in (
+        (REFERENCE, "references", [len(source.references) for source in sources]),
+        (MASK, "control masks", [int(source.control_mask is not None) for source in sources]),
     ):
-        if any(counts):
-            words = (f"{count_of(n, 'item')} with {number}" for number, n in sorted(Counter(counts).items()))
-            yield f"{'references' if key == REFERENCE else 'control masks'}: {', '.join(words)}"
-            pairs = zip(sources, counts, strict=True)
-            faults += [Fault(NONE[key], str(one.path), one.stem) for one, count in pairs if not count]
+        if not any(counts):
+            continue
+        items_by_count = sorted(Counter(counts).items())
+        parts = [f"{count_of(num_items, 'item')} with {count}" for count, num_items in items_by_count]
+        yield f"{title}: {', '.join(parts)}"
+        for source, count in zip(sources, counts, strict=True):
+            if not count:
+                faults.append(Fault(NONE[key], str(source.path), source.stem))
 
 
 def read_companions(
@@ -169,9 +200,9 @@ def read_companions(
     `count` frames, those shown at the times of `clock`, its last one repeated; a picture gives one. Raises
     MediaError.
     """
-    found: dict[str, Any] = {}
     rules = here.table.clip_references
-    factor, step = (1, 1) if rules is None else (rules.size_factor, rules.step * rules.size_factor)
+    factor = 1 if rules is None else rules.size_factor
+    step = 1 if rules is None else rules.step * factor
     if bucket[0] % step or bucket[1] % step:
         raise MediaError(
             f"{here.path}: it has {bucket[0]}x{bucket[1]} pixels; with references {factor} times smaller "
@@ -181,21 +212,22 @@ def read_companions(
     changes: list[str] = []
 
     def read(path: Path) -> Clip:
-        if here.table.clip_references is not None and here.table.clip_references.on_white:
+        if rules is not None and rules.on_white:
             from modules.media.canvas import on_white  # few models have their references so
 
             return pixels_to_uint8(on_white(first_frame(path), *small))
         if is_still(path) or here.table.kind == "image":
             return resize_cover(read_image(path), small)[None]
         sizes = FrameSizes()
-        frames = sizes.watch(frames_beside(path, here.path, here.table, fps, clock))
+        frames = sizes.watch(frames_beside(path, here.path, table=here.table, fps=fps, clock=clock))
         clip = [resize_cover(np.ascontiguousarray(frame[..., :3]), small) for frame in frames][:count]
         if sizes.change is not None:
             changes.append(f"{path.name}: {sizes.change}")
         return np.stack(clip + clip[-1:] * (count - len(clip)))
 
-    found["references"] = tuple(map(read, here.references))
-    found["size_changes"] = changes
+    fields: dict[str, Any] = {"references": tuple(map(read, here.references)), "size_changes": changes}
     if here.control_mask is not None:
-        found["control_mask"] = read_mask(here.control_mask, here, (size, bucket), count, fps, clock)
-    return found
+        fields["control_mask"] = read_mask(
+            here.control_mask, here, (size, bucket), count=count, fps=fps, clock=clock
+        )
+    return fields

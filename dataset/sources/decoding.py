@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,34 +80,42 @@ class DecodedMedia:
 
     @property
     def arrays(self) -> tuple[Any, ...]:
-        masks = (one for one in (self.alpha, self.control_mask) if one is not None)
+        masks = [mask for mask in (self.alpha, self.control_mask) if mask is not None]
         return (self.frames, *self.control, *masks, *self.references, *self.moments)
 
     @property
     def group(self) -> tuple[object, ...]:
         """Return what items of a batch must have in common: their table, and the shapes of stacked arrays."""
         counts = len(self.control), len(self.references)
-        return (self.source.table.index, counts, *(one.shape for one in self.arrays))
+        return (self.source.table.index, counts, *(array.shape for array in self.arrays))
 
     @property
     def size_bytes(self) -> int:
-        mask = 0 if self.mask is None else self.mask.nbytes
-        return mask + sum(one.nbytes for one in self.arrays)
+        mask_bytes = 0 if self.mask is None else self.mask.nbytes
+        return mask_bytes + sum(array.nbytes for array in self.arrays)
 
     def cut(self, span: Span) -> "DecodedMedia":
         """Cut out the item of a span; copy it to free the rest of the clip, unless that is small."""
-        begin, end, whole, mask, made = span[0], sum(span), len(self.frames), self.mask, self.control_mask
-        clips = (clip[begin:end] for clip in (self.frames, *self.control))
-        frames, *control = (clip.copy() if 2 * span[1] < whole else clip for clip in clips)
-        references = (one[begin:end] if len(one) == whole else one for one in self.references)
+        start, length = span
+        end = start + length
+        num_frames = len(self.frames)
+        clips = [clip[start:end] for clip in (self.frames, *self.control)]
+        if 2 * length < num_frames:
+            clips = [clip.copy() for clip in clips]
+        frames, *control = clips
+        references = []
+        for reference in self.references:  # of a clip, or of a single frame for all spans
+            if len(reference) == num_frames:
+                reference = reference[start:end]
+            references.append(reference.copy())
         return dataclasses.replace(
             self,
             frames=frames,
             spans=(span,),
             control=tuple(control),
-            mask=None if mask is None else mask[begin:end].copy(),
-            references=tuple(one.copy() for one in references),
-            control_mask=None if made is None else made[begin:end].copy(),
+            mask=None if self.mask is None else self.mask[start:end].copy(),
+            references=tuple(references),
+            control_mask=None if self.control_mask is None else self.control_mask[start:end].copy(),
         )
 
     def key(self, span: Span) -> str:
@@ -132,54 +140,76 @@ def decode_source(
     `augmentation` says; without them it does not differ. Raises MediaError if a file is unreadable or too
     small, DatasetError if the resolution is not a multiple of `step`.
     """
-    table = source.table
     with fetch(source) as here:
         if source.tensors is not None:
             why = "its latents are given (load_tensors), so that no frames are read"
             raise MediaError(f"{source.path}: {why}")
-        if table.kind == "image":
+        if source.table.kind == "image":
             with PICTURES.hold(planned_bytes(here)):
                 return dataclasses.replace(_decode_image(here, step, numbers, keeps_alpha), source=source)
-        clock: list[tuple[int, float]] = []  # number and second of each kept frame
+        return _decode_clip(source, here, fps=fps, step=step, frame_step=frame_step)
 
-        def decoded() -> Iterator[Frame]:
-            for frame, number, second in kept_frames(here.path, table, fps, table.alpha_mask):
-                clock.append((number, second))
-                yield frame
 
+def _decode_clip(
+    source: MediaSource, here: MediaSource, fps: float, step: int, frame_step: int
+) -> DecodedMedia:
+    """Read a clip and its control media. here: the source with files that can be opened."""
+    table = source.table
+    clock: list[tuple[int, float]] = []  # number and second of each kept frame
+
+    def read_frames() -> Iterator[Frame]:
+        for frame, number, second in kept_frames(here.path, table, fps, table.alpha_mask):
+            clock.append((number, second))
+            yield frame
+
+    sizes = FrameSizes()
+    size_changes: list[str] = []
+    frames_in = sizes.watch(read_frames())
+    first = next(frames_in)
+    size = (first.shape[1], first.shape[0])
+    bucket = bucket_of(table, size, step, here.path)
+    enough = frames_wanted(table)
+    frames, mask = _gather(itertools.chain([first], frames_in), bucket, enough, table.is_of_sound)
+    if sizes.change is not None:
+        size_changes.append(f"{source.path.name}: {sizes.change}")
+    count = len(frames)
+    if here.mask is not None:  # one image for all frames, or a clip
+        mask = read_mask(here.mask, here, (size, bucket), count=count, fps=fps, clock=clock)
+    found_spans, reason = spans_or_reason(table, count, frame_step)
+    control = []
+    for path in here.control if found_spans else ():
         sizes = FrameSizes()
-        changes: list[str] = []
-        frames_in = sizes.watch(decoded())
-        first = next(frames_in)
-        size = (first.shape[1], first.shape[0])
-        bucket = bucket_of(table, size, step, here.path)
-        enough = frames_wanted(table)
-        frames, mask = _gather(itertools.chain([first], frames_in), bucket, enough, table.is_of_sound)
-        changes += [] if sizes.change is None else [f"{source.path.name}: {sizes.change}"]
-        path, count = here.mask, len(frames)
-        if path is not None:  # one image for all frames, or a clip
-            mask = read_mask(path, here, (size, bucket), count, fps, clock)
-        found, reason = spans_or_reason(table, count, frame_step)
-        control = []
-        for path in here.control if found else ():
-            # a longer control clip is cut, a shorter one repeats its last frame
-            sizes = FrameSizes()
-            beside = sizes.watch(frames_beside(path, here.path, table, fps, clock))
-            clip, _ = _gather(beside, bucket, count)
-            changes += [] if sizes.change is None else [f"{path.name}: {sizes.change}"]
-            missing = count - len(clip)
-            control.append(np.concatenate([clip, *[clip[-1:]] * missing]) if missing else clip)
-        more: dict[str, Any] = {}
-        if found and (here.references or here.control_mask is not None):
-            from dataset.sources.companions import read_companions
+        control_frames = sizes.watch(frames_beside(path, here.path, table=table, fps=fps, clock=clock))
+        clip, _ = _gather(control_frames, bucket, count)
+        if sizes.change is not None:
+            size_changes.append(f"{path.name}: {sizes.change}")
+        control.append(_lengthen(clip, count))  # a longer control clip is cut already
+    companions: dict[str, Any] = {}
+    if found_spans and (here.references or here.control_mask is not None):
+        from dataset.sources.companions import read_companions  # few clips have any
 
-            more = read_companions(here, size, bucket, count, fps, clock)
-            changes += more.pop("size_changes")
+        companions = read_companions(here, size, bucket=bucket, count=count, fps=fps, clock=clock)
+        size_changes += companions.pop("size_changes")
     # decoding stops early where there are enough: then there may be more
     complete = enough is None or count < enough
-    facts = ClipFacts(size, count, complete, size_changes=tuple(changes))
-    seen = size, bucket, frames, found, reason, tuple(control)
-    return DecodedMedia(source, *seen, mask=mask, clip=facts, **more)
+    return DecodedMedia(
+        source=source,
+        size=size,
+        bucket=bucket,
+        frames=frames,
+        spans=found_spans,
+        reason=reason,
+        control=tuple(control),
+        mask=mask,
+        clip=ClipFacts(size, count, complete, size_changes=tuple(size_changes)),
+        **companions,
+    )
+
+
+def _lengthen(clip: Clip, count: int) -> Clip:
+    """Return a clip whose last frame is repeated until it has `count` frames."""
+    missing = count - len(clip)
+    return np.concatenate([clip, *[clip[-1:]] * missing]) if missing else clip
 
 
 def planned_bytes(source: MediaSource) -> int:
@@ -204,42 +234,79 @@ def _decode_image(
     fit = fit_of(table, size, step, source.path)
     is_mirrored = False
     if numbers is not None:
-        changes = table.augmentation
-        face = None if changes.face_crop_range is None else face_in_name(source.stem)
-        if face is not None and changes.face_crop_range is not None:
-            fit = fit_face(size, fit.bucket, face, changes.face_crop_range, numbers, changes.random_crop)
-        elif changes.random_crop:
-            fit = crop_anywhere(fit, numbers)
-        is_mirrored = changes.flip and numbers.random() < 0.5
-        image = change_colours(image, numbers) if changes.color else image
+        fit = _draw_crop(source, size, fit, numbers)
+        is_mirrored = table.augmentation.flip and numbers.random() < 0.5
+        if table.augmentation.color:
+            image = change_colours(image, numbers)
 
     def place(picture: Frame) -> Frame:
-        there = (picture.shape[1], picture.shape[0])
-        own = fit_cover(there, fit.bucket) if table.buckets is None else fit_like(fit, there, size)
-        placed = fit_frame(picture, own)
+        picture_size = (picture.shape[1], picture.shape[0])
+        if table.buckets is None:
+            picture_fit = fit_cover(picture_size, fit.bucket)
+        else:
+            picture_fit = fit_like(fit, picture_size, size)
+        placed = fit_frame(picture, picture_fit)
         return mirror(placed) if is_mirrored else placed
 
     control = []
     for path in source.control:
         if table.references is not None:
-            control.append(read_reference(path, source, fit.bucket, place, is_mirrored))
-            continue
-        # alpha apart from the colours: Pillow would darken these by it, and generation does not
-        colours, own_alpha = _colours_and_alpha(read_image(path, keeps_alpha))
-        parts = [place(colours)] + ([] if own_alpha is None else [place(own_alpha)[..., None]])
-        control.append(np.concatenate(parts, axis=2)[None])
-    alpha = None if alpha is None or alpha.min() == 255 else place(alpha)
+            reference = read_reference(path, source, bucket=fit.bucket, place=place, is_mirrored=is_mirrored)
+            control.append(reference)
+        else:
+            control.append(_read_control(path, place, keeps_alpha))
+    placed_alpha = None if alpha is None or alpha.min() == 255 else place(alpha)
     mask = None if source.mask is None else read_still(source.mask, place, size, 1)
     if table.alpha_mask:
-        mask, alpha = None if alpha is None or alpha.min() == 255 else alpha[None], None
-    frames, more = place(image)[None], dict[str, Any]()
+        is_opaque = placed_alpha is None or placed_alpha.min() == 255
+        mask = None if placed_alpha is None or is_opaque else placed_alpha[None]
+        placed_alpha = None
+    frames = place(image)[None]
+    companions: dict[str, Any] = {}
     if source.references or source.control_mask is not None:
-        from dataset.sources.companions import read_companions
+        from dataset.sources.companions import read_companions  # few pictures have any
 
-        more = read_companions(source, size, fit.bucket, 1)
-        del more["size_changes"]
-    ends = IMAGE_SPANS, None, tuple(control), alpha, mask
-    return DecodedMedia(source, size, fit.bucket, frames, *ends, **more)
+        companions = read_companions(source, size, fit.bucket, 1)
+        del companions["size_changes"]
+    return DecodedMedia(
+        source=source,
+        size=size,
+        bucket=fit.bucket,
+        frames=frames,
+        spans=IMAGE_SPANS,
+        control=tuple(control),
+        alpha=placed_alpha,
+        mask=mask,
+        **companions,
+    )
+
+
+def _draw_crop(source: MediaSource, size: Size, fit: Fit, numbers: random.Random) -> Fit:
+    """Return how a picture is cropped this time. fit: how it is cropped without augmentation."""
+    changes = source.table.augmentation
+    if changes.face_crop_range is not None:
+        face = face_in_name(source.stem)
+        if face is not None:
+            return fit_face(
+                size,
+                fit.bucket,
+                face=face,
+                sides=changes.face_crop_range,
+                numbers=numbers,
+                anywhere=changes.random_crop,
+            )
+    return crop_anywhere(fit, numbers) if changes.random_crop else fit
+
+
+def _read_control(path: Path, place: Callable[[Frame], Frame], keeps_alpha: bool) -> Clip:
+    """Read a control image, 1 H W 3 or 4: alpha apart from the colours, as Pillow would darken these by it,
+    and generation does not.
+    """
+    colours, alpha = _colours_and_alpha(read_image(path, keeps_alpha))
+    channels = [place(colours)]
+    if alpha is not None:
+        channels.append(place(alpha)[..., None])
+    return np.concatenate(channels, axis=2)[None]
 
 
 def plan_source(source: MediaSource, fps: float, step: int = 16, frame_step: int = 4) -> DecodedMedia:
@@ -248,23 +315,31 @@ def plan_source(source: MediaSource, fps: float, step: int = 16, frame_step: int
     A header may have a wrong number of frames; a clip whose header has none is decoded. Raises the errors of
     `decode_source` that headers show.
     """
-    table, found, reason = source.table, IMAGE_SPANS, None
+    table = source.table
+    found_spans, reason = IMAGE_SPANS, None
     with fetch(source) as here:
         if table.kind == "image":
             size = image_size(here.path)
         elif table.is_of_sound:
-            size, kept = table.resolution, sum(1 for _ in kept_frames(here.path, table, fps))
-            found, reason = spans_or_reason(table, kept, frame_step)
+            size = table.resolution
+            num_kept = _count_kept(here, fps)
+            found_spans, reason = spans_or_reason(table, num_kept, frame_step)
         else:
             info = video_info(here.path)
             size = (info.width, info.height)
             if info.frames is None or table.source_fps == AUTO or is_animation(here.path):
-                kept = sum(1 for _ in kept_frames(here.path, table, fps))
+                num_kept = _count_kept(here, fps)
             else:
-                kept = len(resample_indices(info.frames, table.stated_fps, table.target_fps or fps))
-            found, reason = spans_or_reason(table, kept, frame_step)
+                num_kept = len(resample_indices(info.frames, table.stated_fps, table.target_fps or fps))
+            found_spans, reason = spans_or_reason(table, num_kept, frame_step)
         bucket = bucket_of(table, size, step, here.path)
-    return DecodedMedia(source, size, bucket, NO_FRAMES, found, reason)
+    return DecodedMedia(
+        source=source, size=size, bucket=bucket, frames=NO_FRAMES, spans=found_spans, reason=reason
+    )
+
+
+def _count_kept(source: MediaSource, fps: float) -> int:
+    return sum(1 for _ in kept_frames(source.path, source.table, fps))
 
 
 def source_frames(source: MediaSource, fps: float) -> Iterator[Frame]:
@@ -281,13 +356,19 @@ def source_frames(source: MediaSource, fps: float) -> Iterator[Frame]:
 
 def fit_of(table: DatasetTable, size: Size, step: int, path: Path | None = None) -> Fit:
     """Return how an image of `size` is resized and cropped to its bucket. Raises as `bucket_of` does."""
-    bucket, rule = bucket_of(table, size, step, path), table.buckets
+    bucket = bucket_of(table, size, step, path)
+    rule = table.buckets
     if rule is None:
         return fit_cover(size, bucket)
-    area = table.resolution[0] * table.resolution[1]
-    fit = fit_without_enlarging(size, area, rule.step) if table.bucket_no_upscale else fit_cover(size, bucket)
-    how = how_to_resize(size, fit.resized)
-    return dataclasses.replace(fit, interpolation=how if how == "none" else rule.interpolation or how)
+    if table.bucket_no_upscale:
+        width, height = table.resolution
+        fit = fit_without_enlarging(size, width * height, rule.step)
+    else:
+        fit = fit_cover(size, bucket)
+    interpolation = how_to_resize(size, fit.resized)
+    if interpolation != "none" and rule.interpolation:
+        interpolation = rule.interpolation
+    return dataclasses.replace(fit, interpolation=interpolation)
 
 
 def check_resolution(table: DatasetTable, step: int) -> None:
@@ -298,17 +379,18 @@ def check_resolution(table: DatasetTable, step: int) -> None:
 
 
 def _gather(
-    frames: Iterator[Frame], bucket: Size, wanted: int | None, are_equal: bool = False
+    frames: Iterator[Frame], bucket: Size, wanted_frames: int | None, are_equal: bool = False
 ) -> tuple[Clip, Mask | None]:
     """Collect frames at bucket size, and their transparency if any, in a growing array, so that a clip is
     never copied. are_equal: all frames are the same, already at bucket size; memory holds one.
     """
     if are_equal:
         black = next(frames)
-        shape = 1 + sum(1 for _ in frames), *black.shape
-        return np.ndarray(shape, np.uint8, black, strides=(0, *black.strides)), None
+        count = 1 + sum(1 for _ in frames)
+        return np.ndarray((count, *black.shape), np.uint8, black, strides=(0, *black.strides)), None
     width, height = bucket
-    clip, count = np.empty((min(wanted or GROWTH, GROWTH), height, width, 3), np.uint8), 0
+    clip = np.empty((min(wanted_frames or GROWTH, GROWTH), height, width, 3), np.uint8)
+    count = 0
     alphas = []
     for frame in frames:
         if count == len(clip):
@@ -319,10 +401,16 @@ def _gather(
         clip[count] = resize_cover(colours, bucket)
         count += 1
     clip.resize((count, height, width, 3), refcheck=False)
-    first = next((alpha for alpha in alphas if alpha is not None), None)
-    if first is None or all(alpha is None or alpha.min() == 255 for alpha in alphas):
-        return clip, None
-    return clip, np.stack([np.full_like(first, 255) if alpha is None else alpha for alpha in alphas])
+    return clip, _stack_alphas(alphas)
+
+
+def _stack_alphas(alphas: Sequence[NDArray[np.uint8] | None]) -> Mask | None:
+    """Return the transparency of all frames; None if all are opaque."""
+    present = [alpha for alpha in alphas if alpha is not None]
+    if not present or all(alpha.min() == 255 for alpha in present):
+        return None
+    opaque = np.full_like(present[0], 255)
+    return np.stack([opaque if alpha is None else alpha for alpha in alphas])
 
 
 def _colours_and_alpha(image: Frame) -> tuple[Frame, NDArray[np.uint8] | None]:
@@ -331,13 +419,18 @@ def _colours_and_alpha(image: Frame) -> tuple[Frame, NDArray[np.uint8] | None]:
     return np.ascontiguousarray(image[..., :3]), None if alpha is None else np.ascontiguousarray(alpha)
 
 
-def spans_or_reason(table: DatasetTable, kept: int, frame_step: int) -> tuple[tuple[Span, ...], str | None]:
-    """Return the spans of a clip of `kept` frames, and if there are none, why."""
-    found = spans(table, kept, frame_step)
-    if found:
-        return found, None
+def spans_or_reason(
+    table: DatasetTable, num_kept: int, frame_step: int
+) -> tuple[tuple[Span, ...], str | None]:
+    """Return the spans of a clip of `num_kept` frames, and if there are none, why."""
+    found_spans = spans(table, num_kept, frame_step)
+    if found_spans:
+        return found_spans, None
     stated = table.stated_fps
     rate = f" after dropping from source_fps = {stated:g}" if stated else ""
     if table.source_fps == AUTO:
         rate = ' at the rate of the model (source_fps = "auto")'
-    return (), f"{count_of(kept, 'frame')}{rate}, the shortest of target_frames is {min(table.target_frames)}"
+    return (
+        (),
+        f"{count_of(num_kept, 'frame')}{rate}, the shortest of target_frames is {min(table.target_frames)}",
+    )

@@ -25,11 +25,11 @@ FIRST_WAIT = 0.5  # seconds before the second try; before the third twice as lon
 NUM_LOCKS = 64  # files in a folder by which processes wait for one another
 # protocols of fsspec by which a file's content can make it open other addresses or local files
 INDIRECT = frozenset(
-    {
-        *("reference", "filecache", "blockcache", "simplecache", "cached", "dir", "zip", "tar", "libarchive"),
-        *("async_wrapper", "asyncwrapper", "generic", "data", "local", "git", "dbfs", "dask", "jupyter"),
-    }
-)
+    [
+        "reference", "filecache", "blockcache", "simplecache", "cached", "dir", "zip", "tar", "libarchive",
+        "async_wrapper", "asyncwrapper", "generic", "data", "local", "git", "dbfs", "dask", "jupyter",
+    ]
+)  # fmt: skip
 HTTP = frozenset({"http", "https"})
 
 
@@ -48,8 +48,8 @@ def protocol_problem(protocol: str) -> str | None:
     try:
         fsspec.get_filesystem_class(protocol)
     except ImportError as error:
-        told = known_implementations.get(protocol, {}).get("err") or str(error)
-        return f"{protocol}:// addresses need another package: {told}"
+        hint = known_implementations.get(protocol, {}).get("err") or str(error)
+        return f"{protocol}:// addresses need another package: {hint}"
     return None
 
 
@@ -182,6 +182,6 @@ def find_remote(pattern: str) -> list[str]:
 
     try:
         system, path = fsspec.core.url_to_fs(pattern)
-        return sorted(system.unstrip_protocol(found) for found in system.glob(path))
+        return sorted(system.unstrip_protocol(match) for match in system.glob(path))
     except Exception as error:  # as above
         raise MediaError(f"{shown} cannot be listed ({type(error).__name__})") from None

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from dataset.sources.media_source import MediaSource, ParquetCell, Remote, TarMember, member_pieces
 from modules.errors import MediaError
@@ -38,23 +37,28 @@ def fetch(source: MediaSource) -> Iterator[MediaSource]:
                 if not places:
                     _sweep(tempfile.gettempdir())
                     # Windows cannot remove a file that is still open: the next run does
-                    made = tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True)
-                    folder = Path(stack.enter_context(made))
+                    temporary = tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True)
+                    folder = Path(stack.enter_context(temporary))
                 copy = _extract(origin, path, folder / str(len(places)))
                 places[copy] = path
                 paths.append(copy)
             else:
                 if isinstance(origin, Remote):
-                    from dataset.sources.downloads import check_media, download
+                    from dataset.sources.downloads import check_media, download  # only at addresses
 
                     download(origin.address, path, check=check_media)
                 paths.append(path)
         try:
-            left = iter(paths)
-            here: dict[str, Any] = {"path": next(left), "control": tuple(islice(left, len(source.control)))}
-            here["mask"] = None if source.mask is None else next(left)
-            here["control_mask"] = None if source.control_mask is None else next(left)
-            yield dataclasses.replace(source, **here, references=tuple(left), origins=())
+            remaining = iter(paths)  # in the order of `source.parts`
+            yield dataclasses.replace(
+                source,
+                path=next(remaining),
+                control=tuple(islice(remaining, len(source.control))),
+                mask=None if source.mask is None else next(remaining),
+                control_mask=None if source.control_mask is None else next(remaining),
+                references=tuple(remaining),
+                origins=(),
+            )
         except MediaError as error:
             text = str(error)
             for copy, path in places.items():
@@ -72,9 +76,10 @@ def _sweep(folder: str) -> None:
 
 def _extract(origin: TarMember | ParquetCell, path: Path, copy: Path) -> Path:
     """Write a part of a file to `copy` with a suffix; returns that path."""
-    content, suffix = None, path.suffix
+    content = None
+    suffix = path.suffix
     if isinstance(origin, ParquetCell):
-        from dataset.sources.parquet import read_cell
+        from dataset.sources.parquet import read_cell  # only of Parquet files
 
         content = read_cell(origin)
         suffix = next((suffix for magic, suffix in _MAGIC if content.startswith(magic)), "")

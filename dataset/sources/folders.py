@@ -5,8 +5,8 @@ import itertools
 import logging
 import os
 from collections.abc import Container, Sequence
-from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from dataset.config import DatasetTable
 from dataset.config_keys import IGNORE
@@ -25,46 +25,106 @@ logger = logging.getLogger(__name__)
 
 
 def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) -> list[MediaSource]:
-    assert table.directory is not None
-    there = _leave_out_results(table, _media_in(table, faults))
-    bad_names = {path for path in there if not path.name.isascii() and bad_character(path.name)}
-    paths = [path for path in there if path not in bad_names] if bad_names else there
-    kind = f"names of {table.name} are not UTF-8, so that no cache can name them; rename the files"
-    faults += [Fault(kind, ascii(str(path))) for path in there if path in bad_names]
+    """Return the sources of a table's folder; add a fault for each file that cannot be used.
+
+    captions: read them. Raises DatasetError if the folder cannot be listed.
+    """
+    paths = _leave_out_results(table, _media_in(table, faults))
+    paths = _leave_out_bad_names(table, paths, faults)
     controls: list[tuple[Path, ...]] = [()] * len(paths)
     if table.control_directory is not None:
         folder = ControlFolder(table.control_directory, {path.stem for path in paths})
         controls = _folder_controls(table, folder, paths, faults)
-    masks, sounds = dict[Path, Path](), dict[Path, Path]()
+    masks: dict[Path, Path] = {}
     if table.mask_directory is not None:
-        masks = _find_companions(table, "mask", table.mask_directory, paths, faults)
+        masks = _find_companions(table, "mask", table.mask_directory, media=paths, faults=faults)
+    sounds: dict[Path, Path] = {}
     if table.audio_directory is not None and table.audio != IGNORE:
-        sounds = _find_companions(table, "sound", table.audio_directory, paths, faults)
+        sounds = _find_companions(table, "sound", table.audio_directory, media=paths, faults=faults)
+    reader = _CaptionReader(table, captions)
     sources = []
-    bad: dict[Path, tuple[str, str]] = {}  # caption file -> stem and message
     for path, control in zip(paths, controls, strict=True):
         stem = path.stem
-        text_path = table.directory / (stem + table.caption_extension) if table.caption_extension else None
-        first: str | None = None
-        more: tuple[str, ...] = ()
-        encoding: str | None = None
-        if captions and text_path is not None:
-            try:
-                file = read_caption_file(text_path)
-                text = table.class_tokens if file is None else file.text
-                encoding = None if file is None else file.encoding
-                first, more = first_and_more(None if text is None else captions_in(text, table), text_path)
-            except DatasetError as error:
-                bad[text_path] = stem, str(error)
-        sound = (sounds[path], None) if path in sounds else None
-        mask = masks.get(path)
-        source = MediaSource(path, stem, first, text_path, control, table, more, mask, sound=sound)
-        sources.append(source if encoding is None else replace(source, caption_encoding=encoding))
-    if bad:
-        messages = explain_captions(list(bad), [message for _, message in bad.values()])
-        kind = "have a caption that cannot be used"
-        faults += [Fault(kind, text, stem) for text, (stem, _) in zip(messages, bad.values(), strict=True)]
+        caption_path = reader.path_of(stem)
+        content = reader.read(stem, caption_path)
+        source = MediaSource(
+            path=path,
+            stem=stem,
+            caption=content.first,
+            caption_path=caption_path,
+            control=control,
+            table=table,
+            more_captions=content.further,
+            mask=masks.get(path),
+            sound=(sounds[path], None) if path in sounds else None,
+            caption_encoding=content.encoding,
+        )
+        sources.append(source)
+    faults += reader.faults()
     return sources
+
+
+def _leave_out_bad_names(table: DatasetTable, paths: list[Path], faults: list[Fault]) -> list[Path]:
+    """Return the paths whose names are UTF-8; add a fault for each of the others."""
+    bad_names = {path for path in paths if not path.name.isascii() and bad_character(path.name)}
+    if not bad_names:
+        return paths
+    kind = f"names of {table.name} are not UTF-8, so that no cache can name them; rename the files"
+    faults += [Fault(kind, ascii(str(path))) for path in paths if path in bad_names]
+    return [path for path in paths if path not in bad_names]
+
+
+class _Captions(NamedTuple):
+    """The captions of one image or clip."""
+
+    first: str | None = None
+    further: tuple[str, ...] = ()
+    encoding: str | None = None  # of the caption file, if that is not UTF-8
+
+
+_NO_CAPTION = _Captions()
+
+
+class _CaptionReader:
+    """Read the caption files of a table's folder, and collect those that cannot be used."""
+
+    def __init__(self, table: DatasetTable, is_wanted: bool) -> None:
+        """is_wanted: False reads no file."""
+        assert table.directory is not None
+        self._table, self._is_wanted = table, is_wanted
+        self._folder, self._extension = table.directory, table.caption_extension
+        self._problems: dict[Path, tuple[str, str]] = {}  # caption file -> stem and message
+
+    def path_of(self, stem: str) -> Path | None:
+        """Return the caption file of an image or clip, there or not; None if the table has no such files."""
+        return self._folder / (stem + self._extension) if self._extension else None
+
+    def read(self, stem: str, path: Path | None) -> _Captions:
+        """Return the captions in a file. No caption if it is not there, or if it cannot be used."""
+        if not self._is_wanted or path is None:
+            return _NO_CAPTION
+        encoding = None
+        try:
+            file = read_caption_file(path)
+            text = self._table.class_tokens
+            if file is not None:
+                text, encoding = file.text, file.encoding
+            captions = None if text is None else captions_in(text, self._table)
+            first, further = first_and_more(captions, path)
+        except DatasetError as error:
+            self._problems[path] = stem, str(error)
+            return _Captions(encoding=encoding)
+        return _Captions(first, further, encoding)
+
+    def faults(self) -> list[Fault]:
+        """Return a fault for each file that could not be used."""
+        if not self._problems:
+            return []
+        texts = [text for _, text in self._problems.values()]
+        messages = explain_captions(list(self._problems), texts)
+        stems = [stem for stem, _ in self._problems.values()]
+        kind = "have a caption that cannot be used"
+        return [Fault(kind, message, stem) for message, stem in zip(messages, stems, strict=True)]
 
 
 def _find_companions(
@@ -75,29 +135,40 @@ def _find_companions(
 
     Adds a fault if a name is not unique, or if no file in the folder fits.
     """
-    of_masks = what == "mask"
     try:
-        listed = list_entries(folder, "mask_directory" if of_masks else "audio_directory")
-        suffixes = mask_suffixes(table.kind) if of_masks else SOUND_SUFFIXES | VIDEO_SUFFIXES
-        if not of_masks and folder == table.directory:  # a clip is not a file beside itself
-            suffixes = SOUND_SUFFIXES
-        there = files_by_stem(map(Path, listed), suffixes, of_masks and table.kind == "video")
-        found = {path: there[path.stem] for path in media if path.stem in there}
-        doubled = next((files for files in found.values() if len(files) > 1), None)
-        if doubled is not None:
-            same = f"masks of the same {table.kind}" if of_masks else "sound of the same clip"
-            raise DatasetError(f"{table.name}: {doubled[0]} and {doubled[1].name} are {same}. Keep one.")
-        if not found:
-            of_clips = "cat.png or cat.mp4 for cat.mp4" if of_masks else "cat.wav for cat.mp4"
+        by_stem = _companions_by_stem(table, what, folder)
+        companions = {path: by_stem[path.stem] for path in media if path.stem in by_stem}
+        for files in companions.values():
+            if len(files) > 1:
+                kinds = f"masks of the same {table.kind}" if what == "mask" else "sound of the same clip"
+                raise DatasetError(f"{table.name}: {files[0]} and {files[1].name} are {kinds}. Keep one.")
+        if not companions:
             raise DatasetError(
                 f"{table.name}: {folder} has no {what} for any {table.kind}. Files there have the name of "
-                f"their {table.kind} but for the suffix: "
-                f"{'cat.png for cat.jpg' if table.kind == 'image' else of_clips}."
+                f"their {table.kind} but for the suffix: {_example_of(table, what)}."
             )
     except DatasetError as error:
         faults.append(Fault(f"problems with the {what} of {table.name}", str(error)))
         return {}
-    return {path: files[0] for path, files in found.items()}
+    return {path: files[0] for path, files in companions.items()}
+
+
+def _companions_by_stem(table: DatasetTable, what: str, folder: Path) -> dict[str, list[Path]]:
+    """Return the files of masks or of sound in a folder by their stems."""
+    if what == "mask":
+        entries = list_entries(folder, "mask_directory")
+        return files_by_stem(map(Path, entries), mask_suffixes(table.kind), table.kind == "video")
+    entries = list_entries(folder, "audio_directory")
+    suffixes = SOUND_SUFFIXES | VIDEO_SUFFIXES
+    if folder == table.directory:  # a clip is not a file beside itself
+        suffixes = SOUND_SUFFIXES
+    return files_by_stem(map(Path, entries), suffixes, False)
+
+
+def _example_of(table: DatasetTable, what: str) -> str:
+    if table.kind == "image":
+        return "cat.png for cat.jpg"
+    return "cat.png or cat.mp4 for cat.mp4" if what == "mask" else "cat.wav for cat.mp4"
 
 
 def _media_in(table: DatasetTable, faults: list[Fault]) -> list[Path]:
@@ -106,27 +177,33 @@ def _media_in(table: DatasetTable, faults: list[Fault]) -> list[Path]:
     suffixes, spare = media_suffixes(table.holds)
     key = table.source_key if table.group is None else "image_dir"
     entries = list_entries(table.directory, f"{table.name}: {key}")
-    ends = [split_name(entry.name)[1].lower() for entry in entries]
-    there: list[Path] = []
-    no_files: list[Path] = []
-    for entry, end in zip(entries, ends, strict=True):
-        if end in suffixes:
-            (there if is_file(entry) else no_files).append(table.directory / entry.name)
-    kind = f"{table.holds}s of {table.name} cannot be opened"
-    faults += [Fault(kind, f"{path}: {_explain(path)}", path.stem, ends_run=False) for path in no_files]
-    if (ANIMATION_SUFFIXES | spare).isdisjoint(ends):
-        return there
-    others = [table.directory / entry.name for entry, end in zip(entries, ends, strict=True) if end in spare]
+    endings = [split_name(entry.name)[1].lower() for entry in entries]
+    media: list[Path] = []
+    for entry, ending in zip(entries, endings, strict=True):
+        if ending not in suffixes:
+            continue
+        path = table.directory / entry.name
+        if is_file(entry):
+            media.append(path)
+        else:
+            kind = f"{table.holds}s of {table.name} cannot be opened"
+            faults.append(Fault(kind, f"{path}: {_explain(path)}", path.stem, ends_run=False))
+    if (ANIMATION_SUFFIXES | spare).isdisjoint(endings):
+        return media
+    spare_files = []
+    for entry, ending in zip(entries, endings, strict=True):
+        if ending in spare:
+            spare_files.append(table.directory / entry.name)
     if table.leaves_animations:
-        left = {path for path in (*there, *others) if _moves(path)}
-        there = [path for path in there if path not in left]
-        others = [path for path in others if path not in left]
-        if left:
+        animations = {path for path in (*media, *spare_files) if _moves(path)}
+        media = [path for path in media if path not in animations]
+        spare_files = [path for path in spare_files if path not in animations]
+        if animations:
             text = (
                 "%s: %d files, such as %s, are animated: the table of clips with the same folder takes them"
             )
-            logger.info(text, table.name, len(left), min(left))
-    return sorted([*there, *_find_spare(table, others, there)], key=str)
+            logger.info(text, table.name, len(animations), min(animations))
+    return sorted([*media, *_find_spare(table, spare_files, media)], key=str)
 
 
 def _moves(path: Path) -> bool:
@@ -153,11 +230,10 @@ def _folder_controls(
     kind = f"problems with the control media of {table.name}"
     for path in paths:
         try:
-            controls.append(
-                folder.for_image(path.stem, table.control_count)
-                if table.kind == "image"
-                else (folder.for_video(path),)
-            )
+            if table.kind == "image":
+                controls.append(folder.for_image(path.stem, table.control_count))
+            else:
+                controls.append((folder.for_video(path),))
         except DatasetError as error:
             controls.append(())
             faults.append(Fault(kind, str(error), path.stem))
@@ -167,20 +243,29 @@ def _folder_controls(
         )
         faults.append(Fault(kind, text))
     if table.kind == "image" and table.control_count is not None and all(controls):
-        unused = [one for path in paths for one in folder.beyond(path.stem, table.control_count)]
-        if unused:
-            logger.warning(
-                "%s: %d control images are ignored, such as %s, because each image takes %d. For FramePack, "
-                "fp_1f_clean_indices gives the index of each one that is used.",
-                table.name,
-                len(unused),
-                unused[0],
-                table.control_count,
-            )
+        _warn_unused_controls(table, folder, paths, table.control_count)
     return controls
 
 
-def tell_lone_controls(sources: Sequence[MediaSource]) -> None:
+def _warn_unused_controls(
+    table: DatasetTable, folder: "ControlFolder", paths: Sequence[Path], count: int
+) -> None:
+    """Log the control images that go beyond the `count` that each image takes."""
+    unused: list[Path] = []
+    for path in paths:
+        unused += folder.beyond(path.stem, count)
+    if unused:
+        logger.warning(
+            "%s: %d control images are ignored, such as %s, because each image takes %d. For FramePack, "
+            "fp_1f_clean_indices gives the index of each one that is used.",
+            table.name,
+            len(unused),
+            unused[0],
+            count,
+        )
+
+
+def log_lone_controls(sources: Sequence[MediaSource]) -> None:
     """Log the control images of each folder that belong to no image of any table.
 
     sources: of all tables, which may share a folder.
@@ -194,10 +279,11 @@ def tell_lone_controls(sources: Sequence[MediaSource]) -> None:
             names.setdefault(folder, source.table.name)
     for folder, owners in stems.items():
         with contextlib.suppress(DatasetError):  # the listing has reported it
-            if alone := ControlFolder(folder, owners).alone:
-                lone = count_of(len(alone), "control image")
+            lone = ControlFolder(folder, owners).alone
+            if lone:
+                count = count_of(len(lone), "control image")
                 text = "%s: %s without an image of that name, such as %s: not read"
-                logger.info(text, names[folder], lone, alone[0])
+                logger.info(text, names[folder], count, lone[0])
 
 
 class ControlFolder:
@@ -210,22 +296,26 @@ class ControlFolder:
         entries = [folder / entry.name for entry in list_entries(folder, "control_directory")]
         self._by_name = {path.name: path for path in entries}
         # of equal names the first is kept
-        self._clips = {
-            path.stem: path
-            for suffixes in (ANIMATION_SUFFIXES, VIDEO_SUFFIXES)
-            for path in reversed(entries)
-            if path.suffix.lower() in suffixes
-        }
+        self._clips = {path.stem: path for path in reversed(entries) if _ends_in(path, ANIMATION_SUFFIXES)}
+        self._clips |= {path.stem: path for path in reversed(entries) if _ends_in(path, VIDEO_SUFFIXES)}
         self._images: dict[str, list[Path]] = {}  # by the stem that they belong to
         for path in entries:
-            if path.suffix.lower() in image_suffixes():
-                name = path.stem
-                # not `pic` if there is `pic_10`, but `pic_1` is also the first of `pic`
-                longest = next((name[:end] for end in range(len(name), 0, -1) if name[:end] in stems), "")
-                first, _, number = name.rpartition("_")
-                for owner in {longest, first if number.isdecimal() else longest}:
+            if _ends_in(path, image_suffixes()):
+                for owner in self._owners(path.stem):
                     self._images.setdefault(owner, []).append(path)
         self.alone = self._images.get("", [])
+
+    def _owners(self, name: str) -> set[str]:
+        """Return the stems that a control image may belong to: not `pic` if there is `pic_10`, but `pic_1` is
+        also the first of `pic`. "" if there is none. name: of the control image, without suffix.
+        """
+        longest = ""
+        for length in range(len(name), 0, -1):
+            if name[:length] in self._stems:
+                longest = name[:length]
+                break
+        before_number, _, number = name.rpartition("_")
+        return {longest, before_number} if number.isdecimal() else {longest}
 
     def for_image(self, stem: str, count: int | None) -> tuple[Path, ...]:
         """Return the first `count` control images of an image; None: all but those named like another image.
@@ -237,9 +327,9 @@ class ControlFolder:
         if count is None:
             return tuple(path for path in ranked if path.stem == stem or path.stem not in self._stems)
         if len(ranked) < count:
-            wanted = f"{stem}.png" if count == 1 else f"{count} images {stem}_0.png, {stem}_1.png, ..."
+            needed = f"{stem}.png" if count == 1 else f"{count} images {stem}_0.png, {stem}_1.png, ..."
             raise DatasetError(
-                f"{self._folder} has {len(ranked)} control images for {stem}; needed: {wanted} (or another "
+                f"{self._folder} has {len(ranked)} control images for {stem}; needed: {needed} (or another "
                 "image type)"
             )
         return tuple(ranked[:count])
@@ -266,14 +356,21 @@ class ControlFolder:
         It has the same file name, or is a folder `<stem>` of images, or `<stem>` with another video suffix,
         in this order. Raises DatasetError if there is none.
         """
-        same, folder = self._by_name.get(video.name), self._by_name.get(video.stem)
-        found = same or (folder if folder is not None and folder.is_dir() else self._clips.get(video.stem))
-        if found is None:
-            raise DatasetError(
-                f"{self._folder} has no control clip for {video.name}: neither {video.name} nor a folder "
-                f"{video.stem}"
-            )
-        return found
+        if video.name in self._by_name:
+            return self._by_name[video.name]
+        folder = self._by_name.get(video.stem)
+        if folder is not None and folder.is_dir():
+            return folder
+        if video.stem in self._clips:
+            return self._clips[video.stem]
+        raise DatasetError(
+            f"{self._folder} has no control clip for {video.name}: neither {video.name} nor a folder "
+            f"{video.stem}"
+        )
+
+
+def _ends_in(path: Path, suffixes: Container[str]) -> bool:
+    return path.suffix.lower() in suffixes
 
 
 def list_entries(folder: Path, key: str) -> Sequence["os.DirEntry[str]"]:
@@ -284,15 +381,15 @@ def list_entries(folder: Path, key: str) -> Sequence["os.DirEntry[str]"]:
     """
     try:
         with os.scandir(folder) as entries:
-            found = [entry for entry in entries if entry.name[0] != "."]
-        return sorted(found, key=lambda entry: entry.name)
+            visible = [entry for entry in entries if entry.name[0] != "."]
+        return sorted(visible, key=lambda entry: entry.name)
     except OSError as error:
-        looked = "" if folder.is_absolute() else f" (looked in {Path.cwd()})"
+        where = "" if folder.is_absolute() else f" (looked in {Path.cwd()})"
         hint = "Correct the path."
         if isinstance(error, FileNotFoundError):
-            near = similar_path(folder, only_folders=True)
-            hint = hint if near is None else f"Did you mean {near}?"
-        raise DatasetError(f"{key} = {folder}: {error.strerror}{looked}. {hint}") from error
+            similar = similar_path(folder, only_folders=True)
+            hint = hint if similar is None else f"Did you mean {similar}?"
+        raise DatasetError(f"{key} = {folder}: {error.strerror}{where}. {hint}") from error
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -317,34 +414,45 @@ def media_suffixes(kind: str) -> tuple[frozenset[str], frozenset[str]]:
     return image_suffixes() - spare, spare
 
 
-def _find_spare(table: DatasetTable, entries: Sequence[Path], others: Sequence[Path]) -> list[Path]:
-    """Return the GIF, WebP and TIFF files among `entries` that belong to the table, besides `others`.
+def _find_spare(table: DatasetTable, entries: Sequence[Path], media: Sequence[Path]) -> list[Path]:
+    """Return the GIF, WebP and TIFF files among `entries` that belong to the table, besides `media`.
 
     A table of clips takes animations only; a table of images takes the first picture of each GIF and TIFF. A
-    file named like one of `others` but for the suffix is left out with a warning: both would have the same
+    file named like one of `media` but for the suffix is left out with a warning: both would have the same
     cache.
     """
-    taken = {os.path.normcase(path.stem) for path in others}
     files = [path for path in entries if path.is_file()]
-    several = []  # pictures in a file
-    for path in (*others, *files) if table.kind == "image" else files:
-        try:
-            has_several = _has_pages(path) if path.suffix.lower() in TIFF_SUFFIXES else is_animation(path)
-        except MediaError:  # which decoding reports
-            has_several = table.kind == "video"
-        several += [path] if has_several else []
-    files = files if table.kind == "image" else several
-    named = {path: os.path.normcase(path.stem) for path in files}
-    hidden = [path for path in files if named[path] in taken]
-    moving = [path for path in several if path.suffix.lower() not in TIFF_SUFFIXES]
-    only_first = "animated: only the first frame of each is used. video_directory takes clips"
-    pages = "of several pages: only the first of each is used"
-    same = "ignored, because another file of the folder has the same name but for its suffix"
-    told = [(moving, only_first), ([one for one in several if one not in moving], pages)]
-    for paths, what in (*(told if table.kind == "image" else ()), (hidden, same)):
-        if paths:
-            logger.warning("%s: %d files, such as %s, are %s.", table.name, len(paths), paths[0], what)
-    return [path for path in files if named[path] not in taken]
+    if table.kind == "image":
+        several = [path for path in (*media, *files) if _has_several(path, table)]
+        animations = [path for path in several if path.suffix.lower() not in TIFF_SUFFIXES]
+        _warn_of_files(
+            table,
+            animations,
+            "animated: only the first frame of each is used. video_directory takes clips",
+        )
+        with_pages = [path for path in several if path not in animations]
+        _warn_of_files(table, with_pages, "of several pages: only the first of each is used")
+    else:
+        files = [path for path in files if _has_several(path, table)]
+    media_names = {os.path.normcase(path.stem) for path in media}
+    hidden = [path for path in files if os.path.normcase(path.stem) in media_names]
+    _warn_of_files(
+        table, hidden, "ignored, because another file of the folder has the same name but for its suffix"
+    )
+    return [path for path in files if os.path.normcase(path.stem) not in media_names]
+
+
+def _has_several(path: Path, table: DatasetTable) -> bool:
+    """Return whether a file holds several pictures; if it is damaged, whether the table is one of clips."""
+    try:
+        return _has_pages(path) if path.suffix.lower() in TIFF_SUFFIXES else is_animation(path)
+    except MediaError:  # which decoding reports
+        return table.kind == "video"
+
+
+def _warn_of_files(table: DatasetTable, paths: Sequence[Path], problem: str) -> None:
+    if paths:
+        logger.warning("%s: %d files, such as %s, are %s.", table.name, len(paths), paths[0], problem)
 
 
 def _has_pages(path: Path) -> bool:
@@ -372,7 +480,8 @@ def _leave_out_results(table: DatasetTable, paths: Sequence[Path]) -> list[Path]
     results = set()
     for path in paths:
         parts = path.stem.split("_")[:-1]
-        if any(one in stems for one in itertools.accumulate(parts, "{}_{}".format)):
+        beginnings = itertools.accumulate(parts, "{}_{}".format)
+        if not stems.isdisjoint(beginnings):
             with contextlib.suppress(MediaError, OSError):  # errors are reported when it is read
                 if any(TOOL_TAG.fullmatch(name) for name in read_tags(path)):
                     results.add(path)

@@ -43,38 +43,40 @@ def spans(table: DatasetTable, kept_frames: int, frame_step: int = 4) -> tuple[S
     if table.frame_extraction == "full":
         length = min(kept_frames, table.max_frames)
         return ((0, (length - 1) // frame_step * frame_step + 1),) if length > 0 else ()
-    found: dict[Span, None] = {}
+    clip_spans: dict[Span, None] = {}
     for target in table.target_frames:
         if target <= kept_frames:
-            last = kept_frames - target
-            starts: Iterable[int]
-            match table.frame_extraction:
-                case "head":
-                    starts = (0,)
-                case "chunk":
-                    starts = range(0, last + 1, target)
-                case "slide":
-                    starts = range(0, last + 1, table.frame_stride)
-                case "uniform":
-                    # in float64, rounded down: so caches agree with those of other tuners
-                    starts = np.linspace(0, last, table.frame_sample).astype(int).tolist()
-                case mode:
-                    raise ValueError(f"unknown frame extraction {mode!r}")
-            found |= dict.fromkeys((start, target) for start in starts)
-    return tuple(found)
+            starts = _starts(table, target, last=kept_frames - target)
+            clip_spans |= dict.fromkeys((start, target) for start in starts)
+    return tuple(clip_spans)
 
 
-def describe_short(table: DatasetTable, found: Collection[Span], kept_frames: int) -> str | None:
+def _starts(table: DatasetTable, target: int, last: int) -> Iterable[int]:
+    """Return where spans of `target` frames begin. last: the last frame at which one can."""
+    match table.frame_extraction:
+        case "head":
+            return (0,)
+        case "chunk":
+            return range(0, last + 1, target)
+        case "slide":
+            return range(0, last + 1, table.frame_stride)
+        case "uniform":
+            # in float64, rounded down: so caches agree with those of other tuners
+            starts: list[int] = np.linspace(0, last, table.frame_sample).astype(int).tolist()
+            return starts
+        case mode:
+            raise ValueError(f"unknown frame extraction {mode!r}")
+
+
+def describe_short(table: DatasetTable, clip_spans: Collection[Span], kept_frames: int) -> str | None:
     """Say for which target_frames a clip with these spans is too short; None if for none, or for all."""
-    lengths = {length for _, length in found}
-    if not found or table.kind == "image" or table.frame_extraction == "full":
+    if not clip_spans or table.kind == "image" or table.frame_extraction == "full":
         return None
+    lengths = {length for _, length in clip_spans}
     missing = [str(target) for target in table.target_frames if target not in lengths]
-    return (
-        f"{count_of(kept_frames, 'frame')}, too few for {', '.join(missing)} of target_frames"
-        if missing
-        else None
-    )
+    if not missing:
+        return None
+    return f"{count_of(kept_frames, 'frame')}, too few for {', '.join(missing)} of target_frames"
 
 
 def frames_wanted(table: DatasetTable) -> int | None:
@@ -86,15 +88,15 @@ def frames_wanted(table: DatasetTable) -> int | None:
 
 def media_table(table: DatasetTable, has_control: bool = False, has_references: bool = False) -> MediaTable:
     """Return the facts about a table that families check."""
+    is_whole = table.frame_extraction == "full"
+    has_targets = table.kind == "video" and not is_whole
     return MediaTable(
         name=table.name,
         kind=table.kind,
         has_control=has_control,
         has_references=has_references,
-        target_frames=()
-        if table.kind == "image" or table.frame_extraction == "full"
-        else table.target_frames,
-        max_frames=table.max_frames if table.kind == "video" and table.frame_extraction == "full" else None,
+        target_frames=table.target_frames if has_targets else (),
+        max_frames=table.max_frames if table.kind == "video" and is_whole else None,
         window=table.fp_latent_window_size,
         clean_indices=table.fp_1f_clean_indices or (),
         target_index=table.fp_1f_target_index,
@@ -122,7 +124,8 @@ def keep_pattern(source_fps: float | None, target_fps: float) -> Iterator[bool]:
     existing caches.
     """
     ratio = 1.0 if source_fps is None else target_fps / source_fps
-    position, last = 0.0, -1
+    position = 0.0
+    last = -1
     while True:
         slot = int(position)
         position += ratio
@@ -168,7 +171,7 @@ def kept_rate(source: MediaSource, fps: float) -> float:
     return file_rate(source.path) or fps
 
 
-def compare_rates(found: float | None, stated: object, fps: float) -> str | None:
+def compare_rates(rate: float | None, stated: object, fps: float) -> str | None:
     """Return the fault if a file's rate differs from the stated one or, without one, from the model's."""
     if isinstance(stated, (int, float)):
         expected, cause = float(stated), f"source_fps says {stated:g}"
@@ -176,9 +179,9 @@ def compare_rates(found: float | None, stated: object, fps: float) -> str | None
         expected, cause = fps, "without source_fps all frames are used"
     else:  # "auto"
         return None
-    if not found or abs(found / expected - 1) < TOLERANCE:
+    if not rate or abs(rate / expected - 1) < TOLERANCE:
         return None
-    return f"{cause}: the model sees it at {expected / found:.2g} times its speed"
+    return f"{cause}: the model sees it at {expected / rate:.2g} times its speed"
 
 
 def find_wrong_rates(sources: Sequence[MediaSource]) -> list[Fault]:
@@ -187,7 +190,7 @@ def find_wrong_rates(sources: Sequence[MediaSource]) -> list[Fault]:
     Only headers of clips that are here are read, of at most LOOKED_AT clips. Unreadable files are reported
     elsewhere.
     """
-    clips = [one for one in sources if isinstance(one.table.source_fps, float) and not one.origins]
+    clips = [clip for clip in sources if isinstance(clip.table.source_fps, float) and not clip.origins]
     step = -(-len(clips) // LOOKED_AT) or 1
     kind = 'clips have another rate than source_fps says; write source_fps = "auto"'
     faults = []
@@ -196,9 +199,9 @@ def find_wrong_rates(sources: Sequence[MediaSource]) -> list[Fault]:
             rate = None if source.tensors is not None else file_rate(source.path)
         except (MediaError, OSError):
             continue
-        said = compare_rates(rate, source.table.source_fps, 1.0)
-        if said is not None:
-            text = f"{source.path}: {rate or 0:.4g} frames a second; {said}"
+        fault = compare_rates(rate, source.table.source_fps, 1.0)
+        if fault is not None:
+            text = f"{source.path}: {rate or 0:.4g} frames a second; {fault}"
             faults.append(Fault(kind, text, source.stem))
     return faults
 
@@ -212,8 +215,12 @@ def find_far_rates(sources: Sequence[MediaSource], fps: float) -> list[Fault]:
     fps: of the model. Only headers of clips that are here are read, of at most LOOKED_AT clips. Unreadable
     files are reported elsewhere.
     """
-    clips = [one for one in sources if one.table.kind == "video" and not one.table.is_of_sound]
-    clips = [one for one in clips if one.table.source_fps is None and one.tensors is None and not one.origins]
+    clips = []
+    for source in sources:
+        table = source.table
+        has_rate = table.kind == "video" and not table.is_of_sound and source.tensors is None
+        if has_rate and table.source_fps is None and not source.origins:
+            clips.append(source)
     faults = []
     step = -(-len(clips) // LOOKED_AT) or 1
     for source in clips[::step]:
@@ -247,12 +254,12 @@ def files_by_stem(
 
     with_folders: folders too, by their whole names.
     """
-    there: dict[str, list[Path]] = {}
+    by_stem: dict[str, list[Path]] = {}
     for path in entries:
         is_folder = with_folders and path.is_dir()
         if is_folder or (path.suffix.lower() in suffixes and path.is_file()):
-            there.setdefault(path.name if is_folder else path.stem, []).append(path)
-    return there
+            by_stem.setdefault(path.name if is_folder else path.stem, []).append(path)
+    return by_stem
 
 
 def is_still(path: Path) -> bool:
@@ -274,7 +281,9 @@ def read_moving(
     """Turn the frames of a mask clip, H W 3 or 4, into masks; a longer clip is cut, a shorter one repeats its
     last frame.
     """
-    look, masks, opacities = MaskLook(), list[Frame](), list[Frame]()
+    look = MaskLook()
+    masks: list[Frame] = []
+    opacities: list[Frame] = []
     for frame in itertools.islice(frames, num_frames):
         on_white, opacity = look.add(frame)
         masks.append(_grey(path, on_white, place, size))
@@ -290,12 +299,12 @@ def shrink_mask(mask: Tensor, stride: tuple[int, int, int]) -> Tensor:
     stride: of the family's LatentSpec. In time, the first frame is a latent frame of its own, and after it
     each group of `stride[0]` frames is one.
     """
-    _, down, across = stride
+    frame_stride, down, across = stride
     weights = mask.float().unsqueeze(1) / 255
     weights = torch.nn.functional.avg_pool2d(weights, (down, across)).squeeze(1)
-    groups = (len(weights) - 1) // stride[0]
-    rest = weights[1 : 1 + groups * stride[0]]
-    return torch.cat([weights[:1], rest.unflatten(0, (groups, stride[0])).mean(1)]).half()
+    groups = (len(weights) - 1) // frame_stride
+    after_first = weights[1 : 1 + groups * frame_stride]
+    return torch.cat([weights[:1], after_first.unflatten(0, (groups, frame_stride)).mean(1)]).half()
 
 
 def _grey(path: Path, frame: Frame, place: Place, size: buckets.Size) -> NDArray[np.uint8]:
@@ -316,41 +325,54 @@ def bucket_of(table: DatasetTable, size: buckets.Size, step: int, path: Path | N
     """
     if table.load_tensors:
         return size
-    (width, height), rule = table.resolution, table.buckets
     if not table.enable_bucket:
-        if width % step or height % step:
-            down = width // step * step, height // step * step
-            up = -(-width // step) * step, -(-height // step) * step
-            options = " or ".join(str(list(option)) for option in dict.fromkeys((down, up)) if min(option))
-            raise DatasetError(
-                f"{table.name}: resolution = [{width}, {height}] is not a multiple of {step}, and "
-                f"enable_bucket is false. Use {options}, or enable_bucket = true."
-            )
+        _check_multiple(table, step)
         return table.resolution
+    rule = table.buckets
     if rule is not None and rule.step % step:
         raise DatasetError(
             f"{table.name}: bucket_reso_steps = {rule.step} is not a multiple of {step}, which this model "
             f"needs. Use {-(-rule.step // step) * step}."
         )
-    no_upscale, area = table.bucket_no_upscale, width * height
-    try:
-        sizes: tuple[buckets.Size, ...] = ()
-        if rule is None:
-            sizes = _bucket_sizes(width, height, step)
-        elif not no_upscale:
-            sizes = _image_sizes(table.resolution, rule.minimum, rule.maximum, rule.step)
-    except ValueError as error:
-        raise DatasetError(f"{table.name}: resolution = [{width}, {height}]: {error}. Enlarge it.") from None
+    width, height = table.resolution
+    area = width * height
+    sizes = _sizes_of_buckets(table, step)
     try:
         if rule is None:
-            return buckets.choose_bucket(size, sizes, area, step, no_upscale)
-        return (
-            buckets.fit_without_enlarging(size, area, rule.step).bucket
-            if no_upscale
-            else buckets.choose_image_bucket(size, sizes)
-        )
+            return buckets.choose_bucket(size, sizes, area, step, no_upscale=table.bucket_no_upscale)
+        if table.bucket_no_upscale:
+            return buckets.fit_without_enlarging(size, area, rule.step).bucket
+        return buckets.choose_image_bucket(size, sizes)
     except ValueError as error:
         raise MediaError(f"{path or 'an image'} is too small: {error}") from None
+
+
+def _check_multiple(table: DatasetTable, step: int) -> None:
+    """Raise DatasetError if a table without buckets has a resolution that is not a multiple of `step`."""
+    width, height = table.resolution
+    if width % step == 0 and height % step == 0:
+        return
+    smaller = width // step * step, height // step * step
+    larger = -(-width // step) * step, -(-height // step) * step
+    options = " or ".join(str(list(option)) for option in dict.fromkeys((smaller, larger)) if min(option))
+    raise DatasetError(
+        f"{table.name}: resolution = [{width}, {height}] is not a multiple of {step}, and "
+        f"enable_bucket is false. Use {options}, or enable_bucket = true."
+    )
+
+
+def _sizes_of_buckets(table: DatasetTable, step: int) -> tuple[buckets.Size, ...]:
+    """Return the sizes of a table's buckets; () if each picture has one of its own. Raises DatasetError."""
+    rule = table.buckets
+    width, height = table.resolution
+    try:
+        if rule is None:
+            return _bucket_sizes(width, height, step)
+        if table.bucket_no_upscale:
+            return ()
+        return _image_sizes(table.resolution, rule.minimum, rule.maximum, rule.step)
+    except ValueError as error:
+        raise DatasetError(f"{table.name}: resolution = [{width}, {height}]: {error}. Enlarge it.") from None
 
 
 _bucket_sizes = functools.cache(buckets.bucket_sizes)

@@ -3,7 +3,8 @@
 import itertools
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from dataset.config import DatasetConfig, DatasetTable
@@ -50,49 +51,93 @@ def left_out_files(config: DatasetConfig, table: DatasetTable) -> str | None:
     if table.directory is None:
         return None
     place = folder_id(table.directory)
-    sharing = [one for one in config.datasets if one.directory and folder_id(one.directory) == place]
+    sharing = [other for other in config.datasets if other.directory and folder_id(other.directory) == place]
     if sharing[0].index != table.index:
         return None
-    kinds = {str(one.holds) for one in sharing}
-    captions = {one.caption_extension for one in sharing if one.caption_extension}
-    caption_ends = {one.lower() for one in captions}
-    read = frozenset().union(*itertools.chain(*map(media_suffixes, kinds)))
-    if place in _other_folders(config):
-        read |= SOUND_SUFFIXES.union(*itertools.chain(*map(media_suffixes, _KINDS)))
+    has_companions = place in _other_folders(config)
+    rules = _UnreadRules.of(sharing, has_companions)
     # without a Path for each: there may be a million
-    there = [(entry, *split_name(entry.name)) for entry in list_entries(table.directory, table.name)]
-    stems = {stem for _, stem, suffix in there if suffix.lower() in read}
+    entries = [(entry, *split_name(entry.name)) for entry in list_entries(table.directory, table.name)]
+    stems = {stem for _, stem, suffix in entries if suffix.lower() in rules.read}
     counts: dict[str, Counter[str]] = {}  # by what to do
-    for entry, stem, suffix in there:
-        end = suffix.lower()
-        is_caption = end in caption_ends
-        if (suffix in captions and stem in stems) or entry.name.lower() in NO_MEDIA:
+    for entry, stem, suffix in entries:
+        if rules.is_expected(entry.name, suffix, has_media=stem in stems):
             continue
-        if not is_caption and end in _USUAL:
+        ending = suffix.lower()
+        if ending in rules.read and not (
+            rules.may_be_still(ending) and _is_still(table.directory / entry.name)
+        ):
             continue
-        may_be_still = kinds == {"video"} and end in ANIMATION_SUFFIXES
-        if end in read and not (may_be_still and _is_still(table.directory / entry.name)):
+        if not is_file(entry) or OF_SHARDS.fullmatch(entry.name):
             continue
-        if is_file(entry) and not OF_SHARDS.fullmatch(entry.name):
-            why = f"captions of no {table.holds}" if is_caption else _explain(end, kinds)
-            shown = suffix if is_caption else end
-            counts.setdefault(why, Counter())[shown or "no suffix"] += 1
+        if ending in rules.caption_endings:
+            counts.setdefault(f"captions of no {table.holds}", Counter())[suffix or "no suffix"] += 1
+        else:
+            counts.setdefault(_explain(ending, rules.kinds), Counter())[ending or "no suffix"] += 1
     if not counts:
         return None
     number = sum(count.total() for count in counts.values())
-    parts = [
-        ", ".join(f"{end} ({count})" for end, count in sorted(found.items())) + (f": {why}" if why else "")
-        for why, found in sorted(counts.items(), key=lambda pair: -pair[1].total())
-    ]
+    parts = []
+    for why, of_endings in sorted(counts.items(), key=lambda pair: -pair[1].total()):
+        files = ", ".join(f"{ending} ({count})" for ending, count in sorted(of_endings.items()))
+        parts.append(f"{files}: {why}" if why else files)
     verb = "file is" if number == 1 else "files are"
     return f"{table.directory}: {number} {verb} not read: {'; '.join(parts)}"
+
+
+@dataclass(frozen=True)
+class _UnreadRules:
+    """Which files of a folder are read, or usually lie beside media."""
+
+    kinds: set[str]  # what the tables with the folder hold
+    read: frozenset[str]  # endings, in lower case
+    caption_suffixes: set[str]  # as tables have them
+    caption_endings: set[str]  # in lower case
+
+    @staticmethod
+    def of(tables: Sequence[DatasetTable], has_companions: bool) -> "_UnreadRules":
+        """Return the rules of the tables that share a folder. has_companions: it also has masks, control
+        media or sound.
+        """
+        kinds = {str(table.holds) for table in tables}
+        captions = {table.caption_extension for table in tables if table.caption_extension}
+        read = _all_suffixes(kinds)
+        if has_companions:
+            read |= SOUND_SUFFIXES | _all_suffixes(_KINDS)
+        return _UnreadRules(kinds, read, captions, {suffix.lower() for suffix in captions})
+
+    def is_expected(self, name: str, suffix: str, has_media: bool) -> bool:
+        """Return whether a file is no media, but usual in such a folder. has_media: media with its stem are
+        there.
+        """
+        if (suffix in self.caption_suffixes and has_media) or name.lower() in NO_MEDIA:
+            return True
+        ending = suffix.lower()
+        return ending not in self.caption_endings and ending in _USUAL
+
+    def may_be_still(self, ending: str) -> bool:
+        """Return whether files with this ending may be pictures, which no table of the folder reads."""
+        return self.kinds == {"video"} and ending in ANIMATION_SUFFIXES
+
+
+def _all_suffixes(kinds: Iterable[str]) -> frozenset[str]:
+    suffixes: frozenset[str] = frozenset()
+    for kind in kinds:
+        suffixes = suffixes.union(*media_suffixes(kind))
+    return suffixes
 
 
 def _other_folders(config: DatasetConfig) -> set[str]:
     """Return the folders that belong to the media of all tables: controls, masks, sound, caches."""
     keys = [f"{kind}_directory" for kind in ("cache", "control", "mask", "audio", "download")]
     keys += ["reference_directory", "control_mask_directory"]
-    return {folder_id(path) for table in config.datasets for key in keys if (path := getattr(table, key))}
+    folders = set()
+    for table in config.datasets:
+        for key in keys:
+            folder = getattr(table, key)
+            if folder:
+                folders.add(folder_id(folder))
+    return folders
 
 
 def _is_still(path: Path) -> bool:
@@ -103,11 +148,11 @@ def _is_still(path: Path) -> bool:
         return False
 
 
-def _explain(end: str, kinds: set[str]) -> str:
-    for other in _KINDS:
-        if other not in kinds and any(end in ends for ends in media_suffixes(other)):
-            return f"{other}s, for which a table with {other}_directory is needed"
-    return remedy_of(end) or ""
+def _explain(ending: str, kinds: set[str]) -> str:
+    for kind in _KINDS:
+        if kind not in kinds and any(ending in suffixes for suffixes in media_suffixes(kind)):
+            return f"{kind}s, for which a table with {kind}_directory is needed"
+    return remedy_of(ending) or ""
 
 
 def describe_entries(table: DatasetTable) -> str:
@@ -115,23 +160,28 @@ def describe_entries(table: DatasetTable) -> str:
     assert table.directory is not None
     suffixes = [path.suffix.lower() for path in table.directory.iterdir() if path.is_file()]
     kind = table.holds
-    other = "image" if kind == "video" else "video"
-    there = sum(suffix in media_suffixes(other)[0] for suffix in suffixes)
-    if there:
-        return f"has no {kind}s but {there} {other}s, for which the key is {other}_directory"
+    other_kind = "image" if kind == "video" else "video"
+    other_suffixes, _ = media_suffixes(other_kind)
+    num_others = sum(suffix in other_suffixes for suffix in suffixes)
+    if num_others:
+        return f"has no {kind}s but {num_others} {other_kind}s, for which the key is {other_kind}_directory"
     folders = [path.name for path in table.directory.iterdir() if path.is_dir()]
-    found = ", ".join(
-        f"{count} {suffix or 'without suffix'}" for suffix, count in Counter(suffixes).most_common(3)
-    )
-    what = f"it has {found}" if found else f"only folders, such as {folders[0]}" if folders else "it is empty"
-    kinds = ", ".join(sorted(frozenset().union(*media_suffixes(kind))))
-    return f"has no {kind}s ({what}; folders inside it are not searched; the suffixes are {kinds})"
+    most_common = Counter(suffixes).most_common(3)
+    if most_common:
+        files = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in most_common)
+        contents = f"it has {files}"
+    elif folders:
+        contents = f"only folders, such as {folders[0]}"
+    else:
+        contents = "it is empty"
+    read = ", ".join(sorted(frozenset().union(*media_suffixes(kind))))
+    return f"has no {kind}s ({contents}; folders inside it are not searched; the suffixes are {read})"
 
 
 def left_out_folders(config: DatasetConfig) -> Iterator[str]:
     """Yield a line for each folder inside a table's folder that holds its kind of media and is not read."""
-    others = _other_folders(config)
-    others |= {folder_id(table.directory) for table in config.datasets if table.directory}
+    used = _other_folders(config)
+    used |= {folder_id(table.directory) for table in config.datasets if table.directory}
     for table in config.datasets:
         if table.directory is None or not table.directory.is_dir():
             continue
@@ -140,21 +190,22 @@ def left_out_folders(config: DatasetConfig) -> Iterator[str]:
         for folder in folders:
             if Path(folder).name in FOLDERS_OF_RUNS and (table.directory / "run.toml").exists():
                 continue
-            kind, suffixes = table.holds, frozenset[str]().union(*media_suffixes(table.holds))
-            if folder_id(folder) not in others and _holds(folder, suffixes, others):
-                unused = f"its {kind}s are not used: folders inside a folder are not searched"
+            suffixes = _all_suffixes([table.holds])
+            if folder_id(folder) not in used and _holds(folder, suffixes, used):
+                unused = f"its {table.holds}s are not used: folders inside a folder are not searched"
                 yield f"{folder}: {unused}. Give it a table"
 
 
-def _holds(folder: str, suffixes: frozenset[str], others: set[str]) -> bool:
-    """Return whether a folder, or one inside it, holds files with these suffixes."""
-    looked = 0
-    for place, folders, names in os.walk(folder):
-        names = list(itertools.islice(names, LOOKED_INTO))
+def _holds(folder: str, suffixes: frozenset[str], used: set[str]) -> bool:
+    """Return whether a folder, or one inside it, has such files. used: folders to leave out."""
+    num_names = 0
+    for place, folders, all_names in os.walk(folder):
+        names = list(itertools.islice(all_names, LOOKED_INTO))
         if any(Path(name).suffix.lower() in suffixes for name in names):
             return True
-        looked += len(names) + len(folders)
-        folders[:] = [one for one in folders if one[0] != "." and folder_id(Path(place, one)) not in others]
-        if looked > LOOKED_INTO:
+        num_names += len(names) + len(folders)
+        # the walk goes into these only
+        folders[:] = [name for name in folders if name[0] != "." and folder_id(Path(place, name)) not in used]
+        if num_names > LOOKED_INTO:
             break
     return False

@@ -8,10 +8,11 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.captions import NOT_UTF8, describe_encoding, explain_captions, read_caption
-from dataset.sources.folders import list_table_folder, tell_lone_controls
+from dataset.sources.folders import list_table_folder, log_lone_controls
 from dataset.sources.left_out import describe_entries, left_out_files, left_out_folders
 from dataset.sources.media_source import (
     LISTED,
@@ -51,46 +52,61 @@ def find_sources(
     misnamed, or two sources have the same stem and would share a cache file. faults: a list that takes the
     faults instead; then all usable sources are returned.
     """
-    found: list[Fault] = []
+    problems: list[Fault] = []
     with pause_collection():
-        if table.directory is not None:
-            if not table.directory.is_dir() and (hint := _hint_of_start(table)):
-                raise DatasetError(f"{table.name}: there is no such folder from here.{hint}")
-            sources = list_table_folder(table, captions, found)
-            if table.reference_directory is not None or table.control_mask_directory is not None:
-                from dataset.sources.companions import add_companions
-
-                sources = add_companions(table, sources, found)
-        else:
-            sources = _lister(table)(table, found)
-    if not sources and not found:
-        holds = describe_entries(table) if table.directory is not None else "has no lines"
-        holds = f"holds no {table.kind}s" if table.tars is not None else holds
+        sources = _list_sources(table, captions, problems)
+    if not sources and not problems:
+        contents = describe_entries(table) if table.directory is not None else "has no lines"
+        if table.tars is not None:
+            contents = f"holds no {table.kind}s"
         hint = _hint_of_start(table)
-        raise DatasetError(f"{table.name}: {table.source} {holds}. Add some, or correct the path.{hint}")
+        raise DatasetError(f"{table.name}: {table.source} {contents}. Add some, or correct the path.{hint}")
     if table.directory is None:  # those of a folder are sorted
         sources.sort(key=lambda source: str(source.path))
-    sources = sources if table.references is None else limit_references(table, sources)
-    first: dict[str, MediaSource] = {}  # by stem: the beginning of the names of caches
-    same = f"pairs of {table.name} would share a cache file; rename one of each, or use two tables"
-    twice = f"rows of {table.name} repeat another one and would share a cache file; take them out"
-    long = f"names of {table.name} are too long for the names of their caches; rename the files"
-    for source in sources:
-        other = first.setdefault(os.path.normcase(source.stem), source)
-        if other is not source and other.path == source.path:
-            found.append(Fault(twice, str(source.path), source.stem))
-        elif other is not source:
-            found.append(Fault(same, f"{other.path} and {source.path}", source.stem))
-        # no character takes more than four bytes
-        if len(source.stem) * 4 > MOST_OF_STEM and (size := len(os.fsencode(source.stem))) > MOST_OF_STEM:
-            text = f"{source.path}: {size} bytes, at most {MOST_OF_STEM} leave room"
-            found.append(Fault(long, text, source.stem))
-    if faults is None and found:
-        raise_faults(found)
-        warn_skipped(found)
-    elif faults is not None:
-        faults += found
+    if table.references is not None:
+        sources = limit_references(table, sources)
+    _check_stems(table, sources, problems)
+    if faults is not None:
+        faults += problems
+    elif problems:
+        raise_faults(problems)
+        warn_skipped(problems)
     return sources
+
+
+def _list_sources(table: DatasetTable, captions: bool, faults: list[Fault]) -> list[MediaSource]:
+    if table.directory is None:
+        return _lister(table)(table, faults)
+    if not table.directory.is_dir():
+        hint = _hint_of_start(table)
+        if hint:
+            raise DatasetError(f"{table.name}: there is no such folder from here.{hint}")
+    sources = list_table_folder(table, captions, faults)
+    if table.reference_directory is None and table.control_mask_directory is None:
+        return sources
+    from dataset.sources.companions import add_companions  # few tables have any
+
+    return add_companions(table, sources, faults)
+
+
+def _check_stems(table: DatasetTable, sources: Sequence[MediaSource], faults: list[Fault]) -> None:
+    """Add a fault for each stem that is too long for the name of a cache, or that occurs twice."""
+    first: dict[str, MediaSource] = {}  # by stem: the beginning of the names of caches
+    sharing = f"pairs of {table.name} would share a cache file; rename one of each, or use two tables"
+    repeated = f"rows of {table.name} repeat another one and would share a cache file; take them out"
+    too_long = f"names of {table.name} are too long for the names of their caches; rename the files"
+    for source in sources:
+        earlier = first.setdefault(os.path.normcase(source.stem), source)
+        if earlier is not source and earlier.path == source.path:
+            faults.append(Fault(repeated, str(source.path), source.stem))
+        elif earlier is not source:
+            faults.append(Fault(sharing, f"{earlier.path} and {source.path}", source.stem))
+        if len(source.stem) * 4 <= MOST_OF_STEM:  # no character takes more than four bytes
+            continue
+        size = len(os.fsencode(source.stem))
+        if size > MOST_OF_STEM:
+            text = f"{source.path}: {size} bytes, at most {MOST_OF_STEM} leave room"
+            faults.append(Fault(too_long, text, source.stem))
 
 
 def _lister(table: DatasetTable) -> Callable[[DatasetTable, list[Fault]], list[MediaSource]]:
@@ -108,17 +124,32 @@ def _lister(table: DatasetTable) -> Callable[[DatasetTable, list[Fault]], list[M
     return list_rows if table.metadata_file is None else list_metadata
 
 
+class Companions(NamedTuple):
+    """What belongs to an image or clip besides its caption."""
+
+    num_controls: int
+    num_references: int
+    has_mask: bool
+
+
 @functools.lru_cache(maxsize=64)
-def companions_now(table: DatasetTable) -> Mapping[str, tuple[int, int, bool]]:
-    """Return stem -> (number of control media, number of references, has a mask), for the current sources of
-    a table. Empty if the sources are gone: training needs only the caches.
+def companions_now(table: DatasetTable) -> Mapping[str, Companions]:
+    """Return the companions of the current sources of a table, by stem. Empty if the sources are gone:
+    training needs only the caches.
     """
     try:
         with quiet():  # the dataset was described when it was cached
             sources = find_sources(table, captions=False, faults=[])
     except DatasetError:
         return {}
-    return {one.stem: (len(one.control), len(one.references), one.mask is not None) for one in sources}
+    return {
+        source.stem: Companions(
+            num_controls=len(source.control),
+            num_references=len(source.references),
+            has_mask=source.mask is not None,
+        )
+        for source in sources
+    }
 
 
 def warn_skipped(faults: Sequence[Fault]) -> None:
@@ -150,35 +181,36 @@ def find_all_sources(
             skipped += [(table, fault) for fault in faults if not fault.ends_run]
     if problems:
         raise DatasetError("\n".join(problems))
-    if remarks := list_faults(find_encodings(sources), LISTED):
+    remarks = list_faults(find_encodings(sources), LISTED)
+    if remarks:
         logger.warning("%s", escape_control_codes("\n".join(remarks)))
-    tell_lone_controls(sources)
-    files = filter(None, (left_out_files(config, table) for table in config.datasets))
-    for line in (*files, *left_out_folders(config)):
+    log_lone_controls(sources)
+    lines = [left_out_files(config, table) for table in config.datasets]
+    lines += left_out_folders(config)
+    for line in filter(None, lines):
         logger.warning("%s", escape_control_codes(line))
     return sources
 
 
 def find_encodings(sources: Iterable[MediaSource]) -> list[Fault]:
     """Return a remark for each caption that was read in another encoding than UTF-8."""
-    return [
-        Fault(
-            NOT_UTF8,
-            describe_encoding(one.caption_path or one.path, one.caption or "", one.caption_encoding),
-            one.stem,
-        )
-        for one in sources
-        if one.caption_encoding is not None
-    ]
+    remarks = []
+    for source in sources:
+        if source.caption_encoding is not None:
+            path = source.caption_path or source.path
+            text = describe_encoding(path, source.caption or "", source.caption_encoding)
+            remarks.append(Fault(NOT_UTF8, text, source.stem))
+    return remarks
 
 
 def warn_unused(config: DatasetConfig, sources: Sequence[MediaSource]) -> None:
     """Warn about columns that nothing reads, and if a model that edits gets no reference picture at all."""
     unread: list[Fault] = []
-    if listed := [table for table in config.datasets if table.directory is None]:
-        from dataset.sources.unread import find_unread
+    tables = [table for table in config.datasets if table.directory is None]
+    if tables:
+        from dataset.sources.unread import find_unread  # only with lists or tables
 
-        unread = [fault for table in listed for fault in find_unread(table)]
+        unread = [fault for table in tables for fault in find_unread(table)]
     if unread:
         logger.warning("%s", escape_control_codes("\n".join(list_faults(unread, LISTED))))
     if any(table.references for table in config.datasets) and lack_references(config.datasets, sources):
@@ -187,24 +219,24 @@ def warn_unused(config: DatasetConfig, sources: Sequence[MediaSource]) -> None:
 
 def missing_captions(sources: Iterable[MediaSource]) -> list[str]:
     """Return one line per source without a caption: the file, and where a caption was looked for."""
-    lines = []
-    for source in sources:
-        table, where = source.table, "no caption_extension in its table, such as .txt"
-        if source.caption is not None:
-            continue
-        if source.caption_path is not None:
-            hint = ", and no class_tokens in its table" if table.group is not None else ""
-            where = f"no {source.caption_path.name} beside it{hint}"
-        elif table.metadata_file:
-            where = 'neither "caption" nor "tags" in its entry'
-        elif table.jsonl_file:
-            where = 'no "caption" in its line'
-        elif table.table_file:
-            where = f'no "{table.caption_column or "caption"}" in its row'
-        elif table.tars:
-            where = "no text file and no caption in a .json of the same name in the tar"
-        lines.append(f"{source.path}: {where}")
-    return lines
+    return [f"{source.path}: {_caption_place(source)}" for source in sources if source.caption is None]
+
+
+def _caption_place(source: MediaSource) -> str:
+    """Say where a caption was looked for."""
+    table = source.table
+    if source.caption_path is not None:
+        hint = ", and no class_tokens in its table" if table.group is not None else ""
+        return f"no {source.caption_path.name} beside it{hint}"
+    if table.metadata_file:
+        return 'neither "caption" nor "tags" in its entry'
+    if table.jsonl_file:
+        return 'no "caption" in its line'
+    if table.table_file:
+        return f'no "{table.caption_column or "caption"}" in its row'
+    if table.tars:
+        return "no text file and no caption in a .json of the same name in the tar"
+    return "no caption_extension in its table, such as .txt"
 
 
 def require_captions(sources: Sequence[MediaSource]) -> None:
@@ -219,13 +251,17 @@ def warn_captions(sources: Sequence[MediaSource]) -> None:
     """
     missing: list[MediaSource] = []
     bad: dict[Path, str] = {}
-    for source in [one for one in sources if one.caption is None][:MOST_READ]:
+    without_caption = [source for source in sources if source.caption is None]
+    for source in without_caption[:MOST_READ]:
         path = source.caption_path
         try:
-            if (path is None or read_caption(path) is None) and source.table.class_tokens is None:
-                missing.append(source)
+            caption = None if path is None else read_caption(path)
         except DatasetError as error:
-            bad |= {} if path is None else {path: str(error)}
+            assert path is not None
+            bad[path] = str(error)
+            continue
+        if caption is None and source.table.class_tokens is None:
+            missing.append(source)
     if missing:
         logger.warning(
             "%s%d of %d have no caption, and text caching needs one for each. The first: %s",

@@ -114,8 +114,8 @@ class MediaSource:
         The media, its control media, mask, control mask and references; or what was computed before.
         """
         if self.tensors is not None:
-            given = (self.tensors.moments, self.tensors.image)
-            return tuple((path, None) for path in given if path is not None)
+            moments = (self.tensors.moments, self.tensors.image)
+            return tuple((path, None) for path in moments if path is not None)
         paths = (self.path, *self.control, *filter(None, (self.mask, self.control_mask)), *self.references)
         return tuple(zip(paths, self.origins or (None,) * len(paths), strict=True))
 
@@ -211,47 +211,43 @@ def number_repeats(sources: Sequence[MediaSource]) -> list[MediaSource]:
     places = Counter((source.path, source.origins[:1]) for source in sources)
     if not places or max(places.values()) == 1:
         return list(sources)
-    taken = {source.stem.casefold() for source in sources}
-    seen: dict[object, dict[object, str]] = {}  # file -> (other values of its row -> stem)
+    used = {source.stem.casefold() for source in sources}
+    by_file: dict[object, dict[object, str]] = {}  # file -> (other values of its row -> stem)
     numbered = []
     for source in sources:
         file = source.path, source.origins[:1]
-        beside = source.control, source.mask, source.sound, source.references, source.control_mask
-        rest = source.caption, source.more_captions, *beside
-        stems = seen.setdefault(file, {}) if places[file] > 1 else {}
-        if rest not in stems:
-            stem, number = source.stem, len(stems) + 1
-            while stems and stem.casefold() in taken:
-                stem, number = f"{source.stem}-{number}", number + 1
-            taken.add(stem.casefold())
-            stems[rest] = stem
-        stem = stems[rest]
+        row = (
+            source.caption,
+            source.more_captions,
+            source.control,
+            source.mask,
+            source.sound,
+            source.references,
+            source.control_mask,
+        )
+        stems = by_file.setdefault(file, {}) if places[file] > 1 else {}
+        if row not in stems:
+            stem = source.stem
+            number = len(stems) + 1
+            while stems and stem.casefold() in used:
+                stem = f"{source.stem}-{number}"
+                number += 1
+            used.add(stem.casefold())
+            stems[row] = stem
+        stem = stems[row]
         numbered.append(source if stem == source.stem else replace(source, stem=stem))
     return numbered
 
 
 # endings of pictures, clips, sounds and tars: no other comes from an address, as programs run files by theirs
 DOWNLOADED_SUFFIXES = frozenset(
-    {
-        *(
-            ".png",
-            ".jpg",
-            ".jpeg",
-            ".webp",
-            ".bmp",
-            ".tif",
-            ".tiff",
-            ".gif",
-            ".avif",
-            ".heic",
-            ".heif",
-            ".jxl",
-        ),
-        *(".mp4", ".webm", ".avi", ".mkv", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg", ".ogv", ".apng"),
-        *(".wav", ".flac", ".mp3", ".m4a", ".aac", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".wma", ".mka"),
-        *(".ac3", ".tar"),
-    }
-)
+    [
+        ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".heic", ".heif", ".jxl",
+        ".mp4", ".webm", ".avi", ".mkv", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg", ".ogv", ".apng",
+        ".wav", ".flac", ".mp3", ".m4a", ".aac", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".wma", ".mka",
+        ".ac3", ".tar",
+    ]
+)  # fmt: skip
 
 
 def local_name(address: str) -> str:

@@ -108,35 +108,43 @@ def largest_value(file: Any, pages: Unpacking, group: int, columns: Collection[s
     file: a `ParquetFile`. pages: counter for the pages of this row group. columns: with all nested ones.
     Raises DatasetError if the pages unpack to too much, ValueError if they are damaged, OSError.
     """
-    chunks, largest, wanted = file.metadata.row_group(group), 0, set(columns)
+    chunks = file.metadata.row_group(group)
+    largest = 0
+    names = set(columns)
     with pages.path.open("rb") as content:
         for number in range(chunks.num_columns):
             chunk = chunks.column(number)
-            if not wanted.isdisjoint(accumulate(chunk.path_in_schema.split("."), "{}.{}".format)):
+            parents = accumulate(chunk.path_in_schema.split("."), "{}.{}".format)
+            if not names.isdisjoint(parents):
                 pages.add(chunk.num_values * VALUE_BYTES)
-                largest = max(largest, file.schema.column(number).length, _walk(content, chunk, pages))
+                largest = max(largest, file.schema.column(number).length)
+                largest = max(largest, _count_pages(content, chunk, pages))
     return largest
 
 
-def _walk(content: Any, chunk: Any, pages: Unpacking) -> int:
+def _count_pages(content: Any, chunk: Any, pages: Unpacking) -> int:
     """Count the unpacked bytes of a column in a row group; return its `largest_value`."""
-    largest, values = 0, 0
-    place = min(one for one in (chunk.data_page_offset, chunk.dictionary_page_offset) if one is not None)
+    largest = 0
+    num_values = 0
+    place = chunk.data_page_offset
+    if chunk.dictionary_page_offset is not None:
+        place = min(place, chunk.dictionary_page_offset)
     end = place + chunk.total_compressed_size
-    while place < end and values < chunk.num_values:
-        header, size = _read_header(content, place)
-        unpacked, packed = _number(header, _UNPACKED), _number(header, _PACKED)
-        pages.add(unpacked)
+    while place < end and num_values < chunk.num_values:
+        header, header_size = _read_header(content, place)
+        unpacked_size = _number(header, _UNPACKED)
+        packed_size = _number(header, _PACKED)
+        pages.add(unpacked_size)
         repeats = header.get(_TYPE) == _DICTIONARY_PAGE
         kind = next((field for field in _ENCODINGS if isinstance(header.get(field), dict)), None)
         if kind is not None:
             count = _number(header[kind], 1)
             pages.add(max(0, count - chunk.num_values) * VALUE_BYTES)
-            values += count
+            num_values += count
             repeats |= header[kind].get(_ENCODINGS[kind]) == _DELTA_BYTE_ARRAY
         if repeats:
-            largest = max(largest, unpacked)
-        place += size + packed
+            largest = max(largest, unpacked_size)
+        place += header_size + packed_size
     return largest
 
 
@@ -164,7 +172,7 @@ def _read_struct(data: memoryview, place: int, depth: int = 0) -> tuple[dict[int
     """Return field number -> value for the numbers and structs in a struct, and the place where it ends."""
     if depth > 4:  # a page's header, its kind, its statistics
         raise ValueError("a page's header is damaged")
-    found: dict[int, Any] = {}
+    values: dict[int, Any] = {}
     field = 0
     while data[place]:
         step, kind = data[place] >> 4, data[place] & 15
@@ -174,15 +182,15 @@ def _read_struct(data: memoryview, place: int, depth: int = 0) -> tuple[dict[int
         else:
             field, place = _signed(data, place)
         if kind == _STRUCT:
-            found[field], place = _read_struct(data, place, depth + 1)
+            values[field], place = _read_struct(data, place, depth + 1)
         elif kind in _NUMBERS:
-            found[field], place = _signed(data, place)
+            values[field], place = _signed(data, place)
         elif kind == _BINARY:
             size, place = read_varint(data, place)
             place += size
         elif kind not in _SWITCHES:
             raise ValueError("a page's header is damaged")
-    return found, place + 1
+    return values, place + 1
 
 
 def _signed(data: memoryview, place: int) -> tuple[int, int]:
@@ -203,8 +211,11 @@ def cell_column(path: Path, name: str) -> str | None:
         if name not in schema.names:
             return None
         kind = schema.field(name).type
-        if types.is_struct(kind) and "bytes" in (inner := [one.name for one in kind]):
-            name, kind = f"{name}.bytes", kind.field(inner.index("bytes")).type
+        if types.is_struct(kind):
+            inner_names = [field.name for field in kind]
+            if "bytes" in inner_names:
+                name = f"{name}.bytes"
+                kind = kind.field(inner_names.index("bytes")).type
         return name if types.is_binary(kind) or types.is_large_binary(kind) else None
 
 
@@ -215,39 +226,54 @@ def cells_of(path: Path, column: str, finds_nulls: bool = False) -> Callable[[in
     finds_nulls: return None for a cell that is null and names no file; a row group with such cells is read.
     Raises DatasetError if its row groups are too large to read one at a time.
     """
-    nulls, leaves = list[bool](), set[str]()  # by row group: whether some cells may be null
-    beside = f"{column.rpartition('.')[0]}.path"
+    may_be_null: list[bool] = []  # by row group: whether some cells may be null
+    leaves: set[str] = set()
     with open_parquet(path) as file:
         groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
         for group in groups:
-            sizes = [group.column(index) for index in range(group.num_columns)]
-            leaves |= {one.path_in_schema for one in sizes}
-            sizes = [one for one in sizes if one.path_in_schema == column]
-            size = sum(one.total_uncompressed_size for one in sizes)
-            told = [one.statistics for one in sizes if one.is_stats_set and one.statistics.has_null_count]
-            nulls.append(finds_nulls and (not told or any(one.null_count for one in told)))
-            if size > MAX_GROUP_BYTES:
-                raise DatasetError(
-                    f"{path}: a row group holds {size / 1e9:.1f} GB of {column}, at most "
-                    f"{MAX_GROUP_BYTES / 1e9:.1f} GB are read at a time. Write it again with "
-                    "row_group_size=100."
-                )
+            chunks = [group.column(index) for index in range(group.num_columns)]
+            leaves |= {chunk.path_in_schema for chunk in chunks}
+            cells = [chunk for chunk in chunks if chunk.path_in_schema == column]
+            _check_group_size(path, column, sum(chunk.total_uncompressed_size for chunk in cells))
+            may_be_null.append(finds_nulls and _may_have_nulls(cells))
         starts = list(accumulate((group.num_rows for group in groups), initial=0))
+    path_column = f"{column.rpartition('.')[0]}.path"
+    columns = [name for name in (column, path_column) if name in leaves]
 
     @cache
     def filled(group: int) -> Sequence[bool]:
         try:
-            both = [_column(path, group, one).is_valid() for one in (column, beside) if one in leaves]
-            return [any(row) for row in zip(*(one.to_pylist() for one in both), strict=True)]
-        except (DatasetError, OSError, ValueError, IndexError):  # as it is told where cells are read
+            are_valid = [_column(path, group, name).is_valid().to_pylist() for name in columns]
+            return [any(row) for row in zip(*are_valid, strict=True)]
+        except (DatasetError, OSError, ValueError, IndexError):  # reported where cells are read
             return [True] * (starts[group + 1] - starts[group])
 
     def place(number: int) -> ParquetCell | None:
         group = bisect.bisect_right(starts, number - 1) - 1
         row = number - 1 - starts[group]
-        return ParquetCell(path, group, row, column) if not nulls[group] or filled(group)[row] else None
+        is_there = not may_be_null[group] or filled(group)[row]
+        return ParquetCell(path, group, row, column) if is_there else None
 
     return place
+
+
+def _check_group_size(path: Path, column: str, size_bytes: int) -> None:
+    """Raise DatasetError if the cells of a row group are too large to be read at a time."""
+    if size_bytes > MAX_GROUP_BYTES:
+        raise DatasetError(
+            f"{path}: a row group holds {size_bytes / 1e9:.1f} GB of {column}, at most "
+            f"{MAX_GROUP_BYTES / 1e9:.1f} GB are read at a time. Write it again with "
+            "row_group_size=100."
+        )
+
+
+def _may_have_nulls(chunks: Sequence[Any]) -> bool:
+    """Return whether chunks of a column have nulls, or do not say how many."""
+    counts = []
+    for chunk in chunks:
+        if chunk.is_stats_set and chunk.statistics.has_null_count:
+            counts.append(chunk.statistics.null_count)
+    return not counts or any(counts)
 
 
 def read_cell(origin: ParquetCell) -> bytes:
@@ -278,10 +304,10 @@ def _group(path: Path, group: int, column: str, mtime_ns: int) -> Any:
         pages = Unpacking.of(path)
         pages.most_bytes = min(pages.most_bytes, MAX_GROUP_BYTES)
         largest_value(file, pages, group, [column])
-        found = file.read_row_group(group, columns=[column], use_threads=False).column(0)
-    if "." in column and hasattr(found.type, "num_fields") and found.type.num_fields:
+        cells = file.read_row_group(group, columns=[column], use_threads=False).column(0)
+    if "." in column and hasattr(cells.type, "num_fields") and cells.type.num_fields:
         import pyarrow.compute as pc
 
-        found = pc.struct_field(found, column.rpartition(".")[2])
-    found.validate(full=True)  # else indices into dictionaries are not checked
-    return found
+        cells = pc.struct_field(cells, column.rpartition(".")[2])
+    cells.validate(full=True)  # else indices into dictionaries are not checked
+    return cells

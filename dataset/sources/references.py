@@ -44,8 +44,8 @@ def _is_equal(source: MediaSource) -> bool:
     with contextlib.suppress(OSError):  # errors are reported when it is read
         size = source.path.stat().st_size
         return any(
-            one.stat().st_size == size and filecmp.cmp(one, source.path, shallow=False)
-            for one in source.control
+            path.stat().st_size == size and filecmp.cmp(path, source.path, shallow=False)
+            for path in source.control
         )
     return False
 
@@ -64,24 +64,34 @@ def limit_references(table: DatasetTable, sources: list[MediaSource]) -> list[Me
         logger.warning(
             "%s: %d of %d images have more reference pictures than the %d that this model takes; those "
             "behind are left out. The first: %s has %d",
-            *(table.name, len(over), number, most, over[0].path, len(over[0].control)),
+            table.name,
+            len(over),
+            number,
+            most,
+            over[0].path,
+            len(over[0].control),
         )
-        limited = []
-        for source in sources:
-            surplus = range(1 + most, 1 + len(source.control))
-            if surplus:
-                origins = tuple(one for place, one in enumerate(source.origins) if place not in surplus)
-                source = replace(source, control=source.control[:most], origins=origins)
-            limited.append(source)
-        sources = limited
+        sources = [_without_surplus(source, most) for source in sources]
     none = [source for source in sources if not source.control]
     if none:
         logger.warning(
             "%s: %d of %d images have no reference picture and are trained without one, such as %s. Add it, "
             "or move the image to a table of its own, if that is not meant",
-            *(table.name, len(none), number, none[0].path),
+            table.name,
+            len(none),
+            number,
+            none[0].path,
         )
     return sources
+
+
+def _without_surplus(source: MediaSource, most: int) -> MediaSource:
+    """Return a source with its first `most` reference pictures."""
+    if len(source.control) <= most:
+        return source
+    # the first origin is that of the image
+    origins = source.origins[: 1 + most] + source.origins[1 + len(source.control) :]
+    return replace(source, control=source.control[:most], origins=origins)
 
 
 def read_reference(
@@ -143,7 +153,8 @@ def fit_reference(table: DatasetTable, size: Size, path: Path, bucket: Size | No
     """
     rules = table.references
     assert rules is not None
-    (width, height), step, resolution = size, rules.step, table.control_resolution
+    width, height = size
+    step, resolution = rules.step, table.control_resolution
     if min(size) < step:
         raise MediaError(f"{path} has {width}x{height} pixels, each side needs at least {step}")
     area = None if resolution is None else resolution[0] * resolution[1]

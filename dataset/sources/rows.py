@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 from urllib.request import url2pathname
 
 from dataset.config import DatasetTable
@@ -21,6 +21,14 @@ MOST_SHOWN = 80  # characters of a path in a message
 DOWNLOADS = "downloads"  # the folder in the cache directory, if the table names no other
 
 Part = tuple[Path, media_source.Origin | None]  # a file, and where its bytes are if they are not there
+
+
+class _Media(NamedTuple):
+    """The image or clip of a row."""
+
+    part: Part
+    stem: str
+    identity: str  # differs if sources do
 
 
 class RefusedAddress(DatasetError):
@@ -44,54 +52,91 @@ class RowReader:
     _identities: list[str] = field(default_factory=list)  # of each source, differs if sources do
 
     def read(
-        self, values: Mapping[str, Any], where: str, held: tuple[str, Part] | None = None
+        self, values: Mapping[str, Any], where: str, contained: tuple[str, Part] | None = None
     ) -> media_source.MediaSource:
-        """Return the source of a row. where: `list.jsonl, line 3`. held: name and place of a file in the row.
+        """Return the source of a row. where: `list.jsonl, line 3`. contained: name and place of a file in the
+        row.
 
         Raises DatasetError if a value cannot be used, RefusedAddress for an address that is not followed.
         """
-        if held is None:
-            text = values.get(self.path_column)
-            if not isinstance(text, str) or not text.strip():
-                example = f'{{"{self.path_column}": "...", "caption": "..."}}'
-                hint = f". Each line is one object such as {example}" if self.is_list else ""
-                problem = "is missing" if self.is_list or text is None or text == "" else "is not a path"
-                raise DatasetError(f"{where}: {self.path_column} {problem}{hint}")
-            check_text(text, f"{where}: {self.path_column}")
-            media: Part = self._locate(text, where)
-            stem, identity = media[0].stem, text
-            if isinstance(media[1], media_source.Remote):
-                stem, identity = media_source.split_name(text)[0], address_identity(text)
+        if contained is None:
+            media = self._media(values, where)
         else:
-            (stem, media), identity = held, held[0]
-        found = self._captions(values, where)
-        captions = complete_captions(found, self.table) if found else None
-        found_beside: dict[str, dict[int, Part]] = {"control_path": {}, "reference_path": {}}
-        for name in values:
-            for start, numbered in found_beside.items():
-                is_named = start == "control_path" and name == self.table.control_column
-                first = 0 if is_named else control_number(name, start)
-                several = values[name] if isinstance(values[name], list) else [values[name]]
-                for number, value in enumerate(several if first is not None else (), first or 0):
-                    if (part := self._part(name, value, where)) is None:
-                        continue
-                    if number in numbered:
-                        more = " and control_column are" if start == "control_path" else " is"
-                        raise DatasetError(
-                            f"{where}: {name} repeats the number of another {start}; {start}{more} {start}_0"
-                        )
-                    numbered[number] = part
-        controls, references = ([part for _, part in sorted(one.items())] for one in found_beside.values())
-        controls = controls[: self.table.control_count]
+            name, part = contained
+            media = _Media(part, stem=name, identity=name)
+        texts = self._captions(values, where)
+        captions = complete_captions(texts, self.table) if texts else None
+        controls, references = self._numbered_parts(values, where)
         mask = self._part("mask_path", values.get("mask_path"), where)
-        white = self._part("control_mask_path", values.get("control_mask_path"), where)
-        beside = controls, mask, references, white
-        source = make_source(self.table, where, stem, media, captions, *beside)
-        sound = values.get("audio_path") if self.table.kind == "video" else None
-        if (sound := self._part("audio_path", sound, where)) is not None:
+        control_mask = self._part("control_mask_path", values.get("control_mask_path"), where)
+        source = make_source(
+            self.table,
+            where=where,
+            stem=media.stem,
+            media=media.part,
+            captions=captions,
+            controls=controls[: self.table.control_count],
+            mask=mask,
+            references=references,
+            control_mask=control_mask,
+        )
+        sound_path = values.get("audio_path") if self.table.kind == "video" else None
+        sound = self._part("audio_path", sound_path, where)
+        if sound is not None:
             source = replace(source, sound=cast(tuple[Path, media_source.Remote | None], sound))
-        self._identities.append(identity)
+        self._identities.append(media.identity)
         return source
+
+    def _media(self, values: Mapping[str, Any], where: str) -> "_Media":
+        """Return the image or clip that a row names."""
+        text = values.get(self.path_column)
+        if not isinstance(text, str) or not text.strip():
+            hint = ""
+            if self.is_list:
+                example = f'{{"{self.path_column}": "...", "caption": "..."}}'
+                hint = f". Each line is one object such as {example}"
+            is_missing = self.is_list or text is None or text == ""
+            problem = "is missing" if is_missing else "is not a path"
+            raise DatasetError(f"{where}: {self.path_column} {problem}{hint}")
+        check_text(text, f"{where}: {self.path_column}")
+        path, remote = self._locate(text, where)
+        if remote is None:
+            return _Media((path, None), stem=path.stem, identity=text)
+        stem, _ = media_source.split_name(text)
+        return _Media((path, remote), stem=stem, identity=address_identity(text))
+
+    def _numbered_parts(self, values: Mapping[str, Any], where: str) -> tuple[list[Part], list[Part]]:
+        """Return the control media of a row and its references, each in the order of their numbers."""
+        controls: dict[int, Part] = {}
+        references: dict[int, Part] = {}
+        for name, value in values.items():
+            first = control_number(name)
+            if name == self.table.control_column:
+                first = 0
+            if first is not None:
+                self._add_parts(controls, "control_path", name, value, first=first, where=where)
+            first = control_number(name, "reference_path")
+            if first is not None:
+                self._add_parts(references, "reference_path", name, value, first=first, where=where)
+        ordered_controls = [controls[number] for number in sorted(controls)]
+        ordered_references = [references[number] for number in sorted(references)]
+        return ordered_controls, ordered_references
+
+    def _add_parts(
+        self, parts: dict[int, Part], column: str, name: str, value: Any, first: int, where: str
+    ) -> None:
+        """Add the files in a column by their numbers. column: its usual name. name: its name in this row."""
+        paths = value if isinstance(value, list) else [value]
+        for number, path in enumerate(paths, first):
+            part = self._part(name, path, where)
+            if part is None:
+                continue
+            if number in parts:
+                names = f"{column} and control_column are" if column == "control_path" else f"{column} is"
+                raise DatasetError(
+                    f"{where}: {name} repeats the number of another {column}; {names} {column}_0"
+                )
+            parts[number] = part
 
     def finish(
         self, sources: Sequence[media_source.MediaSource], faults: list[media_source.Fault]
@@ -101,15 +146,12 @@ class RowReader:
         sources: all that `read` made, in order.
         """
         stems = media_source.unique_stems([source.stem for source in sources], self._identities)
-        named = [
-            source
-            if stem == source.stem or (self.is_list and not source.origins)
-            else replace(source, stem=stem)
-            for source, stem in zip(sources, stems, strict=True)
-        ]
-        return check_controls(
-            self.table, media_source.number_repeats(named), faults, f"{self.unit}s of {self.file}"
-        )
+        named = []
+        for source, stem in zip(sources, stems, strict=True):
+            keeps_stem = stem == source.stem or (self.is_list and not source.origins)
+            named.append(source if keeps_stem else replace(source, stem=stem))
+        numbered = media_source.number_repeats(named)
+        return check_controls(self.table, numbered, faults, where=f"{self.unit}s of {self.file}")
 
     @property
     def unit(self) -> str:
@@ -119,20 +161,27 @@ class RowReader:
         """Return the local path of a file, and its address if it has one."""
         if not is_address(text):
             return locate(text, self.base, where), None
-        table, protocol = self.table, protocol_of(text)
-        refused = None if table.allow_urls else "addresses are read only with allow_urls = true in the table"
-        if refused is None and "::" in text.split("/", 1)[0]:
-            refused = "chains of addresses (::) are not followed"
-        if refused is None and protocol == "file":
+        protocol = protocol_of(text)
+        problem = self._address_problem(text, protocol)
+        if problem is not None:
+            raise RefusedAddress(problem, f"{where}: {hide_secrets(text)}")
+        if protocol == "file":
             # a path in other words, and as one only opened as an image or a clip
             return Path(url2pathname(split_address(text).path)), None
-        if refused is None:
-            from dataset.sources.downloads import protocol_problem
+        download = download_folder(self.table) / media_source.local_name(text)
+        return download, media_source.Remote(text)
 
-            refused = protocol_problem(protocol)
-        if refused is not None:
-            raise RefusedAddress(refused, f"{where}: {hide_secrets(text)}")
-        return download_folder(table) / media_source.local_name(text), media_source.Remote(text)
+    def _address_problem(self, address: str, protocol: str) -> str | None:
+        """Say why an address is not followed; None if it is."""
+        if not self.table.allow_urls:
+            return "addresses are read only with allow_urls = true in the table"
+        if "::" in address.split("/", 1)[0]:
+            return "chains of addresses (::) are not followed"
+        if protocol == "file":
+            return None
+        from dataset.sources.downloads import protocol_problem  # few tables have addresses
+
+        return protocol_problem(protocol)
 
     def _captions(self, values: Mapping[str, Any], where: str) -> list[str]:
         """Return the caption, followed with multi_caption by the texts of the list `captions`."""
@@ -140,18 +189,20 @@ class RowReader:
         caption = None if name is None else values.get(name)
         if caption is not None and not isinstance(caption, str):
             raise DatasetError(f"{where}: {name} = {_show(caption)} is not a text")
-        more = values.get("captions") if self.table.multi_caption else None
-        if more is not None and not (isinstance(more, list) and all(isinstance(one, str) for one in more)):
-            raise DatasetError(f"{where}: captions = {_show(more)} is not a list of texts")
-        captions = [*([] if caption is None else [caption]), *(more or ())]
-        for one in captions:
-            check_text(one, f"{where}: {name or 'captions'}")
+        further = values.get("captions") if self.table.multi_caption else None
+        if further is not None and not _is_list_of_texts(further):
+            raise DatasetError(f"{where}: captions = {_show(further)} is not a list of texts")
+        captions = [] if caption is None else [caption]
+        captions += further or []
+        for text in captions:
+            check_text(text, f"{where}: {name or 'captions'}")
         if self.is_list:
             return captions
-        stripped = [one.strip() for one in captions]
+        stripped = [text.strip() for text in captions]
         if caption is None or not self.table.multi_caption:
             return stripped
-        return [*(lines_of(stripped[0]) or [""]), *stripped[1:]]
+        lines = lines_of(stripped[0]) or [""]
+        return [*lines, *stripped[1:]]
 
     def _part(self, name: str, value: Any, where: str) -> Part | None:
         """Return the file in a column of control media, masks or sound; None if there is none.
@@ -171,6 +222,10 @@ class RowReader:
         return self._locate(value, where)
 
 
+def _is_list_of_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
 def make_source(
     table: DatasetTable,
     where: Path | str,
@@ -185,18 +240,19 @@ def make_source(
     """Return the source made from one row, or from one sample of a tar. where: for messages."""
     if mask is not None and table.alpha_mask:
         raise DatasetError(f"{where}: its mask and alpha_mask = true exclude each other; leave out one.")
-    first, more = first_and_more(captions, where)
-    parts = (media, *controls, *filter(None, (mask, control_mask)), *references)
+    caption, more_captions = first_and_more(captions, where)
+    masks = [part for part in (mask, control_mask) if part is not None]
+    parts = (media, *controls, *masks, *references)
     origins = tuple(origin for _, origin in parts)
     return media_source.MediaSource(
-        media[0],
-        stem,
-        first,
-        None,
-        tuple(path for path, _ in controls),
-        table,
-        more,
-        None if mask is None else mask[0],
+        path=media[0],
+        stem=stem,
+        caption=caption,
+        caption_path=None,
+        control=tuple(path for path, _ in controls),
+        table=table,
+        more_captions=more_captions,
+        mask=None if mask is None else mask[0],
         origins=origins if any(origins) else (),
         references=tuple(path for path, _ in references),
         control_mask=None if control_mask is None else control_mask[0],
@@ -225,9 +281,9 @@ def locate(text: str, base: Path | None, where: str) -> Path:
 
 def check_text(text: str, where: str) -> None:
     """Raise DatasetError for a text that can be neither a file's name nor a caption."""
-    found = bad_character(text)
-    if found is not None:
-        raise DatasetError(f"{where} holds {found}. Correct the line.")
+    bad = bad_character(text)
+    if bad is not None:
+        raise DatasetError(f"{where} holds {bad}. Correct the line.")
     if len(text) > MAX_CAPTION_BYTES:
         raise DatasetError(
             f"{where} has {len(text):,} characters, at most {MAX_CAPTION_BYTES:,} are read. Shorten it."

@@ -19,7 +19,7 @@ from modules.media.decoding import is_animation
 from modules.media.reading import Frame
 from modules.media.samples import read_track, track_facts
 
-MOST_ASKED = 200  # clips, of each table: headers of some milliseconds each
+MOST_OPENED = 200  # clips, of each table: headers of some milliseconds each
 SAME_RATE = 0.01  # by how much the rate of a clip may differ from source_fps, so that its sound fits
 
 
@@ -33,14 +33,15 @@ def find_sound(source: MediaSource) -> Path:
 
     source: fetched. Raises NoSound if no file fits, MediaError if a file is missing or unreadable.
     """
-    table, path, stated = source.table, source.path, source.table.stated_fps
+    table, path = source.table, source.path
+    stated = table.stated_fps
     if source.sound is not None:
-        given, origin = source.sound
+        file, origin = source.sound
         if origin is not None:
-            from dataset.sources.downloads import check_media, download
+            from dataset.sources.downloads import check_media, download  # only at addresses
 
-            download(origin.address, given, check=check_media)
-        return given
+            download(origin.address, file, check=check_media)
+        return file
     if table.audio_directory is not None:
         raise NoSound(f"{path}: no file of its name in {table.audio_directory}")
     if source.tensors is not None or path.is_dir() or is_animation(path):
@@ -64,8 +65,8 @@ def count_frames(path: Path, fps: float) -> int:
         raise MediaError(f"{path}: {why}. Convert it to WAV or FLAC, or take it out")
     count = int(facts.end * Fraction(fps))
     if not 0 < count <= MAX_FRAMES:
-        what = "days long, says its header" if count > 0 else f"shorter than a frame, {1 / fps:.2g} s"
-        raise MediaError(f"{path}: its sound is {what}. Take it out")
+        fault = "days long, says its header" if count > 0 else f"shorter than a frame, {1 / fps:.2g} s"
+        raise MediaError(f"{path}: its sound is {fault}. Take it out")
     return count
 
 
@@ -78,16 +79,19 @@ def black_frames(path: Path, fps: float) -> Iterator[tuple[Frame, int, float]]:
 def list_unheard(sources: Iterable[MediaSource], silent: Collection[str]) -> list[Path]:
     """Return the clips that have sound although none is cached.
 
-    silent: stems of clips without cached sound. At most MOST_ASKED files are opened, none is downloaded, and
+    silent: stems of clips without cached sound. At most MOST_OPENED files are opened, none is downloaded, and
     unreadable ones are skipped.
     """
-    asked = (one for one in sources if one.stem in silent and not any(one.origins))
-    found = []
-    for source in itertools.islice(asked, MOST_ASKED):
+    local = (source for source in sources if source.stem in silent and not any(source.origins))
+    unheard = []
+    for source in itertools.islice(local, MOST_OPENED):
         with contextlib.suppress(MediaError, OSError):
-            if source.path.exists() and (source.sound is None or source.sound[1] is None):
-                found += [source.path] if track_facts(find_sound(source)) is not None else []
-    return found
+            if not source.path.exists():
+                continue
+            _, origin = source.sound or (None, None)
+            if origin is None and track_facts(find_sound(source)) is not None:
+                unheard.append(source.path)
+    return unheard
 
 
 def read_sounds(path: Path, spans: Sequence[Span], rate: float, spec: SoundSpec) -> list[Tensor]:
@@ -96,10 +100,19 @@ def read_sounds(path: Path, spans: Sequence[Span], rate: float, spec: SoundSpec)
     path: from `find_sound`. rate: from `kept_rate`. The track is decoded once. Raises NoSound if there is no
     track, MediaError if the file cannot be read or its sound is damaged.
     """
-    places = [(round(first / rate * spec.rate), round(count / rate * spec.rate)) for first, count in spans]
-    begin, end = min(place for place, _ in places), max(map(sum, places))
-    samples = read_track(path, Fraction(begin, spec.rate), end - begin, spec.rate, spec.channels)
+    ranges = []  # of samples
+    for first, num_frames in spans:
+        start = round(first / rate * spec.rate)
+        ranges.append((start, start + round(num_frames / rate * spec.rate)))
+    begin = min(start for start, _ in ranges)
+    length = max(end for _, end in ranges) - begin
+    samples = read_track(
+        path,
+        Fraction(begin, spec.rate),
+        length,
+        rate=spec.rate,
+        channels=spec.channels,
+    )
     if samples is None:
         raise NoSound(f"{path}: it has no track of sound")
-    found = [samples[:, place - begin : place - begin + count] for place, count in places]
-    return [torch.from_numpy(one.copy()) for one in found]
+    return [torch.from_numpy(samples[:, start - begin : end - begin].copy()) for start, end in ranges]

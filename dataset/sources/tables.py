@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from dataset.sources.columns import (
 )
 from dataset.sources.media_source import Fault, MediaSource, ParquetCell, readable_stem, unique_stems
 from dataset.sources.parquet import cell_column, cells_of, parquet_parts
-from dataset.sources.rows import RefusedAddress, RowReader, control_number
+from dataset.sources.rows import Part, RefusedAddress, RowReader, control_number
 from modules.errors import DatasetError
 from modules.limits import MAX_METADATA_BYTES
 from modules.media.reading import image_suffixes
@@ -51,32 +51,42 @@ def list_rows(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
     cells: dict[str, Cells] = {}
     if table.jsonl_file is not None:
         name = table.path_key
-        rows = RowReader(table, path, name, is_list=True)
-        found = read_jsonl(path, None, example=f'{{"{name}": "...", "caption": "..."}}')
+        reader = RowReader(table, path, name, is_list=True)
+        rows = read_jsonl(path, None, example=f'{{"{name}": "...", "caption": "..."}}')
     else:
-        rows, cells, wanted = _open_table(table, path)
-        found = read_columns(path, wanted)
+        reader, cells, columns = _open_table(table, path)
+        rows = read_columns(path, columns)
     sources = []
-    for row in found:
+    kind = f"{reader.unit}s of {path} cannot be used"
+    for row in rows:
         try:
-            if row.fault is not None:
-                raise DatasetError(f"{row.where}: {row.fault}")
-            held, values = None, {**row.values}
-            for column, cell in cells.items():
-                if (origin := cell(row)) is None:  # null: the row has no such file
-                    continue
-                place = row.file / f"{row.number:08d}", origin
-                if column == rows.path_column:  # `train-00000-of-00002_00000012`
-                    held = f"{readable_stem(row.file.stem).replace('.', '_')}_{row.number:08d}", place
-                else:
-                    values[column] = place[0].with_name(f"{place[0].name} {readable_stem(column)}"), origin
-            sources.append(rows.read(values, row.where, held))
+            sources.append(_read_row(reader, row, cells))
         except RefusedAddress as refused:
-            faults.append(Fault(f"{rows.unit}s of {path} cannot be used: {refused.reason}", refused.shown))
+            faults.append(Fault(f"{kind}: {refused.reason}", refused.shown))
         except DatasetError as error:
-            kind = f"{rows.unit}s of {path} cannot be used"
             faults.append(Fault(kind, f"{str(error).rstrip('.')}."))
-    return rows.finish(sources, faults)
+    return reader.finish(sources, faults)
+
+
+def _read_row(reader: RowReader, row: TableRow, cells: Mapping[str, "Cells"]) -> MediaSource:
+    """Return the source of a row. cells: by column, finders of files in rows. Raises DatasetError."""
+    if row.fault is not None:
+        raise DatasetError(f"{row.where}: {row.fault}")
+    if not cells:
+        return reader.read(row.values, row.where)
+    media: tuple[str, Part] | None = None
+    values = {**row.values}
+    for column, find_cell in cells.items():
+        origin = find_cell(row)
+        if origin is None:  # null: the row has no such file
+            continue
+        name = f"{row.number:08d}"
+        if column == reader.path_column:  # `train-00000-of-00002_00000012`
+            stem = f"{readable_stem(row.file.stem).replace('.', '_')}_{name}"
+            media = stem, (row.file / name, origin)
+        else:
+            values[column] = row.file / f"{name} {readable_stem(column)}", origin
+    return reader.read(values, row.where, media)
 
 
 Cells = Callable[[TableRow], ParquetCell | None]
@@ -88,17 +98,19 @@ def _open_table(table: DatasetTable, path: Path) -> tuple[RowReader, dict[str, C
     """
     columns = column_names(path)
     path_column, caption_column = choose_columns(table, columns)
-    wanted = names_read(table, path_column, caption_column or "")
-    beside = "control_path", "reference_path"
-    wanted |= {name for name in columns if any(control_number(name, one) is not None for one in beside)}
-    media = wanted - {"audio_path", caption_column}
-    cells = {
-        name: cell for name in media if (cell := find_cells(path, name, name != path_column)) is not None
-    }
-    wanted -= cells.keys()
+    names = names_read(table, path_column, caption_column or "")
+    for name in columns:
+        if control_number(name) is not None or control_number(name, "reference_path") is not None:
+            names.add(name)
+    cells = {}
+    for name in names - {"audio_path", caption_column}:
+        find_cell = find_cells(path, name, name != path_column)
+        if find_cell is not None:
+            cells[name] = find_cell
+    names -= cells.keys()
     base = None if path_column in cells else _base_of(path, path_column)
-    rows = RowReader(table, path, path_column, caption_column, base=base)
-    return rows, cells, None if table_format(path) == JSONL else wanted
+    reader = RowReader(table, path, path_column, caption_column, base=base)
+    return reader, cells, None if table_format(path) == JSONL else names
 
 
 def choose_columns(table: DatasetTable, columns: Sequence[str]) -> tuple[str, str | None]:
@@ -119,8 +131,11 @@ def choose_columns(table: DatasetTable, columns: Sequence[str]) -> tuple[str, st
 
 def names_read(table: DatasetTable, path_column: str, caption_column: str) -> set[str]:
     names = {path_column, caption_column, table.control_column or "", "mask_path", "control_mask_path"}
-    names |= {"captions"} if table.multi_caption else set()
-    return (names | ({"audio_path"} if table.kind == "video" else set())) - {""}
+    if table.multi_caption:
+        names.add("captions")
+    if table.kind == "video":
+        names.add("audio_path")
+    return names - {""}
 
 
 def find_cells(path: Path, name: str, finds_nulls: bool) -> Cells | None:
@@ -149,25 +164,27 @@ def _choose(table: DatasetTable, key: str, usual: Sequence[str], columns: Sequen
 
 
 def _shown(columns: Sequence[str]) -> str:
-    more = f" and {len(columns) - MOST_SHOWN} more" if len(columns) > MOST_SHOWN else ""
-    return ", ".join(map(repr, columns[:MOST_SHOWN])) + more if columns else "no columns"
+    if not columns:
+        return "no columns"
+    shown = ", ".join(map(repr, columns[:MOST_SHOWN]))
+    return f"{shown} and {len(columns) - MOST_SHOWN} more" if len(columns) > MOST_SHOWN else shown
 
 
 def _base_of(path: Path, column: str) -> Path | None:
     """Return the folder that relative paths start in; None: the working folder, also if no file is found."""
-    beside = path if path.is_dir() else path.parent
+    folder = path if path.is_dir() else path.parent
     for row in itertools.islice(read_columns(path, [column]), FIRST_ROWS):
         text = row.values.get(column)
         if not isinstance(text, str) or "\0" in text or not text.strip() or is_address(text):
             continue
         with contextlib.suppress(ValueError):  # of a name that no file can have, which its row reports
-            found = expand_path(text)
-            if found.is_absolute():
+            file = expand_path(text)
+            if file.is_absolute():
                 continue
-            if found.exists():
+            if file.exists():
                 return None
-            if expand_path(text, beside).exists():
-                return beside
+            if expand_path(text, folder).exists():
+                return folder
     return None
 
 
@@ -201,7 +218,8 @@ def list_metadata(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]
             '"a cat"}}'
         )
     listed: dict[Path, dict[str, Path]] = {}
-    found: list[tuple[Path, str | None]] = []
+    pictures: list[Path] = []
+    texts: list[str | None] = []
     for key, entry in content.items():
         try:
             picture = _find_picture(key, table.image_folder, listed)
@@ -209,16 +227,21 @@ def list_metadata(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]
         except (ValueError, OSError) as error:
             faults.append(Fault(f"entries of {path} cannot be used", f"{key[:200]!r}: {error}."))
             continue
-        found.append((picture, text))
+        pictures.append(picture)
+        texts.append(text)
     if any(isinstance(entry, dict) and SIZE_KEY in entry for entry in content.values()):
         logger.info(
             "%s: %s is not needed: the sizes of pictures are read from themselves", table.name, SIZE_KEY
         )
-    stems = unique_stems([picture.stem for picture, _ in found], [str(picture) for picture, _ in found])
-    return [
-        MediaSource(picture, stem, None if text is None else captions_in(text, table)[0], None, (), table)
-        for (picture, text), stem in zip(found, stems, strict=True)
-    ]
+    stems = unique_stems([picture.stem for picture in pictures], [str(picture) for picture in pictures])
+    sources = []
+    for picture, text, stem in zip(pictures, texts, stems, strict=True):
+        caption = None if text is None else captions_in(text, table)[0]
+        source = MediaSource(
+            path=picture, stem=stem, caption=caption, caption_path=None, control=(), table=table
+        )
+        sources.append(source)
+    return sources
 
 
 def _find_picture(key: str, folder: Path | None, listed: dict[Path, dict[str, Path]]) -> Path:
@@ -228,17 +251,17 @@ def _find_picture(key: str, folder: Path | None, listed: dict[Path, dict[str, Pa
     """
     if bad_character(key) or not key.strip():
         raise ValueError("this is not a path")
-    there = Path(key) if folder is None else folder / key
-    check_length(there)
-    if there.suffix.lower() in image_suffixes() and there.is_file():
-        return there
-    parent = there.parent
+    path = Path(key) if folder is None else folder / key
+    check_length(path)
+    if path.suffix.lower() in image_suffixes() and path.is_file():
+        return path
+    parent = path.parent
     if parent not in listed:
         entries = sorted(parent.iterdir(), reverse=True) if parent.is_dir() else []
-        listed[parent] = {path.stem: path for path in entries if path.suffix.lower() in image_suffixes()}
-    if there.name not in listed[parent]:
+        listed[parent] = {entry.stem: entry for entry in entries if entry.suffix.lower() in image_suffixes()}
+    if path.name not in listed[parent]:
         raise ValueError(f"there is no such picture{'' if folder is None else f' in {folder}'}")
-    return listed[parent][there.name]
+    return listed[parent][path.name]
 
 
 def _caption(entry: Any, table: DatasetTable) -> str | None:

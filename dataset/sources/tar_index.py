@@ -13,10 +13,10 @@ import json
 import logging
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from modules.atomic_write import write_text
 from modules.errors import DatasetError, OutputError
@@ -102,63 +102,53 @@ def read_index(tar: Path, rules: TarRules, cache_directory: Path) -> TarIndex:
     )
     path = cache_directory / FOLDER / f"{tar.stem[:80]}-{short_hash(str(real_path(tar)))}.json"
     with contextlib.suppress(OSError, ValueError, TypeError):  # there is none, or it is damaged
-        stated, others, num_others, kept = json.loads(path.read_text("utf-8"))
-        if stated == made_for:
-            samples = []
-            for key, media, caption, extras in kept:
-                beside = tuple((role, number, Member(*member)) for role, number, member in extras)
-                samples.append(TarSample(key, Member(*media), caption, beside))
-            return TarIndex(samples, [], others, num_others)
+        stored_for, others, num_others, rows = json.loads(path.read_text("utf-8"))
+        if stored_for == made_for:
+            return TarIndex([_unpack_sample(*row) for row in rows], [], others, num_others)
     with tar.open("rb", buffering=0) as file:
-        found = _scan(file, stat.st_size, rules, tar)
+        index = _scan(file, stat.st_size, rules, tar)
     # a tar that just grows may have the same time twice; damage is looked at again
-    if len(found.samples) >= LEAST_SAMPLES and found.damage is None and not found.faults:
-        rows = [(one.key, one.media, one.caption, one.extras) for one in found.samples]
+    if len(index.samples) >= LEAST_SAMPLES and index.damage is None and not index.faults:
+        rows = [(sample.key, sample.media, sample.caption, sample.extras) for sample in index.samples]
         try:
-            write_text(path, json.dumps([made_for, found.others, found.num_others, rows]))
+            write_text(path, json.dumps([made_for, index.others, index.num_others, rows]))
         except OutputError as error:  # the tar is read again next time
             logger.info("the index of a tar is not kept: %s", error)
-    return found
+    return index
+
+
+def _unpack_sample(key: str, media: Any, caption: str | None, extras: Any) -> TarSample:
+    """Return a sample of a kept index. media, extras: as JSON values."""
+    members = tuple((role, number, Member(*member)) for role, number, member in extras)
+    return TarSample(key, Member(*media), caption, members)
 
 
 def _scan(file: BinaryIO, size_bytes: int, rules: TarRules, tar: Path) -> TarIndex:
-    start = file.read(8)
-    file.seek(0)
-    for how, command in (found for magic, found in COMPRESSED.items() if start.startswith(magic)):
-        raise DatasetError(
-            f"{tar} is compressed with {how}, so that single files of it cannot be read. Unpack it once: "
-            f"{command} {tar.name}"
-        )
+    _refuse_compressed(file, tar)
     index = TarIndex()
-    groups: dict[str, dict[str, Member | str]] = {}  # key -> (name after the first dot -> place, or text)
+    groups: dict[str, _Group] = {}  # by key
     last = ""
     try:
         for member in read_members(file, size_bytes):
-            folder, mark, base = member.name.removeprefix("./").rpartition("/")
-            key, _, end = base.partition(".")
-            key, end = f"{folder}{mark}{key}", end.lower()
-            if not end or not key.rpartition("/")[2]:  # also what begins with a dot
+            folder, slash, base = member.name.removeprefix("./").rpartition("/")
+            start, _, ending = base.partition(".")
+            if not ending or not start:  # also what begins with a dot
                 continue
-            group, last = groups.setdefault(key, {}), key
-            if end in group:
-                index.faults.append((key, f"{member.name} is there twice"))
-            elif f".{end}" in (rules.caption_suffix, ".json"):
-                group[end] = _read_text(file, member)
+            ending = ending.lower()
+            last = f"{folder}{slash}{start}"
+            group = groups.setdefault(last, {})
+            if ending in group:
+                index.faults.append((last, f"{member.name} is there twice"))
+            elif f".{ending}" in (rules.caption_suffix, ".json"):
+                group[ending] = _read_text(file, member)
             else:
-                group[end] = member
+                group[ending] = member
     except TarDamage as damage:
         if damage.is_no_tar:
             raise DatasetError(
                 f"{tar} is no tar, or it is damaged at its beginning. Make it again."
             ) from None
-        final = groups.pop(last, {})
-        # complete if it has the same kinds of files as another
-        if any(group.keys() == final.keys() for group in groups.values()):
-            groups[last] = final
-            lost = "what follows"
-        else:
-            lost = f"{last} and what follows"
-        index.damage = f"{damage}. {len(groups)} samples before that are used, {lost} cannot be read"
+        index.damage = _describe_damage(damage, groups, last)
     for key, group in groups.items():
         try:
             sample = _sample(key, group, rules)
@@ -173,6 +163,31 @@ def _scan(file: BinaryIO, size_bytes: int, rules: TarRules, tar: Path) -> TarInd
     return index
 
 
+_Group = dict[str, Member | str]  # name after the first dot -> place, or text
+
+
+def _refuse_compressed(file: BinaryIO, tar: Path) -> None:
+    start = file.read(8)
+    file.seek(0)
+    for magic, (compression, command) in COMPRESSED.items():
+        if start.startswith(magic):
+            raise DatasetError(
+                f"{tar} is compressed with {compression}, so that single files of it cannot be read. Unpack "
+                f"it once: {command} {tar.name}"
+            )
+
+
+def _describe_damage(damage: TarDamage, groups: dict[str, _Group], last: str) -> str:
+    """Say what of a damaged tar is used. The last group is removed, unless it seems to be complete."""
+    group = groups.pop(last, {})
+    lost = f"{last} and what follows"
+    # complete if it has the same kinds of files as another
+    if any(complete.keys() == group.keys() for complete in groups.values()):
+        groups[last] = group
+        lost = "what follows"
+    return f"{damage}. {len(groups)} samples before that are used, {lost} cannot be read"
+
+
 def _read_text(file: BinaryIO, member: Member) -> str:
     """Return the text of a member; for other data, a message that begins with NUL, which no text contains."""
     if member.size_bytes > MAX_CAPTION_BYTES:
@@ -182,65 +197,94 @@ def _read_text(file: BinaryIO, member: Member) -> str:
         text = file.read(member.size_bytes).decode("utf-8-sig")
     except UnicodeDecodeError:
         return "\0is not UTF-8 text"
-    found = bad_character(text)
-    return f"\0holds {found}" if found else text.replace("\r\n", "\n").replace("\r", "\n")
+    bad = bad_character(text)
+    if bad:
+        return f"\0holds {bad}"
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _sample(key: str, group: dict[str, Member | str], rules: TarRules) -> TarSample | None:
+def _sample(key: str, group: _Group, rules: TarRules) -> TarSample | None:
     """Return the sample that a group of files makes; None without media. Raises ValueError on a fault."""
-    files = {end: one for end, one in group.items() if isinstance(one, Member)}
-    texts = {end: one for end, one in group.items() if isinstance(one, str)}
-    beside: dict[tuple[str, int], list[str]] = {}  # by roles, `mask.png` or `control_1.png`
-    others = []
-    for end in files:
-        match = _ROLE.fullmatch(end)
-        if match is None or match[3] not in rules.beside or (match[1] == MASK and match[2] is not None):
-            others.append(end)
+    files: dict[str, Member] = {}
+    texts: dict[str, str] = {}
+    by_role: dict[tuple[str, int], list[str]] = {}  # names as `mask.png` or `control_1.png`
+    candidates = []
+    for ending, content in group.items():
+        if isinstance(content, str):
+            texts[ending] = content
+            continue
+        files[ending] = content
+        role = _role_of(ending, rules)
+        if role is None:
+            candidates.append(ending)
         else:
-            beside.setdefault((match[1], int(match[2] or 0)), []).append(end)
-    found: list[str] = []  # media to learn: names that are a suffix, else names that end in one
-    for suffixes in (rules.media, rules.spare):
-        exact = [end for end in others if f".{end}" in suffixes]
-        like = [end for end in others if f".{end.rpartition('.')[2]}" in suffixes]
-        found = found or sorted(exact or like)
-    if not found:
+            by_role.setdefault(role, []).append(ending)
+    media = _media_among(candidates, rules.media) or _media_among(candidates, rules.spare)
+    if not media:
         return None
-    if len(found) > 1:
-        raise ValueError(f"it has several files to learn: {', '.join(found)}; keep one")
+    if len(media) > 1:
+        raise ValueError(f"it has several files to learn: {', '.join(media)}; keep one")
     caption = _caption(texts, rules)
-    for ends in beside.values():
-        if len(ends) > 1:
-            raise ValueError(f"it has two files of one kind among {', '.join(ends)}; keep one")
-    extras = tuple((*role, files[ends[0]]) for role, ends in sorted(beside.items()))
-    return TarSample(key, files[found[0]], caption, extras)
+    for endings in by_role.values():
+        if len(endings) > 1:
+            raise ValueError(f"it has two files of one kind among {', '.join(endings)}; keep one")
+    extras = []
+    for (kind, number), endings in sorted(by_role.items()):
+        extras.append((kind, number, files[endings[0]]))
+    return TarSample(key, files[media[0]], caption, tuple(extras))
 
 
-def _caption(texts: dict[str, str], rules: TarRules) -> str | None:
-    """Return the caption in the texts of a sample. Raises ValueError if it cannot be used."""
-    text, told = texts.get(rules.caption_suffix[1:]), texts.get("json")
-    for end, one in texts.items():
-        if one.startswith("\0"):
-            raise ValueError(f"its .{end} {one[1:]}")
-    if text is not None and not (rules.json_first and told is not None):
-        return text.strip()
-    if told is None:
+def _role_of(ending: str, rules: TarRules) -> tuple[str, int] | None:
+    """Return MASK or CONTROL, and its number, for the name of a companion; None for other names."""
+    match = _ROLE.fullmatch(ending)
+    if match is None or match[3] not in rules.beside:
         return None
+    if match[1] == MASK and match[2] is not None:
+        return None
+    return match[1], int(match[2] or 0)
+
+
+def _media_among(endings: Sequence[str], suffixes: Container[str]) -> list[str]:
+    """Return the names of media to learn: names that are a suffix, else names that end in one."""
+    exact = [ending for ending in endings if f".{ending}" in suffixes]
+    return sorted(exact or [ending for ending in endings if f".{ending.rpartition('.')[2]}" in suffixes])
+
+
+def _caption(texts: Mapping[str, str], rules: TarRules) -> str | None:
+    """Return the caption in the texts of a sample. Raises ValueError if it cannot be used."""
+    for ending, text in texts.items():
+        if text.startswith("\0"):
+            raise ValueError(f"its .{ending} {text[1:]}")
+    caption_text, json_text = texts.get(rules.caption_suffix[1:]), texts.get("json")
+    if caption_text is not None and not (rules.json_first and json_text is not None):
+        return caption_text.strip()
+    if json_text is None:
+        return None
+    captions = _captions_in_json(json_text, rules)
+    if not captions:
+        return None
+    if not rules.multi_caption:
+        return captions[0].strip()
+    further = [" ".join(caption.split()) for caption in captions[1:]]
+    return "\n".join([captions[0], *further]).strip()
+
+
+def _captions_in_json(text: str, rules: TarRules) -> list[str]:
+    """Return the captions in the .json of a sample. Raises ValueError if they cannot be used."""
     try:
-        record = parse_json(told)
+        record = parse_json(text)
     except ValueError as error:
         raise ValueError(f"its .json is not valid: {error}") from None
     if not isinstance(record, dict):
         raise ValueError("its .json is not an object")
-    name = next((one for one in rules.caption_names if record.get(one) is not None), None)
-    caption = None if name is None else record[name]
-    more = record.get("captions") if rules.multi_caption else None
-    captions = [*([] if caption is None else [caption]), *(more if isinstance(more, list) else [])]
-    if not all(isinstance(one, str) and not bad_character(one) for one in captions):
+    name = next((name for name in rules.caption_names if record.get(name) is not None), None)
+    captions = [] if name is None else [record[name]]
+    further = record.get("captions") if rules.multi_caption else None
+    if isinstance(further, list):
+        captions += further
+    if not all(isinstance(caption, str) and not bad_character(caption) for caption in captions):
         raise ValueError(f"{name or 'captions'} in its .json is not a text")
-    if rules.multi_caption:
-        captions = [captions[0], *(" ".join(one.split()) for one in captions[1:])] if captions else []
-        return "\n".join(captions).strip() if captions else None
-    return captions[0].strip() if captions else None
+    return captions
 
 
 # --- headers
@@ -267,7 +311,8 @@ def read_members(file: BinaryIO, size_bytes: int) -> Iterator[Member]:
     Raises TarDamage where the tar is cut or damaged, after all members before that, OSError.
     """
     cut = f"it is cut short after {size_bytes:,} bytes"
-    tar, place = None, 0
+    tar = None
+    place = 0
     while True:
         try:
             if tar is None:
@@ -276,39 +321,44 @@ def read_members(file: BinaryIO, size_bytes: int) -> Iterator[Member]:
                     encoding="utf-8",
                     errors="backslashreplace",
                 )
-            found = tar.next()
+            info = tar.next()
         except TarDamage:
             raise
         except Exception as error:  # the library passes on errors of other modules
             if isinstance(error, OSError) and error.errno != errno.EINVAL:  # not a seek to a damaged place
                 raise
-            is_cut = file.tell() >= size_bytes
-            raise TarDamage(
-                cut if is_cut else f"it is damaged at byte {place:,}", place == 0 and not is_cut
-            ) from None
-        if found is None:
+            if file.tell() >= size_bytes:
+                raise TarDamage(cut) from None
+            raise TarDamage(f"it is damaged at byte {place:,}", is_no_tar=place == 0) from None
+        if info is None:
             break
-        if found.size < 0 or tar.offset <= place:
+        if info.size < 0 or tar.offset <= place:
             raise TarDamage(f"it is damaged at byte {place:,}: a size is no number")
         place = tar.offset
         tar.members = []  # type: ignore[attr-defined]  # typeshed lacks it; else it keeps all of them
-        if found.isreg() and not found.issparse():
-            if found.offset_data + found.size > size_bytes:
-                raise TarDamage(f"{cut}, in {ascii(found.name[-80:])}")
-            name = found.name
-            if name[0].isdigit():
-                # GNU tar writes times into incremental archives, where other tars have the beginning of a
-                # name: `tarfile` takes them for it
-                position = file.tell()
-                file.seek(found.offset_data - BLOCK)
-                header = file.read(BLOCK)
-                file.seek(position)
-                times = header[345:500].partition(b"\0")[0].decode("ascii", "backslashreplace")
-                name = name.removeprefix(f"{times}/") if times and header[257:263] == b"ustar " else name
+        if info.isreg() and not info.issparse():
+            if info.offset_data + info.size > size_bytes:
+                raise TarDamage(f"{cut}, in {ascii(info.name[-80:])}")
+            name = _name_of(info, file)
             if len(name.encode()) > MAX_TAR_NAME_BYTES:
-                raise TarDamage(f"a name at byte {found.offset:,} has more than {MAX_TAR_NAME_BYTES:,} bytes")
-            yield Member(name, found.offset_data, found.size)
+                raise TarDamage(f"a name at byte {info.offset:,} has more than {MAX_TAR_NAME_BYTES:,} bytes")
+            yield Member(name, info.offset_data, info.size)
     file.seek(tar.offset)
     block = file.read(BLOCK)
     if block != bytes(BLOCK):  # the library ends at a damaged header as at the end
         raise TarDamage(cut if len(block) < BLOCK else f"it is damaged at byte {tar.offset:,}")
+
+
+def _name_of(info: tarfile.TarInfo, file: BinaryIO) -> str:
+    """Return the name of a member without times: GNU tar writes these into incremental archives, where others
+    have the beginning of a name, and `tarfile` takes them for it.
+    """
+    if not info.name[0].isdigit():
+        return info.name
+    position = file.tell()
+    file.seek(info.offset_data - BLOCK)
+    header = file.read(BLOCK)
+    file.seek(position)
+    times = header[345:500].partition(b"\0")[0].decode("ascii", "backslashreplace")
+    is_gnu = header[257:263] == b"ustar "
+    return info.name.removeprefix(f"{times}/") if times and is_gnu else info.name

@@ -36,16 +36,18 @@ def list_tars(table: DatasetTable, faults: list[media_source.Fault]) -> list[med
     run. Raises DatasetError if no tar is named.
     """
     samples: list[tuple[Path, TarSample]] = []
+    suffixes, spare_suffixes = media_suffixes(table.kind)
     rules = TarRules(
-        media=tuple(sorted(media_suffixes(table.kind)[0])),
-        spare=tuple(sorted(media_suffixes(table.kind)[1])),
+        media=tuple(sorted(suffixes)),
+        spare=tuple(sorted(spare_suffixes)),
         beside=tuple(sorted(mask_suffixes(table.kind))),
         caption_suffix=(table.caption_extension or ".txt").lower(),
         caption_names=CAPTION_COLUMNS if table.caption_column is None else (table.caption_column,),
         json_first=table.caption_column is not None,
         multi_caption=table.multi_caption,
     )
-    num_others, example = 0, ""
+    num_others = 0
+    example = ""
     for tar in _find_tars(table, faults):
         kind = f"tars of {table.name} cannot be read to their end"
         try:
@@ -65,7 +67,8 @@ def list_tars(table: DatasetTable, faults: list[media_source.Fault]) -> list[med
         if index.damage is not None:
             faults.append(media_source.Fault(kind, f"{tar}: {index.damage}", ends_run=False))
         num_others += index.num_others
-        example = example or next((str(name_parts(tar, key)) for key in index.others), "")
+        if index.others and not example:
+            example = str(name_parts(tar, index.others[0]))
     if num_others:
         logger.warning(
             "%s: %d samples, such as %s, hold no %s and are not used.",
@@ -74,7 +77,8 @@ def list_tars(table: DatasetTable, faults: list[media_source.Fault]) -> list[med
             example,
             table.kind,
         )
-    return check_controls(table, _sources(table, samples, faults), faults, f"samples of {table.name}")
+    sources = _sources(table, samples, faults)
+    return check_controls(table, sources, faults, where=f"samples of {table.name}")
 
 
 def _sources(
@@ -88,23 +92,36 @@ def _sources(
         [f"{labels[tar]}/{sample.key}" for tar, sample in samples],
     )
 
-    def part(tar: Path, member: Member) -> Part:
-        origin = media_source.TarMember(tar, member.offset, member.size_bytes)
-        return name_parts(tar, readable_path(member.name)), origin
-
     sources = []
     for (tar, sample), stem in zip(samples, stems, strict=True):
-        media, controls, masks = part(tar, sample.media), list[Part](), list[Part]()
-        for role, _, member in sample.extras:
-            if role in (CONTROL, MASK):
-                (controls if role == CONTROL else masks).append(part(tar, member))
         try:
-            captions = None if sample.caption is None else captions_in(sample.caption, table)
-            controls, mask = controls[: table.control_count], next(iter(masks), None)
-            sources.append(make_source(table, media[0], stem, media, captions, controls, mask))
+            sources.append(_source(table, tar, sample, stem))
         except DatasetError as error:
             faults.append(media_source.Fault(f"samples of {table.name} cannot be used", str(error), stem))
     return sources
+
+
+def _source(table: DatasetTable, tar: Path, sample: TarSample, stem: str) -> media_source.MediaSource:
+    """Return the source of a sample. Raises DatasetError if it cannot be used."""
+    media = _part(tar, sample.media)
+    controls = [_part(tar, member) for role, _, member in sample.extras if role == CONTROL]
+    masks = [_part(tar, member) for role, _, member in sample.extras if role == MASK]
+    path, _ = media
+    return make_source(
+        table,
+        where=path,
+        stem=stem,
+        media=media,
+        captions=None if sample.caption is None else captions_in(sample.caption, table),
+        controls=controls[: table.control_count],
+        mask=masks[0] if masks else None,
+    )
+
+
+def _part(tar: Path, member: Member) -> Part:
+    """Return a name for a member, and where its bytes are."""
+    origin = media_source.TarMember(tar, member.offset, member.size_bytes)
+    return name_parts(tar, readable_path(member.name)), origin
 
 
 def name_parts(path: Path, name: str) -> Path:
@@ -127,7 +144,7 @@ def readable_path(name: str) -> str:
 def _find_tars(table: DatasetTable, faults: list[media_source.Fault]) -> list[Path]:
     """Return the tars that a table names, each once, in order; those at addresses are downloaded."""
     assert table.tars is not None
-    found: dict[Path, None] = {}
+    tars: dict[Path, None] = {}
     for pattern in table.tars:
         for name in expand_braces(pattern, table.name):
             if is_address(name) and not table.allow_urls:
@@ -135,14 +152,14 @@ def _find_tars(table: DatasetTable, faults: list[media_source.Fault]) -> list[Pa
                 faults.append(media_source.Fault(kind, hide_secrets(name)))
                 continue
             try:
-                found |= dict.fromkeys(_tars_of(table, name))
+                tars |= dict.fromkeys(_tars_of(table, name))
             except MediaError as error:
                 faults.append(
                     media_source.Fault(f"tars of {table.name} cannot be had", str(error), ends_run=False)
                 )
             except DatasetError as error:
                 faults.append(media_source.Fault(f"names in {table.name} are of no tar", str(error)))
-    return list(found)
+    return list(tars)
 
 
 def _tars_of(table: DatasetTable, name: str) -> Iterator[Path]:
@@ -177,8 +194,8 @@ def _tars_of(table: DatasetTable, name: str) -> Iterator[Path]:
     # the caches may lie beside the sources
     matches = [name for name in matches if not media_source.OF_SHARDS.fullmatch(Path(name).name)]
     if not matches:
-        looked = "" if path.is_absolute() else f" (looked in {Path.cwd()})"
-        raise DatasetError(f"{path}: no such file{looked}. Correct the path.")
+        where = "" if path.is_absolute() else f" (looked in {Path.cwd()})"
+        raise DatasetError(f"{path}: no such file{where}. Correct the path.")
     yield from map(Path, matches)
 
 
@@ -191,18 +208,23 @@ def expand_braces(pattern: str, where: str) -> list[str]:
     while _BRACES.search(names[0]):
         longer: list[str] = []
         for name in names:
-            found = _BRACES.search(name)
-            assert found is not None  # equal but for what others stood for
-            options: Sequence[Any] = found[1].split(",")
-            width, limits = 0, _RANGE.fullmatch(found[1])
+            braces = _BRACES.search(name)
+            assert braces is not None  # equal but for what others stood for
+            options: Sequence[Any] = braces[1].split(",")
+            width = 0
+            limits = _RANGE.fullmatch(braces[1])
             if limits is not None:
-                first, last = int(limits[1]), int(limits[2])
+                options = _count(int(limits[1]), int(limits[2]))
                 width = len(limits[1]) if limits[1].startswith("0") else 0
-                options = range(first, last + 1) if first <= last else range(first, last - 1, -1)
             if len(longer) + len(options) > MAX_PATTERN_NAMES:
                 raise DatasetError(
                     f"{where}: {hide_secrets(pattern)} stands for more than {MAX_PATTERN_NAMES:,} names"
                 )
-            longer += [f"{name[: found.start()]}{one:0>{width}}{name[found.end() :]}" for one in options]
+            before, after = name[: braces.start()], name[braces.end() :]
+            longer += [f"{before}{option:0>{width}}{after}" for option in options]
         names = longer
     return names
+
+
+def _count(first: int, last: int) -> range:
+    return range(first, last + 1) if first <= last else range(first, last - 1, -1)

@@ -5,13 +5,13 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dataset.config import DatasetTable
 from dataset.sources.columns import TableRow, column_names, plain_columns, read_columns, read_jsonl
 from dataset.sources.media_source import Fault
 from dataset.sources.rows import control_number
-from dataset.sources.tables import CAPTION_COLUMNS, choose_columns, find_cells, names_read
+from dataset.sources.tables import CAPTION_COLUMNS, Cells, choose_columns, find_cells, names_read
 from modules.control_codes import shorten
 from modules.media.decoding import ANIMATION_SUFFIXES
 from modules.media.opening import SOUND_SUFFIXES
@@ -43,63 +43,76 @@ def find_unread(table: DatasetTable) -> list[Fault]:
     path = table.jsonl_file or table.table_file
     if path is None or not path.exists():  # reported by the listing
         return []
-    found: dict[str, str] = {}  # text by column
-    media_column, held, rows = _open(table, path)
-    beside = [name for name in held if _place(name, table) is not None]
-    found |= {name: f", which holds files{_hint(name, table) or ''}" for name in held if name not in beside}
-    finders = {name: find_cells(path, name, finds_nulls=True) for name in beside}
-    cells = {name: cell for name, cell in finders.items() if cell is not None}
+    columns = _open(table, path)
+    companion_cells = [name for name in columns.cells if _place(name, table) is not None]
+    unread: dict[str, str] = {}  # text by column
+    for name in columns.cells:
+        if name not in companion_cells:
+            unread[name] = f", which holds files{_hint(name, table) or ''}"
+    finders: dict[str, Cells] = {}
+    for name in companion_cells:
+        finder = find_cells(path, name, finds_nulls=True)
+        if finder is not None:
+            finders[name] = finder
     is_list = table.jsonl_file is not None
-    read = names_read(table, media_column, "caption" if is_list else "")
-    for row in itertools.islice(rows, LOOKED_AT):
-        values = row.values
-        filled = {name: True for name, cell in cells.items() if cell(row) is not None}
-        for name in _beyond({**filled, **values}, table):
-            found[name] = f": of such files the model takes {table.control_count} an item"
-        for name, value in values.items():
-            if name in read or name in found or _is_beside(name):
+    read = names_read(table, columns.media, "caption" if is_list else "")
+    for row in itertools.islice(columns.rows, LOOKED_AT):
+        filled: dict[str, Any] = {name: True for name, finder in finders.items() if finder(row) is not None}
+        for name in _surplus({**filled, **row.values}, table):
+            unread[name] = f": of such files the model takes {table.control_count} an item"
+        for name, value in row.values.items():
+            if name in read or name in unread or _is_companion(name):
                 continue
             if name in CAPTION_COLUMNS and value:
-                is_meant = is_list and not values.get("caption")
-                found[name] = (
-                    ": did you mean 'caption'?" if is_meant else ": captions are read from another column"
+                is_misnamed = is_list and not row.values.get("caption")
+                unread[name] = (
+                    ": did you mean 'caption'?" if is_misnamed else ": captions are read from another column"
                 )
-            elif (text := _explain(name, value, table, path, values.get(media_column))) is not None:
-                found[name] = text
-    kind = f"column of {path} is not read" if len(found) == 1 else f"columns of {path} are not read"
-    ends = {name: "" if text.endswith("?") else "." for name, text in found.items()}
-    return [Fault(kind, f"{name!r}{text}{ends[name]}") for name, text in found.items()]
+                continue
+            text = _explain(name, value, table=table, path=path, media=row.values.get(columns.media))
+            if text is not None:
+                unread[name] = text
+    kind = f"column of {path} is not read" if len(unread) == 1 else f"columns of {path} are not read"
+    faults = []
+    for name, text in unread.items():
+        full_stop = "" if text.endswith("?") else "."
+        faults.append(Fault(kind, f"{name!r}{text}{full_stop}"))
+    return faults
 
 
-def _open(table: DatasetTable, path: Path) -> tuple[str, list[str], Iterator[TableRow]]:
-    """Return the column of the media, the unread columns that hold whole files, and rows with the media,
-    control and other unread columns.
-    """
+class _Columns(NamedTuple):
+    """A list or table, as this module looks at it."""
+
+    media: str  # column of the media
+    cells: list[str]  # unread columns that hold whole files
+    rows: Iterator[TableRow]  # with the media, control and other unread columns
+
+
+def _open(table: DatasetTable, path: Path) -> _Columns:
     if table.jsonl_file is not None:
-        lines = read_jsonl(path, None)
-        return table.path_key, [], lines
+        return _Columns(table.path_key, [], read_jsonl(path, None))
     columns = column_names(path)
     media, caption = choose_columns(table, columns)
     read = names_read(table, media, caption or "") - {media}
     control = [name for name in columns if _place(name, table) is not None]
-    unread = [name for name in columns if name not in read and not _is_beside(name)]
-    plain, held = plain_columns(path, [*unread, *control])
-    rows = read_columns(path, plain)
-    return media, [name for name in held if name != media], rows
+    unread = [name for name in columns if name not in read and not _is_companion(name)]
+    plain, cells = plain_columns(path, [*unread, *control])
+    return _Columns(media, [name for name in cells if name != media], read_columns(path, plain))
 
 
-def _is_beside(name: str) -> bool:
+def _is_companion(name: str) -> bool:
     return control_number(name) is not None or control_number(name, "reference_path") is not None
 
 
-def _beyond(values: Mapping[str, Any], table: DatasetTable) -> list[str]:
+def _surplus(values: Mapping[str, Any], table: DatasetTable) -> list[str]:
     """Return the columns of a row with control media beyond those that the model takes."""
-    numbered = [
-        (first + place, name)
-        for name, value in values.items()
-        if (first := _place(name, table)) is not None and value
-        for place in range(len([*filter(None, value)]) if isinstance(value, list) else 1)
-    ]
+    numbered = []
+    for name, value in values.items():
+        first = _place(name, table)
+        if first is None or not value:
+            continue
+        count = len([*filter(None, value)]) if isinstance(value, list) else 1
+        numbered += [(first + place, name) for place in range(count)]
     most = len(numbered) if table.control_count is None else table.control_count
     return [name for _, name in sorted(numbered)[most:]]
 
@@ -111,19 +124,25 @@ def _place(name: str, table: DatasetTable) -> int | None:
 def _explain(name: str, value: Any, table: DatasetTable, path: Path, media: Any) -> str | None:
     """Return a remark on a value, or None. media: the path that the same row reads."""
     hint = _hint(name, table)
-    texts = [value] if isinstance(value, str) else [*value] if isinstance(value, list) else []
-    texts = [*value.values()] if isinstance(value, dict) else texts
-    if isinstance(value, str) and value.lstrip().startswith("["):  # a list in the cell of a table
-        texts = _QUOTED.findall(value)
+    texts = _texts_in(value)
     for text in texts[:4]:
-        if isinstance(text, str) and text.strip() and text != media and "\n" not in text:
-            shown = f", such as {hide_secrets(shorten(text, MOST_SHOWN))!r}"
-            suffix = Path(text.split("?")[0]).suffix.lower()
-            is_media = suffix in image_suffixes() | VIDEO_SUFFIXES | ANIMATION_SUFFIXES | SOUND_SUFFIXES
-            if is_media and (hint is not None or _exists(text, path)):
-                return f"{shown}{hint or ''}"
-    near = _near(name, table)
-    return None if near is None or not texts else f": did you mean {near!r}?"
+        if not isinstance(text, str) or not text.strip() or text == media or "\n" in text:
+            continue
+        suffix = Path(text.split("?")[0]).suffix.lower()
+        is_media = suffix in image_suffixes() | VIDEO_SUFFIXES | ANIMATION_SUFFIXES | SOUND_SUFFIXES
+        if is_media and (hint is not None or _exists(text, path)):
+            return f", such as {hide_secrets(shorten(text, MOST_SHOWN))!r}{hint or ''}"
+    similar = _similar(name, table)
+    return None if similar is None or not texts else f": did you mean {similar!r}?"
+
+
+def _texts_in(value: Any) -> list[Any]:
+    """Return the texts of a value: itself, those in a list, or in a list in the cell of a table."""
+    if isinstance(value, str):
+        return _QUOTED.findall(value) if value.lstrip().startswith("[") else [value]
+    if isinstance(value, dict):
+        return [*value.values()]
+    return [*value] if isinstance(value, list) else []
 
 
 def _exists(text: str, path: Path) -> bool:
@@ -133,18 +152,22 @@ def _exists(text: str, path: Path) -> bool:
         return False
 
 
-def _near(name: str, table: DatasetTable) -> str | None:
+def _similar(name: str, table: DatasetTable) -> str | None:
+    """Return the column of ours that a name is almost equal to."""
     bare = re.sub(r"_?\d+$", "", name.lower())
-    known = [table.path_key, "caption", "control_path", "mask_path", "audio_path"]
-    known += ["reference_path", "control_mask_path"]
-    return next(iter(difflib.get_close_matches(bare, known, 1, NEAR)), None)
+    ours = [table.path_key, "caption", "control_path", "mask_path", "audio_path"]
+    ours += ["reference_path", "control_mask_path"]
+    return next(iter(difflib.get_close_matches(bare, ours, 1, NEAR)), None)
 
 
 def _hint(name: str, table: DatasetTable) -> str | None:
+    """Return advice for a column whose name is that of a column of ours, or means the same."""
     words = set(re.split(r"[^a-z]+", name.lower()))
-    near = _near(name, table)
-    for column, (what, meant) in MEANT.items():
-        if near == column or (near is None and words.intersection(meant)):
-            more = f", or say control_column = {name!r} in the table" if column == "control_path" else ""
-            return f": {what} read from {column}. Rename it{more}"
+    similar = _similar(name, table)
+    for column, (contents, synonyms) in MEANT.items():
+        if similar == column or (similar is None and words.intersection(synonyms)):
+            advice = f": {contents} read from {column}. Rename it"
+            if column == "control_path":
+                advice += f", or say control_column = {name!r} in the table"
+            return advice
     return None

@@ -79,7 +79,12 @@ def test_the_sound_of_every_span_is_that_of_its_frames_and_is_read_once(
     tmp_path: Path, keys: dict[str, Any], spans: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[Any] = []
-    monkeypatch.setattr(sound, "read_track", lambda *args: calls.append(args) or read_track(*args))
+
+    def read(*args: Any, **facts: Any) -> Any:
+        calls.append(args)
+        return read_track(*args, **facts)
+
+    monkeypatch.setattr(sound, "read_track", read)
     write_media(tmp_path / "clip.mp4", Track(CLICKS))
     family, config = hearing(), make_set(tmp_path, **keys)
 

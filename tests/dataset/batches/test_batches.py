@@ -314,7 +314,7 @@ def test_processes_share_the_check_and_the_first_captions_come_first(
     looked: list[tuple[str, int]] = []
 
     def read(batch: list[TrainingItem], *given: Any, **more: Any) -> Any:
-        looked.append((batch[0].key, given[3][0]))
+        looked.append((batch[0].key, more["captions"][0]))
         return read_batch([replace(batch[0], captions=1)], LATENT)
 
     monkeypatch.setattr(starting, "read_batch", read)
