@@ -80,16 +80,15 @@ def _version() -> Any:
     return not_needed("the file says which release it is.", type=str, default="2.3", metavar="VALUE")
 
 
-def tell_ignored(*records: Options) -> None:
+def log_ignored(*records: Options) -> None:
     """Warn of given options that have no effect on sound alone."""
-    given = [
-        f"--{option_name(field)}"
-        for record in records
-        for field in fields(record)
-        if field.name in _OF_PICTURES and is_given(record, field)
-    ]
-    if given:
-        logger.warning("%s: ignored, because sound alone has no pictures", ", ".join(given))
+    ignored = []
+    for record in records:
+        for field in fields(record):
+            if field.name in _OF_PICTURES and is_given(record, field):
+                ignored.append(f"--{option_name(field)}")
+    if ignored:
+        logger.warning("%s: ignored, because sound alone has no pictures", ", ".join(ignored))
 
 
 class Ltx2LatentCachingOptions(Options, title=NAME):
