@@ -329,35 +329,49 @@ _SAME = {
 _KERNELS = {"flash_attn": "flash", "flash3": "flash3", "sage_attn": "sageattn", "xformers": "xformers"}
 
 
-def settle_generation(shared: T, own: Ltx2GenerationOptions) -> tuple[T, Ltx2GenerationOptions]:
+def settle_generation(shared: T, own_options: Ltx2GenerationOptions) -> tuple[T, Ltx2GenerationOptions]:
     """Move options that the known script names otherwise into the shared record; return both records.
 
     Raises OptionError if an option is given under both names, with two values.
     """
-    known = option_values(shared)
-    usual = {"fps": FPS}
-    typed = dict(known["typed_names"])
-    found: dict[str, Any] = {"typed_names": typed}
-    for theirs, ours in _SAME.items():
-        given = None if known[ours] == usual.get(ours) else known[ours]
-        value = _one_of(ours, given, getattr(own, theirs), theirs)
-        found |= {} if value is None else {ours: value}
-        if getattr(own, theirs) is not None:
-            typed[f"--{ours}"] = f"--{theirs}"
-    kernels = {f"--{flag}": mode for flag, mode in _KERNELS.items() if getattr(own, flag)}
-    if known["attn_mode"] is not None and not (kernels and "attn_mode" in known["by_preset"]):
-        kernels[f"--attn_mode {known['attn_mode']}"] = known["attn_mode"]
+    values = option_values(shared)
+    changes: dict[str, Any] = {"typed_names": dict(values["typed_names"])}
+    for other_name, name in _SAME.items():
+        # a frame rate is always there: the usual one was not typed
+        is_default = name == "fps" and values[name] == FPS
+        shared_value = None if is_default else values[name]
+        other_value = getattr(own_options, other_name)
+        value = _one_of(name, shared_value, other_value, other_name)
+        if value is not None:
+            changes[name] = value
+        if other_value is not None:
+            changes["typed_names"][f"--{name}"] = f"--{other_name}"
+    kernels = _chosen_kernels(values, own_options)
+    changes["attn_mode"] = next(iter(kernels.values()), "torch")
+    if kernels:
+        changes["settings"] = {**values["settings"], "attn_mode": changes["attn_mode"]}
+    if own_options.height is not None:
+        changes["video_size"] = (own_options.height, own_options.width)
+    if own_options.output_name is not None:
+        changes["name_start"] = own_options.output_name
+    mixed = DTYPES.get(own_options.mixed_precision or "")
+    dtype = _one_of("dit_dtype", own_options.dit_dtype, mixed)
+    return override_options(shared, changes), override_options(own_options, {"dit_dtype": dtype})
+
+
+def _chosen_kernels(values: Mapping[str, Any], own_options: Ltx2GenerationOptions) -> dict[str, str]:
+    """Return the attention modes that were chosen, by the option. Raises OptionError if they differ.
+
+    values: of the shared options. A preset's mode gives way to an option of the known script.
+    """
+    kernels = {f"--{flag}": mode for flag, mode in _KERNELS.items() if getattr(own_options, flag)}
+    mode = values["attn_mode"]
+    is_overridden = bool(kernels) and "attn_mode" in values["by_preset"]
+    if mode is not None and not is_overridden:
+        kernels[f"--attn_mode {mode}"] = mode
     if len({GENERATION_VALUES[mode] for mode in kernels.values()}) > 1:
         raise OptionError(f"{' and '.join(kernels)} choose different kernels: give one of them")
-    found["attn_mode"] = next(iter(kernels.values()), "torch")
-    if kernels:
-        found["settings"] = {**known["settings"], "attn_mode": found["attn_mode"]}
-    if own.height is not None:
-        found["video_size"] = (own.height, own.width)
-    if own.output_name is not None:
-        found["name_start"] = own.output_name
-    dtype = _one_of("dit_dtype", own.dit_dtype, DTYPES.get(own.mixed_precision or ""))
-    return override_options(shared, found), override_options(own, {"dit_dtype": dtype})
+    return kernels
 
 
 def _one_of(name: str, ours: Any, theirs: Any, other: str = "mixed_precision") -> Any:
@@ -394,9 +408,11 @@ def text_encoder_options(options: Ltx2LatentCachingOptions) -> dict[str, Any]:
 def generation_options(options: Ltx2TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
     latents, texts = caching_options(options)
-    reference, example = (sample.get("extra") or {}).get("reference_video"), sample.get("example")
+    reference = (sample.get("extra") or {}).get("reference_video")
+    example = sample.get("example")
     if example is not None:
         reference = next(iter(example.references), None)
+    guidance = {f"--{name}": value for name, value in option_values(options.guidance).items()}
     return {
         **latents,
         # the LoRA says by which factors its references are smaller
@@ -410,5 +426,5 @@ def generation_options(options: Ltx2TrainingOptions, sample: Mapping[str, Any]) 
         "--image_path": sample.get("image_path"),
         "--video_length": sample.get("frames"),
         "--sample_disable_audio": options.silent,
-        **{f"--{name}": value for name, value in option_values(options.guidance).items()},
+        **guidance,
     }
