@@ -161,6 +161,6 @@ def load_siglip(path: Path, device: torch.device, dtype: torch.dtype = torch.flo
     with open_checkpoint(path) as checkpoint:
         plan = read_siglip(checkpoint)
         check_activation(plan.config, path, f"SigLIP has {SiglipConfig.activation}")
-        siglip = load_planned(plan, SiglipVision, device, dtype, f"the SigLIP image encoder ({OPTION})")
+        siglip = load_planned(plan, SiglipVision, device, dtype, what=f"the SigLIP image encoder ({OPTION})")
     logger.info("SigLIP: %s, computing in %s", path, dtype_name(dtype))
     return siglip

@@ -147,10 +147,10 @@ def _stream(
 FORMAT = DitFormat(
     _header,
     lambda header: f"an {NAME} transformer (version {header.config.kind})",
-    LtxModel,
-    lambda checkpoint, header: join_parts(plain_sources(checkpoint), DIALECTS[header.dialect][1]),
-    OPTION,
-    CONNECTORS,
+    network=LtxModel,
+    sources=lambda checkpoint, header: join_parts(plain_sources(checkpoint), DIALECTS[header.dialect][1]),
+    option=OPTION,
+    ignore=CONNECTORS,
 )
 # without the sound's stream: none of its weights is read
 SILENT = replace(

@@ -135,7 +135,9 @@ def read_connectors(checkpoint: Checkpoint, streams: Collection[str] = STREAMS) 
             "--ltx2_text_encoder_checkpoint.",
             checkpoint.path,
         )
-    connectors = {stream: _read_connector(stream, shape, sources, settings, damaged) for stream in streams}
+    connectors = {}
+    for stream in streams:
+        connectors[stream] = _read_connector(stream, shape, sources, settings=settings, damaged=damaged)
     longest = _read_longest(checkpoint, settings)
     is_shared = f"text_embedding_projection.{SHARED}.weight" in sources
     first = SHARED if is_shared else f"{next(iter(streams))}_{SHARED}"
@@ -248,7 +250,13 @@ class Connector(nn.Module):
         """Return T S. text: L S. rows: T, a multiple of the number of registers."""
         filler = self.learnable_registers.repeat(rows // len(self.learnable_registers), 1)
         x = torch.cat([text, filler[len(text) :].to(text.dtype)])[None]  # 1 T S
-        rotary = make_row_table(rows, self.longest, self.config.dim, self.config.num_heads, x.device)
+        rotary = make_row_table(
+            rows,
+            longest=self.longest,
+            width=self.config.dim,
+            heads=self.config.num_heads,
+            device=x.device,
+        )
         for block in self.transformer_1d_blocks:
             x = block(x, rotary)
         return norm_tokens(x)[0]

@@ -64,8 +64,8 @@ class StreamInputs:
     @property
     def num_given(self) -> int:
         """Return the number of tokens in front that have a time of their own: references, given frames."""
-        given = self.given_frames * self.latents.shape[-1] * self.latents.shape[-2]
-        return given + sum(self.references.counts)
+        in_given_frames = self.given_frames * self.latents.shape[-1] * self.latents.shape[-2]
+        return in_given_frames + sum(self.references.counts)
 
     def dim_references(self) -> tuple[Tensor, Tensor] | None:
         """Return what dims the attention to references; None if nothing does."""

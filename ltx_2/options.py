@@ -51,9 +51,19 @@ _ONE_FILE = "one LoRA file is saved, with the names of --lora_format; convert_lo
 FPS = 24.0  # of the release
 # what is for pictures, or between both streams
 _OF_PICTURES = (
-    *("video_loss_weight", "independent_audio_timestep", "first_frame_probability", "ic_lora_strategy"),
-    *("ic_lora_ref_probability", "reference_downscale", "reference_temporal_scale", "reference_frames"),
-    *("video_cfg_scale", "video_modality_scale", "audio_modality_scale", "video_rescale_scale", "image_crf"),
+    "video_loss_weight",
+    "independent_audio_timestep",
+    "first_frame_probability",
+    "ic_lora_strategy",
+    "ic_lora_ref_probability",
+    "reference_downscale",
+    "reference_temporal_scale",
+    "reference_frames",
+    "video_cfg_scale",
+    "video_modality_scale",
+    "audio_modality_scale",
+    "video_rescale_scale",
+    "image_crf",
 )
 DTYPES = {"bf16": "bfloat16", "fp16": "float16"}  # of --mixed_precision
 
@@ -128,8 +138,8 @@ class Ltx2TextCachingOptions(Options, title=NAME):
     @property
     def text_dtype(self) -> str | None:
         """Return the dtype of the text encoder by name. Raises OptionError if two are asked for."""
-        other = DTYPES.get(self.mixed_precision)
-        return _one_of("text_encoder_dtype", self.text.text_encoder_dtype, other)
+        mixed = DTYPES.get(self.mixed_precision)
+        return _one_of("text_encoder_dtype", self.text.text_encoder_dtype, mixed)
 
     def __post_init__(self) -> None:
         _ = self.text_dtype
@@ -322,8 +332,12 @@ class Ltx2GenerationOptions(Ltx2TransformerOptions, title=NAME):
 
 # options of the known script -> ours
 _SAME = {
-    **{"frame_count": "video_length", "sample_steps": "infer_steps", "cfg_scale": "guidance_scale"},
-    **{"reference_image": "image_path", "frame_rate": "fps", "discrete_flow_shift": "flow_shift"},
+    "frame_count": "video_length",
+    "sample_steps": "infer_steps",
+    "cfg_scale": "guidance_scale",
+    "reference_image": "image_path",
+    "frame_rate": "fps",
+    "discrete_flow_shift": "flow_shift",
 }
 
 _KERNELS = {"flash_attn": "flash", "flash3": "flash3", "sage_attn": "sageattn", "xformers": "xformers"}
@@ -374,10 +388,10 @@ def _chosen_kernels(values: Mapping[str, Any], own_options: Ltx2GenerationOption
     return kernels
 
 
-def _one_of(name: str, ours: Any, theirs: Any, other: str = "mixed_precision") -> Any:
+def _one_of(name: str, ours: Any, theirs: Any, other_name: str = "mixed_precision") -> Any:
     """Return the value that is given, None if neither is. Raises OptionError if both are, and differ."""
     if None not in (ours, theirs) and ours != theirs:
-        raise OptionError(f"--{name} {ours} and --{other} {theirs} mean the same: give one of them")
+        raise OptionError(f"--{name} {ours} and --{other_name} {theirs} mean the same: give one of them")
     return theirs if ours is None else ours
 
 

@@ -237,10 +237,10 @@ def read_strengths(mask: Path, shown: Sequence[Tensor], rules: ReferenceRules, l
         size = (width * rules.size_factor, height * rules.size_factor, (frames - 1) * rules.time_factor + 1)
         white = (read_pixels(mask, size, rules, latent).mean(1, keepdim=True) + 1) / 2
         if is_picture(mask):
-            white = white.expand(-1, -1, frames, -1, -1)
+            white = white.expand((-1, -1, frames, -1, -1))
         check_mask_length(mask, white.shape[2], frames)
         # the first latent frame is of one frame
-        first = white[:, :, :1].expand(-1, -1, latent.frame_step - 1, -1, -1)
+        first = white[:, :, :1].expand((-1, -1, latent.frame_step - 1, -1, -1))
         white = torch.cat([first, white], dim=2)
         strengths.append(functional.avg_pool3d(white, steps).flatten(1))
     return torch.cat(strengths, dim=1)

@@ -248,7 +248,7 @@ def load_sound_vae(path: Path, device: torch.device, option: str = "--audio_vae"
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_sound_vae(checkpoint, option)
-        network = load_planned(plan, build_sound_vae, device, torch.float32, "the audio VAE of LTX-2")
+        network = load_planned(plan, build_sound_vae, device, torch.float32, what="the audio VAE of LTX-2")
     logger.info("Audio VAE: %s", path)
     return SoundVae(network)
 
@@ -260,7 +260,9 @@ def load_vocoder(path: Path, device: torch.device, option: str = "--audio_vae") 
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_vocoder(checkpoint, option)
-        network = load_planned(plan, build_vocoder, device, torch.float32, "the vocoder of LTX-2").to(device)
+        network = load_planned(plan, build_vocoder, device, torch.float32, what="the vocoder of LTX-2").to(
+            device
+        )
     rate = OUTPUT_RATE if "bwe_in_channels" in plan.config else _rate(plan.config)
     logger.info("Vocoder: %s, %d samples a second", path, rate)
     return Vocoder(network, rate)

@@ -164,7 +164,7 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         texts are wanted. dtype, tokenizer, form, on_cpu: as of `LanguageModelEncoder`; the connectors stay
         in `dtype`. use: which Gemma.
         """
-        super().__init__(use, path, dtype, tokenizer, form, on_cpu)
+        super().__init__(use, path, dtype, tokenizer, form=form, on_cpu=on_cpu)
         self.connectors, self.streams = inside(connectors, "connectors"), tuple(streams)
         self.keys = frozenset({*map(prompt_key, self.streams), MASK})
         self.variable_length = frozenset()
@@ -210,7 +210,7 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         with open_connectors(self.connectors, self.path) as checkpoint:
             plan = read_connectors(checkpoint, self.streams)
             what = f"LTX-2's text connectors ({OPTION})"
-            connectors = load_planned(plan, TextConnectors, device, self.dtype, what)
+            connectors = load_planned(plan, TextConnectors, device, self.dtype, what=what)
         network: Any = super().load_network(device)
         network.connectors = connectors
         return network

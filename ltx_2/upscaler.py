@@ -133,7 +133,7 @@ def enlarge(latents: Tensor, upscalers: Mapping[str, Path], vae: Path, dtype: to
 def load_upscaler(path: Path, option: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
     with open_checkpoint(path) as checkpoint:
         plan = read_upscaler(checkpoint, option)
-        return load_planned(plan, build, device, dtype, "the latent upscaler of LTX-2")
+        return load_planned(plan, build, device, dtype, what="the latent upscaler of LTX-2")
 
 
 def build(settings: Settings) -> nn.Module:

@@ -130,7 +130,7 @@ def load_video_vae(
             device,
             # in 16 bits they would tint every video
             lambda name, _: torch.float32 if name.startswith("latents_") else dtype,
-            "the video VAE of LTX-2",
+            what="the video VAE of LTX-2",
         )
     lay_out(vae, device)
     logger.info("VAE: %s, computing in %s", path, dtype_name(dtype))
