@@ -204,7 +204,7 @@ class Ltx2(Ltx2Media):
         network = self.files.load_dit(placement)
         network.spec = self.dit
         if self.stages is not None and self.stages.loras:
-            vars(network)["stage_files"] = [(lora.path, lora.option) for lora in self.stages.loras]
+            network.stage_files = [(lora.path, lora.option) for lora in self.stages.loras]
         return network
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
