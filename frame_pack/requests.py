@@ -79,8 +79,8 @@ def prepare_request(
         _paths(request.extra, "control_image_mask_path"),
     )
     if takes_shape and is_picture:
-        first = (*settings.controls, *settings.images)[0]
-        width, height = _size_like(first, width, height, latent.pixel_step)
+        images = (*settings.controls, *settings.images)
+        width, height = _size_like(images, width, height, latent.pixel_step)
     elif takes_shape:
         logger.warning("--one_frame_auto_resize is ignored because a video is made")
     flow_shift = request.flow_shift
@@ -89,7 +89,8 @@ def prepare_request(
         flow_shift = flow_shift_for(count_tokens(1 if is_picture else window, rows, columns))
     prepared = requests.settle(request, usual, (width, height, frames), flow_shift, usual_negative="")
     # metadata of saved files, by the names of options
-    metadata = {name: value for name, value in request.extra.items() if name != "video_seconds"}
+    metadata = dict(request.extra)
+    metadata.pop("video_seconds", None)
     metadata |= {"latent_window_size": str(window), "video_sections": str(sections), "f1": str(is_f1)}
     if not is_picture:  # as the option counts them, whatever the rate it is played at
         metadata["video_seconds"] = f"{frames / FRAMES_PER_SECOND:g}"
@@ -105,12 +106,12 @@ def prepare_request(
     )
 
 
-def _size_like(path: Path, width: int, height: int, step: int) -> tuple[int, int]:
-    """Return the bucket of a dataset of this resolution that the image would be put into."""
+def _size_like(images: Sequence[Path], width: int, height: int, step: int) -> tuple[int, int]:
+    """Return the bucket of a dataset of this resolution that the first image would be put into."""
     from modules.media.reading import image_size  # only for single pictures
 
     buckets = bucket_sizes(width, height, step)
-    return choose_bucket(image_size(path), buckets, width * height, step, no_upscale=False)
+    return choose_bucket(image_size(images[0]), buckets, width * height, step, no_upscale=False)
 
 
 def warn_of_unused_paddings(paddings: Sequence[int], settings: FramePackRequest) -> None:

@@ -138,11 +138,9 @@ class HunyuanImageModel(BlockNetwork):
 
         prompt: text, text_mask, glyphs and glyph_mask, as of `embed`.
         """
-        for name in ("text", "glyphs"):
-            states, mask = prompt[name], prompt["text_mask" if name == "text" else "glyph_mask"]
-            if mask.shape != states.shape[:2]:
-                raise ValueError(f"a mask of {tuple(mask.shape)} for a text of {tuple(states.shape[:2])}")
         text, glyphs = prompt["text"], prompt["glyphs"]
+        _check_mask(text, prompt["text_mask"])
+        _check_mask(glyphs, prompt["glyph_mask"])
         longest, counts = real_tokens(prompt["text_mask"])
         tokens = self.txt_in(text[:, :longest], timesteps, counts, dtype=dtype, attention=self.attention)
         text_counts = counts or [longest] * len(text)
@@ -157,6 +155,11 @@ class HunyuanImageModel(BlockNetwork):
         """Turn tokens B L+J C into the velocity, B out_dim H W in float32."""
         pixels = self.final_layer(x[:, : tokens.video], tokens).float()
         return rearrange(pixels, "b (h w) c -> b c h w", h=tokens.grid[1])
+
+
+def _check_mask(states: Tensor, mask: Tensor) -> None:
+    if mask.shape != states.shape[:2]:
+        raise ValueError(f"a mask of {tuple(mask.shape)} for a text of {tuple(states.shape[:2])}")
 
 
 def join_texts(

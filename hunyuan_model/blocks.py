@@ -172,18 +172,19 @@ class DoubleStreamBlock(nn.Module):
         video_vector, text_vector = tokens.rows
         video_modulation, video_project, video_mlp = self.layers(False)
         text_modulation, text_project, text_mlp = self.layers(True)
-        video_shift, video_scale, video_gate, *video_rows = video_modulation(video_vector)
-        text_shift, text_scale, text_gate, *text_rows = text_modulation(text_vector)
+        video_rows = video_modulation(video_vector)
+        text_rows = text_modulation(text_vector)
 
-        h = modulate(self.norm(video), video_shift, video_scale, tokens.dtype, split=tokens.clean)
-        heads = self.heads(h, False)
-        h = modulate(self.norm(text), text_shift, text_scale, tokens.dtype, split=tokens.split)
-        heads = tokens.join(heads, self.heads(h, True))
-        del h
+        video_heads = self._modulated_heads(video, video_rows, tokens, is_text=False)
+        text_heads = self._modulated_heads(text, text_rows, tokens, is_text=True)
+        heads = tokens.join(video_heads, text_heads)
+        del video_heads, text_heads
         video_branch, text_branch = tokens.split_video(attend_jointly(*heads, tokens))
 
-        video = add_gated(video, video_gate, in_own_dtype(video_project, video_branch), tokens.clean)
-        text = add_gated(text, text_gate, in_own_dtype(text_project, text_branch), tokens.split)
+        _, _, gate, *video_rows = video_rows
+        video = add_gated(video, gate, in_own_dtype(video_project, video_branch), tokens.clean)
+        _, _, gate, *text_rows = text_rows
+        text = add_gated(text, gate, in_own_dtype(text_project, text_branch), tokens.split)
         # without names: code that computes it in pieces takes arguments by their order
         text = self.feed_forward(text, text_mlp, tokens.dtype, tokens.split, *text_rows)
         # the expensive one last: if it runs in pieces, recomputing the block stops here
@@ -191,6 +192,14 @@ class DoubleStreamBlock(nn.Module):
         for part, *rows in split_segments(tokens.clean, video_rows, video):
             parts.append(self.feed_forward(part, video_mlp, tokens.dtype, 0, *rows))
         return torch.cat([*parts, text], dim=1)
+
+    def _modulated_heads(
+        self, x: Tensor, rows: Sequence[Tensor], tokens: HunyuanTokens, is_text: bool
+    ) -> Heads:
+        """Return query, key and value of a stream's tokens B L C. rows: its shift, scale, ..., each B S C."""
+        shift, scale, *_ = rows
+        split = tokens.split if is_text else tokens.clean
+        return self.heads(modulate(self.norm(x), shift, scale, tokens.dtype, split=split), is_text)
 
     def modulated_input(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         """Return the input of attention for the video tokens of x: B L+T C -> B L C."""

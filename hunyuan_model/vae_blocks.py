@@ -65,6 +65,16 @@ class ClipNorm(nn.GroupNorm):
 
         x: B C T H W.
         """
+        groups = (self.num_groups, -1)
+        mean, variance = self._statistics(x, chunk)  # B groups 1
+        weight = self.weight.float().unflatten(0, groups)
+        bias = self.bias.float().unflatten(0, groups)
+        factor = weight * torch.rsqrt(variance + self.eps)
+        offset = bias - mean * factor
+        return factor.flatten(1)[..., None, None, None], offset.flatten(1)[..., None, None, None]
+
+    def _statistics(self, x: Tensor, chunk: int | None) -> tuple[Tensor, Tensor]:
+        """Return mean and variance of each group, B groups 1, from those of pieces of the clip."""
         piece_means, piece_variances, shares = [], [], []
         for start, stop in steps(x.shape[2], x[:, :, 0].numel(), chunk):
             piece = x[:, :, start:stop].float()
@@ -76,12 +86,9 @@ class ClipNorm(nn.GroupNorm):
         share = numbers_on(x.device, shares, torch.float32).view(-1, 1, 1, 1)
         means = torch.stack(piece_means).unflatten(2, groups)  # steps B groups channels
         variances = torch.stack(piece_variances).unflatten(2, groups)
-        mean = (share * means).sum(dim=0).mean(dim=-1, keepdim=True)  # B groups 1
+        mean = (share * means).sum(dim=0).mean(dim=-1, keepdim=True)
         squares = share * (variances + (means - mean).square())
-        variance = squares.sum(dim=0).mean(dim=-1, keepdim=True)
-        factor = self.weight.float().unflatten(0, groups) * torch.rsqrt(variance + self.eps)
-        offset = self.bias.float().unflatten(0, groups) - mean * factor
-        return factor.flatten(1)[..., None, None, None], offset.flatten(1)[..., None, None, None]
+        return mean, squares.sum(dim=0).mean(dim=-1, keepdim=True)
 
 
 class HunyuanCausalConv(nn.Module):
@@ -147,16 +154,21 @@ class HunyuanCausalConv(nn.Module):
         for place, source in enumerate(sources):
             if place and source == sources[place - 1]:
                 padded[:, :, place] = padded[:, :, place - 1]
-                continue
-            frame = x[:, :, source : source + 1]
-            if factors is not None:
-                factor, offset = factors
-                frame = functional.silu(torch.addcmul(offset, frame.float(), factor), inplace=True)
-            inside = padded[:, :, place : place + 1, 1:-1, 1:-1]
-            inside = inside.unflatten(-1, (width, columns)).unflatten(-3, (height, rows))
-            inside.copy_(frame[..., :, None, :, None])
-            _repeat_borders(padded[:, :, place])
+            else:
+                frame = x[:, :, source : source + 1]
+                self._write(frame, padded[:, :, place : place + 1], factors)
         return padded
+
+    def _write(self, frame: Tensor, place: Tensor, factors: tuple[Tensor, Tensor] | None) -> None:
+        """Write a frame, B C 1 H W, into `place`: normed, enlarged and with its border repeated."""
+        if factors is not None:
+            factor, offset = factors
+            frame = functional.silu(torch.addcmul(offset, frame.float(), factor), inplace=True)
+        _, rows, columns = self.enlarge
+        height, width = frame.shape[3:]
+        inside = place[..., 1:-1, 1:-1].unflatten(-1, (width, columns)).unflatten(-3, (height, rows))
+        inside.copy_(frame[..., :, None, :, None])
+        _repeat_borders(place.squeeze(2))
 
     def _source_frames(self, start: int, stop: int) -> list[int]:
         """Return which frames of the clip the results `start` to `stop` see; the first one is repeated."""

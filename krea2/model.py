@@ -105,7 +105,7 @@ class GatedAttention(GroupedAttention):
             value = torch.cat([values.expand(len(value), -1, -1, -1), value], dim=1)
         key, value = serve(query, key, value)
         isolated, choice = tokens.isolated, tokens.attention
-        attended = attend(query[:, isolated:], key, value, choice, lengths)
+        attended = attend(query[:, isolated:], key, value, choice, lengths=lengths)
         if not isolated:
             return attended
         references = attend(query[:, :isolated], key[:, :isolated], value[:, :isolated], choice)
@@ -355,7 +355,7 @@ class Krea2Model(BlockNetwork):
         """
         if text_mask.shape != text.shape[:2]:
             raise ValueError(f"a text mask of {tuple(text_mask.shape)} for text of {tuple(text.shape)}")
-        dtype, device = activation_dtype(noisy.device, self.compute_dtype), noisy.device
+        dtype = activation_dtype(noisy.device, self.compute_dtype)
         *reference_grids, grid = [self.grid_of(latents) for latents in (*references, noisy)]
         pictures = [self.embed_picture(latents).to(dtype) for latents in (*references, noisy)]
         picture = pictures[0] if not references else torch.cat(pictures, dim=1)
@@ -367,7 +367,7 @@ class Krea2Model(BlockNetwork):
             texts.append(self._embed_prompt(arguments, num_pictures - num_isolated, dtype))
         x = torch.cat([picture, *(embedded.states for embedded in texts)], dim=1)
         layout = Krea2Layout(grid, x.shape[1] - num_pictures, tuple(reference_grids))
-        rotary = self._rotary.of(layout, device)
+        rotary = self._rotary.of(layout, noisy.device)
         first, *seconds = texts
         tokens = Krea2Tokens(
             grid,
@@ -383,8 +383,11 @@ class Krea2Model(BlockNetwork):
         for second in seconds:  # at most one
             assert tweaks.steer is not None  # it comes with a second text
             count = second.states.shape[1]
-            place = SecondText(num_pictures, count, second.lengths, tweaks.steer)
-            tokens = replace(tokens, second=place, second_rotary=rotary[: num_pictures + count])
+            tokens = replace(
+                tokens,
+                second=SecondText(num_pictures, count, second.lengths, tweaks.steer),
+                second_rotary=rotary[: num_pictures + count],
+            )
         return Hidden(x, tokens)
 
     def _embed_prompt(self, arguments: Mapping[str, Any], before: int, dtype: torch.dtype) -> Krea2Text:

@@ -44,24 +44,31 @@ def _header(checkpoint: Checkpoint) -> DitHeader[LtxConfig]:
     settings = read_settings(checkpoint, "transformer", DIFFUSERS_CLASS)
     if CONFIG in checkpoint.metadata:  # what the released reader takes if a record does not say
         settings = {"av_ca_timestep_scale_multiplier": 1.0, **settings}
+    config = _read_config(shapes, settings)
+    layer = next(info for name, info in names.items() if name.endswith(f"{BLOCK}.ff.net.2.weight"))
+    return DitHeader(config, dialect, layer.dtype)
+
+
+def _read_config(shapes: DitShapes, settings: Mapping[str, Any]) -> LtxConfig:
+    """Return the dimensions. Raises CheckpointError if they cannot be read, or do not go together."""
+    path = shapes.path
     try:
         config = _config(shapes, settings)
         widths = [*(stream.dim for stream in config.streams.values()), config.cross_dim]
         fits = all(width % (2 * config.num_heads) == 0 for width in widths)
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(
-            f"{checkpoint.path}: its record of settings cannot be read ({error!r}). Copy the file, or the "
-            "config.json beside it, again.",
-            checkpoint.path,
+            f"{path}: its record of settings cannot be read ({error!r}). Copy the file, or the config.json "
+            "beside it, again.",
+            path,
         ) from None
     if not fits:
         raise CheckpointError(
-            f"{checkpoint.path}: widths of {', '.join(map(str, widths))} and {config.num_heads} heads are "
-            f"not those of an {NAME} transformer. Copy the file again.",
-            checkpoint.path,
+            f"{path}: widths of {', '.join(map(str, widths))} and {config.num_heads} heads are not those of "
+            f"an {NAME} transformer. Copy the file again.",
+            path,
         )
-    layer = next(info for name, info in names.items() if name.endswith(f"{BLOCK}.ff.net.2.weight"))
-    return DitHeader(config, dialect, layer.dtype)
+    return config
 
 
 def _config(shapes: DitShapes, settings: Mapping[str, Any]) -> LtxConfig:
@@ -101,9 +108,7 @@ def _read_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
     longest_values = settings.get("positional_embedding_max_pos", (frames, rows, columns))
     longest = tuple(float(number) for number in longest_values)
     stride = tuple(int(number) for number in settings.get("vae_scale_factors", LATENT.stride))
-    gate_multiplier = settings.get("cross_attn_timestep_scale_multiplier", 1000)
-    gate_multiplier = settings.get("av_ca_timestep_scale_multiplier", gate_multiplier)
-    gate_time = float(gate_multiplier) / float(settings.get("timestep_scale_multiplier", 1000))
+    gate_time = _gate_time(settings)
     theta = settings.get("rope_theta", 10000)
     theta = float(settings.get("positional_embedding_theta", theta))
     numbers = (gate_time, theta, *longest, *stride)
@@ -116,6 +121,13 @@ def _read_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
         "longest": longest,
         "stride": stride,
     }
+
+
+def _gate_time(settings: Mapping[str, Any]) -> float:
+    """Return the factor of the time for the gates between the streams."""
+    multiplier = settings.get("cross_attn_timestep_scale_multiplier", 1000)
+    multiplier = settings.get("av_ca_timestep_scale_multiplier", multiplier)
+    return float(multiplier) / float(settings.get("timestep_scale_multiplier", 1000))
 
 
 def _switch(settings: Mapping[str, Any], key: str, default: bool) -> bool:

@@ -295,7 +295,13 @@ class Ltx2(Ltx2Media):
         defaults = self.defaults
         flow_shift = request.flow_shift or defaults.flow_shift
         assert flow_shift is not None
-        prepared = settle(request, defaults, (width, height, frames), flow_shift, NEGATIVE_PROMPT)
+        prepared = settle(
+            request,
+            defaults,
+            size=(width, height, frames),
+            flow_shift=flow_shift,
+            usual_negative=NEGATIVE_PROMPT,
+        )
         joint = self._joint_of(prepared)
         if self.drive_video is not None and joint is None:
             raise OptionError(

@@ -204,12 +204,11 @@ class LtxModel(nn.Module):
         self._check(latents, texts)
         first = next(iter(latents.values()))
         dtype = activation_dtype(first.device, self.compute_dtype)
-        text_arguments = tweaks.texts(len(first), text=texts[VIDEO], sound_text=texts[SOUND])
+        prompts = tweaks.texts(len(first), text=texts[VIDEO], sound_text=texts[SOUND])
         sees_other = len(latents) == 2 and not tweaks.isolated
         parts, streams = {}, {}
         for names, stream_latents in latents.items():
             is_video = names is VIDEO
-            argument = "text" if is_video else "sound_text"
             inputs = StreamInputs(
                 names,
                 stream_latents,
@@ -217,7 +216,9 @@ class LtxModel(nn.Module):
                 given_frames=tweaks.given_frames if is_video else 0,
                 references=references if is_video else NO_REFERENCES,
             )
-            stream_texts = self._embed_texts(names, [arguments[argument] for arguments in text_arguments])
+            stream_texts = self._embed_texts(
+                names, [prompt["text" if is_video else "sound_text"] for prompt in prompts]
+            )
             parts[names] = self._project(inputs, dtype)
             rows, time = self._embed_times(self._part(names, "adaln_single"), inputs)
             text_rows = self._embed_text_times(inputs, rows)

@@ -185,8 +185,10 @@ def _denoise_with_references(
     picture, sound = (section.noise, None) if joint is None else joint.split(section.noise)
     frames = picture.shape[2]
     clean = join_tokens(references_of(section.positive)).to(picture.device)
-    drawn = noise.draw((1, clean.shape[2], clean.shape[1])).to(picture.device).mT
-    packed = pack(picture, strength * clean + (1 - strength) * drawn)
+    _, channels, count = clean.shape
+    drawn = noise.draw((1, count, channels)).to(picture.device).mT
+    noisy = strength * clean + (1 - strength) * drawn
+    packed = pack(picture, noisy)
     if joint is None or sound is None:
         latents = yield replace(section, noise=packed, shown=frames)
         return latents[:, :, :frames]

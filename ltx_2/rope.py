@@ -34,22 +34,24 @@ def make_table(config: LtxConfig, places: Places, /, *, device: torch.device) ->
     """Return (cosine, sine) pairs of the tokens, L N D/2 2 float32; B L N D/2 2 if samples differ in fps."""
     num_axes = 1 if places.by_time or not places.fps else 3
     turn = partial(_turn, config.rope_theta, places.width // (2 * num_axes), device)
-    size_factor, time_factor = places.factors
-    longest = config.longest
-    if places.fps:
-        frames = _bounds(places.grid[0], config.stride[0], is_causal=True)
-        # a frame in front of the others is one frame long still
-        spread = (frames * time_factor - (time_factor - 1)).clamp(min=0)
-        times = [turn(spread / fps, longest[0]) for fps in places.fps]
-    else:
-        seconds = _bounds(places.grid[0], MEL_STRIDE, is_causal=True) / MEL_RATE
-        times = [turn(seconds, longest[0])]
+    times = [turn(seconds, config.longest[0]) for seconds in _seconds(config, places)]
     sides = []
     for axis in range(1, num_axes):
-        pixels = _bounds(places.grid[axis], config.stride[axis]) * size_factor
-        sides.append(turn(pixels, longest[axis]))
+        pixels = _bounds(places.grid[axis], config.stride[axis]) * places.factors[0]
+        sides.append(turn(pixels, config.longest[axis]))
     tables = [_join([time, *sides], places, config.num_heads) for time in times]
     return tables[0] if len(tables) == 1 else torch.stack(tables)
+
+
+def _seconds(config: LtxConfig, places: Places) -> list[Tensor]:
+    """Return start and end of each latent in seconds, for each rate of frames; a sound has one rate."""
+    if not places.fps:
+        return [_bounds(places.grid[0], MEL_STRIDE, is_causal=True) / MEL_RATE]
+    _, time_factor = places.factors
+    frames = _bounds(places.grid[0], config.stride[0], is_causal=True)
+    # a frame in front of the others is one frame long still
+    spread = (frames * time_factor - (time_factor - 1)).clamp(min=0)
+    return [spread / fps for fps in places.fps]
 
 
 def make_tables(config: LtxConfig, places: tuple[Places, ...], /, *, device: torch.device) -> Tensor:

@@ -220,12 +220,17 @@ def _vocoder_name(name: str) -> str:
 def _generator(shape: Shape, names: Collection[str], start: str, refusal: CheckpointError) -> dict[str, Any]:
     """Read the settings of one generator of waveforms."""
     num_upsamplings = count(names, rf"{re.escape(start)}upsamplers\.\d+")
-    kernels = [shape(f"{start}upsamplers.{index}.weight", 3)[2] for index in range(num_upsamplings)]
+    kernels = []
+    for index in range(num_upsamplings):
+        kernels.append(shape(f"{start}upsamplers.{index}.weight", 3)[2])
     num_blocks = count(names, rf"{re.escape(start)}resnets\.\d+") // max(1, num_upsamplings)
-    if not kernels or not set(kernels) <= set(UPSAMPLINGS):
+    are_known = set(kernels) <= set(UPSAMPLINGS)
+    if not kernels or not are_known:
         raise refusal
     hidden_channels, in_channels = shape(f"{start}conv_in.weight", 3)[:2]
-    block_kernels = [shape(f"{start}resnets.{block}.convs1.0.weight", 3)[2] for block in range(num_blocks)]
+    block_kernels = []
+    for block in range(num_blocks):
+        block_kernels.append(shape(f"{start}resnets.{block}.convs1.0.weight", 3)[2])
     is_snake = f"{start}resnets.0.acts1.0.act.alpha" in names
     return {
         "in_channels": in_channels,

@@ -65,8 +65,10 @@ def read_settings(
     pattern = settings.get("_sliding_window_pattern", PATTERN)
     pattern = int(settings.get("sliding_window_pattern", pattern))
     numbers = (stretch, theta, near_theta, scalar, window, pattern)
-    if kind not in ("default", "linear") or not all(0 < number < math.inf for number in numbers):
-        raise ValueError(f"rotary frequencies of type {kind}, numbers {', '.join(map(str, numbers))}")
+    are_possible = all(0 < number < math.inf for number in numbers)
+    if kind not in ("default", "linear") or not are_possible:
+        listed = ", ".join(map(str, numbers))
+        raise ValueError(f"rotary frequencies of type {kind}, numbers {listed}")
     return {
         "rope_theta": theta,
         "rope_local_base_freq": near_theta,

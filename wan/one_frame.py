@@ -7,7 +7,7 @@ known tuner's page on one frame with Wan2.1 (wan_1f), whose caches and draws of 
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -219,23 +219,25 @@ def encode_items(encoders: MediaEncoders, media: MediaBatch, store: torch.dtype)
     """Encode pictures with their control images, each image alone. store: dtype of the latents."""
     vae, table = encoders.vae, media.table
     order = order_frames(table.clean_indices, table.target_index)
-    pixels = [to_pixels(frames.to(vae.device)) for frames in (*media.control, media.frames)]
-    latents = [vae.encode(image) for image in pixels]  # the picture's last
-    grey = vae.encode(torch.zeros_like(pixels[0]))
-    ordered = [latents[image] for image in order.images]
+    controls = [to_pixels(frames.to(vae.device)) for frames in media.control]
+    picture = to_pixels(media.frames.to(vae.device))
+    control_latents = [vae.encode(image) for image in controls]
+    latents = [*control_latents, vae.encode(picture)]
+    grey = vae.encode(torch.zeros_like(controls[0]))
     tensors = {
-        "latents": torch.cat(ordered, dim=2).to(store),
-        "latents_image": _condition(order, latents[:-1], grey).to(store),
+        "latents": torch.cat([latents[image] for image in order.images], dim=2).to(store),
+        "latents_image": _condition(order, control_latents, grey).to(store),
     }
     if encoders.image_encoder is not None:
-        features = [encoders.image_encoder.encode(image[:, :, 0]) for image in pixels[:-1]]
+        features = [encoders.image_encoder.encode(image[:, :, 0]) for image in controls]
         tensors["clip"] = torch.cat(features, dim=1).to(torch.float16)
     places = torch.tensor(order.places, dtype=torch.int32)
-    entries = []
-    for item in range(len(media.keys)):
-        item_tensors = {name: tensor[item] for name, tensor in tensors.items()}
-        entries.append(CacheEntry({**item_tensors, PLACES: places}))
-    return entries
+    return [_entry(tensors, item, places) for item in range(len(media.keys))]
+
+
+def _entry(tensors: Mapping[str, Tensor], item: int, places: Tensor) -> CacheEntry:
+    item_tensors = {name: tensor[item] for name, tensor in tensors.items()}
+    return CacheEntry({**item_tensors, PLACES: places})
 
 
 def batch_conditions(task: WanTask, config: WanConfig, batch: Batch) -> Conditions:

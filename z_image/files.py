@@ -42,15 +42,17 @@ def _header(checkpoint: Checkpoint) -> DitHeader[ZImageConfig]:
     (width,) = shapes.of("layers.0.attention.norm_q.weight", axes=1)
     hidden, freq_dim = shapes.of("t_embedder.mlp.0.weight")
     rows, columns = shapes.of("layers.0.attention.to_q.weight")
-    if rows != dim or columns != dim or dim % width or width % 16 or numbers % PATCH**2:
+    has_even_heads = dim % width == 0 and width % 16 == 0
+    if rows != dim or columns != dim or not has_even_heads or numbers % PATCH**2:
         raise CheckpointError(
             f"{shapes.path}: width {dim}, {rows} rows of queries, heads of {width} and patches of {numbers} "
             f"numbers are not those of {WHAT}. Copy the file again.",
             shapes.path,
         )
-    if numbers != PATCH**2 * FLUX_KIND.channels:
+    channels = numbers // PATCH**2
+    if channels != FLUX_KIND.channels:
         raise CheckpointError(
-            f"{shapes.path} takes {numbers // PATCH**2} channels, {WHAT} {FLUX_KIND.channels}: it is a "
+            f"{shapes.path} takes {channels} channels, {WHAT} {FLUX_KIND.channels}: it is a "
             f"relative such as Zeta-Chroma or L2P, which are not supported. Give {FILES}.",
             shapes.path,
         )
@@ -62,7 +64,7 @@ def _header(checkpoint: Checkpoint) -> DitHeader[ZImageConfig]:
         num_layers=shapes.blocks("layers"),
         noise_refiner_layers=shapes.blocks("noise_refiner"),
         context_refiner_layers=shapes.blocks("context_refiner"),
-        in_dim=numbers // PATCH**2,
+        in_dim=channels,
         text_dim=shapes.of("cap_embedder.1.weight")[1],
         time_dim=shapes.of("t_embedder.mlp.2.weight")[0],
         time_hidden=hidden,
