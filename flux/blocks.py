@@ -101,8 +101,11 @@ class DoubleBlock(DoubleStreamBlock):
         return self.img_mod, self.img_attn.proj, self.img_mlp
 
     def heads(self, x: Tensor, is_text: bool) -> Heads:
-        of = self.txt_attn if is_text else self.img_attn
-        return split_heads(x, of.qkv, of.num_heads, of.norm.query_norm, of.norm.key_norm)
+        attention = self.txt_attn if is_text else self.img_attn
+        norm = attention.norm
+        return split_heads(
+            x, attention.qkv, attention.num_heads, q_norm=norm.query_norm, k_norm=norm.key_norm
+        )
 
 
 class SingleBlock(nn.Module):
@@ -122,8 +125,9 @@ class SingleBlock(nn.Module):
     def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         # x: B L+T C
         shift, scale, gate = self.modulation(tokens.vector)
-        h = in_own_dtype(self.linear1, modulate(self.pre_norm(x), shift, scale, tokens.dtype, tokens.split))
-        *qkv, hidden = h.split(self.widths, dim=-1)  # in one split, so that its gradient is written once
-        q, k, v = (one.unflatten(-1, (self.num_heads, -1)) for one in qkv)
-        seen = attend_turned(self.norm.query_norm(q), self.norm.key_norm(k), v, tokens)
-        return add_gated(x, gate, in_own_dtype(self.linear2, join_gelu(seen, hidden)), tokens.split)
+        h = modulate(self.pre_norm(x), shift, scale, tokens.dtype, split=tokens.split)
+        # in one split, so that its gradient is written once
+        *qkv, hidden = in_own_dtype(self.linear1, h).split(self.widths, dim=-1)
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in qkv)
+        attended = attend_turned(self.norm.query_norm(q), self.norm.key_norm(k), v, tokens)
+        return add_gated(x, gate, in_own_dtype(self.linear2, join_gelu(attended, hidden)), tokens.split)

@@ -68,7 +68,7 @@ class FluxControl(nn.Module):
         places[..., 1] += torch.arange(rows, device=device)[:, None]
         places[..., 2] += torch.arange(columns, device=device)[None]
         assert pooled is not None
-        found = self.network(
+        outputs = self.network(
             hidden_states=pack(noisy).to(dtype),
             controlnet_cond=pack(control).to(dtype),
             encoder_hidden_states=t5.to(dtype),
@@ -79,16 +79,18 @@ class FluxControl(nn.Module):
             txt_ids=torch.zeros(t5.shape[1], 3, device=device),
             return_dict=False,
         )
-        return [
-            added for made, blocks in zip(found, self._blocks, strict=True) for added in _spread(made, blocks)
-        ]
+        added: list[Tensor | None] = []
+        for output, blocks in zip(outputs, self._blocks, strict=True):
+            added += _spread(output, blocks)
+        return added
 
 
-def _spread(made: list[Tensor] | None, blocks: int) -> list[Tensor | None]:
-    if not made:
+def _spread(output: list[Tensor] | None, blocks: int) -> list[Tensor | None]:
+    """Return what is added behind each block; one of the ControlNet's outputs serves several blocks."""
+    if not output:
         return [None] * blocks
-    span = math.ceil(blocks / len(made))
-    return [made[block // span] for block in range(blocks)]
+    span = math.ceil(blocks / len(output))
+    return [output[block // span] for block in range(blocks)]
 
 
 def load_control_net(path: Path, config: FluxConfig, device: torch.device, dtype: torch.dtype) -> FluxControl:
@@ -100,7 +102,9 @@ def load_control_net(path: Path, config: FluxConfig, device: torch.device, dtype
         warnings.simplefilter("ignore", FutureWarning)  # to developers: diffusers moves a class of its own
         settings = read_control_net(path, checkpoint, config)
         plan = LoadPlan(settings, checkpoint, plain_sources(checkpoint))
-        network = load_planned(plan, lambda own: FluxControlNetModel(**own), device, dtype, CONTROL_NET)
+        network = load_planned(
+            plan, lambda words: FluxControlNetModel(**words), device, dtype, what=CONTROL_NET
+        )
     logger.info("ControlNet: %s, frozen", path)
     return FluxControl(network, config)
 
@@ -133,13 +137,15 @@ def read_control_net(path: Path, checkpoint: Checkpoint, config: FluxConfig) -> 
             f"picture, which datasets do not say.\n  Give one of a single kind, or without modes: {GIVE}.",
             path,
         )
-    found = {"width": names[_MARK].shape[0], "numbers of a token": names[_MARK].shape[1]}
-    taken = {"width": config.dim, "numbers of a token": config.token_dim}
-    sides = {"text": ("context_embedder.weight", config.text_dim)}
-    sides["pooled text"] = ("time_text_embed.text_embedder.linear_1.weight", config.pooled_dim)
-    for what, (name, width) in sides.items():
-        found[what], taken[what] = names[name].shape[1] if name in names else 0, width
-    wrong = [f"{what} {found[what]} and {taken[what]}" for what in found if found[what] != taken[what]]
+    text, pooled = "context_embedder.weight", "time_text_embed.text_embedder.linear_1.weight"
+    # what -> sizes of the ControlNet and of the transformer
+    sizes = {
+        "width": (names[_MARK].shape[0], config.dim),
+        "numbers of a token": (names[_MARK].shape[1], config.token_dim),
+        "text": (names[text].shape[1] if text in names else 0, config.text_dim),
+        "pooled text": (names[pooled].shape[1] if pooled in names else 0, config.pooled_dim),
+    }
+    wrong = [f"{what} {size} and {needed}" for what, (size, needed) in sizes.items() if size != needed]
     if wrong:
         raise CheckpointError(
             f"{CONTROL_NET} {path} does not fit the transformer: {', '.join(wrong)}. ControlNets of FLUX.1 "
@@ -157,14 +163,14 @@ def _open(path: Path) -> Checkpoint:
 def _settings(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
     names, place = checkpoint.tensors, checkpoint.path
     file = place / "config.json" if place.is_dir() else place.with_name("config.json")
-    known = inspect.signature(FluxControlNetModel.__init__).parameters
+    parameters = inspect.signature(FluxControlNetModel.__init__).parameters
     if file.is_file():
         try:
-            said = parse_json(read_text(file))
+            settings = parse_json(read_text(file))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{file} cannot be read ({error}). Copy it again.", path) from error
-        if isinstance(said, Mapping) and said.get("_class_name") == FluxControlNetModel.__name__:
-            return {name: value for name, value in said.items() if name in known}
+        if isinstance(settings, Mapping) and settings.get("_class_name") == FluxControlNetModel.__name__:
+            return {name: value for name, value in settings.items() if name in parameters}
     (head,) = names["transformer_blocks.0.attn.norm_q.weight"].shape
     dim, token_dim = names[_MARK].shape
     if head != sum(_AXES):

@@ -160,11 +160,12 @@ class Flux(ModelOfPictures):
                 f"{media.table.name}: {len(media.control)} control pictures for one, a ControlNet sees one"
             )
         control = replace(media, frames=media.control[0][..., :3], control=())
-        made = super().encode_media(encoders, control)
-        return [
-            [replace(one, tensors={**one.tensors, CONTROL: other.tensors["latents"]})]
-            for (one,), (other,) in zip(entries, made, strict=True)
-        ]
+        control_entries = super().encode_media(encoders, control)
+        joined = []
+        for (entry,), (control_entry,) in zip(entries, control_entries, strict=True):
+            tensors = {**entry.tensors, CONTROL: control_entry.tensors["latents"]}
+            joined.append([replace(entry, tensors=tensors)])
+        return joined
 
     def check_given_files(self) -> None:
         """Check every file that an option names, and that the ControlNet fits. Loads nothing."""
@@ -210,13 +211,13 @@ class Flux(ModelOfPictures):
         widths = {STATES: config.text_dim} | ({POOLED: config.pooled_dim} if self.files.has_pooled else {})
         batch.check_widths(widths, self.files.dit_path, f"{remedy} and the text encoders of FLUX.1")
         is_chroma, most = self.files.kind == configs.CHROMA, self.files.t5_tokens
-        for made in batch.made_by:
-            mask = made.encoder.get("t5_mask")
+        for record in batch.made_by:
+            mask = record.encoder.get("t5_mask")
             if mask not in (None, "used" if self.files.uses_mask else "not used"):
                 option = configs.CHROMA if is_chroma else "--apply_t5_attn_mask"
                 how = f"for {option}" if self.files.uses_mask else "without --apply_t5_attn_mask"
                 raise CacheError(
-                    f"{made.path}: T5's mask of padding was {mask} when it was made, and this training is "
+                    f"{record.path}: T5's mask of padding was {mask} when it was made, and this training is "
                     f"{how}. Cache again with {remedy} and the same --model_type and --apply_t5_attn_mask."
                 )
         states = batch.tensor(STATES)
@@ -263,22 +264,23 @@ class Flux(ModelOfPictures):
         if request.second_prompt is not None and not self.files.has_pooled:
             logger.warning("--prompt_2 is ignored because Chroma has no second text encoder")
         usual = self.defaults
-        asked = request.embedded_guidance
-        if asked not in (None, usual.embedded_guidance, USUAL_GUIDANCE) and kind != configs.DEV:
+        guidance = request.embedded_guidance
+        if guidance not in (None, usual.embedded_guidance, USUAL_GUIDANCE) and kind != configs.DEV:
             why = "is made for 0" if kind == configs.CHROMA else "has no input for it"
             logger.warning(
                 "the embedded guidance %g (--embedded_cfg_scale) is ignored because %s %s",
-                asked,
+                guidance,
                 self.files.dit_path,
                 why,
             )
         if kind != configs.DEV:
             request = replace(request, embedded_guidance=None)
-        size = (*requests.size_of(request, usual)[:2], 1)
-        requests.check_size(size, LATENT)
-        shift = 1.0 if kind == configs.SCHNELL else size_shift(tokens_of(size[1], size[0]))
+        width, height, _ = requests.size_of(request, usual)
+        requests.check_size((width, height, 1), LATENT)
+        shift = 1.0 if kind == configs.SCHNELL else size_shift(tokens_of(height, width))
         flow_shift = shift if request.flow_shift is None else request.flow_shift
-        return requests.settle(request, usual, size, flow_shift, "" if self.negative_is_empty else None)
+        negative = "" if self.negative_is_empty else None
+        return requests.settle(request, usual, (width, height, 1), flow_shift, usual_negative=negative)
 
     def draw_noise(self, prepared: requests.Prepared, noise: NoiseSource) -> Tensor:
         """Return the noise of a picture, 1 C 1 h w float32: it is drawn as tokens."""

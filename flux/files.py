@@ -66,41 +66,42 @@ def _header(checkpoint: Checkpoint) -> DitHeader[FluxConfig]:
     names = checkpoint.tensors
     dialect = next((name for name, (mark, _) in DIALECTS.items() if mark in names), "official")
     mark, table = DIALECTS[dialect]
-    shapes = joined_shapes({name: info.shape for name, info in names.items()}, table)
-    if mark not in names or len(shapes.get("img_in.weight", ())) != 2 or any(one in names for one in OTHERS):
+    file_shapes = joined_shapes({name: info.shape for name, info in names.items()}, table)
+    is_relative = any(name in names for name in OTHERS)
+    if mark not in names or len(file_shapes.get("img_in.weight", ())) != 2 or is_relative:
         raise other_kind(checkpoint, WHAT, OPTION, FILES)
-    found = DitShapes(checkpoint.path, shapes, "FLUX.1")
-    dim, token_dim = found.of("img_in.weight")
-    (head_width,) = found.of("double_blocks.0.img_attn.norm.query_norm.scale", axes=1)
+    shapes = DitShapes(checkpoint.path, file_shapes, "FLUX.1")
+    dim, token_dim = shapes.of("img_in.weight")
+    (head_width,) = shapes.of("double_blocks.0.img_attn.norm.query_norm.scale", axes=1)
     if dim % head_width or head_width % HEAD_MULTIPLE or token_dim % PATCH**2:
         raise CheckpointError(
-            f"{found.path}: width {dim}, heads of {head_width} and tokens of {token_dim} numbers are not "
+            f"{shapes.path}: width {dim}, heads of {head_width} and tokens of {token_dim} numbers are not "
             "those of a FLUX.1 transformer. Copy the file again.",
-            found.path,
+            shapes.path,
         )
     sizes: dict[str, Any] = {
         "dim": dim,
-        "ffn_dim": found.of("double_blocks.0.img_mlp.0.weight")[0],
+        "ffn_dim": shapes.of("double_blocks.0.img_mlp.0.weight")[0],
         "num_heads": dim // head_width,
-        "double_blocks": found.blocks("double_blocks"),
-        "single_blocks": found.blocks("single_blocks"),
+        "double_blocks": shapes.blocks("double_blocks"),
+        "single_blocks": shapes.blocks("single_blocks"),
         "token_dim": token_dim,
-        "text_dim": found.of("txt_in.weight")[1],
+        "text_dim": shapes.of("txt_in.weight")[1],
     }
-    if f"{APPROXIMATOR}.in_proj.weight" in found.shapes:  # Chroma
-        width, in_dim = found.of(f"{APPROXIMATOR}.in_proj.weight")
-        layers = count(found.shapes, rf"{APPROXIMATOR}\.layers\.\d+")
+    if f"{APPROXIMATOR}.in_proj.weight" in shapes.shapes:  # Chroma
+        width, in_dim = shapes.of(f"{APPROXIMATOR}.in_proj.weight")
+        layers = count(shapes.shapes, rf"{APPROXIMATOR}\.layers\.\d+")
         if in_dim % 8:
             raise CheckpointError(
-                f"{found.path}: an approximator of {in_dim} inputs is not Chroma's. Copy the file again.",
-                found.path,
+                f"{shapes.path}: an approximator of {in_dim} inputs is not Chroma's. Copy the file again.",
+                shapes.path,
             )
         sizes |= {"approximator": ApproximatorConfig(in_dim, width, layers)}
     else:
         sizes |= {
-            "pooled_dim": found.of("vector_in.in_layer.weight")[1],
-            "freq_dim": found.of("time_in.in_layer.weight")[1],
-            "has_guidance": "guidance_in.in_layer.weight" in found.shapes,
+            "pooled_dim": shapes.of("vector_in.in_layer.weight")[1],
+            "freq_dim": shapes.of("time_in.in_layer.weight")[1],
+            "has_guidance": "guidance_in.in_layer.weight" in shapes.shapes,
         }
     return DitHeader(FluxConfig(**sizes), dialect, names[mark].dtype)
 
@@ -110,7 +111,13 @@ def _sources(checkpoint: Checkpoint, header: DitHeader[FluxConfig]) -> Mapping[s
     return join_parts(plain_sources(checkpoint), DIALECTS[header.dialect][1], swapped)
 
 
-FORMAT = DitFormat(_header, lambda header: NAMES[header.config.kind], FluxModel, _sources, OPTION)
+FORMAT = DitFormat(
+    _header,
+    lambda header: NAMES[header.config.kind],
+    network=FluxModel,
+    sources=_sources,
+    option=OPTION,
+)
 read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMAT.load
 
 
@@ -205,9 +212,8 @@ class FluxFiles(AutoencoderFiles):
         return [*([self._clip(dtype)] if self.has_pooled else []), t5]
 
     def check_texts(self, config: Any, needed: bool) -> None:
-        pooled_dim, text_dim = (
-            (None, None) if config is None else (config.pooled_dim or None, config.text_dim)
-        )
+        pooled_dim = None if config is None else config.pooled_dim or None
+        text_dim = None if config is None else config.text_dim
         clip, t5 = self.clip_use, self.t5_use
         if self.clip_l is not None or (needed and self.has_pooled):
             path = self._clip().path

@@ -79,7 +79,23 @@ class FluxFinalLayer(HunyuanFinalLayer):
 
 
 class FluxModel(BlockNetwork):
-    """Predict the velocity of noisy latents of a picture from states of T5 and a vector of CLIP-L."""
+    """Predict the velocity of noisy latents of a picture from states of T5 and a vector of CLIP-L.
+
+    Without references, a second text, a ControlNet and code that stands around the blocks; Chroma has the
+    modulations of all blocks from `distilled_guidance_layer` instead:
+
+        picture = img_in(patches of noisy)                                  # B L C
+        text = txt_in(t5)                                                   # B T C
+        vector = time_in(timesteps) + vector_in(pooled) + guidance_in(guidance)                # B C
+        for block in double_blocks:
+            rows, text_rows = block.img_mod(vector), block.txt_mod(vector)  # each 6: shifts, scales, gates
+            branches = attention of modulated picture and text to each other                      # B L+T C
+            picture, text = each + gate * proj(its branch), then + gate * mlp(modulated)
+        x = cat([picture, text])
+        for block in single_blocks:                  # attention and feed-forward in parallel
+            x = x + gate * linear2(attention and gelu of linear1(modulated x))
+        velocity = final_layer(x[:, :L], vector)     # B L Z*4, returned as B Z 1 H W
+    """
 
     dtype_of = "img_in.bias"
 
@@ -138,25 +154,33 @@ class FluxModel(BlockNetwork):
         """
         self._check([noisy, *references], t5, t5_mask)
         dtype = activation_dtype(noisy.device, self.compute_dtype)
-        pictures = [in_own_dtype(self.img_in, pack(one)).to(dtype) for one in (noisy, *references)]
+        latents = (noisy, *references)
+        pictures = [in_own_dtype(self.img_in, pack(picture)).to(dtype) for picture in latents]
         # a reference stands at the next place of the axis of frames
-        grids = [Grid(grid_of(one), first=place) for place, one in enumerate((noisy, *references))]
+        grids = [Grid(grid_of(picture), first=number) for number, picture in enumerate(latents)]
         rotary = self._rotary.of(tuple(grids), noisy.device)
         scale: Tensor | None = torch.zeros_like(timesteps) if guidance is None else guidance
         rows = None
         if self.config.approximator is not None:
-            for taken in self._modulation_rows:
-                taken.place(timesteps.device)
+            for modulation_rows in self._modulation_rows:
+                modulation_rows.place(timesteps.device)
             rows = self.distilled_guidance_layer(timesteps, scale).unsqueeze(1)
         elif not self.config.has_guidance or not tweaks.embedded_guidance:
             scale = None
         texts = []
-        for given in tweaks.texts(len(noisy), t5=t5, t5_mask=t5_mask, pooled=pooled):
-            text, lengths = self._embed_text(given["t5"], given["t5_mask"], len(rotary), dtype)
-            vector = self._embed_vector(timesteps, given["pooled"], scale) if rows is None else rows
+        for prompt in tweaks.texts(len(noisy), t5=t5, t5_mask=t5_mask, pooled=pooled):
+            text, lengths = self._embed_text(prompt["t5"], prompt["t5_mask"], len(rotary), dtype)
+            vector = self._embed_vector(timesteps, prompt["pooled"], scale) if rows is None else rows
             texts.append(EmbeddedText(text, lengths, vector))
-        inputs = {"grid": grids[0].sizes, "rotary": rotary, "dtype": dtype, "attention": self.attention}
-        hidden = join_tokens(pictures, texts, tweaks.steer, **inputs)
+        hidden = join_tokens(
+            pictures,
+            texts,
+            tweaks.steer,
+            grid=grids[0].sizes,
+            rotary=rotary,
+            dtype=dtype,
+            attention=self.attention,
+        )
         del pictures, texts
         if control is not None and self.controlnet is not None:
             hidden.added = self.controlnet(noisy, timesteps, t5, pooled, guidance, control)
@@ -194,11 +218,13 @@ class FluxModel(BlockNetwork):
         return in_own_dtype(self.txt_in, t5[:, :longest]).to(dtype), lengths
 
     def _check(self, pictures: Sequence[Tensor], t5: Tensor, mask: Tensor | None) -> None:
-        for one in pictures:
-            if one.shape[1] != self.config.channels:
-                raise ValueError(f"{one.shape[1]} input channels, the model takes {self.config.channels}")
-            if one.shape[2] != 1 or one.shape[-2] % PATCH or one.shape[-1] % PATCH:
-                raise ValueError(f"latents of {tuple(one.shape[2:])}: one frame of even height and width")
+        for latents in pictures:
+            channels, frames = latents.shape[1:3]
+            height, width = latents.shape[-2:]
+            if channels != self.config.channels:
+                raise ValueError(f"{channels} input channels, the model takes {self.config.channels}")
+            if frames != 1 or height % PATCH or width % PATCH:
+                raise ValueError(f"latents of {tuple(latents.shape[2:])}: one frame of even height and width")
         if mask is not None and mask.shape != t5.shape[:2]:
             raise ValueError(f"a text mask of {tuple(mask.shape)} for text of {tuple(t5.shape[:2])}")
 

@@ -39,7 +39,9 @@ _FLUX_DOUBLE = tuple(
 )
 _VECTORS = (("timestep", "time_in"), ("text", "vector_in"), ("guidance", "guidance_in"))
 _FLUX_REST = (
-    *(("x_embedder", "img_in"), ("context_embedder", "txt_in"), ("proj_out", "final_layer.linear")),
+    ("x_embedder", "img_in"),
+    ("context_embedder", "txt_in"),
+    ("proj_out", "final_layer.linear"),
     *(
         (f"time_text_embed.{theirs}_embedder.linear_{number}", f"{ours}.{layer}")
         for theirs, ours in _VECTORS
@@ -110,8 +112,14 @@ FLUX = FamilyNames(
     versions=("flux", "chroma"),
     texts_in_diffusers=("lora_te1",),
     sides=(
-        *(("_attn.qkv", 3, 1), ("_attn.proj", 1, 1), ("_mlp.0", 4, 1), ("_mlp.2", 1, 4)),
-        *(("_mod.lin", 6, 1), (".modulation.lin", 3, 1), (".linear1", 7, 1), (".linear2", 1, 5)),
+        ("_attn.qkv", 3, 1),
+        ("_attn.proj", 1, 1),
+        ("_mlp.0", 4, 1),
+        ("_mlp.2", 1, 4),
+        ("_mod.lin", 6, 1),
+        (".modulation.lin", 3, 1),
+        (".linear1", 7, 1),
+        (".linear2", 1, 5),
     ),
     released=((3072, (("double_blocks", 19), ("single_blocks", 38))),),
     numbered=(

@@ -52,13 +52,13 @@ class FluxModelOptions(MinimalLoraOptions, title="model"):
     def text_dtype(self) -> str:
         """Return the dtype of the text encoders. Raises OptionError if they differ."""
         named = (self.clip_l_dtype, self.t5xxl_dtype)
-        given = {name for name in named if name is not None and not is_fp8(name)}
-        if len(given) > 1:
+        dtypes = {name for name in named if name is not None and not is_fp8(name)}
+        if len(dtypes) > 1:
             raise OptionError(
                 f"--clip_l_dtype {self.clip_l_dtype} and --t5xxl_dtype {self.t5xxl_dtype}: both encoders "
                 "compute in one dtype. Give the same; T5 may be in fp8"
             )
-        return given.pop() if given else self.base_dtype
+        return dtypes.pop() if dtypes else self.base_dtype
 
 
 class FluxPictureOptions(Options, title="what to make"):

@@ -87,7 +87,7 @@ class Flux2(pictures.ModelOfPictures):
     @property
     def same_latents(self) -> frozenset[str]:
         """Return all releases: they have the same autoencoder."""
-        return frozenset(one.name for one in VERSIONS.values())
+        return frozenset(version.name for version in VERSIONS.values())
 
     @property
     def cache_tag(self) -> str:
@@ -130,10 +130,10 @@ class Flux2(pictures.ModelOfPictures):
         config, use = self.files.dit_header().config, self.files.version.use
         remedy = f"{TEXTS_AGAIN} --model_version {self.files.model_version} and {use.model.what}"
         batch.check_widths({KEY: config.text_dim}, self.files.dit_path, remedy)
-        found: dict[str, Tensor | list[Tensor]] = {KEY: batch.tensor(KEY)}
+        conditions: dict[str, Tensor | list[Tensor]] = {KEY: batch.tensor(KEY)}
         if config.has_guidance:
-            found[pictures.GUIDANCE] = torch.full((len(latents),), self.trained_guidance)
-        return found | pictures.references_of(batch, LATENT.channels, 1, LATENTS_AGAIN)
+            conditions[pictures.GUIDANCE] = torch.full((len(latents),), self.trained_guidance)
+        return conditions | pictures.references_of(batch, LATENT.channels, 1, LATENTS_AGAIN)
 
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS

@@ -43,8 +43,8 @@ def _header(checkpoint: Checkpoint) -> DitHeader[Flux2Config]:
     dialect = next((name for name, (mark, _) in DIALECTS.items() if mark in names), None)
     if dialect is None:
         raise other_kind(checkpoint, WHAT, OPTION, FILES)
-    known = joined_shapes({name: info.shape for name, info in names.items()}, DIALECTS[dialect][1])
-    shapes = DitShapes(checkpoint.path, known, NAME)
+    file_shapes = {name: info.shape for name, info in names.items()}
+    shapes = DitShapes(checkpoint.path, joined_shapes(file_shapes, DIALECTS[dialect][1]), NAME)
     dim, channels = shapes.of("img_in.weight")
     (width,) = shapes.of(HEADS, axes=1)
     ffn_dim = shapes.of("double_blocks.0.img_mlp.2.weight")[1]
@@ -63,7 +63,7 @@ def _header(checkpoint: Checkpoint) -> DitHeader[Flux2Config]:
         channels=channels,
         text_dim=shapes.of("txt_in.weight")[1],
         freq_dim=shapes.of("time_in.in_layer.weight")[1],
-        has_guidance="guidance_in.in_layer.weight" in known,
+        has_guidance="guidance_in.in_layer.weight" in shapes.shapes,
     )
     block = next(name for name in names if name.endswith(("img_mlp.0.weight", ".0.ff.linear_in.weight")))
     return DitHeader(config, dialect, names[block].dtype)
@@ -78,7 +78,7 @@ def describe(header: DitHeader[Flux2Config]) -> str:
     return f"a {NAME} dev transformer" if header.config.has_guidance else f"a {NAME} klein transformer"
 
 
-FORMAT = DitFormat(_header, describe, Flux2Model, _sources, OPTION)
+FORMAT = DitFormat(_header, describe, network=Flux2Model, sources=_sources, option=OPTION)
 read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMAT.load
 
 
@@ -104,7 +104,7 @@ class Flux2Files(LanguageModelFiles):
         super().check_texts(config, needed)
         if config is None and self.text_encoder is not None:
             width = self.text_width()
-            fit = [name for name, one in VERSIONS.items() if one.text_dim == width]
+            fit = [name for name, release in VERSIONS.items() if release.text_dim == width]
             if fit and self.model_version not in fit:
                 model = self.text_use.model
                 raise OptionError(
@@ -116,9 +116,12 @@ class Flux2Files(LanguageModelFiles):
         """Read dimensions, dialect and dtype of the file. Raises OptionError for another release's."""
         header: DitHeader[Flux2Config] = super().dit_header()
         takes_guidance = self.version.defaults.embedded_guidance is not None
-        others = {one.dim: name for name, one in reversed(VERSIONS.items()) if one.dim != self.version.dim}
-        if header.config.has_guidance != takes_guidance or header.config.dim in others:
-            fit = others.get(header.config.dim, "klein-4b" if takes_guidance else "dev")
+        other_releases = {}  # by their width
+        for name, release in reversed(VERSIONS.items()):
+            if release.dim != self.version.dim:
+                other_releases[release.dim] = name
+        if header.config.has_guidance != takes_guidance or header.config.dim in other_releases:
+            fit = other_releases.get(header.config.dim, "klein-4b" if takes_guidance else "dev")
             raise OptionError(
                 f"--dit {self.dit_path} is {describe(header)} of width {header.config.dim}, not that of "
                 f"--model_version {self.model_version}. Give the version of the file, such as {fit}, or "

@@ -112,8 +112,11 @@ class Flux2DoubleBlock(blocks.DoubleStreamBlock):
         return self.img_rows, self.img_attn.proj, self.img_mlp
 
     def heads(self, x: Tensor, is_text: bool) -> blocks.Heads:
-        of = self.txt_attn if is_text else self.img_attn
-        return blocks.split_heads(x, of.qkv, of.num_heads, of.norm.query_norm, of.norm.key_norm)
+        attention = self.txt_attn if is_text else self.img_attn
+        norm = attention.norm
+        return blocks.split_heads(
+            x, attention.qkv, attention.num_heads, q_norm=norm.query_norm, k_norm=norm.key_norm
+        )
 
 
 class Flux2SingleBlock(nn.Module):
@@ -133,12 +136,13 @@ class Flux2SingleBlock(nn.Module):
     def forward(self, x: Tensor, tokens: blocks.HunyuanTokens) -> Tensor:
         # x: B L+T C
         shift, scale, gate = self.rows(tokens.vector)
-        h = in_own_dtype(self.linear1, modulate(self.pre_norm(x), shift, scale, tokens.dtype, tokens.split))
-        *qkv, hidden = h.split(self.widths, dim=-1)  # in one split, so that its gradient is written once
-        q, k, v = (one.unflatten(-1, (self.num_heads, -1)) for one in qkv)
-        seen = blocks.attend_turned(self.norm.query_norm(q), self.norm.key_norm(k), v, tokens)
-        made = in_own_dtype(self.linear2, torch.cat([seen, gate_half(hidden)], dim=-1))
-        return add_gated(x, gate, made, tokens.split)
+        h = modulate(self.pre_norm(x), shift, scale, tokens.dtype, split=tokens.split)
+        # in one split, so that its gradient is written once
+        *qkv, hidden = in_own_dtype(self.linear1, h).split(self.widths, dim=-1)
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in qkv)
+        attended = blocks.attend_turned(self.norm.query_norm(q), self.norm.key_norm(k), v, tokens)
+        branch = in_own_dtype(self.linear2, torch.cat([attended, gate_half(hidden)], dim=-1))
+        return add_gated(x, gate, branch, tokens.split)
 
 
 class Flux2FinalLayer(nn.Module):
@@ -157,7 +161,22 @@ class Flux2FinalLayer(nn.Module):
 
 
 class Flux2Model(BlockNetwork):
-    """Predict the velocity of noisy latents of a picture from states of a language model."""
+    """Predict the velocity of noisy latents of a picture from states of a language model.
+
+    Without references, a second text and code that stands around the blocks:
+
+        picture = img_in(pixels of noisy)                                   # B L C
+        text = txt_in(text)                                                 # B T C
+        embedding = time_in(timesteps) + guidance_in(guidance)              # B C
+        rows, text_rows, single_rows = the three modulations of embedding   # shared by all blocks of a kind
+        for block in double_blocks:
+            branches = attention of modulated picture and text to each other                      # B L+T C
+            picture, text = each + gate * proj(its branch), then + gate * mlp(modulated)
+        x = cat([picture, text])
+        for block in single_blocks:                  # attention and feed-forward in parallel
+            x = x + gate * linear2(attention and gated values of linear1(modulated x))
+        velocity = final_layer(x[:, :L], embedding)  # B L Z, returned as B Z 1 H W
+    """
 
     spec = DIT
     dtype_of = "double_blocks.0.img_attn.norm.query_norm.scale"
@@ -200,19 +219,50 @@ class Flux2Model(BlockNetwork):
         clean latents of pictures to look at, each B Z 1 h w of its own size. Raises ValueError if sizes do
         not fit. References come behind the picture, a second text behind the first one.
         """
-        for one in (noisy, *references):
-            if one.shape[1] != self.config.channels or one.shape[2] != 1:
+        pictures = (noisy, *references)
+        for latents in pictures:
+            if latents.shape[1] != self.config.channels or latents.shape[2] != 1:
                 raise ValueError(
-                    f"latents of {tuple(one.shape[1:3])}: {self.config.channels} channels, 1 frame"
+                    f"latents of {tuple(latents.shape[1:3])}: {self.config.channels} channels, 1 frame"
                 )
         dtype = activation_dtype(noisy.device, self.compute_dtype)
-        pictures = [
-            in_own_dtype(self.img_in, one.flatten(2).transpose(1, 2)).to(dtype)
-            for one in (noisy, *references)
-        ]
+        embedded = []
+        for latents in pictures:
+            pixels = latents.flatten(2).transpose(1, 2)  # B L Z
+            embedded.append(in_own_dtype(self.img_in, pixels).to(dtype))
+        vector = self._embed_vector(timesteps, guidance if tweaks.embedded_guidance else None)
+        texts = []
+        for prompt in tweaks.texts(len(noisy), text=text):
+            tokens = in_own_dtype(self.txt_in, prompt["text"]).to(dtype)
+            texts.append(blocks.EmbeddedText(tokens, None, vector))
+        # a picture's token stands at (picture, row, column, 0), a text's at (0, 0, 0, place)
+        grids = []
+        for number, latents in enumerate(pictures):
+            grids.append(Grid((1, *latents.shape[-2:], 1), first=APART * number))
+        for embedded_text in texts:
+            grids.append(Grid((1, 1, 1, embedded_text.tokens.shape[1])))
+        rotary = self._rotary.of(tuple(grids), noisy.device)
+        num_pictures = sum(tokens.shape[1] for tokens in embedded)
+        return blocks.join_tokens(
+            embedded,
+            texts,
+            tweaks.steer,
+            blocks.TokensWithTurnedText,
+            grid=(1, *noisy.shape[-2:]),
+            dtype=dtype,
+            attention=self.attention,
+            rotary=rotary,
+            rotary_of_picture=rotary[:num_pictures],
+        )
+
+    def _embed_vector(self, timesteps: Tensor, guidance: Tensor | None) -> Tensor:
+        """Return the modulations of all blocks and the embedding, B 1 16 C float32.
+
+        guidance: B; None: it is left out.
+        """
         # float32 angles: those of a large guidance are rounded, and so they were in training
         embedding = self.time_in(sinusoid(timesteps, self.config.freq_dim, torch.float32))
-        if self.config.has_guidance and guidance is not None and tweaks.embedded_guidance:
+        if self.config.has_guidance and guidance is not None:
             scaled = sinusoid(GUIDANCE_UNIT * guidance, self.config.freq_dim, torch.float32)
             embedding = embedding + self.guidance_in(scaled)
         rows = [
@@ -221,26 +271,10 @@ class Flux2Model(BlockNetwork):
             self.single_stream_modulation(embedding),
             embedding.unsqueeze(1),
         ]
-        vector = torch.cat(rows, dim=1).unsqueeze(1)  # B 1 16 C float32: all modulations, the embedding
-        given = tweaks.texts(len(noisy), text=text)
-        texts = [
-            blocks.EmbeddedText(in_own_dtype(self.txt_in, each["text"]).to(dtype), None, vector)
-            for each in given
-        ]
-        # a picture's token stands at (picture, row, column, 0), a text's at (0, 0, 0, place)
-        grids = [
-            Grid((1, *one.shape[-2:], 1), first=APART * place)
-            for place, one in enumerate((noisy, *references))
-        ]
-        grids += [Grid((1, 1, 1, one.tokens.shape[1])) for one in texts]
-        rotary = self._rotary.of(tuple(grids), noisy.device)
-        length = sum(one.shape[1] for one in pictures)
-        inputs = {"grid": (1, *noisy.shape[-2:]), "dtype": dtype, "attention": self.attention}
-        inputs |= {"rotary": rotary, "rotary_of_picture": rotary[:length]}
-        return blocks.join_tokens(pictures, texts, tweaks.steer, blocks.TokensWithTurnedText, **inputs)
+        return torch.cat(rows, dim=1).unsqueeze(1)
 
     def unembed(self, x: Tensor, tokens: blocks.HunyuanTokens) -> Tensor:
         """Turn tokens B L+T C into the velocity, B Z 1 H W in float32."""
         _, rows, columns = tokens.grid
-        made = self.final_layer(x[:, : rows * columns], tokens).float()
-        return made.transpose(1, 2).unflatten(2, (1, rows, columns))
+        pixels = self.final_layer(x[:, : rows * columns], tokens).float()
+        return pixels.transpose(1, 2).unflatten(2, (1, rows, columns))

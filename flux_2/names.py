@@ -25,7 +25,9 @@ _FLUX_2_DOUBLE = tuple(
     )
 )
 _FLUX_2_REST = (
-    *(("x_embedder", "img_in"), ("context_embedder", "txt_in"), ("proj_out", "final_layer.linear")),
+    ("x_embedder", "img_in"),
+    ("context_embedder", "txt_in"),
+    ("proj_out", "final_layer.linear"),
     *(
         (f"{name}_modulation{end}.linear", f"{name}_modulation{end}.lin")
         for name, end in (("double_stream", "_img"), ("double_stream", "_txt"), ("single_stream", ""))
@@ -55,8 +57,12 @@ FLUX_2 = FamilyNames(
     versions=("flux_2", "flux-2", "flux2", "flux.2"),
     lokr_in_diffusers=True,
     sides=(
-        *(("_attn.qkv", 3, 1), ("_attn.proj", 1, 1), ("_mlp.0", 6, 1), ("_mlp.2", 1, 3)),
-        *((".linear1", 9, 1), (".linear2", 1, 4)),
+        ("_attn.qkv", 3, 1),
+        ("_attn.proj", 1, 1),
+        ("_mlp.0", 6, 1),
+        ("_mlp.2", 1, 3),
+        (".linear1", 9, 1),
+        (".linear2", 1, 4),
     ),
     released=tuple(  # dev, klein 9B, klein 4B
         (width, (("double_blocks", double), ("single_blocks", single)))

@@ -95,8 +95,8 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[AutoencoderConfig]:
     plan = read_autoencoder(checkpoint, KIND)
     count = 4 * plan.config.latent_channels
     for name in (MEAN, VARIANCE):
-        found = plan.checkpoint.tensors.get(name)
-        if found is None or found.shape != (count,):
+        info = plan.checkpoint.tensors.get(name)
+        if info is None or info.shape != (count,):
             raise CheckpointError(
                 f"{checkpoint.path}: {name}, the statistics of its {count} channels, is missing. "
                 f"Give {KIND.release} to {KIND.option}.",
@@ -112,7 +112,7 @@ def load_vae(path: Path, device: torch.device, dtype: torch.dtype, tile: int | N
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_vae(checkpoint)
-        network = load_planned(plan, lambda config: Flux2Vae(config, tile), device, dtype, KIND.what)
+        network = load_planned(plan, lambda config: Flux2Vae(config, tile), device, dtype, what=KIND.what)
         mean, variance = (plan.checkpoint.read(name).float().to(device) for name in (MEAN, VARIANCE))
     network.mean = mean.view(-1, 1, 1)
     network.deviation = (variance + EPS).sqrt().view(-1, 1, 1)

@@ -76,7 +76,7 @@ class RefinerAttention(nn.Module):
     def forward(self, x: Tensor, lengths: Lengths | None, attention: AttentionChoice) -> Tensor:
         # x: B T C
         q, k, v = (heads(layer, x, self.num_heads) for layer in (self.to_q, self.to_k, self.to_v))
-        return in_own_dtype(self.to_out[0], attend(q, k, v, attention, lengths).flatten(2))
+        return in_own_dtype(self.to_out[0], attend(q, k, v, attention, lengths=lengths).flatten(2))
 
 
 class HunyuanVideoTransformerBlock(DoubleStreamBlock):
@@ -113,7 +113,7 @@ class HunyuanVideoSingleTransformerBlock(nn.Module):
     def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         # x: B L+T C
         shift, scale, gate = self.norm(tokens.vector)
-        h = modulate(self.layer_norm(x), shift, scale, tokens.dtype, tokens.split)
+        h = modulate(self.layer_norm(x), shift, scale, tokens.dtype, split=tokens.split)
         joined = join_gelu(self.attn(h, tokens), in_own_dtype(self.proj_mlp, h))
         return add_gated(x, gate, in_own_dtype(self.proj_out, joined), tokens.split)
 

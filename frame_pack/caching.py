@@ -132,7 +132,10 @@ def clip_entries(encoders: MediaEncoders, media: MediaBatch, order: Order) -> li
     frames = video_frames(count_sections(media.table, media.frames.shape[1]), window)
     latents = _encode(encoders, media.keys, [media.frames[:, :frames]])[0]
     features = _features(encoders, media.frames[:, :1])
-    return [clip_sections(*one, order, window) for one in zip(latents.split(1), features, strict=True)]
+    entries = []
+    for clip_latents, clip_features in zip(latents.split(1), features, strict=True):
+        entries.append(clip_sections(clip_latents, clip_features, order, window))
+    return entries
 
 
 def clip_sections(latents: Tensor, features: Tensor, order: Order, window: int) -> list[CacheEntry]:
@@ -140,16 +143,18 @@ def clip_sections(latents: Tensor, features: Tensor, order: Order, window: int) 
 
     latents: 1 C F h w, the start frame and whole sections.
     """
-    start, rest = latents[:, :, :1], latents[:, :, 1:]
-    targets = rest.split(window, dim=2)
+    start = latents[:, :, :1]
+    targets = latents[:, :, 1:].split(window, dim=2)
     history = order.begin(start, None)
     entries = []
     for plan in order.plan(len(targets), window, ()):
-        target, seen = targets[plan.index], order.seen(start, history)
-        past = (seen.clean, seen.clean_2x, seen.clean_4x)
-        named = {f"latents_clean{name}": part for name, part in zip(COARSENESS, past, strict=True)}
+        target = targets[plan.index]
+        clean = order.seen(start, history)
+        named = {"latents": target}
+        for name, part in zip(COARSENESS, (clean.clean, clean.clean_2x, clean.clean_4x), strict=True):
+            named[f"latents_clean{name}"] = part
         # a copy; else each section would keep the whole history
-        tensors = {name: part[0].clone() for name, part in {"latents": target, **named}.items()}
+        tensors = {name: part[0].clone() for name, part in named.items()}
         entry = _entry(tensors, plan.indices, features, section=plan.index)
         entries.append(replace(entry, start=start.shape[2] + plan.index * window))
         history = order.grown(history, target)
@@ -175,17 +180,18 @@ def picture_entries(encoders: MediaEncoders, media: MediaBatch, switches: OneFra
     indices = one_frame_indices(settings, len(media.control), table.window)
     target, *controls = _encode(encoders, media.keys, [media.frames, *media.control])
     target = apply_masks(target, media.alpha)
-    clean = [
-        apply_masks(latents, frames[:, 0, :, :, 3] if frames.shape[-1] == 4 else None)
-        for latents, frames in zip(controls, media.control, strict=True)
-    ]
-    clean += [torch.zeros_like(target)] * (len(indices.clean) - len(clean))
-    seen = torch.cat(clean, dim=2)
+    frames_before = []
+    for latents, frames in zip(controls, media.control, strict=True):
+        alpha = frames[:, 0, :, :, 3] if frames.shape[-1] == 4 else None
+        frames_before.append(apply_masks(latents, alpha))
+    frames_before += [torch.zeros_like(target)] * (len(indices.clean) - len(frames_before))
+    clean = torch.cat(frames_before, dim=2)
     features = _features(encoders, media.control[0])
-    return [
-        [_entry({"latents": target[item], "latents_clean": seen[item]}, indices, features[item])]
-        for item in range(len(media.keys))
-    ]
+    entries = []
+    for item in range(len(media.keys)):
+        tensors = {"latents": target[item], "latents_clean": clean[item]}
+        entries.append([_entry(tensors, indices, features[item])])
+    return entries
 
 
 # Both

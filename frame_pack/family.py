@@ -27,7 +27,7 @@ from frame_pack.options import (
     FramePackTextCachingOptions,
     FramePackTrainingOptions,
 )
-from frame_pack.requests import FramePackRequest, prepare_request, tell_unused_paddings
+from frame_pack.requests import FramePackRequest, prepare_request, warn_of_unused_paddings
 from frame_pack.sections import ANTI_DRIFTING, F1, Order, count_sections, parse_paddings, video_frames
 from hunyuan_model.spec import GUIDANCE_UNIT, PREVIEW_BIAS, PREVIEW_FACTORS
 from modules.checkpoints.opening import fingerprint
@@ -207,30 +207,30 @@ class FramePack(OneTransformer):
         latents has black latents.
         """
 
-        def given(name: str) -> Tensor:
-            value = cond[name]
-            assert isinstance(value, Tensor)
-            return send(value, noisy.device)
+        def read(name: str) -> Tensor:
+            tensor = cond[name]
+            assert isinstance(tensor, Tensor)
+            return send(tensor, noisy.device)
 
         history: dict[str, Tensor] = {}
         for name, (latents, indices) in HISTORY.items():
             if indices in cond:
-                places = given(indices)
+                places = read(indices)
                 black = (*noisy.shape[:2], places.shape[1], *noisy.shape[3:])
-                history[latents] = given(name).to(noisy.dtype) if name in cond else noisy.new_zeros(black)
+                history[latents] = read(name).to(noisy.dtype) if name in cond else noisy.new_zeros(black)
                 history[indices] = places
-        guidance = given("guidance")
+        guidance = read("guidance")
         # a turn says on the host what the device would have to be asked for
-        known = timesteps if tweaks.turn is None else torch.tensor([tweaks.turn.timestep])
+        on_host = timesteps if tweaks.turn is None else torch.tensor([tweaks.turn.timestep])
         timesteps = timesteps.to(guidance.dtype).float()
-        scale = position_scale(known.to(guidance.dtype).float(), self.rope_threshold, self.rope_factor)
+        scale = position_scale(on_host.to(guidance.dtype).float(), self.rope_threshold, self.rope_factor)
         return dit(
             noisy,
             timesteps,
             *data.name_texts(cond, TEXT_INPUTS, noisy.device).values(),
-            guidance.float(),
-            given("image_embeddings"),
-            given("latent_indices"),
+            guidance=guidance.float(),
+            image_embeddings=read("image_embeddings"),
+            latent_indices=read("latent_indices"),
             **history,
             position_scale=scale,
             tweaks=tweaks.rename_away(lambda text: data.name_texts(text, TEXT_INPUTS, noisy.device)),
@@ -245,9 +245,16 @@ class FramePack(OneTransformer):
         if self.one_frame is not None:  # samples of a training of pictures
             request = replace(request, extra={"one_frame": "default", **request.extra})
         self.files.check(("dit", "image_encoder"))
-        prepared = prepare_request(request, self.defaults, LATENT, self.window, self.is_f1, self.takes_shape)
+        prepared = prepare_request(
+            request,
+            self.defaults,
+            LATENT,
+            window=self.window,
+            is_f1=self.is_f1,
+            takes_shape=self.takes_shape,
+        )
         if not self.is_f1:  # which takes none, as is said once for all videos
-            tell_unused_paddings(self.paddings, prepared.own)
+            warn_of_unused_paddings(self.paddings, prepared.own)
         return prepared
 
     def needs_media(self, prepared: Prepared) -> bool:
@@ -263,12 +270,10 @@ class FramePack(OneTransformer):
     def request_conditions(
         self, encoders: data.MediaEncoders, prepared: Prepared
     ) -> Mapping[int, data.Conditions]:
-        own: FramePackRequest = prepared.own
-        return (
-            video_inputs(encoders, prepared)
-            if own.one_frame is None
-            else one_frame_inputs(encoders, prepared)
-        )
+        settings: FramePackRequest = prepared.own
+        if settings.one_frame is None:
+            return video_inputs(encoders, prepared)
+        return one_frame_inputs(encoders, prepared)
 
     def sections(
         self,
@@ -278,16 +283,28 @@ class FramePack(OneTransformer):
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
         """Yield each section for the denoising loop, in the order of generation; an image has one."""
-        guidance = torch.full(
-            (1,), GUIDANCE_UNIT * (prepared.embedded_guidance or 0.0), dtype=self.files.compute_dtype()
-        )
-        own: FramePackRequest = prepared.own
-        if own.one_frame is not None:
-            shape = LATENT.shape(1, prepared.height, prepared.width)
+        scale = GUIDANCE_UNIT * (prepared.embedded_guidance or 0.0)
+        guidance = torch.full((1,), scale, dtype=self.files.compute_dtype())
+        settings: FramePackRequest = prepared.own
+        if settings.one_frame is not None:
             return one_frame_section(
-                own.one_frame, prompts[0], inputs[0], noise, guidance, self.window, shape
+                settings.one_frame,
+                prompts[0],
+                inputs[0],
+                noise=noise,
+                guidance=guidance,
+                window=self.window,
+                shape=LATENT.shape(1, prepared.height, prepared.width),
             )
-        return video_sections(prompts, inputs, noise, guidance, self.order, self.window, self.paddings)
+        return video_sections(
+            prompts,
+            inputs,
+            noise,
+            guidance=guidance,
+            order=self.order,
+            window=self.window,
+            paddings=self.paddings,
+        )
 
     def decode(self, encoders: data.MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
         return decode_video(encoders.vae, latents, self.window, self.bulk_decode)

@@ -45,9 +45,9 @@ class FramePackLlama(LlavaTextEncoder):
         Each prompt is encoded alone and padded to one length, as in the release. Fewer tokens or several
         prompts at once would be faster, but sum in another order, which changes the last bits.
         """
-        read = super().encode
         padded: list[Conditions] = []
-        for encoded in (one for prompt in prompts for one in read([prompt])):
+        for prompt in prompts:
+            (encoded,) = super().encode([prompt])
             states, mask = encoded["llama_vec"], encoded["llama_attention_mask"]
             assert isinstance(states, Tensor)
             assert isinstance(mask, Tensor)
@@ -101,9 +101,9 @@ def _header(checkpoint: Checkpoint) -> DitHeader[FramePackConfig]:
         raise CheckpointError(
             f"{path} is not {WHAT}; it looks like {relative}.\n  Give {files} to --dit.", path
         )
-    found = DitShapes(path, {name: info.shape for name, info in names.items()}, "FramePack")
-    shared = hunyuan.read_dimensions(found, DIT, DIMENSIONS)
-    image_hidden_dim, image_dim = found.of("image_projection.up.weight")
+    shapes = DitShapes(path, {name: info.shape for name, info in names.items()}, "FramePack")
+    shared = hunyuan.read_dimensions(shapes, DIT, DIMENSIONS)
+    image_hidden_dim, image_dim = shapes.of("image_projection.up.weight")
     config = FramePackConfig(**shared, image_dim=image_dim, image_hidden_dim=image_hidden_dim)
     return DitHeader(config, "official", names[FEED_FORWARD].dtype)
 
@@ -143,20 +143,20 @@ def saved_window(paths: Sequence[Path], otherwise: int) -> int:
 
     Raises OptionError if the files differ, CheckpointError if one is damaged.
     """
-    found = {}
+    windows = {}
     for path in paths:
         text = ""
         if path.suffix == ".safetensors":
             with open_checkpoint(path) as file:
                 text = file.metadata.get("bt_latent_window_size", file.metadata.get("latent_window_size", ""))
-        found[path] = int(text) if re.fullmatch(r"[1-9][0-9]{0,3}", text) else otherwise
-    if len(set(found.values())) > 1:
-        said = ", ".join(f"{path}: {window}" for path, window in found.items())
+        windows[path] = int(text) if re.fullmatch(r"[1-9][0-9]{0,3}", text) else otherwise
+    if len(set(windows.values())) > 1:
+        listed = ", ".join(f"{path}: {window}" for path, window in windows.items())
         raise OptionError(
-            f"--latent_path: sections of different lengths ({said} latent frames). Decode them in "
+            f"--latent_path: sections of different lengths ({listed} latent frames). Decode them in "
             "separate runs."
         )
-    return next(iter(found.values()), otherwise)
+    return next(iter(windows.values()), otherwise)
 
 
 def _siglip_width(checkpoint: Checkpoint) -> int:

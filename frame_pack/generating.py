@@ -52,18 +52,18 @@ def video_sections(
     start = _tensor(inputs[plan[0].index], "start_latents")
     history, piece, device = order.begin(start, end), None, CPU
     for number, section in enumerate(plan):
-        given = inputs[section.index]
-        start = _tensor(given, "start_latents")
+        section_inputs = inputs[section.index]
+        start = _tensor(section_inputs, "start_latents")
         conditions = {
-            "image_embeddings": given["image_embeddings"],
+            "image_embeddings": section_inputs["image_embeddings"],
             "guidance": guidance,
             **_place(section.indices, order.seen(start, history)),
         }
         drawn = noise.draw((*start.shape[:2], window, *start.shape[3:]))
         label = f"section {number + 1} of {len(plan)}"
         place = 1 + section.index * window  # behind the start image
-        asked = prompts[section.index].section(drawn, conditions)
-        latents = yield replace(asked, place=place, made=piece, label=label, count=len(plan))
+        to_denoise = prompts[section.index].section(drawn, conditions)
+        latents = yield replace(to_denoise, place=place, made=piece, label=label, count=len(plan))
         device, history = latents.device, order.grown(history, latents.to(CPU))
         piece = _newest(order, history, window, number)
     return order.video(_tensor(inputs[0], "start_latents"), history, len(plan) * window).to(device)
@@ -75,9 +75,15 @@ def _newest(order: Order, history: Tensor, window: int, number: int) -> Piece:
     first = window if order.in_front else window + 1
     length = 2 * window if number else first
     latents = history[:, :, :length] if order.in_front else history[:, :, -length:]
-    made = (number + 1) * window
-    so_far = history[:, :, :made] if order.in_front else history[:, :, -(made + 1) :]
-    return Piece(latents, section_frames(window) if number else 0, order.in_front, decode_part, so_far)
+    frames = (number + 1) * window
+    so_far = history[:, :, :frames] if order.in_front else history[:, :, -(frames + 1) :]
+    return Piece(
+        latents,
+        overlap=section_frames(window) if number else 0,
+        in_front=order.in_front,
+        decode=decode_part,
+        so_far=so_far,
+    )
 
 
 def one_frame_section(
@@ -133,12 +139,12 @@ def decode_part(encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
     return encoders.vae.decode_unclamped(latents / VAE_LATENT.scale)
 
 
-def _place(indices: Indices, seen: CleanLatents) -> dict[str, Tensor]:
+def _place(indices: Indices, clean: CleanLatents) -> dict[str, Tensor]:
     """Return indices and finished latents under their names in caches, with a batch dimension."""
     history = {
-        "latents_clean": seen.clean,
-        "latents_clean_2x": seen.clean_2x,
-        "latents_clean_4x": seen.clean_4x,
+        "latents_clean": clean.clean,
+        "latents_clean_2x": clean.clean_2x,
+        "latents_clean_4x": clean.clean_4x,
     }
     return _places(indices) | history
 

@@ -60,13 +60,13 @@ def read_siglip(checkpoint: Checkpoint) -> LoadPlan[SiglipConfig]:
 
     Raises CheckpointError for any other file. A CLIP is recognised by its patches, which have no bias.
     """
-    own = network_in(
+    tower = network_in(
         checkpoint, "embeddings.patch_embedding.bias", "encoder.layers.0.self_attn.q_proj.weight", _BESIDE
     )
-    if own is None:
+    if tower is None:
         raise other_kind(checkpoint, "a SigLIP image encoder", OPTION, FILES)
-    sources = plain_sources(own)
-    shape = shapes_of(own, sources)
+    sources = plain_sources(tower)
+    shape = shapes_of(tower, sources)
     patches = shape("embeddings.patch_embedding.weight")
     if len(patches) != 4 or patches[1] != 3 or patches[2] != patches[3]:
         raise CheckpointError(
@@ -76,28 +76,30 @@ def read_siglip(checkpoint: Checkpoint) -> LoadPlan[SiglipConfig]:
             checkpoint.path,
         )
     dim, patch = patches[0], patches[2]
-    told = told_beside(checkpoint.path, "vision_config", "siglip", dim, DEFAULTS)
+    settings = told_beside(checkpoint.path, "vision_config", "siglip", dim, DEFAULTS)
     config = SiglipConfig(
         dim=dim,
         ffn_dim=shape("encoder.layers.0.mlp.fc1.weight")[0],
-        num_heads=dim // head_width(checkpoint.path, dim, told, HEAD_WIDTH),
+        num_heads=dim // head_width(checkpoint.path, dim, settings, HEAD_WIDTH),
         num_layers=count(sources, r"encoder\.layers\.\d+"),
         image_size=_image_size(
-            shape("embeddings.position_embedding.weight")[0], patch, told.get("image_size")
+            shape("embeddings.position_embedding.weight")[0], patch, settings.get("image_size")
         ),
         patch_size=patch,
-        activation=str(told.get("hidden_act", SiglipConfig.activation)),
-        eps=float(told.get("layer_norm_eps", SiglipConfig.eps)),
+        activation=str(settings.get("hidden_act", SiglipConfig.activation)),
+        eps=float(settings.get("layer_norm_eps", SiglipConfig.eps)),
     )
-    return LoadPlan(config, own, sources, (*_UNUSED, *(f"{start}*" for start in (*_BESIDE, *ALL_IN_ONE))))
+    unused = (*_UNUSED, *(f"{start}*" for start in (*_BESIDE, *ALL_IN_ONE)))
+    return LoadPlan(config, tower, sources, unused)
 
 
-def _image_size(positions: int, patch: int, told: object) -> int:
+def _image_size(positions: int, patch: int, stated: object) -> int:
     """Return the side that gives `positions` patches: config.json's, else FramePack's, else the smallest."""
     side = math.isqrt(positions)
-    return next(
-        (size for size in (told, IMAGE_SIZE) if isinstance(size, int) and size // patch == side), side * patch
-    )
+    for size in (stated, IMAGE_SIZE):
+        if isinstance(size, int) and size // patch == side:
+            return size
+    return side * patch
 
 
 logger = logging.getLogger(__name__)
@@ -161,6 +163,6 @@ def load_siglip(path: Path, device: torch.device, dtype: torch.dtype = torch.flo
     with open_checkpoint(path) as checkpoint:
         plan = read_siglip(checkpoint)
         check_activation(plan.config, path, f"SigLIP has {SiglipConfig.activation}")
-        siglip = load_planned(plan, SiglipVision, device, dtype, f"the SigLIP image encoder ({OPTION})")
+        siglip = load_planned(plan, SiglipVision, device, dtype, what=f"the SigLIP image encoder ({OPTION})")
     logger.info("SigLIP: %s, computing in %s", path, dtype_name(dtype))
     return siglip

@@ -29,8 +29,8 @@ def video_inputs(encoders: MediaEncoders, prepared: Prepared) -> dict[int, Condi
     Section 0 may also have `end_latents`. All on the CPU, latents in model space; sections with the same
     image share its tensors.
     """
-    own: FramePackRequest = prepared.own
-    images, end_image = own.images, prepared.asked.end_image_path
+    settings: FramePackRequest = prepared.own
+    images, end_image = settings.images, prepared.asked.end_image_path
     embeddings = {path: _embeddings(encoders, path, prepared) for path in dict.fromkeys(images)}
     end = [] if end_image is None else [end_image]
     latents = {path: _latents(encoders, path, prepared) for path in dict.fromkeys([*images, *end])}
@@ -63,8 +63,9 @@ def one_frame_inputs(encoders: MediaEncoders, prepared: Prepared) -> dict[int, C
 
     A control's latent is multiplied by its mask: the mask file, else the control's alpha channel. On the CPU.
     """
-    own: FramePackRequest = prepared.own
-    (image,), controls, masks = own.images, own.controls, own.masks
+    settings: FramePackRequest = prepared.own
+    (image,) = settings.images
+    controls, masks = settings.controls, settings.masks
     conditions: dict[str, Tensor | list[Tensor]] = {
         "image_embeddings": _embeddings(encoders, image, prepared, on_white=False)
     }
@@ -124,5 +125,5 @@ def apply_masks(latents: Tensor, alpha: Tensor | None) -> Tensor:
     """Multiply latents B C F h w, in their dtype, by the masks of `alpha`, B H W uint8; None: unchanged."""
     if alpha is None:
         return latents
-    masks = torch.stack([latent_mask(one, *latents.shape[-2:]) for one in alpha])
+    masks = torch.stack([latent_mask(picture, *latents.shape[-2:]) for picture in alpha])
     return (latents * masks[:, None, None].to(latents.device)).to(latents.dtype)

@@ -73,7 +73,9 @@ def rotary_table(
     """
     batch = len(layout.stretches[0].indices)
     samples = [tuple(stretch.indices[sample] for stretch in layout.stretches) for sample in range(batch)]
-    tables = {indices: _table(layout, indices, widths, theta, device) for indices in set(samples)}
+    tables = {}
+    for indices in set(samples):
+        tables[indices] = _table(layout, indices, widths, theta=theta, device=device)
     return tables[samples[0]] if len(tables) == 1 else torch.stack([tables[indices] for indices in samples])
 
 
@@ -85,14 +87,14 @@ def _table(
     device: torch.device,
 ) -> Tensor:
     """Return the turns of one sample: L 1 D/2 2."""
-    rows, columns = (torch.arange(size) * layout.scale for size in (layout.rows, layout.columns))
+    rows = torch.arange(layout.rows) * layout.scale
+    columns = torch.arange(layout.columns) * layout.scale
     parts = []
     for stretch, frames in zip(layout.stretches, indices, strict=True):
-        positions = (torch.tensor(frames), rows, columns)
-        axes = [
-            _axis(one, width, theta, stretch.coarseness) for one, width in zip(positions, widths, strict=True)
-        ]
-        parts.append(on_grid([send_ahead(one, device) for one in axes]))
+        axes = []
+        for positions, width in zip((torch.tensor(frames), rows, columns), widths, strict=True):
+            axes.append(send_ahead(_axis(positions, width, theta, stretch.coarseness), device))
+        parts.append(on_grid(axes))
     return torch.cat(parts).unsqueeze(1)
 
 
@@ -103,10 +105,10 @@ def _axis(positions: Tensor, width: int, theta: float, coarseness: int) -> Tenso
     vectors they turn. A mean over a cell of the grid equals the mean over the cell's axis, because the turns
     of an axis do not depend on the other axes.
     """
-    each = turns(angles_at(positions.double(), width, theta))
-    missing = -len(each) % coarseness
-    each = torch.cat([each, each[-1:].expand(missing, -1, -1)])
-    return each.unflatten(0, (-1, coarseness)).mean(dim=1).float()
+    pairs = turns(angles_at(positions.double(), width, theta))
+    missing = -len(pairs) % coarseness
+    pairs = torch.cat([pairs, pairs[-1:].expand(missing, -1, -1)])
+    return pairs.unflatten(0, (-1, coarseness)).mean(dim=1).float()
 
 
 class ConditionEmbedding(nn.Module):
@@ -163,13 +165,9 @@ class FramePackRefiner(nn.Module):
     ) -> Tensor:
         """Do the same as `hunyuan_model.token_refiner.TokenRefiner.forward`."""
         vector = self.time_text_embed(timesteps, mean_text(text, counts))
-        return refine_tokens(
-            in_own_dtype(self.proj_in, text).to(dtype),
-            self.token_refiner.refiner_blocks,
-            vector,
-            counts,
-            attention,
-        )
+        tokens = in_own_dtype(self.proj_in, text).to(dtype)
+        blocks = self.token_refiner.refiner_blocks
+        return refine_tokens(tokens, blocks, vector, counts=counts, attention=attention)
 
 
 class CleanEmbedding(nn.Module):
@@ -211,7 +209,19 @@ class Given:
 class FramePackModel(BlockNetwork):
     """Predict the velocity of noisy latents from finished latents, an image, and two text encodings.
 
-    The finished latents come before or after the noisy ones.
+    The finished latents come before or after the noisy ones. Without a second text and code that stands
+    around the blocks:
+
+        video = cat([clean_x_embedder(each finished latents), x_embedder(noisy)])                  # B L C
+        text = cat([image_projection(image_embeddings), context_embedder(llama, timesteps)])       # B T C
+        vector = time_text_embed(timesteps, clip_l, guidance)                                      # B C
+        for block in transformer_blocks:
+            branches = attention of modulated video and text to each other                         # B L+T C
+            video, text = each + gate * proj(its branch), then + gate * ff(modulated)
+        x = cat([video, text])
+        for block in single_transformer_blocks:      # attention and feed-forward in parallel
+            x = x + gate * proj_out(attention and gelu of layers of modulated x)
+        velocity = proj_out(layer_norm(noisy tokens of x) * (1 + scale) + shift)     # B out_dim F H W
     """
 
     spec = DIT
@@ -273,33 +283,43 @@ class FramePackModel(BlockNetwork):
         along rows and columns. tweaks: ideas that change this call; their second text has the names llama,
         llama_mask and clip_l. Raises ValueError if sizes do not go together.
         """
-        history = (
+        history = [
             _describe_given("clean_latents_4x", clean_latents_4x, clean_latent_4x_indices, 4),
             _describe_given("clean_latents_2x", clean_latents_2x, clean_latent_2x_indices, 2),
             _describe_given("clean_latents", clean_latents, clean_latent_indices, 1),
-        )
-        given = [*(one for one in history if one is not None), Given("noisy", noisy, latent_indices, 1)]
-        self._check(given, llama, llama_mask)
+        ]
+        clean = [kind for kind in history if kind is not None]
+        kinds = [*clean, Given("noisy", noisy, latent_indices, 1)]
+        self._check(kinds, llama, llama_mask)
         if tweaks.slow_frames is not None:
             raise ValueError("sections keep the frames' positions within the trained range: none is slowed")
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         patches = in_own_dtype(self.x_embedder["proj"], noisy)  # B C f h w
         grid = (patches.shape[2], patches.shape[3], patches.shape[4])
-        latents = [self.clean_x_embedder(one.latents, one.times).to(dtype) for one in given[:-1]]
-        latents.append(patches.to(dtype).flatten(2).transpose(1, 2))
-        rotary = self._rotary.of(_layout(given, grid, position_scale), noisy.device)
+        video = [self.clean_x_embedder(kind.latents, kind.times).to(dtype) for kind in clean]
+        video.append(patches.to(dtype).flatten(2).transpose(1, 2))
+        rotary = self._rotary.of(_layout(kinds, grid, position_scale), noisy.device)
         image = self.image_projection(image_embeddings).to(dtype)
         guided = guidance if tweaks.embedded_guidance else None
+        before = rotary.shape[-4] + image.shape[1]  # the image's tokens become part of the text
         texts = []
-        for one in tweaks.texts(len(noisy), llama=llama, llama_mask=llama_mask, clip_l=clip_l):
-            before = rotary.shape[-4] + image.shape[1]  # the image's tokens become part of the text
-            longest, counts, lengths = count_real(one["llama_mask"], before, noisy.device)
-            states = one["llama"][:, :longest]
-            text = self.context_embedder(states, timesteps, counts, image.dtype, self.attention)
-            vector = self.time_text_embed(timesteps, one["clip_l"], guided).unsqueeze(1)
+        for prompt in tweaks.texts(len(noisy), llama=llama, llama_mask=llama_mask, clip_l=clip_l):
+            longest, counts, lengths = count_real(prompt["llama_mask"], before, noisy.device)
+            states = prompt["llama"][:, :longest]
+            text = self.context_embedder(
+                states, timesteps, counts, dtype=image.dtype, attention=self.attention
+            )
+            vector = self.time_text_embed(timesteps, prompt["clip_l"], guided).unsqueeze(1)
             texts.append(EmbeddedText(torch.cat([image, text], dim=1), lengths, vector))
-        inputs = {"grid": grid, "rotary": rotary, "dtype": dtype, "attention": self.attention}
-        return join_tokens(latents, texts, tweaks.steer, **inputs)
+        return join_tokens(
+            video,
+            texts,
+            tweaks.steer,
+            grid=grid,
+            rotary=rotary,
+            dtype=dtype,
+            attention=self.attention,
+        )
 
     def unembed(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         """Turn tokens B L+T C into the velocity of the noisy latents, B out_dim F H W in float32."""
@@ -312,20 +332,22 @@ class FramePackModel(BlockNetwork):
             self.config.patch_size,
         )
 
-    def _check(self, given: Sequence[Given], llama: Tensor, llama_mask: Tensor) -> None:
-        noisy = given[-1].latents
+    def _check(self, kinds: Sequence[Given], llama: Tensor, llama_mask: Tensor) -> None:
+        noisy = kinds[-1].latents
         check_sizes(noisy, self.config.patch_size, llama, llama_mask)
-        for one in given:
-            batch, channels, frames, *area = one.latents.shape
+        for kind in kinds:
+            batch, channels, frames, *area = kind.latents.shape
             if channels != self.config.in_dim:
-                raise ValueError(f"{one.name} with {channels} channels, the model takes {self.config.in_dim}")
+                raise ValueError(
+                    f"{kind.name} with {channels} channels, the model takes {self.config.in_dim}"
+                )
             if batch != len(noisy) or area != list(noisy.shape[3:]):
                 raise ValueError(
-                    f"{one.name} of {tuple(one.latents.shape)} beside noisy latents of {tuple(noisy.shape)}"
+                    f"{kind.name} of {tuple(kind.latents.shape)} beside noisy latents of {tuple(noisy.shape)}"
                 )
-            if one.indices.shape != (batch, frames):
+            if kind.indices.shape != (batch, frames):
                 raise ValueError(
-                    f"indices of {tuple(one.indices.shape)} for {one.name} of {tuple(one.latents.shape)}"
+                    f"indices of {tuple(kind.indices.shape)} for {kind.name} of {tuple(kind.latents.shape)}"
                 )
 
 
@@ -337,12 +359,12 @@ def _describe_given(name: str, latents: Tensor | None, indices: Tensor | None, t
     raise ValueError(f"{name} and their indices must be given together")
 
 
-def _layout(given: Sequence[Given], grid: tuple[int, int, int], scale: float) -> WindowLayout:
+def _layout(kinds: Sequence[Given], grid: tuple[int, int, int], scale: float) -> WindowLayout:
     # indices on the device would make the host wait for it; this waits once for all kinds
-    rows: list[list[int]] = torch.cat([one.indices for one in given], dim=1).tolist()
+    rows: list[list[int]] = torch.cat([kind.indices for kind in kinds], dim=1).tolist()
     stretches, start = [], 0
-    for one in given:
-        end = start + one.indices.shape[1]
-        stretches.append(Stretch(tuple(tuple(row[start:end]) for row in rows), one.times))
+    for kind in kinds:
+        end = start + kind.indices.shape[1]
+        stretches.append(Stretch(tuple(tuple(row[start:end]) for row in rows), kind.times))
         start = end
     return WindowLayout(tuple(stretches), grid[1], grid[2], scale)

@@ -32,8 +32,11 @@ FRAMEPACK = FamilyNames(
     is_as_in_diffusers=True,
     sides=(
         *layouts.IN_TWO_STREAMS,
-        *((".norm1.linear", 6, 1), (".norm1_context.linear", 6, 1), (".norm.linear", 3, 1)),
-        *((".proj_mlp", 4, 1), (".proj_out", 1, 5)),
+        (".norm1.linear", 6, 1),
+        (".norm1_context.linear", 6, 1),
+        (".norm.linear", 3, 1),
+        (".proj_mlp", 4, 1),
+        (".proj_out", 1, 5),
     ),
     released=((3072, (("transformer_blocks", 20), ("single_transformer_blocks", 40))),),
     numbered=(

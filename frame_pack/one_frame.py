@@ -27,8 +27,8 @@ def one_frame_indices(settings: OneFrame, controls: int, window: int) -> Indices
             len(settings.control_indices),
             controls,
         )
-    given = settings.control_indices[:controls]
-    places = (*given, *[0] * (controls - len(given)))
+    typed = settings.control_indices[:controls]
+    places = (*typed, *[0] * (controls - len(typed)))
     black = later_indices(1 + window)
     return Indices(
         clean=(*places, *black.clean) if settings.has_post else places,

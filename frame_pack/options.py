@@ -213,8 +213,11 @@ def caching_options(options: FramePackTrainingOptions) -> tuple[dict[str, Any], 
 
 def generation_options(options: FramePackTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
-    window, extra, frames = options.latent_window_size, sample.get("extra") or {}, sample.get("frames")
-    example, picture = sample.get("example"), sample.get("image_path")
+    window = options.latent_window_size
+    extra = sample.get("extra") or {}
+    frames = sample.get("frames")
+    example = sample.get("example")
+    picture = sample.get("image_path")
     controls = sample.get("control_images") or ()
     one_frame = options.one_frame
     if example is not None:
@@ -222,7 +225,7 @@ def generation_options(options: FramePackTrainingOptions, sample: Mapping[str, A
         picture = next(iter(example.controls), None) if one_frame else example.picture
         controls = example.controls
         extra = {"one_frame": _join_places(example.places, sample.get("cached_with") or {})}
-    found = {
+    words = {
         **model_options(options.dit, options.vae, options.text),
         "--image_encoder": options.image_encoder or FillIn("IMAGE_ENCODER_FILE"),
         "--image_path": picture or FillIn("IMAGE_FILE"),
@@ -230,12 +233,12 @@ def generation_options(options: FramePackTrainingOptions, sample: Mapping[str, A
         "--latent_window_size": None if window == WINDOW else window,
     }
     if one_frame:
-        return found | {
+        return words | {
             "--one_frame_inference": extra.get("one_frame", "default"),
             "--control_image_path": controls,
         }
     seconds = f"{frames / FRAMES_PER_SECOND:.4g}" if frames else None
-    return found | {"--f1": options.f1, "--video_seconds": seconds}
+    return words | {"--f1": options.f1, "--video_seconds": seconds}
 
 
 def _join_places(places: str, cached_with: Mapping[str, Any]) -> str:

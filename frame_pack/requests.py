@@ -60,7 +60,8 @@ def prepare_request(
     else as its start image. Raises OptionError for impossible settings.
     """
     text = request.extra.get("one_frame")
-    one_frame, is_picture = None if text is None else parse_one_frame(text), text is not None
+    is_picture = text is not None
+    one_frame = None if text is None else parse_one_frame(text)
     if is_picture and is_f1:
         raise OptionError(
             "--one_frame_inference needs the FramePack model: leave --f1 out and give that model to --dit."
@@ -71,53 +72,58 @@ def prepare_request(
     frames = 1 if is_picture else video_frames(sections, window)
     requests.check_size((width, height, min(frames, video_frames(1, window))), latent)
     request = _with_controls(request)
-    own = FramePackRequest(
+    settings = FramePackRequest(
         _images_of(request, sections, is_picture),
         one_frame,
         request.control_images,
         _paths(request.extra, "control_image_mask_path"),
     )
     if takes_shape and is_picture:
-        # the bucket of a dataset of this resolution that the image would be put into
-        from modules.media.reading import image_size
-
-        sides, step = image_size((*own.controls, *own.images)[0]), latent.pixel_step
-        width, height = choose_bucket(sides, bucket_sizes(width, height, step), width * height, step, False)
+        images = (*settings.controls, *settings.images)
+        width, height = _size_like(images, width, height, latent.pixel_step)
     elif takes_shape:
         logger.warning("--one_frame_auto_resize is ignored because a video is made")
     flow_shift = request.flow_shift
     if flow_shift is None:
         *_, rows, columns = latent.shape(1, height, width)
         flow_shift = flow_shift_for(count_tokens(1 if is_picture else window, rows, columns))
-    prepared = requests.settle(request, usual, (width, height, frames), flow_shift, "")
-    others = prepared.prompts[0]
+    prepared = requests.settle(request, usual, (width, height, frames), flow_shift, usual_negative="")
     # metadata of saved files, by the names of options
-    said = {name: value for name, value in request.extra.items() if name != "video_seconds"}
-    said |= {"latent_window_size": str(window), "video_sections": str(sections), "f1": str(is_f1)}
+    metadata = dict(request.extra)
+    metadata.pop("video_seconds", None)
+    metadata |= {"latent_window_size": str(window), "video_sections": str(sections), "f1": str(is_f1)}
     if not is_picture:  # as the option counts them, whatever the rate it is played at
-        said["video_seconds"] = f"{frames / FRAMES_PER_SECOND:g}"
+        metadata["video_seconds"] = f"{frames / FRAMES_PER_SECOND:g}"
+    prompts = {}
+    for index, prompt in enumerate(_prompts_of(request, sections, is_picture)):
+        prompts[index] = replace(prepared.prompts[0], positive=prompt)
     return replace(
         prepared,
         solver=SOLVER if prepared.solver == "unipc" else prepared.solver,  # the released one is its own unipc
-        prompts={
-            index: replace(others, positive=prompt)
-            for index, prompt in enumerate(_prompts_of(request, sections, is_picture))
-        },
-        own=own,
-        own_metadata=said,
+        prompts=prompts,
+        own=settings,
+        own_metadata=metadata,
     )
 
 
-def tell_unused_paddings(paddings: Sequence[int], own: FramePackRequest) -> None:
+def _size_like(images: Sequence[Path], width: int, height: int, step: int) -> tuple[int, int]:
+    """Return the bucket of a dataset of this resolution that the first image would be put into."""
+    from modules.media.reading import image_size  # only for single pictures
+
+    buckets = bucket_sizes(width, height, step)
+    return choose_bucket(image_size(images[0]), buckets, width * height, step, no_upscale=False)
+
+
+def warn_of_unused_paddings(paddings: Sequence[int], settings: FramePackRequest) -> None:
     """Warn if not all of --latent_paddings are used."""
-    given, sections = ",".join(map(str, paddings)), len(own.images)
-    if paddings and own.one_frame is not None:
-        logger.warning("--latent_paddings %s is ignored because a single picture is made", given)
+    typed, sections = ",".join(map(str, paddings)), len(settings.images)
+    if paddings and settings.one_frame is not None:
+        logger.warning("--latent_paddings %s is ignored because a single picture is made", typed)
     elif len(paddings) > sections:
         logger.warning(
             "--latent_paddings %s: only the first %d count, as there are no more sections; that played first "
             "has distance %d",
-            given,
+            typed,
             sections,
             paddings[sections - 1],
         )
@@ -146,13 +152,15 @@ def _with_media(request: requests.Request, is_f1: bool, is_picture: bool) -> req
 
 
 def _count(request: requests.Request, usual: SamplingDefaults, window: int, is_picture: bool) -> int:
-    asked, seconds = request.extra.get("video_sections"), request.extra.get("video_seconds")
+    typed_sections = request.extra.get("video_sections")
+    seconds = request.extra.get("video_seconds")
     if is_picture:
-        if asked not in (None, "1"):
-            logger.warning("--video_sections %s is ignored because a single picture is made", asked)
+        if typed_sections not in (None, "1"):
+            logger.warning("--video_sections %s is ignored because a single picture is made", typed_sections)
         return 1
-    if asked is not None or seconds is not None:
-        sections = count_sections(float(seconds or 0), window, None if asked is None else int(asked))
+    if typed_sections is not None or seconds is not None:
+        number = None if typed_sections is None else int(typed_sections)
+        sections = count_sections(float(seconds or 0), window, number)
         if sections > MOST_SECTIONS:
             raise OptionError(
                 f"{sections} sections: a video has {MOST_SECTIONS} at most. Lower --video_seconds or "
@@ -161,15 +169,15 @@ def _count(request: requests.Request, usual: SamplingDefaults, window: int, is_p
         return sections
     frames = request.frames or usual.frames
     sections = sections_in((frames - 1) // LATENT_STRIDE + 1, window)
-    whole = video_frames(max(sections, 1), window)
+    whole_frames = video_frames(max(sections, 1), window)
     if sections == 0:
         raise OptionError(
             f"{frames} frames are less than a section: the least with --latent_window_size {window} are "
-            f"{whole}"
+            f"{whole_frames}"
         )
-    if frames != whole:
+    if frames != whole_frames:
         logger.warning(
-            "%d frames are made %d: a video has whole sections behind its first frame", frames, whole
+            "%d frames are made %d: a video has whole sections behind its first frame", frames, whole_frames
         )
     return sections
 

@@ -197,8 +197,8 @@ class Order:
             return tuple(SectionPlan(index, 0, f1_indices(window)) for index in range(sections))
         all_paddings = (*paddings, *default_paddings(sections)[len(paddings) :])[:sections]
         return tuple(
-            SectionPlan(sections - 1 - made, padding, section_indices(padding, window))
-            for made, padding in enumerate(all_paddings)
+            SectionPlan(sections - 1 - number, padding, section_indices(padding, window))
+            for number, padding in enumerate(all_paddings)
         )
 
     def begin(self, start: Tensor, end: Tensor | None) -> Tensor:
@@ -221,11 +221,11 @@ class Order:
     def grown(self, history: Tensor, section: Tensor) -> Tensor:
         return torch.cat([section, history] if self.in_front else [history, section], dim=2)
 
-    def video(self, start: Tensor, history: Tensor, made: int) -> Tensor:
-        """Return the start image and the first `made` latent frames in playing order."""
+    def video(self, start: Tensor, history: Tensor, frames: int) -> Tensor:
+        """Return the start image and the first `frames` latent frames in playing order."""
         if self.in_front:
-            return torch.cat([start, history[:, :, :made]], dim=2)
-        return history[:, :, -(made + 1) :]  # this includes the start image
+            return torch.cat([start, history[:, :, :frames]], dim=2)
+        return history[:, :, -(frames + 1) :]  # this includes the start image
 
 
 ANTI_DRIFTING = Order(in_front=True)

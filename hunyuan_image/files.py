@@ -86,31 +86,34 @@ def _header(checkpoint: Checkpoint) -> DitHeader[HunyuanImageConfig]:
             path,
         )
     mark, table = DIALECTS[dialect]
-    shapes = {translate_name(name, table): info.shape for name, info in names.items()}
-    found = DitShapes(path, shapes, "HunyuanImage-2.1")
-    dim, in_dim, rows, columns = found.of("img_in.proj.weight", axes=4)
+    file_shapes = {translate_name(name, table): info.shape for name, info in names.items()}
+    return DitHeader(_config(DitShapes(path, file_shapes, "HunyuanImage-2.1")), dialect, names[mark].dtype)
+
+
+def _config(shapes: DitShapes) -> HunyuanImageConfig:
+    """Return the dimensions. Raises CheckpointError if they are not those of the model."""
+    dim, in_dim, rows, columns = shapes.of("img_in.proj.weight", axes=4)
     if (rows, columns) != (1, 1):
         raise CheckpointError(
-            f"{found.path} has patches of {rows} x {columns}; {WHAT} has patches of one latent pixel.\n"
+            f"{shapes.path} has patches of {rows} x {columns}; {WHAT} has patches of one latent pixel.\n"
             f"  Give {RELEASE} to {OPTION}.",
-            found.path,
+            shapes.path,
         )
     if in_dim != LATENT.channels:
         raise CheckpointError(
-            f"{found.path} takes {in_dim} latent channels, {WHAT} takes {LATENT.channels}.\n"
+            f"{shapes.path} takes {in_dim} latent channels, {WHAT} takes {LATENT.channels}.\n"
             f"  Give {RELEASE} to {OPTION}.",
-            found.path,
+            shapes.path,
         )
-    first, glyph_dim = found.of("byt5_in.fc1.weight")
-    config = HunyuanImageConfig(
+    first, glyph_dim = shapes.of("byt5_in.fc1.weight")
+    return HunyuanImageConfig(
         dim=dim,
         in_dim=in_dim,
-        out_dim=found.of("final_layer.linear.weight")[0],
+        out_dim=shapes.of("final_layer.linear.weight")[0],
         glyph_dim=glyph_dim,
-        glyph_hidden=(first, found.of("byt5_in.fc2.weight")[0]),
-        **hunyuan.read_block_dimensions(found, DIT, DIMENSIONS, dim),
+        glyph_hidden=(first, shapes.of("byt5_in.fc2.weight")[0]),
+        **hunyuan.read_block_dimensions(shapes, DIT, DIMENSIONS, dim),
     )
-    return DitHeader(config, dialect, names[mark].dtype)
 
 
 def _sources(checkpoint: Checkpoint, header: DitHeader[HunyuanImageConfig]) -> Mapping[str, TensorSource]:
@@ -167,16 +170,16 @@ class HunyuanImageFiles(TransformerFiles):
     def text_encoders(self) -> list[TextEncoder]:
         qwen = QwenTextEncoder(
             self.text_encoder_path,
-            self.beside(self.text_dtype, TEXT_DTYPE),
-            self.text_encoder_tokenizer,
-            self.text_form,
-            self.text_on_cpu,
+            dtype=self.beside(self.text_dtype, TEXT_DTYPE),
+            tokenizer=self.text_encoder_tokenizer,
+            form=self.text_form,
+            on_cpu=self.text_on_cpu,
         )
         return [qwen, GlyphTextEncoder(self.byt5_path, self.beside(self.text_dtype), self.text_on_cpu)]
 
     def load_vae(self, device: torch.device) -> HunyuanImageVae:
         dtype = self.beside(self.vae_dtype)
-        return load_vae(self.vae_path, device, dtype, self.vae_chunk_size, self.vae_tile)
+        return load_vae(self.vae_path, device, dtype, self.vae_chunk_size, tile=self.vae_tile)
 
     def check_vae(self) -> None:
         read_once(self.vae_path, read_vae)

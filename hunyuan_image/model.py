@@ -6,8 +6,7 @@ and those of a glyph encoder for words to write in the picture. Source: the rele
 """
 # Letters: B batch, L picture tokens, G glyph tokens, T text tokens, J joined ones, N heads, C width
 
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as functional
@@ -40,8 +39,10 @@ class GlyphEmbedding(nn.Module):
     def __init__(self, config: HunyuanImageConfig) -> None:
         super().__init__()
         self.layernorm = Float32LayerNorm(config.glyph_dim, GLYPH_EPS, affine=True)
-        sizes = pairwise((config.glyph_dim, *config.glyph_hidden, config.dim))
-        self.fc1, self.fc2, self.fc3 = (nn.Linear(taken, made) for taken, made in sizes)
+        first, second = config.glyph_hidden
+        self.fc1 = nn.Linear(config.glyph_dim, first)
+        self.fc2 = nn.Linear(first, second)
+        self.fc3 = nn.Linear(second, config.dim)
 
     def forward(self, states: Tensor) -> Tensor:
         hidden = functional.gelu(in_own_dtype(self.fc1, self.layernorm(states)))
@@ -49,7 +50,22 @@ class GlyphEmbedding(nn.Module):
 
 
 class HunyuanImageModel(BlockNetwork):
-    """Predict the velocity of a noisy latent picture from the states of its two texts."""
+    """Predict the velocity of a noisy latent picture from the states of its two texts.
+
+    Without a second text and code that stands around the blocks:
+
+        picture = img_in(noisy)                                             # B L C
+        text = join(byt5_in(glyphs), txt_in(text))                          # B J C
+        vector = time_in(timesteps)                                         # B C
+        for block in double_blocks:
+            rows, text_rows = block.img_mod(vector), block.txt_mod(vector)  # each 6: shifts, scales, gates
+            branches = attention of modulated picture and text to each other                      # B L+J C
+            picture, text = each + gate * proj(its branch), then + gate * mlp(modulated)
+        x = cat([picture, text])
+        for block in single_blocks:                  # attention and feed-forward in parallel
+            x = x + gate * linear2(attention and gelu of linear1(modulated x))
+        velocity = final_layer(x[:, :L], vector)     # B L out_dim, returned as B out_dim H W
+    """
 
     spec = DIT
     dtype_of = "double_blocks.0.img_attn_proj.bias"
@@ -96,28 +112,44 @@ class HunyuanImageModel(BlockNetwork):
         rows, columns = pixels.shape[2:]
         rotary = self._rotary.of(Grid((rows, columns)), noisy.device)
         vector = self.time_in(timesteps).unsqueeze(1)
-        given = {"text": text, "text_mask": text_mask, "glyphs": glyphs, "glyph_mask": glyph_mask}
         texts = []
-        for one in tweaks.texts(len(noisy), **given):
-            states, glyph_states = one["text"], one["glyphs"]
-            for each, mask in ((states, one["text_mask"]), (glyph_states, one["glyph_mask"])):
-                if mask.shape != each.shape[:2]:
-                    raise ValueError(f"a mask of {tuple(mask.shape)} for a text of {tuple(each.shape[:2])}")
-            longest, counts = real_tokens(one["text_mask"])
-            refined = self.txt_in(states[:, :longest], timesteps, counts, dtype, self.attention)
-            text_counts = counts or [longest] * len(states)
-            most, counts = real_tokens(one["glyph_mask"])
-            glyph_counts = counts or [most] * len(glyph_states)
-            if any(glyph_counts):  # in each sample they come first, then the text, then padding
-                written = self.byt5_in(glyph_states[:, :most]).to(dtype)
-                refined = join_texts(written, glyph_counts, refined, text_counts)
-            totals = [sum(both) for both in zip(glyph_counts, text_counts, strict=True)]
+        for prompt in tweaks.texts(
+            len(noisy), text=text, text_mask=text_mask, glyphs=glyphs, glyph_mask=glyph_mask
+        ):
+            states, counts = self._embed_prompt(prompt, timesteps, dtype)
             lengths = None
-            if min(totals) != refined.shape[1]:
-                lengths = lengths_on([len(rotary) + total for total in totals], noisy.device)
-            texts.append(EmbeddedText(refined, lengths, vector))
-        inputs = {"grid": (1, rows, columns), "rotary": rotary, "dtype": dtype, "attention": self.attention}
-        return join_tokens([rearrange(pixels, "b c h w -> b (h w) c")], texts, tweaks.steer, **inputs)
+            if min(counts) != states.shape[1]:
+                lengths = lengths_on([len(rotary) + count for count in counts], noisy.device)
+            texts.append(EmbeddedText(states, lengths, vector))
+        return join_tokens(
+            [rearrange(pixels, "b c h w -> b (h w) c")],
+            texts,
+            tweaks.steer,
+            grid=(1, rows, columns),
+            rotary=rotary,
+            dtype=dtype,
+            attention=self.attention,
+        )
+
+    def _embed_prompt(
+        self, prompt: Mapping[str, Tensor], timesteps: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, list[int]]:
+        """Return the tokens of glyphs and text, B J C, and how many are real in each sample.
+
+        prompt: text, text_mask, glyphs and glyph_mask, as of `embed`.
+        """
+        text, glyphs = prompt["text"], prompt["glyphs"]
+        _check_mask(text, prompt["text_mask"])
+        _check_mask(glyphs, prompt["glyph_mask"])
+        longest, counts = real_tokens(prompt["text_mask"])
+        tokens = self.txt_in(text[:, :longest], timesteps, counts, dtype=dtype, attention=self.attention)
+        text_counts = counts or [longest] * len(text)
+        longest, counts = real_tokens(prompt["glyph_mask"])
+        glyph_counts = counts or [longest] * len(glyphs)
+        if any(glyph_counts):  # in each sample they come first, then the text, then padding
+            glyph_tokens = self.byt5_in(glyphs[:, :longest]).to(dtype)
+            tokens = join_texts(glyph_tokens, glyph_counts, tokens, text_counts)
+        return tokens, [sum(both) for both in zip(glyph_counts, text_counts, strict=True)]
 
     def unembed(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         """Turn tokens B L+J C into the velocity, B out_dim H W in float32."""
@@ -125,14 +157,16 @@ class HunyuanImageModel(BlockNetwork):
         return rearrange(pixels, "b (h w) c -> b c h w", h=tokens.grid[1])
 
 
+def _check_mask(states: Tensor, mask: Tensor) -> None:
+    if mask.shape != states.shape[:2]:
+        raise ValueError(f"a mask of {tuple(mask.shape)} for a text of {tuple(states.shape[:2])}")
+
+
 def join_texts(
     first: Tensor, first_counts: Sequence[int], second: Tensor, second_counts: Sequence[int]
 ) -> Tensor:
     """Join the real tokens of two texts, B G C and B T C, to B J C; zeros fill up the shorter samples."""
-    pieces = [
-        torch.cat([one[:count], other[:many]])
-        for one, count, other, many in zip(
-            first.unbind(0), first_counts, second.unbind(0), second_counts, strict=True
-        )
-    ]
+    pieces = []
+    for sample, (first_count, second_count) in enumerate(zip(first_counts, second_counts, strict=True)):
+        pieces.append(torch.cat([first[sample, :first_count], second[sample, :second_count]]))
     return nn.utils.rnn.pad_sequence(pieces, batch_first=True)

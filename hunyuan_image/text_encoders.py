@@ -95,7 +95,7 @@ class QwenTextEncoder(LanguageModelEncoder):
         form: str | None = None,
         on_cpu: bool = False,
     ) -> None:
-        super().__init__(QWEN_USE, path, dtype, tokenizer, form, on_cpu)
+        super().__init__(QWEN_USE, path, dtype, tokenizer, form=form, on_cpu=on_cpu)
 
     @property
     def state(self) -> None:
@@ -131,10 +131,11 @@ class GlyphTextEncoder:
         """Return a function that counts the bytes of the words to write, with the end token."""
 
         def count(text: str) -> TokenCount:
-            read = glyph_text(text) or ""
-            used = read.encode()[: GLYPH_TOKENS - 1]
-            kept = len(used.decode(errors="ignore"))
-            return TokenCount(read, len(read.encode()) + 1 if read else 0, GLYPH_TOKENS, kept)
+            glyphs = glyph_text(text) or ""
+            tokens = len(glyphs.encode()) + 1 if glyphs else 0
+            encoded = glyphs.encode()[: GLYPH_TOKENS - 1]
+            num_letters = len(encoded.decode(errors="ignore"))  # that fit
+            return TokenCount(glyphs, tokens, GLYPH_TOKENS, num_letters)
 
         return count
 
@@ -160,8 +161,8 @@ class GlyphTextEncoder:
                 ids, masks = byte_rows([text], GLYPH_TOKENS)
                 real, mask = int(masks.sum()), masks[0]
                 # alone and without padding: a state does not depend on other prompts
-                (found,) = network([ids[0, :real]])
-                states[:real] = found.cpu()
+                (real_states,) = network([ids[0, :real]])
+                states[:real] = real_states.cpu()
             results.append(
                 {"byt5_embed": states, "byt5_mask": mask, "ocr_mask": torch.tensor(text is not None)}
             )

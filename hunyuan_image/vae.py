@@ -9,6 +9,7 @@ import logging
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -138,14 +139,14 @@ class RowConvolution(nn.Module):
         height = x.shape[2]
         if height <= self._rows:
             return functional.conv2d(x, self.weight, self.bias, padding=1)
-        whole = x.new_empty(x.shape[0], self.out_channels, *x.shape[2:])
+        out = x.new_empty(x.shape[0], self.out_channels, *x.shape[2:])
         for top in range(0, height, self._rows):
             bottom = min(top + self._rows, height)
             piece = x[:, :, max(top - 1, 0) : bottom + 1]
             # zeros only where the picture ends
             piece = functional.pad(piece, (0, 0, int(top == 0), int(bottom == height)))
-            whole[:, :, top:bottom] = functional.conv2d(piece, self.weight, self.bias, padding=(0, 1))
-        return whole
+            out[:, :, top:bottom] = functional.conv2d(piece, self.weight, self.bias, padding=(0, 1))
+        return out
 
 
 def compute_in_rows(network: nn.Module, rows: int) -> None:
@@ -207,9 +208,7 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[HunyuanImageVaeConfig]:
     channels = shape("decoder.conv_in.weight")[1]
     if channels != LATENT.channels:
         raise _wrong(checkpoint, f"it has {channels} latent channels, the model has {LATENT.channels}")
-    uneven = [width for width in widths if width % GROUPS]
-    pairs = zip(widths, widths[1:], strict=False)
-    if uneven or widths[-1] % (2 * channels) or any((FOLDED * near) % far for near, far in pairs):
+    if not _widths_fit(widths, channels):
         raise _wrong(checkpoint, f"its levels have {', '.join(map(str, widths))} channels, which do not fit")
     config = HunyuanImageVaeConfig(
         channels,
@@ -218,6 +217,13 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[HunyuanImageVaeConfig]:
         count(sources, r"decoder\.up\.0\.block\.\d+"),
     )
     return LoadPlan(config, checkpoint, sources)
+
+
+def _widths_fit(widths: Sequence[int], channels: int) -> bool:
+    """Return whether norms and shortcuts can be made for levels of these widths. channels: of latents."""
+    if any(width % GROUPS for width in widths) or widths[-1] % (2 * channels):
+        return False
+    return all((FOLDED * near) % far == 0 for near, far in pairwise(widths))
 
 
 def _wrong(checkpoint: Checkpoint, why: str) -> CheckpointError:
@@ -230,23 +236,23 @@ class NamesByLevel:
     """Turn diffusers' names into the published ones; a level ends with the layer that changes resolution."""
 
     def __init__(self, names: Iterable[str]) -> None:
-        found = [match for match in map(_LAYER.fullmatch, names) if match]
-        self._changes = {
-            part: sorted({int(match[3]) for match in found if match[1] == part and match[4] == "conv.weight"})
-            for part in ("encoder", "decoder")
-        }
+        changes: dict[str, set[int]] = {"encoder": set(), "decoder": set()}
+        for match in map(_LAYER.fullmatch, names):
+            if match and match[4] == "conv.weight":
+                changes[match[1]].add(int(match[3]))
+        self._changes = {half: sorted(numbers) for half, numbers in changes.items()}
 
     def __call__(self, name: str) -> str:
-        layer = _LAYER.fullmatch(name)
-        if layer is None:
+        match = _LAYER.fullmatch(name)
+        if match is None:
             return translate_name(name, DIFFUSERS)
-        part, way, place, rest = layer[1], layer[2], int(layer[3]), layer[4]
-        changes = self._changes[part]
+        half, way, digits, name_end = match.groups()
+        place, changes = int(digits), self._changes[half]
         level = sum(change < place for change in changes)
         if place in changes:
-            return f"{part}.{way}.{level}.{way}sample.{rest}"
+            return f"{half}.{way}.{level}.{way}sample.{name_end}"
         first = changes[level - 1] + 1 if level else 0
-        return f"{part}.{way}.{level}.block.{place - first}.{rest}"
+        return f"{half}.{way}.{level}.block.{place - first}.{name_end}"
 
 
 logger = logging.getLogger(__name__)
@@ -278,7 +284,7 @@ def load_vae(
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_vae(checkpoint)
-        vae = load_planned(plan, lambda config: HunyuanImageVae(config, tile), device, dtype, WHAT)
+        vae = load_planned(plan, lambda config: HunyuanImageVae(config, tile), device, dtype, what=WHAT)
     lay_out(vae, device)
     if chunk_size is not None:
         compute_in_rows(vae, chunk_size)

@@ -82,8 +82,11 @@ class HunyuanTokens:
 
     def join(self, video: Heads, text: Heads) -> Heads:
         """Join normalised heads of video and text: query, key and value B L+T N D. Rotates the video's."""
-        query, key = (turn_and_join(*both, self.rotary) for both in zip(video[:2], text[:2], strict=True))
-        return query, key, torch.cat([video[2], text[2]], dim=1)
+        video_query, video_key, video_value = video
+        text_query, text_key, text_value = text
+        query = turn_and_join(video_query, text_query, self.rotary)
+        key = turn_and_join(video_key, text_key, self.rotary)
+        return query, key, torch.cat([video_value, text_value], dim=1)
 
 
 @dataclass(frozen=True)
@@ -166,32 +169,45 @@ class DoubleStreamBlock(nn.Module):
     def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         # x: B L+T C
         video, text = tokens.split_video(x)
-        of_video, of_text = tokens.rows
-        modulation, project, mlp = self.layers(False)
+        video_vector, text_vector = tokens.rows
+        video_modulation, video_project, video_mlp = self.layers(False)
         text_modulation, text_project, text_mlp = self.layers(True)
-        shift1, scale1, gate1, *video_rows = modulation(of_video)
-        text_shift1, text_scale1, text_gate1, *text_rows = text_modulation(of_text)
+        video_rows = video_modulation(video_vector)
+        text_rows = text_modulation(text_vector)
 
-        h = modulate(self.norm(video), shift1, scale1, tokens.dtype, tokens.clean)
-        mine = self.heads(h, False)
-        h = modulate(self.norm(text), text_shift1, text_scale1, tokens.dtype, tokens.split)
-        joined = tokens.join(mine, self.heads(h, True))
-        del h, mine
-        video_seen, text_seen = tokens.split_video(attend_jointly(*joined, tokens))
+        video_heads = self._modulated_heads(video, video_rows, tokens, is_text=False)
+        text_heads = self._modulated_heads(text, text_rows, tokens, is_text=True)
+        heads = tokens.join(video_heads, text_heads)
+        del video_heads, text_heads
+        video_branch, text_branch = tokens.split_video(attend_jointly(*heads, tokens))
 
-        video = add_gated(video, gate1, in_own_dtype(project, video_seen), tokens.clean)
-        text = add_gated(text, text_gate1, in_own_dtype(text_project, text_seen), tokens.split)
+        _, _, gate, *video_rows = video_rows
+        video = add_gated(video, gate, in_own_dtype(video_project, video_branch), tokens.clean)
+        _, _, gate, *text_rows = text_rows
+        text = add_gated(text, gate, in_own_dtype(text_project, text_branch), tokens.split)
+        # without names: code that computes it in pieces takes arguments by their order
         text = self.feed_forward(text, text_mlp, tokens.dtype, tokens.split, *text_rows)
         # the expensive one last: if it runs in pieces, recomputing the block stops here
-        segments = split_segments(tokens.clean, video_rows, video)
-        parts = [self.feed_forward(part, mlp, tokens.dtype, 0, *rows) for part, *rows in segments]
+        parts = []
+        for part, *rows in split_segments(tokens.clean, video_rows, video):
+            parts.append(self.feed_forward(part, video_mlp, tokens.dtype, 0, *rows))
         return torch.cat([*parts, text], dim=1)
+
+    def _modulated_heads(
+        self, x: Tensor, rows: Sequence[Tensor], tokens: HunyuanTokens, is_text: bool
+    ) -> Heads:
+        """Return query, key and value of a stream's tokens B L C. rows: its shift, scale, ..., each B S C."""
+        shift, scale, *_ = rows
+        split = tokens.split if is_text else tokens.clean
+        return self.heads(modulate(self.norm(x), shift, scale, tokens.dtype, split=split), is_text)
 
     def modulated_input(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         """Return the input of attention for the video tokens of x: B L+T C -> B L C."""
         modulation, *_ = self.layers(False)
-        shift, scale, *_ = modulation(tokens.rows[0])
-        return modulate(self.norm(x[:, : tokens.video]), shift, scale, tokens.dtype, tokens.clean)
+        vector, _ = tokens.rows
+        shift, scale, *_ = modulation(vector)
+        video = self.norm(x[:, : tokens.video])
+        return modulate(video, shift, scale, tokens.dtype, split=tokens.clean)
 
     def feed_forward(
         self,
@@ -204,7 +220,7 @@ class DoubleStreamBlock(nn.Module):
         gate: Tensor,
     ) -> Tensor:
         """Add a stream's feed-forward branch to x, B L C, by token. shift, scale, gate: B S C float32."""
-        return add_gated(x, gate, mlp(modulate(self.norm(x), shift, scale, dtype, split)), split)
+        return add_gated(x, gate, mlp(modulate(self.norm(x), shift, scale, dtype, split=split)), split)
 
 
 class MMDoubleStreamBlock(DoubleStreamBlock):
@@ -257,11 +273,12 @@ class MMSingleStreamBlock(nn.Module):
     def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         # x: B L+T C
         shift, scale, gate = self.modulation(tokens.vector)
-        h = in_own_dtype(self.linear1, modulate(self.norm(x), shift, scale, tokens.dtype, tokens.split))
-        *qkv, hidden = h.split(self.widths, dim=-1)  # in one split, so that its gradient is written once
-        q, k, v = (one.unflatten(-1, (self.num_heads, -1)) for one in qkv)
-        seen = attend_turned(self.q_norm(q), self.k_norm(k), v, tokens)
-        return add_gated(x, gate, in_own_dtype(self.linear2, join_gelu(seen, hidden)), tokens.split)
+        h = modulate(self.norm(x), shift, scale, tokens.dtype, split=tokens.split)
+        # in one split, so that its gradient is written once
+        *qkv, hidden = in_own_dtype(self.linear1, h).split(self.widths, dim=-1)
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in qkv)
+        attended = attend_turned(self.q_norm(q), self.k_norm(k), v, tokens)
+        return add_gated(x, gate, in_own_dtype(self.linear2, join_gelu(attended, hidden)), tokens.split)
 
 
 def split_heads(
@@ -281,17 +298,29 @@ def attend_jointly(query: Tensor, key: Tensor, value: Tensor, tokens: HunyuanTok
 
     query, key, value: B L+T N D, those of the video rotated.
     """
-    second, part = tokens.second, tokens.part
+    second, part, choice = tokens.second, tokens.part, tokens.attention
     if part is not None:
         query, key, value = part.gather_tokens(query, key, value)
     if second is None:
-        seen = attend(query, key, value, tokens.attention, tokens.lengths)
-        return (seen if part is None else part.gather_heads(seen)).flatten(2)
-    seen, other = (
-        attend(of(query), of(key), of(value), tokens.attention, lengths)
-        for of, lengths in ((second.without, tokens.lengths), (second.alone, second.lengths))
+        attended = attend(query, key, value, choice, lengths=tokens.lengths)
+        return (attended if part is None else part.gather_heads(attended)).flatten(2)
+    first_attended = attend(
+        second.without(query),
+        second.without(key),
+        second.without(value),
+        choice,
+        lengths=tokens.lengths,
     )
-    return (second.combine(seen, other) if part is None else part.combine(seen, other, second)).flatten(2)
+    second_attended = attend(
+        second.alone(query),
+        second.alone(key),
+        second.alone(value),
+        choice,
+        lengths=second.lengths,
+    )
+    if part is None:
+        return second.combine(first_attended, second_attended).flatten(2)
+    return part.combine(first_attended, second_attended, second).flatten(2)
 
 
 def attend_turned(query: Tensor, key: Tensor, value: Tensor, tokens: HunyuanTokens) -> Tensor:

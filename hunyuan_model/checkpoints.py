@@ -96,9 +96,8 @@ def _header(checkpoint: Checkpoint) -> DitHeader[HunyuanVideoConfig]:
             "checkpoint to --dit.",
             path,
         )
-    dialect = next(
-        (name for name, (mark, _) in DIALECTS.items() if mark in names and _has_refiner(names)), None
-    )
+    marked = [name for name, (mark, _) in DIALECTS.items() if mark in names]
+    dialect = next(iter(marked), None) if _has_refiner(names) else None
     if dialect is None:
         files = (
             "the transformer's checkpoint, such as mp_rank_00_model_states.pt or "
@@ -106,17 +105,13 @@ def _header(checkpoint: Checkpoint) -> DitHeader[HunyuanVideoConfig]:
         )
         raise other_kind(checkpoint, "a HunyuanVideo or SkyReels V1 transformer", "--dit", files)
     mark, table = DIALECTS[dialect]
-    shapes = {translate_name(name, table): info.shape for name, info in names.items()}
-    found = DitShapes(path, shapes, "HunyuanVideo")
-    has_guidance = "guidance_in.mlp.0.weight" in found.shapes
-    config = HunyuanVideoConfig(**read_dimensions(found, DIT, DIMENSIONS), has_guidance=has_guidance)
-    known = {config.out_dim, config.out_dim + IMAGE_CHANNELS}
-    if config.in_dim not in known:
-        name = (
-            "HunyuanVideo-I2V"
-            if config.in_dim == 2 * config.out_dim + 1
-            else "an unknown variant of HunyuanVideo"
-        )
+    file_shapes = {translate_name(name, table): info.shape for name, info in names.items()}
+    shapes = DitShapes(path, file_shapes, "HunyuanVideo")
+    has_guidance = "guidance_in.mlp.0.weight" in file_shapes
+    config = HunyuanVideoConfig(**read_dimensions(shapes, DIT, DIMENSIONS), has_guidance=has_guidance)
+    if config.in_dim not in (config.out_dim, config.out_dim + IMAGE_CHANNELS):
+        is_i2v = config.in_dim == 2 * config.out_dim + 1
+        name = "HunyuanVideo-I2V" if is_i2v else "an unknown variant of HunyuanVideo"
         raise CheckpointError(
             f"{path} is {name} with {config.in_dim} input channels, which is not supported.\n"
             "  Give a HunyuanVideo T2V or SkyReels V1 checkpoint to --dit.",
@@ -125,44 +120,44 @@ def _header(checkpoint: Checkpoint) -> DitHeader[HunyuanVideoConfig]:
     return DitHeader(config, dialect, names[mark].dtype)
 
 
-def read_dimensions(found: DitShapes, spec: DitSpec, names: Mapping[str, str]) -> dict[str, Any]:
+def read_dimensions(shapes: DitShapes, spec: DitSpec, names: Mapping[str, str]) -> dict[str, Any]:
     """Read the dimensions that `HunyuanVideoConfig` and FramePack's config share.
 
     names: field -> the tensor or list that shows it. Raises CheckpointError if a tensor is missing, or if the
     width cannot be cut into heads.
     """
-    dim, in_dim, patch_size = found.patches(names["in_dim"])
+    dim, in_dim, patch_size = shapes.patches(names["in_dim"])
     return {
         "dim": dim,
-        **read_block_dimensions(found, spec, names, dim),
+        **read_block_dimensions(shapes, spec, names, dim),
         "in_dim": in_dim,
-        "out_dim": found.of(names["out_dim"])[0] // math.prod(patch_size),
-        "pooled_dim": found.of(names["pooled_dim"])[1],
+        "out_dim": shapes.of(names["out_dim"])[0] // math.prod(patch_size),
+        "pooled_dim": shapes.of(names["pooled_dim"])[1],
         "patch_size": patch_size,
     }
 
 
 def read_block_dimensions(
-    found: DitShapes, spec: DitSpec, names: Mapping[str, str], dim: int
+    shapes: DitShapes, spec: DitSpec, names: Mapping[str, str], dim: int
 ) -> dict[str, int]:
     """Read the dimensions of blocks and refiner, as `read_dimensions`. dim: width of the model."""
-    (head_width,) = found.of(names["num_heads"], axes=1)
+    (head_width,) = shapes.of(names["num_heads"], axes=1)
     if dim % head_width or head_width % TABLE_MULTIPLE:
         raise CheckpointError(
-            f"{found.path}: width {dim} with heads of {head_width} is not a {found.model} transformer. The "
+            f"{shapes.path}: width {dim} with heads of {head_width} is not a {shapes.model} transformer. The "
             f"head width must divide the width and be a multiple of {TABLE_MULTIPLE}.",
-            found.path,
+            shapes.path,
         )
     double_blocks, single_blocks = spec.block_lists
     return {
         "num_heads": dim // head_width,
-        "ffn_dim": found.of(names["ffn_dim"])[0],
-        "double_blocks": found.blocks(double_blocks),
-        "single_blocks": found.blocks(single_blocks),
-        "refiner_blocks": found.blocks(names["refiner_blocks"]),
-        "refiner_ffn_dim": found.of(names["refiner_ffn_dim"])[0],
-        "text_dim": found.of(names["text_dim"])[1],
-        "freq_dim": found.of(names["freq_dim"])[1],
+        "ffn_dim": shapes.of(names["ffn_dim"])[0],
+        "double_blocks": shapes.blocks(double_blocks),
+        "single_blocks": shapes.blocks(single_blocks),
+        "refiner_blocks": shapes.blocks(names["refiner_blocks"]),
+        "refiner_ffn_dim": shapes.of(names["refiner_ffn_dim"])[0],
+        "text_dim": shapes.of(names["text_dim"])[1],
+        "freq_dim": shapes.of(names["freq_dim"])[1],
     }
 
 
@@ -218,23 +213,25 @@ def _with_scales(checkpoint: Checkpoint, header: DitHeader[HunyuanVideoConfig]) 
     path = checkpoint.path
     if path.suffix != ".pt" or header.dialect != "official" or not plain_fp8:
         return sources  # safetensors files without scales are plain casts
-    found = path.with_name(f"{path.stem}_map.pt")
-    if not found.is_file():
+    scales_path = path.with_name(f"{path.stem}_map.pt")
+    if not scales_path.is_file():
         raise CheckpointError(
-            f"{path} has fp8 weights whose scales are in {found.name}, which is missing beside it.\n"
+            f"{path} has fp8 weights whose scales are in {scales_path.name}, which is missing beside it.\n"
             "  Download that file too, or give the bf16 checkpoint to --dit.",
             path,
         )
-    content: Any = load_pickled(found)
+    content: Any = load_pickled(scales_path)
     try:
         scales = {str(name): float(value) for name, value in content.items()}  # by the path of a module
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"{found} is not a map of scales ({error}). Download or copy it again.", found
+            f"{scales_path} is not a map of scales ({error}). Download or copy it again.", scales_path
         ) from error
     missing = [name for name in plain_fp8 if name.removesuffix(".weight") not in scales]
     if missing:
-        raise CheckpointError(f"{found} has no scale for {missing[0]}: it does not belong to {path}.", path)
+        raise CheckpointError(
+            f"{scales_path} has no scale for {missing[0]}: it does not belong to {path}.", path
+        )
     return sources | {name: _times(name, scales[name.removesuffix(".weight")]) for name in plain_fp8}
 
 

@@ -205,13 +205,13 @@ class HunyuanVideo(OneTransformer):
     def prepare(self, request: requests.Request) -> requests.Prepared:
         self._check_dit()
         self.files.check()
-        taken = {
+        usable = {
             "image_path": self._starts_from_image,
             "end_image_path": False,
             "control_path": False,
             "control_images": False,
         }
-        request = requests.keep_usable_media(request, taken, f"{self.files.dit_path} does not take it")
+        request = requests.keep_usable_media(request, usable, f"{self.files.dit_path} does not take it")
         if self._starts_from_image:
             require(request.first_image, "--image_path", f"{self.files.dit_path} starts from an image")
         usual = self.defaults
@@ -226,7 +226,7 @@ class HunyuanVideo(OneTransformer):
         size = width, height, requests.whole_frames(frames, LATENT)
         requests.check_size((width, height, frames), LATENT)
         flow_shift = FLOW_SHIFT if request.flow_shift is None else request.flow_shift
-        return requests.settle(request, usual, size, flow_shift, "")
+        return requests.settle(request, usual, size, flow_shift, usual_negative="")
 
     def needs_media(self, prepared: requests.Prepared) -> bool:
         return self._starts_from_image
@@ -244,19 +244,14 @@ class HunyuanVideo(OneTransformer):
         self, encoders: data.MediaEncoders, prepared: requests.Prepared
     ) -> Mapping[int, data.Conditions]:
         """Encode the image as `condition_latents`, on the CPU, in model space."""
-        image, width, height, frames = (
-            prepared.asked.first_image,
-            prepared.width,
-            prepared.height,
-            prepared.frames,
-        )
+        image = prepared.asked.first_image
+        width, height, frames = prepared.width, prepared.height, prepared.frames
         generators = [posterior_generator(prepared.seed)]
         conditions: dict[str, Tensor | list[Tensor]] = {}
         if self._starts_from_image and image is not None:
             first = encoders.vae.encode(image_pixels(image, width, height), generators) * LATENT.scale
-            conditions["condition_latents"] = first_frame_condition(
-                first, LATENT.shape(frames, height, width)[2]
-            ).cpu()
+            length = LATENT.shape(frames, height, width)[2]
+            conditions["condition_latents"] = first_frame_condition(first, length).cpu()
         return {0: conditions}
 
     def sections(

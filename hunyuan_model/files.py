@@ -95,8 +95,14 @@ class HunyuanFiles(TransformerFiles):
         return dit
 
     def load_vae(self, device: torch.device) -> HunyuanVae:
-        dtype, frames = self.beside(self.vae_dtype), self.vae_tile_frames
-        return load_vae(self.vae_path, device, dtype, self.vae_chunk_size, self.vae_tile, tile_frames=frames)
+        return load_vae(
+            self.vae_path,
+            device,
+            self.beside(self.vae_dtype),
+            chunk_size=self.vae_chunk_size,
+            tile=self.vae_tile,
+            tile_frames=self.vae_tile_frames,
+        )
 
     def check_vae(self) -> None:
         read_once(self.vae_path, read_vae)

@@ -22,21 +22,21 @@ def gelu(x: Tensor) -> Tensor:
     return functional.gelu(x, approximate="tanh")
 
 
-def join_gelu(seen: Tensor, hidden: Tensor) -> Tensor:
-    """Return (seen, gelu(hidden)), B L C+F. seen: B L C. hidden: B L F."""
-    if torch.compiler.is_compiling() or seen.dtype != hidden.dtype:
-        return torch.cat([seen, gelu(hidden)], dim=-1)
-    joined: Tensor = _JoinGelu.apply(seen, hidden)
+def join_gelu(attended: Tensor, hidden: Tensor) -> Tensor:
+    """Return (attended, gelu(hidden)), B L C+F. attended: B L C. hidden: B L F."""
+    if torch.compiler.is_compiling() or attended.dtype != hidden.dtype:
+        return torch.cat([attended, gelu(hidden)], dim=-1)
+    joined: Tensor = _JoinGelu.apply(attended, hidden)
     return joined
 
 
 class _JoinGelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, seen: Tensor, hidden: Tensor) -> Tensor:
+    def forward(ctx: Any, attended: Tensor, hidden: Tensor) -> Tensor:
         ctx.save_for_backward(hidden)
-        width = seen.shape[-1]
+        width = attended.shape[-1]
         joined = hidden.new_empty(*hidden.shape[:-1], width + hidden.shape[-1])
-        joined[..., :width] = seen
+        joined[..., :width] = attended
         torch.ops.aten.gelu.out(hidden, approximate="tanh", out=joined[..., width:])
         return joined
 
@@ -44,8 +44,9 @@ class _JoinGelu(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         (hidden,) = ctx.saved_tensors
-        of_seen, of_gelu = gradient.split((gradient.shape[-1] - hidden.shape[-1], hidden.shape[-1]), dim=-1)
-        return of_seen, torch.ops.aten.gelu_backward(of_gelu, hidden, approximate="tanh")
+        widths = (gradient.shape[-1] - hidden.shape[-1], hidden.shape[-1])
+        of_attended, of_gelu = gradient.split(widths, dim=-1)
+        return of_attended, torch.ops.aten.gelu_backward(of_gelu, hidden, approximate="tanh")
 
 
 def turn_first(x: Tensor, table: Tensor) -> Tensor:
@@ -53,8 +54,8 @@ def turn_first(x: Tensor, table: Tensor) -> Tensor:
     length = table.shape[-4]
     if _is_plain(x, table):
         return torch.cat([rotate(x[:, :length], table), x[:, length:]], dim=1)
-    turned: Tensor = _Turn.apply(x, None, table)
-    return turned
+    rotated: Tensor = _Turn.apply(x, None, table)
+    return rotated
 
 
 def turn_and_join(video: Tensor, text: Tensor, table: Tensor) -> Tensor:
@@ -76,10 +77,10 @@ class _Turn(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, text: Tensor | None, table: Tensor) -> Tensor:
         ctx.table, ctx.has_text = table, text is not None
         length = table.shape[-4]
-        rest = x[:, length:] if text is None else text
-        joined = x.new_empty(len(x), length + rest.shape[1], *x.shape[2:])
+        behind = x[:, length:] if text is None else text
+        joined = x.new_empty(len(x), length + behind.shape[1], *x.shape[2:])
         _turn(x[:, :length], torch.view_as_complex(table), joined[:, :length])
-        joined[:, length:] = rest
+        joined[:, length:] = behind
         return joined
 
     @staticmethod

@@ -55,7 +55,20 @@ class HunyuanFinalLayer(nn.Module):
 class HunyuanVideoModel(BlockNetwork):
     """Predict the velocity of noisy video latents from two text encodings.
 
-    Variants also take guidance and a first frame.
+    Variants also take guidance and a first frame. Without a second text and code that stands around the
+    blocks:
+
+        video = img_in(noisy)                                               # B L C
+        text = txt_in(llama)                                                # B T C
+        vector = time_in(timesteps) + vector_in(clip_l) + guidance_in(guidance)                # B C
+        for block in double_blocks:
+            rows, text_rows = block.img_mod(vector), block.txt_mod(vector)  # each 6: shifts, scales, gates
+            branches = attention of modulated video and text to each other  # B L+T C
+            video, text = each + gate * proj(its branch), then + gate * mlp(modulated)
+        x = cat([video, text])
+        for block in single_blocks:                  # attention and feed-forward in parallel
+            x = x + gate * linear2(attention and gelu of linear1(modulated x))
+        velocity = final_layer(x[:, :L], vector)     # B L out_dim*4, returned as B out_dim F H W
     """
 
     spec = DIT
@@ -113,16 +126,24 @@ class HunyuanVideoModel(BlockNetwork):
         rotary = self._rotary.of(Grid(grid, tweaks.slow_frames), noisy.device)
         guided = guidance if self.config.has_guidance and tweaks.embedded_guidance else None
         texts = []
-        for one in tweaks.texts(len(noisy), llama=llama, llama_mask=llama_mask, clip_l=clip_l):
-            longest, counts, lengths = count_real(one["llama_mask"], len(rotary), noisy.device)
-            text = self.txt_in(one["llama"][:, :longest], timesteps, counts, dtype, self.attention)
-            vector = self.time_in(timesteps) + self.vector_in(one["clip_l"])
+        for prompt in tweaks.texts(len(noisy), llama=llama, llama_mask=llama_mask, clip_l=clip_l):
+            longest, counts, lengths = count_real(prompt["llama_mask"], len(rotary), noisy.device)
+            states = prompt["llama"][:, :longest]
+            text = self.txt_in(states, timesteps, counts, dtype=dtype, attention=self.attention)
+            vector = self.time_in(timesteps) + self.vector_in(prompt["clip_l"])
             if guided is not None:
                 vector = vector + self.guidance_in(guided)
             texts.append(EmbeddedText(text, lengths, vector.unsqueeze(1)))
         video = rearrange(patches, "b c f h w -> b (f h w) c")
-        given = {"grid": grid, "rotary": rotary, "dtype": dtype, "attention": self.attention}
-        return join_tokens([video], texts, tweaks.steer, **given)
+        return join_tokens(
+            [video],
+            texts,
+            tweaks.steer,
+            grid=grid,
+            rotary=rotary,
+            dtype=dtype,
+            attention=self.attention,
+        )
 
     def unembed(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         """Turn tokens B L+T C into the velocity, B out_dim F H W in float32."""

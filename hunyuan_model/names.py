@@ -24,20 +24,30 @@ ENTRY = FamilyEntry(
 
 # HunyuanVideo and SkyReels V1. `BLOCK_...`: of its blocks and its text refiner, which HunyuanImage has too
 _DIFFUSERS_DOUBLE = (
-    *(("norm1.linear", "img_mod.linear"), ("norm1_context.linear", "txt_mod.linear")),
-    *(("attn.to_out.0", "img_attn_proj"), ("attn.to_add_out", "txt_attn_proj")),
-    *(("attn.norm_q", "img_attn_q_norm"), ("attn.norm_k", "img_attn_k_norm")),
-    *(("attn.norm_added_q", "txt_attn_q_norm"), ("attn.norm_added_k", "txt_attn_k_norm")),
-    *(("ff.net.0.proj", "img_mlp.fc1"), ("ff.net.2", "img_mlp.fc2")),
-    *(("ff_context.net.0.proj", "txt_mlp.fc1"), ("ff_context.net.2", "txt_mlp.fc2")),
+    ("norm1.linear", "img_mod.linear"),
+    ("norm1_context.linear", "txt_mod.linear"),
+    ("attn.to_out.0", "img_attn_proj"),
+    ("attn.to_add_out", "txt_attn_proj"),
+    ("attn.norm_q", "img_attn_q_norm"),
+    ("attn.norm_k", "img_attn_k_norm"),
+    ("attn.norm_added_q", "txt_attn_q_norm"),
+    ("attn.norm_added_k", "txt_attn_k_norm"),
+    ("ff.net.0.proj", "img_mlp.fc1"),
+    ("ff.net.2", "img_mlp.fc2"),
+    ("ff_context.net.0.proj", "txt_mlp.fc1"),
+    ("ff_context.net.2", "txt_mlp.fc2"),
 )
 _DIFFUSERS_SINGLE = (
-    *(("proj_out", "linear2"), ("norm.linear", "modulation.linear")),
-    *(("attn.norm_q", "q_norm"), ("attn.norm_k", "k_norm")),
+    ("proj_out", "linear2"),
+    ("norm.linear", "modulation.linear"),
+    ("attn.norm_q", "q_norm"),
+    ("attn.norm_k", "k_norm"),
 )
 _DIFFUSERS_REFINER = (
-    *(("attn.to_out.0", "self_attn_proj"), ("norm_out.linear", "adaLN_modulation.1")),
-    *(("ff.net.0.proj", "mlp.fc1"), ("ff.net.2", "mlp.fc2")),
+    ("attn.to_out.0", "self_attn_proj"),
+    ("norm_out.linear", "adaLN_modulation.1"),
+    ("ff.net.0.proj", "mlp.fc1"),
+    ("ff.net.2", "mlp.fc2"),
 )
 _DIFFUSERS_TEXT = (
     ("proj_in", "input_embedder"),
@@ -102,8 +112,14 @@ BLOCK_PARTS = (
     WeightPart("norm_out.linear", "final_layer.adaLN_modulation.1", layouts.SWAPPED),
 )
 BLOCK_SIDES: Sides = (
-    *(("_attn_qkv", 3, 1), ("_attn_proj", 1, 1), ("mlp.fc1", 4, 1), ("mlp.fc2", 1, 4)),
-    *(("_mod.linear", 6, 1), (".modulation.linear", 3, 1), (".linear1", 7, 1), (".linear2", 1, 5)),
+    ("_attn_qkv", 3, 1),
+    ("_attn_proj", 1, 1),
+    ("mlp.fc1", 4, 1),
+    ("mlp.fc2", 1, 4),
+    ("_mod.linear", 6, 1),
+    (".modulation.linear", 3, 1),
+    (".linear1", 7, 1),
+    (".linear2", 1, 5),
 )
 BLOCK_DEPTHS = (("double_blocks", 20), ("single_blocks", 40))
 # tensors of a whole model as ComfyUI repackages it -> the published ones. Source: files of Comfy-Org.

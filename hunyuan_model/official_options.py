@@ -180,12 +180,12 @@ def read_official(description: str | None, argv: Sequence[str] | None) -> Offici
             *nearest,
         )
     elif resolution and (height, width) not in SIZES[resolution]:
-        other = next(name for name, sizes in SIZES.items() if (height, width) in sizes)
+        size = next(name for name, sizes in SIZES.items() if (height, width) in sizes)
         logger.warning(
             "--video-size %d %d is a size of --model-resolution %s, not of %s",
             height,
             width,
-            other,
+            size,
             resolution,
         )
     return options

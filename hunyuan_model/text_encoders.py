@@ -128,7 +128,7 @@ class LlavaTextEncoder(LanguageModelEncoder):
             states=(-1 - skip_layers,),
             final_norm=final_norm or skip_layers == 0,
         )
-        super().__init__(use, path, dtype, tokenizer, form)
+        super().__init__(use, path, dtype, tokenizer, form=form)
         self.template = template
 
     @property
@@ -139,8 +139,8 @@ class LlavaTextEncoder(LanguageModelEncoder):
         """Warn if the tokenizer makes other tokens of the template than the model's own."""
         super().check_tokenizer(tokenizer)
         if self.use.dropped is None:
-            said = "system prompt: %s (%d tokens before the prompt, which are cut off)"
-            logger.info(said, self.template.system, self.count_dropped(tokenizer))
+            message = "system prompt: %s (%d tokens before the prompt, which are cut off)"
+            logger.info(message, self.template.system, self.count_dropped(tokenizer))
 
     def find_pad(self, tokenizer: TextTokenizer) -> int:
         return find_pad(tokenizer)
@@ -149,10 +149,11 @@ class LlavaTextEncoder(LanguageModelEncoder):
 def find_pad(tokenizer: TextTokenizer) -> int:
     """Return the id to pad rows with. Padding is masked, so any id gives the same result."""
     try:
-        told = parse_json(read_text(tokenizer.file.with_name("tokenizer_config.json"))).get("pad_token")
+        settings = parse_json(read_text(tokenizer.file.with_name("tokenizer_config.json")))
+        pad_token = settings.get("pad_token")
     except (OSError, ValueError, AttributeError):
-        told = None  # the file is optional
-    name = told.get("content") if isinstance(told, dict) else told
+        pad_token = None  # the file is optional
+    name = pad_token.get("content") if isinstance(pad_token, dict) else pad_token
     candidates = (name, "<pad>", "<|end_of_text|>")
     ids = (tokenizer.number(token) for token in candidates if isinstance(token, str))
     return next((number for number in ids if number is not None), 0)

@@ -56,15 +56,11 @@ class RefinerBlock(nn.Module):
         self, x: Tensor, vector: Tensor, lengths: Lengths | None, attention: AttentionChoice
     ) -> Tensor:
         # x: B T C    vector: B C float32
-        gate1, gate2 = (
-            in_own_dtype(self.adaLN_modulation[1], functional.silu(vector))
-            .float()
-            .unsqueeze(1)
-            .chunk(2, dim=-1)
-        )
+        rows = in_own_dtype(self.adaLN_modulation[1], functional.silu(vector)).float()
+        gate1, gate2 = rows.unsqueeze(1).chunk(2, dim=-1)
         q, k, v = split_heads(self.norm1(x).to(x.dtype), self.self_attn_qkv, self.num_heads)
-        seen = attend(q, k, v, attention, lengths).flatten(2)
-        x = add_gated(x, gate1, in_own_dtype(self.self_attn_proj, seen))
+        attended = attend(q, k, v, attention, lengths=lengths).flatten(2)
+        x = add_gated(x, gate1, in_own_dtype(self.self_attn_proj, attended))
         return add_gated(x, gate2, self.mlp(self.norm2(x).to(x.dtype)))
 
 
@@ -101,7 +97,8 @@ class TokenRefiner(nn.Module):
         """
         vector = self.t_embedder(timesteps) + self.c_embedder(mean_text(text, counts))
         x = in_own_dtype(self.input_embedder, text).to(dtype)
-        return refine_tokens(x, self.individual_token_refiner.blocks, vector, counts, attention)
+        blocks = self.individual_token_refiner.blocks
+        return refine_tokens(x, blocks, vector, counts=counts, attention=attention)
 
 
 def refine_tokens(

@@ -192,7 +192,11 @@ def load_vae(
     with open_checkpoint(path) as checkpoint:
         plan = read_vae(checkpoint)
         vae = load_planned(
-            plan, lambda config: HunyuanVae(config, chunk_size, cuts), device, dtype, "the HunyuanVideo VAE"
+            plan,
+            lambda config: HunyuanVae(config, chunk_size, cuts),
+            device,
+            dtype,
+            what="the HunyuanVideo VAE",
         )
     lay_out(vae, device)
     logger.info("VAE: %s, computing in %s", path, dtype_name(dtype))

@@ -65,22 +65,30 @@ class ClipNorm(nn.GroupNorm):
 
         x: B C T H W.
         """
-        means, variances, shares = [], [], []
+        groups = (self.num_groups, -1)
+        mean, variance = self._statistics(x, chunk)  # B groups 1
+        weight = self.weight.float().unflatten(0, groups)
+        bias = self.bias.float().unflatten(0, groups)
+        factor = weight * torch.rsqrt(variance + self.eps)
+        offset = bias - mean * factor
+        return factor.flatten(1)[..., None, None, None], offset.flatten(1)[..., None, None, None]
+
+    def _statistics(self, x: Tensor, chunk: int | None) -> tuple[Tensor, Tensor]:
+        """Return mean and variance of each group, B groups 1, from those of pieces of the clip."""
+        piece_means, piece_variances, shares = [], [], []
         for start, stop in steps(x.shape[2], x[:, :, 0].numel(), chunk):
             piece = x[:, :, start:stop].float()
-            mean = piece.mean(dim=(2, 3, 4), keepdim=True)
-            variances.append((piece - mean).square_().mean(dim=(2, 3, 4)))
-            means.append(mean.flatten(1))
+            piece_mean = piece.mean(dim=(2, 3, 4), keepdim=True)
+            piece_variances.append((piece - piece_mean).square_().mean(dim=(2, 3, 4)))
+            piece_means.append(piece_mean.flatten(1))
             shares.append((stop - start) / x.shape[2])
         groups = (self.num_groups, -1)
         share = numbers_on(x.device, shares, torch.float32).view(-1, 1, 1, 1)
-        # steps B groups channels
-        mean, variance = (torch.stack(parts).unflatten(2, groups) for parts in (means, variances))
-        middle = (share * mean).sum(dim=0).mean(dim=-1, keepdim=True)  # B groups 1
-        spread = (share * (variance + (mean - middle).square())).sum(dim=0).mean(dim=-1, keepdim=True)
-        factor = self.weight.float().unflatten(0, groups) * torch.rsqrt(spread + self.eps)
-        offset = self.bias.float().unflatten(0, groups) - middle * factor
-        return factor.flatten(1)[..., None, None, None], offset.flatten(1)[..., None, None, None]
+        means = torch.stack(piece_means).unflatten(2, groups)  # steps B groups channels
+        variances = torch.stack(piece_variances).unflatten(2, groups)
+        mean = (share * means).sum(dim=0).mean(dim=-1, keepdim=True)
+        squares = share * (variances + (means - mean).square())
+        return mean, squares.sum(dim=0).mean(dim=-1, keepdim=True)
 
 
 class HunyuanCausalConv(nn.Module):
@@ -111,15 +119,15 @@ class HunyuanCausalConv(nn.Module):
         """
         factors = None if norm is None else norm.factors(x, chunk)
         frames, height, width = self._sizes(x)
+        values = max(self.conv.in_channels, self.conv.out_channels) * height * width  # of a frame
         out = onto
-        for start, stop in steps(
-            frames, max(self.conv.in_channels, self.conv.out_channels) * height * width, chunk
-        ):
+        for start, stop in steps(frames, values, chunk):
             piece = self._convolve(self._pad(x, start, stop, factors))
             if out is None and stop - start == frames:
                 return piece
             if out is None:
-                out = empty_clip(x, piece.shape[0], piece.shape[1], frames, height, width)
+                size = (piece.shape[0], piece.shape[1], frames, height, width)
+                out = empty_clip(x, *size)
             if onto is None:
                 out[:, :, start:stop] = piece
             else:
@@ -130,36 +138,43 @@ class HunyuanCausalConv(nn.Module):
     def _sizes(self, x: Tensor) -> tuple[int, ...]:
         """Return frames, height, width of the result; `enlarge` repeats in time from the second frame on."""
         frames, height, width = x.shape[2:]
-        seen = 1 + (frames - 1) * self.enlarge[0], height * self.enlarge[1], width * self.enlarge[2]
-        return tuple((size - 1) // stride + 1 for size, stride in zip(seen, self.conv.stride, strict=True))
+        repeats, rows, columns = self.enlarge
+        enlarged = (1 + (frames - 1) * repeats, height * rows, width * columns)
+        return tuple((size - 1) // step + 1 for size, step in zip(enlarged, self.conv.stride, strict=True))
 
     def _pad(self, x: Tensor, start: int, stop: int, factors: tuple[Tensor, Tensor] | None) -> Tensor:
         """Return the input of the results `start` to `stop`, B C T H+2 W+2. A single frame stays one."""
         if self.conv.kernel_size[0] == 1:
             return x[:, :, start:stop]
-        step = self.conv.stride[0]
-        seen = range(start * step - KERNEL + 1, (stop - 1) * step + 1) if x.shape[2] > 1 else range(1)
-        sources = [-(-max(0, frame) // self.enlarge[0]) for frame in seen]
-        high, wide = self.enlarge[1:]
+        sources = self._source_frames(start, stop) if x.shape[2] > 1 else [0]
+        _, rows, columns = self.enlarge
         batch, channels, _, height, width = x.shape
-        padded = empty_clip(x, batch, channels, len(sources), height * high + 2, width * wide + 2)
+        size = (batch, channels, len(sources), height * rows + 2, width * columns + 2)
+        padded = empty_clip(x, *size)
         for place, source in enumerate(sources):
             if place and source == sources[place - 1]:
                 padded[:, :, place] = padded[:, :, place - 1]
-                continue
-            frame = x[:, :, source : source + 1]
-            if factors is not None:
-                frame = functional.silu(torch.addcmul(factors[1], frame.float(), factors[0]), inplace=True)
-            inside = (
-                padded[:, :, place : place + 1, 1:-1, 1:-1]
-                .unflatten(-1, (width, wide))
-                .unflatten(-3, (height, high))
-            )
-            inside.copy_(frame[..., :, None, :, None])
-            picture = padded[:, :, place]  # its outermost rows and columns repeat the values beside them
-            picture[..., 0, :], picture[..., -1, :] = picture[..., 1, :], picture[..., -2, :]
-            picture[..., 0], picture[..., -1] = picture[..., 1], picture[..., -2]
+            else:
+                frame = x[:, :, source : source + 1]
+                self._write(frame, padded[:, :, place : place + 1], factors)
         return padded
+
+    def _write(self, frame: Tensor, place: Tensor, factors: tuple[Tensor, Tensor] | None) -> None:
+        """Write a frame, B C 1 H W, into `place`: normed, enlarged and with its border repeated."""
+        if factors is not None:
+            factor, offset = factors
+            frame = functional.silu(torch.addcmul(offset, frame.float(), factor), inplace=True)
+        _, rows, columns = self.enlarge
+        height, width = frame.shape[3:]
+        inside = place[..., 1:-1, 1:-1].unflatten(-1, (width, columns)).unflatten(-3, (height, rows))
+        inside.copy_(frame[..., :, None, :, None])
+        _repeat_borders(place.squeeze(2))
+
+    def _source_frames(self, start: int, stop: int) -> list[int]:
+        """Return which frames of the clip the results `start` to `stop` see; the first one is repeated."""
+        step = self.conv.stride[0]
+        frames = range(start * step - KERNEL + 1, (stop - 1) * step + 1)
+        return [-(-max(0, frame) // self.enlarge[0]) for frame in frames]
 
     def _convolve(self, padded: Tensor) -> Tensor:
         conv = self.conv
@@ -167,6 +182,14 @@ class HunyuanCausalConv(nn.Module):
             weight = conv.weight.float().sum(dim=2).to(conv.weight.dtype)
             return functional.conv2d(padded.squeeze(2), weight, conv.bias, conv.stride[1:]).unsqueeze(2)
         return conv3d(conv, padded)
+
+
+def _repeat_borders(picture: Tensor) -> None:
+    """Write the values next to the outermost rows and columns of B C H W into these."""
+    picture[..., 0, :] = picture[..., 1, :]
+    picture[..., -1, :] = picture[..., -2, :]
+    picture[..., 0] = picture[..., 1]
+    picture[..., -1] = picture[..., -2]
 
 
 class HunyuanResidualBlock(nn.Module):
@@ -206,9 +229,10 @@ class HunyuanFrameAttention(nn.Module):
         q, k, v = (layer(tokens).unsqueeze(3) for layer in (self.to_q, self.to_k, self.to_v))  # B T H*W 1 C
         # frame by frame, because a mask for a long clip would fill the memory
         for frame in range(x.shape[2]):
-            known = (part[:, : frame + 1].flatten(1, 2) for part in (k, v))
-            seen = self.to_out[0](attend(q[:, frame], *known).squeeze(2))  # B H*W C
-            x[:, :, frame] += seen.transpose(1, 2).unflatten(2, x.shape[3:])
+            keys = k[:, : frame + 1].flatten(1, 2)
+            values = v[:, : frame + 1].flatten(1, 2)
+            attended = attend(q[:, frame], keys, values).squeeze(2)  # B H*W C
+            x[:, :, frame] += self.to_out[0](attended).transpose(1, 2).unflatten(2, x.shape[3:])
         return x
 
 

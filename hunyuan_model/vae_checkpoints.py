@@ -58,12 +58,12 @@ def read_vae(checkpoint: Checkpoint) -> dialects.LoadPlan[HunyuanVaeConfig]:
         as_matrices(sources, r".+\.attentions\.0\.to_.+\.weight")
     shape = dialects.shapes_of(checkpoint, sources)
     config = HunyuanVaeConfig(
-        shape("post_quant_conv.weight")[0],
-        _groups(checkpoint, shape("encoder.conv_in.conv.weight")[0]),
-        _widths(checkpoint, sources, "encoder.down_blocks", len(DOWN) + 1),
-        dialects.count(sources, r"encoder\.down_blocks\.0\.resnets\.\d+"),
-        _widths(checkpoint, sources, "decoder.up_blocks", len(UP) + 1),
-        dialects.count(sources, r"decoder\.up_blocks\.0\.resnets\.\d+"),
+        latent_channels=shape("post_quant_conv.weight")[0],
+        groups=_groups(checkpoint, shape("encoder.conv_in.conv.weight")[0]),
+        encoder=_widths(checkpoint, sources, "encoder.down_blocks", len(DOWN) + 1),
+        encoder_blocks=dialects.count(sources, r"encoder\.down_blocks\.0\.resnets\.\d+"),
+        decoder=_widths(checkpoint, sources, "decoder.up_blocks", len(UP) + 1),
+        decoder_blocks=dialects.count(sources, r"decoder\.up_blocks\.0\.resnets\.\d+"),
     )
     if config.latent_channels != LATENT_CHANNELS:
         raise CheckpointError(
@@ -89,10 +89,10 @@ def _widths(
 
     Raises CheckpointError if the file has more or fewer levels than the model.
     """
-    found = dialects.count(sources, re.escape(start) + r"\.\d+")
-    if found != levels:
+    number = dialects.count(sources, re.escape(start) + r"\.\d+")
+    if number != levels:
         raise CheckpointError(
-            f"{checkpoint.path}: {start} has {found} levels, HunyuanVideo's has {levels}. "
+            f"{checkpoint.path}: {start} has {number} levels, HunyuanVideo's has {levels}. "
             f"The file holds another model, or tensors are missing. Give {RELEASE} to --vae.",
             checkpoint.path,
         )

@@ -13,7 +13,7 @@ from encoders import pictures
 from encoders.language_encoder import LanguageUse
 from krea2 import options as own
 from krea2.configs import DIT, FEW_STEPS, KREA_2, LATENT, NOISE, PATCH
-from krea2.files import EDIT_USE, KEY, KREA_2_USE, MEGAPIXEL, MIXED_USE, MOST, Krea2Files, told_turbo
+from krea2.files import EDIT_USE, KEY, KREA_2_USE, MEGAPIXEL, MIXED_USE, MOST, Krea2Files, find_release
 from krea2.names import LORA
 from krea2.options import EXTRAS, NAME, SIDE, check_levels, check_mu
 from modules.contract.data import (
@@ -89,15 +89,24 @@ class Krea2(pictures.ModelOfPictures):
 
     @property
     def is_turbo(self) -> bool:
-        return self.samples_on_turbo or (told_turbo(self.files.dit) or (False,))[0]
+        if self.samples_on_turbo:
+            return True
+        release = find_release(self.files.dit)
+        return release is not None and release.is_turbo
 
     @property
     def defaults(self) -> SamplingDefaults:
         return TURBO if self.is_turbo else DEFAULTS
 
+    def _says_raw(self) -> bool:
+        release = find_release(self.files.dit)
+        return release is not None and not release.is_turbo
+
     def why_few_steps(self) -> str | None:
-        is_turbo, where = told_turbo(self.files.dit) or (False, "")
-        return f"{self.files.dit} is {NAME} Turbo: {where}" if is_turbo else None
+        release = find_release(self.files.dit)
+        if release is None or not release.is_turbo:
+            return None
+        return f"{self.files.dit} is {NAME} Turbo: {release.source}"
 
     # encoding
 
@@ -124,7 +133,8 @@ class Krea2(pictures.ModelOfPictures):
         training has none, or the reverse.
         """
         batch.check({KEY: TEXTS_AGAIN}, "the transformer")
-        config, remedy = self.files.dit_header().config, f"{TEXTS_AGAIN} and Qwen3-VL (4B)"
+        config = self.files.dit_header().config
+        remedy = f"{TEXTS_AGAIN} and Qwen3-VL (4B)"
         batch.check_widths({KEY: config.text_dim}, self.files.dit_path, remedy)
         for states in batch.tensors[KEY]:
             if states.shape[1:-1] != (config.states,):
@@ -132,14 +142,18 @@ class Krea2(pictures.ModelOfPictures):
                     f"{batch.keys[0]}: {KEY} in its cache is {'x'.join(map(str, states.shape))}, not "
                     f"{config.states} states of each token. Cache again with {remedy}."
                 )
-        use = self.files.text_use
-        for made in batch.made_by:
-            found = made.encoder.get(use.template_key, use.fingerprint)
-            if made.part == use.name and found != use.fingerprint:
-                how, words = ("without pictures", " with --edit") if self.edits else ("for edits", "")
-                raise CacheError(f"{made.path}: the caption was encoded {how}. Run {TEXTS_AGAIN}{words}.")
+        self._check_template(batch)
         references = pictures.references_of(batch, LATENT.channels, PATCH, LATENTS_AGAIN)
         return {KEY: batch.tensors[KEY], **references}
+
+    def _check_template(self, batch: Batch) -> None:
+        """Raise CacheError if captions were encoded with pictures and the training has none, or reverse."""
+        use = self.files.text_use
+        for cache in batch.made_by:
+            fingerprint = cache.encoder.get(use.template_key, use.fingerprint)
+            if cache.part == use.name and fingerprint != use.fingerprint:
+                how, words = ("without pictures", " with --edit") if self.edits else ("for edits", "")
+                raise CacheError(f"{cache.path}: the caption was encoded {how}. Run {TEXTS_AGAIN}{words}.")
 
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
@@ -167,35 +181,44 @@ class Krea2(pictures.ModelOfPictures):
             if self.files.text_encoder is not None:
                 self.files.check_tower()
             prepared = pictures.show_references(prepared)
-        told = {name: float(text) for name, text in request.extra.items() if name in EXTRAS}
-        for name, value in told.items():
-            check_mu(value, f"--{name}")
-        if prepared.guidance_scale == (1.0,) and not (told_turbo(self.files.dit) or (True,))[0]:
+        levels = {name: float(text) for name, text in request.extra.items() if name in EXTRAS}
+        for name, level in levels.items():
+            check_mu(level, f"--{name}")
+        if prepared.guidance_scale == (1.0,) and self._says_raw():
             logger.warning(
                 "%s is raw, whose pictures are blurred without guidance. Give Turbo, a LoRA that makes it "
                 "Turbo, or a --guidance_scale such as %g",
-                *(self.files.dit, DEFAULTS.guidance_scale),
+                self.files.dit,
+                DEFAULTS.guidance_scale,
             )
-        check_levels(told, request.flow_shift is not None)
+        check_levels(levels, request.flow_shift is not None)
         if request.flow_shift is not None:
             return prepared
-        if "mu" in told and len(told) > 1:
-            idle = " ".join(f"--{name}" for name in told if name != "mu")
-            logger.warning("%s is ignored because --mu %g fixes the noise levels", idle, told["mu"])
-        mu = told.get("mu", own.MU_OF_TURBO if self.is_turbo and not told else None)
-        ends = told.get("y1", own.MU_OF_FEW), told.get("y2", own.MU_OF_MANY)
-        tokens = count_picture_tokens(LATENT.shape(1, prepared.height, prepared.width))
-        by_size = size_shift(tokens, (FEW, ends[0]), (MANY, ends[1]))
-        return replace(prepared, flow_shift=by_size if mu is None else math.exp(mu))
+        if "mu" in levels and len(levels) > 1:
+            idle = " ".join(f"--{name}" for name in levels if name != "mu")
+            logger.warning("%s is ignored because --mu %g fixes the noise levels", idle, levels["mu"])
+        return replace(prepared, flow_shift=self._flow_shift(levels, prepared.height, prepared.width))
+
+    def _flow_shift(self, levels: Mapping[str, float], height: int, width: int) -> float:
+        """Return the flow shift of a picture. levels: mu, y1 and y2 as the request gives them."""
+        if "mu" in levels:
+            return math.exp(levels["mu"])
+        if self.is_turbo and not levels:
+            return math.exp(own.MU_OF_TURBO)
+        few, many = levels.get("y1", own.MU_OF_FEW), levels.get("y2", own.MU_OF_MANY)
+        tokens = count_picture_tokens(LATENT.shape(1, height, width))
+        return size_shift(tokens, (FEW, few), (MANY, many))
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Encode the references as `latents_control_0`, ..., each 1 C 1 h w: means."""
-        area = (self.references and self.references.area) or prepared.width * prepared.height
-        found: dict[str, Tensor | list[Tensor]] = {}
+        area = prepared.width * prepared.height
+        if self.references and self.references.area:
+            area = self.references.area
+        conditions: dict[str, Tensor | list[Tensor]] = {}
         for index, path in enumerate(prepared.asked.control_images):
             frames = pictures.read_reference(path, area, LATENT.pixel_step)
-            found[f"{CONTROL}_{index}"] = encoders.vae.encode(to_pixels(frames))
-        return {0: found}
+            conditions[f"{CONTROL}_{index}"] = encoders.vae.encode(to_pixels(frames))
+        return {0: conditions}
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
         """Encode a picture, 1 1 H W 3 uint8, in model space, 1 C 1 h w. Nothing is drawn."""
@@ -237,11 +260,11 @@ def family_for_samples(options: own.Krea2TrainingOptions) -> Krea2 | None:
     turbo = options.turbo_dit
     if turbo is None:
         return None
-    is_turbo, where = told_turbo(turbo) or (True, "")
-    if not is_turbo:
+    release = find_release(turbo)
+    if release is not None and not release.is_turbo:
         raise OptionError(
-            f"--turbo_dit {turbo}: it says that it is raw ({where}), which makes no picture in eight steps. "
-            "Give turbo.safetensors, or leave the option out"
+            f"--turbo_dit {turbo}: it says that it is raw ({release.source}), which makes no picture in "
+            "eight steps. Give turbo.safetensors, or leave the option out"
         )
     return replace(family_for_training(options, turbo), samples_on_turbo=True)
 

@@ -1,6 +1,6 @@
 """Transformer files of Krea 2, and the files of a run: transformer, Qwen-Image's VAE and Qwen3-VL.
 
-Files have the released names (ComfyUI's too) or diffusers'. Raw and Turbo have equal tensors: `told_turbo`.
+Files have the released names (ComfyUI's too) or diffusers'. Raw and Turbo have equal tensors: `find_release`.
 """
 
 import json
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from encoders.files import told_few_steps
 from encoders.language_encoder import LanguageUse
@@ -63,28 +63,28 @@ TEXT_BLOCKS = tuple((f"txtfusion.{name}_blocks", 2) for name in ("layerwise", "r
 PATTERNS = {"released": (), "diffusers": tensor_patterns(KREA_2)}
 
 
-def _stream(found: DitShapes, start: str) -> Krea2StreamConfig:
+def _stream(shapes: DitShapes, start: str) -> Krea2StreamConfig:
     """Return the dimensions of blocks. Raises CheckpointError if they do not go together."""
-    rows, dim = found.of(f"{start}.0.attn.wq.weight")
-    key_rows, _ = found.of(f"{start}.0.attn.wk.weight")
-    (width,) = found.of(f"{start}.0.attn.qknorm.qnorm.scale", axes=1)
+    rows, dim = shapes.of(f"{start}.0.attn.wq.weight")
+    key_rows, _ = shapes.of(f"{start}.0.attn.wk.weight")
+    (width,) = shapes.of(f"{start}.0.attn.qknorm.qnorm.scale", axes=1)
     heads, kv_heads = rows // width, key_rows // width
     if rows != dim or dim % width or width % 16 or key_rows % width or not kv_heads or heads % kv_heads:
         raise CheckpointError(
-            f"{found.path}: {rows} rows of queries and {key_rows} of keys in blocks of width {dim} with "
+            f"{shapes.path}: {rows} rows of queries and {key_rows} of keys in blocks of width {dim} with "
             f"heads of {width} are not those of {WHAT}. Copy the file again.",
-            found.path,
+            shapes.path,
         )
-    return Krea2StreamConfig(dim, found.of(f"{start}.0.mlp.gate.weight")[0], heads, kv_heads)
+    return Krea2StreamConfig(dim, shapes.of(f"{start}.0.mlp.gate.weight")[0], heads, kv_heads)
 
 
-def _blocks(found: DitShapes, name: str, released: Iterable[tuple[str, int]]) -> int:
+def _blocks(shapes: DitShapes, name: str, released: Iterable[tuple[str, int]]) -> int:
     """Return the number of blocks of a list. Raises CheckpointError if the release has more."""
-    number, wanted = found.blocks(name), dict(released).get(name, 0)
-    if number < wanted:
+    number, least = shapes.blocks(name), dict(released).get(name, 0)
+    if number < least:
         raise CheckpointError(
-            f"{found.path}: {number} of {wanted} blocks of {name} are there. Give the complete file.",
-            found.path,
+            f"{shapes.path}: {number} of {least} blocks of {name} are there. Give the complete file.",
+            shapes.path,
         )
     return number
 
@@ -94,14 +94,15 @@ def _header(checkpoint: Checkpoint) -> DitHeader[Krea2Config]:
     dialect = next((name for name, mark in DIALECTS.items() if mark in names), None)
     if dialect is None:
         raise other_kind(checkpoint, WHAT, OPTION, FILES)
-    shapes = joined_shapes({name: info.shape for name, info in names.items()}, PATTERNS[dialect])
-    found = DitShapes(checkpoint.path, shapes, NAME)
-    blocks, text = _stream(found, "blocks"), _stream(found, "txtfusion.layerwise_blocks")
-    numbers = found.of("first.weight")[1]
+    file_shapes = {name: info.shape for name, info in names.items()}
+    shapes = DitShapes(checkpoint.path, joined_shapes(file_shapes, PATTERNS[dialect]), NAME)
+    blocks = _stream(shapes, "blocks")
+    text = _stream(shapes, "txtfusion.layerwise_blocks")
+    numbers = shapes.of("first.weight")[1]
     if numbers % PATCH**2:
         raise CheckpointError(
-            f"{found.path}: patches of {numbers} numbers are not those of {WHAT}. Copy the file again.",
-            found.path,
+            f"{shapes.path}: patches of {numbers} numbers are not those of {WHAT}. Copy the file again.",
+            shapes.path,
         )
     config = Krea2Config(
         dim=blocks.dim,
@@ -109,12 +110,12 @@ def _header(checkpoint: Checkpoint) -> DitHeader[Krea2Config]:
         num_heads=blocks.num_heads,
         num_kv_heads=blocks.num_kv_heads,
         text=text,
-        num_layers=_blocks(found, "blocks", dict(KREA_2.released).get(blocks.dim, ())),
-        layerwise_blocks=_blocks(found, "txtfusion.layerwise_blocks", TEXT_BLOCKS),
-        refiner_blocks=_blocks(found, "txtfusion.refiner_blocks", TEXT_BLOCKS),
-        states=found.of("txtfusion.projector.weight")[1],
+        num_layers=_blocks(shapes, "blocks", dict(KREA_2.released).get(blocks.dim, ())),
+        layerwise_blocks=_blocks(shapes, "txtfusion.layerwise_blocks", TEXT_BLOCKS),
+        refiner_blocks=_blocks(shapes, "txtfusion.refiner_blocks", TEXT_BLOCKS),
+        states=shapes.of("txtfusion.projector.weight")[1],
         channels=numbers // PATCH**2,
-        freq_dim=found.of("tmlp.0.weight")[1],
+        freq_dim=shapes.of("tmlp.0.weight")[1],
     )
     query = "blocks.0.attn.wq.weight" if dialect == "released" else "transformer_blocks.0.attn.to_q.weight"
     return DitHeader(config, dialect, names[query].dtype)
@@ -129,13 +130,25 @@ def _sources(checkpoint: Checkpoint, header: DitHeader[Krea2Config]) -> Mapping[
 
 # the last two are in files of the first days; no tool uses them
 FORMAT = DitFormat(
-    _header, lambda _: WHAT, Krea2Model, _sources, OPTION, ("last.down.weight", "last.up.weight")
+    _header,
+    lambda _: WHAT,
+    network=Krea2Model,
+    sources=_sources,
+    option=OPTION,
+    ignore=("last.down.weight", "last.up.weight"),
 )
 read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMAT.load
 
 
-def told_turbo(dit: Path | None) -> tuple[bool, str] | None:
-    """Return whether a transformer is Turbo, False for raw, and what says so; None if nothing does.
+class Release(NamedTuple):
+    """What a transformer is, as far as something says it."""
+
+    is_turbo: bool  # False: raw
+    source: str  # what says so
+
+
+def find_release(dit: Path | None) -> Release | None:
+    """Return whether a transformer is Turbo or raw, and what says so; None if nothing does.
 
     That is the release's model_index.json, else the nearest name, as in `FewSteps.told_by`.
     """
@@ -145,12 +158,13 @@ def told_turbo(dit: Path | None) -> tuple[bool, str] | None:
     index = folder.parent / "model_index.json"
     if folder.name == "transformer" and index.is_file():
         try:
-            told = json.loads(read_text(index)).get("is_distilled")
+            is_distilled = json.loads(read_text(index)).get("is_distilled")
         except (OSError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{index} cannot be read ({error}). Copy it again.", index) from error
-        if isinstance(told, bool):
-            return told, f"{index} has is_distilled {str(told).lower()}"
-    return told_few_steps(FEW_STEPS, dit)
+        if isinstance(is_distilled, bool):
+            return Release(is_distilled, f"{index} has is_distilled {str(is_distilled).lower()}")
+    evidence = told_few_steps(FEW_STEPS, dit)
+    return None if evidence is None else Release(*evidence)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ and values are computed once (`Krea2Model.remember`).
 # width, C = N * D, S 1, or 2 if there are references: time 0, theirs, stands before the picture's
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -60,7 +60,8 @@ class QueryKeyScales(nn.Module):
 
     def __init__(self, config: Krea2StreamConfig) -> None:
         super().__init__()
-        self.qnorm, self.knorm = (CentredNorm(config.head_width, config.eps) for _ in range(2))
+        self.qnorm = CentredNorm(config.head_width, config.eps)
+        self.knorm = CentredNorm(config.head_width, config.eps)
 
 
 class GatedAttention(GroupedAttention):
@@ -69,18 +70,22 @@ class GatedAttention(GroupedAttention):
     def __init__(self, config: Krea2StreamConfig) -> None:
         nn.Module.__init__(self)
         dim, rows = config.dim, config.num_kv_heads * config.head_width
-        self.wq, self.gate, self.wo = (nn.Linear(dim, dim, bias=False) for _ in range(3))
-        self.wk, self.wv = (nn.Linear(dim, rows, bias=False) for _ in range(2))
+        self.wq = nn.Linear(dim, dim, bias=False)
+        self.gate = nn.Linear(dim, dim, bias=False)
+        self.wo = nn.Linear(dim, dim, bias=False)
+        self.wk = nn.Linear(dim, rows, bias=False)
+        self.wv = nn.Linear(dim, rows, bias=False)
         self.qknorm = QueryKeyScales(config)
         self.head_width = config.head_width
-        self.kept: Sequence[Tensor] = ()  # keys, rotated, and values of references in front, 1 R K D
+        # Keys, rotated, and values of references in front, 1 R K D; set by `Krea2Model` around a pass. Not in
+        # the tokens, because a key or a number of each block there would have every block compiled anew
+        self.remembered: Sequence[Tensor] = ()
 
     def heads(self, x: Tensor) -> Heads:
         """Return query (B L N D), key and value (B L K D) of tokens B L C; the first two normed."""
-        query, key, value = (
-            in_own_dtype(layer, x).unflatten(-1, (-1, self.head_width))
-            for layer in (self.wq, self.wk, self.wv)
-        )
+        query = in_own_dtype(self.wq, x).unflatten(-1, (-1, self.head_width))
+        key = in_own_dtype(self.wk, x).unflatten(-1, (-1, self.head_width))
+        value = in_own_dtype(self.wv, x).unflatten(-1, (-1, self.head_width))
         return self.qknorm.qnorm(query), self.qknorm.knorm(key), value
 
     def forward(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
@@ -93,26 +98,27 @@ class GatedAttention(GroupedAttention):
         query, key, value = heads
         query, key = rotate(query, rotary), rotate(key, rotary)
         if tokens.remembers:
-            self.kept = key, value
-        elif self.kept:
-            before = (one.expand(len(key), -1, -1, -1) for one in self.kept)
-            key, value = (torch.cat(both, dim=1) for both in zip(before, (key, value), strict=True))
+            self.remembered = key, value
+        elif self.remembered:
+            keys, values = self.remembered
+            key = torch.cat([keys.expand(len(key), -1, -1, -1), key], dim=1)
+            value = torch.cat([values.expand(len(value), -1, -1, -1), value], dim=1)
         key, value = serve(query, key, value)
-        alone, choice = tokens.isolated, tokens.attention
-        seen = attend(query[:, alone:], key, value, choice, lengths)
-        if not alone:
-            return seen
-        theirs = attend(query[:, :alone], key[:, :alone], value[:, :alone], choice)
-        return torch.cat([theirs, seen], dim=1)
+        isolated, choice = tokens.isolated, tokens.attention
+        attended = attend(query[:, isolated:], key, value, choice, lengths=lengths)
+        if not isolated:
+            return attended
+        references = attend(query[:, :isolated], key[:, :isolated], value[:, :isolated], choice)
+        return torch.cat([references, attended], dim=1)
 
     def see_text(self, x: Tensor, choice: AttentionChoice, lengths: Lengths | None) -> Tensor:
         """Return the output of attention among text tokens x, B T C, which have no positions."""
         query, key, value = self.heads(x)
         return self.gated(x, attend(query, *serve(query, key, value), choice, lengths).flatten(2))
 
-    def gated(self, x: Tensor, seen: Tensor) -> Tensor:
-        """Gate the result of attention, `seen`, by the tokens x, and project it; all B L C."""
-        return in_own_dtype(self.wo, seen * in_own_dtype(self.gate, x).sigmoid())
+    def gated(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Gate the result of attention, `attended`, by the tokens x, and project it; all B L C."""
+        return in_own_dtype(self.wo, attended * in_own_dtype(self.gate, x).sigmoid())
 
 
 class SwiGlu(nn.Module):
@@ -120,7 +126,8 @@ class SwiGlu(nn.Module):
 
     def __init__(self, config: Krea2StreamConfig) -> None:
         super().__init__()
-        self.gate, self.up = (nn.Linear(config.dim, config.ffn_dim, bias=False) for _ in range(2))
+        self.gate = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.up = nn.Linear(config.dim, config.ffn_dim, bias=False)
         self.down = nn.Linear(config.ffn_dim, config.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -132,8 +139,10 @@ class StreamBlock(nn.Module):
 
     def __init__(self, config: Krea2StreamConfig) -> None:
         super().__init__()
-        self.prenorm, self.postnorm = (CentredNorm(config.dim, config.eps) for _ in range(2))
-        self.attn, self.mlp = GatedAttention(config), SwiGlu(config)
+        self.prenorm = CentredNorm(config.dim, config.eps)
+        self.postnorm = CentredNorm(config.dim, config.eps)
+        self.attn = GatedAttention(config)
+        self.mlp = SwiGlu(config)
 
 
 class TextBlock(StreamBlock):
@@ -183,24 +192,26 @@ class Krea2Block(StreamBlock):
 
     def rows(self, tokens: Krea2Tokens) -> tuple[Tensor, ...]:
         """Return scale, shift and gate of attention and of feed-forward, each B S C float32."""
-        own = self.mod.lin.float().unflatten(0, (ROWS, 1, -1))
-        return (tokens.time[:, :ROWS] + own).unbind(1)
+        table = self.mod.lin.float().unflatten(0, (ROWS, 1, -1))
+        return (tokens.time[:, :ROWS] + table).unbind(1)
 
     def forward(self, x: Tensor, tokens: Krea2Tokens) -> Tensor:
         # x: B R+L+T C
-        scale1, shift1, gate1, *rows = self.rows(tokens)
-        branch = self.attn(modulate(self.prenorm(x), shift1, scale1, tokens.dtype, tokens.split), tokens)
-        x = add_gated(x, gate1, branch, tokens.split)
+        scale, shift, gate, *feed_rows = self.rows(tokens)
+        h = modulate(self.prenorm(x), shift, scale, tokens.dtype, split=tokens.split)
+        x = add_gated(x, gate, self.attn(h, tokens), tokens.split)
         # the expensive one last: if it runs in pieces, recomputing the block stops here
-        segments = split_segments(tokens.split, rows, x)
-        parts = [self.feed(part, scale, shift, gate, tokens.dtype) for part, scale, shift, gate in segments]
+        parts = []
+        for part, *rows in split_segments(tokens.split, feed_rows, x):
+            # without names: code that computes it in pieces takes arguments by their order
+            parts.append(self.feed(part, *rows, tokens.dtype))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def modulated_input(self, x: Tensor, tokens: Krea2Tokens) -> Tensor:
         """Return the input of attention for the picture's tokens of x: B R+L+T C -> B L C."""
         scale, shift, *_ = (row[:, -1:] for row in self.rows(tokens))
-        own = x[:, tokens.split : tokens.split + tokens.image]
-        return modulate(self.prenorm(own), shift, scale, tokens.dtype)
+        picture = x[:, tokens.split : tokens.split + tokens.image]
+        return modulate(self.prenorm(picture), shift, scale, tokens.dtype)
 
     def feed(self, x: Tensor, scale: Tensor, shift: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:
         """Add the feed-forward branch to x, B L C; each token is processed independently."""
@@ -229,8 +240,28 @@ class Krea2Layout(NamedTuple):
     references: tuple[tuple[int, int], ...] = ()  # as the grid, of each reference
 
 
+class Krea2Text(NamedTuple):
+    """An embedded text."""
+
+    states: Tensor  # B T C
+    lengths: Lengths | None  # how many of the tokens that see all are real, with this text behind; None: all
+
+
 class Krea2Model(BlockNetwork):
-    """Predict the velocity of noisy latents of a picture from several states of Qwen3-VL for each token."""
+    """Predict the velocity of noisy latents of a picture from several states of Qwen3-VL for each token.
+
+    Without references, a second text and code that stands around the blocks:
+
+        x = cat([first(patches of noisy), txtmlp(txtfusion(text))])        # B L+T C
+        time = tmlp(sinusoid(timesteps))                                   # B C
+        rows = tproj(gelu(time))                                           # B 6 C
+        for block in blocks:
+            scale, shift, gate, scale2, shift2, gate2 = rows + block.mod   # each B 1 C
+            x = x + gate * attn(prenorm(x) * (1 + scale) + shift)
+            x = x + gate2 * mlp(postnorm(x) * (1 + scale2) + shift2)
+        scale, shift = time + last.modulation                              # each B 1 C
+        velocity = last.linear(last.norm(x[:, :L]) * (1 + scale) + shift)  # B L Z*4, returned as B Z 1 H W
+    """
 
     spec = DIT
     dtype_of = "blocks.0.mod.lin"
@@ -246,8 +277,10 @@ class Krea2Model(BlockNetwork):
         self.tproj = nn.Sequential(nn.Identity(), nn.Linear(dim, ROWS * dim))
         self.txtfusion = TextFusion(config)
         self.txtmlp = nn.Sequential(
-            *(CentredNorm(text_dim, config.eps), nn.Linear(text_dim, dim)),
-            *(nn.Identity(), nn.Linear(dim, dim)),
+            CentredNorm(text_dim, config.eps),
+            nn.Linear(text_dim, dim),
+            nn.Identity(),
+            nn.Linear(dim, dim),
         )
         self.blocks = nn.ModuleList(Krea2Block(config) for _ in range(config.num_layers))
         self.last = LastLayer(config)
@@ -262,29 +295,42 @@ class Krea2Model(BlockNetwork):
         **more: Any,
     ) -> Any:
         """Predict as `embed` says. With `tweaks.kept` isolated references are computed once."""
-        kept = tweaks.kept if isolated and references else None
+        memory = tweaks.kept if isolated and references else None
         try:
-            if kept is not None:
-                kept.update({} if kept else self.remember([one[:1] for one in references]))
-                references = references if tweaks.leaves_out else ()
-                for layer, pair in kept.items():
-                    layer.kept = () if tweaks.leaves_out else pair
-            more |= {"references": references, "isolated": isolated}
-            return super().forward(*inputs, tweaks=tweaks, **more)
+            if memory is not None and not memory:
+                memory.update(self.remember([latents[:1] for latents in references]))
+            if memory is not None and not tweaks.leaves_out:
+                references = ()
+                for attention, keys_values in memory.items():
+                    attention.remembered = keys_values
+            return super().forward(*inputs, tweaks=tweaks, references=references, isolated=isolated, **more)
         finally:
-            for attention in self.attentions():
-                attention.kept = ()
+            self._forget()
 
     def remember(self, references: Sequence[Tensor]) -> dict[GatedAttention, Sequence[Tensor]]:
-        """Return keys and values of references, each 1 Z 1 h w, by block's attention, for its `kept`."""
+        """Return keys and values of references, each 1 Z 1 h w, by block's attention."""
         device = references[0].device
-        dtype, times = activation_dtype(device, self.compute_dtype), torch.zeros(1, device=device)
-        x = torch.cat([self.embed_picture(one).to(dtype) for one in references], dim=1)
-        layout = Krea2Layout((0, 0), 0, tuple(self.grid_of(one) for one in references))
-        given = self._rotary.of(layout, device), None, self.embed_time(times)[:, :, None], dtype
-        tokens = Krea2Tokens(layout.grid, *given, self.attention, remembers=True)
+        dtype = activation_dtype(device, self.compute_dtype)
+        times = torch.zeros(1, device=device)
+        x = torch.cat([self.embed_picture(latents).to(dtype) for latents in references], dim=1)
+        layout = Krea2Layout((0, 0), 0, tuple(self.grid_of(latents) for latents in references))
+        tokens = Krea2Tokens(
+            layout.grid,
+            rotary=self._rotary.of(layout, device),
+            lengths=None,
+            time=self.embed_time(times)[:, :, None],
+            dtype=dtype,
+            attention=self.attention,
+            remembers=True,
+        )
         run_blocks(self, Hidden(x, tokens), NO_TWEAKS)
-        return {attention: attention.kept for attention in self.attentions()}
+        memory = {attention: attention.remembered for attention in self.attentions()}
+        self._forget()
+        return memory
+
+    def _forget(self) -> None:
+        for attention in self.attentions():
+            attention.remembered = ()
 
     def attentions(self) -> list[GatedAttention]:
         return [block.attn for block in self.blocks if isinstance(block, Krea2Block)]
@@ -309,35 +355,61 @@ class Krea2Model(BlockNetwork):
         """
         if text_mask.shape != text.shape[:2]:
             raise ValueError(f"a text mask of {tuple(text_mask.shape)} for text of {tuple(text.shape)}")
-        dtype, device = activation_dtype(noisy.device, self.compute_dtype), noisy.device
-        *grids, grid = (self.grid_of(one) for one in (*references, noisy))
-        pictures = [self.embed_picture(one).to(dtype) for one in (*references, noisy)]
+        dtype = activation_dtype(noisy.device, self.compute_dtype)
+        *reference_grids, grid = [self.grid_of(latents) for latents in (*references, noisy)]
+        pictures = [self.embed_picture(latents).to(dtype) for latents in (*references, noisy)]
         picture = pictures[0] if not references else torch.cat(pictures, dim=1)
-        before, embedded = picture.shape[1] - math.prod(grid), []
-        alone = before if isolated else 0
-        ahead = picture.shape[1] - alone  # tokens whose attention sees all, before the texts
-        for given in tweaks.texts(len(noisy), text=text, text_mask=text_mask):
-            longest, counts = real_tokens(given["text_mask"])
-            equal = len(set(counts)) == 1  # then there is no padding, and attention gets no mask
-            of_text = None if equal else lengths_on(counts, device)
-            behind = None if equal else lengths_on([ahead + one for one in counts], device)
-            states = self.embed_text(given["text"][:, :longest].to(dtype), of_text)
-            embedded.append((states.to(dtype), behind))
-        x = torch.cat([picture, *(states for states, _ in embedded)], dim=1)
-        layout = Krea2Layout(grid, x.shape[1] - picture.shape[1], tuple(grids))
-        rotary, time = self._rotary.of(layout, device), self.embed_time(timesteps)[:, :, None]
-        if references:
-            time = torch.cat([self.embed_time(torch.zeros_like(timesteps))[:, :, None], time], dim=2)
-        (states, lengths), *others = embedded
-        count = picture.shape[1] + states.shape[1]
-        tokens = Krea2Tokens(grid, rotary[:count], lengths, time, dtype, self.attention)
-        tokens = replace(tokens, references=before, split=before, isolated=alone)
-        for second, behind in others:
+        num_pictures = picture.shape[1]  # tokens of references and picture, R + L
+        num_references = num_pictures - math.prod(grid)
+        num_isolated = num_references if isolated else 0
+        texts = []
+        for arguments in tweaks.texts(len(noisy), text=text, text_mask=text_mask):
+            texts.append(self._embed_prompt(arguments, num_pictures - num_isolated, dtype))
+        x = torch.cat([picture, *(embedded.states for embedded in texts)], dim=1)
+        layout = Krea2Layout(grid, x.shape[1] - num_pictures, tuple(reference_grids))
+        rotary = self._rotary.of(layout, noisy.device)
+        first, *seconds = texts
+        tokens = Krea2Tokens(
+            grid,
+            rotary=rotary[: num_pictures + first.states.shape[1]],
+            lengths=first.lengths,
+            time=self._embed_times(timesteps, bool(references)),
+            dtype=dtype,
+            attention=self.attention,
+            references=num_references,
+            split=num_references,
+            isolated=num_isolated,
+        )
+        for second in seconds:  # at most one
             assert tweaks.steer is not None  # it comes with a second text
-            length = second.shape[1]
-            place = SecondText(picture.shape[1], length, behind, tweaks.steer)
-            tokens = replace(tokens, second=place, second_rotary=rotary[: picture.shape[1] + length])
+            count = second.states.shape[1]
+            tokens = replace(
+                tokens,
+                second=SecondText(num_pictures, count, second.lengths, tweaks.steer),
+                second_rotary=rotary[: num_pictures + count],
+            )
         return Hidden(x, tokens)
+
+    def _embed_prompt(self, arguments: Mapping[str, Any], before: int, dtype: torch.dtype) -> Krea2Text:
+        """Return an embedded text. arguments: text and text_mask, as of `embed`.
+
+        before: number of tokens in front of the text that attend to all.
+        """
+        longest, counts = real_tokens(arguments["text_mask"])
+        states = arguments["text"][:, :longest]
+        text_lengths = lengths = None
+        if len(set(counts)) > 1:  # else there is no padding, and attention gets no mask
+            text_lengths = lengths_on(counts, states.device)
+            lengths = lengths_on([before + count for count in counts], states.device)
+        return Krea2Text(self.embed_text(states.to(dtype), text_lengths).to(dtype), lengths)
+
+    def _embed_times(self, timesteps: Tensor, has_references: bool) -> Tensor:
+        """Return the embedded times, B 7 S C: of references, which have time 0, and of the picture."""
+        time = self.embed_time(timesteps)[:, :, None]
+        if not has_references:
+            return time
+        reference_time = self.embed_time(torch.zeros_like(timesteps))[:, :, None]
+        return torch.cat([reference_time, time], dim=2)
 
     def grid_of(self, latents: Tensor) -> tuple[int, int]:
         """Return rows and columns of a picture's tokens. Raises ValueError if its sizes do not fit."""
@@ -368,10 +440,11 @@ class Krea2Model(BlockNetwork):
 
     def unembed(self, x: Tensor, tokens: Krea2Tokens) -> Tensor:
         """Turn tokens B R+L+T C into the velocity, B Z 1 H W in float32."""
-        (rows, columns), patch, before = tokens.grid, PATCH, tokens.references
-        patches = self.last(x[:, before : before + tokens.image], tokens).float()
+        rows, columns = tokens.grid
+        picture = x[:, tokens.references : tokens.references + tokens.image]
+        patches = self.last(picture, tokens).float()
         return rearrange(
-            patches, "b (h w) (z ph pw) -> b z 1 (h ph) (w pw)", h=rows, w=columns, ph=patch, pw=patch
+            patches, "b (h w) (z ph pw) -> b z 1 (h ph) (w pw)", h=rows, w=columns, ph=PATCH, pw=PATCH
         )
 
     def _make_table(self, layout: Krea2Layout, /, *, device: torch.device) -> Tensor:
@@ -381,8 +454,8 @@ class Krea2Model(BlockNetwork):
         each token of a text at (0, 0, 0).
         """
         widths, theta = self.config.rotary_widths, self.config.rope_theta
-        numbered = [*enumerate(layout.references, 1), (0, layout.grid), (0, (1, 1))]
-        *pictures, still = (
-            exact_table(Grid((1, *grid), first=number), widths, theta, device) for number, grid in numbered
-        )
-        return torch.cat([*pictures, still.expand(layout.texts, -1, -1, -1)])
+        grids = [Grid((1, *grid), first=number) for number, grid in enumerate(layout.references, 1)]
+        grids.append(Grid((1, *layout.grid), first=0))
+        pictures = [exact_table(grid, widths, theta, device) for grid in grids]
+        text = exact_table(Grid((1, 1, 1), first=0), widths, theta, device)
+        return torch.cat([*pictures, text.expand(layout.texts, -1, -1, -1)])

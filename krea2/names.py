@@ -21,7 +21,8 @@ _BLOCKS = (
 )
 _LAYERS = (
     *((f"attn.to_{theirs}", f"attn.{ours}") for theirs, ours in (("q", "wq"), ("k", "wk"), ("v", "wv"))),
-    *(("attn.to_gate", "attn.gate"), ("attn.to_out.0", "attn.wo")),
+    ("attn.to_gate", "attn.gate"),
+    ("attn.to_out.0", "attn.wo"),
     *((f"ff.{name}", f"mlp.{name}") for name in ("gate", "up", "down")),
 )
 _ORDER = "attn.wq attn.wk attn.wv attn.gate attn.wo mlp.gate mlp.up mlp.down"  # of registration
@@ -30,7 +31,9 @@ _NORMS = (
     *((f"attn.norm_{letter}.weight", f"attn.qknorm.{letter}norm.scale") for letter in "qk"),
 )
 _OUTSIDE = (
-    *(("img_in", "first"), ("final_layer.linear", "last.linear"), ("time_mod_proj", "tproj.1")),
+    ("img_in", "first"),
+    ("final_layer.linear", "last.linear"),
+    ("time_mod_proj", "tproj.1"),
     *((f"time_embed.linear_{number}", f"tmlp.{layer}") for number, layer in ((1, 0), (2, 2))),
     *((f"txt_in.linear_{number}", f"txtmlp.{layer}") for number, layer in ((1, 1), (2, 3))),
     ("text_fusion.projector", "txtfusion.projector"),
@@ -44,7 +47,8 @@ KREA_2 = FamilyNames(
     ),
     parameters=(
         *((theirs + one, ours + other) for theirs, ours in _BLOCKS for one, other in _NORMS),
-        *(("txt_in.norm.weight", "txtmlp.0.scale"), ("final_layer.norm.weight", "last.norm.scale")),
+        ("txt_in.norm.weight", "txtmlp.0.scale"),
+        ("final_layer.norm.weight", "last.norm.scale"),
         ("transformer_blocks.{n}.scale_shift_table", "blocks.{n}.mod.lin"),
         ("final_layer.scale_shift_table", "last.modulation.lin"),
     ),
@@ -64,7 +68,9 @@ KREA_2 = FamilyNames(
         ("txtfusion.layerwise_blocks.{n}.", _ORDER),
         ("txtfusion.", "projector"),
         ("txtfusion.refiner_blocks.{n}.", _ORDER),
-        *(("txtmlp.", "1 3"), ("last.", "linear"), ("tproj.", "1")),
+        ("txtmlp.", "1 3"),
+        ("last.", "linear"),
+        ("tproj.", "1"),
     ),
     network_module="networks.lora_krea2",
     refused=(

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -142,43 +142,50 @@ def check_mu(mu: float, option: str) -> None:
         raise OptionError(f"{option} {mu:g}: give a number from -{MOST_MU:g} to {MOST_MU:g}; 1.15 is usual")
 
 
-def check_levels(told: Collection[str], has_shift: bool) -> None:
-    """Raise OptionError if noise levels are given in two ways. told: which of `EXTRAS` are given."""
-    if told and has_shift:
-        typed = " ".join(f"--{name}" for name in told)
+def check_levels(levels: Collection[str], has_shift: bool) -> None:
+    """Raise OptionError if noise levels are given in two ways. levels: which of `EXTRAS` are given."""
+    if levels and has_shift:
+        typed = " ".join(f"--{name}" for name in levels)
         raise OptionError(
             f"--flow_shift and {typed}: each says the noise levels alone. Leave one of them out"
         )
 
 
-def settle_generation(options: Any, own: Krea2GenerationOptions) -> tuple[Any, Krea2GenerationOptions]:
+def settle_generation(
+    options: Any, own_options: Krea2GenerationOptions
+) -> tuple[Any, Krea2GenerationOptions]:
     """Put --width and --height into the size. Raises OptionError if --image_size says another one.
 
     Warns of LoRAs of edits that were trained with another --kv_cache. None stands for options that are not
     given: size, width, height, mu, y1 and y2.
     """
-    check_levels(
-        [name for name in EXTRAS if getattr(own, name) is not None], options.request.flow_shift is not None
-    )
-    how, mend = ("without", "Leave it out") if own.kv_cache else ("with", "Give it")
-    for path, said in texts_of_files(options.lora.lora_weight or ()):
-        if said.get("ss_edit") == "True" and said.get("ss_kv_cache", str(own.kv_cache)) != str(own.kv_cache):
-            logger.warning(
-                f"{path} was trained {how} --kv_cache, as its metadata say: its references look another way "
-                f"at each other. {mend} here too"
-            )
-    given, asked = {"width": own.width, "height": own.height}, options.request.video_size
-    size = own.height or SIDE, own.width or SIDE
-    if asked is not None:
-        size = tuple(asked)
-        there = {"width": size[1], "height": size[0]}
-        if any(value not in (None, there[name]) for name, value in given.items()):
-            typed = " ".join(f"--{name} {value}" for name, value in given.items() if value is not None)
+    levels = [name for name in EXTRAS if getattr(own_options, name) is not None]
+    check_levels(levels, options.request.flow_shift is not None)
+    _warn_of_other_attention(options.lora.lora_weight or (), own_options.kv_cache)
+    sides = {"width": own_options.width, "height": own_options.height}
+    size = own_options.height or SIDE, own_options.width or SIDE
+    if options.request.video_size is not None:
+        size = tuple(options.request.video_size)
+        height, width = size
+        if sides["width"] not in (None, width) or sides["height"] not in (None, height):
+            typed = " ".join(f"--{name} {side}" for name, side in sides.items() if side is not None)
             raise OptionError(
                 f"{typed} and --image_size {' '.join(map(str, size))} differ: give one of them (--image_size "
                 "has the height first)"
             )
-    return replace(options, request=replace(options.request, video_size=size)), own
+    return replace(options, request=replace(options.request, video_size=size)), own_options
+
+
+def _warn_of_other_attention(loras: Iterable[Path], kv_cache: bool) -> None:
+    """Warn of LoRAs of edits that were trained with another --kv_cache."""
+    how, mend = ("without", "Leave it out") if kv_cache else ("with", "Give it")
+    for path, metadata in texts_of_files(loras):
+        trained_with = metadata.get("ss_kv_cache", str(kv_cache))
+        if metadata.get("ss_edit") == "True" and trained_with != str(kv_cache):
+            logger.warning(
+                f"{path} was trained {how} --kv_cache, as its metadata say: its references look another way "
+                f"at each other. {mend} here too"
+            )
 
 
 def caching_options(options: Krea2TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -190,15 +197,19 @@ def caching_options(options: Krea2TrainingOptions) -> tuple[dict[str, Any], dict
 
 def generation_options(options: Krea2TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
-    usual = {"--steps": STEPS_OF_TURBO, "--guidance_scale": GUIDANCE_OF_TURBO}
     controls = sample.get("control_images") or ()
-    given, of_turbo = sample.get("extra") or {}, {} if options.turbo_dit is None else {"mu": MU_OF_TURBO}
-    levels = {name: given[name] for name in EXTRAS if name in given}
+    extra = sample.get("extra") or {}
+    levels = {name: extra[name] for name in EXTRAS if name in extra}
+    turbo: dict[str, Any] = {}
+    if options.turbo_dit is not None:
+        levels = levels or {"mu": MU_OF_TURBO}
+        # a sample says its own; the file's name need not say that it is Turbo
+        if not sample.get("steps"):
+            turbo = {"--steps": STEPS_OF_TURBO, "--guidance_scale": GUIDANCE_OF_TURBO}
     return {
         "--dit": options.turbo_dit or options.dit or FillIn("DIT_FILE"),
-        **{f"--{name}": value for name, value in (levels or of_turbo).items()},
-        # a sample says its own; the file's name need not say that it is Turbo
-        **({} if options.turbo_dit is None or sample.get("steps") else usual),
+        **{f"--{name}": level for name, level in levels.items()},
+        **turbo,
         "--vae": options.vae.file.vae or FillIn("VAE_FILE"),
         **options.text.words("QWEN3_VL_FILE"),
         "--dit_dtype": options.dit_dtype,

@@ -46,7 +46,7 @@ class LtxReferences:
 
     @property
     def counts(self) -> list[int]:
-        return [math.prod(one.shape[2:]) for one in self.latents]
+        return [math.prod(latents.shape[2:]) for latents in self.latents]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class CrossInputs:
     rows: Tensor  # B S 4 C float32: by its own time, scale and shift for either direction
     gate: Tensor  # B 1 C float32, by the other stream's time
     # B 1 1: 0 for samples whose other stream is to have no influence; None: all have it
-    heard: Tensor | None = None
+    influence: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Stream:
     time: Tensor  # B S C float32, embedded
     # B 1 2 C float32: shift and scale of the text, or 0 if no time changes them; None: it has none
     text_rows: Tensor | None
-    given: int = 0  # tokens in front whose time is 0; S is 2 if there are any
+    num_given: int = 0  # tokens in front whose time is 0; S is 2 if there are any
     cross: CrossInputs | None = None  # None: it sees no other stream
     part: "TokenPart | None" = None  # its tokens that this process has; None: all
     # from `dim_references`, for all tokens; None: no attention is dimmed
@@ -81,9 +81,17 @@ class Stream:
         return self.rotary.shape[-4]
 
     def cut(self, part: "TokenPart") -> "Stream":
-        cross = self.cross and replace(self.cross, rotary=part.rows(self.cross.rotary))
-        given = part.of_first(self.given)
-        return replace(self, rotary=part.rows(self.rotary), cross=cross, given=given, part=part)
+        """Return the inputs for the tokens of one process."""
+        cross = self.cross
+        if cross is not None:
+            cross = replace(cross, rotary=part.rows(cross.rotary))
+        return replace(
+            self,
+            rotary=part.rows(self.rotary),
+            cross=cross,
+            num_given=part.of_first(self.num_given),
+            part=part,
+        )
 
 
 @dataclass(frozen=True)
@@ -110,21 +118,29 @@ class LtxTokens:
         return tuple(stream.length for stream in self.streams.values())
 
     def cut(self, *parts: "TokenPart") -> "LtxTokens":
-        named = zip(self.streams.items(), parts, strict=True)
-        return replace(self, streams={names: stream.cut(part) for (names, stream), part in named})
+        """Return the inputs for the tokens of one process, of which it has a part of each stream."""
+        streams = {}
+        for (names, stream), part in zip(self.streams.items(), parts, strict=True):
+            streams[names] = stream.cut(part)
+        return replace(self, streams=streams)
 
     def split(self, x: Tensor) -> Parts:
         """Return the tokens of each stream, B L C, of x."""
         if len(self.streams) == 1:
             return dict.fromkeys(self.streams, x)
-        found = zip(self.streams.items(), x.split(self.stream_lengths, dim=1), strict=True)
-        return {names: one[..., : stream.time.shape[-1]] for (names, stream), one in found}
+        parts = {}
+        wide = x.split(self.stream_lengths, dim=1)
+        for (names, stream), tokens in zip(self.streams.items(), wide, strict=True):
+            parts[names] = tokens[..., : stream.time.shape[-1]]
+        return parts
 
     def join(self, parts: Parts) -> Tensor:
+        """Return the tokens of all streams as one tensor, B L+M W."""
         if len(parts) == 1:
             return next(iter(parts.values()))
-        width = max(one.shape[-1] for one in parts.values())
-        return torch.cat([functional.pad(one, (0, width - one.shape[-1])) for one in parts.values()], dim=1)
+        width = max(tokens.shape[-1] for tokens in parts.values())
+        wide = [functional.pad(tokens, (0, width - tokens.shape[-1])) for tokens in parts.values()]
+        return torch.cat(wide, dim=1)
 
 
 class LtxAttention(nn.Module):
@@ -136,8 +152,11 @@ class LtxAttention(nn.Module):
         """dim: width of all heads. is_gated, splits_heads: as in `LtxConfig`."""
         super().__init__()
         self.num_heads = heads
-        self.to_q, self.to_k, self.to_v = (nn.Linear(given, dim) for given in (query_dim, key_dim, key_dim))
-        self.q_norm, self.k_norm = RMSNorm(dim, EPS), RMSNorm(dim, EPS)
+        self.to_q = nn.Linear(query_dim, dim)
+        self.to_k = nn.Linear(key_dim, dim)
+        self.to_v = nn.Linear(key_dim, dim)
+        self.q_norm = RMSNorm(dim, EPS)
+        self.k_norm = RMSNorm(dim, EPS)
         self.to_out = nn.ModuleList([nn.Linear(dim, query_dim)])
         if is_gated:
             self.to_gate_logits = nn.Linear(query_dim, heads)
@@ -145,23 +164,23 @@ class LtxAttention(nn.Module):
 
     def queries(self, x: Tensor, rotary: Tensor | None = None) -> Tensor:
         """Return the queries of x, B L N D."""
-        return self._turned(self.q_norm(in_own_dtype(self.to_q, x)), rotary)
+        return self._rotated_heads(self.q_norm(in_own_dtype(self.to_q, x)), rotary)
 
     def keys(self, x: Tensor, rotary: Tensor | None = None) -> Tensor:
-        return self._turned(self.k_norm(in_own_dtype(self.to_k, x)), rotary)
+        return self._rotated_heads(self.k_norm(in_own_dtype(self.to_k, x)), rotary)
 
     def values(self, x: Tensor) -> Tensor:
         return in_own_dtype(self.to_v, x).unflatten(-1, (self.num_heads, -1))
 
-    def project(self, x: Tensor, seen: Tensor) -> Tensor:
-        """Gate and project the result of attention, `seen` B L N D, for tokens x, B L C: B L C."""
+    def project(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Gate and project the result of attention, `attended` B L N D, for tokens x, B L C: B L C."""
         if hasattr(self, "to_gate_logits"):
             gates = 2 * in_own_dtype(self.to_gate_logits, x).sigmoid()  # B L N; zero logits: as without
-            seen = seen * gates.unsqueeze(-1).to(seen.dtype)
-        return in_own_dtype(self.to_out[0], seen.flatten(2))
+            attended = attended * gates.unsqueeze(-1).to(attended.dtype)
+        return in_own_dtype(self.to_out[0], attended.flatten(2))
 
-    def _turned(self, heads: Tensor, rotary: Tensor | None) -> Tensor:
-        heads = heads.unflatten(-1, (self.num_heads, -1))
+    def _rotated_heads(self, x: Tensor, rotary: Tensor | None) -> Tensor:
+        heads = x.unflatten(-1, (self.num_heads, -1))
         return heads if rotary is None else self._rotate(heads, rotary)
 
 
@@ -180,83 +199,89 @@ class LtxBlock(nn.Module):
     def __init__(self, config: LtxConfig) -> None:
         super().__init__()
         attention = partial(LtxAttention, config.num_heads, config.is_gated, config.splits_heads)
-        for names, one in config.streams.items():
-            prefix, rows = names.prefix, 9 if config.modulates_text else 6
-            for name in ("attn1", "attn2"):
-                setattr(self, prefix + name, attention(*(one.dim,) * 3))
-            setattr(self, f"{prefix}ff", NamedFeedForward(one.dim, one.ffn_dim, gelu, one.ff_bias))
-            setattr(self, f"{prefix}scale_shift_table", nn.Parameter(torch.zeros(rows, one.dim)))
+        num_rows = 9 if config.modulates_text else 6
+        for names, stream in config.streams.items():
+            prefix = names.prefix
+            dim = stream.dim
+            setattr(self, f"{prefix}attn1", attention(dim, dim, dim))
+            setattr(self, f"{prefix}attn2", attention(dim, dim, dim))
+            setattr(self, f"{prefix}ff", NamedFeedForward(dim, stream.ffn_dim, gelu, stream.ff_bias))
+            setattr(self, f"{prefix}scale_shift_table", nn.Parameter(torch.zeros(num_rows, dim)))
             if config.modulates_text:
-                setattr(self, f"{prefix}prompt_scale_shift_table", nn.Parameter(torch.zeros(2, one.dim)))
-        both = tuple(config.streams.items())
-        for (names, one), (_, other) in zip(both, both[::-1], strict=True) if len(both) == 2 else ():
-            setattr(self, names.cross_attn, attention(one.dim, other.dim, config.cross_dim))
-            setattr(self, names.cross_table, nn.Parameter(torch.zeros(5, one.dim)))
+                setattr(self, f"{prefix}prompt_scale_shift_table", nn.Parameter(torch.zeros(2, dim)))
+        if len(config.streams) < 2:
+            return
+        for names, other in ((VIDEO, SOUND), (SOUND, VIDEO)):
+            dim = config.streams[names].dim
+            setattr(self, names.cross_attn, attention(dim, config.streams[other].dim, config.cross_dim))
+            setattr(self, names.cross_table, nn.Parameter(torch.zeros(5, dim)))
 
     def forward(self, x: Tensor, tokens: LtxTokens) -> Tensor:
         # x: B L+M W
-        parts = tokens.split(x)
-        parts = {names: self.see_own(names, one, tokens) for names, one in parts.items()}
+        parts = {}
+        for names, stream_x in tokens.split(x).items():
+            parts[names] = self.see_itself_and_text(names, stream_x, tokens)
         if all(stream.cross is not None for stream in tokens.streams.values()):
             parts = self.see_each_other(parts, tokens)
         # the expensive one last: if it runs in pieces, recomputing the block stops here
-        behind = {names: self.change(names, parts[names], tokens) for names in reversed(parts)}
-        return tokens.join({names: behind[names] for names in parts})
+        changed = {names: self.change(names, parts[names], tokens) for names in reversed(parts)}
+        return tokens.join({names: changed[names] for names in parts})
 
     def modulated_input(self, x: Tensor, tokens: LtxTokens) -> Tensor:
         """Return the input of self-attention of the first stream, B L C, for an input x of the block."""
-        names, one = next(iter(tokens.split(x).items()))
-        shift, scale, *_ = self._rows(names, tokens.streams[names])
-        return modulate(norm_tokens(one.float()), shift, scale, tokens.dtype, tokens.streams[names].given)
+        names, first = next(iter(tokens.split(x).items()))
+        stream = tokens.streams[names]
+        shift, scale, *_ = self._rows(names, stream)
+        return modulate(norm_tokens(first.float()), shift, scale, tokens.dtype, split=stream.num_given)
 
-    def see_own(self, names: StreamNames, x: Tensor, tokens: LtxTokens) -> Tensor:
+    def see_itself_and_text(self, names: StreamNames, x: Tensor, tokens: LtxTokens) -> Tensor:
         """Add attention of a stream, B L C, to itself and to its text."""
-        stream, dtype = tokens.streams[names], tokens.dtype
-        shift, scale, gate, _, _, _, *of_text = self._rows(names, stream)
-        h = modulate(norm_tokens(x.float()), shift, scale, dtype, stream.given)
-        x = add_gated(x, gate, self._see_itself(names, h, tokens), stream.given)
+        stream = tokens.streams[names]
+        # the last three, of the attention to the text, are not in LTX-2.0
+        shift, scale, gate, _, _, _, *text_rows = self._rows(names, stream)
+        h = modulate(norm_tokens(x.float()), shift, scale, tokens.dtype, split=stream.num_given)
+        x = add_gated(x, gate, self._see_itself(names, h, tokens), stream.num_given)
 
-        query_shift, query_scale, query_gate = of_text or (None, None, None)  # not in LTX-2.0
-        h = modulate(norm_tokens(x.float()), query_shift, query_scale, dtype, stream.given)
-        layer, texts = getattr(self, f"{names.prefix}attn2"), stream.texts
-        if stream.text_rows is not None:
-            table = getattr(self, f"{names.prefix}prompt_scale_shift_table").float()
-            shift, scale = (table + stream.text_rows).unbind(2)
-            texts = tuple(modulate(text, shift, scale, dtype) for text in texts)
-        query = layer.queries(h)
-        seen = [_attend(query, layer.keys(text), layer.values(text), tokens) for text in texts]
-        of_all = seen[0] if tokens.combine is None else tokens.combine(*seen)
-        return add_gated(x, query_gate, layer.project(h, of_all), stream.given)
+        shift, scale, gate = text_rows or (None, None, None)
+        h = modulate(norm_tokens(x.float()), shift, scale, tokens.dtype, split=stream.num_given)
+        return add_gated(x, gate, self._see_text(names, h, tokens), stream.num_given)
 
     def see_each_other(self, parts: Parts, tokens: LtxTokens) -> Parts:
         """Add attention between the streams; both directions start from the same tokens."""
-        inputs, gates = {}, {}
-        for names, one in parts.items():
-            stream = tokens.streams[names]
-            assert stream.cross is not None  # there are two
-            table = getattr(self, names.cross_table).float()
-            rows = (table[:4] + stream.cross.rows).unbind(2)
-            normed = norm_tokens(one.float())
-            inputs[names] = {
-                direction: modulate(normed, shift, scale, tokens.dtype, stream.given)
-                for direction, scale, shift in zip((VIDEO, SOUND), rows[::2], rows[1::2], strict=True)
-            }
-            gate = table[4:] + stream.cross.gate
-            gates[names] = gate if stream.cross.heard is None else gate * stream.cross.heard
+        inputs = {names: self._cross_inputs(names, x, tokens) for names, x in parts.items()}
         changed = {}
         for names, other in ((VIDEO, SOUND), (SOUND, VIDEO)):
-            x, seen = inputs[names][names], inputs[other][names]
-            taken = self._see_other(names, other, x, seen, tokens)
-            changed[names] = add_gated(parts[names], gates[names], taken)
+            cross = tokens.streams[names].cross
+            assert cross is not None  # there are two streams
+            gate = getattr(self, names.cross_table).float()[4:] + cross.gate
+            if cross.influence is not None:
+                gate = gate * cross.influence
+            query_input, key_input = inputs[names][names], inputs[other][names]
+            branch = self._see_other(names, other, query_input, key_input, tokens=tokens)
+            changed[names] = add_gated(parts[names], gate, branch)
         return changed
+
+    def _cross_inputs(self, names: StreamNames, x: Tensor, tokens: LtxTokens) -> dict[StreamNames, Tensor]:
+        """Return a stream's input of the attention between the streams, B L C, by the stream that sees."""
+        stream = tokens.streams[names]
+        assert stream.cross is not None
+        table = getattr(self, names.cross_table).float()
+        video_scale, video_shift, sound_scale, sound_shift = (table[:4] + stream.cross.rows).unbind(2)
+        h = norm_tokens(x.float())
+        return {
+            VIDEO: modulate(h, video_shift, video_scale, tokens.dtype, split=stream.num_given),
+            SOUND: modulate(h, sound_shift, sound_scale, tokens.dtype, split=stream.num_given),
+        }
 
     def change(self, names: StreamNames, x: Tensor, tokens: LtxTokens) -> Tensor:
         """Add the feed-forward branch of a stream, B L C."""
         stream = tokens.streams[names]
         rows = self._rows(names, stream)[3:6]
         layer = getattr(self, f"{names.prefix}ff")
-        segments = split_segments(stream.given, rows, x)
-        parts = [self.feed_forward(part, layer, tokens.dtype, *row) for part, *row in segments]
+        parts = []
+        for part, *row in split_segments(stream.num_given, rows, x):
+            # without names: code that computes it in pieces takes arguments by their order
+            parts.append(self.feed_forward(part, layer, tokens.dtype, *row))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def feed_forward(
@@ -266,7 +291,8 @@ class LtxBlock(nn.Module):
         return add_gated(x, gate, layer(modulate(norm_tokens(x.float()), shift, scale, dtype)))
 
     def _see_itself(self, names: StreamNames, x: Tensor, tokens: LtxTokens) -> Tensor:
-        layer, stream = getattr(self, f"{names.prefix}attn1"), tokens.streams[names]
+        layer = getattr(self, f"{names.prefix}attn1")
+        stream = tokens.streams[names]
         value = layer.values(x)
         if tokens.sees_values:
             return layer.project(x, value)
@@ -277,20 +303,32 @@ class LtxBlock(nn.Module):
         query, key, value = stream.part.gather_tokens(query, key, value)
         return layer.project(x, stream.part.gather_heads(attend_all(query, key, value, tokens)))
 
+    def _see_text(self, names: StreamNames, x: Tensor, tokens: LtxTokens) -> Tensor:
+        layer = getattr(self, f"{names.prefix}attn2")
+        stream = tokens.streams[names]
+        texts = stream.texts
+        if stream.text_rows is not None:
+            table = getattr(self, f"{names.prefix}prompt_scale_shift_table").float()
+            shift, scale = (table + stream.text_rows).unbind(2)
+            texts = tuple(modulate(text, shift, scale, tokens.dtype) for text in texts)
+        query = layer.queries(x)
+        attended = [_attend(query, layer.keys(text), layer.values(text), tokens) for text in texts]
+        return layer.project(x, attended[0] if tokens.combine is None else tokens.combine(*attended))
+
     def _see_other(
-        self, names: StreamNames, other: StreamNames, x: Tensor, seen: Tensor, tokens: LtxTokens
+        self, names: StreamNames, other: StreamNames, x: Tensor, other_x: Tensor, tokens: LtxTokens
     ) -> Tensor:
         layer = getattr(self, names.cross_attn)
-        mine, theirs = tokens.streams[names], tokens.streams[other]
-        assert mine.cross is not None
-        assert theirs.cross is not None
-        query, key = layer.queries(x, mine.cross.rotary), layer.keys(seen, theirs.cross.rotary)
-        value = layer.values(seen)
-        if mine.part is None or theirs.part is None:
+        stream, other_stream = tokens.streams[names], tokens.streams[other]
+        assert stream.cross is not None
+        assert other_stream.cross is not None
+        query = layer.queries(x, stream.cross.rotary)
+        key, value = layer.keys(other_x, other_stream.cross.rotary), layer.values(other_x)
+        if stream.part is None or other_stream.part is None:
             return layer.project(x, _attend(query, key, value, tokens))
-        (query,) = mine.part.gather_tokens(query)
-        key, value = theirs.part.gather_tokens(key, value)
-        return layer.project(x, mine.part.gather_heads(_attend(query, key, value, tokens)))
+        (query,) = stream.part.gather_tokens(query)
+        key, value = other_stream.part.gather_tokens(key, value)
+        return layer.project(x, stream.part.gather_heads(_attend(query, key, value, tokens)))
 
     def _rows(self, names: StreamNames, stream: Stream) -> Sequence[Tensor]:
         """Return the shifts, scales and gates of a stream's layers, each B S C float32."""
@@ -300,36 +338,42 @@ class LtxBlock(nn.Module):
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, tokens: LtxTokens) -> Tensor:
     """Compute attention in one dtype; those of q, k and v differ only if a file mixes dtypes."""
-    query, key, value = (each.to(tokens.dtype) for each in (query, key, value))
-    return attend(query, key, value, tokens.attention)
+    dtype = tokens.dtype
+    return attend(query.to(dtype), key.to(dtype), value.to(dtype), tokens.attention)
 
 
-def dim_references(strengths: Tensor, counts: Sequence[int], own: int) -> tuple[Tensor, Tensor]:
+def dim_references(strengths: Tensor, counts: Sequence[int], num_video_tokens: int) -> tuple[Tensor, Tensor]:
     """Return further channels of queries and keys, L E each, whose products are added to attention's logits.
 
     strengths: M, 0..1, how much each token of references and the video see each other; the logarithm is
-    added. References do not see each other. counts: tokens of each reference; they stand in front. own:
-    tokens of the video. Source: the released code of LTX-2.
+    added. References do not see each other. counts: tokens of each reference; they stand in front of those of
+    the video. Source: the released code of LTX-2.
     """
-    is_own = functional.pad(torch.ones_like(strengths[:1]).expand(own), (len(strengths), 0))
-    logarithms = functional.pad(strengths.log().clamp(min=UNSEEN), (0, own))
-    of = torch.block_diag(*(strengths.new_ones(count, 1) for count in counts))
-    of = functional.pad(of, (0, 0, 0, own))  # L R
-    others = UNSEEN * (1 - of) * (1 - is_own[:, None])
-    queries = torch.stack([is_own, logarithms, *of.unbind(1)], dim=1)
-    keys = torch.stack([logarithms, is_own, *others.unbind(1)], dim=1)
-    fill = (0, -queries.shape[1] % 8)  # kernels take such widths
-    return functional.pad(queries, fill), functional.pad(keys, fill)
+    is_video = functional.pad(torch.ones_like(strengths[:1]).expand(num_video_tokens), (len(strengths), 0))
+    logarithms = functional.pad(strengths.log().clamp(min=UNSEEN), (0, num_video_tokens))
+    membership = torch.block_diag(*(strengths.new_ones(count, 1) for count in counts))
+    membership = functional.pad(membership, (0, 0, 0, num_video_tokens))  # L R: token in reference
+    hidden = UNSEEN * (1 - membership) * (1 - is_video[:, None])  # L R: keys of the other references
+    queries = torch.stack([is_video, logarithms, *membership.unbind(1)], dim=1)
+    keys = torch.stack([logarithms, is_video, *hidden.unbind(1)], dim=1)
+    padding = (0, -queries.shape[1] % 8)  # kernels take such widths
+    return functional.pad(queries, padding), functional.pad(keys, padding)
 
 
 def _attend_dimmed(
-    queries: Tensor, keys: Tensor, query: Tensor, key: Tensor, value: Tensor, tokens: LtxTokens
+    more_queries: Tensor, more_keys: Tensor, query: Tensor, key: Tensor, value: Tensor, tokens: LtxTokens
 ) -> Tensor:
-    """Compute attention whose weights are changed by `dim_references`, in torch: 8 bits are too coarse."""
-    width, more = query.shape[-1], queries.shape[-1]
-    root, choice = math.sqrt(width + more), replace(tokens.attention, mode=SDPA.mode)
-    others = [one[None, :, None].expand(*query.shape[:3], more) for one in (queries * root, keys)]
-    query = torch.cat([query * (root / math.sqrt(width)), others[0].to(query.dtype)], dim=-1)
-    key = torch.cat([key, others[1].to(key.dtype)], dim=-1)
-    seen = _attend(query, key, functional.pad(value, (0, more)), replace(tokens, attention=choice))
-    return seen[..., :width]
+    """Compute attention whose weights are changed by `dim_references`, in torch: 8 bits are too coarse.
+
+    more_queries, more_keys: the further channels, L E each.
+    """
+    width, num_more = query.shape[-1], more_queries.shape[-1]
+    root = math.sqrt(width + num_more)  # by which attention divides the logits
+    shape = (*query.shape[:3], num_more)
+    query_end = (more_queries * root)[None, :, None].expand(shape)
+    key_end = more_keys[None, :, None].expand(shape)
+    query = torch.cat([query * (root / math.sqrt(width)), query_end.to(query.dtype)], dim=-1)
+    key = torch.cat([key, key_end.to(key.dtype)], dim=-1)
+    value = functional.pad(value, (0, num_more))
+    choice = replace(tokens.attention, mode=SDPA.mode)
+    return _attend(query, key, value, replace(tokens, attention=choice))[..., :width]

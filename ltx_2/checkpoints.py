@@ -39,67 +39,83 @@ def _header(checkpoint: Checkpoint) -> DitHeader[LtxConfig]:
     dialect = next((name for name, (mark, _) in DIALECTS.items() if mark in names), None)
     if dialect is None:
         raise other_kind(checkpoint, f"an {NAME} transformer", OPTION, FILES)
-    known = joined_shapes({name: info.shape for name, info in names.items()}, DIALECTS[dialect][1])
-    shapes = DitShapes(checkpoint.path, known, NAME)
-    gates = f"{BLOCK}.attn1.to_gate_logits.weight"
-    is_gated = gates in known
-    told = read_settings(checkpoint, "transformer", DIFFUSERS_CLASS)
+    file_shapes = {name: info.shape for name, info in names.items()}
+    shapes = DitShapes(checkpoint.path, joined_shapes(file_shapes, DIALECTS[dialect][1]), NAME)
+    settings = read_settings(checkpoint, "transformer", DIFFUSERS_CLASS)
     if CONFIG in checkpoint.metadata:  # what the released reader takes if a record does not say
-        told = {"av_ca_timestep_scale_multiplier": 1.0, **told}
-    projects = "caption_projection.linear_1.weight" in known
+        settings = {"av_ca_timestep_scale_multiplier": 1.0, **settings}
+    config = _read_config(shapes, settings)
+    layer = next(info for name, info in names.items() if name.endswith(f"{BLOCK}.ff.net.2.weight"))
+    return DitHeader(config, dialect, layer.dtype)
+
+
+def _read_config(shapes: DitShapes, settings: Mapping[str, Any]) -> LtxConfig:
+    """Return the dimensions. Raises CheckpointError if they cannot be read, or do not go together."""
+    path = shapes.path
     try:
-        heads = shapes.of(gates)[0] if is_gated else int(told.get("num_attention_heads", USUAL_HEADS))
-        config = LtxConfig(
-            video=_stream(shapes, VIDEO, projects, told),
-            sound=_stream(shapes, SOUND, projects, told),
-            num_heads=heads,
-            num_layers=shapes.blocks("transformer_blocks"),
-            cross_dim=shapes.of(f"{BLOCK}.{VIDEO.cross_attn}.to_q.weight")[0],
-            projects_text=projects,
-            is_gated=is_gated,
-            modulates_text=f"{BLOCK}.prompt_scale_shift_table" in known,
-            times_text=_switch(told, "use_prompt_adaln_single", PROMPT_TIMES in known or not is_gated),
-            marks_first=_switch(told, "use_keyframes_abs_pos_embedding", MARKER in known),
-            freq_dim=shapes.of("adaln_single.emb.timestep_embedder.linear_1.weight")[1],
-            **_told_fields(told),
-        )
-        widths = (*(one.dim for one in config.streams.values()), config.cross_dim)
-        fits = all(width % (2 * heads) == 0 for width in widths)
+        config = _config(shapes, settings)
+        widths = [*(stream.dim for stream in config.streams.values()), config.cross_dim]
+        fits = all(width % (2 * config.num_heads) == 0 for width in widths)
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(
-            f"{checkpoint.path}: its record of settings cannot be read ({error!r}). Copy the file, or the "
-            "config.json beside it, again.",
-            checkpoint.path,
+            f"{path}: its record of settings cannot be read ({error!r}). Copy the file, or the config.json "
+            "beside it, again.",
+            path,
         ) from None
     if not fits:
         raise CheckpointError(
-            f"{checkpoint.path}: widths of {', '.join(map(str, widths))} and {heads} heads are not those of "
+            f"{path}: widths of {', '.join(map(str, widths))} and {config.num_heads} heads are not those of "
             f"an {NAME} transformer. Copy the file again.",
-            checkpoint.path,
+            path,
         )
-    block = next(info for name, info in names.items() if name.endswith(f"{BLOCK}.ff.net.2.weight"))
-    return DitHeader(config, dialect, block.dtype)
+    return config
 
 
-def _told_fields(told: Mapping[str, Any]) -> dict[str, Any]:
+def _config(shapes: DitShapes, settings: Mapping[str, Any]) -> LtxConfig:
+    """Return the dimensions that the tensors and the record of settings show.
+
+    Raises CheckpointError for missing tensors, and as `_read_fields`.
+    """
+    names = shapes.shapes
+    gates = f"{BLOCK}.attn1.to_gate_logits.weight"
+    is_gated = gates in names
+    projects_text = "caption_projection.linear_1.weight" in names
+    stated_heads = settings.get("num_attention_heads", USUAL_HEADS)
+    num_heads = shapes.of(gates)[0] if is_gated else int(stated_heads)
+    return LtxConfig(
+        video=_stream(shapes, VIDEO, projects_text, settings),
+        sound=_stream(shapes, SOUND, projects_text, settings),
+        num_heads=num_heads,
+        num_layers=shapes.blocks("transformer_blocks"),
+        cross_dim=shapes.of(f"{BLOCK}.{VIDEO.cross_attn}.to_q.weight")[0],
+        projects_text=projects_text,
+        is_gated=is_gated,
+        modulates_text=f"{BLOCK}.prompt_scale_shift_table" in names,
+        times_text=_switch(settings, "use_prompt_adaln_single", PROMPT_TIMES in names or not is_gated),
+        marks_first=_switch(settings, "use_keyframes_abs_pos_embedding", MARKER in names),
+        freq_dim=shapes.of("adaln_single.emb.timestep_embedder.linear_1.weight")[1],
+        **_read_fields(settings),
+    )
+
+
+def _read_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the dimensions that no tensor shows, from a record of settings in either layout.
 
     Raises ValueError for impossible numbers, and Python's own errors for values of other types.
     """
-    rows, columns = (told.get(key, 2048) for key in ("base_height", "base_width"))
-    usual = (told.get("pos_embed_max_pos", 20), rows, columns)
-    longest = tuple(map(float, told.get("positional_embedding_max_pos", usual)))
-    stride = tuple(map(int, told.get("vae_scale_factors", LATENT.stride)))
-    gates = told.get(
-        "av_ca_timestep_scale_multiplier", told.get("cross_attn_timestep_scale_multiplier", 1000)
-    )
-    gate_time = float(gates) / float(told.get("timestep_scale_multiplier", 1000))
-    theta = float(told.get("positional_embedding_theta", told.get("rope_theta", 10000)))
+    frames = settings.get("pos_embed_max_pos", 20)
+    rows, columns = settings.get("base_height", 2048), settings.get("base_width", 2048)
+    longest_values = settings.get("positional_embedding_max_pos", (frames, rows, columns))
+    longest = tuple(float(number) for number in longest_values)
+    stride = tuple(int(number) for number in settings.get("vae_scale_factors", LATENT.stride))
+    gate_time = _gate_time(settings)
+    theta = settings.get("rope_theta", 10000)
+    theta = float(settings.get("positional_embedding_theta", theta))
     numbers = (gate_time, theta, *longest, *stride)
-    if not len(longest) == len(stride) == 3 or not all(0 < one < math.inf for one in numbers):
+    if not len(longest) == len(stride) == 3 or not all(0 < number < math.inf for number in numbers):
         raise ValueError(f"gates {gate_time}, theta {theta}, positions {longest}, strides {stride}")
     return {
-        "splits_heads": {"split": True, "interleaved": False}[told.get("rope_type", "split")],
+        "splits_heads": {"split": True, "interleaved": False}[settings.get("rope_type", "split")],
         "gate_time": gate_time,
         "rope_theta": theta,
         "longest": longest,
@@ -107,18 +123,27 @@ def _told_fields(told: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _switch(told: Mapping[str, Any], key: str, found: bool) -> bool:
-    """Return a switch of the record of settings, else what the tensors show (`found`).
+def _gate_time(settings: Mapping[str, Any]) -> float:
+    """Return the factor of the time for the gates between the streams."""
+    multiplier = settings.get("cross_attn_timestep_scale_multiplier", 1000)
+    multiplier = settings.get("av_ca_timestep_scale_multiplier", multiplier)
+    return float(multiplier) / float(settings.get("timestep_scale_multiplier", 1000))
+
+
+def _switch(settings: Mapping[str, Any], key: str, default: bool) -> bool:
+    """Return a switch of the record of settings, else what the tensors show (`default`).
 
     Raises ValueError if it is neither true nor false. If they differ, loading names the tensors.
     """
-    value = told.get(key, found)
+    value = settings.get(key, default)
     if type(value) is not bool:
         raise ValueError(f"{key} {value!r}")
     return value
 
 
-def _stream(shapes: DitShapes, names: StreamNames, projects: bool, told: Mapping[str, Any]) -> StreamConfig:
+def _stream(
+    shapes: DitShapes, names: StreamNames, projects: bool, settings: Mapping[str, Any]
+) -> StreamConfig:
     block = f"{BLOCK}.{names.prefix}"
     text = f"{names.prefix}caption_projection.linear_1" if projects else f"{block}attn2.to_k"
     dim, channels = shapes.of(f"{names.prefix}patchify_proj.weight")
@@ -127,17 +152,17 @@ def _stream(shapes: DitShapes, names: StreamNames, projects: bool, told: Mapping
         ffn_dim=shapes.of(f"{block}ff.net.2.weight")[1],
         channels=channels,
         text_dim=shapes.of(f"{text}.weight")[1],
-        ff_bias=_switch(told, f"{names.prefix}ff_bias", f"{block}ff.net.2.bias" in shapes.shapes),
+        ff_bias=_switch(settings, f"{names.prefix}ff_bias", f"{block}ff.net.2.bias" in shapes.shapes),
     )
 
 
 FORMAT = DitFormat(
     _header,
     lambda header: f"an {NAME} transformer (version {header.config.kind})",
-    LtxModel,
-    lambda checkpoint, header: join_parts(plain_sources(checkpoint), DIALECTS[header.dialect][1]),
-    OPTION,
-    CONNECTORS,
+    network=LtxModel,
+    sources=lambda checkpoint, header: join_parts(plain_sources(checkpoint), DIALECTS[header.dialect][1]),
+    option=OPTION,
+    ignore=CONNECTORS,
 )
 # without the sound's stream: none of its weights is read
 SILENT = replace(

@@ -21,26 +21,40 @@ class StreamNames(NamedTuple):
 
 
 VIDEO = StreamNames(
-    "",
-    "av_ca_video_scale_shift_adaln_single",
-    "av_ca_a2v_gate_adaln_single",
-    "scale_shift_table_a2v_ca_video",
-    "audio_to_video_attn",
+    prefix="",
+    cross_rows="av_ca_video_scale_shift_adaln_single",
+    cross_gate="av_ca_a2v_gate_adaln_single",
+    cross_table="scale_shift_table_a2v_ca_video",
+    cross_attn="audio_to_video_attn",
 )
 SOUND = StreamNames(
-    "audio_",
-    "av_ca_audio_scale_shift_adaln_single",
-    "av_ca_v2a_gate_adaln_single",
-    "scale_shift_table_a2v_ca_audio",
-    "video_to_audio_attn",
+    prefix="audio_",
+    cross_rows="av_ca_audio_scale_shift_adaln_single",
+    cross_gate="av_ca_v2a_gate_adaln_single",
+    cross_table="scale_shift_table_a2v_ca_audio",
+    cross_attn="video_to_audio_attn",
 )
 # patterns of tensors in files of either layout that a network without the sound's stream leaves out
 OF_SOUND = ("*audio*", "av_c*", "*_a2v_*")
 # likewise, one without the video's stream
 OF_VIDEO = (
-    *("*.attn[12].*", "*.ff.*", "scale_shift_table", "*.scale_shift_table", "*prompt_scale_shift_table"),
-    *("patchify_proj.*", "proj_in.*", "proj_out.*", "adaln_single.*", "time_embed.*", "caption_projection.*"),
-    *("prompt_adaln*", "keyframes_*", "av_c*", "*_a2v_*", "*.audio_to_*", "*.video_to_*"),
+    "*.attn[12].*",
+    "*.ff.*",
+    "scale_shift_table",
+    "*.scale_shift_table",
+    "*prompt_scale_shift_table",
+    "patchify_proj.*",
+    "proj_in.*",
+    "proj_out.*",
+    "adaln_single.*",
+    "time_embed.*",
+    "caption_projection.*",
+    "prompt_adaln*",
+    "keyframes_*",
+    "av_c*",
+    "*_a2v_*",
+    "*.audio_to_*",
+    "*.video_to_*",
 )
 
 
@@ -89,8 +103,12 @@ class LtxConfig:
 
     @property
     def streams(self) -> dict[StreamNames, StreamConfig]:
-        both = {VIDEO: self.video if self.shows else None, SOUND: self.sound}
-        return {names: one for names, one in both.items() if one is not None}
+        streams = {}
+        if self.shows:
+            streams[VIDEO] = self.video
+        if self.sound is not None:
+            streams[SOUND] = self.sound
+        return streams
 
 
 EPS = 1e-6  # in the norms of tokens, queries and keys
@@ -149,8 +167,10 @@ DIT = DitSpec(
     # as in released trainers: a LoRA is in attention alone
     lora_exclude=("ff.", "to_gate_logits"),
     input_layers=(
-        *("patchify_proj", "audio_patchify_proj"),
-        *("caption_projection", "audio_caption_projection"),
+        "patchify_proj",
+        "audio_patchify_proj",
+        "caption_projection",
+        "audio_caption_projection",
     ),
     token_wise=("feed_forward",),
     modulated_input="modulated_input",

@@ -9,9 +9,10 @@ show.
 # stream, N heads, D head width
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -103,11 +104,13 @@ class ConnectorsConfig:
 
 def open_connectors(path: Path, gemma: Path) -> Checkpoint:
     """Open a file of connectors, and Gemma's too if the projections in front of them are there (LTX-2.5)."""
-    parts = checkpoint_paths(path)
-    with open_checkpoint(path) as alone:
-        found = {name.startswith(PROJECTIONS) for name in alone.tensors if name.startswith(PARTS)}
-    is_whole = found != {False}
-    return open_checkpoint(path, parts if is_whole else [*parts, *checkpoint_paths(gemma)])
+    paths = checkpoint_paths(path)
+    with open_checkpoint(path) as checkpoint:
+        names = [name for name in checkpoint.tensors if name.startswith(PARTS)]
+    has_projections = any(name.startswith(PROJECTIONS) for name in names)
+    if names and not has_projections:
+        paths = [*paths, *checkpoint_paths(gemma)]
+    return open_checkpoint(path, paths)
 
 
 def read_connectors(checkpoint: Checkpoint, streams: Collection[str] = STREAMS) -> LoadPlan[ConnectorsConfig]:
@@ -115,15 +118,16 @@ def read_connectors(checkpoint: Checkpoint, streams: Collection[str] = STREAMS) 
 
     Raises CheckpointError if the file has none, or is damaged.
     """
-    own = checkpoint.starting_with(*PARTS)
-    sources = rename_sources(plain_sources(own), lambda name: translate_name(name, NAMES))
+    parts = checkpoint.starting_with(*PARTS)
+    sources = rename_sources(plain_sources(parts), lambda name: translate_name(name, NAMES))
     if f"{VIDEO}_embeddings_connector.learnable_registers" not in sources:
         raise other_kind(checkpoint, "a file with LTX-2's text connectors", OPTION, FILES)
     damaged = CheckpointError(
         f"{checkpoint.path}: its tensors do not have the sizes of LTX-2's text connectors. Copy it again.",
         checkpoint.path,
     )
-    shape, told = shapes_of(own, sources, damaged), read_settings(checkpoint, "transformer", DIFFUSERS_CLASS)
+    shape = shapes_of(parts, sources, damaged)
+    settings = read_settings(checkpoint, "transformer", DIFFUSERS_CLASS)
     if not any(name.startswith("text_embedding_projection.") for name in sources):
         raise CheckpointError(
             f"{checkpoint.path} has connectors without projections in front of them: LTX-2.5 has those in "
@@ -131,30 +135,65 @@ def read_connectors(checkpoint: Checkpoint, streams: Collection[str] = STREAMS) 
             "--ltx2_text_encoder_checkpoint.",
             checkpoint.path,
         )
-    start = "text_embedding_projection."
-    is_shared = f"{start}{SHARED}.weight" in sources
-    first = SHARED if is_shared else f"{next(iter(streams))}_{SHARED}"
-    found = {}
+    connectors = {}
     for stream in streams:
-        name = f"{stream}_embeddings_connector"
-        block = f"{name}.transformer_1d_blocks.0."
-        registers, dim = shape(f"{name}.learnable_registers", 2)
-        is_gated = f"{block}attn1.to_gate_logits.weight" in sources
-        usual = told.get("connector_num_attention_heads", dim // HEAD_WIDTH)
-        heads = told.get(f"{stream}_connector_num_attention_heads", usual)
-        heads = shape(f"{block}attn1.to_gate_logits.weight", 2)[0] if is_gated else heads
-        if not isinstance(heads, int) or heads < 1 or dim % (2 * heads):
-            raise damaged
-        layers = count(sources, rf"{name}\.transformer_1d_blocks\.\d+")
-        ffn_dim = shape(f"{block}ff.net.0.proj.weight", 2)[0]
-        found[stream] = ConnectorConfig(
-            *(dim, ffn_dim, heads, layers, registers, is_gated),
-            ff_bias=f"{block}ff.net.0.proj.bias" in sources,
-        )
-    try:  # positions of another kind are refused
-        usual = told.get("connector_rope_base_seq_len", LONGEST)
-        (longest,) = told.get("connector_positional_embedding_max_pos", [usual])
-        kind, theta = told.get("rope_type", "split"), told.get("rope_theta", THETA)
+        connectors[stream] = _read_connector(stream, shape, sources, settings=settings, damaged=damaged)
+    longest = _read_longest(checkpoint, settings)
+    is_shared = f"text_embedding_projection.{SHARED}.weight" in sources
+    first = SHARED if is_shared else f"{next(iter(streams))}_{SHARED}"
+    projection = f"text_embedding_projection.{first}"
+    config = ConnectorsConfig(
+        text_dim=shape(f"{projection}.weight", 2)[1],
+        is_shared=is_shared,
+        has_bias=f"{projection}.bias" in sources,
+        streams=connectors,
+        longest=longest,
+    )
+    unused = [f"*{stream}_*" for stream in STREAMS if stream not in streams]
+    return LoadPlan(config, parts, sources, tuple(unused))
+
+
+def _read_connector(
+    stream: str,
+    shape: Callable[..., tuple[int, ...]],
+    names: Collection[str],
+    settings: Mapping[str, Any],
+    damaged: CheckpointError,
+) -> ConnectorConfig:
+    """Read the dimensions of one connector. shape: of a tensor, by its name and number of axes."""
+    connector = f"{stream}_embeddings_connector"
+    block = f"{connector}.transformer_1d_blocks.0."
+    gates = f"{block}attn1.to_gate_logits.weight"
+    registers, dim = shape(f"{connector}.learnable_registers", 2)
+    is_gated = gates in names
+    if is_gated:
+        heads: Any = shape(gates, 2)[0]
+    else:
+        shared_heads = settings.get("connector_num_attention_heads", dim // HEAD_WIDTH)
+        heads = settings.get(f"{stream}_connector_num_attention_heads", shared_heads)
+    if not isinstance(heads, int) or heads < 1 or dim % (2 * heads):
+        raise damaged
+    return ConnectorConfig(
+        dim=dim,
+        ffn_dim=shape(f"{block}ff.net.0.proj.weight", 2)[0],
+        num_heads=heads,
+        num_layers=count(names, rf"{connector}\.transformer_1d_blocks\.\d+"),
+        registers=registers,
+        is_gated=is_gated,
+        ff_bias=f"{block}ff.net.0.proj.bias" in names,
+    )
+
+
+def _read_longest(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> int:
+    """Return the number of rows that positions are measured by.
+
+    Raises CheckpointError if the settings are of positions of another kind.
+    """
+    try:
+        default = settings.get("connector_rope_base_seq_len", LONGEST)
+        (longest,) = settings.get("connector_positional_embedding_max_pos", [default])
+        kind = settings.get("rope_type", "split")
+        theta = settings.get("rope_theta", THETA)
         if kind != "split" or theta != THETA or not 0 < longest < math.inf:
             raise ValueError(f"rope_type {kind}, rope_theta {theta}, positions up to {longest}")
     except (ValueError, TypeError) as error:
@@ -163,10 +202,7 @@ def read_connectors(checkpoint: Checkpoint, streams: Collection[str] = STREAMS) 
             f"{FILES} to {OPTION}.",
             checkpoint.path,
         ) from error
-    text_dim, has_bias = shape(f"{start}{first}.weight", 2)[1], f"{start}{first}.bias" in sources
-    config = ConnectorsConfig(text_dim, is_shared, has_bias, found, longest)
-    unused = [f"*{stream}_*" for stream in STREAMS if stream not in streams]
-    return LoadPlan(config, own, sources, tuple(unused))
+    return longest
 
 
 class TextConnectors(nn.Module):
@@ -175,14 +211,13 @@ class TextConnectors(nn.Module):
     def __init__(self, config: ConnectorsConfig) -> None:
         super().__init__()
         self.config = config
-        self.text_embedding_projection = nn.ModuleDict(
-            {
-                config.projection(stream): nn.Linear(config.text_dim, one.dim, bias=config.has_bias)
-                for stream, one in config.streams.items()
-            }
-        )
-        for stream, one in config.streams.items():
-            self.add_module(f"{stream}_embeddings_connector", Connector(one, config.longest))
+        projections = {}
+        for stream, connector in config.streams.items():
+            layer = nn.Linear(config.text_dim, connector.dim, bias=config.has_bias)
+            projections[config.projection(stream)] = layer
+        self.text_embedding_projection = nn.ModuleDict(projections)
+        for stream, connector in config.streams.items():
+            self.add_module(f"{stream}_embeddings_connector", Connector(connector, config.longest))
 
     def forward(self, states: Tensor, rows: int) -> dict[str, Tensor]:
         """Return the text of each stream: T S. states: L n C, of a prompt's own tokens. rows: T."""
@@ -194,12 +229,12 @@ class TextConnectors(nn.Module):
             else:
                 normed[..., index] = norm_tokens(x)
         normed = normed.flatten(1)
-        found = {}
-        for stream, one in self.config.streams.items():
-            factor = 1.0 if self.config.is_shared else math.sqrt(one.dim / states.shape[-1])
+        texts = {}
+        for stream, connector in self.config.streams.items():
+            factor = 1.0 if self.config.is_shared else math.sqrt(connector.dim / states.shape[-1])
             text = self.text_embedding_projection[self.config.projection(stream)](normed * factor)
-            found[stream] = self.get_submodule(f"{stream}_embeddings_connector")(text, rows)
-        return found
+            texts[stream] = self.get_submodule(f"{stream}_embeddings_connector")(text, rows)
+        return texts
 
 
 class Connector(nn.Module):
@@ -215,7 +250,13 @@ class Connector(nn.Module):
         """Return T S. text: L S. rows: T, a multiple of the number of registers."""
         filler = self.learnable_registers.repeat(rows // len(self.learnable_registers), 1)
         x = torch.cat([text, filler[len(text) :].to(text.dtype)])[None]  # 1 T S
-        rotary = make_row_table(rows, self.longest, self.config.dim, self.config.num_heads, x.device)
+        rotary = make_row_table(
+            rows,
+            longest=self.longest,
+            width=self.config.dim,
+            heads=self.config.num_heads,
+            device=x.device,
+        )
         for block in self.transformer_1d_blocks:
             x = block(x, rotary)
         return norm_tokens(x)[0]
@@ -226,12 +267,20 @@ class ConnectorBlock(nn.Module):
 
     def __init__(self, config: ConnectorConfig) -> None:
         super().__init__()
-        self.attn1 = LtxAttention(config.num_heads, config.is_gated, True, *(config.dim,) * 3)
-        self.ff = NamedFeedForward(config.dim, config.ffn_dim, gelu, config.ff_bias)
+        dim = config.dim
+        self.attn1 = LtxAttention(
+            config.num_heads,
+            is_gated=config.is_gated,
+            splits_heads=True,
+            query_dim=dim,
+            key_dim=dim,
+            dim=dim,
+        )
+        self.ff = NamedFeedForward(dim, config.ffn_dim, gelu, config.ff_bias)
 
     def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
         # x: 1 T S
         layer, h = self.attn1, norm_tokens(x)
-        seen = attend(layer.queries(h, rotary), layer.keys(h, rotary), layer.values(h))
-        x = x + layer.project(h, seen)
+        attended = attend(layer.queries(h, rotary), layer.keys(h, rotary), layer.values(h))
+        x = x + layer.project(h, attended)
         return x + self.ff(norm_tokens(x))

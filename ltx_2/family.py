@@ -1,6 +1,6 @@
 """LTX-2, 2.3 and 2.5, described for the shared loops: video, with or without sound."""
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -22,25 +22,23 @@ from ltx_2.options import (
     Ltx2LatentCachingOptions,
     Ltx2TextCachingOptions,
     Ltx2TrainingOptions,
-    tell_ignored,
+    log_ignored,
 )
 from ltx_2.reference_options import MOST
 from ltx_2.references import (
     STRENGTHS,
+    DenoisedReferences,
     check_references,
     check_sides,
     factor_metadata,
     is_picture,
-    join_tokens,
-    pack,
     read_pixels,
     read_strengths,
     reference_key,
     references_of,
     rules_of,
+    split_denoised,
     thin_out,
-    unpack,
-    velocity_of_references,
     with_noisy_references,
 )
 from ltx_2.stages import TwoStages, stage_sections, two_stages
@@ -133,9 +131,18 @@ class Ltx2(Ltx2Media):
     def defaults(self) -> SamplingDefaults:
         """Defaults of a generation. The flow shift is that of 4096 tokens at any size, as released."""
         width, height, frames = self.size
-        shift, steps = rules.ShiftedLogit().shift(4096), RELEASES[self.version].steps
-        made = SamplingDefaults(steps, 24.0, 3.0, None, shift, SOLVER, width, height, frames)
-        return replace(made, extras=("reference_video",))
+        return SamplingDefaults(
+            steps=RELEASES[self.version].steps,
+            fps=24.0,
+            guidance_scale=3.0,
+            embedded_guidance=None,
+            flow_shift=rules.ShiftedLogit().shift(4096),
+            solver=SOLVER,
+            width=width,
+            height=height,
+            frames=frames,
+            extras=("reference_video",),
+        )
 
     @property
     def release(self) -> rules.ModelRelease:
@@ -148,8 +155,10 @@ class Ltx2(Ltx2Media):
             "implementation": "https://github.com/Lightricks/LTX-2",
             "model_type": self.name,
         }
-        asked = [getattr(self.options, name, None) for name in ("ic_lora_strategy", "lora_target_preset")]
-        if self.references is not None and ("v2v" in asked or self.references.factors[:2] != (1, 1)):
+        strategy = getattr(self.options, "ic_lora_strategy", None)
+        preset = getattr(self.options, "lora_target_preset", None)
+        is_v2v = "v2v" in (strategy, preset)
+        if self.references is not None and (is_v2v or self.references.factors[:2] != (1, 1)):
             names |= factor_metadata(self.references)
         return self.metadata_of(names)
 
@@ -168,22 +177,26 @@ class Ltx2(Ltx2Media):
             )
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        vae, dtype = encoders.vae, self.vae_dtype
-        entries = []
         if not self.files.has_pictures:
             shape = self.latent.shape(*media.frames.shape[1:4])[1:]
-            return [[CacheEntry({"latents": torch.zeros(shape, dtype=dtype)})] for _ in media.keys]
-        for part in media.split_for(vae.device):
-            named = {"latents": part.frames}
-            for number, frames in enumerate(part.references):
-                assert self.references is not None
-                named[reference_key(number)] = thin_out(frames, self.references, self.latent.frame_step)
-            made = {name: vae.encode(to_pixels(one.to(vae.device))).to(dtype) for name, one in named.items()}
-            entries += [
-                [CacheEntry({name: each[index] for name, each in made.items()})]
-                for index in range(len(part.keys))
-            ]
+            return [[CacheEntry({"latents": torch.zeros(shape, dtype=self.vae_dtype)})] for _ in media.keys]
+        entries = []
+        for part in media.split_for(encoders.vae.device):
+            latents = self._encode_clips(encoders.vae, part)
+            for index in range(len(part.keys)):
+                entries.append([CacheEntry({name: batch[index] for name, batch in latents.items()})])
         return entries
+
+    def _encode_clips(self, vae: Any, media: MediaBatch) -> dict[str, Tensor]:
+        """Return the latents of clips and of their references, by name in caches, each B C F H W."""
+        frames = {"latents": media.frames}
+        for number, reference in enumerate(media.references):
+            assert self.references is not None
+            frames[reference_key(number)] = thin_out(reference, self.references, self.latent.frame_step)
+        latents = {}
+        for name, clips in frames.items():
+            latents[name] = vae.encode(to_pixels(clips.to(vae.device))).to(self.vae_dtype)
+        return latents
 
     # the network
 
@@ -191,16 +204,14 @@ class Ltx2(Ltx2Media):
         network = self.files.load_dit(placement)
         network.spec = self.dit
         if self.stages is not None and self.stages.loras:
-            vars(network)["stage_files"] = [(path, option) for path, option, *_ in self.stages.loras]
+            network.stage_files = [(lora.path, lora.option) for lora in self.stages.loras]
         return network
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """Return the conditions for training: texts of the streams, frame rates, which samples have sound."""
-        needed = self.files.check_cached_texts(batch)
-        found = {name: batch.tensors[name] for name in (*needed, FPS, HAS_SOUND) if name in batch.tensors}
-        return found | {
-            name: one for name, one in batch.tensors.items() if name.startswith(REFERENCE_LATENTS)
-        }
+        names = [*self.files.check_cached_texts(batch), FPS, HAS_SOUND]
+        names += [name for name in batch.tensors if name.startswith(REFERENCE_LATENTS)]
+        return {name: batch.tensors[name] for name in names if name in batch.tensors}
 
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
@@ -209,144 +220,205 @@ class Ltx2(Ltx2Media):
 
         cond: video_prompt_embeds, audio_prompt_embeds B T C; FPS and HAS_SOUND.
         """
-
-        def texts(given: Conditions) -> dict[str, Tensor]:
-            names = {"text": prompt_key(VIDEO), "sound_text": prompt_key(AUDIO)}
-            return name_texts(
-                given, {key: name for key, name in names.items() if name in given}, noisy.device
-            )
-
         joint = tweaks.joint
         picture, sound = (noisy, None) if joint is None else joint.split(noisy)
-        is_alone = not self.files.has_pictures
-        times = timesteps.unbind(1) if timesteps.ndim == 2 else (timesteps, timesteps)
-        rates, has_sound = cond.get(FPS), cond.get(HAS_SOUND)
-        clean = [self.latent.to_model(one.to(noisy.device)) for one in references_of(cond)]
-        share = 1 - self.reference_strength if clean else 0.0
-        shown, tokens, noisy_tokens = clean, torch.empty(0), torch.empty(0)
-        if share:
-            tokens = join_tokens(clean)
-            picture, noisy_tokens = unpack(picture, tokens.shape[2])
-            parts = noisy_tokens.split([one[0, 0].numel() for one in clean], dim=2)
-            shown = [x.unflatten(2, one.shape[2:]) for x, one in zip(parts, clean, strict=True)]
-        strengths = cond.get(STRENGTHS)
-        references = LtxReferences(
-            shown,
-            1 if self.references is None else self.references.time_factor,
-            share,
-            strengths[0].to(noisy.device) if isinstance(strengths, Tensor) else None,
-        )
-        velocity, heard = dit(
-            None if is_alone else picture,
-            times[0],
-            fps=[rate / 1000 for rate in rates.tolist()] if isinstance(rates, Tensor) else self.defaults.fps,
+        has_two_times = timesteps.ndim == 2
+        picture_times, sound_times = timesteps.unbind(1) if has_two_times else (timesteps, timesteps)
+        references = [self.latent.to_model(latents.to(noisy.device)) for latents in references_of(cond)]
+        denoised = None
+        if references and self.reference_strength != 1:
+            picture, denoised = split_denoised(picture, references, self.reference_strength)
+        has_sound = cond.get(HAS_SOUND)
+        arguments_of = partial(_name_texts, device=noisy.device)
+        velocity, sound_velocity = dit(
+            picture if self.files.has_pictures else None,
+            picture_times,
+            fps=self._rates_of(cond),
             sound=sound,
-            sound_timesteps=times[1],
-            has_sound=None if sound is None or not isinstance(has_sound, Tensor) else has_sound,
-            tweaks=tweaks.rename_away(texts),
-            references=references,
-            **texts(cond),
+            sound_timesteps=sound_times,
+            has_sound=has_sound if sound is not None and isinstance(has_sound, Tensor) else None,
+            tweaks=tweaks.rename_away(arguments_of),
+            references=self._network_references(references, denoised, cond.get(STRENGTHS), noisy.device),
+            **arguments_of(cond),
         )
-        if is_alone:
+        if not self.files.has_pictures:
             velocity = torch.zeros_like(picture)
-        if share:
-            of_tokens, own = velocity.split([tokens.shape[2], picture[0, 0].numel()], dim=2)
-            strength, sigma = self.reference_strength, times[0] / 1000
-            of_tokens = velocity_of_references(of_tokens, noisy_tokens, tokens, strength, sigma)
-            velocity = pack(own.unflatten(2, picture.shape[2:]), of_tokens)
-        return velocity if joint is None else joint.join(velocity, heard)
+        if denoised is not None:
+            velocity = denoised.pack_velocity(velocity, picture, sigma=picture_times / 1000)
+        return velocity if joint is None else joint.join(velocity, sound_velocity)
+
+    def _rates_of(self, cond: Conditions) -> float | list[float]:
+        """Return the frames per second of each sample; the default if the conditions do not say."""
+        rates = cond.get(FPS)
+        if not isinstance(rates, Tensor):
+            return self.defaults.fps
+        return [rate / 1000 for rate in rates.tolist()]
+
+    def _network_references(
+        self,
+        references: Sequence[Tensor],
+        denoised: DenoisedReferences | None,
+        strengths: Any,
+        device: torch.device,
+    ) -> LtxReferences:
+        """Return the references as the network takes them.
+
+        references: clean latents. denoised: the same as they are denoised; None: they stay clean. strengths:
+        1 M, by which the video sees their tokens; without, all are seen.
+        """
+        return LtxReferences(
+            references if denoised is None else denoised.noisy_like(references),
+            time=1 if self.references is None else self.references.time_factor,
+            share=0.0 if denoised is None else 1 - denoised.strength,
+            strengths=strengths[0].to(device) if isinstance(strengths, Tensor) else None,
+        )
 
     # generation
 
     def prepare(self, request: Request) -> Prepared:
         self.files.check(("dit",))
-        is_alone = not self.files.has_pictures
-        if is_alone:
+        if not self.files.has_pictures:
             self._refuse_pictures(request)
-        taken = {**NO_MEDIA, "image_path": True}
-        request = keep_usable_media(request, taken, f"{NAME} does not take it")
-        if request.image_path is not None and self.drive_video is not None:
-            raise OptionError("--image_path and --drive_video: the video has all frames. Give one of them")
-        if self.drive_video is not None and self.stages is not None:
-            raise OptionError("--drive_video and --sample_two_stage: its pictures stay. Give one of them")
-        for name, path in (("image_path", request.image_path), ("drive_video", self.drive_video)):
-            if path is not None:
-                check_opens(name, path, is_image=name == "image_path")
-        latent = self.latent
-        steps = latent if self.stages is None else self.stages.whole(latent)
+        usable = {**NO_MEDIA, "image_path": True}
+        request = keep_usable_media(request, usable, f"{NAME} does not take it")
+        self._check_media(request)
+        latent = self.latent if self.stages is None else self.stages.whole(self.latent)
         width, height, frames = size_of(request, self.defaults)
-        frames = whole_frames(frames, steps)
-        check_size((width, height, frames), steps)
-        given = self._references_for(request)
-        if min(width, height) < 2 * steps.pixel_step and self.version == "2.0":
-            least = 2 * steps.pixel_step
+        frames = whole_frames(frames, latent)
+        check_size((width, height, frames), latent)
+        references = self._references_for(request)
+        least = 2 * latent.pixel_step
+        if min(width, height) < least and self.version == "2.0":
             raise OptionError(
                 f"--video_size {height} {width}: version 2.0 makes {least} pixels a side or more"
             )
-        usual, shift = self.defaults, request.flow_shift or self.defaults.flow_shift
-        assert shift is not None
-        prepared = settle(request, usual, (width, height, frames), shift, NEGATIVE_PROMPT)
-        joint, sound = None, self.sound
-        if sound is not None and (frames > 1 or is_alone) and self.makes_sound:
-            _, channels, length, *sides = latent.shape(frames, height, width)
-            picture = (channels, 0 if is_alone else length, sides[0], sides[1])
-            joint = Joint(picture, sound.shape(frames, prepared.fps))
+        defaults = self.defaults
+        flow_shift = request.flow_shift or defaults.flow_shift
+        assert flow_shift is not None
+        prepared = settle(
+            request,
+            defaults,
+            size=(width, height, frames),
+            flow_shift=flow_shift,
+            usual_negative=NEGATIVE_PROMPT,
+        )
+        joint = self._joint_of(prepared)
         if self.drive_video is not None and joint is None:
             raise OptionError(
                 f"--drive_video {self.drive_video}: a single picture has no sound. Make it longer"
             )
-        solver = SOLVER if prepared.solver == "euler" else prepared.solver
-        said = {"reference_video": ", ".join(path.name for path in given)} if given else {}
-        if given and self.reference_strength < 1:
-            said["reference_strength"] = f"{self.reference_strength:g}"
-        if given and self.reference_attention != (None, 1):
-            mask, strength = self.reference_attention
-            said["conditioning_attention_mask"] = f"{mask.name} {strength:g}" if mask else f"{strength:g}"
+        prepared = replace(
+            prepared,
+            joint=joint,
+            rules=self._guidance_for(request),
+            solver=SOLVER if prepared.solver == "euler" else prepared.solver,
+            own=references,
+            own_metadata=self._output_metadata(references),
+        )
         if self.stages is not None:
-            said |= self.stages.said
-        (count,) = self.block_counts()
-        perturbed = RELEASES[self.version].perturbed
-        told = guidance_rules(self.guidance, request.guidance_scale, count, perturbed, is_alone)
-        prepared = replace(prepared, joint=joint, rules=told, solver=solver)
-        prepared = replace(prepared, own=given, own_metadata=said)
-        if self.stages is not None:
-            prepared = self.stages.split(prepared, latent, self.vae_dtype)
-        if given and self.references is not None:
-            small = prepared.stages[0] if prepared.stages else prepared
-            check_sides(small.width, small.height, self.references)
-            mask, _ = self.reference_attention
-            for stage in prepared.stages or (prepared,):
-                check_references(given, mask, stage.frames, self.references, self.latent)
+            prepared = self.stages.split(prepared, self.latent, self.vae_dtype)
+        self._check_references(prepared, references)
         if self.drive_video is not None:
             check_frames("--drive_video", self.drive_video, prepared.frames)
         return prepared
 
+    def _check_media(self, request: Request) -> None:
+        """Raise OptionError if the image or the driving video cannot be opened or used."""
+        if request.image_path is not None and self.drive_video is not None:
+            raise OptionError("--image_path and --drive_video: the video has all frames. Give one of them")
+        if self.drive_video is not None and self.stages is not None:
+            raise OptionError("--drive_video and --sample_two_stage: its pictures stay. Give one of them")
+        if request.image_path is not None:
+            check_opens("image_path", request.image_path, is_image=True)
+        if self.drive_video is not None:
+            check_opens("drive_video", self.drive_video, is_image=False)
+
+    def _joint_of(self, prepared: Prepared) -> Joint | None:
+        """Return the shapes of picture and sound; None if no sound is made. A single picture has none."""
+        sound = self.sound
+        is_alone = not self.files.has_pictures
+        if sound is None or not self.makes_sound or (prepared.frames <= 1 and not is_alone):
+            return None
+        _, channels, length, rows, columns = self.latent.shape(
+            prepared.frames, prepared.height, prepared.width
+        )
+        picture = (channels, 0 if is_alone else length, rows, columns)
+        return Joint(picture, sound.shape(prepared.frames, prepared.fps))
+
+    def _guidance_for(self, request: Request) -> rules.GuidanceRules:
+        (num_blocks,) = self.block_counts()
+        return guidance_rules(
+            self.guidance,
+            scale=request.guidance_scale,
+            num_blocks=num_blocks,
+            perturbed=RELEASES[self.version].perturbed,
+            is_alone=not self.files.has_pictures,
+        )
+
+    def _output_metadata(self, references: Sequence[Path]) -> dict[str, str]:
+        """Return what outputs say of the references and of the stages."""
+        metadata = {}
+        if references:
+            metadata["reference_video"] = ", ".join(path.name for path in references)
+        if references and self.reference_strength < 1:
+            metadata["reference_strength"] = f"{self.reference_strength:g}"
+        if references and self.reference_attention != (None, 1):
+            mask, strength = self.reference_attention
+            words = f"{mask.name} {strength:g}" if mask else f"{strength:g}"
+            metadata["conditioning_attention_mask"] = words
+        if self.stages is not None:
+            metadata |= self.stages.metadata
+        return metadata
+
+    def _check_references(self, prepared: Prepared, references: Sequence[Path]) -> None:
+        """Raise OptionError or MediaError if references do not fit the stages of the request."""
+        if not references or self.references is None:
+            return
+        stages = prepared.stages or (prepared,)
+        check_sides(stages[0].width, stages[0].height, self.references)
+        mask, _ = self.reference_attention
+        for stage in stages:
+            check_references(
+                references,
+                mask=mask,
+                frames=stage.frames,
+                rules=self.references,
+                latent=self.latent,
+            )
+
     def _refuse_pictures(self, request: Request) -> None:
-        given = {
+        pictures = {
             "image_path": request.image_path,
             "drive_video": self.drive_video,
             "sample_two_stage": self.stages,
             "reference_video": request.extra.get("reference_video"),
             "video_path": request.source,
         }
-        for name in (name for name, one in given.items() if one):
-            raise OptionError(f"--{name} with --ltx2_mode audio: sound alone has no pictures. Leave it out")
+        for name, picture in pictures.items():
+            if picture:
+                raise OptionError(
+                    f"--{name} with --ltx2_mode audio: sound alone has no pictures. Leave it out"
+                )
 
     def _references_for(self, request: Request) -> tuple[Path, ...]:
+        """Return the paths of the request's references. Raises OptionError if they cannot be used."""
         lines = request.extra.get("reference_video", "").split("\n")
         paths = tuple(Path(line) for line in lines if line)
-        if paths and self.references is None:
+        if not paths:
+            return ()
+        if self.references is None:
             raise OptionError("--ic_lora_strategy none: references are given. Leave them or the option out")
         if len(paths) > MOST:
             raise OptionError(f"--reference_videos: {len(paths)} references, at most {MOST} are taken")
         for path in paths:
             check_opens("reference_video", path, is_image=is_picture(path))
-        if paths and (mask := self.reference_attention[0]) is not None:
+        mask, _ = self.reference_attention
+        if mask is not None:
             check_opens("conditioning-attention-mask", mask, is_image=is_picture(mask))
-        others = request.image_path or self.drive_video or (request.source and request.source.option)
-        if paths and others and self.reference_strength < 1:
+        clip = request.image_path or self.drive_video or (request.source and request.source.option)
+        if clip and self.reference_strength < 1:
             raise OptionError(
-                f"--reference_strength {self.reference_strength:g} and {others}: references that are "
+                f"--reference_strength {self.reference_strength:g} and {clip}: references that are "
                 "denoised stand beside no frames that are given. Leave one of them out"
             )
         return paths
@@ -356,28 +428,59 @@ class Ltx2(Ltx2Media):
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Encode the image (the first latent frame) or the driving video, and references; on the CPU."""
-        if prepared.stages:
-            given = (self.request_conditions(encoders, one) for one in prepared.stages)
-            return {number: one[0] for number, one in enumerate(given) if one}
-        path, size = prepared.asked.image_path, (prepared.width, prepared.height)
-        vae, found = encoders.vae, dict[str, Tensor]()
-        if prepared.own and (told := self.references) is not None:
-            shown = [read_pixels(one, (*size, prepared.frames), told, self.latent) for one in prepared.own]
-            for number, one in enumerate(shown):
-                found[reference_key(number)] = vae.encode(one.to(vae.device)).float().cpu()
-            mask, strength = self.reference_attention
-            if mask is not None or strength < 1:
-                white = torch.ones(1) if mask is None else read_strengths(mask, shown, told, self.latent)
-                count = sum(one[0, 0].numel() for one in found.values())
-                found[STRENGTHS] = (strength * white).expand(1, count)
+        if not prepared.stages:
+            conditions = self._encode_request(encoders.vae, prepared)
+            return {0: conditions} if conditions else {}
+        by_stage = {}
+        for number, stage in enumerate(prepared.stages):
+            conditions = self._encode_request(encoders.vae, stage)
+            if conditions:
+                by_stage[number] = conditions
+        return by_stage
+
+    def _encode_request(self, vae: Any, prepared: Prepared) -> dict[str, Tensor]:
+        """Return the media conditions of a request without stages."""
+        conditions = self._encode_references(vae, prepared)
+        pixels = self._read_frames(prepared)
+        if pixels is None:
+            return conditions
+        return {FIRST: vae.encode(pixels.to(vae.device)).float().cpu(), **conditions}
+
+    def _encode_references(self, vae: Any, prepared: Prepared) -> dict[str, Tensor]:
+        """Return the latents of references, and by which strengths the video sees their tokens."""
+        reference_rules = self.references
+        if not prepared.own or reference_rules is None:
+            return {}
+        size = (prepared.width, prepared.height, prepared.frames)
+        pixels = [read_pixels(path, size, reference_rules, self.latent) for path in prepared.own]
+        conditions = {}
+        for number, clip in enumerate(pixels):
+            conditions[reference_key(number)] = vae.encode(clip.to(vae.device)).float().cpu()
+        mask, strength = self.reference_attention
+        if mask is not None or strength < 1:
+            if mask is None:
+                white = torch.ones(1)
+            else:
+                white = read_strengths(mask, pixels, reference_rules, self.latent)
+            num_tokens = sum(latents[0, 0].numel() for latents in conditions.values())
+            conditions[STRENGTHS] = (strength * white).expand(1, num_tokens)
+        return conditions
+
+    def _read_frames(self, prepared: Prepared) -> Tensor | None:
+        """Return the pixels of the driving video or of the first image; None without either."""
+        path = prepared.asked.image_path
         if self.drive_video is not None:
-            pixels = video_pixels(self.drive_video, "--drive_video", *size, prepared.frames)
-        elif path is not None:
-            crf = RELEASES[self.version].crf if self.image_crf is None else self.image_crf
-            pixels = image_pixels(path, *size, crf=crf)
-        else:
-            return {0: found} if found else {}
-        return {0: {FIRST: vae.encode(pixels.to(vae.device)).float().cpu(), **found}}
+            return video_pixels(
+                self.drive_video,
+                "--drive_video",
+                width=prepared.width,
+                height=prepared.height,
+                frames=prepared.frames,
+            )
+        if path is None:
+            return None
+        crf = RELEASES[self.version].crf if self.image_crf is None else self.image_crf
+        return image_pixels(path, prepared.width, prepared.height, crf=crf)
 
     def sections(
         self,
@@ -387,10 +490,10 @@ class Ltx2(Ltx2Media):
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
         """Yield the sections. Noise is drawn for video, then for sound, then for references."""
-        made = self._plain_sections(prepared, prompts, inputs, noise)
+        sections = self._plain_sections(prepared, prompts, inputs, noise)
         if self.reference_strength < 1:
-            made = with_noisy_references(made, self.reference_strength, prepared.joint, noise)
-        return (yield from made)
+            sections = with_noisy_references(sections, self.reference_strength, prepared.joint, noise)
+        return (yield from sections)
 
     def _plain_sections(
         self,
@@ -399,14 +502,16 @@ class Ltx2(Ltx2Media):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        def draw(made: Prepared) -> Tensor:
-            joint = made.joint
+        def draw(stage: Prepared) -> Tensor:
+            joint = stage.joint
             if joint is None:
-                return noise.draw(self.latent.shape(made.frames, made.height, made.width))
-            return joint.join(*(noise.draw((1, *shape)) for shape in (joint.picture, joint.sound)))
+                return noise.draw(self.latent.shape(stage.frames, stage.height, stage.width))
+            picture = noise.draw((1, *joint.picture))
+            sound = noise.draw((1, *joint.sound))
+            return joint.join(picture, sound)
 
-        def begin(made: Prepared, number: int, start: Tensor) -> Section:
-            conditions = {**inputs.get(number, {}), FPS: torch.tensor([round(1000 * made.fps)])}
+        def begin(stage: Prepared, number: int, start: Tensor) -> Section:
+            conditions = {**inputs.get(number, {}), FPS: torch.tensor([round(1000 * stage.fps)])}
             first = conditions.pop(FIRST, None)
             section = prompts[0].section(start, conditions)
             if isinstance(first, Tensor):
@@ -415,13 +520,27 @@ class Ltx2(Ltx2Media):
 
         if self.stages is None or not prepared.stages:  # one stage of two is rehearsed by itself
             return (yield begin(prepared, 0, draw(prepared)))
-        larger = partial(
+        enlarge_clip = partial(
             enlarge,
             upscalers=self.stages.upscalers,
             vae=self.files.vae_path,
             dtype=self.vae_dtype,
         )
-        return (yield from stage_sections(prepared, draw, begin, larger, noise))
+        sections = stage_sections(
+            prepared,
+            draw=draw,
+            begin=begin,
+            enlarge=enlarge_clip,
+            noise=noise,
+        )
+        return (yield from sections)
+
+
+def _name_texts(conditions: Conditions, device: torch.device) -> dict[str, Tensor]:
+    """Return the texts that the conditions have, under the names of the network's arguments."""
+    names = {"text": prompt_key(VIDEO), "sound_text": prompt_key(AUDIO)}
+    present = {argument: name for argument, name in names.items() if name in conditions}
+    return name_texts(conditions, present, device)
 
 
 def family_for_latent_caching(options: Ltx2LatentCachingOptions) -> Ltx2:
@@ -442,40 +561,44 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
     check_version(files, options)
     is_alone = not files.has_pictures  # pictures then hold a place, and the noise level goes by the sound
     if is_alone:
-        tell_ignored(options, options.references, options.guidance)
+        log_ignored(options, options.references, options.guidance)
     learning = rules.SoundLearning(
         options.video_loss_weight,
         options.audio_loss_weight,
         options.independent_audio_timestep or is_alone,
         rules.PICTURE_STREAM if is_alone else GIVEN[options.ltx2_train_direction],
     )
-    dropped = 1 - options.ic_lora_ref_probability
-    edits = dropped > 0 or "v2v" in (options.lora_target_preset, options.ic_lora_strategy)
-    references = replace(rules_of(options.references), dropped=dropped, edits=edits)
     noise = replace(
         NOISE,
         first_frame_probability=options.first_frame_probability,
         shifted_logit=shifted_logit(options.sigmas, files),
     )
+    takes_references = options.ic_lora_strategy != "none" and not is_alone
     return Ltx2(
         files,
-        options.guidance,
-        noise,
-        replace(DIT, lora_choice=LORA_PRESETS[options.lora_target_preset]),
-        learning,
-        (options.width, options.height, options.sample_num_frames),
+        guidance=options.guidance,
+        noise=noise,
+        dit=replace(DIT, lora_choice=LORA_PRESETS[options.lora_target_preset]),
+        sound_learning=learning,
+        size=(options.width, options.height, options.sample_num_frames),
         makes_sound=not options.silent,
         stages=two_stages(options.stages),
         options=options,
-        references=None if options.ic_lora_strategy == "none" or is_alone else references,
+        references=_training_references(options) if takes_references else None,
     )
+
+
+def _training_references(options: Ltx2TrainingOptions) -> rules.ReferenceRules:
+    dropped = 1 - options.ic_lora_ref_probability
+    edits = dropped > 0 or "v2v" in (options.lora_target_preset, options.ic_lora_strategy)
+    return replace(rules_of(options.references), dropped=dropped, edits=edits)
 
 
 def family_for_generation(options: Ltx2GenerationOptions) -> Ltx2:
     """Describe the family for ltx2_generate_video.py."""
     streams = (VIDEO,) if options.silent else options.streams
     if VIDEO not in streams:
-        tell_ignored(options, options.guidance)
+        log_ignored(options, options.guidance)
     return Ltx2(
         files_of(options, streams),
         options.guidance,

@@ -99,10 +99,11 @@ class Ltx2Files(TransformerFiles):
     def has_pictures(self) -> bool:
         return VIDEO in self.streams
 
-    def _part(self, given: Path | None, option: str, folder: str, what: str) -> Path:
-        found = require_file(given or self.checkpoint, option if given else RELEASED, what, CHECKPOINT)
-        path = inside(found, folder)
-        if given is None and folder in APART and read_once(path, _lacks, f"{folder}."):
+    def _part(self, part: Path | None, option: str, folder: str, what: str) -> Path:
+        """Return the file of a part: the one that is given to its option, else the released one."""
+        release = require_file(part or self.checkpoint, option if part else RELEASED, what, CHECKPOINT)
+        path = inside(release, folder)
+        if part is None and folder in APART and read_once(path, _lacks, f"{folder}."):
             raise OptionError(
                 f"{RELEASED} {path} has a transformer, but not this part, which LTX-2.5 has in a file of its "
                 f"own. Give {APART[folder]} to {option}: {what}"
@@ -117,8 +118,12 @@ class Ltx2Files(TransformerFiles):
 
     def load_dit(self, placement: Placement) -> LtxModel:
         """Load the transformer; for one stream alone, without the other's layers."""
-        wanted = SOUND_ALONE if not self.has_pictures else FORMAT if self.has_sound else SILENT
-        network: LtxModel = wanted.load(self.dit_path, with_dtype(placement, self.dit_dtype))
+        dit_format = FORMAT
+        if not self.has_pictures:
+            dit_format = SOUND_ALONE
+        elif not self.has_sound:
+            dit_format = SILENT
+        network: LtxModel = dit_format.load(self.dit_path, with_dtype(placement, self.dit_dtype))
         return network
 
     # the autoencoders
@@ -174,22 +179,26 @@ class Ltx2Files(TransformerFiles):
         if not self.has_sound:
             return None
         try:
-            told: Settings = read_once(self.sound_path("audio_vae"), _read_sound_vae)
+            settings: Settings = read_once(self.sound_path("audio_vae"), _read_sound_vae)
         except OptionError:  # a training from caches needs no VAE
-            told = SOUND_SETTINGS
+            settings = SOUND_SETTINGS
             self._check_usual_sound()
-        shape = partial(sound_shape, told["latent_channels"], told["mel_bins"] // JOINED)
-        alone = not self.has_pictures
-        return SoundSpec(RATE, told["in_channels"], shape, without="--ltx2_mode video", is_alone=alone)
+        return SoundSpec(
+            RATE,
+            settings["in_channels"],
+            partial(sound_shape, settings["latent_channels"], settings["mel_bins"] // JOINED),
+            without="--ltx2_mode video",
+            is_alone=not self.has_pictures,
+        )
 
     def _check_usual_sound(self) -> None:
         """Raise OptionError if the transformer takes other sound than the releases' VAEs make."""
-        taken = None if self.dit is None else self.dit_header().config.sound
-        made = SOUND_SETTINGS["latent_channels"] * SOUND_SETTINGS["mel_bins"] // JOINED
-        if taken is not None and taken.channels != made:
+        stream = None if self.dit is None else self.dit_header().config.sound
+        usual = SOUND_SETTINGS["latent_channels"] * SOUND_SETTINGS["mel_bins"] // JOINED
+        if stream is not None and stream.channels != usual:
             raise OptionError(
-                f"{AUDIO_VAE}: {self.dit_path} takes sound of {taken.channels} channels, those of the "
-                f"releases have {made}. Give the file of its sound's VAE"
+                f"{AUDIO_VAE}: {self.dit_path} takes sound of {stream.channels} channels, those of the "
+                f"releases have {usual}. Give the file of its sound's VAE"
             )
 
     def sound_identity(self) -> dict[str, str]:
@@ -221,19 +230,19 @@ class Ltx2Files(TransformerFiles):
                     f"{near} is of LTX-2.5, whose texts Gemma 4 encodes. Give {gemma_4.FILE} to "
                     f"{gemma_4.OPTION}"
                 )
-            found = require_file(self.gemma, "--gemma_root", "Gemma 3 encodes the prompts", GEMMA)
-            gemma = inside(found, "text_encoder")
+            folder = require_file(self.gemma, "--gemma_root", "Gemma 3 encodes the prompts", GEMMA)
+            gemma = inside(folder, "text_encoder")
         connectors = self._part(apart, gemma_4.OPTION, "connectors", "it joins texts")
         gemma_4.check_version(connectors, gemma)
         return Ltx2TextEncoder(
             gemma,
             connectors,
-            self.beside(self.text_dtype),
-            self.tokenizer,
-            self.text_form,
-            self.text_on_cpu,
-            self.streams,
-            gemma_4.GEMMA_4_USE if read_once(gemma, gemma_4.is_gemma_4) else GEMMA_USE,
+            dtype=self.beside(self.text_dtype),
+            tokenizer=self.tokenizer,
+            form=self.text_form,
+            on_cpu=self.text_on_cpu,
+            streams=self.streams,
+            use=gemma_4.GEMMA_4_USE if read_once(gemma, gemma_4.is_gemma_4) else GEMMA_USE,
         )
 
     def text_encoders(self) -> list[TextEncoder]:
@@ -255,8 +264,9 @@ class Ltx2Files(TransformerFiles):
         widths = dict(zip(config.streams, (VIDEO, AUDIO), strict=False)) if config is not None else {}
         for names, stream in widths.items():
             if config is not None and stream in self.streams:
-                taken, made = config.streams[names].text_dim, connectors[stream].dim
-                check_state_width(RELEASED, encoder.connectors, made, self.dit, taken, FILES)
+                text_dim = config.streams[names].text_dim
+                width = connectors[stream].dim
+                check_state_width(RELEASED, encoder.connectors, width, self.dit, text_dim, FILES)
 
     def check_cached_texts(self, batch: Batch) -> tuple[str, ...]:
         """Return the names of the texts that the transformer needs.
@@ -264,25 +274,27 @@ class Ltx2Files(TransformerFiles):
         Raises CacheError if texts or sound are missing, or texts are of another release.
         """
         config = self.dit_header().config
-        widths = dict(zip((VIDEO, AUDIO), (one.text_dim for one in config.streams.values()), strict=False))
+        text_dims = [stream.text_dim for stream in config.streams.values()]
+        widths = dict(zip((VIDEO, AUDIO), text_dims, strict=False))
         needed = {prompt_key(stream): widths[stream] for stream in self.streams}
         if not self.has_pictures and SOUND not in batch.tensors:
             raise CacheError(
                 f"{batch.keys[0]}: it has no sound, and --ltx2_mode audio learns nothing else. Leave it out"
             )
-        for made in batch.made_by if self.has_pictures else ():
-            if made.part == LATENTS_MADE and made.encoder == NO_PICTURES:
+        for cache in batch.made_by if self.has_pictures else ():
+            if cache.part == LATENTS_MADE and cache.encoder == NO_PICTURES:
                 raise CacheError(
-                    f"{made.path}: it was cached with --ltx2_mode audio and has no pictures. Cache again, or "
-                    "train, with the mode of the other"
+                    f"{cache.path}: it was cached with --ltx2_mode audio and has no pictures. Cache again, "
+                    "or train, with the mode of the other"
                 )
         batch.check(dict.fromkeys(needed, TEXTS_AGAIN), "the transformer")
         batch.check_widths(needed, self.dit_path, f"{TEXTS_AGAIN} and its release")
-        for made in batch.made_by:  # caches of other tools have no records
-            if made.part == GEMMA_USE.name and ("gemma4" in made.encoder) != (config.kind == "2.5"):
-                other = "LTX-2.5 (Gemma 4)" if "gemma4" in made.encoder else "LTX-2.3 or 2.0 (Gemma 3)"
+        for cache in batch.made_by:  # caches of other tools have no records
+            is_gemma_4 = "gemma4" in cache.encoder
+            if cache.part == GEMMA_USE.name and is_gemma_4 != (config.kind == "2.5"):
+                release = "LTX-2.5 (Gemma 4)" if is_gemma_4 else "LTX-2.3 or 2.0 (Gemma 3)"
                 raise CacheError(
-                    f"{made.path}: the caption was encoded for {other}, {self.dit_path} is of "
+                    f"{cache.path}: the caption was encoded for {release}, {self.dit_path} is of "
                     f"LTX-{config.kind}. Cache again with {TEXTS_AGAIN} and its release."
                 )
         return tuple(needed)
@@ -320,12 +332,12 @@ def files_of(options: Ltx2TransformerOptions, streams: tuple[str, ...]) -> Ltx2F
 
 def check_version(files: Ltx2Files, options: Ltx2TrainingOptions) -> None:
     """Compare --ltx_version with the file. If they differ, warn or raise OptionError, as options say."""
-    found, said = files.dit_header().config.kind, options.ltx_version
-    said = said or found
-    message = f"--ltx_version {said}: {files.dit_path} is of version {found}. Give --ltx_version {found}"
-    if found != said and options.ltx_version_check_mode == "error":
+    version = files.dit_header().config.kind
+    typed = options.ltx_version or version
+    message = f"--ltx_version {typed}: {files.dit_path} is of version {version}. Give --ltx_version {version}"
+    if version != typed and options.ltx_version_check_mode == "error":
         raise OptionError(message)
-    if found != said and options.ltx_version_check_mode == "warn":
+    if version != typed and options.ltx_version_check_mode == "warn":
         logger.warning("%s", message)
 
 

@@ -24,41 +24,50 @@ CONFIG = "gemma_config"  # metadata of its file
 
 
 def read_settings(
-    told: Mapping[str, Any], num_layers: int, head_width: int, shapes: Mapping[str, tuple[int, ...]]
+    settings: Mapping[str, Any], num_layers: int, head_width: int, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Any]:
     """Return settings of transformers' Gemma4UnifiedTextConfig: `LanguageModel.read_settings`.
 
     Layers without a value projection see all tokens, have wider heads, and use their keys as values. Raises
     ValueError or TypeError for impossible values, and for another pattern of layers.
     """
-    layers = [NEAR if f"layers.{n}.self_attn.v_proj.weight" in shapes else FAR for n in range(num_layers)]
-    rope = told.get("rope_parameters") or {}
-    far, near = rope.get(FAR) or {}, rope.get(NEAR) or {}
-    theta, near_theta = float(far.get("rope_theta", THETA)), float(near.get("rope_theta", NEAR_THETA))
-    share = float(far.get("partial_rotary_factor", 0.25))
-    window = int(told.get("sliding_window", WINDOW))
-    kinds = far.get("rope_type", "proportional"), near.get("rope_type", "default")
-    if kinds != ("proportional", "default") or not all(0 < x < math.inf for x in (theta, near_theta, window)):
+    layers = []
+    for number in range(num_layers):
+        has_values = f"layers.{number}.self_attn.v_proj.weight" in shapes
+        layers.append(NEAR if has_values else FAR)
+    rope = settings.get("rope_parameters") or {}
+    far = rope.get(FAR) or {}
+    near = rope.get(NEAR) or {}
+    theta = float(far.get("rope_theta", THETA))
+    near_theta = float(near.get("rope_theta", NEAR_THETA))
+    rotated_share = float(far.get("partial_rotary_factor", 0.25))
+    window = int(settings.get("sliding_window", WINDOW))
+    kinds = (far.get("rope_type", "proportional"), near.get("rope_type", "default"))
+    are_finite = all(0 < number < math.inf for number in (theta, near_theta, window))
+    if kinds != ("proportional", "default") or not are_finite:
         raise ValueError(f"rotary frequencies {rope}, sliding_window {window}")
-    if not 0 < share <= 1 or layers != list(told.get("layer_types") or layers)[:num_layers]:
-        raise ValueError(f"partial_rotary_factor {share}, layer_types {told.get('layer_types')} for {layers}")
+    layer_types = settings.get("layer_types")
+    if not 0 < rotated_share <= 1 or layers != list(layer_types or layers)[:num_layers]:
+        raise ValueError(f"partial_rotary_factor {rotated_share}, layer_types {layer_types} for {layers}")
     if layers[-1] != FAR:
         raise ValueError(f"{num_layers} layers, of which the last one sees a window of tokens")
-    start = f"layers.{layers.index(FAR)}.self_attn"
-    (width,) = shapes.get(f"{start}.q_norm.weight", (0,))
-    rows = shapes.get(f"{start}.k_proj.weight", (0,))[0]
+    far_layer = f"layers.{layers.index(FAR)}.self_attn"
+    (width,) = shapes.get(f"{far_layer}.q_norm.weight", (0,))
+    rows = shapes.get(f"{far_layer}.k_proj.weight", (0,))[0]
     if width < 2 or rows < width or rows % width:
         raise ValueError(f"{rows} rows of keys for heads of {width} channels")
+    far_rope = {
+        "rope_type": "proportional",
+        "partial_rotary_factor": rotated_share,
+        "rope_theta": theta,
+    }
     return {
         "layer_types": layers,
         "global_head_dim": width,
         "num_global_key_value_heads": rows // width,
         "attention_k_eq_v": True,
         "sliding_window": window,
-        "rope_parameters": {
-            NEAR: {"rope_type": "default", "rope_theta": near_theta},
-            FAR: {"rope_type": "proportional", "partial_rotary_factor": share, "rope_theta": theta},
-        },
+        "rope_parameters": {NEAR: {"rope_type": "default", "rope_theta": near_theta}, FAR: far_rope},
     }
 
 
@@ -105,11 +114,11 @@ def _own_version(checkpoint: Checkpoint) -> str | None:
 
 def _version(checkpoint: Checkpoint, key: str) -> str | None:
     try:
-        told = parse_json(checkpoint.metadata[key]) if key in checkpoint.metadata else {}
-        if not told and key == CONFIG:
-            told = config_beside(checkpoint.path)[1] or {}
-        found = told.get("gemma_version")
-        return None if found is None else str(found)
+        settings = parse_json(checkpoint.metadata[key]) if key in checkpoint.metadata else {}
+        if not settings and key == CONFIG:
+            settings = config_beside(checkpoint.path)[1] or {}
+        version = settings.get("gemma_version")
+        return None if version is None else str(version)
     except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{checkpoint.path}: {key} in its metadata cannot be read ({error}). Copy the file again.",
@@ -119,10 +128,11 @@ def _version(checkpoint: Checkpoint, key: str) -> str | None:
 
 def check_version(transformer: Path, gemma: Path) -> None:
     """Raise CheckpointError if the transformer's file says that it was trained with another Gemma."""
-    wanted, found = read_once(transformer, wanted_gemma), read_once(gemma, _own_version)
-    if wanted is not None and found != wanted:
+    trained_with = read_once(transformer, wanted_gemma)
+    version = read_once(gemma, _own_version)
+    if trained_with is not None and version != trained_with:
         raise CheckpointError(
-            f"{gemma} is not the Gemma of LTX-2.5: {transformer} was trained with {wanted}, this is "
-            f"{found or 'one that does not say which it is'}. Give {FILE} to {OPTION}.",
+            f"{gemma} is not the Gemma of LTX-2.5: {transformer} was trained with {trained_with}, this is "
+            f"{version or 'one that does not say which it is'}. Give {FILE} to {OPTION}.",
             gemma,
         )

@@ -9,7 +9,9 @@ of the other one. `blocks` lists the steps in float32.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,31 +52,59 @@ class TimeModulation(nn.Module):
         return rows.unflatten(-1, (self.rows, -1)), time
 
 
+@dataclass(frozen=True)
+class StreamInputs:
+    """What one stream of a forward pass starts from."""
+
+    names: StreamNames
+    latents: Tensor  # B Z F H W of a video, B Z M K of a sound
+    timesteps: Tensor  # B
+    given_frames: int  # latent frames in front that are clean
+    references: LtxReferences
+
+    @property
+    def num_given(self) -> int:
+        """Return the number of tokens in front that have a time of their own: references, given frames."""
+        in_given_frames = self.given_frames * self.latents.shape[-1] * self.latents.shape[-2]
+        return in_given_frames + sum(self.references.counts)
+
+    def dim_references(self) -> tuple[Tensor, Tensor] | None:
+        """Return what dims the attention to references; None if nothing does."""
+        strengths = self.references.strengths
+        if strengths is None:
+            return None
+        return dim_references(strengths, self.references.counts, math.prod(self.latents.shape[2:]))
+
+
 class LtxModel(nn.Module):
-    """Predict the velocities of noisy latents of a video and of its sound, or of one of them."""
+    """Predict the velocities of noisy latents of a video and of its sound, or of one of them.
+
+    Without references, given frames and code that stands around the blocks, for each stream:
+
+        x = patchify_proj(latents.flatten(2).mT)                        # B L C; sound: B M C
+        rows, time = adaln_single(timesteps)                            # B 9 C, B C
+        text = caption_projection(text)                                 # B T C; LTX-2.0 only
+        for block in transformer_blocks:
+            x = x + gate * attn1(modulated(x), modulated(x))            # shifts, scales and gates: rows
+            x = x + gate * attn2(modulated(x), text)
+            x = x + gate * cross_attn(modulated(x), modulated(other_x)) # both streams at the same time
+            x = x + gate * ff(modulated(x))
+        shift, scale = scale_shift_table + time                         # each B C
+        velocity = proj_out(norm_out(x) * (1 + scale) + shift)          # B L Z, returned as B Z F H W
+    """
 
     spec = DIT
+    # files of LoRAs that only some stages of a clip have, and the options that name them; the family sets
+    # them if there are any, for `networks.added.add_stage_loras`
+    stage_files: Sequence[tuple[Path, str]]
 
     def __init__(self, config: LtxConfig, attention: AttentionChoice = SDPA) -> None:
         """attention: passed to `modules.attention.attend`."""
         super().__init__()
         self.config = config
         self.attention = attention
-        for names, one in config.streams.items():
-            prefix, time = names.prefix, partial(TimeModulation, config, one.dim)
-            setattr(self, f"{prefix}patchify_proj", nn.Linear(one.channels, one.dim))
-            if config.projects_text:
-                layers = TwoLayers("linear_1 linear_2", (one.text_dim, one.dim, one.dim), gelu)
-                setattr(self, f"{prefix}caption_projection", layers)
-            setattr(self, f"{prefix}adaln_single", time(9 if config.modulates_text else 6))
-            if config.modulates_text and config.times_text:
-                setattr(self, f"{prefix}prompt_adaln_single", time(2))
-            if len(config.streams) == 2:
-                setattr(self, names.cross_rows, time(4))
-                setattr(self, names.cross_gate, time(1))
-            setattr(self, f"{prefix}scale_shift_table", nn.Parameter(torch.zeros(2, one.dim)))
-            setattr(self, f"{prefix}proj_out", nn.Linear(one.dim, one.channels))
-            setattr(self, f"{prefix}norm_out", Float32LayerNorm(one.dim, EPS))
+        for names in config.streams:
+            self._add_stream(names)
         if config.marks_first and config.shows:
             self.keyframes_abs_pos_embedding = nn.Parameter(torch.zeros(1, config.dim))
         self.transformer_blocks = nn.ModuleList(LtxBlock(config) for _ in range(config.num_layers))
@@ -85,6 +115,27 @@ class LtxModel(nn.Module):
             for names in (VIDEO, SOUND)
             for by_time in (False, True)
         }
+
+    def _add_stream(self, names: StreamNames) -> None:
+        """Add the layers of a stream that are outside the blocks."""
+        config = self.config
+        stream = config.streams[names]
+        dim = stream.dim
+        prefix = names.prefix
+        modulation = partial(TimeModulation, config, dim)
+        setattr(self, f"{prefix}patchify_proj", nn.Linear(stream.channels, dim))
+        if config.projects_text:
+            layers = TwoLayers("linear_1 linear_2", (stream.text_dim, dim, dim), gelu)
+            setattr(self, f"{prefix}caption_projection", layers)
+        setattr(self, f"{prefix}adaln_single", modulation(9 if config.modulates_text else 6))
+        if config.modulates_text and config.times_text:
+            setattr(self, f"{prefix}prompt_adaln_single", modulation(2))
+        if len(config.streams) == 2:
+            setattr(self, names.cross_rows, modulation(4))
+            setattr(self, names.cross_gate, modulation(1))
+        setattr(self, f"{prefix}scale_shift_table", nn.Parameter(torch.zeros(2, dim)))
+        setattr(self, f"{prefix}proj_out", nn.Linear(dim, stream.channels))
+        setattr(self, f"{prefix}norm_out", Float32LayerNorm(dim, EPS))
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -118,22 +169,23 @@ class LtxModel(nn.Module):
         then its own.
         Raises ValueError if sizes do not go together, or for sound if the network has no stream for it.
         """
-        latents = {VIDEO: noisy, SOUND: sound}
-        of_sound = timesteps if sound_timesteps is None else sound_timesteps
-        hidden = Hidden(
-            *self.embed(
-                {names: one for names, one in latents.items() if one is not None},
-                {VIDEO: timesteps, SOUND: of_sound},
-                {VIDEO: text, SOUND: sound_text},
-                fps,
-                has_sound,
-                tweaks,
-                references,
-            )
+        latents = {}
+        if noisy is not None:
+            latents[VIDEO] = noisy
+        if sound is not None:
+            latents[SOUND] = sound
+        hidden = self.embed(
+            latents,
+            timesteps={VIDEO: timesteps, SOUND: timesteps if sound_timesteps is None else sound_timesteps},
+            texts={VIDEO: text, SOUND: sound_text},
+            fps=fps,
+            has_sound=has_sound,
+            tweaks=tweaks,
+            references=references,
         )
         run_blocks(self, hidden, tweaks)
-        made = self.unembed(hidden.x, hidden.tokens)
-        return made.get(VIDEO), made.get(SOUND)
+        velocities = self.unembed(hidden.x, hidden.tokens)
+        return velocities.get(VIDEO), velocities.get(SOUND)
 
     def embed(
         self,
@@ -144,7 +196,7 @@ class LtxModel(nn.Module):
         has_sound: Tensor | None = None,
         tweaks: Tweaks = NO_TWEAKS,
         references: LtxReferences = NO_REFERENCES,
-    ) -> tuple[Tensor, LtxTokens]:
+    ) -> Hidden:
         """Return the tokens of all streams, B L+M W, and the other inputs of the blocks.
 
         References stand in front of the video's tokens: attention knows no order but that of positions.
@@ -152,140 +204,198 @@ class LtxModel(nn.Module):
         self._check(latents, texts)
         first = next(iter(latents.values()))
         dtype = activation_dtype(first.device, self.compute_dtype)
-        asked = tweaks.texts(len(first), text=texts[VIDEO], sound_text=texts[SOUND])
-        parts, streams, has_cross = {}, {}, len(latents) == 2 and not tweaks.isolated
-        for names, one in latents.items():
-            texts_of = [each["sound_text" if names is SOUND else "text"] for each in asked]
-            if self.config.projects_text:
-                texts_of = list(map(self._part(names, "caption_projection"), texts_of))
-            before = references if names is VIDEO else NO_REFERENCES
-            given = tweaks.given_frames * one.shape[-1] * one.shape[-2] if names is VIDEO else 0
-            given += sum(before.counts)
-            own, share = timesteps[names], before.share
-            parts[names] = self._project(names, one, before, dtype)
-            rows, time = self._embed_times(self._part(names, "adaln_single"), own, given > 0, share)
-            text_rows = cross = heard = None
-            if self.config.modulates_text and not self.config.times_text:
-                text_rows = rows.new_zeros(1, 1, 2, 1)
-            elif self.config.modulates_text:
-                text_rows, _ = self._embed_times(self._part(names, "prompt_adaln_single"), own)
-            if has_cross:  # shifts and scales follow its own times, the gate the other stream's
-                others = timesteps[SOUND if names is VIDEO else VIDEO] * self.config.gate_time
-                cross_rows, _ = self._embed_times(getattr(self, names.cross_rows), own, given > 0, share)
-                gate, _ = self._embed_times(getattr(self, names.cross_gate), others)
-                if names is VIDEO and has_sound is not None:
-                    heard = has_sound.to(rows.device, torch.float32).view(-1, 1, 1)
-                by_time = self._rotation(names, one, fps, True, before)
-                cross = CrossInputs(by_time, cross_rows, gate.squeeze(2), heard)
-            dimmed = None
-            if before.strengths is not None:
-                dimmed = dim_references(before.strengths, before.counts, math.prod(one.shape[2:]))
-            streams[names] = Stream(
-                self._rotation(names, one, fps, False, before),
-                tuple(each.to(dtype) for each in texts_of),
-                rows,
-                time,
-                text_rows,
-                given,
-                cross,
-                dimmed=dimmed,
+        prompts = tweaks.texts(len(first), text=texts[VIDEO], sound_text=texts[SOUND])
+        sees_other = len(latents) == 2 and not tweaks.isolated
+        parts, streams = {}, {}
+        for names, stream_latents in latents.items():
+            is_video = names is VIDEO
+            inputs = StreamInputs(
+                names,
+                stream_latents,
+                timesteps=timesteps[names],
+                given_frames=tweaks.given_frames if is_video else 0,
+                references=references if is_video else NO_REFERENCES,
             )
-        grid = tuple(latents[VIDEO].shape[2:]) if VIDEO in latents else ()
-        bins = latents[SOUND].shape[3] if SOUND in latents else 0
-        how = self.attention, tweaks.steer
-        tokens = LtxTokens(streams, grid, bins, dtype, *how, keeps_references=references.share > 0)
-        return tokens.join(parts), tokens
+            stream_texts = self._embed_texts(
+                names, [prompt["text" if is_video else "sound_text"] for prompt in prompts]
+            )
+            parts[names] = self._project(inputs, dtype)
+            rows, time = self._embed_times(self._part(names, "adaln_single"), inputs)
+            text_rows = self._embed_text_times(inputs, rows)
+            cross = None
+            if sees_other:
+                other_times = timesteps[SOUND if is_video else VIDEO]
+                influence = has_sound if is_video else None
+                cross = self._embed_cross(inputs, other_times, influence, fps)
+            streams[names] = Stream(
+                rotary=self._rotation(inputs, fps, by_time=False),
+                texts=tuple(text.to(dtype) for text in stream_texts),
+                rows=rows,
+                time=time,
+                text_rows=text_rows,
+                num_given=inputs.num_given,
+                cross=cross,
+                dimmed=inputs.dim_references(),
+            )
+        tokens = LtxTokens(
+            streams,
+            grid=tuple(latents[VIDEO].shape[2:]) if VIDEO in latents else (),
+            bins=latents[SOUND].shape[3] if SOUND in latents else 0,
+            dtype=dtype,
+            attention=self.attention,
+            combine=tweaks.steer,
+            keeps_references=references.share > 0,
+        )
+        return Hidden(tokens.join(parts), tokens)
 
-    def _project(
-        self, names: StreamNames, latents: Tensor, before: LtxReferences, dtype: torch.dtype
-    ) -> Tensor:
+    def _embed_texts(self, names: StreamNames, texts: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return the texts of a stream as attention sees them, each B T C."""
+        if not self.config.projects_text:
+            return texts
+        layer = self._part(names, "caption_projection")
+        return [layer(text) for text in texts]
+
+    def _embed_text_times(self, inputs: StreamInputs, rows: Tensor) -> Tensor | None:
+        """Return shift and scale of a stream's text, B 1 2 C; zeros if no time changes them.
+
+        rows: of the stream, for their dtype and device. Returns None if texts are not modulated.
+        """
+        if not self.config.modulates_text:
+            return None
+        if not self.config.times_text:
+            return rows.new_zeros(1, 1, 2, 1)
+        text_rows, _ = self._part(inputs.names, "prompt_adaln_single")(inputs.timesteps)
+        return text_rows.unsqueeze(1)
+
+    def _embed_cross(
+        self, inputs: StreamInputs, other_times: Tensor, influence: Tensor | None, fps: Fps
+    ) -> CrossInputs:
+        """Return what a stream needs to see the other one.
+
+        Shifts and scales follow its own times, the gate the other stream's. influence: B bool, whether the
+        other stream has any; None: it has.
+        """
+        rows, _ = self._embed_times(getattr(self, inputs.names.cross_rows), inputs)
+        gate, _ = getattr(self, inputs.names.cross_gate)(other_times * self.config.gate_time)
+        if influence is not None:
+            influence = influence.to(rows.device, torch.float32).view(-1, 1, 1)
+        rotary = self._rotation(inputs, fps, by_time=True)
+        return CrossInputs(rotary, rows, gate, influence)
+
+    def _project(self, inputs: StreamInputs, dtype: torch.dtype) -> Tensor:
         """Return the tokens of a stream before any block, B L W, those of references in front."""
+        names, latents, references = inputs.names, inputs.latents, inputs.references
         # B F*H*W Z of a video's latents, B M Z*K of a sound's
         flat = latents.flatten(2).mT if names is VIDEO else latents.transpose(1, 2).flatten(2)
-        if before.latents:
-            flat = torch.cat([*(each.flatten(2).mT for each in before.latents), flat], dim=1)
+        if references.latents:
+            in_front = [reference.flatten(2).mT for reference in references.latents]
+            flat = torch.cat([*in_front, flat], dim=1)
         tokens = in_own_dtype(self._part(names, "patchify_proj"), flat).to(dtype)
         if names is not VIDEO or not self.config.marks_first:
             return tokens
-        return self._mark_first(tokens, sum(before.counts), latents.shape[-1] * latents.shape[-2])
+        return self._mark_first(tokens, sum(references.counts), latents.shape[-1] * latents.shape[-2])
 
     def unembed(self, x: Tensor, tokens: LtxTokens) -> dict[StreamNames, Tensor]:
         """Turn tokens B L+M W into the velocities of the streams, as their latents came, in float32."""
-        made = {}
-        for names, one in tokens.split(x).items():
+        velocities = {}
+        for names, stream_x in tokens.split(x).items():
             stream = tokens.streams[names]
             table = self._part(names, "scale_shift_table").float()
             shift, scale = (table + stream.time.unsqueeze(2)).unbind(2)  # each B S C
-            h = modulate(self._part(names, "norm_out")(one), shift, scale, tokens.dtype, stream.given)
+            normed = self._part(names, "norm_out")(stream_x)
+            h = modulate(normed, shift, scale, tokens.dtype, split=stream.num_given)
             out = in_own_dtype(self._part(names, "proj_out"), h).float()
-            if names is VIDEO and tokens.keeps_references:
-                made[names] = out.mT
-                continue
-            if stream.given:
-                out = torch.cat([torch.zeros_like(out[:, : stream.given]), out[:, stream.given :]], dim=1)
-            if names is VIDEO:
-                out = out[:, -math.prod(tokens.grid) :]  # without references
-                made[names] = out.transpose(1, 2).unflatten(2, tokens.grid)
-            else:
-                made[names] = out.unflatten(2, (-1, tokens.bins)).transpose(1, 2)
-        return made
+            velocities[names] = _shape_velocity(out, names, tokens)
+        return velocities
 
     def _mark_first(self, x: Tensor, before: int, count: int) -> Tensor:
         """Mark the `count` tokens of x, B L C, of the latent frame that shows one frame of pixels.
 
         before: number of tokens of references in front, which are not marked.
         """
-        first, marked, rest = x.split([before, count, x.shape[1] - before - count], dim=1)
-        return torch.cat([first, marked + self.keyframes_abs_pos_embedding.to(x.dtype), rest], dim=1)
+        in_front, first, behind = x.split([before, count, x.shape[1] - before - count], dim=1)
+        return torch.cat([in_front, first + self.keyframes_abs_pos_embedding.to(x.dtype), behind], dim=1)
 
     def _part(self, names: StreamNames, name: str) -> Any:
         return getattr(self, names.prefix + name)
 
-    def _embed_times(
-        self, layer: nn.Module, timesteps: Tensor, has_given: bool = False, share: float = 0.0
-    ) -> tuple[Tensor, Tensor]:
-        """Return rows, B S R C, and times, B S C; with given frames S is 2, these first: `share` of it."""
-        if not has_given:
+    def _embed_times(self, layer: nn.Module, inputs: StreamInputs) -> tuple[Tensor, Tensor]:
+        """Return rows, B S R C, and times, B S C, of the layer.
+
+        If tokens in front have a time of their own, S is 2, theirs first: the references' share of the
+        timestep, which is 0 if they are clean.
+        """
+        timesteps, share = inputs.timesteps, inputs.references.share
+        if inputs.num_given == 0:
             rows, time = layer(timesteps)
             return rows.unsqueeze(1), time.unsqueeze(1)
-        count = len(timesteps)
-        both = layer(torch.cat([timesteps, timesteps * share if share else timesteps.new_zeros(1)]))
-        rows, time = (torch.stack([one[count:].expand_as(one[:count]), one[:count]], dim=1) for one in both)
-        return rows, time
+        given_times = timesteps * share if share else timesteps.new_zeros(1)
+        rows, time = layer(torch.cat([timesteps, given_times]))
+        return _pair_times(rows, len(timesteps)), _pair_times(time, len(timesteps))
 
-    def _rotation(
-        self,
-        names: StreamNames,
-        latents: Tensor,
-        fps: Fps,
-        by_time: bool,
-        references: LtxReferences,
-    ) -> Tensor:
+    def _rotation(self, inputs: StreamInputs, fps: Fps, by_time: bool) -> Tensor:
+        """Return the rotations of a stream's tokens, L N D/2 2, or B L N D/2 2 if samples differ in fps.
+
+        by_time: for the attention between the streams, by time alone.
+        """
+        names, latents, references = inputs.names, inputs.latents, inputs.references
         width = self.config.cross_dim if by_time else self.config.streams[names].dim
         if names is SOUND:
-            places: tuple[Places, ...] = (Places(width, (latents.shape[2],), (), by_time),)
-        else:
-            given = fps.tolist() if isinstance(fps, Tensor) else fps
-            each = (given,) if isinstance(given, (int, float)) else tuple(given)
-            rates = each if len(set(each)) > 1 else each[:1]
-            shown = references.latents
-            factors = [(latents.shape[-1] // one.shape[-1], references.time) for one in shown]
-            factors.append((1, 1))
-            grids = [tuple(one.shape[2:]) for one in (*shown, latents)]
-            both = zip(grids, factors, strict=True)
-            places = tuple(Places(width, grid, rates, by_time, factor) for grid, factor in both)
-        return self._rotary[names, by_time].of(places, latents.device)
+            return self._rotary[names, by_time].of(
+                (Places(width, (latents.shape[2],), by_time=by_time),), latents.device
+            )
+        rates = _distinct_rates(fps)
+        places = []
+        for reference in references.latents:
+            factors = (latents.shape[-1] // reference.shape[-1], references.time)
+            places.append(
+                Places(width, tuple(reference.shape[2:]), fps=rates, by_time=by_time, factors=factors)
+            )
+        places.append(Places(width, tuple(latents.shape[2:]), fps=rates, by_time=by_time))
+        return self._rotary[names, by_time].of(tuple(places), latents.device)
 
     def _check(self, latents: dict[StreamNames, Tensor], texts: dict[StreamNames, Tensor | None]) -> None:
         if not latents:
             raise ValueError("neither latents of a video nor of sound are given")
-        for names, one in latents.items():
+        for names, stream_latents in latents.items():
             what = "sound" if names is SOUND else "video"
             config = self.config.streams.get(names)
             if config is None:
                 raise ValueError(f"{what} is given, but the network was loaded without the stream for it")
             if texts[names] is None:
                 raise ValueError(f"the text for the {what} is missing")
-            numbers = one.shape[1] if names is VIDEO else one.shape[1] * one.shape[3]
+            numbers = stream_latents.shape[1]
+            if names is SOUND:
+                numbers *= stream_latents.shape[3]
             if numbers != config.channels:
                 raise ValueError(f"{numbers} numbers in a token of {what}, the model takes {config.channels}")
+
+
+def _shape_velocity(out: Tensor, names: StreamNames, tokens: LtxTokens) -> Tensor:
+    """Return the velocity of a stream as its latents came, from tokens B L Z.
+
+    Given tokens have the velocity 0. Those of references are cut off, unless they are wanted too: then the
+    result is B Z L.
+    """
+    if names is VIDEO and tokens.keeps_references:
+        return out.mT
+    num_given = tokens.streams[names].num_given
+    if num_given:
+        out = torch.cat([torch.zeros_like(out[:, :num_given]), out[:, num_given:]], dim=1)
+    if names is SOUND:
+        return out.unflatten(2, (-1, tokens.bins)).transpose(1, 2)
+    out = out[:, -math.prod(tokens.grid) :]  # without references
+    return out.transpose(1, 2).unflatten(2, tokens.grid)
+
+
+def _pair_times(rows: Tensor, batch: int) -> Tensor:
+    """Return B 2 ... of the outputs of B timesteps, and in front those of given tokens, which follow them."""
+    of_timesteps, of_given = rows[:batch], rows[batch:]
+    return torch.stack([of_given.expand_as(of_timesteps), of_timesteps], dim=1)
+
+
+def _distinct_rates(fps: Fps) -> tuple[float, ...]:
+    """Return the frames a second of each sample; a single number if all have the same."""
+    numbers = fps.tolist() if isinstance(fps, Tensor) else fps
+    rates = (numbers,) if isinstance(numbers, (int, float)) else tuple(numbers)
+    return rates if len(set(rates)) > 1 else rates[:1]

@@ -156,5 +156,5 @@ class Ltx2GuidanceOptions(Options, title="guidance of both streams"):
     )
 
     def rescaling(self, stream: str) -> float | None:
-        own = self.video_rescale_scale if stream == VIDEO else self.audio_rescale_scale
-        return self.rescale_scale if own is None else own
+        of_stream = self.video_rescale_scale if stream == VIDEO else self.audio_rescale_scale
+        return self.rescale_scale if of_stream is None else of_stream

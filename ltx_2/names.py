@@ -17,8 +17,12 @@ ENTRY = FamilyEntry(
 
 # LTX-2, video and sound. Layers of blocks have the same names in diffusers, but for norms
 _LTX_ATTENTIONS = (
-    *("attn1", "attn2", "audio_attn1", "audio_attn2"),
-    *("audio_to_video_attn", "video_to_audio_attn"),
+    "attn1",
+    "attn2",
+    "audio_attn1",
+    "audio_attn2",
+    "audio_to_video_attn",
+    "video_to_audio_attn",
 )
 _LTX_LAYERS = (
     *(
@@ -95,8 +99,14 @@ _LTX_PARAMETERS = (
     *_LTX_REGISTERS,
 )
 _LTX_NUMBERED = (
-    *("attn1", "attn2", "ff", "audio_attn1", "audio_attn2", "audio_ff"),
-    *("audio_to_video_attn", "video_to_audio_attn"),
+    "attn1",
+    "attn2",
+    "ff",
+    "audio_attn1",
+    "audio_attn2",
+    "audio_ff",
+    "audio_to_video_attn",
+    "video_to_audio_attn",
 )
 
 LTX_2 = FamilyNames(

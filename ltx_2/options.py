@@ -51,9 +51,19 @@ _ONE_FILE = "one LoRA file is saved, with the names of --lora_format; convert_lo
 FPS = 24.0  # of the release
 # what is for pictures, or between both streams
 _OF_PICTURES = (
-    *("video_loss_weight", "independent_audio_timestep", "first_frame_probability", "ic_lora_strategy"),
-    *("ic_lora_ref_probability", "reference_downscale", "reference_temporal_scale", "reference_frames"),
-    *("video_cfg_scale", "video_modality_scale", "audio_modality_scale", "video_rescale_scale", "image_crf"),
+    "video_loss_weight",
+    "independent_audio_timestep",
+    "first_frame_probability",
+    "ic_lora_strategy",
+    "ic_lora_ref_probability",
+    "reference_downscale",
+    "reference_temporal_scale",
+    "reference_frames",
+    "video_cfg_scale",
+    "video_modality_scale",
+    "audio_modality_scale",
+    "video_rescale_scale",
+    "image_crf",
 )
 DTYPES = {"bf16": "bfloat16", "fp16": "float16"}  # of --mixed_precision
 
@@ -80,16 +90,15 @@ def _version() -> Any:
     return not_needed("the file says which release it is.", type=str, default="2.3", metavar="VALUE")
 
 
-def tell_ignored(*records: Options) -> None:
+def log_ignored(*records: Options) -> None:
     """Warn of given options that have no effect on sound alone."""
-    given = [
-        f"--{option_name(field)}"
-        for record in records
-        for field in fields(record)
-        if field.name in _OF_PICTURES and is_given(record, field)
-    ]
-    if given:
-        logger.warning("%s: ignored, because sound alone has no pictures", ", ".join(given))
+    ignored = []
+    for record in records:
+        for field in fields(record):
+            if field.name in _OF_PICTURES and is_given(record, field):
+                ignored.append(f"--{option_name(field)}")
+    if ignored:
+        logger.warning("%s: ignored, because sound alone has no pictures", ", ".join(ignored))
 
 
 class Ltx2LatentCachingOptions(Options, title=NAME):
@@ -129,8 +138,8 @@ class Ltx2TextCachingOptions(Options, title=NAME):
     @property
     def text_dtype(self) -> str | None:
         """Return the dtype of the text encoder by name. Raises OptionError if two are asked for."""
-        other = DTYPES.get(self.mixed_precision)
-        return _one_of("text_encoder_dtype", self.text.text_encoder_dtype, other)
+        mixed = DTYPES.get(self.mixed_precision)
+        return _one_of("text_encoder_dtype", self.text.text_encoder_dtype, mixed)
 
     def __post_init__(self) -> None:
         _ = self.text_dtype
@@ -323,48 +332,66 @@ class Ltx2GenerationOptions(Ltx2TransformerOptions, title=NAME):
 
 # options of the known script -> ours
 _SAME = {
-    **{"frame_count": "video_length", "sample_steps": "infer_steps", "cfg_scale": "guidance_scale"},
-    **{"reference_image": "image_path", "frame_rate": "fps", "discrete_flow_shift": "flow_shift"},
+    "frame_count": "video_length",
+    "sample_steps": "infer_steps",
+    "cfg_scale": "guidance_scale",
+    "reference_image": "image_path",
+    "frame_rate": "fps",
+    "discrete_flow_shift": "flow_shift",
 }
 
 _KERNELS = {"flash_attn": "flash", "flash3": "flash3", "sage_attn": "sageattn", "xformers": "xformers"}
 
 
-def settle_generation(shared: T, own: Ltx2GenerationOptions) -> tuple[T, Ltx2GenerationOptions]:
+def settle_generation(shared: T, own_options: Ltx2GenerationOptions) -> tuple[T, Ltx2GenerationOptions]:
     """Move options that the known script names otherwise into the shared record; return both records.
 
     Raises OptionError if an option is given under both names, with two values.
     """
-    known = option_values(shared)
-    usual = {"fps": FPS}
-    typed = dict(known["typed_names"])
-    found: dict[str, Any] = {"typed_names": typed}
-    for theirs, ours in _SAME.items():
-        given = None if known[ours] == usual.get(ours) else known[ours]
-        value = _one_of(ours, given, getattr(own, theirs), theirs)
-        found |= {} if value is None else {ours: value}
-        if getattr(own, theirs) is not None:
-            typed[f"--{ours}"] = f"--{theirs}"
-    kernels = {f"--{flag}": mode for flag, mode in _KERNELS.items() if getattr(own, flag)}
-    if known["attn_mode"] is not None and not (kernels and "attn_mode" in known["by_preset"]):
-        kernels[f"--attn_mode {known['attn_mode']}"] = known["attn_mode"]
+    values = option_values(shared)
+    changes: dict[str, Any] = {"typed_names": dict(values["typed_names"])}
+    for other_name, name in _SAME.items():
+        # a frame rate is always there: the usual one was not typed
+        is_default = name == "fps" and values[name] == FPS
+        shared_value = None if is_default else values[name]
+        other_value = getattr(own_options, other_name)
+        value = _one_of(name, shared_value, other_value, other_name)
+        if value is not None:
+            changes[name] = value
+        if other_value is not None:
+            changes["typed_names"][f"--{name}"] = f"--{other_name}"
+    kernels = _chosen_kernels(values, own_options)
+    changes["attn_mode"] = next(iter(kernels.values()), "torch")
+    if kernels:
+        changes["settings"] = {**values["settings"], "attn_mode": changes["attn_mode"]}
+    if own_options.height is not None:
+        changes["video_size"] = (own_options.height, own_options.width)
+    if own_options.output_name is not None:
+        changes["name_start"] = own_options.output_name
+    mixed = DTYPES.get(own_options.mixed_precision or "")
+    dtype = _one_of("dit_dtype", own_options.dit_dtype, mixed)
+    return override_options(shared, changes), override_options(own_options, {"dit_dtype": dtype})
+
+
+def _chosen_kernels(values: Mapping[str, Any], own_options: Ltx2GenerationOptions) -> dict[str, str]:
+    """Return the attention modes that were chosen, by the option. Raises OptionError if they differ.
+
+    values: of the shared options. A preset's mode gives way to an option of the known script.
+    """
+    kernels = {f"--{flag}": mode for flag, mode in _KERNELS.items() if getattr(own_options, flag)}
+    mode = values["attn_mode"]
+    is_overridden = bool(kernels) and "attn_mode" in values["by_preset"]
+    if mode is not None and not is_overridden:
+        kernels[f"--attn_mode {mode}"] = mode
     if len({GENERATION_VALUES[mode] for mode in kernels.values()}) > 1:
         raise OptionError(f"{' and '.join(kernels)} choose different kernels: give one of them")
-    found["attn_mode"] = next(iter(kernels.values()), "torch")
-    if kernels:
-        found["settings"] = {**known["settings"], "attn_mode": found["attn_mode"]}
-    if own.height is not None:
-        found["video_size"] = (own.height, own.width)
-    if own.output_name is not None:
-        found["name_start"] = own.output_name
-    dtype = _one_of("dit_dtype", own.dit_dtype, DTYPES.get(own.mixed_precision or ""))
-    return override_options(shared, found), override_options(own, {"dit_dtype": dtype})
+    return kernels
 
 
-def _one_of(name: str, ours: Any, theirs: Any, other: str = "mixed_precision") -> Any:
+def _one_of(name: str, ours: Any, theirs: Any, other_name: str = "mixed_precision") -> Any:
     """Return the value that is given, None if neither is. Raises OptionError if both are, and differ."""
     if None not in (ours, theirs) and ours != theirs:
-        raise OptionError(f"--{name} {ours} and --{other} {theirs} mean the same: give one of them")
+        raise OptionError(f"--{name} {ours} and --{other_name} {theirs} mean the same: give one of them")
     return theirs if ours is None else ours
 
 
@@ -395,9 +422,11 @@ def text_encoder_options(options: Ltx2LatentCachingOptions) -> dict[str, Any]:
 def generation_options(options: Ltx2TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
     latents, texts = caching_options(options)
-    reference, example = (sample.get("extra") or {}).get("reference_video"), sample.get("example")
+    reference = (sample.get("extra") or {}).get("reference_video")
+    example = sample.get("example")
     if example is not None:
         reference = next(iter(example.references), None)
+    guidance = {f"--{name}": value for name, value in option_values(options.guidance).items()}
     return {
         **latents,
         # the LoRA says by which factors its references are smaller
@@ -411,5 +440,5 @@ def generation_options(options: Ltx2TrainingOptions, sample: Mapping[str, Any]) 
         "--image_path": sample.get("image_path"),
         "--video_length": sample.get("frames"),
         "--sample_disable_audio": options.silent,
-        **{f"--{name}": value for name, value in option_values(options.guidance).items()},
+        **guidance,
     }

@@ -94,20 +94,20 @@ class Ltx2GivenReferences(Options, title="references (IC-LoRA)"):
     @property
     def strength(self) -> float:
         """Return the strength of all references. Raises OptionError if two are given."""
-        given = self.video_conditioning or ()
+        words = self.video_conditioning or ()  # a file and its strength, in turn
         try:
-            found = {float(word) for word in given[1::2]}
-            if len(given) % 2 or not all(0 <= one <= 1 for one in found):
+            strengths = {float(word) for word in words[1::2]}
+            if len(words) % 2 or not all(0 <= strength <= 1 for strength in strengths):
                 raise ValueError
         except ValueError:
-            said = f"--video-conditioning {' '.join(given)}"
-            raise OptionError(f"{said}: give a file and its strength, from 0 to 1") from None
-        if self.reference_strength != 1 or len(given) < 2 * len(self.paths) or not given:
-            found |= {self.reference_strength}
-        if len(found) > 1:
-            said = " and ".join(f"{one:g}" for one in sorted(found))
-            raise OptionError(f"references of strength {said}: all of a clip have one. Give them the same")
-        return found.pop()
+            typed = f"--video-conditioning {' '.join(words)}"
+            raise OptionError(f"{typed}: give a file and its strength, from 0 to 1") from None
+        if self.reference_strength != 1 or len(words) < 2 * len(self.paths) or not words:
+            strengths.add(self.reference_strength)
+        if len(strengths) > 1:
+            listed = " and ".join(f"{strength:g}" for strength in sorted(strengths))
+            raise OptionError(f"references of strength {listed}: all of a clip have one. Give them the same")
+        return strengths.pop()
 
     @property
     def attention(self) -> tuple[Path | None, float]:
@@ -118,8 +118,8 @@ class Ltx2GivenReferences(Options, title="references (IC-LoRA)"):
             if len(file) > 1 or not 0 <= strength <= 1:
                 raise ValueError
         except ValueError:
-            said = f"--conditioning-attention-mask {' '.join([*file, number])}"
-            raise OptionError(f"{said}: give a strength from 0 to 1, and before it a file or none") from None
+            typed = f"--conditioning-attention-mask {' '.join([*file, number])}"
+            raise OptionError(f"{typed}: give a strength from 0 to 1, and before it a file or none") from None
         return Path(file[0]) if file else None, strength
 
     def __post_init__(self) -> None:

@@ -7,8 +7,8 @@ seconds times the time factor S, less (S - 1) frames. Source: the released code 
 import logging
 import math
 import re
-from collections.abc import Generator, Sequence
-from dataclasses import replace
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -41,6 +41,12 @@ from modules.text_files import texts_of_files
 
 logger = logging.getLogger(__name__)
 STRENGTHS = "reference_strengths"  # condition: by which tokens of references and the video see each other
+# option of generation -> names of the factor in the metadata of LoRAs
+FACTOR_NAMES = {
+    "reference_downscale": SIZE_FACTOR,
+    "reference_temporal_scale": TIME_FACTOR,
+    FRAMES: (FRAMES,),
+}
 
 
 def thin_out(frames: Tensor, rules: ReferenceRules, frame_step: int) -> Tensor:
@@ -48,14 +54,14 @@ def thin_out(frames: Tensor, rules: ReferenceRules, frame_step: int) -> Tensor:
 
     With the time factor S these are 0, 1, 1 + S, 1 + 2S, ..., and 8n + 1 in number.
     """
-    taken = torch.cat([frames[:, :1], frames[:, 1 :: rules.time_factor]], dim=1)
-    return taken[:, : count_taken(frames.shape[1], rules, frame_step)]
+    thinned = torch.cat([frames[:, :1], frames[:, 1 :: rules.time_factor]], dim=1)
+    return thinned[:, : count_taken(frames.shape[1], rules, frame_step)]
 
 
 def count_taken(frames: int, rules: ReferenceRules, frame_step: int) -> int:
     """Return how many of so many frames of a reference are encoded; see `thin_out`."""
-    taken = 1 + len(range(1, frames, rules.time_factor))
-    most = min(taken, rules.frames or taken)
+    count = 1 + len(range(1, frames, rules.time_factor))
+    most = min(count, rules.frames or count)
     return (most - 1) // frame_step * frame_step + 1
 
 
@@ -68,19 +74,19 @@ def check_references(
     """
     for path in paths:
         count = 1 if is_picture(path) else count_frames_up_to(path, frames)
-        taken = count_taken(count, rules, latent.frame_step)
+        needed = count_taken(count, rules, latent.frame_step)
         if mask is None or is_picture(mask):
             continue
-        white = count_frames_up_to(mask, (taken - 1) * rules.time_factor + 1)
-        check_mask_length(mask, count_taken(white, rules, latent.frame_step), taken)
+        mask_frames = count_frames_up_to(mask, (needed - 1) * rules.time_factor + 1)
+        check_mask_length(mask, count_taken(mask_frames, rules, latent.frame_step), needed)
 
 
-def check_mask_length(mask: Path, taken: int, needed: int) -> None:
+def check_mask_length(mask: Path, frames: int, needed: int) -> None:
     """Raise OptionError if too few frames of a mask are taken for those of a reference."""
-    if taken < needed:
+    if frames < needed:
         raise OptionError(
-            f"--conditioning-attention-mask {mask}: {taken} frames are taken of it, {needed} of a reference. "
-            "Give a picture, or a clip as long as the reference"
+            f"--conditioning-attention-mask {mask}: {frames} frames are taken of it, {needed} of a "
+            "reference. Give a picture, or a clip as long as the reference"
         )
 
 
@@ -91,12 +97,12 @@ def reference_key(number: int) -> str:
 def references_of(cond: Conditions) -> tuple[Tensor, ...]:
     """Return the latents of references among conditions, each B C f h w, in their order."""
     names = sorted(name for name in cond if name.startswith(REFERENCE_LATENTS))
-    found = [cond[name] for name in names]
-    return tuple(one for one in found if isinstance(one, Tensor))
+    references = [cond[name] for name in names]
+    return tuple(latents for latents in references if isinstance(latents, Tensor))
 
 
 def join_tokens(references: Sequence[Tensor]) -> Tensor:
-    return torch.cat([one.flatten(2) for one in references], dim=2)  # B C N
+    return torch.cat([latents.flatten(2) for latents in references], dim=2)  # B C N
 
 
 def pack(picture: Tensor, tokens: Tensor) -> Tensor:
@@ -111,6 +117,47 @@ def unpack(packed: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return packed[:, :, :frames], packed[:, :, frames:].flatten(2)[..., :count]
 
 
+@dataclass(frozen=True)
+class DenoisedReferences:
+    """References that are denoised behind the picture, as tokens B C N."""
+
+    clean: Tensor
+    noisy: Tensor
+    strength: float  # how much of themselves they begin with; the rest is noise
+
+    def noisy_like(self, references: Sequence[Tensor]) -> list[Tensor]:
+        """Return the noisy tokens as latents of the shapes of `references`, each B C f h w."""
+        counts = [latents[0, 0].numel() for latents in references]
+        parts = self.noisy.split(counts, dim=2)
+        return [part.unflatten(2, clean.shape[2:]) for part, clean in zip(parts, references, strict=True)]
+
+    def pack_velocity(self, velocity: Tensor, picture: Tensor, sigma: Tensor) -> Tensor:
+        """Return the velocity of the picture with that of the references behind it, as `pack` does.
+
+        velocity: B C N of the references' tokens, then the picture's. picture: B C F H W, for its shape.
+        sigma: B, the picture's noise level.
+        """
+        counts = [self.clean.shape[2], picture[0, 0].numel()]
+        reference_velocity, picture_velocity = velocity.split(counts, dim=2)
+        reference_velocity = velocity_of_references(
+            reference_velocity,
+            noisy=self.noisy,
+            clean=self.clean,
+            strength=self.strength,
+            sigma=sigma,
+        )
+        return pack(picture_velocity.unflatten(2, picture.shape[2:]), reference_velocity)
+
+
+def split_denoised(
+    packed: Tensor, references: Sequence[Tensor], strength: float
+) -> tuple[Tensor, DenoisedReferences]:
+    """Return the noisy picture and the references that are denoised behind it. references: clean latents."""
+    clean = join_tokens(references)
+    picture, noisy = unpack(packed, clean.shape[2])
+    return picture, DenoisedReferences(clean, noisy, strength)
+
+
 def with_noisy_references(
     sections: Generator[Section, Tensor, Tensor], strength: float, joint: Joint | None, noise: NoiseSource
 ) -> Generator[Section, Tensor, Tensor]:
@@ -121,27 +168,39 @@ def with_noisy_references(
     section = next(sections)
     try:
         while True:
-            references = references_of(section.positive)
-            if not references:
-                section = sections.send((yield section))
-                continue
-            joint, tweaks = section.tweaks.joint or joint, section.tweaks
-            start, sound = (section.noise, None) if joint is None else joint.split(section.noise)
-            clean = join_tokens(references).to(start.device)
-            drawn = noise.draw((1, clean.shape[2], clean.shape[1])).to(start.device).mT
-            packed = noisy = pack(start, strength * clean + (1 - strength) * drawn)
-            if joint is not None and sound is not None:
-                both = Joint((packed.shape[1], *packed.shape[2:]), joint.sound)
-                noisy, tweaks = both.join(packed, sound), replace(tweaks, joint=both)
-            made = yield replace(section, noise=noisy, tweaks=tweaks, shown=start.shape[2])
-            if joint is not None and sound is not None:
-                picture, sound = both.split(made)
-                made = joint.join(picture[:, :, : start.shape[2]], sound)
+            if references_of(section.positive):
+                latents = yield from _denoise_with_references(section, strength, joint, noise)
             else:
-                made = made[:, :, : start.shape[2]]
-            section = sections.send(made)
+                latents = yield section
+            section = sections.send(latents)
     except StopIteration as end:
         return end.value
+
+
+def _denoise_with_references(
+    section: Section, strength: float, joint: Joint | None, noise: NoiseSource
+) -> Generator[Section, Tensor, Tensor]:
+    """Yield one section with its references behind its picture; return its latents without them."""
+    joint = section.tweaks.joint or joint
+    picture, sound = (section.noise, None) if joint is None else joint.split(section.noise)
+    frames = picture.shape[2]
+    clean = join_tokens(references_of(section.positive)).to(picture.device)
+    _, channels, count = clean.shape
+    drawn = noise.draw((1, count, channels)).to(picture.device).mT
+    noisy = strength * clean + (1 - strength) * drawn
+    packed = pack(picture, noisy)
+    if joint is None or sound is None:
+        latents = yield replace(section, noise=packed, shown=frames)
+        return latents[:, :, :frames]
+    packed_joint = Joint((packed.shape[1], *packed.shape[2:]), joint.sound)
+    latents = yield replace(
+        section,
+        noise=packed_joint.join(packed, sound),
+        tweaks=replace(section.tweaks, joint=packed_joint),
+        shown=frames,
+    )
+    picture, sound = packed_joint.split(latents)
+    return joint.join(picture[:, :, :frames], sound)
 
 
 def velocity_of_references(
@@ -160,11 +219,12 @@ def read_pixels(path: Path, size: tuple[int, int, int], rules: ReferenceRules, l
 
     size: width, height and frames of the target. Of a shorter clip all frames are taken.
     """
-    small = size[0] // rules.size_factor, size[1] // rules.size_factor
-    frames = [read_image(path)] if is_picture(path) else islice(video_frames(path), size[2])
-    found = [resize_cover(numpy.ascontiguousarray(one[..., :3]), small) for one in frames]
-    taken = thin_out(torch.from_numpy(numpy.stack(found)[None]), rules, latent.frame_step)
-    return to_pixels(taken)
+    width, height, length = size
+    reduced = (width // rules.size_factor, height // rules.size_factor)
+    images = [read_image(path)] if is_picture(path) else islice(video_frames(path), length)
+    frames = [resize_cover(numpy.ascontiguousarray(image[..., :3]), reduced) for image in images]
+    clip = torch.from_numpy(numpy.stack(frames)[None])  # 1 F h w 3
+    return to_pixels(thin_out(clip, rules, latent.frame_step))
 
 
 def read_strengths(mask: Path, shown: Sequence[Tensor], rules: ReferenceRules, latent: LatentSpec) -> Tensor:
@@ -172,18 +232,20 @@ def read_strengths(mask: Path, shown: Sequence[Tensor], rules: ReferenceRules, l
 
     shown: pixels of the references, 1 3 f h w. Raises OptionError if a clip is shorter than one of them.
     """
-    found, steps = [], (latent.frame_step, latent.pixel_step, latent.pixel_step)
+    strengths = []
+    steps = (latent.frame_step, latent.pixel_step, latent.pixel_step)
     for reference in shown:
         _, _, frames, height, width = reference.shape
-        size = width * rules.size_factor, height * rules.size_factor, (frames - 1) * rules.time_factor + 1
+        size = (width * rules.size_factor, height * rules.size_factor, (frames - 1) * rules.time_factor + 1)
         white = (read_pixels(mask, size, rules, latent).mean(1, keepdim=True) + 1) / 2
         if is_picture(mask):
-            white = white.expand(-1, -1, frames, -1, -1)
+            white = white.expand((-1, -1, frames, -1, -1))
         check_mask_length(mask, white.shape[2], frames)
         # the first latent frame is of one frame
-        first = white[:, :, :1].expand(-1, -1, latent.frame_step - 1, -1, -1)
-        found.append(functional.avg_pool3d(torch.cat([first, white], dim=2), steps).flatten(1))
-    return torch.cat(found, dim=1)
+        first = white[:, :, :1].expand((-1, -1, latent.frame_step - 1, -1, -1))
+        white = torch.cat([first, white], dim=2)
+        strengths.append(functional.avg_pool3d(white, steps).flatten(1))
+    return torch.cat(strengths, dim=1)
 
 
 def check_sides(width: int, height: int, rules: ReferenceRules) -> None:
@@ -200,43 +262,50 @@ def factors_of(loras: Sequence[Path]) -> dict[str, int]:
 
     Raises OptionError if values differ, or one is not a whole number.
     """
-    found: dict[str, tuple[int, Path]] = {}
+    factors: dict[str, int] = {}
+    sources: dict[str, Path] = {}  # the LoRA that a factor was read from first
     for path, metadata in texts_of_files(loras):
-        for option, names in {
-            "reference_downscale": SIZE_FACTOR,
-            "reference_temporal_scale": TIME_FACTOR,
-            FRAMES: (FRAMES,),
-        }.items():
-            said = [metadata[name] for name in names if name in metadata]
-            if not said:
+        for option, names in FACTOR_NAMES.items():
+            factor = _read_factor(path, metadata, names)
+            if factor is None:
                 continue
-            if len(set(said)) > 1 or not re.fullmatch("0{0,4}[1-9][0-9]{0,4}", said[0]):
-                told = shorten(" and ".join(said), 60)
-                raise OptionError(f"--lora_weight {path}: its metadata say {names[0]} = {told}")
-            factor, other = found.setdefault(option, (int(said[0]), path))
-            if factor != int(said[0]):
+            first_factor = factors.setdefault(option, factor)
+            first_path = sources.setdefault(option, path)
+            if first_factor != factor:
+                text = next(metadata[name] for name in names if name in metadata)
                 raise OptionError(
-                    f"--lora_weight {path} has learned references with {names[0]} {said[0]}, {other} with "
-                    f"{factor}: they do not work together. Give one of them"
+                    f"--lora_weight {path} has learned references with {names[0]} {text}, {first_path} with "
+                    f"{first_factor}: they do not work together. Give one of them"
                 )
-    return {option: factor for option, (factor, _) in found.items()}
+    return factors
 
 
-def settle_factors(given: Ltx2GivenReferences, loras: Sequence[Path]) -> Ltx2GivenReferences:
+def _read_factor(path: Path, metadata: Mapping[str, str], names: Sequence[str]) -> int | None:
+    """Return the factor that a LoRA's metadata have under these names; None if they have none of them."""
+    texts = [metadata[name] for name in names if name in metadata]
+    if not texts:
+        return None
+    if len(set(texts)) > 1 or not re.fullmatch("0{0,4}[1-9][0-9]{0,4}", texts[0]):
+        shortened = shorten(" and ".join(texts), 60)
+        raise OptionError(f"--lora_weight {path}: its metadata say {names[0]} = {shortened}")
+    return int(texts[0])
+
+
+def settle_factors(options: Ltx2GivenReferences, loras: Sequence[Path]) -> Ltx2GivenReferences:
     """Fill reference factors that are not given from the metadata of LoRAs."""
-    said = factors_of(loras)
-    if not said and given.paths and given.reference_downscale is None:
+    factors = factors_of(loras)
+    if not factors and options.paths and options.reference_downscale is None:
         logger.info(
             "no LoRA says by which factors its references were smaller: --reference_downscale does, else 1"
         )
-    for option, factor in said.items():
-        own = getattr(given, option)
-        if own is not None and own != factor:
-            logger.warning("--%s %d: the LoRA has learned with %d", option, own, factor)
-        elif own is None:
+    for option, factor in factors.items():
+        typed = getattr(options, option)
+        if typed is None:
             logger.info("--%s %d, as the LoRA says", option, factor)
-            given = override_options(given, {option: factor})
-    return given
+            options = override_options(options, {option: factor})
+        elif typed != factor:
+            logger.warning("--%s %d: the LoRA has learned with %d", option, typed, factor)
+    return options
 
 
 def is_picture(path: Path) -> bool:
@@ -256,6 +325,8 @@ def rules_of(options: Ltx2ReferenceOptions | Ltx2GivenReferences) -> ReferenceRu
 
 def factor_metadata(rules: ReferenceRules) -> dict[str, str]:
     """Return what a LoRA's metadata say of the references that it has learned, under all names."""
-    sizes = dict.fromkeys(SIZE_FACTOR, str(rules.size_factor))
-    found = sizes | dict.fromkeys(TIME_FACTOR, str(rules.time_factor))
-    return found | ({FRAMES: str(rules.frames)} if rules.frames else {})
+    metadata = dict.fromkeys(SIZE_FACTOR, str(rules.size_factor))
+    metadata |= dict.fromkeys(TIME_FACTOR, str(rules.time_factor))
+    if rules.frames:
+        metadata[FRAMES] = str(rules.frames)
+    return metadata

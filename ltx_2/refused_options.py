@@ -309,8 +309,10 @@ def declare_all(record: R, table: Table) -> R:
     for reason, words in table.items():
         make: Callable[..., Refusal] = not_needed if reason.endswith(".") else unsupported
         for word in words.split():
-            (name, *others), settings = _read_word(word)
-            setattr(record, name, make(reason, **settings, flags=tuple(f"--{other}" for other in others)))
+            names, settings = _read_word(word)
+            name, *aliases = names
+            flags = tuple(f"--{alias}" for alias in aliases)
+            setattr(record, name, make(reason, **settings, flags=flags))
     return record
 
 
@@ -334,5 +336,7 @@ def _read_word(word: str) -> tuple[list[str], dict[str, Any]]:
         default = text
     if not is_given:
         default = None
-    usual = {"type": TYPES[kind] if kind else type(default), "default": default, "metavar": "VALUE"}
-    return names, {**usual, **({"nargs": mark} if mark else {})}
+    settings = {"type": TYPES[kind] if kind else type(default), "default": default, "metavar": "VALUE"}
+    if mark:
+        settings["nargs"] = mark
+    return names, settings

@@ -24,13 +24,13 @@ def read_settings(checkpoint: Checkpoint, part: str, class_name: str) -> Mapping
     names. Raises CheckpointError if they cannot be read.
     """
     try:
-        found = parse_json(checkpoint.metadata.get(CONFIG, "{}"))
-        found = (found.get(part) if part else found) or {}
-        if not isinstance(found, dict):
-            raise TypeError(f"{part}: {found!r:.40}")
+        settings = parse_json(checkpoint.metadata.get(CONFIG, "{}"))
+        settings = (settings.get(part) if part else settings) or {}
+        if not isinstance(settings, dict):
+            raise TypeError(f"{part}: {settings!r:.40}")
     except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{checkpoint.path}: the settings in its metadata cannot be read ({error}). Copy the file again.",
             checkpoint.path,
         ) from error
-    return found or stated_settings(checkpoint, {class_name})[1]
+    return settings or stated_settings(checkpoint, {class_name})[1]

@@ -32,26 +32,31 @@ class Places(NamedTuple):
 
 def make_table(config: LtxConfig, places: Places, /, *, device: torch.device) -> Tensor:
     """Return (cosine, sine) pairs of the tokens, L N D/2 2 float32; B L N D/2 2 if samples differ in fps."""
-    count = 1 if places.by_time or not places.fps else 3
-    turned = partial(_turn, config.rope_theta, places.width // (2 * count), device)
-    if places.fps:
-        frames = _bounds(places.grid[0], config.stride[0], is_causal=True)
-        # a frame in front of the others is one frame long still
-        spread = (frames * places.factors[1] - (places.factors[1] - 1)).clamp(min=0)
-        times = [turned(spread / fps, config.longest[0]) for fps in places.fps]
-    else:
-        times = [turned(_bounds(places.grid[0], MEL_STRIDE, is_causal=True) / MEL_RATE, config.longest[0])]
-    sides = [
-        turned(_bounds(places.grid[axis], config.stride[axis]) * places.factors[0], config.longest[axis])
-        for axis in range(1, count)
-    ]
+    num_axes = 1 if places.by_time or not places.fps else 3
+    turn = partial(_turn, config.rope_theta, places.width // (2 * num_axes), device)
+    times = [turn(seconds, config.longest[0]) for seconds in _seconds(config, places)]
+    sides = []
+    for axis in range(1, num_axes):
+        pixels = _bounds(places.grid[axis], config.stride[axis]) * places.factors[0]
+        sides.append(turn(pixels, config.longest[axis]))
     tables = [_join([time, *sides], places, config.num_heads) for time in times]
     return tables[0] if len(tables) == 1 else torch.stack(tables)
 
 
+def _seconds(config: LtxConfig, places: Places) -> list[Tensor]:
+    """Return start and end of each latent in seconds, for each rate of frames; a sound has one rate."""
+    if not places.fps:
+        return [_bounds(places.grid[0], MEL_STRIDE, is_causal=True) / MEL_RATE]
+    _, time_factor = places.factors
+    frames = _bounds(places.grid[0], config.stride[0], is_causal=True)
+    # a frame in front of the others is one frame long still
+    spread = (frames * time_factor - (time_factor - 1)).clamp(min=0)
+    return [spread / fps for fps in places.fps]
+
+
 def make_tables(config: LtxConfig, places: tuple[Places, ...], /, *, device: torch.device) -> Tensor:
     """Return the same for tokens that stand one behind the other."""
-    tables = [make_table(config, one, device=device) for one in places]
+    tables = [make_table(config, key, device=device) for key in places]
     return tables[0] if len(tables) == 1 else torch.cat(tables, dim=-4)
 
 
@@ -61,7 +66,7 @@ def make_row_table(rows: int, longest: float, width: int, heads: int, device: to
     longest: rows that positions are measured by. width: channels of all heads.
     """
     numbers = torch.arange(rows, dtype=torch.float32)[:, None].expand(-1, 2)
-    return _turn(THETA, width // 2, device, numbers, longest).unflatten(1, (heads, -1))
+    return _turn(THETA, width // 2, device, bounds=numbers, longest=longest).unflatten(1, (heads, -1))
 
 
 def _bounds(count: int, stride: int, is_causal: bool = False) -> Tensor:
@@ -83,10 +88,10 @@ def _join(axes: list[Tensor], places: Places, heads: int) -> Tensor:
     Each frequency has its axes side by side. The pairs that are left over stand in front and do not turn.
     """
     grid, spread = places.grid, []
-    for axis, one in enumerate(axes):
+    for axis, table in enumerate(axes):
         shape = [1] * len(grid)
         shape[axis] = grid[axis]
-        spread.append(one.view(*shape, *one.shape[1:]).expand(*grid, *one.shape[1:]))
+        spread.append(table.view(*shape, *table.shape[1:]).expand(*grid, *table.shape[1:]))
     pairs = torch.stack(spread, dim=-2).flatten(-3, -2).flatten(0, -3)  # L A*K 2
     missing = (len(pairs), places.width // 2 - pairs.shape[1])
     still = torch.stack([pairs.new_ones(missing), pairs.new_zeros(missing)], dim=-1)

@@ -126,10 +126,8 @@ class SoundVae:
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation, 1 C 1 M: one for each number of a latent frame."""
-        channels = self._network.config.latent_channels
-        both = self._network.latents_mean, self._network.latents_std
-        mean, std = (one.view(1, channels, 1, -1) for one in both)
-        return mean, std
+        shape = (1, self._network.config.latent_channels, 1, -1)
+        return self._network.latents_mean.view(shape), self._network.latents_std.view(shape)
 
 
 class Vocoder:
@@ -157,21 +155,24 @@ def read_sound_vae(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
     if "encoder.mid.block_1.conv1.conv.weight" not in sources or "latents_mean" not in sources:
         raise refusal
     shape = shapes_of(checkpoint, sources, refusal)
-    base, sides = shape("encoder.conv_in.conv.weight")[:2]
-    levels = range(count(sources, r"encoder\.down\.\d+"))
-    latents = shape("decoder.conv_in.conv.weight")[1]
-    (values,) = shape("latents_mean", 1)
-    if len(levels) != LEVELS or values % latents:
+    base_width, sides = shape("encoder.conv_in.conv.weight")[:2]
+    num_levels = count(sources, r"encoder\.down\.\d+")
+    latent_channels = shape("decoder.conv_in.conv.weight")[1]
+    (numbers,) = shape("latents_mean", 1)  # of a latent frame
+    if num_levels != LEVELS or numbers % latent_channels:
         raise refusal
-    widths = [shape(f"encoder.down.{level}.block.0.conv1.conv.weight")[0] for level in levels]
+    multipliers = []
+    for level in range(num_levels):
+        width = shape(f"encoder.down.{level}.block.0.conv1.conv.weight")[0]
+        multipliers.append(width // base_width)
     settings = {
-        "base_channels": base,
-        "ch_mult": tuple(width // base for width in widths),
+        "base_channels": base_width,
+        "ch_mult": tuple(multipliers),
         "num_res_blocks": count(sources, r"encoder\.down\.0\.block\.\d+"),
         "in_channels": sides,
         "output_channels": shape("decoder.conv_out.conv.weight")[0],
-        "latent_channels": latents,
-        "mel_bins": JOINED * values // latents,
+        "latent_channels": latent_channels,
+        "mel_bins": JOINED * numbers // latent_channels,
         "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in sources,
         "norm_type": "pixel",
         "causality_axis": "height",  # no latent depends on later sound
@@ -190,17 +191,18 @@ def read_vocoder(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
     refusal = other_kind(checkpoint, "a vocoder of LTX-2", option, f"{FILES} vocoder")
     shape = shapes_of(checkpoint, sources, refusal)
     if "upsamplers.0.weight" in sources:
-        return LoadPlan(
-            {**_generator(shape, sources, "", refusal), "final_act_fn": "tanh"}, checkpoint, sources
-        )
+        settings = _generator(shape, sources, "", refusal)
+        return LoadPlan({**settings, "final_act_fn": "tanh"}, checkpoint, sources)
     if "vocoder.upsamplers.0.weight" not in sources or "mel_stft.mel_basis" not in sources:
         raise refusal
     window = shape("mel_stft.stft_fn.forward_basis", 3)[2]
+    settings = _generator(shape, sources, "vocoder.", refusal)
+    extension = _generator(shape, sources, "bwe_generator.", refusal)
     settings = {
-        **_generator(shape, sources, "vocoder.", refusal),
+        **settings,
         # as in the official code; diffusers' own settings leave the waveform unlimited here
         "final_act_fn": "clamp",
-        **{f"bwe_{name}": one for name, one in _generator(shape, sources, "bwe_generator.", refusal).items()},
+        **{f"bwe_{name}": setting for name, setting in extension.items()},
         "bwe_final_act_fn": None,
         "filter_length": window,
         "window_length": window,
@@ -217,23 +219,27 @@ def _vocoder_name(name: str) -> str:
 
 def _generator(shape: Shape, names: Collection[str], start: str, refusal: CheckpointError) -> dict[str, Any]:
     """Read the settings of one generator of waveforms."""
-    ups = range(count(names, rf"{re.escape(start)}upsamplers\.\d+"))
-    kernels = [shape(f"{start}upsamplers.{index}.weight", 3)[2] for index in ups]
-    blocks = count(names, rf"{re.escape(start)}resnets\.\d+") // max(1, len(ups))
-    if not kernels or not set(kernels) <= set(UPSAMPLINGS):
+    num_upsamplings = count(names, rf"{re.escape(start)}upsamplers\.\d+")
+    kernels = []
+    for index in range(num_upsamplings):
+        kernels.append(shape(f"{start}upsamplers.{index}.weight", 3)[2])
+    num_blocks = count(names, rf"{re.escape(start)}resnets\.\d+") // max(1, num_upsamplings)
+    are_known = set(kernels) <= set(UPSAMPLINGS)
+    if not kernels or not are_known:
         raise refusal
-    hidden, taken = shape(f"{start}conv_in.weight", 3)[:2]
+    hidden_channels, in_channels = shape(f"{start}conv_in.weight", 3)[:2]
+    block_kernels = []
+    for block in range(num_blocks):
+        block_kernels.append(shape(f"{start}resnets.{block}.convs1.0.weight", 3)[2])
     is_snake = f"{start}resnets.0.acts1.0.act.alpha" in names
     return {
-        "in_channels": taken,
-        "hidden_channels": hidden,
+        "in_channels": in_channels,
+        "hidden_channels": hidden_channels,
         "out_channels": shape(f"{start}conv_out.weight", 3)[0],
         "upsample_kernel_sizes": kernels,
         "upsample_factors": [UPSAMPLINGS[kernel] for kernel in kernels],
-        "resnet_kernel_sizes": [
-            shape(f"{start}resnets.{block}.convs1.0.weight", 3)[2] for block in range(blocks)
-        ],
-        "resnet_dilations": [list(DILATIONS)] * blocks,
+        "resnet_kernel_sizes": block_kernels,
+        "resnet_dilations": [list(DILATIONS)] * num_blocks,
         "act_fn": "snakebeta" if is_snake else "leaky_relu",
         "antialias": is_snake,
         "final_bias": f"{start}conv_out.bias" in names,
@@ -247,7 +253,7 @@ def load_sound_vae(path: Path, device: torch.device, option: str = "--audio_vae"
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_sound_vae(checkpoint, option)
-        network = load_planned(plan, build_sound_vae, device, torch.float32, "the audio VAE of LTX-2")
+        network = load_planned(plan, build_sound_vae, device, torch.float32, what="the audio VAE of LTX-2")
     logger.info("Audio VAE: %s", path)
     return SoundVae(network)
 
@@ -259,7 +265,9 @@ def load_vocoder(path: Path, device: torch.device, option: str = "--audio_vae") 
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_vocoder(checkpoint, option)
-        network = load_planned(plan, build_vocoder, device, torch.float32, "the vocoder of LTX-2").to(device)
+        network = load_planned(plan, build_vocoder, device, torch.float32, what="the vocoder of LTX-2").to(
+            device
+        )
     rate = OUTPUT_RATE if "bwe_in_channels" in plan.config else _rate(plan.config)
     logger.info("Vocoder: %s, %d samples a second", path, rate)
     return Vocoder(network, rate)

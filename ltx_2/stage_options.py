@@ -80,9 +80,9 @@ class Ltx2OfficialStages(Ltx2StageOptions, title="two stages"):
         path, first, second = super().lora
         if self.distilled_lora is None:
             return path, first, second
-        file, *more = self.distilled_lora
+        file, *strengths = self.distilled_lora
         try:
-            (strength,) = map(float, more or ["1"])
+            (strength,) = map(float, strengths or ["1"])
         except ValueError:
             words = " ".join(self.distilled_lora)
             raise OptionError(

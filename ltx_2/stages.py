@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ltx_2.references import factors_of
 from ltx_2.stage_options import Ltx2OfficialStages, Ltx2StageOptions
-from ltx_2.upscaler import SPATIAL, TEMPORAL, factors, is_upscaler, load_upscaler
+from ltx_2.upscaler import SPATIAL, TEMPORAL, Growth, factors, is_upscaler, load_upscaler
 from modules.checkpoints.model_files import read_once, require_file
 from modules.contract.data import Joint, LatentSpec
 from modules.contract.family import NoiseSource
@@ -34,134 +34,180 @@ LEVELS = (0.909375, 0.725, 0.421875, 0.0)  # of the second stage, as released
 
 
 @dataclass(frozen=True)
+class StageLora:
+    """A LoRA that has a strength of its own in each stage."""
+
+    path: Path
+    option: str  # that names it
+    first: float  # strength in the first stage
+    second: float
+
+
+@dataclass(frozen=True)
 class TwoStages:
     """How clips of a run are made in two stages."""
 
     upscalers: Mapping[str, Path]  # by their options, in the order of their work
     steps: int  # of the second stage
-    # file, the option that names it, and its strength in each stage
-    loras: tuple[tuple[Path, str, float, float], ...]
+    loras: tuple[StageLora, ...]
     ends_early: bool = False  # the first stage's clip is the result
 
     @property
-    def said(self) -> dict[str, str]:
+    def metadata(self) -> dict[str, str]:
         """Return metadata of the LoRAs that only one stage has: names and strengths."""
-        first = [f"{path.name} {one:g}" for path, option, one, _ in self.loras if option == _LORA]
-        second = [f"{path.name} {one:g}" for path, option, _, one in self.loras if option != _LORA]
-        told = {"first_stage_loras": first, "second_stage_loras": [] if self.ends_early else second}
-        return {name: ", ".join(loras) for name, loras in told.items() if loras}
+        first, second = [], []
+        for lora in self.loras:
+            if lora.option == _LORA:
+                first.append(f"{lora.path.name} {lora.first:g}")
+            elif not self.ends_early:
+                second.append(f"{lora.path.name} {lora.second:g}")
+        metadata = {}
+        if first:
+            metadata["first_stage_loras"] = ", ".join(first)
+        if second:
+            metadata["second_stage_loras"] = ", ".join(second)
+        return metadata
 
-    def growth(self, latent: LatentSpec) -> tuple[int, Fraction]:
+    def growth(self, latent: LatentSpec) -> Growth:
         """Return by how much the upscalers multiply frames and sides. Raises as `factors`, and OptionError if
         a LoRA is an upscaler.
         """
-        frames, side = 1, Fraction(1)
-        for path, option, *_ in self.loras:
-            if read_once(require_file(path, option, "it is a LoRA"), is_upscaler):
+        for lora in self.loras:
+            if read_once(require_file(lora.path, lora.option, "it is a LoRA"), is_upscaler):
                 raise OptionError(
-                    f"{option} {path} is a latent upscaler. Give it to {SPATIAL}, and a LoRA here"
+                    f"{lora.option} {lora.path} is a latent upscaler. Give it to {SPATIAL}, and a LoRA here"
                 )
+        frames, side = 1, Fraction(1)
         for option, path in self.upscalers.items():
-            more, larger = factors(path, option, latent.channels)
-            frames, side = frames * more, side * larger
-        return frames, side
+            growth = factors(path, option, latent.channels)
+            frames *= growth.frames
+            side *= growth.side
+        return Growth(frames, side)
 
     def whole(self, latent: LatentSpec) -> LatentSpec:
         """Return the latent space with the steps of size and length that both stages can make."""
-        frames, side = self.growth(latent)
+        growth = self.growth(latent)
         return replace(
             latent,
-            pixel_step=latent.pixel_step * side.numerator,
-            frame_step=latent.frame_step * frames,
+            pixel_step=latent.pixel_step * growth.side.numerator,
+            frame_step=latent.frame_step * growth.frames,
         )
 
     def split(self, prepared: Prepared, latent: LatentSpec, dtype: torch.dtype) -> Prepared:
         """Return the request of a clip as one in two stages. dtype: of the upscalers."""
-        asked = prepared.asked
-        if asked.source is not None:
+        request = prepared.asked
+        if request.source is not None:
             raise OptionError(
-                f"--{asked.source.option} with --sample_two_stage: the first stage starts from noise. Leave "
-                "one of them out"
+                f"--{request.source.option} with --sample_two_stage: the first stage starts from noise. "
+                "Leave one of them out"
             )
-        frames, side = self.growth(latent)
-        width, height = (int(edge / side) for edge in (prepared.width, prepared.height))
-        count = (prepared.frames - 1) // frames + 1
-        joint = prepared.joint
-        if joint is not None:  # the sound is that of the result from the beginning
-            _, *picture = latent.shape(count, height, width)
-            joint = Joint((picture[0], picture[1], picture[2], picture[3]), joint.sound)
-        first = replace(
-            prepared,
-            width=width,
-            height=height,
-            frames=count,
-            fps=prepared.fps / frames,
-            joint=joint,
-            added=tuple(first for *_, first, _ in self.loras),
-        )
+        first = self._first_stage(prepared, latent)
         if self.ends_early:
             return first
-        begun, shape = [], latent.shape(count, height, width)
-        for option, path in self.upscalers.items():
-            begun.append((partial(load_upscaler, path, option, dtype), shape))
-            more, larger = factors(path, option, latent.channels)
-            batch, channels, length, rows, columns = shape
-            shape = batch, channels, (length - 1) * more + 1, int(rows * larger), int(columns * larger)
-        places = numpy.linspace(0, len(LEVELS) - 1, self.steps + 1)
+        positions = numpy.linspace(0, len(LEVELS) - 1, self.steps + 1)
+        levels = numpy.interp(positions, range(len(LEVELS)), LEVELS)
+        shape = latent.shape(first.frames, first.height, first.width)
         second = replace(
             prepared,
-            asked=replace(asked, cfg_schedule=None, step_cache=None),
+            asked=replace(request, cfg_schedule=None, step_cache=None),
             steps=self.steps,
-            levels=tuple(map(float, numpy.interp(places, range(len(LEVELS)), LEVELS))),
+            levels=tuple(float(level) for level in levels),
             solver="euler",
             guidance_scale=(1.0,),
             rules=AS_PLAIN,
             own=(),  # references are for the first stage alone
-            added=tuple(second for *_, second in self.loras),
-            begun_by=tuple(begun),
+            added=tuple(lora.second for lora in self.loras),
+            begun_by=self._upscaling(shape, dtype),
         )
         return replace(prepared, stages=(first, second))
 
+    def _first_stage(self, prepared: Prepared, latent: LatentSpec) -> Prepared:
+        """Return the request of the small clip that the first stage makes."""
+        growth = self.growth(latent)
+        width = int(prepared.width / growth.side)
+        height = int(prepared.height / growth.side)
+        frames = (prepared.frames - 1) // growth.frames + 1
+        joint = prepared.joint
+        if joint is not None:  # the sound is that of the result from the beginning
+            _, channels, length, rows, columns = latent.shape(frames, height, width)
+            joint = Joint((channels, length, rows, columns), joint.sound)
+        return replace(
+            prepared,
+            width=width,
+            height=height,
+            frames=frames,
+            fps=prepared.fps / growth.frames,
+            joint=joint,
+            added=tuple(lora.first for lora in self.loras),
+        )
+
+    def _upscaling(
+        self, shape: tuple[int, int, int, int, int], dtype: torch.dtype
+    ) -> tuple[tuple[Callable[[Any], Any], tuple[int, ...]], ...]:
+        """Return functions that load the upscalers, and the shapes of their inputs.
+
+        shape: B C F H W of the first stage's latents.
+        """
+        loaders = []
+        for option, path in self.upscalers.items():
+            batch, channels, length, rows, columns = shape
+            loaders.append((partial(load_upscaler, path, option, dtype), shape))
+            growth = factors(path, option, channels)
+            length = (length - 1) * growth.frames + 1
+            shape = (batch, channels, length, int(rows * growth.side), int(columns * growth.side))
+        return tuple(loaders)
+
 
 def two_stages(options: Ltx2StageOptions) -> TwoStages | None:
+    """Return how clips are made in two stages; None if they are made in one."""
     if not options.sample_two_stage:
         return None
-    given = {SPATIAL: options.spatial_upsampler_path, TEMPORAL: options.temporal_upsampler_path}
+    upscalers = {}
+    if options.spatial_upsampler_path is not None:
+        upscalers[SPATIAL] = options.spatial_upsampler_path
+    if options.temporal_upsampler_path is not None:
+        upscalers[TEMPORAL] = options.temporal_upsampler_path
+    loras = []
     path, first, second = options.lora
-    loras = [] if path is None or not (first or second) else [(path, "--distilled_lora_path", first, second)]
+    if path is not None and (first or second):
+        loras.append(StageLora(path, "--distilled_lora_path", first, second))
+    ends_early = False
     if isinstance(options, Ltx2OfficialStages):
-        loras += [(path, _LORA, strength, 0.0) for path, strength in options.first_loras]
-    return TwoStages(
-        {option: path for option, path in given.items() if path is not None},
-        options.sample_stage2_steps,
-        tuple(loras),
-        isinstance(options, Ltx2OfficialStages) and options.skip_stage_2,
-    )
+        for path, strength in options.first_loras:
+            loras.append(StageLora(path, _LORA, strength, 0.0))
+        ends_early = options.skip_stage_2
+    return TwoStages(upscalers, options.sample_stage2_steps, tuple(loras), ends_early)
 
 
-def keep_for_first_stage(shared: Any, own: Any) -> tuple[Any, Any]:
+def keep_for_first_stage(shared: Any, own_options: Any) -> tuple[Any, Any]:
     """Move IC-LoRAs from --lora_weight to the first stage alone; return both records.
 
     Source: the official pipeline of IC-LoRAs. Raises OptionError if patterns choose parts of LoRAs.
     """
+    both_stages: list[tuple[Path, float]] = []
+    first_stage: list[tuple[Path, float]] = []
     uses = zip(shared.lora.lora_weight or (), shared.lora.multipliers(), strict=True)
-    both: list[tuple[Path, float]] = []
-    first: list[tuple[Path, float]] = []
     for path, strength in uses:
-        (first if factors_of([path]) else both).append((path, strength))
-    if not first:
-        return shared, own
+        loras = first_stage if factors_of([path]) else both_stages
+        loras.append((path, strength))
+    if not first_stage:
+        return shared, own_options
+    names = [path.name for path, _ in first_stage]
     if shared.lora_patterns.include_patterns or shared.lora_patterns.exclude_patterns:
         raise OptionError(
-            f"--include_patterns, --exclude_patterns: {first[0][0]} is an IC-LoRA, which --sample_two_stage "
-            "puts beside the weights of the first stage, whole. Leave the patterns out"
+            f"--include_patterns, --exclude_patterns: {first_stage[0][0]} is an IC-LoRA, which "
+            "--sample_two_stage puts beside the weights of the first stage, whole. Leave the patterns out"
         )
-    names = ", ".join(path.name for path, _ in first)
-    logger.info("%s: an IC-LoRA, which the first stage alone has, as in the official pipeline", names)
-    kept, strengths = (tuple(one[place] for one in both) for place in (0, 1))
-    lora = replace(shared.lora, lora_weight=kept or None, lora_multiplier=strengths or (1.0,))
-    stages = replace(own.stages, first_loras=tuple(first))
-    return replace(shared, lora=lora), replace(own, stages=stages)
+    logger.info(
+        "%s: an IC-LoRA, which the first stage alone has, as in the official pipeline", ", ".join(names)
+    )
+    lora = replace(
+        shared.lora,
+        lora_weight=tuple(path for path, _ in both_stages) or None,
+        lora_multiplier=tuple(strength for _, strength in both_stages) or (1.0,),
+    )
+    stages = replace(own_options.stages, first_loras=tuple(first_stage))
+    return replace(shared, lora=lora), replace(own_options, stages=stages)
 
 
 def stage_sections(
@@ -177,26 +223,39 @@ def stage_sections(
     second's.
     """
     first, second = prepared.stages
-    made = yield _of_stage(begin(first, 0, draw(first)), first, 0)
-    picture, sound = (made, None) if first.joint is None else first.joint.split(made)
-    picture, level = enlarge(picture), second.levels[0]
-
-    def blend(clean: Tensor, drawn: Tensor) -> Tensor:
-        return (1 - level) * clean + level * drawn.to(clean.device)
-
-    # drawn token by token, as the released pipelines do here
-    _, channels, frames, rows, columns = picture.shape
-    drawn = noise.draw((1, frames * rows * columns, channels))
-    start = blend(picture, rearrange(drawn, "b (f h w) c -> b c f h w", f=frames, h=rows))
+    latents = yield _of_stage(begin(first, 0, draw(first)), first, 0)
+    picture, sound = (latents, None) if first.joint is None else first.joint.split(latents)
+    picture = enlarge(picture)
+    level = second.levels[0]
+    start = _blend(picture, _draw_picture_tokens(noise, picture), level)
     if second.joint is None or sound is None:
         return (yield _of_stage(begin(second, 1, start), second, 1))
+    sound_start = _blend(sound, _draw_sound_tokens(noise, sound), level)
+    start = second.joint.join(start, sound_start)
+    latents = yield _of_stage(begin(second, 1, start), second, 1)
+    picture, _ = second.joint.split(latents)
+    return second.joint.join(picture, sound)
+
+
+def _blend(clean: Tensor, drawn: Tensor, level: float) -> Tensor:
+    """Return latents at a noise level, on the device of the clean ones."""
+    return (1 - level) * clean + level * drawn.to(clean.device)
+
+
+def _draw_picture_tokens(noise: NoiseSource, picture: Tensor) -> Tensor:
+    """Draw noise for latents B C F H W token by token, as the released pipelines do here."""
+    _, channels, frames, rows, columns = picture.shape
+    drawn = noise.draw((1, frames * rows * columns, channels))
+    return rearrange(drawn, "b (f h w) c -> b c f h w", f=frames, h=rows)
+
+
+def _draw_sound_tokens(noise: NoiseSource, sound: Tensor) -> Tensor:
+    """Draw noise for latents B C T M token by token, as the released pipelines do here."""
     _, channels, moments, bins = sound.shape
     drawn = noise.draw((1, moments, channels * bins))
-    start = second.joint.join(start, blend(sound, rearrange(drawn, "b t (c m) -> b c t m", c=channels)))
-    made = yield _of_stage(begin(second, 1, start), second, 1)
-    return second.joint.join(second.joint.split(made)[0], sound)
+    return rearrange(drawn, "b t (c m) -> b c t m", c=channels)
 
 
-def _of_stage(section: Section, made: Prepared, number: int) -> Section:
-    tweaks = replace(section.tweaks, joint=made.joint)
+def _of_stage(section: Section, stage: Prepared, number: int) -> Section:
+    tweaks = replace(section.tweaks, joint=stage.joint)
     return replace(section, tweaks=tweaks, stage=number, label=f"stage {number + 1} of 2")

@@ -46,37 +46,48 @@ THETA, NEAR_THETA = 1e6, 1e4  # bases of the rotary frequencies
 
 
 def read_settings(
-    told: Mapping[str, Any], num_layers: int, head_width: int, shapes: Mapping[str, tuple[int, ...]]
+    settings: Mapping[str, Any], num_layers: int, head_width: int, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Any]:
     """Return settings of transformers' Gemma3TextConfig: `LanguageModel.read_settings`.
 
     Reads the keys of transformers 4 and 5. Raises ValueError or TypeError for impossible values.
     """
-    rope = told.get("rope_parameters") or {}
-    far, near = rope.get(FAR) or {}, rope.get(NEAR) or {}
-    scaling = far if rope else told.get("rope_scaling") or {}
+    rope = settings.get("rope_parameters") or {}
+    far = rope.get(FAR) or {}
+    near = rope.get(NEAR) or {}
+    scaling = far if rope else settings.get("rope_scaling") or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    stretch = float(scaling.get("factor", 1.0)) if told else STRETCH
-    theta = float(far.get("rope_theta", told.get("rope_theta", THETA)))
-    near_theta = float(near.get("rope_theta", told.get("rope_local_base_freq", NEAR_THETA)))
-    scalar = int(told.get("query_pre_attn_scalar", head_width))
-    window = int(told.get("sliding_window", WINDOW))
-    pattern = int(told.get("sliding_window_pattern", told.get("_sliding_window_pattern", PATTERN)))
+    stretch = float(scaling.get("factor", 1.0)) if settings else STRETCH
+    theta = float(far.get("rope_theta", settings.get("rope_theta", THETA)))
+    near_theta = float(near.get("rope_theta", settings.get("rope_local_base_freq", NEAR_THETA)))
+    scalar = int(settings.get("query_pre_attn_scalar", head_width))
+    window = int(settings.get("sliding_window", WINDOW))
+    pattern = settings.get("_sliding_window_pattern", PATTERN)
+    pattern = int(settings.get("sliding_window_pattern", pattern))
     numbers = (stretch, theta, near_theta, scalar, window, pattern)
-    if kind not in ("default", "linear") or not all(0 < one < math.inf for one in numbers):
-        raise ValueError(f"rotary frequencies of type {kind}, numbers {', '.join(map(str, numbers))}")
-    layers = told.get("layer_types") or [FAR if (n + 1) % pattern == 0 else NEAR for n in range(num_layers)]
-    layers = list(map(str, layers))[:num_layers]
-    if len(layers) < num_layers or not {FAR, NEAR} >= set(layers):
-        raise ValueError(f"layer_types {layers} of {num_layers} layers")
+    are_possible = all(0 < number < math.inf for number in numbers)
+    if kind not in ("default", "linear") or not are_possible:
+        listed = ", ".join(map(str, numbers))
+        raise ValueError(f"rotary frequencies of type {kind}, numbers {listed}")
     return {
         "rope_theta": theta,
         "rope_local_base_freq": near_theta,
         "rope_scaling": None if stretch == 1 else {"rope_type": "linear", "factor": stretch},
         "query_pre_attn_scalar": scalar,
         "sliding_window": window,
-        "layer_types": layers,
+        "layer_types": _layer_types(settings, num_layers, pattern),
     }
+
+
+def _layer_types(settings: Mapping[str, Any], num_layers: int, pattern: int) -> list[str]:
+    """Return the kind of each layer; without a list in the settings every `pattern`-th is FAR."""
+    layers = settings.get("layer_types")
+    if not layers:
+        layers = [FAR if number % pattern == 0 else NEAR for number in range(1, num_layers + 1)]
+    layers = [str(layer) for layer in layers][:num_layers]
+    if len(layers) < num_layers or not {FAR, NEAR} >= set(layers):
+        raise ValueError(f"layer_types {layers} of {num_layers} layers")
+    return layers
 
 
 GEMMA_3 = LanguageModel(
@@ -155,7 +166,7 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         texts are wanted. dtype, tokenizer, form, on_cpu: as of `LanguageModelEncoder`; the connectors stay
         in `dtype`. use: which Gemma.
         """
-        super().__init__(use, path, dtype, tokenizer, form, on_cpu)
+        super().__init__(use, path, dtype, tokenizer, form=form, on_cpu=on_cpu)
         self.connectors, self.streams = inside(connectors, "connectors"), tuple(streams)
         self.keys = frozenset({*map(prompt_key, self.streams), MASK})
         self.variable_length = frozenset()
@@ -178,7 +189,7 @@ class Ltx2TextEncoder(LanguageModelEncoder):
             plan = read_connectors(checkpoint, self.streams)
         width = gemma.dim * len(all_states(gemma.num_layers))
         check_state_width(model.option, self.path, width, self.connectors, plan.config.text_dim, model.files)
-        if any(ROWS % one.registers for one in plan.config.streams.values()):
+        if any(ROWS % connector.registers for connector in plan.config.streams.values()):
             raise CheckpointError(
                 f"{self.connectors}: its connectors have a number of registers that does not divide {ROWS}. "
                 f"Give {FILES} to {OPTION}.",
@@ -186,7 +197,8 @@ class Ltx2TextEncoder(LanguageModelEncoder):
             )
         with on_meta_device():
             connectors = TextConnectors(plan.config)
-        return sum(one.numel() for one in connectors.parameters()) * self.dtype.itemsize
+        num_weights = sum(weight.numel() for weight in connectors.parameters())
+        return num_weights * self.dtype.itemsize
 
     def write(self, prompt: Prompt) -> Written:
         text = prompt.text.strip()
@@ -200,7 +212,7 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         with open_connectors(self.connectors, self.path) as checkpoint:
             plan = read_connectors(checkpoint, self.streams)
             what = f"LTX-2's text connectors ({OPTION})"
-            connectors = load_planned(plan, TextConnectors, device, self.dtype, what)
+            connectors = load_planned(plan, TextConnectors, device, self.dtype, what=what)
         network: Any = super().load_network(device)
         network.connectors = connectors
         return network
@@ -222,15 +234,20 @@ class Ltx2TextEncoder(LanguageModelEncoder):
     ) -> list[Conditions]:
         """Return the texts of the streams, each 1024 S, and the mask of ones that the known caches have."""
         connectors: Any = network.connectors
-        device, results = next(connectors.parameters()).device, list[Conditions]()
+        device = next(connectors.parameters()).device
+        width = network.get_parameter(self.embedding).shape[1]
+        all_conditions: list[Conditions] = []
         for row in rows:  # singly, as the states of all layers are large
-            ((states,),) = (found[STATES] for found in super().compute(network, tokenizer, [row], dropped))
-            parts = states.to(device).unflatten(-1, (-1, network.get_parameter(self.embedding).shape[1]))
-            texts = connectors(parts, ROWS)
-            found = {prompt_key(stream): text.cpu() for stream, text in texts.items()}
-            results.append({**found, MASK: torch.ones(ROWS, dtype=torch.int64)})
-        return results
+            (gemma_conditions,) = super().compute(network, tokenizer, [row], dropped)
+            (states,) = gemma_conditions[STATES]
+            texts = connectors(states.to(device).unflatten(-1, (-1, width)), ROWS)
+            conditions = {prompt_key(stream): text.cpu() for stream, text in texts.items()}
+            conditions[MASK] = torch.ones(ROWS, dtype=torch.int64)
+            all_conditions.append(conditions)
+        return all_conditions
 
-    def _weigh(self, found: Conditions, weights: Sequence[float]) -> Conditions:
+    def _weigh(self, conditions: Conditions, weights: Sequence[float]) -> Conditions:
         texts = {prompt_key(stream) for stream in self.streams}
-        return {name: weigh_rows(rows, weights) if name in texts else rows for name, rows in found.items()}
+        return {
+            name: weigh_rows(rows, weights) if name in texts else rows for name, rows in conditions.items()
+        }

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -52,9 +52,13 @@ def read_upscaler(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
     is_rational = "upsampler.conv.weight" in names
     layer = "upsampler.conv.weight" if is_rational else "upsampler.0.weight"
     is_timed = layer in names and len(names[layer].shape) == 5
-    block, rest = divmod(shape(layer, 5 if is_timed else 4)[0], width)
-    side = {2: 1, 8: 2}.get(block) if is_timed else {4: 2, 9: 3, 16: 4}.get(block)
-    if axes not in (4, 5) or rest or width % GROUPS or side is None or (side > 2 and not is_rational):
+    # the layer makes a block of pixels of each pixel; its size tells the factor of the sides
+    block, remainder = divmod(shape(layer, 5 if is_timed else 4)[0], width)
+    sides_by_block = {2: 1, 8: 2} if is_timed else {4: 2, 9: 3, 16: 4}
+    side = sides_by_block.get(block)
+    if axes not in (4, 5) or remainder or width % GROUPS:
+        raise refusal
+    if side is None or (side > 2 and not is_rational):
         raise refusal
     settings = {
         "in_channels": channels,
@@ -71,8 +75,8 @@ def read_upscaler(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
 
 def _scale(checkpoint: Checkpoint, option: str) -> float:
     """Return the scale of a resampler that multiplies sides by 3. Raises CheckpointError if it is not 1.5."""
-    told = read_settings(checkpoint, "", DIFFUSERS_CLASS)
-    scale = told.get("rational_spatial_scale", told.get("spatial_scale"))
+    settings = read_settings(checkpoint, "", DIFFUSERS_CLASS)
+    scale = settings.get("rational_spatial_scale", settings.get("spatial_scale"))
     if scale != 1.5:
         raise CheckpointError(
             f"{option} {checkpoint.path}: its settings, in the file or in config.json beside it, say a scale "
@@ -82,23 +86,31 @@ def _scale(checkpoint: Checkpoint, option: str) -> float:
     return 1.5
 
 
-def factors(path: Path, option: str, channels: int) -> tuple[int, Fraction]:
+class Growth(NamedTuple):
+    """By how much upscalers multiply the frames and the sides of a clip."""
+
+    frames: int
+    side: Fraction
+
+
+def factors(path: Path, option: str, channels: int) -> Growth:
     """Return the factors by which an upscaler multiplies frames and sides. channels: of the latents.
 
     Raises CheckpointError for another file, OptionError if the upscaler belongs to the other option.
     """
-    told = read_once(require_file(path, option, "it enlarges latents"), _read_settings, option)
-    if told["in_channels"] != channels:
+    settings = read_once(require_file(path, option, "it enlarges latents"), _read_settings, option)
+    if settings["in_channels"] != channels:
         raise CheckpointError(
-            f"{option} {path} takes {told['in_channels']} latent channels, the VAE makes {channels}.\n"
+            f"{option} {path} takes {settings['in_channels']} latent channels, the VAE makes {channels}.\n"
             "  Give the upscaler of this release.",
             path,
         )
-    if told["spatial_upsample"] != (option == SPATIAL):
-        other = SPATIAL if told["spatial_upsample"] else TEMPORAL
-        raise OptionError(f"{option} {path}: this upscaler is for {other}")
-    side = Fraction(told["rational_spatial_scale"]) if told["spatial_upsample"] else Fraction(1)
-    return 1 + told["temporal_upsample"], side
+    is_spatial = settings["spatial_upsample"]
+    if is_spatial != (option == SPATIAL):
+        right_option = SPATIAL if is_spatial else TEMPORAL
+        raise OptionError(f"{option} {path}: this upscaler is for {right_option}")
+    side = Fraction(settings["rational_spatial_scale"]) if is_spatial else Fraction(1)
+    return Growth(1 + settings["temporal_upsample"], side)
 
 
 @torch.no_grad()
@@ -107,7 +119,7 @@ def enlarge(latents: Tensor, upscalers: Mapping[str, Path], vae: Path, dtype: to
 
     upscalers: files by their options, loaded one at a time. vae: the file with the statistics of latents.
     """
-    mean, std = (one.to(latents.device) for one in read_once(vae, _read_statistics))
+    mean, std = (statistic.to(latents.device) for statistic in read_once(vae, _read_statistics))
     latents = latents.float() * std + mean
     for option, path in upscalers.items():
         network = load_upscaler(path, option, dtype, latents.device)
@@ -121,7 +133,7 @@ def enlarge(latents: Tensor, upscalers: Mapping[str, Path], vae: Path, dtype: to
 def load_upscaler(path: Path, option: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
     with open_checkpoint(path) as checkpoint:
         plan = read_upscaler(checkpoint, option)
-        return load_planned(plan, build, device, dtype, "the latent upscaler of LTX-2")
+        return load_planned(plan, build, device, dtype, what="the latent upscaler of LTX-2")
 
 
 def build(settings: Settings) -> nn.Module:

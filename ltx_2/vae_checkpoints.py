@@ -11,9 +11,10 @@ decoders look ahead.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import isqrt
+from typing import Any, NamedTuple
 
 from ltx_2.released import own_part, read_settings
 from ltx_2.video_vae_blocks import BlockGroup, Factors, HalfConfig, Resampling, VideoVaeConfig
@@ -46,18 +47,7 @@ def read_video_vae(checkpoint: Checkpoint) -> LoadPlan[VideoVaeConfig]:
     checkpoint = own_part(checkpoint, "vae.")
     names, sources = checkpoint.tensors, plain_sources(checkpoint)
     refusal = other_kind(checkpoint, "a video VAE of LTX-2", "--vae", FILES)
-    if any(name.startswith(_DIFFUSION) for name in names):
-        raise CheckpointError(
-            f"{checkpoint.path} has the diffusion decoder of LTX-2.5, which is not supported. Give "
-            "ltx-2.5-video-vae-conv-bf16.safetensors to --vae: it decodes the same latents.",
-            checkpoint.path,
-        )
-    if any(map(_TIMED.fullmatch, names)):
-        raise CheckpointError(
-            f"{checkpoint.path}: its decoder takes a time step, as LTX-Video's does, which is not supported. "
-            f"Give {FILES} to --vae.",
-            checkpoint.path,
-        )
+    _refuse_other_decoders(checkpoint)
     if "latents_mean" in names and "decoder.mid_block.resnets.0.conv1.conv.weight" in names:
         sources = rename_sources(sources, _flat_names(names))
     elif "decoder.up_blocks.0.res_blocks.0.conv1.conv.weight" not in names:
@@ -65,39 +55,79 @@ def read_video_vae(checkpoint: Checkpoint) -> LoadPlan[VideoVaeConfig]:
     sources = rename_sources(sources, lambda name: STATISTICS.get(name, name))
     shape = shapes_of(checkpoint, sources, refusal)
     encoder = _half(shape, sources, "encoder", refusal)
-    config = _with_facts(checkpoint, encoder, _half(shape, sources, "decoder", refusal))
+    decoder = _half(shape, sources, "decoder", refusal)
+    config = _with_facts(checkpoint, encoder, decoder)
     colours = shape("encoder.conv_in.conv.weight", 5)[1]
     if (
         colours != 3 * config.patch**2
         or shape("decoder.conv_out.conv.weight", 5)[0] != colours
-        or config.encoder.width_out < config.latent_channels
-        or config.encoder.factors != config.decoder.factors
-        or not all(part.has_shortcut(True) for part in config.encoder.resamplings)
-        or not all(part.has_shortcut(False) for part in config.decoder.resamplings if part.is_residual)
+        or not _halves_fit(config)
     ):
         raise refusal
     return LoadPlan(config, checkpoint, sources, UNUSED)
 
 
+def _refuse_other_decoders(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError if the decoder is the diffusion decoder of LTX-2.5, or takes a time step."""
+    names = checkpoint.tensors
+    if any(name.startswith(_DIFFUSION) for name in names):
+        raise CheckpointError(
+            f"{checkpoint.path} has the diffusion decoder of LTX-2.5, which is not supported. Give "
+            "ltx-2.5-video-vae-conv-bf16.safetensors to --vae: it decodes the same latents.",
+            checkpoint.path,
+        )
+    if any(_TIMED.fullmatch(name) for name in names):
+        raise CheckpointError(
+            f"{checkpoint.path}: its decoder takes a time step, as LTX-Video's does, which is not supported. "
+            f"Give {FILES} to --vae.",
+            checkpoint.path,
+        )
+
+
+def _halves_fit(config: VideoVaeConfig) -> bool:
+    """Return whether encoder and decoder go together, and each resampling has the width that it needs."""
+    encoder, decoder = config.encoder, config.decoder
+    return (
+        encoder.width_out >= config.latent_channels
+        and encoder.factors == decoder.factors
+        and all(part.has_shortcut(True) for part in encoder.resamplings)
+        and all(part.has_shortcut(False) for part in decoder.resamplings if part.is_residual)
+    )
+
+
+class _Level(NamedTuple):
+    """Where a residual block or a resampling of diffusers' layout stands; sorted as the layers are."""
+
+    half: str  # encoder or decoder
+    number: int  # of its level; that of the middle block is the last in the encoder, the first in the decoder
+    is_second: bool  # of its level: the resampling in the encoder, the residual blocks in the decoder
+
+
+def _level_of(match: re.Match[str]) -> _Level:
+    """Return the level of a name that `_LEVEL` matches."""
+    number, resampling, _ = match.groups()
+    half = match[0][:7]
+    is_encoder = half == "encoder"
+    middle = 1 << 30 if is_encoder else -1
+    is_resampling = resampling is not None
+    return _Level(half, middle if number is None else int(number), is_second=is_resampling == is_encoder)
+
+
 def _flat_names(names: Iterable[str]) -> Callable[[str], str]:
     """Translate diffusers' names: a level's resampling comes first in the decoder, last in the encoder."""
-
-    def key(found: re.Match[str]) -> tuple[str, int, bool]:
-        half = found[0][:7]
-        middle = 1 << 30 if half == "encoder" else -1
-        is_second = (found[2] is None) == (half == "decoder")
-        return half, middle if found[1] is None else int(found[1]), is_second
-
-    places = sorted({key(found) for found in map(_LEVEL.fullmatch, names) if found})
+    matches = [_LEVEL.fullmatch(name) for name in names]
+    levels = sorted({_level_of(match) for match in matches if match})
 
     def translate(name: str) -> str:
-        found = _LEVEL.fullmatch(name)
-        if found is None:
+        match = _LEVEL.fullmatch(name)
+        if match is None:
             return name
-        place = key(found)
-        index = [one for one in places if one[0] == place[0]].index(place)
-        start = f"{place[0]}.{'down' if place[0] == 'encoder' else 'up'}_blocks.{index}"
-        return f"{start}.{found[3]}" if found[2] else f"{start}.res_blocks.{found[3]}"
+        _, resampling, name_end = match.groups()
+        level = _level_of(match)
+        index = [other for other in levels if other.half == level.half].index(level)
+        direction = "down" if level.half == "encoder" else "up"
+        start = f"{level.half}.{direction}_blocks.{index}"
+        return f"{start}.{name_end}" if resampling else f"{start}.res_blocks.{name_end}"
 
     return translate
 
@@ -109,7 +139,8 @@ def _half(
 
     By how much a resampling changes resolution follows from its channels and those behind it.
     """
-    names, is_down = frozenset(names), half == "encoder"
+    names = frozenset(names)
+    is_down = half == "encoder"
     start = f"{half}.{'down' if is_down else 'up'}_blocks"
     parts: list[BlockGroup | Resampling] = []
     width_out, last_width = shape(f"{half}.conv_out.conv.weight", 5)[:2]
@@ -127,40 +158,41 @@ def _half(
             first = f"{name}.res_blocks.0.conv1.conv.weight"  # LTX-Video 0.9 has other resamplings
             if first not in names or shape(first, 5)[1] != width:
                 raise refusal
-            blocks = count(names, rf"{re.escape(name)}\.res_blocks\.\d+")
-            parts.insert(0, BlockGroup(width, blocks))
-    width_in, taken = shape(f"{half}.conv_in.conv.weight", 5)[:2]
+            num_blocks = count(names, rf"{re.escape(name)}\.res_blocks\.\d+")
+            parts.insert(0, BlockGroup(width, num_blocks))
+    width_in, channels_in = shape(f"{half}.conv_in.conv.weight", 5)[:2]
     if width_in != width or not parts:
         raise refusal
-    return HalfConfig(taken, width_in, tuple(parts), last_width, width_out, is_causal=is_down)
+    return HalfConfig(
+        channels_in,
+        width_in=width_in,
+        parts=tuple(parts),
+        last_width=last_width,
+        width_out=width_out,
+        is_causal=is_down,
+    )
 
 
 def _with_facts(checkpoint: Checkpoint, encoder: HalfConfig, decoder: HalfConfig) -> VideoVaeConfig:
     """Add what is in no tensor. Raises CheckpointError if the file's settings cannot be used."""
-    path, told = checkpoint.path, read_settings(checkpoint, "vae", DIFFUSERS_CLASS)
-    ups = decoder.resamplings
-    is_first = [part.factors for part in ups] == 3 * [FACTORS[8]]
+    path = checkpoint.path
+    settings = read_settings(checkpoint, "vae", DIFFUSERS_CLASS)
+    is_first = [part.factors for part in decoder.resamplings] == 3 * [FACTORS[8]]
     try:
-        shortcuts = told.get("upsample_residual", len(ups) * [is_first])
-        if "decoder_blocks" in told:  # [["res_x", {...}], ["compress_all", {"residual": true, ...}], ...]
-            blocks = [dict(told) for kind, told in told["decoder_blocks"] if kind.startswith("compress")]
-            shortcuts = [block.get("residual", False) for block in blocks]
-        elif isinstance(shortcuts, bool):
-            shortcuts = len(ups) * [shortcuts]
-        modes = (
-            told.get("encoder_spatial_padding_mode", ZEROS),
-            told.get(
-                "decoder_spatial_padding_mode",
-                told.get("spatial_padding_mode", REFLECT if is_first else ZEROS),
-            ),
-        )
-        is_causal = told.get("decoder_causal", told.get("causal_decoder", False))
-        given = iter([bool(one) for one in reversed(shortcuts)])  # listed from the pixels on
-        parts = tuple(
-            replace(part, is_residual=next(given)) if isinstance(part, Resampling) else part
-            for part in decoder.parts
-        )
-        if not {*modes} <= {ZEROS, REFLECT} or len(shortcuts) != len(ups) or type(is_causal) is not bool:
+        shortcuts = _read_shortcuts(settings, len(decoder.resamplings), is_first)
+        encoder_mode = settings.get("encoder_spatial_padding_mode", ZEROS)
+        decoder_mode = settings.get("spatial_padding_mode", REFLECT if is_first else ZEROS)
+        decoder_mode = settings.get("decoder_spatial_padding_mode", decoder_mode)
+        is_causal = settings.get("decoder_causal", settings.get("causal_decoder", False))
+        from_latents = iter([bool(shortcut) for shortcut in reversed(shortcuts)])  # listed from the pixels on
+        parts: list[BlockGroup | Resampling] = []
+        for part in decoder.parts:
+            if isinstance(part, Resampling):
+                part = replace(part, is_residual=next(from_latents))
+            parts.append(part)
+        modes = (encoder_mode, decoder_mode)
+        has_all = len(shortcuts) == len(decoder.resamplings)
+        if not {*modes} <= {ZEROS, REFLECT} or not has_all or type(is_causal) is not bool:
             raise ValueError(f"paddings {modes}, shortcuts {shortcuts}, causal decoder {is_causal}")
     except (ValueError, TypeError, AttributeError, StopIteration, RuntimeError) as error:
         raise CheckpointError(
@@ -169,8 +201,21 @@ def _with_facts(checkpoint: Checkpoint, encoder: HalfConfig, decoder: HalfConfig
             path,
         ) from error
     return VideoVaeConfig(
-        decoder.taken,
-        isqrt(encoder.taken // 3),
-        replace(encoder, reflects=modes[0] == REFLECT),
-        replace(decoder, parts=parts, reflects=modes[1] == REFLECT, is_causal=is_causal),
+        decoder.channels_in,
+        isqrt(encoder.channels_in // 3),
+        replace(encoder, reflects=encoder_mode == REFLECT),
+        replace(decoder, parts=tuple(parts), reflects=decoder_mode == REFLECT, is_causal=is_causal),
     )
+
+
+def _read_shortcuts(settings: Mapping[str, Any], num_resamplings: int, is_first: bool) -> Sequence[Any]:
+    """Return whether each resampling of the decoder has a shortcut, from the pixels on.
+
+    is_first: the decoder is that of LTX-2, which has them if the settings do not say.
+    """
+    if "decoder_blocks" in settings:
+        # [["res_x", {...}], ["compress_all", {"residual": true, ...}], ...]
+        blocks = [dict(facts) for kind, facts in settings["decoder_blocks"] if kind.startswith("compress")]
+        return [block.get("residual", False) for block in blocks]
+    shortcuts = settings.get("upsample_residual", num_resamplings * [is_first])
+    return num_resamplings * [shortcuts] if isinstance(shortcuts, bool) else shortcuts

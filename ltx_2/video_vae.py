@@ -65,7 +65,7 @@ class LtxVideoVae(nn.Module):
         check_clip(pixels, step, side)
         batch, _, frames, height, width = pixels.shape
         size = (frames - 1) // step + 1, height // side, width // side
-        rows, columns = map(self._tiles, size[1:])
+        rows, columns = self._tiles(size[1]), self._tiles(size[2])
         if len(rows) == len(columns) == 1:
             means = torch.cat(list(self._means(pixels)), dim=2)
         else:
@@ -101,8 +101,11 @@ class LtxVideoVae(nn.Module):
     def _pixels(self, latents: Tensor) -> Iterator[Tensor]:
         """Yield the pixels, B 3 F H W float32, of latents that need no tiles."""
         mean, std = self._statistics()
-        frames = (self._place(one.to(self.device).float() * std + mean) for one in latents.split(1, dim=2))
-        yield from (chunk.float() for chunk in self.decoder(frames))
+        frames = (
+            self._place(frame.to(self.device).float() * std + mean) for frame in latents.split(1, dim=2)
+        )
+        for chunk in self.decoder(frames):
+            yield chunk.float()
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation, 1 Z 1 1 1 float32."""
@@ -127,7 +130,7 @@ def load_video_vae(
             device,
             # in 16 bits they would tint every video
             lambda name, _: torch.float32 if name.startswith("latents_") else dtype,
-            "the video VAE of LTX-2",
+            what="the video VAE of LTX-2",
         )
     lay_out(vae, device)
     logger.info("VAE: %s, computing in %s", path, dtype_name(dtype))

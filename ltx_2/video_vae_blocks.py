@@ -52,7 +52,7 @@ class Resampling:
 class HalfConfig:
     """Dimensions of the encoder or the decoder."""
 
-    taken: int  # channels of the input
+    channels_in: int  # of the input
     width_in: int
     parts: tuple[BlockGroup | Resampling, ...]  # the last one a group
     last_width: int
@@ -113,10 +113,10 @@ class ClipMemory:
         So a shortcut keeps pace with convolutions that look ahead.
         """
         parts = [part for part in (self.take(layer), x) if part is not None]
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-        if frames < whole.shape[2]:
-            self.keep(layer, whole[:, :, frames:])
-        return whole[:, :, :frames]
+        joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        if frames < joined.shape[2]:
+            self.keep(layer, joined[:, :, frames:])
+        return joined[:, :, :frames]
 
 
 class ClipConv(nn.Module):
@@ -138,38 +138,55 @@ class ClipConv(nn.Module):
 
         Raises ValueError if borders are mirrored and a side is 1.
         """
-        if x is not None and not x.shape[2]:
-            return x.new_empty(x.shape[0], self.conv.out_channels, 0, *x.shape[3:])
-        known = memory.take(self)
         if x is None:
-            assert known is not None
-            joined = torch.cat([known, known[:, :, -1:]], dim=2)
-            memory.keep(self, joined[:, :, 1 - KERNEL :])
-            return conv3d(self.conv, joined)
+            return self._convolve_end(memory)
+        if not x.shape[2]:
+            return x.new_empty(x.shape[0], self.conv.out_channels, 0, *x.shape[3:])
+        frames_before = memory.take(self)
         batch, channels, frames, height, width = x.shape
         if self.reflects and min(height, width) < 2:
             raise ValueError(f"latents of {height} x {width}: this VAE mirrors borders, so it needs 2 x 2")
         edge = int(self.reflects)
-        first = self.before if known is None else known.shape[2]
+        num_before = self.before if frames_before is None else frames_before.shape[2]
         # x goes behind the frames before it in one tensor, so that no concatenation copies it again
-        joined = empty_clip(x, batch, channels, first + frames, height + 2 * edge, width + 2 * edge)
-        now = joined[:, :, first:]
-        inside = now[..., edge : edge + height, edge : edge + width]
-        if self.is_normed:
-            # float32: a length rounded to 16 bits would scale the whole pixel wrongly
-            exact = torch.float32 if x.dtype.itemsize < 4 else x.dtype
-            scale = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=exact).square_() / channels + EPS
-            functional.silu(torch.mul(x, scale.rsqrt_(), out=inside), inplace=True)
-        else:
-            inside.copy_(x)
+        size = (batch, channels, num_before + frames, height + 2 * edge, width + 2 * edge)
+        joined = empty_clip(x, *size)
+        place = joined[:, :, num_before:]  # of x
+        self._write(x, place[..., edge : edge + height, edge : edge + width])
         if self.reflects:
-            now[..., 0, :], now[..., -1, :] = now[..., 2, :], now[..., -3, :]
-            now[..., 0], now[..., -1] = now[..., 2], now[..., -3]
-        joined[:, :, :first] = now[:, :, :1] if known is None else known
+            _mirror_borders(place)
+        joined[:, :, :num_before] = place[:, :, :1] if frames_before is None else frames_before
         memory.keep(self, joined[:, :, 1 - KERNEL :])
         if joined.shape[2] < KERNEL:  # the first frame of a clip waits for the second
             return x.new_empty(batch, self.conv.out_channels, 0, height, width)
         return conv3d(self.conv, joined)
+
+    def _convolve_end(self, memory: ClipMemory) -> Tensor:
+        """Return the frame that has waited for the one behind it: the last frame is repeated."""
+        frames_before = memory.take(self)
+        assert frames_before is not None
+        joined = torch.cat([frames_before, frames_before[:, :, -1:]], dim=2)
+        memory.keep(self, joined[:, :, 1 - KERNEL :])
+        return conv3d(self.conv, joined)
+
+    def _write(self, x: Tensor, place: Tensor) -> None:
+        """Write the frames x, normed if the layer does so, into `place`, both B C T H W."""
+        if not self.is_normed:
+            place.copy_(x)
+            return
+        # float32: a length rounded to 16 bits would scale the whole pixel wrongly
+        exact = torch.float32 if x.dtype.itemsize < 4 else x.dtype
+        squares = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=exact).square_()
+        scale = squares / x.shape[1] + EPS
+        functional.silu(torch.mul(x, scale.rsqrt_(), out=place), inplace=True)
+
+
+def _mirror_borders(x: Tensor) -> None:
+    """Fill the border of one pixel around x, B C T H W, with the pixels behind its neighbours."""
+    x[..., 0, :] = x[..., 2, :]
+    x[..., -1, :] = x[..., -3, :]
+    x[..., 0] = x[..., 2]
+    x[..., -1] = x[..., -3]
 
 
 class PixelResidualBlock(nn.Module):
@@ -224,7 +241,8 @@ def _fold(x: Tensor, factors: Factors) -> Tensor:
     """Return blocks of pixels as channels, B C T H W to B CIJK T/I H/J W/K, in the memory layout of x."""
     i, j, k = factors
     batch, channels, frames, height, width = x.shape
-    folded = empty_clip(x, batch, channels * i * j * k, frames // i, height // j, width // k)
+    size = (batch, channels * i * j * k, frames // i, height // j, width // k)
+    folded = empty_clip(x, *size)
     blocks = x.unflatten(4, (-1, k)).unflatten(3, (-1, j)).unflatten(2, (-1, i))  # B C T/I I H/J J W/K K
     folded.unflatten(1, (channels, i, j, k)).copy_(blocks.permute(0, 1, 3, 5, 7, 2, 4, 6))
     return folded
@@ -234,7 +252,8 @@ def _unfold(x: Tensor, factors: Factors) -> Tensor:
     """Undo `_fold`: B CIJK T H W to B C TI HJ WK."""
     i, j, k = factors
     batch, channels, frames, height, width = x.shape
-    pixels = empty_clip(x, batch, channels // (i * j * k), frames * i, height * j, width * k)
+    size = (batch, channels // (i * j * k), frames * i, height * j, width * k)
+    pixels = empty_clip(x, *size)
     blocks = pixels.unflatten(4, (width, k)).unflatten(3, (height, j)).unflatten(2, (frames, i))
     blocks.copy_(x.unflatten(1, (-1, i, j, k)).permute(0, 1, 5, 2, 6, 3, 7, 4))
     return pixels
@@ -262,7 +281,7 @@ class VideoVaeEncoder(nn.Module):
         super().__init__()
         half = config.encoder
         self.patch = config.patch
-        self.conv_in = ClipConv(half.taken, half.width_in, half)
+        self.conv_in = ClipConv(half.channels_in, half.width_in, half)
         self.down_blocks = nn.ModuleList(
             ResidualBlocks(part, half) if isinstance(part, BlockGroup) else PixelsToChannels(part, half)
             for part in half.parts
@@ -286,7 +305,7 @@ class VideoVaeDecoder(nn.Module):
         super().__init__()
         half = config.decoder
         self.patch, self.is_causal = config.patch, half.is_causal
-        self.conv_in = ClipConv(half.taken, half.width_in, half)
+        self.conv_in = ClipConv(half.channels_in, half.width_in, half)
         self.up_blocks = nn.ModuleList(
             ResidualBlocks(part, half) if isinstance(part, BlockGroup) else ChannelsToPixels(part, half)
             for part in half.parts

@@ -110,18 +110,18 @@ class GroupedAttention(nn.Module):
         if part is not None:
             heads = part.gather_tokens(heads[0], *serve(*heads))
         if second is None:
-            seen = self.look(heads, tokens.rotary, tokens, tokens.lengths)
-            seen = seen if part is None else part.gather_heads(seen)
-        else:
-            assert tokens.second_rotary is not None
-            seen = self.look(map(second.without, heads), tokens.rotary, tokens, tokens.lengths)
-            other = self.look(map(second.alone, heads), tokens.second_rotary, tokens, second.lengths)
-            seen = second.combine(seen, other) if part is None else part.combine(seen, other, second)
-        return seen.flatten(2)
+            attended = self.look(heads, tokens.rotary, tokens, tokens.lengths)
+            return (attended if part is None else part.gather_heads(attended)).flatten(2)
+        assert tokens.second_rotary is not None
+        attended = self.look(map(second.without, heads), tokens.rotary, tokens, tokens.lengths)
+        second_attended = self.look(map(second.alone, heads), tokens.second_rotary, tokens, second.lengths)
+        if part is None:
+            return second.combine(attended, second_attended).flatten(2)
+        return part.combine(attended, second_attended, second).flatten(2)
 
-    def project(self, seen: Tensor) -> Tensor:
+    def project(self, attended: Tensor) -> Tensor:
         """Return the output, B L C, of the heads' attention side by side, B L C."""
-        return in_own_dtype(self.out, seen)
+        return in_own_dtype(self.out, attended)
 
 
 def serve(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,8 +182,8 @@ class JointTransformerBlock(nn.Module):
         *before, last = self.adaLN_modulation
         for layer in before:
             time = layer(time)
-        made = in_own_dtype(last, time).float()
-        scale1, gate1, scale2, gate2 = made.unsqueeze(1).chunk(4, dim=-1)
+        rows = in_own_dtype(last, time).float()
+        scale1, gate1, scale2, gate2 = rows.unsqueeze(1).chunk(4, dim=-1)
         return scale1, gate1.tanh(), scale2, gate2.tanh()
 
     def modulated_input(self, x: Tensor, tokens: LuminaTokens) -> Tensor:

@@ -44,38 +44,38 @@ def _header(checkpoint: Checkpoint) -> DitHeader[LuminaConfig]:
     names = checkpoint.tensors
     dialect = next((name for name, (mark, _) in DIALECTS.items() if mark in names), "official")
     mark, table = DIALECTS[dialect]
-    shapes = joined_shapes({name: info.shape for name, info in names.items()}, table)
-    if mark not in names or MARK not in shapes:
+    file_shapes = joined_shapes({name: info.shape for name, info in names.items()}, table)
+    if mark not in names or MARK not in file_shapes:
         raise other_kind(checkpoint, WHAT, OPTION, FILES)
-    found = DitShapes(checkpoint.path, shapes, "Lumina-Image-2.0")
-    dim, patch_width = found.of("x_embedder.weight")
-    (head_width,) = found.of("layers.0.attention.q_norm.weight", axes=1)
-    rows = found.of("layers.0.attention.qkv.weight")[0]
-    time_dim, freq_dim = found.of("t_embedder.mlp.0.weight")
+    shapes = DitShapes(checkpoint.path, file_shapes, "Lumina-Image-2.0")
+    dim, patch_width = shapes.of("x_embedder.weight")
+    (head_width,) = shapes.of("layers.0.attention.q_norm.weight", axes=1)
+    rows = shapes.of("layers.0.attention.qkv.weight")[0]
+    time_dim, freq_dim = shapes.of("t_embedder.mlp.0.weight")
     kv_rows = rows - dim
     if dim % head_width or head_width % 6 or kv_rows <= 0 or kv_rows % (2 * head_width):
         raise CheckpointError(
-            f"{found.path}: width {dim}, heads of {head_width} and {rows} rows of queries, keys and values "
+            f"{shapes.path}: width {dim}, heads of {head_width} and {rows} rows of queries, keys and values "
             "are not those of a Lumina-Image-2.0 transformer. Copy the file again.",
-            found.path,
+            shapes.path,
         )
     num_heads, num_kv_heads = dim // head_width, kv_rows // (2 * head_width)
     if num_heads % num_kv_heads or patch_width % PATCH**2:
         raise CheckpointError(
-            f"{found.path}: {num_heads} heads of queries and {num_kv_heads} of keys, patches of "
+            f"{shapes.path}: {num_heads} heads of queries and {num_kv_heads} of keys, patches of "
             f"{patch_width} numbers are not those of a Lumina-Image-2.0 transformer. Copy the file again.",
-            found.path,
+            shapes.path,
         )
     config = LuminaConfig(
         dim=dim,
-        ffn_dim=found.of("layers.0.feed_forward.w1.weight")[0],
+        ffn_dim=shapes.of("layers.0.feed_forward.w1.weight")[0],
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
-        num_layers=found.blocks("layers"),
-        noise_refiner_layers=found.blocks("noise_refiner"),
-        context_refiner_layers=found.blocks("context_refiner"),
+        num_layers=shapes.blocks("layers"),
+        noise_refiner_layers=shapes.blocks("noise_refiner"),
+        context_refiner_layers=shapes.blocks("context_refiner"),
         in_dim=patch_width // PATCH**2,
-        text_dim=found.of(MARK)[1],
+        text_dim=shapes.of(MARK)[1],
         time_dim=time_dim,
         freq_dim=freq_dim,
     )
@@ -86,7 +86,14 @@ def _sources(checkpoint: Checkpoint, header: DitHeader[LuminaConfig]) -> Mapping
     return join_parts(plain_sources(checkpoint), DIALECTS[header.dialect][1])
 
 
-FORMAT = DitFormat(_header, lambda _: WHAT, LuminaModel, _sources, OPTION, (UNUSED,))
+FORMAT = DitFormat(
+    _header,
+    lambda _: WHAT,
+    network=LuminaModel,
+    sources=_sources,
+    option=OPTION,
+    ignore=(UNUSED,),
+)
 read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMAT.load
 
 
@@ -120,10 +127,10 @@ class LuminaFiles(AutoencoderFiles):
         gemma = GemmaTextEncoder(
             self.gemma2_path,
             self.beside(self.text_dtype),
-            self.gemma2_tokenizer,
-            self.system_prompt,
-            self.system_prompt_in_negative,
-            self.max_tokens,
+            tokenizer=self.gemma2_tokenizer,
+            system_prompt=self.system_prompt,
+            in_negative=self.system_prompt_in_negative,
+            max_tokens=self.max_tokens,
         )
         return [gemma]
 

@@ -33,7 +33,24 @@ class TokenLayout(NamedTuple):
 
 
 class LuminaModel(BlockNetwork):
-    """Predict the direction from noise to data of noisy latents of pictures, from a caption's states."""
+    """Predict the direction from noise to data of noisy latents of pictures, from a caption's states.
+
+    Without a second caption and code that stands around the blocks:
+
+        time = t_embedder(times)                                            # B time_dim
+        text = cap_embedder(caption)                                        # B T C
+        for block in context_refiner:
+            text = block(text)                                              # without modulation
+        image = x_embedder(patches of noisy)                                # B L C
+        for block in noise_refiner:
+            image = block(image, time)
+        x = cat([image, text])                                              # B L+T C
+        for block in layers:
+            scale, gate, scale2, gate2 = block.adaLN_modulation(time)       # each B 1 C, gates through tanh
+            x = x + gate * attention_norm2(attention(attention_norm1(x) * (1 + scale)))
+            x = x + gate2 * ffn_norm2(feed_forward(ffn_norm1(x) * (1 + scale2)))
+        direction = final_layer(x[:, :L], time)      # B L 4*in_dim, returned as B in_dim H W
+    """
 
     spec = DIT
     dtype_of = "layers.0.attention_norm1.weight"
@@ -92,21 +109,21 @@ class LuminaModel(BlockNetwork):
         patches = rearrange(noisy, "b c (h ph) (w pw) -> b (h w) (ph pw c)", ph=patch, pw=patch)
         time = self.embed_time(times)
         tokens_of = partial(LuminaTokens, grid=grid, time=time, dtype=dtype, attention=self.attention)
-        (text, tokens), *others = [
-            self._read_caption(**one, grid=grid, tokens_of=tokens_of)
-            for one in tweaks.texts(len(noisy), caption=caption, caption_mask=caption_mask)
-        ]
+        captions = []
+        for prompt in tweaks.texts(len(noisy), caption=caption, caption_mask=caption_mask):
+            captions.append(self._read_caption(**prompt, grid=grid, tokens_of=tokens_of))
+        text, tokens = captions[0]
 
         image = self.embed_image(patches, dtype)
-        of_image = tokens_of(rotary=tokens.rotary[..., : image.shape[1], :, :, :], lengths=None)
+        image_tokens = tokens_of(rotary=tokens.rotary[..., : image.shape[1], :, :, :], lengths=None)
         for block in self.noise_refiner:
-            image = block(image, of_image)
-        if not others:
+            image = block(image, image_tokens)
+        if len(captions) == 1:
             return Hidden(torch.cat([image, text], dim=1), tokens)
-        ((second_text, beside),) = others
+        second_text, second_tokens = captions[1]
         assert tweaks.steer is not None  # it comes with a second text
-        second = SecondText(image.shape[1], second_text.shape[1], beside.lengths, tweaks.steer)
-        tokens = replace(tokens, second=second, second_rotary=beside.rotary)
+        second = SecondText(image.shape[1], second_text.shape[1], second_tokens.lengths, tweaks.steer)
+        tokens = replace(tokens, second=second, second_rotary=second_tokens.rotary)
         return Hidden(torch.cat([image, text, second_text], dim=1), tokens)
 
     def unembed(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
@@ -146,8 +163,9 @@ class LuminaModel(BlockNetwork):
         tokens_of: makes such inputs from rotations and lengths. The image stands at the position behind the
         caption, so its rotations depend on the caption's length.
         """
-        most, real = real_tokens(caption_mask)
-        counts, longest = tuple(map(self.count_tokens, real)), self.count_tokens(most)
+        longest_rows, rows = real_tokens(caption_mask)
+        counts = tuple(self.count_tokens(number) for number in rows)
+        longest = self.count_tokens(longest_rows)
         equal = len(set(counts)) == 1
         layout = TokenLayout(grid, counts[:1] if equal else counts, longest)
         rotary = self._rotary.of(layout, caption.device)
@@ -158,7 +176,7 @@ class LuminaModel(BlockNetwork):
         image = self.count_tokens(grid[0] * grid[1])
         both = tokens_of(rotary=rotary, lengths=lengths_behind(image))
         alone = tokens_of(rotary=rotary[..., image:, :, :, :], lengths=lengths_behind(0))
-        text = self.embed_caption(caption[:, :most], real, both.dtype)
+        text = self.embed_caption(caption[:, :longest_rows], rows, both.dtype)
         for block in self.context_refiner:
             text = block(text, alone)
         return text, both
@@ -169,23 +187,25 @@ class LuminaModel(BlockNetwork):
         Angles are float64, as trained. A caption's token j stands at (first_place + j, 0, 0), an image's at
         (first_place + number of the caption's tokens, row, column), an image's padding at 0.
         """
-        widths = self.config.rotary_widths
+        place_width, row_width, column_width = self.config.rotary_widths
 
         def axis(positions: Sequence[int], width: int) -> Tensor:
             exact = torch.tensor(positions, dtype=torch.float64)
             return send_ahead(turns(angles_at(exact, width, self.config.rope_theta)).float(), device)
 
-        rows, columns = (
-            axis(range(size), width) for size, width in zip(layout.grid, widths[1:], strict=True)
-        )
-        still = [axis([0], width) for width in widths[1:]]
-        image, begin = layout.grid[0] * layout.grid[1], self.config.first_place
-        padding = on_grid([axis([0] * (self.count_tokens(image) - image), widths[0]), *still])
-        rest = torch.cat([padding, on_grid([axis(range(begin, begin + layout.longest), widths[0]), *still])])
-        tables = [
-            torch.cat([on_grid([axis([begin + count], widths[0]), rows, columns]), rest])
-            for count in layout.captions
-        ]
+        num_rows, num_columns = layout.grid
+        rows, columns = axis(range(num_rows), row_width), axis(range(num_columns), column_width)
+        first_row, first_column = axis([0], row_width), axis([0], column_width)
+        num_padding = self.count_tokens(num_rows * num_columns) - num_rows * num_columns
+        padding = on_grid([axis([0] * num_padding, place_width), first_row, first_column])
+        begin = self.config.first_place
+        caption_places = axis(range(begin, begin + layout.longest), place_width)
+        caption = on_grid([caption_places, first_row, first_column])
+        behind = torch.cat([padding, caption])
+        tables = []
+        for count in layout.captions:
+            image = on_grid([axis([begin + count], place_width), rows, columns])
+            tables.append(torch.cat([image, behind]))
         return (tables[0] if len(tables) == 1 else torch.stack(tables)).unsqueeze(-3)
 
 
@@ -200,5 +220,5 @@ def real_tokens(mask: Tensor) -> tuple[int, tuple[int, ...]]:
     counts, ends = torch.stack([real.sum(dim=1), (real * positions).amax(dim=1)]).tolist()
     if counts != ends:
         raise ValueError(f"a text mask has padding before real tokens: {counts} real tokens end at {ends}")
-    kept = tuple(max(1, count) for count in counts)
-    return max(kept), kept
+    at_least_one = tuple(max(1, count) for count in counts)
+    return max(at_least_one), at_least_one

@@ -21,7 +21,8 @@ _LUMINA_BLOCK = (
     *((f"attn.norm_{x}", f"attention.{x}_norm") for x in "qk"),
     *((f"feed_forward.linear_{number}", f"feed_forward.w{number}") for number in (1, 2, 3)),
     ("norm2", "attention_norm2"),
-    *(("ffn_norm1", "ffn_norm1"), ("ffn_norm2", "ffn_norm2")),
+    ("ffn_norm1", "ffn_norm1"),
+    ("ffn_norm2", "ffn_norm2"),
 )
 _LUMINA_MODULATED = (("norm1.linear", "adaLN_modulation.1"), ("norm1.norm", "attention_norm1"))
 LUMINA_SIDES: Sides = ((".w1", 0, 1), (".w2", 1, 0), (".w3", 0, 1))
@@ -32,7 +33,8 @@ _LUMINA_REST = (
         for number, layer in ((1, 0), (2, 2))
     ),
     *((f"time_caption_embed.caption_embedder.{layer}", f"cap_embedder.{layer}") for layer in (0, 1)),
-    *(("norm_out.linear_1", "final_layer.adaLN_modulation.1"), ("norm_out.linear_2", "final_layer.linear")),
+    ("norm_out.linear_1", "final_layer.adaLN_modulation.1"),
+    ("norm_out.linear_2", "final_layer.linear"),
 )
 
 _REFINERS = ("context_refiner.", "noise_refiner.")
@@ -85,7 +87,9 @@ LUMINA = FamilyNames(
             for name in ("context_refiner", "noise_refiner", "layers")
         ),
         ("final_layer.", "linear adaLN_modulation.1"),
-        *(("", "x_embedder"), ("t_embedder.", "mlp.0 mlp.2"), ("cap_embedder.", "1")),
+        ("", "x_embedder"),
+        ("t_embedder.", "mlp.0 mlp.2"),
+        ("cap_embedder.", "1"),
     ),
     network_module="networks.lora_lumina",
     rules=_RULES,

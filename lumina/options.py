@@ -145,8 +145,8 @@ def generation_options(options: LuminaTrainingOptions, sample: Mapping[str, Any]
 
 
 def say_extras(sample: Mapping[str, Any]) -> dict[str, Any]:
-    given = sample.get("extra") or {}
-    return {f"--{option}": given.get(name) for option, name in EXTRAS.items()}
+    extra = sample.get("extra") or {}
+    return {f"--{option}": extra.get(name) for option, name in EXTRAS.items()}
 
 
 def _text_options(text: LuminaTextOptions) -> dict[str, Any]:

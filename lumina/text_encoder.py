@@ -36,13 +36,13 @@ SCALAR = "query_pre_attn_scalar"  # attention is scaled by its inverse square ro
 
 
 def read_settings(
-    told: Mapping[str, Any], num_layers: int, head_width: int, shapes: Mapping[str, tuple[int, ...]]
+    settings: Mapping[str, Any], num_layers: int, head_width: int, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Any]:
     """Return settings of transformers' Gemma2Config: `LanguageModel.read_settings`.
 
     Raises ValueError or TypeError for a value that is no number.
     """
-    return {SCALAR: int(told.get(SCALAR, head_width))}
+    return {SCALAR: int(settings.get(SCALAR, head_width))}
 
 
 GEMMA_2 = language_models.LanguageModel(
@@ -72,7 +72,7 @@ def load_gemma(
     path: Path, device: torch.device, dtype: torch.dtype, blocks: BlockPlace | None = None
 ) -> nn.Module:
     """Load Gemma 2, fp8 dequantized. blocks: takes each layer. Raises CheckpointError for another file."""
-    return language_models.load_language_model(path, GEMMA_2, device, dtype, STATES, blocks=blocks)
+    return language_models.load_language_model(path, GEMMA_2, device, dtype, states=STATES, blocks=blocks)
 
 
 logger = logging.getLogger(__name__)
@@ -132,9 +132,9 @@ class GemmaTextEncoder(FileTextEncoder[nn.Module]):
     def identity(self) -> Mapping[str, str]:
         with open_checkpoint(self.path) as checkpoint:
             config = read_gemma(checkpoint).config
-        said = f"{config.num_heads} heads, theta {config.theta}, scaled by {config.settings[SCALAR]}"
-        found = self.identify("gemma2", config=said, dtype=dtype_name(self.dtype), tokens=str(self.most))
-        return {**found, "system_prompt": self.system_prompt}
+        words = f"{config.num_heads} heads, theta {config.theta}, scaled by {config.settings[SCALAR]}"
+        identity = self.identify("gemma2", config=words, dtype=dtype_name(self.dtype), tokens=str(self.most))
+        return {**identity, "system_prompt": self.system_prompt}
 
     def write(self, prompt: Prompt) -> Written:
         has_system = self.system_prompt and (self.in_negative or not prompt.is_negative)

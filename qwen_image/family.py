@@ -133,17 +133,19 @@ class QwenImage(ModelOfPictures):
         width = self.files.dit_header().config.text_dim
         batch.check_widths({KEY: width}, self.files.dit_path, f"{TEXTS_AGAIN} and Qwen2.5-VL (7B)")
         use = self.version.use  # caches of other tools have no records
-        for made in batch.made_by:
-            if made.part == LATENTS_MADE and not PIXELS.items() <= made.encoder.items():
+        for cache in batch.made_by:
+            if cache.part == LATENTS_MADE and not PIXELS.items() <= cache.encoder.items():
                 raise CacheError(
-                    f"{made.path}: an earlier version encoded these latents from pixels of a wrong range. "
+                    f"{cache.path}: an earlier version encoded these latents from pixels of a wrong range. "
                     f"Cache again with {LATENTS_AGAIN}: it replaces them."
                 )
-            found = made.encoder.get(use.template_key, use.fingerprint)
-            if made.part == use.name and found != use.fingerprint:
-                others = [one.called for one in VERSIONS.values() if one.use.fingerprint == found]
+            fingerprint = cache.encoder.get(use.template_key, use.fingerprint)
+            if cache.part == use.name and fingerprint != use.fingerprint:
+                models = [
+                    version.called for version in VERSIONS.values() if version.use.fingerprint == fingerprint
+                ]
                 raise CacheError(
-                    f"{made.path}: the caption was encoded for {' or '.join(others) or 'another model'}, "
+                    f"{cache.path}: the caption was encoded for {' or '.join(models) or 'another model'}, "
                     f"this training is of {self.called}. Give the same --model_version to {TEXTS_AGAIN} and "
                     "to the training."
                 )
@@ -182,13 +184,13 @@ class QwenImage(ModelOfPictures):
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Encode the pictures to edit as `latents_control_0`, ..., each 1 C 1 h w: means."""
-        found: dict[str, Tensor | list[Tensor]] = {}
+        conditions: dict[str, Tensor | list[Tensor]] = {}
         fits = self.edit.resize_control_to_image_size
         target = (prepared.width, prepared.height) if fits else None
         for index, path in enumerate(prepared.asked.control_images):
             frames = read_reference(path, target, area=area_of(self.edit))[None, None]
-            found[f"{CONTROL}_{index}"] = encoders.vae.encode(to_pixels(frames))
-        return {0: found}
+            conditions[f"{CONTROL}_{index}"] = encoders.vae.encode(to_pixels(frames))
+        return {0: conditions}
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
         """Encode a picture, 1 1 H W 3 uint8, in model space, 1 C 1 h w. Nothing is drawn."""

@@ -106,7 +106,7 @@ def _header(checkpoint: Checkpoint) -> DitHeader[QwenImageConfig]:
     return DitHeader(config, "released", names[query].dtype)
 
 
-FORMAT = DitFormat(_header, lambda _: WHAT, QwenImageModel, own_names, OPTION)
+FORMAT = DitFormat(_header, lambda _: WHAT, network=QwenImageModel, sources=own_names, option=OPTION)
 read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMAT.load
 
 
@@ -132,12 +132,19 @@ def _edits(option: str, use: LanguageUse, most: int, clean_references: bool = Fa
     called = f"{NAME}-{option.capitalize()}"
     architecture = f"{NAME}-Edit-Plus" if option == EDIT_2509 else called
     return Version(
-        "qwen_image_edit", "qie", called, architecture, EDIT_RELEASES[option], use, rules, clean_references
+        "qwen_image_edit",
+        "qie",
+        called=called,
+        architecture=architecture,
+        release=EDIT_RELEASES[option],
+        use=use,
+        references=rules,
+        clean_references=clean_references,
     )
 
 
 VERSIONS = {
-    ORIGINAL: Version("qwen_image", "qi", NAME, NAME, QWEN_IMAGE, QWEN_USE),
+    ORIGINAL: Version("qwen_image", "qi", called=NAME, architecture=NAME, release=QWEN_IMAGE, use=QWEN_USE),
     EDIT: _edits(EDIT, EDIT_USE, 1),
     EDIT_2509: _edits(EDIT_2509, PLUS_USE, MOST),
     EDIT_2511: _edits(EDIT_2511, PLUS_USE, MOST, clean_references=True),

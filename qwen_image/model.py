@@ -150,7 +150,19 @@ class LastNorm(nn.Module):
 
 
 class QwenImageModel(BlockNetwork):
-    """Predict the velocity of noisy latents of a picture from states of Qwen2.5-VL."""
+    """Predict the velocity of noisy latents of a picture from states of Qwen2.5-VL.
+
+    Without references, a second text and code that stands around the blocks:
+
+        picture = img_in(patches of noisy)                                  # B L C
+        text = txt_in(txt_norm(text))                                       # B T C
+        vector = time_text_embed(timesteps)                                 # B C
+        for block in transformer_blocks:
+            rows, text_rows = block.img_mod(vector), block.txt_mod(vector)  # each 6: shifts, scales, gates
+            branches = attention of modulated picture and text to each other                      # B L+T C
+            picture, text = each + gate * proj(its branch), then + gate * mlp(modulated)
+        velocity = proj_out(norm_out(picture, vector))                      # B L Z*4, returned as B Z 1 H W
+    """
 
     spec = DIT
     dtype_of = "transformer_blocks.0.attn.to_q.bias"
@@ -190,30 +202,39 @@ class QwenImageModel(BlockNetwork):
         not fit.
         """
         pictures = (noisy, *references)
-        for one in pictures:
-            if one.shape[1] != self.config.channels:
-                raise ValueError(f"{one.shape[1]} input channels, the model takes {self.config.channels}")
-            check_sizes(one, (1, PATCH, PATCH), text, text_mask)
+        for latents in pictures:
+            if latents.shape[1] != self.config.channels:
+                raise ValueError(f"{latents.shape[1]} input channels, the model takes {self.config.channels}")
+            check_sizes(latents, (1, PATCH, PATCH), text, text_mask)
         dtype = activation_dtype(noisy.device, self.compute_dtype)
-        patches = [
-            rearrange(one, "b z 1 (h ph) (w pw) -> b (h w) (z ph pw)", ph=PATCH, pw=PATCH) for one in pictures
-        ]
-        embedded = [in_own_dtype(self.img_in, one).to(dtype) for one in patches]
-        sides = tuple((one.shape[-2] // PATCH, one.shape[-1] // PATCH) for one in pictures)
-        count, target = sum(one.shape[1] for one in embedded), embedded[0].shape[1]
-        vector, texts = self.time_text_embed(timesteps), []
-        if has_clean := clean_references and len(pictures) > 1:
+        embedded = [in_own_dtype(self.img_in, patches_of(latents)).to(dtype) for latents in pictures]
+        grids = tuple((latents.shape[-2] // PATCH, latents.shape[-1] // PATCH) for latents in pictures)
+        num_target = embedded[0].shape[1]
+        num_pictures = sum(tokens.shape[1] for tokens in embedded)
+        has_clean = clean_references and len(pictures) > 1
+        vector = self.time_text_embed(timesteps)
+        if has_clean:
             vector = torch.cat([vector, self.time_text_embed(torch.zeros_like(timesteps))], dim=1)
-        for given in tweaks.texts(len(noisy), text=text, text_mask=text_mask):
-            longest, _, lengths = count_real(given["text_mask"], count, noisy.device)
-            states = in_own_dtype(self.txt_in, self.txt_norm(given["text"][:, :longest].to(dtype)))
-            texts.append(blocks.EmbeddedText(states.to(dtype), lengths, vector))
-        layout = QwenLayout(sides, tuple(one.tokens.shape[1] for one in texts))
+        texts = []
+        for prompt in tweaks.texts(len(noisy), text=text, text_mask=text_mask):
+            longest, _, lengths = count_real(prompt["text_mask"], num_pictures, noisy.device)
+            states = self.txt_norm(prompt["text"][:, :longest].to(dtype))
+            text_tokens = in_own_dtype(self.txt_in, states).to(dtype)
+            texts.append(blocks.EmbeddedText(text_tokens, lengths, vector))
+        layout = QwenLayout(grids, tuple(embedded_text.tokens.shape[1] for embedded_text in texts))
         rotary = self._rotary.of(layout, noisy.device)
-        inputs = {"grid": (1, *sides[0]), "dtype": dtype, "attention": self.attention, "rotary": rotary}
-        inputs |= {"rotary_of_picture": rotary[:count]}
-        inputs |= {"rotary_of_clean": rotary[target if has_clean else count : count]}
-        return blocks.join_tokens(embedded, texts, tweaks.steer, QwenTokens, **inputs)
+        return blocks.join_tokens(
+            embedded,
+            texts,
+            tweaks.steer,
+            QwenTokens,
+            grid=(1, *grids[0]),
+            dtype=dtype,
+            attention=self.attention,
+            rotary=rotary,
+            rotary_of_picture=rotary[:num_pictures],
+            rotary_of_clean=rotary[num_target if has_clean else num_pictures : num_pictures],
+        )
 
     def unembed(self, x: Tensor, tokens: blocks.TokensWithTurnedText) -> Tensor:
         """Turn tokens B L+T C into the velocity, B Z 1 H W in float32."""
@@ -244,3 +265,8 @@ class QwenImageModel(BlockNetwork):
             torch.cat([axis(start, count, width) for width in widths], dim=1) for count in layout.texts
         ]
         return torch.cat(tables).unsqueeze(1)
+
+
+def patches_of(latents: Tensor) -> Tensor:
+    """Cut latents, B Z 1 H W, into the tokens of 2 x 2 latent pixels: B L (Z ph pw)."""
+    return rearrange(latents, "b z 1 (h ph) (w pw) -> b (h w) (z ph pw)", ph=PATCH, pw=PATCH)

@@ -85,37 +85,44 @@ def add_pictures(prepared: Prepared, options: QwenImageReferenceOptions) -> Prep
 
     Raises OptionError if the result cannot be held to the first picture, or the mask cannot be read.
     """
-    paths, target = prepared.asked.control_images, None
-    mask, rcm = prepared.asked.extra.get(MASK), options.rcm_threshold is not None
+    paths = prepared.asked.control_images
+    mask = prepared.asked.extra.get(MASK)
+    rcm = options.rcm_threshold is not None
     if mask is not None:
         _check_mask(Path(mask), bool(paths), rcm)
-    if not paths and options is not AS_TRAINED:  # nobody typed those of a training
-        given = {
-            "resize_control_to_official_size": options.resize_control_to_official_size,
-            "resize_control_to_image_size": options.resize_control_to_image_size,
-            "append_original_name": options.append_original_name,
-            "rcm_threshold": rcm,
-        }
-        if unused := ", ".join(f"--{name}" for name, is_given in given.items() if is_given):
-            logger.warning("%s: ignored, as there is no picture to edit (--control_image_path)", unused)
     if not paths:
+        if options is not AS_TRAINED:  # nobody typed those of a training
+            _warn_of_unused(options)
         return prepared
-    if options.resize_control_to_image_size:
-        target = prepared.width, prepared.height
+    target = (prepared.width, prepared.height) if options.resize_control_to_image_size else None
     if mask is not None or rcm:
         option = "--rcm_threshold" if rcm else f"--{MASK} {mask}"
         size = taken_size(image_size(paths[0]), area_of(options), target)
         if size != (prepared.width, prepared.height):
+            width, height = size
             raise OptionError(
-                f"{option}: {paths[0]} is taken with {size[0]} x {size[1]} pixels, and the result has "
-                f"{prepared.width} x {prepared.height}: they must be equal. Give --image_size {size[1]} "
-                f"{size[0]}, or --resize_control_to_image_size"
+                f"{option}: {paths[0]} is taken with {width} x {height} pixels, and the result has "
+                f"{prepared.width} x {prepared.height}: they must be equal. Give --image_size {height} "
+                f"{width}, or --resize_control_to_image_size"
             )
-    own = dict(prepared.own_metadata)
+    metadata = dict(prepared.own_metadata)
     if mask is not None:
-        own[MASK] = Path(mask).name
+        metadata[MASK] = Path(mask).name
     end = f"_{paths[0].stem}" if options.append_original_name else ""
-    return replace(show_references(prepared, target), own_metadata=own, name_end=end)
+    return replace(show_references(prepared, target), own_metadata=metadata, name_end=end)
+
+
+def _warn_of_unused(options: QwenImageReferenceOptions) -> None:
+    """Warn of options that have no effect without a picture to edit."""
+    switches = {
+        "resize_control_to_official_size": options.resize_control_to_official_size,
+        "resize_control_to_image_size": options.resize_control_to_image_size,
+        "append_original_name": options.append_original_name,
+        "rcm_threshold": options.rcm_threshold is not None,
+    }
+    unused = ", ".join(f"--{name}" for name, is_typed in switches.items() if is_typed)
+    if unused:
+        logger.warning("%s: ignored, as there is no picture to edit (--control_image_path)", unused)
 
 
 def _check_mask(path: Path, has_picture: bool, rcm: bool) -> None:
@@ -145,10 +152,10 @@ def read_anchor(prepared: Prepared, latents: Tensor, options: QwenImageReference
         return None
     rules = ConsistencyRules(
         threshold,
-        options.rcm_relative_threshold,
-        options.rcm_kernel_size,
-        options.rcm_dilate_size,
-        options.rcm_debug_save,
+        is_relative=options.rcm_relative_threshold,
+        kernel_size=options.rcm_kernel_size,
+        dilate_size=options.rcm_dilate_size,
+        saves=options.rcm_debug_save,
     )
     return Anchor(latents, rules=rules)
 

@@ -12,7 +12,6 @@ from modules.contract.data import (
     MediaEncoders,
 )
 from modules.errors import CacheError
-from modules.installation import import_own
 from modules.media.pixels import to_pixels
 from wan.configs import VACE, WanConfig, WanTask
 from wan.inputs import (
@@ -34,26 +33,44 @@ def encode_together(
     """
     vae = encoders.vae
     if image_kind == VACE:
-        return import_own("wan.vace_training").encode_items(vae, media, store)
+        from wan import vace_training  # only for VACE
+
+        return vace_training.encode_items(vae, media, store)
     if image_kind == ONE_FRAME:
-        return import_own("wan.one_frame").encode_items(encoders, media, store)
+        from wan import one_frame  # only for single pictures
+
+        return one_frame.encode_items(encoders, media, store)
     pixels = to_pixels(media.frames.to(vae.device))  # as bytes it is a quarter to copy
     tensors = {"latents": vae.encode(pixels).to(store)}
     if media.control:
         tensors["latents_control"] = vae.encode(to_pixels(media.control[0].to(vae.device))).to(store)
     if image_kind is not None:
-        first, last, frames = pixels[:, :, :1], pixels[:, :, -1:], pixels.shape[2]
-        if image_kind == "flf2v":
-            condition, images = first_last_condition(vae, first, last, frames), [first, last]
-        else:
-            condition, images = image_condition(vae, first, frames), [first]
-        tensors["latents_image"] = condition.to(store)
-        if encoders.image_encoder is not None:
-            features = [encoders.image_encoder.encode(image[:, :, 0]) for image in images]
-            tensors["clip"] = torch.cat(features, dim=1).to(torch.float16)
-    return [
-        CacheEntry({name: tensor[item] for name, tensor in tensors.items()}) for item in range(len(pixels))
-    ]
+        tensors |= _encode_images(encoders, pixels, store, has_last=image_kind == "flf2v")
+    entries = []
+    for item in range(len(pixels)):
+        entries.append(CacheEntry({name: tensor[item] for name, tensor in tensors.items()}))
+    return entries
+
+
+def _encode_images(
+    encoders: MediaEncoders, pixels: Tensor, store: torch.dtype, has_last: bool
+) -> dict[str, Tensor]:
+    """Return the image condition and, with an image encoder, the features of clips' first frames.
+
+    has_last: of their last frames too.
+    """
+    first, last = pixels[:, :, :1], pixels[:, :, -1:]
+    if has_last:
+        images = [first, last]
+        condition = first_last_condition(encoders.vae, first, last, pixels.shape[2])
+    else:
+        images = [first]
+        condition = image_condition(encoders.vae, first, pixels.shape[2])
+    tensors = {"latents_image": condition.to(store)}
+    if encoders.image_encoder is not None:
+        features = [encoders.image_encoder.encode(image[:, :, 0]) for image in images]
+        tensors["clip"] = torch.cat(features, dim=1).to(torch.float16)
+    return tensors
 
 
 # why caches with an image's conditions cannot be made of moments
@@ -76,11 +93,15 @@ def batch_conditions(
     makes it, if something is missing or the number of images is wrong.
     """
     if PLACES in batch.tensors:
-        return import_own("wan.one_frame").batch_conditions(task, config, batch)
+        from wan import one_frame  # only for single pictures
+
+        return one_frame.batch_conditions(task, config, batch)
     needed = {"t5": "a text cache"}
     if task.kind == VACE:
+        from wan import vace_training  # only for VACE
+
         batch.check({**needed, "latents_control": "wan_cache_latents.py --vace"}, f"--task {task.name}")
-        return {"t5": batch.tensors["t5"], **import_own("wan.vace_training").batch_control(batch)}
+        return {"t5": batch.tensors["t5"], **vace_training.batch_control(batch)}
     if task.has_features:
         needed |= {"clip": "wan_cache_latents.py --clip", "latents_image": "wan_cache_latents.py --clip"}
     elif task.takes_image:
@@ -90,17 +111,7 @@ def batch_conditions(
     batch.check(needed, f"--task {task.name}")
     conditions: dict[str, Tensor | list[Tensor]] = {"t5": batch.tensors["t5"]}
     if task.has_features:
-        clip, positions = batch.tensor("clip"), config.image_positions
-        fits = clip.shape[1] == positions if positions else clip.shape[1] != 2 * CLIP_TOKENS
-        if not fits:
-            how, images = (
-                ("--clip --flf2v", "two images") if positions else ("--clip, without --flf2v", "one image")
-            )
-            raise CacheError(
-                f"{batch.keys[0]}: the cached CLIP features have {clip.shape[1]} rows, --task {task.name} "
-                f"needs {positions or CLIP_TOKENS}, of {images}. Cache again with wan_cache_latents.py {how}."
-            )
-        conditions["clip"] = clip
+        conditions["clip"] = _cached_features(task, config, batch)
     elif zeros_on is not None:
         conditions |= no_features(config, len(batch), zeros_on)
     image = batch.tensor("latents_image").float() if task.takes_image else None
@@ -115,6 +126,21 @@ def batch_conditions(
     elif image is not None:
         conditions["condition_latents"] = image
     return conditions
+
+
+def _cached_features(task: WanTask, config: WanConfig, batch: Batch) -> Tensor:
+    """Return the CLIP features of a batch. Raises CacheError if they are of another number of images."""
+    clip, positions = batch.tensor("clip"), config.image_positions
+    fits = clip.shape[1] == positions if positions else clip.shape[1] != 2 * CLIP_TOKENS
+    if fits:
+        return clip
+    switches, images = "--clip, without --flf2v", "one image"
+    if positions:
+        switches, images = "--clip --flf2v", "two images"
+    raise CacheError(
+        f"{batch.keys[0]}: the cached CLIP features have {clip.shape[1]} rows, --task {task.name} needs "
+        f"{positions or CLIP_TOKENS}, of {images}. Cache again with wan_cache_latents.py {switches}."
+    )
 
 
 def no_features(

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from modules.checkpoints.kinds import kind_of
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.contract.loading import TensorSource
 from modules.errors import CheckpointError
-from modules.installation import import_own
 from networks.names.layouts import tensor_patterns
 from wan.configs import HEAD_WIDTH, INPUT_CHANNELS, TASKS, VACE, VACE_DIM, WanConfig, WanTask
 from wan.model import WanModel
@@ -129,8 +128,8 @@ def _sources(checkpoint: Checkpoint, header: DitHeader[WanConfig]) -> Mapping[st
 
 
 def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    found = checkpoint.tensors.items()
-    return {translate_name(name, FROM_DIFFUSERS): tuple(info.shape) for name, info in found}
+    tensors = checkpoint.tensors.items()
+    return {translate_name(name, FROM_DIFFUSERS): tuple(info.shape) for name, info in tensors}
 
 
 def _is_wan(shapes: Mapping[str, tuple[int, ...]]) -> bool:
@@ -142,13 +141,9 @@ def _header(checkpoint: Checkpoint) -> DitHeader[WanConfig]:
     dialect = "diffusers" if "condition_embedder.time_proj.weight" in names else "official"
     if not _is_wan(shapes):
         raise other_kind(checkpoint, "a Wan transformer", "--dit", "the checkpoint of a transformer")
-    # variants that share Wan's names but need other inputs
-    path, has_image = checkpoint.path, "blocks.0.cross_attn.k_img.weight" in shapes
-    found = [each for each in OTHER_VARIANTS if any(key.startswith(each[0]) for key in shapes)]
-    if found:
-        _, name, instead = found[0]
-        name = name.format("2.1" if has_image else "2.2")
-        raise CheckpointError(f"{path} is {name}, which is not supported.\n  {instead}", path)
+    path = checkpoint.path
+    has_image = "blocks.0.cross_attn.k_img.weight" in shapes
+    _refuse_variants(path, shapes, has_image)
     in_dim = shapes["patch_embedding.weight"][1]
     if in_dim not in INPUT_CHANNELS[has_image].values():
         raise CheckpointError(
@@ -160,17 +155,26 @@ def _header(checkpoint: Checkpoint) -> DitHeader[WanConfig]:
     return DitHeader(_config(path, shapes), dialect, names[block_weight].dtype)
 
 
+def _refuse_variants(path: Path, names: Iterable[str], has_image: bool) -> None:
+    """Raise CheckpointError for variants that share Wan's names but need other inputs."""
+    for start, variant, remedy in OTHER_VARIANTS:
+        if any(name.startswith(start) for name in names):
+            variant = variant.format("2.1" if has_image else "2.2")
+            raise CheckpointError(f"{path} is {variant}, which is not supported.\n  {remedy}", path)
+
+
 def add_vace_header(checkpoint: Checkpoint, header: DitHeader[WanConfig], dit: Path) -> DitHeader[WanConfig]:
     """Return the header of a transformer with VACE's blocks from a file of their own (--vace).
 
     Raises CheckpointError if it is another file, or of another size, or if the transformer has such blocks.
     """
-    shapes, path = _shapes(bare_names(checkpoint)), checkpoint.path
+    path, config = checkpoint.path, header.config
+    shapes = _shapes(bare_names(checkpoint))
     weight = shapes.get("vace_patch_embedding.weight", ())
     layers = _count_blocks(shapes, "vace_blocks")
     if len(weight) != 5 or weight[1] != VACE_DIM or not layers:
         raise CheckpointError(f"--vace {path}: it has no blocks of VACE. Give a file with vace_blocks.", path)
-    config, (width, channels, *_) = header.config, weight
+    width, channels, *_ = weight
     if config.vace_layers:
         raise CheckpointError(f"{dit} has blocks of VACE itself: leave --vace {path} out.", path)
     if width != config.dim or config.num_layers % layers:
@@ -210,9 +214,9 @@ def _config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig:
             path,
         )
     for name, axes in _LEAST_AXES.items():
-        found = shapes.get(name)
-        if found is not None and (len(found) < axes or 0 in found):
-            sizes = " x ".join(map(str, found)) or "a single number"
+        shape = shapes.get(name)
+        if shape is not None and (len(shape) < axes or 0 in shape):
+            sizes = " x ".join(map(str, shape)) or "a single number"
             raise CheckpointError(f"{path} does not fit Wan: {name} is {sizes}. Download it again.", path)
     dim, in_dim, *patch = shapes["patch_embedding.weight"]
     layers, vace_layers = _count_blocks(shapes, "blocks"), _count_blocks(shapes, "vace_blocks")
@@ -253,12 +257,12 @@ def _config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig:
 def _check_places(path: Path, layers: int, vace_layers: int) -> None:
     """Raise CheckpointError if the file's config.json puts VACE's blocks beside other blocks than usual."""
     usual = list(range(0, layers, layers // vace_layers))
-    file, said = config_beside(path)
-    is_its = isinstance(said, dict) and said.get("num_layers") == layers
-    if is_its and said.get("vace_layers", usual) != usual:
+    file, settings = config_beside(path)
+    is_its = isinstance(settings, dict) and settings.get("num_layers") == layers
+    if is_its and settings.get("vace_layers", usual) != usual:
         raise CheckpointError(
-            f"{file}: vace_layers are {said['vace_layers']}; VACE's blocks run beside {usual} here, as in "
-            "all that was released. Give such a model, or correct the file.",
+            f"{file}: vace_layers are {settings['vace_layers']}; VACE's blocks run beside {usual} here, as "
+            "in all that was released. Give such a model, or correct the file.",
             path,
         )
 
@@ -286,8 +290,8 @@ def _difference(config: WanConfig, task: WanTask) -> str:
     if config.in_dim != task.in_dim:
         return f"patch_embedding.weight takes {config.in_dim} input channels, {task.name} has {task.in_dim}."
     if (config.kind == VACE) != (task.kind == VACE):
-        found = f"The file has {config.vace_layers or 'no'} blocks of VACE, {task.name} has "
-        return found + ("them; a file of their own is given to --vace." if task.kind == VACE else "none.")
+        blocks = f"The file has {config.vace_layers or 'no'} blocks of VACE, {task.name} has "
+        return blocks + ("them; a file of their own is given to --vace." if task.kind == VACE else "none.")
     has_image = task.model_kind in INPUT_CHANNELS[True] or task.kind == "flf2v"
     if config.has_image != has_image:
         return (
@@ -300,9 +304,11 @@ def _difference(config: WanConfig, task: WanTask) -> str:
 
 
 def make_dit(config: WanConfig, *settings: Any) -> WanModel:
-    network = import_own("wan.vace_model").WanVaceModel if config.kind == VACE else WanModel
-    made: WanModel = network(config, *settings)
-    return made
+    if config.kind != VACE:
+        return WanModel(config, *settings)
+    from wan.vace_model import WanVaceModel  # only for VACE
+
+    return WanVaceModel(config, *settings)
 
 
 FORMAT = DitFormat(_header, lambda header: KIND_WORDS[header.config.kind], make_dit, _sources)

@@ -88,13 +88,8 @@ def read_clip(checkpoint: Checkpoint) -> LoadPlan[ClipConfig]:
     if "embeddings.class_embedding" in checkpoint.tensors:
         sources["cls_embedding"] = sources["cls_embedding"].then(lambda tensor: tensor[None, None])
         sources["pos_embedding"] = sources["pos_embedding"].then(lambda tensor: tensor[None])
-    last = count(sources, r"transformer\.\d+") - 1
-    for start in (f"transformer.{index}.attn" for index in range(last)):  # one matrix of q, k and v
-        for leaf in ("weight", "bias"):
-            names = [f"{start}.{part}.{leaf}" for part in "qkv"]
-            if all(name in sources for name in names):
-                joined = tuple(sources.pop(name).names[0] for name in names)
-                sources[f"{start}.to_qkv.{leaf}"] = TensorSource(joined, _rows)
+    num_layers = count(sources, r"transformer\.\d+") - 1  # without the last one
+    _join_heads(sources, num_layers)
     shape = shapes_of(checkpoint, sources)
     dim, _, patch, _ = shape("patch_embedding.weight")
     if dim % CLIP_HEAD_WIDTH:
@@ -104,17 +99,32 @@ def read_clip(checkpoint: Checkpoint) -> LoadPlan[ClipConfig]:
         )
     side = math.isqrt(shape("pos_embedding")[-2] - 1)
     config = ClipConfig(
-        dim, shape("transformer.0.mlp.0.weight")[0], dim // CLIP_HEAD_WIDTH, last, side * patch, patch
+        dim=dim,
+        ffn_dim=shape("transformer.0.mlp.0.weight")[0],
+        num_heads=dim // CLIP_HEAD_WIDTH,
+        num_layers=num_layers,
+        image_size=side * patch,
+        patch_size=patch,
     )
     unused = (
         "head",
         "post_norm.*",
         "post_layernorm.*",
         "*.position_ids",
-        f"transformer.{last}.*",
-        f"encoder.layers.{last}.*",
+        f"transformer.{num_layers}.*",
+        f"encoder.layers.{num_layers}.*",
     )
     return LoadPlan(config, checkpoint, sources, unused)
+
+
+def _join_heads(sources: dict[str, TensorSource], num_layers: int) -> None:
+    """Make one matrix of those of q, k and v, in the layers that have these apart."""
+    for index in range(num_layers):
+        for leaf in ("weight", "bias"):
+            names = [f"transformer.{index}.attn.{part}.{leaf}" for part in "qkv"]
+            if all(name in sources for name in names):
+                joined = tuple(sources.pop(name).names[0] for name in names)
+                sources[f"transformer.{index}.attn.to_qkv.{leaf}"] = TensorSource(joined, _rows)
 
 
 def _rows(*parts: Tensor) -> Tensor:
@@ -216,7 +226,7 @@ def load_clip(path: Path, device: torch.device, dtype: torch.dtype = torch.float
 
     with open_checkpoint(path) as checkpoint:
         clip = load_planned(
-            read_clip(checkpoint), WanClipVision, device, dtype_of, "the CLIP image encoder (--clip)"
+            read_clip(checkpoint), WanClipVision, device, dtype_of, what="the CLIP image encoder (--clip)"
         )
     logger.info("CLIP: %s, computing in %s", path, dtype_name(dtype))
     return clip

@@ -15,7 +15,7 @@ class VaeRelease:
     mean: tuple[float, ...]  # of the latents, per channel
     std: tuple[float, ...]
     file: str  # in the folder of the official release
-    others: str  # published files with the same tensors, for messages
+    copies: str  # published files with the same tensors, for messages
 
     @property
     def about(self) -> str:
@@ -24,7 +24,7 @@ class VaeRelease:
 
     @property
     def files(self) -> str:
-        return f"{self.file}, {self.others}"
+        return f"{self.file}, {self.copies}"
 
 
 # fmt: off
@@ -43,7 +43,7 @@ WAN_2_1 = VaeRelease(
         3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
     ),
     file="Wan2.1_VAE.pth",
-    others="wan_2.1_vae.safetensors or a diffusers vae folder",
+    copies="wan_2.1_vae.safetensors or a diffusers vae folder",
 )
 
 WAN_2_2 = VaeRelease(
@@ -66,7 +66,7 @@ WAN_2_2 = VaeRelease(
         0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
     ),
     file="Wan2.2_VAE.pth",
-    others="wan2.2_vae.safetensors or the vae folder of Wan2.2-TI2V-5B-Diffusers",
+    copies="wan2.2_vae.safetensors or the vae folder of Wan2.2-TI2V-5B-Diffusers",
 )
 # fmt: on
 
@@ -180,16 +180,95 @@ _FUN_A14B_SETTINGS: dict[str, Any] = {
 TASKS: dict[str, WanTask] = {
     task.name: task
     for task in (
-        WanTask("t2v-14B", "t2v", False, 5120, 50, 81, _720P, ("Wan-AI/Wan2.1-T2V-14B",)),
-        WanTask("t2v-1.3B", "t2v", False, 1536, 50, 81, _480P, ("Wan-AI/Wan2.1-T2V-1.3B",)),
-        WanTask("i2v-14B", "i2v", False, 5120, 40, 81, _720P, _I2V),
-        WanTask("flf2v-14B", "flf2v", False, 5120, 50, 81, _720P, ("Wan-AI/Wan2.1-FLF2V-14B-720P",)),
-        WanTask("t2i-14B", "t2v", False, 5120, 50, 1, (*_720P, (1024, 1024)), ("Wan-AI/Wan2.1-T2V-14B",)),
-        WanTask("t2v-1.3B-FC", "t2v", True, 1536, 50, 81, _480P, ("alibaba-pai/Wan2.1-Fun-1.3B-Control",)),
-        WanTask("t2v-14B-FC", "t2v", True, 5120, 50, 81, _720P, _FUN),
-        WanTask("i2v-14B-FC", "i2v", True, 5120, 40, 81, _720P, _FUN),
         WanTask(
-            *("t2v-A14B", "t2v", False, 5120, 40, 81, _720P, ("Wan-AI/Wan2.2-T2V-A14B",)),
+            "t2v-14B",
+            "t2v",
+            has_control=False,
+            dim=5120,
+            steps=50,
+            frames=81,
+            sizes=_720P,
+            repositories=("Wan-AI/Wan2.1-T2V-14B",),
+        ),
+        WanTask(
+            "t2v-1.3B",
+            "t2v",
+            has_control=False,
+            dim=1536,
+            steps=50,
+            frames=81,
+            sizes=_480P,
+            repositories=("Wan-AI/Wan2.1-T2V-1.3B",),
+        ),
+        WanTask(
+            "i2v-14B",
+            "i2v",
+            has_control=False,
+            dim=5120,
+            steps=40,
+            frames=81,
+            sizes=_720P,
+            repositories=_I2V,
+        ),
+        WanTask(
+            "flf2v-14B",
+            "flf2v",
+            has_control=False,
+            dim=5120,
+            steps=50,
+            frames=81,
+            sizes=_720P,
+            repositories=("Wan-AI/Wan2.1-FLF2V-14B-720P",),
+        ),
+        WanTask(
+            "t2i-14B",
+            "t2v",
+            has_control=False,
+            dim=5120,
+            steps=50,
+            frames=1,
+            sizes=(*_720P, (1024, 1024)),
+            repositories=("Wan-AI/Wan2.1-T2V-14B",),
+        ),
+        WanTask(
+            "t2v-1.3B-FC",
+            "t2v",
+            has_control=True,
+            dim=1536,
+            steps=50,
+            frames=81,
+            sizes=_480P,
+            repositories=("alibaba-pai/Wan2.1-Fun-1.3B-Control",),
+        ),
+        WanTask(
+            "t2v-14B-FC",
+            "t2v",
+            has_control=True,
+            dim=5120,
+            steps=50,
+            frames=81,
+            sizes=_720P,
+            repositories=_FUN,
+        ),
+        WanTask(
+            "i2v-14B-FC",
+            "i2v",
+            has_control=True,
+            dim=5120,
+            steps=40,
+            frames=81,
+            sizes=_720P,
+            repositories=_FUN,
+        ),
+        WanTask(
+            "t2v-A14B",
+            "t2v",
+            has_control=False,
+            dim=5120,
+            steps=40,
+            frames=81,
+            sizes=_720P,
+            repositories=("Wan-AI/Wan2.2-T2V-A14B",),
             version="2.2",
             flow_shift=12.0,
             guidance=3.0,
@@ -197,24 +276,83 @@ TASKS: dict[str, WanTask] = {
             boundary=875.0,
         ),
         WanTask(
-            *("i2v-A14B", "i2v", False, 5120, 40, 81, _720P, ("Wan-AI/Wan2.2-I2V-A14B",)),
+            "i2v-A14B",
+            "i2v",
+            has_control=False,
+            dim=5120,
+            steps=40,
+            frames=81,
+            sizes=_720P,
+            repositories=("Wan-AI/Wan2.2-I2V-A14B",),
             version="2.2",
             guidance=3.5,
             high_noise_guidance=3.5,
             boundary=900.0,
         ),
-        WanTask("vace-1.3B", VACE, False, 1536, 50, 81, _480P, ("Wan-AI/Wan2.1-VACE-1.3B",)),
-        WanTask("vace-14B", VACE, False, 5120, 50, 81, _720P, ("Wan-AI/Wan2.1-VACE-14B",)),
         WanTask(
-            *("vace-A14B", VACE, False, 5120, 50, 81, _720P, ("alibaba-pai/Wan2.2-VACE-Fun-A14B",)),
+            "vace-1.3B",
+            VACE,
+            has_control=False,
+            dim=1536,
+            steps=50,
+            frames=81,
+            sizes=_480P,
+            repositories=("Wan-AI/Wan2.1-VACE-1.3B",),
+        ),
+        WanTask(
+            "vace-14B",
+            VACE,
+            has_control=False,
+            dim=5120,
+            steps=50,
+            frames=81,
+            sizes=_720P,
+            repositories=("Wan-AI/Wan2.1-VACE-14B",),
+        ),
+        WanTask(
+            "vace-A14B",
+            VACE,
+            has_control=False,
+            dim=5120,
+            steps=50,
+            frames=81,
+            sizes=_720P,
+            repositories=("alibaba-pai/Wan2.2-VACE-Fun-A14B",),
             version="2.2",
             high_noise_guidance=5.0,
             boundary=875.0,
         ),
-        WanTask("t2v-A14B-FC", "t2v", True, 5120, 50, 81, _720P, _FUN_A14B, **_FUN_A14B_SETTINGS),
-        WanTask("i2v-A14B-FC", "i2v", True, 5120, 50, 81, _720P, _FUN_A14B, **_FUN_A14B_SETTINGS),
         WanTask(
-            *("ti2v-5B", "ti2v", False, 3072, 50, 121, _5B, ("Wan-AI/Wan2.2-TI2V-5B",)),
+            "t2v-A14B-FC",
+            "t2v",
+            has_control=True,
+            dim=5120,
+            steps=50,
+            frames=81,
+            sizes=_720P,
+            repositories=_FUN_A14B,
+            **_FUN_A14B_SETTINGS,
+        ),
+        WanTask(
+            "i2v-A14B-FC",
+            "i2v",
+            has_control=True,
+            dim=5120,
+            steps=50,
+            frames=81,
+            sizes=_720P,
+            repositories=_FUN_A14B,
+            **_FUN_A14B_SETTINGS,
+        ),
+        WanTask(
+            "ti2v-5B",
+            "ti2v",
+            has_control=False,
+            dim=3072,
+            steps=50,
+            frames=121,
+            sizes=_5B,
+            repositories=("Wan-AI/Wan2.2-TI2V-5B",),
             version="2.2",
             fps=24.0,
             keeps_image=True,

@@ -43,7 +43,6 @@ from modules.contract.rules import (
 from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from modules.errors import DatasetError
 from modules.families import HIGH_NOISE, LOW_NOISE
-from modules.installation import import_own
 from modules.media.pixels import to_pixels
 from modules.options import NO_OPTIONS
 from modules.speed_options import text_form
@@ -194,12 +193,16 @@ class Wan(OneTransformer):
         wants_image = files.clip is not None if self.image_kind is not None else self.files.task.has_features
         clip = None
         if images and wants_image:
-            clip = import_own("wan.clip").load_clip(files.clip_path, device)
+            from wan.clip import load_clip  # only for images
+
+            clip = load_clip(files.clip_path, device)
         return MediaEncoders(files.load_vae(device), clip)
 
     def check_table(self, table: MediaTable) -> None:
         if self.image_kind == ONE_FRAME:
-            import_own("wan.one_frame").check_table(table, self.files.clip is not None)
+            from wan import one_frame  # only for single pictures
+
+            one_frame.check_table(table, self.files.clip is not None)
         elif table.has_control and len(table.clean_indices) > 1:
             raise DatasetError(
                 f"{table.name}: Wan takes one control video or image for each item, fp_1f_clean_indices asks "
@@ -222,8 +225,11 @@ class Wan(OneTransformer):
         With an image kind, also return the CLIP features and the image condition. Stored in the VAE's dtype,
         CLIP features in float16, as in the caches of other tuners.
         """
-        dtype, parts = self.files.beside(self.files.vae_dtype), media.split_for(encoders.vae.device)
-        return [[one] for part in parts for one in encode_together(encoders, part, dtype, self.image_kind)]
+        dtype = self.files.beside(self.files.vae_dtype)
+        entries = []
+        for part in media.split_for(encoders.vae.device):
+            entries += encode_together(encoders, part, dtype, self.image_kind)
+        return [[entry] for entry in entries]
 
     @property
     def moments(self) -> MomentsRules:
@@ -256,29 +262,32 @@ class Wan(OneTransformer):
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """Return the conditions for training: text, by task CLIP features, `condition_latents` B C F H W."""
         if self.image_kind == ONE_FRAME and PLACES not in batch.tensors:
-            import_own("wan.one_frame").note_clips()
+            from wan.one_frame import note_clips  # only for single pictures
+
+            note_clips()
         zeros_on = latents.device if self._feature_zeros else None
         config = self.files.dit_header().config
-        found = batch_conditions(self.files.task, config, batch, zeros_on)
+        conditions = batch_conditions(self.files.task, config, batch, zeros_on)
         batch.check_widths({"t5": config.text_dim}, self.files.dits[0], "wan_cache_text_encoder_outputs.py")
-        return found
+        return conditions
 
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
     ) -> Tensor:
         """Predict the velocity, B C F H W float32, from t5 (n D each), clip (B T 1280), condition_latents."""
-        extra, clip = cond.get("condition_latents"), cond.get("clip")
-        if isinstance(extra, Tensor):
-            noisy = torch.cat([noisy, extra.to(noisy)], dim=1)
-        features, places = clip.to(noisy.device) if isinstance(clip, Tensor) else None, cond.get(PLACES)
-        given_more = ((name, cond.get(key)) for key, name in VACE_INPUTS)
-        more: dict[str, Any] = {
-            name: one.to(noisy.device) for name, one in given_more if isinstance(one, Tensor)
-        }
+        condition, clip, places = cond.get("condition_latents"), cond.get("clip"), cond.get(PLACES)
+        if isinstance(condition, Tensor):
+            noisy = torch.cat([noisy, condition.to(noisy)], dim=1)
+        arguments: dict[str, Any] = {}
+        for name, argument in VACE_INPUTS:
+            tensor = cond.get(name)
+            if isinstance(tensor, Tensor):
+                arguments[argument] = tensor.to(noisy.device)
         if isinstance(places, Tensor):  # on the host, the same for all samples
-            more["places"] = tuple(places[0].tolist())
+            arguments["places"] = tuple(places[0].tolist())
+        features = clip.to(noisy.device) if isinstance(clip, Tensor) else None
         tweaks = tweaks.rename_away(lambda texts: {"text": texts["t5"]})
-        return dit(noisy, timesteps, cond["t5"], features, tweaks=tweaks, **more)
+        return dit(noisy, timesteps, cond["t5"], features, tweaks=tweaks, **arguments)
 
     # generation
 
@@ -290,20 +299,24 @@ class Wan(OneTransformer):
         if self.image_kind == ONE_FRAME:  # samples of a training of pictures
             request = replace(request, extra={ONE_FRAME: "default", **request.extra})
         if ONE_FRAME in request.extra:
+            from wan import one_frame  # only for single pictures
+
             self.files.check(("dit", "clip"))
-            given = self.files.task, request, self.defaults, self.latent, self.experts
-            return import_own("wan.one_frame").prepare(*given)
+            return one_frame.prepare(
+                self.files.task, request, usual=self.defaults, latent=self.latent, experts=self.experts
+            )
         control = None
         if self.files.task.kind == VACE:
-            request, control = import_own("wan.vace").take_control(
-                request, self.files.dit_header().config.vace_layers
-            )
+            from wan.vace import take_control  # only for VACE
+
+            request, control = take_control(request, self.files.dit_header().config.vace_layers)
         request = take_inputs(self.files.task, request)
         self.files.check(("dit", "clip"))
-        given = self.files.task, request, self.defaults, self.latent, self.experts
-        prepared = prepare_request(*given)
+        prepared = prepare_request(
+            self.files.task, request, usual=self.defaults, latent=self.latent, experts=self.experts
+        )
         check_control(self.files.task, prepared)
-        return prepared if control is None else control.tell(prepared)
+        return prepared if control is None else control.add_to(prepared)
 
     def needs_media(self, prepared: Prepared) -> bool:
         task = self.files.task
@@ -313,9 +326,13 @@ class Wan(OneTransformer):
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Encode images and control video as CLIP features and condition channels: B ..., on the CPU."""
         if self.files.task.kind == VACE:
-            return {0: import_own("wan.vace").encode_control(encoders.vae, prepared)}
+            from wan.vace import encode_control  # only for VACE
+
+            return {0: encode_control(encoders.vae, prepared)}
         if ONE_FRAME in prepared.asked.extra:
-            return {0: import_own("wan.one_frame").encode_request(encoders, prepared, self.files.task)}
+            from wan.one_frame import encode_request  # only for single pictures
+
+            return {0: encode_request(encoders, prepared, self.files.task)}
         conditions = encode_inputs(encoders, prepared, self.files.task)
         zeros = no_features(self.files.dit_header().config, 1) if self._feature_zeros else {}
         return {0: zeros | conditions}
@@ -350,25 +367,30 @@ class Wan(OneTransformer):
         batch, channels, frames, *area = self.latent.shape(prepared.frames, prepared.height, prepared.width)
         # references of VACE stand in front and are cut off; Fun-Control and the like have none here. Of a
         # single picture and its control images the picture is kept
-        is_one = ONE_FRAME in prepared.asked.extra
+        is_picture = ONE_FRAME in prepared.asked.extra
         front = len(prepared.asked.control_images)
-        behind = not is_one and appends_end(self.files.task, prepared.asked)
+        behind = not is_picture and appends_end(self.files.task, prepared.asked)
         start = noise.draw((batch, channels, front + frames + behind, *area))
         conditions = dict(inputs.get(0, {}))
         first = conditions.pop(FIRST_LATENTS, None)
         if self.image_noise and self.files.task.takes_image:
-            # drawn for all channels so that seeds give the noise of existing tools
-            extra, image = conditions["condition_latents"], LATENT.channels
-            assert isinstance(extra, Tensor)
-            drawn = noise.draw(extra.shape)[:, -image:].to(extra)
-            noisy = extra[:, -image:] + self.image_noise * drawn
-            conditions["condition_latents"] = torch.cat([extra[:, :-image], noisy], dim=1)
-            del extra, drawn, noisy  # this frame lives as long as the denoising
+            condition = conditions["condition_latents"]
+            assert isinstance(condition, Tensor)
+            conditions["condition_latents"] = self._add_image_noise(condition, noise)
+            del condition  # this frame lives as long as the denoising
         section = prompts[0].section(start, conditions)
         if isinstance(first, Tensor):
             section = replace(section, given=first, tweaks=Tweaks(given_frames=first.shape[2]))
-        made = yield section
-        return made[:, :, prepared.own.slot].unsqueeze(2) if is_one else made[:, :, front:]
+        latents = yield section
+        return latents[:, :, prepared.own.slot].unsqueeze(2) if is_picture else latents[:, :, front:]
+
+    def _add_image_noise(self, condition: Tensor, noise: NoiseSource) -> Tensor:
+        """Return the condition with noise on the image's channels, which are the last ones."""
+        image = LATENT.channels
+        # drawn for all channels so that seeds give the noise of existing tools
+        drawn = noise.draw(condition.shape)[:, -image:].to(condition)
+        noisy = condition[:, -image:] + self.image_noise * drawn
+        return torch.cat([condition[:, :-image], noisy], dim=1)
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
         yield from encoders.vae.decode(latents.to(encoders.vae.device))
@@ -411,13 +433,13 @@ def family_for_samples(options: WanTrainingOptions) -> Wan | None:
 
     None if there is none.
     """
-    other, experts = options.sample_dit_other, options.experts
-    if other is None:
+    sample_dit, experts = options.sample_dit_other, options.experts
+    if sample_dit is None:
         return None
     if experts.dit_high_noise is None:
-        experts = replace(experts, dit_high_noise=other)
+        experts = replace(experts, dit_high_noise=sample_dit)
         return family_for_training(replace(options, experts=experts, sample_dit_other=None))
-    return family_for_training(replace(options, dit=other, sample_dit_other=None))
+    return family_for_training(replace(options, dit=sample_dit, sample_dit_other=None))
 
 
 def family_for_generation(options: WanGenerationOptions) -> Wan:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -20,7 +20,6 @@ from modules.contract.rules import expert_of_file
 from modules.devices import choose_compute_dtype
 from modules.errors import CheckpointError, OptionError
 from modules.families import HIGH_NOISE, LOW_NOISE
-from modules.installation import import_own
 from modules.paths import explain_missing
 from modules.speed_options import text_form
 from modules.text_files import parse_json, read_text
@@ -67,24 +66,22 @@ class WanFiles(TransformerFiles):
 
     def check_dits(self) -> None:
         """Raise OptionError or CheckpointError if a transformer is missing, or does not fit --task."""
-        both = {"--dit": self.dit, "--dit_high_noise": self.dit_high_noise}
-        paths = {option: path for option, path in both.items() if path in self.dits}
+        experts = {"--dit": self.dit, "--dit_high_noise": self.dit_high_noise}
+        paths = {option: path for option, path in experts.items() if path in self.dits}
         headers = {option: self.dit_header(path) for option, path in paths.items()}
         for option, path in paths.items():
             check_task(headers[option], self.task, path, option)
-        sizes = [
-            f"{one.config.num_layers} blocks of width {one.config.dim} and {one.config.in_dim} input channels"
-            for one in headers.values()
-        ]
-        (first, one), *others = headers.items()
-        for option, other in others:
-            if other.config != one.config:
-                raise CheckpointError(
-                    f"{option} {paths[option]} is not of the model of {first} {paths[first]}:\n"
-                    f"  it has {sizes[1]}, the other has {sizes[0]}.\n"
-                    "  Give the two transformers of one model.",
-                    paths[option],
-                )
+        if len(headers) < 2:
+            return
+        first, second = headers
+        config, second_config = headers[first].config, headers[second].config
+        if second_config != config:
+            raise CheckpointError(
+                f"{second} {paths[second]} is not of the model of {first} {paths[first]}:\n"
+                f"  it has {_size_of(second_config)}, the other has {_size_of(config)}.\n"
+                "  Give the two transformers of one model.",
+                paths[second],
+            )
 
     @property
     def t5_path(self) -> Path:
@@ -96,10 +93,10 @@ class WanFiles(TransformerFiles):
 
     def vace_of(self, dit: Path) -> Path | None:
         """Return the separate file of VACE's blocks for a transformer's file; None if there is none."""
-        given, option = (self.vace, "--vace")
+        path, option = self.vace, "--vace"
         if dit == self.dit_high_noise and dit != self.dit:
-            given, option = self.vace_high_noise, "--vace_high_noise"
-        return None if given is None else require_file(given, option, "it has the blocks of VACE")
+            path, option = self.vace_high_noise, "--vace_high_noise"
+        return None if path is None else require_file(path, option, "it has the blocks of VACE")
 
     def dit_header(self, dit: Path | None = None) -> DitHeader[WanConfig]:
         """Read variant, dialect and dtype of a transformer file, with VACE's blocks from their own file.
@@ -111,18 +108,20 @@ class WanFiles(TransformerFiles):
         return header if vace is None else read_once(vace, add_vace_header, header, dit)
 
     def compute_dtype(self) -> torch.dtype | None:
-        given = self.dit or self.dit_high_noise
-        return None if given is None else self.dit_dtype or self.dit_header().compute_dtype
+        dit = self.dit or self.dit_high_noise
+        return None if dit is None else self.dit_dtype or self.dit_header().compute_dtype
 
     def beside(self, chosen: torch.dtype | None, usual: torch.dtype | None = None) -> torch.dtype:
         return chosen or self.compute_dtype() or usual or self.usual
 
     def text_encoders(self) -> list[TextEncoder]:
-        return [import_own("wan.t5").WanTextEncoder(self.t5_path, self.t5_tokenizer, self.t5_form)]
+        from wan.t5 import WanTextEncoder  # only with texts
+
+        return [WanTextEncoder(self.t5_path, self.t5_tokenizer, self.t5_form)]
 
     def load_vae(self, device: torch.device) -> WanVae:
         dtype = self.beside(self.vae_dtype)
-        return load_vae(self.vae_path, device, dtype, self.vae_cache_cpu, self.vae_tile)
+        return load_vae(self.vae_path, device, dtype, self.vae_cache_cpu, tile=self.vae_tile)
 
     def check_vae(self) -> None:
         config = read_once(self.vae_path, read_vae).config
@@ -130,16 +129,27 @@ class WanFiles(TransformerFiles):
 
     def check_texts(self, config: Any, needed: bool) -> None:
         if self.t5 is not None or needed:
-            read_once(self.t5_path, import_own("encoders.t5_network").read_t5, import_own("wan.t5").UMT5)
+            from encoders.t5_network import read_t5  # only with texts
+            from wan.t5 import UMT5
+
+            read_once(self.t5_path, read_t5, UMT5)
         if self.t5_tokenizer is not None:
-            import_own("wan.t5").TOKENIZER.files.check_given(self.t5_tokenizer)
+            from wan.t5 import TOKENIZER  # only with texts
+
+            TOKENIZER.files.check_given(self.t5_tokenizer)
 
     def check(self, needed: Collection[str] = ()) -> None:
         if self.dit or self.dit_high_noise or "dit" in needed:
             self.check_dits()
         super().check(needed)
         if self.clip is not None or ("clip" in needed and self.task.has_features):
-            read_once(self.clip_path, import_own("wan.clip").read_clip)
+            from wan.clip import read_clip  # only for images
+
+            read_once(self.clip_path, read_clip)
+
+
+def _size_of(config: WanConfig) -> str:
+    return f"{config.num_layers} blocks of width {config.dim} and {config.in_dim} input channels"
 
 
 logger = logging.getLogger(__name__)
@@ -164,11 +174,17 @@ _OPTIONS = {LOW_NOISE: "dit", HIGH_NOISE: "dit_high_noise"}
 PIPELINE_EXPERTS = {_OPTIONS[expert]: folder for folder, expert in WAN.experts}
 
 
-def read_release(folder: Path, latent: LatentSpec) -> tuple[Mapping[str, Path], float | None]:
+class Release(NamedTuple):
+    """What a folder of a release has."""
+
+    files: dict[str, Path]  # by the names of `WanFiles`
+    boundary: float | None = None  # of its experts, as a timestep; None: it says nothing
+
+
+def read_release(folder: Path, latent: LatentSpec) -> Release:
     """Find the parts of an official release, or of a pipeline of diffusers. Loads nothing.
 
-    latent: of the model; it decides which VAE fits. Returns the files by the names of `WanFiles`, and the
-    boundary of its experts as a timestep; None: it says nothing. Raises OptionError if the folder is missing,
+    latent: of the model; it decides which VAE fits. Raises OptionError if the folder is missing,
     CheckpointError if its index cannot be read.
     """
     if not folder.is_dir():
@@ -178,45 +194,56 @@ def read_release(folder: Path, latent: LatentSpec) -> tuple[Mapping[str, Path], 
     index = folder / PIPELINE_INDEX
     if index.exists():
         has_experts = (folder / PIPELINE_EXPERTS["dit"]).is_dir()
-        dits = PIPELINE_EXPERTS if has_experts else PIPELINE_DIT
-        found = _there(folder, PIPELINE | dits)
-        if not has_experts:
-            return found, None
-        try:
-            ratio = parse_json(read_text(index)).get("boundary_ratio")
-        except (OSError, ValueError, AttributeError) as error:
-            raise CheckpointError(
-                f"--ckpt_dir: {index} cannot be read ({error}). Download it again.", index
-            ) from error
-        if ratio is None:
-            return found, None
-        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < 1:
-            raise CheckpointError(
-                f"--ckpt_dir: boundary_ratio in {index} is {ratio!r}, not a share of noise such as 0.875. "
-                "Download it again, or give --timestep_boundary and the files with --dit and "
-                "--dit_high_noise.",
-                index,
-            )
-        return found, float(ratio) * MOST_TIMESTEP
-    found = _there(folder, {**OFFICIAL, "vae": RELEASES[latent.channels].file, **OFFICIAL_EXPERTS})
-    if not found.keys() & OFFICIAL_EXPERTS.keys() and any(folder.glob(OFFICIAL_DIT)):
-        found["dit"] = folder
-    return found, None
+        files = _existing(folder, PIPELINE | (PIPELINE_EXPERTS if has_experts else PIPELINE_DIT))
+        return Release(files, _read_boundary(index) if has_experts else None)
+    names = {**OFFICIAL, "vae": RELEASES[latent.channels].file, **OFFICIAL_EXPERTS}
+    files = _existing(folder, names)
+    if not files.keys() & OFFICIAL_EXPERTS.keys() and any(folder.glob(OFFICIAL_DIT)):
+        files["dit"] = folder
+    return Release(files)
 
 
-def add_release(given: WanFiles, release: Mapping[str, Path]) -> WanFiles:
+def _read_boundary(index: Path) -> float | None:
+    """Return the boundary of the experts as a timestep; None if the index of a pipeline does not say."""
+    try:
+        ratio = parse_json(read_text(index)).get("boundary_ratio")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"--ckpt_dir: {index} cannot be read ({error}). Download it again.", index
+        ) from error
+    if ratio is None:
+        return None
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < 1:
+        raise CheckpointError(
+            f"--ckpt_dir: boundary_ratio in {index} is {ratio!r}, not a share of noise such as 0.875. "
+            "Download it again, or give --timestep_boundary and the files with --dit and "
+            "--dit_high_noise.",
+            index,
+        )
+    return float(ratio) * MOST_TIMESTEP
+
+
+def add_release(files: WanFiles, release: Mapping[str, Path]) -> WanFiles:
     """Fill the files that options do not give from a release.
 
     If --dit is given, the release's transformer for much noise is not taken either: --dit alone means one
     transformer for all noise levels.
     """
-    own = {name for name in release if getattr(given, name) is not None}
-    if given.dit is not None:
-        own.add("dit_high_noise")
-    added: dict[str, Any] = {name: path for name, path in release.items() if name not in own}
+    typed = {name for name in release if getattr(files, name) is not None}
+    if files.dit is not None:
+        typed.add("dit_high_noise")
+    added: dict[str, Any] = {name: path for name, path in release.items() if name not in typed}
     for name in sorted(added.keys() & OFFICIAL_EXPERTS.keys()):
         logger.info("--%s is %s, from --ckpt_dir", name, added[name])
-    return replace(given, **added)
+    return replace(files, **added)
+
+
+class _NamedDit(NamedTuple):
+    """A transformer and which expert it is."""
+
+    path: Path
+    name: str | None  # the expert that its file's name says; None: it says nothing
+    use: str  # the expert that it is given for
 
 
 def check_names(dit: Path | None, dit_high_noise: Path | None) -> None:
@@ -225,25 +252,24 @@ def check_names(dit: Path | None, dit_high_noise: Path | None) -> None:
     Raises OptionError if both say that they were swapped. Warns if one of them does, as a name is only a
     hint.
     """
-    named = {
-        option: (path, expert_of_file(path, dict(WAN.experts)), meant)
-        for option, path, meant in (
-            ("--dit", dit, LOW_NOISE),
-            ("--dit_high_noise", dit_high_noise, HIGH_NOISE),
-        )
-        if path is not None
-    }
-    wrong = [option for option, (_, name, meant) in named.items() if name not in {None, meant}]
+    dits = {}
+    for option, path, use in (("--dit", dit, LOW_NOISE), ("--dit_high_noise", dit_high_noise, HIGH_NOISE)):
+        if path is not None:
+            dits[option] = _NamedDit(path, expert_of_file(path, dict(WAN.experts)), use)
+    wrong = {option: named for option, named in dits.items() if named.name not in {None, named.use}}
     if len(wrong) > 1:
         raise OptionError(
             f"--dit {dit} is named as the transformer for much noise, and --dit_high_noise {dit_high_noise} "
             "as the one for little noise: swap the two"
         )
-    for option in wrong:
-        path, name, meant = named[option]
-        use = "all noise levels" if len(named) == 1 and meant == LOW_NOISE else f"{_words(meant)} noise"
+    for option, named in wrong.items():
+        is_alone = len(dits) == 1 and named.use == LOW_NOISE
         logger.warning(
-            "%s %s is used for %s, but its name says that it is for %s noise", option, path, use, _words(name)
+            "%s %s is used for %s, but its name says that it is for %s noise",
+            option,
+            named.path,
+            "all noise levels" if is_alone else f"{_words(named.use)} noise",
+            _words(named.name),
         )
     if dit is not None and dit == dit_high_noise:
         logger.warning("--dit and --dit_high_noise are the same file: %s does all steps", dit)
@@ -253,7 +279,7 @@ def _words(expert: str | None) -> str:
     return "much" if expert == HIGH_NOISE else "little"
 
 
-def _there(folder: Path, parts: Mapping[str, str]) -> dict[str, Path]:
+def _existing(folder: Path, parts: Mapping[str, str]) -> dict[str, Path]:
     return {key: folder / name for key, name in parts.items() if (folder / name).exists()}
 
 
@@ -288,8 +314,9 @@ def files_and_boundary(options: WanGenerationOptions) -> tuple[WanFiles, float |
     """
     files, task, boundary = files_of(options), TASKS[options.task], None
     if options.ckpt_dir is not None:
-        found, boundary = read_release(options.ckpt_dir, LATENT_SPECS[task.kind])
-        files = add_release(files, found)
+        release = read_release(options.ckpt_dir, LATENT_SPECS[task.kind])
+        files = add_release(files, release.files)
+        boundary = release.boundary
     if files.dit is None and files.dit_high_noise is not None:
         raise OptionError(
             "--dit is missing: --dit_high_noise alone cannot take away the last of the noise. Give the "
@@ -315,13 +342,13 @@ def boundary_of(
             f"--dit_high_noise {files.dit_high_noise}: --task {task.name} has one transformer. Leave it out, "
             "or use --task t2v-A14B or i2v-A14B"
         )
-    other = options.sample_dit_other if isinstance(options, WanTrainingOptions) else None
-    given = options.experts.timestep_boundary  # as a timestep, or as a share of noise
-    if given is not None and files.dit_high_noise is None and other is None:
+    sample_dit = options.sample_dit_other if isinstance(options, WanTrainingOptions) else None
+    boundary = options.experts.timestep_boundary  # as a timestep, or as a share of noise
+    if boundary is not None and files.dit_high_noise is None and sample_dit is None:
         logger.warning("--timestep_boundary is ignored because there is no --dit_high_noise")
-    if given is not None and given <= 1:
-        given *= MOST_TIMESTEP
-    return given or of_release or task.boundary
+    if boundary is not None and boundary <= 1:
+        boundary *= MOST_TIMESTEP
+    return boundary or of_release or task.boundary
 
 
 def caching_files(options: WanLatentCachingOptions) -> tuple[WanFiles, str | None]:
@@ -331,16 +358,7 @@ def caching_files(options: WanLatentCachingOptions) -> tuple[WanFiles, str | Non
     that do not apply to those latents.
     """
     files = WanFiles(clip=options.clip, vae_cache_cpu=options.vae_cache_cpu).add_vae(options.vae)
-    kind = (
-        VACE
-        if options.vace
-        else ONE_FRAME
-        if options.one_frame
-        else "i2v"
-        if options.i2v or options.clip is not None
-        else None
-    )
-    image_kind = "flf2v" if options.flf2v else kind
+    image_kind = _image_kind(options)
     release = None
     if files.vae is not None:
         release = RELEASES[read_once(files.vae_path, read_vae).config.latent_channels]
@@ -349,10 +367,21 @@ def caching_files(options: WanLatentCachingOptions) -> tuple[WanFiles, str | Non
     if release is WAN_2_2 and image_kind is not None:
         if image_kind == VACE:
             raise OptionError(f"--vace: --vae {options.vae.vae} is {WAN_2_2.about}; VACE has that of Wan2.1")
-        given = "--clip" if options.clip is not None else "--i2v"
+        switch = "--clip" if options.clip is not None else "--i2v"
         raise OptionError(
-            f"{given}: --vae {options.vae.vae} is {WAN_2_2.about}. That model starts from an image by the "
-            f"latents of the clip itself, so nothing else is cached. Leave out {given}"
+            f"{switch}: --vae {options.vae.vae} is {WAN_2_2.about}. That model starts from an image by the "
+            f"latents of the clip itself, so nothing else is cached. Leave out {switch}"
             f"{' and --flf2v' if options.flf2v else ''}."
         )
     return replace(files, task=TASKS["ti2v-5B" if release is WAN_2_2 else "t2v-14B"]), image_kind
+
+
+def _image_kind(options: WanLatentCachingOptions) -> str | None:
+    """Return the kind of condition that the switches ask for."""
+    if options.flf2v:
+        return "flf2v"
+    if options.vace:
+        return VACE
+    if options.one_frame:
+        return ONE_FRAME
+    return "i2v" if options.i2v or options.clip is not None else None

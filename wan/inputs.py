@@ -77,13 +77,13 @@ def nearest_size(image: tuple[int, int], area: int, step: int) -> tuple[int, int
     return min(reversed(fitting), key=stretch)
 
 
-def frame_mask(known: Tensor) -> Tensor:
+def frame_mask(known_frames: Tensor) -> Tensor:
     """Turn the known pixel frames (F, 0 or 1) into a mask 4 L.
 
     The first frame is repeated four times; then each group of four frames becomes the channels of a latent
     frame.
     """
-    repeated = torch.cat([known[:1].repeat(FRAMES_PER_LATENT), known[1:]])
+    repeated = torch.cat([known_frames[:1].repeat(FRAMES_PER_LATENT), known_frames[1:]])
     return rearrange(repeated, "(l c) -> c l", c=FRAMES_PER_LATENT)
 
 
@@ -94,9 +94,9 @@ def image_condition(vae: WanVae, image: Tensor, frames: int, end_image: Tensor |
     """
     clip = torch.cat([image, image.new_zeros(*image.shape[:2], frames - 1, *image.shape[3:])], dim=2)
     latents = vae.encode(clip)
-    known = torch.zeros(frames)
-    known[0] = 1
-    mask = frame_mask(known)
+    known_frames = torch.zeros(frames)
+    known_frames[0] = 1
+    mask = frame_mask(known_frames)
     if end_image is not None:
         latents = torch.cat([latents, vae.encode(end_image)], dim=2)
         mask = torch.cat([mask, torch.ones(FRAMES_PER_LATENT, 1)], dim=1)
@@ -111,14 +111,14 @@ def first_last_condition(vae: WanVae, first: Tensor, last: Tensor, frames: int) 
     if frames == 1:
         return image_condition(vae, first, 1)
     middle = first.new_zeros(*first.shape[:2], frames - 2, *first.shape[3:])
-    known = torch.zeros(frames)
-    known[0] = known[-1] = 1
-    return _with_mask(frame_mask(known), vae.encode(torch.cat([first, middle, last], dim=2)))
+    known_frames = torch.zeros(frames)
+    known_frames[0] = known_frames[-1] = 1
+    return _with_mask(frame_mask(known_frames), vae.encode(torch.cat([first, middle, last], dim=2)))
 
 
 def _with_mask(mask: Tensor, latents: Tensor) -> Tensor:
     batch, _, _, height, width = latents.shape
-    spread = mask.to(latents)[None, :, :, None, None].expand(batch, -1, -1, height, width)
+    spread = mask.to(latents)[None, :, :, None, None].expand((batch, -1, -1, height, width))
     return torch.cat([spread, latents], dim=1)
 
 
@@ -138,13 +138,13 @@ def take_inputs(task: WanTask, request: Request) -> Request:
         require(request.end_image_path, "--end_image_path", f"--task {task.name} ends with an image")
     if task.has_control:
         require(request.control_path, "--control_path", f"--task {task.name} follows a control video")
-    taken = {
+    usable = {
         "image_path": task.takes_image or task.keeps_image,
         "end_image_path": task.takes_image,
         "control_path": task.has_control or task.kind == VACE,
         "control_images": task.kind == VACE,
     }
-    return keep_usable_media(request, taken, f"--task {task.name} does not take it")
+    return keep_usable_media(request, usable, f"--task {task.name} does not take it")
 
 
 def check_control(task: WanTask, prepared: Prepared) -> None:
@@ -164,37 +164,53 @@ def encode_inputs(
 
     Images are stretched to the size, which has the aspect of the first one.
     """
-    request, width, height, frames = prepared.asked, prepared.width, prepared.height, prepared.frames
+    request, width, height = prepared.asked, prepared.width, prepared.height
     vae = encoders.vae
     conditions: dict[str, Tensor | list[Tensor]] = {}
     image: Tensor | None = None
-    end = request.end_image_path
-
-    def pixels(path: Path) -> Tensor:
-        return image_pixels(path, width, height, keep_aspect=False)
-
     first = request.first_image
     if task.takes_image and first is not None:
         if task.has_features:
-            paths = [first] + ([end] if task.kind == "flf2v" and end is not None else [])
-            features = [encoders.image_encoder.encode(read_pixels(path)[:, :, 0]) for path in paths]
-            conditions["clip"] = torch.cat(features, dim=1).cpu()
-        if end is not None and not appends_end(task, request):
-            image = first_last_condition(vae, pixels(first), pixels(end), frames)
-        else:
-            image = image_condition(vae, pixels(first), frames, pixels(end) if end else None)
+            conditions["clip"] = _encode_features(encoders, task, request, first)
+        image = _encode_images(vae, task, prepared, first)
         conditions["condition_latents"] = image.cpu()
     if task.keeps_image and request.image_path is not None:
-        pixels_in_front = image_pixels(request.image_path, width, height, shrink="lanczos")
-        conditions[FIRST_LATENTS] = vae.encode(pixels_in_front).cpu()
+        pixels = image_pixels(request.image_path, width, height, shrink="lanczos")
+        conditions[FIRST_LATENTS] = vae.encode(pixels).cpu()
     if task.has_control and request.control_path is not None:
         has_end = appends_end(task, request)
-        end_frames = FRAMES_PER_LATENT if has_end else 0
-        control = vae.encode(
-            video_pixels(request.control_path, "--control_path", width, height, frames, end_frames)
+        pixels = video_pixels(
+            request.control_path,
+            "--control_path",
+            width=width,
+            height=height,
+            frames=prepared.frames,
+            end_frames=FRAMES_PER_LATENT if has_end else 0,
         )
-        conditions["condition_latents"] = control_channels(task, control, image, has_end).cpu()
+        control = control_channels(task, vae.encode(pixels), image, has_end)
+        conditions["condition_latents"] = control.cpu()
     return conditions
+
+
+def _encode_features(encoders: MediaEncoders, task: WanTask, request: Request, first: Path) -> Tensor:
+    """Return the CLIP features of the first image, and of the end image if the task has both."""
+    paths = [first]
+    if task.kind == "flf2v" and request.end_image_path is not None:
+        paths.append(request.end_image_path)
+    features = [encoders.image_encoder.encode(read_pixels(path)[:, :, 0]) for path in paths]
+    return torch.cat(features, dim=1).cpu()
+
+
+def _encode_images(vae: WanVae, task: WanTask, prepared: Prepared, first: Path) -> Tensor:
+    """Return the condition channels of the first image, and of the end image if there is one."""
+
+    def pixels(path: Path) -> Tensor:
+        return image_pixels(path, prepared.width, prepared.height, keep_aspect=False)
+
+    end = prepared.asked.end_image_path
+    if end is not None and not appends_end(task, prepared.asked):
+        return first_last_condition(vae, pixels(first), pixels(end), prepared.frames)
+    return image_condition(vae, pixels(first), prepared.frames, pixels(end) if end else None)
 
 
 def control_channels(task: WanTask, control: Tensor, image: Tensor | None, has_end: bool = False) -> Tensor:
@@ -251,4 +267,11 @@ def prepare_request(
     usual_negative = FIRST_LAST_NEGATIVE_PROMPT if task.kind == "flf2v" else NEGATIVE_PROMPT
     # the release has no empty one
     request = replace(request, negative_prompt=request.negative_prompt or None)
-    return settle(request, usual, size, flow_shift, usual_negative, experts)
+    return settle(
+        request,
+        usual,
+        size=size,
+        flow_shift=flow_shift,
+        usual_negative=usual_negative,
+        experts=experts,
+    )

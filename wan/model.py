@@ -51,9 +51,9 @@ class SelfAttention(nn.Module):
         part = tokens.part
         if part is not None:
             q, k, v = part.gather_tokens(q, k, v)
-        seen = _attend(q, k, v, tokens)  # B L N D
-        seen = seen if part is None else part.gather_heads(seen)
-        return in_own_dtype(self.o, seen.flatten(2))
+        attended = _attend(q, k, v, tokens)  # B L N D
+        attended = attended if part is None else part.gather_heads(attended)
+        return in_own_dtype(self.o, attended.flatten(2))
 
 
 class CrossAttention(SelfAttention):
@@ -76,14 +76,14 @@ class CrossAttention(SelfAttention):
         for text, repeats in tokens.texts:
             k = self.norm_k(in_own_dtype(self.k, text)).unflatten(-1, heads)
             v = in_own_dtype(self.v, text).unflatten(-1, heads)
-            of_texts.append(_attend(q, k, v, tokens, repeats))  # B L N D
-        seen = of_texts[0] if tokens.combine is None else tokens.combine(*of_texts)
+            of_texts.append(_attend(q, k, v, tokens, repeats=repeats))  # B L N D
+        attended = of_texts[0] if tokens.combine is None else tokens.combine(*of_texts)
         del of_texts, k, v  # large: not held while the image is seen and `o` computes
         if tokens.image is not None:
             k = self.norm_k_img(in_own_dtype(self.k_img, tokens.image)).unflatten(-1, heads)
             v = in_own_dtype(self.v_img, tokens.image).unflatten(-1, heads)
-            seen = seen + _attend(q, k, v, tokens)
-        return in_own_dtype(self.o, seen.flatten(2))
+            attended = attended + _attend(q, k, v, tokens)
+        return in_own_dtype(self.o, attended.flatten(2))
 
 
 class WanAttentionBlock(nn.Module):
@@ -109,20 +109,22 @@ class WanAttentionBlock(nn.Module):
 
     def forward(self, x: Tensor, tokens: WanTokens) -> Tensor:
         # x: B L C float32, also between the branches
-        dtype, given = tokens.dtype, tokens.given
-        shift1, scale1, gate1, *rows = (
-            self.modulation.to(tokens.modulation.dtype) + tokens.modulation
-        ).unbind(2)
-        h = modulate(self.norm1(x), shift1, scale1, dtype, given)
-        x = add_gated(x, gate1, self.self_attn(h, tokens), given)
+        dtype, split = tokens.dtype, tokens.num_given
+        table = self.modulation.to(tokens.modulation.dtype)
+        shift, scale, gate, *feed_rows = (table + tokens.modulation).unbind(2)
+        h = modulate(self.norm1(x), shift, scale, dtype, split=split)
+        x = add_gated(x, gate, self.self_attn(h, tokens), split)
         x = x + self.cross_attn(self.norm3(x).to(dtype), tokens)
-        parts = [self.feed_forward(part, dtype, *row) for part, *row in split_segments(given, rows, x)]
+        parts = []
+        for part, *rows in split_segments(split, feed_rows, x):
+            # without names: code that computes it in pieces takes arguments by their order
+            parts.append(self.feed_forward(part, dtype, *rows))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def modulated_input(self, x: Tensor, tokens: WanTokens) -> Tensor:
         """Return the input of self-attention for an input x of the block, both B L C."""
         shift, scale, *_ = (self.modulation.float() + tokens.modulation).unbind(2)
-        return modulate(self.norm1(x), shift, scale, tokens.dtype, tokens.given)
+        return modulate(self.norm1(x), shift, scale, tokens.dtype, split=tokens.num_given)
 
     def feed_forward(
         self, x: Tensor, dtype: torch.dtype, shift: Tensor, scale: Tensor, gate: Tensor
@@ -145,7 +147,8 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, tokens: WanTokens) -> Tensor:
         shift, scale = (self.modulation.float() + tokens.time.unsqueeze(2)).unbind(2)  # each B S C
-        return run_float32(self.head, modulate(self.norm(x), shift, scale, torch.float32, tokens.given))
+        h = modulate(self.norm(x), shift, scale, torch.float32, split=tokens.num_given)
+        return run_float32(self.head, h)
 
 
 class ImageEmbedding(nn.Module):
@@ -181,7 +184,19 @@ class ImageEmbedding(nn.Module):
 class WanModel(BlockNetwork):
     """Predict the velocity of noisy video latents from text and, in some variants, image features.
 
-    Variants with conditions on images or control videos take these as further input channels.
+    Variants with conditions on images or control videos take these as further input channels. Without a
+    second text and code that stands around the blocks:
+
+        x = patch_embedding(noisy)                                            # B L C float32
+        text = text_embedding(text)                                           # B T C
+        time = time_embedding(sinusoid(timesteps))                            # B C
+        rows = time_projection(time)                                          # B 6 C
+        for block in blocks:
+            shift, scale, gate, shift2, scale2, gate2 = block.modulation + rows
+            x = x + gate * self_attn(norm1(x) * (1 + scale) + shift)
+            x = x + cross_attn(norm3(x), text) + attention to image_embeds
+            x = x + gate2 * ffn(norm2(x) * (1 + scale2) + shift2)
+        velocity = head(x, time)                                # B L out_dim*4, returned as B out_dim F H W
     """
 
     spec = DIT
@@ -241,6 +256,37 @@ class WanModel(BlockNetwork):
         places: positions in time of frames that are not consecutive. Raises ValueError if sizes do not go
         together.
         """
+        self._check(noisy, image_embeds)
+        dtype = activation_dtype(noisy.device, self.compute_dtype)
+        patches = in_own_dtype(self.patch_embedding, noisy).float()  # B C f h w
+        grid = (patches.shape[2], patches.shape[3], patches.shape[4])
+        time, modulation = self._embed_times(timesteps, tweaks.given_frames > 0)
+        text_is_image = self.config.has_image and image_embeds is None
+        merges = None if text_is_image else self.attention  # every row is needed if some are the image
+        texts = [text] if tweaks.away is None else [text, tweaks.away.text["text"]]
+        embedded = [self._embed_text(rows, noisy, merges, dtype) for rows in texts]
+        image_tokens = None
+        if image_embeds is not None:
+            image_tokens = self.img_emb(image_embeds).to(dtype)
+        elif text_is_image:
+            first, _ = embedded[0]
+            image_tokens = first[:, :TEXT_ROWS_AS_IMAGE]
+            embedded = [(rows[:, TEXT_ROWS_AS_IMAGE:], repeats) for rows, repeats in embedded]
+        tokens = WanTokens(
+            grid,
+            rotary=self._rotary.of(Grid(grid, tweaks.slow_frames, places=places), noisy.device),
+            texts=tuple(embedded),
+            image=image_tokens,
+            time=time,
+            modulation=modulation,
+            num_given=tweaks.given_frames // self.config.patch_size[0] * grid[1] * grid[2],
+            dtype=dtype,
+            attention=self.attention,
+            combine=tweaks.steer,
+        )
+        return Hidden(rearrange(patches, "b c f h w -> b (f h w) c").contiguous(), tokens)
+
+    def _check(self, noisy: Tensor, image_embeds: Tensor | None) -> None:
         if noisy.shape[1] != self.config.in_dim:
             raise ValueError(f"{noisy.shape[1]} input channels, the model takes {self.config.in_dim}")
         if any(size % patch for size, patch in zip(noisy.shape[2:], self.config.patch_size, strict=True)):
@@ -249,32 +295,24 @@ class WanModel(BlockNetwork):
             )
         if image_embeds is not None and not self.config.has_image:
             raise ValueError("image features are given, but the model has no image attention")
-        dtype = activation_dtype(noisy.device, self.compute_dtype)
-        patches = in_own_dtype(self.patch_embedding, noisy).float()  # B C f h w
-        grid = (patches.shape[2], patches.shape[3], patches.shape[4])
-        time, modulation = self._embed_times(timesteps, tweaks.given_frames > 0)
-        given = tweaks.given_frames // self.config.patch_size[0] * grid[1] * grid[2]
-        text_is_image = self.config.has_image and image_embeds is None
-        texts = []
-        for one in [text] if tweaks.away is None else [text, tweaks.away.text["text"]]:
-            merges = None if text_is_image else self.attention  # every row is needed if some are the image
-            rows, counts = pad_texts([each.to(noisy.device) for each in one], self.config.text_len, merges)
-            hidden = self.text_embedding[1](in_own_dtype(self.text_embedding[0], rows))
-            embedded = in_own_dtype(self.text_embedding[2], hidden).to(dtype)
-            # one text may serve all samples
-            texts.append((embedded.expand(len(noisy), -1, -1), counts))
-        image_tokens = None
-        if image_embeds is not None:
-            image_tokens = self.img_emb(image_embeds).to(dtype)
-        elif text_is_image:
-            image_tokens = texts[0][0][:, :TEXT_ROWS_AS_IMAGE]
-            texts = [(one[:, TEXT_ROWS_AS_IMAGE:], counts) for one, counts in texts]
-        rotary = self._rotary.of(Grid(grid, tweaks.slow_frames, places=places), noisy.device)
-        tokens = WanTokens(
-            *(grid, rotary, tuple(texts), image_tokens, time, modulation, given, dtype),
-            *(self.attention, tweaks.steer),
-        )
-        return Hidden(rearrange(patches, "b c f h w -> b (f h w) c").contiguous(), tokens)
+
+    def _embed_text(
+        self,
+        text: Sequence[Tensor] | Tensor,
+        noisy: Tensor,
+        merges: AttentionChoice | None,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return text tokens, B T C, and how many equal rows each stands for, T; None: one each.
+
+        merges: the attention that may repeat keys; None: every row is needed.
+        """
+        samples = [rows.to(noisy.device) for rows in text]
+        rows, repeats = pad_texts(samples, self.config.text_len, merges)
+        first, gelu, second = self.text_embedding
+        embedded = in_own_dtype(second, gelu(in_own_dtype(first, rows))).to(dtype)
+        # one text may serve all samples
+        return embedded.expand(len(noisy), -1, -1), repeats
 
     def unembed(self, x: Tensor, tokens: WanTokens) -> Tensor:
         """Turn video tokens B L C into the velocity, B out_dim F H W in float32; 0 for given frames."""
@@ -283,12 +321,18 @@ class WanModel(BlockNetwork):
         velocity = rearrange(
             self.head(x, tokens),
             "b (f h w) (pf ph pw c) -> b c (f pf) (h ph) (w pw)",
-            **{"f": frames, "h": rows, "w": columns, "pf": pf, "ph": ph, "pw": pw},
+            f=frames,
+            h=rows,
+            w=columns,
+            pf=pf,
+            ph=ph,
+            pw=pw,
         )
-        if not tokens.given:
+        if not tokens.num_given:
             return velocity
-        given = tokens.given // (rows * columns) * pf
-        return torch.cat([torch.zeros_like(velocity[:, :, :given]), velocity[:, :, given:]], dim=2)
+        given_frames = tokens.num_given // (rows * columns) * pf
+        clean = torch.zeros_like(velocity[:, :, :given_frames])
+        return torch.cat([clean, velocity[:, :, given_frames:]], dim=2)
 
     def _embed_times(self, timesteps: Tensor, has_given: bool) -> tuple[Tensor, Tensor]:
         """Return the embedded times, B S C, and their modulation, B S 6 C; first those of given frames, 0.
@@ -303,13 +347,16 @@ class WanModel(BlockNetwork):
         time, modulation = time.to(self._precision), modulation.to(self._precision)
         if not has_given:
             return time.unsqueeze(1), modulation.unsqueeze(1)
-        return (
-            torch.stack([time[-1:].expand_as(time[:-1]), time[:-1]], dim=1),
-            torch.stack([modulation[-1:].expand_as(modulation[:-1]), modulation[:-1]], dim=1),
-        )
+        return _put_last_first(time), _put_last_first(modulation)
+
+
+def _put_last_first(rows: Tensor) -> Tensor:
+    """Return B 2 ... of B+1 rows: the last one, repeated, in front of each of the others."""
+    last, others = rows[-1:], rows[:-1]
+    return torch.stack([last.expand_as(others), others], dim=1)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, tokens: WanTokens, repeats: Tensor | None = None) -> Tensor:
     """Compute attention in one dtype; those of q, k and v differ only if a file mixes dtypes."""
-    q, k, v = (each.to(tokens.dtype) for each in (q, k, v))
-    return attend(q, k, v, tokens.attention, repeats=repeats)
+    dtype = tokens.dtype
+    return attend(q.to(dtype), k.to(dtype), v.to(dtype), tokens.attention, repeats=repeats)

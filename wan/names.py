@@ -19,18 +19,24 @@ _IMAGE_ATTENTION = (
 )
 
 _DIFFUSERS_ATTENTION = (
-    *(("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "o")),
-    *(("norm_q", "norm_q"), ("norm_k", "norm_k")),
+    ("to_q", "q"),
+    ("to_k", "k"),
+    ("to_v", "v"),
+    ("to_out.0", "o"),
+    ("norm_q", "norm_q"),
+    ("norm_k", "norm_k"),
 )
 
 # of a block: (in diffusers, ours)
 _BLOCK = (
     *(
-        (f"{there}.{theirs}", f"{here}.{ours}")
-        for there, here in (("attn1", "self_attn"), ("attn2", "cross_attn"))
+        (f"{diffusers}.{theirs}", f"{official}.{ours}")
+        for diffusers, official in (("attn1", "self_attn"), ("attn2", "cross_attn"))
         for theirs, ours in _DIFFUSERS_ATTENTION
     ),
-    *(("ffn.net.0.proj", "ffn.0"), ("ffn.net.2", "ffn.2"), ("norm2", "norm3")),
+    ("ffn.net.0.proj", "ffn.0"),
+    ("ffn.net.2", "ffn.2"),
+    ("norm2", "norm3"),
 )
 
 WAN = FamilyNames(

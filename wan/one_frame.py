@@ -7,7 +7,7 @@ known tuner's page on one frame with Wan2.1 (wan_1f), whose caches and draws of 
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -74,7 +74,8 @@ def order_frames(controls: Sequence[int], target: int | None) -> FrameOrder:
 
     Raises ValueError if the picture has the place of a control image.
     """
-    controls, target = controls or (USUAL_CONTROL,), USUAL_TARGET if target is None else target
+    controls = controls or (USUAL_CONTROL,)
+    target = USUAL_TARGET if target is None else target
     if target in controls:
         raise ValueError(f"the picture and a control image stand at {target}. Give the picture another place")
     pairs = sorted([*zip(controls, range(len(controls)), strict=True), (target, -1)])
@@ -92,7 +93,29 @@ def prepare(
     check_one_frame(task)
     where = f"--one_frame_inference {request.extra[ONE_FRAME]!r}"
     request = _take_images(task, request, where)
-    settings, images = parse_one_frame(request.extra[ONE_FRAME]), request.control_images
+    order = _read_order(request, where)
+    width, height, frames = size_of(request, usual)
+    if frames not in (1, usual.frames):
+        logger.warning("--video_length %d is ignored because a single picture is made", frames)
+    check_size((width, height, len(order.places)), latent)
+    flow_shift = default_flow_shift(task, width, height) if request.flow_shift is None else request.flow_shift
+    negative = FIRST_LAST_NEGATIVE_PROMPT if task.kind == "flf2v" else NEGATIVE_PROMPT
+    request = replace(request, negative_prompt=request.negative_prompt or None)
+    prepared = settle(
+        request,
+        usual,
+        size=(width, height, 1),
+        flow_shift=flow_shift,
+        usual_negative=negative,
+        experts=experts,
+    )
+    return replace(prepared, own=order, own_metadata={ONE_FRAME: request.extra[ONE_FRAME]})
+
+
+def _read_order(request: Request, where: str) -> FrameOrder:
+    """Return the order of the picture and its control images, as --one_frame_inference says it."""
+    settings = parse_one_frame(request.extra[ONE_FRAME])
+    images = request.control_images
     if not (settings.has_post and settings.has_2x and settings.has_4x):
         logger.warning(
             "%s: no_post, no_2x and no_4x are ignored because only FramePack has such frames", where
@@ -102,18 +125,9 @@ def prepare(
             f"{where}: {len(images)} control images. Give as many places, as in control_index=0+2 for two"
         )
     try:
-        order = order_frames(settings.control_indices, settings.target_index)
+        return order_frames(settings.control_indices, settings.target_index)
     except ValueError as error:
         raise OptionError(f"{where}: {error}") from None
-    width, height, frames = size_of(request, usual)
-    if frames not in (1, usual.frames):
-        logger.warning("--video_length %d is ignored because a single picture is made", frames)
-    check_size((width, height, len(order.places)), latent)
-    flow_shift = default_flow_shift(task, width, height) if request.flow_shift is None else request.flow_shift
-    negative = FIRST_LAST_NEGATIVE_PROMPT if task.kind == "flf2v" else NEGATIVE_PROMPT
-    request = replace(request, negative_prompt=request.negative_prompt or None)
-    prepared = settle(request, usual, (width, height, 1), flow_shift, negative, experts)
-    return replace(prepared, own=order, own_metadata={ONE_FRAME: request.extra[ONE_FRAME]})
 
 
 def _take_images(task: WanTask, request: Request, where: str) -> Request:
@@ -123,9 +137,13 @@ def _take_images(task: WanTask, request: Request, where: str) -> Request:
             f"--{request.source.option} {request.source.path} and {where}: a single picture is made from "
             "--control_image_path. Leave one of them out"
         )
-    seen = dict.fromkeys(("image_path", "end_image_path"), task.has_features)
-    taken = {**seen, "control_path": False, "control_images": True}
-    request = keep_usable_media(request, taken, f"a single picture of --task {task.name} does not take it")
+    usable = {
+        "image_path": task.has_features,
+        "end_image_path": task.has_features,
+        "control_path": False,
+        "control_images": True,
+    }
+    request = keep_usable_media(request, usable, f"a single picture of --task {task.name} does not take it")
     if not request.control_images:
         hint = semicolon_hint(request.extra.get(ONE_FRAME, ""))
         raise OptionError(
@@ -133,7 +151,7 @@ def _take_images(task: WanTask, request: Request, where: str) -> Request:
         )
     for path in request.control_images:
         check_opens("control_image_path", path, is_image=True)
-    if task.kind == "flf2v" and len(_seen(request)) != MOST_FEATURES:
+    if task.kind == "flf2v" and len(_feature_images(request)) != MOST_FEATURES:
         raise OptionError(
             f"{where}: --task {task.name} sees two images. Give --image_path and --end_image_path, or two "
             "control images and neither of these"
@@ -141,7 +159,7 @@ def _take_images(task: WanTask, request: Request, where: str) -> Request:
     return request
 
 
-def _seen(request: Request) -> list[Path]:
+def _feature_images(request: Request) -> list[Path]:
     """Return the images for the image encoder: start and end image, else the first control images."""
     named = [path for path in (request.image_path, request.end_image_path) if path is not None]
     return named or [*request.control_images[:MOST_FEATURES]]
@@ -154,14 +172,16 @@ def encode_request(
 
     Control images are scaled to cover the picture and cropped.
     """
-    asked, order, size = prepared.asked, prepared.own, (prepared.width, prepared.height)
+    request, order = prepared.asked, prepared.own
     assert isinstance(order, FrameOrder)
-    pixels = [image_pixels(path, *size) for path in asked.control_images]
+    pixels = [image_pixels(path, prepared.width, prepared.height) for path in request.control_images]
     grey = encoders.vae.encode(torch.zeros_like(pixels[0])).cpu()
-    latents = [encoders.vae.encode(one).cpu() for one in pixels]
+    latents = [encoders.vae.encode(image).cpu() for image in pixels]
     conditions = dict[str, Tensor | list[Tensor]]()
     if task.has_features:
-        features = [encoders.image_encoder.encode(read_pixels(path)[:, :, 0]) for path in _seen(asked)]
+        features = [
+            encoders.image_encoder.encode(read_pixels(path)[:, :, 0]) for path in _feature_images(request)
+        ]
         conditions["clip"] = torch.cat(features, dim=1).cpu()
     conditions[PLACES] = torch.tensor([order.places])
     return conditions | {"condition_latents": _condition(order, latents, grey)}
@@ -170,10 +190,9 @@ def encode_request(
 def _condition(order: FrameOrder, controls: Sequence[Tensor], grey: Tensor) -> Tensor:
     """Return mask and latents, B 20 F h w. controls, grey: B 16 1 h w each."""
     frames, mask = [*controls, grey], grey[:, :FRAMES_PER_LATENT]
-    known = [torch.full_like(mask, float(image >= 0)) for image in order.images]
-    return torch.cat(
-        [torch.cat(known, dim=2), torch.cat([frames[image] for image in order.images], dim=2)], dim=1
-    )
+    masks = [torch.full_like(mask, float(image >= 0)) for image in order.images]
+    latents = [frames[image] for image in order.images]
+    return torch.cat([torch.cat(masks, dim=2), torch.cat(latents, dim=2)], dim=1)
 
 
 def check_table(table: MediaTable, has_features: bool) -> None:
@@ -200,22 +219,25 @@ def encode_items(encoders: MediaEncoders, media: MediaBatch, store: torch.dtype)
     """Encode pictures with their control images, each image alone. store: dtype of the latents."""
     vae, table = encoders.vae, media.table
     order = order_frames(table.clean_indices, table.target_index)
-    pixels = [to_pixels(frames.to(vae.device)) for frames in (*media.control, media.frames)]
-    *controls, target = (vae.encode(one) for one in pixels)
-    grey = vae.encode(torch.zeros_like(pixels[0]))
-    frames = [*controls, target]
+    controls = [to_pixels(frames.to(vae.device)) for frames in media.control]
+    picture = to_pixels(media.frames.to(vae.device))
+    control_latents = [vae.encode(image) for image in controls]
+    latents = [*control_latents, vae.encode(picture)]
+    grey = vae.encode(torch.zeros_like(controls[0]))
     tensors = {
-        "latents": torch.cat([frames[image] for image in order.images], dim=2).to(store),
-        "latents_image": _condition(order, controls, grey).to(store),
+        "latents": torch.cat([latents[image] for image in order.images], dim=2).to(store),
+        "latents_image": _condition(order, control_latents, grey).to(store),
     }
     if encoders.image_encoder is not None:
-        features = [encoders.image_encoder.encode(one[:, :, 0]) for one in pixels[:-1]]
+        features = [encoders.image_encoder.encode(image[:, :, 0]) for image in controls]
         tensors["clip"] = torch.cat(features, dim=1).to(torch.float16)
     places = torch.tensor(order.places, dtype=torch.int32)
-    return [
-        CacheEntry({**{name: tensor[item] for name, tensor in tensors.items()}, PLACES: places})
-        for item in range(len(media.keys))
-    ]
+    return [_entry(tensors, item, places) for item in range(len(media.keys))]
+
+
+def _entry(tensors: Mapping[str, Tensor], item: int, places: Tensor) -> CacheEntry:
+    item_tensors = {name: tensor[item] for name, tensor in tensors.items()}
+    return CacheEntry({**item_tensors, PLACES: places})
 
 
 def batch_conditions(task: WanTask, config: WanConfig, batch: Batch) -> Conditions:
@@ -225,8 +247,11 @@ def batch_conditions(task: WanTask, config: WanConfig, batch: Batch) -> Conditio
     except OptionError as error:
         raise CacheError(f"{batch.keys[0]}: cached with --one_frame. {error}") from None
     needed = {"t5": "a text cache", "latents_image": CACHE_AGAIN}
-    batch.check(needed | ({"clip": CACHE_AGAIN} if task.has_features else {}), f"--task {task.name}")
-    places, image = batch.tensor(PLACES), batch.tensor("latents_image").float()
+    if task.has_features:
+        needed["clip"] = CACHE_AGAIN
+    batch.check(needed, f"--task {task.name}")
+    places = batch.tensor(PLACES)
+    image = batch.tensor("latents_image").float()
     if places.is_floating_point() or places.shape != (len(batch), image.shape[2]):
         raise CacheError(
             f"{batch.keys[0]}: its {PLACES} do not fit its latents. Cache again with {CACHE_AGAIN}."

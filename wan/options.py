@@ -30,7 +30,7 @@ MOST_TIMESTEP = 1000
 
 def check_one_frame(task: WanTask) -> None:
     """Raise OptionError unless the task makes single pictures from control images."""
-    able = [one.name for one in TASKS.values() if one.takes_image and not one.has_control]
+    able = [other.name for other in TASKS.values() if other.takes_image and not other.has_control]
     if task.name not in able:
         raise OptionError(
             f"single pictures from control images (one frame): --task {task.name} has no such condition. Use "
@@ -199,19 +199,20 @@ class WanTrainingOptions(WanModelOptions, title="Wan"):
                 f"--first_frame_probability {probability:g}: --task {task.name} {why}. Leave the option out, "
                 "or use --task ti2v-5B"
             )
-        other, dits = self.sample_dit_other, (self.dit, self.experts.dit_high_noise)
-        if other is not None and None not in dits:
+        sample_dit, dits = self.sample_dit_other, (self.dit, self.experts.dit_high_noise)
+        if sample_dit is not None and None not in dits:
             raise OptionError(
                 "--sample_dit_other: samples use both transformers, --dit and --dit_high_noise. Leave it out"
             )
-        if other is not None and task.boundary is None:
+        if sample_dit is not None and task.boundary is None:
             raise OptionError(
                 f"--sample_dit_other: --task {self.task} has one transformer. Leave the option out, or use "
                 "--task t2v-A14B or i2v-A14B"
             )
-        if other is not None and other in dits:
+        if sample_dit is not None and sample_dit in dits:
             raise OptionError(
-                f"--sample_dit_other {other}: this one is trained. Give the file of the other transformer"
+                f"--sample_dit_other {sample_dit}: this one is trained. Give the file of the other "
+                "transformer"
             )
 
 
@@ -296,11 +297,11 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
             "control_path": None if task.has_control else self.control_path,
             "control_image_path": None if one_frame else self.control_image_path,
         }
-        given = next((name for name, value in useless.items() if value), None)
-        if given and task.kind != VACE:
-            alone = " without --one_frame_inference" if is_able and given == "control_image_path" else ""
+        idle = next((name for name, value in useless.items() if value), None)
+        if idle and task.kind != VACE:
+            alone = " without --one_frame_inference" if is_able and idle == "control_image_path" else ""
             raise OptionError(
-                f"--{given}: --task {self.task} has no use for it{alone}. Use --task vace-1.3B, vace-14B or "
+                f"--{idle}: --task {self.task} has no use for it{alone}. Use --task vace-1.3B, vace-14B or "
                 "vace-A14B, with a checkpoint of VACE"
             )
 
@@ -337,9 +338,12 @@ def caching_options(options: WanTrainingOptions) -> tuple[dict[str, Any], dict[s
 
 def generation_options(options: WanTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
-    task, other = TASKS[options.task], options.sample_dit_other
+    task = TASKS[options.task]
     low, high = options.dit, options.experts.dit_high_noise
-    low, high = (low or other, high) if high is not None else (low, other)
+    if high is None:
+        high = options.sample_dit_other
+    else:
+        low = low or options.sample_dit_other
     one_frame = options.one_frame or ONE_FRAME in (sample.get("extra") or {})
     if sample.get("example"):
         one_frame |= PLACES_KEY in sample["example"].cached
@@ -377,7 +381,8 @@ def _needed_inputs(task: WanTask, one_frame: bool) -> dict[str, Any]:
 
 def _inputs_of_sample(options: WanTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the pictures and clips that a sample was made from."""
-    extra, seen = sample.get("extra") or {}, sample.get("control_images")
+    extra = sample.get("extra") or {}
+    images = sample.get("control_images")
     is_vace = TASKS[options.task].kind == VACE
     inputs: dict[str, Any] = {
         "--image_path": sample.get("image_path"),
@@ -386,10 +391,10 @@ def _inputs_of_sample(options: WanTrainingOptions, sample: Mapping[str, Any]) ->
     }
     if options.one_frame or ONE_FRAME in extra:
         inputs["--one_frame_inference"] = extra.get(ONE_FRAME, "default")
-        inputs["--control_image_path"] = seen
+        inputs["--control_image_path"] = images
     else:
         inputs |= {f"--{name}": extra.get(name) for name in (MASK, SCALE)}
-        inputs["--src_ref_images"] = seen
+        inputs["--src_ref_images"] = images
     return inputs
 
 

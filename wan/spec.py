@@ -106,14 +106,19 @@ class WanTokens:
     image: Tensor | None  # B I C
     time: Tensor  # B S C in the model's `precision`
     modulation: Tensor  # B S 6 C likewise
-    given: int  # tokens in front that hold clean frames; S is 2 where there are such
+    num_given: int  # tokens in front that hold clean frames; S is 2 where there are such
     dtype: torch.dtype  # of activations between layers
     attention: AttentionChoice
     combine: Callable[..., Tensor] | None  # what attention sees of each text, B L N D; None: there is one
     part: "TokenPart | None" = None  # the tokens that this process has; None: all
 
     def cut(self, part: "TokenPart") -> "WanTokens":
-        return replace(self, rotary=part.rows(self.rotary), given=part.of_first(self.given), part=part)
+        return replace(
+            self,
+            rotary=part.rows(self.rotary),
+            num_given=part.of_first(self.num_given),
+            part=part,
+        )
 
 
 def pad_texts(

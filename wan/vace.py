@@ -39,27 +39,34 @@ class VaceRequest:
     mask: Path | None
     scales: tuple[float, ...]  # of the hints, one a layer
 
-    def tell(self, prepared: Prepared) -> Prepared:
+    def add_to(self, prepared: Prepared) -> Prepared:
         """Return the prepared request with these settings in it and in the metadata of its files.
 
         Raises OptionError if the mask has neither the shape of its clip nor that of the result, or if nothing
         in it is white; MediaError if it is too short.
         """
-        own, clip = dict(prepared.own_metadata), prepared.asked.control_path
-        if self.mask is not None and clip is not None:
-            own["src_mask_path"] = str(self.mask)
-            mask, there = image_size(self.mask), image_size(clip)
-            shapes = [width / height for width, height in (mask, there, (prepared.width, prepared.height))]
-            if min(abs(shape / shapes[0] - 1) for shape in shapes[1:]) > SAME_SHAPE:
-                raise OptionError(
-                    f"--src_mask {self.mask} has {mask[0]} x {mask[1]} pixels, --src_video {clip} "
-                    f"{there[0]} x {there[1]}: it would lie elsewhere. Give a mask of the clip's size"
-                )
+        metadata = dict(prepared.own_metadata)
+        if self.mask is not None and prepared.asked.control_path is not None:
+            metadata["src_mask_path"] = str(self.mask)
+            _check_mask_shape(self.mask, prepared.asked.control_path, prepared)
             read_mask(self.mask, prepared.width, prepared.height, prepared.frames)
         if set(self.scales) != {1.0}:
             different = self.scales if len(set(self.scales)) > 1 else self.scales[:1]
-            own["vace_scale"] = ", ".join(f"{scale:g}" for scale in different)
-        return replace(prepared, own=self, own_metadata=own)
+            metadata["vace_scale"] = ", ".join(f"{scale:g}" for scale in different)
+        return replace(prepared, own=self, own_metadata=metadata)
+
+
+def _check_mask_shape(mask: Path, clip: Path, prepared: Prepared) -> None:
+    """Raise OptionError if a mask has neither the shape of its clip nor that of the result."""
+    width, height = image_size(mask)
+    clip_width, clip_height = image_size(clip)
+    aspect = width / height
+    aspects = [clip_width / clip_height, prepared.width / prepared.height]
+    if min(abs(other / aspect - 1) for other in aspects) > SAME_SHAPE:
+        raise OptionError(
+            f"--src_mask {mask} has {width} x {height} pixels, --src_video {clip} "
+            f"{clip_width} x {clip_height}: it would lie elsewhere. Give a mask of the clip's size"
+        )
 
 
 def take_control(request: Request, layers: int) -> tuple[Request, VaceRequest]:
@@ -74,8 +81,8 @@ def take_control(request: Request, layers: int) -> tuple[Request, VaceRequest]:
                 "a clip that has it, grey elsewhere, and --src_mask one that is black there and white "
                 "elsewhere; to show what something looks like, give the picture to --src_ref_images"
             )
-    extra, references = request.extra, divide(request.control_images)
-    mask = to_path("--src_mask", extra[MASK]) if extra.get(MASK) else None
+    references = divide(request.control_images)
+    mask = to_path("--src_mask", request.extra[MASK]) if request.extra.get(MASK) else None
     if mask is not None and request.control_path is None:
         raise OptionError(
             f"--src_mask {mask}: it says what of a video is made new, and there is none. Give --src_video"
@@ -87,6 +94,19 @@ def take_control(request: Request, layers: int) -> tuple[Request, VaceRequest]:
             f"--{request.source.option} {request.source.path} with reference pictures, which stand in front "
             "of the clip: leave one of them out, or give the video to --src_video"
         )
+    _check_pictures(mask, references)
+    scale = request.extra.get(SCALE, "1")
+    if request.control_path is None and not references and request.source is None:
+        logger.warning(
+            "%sneither --src_video nor --src_ref_images is given, and the video is made from the text alone",
+            "" if scale in _PLAIN else f"--vace_scale {scale} acts on nothing: ",
+        )
+    settings = VaceRequest(mask, read_scales(scale, layers))
+    return replace(request, control_images=references), settings
+
+
+def _check_pictures(mask: Path | None, references: Sequence[Path]) -> None:
+    """Raise OptionError if the mask or a reference cannot be opened, or a reference is too small."""
     if mask is not None:
         check_opens(MASK, mask, is_image=mask.suffix.lower() in PICTURES)
     for path in references:
@@ -95,19 +115,13 @@ def take_control(request: Request, layers: int) -> tuple[Request, VaceRequest]:
             raise OptionError(
                 f"--src_ref_images {path}: nothing can be seen in so few pixels. Give a larger one"
             )
-    if request.control_path is None and not references and request.source is None:
-        scale = extra.get(SCALE, "1")
-        logger.warning(
-            "%sneither --src_video nor --src_ref_images is given, and the video is made from the text alone",
-            "" if scale in _PLAIN else f"--vace_scale {scale} acts on nothing: ",
-        )
-    own = VaceRequest(mask, read_scales(extra.get(SCALE, "1"), layers))
-    return replace(request, control_images=references), own
 
 
 def divide(paths: Sequence[Path]) -> tuple[Path, ...]:
     """Divide paths at commas, as the release does, unless a file of that name exists."""
-    words = [word for path in paths for word in ([str(path)] if path.exists() else str(path).split(","))]
+    words = []
+    for path in paths:
+        words += [str(path)] if path.exists() else str(path).split(",")
     return tuple(Path(word.strip()) for word in words if word.strip())
 
 
@@ -115,18 +129,18 @@ def read_scales(text: str, layers: int) -> tuple[float, ...]:
     """Read one number for all layers, or one for each. Raises OptionError."""
     words = text.replace(",", " ").split()
     try:
-        found = tuple(map(float, words))
-        if not all(abs(scale) <= MOST_HINT_SCALE for scale in found):  # nan too
+        scales = tuple(map(float, words))
+        if not all(abs(scale) <= MOST_HINT_SCALE for scale in scales):  # nan too
             raise ValueError
     except ValueError:
         raise OptionError(
             f"--vace_scale {' '.join(words)}: give a number of at most {MOST_HINT_SCALE}, or one a layer"
         ) from None
-    if len(found) not in (1, layers):
+    if len(scales) not in (1, layers):
         raise OptionError(
             f"--vace_scale {' '.join(words)}: VACE has {layers} layers. Give one number, or {layers}"
         )
-    return found * layers if len(found) == 1 else found
+    return scales * layers if len(scales) == 1 else scales
 
 
 def encode_control(vae: WanVae, prepared: Prepared) -> dict[str, Tensor | list[Tensor]]:
@@ -139,22 +153,22 @@ def encode_control(vae: WanVae, prepared: Prepared) -> dict[str, Tensor | list[T
     from modules.media.canvas import on_white
     from modules.media.reading import first_frame
 
-    asked, own = prepared.asked, prepared.own
-    assert isinstance(own, VaceRequest)
-    if not any(own.scales):
+    request, settings = prepared.asked, prepared.own
+    assert isinstance(settings, VaceRequest)
+    if not any(settings.scales):
         return {}
-    size = prepared.width, prepared.height
-    shape = prepared.frames, prepared.height, prepared.width
-    pixels, mask = torch.zeros(1, 3, *shape), torch.ones(1, 1, *shape)
-    if asked.control_path is not None:
-        pixels = video_pixels(asked.control_path, "--src_video", *size, prepared.frames)
-    if own.mask is not None:
-        mask = read_mask(own.mask, *size, prepared.frames)
+    width, height, frames = prepared.width, prepared.height, prepared.frames
+    pixels = torch.zeros(1, 3, frames, height, width)
+    mask = torch.ones(1, 1, frames, height, width)
+    if request.control_path is not None:
+        pixels = video_pixels(request.control_path, "--src_video", width=width, height=height, frames=frames)
+    if settings.mask is not None:
+        mask = read_mask(settings.mask, width, height, frames)
     halves = encode_halves(vae, pixels, mask).cpu()
-    frames = [first_frame(path) for path in asked.control_images]
-    references = [vae.encode(on_white(frame, *size)).cpu() for frame in frames]
+    pictures = [first_frame(path) for path in request.control_images]
+    references = [vae.encode(on_white(picture, width, height)).cpu() for picture in pictures]
     control = join_control(halves, fold_mask(mask), references)
-    return {"vace_control": control, "vace_scales": torch.tensor([own.scales])}
+    return {"vace_control": control, "vace_scales": torch.tensor([settings.scales])}
 
 
 def read_mask(path: Path, width: int, height: int, frames: int) -> Tensor:
@@ -163,9 +177,9 @@ def read_mask(path: Path, width: int, height: int, frames: int) -> Tensor:
     Raises OptionError if nothing is white.
     """
     if path.suffix.lower() in PICTURES and path.is_file():
-        pixels = image_pixels(path, width, height).expand(-1, -1, frames, -1, -1)
+        pixels = image_pixels(path, width, height).expand((-1, -1, frames, -1, -1))
     else:
-        pixels = video_pixels(path, "--src_mask", width, height, frames)
+        pixels = video_pixels(path, "--src_mask", width=width, height=height, frames=frames)
     mask = ((pixels[:, :1] + 1) / 2).clamp(0, 1)
     if not bool((mask > 0.5).any()):
         raise OptionError(f"--src_mask {path}: it is black. Make white what shall be new, or leave it out")
@@ -199,8 +213,8 @@ def join_control(halves: Tensor, mask: Tensor, references: Sequence[Tensor]) -> 
     halves: B 32 L h w, what stays before what changes. mask: B 64 L h w.
     """
     control = torch.cat([halves, mask.to(halves)], dim=1)
-    fronts = [
-        functional.pad(one.to(control), (0, 0) * 3 + (0, control.shape[1] - one.shape[1]))
-        for one in references
-    ]
+    fronts = []
+    for reference in references:
+        missing = control.shape[1] - reference.shape[1]  # channels
+        fronts.append(functional.pad(reference.to(control), (0, 0, 0, 0, 0, 0, 0, missing)))
     return torch.cat([*reversed(fronts), control], dim=2)

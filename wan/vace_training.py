@@ -5,6 +5,8 @@ In caches: `latents_control` C 32 (what stays, what changes), `vace_mask` as byt
 clip's latents, noised and learned with them, as in sampling. Source: DiffSynth-Studio's training of VACE.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -22,20 +24,27 @@ def encode_items(vae: WanVae, media: MediaBatch, store: torch.dtype) -> list[Cac
     A missing control video is grey; a missing mask marks all as to be made new.
     """
     pixels = to_pixels(media.frames.to(vae.device))
-    followed = to_pixels(media.control[0].to(vae.device)) if media.control else torch.zeros_like(pixels)
-    mask = torch.full_like(media.frames[..., 0], 255) if media.control_mask is None else media.control_mask
-    levels = mask.to(vae.device)[:, None].float()
+    control = torch.zeros_like(pixels)
+    if media.control:
+        control = to_pixels(media.control[0].to(vae.device))
+    mask = media.control_mask
+    if mask is None:
+        mask = torch.full_like(media.frames[..., 0], 255)
+    levels = mask.to(vae.device)[:, None].float()  # 0..255
     tensors = {
         "latents": vae.encode(pixels).to(store),
-        "latents_control": encode_halves(vae, followed, levels / 255).to(store),
+        "latents_control": encode_halves(vae, control, levels / 255).to(store),
     }
     if media.control_mask is not None:
         tensors[CONTROL_MASK] = fold_mask(levels).to(torch.uint8)
     for index, reference in enumerate(media.references):
-        tensors[f"{REFERENCE_LATENTS}_{index}"] = vae.encode(to_pixels(reference.to(vae.device))).to(store)
-    return [
-        CacheEntry({name: tensor[item] for name, tensor in tensors.items()}) for item in range(len(pixels))
-    ]
+        latents = vae.encode(to_pixels(reference.to(vae.device)))
+        tensors[f"{REFERENCE_LATENTS}_{index}"] = latents.to(store)
+    return [_entry(tensors, item) for item in range(len(pixels))]
+
+
+def _entry(tensors: Mapping[str, Tensor], item: int) -> CacheEntry:
+    return CacheEntry({name: tensor[item] for name, tensor in tensors.items()})
 
 
 def batch_control(batch: Batch) -> dict[str, Tensor | list[Tensor]]:

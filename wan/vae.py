@@ -63,12 +63,11 @@ class WanVae(nn.Module):
         size = (frames - 1) // step + 1, height // side, width // side
         if self.tile is None or max(size[1:]) <= max(1, self.tile // side):
             return self._encode(pixels, as_moments)
-        rows, columns = (tiles(one, max(1, self.tile // side)) for one in size[1:])
+        edge = max(1, self.tile // side)
+        grid = (tiles(size[1], edge), tiles(size[2], edge))
         channels = (self.conv1 if as_moments else self.conv2).in_channels
         latents = torch.zeros((batch, channels, *size), device=self.device)
-        add_in_tiles(
-            lambda tile: [self._encode(tile, as_moments)], pixels, (rows, columns), (side, 1), latents
-        )
+        add_in_tiles(lambda tile: [self._encode(tile, as_moments)], pixels, grid, (side, 1), latents)
         return latents
 
     @torch.no_grad()
@@ -86,23 +85,24 @@ class WanVae(nn.Module):
         chunks = self._decode(latents)
         if self.tile is not None:
             stride = RELEASES[self.config.latent_channels].stride
-            rows, columns = (tiles(one, max(1, self.tile // stride[1])) for one in latents.shape[-2:])
-            chunks = decode_in_tiles(self._decode, latents, (rows, columns), stride)
+            edge = max(1, self.tile // stride[1])
+            grid = (tiles(latents.shape[-2], edge), tiles(latents.shape[-1], edge))
+            chunks = decode_in_tiles(self._decode, latents, grid, stride)
         for chunk in chunks:
             yield chunk.clamp_(-1, 1) if clamps else chunk
 
     def _encode(self, pixels: Tensor, as_moments: bool) -> Tensor:
         """Encode one frame, then groups of as many as make a latent frame."""
-        frames, made = pixels.shape[2], []
+        frames, parts = pixels.shape[2], []
         memory = TimeMemory(self.cache_on_cpu) if frames > 1 else None
         step, patch = RELEASES[self.config.latent_channels].stride[0], self.config.patch
         for group in pixels.split([1] + [step] * ((frames - 1) // step), dim=2):
             if patch > 1:
                 group = fold_patches(group.to(self.device, self.dtype), patch)
             moments = self.conv1(self.encoder(self._place(group), memory))
-            made.append((moments if as_moments else moments.chunk(2, dim=1)[0]).float())
-        found = torch.cat(made, dim=2)
-        return found if as_moments else normalise(found)
+            parts.append((moments if as_moments else moments.chunk(2, dim=1)[0]).float())
+        latents = torch.cat(parts, dim=2)
+        return latents if as_moments else normalise(latents)
 
     def _decode(self, latents: Tensor) -> Iterator[Tensor]:
         frames = latents.shape[2]
@@ -146,7 +146,7 @@ def load_vae(
     with open_checkpoint(path) as checkpoint:
         plan = read_vae(checkpoint)
         name = f"the {RELEASES[plan.config.latent_channels].name} VAE"
-        vae = load_planned(plan, lambda config: WanVae(config, cache_on_cpu, tile), device, dtype, name)
+        vae = load_planned(plan, lambda config: WanVae(config, cache_on_cpu, tile), device, dtype, what=name)
     lay_out(vae, device)
     logger.info("VAE: %s, computing in %s", path, dtype_name(dtype))
     return vae

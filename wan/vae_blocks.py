@@ -60,12 +60,12 @@ class TimeMemory:
         if not self._on_cpu:
             self._frames[layer] = frames.clone()
             return
-        held = self._frames.get(layer)
-        if held is None or held.shape != frames.shape:
+        place = self._frames.get(layer)
+        if place is None or place.shape != frames.shape:
             make = empty_pinned if frames.is_cuda else torch.empty
-            held = make(frames.shape, dtype=frames.dtype)
+            place = make(frames.shape, dtype=frames.dtype)
         # both directions run in order on the device's current stream: the host never waits for a copy
-        self._frames[layer] = held.copy_(frames, non_blocking=True)
+        self._frames[layer] = place.copy_(frames, non_blocking=True)
 
 
 class RmsNorm(nn.Module):
@@ -119,11 +119,14 @@ def _with_earlier(x: Tensor, before: Tensor | None, norm: RmsNorm | None) -> Ten
     Written into one tensor, so that no concatenation copies it again.
     """
     batch, channels, frames, height, width = x.shape
-    joined = empty_clip(x, batch, channels, frames + TIME_KERNEL - 1, height, width)
-    known = 0 if before is None else before.shape[2]
-    joined[:, :, : TIME_KERNEL - 1 - known] = 0
+    size = (batch, channels, frames + TIME_KERNEL - 1, height, width)
+    joined = empty_clip(x, *size)
+    missing = TIME_KERNEL - 1
     if before is not None:
-        joined[:, :, TIME_KERNEL - 1 - known : TIME_KERNEL - 1] = before
+        missing -= before.shape[2]
+    joined[:, :, :missing] = 0
+    if before is not None:
+        joined[:, :, missing : TIME_KERNEL - 1] = before
     now = joined[:, :, TIME_KERNEL - 1 :]
     if norm is None:
         now.copy_(x)
@@ -242,9 +245,12 @@ class WanVaeHalf(nn.Module):
         layers = config.encoder if is_encoder else config.decoder
         first, last = layers[0].width_in, layers[-1].width_out
         pixels, latents = 3 * config.patch**2, config.latent_channels
-        wide, given, made = (last, pixels, 2 * latents) if is_encoder else (first, latents, pixels)
+        if is_encoder:
+            wide, channels_in, channels_out = last, pixels, 2 * latents
+        else:
+            wide, channels_in, channels_out = first, latents, pixels
         self.is_encoder = is_encoder
-        self.conv1 = WanCausalConv(given, first)
+        self.conv1 = WanCausalConv(channels_in, first)
         parts = nn.ModuleList(_part(layer, is_encoder) for layer in layers)
         middle = nn.ModuleList(
             [WanResidualBlock(wide, wide), WanFrameAttention(wide), WanResidualBlock(wide, wide)]
@@ -253,7 +259,7 @@ class WanVaeHalf(nn.Module):
             self.downsamples, self.middle = parts, middle
         else:
             self.middle, self.upsamples = middle, parts
-        self.head = nn.ModuleDict({"0": RmsNorm(last), "2": WanCausalConv(last, made)})
+        self.head = nn.ModuleDict({"0": RmsNorm(last), "2": WanCausalConv(last, channels_out)})
 
     def forward(self, x: Tensor, memory: TimeMemory | None) -> Tensor:
         x = self.conv1(x, memory)

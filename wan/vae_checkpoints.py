@@ -22,7 +22,7 @@ from modules.checkpoints.kinds import OF_OTHERS, kind_of
 from modules.checkpoints.opening import Checkpoint, plain_sources
 from modules.contract.data import LatentSpec
 from modules.errors import CheckpointError
-from wan.configs import RELEASES, WAN_2_1, WAN_2_2
+from wan.configs import RELEASES, WAN_2_1, WAN_2_2, VaeRelease
 from wan.vae_blocks import FACTORS, VaeLayer, WanVaeConfig
 from wan.vae_shortcuts import fits_shortcut
 
@@ -53,12 +53,12 @@ _HALVES = {"down": "encoder.downsamples", "up": "decoder.upsamples"}
 
 def read_vae(
     checkpoint: Checkpoint,
-    wanted: str = "a VAE of Wan2.1 or Wan2.2",
+    model: str = "a VAE of Wan2.1 or Wan2.2",
     files: str = f"{WAN_2_1.files}; for TI2V-5B {WAN_2_2.files}",
 ) -> LoadPlan[WanVaeConfig]:
     """Plan how to load a VAE of Wan2.1 or Wan2.2: official or ComfyUI file, or diffusers layout.
 
-    wanted, files: what the model needs and its released files, for messages. Raises CheckpointError for any
+    model, files: what the model needs and its released files, for messages. Raises CheckpointError for any
     other file.
     """
     checkpoint = checkpoint.without_prefix(
@@ -77,7 +77,7 @@ def read_vae(
     ):
         translate = str
     if translate is None:
-        raise other_kind(checkpoint, wanted, "--vae", files)
+        raise other_kind(checkpoint, model, "--vae", files)
     sources = rename_sources(sources, translate)
     shape = shapes_of(checkpoint, sources)
     config = WanVaeConfig(
@@ -97,29 +97,30 @@ def check_latents(config: WanVaeConfig, latent: LatentSpec, path: Path, needed_b
     """
     if config.latent_channels == latent.channels:
         return
-    wanted = RELEASES[latent.channels]
+    release = RELEASES[latent.channels]
     raise CheckpointError(
-        f"{path} is {RELEASES[config.latent_channels].about}; {needed_by} needs {wanted.about}.\n"
-        f"  Give {wanted.files} to --vae.",
+        f"{path} is {RELEASES[config.latent_channels].about}; {needed_by} needs {release.about}.\n"
+        f"  Give {release.files} to --vae.",
         path,
     )
 
 
 def _flat_names(names: Iterable[str]) -> Callable[[str], str]:
     """Translate diffusers' names of Wan2.1, whose decoder has the layers of all levels in one row."""
-    found = sorted({_layer_of(up) for up in map(_LAYER.fullmatch, names) if up})
-    numbers = {layer: number for number, layer in enumerate(found)}
+    layers = sorted({_layer_of(match) for match in map(_LAYER.fullmatch, names) if match})
+    numbers = {layer: number for number, layer in enumerate(layers)}
     return lambda name: _translate(name, lambda layer: str(numbers[layer]))
 
 
 def _staged_names(names: Iterable[str]) -> Callable[[str], str]:
     """Translate diffusers' names of Wan2.2, where each level is a list."""
-    found = {_layer_of(layer) for layer in map(_LAYER.fullmatch, names) if layer}
+    layers = {_layer_of(match) for match in map(_LAYER.fullmatch, names) if match}
 
     def number(layer: _Layer) -> str:
         half, level, index = layer
-        before = sum(one[:2] == layer[:2] and one[2] < index for one in found)
-        return f"{level}.{half}samples.{before}"
+        in_level = [other for other in layers if other[:2] == (half, level)]
+        num_before = sum(other_index < index for _, _, other_index in in_level)
+        return f"{level}.{half}samples.{num_before}"
 
     return lambda name: _translate(name, number)
 
@@ -165,8 +166,7 @@ def _check_dimensions(config: WanVaeConfig, colours: int, path: Path) -> None:
             f"  Give {WAN_2_1.file} or {WAN_2_2.file} to --vae.",
             path,
         )
-    halves = ("encoder", config.encoder, True), ("decoder", config.decoder, False)
-    for half, layers, _ in halves:
+    for half, layers in (("encoder", config.encoder), ("decoder", config.decoder)):
         frames, rows, _ = map(prod, zip(*(FACTORS[layer.kind] for layer in layers), strict=True))
         if (frames, config.patch * rows) != release.stride[:2]:
             raise CheckpointError(
@@ -175,7 +175,12 @@ def _check_dimensions(config: WanVaeConfig, colours: int, path: Path) -> None:
                 f"tensors are missing.\n  Give {release.files} to --vae.",
                 path,
             )
-    for _, layers, is_down in halves:
+    _check_shortcuts(config, release, path)
+
+
+def _check_shortcuts(config: WanVaeConfig, release: VaeRelease, path: Path) -> None:
+    """Raise CheckpointError if a stage cannot have the shortcut around its layers."""
+    for layers, is_down in ((config.encoder, True), (config.decoder, False)):
         for stage in layers:
             if stage.layers and not _has_shortcut(stage, is_down):
                 raise CheckpointError(

@@ -127,9 +127,11 @@ class ZImage(ModelOfPictures):
         dit = self.files.dit
         if dit is None:
             return DEFAULTS
-        told = told_few_steps(self.few_steps, dit)
-        if told is not None and told[0]:
-            return TURBO
+        evidence = told_few_steps(self.few_steps, dit)
+        if evidence is not None:
+            is_turbo, _ = evidence
+            if is_turbo:
+                return TURBO
         repository = dit.absolute().parts[-5:] if "transformer" in dit.parts[-2:] else ()
         names = [dit.name.removesuffix(".safetensors"), *repository]
         is_base = any(re.search(CALLED_BASE, name, re.IGNORECASE) for name in names)
@@ -139,10 +141,11 @@ class ZImage(ModelOfPictures):
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
         """Return the cache entry of each picture: a posterior sample, before shift and scale, float32."""
-        return [
-            [CacheEntry({"latents": one.tensors["latents"] / SCALE + SHIFT}) for one in entries]
-            for entries in super().encode_media(encoders, media)
-        ]
+        scaled = []
+        for entries in super().encode_media(encoders, media):
+            latents = [entry.tensors["latents"] / SCALE + SHIFT for entry in entries]
+            scaled.append([CacheEntry({"latents": picture}) for picture in latents])
+        return scaled
 
     # the network
 

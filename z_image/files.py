@@ -36,35 +36,37 @@ def _header(checkpoint: Checkpoint) -> DitHeader[ZImageConfig]:
     dialect = next((name for name, mark in DIALECTS.items() if mark in names), None)
     if dialect is None or MARK not in names or any(name.startswith(OTHERS) for name in names):
         raise dialects.other_kind(checkpoint, WHAT, OPTION, FILES)
-    shapes = dialects.parted_shapes({_our_name(name): info.shape for name, info in names.items()}, CUTS)
-    found = dialects.DitShapes(checkpoint.path, shapes, NAME)
-    dim, numbers = found.of(f"all_x_embedder.{PART}.weight")
-    (width,) = found.of("layers.0.attention.norm_q.weight", axes=1)
-    hidden, freq_dim = found.of("t_embedder.mlp.0.weight")
-    rows, columns = found.of("layers.0.attention.to_q.weight")
-    if rows != dim or columns != dim or dim % width or width % 16 or numbers % PATCH**2:
+    file_shapes = {_our_name(name): info.shape for name, info in names.items()}
+    shapes = dialects.DitShapes(checkpoint.path, dialects.parted_shapes(file_shapes, CUTS), NAME)
+    dim, numbers = shapes.of(f"all_x_embedder.{PART}.weight")
+    (width,) = shapes.of("layers.0.attention.norm_q.weight", axes=1)
+    hidden, freq_dim = shapes.of("t_embedder.mlp.0.weight")
+    rows, columns = shapes.of("layers.0.attention.to_q.weight")
+    has_even_heads = dim % width == 0 and width % 16 == 0
+    if rows != dim or columns != dim or not has_even_heads or numbers % PATCH**2:
         raise CheckpointError(
-            f"{found.path}: width {dim}, {rows} rows of queries, heads of {width} and patches of {numbers} "
+            f"{shapes.path}: width {dim}, {rows} rows of queries, heads of {width} and patches of {numbers} "
             f"numbers are not those of {WHAT}. Copy the file again.",
-            found.path,
+            shapes.path,
         )
-    if numbers != PATCH**2 * FLUX_KIND.channels:
+    channels = numbers // PATCH**2
+    if channels != FLUX_KIND.channels:
         raise CheckpointError(
-            f"{found.path} takes {numbers // PATCH**2} channels, {WHAT} {FLUX_KIND.channels}: it is a "
+            f"{shapes.path} takes {channels} channels, {WHAT} {FLUX_KIND.channels}: it is a "
             f"relative such as Zeta-Chroma or L2P, which are not supported. Give {FILES}.",
-            found.path,
+            shapes.path,
         )
     config = ZImageConfig(
         dim=dim,
-        ffn_dim=found.of("layers.0.feed_forward.w1.weight")[0],
+        ffn_dim=shapes.of("layers.0.feed_forward.w1.weight")[0],
         num_heads=dim // width,
         num_kv_heads=dim // width,
-        num_layers=found.blocks("layers"),
-        noise_refiner_layers=found.blocks("noise_refiner"),
-        context_refiner_layers=found.blocks("context_refiner"),
-        in_dim=numbers // PATCH**2,
-        text_dim=found.of("cap_embedder.1.weight")[1],
-        time_dim=found.of("t_embedder.mlp.2.weight")[0],
+        num_layers=shapes.blocks("layers"),
+        noise_refiner_layers=shapes.blocks("noise_refiner"),
+        context_refiner_layers=shapes.blocks("context_refiner"),
+        in_dim=channels,
+        text_dim=shapes.of("cap_embedder.1.weight")[1],
+        time_dim=shapes.of("t_embedder.mlp.2.weight")[0],
         time_hidden=hidden,
         freq_dim=freq_dim,
     )
@@ -76,5 +78,12 @@ def _sources(checkpoint: Checkpoint, _: DitHeader[ZImageConfig]) -> Mapping[str,
 
 
 # the last is in some community files; the model does not use it
-FORMAT = DitFormat(_header, lambda _: WHAT, ZImageModel, _sources, OPTION, ("norm_final.weight",))
+FORMAT = DitFormat(
+    _header,
+    lambda _: WHAT,
+    network=ZImageModel,
+    sources=_sources,
+    option=OPTION,
+    ignore=("norm_final.weight",),
+)
 read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMAT.load

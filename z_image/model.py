@@ -40,8 +40,8 @@ class ZImageAttention(GroupedAttention):
         )
         return self.norm_q(query), self.norm_k(key), value
 
-    def project(self, seen: Tensor) -> Tensor:
-        return in_own_dtype(self.to_out[0], seen)
+    def project(self, attended: Tensor) -> Tensor:
+        return in_own_dtype(self.to_out[0], attended)
 
 
 class ZImageTransformerBlock(JointTransformerBlock):

@@ -126,9 +126,9 @@ class Kontext(Flux):
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        own = {"base_model_version": "flux_kontext", "model_type": "flux_kontext", "task": "kontext"}
+        kontext = {"base_model_version": "flux_kontext", "model_type": "flux_kontext", "task": "kontext"}
         # the architecture as the known tuner of Kontext has it; that of FLUX.1 has another spelling
-        return {**super().metadata, **own, "architecture": "Flux.1-dev"}
+        return {**super().metadata, **kontext, "architecture": "Flux.1-dev"}
 
     # encoding
 
@@ -167,10 +167,10 @@ class Kontext(Flux):
         self, encoders: data.MediaEncoders, prepared: Prepared
     ) -> Mapping[int, data.Conditions]:
         """Encode the reference as `latents_control`, 1 C 1 h w: its posterior's mean."""
-        found: dict[str, Tensor | list[Tensor]] = {}
+        conditions: dict[str, Tensor | list[Tensor]] = {}
         for path in prepared.asked.control_images:
-            found[data.CONTROL] = encoders.vae.encode(byte_clips(self._read_reference(path)))
-        return {0: found}
+            conditions[data.CONTROL] = encoders.vae.encode(byte_clips(self._read_reference(path)))
+        return {0: conditions}
 
     def _read_reference(self, path: Path) -> Tensor:
         """Read a reference, 1 1 H W 3 uint8: stretched to a trained size, or at its own size.

@@ -15,7 +15,7 @@ import krea2_generate_image
 from generation.prompt_lines import parse_generation_line
 from generation.request import prepare_line
 from krea2.family import Krea2, family_for_samples
-from krea2.files import Krea2Files, load_dit, told_turbo
+from krea2.files import Krea2Files, find_release, load_dit
 from krea2.options import Krea2TrainingOptions
 from modules.contract.data import Batch
 from modules.contract.loading import Placement
@@ -106,7 +106,7 @@ def test_noise_levels_can_be_asked_for(family: Krea2, turbo: Krea2, extra: dict[
 def test_a_name_says_which_one_it_is(family: Krea2, path: str, is_turbo: bool) -> None:
     """The same rule chooses the defaults, warns of a training, and refuses --turbo_dit."""
     named = replace(family, files=replace(family.files, dit=Path(path)))
-    why, (_, where) = named.why_few_steps(), told_turbo(Path(path)) or (False, "")
+    why, (_, where) = named.why_few_steps(), find_release(Path(path)) or (False, "")
     assert (named.defaults.steps, named.defaults.guidance_scale) == ((8, 1.0) if is_turbo else (28, 5.5))
     assert why == (f"{Path(path)} is Krea 2 Turbo: {where}" if is_turbo else None)
     options = Krea2TrainingOptions(turbo_dit=Path(path))
@@ -119,11 +119,11 @@ def test_a_name_says_which_one_it_is(family: Krea2, path: str, is_turbo: bool) -
 
 def test_metadata_and_folders_say_it_too(tmp_path: Path) -> None:
     path = write_dit(tmp_path / "Krea-2-Turbo", tiny_state(), name="model")
-    assert told_turbo(path) == (True, f"its folder is {tmp_path / 'Krea-2-Turbo'}")
+    assert find_release(path) == (True, f"its folder is {tmp_path / 'Krea-2-Turbo'}")
     path = path.rename(tmp_path / "mine.safetensors")
-    assert told_turbo(path) is None
+    assert find_release(path) is None
     save_file(load_file(path), path, {"modelspec.title": "Krea 2 Turbo"})
-    assert told_turbo(path) == (True, "its modelspec.title is Krea 2 Turbo")
+    assert find_release(path) == (True, "its modelspec.title is Krea 2 Turbo")
 
 
 def test_a_release_says_it_in_its_own_words_and_training_is_warned(family: Krea2, tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from ltx_2.options import (
     Ltx2TrainingOptions,
     caching_options,
     generation_options,
+    log_ignored,
     settle_generation,
-    tell_ignored,
 )
 from ltx_2.reference_options import Ltx2ReferenceOptions
 from modules.errors import OptionError
@@ -248,7 +248,7 @@ def test_commands_that_follow_from_a_training_are_read_again() -> None:
 
 def test_options_for_pictures_are_told_where_sound_is_alone(caplog: pytest.LogCaptureFixture) -> None:
     guidance = Ltx2GuidanceOptions(video_cfg_scale=5.0, audio_cfg_scale=3.0)
-    tell_ignored(guidance, Ltx2ReferenceOptions(reference_downscale=2))
+    log_ignored(guidance, Ltx2ReferenceOptions(reference_downscale=2))
 
     told = "--video_cfg_scale, --reference_downscale: ignored, because sound alone has no pictures"
     assert caplog.messages == [told]

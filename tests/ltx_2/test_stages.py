@@ -271,7 +271,7 @@ def test_the_loras_of_one_stage_are_recorded_with_their_strength_in_it(tmp_path:
     made = [two_stages(one) for one in (options, replace(options, skip_stage_2=True))]
 
     first = {"first_stage_loras": "ic 0.75"}
-    said = [one.said for one in made if one is not None]
+    said = [one.metadata for one in made if one is not None]
     assert said == [{**first, "second_stage_loras": "few 0.5"}, first]
 
 
