@@ -90,13 +90,13 @@ class Sampler:
         autocast: Autocast,
         mark: str,
         check: Callable[[], None],
-        tell: Callable[[str], None] = lambda _: None,
+        note: Callable[[str], None] = lambda _: None,
     ) -> list[Path]:
         """Write one file for each prompt and return the paths.
 
         dit_of: index of an expert -> its network, in evaluation mode and on its device. mark: `e000001` at
         the end of an epoch, `000020` at a step. check: called after each step; what it raises ends the
-        samples. tell: gets the sample and its step in words. Only the samples' own random state is used.
+        samples. note: gets the sample and its step in words. Only the samples' own random state is used.
         """
         paths, experts = [], self.session.family.experts
         for place, sample in enumerate(self.samples, 1):
@@ -108,7 +108,7 @@ class Sampler:
             what = f"sample {place} of {len(self.samples)}"
             with (
                 preview_clip(self.previews, prepared.fps) as (watchers, also),
-                _show_steps(what, prepared, check, tell, also) as (watch, on_section),
+                _show_steps(what, prepared, check, note, also) as (watch, on_section),
                 autocast(),
             ):
                 latents = make_latents(

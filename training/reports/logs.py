@@ -53,6 +53,27 @@ WISHES = slice(1, 4)  # of a row: how many processes ask to end, to save, and fo
 
 
 @dataclass(frozen=True)
+class RowLayout:
+    """Say which numbers of a step's row are which. The norms are appended to it."""
+
+    num_parts: int = 0  # with losses of their own; 0: there is only one
+
+    @property
+    def part_losses(self) -> slice:
+        """Return where the sums of the parts' losses are."""
+        return slice(WISHES.stop, WISHES.stop + self.num_parts)
+
+    @property
+    def part_counts(self) -> slice:
+        """Return where the counts of the parts' micro-batches are."""
+        return slice(WISHES.stop + self.num_parts, WISHES.stop + 2 * self.num_parts)
+
+    @property
+    def size(self) -> int:
+        return self.part_counts.stop
+
+
+@dataclass(frozen=True)
 class StepReport:
     """Hold the report of an optimizer step. The row, and the fields made from it, are filled a step later."""
 
