@@ -4,7 +4,7 @@ import modules.interpreter  # noqa: F401
 from training.learning_options import ExpertTrainingOptions
 from training.scripts import training_script
 
-main = training_script("wan", __doc__, more=[ExpertTrainingOptions])
+main = training_script("wan", __doc__, extra_options=[ExpertTrainingOptions])
 
 
 if __name__ == "__main__":

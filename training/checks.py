@@ -12,18 +12,18 @@ from modules.atomic_write import check_space
 from modules.console import quiet
 from modules.contract.family import Family, LearningEncoder
 from modules.errors import OptionError
-from modules.installation import import_own
 from modules.offload.swap_plan import check_swap
 from modules.options import is_given, option_name, option_values
 from modules.speed_options import TRAINING_FLAGS
 from networks.adapter import check_network
 from networks.formats import LoraFormat, choose_format
 from networks.lora_settings import DEFAULT_RANK, REG_RATES, read_rates
+from networks.options import NetworkOptions
 from networks.own_kinds import OWN_MODULES
 from networks.own_modules import smallest_lora_bytes
 from training.data.live import LiveTexts
 from training.experts import TRAINING_ADAPTER, check_experts, network_for, read_adapter, read_use
-from training.learning_options import FIND_RATE
+from training.learning_options import FIND_RATE, PartsOptions
 from training.noise_options import NOTHING, WEIGHTS_OF_LOSS
 from training.optimizers.lr_schedule import make_lr_schedule
 from training.optimizers.optimizer import check_rates, make_optimizer
@@ -63,51 +63,72 @@ def check_before_loading(
         optimizer, _ = make_optimizer(options.optimizer, [stand_in])
         make_lr_schedule(options.lr_schedule, optimizer, total_steps or MOST_STEPS)
     check_networks(family, options)
-    check_rates(options.optimizer, _asked_rates(options))
+    check_rates(options.optimizer, _list_rates(options))
     with quiet():
         choose_lora_format(family, options)
-    samples, of_samples = options.samples, sampling or family
-    if samples.preview.preview_latent_every is not None:
-        import_own("blissful_tuner.latent_preview").check_preview(samples.preview, of_samples.latent)
-    with quiet():
-        if samples.are_made and samples.sample_prompts is not None:
-            import_own("training.samples").read_requests(of_samples, samples.sample_prompts)
-        pairs = zip_longest(of_samples.experts, of_samples.dit_files)
-        for expert, file in pairs if samples.sample_lora else ():
-            uses = [read_use(path, expert, strength) for path, strength in samples.loras()]
-            for use in uses:
-                import_own("networks.added").refuse_dora(use.lora, "--sample_lora")
-            if uses and file is not None:
-                import_own("networks.apply").check_loras_fit(file, uses, of_samples.file_beside(file))
+    _check_samples(sampling or family, options)
     folder, name = options.saving.output_dir, options.saving.output_name
     if folder is not None and name is not None and folder.is_dir():
         check_space(folder / f"{name}.safetensors", _smallest_file(family, options))
 
 
-def _asked_rates(options: TrainingOptions) -> dict[str, float]:
+def _check_samples(family: Family, options: TrainingOptions) -> None:
+    """Check previews, prompts, and the LoRAs of --sample_lora. family: the model of samples."""
+    samples = options.samples
+    if samples.preview.preview_latent_every is not None:
+        from blissful_tuner.latent_preview import check_preview  # only with previews
+
+        check_preview(samples.preview, family.latent)
+    with quiet():
+        if samples.are_made and samples.sample_prompts is not None:
+            from training.samples import read_requests  # only with prompts
+
+            read_requests(family, samples.sample_prompts)
+        if not samples.sample_lora:
+            return
+        from networks.added import refuse_dora  # only with LoRA files
+        from networks.apply import check_loras_fit
+
+        for expert, file in zip_longest(family.experts, family.dit_files):
+            uses = [read_use(path, expert, strength) for path, strength in samples.loras()]
+            for use in uses:
+                refuse_dora(use.lora, "--sample_lora")
+            if uses and file is not None:
+                check_loras_fit(file, uses, family.file_beside(file))
+
+
+def _list_rates(options: TrainingOptions) -> dict[str, float]:
     """Return the learning rates of the parts of the networks, by the option that gives each.
 
     Parts with rate 0 do not learn. What only the loaded networks tell is left out.
     """
-    base, parts, network = options.optimizer.learning_rate, options.parts, options.network
+    base, parts = options.optimizer.learning_rate, options.parts
     rates = {"--learning_rate": base}
     if parts is not None and parts.trains_dit and parts.unet_lr is not None:
         base = parts.unet_lr
         rates = {"--unet_lr": base}
-    if parts is not None and parts.trains_texts:
+    trains_texts = parts is not None and parts.trains_texts
+    if parts is not None and trains_texts:
         by_encoder = {f"--text_encoder_lr {rate:g}": rate for rate in parts.text_encoder_lr or ()}
         rates = rates | by_encoder if parts.trains_dit else by_encoder or rates
-    if network is not None and (network.network_module or RANKED_NETWORKS[0]).startswith(RANKED_NETWORKS):
-        for key, text in network.arguments().items():
-            is_of_texts = key == "loraplus_text_encoder_lr_ratio"
-            if key.startswith("loraplus_") and (
-                not is_of_texts or (parts is not None and parts.trains_texts)
-            ):
-                rates[f"--network_args {key}={text}"] = base * float(text)
-            elif key == REG_RATES:
-                for pattern, rate in read_rates(REG_RATES, text):
-                    rates[f"--network_args {REG_RATES} {pattern.pattern}={rate:g}"] = rate
+    if options.network is not None:
+        rates |= _network_rates(options.network, base, trains_texts)
     return {option: rate for option, rate in rates.items() if rate > 0}
+
+
+def _network_rates(network: NetworkOptions, base: float, trains_texts: bool) -> dict[str, float]:
+    """Return the learning rates that --network_args give, by argument. base: of the transformer's part."""
+    rates: dict[str, float] = {}
+    if not (network.network_module or RANKED_NETWORKS[0]).startswith(RANKED_NETWORKS):
+        return rates
+    for key, text in network.arguments().items():
+        acts = trains_texts or key != "loraplus_text_encoder_lr_ratio"
+        if key.startswith("loraplus_") and acts:
+            rates[f"--network_args {key}={text}"] = base * float(text)
+        elif key == REG_RATES:
+            for pattern, rate in read_rates(REG_RATES, text):
+                rates[f"--network_args {REG_RATES} {pattern.pattern}={rate:g}"] = rate
+    return rates
 
 
 def check_networks(family: Family, options: TrainingOptions) -> None:
@@ -119,13 +140,14 @@ def check_networks(family: Family, options: TrainingOptions) -> None:
         if network is None:
             return
         module = network.network_module or family.lora_module
-        own = OWN_MODULES.get(module)
-        if own is None and options.speed.sharding.shard_base:
+        known_module = OWN_MODULES.get(module)
+        if known_module is None and options.speed.sharding.shard_base:
             raise OptionError(
                 f"--shard_base with --network_module {module}: modules of other packages may read whole "
                 f"weights, and each process has parts of them. Use one of {', '.join(OWN_MODULES)}"
             )
-        if own is not None and own.rules is not None and module != family.lora_module:
+        has_rules = known_module is not None and known_module.rules is not None
+        if has_rules and module != family.lora_module:
             # its rules name layers of another model: only layers that happen to have these names would learn
             raise OptionError(
                 f"--network_module {module} is for another model than this script trains. Give "
@@ -135,15 +157,20 @@ def check_networks(family: Family, options: TrainingOptions) -> None:
         with quiet():  # all warnings come again when it is made
             check_network(network, module, depths)
             uses = [read_use(path, expert, multiplier) for path, multiplier in files]
-            if network.network_weights is not None and own is not None:
-                loading = import_own("networks.loading")
-                uses.append(loading.LoraUse(loading.read_lora(network.network_weights, with_texts=True)))
+            if network.network_weights is not None and known_module is not None:
+                from networks.loading import LoraUse, read_lora  # only with LoRA files
+
+                uses.append(LoraUse(read_lora(network.network_weights, with_texts=True)))
             adapter = read_adapter(options, expert, family.experts)
             if adapter is not None:
-                import_own("networks.added").refuse_dora(adapter.lora, TRAINING_ADAPTER)
+                from networks.added import refuse_dora  # only with an adapter
+
+                refuse_dora(adapter.lora, TRAINING_ADAPTER)
                 uses.append(adapter)
             if uses and file is not None:
-                import_own("networks.apply").check_loras_fit(file, uses, family.file_beside(file))
+                from networks.apply import check_loras_fit  # only with LoRA files
+
+                check_loras_fit(file, uses, family.file_beside(file))
 
 
 def choose_lora_format(
@@ -160,17 +187,17 @@ def choose_lora_format(
     return choose_format(options.network, family.name, module, names)
 
 
-def check_teacher(family: Family, asked: str, texts: LiveTexts | None) -> None:
+def check_teacher(family: Family, teacher: str, texts: LiveTexts | None) -> None:
     """Raise OptionError if the family has no extra inputs for --teacher, or if texts are not cached."""
     if not family.fuller:
         raise OptionError(
-            f"--teacher {asked}: there is nothing that the model {family.name} can be told besides, so that "
-            "the teacher would know no more than the network. Leave it out"
+            f"--teacher {teacher}: there is nothing that the model {family.name} can be told besides, so "
+            "that the teacher would know no more than the network. Leave it out"
         )
     if texts is not None:
         names = " and ".join(encoder.name for encoder in texts.encoders)
         raise OptionError(
-            f"--teacher {asked}: captions are encoded while training here, by {names}, and the teacher's "
+            f"--teacher {teacher}: captions are encoded while training here, by {names}, and the teacher's "
             "come from caches. Cache them (--cache_text_encoder_outputs), train the transformer alone "
             "(--network_train_unet_only), or leave --teacher out"
         )
@@ -195,52 +222,65 @@ def list_unused_options(options: TrainingOptions, takes_guidance: bool, shifts_t
     takes_guidance: the model has an input for embedded guidance. shifts_table: see
     `NoiseSpec.table_is_shifted`.
     """
-    times, parts, own_defaults = options.timesteps, options.parts, options.is_for_images
-    sampler, weighting = times.drawn_by
-    shifts = sampler == "shift" or (sampler == "sigma" and shifts_table)
-    trains = (parts is None or parts.trains_dit), (parts is not None and parts.trains_texts)
-    rates = (None, None) if parts is None else (parts.unet_lr, parts.text_encoder_lr)
-    replaced = all(rate is not None for rate, learns in zip(rates, trains, strict=True) if learns)
-    reasons: dict[str, str] = {}  # image families' defaults have a shift and a guidance
-    if not (shifts or own_defaults):
-        reasons["discrete_flow_shift"] = "only --timestep_sampling shift uses it"
-    if not (takes_guidance or own_defaults):
-        reasons["guidance_scale"] = "this model has no input for embedded guidance"
-    if replaced:
+    shifts_table = shifts_table and options.timesteps.drawn_by[0] == "sigma"
+    reasons: dict[str, str] = {}
+    if not options.is_for_images:  # their defaults have a shift and a guidance
+        if options.timesteps.drawn_by[0] != "shift" and not shifts_table:
+            reasons["discrete_flow_shift"] = "only --timestep_sampling shift uses it"
+        if not takes_guidance:
+            reasons["guidance_scale"] = "this model has no input for embedded guidance"
+    if _replaces_rate(options.parts):
         reasons["learning_rate"] = "--unet_lr and --text_encoder_lr replace it"
     if not options.samples.are_made:
         reasons |= dict.fromkeys(("sample_lora", "preview_latent_every", "sample_ema"), "no samples are made")
-    shown, lines = f"--weighting_scheme {weighting} has no effect: it", []
-    if weighting in WEIGHTS_OF_LOSS and options.weighted_by == NOTHING:
-        lines = [f"{shown} weights the loss only with --model_prediction_type sigma_scaled."]
-    elif weighting in {"logit_normal", "mode"} and sampler != "sigma":
-        lines = [f"{shown} shapes the draws of --timestep_sampling sigma only."]
-    lines += _list_idle(options, reasons)
+    lines = [*_list_idle_weighting(options), *_list_idle(options, reasons)]
     values = option_values(options.speed.attention)
-    given = [flag for flag in TRAINING_FLAGS.values() if values[flag.removeprefix("--")]]
-    return [*lines, *(f"{flag} has no effect: {given[0]} comes first." for flag in given[1:])]
+    first, *others = [flag for flag in TRAINING_FLAGS.values() if values[flag.removeprefix("--")]] or [""]
+    return [*lines, *(f"{flag} has no effect: {first} comes first." for flag in others)]
 
 
-def _list_idle(record: Any, more: Mapping[str, str]) -> Iterator[str]:
+def _replaces_rate(parts: PartsOptions | None) -> bool:
+    """Return whether every part that learns has a learning rate of its own."""
+    if parts is None:
+        return False
+    dit_is_replaced = parts.unet_lr is not None or not parts.trains_dit
+    texts_are_replaced = parts.text_encoder_lr is not None or not parts.trains_texts
+    return dit_is_replaced and texts_are_replaced
+
+
+def _list_idle_weighting(options: TrainingOptions) -> Iterator[str]:
+    """Yield a line if --weighting_scheme has no effect."""
+    sampler, weighting = options.timesteps.drawn_by
+    beginning = f"--weighting_scheme {weighting} has no effect: it"
+    if weighting in WEIGHTS_OF_LOSS and options.weighted_by == NOTHING:
+        yield f"{beginning} weights the loss only with --model_prediction_type sigma_scaled."
+    elif weighting in {"logit_normal", "mode"} and sampler != "sigma":
+        yield f"{beginning} shapes the draws of --timestep_sampling sigma only."
+
+
+def _list_idle(record: Any, reasons: Mapping[str, str]) -> Iterator[str]:
     """Yield a line for each given option of a record, and of the records in it, that has no effect.
 
-    more: option name -> reason, for options without effect because of facts outside their record.
+    reasons: option name -> reason, for options without effect because of facts outside their record.
     """
     for field in fields(record):
         name, value, facts = option_name(field), getattr(record, field.name), field.metadata
         if is_dataclass(value):
-            yield from _list_idle(value, more)
-        elif (name in more or "acts_if" in facts) and is_given(record, field):
-            reasons = [why for why, acts in facts.get("acts_if", {}).items() if not acts(record)]
-            reasons = [more[name]] if name in more else reasons
-            yield from (f"--{name} has no effect: {why}." for why in reasons[:1])
+            yield from _list_idle(value, reasons)
+        elif (name in reasons or "acts_if" in facts) and is_given(record, field):
+            idle_because = [why for why, acts in facts.get("acts_if", {}).items() if not acts(record)]
+            if name in reasons:
+                idle_because = [reasons[name]]
+            if idle_because:
+                yield f"--{name} has no effect: {idle_because[0]}."
 
 
 def judge_rate(options: TrainingOptions) -> str:
     """Return the learning rate, and the usual one if it is far from that."""
-    given, parts, is_whole = options.optimizer, options.parts, options.network is None
-    rate = given.learning_rate if parts is None or parts.unet_lr is None else parts.unet_lr
-    text, name = f"{rate:g}", (given.optimizer_type or "AdamW").rpartition(".")[2].lower()
+    optimizer, parts, is_whole = options.optimizer, options.parts, options.network is None
+    rate = optimizer.learning_rate if parts is None or parts.unet_lr is None else parts.unet_lr
+    text = f"{rate:g}"
+    name = (optimizer.optimizer_type or "AdamW").rpartition(".")[2].lower()
     low, usual, high = USUAL_RATES[is_whole]
     if "adam" not in name or name.startswith(FIND_RATE) or low <= rate <= high:
         return text

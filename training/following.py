@@ -69,16 +69,17 @@ class NextSteps:
         """Return commands to train on, to generate with the best file, to convert it if a tool needs that,
         and to start this run again.
         """
-        chosen = best or [*self.names.files(self.names.name).values()][0]
-        found = [self._resume(is_finished)]
+        file = best or [*self.names.files(self.names.name).values()][0]
+        resume = self._resume(is_finished)
+        here = f"Commands here are typed in the folder {Path.cwd()}."
+        commands = [replace(resume, note=" ".join(filter(None, (resume.note, here))))]
         if self.generation is not None:
-            found.append(self._generate(self.generation, chosen))
+            commands.append(self._generate(self.generation, file))
         network = self.options.network
         if network is not None and (network.decomposes or self._needs_conversion(network)):
-            found += [self._convert(file) for file in self.names.files(self.names.stem_of(chosen)).values()]
-        here = f"Commands here are typed in the folder {Path.cwd()}."
-        found[0] = replace(found[0], note=" ".join(filter(None, (found[0].note, here))))
-        return [*found, _command("This run, as it was started", self._words())]
+            files = self.names.files(self.names.stem_of(file)).values()
+            commands += [self._convert(path) for path in files]
+        return [*commands, _command("This run, as it was started", self._words())]
 
     def _needs_conversion(self, network: NetworkOptions) -> bool:
         """Return whether the tool of `converted_for` does not read the run's files as they are."""
@@ -89,27 +90,33 @@ class NextSteps:
 
     def _convert(self, file: Path) -> PageCommand:
         """Return the command that converts a file for other tools; a DoRA becomes a plain LoRA."""
-        title, end, note = f"Convert the LoRA for {self.converted_for}", self.converted_for.lower(), ""
-        end = end if end.isalpha() else "converted"
-        words = ["--target", "other" if self.converted_for else "default"]
         network = self.options.network
+        ending = self.converted_for.lower()
+        ending = ending if ending.isalpha() else "converted"
+        title, note = f"Convert the LoRA for {self.converted_for}", ""
+        words = ["--target", "other" if self.converted_for else "default"]
         if network is not None and network.decomposes:
-            title, end, note = "Make a plain LoRA of the DoRA", "plain", DORA_ELSEWHERE
-            is_high = bool(self.names.parts) and file.stem.endswith(HIGH_NOISE)
-            dits = [str(path) for path in self.dits]
-            dit = (dits[-1] if is_high else dits[0]) if dits else FillIn("DIT_FILE")
-            words += ["--bake", str(BAKED_RANK), "--dit", dit]
+            title, ending, note = "Make a plain LoRA of the DoRA", "plain", DORA_ELSEWHERE
+            words += ["--bake", str(BAKED_RANK), "--dit", self._dit_of(file)]
         elif network is not None and self.converted_for != COMFYUI_TOOL:
             is_factored = network.network_module in FACTORED
             words += ["--bake", str(BAKED_RANK)] if is_factored else []
-        files = ["--input", str(file), "--output", str(file.with_name(f"{file.stem}_{end}.safetensors"))]
+        output = file.with_name(f"{file.stem}_{ending}.safetensors")
+        files = ["--input", str(file), "--output", str(output)]
         return _command(title, ["python", "convert_lora.py", *files, *words], note)
+
+    def _dit_of(self, file: Path) -> str:
+        """Return the file of the transformer that a LoRA was trained in."""
+        if not self.dits:
+            return FillIn("DIT_FILE")
+        is_high = bool(self.names.parts) and file.stem.endswith(HIGH_NOISE)
+        return str(self.dits[-1] if is_high else self.dits[0])
 
     def _resume(self, is_finished: bool) -> PageCommand:
         """Return the command that goes on; if there is no state, a new run that begins with the result."""
         title, ending = "Go on after a stop", ["--resume", LATEST_ONLY]
         note = "Ctrl-C saves a state and ends the run; this goes on from the newest state."
-        without, has_state, steps = RESUMING, self._has_state(), self.total_steps
+        left_out, has_state, steps = RESUMING, self._has_state(), self.total_steps
         if is_finished and has_state:
             title, note = "Train longer", "From the newest state to twice as many steps."
             steps *= 2
@@ -119,20 +126,28 @@ class NextSteps:
                 "No state was saved: a new run of as many steps begins with the trained weights. It saves a "
                 "state, so that the next one can go on exactly."
             )
-            is_network = self.options.network is not None
-            start = "network_weights" if is_network else "dit"
-            parts = self.names.parts if is_network else [expert.name for expert in self.experts]
-            starts = [f"{start}_{HIGH_NOISE}" if part == HIGH_NOISE else start for part in parts] or [start]
-            without, ending = RESUMING | STARTING | {*starts}, []
-            for start, file in zip(starts, self.names.files(self.names.name).values(), strict=False):
-                ending += [f"--{start}", str(file)]
+            options = self._start_options()
+            left_out, ending = RESUMING | STARTING | {*options}, []
+            for option, file in zip(options, self.names.files(self.names.name).values(), strict=False):
+                ending += [f"--{option}", str(file)]
             if not self.options.saving.saves_state_at_end:
                 ending.append("--save_state_on_train_end")
-        return _command(title, [*self._words(without), "--max_train_steps", str(steps), *ending], note)
+        return _command(title, [*self._words(left_out), "--max_train_steps", str(steps), *ending], note)
+
+    def _start_options(self) -> list[str]:
+        """Return the options that start a run from trained files, one for each file."""
+        is_network = self.options.network is not None
+        option = "network_weights" if is_network else "dit"
+        parts = self.names.parts if is_network else [expert.name for expert in self.experts]
+        return [f"{option}_{HIGH_NOISE}" if part == HIGH_NOISE else option for part in parts] or [option]
 
     def _words(self, without: Collection[str] = ()) -> list[str]:
-        given = [one for one in self.given if one.is_changed and one.is_typed and one.name not in without]
-        words = [word for option in given for word in option.words]
+        options = [
+            option
+            for option in self.given
+            if option.is_changed and option.is_typed and option.name not in without
+        ]
+        words = [word for option in options for word in option.words]
         return [*self._launcher(self.processes > 1), self.script, *words]
 
     def _launcher(self, has_processes: bool) -> list[str]:
@@ -153,26 +168,40 @@ class NextSteps:
         shares_base = speed.sharding.shard_base and self.processes > 1
         words = [*self._launcher(shares_base), *generation(sample)]
         words += option_words(say_for_generation(speed))
-        shown = "-ema" if self.options.average.sample_ema else ""  # what the samples show
-        files = [*self.names.files(self.names.stem_of(file) + shown).values()]
-        trained = {index for index, expert in enumerate(self.experts) if expert.name == HIGH_NOISE}
-        # to each transformer the trained file of it, and the LoRAs of samples
-        for end, indexes in (("", {*range(len(self.experts))} - trained), (f"_{HIGH_NOISE}", trained)):
-            if end and f"--dit{end}" not in words:
-                continue
-            found = [files[index if len(files) > 1 else 0] for index in sorted(indexes)]
-            loras = [] if self.options.network is None else [(each, 1.0) for each in found]
-            if self.options.network is None and found:
-                words[words.index(f"--dit{end}") + 1] = str(found[0])
-            loras += self.sample_loras
-            words += [f"--lora_weight{end}", *(str(path) for path, _ in loras)] if loras else []
-            numbers = [f"{number:g}" for _, number in loras]
-            words += [f"--lora_multiplier{end}", *numbers] if self.sample_loras else []
-        return _command(
-            "Generate with it",
-            [*words, *say_sample(sample, self.spellings), "--save_path", str(file.parent / "generated")],
-            "The first sample again; change the prompt." if self.sample else "",
-        )
+        suffix = "-ema" if self.options.average.sample_ema else ""  # what the samples show
+        files = [*self.names.files(self.names.stem_of(file) + suffix).values()]
+        high = {index for index, expert in enumerate(self.experts) if expert.name == HIGH_NOISE}
+        low = {*range(len(self.experts))} - high
+        words = self._with_trained(words, "", [files[_file_index(files, index)] for index in sorted(low)])
+        if f"--dit_{HIGH_NOISE}" in words:
+            trained = [files[_file_index(files, index)] for index in sorted(high)]
+            words = self._with_trained(words, f"_{HIGH_NOISE}", trained)
+        words += [*say_sample(sample, self.spellings), "--save_path", str(file.parent / "generated")]
+        note = "The first sample again; change the prompt." if self.sample else ""
+        return _command("Generate with it", words, note)
+
+    def _with_trained(self, words: Sequence[str], ending: str, files: Sequence[Path]) -> list[str]:
+        """Return a command with the trained files of one transformer and the LoRAs of samples.
+
+        ending: of the options for that transformer.
+        """
+        words = [*words]
+        loras: list[tuple[Path, float]] = []
+        if self.options.network is not None:
+            loras += [(file, 1.0) for file in files]
+        elif files:
+            words[words.index(f"--dit{ending}") + 1] = str(files[0])
+        loras += self.sample_loras
+        if loras:
+            words += [f"--lora_weight{ending}", *(str(path) for path, _ in loras)]
+        if self.sample_loras:
+            words += [f"--lora_multiplier{ending}", *(f"{multiplier:g}" for _, multiplier in loras)]
+        return words
+
+
+def _file_index(files: Sequence[Path], expert: int) -> int:
+    """Return which of a run's files an expert is in: all are in the only one, if there is one."""
+    return expert if len(files) > 1 else 0
 
 
 def say_sample(sample: Mapping[str, Any], spellings: Mapping[str, str] | None = None) -> list[str]:
@@ -195,7 +224,13 @@ def _command(title: str, words: Sequence[str], note: str = "") -> PageCommand:
     missing = [shlex.quote(word) for word in missing_words(words)]
     if missing:
         note = f"Fill in {' and '.join(missing)} first: the run does not know this. {note}".rstrip()
-    return PageCommand(title, shlex.join(words), quote_for_powershell(words), note, " ".join(missing))
+    return PageCommand(
+        title,
+        bash=shlex.join(words),
+        powershell=quote_for_powershell(words),
+        note=note,
+        missing=" ".join(missing),
+    )
 
 
 def plan_next_steps(
@@ -217,7 +252,7 @@ def plan_next_steps(
     if sampler is None and plan.accelerator.is_main_process:
         generation = generation_of_caches or generation
         example = say_example(plan, cached_with or {})
-    found = read_family({TRAINED_ON: plan.family.name})
+    family_names = read_family({TRAINED_ON: plan.family.name})
     return NextSteps(
         script=script,
         given=given,
@@ -231,7 +266,7 @@ def plan_next_steps(
         experts=plan.family.experts,
         dits=plan.family.dit_files,
         example=example,
-        converted_for="" if found is None else found.converted_for,
+        converted_for="" if family_names is None else family_names.converted_for,
         lora_format=KNOWN if plan.lora_format is None else plan.lora_format.name,
         spellings=spellings or {},
     )
@@ -244,11 +279,11 @@ def say_example(plan: TrainingPlan, cached_with: Mapping[str, Any]) -> dict[str,
     under `cached_with`.
     """
     item = plan.training[0]
-    found = find_example(item, plan.sources.stores)
+    example = find_example(item, plan.sources.stores)
     takes_references = item.table.references is not None
     return {
-        "prompt": found.caption,
-        "control_images": found.controls if takes_references else (),
-        "example": found,
+        "prompt": example.caption,
+        "control_images": example.controls if takes_references else (),
+        "example": example,
         "cached_with": cached_with,
     }

@@ -76,14 +76,15 @@ def read_image_training(
         for name in _named_otherwise(args, defaults.tokenizers):
             parser.typed_flags.setdefault(name, f"--{name}")
     with name_as_typed(typed_names(args)):
-        options, own = read_options(TrainingOptions, args), read_options(record, args)
+        options = read_options(TrainingOptions, args)
+        family_options = read_options(record, args)
     if options.predicted != RAW:
         logger.warning(
             "--model_prediction_type %s compares something else than the velocity with the velocity, as "
             "known trainers do. Use raw, unless you go on with what was trained so.",
             options.predicted,
         )
-    return options, own, given_options(parser, own, options)
+    return options, family_options, given_options(parser, family_options, options)
 
 
 class ImageModelOptions(Options, title="model"):
@@ -113,7 +114,7 @@ class OtherNames(Options, title="other names"):
 
 def image_training_parser(doc: str | None, defaults: ImageTrainerDefaults) -> argparse.ArgumentParser:
     """Return a parser with all options that every image trainer has. doc: the script's docstring."""
-    own = {
+    usual = {
         "timestep_sampling": defaults.timestep_sampling,
         "model_prediction_type": defaults.model_prediction_type,
         "discrete_flow_shift": defaults.discrete_flow_shift,
@@ -122,7 +123,7 @@ def image_training_parser(doc: str | None, defaults: ImageTrainerDefaults) -> ar
     }
     choices = {"timestep_sampling": defaults.samplers, "weighting_scheme": (*WEIGHTINGS, UNIFORM)}
     settings = {name: {"choices": values} for name, values in choices.items()}
-    script: dict[str, Any] = {"defaults": own, "refused": defaults.refused}
+    script: dict[str, Any] = {"defaults": usual, "refused": defaults.refused}
     parser = training_parser(doc, settings=settings, **script)
     add_options(parser, ImageModelOptions, PartsOptions, PredictionOptions, **script)
     add_options(parser, SubsetOptions, CachingInRunOptions, **script)
@@ -145,8 +146,8 @@ def _translate(args: argparse.Namespace) -> None:
                     "is given too: give one of them"
                 )
             args.optimizer_type = optimizer
-    for other, name in SWITCHES.items():
-        setattr(args, name, getattr(args, name) or getattr(args, other))
+    for other_name, name in SWITCHES.items():
+        setattr(args, name, getattr(args, name) or getattr(args, other_name))
     args.fp8_base = args.fp8_base or args.fp8_scaled
     if args.caption_extention is not None:
         usual = SubsetOptions.usual().caption_extension
@@ -170,8 +171,8 @@ def _translate(args: argparse.Namespace) -> None:
 
 def _named_otherwise(args: argparse.Namespace, tokenizers: Collection[str]) -> set[str]:
     """Return the options whose values were given by `OtherNames`. tokenizers: names of their options."""
-    names = {name for other, name in SWITCHES.items() if getattr(args, other)}
-    if any(getattr(args, other) for other in OPTIMIZERS):
+    names = {name for other_name, name in SWITCHES.items() if getattr(args, other_name)}
+    if any(getattr(args, other_name) for other_name in OPTIMIZERS):
         names.add("optimizer_type")
     if args.caption_extention is not None:
         names.add("caption_extension")
@@ -194,7 +195,8 @@ def _find_tokenizers(args: argparse.Namespace, folders: Mapping[str, str]) -> No
         logger.warning(
             "--tokenizer_cache_dir %s has no folder %s: tokenizers are looked for beside the text encoders, "
             "then on the hub, and nothing is kept in that folder. HF_HOME moves the hub's cache.",
-            *(cache, " or ".join(folders.values())),
+            cache,
+            " or ".join(folders.values()),
         )
 
 
@@ -223,10 +225,12 @@ DEEPSPEED = (
     "with --context_parallel; --blocks_to_swap, --gradient_checkpointing and --fp8_base save memory"
 )
 ROUNDING = "a LoRA's weights are kept in float32, which costs little; use --mixed_precision."
+# fmt: off
 SAMPLERS = (
-    *("ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++"),
-    *("dpmsingle", "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a"),
+    "ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++",
+    "dpmsingle", "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a",
 )
+# fmt: on
 
 
 class OtherModels(Options, title="for other models"):

@@ -1,6 +1,7 @@
 """Load the networks of a plan, make the trained part with its optimizer, and put the run together."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -14,11 +15,11 @@ from modules.contract.rules import Expert
 from modules.devices import dtype_of, gib, keep_heap_small, warn_if_emulated
 from modules.dressing import share_tokens, shared_blocks, swapped_weights
 from modules.errors import MemoryPlanError
-from modules.installation import import_own
 from modules.offload.turns import HostCopy
 from modules.planning.device_memory import MemoryWatch, bytes_on, spare_bytes
 from modules.speed_options import SwapOptions
 from networks.adapter import make_network
+from networks.options import NetworkOptions
 from training import experts
 from training.data.feed import Feed, Randomness
 from training.loss import LossRule
@@ -43,7 +44,9 @@ from training.trainable import (
 from training.training_run import Requests, TrainedModel, TrainingRun, trigger_paths
 from training.validation import Validation
 
-if TYPE_CHECKING:  # loaded only if there are LoRA files; if there are prompts
+if TYPE_CHECKING:  # loaded only where processes share a model, with LoRA files, with an average, with prompts
+    from modules.offload.sharding import ShardedBlocks
+    from modules.offload.swap_plan import HostWeights
     from networks.added import AddedLoras
     from networks.apply import LoraPatch
     from training.averages import WeightAverage
@@ -58,43 +61,22 @@ def load_model(plan: TrainingPlan, swap: SwapOptions, has_samples: bool) -> Trai
     swap: the plan's, with auto resolved. The text encoders that stay are loaded already; those that learn get
     a part of the network.
     """
-    options, family, accelerator = plan.options, plan.family, plan.accelerator
-    samples_with_others = has_samples and plan.sampled is not family
-    takes_turns = len(family.experts) > 1 and options.by_expert.offload_inactive_dit
-    loading = Loading(plan, swap, has_samples, takes_turns or samples_with_others)
-    networks, learners = list[nn.Module](), tuple[Trainable, ...]()
-    for index in range(len(family.experts)):
-        dit, learners = loading.load(family, index, learners)
-        networks.append(dit)
+    accelerator = plan.accelerator
+    family = plan.family
+    loading = Loading(plan, swap, has_samples)
+    learners = Learners(plan)
+    networks = [loading.load_learning(family, index, learners) for index in range(len(family.experts))]
     dits = sample_dits = experts.ExpertNetworks(networks, loading.copies)
-    if samples_with_others:  # networks beside those that are trained
-        known = dict(zip(family.dit_files, networks, strict=True))
-        # in place of all that are trained: what learns is in them too
-        in_place = not known.keys() & set(plan.sampled.dit_files)
-        sampled = []
-        for index, file in enumerate(plan.sampled.dit_files):
-            if file not in known:
-                known[file], given = loading.load(plan.sampled, index, learners if in_place else None)
-                learners = given if in_place else learners
-            sampled.append(known[file].eval())
+    if loading.samples_with_others:
+        sampled = _load_sampled(loading, networks, learners)
         sample_dits = experts.ExpertNetworks(sampled, loading.copies)
-    if len(learners) == 1:
-        trainable = learners[0]
-    else:
-        names = [expert.name for expert in family.experts]
-        trainable = train_apart(dict(zip(names, learners, strict=True)))
-    rates = zip(trainable.group_names, (group["lr"] for group in trainable.groups), strict=True)
-    check_rates(options.optimizer, {f"the learning rate of {name}": rate for name, rate in rates})
-    optimizer, optimizer_name = make_optimizer(options.optimizer, trainable.groups)
-    schedule = make_lr_schedule(options.lr_schedule, optimizer, plan.steps.total_steps)
-    if (averaging := find_averaging(optimizer)) is not None:
+    trainable = learners.join()
+    optimizer, optimizer_name = _make_optimizer(plan, trainable)
+    schedule = make_lr_schedule(plan.options.lr_schedule, optimizer, plan.steps.total_steps)
+    averaging = find_averaging(optimizer)
+    if averaging is not None:
         averaging.train()
     scaler = accelerator.scaler or torch.amp.GradScaler(accelerator.device.type, enabled=False)
-    average: WeightAverage | None = None
-    if options.average.ema_decay is not None:
-        keeps = accelerator.is_main_process or plan.splits_model
-        make = import_own("training.averages").make_average
-        average = make(options.average, networks, trainable, optimizer, keeps)
     model = TrainedModel(
         plan=plan,
         dits=dits,
@@ -106,13 +88,56 @@ def load_model(plan: TrainingPlan, swap: SwapOptions, has_samples: bool) -> Trai
         optimizer_name=optimizer_name,
         schedule=schedule,
         scaler=scaler,
+        average=_make_average(plan, networks, trainable, optimizer),
         stepping=_make_stepping(plan, trainable, optimizer, scaler),
-        average=average,
     )
     for adapter in model.adapters:
         adapter.place_on(accelerator.device, model.compute_dtype)
     restore(model)
     return model
+
+
+def _load_sampled(loading: "Loading", networks: Sequence[nn.Module], learners: "Learners") -> list[nn.Module]:
+    """Load the networks that only samples are made with; return all that samples need, by their experts.
+
+    networks: those that are trained.
+    """
+    plan = loading.plan
+    by_file = dict(zip(plan.family.dit_files, networks, strict=True))
+    # in place of all that are trained: what learns is in them too
+    in_place = not by_file.keys() & set(plan.sampled.dit_files)
+    sampled = []
+    for index, file in enumerate(plan.sampled.dit_files):
+        if file not in by_file and in_place:
+            by_file[file] = loading.load_learning(plan.sampled, index, learners)
+        elif file not in by_file:
+            by_file[file] = loading.load_frozen(plan.sampled, index)
+        sampled.append(by_file[file].eval())
+    return sampled
+
+
+def _make_optimizer(plan: TrainingPlan, trainable: Trainable) -> tuple[Optimizer, str]:
+    """Return the optimizer and its name. Raises OptionError if a learning rate is not allowed."""
+    options = plan.options.optimizer
+    rates = {
+        f"the learning rate of {name}": group["lr"]
+        for name, group in zip(trainable.group_names, trainable.groups, strict=True)
+    }
+    check_rates(options, rates)
+    return make_optimizer(options, trainable.groups)
+
+
+def _make_average(
+    plan: TrainingPlan, networks: Sequence[nn.Module], trainable: Trainable, optimizer: Optimizer
+) -> "WeightAverage | None":
+    """Begin the average of --ema_decay. networks: those that are trained."""
+    options = plan.options.average
+    if options.ema_decay is None:
+        return None
+    from training.averages import make_average  # only with --ema_decay
+
+    keeps = plan.accelerator.is_main_process or plan.splits_model
+    return make_average(options, networks, trainable=trainable, optimizer=optimizer, keeps=keeps)
 
 
 def make_run(
@@ -123,48 +148,83 @@ def make_run(
     reporter: RunReporter,
     saver: Saver | None,
 ) -> TrainingRun:
-    plan, options, accelerator = model.plan, model.plan.options, model.plan.accelerator
-    preserves = any(table.preserves_output for table in plan.config.datasets)
-    in_lockstep, trainable = plan.steps.in_lockstep and preserves, model.trainable
-    as_base = trainable.as_base if trainable.networks else None
-    rule = LossRule(options.loss, options.predicted, as_base, always_as_base=in_lockstep)
-    randomness = Randomness(
-        options.timesteps,
-        plan.progress.seed,
-        plan.family.noise,
-        tuple(plan.family.experts),
-        options.noise,
-        options.weighted_by,
-        plan.family.sound_learning if hears_sound(plan.family) else None,
-    )
-    feed = Feed(
-        plan.order,
-        plan.family.latent,
-        randomness,
-        plan.commands,
-        plan.steps,
-        accelerator.process_index // plan.steps.peers,
-        options.loop.max_data_loader_n_workers,
-        accelerator.device.type == "cuda",
-        plan.sources,
-        reads_dropped=options.frozen.teacher is not None and CAPTION in plan.family.fuller,
-        encoders=plan.encoders,
-    )
+    """Put the run together: what feeds the loop, judges its batches, and hears requests from outside."""
+    plan = model.plan
+    options = plan.options
+    is_main = plan.accelerator.is_main_process
+    rule = _make_rule(model)
+    validation = Validation(plan, rule) if plan.validation else None
+    if options.frozen.teacher:  # which validation does without
+        rule = replace(rule, teacher_weight=options.frozen.teacher_weight)
     minutes = plan.saving.save_every_n_minutes
-    watched = trigger_paths(plan.names, options.samples.sample_now) if accelerator.is_main_process else {}
+    watched = trigger_paths(plan.names, options.samples.sample_now) if is_main else {}
     return TrainingRun(
         model=model,
-        feed=feed,
-        rule=replace(rule, teacher_weight=options.frozen.teacher_weight) if options.frozen.teacher else rule,
-        validation=Validation(plan, rule) if plan.validation else None,
+        feed=_make_feed(plan),
+        rule=rule,
+        validation=validation,
         sampler=sampler,
         memory=memory,
         logs=logs,
         reporter=reporter,
         requests=Requests(watched, sampler is not None),
-        clock=None if minutes is None or not accelerator.is_main_process else MinuteClock(minutes),
+        clock=MinuteClock(minutes) if is_main and minutes is not None else None,
         saver=saver,
     )
+
+
+def _make_rule(model: TrainedModel) -> LossRule:
+    """Return how predictions are judged, without a teacher."""
+    plan = model.plan
+    preserves = any(table.preserves_output for table in plan.config.datasets)
+    return LossRule(
+        plan.options.loss,
+        plan.options.predicted,
+        as_base=model.trainable.as_base if model.trainable.networks else None,
+        always_as_base=plan.steps.in_lockstep and preserves,
+    )
+
+
+def _make_feed(plan: TrainingPlan) -> Feed:
+    """Return what prepares the micro-batches of this process."""
+    options, family, accelerator = plan.options, plan.family, plan.accelerator
+    randomness = Randomness(
+        options.timesteps,
+        plan.progress.seed,
+        noise=family.noise,
+        experts=tuple(family.experts),
+        perturbation=options.noise,
+        weighted_by=options.weighted_by,
+        sound=family.sound_learning if hears_sound(family) else None,
+    )
+    return Feed(
+        order=plan.order,
+        latent=family.latent,
+        randomness=randomness,
+        commands=plan.commands,
+        plan=plan.steps,
+        process=accelerator.process_index // plan.steps.peers,
+        workers=options.loop.max_data_loader_n_workers,
+        pin_memory=accelerator.device.type == "cuda",
+        sources=plan.sources,
+        reads_dropped=options.frozen.teacher is not None and CAPTION in family.fuller,
+        encoders=plan.encoders,
+    )
+
+
+@dataclass(frozen=True)
+class LoadedNetwork:
+    """Hold a network that is loaded and frozen, before LoRAs are added and its blocks are dressed."""
+
+    dit: nn.Module
+    family: Family
+    index: int  # of its expert
+    host: "HostWeights | None"  # where swapped weights wait; None: all are on the device
+    shares: "ShardedBlocks | None"  # of processes that share it
+
+    @property
+    def expert(self) -> Expert:
+        return self.family.experts[self.index]
 
 
 @dataclass
@@ -174,69 +234,127 @@ class Loading:
     plan: TrainingPlan
     swap: SwapOptions  # auto is resolved
     has_samples: bool
-    takes_turns: bool  # one network is on the device at a time
     sample_loras: "list[AddedLoras]" = field(default_factory=list)
     adapters: "list[AddedLoras]" = field(default_factory=list)  # in networks that are trained
     copies: dict[nn.Module, HostCopy] = field(default_factory=dict)  # of networks that take turns
 
-    def load(
-        self, family: Family, index: int, learners: tuple[Trainable, ...] | None = None
-    ) -> tuple[nn.Module, tuple[Trainable, ...]]:
-        """Load the network of an expert, frozen, merging --base_weights while loading, and dress it.
+    @property
+    def samples_with_others(self) -> bool:
+        """Return whether samples need networks that are not trained."""
+        return self.has_samples and self.plan.sampled is not self.plan.family
 
-        A network to train gets the training dtype. learners: the trained parts of the networks before; None:
-        the network is for samples only. Returns the network, and all trained parts so far. Raises
-        MemoryPlanError if the device has no room for the next network.
+    @property
+    def takes_turns(self) -> bool:
+        """Return whether one network is on the device at a time."""
+        by_expert = self.plan.options.by_expert
+        alternates = len(self.plan.family.experts) > 1 and by_expert.offload_inactive_dit
+        return alternates or self.samples_with_others
+
+    def load_learning(self, family: Family, index: int, learners: "Learners") -> nn.Module:
+        """Load the network of an expert, add its trained part to `learners`, and dress it."""
+        network = self._load(family, index)
+        learners.add(network.dit, network.expert)
+        self._dress(network)
+        return network.dit
+
+    def load_frozen(self, family: Family, index: int) -> nn.Module:
+        """Load and dress the network of an expert that is for samples only."""
+        network = self._load(family, index)
+        self._dress(network)
+        return network.dit
+
+    def _load(self, family: Family, index: int) -> LoadedNetwork:
+        """Load the network of an expert, frozen, merging --base_weights while loading.
+
+        A network to train gets the training dtype.
         """
         plan, options, device = self.plan, self.plan.options, self.plan.accelerator.device
-        expert, sharding = family.experts[index], options.speed.sharding
+        expert = family.experts[index]
         host = swapped_weights(family.dit, self.swap, device, whole=self.takes_turns)
-        shares = shared_blocks(sharding, device)
-        network = experts.network_for(options, expert)
-        files = zip(network.base_weights or (), network.base_multipliers(), strict=True) if network else ()
-        merged = [experts.read_use(path, expert, multiplier) for path, multiplier in files]
-        patch: LoraPatch | None = import_own("networks.apply").LoraPatch(merged) if merged else None
+        shares = shared_blocks(options.speed.sharding, device)
+        network_options = experts.network_for(options, expert)
+        patch = self._read_base_weights(network_options, expert)
         placement = experts.placement_of(options, device, plan.quantisation)
         # a DoRA learns the norms of the weights, which include merged LoRAs
-        beside = None if patch is None or (network and network.decomposes) else patch.leave_beside
-        placement = replace(placement, patch=patch, beside=beside, host=host, blocks=shares)
+        must_merge = network_options is not None and network_options.decomposes
+        leave_beside = None if patch is None or must_merge else patch.leave_beside
+        placement = replace(placement, patch=patch, beside=leave_beside, host=host, blocks=shares)
         if options.network is None:
             refuse_quantised_bases(family.dit_files[index : index + 1])
         dit = family.load_dit(placement, index)
         experts.check_dtype(family, options, dtype_of(dit))
-        computed = experts.AUTOCAST.get(options.accelerator.mixed_precision) or dtype_of(dit)
+        compute_dtype = experts.AUTOCAST.get(options.accelerator.mixed_precision) or dtype_of(dit)
         if patch is not None:
             patch.check()
-        if patch is not None and patch.beside:
-            import_own("networks.beside").add_beside(dit, patch.beside, device, computed)
-        del merged, patch  # tensors of files: what follows fills the host's memory
-        warn_if_emulated(device, computed, "the transformer")
+            if patch.beside:
+                from networks.beside import add_beside  # only beside quantised weights
+
+                add_beside(dit, patch.beside, device, compute_dtype)
+        warn_if_emulated(device, compute_dtype, "the transformer")
         dit.requires_grad_(False)
         if shares is not None and plan.splits_model:
             shares.split(dit)
-        if learners is not None:
-            learners = _add_learner(plan, dit, expert, learners)
-        is_compiled = options.speed.compilation.choice is not None
-        given = experts.read_adapter(options, expert, family.experts) if family is plan.family else None
-        if given is not None:
-            self.adapters.append(
-                import_own("networks.added").add_loras(dit, [given], is_compiled, experts.TRAINING_ADAPTER)
-            )
-        if self.has_samples and (found := options.samples.loras()):
-            extra = [experts.read_use(path, expert, multiplier) for path, multiplier in found]
-            self.sample_loras.append(import_own("networks.added").add_loras(dit, extra, is_compiled))
-        if self.has_samples and "stage_files" in vars(dit):
-            import_own("networks.added").add_stage_loras(dit, is_compiled)
-        experts.dress(dit, family.dit, options.loop, device, options.speed.compilation.choice, host, shares)
-        if sharding.context_parallel > 1:
-            share_tokens(dit, sharding, device)
-        if plan.quantisation is not None and device.type == "cpu":
+        return LoadedNetwork(dit, family, index, host=host, shares=shares)
+
+    def _read_base_weights(self, network: NetworkOptions | None, expert: Expert) -> "LoraPatch | None":
+        """Read --base_weights for an expert; None if there are none."""
+        if network is None:
+            return None
+        files = zip(network.base_weights or (), network.base_multipliers(), strict=True)
+        loras = [experts.read_use(path, expert, multiplier) for path, multiplier in files]
+        if not loras:
+            return None
+        from networks.apply import LoraPatch  # only with --base_weights
+
+        return LoraPatch(loras)
+
+    def _dress(self, network: LoadedNetwork) -> None:
+        """Add the LoRAs that do not learn, compile, checkpoint and swap the blocks.
+
+        Raises MemoryPlanError if the device has no room for the next network.
+        """
+        options, device = self.plan.options, self.plan.accelerator.device
+        dit, family = network.dit, network.family
+        self._add_frozen_loras(network)
+        experts.dress(
+            dit,
+            family.dit,
+            options.loop,
+            device,
+            compilation=options.speed.compilation.choice,
+            host=network.host,
+            shares=network.shares,
+        )
+        if options.speed.sharding.context_parallel > 1:
+            share_tokens(dit, options.speed.sharding, device)
+        if self.plan.quantisation is not None and device.type == "cpu":
             keep_heap_small()  # else temporary whole weights fragment the heap
         if self.takes_turns:
-            self.copies[dit] = HostCopy(dit, device, host)
-        elif index + 1 < len(family.experts) and device.type == "cuda":
+            self.copies[dit] = HostCopy(dit, device, network.host)
+        elif network.index + 1 < len(family.experts) and device.type == "cuda":
             _require_room(bytes_on(dit, device), spare_bytes(device))
-        return dit, learners or ()
+
+    def _add_frozen_loras(self, network: LoadedNetwork) -> None:
+        """Add --training_adapter, --sample_lora and the LoRAs of a family's stages, all switched off."""
+        options, family = self.plan.options, network.family
+        dit, expert = network.dit, network.expert
+        is_compiled = options.speed.compilation.choice is not None
+        adapter = None
+        if family is self.plan.family:
+            adapter = experts.read_adapter(options, expert, family.experts)
+        sample_files = options.samples.loras() if self.has_samples else []
+        has_stages = self.has_samples and "stage_files" in vars(dit)
+        if adapter is None and not sample_files and not has_stages:
+            return
+        from networks.added import add_loras, add_stage_loras  # only with LoRA files
+
+        if adapter is not None:
+            self.adapters.append(add_loras(dit, [adapter], is_compiled, experts.TRAINING_ADAPTER))
+        if sample_files:
+            loras = [experts.read_use(path, expert, multiplier) for path, multiplier in sample_files]
+            self.sample_loras.append(add_loras(dit, loras, is_compiled))
+        if has_stages:
+            add_stage_loras(dit, is_compiled)
 
 
 def _require_room(size: int, room: int) -> None:
@@ -247,71 +365,114 @@ def _require_room(size: int, room: int) -> None:
         )
 
 
-def _add_learner(
-    plan: TrainingPlan, dit: nn.Module, expert: Expert, learners: tuple[Trainable, ...]
-) -> tuple[Trainable, ...]:
-    """Put the network into a DiT, or choose the trained parameters of the DiT itself.
+@dataclass
+class Learners:
+    """Make the trained part of each network, one after the other, and join them."""
 
-    learners: the trained parts of the DiTs before; if there is a network, this DiT shares it, unless each
-    expert has its own (--lora_per_expert). Returns all trained parts so far.
-    """
-    options, device = plan.options, plan.accelerator.device
-    if options.network is None:
+    plan: TrainingPlan
+    parts: list[Trainable] = field(default_factory=list)
+
+    def add(self, dit: nn.Module, expert: Expert) -> None:
+        """Put the network into a DiT, or choose the trained parameters of the DiT itself.
+
+        If there is a network, this DiT shares that of the DiTs before, unless each expert has its own
+        (--lora_per_expert).
+        """
+        options, device = self.plan.options, self.plan.accelerator.device
+        if options.network is None:
+            self.parts.append(self._train_whole(dit))
+            return
+        network_options = experts.network_for(options, expert) or options.network
+        texts = self.plan.texts
+        network = make_network(
+            network_options,
+            self.plan.family.lora_module,
+            dit,
+            self.plan.progress.seed,
+            encoders={} if texts is None else texts.networks,
+            in_dit=options.parts is None or options.parts.trains_dit,
+            resumed=self._saved_tensors(expert),
+        )
+        if self.parts and not options.by_expert.lora_per_expert:
+            self.parts = [share_network(self.parts[0], network, device)]
+            return
+        trainable = train_network(
+            network,
+            self._rates(),
+            max_norm=network_options.scale_weight_norms,
+            device=device,
+            lora_format=self.plan.lora_format,
+        )
+        self.parts.append(trainable)
+
+    def join(self) -> Trainable:
+        """Return all that learns as one."""
+        if len(self.parts) == 1:
+            return self.parts[0]
+        names = [expert.name for expert in self.plan.family.experts]
+        return train_apart(dict(zip(names, self.parts, strict=True)))
+
+    def _train_whole(self, dit: nn.Module) -> Trainable:
+        options = self.plan.options
         assert options.whole_dit is not None  # one of the two is given
         train = train_dit
-        if plan.splits_model:
-            from training.saving.split_model import train_split_dit as train
-        return (*learners, train(dit, options.optimizer.learning_rate, options.whole_dit.name_parts))
-    given = experts.network_for(options, expert) or options.network
-    texts, saved = plan.texts, dict[str, Tensor]()
-    if isinstance(plan.saved, SavedState):
-        part = f"{expert.name}_network" if options.by_expert.lora_per_expert else "network"
-        saved = {**plan.saved.parts.get(part, {})}
-    elif plan.saved is not None:
-        saved = {**plan.saved.network}
-    in_dit = options.parts is None or options.parts.trains_dit
-    network = make_network(
-        given,
-        plan.family.lora_module,
-        dit,
-        plan.progress.seed,
-        {} if texts is None else texts.networks,
-        in_dit,
-        saved,
-    )
-    if learners and not options.by_expert.lora_per_expert:
-        return (share_network(learners[0], network, device),)
-    rate, parts = options.optimizer.learning_rate, options.parts
-    rates: Rates = (rate, None if parts is None else parts.unet_lr, None)
-    if parts is not None:
-        of_texts = None
+        if self.plan.splits_model:
+            from training.saving.split_model import train_split_dit as train  # only with --shard_base
+        return train(dit, options.optimizer.learning_rate, options.whole_dit.name_parts)
+
+    def _saved_tensors(self, expert: Expert) -> dict[str, Tensor]:
+        """Return the tensors of the state to resume that belong to the network of an expert."""
+        saved = self.plan.saved
+        if saved is None:
+            return {}
+        if isinstance(saved, SavedState):
+            part = f"{expert.name}_network" if self.plan.options.by_expert.lora_per_expert else "network"
+            return {**saved.parts.get(part, {})}
+        return {**saved.network}
+
+    def _rates(self) -> Rates:
+        """Return the learning rates of a network: of all, of the DiT's part, and of each text encoder."""
+        options, texts = self.plan.options, self.plan.texts
+        rate, parts = options.optimizer.learning_rate, options.parts
+        if parts is None:
+            return rate, None, None
+        text_rates = None
         if texts is not None and texts.learning:
-            found = dict(zip(texts.able, parts.text_rates(len(texts.able), rate), strict=True))
-            of_texts = [found[each.lora_prefix] for each in texts.learning]
-        rates = (rate, parts.unet_lr, of_texts)
-    return (*learners, train_network(network, rates, given.scale_weight_norms, device, plan.lora_format))
+            by_encoder = dict(zip(texts.able, parts.text_rates(len(texts.able), rate), strict=True))
+            text_rates = [by_encoder[encoder.lora_prefix] for encoder in texts.learning]
+        return rate, parts.unet_lr, text_rates
 
 
 def _make_stepping(
     plan: TrainingPlan, trainable: Trainable, optimizer: Optimizer, scaler: torch.amp.GradScaler
 ) -> stepping.StepAfterBackward | stepping.FusedBackward:
     """Return how weights are stepped: all at once, one by one, or inside the backward pass."""
-    options, max_norm, parameters = plan.options, plan.options.optimizer.max_grad_norm, trainable.parameters
-    alone, kind = None, type(optimizer)
-    gathers = bool(trainable.split) and not stepping.steps_numbers(kind)
-    if options.is_fused or gathers or (options.whole_dit is not None and options.whole_dit.full_bf16):
+    options, max_norm = plan.options, plan.options.optimizer.max_grad_norm
+    whole_dit, split = options.whole_dit, trainable.split
+    kind = type(optimizer)
+    is_in_bf16 = whole_dit is not None and whole_dit.full_bf16
+    gathers = bool(split) and not stepping.steps_numbers(kind)
+    alone: stepping.ParameterSteps | None = None
+    if options.is_fused or gathers or is_in_bf16:
         if stepping.steps_alone(kind):
-            alone = stepping.ParameterSteps(optimizer, trainable.names, plan.progress, trainable.split)
+            alone = stepping.ParameterSteps(optimizer, trainable.names, plan.progress, split)
         else:
             logger.warning(
                 "--full_bf16: this optimizer's steps are rounded to the nearest bf16, which loses small ones."
             )
     if alone is None or not options.is_fused:
-        networks, split = trainable.all_networks, trainable.split
-        return stepping.StepAfterBackward(optimizer, parameters, max_norm, scaler, networks, alone, split)
+        return stepping.StepAfterBackward(
+            optimizer,
+            trainable.parameters,
+            max_norm,
+            scaler,
+            networks=trainable.all_networks,
+            alone=alone,
+            split=split,
+        )
     if max_norm > 0:
         logger.warning(
             "--fused_backward_pass clips the gradient of each weight by itself to --max_grad_norm "
             f"{max_norm}."
         )
-    return stepping.FusedBackward(alone, parameters, max_norm)
+    return stepping.FusedBackward(alone, trainable.parameters, max_norm)

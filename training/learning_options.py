@@ -199,7 +199,7 @@ class AverageOptions(Options, title="average of the weights (EMA)"):
         "lies in host memory",
         default=1,
         least=1,
-        acts_if={"there is no --ema_decay": lambda own: own.ema_decay is not None},
+        acts_if={"there is no --ema_decay": lambda options: options.ema_decay is not None},
     )
     sample_ema: bool = option("make samples with the average", needs="ema_decay", hint="0.999 is usual")
 
@@ -219,7 +219,7 @@ class PartsOptions(Options, title="what is trained"):
     )
     unet_lr: float | None = option(
         "learning rate of the transformer's network; default: --learning_rate",
-        acts_if={"the transformer does not learn": lambda own: own.trains_dit},
+        acts_if={"the transformer does not learn": lambda options: options.trains_dit},
         least=0,
         below=LARGEST_RATE,
         hint="1e-4 is usual",
@@ -228,7 +228,7 @@ class PartsOptions(Options, title="what is trained"):
     text_encoder_lr: tuple[float, ...] | None = option(
         "learning rates of the text encoders' networks, one for all or one for each; default: "
         "--learning_rate",
-        acts_if={"the text encoders do not learn": lambda own: own.trains_texts},
+        acts_if={"the text encoders do not learn": lambda options: options.trains_texts},
         least=0,
         below=LARGEST_RATE,
         hint="1e-4 is usual",
@@ -278,13 +278,13 @@ CURVES = (
 ADAFACTOR = "adafactor"  # or "adafactor:<learning rate>": Adafactor's own steps, shown as a schedule
 
 
-_WITHOUT_CLASS = {"--lr_scheduler_type replaces it": lambda own: not own.lr_scheduler_type}
+_WITHOUT_CLASS = {"--lr_scheduler_type replaces it": lambda options: not options.lr_scheduler_type}
 
 
 def _of_curves(*curves: str) -> dict[str, Callable[[Any], bool]]:
     """Return the `acts_if` of an option that only these curves use."""
     why = f"only --lr_scheduler {', '.join(curves)} uses it"
-    return {why: lambda own: not own.lr_scheduler_type and own.lr_scheduler in curves}
+    return {why: lambda options: not options.lr_scheduler_type and options.lr_scheduler in curves}
 
 
 OF_STEPS = "steps, or a fraction of the run such as 0.05 or 5%"
@@ -304,7 +304,7 @@ class LrScheduleOptions(Options, title="learning-rate schedule"):
         hint=OF_STEPS,
         acts_if={
             **_WITHOUT_CLASS,
-            "piecewise_constant has no warm-up": lambda own: own.lr_scheduler != "piecewise_constant",
+            "piecewise_constant has no warm-up": lambda options: options.lr_scheduler != "piecewise_constant",
         },
     )
     lr_decay_steps: int | float = option(

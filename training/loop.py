@@ -10,11 +10,13 @@ import contextlib
 import functools
 import logging
 import math
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from modules.devices import numbers_on
 from modules.errors import UserError
@@ -24,15 +26,23 @@ from training.loss import NoisyBatch, training_losses
 from training.optimizers.optimizer import evaluation
 from training.processes import fill_missing_gradients, largest_of_processes, sum_over_processes
 from training.reports.history import LOSS
-from training.reports.logs import WISHES, StepReport, name_rates
+from training.reports.logs import WISHES, RowLayout, StepReport, name_rates
 from training.reports.pauses import SAMPLES, SAVING, VALIDATION
 from training.training_run import SAMPLE, SAVE, STOP, TrainingRun
 from training.validation import EPOCH, STEP, Validation
 
+if TYPE_CHECKING:  # it is loaded only if there are prompts
+    from training.samples import Sampler
+
 logger = logging.getLogger(__name__)
 
 
-Asked = tuple[bool, bool]  # whether all processes agree to save, and to sample, after a step
+@dataclass(frozen=True)
+class Wishes:
+    """Hold what all processes agree to do after a step: requests of the clock and of files."""
+
+    saves: bool
+    samples: bool
 
 
 def train(run: TrainingRun) -> bool:
@@ -72,12 +82,13 @@ def train(run: TrainingRun) -> bool:
 
 def advance(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch]) -> bool:
     """Take a step and do the work due after it. Returns whether the run has to end here."""
-    asked = take_step(run, group, micro_batches)
+    wishes = take_step(run, group, micro_batches)
     progress = run.progress
     if run.memory is not None:
         run.memory.after_step()
-    progress.step, progress.position = progress.step + 1, group.stop
-    _after_step(run, asked)
+    progress.step += 1
+    progress.position = group.stop
+    _after_step(run, wishes)
     return is_ending(run)
 
 
@@ -85,57 +96,92 @@ def is_ending(run: TrainingRun) -> bool:
     return run.requests.agreed and run.progress.step < run.steps.total_steps
 
 
-def take_step(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch]) -> Asked:
+def take_step(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch]) -> Wishes:
     """Take one optimizer step on the micro-batches of `group`. Returns the requests of clock and files."""
-    progress, feed, trainable = run.progress, run.feed, run.model.trainable
+    model = run.model
+    trainable = model.trainable
     for network in trainable.all_networks:
         if isinstance(network, ForeignNetwork):
             network.on_step_start()
     # before any weight is stepped
-    rates = name_rates(run.model.schedule.get_last_lr(), trainable.group_names, run.model.optimizer)
-    # The step changes all parameters but those of an expert that gets no batch of it, and those of the sound
-    # if no clip has any. It depends on the whole group, not on this process' share of it, and costs no wait
-    # for the device.
-    reached, places = run.parameters, [(progress.epoch, index) for index in group]
-    if trainable.by_expert:
-        experts = sorted({feed.expert_of(place) for place in places})
-        reached = [parameter for expert in experts for parameter in trainable.by_expert[expert]]
-    if run.of_sound and not any(map(feed.has_sound, places)):
-        reached = [parameter for parameter in reached if parameter not in run.of_sound]
+    rates = name_rates(model.schedule.get_last_lr(), trainable.group_names, model.optimizer)
+    reached = _find_reached(run, group)
     with contextlib.ExitStack() as stack:
-        for adapter in run.model.adapters:
+        for adapter in model.adapters:
             stack.enter_context(adapter.turned(is_on=True))
         row, keys = _accumulate(run, group, micro_batches)
     if not run.options.is_fused:  # else most weights are stepped already
         fill_missing_gradients(reached)
+    wishes = _read_wishes(run)
     is_alone = run.steps.everyone == 1
-    if run.requests.asks_for(STOP):
-        run.requests.finish(STOP)  # at once: the run that goes on from here was not asked
-        run.requests.ends = True
-    is_due = run.clock is not None and run.clock.is_due()
-    here = (is_due or run.requests.asks_for(SAVE), run.requests.asks_for(SAMPLE))
     if not is_alone:
-        wishes = [run.requests.ends, *here]
-        row[WISHES] = numbers_on(run.device, wishes, torch.float32)
-        whole = [parameter for parameter in reached if parameter not in trainable.split]
-        row = sum_over_processes(whole, row)
-    norm = run.model.stepping.finish().detach().float()  # of the gradients before clipping
-    run.model.schedule.step()
-    run.model.optimizer.zero_grad(set_to_none=True)
-    norms = [] if trainable.max_norm is None else [trainable.limit_norms(trainable.max_norm, run.device)]
-    if run.model.average is not None:
-        run.model.average.after_step()
-    items = feed.order.epoch(progress.epoch)
-    sizes = tuple(sorted(item.bucket for index in group for item in items[index]))
-    step = StepReport(progress.step + 1, rates, keys, sizes)
-    before = run.readings.push(step, torch.cat([row, *norms, norm.view(1)]))
+        numbers = [run.requests.ends, wishes.saves, wishes.samples]
+        row[WISHES] = numbers_on(run.device, numbers, torch.float32)
+        unsplit = [parameter for parameter in reached if parameter not in trainable.split]
+        row = sum_over_processes(unsplit, row)
+    norms = _step_weights(run)
+    report = StepReport(run.progress.step + 1, rates, keys, _sizes_of(run, group))
+    before = run.readings.push(report, torch.cat([row, *norms]))
     _note(run, before)
     if is_alone:
         run.requests.agreed = run.requests.ends
-        return here
+        return wishes
     # processes must agree, so this is what was asked for during the previous step: all have read it by now
-    _, saves, samples = before.row[WISHES] if before is not None else (0, 0, 0)
-    return saves > 0, samples > 0
+    if before is None:
+        return Wishes(saves=False, samples=False)
+    _, saves, samples = before.row[WISHES]
+    return Wishes(saves=saves > 0, samples=samples > 0)
+
+
+def _find_reached(run: TrainingRun, group: range) -> list[Parameter]:
+    """Return the parameters that a step on the micro-batches of `group` changes.
+
+    These are all but those of an expert that gets no batch of it, and those of the sound if no clip has any.
+    It depends on the whole group, not on this process' share of it, and costs no wait for the device.
+    """
+    trainable = run.model.trainable
+    keys = [(run.progress.epoch, index) for index in group]
+    reached = run.parameters
+    if trainable.by_expert:
+        experts = sorted({run.feed.expert_of(key) for key in keys})
+        reached = [parameter for expert in experts for parameter in trainable.by_expert[expert]]
+    if run.of_sound and not any(map(run.feed.has_sound, keys)):
+        reached = [parameter for parameter in reached if parameter not in run.of_sound]
+    return reached
+
+
+def _read_wishes(run: TrainingRun) -> Wishes:
+    """Return what the clock and the files ask this process for. A file may also ask to end the run."""
+    requests = run.requests
+    if requests.asks_for(STOP):
+        requests.finish(STOP)  # at once: the run that goes on from here was not asked
+        requests.ends = True
+    is_due = run.clock is not None and run.clock.is_due()
+    return Wishes(saves=is_due or requests.asks_for(SAVE), samples=requests.asks_for(SAMPLE))
+
+
+def _step_weights(run: TrainingRun) -> list[Tensor]:
+    """Step the weights, their learning rates and their average.
+
+    Returns the norms that end a row, 1-D each: those of --scale_weight_norms, if they are limited, and the
+    norm of the gradients before clipping.
+    """
+    model = run.model
+    gradient_norm = model.stepping.finish().detach().float()
+    model.schedule.step()
+    model.optimizer.zero_grad(set_to_none=True)
+    norms: list[Tensor] = []
+    if model.trainable.max_norm is not None:
+        norms.append(model.trainable.limit_norms(model.trainable.max_norm, run.device))
+    if model.average is not None:
+        model.average.after_step()
+    return [*norms, gradient_norm.view(1)]
+
+
+def _sizes_of(run: TrainingRun, group: range) -> tuple[tuple[int, ...], ...]:
+    """Return the sizes of all items of a step, sorted: steps with equal ones take as long."""
+    batches = run.feed.order.epoch(run.progress.epoch)
+    return tuple(sorted(item.bucket for index in group for item in batches[index]))
 
 
 def _accumulate(
@@ -145,53 +191,80 @@ def _accumulate(
 
     Returns its part of the step's row (see `reports/logs.py`), on the device, and the keys of its items.
     """
-    count, steps, progress = len(run.parts), run.steps, run.progress
-    row = torch.zeros(WISHES.stop + 2 * count, device=run.device)
+    steps = run.steps
+    row = torch.zeros(RowLayout(len(run.parts)).size, device=run.device)
     keys: tuple[str, ...] = ()
-    parts = len(group) * run.steps.peers  # gradients of peers, who have the same loss, are summed too
+    divisor = len(group) * steps.peers  # gradients of peers, who have the same loss, are summed too
     # the first use sets it up; a process without a micro-batch in this step needs that too
     run.model.scaler.scale(row)
     for place, index in enumerate(steps.share(group, run.feed.process)):
         noisy_batch = next(micro_batches)
-        # dropout is a function of the seed and the micro-batch
-        seed = derive_seed(progress.seed, "dropout", noisy_batch.number)
-        for network in run.model.trainable.all_networks:
-            network.set_dropout_seed(seed)
-        # the global generators are for networks that use them; torch.manual_seed itself would record the call
-        # for device types that are not in use
-        seed = derive_seed(progress.seed, "global", noisy_batch.number)
-        torch.default_generator.manual_seed(seed)
-        if run.device.type == "cuda":
-            torch.cuda.manual_seed(seed)
-        elif run.device.type == "mps":
-            torch.mps.manual_seed(seed)
+        _seed_networks(run, noisy_batch.number)
         if run.memory is not None:
             run.memory.see_batch(noisy_batch.noise.numel())
         if run.plan.texts is not None:
             with run.autocast():
                 noisy_batch = replace(noisy_batch, batch=run.plan.texts.add_to(noisy_batch.batch))
-        noisy_batch, expert = noisy_batch.to(run.device), noisy_batch.expert
-        is_repeat = steps.in_lockstep and index % steps.processes != run.feed.process  # another's own
-        experts = [expert]
-        if len(run.family.experts) > 1 and steps.in_lockstep:  # experts of all processes in this pass
-            now = [steps.share(group, process)[place] for process in range(steps.processes)]
-            experts = sorted({run.feed.expert_of((progress.epoch, other)) for other in now})
-        for which in experts:
-            dit = run.model.dits.at(which)
-            losses = training_losses(run.family, dit, noisy_batch, run.autocast, run.rule)
-            loss = functools.reduce(torch.add, losses) / parts
-            if is_repeat or which != expert:
+        noisy_batch = noisy_batch.to(run.device)
+        # in lockstep a process repeats the last micro-batch of another one if it lacks its own
+        is_repeat = steps.in_lockstep and index % steps.processes != run.feed.process
+        for expert in _experts_of_pass(run, group, place, noisy_batch.expert):
+            losses = training_losses(
+                run.family, run.model.dits.at(expert), noisy_batch, autocast=run.autocast, rule=run.rule
+            )
+            loss = functools.reduce(torch.add, losses) / divisor
+            if is_repeat or expert != noisy_batch.expert:
                 # for the others, which gather the blocks from this process
                 run.model.scaler.scale(0 * loss).backward()
                 continue
             run.model.scaler.scale(loss).backward()
             row[0] += loss.detach()
-            by_part = {expert: loss * parts} if len(run.family.experts) > 1 else dict(enumerate(losses))
-            for part, value in by_part.items() if count else ():
-                row[WISHES.stop + part] += value.detach()
-                row[WISHES.stop + count + part] += 1
+            _add_parts(run, row, expert, loss=loss * divisor, losses=losses)
             keys += noisy_batch.batch.keys
     return row, keys
+
+
+def _seed_networks(run: TrainingRun, number: int) -> None:
+    """Seed dropout and the global generators by the run's seed and the number of the micro-batch."""
+    seed = derive_seed(run.progress.seed, "dropout", number)
+    for network in run.model.trainable.all_networks:
+        network.set_dropout_seed(seed)
+    # the global generators are for networks that use them; torch.manual_seed itself would record the call
+    # for device types that are not in use
+    seed = derive_seed(run.progress.seed, "global", number)
+    torch.default_generator.manual_seed(seed)
+    if run.device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    elif run.device.type == "mps":
+        torch.mps.manual_seed(seed)
+
+
+def _experts_of_pass(run: TrainingRun, group: range, place: int, expert: int) -> list[int]:
+    """Return the experts that run in a pass: that of the micro-batch; in lockstep those of all processes.
+
+    place: of the micro-batch in each process' share of the group.
+    """
+    steps = run.steps
+    if len(run.family.experts) == 1 or not steps.in_lockstep:
+        return [expert]
+    indexes = [steps.share(group, process)[place] for process in range(steps.processes)]
+    return sorted({run.feed.expert_of((run.progress.epoch, index)) for index in indexes})
+
+
+def _add_parts(
+    run: TrainingRun, row: Tensor, expert: int, *, loss: Tensor, losses: tuple[Tensor, ...]
+) -> None:
+    """Add the losses of a micro-batch to a row, if the run has several parts: experts, or picture and sound.
+
+    loss: of the micro-batch. losses: of its streams.
+    """
+    if not run.parts:
+        return
+    layout = RowLayout(len(run.parts))
+    by_part = {expert: loss} if len(run.family.experts) > 1 else dict(enumerate(losses))
+    for part, part_loss in by_part.items():
+        row[layout.part_losses.start + part] += part_loss.detach()
+        row[layout.part_counts.start + part] += 1
 
 
 def _note(run: TrainingRun, step: StepReport | None) -> None:
@@ -201,8 +274,10 @@ def _note(run: TrainingRun, step: StepReport | None) -> None:
     """
     if step is None:
         return
-    loss, norm = step.row[0], step.row[-1]
-    if not (math.isfinite(loss) and math.isfinite(norm)) and not run.model.scaler.is_enabled():
+    loss = step.row[0]
+    norm = step.row[-1]
+    is_finite = math.isfinite(loss) and math.isfinite(norm)
+    if not is_finite and not run.model.scaler.is_enabled():
         keys = ", ".join(step.keys)
         items = f" The items of this process in that step: {keys}." if keys else ""
         raise UserError(
@@ -217,19 +292,24 @@ def _note(run: TrainingRun, step: StepReport | None) -> None:
     del losses[: -run.steps.steps_per_epoch]
     if run.steps.everyone > 1:
         run.requests.agreed = run.requests.agreed or step.row[WISHES][0] > 0
-    # the mean losses of the parts that had micro-batches in this step
-    count, numbers = len(run.parts), step.row[WISHES.stop :]
-    parts = zip(run.parts, numbers[:count], numbers[count : 2 * count], strict=True)
     report = replace(
         step,
         loss=loss,
         average=sum(losses) / max(len(losses), 1),
         gradient_norm=norm,
         norms=None if run.model.trainable.max_norm is None else NormReport.of(step.row[-4:-1]),
-        by_part={name: total / batches for name, total, batches in parts if batches},
+        by_part=_mean_parts(run.parts, step.row),
     )
     run.logs.step(report)
     run.reporter.note_step(report, run.logs.clock.left(report.step, run.steps.total_steps))
+
+
+def _mean_parts(parts: Sequence[str], row: Sequence[float]) -> dict[str, float]:
+    """Return the mean loss of each part that had micro-batches in a step, by its name."""
+    layout = RowLayout(len(parts))
+    sums = row[layout.part_losses]
+    counts = row[layout.part_counts]
+    return {name: total / count for name, total, count in zip(parts, sums, counts, strict=True) if count}
 
 
 def _restart_clock(run: TrainingRun) -> None:
@@ -239,18 +319,15 @@ def _restart_clock(run: TrainingRun) -> None:
     run.logs.clock.skips = True
 
 
-def _after_step(run: TrainingRun, asked: Asked) -> None:
+def _after_step(run: TrainingRun, wishes: Wishes) -> None:
     """Do the work due after an optimizer step.
 
     Samples come before saving. If the run is to end, its samples are generated after resuming.
     """
-    progress, options = run.progress, run.options
-    asks_to_save, asks_to_sample = asked
-    every, validate_every = run.plan.saving.save_every_n_steps, options.validation.validate_every_n_steps
-    saves = asks_to_save or is_ending(run) or (every is not None and progress.step % every == 0)
-    validates = validate_every is not None and progress.step % validate_every == 0
-    sample_every = options.samples.sample_every_n_steps
-    samples = asks_to_sample or (sample_every is not None and progress.step % sample_every == 0)
+    progress = run.progress
+    saves = wishes.saves or is_ending(run) or _is_due(run.plan.saving.save_every_n_steps, progress.step)
+    validates = _is_due(run.options.validation.validate_every_n_steps, progress.step)
+    samples = wishes.samples or _is_due(run.options.samples.sample_every_n_steps, progress.step)
     if not (saves or validates or samples):
         return
     _note(run, run.readings.flush())
@@ -268,10 +345,16 @@ def _after_step(run: TrainingRun, asked: Asked) -> None:
         if run.saver is not None:
             with run.logs.clock.pause(SAVING):
                 run.saver.save_step(progress.step)
-    for kind, is_done in ((SAVE, asks_to_save), (SAMPLE, asks_to_sample)):
-        if is_done:
-            run.requests.finish(kind)
+    if wishes.saves:
+        run.requests.finish(SAVE)
+    if wishes.samples:
+        run.requests.finish(SAMPLE)
     _restart_clock(run)
+
+
+def _is_due(every: int | None, count: int) -> bool:
+    """Return whether something is due after so many steps or epochs. every: None for never."""
+    return every is not None and count % every == 0
 
 
 def _after_epoch(run: TrainingRun) -> None:
@@ -279,18 +362,21 @@ def _after_epoch(run: TrainingRun) -> None:
 
     An epoch cut short by --max_train_steps stays unfinished.
     """
-    progress, options = run.progress, run.options
+    progress = run.progress
     epoch = progress.epoch + 1
     is_whole = progress.position >= run.steps.num_batches
     _note(run, run.readings.flush())
-    run.logs.values({"loss/epoch": sum(progress.losses) / max(len(progress.losses), 1)}, progress.step)
-    sample_every = options.samples.sample_every_n_epochs
-    if sample_every is not None and epoch % sample_every == 0 and progress.sampled_step != progress.step:
+    mean_loss = sum(progress.losses) / max(len(progress.losses), 1)
+    run.logs.values({"loss/epoch": mean_loss}, progress.step)
+    samples = _is_due(run.options.samples.sample_every_n_epochs, epoch)
+    if samples and progress.sampled_step != progress.step:
         progress.sample_pending = f"e{epoch:06d}"
     if is_whole:
-        progress.epoch, progress.position = epoch, 0
-    every, is_last = run.plan.saving.save_every_n_epochs, progress.step >= run.steps.total_steps
-    saves = is_whole and every is not None and epoch % every == 0 and epoch < run.steps.num_epochs
+        progress.epoch = epoch
+        progress.position = 0
+    is_last = progress.step >= run.steps.total_steps
+    # the last epoch is saved as the final file
+    saves = is_whole and epoch < run.steps.num_epochs and _is_due(run.plan.saving.save_every_n_epochs, epoch)
     if saves and run.saver is not None:
         with run.logs.clock.pause(SAVING):
             run.saver.save_epoch(epoch)
@@ -298,7 +384,7 @@ def _after_epoch(run: TrainingRun) -> None:
         _sample(run)
     if is_ending(run):
         _save_to_go_on(run)
-    elif run.validation is not None and options.validation.is_due_after_epoch(
+    elif run.validation is not None and run.options.validation.is_due_after_epoch(
         epoch, progress.step, run.steps.steps_per_epoch, saves or is_last
     ):
         _validate(run, run.validation, EPOCH)
@@ -325,28 +411,41 @@ def _sample(run: TrainingRun) -> None:
     If the run is asked to end meanwhile, it ends at this step and the samples stay pending: the resumed run
     makes them with the weights of the same step.
     """
-    progress, sampler = run.progress, run.sampler
-    if sampler is not None:
-        was_stopped, together = False, run.steps.everyone if run.steps.works_together else 1
-
-        def check() -> None:
-            if largest_of_processes(run.requests.ends, together, run.device):
-                raise SamplingStopped
-
-        mark, tell = progress.sample_pending, run.reporter.note_doing
-        timed, model = run.logs.clock.pause(SAMPLES), run.model
-        ready = evaluation(model.modules, model.optimizer, run.parameters)
-        try:
-            with timed, ready, _as_sampled(run):
-                sampler.make(model.sample_dits.at, run.autocast, mark, check, tell)
-        except SamplingStopped:
-            was_stopped = True
+    progress = run.progress
+    if run.sampler is not None:
+        was_stopped = not _make_samples(run, run.sampler)
         if largest_of_processes(was_stopped, run.steps.everyone, run.device):
             logger.info("Samples of step %d will be made after resuming.", progress.step)
             run.requests.agreed = True
             return
         run.reporter.note_samples(progress.step, progress.sample_pending)
-    progress.sample_pending, progress.sampled_step = "", progress.step
+    progress.sample_pending = ""
+    progress.sampled_step = progress.step
+
+
+def _make_samples(run: TrainingRun, sampler: "Sampler") -> bool:
+    """Make the pending samples. Returns False if the run was asked to end before they were finished."""
+    model = run.model
+    together = run.steps.everyone if run.steps.works_together else 1
+
+    def check() -> None:
+        if largest_of_processes(run.requests.ends, together, run.device):
+            raise SamplingStopped
+
+    pause = run.logs.clock.pause(SAMPLES)
+    in_evaluation = evaluation(model.modules, model.optimizer, run.parameters)
+    try:
+        with pause, in_evaluation, _as_sampled(run):
+            sampler.make(
+                model.sample_dits.at,
+                run.autocast,
+                mark=run.progress.sample_pending,
+                check=check,
+                note=run.reporter.note_doing,
+            )
+    except SamplingStopped:
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -361,11 +460,13 @@ def _as_sampled(run: TrainingRun) -> Iterator[None]:
 
 
 def _validate(run: TrainingRun, validation: Validation, occasion: str) -> None:
-    ready = evaluation(run.model.modules, run.model.optimizer, run.parameters)
-    with run.logs.clock.pause(VALIDATION), ready:
+    in_evaluation = evaluation(run.model.modules, run.model.optimizer, run.parameters)
+    with run.logs.clock.pause(VALIDATION), in_evaluation:
         losses = validation.measure(run.model.dits.at, run.autocast)
-    step, past, loss = run.progress.step, run.progress.losses, losses[LOSS]
-    running = sum(past) / len(past) if past else None
+    step = run.progress.step
+    loss = losses[LOSS]
+    recent = run.progress.losses
+    running = sum(recent) / len(recent) if recent else None
     run.logs.values(validation.logged(losses, occasion, running), step)
     # levels are on the page and in the trackers
     earlier = run.reporter.validations  # losses by their steps

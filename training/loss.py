@@ -16,7 +16,7 @@ from modules.contract.family import Described, NoiseSpec, Predicts
 from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.devices import numbers_on, send
 from modules.flow.schedule import TRAIN_TIMESTEPS, add_noise
-from training.noise_options import ADDITIVE, L2, RAW, LossOptions
+from training.noise_options import ADDITIVE, L2, RAW, WITH_THRESHOLD, LossOptions
 
 Autocast = Callable[[], AbstractContextManager[object]]  # mixed precision around the network only
 DitOf = Callable[[int], nn.Module]  # index of an expert -> its network, ready to be called
@@ -117,36 +117,49 @@ def measure_streams(
     """
     batch = noisy_batch.batch
     latents = family.latent.to_model(batch.tensor("latents"))
-    network = functools.partial(predict, family, dit, latents, noisy_batch, autocast, rule)
+    network = functools.partial(predict, family, dit, latents, autocast=autocast, rule=rule)
     velocity = family.noise.velocity(latents, noisy_batch.noise)
     if noisy_batch.sound is not None:
-        of_sound = family.noise.velocity(batch.tensor(SOUND).float(), noisy_batch.sound.noise)
-        velocity = noisy_batch.joint.join(velocity, of_sound)
-    target, is_preserved = velocity, any(batch.preserved)
+        sound_velocity = family.noise.velocity(batch.tensor(SOUND).float(), noisy_batch.sound.noise)
+        velocity = noisy_batch.joint.join(velocity, sound_velocity)
+    target = velocity
+    is_preserved = any(batch.preserved)
     if is_preserved or rule.always_as_base:
         assert rule.as_base is not None  # the loop sets it if there are such samples
         with torch.no_grad(), rule.as_base():
-            known = network()
+            base_output = network(noisy_batch)
         if is_preserved:
             chosen = numbers_on(velocity.device, batch.preserved, torch.bool)
-            target = torch.where(chosen.view(-1, *([1] * (velocity.ndim - 1))), known, velocity)
-        del known  # frees memory before the forward pass with gradients
-    taught = None
+            target = torch.where(_per_sample(chosen, velocity), base_output, velocity)
+        del base_output  # frees memory before the forward pass with gradients
+    teacher_output: Tensor | None = None
     if rule.teacher_weight:
         assert rule.as_base is not None
-        # the teacher gets all inputs, also those that the trained network lacks
-        has_first = FIRST_FRAME in family.fuller and noisy_batch.noise.shape[2] > 1
-        given = max(noisy_batch.given_frames, int(has_first))
-        told = replace(noisy_batch, batch=batch.tell(family.fuller), given_frames=given)
+        teacher_batch = _tell_teacher(family, noisy_batch)
         with torch.no_grad(), rule.as_base():
-            taught = predict(family, dit, latents, told, autocast, rule)
-    output = network()
+            teacher_output = network(teacher_batch)
+    output = network(noisy_batch)
     errors = sample_errors(family.noise, output - target, noisy_batch, rule)
-    if taught is None:
+    if teacher_output is None:
         return errors
-    of_teacher = sample_errors(family.noise, output - taught, told, rule)
+    teacher_errors = sample_errors(family.noise, output - teacher_output, teacher_batch, rule)
     share = rule.teacher_weight
-    return tuple((1 - share) * own + share * other for own, other in zip(errors, of_teacher, strict=True))
+    return tuple(
+        (1 - share) * error + share * teacher_error
+        for error, teacher_error in zip(errors, teacher_errors, strict=True)
+    )
+
+
+def _tell_teacher(family: Trains, noisy_batch: NoisyBatch) -> NoisyBatch:
+    """Return the batch with all inputs, also those that the trained network lacks."""
+    has_first = FIRST_FRAME in family.fuller and noisy_batch.noise.shape[2] > 1
+    given_frames = max(noisy_batch.given_frames, int(has_first))
+    return replace(noisy_batch, batch=noisy_batch.batch.tell(family.fuller), given_frames=given_frames)
+
+
+def _per_sample(numbers: Tensor, like: Tensor) -> Tensor:
+    """Return numbers of samples, B, in a shape that goes with a tensor whose first dimension is B."""
+    return numbers.view(-1, *([1] * (like.ndim - 1)))
 
 
 def sample_errors(
@@ -161,24 +174,33 @@ def sample_errors(
     """
     sound, options = noisy_batch.sound, rule.options
     if sound is not None:
-        differences, heard = noisy_batch.joint.split(differences)
-    errors = element_errors(options, spec, differences, noisy_batch.sigmas, noisy_batch.timesteps)
-    # how much each place counts: B 1 F H W or B 1 1 H W
-    picture_mask, clip_mask = (noisy_batch.batch.tensors.get(name) for name in (MASK, LOSS_MASK))
-    weights = None
+        differences, sound_differences = noisy_batch.joint.split(differences)
+    errors = element_errors(
+        options, spec, differences, sigmas=noisy_batch.sigmas, timesteps=noisy_batch.timesteps
+    )
+    weights = _place_weights(noisy_batch.batch, errors)
+    if weights is not None:
+        errors = errors * weights
+    picture_errors = errors[:, :, noisy_batch.given_frames :].flatten(1).mean(1)
+    if sound is None:
+        return (picture_errors,)
+    sound_errors = element_errors(
+        options, spec, sound_differences, sigmas=sound.sigmas, timesteps=sound.timesteps
+    )
+    return picture_errors, sound_errors.flatten(1).mean(1)
+
+
+def _place_weights(batch: Batch, errors: Tensor) -> Tensor | None:
+    """Return how much each place counts, B 1 F H W or B 1 1 H W; None without masks. errors: B C F H W."""
+    picture_mask, clip_mask = batch.tensors.get(MASK), batch.tensors.get(LOSS_MASK)
+    weights: Tensor | None = None
     if isinstance(picture_mask, Tensor):  # averaged over the area of each latent
         resized = interpolate(picture_mask.float().unsqueeze(1), size=errors.shape[-2:], mode="area")
         weights = resized.unsqueeze(2)
     if isinstance(clip_mask, Tensor):
-        clip_mask = clip_mask.float().unsqueeze(1)
-        weights = clip_mask if weights is None else weights * clip_mask
-    if weights is not None:
-        errors = errors * weights
-    of_picture = errors[:, :, noisy_batch.given_frames :].flatten(1).mean(1)
-    if sound is None:
-        return (of_picture,)
-    of_sound = element_errors(options, spec, heard, sound.sigmas, sound.timesteps)
-    return of_picture, of_sound.flatten(1).mean(1)
+        clip_weights = clip_mask.float().unsqueeze(1)
+        weights = clip_weights if weights is None else weights * clip_weights
+    return weights
 
 
 def predict(
@@ -193,26 +215,34 @@ def predict(
 
     latents: of the batch, in model space.
     """
-    given, noise = noisy_batch.given_frames, noisy_batch.noise
+    given_frames, noise, sound = noisy_batch.given_frames, noisy_batch.noise, noisy_batch.sound
     conditions = family.batch_conditions(latents, noisy_batch.batch)
     if noisy_batch.perturbation is not None:
         noise = noise + noisy_batch.perturbation
     noisy = add_noise(latents, noise, noisy_batch.sigmas, family.noise.data_shares(noisy_batch.sigmas))
-    if given:
-        noisy = torch.cat([latents[:, :, :given], noisy[:, :, given:]], dim=2)
-    tweaks, timesteps = Tweaks(given_frames=given) if given else NO_TWEAKS, noisy_batch.timesteps
-    sound = noisy_batch.sound
+    timesteps = noisy_batch.timesteps
+    tweaks = NO_TWEAKS
+    if given_frames:
+        noisy = torch.cat([latents[:, :, :given_frames], noisy[:, :, given_frames:]], dim=2)
+        tweaks = Tweaks(given_frames=given_frames)
     if sound is not None:
-        joint = noisy_batch.joint
         shares = family.noise.data_shares(sound.sigmas)
-        heard = add_noise(noisy_batch.batch.tensor(SOUND).float(), sound.noise, sound.sigmas, shares)
-        noisy, timesteps = joint.join(noisy, heard), torch.stack([timesteps, sound.timesteps], dim=1)
-        tweaks = replace(tweaks, joint=joint)
+        sound_latents = noisy_batch.batch.tensor(SOUND).float()
+        noisy_sound = add_noise(sound_latents, sound.noise, sound.sigmas, shares)
+        noisy = noisy_batch.joint.join(noisy, noisy_sound)
+        timesteps = torch.stack([timesteps, sound.timesteps], dim=1)
+        tweaks = replace(tweaks, joint=noisy_batch.joint)
     with autocast():
-        velocity = family.predict(dit, noisy, timesteps, conditions, tweaks)
+        velocity = family.predict(dit, noisy, timesteps, conditions, tweaks=tweaks)
     if rule.prediction == RAW:
         return velocity.float()
-    return compared(velocity.float(), noisy, noisy_batch.sigmas, rule.prediction, family.noise.output_sign)
+    return compared(
+        velocity.float(),
+        noisy,
+        noisy_batch.sigmas,
+        prediction=rule.prediction,
+        sign=family.noise.output_sign,
+    )
 
 
 def compared(velocity: Tensor, noisy: Tensor, sigmas: Tensor, prediction: str, sign: float) -> Tensor:
@@ -225,7 +255,7 @@ def compared(velocity: Tensor, noisy: Tensor, sigmas: Tensor, prediction: str, s
     """
     if prediction == ADDITIVE:
         return velocity + sign * noisy.float()
-    return sign * noisy.float() - sigmas.float().view(-1, *([1] * (noisy.ndim - 1))) * velocity
+    return sign * noisy.float() - _per_sample(sigmas.float(), noisy) * velocity
 
 
 def training_loss(
@@ -235,7 +265,8 @@ def training_loss(
 
     All samples of a batch have one size, so it is the mean over all elements too.
     """
-    return functools.reduce(torch.add, training_losses(family, dit, noisy_batch, autocast, rule))
+    losses = training_losses(family, dit, noisy_batch, autocast=autocast, rule=rule)
+    return functools.reduce(torch.add, losses)
 
 
 def training_losses(
@@ -245,7 +276,7 @@ def training_losses(
     weights = [noisy_batch.weights]
     if noisy_batch.sound is not None:
         weights.append(noisy_batch.sound.weights)
-    errors = measure_streams(family, dit, noisy_batch, autocast, rule)
+    errors = measure_streams(family, dit, noisy_batch, autocast=autocast, rule=rule)
     return tuple((error * weight).mean() for error, weight in zip(errors, weights, strict=True))
 
 
@@ -255,15 +286,18 @@ def element_errors(
     """Return the error of each element. differences: B C F H W. sigmas, timesteps: B, as in `NoisyBatch`.
 
     For small differences d huber is d^2 and smooth_l1 is d^2 / c; for large ones they are 2 c |d| and 2 |d|.
+    Raises ValueError for a loss that it does not know.
     """
     if options.loss_type == "l2":
         return differences.square()
     if options.loss_type == "l1":
         return differences.abs()
-    thresholds = find_thresholds(options, spec, sigmas, timesteps)
-    c = thresholds.view(-1, *([1] * (differences.ndim - 1)))
-    factor = 2 * c if options.loss_type == "huber" else 2
-    return factor * ((differences.square() + c.square()).sqrt() - c)
+    if options.loss_type in WITH_THRESHOLD:
+        thresholds = find_thresholds(options, spec, sigmas, timesteps)
+        c = _per_sample(thresholds, differences)
+        factor = 2 * c if options.loss_type == "huber" else 2
+        return factor * ((differences.square() + c.square()).sqrt() - c)
+    raise ValueError(f"unknown loss {options.loss_type!r}: l2, l1, huber and smooth_l1 are known")
 
 
 def find_thresholds(options: LossOptions, spec: NoiseSpec, sigmas: Tensor, timesteps: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from training.noise_options import L2, PredictionOptions
 from training.optimizers.lr_schedule import count_steps
 from training.options import TrainingOptions
 from training.plan import TrainingPlan
-from training.resuming import describe_adapter, own_values
+from training.resuming import describe_adapter, recorded_values
 from training.training_run import TrainedModel
 
 MOST_TAGS = 5000  # of a folder; some 100 kB of a file's header
@@ -72,8 +72,8 @@ def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[
         }
     values |= {key: value for key, value in facts.items() if key.startswith("reference_")}
     if not options.metadata.no_metadata:
-        own = own_values(family.options, "identity", "habit")
-        values |= {f"ss_{name}": value for name, value in own.items()}
+        of_family = recorded_values(family.options, "identity", "habit")
+        values |= {f"ss_{name}": value for name, value in of_family.items()}
         values |= _training_values(plan, optimizer, lr_scheduler)
         if options.loss != L2 or options.is_for_images:
             values |= {f"ss_{name}": value for name, value in asdict(options.loss).items()}

@@ -30,8 +30,9 @@ MOST_LOGIT = 16  # a sigmoid of it is 1 to seven digits
 
 
 _OF_LOGIT = {
-    "only --weighting_scheme logit_normal and --timestep_sampling logsnr use it": lambda own: (
-        own.timestep_sampling in {"logsnr", "qinglong_flux"} or own.drawn_by == ("sigma", "logit_normal")
+    "only --weighting_scheme logit_normal and --timestep_sampling logsnr use it": lambda options: (
+        options.timestep_sampling in {"logsnr", "qinglong_flux"}
+        or options.drawn_by == ("sigma", "logit_normal")
     )
 }
 
@@ -63,8 +64,8 @@ class TimestepOptions(Options, title="timesteps and loss weights"):
         most=100,
         hint="1 is usual",
         acts_if={
-            "only --timestep_sampling sigmoid and shift use it": lambda own: (
-                own.timestep_sampling in {"sigmoid", "shift", *SIZE_SHIFTS, *MIXTURES}
+            "only --timestep_sampling sigmoid and shift use it": lambda options: (
+                options.timestep_sampling in {"sigmoid", "shift", *SIZE_SHIFTS, *MIXTURES}
             )
         },
     )
@@ -96,7 +97,9 @@ class TimestepOptions(Options, title="timesteps and loss weights"):
         least=-MOST_LOGIT,
         most=MOST_LOGIT,
         hint="1.29 is usual",
-        acts_if={"only --weighting_scheme mode uses it": lambda own: own.drawn_by == ("sigma", "mode")},
+        acts_if={
+            "only --weighting_scheme mode uses it": lambda options: options.drawn_by == ("sigma", "mode"),
+        },
     )
     min_timestep: int | None = option(
         "lower bound, 0 to 999; with --timestep_sampling sigma it counts from the noisy end"
@@ -107,8 +110,8 @@ class TimestepOptions(Options, title="timesteps and loss weights"):
     preserve_distribution_shape: bool = option(
         "draw again outside min_timestep..max_timestep instead of squeezing the range",
         acts_if={
-            "there is neither --min_timestep nor --max_timestep": lambda own: (
-                own.min_timestep is not None or own.max_timestep is not None
+            "there is neither --min_timestep nor --max_timestep": lambda options: (
+                options.min_timestep is not None or options.max_timestep is not None
             )
         },
     )
@@ -171,7 +174,9 @@ PREDICTIONS = (RAW, ADDITIVE, SIGMA_SCALED)
 # by what --weighting_scheme weights the loss: the timestep as a whole number, the exact share of noise
 TIMESTEP, SIGMA, NOTHING = "timestep", "sigma", "nothing"
 WITH_THRESHOLD = ("huber", "smooth_l1")
-_OF_HUBER = {"only --loss_type huber and smooth_l1 use it": lambda own: own.loss_type in WITH_THRESHOLD}
+_OF_HUBER = {
+    "only --loss_type huber and smooth_l1 use it": lambda options: options.loss_type in WITH_THRESHOLD,
+}
 
 
 class LossOptions(Options, title="loss"):
@@ -198,7 +203,7 @@ class LossOptions(Options, title="loss"):
         above=0,
         acts_if={
             **_OF_HUBER,
-            "--huber_schedule snr does not use it": lambda own: own.huber_schedule != "snr",
+            "--huber_schedule snr does not use it": lambda options: options.huber_schedule != "snr",
         },
     )
 

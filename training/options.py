@@ -107,8 +107,8 @@ class TrainingOptions(Options):
 
     @property
     def is_fused(self) -> bool:
-        asked = (self.whole_dit, self.parts)
-        return any(options is not None and options.fused_backward_pass for options in asked)
+        records = (self.whole_dit, self.parts)
+        return any(options is not None and options.fused_backward_pass for options in records)
 
     @property
     def predicted(self) -> str:
@@ -132,9 +132,9 @@ class TrainingOptions(Options):
             )
         stored = self.speed.fp8.quantisation
         if stored is not None:
-            asked = "--fp8_base" if self.speed.fp8.fp8_base else stored.asked_by
+            flags = "--fp8_base" if self.speed.fp8.fp8_base else stored.asked_by
             raise OptionError(
-                f"{asked}: trained weights are kept in float32, or in bfloat16 with --full_bf16, because "
+                f"{flags}: trained weights are kept in float32, or in bfloat16 with --full_bf16, because "
                 f"{stored.form} would lose the steps; leave it out, or train a LoRA"
             )
         if self.average.sample_ema:
@@ -194,24 +194,36 @@ class GivenOption(NamedTuple):
 
 def given_options(parser: argparse.ArgumentParser, *records: Options) -> list[GivenOption]:
     """Return the options that a parser read, in its order. Keys and tokens are left out."""
-    values = {name: value for record in records for name, value in option_values(record).items()}
-    spelled = parser.typed_flags if isinstance(parser, Parser) else {}
-    found = []
-    for action in parser._actions:
-        if action.dest not in values or vars(action).get("is_secret") or not action.option_strings:
-            continue
-        # the value if nothing is typed: the default, or that of another option (`not_given`)
-        value, default = values[action.dest], getattr(action, "not_given", action.default)
-        texts = value_words(value)
-        are_numbers = isinstance(value, (int, float)) and isinstance(default, (int, float))
-        is_changed = value != default if are_numbers else texts != value_words(default)
-        flags = [each for each in action.option_strings if each.startswith("--")]
-        preferred = (spelled.get(action.dest), f"--{action.dest}", flags[0])
-        name = next(flag for flag in preferred if flag in flags)
-        words = option_words({name: True if action.nargs == 0 or not texts else value})
-        is_typed = not (is_changed and spelled) or action.dest in {*spelled, *OF_LAUNCHER}
-        found.append(GivenOption(action.dest, " ".join(texts), words, is_changed, is_typed))
-    return found
+    values: dict[str, Any] = {}
+    for record in records:
+        values |= option_values(record)
+    typed_flags = parser.typed_flags if isinstance(parser, Parser) else {}
+    return [
+        _given_option(action, values[action.dest], typed_flags)
+        for action in parser._actions
+        if action.dest in values and not vars(action).get("is_secret") and action.option_strings
+    ]
+
+
+def _given_option(action: argparse.Action, value: Any, typed_flags: Mapping[str, str]) -> GivenOption:
+    """Return an option with its value. typed_flags: the flags on the command line, by the option's name."""
+    # the value if nothing is typed: the default, or that of another option (`not_given`)
+    default = getattr(action, "not_given", action.default)
+    texts = value_words(value)
+    are_numbers = isinstance(value, (int, float)) and isinstance(default, (int, float))
+    is_changed = value != default if are_numbers else texts != value_words(default)
+    flags = [flag for flag in action.option_strings if flag.startswith("--")]
+    preferred = (typed_flags.get(action.dest), f"--{action.dest}", flags[0])
+    flag = next(flag for flag in preferred if flag in flags)
+    is_switch = action.nargs == 0 or not texts
+    follows = is_changed and typed_flags and action.dest not in {*typed_flags, *OF_LAUNCHER}
+    return GivenOption(
+        name=action.dest,
+        text=" ".join(texts),
+        words=option_words({flag: True if is_switch else value}),
+        is_changed=is_changed,
+        is_typed=not follows,
+    )
 
 
 def read_training(
@@ -219,32 +231,33 @@ def read_training(
     record: type[R],
     argv: Sequence[str] | None,
     learner: type[Options] = NetworkOptions,
-    more: Sequence[type[Options]] = (),
+    shared: Sequence[type[Options]] = (),
     **settings: Any,
 ) -> tuple[TrainingOptions, R, list[GivenOption]]:
     """Read the options of a script that trains: the shared ones, the family's, and both as words.
 
-    record: the family's own. doc, learner, settings: see `training_parser`. more: further records of shared
+    record: the family's own. doc, learner, settings: see `training_parser`. shared: further records of shared
     options.
     """
     parser = training_parser(doc, learner, **settings)
-    add_options(parser, record, *more)
+    add_options(parser, record, *shared)
     args = read_arguments(parser, argv)
     with name_as_typed(typed_names(args)):
-        options, own = read_options(TrainingOptions, args), read_options(record, args)
-    return options, own, given_options(parser, own, options)
+        options = read_options(TrainingOptions, args)
+        family_options = read_options(record, args)
+    return options, family_options, given_options(parser, family_options, options)
 
 
 def training_parser(
-    doc: str | None, learner: type[Options] = NetworkOptions, **own: Any
+    doc: str | None, learner: type[Options] = NetworkOptions, **settings: Any
 ) -> argparse.ArgumentParser:
     """Return a parser with all options that every family's training has.
 
-    doc: the script's docstring. learner: `NetworkOptions` or `WholeDitOptions`. own: defaults and settings of
-    the script, see `add_options`.
+    doc: the script's docstring. learner: `NetworkOptions` or `WholeDitOptions`. settings: defaults and
+    settings of the script, see `add_options`.
     """
     parser = Parser(description=doc)
-    add_options(parser, ConfigOptions, learner, TrainingOptions, **own)
+    add_options(parser, ConfigOptions, learner, TrainingOptions, **settings)
     return parser
 
 

@@ -21,7 +21,7 @@ from dataset.subsets import folders_config
 from modules.contract.family import Family, sound_of
 from modules.dressing import have_joined
 from modules.errors import DatasetError, OptionError, OutputError
-from modules.installation import import_own
+from modules.lost_processes import OtherProcesses
 from modules.option_values import require
 from modules.speed_options import Quantisation
 from networks.formats import LoraFormat
@@ -94,22 +94,35 @@ def make_plan(
         check_before_loading(family, options, options.loop.known_steps, sampling)
     texts = _find_texts(family, options, config)
     lora_format = choose_lora_format(family, options, () if texts is None else texts.learning)
-    sources = _find_sources(family, options, config, device, texts)
-    process, seed = (accelerator.process_index, accelerator.num_processes), progress.seed
-    training, validation = _find_items(family, options, config, sources, texts, commands, seed, process)
-    order = BatchOrder(training, seed)
-    steps = _plan_steps(options, order, process[1], progress)
+    sources = _find_sources(family, options, config=config, device=device, texts=texts)
+    items = _find_items(
+        family,
+        config,
+        sources,
+        commands=commands,
+        accelerator=accelerator,
+        has_live_texts=texts is not None,
+    )
+    training, validation = _split_items(options, config, items, progress.seed)
+    if is_main:
+        _warn_of_missing(options, config, [*training, *validation], sources)
+    order = BatchOrder(training, progress.seed)
+    steps = _plan_steps(options, order, accelerator.num_processes, progress)
     check_before_loading(family, options, steps.total_steps, sampling)
     if is_main:
         note_experts(family, options, sampling is not None)
     module = "" if options.network is None else options.network.network_module or family.lora_module
-    identity, habits = settings_of(family, options, seed, order, steps, module)
+    identity, habits = settings_of(
+        family, options, seed=progress.seed, order=order, plan=steps, module=module
+    )
     if saving.save_n_epoch_ratio is not None:
         saving = saving.spread(steps.num_epochs, saving.save_n_epoch_ratio)
-    changes = {} if saved is None else check_resumable(saved, identity, habits, options, saving)
+    changes: Mapping[str, str] = {}
+    if saved is not None:
+        changes = check_resumable(saved, identity, habits, options=options, saving=saving)
     if changes and isinstance(saved, SavedState):
         take_over(changes, progress, saved)
-        steps = _plan_steps(options, order, process[1], progress)  # they may begin anew
+        steps = _plan_steps(options, order, accelerator.num_processes, progress)  # they may begin anew
     if options.start is not None and options.start.is_given:
         begin_later(options.start, progress, steps, saved is not None)
     return TrainingPlan(
@@ -147,8 +160,8 @@ def _names_of(family: Family, options: TrainingOptions) -> Names:
 
 def _may_encode(options: TrainingOptions, config: DatasetConfig) -> bool:
     """Return whether the training may encode pictures or captions by itself."""
-    subsets = [one for one in config.datasets if one.group is not None]
-    is_changing = any(one.changes.varying_keys or one.augmentation.varying_keys for one in subsets)
+    subsets = [table for table in config.datasets if table.group is not None]
+    is_changing = any(table.changes.varying_keys or table.augmentation.varying_keys for table in subsets)
     return is_changing or options.is_for_images or options.caching is not None
 
 
@@ -156,7 +169,9 @@ def _find_texts(family: Family, options: TrainingOptions, config: DatasetConfig)
     """Return the text encoders that work while training. Checks --teacher."""
     texts: LiveTexts | None = None
     if _may_encode(options, config):
-        texts = import_own("training.caching_inside").find_live_texts(family, options, config)
+        from training.caching_inside import find_live_texts  # most runs read caches alone
+
+        texts = find_live_texts(family, options, config)
     if options.frozen.teacher is not None:
         check_teacher(family, options.frozen.teacher, texts)
     return texts
@@ -173,12 +188,15 @@ def _find_sources(
     if not _may_encode(options, config):
         return BatchSources(Stores(npz_names(family)))
     keys = () if texts is None else texts.keys
-    prepare = import_own("training.caching_inside").prepare_sources
-    return prepare(family, config, options.caching, device, keys)
+    from training.caching_inside import prepare_sources  # most runs read caches alone
+
+    return prepare_sources(family, config, options.caching, device=device, live=keys)
 
 
 @contextmanager
-def join_processes(family: Family, options: TrainingOptions) -> Iterator[tuple[Accelerator, Any]]:
+def join_processes(
+    family: Family, options: TrainingOptions
+) -> Iterator[tuple[Accelerator, OtherProcesses | None]]:
     """Start trackers and processes, and check the options against the device.
 
     Yields the accelerator, and `OtherProcesses`, which is None for a single process.
@@ -204,18 +222,21 @@ def join_processes(family: Family, options: TrainingOptions) -> Iterator[tuple[A
         check_split(options.optimizer.optimizer_type)
     compilation = options.speed.compilation.choice
     if compilation is not None:
-        import_own("modules.compile").check_compilation(compilation, accelerator.device)
-    with ExitStack() as held:
-        others = None
+        from modules.compile import check_compilation  # only with --compile
+
+        check_compilation(compilation, accelerator.device)
+    with ExitStack() as stack:
+        processes: OtherProcesses | None = None
         if accelerator.num_processes > 1:
-            watch = import_own("modules.lost_processes").OtherProcesses
-            others = held.enter_context(watch(accelerator.process_index, accelerator.num_processes))
-            held.enter_context(others.explain())
+            processes = stack.enter_context(
+                OtherProcesses(accelerator.process_index, accelerator.num_processes)
+            )
+            stack.enter_context(processes.explain())
         # the main process reserves the name; if that fails, it reports the error, and all end
         error: OutputError | None = None
         if accelerator.is_main_process:
             try:
-                held.enter_context(hold_name(*options.saving.place))
+                stack.enter_context(hold_name(*options.saving.place))
             except OutputError as refusal:
                 error = refusal
         (code,) = broadcast_object_list([None if error is None else error.exit_code])
@@ -223,75 +244,107 @@ def join_processes(family: Family, options: TrainingOptions) -> Iterator[tuple[A
             raise error
         if code is not None:
             raise SystemExit(code)
-        yield accelerator, others
+        yield accelerator, processes
 
 
 def read_config(options: TrainingOptions, family: Family) -> DatasetConfig:
     """Read the data of a training: --dataset_config, or --train_data_dir and its companions."""
-    path, given = options.loop.dataset_config, options.subset
-    latent = family.latent
-    of_family = family.references, latent.frame_step, latent.in_sections, family.can.references
-    if given is not None and given.replaces_toml:
-        if path is None:
-            return for_family(folders_config(given), *of_family)
-        logger.warning("--train_data_dir is ignored because --dataset_config %s describes the data", path)
-    path = require(path, "--dataset_config", "the clips to train on")
-    return for_family(load_dataset_config(path, given), *of_family)
+    path, subset = options.loop.dataset_config, options.subset
+    if subset is not None and subset.replaces_toml and path is None:
+        config = folders_config(subset)
+    else:
+        if subset is not None and subset.replaces_toml:
+            logger.warning("--train_data_dir is ignored because --dataset_config %s describes the data", path)
+        path = require(path, "--dataset_config", "the clips to train on")
+        config = load_dataset_config(path, subset)
+    return for_family(
+        config,
+        family.references,
+        family.latent.frame_step,
+        in_sections=family.latent.in_sections,
+        instead=family.can.references,
+    )
 
 
 def _find_items(
     family: Family,
-    options: TrainingOptions,
     config: DatasetConfig,
     sources: BatchSources,
-    texts: LiveTexts | None,
+    *,
     commands: CachingCommands,
-    seed: int,
-    process: tuple[int, int],
-) -> tuple[Sequence[TrainingItem], Sequence[TrainingItem]]:
-    """Find the caches by their names; return the items to train on and those to validate on.
+    accelerator: Accelerator,
+    has_live_texts: bool,
+) -> Sequence[TrainingItem]:
+    """Find the caches by their names and check them.
 
-    process: number of this one and of all. Raises CacheError with the caching commands if there are none.
+    Raises CacheError with the caching commands if there are none.
     """
+    from dataset.batches.starting import check_caches, compare_sources  # only where a run starts
+
     family.check_given_files()  # first: caches are made with them
-    parts = family.cache_tag, family.latent, family.text_keys
-    where = sources.stores, sources.tables, sound_of(family)
-    listed = find_items(config, *parts, *where)
-    found = require_items(listed, commands)
-    check_channels(found, family.latent, commands, sources.stores)
-    starting = import_own("dataset.batches.starting")
-    starting.check_caches(family, found, commands, sources.stores, texts is not None, process)
-    if process[0] == 0:
+    listed = find_items(
+        config,
+        family.cache_tag,
+        family.latent,
+        text_keys=family.text_keys,
+        stores=sources.stores,
+        live=sources.tables,
+        sound=sound_of(family),
+    )
+    items = require_items(listed, commands)
+    check_channels(items, family.latent, commands, sources.stores)
+    check_caches(
+        family,
+        items,
+        commands,
+        sources.stores,
+        has_live_texts=has_live_texts,
+        process=(accelerator.process_index, accelerator.num_processes),
+    )
+    if accelerator.process_index == 0:
         hears = sound_of(family) is not None
-        starting.compare_sources(config.datasets, listed, commands, family.cache_tag, hears)
+        compare_sources(config.datasets, listed, commands, tag=family.cache_tag, hears=hears)
+    return items
+
+
+def _split_items(
+    options: TrainingOptions, config: DatasetConfig, items: Sequence[TrainingItem], seed: int
+) -> tuple[Sequence[TrainingItem], Sequence[TrainingItem]]:
+    """Return the items to train on and those to validate on."""
     preserving = next((table for table in config.datasets if table.preserves_output), None)
     if preserving is not None and options.network is None:
         raise OptionError(
             f"{preserving.name}: diff_output_preservation compares a LoRA with the model without it, and "
             "here the model itself is trained. Leave it out"
         )
-    asked = options.validation
-    seed = seed if asked.validation_seed is None else asked.validation_seed
-    training, validation = split_validation(found, asked.validation_split, seed)
+    validating = options.validation
+    seed = seed if validating.validation_seed is None else validating.validation_seed
+    training, validation = split_validation(items, validating.validation_split, seed)
     if not training:
         raise DatasetError(
-            f"{config.path}: all {len(found)} items are for validation. Leave at least one table without "
+            f"{config.path}: all {len(items)} items are for validation. Leave at least one table without "
             "`validation = true`."
         )
-    if not validation and asked.validate_every_n_steps is not None:
+    if not validation and validating.validate_every_n_steps is not None:
         raise OptionError(
             "--validate_every_n_steps has nothing to validate on: give --validation_split, or `validation = "
             "true` in a table"
         )
-    takes = process[0] == 0 and any(table.references or table.clip_references for table in config.datasets)
-    if takes and learn_no_references([*training, *validation], sources.stores):
+    return training, validation
+
+
+def _warn_of_missing(
+    options: TrainingOptions, config: DatasetConfig, items: Sequence[TrainingItem], sources: BatchSources
+) -> None:
+    """Warn if no item has references or masks, though the tables or --masked_loss ask for them."""
+    takes_references = any(table.references or table.clip_references for table in config.datasets)
+    if takes_references and learn_no_references(items, sources.stores):
         logger.warning("%s", NO_REFERENCE)
-    takes_masks = process[0] == 0 and options.subset is not None and options.subset.masked_loss
+    takes_masks = options.subset is not None and options.subset.masked_loss
     if takes_masks and not any(table.mask_directory or table.alpha_mask for table in config.datasets):
         logger.warning(
             "--masked_loss has no effect: no subset has masks (conditioning_data_dir, or alpha_mask = true)"
         )
-    return training, validation
 
 
 def _plan_steps(options: TrainingOptions, order: BatchOrder, processes: int, progress: Progress) -> StepPlan:
@@ -318,9 +371,9 @@ def begin_later(options: StartOptions, progress: Progress, plan: StepPlan, is_re
 
     is_resumed: a saved state says where to go on instead. Raises OptionError if the run has no such step.
     """
-    given = "--initial_step" if options.initial_epoch is None else "--initial_epoch"
+    flag = "--initial_step" if options.initial_epoch is None else "--initial_epoch"
     if is_resumed:
-        logger.info("%s is ignored because --resume goes on where the state was saved.", given)
+        logger.info("%s is ignored because --resume goes on where the state was saved.", flag)
         return
     if options.initial_epoch is not None:
         step = plan.steps_until(options.initial_epoch - 1)
@@ -328,7 +381,7 @@ def begin_later(options: StartOptions, progress: Progress, plan: StepPlan, is_re
         step = options.initial_step or 0
     if step >= plan.total_steps:
         raise OptionError(
-            f"{given} {options.initial_epoch or step} is step {step}, but the run ends at step "
+            f"{flag} {options.initial_epoch or step} is step {step}, but the run ends at step "
             f"{plan.total_steps}: begin earlier, or give a larger --max_train_steps or --max_train_epochs"
         )
     epoch = step // plan.steps_per_epoch

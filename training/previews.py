@@ -52,11 +52,18 @@ def show_preview(
         timesteps = options.timesteps
         if options.weighted_by == NOTHING and timesteps.weighting_scheme in WEIGHTS_OF_LOSS:
             timesteps = replace(timesteps, weighting_scheme="none")
-        show_timesteps(timesteps, options.loop.seed or 0, folder, family.noise, family.experts)
+        show_timesteps(
+            timesteps,
+            options.loop.seed or 0,
+            folder=folder,
+            noise=family.noise,
+            experts=family.experts,
+        )
         return 0
     if options.subset is not None and options.subset.debug_dataset:
-        views, workers = import_own("data_tools.report.views"), max(1, os.cpu_count() or 1)
-        conclude(views.show_datasets(family, read_config(options, family), DEBUG_VIEW, workers))
+        views = import_own("data_tools.report.views")
+        config = read_config(options, family)
+        conclude(views.show_datasets(family, config, DEBUG_VIEW, max(1, os.cpu_count() or 1)))
         return 0
     if options.loop.check:
         return _check(family, options, commands)
@@ -67,26 +74,29 @@ def show_preview(
 
 def _check(family: Family, options: TrainingOptions, commands: CachingCommands) -> int:
     """Print the items that would be trained on, and write the page (--check); returns the exit code."""
-    checks, findings = import_own("data_tools.report.check"), import_own("data_tools.report.findings")
-    config, workers = read_config(options, family), max(1, os.cpu_count() or 1)
+    checks = import_own("data_tools.report.check")
+    findings = import_own("data_tools.report.findings")
+    workers = max(1, os.cpu_count() or 1)
+    config = read_config(options, family)
     counters = findings.load_counters(family.text_encoders)
     texts = find_live_texts(family, options, config)
     plans = plan_tables(family, config, options.caching, () if texts is None else texts.keys)
-    asked, seed = options.validation, options.loop.seed or 0
-    validation = asked.validation_split, seed if asked.validation_seed is None else asked.validation_seed
+    seed = options.validation.validation_seed
+    validation = (options.validation.validation_split, (options.loop.seed or 0) if seed is None else seed)
     if all(plan.is_own for plan in plans):
+        facts = [f"{name}: {value}" for name, value in family.metadata.items() if name != "resolution"]
         result = checks.check_training(
             config,
             family.cache_tag,
             family.latent,
             commands,
-            options.loop.gradient_accumulation_steps,
-            int(os.environ.get("WORLD_SIZE", "1")),
-            [f"{name}: {value}" for name, value in family.metadata.items() if name != "resolution"],
-            family.text_keys,
-            counters,
-            sound_of(family),
-            validation,
+            accumulation=options.loop.gradient_accumulation_steps,
+            processes=int(os.environ.get("WORLD_SIZE", "1")),
+            files=facts,
+            text_keys=family.text_keys,
+            counters=counters,
+            sound=sound_of(family),
+            validation=validation,
         )
     else:  # some are yet to be encoded by the training itself
         result = checks.check_caching(
@@ -98,17 +108,21 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
         ]
         head = ("Where the training has them:", *findings.indent(places))
         result = replace(result, head=head, counters=counters)
-    result = replace(result, tail=(*result.tail, *describe_run(options, held=result.num_held)))
-    code: int = checks.tell_check(result, family, config, options.loop.page, workers)
+    lines = describe_run(options, num_validation=result.num_held)
+    result = replace(result, tail=(*result.tail, *lines))
+    code: int = checks.tell_check(result, family, config, page=options.loop.page, workers=workers)
     return code
 
 
-def describe_run(options: TrainingOptions, held: int) -> list[str]:
-    """Return lines of --check about a run's validation and its learning rate. held: items of validation."""
+def describe_run(options: TrainingOptions, num_validation: int) -> list[str]:
+    """Return lines of --check about a run's validation and its learning rate.
+
+    num_validation: how many items it has.
+    """
     lines = []
-    if held:
+    if num_validation:
         most = options.validation.max_validation_steps
-        measured = held if most is None else min(held, most)
+        measured = num_validation if most is None else min(num_validation, most)
         limit = "" if most is None else f" (--max_validation_steps {most})"
         lines.append(f"Each validation measures {count_of(measured, 'batch')} of one item{limit}")
     rate = judge_rate(options)
@@ -134,15 +148,32 @@ def _plan(
             f"{commands.latents}\n  {commands.text}"
         )
     stores = open_stores(family, plans)
-    parts = family.cache_tag, family.latent, family.text_keys
     tables = list_live_tables(family.cache_tag, plans, needs_captions=texts is not None)
-    found = require_items(find_items(config, *parts, stores, tables, sound_of(family)), commands)
-    check_channels(found, family.latent, commands, stores)
-    items, _ = split_validation(found, options.validation.validation_split)
-    others = sampling.dit_files if sampling is not None and options.samples.are_made else ()
-    sampled = len({*others} - {*family.dit_files})  # transformers that are loaded beside the trained ones
-    sources = BatchSources(stores, tables)
-    plan_training(family, options, items or found, commands, choose_device(None), sampled, sources, texts)
+    listed = find_items(
+        config,
+        family.cache_tag,
+        family.latent,
+        text_keys=family.text_keys,
+        stores=stores,
+        live=tables,
+        sound=sound_of(family),
+    )
+    items = require_items(listed, commands)
+    check_channels(items, family.latent, commands, stores)
+    training, _ = split_validation(items, options.validation.validation_split)
+    sample_files: Sequence[Path] = ()
+    if sampling is not None and options.samples.are_made:
+        sample_files = sampling.dit_files
+    plan_training(
+        family,
+        options,
+        training or items,
+        commands=commands,
+        device=choose_device(None),
+        sampled=len({*sample_files} - {*family.dit_files}),
+        sources=BatchSources(stores, tables),
+        texts=texts,
+    )
 
 
 SHOWN_LATENTS = (1, 16, 1, 128, 128)  # of a picture of 1024 x 1024 pixels
@@ -195,17 +226,24 @@ def timestep_statistics(
     """Return how often each of 1000 timesteps is drawn, and the loss weight of each."""
     counts = torch.zeros(NUM_TIMESTEPS, dtype=torch.float64)
     # all batches together have this distribution, whichever expert each of them goes to
-    whole = [min(experts, key=lambda expert: expert.lowest)]
+    lowest_expert = [min(experts, key=lambda expert: expert.lowest)]
     for number in range(num_batches):
-        generator = torch.Generator().manual_seed(derive_seed(seed, "shown timesteps", number))
-        first = number * batch_size
-        times = draw(options, batch_size, generator, seed, first, noise, SHOWN_LATENTS, whole)
+        times = draw(
+            options,
+            batch_size,
+            torch.Generator().manual_seed(derive_seed(seed, "shown timesteps", number)),
+            seed=seed,
+            first_sample=number * batch_size,
+            noise=noise,
+            shape=SHOWN_LATENTS,
+            experts=lowest_expert,
+        )
         shares = times.timesteps / NUM_TIMESTEPS if noise.table else times.sigmas
         # float32 holds 0.7 as 0.69999999
         index = (shares.double() * NUM_TIMESTEPS + 1e-4).long().clamp(0, NUM_TIMESTEPS - 1)
         counts += torch.bincount(index, minlength=NUM_TIMESTEPS)
-    each = torch.arange(NUM_TIMESTEPS).float()
-    return counts, loss_weights(options, Timesteps(each / NUM_TIMESTEPS, each)).double()
+    timesteps = torch.arange(NUM_TIMESTEPS).float()
+    return counts, loss_weights(options, Timesteps(timesteps / NUM_TIMESTEPS, timesteps)).double()
 
 
 def bars(values: Tensor, lines: int = 40, width: int = 64) -> str:

@@ -15,7 +15,6 @@ from dataset.batches.order import BatchOrder
 from modules.checkpoints.opening import fingerprint
 from modules.contract.family import Family
 from modules.errors import OptionError
-from modules.installation import import_own
 from modules.option_values import read_literals, to_path
 from modules.options import options_with
 from networks.lora_settings import DEFAULT_RANK
@@ -36,11 +35,13 @@ TRANSFORMERS, PER_EXPERT = "trained transformers and their lowest timesteps", "-
 GROUP_SIZE = "micro-batches per step (processes x --gradient_accumulation_steps)"
 BATCHES = "batches of an epoch (--dataset_config and its caches)"
 # options that any resumed run may change; states record them so that a change can be listed
+# fmt: off
 LISTED = (
-    *("max_train_steps", "max_train_epochs", "validate_every_n_steps"),
-    *("sample_every_n_steps", "sample_every_n_epochs"),
-    *("save_every_n_steps", "save_every_n_epochs", "save_every_n_minutes"),
+    "max_train_steps", "max_train_epochs", "validate_every_n_steps",
+    "sample_every_n_steps", "sample_every_n_epochs",
+    "save_every_n_steps", "save_every_n_epochs", "save_every_n_minutes",
 )
+# fmt: on
 
 
 def find_state(
@@ -54,28 +55,29 @@ def find_state(
     saving = options.saving
     if resume in {LATEST, LATEST_ONLY} and not options.hub.resume_from_huggingface:
         # one process searches, and also cleans up after a kill
-        found = [states.find_latest(*saving.place) if is_main_process else None]
-        folder = broadcast_object_list(found)[0]
+        latest = states.find_latest(*saving.place) if is_main_process else None
+        (folder,) = broadcast_object_list([latest])
         if folder is None:
             _explain_no_state(resume, *saving.place)
             return None
     elif options.hub.resume_from_huggingface:
-        fetch = import_own("training.saving.hub").download_state
-        folder = fetch(resume, options.hub.huggingface_token, saving.place[0] / "resumed")
+        from training.saving.hub import download_state  # only with a hub
+
+        folder = download_state(resume, options.hub.huggingface_token, saving.place[0] / "resumed")
     else:
         folder = to_path("--resume", resume)
     logger.info("Resuming from %s", folder)
     return states.read_state(folder)
 
 
-def _explain_no_state(asked: str, folder: Path, name: str) -> None:
+def _explain_no_state(resume: str, folder: Path, name: str) -> None:
     """Log that a new run begins; raise OptionError if --resume asks for a state that has to exist."""
     aside = find_set_aside(folder, name)
     is_trained = (folder / f"{name}.safetensors").is_file()
     earlier = f" That of an earlier run is {aside[-1]}: --resume takes it." if aside else ""
-    if asked == LATEST_ONLY:
+    if resume == LATEST_ONLY:
         raise OptionError(
-            f"--resume {asked}: there is no state of {name} in {folder}: none was saved yet, or it is "
+            f"--resume {resume}: there is no state of {name} in {folder}: none was saved yet, or it is "
             f"elsewhere.{earlier} Leave --resume out to begin anew, or begin with what was trained: "
             f"{states.FRESH_START}"
         )
@@ -86,7 +88,10 @@ def _explain_no_state(asked: str, folder: Path, name: str) -> None:
     logger.log(
         logging.WARNING if aside or is_trained else logging.INFO,
         "--resume %s: no state of %s in %s yet; starting a new run.%s",
-        *(asked, name, folder, earlier),
+        resume,
+        name,
+        folder,
+        earlier,
     )
 
 
@@ -99,20 +104,24 @@ def first_progress(
     """
     if isinstance(saved, states.SavedState):
         return saved.progress
-    drawn = broadcast_object_list([secrets.randbelow(1 << 32), secrets.randbelow(1 << 32), time.time()])
-    seed = options.loop.seed if options.loop.seed is not None else drawn[0]
-    if options.loop.seed is None:
+    seed, session_id, started_at = broadcast_object_list(
+        [secrets.randbelow(1 << 32), secrets.randbelow(1 << 32), time.time()]
+    )
+    if options.loop.seed is not None:
+        seed = options.loop.seed
+    else:
         logger.info("Using a random seed: --seed %d.", seed)
-    return Progress(seed=seed, session_id=drawn[1], started_at=drawn[2])
+    return Progress(seed=seed, session_id=session_id, started_at=started_at)
 
 
-def own_values(own: Any, *kinds: str) -> dict[str, Any]:
-    names = {name for kind in kinds for name in options_with(type(own), "resume", kind)}
-    return {name: value for name, value in public_config(own).items() if name in names}
+def recorded_values(options: Any, *kinds: str) -> dict[str, Any]:
+    """Return the values of a record that states record as one of these kinds: identity, habit."""
+    names = {name for kind in kinds for name in options_with(type(options), "resume", kind)}
+    return {name: value for name, value in public_config(options).items() if name in names}
 
 
 def settings_of(
-    family: Family, options: TrainingOptions, seed: int, order: BatchOrder, plan: StepPlan, module: str
+    family: Family, options: TrainingOptions, *, seed: int, order: BatchOrder, plan: StepPlan, module: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the settings that must be equal in a resumed run, and those that it may change with a warning.
 
@@ -120,30 +129,35 @@ def settings_of(
     trained network.
     """
     config = public_config(options)
-    batches = ", ".join([f"{plan.num_batches}, {epoch_digest(order)}", *order.learning_keys])
-    kept = {**config, "network_module": module}
-    adapter, strength = options.frozen.training_adapter, options.frozen.training_adapter_multiplier
-    identity = {
-        "--seed": seed if options.loop.seed is None else options.loop.seed,
-        **{f"--{name}": kept.get(name) for name in options_with(TrainingOptions, "resume", "identity")},
-        **{f"--{name}": value for name, value in own_values(family.options, "identity").items()},
-        GROUP_SIZE: plan.group_size,
-        BATCHES: batches,
-        TRANSFORMERS: ", ".join(f"{each.name or 'one'} from {each.lowest:g}" for each in family.experts),
-        TRAINING_ADAPTER: None if adapter is None else describe_adapter(adapter, strength, with_content=True),
-    }
+    identity: dict[str, Any] = {"--seed": seed if options.loop.seed is None else options.loop.seed}
+    identity |= _flagged({**config, "network_module": module}, "identity")
+    identity |= {f"--{name}": value for name, value in recorded_values(family.options, "identity").items()}
+    identity[GROUP_SIZE] = plan.group_size
+    identity[BATCHES] = ", ".join([f"{plan.num_batches}, {epoch_digest(order)}", *order.learning_keys])
+    experts = [f"{expert.name or 'one'} from {expert.lowest:g}" for expert in family.experts]
+    identity[TRANSFORMERS] = ", ".join(experts)
+    identity[TRAINING_ADAPTER] = _adapter_with_content(options)
+
+    habits = _flagged(config, "habit")
+    habits |= {f"--{name}": value for name, value in recorded_values(family.options, "habit").items()}
+    models = [value for name, value in family.metadata.items() if name.startswith("sd_model_name")]
+    habits["the model's file"] = ", ".join(models) or None
     base_weights = None if options.network is None else options.network.base_weights
-    names = [value for name, value in family.metadata.items() if name.startswith("sd_model_name")]
-    habits = {
-        **{f"--{name}": config.get(name) for name in options_with(TrainingOptions, "resume", "habit")},
-        **{f"--{name}": value for name, value in own_values(family.options, "habit").items()},
-        "the model's file": ", ".join(names) or None,
-        "--base_weights": ", ".join(path.name for path in base_weights or ()) or None,
-    }
-    further = options.by_expert.base_weights_high_noise
-    if further:
-        habits["--base_weights_high_noise"] = ", ".join(path.name for path in further)
+    habits["--base_weights"] = ", ".join(path.name for path in base_weights or ()) or None
+    high_noise = options.by_expert.base_weights_high_noise
+    if high_noise:
+        habits["--base_weights_high_noise"] = ", ".join(path.name for path in high_noise)
     return identity, habits
+
+
+def _flagged(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """Return the values of the options that states record as identity or habit, by their flags."""
+    return {f"--{name}": config.get(name) for name in options_with(TrainingOptions, "resume", kind)}
+
+
+def _adapter_with_content(options: TrainingOptions) -> str | None:
+    path, strength = options.frozen.training_adapter, options.frozen.training_adapter_multiplier
+    return None if path is None else describe_adapter(path, strength, with_content=True)
 
 
 def describe_adapter(path: Path, strength: float, with_content: bool = False) -> str:
@@ -182,42 +196,58 @@ def check_resumable(
     if not isinstance(saved, states.SavedState):
         return {}
     # a state of before there were models with several transformers is of a model with one
-    before = {TRANSFORMERS: "one from 0", PER_EXPERT: identity.get(PER_EXPERT) and False}
-    before[TRAINING_ADAPTER] = None
-    before, identity = _resolve({**before, **saved.identity}), _resolve(identity)
+    usual = {
+        TRANSFORMERS: "one from 0",
+        PER_EXPERT: identity.get(PER_EXPERT) and False,
+        TRAINING_ADAPTER: None,
+    }
+    before = _resolve({**usual, **saved.identity})
+    identity = _resolve(identity)
     # likewise of before the frozen model could teach
     unsaid = {f"--{name}": value for name, value in public_config(NOTHING_FROZEN).items()}
     habits_before = {name: habits.get(name) and value for name, value in unsaid.items()} | dict(saved.habits)
-    if unknown := {*identity} - {*before} | {*habits} - {*habits_before}:
+    unknown = {*identity} - {*before} | {*habits} - {*habits_before}
+    if unknown:
         logger.warning(
             "%s does not say what the run that saved it had for %s: its version did not record that. Give "
             "the same values as then.",
             saved.folder,
             ", ".join(sorted(unknown)),
         )
-    may_change, found = options.saving.resume_changed, _differences(before, identity)
-    able = {f"--{name}" for name in options_with(TrainingOptions, "resume_changed", True)}
-    able |= {GROUP_SIZE, BATCHES}
-    refused = {name: pair for name, pair in found.items() if not (may_change and name in able)}
-    if refused:
-        lines = "\n".join(
-            f"  {name}: {then} in the state, {now} now" for name, (then, now) in refused.items()
-        )
-        also = ", add --resume_changed to go on with those of now" if refused.keys() <= able else ""
-        which = "this run is not the one that was saved"
-        if may_change:
-            which = "not even --resume_changed can change this"
-        raise OptionError(
-            f"--resume {saved.folder}: {which}.\n{lines}\n"
-            f"  Use the saved values{also}, or start a new run from what was trained: {states.FRESH_START}"
-        )
+    may_change = options.saving.resume_changed
+    differences = _differences(before, identity)
+    _refuse_differences(saved, differences, may_change)
     changed = _differences(habits_before, habits)
     if may_change:
-        found |= changed | _differences(saved.settings, listed_settings(options, saving))
-        return {name: f"{name}: {then} -> {now}" for name, (then, now) in found.items()}
+        differences |= changed | _differences(saved.settings, listed_settings(options, saving))
+        return {name: f"{name}: {then} -> {now}" for name, (then, now) in differences.items()}
     for name, (then, now) in changed.items():
         logger.warning("%s was %s when the state was saved; it is %s from here on.", name, then, now)
     return {}
+
+
+def _refuse_differences(
+    saved: states.SavedState, differences: Mapping[str, tuple[str, str]], may_change: bool
+) -> None:
+    """Raise OptionError for settings that a resumed run must have as the saved run.
+
+    may_change: --resume_changed is given, which allows some of them.
+    """
+    changeable = {f"--{name}" for name in options_with(TrainingOptions, "resume_changed", True)}
+    changeable |= {GROUP_SIZE, BATCHES}
+    allowed = changeable if may_change else set()
+    refused = {name: pair for name, pair in differences.items() if name not in allowed}
+    if not refused:
+        return
+    lines = "\n".join(f"  {name}: {then} in the state, {now} now" for name, (then, now) in refused.items())
+    also = ", add --resume_changed to go on with those of now" if refused.keys() <= changeable else ""
+    which = "this run is not the one that was saved"
+    if may_change:
+        which = "not even --resume_changed can change this"
+    raise OptionError(
+        f"--resume {saved.folder}: {which}.\n{lines}\n"
+        f"  Use the saved values{also}, or start a new run from what was trained: {states.FRESH_START}"
+    )
 
 
 def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, tuple[str, str]]:

@@ -15,9 +15,9 @@ import torch
 from dataset.batches.items import NO_COMMANDS, CachingCommands
 from modules.contract.family import Family
 from modules.dressing import shared_blocks
-from modules.installation import RUN_CHECKS, RUN_GOES_ON, import_own
+from modules.installation import RUN_CHECKS, RUN_GOES_ON
 from modules.options import option_values
-from modules.planning.device_memory import too_little
+from modules.planning.device_memory import MemoryWatch, too_little
 from modules.speed_options import SwapOptions
 from training.checks import check_before_loading
 from training.following import NextSteps, plan_next_steps
@@ -34,8 +34,9 @@ from training.saving.states import SavedState
 from training.summary import count_pauses, make_reporter, show_end, show_start, watch_run
 from training.training_run import TrainingRun
 
-if TYPE_CHECKING:  # it is loaded only if there are prompts
+if TYPE_CHECKING:  # loaded only if there are prompts; if files are uploaded
     from training.samples import Sampler
+    from training.saving.hub import Uploads
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +59,9 @@ def train_network(
         check_before_loading(family, options, options.loop.known_steps, sampling)
         return 0
     if options.only_shows:
-        code: int = import_own("training.previews").show_preview(family, options, commands, sampling)
-        return code
+        from training.previews import show_preview  # trains nothing
+
+        return show_preview(family, options, commands, sampling)
     try:
         with prepare_run(family, options, commands, follow, sampling) as run:
             train(run)
@@ -82,95 +84,132 @@ def prepare_run(
 ) -> Iterator[TrainingRun]:
     """Load everything for a run; on exit, end logs and wait for uploads. Raises as `train_network`."""
     config = read_config(options, family)  # faults in it are reported before anything is started
-    with contextlib.ExitStack() as held:
-        accelerator, others = held.enter_context(join_processes(family, options))
-        plan = make_plan(family, options, commands, config, accelerator, sampling)
-        texts, progress, prompts = plan.texts, plan.progress, options.samples.sample_prompts
+    with contextlib.ExitStack() as stack:
+        accelerator, processes = stack.enter_context(join_processes(family, options))
+        plan = make_plan(family, options, commands, config=config, accelerator=accelerator, sampling=sampling)
         # texts and images are encoded while there is no DiT
-        sampler = _make_sampler(plan, prompts) if prompts is not None else None
+        sampler = _make_sampler(plan)
         following = follow(plan, sampler)
-        if others is not None:
-            others.advice = following.after_loss
-        swap, memory = options.speed.swap, None
-        if accelerator.device.type == "cuda" or swap.is_auto:  # others need no planner
-            swap, memory = import_own("training.planning.memory").prepare_memory(plan)
-        if texts is not None:
-            texts.load(accelerator.device, shared_blocks(options.speed.sharding, accelerator.device))
-            held.callback(texts.free)
+        if processes is not None:
+            processes.advice = following.after_loss
+        swap, memory = _plan_memory(plan)
+        if plan.texts is not None:
+            blocks = shared_blocks(options.speed.sharding, accelerator.device)
+            plan.texts.load(accelerator.device, blocks)
+            stack.callback(plan.texts.free)
         logs = _make_logs(plan, swap)
         reporter = make_reporter(plan, following, sampler, memory)
         model = load_model(plan, swap, sampler is not None)
         # nothing can be missing any more
         _set_earlier_aside(plan, reporter.history.path)
         accelerator.wait_for_everyone()  # before any writes samples there
-        has_hub = options.hub.huggingface_repo_id is not None
-        uploads = import_own("training.saving.hub").make_uploads(options.hub) if has_hub else None
+        uploads = _make_uploads(options)
         saver = make_saver(model, uploads, sampler.prompts if sampler else (), reporter.note_saved)
-        run = make_run(model, sampler, memory, logs, reporter, saver)
+        run = make_run(model, sampler, memory=memory, logs=logs, reporter=reporter, saver=saver)
         closing = contextlib.closing(uploads) if uploads is not None else contextlib.nullcontext()
         with closing, logs, reporter:
             show_start(run, file_dtype(options, model.dits.networks[0]))
-            with contextlib.nullcontext() if others is None else others.explain():
+            with contextlib.nullcontext() if processes is None else processes.explain():
                 yield run
             accelerator.wait_for_everyone()
-        if accelerator.is_main_process and progress.step >= plan.steps.total_steps:
+        if accelerator.is_main_process and plan.progress.step >= plan.steps.total_steps:
             show_end(run, Story.of(reporter.history.events), following)
+
+
+def _plan_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]:
+    """Return the swap with auto resolved, and what watches the device's memory; None for other devices."""
+    swap = plan.options.speed.swap
+    if plan.accelerator.device.type != "cuda" and not swap.is_auto:
+        return swap, None
+    from training.planning.memory import prepare_memory  # others need no planner
+
+    return prepare_memory(plan)
+
+
+def _make_uploads(options: TrainingOptions) -> "Uploads | None":
+    """Return what uploads to the hub; None without --huggingface_repo_id."""
+    if options.hub.huggingface_repo_id is None:
+        return None
+    from training.saving.hub import make_uploads  # only with uploads
+
+    return make_uploads(options.hub)
 
 
 def _make_logs(plan: TrainingPlan, swap: SwapOptions) -> Logs:
     options, progress = plan.options, plan.progress
+
+    def pauses_after(step: int) -> dict[str, int]:
+        return count_pauses(
+            options,
+            plan.saving,
+            plan.steps,
+            validates=bool(plan.validation),
+            step=step,
+            epoch=progress.epoch,
+        )
+
     return Logs(
         plan.accelerator,
         options.logs,
         plan.steps.total_steps,
-        progress.step,
-        public_config(options, plan.saving, swap) if options.logs.log_config else {},
-        TRACKER_NAME if options.whole_dit is None else f"{plan.family.name}_ft",
+        first_step=progress.step,
+        config=public_config(options, plan.saving, swap) if options.logs.log_config else {},
+        tracker_name=TRACKER_NAME if options.whole_dit is None else f"{plan.family.name}_ft",
         extras=partial(watch_run, plan),
-        clock=StepClock(
-            lambda step: count_pauses(
-                options, plan.saving, plan.steps, bool(plan.validation), step, progress.epoch
-            )
-        ),
+        clock=StepClock(pauses_after),
     )
 
 
 def _set_earlier_aside(plan: TrainingPlan, history: Path) -> None:
     """Set aside the files of an earlier run of this name, unless this one goes on or replaces them."""
-    saving = plan.saving
+    saving, saved = plan.saving, plan.saved
     if saving.overwrite or not plan.accelerator.is_main_process:
         return
-    is_new = not isinstance(plan.saved, SavedState)
+    is_new = not isinstance(saved, SavedState)
     if is_new or read_session(history) not in (None, plan.progress.session_id):
-        given = option_values(plan.options) | option_values(plan.family.options)
-        lists = (value if isinstance(value, (list, tuple)) else (value,) for value in given.values())
-        inputs = [value for each in lists for value in each if isinstance(value, Path)]
-        inputs += [plan.saved.folder] if plan.saved else []
+        inputs = _find_inputs(plan)
+        if saved:
+            inputs.append(saved.folder)
         set_aside(plan.names, inputs, datetime.now(), saving.resume is not None)
 
 
-def _make_sampler(plan: TrainingPlan, prompts: Path) -> "Sampler":
-    """Encode the texts and images of the samples.
+def _find_inputs(plan: TrainingPlan) -> list[Path]:
+    """Return all paths that options give."""
+    paths = []
+    for value in (option_values(plan.options) | option_values(plan.family.options)).values():
+        items = value if isinstance(value, (list, tuple)) else (value,)
+        paths += [item for item in items if isinstance(item, Path)]
+    return paths
+
+
+def _make_sampler(plan: TrainingPlan) -> "Sampler | None":
+    """Encode the texts and images of the samples; None without --sample_prompts.
 
     Raises OptionError if an encoder is missing, before the DiT is loaded.
     """
-    options, accelerator = plan.options.samples, plan.accelerator
-    share = accelerator.process_index, accelerator.num_processes
-    folder, has_metadata = plan.names.folder / "sample", not plan.options.metadata.no_metadata
-    weights = "".join(f" + {path.name}:{multiplier:g}" for path, multiplier in options.loras())
-    if plan.options.average.sample_ema:
+    options, accelerator = plan.options, plan.accelerator
+    prompts = options.samples.sample_prompts
+    if prompts is None:
+        return None
+    from training.samples import prepare_samples  # only with prompts
+
+    weights = "".join(f" + {path.name}:{multiplier:g}" for path, multiplier in options.samples.loras())
+    if options.average.sample_ema:
         weights = " (EMA)" + weights
-    sampler: Sampler = import_own("training.samples").prepare_samples(
+    sampler = prepare_samples(
         plan.sampled,
         prompts,
-        folder,
+        plan.names.folder / "sample",
         plan.names.name,
         accelerator.device,
-        *share,
-        has_metadata,
-        weights,
-        options.preview,
-        plan.steps.works_together,
-        shared_blocks(plan.options.speed.sharding, accelerator.device),
+        process=accelerator.process_index,
+        processes=accelerator.num_processes,
+        has_metadata=not options.metadata.no_metadata,
+        weights=weights,
+        preview=options.samples.preview,
+        together=plan.steps.works_together,
+        blocks=shared_blocks(options.speed.sharding, accelerator.device),
     )
-    return replace(sampler, renew=plan.texts.renew) if plan.texts and plan.texts.learning else sampler
+    if plan.texts and plan.texts.learning:
+        return replace(sampler, renew=plan.texts.renew)
+    return sampler

@@ -239,8 +239,8 @@ NEEDS_FOLDER = ("tensorboard", "aim")  # trackers that write into --logging_dir
 TRACKERS = ("tensorboard", "wandb", "trackio", "aim", "mlflow", "swanlab", "comet_ml")  # accelerate's names
 
 
-_IF_LOGGED = {"nothing is logged without --logging_dir or --log_with": lambda own: bool(own.trackers)}
-_IF_WANDB = {"wandb is not used without --log_with wandb": lambda own: "wandb" in own.trackers}
+_IF_LOGGED = {"nothing is logged without --logging_dir or --log_with": lambda options: bool(options.trackers)}
+_IF_WANDB = {"wandb is not used without --log_with wandb": lambda options: "wandb" in options.trackers}
 
 
 class LogOptions(Options, title="logs"):
@@ -255,7 +255,7 @@ class LogOptions(Options, title="logs"):
     )
     log_prefix: str | None = option(
         "start of the run folder's name, before its date",
-        acts_if={"there is no --logging_dir": lambda own: own.logging_dir is not None},
+        acts_if={"there is no --logging_dir": lambda options: options.logging_dir is not None},
     )
     log_tracker_name: str | None = option(
         "name of the tracker, the project of most; network_train, or MODEL_ft, when not given",
@@ -263,7 +263,10 @@ class LogOptions(Options, title="logs"):
     )
     wandb_run_name: str | None = option(
         "name of the run in wandb",
-        acts_if={**_IF_WANDB, "--log_tracker_config replaces it": lambda own: own.log_tracker_config is None},
+        acts_if={
+            **_IF_WANDB,
+            "--log_tracker_config replaces it": lambda options: options.log_tracker_config is None,
+        },
     )
     log_tracker_config: Path | None = option(
         "TOML file with arguments for the trackers, a table each; replaces --wandb_run_name",

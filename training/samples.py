@@ -55,7 +55,7 @@ class Sample:
     is_seeded: bool  # else a new seed each time
     prompts: Mapping[int, EncodedPrompts]
     inputs: Mapping[int, Conditions]
-    wanted: Mapping[int, Prompts] = field(default_factory=dict)  # the texts of `prompts`
+    texts: Mapping[int, Prompts] = field(default_factory=dict)  # of `prompts`
 
 
 Renew = Callable[[Mapping[int, Prompts], Mapping[int, EncodedPrompts]], Mapping[int, EncodedPrompts]]
@@ -90,25 +90,31 @@ class Sampler:
         autocast: Autocast,
         mark: str,
         check: Callable[[], None],
-        tell: Callable[[str], None] = lambda _: None,
+        note: Callable[[str], None] = lambda _: None,
     ) -> list[Path]:
         """Write one file for each prompt and return the paths.
 
         dit_of: index of an expert -> its network, in evaluation mode and on its device. mark: `e000001` at
         the end of an epoch, `000020` at a step. check: called after each step; what it raises ends the
-        samples. tell: gets the sample and its step in words. Only the samples' own random state is used.
+        samples. note: gets the sample and its step in words. Only the samples' own random state is used.
         """
-        paths, experts = [], self.session.family.experts
+        paths = []
+        experts = self.session.family.experts
         for place, sample in enumerate(self.samples, 1):
             prepared = sample.prepared
             if not sample.is_seeded:
                 prepared = replace(prepared, seed=self.draw_seed())
-            with autocast():
-                prompts = sample.prompts if self.renew is None else self.renew(sample.wanted, sample.prompts)
-            what = f"sample {place} of {len(self.samples)}"
+            prompts = sample.prompts
+            if self.renew is not None:
+                with autocast():
+                    prompts = self.renew(sample.texts, prompts)
+            title = f"sample {place} of {len(self.samples)}"
             with (
-                preview_clip(self.previews, prepared.fps) as (watchers, also),
-                _show_steps(what, prepared, check, tell, also) as (watch, on_section),
+                preview_clip(self.previews, prepared.fps) as (watchers, preview_section),
+                _show_steps(title, prepared, check=check, note=note, preview_section=preview_section) as (
+                    watch,
+                    on_section,
+                ),
                 autocast(),
             ):
                 latents = make_latents(
@@ -116,8 +122,8 @@ class Sampler:
                     lambda timestep: dit_of(expert_at(timestep, experts)),
                     prepared,
                     prompts,
-                    sample.inputs,
-                    self.session.device,
+                    inputs=sample.inputs,
+                    device=self.session.device,
                     watchers=[watch, *watchers],
                     on_section=on_section,
                 )
@@ -165,22 +171,30 @@ class Sampler:
 
 @contextmanager
 def _show_steps(
-    what: str, prepared: Prepared, check: Callable[[], None], tell: Callable[[str], None], also: OnSection
+    title: str,
+    prepared: Prepared,
+    *,
+    check: Callable[[], None],
+    note: Callable[[str], None],
+    preview_section: OnSection,
 ) -> Iterator[tuple[Watcher, OnSection]]:
-    """Yield callbacks for steps and sections that show the progress of a sample on a bar."""
+    """Yield callbacks for steps and sections that show the progress of a sample on a bar.
+
+    check, note: see `Sampler.make`.
+    """
     bars: list[Bar] = []
     with ExitStack() as stack:
 
         def on_section(section: Section) -> None:
-            also(section)
+            preview_section(section)
             stack.close()
-            name = ", ".join(filter(None, (what, section.label)))
-            now = prepared.stages[section.stage] if prepared.stages else prepared
-            bars.append(stack.enter_context(Bar(now.num_steps, name)))
+            name = ", ".join(filter(None, (title, section.label)))
+            stage = prepared.stages[section.stage] if prepared.stages else prepared
+            bars.append(stack.enter_context(Bar(stage.num_steps, name)))
 
         def watch(_: StepDone) -> bool:
             bars[-1].update()
-            tell(bars[-1].line())
+            note(bars[-1].line())
             check()
             return False
 
@@ -213,32 +227,58 @@ def prepare_samples(
     if process == 0:
         _warn_of_unread(entries, family, prompt_file)
         _remove_unfinished(folder, name)
-    chosen = [
-        (index, prepared, entry.get("seed") is not None)
-        for index, (entry, prepared) in enumerate(zip(entries, all_prepared, strict=True))
-    ]
-    chosen = chosen if together else chosen[process::processes]
-    requests = [prepared for _, prepared, _ in chosen]
+    numbers = list(range(len(entries)))
+    if not together:
+        numbers = numbers[process::processes]
+    requests = [all_prepared[number] for number in numbers]
     session = Session(family, device, DitTurns(family.experts, device, _no_dit), blocks=blocks)
-    wanted = [wanted_texts(prepared) for prepared in requests]
-    texts = session.texts(wanted)
-    encoders, writes = NO_ENCODERS, not together or process == 0
-    with ExitStack() as loaded:
-        # in the process that decodes anyway: a wrong file is found before anything is trained
-        if (writes and requests) or any(needs_media(family, request) for request in requests):
-            encoders = loaded.enter_context(session.media(images=True, again=writes))
-        inputs = [encode_inputs(family, encoders, request) for request in requests]
-    session.drop_image_encoder()
+    texts = [wanted_texts(prepared) for prepared in requests]
+    encoded = session.texts(texts)
+    writes = not together or process == 0
+    inputs = _encode_media(session, requests, writes)
     samples = [
-        Sample(*which, text, put_in, asked)
-        for which, text, put_in, asked in zip(chosen, texts, inputs, wanted, strict=True)
+        Sample(
+            number,
+            prepared,
+            is_seeded=entries[number].get("seed") is not None,
+            prompts=prompts,
+            inputs=conditions,
+            texts=sample_texts,
+        )
+        for number, prepared, prompts, conditions, sample_texts in zip(
+            numbers, requests, encoded, inputs, texts, strict=True
+        )
     ]
-    prompts = [str(entry.get("prompt", "")) for entry in entries]
     previews = None
     if process == 0:  # one preview file for all: the first process shows its samples one after the other
-        previews = make_previews(preview, family.latent, folder, device, session.dits.can_stay)
-    sampler = Sampler(samples, session, folder, name, has_metadata, weights, prompts, previews)
+        previews = make_previews(
+            preview, family.latent, folder=folder, device=device, has_room=session.dits.can_stay
+        )
+    sampler = Sampler(
+        samples,
+        session,
+        folder,
+        name,
+        has_metadata=has_metadata,
+        weights=weights,
+        prompts=[str(entry.get("prompt", "")) for entry in entries],
+        previews=previews,
+    )
     return replace(sampler, draw_seed=draw_together, writes=writes) if together else sampler
+
+
+def _encode_media(
+    session: Session, requests: Sequence[Prepared], writes: bool
+) -> list[Mapping[int, Conditions]]:
+    """Return the conditions that each sample's images give. writes: this process decodes samples."""
+    family, encoders = session.family, NO_ENCODERS
+    with ExitStack() as stack:
+        # in the process that decodes anyway: a wrong file is found before anything is trained
+        if (writes and requests) or any(needs_media(family, request) for request in requests):
+            encoders = stack.enter_context(session.media(images=True, again=writes))
+        inputs = [encode_inputs(family, encoders, request) for request in requests]
+    session.drop_image_encoder()
+    return inputs
 
 
 def _warn_of_unread(entries: Sequence[Mapping[str, Any]], family: Family, prompt_file: Path) -> None:
@@ -254,11 +294,12 @@ def _warn_of_unread(entries: Sequence[Mapping[str, Any]], family: Family, prompt
             "%s: the embedded guidance (--g) is ignored because this model has none; --l guides it",
             prompt_file,
         )
-    for word, one in OF_SOME_MODELS.items():
-        is_given = any(entry.get(one.key) is not None for entry in entries)
-        if is_given and one.key not in family.defaults.extras:
+    for word, setting in OF_SOME_MODELS.items():
+        key = setting.key
+        is_given = any(entry.get(key) is not None for entry in entries)
+        if is_given and key not in family.defaults.extras:
             logger.warning(
-                "%s: %s (--%s) is ignored because this model has no such setting", prompt_file, one.key, word
+                "%s: %s (--%s) is ignored because this model has no such setting", prompt_file, key, word
             )
 
 
@@ -308,7 +349,8 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
 
     Sizes are rounded down to sizes of the family. Raises OptionError for numbers that no model takes.
     """
-    usual, values = family.defaults, {key: value for key, value in entry.items() if value is not None}
+    usual = family.defaults
+    values = {key: value for key, value in entry.items() if value is not None}
 
     def path(key: str) -> Path | None:
         return to_path(key, str(values[key])) if values.get(key) else None
@@ -317,11 +359,13 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
         return None if key not in values else float(values[key])
 
     controls = values.get("control_image_path") or []
-    extra = {one.key: str(values[one.key]) for one in OF_SOME_MODELS.values() if one.key in values}
+    if isinstance(controls, str):
+        controls = [controls]
     scale = number("cfg_scale")
-    named = [expert.name for expert in family.experts if expert.name]
-    sides = ("width", usual.width), ("height", usual.height), ("frame_count", usual.frames)
-    width, height, frames = (int(values.get(key, other)) for key, other in sides)
+    expert_names = [expert.name for expert in family.experts if expert.name]
+    width = int(values.get("width", usual.width))
+    height = int(values.get("height", usual.height))
+    frames = int(values.get("frame_count", usual.frames))
     request = Request(
         prompt=str(values.get("prompt", "")),
         seed=int(values.get("seed", 0)),
@@ -330,7 +374,7 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
         frames=frames,
         steps=values.get("sample_steps"),
         guidance_scale=scale,
-        expert_guidance={} if scale is None else dict.fromkeys(named, scale),
+        expert_guidance={} if scale is None else dict.fromkeys(expert_names, scale),
         embedded_guidance=number("guidance_scale"),
         flow_shift=None if usual.flow_shift is None else number("discrete_flow_shift"),
         solver=_solver_of(values),
@@ -341,32 +385,37 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
         image_path=path("image_path"),
         end_image_path=path("end_image_path"),
         control_path=path("control_video_path"),
-        control_images=tuple(
-            to_path("control_image_path", str(one))
-            for one in ([controls] if isinstance(controls, str) else controls)
-        ),
-        extra=extra,
+        control_images=tuple(to_path("control_image_path", str(image)) for image in controls),
+        extra={
+            setting.key: str(values[setting.key])
+            for setting in OF_SOME_MODELS.values()
+            if setting.key in values
+        },
     )
     check_values(request)
-    width, height, frames = _whole_size(request.prompt, (width, height, frames), family.latent)
-    return replace(request, width=width, height=height, frames=frames)
+    return _with_whole_size(request, (width, height, frames), family.latent)
 
 
-def _whole_size(prompt: str, asked: tuple[int, int, int], latent: LatentSpec) -> tuple[int, int, int]:
-    """Return the next lower width, height and frames that the model makes; warn if they differ."""
+def _with_whole_size(request: Request, size: tuple[int, int, int], latent: LatentSpec) -> Request:
+    """Return a request for the next lower size that the model makes; warn if it differs.
+
+    size: width, height and frames.
+    """
+    width, height, frames = size
     side, step = latent.pixel_step, latent.frame_step
-    width, height = (max(one // side, 1) * side for one in asked[:2])
-    made = width, height, 1 if latent.is_of_pictures else (asked[2] - 1) // step * step + 1
-    if made != asked:
-        changes = []
-        if made[:2] != asked[:2]:
-            pixels = f"{asked[0]} x {asked[1]} pixels (--w, --h) are changed to {made[0]} x {made[1]}"
-            changes.append(f"{pixels}: sides are multiples of {side}")
-        if made[2] != asked[2]:
-            why = "a picture has one frame" if latent.is_of_pictures else f"lengths are {step}n + 1 frames"
-            changes.append(f"{count_of(asked[2], 'frame')} (--f) changed to {made[2]}: {why}")
-        logger.warning("the sample %r: %s", prompt, "; ".join(changes))
-    return made
+    whole_width = max(width // side, 1) * side
+    whole_height = max(height // side, 1) * side
+    whole_frames = 1 if latent.is_of_pictures else (frames - 1) // step * step + 1
+    changes = []
+    if (whole_width, whole_height) != (width, height):
+        pixels = f"{width} x {height} pixels (--w, --h) are changed to {whole_width} x {whole_height}"
+        changes.append(f"{pixels}: sides are multiples of {side}")
+    if whole_frames != frames:
+        why = "a picture has one frame" if latent.is_of_pictures else f"lengths are {step}n + 1 frames"
+        changes.append(f"{count_of(frames, 'frame')} (--f) changed to {whole_frames}: {why}")
+    if changes:
+        logger.warning("the sample %r: %s", request.prompt, "; ".join(changes))
+    return replace(request, width=whole_width, height=whole_height, frames=whole_frames)
 
 
 def _solver_of(values: Mapping[str, Any]) -> str | None:
@@ -387,17 +436,19 @@ def _no_dit(expert: int) -> nn.Module:
     raise AssertionError("training samples use the network that is being trained")
 
 
-def sample_values(made: Prepared, is_seeded: bool, family: Family) -> dict[str, Any]:
+def sample_values(prepared: Prepared, is_seeded: bool, family: Family) -> dict[str, Any]:
     """Return the values that make a sample, by the names of `Request`; see `following.Generation`."""
-    values = vars(made.asked) | {
-        name: getattr(made, name) for name in ("frames", "steps", "embedded_guidance")
+    request = prepared.asked
+    values = vars(request) | {
+        name: getattr(prepared, name) for name in ("frames", "steps", "embedded_guidance")
     }
     # if streams have scales of their own, only a scale that the sample gives is listed: it replaces them
-    values["guidance_scale"] = made.asked.guidance_scale if made.rules.streams else made.guidance_scale[0]
-    for expert, scale in zip(family.experts, made.guidance_scale, strict=True):
+    scales = prepared.guidance_scale
+    values["guidance_scale"] = request.guidance_scale if prepared.rules.streams else scales[0]
+    for expert, scale in zip(family.experts, scales, strict=True):
         if expert.name == HIGH_NOISE:
             values[f"guidance_scale_{HIGH_NOISE}"] = scale
-    values["seed"] = made.seed if is_seeded else None
-    values["flow_shift"] = made.flow_shift if family.defaults.flow_shift is not None else None
-    values["solver"] = next((name for name, one in SOLVERS.items() if one == made.asked.solver), None)
+    values["seed"] = prepared.seed if is_seeded else None
+    values["flow_shift"] = prepared.flow_shift if family.defaults.flow_shift is not None else None
+    values["solver"] = next((name for name, solver in SOLVERS.items() if solver == request.solver), None)
     return values

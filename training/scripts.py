@@ -27,62 +27,72 @@ def training_script(
     family: str,
     about: str | None,
     *,
-    whole: bool = False,
+    whole_dit: bool = False,
     images: "ImageTrainerDefaults | None" = None,
-    more: Sequence[type[Options]] = (),
-    check: Callable[[Any], None] = lambda own: None,
+    extra_options: Sequence[type[Options]] = (),
+    check: Callable[[Any], None] = lambda options: None,
     samplers: Sequence[str] = SAMPLERS,
 ) -> Script:
-    """Return the script that trains a LoRA for a family, or with `whole` its transformer.
+    """Return the script that trains a LoRA for a family, or with `whole_dit` its transformer.
 
-    about: the script's docstring. images: differences between image families; None for video. more: records
-    of options besides the family's. check: raises OptionError if the family's options do not fit. samplers:
-    choices of --timestep_sampling for video.
+    about: the script's docstring. images: differences between image families; None for video.
+    extra_options: records of options besides the family's. check: raises OptionError if the family's options
+    do not fit. samplers: choices of --timestep_sampling for video.
     """
     entry = FAMILIES[family]
-    learner = WholeDitOptions if whole else NetworkOptions
+    learner = WholeDitOptions if whole_dit else NetworkOptions
     settings = {"timestep_sampling": {"choices": samplers}}
 
     def train(argv: Sequence[str] | None = None) -> None:
         record = entry.options_record("Training")
         if images is None:
-            options, own, given = read_training(about, record, argv, learner, more, settings=settings)
+            options, family_options, given = read_training(
+                about, record, argv, learner=learner, shared=extra_options, settings=settings
+            )
         else:
-            from training.image_options import read_image_training
+            from training.image_options import read_image_training  # only for image models
 
-            options, own, given = read_image_training(about, record, images, argv)
+            options, family_options, given = read_image_training(about, record, images, argv)
         with name_as_typed(options.typed_names):
-            if whole:
-                refuse_for_whole(option_values(own).get("dit_dtype"))
-            check(own)
+            if whole_dit:
+                refuse_for_whole(option_values(family_options).get("dit_dtype"))
+            check(family_options)
 
             tell_loading()
             from dataset.batches.items import CachingCommands
             from training.following import plan_next_steps
             from training.run import train_network  # torch loads here, after every option has been read
 
-            made = entry.make_family("training", own)
+            model = entry.make_family("training", family_options)
             typed = {option.name: option.flag for option in given if option.is_changed}
             recalled = _recall(options, family)
             # the files that made the caches are known where the training does not need them itself
             with quiet():  # a record that is made again warns again
-                filled = fill_options(own, recalled)
+                filled = fill_options(family_options, recalled)
             typed_before = {option.name: option.typed for option in recalled} | typed
             # options of the caching script that follow from the checkpoint; not the files of the caches that
             # are there, which may be of another model
-            commands = entry.caching_commands(own, options.loop.dataset_config, made.caching_switches, typed)
+            commands = entry.caching_commands(
+                family_options, options.loop.dataset_config, model.caching_switches, typed
+            )
             follow = partial(
                 plan_next_steps,
-                script=f"{entry.script}_train{'' if whole else '_network'}.py",
+                script=f"{entry.script}_train{'' if whole_dit else '_network'}.py",
                 given=given,
-                generation=partial(entry.generation_words, own, typed=typed),
+                generation=partial(entry.generation_words, family_options, typed=typed),
                 generation_of_caches=partial(entry.generation_words, filled, typed=typed_before),
                 spellings=entry.spellings,
                 cached_with={option.name: option.value for option in recalled},
             )
             room = import_own(f"{entry.room}.family")
-            make_sampling = getattr(room, "family_for_samples", lambda own: None)
-            code = train_network(made, options, CachingCommands(*commands), follow, make_sampling(own))
+            make_sampling = getattr(room, "family_for_samples", lambda options: None)
+            code = train_network(
+                model,
+                options,
+                commands=CachingCommands(*commands),
+                follow=follow,
+                sampling=make_sampling(family_options),
+            )
         if code:
             raise SystemExit(code)
 

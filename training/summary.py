@@ -53,17 +53,18 @@ def count_saves(
     models = 0
     if options.save_every_n_steps is not None:
         every = options.save_every_n_steps
-        kept = plan.total_steps // every - first_step // every
+        left = plan.total_steps // every - first_step // every
         if options.save_last_n_steps is not None:
-            kept = min(kept, options.save_last_n_steps // every + 1)
-        models += kept
+            left = min(left, options.save_last_n_steps // every + 1)
+        models += left
     if options.save_every_n_epochs is not None:
         every = options.save_every_n_epochs
-        kept = (plan.num_epochs - 1) // every - first_epoch // every
+        left = (plan.num_epochs - 1) // every - first_epoch // every
         if options.save_last_n_epochs is not None:
-            kept = min(kept, options.save_last_n_epochs)
-        models += max(0, kept)
-    return models + 1, (models if options.save_state else 0) + options.saves_state_at_end
+            left = min(left, options.save_last_n_epochs)
+        models += max(0, left)
+    states = models if options.save_state else 0
+    return models + 1, states + options.saves_state_at_end
 
 
 def saved_bytes(
@@ -73,56 +74,94 @@ def saved_bytes(
 
     parameters: the trained ones. dtype: of saved models; None: as they are.
     """
-    model = sum(one.numel() * (dtype or one.dtype).itemsize for one in parameters)
-    count, average = sum(one.numel() for one in parameters), FLOAT_BYTES if has_average else 0
+    model = sum(parameter.numel() * (dtype or parameter.dtype).itemsize for parameter in parameters)
+    count = sum(parameter.numel() for parameter in parameters)
+    average = FLOAT_BYTES if has_average else 0
     return model * (1 + has_average), count * (FLOAT_BYTES + MOMENTS_BYTES + average)
 
 
 def show_start(run: TrainingRun, dtype: torch.dtype | None) -> None:
     """Show the plan of the run. dtype: of saved models; None: as they are."""
-    plan, options, steps, trainable = run.plan, run.options, run.steps, run.model.trainable
-    parameters = [trainable.split.get(one, one) for one in trainable.parameters]  # whole ones of their rows
-    network, whole, saving, samples = options.network, options.whole_dit, plan.saving, options.samples
-    if network is not None:
-        continued = any(continued_sizes(run.model, part) for part in run.model.trainable.writes)
-        sizes = run.model.trainable.sizes() if continued else None
-        rank = (
-            f"rank {network.network_dim or DEFAULT_RANK}" if sizes is None else of_numbers("rank", sizes[0])
-        )
-        learner = f"{plan.network_module}, {rank}{'' if sizes is None else ' of the file'}"
-    else:
-        parts = whole.name_parts if whole is not None else ()
-        learner = f"of the model: {' '.join(parts)}" if parts else "the whole model"
-    length = f"{steps.total_steps} in {count_of(steps.num_epochs, 'epoch')} of {steps.steps_per_epoch}"
-    if steps.total_steps < steps.steps_per_epoch:
-        length = f"{steps.total_steps}, of the {steps.steps_per_epoch} of an epoch"
-    begun = f", from step {plan.progress.step + 1} on" if plan.progress.step else ""
-    held_back = f", {count_of(len(plan.validation), 'item')} for validation" if plan.validation else ""
-    known = ("architecture", "task", "sd_model_name")
-    model = [text for name, text in plan.family.metadata.items() if text and name.startswith(known)]
-    every = {"steps": saving.save_every_n_steps, "epochs": saving.save_every_n_epochs}
-    saves = _times({**every, "minutes": saving.save_every_n_minutes})
-    sampling = ["before the first step"] if samples.sample_at_first else []
-    sampling += _times({"steps": samples.sample_every_n_steps, "epochs": samples.sample_every_n_epochs})
-    sampling = sampling or ["when asked for"]
-    written = saved_bytes(parameters, dtype, options.average.ema_decay is not None)
-    counts = count_saves(saving, steps, plan.progress.step, plan.progress.epoch)
-    items = count_of(plan.order.num_items, "item")
+    plan, options = run.plan, run.options
+    names, network, samples = plan.names, options.network, options.samples
+    split = run.model.trainable.split  # rows of a weight, and the whole weight
+    parameters = [split.get(parameter, parameter) for parameter in run.model.trainable.parameters]
+    num_weights = sum(parameter.numel() for parameter in parameters)
+    sizes = _sizes_of_file(run)
+    item_count = count_of(plan.order.num_items, "item")
+    validation = f", {count_of(len(plan.validation), 'item')} for validation" if plan.validation else ""
+    counts = count_saves(plan.saving, run.steps, plan.progress.step, plan.progress.epoch)
+    has_average = options.average.ema_decay is not None
+    sampling = f"{_sampling_times(samples)}, from {samples.sample_prompts}"
     rows: list[Row] = [
-        ("model", ", ".join(model)),
-        ("learns", f"{learner}, {count_of(sum(one.numel() for one in parameters), 'weight')}"),
+        ("model", _describe_model(plan)),
+        ("learns", f"{_describe_learner(plan, sizes)}, {count_of(num_weights, 'weight')}"),
         ("alpha", None if network is None else judge_alpha(network, sizes)),
-        ("data", f"{items} with repeats{held_back}, {count_of(steps.num_batches, 'batch')}"),
-        ("steps", f"{length}{begun}"),
+        ("data", f"{item_count} with repeats{validation}, {count_of(run.steps.num_batches, 'batch')}"),
+        ("steps", _describe_length(plan)),
         ("learning rate", judge_rate(options)),
         ("optimizer", f"{options.optimizer.optimizer_type or 'AdamW'}, seed {plan.progress.seed}"),
-        ("saves", " and ".join([*saves, "at the end"])),
-        ("samples", f"{' and '.join(sampling)}, from {samples.sample_prompts}" if samples.are_made else None),
-        ("disk", disk_needed(plan.names.folder, counts, written)),
-        ("folder", str(plan.names.folder)),
-        ("page", None if options.logs.no_page else str(page_path(plan.names.folder, plan.names.name))),
+        ("saves", _saving_times(plan.saving)),
+        ("samples", sampling if samples.are_made else None),
+        ("disk", disk_needed(names.folder, counts, saved_bytes(parameters, dtype, has_average))),
+        ("folder", str(names.folder)),
+        ("page", None if options.logs.no_page else str(page_path(names.folder, names.name))),
     ]
-    show_box(f"Training {plan.names.name}", rows)
+    show_box(f"Training {names.name}", rows)
+
+
+def _sizes_of_file(run: TrainingRun) -> tuple[list[int], list[float]] | None:
+    """Return ranks and alphas of a network that goes on from a file; None if they are the options'."""
+    trainable = run.model.trainable
+    if run.options.network is None:
+        return None
+    is_continued = any(continued_sizes(run.model, part) for part in trainable.writes)
+    return trainable.sizes() if is_continued else None
+
+
+def _describe_model(plan: TrainingPlan) -> str:
+    """Return what the metadata of the family says of the model."""
+    starts = ("architecture", "task", "sd_model_name")
+    return ", ".join(text for name, text in plan.family.metadata.items() if text and name.startswith(starts))
+
+
+def _describe_learner(plan: TrainingPlan, sizes: tuple[Sequence[int], Sequence[float]] | None) -> str:
+    """Return what is trained: a network with its rank, or which parts of the model. sizes: of a file."""
+    network, whole_dit = plan.options.network, plan.options.whole_dit
+    if network is None:
+        parts = whole_dit.name_parts if whole_dit is not None else ()
+        return f"of the model: {' '.join(parts)}" if parts else "the whole model"
+    if sizes is None:
+        return f"{plan.network_module}, rank {network.network_dim or DEFAULT_RANK}"
+    ranks, _ = sizes
+    return f"{plan.network_module}, {of_numbers('rank', ranks)} of the file"
+
+
+def _describe_length(plan: TrainingPlan) -> str:
+    """Return the number of steps and epochs, and the step at which a resumed run begins."""
+    steps, first_step = plan.steps, plan.progress.step
+    beginning = f", from step {first_step + 1} on" if first_step else ""
+    if steps.total_steps < steps.steps_per_epoch:
+        return f"{steps.total_steps}, of the {steps.steps_per_epoch} of an epoch{beginning}"
+    epochs = count_of(steps.num_epochs, "epoch")
+    return f"{steps.total_steps} in {epochs} of {steps.steps_per_epoch}{beginning}"
+
+
+def _saving_times(saving: SavingOptions) -> str:
+    times = _times(
+        {
+            "steps": saving.save_every_n_steps,
+            "epochs": saving.save_every_n_epochs,
+            "minutes": saving.save_every_n_minutes,
+        }
+    )
+    return " and ".join([*times, "at the end"])
+
+
+def _sampling_times(samples: SampleOptions) -> str:
+    times = ["before the first step"] if samples.sample_at_first else []
+    times += _times({"steps": samples.sample_every_n_steps, "epochs": samples.sample_every_n_epochs})
+    return " and ".join(times or ["when asked for"])
 
 
 def _times(every: Mapping[str, float | None]) -> list[str]:
@@ -136,47 +175,58 @@ def _times(every: Mapping[str, float | None]) -> list[str]:
 
 def show_end(run: TrainingRun, story: history.Story, following: NextSteps) -> None:
     """Show the result of a finished run, and the commands that can follow."""
-    names, clock, losses = run.plan.names, run.logs.clock, run.progress.losses
+    names, logs = run.plan.names, run.options.logs
+    clock, losses = run.logs.clock, run.progress.losses
     network = run.options.network
-    seconds, samples = clock.seconds_per_step, names.folder / FOLDER
+    files = names.files(names.name).values()
+    samples = names.folder / FOLDER
+    has_samples = run.sampler is not None and samples.is_dir()
+    seconds = clock.seconds_per_step
     speed = "" if seconds is None else f" ({seconds:.3g} s a step)"
     peak = peak_in_words(run.device)
     if run.memory is not None:
         peak = f"{gib(run.memory.highest)} GiB"
+    results: list[Row] = [
+        ("result", f"{path} ({as_size(path.stat().st_size)})" if path.exists() else None) for path in files
+    ]
     rows: list[Row] = [
-        *(
-            ("result", f"{path} ({as_size(path.stat().st_size)})" if path.exists() else None)
-            for path in names.files(names.name).values()
-        ),
+        *results,
         ("best by validation", describe_best(story, names.folder) if story.validations else None),
         ("steps", f"{clock.steps} in {in_words(clock.active)}{speed}, without pauses"),
         ("average loss", f"{sum(losses) / len(losses):.4g}" if losses else None),
-        ("samples", str(samples) if run.sampler is not None and samples.is_dir() else None),
-        ("page", None if run.options.logs.no_page else str(page_path(names.folder, names.name))),
+        ("samples", str(samples) if has_samples else None),
+        ("page", None if logs.no_page else str(page_path(names.folder, names.name))),
         ("peak memory", peak),
         ("other tools", DORA_ELSEWHERE if network is not None and network.decomposes else None),
         ("commands", f"typed in {Path.cwd()}" if os.environ.get(RUN_GOES_ON) else None),
     ]
-    best = story.best_file(names.folder)
-    *chosen, _ = following.commands(None if best is None else names.folder / best, is_finished=True)
+    show_box(f"{names.name} is trained", rows, _list_commands(run, story, following))
+
+
+def _list_commands(run: TrainingRun, story: history.Story, following: NextSteps) -> list[Row]:
+    """Return the commands that can follow a finished run, each with its heading."""
+    folder, logging_dir = run.plan.names.folder, run.options.logs.logging_dir
+    best = story.best_file(folder)
+    # the last one starts this run again
+    *commands, _ = following.commands(None if best is None else folder / best, is_finished=True)
     is_windows = sys.platform == "win32"
-    commands: list[Row] = [
-        (command.heading, command.powershell if is_windows else command.bash) for command in chosen
+    rows: list[Row] = [
+        (command.heading, command.powershell if is_windows else command.bash) for command in commands
     ]
-    if run.options.logs.logging_dir is not None:
-        board = as_typed(["tensorboard", "--logdir", str(run.options.logs.logging_dir)])
-        commands.append(("Look at the curves", board))
-    show_box(f"{names.name} is trained", rows, commands)
+    if logging_dir is not None:
+        rows.append(("Look at the curves", as_typed(["tensorboard", "--logdir", str(logging_dir)])))
+    return rows
 
 
 def describe_best(story: history.Story, folder: Path) -> str:
     """Return the step with the lowest validation loss and the best file that exists."""
-    lowest, best = story.lowest, story.best_file(folder)
-    assert lowest is not None
-    text = f"step {lowest[0]}, loss {lowest[1]:.5f}"
+    assert story.lowest is not None
+    lowest_step, lowest_loss = story.lowest
+    best = story.best_file(folder)
+    text = f"step {lowest_step}, loss {lowest_loss:.5f}"
     if best is None:
         return f"{text}, not saved"
-    if story.saved[best] == lowest[0]:
+    if story.saved[best] == lowest_step:
         return f"{text}: {folder / best}"
     return f"{text}, not saved; best file: {folder / best}"
 
@@ -186,9 +236,12 @@ def disk_needed(folder: Path, saves: tuple[int, int], written: tuple[int, int]) 
 
     saves: models and states. written: bytes of one of each.
     """
-    needed, free = saves[0] * written[0] + saves[1] * written[1], free_bytes(folder)
-    states = f" and {count_of(saves[1], 'state')}" if saves[1] else ""
-    text = f"about {as_size(needed)} for {count_of(saves[0], 'save')}{states}; {as_size(free)} free"
+    num_models, num_states = saves
+    model_bytes, state_bytes = written
+    needed = num_models * model_bytes + num_states * state_bytes
+    free = free_bytes(folder)
+    states = f" and {count_of(num_states, 'state')}" if num_states else ""
+    text = f"about {as_size(needed)} for {count_of(num_models, 'save')}{states}; {as_size(free)} free"
     return text if free > SPARE * needed else f"{text}: TOO LITTLE, save less often or free some"
 
 
@@ -201,17 +254,21 @@ def watch_run(plan: TrainingPlan, step: int) -> Mapping[str, str]:
 
 def next_samples(options: SampleOptions, plan: StepPlan, step: int, epoch: int) -> int | None:
     """Return the step after which samples are due next, None for none. epoch: of the step, from 0."""
-    every, epochs = options.sample_every_n_steps, options.sample_every_n_epochs
-    steps = [] if every is None else [(step // every + 1) * every]
-    steps += [] if epochs is None else [plan.steps_until((epoch // epochs + 1) * epochs)]
-    return min((each for each in steps if each <= plan.total_steps), default=None)
+    every, every_epochs = options.sample_every_n_steps, options.sample_every_n_epochs
+    candidates = []
+    if every is not None:
+        candidates.append((step // every + 1) * every)
+    if every_epochs is not None:
+        next_epoch = (epoch // every_epochs + 1) * every_epochs
+        candidates.append(plan.steps_until(next_epoch))
+    return min((number for number in candidates if number <= plan.total_steps), default=None)
 
 
 def count_pauses(
-    options: TrainingOptions, saving: SavingOptions, plan: StepPlan, validates: bool, step: int, epoch: int
+    options: TrainingOptions, saving: SavingOptions, plan: StepPlan, *, validates: bool, step: int, epoch: int
 ) -> dict[str, int]:
     """Return how many pauses of each kind come after a step. epoch: whole epochs done by then."""
-    samples, asked = options.samples, options.validation
+    samples, validation = options.samples, options.validation
     total, epochs = plan.total_steps, plan.num_epochs
 
     def of_steps(every: int | None) -> int:
@@ -220,16 +277,18 @@ def count_pauses(
     def of_epochs(every: int | None, last: int) -> int:
         return 0 if not every else max(0, last // every - epoch // every)
 
-    by_step, by_epoch = asked.validate_every_n_steps, asked.validate_every_n_epochs
-    usual = None if by_step or by_epoch else max(LEAST_STEPS, plan.steps_per_epoch)
-    return {
-        SAMPLES: of_steps(samples.sample_every_n_steps) + of_epochs(samples.sample_every_n_epochs, epochs)
-        if samples.sample_prompts is not None
-        else 0,
-        VALIDATION: (of_steps(by_step or usual) + of_epochs(by_epoch, epochs)) * validates,
-        # one more pause: the finished model
-        SAVING: of_steps(saving.save_every_n_steps) + of_epochs(saving.save_every_n_epochs, epochs - 1) + 1,
-    }
+    sample_pauses = 0
+    if samples.sample_prompts is not None:
+        sample_pauses = of_steps(samples.sample_every_n_steps)
+        sample_pauses += of_epochs(samples.sample_every_n_epochs, epochs)
+    validation_pauses = 0
+    if validates:
+        by_step, by_epoch = validation.validate_every_n_steps, validation.validate_every_n_epochs
+        usual = None if by_step or by_epoch else max(LEAST_STEPS, plan.steps_per_epoch)
+        validation_pauses = of_steps(by_step or usual) + of_epochs(by_epoch, epochs)
+    save_pauses = of_steps(saving.save_every_n_steps) + of_epochs(saving.save_every_n_epochs, epochs - 1)
+    # one more pause to save: the finished model
+    return {SAMPLES: sample_pauses, VALIDATION: validation_pauses, SAVING: save_pauses + 1}
 
 
 def judge_alpha(
@@ -258,28 +317,32 @@ def make_reporter(
     plan: TrainingPlan, following: NextSteps, sampler: "Sampler | None", memory: MemoryWatch | None
 ) -> RunReporter:
     """Return the reporter of the run. With --no_page it keeps the last box."""
-    progress, device, given = plan.progress, plan.accelerator.device, following.given
+    progress, names, device = plan.progress, plan.names, plan.accelerator.device
     is_main = plan.accelerator.is_main_process
-    is_written = is_main and not plan.options.logs.no_page
-    path = history.history_path(plan.names.folder, plan.names.name)
+    lines = history.History(
+        history.history_path(names.folder, names.name),
+        progress.session_id,
+        progress.step if is_main else 0,  # other processes read nothing of it
+        is_written=is_main and not plan.options.logs.no_page,
+    )
+    start = history.Start(
+        model=plan.family.name,
+        total_steps=following.total_steps,
+        changed=[(option.name, option.text) for option in following.given if option.is_changed],
+        unchanged=[(option.name, option.text) for option in following.given if not option.is_changed],
+        listens=True,
+        process=history.describe_process(),
+        written_in=str(real_path(names.folder)),
+        working_folder=str(Path.cwd()),
+    )
     return RunReporter(
-        # other processes read nothing of it
-        history.History(path, progress.session_id, progress.step if is_main else 0, is_written),
-        history.Start(
-            plan.family.name,
-            following.total_steps,
-            [(option.name, option.text) for option in given if option.is_changed],
-            [(option.name, option.text) for option in given if not option.is_changed],
-            True,
-            history.describe_process(),
-            str(real_path(plan.names.folder)),
-            str(Path.cwd()),
-        ),
-        {} if sampler is None else dict(enumerate(sampler.prompts)),
-        progress.step,
-        following.commands,
-        lambda: list_memory(device, memory),
-        lambda: plan.accelerator.trackers if is_main else (),  # they start later
+        history=lines,
+        start=start,
+        prompts={} if sampler is None else dict(enumerate(sampler.prompts)),
+        step=progress.step,
+        commands=following.commands,
+        memory=lambda: list_memory(device, memory),
+        trackers=lambda: plan.accelerator.trackers if is_main else (),  # they start later
     )
 
 

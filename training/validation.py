@@ -15,7 +15,7 @@ from dataset.batches.items import TrainingItem
 from dataset.batches.order import RunPlace, change_captions
 from dataset.cache.records import CacheChecks
 from modules.bars import track
-from modules.contract.data import SOUND
+from modules.contract.data import SOUND, Batch
 from modules.contract.rules import expert_at
 from training.data.feed import draw_given_frames, seed_generator
 from training.data.timesteps import times_at
@@ -63,39 +63,69 @@ class Validation:
         expert -> its network. The networks are in evaluation mode. All processes must call it and get the
         same numbers.
         """
-        steps, processes, levels = self.plan.steps, self.plan.steps.processes, self.sigmas
-        chosen = self.plan.validation[: self.plan.options.validation.max_validation_steps]
-        items = chosen[self.process :: processes]
-        lacks = steps.in_lockstep and len(items) * processes < len(chosen)
-        repeated = [chosen[-1]] if lacks else []
-        experts = [expert_at(NUM_TIMESTEPS * sigma, self.plan.family.experts) for sigma in levels]
-        sums = torch.zeros(len(levels) + 1, dtype=torch.float64)
-        sums[-1] = len(items)
-        # all items by one network, then by the next: bringing one to the device takes longer than reading
-        for expert in sorted(set(experts)) if items or repeated else ():
-            dit, places = dit_at(expert), [place for place, which in enumerate(experts) if which == expert]
-            for item in track(items, f"validation, {len(places)} noise levels", len(items), unit="item"):
-                losses = self._losses(item, [levels[place] for place in places], dit, autocast)
-                sums[places] += torch.tensor(losses, dtype=torch.float64)
-            for item in repeated:  # for the others, which gather the blocks from this process
-                self._losses(item, [levels[place] for place in places], dit, autocast)
-        if processes > 1:
+        sums = self._sum_losses(dit_at, autocast)
+        if self.plan.steps.processes > 1:
             shared = sums.to(self.plan.accelerator.device)
             torch.distributed.all_reduce(shared)
             sums = shared.cpu()
         means = (sums[:-1] / sums[-1]).tolist()
-        bands = {
-            f"validation/loss_{round(1000 * sigma):03d}": loss
-            for sigma, loss in zip(self.sigmas, means, strict=True)
-        }
-        return {LOSS: sum(means) / len(means), **bands}
+        losses = {LOSS: sum(means) / len(means)}
+        for sigma, mean in zip(self.sigmas, means, strict=True):
+            losses[f"validation/loss_{round(1000 * sigma):03d}"] = mean
+        return losses
+
+    def _sum_losses(self, dit_at: DitOf, autocast: Autocast) -> Tensor:
+        """Return the sums over this process' items of their losses at each noise level, then their number."""
+        steps = self.plan.steps
+        chosen = self.plan.validation[: self.plan.options.validation.max_validation_steps]
+        items = chosen[self.process :: steps.processes]
+        lacks = steps.in_lockstep and len(items) * steps.processes < len(chosen)
+        repeated = [chosen[-1]] if lacks else []
+        experts = [expert_at(NUM_TIMESTEPS * sigma, self.plan.family.experts) for sigma in self.sigmas]
+        sums = torch.zeros(len(self.sigmas) + 1, dtype=torch.float64)
+        sums[-1] = len(items)
+        if not (items or repeated):
+            return sums
+        # all items by one network, then by the next: bringing one to the device takes longer than reading
+        for expert in sorted(set(experts)):
+            dit = dit_at(expert)
+            places = [place for place, index in enumerate(experts) if index == expert]
+            sigmas = [self.sigmas[place] for place in places]
+            for item in track(items, f"validation, {len(places)} noise levels", len(items), unit="item"):
+                losses = self._losses(item, sigmas, dit, autocast)
+                sums[places] += torch.tensor(losses, dtype=torch.float64)
+            for item in repeated:  # for the others, which gather the blocks from this process
+                self._losses(item, sigmas, dit, autocast)
+        return sums
 
     def _losses(
         self, item: TrainingItem, sigmas: Sequence[float], dit: nn.Module, autocast: Autocast
     ) -> list[float]:
         """Return the loss of one item at each of these noise levels."""
-        plan, spec, stream = self.plan, self.plan.family.noise, ("validation", item.key)
-        batch = plan.sources.read((item,), plan.family.latent, plan.commands, self.checks, stream)
+        batch = self._read(item, autocast)
+        frames = batch.tensor("latents").shape[2]
+        # the same frames in all bands, and in all runs with the same probability
+        given_frames = draw_given_frames(
+            self.plan.family.noise, frames, "validation", item.key, "given frames"
+        )
+        losses = []
+        for sigma in sigmas:
+            noisy_batch = self._add_noise(batch, sigma, item.key, given_frames)
+            noisy_batch = noisy_batch.to(self.plan.accelerator.device)
+            errors = measure_streams(self.plan.family, dit, noisy_batch, autocast=autocast, rule=self.loss)
+            losses.append(functools.reduce(torch.add, errors))
+        return torch.cat(losses).tolist()
+
+    def _read(self, item: TrainingItem, autocast: Autocast) -> Batch:
+        """Read an item as a batch, with the texts that are encoded while training."""
+        plan = self.plan
+        batch = plan.sources.read(
+            (item,),
+            plan.family.latent,
+            plan.commands,
+            checks=self.checks,
+            stream=("validation", item.key),
+        )
         if self.process == 0:
             plan.encoders.warn(batch.made_by)
         if plan.sources.tables:
@@ -104,24 +134,34 @@ class Validation:
         if plan.texts is not None:
             with autocast():
                 batch = plan.texts.add_to(batch)
+        return batch
+
+    def _add_noise(self, batch: Batch, sigma: float, key: str, given_frames: int) -> NoisyBatch:
+        """Return a batch of one item at a noise level.
+
+        The noise is seeded by the key of the item, the level, and --validation_seed if it is given: not by
+        the run's seed, so that runs can be compared.
+        """
+        options = self.plan.options
+        level = round(NUM_TIMESTEPS * sigma) if self.is_of_images else int(NUM_BANDS * sigma)
+        seed: list[int | str] = [key, level]
+        if options.validation.validation_seed is not None:
+            seed.insert(0, options.validation.validation_seed)
         shape = batch.tensor("latents").shape
-        # the same frames in all bands, and in all runs with the same probability
-        given_frames = draw_given_frames(spec, shape[2], "validation", item.key, "given frames")
-        losses, given = [], plan.options.validation.validation_seed  # of the noise, beside the item
-        seed = () if given is None else (given,)
-        for sigma in sigmas:
-            level = round(NUM_TIMESTEPS * sigma) if self.is_of_images else int(NUM_BANDS * sigma)
-            # seeded by the item alone: not by the run's seed, so that runs can be compared
-            noise = torch.randn(shape, generator=seed_generator("validation", *seed, item.key, level))
-            times = times_at(plan.options.timesteps, torch.tensor([sigma]), spec)
-            heard, sound = batch.tensors.get(SOUND), None
-            if isinstance(heard, Tensor):  # as noisy as the picture
-                generator = seed_generator("validation sound", *seed, item.key, level)
-                of_sound = torch.randn(heard.shape, generator=generator)
-                sound = NoisySound(of_sound, times.sigmas, times.timesteps, torch.ones(1))
-            noisy_batch = NoisyBatch(
-                batch, noise, times.sigmas, times.timesteps, torch.ones(1), given_frames, sound=sound
-            ).to(plan.accelerator.device)
-            errors = measure_streams(plan.family, dit, noisy_batch, autocast, self.loss)
-            losses.append(functools.reduce(torch.add, errors))
-        return torch.cat(losses).tolist()
+        noise = torch.randn(shape, generator=seed_generator("validation", *seed))
+        times = times_at(options.timesteps, torch.tensor([sigma]), self.plan.family.noise)
+        sound: NoisySound | None = None
+        sound_latents = batch.tensors.get(SOUND)
+        if isinstance(sound_latents, Tensor):  # as noisy as the picture
+            generator = seed_generator("validation sound", *seed)
+            sound_noise = torch.randn(sound_latents.shape, generator=generator)
+            sound = NoisySound(sound_noise, times.sigmas, times.timesteps, torch.ones(1))
+        return NoisyBatch(
+            batch=batch,
+            noise=noise,
+            sigmas=times.sigmas,
+            timesteps=times.timesteps,
+            weights=torch.ones(1),
+            given_frames=given_frames,
+            sound=sound,
+        )

@@ -17,7 +17,7 @@ from dataset.batches.finding import find_items
 from dataset.batches.order import split_validation
 from dataset.config import load_dataset_config
 from modules.contract.data import CAPTION, FIRST_FRAME, LOSS_MASK, Batch
-from modules.contract.family import NoiseSpec
+from modules.contract.family import FLOW, NoiseSpec
 from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.errors import DatasetError
 from modules.options import read_options
@@ -162,6 +162,14 @@ def test_a_model_with_a_table_is_given_latents_under_noise_and_learns_the_noise(
 
     assert dit.noisy[:, 0, 0, 0, 0].tolist() == [2 + 0.5, 4 + 10]
     assert errors.tolist() == [0.25, 0.25]
+
+
+def test_a_loss_of_an_unknown_name_is_an_error() -> None:
+    rule = replace(PLAIN_LOSS, options=replace(PLAIN_LOSS.options, loss_type="smooth_l2"))
+    ones = torch.ones(1)
+
+    with pytest.raises(ValueError, match="unknown loss 'smooth_l2'"):
+        element_errors(rule.options, FLOW, torch.zeros(1, 2, 1, 4, 4), sigmas=ones, timesteps=ones)
 
 
 @pytest.mark.parametrize("loss_type", ["l2", "l1", "huber", "smooth_l1"])

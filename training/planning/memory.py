@@ -18,10 +18,9 @@ from dataset.batches.reading import stores_for
 from dataset.cache.records import CacheChecks
 from modules.console import quiet
 from modules.contract.data import LatentSpec
-from modules.contract.family import Described
+from modules.contract.family import Described, Family
 from modules.contract.rules import SoundLearning
 from modules.devices import gib
-from modules.installation import import_own
 from modules.options import override_options
 from modules.planning import dry_run as dry
 from modules.planning import memory_plan
@@ -59,39 +58,46 @@ class StepPrediction:
     block_weights: tuple[memory_plan.BlockWeights, ...]
     workspace: memory_plan.MemoryPart
     average: int = 0  # bytes of a whole model's average (EMA) in host memory
-    others: int = 0  # further transformers that are trained, each like the one that was rehearsed
+    further: int = 0  # transformers that are trained, each like the one that was rehearsed
     sampled: int = 0  # transformers that only samples need
     texts: LiveTexts | None = None  # encoded in each step
 
     def phase(self, blocks: int) -> memory_plan.Phase:
         """Return the largest moment of a step with this many blocks swapped."""
         (place, moment), swap = dry.largest(self.moments), self.swaps[blocks]
-        notes = {dry.WEIGHTS: self.weights, dry.WORKING: place}
-        notes[dry.WEIGHTS] += swap.words(blocks, "to pass through")
+        notes = {
+            dry.WEIGHTS: self.weights + swap.words(blocks, "to pass through"),
+            dry.WORKING: place,
+        }
         if self.waiting:
             notes[dry.KEPT] = "the rest waits in host memory"
         parts = [*memory_plan.parts_of(moment, swap, notes, self.waiting)]
-        further = self.others + self.sampled
-        if further:
-            whole, device, host, note = moment.get(dry.WEIGHTS, 0), 0, further * swap.host, ""
-            if self.takes_turns:  # each has all its weights in host memory, also the one at work
-                host, note = (1 + further) * whole - swap.host, "they take turns on the device"
-            else:
-                device = further * (whole - swap.saved)
-            parts.append(memory_plan.MemoryPart("further transformers", device, host, note))
-        if further and self.options.by_expert.lora_per_expert:
+        has_more = self.further + self.sampled > 0
+        if has_more:
+            parts.append(self._further_transformers(moment.get(dry.WEIGHTS, 0), swap))
+        if has_more and self.options.by_expert.lora_per_expert:
             # a micro-batch goes to one transformer, so only several micro-batches leave gradients in both
             kinds = [dry.NETWORK, dry.OPTIMIZER]
-            kinds += [dry.GRADIENTS] if self.options.loop.gradient_accumulation_steps > 1 else []
+            if self.options.loop.gradient_accumulation_steps > 1:
+                kinds.append(dry.GRADIENTS)
             learning = sum(moment.get(kind, 0) for kind in kinds)
-            parts.append(memory_plan.MemoryPart("what learns in them", self.others * learning))
+            parts.append(memory_plan.MemoryPart("what learns in them", self.further * learning))
         if self.average:
             parts.append(memory_plan.MemoryPart("average of the weights (EMA)", 0, self.average))
         return memory_plan.Phase(f"training step, {self.batch}", (*parts, self.workspace))
 
+    def _further_transformers(self, weights: int, swap: memory_plan.Swapped) -> memory_plan.MemoryPart:
+        """Return the memory of all transformers but the rehearsed one. weights: bytes of one."""
+        count = self.further + self.sampled
+        if self.takes_turns:  # each has all its weights in host memory, also the one at work
+            host = (1 + count) * weights - swap.host
+            return memory_plan.MemoryPart("further transformers", 0, host, "they take turns on the device")
+        device = count * (weights - swap.saved)
+        return memory_plan.MemoryPart("further transformers", device, count * swap.host, "")
+
     @property
     def takes_turns(self) -> bool:
-        return self.sampled > 0 or (self.others > 0 and self.options.by_expert.offload_inactive_dit)
+        return self.sampled > 0 or (self.further > 0 and self.options.by_expert.offload_inactive_dit)
 
     def scaled(self, share: float) -> "StepPrediction":
         """Return the prediction for a batch with this share of the elements; activations scale with it."""
@@ -140,38 +146,49 @@ def predict(
         dit = family.load_dit(placement)
     processes = memory_plan.sharing_processes(options.speed)
     swaps = memory_plan.swaps_of(dit, family.dit, options.speed.swap, processes)
-    weights, block_weights = memory_plan.dtypes_of(dit), memory_plan.weights_by_block(dit, family.dit)
-    average, whole = 0, options.whole_dit
-    if whole is not None and options.average.ema_decay is not None:
-        parts, named = whole.name_parts, dit.named_parameters()
-        learning = [one for name, one in named if not parts or any(part in name for part in parts)]
-        average = 4 * sum(one.numel() for one in learning)
+    weights = memory_plan.dtypes_of(dit)
+    block_weights = memory_plan.weights_by_block(dit, family.dit)
+    average = _average_bytes(options, dit)
     count, _, *size = noisy_batch.noise.shape
     shape: Shape = (count, *size)
     try:
         with quiet():
             for encoder in () if texts is None else texts.encoders:
                 encoder.load(META)
-            moments, waiting = rehearse(family, options, dit, noisy_batch, texts, watch)
+            moments, waiting = rehearse(family, options, dit, noisy_batch, texts=texts, watch=watch)
     finally:
         if texts is not None:
             texts.free()
     return StepPrediction(
-        options,
-        describe_batch(family.latent, shape),
-        noisy_batch.noise.numel(),
-        shape,
-        moments,
-        waiting,
-        weights,
-        swaps,
-        block_weights,
-        memory_plan.workspace(device, is_training=True),
-        average,
-        len(family.experts) - 1,
-        sampled,
-        texts,
+        options=options,
+        batch=describe_batch(family.latent, shape),
+        size=noisy_batch.noise.numel(),
+        shape=shape,
+        moments=moments,
+        waiting=waiting,
+        weights=weights,
+        swaps=swaps,
+        block_weights=block_weights,
+        workspace=memory_plan.workspace(device, is_training=True),
+        average=average,
+        further=len(family.experts) - 1,
+        sampled=sampled,
+        texts=texts,
     )
+
+
+def _average_bytes(options: TrainingOptions, dit: nn.Module) -> int:
+    """Return the bytes of a whole model's average (EMA) in host memory; 0 without one."""
+    whole_dit = options.whole_dit
+    if whole_dit is None or options.average.ema_decay is None:
+        return 0
+    parts = whole_dit.name_parts
+    learning = [
+        parameter
+        for name, parameter in dit.named_parameters()
+        if not parts or any(part in name for part in parts)
+    ]
+    return 4 * sum(parameter.numel() for parameter in learning)
 
 
 def largest_batch(items: Iterable[TrainingItem], latent_side: int = 8) -> tuple[TrainingItem, ...]:
@@ -179,8 +196,7 @@ def largest_batch(items: Iterable[TrainingItem], latent_side: int = 8) -> tuple[
 
     latent_side: pixels on a side of the units in which `TrainingItem.references` are measured.
     """
-    there = list(items)
-    pools = repeat_items(there).values()
+    pools = repeat_items(list(items)).values()
     sounding_first = [sorted(pool, key=lambda item: not item.has_sound) for pool in pools]
     batches = [pool[: pool[0].table.batch_size] for pool in sounding_first]
 
@@ -189,8 +205,8 @@ def largest_batch(items: Iterable[TrainingItem], latent_side: int = 8) -> tuple[
         references = sum(map(operator.mul, sides[::2], sides[1::2]))
         return (prod(batch[0].bucket) + references * latent_side**2) * len(batch), batch[0].has_sound
 
-    found = max(batches, key=count)
-    return tuple(found)
+    largest = max(batches, key=count)
+    return tuple(largest)
 
 
 def read_largest(
@@ -202,8 +218,8 @@ def read_largest(
 ) -> NoisyBatch:
     """Read the largest batch as for training. Raises CacheError if its caches cannot be used."""
     sources = sources or BatchSources(stores_for(items[0], family.latent))
-    found = largest_batch(with_reference_sizes(items, sources.stores), family.latent.stride[1])
-    batch = sources.read(found, family.latent, commands, CacheChecks(), ("largest",))
+    largest = largest_batch(with_reference_sizes(items, sources.stores), family.latent.stride[1])
+    batch = sources.read(largest, family.latent, commands, checks=CacheChecks(), stream=("largest",))
     # given frames take a little more memory than none: if they may come, the largest batch has some
     noise = replace(family.noise, first_frame_probability=math.ceil(family.noise.first_frame_probability))
     drawn = Randomness(options.timesteps, 0, noise, perturbation=options.noise, sound=SoundLearning())
@@ -211,7 +227,7 @@ def read_largest(
 
 
 def plan_training(
-    family: Trains,
+    family: Family,
     options: TrainingOptions,
     items: Sequence[TrainingItem],
     commands: CachingCommands,
@@ -224,33 +240,49 @@ def plan_training(
 
     sampled: transformers that only samples need. sources: where batches are read from.
     """
-    noisy_batch = read_largest(family, options, items, commands, sources)
+    noisy_batch = read_largest(family, options, items, commands=commands, sources=sources)
     cards, size = options.speed.plan.cards
     room = room_on(device, size)
     if cards > 1:
-        several = import_own("training.planning.several_cards")
-        several.plan_ways(family, options, noisy_batch, device, cards, room, sampled, texts)
+        assert room is not None  # its size is given
+        from training.planning.several_cards import plan_ways  # imports this file
+
+        plan_ways(
+            family,
+            options,
+            noisy_batch,
+            device=device,
+            cards=cards,
+            room=room,
+            sampled=sampled,
+            texts=texts,
+        )
         return
-    prediction = predict(family, options, noisy_batch, device, sampled, texts)
+    prediction = predict(family, options, noisy_batch, device=device, sampled=sampled, texts=texts)
     compiled = [] if options.speed.compilation.choice is None else [COMPILED]
 
     def plan(blocks: int, remarks: Sequence[str]) -> memory_plan.MemoryPlan:
         phase, host = prediction.phase(blocks), host_room()
+        remarks = (*remarks, *compiled)
         if prediction.takes_turns and host is not None and phase.host > host:
-            smaller = "train one transformer at a time, and make no samples by both"
-            if options.speed.fp8.quantisation is None:
-                smaller = f"--fp8_base --fp8_scaled halves that. Or {smaller}"
-            room = f"The host has {gib(host)} GiB free, and {gib(phase.host)} are needed: {smaller}."
-            return prediction.plan(blocks, (*remarks, *compiled, room))
-        return prediction.plan(blocks, (*remarks, *compiled))
+            remarks = (*remarks, _host_remark(options, phase.host, host))
+        return prediction.plan(blocks, remarks)
 
     memory_plan.print_plan(
         prediction,
         options.speed.swap,
         room,
         plan,
-        lambda room: advice(family, prediction, noisy_batch, room, device),
+        lambda room: advice(family, prediction, noisy_batch, room=room, device=device),
     )
+
+
+def _host_remark(options: TrainingOptions, needed: int, free: int) -> str:
+    """Return how to need less host memory, in bytes, for transformers that take turns."""
+    remedy = "train one transformer at a time, and make no samples by both"
+    if options.speed.fp8.quantisation is None:
+        remedy = f"--fp8_base --fp8_scaled halves that. Or {remedy}"
+    return f"The host has {gib(free)} GiB free, and {gib(needed)} are needed: {remedy}."
 
 
 def prepare_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]:
@@ -263,7 +295,9 @@ def prepare_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]
     device, room = accelerator.device, room_on(accelerator.device)
 
     def rehearse_largest() -> StepPrediction:
-        noisy_batch = read_largest(family, options, plan.training, plan.commands, plan.sources)
+        noisy_batch = read_largest(
+            family, options, plan.training, commands=plan.commands, sources=plan.sources
+        )
         return predict(family, options, noisy_batch, device, texts=plan.texts)
 
     speed, prediction = memory_plan.resolve_swap(options.speed, room, rehearse_largest)
@@ -293,34 +327,46 @@ def advice(
 
     Each line adds to those before it; the last one fits if any does.
     """
-    kept = (noisy_batch, device, prediction.sampled, prediction.texts)
+    rehearse_with = partial(
+        predict,
+        family,
+        noisy_batch=noisy_batch,
+        device=device,
+        sampled=prediction.sampled,
+        texts=prediction.texts,
+    )
     predicted = [
-        (line, partial(predict, family, changed, *kept))
-        for line, changed in cheaper(prediction.options, prediction.others)
+        (line, partial(rehearse_with, changed))
+        for line, changed in cheaper(prediction.options, prediction.further)
     ]
-    can_swap = prediction.options.can_swap
-    lines, last = memory_plan.advise(prediction, predicted, room.usable, prediction.blocks, can_swap)
+    lines, last = memory_plan.advise(
+        prediction,
+        predicted,
+        room.usable,
+        swapped=prediction.blocks,
+        can_swap=prediction.options.can_swap,
+    )
     return lines if last is None else [*lines, *smaller(family.latent, last, room)]
 
 
-def cheaper(options: TrainingOptions, others: int = 0) -> list[tuple[str, TrainingOptions]]:
+def cheaper(options: TrainingOptions, further: int = 0) -> list[tuple[str, TrainingOptions]]:
     """Return unused options that save memory, each with all before it; those that cost least time first.
 
-    others: transformers that are trained beside the first one.
+    further: how many transformers are trained in addition to the first one.
     """
     loop, is_plain = options.loop, options.whole_dit is None and options.speed.fp8.quantisation is None
     unused = {
-        "--offload_inactive_dit": others > 0 and not options.by_expert.offload_inactive_dit,
+        "--offload_inactive_dit": further > 0 and not options.by_expert.offload_inactive_dit,
         "--gradient_checkpointing": not loop.gradient_checkpointing,
         "--fp8_base --fp8_scaled": is_plain,
         "--gradient_checkpointing_cpu_offload": not loop.gradient_checkpointing_cpu_offload,
     }
-    found: list[tuple[str, TrainingOptions]] = []
+    savings: list[tuple[str, TrainingOptions]] = []
     for line in (line for line, is_unused in unused.items() if is_unused):
         with quiet():  # warnings about the options were already logged for the given ones
             options = override_options(options, {word.removeprefix("--"): True for word in line.split()})
-        found.append((line, options))
-    return found
+        savings.append((line, options))
+    return savings
 
 
 def smaller(latent: LatentSpec, before: StepPrediction, room: Room) -> list[str]:
@@ -346,26 +392,29 @@ def shrunk(latent: LatentSpec, shape: Shape) -> list[tuple[str, str, Shape]]:
     count, frames, height, width = shape
     step, vertical, horizontal = latent.stride
     token = latent.pixel_step // horizontal  # sides are multiples of it
-    lengths, least = ([], frames) if latent.in_sections else (list_halves(frames), 1)
-    found: list[tuple[str, str, tuple[int, ...]]] = [
-        ("batch_size", str(number), (number, frames, height, width)) for number in list_halves(count)
-    ]
-    for number in lengths:
-        found.append(("target_frames", str(step * (number - 1) + 1), (1, number, height, width)))
+    shapes: list[tuple[str, str, Shape]] = []
+    for number in list_halves(count):
+        shapes.append(("batch_size", str(number), (number, frames, height, width)))
+    fewest_frames = frames
+    if not latent.in_sections:
+        fewest_frames = 1
+        for number in list_halves(frames):
+            shapes.append(("target_frames", str(step * (number - 1) + 1), (1, number, height, width)))
     for factor in (0.75, 0.5, 0.375, 0.25):
-        rows, columns = (token * max(1, round(side * factor / token)) for side in (height, width))
-        name = f"[{horizontal * columns}, {vertical * rows}]"
-        found.append(("resolution", name, (1, least, rows, columns)))
-    return found
+        rows = token * max(1, round(height * factor / token))
+        columns = token * max(1, round(width * factor / token))
+        size = f"[{horizontal * columns}, {vertical * rows}]"
+        shapes.append(("resolution", size, (1, fewest_frames, rows, columns)))
+    return shapes
 
 
 def list_halves(number: int) -> list[int]:
     """Halve a number again and again down to 1; return all halves."""
-    found = []
+    halves = []
     while number > 1:
         number = (number + 1) // 2
-        found.append(number)
-    return found
+        halves.append(number)
+    return halves
 
 
 def describe_batch(latent: LatentSpec, shape: Shape) -> str:

@@ -33,16 +33,24 @@ def plan_ways(
 
     def rehearsed(options: TrainingOptions, words: tuple[str, ...]) -> Rehearsed:
         counter = TokenCounter()
-        prediction = predict(family, options, noisy_batch, device, sampled, texts, counter.watch)
+        prediction = predict(
+            family,
+            options,
+            noisy_batch,
+            device=device,
+            sampled=sampled,
+            texts=texts,
+            watch=counter.watch,
+        )
 
         def divide(division: Division) -> StepPrediction:
             moments, waiting, swaps = prediction.moments, prediction.waiting, prediction.swaps
             if options.is_fused:
                 check_fused_backward(options.optimizer.optimizer_type, cards)
             if division != Division(cards):
-                asked = replace(options, speed=with_division(options.speed, division))
-                check_experts(family, asked)
-                check_networks(family, asked)
+                divided = replace(options, speed=with_division(options.speed, division))
+                check_experts(family, divided)
+                check_networks(family, divided)
             if division.context > 1:
                 moments = divide_tokens(moments, division.context, counter)
             if division.shards:

@@ -77,21 +77,21 @@ class Start:
     working_folder: str = ""  # in which the command was typed; "": an older version's
 
     @classmethod
-    def of(cls, told: Row) -> "Start":
+    def of(cls, facts: Row) -> "Start":
         """Read the line of a start. Raises ValueError, TypeError or LookupError if it is not one of ours."""
-        changed, unchanged = ([(str(a), str(b)) for a, b in told[key]] for key in ("changed", "unchanged"))
-        numbers = int(told["total_steps"]), bool(told["listens"])
-        if not 0 <= numbers[0] <= MOST_STEPS:
+        changed, unchanged = ([(str(a), str(b)) for a, b in facts[key]] for key in ("changed", "unchanged"))
+        total_steps, listens = int(facts["total_steps"]), bool(facts["listens"])
+        if not 0 <= total_steps <= MOST_STEPS:
             raise ValueError("no run has so many steps")
         return cls(
-            model=str(told["model"]),
-            total_steps=numbers[0],
+            model=str(facts["model"]),
+            total_steps=total_steps,
             changed=changed,
             unchanged=unchanged,
-            listens=numbers[1],
-            process=dict(told["process"]),
-            written_in=str(told.get("written_in", "")),
-            working_folder=str(told.get("working_folder", "")),
+            listens=listens,
+            process=dict(facts["process"]),
+            written_in=str(facts.get("written_in", "")),
+            working_folder=str(facts.get("working_folder", "")),
         )
 
 
@@ -127,22 +127,15 @@ class Story:
         step = row["step"]
         self.doing = self.doing if "message" in row else str(row.get("doing", ""))
         if "loss" in row:
-            self.loss[step], self.seconds[step] = _number(row["loss"]), _number(row.get("seconds"))
-            self.average, self.left = _number(row.get("average")), _number(row.get("left"))
-            for curves, values in ((self.rates, row.get("rates")), (self.experts, row.get("experts"))):
-                for name, value in (values or {}).items():
-                    curves.setdefault(name, {})[step] = _number(value)
+            self._add_step(step, row)
         elif "validation" in row:
-            for name, value in row["validation"].items():
-                loss = _number(value)
-                if name != LOSS:
-                    self.bands.setdefault(name, {})[step] = loss
-                elif loss is not None:
-                    self.validations[step] = loss
+            self._add_validation(step, row["validation"])
         elif "samples" in row:
-            texts = ({int(index): str(text) for index, text in row[key].items()} for key in SAMPLE_TEXTS)
             mark = str(row["samples"])
-            self.samples[step, mark] = SampleRow(step, mark, *texts)
+            files, prompts = (
+                {int(index): str(text) for index, text in row[key].items()} for key in SAMPLE_TEXTS
+            )
+            self.samples[step, mark] = SampleRow(step, mark, files, prompts)
         elif "saved" in row:
             self.saved[row["saved"]] = step
         elif "doing" in row:
@@ -156,8 +149,27 @@ class Story:
         elif "commands" in row:
             self.commands = [PageCommand(*map(str, command)) for command in row["commands"]]
         else:
-            told = row.get("started")
-            self.starts[step], self.ending = Start.of(told) if isinstance(told, dict) else None, None
+            facts = row.get("started")
+            self.starts[step] = Start.of(facts) if isinstance(facts, dict) else None
+            self.ending = None
+
+    def _add_step(self, step: int, row: Row) -> None:
+        self.loss[step] = _number(row["loss"])
+        self.seconds[step] = _number(row.get("seconds"))
+        self.average = _number(row.get("average"))
+        self.left = _number(row.get("left"))
+        for name, rate in (row.get("rates") or {}).items():
+            self.rates.setdefault(name, {})[step] = _number(rate)
+        for name, loss in (row.get("experts") or {}).items():
+            self.experts.setdefault(name, {})[step] = _number(loss)
+
+    def _add_validation(self, step: int, losses: Mapping[str, Any]) -> None:
+        for name, value in losses.items():
+            loss = _number(value)
+            if name != LOSS:
+                self.bands.setdefault(name, {})[step] = loss
+            elif loss is not None:
+                self.validations[step] = loss
 
     @property
     def start(self) -> "Start | None":
@@ -165,26 +177,35 @@ class Story:
 
     @property
     def lowest(self) -> tuple[int, float] | None:
-        return min(self.validations.items(), key=lambda found: (found[1], found[0]), default=None)
+        by_loss = [(loss, step) for step, loss in self.validations.items()]
+        if not by_loss:
+            return None
+        loss, step = min(by_loss)
+        return step, loss
 
     def nearest(self, step: int) -> tuple[int, float] | None:
         """Return step and loss of the validation nearest to a step, the earlier of two equally near.
 
         The validation at step 0, before training, is returned for step 0 only.
         """
-        found = [one for one in self.validations.items() if one[0] > 0 or step == 0]
-        return min(found, key=lambda one: (abs(one[0] - step), one[0]), default=None)
+        steps = [measured for measured in self.validations if measured > 0 or step == 0]
+        if not steps:
+            return None
+        nearest = min(steps, key=lambda measured: (abs(measured - step), measured))
+        return nearest, self.validations[nearest]
 
     def best_file(self, folder: Path) -> str | None:
         """Return the saved file with the lowest validation loss among those that still exist."""
-        found = [
-            (validated[1], -step, name)
-            for name, step in self.saved.items()
-            if not self.is_average(name)
-            and (validated := self.nearest(step)) is not None
-            and (folder / name).is_file()
-        ]
-        return min(found)[2] if found else None
+        candidates = []
+        for name, step in self.saved.items():
+            validated = None if self.is_average(name) else self.nearest(step)
+            if validated is not None and (folder / name).is_file():
+                _, loss = validated
+                candidates.append((loss, -step, name))
+        if not candidates:
+            return None
+        _, _, best = min(candidates)
+        return best
 
     def is_average(self, name: str) -> bool:
         """Return whether a saved file is the average (EMA) of another one: its loss was not measured."""
@@ -332,7 +353,7 @@ def _number(value: Any) -> float | None:
 def _finite(value: Any) -> Any:
     """Return the value with NaN and infinite numbers as None, which JSON can hold, and others shortened."""
     if isinstance(value, Mapping):
-        return {name: _finite(each) for name, each in value.items()}
+        return {name: _finite(item) for name, item in value.items()}
     if isinstance(value, float):
         return float(f"{value:.7g}") if math.isfinite(value) else None
     return value

@@ -53,6 +53,27 @@ WISHES = slice(1, 4)  # of a row: how many processes ask to end, to save, and fo
 
 
 @dataclass(frozen=True)
+class RowLayout:
+    """Say which numbers of a step's row are which. The norms are appended to it."""
+
+    num_parts: int = 0  # with losses of their own; 0: there is only one
+
+    @property
+    def part_losses(self) -> slice:
+        """Return where the sums of the parts' losses are."""
+        return slice(WISHES.stop, WISHES.stop + self.num_parts)
+
+    @property
+    def part_counts(self) -> slice:
+        """Return where the counts of the parts' micro-batches are."""
+        return slice(WISHES.stop + self.num_parts, WISHES.stop + 2 * self.num_parts)
+
+    @property
+    def size(self) -> int:
+        return self.part_counts.stop
+
+
+@dataclass(frozen=True)
 class StepReport:
     """Hold the report of an optimizer step. The row, and the fields made from it, are filled a step later."""
 
@@ -193,21 +214,10 @@ class Logs:
 
     def step(self, report: StepReport) -> None:
         """Report an optimizer step and move the bar."""
-        slow = None
         if report.seconds is not None:
-            slow = self.clock.note(report.step, report.seconds, report.sizes)
-        if slow is not None:
-            logger.warning(slow)
-        values = {"loss/current": report.loss, "loss/average": report.average, **report.rates}
-        values |= {f"loss/{name}": loss for name, loss in report.by_part.items()}
-        if report.gradient_norm is not None:
-            values["grad_norm"] = report.gradient_norm
-        if report.seconds:
-            values["steps_per_second"] = 1 / report.seconds
-        if report.norms is not None:
-            values["max_norm/keys_scaled"] = report.norms.keys_scaled
-            values["max_norm/average_key_norm"] = report.norms.mean_norm
-            values["max_norm/max_key_norm"] = report.norms.max_norm
+            warning = self.clock.note(report.step, report.seconds, report.sizes)
+            if warning is not None:
+                logger.warning(warning)
         now = self.now()
         if not self.bar.disable:
             if now - self._shown >= SHOW_EVERY:
@@ -216,22 +226,22 @@ class Logs:
             self.bar.update(report.step - self.bar.n)
         elif self.accelerator.is_main_process and now - self._shown >= LINE_EVERY:
             if self._shown > -math.inf:  # a line now and then
-                numbers = ", ".join(f"{name} {value}" for name, value in self._numbers(report).items())
+                numbers = ", ".join(f"{name} {text}" for name, text in self._numbers(report).items())
                 logger.info("Step %d of %d: %s", report.step, self.total_steps, numbers)
             self._shown = now
-        self.values(values, report.step)
+        self.values(_tracked_values(report), report.step)
 
     def _fitting(self, numbers: Mapping[str, str]) -> dict[str, str]:
         """Return as many of the numbers as fit beside a bar of some columns."""
-        kept, place = dict(numbers), self.bar.format_dict
-        around = (
-            f"steps: 100%|| {self.total_steps}/{self.total_steps} [{tqdm.format_interval(place['elapsed'])}]"
-        )
-        room = (place["ncols"] or math.inf) - len(around) - NARROWEST
+        fitting = dict(numbers)
+        bar = self.bar.format_dict
+        elapsed = tqdm.format_interval(bar["elapsed"])
+        around = f"steps: 100%|| {self.total_steps}/{self.total_steps} [{elapsed}]"
+        room = (bar["ncols"] or math.inf) - len(around) - NARROWEST
         for name in DROPPED:
-            if sum(len(f", {one}={value}") for one, value in kept.items()) > room:
-                kept.pop(name, None)
-        return kept
+            if sum(len(f", {shown}={text}") for shown, text in fitting.items()) > room:
+                fitting.pop(name, None)
+        return fitting
 
     def _numbers(self, report: StepReport) -> dict[str, str]:
         shown = {}
@@ -253,9 +263,9 @@ class Logs:
             return
         with self._guarded():
             for tracker in self.accelerator.trackers:
-                self._tell(tracker, values, step)
+                self._log_values(tracker, values, step)
 
-    def _tell(self, tracker: Any, values: Mapping[str, float], step: int) -> None:
+    def _log_values(self, tracker: Any, values: Mapping[str, float], step: int) -> None:
         if tracker.name == "tensorboard":  # accelerate's own `log` waits for the disk each time
             for name, value in values.items():
                 tracker.writer.add_scalar(name, value, step)
@@ -265,6 +275,21 @@ class Logs:
                 self._flushed = now
         else:  # some take no other signs in names than letters, numbers, blanks, _, - and /
             tracker.log({name.replace("*", "-"): value for name, value in values.items()}, step=step)
+
+
+def _tracked_values(report: StepReport) -> dict[str, float]:
+    """Return the numbers of a step by the names that trackers show."""
+    values = {"loss/current": report.loss, "loss/average": report.average, **report.rates}
+    values |= {f"loss/{name}": loss for name, loss in report.by_part.items()}
+    if report.gradient_norm is not None:
+        values["grad_norm"] = report.gradient_norm
+    if report.seconds:
+        values["steps_per_second"] = 1 / report.seconds
+    if report.norms is not None:
+        values["max_norm/keys_scaled"] = report.norms.keys_scaled
+        values["max_norm/average_key_norm"] = report.norms.mean_norm
+        values["max_norm/max_key_norm"] = report.norms.max_norm
+    return values
 
 
 def check_trackers(options: LogOptions) -> None:

@@ -15,7 +15,6 @@ from markupsafe import Markup
 
 from modules.console import as_size, count_of, in_words
 from modules.contract.rules import PICTURE_STREAM, SOUND_STREAM
-from modules.installation import import_own
 from modules.pages.charts import Chart, Curve, draw_chart
 from modules.pages.page import write_page
 from modules.text_files import read_safetensors_texts
@@ -69,12 +68,18 @@ def page_values(
     samples. most: the largest number of columns and rows in the grid of samples.
     """
     best = story.best_file(folder)
+    grid = None
+    if load:
+        from training.reports.sample_files import make_grid  # only with samples
+
+        most_columns, most_prompts = most
+        grid = make_grid(story, load, most_columns, most_prompts)
     return {
         "live": None,
         "standing": standing,
         "written": f"{datetime.now():%Y-%m-%d %H:%M:%S}",
         "tiles": list_tiles(standing, story),
-        "grid": import_own("training.reports.sample_files").make_grid(story, load, *most) if load else None,
+        "grid": grid,
         "charts": [draw_chart(chart) for chart in list_charts(story)],
         "files": _files(story, folder, best),
         "advice": describe_best(story, best),
@@ -89,27 +94,32 @@ def link(*parts: str) -> str:
 
 def list_charts(story: Story, most: int = MOST_BINS) -> list[Chart]:
     """Return the diagrams of a run. most: about how many points a curve has."""
-    curves = _curves({"loss": story.loss}, most, SMOOTHING)
-    if story.validations:
-        steps = sorted(story.validations)
-        losses = [story.validations[step] for step in steps]
-        curves.append(
-            Curve("validation", steps, losses, has_dots=len(steps) < 60, best=losses.index(min(losses)))
-        )
     experts = {name.replace("_", " "): story.experts[name] for name in sorted(story.experts)}
-    of_each = "picture and sound" if experts.keys() <= {PICTURE_STREAM, SOUND_STREAM} else "each transformer"
+    of_streams = experts.keys() <= {PICTURE_STREAM, SOUND_STREAM}
+    expert_title = f"Loss of {'picture and sound' if of_streams else 'each transformer'}"
     rates = {
-        name.removeprefix("lr/").replace("unet", "transformer"): one for name, one in story.rates.items()
+        name.removeprefix("lr/").replace("unet", "transformer"): points
+        for name, points in story.rates.items()
     }
-    bands = {f"timestep {name.rpartition('_')[2]}": band for name, band in story.bands.items()}
+    bands = {f"timestep {name.rpartition('_')[2]}": points for name, points in story.bands.items()}
+    losses = _curves({"loss": story.loss}, most, SMOOTHING)
+    if story.validations:
+        losses.append(_validation_curve(story.validations))
     charts = (
-        Chart(curves, "step", "loss", "Loss"),
-        Chart(_curves(experts, most, SMOOTHING), "step", "loss", f"Loss of {of_each}"),
+        Chart(losses, "step", "loss", "Loss"),
+        Chart(_curves(experts, most, SMOOTHING), "step", "loss", expert_title),
         Chart(_curves(rates, most), "step", "learning rate", "Learning rate"),
         Chart(_curves({"seconds": story.seconds}, most), "step", "seconds", "Seconds per step"),
         Chart(_curves(bands, most, has_dots=True), "step", "loss", "Validation loss by noise"),
     )
     return [chart for chart in charts if chart.curves]
+
+
+def _validation_curve(losses: Mapping[int, float]) -> Curve:
+    """Return the curve of the validation loss, by step, with a mark at the best one."""
+    steps = sorted(losses)
+    values = [losses[step] for step in steps]
+    return Curve("validation", steps, values, has_dots=len(steps) < 60, best=values.index(min(values)))
 
 
 def _curves(
@@ -125,10 +135,10 @@ def _curves(
                 name,
                 [*bins],
                 [sum(values) / len(values) for values in bins.values()],
-                smoothing if len(bins) > 20 else 0.0,
-                [*map(min, bins.values())] if is_binned else None,
-                [*map(max, bins.values())] if is_binned else None,
-                has_dots and len(bins) < 60,
+                smoothing=smoothing if len(bins) > 20 else 0.0,
+                low=[*map(min, bins.values())] if is_binned else None,
+                high=[*map(max, bins.values())] if is_binned else None,
+                has_dots=has_dots and len(bins) < 60,
             )
         )
     return [curve for curve in curves if curve.x]
@@ -157,26 +167,33 @@ def list_tiles(standing: Standing, story: Story) -> list[tuple[str, str, str]]:
     resumed = [f"{step:,}" for step in story.starts if step > 0]
     since = f"resumed at step {', '.join(resumed[-3:])}" if resumed else ""
     tiles = [("Step", f"{standing.step:,} of {standing.start.total_steps:,}", since)]
-    bins = join_bins(story.loss)
-    if bins:
-        latest = [value for values in [*bins.values()][-max(1, len(bins) // 10) :] for value in values]
-        mean, note = sum(latest) / len(latest), f"mean of the last {count_of(len(latest), 'step')}"
-        if story.average is not None:  # as the bar, the box at the end and the list of runs have it
-            mean, note = story.average, "average of the last steps, at most an epoch"
-        if left_out := sum(loss is None for loss in story.loss.values()):
-            note += f"; {left_out:,} steps without a finite loss"
-        tiles.append(("Loss", f"{mean:.4g}", note))
-    lowest = story.lowest
-    if lowest is not None:
-        step, loss = lowest
+    if any(loss is not None for loss in story.loss.values()):
+        tiles.append(_loss_tile(story))
+    if story.lowest is not None:
+        step, loss = story.lowest
         tiles.append(("Best validation loss", f"{loss:.4g}", f"at step {step:,}"))
-    seconds = [each for each in story.seconds.values() if each is not None]
+    seconds = [number for number in story.seconds.values() if number is not None]
     if seconds:
-        total = sum(seconds)
         last = seconds[-SHOWN:]
-        note = f"mean of the last {count_of(len(last), 'step')}, without pauses; {in_words(total)} in all"
+        count, total = count_of(len(last), "step"), in_words(sum(seconds))
+        note = f"mean of the last {count}, without pauses; {total} in all"
         tiles.append(("Seconds per step", f"{sum(last) / len(last):.3g}", note))
     return tiles
+
+
+def _loss_tile(story: Story) -> tuple[str, str, str]:
+    """Return the tile of the training loss of a story that has finite losses."""
+    if story.average is not None:  # as the bar, the box at the end and the list of runs have it
+        mean, note = story.average, "average of the last steps, at most an epoch"
+    else:
+        bins = [*join_bins(story.loss).values()]
+        last_bins = bins[-max(1, len(bins) // 10) :]
+        latest = [loss for losses in last_bins for loss in losses]
+        mean, note = sum(latest) / len(latest), f"mean of the last {count_of(len(latest), 'step')}"
+    left_out = sum(loss is None for loss in story.loss.values())
+    if left_out:
+        note += f"; {left_out:,} steps without a finite loss"
+    return "Loss", f"{mean:.4g}", note
 
 
 def list_files(story: Story, folder: Path) -> list[tuple[int, list[str]]]:
@@ -184,14 +201,15 @@ def list_files(story: Story, folder: Path) -> list[tuple[int, list[str]]]:
 
     The last weights of a run are often saved twice: under the number of the step, and as the final file.
     """
-    found: dict[tuple[int, str], list[str]] = {}
-    for name, step in sorted(story.saved.items(), key=lambda saved: (saved[1], len(saved[0]), saved[0])):
+    by_weights: dict[tuple[int, str], list[str]] = {}
+    in_order = sorted((step, len(name), name) for name, step in story.saved.items())
+    for step, _, name in in_order:
         with contextlib.suppress(OSError):
             status = (folder / name).stat()
             if stat.S_ISREG(status.st_mode):
                 mark = _weights_mark(folder / name, status.st_mtime_ns, status.st_size)
-                found.setdefault((step, mark or name), []).append(name)
-    return [(step, names) for (step, _), names in found.items()]
+                by_weights.setdefault((step, mark or name), []).append(name)
+    return [(step, names) for (step, _), names in by_weights.items()]
 
 
 @functools.lru_cache(maxsize=10_000)

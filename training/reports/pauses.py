@@ -41,7 +41,7 @@ class StepClock:
     skips: bool = field(default=True, init=False)  # the first step compiles, chooses kernels, fills caches
     _last: deque[float] = field(default_factory=lambda: deque(maxlen=SHOWN), init=False)
     _times: dict[Hashable, deque[float]] = field(default_factory=dict, init=False)  # by the sizes of items
-    _last_told: int | None = field(default=None, init=False)
+    _last_warned: int | None = field(default=None, init=False)
 
     @contextmanager
     def pause(self, kind: str) -> Iterator[None]:
@@ -75,9 +75,9 @@ class StepClock:
         times.append(seconds)
         if usual is None or seconds < LEAST or seconds <= FACTOR * usual:
             return None
-        if self._last_told is not None and step - self._last_told < PAUSE:
+        if self._last_warned is not None and step - self._last_warned < PAUSE:
             return None
-        self._last_told = step
+        self._last_warned = step
         return (
             f"Step {step} took {seconds:.2f} s; {usual:.2f} s are usual for steps with items of this size. "
             f"{CAUSES}"

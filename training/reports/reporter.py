@@ -52,7 +52,7 @@ class RunReporter:
     _cost: float = 0.0  # seconds that writing the page took
     _flushed: float = 0.0  # when the history was
     _flush_cost: float = 0.0
-    _told: dict[str, Any] = field(default_factory=dict)  # memory and commands, as last noted
+    _noted: dict[str, Any] = field(default_factory=dict)  # memory and commands, as last noted
     _has_warned: bool = False
     _doing: float = -math.inf  # when work between steps was last recorded
 
@@ -123,28 +123,39 @@ class RunReporter:
         if not (self.history.is_written or self.trackers()):
             return
         files: dict[int, Path] = {}
-        strips: dict[int, Frame] = {}
         with self._guarded():
             files = sample_files.find_samples(self.folder / sample_files.FOLDER, self.name, mark)
         prompts = {index: self.prompts.get(index, "") for index in files}
-        for index, path in files.items():
-            with self._guarded():
-                clip = sample_files.read_reduced(path)  # once for all
-                if self.history.is_written:
-                    self._store().add(path.name, prompts[index], step, clip)
-                strips[index] = sample_files.join_strip(clip)
+        strips = self._read_strips(files, prompts, step)
         with self._guarded():
-            sample_files.log_samples(self.trackers(), step, files, strips, prompts)
+            sample_files.log_samples(self.trackers(), step, files=files, strips=strips, prompts=prompts)
         if not self.history.is_written:
             return
-        names = {str(index): path.name for index, path in files.items()}
-        self._note(step, samples=mark, files=names, prompts={str(index): prompts[index] for index in files})
+        self._note(
+            step,
+            samples=mark,
+            files={str(index): path.name for index, path in files.items()},
+            prompts={str(index): prompt for index, prompt in prompts.items()},
+        )
         with self._guarded():
             title = f"{self.name}, step {step:,}"
             # sorts behind the samples on it
             sheet = self.folder / sample_files.FOLDER / f"{self.name}_{mark}_sheet.png"
             sample_files.write_sheet(sheet, title, strips, prompts)
         self._write()
+
+    def _read_strips(
+        self, files: Mapping[int, Path], prompts: Mapping[int, str], step: int
+    ) -> dict[int, Frame]:
+        """Read samples once for all that shows them; return the strip of each that can be read."""
+        strips: dict[int, Frame] = {}
+        for index, path in files.items():
+            with self._guarded():
+                clip = sample_files.read_reduced(path)
+                if self.history.is_written:
+                    self._store().add(path.name, prompts[index], step, clip)
+                strips[index] = sample_files.join_strip(clip)
+        return strips
 
     def note_saved(self, paths: Sequence[Path], step: int) -> None:
         """Add all files of a save, and write the page unless that would take too much of the time.
@@ -168,20 +179,29 @@ class RunReporter:
             return
         started = self.now()
         with self._guarded():
-            best = Story.of(self.history.events).best_file(self.folder)
-            commands = self.commands(None if best is None else self.folder / best, kind == "good")
-            lines = {"memory": self.memory(), "commands": [*map(astuple, commands)]}
-            for name, told in lines.items():
-                if self._told.get(name) != told:
-                    self._told[name] = told
-                    self._note(self.step, **{name: told})
+            self._note_changes(is_finished=kind == "good")
             self.history.flush()
-            stands = Standing(self.start, self.step, standing, kind)
             story = self.history.read()
             load = self._store().for_page() if story.samples else None
-            write_training_page(self.path, self.history.path, story, stands, load)
+            write_training_page(
+                self.path,
+                self.history.path,
+                story,
+                standing=Standing(self.start, self.step, standing, kind),
+                load=load,
+            )
         self._written = self.now()
         self._cost = self._written - started
+
+    def _note_changes(self, is_finished: bool) -> None:
+        """Add lines on memory and commands, if they have changed since they were noted last."""
+        best = Story.of(self.history.events).best_file(self.folder)
+        commands = self.commands(None if best is None else self.folder / best, is_finished)
+        lines = {"memory": self.memory(), "commands": [*map(astuple, commands)]}
+        for name, line in lines.items():
+            if self._noted.get(name) != line:
+                self._noted[name] = line
+                self._note(self.step, **{name: line})
 
     def _store(self) -> sample_files.ClipStore:
         self.clips = self.clips or sample_files.ClipStore(self.folder / sample_files.FOLDER)

@@ -49,8 +49,8 @@ def find_samples(folder: Path, name: str, mark: str) -> dict[int, Path]:
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         match = pattern.fullmatch(path.name)
         if match is not None:
-            index, made = int(match[1]), match[2]
-            newest[index] = max(newest.get(index, ("", path)), (made, path))
+            index, time_text = int(match[1]), match[2]
+            newest[index] = max(newest.get(index, ("", path)), (time_text, path))
     return {index: path for index, (_, path) in sorted(newest.items())}
 
 
@@ -77,12 +77,14 @@ def _draw_sound(path: Path) -> Frame:
 
     facts = track_facts(path)
     seconds = Fraction(1) if facts is None or facts.end is None else facts.end
-    sound = read_track(path, Fraction(0), max(SIDE, int(seconds * SOUND_RATE)), SOUND_RATE, 2)
-    swing = (
-        np.zeros(SIDE) if sound is None else [abs(part).max() for part in np.array_split(sound, SIDE, axis=1)]
-    )
-    places = abs(np.linspace(-1, 1, SIDE // 4))[:, None]
-    return np.where((places <= np.maximum(swing, 0.02))[..., None], LIGHT, DARK).astype(np.uint8)
+    num_samples = max(SIDE, int(seconds * SOUND_RATE))
+    sound = read_track(path, Fraction(0), num_samples, rate=SOUND_RATE, channels=2)
+    swing = np.zeros(SIDE)
+    if sound is not None:
+        swing = np.array([abs(part).max() for part in np.array_split(sound, SIDE, axis=1)])
+    heights = abs(np.linspace(-1, 1, SIDE // 4))[:, None]
+    is_sound = heights <= np.maximum(swing, 0.02)
+    return np.where(is_sound[..., None], LIGHT, DARK).astype(np.uint8)
 
 
 def join_strip(clip: ReducedClip) -> Frame:
@@ -104,18 +106,20 @@ def write_sheet(path: Path, title: str, strips: Mapping[int, Frame], prompts: Ma
     rows = [(prompts.get(index, ""), strips[index]) for index in sorted(strips)[:MOST_ROWS]]
     if not rows:
         return
-    width = max(LEAST_WIDTH, *(strip.shape[1] for _, strip in rows)) + 2 * GAP
     text_height = TEXT_SIZE + GAP
-    height = TITLE_SIZE + 3 * GAP + sum(text_height + strip.shape[0] + 2 * GAP for _, strip in rows)
-    sheet = Image.new("RGB", (width, height), (24, 24, 27))
+    title_height = TITLE_SIZE + 3 * GAP
+    row_heights = [text_height + strip.shape[0] + 2 * GAP for _, strip in rows]
+    width = max(LEAST_WIDTH, *(strip.shape[1] for _, strip in rows)) + 2 * GAP
+    sheet = Image.new("RGB", (width, title_height + sum(row_heights)), (24, 24, 27))
     draw = ImageDraw.Draw(sheet)
     draw.text((GAP, GAP), _fit(title, width, TITLE_SIZE), font=_font(TITLE_SIZE), fill=(250, 250, 250))
-    y = TITLE_SIZE + 3 * GAP
-    for prompt, strip in rows:
-        draw.text((GAP, y), _fit(prompt, width, TEXT_SIZE), font=_font(TEXT_SIZE), fill=(210, 210, 215))
+    y = title_height
+    for (prompt, strip), row_height in zip(rows, row_heights, strict=True):
+        text = _fit(prompt, width, TEXT_SIZE)
+        draw.text((GAP, y), text, font=_font(TEXT_SIZE), fill=(210, 210, 215))
         sheet.paste(Image.fromarray(strip), (GAP, y + text_height))
-        y += text_height + strip.shape[0] + 2 * GAP
-    from modules.media.writing import write_png
+        y += row_height
+    from modules.media.writing import write_png  # only while training
 
     write_png(path, np.asarray(sheet))
 
@@ -157,19 +161,22 @@ def log_samples(
                 tracker.writer.add_image(f"samples/{index:02d}", strip, step, dataformats="HWC")
             tracker.writer.flush()
         elif tracker.name == "wandb":
-            import wandb  # optional; `check_trackers` has found it
-
-            media: dict[str, Any] = {}
+            media = {}
             for index, path in files.items():
-                if path.suffix == ".png":
-                    shown = wandb.Image(str(path), caption=prompts[index])
-                elif path.suffix == ".wav":
-                    shown = wandb.Audio(str(path), caption=prompts[index])
-                else:
-                    shown = wandb.Video(str(path), caption=prompts[index], format="mp4")
-                media[f"samples/{index:02d}"] = shown
+                media[f"samples/{index:02d}"] = _wandb_media(path, prompts[index])
             if media:
                 tracker.log(media, step=step)
+
+
+def _wandb_media(path: Path, prompt: str) -> Any:
+    """Return a sample as an object that wandb shows."""
+    import wandb  # optional; `check_trackers` has found it
+
+    if path.suffix == ".png":
+        return wandb.Image(str(path), caption=prompt)
+    if path.suffix == ".wav":
+        return wandb.Audio(str(path), caption=prompt)
+    return wandb.Video(str(path), caption=prompt, format="mp4")
 
 
 MOST_CLIP_BYTES = 300_000  # as base64; a clip beyond that is noise, and is made smaller
@@ -232,35 +239,38 @@ def choose_columns(rows: Sequence[SampleRow], best_step: int | None, most: int) 
 
 
 def make_grid(story: Story, load: LoadClip, most_columns: int, most_prompts: int) -> dict[str, Any]:
+    """Return the values of the grid of samples: steps as columns, prompts as rows."""
     rows = [story.samples[key] for key in sorted(story.samples)]
-    lowest = story.lowest
-    best = None if lowest is None else lowest[0]
-    columns = choose_columns(rows, best, most_columns)
-    prompts = dict.fromkeys((index, row.prompts.get(index, "")) for row in rows for index in row.files)
+    best_step = None if story.lowest is None else story.lowest[0]
+    columns = choose_columns(rows, best_step, most_columns)
+    best_column: SampleRow | None = None
+    if best_step:
+        best_column = min(columns, key=lambda row: abs(row.step - best_step), default=None)
+    prompts = {(index, row.prompts.get(index, "")) for row in rows for index in row.files}
     shown = sorted(prompts)[:most_prompts]
-    best_column = min(columns, key=lambda row: abs(row.step - best), default=None) if best else None
-    titles = []
-    for row in columns:
-        is_of_epoch = row.mark[1:].isdigit() and row.mark[0] == "e"
-        title = f"step {row.step:,}" + (f", epoch {int(row.mark[1:])}" if is_of_epoch else "")
-        titles.append({"title": title if row.step else "before training", "is_best": row is best_column})
     cells: dict[tuple[int, str, int], dict[str, Any]] = {}
     for place, row in reversed([*enumerate(columns)]):  # the newest first: they are shown in any case
         for index, prompt in shown:
             name = row.files.get(index)
             if name is not None and row.prompts.get(index, "") == prompt:
-                tag = load(name, prompt, row.step, row is columns[-1])
-                cells[index, prompt, place] = {"clip": tag, "href": link("sample", name)}
+                clip = load(name, prompt, row.step, row is columns[-1])
+                cells[index, prompt, place] = {"clip": clip, "href": link("sample", name)}
+    grid_rows = []
+    for index, prompt in shown:
+        in_row = [cells.get((index, prompt, place)) for place in range(len(columns))]
+        grid_rows.append({"prompt": prompt, "index": index, "cells": in_row})
     return {
-        "columns": titles,
-        "rows": [
-            {
-                "prompt": prompt,
-                "index": index,
-                "cells": [cells.get((index, prompt, place)) for place in range(len(columns))],
-            }
-            for index, prompt in shown
-        ],
+        "columns": [{"title": _column_title(row), "is_best": row is best_column} for row in columns],
+        "rows": grid_rows,
         "times": len(rows),
         "prompts": len(prompts),
     }
+
+
+def _column_title(row: SampleRow) -> str:
+    """Return the step of samples, and the epoch if they were made at the end of one."""
+    if not row.step:
+        return "before training"
+    is_of_epoch = row.mark[1:].isdigit() and row.mark[0] == "e"
+    epoch = f", epoch {int(row.mark[1:])}" if is_of_epoch else ""
+    return f"step {row.step:,}{epoch}"

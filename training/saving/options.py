@@ -22,8 +22,12 @@ KEEP_ALL = "leave it out to keep all"
 def _if_saved(kind: str, with_states: bool = False) -> dict[str, Callable[[Any], bool]]:
     needed = f"--save_every_n_{kind}"
     if with_states:
-        return {f"it needs --save_state and {needed}": lambda own: own.save_state and own.saves_by(kind)}
-    return {f"there is no {needed}": lambda own: own.saves_by(kind)}
+        return {
+            f"it needs --save_state and {needed}": lambda options: (
+                options.save_state and options.saves_by(kind)
+            ),
+        }
+    return {f"there is no {needed}": lambda options: options.saves_by(kind)}
 
 
 class SavingOptions(Options, title="saving"):
@@ -91,7 +95,7 @@ class SavingOptions(Options, title="saving"):
     resume_changed: bool = option(
         "go on from --resume with another learning rate, other clips or more accumulation: lists what "
         "differs, old -> new; the network and the optimizer have to stay",
-        acts_if={"there is no --resume": lambda own: own.resume is not None},
+        acts_if={"there is no --resume": lambda options: options.resume is not None},
     )
 
     def saves_by(self, kind: str) -> bool:
@@ -123,7 +127,7 @@ class SavingOptions(Options, title="saving"):
 
 
 _NOT_UPLOADED = "nothing is uploaded without --huggingface_repo_id"
-_IF_UPLOADED = {_NOT_UPLOADED: lambda own: own.huggingface_repo_id is not None}
+_IF_UPLOADED = {_NOT_UPLOADED: lambda options: options.huggingface_repo_id is not None}
 
 
 class HubOptions(Options, title="Hugging Face hub"):
@@ -140,7 +144,9 @@ class HubOptions(Options, title="Hugging Face hub"):
     huggingface_token: str | None = option(
         "access token; the one stored on this machine when not given",
         acts_if={
-            _NOT_UPLOADED: lambda own: own.huggingface_repo_id is not None or own.resume_from_huggingface
+            _NOT_UPLOADED: lambda options: (
+                options.huggingface_repo_id is not None or options.resume_from_huggingface
+            ),
         },
         facts=SECRET,
     )
@@ -159,7 +165,7 @@ class MetadataOptions(Options, title="metadata of saved files"):
 
     no_metadata: bool = option("keep only what loading the file needs")
     training_comment: str | None = option(
-        "free text", acts_if={"--no_metadata leaves it out": lambda own: not own.no_metadata}
+        "free text", acts_if={"--no_metadata leaves it out": lambda options: not options.no_metadata}
     )
     title: str | None = option("title; --output_name when not given", name="metadata_title")
     author: str | None = option("who made the model", name="metadata_author")

@@ -306,7 +306,7 @@ def test_pauses_to_come_are_counted_by_kind(
     prompts.write_text("a cat")
     paths = {"sample_prompts": prompts} if "--sample" in words else {}
     given = options(words, **paths)
-    found = count_pauses(given, given.saving, StepPlan(4, 1, 1, 13), True, step, epoch)
+    found = count_pauses(given, given.saving, StepPlan(4, 1, 1, 13), validates=True, step=step, epoch=epoch)
     assert tuple(found[kind] for kind in (SAMPLES, VALIDATION, SAVING)) == expected
 
 
