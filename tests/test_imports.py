@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "stable_diffusion": {"modules", "networks", "encoders", "generation", "post"},
     "training": {"modules", "networks", "dataset", "generation", "blissful_tuner"},
     "downloads": {"modules"},
-    "project": {"modules", "dataset", "downloads", "training"},
+    "project": {"modules", "dataset", "data_tools.report", "downloads", "training"},
     "browser": {"modules", "training.reports"},
 }
 # Rooms, file or folder, from the ground up: a room imports rooms of lower floors only.
