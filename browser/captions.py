@@ -32,17 +32,24 @@ class CaptionText:
     def of(cls, content: bytes) -> "CaptionText":
         """Return the caption in the bytes of a file. Raises UnicodeDecodeError if it is not UTF-8."""
         start = BOM if content.startswith(BOM) else b""
-        whole = content[len(start) :].decode()
-        newline = "\r\n" if "\r\n" in whole else "\r" if "\r" in whole else "\n"
-        whole = whole.replace("\r\n", "\n").replace("\r", "\n")
-        text = whole.strip()
-        place = whole.index(text) if text else 0
-        return cls(text, start, whole[:place], whole[place + len(text) :], newline)
+        decoded = content[len(start) :].decode()
+        newline = next((ending for ending in ("\r\n", "\r") if ending in decoded), "\n")
+        decoded = decoded.replace("\r\n", "\n").replace("\r", "\n")
+        text = decoded.strip()
+        place = decoded.index(text) if text else 0
+        return cls(
+            text=text,
+            start=start,
+            head=decoded[:place],
+            tail=decoded[place + len(text) :],
+            newline=newline,
+        )
 
     def with_text(self, text: str) -> bytes:
         """Return the bytes of the file with another caption."""
-        whole = self.head + text.replace("\r\n", "\n").replace("\r", "\n").strip() + self.tail
-        return self.start + whole.replace("\n", self.newline).encode()
+        text = text.replace("\r\n", "\n").replace("\r", "\n").strip()
+        content = self.head + text + self.tail
+        return self.start + content.replace("\n", self.newline).encode()
 
 
 class CaptionConflictError(Exception):
@@ -71,8 +78,9 @@ class Captions:
         Raises CaptionConflictError if the file has changed since, ValueError if the text cannot be stored,
         OSError or OutputError if it cannot be written.
         """
-        if (found := bad_character(text)) is not None:
-            raise ValueError(f"a caption cannot hold {found}")
+        reason = bad_character(text)
+        if reason is not None:
+            raise ValueError(f"a caption cannot hold {reason}")
         with self._lock:
             now = self._check(path, have)
             new = CaptionText.of(now or b"").with_text(text)
