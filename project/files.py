@@ -228,7 +228,7 @@ def _summarise(choice: describing.Choice) -> str:
 
 def _count_media(media: Sequence[Media]) -> str:
     """Return how many files there are of each kind: `3 clips and 1 picture`."""
-    counts = Counter(item.kind for item in media)
+    counts = Counter[str](item.kind for item in media)
     texts = [count_of(counts[kind], word) for kind, word in KIND_WORDS.items() if counts[kind]]
     return " and ".join(texts)
 

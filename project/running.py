@@ -253,10 +253,7 @@ def _parse_project(folder: Path, tables: Mapping[str, Any], typed: Mapping[str, 
     if values.get("logging_dir"):
         logs = expand_path(str(values["logging_dir"]), folder)
     files = [str(file) for file in project_table["files"]]
-    model = {}
-    for option in ("network_module", "task", "model_version", "ltx2_mode"):
-        if option in values:
-            model[f"ss_{option}"] = str(values[option])
+    model = _model_metadata(values)
     seed = int(values.get("validation_seed", values.get("seed", 0)))
     validation = float(values.get("validation_split", 0)), seed
     steps = None
@@ -276,6 +273,12 @@ def _parse_project(folder: Path, tables: Mapping[str, Any], typed: Mapping[str, 
         model=model,
         validation=validation,
     )
+
+
+def _model_metadata(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return the metadata of trained files that say which model options of a training name."""
+    names = ("network_module", "task", "model_version", "ltx2_mode")
+    return {f"ss_{name}": str(values[name]) for name in names if name in values}
 
 
 def _report_trained(project: Project, options: RunOptions) -> bool:
