@@ -309,7 +309,7 @@ def test_rooms_import_lower_floors_only(top: str) -> None:
 
 
 def test_root_scripts_are_thin() -> None:
-    most = {"quickstart.py": 180}  # a whole evening in one script
+    most = {"quickstart.py": 200}  # a whole evening in one script
     lines = {
         script: len((ROOT / script).read_text(encoding="utf-8").splitlines())
         for script in (*SCRIPTS, "quickstart.py", "run_tests.py")
