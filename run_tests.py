@@ -73,7 +73,7 @@ def main() -> None:
     typed = [argument for argument in sys.argv[1:] if argument not in TIERS]
     tier = [word for name, words in TIERS.items() if getattr(args, name[2:]) for word in words]
     checks = _list_checks(python, typed, tier, is_fast=args.fast)
-    failed = [_typed(check) for check in checks if _run(check)]
+    failed = [_typed(check) for check in checks if _run_check(check)]
     seconds = sum(os.times()[2:4])  # of the commands; 0 on Windows, which does not count them
     if args.fast and not typed and seconds > MOST_SECONDS:
         failed.append(f"{seconds:.0f} processor seconds of at most {MOST_SECONDS}: {TOO_LONG}")
@@ -129,7 +129,7 @@ def _typed(check: Check) -> str:
     return " ".join([*settings, *check.command])
 
 
-def _run(check: Check) -> int:
+def _run_check(check: Check) -> int:
     """Run a check and return its exit code; failed tests run once more, alone."""
     print(f"\n== {_typed(check)}", flush=True)
     environment = {**os.environ, **THREADS, **check.settings, "PYTHONUTF8": "1", "HF_HUB_OFFLINE": "1"}
@@ -140,7 +140,7 @@ def _run(check: Check) -> int:
     if check.command[0] == "pytest" and code == TESTS_FAILED and AGAIN not in check.command:
         print("\nThese tests failed. Alone, on a quiet machine, they:")
         again = [*check.command, AGAIN, "-v", "--maxfail=1", "-n", "0"]
-        return _run(replace(check, command=again))
+        return _run_check(replace(check, command=again))
     return code
 
 

@@ -82,7 +82,7 @@ class Captions:
         if reason is not None:
             raise ValueError(f"a caption cannot hold {reason}")
         with self._lock:
-            now = self._check(path, have)
+            now = self._require_unchanged(path, have)
             new = CaptionText.of(now or b"").with_text(text)
             if len(new) > MOST_BYTES:
                 raise ValueError(f"a caption of more than {MOST_BYTES >> 10} KiB cannot be edited here")
@@ -95,7 +95,7 @@ class Captions:
         """Take back the last save, or all of them. Raises as `save`; LookupError if there is none."""
         with self._lock:
             before = self._before[path]
-            now = self._check(path, have)
+            now = self._require_unchanged(path, have)
             target = self._first[path] if is_all else before[-1]
             if target is None and now is not None:
                 path.unlink()
@@ -105,7 +105,7 @@ class Captions:
             if is_all or not before:
                 del self._before[path], self._first[path]
 
-    def _check(self, path: Path, have: str) -> bytes | None:
+    def _require_unchanged(self, path: Path, have: str) -> bytes | None:
         now = _content_of(path)
         if mark_bytes(now) != have:
             raise CaptionConflictError

@@ -199,8 +199,8 @@ def working_folder(run: Glance, options: Mapping[str, Sequence[str]]) -> Path:
     with contextlib.suppress(OSError, ValueError):  # of a history from elsewhere
         if run.working_folder is not None and run.working_folder.is_dir():
             return run.working_folder
-    typed_folder = options.get("--output_dir")
-    typed = Path(*typed_folder) if typed_folder else Path(*options.get("--save_path", ())).parent
+    output_words = options.get("--output_dir")
+    typed = Path(*output_words) if output_words else Path(*options.get("--save_path", ())).parent
     parents = run.history.parent.parts
     count = len(parents) - len(typed.parts)
     if typed.is_absolute() or parents[count:] != typed.parts:

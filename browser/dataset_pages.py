@@ -97,16 +97,17 @@ class Thumbnails:
                 self._pictures.move_to_end(key)
                 return self._pictures[key]
         with self._two:
-            frame = self._read(part)
-        data = io.BytesIO()
-        Image.fromarray(reduce_frame(frame, LARGEST_SIDE)[..., :3]).save(data, format="JPEG", quality=80)
+            frame = self._read_frame(part)
+        reduced = reduce_frame(frame, LARGEST_SIDE)[..., :3]
+        jpeg = io.BytesIO()
+        Image.fromarray(reduced).save(jpeg, format="JPEG", quality=80)
         with self._lock:
-            self._pictures[key] = data.getvalue()
+            self._pictures[key] = jpeg.getvalue()
             while len(self._pictures) > MOST_PICTURES:
                 self._pictures.popitem(last=False)
-        return data.getvalue()
+        return jpeg.getvalue()
 
-    def _read(self, part: Mapping[str, Any]) -> Any:
+    def _read_frame(self, part: Mapping[str, Any]) -> Any:
         path = Path(part["path"])
         if "in" not in part:
             return first_frame(path)
@@ -269,7 +270,7 @@ class DatasetPages:
                 file["edited"] = text
 
     def show_list(self, _: Request) -> Response:
-        datasets = [(dataset, *self.datasets.glance(dataset)) for dataset in self.datasets.look()]
+        datasets = [(dataset, *self.datasets.glance(dataset)) for dataset in self.datasets.list_all()]
         values = {"dataset": None, "found": datasets, "roots": self.runs.roots}
         return answer_page(render_page(HERE / "dataset.html", "Datasets", values, POLICY))
 

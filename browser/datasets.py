@@ -103,11 +103,11 @@ def _texts_in(content: Any) -> Iterator[str]:
     if isinstance(content, str):
         yield content
     elif isinstance(content, dict):
-        for value in content.values():
-            yield from _texts_in(value)
+        for entry in content.values():
+            yield from _texts_in(entry)
     elif isinstance(content, list):
-        for value in content:
-            yield from _texts_in(value)
+        for entry in content:
+            yield from _texts_in(entry)
 
 
 @dataclass
@@ -153,7 +153,7 @@ class MediaFiles:
         return ", ".join(counts) or "no pictures or clips in its folders"
 
 
-def look_at_media(dataset: FoundDataset, is_open: Callable[[Path], bool]) -> MediaFiles:
+def count_media(dataset: FoundDataset, is_open: Callable[[Path], bool]) -> MediaFiles:
     """Count the pictures and clips in the folders that a dataset names; nothing is opened.
 
     is_open: whether a folder may be shown. Raises as `FoundDataset.places`.
@@ -187,7 +187,7 @@ class Datasets:
         self._processes: set[subprocess.Popen[bytes]] = set()
         atexit.register(self.close)
 
-    def look(self) -> list[FoundDataset]:
+    def list_all(self) -> list[FoundDataset]:
         """Return all datasets in the order of their paths: those of runs, and those in the folders."""
         projects = self._find_projects()
         datasets = self._datasets_of_runs(projects)
@@ -204,7 +204,7 @@ class Datasets:
         """Return the datasets that runs trained on. projects: the result of `_find_projects`."""
         runs: dict[tuple[Path, Path], list[tuple[str, str]]] = {}  # by configuration and working folder
         models: dict[Path, str] = {}
-        for run in self.runs.look():
+        for run in self.runs.list_all():
             changed = run.start.changed if run.start else ()
             typed = dict(changed).get("dataset_config")
             if typed:
@@ -242,7 +242,7 @@ class Datasets:
 
     def find(self, id: str) -> FoundDataset | None:
         if id not in self._found:
-            self.look()
+            self.list_all()
         return self._found.get(id)
 
     def _is_dataset(self, path: Path) -> bool:
@@ -285,7 +285,7 @@ class Datasets:
         try:
             if self.outside(dataset):
                 return MediaFiles(), "partly outside the folders that are shown"
-            media = look_at_media(dataset, lambda path: self.is_open(dataset, path))
+            media = count_media(dataset, lambda path: self.is_open(dataset, path))
         except OSError as error:
             return MediaFiles(), f"cannot be read: {error.strerror or error}"
         except ValueError as error:
@@ -322,13 +322,13 @@ class Datasets:
             measured.is_running = True
             measured.mark = self.mark(dataset)
             measured.began = time.monotonic()
-            measured.num_media = look_at_media(dataset, lambda path: self.is_open(dataset, path)).total
+            measured.num_media = count_media(dataset, lambda path: self.is_open(dataset, path)).total
             if decodes is not None:
                 measured.decodes = decodes
             measured.model = model or measured.model
-            threading.Thread(target=self._run, args=(dataset, measured), daemon=True).start()
+            threading.Thread(target=self._run_measurement, args=(dataset, measured), daemon=True).start()
 
-    def _run(self, dataset: FoundDataset, measured: Measured) -> None:
+    def _run_measurement(self, dataset: FoundDataset, measured: Measured) -> None:
         """Measure a dataset, and put the results into `measured`."""
         report: dict[str, Any] = {}
         error = ""

@@ -192,14 +192,14 @@ class JobQueue:
 
     def jobs(self) -> list[Job]:
         """Return all jobs in the order of the text file. Raises OutputError if a file cannot be read."""
-        return self._look().jobs
+        return self._read_book().jobs
 
     @property
     def worker(self) -> str:
         """Return "here" if this process runs the jobs, "elsewhere" if another does; empty if none does."""
         if self._worker is not None:
             return "here"
-        worker = self._look().worker
+        worker = self._read_book().worker
         return "elsewhere" if worker is not None and is_living(worker) is not False else ""
 
     def add(self, words: Sequence[str], folder: Path) -> int:
@@ -316,7 +316,7 @@ class JobQueue:
         """Start the first waiting job, if none runs."""
         if self._child is not None and self._child.poll() is not None:
             self._child = None
-        if self._look().next() is None:
+        if self._read_book().next() is None:
             return
         with self._change() as book:
             job = book.next()
@@ -333,10 +333,10 @@ class JobQueue:
             self._child = launch.prepare_process(job.log)
             job.process = describe_process(self._child.pid)
         # only now, as its number is on disk: if this process is killed before, the job does not begin
-        launch.tell_job(self._child, program, job.folder, job.code_path)
+        launch.send_job(self._child, program, job.folder, job.code_path)
 
-    def _look(self) -> _Book:
-        book, stored_text = self._read()
+    def _read_book(self) -> _Book:
+        book, stored_text = self._read_files()
         if book.as_text() != stored_text and not self.read_only:
             with self._change() as book:  # keeps the numbers of lines that are new
                 pass
@@ -350,7 +350,7 @@ class JobQueue:
         with explain_errors(self.folder / QUEUE):
             self.folder.mkdir(parents=True, exist_ok=True)
             with only_one(self.folder / ".lock"):
-                book, stored_text = self._read()
+                book, stored_text = self._read_files()
                 entries = [*book.entries]
                 yield book
                 if book.entries != entries:
@@ -358,7 +358,7 @@ class JobQueue:
                 if book.as_text() != stored_text:
                     write_text(self.folder / STATE, book.as_text())
 
-    def _read(self) -> tuple[_Book, str]:
+    def _read_files(self) -> tuple[_Book, str]:
         """Return the content of both files, and the text of STATE."""
         stored_text = _read_or_empty(self.folder / STATE) or _Book([], [], 0, None).as_text()
         try:

@@ -229,7 +229,7 @@ def prepare_process(log: Path) -> "subprocess.Popen[bytes]":
         )
 
 
-def tell_job(waiting: "subprocess.Popen[bytes]", program: Sequence[str], folder: str, code: Path) -> None:
+def send_job(waiting: "subprocess.Popen[bytes]", program: Sequence[str], folder: str, code: Path) -> None:
     """Have a process of `prepare_process` start a program in a folder. code: file for the exit code."""
     assert waiting.stdin is not None
     with contextlib.suppress(BrokenPipeError), waiting.stdin:

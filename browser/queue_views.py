@@ -73,7 +73,7 @@ class ComparePages:
                     comparison = compare.read_comparison(self.runs, form)
                 except OptionError as problem:
                     error = str(problem)
-                runs = self.runs.look()
+                runs = self.runs.list_all()
             return answer_page(self.page(comparison, runs, error), status)
         except (OSError, UserError) as problem:
             return PlainTextResponse(str(problem), 500)
@@ -239,7 +239,7 @@ class QueuePages:
     def find_trainings(self, jobs: Sequence[Job]) -> dict[int, Glance]:
         """Return the running training of each job that has started one, by the job's number."""
         trainings = {}
-        for run in self.runs.look():
+        for run in self.runs.list_all():
             for job in jobs:
                 if is_of(run, job):
                     trainings[job.id] = run

@@ -100,7 +100,7 @@ class Glance:
 
     @property
     def state(self) -> str:
-        return tell_state(self.start, self.ending, self.changed)
+        return find_state(self.start, self.ending, self.changed)
 
     @property
     def left(self) -> str:
@@ -108,7 +108,7 @@ class Glance:
             return ""
         if self.seconds_left:
             return in_words(self.seconds_left)
-        return tell_left(self.total_steps - self.step, self.step_seconds)
+        return describe_left(self.total_steps - self.step, self.step_seconds)
 
     @property
     def is_of_here(self) -> bool:
@@ -181,7 +181,7 @@ class Glance:
         return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
 
-def tell_state(start: Start | None, ending: tuple[str, str] | None, changed: float) -> str:
+def find_state(start: Start | None, ending: tuple[str, str] | None, changed: float) -> str:
     """Return the state of a run. changed: when its history was modified, in seconds since 1970."""
     if ending is not None:
         return {"good": FINISHED, "bad": DIED}.get(ending[1], STOPPED)
@@ -191,7 +191,7 @@ def tell_state(start: Start | None, ending: tuple[str, str] | None, changed: flo
     return RUNNING if is_there else DIED
 
 
-def tell_left(steps: int, seconds: float | None) -> str:
+def describe_left(steps: int, seconds: float | None) -> str:
     return in_words(steps * seconds) if seconds is not None and steps > 0 else ""
 
 
@@ -373,7 +373,7 @@ class Runs:
         self._open: dict[Path, OpenHistory] = {}
         self.lock = threading.RLock()  # of all that is known here, stories too
 
-    def look(self) -> list[Glance]:
+    def list_all(self) -> list[Glance]:
         """Return all runs, the newest first."""
         with self.lock:
             histories: dict[str, ReadHistory] = {}
@@ -381,7 +381,7 @@ class Runs:
                 for path in self._walk(root, DEEPEST):
                     if str(path) not in histories:
                         with contextlib.suppress(OSError):
-                            histories[str(path)] = self._read(path)
+                            histories[str(path)] = self._read_history(path)
             self._histories = histories
             shown = [history.run for history in histories.values() if not self._has_begun(history.run)]
             return sorted(shown, key=lambda run: -run.changed)
@@ -394,7 +394,7 @@ class Runs:
         training = self._histories.get(str(training_path))
         return training is not None and training.run.changed >= run.changed
 
-    def _read(self, path: Path) -> ReadHistory:
+    def _read_history(self, path: Path) -> ReadHistory:
         """Return what a list shows of a history, which is read only if it has changed."""
         status = path.lstat()
         mark = status.st_mtime_ns, status.st_size, status.st_ino
@@ -427,12 +427,12 @@ class Runs:
         with self.lock:
             paths = {history.run.id: path for path, history in self._histories.items()}
             if id not in paths:
-                paths = {run.id: str(run.history) for run in self.look()}
+                paths = {run.id: str(run.history) for run in self.list_all()}
             if id not in paths:
                 return None
             path = paths[id]
             with contextlib.suppress(OSError):
-                history = self._read(Path(path))
+                history = self._read_history(Path(path))
                 self._histories[path] = history
                 return history.run
         return None

@@ -22,7 +22,7 @@ from browser.dataset_pages import dataset_routes
 from browser.jobs import JobQueue, open_queue
 from browser.queue_views import compare_routes, queue_routes
 from browser.runs import RUNNING, Glance, Runs
-from browser.views import HERE, POLICY, FileNotes, file_of, list_page, mark_list, run_page, tell_news
+from browser.views import HERE, POLICY, FileNotes, collect_news, file_of, list_page, mark_list, run_page
 from modules.errors import UserError
 from modules.pages.page import HERE as PAGES
 
@@ -86,7 +86,7 @@ class Gate:
             await send(message)
 
         try:
-            refusal = self._check(request)
+            refusal = self._find_refusal(request)
             await (refusal or self.app)(scope, receive_bounded, send_guarded)
         except Exception as error:  # whatever a damaged file leads to ends one request, in silence
             logger.debug("%s", request.url.path, exc_info=error)
@@ -100,7 +100,7 @@ class Gate:
         names = {name for name, _ in headers}
         return [*headers, *((name, value) for name, value in usual if name not in names)]
 
-    def _check(self, request: Request) -> Response | None:
+    def _find_refusal(self, request: Request) -> Response | None:
         """Return the response that refuses a request; None if the request may pass."""
         if not self._is_ours(request.headers.get("host", "")):
             return PlainTextResponse("Wrong host.", 421)
@@ -175,7 +175,7 @@ class RunPages:
         return None if run is None else file_of(self.runs, run, request.path_params["name"])
 
     def show_list(self, request: Request) -> Response:
-        found_runs = self.runs.look()
+        found_runs = self.runs.list_all()
         query = request.query_params
         mark = f'"{mark_list(found_runs, query)}"'
         if request.headers.get("if-none-match") == mark:
@@ -196,7 +196,7 @@ class RunPages:
         if run is None:
             return answer_gone()
         try:
-            return answer_json(tell_news(self.runs, run, request.query_params))
+            return answer_json(collect_news(self.runs, run, request.query_params))
         except ValueError:
             return PlainTextResponse("from and to are numbers of steps.", 400)
 
@@ -204,7 +204,7 @@ class RunPages:
         with self.runs.lock:
             path = self.find_file(request)
         try:
-            return answer_gone() if path is None else answer_page(self.notes.tell(path))  # takes a while
+            return answer_gone() if path is None else answer_page(self.notes.describe(path))  # takes a while
         except OSError:
             return answer_gone()
 

@@ -58,7 +58,7 @@ def run_browser(options: BrowserOptions) -> None:
 
 def log_runs(runs: Runs) -> None:
     """Log how many runs there are, and how many of them are running."""
-    states = [run.state for run in runs.look()]
+    states = [run.state for run in runs.list_all()]
     count = count_of(len(states), "run")
     logger.info("%s, %d running. Ctrl-C ends this page, and no run.", count, states.count(RUNNING))
 

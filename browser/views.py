@@ -14,7 +14,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from browser.runs import RUNNING, STATES, Glance, Runs, tell_left, tell_state
+from browser.runs import RUNNING, STATES, Glance, Runs, describe_left, find_state
 from modules.atomic_write import write_text
 from modules.control_codes import escape_control_codes, shorten
 from modules.errors import OptionError, UserError
@@ -50,6 +50,7 @@ POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
     "media-src 'self' data:; connect-src 'self'; form-action 'self'; base-uri 'none'"
 )
+LIST_CHOICES = ("text", "family", "state", "sort", "view", "all")  # fields of the form above a list of runs
 SORTS = {
     "newest": lambda run: -run.changed,
     "name": lambda run: (run.name.lower(), -run.changed),
@@ -83,17 +84,18 @@ def list_page(runs: Sequence[Glance], roots: Sequence[Path], query: Mapping[str,
     """Return the page of all runs. roots: the folders that they were found in."""
     chosen = select_runs(runs, query)
     shown = chosen if query.get("all") else chosen[:MOST_RUNS]
+    families = sorted({run.model for run in runs if run.model})
     view = query.get("view")
-    choices = ("text", "family", "state", "sort", "view", "all")
+    is_table = view == "table" or (len(chosen) > MOST_CARDS and view != "cards")
     values = {
         "runs": label_runs(shown),
-        "is_table": view == "table" or (len(chosen) > MOST_CARDS and view != "cards"),
+        "is_table": is_table,
         "date": lambda run: f"{datetime.fromtimestamp(run.changed):%Y-%m-%d %H:%M}",
         "chosen": len(chosen),
         "count": len(runs),
         "running": sum(run.state == RUNNING for run in runs),
-        "families": sorted({run.model for run in runs if run.model}),
-        "asked": {name: query.get(name, "") for name in choices},
+        "families": families,
+        "asked": {name: query.get(name, "") for name in LIST_CHOICES},
         "states": STATES,
         "sorts": list(SORTS),
         "roots": roots,
@@ -127,7 +129,7 @@ class LiveStanding:
         # an older version's history has no start, and its page tells some of it
         start = story.start or Start(run.model, run.total_steps)
         ending = story.ending or (None if story.start else run.ending)
-        state = tell_state(story.start, ending, run.changed)
+        state = find_state(story.start, ending, run.changed)
         step = next(reversed(story.loss or story.starts or {0: None}))
         text, kind = ending or (f"died after step {step:,}, without a word", "bad")
         if state == RUNNING:
@@ -145,7 +147,7 @@ def _describe_time(run: Glance, story: Story, steps_left: int) -> str:
     if story.left:
         return f"· {run.left} left"
     seconds = [number for number in story.seconds.values() if number is not None][-SHOWN:]
-    left = tell_left(steps_left, statistics.fmean(seconds) if seconds else None)
+    left = describe_left(steps_left, statistics.fmean(seconds) if seconds else None)
     return f"· {left} left" if left else ""
 
 
@@ -175,10 +177,16 @@ def run_page(runs: Runs, run: Glance, can_write: bool, is_paused: bool = False) 
         "plays": any(name.endswith(PLAYED) for name in sample_names),
         "is_paused": is_paused,
         "is_of_here": run.is_of_here,
-        "others": [(other.id, label) for other, label in label_runs(runs.look()) if other.id != run.id],
+        "others": _list_other_runs(runs, run),
         "messages": story.messages[-MOST_MESSAGES:],
     }
     return render_page(TEMPLATE, run.name, values, POLICY)
+
+
+def _list_other_runs(runs: Runs, run: Glance) -> list[tuple[str, str]]:
+    """Return the id and label of each run except one."""
+    labelled = label_runs(runs.list_all())
+    return [(candidate.id, label) for candidate, label in labelled if candidate.id != run.id]
 
 
 def mark_page(story: Story, now: LiveStanding) -> str:
@@ -188,7 +196,7 @@ def mark_page(story: Story, now: LiveStanding) -> str:
     return hashlib.blake2s(repr((counts, story.memory, now.shown.text)).encode(), digest_size=8).hexdigest()
 
 
-def tell_news(runs: Runs, run: Glance, query: Mapping[str, str]) -> dict[str, Any]:
+def collect_news(runs: Runs, run: Glance, query: Mapping[str, str]) -> dict[str, Any]:
     """Return the facts that a run's page polls, with its curves if they have changed.
 
     query: `have`, the key of an earlier answer; `from` and `to`, the steps that are shown. Raises OSError if
@@ -259,7 +267,7 @@ class FileNotes:
                 self._hashes[key] = hashlib.file_digest(file, "sha256").hexdigest()
         return self._hashes[key]
 
-    def tell(self, path: Path) -> str:
+    def describe(self, path: Path) -> str:
         """Return HTML that describes a file. Raises OSError if it cannot be read."""
         digest = self.hash(path)
         try:
@@ -299,7 +307,7 @@ def share_page(page: Path, copy: Path) -> None:
 
 def export_run(runs: Runs, path: Path) -> None:
     """Write the only run as a page that needs no server. Raises OptionError if there is not one run."""
-    candidates = runs.look()
+    candidates = runs.list_all()
     if not candidates:
         raise OptionError(f"--export {path}: no run there")
     if len(candidates) > 1:
@@ -313,5 +321,6 @@ def export_run(runs: Runs, path: Path) -> None:
     except OSError as error:
         raise OptionError(f"{run.history} cannot be read: {error.strerror}") from None
     clips = ClipStore(run.history.parent / SAMPLES)
-    write_training_page(path, run.history, story, LiveStanding.of(run, story).shown, clips.for_page())
+    standing = LiveStanding.of(run, story).shown
+    write_training_page(path, run.history, story, standing, load=clips.for_page())
     share_page(path, path)  # it is made to be given away: no folder of this machine is named

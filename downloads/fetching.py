@@ -53,8 +53,7 @@ def run_download(options: DownloadOptions) -> None:
     if planned:
         make_folder(options.to, "--to")
         _require_space(planned, options.to)
-    for download in planned:
-        remote, target = download
+    for remote, target in planned:
         logger.info("%s (%s) from %s", target, gigabytes(remote.size_bytes), remote.page)
         try:
             download_file(remote, target)

@@ -30,7 +30,7 @@ from project.choosing import (
     describe_makes,
     needs_picture,
 )
-from project.media import WRITTEN, FolderContent, Media, look_at, name_some
+from project.media import WRITTEN, FolderContent, Media, collect_content, name_some
 from project.options import RUN_FILE, NewOptions, find_models, own_command
 from project.running import CAPTION_MODEL, CAPTION_MODEL_SIZE, WRITE_CAPTIONS, typed_in
 
@@ -81,7 +81,7 @@ def _gather_choice(options: NewOptions, model_choice: ModelChoice, memory: float
     facts = ask_family(model, files)
     named_files = {name: files[name] for name in describing.typed_files(options)}
     check_model_files(model, named_files)
-    content = _look_at(options, model, facts)
+    content = _collect_content(options, model, facts)
     return describing.Choice(
         options=options,
         model=model,
@@ -101,7 +101,7 @@ def _with_small_encoders(model: ModelSet) -> ModelSet:
     return models[model.family, model.task]
 
 
-def _look_at(options: NewOptions, model: ModelSet, facts: ModelFacts) -> FolderContent:
+def _collect_content(options: NewOptions, model: ModelSet, facts: ModelFacts) -> FolderContent:
     """Return the content of the folder, with hints about models that would suit it better."""
     models = find_models()
     of_family = [entry for entry in models if entry.family == model.family]
@@ -110,7 +110,7 @@ def _look_at(options: NewOptions, model: ModelSet, facts: ModelFacts) -> FolderC
     silent_tasks: list[str] = []
     if facts.hears:
         silent_tasks = [entry.task for entry in of_family if not ask_family(entry).hears]
-    return look_at(
+    return collect_content(
         folder=options.folder,
         facts=facts,
         name=f"{model.family} {model.task}",
@@ -142,7 +142,13 @@ def find_problems(choice: describing.Choice) -> list[str]:
     problems: list[Fault] = []
     with contextlib.chdir(choice.options.folder), quiet():
         config = load_dataset_config(Path(WRITTEN[0]))
-        config = for_family(config, family.references, step, True, family.can.references)
+        config = for_family(
+            config,
+            family.references,
+            frame_step=step,
+            in_sections=True,
+            instead=family.can.references,
+        )
         for table in config.datasets:
             faults: list[Fault] = []
             sources: list[MediaSource] = []

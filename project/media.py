@@ -93,7 +93,7 @@ class SortedFolders:
     regularising: list[Path]
 
 
-def look_at(
+def collect_content(
     folder: Path, facts: ModelFacts, name: str, edits: str = "", hearing: str = "", silent: str = ""
 ) -> FolderContent:
     """Return the media of a folder and of its sub-folders, with references if the model edits.
@@ -235,9 +235,9 @@ def _why_regularisation(place: Path, folder: Path, names: Mapping[Path, FolderNa
     """Return why a folder seems to hold regularisation pictures; None if it does not."""
     if place == folder:
         return None
-    for ancestor in (place, place.parent):
-        if ancestor != folder and REGULARISATION.fullmatch(ancestor.name):
-            return f"{ancestor.name} is the name of a folder of regularisation pictures"
+    for path in (place, place.parent):
+        if path != folder and REGULARISATION.fullmatch(path.name):
+            return f"{path.name} is the name of a folder of regularisation pictures"
     name = names.get(place)
     if name is None:
         return None
@@ -516,16 +516,22 @@ def _take_first_frame(folder: Path, content: FolderContent, clip: Media) -> Medi
     if clip.path in content.bad_captions:
         content.lines.append(f"left out: {clip.path}: its caption cannot be read. Save it as UTF-8")
         return None
-    inside = clip.path.parent.relative_to(folder)
-    target = folder / FIRST_FRAMES / inside / f"{clip.path.stem}.png"
-    while target in content.first_frames:
-        target = target.with_stem(f"{target.stem}_{clip.path.suffix[1:]}")
+    target = _first_frame_path(folder, content, clip.path)
     content.first_frames[target] = clip.path
     if clip.caption is not None:
         _move_caption(content, clip.path, target, clip.caption)
     if clip.path.parent in content.names:
         content.names[target.parent] = content.names[clip.path.parent]
     return Media(target, "image", (width, height), seconds=None, caption=clip.caption)
+
+
+def _first_frame_path(folder: Path, content: FolderContent, clip: Path) -> Path:
+    """Return the path for the first frame of a clip, which no other clip has."""
+    inside = clip.parent.relative_to(folder)
+    path = folder / FIRST_FRAMES / inside / f"{clip.stem}.png"
+    while path in content.first_frames:
+        path = path.with_stem(f"{path.stem}_{clip.suffix[1:]}")
+    return path
 
 
 def _move_caption(content: FolderContent, clip: Path, picture: Path, caption: str) -> None:

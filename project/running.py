@@ -108,6 +108,7 @@ def _typed_options(options: RunOptions) -> dict[str, Any]:
 
 
 def _run_within_limits(options: RunOptions, project: Project, trace: RunTrace) -> None:
+    """Do what `run_commands` does, once the run may only write into its folders."""
     if _report_trained(project, options):
         return
     if find_latest(project.output, project.name) is not None:
@@ -123,6 +124,11 @@ def _run_within_limits(options: RunOptions, project: Project, trace: RunTrace) -
     again = ["run", str(project.folder), *options.words[2:]]
     trace.begin(again, output=project.output, name=project.name, steps=project.steps)
     left_out = _run_until_one_fails(commands, project, trace)
+    _print_ending(project, left_out)
+
+
+def _print_ending(project: Project, left_out: Sequence[str]) -> None:
+    """Print which files a run has left out, and where its page is."""
     if left_out:
         lines = ["", f"Trained without {len(left_out)} that cannot be read:"]
         lines += [f"  {text}" for text in left_out]
@@ -394,7 +400,7 @@ def _check_media(words: Sequence[str], folder: Path, validation: tuple[float, in
         from dataset.caching.prefetch import workers_of
 
         workers = workers_of(options)
-        result = check_caching(
+        findings = check_caching(
             family,
             config,
             workers=workers,
@@ -402,9 +408,9 @@ def _check_media(words: Sequence[str], folder: Path, validation: tuple[float, in
             verify=options.verify,
             validation=validation,
         )
-        result = replace(result, counters=TOKENS_ELSEWHERE)
-        tell_check(result, family, config, page=options.page, workers=workers)
-        for table in result.tables:
+        findings = replace(findings, counters=TOKENS_ELSEWHERE)
+        tell_check(findings, family, config, page=options.page, workers=workers)
+        for table in findings.tables:
             faults.extend(table.faults)
 
     with contextlib.chdir(folder):

@@ -6,7 +6,6 @@ All other options are those of the family's generation script, such as wan_gener
 model's files, --from_file or --prompt, sizes, steps, --save_path.
 """
 
-import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,24 +28,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     families = {name: entry.others for name, entry in with_scripts().items()}
     add_options(parser, CompareOptions, settings={"family": {"choices": list(families)}})
     words = sys.argv[1:] if argv is None else list(argv)
-    files = list(itertools.takewhile(lambda word: not word.startswith("-"), words))  # before all options
-    args, generation_words = parser.parse_known_args(["--lora", *words] if files else words)
+    args, generation_words = parser.parse_known_args(_with_lora_option(words))
     args.lora = expand_patterns(tuple(map(Path, args.lora)))
     high_noise = tuple(map(Path, args.lora_high_noise or ()))
     args.lora_high_noise = expand_patterns(high_noise, "--lora_high_noise") or None
     options = read_options(CompareOptions, args)
     _refuse_generation_options(parser, generation_words)
     family = options.family or family_of(options.lora[0], families)
-    generation_words += ["--lora_weight", *map(str, options.lora)]
-    if options.lora_high_noise:
-        generation_words += ["--lora_weight_high_noise", *map(str, options.lora_high_noise)]
 
     def make(family: object, generation_options: object) -> None:
         from generation.comparing import compare  # torch is loaded by now
 
         compare(family, generation_options, options)  # type: ignore[arg-type]
 
-    import_own(with_scripts()[family].generation_script).main(generation_words, make)
+    script = import_own(with_scripts()[family].generation_script)
+    script.main([*generation_words, *_lora_words(options)], make)
+
+
+def _with_lora_option(words: list[str]) -> list[str]:
+    """Return the words of the command line, with the option --lora before files that stand first."""
+    begins_with_file = bool(words) and not words[0].startswith("-")
+    return ["--lora", *words] if begins_with_file else words
+
+
+def _lora_words(options: CompareOptions) -> list[str]:
+    """Return the options with which the generation script checks and loads the files."""
+    words = ["--lora_weight", *map(str, options.lora)]
+    if options.lora_high_noise:
+        words += ["--lora_weight_high_noise", *map(str, options.lora_high_noise)]
+    return words
 
 
 def _refuse_generation_options(parser: Parser, words: Sequence[str]) -> None:

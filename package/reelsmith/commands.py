@@ -80,7 +80,7 @@ def main() -> None:
     commands = find_commands(ROOT)
     command = _find_named(commands, words)
     if command is not None:
-        _run(command, words[len(command.words) :])
+        _run_command(command, words[len(command.words) :])
     elif words[:1] in (["--version"], ["-V"]):
         print(f"{PROGRAM} {VERSION}")
     else:
@@ -95,7 +95,7 @@ def _find_named(commands: Sequence[ScriptCommand], words: Sequence[str]) -> Scri
     return None
 
 
-def _run(command: ScriptCommand, options: Sequence[str]) -> None:
+def _run_command(command: ScriptCommand, options: Sequence[str]) -> None:
     if PREFIX:  # help and messages show the words
         sys.argv = [f"{PROGRAM} {command.name}", *options]
         import_own(command.module).run()
