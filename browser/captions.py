@@ -1,4 +1,4 @@
-"""Read and write caption files, undo saves, and refuse to overwrite what others have written meanwhile.
+"""Read and write caption files, undo saves, and refuse to overwrite what other programs have written since.
 
 The content of a file before each save is kept in memory until the server ends; no backup files are written.
 """

@@ -330,11 +330,12 @@ class Datasets:
 
     def _run_measurement(self, dataset: FoundDataset, measured: Measured) -> None:
         """Measure a dataset, and put the results into `measured`."""
+        options = _report_options(dataset, measured)
         report: dict[str, Any] = {}
         error = ""
         with self._measuring:
             try:
-                report = self._report(_report_options(dataset, measured), dataset.folder)
+                report = self._report(options, dataset.folder)
             except (OSError, ValueError, OptionError) as problem:
                 error = str(problem)
         all_files = list(report.get("files", ()))

@@ -115,12 +115,12 @@ def find_program(words: Sequence[str], folder: Path) -> tuple[ScriptCommand, lis
     script_words = [*words[1:]] if words[:1] in (["python"], ["python3"]) else [*words]
     launcher: list[str] = []
     if script_words[:2] == ["accelerate", "launch"]:
-        count = _count_launcher_words(script_words)
-        launcher = [*ACCELERATE, *script_words[2:count]]
-        script_words = script_words[count:]
-    command, count = _find_command(script_words, folder)
+        place = _count_launcher_words(script_words)
+        launcher = [*ACCELERATE, *script_words[2:place]]
+        script_words = script_words[place:]
+    command, num_words = _find_command(script_words, folder)
     script = program_words(command.path.relative_to(ROOT))
-    return command, [sys.executable, *launcher, *script, *script_words[count:]]
+    return command, [sys.executable, *launcher, *script, *script_words[num_words:]]
 
 
 def _count_launcher_words(words: Sequence[str]) -> int:

@@ -132,10 +132,10 @@ class LiveStanding:
         state = find_state(story.start, ending, run.changed)
         step = next(reversed(story.loss or story.starts or {0: None}))
         text, kind = ending or (f"died after step {step:,}, without a word", "bad")
-        if state == RUNNING:
-            text, kind = state, ""
         words = ""
         if state == RUNNING:
+            text = state
+            kind = ""
             words = _describe_time(run, story, start.total_steps - step)
         return cls(Standing(start, step, text, kind), state, words)
 

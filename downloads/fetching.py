@@ -140,7 +140,7 @@ def _compare(file: ReleasedFile, remote: RemoteFile) -> RemoteFile:
 def download_file(remote: RemoteFile, target: Path, wait: Callable[[float], None] = time.sleep) -> None:
     """Download `remote` to `target`; do nothing if another run has just done it.
 
-    A part that has arrived is kept beside the target in a hidden file, and a later call continues it. The
+    A part that has arrived is kept next to the target in a hidden file, and a later call continues it. The
     target appears when size, checksum and kind are right. wait: called with seconds before a new attempt.
     Raises DownloadError if the connection stays broken, if the data are damaged twice, or if they are not of
     the kind that the name promises; OutputError if the disk is full.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from dataset.options import read_latent_caching
 from downloads.catalogue import Component, ModelSet, family_page, family_title, model_sets
@@ -27,6 +27,8 @@ from modules.text_files import read_safetensors_texts
 from project.options import NewOptions, check_trigger, find_models
 from training.image_options import ImageModelOptions
 from training.options import training_parser
+
+T = TypeVar("T")
 
 SLOW = "Slow on a CPU"
 IN_USE = 2  # GiB of a card that the network itself cannot have: activations, LoRA, optimizer
@@ -306,8 +308,7 @@ def _ask_for_family(options: NewOptions, models: Sequence[ModelSet], memory: flo
         return _read_family(_by_number(text, families), models)
 
     table = _family_table(models, memory, options.memory is not None)
-    named: NamedModel = _ask("--family", read, table)
-    return named
+    return _ask("--family", read, table)
 
 
 def _ask_for_task(options: NewOptions, models: Sequence[ModelSet], memory: float) -> ModelSet:
@@ -354,7 +355,7 @@ def _choose_task(text: str | None, tasks: Sequence[ModelSet]) -> ModelSet:
     return to_train[0]
 
 
-def _ask(question: str, read: Callable[[str], Any], table: str) -> Any:
+def _ask(question: str, read: Callable[[str], T], table: str) -> T:
     """Show a table and ask until the answer can be read. Raises OptionError at the end of the input."""
     while True:
         answer = ask_on_terminal(f"{table}{question}? ")

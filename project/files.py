@@ -131,10 +131,9 @@ def _write_content(content: FolderContent) -> None:
 
 
 def find_problems(choice: describing.Choice) -> list[str]:
-    """Return what ends a run, of the files that dataset.toml names: found as `run` finds it.
+    """Return the faults of the files in dataset.toml that would end a run, found as `run` finds them.
 
-    Captions that are missing are no part of it, except those of files that cannot be read either: other lines
-    are about them.
+    Missing captions are left out, as other lines report them, except those of files that cannot be read.
     """
     family = choice.facts.family
     step = choice.model.data.get("frame_step", 4)
@@ -272,7 +271,7 @@ def _describe_lengths(choice: describing.Choice) -> list[str]:
 
 
 def _find_bare(choice: describing.Choice) -> list[Path]:
-    """Return media for which no caption, trigger word or name of a folder stands."""
+    """Return media without a caption that have no trigger word or name of a folder in its place."""
     if choice.trigger:
         return []
     content = choice.content

@@ -1,4 +1,4 @@
-"""Read captions from lists beside the files of a folder: metadata.jsonl, captions.csv, JSON files.
+"""Read captions from lists next to the files of a folder: metadata.jsonl, captions.csv, JSON files.
 
 `new` writes them into caption files, which everything else reads.
 """
@@ -22,7 +22,7 @@ from modules.text_encodings import guess_encoding
 from modules.text_files import parse_json, read_content, read_text
 
 JSON = ".json"
-# names of columns, besides those that tables of a dataset have
+# names of columns, in addition to those that tables of a dataset have
 # fmt: off
 PATHS = (
     "image_path", "video_path", "audio_path", *PATH_COLUMNS, "filename", "file", "file_path", "filepath",

@@ -89,7 +89,7 @@ class SortedFolders:
     """Sub-folders by what is done with their media."""
 
     learned: list[Path]  # the folder itself comes first
-    sources: list[Path]  # of pictures that others are made from
+    sources: list[Path]  # of references, which pictures are made from
     regularising: list[Path]
 
 
@@ -169,7 +169,7 @@ def _describe_unused_sources(places: SortedFolders, name: str, edits: str) -> li
 
 
 def _describe_numbered(media: Sequence[Media]) -> list[str]:
-    """Return a line about pictures that are named like references of others; none if there are none."""
+    """Return a line about pictures that are named like references of other pictures, if there are any."""
     numbered = _find_numbered(media)
     if not numbered:
         return []
@@ -541,7 +541,7 @@ def _move_caption(content: FolderContent, clip: Path, picture: Path, caption: st
 
 
 def _find_references(folder: Path, places: SortedFolders, content: FolderContent) -> None:
-    """Find the folder of references for each folder of pictures: in it, beside it, or beside all of them."""
+    """Find the folder of references for each folder of pictures: in it, or next to it or to all of them."""
     absolute = folder.absolute()
     outer_sources = []
     if not places.sources:

@@ -42,7 +42,7 @@ WRITE_CAPTIONS = [
 # kinds of faults of a check
 NO_CAPTIONS = ("have no caption",)
 BAD_CAPTIONS = ("have a caption that cannot be used",)
-UNREADABLE = "cannot be read"  # kind of the faults that a run goes on with: the files are left out
+UNREADABLE = "cannot be read"  # kind of the faults that do not end a run: the files are left out
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class MediaCheck(NamedTuple):
     """Outcome of a check of media."""
 
     fault_kinds: list[str]  # of faults that end the run; empty: it can begin
-    left_out: list[str]  # files that it goes on without
+    left_out: list[str]  # files that it continues without
 
 
 def run_project(options: RunOptions) -> None:

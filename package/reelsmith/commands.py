@@ -153,7 +153,7 @@ USAGE = f"usage: {PROGRAM} COMMAND [options]    {PROGRAM} COMMAND --help lists t
 
 
 def _list_first(commands: Sequence[ScriptCommand]) -> str:
-    """Return a line for each command of `FIRST`, and how to list the others; all if none of them is there."""
+    """Return a line for each command of `FIRST`, and how to list all; all if none of them is there."""
     by_script = {command.script: command for command in commands}
     first = [by_script[script] for script in FIRST if script in by_script]
     if not first:
