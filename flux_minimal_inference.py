@@ -28,10 +28,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         from generation.run import generate
 
-        letters = {
-            letter: LineOption(key, read, NO_TEXT if is_text else ())
-            for letter, (key, read, is_text) in LINE_LETTERS.items()
-        }
+        letters = {}
+        for letter, (key, read, is_text) in LINE_LETTERS.items():
+            letters[letter] = LineOption(key, read, NO_TEXT if is_text else ())
         options = replace(
             options,
             output=replace(options.output, naming="time"),
@@ -40,9 +39,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         # without a negative prompt there is no guidance, whatever --cfg_scale says
         family = replace(family, negative_is_empty=False)
-        generate(
-            replace(family, noise_dtype=torch.float32) if is_fp8(minimal.model.dtype) else family, options
-        )
+        if is_fp8(minimal.model.dtype):
+            family = replace(family, noise_dtype=torch.float32)
+        generate(family, options)
 
     with name_as_typed(TYPED):
         generate_image(generation_words(minimal), make)

@@ -33,7 +33,7 @@ DEFAULTS = ScriptDefaults(
 
 
 def settle(
-    options: GenerationOptions, own: FramePackGenerationOptions
+    options: GenerationOptions, family_options: FramePackGenerationOptions
 ) -> tuple[GenerationOptions, FramePackGenerationOptions]:
     """Check the texts of sections, and take the window that given latents were made with."""
     if not options.prompts.draws:  # else it may be drawn for which sections a text is
@@ -42,8 +42,8 @@ def settle(
 
     from frame_pack.files import saved_window
 
-    window = saved_window(options.latent_path or (), own.latent_window_size)
-    return options, replace(own, latent_window_size=window)
+    window = saved_window(options.latent_path or (), family_options.latent_window_size)
+    return options, replace(family_options, latent_window_size=window)
 
 
 main = generation_script("framepack", DEFAULTS, __doc__, settle=settle)

@@ -35,14 +35,14 @@ DEFAULTS = ScriptDefaults(
 
 
 def settle(
-    options: GenerationOptions, own: HunyuanGenerationOptions
+    options: GenerationOptions, family_options: HunyuanGenerationOptions
 ) -> tuple[GenerationOptions, HunyuanGenerationOptions]:
     """Make --exclude_single_blocks a pattern of the LoRAs."""
-    if own.exclude_single_blocks:
+    if family_options.exclude_single_blocks:
         files = len(options.lora.lora_weight or ())
         patterns = options.lora_patterns.also_excluding("single_(transformer_)?blocks", files)
         options = replace(options, lora_patterns=patterns)
-    return options, own
+    return options, family_options
 
 
 main = generation_script("hunyuan_video", DEFAULTS, __doc__, settle=settle)

@@ -10,13 +10,22 @@ from generation.scripts import generation_script
 from krea2.options import EXTRAS, REPLACED, SIDE, settle_generation
 
 
-def _one(text: str) -> int:
+def _read_one(text: str) -> int:
     """Read --i of a prompt line, which is a number of pictures in the known tuner."""
     if text != "1":
         raise ValueError(
             f"a line makes one picture, not {text}: repeat it, each time with another seed (--d)"
         )
     return 1
+
+
+def _shift_options() -> dict[str, LineOption]:
+    """Return the options of a prompt line that give the time shift, each in place of the other ways."""
+    options = {}
+    for name, replaced in REPLACED.items():
+        key = "flow_shift" if name == "fs" else name
+        options[name] = LineOption(key, read_number, instead_of=replaced)
+    return options
 
 
 def _take_prompt(parser: argparse.ArgumentParser) -> None:
@@ -49,11 +58,8 @@ DEFAULTS = ScriptDefaults(
     line_options={
         **IMAGE_GENERATION_OPTIONS,
         **REFERENCES,
-        **{
-            name: LineOption("flow_shift" if name == "fs" else name, read_number, instead_of=others)
-            for name, others in REPLACED.items()
-        },
-        "i": LineOption("pictures_of_line", _one),
+        **_shift_options(),
+        "i": LineOption("pictures_of_line", _read_one),
     },
     output_types=PICTURE_OUTPUTS,
 )

@@ -33,46 +33,54 @@ DEFAULTS = ScriptDefaults(
 
 
 def settle(
-    shared: GenerationOptions, own: Ltx2GenerationOptions
+    shared: GenerationOptions, family_options: Ltx2GenerationOptions
 ) -> tuple[GenerationOptions, Ltx2GenerationOptions]:
     """Settle what has two names; take the factors of references from LoRAs that say them, and such LoRAs out
     of a second stage.
     """
-    shared, own = settle_generation(shared, own)
-    output = shared.output
-    if VIDEO not in own.streams:
-        shown = {
-            "--post": shared.post.tools,
-            "--sheet": shared.sheet.sheet is not None,
-            "--save_last_frame": output.save_last_frame,
-            "--codec": output.format.codec != FormatOptions().codec,
-            "--container": output.format.container != FormatOptions().container,
-            "--keep_pngs": output.format.keep_pngs,
-            "--preview_latent_every": shared.preview.preview_latent_every is not None,
-            "--trim_tail_frames": output.trim_tail_frames,
-            "--output_type images": output.output_type in IMAGE_OUTPUTS and output.save_audio is None,
-        }
-        if options := ", ".join(name for name, is_given in shown.items() if is_given):
-            raise OptionError(f"{options}: sound alone has no pictures. Leave out what is for these")
-    paths = own.references.paths or None
-    told = own.references.reference_strength < 1 or own.references.conditioning_attention_mask
-    if told and paths is None and not (shared.from_file or shared.interactive):
+    shared, family_options = settle_generation(shared, family_options)
+    if VIDEO not in family_options.streams:
+        refuse_picture_options(shared)
+    references = family_options.references
+    paths = references.paths or None
+    is_about_references = references.reference_strength < 1 or references.conditioning_attention_mask
+    if is_about_references and paths is None and not (shared.from_file or shared.interactive):
         options = "--reference_strength, --conditioning-attention-mask"
         raise OptionError(f"{options}: no reference is given. Give --reference_video")
     request = replace(shared.request, extras={"reference_videos": ("reference_video", paths)})
     shared = replace(shared, request=request)
     if not (paths or shared.lora.lora_weight):
-        return shared, own
-    from ltx_2.references import settle_factors
+        return shared, family_options
+    from ltx_2.references import settle_factors  # with references or a LoRA
 
     # prompt lines may have references too
-    found = settle_factors(own.references, [Path(one) for one in shared.lora.lora_weight or ()])
-    own = replace(own, references=found)
-    if own.stages.sample_two_stage and not own.stages.skip_stage_2:
-        from ltx_2.stages import keep_for_first_stage
+    factors = settle_factors(references, [Path(weight) for weight in shared.lora.lora_weight or ()])
+    family_options = replace(family_options, references=factors)
+    if family_options.stages.sample_two_stage and not family_options.stages.skip_stage_2:
+        from ltx_2.stages import keep_for_first_stage  # with two stages
 
-        shared, own = keep_for_first_stage(shared, own)
-    return shared, own
+        return keep_for_first_stage(shared, family_options)
+    return shared, family_options
+
+
+def refuse_picture_options(shared: GenerationOptions) -> None:
+    """Raise OptionError if an option for pictures is given, for a clip that is sound alone."""
+    output = shared.output
+    usual = FormatOptions()
+    given_options = {
+        "--post": shared.post.tools,
+        "--sheet": shared.sheet.sheet is not None,
+        "--save_last_frame": output.save_last_frame,
+        "--codec": output.format.codec != usual.codec,
+        "--container": output.format.container != usual.container,
+        "--keep_pngs": output.format.keep_pngs,
+        "--preview_latent_every": shared.preview.preview_latent_every is not None,
+        "--trim_tail_frames": output.trim_tail_frames,
+        "--output_type images": output.output_type in IMAGE_OUTPUTS and output.save_audio is None,
+    }
+    options = ", ".join(name for name, is_given in given_options.items() if is_given)
+    if options:
+        raise OptionError(f"{options}: sound alone has no pictures. Leave out what is for these")
 
 
 main = generation_script("ltx_2", DEFAULTS, __doc__, settle=settle)

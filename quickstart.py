@@ -15,14 +15,16 @@ from pathlib import Path
 
 import modules.interpreter  # noqa: F401
 from modules.command import command_line
-from modules.environment import ROOT, prepare_environment
+from modules.environment import prepare_environment
 from modules.errors import UserError
+from modules.installation import ROOT
 from modules.parser import Parser
 
 FOLDER = ROOT / "quickstart"
 STEPS = 300
 # a form and a colour that the model has no word for: see pocket/concepts.py
-BLORP, ZINDLE = "blorp", "zindle"
+BLORP = "blorp"
+ZINDLE = "zindle"
 PROMPTS = {
     BLORP: """a red blorp moving left --d 1
 a blue blorp moving up --d 2
@@ -37,7 +39,9 @@ a zindle blorp moving up --d 22
 a zindle blorp moving right --d 23
 """,
 }
-SIDE, FRAMES, INFER_STEPS = 64, 17, 20
+SIDE = 64
+FRAMES = 17
+INFER_STEPS = 20
 LOOKS = f"--w {SIDE} --h {SIDE} --f {FRAMES} --s {INFER_STEPS} --g 3 --fs 3"
 SAMPLES = {
     BLORP: f"a red blorp moving left {LOOKS} --d 1\n",
@@ -60,7 +64,8 @@ def main() -> None:
     samples = {f"{name}_samples": line for name, line in SAMPLES.items()}
     for name, lines in {**PROMPTS, **samples}.items():
         (FOLDER / f"{name}.txt").write_text(lines, encoding="utf-8")
-    take_steps(planned := Runner(None))
+    planned = Runner(None)
+    take_steps(planned)
     take_steps(Runner(python, len(planned.commands)))
     say(f"Done in {time.monotonic() - started:.0f} s. Open {FOLDER / 'report.html'}")
 
@@ -73,14 +78,27 @@ def take_steps(runner: "Runner") -> None:
     )
     for name in (BLORP, ZINDLE):
         teach(runner, name)
-    generate(runner, "Generating before: the model without a LoRA", BLORP, "before", [])
-    generate(runner, "Generating after: same prompts, same seeds, with the LoRA", BLORP, "after", [BLORP])
-    generate(runner, "Generating with the second LoRA", ZINDLE, ZINDLE, [ZINDLE])
-    generate(runner, "Generating with both LoRAs at once", "both", "both", [BLORP, ZINDLE])
+    generate_all(runner)
     convert = ["--input", lora(BLORP), "--output", lora(f"{BLORP}_comfy", BLORP), "--target", "other"]
     runner.run("Converting the LoRA for other tools", ["convert_lora.py", *convert])
     (FOLDER / "commands.json").write_text(json.dumps(runner.commands), encoding="utf-8")
     runner.run("Checking the results and writing the report", ["-m", "pocket.report", "quickstart"])
+
+
+def generate_all(runner: "Runner") -> None:
+    """Generate without a LoRA, with each, and with both."""
+    generate(runner, "Generating before: the model without a LoRA", prompts=BLORP, folder="before", loras=[])
+    generate(
+        runner,
+        "Generating after: same prompts, same seeds, with the LoRA",
+        prompts=BLORP,
+        folder="after",
+        loras=[BLORP],
+    )
+    generate(runner, "Generating with the second LoRA", prompts=ZINDLE, folder=ZINDLE, loras=[ZINDLE])
+    generate(
+        runner, "Generating with both LoRAs at once", prompts="both", folder="both", loras=[BLORP, ZINDLE]
+    )
 
 
 def clear(folder: Path) -> None:
@@ -144,7 +162,8 @@ class Runner:
 
     def __init__(self, python: Path | None, total: int = 0) -> None:
         self.commands: list[str] = []
-        self._python, self._total = python, total
+        self._python = python
+        self._total = total
 
     def run(self, title: str, arguments: list[str]) -> None:
         """Announce and run one step; its output goes to quickstart/log.txt.
@@ -159,9 +178,12 @@ class Runner:
         with log.open("ab") as file:
             environment = {**os.environ, "PYTHONUTF8": "1", "HF_HUB_OFFLINE": "1"}
             command = [str(self._python), *arguments]
-            done = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
-        if done.returncode:
-            tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
+            process = subprocess.run(
+                command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
+            )
+        if process.returncode:
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+            tail = "\n".join(lines[-15:])
             raise UserError(f"this step failed; the end of {log}:\n{tail}")
 
 

@@ -7,7 +7,7 @@ import modules.interpreter  # noqa: F401
 from modules.families import plain_script
 from project.options import RunOptions
 
-main = plain_script(__doc__, "project.running.run_project", RunOptions, going_on=lambda one: one.going_on)
+main = plain_script(__doc__, "project.running.run_project", RunOptions, going_on=lambda run: run.going_on)
 
 
 if __name__ == "__main__":

@@ -15,12 +15,14 @@ Further arguments go to pytest.
 import os
 import subprocess
 import sys
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import modules.interpreter  # noqa: F401
 from modules.command import command_line
-from modules.environment import ROOT, prepare_environment
+from modules.environment import prepare_environment
 from modules.errors import UserError
+from modules.installation import ROOT
 from modules.parser import Parser
 
 # the models are tiny: workers share the cores better than threads
@@ -52,6 +54,15 @@ AGAIN = "--last-failed"
 TOO_LONG = "`python -m pytest --write-long-tests` finds those that are long now"
 
 
+@dataclass(frozen=True)
+class Check:
+    """A command of one of the environments, such as pytest with its arguments."""
+
+    python: Path
+    command: list[str]
+    settings: dict[str, str] = field(default_factory=dict)  # of the environment: one of PROCESSORS
+
+
 def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("--fast", action="store_true", help="run tests of less than 0.15 seconds each")
@@ -59,27 +70,35 @@ def main() -> None:
     parser.add_argument("arguments", nargs="*", help="of pytest: folders, files and options such as -k vae")
     args, _ = parser.parse_known_args()
     python = prepare_environment("test")
-    chosen = [argument for argument in sys.argv[1:] if argument not in TIERS]
+    typed = [argument for argument in sys.argv[1:] if argument not in TIERS]
     tier = [word for name, words in TIERS.items() if getattr(args, name[2:]) for word in words]
-    types = [] if args.fast else [["mypy"]]  # minutes the first time
-    checks = [] if chosen else [["ruff", "check", "."], ["ruff", "format", "--check", "."], *types]
-    is_spread = any(argument.startswith("-n") for argument in chosen)
-    # neighbours mostly share what their file sets up
-    workers = [] if is_spread else ["-n", str(min(os.cpu_count() or 1, 8)), "--dist", "worksteal"]
-    runs: list[tuple[Path, list[str], dict[str, str]]] = [
-        (python, command, {}) for command in [*checks, ["pytest", *workers, *tier, *chosen]]
-    ]
-    if not chosen and not args.fast:
-        recorded = ["pytest", *workers, *RECORDED]
-        runs += [(python, recorded, setting) for setting in _processors()]
-        runs += [(second, recorded, {}) for second in _second_python()]
-    failed = [_typed(*run) for run in runs if _run(*run)]
+    checks = _list_checks(python, typed, tier, is_fast=args.fast)
+    failed = [_typed(check) for check in checks if _run_check(check)]
     seconds = sum(os.times()[2:4])  # of the commands; 0 on Windows, which does not count them
-    if args.fast and not chosen and seconds > MOST_SECONDS:
+    if args.fast and not typed and seconds > MOST_SECONDS:
         failed.append(f"{seconds:.0f} processor seconds of at most {MOST_SECONDS}: {TOO_LONG}")
     if failed:
         print(f"Failed: {'; '.join(failed)}")
         raise SystemExit(1)
+
+
+def _list_checks(python: Path, typed: list[str], tier: list[str], is_fast: bool) -> list[Check]:
+    """Return what is run, in order. typed: arguments for pytest, with which nothing else is run."""
+    workers = []
+    if not any(argument.startswith("-n") for argument in typed):
+        # neighbours mostly share what their file sets up
+        workers = ["-n", str(min(os.cpu_count() or 1, 8)), "--dist", "worksteal"]
+    checks = []
+    if not typed:
+        checks = [Check(python, ["ruff", "check", "."]), Check(python, ["ruff", "format", "--check", "."])]
+        if not is_fast:
+            checks.append(Check(python, ["mypy"]))  # minutes the first time
+    checks.append(Check(python, ["pytest", *workers, *tier, *typed]))
+    if not typed and not is_fast:
+        recorded = ["pytest", *workers, *RECORDED]
+        checks += [Check(python, recorded, settings) for settings in _processors()]
+        checks += [Check(second, recorded) for second in _second_python()]
+    return checks
 
 
 def _processors(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[dict[str, str]]:
@@ -94,27 +113,34 @@ def _second_python() -> list[Path]:
 
     Raises UserError if the variable names none.
     """
-    named, inside = os.environ.get(SECOND), "Scripts/python.exe" if os.name == "nt" else "bin/python"
+    named = os.environ.get(SECOND)
+    inside = "Scripts/python.exe" if os.name == "nt" else "bin/python"
     python = Path(named) if named else ROOT / ".venv-second" / inside
     if named and not python.is_file():
         raise UserError(f"{SECOND}={named}: there is no such file. Name the Python of an environment")
     return [python] if python.is_file() else []
 
 
-def _typed(python: Path, command: list[str], setting: dict[str, str]) -> str:
-    second = [f"{SECOND}={python}"] if [python] == _second_python() else []
-    return " ".join([*second, *map("=".join, setting.items()), *command])
+def _typed(check: Check) -> str:
+    """Return a check as it can be typed, with the settings of its environment."""
+    settings = [f"{name}={value}" for name, value in check.settings.items()]
+    if [check.python] == _second_python():
+        settings.insert(0, f"{SECOND}={check.python}")
+    return " ".join([*settings, *check.command])
 
 
-def _run(python: Path, command: list[str], setting: dict[str, str]) -> int:
-    print(f"\n== {_typed(python, command, setting)}", flush=True)
-    environment = {**os.environ, **THREADS, **setting, "PYTHONUTF8": "1", "HF_HUB_OFFLINE": "1"}
+def _run_check(check: Check) -> int:
+    """Run a check and return its exit code; failed tests run once more, alone."""
+    print(f"\n== {_typed(check)}", flush=True)
+    environment = {**os.environ, **THREADS, **check.settings, "PYTHONUTF8": "1", "HF_HUB_OFFLINE": "1"}
     # hundreds of processes start: each would compile our modules, and each worker all tests
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
-    code = subprocess.run([str(python), "-m", *command], cwd=ROOT, env=environment).returncode
-    if command[0] == "pytest" and code == TESTS_FAILED and AGAIN not in command:
+    program = [str(check.python), "-m", *check.command]
+    code = subprocess.run(program, cwd=ROOT, env=environment).returncode
+    if check.command[0] == "pytest" and code == TESTS_FAILED and AGAIN not in check.command:
         print("\nThese tests failed. Alone, on a quiet machine, they:")
-        return _run(python, [*command, AGAIN, "-v", "--maxfail=1", "-n", "0"], setting)
+        again = [*check.command, AGAIN, "-v", "--maxfail=1", "-n", "0"]
+        return _run_check(replace(check, command=again))
     return code
 
 

@@ -1,4 +1,4 @@
-"""Read and write caption files, undo saves, and refuse to overwrite what others have written meanwhile.
+"""Read and write caption files, undo saves, and refuse to overwrite what other programs have written since.
 
 The content of a file before each save is kept in memory until the server ends; no backup files are written.
 """
@@ -32,17 +32,24 @@ class CaptionText:
     def of(cls, content: bytes) -> "CaptionText":
         """Return the caption in the bytes of a file. Raises UnicodeDecodeError if it is not UTF-8."""
         start = BOM if content.startswith(BOM) else b""
-        whole = content[len(start) :].decode()
-        newline = "\r\n" if "\r\n" in whole else "\r" if "\r" in whole else "\n"
-        whole = whole.replace("\r\n", "\n").replace("\r", "\n")
-        text = whole.strip()
-        place = whole.index(text) if text else 0
-        return cls(text, start, whole[:place], whole[place + len(text) :], newline)
+        decoded = content[len(start) :].decode()
+        newline = next((ending for ending in ("\r\n", "\r") if ending in decoded), "\n")
+        decoded = decoded.replace("\r\n", "\n").replace("\r", "\n")
+        text = decoded.strip()
+        place = decoded.index(text) if text else 0
+        return cls(
+            text=text,
+            start=start,
+            head=decoded[:place],
+            tail=decoded[place + len(text) :],
+            newline=newline,
+        )
 
     def with_text(self, text: str) -> bytes:
         """Return the bytes of the file with another caption."""
-        whole = self.head + text.replace("\r\n", "\n").replace("\r", "\n").strip() + self.tail
-        return self.start + whole.replace("\n", self.newline).encode()
+        text = text.replace("\r\n", "\n").replace("\r", "\n").strip()
+        content = self.head + text + self.tail
+        return self.start + content.replace("\n", self.newline).encode()
 
 
 class CaptionConflictError(Exception):
@@ -71,10 +78,11 @@ class Captions:
         Raises CaptionConflictError if the file has changed since, ValueError if the text cannot be stored,
         OSError or OutputError if it cannot be written.
         """
-        if (found := bad_character(text)) is not None:
-            raise ValueError(f"a caption cannot hold {found}")
+        reason = bad_character(text)
+        if reason is not None:
+            raise ValueError(f"a caption cannot hold {reason}")
         with self._lock:
-            now = self._check(path, have)
+            now = self._require_unchanged(path, have)
             new = CaptionText.of(now or b"").with_text(text)
             if len(new) > MOST_BYTES:
                 raise ValueError(f"a caption of more than {MOST_BYTES >> 10} KiB cannot be edited here")
@@ -87,7 +95,7 @@ class Captions:
         """Take back the last save, or all of them. Raises as `save`; LookupError if there is none."""
         with self._lock:
             before = self._before[path]
-            now = self._check(path, have)
+            now = self._require_unchanged(path, have)
             target = self._first[path] if is_all else before[-1]
             if target is None and now is not None:
                 path.unlink()
@@ -97,7 +105,7 @@ class Captions:
             if is_all or not before:
                 del self._before[path], self._first[path]
 
-    def _check(self, path: Path, have: str) -> bytes | None:
+    def _require_unchanged(self, path: Path, have: str) -> bytes | None:
         now = _content_of(path)
         if mark_bytes(now) != have:
             raise CaptionConflictError

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 from markupsafe import Markup
 
@@ -27,21 +28,27 @@ from training.reports.history import SampleRow, Story
 from training.reports.page import link, list_files
 from training.reports.sample_files import FOLDER as SAMPLES
 
-MOST_COLUMNS, MOST_ROWS, USUAL_ROWS = 24, 40, 8
+MOST_COLUMNS = 24
+MOST_ROWS = 40
+USUAL_ROWS = 8
 SCRIPT = ["python", "tools/compare.py"]
 LORA = "--lora_weight"
 # options of a generation that a comparison sets itself, or that would write elsewhere
+# fmt: off
 REPLACED = {
-    *(f"{name}{end}" for name in (LORA, "--lora_multiplier") for end in ("", f"_{HIGH_NOISE}")),
-    *("--prompt", "--seed", "--save_path", "--from_file", "--config_file", "--console_log_file"),
+    LORA, f"{LORA}_{HIGH_NOISE}", "--lora_multiplier", f"--lora_multiplier_{HIGH_NOISE}", "--prompt",
+    "--seed", "--save_path", "--from_file", "--config_file", "--console_log_file",
 }
+# fmt: on
 PLACEHOLDER = re.compile(r"[A-Z0-9_.]+_FILE")
 SEED = "0"  # if neither a prompt nor the run tells one: all columns need the same
 # options of a prompt line that a clip tells
+# fmt: off
 SETTINGS = (
-    *("infer_steps", "guidance_scale", f"guidance_scale_{HIGH_NOISE}", "embedded_cfg_scale", "flow_shift"),
-    *("video_length", "video_seconds", "video_sections", "negative_prompt"),
+    "infer_steps", "guidance_scale", f"guidance_scale_{HIGH_NOISE}", "embedded_cfg_scale", "flow_shift",
+    "video_length", "video_seconds", "video_sections", "negative_prompt",
 )
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -85,18 +92,29 @@ class ComparableRun:
     @property
     def files(self) -> list["ComparedFile"]:
         """Return the saved files that exist, by step; only one of several with equal weights."""
-        folder, story, found = self.run.history.parent, self.story, []
+        folder = self.run.history.parent
+        story = self.story
         best = story.best_file(folder)
-        for step, (name, *twins) in list_files(story, folder):
-            pair = name.replace(f"_{LOW_NOISE}.", f"_{HIGH_NOISE}.")
-            is_second = name.replace(f"_{HIGH_NOISE}.", f"_{LOW_NOISE}.") != name
-            paths = [folder / each for each in dict.fromkeys((name, pair))]
-            if is_second or not all(path.is_file() for path in paths):
+        files = []
+        for step, names in list_files(story, folder):
+            name = names[0]
+            if name.replace(f"_{HIGH_NOISE}.", f"_{LOW_NOISE}.") != name:
+                continue  # it belongs to the file of the other expert
+            high_noise_name = name.replace(f"_{LOW_NOISE}.", f"_{HIGH_NOISE}.")
+            paths = [folder / part for part in dict.fromkeys((name, high_noise_name))]
+            if not all(path.is_file() for path in paths):
                 continue
-            validated = None if story.is_average(name) else story.nearest(step)
-            loss = None if validated is None else validated[1]
-            found.append(ComparedFile(self, name, paths, step, loss, best in (name, pair, *twins)))
-        return found
+            validation = None if story.is_average(name) else story.nearest(step)
+            file = ComparedFile(
+                source=self,
+                name=name,
+                paths=paths,
+                step=step,
+                loss=None if validation is None else validation[1],
+                is_best=best in (high_noise_name, *names),
+            )
+            files.append(file)
+        return files
 
 
 @dataclass(frozen=True)
@@ -140,10 +158,10 @@ class Comparison:
 
     sources: list[ComparableRun] = field(default_factory=list)
     columns: list[ComparedFile] = field(default_factory=list)
-    known: list[str] = field(default_factory=list)  # prompts that have samples
+    sampled_prompts: list[str] = field(default_factory=list)
     rows: list[ComparedPrompt] = field(default_factory=list)
-    chosen: list[str] = field(default_factory=list)  # those of `known` that are chosen
-    more: str = ""  # prompt lines that were typed
+    chosen: list[str] = field(default_factory=list)  # those of `sampled_prompts` that are chosen
+    typed_lines: str = ""  # of prompts
     problem: str = ""
 
 
@@ -156,14 +174,21 @@ def read_source(runs: Runs, run: Glance) -> ComparableRun | None:
     families = {entry.generation_script: name for name, entry in with_scripts().items()}
     for command in story.commands:
         try:
-            words, missing = shlex.split(command.bash), shlex.split(command.missing)
+            words = shlex.split(command.bash)
+            missing = shlex.split(command.missing)
         except ValueError:  # an edited history
             continue
         # behind python, or behind a launcher with its options
         for place, word in enumerate(words[:MOST_BEFORE]):
             script = re.split(r"[\\/.]", word.removesuffix(".py"))[-1]
             if script in families:
-                return ComparableRun(run, story, families[script], group_options(words[place + 1 :]), missing)
+                return ComparableRun(
+                    run=run,
+                    story=story,
+                    family=families[script],
+                    options=group_options(words[place + 1 :]),
+                    missing=missing,
+                )
     return None
 
 
@@ -174,8 +199,8 @@ def working_folder(run: Glance, options: Mapping[str, Sequence[str]]) -> Path:
     with contextlib.suppress(OSError, ValueError):  # of a history from elsewhere
         if run.working_folder is not None and run.working_folder.is_dir():
             return run.working_folder
-    told = options.get("--output_dir")
-    typed = Path(*told) if told else Path(*options.get("--save_path", ())).parent
+    output_words = options.get("--output_dir")
+    typed = Path(*output_words) if output_words else Path(*options.get("--save_path", ())).parent
     parents = run.history.parent.parts
     count = len(parents) - len(typed.parts)
     if typed.is_absolute() or parents[count:] != typed.parts:
@@ -185,73 +210,125 @@ def working_folder(run: Glance, options: Mapping[str, Sequence[str]]) -> Path:
 
 def group_options(words: Sequence[str]) -> dict[str, list[str]]:
     """Return the words that follow each option."""
-    found: dict[str, list[str]] = {}
+    options: dict[str, list[str]] = {}
     for word in words:
-        name, mark, value = word.partition("=")
         if word.startswith("--"):
-            found[name] = [value] if mark else []
-        elif found:
-            found[[*found][-1]].append(word)
-    return found
+            name, mark, value = word.partition("=")
+            options[name] = [value] if mark else []
+        elif options:
+            last_name = list(options)[-1]
+            options[last_name].append(word)
+    return options
 
 
-def read_comparison(runs: Runs, asked: Mapping[str, Sequence[str]]) -> Comparison:
+def read_comparison(runs: Runs, form: Mapping[str, Sequence[str]]) -> Comparison:
     """Return the comparison that a form asks for. Raises OptionError if its runs cannot be compared."""
-    wanted = [*asked.get("file", ())]
-    ids = [*asked.get("run", ()), *(key.partition("/")[0] for key in wanted)]
-    found = [run for id in dict.fromkeys(ids) if (run := runs.find(id)) is not None]
-    sources = [source for run in found if (source := read_source(runs, run)) is not None]
-    if len(sources) < len(found):
-        names = {run.name for run in found} - {source.run.name for source in sources}
-        raise OptionError(f"{', '.join(sorted(names))}: its history tells no command that generates")
-    if len({source.family for source in sources}) > 1:
-        names = {f"{source.run.name} is of {source.family}" for source in sources}
-        raise OptionError(f"Files of one model are compared: {', '.join(sorted(names))}")
-    comparison = Comparison(sources, more="\n".join(asked.get("more", ())))
+    sources = _read_sources(runs, form)
+    comparison = Comparison(sources, typed_lines="\n".join(form.get("more", ())))
     for source in sources:
-        files = [file for file in source.files if all(map(runs.is_inside, file.paths))]
-        chosen = [file for file in files if file.key in wanted]
-        place = next((at for at, file in enumerate(files) if file.is_best), len(files) - 1)
-        comparison.columns += chosen or files[max(0, place - 1) :][:2]  # the best and the one before
-    lines = [line for line in comparison.more.splitlines() if line.strip() and not line.startswith("#")]
-    prompts = dict.fromkeys(
-        prompt
-        for source in sources
-        for row in source.story.samples.values()
-        for prompt in row.prompts.values()
-    )
-    comparison.known = [*prompts]
-    wanted = [*asked.get("prompt", ())] or ([] if lines else comparison.known[:USUAL_ROWS])
-    comparison.chosen = [prompt for prompt in comparison.known if prompt in wanted]
-    usual = sources[0].options.get("--seed", [SEED])[0] if sources else SEED
-    comparison.rows = [_known_row(sources, prompt, usual) for prompt in comparison.chosen]
-    for line in lines:
-        line, given = line.strip(), re.search(r" --(?:d|seed) +(\d+)", line)
-        prompt, seed = line.partition(" --")[0].strip(), given[1] if given else usual
-        comparison.rows.append(ComparedPrompt(prompt, line if given else f"{line} --seed {seed}", seed))
+        comparison.columns += _choose_files(runs, source, form.get("file", ()))
+    _choose_rows(comparison, form.get("prompt", ()))
     if len(comparison.columns) > MOST_COLUMNS or len(comparison.rows) > MOST_ROWS:
         raise OptionError(f"{MOST_COLUMNS} files and {MOST_ROWS} prompts are the most: choose fewer")
-    comparison.problem = next((source.problem for source in sources[:1] if source.problem), "")
+    if sources:
+        comparison.problem = sources[0].problem
     return comparison
 
 
-def _known_row(sources: Sequence[ComparableRun], prompt: str, seed: str) -> ComparedPrompt:
+def _read_sources(runs: Runs, form: Mapping[str, Sequence[str]]) -> list[ComparableRun]:
+    """Return the runs that a form names, or whose files it names. Raises as `read_comparison`."""
+    ids = [*form.get("run", ()), *(key.partition("/")[0] for key in form.get("file", ()))]
+    candidates = [runs.find(id) for id in dict.fromkeys(ids)]
+    chosen_runs = [run for run in candidates if run is not None]
+    sources = []
+    for run in chosen_runs:
+        source = read_source(runs, run)
+        if source is not None:
+            sources.append(source)
+    if len(sources) < len(chosen_runs):
+        names = {run.name for run in chosen_runs} - {source.run.name for source in sources}
+        raise OptionError(f"{', '.join(sorted(names))}: its history tells no command that generates")
+    if len({source.family for source in sources}) > 1:
+        models = {f"{source.run.name} is of {source.family}" for source in sources}
+        raise OptionError(f"Files of one model are compared: {', '.join(sorted(models))}")
+    return sources
+
+
+def _choose_files(runs: Runs, source: ComparableRun, keys: Sequence[str]) -> list[ComparedFile]:
+    """Return the files of a run with these keys; without any, the best file and the one before it."""
+    files = [file for file in source.files if all(map(runs.is_inside, file.paths))]
+    chosen = [file for file in files if file.key in keys]
+    if chosen:
+        return chosen
+    place = next((index for index, file in enumerate(files) if file.is_best), len(files) - 1)
+    return files[max(0, place - 1) :][:2]
+
+
+def _choose_rows(comparison: Comparison, prompts: Sequence[str]) -> None:
+    """Add the prompts that have samples, and a row for each chosen prompt and each typed line.
+
+    prompts: the chosen ones; if neither one nor a line is given, the first that have samples.
+    """
+    sources = comparison.sources
+    comparison.sampled_prompts = _list_prompts(sources)
+    lines = []
+    for line in comparison.typed_lines.splitlines():
+        if line.strip() and not line.startswith("#"):
+            lines.append(line)
+    if not prompts and not lines:
+        prompts = comparison.sampled_prompts[:USUAL_ROWS]
+    comparison.chosen = [prompt for prompt in comparison.sampled_prompts if prompt in prompts]
+    seed = sources[0].options.get("--seed", [SEED])[0] if sources else SEED
+    comparison.rows = [_sampled_row(sources, prompt, seed) for prompt in comparison.chosen]
+    comparison.rows += [_typed_row(line, seed) for line in lines]
+
+
+def _list_prompts(sources: Sequence[ComparableRun]) -> list[str]:
+    """Return each prompt that has samples, once."""
+    prompts: dict[str, None] = {}
+    for source in sources:
+        for row in source.story.samples.values():
+            prompts |= dict.fromkeys(row.prompts.values())
+    return list(prompts)
+
+
+def _typed_row(line: str, seed: str) -> ComparedPrompt:
+    """Return the row of a typed prompt line. seed: the usual one, for a line without its own."""
+    typed_seed = re.search(r" --(?:d|seed) +(\d+)", line)
+    line = line.strip()
+    prompt = line.partition(" --")[0].strip()
+    if typed_seed:
+        return ComparedPrompt(prompt, line, typed_seed[1])
+    return ComparedPrompt(prompt, f"{line} --seed {seed}", seed)
+
+
+def _sampled_row(sources: Sequence[ComparableRun], prompt: str, seed: str) -> ComparedPrompt:
     """Return the row of a prompt that has samples, with the settings of the first sample."""
-    tags: Mapping[str, str] = {}
+    settings: dict[str, str] = {}
+    for name, text in _first_tags(sources, prompt).items():
+        if text != "N/A":
+            settings[name.removeprefix("bt_")] = text
+    line = f"{prompt} --seed {settings.get('seeds', seed)}"
+    if "height" in settings and "width" in settings:
+        line += f" --video_size {settings['height']} {settings['width']}"
+    for name in SETTINGS:
+        text = settings.get(name, "")
+        is_of_picture = (name, text) == ("video_length", "1")
+        if text and "\\n" not in text and " --" not in text and not is_of_picture:
+            line += f" --{name} {text}"
+    return ComparedPrompt(prompt, line, settings.get("seeds", seed))
+
+
+def _first_tags(sources: Sequence[ComparableRun], prompt: str) -> Mapping[str, str]:
+    """Return the tags of the first sample of a prompt that has any."""
     for source in sources:
         for row in source.story.samples.values():
             for index, name in row.files.items():
-                if row.prompts.get(index) == prompt and not tags:
+                if row.prompts.get(index) == prompt:
                     tags = tags_of(source.run.history.parent / SAMPLES / name)
-    told = {name.removeprefix("bt_"): text for name, text in tags.items() if text != "N/A"}
-    line = f"{prompt} --seed {told.get('seeds', seed)}"
-    if "height" in told and "width" in told:
-        line += f" --video_size {told['height']} {told['width']}"
-    for name in SETTINGS:
-        text = told.get(name, "")
-        if text and "\\n" not in text and " --" not in text and (name, text) != ("video_length", "1"):
-            line += f" --{name} {text}"
-    return ComparedPrompt(prompt, line, told.get("seeds", seed))
+                    if tags:
+                        return tags
+    return {}
 
 
 def tags_of(path: Path) -> Mapping[str, str]:
@@ -275,38 +352,78 @@ class ShownClip:
     is_asked: bool = False  # a job makes it
 
 
-def fill_cells(
-    comparison: Comparison, notes: FileNotes, jobs: Mapping[tuple[str, str], tuple[int, str]]
-) -> list[list[ShownClip]]:
+class ClipKey(NamedTuple):
+    """What a made clip is found by."""
+
+    prompt: str
+    seed: str
+    digests: frozenset[str]  # SHA-256 of its LoRA files; none for a clip without LoRA
+
+
+class QueuedClip(NamedTuple):
+    """Hold the last job of the queue that makes a clip."""
+
+    number: int
+    state: str
+
+
+QueuedClips = Mapping[tuple[str, str], QueuedClip]  # by LoRA file and prompt line
+
+
+def fill_cells(comparison: Comparison, notes: FileNotes, jobs: QueuedClips) -> list[list[ShownClip]]:
     """Return a list of cells for each row: first the clip without LoRA, then one cell for each column.
 
-    jobs: the result of `asked_cells`. Hashes files that were not hashed before, which takes a while.
+    jobs: the result of `find_queued_clips`. Hashes files that were not hashed before, which takes a while.
     """
-    made: dict[tuple[str, str, frozenset[str]], str] = {}
-    for source in comparison.sources:
-        paths = source.folder.iterdir() if source.folder.is_dir() and not source.is_link else ()
-        for path in sorted(path for path in paths if COMPARED.fullmatch(f"{COMPARED_FOLDER}/{path.name}")):
-            tags = tags_of(path)
-            digests = {text for name, text in tags.items() if re.fullmatch(r"bt_lora\w*_sha256_\d+", name)}
-            if tags.get("bt_lora_0", ": 1.0").endswith(": 1.0"):
-                key = tags.get("bt_prompt", ""), tags.get("bt_seeds", ""), frozenset(digests)
-                made[key] = _address(source, COMPARED_FOLDER, path.name)
-    digests_of = {
-        file.key: frozenset(map(notes.hash, file.paths)) if made else None for file in comparison.columns
-    }
+    clips = _find_made_clips(comparison)
+    digests: dict[str, frozenset[str]] = {}
+    if clips:
+        digests = {file.key: frozenset(map(notes.hash, file.paths)) for file in comparison.columns}
     cells = []
     for row in comparison.rows:
-        of_row = [ShownClip(made.get((row.prompt, row.seed, frozenset()), ""))]
+        without_lora = ClipKey(row.prompt, row.seed, frozenset())
+        cells_of_row = [ShownClip(clips.get(without_lora, ""))]
         for file in comparison.columns:
-            clip = _sample_of(file, row)
-            href = made.get((row.prompt, row.seed, digests_of[file.key] or frozenset("?")), "")
-            if href or clip is None:
-                number, state = jobs.get((str(file.paths[0]), row.line), (0, ""))
-                is_asked = state in (WAITING, RUNNING)
-                clip = ShownClip(href, f"job {number}: {state}" if state and not href else "", is_asked)
-            of_row.append(clip)
-        cells.append(of_row)
+            address = ""
+            if clips:
+                address = clips.get(ClipKey(row.prompt, row.seed, digests[file.key]), "")
+            cells_of_row.append(_fill_cell(file, row, address, jobs))
+        cells.append(cells_of_row)
     return cells
+
+
+def _find_made_clips(comparison: Comparison) -> dict[ClipKey, str]:
+    """Return the addresses of the clips that tools/compare.py made with LoRAs at strength 1."""
+    clips: dict[ClipKey, str] = {}
+    for source in comparison.sources:
+        if not source.folder.is_dir() or source.is_link:
+            continue
+        for path in sorted(source.folder.iterdir()):
+            if not COMPARED.fullmatch(f"{COMPARED_FOLDER}/{path.name}"):
+                continue
+            tags = tags_of(path)
+            if not tags.get("bt_lora_0", ": 1.0").endswith(": 1.0"):
+                continue
+            digests = {text for name, text in tags.items() if re.fullmatch(r"bt_lora\w*_sha256_\d+", name)}
+            key = ClipKey(tags.get("bt_prompt", ""), tags.get("bt_seeds", ""), frozenset(digests))
+            clips[key] = _address(source, COMPARED_FOLDER, path.name)
+    return clips
+
+
+def _fill_cell(file: ComparedFile, row: ComparedPrompt, address: str, jobs: QueuedClips) -> ShownClip:
+    """Return the made clip of a file and a prompt, else a sample, else what the queue says.
+
+    address: of the made clip; empty if there is none.
+    """
+    if not address:
+        sample = _sample_of(file, row)
+        if sample is not None:
+            return sample
+    job = jobs.get((str(file.paths[0]), row.line))
+    if job is None:
+        return ShownClip(address)
+    note = "" if address else f"job {job.number}: {job.state}"
+    return ShownClip(address, note, is_asked=job.state in (WAITING, RUNNING))
 
 
 def _sample_of(file: ComparedFile, row: ComparedPrompt) -> ShownClip | None:
@@ -324,40 +441,59 @@ def _address(source: ComparableRun, *parts: str) -> Markup:
     return Markup(f"/run/{source.run.id}/{link(*parts)[2:]}")  # quoted, and no path of a folder
 
 
-def asked_cells(queue: JobQueue) -> dict[tuple[str, str], tuple[int, str]]:
-    """Return the number and state of the last queued job for each pair of LoRA file and prompt line."""
-    found: dict[tuple[str, str], tuple[int, str]] = {}
+def find_queued_clips(queue: JobQueue) -> dict[tuple[str, str], QueuedClip]:
+    """Return the last queued job for each pair of LoRA file and prompt line."""
+    clips: dict[tuple[str, str], QueuedClip] = {}
     for job in queue.jobs():
         with contextlib.suppress(OSError, ValueError, LookupError, UserError):  # lines may be typed by hand
             if job.words[:2] != SCRIPT:
                 continue
             options = group_options(job.words[2:])
-            for line in read_text(Path(job.folder, *options["--from_file"])).splitlines():
-                found |= {(file, line): (job.id, job.state) for file in options["--lora"]}
-    return found
+            lines = read_text(Path(job.folder, *options["--from_file"])).splitlines()
+            for line in lines:
+                for file in options["--lora"]:
+                    clips[file, line] = QueuedClip(job.id, job.state)
+    return clips
 
 
-def plan_jobs(
-    comparison: Comparison, cells: Sequence[Sequence[ShownClip]]
-) -> list[tuple[list[str], Path, str]]:
-    """Return the jobs for the missing clips: the words of each, its prompt file and that file's text."""
-    rows_of: dict[tuple[int, ...], list[ComparedPrompt]] = {}
-    for row, (_, *of_row) in zip(comparison.rows, cells, strict=True):
+class PlannedJob(NamedTuple):
+    """Hold a job that makes clips."""
+
+    words: list[str]
+    prompt_file: Path
+    prompts: str  # text of that file
+
+
+def plan_jobs(comparison: Comparison, cells: Sequence[Sequence[ShownClip]]) -> list[PlannedJob]:
+    """Return the jobs for the missing clips: one for all rows that miss clips of the same files."""
+    if comparison.problem:
+        return []
+    rows_of: dict[tuple[int, ...], list[ComparedPrompt]] = {}  # columns without a clip -> rows
+    for row, (_, *column_cells) in zip(comparison.rows, cells, strict=True):
         if row.line.splitlines() != [row.line] or row.line.startswith("#"):
             continue  # cannot be a line of a prompt file
-        missing = tuple(index for index, cell in enumerate(of_row) if not (cell.href or cell.is_asked))
-        rows_of.setdefault(missing, []).append(row)
+        missing = [index for index, cell in enumerate(column_cells) if not (cell.href or cell.is_asked)]
+        if missing:
+            rows_of.setdefault(tuple(missing), []).append(row)
     jobs = []
-    for missing, rows in rows_of.items():
-        if missing and not comparison.problem:
-            source, files = comparison.sources[0], [comparison.columns[index].paths for index in missing]
-            text = "".join(f"{row.line}\n" for row in rows)
-            path = source.folder / f"prompts-{hashlib.blake2s(text.encode(), digest_size=4).hexdigest()}.txt"
-            words = [*SCRIPT, "--family", source.family, "--lora", *(str(paths[0]) for paths in files)]
-            if len(files[0]) > 1:
-                words += ["--lora_high_noise", *(str(paths[1]) for paths in files)]
-            for name, values in source.options.items():
-                words += [name, *values] if name not in REPLACED else []
-            words += ["--seed", SEED, "--from_file", str(path), "--save_path", str(source.folder)]
-            jobs.append((words, path, text))
+    for missing_columns, rows in rows_of.items():
+        files = [comparison.columns[index] for index in missing_columns]
+        jobs.append(_plan_job(comparison.sources[0], files, rows))
     return jobs
+
+
+def _plan_job(
+    source: ComparableRun, files: Sequence[ComparedFile], rows: Sequence[ComparedPrompt]
+) -> PlannedJob:
+    """Return the job that makes the clips of some files and prompts with the options of a run."""
+    prompts = "".join(f"{row.line}\n" for row in rows)
+    digest = hashlib.blake2s(prompts.encode(), digest_size=4).hexdigest()
+    prompt_file = source.folder / f"prompts-{digest}.txt"
+    words = [*SCRIPT, "--family", source.family, "--lora", *(str(file.paths[0]) for file in files)]
+    if len(files[0].paths) > 1:
+        words += ["--lora_high_noise", *(str(file.paths[1]) for file in files)]
+    for name, values in source.options.items():
+        if name not in REPLACED:
+            words += [name, *values]
+    words += ["--seed", SEED, "--from_file", str(prompt_file), "--save_path", str(source.folder)]
+    return PlannedJob(words, prompt_file, prompts)

@@ -8,7 +8,7 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from starlette.routing import Route
 
 from browser.answers import GONE, NO_WRITING, answer_body, answer_gone, answer_json, answer_page
 from browser.captions import CaptionConflictError, Captions, CaptionText
-from browser.datasets import MODELS, Datasets, File, FoundDataset
+from browser.datasets import MODELS, Datasets, File, FoundDataset, Measured
 from browser.options import PROJECT_CONFIG
 from browser.runs import Runs
 from browser.views import HERE, POLICY
@@ -40,38 +40,52 @@ ONLY = {  # filters by name; the words that the page says
     "uncaptioned": "without a caption",
     "outdated": "caches missing or out of date",
 }
+# fmt: off
 SHOWN = (
-    *("table", "kind", "size", "frames", "fps", "fit", "cut_percent", "lengths", "dropped", "short"),
-    *("captions", "faults", "remarks", "has_mask"),
+    "table", "kind", "size", "frames", "fps", "fit", "cut_percent", "lengths", "dropped", "short",
+    "captions", "faults", "remarks", "has_mask",
 )
+# fmt: on
 
 
 def is_chosen(file: File, words: Sequence[str], only: str) -> bool:
     """Return whether filters keep a file. words: all must be in its name or caption. only: a key of ONLY."""
-    if words:
-        name = Path(file["parts"][0]["path"]).name
-        whole = "\n".join([name, file["text"] or "", *file["captions"]]).lower()
-        if not all(word in whole for word in words):
-            return False
+    if not _has_words(file, words):
+        return False
     if only == "dropped":
         return bool(file["dropped"])
     if only == "told":
         return bool(file["faults"] or file["remarks"])
     if only == "uncaptioned":
-        return not any([file["edited"]] if "edited" in file else file["captions"] or [file["text"]])
+        captions = [file["edited"]] if "edited" in file else file["captions"] or [file["text"]]
+        return not any(captions)
     if only == "outdated":
-        if "edited" in file and file["caches"]:
-            return not file["dropped"]
-        states = [state for one in file["caches"].values() for state, _ in one.values()]
-        return not file["dropped"] and (not states or any(state != "valid" for state in states))
+        return not file["dropped"] and _is_outdated(file)
     return True
+
+
+def _has_words(file: File, words: Sequence[str]) -> bool:
+    """Return whether all words are in the name or caption of a file."""
+    if not words:
+        return True
+    name = Path(file["parts"][0]["path"]).name
+    text = "\n".join([name, file["text"] or "", *file["captions"]]).lower()
+    return all(word in text for word in words)
+
+
+def _is_outdated(file: File) -> bool:
+    """Return whether a file has no valid caches."""
+    if "edited" in file and file["caches"]:
+        return True
+    states = [state for parts in file["caches"].values() for state, _ in parts.values()]
+    return not states or any(state != "valid" for state in states)
 
 
 class Thumbnails:
     """Make small pictures of the first frames of files, and cache the newest ones."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[object, bytes] = OrderedDict()
+        self._pictures: OrderedDict[object, bytes] = OrderedDict()
         self._lock = threading.Lock()
         self._two = threading.Semaphore(2)  # two at most are decoded at once
 
@@ -79,20 +93,21 @@ class Thumbnails:
         """Return a JPEG. part: as the report lists it. Raises MediaError or OSError if it cannot be read."""
         key = part["path"], stamp
         with self._lock:
-            if key in self._kept:
-                self._kept.move_to_end(key)
-                return self._kept[key]
+            if key in self._pictures:
+                self._pictures.move_to_end(key)
+                return self._pictures[key]
         with self._two:
-            frame = self._read(part)
-        data = io.BytesIO()
-        Image.fromarray(reduce_frame(frame, LARGEST_SIDE)[..., :3]).save(data, format="JPEG", quality=80)
+            frame = self._read_frame(part)
+        reduced = reduce_frame(frame, LARGEST_SIDE)[..., :3]
+        jpeg = io.BytesIO()
+        Image.fromarray(reduced).save(jpeg, format="JPEG", quality=80)
         with self._lock:
-            self._kept[key] = data.getvalue()
-            while len(self._kept) > MOST_PICTURES:
-                self._kept.popitem(last=False)
-        return data.getvalue()
+            self._pictures[key] = jpeg.getvalue()
+            while len(self._pictures) > MOST_PICTURES:
+                self._pictures.popitem(last=False)
+        return jpeg.getvalue()
 
-    def _read(self, part: Mapping[str, Any]) -> Any:
+    def _read_frame(self, part: Mapping[str, Any]) -> Any:
         path = Path(part["path"])
         if "in" not in part:
             return first_frame(path)
@@ -110,47 +125,47 @@ class DatasetPages:
     """Show datasets as pages and JSON. Raises OSError if files are gone."""
 
     def __init__(self, runs: Runs, read_only: bool) -> None:
-        self.runs, self.read_only = runs, read_only
-        self.datasets, self.captions, self.thumbnails = Datasets(runs), Captions(), Thumbnails()
+        self.runs = runs
+        self.read_only = read_only
+        self.datasets = Datasets(runs)
+        self.captions = Captions()
+        self.thumbnails = Thumbnails()
 
-    def items(self, dataset: FoundDataset, asked: Mapping[str, str]) -> dict[str, Any]:
-        """Return files of a dataset, and its state. asked: text, only, from and count.
+    def items(self, dataset: FoundDataset, query: Mapping[str, str]) -> dict[str, Any]:
+        """Return files of a dataset, and its state. query: text, only, from and count.
 
         Raises ValueError if `from` or `count` is not a number.
         """
-        first, count = (int(asked.get(name) or 0) for name in ("from", "count"))
+        first = max(0, int(query.get("from") or 0))
+        count = min(max(0, int(query.get("count") or 0)), MOST_AT_ONCE)
         try:
             outside = self.datasets.outside(dataset)
-            measured = None if outside else self.datasets.measure(dataset)
+            if outside:
+                return self._describe_outside(outside)
+            measured = self.datasets.measure(dataset)
         except OSError as error:
             return {"state": "gone", "error": f"{dataset.path}: {error.strerror or error}"}
         except ValueError as error:
             return {"state": "failed", "error": f"{dataset.path}: {error}"}
-        if measured is None:
-            folders = [str(each) for each in dict.fromkeys([*self.runs.tops, *outside])]
-            return {"state": "outside", "command": as_typed(["python", "tools/run_browser.py", *folders])}
-        words = asked.get("text", "").lower().split()
-        only = asked.get("only", "")
         with self.datasets.lock:
             files = dict(measured.files)
-            told = {
-                "state": "measuring" if measured.is_running else "failed" if measured.error else "ready",
-                "error": measured.error,
-                "version": measured.version,
-                "outside": measured.outside,
-                "remarks": measured.remarks[:TOLD],
-                "totals": measured.totals,
-                "model": measured.model,
-                "decodes": measured.decodes,
-                "seconds": round(time.monotonic() - measured.began),
-                "media": measured.num_media,
-            }
-        chosen = [(id, file) for id, file in files.items() if is_chosen(file, words, only)]
-        part = chosen[max(0, first) : max(0, first) + min(max(0, count), MOST_AT_ONCE)]
-        shown = [self.show(dataset, id, file) for id, file in part]
-        counts = {name: sum(is_chosen(file, (), name) for file in files.values()) for name in ONLY}
-        items = sum(number for file in files.values() for _, number in file["lengths"])
-        return {**told, "counts": counts, "items": items, "chosen": len(chosen), "files": shown}
+            status = _status_of(measured)
+        words = query.get("text", "").lower().split()
+        only = query.get("only", "")
+        chosen = [id for id, file in files.items() if is_chosen(file, words, only)]
+        shown = [self.show(dataset, id, files[id]) for id in chosen[first : first + count]]
+        return {
+            **status,
+            "counts": _count_by_filter(files.values()),
+            "items": _count_items(files.values()),
+            "chosen": len(chosen),
+            "files": shown,
+        }
+
+    def _describe_outside(self, folders: Sequence[Path]) -> dict[str, str]:
+        """Return the state of a dataset of which folders are missing on the command line, which has them."""
+        names = [str(folder) for folder in dict.fromkeys([*self.runs.tops, *folders])]
+        return {"state": "outside", "command": as_typed(["python", "tools/run_browser.py", *names])}
 
     def show(self, dataset: FoundDataset, id: str, file: File) -> dict[str, Any]:
         """Return the JSON values that the page shows of a file, with its current caption."""
@@ -180,20 +195,30 @@ class DatasetPages:
 
     def caption(self, dataset: FoundDataset, file: File) -> dict[str, Any]:
         """Return the current caption of a file, and whether it can be edited here, else the reason."""
-        where, found, saves, mark = "", CaptionText(), 0, ""
         path = self.caption_path(dataset, file)
         if path is None:
             text = "\n".join(file["captions"])
-            where = f"It stands in {file['caption_list']}: edit it there." if file["caption_list"] else GONE
-            return {"text": text, "can_edit": False, "where": where, "mark": "", "saves": 0}
+            reason = GONE
+            if file["caption_list"]:
+                reason = f"It stands in {file['caption_list']}: edit it there."
+            return {"text": text, "can_edit": False, "where": reason, "mark": "", "saves": 0}
+        caption = CaptionText()
+        mark = ""
+        saves = 0
+        reason = NO_WRITING if self.read_only else ""
         try:
-            found, mark, saves = self.captions.read(path)
+            caption, mark, saves = self.captions.read(path)
         except UnicodeDecodeError:
-            where = "It is not UTF-8: --check --repair_captions of the caching script converts it."
+            reason = "It is not UTF-8: --check --repair_captions of the caching script converts it."
         except OSError as error:
-            where = f"It cannot be read: {error.strerror or error}"
-        where = where or (NO_WRITING if self.read_only else "")
-        return {"text": found.text, "can_edit": not where, "where": where, "mark": mark, "saves": saves}
+            reason = f"It cannot be read: {error.strerror or error}"
+        return {
+            "text": caption.text,
+            "can_edit": not reason,
+            "where": reason,
+            "mark": mark,
+            "saves": saves,
+        }
 
     def caption_path(self, dataset: FoundDataset, file: File) -> Path | None:
         """Return the real path of a caption file, which need not exist; None if not inside the folders."""
@@ -203,29 +228,37 @@ class DatasetPages:
         inside = path if path.exists() or path.is_symlink() else path.parent
         return real_path(path) if self.datasets.is_open(dataset, inside) else None
 
-    def write_caption(self, dataset: FoundDataset, id: str, asked: Mapping[str, Any]) -> tuple[int, Any]:
-        """Save or undo a caption; return status and answer. asked: what, have, and text to save."""
+    def write_caption(self, dataset: FoundDataset, id: str, query: Mapping[str, Any]) -> tuple[int, Any]:
+        """Save or undo a caption; return status and answer. query: what, have, and text to save."""
         file = self.datasets.measure(dataset).files.get(id)
         path = None if file is None else self.caption_path(dataset, file)
+        what = str(query.get("what", ""))
         if file is None or path is None:
             return 404, {"error": GONE}
-        what, have, text = (str(asked.get(name, "")) for name in ("what", "have", "text"))
-        before, status, error = self.datasets.mark(dataset), 200, ""
+        mark = self.datasets.mark(dataset)
+        status = 200
+        error = ""
         try:
             if what == "save":
-                self.captions.save(path, text, have)
+                self.captions.save(path, str(query.get("text", "")), str(query.get("have", "")))
             elif what in ("undo", "back"):
-                self.captions.undo(path, have, what == "back")
+                self.captions.undo(path, str(query.get("have", "")), is_all=what == "back")
             else:
                 return 404, {"error": GONE}
-            self.datasets.forgive(dataset, before)
+            self.datasets.forgive(dataset, mark)
             self.note_edited(dataset, file)
         except CaptionConflictError:
-            status, error = 409, "The file has changed since it was read."
+            status = 409
+            error = "The file has changed since it was read."
         except LookupError:
-            status, error = 409, "There is nothing to undo."
-        except (ValueError, OSError, OutputError) as problem:
-            status, error = 500 if isinstance(problem, (OSError, OutputError)) else 400, str(problem)
+            status = 409
+            error = "There is nothing to undo."
+        except (OSError, OutputError) as problem:
+            status = 500
+            error = str(problem)
+        except ValueError as problem:
+            status = 400
+            error = str(problem)
         return status, {"error": error, "file": self.show(dataset, id, file)}
 
     def note_edited(self, dataset: FoundDataset, file: File) -> None:
@@ -237,8 +270,8 @@ class DatasetPages:
                 file["edited"] = text
 
     def show_list(self, _: Request) -> Response:
-        found = [(dataset, *self.datasets.glance(dataset)) for dataset in self.datasets.look()]
-        values = {"dataset": None, "found": found, "roots": self.runs.roots}
+        datasets = [(dataset, *self.datasets.glance(dataset)) for dataset in self.datasets.list_all()]
+        values = {"dataset": None, "found": datasets, "roots": self.runs.roots}
         return answer_page(render_page(HERE / "dataset.html", "Datasets", values, POLICY))
 
     def show_page(self, dataset: FoundDataset, _: Request) -> Response:  # its script asks for the files
@@ -277,18 +310,19 @@ class DatasetPages:
         return Response(picture, media_type="image/jpeg")
 
     def show_picture(self, dataset: FoundDataset, request: Request) -> Response:
-        asked = request.path_params
+        item = request.path_params["item"]
+        number = request.path_params["number"]
         if self.datasets.outside(dataset):
             return answer_gone()
-        file = self.datasets.measure(dataset).files.get(asked["item"])
+        file = self.datasets.measure(dataset).files.get(item)
         parts = file["parts"] if file else ()
-        if asked["number"] >= len(parts):
+        if number >= len(parts):
             return answer_gone()
-        part = parts[asked["number"]]
-        if self.address(dataset, asked["item"], asked["number"], part) != request.url.path:
+        part = parts[number]
+        if self.address(dataset, item, number, part) != request.url.path:
             return answer_gone()  # it lies elsewhere, or is not what the page was told of
         try:
-            picture = self.thumbnails.make(part, asked["stamp"])
+            picture = self.thumbnails.make(part, request.path_params["stamp"])
         except (MediaError, StopIteration):
             return answer_gone()
         headers = {"cache-control": "private, max-age=31536000, immutable"}
@@ -296,19 +330,49 @@ class DatasetPages:
 
     def write(self, dataset: FoundDataset, request: Request, body: bytes) -> Response:
         try:
-            asked = parse_json(body.decode())
-            if not isinstance(asked, dict):
+            query = parse_json(body.decode())
+            if not isinstance(query, dict):
                 raise ValueError("it is no object")
             if self.datasets.outside(dataset):
                 return answer_gone()
             if "item" not in request.path_params:
-                model = str(asked.get("model"))
-                self.datasets.start(dataset, bool(asked.get("decodes")), model if model in MODELS else None)
+                model = str(query.get("model"))
+                decodes = bool(query.get("decodes"))
+                self.datasets.start(dataset, decodes, model if model in MODELS else None)
                 return Response(status_code=204)
-            status, answer = self.write_caption(dataset, request.path_params["item"], asked)
+            status, answer = self.write_caption(dataset, request.path_params["item"], query)
             return answer_json(answer, status)
         except ValueError as error:
             return PlainTextResponse(f"This is no request: {error}", 400)
+
+
+def _count_by_filter(files: Collection[File]) -> dict[str, int]:
+    """Return how many files each filter of ONLY keeps."""
+    return {name: sum(is_chosen(file, (), name) for file in files) for name in ONLY}
+
+
+def _count_items(files: Collection[File]) -> int:
+    """Return how many items a training makes of the files."""
+    return sum(number for file in files for _, number in file["lengths"])
+
+
+def _status_of(measured: Measured) -> dict[str, Any]:
+    """Return the JSON values that the page shows of a measurement."""
+    state = "failed" if measured.error else "ready"
+    if measured.is_running:
+        state = "measuring"
+    return {
+        "state": state,
+        "error": measured.error,
+        "version": measured.version,
+        "outside": measured.outside,
+        "remarks": measured.remarks[:TOLD],
+        "totals": measured.totals,
+        "model": measured.model,
+        "decodes": measured.decodes,
+        "seconds": round(time.monotonic() - measured.began),
+        "media": measured.num_media,
+    }
 
 
 def dataset_routes(runs: Runs, read_only: bool) -> list[Route]:

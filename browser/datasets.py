@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,10 +76,11 @@ def find_places(config: Path, folder: Path) -> list[Path]:
     text = read_text(config)
     content = parse_toml(text) if config.suffix == CONFIG else parse_json(text)
     places = []
-    for one in _texts_in(content):
-        begin = re.split(r"[*?\[{]", one)[0]  # of a pattern, the folder that it looks into
+    for text in _texts_in(content):
+        begin = re.split(r"[*?\[{]", text)[0]  # of a pattern, the folder that it looks into
         path = folder / begin
-        path = path if begin == one else path.parent
+        if begin != text:
+            path = path.parent
         with contextlib.suppress(OSError, ValueError):
             if path.exists():
                 places.append(path)
@@ -102,11 +103,11 @@ def _texts_in(content: Any) -> Iterator[str]:
     if isinstance(content, str):
         yield content
     elif isinstance(content, dict):
-        for value in content.values():
-            yield from _texts_in(value)
+        for entry in content.values():
+            yield from _texts_in(entry)
     elif isinstance(content, list):
-        for value in content:
-            yield from _texts_in(value)
+        for entry in content:
+            yield from _texts_in(entry)
 
 
 @dataclass
@@ -122,7 +123,8 @@ class Measured:
     decodes: bool = False  # whole files were read, not only headers
     model: str = ""
     mark: object = None  # `Datasets.mark` of the files that were measured
-    seen: tuple[object, float] = (None, 0.0)  # a newer mark, and since when it is seen
+    newer_mark: object = None  # of files that have changed since
+    newer_since: float = 0.0  # when they had this mark first, in seconds of the monotonic clock
     is_running: bool = False
     began: float = 0.0  # when the current measurement began, in seconds of the monotonic clock
     num_media: int = 0  # files that it finds in the folders of the dataset
@@ -143,18 +145,21 @@ class MediaFiles:
     @property
     def words(self) -> str:
         """Return the counts in words: `5 pictures, 1 clip`."""
-        counts = (self.pictures, "picture"), (self.clips, "clip")
-        return (
-            ", ".join(count_of(*each) for each in counts if each[0]) or "no pictures or clips in its folders"
-        )
+        counts = []
+        if self.pictures:
+            counts.append(count_of(self.pictures, "picture"))
+        if self.clips:
+            counts.append(count_of(self.clips, "clip"))
+        return ", ".join(counts) or "no pictures or clips in its folders"
 
 
-def look_at_media(dataset: FoundDataset, is_open: Callable[[Path], bool]) -> MediaFiles:
+def count_media(dataset: FoundDataset, is_open: Callable[[Path], bool]) -> MediaFiles:
     """Count the pictures and clips in the folders that a dataset names; nothing is opened.
 
     is_open: whether a folder may be shown. Raises as `FoundDataset.places`.
     """
-    pictures, clips = [], []
+    pictures: list[str] = []
+    clips: list[str] = []
     for place in dataset.places():
         if not (place.is_dir() and is_open(place)):
             continue
@@ -178,45 +183,52 @@ class Datasets:
         self._found: dict[str, FoundDataset] = {}
         self._measured: dict[str, Measured] = {}
         self._texts: dict[Path, tuple[int, bool]] = {}  # .toml files: when changed, whether of a dataset
-        self._one = threading.Semaphore()  # one measurement at a time
+        self._measuring = threading.Semaphore()  # one measurement at a time
         self._processes: set[subprocess.Popen[bytes]] = set()
         atexit.register(self.close)
 
-    def look(self) -> list[FoundDataset]:
+    def list_all(self) -> list[FoundDataset]:
         """Return all datasets in the order of their paths: those of runs, and those in the folders."""
-        of_runs: dict[tuple[Path, Path], list[tuple[str, str]]] = {}
-        models: dict[Path, str] = {}
         projects = self._find_projects()
-        for run in self.runs.look():
-            typed = dict(run.start.changed if run.start else ()).get("dataset_config")
-            if typed:
-                folder, path = _locate(typed, run)
-                of_runs.setdefault((path, folder), []).append((run.id, run.name))
-                models.setdefault(path, OF_RUNS.get(run.model, next(iter(MODELS))))
-        found = {
-            path: FoundDataset(path, folder, path in projects, named, models[path])
-            for (path, folder), named in of_runs.items()
-        }
+        datasets = self._datasets_of_runs(projects)
         for config in (*self.runs.configs(), *projects):
             path = real_path(config)
-            if path not in found and self._is_dataset(config):
+            if path not in datasets and self._is_dataset(config):
                 folder = choose_folder(path, Path.cwd())
-                found[path] = FoundDataset(path, folder, path in projects)
+                datasets[path] = FoundDataset(path, folder, is_project=path in projects)
         with self.lock:
-            self._found = {one.id: one for one in found.values()}
-        return sorted(found.values(), key=lambda one: str(one.path))
+            self._found = {dataset.id: dataset for dataset in datasets.values()}
+        return sorted(datasets.values(), key=lambda dataset: str(dataset.path))
+
+    def _datasets_of_runs(self, projects: Collection[Path]) -> dict[Path, FoundDataset]:
+        """Return the datasets that runs trained on. projects: the result of `_find_projects`."""
+        runs: dict[tuple[Path, Path], list[tuple[str, str]]] = {}  # by configuration and working folder
+        models: dict[Path, str] = {}
+        for run in self.runs.list_all():
+            changed = run.start.changed if run.start else ()
+            typed = dict(changed).get("dataset_config")
+            if typed:
+                folder, path = _locate(typed, run)
+                runs.setdefault((path, folder), []).append((run.id, run.name))
+                models.setdefault(path, OF_RUNS.get(run.model, next(iter(MODELS))))
+        datasets = {}
+        for (path, folder), names in runs.items():
+            datasets[path] = FoundDataset(
+                path, folder, is_project=path in projects, runs=names, model=models[path]
+            )
+        return datasets
 
     def _find_projects(self) -> set[Path]:
         """Return the datasets next to the given folders: `new` writes FOLDER/dataset.toml, and a training of
         it FOLDER/output.
         """
-        found: set[Path] = set()
+        configs: set[Path] = set()
         for folder in self.runs.tops:
             config = folder.parent / PROJECT_CONFIG
             with contextlib.suppress(OSError):
                 if config.is_file() and real_path(config) == config:  # no link to elsewhere
-                    found.add(config)
-        return found
+                    configs.add(config)
+        return configs
 
     def is_open(self, dataset: FoundDataset, path: Path) -> bool:
         """Return whether a path that a dataset names exists inside the folders that are shown."""
@@ -230,7 +242,7 @@ class Datasets:
 
     def find(self, id: str) -> FoundDataset | None:
         if id not in self._found:
-            self.look()
+            self.list_all()
         return self._found.get(id)
 
     def _is_dataset(self, path: Path) -> bool:
@@ -259,9 +271,11 @@ class Datasets:
         mark = self.mark(dataset)
         with self.lock:
             measured = self._measured.setdefault(dataset.id, Measured(model=dataset.model))
-            if measured.seen[0] != mark:
-                measured.seen = mark, time.monotonic()
-            is_settled = time.monotonic() - measured.seen[1] >= SETTLED_SECONDS or measured.mark is None
+            if measured.newer_mark != mark:
+                measured.newer_mark = mark
+                measured.newer_since = time.monotonic()
+            settled_seconds = time.monotonic() - measured.newer_since
+            is_settled = settled_seconds >= SETTLED_SECONDS or measured.mark is None
             if mark != measured.mark and is_settled:
                 self.start(dataset)
             return measured
@@ -271,37 +285,23 @@ class Datasets:
         try:
             if self.outside(dataset):
                 return MediaFiles(), "partly outside the folders that are shown"
-            media = look_at_media(dataset, lambda path: self.is_open(dataset, path))
+            media = count_media(dataset, lambda path: self.is_open(dataset, path))
         except OSError as error:
             return MediaFiles(), f"cannot be read: {error.strerror or error}"
         except ValueError as error:
             return MediaFiles(), f"cannot be read: {error}"
         with self.lock:
-            measured = self._measured.get(dataset.id)
-            if measured is None or not measured.version:
-                return media, "not measured yet" if measured is None else "being measured"
-            if measured.error:
-                return media, "cannot be measured"
-            dropped = sum(bool(file["dropped"]) for file in measured.files.values())
-            states = [
-                state
-                for file in measured.files.values()
-                for parts in file["caches"].values()
-                for state, _ in parts.values()
-            ]
-            cached = "not cached" if not states else "caches valid" if set(states) == {"valid"} else ""
-            return media, ", ".join(
-                filter(None, (f"{dropped} dropped" if dropped else "", cached or "caches out of date"))
-            )
+            return media, _describe_measured(self._measured.get(dataset.id))
 
     def mark(self, dataset: FoundDataset) -> object:
         """Return a value that changes whenever files of a dataset do. Raises as `FoundDataset.places`."""
-        found: list[object] = []
+        marks: list[object] = []
         for place in (dataset.path, *dataset.places()):
             with contextlib.suppress(OSError):
                 status = place.stat()
-                found.append((str(place), status.st_mtime_ns, status.st_size if place.is_file() else 0))
-        return found
+                size = status.st_size if place.is_file() else 0
+                marks.append((str(place), status.st_mtime_ns, size))
+        return marks
 
     def forgive(self, dataset: FoundDataset, before: object) -> None:
         """Keep a dataset's measurements after a caption was saved here. before: the mark before that."""
@@ -319,49 +319,50 @@ class Datasets:
             measured = self._measured.setdefault(dataset.id, Measured(model=dataset.model))
             if measured.is_running or self.outside(dataset):
                 return
-            measured.is_running, measured.mark = True, self.mark(dataset)
+            measured.is_running = True
+            measured.mark = self.mark(dataset)
             measured.began = time.monotonic()
-            measured.num_media = look_at_media(dataset, lambda path: self.is_open(dataset, path)).total
-            measured.decodes = measured.decodes if decodes is None else decodes
+            measured.num_media = count_media(dataset, lambda path: self.is_open(dataset, path)).total
+            if decodes is not None:
+                measured.decodes = decodes
             measured.model = model or measured.model
-            threading.Thread(target=self._run, args=(dataset, measured), daemon=True).start()
+            threading.Thread(target=self._run_measurement, args=(dataset, measured), daemon=True).start()
 
-    def _run(self, dataset: FoundDataset, measured: Measured) -> None:
-        fps, step, frames = MODELS[measured.model]
-        options = ["--dataset_config", str(dataset.path), "--fps", fps, "--pixel_step", step]
-        options += ["--frame_step", frames]
-        options += ["--json", "--files", "--no_download", "--num_workers", "2"]
-        options += [] if measured.decodes else ["--no_decode"]
-        with self._one:
+    def _run_measurement(self, dataset: FoundDataset, measured: Measured) -> None:
+        """Measure a dataset, and put the results into `measured`."""
+        options = _report_options(dataset, measured)
+        report: dict[str, Any] = {}
+        error = ""
+        with self._measuring:
             try:
-                numbers, error = self._report(options, dataset.folder), ""
+                report = self._report(options, dataset.folder)
             except (OSError, ValueError, OptionError) as problem:
-                numbers, error = {}, str(problem)
-        files, outside = {}, 0
-        for file in numbers.get("files", ()):
+                error = str(problem)
+        all_files = list(report.get("files", ()))
+        for file in all_files:
             _join_paths(file, dataset.folder)
-            if all(self.is_open(dataset, Path(part.get("in", part["path"]))) for part in file["parts"][:1]):
-                name = f"{file['table']} {file['parts'][0]['path']}"
-                id = hashlib.blake2s(os.fsencode(name), digest_size=8).hexdigest()
-                path = Path(file["caption_file"] or file["caption_list"])
-                if not self.is_open(dataset, path) and (path.exists() or path.is_symlink()):
-                    # the caption lies elsewhere: it is left out, and what may quote it
-                    told: File = {"text": None, "captions": [], "faults": [], "remarks": []}
-                    told["caches"] = {
-                        tag: {part: (state, "") for part, (state, _) in states.items()}
-                        for tag, states in file["caches"].items()
-                    }
-                    file |= told
-                files[id] = file
-            else:
-                outside += 1
-        remarks = [*numbers.get("faults", ()), *numbers.get("remarks", ())]
+        files = [file for file in all_files if self._is_file_open(dataset, file)]
+        for file in files:
+            if not self._is_caption_open(dataset, file):
+                _leave_out_caption(file)
+        remarks = [*report.get("faults", ()), *report.get("remarks", ())]
         with self.lock:
-            measured.files, measured.outside, measured.error = files, outside, error
-            measured.remarks = [f"{one['kind']}: {one['text']}" for one in remarks]
-            measured.totals = {name: numbers.get(f"num_{name}", 0) for name in ("faults", "remarks")}
+            measured.files = {_identify(file): file for file in files}
+            measured.outside = len(all_files) - len(files)
+            measured.error = error
+            measured.remarks = [f"{remark['kind']}: {remark['text']}" for remark in remarks]
+            measured.totals = {name: report.get(f"num_{name}", 0) for name in ("faults", "remarks")}
             measured.version += 1
             measured.is_running = False
+
+    def _is_file_open(self, dataset: FoundDataset, file: File) -> bool:
+        first_part = file["parts"][0]
+        return self.is_open(dataset, Path(first_part.get("in", first_part["path"])))
+
+    def _is_caption_open(self, dataset: FoundDataset, file: File) -> bool:
+        """Return whether the caption of a file may be shown: it is inside the folders, or does not exist."""
+        path = Path(file["caption_file"] or file["caption_list"])
+        return self.is_open(dataset, path) or not (path.exists() or path.is_symlink())
 
     def _report(self, options: Sequence[str], folder: Path) -> dict[str, Any]:
         """Return the JSON of tools/dataset_report.py. Raises ValueError with its message if it fails."""
@@ -375,17 +376,67 @@ class Datasets:
         )
         self._processes.add(process)
         try:
-            said, errors = process.communicate()
+            output, errors = process.communicate()
         finally:
             self._processes.discard(process)
         if process.returncode:
             text = errors.decode("utf-8", "replace").strip()[-MOST_ERROR:]
             raise ValueError(escape_control_codes(text) or f"it ended with {process.returncode}")
-        return dict(json.loads(said))
+        return dict(json.loads(output))
 
     def close(self) -> None:
         for process in list(self._processes):
             process.kill()
+
+
+def _describe_measured(measured: Measured | None) -> str:
+    """Return in words what is known of the files of a dataset. To be called with the lock of `Datasets`."""
+    if measured is None:
+        return "not measured yet"
+    if not measured.version:
+        return "being measured"
+    if measured.error:
+        return "cannot be measured"
+    facts = []
+    dropped = sum(bool(file["dropped"]) for file in measured.files.values())
+    if dropped:
+        facts.append(f"{dropped} dropped")
+    states = set()
+    for file in measured.files.values():
+        for parts in file["caches"].values():
+            states |= {state for state, _ in parts.values()}
+    if not states:
+        facts.append("not cached")
+    elif states == {"valid"}:
+        facts.append("caches valid")
+    else:
+        facts.append("caches out of date")
+    return ", ".join(facts)
+
+
+def _report_options(dataset: FoundDataset, measured: Measured) -> list[str]:
+    """Return the options of tools/dataset_report.py that measure a dataset."""
+    fps, pixel_step, frame_step = MODELS[measured.model]
+    options = ["--dataset_config", str(dataset.path), "--fps", fps, "--pixel_step", pixel_step]
+    options += ["--frame_step", frame_step]
+    options += ["--json", "--files", "--no_download", "--num_workers", "2"]
+    if not measured.decodes:
+        options.append("--no_decode")
+    return options
+
+
+def _identify(file: File) -> str:
+    """Return the id of a file in its dataset."""
+    name = f"{file['table']} {file['parts'][0]['path']}"
+    return hashlib.blake2s(os.fsencode(name), digest_size=8).hexdigest()
+
+
+def _leave_out_caption(file: File) -> None:
+    """Take the caption out of a file of the report, and what may quote it."""
+    file |= {"text": None, "captions": [], "faults": [], "remarks": []}
+    for states in file["caches"].values():
+        for part, (state, _) in states.items():
+            states[part] = (state, "")
 
 
 def _join_paths(file: File, folder: Path) -> None:

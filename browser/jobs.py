@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +26,10 @@ from training.reports.history import describe_process
 
 logger = logging.getLogger(__name__)
 
-FOLDER, QUEUE, STATE, LOGS = "reelsmith-queue", "queue.txt", "jobs.json", "logs"
+FOLDER = "reelsmith-queue"
+QUEUE = "queue.txt"
+STATE = "jobs.json"
+LOGS = "logs"
 WAITING = "waiting"
 ENDED = (FINISHED, STOPPED, DIED)
 MOST_OF_CODE = 100  # bytes that are read of the file with an exit code
@@ -36,7 +39,8 @@ EVERY_SECONDS = 0.5
 ENTRY = re.compile(r"[^\n]*\n?" if os.name == "nt" else r"(?:(?!\s*#)[^\n]*\\\n)*[^\n]*\n?")
 TAIL = 64 << 10  # bytes at the end of a log in which its last lines are searched
 MOST_JOBS = 10**9
-MOST_LINES, MOST_OF_JOB = 1000, 100_000  # lines of the text file; characters of a job
+MOST_LINES = 1000  # of the text file
+MOST_OF_JOB = 100_000  # characters of a job
 KINDS: dict[str, Any] = {
     "line": str,
     "folder": str,
@@ -44,7 +48,7 @@ KINDS: dict[str, Any] = {
     "worker": dict | None,
     "stops": int,
 }
-KEPT = ("id", "line", "folder", "process", "stops")  # in STATE
+STORED = ("id", "line", "folder", "process", "stops")  # in STATE
 
 
 @dataclass
@@ -62,19 +66,29 @@ class Job:
     state: str = field(init=False)  # WAITING, or as the state of a run
 
     def __post_init__(self) -> None:
-        self.code, is_there = self._read_code(), None
-        if self.process is not None and self.code is None:
-            is_there = is_living(self.process)
-            if is_there is None:  # another machine's, or of before this one was started
-                with contextlib.suppress(OSError):
-                    is_there = time.time() - self.log.stat().st_mtime < ELSEWHERE_SECONDS
+        self.code = self._read_code()
         if self.process is None:
             self.state = WAITING
-        elif is_there:
+        elif self.code is None and self._is_running(self.process):
             self.state = RUNNING
         else:
             self.code = self._read_code()  # it may have ended in between
-            self.state = STOPPED if self.stops else FINISHED if self.code == 0 else DIED
+            self.state = self._name_ending()
+
+    def _is_running(self, process: dict[str, Any]) -> bool:
+        """Return whether the process runs; for another machine's, whether its log still grows."""
+        is_alive = is_living(process)
+        if is_alive is not None:
+            return is_alive
+        # another machine's, or of before this one was started
+        with contextlib.suppress(OSError):
+            return time.time() - self.log.stat().st_mtime < ELSEWHERE_SECONDS
+        return False
+
+    def _name_ending(self) -> str:
+        if self.stops:
+            return STOPPED
+        return FINISHED if self.code == 0 else DIED
 
     def _read_code(self) -> int | None:
         with contextlib.suppress(OSError, ValueError):
@@ -134,7 +148,7 @@ class _Book:
     worker: dict[str, Any] | None  # process that runs the jobs
 
     def as_text(self) -> str:
-        rows = [{name: getattr(job, name) for name in KEPT} for job in self.jobs]
+        rows = [{name: getattr(job, name) for name in STORED} for job in self.jobs]
         return json.dumps({"last": self.last, "worker": self.worker, "jobs": rows}, indent=1)
 
     def find(self, number: int, *states: str) -> Job:
@@ -149,12 +163,15 @@ class _Book:
         if job.place < 0:
             self.entries.append("")  # which is at -1
         self.entries[job.place] = f"{line}\n"
-        job.line, job.process, job.stops = line, None, 0
+        job.line = line
+        job.process = None
+        job.stops = 0
         job.code_path.unlink(missing_ok=True)
 
     def next(self) -> Job | None:
-        waiting = [job for job in self.jobs if job.state == WAITING]
-        return waiting[0] if waiting and all(job.state != RUNNING for job in self.jobs) else None
+        if any(job.state == RUNNING for job in self.jobs):
+            return None
+        return next((job for job in self.jobs if job.state == WAITING), None)
 
 
 class JobQueue:
@@ -175,14 +192,14 @@ class JobQueue:
 
     def jobs(self) -> list[Job]:
         """Return all jobs in the order of the text file. Raises OutputError if a file cannot be read."""
-        return self._look().jobs
+        return self._read_book().jobs
 
     @property
     def worker(self) -> str:
         """Return "here" if this process runs the jobs, "elsewhere" if another does; empty if none does."""
         if self._worker is not None:
             return "here"
-        worker = self._look().worker
+        worker = self._read_book().worker
         return "elsewhere" if worker is not None and is_living(worker) is not False else ""
 
     def add(self, words: Sequence[str], folder: Path) -> int:
@@ -202,11 +219,13 @@ class JobQueue:
         """Swap a waiting job with the next one (`by` 1) or the previous one (`by` -1), if it exists."""
         with self._change() as book:
             job = book.find(number, WAITING)
-            waiting = [one for one in book.jobs if one.state == WAITING]
+            waiting = [candidate for candidate in book.jobs if candidate.state == WAITING]
             index = waiting.index(job) + by
             if 0 <= index < len(waiting):
-                here, there = job.place, waiting[index].place
-                book.entries[here], book.entries[there] = book.entries[there], book.entries[here]
+                neighbour = waiting[index]
+                entry = book.entries[job.place]
+                book.entries[job.place] = book.entries[neighbour.place]
+                book.entries[neighbour.place] = entry
 
     def remove(self, number: int) -> None:
         """Delete a job that is not running, with its line and its log."""
@@ -228,16 +247,22 @@ class JobQueue:
             if job.process is None or not is_living(job.process):
                 raise OutputError(f"job {number} runs on another machine. Stop it from there")
             job.stops += 1
-            (launch.interrupt_processes if job.stops == 1 else launch.kill_processes)(job.process["number"])
+            number_of_process = job.process["number"]
+            if job.stops == 1:
+                launch.interrupt_processes(number_of_process)
+            else:
+                launch.kill_processes(number_of_process)
 
     def retry(self, number: int) -> None:
         """Queue an ended job again; add `--resume latest` to a training without --resume."""
         with self._change() as book:
             job = book.find(number, *ENDED)
-            words, line = job.words, job.line
+            words = job.words
+            line = job.line
             command, _ = launch.find_program(words, Path(job.folder))
             is_training = command.words[0] in ("train", "finetune")
-            if is_training and not any(word.partition("=")[0] == "--resume" for word in words):
+            resumes = any(word.partition("=")[0] == "--resume" for word in words)
+            if is_training and not resumes:
                 line = shlex.join([*words, "--resume", "latest"])
             book.wait_again(job, line)
 
@@ -268,7 +293,8 @@ class JobQueue:
 
     def end_work(self) -> None:
         """Start no further jobs; a running one continues."""
-        worker, self._worker = self._worker, None
+        worker = self._worker
+        self._worker = None
         if worker is not None:
             self._ended.set()
             worker.join()
@@ -290,7 +316,7 @@ class JobQueue:
         """Start the first waiting job, if none runs."""
         if self._child is not None and self._child.poll() is not None:
             self._child = None
-        if self._look().next() is None:
+        if self._read_book().next() is None:
             return
         with self._change() as book:
             job = book.next()
@@ -307,11 +333,11 @@ class JobQueue:
             self._child = launch.prepare_process(job.log)
             job.process = describe_process(self._child.pid)
         # only now, as its number is on disk: if this process is killed before, the job does not begin
-        launch.tell_job(self._child, program, job.folder, job.code_path)
+        launch.send_job(self._child, program, job.folder, job.code_path)
 
-    def _look(self) -> _Book:
-        book, known = self._read()
-        if book.as_text() != known and not self.read_only:
+    def _read_book(self) -> _Book:
+        book, stored_text = self._read_files()
+        if book.as_text() != stored_text and not self.read_only:
             with self._change() as book:  # keeps the numbers of lines that are new
                 pass
         return book
@@ -324,61 +350,93 @@ class JobQueue:
         with explain_errors(self.folder / QUEUE):
             self.folder.mkdir(parents=True, exist_ok=True)
             with only_one(self.folder / ".lock"):
-                book, known = self._read()
+                book, stored_text = self._read_files()
                 entries = [*book.entries]
                 yield book
                 if book.entries != entries:
                     write_text(self.folder / QUEUE, "".join(book.entries))
-                if book.as_text() != known:
+                if book.as_text() != stored_text:
                     write_text(self.folder / STATE, book.as_text())
 
-    def _read(self) -> tuple[_Book, str]:
+    def _read_files(self) -> tuple[_Book, str]:
         """Return the content of both files, and the text of STATE."""
-        known = _read_or_empty(self.folder / STATE) or _Book([], [], 0, None).as_text()
+        stored_text = _read_or_empty(self.folder / STATE) or _Book([], [], 0, None).as_text()
         try:
-            told = parse_json(known)
-            for number in (told["last"], *(row["id"] for row in told["jobs"])):
-                if type(number) is not int or not 0 <= number < MOST_JOBS:  # it names files
-                    raise ValueError(f"{number!r} is no number of a job")
-            for row in (told, *told["jobs"]):
-                for name, kind in KINDS.items():
-                    if name in row and not isinstance(row[name], kind):
-                        raise TypeError(f"{name} is {row[name]!r}")
-            jobs = [self._job(**row) for row in told["jobs"]]
-            book = _Book([], [], told["last"], told["worker"])
+            stored = parse_json(stored_text)
+            _check_stored(stored)
+            jobs = [self._job(**row) for row in stored["jobs"]]
+            book = _Book(entries=[], jobs=[], last=stored["last"], worker=stored["worker"])
         except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
             path = self.folder / STATE
             raise OutputError(f"{path} is damaged ({error}). Remove it, and lines of jobs that ran") from None
-        book.entries = [entry for entry in ENTRY.findall(_read_or_empty(self.folder / QUEUE)) if entry]
-        if len(book.entries) > MOST_LINES or any(len(entry) > MOST_OF_JOB for entry in book.entries):
+        book.entries = self._read_entries()
+        self._match_jobs(book, jobs)
+        return book, stored_text
+
+    def _read_entries(self) -> list[str]:
+        """Return the entries of the text file. Raises OutputError if it is too large."""
+        entries = [entry for entry in ENTRY.findall(_read_or_empty(self.folder / QUEUE)) if entry]
+        if len(entries) > MOST_LINES or any(len(entry) > MOST_OF_JOB for entry in entries):
             raise OutputError(
                 f"{self.folder / QUEUE}: at most {MOST_LINES:,} lines of {MOST_OF_JOB:,} characters are read"
                 ". Take some out"
             )
-        if book.entries and not book.entries[-1].endswith("\n"):
-            book.entries[-1] += "\n"
-        lines = {place: entry.strip() for place, entry in enumerate(book.entries)}
-        lines = {place: line for place, line in lines.items() if line and not line.startswith("#")}
-        free: dict[str, list[Job]] = defaultdict(list)
+        if entries and not entries[-1].endswith("\n"):
+            entries[-1] += "\n"
+        return entries
+
+    def _match_jobs(self, book: _Book, jobs: Sequence[Job]) -> None:
+        """Put jobs into the order of their lines: first those that run or have ended without a line.
+
+        jobs: as STATE has them. Lines without a job get a new one.
+        """
+        lines = _list_lines(book.entries)
+        counts = Counter(lines.values())
+        unmatched: dict[str, list[Job]] = defaultdict(list)  # by line
         for job in jobs:
-            free[job.line].append(job)
-        for line, equal in free.items():  # lines that were taken out are those of jobs that have ended
-            surplus = max(0, len(equal) - [*lines.values()].count(line))
-            book.jobs += [job for job in equal if job.state in ENDED][:surplus]
-            free[line] = [job for job in equal if job not in book.jobs]
+            unmatched[job.line].append(job)
+        for line, equal_jobs in unmatched.items():
+            # lines that were taken out are those of jobs that have ended
+            surplus = max(0, len(equal_jobs) - counts[line])
+            ended = [job for job in equal_jobs if job.state in ENDED]
+            book.jobs += ended[:surplus]
+            unmatched[line] = [job for job in equal_jobs if job not in book.jobs]
         for place, line in lines.items():
-            job = free[line].pop(0) if free[line] else self._new_job(book, line, _folder_of(line))
+            candidates = unmatched[line]
+            job = candidates.pop(0) if candidates else self._new_job(book, line, _folder_of(line))
             job.place = place
             book.jobs.append(job)
-        book.jobs[:0] = [job for rest in free.values() for job in rest if job.state == RUNNING]
-        return book, known
+        running = [job for equal_jobs in unmatched.values() for job in equal_jobs if job.state == RUNNING]
+        book.jobs[:0] = running
 
     def _new_job(self, book: _Book, line: str, folder: Path) -> Job:
         book.last += 1
         return self._job(book.last, line, str(real_path(folder)))
 
-    def _job(self, id: int, line: str, folder: str, **told: Any) -> Job:
-        return Job(id, line, folder, self.folder / LOGS / f"{id}.log", **told)
+    def _job(self, id: int, line: str, folder: str, **stored: Any) -> Job:
+        return Job(id, line, folder, self.folder / LOGS / f"{id}.log", **stored)
+
+
+def _list_lines(entries: Sequence[str]) -> dict[int, str]:
+    """Return the command lines of the text file, by their place among the entries."""
+    lines = {}
+    for place, entry in enumerate(entries):
+        line = entry.strip()
+        if line and not line.startswith("#"):
+            lines[place] = line
+    return lines
+
+
+def _check_stored(stored: Any) -> None:
+    """Check the content of STATE. Raises ValueError, TypeError or LookupError if it is damaged."""
+    numbers = [stored["last"], *(row["id"] for row in stored["jobs"])]
+    for number in numbers:
+        if type(number) is not int or not 0 <= number < MOST_JOBS:  # it names files
+            raise ValueError(f"{number!r} is no number of a job")
+    for row in (stored, *stored["jobs"]):
+        for name, kind in KINDS.items():
+            if name in row and not isinstance(row[name], kind):
+                raise TypeError(f"{name} is {row[name]!r}")
 
 
 def as_line(words: Sequence[str]) -> str:

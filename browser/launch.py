@@ -48,7 +48,7 @@ LAUNCHER = {
 # -P: none of its modules is taken from the folder in which it works, which may be somebody else's
 ACCELERATE = ["-P", "-m", "accelerate.commands.launch"]
 logger = logging.getLogger(__name__)
-_known = functools.cache(find_commands)
+_find_commands = functools.cache(find_commands)
 
 
 def split_words(line: str) -> list[str]:
@@ -57,19 +57,22 @@ def split_words(line: str) -> list[str]:
     Raises OptionError for characters that only a shell understands, an open quote, or a backslash that looks
     like a separator of Windows paths.
     """
-    if mark := MARKS.search(QUOTED.sub("''", line)):
+    mark = MARKS.search(QUOTED.sub("''", line))
+    if mark:
         raise OptionError(
             f"{mark[0]!r} in {line!r}: no shell reads this line. Put quotes round the word, or leave it out"
         )
-    lost = next((one for one in QUOTED.findall(line) if re.fullmatch(r"\\[\w.-]", one)), None)
-    if lost is not None and os.name != "nt":
+    escapes = [part for part in QUOTED.findall(line) if re.fullmatch(r"\\[\w.-]", part)]
+    if escapes and os.name != "nt":
         raise OptionError(
-            f"{lost} in {line!r}: here a backslash escapes the character behind it. Write / between "
+            f"{escapes[0]} in {line!r}: here a backslash escapes the character behind it. Write / between "
             "folders, or put single quotes round the word"
         )
     lexer = shlex.shlex(line.replace("\\\n", " "), posix=True)
-    lexer.whitespace_split, lexer.commenters = True, ""
-    lexer.escape = "" if os.name == "nt" else lexer.escape
+    lexer.whitespace_split = True
+    lexer.commenters = ""
+    if os.name == "nt":
+        lexer.escape = ""
     try:
         return list(lexer)
     except ValueError as error:
@@ -109,22 +112,30 @@ def find_program(words: Sequence[str], folder: Path) -> tuple[ScriptCommand, lis
     words: `python SCRIPT ...`, `SCRIPT ...`, `reelsmith train wan ...` or `accelerate launch [options] SCRIPT
     ...`. folder: its working folder. Raises OptionError, naming the word, for anything else.
     """
+    script_words = [*words[1:]] if words[:1] in (["python"], ["python3"]) else [*words]
     launcher: list[str] = []
-    rest = [*words[1:]] if words[:1] in (["python"], ["python3"]) else [*words]
-    if rest[:2] == ["accelerate", "launch"]:
-        place = 2
-        while place < len(rest) and rest[place].startswith("-"):
-            name, mark, _ = rest[place].partition("=")
-            if rest[place : place + 1] == ["-m"]:
-                break
-            if name not in LAUNCHER:
-                raise OptionError(
-                    f"{name}: `accelerate launch` is given only {', '.join(LAUNCHER)} and a script here"
-                )
-            place += 1 if mark else 1 + LAUNCHER[name]
-        launcher, rest = [*ACCELERATE, *rest[2:place]], rest[place:]
-    command, count = _find_command(rest, folder)
-    return command, [sys.executable, *launcher, *program_words(command.path.relative_to(ROOT)), *rest[count:]]
+    if script_words[:2] == ["accelerate", "launch"]:
+        place = _count_launcher_words(script_words)
+        launcher = [*ACCELERATE, *script_words[2:place]]
+        script_words = script_words[place:]
+    command, num_words = _find_command(script_words, folder)
+    script = program_words(command.path.relative_to(ROOT))
+    return command, [sys.executable, *launcher, *script, *script_words[num_words:]]
+
+
+def _count_launcher_words(words: Sequence[str]) -> int:
+    """Return how many words `accelerate launch` and its options take. Raises OptionError for unknown ones."""
+    place = 2
+    while place < len(words) and words[place].startswith("-"):
+        name, mark, _ = words[place].partition("=")
+        if words[place] == "-m":
+            break
+        if name not in LAUNCHER:
+            raise OptionError(
+                f"{name}: `accelerate launch` is given only {', '.join(LAUNCHER)} and a script here"
+            )
+        place += 1 if mark else 1 + LAUNCHER[name]
+    return place
 
 
 # Runs a script until it has read its options, which is when torch would load.
@@ -157,7 +168,7 @@ def check_options(words: Sequence[str], folder: Path) -> None:
         start = program_words(command.path.relative_to(ROOT))
         program = program[program.index(start[-1]) + 1 - len(start) :]
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             [python, "-P", "-c", READ_OPTIONS, *program],
             cwd=folder,
             env=program_environment(**{FROM_QUEUE: "1"}),
@@ -170,27 +181,34 @@ def check_options(words: Sequence[str], folder: Path) -> None:
     except (OSError, subprocess.TimeoutExpired) as error:
         logger.debug("%s", words, exc_info=error)  # it may run for all that is known
         return
-    if done.returncode:
-        raise OptionError(message_of(done.stderr))
+    if process.returncode:
+        raise OptionError(message_of(process.stderr))
 
 
 def _find_command(words: Sequence[str], folder: Path) -> tuple[ScriptCommand, int]:
     """Return the command of ours that a line begins with, and how many words its name takes."""
-    word, known, count = "".join(words[:1]), _known(ROOT), 1
+    word = "".join(words[:1])
+    count = 1
+    name = word
     if word == "-m":  # what commands of the installed package have
-        word, count = " ".join(words[:2]), 2
-    script = find_script(word.removeprefix("-m reelsmith.").replace(".", "/") if count == 2 else word)
-    if script is None and word.endswith(".py") and (path := real_path(folder / word)).is_relative_to(ROOT):
-        script = path.relative_to(ROOT)
+        word = " ".join(words[:2])
+        count = 2
+        name = word.removeprefix("-m reelsmith.").replace(".", "/")
+    script = find_script(name)
+    if script is None and word.endswith(".py"):
+        path = real_path(folder / word)
+        if path.is_relative_to(ROOT):
+            script = path.relative_to(ROOT)
+    commands = _find_commands(ROOT)
     if word == "reelsmith" or script == Path("reelsmith.py"):
         word = " ".join((word, *words[1:3]))
-        for command in known:
+        for command in commands:
             if tuple(words[1 : 1 + len(command.words)]) == command.words:
                 return command, 1 + len(command.words)
-    for command in known:
+    for command in commands:
         if script is not None and command.path == ROOT / script:
             return command, count
-    hint = did_you_mean(word.rpartition("/")[2][:LONGEST_NAME], [command.path.name for command in known])
+    hint = did_you_mean(word.rpartition("/")[2][:LONGEST_NAME], [command.path.name for command in commands])
     raise OptionError(
         f"{shorten(word, 80)!r} is no command of this program.{hint} A job is a line such as "
         "python wan_train_network.py ..., with `accelerate launch ...` before it if needed"
@@ -211,7 +229,7 @@ def prepare_process(log: Path) -> "subprocess.Popen[bytes]":
         )
 
 
-def tell_job(waiting: "subprocess.Popen[bytes]", program: Sequence[str], folder: str, code: Path) -> None:
+def send_job(waiting: "subprocess.Popen[bytes]", program: Sequence[str], folder: str, code: Path) -> None:
     """Have a process of `prepare_process` start a program in a folder. code: file for the exit code."""
     assert waiting.stdin is not None
     with contextlib.suppress(BrokenPipeError), waiting.stdin:
@@ -230,22 +248,22 @@ def interrupt_processes(number: int) -> None:
 def kill_processes(number: int) -> None:
     """Kill a job and all processes that it has started, also those in other process groups."""
     with contextlib.suppress(psutil.NoSuchProcess):
-        process = psutil.Process(number)
-        for one in [process, *process.children(recursive=True)]:
+        leader = psutil.Process(number)
+        for process in [leader, *leader.children(recursive=True)]:
             with contextlib.suppress(psutil.NoSuchProcess):
-                one.kill()
+                process.kill()
 
 
 def main() -> None:
     """Read a job from standard input, run it, and write its exit code."""
-    told = sys.stdin.buffer.read()
-    if not told:  # the browser was killed before it had noted this process
+    job = sys.stdin.buffer.read()
+    if not job:  # the browser was killed before it had noted this process
         return
     signals: list[int] = []
     for name in ("SIGINT", "SIGTERM", "SIGBREAK"):  # the job gets them too; this process waits for its end
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), lambda number, _: signals.append(number))
-    program, folder, path = json.loads(told)
+    program, folder, path = json.loads(job)
     try:
         process = subprocess.Popen(
             program, cwd=folder, env=program_environment(**{FROM_QUEUE: "1"}), stdin=subprocess.DEVNULL

@@ -13,7 +13,8 @@ LOCAL = "localhost"
 USUAL_PORT = 8765
 PROJECT_CONFIG = "dataset.toml"  # that `new` writes into a folder
 READ = (".toml", "-history.jsonl")  # endings of the files that it shows: datasets, histories of runs
-SHORTEST, LONGEST = 16, 1024  # characters of a token
+SHORTEST = 16  # characters of a token
+LONGEST = 1024
 MAKE_TOKEN = 'This makes one: python -c "import secrets; print(secrets.token_urlsafe())" > {}'
 
 
@@ -55,15 +56,7 @@ class BrowserOptions(Options, title="browser"):
 
     def __post_init__(self) -> None:
         for folder in self.folders:
-            # the output folder of a described folder does not exist before its first training
-            is_described = (folder.absolute().parent / PROJECT_CONFIG).is_file()
-            if not folder.exists() and not (is_described and self.export is None):
-                raise OptionError(f"{folder}: no such folder.{explain_missing(folder)}")
-            if folder.is_file() and not folder.name.endswith(READ):
-                raise OptionError(
-                    f"{folder} is a file: give a folder with runs in it, such as {real_path(folder).parent}, "
-                    "a run's ...-history.jsonl, or a dataset's .toml"
-                )
+            self._check_folder(folder)
         if not (self.is_local or self.token):
             raise OptionError(
                 f"--host {self.host} lets others in: give --token FILE, a text file with a secret word of at "
@@ -73,6 +66,18 @@ class BrowserOptions(Options, title="browser"):
             raise OptionError(f"--export {self.export}: name a file that ends in .html")
         if self.export is not None and len(self.folders) != 1:
             raise OptionError(f"--export writes one run: give its folder, not {len(self.folders)} folders")
+
+    def _check_folder(self, folder: Path) -> None:
+        """Raise OptionError if a folder does not exist, or is a file that is not shown."""
+        # the output folder of a described folder does not exist before its first training
+        is_described = (folder.absolute().parent / PROJECT_CONFIG).is_file()
+        if not folder.exists() and not (is_described and self.export is None):
+            raise OptionError(f"{folder}: no such folder.{explain_missing(folder)}")
+        if folder.is_file() and not folder.name.endswith(READ):
+            raise OptionError(
+                f"{folder} is a file: give a folder with runs in it, such as {real_path(folder).parent}, "
+                "a run's ...-history.jsonl, or a dataset's .toml"
+            )
 
     @property
     def is_local(self) -> bool:

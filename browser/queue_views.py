@@ -2,9 +2,9 @@
 
 import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
 import psutil  # comes with accelerate
@@ -32,60 +32,86 @@ NUMBER = re.compile(r"[0-9]{1,15}")  # of a job
 
 def compare_routes(runs: Runs, notes: FileNotes, queue: JobQueue) -> list[Route]:
     """Return the routes of comparisons."""
+    pages = ComparePages(runs, notes, queue)
+    return [
+        Route("/compare", pages.show),
+        Route("/compare", answer_form(pages.make), methods=["POST"]),
+    ]
 
-    def page(asked: Form, said: str) -> str:
-        """Return the page of a comparison. said: an error message to show.
+
+class ComparePages:
+    """Show comparisons, and queue the jobs that make their clips."""
+
+    def __init__(self, runs: Runs, notes: FileNotes, queue: JobQueue) -> None:
+        self.runs = runs
+        self.notes = notes
+        self.queue = queue
+
+    def show(self, request: Request) -> Response:
+        query = request.query_params
+        return self.answer({name: query.getlist(name) for name in query})
+
+    def make(self, _: Request, form: Form) -> Response:
+        """Queue the jobs for the missing clips of a comparison."""
+        try:
+            with self.runs.lock:
+                comparison = compare.read_comparison(self.runs, form)
+            for job in compare.plan_jobs(comparison, self.fill_cells(comparison)):
+                write_text(job.prompt_file, job.prompts)
+                self.queue.add(job.words, comparison.sources[0].working_folder)
+        except (OSError, UserError) as error:
+            return self.answer(form, str(error))
+        return RedirectResponse(f"/compare?{urlencode(form, doseq=True)}", 303)
+
+    def answer(self, form: Form, error: str = "") -> Response:
+        """Return the page of the comparison that a form asks for. error: a message to show."""
+        status = 422 if error else 200
+        comparison = compare.Comparison()
+        try:
+            with self.runs.lock:
+                try:
+                    comparison = compare.read_comparison(self.runs, form)
+                except OptionError as problem:
+                    error = str(problem)
+                runs = self.runs.list_all()
+            return answer_page(self.page(comparison, runs, error), status)
+        except (OSError, UserError) as problem:
+            return PlainTextResponse(str(problem), 500)
+
+    def fill_cells(self, comparison: compare.Comparison) -> list[list[compare.ShownClip]]:
+        return compare.fill_cells(comparison, self.notes, compare.find_queued_clips(self.queue))
+
+    def page(self, comparison: compare.Comparison, runs: Sequence[Glance], error: str) -> str:
+        """Return the page of a comparison. runs: all that there are.
 
         Raises UserError if the queue cannot be read, OSError if a file vanishes.
         """
-        comparison = compare.Comparison()
-        try:
-            with runs.lock:
-                comparison, found = compare.read_comparison(runs, asked), runs.look()
-        except OptionError as error:
-            said, found = str(error), runs.look()
-        cells = compare.fill_cells(comparison, notes, compare.asked_cells(queue))
-        chosen = {source.run.id for source in comparison.sources}
-        families = {source.run.model for source in comparison.sources}
-        others = [one for one in found if one.id not in chosen and (not families or one.model in families)]
+        cells = self.fill_cells(comparison)
+        compared = {source.run.id for source in comparison.sources}
+        models = {source.run.model for source in comparison.sources}
+        further = [run for run in runs if run.id not in compared and (not models or run.model in models)]
         values: dict[str, Any] = {
             "comparison": comparison,
             "cells": cells,
             "chosen": {file.key for file in comparison.columns},
             "titles": [file.title for file in comparison.columns],
-            "others": others,
-            "missing": sum(not cell.href and not cell.is_asked for _, *of_row in cells for cell in of_row),
-            "plays": any(cell.href.endswith(PLAYED) for of_row in cells for cell in of_row),
-            "commands": [as_typed(words) for words, *_ in compare.plan_jobs(comparison, cells)],
+            "others": further,
+            "missing": count_missing(cells),
+            "plays": any(cell.href.endswith(PLAYED) for cells_of_row in cells for cell in cells_of_row),
+            "commands": [as_typed(job.words) for job in compare.plan_jobs(comparison, cells)],
             "is_of_here": all(source.run.is_of_here for source in comparison.sources),
-            "can_write": not queue.read_only,
-            "said": said,
+            "can_write": not self.queue.read_only,
+            "said": error,
         }
         return render_page(HERE / "compare.html", "Compare", values, POLICY)
 
-    def answer(asked: Form, said: str = "") -> Response:
-        try:
-            return answer_page(page(asked, said), 422 if said else 200)
-        except (OSError, UserError) as error:
-            return PlainTextResponse(str(error), 500)
 
-    def show(request: Request) -> Response:
-        return answer({name: request.query_params.getlist(name) for name in request.query_params})
-
-    def make(_: Request, asked: Form) -> Response:
-        try:
-            with runs.lock:
-                comparison = compare.read_comparison(runs, asked)
-            for words, path, text in compare.plan_jobs(
-                comparison, compare.fill_cells(comparison, notes, compare.asked_cells(queue))
-            ):
-                write_text(path, text)
-                queue.add(words, comparison.sources[0].working_folder)
-        except (OSError, UserError) as error:
-            return answer(asked, str(error))
-        return RedirectResponse(f"/compare?{urlencode(asked, doseq=True)}", 303)
-
-    return [Route("/compare", show), Route("/compare", answer_form(make), methods=["POST"])]
+def count_missing(cells: Sequence[Sequence[compare.ShownClip]]) -> int:
+    """Return how many clips are not made, and by no job. Those without LoRA do not count."""
+    count = 0
+    for _, *column_cells in cells:
+        count += sum(not cell.href and not cell.is_asked for cell in column_cells)
+    return count
 
 
 def is_of(run: Glance, job: Job) -> bool:
@@ -102,19 +128,31 @@ def when_begun(job: Job) -> tuple[float, int]:
     return (job.process or {}).get("born", 0), job.id
 
 
-def find_draft(runs: Runs, asked: Mapping[str, str]) -> tuple[str, Glance | None]:
-    """Return a command for the user to edit, "" if none is asked for, and the run that it is from.
+class Draft(NamedTuple):
+    """A command for the user to edit, and the run that it is from."""
 
-    asked: `run`, and either `command`, the index of one of its commands, or `line`, the edited command.
+    line: str = ""
+    run: Glance | None = None
+
+
+def find_draft(runs: Runs, query: Mapping[str, str]) -> Draft:
+    """Return the command that a page is to show for editing; an empty one if none is asked for.
+
+    query: `run`, and either `command`, the index of one of its commands, or `line`, the edited command.
     """
-    if "line" in asked:
-        return asked["line"], runs.find(asked.get("run", ""))
-    place = asked.get("command", "")
-    run = runs.find(asked.get("run", "")) if NUMBER.fullmatch(place) else None
+    if "line" in query:
+        return Draft(query["line"], runs.find(query.get("run", "")))
+    place = query.get("command", "")
+    if not NUMBER.fullmatch(place):
+        return Draft()
+    run = runs.find(query.get("run", ""))
+    if run is None:
+        return Draft()
     with contextlib.suppress(OSError):
-        for command in runs.open(run).story.commands[int(place) :] if run else ():
-            return escape_control_codes(command.bash), run
-    return "", None
+        commands = runs.open(run).story.commands[int(place) :]
+        if commands:
+            return Draft(escape_control_codes(commands[0].bash), run)
+    return Draft()
 
 
 def read_jobs(text: str, run: Glance | None) -> list[tuple[list[str], Path]]:
@@ -122,12 +160,14 @@ def read_jobs(text: str, run: Glance | None) -> list[tuple[list[str], Path]]:
 
     run: the run that the commands are from, if any. Raises UserError.
     """
-    lines = [line.strip() for line in ENTRY.findall(text.replace("\r\n", "\n"))]
+    entries = ENTRY.findall(text.replace("\r\n", "\n"))
     jobs = []
-    for line in lines:
+    for line in map(str.strip, entries):
         if line and not line.startswith("#"):
             words = split_words(command_part(line))
-            base = compare.working_folder(run, compare.group_options(words)) if run else Path.cwd()
+            base = Path.cwd()
+            if run is not None:
+                base = compare.working_folder(run, compare.group_options(words))
             _, folder = split_folder(line, base)
             jobs.append((words, folder))
     for words, folder in jobs:
@@ -136,66 +176,105 @@ def read_jobs(text: str, run: Glance | None) -> list[tuple[list[str], Path]]:
 
 
 def queue_routes(runs: Runs, queue: JobQueue) -> list[Route]:
-    changes = {
-        "up": lambda number: queue.move(number, -1),
-        "down": lambda number: queue.move(number, 1),
-        **{"stop": queue.stop, "retry": queue.retry, "remove": queue.remove},
-    }
+    """Return the routes of the queue."""
+    pages = QueuePages(runs, queue)
+    return [
+        Route("/queue", pages.show),
+        Route("/queue/{what}", answer_form(pages.change), methods=["POST"]),
+    ]
 
-    def answer(said: str, asked: Mapping[str, str] | None = None) -> Response:
-        """Return the page of the queue. said: an error message to show. asked: see `find_draft`."""
+
+class QueuePages:
+    """Show the queue, and handle its buttons."""
+
+    def __init__(self, runs: Runs, queue: JobQueue) -> None:
+        self.runs = runs
+        self.queue = queue
+        self.changes: dict[str, Callable[[int], None]] = {
+            "up": lambda number: queue.move(number, -1),
+            "down": lambda number: queue.move(number, 1),
+            "stop": queue.stop,
+            "retry": queue.retry,
+            "remove": queue.remove,
+        }
+
+    def show(self, request: Request) -> Response:
+        return self.answer("", request.query_params)
+
+    def answer(self, error: str, query: Mapping[str, str]) -> Response:
+        """Return the page of the queue. error: a message to show. query: see `find_draft`."""
         try:
-            jobs = queue.jobs()
-            ended = sorted((job for job in jobs if job.state in ENDED), key=when_begun, reverse=True)
-            running = [job for job in jobs if job.state == RUNNING]
-            with runs.lock:
-                trainings = {job.id: run for run in runs.look() for job in running if is_of(run, job)}
-                draft, draft_of = find_draft(runs, asked or {})
-            values = {
-                "running": running,
-                "trainings": trainings,
-                "waiting": [job for job in jobs if job.state == WAITING],
-                "ended": ended,
-                "worker": queue.worker,
-                "can_write": not queue.read_only,
-                "said": said or queue.problem,
-                "file": queue.folder / QUEUE,
-                "in_words": in_words,
-                "draft": draft,
-                "draft_of": draft_of,
-                "example": EXAMPLE,
-                "here": Path.cwd(),
-                "is_paused": queue.worker == "",
-                "short": SHORT_SECONDS,
-            }
-            page = render_page(HERE / "queue.html", "Queue", values, POLICY)
-            return answer_page(page, 422 if said else 200)
-        except UserError as error:
-            return PlainTextResponse(str(error), 500)
+            return answer_page(self.page(error, query), 422 if error else 200)
+        except UserError as problem:
+            return PlainTextResponse(str(problem), 500)
 
-    def show(request: Request) -> Response:
-        return answer("", request.query_params)
+    def page(self, error: str, query: Mapping[str, str]) -> str:
+        """Return the page of the queue. Raises UserError if the queue cannot be read."""
+        jobs = self.queue.jobs()
+        running = [job for job in jobs if job.state == RUNNING]
+        ended = [job for job in jobs if job.state in ENDED]
+        with self.runs.lock:
+            trainings = self.find_trainings(running)
+            draft = find_draft(self.runs, query)
+        worker = self.queue.worker
+        values = {
+            "running": running,
+            "trainings": trainings,
+            "waiting": [job for job in jobs if job.state == WAITING],
+            "ended": sorted(ended, key=when_begun, reverse=True),
+            "worker": worker,
+            "can_write": not self.queue.read_only,
+            "said": error or self.queue.problem,
+            "file": self.queue.folder / QUEUE,
+            "in_words": in_words,
+            "draft": draft.line,
+            "draft_of": draft.run,
+            "example": EXAMPLE,
+            "here": Path.cwd(),
+            "is_paused": worker == "",
+            "short": SHORT_SECONDS,
+        }
+        return render_page(HERE / "queue.html", "Queue", values, POLICY)
 
-    def change(request: Request, form: Form) -> Response:
+    def find_trainings(self, jobs: Sequence[Job]) -> dict[int, Glance]:
+        """Return the running training of each job that has started one, by the job's number."""
+        trainings = {}
+        for run in self.runs.list_all():
+            for job in jobs:
+                if is_of(run, job):
+                    trainings[job.id] = run
+        return trainings
+
+    def change(self, request: Request, form: Form) -> Response:
+        """Do what a button asks for, and show the queue again."""
         what = request.path_params["what"]
-        number, text = ("".join(form.get(name, ())) for name in ("id", "line"))
+        line = "".join(form.get("line", ()))
+        run_id = "".join(form.get("run", ()))
         try:
-            if what in ("work", "pause"):
-                (queue.begin_work if what == "work" else queue.end_work)()
-            elif what == "add":
-                with runs.lock:
-                    run = runs.find("".join(form.get("run", ())))
-                for job in read_jobs(text, run):
-                    queue.add(*job)
-            elif what == "edit" and NUMBER.fullmatch(number):
-                queue.edit(int(number), text)
-            elif what in changes and NUMBER.fullmatch(number):
-                changes[what](int(number))
-            else:
+            if not self.carry_out(what, "".join(form.get("id", ())), line, run_id):
                 return PlainTextResponse("There is no such request.", 404)
         except UserError as error:
-            refused = {"line": text, "run": "".join(form.get("run", ()))} if what == "add" else {}
-            return answer(str(error), refused)
+            query = {"line": line, "run": run_id} if what == "add" else {}
+            return self.answer(str(error), query)
         return RedirectResponse("/queue", 303)
 
-    return [Route("/queue", show), Route("/queue/{what}", answer_form(change), methods=["POST"])]
+    def carry_out(self, what: str, number: str, line: str, run_id: str) -> bool:
+        """Change the queue; return whether `what` names a change. number: of a job. Raises UserError."""
+        if what == "work":
+            self.queue.begin_work()
+        elif what == "pause":
+            self.queue.end_work()
+        elif what == "add":
+            with self.runs.lock:
+                run = self.runs.find(run_id)
+            for words, folder in read_jobs(line, run):
+                self.queue.add(words, folder)
+        elif not NUMBER.fullmatch(number):
+            return False
+        elif what == "edit":
+            self.queue.edit(int(number), line)
+        elif what in self.changes:
+            self.changes[what](int(number))
+        else:
+            return False
+        return True

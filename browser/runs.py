@@ -13,7 +13,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil  # comes with accelerate
 
@@ -43,9 +43,11 @@ SAME_SECONDS = 2.0  # the clock that a start is told by may have been set since
 CONFIG = ".toml"  # of datasets
 DEEPEST = 12  # folders below a given one
 WHOLE = 32 << 10  # bytes of a history that is read whole
+TAIL = 64 << 10  # bytes of its end, or of its beginning, in which single lines are looked for
 NEAR_END = 512 << 10  # how far from its end the last samples are looked for
 LAST = 8 << 10  # bytes of its end that tell the step and its seconds
-SPOTS, SPOT = 48, 400  # places that a sparkline is made of; bytes of each
+SPOTS = 48  # places that a sparkline is made of
+SPOT = 400  # bytes of each
 LOSS = re.compile(rb'"step": (\d{1,15}), "loss": (-?\d+(?:\.\d+)?(?:e[-+]?\d+)?)')
 AVERAGE = re.compile(rb'"average": (-?\d+(?:\.\d+)?(?:e[-+]?\d+)?)')
 LEFT = re.compile(rb'"left": (\d+(?:\.\d+)?(?:e[-+]?\d+)?)')
@@ -62,9 +64,9 @@ def is_living(process: Mapping[str, Any]) -> bool | None:
     if process.get("machine") != identify_machine():
         return None
     try:
-        found = psutil.Process(process["number"])
-        is_same = abs(found.create_time() - process["born"]) < SAME_SECONDS
-        return is_same and found.status() != psutil.STATUS_ZOMBIE
+        candidate = psutil.Process(process["number"])  # another process may have this number by now
+        was_born_then = abs(candidate.create_time() - process["born"]) < SAME_SECONDS
+        return was_born_then and candidate.status() != psutil.STATUS_ZOMBIE
     except (psutil.Error, ValueError, TypeError, LookupError, OverflowError):
         return False
 
@@ -98,13 +100,15 @@ class Glance:
 
     @property
     def state(self) -> str:
-        return tell_state(self.start, self.ending, self.changed)
+        return find_state(self.start, self.ending, self.changed)
 
     @property
     def left(self) -> str:
-        if self.seconds_left and self.state == RUNNING:
+        if self.state != RUNNING:
+            return ""
+        if self.seconds_left:
             return in_words(self.seconds_left)
-        return tell_left(self.total_steps - self.step, self.step_seconds) if self.state == RUNNING else ""
+        return describe_left(self.total_steps - self.step, self.step_seconds)
 
     @property
     def is_of_here(self) -> bool:
@@ -121,9 +125,10 @@ class Glance:
         if Path(typed).is_absolute():
             return here == os.path.normcase(real_path(Path(typed)))
         # an older version's: from which folder it was typed is not known
-        parts = Path(os.path.normcase(os.path.normpath(typed))).parts
-        parts = tuple(part for part in parts if part != os.pardir)
-        return Path(here).parts[len(Path(here).parts) - len(parts) :] == parts
+        typed_parts = Path(os.path.normcase(os.path.normpath(typed))).parts
+        inner_parts = tuple(part for part in typed_parts if part != os.pardir)
+        here_parts = Path(here).parts
+        return here_parts[len(here_parts) - len(inner_parts) :] == inner_parts
 
     @property
     def working_folder(self) -> Path | None:
@@ -133,7 +138,8 @@ class Glance:
         """
         if self.start is None or not self.start.working_folder or not self.start.written_in:
             return None
-        typed_in, written_in = Path(self.start.working_folder), Path(self.start.written_in)
+        typed_in = Path(self.start.working_folder)
+        written_in = Path(self.start.written_in)
         here = real_path(self.history.parent)
         if written_in == here:
             return typed_in
@@ -150,32 +156,32 @@ class Glance:
     @property
     def loss(self) -> float:
         """Return the average of the newest losses; infinite if there is none."""
-        return (
-            statistics.fmean(self.losses[-5:])
-            if self.average is None and self.losses
-            else self.average or math.inf
-        )
+        if self.average is None and self.losses:
+            return statistics.fmean(self.losses[-5:])
+        return self.average or math.inf
 
     @property
     def used(self) -> str:
-        highest, predicted = (self.memory.get(name, "") for name in (HIGHEST, PREDICTED))
-        known = [text for text in (highest, predicted) if text.endswith("GiB")]
-        return " of ".join(known) if highest in known else ""
+        highest = self.memory.get(HIGHEST, "")
+        predicted = self.memory.get(PREDICTED, "")
+        if not highest.endswith("GiB"):
+            return ""
+        return f"{highest} of {predicted}" if predicted.endswith("GiB") else highest
 
     @property
     def spark(self) -> str:
         """Return the points of the loss sparkline, 100 wide and 24 high."""
         if len(self.losses) < 2:
             return ""
-        low, high = min(self.losses), max(self.losses)
+        lowest = min(self.losses)
+        span = max(self.losses) - lowest
         width = 100 / (len(self.losses) - 1)
-        height = 22 / ((high - low) or 1)
-        return " ".join(
-            f"{index * width:.1f},{23 - (loss - low) * height:.1f}" for index, loss in enumerate(self.losses)
-        )
+        height = 22 / (span or 1)
+        points = [(index * width, 23 - (loss - lowest) * height) for index, loss in enumerate(self.losses)]
+        return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
 
-def tell_state(start: Start | None, ending: tuple[str, str] | None, changed: float) -> str:
+def find_state(start: Start | None, ending: tuple[str, str] | None, changed: float) -> str:
     """Return the state of a run. changed: when its history was modified, in seconds since 1970."""
     if ending is not None:
         return {"good": FINISHED, "bad": DIED}.get(ending[1], STOPPED)
@@ -185,72 +191,110 @@ def tell_state(start: Start | None, ending: tuple[str, str] | None, changed: flo
     return RUNNING if is_there else DIED
 
 
-def tell_left(steps: int, seconds: float | None) -> str:
+def describe_left(steps: int, seconds: float | None) -> str:
     return in_words(steps * seconds) if seconds is not None and steps > 0 else ""
 
 
-def read_page_status(history: Path) -> tuple[str, tuple[str, str] | None, int] | None:
+class PageStatus(NamedTuple):
+    """What a page says of its run."""
+
+    model: str
+    ending: tuple[str, str] | None
+    total_steps: int
+
+
+def read_page_status(history: Path) -> PageStatus | None:
     """Return model, ending and total steps from the page beside a history of an older version."""
     with contextlib.suppress(OSError), page_path(history.parent, history_name(history)).open("rb") as file:
-        found = STATUS.search(file.read(32 << 10).decode("utf-8", "replace"))
-        if found:
-            ending = None if found[2] == "running" else (html.unescape(found[2]), found[1])
-            return html.unescape(found[3]), ending, int(found[5])
+        match = STATUS.search(file.read(32 << 10).decode("utf-8", "replace"))
+        if match:
+            kind, standing, model, _, total_steps = match.groups()
+            ending = None if standing == "running" else (html.unescape(standing), kind)
+            return PageStatus(html.unescape(model), ending, int(total_steps))
     return None
 
 
 def read_glance(path: Path, status: os.stat_result) -> Glance:
     """Read the few lines of a history that a list shows. Raises OSError if it cannot be read."""
-    with path.open("rb") as file, contextlib.ExitStack() as stack:
-        data: Any = (
-            file.read()
-            if status.st_size <= WHOLE
-            else stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        )
-        size = len(data)
-        tail = data[-(64 << 10) :]
-        ending = _last_row(tail, "ended", 0)
-        # of a run that may be running the newest process counts, wherever its line is
-        started = _last_row(data, "started", 0 if ending is None else max(0, size - NEAR_END)) or _last_row(
-            data[: 64 << 10], "started", 0
-        )
-        if started is not None and tail.rfind(b', "started": ') > tail.rfind(b', "ended": '):
-            ending = None  # it was resumed after it had ended
-        others = [_last_row(data, key, size - NEAR_END) for key in ("samples", "memory")]
-        story = Story.of(filter(None, [started, *others, ending]))
-        found = LOSS.findall(tail[-LAST:]) or LOSS.findall(tail)  # long lines may follow the last step
-        spots = (
-            LOSS.findall(data)
-            if size <= WHOLE
-            else [
-                (spot[1], spot[2])
-                for place in range(0, size - SPOT, max(1, (size - SPOT) // SPOTS))
-                if (spot := LOSS.search(data[place : place + SPOT])) is not None
-            ]
-        )
-        losses = [float(loss) for _, loss in spots]
-        # neighbours become their mean: fewer than two times SPOTS are left
-        width = max(1, len(losses) // SPOTS)
-        seconds = [float(each) for each in SECONDS.findall(tail[-LAST:])]
-        samples = [row.files for row in story.samples.values() if row.files]
-        told = None if story.start else read_page_status(path)
-        step = int(found[-1][0]) if found else max(story.starts, default=0)
-        return Glance(
-            path,
-            status.st_mtime,
-            story.start,
-            story.ending or (told[1] if told else None),
-            step,
-            [statistics.fmean(losses[index : index + width]) for index in range(0, len(losses), width)],
-            statistics.fmean(seconds[-SHOWN:]) if seconds else None,
-            samples[-1][min(samples[-1])] if samples else "",
-            dict(story.memory),
-            story.start.model if story.start else told[0] if told else "",
-            story.start.total_steps if story.start else told[2] if told else step,
-            float(averages[-1]) if (averages := AVERAGE.findall(tail)) else None,
-            float(left[-1]) if (left := LEFT.findall(tail)) else None,
-            doing=find_doing(tail),
-        )
+    with path.open("rb") as file:
+        if status.st_size <= WHOLE:
+            return _summarise(path, status, file.read())
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return _summarise(path, status, content)
+
+
+def _summarise(path: Path, status: os.stat_result, content: bytes | mmap.mmap) -> Glance:
+    """Return the facts of a run from the content of its history."""
+    tail = content[-TAIL:]
+    end = tail[-LAST:]
+    story = _read_story(content, tail)
+    steps = LOSS.findall(end) or LOSS.findall(tail)  # long lines may follow the last step
+    step = int(steps[-1][0]) if steps else max(story.starts, default=0)
+    if story.start is not None:
+        page = PageStatus(story.start.model, None, story.start.total_steps)
+    else:
+        page = read_page_status(path) or PageStatus("", None, step)
+    seconds = [float(text) for text in SECONDS.findall(end)]
+    return Glance(
+        history=path,
+        changed=status.st_mtime,
+        start=story.start,
+        ending=story.ending or page.ending,
+        step=step,
+        losses=_sample_losses(content),
+        step_seconds=statistics.fmean(seconds[-SHOWN:]) if seconds else None,
+        sample=_newest_sample(story),
+        memory=dict(story.memory),
+        model=page.model,
+        total_steps=page.total_steps,
+        average=_last_number(AVERAGE, tail),
+        seconds_left=_last_number(LEFT, tail),
+        doing=find_doing(tail),
+    )
+
+
+def _read_story(content: bytes | mmap.mmap, tail: bytes) -> Story:
+    """Return the story of the last lines that say how a run began, what it made and how it ended."""
+    near_end = len(content) - NEAR_END
+    ending = _last_row(tail, "ended", 0)
+    # of a run that may be running the newest process counts, wherever its line is
+    started = _last_row(content, "started", 0 if ending is None else near_end)
+    if not started:
+        started = _last_row(content[:TAIL], "started", 0)
+    if started is not None and tail.rfind(b', "started": ') > tail.rfind(b', "ended": '):
+        ending = None  # it was resumed after it had ended
+    samples = _last_row(content, "samples", near_end)
+    memory = _last_row(content, "memory", near_end)
+    return Story.of(filter(None, [started, samples, memory, ending]))
+
+
+def _sample_losses(content: bytes | mmap.mmap) -> list[float]:
+    """Return losses from all over a history, fewer than two times SPOTS."""
+    size = len(content)
+    if size <= WHOLE:
+        losses = [float(loss) for _, loss in LOSS.findall(content)]
+    else:
+        losses = []
+        for place in range(0, size - SPOT, max(1, (size - SPOT) // SPOTS)):
+            match = LOSS.search(content[place : place + SPOT])
+            if match is not None:
+                losses.append(float(match[2]))
+    width = max(1, len(losses) // SPOTS)  # so many neighbours become their mean
+    return [statistics.fmean(losses[index : index + width]) for index in range(0, len(losses), width)]
+
+
+def _newest_sample(story: Story) -> str:
+    """Return the name of the first sample of the newest ones; empty if there are none."""
+    samples = [row.files for row in story.samples.values() if row.files]
+    if not samples:
+        return ""
+    newest = samples[-1]
+    return newest[min(newest)]
+
+
+def _last_number(pattern: re.Pattern[bytes], tail: bytes) -> float | None:
+    numbers = pattern.findall(tail)
+    return float(numbers[-1]) if numbers else None
 
 
 def find_doing(tail: bytes) -> str:
@@ -262,13 +306,14 @@ def find_doing(tail: bytes) -> str:
     return "" if row is None or is_over else str(row["doing"])
 
 
-def _last_row(data: Any, key: str, least: int) -> Row | None:
+def _last_row(content: bytes | mmap.mmap, key: str, least: int) -> Row | None:
     """Return the last line that has this key and begins at or behind the offset `least`."""
-    place = data.rfind(f', "{key}": '.encode(), max(0, least))
+    place = content.rfind(f', "{key}": '.encode(), max(0, least))
     if place < 0:
         return None
-    begin, end = data.rfind(b"\n", 0, place) + 1, data.find(b"\n", place)
-    return parse_row(data[begin : end + 1]) if end >= 0 else None
+    begin = content.rfind(b"\n", 0, place) + 1
+    end = content.find(b"\n", place)
+    return parse_row(content[begin : end + 1]) if end >= 0 else None
 
 
 @dataclass
@@ -283,9 +328,11 @@ class OpenHistory:
     def refresh(self) -> None:
         """Read what is new. Raises OSError if the file cannot be read."""
         with self.path.open("rb") as file:
-            status, before = os.fstat(file.fileno()), self.status
-            if before is None or before.st_ino != status.st_ino or status.st_size < self._offset:
-                self.story, self._offset = Story(), 0
+            status = os.fstat(file.fileno())
+            is_same_file = self.status is not None and self.status.st_ino == status.st_ino
+            if not is_same_file or status.st_size < self._offset:
+                self.story = Story()
+                self._offset = 0
             self.status = status
             file.seek(self._offset)
             for line in iter(lambda: file.readline(MAX_LINE_CHARACTERS), b""):
@@ -299,41 +346,62 @@ class OpenHistory:
                     self.story.add(row)
 
 
+class ListedFolder(NamedTuple):
+    """Content of a folder when it was last listed."""
+
+    changed: int  # when the folder was changed, in nanoseconds
+    folders: list[Path]
+    histories: list[Path]
+    configs: list[Path]
+
+
+class ReadHistory(NamedTuple):
+    """What a list shows of a history, and the state of its file when that was read."""
+
+    mark: tuple[int, int, int]
+    run: Glance
+
+
 class Runs:
     """Find the runs below some folders. Links are resolved; whatever is outside of the folders is ignored."""
 
     def __init__(self, folders: Collection[Path]) -> None:
         """folders: folders, or history files."""
         self.roots = [real_path(folder) for folder in folders]
-        # time, folders in it, histories, .toml files
-        self._folders: dict[Path, tuple[int, list[Path], list[Path], list[Path]]] = {}
-        self._glances: dict[str, tuple[tuple[int, int, int], Glance]] = {}
+        self._folders: dict[Path, ListedFolder] = {}
+        self._histories: dict[str, ReadHistory] = {}
         self._open: dict[Path, OpenHistory] = {}
         self.lock = threading.RLock()  # of all that is known here, stories too
 
-    def look(self) -> list[Glance]:
+    def list_all(self) -> list[Glance]:
         """Return all runs, the newest first."""
         with self.lock:
-            found: dict[str, tuple[tuple[int, int, int], Glance]] = {}
-            for path in dict.fromkeys(path for root in self.roots for path in self._walk(root, DEEPEST)):
-                with contextlib.suppress(OSError):
-                    found[str(path)] = self._glance(path)
-            self._glances = found
-            shown = [one for _, one in found.values() if not self._has_begun(one)]
-            return sorted(shown, key=lambda one: -one.changed)
+            histories: dict[str, ReadHistory] = {}
+            for root in self.roots:
+                for path in self._walk(root, DEEPEST):
+                    if str(path) not in histories:
+                        with contextlib.suppress(OSError):
+                            histories[str(path)] = self._read_history(path)
+            self._histories = histories
+            shown = [history.run for history in histories.values() if not self._has_begun(history.run)]
+            return sorted(shown, key=lambda run: -run.changed)
 
     def _has_begun(self, run: Glance) -> bool:
         """Return whether a run is only what `run` did before a training that writes its own history now."""
         if not run.name.endswith(BEFORE_TRAINING):
             return False
-        training = history_path(run.history.parent, run.name.removesuffix(BEFORE_TRAINING))
-        known = self._glances.get(str(training))
-        return known is not None and known[1].changed >= run.changed
+        training_path = history_path(run.history.parent, run.name.removesuffix(BEFORE_TRAINING))
+        training = self._histories.get(str(training_path))
+        return training is not None and training.run.changed >= run.changed
 
-    def _glance(self, path: Path) -> tuple[tuple[int, int, int], Glance]:
-        status, known = path.lstat(), self._glances.get(str(path))
+    def _read_history(self, path: Path) -> ReadHistory:
+        """Return what a list shows of a history, which is read only if it has changed."""
+        status = path.lstat()
         mark = status.st_mtime_ns, status.st_size, status.st_ino
-        return known if known and known[0] == mark else (mark, read_glance(path, status))
+        before = self._histories.get(str(path))
+        if before is not None and before.mark == mark:
+            return before
+        return ReadHistory(mark, read_glance(path, status))
 
     def _walk(self, folder: Path, depth: int) -> Iterator[Path]:
         """Yield histories. A folder that has not changed is not listed again."""
@@ -343,24 +411,30 @@ class Runs:
                 if folder.suffix != CONFIG:
                     yield folder
                 return
-            known = self._folders.get(folder)
-            if known is None or known[0] != changed:
-                known = self._folders[folder] = (changed, *_list_folder(folder))
+            content = self._folders.get(folder)
+            if content is None or content.changed != changed:
+                content = _list_folder(folder, changed)
+                self._folders[folder] = content
         except OSError:
             return
-        yield from known[2]
-        for inner in known[1] if depth else ():
-            yield from self._walk(inner, depth - 1)
+        yield from content.histories
+        if depth:
+            for inner in content.folders:
+                yield from self._walk(inner, depth - 1)
 
     def find(self, id: str) -> Glance | None:
         """Return the run of this id, read again; None if there is none."""
         with self.lock:
-            known = {one.id: path for path, (_, one) in self._glances.items()}
-            if id not in known:
-                known = {one.id: str(one.history) for one in self.look()}
-            with contextlib.suppress(OSError, KeyError):
-                found = self._glances[known[id]] = self._glance(Path(known[id]))
-                return found[1]
+            paths = {history.run.id: path for path, history in self._histories.items()}
+            if id not in paths:
+                paths = {run.id: str(run.history) for run in self.list_all()}
+            if id not in paths:
+                return None
+            path = paths[id]
+            with contextlib.suppress(OSError):
+                history = self._read_history(Path(path))
+                self._histories[path] = history
+                return history.run
         return None
 
     def open(self, run: Glance) -> OpenHistory:
@@ -375,8 +449,10 @@ class Runs:
 
     def configs(self) -> list[Path]:
         with self.lock:
-            given = [root for root in self.roots if root.suffix == CONFIG]
-            return given + [path for *_, configs in self._folders.values() for path in configs]
+            configs = [root for root in self.roots if root.suffix == CONFIG]
+            for content in self._folders.values():
+                configs += content.configs
+            return configs
 
     @property
     def tops(self) -> list[Path]:
@@ -398,17 +474,20 @@ class Runs:
 MOST_OPEN = 8  # histories in memory
 
 
-def _list_folder(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
-    inner, histories, configs = [], [], []
+def _list_folder(folder: Path, changed: int) -> ListedFolder:
+    content = ListedFolder(changed, folders=[], histories=[], configs=[])
     with os.scandir(folder) as entries:
         for entry in entries:
-            name = entry.name
-            if name.endswith(END) and entry.is_file(follow_symlinks=False):
-                histories.append(Path(entry.path))
-            elif name.endswith(CONFIG) and entry.is_file(follow_symlinks=False):
-                configs.append(Path(entry.path))
-            elif entry.is_dir(follow_symlinks=False) and not (
-                name.startswith(".") or name == SAMPLES or name.endswith("-state")
-            ):
-                inner.append(Path(entry.path))
-    return inner, histories, configs
+            is_file = entry.is_file(follow_symlinks=False)
+            if is_file and entry.name.endswith(END):
+                content.histories.append(Path(entry.path))
+            elif is_file and entry.name.endswith(CONFIG):
+                content.configs.append(Path(entry.path))
+            elif entry.is_dir(follow_symlinks=False) and not _is_of_run(entry.name):
+                content.folders.append(Path(entry.path))
+    return content
+
+
+def _is_of_run(name: str) -> bool:
+    """Return whether a folder of this name is hidden, or holds samples or the state of a run."""
+    return name.startswith(".") or name == SAMPLES or name.endswith("-state")

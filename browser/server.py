@@ -5,7 +5,7 @@ import hmac
 import ipaddress
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
@@ -22,7 +22,7 @@ from browser.dataset_pages import dataset_routes
 from browser.jobs import JobQueue, open_queue
 from browser.queue_views import compare_routes, queue_routes
 from browser.runs import RUNNING, Glance, Runs
-from browser.views import HERE, POLICY, FileNotes, file_of, list_page, mark_list, run_page, tell_news
+from browser.views import HERE, POLICY, FileNotes, collect_news, file_of, list_page, mark_list, run_page
 from modules.errors import UserError
 from modules.pages.page import HERE as PAGES
 
@@ -66,7 +66,9 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        request, is_begun, received = Request(scope), False, 0
+        request = Request(scope)
+        is_begun = False
+        received = 0  # bytes
 
         async def receive_bounded() -> Message:  # counted: a body in chunks has no Content-Length
             nonlocal received
@@ -80,53 +82,70 @@ class Gate:
             nonlocal is_begun
             if message["type"] == "http.response.start":
                 is_begun = True
-                usual = [(b"cache-control", b"no-cache")]
-                usual += [(name.encode(), value.encode()) for name, value in self.headers.items()]
-                given = {name for name, _ in message["headers"]}
-                message["headers"] = [*message["headers"], *(one for one in usual if one[0] not in given)]
+                message["headers"] = self._complete_headers(message["headers"])
             await send(message)
 
         try:
-            refusal = self._check(request)
+            refusal = self._find_refusal(request)
             await (refusal or self.app)(scope, receive_bounded, send_guarded)
         except Exception as error:  # whatever a damaged file leads to ends one request, in silence
             logger.debug("%s", request.url.path, exc_info=error)
             if not is_begun:
                 await PlainTextResponse("This cannot be shown.", 500)(scope, receive, send_guarded)
 
-    def _check(self, request: Request) -> Response | None:
+    def _complete_headers(self, headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+        """Return the headers of a response, with the usual ones that it does not set itself."""
+        usual = [(b"cache-control", b"no-cache")]
+        usual += [(name.encode(), value.encode()) for name, value in self.headers.items()]
+        names = {name for name, _ in headers}
+        return [*headers, *((name, value) for name, value in usual if name not in names)]
+
+    def _find_refusal(self, request: Request) -> Response | None:
         """Return the response that refuses a request; None if the request may pass."""
-        headers = request.headers
-        host = headers.get("host", "")
-        if not self._is_ours(host):
+        if not self._is_ours(request.headers.get("host", "")):
             return PlainTextResponse("Wrong host.", 421)
-        origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
         is_read = request.method in ("GET", "HEAD")
-        is_opened = is_read and headers.get("sec-fetch-mode") == "navigate"
-        if (origin not in (None, f"http://{host}")) or (origin is None and not is_read):
-            return PlainTextResponse("Wrong origin.", 403)
-        if site not in ("none", "same-origin") and not is_opened:
+        if not self._is_from_here(request, is_read):
             return PlainTextResponse("Wrong origin.", 403)
         if self.read_only and not is_read:
             return PlainTextResponse(NO_WRITING, 403)
         if self.token is None:
             return None
-        given = request.query_params.get("token")
-        if request.url.path == "/" and given is not None and self._fits(given):
+        return self._check_token(request, self.token)
+
+    @staticmethod
+    def _is_from_here(request: Request, is_read: bool) -> bool:
+        """Return whether a request comes from a page of this server, or opens a page."""
+        headers = request.headers
+        origin = headers.get("origin")
+        if origin is None and not is_read:
+            return False
+        if origin not in (None, f"http://{headers.get('host', '')}"):
+            return False
+        is_opened = is_read and headers.get("sec-fetch-mode") == "navigate"
+        return is_opened or headers.get("sec-fetch-site", "none") in ("none", "same-origin")
+
+    def _check_token(self, request: Request, token: str) -> Response | None:
+        """Return the response to a request without the token's cookie; None if it has the cookie.
+
+        The address with the token sets the cookie.
+        """
+        token_in_address = request.query_params.get("token")
+        if request.url.path == "/" and token_in_address is not None and self._fits(token_in_address):
             # not a redirect: the cookie would not be sent to where another site's link leads
             page = HTMLResponse('<!doctype html><meta http-equiv="refresh" content="0;url=/">')
-            page.set_cookie(COOKIE, self.token, httponly=True, samesite="strict", path="/")
+            page.set_cookie(COOKIE, token, httponly=True, samesite="strict", path="/")
             return page
         try:
-            cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
+            cookie = SimpleCookie(request.headers.get("cookie", "")).get(COOKIE)
         except CookieError:
             cookie = None
         if cookie is None or not self._fits(cookie.value):
             return PlainTextResponse("Open the address that the server has printed, with its token.", 401)
         return None
 
-    def _fits(self, given: str) -> bool:
-        return hmac.compare_digest(given.encode(), (self.token or "").encode())
+    def _fits(self, word: str) -> bool:
+        return hmac.compare_digest(word.encode(), (self.token or "").encode())
 
     def _is_ours(self, host: str) -> bool:
         name, mark, port = host.rpartition(":")
@@ -144,7 +163,9 @@ class RunPages:
     """Show the list of runs, and the page, news and files of each; pass requests on to trainings."""
 
     def __init__(self, runs: Runs, notes: FileNotes, queue: JobQueue) -> None:
-        self.runs, self.notes, self.queue = runs, notes, queue
+        self.runs = runs
+        self.notes = notes
+        self.queue = queue
 
     def find(self, request: Request) -> Glance | None:
         return self.runs.find(request.path_params["id"])
@@ -154,11 +175,12 @@ class RunPages:
         return None if run is None else file_of(self.runs, run, request.path_params["name"])
 
     def show_list(self, request: Request) -> Response:
-        found, asked = self.runs.look(), request.query_params
-        mark = f'"{mark_list(found, asked)}"'
+        found_runs = self.runs.list_all()
+        query = request.query_params
+        mark = f'"{mark_list(found_runs, query)}"'
         if request.headers.get("if-none-match") == mark:
             return Response(status_code=304, headers={"etag": mark})
-        return answer_page(list_page(self.runs, found, asked), headers={"etag": mark})
+        return answer_page(list_page(found_runs, self.runs.roots, query), headers={"etag": mark})
 
     def show_run(self, request: Request) -> Response:
         run = self.find(request)
@@ -174,7 +196,7 @@ class RunPages:
         if run is None:
             return answer_gone()
         try:
-            return answer_json(tell_news(self.runs, run, request.query_params))
+            return answer_json(collect_news(self.runs, run, request.query_params))
         except ValueError:
             return PlainTextResponse("from and to are numbers of steps.", 400)
 
@@ -182,7 +204,7 @@ class RunPages:
         with self.runs.lock:
             path = self.find_file(request)
         try:
-            return answer_gone() if path is None else answer_page(self.notes.tell(path))  # takes a while
+            return answer_gone() if path is None else answer_page(self.notes.describe(path))  # takes a while
         except OSError:
             return answer_gone()
 
@@ -229,7 +251,8 @@ def make_app(
 
     queue: None means the one of `open_queue`.
     """
-    notes, queue = FileNotes(), queue or open_queue(runs, read_only)
+    notes = FileNotes()
+    queue = queue or open_queue(runs, read_only)
     pages = RunPages(runs, notes, queue)
     routes = [
         Route("/", pages.guard(pages.show_list)),

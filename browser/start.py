@@ -44,10 +44,8 @@ def run_browser(options: BrowserOptions) -> None:
     if options.work:
         queue.begin_work()
     show_address(options, port, token)
-    found = runs.look()
-    running = sum(run.state == RUNNING for run in found)
-    logger.info("%s, %d running. Ctrl-C ends this page, and no run.", count_of(len(found), "run"), running)
-    app: Any = make_app(runs, options.host, token, options.read_only, queue)
+    log_runs(runs)
+    app: Any = make_app(runs, host=options.host, token=token, read_only=options.read_only, queue=queue)
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False, lifespan="off", ws="none"
     )
@@ -56,6 +54,13 @@ def run_browser(options: BrowserOptions) -> None:
             asyncio.run(uvicorn.Server(config).serve(sockets=[listener]))
     finally:
         queue.end_work()
+
+
+def log_runs(runs: Runs) -> None:
+    """Log how many runs there are, and how many of them are running."""
+    states = [run.state for run in runs.list_all()]
+    count = count_of(len(states), "run")
+    logger.info("%s, %d running. Ctrl-C ends this page, and no run.", count, states.count(RUNNING))
 
 
 def open_socket(host: str, port: int | None) -> socket.socket:
@@ -74,9 +79,8 @@ def open_socket(host: str, port: int | None) -> socket.socket:
             )
             port = 0
     try:
-        kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
-            0
-        ]
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        kind, *_, address = addresses[0]
         return socket.create_server(address[:2], family=kind)
     except OSError as error:
         hint = ""
@@ -99,7 +103,11 @@ def show_address(options: BrowserOptions, port: int, token: str | None) -> None:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
             probe.connect(("192.0.2.1", 9))  # nothing is sent
             host = str(probe.getsockname()[0])
-    url = f"http://{f'[{host}]' if ':' in host else host}:{port}/" + (f"?token={token}" if token else "")
+    if ":" in host:
+        host = f"[{host}]"
+    url = f"http://{host}:{port}/"
+    if token:
+        url += f"?token={token}"
     sys.stdout.write(f"{url}\n")
     if not options.is_local:
         sys.stdout.write(draw_code(url))
@@ -114,8 +122,9 @@ def draw_code(text: str) -> str:
     cells = np.pad(cv2.QRCodeEncoder.create().encode(text) > 0, 2, constant_values=True)
     cells = np.pad(cells, ((0, len(cells) % 2), (0, 0)), constant_values=True)
     blocks = {(True, True): " ", (True, False): "\u2584", (False, True): "\u2580", (False, False): "\u2588"}
-    lines = (
-        "".join(blocks[bool(a), bool(b)] for a, b in zip(*pair, strict=True))
-        for pair in zip(cells[::2], cells[1::2], strict=True)
-    )
-    return "".join(f"\033[30;107m{line}\033[0m\n" for line in lines)
+    code = ""
+    for upper_row, lower_row in zip(cells[::2], cells[1::2], strict=True):
+        pairs = zip(upper_row, lower_row, strict=True)
+        line = "".join(blocks[bool(upper), bool(lower)] for upper, lower in pairs)
+        code += f"\033[30;107m{line}\033[0m\n"
+    return code

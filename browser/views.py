@@ -14,7 +14,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from browser.runs import RUNNING, STATES, Glance, Runs, tell_left, tell_state
+from browser.runs import RUNNING, STATES, Glance, Runs, describe_left, find_state
 from modules.atomic_write import write_text
 from modules.control_codes import escape_control_codes, shorten
 from modules.errors import OptionError, UserError
@@ -50,6 +50,7 @@ POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
     "media-src 'self' data:; connect-src 'self'; form-action 'self'; base-uri 'none'"
 )
+LIST_CHOICES = ("text", "family", "state", "sort", "view", "all")  # fields of the form above a list of runs
 SORTS = {
     "newest": lambda run: -run.changed,
     "name": lambda run: (run.name.lower(), -run.changed),
@@ -58,51 +59,60 @@ SORTS = {
 }
 
 
-def select_runs(found: Sequence[Glance], asked: Mapping[str, str]) -> list[Glance]:
-    """Filter and sort the runs for a list. asked: text, family, state and sort."""
-    words = asked.get("text", "").lower().split()
-    chosen = [
-        run
-        for run in found
-        if all(word in f"{run.name} {run.model} {run.history.parent}".lower() for word in words)
-        and asked.get("family") in (None, "", run.model)
-        and asked.get("state") in (None, "", run.state)
-    ]
-    return sorted(chosen, key=SORTS.get(asked.get("sort", ""), SORTS["newest"]))
+def select_runs(runs: Sequence[Glance], query: Mapping[str, str]) -> list[Glance]:
+    """Filter and sort the runs for a list. query: text, family, state and sort."""
+    words = query.get("text", "").lower().split()
+    chosen = []
+    for run in runs:
+        text = f"{run.name} {run.model} {run.history.parent}".lower()
+        if not all(word in text for word in words):
+            continue
+        if query.get("family") not in (None, "", run.model):
+            continue
+        if query.get("state") in (None, "", run.state):
+            chosen.append(run)
+    return sorted(chosen, key=SORTS.get(query.get("sort", ""), SORTS["newest"]))
 
 
-def mark_list(found: Sequence[Glance], asked: Mapping[str, str]) -> str:
-    told = [(run.id, run.changed, run.state) for run in found]
-    return hashlib.blake2s(repr((told, sorted(asked.items()))).encode(), digest_size=12).hexdigest()
+def mark_list(runs: Sequence[Glance], query: Mapping[str, str]) -> str:
+    """Return a text that changes with what a list of runs shows."""
+    states = [(run.id, run.changed, run.state) for run in runs]
+    return hashlib.blake2s(repr((states, sorted(query.items()))).encode(), digest_size=12).hexdigest()
 
 
-def list_page(runs: Runs, found: Sequence[Glance], asked: Mapping[str, str]) -> str:
-    """Return the page of all runs. found: the result of `Runs.look`."""
-    chosen = select_runs(found, asked)
+def list_page(runs: Sequence[Glance], roots: Sequence[Path], query: Mapping[str, str]) -> str:
+    """Return the page of all runs. roots: the folders that they were found in."""
+    chosen = select_runs(runs, query)
+    shown = chosen if query.get("all") else chosen[:MOST_RUNS]
+    families = sorted({run.model for run in runs if run.model})
+    view = query.get("view")
+    is_table = view == "table" or (len(chosen) > MOST_CARDS and view != "cards")
     values = {
-        "runs": label_runs(chosen if asked.get("all") else chosen[:MOST_RUNS]),
-        "is_table": asked.get("view") == "table"
-        or (len(chosen) > MOST_CARDS and asked.get("view") != "cards"),
+        "runs": label_runs(shown),
+        "is_table": is_table,
         "date": lambda run: f"{datetime.fromtimestamp(run.changed):%Y-%m-%d %H:%M}",
         "chosen": len(chosen),
-        "count": len(found),
-        "running": sum(run.state == RUNNING for run in found),
-        "families": sorted({run.model for run in found if run.model}),
-        "asked": {name: asked.get(name, "") for name in ("text", "family", "state", "sort", "view", "all")},
+        "count": len(runs),
+        "running": sum(run.state == RUNNING for run in runs),
+        "families": families,
+        "asked": {name: query.get(name, "") for name in LIST_CHOICES},
         "states": STATES,
         "sorts": list(SORTS),
-        "roots": runs.roots,
+        "roots": roots,
     }
     return render_page(HERE / "runs.html", "Runs", values, POLICY)
 
 
-def label_runs(found: Sequence[Glance]) -> list[tuple[Glance, str]]:
+def label_runs(runs: Sequence[Glance]) -> list[tuple[Glance, str]]:
     """Return each run with its label: the name, with the folder if several runs have that name."""
-    names = Counter(run.name for run in found)
-    return [
-        (run, run.name if names[run.name] == 1 else f"{run.name} in {run.history.parent.name}")
-        for run in found
-    ]
+    counts = Counter(run.name for run in runs)
+    labelled = []
+    for run in runs:
+        label = run.name
+        if counts[run.name] > 1:
+            label = f"{run.name} in {run.history.parent.name}"
+        labelled.append((run, label))
+    return labelled
 
 
 @dataclass(frozen=True)
@@ -119,17 +129,26 @@ class LiveStanding:
         # an older version's history has no start, and its page tells some of it
         start = story.start or Start(run.model, run.total_steps)
         ending = story.ending or (None if story.start else run.ending)
-        state = tell_state(story.start, ending, run.changed)
+        state = find_state(story.start, ending, run.changed)
         step = next(reversed(story.loss or story.starts or {0: None}))
         text, kind = ending or (f"died after step {step:,}, without a word", "bad")
+        words = ""
         if state == RUNNING:
-            text, kind = state, ""
-        seconds = [each for each in story.seconds.values() if each is not None][-SHOWN:]
-        left = tell_left(start.total_steps - step, statistics.fmean(seconds) if seconds else None)
-        words = f"· {left} left" if left and state == RUNNING else ""
-        if state == RUNNING and (story.doing or story.left):
-            words = f"· {story.doing}" if story.doing else f"· {run.left} left"
+            text = state
+            kind = ""
+            words = _describe_time(run, story, start.total_steps - step)
         return cls(Standing(start, step, text, kind), state, words)
+
+
+def _describe_time(run: Glance, story: Story, steps_left: int) -> str:
+    """Return what a running training does between two steps, or how long it takes until its end."""
+    if story.doing:
+        return f"· {story.doing}"
+    if story.left:
+        return f"· {run.left} left"
+    seconds = [number for number in story.seconds.values() if number is not None][-SHOWN:]
+    left = describe_left(steps_left, statistics.fmean(seconds) if seconds else None)
+    return f"· {left} left" if left else ""
 
 
 def linked_clip(name: str, prompt: str, step: int, _: bool) -> Markup:
@@ -144,42 +163,52 @@ def run_page(runs: Runs, run: Glance, can_write: bool, is_paused: bool = False) 
     """
     story = runs.open(run).story
     now = LiveStanding.of(run, story)
-    values = page_values(run.history.parent, story, now.shown, linked_clip, MOST_SAMPLES)
+    start = now.shown.start
+    values = page_values(run.history.parent, story, now.shown, load=linked_clip, most=MOST_SAMPLES)
+    sample_names = [name for row in story.samples.values() for name in row.files.values()]
     values["live"] = {
         "id": run.id,
         "mark": mark_page(story, now),
         "left": now.left,
         "name": run.name,
-        "can_ask": can_write and now.shown.start.listens and now.state == RUNNING,
-        "can_sample": bool(dict(now.shown.start.changed).get("sample_prompts")),
+        "can_ask": can_write and start.listens and now.state == RUNNING,
+        "can_sample": bool(dict(start.changed).get("sample_prompts")),
         "can_queue": can_write,
-        "plays": any(name.endswith(PLAYED) for row in story.samples.values() for name in row.files.values()),
+        "plays": any(name.endswith(PLAYED) for name in sample_names),
         "is_paused": is_paused,
         "is_of_here": run.is_of_here,
-        "others": [(one.id, label) for one, label in label_runs(runs.look()) if one.id != run.id],
+        "others": _list_other_runs(runs, run),
         "messages": story.messages[-MOST_MESSAGES:],
     }
     return render_page(TEMPLATE, run.name, values, POLICY)
 
 
+def _list_other_runs(runs: Runs, run: Glance) -> list[tuple[str, str]]:
+    """Return the id and label of each run except one."""
+    labelled = label_runs(runs.list_all())
+    return [(candidate.id, label) for candidate, label in labelled if candidate.id != run.id]
+
+
 def mark_page(story: Story, now: LiveStanding) -> str:
-    events = [
-        len(one) for one in (story.samples, story.saved, story.messages, story.validations, story.starts)
-    ]
-    return hashlib.blake2s(repr((events, story.memory, now.shown.text)).encode(), digest_size=8).hexdigest()
+    """Return a text that changes whenever the page of a run has to be loaded again."""
+    events = (story.samples, story.saved, story.messages, story.validations, story.starts)
+    counts = [len(event) for event in events]
+    return hashlib.blake2s(repr((counts, story.memory, now.shown.text)).encode(), digest_size=8).hexdigest()
 
 
-def tell_news(runs: Runs, run: Glance, asked: Mapping[str, str]) -> dict[str, Any]:
+def collect_news(runs: Runs, run: Glance, query: Mapping[str, str]) -> dict[str, Any]:
     """Return the facts that a run's page polls, with its curves if they have changed.
 
-    asked: `have`, the key of an earlier answer; `from` and `to`, the steps that are shown. Raises OSError if
+    query: `have`, the key of an earlier answer; `from` and `to`, the steps that are shown. Raises OSError if
     the history cannot be read, ValueError if the steps are no numbers.
     """
-    shown = runs.open(run)
-    story = shown.story
+    history = runs.open(run)
+    story = history.story
     now = LiveStanding.of(run, story)
-    low, high = (float(asked.get(name) or number) for name, number in (("from", -math.inf), ("to", math.inf)))
-    key = f"{shown.status and shown.status.st_ino}-{len(story.starts)}-{now.shown.step}-{low}-{high}"
+    low = float(query.get("from") or -math.inf)
+    high = float(query.get("to") or math.inf)
+    file_number = history.status and history.status.st_ino
+    key = f"{file_number}-{len(story.starts)}-{now.shown.step}-{low}-{high}"
     news = {
         "key": key,
         "page": mark_page(story, now),
@@ -188,7 +217,7 @@ def tell_news(runs: Runs, run: Glance, asked: Mapping[str, str]) -> dict[str, An
         "left": now.left,
         "name": run.name,
     }
-    if asked.get("have") != key:
+    if query.get("have") != key:
         charts = list_charts(_narrow(story, low, high), MOST_POINTS)
         news["charts"] = [asdict(chart) for chart in charts]
         news["tiles"] = list_tiles(now.shown, story)
@@ -203,13 +232,15 @@ def _narrow(story: Story, low: float, high: float) -> Story:
 
     if math.isinf(low) and math.isinf(high):
         return story
-    named: dict[str, Any] = {
-        name: {each: cut(points) for each, points in getattr(story, name).items()}
-        for name in ("rates", "experts", "bands")
-    }
-    validations = {step: loss for step, loss in story.validations.items() if low <= step <= high}
-    loss, seconds = cut(story.loss), cut(story.seconds)
-    return replace(story, loss=loss, seconds=seconds, validations=validations, **named)
+    return replace(
+        story,
+        loss=cut(story.loss),
+        seconds=cut(story.seconds),
+        validations={step: loss for step, loss in story.validations.items() if low <= step <= high},
+        rates={name: cut(points) for name, points in story.rates.items()},
+        experts={name: cut(points) for name, points in story.experts.items()},
+        bands={name: cut(points) for name, points in story.bands.items()},
+    )
 
 
 def file_of(runs: Runs, run: Glance, name: str) -> Path | None:
@@ -217,8 +248,8 @@ def file_of(runs: Runs, run: Glance, name: str) -> Path | None:
     story = runs.open(run).story
     folder = run.history.parent
     samples = {f"{SAMPLES}/{file}" for row in story.samples.values() for file in row.files.values()}
-    is_known = name in story.saved or name in samples or COMPARED.fullmatch(name)
-    return folder / name if is_known and runs.is_inside(folder / name) else None
+    is_linked = name in story.saved or name in samples or COMPARED.fullmatch(name)
+    return folder / name if is_linked and runs.is_inside(folder / name) else None
 
 
 class FileNotes:
@@ -236,7 +267,7 @@ class FileNotes:
                 self._hashes[key] = hashlib.file_digest(file, "sha256").hexdigest()
         return self._hashes[key]
 
-    def tell(self, path: Path) -> str:
+    def describe(self, path: Path) -> str:
         """Return HTML that describes a file. Raises OSError if it cannot be read."""
         digest = self.hash(path)
         try:
@@ -244,9 +275,11 @@ class FileNotes:
         except ValueError:
             texts = {}
         rows = {"SHA-256": digest}
-        rows |= {name: escape_control_codes(shorten(text, MOST_TEXT)) for name, text in sorted(texts.items())}
-        line = Markup("<tr><td>{}</td><td>{}</td></tr>")
-        return Markup("<table>{}</table>").format(Markup("").join(line.format(*row) for row in rows.items()))
+        for name, text in sorted(texts.items()):
+            rows[name] = escape_control_codes(shorten(text, MOST_TEXT))
+        template = Markup("<tr><td>{}</td><td>{}</td></tr>")
+        lines = [template.format(name, text) for name, text in rows.items()]
+        return Markup("<table>{}</table>").format(Markup("").join(lines))
 
 
 GENERATOR = '<meta name="generator" content="reelsmith">'  # of base.html
@@ -261,8 +294,8 @@ def share_page(page: Path, copy: Path) -> None:
         text = page.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no text"
-        why = "is a folder" if page.is_dir() else f"cannot be read ({reason})"
-        raise UserError(f"{page} {why}. Give a page that this program wrote, a .html file.") from None
+        problem = "is a folder" if page.is_dir() else f"cannot be read ({reason})"
+        raise UserError(f"{page} {problem}. Give a page that this program wrote, a .html file.") from None
     if GENERATOR not in text[:2000]:
         raise UserError(f"{page} is not a page of this program, or an older one. Make it again.")
     count = 1
@@ -274,20 +307,20 @@ def share_page(page: Path, copy: Path) -> None:
 
 def export_run(runs: Runs, path: Path) -> None:
     """Write the only run as a page that needs no server. Raises OptionError if there is not one run."""
-    found = runs.look()
-    if len(found) != 1:
-        names = ", ".join(str(run.history) for run in found[:5])
-        problem = (
-            f"there are {len(found)} runs below it: give the history of one, {names}"
-            if found
-            else "no run there"
+    candidates = runs.list_all()
+    if not candidates:
+        raise OptionError(f"--export {path}: no run there")
+    if len(candidates) > 1:
+        names = ", ".join(str(run.history) for run in candidates[:5])
+        raise OptionError(
+            f"--export {path}: there are {len(candidates)} runs below it: give the history of one, {names}"
         )
-        raise OptionError(f"--export {path}: {problem}")
-    (run,) = found
+    (run,) = candidates
     try:
         story = runs.open(run).story
     except OSError as error:
         raise OptionError(f"{run.history} cannot be read: {error.strerror}") from None
     clips = ClipStore(run.history.parent / SAMPLES)
-    write_training_page(path, run.history, story, LiveStanding.of(run, story).shown, clips.for_page())
+    standing = LiveStanding.of(run, story).shown
+    write_training_page(path, run.history, story, standing, load=clips.for_page())
     share_page(path, path)  # it is made to be given away: no folder of this machine is named

@@ -77,65 +77,79 @@ class ModelSet:
 
     def typed_commands(self, folder: Path) -> list[str]:
         """Return the commands for files below `folder`, as a user types them."""
-        paths = {
-            f"{{{component.option.lstrip('-')}}}": str(folder / component.path)
-            for component in self.components
-            if component.option is not None
-        }
-        lines = [shlex.split(command) for command in self.commands.values()]
-        return [as_typed([paths.get(word, word) for word in words]) for words in lines]
+        paths = {}
+        for component in self.components:
+            if component.option is not None:
+                placeholder = f"{{{component.option.lstrip('-')}}}"
+                paths[placeholder] = str(folder / component.path)
+        typed = []
+        for command in self.commands.values():
+            words = [paths.get(word, word) for word in shlex.split(command)]
+            typed.append(as_typed(words))
+        return typed
 
 
 def model_sets(fp8_encoders: bool = False) -> list[ModelSet]:
     """Return all sets. fp8_encoders: with the text encoders in 8 bits."""
-    data, components = _read_catalogue(), known_components()
+    catalogue = _read_catalogue()
+    components = known_components()
     sets = []
-    for entry in data["set"]:
+    for entry in catalogue["set"]:
         chosen = [components[name] for name in entry["components"]]
         if fp8_encoders:
-            chosen = [components[one.in_fp8] if one.in_fp8 else one for one in chosen]
-        of_family = data["family"][entry["family"]]
-        renamed = of_family.get("options", {})
-        chosen = [replace(one, option=renamed.get(one.option, one.option)) for one in chosen]
-        more, templates = entry.get("more", {}), of_family["commands"]
-        commands = {
-            step: f"{templates[step]} {more.get(step, '')}".rstrip() for step in entry.get("steps", STEPS)
-        }
-        sets.append(
-            ModelSet(
-                entry["family"],
-                entry["task"],
-                entry["about"],
-                entry["released_by"],
-                tuple(chosen),
-                commands,
-                {**of_family.get("data", {}), **entry.get("data", {})},
-            )
-        )
+            chosen = [components[part.in_fp8] if part.in_fp8 else part for part in chosen]
+        sets.append(_read_set(entry, catalogue["family"][entry["family"]], chosen))
     return sets
 
 
+def _read_set(entry: Mapping[str, Any], family: Mapping[str, Any], components: list[Component]) -> ModelSet:
+    """Return the set of an entry. family: what the catalogue says of its family."""
+    option_names = family.get("options", {})
+    renamed = [replace(part, option=option_names.get(part.option, part.option)) for part in components]
+    further_words = entry.get("more", {})
+    commands = {}
+    for step in entry.get("steps", STEPS):
+        commands[step] = f"{family['commands'][step]} {further_words.get(step, '')}".rstrip()
+    return ModelSet(
+        family=entry["family"],
+        task=entry["task"],
+        about=entry["about"],
+        released_by=entry["released_by"],
+        components=tuple(renamed),
+        commands=commands,
+        data={**family.get("data", {}), **entry.get("data", {})},
+    )
+
+
 def known_components() -> dict[str, Component]:
-    data = _read_catalogue()
-    licences = {name: Licence(**entry) for name, entry in data["licence"].items()}
+    """Return all components by their names in the catalogue."""
+    catalogue = _read_catalogue()
+    licences = {name: Licence(**entry) for name, entry in catalogue["licence"].items()}
     components = {}
-    for name, entry in data["component"].items():
-        folder = PurePosixPath(entry.get("folder", ""))
-        files = tuple(
-            ReleasedFile(
-                entry["repository"],
-                path,
-                str(folder / entry.get("name", PurePosixPath(path).name)),
-                licences[entry["licence"]],
-                entry.get("size"),
-                entry.get("sha256"),
-                entry.get("release"),
-            )
-            for path in entry.get("files") or [entry["file"]]
+    for name, entry in catalogue["component"].items():
+        paths = entry.get("files") or [entry["file"]]
+        components[name] = Component(
+            role=entry["role"],
+            option=entry.get("option"),
+            files=tuple(_read_file(entry, path, licences[entry["licence"]]) for path in paths),
+            tensor_bytes=entry.get("tensors"),
+            in_fp8=entry.get("fp8"),
         )
-        tensors, in_fp8 = entry.get("tensors"), entry.get("fp8")
-        components[name] = Component(entry["role"], entry.get("option"), files, tensors, in_fp8)
     return components
+
+
+def _read_file(entry: Mapping[str, Any], path: str, licence: Licence) -> ReleasedFile:
+    """Return a file of a component's entry. path: in its repository."""
+    folder = PurePosixPath(entry.get("folder", ""))
+    return ReleasedFile(
+        repository=entry["repository"],
+        file=path,
+        name=str(folder / entry.get("name", PurePosixPath(path).name)),
+        licence=licence,
+        size_bytes=entry.get("size"),
+        sha256=entry.get("sha256"),
+        release=entry.get("release"),
+    )
 
 
 def families() -> list[str]:
@@ -155,14 +169,16 @@ def family_page(family: str) -> str:
 def download_hint(path: Path) -> str | None:
     """Return the command that downloads a file that does not exist, if it is a released one."""
     for in_fp8 in (False, True):
-        for one in model_sets(in_fp8):
-            for component in one.components:
+        for model in model_sets(in_fp8):
+            for component in model.components:
                 parts = component.path.parts
-                if component.option is not None and path.parts[-len(parts) :] == parts:
-                    words = ["python", "tools/download.py", "--family", one.family, "--task", one.task]
-                    words += ["--fp8_encoders"] if in_fp8 else []
-                    words += ["--to", str(path.parents[len(parts) - 1])]
-                    return f"{as_typed(words)} downloads it"
+                if component.option is None or path.parts[-len(parts) :] != parts:
+                    continue
+                words = ["python", "tools/download.py", "--family", model.family, "--task", model.task]
+                if in_fp8:
+                    words.append("--fp8_encoders")
+                words += ["--to", str(path.parents[len(parts) - 1])]
+                return f"{as_typed(words)} downloads it"
     return None
 
 

@@ -10,11 +10,11 @@ import hashlib
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -42,21 +42,17 @@ def run_download(options: DownloadOptions) -> None:
 
     Raises DownloadError if a site does not give a file, OutputError if it cannot be stored.
     """
-    [chosen] = options.sets()
-    print_lines(describe_licences(chosen))  # before a site is asked, which may want them accepted
-    files = [file for component in chosen.components for file in component.files]
-    planned = [one for one in (_plan(file, options) for file in files) if one is not None]
+    [model] = options.sets()
+    print_lines(describe_licences(model))  # before a site is asked, which may want them accepted
+    files = [file for component in model.components for file in component.files]
+    planned = []
+    for file in files:
+        download = _plan(file, options)
+        if download is not None:
+            planned.append(download)
     if planned:
-        parts = [partial_path(*one) for one in planned]
-        missing = sum(remote.size_bytes for remote, _ in planned)
-        missing -= sum(part.stat().st_size for part in parts if part.exists())
         make_folder(options.to, "--to")
-        free = shutil.disk_usage(options.to).free
-        if free < missing + SPARE_BYTES:
-            raise OutputError(
-                f"--to {options.to}: {gigabytes(missing)} are to be downloaded and {gigabytes(free)} are "
-                "free. Free some space, or choose a folder on another disk."
-            )
+        _require_space(planned, options.to)
     for remote, target in planned:
         logger.info("%s (%s) from %s", target, gigabytes(remote.size_bytes), remote.page)
         try:
@@ -66,12 +62,37 @@ def run_download(options: DownloadOptions) -> None:
                 f"{target} cannot be written: {error.strerror or error}. Choose another --to."
             ) from error
     logger.info("%d files are complete in %s", len(files), options.to)
-    commands = chosen.typed_commands(options.to)
-    print_lines(["", "These commands use the files:", *(line for one in commands for line in ("", one))])
+    lines = ["", "These commands use the files:"]
+    for command in model.typed_commands(options.to):
+        lines += ["", command]
+    print_lines(lines)
 
 
-def _plan(file: ReleasedFile, options: DownloadOptions) -> tuple[RemoteFile, Path] | None:
-    """Return the remote file and the path for it; None if the file is there and complete."""
+class PlannedDownload(NamedTuple):
+    """A file of a site, and the path for it."""
+
+    remote: RemoteFile
+    target: Path
+
+
+def _require_space(planned: Sequence[PlannedDownload], folder: Path) -> None:
+    """Raise OutputError if a folder has no space for the files; parts that have arrived count as there."""
+    missing = 0
+    for remote, target in planned:
+        missing += remote.size_bytes
+        part = partial_path(remote, target)
+        if part.exists():
+            missing -= part.stat().st_size
+    free = shutil.disk_usage(folder).free
+    if free < missing + SPARE_BYTES:
+        raise OutputError(
+            f"--to {folder}: {gigabytes(missing)} are to be downloaded and {gigabytes(free)} are "
+            "free. Free some space, or choose a folder on another disk."
+        )
+
+
+def _plan(file: ReleasedFile, options: DownloadOptions) -> PlannedDownload | None:
+    """Return the download of a file; None if the file is there and complete."""
     target = options.to / file.name
     if not real_path(target.parent).is_relative_to(real_path(options.to)):
         raise OutputError(
@@ -88,8 +109,9 @@ def _plan(file: ReleasedFile, options: DownloadOptions) -> tuple[RemoteFile, Pat
     if not options.accept_changed:
         remote = _compare(file, remote)
     if not is_there:
-        return remote, target
-    damage = find_damage(target, remote if options.verify else replace(remote, sha256=None, git_sha1=None))
+        return PlannedDownload(remote, target)
+    expected = remote if options.verify else replace(remote, sha256=None, git_sha1=None)
+    damage = find_damage(target, expected)
     if damage is not None:
         raise OutputError(
             f"{target} exists and is another file, or damaged: {damage}.\n  Move it away and run again, or "
@@ -101,10 +123,9 @@ def _plan(file: ReleasedFile, options: DownloadOptions) -> tuple[RemoteFile, Pat
 
 def _compare(file: ReleasedFile, remote: RemoteFile) -> RemoteFile:
     """Return `remote` with the known facts of the file. Raises DownloadError if the site has another file."""
-    is_other = file.size_bytes not in (None, remote.size_bytes) or (
-        file.sha256 is not None and remote.sha256 not in (None, file.sha256)
-    )
-    if is_other:
+    has_other_size = file.size_bytes not in (None, remote.size_bytes)
+    has_other_content = file.sha256 is not None and remote.sha256 not in (None, file.sha256)
+    if has_other_size or has_other_content:
         raise DownloadError(
             f"{remote.page} has another {file.file} than the one known to this program (size or SHA-256).\n"
             "  If the page says that it was replaced, add --accept_changed."
@@ -119,19 +140,19 @@ def _compare(file: ReleasedFile, remote: RemoteFile) -> RemoteFile:
 def download_file(remote: RemoteFile, target: Path, wait: Callable[[float], None] = time.sleep) -> None:
     """Download `remote` to `target`; do nothing if another run has just done it.
 
-    A part that has arrived is kept beside the target in a hidden file, and a later call continues it. The
+    A part that has arrived is kept next to the target in a hidden file, and a later call continues it. The
     target appears when size, checksum and kind are right. wait: called with seconds before a new attempt.
     Raises DownloadError if the connection stays broken, if the data are damaged twice, or if they are not of
     the kind that the name promises; OutputError if the disk is full.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     lock = target.with_name(f".{target.name}.lock")
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as lock_stack:
         try:
-            held.enter_context(only_one(lock, waits=False))
+            lock_stack.enter_context(only_one(lock, waits=False))
         except BlockingIOError:
             logger.info("%s: another run downloads it. Waiting for it to end ...", target.name)
-            held.enter_context(only_one(lock))
+            lock_stack.enter_context(only_one(lock))
         if target.is_file() and target.stat().st_size == remote.size_bytes:
             return
         partial = partial_path(remote, target)
@@ -174,17 +195,23 @@ def find_damage(path: Path, remote: RemoteFile) -> str | None:
     size = path.stat().st_size
     if size != remote.size_bytes:
         return f"it has {size:,} bytes instead of {remote.size_bytes:,}"
-    wanted = remote.sha256 or remote.git_sha1
-    if wanted is None:
+    expected = remote.sha256 or remote.git_sha1
+    if expected is None:
         return None
-    of_git = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-    name, digest = ("SHA-1", of_git) if remote.sha256 is None else ("SHA-256", hashlib.sha256())
+    if remote.sha256 is not None:
+        name = "SHA-256"
+        digest = hashlib.sha256()
+    else:
+        name = "SHA-1"
+        digest = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)  # as git computes it
     with path.open("rb") as file, _bar(f"check {_shown(path)}", size) as bar:
         while piece := file.read(PIECE):
             digest.update(piece)
             bar.update(len(piece))
-    found = digest.hexdigest()
-    return None if found == wanted else f"its {name} is {found[:12]}..., not {wanted[:12]}..."
+    checksum = digest.hexdigest()
+    if checksum == expected:
+        return None
+    return f"its {name} is {checksum[:12]}..., not {expected[:12]}..."
 
 
 def find_other_kind(path: Path, name: str) -> str | None:
@@ -224,7 +251,8 @@ def find_other_kind(path: Path, name: str) -> str | None:
 
 
 def _receive(remote: RemoteFile, partial: Path, wait: Callable[[float], None]) -> None:
-    name, have = _shown(partial), partial.stat().st_size if partial.exists() else 0
+    name = _shown(partial)
+    have = partial.stat().st_size if partial.exists() else 0
     if have:
         logger.info("%s: continuing after %.1f GB", name, have / 1e9)
 
@@ -238,11 +266,11 @@ def _receive(remote: RemoteFile, partial: Path, wait: Callable[[float], None]) -
             receive(
                 ask,
                 partial,
-                TRIES,
-                wait,
-                FIRST_WAIT,
-                size,
-                size,
+                tries=TRIES,
+                wait=wait,
+                first_wait=FIRST_WAIT,
+                most_bytes=size,
+                size_bytes=size,
                 seen=lambda n: bar.update(n - bar.n),
             )
     except RefusedBySite as refused:

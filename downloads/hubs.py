@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 GITHUB = "https://github.com"
 TIMEOUTS = (10.0, 60.0)  # seconds: to connect; between two pieces of data
+SHA256 = re.compile("[0-9a-f]{64}")
+SHA1 = re.compile("[0-9a-f]{40}")
 # the owners' names on ModelScope, where they differ; other repositories are tried under their own name
 ON_MODELSCOPE = {
     "tencent/HunyuanVideo": "AI-ModelScope/HunyuanVideo",
@@ -45,9 +47,9 @@ def find_file(file: ReleasedFile, source: str) -> RemoteFile:
     if file.release is not None:
         return find_on_github(file)
     if source == "modelscope":
-        found = find_on_modelscope(file)
-        if found is not None:
-            return found
+        remote = find_on_modelscope(file)
+        if remote is not None:
+            return remote
         logger.info("%s: not on ModelScope, so it comes from the Hugging Face hub", file.name)
     return find_on_hub(file)
 
@@ -62,7 +64,7 @@ def find_on_hub(file: ReleasedFile, endpoint: str | None = None) -> RemoteFile:
     token = get_token()
     try:
         url = hf_hub_url(file.repository, file.file, endpoint=site)
-        found = get_hf_file_metadata(url, token=token or False)
+        metadata = get_hf_file_metadata(url, token=token or False)
     except Exception as error:  # one class for each reason, and others in each version of the library
         status = getattr(getattr(error, "response", None), "status_code", None)
         if isinstance(error, errors.OfflineModeIsEnabled):
@@ -72,29 +74,27 @@ def find_on_hub(file: ReleasedFile, endpoint: str | None = None) -> RemoteFile:
         else:
             problem = unreachable(page, error)
         raise problem from error
-    if found.size is None:
+    if metadata.size is None:
         raise DownloadError(f"{page} does not say how large {file.file} is: this is no mirror of the hub.")
     # the commit's own address: a later change of the repository does not mix two files
-    url = hf_hub_url(file.repository, file.file, revision=found.commit_hash or "main", endpoint=site)
-    sum_text = (found.etag or "").strip('"').lower()
+    url = hf_hub_url(file.repository, file.file, revision=metadata.commit_hash or "main", endpoint=site)
+    checksum = (metadata.etag or "").strip('"').lower()
     return RemoteFile(
-        url,
-        found.size,
-        sum_text if re.fullmatch("[0-9a-f]{64}", sum_text) else None,
-        sum_text if re.fullmatch("[0-9a-f]{40}", sum_text) else None,
-        {"authorization": f"Bearer {token}"} if token else {},
-        page,
+        url=url,
+        size_bytes=metadata.size,
+        sha256=checksum if re.fullmatch(SHA256, checksum) else None,
+        git_sha1=checksum if re.fullmatch(SHA1, checksum) else None,
+        headers={"authorization": f"Bearer {token}"} if token else {},
+        page=page,
     )
 
 
 def explain_status(status: int, file: str, page: str, has_token: bool) -> DownloadError:
     """Return the error for a site's answer that is not the file."""
     if status in (401, 403):
-        hint = (
-            "The token that is stored on this machine or in HF_TOKEN may lack the rights."
-            if has_token
-            else "Log in with `hf auth login`, or set HF_TOKEN."
-        )
+        hint = "Log in with `hf auth login`, or set HF_TOKEN."
+        if has_token:
+            hint = "The token that is stored on this machine or in HF_TOKEN may lack the rights."
         return DownloadError(
             f"{page}: access to {file} is refused ({status}). Accept the licence on that page with your "
             f"account.\n  {hint}"
@@ -106,7 +106,8 @@ def explain_status(status: int, file: str, page: str, has_token: bool) -> Downlo
 
 def unreachable(page: str, error: Exception) -> DownloadError:
     """Return the error for a site that does not answer."""
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+    lines = str(error).strip().splitlines()
+    reason = (lines[0] if lines else type(error).__name__)[:120]
     return DownloadError(
         f"{page} cannot be reached ({reason}).\n  Check the connection; HF_ENDPOINT can name a mirror, and "
         "--source modelscope is another site."
@@ -139,7 +140,7 @@ def find_on_github(file: ReleasedFile, endpoint: str | None = None) -> RemoteFil
         ) from None
     if size is None:
         raise DownloadError(f"{page} does not say how large {file.file} is. Try again later.")
-    return RemoteFile(url, size, None, None, {}, page)
+    return RemoteFile(url=url, size_bytes=size, sha256=None, git_sha1=None, headers={}, page=page)
 
 
 def find_on_modelscope(file: ReleasedFile, endpoint: str | None = None) -> RemoteFile | None:
@@ -151,19 +152,14 @@ def find_on_modelscope(file: ReleasedFile, endpoint: str | None = None) -> Remot
     site = endpoint or os.environ.get("MODELSCOPE_DOMAIN") or "www.modelscope.cn"
     site = (site if "://" in site else f"https://{site}").rstrip("/")
     repository = ON_MODELSCOPE.get(file.repository) or re.sub("^alibaba-pai/", "PAI/", file.repository)
-    page, address = f"{site}/models/{repository}", f"{site}/api/v1/models/{repository}/repo"
+    page = f"{site}/models/{repository}"
+    address = f"{site}/api/v1/models/{repository}/repo"
     try:
-        answer = requests.get(
-            f"{address}/files", {"Revision": "master", "Recursive": "true"}, timeout=TIMEOUTS
-        )
-        if answer.status_code == 404:
-            return None
-        if not answer.ok:
-            raise explain_status(answer.status_code, file.file, page, has_token=False)
-        entry = next((one for one in answer.json()["Data"]["Files"] if one["Path"] == file.file), None)
+        entry = _find_modelscope_entry(file, address, page)
         if entry is None:
             return None
-        size, sum_text = int(entry["Size"]), str(entry.get("Sha256") or "").lower()
+        size = int(entry["Size"])
+        checksum = str(entry.get("Sha256") or "").lower()
     except requests.JSONDecodeError as error:
         raise DownloadError(f"{page}: the answer is no list of files. Try again later.") from error
     except requests.RequestException as error:
@@ -171,5 +167,28 @@ def find_on_modelscope(file: ReleasedFile, endpoint: str | None = None) -> Remot
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DownloadError(f"{page}: the list of files has another form than before.") from error
     query = urllib.parse.urlencode({"Revision": "master", "FilePath": file.file})
-    sha256 = sum_text if re.fullmatch("[0-9a-f]{64}", sum_text) else None
-    return RemoteFile(f"{address}?{query}", size, sha256, None, {}, page)
+    return RemoteFile(
+        url=f"{address}?{query}",
+        size_bytes=size,
+        sha256=checksum if re.fullmatch(SHA256, checksum) else None,
+        git_sha1=None,
+        headers={},
+        page=page,
+    )
+
+
+def _find_modelscope_entry(file: ReleasedFile, address: str, page: str) -> Mapping[str, str | int] | None:
+    """Return what ModelScope's list of a repository says of a file; None if the site does not have it.
+
+    address: of the repository. page: for messages. Raises DownloadError if the site refuses the list.
+    """
+    query = {"Revision": "master", "Recursive": "true"}
+    answer = requests.get(f"{address}/files", query, timeout=TIMEOUTS)
+    if answer.status_code == 404:
+        return None
+    if not answer.ok:
+        raise explain_status(answer.status_code, file.file, page, has_token=False)
+    for entry in answer.json()["Data"]["Files"]:
+        if entry["Path"] == file.file:
+            return entry
+    return None

@@ -57,7 +57,10 @@ def describe_set(model_set: ModelSet, folder: Path) -> list[str]:
 
 
 def describe_sets(sets: Iterable[ModelSet]) -> list[str]:
-    rows = [(one.family, one.task, gigabytes(total_bytes(one.components)), one.about) for one in sets]
+    rows = []
+    for model in sets:
+        size = gigabytes(total_bytes(model.components))
+        rows.append((model.family, model.task, size, model.about))
     command = as_typed(["python", "tools/download.py", "--family", "FAMILY", "--task", "TASK", "--list"])
     example = f"{command} shows the files of one"
     return [*in_columns([("family", "task", "size", ""), *rows]), "", example]
@@ -65,15 +68,18 @@ def describe_sets(sets: Iterable[ModelSet]) -> list[str]:
 
 def describe_licences(model_set: ModelSet) -> list[str]:
     licences = dict.fromkeys(component.licence for component in model_set.components)
-    return [
-        f"{one.name}: {one.terms}{'' if one.verified else f' ({UNVERIFIED})'}. {one.url}" for one in licences
-    ]
+    lines = []
+    for licence in licences:
+        note = "" if licence.verified else f" ({UNVERIFIED})"
+        lines.append(f"{licence.name}: {licence.terms}{note}. {licence.url}")
+    return lines
 
 
 def in_columns(rows: Sequence[Sequence[str]]) -> list[str]:
     """Return rows as lines with aligned columns."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  " + "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [text.ljust(width) for text, width in zip(row, widths, strict=True)]
+        lines.append("  " + "  ".join(cells).rstrip())
+    return lines

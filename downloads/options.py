@@ -40,7 +40,7 @@ class DownloadOptions(Options):
     def __post_init__(self) -> None:
         if self.family is None and (self.task is not None or not self.list_only):
             raise OptionError(f"--family is missing: {', '.join(families())}. --list shows what there is.")
-        tasks = [one.task for one in model_sets() if one.family == self.family]
+        tasks = [model.task for model in model_sets() if model.family == self.family]
         if self.task is not None and self.task not in tasks:
             hint = did_you_mean(self.task, tasks)
             raise OptionError(f"--task {self.task}: {self.family} has {', '.join(tasks)}.{hint}")
@@ -50,7 +50,7 @@ class DownloadOptions(Options):
     def sets(self) -> list[ModelSet]:
         """Return the sets that the options name: one, or with --list also several."""
         return [
-            one
-            for one in model_sets(self.fp8_encoders)
-            if self.family in (None, one.family) and self.task in (None, one.task)
+            model
+            for model in model_sets(self.fp8_encoders)
+            if self.family in (None, model.family) and self.task in (None, model.task)
         ]

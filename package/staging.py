@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from modules.installation import SCRIPT_ROOMS
 from modules.script_words import console_words, has_own_command
@@ -47,32 +48,35 @@ def rewrite_imports(source: str, ours: Collection[str]) -> str:
         top = name.partition(".")[0]
         if is_bound and top in used:
             raise ValueError(f"line {line}: `import {name}` binds {top}, which is used; import from it")
-        text, before = lines[line - 1], name.encode()
-        assert text[offset:].startswith(before), f"line {line}: {name} is not where `ast` says"
-        lines[line - 1] = text[:offset] + package_name(name).encode() + text[offset + len(before) :]
+        text = lines[line - 1]
+        end = offset + len(name.encode())
+        assert text[offset:end] == name.encode(), f"line {line}: {name} is not where `ast` says"
+        lines[line - 1] = text[:offset] + package_name(name).encode() + text[end:]
     return b"".join(lines).decode()
 
 
-def find_own_imports(source: str, ours: Collection[str]) -> list[str]:
-    lines = source.encode().splitlines(keepends=True)
-    return [name for _, _, name, _ in _find_imports(ast.parse(source), lines, ours)]
+class OwnImport(NamedTuple):
+    """An import of one of our modules."""
+
+    line: int
+    offset: int  # of the name in its line, in bytes
+    name: str
+    is_bound: bool  # whether it binds the top-level name
 
 
-def _find_imports(
-    tree: ast.AST, lines: list[bytes], ours: Collection[str]
-) -> Iterator[tuple[int, int, str, bool]]:
-    """Yield line, byte offset and name of each import of ours, and whether it binds its top-level name."""
+def _find_imports(tree: ast.AST, lines: list[bytes], ours: Collection[str]) -> Iterator[OwnImport]:
+    """Yield each import of ours. lines: of the source."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 if alias.name.partition(".")[0] in ours:
-                    yield alias.lineno, alias.col_offset, alias.name, alias.asname is None
+                    yield OwnImport(alias.lineno, alias.col_offset, alias.name, alias.asname is None)
         elif isinstance(node, ast.ImportFrom) and not node.level:
             name = node.module or ""
             if name.partition(".")[0] in ours:
                 word = re.match(rb"from\s+", lines[node.lineno - 1][node.col_offset :])
                 assert word is not None, f"line {node.lineno}: no name follows `from`"
-                yield node.lineno, node.col_offset + word.end(), name, False
+                yield OwnImport(node.lineno, node.col_offset + word.end(), name, is_bound=False)
 
 
 def rename_scripts(source: str, scripts: Collection[str]) -> str:
@@ -84,7 +88,8 @@ def rename_scripts(source: str, scripts: Collection[str]) -> str:
     it, and `command_words` translates it when the command is shown. So it stays; only that of a script with a
     console command of its own loses its ending, because either form names that script.
     """
-    names, rooms = "|".join(sorted(scripts)), "|".join(SCRIPT_ROOMS)
+    names = "|".join(sorted(scripts))
+    rooms = "|".join(SCRIPT_ROOMS)
     source = re.sub(rf'(accelerate launch [^"\n]*?)\b({names})\.py\b', rf"\1-m {PACKAGE}.\2", source)
     source = re.sub(r"\bpython reelsmith\.py\b", PACKAGE, source)
 
@@ -102,10 +107,10 @@ def add_entry_point(source: str, script: str) -> str:
 
     Raises ValueError if the script does not end with that.
     """
-    found = MAIN_BLOCK.search(source)
-    if found is None:
+    block = MAIN_BLOCK.search(source)
+    if block is None:
         raise ValueError(f"{script}.py does not end with: if __name__ == ...")
-    return source[: found.start()] + RUN.format(body=found[1], script=" ".join(console_words(script)))
+    return source[: block.start()] + RUN.format(body=block[1], script=" ".join(console_words(script)))
 
 
 # folders of Python that are for work on Reelsmith, or for its quickstart
@@ -150,7 +155,13 @@ def lay_out_package(root: Path, folder: Path) -> None:
     shutil.copy(root / "requirements.txt", package / "requirements.txt")
     version = f'"""The version of Reelsmith."""\n\nVERSION = "{VERSION}"\n'
     (package / "modules" / "version.py").write_text(version, encoding="utf-8")
-    commands, ours = find_commands(root), find_own_names(root)
+    _rewrite_modules(root, package)
+
+
+def _rewrite_modules(root: Path, package: Path) -> None:
+    """Rewrite the imports and texts of all modules in the package. Raises as `lay_out_package`."""
+    commands = find_commands(root)
+    ours = find_own_names(root)
     scripts = {command.script for command in commands}
     places = {package / command.path.relative_to(root) for command in commands}
     for path in sorted(package.rglob("*.py")):
@@ -175,14 +186,11 @@ def _copy_texts(root: Path, folder: Path) -> None:
 
 def entry_points(root: Path) -> dict[str, str]:
     """Return the console commands: `reelsmith`, and the scripts of models by their names."""
-    return {
-        "reelsmith": "reelsmith.commands:main",
-        **{
-            command.script: f"{package_name(command.module)}:run"
-            for command in find_commands(root)
-            if has_own_command(command.script)
-        },
-    }
+    targets = {"reelsmith": "reelsmith.commands:main"}
+    for command in find_commands(root):
+        if has_own_command(command.script):
+            targets[command.script] = f"{package_name(command.module)}:run"
+    return targets
 
 
 def _top_modules(root: Path) -> list[Path]:

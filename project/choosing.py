@@ -6,11 +6,11 @@ import itertools
 import logging
 import re
 import shlex
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from dataset.options import read_latent_caching
 from downloads.catalogue import Component, ModelSet, family_page, family_title, model_sets
@@ -27,6 +27,8 @@ from modules.text_files import read_safetensors_texts
 from project.options import NewOptions, check_trigger, find_models
 from training.image_options import ImageModelOptions
 from training.options import training_parser
+
+T = TypeVar("T")
 
 SLOW = "Slow on a CPU"
 IN_USE = 2  # GiB of a card that the network itself cannot have: activations, LoRA, optimizer
@@ -57,19 +59,9 @@ class ModelChoice:
 
 def ask_family(model: ModelSet, files: Mapping[str, str] = MappingProxyType({})) -> ModelFacts:
     """Return the facts of a model; imports its family. files: its files by option; they need not exist."""
-    words = shlex.split(model.commands["latents"])
-    name = script_family(words)
-    entry = with_scripts()[name]
-    for _, option, _ in entry.encoders:  # the facts here need no encoder
-        place = words.index(option) if option in words else len(words)
-        del words[place : place + 2]
-    _, _, own = read_latent_caching(None, entry.options_record("LatentCaching"), words[2:])
-    logging.disable(logging.INFO)  # it logs about files that are not given
-    try:
-        family = entry.make_family("latent_caching", own)
-    finally:
-        logging.disable(logging.NOTSET)
-    references = 0 if family.references is None or family.references.clips else family.references.most
+    family = _family_for_caching(model)
+    rules = family.references
+    references = 0 if rules is None or rules.clips else rules.most
     options = [part.option.lstrip("-") for part in transformers_of(model) if part.option]
     dits = [Path(files[name]) for name in options if name in files]
     try:
@@ -88,12 +80,34 @@ def ask_family(model: ModelSet, files: Mapping[str, str] = MappingProxyType({}))
     )
 
 
-def check_model_files(model: ModelSet, given: Mapping[str, str]) -> None:
+def _family_for_caching(model: ModelSet) -> Any:
+    """Return the record of a model's family for its command that caches latents, without encoders."""
+    words = shlex.split(model.commands["latents"])
+    entry = with_scripts()[script_family(words)]
+    for _, option, _ in entry.encoders:  # the facts here need no encoder
+        place = words.index(option) if option in words else len(words)
+        del words[place : place + 2]
+    _, _, family_options = read_latent_caching(None, entry.options_record("LatentCaching"), words[2:])
+    with _without_log():
+        return entry.make_family("latent_caching", family_options)
+
+
+@contextlib.contextmanager
+def _without_log() -> Iterator[None]:
+    """Keep a family that is made from logging about files that are not given."""
+    logging.disable(logging.INFO)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def check_model_files(model: ModelSet, files: Mapping[str, str]) -> None:
     """Check files of a model that were named, by option, as the training script does.
 
     Raises OptionError or CheckpointError if one is another kind of file than its option takes.
     """
-    if not given:
+    if not files:
         return
     entry = with_scripts()[script_family(shlex.split(model.commands["latents"]))]
     record = entry.options_record("Training")
@@ -102,33 +116,35 @@ def check_model_files(model: ModelSet, given: Mapping[str, str]) -> None:
     add_options(parser, record)
     of_pictures = {"pretrained_model_name_or_path", "vae"}
     add_options(parser, ImageModelOptions, without=of_pictures & _names_of(parser))
-    known = _names_of(parser)
-    words = _known_words(shlex.split(model.commands["train"]), known - shared, given)
-    words += [word for name, path in given.items() if name in known for word in (f"--{name}", path)]
+    names = _names_of(parser)
+    words = _select_options(shlex.split(model.commands["train"]), names - shared, files)
+    for name, path in files.items():
+        if name in names:
+            words += [f"--{name}", path]
     args = parser.parse_args(words)
-    if "ae" in known:
+    if "ae" in names:
         take_ae(args)
-    logging.disable(logging.INFO)
-    try:
+    with _without_log():
         entry.make_family("training", read_options(record, args)).check_given_files()
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def _names_of(parser: argparse.ArgumentParser) -> set[str]:
     return {flag.lstrip("-") for action in parser._actions for flag in action.option_strings}
 
 
-def _known_words(words: Sequence[str], known: Collection[str], given: Mapping[str, str]) -> list[str]:
-    """Return those options of a command that are known, with their values, and with the files given."""
-    found: list[str] = []
+def _select_options(words: Sequence[str], names: Collection[str], files: Mapping[str, str]) -> list[str]:
+    """Return those options of a command that have one of the names, with their values.
+
+    files: paths that stand for words such as {vae}. An option whose file is not among them is left out.
+    """
+    selected: list[str] = []
     starts = [index for index, word in enumerate(words) if word.startswith("--")]
     for start, end in itertools.pairwise([*starts, len(words)]):
-        values = [given.get(word.strip("{}"), word) for word in words[start + 1 : end]]
+        values = [files.get(word.strip("{}"), word) for word in words[start + 1 : end]]
         is_missing = any(value.startswith("{") for value in values)
-        if words[start].lstrip("-") in known and not is_missing:
-            found += [words[start], *values]
-    return found
+        if words[start].lstrip("-") in names and not is_missing:
+            selected += [words[start], *values]
+    return selected
 
 
 def needs_picture(model: ModelSet) -> bool:
@@ -143,61 +159,85 @@ def script_family(words: Sequence[str]) -> str:
 
 
 def _few_steps(family: Any, model: ModelSet, dits: Sequence[Path]) -> str | None:
+    """Return what to train instead of a model of few steps, or with it; None if it is not such a model."""
     if not knows_few_steps(family):
         return None
-    why = None
+    reason = None
     with contextlib.suppress(UserError):  # only names are known: files may still have to be downloaded
-        why = family.why_few_steps()  # a release that an option names
+        reason = family.why_few_steps()  # a release that an option names
     for dit, released in zip(dits, _released_names(model), strict=False):
-        told = _told_few_steps(family, dit) or _told_few_steps(family, released)
-        if told is not None and told[0]:
-            why = told[1]
-    return None if why is None else family.few_steps.instead
+        kind = _find_kind(family, dit) or _find_kind(family, released)
+        if kind is not None and kind.has_few_steps:
+            reason = kind.reason
+    return None if reason is None else family.few_steps.instead
 
 
 def _released_names(model: ModelSet) -> list[Path]:
     return [Path(part.path) for part in transformers_of(model) if part.option]
 
 
-def _told_few_steps(family: Any, dit: Path) -> tuple[bool, str] | None:
-    """Return whether a transformer was distilled to few steps by its name or metadata; None: neither says."""
+class TransformerKind(NamedTuple):
+    """Whether a transformer was distilled to few steps."""
+
+    has_few_steps: bool
+    reason: str  # what of its file says so
+
+
+def _find_kind(family: Any, dit: Path) -> TransformerKind | None:
+    """Return the kind of a transformer by its name or metadata; None if neither says."""
     metadata: Mapping[str, str] = {}
     with contextlib.suppress(OSError, ValueError):
         metadata = read_safetensors_texts(dit)
-    told: tuple[bool, str] | None = family.few_steps.told_by(dit, metadata)
-    return told
+    verdict = family.few_steps.told_by(dit, metadata)
+    return None if verdict is None else TransformerKind(*verdict)
+
+
+def _is_of_few_steps(family: Any, dit: Path) -> bool:
+    kind = _find_kind(family, dit)
+    return kind is not None and kind.has_few_steps
 
 
 def _contradiction(family: Any, model: ModelSet, dits: Sequence[Path]) -> str | None:
     """Return how the name of a file contradicts the task that it is given for; None if it does not."""
     if not knows_few_steps(family):
         return None
-    for dit, usual in zip(dits, _released_names(model), strict=False):
-        told = _told_few_steps(family, dit)
-        is_few = (_told_few_steps(family, usual) or (False,))[0]
-        if told is None or told[0] == is_few:
+    for dit, released in zip(dits, _released_names(model), strict=False):
+        kind = _find_kind(family, dit)
+        if kind is None or kind.has_few_steps == _is_of_few_steps(family, released):
             continue
-        what = "a model of few steps" if told[0] else "the model before it was distilled to few steps"
-        others = [
-            one.task
-            for one in find_models()
-            if one.family == model.family
-            and one.task != model.task
-            and not needs_picture(one)
-            and (_told_few_steps(family, _released_names(one)[0]) or (False,))[0] == told[0]
-        ]
-        instead = f"give --task {others[0]}" if others else "give another --task"
+        subject = "the model before it was distilled to few steps"
+        if kind.has_few_steps:
+            subject = "a model of few steps"
+        task = _find_task_of(family, model, kind)
+        instead = "give another --task" if task is None else f"give --task {task}"
         return (
-            f"{dit} seems to be {what} ({told[1]}), and --task {model.task} is not: {instead}, or the file "
-            f"of {model.task}"
+            f"{dit} seems to be {subject} ({kind.reason}), and --task {model.task} is not: {instead}, or the "
+            f"file of {model.task}"
         )
     return None
 
 
+def _find_task_of(family: Any, model: ModelSet, kind: TransformerKind) -> str | None:
+    """Return another task of a model's family whose transformer is of a kind; None if there is none."""
+    for candidate in find_models():
+        if candidate.family != model.family or candidate.task == model.task or needs_picture(candidate):
+            continue
+        if _is_of_few_steps(family, _released_names(candidate)[0]) == kind.has_few_steps:
+            return candidate.task
+    return None
+
+
 def describe_makes(model: ModelSet, facts: ModelFacts) -> str:
-    made = ["edits"] if facts.needs_reference else ["pictures" if model.data["frames"] == 1 else "clips"]
-    made += ["edits"] if facts.references and not facts.needs_reference else []
-    return " and ".join([*made, *(["sound"] if facts.hears else [])])
+    """Return what a model makes: `clips and sound`."""
+    if facts.needs_reference:
+        kinds = ["edits"]
+    else:
+        kinds = ["pictures" if model.data["frames"] == 1 else "clips"]
+        if facts.references:
+            kinds.append("edits")
+    if facts.hears:
+        kinds.append("sound")
+    return " and ".join(kinds)
 
 
 def transformer_bytes(model: ModelSet) -> int:
@@ -229,35 +269,72 @@ def choose_model(options: NewOptions, memory: float) -> ModelChoice:
     memory: GiB of the card. Raises OptionError if the model is unknown, or nobody can be asked.
     """
     models = find_models()
-    asks = options.family is None and has_terminal()
-    named = None if options.family is None else _read_family(options.family, models)
-    if named is None:
-        known = list(dict.fromkeys(one.family for one in models))
-        if not asks:
-            raise OptionError(f"--family is missing: give one of {', '.join(known)}")
-        table = _family_table(models, memory, options.memory is not None)
-        named = _ask("--family", lambda text: _read_family(_by_number(text, known), models), table)
-    family, task = named
-    tasks = [one for one in models if one.family == family]
+    if options.family is None:
+        named = _ask_for_family(options, models, memory)
+    else:
+        named = _read_family(options.family, models)
+    tasks = _tasks_left(named, options.task, models)
+    asks_for_task = len(tasks) > 1 and has_terminal()
     remarks: list[str] = []
-    if options.task is not None:
-        tasks = _read_tasks(options.task, tasks)
-    elif task is not None:
-        tasks = [one for one in tasks if one.task == task]
-    if len(tasks) > 1 and has_terminal():
-        asks, names = True, [one.task for one in tasks]
-        table = _task_table(tasks, memory, options.memory is not None)
-        task = _ask("--task", lambda text: _read_tasks(_by_number(text, names), tasks)[0].task, table)
-        tasks = [one for one in tasks if one.task == task]
+    if asks_for_task:
+        model = _ask_for_task(options, tasks, memory)
     elif len(tasks) > 1:
-        chosen = _choose_task(options.task, tasks)
-        others = ", ".join(one.task for one in tasks if one is not chosen)
-        remarks.append(f"--task {chosen.task} is taken: {chosen.about}. Others: {others}")
-        tasks = [chosen]
-    word = options.trigger_word
-    if asks and word is None:
-        word = _ask("--trigger_word (a made-up word for what is learned; empty: none)", _read_trigger, "")
-    return ModelChoice(tasks[0], word or None, remarks)
+        model = _choose_task(options.task, tasks)
+        not_taken = ", ".join(candidate.task for candidate in tasks if candidate is not model)
+        remarks.append(f"--task {model.task} is taken: {model.about}. Others: {not_taken}")
+    else:
+        model = tasks[0]
+    trigger = options.trigger_word
+    if trigger is None and (asks_for_task or options.family is None):
+        question = "--trigger_word (a made-up word for what is learned; empty: none)"
+        trigger = _ask(question, _read_trigger, "")
+    return ModelChoice(model, trigger or None, remarks)
+
+
+class NamedModel(NamedTuple):
+    """What the name of a model says."""
+
+    family: str
+    task: str | None  # None: it names the family alone
+
+
+def _ask_for_family(options: NewOptions, models: Sequence[ModelSet], memory: float) -> NamedModel:
+    """Ask for the family on a terminal. Raises OptionError if there is none."""
+    families = _families_of(models)
+    if not has_terminal():
+        raise OptionError(f"--family is missing: give one of {', '.join(families)}")
+
+    def read(text: str) -> NamedModel:
+        return _read_family(_by_number(text, families), models)
+
+    table = _family_table(models, memory, options.memory is not None)
+    return _ask("--family", read, table)
+
+
+def _ask_for_task(options: NewOptions, models: Sequence[ModelSet], memory: float) -> ModelSet:
+    """Ask on a terminal which of a family's models is meant."""
+    tasks = [model.task for model in models]
+
+    def read(text: str) -> str:
+        return _read_tasks(_by_number(text, tasks), models)[0].task
+
+    table = _task_table(models, memory, options.memory is not None)
+    task = _ask("--task", read, table)
+    return next(model for model in models if model.task == task)
+
+
+def _tasks_left(named: NamedModel, typed_task: str | None, models: Sequence[ModelSet]) -> list[ModelSet]:
+    """Return the models of a family that its name and --task leave to choose from."""
+    of_family = [model for model in models if model.family == named.family]
+    if typed_task is not None:
+        return _read_tasks(typed_task, of_family)
+    if named.task is not None:
+        return [model for model in of_family if model.task == named.task]
+    return of_family
+
+
+def _families_of(models: Sequence[ModelSet]) -> list[str]:
+    return list(dict.fromkeys(model.family for model in models))
 
 
 def _choose_task(text: str | None, tasks: Sequence[ModelSet]) -> ModelSet:
@@ -268,31 +345,34 @@ def _choose_task(text: str | None, tasks: Sequence[ModelSet]) -> ModelSet:
     if text is not None:
         return tasks[0]
     to_train = []
-    for one in tasks:
-        paths = {(part.option or "").lstrip("-"): str(part.path) for part in transformers_of(one)}
-        if not needs_picture(one) and ask_family(one, paths).few_steps is None:
-            to_train.append(one)
+    for model in tasks:
+        paths = {(part.option or "").lstrip("-"): str(part.path) for part in transformers_of(model)}
+        if not needs_picture(model) and ask_family(model, paths).few_steps is None:
+            to_train.append(model)
     if len(to_train) != 1:
-        names = ", ".join(f"{one.task} ({one.about})" for one in tasks)
+        names = ", ".join(f"{model.task} ({model.about})" for model in tasks)
         raise OptionError(f"--task is missing: give one of {names}")
     return to_train[0]
 
 
-def _ask(question: str, read: Callable[[str], Any], table: str) -> Any:
+def _ask(question: str, read: Callable[[str], T], table: str) -> T:
     """Show a table and ask until the answer can be read. Raises OptionError at the end of the input."""
     while True:
-        said = ask_on_terminal(f"{table}{question}? ")
-        if not said:
+        answer = ask_on_terminal(f"{table}{question}? ")
+        if not answer:
             raise OptionError(f"{question.split()[0]} is missing: no answer was given")
         try:
-            return read(said.strip())
+            return read(answer.strip())
         except OptionError as error:
             table = f"{error}\n"
 
 
-def _by_number(text: str, known: Sequence[str]) -> str:
-    number = int(text) if re.fullmatch(r"[1-9]\d?", text) and text not in known else 0
-    return known[number - 1] if 0 < number <= len(known) else text
+def _by_number(text: str, names: Sequence[str]) -> str:
+    """Return the name that a number in a table stands for; a text that is no such number stays."""
+    if text in names or not re.fullmatch(r"[1-9]\d?", text):
+        return text
+    number = int(text)
+    return names[number - 1] if number <= len(names) else text
 
 
 def _read_trigger(text: str) -> str:
@@ -305,33 +385,68 @@ def _plain(text: str) -> str:
     return re.sub(r"[^a-z0-9]", "", text.lower())
 
 
-def _read_family(text: str, models: Sequence[ModelSet]) -> tuple[str, str | None]:
+def _read_family(text: str, models: Sequence[ModelSet]) -> NamedModel:
     """Read the name of a family, and of a task if one is given, in any spelling. Raises OptionError."""
-    known = list(dict.fromkeys(one.family for one in models))
-    spelled = {_plain(entry.script): name for name, entry in with_scripts().items() if name in known}
-    spelled |= {_plain(title): name for name in known if (title := family_title(name))}
-    spelled |= {_plain(name): name for name in known}
-    plain = _plain(text)
-    if plain in spelled:
-        return spelled[plain], None
-    for one in models:
-        if plain in {_plain(name + one.task) for name, family in spelled.items() if family == one.family}:
-            return one.family, one.task
-    released = [one for one in models if plain in map(_plain, (one.released_by, Path(one.released_by).name))]
-    if released:  # by the name of its repository; the catalogue has what most want first
-        return released[0].family, released[0].task
-    near = list(dict.fromkeys(name for each, name in spelled.items() if len(plain) > 1 and plain in each))
-    if not near and len(plain) > 2:
-        same = [(one.family, one.task) for one in models if plain in _plain(one.task)]
-        if len(same) == 1:
-            return same[0]
-        near = list(dict.fromkeys(family for family, _ in same))
+    families = _families_of(models)
+    by_spelling = _spell_families(families)
+    exact = _read_exact_name(text, by_spelling, models)
+    if exact is not None:
+        return exact
+    near = _find_near(_plain(text), by_spelling, models)
+    near_families = list(dict.fromkeys(named.family for named in near))
     if len(near) == 1:
-        return near[0], None
-    hint = f" Did you mean {' or '.join(near)}?" if near else did_you_mean(text.lower(), known)
+        return near[0]
+    if len(near_families) == 1:
+        return NamedModel(near_families[0], task=None)
+    hint = did_you_mean(text.lower(), families)
+    if near_families:
+        hint = f" Did you mean {' or '.join(near_families)}?"
     hint = _page_of_control(text) or hint
     hint = hint or " Others are not described here; those that learn from control clips have pages in docs/."
-    raise OptionError(f"--family {text}: choose from {', '.join(known)}.{hint}")
+    raise OptionError(f"--family {text}: choose from {', '.join(families)}.{hint}")
+
+
+def _spell_families(families: Sequence[str]) -> dict[str, str]:
+    """Return families by their plain spellings: names of scripts, titles of pages, and their own names."""
+    by_spelling = {}
+    for name, entry in with_scripts().items():
+        if name in families:
+            by_spelling[_plain(entry.script)] = name
+    for name in families:
+        title = family_title(name)
+        if title:
+            by_spelling[_plain(title)] = name
+    for name in families:
+        by_spelling[_plain(name)] = name
+    return by_spelling
+
+
+def _read_exact_name(
+    text: str, by_spelling: Mapping[str, str], models: Sequence[ModelSet]
+) -> NamedModel | None:
+    """Return what a text names in full: a family, a family with its task, or a repository."""
+    plain = _plain(text)
+    if plain in by_spelling:
+        return NamedModel(by_spelling[plain], task=None)
+    for model in models:
+        spellings = [name for name, family in by_spelling.items() if family == model.family]
+        if plain in {_plain(name + model.task) for name in spellings}:
+            return NamedModel(model.family, model.task)
+    for model in models:  # the catalogue has what most want first
+        if plain in (_plain(model.released_by), _plain(Path(model.released_by).name)):
+            return NamedModel(model.family, model.task)
+    return None
+
+
+def _find_near(plain: str, by_spelling: Mapping[str, str], models: Sequence[ModelSet]) -> list[NamedModel]:
+    """Return families whose names have a text in them, else tasks that have it."""
+    if len(plain) > 1:
+        families = dict.fromkeys(name for spelling, name in by_spelling.items() if plain in spelling)
+        if families:
+            return [NamedModel(name, task=None) for name in families]
+    if len(plain) > 2:
+        return [NamedModel(model.family, model.task) for model in models if plain in _plain(model.task)]
+    return []
 
 
 def _read_tasks(text: str, tasks: Sequence[ModelSet]) -> list[ModelSet]:
@@ -339,17 +454,21 @@ def _read_tasks(text: str, tasks: Sequence[ModelSet]) -> list[ModelSet]:
 
     Raises OptionError if there is none, or if it is not clear.
     """
-    known, plain = [one.task for one in tasks], _plain(text)
-    same = [one for one in tasks if _plain(one.task) == plain]
-    same = same or [one for one in tasks if _plain(_training_task(one)) == plain and plain]
-    near = [one for one in tasks if len(plain) > 1 and plain in _plain(one.task)]
-    if same or len(near) == 1:
-        return same or near
-    hint = did_you_mean(text, known)
+    plain = _plain(text)
+    exact = [model for model in tasks if _plain(model.task) == plain]
+    if not exact and plain:
+        exact = [model for model in tasks if _plain(_training_task(model)) == plain]
+    if exact:
+        return exact
+    near = [model for model in tasks if len(plain) > 1 and plain in _plain(model.task)]
+    if len(near) == 1:
+        return near
+    names = [model.task for model in tasks]
+    hint = did_you_mean(text, names)
     if near:
-        hint = f" Did you mean {' or '.join(one.task for one in near)}?"
+        hint = f" Did you mean {' or '.join(model.task for model in near)}?"
     page = _page_of_control(text)
-    raise OptionError(f"--task {text}: choose from {', '.join(known)}.{page or hint}")
+    raise OptionError(f"--task {text}: choose from {', '.join(names)}.{page or hint}")
 
 
 def _training_task(model: ModelSet) -> str:
@@ -361,33 +480,38 @@ def _training_task(model: ModelSet) -> str:
 def _page_of_control(text: str) -> str:
     """Return which page describes a model that learns from control clips; "" if the text names none."""
     plain = _plain(text)
-    for one in model_sets():
-        names = {_plain(name) for name in (one.family, one.task, family_title(one.family))}
-        if one.data.get("control") and (plain in names or (len(plain) > 2 and plain in _plain(one.task))):
+    for model in model_sets():
+        if not model.data.get("control"):
+            continue
+        title = family_title(model.family)
+        is_exact = plain in {_plain(model.family), _plain(model.task), _plain(title)}
+        if is_exact or (len(plain) > 2 and plain in _plain(model.task)):
             return (
-                f" {family_title(one.family)} {one.task} learns from control clips, which `new` does not "
-                f"describe: see docs/{family_page(one.family)}."
+                f" {title} {model.task} learns from control clips, which `new` does not describe: see "
+                f"docs/{family_page(model.family)}."
             )
     return ""
 
 
 def _family_table(models: Sequence[ModelSet], memory: float, is_given: bool) -> str:
+    """Return a table of families: what each makes, the size of its download, and what fits the card."""
     rows = []
-    for name in dict.fromkeys(one.family for one in models):
-        tasks = [one for one in models if one.family == name]
+    for family in _families_of(models):
+        tasks = [model for model in models if model.family == family]
         smallest = min(tasks, key=transformer_bytes)
-        sizes = sorted({round(total_bytes(one.components) / 1e9) for one in tasks})
+        sizes = sorted({round(total_bytes(model.components) / 1e9) for model in tasks})
         size = f"{sizes[0]} GB" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]} GB"
-        makes = dict.fromkeys(describe_makes(one, ask_family(one)) for one in tasks)
-        rows.append((name, ", ".join(makes), size, describe_fit(smallest, memory)))
+        kinds = dict.fromkeys(describe_makes(model, ask_family(model)) for model in tasks)
+        rows.append((family, ", ".join(kinds), size, describe_fit(smallest, memory)))
     return _table_of_fits(("family", "makes", "download"), rows, memory, is_given)
 
 
 def _task_table(tasks: Sequence[ModelSet], memory: float, is_given: bool) -> str:
-    rows = [
-        (one.task, one.about, gigabytes(total_bytes(one.components)), describe_fit(one, memory))
-        for one in tasks
-    ]
+    """Return a table of tasks: what each is, the size of its download, and what fits the card."""
+    rows = []
+    for model in tasks:
+        size = gigabytes(total_bytes(model.components))
+        rows.append((model.task, model.about, size, describe_fit(model, memory)))
     return _table_of_fits(("task", "", "download"), rows, memory, is_given)
 
 
@@ -404,5 +528,6 @@ def _table_of_fits(head: Sequence[str], rows: Sequence[Sequence[str]], memory: f
 
 
 def _numbered(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = in_columns([("", *head), *((str(number), *row) for number, row in enumerate(rows, 1))])
+    numbered_rows = [(str(number), *row) for number, row in enumerate(rows, start=1)]
+    lines = in_columns([("", *head), *numbered_rows])
     return "\n".join([*lines, ""])

@@ -24,11 +24,12 @@ from modules.media.writing import write_png
 from modules.paths import explain_missing, path_from
 from modules.text_files import real_path
 from project.choosing import ModelFacts, is_small
-from project.media import CHECK_PAGE, Found, Media, reference_of, why_unread
+from project.media import CHECK_PAGE, FolderContent, Media, reference_of, why_unread
 from project.options import RUN_FILE, NewOptions, find_models
 from training.config_options import OTHERS_TABLE, toml_value
 
-SMALL, LARGE = 16, 40  # GiB: below, text encoders have 8 bits; from here on, clips are twice as long
+SMALL = 16  # GiB: below, text encoders have 8 bits
+LARGE = 40  # GiB: from here on, clips are twice as long
 MOST_SAMPLED = 480 * 320  # pixels of a frame of a sample: samples are made often
 OTHER = "a dog runs on a beach"  # a sample that shows whether the LoRA changes other subjects
 OTHER_EDIT = "make it a pencil drawing"
@@ -54,7 +55,7 @@ class Choice:
     options: NewOptions
     model: ModelSet
     facts: ModelFacts
-    found: Found
+    content: FolderContent
     memory: float  # GiB; 0: the CPU
     size: tuple[int, int]  # width, height
     frames: int  # of a clip; 1: pictures only
@@ -67,7 +68,11 @@ class Choice:
 
     @property
     def media(self) -> list[Media]:
-        return self.found.media
+        return self.content.media
+
+    @property
+    def model_name(self) -> str:
+        return f"{self.model.family} {self.model.task}"
 
     @property
     def is_of_sound(self) -> bool:
@@ -79,9 +84,11 @@ class Choice:
 
 def choose_size(model: ModelSet, media: list[Media]) -> tuple[int, int]:
     """Return width and height: those of the file in the middle by area, or less to keep the usual area."""
-    usual = model.data["resolution"]
+    usual_width, usual_height = model.data["resolution"]
     middle = _middle_by_area(model, media)
-    return tuple(usual) if middle is None else _within(middle.size, usual[0] * usual[1])
+    if middle is None:
+        return usual_width, usual_height
+    return _within(middle.size, usual_width * usual_height)
 
 
 def explain_size(model: ModelSet, media: list[Media]) -> str:
@@ -89,18 +96,22 @@ def explain_size(model: ModelSet, media: list[Media]) -> str:
     middle = _middle_by_area(model, media)
     if middle is None:
         return ""
-    usual, area = model.data["resolution"], middle.size[0] * middle.size[1]
-    sizes = sorted({one.size for one in _learned(model, media)}, key=lambda size: size[0] * size[1])
-    span = f" of files from {_sides(sizes[0])} to {_sides(sizes[-1])}" if len(sizes) > 1 else ""
-    most = (
-        f", reduced to the area of {_sides(usual)} that the model's page has"
-        if area > usual[0] * usual[1]
-        else ""
-    )
+    sizes = sorted({item.size for item in _learned(model, media)}, key=_area)
+    span = ""
+    if len(sizes) > 1:
+        span = f" of files from {_sides(sizes[0])} to {_sides(sizes[-1])}"
+    usual = model.data["resolution"]
+    reduced = ""
+    if _area(middle.size) > _area(usual):
+        reduced = f", reduced to the area of {_sides(usual)} that the model's page has"
     return (
-        f"the shape of {middle.path.name} ({_sides(middle.size)}), the middle one by area{span}{most}, in "
+        f"the shape of {middle.path.name} ({_sides(middle.size)}), the middle one by area{span}{reduced}, in "
         "steps of 32. Every file is fitted to this area in its own shape (resolution in dataset.toml)"
     )
+
+
+def _area(size: Sequence[int]) -> int:
+    return size[0] * size[1]
 
 
 def _sides(size: Sequence[int]) -> str:
@@ -109,17 +120,20 @@ def _sides(size: Sequence[int]) -> str:
 
 def _learned(model: ModelSet, media: list[Media]) -> list[Media]:
     """Return the clips and pictures that a model learns from."""
-    seen = [one for one in media if one.kind != "audio"]
-    return [one for one in seen if one.is_clip] or seen if model.data.get("from_image") else seen
+    visible = [item for item in media if item.kind != "audio"]
+    if model.data.get("from_image"):
+        return [item for item in visible if item.is_clip] or visible
+    return visible
 
 
 def _middle_by_area(model: ModelSet, media: list[Media]) -> Media | None:
-    ranked = sorted(_learned(model, media), key=lambda one: one.size[0] * one.size[1])
+    ranked = sorted(_learned(model, media), key=lambda item: _area(item.size))
     return ranked[len(ranked) // 2] if ranked else None
 
 
 def _within(size: tuple[int, int], area: int) -> tuple[int, int]:
-    factor = sqrt(area / (size[0] * size[1]))
+    """Return a size of the same shape in steps of 32, reduced to an area if it is larger."""
+    factor = sqrt(area / _area(size))
     near = round if factor < 1 else int
     width, height = (max(32, near(side * min(factor, 1) / 32) * 32) for side in size)
     return width, height
@@ -127,13 +141,17 @@ def _within(size: tuple[int, int], area: int) -> tuple[int, int]:
 
 def choose_frames(model: ModelSet, media: list[Media], memory: float) -> int:
     """Return how many frames to take of each clip: the usual number, or one that 3 of 4 clips reach."""
-    usual, step = model.data["frames"], model.data.get("frame_step", 4)
-    timed = [one for one in media if one.seconds is not None and usual > 1]
-    counts = sorted(count_frames(one, model) for one in timed)
+    usual = model.data["frames"]
+    step = model.data.get("frame_step", 4)
+    timed = [item for item in media if item.seconds is not None and usual > 1]
+    counts = sorted(count_frames(clip, model) for clip in timed)
     if not counts or counts[-1] < 1 + step:
         return 1
-    most = 2 * usual - 1 if memory >= LARGE and step == 4 else usual
-    return max((min(most, counts[len(counts) // 4]) - 1) // step, 1) * step + 1
+    most = usual
+    if memory >= LARGE and step == 4:
+        most = 2 * usual - 1
+    reached = min(most, counts[len(counts) // 4])
+    return max((reached - 1) // step, 1) * step + 1
 
 
 def count_frames(clip: Media, model: ModelSet) -> int:
@@ -142,7 +160,7 @@ def count_frames(clip: Media, model: ModelSet) -> int:
 
 def typed_files(options: NewOptions) -> dict[str, str]:
     """Return the paths that --model_file gives, as typed, by option."""
-    pairs = (given.partition("=") for given in options.model_files)
+    pairs = (typed.partition("=") for typed in options.model_files)
     return {name: text.strip() for name, _, text in pairs}
 
 
@@ -151,41 +169,46 @@ def name_files(options: NewOptions, model: ModelSet) -> dict[str, str]:
 
     Raises OptionError if a file is given for an unknown option, or does not exist.
     """
-    parts = {(part.option or "").lstrip("-"): options.models / part.path for part in model.components}
-    files = {name: path for name, path in parts.items() if name}
+    files: dict[str, Path] = {}
+    for part in model.components:
+        name = (part.option or "").lstrip("-")
+        if name:
+            files[name] = options.models / part.path
     for name, text in typed_files(options).items():
-        given = f"{name}={text}"
         if name not in files or not text:
-            raise OptionError(f"--model_file {given}: give NAME=PATH with one of {', '.join(files)}")
-        files[name] = Path(text).expanduser()
-        if not files[name].exists():
-            missing = explain_missing(files[name])
-            raise OptionError(
-                f"--model_file {given}: there is no such file.{missing} Correct the path, or leave it out to "
-                "take the file that tools/download.py brings"
-            )
-        if files[name].is_dir() and not any(files[name].glob("*/*.safetensors")):
-            checkpoint_paths(files[name])  # raises if no file of it is the one
+            raise OptionError(f"--model_file {name}={text}: give NAME=PATH with one of {', '.join(files)}")
+        files[name] = _require_typed_file(name, text)
     # links are not followed: in the hub's cache the name that says what a file is belongs to the link
     return {name: path.absolute().as_posix() for name, path in files.items()}
 
 
+def _require_typed_file(name: str, text: str) -> Path:
+    """Return the path that --model_file gives. Raises OptionError if there is no such file."""
+    path = Path(text).expanduser()
+    if not path.exists():
+        raise OptionError(
+            f"--model_file {name}={text}: there is no such file.{explain_missing(path)} Correct the path, or "
+            "leave it out to take the file that tools/download.py brings"
+        )
+    if path.is_dir() and not any(path.glob("*/*.safetensors")):
+        checkpoint_paths(path)  # raises if no file of it is the one
+    return path
+
+
 def describe_dataset(choice: Choice) -> str:
     """Return dataset.toml: for each folder a table of its clips, one of its pictures or one of its sounds."""
-    data, frames, trigger = choice.model.data, choice.frames, choice.trigger
+    data = choice.model.data
     from_image = data.get("from_image", False)
-    general = {"resolution": choice.size, "caption_extension": choice.found.captions, "enable_bucket": True}
-    if choice.is_of_sound:
-        general = {"caption_extension": choice.found.captions}
-    lines = _table("[general]", general | ({"trigger_word": trigger} if trigger else {}))
-    lengths = [frames] if from_image or frames == 1 else [1, frames]
-    cut = {"target_frames": lengths, "frame_extraction": "head"}
-    cut |= {"source_fps": "auto"} if frames > 1 else {}
-    for place, kind in dict.fromkeys((one.path.parent, one.kind) for one in choice.media):
-        if from_image and (kind != "video" or frames == 1):
+    lines = _toml_table("[general]", _general_keys(choice))
+    clip_keys = _clip_keys(choice)
+    folders_and_kinds = dict.fromkeys((item.path.parent, item.kind) for item in choice.media)
+    for place, kind in folders_and_kinds:
+        if from_image and (kind != "video" or choice.frames == 1):
             continue
-        keys = {**_folder_keys(choice, place, kind), **(cut if kind == "video" else {})}
-        lines += ["", *_table("[[datasets]]", keys)]
+        keys = _folder_keys(choice, place, kind)
+        if kind == "video":
+            keys |= clip_keys
+        lines += ["", *_toml_table("[[datasets]]", keys)]
     if "[[datasets]]" not in lines:
         least = (1 + data.get("frame_step", 4)) / data["fps"]
         raise OptionError(
@@ -195,61 +218,110 @@ def describe_dataset(choice: Choice) -> str:
     return "\n".join([*lines, ""])
 
 
+def _general_keys(choice: Choice) -> dict[str, Any]:
+    """Return the keys of dataset.toml that all its tables share."""
+    keys: dict[str, Any] = {}
+    if not choice.is_of_sound:
+        keys["resolution"] = choice.size
+    keys["caption_extension"] = choice.content.captions
+    if not choice.is_of_sound:
+        keys["enable_bucket"] = True
+    if choice.trigger:
+        keys["trigger_word"] = choice.trigger
+    return keys
+
+
+def _clip_keys(choice: Choice) -> dict[str, Any]:
+    """Return the keys that say which frames are cut from clips."""
+    frames = choice.frames
+    single_length = frames == 1 or choice.model.data.get("from_image", False)
+    keys: dict[str, Any] = {
+        "target_frames": [frames] if single_length else [1, frames],
+        "frame_extraction": "head",
+    }
+    if frames > 1:
+        keys["source_fps"] = "auto"
+    return keys
+
+
 def _folder_keys(choice: Choice, place: Path, kind: str) -> dict[str, Any]:
     """Return the keys of the table for the files of one kind in a folder."""
-    found, inside = choice.found, choice.inside(place)
-    keys: dict[str, Any] = {f"{kind}_directory": inside}
+    content = choice.content
+    keys: dict[str, Any] = {f"{kind}_directory": choice.inside(place)}
     # by the name in this folder: a link leads elsewhere, where `run` writes nothing
     name_here = place.relative_to(choice.options.folder)
     keys["cache_directory"] = (Path("cache") / f"{kind}s" / name_here).as_posix()
-    source = found.references.get(place) if kind == "image" else None
+    source = content.references.get(place) if kind == "image" else None
     if source is not None:
         keys["control_directory"] = choice.inside(source)
-        keys |= {"control_resolution": choice.size} if choice.model.data.get("sizes_references") else {}
-    name = found.names.get(place)
+        if choice.model.data.get("sizes_references"):
+            keys["control_resolution"] = choice.size
+    name = content.names.get(place)
     if name is not None and name.repeats > 1:
         keys["num_repeats"] = name.repeats
     words = choice.trigger if name is None else name.words
-    same = (one for one in choice.media if one.path.parent == place and one.kind == kind)
-    # a run without a file that cannot be read asks for its caption too
-    is_damaged = any(path.parent == place for path in found.unreadable)
-    if words and (is_damaged or any(one.caption is None for one in same)):
+    if words and _lacks_captions(choice, place, kind):
         keys["class_tokens"] = words
     return keys
 
 
+def _lacks_captions(choice: Choice, place: Path, kind: str) -> bool:
+    """Return whether a file of this kind in a folder has no caption."""
+    # a run without a file that cannot be read asks for its caption too
+    if any(path.parent == place for path in choice.content.unreadable):
+        return True
+    of_kind = [item for item in choice.media if item.path.parent == place and item.kind == kind]
+    return any(item.caption is None for item in of_kind)
+
+
 def describe_samples(choice: Choice) -> str:
     """Return prompts.txt: the subject in two situations that no caption has, and a prompt without it."""
-    captions = [one.caption.lower() for one in choice.media if one.caption]
-    new = [text for word, text in SITUATIONS.items() if not any(word in each for each in captions)]
-    situations = (new if len(new) > 1 else [*SITUATIONS.values()])[:2]
-    texts = [one.caption for one in choice.media if one.caption]
-    texts = texts or [name.words for name in choice.found.names.values()]
-    subject = _plain(choice.trigger or _find_subject(texts))
-    other = OTHER_EDIT if choice.facts.needs_reference else OTHER
-    width, height = _within(choice.size, MOST_SAMPLED) if choice.frames > 1 else choice.size
-    size = f"--w {width} --h {height} --f {choice.frames}"
-    if choice.is_of_sound:
-        size = f"--f {SOUND_FRAMES}"
-    values, lines = _released_values(choice.model), ""
-    prompts = [*(f"{subject}, {text}" for text in situations), other]
-    for index, (text, media) in enumerate(zip(prompts, itertools.cycle(_sample_media(choice)), strict=False)):
-        lines += " ".join(filter(None, (text, size, values, media, f"--d {index + 1}"))) + "\n"
+    captions = [item.caption for item in choice.media if item.caption]
+    names = [name.words for name in choice.content.names.values()]
+    subject = _plain(choice.trigger or _find_subject(captions or names))
+    prompts = [f"{subject}, {situation}" for situation in _choose_situations(captions)]
+    prompts.append(OTHER_EDIT if choice.facts.needs_reference else OTHER)
+    size = _sample_size(choice)
+    released_values = _released_values(choice.model)
+    media_of_samples = itertools.cycle(_sample_media(choice))
+    lines = ""
+    for seed, (prompt, media) in enumerate(zip(prompts, media_of_samples, strict=False), start=1):
+        parts = [prompt, size, released_values, media, f"--d {seed}"]
+        lines += " ".join(filter(None, parts)) + "\n"
     return lines
+
+
+def _choose_situations(captions: Sequence[str]) -> list[str]:
+    """Return two situations that no caption has, or the first two if fewer than two are left."""
+    lower = [caption.lower() for caption in captions]
+    new = [text for word, text in SITUATIONS.items() if not any(word in caption for caption in lower)]
+    return (new if len(new) > 1 else list(SITUATIONS.values()))[:2]
+
+
+def _sample_size(choice: Choice) -> str:
+    """Return the sample options for width, height and frames; for sounds their length alone."""
+    if choice.is_of_sound:
+        return f"--f {SOUND_FRAMES}"
+    width, height = choice.size
+    if choice.frames > 1:
+        width, height = _within(choice.size, MOST_SAMPLED)
+    return f"--w {width} --h {height} --f {choice.frames}"
 
 
 def _find_subject(captions: Sequence[str]) -> str:
     """Return the words that all captions begin with, else the first part of the shortest one."""
     words = [text.split() for text in captions if text]
-    same = os.path.commonprefix(words) if len(words) > 1 else []
-    found = " ".join(same)
-    if all(word.lower() in {"a", "an", "the"} for word in same):
-        found = min((text for text in captions if text), key=len, default="")
-    return re.split(r"[,.;:]", found)[0][:MOST_OF_SUBJECT].strip() or "a person"
+    common = os.path.commonprefix(words) if len(words) > 1 else []
+    subject = " ".join(common)
+    if all(word.lower() in {"a", "an", "the"} for word in common):
+        subject = min((text for text in captions if text), key=len, default="")
+    return re.split(r"[,.;:]", subject)[0][:MOST_OF_SUBJECT].strip() or "a person"
 
 
 def _plain(text: str) -> str:
-    return re.sub(r"(^|\s)-+", r"\1", " ".join(drop_control_codes(text).split())).lstrip("#").strip()
+    """Return a text on one line that a line of prompts does not take for options or a comment."""
+    on_one_line = " ".join(drop_control_codes(text).split())
+    return re.sub(r"(^|\s)-+", r"\1", on_one_line).lstrip("#").strip()
 
 
 def _released_values(model: ModelSet) -> str:
@@ -257,49 +329,66 @@ def _released_values(model: ModelSet) -> str:
 
     All other values are the family's defaults, which samples and generation share.
     """
+    letters = {"--negative_prompt": "n"}
     shared = {**COUNTS, **VALUES}
-    names = "steps", "guidance_scale", "embedded_guidance", "flow_shift"
-    letters = {shared[name][0]: shared[name][1] for name in names} | {"--negative_prompt": "n"}
-    words = shlex.split(model.commands["generate"])
-    found = [(letters[word], value) for word, value in zip(words, words[1:], strict=False) if word in letters]
-    return " ".join(f"--{letter} {value}" for letter, value in found)
+    for name in ("steps", "guidance_scale", "embedded_guidance", "flow_shift"):
+        option, letter, _ = shared[name]
+        letters[option] = letter
+    options = []
+    for option, value in itertools.pairwise(shlex.split(model.commands["generate"])):
+        if option in letters:
+            options.append(f"--{letters[option]} {value}")
+    return " ".join(options)
 
 
 def _sample_media(choice: Choice) -> list[str]:
     """Return the media options of each sample: a first and last frame, or pictures to edit."""
-    edited = [
-        one for one in choice.media if one.path.parent in choice.found.references and one.kind == "image"
-    ]
+    if choice.model.data.get("from_image"):
+        return [_write_frames(choice)]
+    return _reference_options(choice)[:3] or [""]
+
+
+def _reference_options(choice: Choice) -> list[str]:
+    """Return for each picture whose references can be read the options that give them to a sample."""
+    references = choice.content.references
     lines = []
-    for one in edited:
-        sources = reference_of(one, choice.found.references[one.path.parent])[: choice.facts.references]
+    for item in choice.media:
+        if item.kind != "image" or item.path.parent not in references:
+            continue
+        sources = reference_of(item, references[item.path.parent])[: choice.facts.references]
         if sources and not any(map(why_unread, sources)):
             lines.append(" ".join(f"--ci {choice.inside(path)}" for path in sources))
-    if not choice.model.data.get("from_image"):
-        return lines[:3] or [""]
-    clip = next(one.path for one in choice.media if one.is_clip)
-    start, end = (choice.folder / "output" / f"{name}.png" for name in ("start", "end"))
-    start.parent.mkdir(exist_ok=True)
+    return lines
+
+
+def _write_frames(choice: Choice) -> str:
+    """Write the first frame of a clip, and a last one if the model takes it. Returns their options."""
+    clip = next(item.path for item in choice.media if item.is_clip)
+    folder = choice.folder / "output"
+    start = folder / "start.png"
+    folder.mkdir(exist_ok=True)
     write_png(start, first_frame(clip))
     if "--end_image_path" not in choice.model.commands["generate"]:
-        return [f"--i {choice.inside(start)}"]
+        return f"--i {choice.inside(start)}"
+    end = folder / "end.png"
     (last,) = deque(itertools.islice(video_frames(clip), MOST_READ), maxlen=1)
     write_png(end, last)
-    return [f"--i {choice.inside(start)} --ei {choice.inside(end)}"]
+    return f"--i {choice.inside(start)} --ei {choice.inside(end)}"
 
 
 def list_commands(choice: Choice) -> list[list[str]]:
     """Return the commands of a run, in the folder: download, two checks, latents, texts, training."""
     model = choice.model
     paths = {f"{{{name}}}": path for name, path in choice.files.items()}
-    latents, texts = (
-        [paths.get(word, word) for word in _words_of(choice, step)] for step in ("latents", "texts")
-    )
-    fp8 = [] if model in find_models() else ["--fp8_encoders"]
-    names = ["--family", model.family, "--task", model.task, *fp8, "--to", real_path(choice.options.models)]
+    latents = [paths.get(word, word) for word in _words_of(choice, "latents")]
+    texts = [paths.get(word, word) for word in _words_of(choice, "texts")]
+    download = ["python", "tools/download.py", "--family", model.family, "--task", model.task]
+    if model not in find_models():
+        download.append("--fp8_encoders")
+    download += ["--to", str(real_path(choice.options.models))]
     script = next(word for word in shlex.split(model.commands["train"]) if word.endswith(".py"))
     return [
-        ["python", "tools/download.py", *map(str, names)],
+        download,
         [*latents, "--check", "--html", CHECK_PAGE],
         [*texts, "--check"],
         latents,
@@ -322,51 +411,87 @@ def _words_of(choice: Choice, step: str) -> list[str]:
 
 def describe_run(choice: Choice, commands: list[list[str]]) -> str:
     """Return run.toml: the training's options, as its --config_file takes them, and the commands."""
-    options, files = choice.options, choice.files
-    words = _words_of(choice, "train")
-    start = next(index for index, word in enumerate(words) if word.endswith(".py")) + 1
-    words = [*words[start:], *shlex.split(choice.model.data.get("train", ""))]
-    if choice.memory and not is_small(choice.model, choice.memory):
-        words += shlex.split(choice.model.data["fp8"])
-        has_clips = choice.memory <= SMALL and choice.frames > 1
-        words += ["--gradient_checkpointing_cpu_offload"] if has_clips else []
-    # how many is found when the training starts
-    words += ["--blocks_to_swap", "auto"] if choice.memory else []
-    values: dict[str, Any] = {}
-    for word in words:
-        if word.startswith("--"):
-            name, values[word.lstrip("-")] = word.lstrip("-"), True
-        else:
-            number = re.fullmatch(r"\d+(\.\d+)?(e-?\d+)?", word)
-            kind = str if number is None else float if number[1] or number[2] else int
-            values[name] = kind(files.get(word.strip("{}"), word))
+    values = _model_values(choice) | _run_values(choice)
+    project = {"files": list(choice.files.values()), "commands": commands}
+    lines = [
+        "# Paths are relative to this folder, in which `run` works; it can be moved.",
+        *_toml_table("[training]", values),
+        "",
+        "# what `run` looks for and runs; the training leaves it alone",
+    ]
+    return "\n".join([*lines, *_toml_table(f"[{OTHERS_TABLE}]", project), ""])
+
+
+def _model_values(choice: Choice) -> dict[str, Any]:
+    """Return the training's options that depend on the model and the card, with the model's files."""
+    values = _read_options(_training_words(choice), choice.files)
     values = {name: value for name, value in values.items() if "epoch" not in name}
     if not choice.memory:  # forms of weights and optimizers for a card
         for word in shlex.split(choice.model.data["fp8"]):
             values.pop(word.lstrip("-"), None)
         if values["optimizer_type"] == "adamw8bit":
             values["optimizer_type"] = "adamw"
-    every = max(options.max_train_steps // 10, min(options.max_train_steps, 50))
-    own_name = re.sub(r"[^\w.-]+", "_", choice.folder.name).strip("._")[:MOST_OF_SUBJECT] or "lora"
-    values |= {name: path for name, path in files.items() if name != "dit"}
-    values |= {
+    return values | {name: path for name, path in choice.files.items() if name != "dit"}
+
+
+def _training_words(choice: Choice) -> list[str]:
+    """Return the options of the model's training command, and those that a card needs."""
+    data = choice.model.data
+    words = _words_of(choice, "train")
+    script = next(index for index, word in enumerate(words) if word.endswith(".py"))
+    words = [*words[script + 1 :], *shlex.split(data.get("train", ""))]
+    if choice.memory and not is_small(choice.model, choice.memory):
+        words += shlex.split(data["fp8"])
+        if choice.memory <= SMALL and choice.frames > 1:
+            words.append("--gradient_checkpointing_cpu_offload")
+    if choice.memory:
+        words += ["--blocks_to_swap", "auto"]  # how many is found when the training starts
+    return words
+
+
+def _read_options(words: Sequence[str], files: Mapping[str, str]) -> dict[str, Any]:
+    """Return the values of typed options by name. files: paths for words such as {vae}. A flag is True."""
+    values: dict[str, Any] = {}
+    name = ""
+    for word in words:
+        if word.startswith("--"):
+            name = word.lstrip("-")
+            values[name] = True
+        else:
+            values[name] = files.get(word.strip("{}"), _read_number(word))
+    return values
+
+
+def _read_number(word: str) -> int | float | str:
+    """Return a word as a number if it is one."""
+    number = re.fullmatch(r"\d+(\.\d+)?(e-?\d+)?", word)
+    if number is None:
+        return word
+    return float(word) if number[1] or number[2] else int(word)
+
+
+def _run_values(choice: Choice) -> dict[str, Any]:
+    """Return the training's options that say how long it is, what it saves and where."""
+    steps = choice.options.max_train_steps
+    every = max(steps // 10, min(steps, 50))
+    values: dict[str, Any] = {
         "dataset_config": "dataset.toml",
-        "max_train_steps": options.max_train_steps,
-        **{"save_every_n_steps": every, "save_state": True, "save_last_n_steps_state": every},
-        **{"sample_prompts": "prompts.txt", "sample_every_n_steps": every},
-        **{"sample_at_first": True, "sample_now": True},
-        **({"validation_split": 0.1} if len(choice.media) >= ENOUGH else {}),
-        **{"output_dir": "output", "output_name": options.output_name or own_name},
+        "max_train_steps": steps,
+        "save_every_n_steps": every,
+        "save_state": True,
+        "save_last_n_steps_state": every,
+        "sample_prompts": "prompts.txt",
+        "sample_every_n_steps": every,
+        "sample_at_first": True,
+        "sample_now": True,
     }
-    others = {"files": list(files.values()), "commands": commands}
-    lines = [
-        "# Paths are relative to this folder, in which `run` works; it can be moved.",
-        *_table("[training]", values),
-        "",
-        "# what `run` looks for and runs; the training leaves it alone",
-    ]
-    return "\n".join([*lines, *_table(f"[{OTHERS_TABLE}]", others), ""])
+    if len(choice.media) >= ENOUGH:
+        values["validation_split"] = 0.1
+    folder_name = re.sub(r"[^\w.-]+", "_", choice.folder.name).strip("._")[:MOST_OF_SUBJECT]
+    values["output_dir"] = "output"
+    values["output_name"] = choice.options.output_name or folder_name or "lora"
+    return values
 
 
-def _table(head: str, values: Mapping[str, Any]) -> list[str]:
+def _toml_table(head: str, values: Mapping[str, Any]) -> list[str]:
     return [head, *(f"{name} = {toml_value(value)}" for name, value in values.items())]

@@ -3,6 +3,8 @@
 import contextlib
 import shutil
 import subprocess
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from dataset.config import for_family, load_dataset_config
@@ -19,6 +21,7 @@ from modules.options import option_values
 from modules.text_files import real_path
 from project import describing
 from project.choosing import (
+    ModelChoice,
     ModelFacts,
     ask_family,
     check_model_files,
@@ -27,10 +30,11 @@ from project.choosing import (
     describe_makes,
     needs_picture,
 )
-from project.media import WRITTEN, Found, look_at, name_some
+from project.media import WRITTEN, FolderContent, Media, collect_content, name_some
 from project.options import RUN_FILE, NewOptions, find_models, own_command
 from project.running import CAPTION_MODEL, CAPTION_MODEL_SIZE, WRITE_CAPTIONS, typed_in
 
+KIND_WORDS = {"video": "clip", "image": "picture", "audio": "sound"}  # kind of a file -> its word in a line
 # kind of a fault
 DAMAGED = "cannot be read and have no caption, which ends a run: delete each, or move it away"
 
@@ -48,81 +52,102 @@ def write_project(options: NewOptions) -> None:
             f"{existing[0]} is there already. Edit it, or give --overwrite to replace all three."
         )
     memory = find_memory() if options.memory is None else options.memory
-    chosen = choose_model(options, memory)
-    model = chosen.model
+    model_choice = choose_model(options, memory)
+    choice = _gather_choice(options, model_choice, memory)
+
+    dataset = describing.describe_dataset(choice)
+    _write_content(choice.content)
+    samples = describing.describe_samples(choice)
+    commands = describing.list_commands(choice)
+    run = describing.describe_run(choice, commands)
+    for path, text in zip(paths, (dataset, samples, run), strict=True):
+        write_text(path, text)
+
+    problems = find_problems(choice)
+    lines = _describe_choice(choice, model_choice.remarks)
+    lines += _describe_captions(choice)
+    lines += problems
+    lines.append(f"written: {', '.join(map(str, paths))}")
+    lines.append(_describe_next(choice, bool(problems)))
+    print_lines(lines)
+
+
+def _gather_choice(options: NewOptions, model_choice: ModelChoice, memory: float) -> describing.Choice:
+    """Return all that the three files are made of: looks at the folder, and checks named model files."""
+    model = model_choice.model
     if 0 < memory < describing.SMALL:
-        encoders = {(one.family, one.task): one for one in find_models(fp8_encoders=True)}
-        model = encoders[model.family, model.task]
+        model = _with_small_encoders(model)
     files = describing.name_files(options, model)
     facts = ask_family(model, files)
-    check_model_files(model, {name: files[name] for name in describing.typed_files(options)})
-    found = _look_at(options, model, facts)
-    choice = describing.Choice(
+    named_files = {name: files[name] for name in describing.typed_files(options)}
+    check_model_files(model, named_files)
+    content = _collect_content(options, model, facts)
+    return describing.Choice(
         options=options,
         model=model,
         facts=facts,
-        found=found,
+        content=content,
         memory=memory,
-        size=describing.choose_size(model, found.media),
-        frames=describing.choose_frames(model, found.media, memory),
+        size=describing.choose_size(model, content.media),
+        frames=describing.choose_frames(model, content.media, memory),
         files=files,
-        trigger=chosen.trigger,
-    )
-    dataset = describing.describe_dataset(choice)
-    _write_found(found)
-    samples, commands = describing.describe_samples(choice), describing.list_commands(choice)
-    for path, text in zip(paths, (dataset, samples, describing.describe_run(choice, commands)), strict=True):
-        write_text(path, text)
-    problems = find_problems(choice)
-    print_lines(
-        [
-            *_tell(choice, chosen.remarks),
-            *_tell_captions(choice),
-            *problems,
-            f"written: {', '.join(map(str, paths))}",
-            _tell_next(choice, bool(problems)),
-        ]
+        trigger=model_choice.trigger,
     )
 
 
-def _look_at(options: NewOptions, model: ModelSet, facts: ModelFacts) -> Found:
-    name, models = f"{model.family} {model.task}", find_models()
-    edits = [one.task for one in models if one.family == model.family and needs_picture(one)]
-    hearing = dict.fromkeys(one.family for one in models if "sound_alone" in one.data)
-    others = [one for one in models if one.family == model.family and facts.hears]
-    silent = [one.task for one in others if not ask_family(one).hears]
-    return look_at(
+def _with_small_encoders(model: ModelSet) -> ModelSet:
+    """Return the same model with text encoders in 8 bits."""
+    models = {(entry.family, entry.task): entry for entry in find_models(fp8_encoders=True)}
+    return models[model.family, model.task]
+
+
+def _collect_content(options: NewOptions, model: ModelSet, facts: ModelFacts) -> FolderContent:
+    """Return the content of the folder, with hints about models that would suit it better."""
+    models = find_models()
+    of_family = [entry for entry in models if entry.family == model.family]
+    edit_tasks = [entry.task for entry in of_family if needs_picture(entry)]
+    sound_families = dict.fromkeys(entry.family for entry in models if "sound_alone" in entry.data)
+    silent_tasks: list[str] = []
+    if facts.hears:
+        silent_tasks = [entry.task for entry in of_family if not ask_family(entry).hears]
+    return collect_content(
         folder=options.folder,
         facts=facts,
-        name=name,
-        edits="".join(f", --task {task} does" for task in edits[:1]),
-        hearing=" or ".join(f"--family {family}" for family in hearing),
-        silent=silent[0] if silent else "",
+        name=f"{model.family} {model.task}",
+        edits=f", --task {edit_tasks[0]} does" if edit_tasks else "",
+        hearing=" or ".join(f"--family {family}" for family in sound_families),
+        silent=silent_tasks[0] if silent_tasks else "",
     )
 
 
-def _write_found(found: Found) -> None:
+def _write_content(content: FolderContent) -> None:
     """Write the first frames of clips, and captions that lists have. Caption files that exist stay."""
-    for picture, clip in found.first_frames.items():
+    for picture, clip in content.first_frames.items():
         picture.parent.mkdir(parents=True, exist_ok=True)
         write_png(picture, first_frame(clip))
-    for path, text in found.new_captions.items():
-        if not path.exists() or path.with_suffix(".png") in found.first_frames:
+    for path, text in content.new_captions.items():
+        if not path.exists() or path.with_suffix(".png") in content.first_frames:
             write_text(path, f"{text}\n")
 
 
 def find_problems(choice: describing.Choice) -> list[str]:
-    """Return what ends a run, of the files that dataset.toml names: found as `run` finds it.
+    """Return the faults of the files in dataset.toml that would end a run, found as `run` finds them.
 
-    Captions that are missing are no part of it, except those of files that cannot be read either: other lines
-    are about them.
+    Missing captions are left out, as other lines report them, except those of files that cannot be read.
     """
-    family, step = choice.facts.family, choice.model.data.get("frame_step", 4)
-    damaged = {path.name for path in choice.found.unreadable}
+    family = choice.facts.family
+    step = choice.model.data.get("frame_step", 4)
+    damaged = {path.name for path in choice.content.unreadable}
     problems: list[Fault] = []
     with contextlib.chdir(choice.options.folder), quiet():
         config = load_dataset_config(Path(WRITTEN[0]))
-        config = for_family(config, family.references, step, True, family.can.references)
+        config = for_family(
+            config,
+            family.references,
+            frame_step=step,
+            in_sections=True,
+            instead=family.can.references,
+        )
         for table in config.datasets:
             faults: list[Fault] = []
             sources: list[MediaSource] = []
@@ -131,19 +156,20 @@ def find_problems(choice: describing.Choice) -> list[str]:
             except DatasetError as error:
                 faults.append(Fault("tables cannot be used", str(error)))
             problems += [fault for fault in faults if fault.ends_run]
-            bare = [one for one in sources if one.caption is None and one.path.name in damaged]
-            problems += [Fault(DAMAGED, str(one.path)) for one in bare]
+            for source in sources:
+                if source.caption is None and source.path.name in damaged:
+                    problems.append(Fault(DAMAGED, str(source.path)))
     return list_faults(problems, LISTED)
 
 
-def _tell_next(choice: describing.Choice, has_problems: bool) -> str:
+def _describe_next(choice: describing.Choice, has_problems: bool) -> str:
     """Return the line about the command that trains, and what has to be done before it."""
-    missing = [path for path in choice.files.values() if not Path(path).exists()]
-    models = choice.options.models
-    is_usual = real_path(models) == real_path(NewOptions(folder=choice.options.folder).models)
-    download = ["--download", *([] if is_usual else ["--models", str(models)])]
-    words = own_command("run", str(choice.options.folder), *(download if missing else []))
-    does = f"{words} {'downloads the model, ' if missing else ''}checks, caches and trains"
+    command = ["run", str(choice.options.folder)]
+    downloads = ""
+    if not all(Path(path).exists() for path in choice.files.values()):
+        command += _download_options(choice.options)
+        downloads = "downloads the model, "
+    does = f"{own_command(*command)} {downloads}checks, caches and trains"
     first = []
     if has_problems:
         first.append("correct what is listed above")
@@ -152,108 +178,154 @@ def _tell_next(choice: describing.Choice, has_problems: bool) -> str:
     return f"First {', and '.join(first)}. Then {does}" if first else does
 
 
+def _download_options(options: NewOptions) -> list[str]:
+    """Return the options with which `run` downloads the model into the folder of models."""
+    usual_models = NewOptions(folder=options.folder).models
+    if real_path(options.models) == real_path(usual_models):
+        return ["--download"]
+    return ["--download", "--models", str(options.models)]
+
+
 def find_memory() -> float:
     """Return the GiB of this machine's smallest NVIDIA card, from the driver; 0 if there is none."""
     program = shutil.which("nvidia-smi")
-    words = [program or "", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    said = subprocess.run(words, capture_output=True, text=True).stdout if program else ""
-    return min((int(line) / 1024 for line in said.split() if line.isdecimal()), default=0.0)
+    if program is None:
+        return 0.0
+    words = [program, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    output = subprocess.run(words, capture_output=True, text=True).stdout
+    sizes = [int(line) / 1024 for line in output.split() if line.isdecimal()]
+    return min(sizes, default=0.0)
 
 
-def _tell(choice: describing.Choice, remarks: list[str]) -> list[str]:
-    model, media, frames = choice.model, choice.media, choice.frames
-    kinds = {"video": "clip", "image": "picture", "audio": "sound"}
-    counts = [(sum(one.kind == kind for one in media), word) for kind, word in kinds.items()]
-    size = f" at {choice.size[0]}x{choice.size[1]}" if not choice.is_of_sound else ""
-    size += f", {frames} frames" if frames > 1 else ""
-    card = f"a card of {choice.memory:.0f} GiB" if choice.memory else "a CPU (--memory 12: a card of 12 GiB)"
-    existing = {f"--{name}" for name, path in choice.files.items() if Path(path).exists()}
-    missing = total_bytes(part for part in model.components if part.option and part.option not in existing)
-    download = f"{gigabytes(missing)} to download" if missing else "its files are there"
-    reason = describing.explain_size(model, media)
-    lines = [
-        f"{choice.options.folder}: {' and '.join(count_of(*each) for each in counts if each[0])}. "
-        f"{model.family} {model.task}{size}, on {card}",
-        *choice.found.lines,
-        *remarks,
-        *([f"{choice.size[0]}x{choice.size[1]}: {reason}"] if reason else []),
-        f"{model.family} {model.task} makes {describe_makes(model, choice.facts)}; {download}. "
-        f"{'Its transformer: ' if choice.memory else ''}{describe_fit(model, choice.memory)}",
-    ]
-    lines += [choice.facts.contradiction] if choice.facts.contradiction else []
+def _describe_choice(choice: describing.Choice, remarks: list[str]) -> list[str]:
+    """Return lines about the folder, the model, and how well they fit. remarks: on the model's choice."""
+    lines = [_summarise(choice), *choice.content.lines, *remarks]
+    reason = describing.explain_size(choice.model, choice.media)
+    if reason:
+        lines.append(f"{choice.size[0]}x{choice.size[1]}: {reason}")
+    lines.append(_describe_model(choice))
+    if choice.facts.contradiction:
+        lines.append(choice.facts.contradiction)
     if choice.facts.few_steps is not None:
-        subject = "It" if choice.facts.contradiction else f"{model.family} {model.task}"
+        subject = "It" if choice.facts.contradiction else choice.model_name
         lines.append(
             f"{subject} was distilled to few steps, and training it as it is unlearns them. "
             f"{choice.facts.few_steps}. Options are keys of [training] in {RUN_FILE}"
         )
-    lines += [f"{place}: made from {source}" for place, source in choice.found.references.items()]
-    return lines + _tell_lengths(choice)
+    references = choice.content.references
+    lines += [f"{place}: made from {source}" for place, source in references.items()]
+    return lines + _describe_lengths(choice)
 
 
-def _tell_lengths(choice: describing.Choice) -> list[str]:
+def _summarise(choice: describing.Choice) -> str:
+    """Return the first line: the media by kind, the model, their size and the card."""
+    size = ""
+    if not choice.is_of_sound:
+        size = f" at {choice.size[0]}x{choice.size[1]}"
+    if choice.frames > 1:
+        size += f", {choice.frames} frames"
+    card = "a CPU (--memory 12: a card of 12 GiB)"
+    if choice.memory:
+        card = f"a card of {choice.memory:.0f} GiB"
+    media = _count_media(choice.media)
+    return f"{choice.options.folder}: {media}. {choice.model_name}{size}, on {card}"
+
+
+def _count_media(media: Sequence[Media]) -> str:
+    """Return how many files there are of each kind: `3 clips and 1 picture`."""
+    counts = Counter[str](item.kind for item in media)
+    texts = [count_of(counts[kind], word) for kind, word in KIND_WORDS.items() if counts[kind]]
+    return " and ".join(texts)
+
+
+def _describe_model(choice: describing.Choice) -> str:
+    """Return the line about what the model makes, its download, and whether it fits the card."""
+    model = choice.model
+    existing = {f"--{name}" for name, path in choice.files.items() if Path(path).exists()}
+    missing = [part for part in model.components if part.option and part.option not in existing]
+    missing_bytes = total_bytes(missing)
+    download = f"{gigabytes(missing_bytes)} to download" if missing_bytes else "its files are there"
+    makes = describe_makes(model, choice.facts)
+    subject = "Its transformer: " if choice.memory else ""
+    return f"{choice.model_name} makes {makes}; {download}. {subject}{describe_fit(model, choice.memory)}"
+
+
+def _describe_lengths(choice: describing.Choice) -> list[str]:
     """Return lines about clips that are too short, and pictures that the model does not learn."""
-    model, media, frames = choice.model, choice.media, choice.frames
-    clips = [one for one in media if one.is_clip]
-    told = {
-        f"shorter than {frames} frames (at {model.data.get('fps')} a second)": (
-            one.path
-            for one in clips
-            if frames > 1 and one.seconds is not None and describing.count_frames(one, model) < frames
-        ),
-        "too short for a clip of this model, which learns their first frame": (
-            one.path for one in clips if frames == 1
-        ),
-        "pictures, of which this model learns nothing": (
-            one.path for one in media if one.kind == "image" and model.data.get("from_image")
-        ),
-    }
-    return [f"{name_some(paths)}: {what}" for what, each in told.items() if (paths := list(each))]
+    model = choice.model
+    frames = choice.frames
+    clips = [item for item in choice.media if item.is_clip]
+    lines = []
+    timed = [clip for clip in clips if frames > 1 and clip.seconds is not None]
+    short = [clip.path for clip in timed if describing.count_frames(clip, model) < frames]
+    if short:
+        fps = model.data.get("fps")
+        lines.append(f"{name_some(short)}: shorter than {frames} frames (at {fps} a second)")
+    if clips and frames == 1:
+        names = name_some([clip.path for clip in clips])
+        lines.append(f"{names}: too short for a clip of this model, which learns their first frame")
+    pictures = [item.path for item in choice.media if item.kind == "image"]
+    if pictures and model.data.get("from_image"):
+        lines.append(f"{name_some(pictures)}: pictures, of which this model learns nothing")
+    return lines
 
 
 def _find_bare(choice: describing.Choice) -> list[Path]:
-    """Return media for which no caption, trigger word or name of a folder stands."""
+    """Return media without a caption that have no trigger word or name of a folder in its place."""
     if choice.trigger:
         return []
-    replaced, bad = choice.found.names, choice.found.bad_captions
-    lacking = [one.path for one in choice.media if one.caption is None]
-    return [path for path in lacking if path.parent not in replaced and path not in bad]
+    content = choice.content
+    lacking = [item.path for item in choice.media if item.caption is None]
+    unnamed = [path for path in lacking if path.parent not in content.names]
+    return [path for path in unnamed if path not in content.bad_captions]
 
 
-def _tell_captions(choice: describing.Choice) -> list[str]:
+def _describe_captions(choice: describing.Choice) -> list[str]:
     """Return lines about media without captions: what replaces these, or two ways to get some."""
-    kind, names = choice.found.captions, choice.found.names
-    empty = [one.path for one in choice.media if one.caption == ""]
-    meaning = f"{choice.trigger} alone is learned of them" if choice.trigger else "nothing is learned by name"
-    lines = [f"{name_some(empty)}: an empty caption: {meaning}"] if empty else []
+    trigger = choice.trigger
+    suffix = choice.content.captions
     bare = _find_bare(choice)
-    bad = choice.found.bad_captions
-    replaced = [one for one in choice.media if one.caption is None and one.path not in {*bare, *bad}]
-    plain = [one.path for one in replaced if one.path.parent not in names]
-    if plain:
-        lines.append(
-            f"{name_some(plain)}: no caption in a {kind} file; {choice.trigger} (class_tokens) stands for it"
-        )
-    if not bare:
-        return lines
-    return [
-        *lines,
-        f"{name_some(bare)}: without a caption in a {kind} file beside it, which `run` refuses. A model "
-        f"({CAPTION_MODEL}, {CAPTION_MODEL_SIZE} to download) writes them, in the folder {choice.folder}:",
-        f"  {typed_in(WRITE_CAPTIONS, choice.folder)}",
-        "or name what they show by a made-up word alone:",
-        f"  {own_command(*_with_word(choice))}",
-    ]
+    lines = []
+    empty = [item.path for item in choice.media if item.caption == ""]
+    if empty:
+        meaning = f"{trigger} alone is learned of them" if trigger else "nothing is learned by name"
+        lines.append(f"{name_some(empty)}: an empty caption: {meaning}")
+    by_trigger = _find_replaced_by_trigger(choice, bare)
+    if by_trigger:
+        names = name_some(by_trigger)
+        lines.append(f"{names}: no caption in a {suffix} file; {trigger} (class_tokens) stands for it")
+    if bare:
+        lines += [
+            f"{name_some(bare)}: without a caption in a {suffix} file beside it, which `run` refuses. "
+            f"A model ({CAPTION_MODEL}, {CAPTION_MODEL_SIZE} to download) writes them, in the folder "
+            f"{choice.folder}:",
+            f"  {typed_in(WRITE_CAPTIONS, choice.folder)}",
+            "or name what they show by a made-up word alone:",
+            f"  {own_command(*_with_word(choice))}",
+        ]
+    return lines
+
+
+def _find_replaced_by_trigger(choice: describing.Choice, bare: Sequence[Path]) -> list[Path]:
+    """Return media without a caption for which the trigger word stands. bare: those without either."""
+    content = choice.content
+    lacking = [item.path for item in choice.media if item.caption is None]
+    replaced = [path for path in lacking if path not in {*bare, *content.bad_captions}]
+    return [path for path in replaced if path.parent not in content.names]
 
 
 def _with_word(choice: describing.Choice) -> list[str]:
     """Return the words of the command for this description again, with a trigger word."""
-    model, words = choice.model, ["new", str(choice.options.folder)]
-    chosen = {"family": model.family, "task": model.task, "trigger_word": "WORD", "overwrite": True}
+    model = choice.model
+    words = ["new", str(choice.options.folder)]
+    changed = {"family": model.family, "task": model.task, "trigger_word": "WORD", "overwrite": True}
     usual = option_values(NewOptions(folder=choice.options.folder))
-    for name, value in (option_values(choice.options) | chosen).items():
-        if value != usual[name]:
-            for each in value if isinstance(value, tuple) else (value,):
-                text = f"{each:g}" if isinstance(each, float) else str(each)
-                words += [f"--{name}", *([] if each is True else [text])]
+    values = option_values(choice.options) | changed
+    for name, value in values.items():
+        if value == usual[name]:
+            continue
+        for item in value if isinstance(value, tuple) else (value,):
+            words.append(f"--{name}")
+            if item is not True:
+                words.append(f"{item:g}" if isinstance(item, float) else str(item))
     return words

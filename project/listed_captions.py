@@ -1,4 +1,4 @@
-"""Read captions from lists beside the files of a folder: metadata.jsonl, captions.csv, JSON files.
+"""Read captions from lists next to the files of a folder: metadata.jsonl, captions.csv, JSON files.
 
 `new` writes them into caption files, which everything else reads.
 """
@@ -22,11 +22,13 @@ from modules.text_encodings import guess_encoding
 from modules.text_files import parse_json, read_content, read_text
 
 JSON = ".json"
-# names of columns, besides those that tables of a dataset have
+# names of columns, in addition to those that tables of a dataset have
+# fmt: off
 PATHS = (
-    *("image_path", "video_path", "audio_path", *PATH_COLUMNS, "filename", "file", "file_path", "filepath"),
-    *("image", "video", "audio", "image_file", "image_name", "name", "key"),
+    "image_path", "video_path", "audio_path", *PATH_COLUMNS, "filename", "file", "file_path", "filepath",
+    "image", "video", "audio", "image_file", "image_name", "name", "key",
 )
+# fmt: on
 TEXTS = (*CAPTION_COLUMNS, "description", "label", "tags")
 TABLE_KEY = "image_table_file or video_table_file in dataset.toml takes it"
 
@@ -37,7 +39,7 @@ class ListedCaptions:
 
     by_path: dict[Path, str] = field(default_factory=dict)  # of a clip, picture or sound
     lists: dict[Path, int] = field(default_factory=dict)  # list -> how many files it has captions for
-    looked: set[Path] = field(default_factory=set)  # all lists; those without captions have a line
+    paths: set[Path] = field(default_factory=set)  # of all lists; those without captions have a line
     lines: list[str] = field(default_factory=list)  # about lists, and rows in them, that are not read
 
 
@@ -46,22 +48,23 @@ def read_lists(files: Mapping[Path, Collection[Path]], ignored: Collection[str])
 
     files: folder -> its media. ignored: names of files that are no lists.
     """
-    found = ListedCaptions()
-    known = _by_name([media for each in files.values() for media in each])
+    listed = ListedCaptions()
+    by_name = _by_name([path for media in files.values() for path in media])
     for folder, media in files.items():
-        stems = {one.stem: one for one in media}
+        by_stem = {path.stem: path for path in media}
+        names = {path.name for path in media}
         for path in _lists_in(folder, ignored):
-            beside = stems.get(path.stem) if path.suffix.lower() == JSON else None
+            listed.paths.add(path)
+            subject = by_stem.get(path.stem) if path.suffix.lower() == JSON else None
             remarks: list[str] = []
-            found.looked.add(path)
             try:
-                rows = list(_rows_of(path, beside, {one.name for one in media}, remarks))
+                rows = list(_read_rows(path, subject, names, remarks))
             except (DatasetError, OSError, ValueError) as error:
-                found.lines.append(f"left out: {_explain(path, error)}")
+                listed.lines.append(f"left out: {_explain(path, error)}")
                 continue
-            _add_rows(found, path, rows, known)
-            found.lines += remarks
-    return found
+            _add_rows(listed, path, rows, by_name)
+            listed.lines += remarks
+    return listed
 
 
 def _lists_in(folder: Path, ignored: Collection[str]) -> list[Path]:
@@ -92,70 +95,86 @@ def _by_name(media: Sequence[Path]) -> dict[Path, list[Path]]:
 
 
 def _add_rows(
-    found: ListedCaptions, path: Path, rows: Sequence[tuple[str, Any]], known: Mapping[Path, Sequence[Path]]
+    listed: ListedCaptions,
+    path: Path,
+    rows: Sequence[tuple[str, Any]],
+    by_name: Mapping[Path, Sequence[Path]],
 ) -> None:
-    """Add the captions of one list. rows: names as the list has them, and captions. known: of `_by_name`."""
-    missing, bad, count = list[str](), list[str](), 0
+    """Add the captions of a list. rows: names as the list has them, and captions. by_name: of `_by_name`."""
+    missing: list[str] = []
+    without_text: list[str] = []
+    count = 0
     for name, caption in rows:
-        media = _find_media(path.parent, name, known)
+        media = _find_media(path.parent, name, by_name)
         if media is None:
             missing.append(name)
-        elif not isinstance(caption, str) or not caption.strip():
-            bad.append(media.name)
+        elif not _is_text(caption, f"{path}: {media.name}"):
+            without_text.append(media.name)
         else:
-            try:
-                check_text(caption, f"{path}: {media.name}")
-            except DatasetError:
-                bad.append(media.name)
-                continue
-            found.by_path.setdefault(media, caption.strip())
+            listed.by_path.setdefault(media, caption.strip())
             count += 1
     if count:
-        found.lists[path] = count
+        listed.lists[path] = count
     elif not rows or len(missing) == len(rows):
         hint = "" if path.suffix.lower() == JSON else f". {TABLE_KEY}"
-        found.lines.append(f"{path.name}: left out, it has captions for none of the files{hint}")
+        listed.lines.append(f"{path.name}: left out, it has captions for none of the files{hint}")
         return
     if missing:
-        names = list_some(missing)
-        found.lines.append(
-            f"{path.name}: {count_of(len(missing), 'row')} for files that are not here: {names}"
-        )
-    if bad:
-        found.lines.append(f"{path.name}: no text as caption for {list_some(bad)}")
+        count_of_rows = count_of(len(missing), "row")
+        listed.lines.append(f"{path.name}: {count_of_rows} for files that are not here: {list_some(missing)}")
+    if without_text:
+        listed.lines.append(f"{path.name}: no text as caption for {list_some(without_text)}")
 
 
-def _find_media(folder: Path, name: str, known: Mapping[Path, Sequence[Path]]) -> Path | None:
+def _is_text(caption: Any, place: str) -> bool:
+    """Return whether a caption is a text that a caption file may hold. place: for messages."""
+    if not isinstance(caption, str) or not caption.strip():
+        return False
+    try:
+        check_text(caption, place)
+    except DatasetError:
+        return False
+    return True
+
+
+def _find_media(folder: Path, name: str, by_name: Mapping[Path, Sequence[Path]]) -> Path | None:
     """Return the file that a list in a folder names: by its path, its name, or its name without suffix."""
     inside = Path(os.path.normpath(folder / name.replace("\\", "/")))
     for path in (inside, folder / inside.name):
-        same = known.get(path, ())
-        if len(same) == 1:
-            return same[0]
+        candidates = by_name.get(path, ())
+        if len(candidates) == 1:
+            return candidates[0]
     return None
 
 
-def _rows_of(
-    path: Path, beside: Path | None, names: Collection[str], remarks: list[str]
+def _read_rows(
+    path: Path, subject: Path | None, names: Collection[str], remarks: list[str]
 ) -> Iterator[tuple[str, Any]]:
-    """Yield the names and captions of a list. beside: the file that a JSON file of its name is about.
+    """Yield the names and captions of a list. subject: the file that a JSON file of its name is about.
 
     names: of the media in its folder. remarks: takes lines about what is read in another way. Raises
     DatasetError, OSError or ValueError if it cannot be read.
     """
-    if path.suffix.lower() != JSON:
+    if path.suffix.lower() == JSON:
+        content = parse_json(read_text(path, MAX_METADATA_BYTES))
+        yield from _json_rows(content, subject)
+    else:
         with _as_table(path, names, remarks) as table:
             yield from _table_rows(path, table, remarks)
-        return
-    content = parse_json(read_text(path, MAX_METADATA_BYTES))
-    if beside is not None and isinstance(content, dict):
-        yield beside.name, _first_text(content)
+
+
+def _json_rows(content: Any, subject: Path | None) -> Iterator[tuple[str, Any]]:
+    """Yield the names and captions in the content of a JSON file. subject: as `_read_rows` takes it."""
+    if isinstance(content, dict) and subject is not None:
+        yield subject.name, _first_text(content)
     elif isinstance(content, dict):
-        for name, value in content.items():
-            yield name, _first_text(value) if isinstance(value, dict) else value
+        for name, entry in content.items():
+            yield name, _first_text(entry) if isinstance(entry, dict) else entry
     elif isinstance(content, list):
         for row in content:
-            name = next((row[key] for key in PATHS if key in row), None) if isinstance(row, dict) else None
+            if not isinstance(row, dict):
+                continue
+            name = next((row[key] for key in PATHS if key in row), None)
             if isinstance(name, str):
                 yield name, _first_text(row)
 
@@ -167,10 +186,9 @@ def _first_text(row: Mapping[str, Any]) -> Any:
 def _table_rows(path: Path, table: Path, remarks: list[str]) -> Iterator[tuple[str, Any]]:
     """Yield the rows of a table. path: for messages. Raises DatasetError if it lacks a column."""
     columns = column_names(table)
-    lower = {name.lower(): name for name in reversed(columns)}
-    name_column, text_column = (
-        next((lower[name] for name in usual if name in lower), None) for usual in (PATHS, TEXTS)
-    )
+    by_lower_name = {name.lower(): name for name in reversed(columns)}
+    name_column = next((by_lower_name[name] for name in PATHS if name in by_lower_name), None)
+    text_column = next((by_lower_name[name] for name in TEXTS if name in by_lower_name), None)
     if name_column is None or text_column is None:
         needs = "names of files (file_name)" if name_column is None else "captions (text)"
         raise DatasetError(f"{path} has no column of {needs}; it has {list_some(columns)}. {TABLE_KEY}")
@@ -192,19 +210,7 @@ def _as_table(path: Path, names: Collection[str], remarks: list[str]) -> Iterato
     if FORMATS[path.suffix.lower()] == PARQUET:
         yield path
         return
-    content = read_content(path, MAX_METADATA_BYTES)
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        guess = guess_of_editor(content) or guess_encoding(content)
-        if guess is None:
-            raise DatasetError(f"{path} is not UTF-8 text. Save it as UTF-8.") from None
-        text = guess.text.removeprefix("\ufeff")
-        remarks.append(f"{path.name}: not UTF-8, and read as {guess.name}")
-    first = text.split("\n", 1)[0]
-    mark = next((sign for sign in "\t,;" if sign in first), ",")
-    if path.suffix.lower() in {".csv", ".tsv", ".tab"} and first.split(mark)[0].strip(' "\r') in names:
-        text = f"file_name{mark}text\n{text}"
+    text = _with_column_names(path, _decode_table(path, remarks), names)
     with tempfile.TemporaryDirectory() as folder:
         copied = Path(folder) / path.name
         copied.write_text(text, encoding="utf-8", newline="")
@@ -212,3 +218,28 @@ def _as_table(path: Path, names: Collection[str], remarks: list[str]) -> Iterato
             yield copied
         except DatasetError as error:
             raise DatasetError(str(error).replace(str(copied), str(path))) from None
+
+
+def _decode_table(path: Path, remarks: list[str]) -> str:
+    """Return the text of a table. Raises DatasetError if its encoding cannot be guessed."""
+    content = read_content(path, MAX_METADATA_BYTES)
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        guess = guess_of_editor(content) or guess_encoding(content)
+        if guess is None:
+            raise DatasetError(f"{path} is not UTF-8 text. Save it as UTF-8.") from None
+        remarks.append(f"{path.name}: not UTF-8, and read as {guess.name}")
+        return guess.text.removeprefix("\ufeff")
+
+
+def _with_column_names(path: Path, text: str, names: Collection[str]) -> str:
+    """Return the text of a table with a first line of columns. names: of the media in its folder."""
+    if path.suffix.lower() not in {".csv", ".tsv", ".tab"}:
+        return text
+    first_line = text.split("\n", 1)[0]
+    separator = next((sign for sign in "\t,;" if sign in first_line), ",")
+    first_cell = first_line.split(separator)[0].strip(' "\r')
+    if first_cell in names:
+        return f"file_name{separator}text\n{text}"
+    return text

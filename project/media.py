@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -66,7 +66,7 @@ class Media:
 
 
 @dataclass
-class Found:
+class FolderContent:
     """Content of a folder; `lines` say what is left out, and why."""
 
     media: list[Media] = field(default_factory=list)
@@ -84,9 +84,18 @@ class Found:
     captions: str = CAPTIONS  # suffix of their files
 
 
-def look_at(
+@dataclass
+class SortedFolders:
+    """Sub-folders by what is done with their media."""
+
+    learned: list[Path]  # the folder itself comes first
+    sources: list[Path]  # of references, which pictures are made from
+    regularising: list[Path]
+
+
+def collect_content(
     folder: Path, facts: ModelFacts, name: str, edits: str = "", hearing: str = "", silent: str = ""
-) -> Found:
+) -> FolderContent:
     """Return the media of a folder and of its sub-folders, with references if the model edits.
 
     name: of the model, for messages. edits: name of a model of its family that edits, if this one does not.
@@ -94,69 +103,126 @@ def look_at(
     Raises DatasetError if there are no media, no references for a model that needs them, or no sound for a
     model that learns it.
     """
-    found = Found()
-    places, sources, regularising = _sort_folders(folder, found)
-    found.captions = _find_captions(places)
-    found.lines += list(_tell_names(places, found.names))
-    suffixes = _media_suffixes() | SOUND_SUFFIXES
-    media = {place: _files_in(place, suffixes) for place in places}
-    found.listed = read_lists(media, {*WRITTEN, CHECK_PAGE})
-    before, sounds = len(found.lines), list[Path]()
-    for place in places:
-        sounds += _list_media(place, found, facts)
-        nested = [one for one in _folders(place) if place != folder and one not in {*places, *regularising}]
-        deep = [one for one in nested if not REFERENCES.fullmatch(one.name)]
-        found.lines += [f"{one}: {text}" for one, text in _find_deep(deep)]
-    _add_sounds(found, sounds, facts)
-    found.lines[before:before] = _tell_lists(found)
+    content = FolderContent()
+    places = _sort_folders(folder, content)
+    content.captions = _find_captions(places.learned)
+    content.lines += _describe_names(places.learned, content.names)
+    sounds = _collect_media(folder, places, content, facts)
     if not facts.learns_clips:
-        _take_first_frames(folder, found, name)
+        _take_first_frames(folder, content, name)
     if facts.references:
-        _find_references(folder, places, sources, found)
+        _find_references(folder, places, content)
     else:
-        nested = [one for place in places[1:] for one in _sources_in(place)]
-        found.lines += [
-            f"{place}: left out. A folder of this name holds what pictures are made from, and {name} does "
-            f"not edit{edits}. If it is to be learned, rename it"
-            for place in (*sources, *nested)
-            if _media_in(place)
-        ]
-    alone = f" {hearing} learns sounds alone." if sounds and hearing else ""
-    instead = f", or take --task {silent}, which learns pictures and movement alone" if silent else ""
-    _require_media(folder, found, facts, name=name, alone=alone, instead=instead, has_sounds=bool(sounds))
-    if facts.references and (numbered := _find_numbered(found.media)):
-        text = "learned as results. If they are what others are made from, move them into a folder control"
-        found.lines.append(f"{name_some(numbered)}: {text}")
-    found.lines += _tell_odd(found, facts)
-    return found
+        content.lines += _describe_unused_sources(places, name, edits)
+    _require_media(
+        folder,
+        content,
+        facts,
+        name=name,
+        alone=f" {hearing} learns sounds alone." if sounds and hearing else "",
+        instead=f", or take --task {silent}, which learns pictures and movement alone" if silent else "",
+        has_sounds=bool(sounds),
+    )
+    if facts.references:
+        content.lines += _describe_numbered(content.media)
+    content.lines += _describe_odd(content, facts)
+    return content
 
 
-def _sort_folders(folder: Path, found: Found) -> tuple[list[Path], list[Path], list[Path]]:
-    """Return the folders with media to learn, with what they are made from, and for regularisation."""
-    places, sources = [folder], list[Path]()
+def _collect_media(
+    folder: Path, places: SortedFolders, content: FolderContent, facts: ModelFacts
+) -> list[Path]:
+    """Add the media of the learned folders, with captions, and lines about other files. Returns the sounds.
+
+    The lines about lists of captions come before those about the files.
+    """
+    suffixes = _media_suffixes() | SOUND_SUFFIXES
+    files = {place: _files_in(place, suffixes) for place in places.learned}
+    content.listed = read_lists(files, {*WRITTEN, CHECK_PAGE})
+    start = len(content.lines)
+    sounds: list[Path] = []
+    for place in places.learned:
+        sounds += _list_media(place, content, facts)
+        if place != folder:
+            content.lines += _describe_deep(_unsorted_folders(place, places))
+    _add_sounds(content, sounds, facts)
+    content.lines[start:start] = _describe_lists(content)
+    return sounds
+
+
+def _unsorted_folders(place: Path, places: SortedFolders) -> list[Path]:
+    """Return the folders in a folder that are not learned, not for regularisation and not of references."""
+    sorted_folders = {*places.learned, *places.regularising}
+    inner_folders = [inner for inner in _folders(place) if inner not in sorted_folders]
+    return [inner for inner in inner_folders if not REFERENCES.fullmatch(inner.name)]
+
+
+def _describe_unused_sources(places: SortedFolders, name: str, edits: str) -> list[str]:
+    """Return lines about folders of references, for a model that does not edit."""
+    inner_sources = [source for place in places.learned[1:] for source in _sources_in(place)]
+    return [
+        f"{place}: left out. A folder of this name holds what pictures are made from, and {name} does "
+        f"not edit{edits}. If it is to be learned, rename it"
+        for place in (*places.sources, *inner_sources)
+        if _media_in(place)
+    ]
+
+
+def _describe_numbered(media: Sequence[Media]) -> list[str]:
+    """Return a line about pictures that are named like references of other pictures, if there are any."""
+    numbered = _find_numbered(media)
+    if not numbered:
+        return []
+    text = "learned as results. If they are what others are made from, move them into a folder control"
+    return [f"{name_some(numbered)}: {text}"]
+
+
+def _sort_folders(folder: Path, content: FolderContent) -> SortedFolders:
+    """Return the folders with media to learn, with what they are made from, and for regularisation.
+
+    Adds the names of the learned and regularising ones, and lines about those that are left out.
+    """
+    candidates = [folder]
+    places = SortedFolders(learned=[], sources=[], regularising=[])
     for place in _folders(folder):
+        if place.is_symlink() and _leads_back(place, folder):
+            continue
         kind = place.name.lower()
-        if place.is_symlink() and real_path(place) in (real_path(folder), *real_path(folder).parents):
-            continue  # it leads back here
         if REFERENCES.fullmatch(kind):
-            sources.append(place)
+            places.sources.append(place)
         elif kind in MASKS:
-            found.lines.append(f"{place}: masks are left out. mask_directory in dataset.toml takes them")
+            content.lines.append(f"{place}: masks are left out. mask_directory in dataset.toml takes them")
         elif kind not in OWN_FOLDERS:
-            places += [place, *(one for one in _folders(place) if _name_of(one) is not None)]
-        elif kind != FIRST_FRAMES and any(caption_path(path, CAPTIONS).exists() for path in _media_in(place)):
-            found.lines.append(f"{place}: left out. Runs write into a folder of this name: rename it")
-    found.names = {place: name for place in places if (name := _name_of(place)) is not None}
-    learned, regularising = list[Path](), list[Path]()
-    for place in places:
-        why = _why_regularisation(place, folder, found.names)
-        (learned if why is None else regularising).append(place)
-        if why is not None and _media_in(place):
-            found.lines.append(
-                f"{place}: left out, as {why}. A dataset file with [[datasets.subsets]] and is_reg = true "
+            candidates.append(place)
+            candidates += [inner for inner in _folders(place) if _name_of(inner) is not None]
+        elif kind != FIRST_FRAMES and _has_captioned_media(place):
+            content.lines.append(f"{place}: left out. Runs write into a folder of this name: rename it")
+    for place in candidates:
+        name = _name_of(place)
+        if name is not None:
+            content.names[place] = name
+    for place in candidates:
+        reason = _why_regularisation(place, folder, content.names)
+        if reason is None:
+            places.learned.append(place)
+            continue
+        places.regularising.append(place)
+        if _media_in(place):
+            content.lines.append(
+                f"{place}: left out, as {reason}. A dataset file with [[datasets.subsets]] and is_reg = true "
                 "takes them (docs/image_datasets.md). If they are to be learned as others, rename the folder"
             )
-    return learned, sources, regularising
+    return places
+
+
+def _leads_back(link: Path, folder: Path) -> bool:
+    """Return whether a link leads to the folder that it is in, or to one around that."""
+    real_folder = real_path(folder)
+    return real_path(link) in (real_folder, *real_folder.parents)
+
+
+def _has_captioned_media(folder: Path) -> bool:
+    return any(caption_path(path, CAPTIONS).exists() for path in _media_in(folder))
 
 
 def _name_of(folder: Path) -> FolderName | None:
@@ -169,17 +235,20 @@ def _why_regularisation(place: Path, folder: Path, names: Mapping[Path, FolderNa
     """Return why a folder seems to hold regularisation pictures; None if it does not."""
     if place == folder:
         return None
-    for one in (place, place.parent):
-        if one != folder and REGULARISATION.fullmatch(one.name):
-            return f"{one.name} is the name of a folder of regularisation pictures"
+    for path in (place, place.parent):
+        if path != folder and REGULARISATION.fullmatch(path.name):
+            return f"{path.name} is the name of a folder of regularisation pictures"
     name = names.get(place)
     if name is None:
         return None
-    words = name.words.strip().lower()
-    subject = next((one for one in names.values() if one.words.strip().lower().endswith(f" {words}")), None)
-    if subject is None:
-        return None
-    return f"`{name.words}` is the class of `{subject.words}`: its pictures seem to be for regularisation"
+    class_words = name.words.strip().lower()
+    for subject in names.values():
+        if subject.words.strip().lower().endswith(f" {class_words}"):
+            return (
+                f"`{name.words}` is the class of `{subject.words}`: its pictures seem to be for "
+                "regularisation"
+            )
+    return None
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -189,7 +258,7 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _sources_in(folder: Path) -> list[Path]:
-    return [one for one in _folders(folder) if REFERENCES.fullmatch(one.name)]
+    return [inner for inner in _folders(folder) if REFERENCES.fullmatch(inner.name)]
 
 
 def _media_suffixes() -> frozenset[str]:
@@ -208,102 +277,152 @@ def _files_in(folder: Path, suffixes: frozenset[str]) -> list[Path]:
 
 def _find_captions(places: Sequence[Path]) -> str:
     """Return the suffix of most caption files."""
-    count, known = Counter[str](), (CAPTIONS, *OTHER_CAPTIONS)
+    suffixes = (CAPTIONS, *OTHER_CAPTIONS)
+    counts = Counter[str]()
     for place in places:
         with contextlib.suppress(OSError):
             names = {path.name for path in place.iterdir()}
-            count.update(end for path in _media_in(place) for end in known if path.stem + end in names)
-    return max(known, key=count.__getitem__)  # the first of equal ones
+            for path in _media_in(place):
+                counts.update(suffix for suffix in suffixes if path.stem + suffix in names)
+    return max(suffixes, key=counts.__getitem__)  # the first of equal ones
 
 
-def _tell_names(places: Sequence[Path], names: Mapping[Path, FolderName]) -> Iterator[str]:
-    """Yield lines about folders whose names mean something to image trainers."""
+def _describe_names(places: Sequence[Path], names: Mapping[Path, FolderName]) -> list[str]:
+    """Return lines about folders whose names mean something to image trainers."""
+    lines = []
     for place in places:
         if place in names:
             name = names[place]
             times = "once" if name.repeats == 1 else f"{name.repeats} times"
-            yield (
+            lines.append(
                 f"{place}: by its name, each file is trained {times} an epoch (num_repeats), and "
                 f"`{name.words}` is the caption of files without one (class_tokens)"
             )
+    return lines
 
 
-def _tell_lists(found: Found) -> list[str]:
+def _describe_lists(content: FolderContent) -> list[str]:
     """Return lines about lists of captions. To be called once the media have theirs."""
-    lists = found.listed.lists
-    alone = [path for path, count in lists.items() if path.suffix.lower() == ".json" and count == 1]
-    lines = [
-        f"{path.name}: captions of {count_of(count, 'file')}"
-        for path, count in lists.items()
-        if path not in alone
-    ]
-    lines += (
-        [f"{name_some(alone)}: captions of {'the' if alone[1:] else 'a'} file of that name"] if alone else []
-    )
-    if lists and found.new_captions:
-        lines[-1] += (
-            f". {len(found.new_captions)} are written into {found.captions} files, which count from now on"
-        )
-    if found.other_captions:
-        names = name_some(found.other_captions)
-        lines.append(f"{names}: the {found.captions} file says something else than the list, and counts")
-    return [*lines, *found.listed.lines]
+    lines = []
+    single_files = []  # JSON files about one file each share a line
+    for path, count in content.listed.lists.items():
+        if path.suffix.lower() == ".json" and count == 1:
+            single_files.append(path)
+        else:
+            lines.append(f"{path.name}: captions of {count_of(count, 'file')}")
+    if single_files:
+        article = "the" if len(single_files) > 1 else "a"
+        lines.append(f"{name_some(single_files)}: captions of {article} file of that name")
+    if lines and content.new_captions:
+        count = len(content.new_captions)
+        lines[-1] += f". {count} are written into {content.captions} files, which count from now on"
+    if content.other_captions:
+        names = name_some(content.other_captions)
+        lines.append(f"{names}: the {content.captions} file says something else than the list, and counts")
+    return [*lines, *content.listed.lines]
 
 
-def _find_deep(folders: Sequence[Path]) -> Iterator[tuple[Path, str]]:
-    """Yield folders inside sub-folders that hold media, each with advice."""
-    waiting, looked = list(folders), 0
-    while waiting and looked < MOST_FOLDERS:
-        place, looked = waiting.pop(0), looked + 1
+def _describe_deep(folders: Sequence[Path]) -> list[str]:
+    """Return lines about folders inside sub-folders that hold media, each with advice."""
+    lines = []
+    waiting = list(folders)
+    visited = 0
+    while waiting and visited < MOST_FOLDERS:
+        place = waiting.pop(0)
+        visited += 1
         if place.is_symlink() or place.name.lower() in OWN_FOLDERS | MASKS:
             continue
         if _media_in(place):
-            yield place, "left out because it is too deep. Move its files up, or give this folder to `new`"
+            lines.append(
+                f"{place}: left out because it is too deep. Move its files up, or give this folder to `new`"
+            )
         waiting += _folders(place)
+    return lines
 
 
-def _list_media(place: Path, found: Found, facts: ModelFacts) -> list[Path]:
+def _list_media(place: Path, content: FolderContent, facts: ModelFacts) -> list[Path]:
     """Add the clips and pictures of a folder, and lines about its other files. Returns its sounds."""
-    suffixes, others = _media_suffixes(), dict[str, list[Path]]()
     try:
         paths = sorted(place.iterdir())
     except OSError as error:
-        found.lines.append(f"{place}: left out, it cannot be listed ({error.strerror})")
+        content.lines.append(f"{place}: left out, it cannot be listed ({error.strerror})")
         return []
+    suffixes = _media_suffixes()
+    media: list[Path] = []
+    other_files: dict[str, list[Path]] = {}  # by suffix
+    for path in paths:
+        if not _is_material(path):
+            continue
+        suffix = path.suffix.lower()
+        if suffix in suffixes:
+            media.append(path)
+        else:
+            other_files.setdefault(suffix, []).append(path)
+    _add_media(media, content, facts)
+    sounds = [path for suffix in SOUND_SUFFIXES for path in other_files.get(suffix, [])]
+    # folders and hidden files with the suffix of media count here, so that their captions have an owner
+    with_captions = [path for path in paths if path.suffix.lower() in suffixes]
+    content.lines += _describe_other_files(other_files, [*with_captions, *sounds], content)
+    return sorted(sounds)
+
+
+def _is_material(path: Path) -> bool:
+    """Return whether a path is a file of the user's material: visible, and not written by us or a system."""
+    is_written = path.name in (*WRITTEN, CHECK_PAGE)
+    is_of_system = path.name.lower() in NO_MEDIA or path.name[0] == "."
+    return not is_written and not is_of_system and not path.is_dir()
+
+
+def _add_media(paths: Sequence[Path], content: FolderContent, facts: ModelFacts) -> None:
+    """Add clips and pictures, and lines about those that cannot be read, and captions that are not UTF-8."""
     remarks: list[str] = []
     for path in paths:
-        end = path.suffix.lower()
-        is_ours = path.name in (*WRITTEN, CHECK_PAGE) or path.name.lower() in NO_MEDIA
-        if is_ours or path.name[0] == "." or path.is_dir():
-            continue
-        if end not in suffixes:
-            others.setdefault(end, []).append(path)
-            continue
         try:
-            found.media.append(_measure(path, found, facts, remarks))
+            content.media.append(_measure(path, content, facts, remarks))
         except MediaError as error:
-            found.lines.append(f"left out: {error}")
-            found.unreadable += [path] if path.is_file() else []  # no run looks at a link without a file
+            _leave_out(path, error, content)
     if remarks:
-        more = f" and {len(remarks) - 1} more" if len(remarks) > 1 else ""
-        found.lines.append(f"captions that are not UTF-8: {remarks[0]}{more}")
-    sounds = {path for end in others if end in SOUND_SUFFIXES for path in others[end]}
-    media = [path for path in paths if path.suffix.lower() in suffixes or path in sounds]
-    owned, stems = {caption_path(path, found.captions) for path in media}, {path.stem for path in media}
-    for end, of_kind in others.items():
-        if end == found.captions.lower():
-            alone = [path for path in of_kind if path not in owned]
-            doubled = alone and all(Path(path.stem).suffix.lower() in suffixes for path in alone)
-            how = f", not cat.mp4{found.captions}: rename them" if doubled else ""
-            told = f"{name_some(alone)}: captions of no file. That of cat.mp4 is cat{found.captions}{how}"
-            found.lines += [told] if alone else []
+        further = f" and {len(remarks) - 1} more" if len(remarks) > 1 else ""
+        content.lines.append(f"captions that are not UTF-8: {remarks[0]}{further}")
+
+
+def _leave_out(path: Path, error: MediaError, content: FolderContent) -> None:
+    """Note a clip, picture or sound that cannot be read."""
+    content.lines.append(f"left out: {error}")
+    if path.is_file():  # no run looks at a link without a file
+        content.unreadable.append(path)
+
+
+def _describe_other_files(
+    other_files: Mapping[str, Sequence[Path]], media: Sequence[Path], content: FolderContent
+) -> list[str]:
+    """Return lines about captions without a file, and about files that are left out.
+
+    other_files: by suffix; no clips and no pictures. media: files that captions may belong to.
+    """
+    owned_captions = {caption_path(path, content.captions) for path in media}
+    stems = {path.stem for path in media}
+    handled = {*content.listed.paths, *media}
+    lines = []
+    for suffix, paths in other_files.items():
+        if suffix == content.captions.lower():
+            ownerless = [path for path in paths if path not in owned_captions]
+            if ownerless:
+                lines.append(_describe_ownerless(ownerless, content.captions))
             continue
-        unread = [path for path in of_kind if path not in found.listed.looked and path not in sounds]
+        unread = [path for path in paths if path not in handled]
         if unread:
-            found.lines.append(
-                f"{name_some(unread)}: left out, {_why_left_out(unread, stems, found.captions)}"
-            )
-    return sorted(sounds)
+            reason = _why_left_out(unread, stems, content.captions)
+            lines.append(f"{name_some(unread)}: left out, {reason}")
+    return lines
+
+
+def _describe_ownerless(paths: Sequence[Path], suffix: str) -> str:
+    """Return the line about caption files that belong to no file."""
+    rename = ""
+    if all(Path(path.stem).suffix.lower() in _media_suffixes() for path in paths):
+        rename = f", not cat.mp4{suffix}: rename them"
+    return f"{name_some(paths)}: captions of no file. That of cat.mp4 is cat{suffix}{rename}"
 
 
 def _why_left_out(paths: Sequence[Path], stems: set[str], captions: str) -> str:
@@ -317,135 +436,169 @@ def _why_left_out(paths: Sequence[Path], stems: set[str], captions: str) -> str:
     return "neither media nor captions" if remedy is None else f"this kind is not read; {remedy}"
 
 
-def _add_sounds(found: Found, sounds: Sequence[Path], facts: ModelFacts) -> None:
+def _add_sounds(content: FolderContent, sounds: Sequence[Path], facts: ModelFacts) -> None:
     """Take sounds if there is nothing else and the model learns sounds alone; else add a line about them."""
     if not sounds:
         return
-    if found.media or not facts.learns_sounds:
-        found.lines.append(f"{name_some(sounds)}: left out, this kind is not read; {SOUND_HELP}")
+    if content.media or not facts.learns_sounds:
+        content.lines.append(f"{name_some(sounds)}: left out, this kind is not read; {SOUND_HELP}")
         return
     remarks: list[str] = []
     for path in sounds:
         try:
-            track = track_facts(path)
-            if track is None:
+            if track_facts(path) is None:
                 raise MediaError(f"{path} has no sound")
-            caption = _find_caption(path, found, remarks)
-            found.media.append(Media(path, "audio", (0, 0), None, caption))
+            caption = _find_caption(path, content, remarks)
+            content.media.append(Media(path, "audio", (0, 0), seconds=None, caption=caption))
         except MediaError as error:
-            found.lines.append(f"left out: {error}")
-            found.unreadable += [path] if path.is_file() else []  # no run looks at a link without a file
+            _leave_out(path, error, content)
 
 
-def _measure(path: Path, found: Found, facts: ModelFacts, remarks: list[str]) -> Media:
+def _measure(path: Path, content: FolderContent, facts: ModelFacts, remarks: list[str]) -> Media:
     """Return a clip or picture with its caption. Raises MediaError if it cannot be read."""
-    caption = _find_caption(path, found, remarks)
+    caption = _find_caption(path, content, remarks)
     is_moving = path.suffix.lower() in VIDEO_SUFFIXES or (facts.learns_clips and is_animation(path))
     if not is_moving:
-        return Media(path, "image", image_size(path), None, caption)
+        return Media(path, "image", image_size(path), seconds=None, caption=caption)
     info = source_info(path)
     seconds = None if info.frames is None else info.frames / info.rate
-    return Media(path, "video", (info.width, info.height), seconds, caption)
+    return Media(path, "video", (info.width, info.height), seconds=seconds, caption=caption)
 
 
-def _find_caption(path: Path, found: Found, remarks: list[str]) -> str | None:
+def _find_caption(path: Path, content: FolderContent, remarks: list[str]) -> str | None:
     """Return the caption of a file on one line: of its caption file, else of a list; None if there is none.
 
     remarks: takes a line about a file that is not UTF-8.
     """
-    place = caption_path(path, found.captions)
+    place = caption_path(path, content.captions)
     try:
         file = read_caption_file(place)
     except DatasetError:  # which the check of what was written reports
-        found.bad_captions.add(path)
+        content.bad_captions.add(path)
         return None
-    if file is not None and file.encoding is not None:
+    listed_text = content.listed.by_path.get(path)
+    if file is None:
+        if listed_text is None:
+            return None
+        content.new_captions[place] = listed_text
+        return " ".join(listed_text.split())
+    if file.encoding is not None:
         remarks.append(describe_encoding(place, file.text, file.encoding))
-    text = None if file is None else file.text
-    if text is None and path in found.listed.by_path:
-        text = found.listed.by_path[path]
-        found.new_captions[place] = text
-    elif text is not None and found.listed.by_path.get(path, text) != text:
-        found.other_captions.append(path)
-    return None if text is None else " ".join(text.split())
+    if listed_text is not None and listed_text != file.text:
+        content.other_captions.append(path)
+    return " ".join(file.text.split())
 
 
-def _take_first_frames(folder: Path, found: Found, name: str) -> None:
-    """Put the first frame of each clip in its place, as a picture that `new` writes."""
-    taken: list[Media] = []
-    for one in found.media:
-        if not one.is_clip:
-            continue
-        inside = one.path.parent.relative_to(folder)
-        target = folder / FIRST_FRAMES / inside / f"{one.path.stem}.png"
-        while target in found.first_frames:
-            target = target.with_stem(f"{target.stem}_{one.path.suffix[1:]}")
-        try:
-            height, width, _ = first_frame(one.path).shape
-        except MediaError as error:
-            found.lines.append(f"left out: {error}")
-            continue
-        if one.path in found.bad_captions:
-            found.lines.append(f"left out: {one.path}: its caption cannot be read. Save it as UTF-8")
-            continue
-        found.first_frames[target] = one.path
-        if one.caption is not None:
-            found.new_captions.pop(caption_path(one.path, found.captions), None)
-            found.new_captions[caption_path(target, found.captions)] = one.caption
-        taken.append(Media(target, "image", (width, height), None, one.caption))
-        if one.path.parent in found.names:
-            found.names[target.parent] = found.names[one.path.parent]
-    found.media = [one for one in found.media if not one.is_clip] + taken
-    if taken:
-        names = name_some([*found.first_frames.values()])
-        found.lines.append(
+def _take_first_frames(folder: Path, content: FolderContent, name: str) -> None:
+    """Put the first frame of each clip in its place, as a picture that `new` writes. name: of the model."""
+    pictures: list[Media] = []
+    for clip in content.media:
+        if clip.is_clip:
+            picture = _take_first_frame(folder, content, clip)
+            if picture is not None:
+                pictures.append(picture)
+    content.media = [item for item in content.media if not item.is_clip] + pictures
+    if pictures:
+        names = name_some(list(content.first_frames.values()))
+        content.lines.append(
             f"{names}: {name} learns pictures alone. The first frame of each clip is written as a picture "
             f"with its caption into {folder / FIRST_FRAMES}"
         )
 
 
-def _find_references(folder: Path, places: Sequence[Path], sources: Sequence[Path], found: Found) -> None:
-    """Find the folder of references for each folder of pictures: in it, beside it, or beside all of them."""
-    whole = folder.absolute()
-    beside = [] if sources else [one for one in _sources_in(whole.parent) if one != whole]
-    for place in places:
-        pictures = [one.path.stem for one in found.media if one.path.parent == place and one.kind == "image"]
-        nested = [] if place == folder else _sources_in(place)
-        for source in (*nested, *sources, *beside) if pictures else ():
-            without = _without_reference(source, pictures)
-            if len(without) < len(pictures):
-                found.references[place] = source
-                found.lines += list(_tell_unread(place, source, found.media))
-                if without:
-                    text = f"{len(without)} of {len(pictures)} pictures have no reference in {source}"
-                    found.lines.append(f"{place}: {text}, such as {without[0]}: learned without one")
-                break
-    unused = [one for one in sources if one not in found.references.values() and _media_in(one)]
-    found.lines += [f"{one}: left out. No file there has the name of a picture beside it" for one in unused]
+def _take_first_frame(folder: Path, content: FolderContent, clip: Media) -> Media | None:
+    """Note the first frame of a clip to be written. Returns its picture; None if the clip is left out."""
+    try:
+        height, width, _ = first_frame(clip.path).shape
+    except MediaError as error:
+        content.lines.append(f"left out: {error}")
+        return None
+    if clip.path in content.bad_captions:
+        content.lines.append(f"left out: {clip.path}: its caption cannot be read. Save it as UTF-8")
+        return None
+    target = _first_frame_path(folder, content, clip.path)
+    content.first_frames[target] = clip.path
+    if clip.caption is not None:
+        _move_caption(content, clip.path, target, clip.caption)
+    if clip.path.parent in content.names:
+        content.names[target.parent] = content.names[clip.path.parent]
+    return Media(target, "image", (width, height), seconds=None, caption=clip.caption)
+
+
+def _first_frame_path(folder: Path, content: FolderContent, clip: Path) -> Path:
+    """Return the path for the first frame of a clip, which no other clip has."""
+    inside = clip.parent.relative_to(folder)
+    path = folder / FIRST_FRAMES / inside / f"{clip.stem}.png"
+    while path in content.first_frames:
+        path = path.with_stem(f"{path.stem}_{clip.suffix[1:]}")
+    return path
+
+
+def _move_caption(content: FolderContent, clip: Path, picture: Path, caption: str) -> None:
+    """Note the caption of a clip as that of its picture."""
+    content.new_captions.pop(caption_path(clip, content.captions), None)
+    content.new_captions[caption_path(picture, content.captions)] = caption
+
+
+def _find_references(folder: Path, places: SortedFolders, content: FolderContent) -> None:
+    """Find the folder of references for each folder of pictures: in it, or next to it or to all of them."""
+    absolute = folder.absolute()
+    outer_sources = []
+    if not places.sources:
+        outer_sources = [source for source in _sources_in(absolute.parent) if source != absolute]
+    for place in places.learned:
+        inner_sources = [] if place == folder else _sources_in(place)
+        _find_references_of(place, [*inner_sources, *places.sources, *outer_sources], content)
+    for source in places.sources:
+        if source not in content.references.values() and _media_in(source):
+            content.lines.append(f"{source}: left out. No file there has the name of a picture beside it")
+
+
+def _find_references_of(place: Path, sources: Sequence[Path], content: FolderContent) -> None:
+    """Take the first folder that has a reference of any picture of a folder."""
+    media = [item for item in content.media if item.path.parent == place]
+    pictures = [item.path.stem for item in media if item.kind == "image"]
+    if not pictures:
+        return
+    for source in sources:
+        without = _without_reference(source, pictures)
+        if len(without) == len(pictures):
+            continue
+        content.references[place] = source
+        content.lines += _describe_unread(place, source, content.media)
+        if without:
+            text = f"{len(without)} of {len(pictures)} pictures have no reference in {source}"
+            content.lines.append(f"{place}: {text}, such as {without[0]}: learned without one")
+        return
 
 
 def _without_reference(source: Path, stems: Sequence[str]) -> list[str]:
-    having = set[str]()
+    """Return the pictures, by stem, that a folder has no reference of."""
+    with_reference = set[str]()
     with contextlib.suppress(DatasetError):  # it cannot be listed
         folder = ControlFolder(source, {*stems})
         for stem in stems:
             with contextlib.suppress(DatasetError):
-                having |= {stem} if folder.for_image(stem, None) else set()
-    return [stem for stem in stems if stem not in having]
+                if folder.for_image(stem, None):
+                    with_reference.add(stem)
+    return [stem for stem in stems if stem not in with_reference]
 
 
 def find_equal(media: Iterable[Media]) -> list[list[Path]]:
     """Return groups of files with equal bytes."""
-    of_size: dict[int, list[Path]] = {}
-    for one in media:
+    by_size: dict[int, list[Path]] = {}
+    for item in media:
         with contextlib.suppress(OSError):
-            of_size.setdefault(one.path.stat().st_size, []).append(one.path)
-    equal: dict[str, list[Path]] = {}
-    for paths in of_size.values():
-        for path in paths if len(paths) > 1 else ():
+            by_size.setdefault(item.path.stat().st_size, []).append(item.path)
+    by_digest: dict[str, list[Path]] = {}
+    for paths in by_size.values():
+        if len(paths) == 1:
+            continue
+        for path in paths:
             with contextlib.suppress(OSError), path.open("rb") as file:
-                equal.setdefault(hashlib.file_digest(file, "sha256").hexdigest(), []).append(path)
-    return [paths for paths in equal.values() if len(paths) > 1]
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                by_digest.setdefault(digest, []).append(path)
+    return [paths for paths in by_digest.values() if len(paths) > 1]
 
 
 def reference_of(media: Media, source: Path) -> tuple[Path, ...]:
@@ -464,32 +617,38 @@ def why_unread(path: Path) -> str:
     return ""
 
 
-def _tell_unread(place: Path, source: Path, media: Sequence[Media]) -> Iterator[str]:
-    for one in media:
-        if one.path.parent == place and one.kind == "image":
-            for why in filter(None, map(why_unread, reference_of(one, source))):
-                yield f"{one.path.name}: not trained on, its reference cannot be read: {why}"
+def _describe_unread(place: Path, source: Path, media: Sequence[Media]) -> list[str]:
+    """Return lines about references that cannot be read, of the pictures of a folder."""
+    lines = []
+    for item in media:
+        if item.path.parent != place or item.kind != "image":
+            continue
+        for reference in reference_of(item, source):
+            reason = why_unread(reference)
+            if reason:
+                lines.append(f"{item.path.name}: not trained on, its reference cannot be read: {reason}")
+    return lines
 
 
 def _find_numbered(media: Sequence[Media]) -> list[Path]:
     """Return pictures without captions that are named like references of another: cat_0, cat_input."""
-    stems = {one.path.stem for one in media if one.kind == "image"}
-    bare = [one.path for one in media if one.caption is None]
-    parts = [(path, *path.stem.rpartition("_")) for path in bare]
-    return [
-        path
-        for path, owner, _, end in parts
-        if owner in stems and (end.isdecimal() or REFERENCES.fullmatch(end))
-    ]
+    stems = {item.path.stem for item in media if item.kind == "image"}
+    numbered = []
+    for item in media:
+        owner, _, ending = item.path.stem.rpartition("_")
+        if item.caption is None and owner in stems and (ending.isdecimal() or REFERENCES.fullmatch(ending)):
+            numbered.append(item.path)
+    return numbered
 
 
 def _layout(folder: Path, name: str, media: Sequence[Media]) -> str:
     """Return the message that shows how pictures and their references are to be laid out."""
     numbered = _find_numbered(media)
-    seem = f" {name_some(numbered)} seem to be such pictures: move them into {folder / 'control'}."
-    told = seem if numbered else ""
+    advice = ""
+    if numbered:
+        advice = f" {name_some(numbered)} seem to be such pictures: move them into {folder / 'control'}."
     return (
-        f"{folder}: {name} learns edits, and there is no picture to edit from.{told} Make this of it:\n"
+        f"{folder}: {name} learns edits, and there is no picture to edit from.{advice} Make this of it:\n"
         f"  {folder / 'cat.jpg'}          a result\n"
         f"  {folder / 'cat.txt'}          the edit as a text, such as: the cat wears a hat\n"
         f"  {folder / 'control' / 'cat.jpg'}  what it is made from; of several cat_0.jpg, cat_1.jpg\n"
@@ -497,36 +656,57 @@ def _layout(folder: Path, name: str, media: Sequence[Media]) -> str:
     )
 
 
-def _tell_odd(found: Found, facts: ModelFacts) -> list[str]:
+def _describe_odd(content: FolderContent, facts: ModelFacts) -> list[str]:
     """Return lines about media that are trained on, but perhaps not as they should be."""
-    pictures = [one for one in found.media if one.kind == "image" and one.path not in found.first_frames]
-    tiny = [one.path for one in found.media if one.kind != "audio" and min(one.size) < FEW_PIXELS]
-    told: Mapping[str, Iterable[Path]] = {
-        f"tiny, below {FEW_PIXELS} pixels: their blur is learned": tiny,
-        f"more than {LONG} times as long as wide, as few models know pictures: crop them": (
-            one.path for one in found.media if max(one.size) > LONG * min(one.size)
-        ),
-        "transparent in part, which is learned as white; alpha_mask = true in dataset.toml leaves it out": (
-            one.path for one in pictures if _is_transparent(one.path)
-        ),
-        "without sound: learned silent": (
-            one.path for one in found.media if facts.hears and one.is_clip and _is_silent(one.path)
-        ),
-    }
-    lines = [f"{name_some(names)}: {what}" for what, each in told.items() if (names := list(each))]
-    equal = find_equal(found.media)
-    lines += [
-        f"{' = '.join(_name_among(paths))}: equal copies, learned more often than others. "
-        f"Delete all but one of {len(paths)}"
-        for paths in equal[:SHOWN]
-    ]
-    return [*lines, f"... and {len(equal) - SHOWN} more groups of equal copies"] if equal[SHOWN:] else lines
+    visible = [item for item in content.media if item.kind != "audio"]
+    lines = _describe_sizes(visible)
+    pictures = [item.path for item in visible if item.kind == "image"]
+    originals = [path for path in pictures if path not in content.first_frames]
+    transparent = [path for path in originals if _is_transparent(path)]
+    if transparent:
+        lines.append(
+            f"{name_some(transparent)}: transparent in part, which is learned as white; alpha_mask = true in "
+            "dataset.toml leaves it out"
+        )
+    if facts.hears:
+        silent = [item.path for item in visible if item.is_clip and _is_silent(item.path)]
+        if silent:
+            lines.append(f"{name_some(silent)}: without sound: learned silent")
+    return lines + _describe_equal(content.media)
+
+
+def _describe_sizes(media: Sequence[Media]) -> list[str]:
+    """Return lines about clips and pictures that are small or narrow."""
+    tiny = [item.path for item in media if min(item.size) < FEW_PIXELS]
+    narrow = [item.path for item in media if max(item.size) > LONG * min(item.size)]
+    lines = []
+    if tiny:
+        lines.append(f"{name_some(tiny)}: tiny, below {FEW_PIXELS} pixels: their blur is learned")
+    if narrow:
+        text = f"more than {LONG} times as long as wide, as few models know pictures: crop them"
+        lines.append(f"{name_some(narrow)}: {text}")
+    return lines
+
+
+def _describe_equal(media: Sequence[Media]) -> list[str]:
+    """Return lines about the first groups of equal files, and how many more groups there are."""
+    groups = find_equal(media)
+    lines = []
+    for paths in groups[:SHOWN]:
+        names = " = ".join(_name_among(paths))
+        lines.append(
+            f"{names}: equal copies, learned more often than others. Delete all but one of {len(paths)}"
+        )
+    if len(groups) > SHOWN:
+        lines.append(f"... and {len(groups) - SHOWN} more groups of equal copies")
+    return lines
 
 
 def _name_among(paths: Sequence[Path]) -> list[str]:
     """Return the names of some files, with their folder if it differs."""
-    same = len({path.parent for path in paths}) == 1
-    return [path.name if same else f"{path.parent.name}/{path.name}" for path in paths[:SHOWN]]
+    if len({path.parent for path in paths}) == 1:
+        return [path.name for path in paths[:SHOWN]]
+    return [f"{path.parent.name}/{path.name}" for path in paths[:SHOWN]]
 
 
 def _is_transparent(path: Path) -> bool:
@@ -538,23 +718,30 @@ def _is_transparent(path: Path) -> bool:
 
 
 def _require_media(
-    folder: Path, found: Found, facts: ModelFacts, *, name: str, alone: str, instead: str, has_sounds: bool
+    folder: Path,
+    content: FolderContent,
+    facts: ModelFacts,
+    *,
+    name: str,
+    alone: str,
+    instead: str,
+    has_sounds: bool,
 ) -> None:
     """Raise DatasetError if a folder lacks what a model learns.
 
     name: of the model. alone, instead: what else could be done with such a folder. has_sounds: sounds lie
     next to the clips, which `audio_directory` in dataset.toml joins with them.
     """
-    why = "".join(f"\n  {line}" for line in found.lines)
-    if not found.media:
+    remarks = "".join(f"\n  {line}" for line in content.lines)
+    if not content.media:
         raise DatasetError(
-            f"{folder} has no clip and no picture that can be read. Give one that has.{alone}{why}"
+            f"{folder} has no clip and no picture that can be read. Give one that has.{alone}{remarks}"
         )
-    if facts.needs_reference and not found.references:
-        raise DatasetError(_layout(folder, name, found.media) + why)
-    if facts.hears and not has_sounds and not any(map(_has_sound, found.media)):
+    if facts.needs_reference and not content.references:
+        raise DatasetError(_layout(folder, name, content.media) + remarks)
+    if facts.hears and not has_sounds and not any(map(_has_sound, content.media)):
         raise DatasetError(
-            f"{folder} has no sound, and {name} learns sound. Give clips that have some{instead}.{why}"
+            f"{folder} has no sound, and {name} learns sound. Give clips that have some{instead}.{remarks}"
         )
 
 
@@ -570,5 +757,7 @@ def _is_silent(path: Path) -> bool:
 
 
 def name_some(paths: Sequence[Path]) -> str:
+    """Return the names of the first files, and how many more there are."""
     names = [path.name for path in paths]
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+    further = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + further

@@ -21,7 +21,7 @@ MOST_OF_WORD = 200  # characters of a trigger word
 def find_models(fp8_encoders: bool = False) -> list[ModelSet]:
     """Return the models that a folder can be described for: all except those that need control clips."""
     sets = model_sets(fp8_encoders)
-    return [one for one in sets if "train" in one.commands and not one.data.get("control")]
+    return [model for model in sets if "train" in model.commands and not model.data.get("control")]
 
 
 def own_command(*words: str) -> str:
@@ -45,8 +45,9 @@ def check_trigger(word: str) -> None:
 
 
 def _names() -> str:
-    files = dict.fromkeys(part.option for one in find_models() for part in one.components if part.option)
-    return ", ".join(option.lstrip("-") for option in files)
+    parts = [part for model in find_models() for part in model.components]
+    options = dict.fromkeys(part.option for part in parts if part.option)
+    return ", ".join(name.lstrip("-") for name in options)
 
 
 class NewOptions(Options):

@@ -1,16 +1,19 @@
 """Run the commands of a described folder, one after the other, until one fails."""
 
 import contextlib
+import itertools
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from dataset.config import DatasetConfig
+from dataset.options import CachingOptions
 from dataset.scripts import cache_family_latents
-from downloads.catalogue import ModelSet
+from dataset.sources.media_source import Fault
 from downloads.listing import gigabytes, print_lines, total_bytes
 from modules import installation
 from modules.command import INTERRUPTED, as_typed, message_of
@@ -29,13 +32,17 @@ from training.config_options import OTHERS_TABLE
 from training.saving.states import find_latest
 
 # small, and of a kind that tools/caption_dataset.py is tested with
-CAPTION_MODEL, CAPTION_MODEL_SIZE = "Qwen/Qwen2-VL-2B-Instruct", "4.4 GB"
+CAPTION_MODEL = "Qwen/Qwen2-VL-2B-Instruct"
+CAPTION_MODEL_SIZE = "4.4 GB"
+# fmt: off
 WRITE_CAPTIONS = [
-    *("python", "tools/caption_dataset.py", "--dataset_config", "dataset.toml", "--model", CAPTION_MODEL)
+    "python", "tools/caption_dataset.py", "--dataset_config", "dataset.toml", "--model", CAPTION_MODEL,
 ]
+# fmt: on
 # kinds of faults of a check
-NO_CAPTIONS, BAD_CAPTIONS = ("have no caption",), ("have a caption that cannot be used",)
-UNREADABLE = "cannot be read"  # kind of the faults that a run goes on with: the files are left out
+NO_CAPTIONS = ("have no caption",)
+BAD_CAPTIONS = ("have a caption that cannot be used",)
+UNREADABLE = "cannot be read"  # kind of the faults that do not end a run: the files are left out
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,7 @@ class Project:
     commands: list[list[str]]
     files: list[str]  # of the model
     output: Path
+    logs: Path | None  # folder of TensorBoard's files
     name: str
     steps: int | None  # None: epochs say how long it is
     model: dict[str, str]  # metadata that differ in files of other models
@@ -55,6 +63,13 @@ class Project:
     @property
     def missing(self) -> list[str]:
         return [name for name in self.files if not (self.folder / name).exists()]
+
+
+class MediaCheck(NamedTuple):
+    """Outcome of a check of media."""
+
+    fault_kinds: list[str]  # of faults that end the run; empty: it can begin
+    left_out: list[str]  # files that it continues without
 
 
 def run_project(options: RunOptions) -> None:
@@ -70,132 +85,230 @@ def run_commands(options: RunOptions, trace: RunTrace) -> None:
     described, or if files of the model are missing and may not be downloaded. Exits with the code of the
     first command that fails.
     """
-    typed = {name: value for name in OF_TRAINING if (value := getattr(options, name)) is not None}
-    typed |= {name: real_path(value) for name, value in typed.items() if isinstance(value, Path)}
-    places = [options.output_dir, options.logging_dir, *options.may_write]
-    places += [options.models] if options.download else []
+    typed = _typed_options(options)
     folder = options.folder.parent if options.folder.name == RUN_FILE else options.folder
-    folders = [folder, *(place for place in places if place is not None)]
+    folders = [folder]
+    for place in (options.output_dir, options.logging_dir, *options.may_write):
+        if place is not None:
+            folders.append(place)
+    if options.download:
+        folders.append(options.models)
     with limit_run(folders, typed.keys(), own_command(*options.words)):
         _run_within_limits(options, _read_project(options.folder, typed), trace)
 
 
+def _typed_options(options: RunOptions) -> dict[str, Any]:
+    """Return the options of the training that were typed for `run`; paths are absolute."""
+    typed: dict[str, Any] = {}
+    for name in OF_TRAINING:
+        value = getattr(options, name)
+        if value is not None:
+            typed[name] = real_path(value) if isinstance(value, Path) else value
+    return typed
+
+
 def _run_within_limits(options: RunOptions, project: Project, trace: RunTrace) -> None:
-    if _tell_trained(project, options):
+    """Do what `run_commands` does, once the run may only write into its folders."""
+    if _report_trained(project, options):
         return
     if find_latest(project.output, project.name) is not None:
-        commands = [*project.commands[:-1], [*project.commands[-1], "--resume", "latest"]]
-        project = replace(project, commands=commands)
+        project = _extend_training(project, ["--resume", "latest"])
     if project.missing and not (options.download or options.dry_run):
-        size, add = _download_size(project.download), _download_words(project, options.models)
-        raise OptionError(
-            f"{project.missing[0]} is missing{size}. Add {add}, or run\n"
-            f"  {as_typed(project.download)}\n"
-            f"If it lies elsewhere, correct its path in {project.folder / RUN_FILE}"
-        )
+        raise OptionError(_explain_missing(project, options.models))
     print_lines([f"In the folder {project.folder}:"])
-    if not options.dry_run:
-        again = ["run", str(project.folder), *options.words[2:]]
-        trace.begin(again, output=project.output, name=project.name, steps=project.steps)
+    commands = [project.download, *project.commands] if project.missing else project.commands
+    if options.dry_run:
+        for words in commands:
+            _print_command(words, project.folder)
+        return
+    again = ["run", str(project.folder), *options.words[2:]]
+    trace.begin(again, output=project.output, name=project.name, steps=project.steps)
+    left_out = _run_until_one_fails(commands, project, trace)
+    _print_ending(project, left_out)
+
+
+def _print_ending(project: Project, left_out: Sequence[str]) -> None:
+    """Print which files a run has left out, and where its page is."""
+    if left_out:
+        lines = ["", f"Trained without {len(left_out)} that cannot be read:"]
+        lines += [f"  {text}" for text in left_out]
+        print_lines(lines)
+    print_lines(["", f"The page of the training: {project.output / project.name}.html"])
+
+
+def _explain_missing(project: Project, models: Path) -> str:
+    """Return the message for files of the model that are missing. models: as `_download_words` takes it."""
+    size = _download_size(project.download)
+    options = _download_words(project, models)
+    return (
+        f"{project.missing[0]} is missing{size}. Add {options}, or run\n"
+        f"  {as_typed(project.download)}\n"
+        f"If it lies elsewhere, correct its path in {project.folder / RUN_FILE}"
+    )
+
+
+def _print_command(words: Sequence[str], folder: Path) -> None:
+    print_lines(["", f"$ {typed_in(words, folder)}"])
+    sys.stdout.flush()
+
+
+def _run_until_one_fails(commands: Sequence[list[str]], project: Project, trace: RunTrace) -> list[str]:
+    """Run commands and return the files that are left out, as the check of media reports them.
+
+    Raises OptionError if files of the model are still missing after their download. Exits with the code of
+    the first command that fails.
+    """
     left_out: list[str] = []
-    for words in [project.download] * bool(project.missing) + project.commands:
-        print_lines(["", f"$ {typed_in(words, project.folder)}"])
-        sys.stdout.flush()
-        if options.dry_run:
-            continue
+    for words in commands:
+        _print_command(words, project.folder)
         trace.note(words)
         if _is_check_of_media(words):
-            _check_training(project)
-            code, left_out = _check_media(words, project.folder, project.validation)
-            if code:
-                _explain(words, project.folder, left_out)
-                raise SystemExit(code)
-            if left_out:
-                print_lines([f"Going on without {len(left_out)} that cannot be read."])
+            left_out = _check_before_caching(words, project)
         else:
-            code = run_command(words, project.folder)
-        if code and not (left_out and code == installation.SOURCES_LEFT_OUT):  # the check has found which
-            if code == INTERRUPTED:
-                raise KeyboardInterrupt
-            _explain(words, project.folder)
-            raise SystemExit(1 if code == installation.SOURCES_LEFT_OUT else code)
-        if words == project.download and (still := project.missing):
-            raise OptionError(f"{still[0]} is still missing: correct its path in {project.folder / RUN_FILE}")
-    if left_out:
-        print_lines(
-            ["", f"Trained without {len(left_out)} that cannot be read:", *(f"  {one}" for one in left_out)]
-        )
-    if not options.dry_run:
-        print_lines(["", f"The page of the training: {project.output / project.name}.html"])
+            _run_or_exit(words, project.folder, may_leave_out=bool(left_out))
+        if words == project.download and project.missing:
+            raise OptionError(
+                f"{project.missing[0]} is still missing: correct its path in {project.folder / RUN_FILE}"
+            )
+    return left_out
 
 
-def _read_project(folder: Path, typed: Mapping[str, Any]) -> Project:
+def _check_before_caching(words: Sequence[str], project: Project) -> list[str]:
+    """Check the training's options and the media. Returns the files that are left out.
+
+    Exits with 1 if there are faults that end the run. words: of the command that checks media.
+    """
+    _check_training(project)
+    outcome = _check_media(words, project.folder, project.validation)
+    if outcome.fault_kinds:
+        _explain(words, project.folder, outcome.fault_kinds)
+        raise SystemExit(1)
+    if outcome.left_out:
+        print_lines([f"Going on without {len(outcome.left_out)} that cannot be read."])
+    return outcome.left_out
+
+
+def _run_or_exit(words: Sequence[str], folder: Path, may_leave_out: bool) -> None:
+    """Run a command; exit with its code if it fails.
+
+    may_leave_out: a command that leaves files out has not failed, as the check has found which these are.
+    """
+    code = run_command(words, folder)
+    leaves_out = code == installation.SOURCES_LEFT_OUT
+    if not code or (leaves_out and may_leave_out):
+        return
+    if code == INTERRUPTED:
+        raise KeyboardInterrupt
+    _explain(words, folder)
+    raise SystemExit(1 if leaves_out else code)
+
+
+def _read_project(place: Path, typed: Mapping[str, Any]) -> Project:
     """Read the run.toml of a folder. typed: options of its training, which count before those of the file.
 
-    Raises OptionError if it is not as `new` writes it, or if results would lie outside of what is allowed.
+    place: the folder, or its run.toml. Raises OptionError if it is not as `new` writes it, or if results
+    would lie outside of what is allowed.
     """
-    given = folder
-    if folder.name == RUN_FILE and not folder.is_dir():
-        folder = folder.parent
-    elif folder.is_file():
-        raise OptionError(f"{given} is a file. Give the folder that `new` described, or its {RUN_FILE}")
+    folder = _described_folder(place)
     path = folder / RUN_FILE
     try:
-        tables = parse_toml(read_text(path))
-        own, values = tables[OTHERS_TABLE], {**tables["training"], **typed}
-        download, *commands = [[str(word) for word in words] for words in own["commands"]]
-        output, name = expand_path(str(values["output_dir"]), folder), str(values["output_name"])
-        logs = [expand_path(str(values["logging_dir"]), folder)] if values.get("logging_dir") else []
-        files = [str(file) for file in own["files"]]
-        names = ("network_module", "task", "model_version", "ltx2_mode")
-        model = {f"ss_{name}": str(values[name]) for name in names if name in values}
-        seed = int(values.get("validation_seed", values.get("seed", 0)))
-        validation = float(values.get("validation_split", 0)), seed
-        steps = None if "max_train_epochs" in values else int(values["max_train_steps"])
-        if not commands:
-            raise ValueError("there is no command")
+        project = _parse_project(folder, parse_toml(read_text(path)), typed)
     except FileNotFoundError:
         if not folder.is_dir():
             raise OptionError(f"{folder}: there is no such folder. Correct the path") from None
         words = own_command("new", str(folder))
         raise OptionError(f"{path}: there is no such file. Describe the folder first: {words}") from None
     except (OSError, KeyError, TypeError, ValueError, OverflowError) as error:
-        why = f"it has no {error}" if isinstance(error, KeyError) else error
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
         raise OptionError(
-            f"{path} is not as `new` writes it ({why}). Correct it, or run `new` again."
+            f"{path} is not as `new` writes it ({reason}). Correct it, or run `new` again."
         ) from None
-    check_output_name(f"{path}: output_name", name)
-    refuse_outside("output_dir", output)
-    for place in logs:
-        refuse_outside("logging_dir", place)
-    for command in (download, *commands):
-        _require_script(command)
-    commands[-1] += option_words({f"--{name}": value for name, value in typed.items()})
-    return Project(real_path(folder), download, commands, files, output, name, steps, model, validation)
+    check_output_name(f"{path}: output_name", project.name)
+    refuse_outside("output_dir", project.output)
+    if project.logs is not None:
+        refuse_outside("logging_dir", project.logs)
+    for words_of_command in (project.download, *project.commands):
+        _require_script(words_of_command)
+    typed_words = option_words({f"--{name}": value for name, value in typed.items()})
+    return _extend_training(replace(project, folder=real_path(folder)), typed_words)
 
 
-def _tell_trained(project: Project, options: RunOptions) -> bool:
-    """Return whether the run is finished, and if so print what can be done next. Loads nothing."""
+def _extend_training(project: Project, words: Sequence[str]) -> Project:
+    """Return a project whose last command, the training, has further words."""
+    *first_commands, training = project.commands
+    return replace(project, commands=[*first_commands, [*training, *words]])
+
+
+def _described_folder(place: Path) -> Path:
+    """Return the folder of a run.toml. Raises OptionError for another file."""
+    if place.name == RUN_FILE and not place.is_dir():
+        return place.parent
+    if place.is_file():
+        raise OptionError(f"{place} is a file. Give the folder that `new` described, or its {RUN_FILE}")
+    return place
+
+
+def _parse_project(folder: Path, tables: Mapping[str, Any], typed: Mapping[str, Any]) -> Project:
+    """Read the tables of run.toml. Raises KeyError, TypeError, ValueError or OverflowError for wrong ones."""
+    project_table = tables[OTHERS_TABLE]
+    values = {**tables["training"], **typed}
+    download, *commands = [list(map(str, words)) for words in project_table["commands"]]
+    output = expand_path(str(values["output_dir"]), folder)
+    name = str(values["output_name"])
+    logs = None
+    if values.get("logging_dir"):
+        logs = expand_path(str(values["logging_dir"]), folder)
+    files = [str(file) for file in project_table["files"]]
+    model = _model_metadata(values)
+    seed = int(values.get("validation_seed", values.get("seed", 0)))
+    validation = float(values.get("validation_split", 0)), seed
+    steps = None
+    if "max_train_epochs" not in values:
+        steps = int(values["max_train_steps"])
+    if not commands:
+        raise ValueError("there is no command")
+    return Project(
+        folder=folder,
+        download=download,
+        commands=commands,
+        files=files,
+        output=output,
+        logs=logs,
+        name=name,
+        steps=steps,
+        model=model,
+        validation=validation,
+    )
+
+
+def _model_metadata(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return the metadata of trained files that say which model options of a training name."""
+    names = ("network_module", "task", "model_version", "ltx2_mode")
+    return {f"ss_{name}": str(values[name]) for name in names if name in values}
+
+
+def _report_trained(project: Project, options: RunOptions) -> bool:
+    """Return whether the run is finished, and if so print what can be done next. Loads nothing.
+
+    Raises OptionError if the trained file is of another model.
+    """
     file = project.output / f"{project.name}.safetensors"
     try:
-        texts = read_safetensors_texts(file)
-        made = int(texts.get("ss_steps", "0")[:12])
+        metadata = read_safetensors_texts(file)
+        trained_steps = int(metadata.get("ss_steps", "0")[:12])
     except (OSError, ValueError):
         return False
-    released = {one.path.name for model in find_models() for one in transformers_of(model)}
-    own, told = released & {Path(name).name for name in project.files}, texts.get("ss_sd_model_name", "")
-    others = [told] if own and told in released - own else []
-    others += [texts[key] for key, value in project.model.items() if texts.get(key, value) != value]
-    if others:
+    difference = _find_other_model(project, metadata)
+    if difference is not None:
         raise OptionError(
-            f"{file} is of another model ({shorten(others[0], 80)}). Set another output_name in "
+            f"{file} is of another model ({shorten(difference, 80)}). Set another output_name in "
             f"{project.folder / RUN_FILE}, or move that file and its states away"
         )
-    if project.steps is None or made < project.steps or options.dry_run:
+    if project.steps is None or trained_steps < project.steps or options.dry_run:
         return False
     print_lines(
         [
-            f"{file} is trained already: {made} of {project.steps} steps.",
+            f"{file} is trained already: {trained_steps} of {project.steps} steps.",
             f"- Train longer: raise max_train_steps in {project.folder / RUN_FILE}, then run this again.",
             f"- Generate: the commands are on its page, {project.output / project.name}.html",
             f"- Train anew under another name: set output_name in {RUN_FILE}.",
@@ -204,28 +317,55 @@ def _tell_trained(project: Project, options: RunOptions) -> bool:
     return True
 
 
+def _find_other_model(project: Project, metadata: Mapping[str, str]) -> str | None:
+    """Return what the metadata of a trained file say of a model that is not the project's; None: nothing."""
+    released = {part.path.name for model in find_models() for part in transformers_of(model)}
+    transformers = released & {Path(name).name for name in project.files}
+    trained_name = metadata.get("ss_sd_model_name", "")
+    if transformers and trained_name in released - transformers:
+        return trained_name
+    for key, expected in project.model.items():
+        if metadata.get(key, expected) != expected:
+            return metadata[key]
+    return None
+
+
 def _download_words(project: Project, models: Path) -> str:
     """Return the options of `run` that let it download. models: the folder that --download alone may fill."""
-    values = dict(zip(project.download, project.download[1:], strict=False))
-    to = project.folder / values.get("--to", "models")
-    is_allowed = real_path(to).is_relative_to(real_path(models)) or describe_outside(to) is None
-    return "--download" if is_allowed else as_typed(["--download", "--models", str(to)])
+    target = project.folder / _typed_values(project.download).get("--to", "models")
+    is_allowed = real_path(target).is_relative_to(real_path(models)) or describe_outside(target) is None
+    return "--download" if is_allowed else as_typed(["--download", "--models", str(target)])
 
 
 def _download_size(words: Sequence[str]) -> str:
-    values = dict(zip(words, words[1:], strict=False))
-    sets: list[ModelSet] = find_models("--fp8_encoders" in words)
-    named = [one for one in sets if (one.family, one.task) == (values.get("--family"), values.get("--task"))]
-    return f" ({gigabytes(total_bytes(named[0].components))} for the whole model)" if named else ""
+    """Return how large the model of a command that downloads is, in brackets; "" for an unknown model."""
+    typed = _typed_values(words)
+    for model in find_models("--fp8_encoders" in words):
+        if (model.family, model.task) == (typed.get("--family"), typed.get("--task")):
+            return f" ({gigabytes(total_bytes(model.components))} for the whole model)"
+    return ""
+
+
+def _typed_values(words: Sequence[str]) -> dict[str, str]:
+    """Return each word of a command with the word behind it."""
+    return dict(itertools.pairwise(words))
 
 
 def typed_in(words: Sequence[str], folder: Path) -> str:
     """Return a command as it can be typed in a folder."""
-    script = installation.find_script("".join(words[1:2])) if words[:1] == ["python"] else None
+    script = _find_script(words)
     if script is None or installation.PREFIX:
         return as_typed(words)
-    near, far = path_from(folder, installation.ROOT / script), str(installation.ROOT / script)
-    return as_typed([words[0], min(near, far, key=len), *words[2:]])
+    absolute = installation.ROOT / script
+    relative = path_from(folder, absolute)
+    return as_typed([words[0], min(relative, str(absolute), key=len), *words[2:]])
+
+
+def _find_script(words: Sequence[str]) -> Path | None:
+    """Return the script of ours that a command runs; None if it is another command."""
+    if words[:1] != ["python"]:
+        return None
+    return installation.find_script("".join(words[1:2]))
 
 
 def _is_check_of_media(words: Sequence[str]) -> bool:
@@ -237,7 +377,7 @@ def _is_check_of_media(words: Sequence[str]) -> bool:
 def _check_training(project: Project) -> None:
     """Let the training script check its options and files before hours of caching. Raises OptionError."""
     words = project.commands[-1]
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, *installation.program_words(_require_script(words)), *words[2:]],
         cwd=project.folder,
         env=installation.program_environment(**{installation.RUN_GOES_ON: installation.RUN_CHECKS}),
@@ -246,36 +386,39 @@ def _check_training(project: Project) -> None:
         encoding="utf-8",
         errors="replace",
     )
-    if done.returncode:
-        raise OptionError(message_of(done.stderr))
+    if process.returncode:
+        raise OptionError(message_of(process.stderr))
 
 
-def _check_media(
-    words: Sequence[str], folder: Path, validation: tuple[float, int] = (0.0, 0)
-) -> tuple[int, list[str]]:
-    """Check media with the script that caches latents. Returns 0 and the unreadable files; if there are other
-    faults, 1 and their kinds.
+def _check_media(words: Sequence[str], folder: Path, validation: tuple[float, int] = (0.0, 0)) -> MediaCheck:
+    """Check media with the script that caches latents. validation: share and seed of the training."""
+    faults: list[Fault] = []
 
-    validation: share and seed of the training.
-    """
-    faults: list[Any] = []
+    def check(family: Any, config: DatasetConfig, options: CachingOptions, *_: object) -> None:
+        # with torch: loaded when a run checks
+        from data_tools.report.check import TOKENS_ELSEWHERE, check_caching, tell_check
+        from dataset.caching.prefetch import workers_of
 
-    def check(family: Any, config: Any, options: Any, *_: Any) -> None:
-        checks = installation.import_own("data_tools.report.check")
-        workers = installation.import_own("dataset.caching.prefetch").workers_of(options)
-        result = checks.check_caching(
-            family, config, workers, options.skip_existing, options.verify, validation=validation
+        workers = workers_of(options)
+        findings = check_caching(
+            family,
+            config,
+            workers=workers,
+            skip_existing=options.skip_existing,
+            verify=options.verify,
+            validation=validation,
         )
-        result = replace(result, counters=checks.TOKENS_ELSEWHERE)
-        checks.tell_check(result, family, config, options.page, workers)
-        faults.extend(fault for table in result.tables for fault in table.faults)
+        findings = replace(findings, counters=TOKENS_ELSEWHERE)
+        tell_check(findings, family, config, page=options.page, workers=workers)
+        for table in findings.tables:
+            faults.extend(table.faults)
 
     with contextlib.chdir(folder):
         cache_family_latents(script_family(words), None, list(words[2:]), check)
-    others = [fault for fault in faults if fault.kind != UNREADABLE and fault.ends_run]
-    if others:
-        return 1, list(dict.fromkeys(fault.kind for fault in others))
-    return 0, [fault.text for fault in faults]
+    ending = [fault.kind for fault in faults if fault.kind != UNREADABLE and fault.ends_run]
+    if ending:
+        return MediaCheck(fault_kinds=list(dict.fromkeys(ending)), left_out=[])
+    return MediaCheck(fault_kinds=[], left_out=[fault.text for fault in faults])
 
 
 def _explain(words: Sequence[str], folder: Path, kinds: Sequence[str] = ()) -> None:
@@ -305,18 +448,23 @@ def _require_script(words: Sequence[str]) -> Path:
     """Return the script of a command. Raises OptionError if it is not one that a run needs: run.toml may come
     from somebody else.
     """
-    script = installation.find_script("".join(words[1:2])) if words[:1] == ["python"] else None
-    known = {installation.find_script("download")}
-    for entry in with_scripts().values():
-        names = f"{entry.cache}_latents", f"{entry.cache}_text_encoder_outputs", entry.generation_script
-        known |= {Path(f"{name}.py") for name in (*names, f"{entry.script}_train_network")}
-        known |= {Path(f"{entry.script}_train.py")}
-    if script is None or script not in known:
+    script = _find_script(words)
+    if script is None or script not in _scripts_of_runs():
         raise OptionError(
             f"{as_typed(words)} is no command of a run, which downloads, caches, trains and generates. "
             f"Correct {RUN_FILE}."
         )
     return script
+
+
+def _scripts_of_runs() -> set[Path | None]:
+    """Return the scripts that a run may need, of all families."""
+    scripts = {installation.find_script("download")}
+    for entry in with_scripts().values():
+        names = [f"{entry.cache}_latents", f"{entry.cache}_text_encoder_outputs", entry.generation_script]
+        names += [f"{entry.script}_train_network", f"{entry.script}_train"]
+        scripts |= {Path(f"{name}.py") for name in names}
+    return scripts
 
 
 def run_command(words: Sequence[str], folder: Path) -> int:
@@ -336,11 +484,11 @@ def run_command(words: Sequence[str], folder: Path) -> int:
             process.terminate()
 
         # set after the start: a program inherits ignored signals
-        kept = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
-        ended = signal.signal(signal.SIGTERM, end)
+        usual_interrupt = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
+        usual_end = signal.signal(signal.SIGTERM, end)
         try:
             code = process.wait()
         finally:
-            signal.signal(signal.SIGINT, kept)
-            signal.signal(signal.SIGTERM, ended)
+            signal.signal(signal.SIGINT, usual_interrupt)
+            signal.signal(signal.SIGTERM, usual_end)
     return INTERRUPTED if interrupts else abs(code)

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "stable_diffusion": {"modules", "networks", "encoders", "generation", "post"},
     "training": {"modules", "networks", "dataset", "generation", "blissful_tuner"},
     "downloads": {"modules"},
-    "project": {"modules", "dataset", "downloads", "training"},
+    "project": {"modules", "dataset", "data_tools.report", "downloads", "training"},
     "browser": {"modules", "training.reports"},
 }
 # Rooms, file or folder, from the ground up: a room imports rooms of lower floors only.
@@ -311,7 +311,7 @@ def test_rooms_import_lower_floors_only(top: str) -> None:
 
 
 def test_root_scripts_are_thin() -> None:
-    most = {"quickstart.py": 180}  # a whole evening in one script
+    most = {"quickstart.py": 200}  # a whole evening in one script
     lines = {
         script: len((ROOT / script).read_text(encoding="utf-8").splitlines())
         for script in (*SCRIPTS, "quickstart.py", "run_tests.py")

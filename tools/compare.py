@@ -6,8 +6,6 @@ All other options are those of the family's generation script, such as wan_gener
 model's files, --from_file or --prompt, sizes, steps, --save_path.
 """
 
-import argparse
-import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,31 +28,48 @@ def main(argv: Sequence[str] | None = None) -> None:
     families = {name: entry.others for name, entry in with_scripts().items()}
     add_options(parser, CompareOptions, settings={"family": {"choices": list(families)}})
     words = sys.argv[1:] if argv is None else list(argv)
-    files = list(itertools.takewhile(lambda word: not word.startswith("-"), words))  # before all options
-    args, others = parser.parse_known_args(["--lora", *words] if files else words)
-    loras = expand_patterns(tuple(map(Path, args.lora)))
-    high = expand_patterns(tuple(map(Path, args.lora_high_noise or ())), "--lora_high_noise") or None
-    given = {**vars(args), "lora": loras, "lora_high_noise": high}
-    asked = read_options(CompareOptions, argparse.Namespace(**given))
-    given_words = {word.partition("=")[0] for word in others}
+    args, generation_words = parser.parse_known_args(_with_lora_option(words))
+    args.lora = expand_patterns(tuple(map(Path, args.lora)))
+    high_noise = tuple(map(Path, args.lora_high_noise or ()))
+    args.lora_high_noise = expand_patterns(high_noise, "--lora_high_noise") or None
+    options = read_options(CompareOptions, args)
+    _refuse_generation_options(parser, generation_words)
+    family = options.family or family_of(options.lora[0], families)
+
+    def make(family: object, generation_options: object) -> None:
+        from generation.comparing import compare  # torch is loaded by now
+
+        compare(family, generation_options, options)  # type: ignore[arg-type]
+
+    script = import_own(with_scripts()[family].generation_script)
+    script.main([*generation_words, *_lora_words(options)], make)
+
+
+def _with_lora_option(words: list[str]) -> list[str]:
+    """Return the words of the command line, with the option --lora before files that stand first."""
+    begins_with_file = bool(words) and not words[0].startswith("-")
+    return ["--lora", *words] if begins_with_file else words
+
+
+def _lora_words(options: CompareOptions) -> list[str]:
+    """Return the options with which the generation script checks and loads the files."""
+    words = ["--lora_weight", *map(str, options.lora)]
+    if options.lora_high_noise:
+        words += ["--lora_weight_high_noise", *map(str, options.lora_high_noise)]
+    return words
+
+
+def _refuse_generation_options(parser: Parser, words: Sequence[str]) -> None:
+    """End with a message if an option of generation is given that a comparison sets itself."""
+    names = {word.partition("=")[0] for word in words}
     for option in ("--lora", "--lora_high_noise"):
-        taken = option.replace("lora", "lora_weight")
-        if taken in given_words:
-            parser.error(f"{taken}: give the files to {option}, which makes a column of each")
-    if "--lora_multiplier_high_noise" in given_words:
+        option_of_generation = option.replace("lora", "lora_weight")
+        if option_of_generation in names:
+            parser.error(f"{option_of_generation}: give the files to {option}, which makes a column of each")
+    if "--lora_multiplier_high_noise" in names:
         parser.error(
             "--lora_multiplier_high_noise: both LoRAs of a column have its strength, --lora_multiplier"
         )
-    script = import_own(with_scripts()[asked.family or family_of(loras[0], families)].generation_script)
-    others += ["--lora_weight", *map(str, loras)]
-    others += ["--lora_weight_high_noise", *map(str, high)] if high else []
-
-    def make(family: object, options: object) -> None:
-        from generation.comparing import compare  # torch is loaded by now
-
-        compare(family, options, asked)  # type: ignore[arg-type]
-
-    script.main(others, make)
 
 
 if __name__ == "__main__":

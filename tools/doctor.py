@@ -1,4 +1,4 @@
-"""Tell what this environment has for training and generation, and what each missing thing costs.
+"""Tell what this environment has for training and generation, and what finding missing thing costs.
 
 All options: python tools/doctor.py --help. Exits with 1 if something must be installed first.
 """
@@ -22,9 +22,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from modules.doctor import examine  # it imports torch, if there is one
 
     findings = examine(Path.cwd())
-    width = max(len(each.name) for each in findings)
-    sys.stdout.writelines(f"{each.name:{width}}  {each.text}\n" for each in findings)
-    if not all(each.is_fit for each in findings):
+    width = max(len(finding.name) for finding in findings)
+    sys.stdout.writelines(f"{finding.name:{width}}  {finding.text}\n" for finding in findings)
+    if not all(finding.is_fit for finding in findings):
         raise SystemExit(1)
 
 

@@ -18,6 +18,9 @@ from modules.script_words import has_own_command, name_words
 from modules.version import VERSION
 
 PROGRAM = "reelsmith" if PREFIX else "python reelsmith.py"
+# headings of the list of all commands; between them those of families
+FIRST_STEPS = "from a folder to a LoRA"
+TOOLS = "tools"
 # scripts that are listed first: the way from a folder to a LoRA
 FIRST = {
     "doctor": "show what is installed here, and what is missing",
@@ -43,6 +46,10 @@ class ScriptCommand:
         return self.path.stem
 
     @property
+    def name(self) -> str:
+        return " ".join(self.words)
+
+    @property
     def module(self) -> str:
         """Return its name as a module: `wan_train_network`, `blissful_tuner.metaview`."""
         room = self.path.parent.name
@@ -59,9 +66,9 @@ def find_commands(folder: Path) -> list[ScriptCommand]:
     paths = {path.name: path for room in ("", *SCRIPT_ROOMS) for path in (folder / room).glob("*.py")}
     for path in paths.values():
         text = path.read_text(encoding="utf-8")
-        if path.stem in OF_A_CHECKOUT or not re.search(r"^ +(command_line|main\.run)\(", text, re.MULTILINE):
-            continue
-        commands.append(ScriptCommand(tuple(name_words(path.stem).split()), path))
+        is_script = re.search(r"^ +(command_line|main\.run)\(", text, re.MULTILINE)
+        if is_script and path.stem not in OF_A_CHECKOUT:
+            commands.append(ScriptCommand(tuple(name_words(path.stem).split()), path))
     return sorted(commands, key=lambda command: command.words)
 
 
@@ -71,19 +78,31 @@ def main() -> None:
     if words[:1] == ["help"] and len(words) > 1:
         words = [*words[1:], "--help"]
     commands = find_commands(ROOT)
-    command = next((one for one in commands if tuple(words[: len(one.words)]) == one.words), None)
+    command = _find_named(commands, words)
     if command is not None:
-        rest = words[len(command.words) :]
-        if PREFIX:  # help and messages show the words
-            sys.argv = [" ".join((PROGRAM, *command.words)), *rest]
-            import_own(command.module).run()
-        else:
-            sys.argv = [str(Path(sys.argv[0]).parent / command.path.relative_to(ROOT)), *rest]
-            runpy.run_path(str(command.path), run_name="__main__")
+        _run_command(command, words[len(command.words) :])
     elif words[:1] in (["--version"], ["-V"]):
         print(f"{PROGRAM} {VERSION}")
     else:
         _explain(commands, words)
+
+
+def _find_named(commands: Sequence[ScriptCommand], words: Sequence[str]) -> ScriptCommand | None:
+    """Return the command whose words a command line begins with."""
+    for command in commands:
+        if tuple(words[: len(command.words)]) == command.words:
+            return command
+    return None
+
+
+def _run_command(command: ScriptCommand, options: Sequence[str]) -> None:
+    if PREFIX:  # help and messages show the words
+        sys.argv = [f"{PROGRAM} {command.name}", *options]
+        import_own(command.module).run()
+    else:
+        script = Path(sys.argv[0]).parent / command.path.relative_to(ROOT)
+        sys.argv = [str(script), *options]
+        runpy.run_path(str(command.path), run_name="__main__")
 
 
 def _explain(commands: Sequence[ScriptCommand], words: Sequence[str]) -> None:
@@ -91,31 +110,37 @@ def _explain(commands: Sequence[ScriptCommand], words: Sequence[str]) -> None:
 
     Exits with code 2 if help was not asked for.
     """
-    asks = not words or words[-1] in {"-h", "--help", "help", "--all"}
-    begun = tuple(words[:-1] if words and asks else words)
-    found = [one for one in commands if one.words[: len(begun)] == begun]
-    if found and asks:
-        text = _listing(found) if words else _list_first(commands)
+    asks_for_help = not words or words[-1] in {"-h", "--help", "help", "--all"}
+    beginning = tuple(words[:-1] if words and asks_for_help else words)
+    matching = [command for command in commands if command.words[: len(beginning)] == beginning]
+    if matching and asks_for_help:
+        text = _listing(matching) if words else _list_first(commands)
         with contextlib.suppress(BrokenPipeError):  # of a pager that was left
             print(text, flush=True)
         return
-    if found:
-        message = f"{' '.join(begun)}: which one? {', '.join(' '.join(one.words) for one in found)}"
+    if matching:
+        names = ", ".join(command.name for command in matching)
+        message = f"{' '.join(beginning)}: which one? {names}"
     else:
-        typed = " ".join(word for word in begun[:3] if not word.startswith("-"))
-        known = {" ".join(one.words): one for one in commands}
-        script = Path(begun[0]).name.removesuffix(".py")
-        same = [
-            name
-            for name, one in known.items()
-            if sorted(one.words) == sorted(typed.split()) or one.script == script
-        ]
-        near = same or difflib.get_close_matches(typed, known, 1)
-        near = near or difflib.get_close_matches(begun[0], known, 1)
-        hint = f" Did you mean {PROGRAM} {near[0]}?" if near else ""
-        message = f"{typed or begun[0]!r} is no command.{hint}"
+        message = _explain_unknown(commands, beginning)
     print(f"{PROGRAM}: error: {message}\n{PROGRAM} --all lists all commands", file=sys.stderr)
     raise SystemExit(2)
+
+
+def _explain_unknown(commands: Sequence[ScriptCommand], words: Sequence[str]) -> str:
+    """Return the message for words that begin no command, with the command that was probably meant."""
+    typed = " ".join(word for word in words[:3] if not word.startswith("-"))
+    script = Path(words[0]).name.removesuffix(".py")
+    names = [command.name for command in commands]
+    near = []
+    for command in commands:
+        has_same_words = sorted(command.words) == sorted(typed.split())
+        if has_same_words or command.script == script:
+            near.append(command.name)
+    near = near or difflib.get_close_matches(typed, names, 1)
+    near = near or difflib.get_close_matches(words[0], names, 1)
+    hint = f" Did you mean {PROGRAM} {near[0]}?" if near else ""
+    return f"{typed or words[0]!r} is no command.{hint}"
 
 
 def _summary(command: ScriptCommand) -> str:
@@ -128,52 +153,54 @@ USAGE = f"usage: {PROGRAM} COMMAND [options]    {PROGRAM} COMMAND --help lists t
 
 
 def _list_first(commands: Sequence[ScriptCommand]) -> str:
-    """Return a line for each command of `FIRST`, and how to list the others; all if none of them is there."""
-    by_script = {one.script: one for one in commands}
+    """Return a line for each command of `FIRST`, and how to list all; all if none of them is there."""
+    by_script = {command.script: command for command in commands}
     first = [by_script[script] for script in FIRST if script in by_script]
     if not first:
         return _listing(commands)
-    width = max(len(" ".join(one.words)) for one in first)
-    kinds = dict.fromkeys(one.words[0] for one in commands if len(one.words) > 1)
-    return "\n".join(
-        (
-            USAGE,
-            "",
-            "from a folder to a LoRA:",
-            *(f"  {' '.join(one.words):{width}}  {FIRST[one.script]}" for one in first),
-            "",
-            f"The steps of each model: {', '.join(kinds)}. {PROGRAM} train --help lists the models.",
-            f"{PROGRAM} --all lists all {len(commands)} commands.",
-        )
-    )
+    width = max(len(command.name) for command in first)
+    kinds = dict.fromkeys(command.words[0] for command in commands if len(command.words) > 1)
+    lines = [USAGE, "", f"{FIRST_STEPS}:"]
+    lines += [f"  {command.name:{width}}  {FIRST[command.script]}" for command in first]
+    lines += [
+        "",
+        f"The steps of each model: {', '.join(kinds)}. {PROGRAM} train --help lists the models.",
+        f"{PROGRAM} --all lists all {len(commands)} commands.",
+    ]
+    return "\n".join(lines)
 
 
 def _listing(commands: Sequence[ScriptCommand]) -> str:
     """Return a line for each command: first steps, commands of each family, tools."""
-    width = max(len(" ".join(one.words)) for one in commands)
-    families = sorted({one.words[-1] for one in commands if len(one.words) > 1})
-    begin = "from a folder to a LoRA"
-    groups: dict[str, list[str]] = {name: [] for name in (begin, *families, "tools")}
-    for one in commands:
-        begins = [name for name in families if one.words[-1] == name or one.words[0].startswith(f"{name}-")]
-        group = begin if one.script in FIRST else max(begins, key=len, default="tools")
-        groups[group].append(f"  {' '.join(one.words):{width}}  {_summary(one)}")
-    lines = [line for name, group in groups.items() if group for line in ("", f"{name}:", *group)]
-    return "\n".join(
-        (
-            USAGE,
-            *lines,
-            "",
-            "hv: HunyuanVideo and SkyReels V1; fpack: FramePack.",
-            *_name_scripts(commands),
-        )
-    )
+    width = max(len(command.name) for command in commands)
+    families = sorted({command.words[-1] for command in commands if len(command.words) > 1})
+    groups: dict[str, list[str]] = {FIRST_STEPS: [], **{name: [] for name in families}, TOOLS: []}
+    for command in commands:
+        line = f"  {command.name:{width}}  {_summary(command)}"
+        groups[_group_of(command, families)].append(line)
+    lines = [USAGE]
+    for name, group in groups.items():
+        if group:
+            lines += ["", f"{name}:", *group]
+    lines += ["", "hv: HunyuanVideo and SkyReels V1; fpack: FramePack.", *_name_scripts(commands)]
+    return "\n".join(lines)
+
+
+def _group_of(command: ScriptCommand, families: Sequence[str]) -> str:
+    """Return the heading that a command is listed under."""
+    if command.script in FIRST:
+        return FIRST_STEPS
+    names = []
+    for name in families:
+        if command.words[-1] == name or command.words[0].startswith(f"{name}-"):
+            names.append(name)
+    return max(names, key=len, default=TOOLS)
 
 
 def _name_scripts(commands: Sequence[ScriptCommand]) -> list[str]:
     """Return a line about the names of scripts: in the package those of models are commands too."""
-    shown = next((one for one in commands if has_own_command(one.script)), None)
+    shown = next((command for command in commands if has_own_command(command.script)), None)
     if shown is None:
         return []
     which = "Scripts of models are commands too" if PREFIX else "Each has the name of its script too"
-    return [f"{which}: {shown.script} is {PROGRAM} {' '.join(shown.words)}."]
+    return [f"{which}: {shown.script} is {PROGRAM} {shown.name}."]

@@ -64,7 +64,7 @@ class Served:
 
     def of(self, name: str, rest: str = "") -> str:
         """The address of a run by its name."""
-        (run,) = [run for run in self.runs.look() if run.name == name]
+        (run,) = [run for run in self.runs.list_all() if run.name == name]
         return f"/run/{run.id}/{rest}"
 
 

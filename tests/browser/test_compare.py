@@ -242,7 +242,7 @@ def test_clips_in_a_folder_that_is_a_link_are_neither_shown_nor_made(served: Ser
 def test_a_clip_of_the_pocket_model_is_made_by_the_queue(trained: Path, tmp_path: Path) -> None:  # noqa: F811
     folder, queue = trained.parent, JobQueue(tmp_path / "reelsmith-queue")
     with serve_runs(folder, queue=queue) as served:
-        id, more = served.runs.look()[0].id, "a red blorp moving up --s 2"
+        id, more = served.runs.list_all()[0].id, "a red blorp moving up --s 2"
         asked = urlencode({"run": id, "more": more})
         assert "1 of 1 clips are not made" in served.ask(f"/compare?{asked}").text
         assert served.ask("/compare", "POST", asked, Origin=served.url).status == 303

@@ -267,7 +267,7 @@ def test_a_folder_that_new_described_is_open_from_anywhere(
     monkeypatch.chdir(save_project(tmp_path / "decoy", "another project"))
 
     datasets = Datasets(Runs([project / root]))
-    [dataset] = datasets.look()
+    [dataset] = datasets.list_all()
 
     assert (dataset.path, dataset.folder) == (project / "dataset.toml", project)
     assert [name for _, name in dataset.runs] == ([] if version == "untrained" else ["x"])
@@ -304,7 +304,7 @@ def test_a_run_is_of_the_dataset_where_its_command_was_typed(tmp_path: Path) -> 
     write_project_run(tmp_path / "runs", **places)
     (tmp_path / "runs/dataset.toml").write_text("[[datasets]]\n", encoding="utf-8")
 
-    found = {one.path: one for one in Datasets(Runs([tmp_path])).look()}
+    found = {one.path: one for one in Datasets(Runs([tmp_path])).list_all()}
 
     assert [name for _, name in found[project / "dataset.toml"].runs] == ["x"]
     assert found[tmp_path / "runs/dataset.toml"].runs == ()
@@ -318,7 +318,7 @@ def test_a_moved_project_is_found_at_its_new_place(tmp_path: Path) -> None:
 
     runs = Runs([after / "output"])
 
-    [run], [dataset] = runs.look(), Datasets(runs).look()
+    [run], [dataset] = runs.list_all(), Datasets(runs).list_all()
     assert (run.working_folder, dataset.path, len(dataset.runs)) == (after, after / "dataset.toml", 1)
 
 
@@ -333,7 +333,9 @@ def test_only_the_dataset_file_of_a_project_opens_its_folder(tmp_path: Path) -> 
 
     datasets = Datasets(Runs([project / "output"]))
 
-    outside = {one.path.name: datasets.outside(one) for one in datasets.look() if one.path.parent != project}
+    outside = {
+        one.path.name: datasets.outside(one) for one in datasets.list_all() if one.path.parent != project
+    }
     assert outside == {"dataset.toml": [], "theirs.toml": [project], "above.toml": [tmp_path]}
 
 
@@ -348,7 +350,7 @@ def test_paths_of_a_dataset_begin_where_they_exist(
     config.write_text('[[datasets]]\nvideo_directory = "clips"\n', encoding="utf-8")
     monkeypatch.chdir(tmp_path / "elsewhere")
 
-    [dataset] = Datasets(Runs([tmp_path])).look()
+    [dataset] = Datasets(Runs([tmp_path])).list_all()
 
     assert dataset.folder == tmp_path / folder
 

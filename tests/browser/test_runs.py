@@ -28,7 +28,7 @@ ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="Linux has this de
 
 
 def look(*folders: Path) -> dict[str, Any]:
-    return {run.name: run for run in Runs(folders).look()}
+    return {run.name: run for run in Runs(folders).list_all()}
 
 
 def test_a_run_is_found_at_any_depth_with_what_it_tells(tmp_path: Path) -> None:
@@ -50,13 +50,13 @@ def test_the_time_left_has_pauses_and_a_pause_says_what_is_made(tmp_path: Path) 
     history.add(5, loss=0.2, average=0.2, seconds=2.0, left=3600.0)
     history.flush()
     runs = Runs((tmp_path,))
-    (run,) = runs.look()
+    (run,) = runs.list_all()
     assert run.left == "1 h"
     assert LiveStanding.of(run, runs.open(run).story).left == "· 1 h left"
 
     history.add(5, doing="sample 1 of 2, step 140 of 300")
     history.flush()
-    (run,) = runs.look()
+    (run,) = runs.list_all()
     assert LiveStanding.of(run, runs.open(run).story).left == "· sample 1 of 2, step 140 of 300"
 
 
@@ -204,17 +204,17 @@ def test_a_list_is_sorted_and_chosen_by_words_family_and_state(
         path = write_run(tmp_path / model, name, 3 + number, model=model)
         os.utime(path, (1000 + number, 1000 + number))
 
-    assert [run.name for run in select_runs(Runs([tmp_path]).look(), asked)] == expected
+    assert [run.name for run in select_runs(Runs([tmp_path]).list_all(), asked)] == expected
 
 
 def test_a_list_reads_only_what_has_changed(tmp_path: Path) -> None:
     runs = Runs([tmp_path])
     paths = [write_run(tmp_path / f"{number}", f"run{number}") for number in range(3)]
-    before = {run.name: run for run in runs.look()}
+    before = {run.name: run for run in runs.list_all()}
     with paths[1].open("ab") as file:
         file.write(b'{"step": 7, "loss": 0.25, "seconds": 1.0}\n')
 
-    after = {run.name: run for run in runs.look()}
+    after = {run.name: run for run in runs.list_all()}
 
     assert [name for name in before if before[name] is not after[name]] == ["run1"]
     assert after["run1"].step == 7

@@ -163,7 +163,7 @@ def test_no_way_leads_out_of_the_folders(served: Served, tmp_path: Path) -> None
         answer = served.ask(address if address.startswith("/") else f"/{address}")
         assert answer.status in (400, 404), address
         assert not [word for word in (SECRET, "root:", "Traceback") if word in answer.text]
-    assert {run.name for run in served.runs.look()} == {"x", "y"}
+    assert {run.name for run in served.runs.list_all()} == {"x", "y"}
 
 
 @pytest.mark.parametrize(
@@ -299,7 +299,7 @@ def test_damaged_and_vanishing_runs_are_answered_without_a_fault(tmp_path: Path)
     if sys.platform == "linux":
         Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9-history.jsonl")).write_bytes(data)
     with serve_runs(tmp_path) as served:
-        for run in served.runs.look():
+        for run in served.runs.list_all():
             for rest in ("", "news", "sample/whole_1.png", "about/whole.safetensors"):
                 answer = served.ask(f"/run/{run.id}/{rest}")
                 assert answer.status in ((200, 404) if rest else (200,)), (run.name, rest)

@@ -31,7 +31,7 @@ def test_a_folder_has_files_of_the_same_names(name: str) -> None:
 
 def test_all_lists_of_families_follow_the_one() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    assert set(project["tool"]["mypy"]["packages"]) >= HOMES
+    assert set(project["tool"]["mypy"]["files"]) >= HOMES
     assert set(catalogued()) >= set(with_scripts())
     assert {one.network_module for one in NAMED} - {""} <= set(OWN_MODULES)
     assert share_latents("chroma") == {"flux", "flux_kontext", "chroma", "lumina", "z_image"}

@@ -30,7 +30,7 @@ from networks.adapter import import_network_module
 from networks.loading import read_lora
 from project import running
 from project.options import RunOptions, find_models
-from project.running import _check_media, run_command
+from project.running import MediaCheck, _check_media, run_command
 from stable_diffusion.lines import import_prompter
 from tests.commands import QUIET, ROOT, run_script
 from tests.faults.messages import assert_one_message, run_here, succeed_here
@@ -101,20 +101,19 @@ def test_the_check_tells_unreadable_files_from_other_faults(
     (folder / "damaged.txt").write_text("a square", encoding="utf-8")
     own = parse_toml((folder / "run.toml").read_text(encoding="utf-8"))["reelsmith"]
 
-    code, left_out = _check_media(own["commands"][1], folder)
+    outcome = _check_media(own["commands"][1], folder)
     assert run_command(own["commands"][2], folder) == SOURCES_LEFT_OUT
     (folder / "b.txt").unlink()
-    other = _check_media(own["commands"][1], folder)
+    without_caption = _check_media(own["commands"][1], folder)
 
-    assert (code, sorted(Path(line.split()[0].strip(":")).name for line in left_out)) == (
-        0,
-        ["damaged.jpg", "gone.jpg"],
-    )
+    assert outcome.fault_kinds == []
+    names = sorted(Path(line.split()[0].strip(":")).name for line in outcome.left_out)
+    assert names == ["damaged.jpg", "gone.jpg"]
     capfd.readouterr()
     _check_media(own["commands"][1], folder, (0.5, 0))
     said = capfd.readouterr().out
     assert "for validation" in said
-    assert other == (1, ["have no caption"])
+    assert without_caption == MediaCheck(fault_kinds=["have no caption"], left_out=[])
 
 
 @pytest.mark.parametrize("kind", ["have no caption", "have a caption that cannot be used", "cannot be read"])
@@ -147,7 +146,7 @@ def test_a_run_goes_on_without_unreadable_files_alone(
 ) -> None:
     folder = copy(collected, tmp_path / "clips")
     monkeypatch.setattr(running, "_check_training", lambda _: None)
-    monkeypatch.setattr(running, "_check_media", lambda *_: (0, ["damaged.jpg is damaged"]))
+    monkeypatch.setattr(running, "_check_media", lambda *_: MediaCheck([], ["damaged.jpg is damaged"]))
     monkeypatch.setattr(
         running, "run_command", lambda words, _: code if failing in words[1] and "--check" not in words else 0
     )

@@ -43,12 +43,12 @@ def test_a_run_that_checks_and_caches_is_listed_with_what_it_does(tmp_path: Path
     with trace_run() as trace:
         begin(trace, tmp_path)
         trace.note(CHECK)
-        [run] = Runs([tmp_path]).look()
+        [run] = Runs([tmp_path]).list_all()
         assert (run.name, run.state, run.doing) == ("clips.run", RUNNING, "checking the clips")
         trace.note(CHECK[:-1])
-        [run] = Runs([tmp_path]).look()
+        [run] = Runs([tmp_path]).list_all()
         assert run.doing == "caching latents"
-    assert Runs([tmp_path]).look() == []  # it went well: its training tells the rest
+    assert Runs([tmp_path]).list_all() == []  # it went well: its training tells the rest
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_a_run_that_ended_at_a_check_leaves_a_trace(
     with pytest.raises(type(error)):
         end_with(error, tmp_path)
     runs = Runs([tmp_path])
-    [run] = runs.look()
+    [run] = runs.list_all()
     assert (run.state, run.ending and run.ending[0]) == (state, reason)
     [command] = runs.open(run).story.commands
     assert command.bash.endswith(f"reelsmith.py run {tmp_path} --download")
@@ -78,6 +78,6 @@ def test_a_training_takes_the_place_of_the_trace_and_tells_its_own_end(tmp_path:
     history = History(history_path(tmp_path / "output", "clips"), 2)
     history.add(1, loss=1.0)
     history.flush()
-    assert [run.name for run in Runs([tmp_path]).look()] == ["clips"]
+    assert [run.name for run in Runs([tmp_path]).list_all()] == ["clips"]
     trace.end("exit code 1", "bad")
     assert [path.name for path in (tmp_path / "output").iterdir()] == ["clips-history.jsonl"]
