@@ -164,7 +164,9 @@ def _make_cards(
     """
     chosen = choose_sources(tables, most)
     pairs = [(found, place) for found, places in zip(tables, chosen, strict=True) for place in places]
-    told = {found.table.index: (found.told("faults"), found.told("remarks")) for found in tables}
+    told = {
+        found.table.index: (found.texts_by_stem("faults"), found.texts_by_stem("remarks")) for found in tables
+    }
 
     def work(pair: tuple[TableFindings, int]) -> Card:
         found, place = pair
