@@ -59,7 +59,10 @@ class LocalModel:
         frame_bytes = 3 * self.ask.max_pixels * self.ask.num_frames
         workers = min(WORKERS, os.cpu_count() or 1)
         batch: list[Shown] = []
-        for place, frames in run_ahead(places, look, workers, lambda _: frame_bytes, AHEAD_BYTES):
+        ahead = run_ahead(
+            places, look, workers=workers, size_bytes=lambda _: frame_bytes, limit_bytes=AHEAD_BYTES
+        )
+        for place, frames in ahead:
             if isinstance(frames, Exception):
                 yield place, frames
                 continue
@@ -100,9 +103,8 @@ class LocalModel:
         tokenizer = self.processor.tokenizer
         start = tokenizer.bos_token
         settings: dict[str, Any] = {"padding": True, "return_tensors": "pt"}
-        if start and texts[0].startswith(
-            start
-        ):  # the templates of some models add the start token themselves
+        # the templates of some models add the start token themselves
+        if start and texts[0].startswith(start):
             settings["add_special_tokens"] = False
         inputs = self.processor(text=texts, images=images, **settings)
         inputs = inputs.to(self.model.device, self.model.dtype)

@@ -97,10 +97,10 @@ def write_captions(config: DatasetConfig, options: CaptioningOptions) -> None:
         for record in replaced_records:
             record.end_pass()
     num_written = len(jobs) - len(failures) - num_changed
-    kept = f"{num_changed} of them were written by somebody else meanwhile" if num_changed else None
+    foreign = f"{num_changed} of them were written by somebody else meanwhile" if num_changed else None
     rows: list[Row] = [
         ("captions", f"{num_written} written, {len(places) - len(jobs) + num_changed} kept"),
-        ("kept", kept),
+        ("kept", foreign),
         ("time", in_words(time.monotonic() - start)),
     ]
     show_box("Captioning is finished", rows)
