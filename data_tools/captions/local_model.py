@@ -99,15 +99,7 @@ class LocalModel:
     def describe(self, batch: Sequence[Shown]) -> list[tuple[str, bool]]:
         """Return for each image or clip the model's answer, and whether it was cut off."""
         texts = [self.message(prompt_for(place, self.ask), len(frames)) for place, frames in batch]
-        images = [[Image.fromarray(frame) for frame in frames] for _, frames in batch]
-        tokenizer = self.processor.tokenizer
-        start = tokenizer.bos_token
-        settings: dict[str, Any] = {"padding": True, "return_tensors": "pt"}
-        # the templates of some models add the start token themselves
-        if start and texts[0].startswith(start):
-            settings["add_special_tokens"] = False
-        inputs = self.processor(text=texts, images=images, **settings)
-        inputs = inputs.to(self.model.device, self.model.dtype)
+        inputs = self._make_inputs(texts, [frames for _, frames in batch])
         noise = RowNoise(self.ask.temperature, self.ask.seed, [place.name for place, _ in batch])
         generated = self.model.generate(
             **inputs,
@@ -122,7 +114,7 @@ class LocalModel:
         )
         num_prompt_tokens = inputs["input_ids"].shape[1]
         answer_tokens = generated[:, num_prompt_tokens:]
-        decoded = tokenizer.batch_decode(answer_tokens, skip_special_tokens=True)
+        decoded = self.processor.tokenizer.batch_decode(answer_tokens, skip_special_tokens=True)
         end_tokens = self._end_tokens()
         answers = []
         for prompt, answer, tokens in zip(texts, decoded, answer_tokens, strict=True):
@@ -131,6 +123,17 @@ class LocalModel:
             was_cut = end_tokens.isdisjoint(tokens.tolist())
             answers.append((answer, was_cut))
         return answers
+
+    def _make_inputs(self, texts: Sequence[str], frames_of: Sequence[Frames]) -> Any:
+        """Return the model's inputs for texts with their frames, on its device."""
+        images = [[Image.fromarray(frame) for frame in frames] for frames in frames_of]
+        start = self.processor.tokenizer.bos_token
+        settings: dict[str, Any] = {"padding": True, "return_tensors": "pt"}
+        # the templates of some models add the start token themselves
+        if start and texts[0].startswith(start):
+            settings["add_special_tokens"] = False
+        inputs = self.processor(text=texts, images=images, **settings)
+        return inputs.to(self.model.device, self.model.dtype)
 
     def _end_tokens(self) -> frozenset[int]:
         """Return the tokens that end an answer."""

@@ -176,22 +176,15 @@ def save_pickled(path: Path, content: Tensor | Mapping[str, Tensor]) -> None:
         torch.save(content if isinstance(content, Tensor) else dict(content), file)
 
 
-def write_media(
-    item: PreparedItem,
-    frames: NDArray[np.uint8],
-    fps: int,
-    moments: Tensor | None,
-    image_moments: Tensor | None,
-) -> None:
+def write_media(item: PreparedItem, frames: NDArray[np.uint8], fps: int, moments: "Moments") -> None:
     """Write the results for a clip: video, first frame, moments, and last the facts that mark it as done.
 
-    frames: F H W 3. moments, image_moments: 2C f h w, on the CPU. Raises OutputError, or CacheError if a
-    value is NaN.
+    frames: F H W 3. Raises OutputError, or CacheError if a value is NaN.
     """
     item.facts.unlink(missing_ok=True)  # first: a kill must not leave old facts beside new files
     write_video(item.file(VIDEOS), list(frames), fps)
     write_png(item.file(IMAGES), frames[0])
-    for kind, tensor in ((MOMENTS, moments), (IMAGE_MOMENTS, image_moments)):
+    for kind, tensor in ((MOMENTS, moments.of_clip), (IMAGE_MOMENTS, moments.of_first_frame)):
         if tensor is None:
             item.file(kind).unlink(missing_ok=True)  # from an earlier state of the clip
         else:
@@ -282,26 +275,31 @@ def prepare_clips(
             most_bytes=MOST_WAITING,
         )
         for batch in batches:
-            frames = [clip for _, clip in batch]
-            moments: Sequence[Tensor | None] = [None] * len(batch)
-            image_moments: Sequence[Tensor | None] = [None] * len(batch)
-            if encode is not None:
-                moments = _encode_clips(frames, encode, device, settings)
-                if settings.save_image_latents:
-                    first_frames = [clip[:1] for clip in frames]
-                    image_moments = _encode_clips(first_frames, encode, device, settings)
-            for (item, clip), of_clip, of_image in zip(batch, moments, image_moments, strict=True):
-                write(
-                    partial(
-                        write_media,
-                        item,
-                        clip,
-                        shape.target_fps,
-                        moments=of_clip,
-                        image_moments=of_image,
-                    )
-                )
+            encoded = _encode_batch([clip for _, clip in batch], encode, device, settings)
+            for (item, clip), moments in zip(batch, encoded, strict=True):
+                write(partial(write_media, item, clip, shape.target_fps, moments))
     return failures
+
+
+@dataclass(frozen=True)
+class Moments:
+    """The moments of a clip and of its first frame, 2C f h w, on the CPU; None: not encoded."""
+
+    of_clip: Tensor | None = None
+    of_first_frame: Tensor | None = None
+
+
+def _encode_batch(
+    clips: Sequence[Clip], encode: EncodeMoments | None, device: torch.device, settings: EncodingOptions
+) -> list[Moments]:
+    """Encode clips of one shape, and their first frames if the settings ask for it."""
+    if encode is None:
+        return [Moments() for _ in clips]
+    of_clips = _encode_clips(clips, encode, device, settings)
+    if not settings.save_image_latents:
+        return [Moments(of_clip) for of_clip in of_clips]
+    of_first_frames = _encode_clips([clip[:1] for clip in clips], encode, device, settings)
+    return [Moments(*pair) for pair in zip(of_clips, of_first_frames, strict=True)]
 
 
 def _encode_clips(

@@ -45,7 +45,6 @@ def prepare(options: PrepareOptions) -> None:
     than the main one, SystemExit if a clip failed.
     """
     encoding = options.encoding
-    folder = options.output_dir
     maker = find_maker(encoding) if encoding.save_latents_and_embeddings else None
     if maker is None and encoding.model_id is not None:
         logger.info(
@@ -53,6 +52,7 @@ def prepare(options: PrepareOptions) -> None:
             encoding.model_id,
         )
     options = dataclasses.replace(options, shape=usable_shape(options.shape, maker))
+    folder = options.output_dir
     items = clips.find_items(options.source, folder, options.shape.seed)
     make_folder(folder, "--output_dir")
     with join_processes(encoding.device) as share:
@@ -64,9 +64,7 @@ def prepare(options: PrepareOptions) -> None:
         share.gather(None)  # the others wait until the folder is known to fit
         work = _find_work(items[share.rank :: share.count], options, maker)
         if is_main:
-            who = "clips" if share.count == 1 else f"clips, process 1 of {share.count}"
-            counts = f"{count_of(len(items), 'clip')}, {work.num_items} of them to do"
-            show_box("Preparing", [("data", f"{options.source.data_root} -> {folder}"), (who, counts)])
+            _show_start(options, share, num_items=len(items), num_to_do=work.num_items)
         gathered = share.gather((work.num_items, _prepare_share(options, maker, share, work)))
         failures = [failure for _, failures_of_process in gathered for failure in failures_of_process]
         if not is_main:
@@ -83,6 +81,13 @@ def prepare(options: PrepareOptions) -> None:
     show_box("Preparing is finished", rows)
     if failures:
         raise failure_error(sorted(failures, key=lambda failure: str(failure.path)), "clips")
+
+
+def _show_start(options: PrepareOptions, share: Share, num_items: int, num_to_do: int) -> None:
+    who = "clips" if share.count == 1 else f"clips, process 1 of {share.count}"
+    where = f"{options.source.data_root} -> {options.output_dir}"
+    counts = f"{count_of(num_items, 'clip')}, {num_to_do} of them to do"
+    show_box("Preparing", [("data", where), (who, counts)])
 
 
 @dataclass(frozen=True)

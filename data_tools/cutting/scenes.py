@@ -201,23 +201,38 @@ class _Dissolves:
     def _look(self, first: int, reach: int) -> None:
         """Check whether the last 2 * reach + 1 pictures, from number `first` on, are a dissolve."""
         offset = len(self._pictures) - 2 * reach - 1
-        for part, most in DIPS:
-            mean = (1 - part) * self._variances[offset] + part * self._variances[-1]
-            if self._variances[offset + round(2 * reach * part)] > most * mean:
+        if not self._loses_contrast(offset, reach):
+            return
+        shares = self._second_shares(offset, reach)
+        for part, _ in DIPS:
+            if not abs(shares[round(2 * reach * part)] - part) <= SHARE_OFF:
                 return
-        begin = self._pictures[offset]
-        end = self._pictures[-1]
-        way = end.grey - begin.grey
-        length = max(float(np.square(way).sum()), 1e-12)
-        shares = []  # of the second scene in each picture
-        for place in range(2 * reach + 1):
-            progress = ((self._pictures[offset + place].grey - begin.grey) * way).sum()
-            shares.append(float(progress) / length)
-        is_even = all(abs(shares[round(2 * reach * part)] - part) <= SHARE_OFF for part, _ in DIPS)
-        if not is_even or scene_distance(begin, end, self._threshold) < self._threshold:
+        distance = scene_distance(self._pictures[offset], self._pictures[-1], self._threshold)
+        if distance < self._threshold:
             return
         mixed = [place for place, share in enumerate(shares) if BEGUN < share < 1 - BEGUN]
         self.found.append((first + mixed[0], first + mixed[-1] + 1))
+
+    def _loses_contrast(self, offset: int, reach: int) -> bool:
+        """Return whether the variances from `offset` on are low enough between the ends."""
+        begin = self._variances[offset]
+        end = self._variances[-1]
+        for part, most in DIPS:
+            mean = (1 - part) * begin + part * end
+            if self._variances[offset + round(2 * reach * part)] > most * mean:
+                return False
+        return True
+
+    def _second_shares(self, offset: int, reach: int) -> list[float]:
+        """Return the share of the second scene in each picture from `offset` on."""
+        begin = self._pictures[offset].grey
+        way = self._pictures[-1].grey - begin
+        length = max(float(np.square(way).sum()), 1e-12)
+        shares = []
+        for place in range(2 * reach + 1):
+            progress = ((self._pictures[offset + place].grey - begin) * way).sum()
+            shares.append(float(progress) / length)
+        return shares
 
 
 ChangeDetector: TypeAlias = OwnDetector | PySceneDetect

@@ -267,7 +267,7 @@ def _check_media(
             _check_family(findings, family)
         plans = _check_sources(findings, recipe, workers)
         if recipe.encoder and hears_sound(family) and is_heard(findings.table):
-            _check_table_sound(findings, family, plans, recipe, workers)
+            _check_table_sound(findings, family, plans, recipe=recipe, workers=workers)
     except DatasetError as error:
         findings.unusable(error)
     findings.faults += find_wrong_rates(findings.sources)
@@ -314,15 +314,18 @@ def _check_sources(findings: TableFindings, recipe: Recipe, workers: int) -> lis
         findings.faults.append(Fault(NO_ITEM, text))
     num_masked = sum(source.mask is not None for source in findings.sources)
     if num_masked:
-        findings.caches.append(
-            f"{num_masked} of {len(findings.sources)} have a mask; the others are learned whole"
-        )
+        counts = f"{num_masked} of {len(findings.sources)}"
+        findings.caches.append(f"{counts} have a mask; the others are learned whole")
     if recipe.encoder:
-        num_valid = sum(len(plan.kept) for plan in plans)
-        num_missing = sum(len(plan.missing or ()) for plan in plans)
-        needs = count_words(num_missing, "items need encoding")
-        findings.caches.append(f"caches: {num_valid} files are valid, {needs}")
+        findings.caches.append(_count_caches(plans))
     return plans
+
+
+def _count_caches(plans: Sequence[SourcePlan]) -> str:
+    num_valid = sum(len(plan.kept) for plan in plans)
+    num_missing = sum(len(plan.missing or ()) for plan in plans)
+    needs = count_words(num_missing, "items need encoding")
+    return f"caches: {num_valid} files are valid, {needs}"
 
 
 def _plan_sources(

@@ -220,12 +220,7 @@ def _compare_texts(
     if any(record.references for record in records.values()):
         by_stem = {source.stem: source for source in sources}
         files = [_with_references(file, by_stem.get(file.name)) for file in files]
-    encoders = []
-    for name, record in records.items():
-        keys = frozenset(map(tensor_key, record.crc32))
-        encoders.append((SimpleNamespace(name=name, keys=keys), record.encoder))
-    recorded_encoders = cast("Sequence[tuple[TextEncoder, Mapping[str, str]]]", encoders)
-    plans = plan_texts(files, recorded_encoders, stores, workers)
+    plans = plan_texts(files, _recorded_encoders(records), stores, workers)
     state_of_file = {plan.file_name: _text_state(plan, store, records) for plan in plans}
     states: dict[str, State] = {}
     for source in sources:
@@ -235,6 +230,17 @@ def _compare_texts(
                 file_name = text_file_name(source.stem, tag, number)
                 states[source.stem] = state_of_file.get(file_name, (VALID, ""))
     return states
+
+
+def _recorded_encoders(
+    records: Mapping[str, TextRecord],
+) -> Sequence[tuple[TextEncoder, Mapping[str, str]]]:
+    """Return the encoders that records name, with their identities; they cannot encode."""
+    encoders = []
+    for name, record in records.items():
+        keys = frozenset(map(tensor_key, record.crc32))
+        encoders.append((SimpleNamespace(name=name, keys=keys), record.encoder))
+    return cast("Sequence[tuple[TextEncoder, Mapping[str, str]]]", encoders)
 
 
 def _first_text_records(store: CacheStore, names: Sequence[str]) -> Mapping[str, TextRecord]:

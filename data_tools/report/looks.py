@@ -148,10 +148,12 @@ def show(source: MediaSource, fps: float, latent: LatentSpec, sizes: StripSize, 
 
     hears: draw the sound of a clip too. `problem` says what cannot be read; the frames before it are shown.
     """
-    height = sizes.clip_height if source.table.kind == "video" else sizes.picture_height
+    is_clip = source.table.kind == "video"
+    height = sizes.clip_height if is_clip else sizes.picture_height
 
     def reduce(frame: Frame) -> Frame:
-        width = min(max(1, round(frame.shape[1] * height / frame.shape[0])), sizes.width)
+        width = round(frame.shape[1] * height / frame.shape[0])
+        width = min(max(1, width), sizes.width)
         method = cv2.INTER_AREA if height < frame.shape[0] else cv2.INTER_CUBIC
         return np.asarray(cv2.resize(frame, (width, height), interpolation=method), np.uint8)
 
@@ -164,12 +166,17 @@ def show(source: MediaSource, fps: float, latent: LatentSpec, sizes: StripSize, 
         facts["strip"] = embed_picture(strip, name, sizes.width, quality=sizes.quality)
         facts["small"] = embed_picture(middle, name, SMALL, quality=70)
     if hears and facts["used"]:
-        sound = _listen(source, fps)
-        facts["heard"] = sound
-        if sound is not None and sound.track is not None:
-            with contextlib.suppress(MediaError, OSError):  # damaged, as caching says
-                facts["wave"] = draw_sound(source, fps, facts["used"])
+        _add_sound(source, fps, facts)
     return Look(**facts)
+
+
+def _add_sound(source: MediaSource, fps: float, facts: dict[str, Any]) -> None:
+    """Add the sound of the used frames of a clip, with a drawing of it."""
+    sound = _listen(source, fps)
+    facts["heard"] = sound
+    if sound is not None and sound.track is not None:
+        with contextlib.suppress(MediaError, OSError):  # damaged, as caching says
+            facts["wave"] = draw_sound(source, fps, facts["used"])
 
 
 def _join_frames(frames: Sequence[Frame], fit: Fit | None, width: int) -> Frame:
@@ -221,7 +228,7 @@ def _look_over(
             _read_tensors(source, latent, facts)
         else:
             with fetch(source) as here:
-                _read_frames(here, fps, latent, take, facts)
+                _read_frames(here, fps, latent, take=take, facts=facts)
             _choose_spans(source.table, latent, facts)
         facts["lengths"] = _count_lengths(facts["spans"])
     except (MediaError, DatasetError, OSError) as error:
@@ -335,10 +342,9 @@ def _measure_frames(frames: Sequence[Frame], is_clip: bool) -> Measures:
     num_blurred = 0
     for frame_is_flat, sharp in zip(flat, sharpnesses, strict=True):
         num_blurred += not frame_is_flat and sharp < BLURRED
-    side = (COLOUR_SIDE, COLOUR_SIDE)
-    small = [cv2.resize(frame, side, interpolation=cv2.INTER_AREA) for frame in hashed_frames(frames)]
+    brightnesses = [brightness(frame) for frame in frames]
     return Measures(
-        brightness=round(float(np.mean([brightness(frame) for frame in frames])), DIGITS),
+        brightness=round(float(np.mean(brightnesses)), DIGITS),
         motion=round(motion(frames), DIGITS),
         sharpness=round(float(np.median(sharpnesses)), DIGITS),
         is_black=black,
@@ -346,8 +352,13 @@ def _measure_frames(frames: Sequence[Frame], is_clip: bool) -> Measures:
         is_blurred=2 * num_blurred > len(frames),
         is_flat=all(flat),
         hashes=clip_hash(frames),
-        colours=b"".join(np.asarray(picture, np.uint8).tobytes() for picture in small),
+        colours=b"".join(_small_colours(frame) for frame in hashed_frames(frames)),
     )
+
+
+def _small_colours(frame: Frame) -> bytes:
+    small = cv2.resize(frame, (COLOUR_SIDE, COLOUR_SIDE), interpolation=cv2.INTER_AREA)
+    return np.asarray(small, np.uint8).tobytes()
 
 
 # --- the reference pictures of an image, beside the image itself
@@ -386,22 +397,23 @@ def _show_reference(
     table: DatasetTable, path: Path, name: str, image: Fit | None, sizes: StripSize
 ) -> ShownReference:
     """Draw a control image. path: where it is here. name: to show. image: fit of the image."""
+    bucket = None if image is None else image.bucket
     fit = None
     try:
         frame = read_image(path)
         size = (frame.shape[1], frame.shape[0])
         if table.references is not None:
-            fit = fit_reference(table, size, path, None if image is None else image.bucket)
+            fit = fit_reference(table, size, path, bucket)
     except MediaError as error:
         return ShownReference(name, text=str(error), is_bad=True)
-    if fit is None and image is not None:
-        fit = fit_cover(size, image.bucket)
+    if fit is None and bucket is not None:
+        fit = fit_cover(size, bucket)
     height = sizes.picture_height
     width = min(max(1, round(size[0] * height / size[1])), sizes.width)
     small = np.asarray(cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
     text = f"{size[0]} x {size[1]}"
     if fit is not None:
         small = draw_crop(small, fit)
-        text = f"{text} → {fit.bucket[0]} x {fit.bucket[1]}"
+        text += f" → {fit.bucket[0]} x {fit.bucket[1]}"
     picture = embed_picture(small, name, sizes.width, quality=sizes.quality)
     return ShownReference(name, picture, text)

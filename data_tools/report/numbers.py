@@ -219,22 +219,24 @@ def _distributions(looks: Sequence[Look]) -> Numbers:
     """Return durations, rates, sizes and measures of sources that can be read."""
     durations = [look.seconds for look in looks if look.seconds is not None]
     rates = Counter(round(look.fps, 3) for look in looks if look.fps)
-    sizes = Counter(look.size for look in looks if look.size is not None and look.problem is None)
-    frequent_sizes = sorted(sizes.items(), key=lambda item: (-item[1], item[0]))
     measures = [look.measures for look in looks if look.measures is not None]
+    motions = [measured.motion for measured in measures if len(measured.hashes) > 1]
     return {
         "durations": _distribution("seconds", durations),
         "rates": [{"fps": rate, "count": count} for rate, count in sorted(rates.items())],
-        "resolutions": [
-            {"width": width, "height": height, "count": count} for (width, height), count in frequent_sizes
-        ],
+        "resolutions": _count_resolutions(looks),
         "brightness": _distribution("values", [measured.brightness for measured in measures]),
         "sharpness": _distribution("values", [measured.sharpness for measured in measures]),
-        "motion": _distribution(
-            "values", [measured.motion for measured in measures if len(measured.hashes) > 1]
-        ),
+        "motion": _distribution("values", motions),
         "sound": _count_sound(looks),
     }
+
+
+def _count_resolutions(looks: Sequence[Look]) -> list[Numbers]:
+    """Return how many sources have each size, the most frequent first."""
+    sizes = Counter(look.size for look in looks if look.size is not None and look.problem is None)
+    by_frequency = sorted(sizes.items(), key=lambda item: (-item[1], item[0]))
+    return [{"width": width, "height": height, "count": count} for (width, height), count in by_frequency]
 
 
 def _count_sound(looks: Sequence[Look]) -> Numbers:
@@ -293,10 +295,10 @@ def count_bins(values: Sequence[float]) -> list[Numbers]:
     edges.append(max(high, start + count * width))
     # a little is added, so that rounding moves no value into an earlier bin
     sums, _ = np.histogram(np.minimum(numbers + 1e-9 * width, edges[-1]), edges)
-    return [
-        {"from": _plain(edge), "to": _plain(top), "count": int(number)}
-        for edge, top, number in zip(edges, edges[1:], sums, strict=False)
-    ]
+    bins = []
+    for edge, top, number in zip(edges, edges[1:], sums, strict=False):
+        bins.append({"from": _plain(edge), "to": _plain(top), "count": int(number)})
+    return bins
 
 
 def _bin_width(least: float, are_whole: bool) -> float:

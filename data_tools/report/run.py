@@ -265,15 +265,8 @@ def group_copies(measures: Sequence[Measures]) -> list[list[int]]:
 def _label_matches(measures: Sequence[Measures]) -> Indices:
     """Return a label for each of N measures; those of a chain of matches have the same."""
     num_frames = len(measures[0].hashes)
-    pictures = np.frombuffer(b"".join(measured.colours for measured in measures), np.uint8)
-    colours = _Colours(
-        pictures.reshape(len(measures), num_frames, -1),
-        np.array([measured.is_flat for measured in measures]),
-    )
-    # bits become -1 or 1: a product of two rows is the number of equal bits minus that of different ones
-    hashes = np.array([measured.hashes for measured in measures], np.uint64)
-    bits = np.unpackbits(hashes.view(np.uint8), axis=1)
-    signs = bits.astype(np.float32) * 2 - 1
+    colours = _read_colours(measures)
+    signs = _hash_signs(measures)
     least = (BITS - 2 * NEAR) * num_frames
     labels = np.arange(len(measures))
     at_once = max(1, PRODUCTS // len(measures))
@@ -287,16 +280,43 @@ def _label_matches(measures: Sequence[Measures]) -> Indices:
             first, end = np.searchsorted(rows, (row, row + 1))
             near = columns[first:end]
             near = near[labels[near] != labels[row]]
-            if len(near):
-                for match in near[_have_same_colours(colours, row, near)]:
-                    labels[labels == labels[match]] = labels[row]
+            if not len(near):
+                continue
+            is_match = _have_same_colours(colours, row, near)
+            for match in near[is_match]:
+                labels[labels == labels[match]] = labels[row]
     return labels
+
+
+def _read_colours(measures: Sequence[Measures]) -> _Colours:
+    num_frames = len(measures[0].hashes)
+    pictures = np.frombuffer(b"".join(measured.colours for measured in measures), np.uint8)
+    is_flat = np.array([measured.is_flat for measured in measures])
+    return _Colours(pictures.reshape(len(measures), num_frames, -1), is_flat)
+
+
+def _hash_signs(measures: Sequence[Measures]) -> NDArray[np.float32]:
+    """Return the bits of N hashes as -1 or 1: a product of two rows is the number of equal bits minus that
+    of different ones.
+    """
+    hashes = np.array([measured.hashes for measured in measures], np.uint64)
+    bits = np.unpackbits(hashes.view(np.uint8), axis=1)
+    return bits.astype(np.float32) * 2 - 1
 
 
 def _have_same_colours(colours: _Colours, index: int, near: Indices) -> NDArray[np.bool_]:
     """Return for each of `near` whether its colours equal those of `index` up to brightness and contrast."""
     first = colours.pictures[[index]].astype(np.float32) / np.float32(255)  # 1 K C
     second = colours.pictures[near].astype(np.float32) / np.float32(255)  # N K C
+    is_same_flat = np.abs(first - second).mean(axis=1).max(axis=1) <= SAME_FLAT
+    is_flat = colours.is_flat
+    one_is_flat = is_flat[index] | is_flat[near]
+    both_are_flat = is_flat[index] & is_flat[near]
+    return np.where(one_is_flat, both_are_flat & is_same_flat, _match_contrast(first, second))
+
+
+def _match_contrast(first: NDArray[np.float32], second: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Return which of `second` (N K C) are `first` (1 K C) at another brightness and contrast."""
     first_mean = first.mean(axis=(1, 2))
     second_mean = second.mean(axis=(1, 2))
     first_centred = first - first_mean[:, None, None]
@@ -305,16 +325,14 @@ def _have_same_colours(colours: _Colours, index: int, near: Indices) -> NDArray[
     second_power = np.square(second_centred).mean(axis=(1, 2))
     # least squares: the one of less contrast is `gain` times the other, and a rest
     power = np.maximum(first_power, second_power)
-    gain = (first_centred * second_centred).mean(axis=(1, 2)) / np.maximum(power, 1e-9)
+    covariance = (first_centred * second_centred).mean(axis=(1, 2))
+    gain = covariance / np.maximum(power, 1e-9)
     second_is_stronger = (first_power < second_power)[:, None, None]
     strong = np.where(second_is_stronger, second_centred, first_centred)
     weak = np.where(second_is_stronger, first_centred, second_centred)
-    misfit = np.abs(weak - gain[:, None, None] * strong).mean(axis=1).max(axis=1)  # over frames, then cells
-    is_same = misfit <= SAME_COLOURS
+    misfit = np.abs(weak - gain[:, None, None] * strong)
+    worst_misfit = misfit.mean(axis=1).max(axis=1)  # over frames, then cells
+    is_same = worst_misfit <= SAME_COLOURS
     is_same &= np.abs(first_mean - second_mean) <= MOST_SHIFT
     is_same &= (gain >= LEAST_GAIN) | (power < LEAST_DEVIATION**2)
-    is_same_flat = np.abs(first - second).mean(axis=1).max(axis=1) <= SAME_FLAT
-    is_flat = colours.is_flat
-    one_is_flat = is_flat[index] | is_flat[near]
-    both_are_flat = is_flat[index] & is_flat[near]
-    return np.where(one_is_flat, both_are_flat & is_same_flat, is_same)
+    return is_same
