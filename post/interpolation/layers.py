@@ -20,7 +20,7 @@ class EncodedPicture:
     quarter: Tensor  # 1 C H/4 W/4, features that the synthesis warps
     eighth: Tensor  # 1 C H/8 W/8, the same, coarser and deeper
     matching: Tensor  # 1 C H/8 W/8, features that are compared between pictures
-    own: Any  # data that only the estimator that made it uses
+    extra: Any  # data that only the estimator that made it uses
 
 
 class FlowEstimator(Protocol):
