@@ -7,7 +7,6 @@ the stages of each step. A new kind is a function there, and a line here.
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from itertools import chain
 from typing import TypeVar
 
 import torch
@@ -35,7 +34,7 @@ from blissful_tuner.guidance_formulas import (
     run_passes,
     watched,
 )
-from blissful_tuner.options import MOST_SCALE, PLAIN_GUIDANCE, GuidanceOptions
+from blissful_tuner.options import MOST_SCALE, PLAIN_GUIDANCE, GuidanceOptions, NagOptions
 from modules.contract.data import Conditions
 from modules.contract.requests import Prepared
 from modules.contract.rules import ONE_EXPERT, Expert, GuidanceRules, StreamGuidance, expert_at
@@ -61,7 +60,7 @@ def make_guidance(
     plans = plan_steps(prepared, options)
     join = functools.cache(Tweaks.within)  # the same objects at all steps, as `Tweaks.turn` requires
     below = prepared.rules.below_share
-    asked: list[tuple[Section, Tweaks]] = []  # the section, and the tweaks of its positive passes
+    steering = _Steering(options.nag)
 
     def guide(step: Step, predict: Predict, section: Section) -> Tensor:
         plan = plans[expert_at(step.timestep, experts)][step.index]
@@ -69,28 +68,46 @@ def make_guidance(
             plan = PassPlan(plan.passes[:1], factor=plan.factor)
         if not plan.passes:
             return torch.zeros_like(step.noisy)
-        if not asked or asked[0][0] is not section:  # whose conditions are on the device by now
-            steered, nag = NO_TWEAKS, options.nag
-            if nag.is_on:
-                assert section.away is not None, "`needs` asks for the text"
-                assert nag.nag_scale is not None
-                steer = NormalisedGuidance(nag.nag_scale, nag.nag_tau, nag.nag_alpha)
-                steered = Tweaks(away=Away(section.away, steer))
-            asked[:] = [(section, steered)]
+        steered = steering.tweaks_of(section)
         calls: dict[Tweaks, dict[int, Conditions]] = {}
-        place: dict[Pass, tuple[Tweaks, int]] = {}  # two with the same conditions and tweaks are one
-        for one in plan.passes:
-            conditions = getattr(section, one.text)
-            assert conditions is not None, f"the section has no {one.text} conditions"
-            tweaks = join(one.tweaks, plan.tweaks)
-            if one.text == "positive":
-                tweaks = join(tweaks, asked[0][1])
+        keys: dict[Pass, tuple[Tweaks, int]] = {}  # two with the same conditions and tweaks are one
+        for pass_ in plan.passes:
+            conditions = getattr(section, pass_.text)
+            assert conditions is not None, f"the section has no {pass_.text} conditions"
+            tweaks = join(pass_.tweaks, plan.tweaks)
+            if pass_.text == "positive":
+                tweaks = join(tweaks, steered)
             calls.setdefault(tweaks, {})[id(conditions)] = conditions
-            place[one] = tweaks, id(conditions)
-        made = run(calls, predict, section)
-        return plan.combine({one: made[where] for one, where in place.items()}, step, section)
+            keys[pass_] = tweaks, id(conditions)
+        velocities = run(calls, predict, section)
+        return plan.combine({pass_: velocities[key] for pass_, key in keys.items()}, step, section)
 
     return guide
+
+
+class _Steering:
+    """The tweaks of positive passes by --nag_scale: one object for each section."""
+
+    def __init__(self, options: NagOptions) -> None:
+        self._options = options
+        self._section: Section | None = None
+        self._tweaks = NO_TWEAKS
+
+    def tweaks_of(self, section: Section) -> Tweaks:
+        """Return the tweaks of a section, whose conditions are on the device by now."""
+        if section is not self._section:
+            self._section = section
+            self._tweaks = self._steer_away(section)
+        return self._tweaks
+
+    def _steer_away(self, section: Section) -> Tweaks:
+        nag = self._options
+        if not nag.is_on:
+            return NO_TWEAKS
+        assert section.away is not None, "`needs` asks for the text"
+        assert nag.nag_scale is not None
+        steer = NormalisedGuidance(nag.nag_scale, nag.nag_tau, nag.nag_alpha)
+        return Tweaks(away=Away(section.away, steer))
 
 
 def plan_steps(prepared: Prepared, options: GuidanceOptions) -> list[tuple[PassPlan, ...]]:
@@ -98,38 +115,81 @@ def plan_steps(prepared: Prepared, options: GuidanceOptions) -> list[tuple[PassP
 
     Raises OptionError if the request's schedule and the options do not go together.
     """
-    layers = options.skipped_layers
-    weakened = Pass("negative", Tweaks(skip_blocks=layers))
-    weakens = active_steps(options, prepared.num_steps) if layers else range(0)
-    of_all = Tweaks(embedded_guidance=False) if options.disable_embedded_for_cfg else NO_TWEAKS
-    rules, rule = prepared.rules, prepared.rules.projection
-    if rule is not None or rules.streams:
-        refuse_other_formulas(rules, options)
-    perturbed = Pass("positive", Tweaks(skip_self_attention=rules.perturbed_blocks))
-    isolated = Pass("positive", Tweaks(isolated=True))
+    if prepared.rules.projection is not None or prepared.rules.streams:
+        refuse_other_formulas(prepared.rules, options)
+    planner = _StepPlanner(prepared, options)
+    plans = []
+    for scales in guidance_scales(prepared, options):
+        plans.append(tuple(planner.plan(index, scale) for index, scale in enumerate(scales)))
+    return plans
 
-    def stream_stages(own: StreamGuidance, scale: float) -> tuple[GuidanceStage, ...]:
-        modality = 0 if prepared.joint is None else own.modality - 1
-        weights = {NEGATIVE: (scale if own.text is None else own.text) - 1}
-        weights |= {perturbed: own.perturbed, isolated: modality}
-        weights = {one: weight for one, weight in weights.items() if weight}
-        return (guide_stream(own, weights),) if weights else ()
 
-    def plain_stages(index: int, scale: float, momentum: Momentum | None) -> tuple[GuidanceStage, ...]:
-        skips = index in weakens
-        negative = weakened if skips and options.slg_mode == "uncond" else NEGATIVE
-        stages, share = list[GuidanceStage](), options.guidance_rescale
-        if options.perp_neg is not None:
-            stages.append(perp_neg(scale, options.perp_neg, negative))
-        elif scale != 1:  # at 1 the formula gives the positive velocity back
-            stages.append((cfg_zero if options.cfgzerostar_scaling else plain_cfg)(scale, negative))
-        if stages and rule is not None and momentum is not None:
-            if prepared.first_step + index > rule.after_step:
-                stages, share = [projected(rule, momentum, negative)], rule.rescale
+class _StepPlanner:
+    """Choose the passes and stages of each step. The same passes and tweaks serve all steps and experts."""
+
+    def __init__(self, prepared: Prepared, options: GuidanceOptions) -> None:
+        self._prepared = prepared
+        self._options = options
+        self._rules = prepared.rules
+        layers = options.skipped_layers
+        self._weakened = Pass("negative", Tweaks(skip_blocks=layers))
+        self._weakened_steps = active_steps(options, prepared.num_steps) if layers else range(0)
+        self._perturbed = Pass("positive", Tweaks(skip_self_attention=self._rules.perturbed_blocks))
+        self._isolated = Pass("positive", Tweaks(isolated=True))
+        self._guided_tweaks = NO_TWEAKS
+        if options.disable_embedded_for_cfg:
+            self._guided_tweaks = Tweaks(embedded_guidance=False)
+        rule = self._rules.projection
+        # of the picture, and of the sound
+        self._momenta = [None if rule is None else Momentum(rule.momentum) for _ in range(2)]
+
+    def plan(self, index: int, scale: float | None) -> PassPlan:
+        """Return the plan of a step. scale: of its guidance; None: the positive conditions alone."""
+        options = self._options
+        factor = options.cfgzerostar_multiplier if index < options.cfgzerostar_init_steps else 1.0
+        of_picture: tuple[GuidanceStage, ...] = ()
+        of_sound: tuple[GuidanceStage, ...] = ()
+        if scale is not None and self._rules.streams:
+            of_picture, of_sound = (self._stream_stages(rule, scale) for rule in self._rules.streams)
+        elif scale is not None:
+            of_picture, of_sound = (self._plain_stages(index, scale, momentum) for momentum in self._momenta)
+        if self._prepared.joint is None:
+            of_sound = ()
+        passes: list[Pass] = []
+        if factor:
+            passes.append(POSITIVE)
+            for stage in (*of_picture, *of_sound):
+                passes += stage.passes
+        tweaks = NO_TWEAKS if scale is None else self._guided_tweaks
+        return PassPlan(tuple(dict.fromkeys(passes)), (of_picture, of_sound), factor, tweaks)
+
+    def _stream_stages(self, rule: StreamGuidance, scale: float) -> tuple[GuidanceStage, ...]:
+        """Return the stages of a picture or a sound that has scales of its own."""
+        text_scale = scale if rule.text is None else rule.text
+        weights = {
+            NEGATIVE: text_scale - 1,
+            self._perturbed: rule.perturbed,
+            self._isolated: 0 if self._prepared.joint is None else rule.modality - 1,
+        }
+        weights = {pass_: weight for pass_, weight in weights.items() if weight}
+        return (guide_stream(rule, weights),) if weights else ()
+
+    def _plain_stages(self, index: int, scale: float, momentum: Momentum | None) -> tuple[GuidanceStage, ...]:
+        """Return the stages of a step by the options and the model's rules."""
+        options = self._options
+        rules = self._rules
+        weakens = index in self._weakened_steps
+        negative = self._weakened if weakens and options.slg_mode == "uncond" else NEGATIVE
+        stages = self._guiding_stages(scale, negative)
+        share = options.guidance_rescale
+        if stages and rules.projection is not None and momentum is not None:
+            if self._prepared.first_step + index > rules.projection.after_step:
+                stages = [projected(rules.projection, momentum, negative)]
+                share = rules.projection.rescale
             else:
                 stages = [watched(stages[0], momentum, negative)]
-        if skips and options.slg_mode == "original" and options.slg_scale != 0:
-            stages.append(add_skipped_layers(weakened, options.slg_scale))
+        if weakens and options.slg_mode == "original" and options.slg_scale != 0:
+            stages.append(add_skipped_layers(self._weakened, options.slg_scale))
         if stages and share != 0:
             stages.append(rescale(share))
         if stages and rules.norm_limit is not None:
@@ -138,36 +198,35 @@ def plan_steps(prepared: Prepared, options: GuidanceOptions) -> list[tuple[PassP
             stages.append(keep_norms(rules.token_side))
         return tuple(stages)
 
-    momenta = [None if rule is None else Momentum(rule.momentum) for _ in range(2)]
-
-    def plan(index: int, scale: float | None) -> PassPlan:
-        factor = options.cfgzerostar_multiplier if index < options.cfgzerostar_init_steps else 1.0
-        made: list[tuple[GuidanceStage, ...]] = [(), ()]
-        if scale is not None and rules.streams:
-            made = [stream_stages(own, scale) for own in rules.streams]
-        elif scale is not None:
-            made = [plain_stages(index, scale, momentum) for momentum in momenta]
-        stages = made[0], () if prepared.joint is None else made[1]
-        passes = [POSITIVE, *(one for stage in chain(*stages) for one in stage.passes)] if factor else ()
-        tweaks = NO_TWEAKS if scale is None else of_all
-        return PassPlan(tuple(dict.fromkeys(passes)), stages, factor, tweaks)
-
-    return [tuple(plan(*one) for one in enumerate(each)) for each in guidance_scales(prepared, options)]
+    def _guiding_stages(self, scale: float, negative: Pass) -> list[GuidanceStage]:
+        """Return the stage of the formula that the options choose; [] if the scale turns guidance off."""
+        options = self._options
+        if options.perp_neg is not None:
+            return [perp_neg(scale, options.perp_neg, negative)]
+        if scale == 1:  # the formula would give the positive velocity back
+            return []
+        if options.cfgzerostar_scaling:
+            return [cfg_zero(scale, negative)]
+        return [plain_cfg(scale, negative)]
 
 
 def refuse_other_formulas(rules: GuidanceRules, options: GuidanceOptions) -> None:
     """Raise OptionError if the options replace a formula that is the model's own."""
-    given = {"--cfgzerostar_scaling": options.cfgzerostar_scaling, "--perp_neg": options.perp_neg is not None}
-    own = "projected guidance"
+    is_given = {
+        "--cfgzerostar_scaling": options.cfgzerostar_scaling,
+        "--perp_neg": options.perp_neg is not None,
+    }
+    formula = "projected guidance"
     if rules.streams:
-        given |= {"--slg_layers": bool(options.skipped_layers)}
-        given |= {"--guidance_rescale": options.guidance_rescale != 0}
-        own = "for the picture and for the sound"
-    for option in (option for option, is_given in given.items() if is_given):
-        raise OptionError(
-            f"{option} replaces the formula of guidance, and this model has one of its own ({own}). "
-            "Leave it out"
-        )
+        formula = "for the picture and for the sound"
+        is_given["--slg_layers"] = bool(options.skipped_layers)
+        is_given["--guidance_rescale"] = options.guidance_rescale != 0
+    for option in is_given:
+        if is_given[option]:
+            raise OptionError(
+                f"{option} replaces the formula of guidance, and this model has one of its own ({formula}). "
+                "Leave it out"
+            )
 
 
 def plain_cfg(scale: float, negative: Pass) -> GuidanceStage:
@@ -189,31 +248,36 @@ def guidance_scales(prepared: Prepared, options: GuidanceOptions) -> list[tuple[
     The scales are those of the usual formula, in which 1 turns guidance off. Raises OptionError if the
     request's schedule and the options do not go together.
     """
-    schedule, num_steps, found = prepared.asked.cfg_schedule, prepared.num_steps, []
-    if prepared.rules.below_share is not None and prepared.rules.below_share <= 0:
+    schedule = prepared.asked.cfg_schedule
+    num_steps = prepared.num_steps
+    rules = prepared.rules
+    if rules.below_share is not None and rules.below_share <= 0:
         return [(None,) * num_steps] * len(prepared.guidance_scale)  # the first step already has that share
     if schedule and options.cfg_skip_mode != "none":
         raise OptionError(
             f"--cfg_schedule {schedule!r} and --cfg_skip_mode {options.cfg_skip_mode} both say which steps "
             "have guidance: give one of them"
         )
-    applied, ratio = (True,) * num_steps, options.cfg_apply_ratio
-    if options.cfg_skip_mode != "none" and ratio is not None:
-        applied = choose_applied_steps(options.cfg_skip_mode, ratio, num_steps)
-    usual = 1 - prepared.rules.off_at
-    # beside the prompt's
-    streams = prepared.rules.streams
-    has_more = any(own.perturbed or own.modality != 1 or own.text not in (None, 1) for own in streams)
+    applied = (True,) * num_steps
+    if options.cfg_skip_mode != "none" and options.cfg_apply_ratio is not None:
+        applied = choose_applied_steps(options.cfg_skip_mode, options.cfg_apply_ratio, num_steps)
+    usual = 1 - rules.off_at
+    # guidance besides the prompt's
+    guides_streams = any(
+        stream.perturbed or stream.modality != 1 or stream.text not in (None, 1) for stream in rules.streams
+    )
+    scales_by_expert: list[tuple[float | None, ...]] = []
     for scale in prepared.guidance_scale:
         if schedule:
             table = parse_cfg_schedule(schedule, num_steps, scale)
-            steps = (table.get(step + 1) for step in range(num_steps))
-            found.append(tuple(None if one is None else one + usual for one in steps))
+            numbers = range(1, num_steps + 1)
+            scales = tuple(table[number] + usual if number in table else None for number in numbers)
         else:  # at 1 the formula gives the positive velocity back
             weight = scale + usual
-            guides = weight != 1 or has_more
-            found.append(tuple(weight if is_applied and guides else None for is_applied in applied))
-    return found
+            guides = weight != 1 or guides_streams
+            scales = tuple(weight if is_applied and guides else None for is_applied in applied)
+        scales_by_expert.append(scales)
+    return scales_by_expert
 
 
 def choose_applied_steps(mode: str, ratio: float, num_steps: int) -> tuple[bool, ...]:
@@ -231,15 +295,16 @@ def choose_applied_steps(mode: str, ratio: float, num_steps: int) -> tuple[bool,
             if applied[-1]:
                 due -= 1.0
         return tuple(applied)
-    kept = int(num_steps * ratio)
-    skipped = num_steps - kept
-    kept_at = {
+    num_applied = int(num_steps * ratio)
+    skipped = num_steps - num_applied
+    middle = (num_steps - skipped) // 2
+    applied_at = {
         "early": range(skipped, num_steps),
-        "late": range(kept),
-        "early_late": range(skipped // 2, skipped // 2 + kept),
-        "middle": [step for step in range(num_steps) if not 0 <= step - (num_steps - skipped) // 2 < skipped],
+        "late": range(num_applied),
+        "early_late": range(skipped // 2, skipped // 2 + num_applied),
+        "middle": [step for step in range(num_steps) if not 0 <= step - middle < skipped],
     }[mode]
-    return tuple(step in kept_at for step in range(num_steps))
+    return tuple(step in applied_at for step in range(num_steps))
 
 
 def parse_cfg_schedule(text: str, steps: int, guidance_scale: float) -> dict[int, float]:
@@ -255,21 +320,7 @@ def parse_cfg_schedule(text: str, steps: int, guidance_scale: float) -> dict[int
     for entry in filter(None, (part.strip() for part in text.split(","))):
         numbers, colon, scale_text = entry.removeprefix("!").partition(":")
         try:
-            first_text, dash, last_text = numbers.strip().partition("-")
-            whole = "{!r} is not a whole number"
-            if first_text.startswith("e~"):
-                every = read_or_explain(int, numbers.strip()[2:], whole)
-                if every < 1:
-                    raise ValueError("the interval after ~ must be at least 1")
-                chosen = range(every, steps + 1, every)
-            else:
-                first = read_or_explain(int, first_text, whole)
-                last = read_or_explain(int, last_text, whole) if dash else first
-                if first > last:
-                    raise ValueError(f"it runs backwards, from {first} to {last}")
-                if first < 1 or last > steps:
-                    raise ValueError(f"the steps are 1 to {steps}")
-                chosen = range(first, last + 1)
+            chosen = _parse_steps(numbers, steps)
             if entry.startswith("!"):
                 excluded.update(chosen)
                 continue
@@ -287,6 +338,24 @@ def parse_cfg_schedule(text: str, steps: int, guidance_scale: float) -> dict[int
     return {step: scales[step] for step in sorted(scales.keys() - excluded)}
 
 
+def _parse_steps(text: str, steps: int) -> range:
+    """Return the steps of `k`, `a-b` or `e~m`. Raises ValueError with the reason."""
+    not_whole = "{!r} is not a whole number"
+    first_text, dash, last_text = text.strip().partition("-")
+    if first_text.startswith("e~"):
+        every = read_or_explain(int, text.strip()[2:], not_whole)
+        if every < 1:
+            raise ValueError("the interval after ~ must be at least 1")
+        return range(every, steps + 1, every)
+    first = read_or_explain(int, first_text, not_whole)
+    last = read_or_explain(int, last_text, not_whole) if dash else first
+    if first > last:
+        raise ValueError(f"it runs backwards, from {first} to {last}")
+    if first < 1 or last > steps:
+        raise ValueError(f"the steps are 1 to {steps}")
+    return range(first, last + 1)
+
+
 def read_or_explain(read: Callable[[str], Number], text: str, reason: str) -> Number:
     """Return a number read from a text. Raises ValueError with `reason` and the text."""
     try:
@@ -302,11 +371,11 @@ def check_guidance(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE
     """Raise OptionError if the guidance is impossible; warn of its options that have no effect."""
     is_guided = any(scale is not None for scales in guidance_scales(prepared, options) for scale in scales)
     plans = [plan for plans in plan_steps(prepared, options) for plan in plans]
-    passes = [one for plan in plans for one in plan.passes]
-    steps = options.cfgzerostar_init_steps
+    passes = [pass_ for plan in plans for pass_ in plan.passes]
+    init_steps = options.cfgzerostar_init_steps
     of_zero_star = {
         "--cfgzerostar_scaling": options.cfgzerostar_scaling,
-        f"--cfgzerostar_init_steps {steps}": steps > 0,
+        f"--cfgzerostar_init_steps {init_steps}": init_steps > 0,
     }
     for option, is_given in of_zero_star.items():
         if is_given and not is_guided:
@@ -316,60 +385,85 @@ def check_guidance(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE
             )
     if not passes:
         raise OptionError(
-            f"--cfgzerostar_init_steps {steps}: none of the {len(plans)} steps would call the model. Give "
-            "fewer; 1 or 2 are usual"
+            f"--cfgzerostar_init_steps {init_steps}: none of the {len(plans)} steps would call the model. "
+            "Give fewer; 1 or 2 are usual"
         )
-    text, away = prepared.asked.negative_prompt, prepared.asked.away_prompt
+    _warn_of_unused_prompts(prepared, options, passes, is_guided)
+    _warn_of_unused_options(prepared, options, passes, is_guided)
+
+
+def _warn_of_unused_prompts(
+    prepared: Prepared, options: GuidanceOptions, passes: Sequence[Pass], is_guided: bool
+) -> None:
+    text = prepared.asked.negative_prompt
+    away = prepared.asked.away_prompt
     if away is not None and not options.nag.is_on:
         logger.warning("--nag_prompt %r is ignored because --nag_scale is not given, or turned off", away)
     # without --nag_prompt attention is steered away from the negative one
-    is_used = options.nag.is_on and away is None
-    if text and not is_used and not any(one.text == "negative" for one in passes):
-        reason = f"{NO_STEP} (--guidance_scale)" if not is_guided else "no step has a pass with it"
-        if is_guided and options.perp_neg == 0:
+    is_used_by_nag = options.nag.is_on and away is None
+    if text and not is_used_by_nag and not any(pass_.text == "negative" for pass_ in passes):
+        if not is_guided:
+            reason = f"{NO_STEP} (--guidance_scale)"
+        elif options.perp_neg == 0:
             reason = "--perp_neg 0 leaves it out"
+        else:
+            reason = "no step has a pass with it"
         logger.warning("the negative prompt %r is ignored because %s", text, reason)
-    given = {
-        f"--slg_mode {options.slg_mode}": bool(options.skipped_layers),
-        f"--guidance_rescale {options.guidance_rescale:g}": options.guidance_rescale != 0,
-        f"--perp_neg {options.perp_neg or 0:g}": options.perp_neg is not None,
-        "--disable_embedded_for_cfg": options.disable_embedded_for_cfg,
+
+
+def _warn_of_unused_options(
+    prepared: Prepared, options: GuidanceOptions, passes: Sequence[Pass], is_guided: bool
+) -> None:
+    layers = f"--slg_mode {options.slg_mode}"
+    rescaling = f"--guidance_rescale {options.guidance_rescale:g}"
+    perpendicular = f"--perp_neg {options.perp_neg or 0:g}"
+    embedded = "--disable_embedded_for_cfg"
+    is_given = {
+        layers: bool(options.skipped_layers),
+        rescaling: options.guidance_rescale != 0,
+        perpendicular: options.perp_neg is not None,
+        embedded: options.disable_embedded_for_cfg,
     }
-    layers, _, perp_neg, embedded = given
-    reasons: dict[str, str] = {} if is_guided else dict.fromkeys(given, NO_STEP)
-    if is_guided and not any(one.tweaks.skip_blocks for one in passes):
+    reasons: dict[str, str] = {} if is_guided else dict.fromkeys(is_given, NO_STEP)
+    if is_guided and not any(pass_.tweaks.skip_blocks for pass_ in passes):
         if options.skipped_layers:
             reasons[layers] = why_none_skipped(options, prepared.num_steps)
         if all(texts.negative is None or not texts.negative.text for texts in prepared.prompts.values()):
-            reasons[perp_neg] = "the negative prompt is empty"
+            reasons[perpendicular] = "the negative prompt is empty"
     if prepared.embedded_guidance is None:
         reasons[embedded] = "the model has no embedded guidance"
     for option, reason in reasons.items():
-        if given[option]:
+        if is_given[option]:
             logger.warning("%s is ignored because %s", option, reason)
 
 
 def warn_of_low_scales(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> None:
     """Warn about guidance scales below the one that turns guidance off, which other programs count from 0."""
-    request, off = prepared.asked, prepared.rules.off_at
-    named: dict[float, str] = {}  # by scale: each is reported once, by the first option that gives it
-    if request.guidance_scale is not None:
-        named[request.guidance_scale] = "--guidance_scale {} (--l in a prompt line)"
-    for expert, scale in request.expert_guidance.items():
-        named.setdefault(scale, f"--guidance_scale_{expert} {{}}")
-    streams = prepared.rules.streams
-    for name, stream in zip(("video", "audio"), streams, strict=False):
-        if stream.text is not None:
-            named.setdefault(stream.text, f"--{name}_cfg_scale {{}}")
-    scheduled = guidance_scales(prepared, options) if request.cfg_schedule else []
+    off = prepared.rules.off_at
+    scheduled = guidance_scales(prepared, options) if prepared.asked.cfg_schedule else []
+    named = _name_scales(prepared)
     for scales in scheduled:
         for weight in scales:
             if weight is not None:
                 named.setdefault(weight - 1 + off, "the scale {} of --cfg_schedule")
-    used = {*prepared.guidance_scale, *(stream.text for stream in streams)}
+    used = {*prepared.guidance_scale, *(stream.text for stream in prepared.rules.streams)}
     for scale, option in named.items():
         if scale < off and (scale in used or scheduled):
             logger.warning("%s: %s", option.format(f"{scale:g}"), _low_scale_in_words(scale, off))
+
+
+def _name_scales(prepared: Prepared) -> dict[float, str]:
+    """Return by scale the first option that gives it: each is reported once."""
+    request = prepared.asked
+    named: dict[float, str] = {}
+    if request.guidance_scale is not None:
+        named[request.guidance_scale] = "--guidance_scale {} (--l in a prompt line)"
+    for expert, scale in request.expert_guidance.items():
+        named.setdefault(scale, f"--guidance_scale_{expert} {{}}")
+    for name, stream in zip(("video", "audio"), prepared.rules.streams, strict=False):
+        if stream.text is not None:
+            named.setdefault(stream.text, f"--{name}_cfg_scale {{}}")
+    return named
 
 
 def _low_scale_in_words(scale: float, off: float) -> str:

@@ -5,7 +5,7 @@ their results. All passes of a step's stages are requested together, each once, 
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -60,34 +60,39 @@ class PassPlan:
 
     @property
     def most_together(self) -> int:
-        return max(Counter(one.tweaks for one in self.passes).values(), default=0)
+        return max(Counter(pass_.tweaks for pass_ in self.passes).values(), default=0)
 
     def combine(self, velocities: Velocities, step: Step, section: Section) -> Tensor:
         """Return the velocity that the solver follows. There is at least one pass.
 
         Picture and sound are guided separately; if one is wholly given, its velocity is 0.
         """
-        joint, made = section.tweaks.joint, list[Tensor]()
-        streams = [(self.stages[0], velocities, step.noisy)]
-        if joint is not None:
-            noisy, parts = joint.split(step.noisy), {one: joint.split(v) for one, v in velocities.items()}
-            streams = [
-                (stages, {one: part[index] for one, part in parts.items()}, noisy[index])
-                for index, stages in enumerate(self.stages)
-            ]
-        for stages, own, noise in streams:
-            velocity = own[POSITIVE]
-            for stage in stages:
-                if stage.is_of_clean:
-                    clean = {one: noise - step.sigma * each for one, each in own.items()}
-                    velocity = (noise - stage.change(noise - step.sigma * velocity, clean)) / step.sigma
-                else:
-                    velocity = stage.change(velocity, own)
-            made.append(velocity)
-        if joint is not None:
-            held = zip(made, section.held, strict=True)
-            velocity = joint.join(*(torch.zeros_like(one) if is_held else one for one, is_held in held))
+        joint = section.tweaks.joint
+        if joint is None:
+            velocity = _apply(self.stages[0], velocities, step.noisy, step.sigma)
+            return velocity if self.factor == 1 else velocity * self.factor
+        noisy = joint.split(step.noisy)
+        parts = {pass_: joint.split(velocity) for pass_, velocity in velocities.items()}
+        guided = []
+        for index, (stages, is_held) in enumerate(zip(self.stages, section.held, strict=True)):
+            of_stream = {pass_: part[index] for pass_, part in parts.items()}
+            velocity = _apply(stages, of_stream, noisy[index], step.sigma)
+            guided.append(torch.zeros_like(velocity) if is_held else velocity)
+        velocity = joint.join(*guided)
         return velocity if self.factor == 1 else velocity * self.factor
+
+
+def _apply(stages: Iterable[GuidanceStage], velocities: Velocities, noisy: Tensor, sigma: float) -> Tensor:
+    """Return the guided velocity of a picture or a sound: the positive one, changed by each stage."""
+    velocity = velocities[POSITIVE]
+    for stage in stages:
+        if stage.is_of_clean:
+            clean = {pass_: noisy - sigma * predicted for pass_, predicted in velocities.items()}
+            guided_clean = stage.change(noisy - sigma * velocity, clean)
+            velocity = (noisy - guided_clean) / sigma
+        else:
+            velocity = stage.change(velocity, velocities)
+    return velocity
 
 
 def run_passes(calls: Calls, predict: Predict, _: Section) -> Made:
@@ -130,15 +135,15 @@ def perp_neg(scale: float, weight: float, negative: Pass) -> GuidanceStage:
 
     def change(_: Tensor, velocities: Velocities) -> Tensor:
         blank = velocities[BLANK]
-        wanted = velocities[POSITIVE] - blank
+        toward = velocities[POSITIVE] - blank
         if weight == 0:
-            return blank + scale * wanted
+            return blank + scale * toward
         unwanted = velocities[negative] - blank
         axes = tuple(range(1, blank.ndim))
         # where the prompt changes nothing, the length is 0 and so is the product
-        length = wanted.square().sum(axes, keepdim=True).clamp_min(torch.finfo(wanted.dtype).tiny)
-        along = (unwanted * wanted).sum(axes, keepdim=True) / length * wanted
-        return blank + scale * (wanted - weight * (unwanted - along))
+        length = toward.square().sum(axes, keepdim=True).clamp_min(torch.finfo(toward.dtype).tiny)
+        along = (unwanted * toward).sum(axes, keepdim=True) / length * toward
+        return blank + scale * (toward - weight * (unwanted - along))
 
     return GuidanceStage((POSITIVE, *(() if weight == 0 else (negative,)), BLANK), change)
 
@@ -187,8 +192,8 @@ def guide_stream(rule: StreamGuidance, weights: Mapping[Pass, float]) -> Guidanc
 
     def change(clean: Tensor, predicted: Velocities) -> Tensor:
         guided = clean
-        for one, weight in weights.items():
-            guided = guided + weight * (clean - predicted[one])
+        for pass_, weight in weights.items():
+            guided = guided + weight * (clean - predicted[pass_])
         return to_scale.change(guided, predicted) if rule.rescale else guided
 
     return GuidanceStage((POSITIVE, *weights), change, is_of_clean=True)
@@ -218,14 +223,17 @@ def keep_norms(side: int) -> GuidanceStage:
     """
 
     def change(velocity: Tensor, velocities: Velocities) -> Tensor:
-        wanted, found = (
-            functional.avg_pool2d(one.square().sum(dim=1), side).sqrt()  # B F h w
-            for one in (velocities[POSITIVE], velocity)
-        )
-        ratio = torch.where(found > 0, wanted / found, 1.0).unsqueeze(1)
+        positive_norms = _token_norms(velocities[POSITIVE], side)
+        norms = _token_norms(velocity, side)
+        ratio = torch.where(norms > 0, positive_norms / norms, 1.0).unsqueeze(1)
         return velocity * ratio.repeat_interleave(side, dim=-1).repeat_interleave(side, dim=-2)
 
     return GuidanceStage((POSITIVE,), change)
+
+
+def _token_norms(velocity: Tensor, side: int) -> Tensor:
+    """Return for each token a multiple of its Euclidean norm, B F h w."""
+    return functional.avg_pool2d(velocity.square().sum(dim=1), side).sqrt()
 
 
 # Adaptive projected guidance: what the difference of the passes has along the positive velocity is dropped.
@@ -262,7 +270,8 @@ def projected(rule: Projection, momentum: Momentum, negative: Pass) -> GuidanceS
     """
 
     def change(_: Tensor, velocities: Velocities) -> Tensor:
-        positive, without = velocities[POSITIVE], velocities[negative]
+        positive = velocities[POSITIVE]
+        without = velocities[negative]
         axes = tuple(range(1, positive.ndim))
         total = momentum.add(positive - without)
         length = total.square().sum(axes, keepdim=True).sqrt()
@@ -270,10 +279,11 @@ def projected(rule: Projection, momentum: Momentum, negative: Pass) -> GuidanceS
         # its parts along the positive velocity and across. float64, as released: the part across is a small
         # difference of large numbers; MPS has no float64
         exact = step.dtype if step.device.type == "mps" else torch.float64
-        whole, direction = step.to(exact), positive.to(exact)
+        exact_step = step.to(exact)
+        direction = positive.to(exact)
         unit = direction / direction.square().sum(axes, keepdim=True).sqrt().clamp(min=1e-12)
-        along = (whole * unit).sum(axes, keepdim=True) * unit
-        across = (whole - along).to(step.dtype)
+        along = (exact_step * unit).sum(axes, keepdim=True) * unit
+        across = (exact_step - along).to(step.dtype)
         return without + rule.scale * (across + rule.eta * along.to(step.dtype))
 
     return GuidanceStage((POSITIVE, negative), change)
@@ -302,6 +312,6 @@ class NormalisedGuidance:
         return torch.lerp(toward, guided * allowed.clamp(max=1).to(guided.dtype), self.alpha)
 
 
-def _size(seen: Tensor) -> Tensor:
+def _size(attended: Tensor) -> Tensor:
     """Return the L1 norm over the heads and channels of each token: B L 1 1 float32."""
-    return torch.linalg.vector_norm(seen, 1, dim=(-2, -1), keepdim=True, dtype=torch.float32)
+    return torch.linalg.vector_norm(attended, 1, dim=(-2, -1), keepdim=True, dtype=torch.float32)

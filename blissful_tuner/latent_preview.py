@@ -35,12 +35,13 @@ class LatestWriter(Generic[Item]):
     """Call `write` in a thread with the items that are put, one at a time; a newer item replaces a waiting
     one.
 
-    The first item starts the thread. `write` must not raise. rest: seconds to pause after an item for each
+    The first item starts the thread. `write` must not raise. pause: seconds to pause after an item for each
     second that it took, if the thread takes time from the generation itself.
     """
 
-    def __init__(self, write: Callable[[Item], None], rest: float = 0.0) -> None:
-        self._write, self._rest = write, rest
+    def __init__(self, write: Callable[[Item], None], pause: float = 0.0) -> None:
+        self._write = write
+        self._pause = pause
         self._waiting: Item | None = None
         self._ending = threading.Event()
         self._changed = threading.Condition()
@@ -77,7 +78,7 @@ class LatestWriter(Generic[Item]):
             self._write(item)
             del item  # frees its memory
             took = time.monotonic() - start
-            self._ending.wait(self._rest * took)
+            self._ending.wait(self._pause * took)
 
 
 NAME = "latent_preview"
@@ -244,7 +245,9 @@ def make_previews(
     if options.preview_latent_every is None:
         return None
     vae = None if options.preview_vae is None else load_taehv(options.preview_vae, latent, device)
-    return LatentPreviews(options.preview_latent_every, folder, latent, device, has_room, vae)
+    return LatentPreviews(
+        options.preview_latent_every, folder, latent, device=device, has_room=has_room, vae=vae
+    )
 
 
 def check_preview(options: PreviewOptions, latent: LatentSpec) -> None:

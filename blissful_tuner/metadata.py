@@ -20,18 +20,19 @@ CREATED = "creation_timestamp"
 
 # keys that the known FramePack tools write into latent files without a prefix, and read from there
 PLAIN = (
-    *(
-        "seeds",
-        "prompt",
-        "negative_prompt",
-        "height",
-        "width",
-        "video_seconds",
-        "fps",
-        "infer_steps",
-        "guidance_scale",
-    ),
-    *("embedded_cfg_scale", "guidance_rescale", "latent_window_size", "sample_solver"),
+    "seeds",
+    "prompt",
+    "negative_prompt",
+    "height",
+    "width",
+    "video_seconds",
+    "fps",
+    "infer_steps",
+    "guidance_scale",
+    "embedded_cfg_scale",
+    "guidance_rescale",
+    "latent_window_size",
+    "sample_solver",
 )
 
 
@@ -94,19 +95,21 @@ def output_metadata(
 
 def _optional(request: Prepared, device: str | None, created: datetime | None) -> dict[str, object]:
     """Return the values that only some outputs have."""
-    asked = request.asked
+    options = request.asked
     values: dict[str, object] = {
         "embedded_cfg_scale": request.embedded_guidance,
-        "nag_prompt": asked.away_prompt,
-        "prompt_2": asked.second_prompt,
+        "nag_prompt": options.away_prompt,
+        "prompt_2": options.second_prompt,
         "device": device,
         CREATED: None if created is None else created.isoformat(timespec="seconds"),
-        **(asked.source.in_words() if asked.source is not None else {}),
+        **(options.source.in_words() if options.source is not None else {}),
     }
-    values |= {f"original_{name}": text for name, text in asked.typed.items()}
-    media = ("image_path", "end_image_path", "control_path")
-    values |= {name: path.name for name in media if (path := getattr(asked, name)) is not None}
-    values["control_image_path"] = "\n".join(path.name for path in asked.control_images) or None
+    values |= {f"original_{name}": text for name, text in options.typed.items()}
+    for name in ("image_path", "end_image_path", "control_path"):
+        path = getattr(options, name)
+        if path is not None:
+            values[name] = path.name
+    values["control_image_path"] = "\n".join(path.name for path in options.control_images) or None
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -122,25 +125,26 @@ def read_decoded_metadata(
 
     of_decoding: the options that say how latents are decoded.
     """
-    kept = {
-        name: text for name, text in saved.items() if name.removeprefix("bt_") not in {*of_decoding, "fps"}
-    }
+    replaced = {*of_decoding, "fps"}
+    texts = {name: text for name, text in saved.items() if name.removeprefix("bt_") not in replaced}
     # drop values that a latent file holds under both names
-    kept = {name: text for name, text in kept.items() if f"bt_{name}" not in kept}
+    texts = {name: text for name, text in texts.items() if f"bt_{name}" not in texts}
     values = {name: text for name, text in _record(settings).items() if name in of_decoding}
-    return kept | {f"bt_{name}": make_storable(text) for name, text in {**values, "fps": f"{fps:g}"}.items()}
+    values["fps"] = f"{fps:g}"
+    return texts | {f"bt_{name}": make_storable(text) for name, text in values.items()}
 
 
 def _record(settings: Mapping[str, Any]) -> dict[str, str]:
-    return {
-        name: value.name
-        if isinstance(value, Path)
-        else shlex.join(map(str, value))
-        if isinstance(value, tuple)
-        else str(value)
-        for name, value in settings.items()
-        if value is not None
-    }
+    """Return the values of options as texts; of files only the names."""
+    texts = {}
+    for name, value in settings.items():
+        if isinstance(value, Path):
+            texts[name] = value.name
+        elif isinstance(value, tuple):
+            texts[name] = shlex.join(map(str, value))
+        elif value is not None:
+            texts[name] = str(value)
+    return texts
 
 
 def with_plain_keys(metadata: Mapping[str, str]) -> dict[str, str]:
@@ -148,8 +152,8 @@ def with_plain_keys(metadata: Mapping[str, str]) -> dict[str, str]:
 
     For latent files only: in a PNG a `prompt` without prefix is the workflow of another program.
     """
-    said = {name: metadata.get(f"bt_{name}", NOT_SET) for name in PLAIN}
-    return {**metadata, **{name: text for name, text in said.items() if text != NOT_SET}}
+    texts = {name: metadata.get(f"bt_{name}", NOT_SET) for name in PLAIN}
+    return {**metadata, **{name: text for name, text in texts.items() if text != NOT_SET}}
 
 
 def as_tags(metadata: Mapping[str, str]) -> dict[str, str]:
@@ -174,28 +178,37 @@ def as_png_texts(metadata: Mapping[str, str]) -> dict[str, str]:
     a line with all settings. If a line of the prompt could be taken for one of these, the prompt becomes one
     line.
     """
-    prompt, negative = value_in(metadata, "prompt"), value_in(metadata, "negative_prompt")
+    prompt = value_in(metadata, "prompt")
     if prompt is None:
         return as_tags(metadata)
     if any(line.strip().startswith(NEGATIVE) for line in prompt.splitlines()[1:]):
         prompt = " ".join(prompt.split())
-    found = {name: value_in(metadata, key) for name, key in PARAMETERS.items()}
-    width, height = value_in(metadata, "width"), value_in(metadata, "height")
-    found["Size"] = f"{width}x{height}" if width and height else None
-    model = [value_in(metadata, name) for name in ("model_type", "task")]
-    file = value_in(metadata, "dit")
-    found["Model"] = Path(file).stem if file else " ".join(part for part in model if part and part != NOT_SET)
-    found["Version"] = value_in(metadata, "tunerver")
-    quoted = {  # values that contain a separator
-        name: json.dumps(text, ensure_ascii=False) if re.search(r"[,:\n\"]", text) else text
-        for name, text in found.items()
-        if text and text != NOT_SET
-    }
-    settings = [f"{name}: {text}" for name, text in quoted.items()]
     lines = [prompt.strip()]
+    negative = value_in(metadata, "negative_prompt")
     if negative and negative != NOT_SET:
         lines.append(f"{NEGATIVE} {negative.strip()}")
-    return as_tags(metadata) | {"parameters": "\n".join([*lines, ", ".join(settings)])}
+    settings = []
+    for name, text in _list_parameters(metadata).items():
+        if text and text != NOT_SET:
+            has_separator = re.search(r"[,:\n\"]", text)
+            quoted = json.dumps(text, ensure_ascii=False) if has_separator else text
+            settings.append(f"{name}: {quoted}")
+    lines.append(", ".join(settings))
+    return as_tags(metadata) | {"parameters": "\n".join(lines)}
+
+
+def _list_parameters(metadata: Mapping[str, str]) -> dict[str, str | None]:
+    """Return the settings of `parameters` by their names there."""
+    values = {name: value_in(metadata, key) for name, key in PARAMETERS.items()}
+    width = value_in(metadata, "width")
+    height = value_in(metadata, "height")
+    values["Size"] = f"{width}x{height}" if width and height else None
+    file = value_in(metadata, "dit")
+    model = [value_in(metadata, name) for name in ("model_type", "task")]
+    names = " ".join(part for part in model if part and part != NOT_SET)
+    values["Model"] = Path(file).stem if file else names
+    values["Version"] = value_in(metadata, "tunerver")
+    return values
 
 
 def value_in(metadata: Mapping[str, str], name: str) -> str | None:

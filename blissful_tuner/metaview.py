@@ -68,29 +68,29 @@ class FileFacts:
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the metadata of all files. Raises UserError at the end if one could not be read."""
     (options,) = parse_options(__doc__, argv, MetaviewOptions)
-    found = [read_file_facts(path) for path in list_files(options.input_file)]
+    files = [read_file_facts(path) for path in list_files(options.input_file)]
     is_one = len(options.input_file) == 1 and not options.input_file[0].is_dir()
-    lines = list(as_json(found, is_one)) if options.json else list(as_lines(found, is_one))
+    lines = list(as_json(files, is_one)) if options.json else list(as_lines(files, is_one))
     if lines:
         sys.stdout.write("\n".join(lines) + "\n")
     sys.stdout.flush()
-    for one in found:
-        if not one.error and not one.metadata and not options.json:
-            sys.stderr.write(f"{escape_control_codes(str(one.path))} holds no metadata\n")
-    failed = [one.error for one in found if one.error]
+    for facts in files:
+        if not facts.error and not facts.metadata and not options.json:
+            sys.stderr.write(f"{escape_control_codes(str(facts.path))} holds no metadata\n")
+    failed = [facts.error for facts in files if facts.error]
     if failed:
         raise MediaError("\n".join(failed))
 
 
-def list_files(given: Sequence[Path]) -> list[Path]:
+def list_files(paths: Sequence[Path]) -> list[Path]:
     """Return the files, and those of folders that can hold metadata, by name."""
     files = []
-    for path in given:
+    for path in paths:
         if not path.is_dir():
             files.append(path)
             continue
-        known = VIDEOS | {TENSORS, ".png", ".wav"}
-        inside = sorted(file for file in path.iterdir() if file.suffix.lower() in known and file.is_file())
+        suffixes = VIDEOS | {TENSORS, ".png", ".wav"}
+        inside = sorted(file for file in path.iterdir() if file.suffix.lower() in suffixes and file.is_file())
         if not inside:
             raise MediaError(f"{path} holds no video, PNG, WAV or safetensors file. Give another folder")
         files += inside
@@ -113,24 +113,24 @@ def read_file_facts(path: Path) -> FileFacts:
     return FileFacts(path, {name: text for name, text in tags.items() if name not in OF_CONTAINERS})
 
 
-def as_json(found: Sequence[FileFacts], is_one: bool) -> Iterator[str]:
+def as_json(files: Sequence[FileFacts], is_one: bool) -> Iterator[str]:
     """Yield JSON in ASCII: names and values as they are stored."""
-    objects = [
-        {"file": str(one.path), **({"error": one.error} if one.error else {"metadata": dict(one.metadata)})}
-        for one in found
-    ]
+    objects = []
+    for facts in files:
+        content = {"error": facts.error} if facts.error else {"metadata": dict(facts.metadata)}
+        objects.append({"file": str(facts.path), **content})
     yield json.dumps(objects[0] if is_one else objects, indent=2)
 
 
-def as_lines(found: Sequence[FileFacts], is_one: bool) -> Iterator[str]:
+def as_lines(files: Sequence[FileFacts], is_one: bool) -> Iterator[str]:
     """Yield `NAME: value`; with several files, below the path of each, with an empty line between files."""
-    for index, one in enumerate(found):
-        if one.error:
+    for index, facts in enumerate(files):
+        if facts.error:
             continue
         if not is_one:
             yield from ([""] if index else [])
-            yield escape_control_codes(str(one.path))
-        for name, text in in_order(one.metadata):
+            yield escape_control_codes(str(facts.path))
+        for name, text in in_order(facts.metadata):
             yield f"{_as_line(name)}: {_as_line(text)}"
 
 
@@ -142,13 +142,13 @@ def in_order(metadata: Mapping[str, str]) -> list[tuple[str, str]]:
     """
     prefixed = {name: text for name, text in metadata.items() if name.lower().startswith(PREFIX)}
     ours = {name.lower().removeprefix(PREFIX): text for name, text in prefixed.items()}
-    others = {name: text for name, text in metadata.items() if name not in prefixed}
-    if not ours and {"seeds", "prompt"} <= others.keys():
-        ours, others = others, {}
-    others = {name: text for name, text in others.items() if ours.get(name) != text}
+    plain = {name: text for name, text in metadata.items() if name not in prefixed}
+    if not ours and {"seeds", "prompt"} <= plain.keys():
+        ours, plain = plain, {}
+    plain = {name: text for name, text in plain.items() if ours.get(name) != text}
     first = [name for name in FIRST if name in ours]
-    rest = sorted(ours.keys() - set(first))
-    return [(name.upper(), ours[name]) for name in (*first, *rest)] + sorted(others.items())
+    further = sorted(ours.keys() - set(first))
+    return [(name.upper(), ours[name]) for name in (*first, *further)] + sorted(plain.items())
 
 
 def _as_line(text: str) -> str:

@@ -82,11 +82,11 @@ class ModelUtilityOptions(Options):
     disable_weights_only: bool = option("refused: code in a file is never run", title=_SAFETY)
 
     def __post_init__(self) -> None:
-        given = self.weights_only.strip().lower()
-        if self.disable_weights_only or given in {"false", "no", "0"}:
+        weights_only = self.weights_only.strip().lower()
+        if self.disable_weights_only or weights_only in {"false", "no", "0"}:
             flag = "--disable_weights_only" if self.disable_weights_only else "--weights_only false"
             raise OptionError(f"{flag}: {_NO_CODE}. Ask for a safetensors version of the file")
-        if given not in {"true", "yes", "1"}:
+        if weights_only not in {"true", "yes", "1"}:
             raise OptionError(f"--weights_only {self.weights_only}: only true can be used: {_NO_CODE}")
         if self.dtype is not None and self.dtype not in DTYPES:
             if "8" in self.dtype:
@@ -106,10 +106,10 @@ class ModelUtilityOptions(Options):
     @property
     def shard_bytes(self) -> int:
         """Return the largest size of a file, in bytes; 0 if there is none or it cannot be read."""
-        found = _SIZE.fullmatch((self.shard_size or "").strip())
-        if found is None:
+        match = _SIZE.fullmatch((self.shard_size or "").strip())
+        if match is None:
             return 0
-        unit = UNITS[found["unit"].lower()]
-        if found["binary"]:
+        unit = UNITS[match["unit"].lower()]
+        if match["binary"]:
             unit = {1: 0, 10**3: 1 << 10, 10**6: 1 << 20, 10**9: 1 << 30, 10**12: 1 << 40}[unit]
-        return int(float(found["number"]) * unit)
+        return int(float(match["number"]) * unit)

@@ -122,7 +122,7 @@ def as_json(
         "metadata": dict(facts.metadata),
     }
     if hashes:
-        content["hashes"] = [dict(one) for one in hashes]
+        content["hashes"] = [dict(record) for record in hashes]
         content["lora_hashes"] = dict(of_lora)
     if listed is not None:
         content["listed"] = {
@@ -139,27 +139,32 @@ def file_hashes(path: Path) -> dict[str, str]:
     Model browsers call its first 12 digits AutoV3, the first 10 of `sha256` AutoV2, and `old`, 8 digits of
     SHA-256 over 64 KiB at 1 MiB of a large enough file, AutoV1. Raises CheckpointError if it cannot be read.
     """
-    whole, data, old = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
+    of_file = hashlib.sha256()
+    of_data = hashlib.sha256()
+    of_old_part = hashlib.sha256()
     try:
         has_data = is_safetensors(path)
         size = path.stat().st_size
         with path.open("rb") as file, Bar(size, f"Reading {path.name}", BYTES) as bar:
-            start = 8 + int.from_bytes(file.read(8), "little") if has_data else 0
+            data_start = 8 + int.from_bytes(file.read(8), "little") if has_data else 0
             file.seek(0)
             position = 0
             while piece := file.read(PIECE):
-                whole.update(piece)
-                data.update(piece[max(0, start - position) :])
-                begin, end = OLD_START - position, OLD_START + OLD_BYTES - position
-                old.update(piece[max(0, begin) : max(0, end)])
+                of_file.update(piece)
+                of_data.update(piece[max(0, data_start - position) :])
+                begin = max(0, OLD_START - position)
+                end = max(0, OLD_START + OLD_BYTES - position)
+                of_old_part.update(piece[begin:end])
                 position += len(piece)
                 bar.update(len(piece))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.", path) from error
-    found = {"file": str(path), "sha256": whole.hexdigest()}
+    hashes = {"file": str(path), "sha256": of_file.hexdigest()}
     if has_data:
-        found["data_sha256"] = data.hexdigest()
-    return found | ({"old": old.hexdigest()[:8]} if position > OLD_START else {})
+        hashes["data_sha256"] = of_data.hexdigest()
+    if position > OLD_START:
+        hashes["old"] = of_old_part.hexdigest()[:8]
+    return hashes
 
 
 def _line(text: str) -> str:
@@ -201,13 +206,7 @@ def work(
             indexes = list(options.input.glob(f"*{changing.INDEX}")) if options.input.is_dir() else []
             for path in replaced:
                 refuse_replacing(OPTION, path, [*checkpoint.parts, options.input, *indexes])
-            change = changing.CheckpointChange(
-                None if options.dtype is None else dtype_named(options.dtype, "--dtype"),
-                _selection(options),
-                changing.Selection(options.full_target_keys or (), options.full_exclude_keys or ()),
-                options.strip_prefix or (),
-                options.add_prefix or "",
-            )
+            change = _make_change(options)
             plan = changing.plan_change(checkpoint, change, knowledge.stale)
             ask_to_replace(replaced, options.yes, ask)
         _show(options, knowledge, checkpoint)
@@ -234,6 +233,16 @@ def output_name(path: Path, in_shards: bool) -> Path:
     return path
 
 
+def _make_change(options: ModelUtilityOptions) -> changing.CheckpointChange:
+    """Return what the options change in a file."""
+    dtype = None if options.dtype is None else dtype_named(options.dtype, "--dtype")
+    cast = _selection(options)
+    written = changing.Selection(options.full_target_keys or (), options.full_exclude_keys or ())
+    return changing.CheckpointChange(
+        dtype, cast, written, strip=options.strip_prefix or (), add=options.add_prefix or ""
+    )
+
+
 def _selection(options: ModelUtilityOptions) -> changing.Selection:
     return changing.Selection(options.target_keys or (), options.exclude_keys or ())
 
@@ -247,12 +256,12 @@ def _show(options: ModelUtilityOptions, knowledge: Knowledge, checkpoint: Checkp
         else:
             what = what.removeprefix("it is ").removeprefix("it looks like ")
     facts = Facts(
-        checkpoint.path,
-        what,
-        tuple(checkpoint.parts),
-        dict(checkpoint.tensors),
-        dict(checkpoint.metadata),
-        checkpoint.left_out,
+        path=checkpoint.path,
+        what=what,
+        files=tuple(checkpoint.parts),
+        tensors=dict(checkpoint.tensors),
+        metadata=dict(checkpoint.metadata),
+        left_out=checkpoint.left_out,
     )
     listed: dict[str, TensorInfo] | None = None
     if options.inspect:
@@ -261,27 +270,29 @@ def _show(options: ModelUtilityOptions, knowledge: Knowledge, checkpoint: Checkp
         if not listed:
             raise OptionError("--target_keys and --exclude_keys leave no tensor to list: give other names")
     hashes = [file_hashes(file) for file in facts.files] if options.hash else []
-    known = dict(knowledge.lora_hashes(checkpoint)) if options.hash else {}
+    lora_hashes = dict(knowledge.lora_hashes(checkpoint)) if options.hash else {}
     if options.json:
-        lines = [as_json(facts, listed, hashes, known)]
+        lines = [as_json(facts, listed, hashes, lora_hashes)]
     else:
-        plain = [*as_lines(facts, listed), *_hash_lines(hashes, known, facts.metadata)]
+        plain = [*as_lines(facts, listed), *_hash_lines(hashes, lora_hashes, facts.metadata)]
         lines = [escape_control_codes(line) for line in plain]  # names of files and tensors may hold some
     sys.stdout.write("\n".join(lines) + "\n")
     sys.stdout.flush()
 
 
 def _hash_lines(
-    hashes: Sequence[Mapping[str, str]], known: Mapping[str, str], metadata: Mapping[str, str]
+    hashes: Sequence[Mapping[str, str]], lora_hashes: Mapping[str, str], metadata: Mapping[str, str]
 ) -> list[str]:
     lines = []
-    for one in hashes:
-        lines.append(f"SHA-256 of {Path(one['file']).name}: {one['sha256']} (AutoV2 {one['sha256'][:10]})")
-        if "data_sha256" in one:
-            lines.append(f"  of its data: {one['data_sha256']} (AutoV3 {one['data_sha256'][:12]})")
-        if "old" in one:
-            lines.append(f"  of 64 KiB at 1 MiB: {one['old']} (AutoV1)")
-    for key, value in known.items():
+    for record in hashes:
+        lines.append(
+            f"SHA-256 of {Path(record['file']).name}: {record['sha256']} (AutoV2 {record['sha256'][:10]})"
+        )
+        if "data_sha256" in record:
+            lines.append(f"  of its data: {record['data_sha256']} (AutoV3 {record['data_sha256'][:12]})")
+        if "old" in record:
+            lines.append(f"  of 64 KiB at 1 MiB: {record['old']} (AutoV1)")
+    for key, value in lora_hashes.items():
         stored = metadata.get(key)
         word = "not in the metadata" if stored is None else "as the metadata say"
         if stored is not None and stored != value:
@@ -295,7 +306,9 @@ def _write(output: Path, plan: changing.NewFile, shard_bytes: int) -> list[Path]
     for note in plan.notes:
         logger.info("%s", note)
     if shard_bytes and len(changing.split(plan.tensors, shard_bytes)) > 1:
-        paths = changing.write_shards(output, plan.tensors, plan.read, plan.metadata, shard_bytes)
+        paths = changing.write_shards(
+            output, plan.tensors, plan.read, metadata=plan.metadata, most_bytes=shard_bytes
+        )
         what = f"{paths[-1]} and {len(paths) - 1} files"
     else:
         if shard_bytes:

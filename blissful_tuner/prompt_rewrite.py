@@ -126,11 +126,11 @@ class PromptRewriter:
     def _ask(self, message: str) -> str:
         model, tokenizer = self._loaded.get()
         inputs = _render(tokenizer, message).to(model.device)
-        made = model.generate(**inputs, max_new_tokens=MOST_NEW_TOKENS, do_sample=False)
-        asked = inputs["input_ids"][0]
-        answer: str = tokenizer.decode(made[0, len(asked) :], skip_special_tokens=True)
+        generated = model.generate(**inputs, max_new_tokens=MOST_NEW_TOKENS, do_sample=False)
+        prompt_tokens = inputs["input_ids"][0]
+        answer: str = tokenizer.decode(generated[0, len(prompt_tokens) :], skip_special_tokens=True)
         # templates of some models begin the thought themselves
-        begins = tokenizer.decode(asked[-8:]).rstrip().endswith("<think>")
+        begins = tokenizer.decode(prompt_tokens[-8:]).rstrip().endswith("<think>")
         return f"<think>{answer}" if begins else answer
 
 
@@ -155,6 +155,6 @@ def rewrite_prompts(prepared: Prepared, rewriter: PromptRewriter) -> Prepared:
             logger.warning("the weights in the prompt are left out because it is rewritten: %s", old.text)
         new = replace(old, text=rewriter.rewrite(old.text), spans=())
         sections[section] = replace(texts, positive=new)
-    told = list(dict.fromkeys(texts.positive.text for texts in sections.values()))
-    own = {**prepared.own_metadata, "rewritten_prompt": "\n".join(told)}
-    return replace(prepared, prompts=sections, own_metadata=own)
+    rewritten = list(dict.fromkeys(texts.positive.text for texts in sections.values()))
+    metadata = {**prepared.own_metadata, "rewritten_prompt": "\n".join(rewritten)}
+    return replace(prepared, prompts=sections, own_metadata=metadata)

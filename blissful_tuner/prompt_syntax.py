@@ -71,11 +71,13 @@ class Drawing:
             text = choose_alternatives(text, lambda weights: self._choose(sums_of(weights, where)))
         if self.options.prompt_wildcards is None:
             return unescape(text)
-        pieces, place = [], 0
-        for found in _WILDCARD.finditer(text):
-            pieces.append(self._plain(text[place : found.start()]))
-            pieces.append("__" if found[1] is None else self._draw(found[1], where, keys))
-            place = found.end()
+        pieces = []
+        place = 0
+        for match in _WILDCARD.finditer(text):
+            key = match[1]
+            pieces.append(self._plain(text[place : match.start()]))
+            pieces.append("__" if key is None else self._draw(key, where, keys))
+            place = match.end()
         return "".join([*pieces, self._plain(text[place:])])
 
     def _plain(self, text: str) -> str:
@@ -130,20 +132,24 @@ def expand_texts(texts: Mapping[str, str | None], options: PromptOptions, seed: 
 
     Draws are logged. Raises OptionError as `Drawing.expand`.
     """
-    drawing, expanded = Drawing(options, Random(seed)), {}
+    drawing = Drawing(options, Random(seed))
+    expanded = {}
     for name, text in texts.items():
         expanded[name] = text if text is None else drawing.expand(text, f"--{name}")
         if expanded[name] != text:
-            shown = [f"{what} = {shorten(line, 60)}" for what, line in drawing.drawn[:SHOWN]]
-            more = len(drawing.drawn) - len(shown)
-            logger.info(
-                "--%s by the seed %d: %s%s",
-                name,
-                seed,
-                shorten(expanded[name] or "", 1000),
-                f" ({', '.join(shown)}{f' and {more} more' if more else ''})" if shown else "",
-            )
+            result = shorten(expanded[name] or "", 1000)
+            logger.info("--%s by the seed %d: %s%s", name, seed, result, _describe_draws(drawing.drawn))
     return expanded
+
+
+def _describe_draws(draws: Sequence[tuple[str, str]]) -> str:
+    """Return " (__a__ = x, ... and 3 more)"; "" if nothing was drawn."""
+    if not draws:
+        return ""
+    shown = [f"{key} = {shorten(line, 60)}" for key, line in draws[:SHOWN]]
+    num_left = len(draws) - len(shown)
+    left = f" and {num_left} more" if num_left else ""
+    return f" ({', '.join(shown)}{left})"
 
 
 def find_file(folder: Path, key: str, where: str) -> Path:
@@ -181,28 +187,34 @@ def read_lines_of(path: Path, where: str) -> Lines:
         ) from None
     except OSError as error:
         raise OptionError(f"{where}: {path}: {error.strerror}") from None
-    found = bad_character(content)
-    if found is not None:
-        raise OptionError(f"{where}: {path} holds {found}")
+    character = bad_character(content)
+    if character is not None:
+        raise OptionError(f"{where}: {path} holds {character}")
     texts, weights, numbers = [], [], []
     for number, line in enumerate(content.split("\n"), 1):
-        if line.strip() and not line.lstrip().startswith("#"):
-            text, colon, stated = line.strip().rpartition(":")
-            is_weighted = bool(colon) and NUMBER.fullmatch(stated.strip()) is not None
-            text = text.strip() if is_weighted else line.strip()
-            weight = float(stated.strip()[:40]) if is_weighted else 1.0
-            if not 0 <= weight <= MOST_WEIGHT:
-                raise OptionError(
-                    f"{path}, line {number}: the weight {weight:g} is not one. Give 0 to {MOST_WEIGHT:g}"
-                )
-            if len(text) > 1 and text[0] == text[-1] == '"':  # they keep a number behind a colon
-                text = text[1:-1]
-            texts.append(text)
-            weights.append(weight)
-            numbers.append(number)
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        text, weight = _parse_line(line)
+        if not 0 <= weight <= MOST_WEIGHT:
+            raise OptionError(
+                f"{path}, line {number}: the weight {weight:g} is not one. Give 0 to {MOST_WEIGHT:g}"
+            )
+        if len(text) > 1 and text[0] == text[-1] == '"':  # they keep a number behind a colon
+            text = text[1:-1]
+        texts.append(text)
+        weights.append(weight)
+        numbers.append(number)
     if not texts:
         raise OptionError(f"{where}: {path} has no line to draw. Write one text on each line")
     return Lines(path, tuple(texts), tuple(numbers), sums_of(weights, str(path)))
+
+
+def _parse_line(line: str) -> tuple[str, float]:
+    """Return the text of a line, and the weight behind its last colon, else 1."""
+    text, colon, weight = line.strip().rpartition(":")
+    if colon and NUMBER.fullmatch(weight.strip()):
+        return text.strip(), float(weight.strip()[:40])
+    return line.strip(), 1.0
 
 
 # Alternatives in a prompt: `a {red|blue} car` becomes one of the two, `{3::red|blue}` red three times as
@@ -232,8 +244,37 @@ def choose_alternatives(text: str, choose: Choose) -> str:
 
     Raises OptionError if groups are nested more than MAX_NESTED deep, and as `choose`.
     """
+    groups = _find_groups(text)
+    _check_nesting(groups)
+    starts = [group.start for group in groups]
+
+    def expand(start: int, end: int) -> str:
+        """Return a part of the text with one alternative of each group in it."""
+        pieces = []
+        place = start
+        while True:
+            number = bisect.bisect_left(starts, place)
+            if number == len(groups) or groups[number].start >= end:
+                break
+            group = groups[number]
+            borders = [group.start, *group.bars, group.end]
+            branches = [(before + 1, after) for before, after in pairwise(borders)]
+            marks = [_WEIGHT.match(text, first, last) for first, last in branches]
+            index = choose([1.0 if mark is None else float(mark[1][:40]) for mark in marks])
+            first, last = branches[index]
+            mark = marks[index]
+            chosen = expand(first if mark is None else mark.end(), last).strip()
+            pieces += [text[place : group.start], chosen]
+            place = group.end + 1
+        return "".join([*pieces, text[place:end]])
+
+    return expand(0, len(text)) if groups else text
+
+
+def _find_groups(text: str) -> list[_Group]:
+    """Return the groups with alternatives, in the order in which they begin."""
     opened: list[_Group] = []
-    groups: list[_Group] = []  # groups with alternatives, in the order in which they begin
+    groups: list[_Group] = []
     for mark in _MARKS.finditer(text):
         if mark[0] == "{":
             opened.append(_Group(mark.start()))
@@ -244,7 +285,11 @@ def choose_alternatives(text: str, choose: Choose) -> str:
             group.end = mark.start()
             if group.bars:
                 groups.append(group)
-    groups.sort(key=lambda group: group.start)
+    return sorted(groups, key=lambda group: group.start)
+
+
+def _check_nesting(groups: Sequence[_Group]) -> None:
+    """Raise OptionError if groups are nested too deep. groups: in the order in which they begin."""
     around: list[int] = []  # ends of the groups that the present one stands in
     for group in groups:
         while around and around[-1] < group.start:
@@ -255,25 +300,6 @@ def choose_alternatives(text: str, choose: Choose) -> str:
                 f"--prompt_alternatives: braces are nested more than {MAX_NESTED} deep. Write the "
                 "alternatives into files and use --prompt_wildcards"
             )
-    starts = [group.start for group in groups]
-
-    def of(start: int, end: int) -> str:
-        pieces, place = [], start
-        while (number := bisect.bisect_left(starts, place)) < len(groups) and groups[number].start < end:
-            group = groups[number]
-            branches = [
-                (before + 1, after) for before, after in pairwise([group.start, *group.bars, group.end])
-            ]
-            weights = [_WEIGHT.match(text, *branch) for branch in branches]
-            index = choose([1.0 if found is None else float(found[1][:40]) for found in weights])
-            first, last = branches[index]
-            found = weights[index]
-            chosen = of(first if found is None else found.end(), last).strip()
-            pieces += [text[place : group.start], chosen]
-            place = group.end + 1
-        return "".join([*pieces, text[place:end]])
-
-    return of(0, len(text)) if groups else text
 
 
 def unescape(text: str) -> str:
@@ -303,9 +329,9 @@ def parse_weights(text: str) -> tuple[str, Spans]:
             piece, start = opened
             inside = "".join(pieces[piece + 1 :])
             opened = None
-            found = _weight_of(inside)
-            if found is not None:
-                part, weight = found
+            weighted = _weight_of(inside)
+            if weighted is not None:
+                part, weight = weighted
                 pieces[piece:] = [part]
                 length = start + len(part)
                 first = start + len(part) - len(part.lstrip())
@@ -341,14 +367,20 @@ def weigh_all(by_section: Mapping[int, Prompts]) -> dict[int, Prompts]:
     The second text loses its marks too, but gets no weights: CLIP, which reads it, makes one vector of it.
     """
 
-    def weighed(prompt: Prompt) -> Prompt:
+    def weigh(prompt: Prompt) -> Prompt:
         text, spans = parse_weights(prompt.text)
         second = None if prompt.second is None else parse_weights(prompt.second)[0]
         return replace(prompt, text=text, spans=spans, second=second)
 
-    found = {}
+    def weigh_optional(prompt: Prompt | None) -> Prompt | None:
+        return None if prompt is None else weigh(prompt)
+
+    weighted = {}
     for section, texts in by_section.items():
-        others = (texts.negative, texts.blank, texts.away)
-        more = [None if prompt is None else weighed(prompt) for prompt in others]
-        found[section] = Prompts(weighed(texts.positive), *more)
-    return found
+        weighted[section] = Prompts(
+            weigh(texts.positive),
+            weigh_optional(texts.negative),
+            weigh_optional(texts.blank),
+            weigh_optional(texts.away),
+        )
+    return weighted

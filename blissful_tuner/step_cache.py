@@ -47,21 +47,21 @@ def choose_step_cache(
             logger.warning("%s %g is ignored because --%s is not given", letters, value, switch)
             del says[name]
     chosen: StepCacheOptions = replace(options, **says) if says else options
-    made: StepCaching | None = None
+    cache: StepCaching | None = None
     if chosen.magcache_calibration:
-        made = MagCalibration()
+        cache = MagCalibration()
     elif chosen.teacache_calibration:
-        made = TeaCalibration()
+        cache = TeaCalibration()
     elif chosen.teacache_threshold:
-        made = TeaCache(chosen.teacache_threshold, chosen.teacache_coefficients)
+        cache = TeaCache(chosen.teacache_threshold, chosen.teacache_coefficients)
     elif chosen.magcache_mag_ratios is not None and chosen.magcache_threshold and chosen.magcache_k:
-        made = MagCache(
+        cache = MagCache(
             chosen.magcache_mag_ratios,
             chosen.magcache_retention_ratio,
             chosen.magcache_threshold,
             chosen.magcache_k,
         )
-    return made, says
+    return cache, says
 
 
 def check_step_cache(choice: StepCaching, prepared: Prepared, spec: DitSpec) -> None:
@@ -104,8 +104,8 @@ class StepCaches:
                 of_steps = step_cache.resample(ratios, prepared.steps)[prepared.first_step :]
                 self._make_rule = lambda: step_cache.MagCacheRule(of_steps, retention, threshold, most_skips)
             case TeaCache(threshold, coefficients):
-                found = coefficients or spec.teacache_coefficients
-                self._make_rule = lambda: step_cache.TeaCacheRule(threshold, found)
+                polynomial = coefficients or spec.teacache_coefficients
+                self._make_rule = lambda: step_cache.TeaCacheRule(threshold, polynomial)
             case MagCalibration():
                 self._measured = step_cache.Ratios()
             case TeaCalibration():

@@ -122,10 +122,9 @@ class TinyDecoder(nn.Module):
 
     def __init__(self, config: TaehvConfig) -> None:
         super().__init__()
-        first, *rest = config.widths
-        layers: dict[str, nn.Module] = {"1": nn.Conv2d(config.channels, first, 3, padding=1)}
-        width = first
-        for number, stride, wider in zip(STAGES, config.strides, rest, strict=True):
+        width = config.widths[0]
+        layers: dict[str, nn.Module] = {"1": nn.Conv2d(config.channels, width, 3, padding=1)}
+        for number, stride, wider in zip(STAGES, config.strides, config.widths[1:], strict=True):
             for block in range(3):
                 layers[str(number + block)] = MemoryBlock(width)
             layers[str(number + 4)] = Growth(width, stride)
@@ -141,8 +140,8 @@ class TinyDecoder(nn.Module):
         memory: dict[int, Tensor] = {}  # the last input of each memory block
         layers = self.decoder
         for index in range(latents.shape[1]):
-            one = send_ahead(latents[:, index], weight.device).to(weight.dtype)
-            x = relu(layers["1"](torch.tanh(one[None] / LIMIT) * LIMIT))  # 1 C h w
+            latent = send_ahead(latents[:, index], weight.device).to(weight.dtype)
+            x = relu(layers["1"](torch.tanh(latent[None] / LIMIT) * LIMIT))  # 1 C h w
             for number in STAGES:
                 for block in range(number, number + 3):
                     x, memory[block] = layers[str(block)](x, memory.get(block))
@@ -178,21 +177,26 @@ def read_taehv(checkpoint: Checkpoint) -> LoadPlan[TaehvConfig]:
     names = checkpoint.tensors
     if "decoder.3.conv.0.weight" not in names or "decoder.22.weight" not in names:
         raise other_kind(checkpoint, "a TAEHV", "--preview_vae", FILES)
-    sources = {name: source for name, source in plain_sources(checkpoint).items() if name[:8] == "decoder."}
-    shape = shapes_of(checkpoint, sources)
+    sources = {
+        name: source for name, source in plain_sources(checkpoint).items() if name.startswith("decoder.")
+    }
+    shape_of = shapes_of(checkpoint, sources)
 
-    def of(name: str) -> tuple[int, ...]:
-        found = shape(f"decoder.{name}.weight")
-        if len(found) != 4 or 0 in found:
+    def sides(layer: str) -> tuple[int, int]:
+        """Return the channels that a convolution makes, and those that it takes."""
+        shape = shape_of(f"decoder.{layer}.weight")
+        if len(shape) != 4 or 0 in shape:
             raise other_kind(checkpoint, "a TAEHV", "--preview_vae", FILES)
-        return found
+        return shape[0], shape[1]
 
-    layers = [of(str(number + 5)) for number in STAGES]
-    widths = (of("1")[0], layers[0][0], layers[1][0], layers[2][0])
-    grown = [of(f"{number + 4}.conv") for number in STAGES]
-    strides = (grown[0][0] // widths[0], grown[1][0] // widths[1], grown[2][0] // widths[2])
-    config = TaehvConfig(of("1")[1], widths, strides, max(1, round((of("22")[0] / 3) ** 0.5)))
-    return LoadPlan(config, checkpoint, sources, ignore=("encoder.*",))
+    later_widths = [sides(str(number + 5))[0] for number in STAGES]
+    first_width, channels = sides("1")
+    widths = (first_width, later_widths[0], later_widths[1], later_widths[2])
+    grown = [sides(f"{number + 4}.conv")[0] for number in STAGES]
+    strides = (grown[0] // widths[0], grown[1] // widths[1], grown[2] // widths[2])
+    colours, _ = sides("22")
+    patch = max(1, round((colours / 3) ** 0.5))
+    return LoadPlan(TaehvConfig(channels, widths, strides, patch), checkpoint, sources, ignore=("encoder.*",))
 
 
 def for_latents(plan: LoadPlan[TaehvConfig], latent: LatentSpec) -> LoadPlan[TaehvConfig]:
@@ -200,7 +204,8 @@ def for_latents(plan: LoadPlan[TaehvConfig], latent: LatentSpec) -> LoadPlan[Tae
 
     Raises CheckpointError if the file is for other latents.
     """
-    config, path = plan.config, plan.checkpoint.path
+    config = plan.config
+    path = plan.checkpoint.path
     if latent.stride[0] == 1:  # the last rows make the last of the frames
         config = replace(config, strides=(1, 1, 1))
         sources = dict(plan.sources)
@@ -209,13 +214,14 @@ def for_latents(plan: LoadPlan[TaehvConfig], latent: LatentSpec) -> LoadPlan[Tae
             sources[name] = sources[name].then(lambda weight, width=width: weight[-width:])  # type: ignore[misc]
         plan = replace(plan, config=config, sources=sources)
     size = config.patch * WIDENING
-    stride, made = (config.frames, size, size), "{} x {} x {} (frames, height, width)"
+    stride = (config.frames, size, size)
     if (config.channels, stride) == (latent.channels, latent.stride):
         return plan
+    pixels = "{} x {} x {} (frames, height, width)"
     raise CheckpointError(
         f"--preview_vae {path} is for other latents: it decodes {config.channels} channels to "
-        f"{made.format(*stride)} pixels each; this model's have {latent.channels} channels of "
-        f"{made.format(*latent.stride)}.\n  Give {FILES}.",
+        f"{pixels.format(*stride)} pixels each; this model's have {latent.channels} channels of "
+        f"{pixels.format(*latent.stride)}.\n  Give {FILES}.",
         path,
     )
 
@@ -242,7 +248,7 @@ def load_taehv(path: Path, latent: LatentSpec, device: torch.device) -> TinyVae:
 
 
 def _load(plan: LoadPlan[TaehvConfig], device: torch.device, dtype: torch.dtype) -> TinyDecoder:
-    return load_planned(plan, TinyDecoder, device, dtype, "--preview_vae")
+    return load_planned(plan, TinyDecoder, device=device, dtype=dtype, what="--preview_vae")
 
 
 def dtype_on(device: torch.device) -> torch.dtype:

@@ -42,13 +42,13 @@ def check_source(request: Request, source: Source, rules: SourceRules, latent: L
     """
     named = f"--{source.option} {source.path}"
     if source.option not in rules.takes:
-        taken = " or ".join(f"--{option}" for option in rules.takes)
-        raise OptionError(f"{named}: {rules.who} does not take it. Use {taken}")
+        options = " or ".join(f"--{option}" for option in rules.takes)
+        raise OptionError(f"{named}: {rules.who} does not take it. Use {options}")
     if not source.path.exists():
         raise OptionError(f"{named}: no such file or folder.{explain_missing(source.path)}")
     if source.option == LATENTS:
-        found = _load_saved_latents(source, rules, latent, only_shape=True).shape[2]
-        frames = (found - 1) * latent.stride[0] + 1
+        latent_frames = _load_saved_latents(source, rules, latent, only_shape=True).shape[2]
+        frames = (latent_frames - 1) * latent.stride[0] + 1
         return request if request.frames is not None else replace(request, frames=frames)
     check_opens(source.option, source.path, source.option == IMAGE)
     if source.option == IMAGE and request.frames not in (None, 1):
@@ -65,46 +65,68 @@ def begin_late(prepared: Prepared, source: Source, family: Family) -> Prepared:
     Raises MediaError if a video has too few frames, OptionError if saved latents have another number of
     frames, or if the video is made with sound, which has to start from noise.
     """
-    from modules.media import reading  # here: only a start from a file needs it
-
     if prepared.joint is not None:
         raise OptionError(
             f"--{source.option} {source.path}: a video that is made with its sound starts from noise. Make "
             f"it without sound, or leave --{source.option} out"
         )
     if source.option == LATENTS:
-        found = _load_saved_latents(source, family.source, family.latent, only_shape=True).shape[2]
-        needed = family.latent.shape(prepared.frames, prepared.height, prepared.width)[2]
-        if found != needed:
-            raise OptionError(
-                f"--{source.option} {source.path}: it has {found} latent frames, the video asked for has "
-                f"{needed} ({prepared.frames} frames). Ask for the length that the file was made with: "
-                f"{(found - 1) * family.latent.stride[0] + 1} frames"
-            )
+        _check_latent_frames(prepared, source, family)
     elif source.option == VIDEO:
-        found, needed = count_frames_up_to(source.path, prepared.frames), prepared.frames
-        if found < needed and source.pad_mode is None:
-            raise _too_short(source, found, needed)
+        num_frames = count_frames_up_to(source.path, prepared.frames)
+        if num_frames < prepared.frames and source.pad_mode is None:
+            raise _too_short(source, num_frames, prepared.frames)
     if source.needs_vae and family.source.stretches:
-        if source.option == IMAGE:
-            width, height = reading.image_size(source.path)
-        else:
-            info = reading.video_info(source.path)
-            width, height = info.width, info.height
-        change = prepared.width * height / (prepared.height * width)
-        # the source's proportions, about the area asked for
-        step, factor = family.latent.pixel_step, (prepared.width * prepared.height / (width * height)) ** 0.5
-        kept = (max(step, round(side * factor / step) * step) for side in (height, width))
-        if max(change, 1 / change) > UNSEEN:
-            logger.warning(
-                "--%s %s of %d x %d is stretched to %d x %d (width x height): --video_size %d %d would keep "
-                "its proportions",
-                *(source.option, source.path, width, height, prepared.width, prepared.height, *kept),
-            )
+        _warn_of_stretching(prepared, source, family.latent)
     schedule = make_schedule(
-        prepared.solver, prepared.steps, prepared.flow_shift, family.noise.table, prepared.levels
+        prepared.solver,
+        prepared.steps,
+        prepared.flow_shift,
+        table=family.noise.table,
+        levels=prepared.levels,
     )
     return replace(prepared, first_step=first_step(source, schedule))
+
+
+def _check_latent_frames(prepared: Prepared, source: Source, family: Family) -> None:
+    """Raise OptionError if saved latents have another number of frames than the request."""
+    num_frames = _load_saved_latents(source, family.source, family.latent, only_shape=True).shape[2]
+    needed = family.latent.shape(prepared.frames, prepared.height, prepared.width)[2]
+    if num_frames != needed:
+        raise OptionError(
+            f"--{source.option} {source.path}: it has {num_frames} latent frames, the video asked for has "
+            f"{needed} ({prepared.frames} frames). Ask for the length that the file was made with: "
+            f"{(num_frames - 1) * family.latent.stride[0] + 1} frames"
+        )
+
+
+def _warn_of_stretching(prepared: Prepared, source: Source, latent: LatentSpec) -> None:
+    """Warn if a picture or video gets other proportions."""
+    from modules.media import reading  # only with a source file
+
+    if source.option == IMAGE:
+        width, height = reading.image_size(source.path)
+    else:
+        info = reading.video_info(source.path)
+        width, height = info.width, info.height
+    change = prepared.width * height / (prepared.height * width)
+    if max(change, 1 / change) <= UNSEEN:
+        return
+    # the source's proportions, about the area asked for
+    step = latent.pixel_step
+    factor = (prepared.width * prepared.height / (width * height)) ** 0.5
+    logger.warning(
+        "--%s %s of %d x %d is stretched to %d x %d (width x height): --video_size %d %d would keep "
+        "its proportions",
+        source.option,
+        source.path,
+        width,
+        height,
+        prepared.width,
+        prepared.height,
+        max(step, round(height * factor / step) * step),
+        max(step, round(width * factor / step) * step),
+    )
 
 
 def first_step(source: Source, schedule: Schedule) -> int:
@@ -122,10 +144,10 @@ def first_step(source: Source, schedule: Schedule) -> int:
     return steps - min(max(int(steps * source.denoise), 1), steps)
 
 
-def _too_short(source: Source, found: int, needed: int) -> MediaError:
+def _too_short(source: Source, num_frames: int, needed: int) -> MediaError:
     return MediaError(
-        f"--{source.option} {source.path}: it has {found} frames, {needed} are needed. Lower the length, "
-        "give a longer video, or repeat its last frame with --v2v_pad_mode end."
+        f"--{source.option} {source.path}: it has {num_frames} frames, {needed} are needed. Lower the "
+        "length, give a longer video, or repeat its last frame with --v2v_pad_mode end."
     )
 
 
@@ -139,32 +161,48 @@ def encode_source(family: Family, encoders: MediaEncoders, prepared: Prepared) -
     """
     source = prepared.asked.source
     assert source is not None
-    wanted = family.latent.shape(prepared.frames, prepared.height, prepared.width)
+    shape = family.latent.shape(prepared.frames, prepared.height, prepared.width)
     if source.option == LATENTS:
         saved = _load_saved_latents(source, family.source, family.latent)
-        if saved.shape[-2:] == wanted[-2:]:
-            return saved
-        frames = rearrange(saved.float(), "b c f h w -> (b f) c h w")
-        scaled = interpolate(frames, size=wanted[-2:], mode="bicubic", align_corners=False)
-        return rearrange(scaled, "(b f) c h w -> b c f h w", b=len(saved))
-    from modules.media import reading  # as in `begin_late`
+        return _resize_latents(saved, shape[-2], shape[-1])
+    frames = _read_frames(source, prepared, family.source.stretches)
+    if source.pad_mode is None and len(frames) < prepared.frames:
+        raise _too_short(source, len(frames), prepared.frames)
+    step = family.latent.frame_step
+    num_frames = (len(frames) - 1) // step * step + 1
+    latents = family.encode_source(encoders, frames[None, :num_frames], prepared.seed).float().cpu()
+    return fit_frames(latents, shape[2], source.pad_mode or "end")
 
-    resize = reading.resize_stretched if family.source.stretches else reading.resize_cover
-    read = [reading.read_image(source.path)] if source.option == IMAGE else reading.video_frames(source.path)
+
+def _resize_latents(latents: Tensor, height: int, width: int) -> Tensor:
+    """Return latents B C F h w at this size; unchanged if they have it."""
+    if latents.shape[-2:] == (height, width):
+        return latents
+    frames = rearrange(latents.float(), "b c f h w -> (b f) c h w")
+    scaled = interpolate(frames, size=(height, width), mode="bicubic", align_corners=False)
+    return rearrange(scaled, "(b f) c h w -> b c f h w", b=len(latents))
+
+
+def _read_frames(source: Source, prepared: Prepared, stretches: bool) -> Tensor:
+    """Read at most the frames that the request has, F H W 3 at its size."""
+    from modules.media import reading  # only with a source file
+
     size = prepared.width, prepared.height
+    resize = reading.resize_stretched if stretches else reading.resize_cover
+    read = [reading.read_image(source.path)] if source.option == IMAGE else reading.video_frames(source.path)
     sizes = reading.FrameSizes()
     watched = sizes.watch(islice(read, prepared.frames))
     frames = torch.from_numpy(numpy.stack([resize(frame, size) for frame in watched]))
     if sizes.change is not None:
         logger.warning(
             "--%s %s changes its size (%s): all frames are brought to %dx%d.",
-            *(source.option, source.path, sizes.change, *size),
+            source.option,
+            source.path,
+            sizes.change,
+            prepared.width,
+            prepared.height,
         )
-    if source.pad_mode is None and len(frames) < prepared.frames:
-        raise _too_short(source, len(frames), prepared.frames)
-    whole = (len(frames) - 1) // family.latent.frame_step * family.latent.frame_step + 1
-    latents = family.encode_source(encoders, frames[None, :whole], prepared.seed).float().cpu()
-    return fit_frames(latents, wanted[2], source.pad_mode or "end")
+    return frames
 
 
 def fit_frames(latents: Tensor, frames: int, pad_mode: str) -> Tensor:
@@ -177,8 +215,10 @@ def fit_frames(latents: Tensor, frames: int, pad_mode: str) -> Tensor:
     if missing <= 0:
         return latents[:, :, :frames]
     if pad_mode == "front":
-        return torch.cat([latents[:, :, :1].expand(-1, -1, missing, -1, -1), latents], dim=2)
-    return torch.cat([latents, latents[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
+        copies = latents[:, :, :1].repeat_interleave(missing, dim=2)
+        return torch.cat([copies, latents], dim=2)
+    copies = latents[:, :, -1:].repeat_interleave(missing, dim=2)
+    return torch.cat([latents, copies], dim=2)
 
 
 def _load_saved_latents(

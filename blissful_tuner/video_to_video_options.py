@@ -43,14 +43,14 @@ class SourceDefaults:
         refused = {} if self.takes_image else {"i2i_path": _NO_IMAGE}
         refused |= {} if self.takes_video else dict.fromkeys(("video_path", "v2v_pad_mode"), _NO_VIDEO)
         spelled = tuple(dict.fromkeys((f"--{self.share}", *SPELLINGS)))
-        other = next(name for name in SHARES if name != self.share)
+        unused_share = next(name for name in SHARES if name != self.share)
         refused_if_short = {"v2v_pad_mode": {"help": f"{_PAD}; default: it is refused"}}
         defaults = {self.share: self.denoise, "v2v_pad_mode": self.pad_mode if self.takes_video else None}
         return {
             "refused": refused,
             "settings": {self.share: {"flags": spelled}, **({} if self.pad_mode else refused_if_short)},
             "defaults": defaults,
-            "without": (other,) if self.takes_image else (other, "i2_extra_noise"),
+            "without": (unused_share,) if self.takes_image else (unused_share, "i2_extra_noise"),
         }
 
 
@@ -105,9 +105,11 @@ class SourceOptions(Options, title="video or image to start from"):
 
 def check_one_source(paths: Mapping[str, object]) -> None:
     """Raise OptionError if more than one of SOURCES is given."""
-    given = [f"--{name} {paths[name]}" for name in SOURCES if paths.get(name)]
-    if len(given) > 1:
-        raise OptionError(f"{' and '.join(given)}: a video starts from one of them. Leave out the others")
+    typed_flags = [f"--{name} {paths[name]}" for name in SOURCES if paths.get(name)]
+    if len(typed_flags) > 1:
+        raise OptionError(
+            f"{' and '.join(typed_flags)}: a video starts from one of them. Leave out the others"
+        )
 
 
 def check_share(option: str, share: float) -> None:

@@ -83,7 +83,7 @@ def read_chain(tool: str, description: str, argv: Sequence[str] | None = None) -
     Ends the program, as argparse does, if it cannot be understood. Raises OptionError.
     """
     words = split_assigned(sys.argv[1:] if argv is None else list(argv), THEN)
-    first, *others = split_at(words, THEN)
+    first, *later_tools = split_at(words, THEN)
     parser = Parser(description=description)
     chosen = find_tool(tool)
     add_options(parser, ToolRunOptions, chosen.record)
@@ -94,9 +94,9 @@ def read_chain(tool: str, description: str, argv: Sequence[str] | None = None) -
         help="give each picture on to another tool, without a file in between. Behind the tool's name stand "
         f"its own options ({THEN} upscaler --help lists them; without --model the downloaded one is taken), "
         f"before the first {THEN} what holds for the whole run. May be repeated. The tools: "
-        f"{', '.join(each.name for each in TOOLS)}",
+        f"{', '.join(known_tool.name for known_tool in TOOLS)}",
     )
-    for later in others:  # their help is not to wait for what the first tool lacks
+    for later in later_tools:  # their help is not to wait for what the first tool lacks
         if HELP & set(later):
             read_tool(later, f"{parser.prog} {THEN}")
     args = _parse(parser, chosen, first)
@@ -104,7 +104,7 @@ def read_chain(tool: str, description: str, argv: Sequence[str] | None = None) -
         parser.error(f"write {THEN} in full")
     run = read_options(ToolRunOptions, args)
     tools: list[ToolOptions] = [(chosen, read_options(chosen.record, args))]
-    for later in others:
+    for later in later_tools:
         with name_tool(" ".join([THEN, *later[:1]])):
             tools.append(read_tool(later, f"{parser.prog} {THEN}"))
     return Chain(run, tuple(tools))
@@ -169,18 +169,20 @@ def read_tool(words: Sequence[str], before: str) -> ToolOptions:
     tool = find_tool(words[0])
     parser = Parser(prog=f"{before} {tool.name}", description=f"Options of {tool.name}.")
     add_options(parser, tool.record)
-    of_run, own, given = Parser(add_help=False), _flags(parser), []
+    of_run = Parser(add_help=False)
+    own_flags = _flags(parser)
+    typed_words = []
     add_options(of_run, ToolRunOptions)
-    flags = {**_flags(of_run), **own}
+    flags = {**_flags(of_run), **own_flags}
     for word in words[1:]:  # `factor=2` is `--factor=2`, and `only_center` `--only_center`; others stay
         name, has_value, _ = word.partition("=")
         flag = flags.get(f"--{name}")
-        given.append(f"--{word}" if flag is not None and (has_value or flag.nargs == 0) else word)
-    for word in given:
+        typed_words.append(f"--{word}" if flag is not None and (has_value or flag.nargs == 0) else word)
+    for word in typed_words:
         name = word.partition("=")[0]
-        if name in flags and name not in own:
+        if name in flags and name not in own_flags:
             raise OptionError(f"{name} holds for the whole run. Write it before the first {THEN}.")
-    return tool, read_options(tool.record, _parse(parser, tool, given))
+    return tool, read_options(tool.record, _parse(parser, tool, typed_words))
 
 
 def _parse(parser: Parser, tool: Tool, words: Sequence[str]) -> argparse.Namespace:
@@ -283,7 +285,7 @@ def default_model(tool: str, mode: str, folders: Sequence[Path] = (MODELS, ROOT 
     download command if no folder has them.
     """
     sets = import_own("downloads.catalogue").model_sets()
-    models = {one.task: one.components[0] for one in sets if one.family == "tools"}
+    models = {model_set.task: model_set.components[0] for model_set in sets if model_set.family == "tools"}
     tasks = [task for task in TASKS.get(mode, (mode,)) if task in models]
     if not tasks:
         return None  # the tool says so itself

@@ -55,10 +55,10 @@ class Stage(Protocol):
 
 def to_tensor(pixels: Pixels, device: torch.device) -> Tensor:
     """Return pixels (H W 3) as 1 3 H W in float32, 0..1, on the device; they are copied as 8 or 16 bits."""
-    whole = np.require(pixels, requirements=["C", "W"])  # torch wants memory that may be written to
-    is_deep = whole.dtype == np.uint16
+    writable = np.require(pixels, requirements=["C", "W"])  # torch wants memory that may be written to
+    is_deep = writable.dtype == np.uint16
     # with a sign and back: not every device knows 16 bits without one
-    on_device = send_ahead(torch.from_numpy(whole.view(np.int16) if is_deep else whole), device)
+    on_device = send_ahead(torch.from_numpy(writable.view(np.int16) if is_deep else writable), device)
     values = on_device.to(torch.int32) & 0xFFFF if is_deep else on_device
     return rearrange(values.to(torch.float32), "h w c -> 1 c h w") / (65535.0 if is_deep else 255.0)
 
@@ -68,8 +68,8 @@ def to_pixels(image: Tensor, is_deep: bool) -> Pixels:
     values = (image[0].to(torch.float32).clamp(0, 1) * (65535.0 if is_deep else 255.0)).round()
     if is_deep:  # with a sign, as in `to_tensor`
         values = torch.where(values < 32768, values, values - 65536)
-    whole = rearrange(values.to(torch.int16 if is_deep else torch.uint8), "c h w -> h w c")
-    pixels: Pixels = whole.contiguous().cpu().numpy()
+    rounded = rearrange(values.to(torch.int16 if is_deep else torch.uint8), "c h w -> h w c")
+    pixels: Pixels = rounded.contiguous().cpu().numpy()
     return pixels.view(np.uint16) if is_deep else pixels
 
 

@@ -56,11 +56,11 @@ def plan_jobs(chain: Chain, ask: Callable[[str], Answer | None]) -> list[FileJob
     for job in jobs:  # no result may replace an input or a folder, whatever the names look like
         if job.output.is_dir():
             raise OutputError(f"{job.output} is a folder. Choose another --output.")
-        for other in jobs if job.output.exists() else ():
-            if job.output.samefile(other.source):
+        for input_job in jobs if job.output.exists() else ():
+            if job.output.samefile(input_job.source):
+                name = "the input" if input_job is job else f"the input {input_job.source}"
                 raise OutputError(
-                    f"{job.output} is {'the input' if other is job else f'the input {other.source}'}, which "
-                    "is never overwritten. Choose another --output."
+                    f"{job.output} is {name}, which is never overwritten. Choose another --output."
                 )
     first: dict[str, Path] = {}
     for job in jobs:
@@ -76,26 +76,28 @@ def plan_jobs(chain: Chain, ask: Callable[[str], Answer | None]) -> list[FileJob
 
 def list_sources(chain: Chain) -> list[Path]:
     """Return the input file, or the files of the input folder, without results of the same tools."""
-    given = chain.run.input
-    if not given.is_dir():
-        return [given]
-    known = VIDEOS | {".gif"} | image_suffixes()
+    path_of_input = chain.run.input
+    if not path_of_input.is_dir():
+        return [path_of_input]
+    suffixes = VIDEOS | {".gif"} | image_suffixes()
     ending = f"_{chain.added}"
-    found = [
+    files = [
         path
-        for path in sorted(given.iterdir())
-        if path.suffix.lower() in known
+        for path in sorted(path_of_input.iterdir())
+        if path.suffix.lower() in suffixes
         and path.is_file()
         and not path.name.startswith(".")
         and not (chain.needs_video and _is_still(path))
     ]
-    fresh = [path for path in found if not path.stem.rstrip("_").endswith(ending)]
+    fresh = [path for path in files if not path.stem.rstrip("_").endswith(ending)]
     if not fresh:
         kinds = "video" if chain.needs_video else "video and no picture"
-        made = f" but {len(found)} with {ending}, which are results" if found else ""
-        raise MediaError(f"--input {given} is a folder that holds no {kinds}{made}. Give another folder.")
-    if len(fresh) < len(found):
-        left = count_of(len(found) - len(fresh), "file")
+        results = f" but {len(files)} with {ending}, which are results" if files else ""
+        raise MediaError(
+            f"--input {path_of_input} is a folder that holds no {kinds}{results}. Give another folder."
+        )
+    if len(fresh) < len(files):
+        left = count_of(len(files) - len(fresh), "file")
         logger.info("%s with names in %s: left out because they are results", left, ending)
     return fresh
 
@@ -119,31 +121,31 @@ def name_output(chain: Chain, source: Path) -> Path:
     """Return the path of a file's result. Raises OptionError if it cannot be written to --output."""
     run, suffix = chain.run, PICTURE_SUFFIX if is_picture(source) else chain.run.format.suffix
     usual = f"{source.stem}_{chain.added}{suffix}"
-    given = run.output_path
-    if given is None:
+    output = run.output_path
+    if output is None:
         return source.with_name(usual)
-    has_ending = given.suffix.lower() in VIDEOS | image_suffixes()
-    if given.is_dir() or run.means_folder:
-        return given / usual
+    has_ending = output.suffix.lower() in VIDEOS | image_suffixes()
+    if output.is_dir() or run.means_folder:
+        return output / usual
     if run.input.is_dir():
-        if has_ending or given.exists():
+        if has_ending or output.exists():
             raise OptionError(
-                f"--output {given} is a file, and --input {run.input} a folder. Give a folder to --output."
+                f"--output {output} is a file, and --input {run.input} a folder. Give a folder to --output."
             )
-        return given / usual
-    return given.with_suffix(suffix) if has_ending else given.with_name(f"{given.name}{suffix}")
+        return output / usual
+    return output.with_suffix(suffix) if has_ending else output.with_name(f"{output.name}{suffix}")
 
 
 def tell_suffix(chain: Chain, jobs: Sequence[FileJob]) -> None:
     """Log if results have another suffix than the user gave."""
-    form, given = chain.run.format, chain.run.output_path
+    form, output = chain.run.format, chain.run.output_path
     if any(not job.is_picture for job in jobs) and form.suffix != f".{form.container}":
         logger.warning(
             "--codec %s is written as %s because %s cannot hold it", form.codec, form.suffix, form.container
         )
-    if given is None or len(jobs) != 1 or jobs[0].output.parent != given.parent:
+    if output is None or len(jobs) != 1 or jobs[0].output.parent != output.parent:
         return
-    if jobs[0].output.name != given.name:
+    if jobs[0].output.name != output.name:
         reason = "pictures are PNG files" if jobs[0].is_picture else f"--container is {form.container}"
         logger.info("The result is written to %s: %s", jobs[0].output, reason)
 
@@ -156,8 +158,8 @@ def settle_existing(jobs: Sequence[FileJob], ask: Callable[[str], Answer | None]
     existing = [job for job in jobs if os.path.lexists(job.output)]
     if not existing:
         return list(jobs)
-    more = f" and {len(existing) - NAMED} more" if len(existing) > NAMED else ""
-    names = f"{', '.join(str(job.output) for job in existing[:NAMED])}{more}"
+    further = f" and {len(existing) - NAMED} more" if len(existing) > NAMED else ""
+    names = f"{', '.join(str(job.output) for job in existing[:NAMED])}{further}"
     exist = f"{names} {'exist' if len(existing) > 1 else 'exists'} already"
     answer = ask(f"{exist}. Overwrite")
     if answer is None:
@@ -168,12 +170,12 @@ def settle_existing(jobs: Sequence[FileJob], ask: Callable[[str], Answer | None]
         left = [job for job in jobs if job not in existing]
         logger.info("%s %s as before", names, "stay" if len(existing) > 1 else "stays")
         return left
-    taken = {job.output for job in jobs if job not in existing}
+    used_outputs = {job.output for job in jobs if job not in existing}
     settled = []
     for job in jobs:
         output = job.output
-        while job in existing and (os.path.lexists(output) or output in taken):
+        while job in existing and (os.path.lexists(output) or output in used_outputs):
             output = output.with_name(f"{output.stem}_{output.suffix}")
-        taken.add(output)
+        used_outputs.add(output)
         settled.append(replace(job, output=output))
     return settled

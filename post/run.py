@@ -60,7 +60,7 @@ def run_jobs(chain: Chain, jobs: Sequence[FileJob], stages: Sequence[NamedStage]
             if job.is_picture:
                 run_picture(stages, job, done, chain.hides)
             else:
-                run_video(stages, job, done, chain.run.format, chain.hides)
+                run_video(stages, job, done, form=chain.run.format, hides=chain.hides)
         gc.collect()  # errors and their tracebacks hold each other, and with them what a file took
     if len(jobs) > 1 and not failures.reasons:
         logger.info("All %d files are done", len(jobs))
@@ -106,7 +106,7 @@ def write_frames(path: Path, folder: Path, most: int | None) -> None:
 
 # Run stages on a video: decode, stages and encode at the same time, with few pictures in memory.
 def number_done(names: Iterable[str], done: Sequence[str]) -> dict[str, str]:
-    numbers = [int(found[1]) for name in names if (found := TOOL_TAG.fullmatch(name)) is not None]
+    numbers = [int(match[1]) for name in names if (match := TOOL_TAG.fullmatch(name)) is not None]
     first = max(numbers, default=0) + 1
     return {f"post_{first + index}": make_storable(text) for index, text in enumerate(done)}
 
@@ -123,12 +123,13 @@ def run_picture(stages: Sequence[NamedStage], job: FileJob, done: Sequence[str],
     if media_colours(job.source).is_transparent:
         logger.warning("%s is transparent: it is laid on white", job.source)
     height, width = pixels.shape[:2]
-    clips = results(stages, Clip(job.source, width, height, None, 1, is_deep=False))
-    made = list(lead_through(stages, iter([Picture(pixels, Fraction(0), SECONDS)]), clips))
-    assert len(made) == 1, f"{len(made)} pictures of one"
+    clip = Clip(job.source, width, height, rate=None, frames=1, is_deep=False)
+    clips = results(stages, clip)
+    pictures = list(lead_through(stages, iter([Picture(pixels, Fraction(0), SECONDS)]), clips))
+    assert len(pictures) == 1, f"{len(pictures)} pictures of one"
     texts = read_tags(job.source)
     texts = without_pictures(job.source, texts) if hides else texts
-    write_png(job.output, in_eight_bits(made[0].pixels), {**texts, **number_done(texts, done)})
+    write_png(job.output, in_eight_bits(pictures[0].pixels), {**texts, **number_done(texts, done)})
     logger.info("%s", job.output)
 
 
@@ -148,7 +149,9 @@ def run_video(
     """
     started = time.monotonic()
     info = source_info(job.source)
-    first = Clip(job.source, info.width, info.height, info.rate, info.frames, form.is_deep)
+    first = Clip(
+        job.source, info.width, info.height, rate=info.rate, frames=info.frames, is_deep=form.is_deep
+    )
     clips = results(stages, first)
     codec = settle_codec(form.codec, clips[-1].width, clips[-1].height)
     tags = number_done(read_tags(job.source), done)
@@ -163,7 +166,10 @@ def run_video(
                     name = name.with_name(f"{name.name}_")
                 pictures = keep_pngs(pictures, opened.enter_context(atomic_folder(name)))
             write_shown(
-                *(job.output, pictures, rate, codec),
+                job.output,
+                pictures,
+                rate,
+                codec,
                 companions_of=job.source,
                 covers=not hides,
                 tags=tags,
@@ -187,6 +193,9 @@ def run_video(
     seconds = time.monotonic() - started
     logger.info(
         "%s: %s in %s, %.3g a second, %s",
-        *(job.output, count_of(frames, "frame"), in_words(seconds), frames / seconds),
+        job.output,
+        count_of(frames, "frame"),
+        in_words(seconds),
+        frames / seconds,
         as_size(job.output.stat().st_size),
     )

@@ -71,9 +71,9 @@ def results(stages: Sequence[NamedStage], clip: Clip) -> list[Clip]:
     Raises MediaError or OptionError if a stage cannot use its input.
     """
     clips = [clip]
-    for each in stages:
-        with name_tool(each.label):
-            clips.append(each.stage.result(clips[-1]))
+    for named in stages:
+        with name_tool(named.label):
+            clips.append(named.stage.result(clips[-1]))
     return clips
 
 
@@ -86,8 +86,8 @@ def lead_through(
     """
     foreign: list[BaseException] = []
     pictures = _note_errors(pictures, clips[0], "", foreign)
-    for each, clip in zip(stages, clips, strict=False):  # one clip more: the last result
-        pictures = _note_errors(each.stage.run(pictures, clip), clip, each.label, foreign)
+    for named, clip in zip(stages, clips, strict=False):  # one clip more: the last result
+        pictures = _note_errors(named.stage.run(pictures, clip), clip, named.label, foreign)
     return pictures
 
 
@@ -166,10 +166,15 @@ class PostTools:
             self._stages = self.load(self.asked.tools, self.asked.labels, self.device)
         rate = Fraction(fps).limit_denominator(1001)
         clip = Clip(
-            Path("the video"), width, height, None if is_single else rate, 1 if is_single else None, False
+            path=Path("the video"),
+            width=width,
+            height=height,
+            rate=None if is_single else rate,
+            frames=1 if is_single else None,
+            is_deep=False,
         )
         clips = results(self._stages, clip)
         numbered = enumerate(chain([first], frames))
         pictures = (Picture(frame, index / rate, 1 / rate) for index, frame in numbered)
-        made = (in_eight_bits(picture.pixels) for picture in lead_through(self._stages, pictures, clips))
-        return made, float(clips[-1].rate or fps)
+        processed = lead_through(self._stages, pictures, clips)
+        return (in_eight_bits(picture.pixels) for picture in processed), float(clips[-1].rate or fps)

@@ -44,12 +44,12 @@ def pad_to_multiple(images: Tensor, step: int, repeats_edge: bool) -> Tensor:
     return images
 
 
-def mirrored(size: int, wanted: int, repeats_edge: bool) -> Tensor:
-    """Return for each of `wanted` places its source index in a row of `size` with mirrored ends."""
+def mirrored(size: int, length: int, repeats_edge: bool) -> Tensor:
+    """Return for each of `length` places its source index in a row of `size` with mirrored ends."""
     period = 2 * size if repeats_edge else max(2 * size - 2, 1)
-    there = torch.arange(wanted) % period
-    back = period - there - (1 if repeats_edge else 0)
-    return torch.where(there < size, there, back)
+    forth = torch.arange(length) % period
+    back = period - forth - (1 if repeats_edge else 0)
+    return torch.where(forth < size, forth, back)
 
 
 def cut(length: int, tile: int, overlap: int, step: int = 1) -> list[tuple[int, int]]:
@@ -82,42 +82,42 @@ def run_in_tiles(run: Run, images: Tensor, tile: int, overlap: int, step: int = 
     )
     if len(rows) == len(columns) == 1:
         return run(images)
-    whole = None
+    result = None
     for top, bottom in rows:
         strip = None
         for left, right in columns:
-            made = run(images[..., top:bottom, left:right])
-            strip = _join(strip, made, left * factor, width * factor, -1)
+            tile_result = run(images[..., top:bottom, left:right])
+            strip = _join(strip, tile_result, start=left * factor, length=width * factor, axis=-1)
         assert strip is not None
-        whole = _join(whole, strip[0], top * factor, height * factor, -2)
-    assert whole is not None
-    return whole[0]
+        result = _join(result, strip[0], start=top * factor, length=height * factor, axis=-2)
+    assert result is not None
+    return result[0]
 
 
 Joined = tuple[Tensor, int]  # memory for the whole result, and the place up to which it is filled
 
 
-def _join(joined: Joined | None, made: Tensor, start: int, length: int, axis: int) -> Joined:
+def _join(joined: Joined | None, tile: Tensor, start: int, length: int, axis: int) -> Joined:
     """Blend a tile, or a strip of tiles, into the result from place `start` of an axis."""
-    end = start + made.shape[axis]
+    end = start + tile.shape[axis]
     if joined is None:
         if end == length:
-            return made, length
-        size = list(made.shape)
+            return tile, length
+        size = list(tile.shape)
         size[axis] = length
-        room = made.new_empty(size)
-        room.narrow(axis, 0, end).copy_(made)
+        room = tile.new_empty(size)
+        room.narrow(axis, 0, end).copy_(tile)
         return room, end
     room, filled = joined
     shared = filled - start
     if shared > 0:
-        shape = [1] * made.dim()
+        shape = [1] * tile.dim()
         shape[axis] = shared
-        weight = ((torch.arange(shared, dtype=torch.float32) + 0.5) / shared).to(made.device, made.dtype)
-        there = room.narrow(axis, start, shared)
+        weight = ((torch.arange(shared, dtype=torch.float32) + 0.5) / shared).to(tile.device, tile.dtype)
+        overlap = room.narrow(axis, start, shared)
         # interpolated, not a weighted sum: equal values stay exactly equal
-        there.lerp_(made.narrow(axis, 0, shared), weight.view(shape))
-    room.narrow(axis, filled, end - filled).copy_(made.narrow(axis, shared, end - filled))
+        overlap.lerp_(tile.narrow(axis, 0, shared), weight.view(shape))
+    room.narrow(axis, filled, end - filled).copy_(tile.narrow(axis, shared, end - filled))
     return room, end
 
 
@@ -152,17 +152,14 @@ class Fitting:
     step: int = 1
     factor: int = 1
 
-    def __call__(self, run: Run, images: Tensor, finish: Run = lambda made: made) -> Tensor:
+    def __call__(self, run: Run, images: Tensor, finish: Run = lambda result: result) -> Tensor:
         """Return finish(run(images)). images: B C H W, H and W multiples of `step`.
 
         finish: applied to untiled results of one or more pictures. Raises MemoryPlanError if nothing fits.
         """
         while True:
             try:
-                parts = [
-                    finish(run_in_tiles(run, part, self.tile, self.overlap, self.step, self.factor))
-                    for part in images.split(self.batch)
-                ]
+                parts = [finish(self._run_tiled(run, part)) for part in images.split(self.batch)]
                 return parts[0] if len(parts) == 1 else torch.cat(parts)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
@@ -186,6 +183,9 @@ class Fitting:
                     "device."
                 )
             free_memory(self.device)
+
+    def _run_tiled(self, run: Run, images: Tensor) -> Tensor:
+        return run_in_tiles(run, images, self.tile, self.overlap, step=self.step, factor=self.factor)
 
 
 def network_dtype(options: ToolNetworkOptions, device: torch.device, what: str) -> torch.dtype:
@@ -212,12 +212,12 @@ class Guarded:
 
     def __call__(self, images: Tensor) -> Tensor:
         """images: B C H W in float32. Raises CheckpointError if a result is not finite in float32 either."""
-        made = self._run(images.to(self.dtype)).float()
+        result = self._run(images.to(self.dtype)).float()
         if self.dtype == torch.float32:
-            return made
-        is_good = made.isfinite().flatten(1).all(dim=1)
+            return result
+        is_good = result.isfinite().flatten(1).all(dim=1)
         if bool(is_good.all()):
-            return made
+            return result
         if self._exact is None:
             logger.info(
                 "A result of %s in %s is not finite: such pictures are computed again in float32.",
@@ -232,8 +232,8 @@ class Guarded:
                 f"the result of {self.what} is NaN or infinite, in float32 too: its file may be damaged. "
                 "Download or copy it again."
             )
-        made[bad] = again
-        return made
+        result[bad] = again
+        return result
 
 
 USUAL = Compilation()

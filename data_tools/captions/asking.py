@@ -43,26 +43,28 @@ class NoCaptionError(Exception):
         self.server_failed = server_failed
 
 
-def choose_frames(num_frames: int, wanted: int) -> tuple[int, ...]:
-    """Return the indices of the frames to show: the middle one of each of `wanted` equal parts, or all.
+def choose_frames(num_frames: int, most: int) -> tuple[int, ...]:
+    """Return the indices of the frames to show: the middle one of each of `most` equal parts, or all.
 
     Source: segment sampling, Wang et al. 2016, arXiv 1608.00859, section 3.1.
     """
-    if num_frames <= wanted:
+    if num_frames <= most:
         return tuple(range(num_frames))
-    return tuple((2 * part + 1) * num_frames // (2 * wanted) for part in range(wanted))
+    return tuple((2 * part + 1) * num_frames // (2 * most) for part in range(most))
 
 
-def read_shown(path: Path, is_image: bool, wanted: int, max_pixels: int) -> Frames:
-    """Return the frames of a file to show, each H W 3: an image, or `wanted` evenly spaced frames of a clip.
+def read_shown(path: Path, is_image: bool, num_frames: int, max_pixels: int) -> Frames:
+    """Return the frames of a file to show, each H W 3: an image, or evenly spaced frames of a clip.
 
     Frames with more than `max_pixels` pixels are scaled down. Raises MediaError if the file cannot be read.
     """
+
+    def shrink(frame: Frame) -> Frame:
+        return _shrink(frame, max_pixels)
+
     if is_image:
-        return (_shrink(read_image(path), max_pixels),)
-    return tuple(
-        pick_frames(path, lambda number: choose_frames(number, wanted), lambda one: _shrink(one, max_pixels))
-    )
+        return (shrink(read_image(path)),)
+    return tuple(pick_frames(path, lambda length: choose_frames(length, num_frames), shrink))
 
 
 def _shrink(frame: Frame, max_pixels: int) -> Frame:

@@ -59,7 +59,10 @@ class LocalModel:
         frame_bytes = 3 * self.ask.max_pixels * self.ask.num_frames
         workers = min(WORKERS, os.cpu_count() or 1)
         batch: list[Shown] = []
-        for place, frames in run_ahead(places, look, workers, lambda _: frame_bytes, AHEAD_BYTES):
+        ahead = run_ahead(
+            places, look, workers=workers, size_bytes=lambda _: frame_bytes, limit_bytes=AHEAD_BYTES
+        )
+        for place, frames in ahead:
             if isinstance(frames, Exception):
                 yield place, frames
                 continue
@@ -83,8 +86,8 @@ class LocalModel:
             if len(batch) == 1:
                 yield batch[0][0], NoCaptionError(f"the model fails: {shorten(str(error), 300)}")
                 return
-            for one in batch:
-                yield from self._answer_batch([one])
+            for shown in batch:
+                yield from self._answer_batch([shown])
             return
         for (place, _), (text, was_cut) in zip(batch, answers, strict=True):
             try:
@@ -96,15 +99,9 @@ class LocalModel:
     def describe(self, batch: Sequence[Shown]) -> list[tuple[str, bool]]:
         """Return for each image or clip the model's answer, and whether it was cut off."""
         texts = [self.message(prompt_for(place, self.ask), len(frames)) for place, frames in batch]
-        images = [[Image.fromarray(frame) for frame in frames] for _, frames in batch]
-        tokenizer = self.processor.tokenizer
-        start = tokenizer.bos_token
-        # the templates of some models add the start token themselves
-        own = {"add_special_tokens": False} if start and texts[0].startswith(start) else {}
-        inputs = self.processor(text=texts, images=images, padding=True, return_tensors="pt", **own)
-        inputs = inputs.to(self.model.device, self.model.dtype)
+        inputs = self._make_inputs(texts, [frames for _, frames in batch])
         noise = RowNoise(self.ask.temperature, self.ask.seed, [place.name for place, _ in batch])
-        made = self.model.generate(
+        generated = self.model.generate(
             **inputs,
             max_new_tokens=self.ask.max_new_tokens,
             num_beams=1,
@@ -115,15 +112,35 @@ class LocalModel:
             top_k=None,
             logits_processor=[noise] if self.ask.temperature else None,
         )
-        answers = made[:, inputs["input_ids"].shape[1] :]
-        thinks = [text.rstrip().endswith("<think>") for text in texts]  # templates may begin the thought
-        decoded = tokenizer.batch_decode(answers, skip_special_tokens=True)
-        ends = self.model.generation_config.eos_token_id  # the tokens that end an answer
-        ends = frozenset(ends if isinstance(ends, (list, tuple)) else [] if ends is None else [ends])
-        return [
-            (f"<think>{text}" if thinking else text, ends.isdisjoint(tokens.tolist()))
-            for text, thinking, tokens in zip(decoded, thinks, answers, strict=True)
-        ]
+        num_prompt_tokens = inputs["input_ids"].shape[1]
+        answer_tokens = generated[:, num_prompt_tokens:]
+        decoded = self.processor.tokenizer.batch_decode(answer_tokens, skip_special_tokens=True)
+        end_tokens = self._end_tokens()
+        answers = []
+        for prompt, answer, tokens in zip(texts, decoded, answer_tokens, strict=True):
+            if prompt.rstrip().endswith("<think>"):  # templates may begin the thought
+                answer = f"<think>{answer}"
+            was_cut = end_tokens.isdisjoint(tokens.tolist())
+            answers.append((answer, was_cut))
+        return answers
+
+    def _make_inputs(self, texts: Sequence[str], frames_of: Sequence[Frames]) -> Any:
+        """Return the model's inputs for texts with their frames, on its device."""
+        images = [[Image.fromarray(frame) for frame in frames] for frames in frames_of]
+        start = self.processor.tokenizer.bos_token
+        settings: dict[str, Any] = {"padding": True, "return_tensors": "pt"}
+        # the templates of some models add the start token themselves
+        if start and texts[0].startswith(start):
+            settings["add_special_tokens"] = False
+        inputs = self.processor(text=texts, images=images, **settings)
+        return inputs.to(self.model.device, self.model.dtype)
+
+    def _end_tokens(self) -> frozenset[int]:
+        """Return the tokens that end an answer."""
+        ends = self.model.generation_config.eos_token_id
+        if ends is None:
+            return frozenset()
+        return frozenset(ends if isinstance(ends, (list, tuple)) else [ends])
 
     def message(self, prompt: str, num_images: int) -> str:
         """Return the model's input text: from its chat template, or else image marks and the prompt.
@@ -162,12 +179,15 @@ class RowNoise:
         self._temperature = temperature
         texts = [f"{seed}\n{name}".encode("utf-8", "surrogateescape") for name in names]
         seeds = [int.from_bytes(hashlib.sha256(text).digest()[:8], "little") - 2**63 for text in texts]
-        self._generators = [torch.Generator().manual_seed(one) for one in seeds]
+        self._generators = [torch.Generator().manual_seed(row_seed) for row_seed in seeds]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         # scores: B V
         uniform = torch.stack(
-            [torch.rand(scores.shape[1], generator=one, dtype=torch.float64) for one in self._generators]
+            [
+                torch.rand(scores.shape[1], generator=generator, dtype=torch.float64)
+                for generator in self._generators
+            ]
         )
         noise = -torch.log(-torch.log(uniform.clamp(1e-300, 1 - 1e-16)))
         return scores.float() / self._temperature + noise.to(scores.device, torch.float32)
@@ -188,7 +208,7 @@ def load_model(options: CaptionModelOptions, ask: AskOptions) -> LocalModel:
             "transformers saves it.",
             folder,
         )
-    import transformers
+    import transformers  # only with --model
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
@@ -262,13 +282,13 @@ def _without_videos(folder: Path, model_type: str) -> Any:
 
     images_only = type(kind.__name__, (kind,), {"check_argument_for_proper_class": check})
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **LOCAL)
-    found, others = kind.get_processor_dict(folder, **LOCAL)  # the template is in one of them
+    settings, unused = kind.get_processor_dict(folder, **LOCAL)  # the template is in one of them
     try:
         return images_only(
             image_processor=transformers.AutoImageProcessor.from_pretrained(folder, **LOCAL),
             tokenizer=tokenizer,
             video_processor=None,
-            chat_template={**others, **found}.get("chat_template") or tokenizer.chat_template,
+            chat_template={**unused, **settings}.get("chat_template") or tokenizer.chat_template,
         )
     except (ImportError, TypeError):  # it has no such part, or others are missing too
         return None

@@ -122,9 +122,9 @@ class WordingOptions(Options, title="the text that is written"):
                 raise OptionError(f"--{name}: give one line of at most {MOST_WORDS} characters")
         for name in ("replace", "replace_regex"):
             for old, new in getattr(self, name):
-                found = bad_character(old + new)
-                if found is not None:
-                    raise OptionError(f"--{name} holds {found}: set the terminal to UTF-8")
+                character = bad_character(old + new)
+                if character is not None:
+                    raise OptionError(f"--{name} holds {character}: set the terminal to UTF-8")
                 if not old:
                     raise OptionError(f'--{name} "" {new!r}: say what to replace')
         for pattern, new in self.replace_regex:

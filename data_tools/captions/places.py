@@ -9,7 +9,6 @@ kill between the two leaves only a line without effect.
 import contextlib
 import dataclasses
 import hashlib
-import itertools
 import json
 import shutil
 import time
@@ -42,8 +41,11 @@ def keep_backup(path: Path) -> None:
 
     No older backup is replaced. Raises OutputError if the copy cannot be written.
     """
-    names = itertools.chain([path.name], (f"{path.name}.{number}" for number in itertools.count(2)))
-    backup = next(place for name in names if not (place := path.with_name(name + BACKUP)).exists())
+    backup = path.with_name(path.name + BACKUP)
+    number = 1
+    while backup.exists():
+        number += 1
+        backup = path.with_name(f"{path.name}.{number}{BACKUP}")
     with atomic_path(backup, path.stat().st_size) as temporary:
         shutil.copyfile(path, temporary)
 
@@ -77,19 +79,21 @@ class CaptionList:
 
         Raises OutputError.
         """
-        found: dict[str, dict[str, Any]] = {}
+        waiting_lines: dict[str, dict[str, Any]] = {}  # by the path in the line
         # the last line may be unfinished, even within a letter
-        for line in waiting.read_bytes().decode("utf-8", "replace").split("\n"):
+        for text in waiting.read_bytes().decode("utf-8", "replace").split("\n"):
             with contextlib.suppress(ValueError, LookupError, TypeError):
-                one = parse_json(line)
-                found[one["path"]] = one
+                line = parse_json(text)
+                waiting_lines[line["path"]] = line
         changes: dict[str, Change] = {}
         is_foreign = False
         for entry in self._numbers:
-            one, old = found.get(_key_of(entry), {}), self.record(entry).get("caption")
-            if "caption" in one and (None if old is None else _hash_of(str(old))) == one.get("old"):
-                changes[entry] = {"caption": old}, {"caption": one["caption"]}
-                is_foreign = is_foreign or bool(one.get("is_foreign"))
+            line = waiting_lines.get(_key_of(entry), {})
+            old = self.record(entry).get("caption")
+            old_hash = None if old is None else _hash_of(str(old))
+            if "caption" in line and old_hash == line.get("old"):
+                changes[entry] = ({"caption": old}, {"caption": line["caption"]})
+                is_foreign = is_foreign or bool(line.get("is_foreign"))
         self.write(changes, is_foreign)
         waiting.unlink()
 
@@ -107,38 +111,50 @@ class CaptionList:
             try:
                 if _stamp_of(self.path) != self._stamp:
                     self._read()
-                lines, count = list(self._lines), 0
-                for entry, (old, new) in changes.items():
-                    values = self.record(entry)
-                    if not values or any(values.get(key) != value for key, value in old.items()):
-                        continue
-                    text = json.dumps(values | new, ensure_ascii=False)
-                    if bad_character(text):  # another value has half a character, as an escape
-                        text = json.dumps(values | new)
-                    line = lines[self._numbers[entry]]
-                    lines[self._numbers[entry]] = line.replace(line.strip("\ufeff\r\n"), text)
-                    count += 1
+                lines, count = self._change_lines(changes)
                 if not count:
                     return 0
                 has_older = self.path.with_name(self.path.name + BACKUP).exists()
                 if not self._has_backup and (is_foreign or not has_older):
                     keep_backup(self.path)
                     self._has_backup = True
-                path = real_path(self.path)  # a link stays one
-                with atomic_path(path, self._stamp[1]) as temporary:
-                    temporary.write_bytes("".join(lines).encode("utf-8"))
-                    shutil.copymode(path, temporary)
-                    if _stamp_of(self.path) != self._stamp:
-                        raise _ListChanged
+                self._replace_file(lines)
             except (_ListChanged, FileNotFoundError):  # an editor may put the old file away first
                 time.sleep(PAUSE)
             else:
-                self._lines, self._stamp = lines, _stamp_of(self.path)
+                self._lines = lines
+                self._stamp = _stamp_of(self.path)
                 return count
         raise OutputError(
             f"{self.path}: the list is gone, or another program keeps writing it. Put it back, or close that "
             "program, then run again."
         )
+
+    def _change_lines(self, changes: Mapping[str, Change]) -> tuple[list[str], int]:
+        """Return all lines with these changes, and how many apply: the line still has the old values."""
+        lines = list(self._lines)
+        count = 0
+        for entry, (old, new) in changes.items():
+            values = self.record(entry)
+            if not values or any(values.get(key) != value for key, value in old.items()):
+                continue
+            text = json.dumps(values | new, ensure_ascii=False)
+            if bad_character(text):  # another value has half a character, as an escape
+                text = json.dumps(values | new)
+            number = self._numbers[entry]
+            line = lines[number]
+            lines[number] = line.replace(line.strip("\ufeff\r\n"), text)
+            count += 1
+        return lines, count
+
+    def _replace_file(self, lines: Sequence[str]) -> None:
+        """Write the list atomically. Raises _ListChanged if it has changed since it was read."""
+        path = real_path(self.path)  # a link stays one
+        with atomic_path(path, self._stamp[1]) as temporary:
+            temporary.write_bytes("".join(lines).encode("utf-8"))
+            shutil.copymode(path, temporary)
+            if _stamp_of(self.path) != self._stamp:
+                raise _ListChanged
 
     def _read(self) -> None:
         self._stamp = _stamp_of(self.path)
@@ -190,13 +206,14 @@ class CaptionPlace:
     def __str__(self) -> str:
         return str(self.file) if self.lines is None else f"a line of {self.file}"
 
-    def write(self, text: str, is_foreign: bool, made: "MadeCaptions") -> bool:
+    def write(self, text: str, is_foreign: bool, record: "MadeCaptions") -> bool:
         """Write a caption atomically and return True; return False if it has changed meanwhile.
 
-        is_foreign: a person wrote the caption that is replaced. Raises OutputError if it cannot be written.
+        is_foreign: a person wrote the caption that is replaced. record: of the folder. Raises OutputError if
+        it cannot be written.
         """
         if self.lines is not None:
-            made.add(self.name, text)
+            record.add(self.name, text)
             change = {"caption": self.caption}, {"caption": text}
             return self.lines.write({self.entry: change}, is_foreign) > 0
         try:
@@ -207,7 +224,7 @@ class CaptionPlace:
             return False
         if is_foreign:
             keep_backup(self.file)
-        made.add(self.name, text)
+        record.add(self.name, text)
         write_text(self.file, text)
         return True
 
@@ -219,40 +236,53 @@ def find_places(config: DatasetConfig, texts: bool) -> list[CaptionPlace]:
     place. Raises DatasetError if the dataset cannot be used, or has tables whose captions cannot be
     written.
     """
-    others = [table.name for table in config.datasets if not (table.directory or table.jsonl_file)]
-    if others:
+    unwritable = [table.name for table in config.datasets if not (table.directory or table.jsonl_file)]
+    if unwritable:
         raise DatasetError(
-            f"{', '.join(others)}: captions are written beside the files of a folder, or into a JSONL list, "
-            "and this table is neither. Use a configuration with video_directory, image_directory, "
+            f"{', '.join(unwritable)}: captions are written beside the files of a folder, or into a JSONL "
+            "list, and this table is neither. Use a configuration with video_directory, image_directory, "
             "video_jsonl_file or image_jsonl_file over the same media."
         )
-    companions = "control_directory", "mask_directory", "audio_directory", "class_tokens"
-    media_only: dict[str, Any] = dict.fromkeys(companions)
-    media_only["lists_controls"] = False
-    tables = [
-        dataclasses.replace(table, caption_extension=table.caption_extension or EXTENSION, **media_only)
-        for table in config.datasets
-    ]
-    sources = find_all_sources(dataclasses.replace(config, datasets=tuple(tables)))
+    tables = tuple(map(_with_media_only, config.datasets))
+    sources = find_all_sources(dataclasses.replace(config, datasets=tables))
     lists = {table.jsonl_file: CaptionList(table) for table in tables if table.jsonl_file is not None}
     places: dict[tuple[Path, str], CaptionPlace] = {}
     for source in sources:
-        has_caption, file = source.caption is not None, source.caption_path
-        if file is not None:
-            text = read_caption(file) if texts and has_caption else None
-            place = CaptionPlace(source, file, None, "", text, has_caption)
+        if source.caption_path is not None:
+            place = _place_in_file(source, source.caption_path, texts)
         else:
             assert source.table.jsonl_file is not None  # a source without a caption file is of a list
-            lines = lists[source.table.jsonl_file]
-            entry = lines.entries.get(source.path)
-            if entry is None:
-                raise DatasetError(
-                    f"{lines.path}: the line of {source.path} cannot be found again. Run again."
-                )
-            text = lines.record(entry).get("caption")
-            place = CaptionPlace(source, lines.path, lines, entry, text, has_caption)
+            place = _place_in_list(source, lists[source.table.jsonl_file])
         places.setdefault((place.file, place.entry), place)
     return list(places.values())
+
+
+def _with_media_only(table: DatasetTable) -> DatasetTable:
+    """Return a table without what belongs to its media, and with an extension of captions."""
+    return dataclasses.replace(
+        table,
+        caption_extension=table.caption_extension or EXTENSION,
+        control_directory=None,
+        mask_directory=None,
+        audio_directory=None,
+        class_tokens=None,
+        lists_controls=False,
+    )
+
+
+def _place_in_file(source: MediaSource, file: Path, reads_text: bool) -> CaptionPlace:
+    has_caption = source.caption is not None
+    text = read_caption(file) if reads_text and has_caption else None
+    return CaptionPlace(source, file, lines=None, entry="", caption=text, has_caption=has_caption)
+
+
+def _place_in_list(source: MediaSource, lines: CaptionList) -> CaptionPlace:
+    entry = lines.entries.get(source.path)
+    if entry is None:
+        raise DatasetError(f"{lines.path}: the line of {source.path} cannot be found again. Run again.")
+    text = lines.record(entry).get("caption")
+    has_caption = source.caption is not None
+    return CaptionPlace(source, lines.path, lines=lines, entry=entry, caption=text, has_caption=has_caption)
 
 
 def say_missing_keys(config: DatasetConfig) -> list[str]:
@@ -342,28 +372,33 @@ def pass_of(options: CaptioningOptions) -> str:
 
 
 def plan_captions(
-    places: Sequence[CaptionPlace], made: Mapping[Path, MadeCaptions], options: CaptioningOptions
+    places: Sequence[CaptionPlace], records: Mapping[Path, MadeCaptions], options: CaptioningOptions
 ) -> tuple[dict[CaptionPlace, str], int]:
     """Return the captions to make, each with its reason, and how many an interrupted run has already remade.
 
     Reasons: MISSING, EMPTY, OURS, or FOREIGN (the old one will be kept as .bak). Nothing is written.
     """
-    what = pass_of(options)
-    jobs, num_done = {}, 0
+    pass_id = pass_of(options)
+    jobs = {}
+    num_done = 0
     for place in places:
-        ours, is_all = made[place.file.parent], options.overwrite_all
-        if not place.has_caption:
-            why: str | None = MISSING
-        elif place.caption is None:  # not read, or a line with a list of captions, which a person wrote
-            why = None
-        elif not place.caption.strip():
-            why = EMPTY if options.fill_empty or is_all else None
-        elif ours.has(place.name, place.caption):
-            why = OURS if options.overwrite or is_all else None
-        else:
-            why = FOREIGN if is_all else None
-        if why in (OURS, FOREIGN) and place.name in ours.done_before(what):
+        record = records[place.file.parent]
+        reason = _reason_to_make(place, record, options)
+        if reason in (OURS, FOREIGN) and place.name in record.done_before(pass_id):
             num_done += 1
-        elif why is not None:
-            jobs[place] = why
+        elif reason is not None:
+            jobs[place] = reason
     return jobs, num_done
+
+
+def _reason_to_make(place: CaptionPlace, record: MadeCaptions, options: CaptioningOptions) -> str | None:
+    """Return why a caption is to be made; None if it stays."""
+    if not place.has_caption:
+        return MISSING
+    if place.caption is None:  # not read, or a line with a list of captions, which a person wrote
+        return None
+    if not place.caption.strip():
+        return EMPTY if options.fill_empty or options.overwrite_all else None
+    if record.has(place.name, place.caption):
+        return OURS if options.overwrite or options.overwrite_all else None
+    return FOREIGN if options.overwrite_all else None

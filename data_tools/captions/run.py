@@ -4,9 +4,9 @@ import contextlib
 import logging
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,60 +70,90 @@ def write_captions(config: DatasetConfig, options: CaptioningOptions) -> None:
     if there are sources without a caption.
     """
     start = time.monotonic()
-    is_again = options.overwrite or options.overwrite_all
-    for table in config.datasets if not options.dry_run else ():
-        waiting = table.jsonl_file and table.jsonl_file.with_name(f".{table.jsonl_file.name}.captions")
-        if waiting and waiting.exists():
-            CaptionList(table).take_waiting(waiting)
-    places = find_places(config, texts=is_again or options.fill_empty)
-    made = read_made(places)
-    jobs, num_done = plan_captions(places, made, options)
+    replaces = options.overwrite or options.overwrite_all
+    if not options.dry_run:
+        _take_waiting(config)
+    places = find_places(config, texts=replaces or options.fill_empty)
+    records = read_made(places)
+    jobs, num_done = plan_captions(places, records, options)
     num_kept = len(places) - len(jobs) - num_done
     if options.dry_run:
         lines = [f"{place.source.path} ({why}): {place}" for place, why in jobs.items()]
         counts = f"{count_of(len(jobs), 'caption')} would be made, {num_kept} are kept"
-        _say([f"{counts}. Nothing is written.", *first_lines(lines, LISTED), *say_missing_keys(config)])
+        _print([f"{counts}. Nothing is written.", *first_lines(lines, LISTED), *say_missing_keys(config)])
         return
-    api = options.api
-    engine = str(options.model.model) if api.api_base is None else f"{api.api_model} at {api.api_base}"
-    again, foreign = (sum(why == one for why in jobs.values()) for one in (OURS, FOREIGN))
-    parts = [f"{len(jobs)} to make", f"{num_kept} kept"]
-    parts += [f"{again} of these anew"] if again else []
-    parts += [f"{foreign} of these in place of hand-written ones, which become .bak"] if foreign else []
-    parts += [f"{num_done} made anew by the run before"] if num_done else []
-    show_box("Captioning", [("data", str(config.path)), ("captions", ", ".join(parts)), ("made by", engine)])
+    _show_start(config, options, jobs, num_kept=num_kept, num_done=num_done)
     for text in say_missing_keys(config):
         logger.warning("%s", text)
-    failures, changed, folders = list[Failure](), 0, made.values() if is_again else ()
+    failures: list[Failure] = []
+    num_changed = 0
+    replaced_records = list(records.values()) if replaces else []
     if jobs:
-        is_local = api.api_base is None
-        engine_of = load_model(options.model, options.ask) if is_local else ApiServer(api, options.ask)
-        for folder in folders:
-            folder.begin_pass(pass_of(options))
-        failures, changed = _make_captions(engine_of.answer, jobs, made, options)
-    # with failures the pass goes on: the same command tries these again, not all
-    for folder in folders if not failures else ():
-        folder.end_pass()
-    written = len(jobs) - len(failures) - changed
+        answerer = _load_answerer(options)
+        for record in replaced_records:
+            record.begin_pass(pass_of(options))
+        failures, num_changed = _make_captions(answerer, jobs, records, options)
+    if not failures:  # with failures the pass goes on: the same command tries these again, not all
+        for record in replaced_records:
+            record.end_pass()
+    num_written = len(jobs) - len(failures) - num_changed
+    foreign = f"{num_changed} of them were written by somebody else meanwhile" if num_changed else None
     rows: list[Row] = [
-        ("captions", f"{written} written, {len(places) - len(jobs) + changed} kept"),
-        ("kept", f"{changed} of them were written by somebody else meanwhile" if changed else None),
+        ("captions", f"{num_written} written, {len(places) - len(jobs) + num_changed} kept"),
+        ("kept", foreign),
         ("time", in_words(time.monotonic() - start)),
     ]
     show_box("Captioning is finished", rows)
     if failures:
-        lines = first_lines(failures, LISTED)
         raise DatasetError(
             f"{len(failures)} of {len(jobs)} got no caption; all others are done:\n"
-            + "\n".join(lines)
+            + "\n".join(first_lines(failures, LISTED))
             + "\n  Repair or remove these files, or try other options, then run the same command again."
         )
+
+
+def _take_waiting(config: DatasetConfig) -> None:
+    """Put the captions into their lists that a killed run of an earlier version left beside them."""
+    for table in config.datasets:
+        if table.jsonl_file:
+            waiting = table.jsonl_file.with_name(f".{table.jsonl_file.name}.captions")
+            if waiting.exists():
+                CaptionList(table).take_waiting(waiting)
+
+
+def _show_start(
+    config: DatasetConfig,
+    options: CaptioningOptions,
+    jobs: Mapping[CaptionPlace, str],
+    num_kept: int,
+    num_done: int,
+) -> None:
+    """Show what is captioned with what. num_done: captions that an interrupted run has remade."""
+    api = options.api
+    engine = str(options.model.model) if api.api_base is None else f"{api.api_model} at {api.api_base}"
+    reasons = Counter(jobs.values())
+    counts = [f"{len(jobs)} to make", f"{num_kept} kept"]
+    if reasons[OURS]:
+        counts.append(f"{reasons[OURS]} of these anew")
+    if reasons[FOREIGN]:
+        counts.append(f"{reasons[FOREIGN]} of these in place of hand-written ones, which become .bak")
+    if num_done:
+        counts.append(f"{num_done} made anew by the run before")
+    rows: list[Row] = [("data", str(config.path)), ("captions", ", ".join(counts)), ("made by", engine)]
+    show_box("Captioning", rows)
+
+
+def _load_answerer(options: CaptioningOptions) -> Answerer:
+    """Return what answers: the local model, which is loaded, or a server."""
+    if options.api.api_base is None:
+        return load_model(options.model, options.ask).answer
+    return ApiServer(options.api, options.ask).answer
 
 
 def _make_captions(
     answerer: Answerer,
     jobs: Mapping[CaptionPlace, str],
-    made: Mapping[Path, MadeCaptions],
+    records: Mapping[Path, MadeCaptions],
     options: CaptioningOptions,
 ) -> tuple[list[Failure], int]:
     """Make captions, and write each one when it arrives.
@@ -133,25 +163,24 @@ def _make_captions(
     """
 
     def look(place: CaptionPlace) -> Frames:
-        ask, source = options.ask, place.source
+        source = place.source
         media = replace(source, control=(), mask=None, origins=source.origins[:1])
+        is_image = source.table.kind == "image"
         with fetch(media) as fetched:
-            return read_shown(fetched.path, source.table.kind == "image", ask.num_frames, ask.max_pixels)
+            return read_shown(fetched.path, is_image, options.ask.num_frames, options.ask.max_pixels)
 
     failures: list[Failure] = []
     num_changed = 0
-    has_answer = False
-    num_failed = 0  # though their files can be read
-    server_failed = 0  # in a row
+    refusals = _Refusals()
     answers = answerer(list(jobs), look)
     with contextlib.closing(answers), Bar(len(jobs), "captions", unit="caption") as bar:
         for place, answer in answers:
             if isinstance(answer, str):
-                has_answer, server_failed = True, 0
+                refusals.clear()
                 caption = reword(answer, options.wording)
                 if not caption:
                     answer = NoCaptionError(f"--replace leaves nothing of the answer {answer!r}")
-                elif not place.write(caption, jobs[place] == FOREIGN, made[place.file.parent]):
+                elif not place.write(caption, jobs[place] == FOREIGN, records[place.file.parent]):
                     num_changed += 1
             if isinstance(answer, (MediaError, NoCaptionError)):
                 failures.append(Failure.of(place.source, answer))
@@ -159,23 +188,51 @@ def _make_captions(
             elif not isinstance(answer, str):  # an answerer hands on all that ends it, SystemExit too
                 raise answer
             if isinstance(answer, NoCaptionError):
-                num_failed += 1
-                server_failed = server_failed + 1 if answer.server_failed else 0
-                if server_failed == SERVER_GONE:
-                    raise UserError(
-                        f"The server fails again and again: {answer}. What is written stays: run again later."
-                    )
-                if not has_answer and num_failed == GIVE_UP:
-                    raise UserError(
-                        f"None of the first {GIVE_UP} got a caption, the last one because {answer}. Nothing "
-                        "more is tried. Try another model, or other options."
-                    )
+                refusals.add(answer)
             bar.update()
     return failures, num_changed
 
 
-def _say(lines: Sequence[str]) -> None:
+class _Refusals:
+    """Count sources that can be read and get no caption; end a run in which that is the rule."""
+
+    def __init__(self) -> None:
+        self._has_answer = False
+        self._total = 0
+        self._of_server = 0  # in a row
+
+    def clear(self) -> None:
+        """Note that an answer has arrived."""
+        self._has_answer = True
+        self._of_server = 0
+
+    def add(self, error: NoCaptionError) -> None:
+        """Count a refusal. Raises UserError if the server or the model fails again and again."""
+        self._total += 1
+        self._of_server = self._of_server + 1 if error.server_failed else 0
+        if self._of_server == SERVER_GONE:
+            raise UserError(
+                f"The server fails again and again: {error}. What is written stays: run again later."
+            )
+        if not self._has_answer and self._total == GIVE_UP:
+            raise UserError(
+                f"None of the first {GIVE_UP} got a caption, the last one because {error}. Nothing "
+                "more is tried. Try another model, or other options."
+            )
+
+
+def _print(lines: Sequence[str]) -> None:
     sys.stdout.write(escape_control_codes("\n".join(lines)) + "\n")
+
+
+@dataclass(frozen=True)
+class _Edit:
+    """A caption that changes."""
+
+    place: CaptionPlace
+    old: str
+    new: str  # empty if it, or one of several captions, would become empty
+    change: Change = ({}, {})  # of a line in a list
 
 
 def edit_captions(config: DatasetConfig, wording: WordingOptions, dry_run: bool) -> None:
@@ -185,68 +242,92 @@ def edit_captions(config: DatasetConfig, wording: WordingOptions, dry_run: bool)
     if the dataset cannot be used, or at the end if captions would become empty.
     """
     places = find_places(config, texts=True)
-    made = read_made(places)
-    found = list(_edits(places, wording))
-    edits, emptied = [edit for edit in found if edit[2]], [edit for edit in found if not edit[2]]
+    records = read_made(places)
+    all_edits = list(_list_edits(places, wording))
+    edits = [edit for edit in all_edits if edit.new]
+    emptied = [edit for edit in all_edits if not edit.new]
     if dry_run:
-        shown = (
-            (place.media, *(shorten(" / ".join(text.split("\n")), SHOWN) for text in (old, new)))
-            for place, old, new, _ in edits
-        )
-        lines = [f"{media}: {old!r} -> {new!r}" for media, old, new in shown]
-        head = f"{count_of(len(edits), 'caption')} would be changed. Nothing is written."
-        _say([head, *first_lines(lines, LISTED_EDITS)])
+        _print_edits(edits)
     else:
-        changes: dict[CaptionList, dict[str, Change]] = defaultdict(dict)
-        for place, old, new, change in edits:
-            record = made[place.file.parent]
-            if record.has(place.name, old):  # it stays one of this program
-                record.add(place.name, new)
-            if place.lines is None:
-                keep_backup(place.file)
-                write_text(place.file, new)
-            else:
-                changes[place.lines][place.entry] = change
-        for captions, by_entry in changes.items():
-            captions.write(by_entry, is_foreign=True)
-        rest = f"{len(places) - len(edits)} are as they were"
-        show_box("Editing is finished", [("captions", f"{len(edits)} changed, {rest}")])
+        _write_edits(edits, records)
+        unchanged = f"{len(places) - len(edits)} are as they were"
+        show_box("Editing is finished", [("captions", f"{len(edits)} changed, {unchanged}")])
     if emptied:
         raise DatasetError(
             f"{count_of(len(emptied), 'caption')} would be empty and stay as they are, such as "
-            f"{emptied[0][0].media}: {shorten(emptied[0][1], SHOWN)!r}. Write them by hand, or remove them "
-            "and have new ones made."
+            f"{emptied[0].place.media}: {shorten(emptied[0].old, SHOWN)!r}. Write them by hand, or remove "
+            "them and have new ones made."
         )
 
 
-def _edits(
-    places: Sequence[CaptionPlace], wording: WordingOptions
-) -> Iterator[tuple[CaptionPlace, str, str, Change]]:
-    """Yield the captions that change: place, old text, new text, and (old, new) values of a line in a list.
+def _print_edits(edits: Sequence[_Edit]) -> None:
+    lines = [f"{edit.place.media}: {_shorten(edit.old)!r} -> {_shorten(edit.new)!r}" for edit in edits]
+    head = f"{count_of(len(edits), 'caption')} would be changed. Nothing is written."
+    _print([head, *first_lines(lines, LISTED_EDITS)])
 
-    The new text is empty if it, or one of several captions, would become empty.
-    """
+
+def _shorten(caption: str) -> str:
+    return shorten(" / ".join(caption.split("\n")), SHOWN)
+
+
+def _write_edits(edits: Sequence[_Edit], records: Mapping[Path, MadeCaptions]) -> None:
+    """Write edited captions: files one by one, then each list once."""
+    changes: dict[CaptionList, dict[str, Change]] = defaultdict(dict)
+    for edit in edits:
+        place = edit.place
+        record = records[place.file.parent]
+        if record.has(place.name, edit.old):  # it stays one of this program
+            record.add(place.name, edit.new)
+        if place.lines is None:
+            keep_backup(place.file)
+            write_text(place.file, edit.new)
+        else:
+            changes[place.lines][place.entry] = edit.change
+    for captions, by_entry in changes.items():
+        captions.write(by_entry, is_foreign=True)
+
+
+def _list_edits(places: Sequence[CaptionPlace], wording: WordingOptions) -> Iterator[_Edit]:
+    """Yield the captions that `wording` changes."""
     for place in places:
-        several = place.source.table.multi_caption
+        is_several = place.source.table.multi_caption
         if place.lines is not None:
-            record = place.lines.record(place.entry)
-            keys = ("caption", "captions") if several else ("caption",)
-            old: dict[str, Any] = {key: record[key] for key in keys if record.get(key) is not None}
-            new = {
-                key: reword(value, wording)
-                if isinstance(value, str)
-                else [reword(text, wording) for text in value]
-                for key, value in old.items()
-            }
-            changed = [key for key in new if new[key] != old[key]]
-            old, new = ({key: one[key] for key in changed} for one in (old, new))
-            before, after = (
-                [text for value in one.values() for text in ([value] if isinstance(value, str) else value)]
-                for one in (old, new)
-            )
-            if changed:
-                yield place, "\n".join(before), "\n".join(after) if all(after) else "", (old, new)
+            edit = _edit_line(place, place.lines.record(place.entry), wording, is_several)
+            if edit is not None:
+                yield edit
         elif place.caption is not None:
-            text = reword_lines(place.caption, wording, several)
+            text = reword_lines(place.caption, wording, is_several)
             if text != place.caption:
-                yield place, place.caption, text, ({}, {})
+                yield _Edit(place, place.caption, text)
+
+
+def _edit_line(
+    place: CaptionPlace, line: Mapping[str, Any], wording: WordingOptions, is_several: bool
+) -> _Edit | None:
+    """Return the edit of a line of a list; None if nothing changes. is_several: it may have "captions"."""
+    old: dict[str, Any] = {}
+    new: dict[str, Any] = {}
+    for key in ("caption", "captions") if is_several else ("caption",):
+        value = line.get(key)
+        if value is None:
+            continue
+        if isinstance(value, str):
+            reworded: str | list[str] = reword(value, wording)
+        else:
+            reworded = [reword(text, wording) for text in value]
+        if reworded != value:
+            old[key] = value
+            new[key] = reworded
+    if not new:
+        return None
+    old_texts = _list_texts(old)
+    new_texts = _list_texts(new)
+    return _Edit(place, "\n".join(old_texts), "\n".join(new_texts) if all(new_texts) else "", (old, new))
+
+
+def _list_texts(values: Mapping[str, Any]) -> list[str]:
+    """Return the texts under all keys; a value is a text or a list of texts."""
+    texts: list[str] = []
+    for value in values.values():
+        texts += [value] if isinstance(value, str) else value
+    return texts

@@ -76,11 +76,14 @@ class ApiServer:
 
         Raises OptionError if OPENAI_API_KEY holds an impossible key.
         """
-        self.ask, self.timeout = ask, options.api_timeout or TIMEOUT
+        self.ask = ask
+        self.timeout = options.api_timeout or TIMEOUT
         self.first_wait = 1.0  # seconds between two requests
-        self._model, self._workers = options.api_model, options.api_workers or WORKERS
+        self._model = options.api_model
+        self._workers = options.api_workers or WORKERS
         assert options.api_base is not None
-        base, parts = options.api_base.rstrip("/"), urlsplit(options.api_base)
+        base = options.api_base.rstrip("/")
+        parts = urlsplit(options.api_base)
         self._address = base if base.endswith("/chat/completions") else f"{base}/chat/completions"
         self._is_local = parts.hostname in LOCAL_HOSTS
         key = environment.get(KEY, "").strip()
@@ -93,7 +96,7 @@ class ApiServer:
         self._key = key
         self._stop = threading.Event()
         self._has_answered = False
-        self._told: set[str] = set()  # why it was asked again
+        self._logged_reasons: set[str] = set()  # why it was asked again
         self._replaced: set[str] = set()  # parameters that the model refuses
 
     def answer(self, places: Sequence[CaptionPlace], look: Look) -> Answers:
@@ -138,75 +141,92 @@ class ApiServer:
         Raises NoCaptionError if the server gives none, UserError if it refuses the key or the model, or if
         there is no server.
         """
+        body = self._make_body(prompt_for(place, self.ask), frames)
+        reason = ""
+        for number in range(TRIES):
+            try:
+                return self._request(body)
+            except _TryAgain as error:
+                reason, server_seconds = error.args
+            seconds = server_seconds if server_seconds >= 0 else self.first_wait * 2**number
+            seconds = min(seconds, MAX_WAIT_SECONDS)
+            is_last = number + 1 == TRIES
+            if not is_last and reason not in self._logged_reasons:
+                self._logged_reasons.add(reason)
+                logger.warning("%s; it is asked again after %.1f s, %d times at most", reason, seconds, TRIES)
+            if not is_last and self._stop.wait(seconds):
+                raise NoCaptionError("the run has ended")
+        raise NoCaptionError(f"{TRIES} requests failed, the last because {reason}", server_failed=True)
+
+    def _make_body(self, prompt: str, frames: Frames) -> dict[str, Any]:
+        """Return the body of a request for a caption."""
         content: list[dict[str, Any]] = []
         for frame in frames:
             file = io.BytesIO()
             Image.fromarray(frame).save(file, "JPEG", quality=JPEG_QUALITY)
             url = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
             content.append({"type": "image_url", "image_url": {"url": url}})
-        content.append({"type": "text", "text": prompt_for(place, self.ask)})
-        system = [{"role": "system", "content": self.ask.system_prompt}] if self.ask.system_prompt else []
+        content.append({"type": "text", "text": prompt})
+        messages: list[dict[str, Any]] = []
+        if self.ask.system_prompt:
+            messages.append({"role": "system", "content": self.ask.system_prompt})
+        messages.append({"role": "user", "content": content})
         body = {
             "model": self._model,
-            "messages": [*system, {"role": "user", "content": content}],
+            "messages": messages,
             "max_tokens": self.ask.max_new_tokens,
             "temperature": self.ask.temperature,
-            **({"seed": self.ask.seed} if self.ask.temperature else {}),
         }
-        for number in range(TRIES):
-            try:
-                return self._request(body)
-            except _TryAgain as error:
-                reason, wanted = error.args
-            seconds = min(wanted if wanted >= 0 else self.first_wait * 2**number, MAX_WAIT_SECONDS)
-            if number + 1 < TRIES and reason not in self._told:
-                self._told.add(reason)
-                logger.warning("%s; it is asked again after %.1f s, %d times at most", reason, seconds, TRIES)
-            if number + 1 < TRIES and self._stop.wait(seconds):
-                raise NoCaptionError("the run has ended")
-        raise NoCaptionError(f"{TRIES} requests failed, the last because {reason}", server_failed=True)
+        if self.ask.temperature:
+            body["seed"] = self.ask.seed
+        return body
 
     def _request(self, body: Mapping[str, Any]) -> str:
         """Request a caption once and return it. Raises _TryAgain if a retry may help, else as `describe`."""
         renamed = {OTHER_NAMES[key] if key in self._replaced else key: value for key, value in body.items()}
-        sent = {key: value for key, value in renamed.items() if key is not None}
+        parameters = {key: value for key, value in renamed.items() if key is not None}
         try:
-            status, wait, text = self._post(sent)
+            status, wait, text = self._post(parameters)
         except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
-            cause: BaseException = error
-            while cause.__context__ is not None:  # the innermost error is the system's
-                cause = cause.__context__
-            why = self._hide(getattr(cause, "strerror", None) or str(cause))
-            is_refused = isinstance(error, requests.ConnectTimeout) or isinstance(cause, _NO_SERVER)
-            if is_refused and not self._has_answered:
-                raise UserError(
-                    f"--api_base: nothing answers at {self._address}: {why}. Start the server, or correct "
-                    "the address."
-                ) from None
-            if isinstance(error, requests.Timeout) or isinstance(cause, TimeoutError):
-                why = f"there is no whole answer within {self.timeout:g} s (--api_timeout)"
-            raise _TryAgain(f"the connection broke: {why}", math.nan) from None
+            raise self._connection_error(error) from None
         self._has_answered = True
         if status == 200:
             return self._caption_in(text)
-        said = self._hide(_error_text(text))
+        message = self._hide(_error_text(text))
         if status in RETRIED:
-            raise _TryAgain(f"the server answers {status}: {said}", wait)
+            raise _TryAgain(f"the server answers {status}: {message}", wait)
         if status in REFUSED:
             key = f"check {KEY}" if self._key else f"set {KEY}"
             remedy = "check --api_base and --api_model" if status == 404 else key
             raise UserError(
-                f"{self._address} answers {status}, {REFUSED[status]}: {said}. Give what it wants: {remedy}."
+                f"{self._address} answers {status}, {REFUSED[status]}: {message}. "
+                f"Give what it wants: {remedy}."
             )
-        if status == 400 and self._adapt(text, sent):
+        if status == 400 and self._adapt(text, parameters):
             return self._request(body)
         if 300 <= status < 400:
             raise UserError(
                 f"--api_base: {self._address} answers {status} and names another address. Give that one."
             )
-        raise NoCaptionError(f"the server answers {status}: {said}")
+        raise NoCaptionError(f"the server answers {status}: {message}")
 
-    def _post(self, sent: Any) -> tuple[int, float, str]:
+    def _connection_error(self, error: BaseException) -> UserError | _TryAgain:
+        """Return what to raise if a connection fails: a server that never answered is not there."""
+        cause = error
+        while cause.__context__ is not None:  # the innermost error is the system's
+            cause = cause.__context__
+        why = self._hide(getattr(cause, "strerror", None) or str(cause))
+        is_refused = isinstance(error, requests.ConnectTimeout) or isinstance(cause, _NO_SERVER)
+        if is_refused and not self._has_answered:
+            return UserError(
+                f"--api_base: nothing answers at {self._address}: {why}. Start the server, or correct "
+                "the address."
+            )
+        if isinstance(error, requests.Timeout) or isinstance(cause, TimeoutError):
+            why = f"there is no whole answer within {self.timeout:g} s (--api_timeout)"
+        return _TryAgain(f"the connection broke: {why}", math.nan)
+
+    def _post(self, parameters: Any) -> tuple[int, float, str]:
         """Make a request; return status, seconds to wait (NaN if the server gives none), and text.
 
         Raises the errors of requests, and NoCaptionError if the answer is too long.
@@ -216,7 +236,7 @@ class ApiServer:
             _Session() as session,
             session.post(
                 self._address,
-                json=sent,
+                json=parameters,
                 auth=self._authorize,
                 timeout=(min(CONNECT_SECONDS, self.timeout), self.timeout),
                 proxies=NO_PROXIES if self._is_local else None,
@@ -257,13 +277,13 @@ class ApiServer:
             content = " ".join(part for part in texts if isinstance(part, str))
         return caption_in(content if isinstance(content, str) else "", was_cut)
 
-    def _adapt(self, text: str, sent: Mapping[str, Any]) -> bool:
+    def _adapt(self, text: str, parameters: Mapping[str, Any]) -> bool:
         """Stop sending a parameter that an error names as refused. Returns whether the request had one."""
-        for name, other in OTHER_NAMES.items():
-            if name in sent and any(f"{mark}{name}{mark}" in text for mark in "'\"`"):
+        for name, replacement in OTHER_NAMES.items():
+            if name in parameters and any(f"{mark}{name}{mark}" in text for mark in "'\"`"):
                 if name not in self._replaced:  # else another thread has noted it
                     self._replaced.add(name)
-                    what = f"{other} is sent instead" if other else "its own is used"
+                    what = f"{replacement} is sent instead" if replacement else "its own is used"
                     logger.warning("%s does not take %s: %s", self._model, name, what)
                 return True
         return False

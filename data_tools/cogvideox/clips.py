@@ -76,12 +76,16 @@ class PreparedItem:
 
     def read_facts(self) -> dict[str, Any]:
         """Return num_frames, height and width. Raises OSError, ValueError, KeyError or TypeError."""
-        found = parse_json(read_text(self.facts))
-        return {key: int(found[key]) for key in ("num_frames", "height", "width")}
+        facts = parse_json(read_text(self.facts))
+        return {key: int(facts[key]) for key in ("num_frames", "height", "width")}
 
     def has_media(self, latents: bool, image_latents: bool) -> bool:
         """Return whether the files of the clip exist and are newer than the clip."""
-        kinds = [VIDEOS, IMAGES, *([MOMENTS] if latents else []), *([IMAGE_MOMENTS] if image_latents else [])]
+        kinds = [VIDEOS, IMAGES]
+        if latents:
+            kinds.append(MOMENTS)
+        if image_latents:
+            kinds.append(IMAGE_MOMENTS)
         try:
             self.read_facts()
         except (OSError, ValueError, KeyError, TypeError):
@@ -109,22 +113,31 @@ def find_items(source: ClipSourceOptions, folder: Path, seed: int) -> list[Prepa
     """
     root = source.data_root
     name = f"--data_root {root}"
-    keys = {key: getattr(source, key) for key in ("dataset_file", "caption_column", "video_column")}
-    keys |= {"cogvideox_root": root, "id_token": (source.id_token or "").strip()}
+    table = DatasetTable(
+        root,
+        0,
+        "video",
+        dataset_file=source.dataset_file,
+        caption_column=source.caption_column,
+        video_column=source.video_column,
+        cogvideox_root=root,
+        id_token=(source.id_token or "").strip(),
+    )
     faults: list[Fault] = []
-    rows = list(read_rows(DatasetTable(root, 0, "video", **keys), name, faults))
+    rows = list(read_rows(table, name, faults))
     raise_faults([*faults, *missing_clips(name, rows)])
     if not rows:
         raise DatasetError(f"{name} has no clips")
-    seen: Counter[Path] = Counter()
+    num_rows: Counter[Path] = Counter()  # of each clip, so far
     items = []
     for row in rows:
-        seen[row.video] += 1
-        inside = row.video.relative_to(root) if row.video.is_relative_to(root) else row.video
-        text = json.dumps([seed, inside.as_posix(), seen[row.video]])
+        num_rows[row.video] += 1
+        path = row.video.relative_to(root) if row.video.is_relative_to(root) else row.video
+        text = json.dumps([seed, path.as_posix(), num_rows[row.video]])
         digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
         uid = str(uuid.UUID(bytes=digest[:16], version=4))
-        items.append(PreparedItem(uid, " ".join(row.caption.splitlines()), row.video, folder))
+        caption = " ".join(row.caption.splitlines())
+        items.append(PreparedItem(uid, caption, row.video, folder))
     return items
 
 
@@ -163,22 +176,15 @@ def save_pickled(path: Path, content: Tensor | Mapping[str, Tensor]) -> None:
         torch.save(content if isinstance(content, Tensor) else dict(content), file)
 
 
-def write_media(
-    item: PreparedItem,
-    frames: NDArray[np.uint8],
-    fps: int,
-    moments: Tensor | None,
-    image_moments: Tensor | None,
-) -> None:
+def write_media(item: PreparedItem, frames: NDArray[np.uint8], fps: int, moments: "Moments") -> None:
     """Write the results for a clip: video, first frame, moments, and last the facts that mark it as done.
 
-    frames: F H W 3. moments, image_moments: 2C f h w, on the CPU. Raises OutputError, or CacheError if a
-    value is NaN.
+    frames: F H W 3. Raises OutputError, or CacheError if a value is NaN.
     """
     item.facts.unlink(missing_ok=True)  # first: a kill must not leave old facts beside new files
     write_video(item.file(VIDEOS), list(frames), fps)
     write_png(item.file(IMAGES), frames[0])
-    for kind, tensor in ((MOMENTS, moments), (IMAGE_MOMENTS, image_moments)):
+    for kind, tensor in ((MOMENTS, moments.of_clip), (IMAGE_MOMENTS, moments.of_first_frame)):
         if tensor is None:
             item.file(kind).unlink(missing_ok=True)  # from an earlier state of the clip
         else:
@@ -229,7 +235,9 @@ def prepare_clips(
     Raises OutputError if a file cannot be written.
     """
     failures: list[Failure] = []
-    settings, threads, shape = options.encoding, options.workers, options.shape
+    settings = options.encoding
+    threads = options.workers
+    shape = options.shape
     size_bytes = 3 * max(shape.frame_buckets) * max(shape.height_buckets) * max(shape.width_buckets)
 
     def read(item: PreparedItem) -> Clip:
@@ -246,25 +254,52 @@ def prepare_clips(
                 yield item, result
             bar.update()
 
-    workers = max(1, threads.dataloader_num_workers)
+    jobs = run_ahead(
+        items,
+        read,
+        workers=max(1, threads.dataloader_num_workers),
+        size_bytes=lambda _: size_bytes,
+        limit_bytes=DECODED_BYTES,
+    )
     with (
         write_behind(threads.num_artifact_workers) as write,
         torch.no_grad(),
         Bar(len(items), "Preparing", "clip", show_progress) as bar,
-        contextlib.closing(run_ahead(items, read, workers, lambda _: size_bytes, DECODED_BYTES)) as ahead,
+        contextlib.closing(jobs) as ahead,
     ):
-        size, shape_of = settings.batch_size, lambda one: one[1].shape
-        for batch in fill_batches(clips(), shape_of, lambda _: size, lambda one: one[1].nbytes, MOST_WAITING):
-            frames = [clip for _, clip in batch]
-            moments = firsts = None
-            if encode is not None:
-                moments = _encode_clips(frames, encode, device, settings)
-            if encode is not None and settings.save_image_latents:
-                firsts = _encode_clips([clip[:1] for clip in frames], encode, device, settings)
-            for place, (item, clip) in enumerate(batch):
-                tensors = [None if found is None else found[place] for found in (moments, firsts)]
-                write(partial(write_media, item, clip, shape.target_fps, *tensors))
+        batches = fill_batches(
+            clips(),
+            group_of=lambda pair: pair[1].shape,
+            most_of=lambda _: settings.batch_size,
+            bytes_of=lambda pair: pair[1].nbytes,
+            most_bytes=MOST_WAITING,
+        )
+        for batch in batches:
+            encoded = _encode_batch([clip for _, clip in batch], encode, device, settings)
+            for (item, clip), moments in zip(batch, encoded, strict=True):
+                write(partial(write_media, item, clip, shape.target_fps, moments))
     return failures
+
+
+@dataclass(frozen=True)
+class Moments:
+    """The moments of a clip and of its first frame, 2C f h w, on the CPU; None: not encoded."""
+
+    of_clip: Tensor | None = None
+    of_first_frame: Tensor | None = None
+
+
+def _encode_batch(
+    clips: Sequence[Clip], encode: EncodeMoments | None, device: torch.device, settings: EncodingOptions
+) -> list[Moments]:
+    """Encode clips of one shape, and their first frames if the settings ask for it."""
+    if encode is None:
+        return [Moments() for _ in clips]
+    of_clips = _encode_clips(clips, encode, device, settings)
+    if not settings.save_image_latents:
+        return [Moments(of_clip) for of_clip in of_clips]
+    of_first_frames = _encode_clips([clip[:1] for clip in clips], encode, device, settings)
+    return [Moments(*pair) for pair in zip(of_clips, of_first_frames, strict=True)]
 
 
 def _encode_clips(
@@ -275,14 +310,14 @@ def _encode_clips(
     On a CPU, clips are encoded one by one, which is as fast and makes results independent of the batch.
     """
     step = 1 if settings.use_slicing or device.type == "cpu" else len(clips)
-    found: list[Tensor] = []
+    encoded: list[Tensor] = []
     for start in range(0, len(clips), step):
         frames = torch.from_numpy(np.stack(clips[start : start + step]))
         if settings.pin_memory and device.type == "cuda":
             frames = frames.pin_memory()
         moments = encode(to_pixels(frames.to(device, non_blocking=settings.pin_memory)))
-        found += [one.to(DTYPES[settings.dtype]).cpu().clone() for one in moments]
-    return found
+        encoded += [moment.to(DTYPES[settings.dtype]).cpu().clone() for moment in moments]
+    return encoded
 
 
 # --- frames and sizes
@@ -330,7 +365,9 @@ def choose_frames(available: int, buckets: Sequence[int], most: int) -> int | No
 def choose_size(size: Size, heights: Sequence[int], widths: Sequence[int]) -> Size:
     """Return the (width, height) with the smallest |Δh| + |Δw|; the first of equally near ones."""
     width, height = size
-    return (min(widths, key=lambda one: abs(one - width)), min(heights, key=lambda one: abs(one - height)))
+    nearest_width = min(widths, key=lambda bucket: abs(bucket - width))
+    nearest_height = min(heights, key=lambda bucket: abs(bucket - height))
+    return nearest_width, nearest_height
 
 
 def shape_frame(frame: Frame, size: Size, options: ShapeOptions, draws: Draws) -> Frame:

@@ -85,8 +85,8 @@ def find_maker(options: EncodingOptions) -> PipelineNetworks:
     if name == COGVIDEOX:
         return make_cogvideox(folder, options)
     if name not in KNOWN:
-        known = ", ".join((*KNOWN, COGVIDEOX))
-        raise CheckpointError(f"--model_id {options.model_id}: its VAE is {name}; known are {known}", folder)
+        names = ", ".join((*KNOWN, COGVIDEOX))
+        raise CheckpointError(f"--model_id {options.model_id}: its VAE is {name}; known are {names}", folder)
     family, texts, tokens = KNOWN[name]
     if options.max_sequence_length != MAX_TOKENS:
         raise OptionError(
@@ -206,8 +206,8 @@ class CogTextEncoder:
 
         def count(text: str) -> TokenCount:
             ends = [end for _, end in tokenizer(text, return_offsets_mapping=True)["offset_mapping"]]
-            kept = kept_characters(ends[:-1], self.max_tokens - 1, len(text))
-            return TokenCount(text, len(ends), self.max_tokens, kept)
+            num_characters = kept_characters(ends[:-1], self.max_tokens - 1, len(text))
+            return TokenCount(text, len(ends), self.max_tokens, num_characters)
 
         return count
 

@@ -7,10 +7,13 @@ the first of several processes, in the order of the input.
 import dataclasses
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from data_tools.cogvideox import clips
 from data_tools.cogvideox.models import PipelineNetworks, find_maker
@@ -24,7 +27,7 @@ from dataset.sources.media_source import EMBEDS
 from modules.atomic_write import make_folder, remove_leftovers, write_text
 from modules.bars import Bar
 from modules.checkpoints.containers import load_pickled
-from modules.console import count_of, show_box
+from modules.console import Row, count_of, show_box
 from modules.contract.data import Conditions
 from modules.contract.requests import Prompt
 from modules.devices import free_memory
@@ -41,7 +44,7 @@ def prepare(options: PrepareOptions) -> None:
     CheckpointError if a model cannot be loaded, OutputError if a file cannot be written; in processes other
     than the main one, SystemExit if a clip failed.
     """
-    encoding, folder = options.encoding, options.output_dir
+    encoding = options.encoding
     maker = find_maker(encoding) if encoding.save_latents_and_embeddings else None
     if maker is None and encoding.model_id is not None:
         logger.info(
@@ -49,9 +52,9 @@ def prepare(options: PrepareOptions) -> None:
             encoding.model_id,
         )
     options = dataclasses.replace(options, shape=usable_shape(options.shape, maker))
+    folder = options.output_dir
     items = clips.find_items(options.source, folder, options.shape.seed)
     make_folder(folder, "--output_dir")
-    wants_latents, wants_images = maker is not None, encoding.save_image_latents
     with join_processes(encoding.device) as share:
         is_main = share.rank == 0
         if is_main:
@@ -59,36 +62,67 @@ def prepare(options: PrepareOptions) -> None:
             for name in clips.FOLDERS:
                 (folder / name).mkdir(exist_ok=True)
         share.gather(None)  # the others wait until the folder is known to fit
-        mine = items[share.rank :: share.count]
-        untexted = [item for item in mine if not item.has_texts(wants_latents)]
-        unmade = [item for item in mine if not item.has_media(wants_latents, wants_images)]
-        to_do = len({item.name for item in [*untexted, *unmade]})
+        work = _find_work(items[share.rank :: share.count], options, maker)
         if is_main:
-            who = "clips" if share.count == 1 else f"clips, process 1 of {share.count}"
-            where = f"{options.source.data_root} -> {folder}"
-            show_box(
-                "Preparing",
-                [("data", where), (who, f"{count_of(len(items), 'clip')}, {to_do} of them to do")],
-            )
-        gathered = share.gather((to_do, _prepare_share(options, maker, share, untexted, unmade)))
-        failures = [failure for _, found in gathered for failure in found]
+            _show_start(options, share, num_items=len(items), num_to_do=work.num_items)
+        gathered = share.gather((work.num_items, _prepare_share(options, maker, share, work)))
+        failures = [failure for _, failures_of_process in gathered for failure in failures_of_process]
         if not is_main:
             if failures:
                 raise SystemExit(DatasetError.exit_code)
             return
-        done = [item for item in items if item.has_texts(wants_latents)]
-        done = [item for item in done if item.has_media(wants_latents, wants_images)]
-        for name, text in clips.list_texts([(item, item.read_facts()) for item in done]).items():
-            write_text(folder / name, text)
-        logger.info("%s in the lists of %s", count_of(len(done), "item"), folder)
-    prepared = sum(count for count, _ in gathered) - len(failures)
-    rows = [
-        ("items", f"{len(done)}, {prepared} of them prepared by this run"),
+        complete = [item for item in items if _is_complete(item, options, maker)]
+        _write_lists(complete, folder)
+    num_prepared = sum(count for count, _ in gathered) - len(failures)
+    rows: list[Row] = [
+        ("items", f"{len(complete)}, {num_prepared} of them prepared by this run"),
         ("lists", f"prompts.txt, videos.txt, data.jsonl in {folder}"),
     ]
     show_box("Preparing is finished", rows)
     if failures:
-        raise failure_error(sorted(failures, key=lambda one: str(one.path)), "clips")
+        raise failure_error(sorted(failures, key=lambda failure: str(failure.path)), "clips")
+
+
+def _show_start(options: PrepareOptions, share: Share, num_items: int, num_to_do: int) -> None:
+    who = "clips" if share.count == 1 else f"clips, process 1 of {share.count}"
+    where = f"{options.source.data_root} -> {options.output_dir}"
+    counts = f"{count_of(num_items, 'clip')}, {num_to_do} of them to do"
+    show_box("Preparing", [("data", where), (who, counts)])
+
+
+@dataclass(frozen=True)
+class _Work:
+    """The items of a process whose files are missing."""
+
+    without_texts: Sequence[clips.PreparedItem]
+    without_media: Sequence[clips.PreparedItem]
+
+    @property
+    def num_items(self) -> int:
+        return len({item.name for item in [*self.without_texts, *self.without_media]})
+
+
+def _find_work(
+    items: Sequence[clips.PreparedItem], options: PrepareOptions, maker: PipelineNetworks | None
+) -> _Work:
+    saves_latents = maker is not None
+    saves_images = options.encoding.save_image_latents
+    without_texts = [item for item in items if not item.has_texts(saves_latents)]
+    without_media = [item for item in items if not item.has_media(saves_latents, saves_images)]
+    return _Work(without_texts, without_media)
+
+
+def _is_complete(item: clips.PreparedItem, options: PrepareOptions, maker: PipelineNetworks | None) -> bool:
+    saves_latents = maker is not None
+    saves_images = options.encoding.save_image_latents
+    return item.has_texts(saves_latents) and item.has_media(saves_latents, saves_images)
+
+
+def _write_lists(items: Sequence[clips.PreparedItem], folder: Path) -> None:
+    """Write the lists that name the finished items."""
+    for name, text in clips.list_texts([(item, item.read_facts()) for item in items]).items():
+        write_text(folder / name, text)
+    logger.info("%s in the lists of %s", count_of(len(items), "item"), folder)
 
 
 def usable_shape(shape: ShapeOptions, maker: PipelineNetworks | None) -> ShapeOptions:
@@ -128,8 +162,7 @@ def _settle(options: PrepareOptions, maker: PipelineNetworks | None) -> None:
         if changed is None and earlier.architecture is not None:
             if maker is None:
                 now = dataclasses.replace(now, architecture=earlier.architecture, vae=earlier.vae)
-            models = ({"architecture": one.architecture, **one.vae} for one in (earlier, now))
-            changed = difference(*models)
+            changed = difference(_describe_model(earlier), _describe_model(now))
         if changed is not None:
             raise OptionError(
                 f"--output_dir {options.output_dir} was begun with other settings: {changed}. Use the same "
@@ -141,26 +174,26 @@ def _settle(options: PrepareOptions, maker: PipelineNetworks | None) -> None:
             remove_leftovers(options.output_dir / name, lambda _: True, older_seconds=0)
 
 
+def _describe_model(folder: PreparedFolder) -> dict[str, Any]:
+    return {"architecture": folder.architecture, **folder.vae}
+
+
 def _prepare_share(
-    options: PrepareOptions,
-    maker: PipelineNetworks | None,
-    share: Share,
-    untexted: Sequence[clips.PreparedItem],
-    unmade: Sequence[clips.PreparedItem],
+    options: PrepareOptions, maker: PipelineNetworks | None, share: Share, work: _Work
 ) -> list[Failure]:
     """Process this process's share of the items; models are loaded only if needed."""
-    device, is_main = share.device, share.rank == 0
-    threads = options.workers.num_artifact_workers
+    device = share.device
+    is_main = share.rank == 0
     if maker is None:
-        bar = Bar(len(untexted), "Writing captions", "caption", is_main)
-        with write_behind(threads) as write, bar:
-            for item in untexted:
+        bar = Bar(len(work.without_texts), "Writing captions", "caption", is_main)
+        with write_behind(options.workers.num_artifact_workers) as write, bar:
+            for item in work.without_texts:
                 write(partial(clips.write_texts, item, "", {}, {}))
                 bar.update()
-    elif untexted:
-        _encode_captions(untexted, maker, device, options.encoding.batch_size, threads, is_main)
-    encode = None if maker is None or not unmade else maker.load(device)
-    failures = clips.prepare_clips(unmade, encode, device, options, is_main)
+    elif work.without_texts:
+        _encode_captions(work.without_texts, maker, device, options, show_progress=is_main)
+    encode = None if maker is None or not work.without_media else maker.load(device)
+    failures = clips.prepare_clips(work.without_media, encode, device, options=options, show_progress=is_main)
     if encode is not None:
         free_memory(device)
     return failures
@@ -170,8 +203,7 @@ def _encode_captions(
     items: Sequence[clips.PreparedItem],
     maker: PipelineNetworks,
     device: torch.device,
-    batch_size: int,
-    threads: int,
+    options: PrepareOptions,
     show_progress: bool,
 ) -> None:
     """Encode the captions of `items`, one text encoder after the other, and write their files.
@@ -180,12 +212,11 @@ def _encode_captions(
     cannot be loaded.
     """
     identities = {encoder.name: dict(encoder.identity) for encoder in maker.text_encoders}
+    batch_size = options.encoding.batch_size
     for number, encoder in enumerate(maker.text_encoders, 1):
 
         def write(item: clips.PreparedItem, conditions: Conditions, number: int = number) -> None:
-            # cloned: a view would be stored with its whole base
-            alone = {key: one[0] if isinstance(one, list) else one for key, one in conditions.items()}
-            tensors = {key: tensor.detach().cpu().clone() for key, tensor in alone.items()}
+            tensors = {key: _own_copy(tensor) for key, tensor in conditions.items()}
             if number > 1:
                 earlier = load_pickled(item.file(EMBEDS))
                 tensors |= {key: tensor.clone() for key, tensor in earlier.items()}
@@ -199,7 +230,7 @@ def _encode_captions(
         warn_cut_captions(encoder, [(item.source, item.caption) for item in items])
         try:
             with (
-                write_behind(threads) as behind,
+                write_behind(options.workers.num_artifact_workers) as behind,
                 torch.no_grad(),
                 Bar(len(items), f"Encoding with {encoder.name}", "caption", show_progress) as bar,
             ):
@@ -211,3 +242,10 @@ def _encode_captions(
                     bar.update(len(batch))
         finally:
             encoder.free()
+
+
+def _own_copy(tensor: Tensor | list[Tensor]) -> Tensor:
+    """Return a tensor, or the only one of a list, on the CPU; a view would be stored with its whole base."""
+    if isinstance(tensor, list):
+        tensor = tensor[0]
+    return tensor.detach().cpu().clone()

@@ -51,7 +51,8 @@ class VideoLook:
         return self.starts[number] if number < len(self.starts) else self.end
 
     def samples_between(self, begin: int, end: int) -> list[PictureMeasures]:
-        first, last = (bisect_left(self.samples, one, key=lambda found: found.number) for one in (begin, end))
+        first = bisect_left(self.samples, begin, key=lambda sample: sample.number)
+        last = bisect_left(self.samples, end, key=lambda sample: sample.number)
         return self.samples[first:last]
 
 
@@ -78,14 +79,15 @@ def _measure(number: int, pixels: Pixels, black_threshold: float) -> PictureMeas
     height, width = frame.shape[:2]
     factor = min(1.0, CELLS / min(height, width))
     size = max(1, round(width * factor)), max(1, round(height * factor))
-    cells = cv2.cvtColor(cv2.resize(frame, size, interpolation=cv2.INTER_AREA), cv2.COLOR_RGB2GRAY)
+    small = cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
+    cells = cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
     return PictureMeasures(
         number,
-        brightness(frame),
-        float(np.float32(sharpness(frame))),  # as it was kept when thresholds were chosen
-        is_black(frame, black_threshold),
-        is_flat(frame),
-        np.broadcast_to(cells[..., None], (*cells.shape, 3)),
+        brightness=brightness(frame),
+        sharpness=float(np.float32(sharpness(frame))),  # as it was kept when thresholds were chosen
+        is_black=is_black(frame, black_threshold),
+        is_flat=is_flat(frame),
+        cells=np.broadcast_to(cells[..., None], (*cells.shape, 3)),
     )
 
 
@@ -111,14 +113,18 @@ class PlannedClip:
 def plan_clips(look: VideoLook, lengths: LengthOptions, choice: ChoiceOptions) -> list[PlannedClip]:
     """Return all clips of a video in order, including those to leave out."""
     clips = []
-    for number, (begin, end) in enumerate(scenes_of(look.changes, len(look.starts)), 1):
-        first, last = begin + lengths.trim_frames, end - lengths.trim_frames
-        if first >= last:
-            clips.append(_measured(look, number, begin, end, SHORT))
+    for scene, (begin, end) in enumerate(scenes_of(look.changes, len(look.starts)), 1):
+        trimmed_begin = begin + lengths.trim_frames
+        trimmed_end = end - lengths.trim_frames
+        if trimmed_begin >= trimmed_end:
+            clips.append(_measured(look, scene, begin, end, dropped=SHORT))
             continue
-        for piece in _pieces(look, first, last, lengths):
-            reason = "" if _is_long_enough(look, *piece, lengths) else SHORT
-            clips.append(_measured(look, number, *piece, reason or _look_reason(look, *piece, choice)))
+        for first, last in _pieces(look, trimmed_begin, trimmed_end, lengths):
+            if _is_long_enough(look, first, last, lengths):
+                reason = _look_reason(look, first, last, choice)
+            else:
+                reason = SHORT
+            clips.append(_measured(look, scene, first, last, dropped=reason))
     return clips
 
 
@@ -133,23 +139,11 @@ def _pieces(look: VideoLook, first: int, end: int, lengths: LengthOptions) -> It
 
     If these would be too short, use pieces of the longest length, and a rest.
     """
-    seconds, frames = look.time(end) - look.time(first), end - first
-    least = max(
-        math.ceil(seconds / lengths.max_seconds - ROUNDING) if lengths.max_seconds else 1,
-        math.ceil(frames / lengths.max_frames) if lengths.max_frames else 1,
-        1,
-    )
-    for count in range(least, frames + 1):
-        # equal in time, so that any rate will do
-        places = (look.time(first) + seconds * place / count - ROUNDING for place in range(1, count))
-        inner = dict.fromkeys(bisect_left(look.starts, place, first, end) for place in places)
-        borders = [first, *(border for border in inner if first < border < end), end]
-        pieces = list(zip(borders, borders[1:], strict=False))
-        if all(_is_short_enough(look, *piece, lengths) for piece in pieces):
-            if all(_is_long_enough(look, *piece, lengths) for piece in pieces) or count == 1:
-                yield from pieces
-                return
-            break
+    pieces = _equal_pieces(look, first, end, lengths)
+    are_long_enough = all(_is_long_enough(look, begin, stop, lengths) for begin, stop in pieces)
+    if len(pieces) == 1 or (pieces and are_long_enough):
+        yield from pieces
+        return
     while first < end:
         last = min(end, first + lengths.max_frames) if lengths.max_frames else end
         if not _is_short_enough(look, first, last, lengths):
@@ -157,6 +151,26 @@ def _pieces(look: VideoLook, first: int, end: int, lengths: LengthOptions) -> It
             last = max(bisect_right(look.starts, limit, first, last) - 1, first + 1)
         yield first, last
         first = last
+
+
+def _equal_pieces(look: VideoLook, first: int, end: int, lengths: LengthOptions) -> list[tuple[int, int]]:
+    """Return the fewest pieces of equal time that are all short enough; [] if there are none."""
+    seconds = look.time(end) - look.time(first)
+    num_frames = end - first
+    least = 1
+    if lengths.max_seconds:
+        least = max(least, math.ceil(seconds / lengths.max_seconds - ROUNDING))
+    if lengths.max_frames:
+        least = max(least, math.ceil(num_frames / lengths.max_frames))
+    for count in range(least, num_frames + 1):
+        # equal in time, so that any rate will do
+        times = [look.time(first) + seconds * place / count - ROUNDING for place in range(1, count)]
+        inner = dict.fromkeys(bisect_left(look.starts, time, first, end) for time in times)
+        borders = [first, *(border for border in inner if first < border < end), end]
+        pieces = list(zip(borders, borders[1:], strict=False))
+        if all(_is_short_enough(look, begin, stop, lengths) for begin, stop in pieces):
+            return pieces
+    return []
 
 
 def _is_short_enough(look: VideoLook, first: int, end: int, lengths: LengthOptions) -> bool:
@@ -176,21 +190,26 @@ def _look_reason(look: VideoLook, first: int, end: int, choice: ChoiceOptions) -
     samples = look.samples_between(first, end)
     if not samples:
         return ""
-    if sum(one.is_black for one in samples) >= BLACK_PART * len(samples):
+    num_black = sum(sample.is_black for sample in samples)
+    if num_black >= BLACK_PART * len(samples):
         return "" if choice.keep_black else BLACK
-    frames = [one.cells for one in samples]
+    frames = [sample.cells for sample in samples]
     if not choice.keep_static and len(frames) > 1 and is_static(frames, choice.static_threshold):
         return STATIC
-    blurred = sum(not one.is_flat and one.sharpness < choice.blur_threshold for one in samples)
-    return BLURRED if choice.drop_blurred and 2 * blurred > len(samples) else ""
+    num_blurred = sum(not sample.is_flat and sample.sharpness < choice.blur_threshold for sample in samples)
+    return BLURRED if choice.drop_blurred and 2 * num_blurred > len(samples) else ""
 
 
 def _measured(look: VideoLook, scene: int, first: int, end: int, dropped: str) -> PlannedClip:
     samples = look.samples_between(first, end)
     return PlannedClip(
-        *(scene, first, end, look.time(first), look.time(end) - look.time(first)),
-        brightness=fmean(one.brightness for one in samples) if samples else 0.0,
-        motion=motion([one.cells for one in samples]),
-        sharpness=fmean(one.sharpness for one in samples) if samples else 0.0,
+        scene,
+        first,
+        end,
+        start=look.time(first),
+        seconds=look.time(end) - look.time(first),
+        brightness=fmean(sample.brightness for sample in samples) if samples else 0.0,
+        motion=motion([sample.cells for sample in samples]),
+        sharpness=fmean(sample.sharpness for sample in samples) if samples else 0.0,
         dropped=dropped,
     )

@@ -48,36 +48,40 @@ class CutRecord:
     lists: tuple[str, ...] = ()  # lists that its lines were written to
 
     def is_of(self, source: Path) -> bool:
-        found = source.stat()
-        return (self.size_bytes, self.modified) == (found.st_size, found.st_mtime_ns)
+        status = source.stat()
+        return (self.size_bytes, self.modified) == (status.st_size, status.st_mtime_ns)
 
     def changes(self, source: Path, options: CuttingOptions) -> str:
         """Return the reason to cut a source again, such as `--min_seconds 2 (was 1)`; empty if none."""
-        now = _deciding(options)
         changed = [
             f"--{name} {value} (was {self.options.get(name)})"
-            for name, value in now.items()
+            for name, value in _deciding(options).items()
             if self.options.get(name) != value
         ]
-        return ", ".join(changed) or ("" if self.is_of(source) else "the file is another one")
+        if changed:
+            return ", ".join(changed)
+        return "" if self.is_of(source) else "the file is another one"
 
 
 def start_record(
     source: Path, stem: str, options: CuttingOptions, look: VideoLook, clips: Sequence[PlannedClip]
 ) -> CutRecord:
     """Return the record of a source that is about to be cut."""
-    found = source.stat()
-    kept = [clip for clip in clips if not clip.dropped]
-    suffix = options.form.suffix
+    status = source.stat()
+    written = []
+    for clip in clips:
+        if not clip.dropped:
+            name = f"{stem}_{len(written) + 1:05d}{options.form.suffix}"
+            written.append(WrittenClip(name, clip))
     return CutRecord(
         stem,
-        str(source),
-        found.st_size,
-        found.st_mtime_ns,
-        look.width // 2 * 2,  # an odd row or column cannot be encoded
-        look.height // 2 * 2,
-        _deciding(options),
-        tuple(WrittenClip(f"{stem}_{number:05d}{suffix}", clip) for number, clip in enumerate(kept, 1)),
+        source=str(source),
+        size_bytes=status.st_size,
+        modified=status.st_mtime_ns,
+        width=look.width // 2 * 2,  # an odd row or column cannot be encoded
+        height=look.height // 2 * 2,
+        options=_deciding(options),
+        clips=tuple(written),
     )
 
 
@@ -94,20 +98,10 @@ def read_records(output: Path) -> dict[str, CutRecord]:
     Raises DatasetError if a record is damaged.
     """
     records = {}
-    for path in sorted(path for path in (output / MARK).glob("*.json") if not path.name.startswith(".")):
+    paths = [path for path in (output / MARK).glob("*.json") if not path.name.startswith(".")]
+    for path in sorted(paths):
         try:
-            content = parse_json(read_text(path, MAX_METADATA_BYTES))
-            if content.pop("version") != VERSION:
-                raise ValueError("it is of another version")
-            clips = tuple(
-                WrittenClip(one["name"], PlannedClip(**one["clip"]), one["size_bytes"])
-                for one in content.pop("clips")
-            )
-            record = CutRecord(**{**content, "lists": tuple(content["lists"])}, clips=clips)
-            # names are joined to the output folder, where files of these names are removed
-            names = [record.stem, *(one.name for one in clips)]
-            if any(Path(name).name != name or name == ".." for name in names):
-                raise ValueError("it names files in other folders")
+            record = _parse_record(read_text(path, MAX_METADATA_BYTES))
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise DatasetError(
                 f"{path}, which says what was cut before, cannot be read: {error}. Choose another --output, "
@@ -115,6 +109,24 @@ def read_records(output: Path) -> dict[str, CutRecord]:
             ) from error
         records[record.source] = record
     return records
+
+
+def _parse_record(text: str) -> CutRecord:
+    """Return the record of a file. Raises errors of many kinds if it is damaged."""
+    content = parse_json(text)
+    if content.pop("version") != VERSION:
+        raise ValueError("it is of another version")
+    clips = tuple(
+        WrittenClip(clip["name"], PlannedClip(**clip["clip"]), clip["size_bytes"])
+        for clip in content.pop("clips")
+    )
+    lists = tuple(content.pop("lists"))
+    record = CutRecord(**content, clips=clips, lists=lists)
+    # names are joined to the output folder, where files of these names are removed
+    names = [record.stem, *(clip.name for clip in clips)]
+    if any(Path(name).name != name or name == ".." for name in names):
+        raise ValueError("it names files in other folders")
+    return record
 
 
 def write_record(output: Path, record: CutRecord) -> None:
@@ -167,13 +179,18 @@ class ClipList:
         with self._lock:
             if not (self._unlisted or removed):
                 return
-            names = set(map(str, removed))
-            there = [(path, line) for path, line in self._read() if path not in names]
-            lines, known = [line for _, line in there], {path for path, _ in there}
+            removed_paths = set(map(str, removed))
+            lines = []
+            listed_paths = set()
+            for path, line in self._read():
+                if path not in removed_paths:
+                    lines.append(line)
+                    listed_paths.add(path)
             for record, is_new in self._unlisted:
-                for one in record.clips:
-                    facts = _line_of(self._output, record, one)
-                    if facts["video_path"] not in known and (is_new or (self._output / one.name).exists()):
+                for clip in record.clips:
+                    facts = _line_of(self._output, record, clip)
+                    is_listed = facts["video_path"] in listed_paths
+                    if not is_listed and (is_new or (self._output / clip.name).exists()):
                         lines.append(json.dumps(facts, ensure_ascii=False))
             write_bytes(self._path, "".join(f"{line}\n" for line in lines).encode("utf-8"))
             for record, _ in self._unlisted:

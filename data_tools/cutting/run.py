@@ -6,14 +6,14 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from threading import Event
 
-from data_tools.cutting.clips import PlannedClip, look_at, plan_clips
+from data_tools.cutting.clips import PlannedClip, VideoLook, look_at, plan_clips
 from data_tools.cutting.options import CuttingOptions
 from data_tools.cutting.records import MARK, ClipList, CutRecord, read_records, start_record, write_record
 from data_tools.cutting.scenes import load_detector
@@ -21,7 +21,7 @@ from dataset.caching.prefetch import Failure, failure_error
 from dataset.sources.media_source import readable_stem
 from modules.atomic_write import make_folder
 from modules.bars import FRAMES, Bar
-from modules.console import count_of, in_words, show_box
+from modules.console import Row, count_of, in_words, show_box
 from modules.control_codes import escape_control_codes
 from modules.errors import DatasetError, MediaError, OptionError, OutputError, UserError
 from modules.media.encoding import Picture, settle_codec
@@ -38,8 +38,15 @@ SUFFIXES = VIDEO_SUFFIXES | {".3gp", ".mts", ".m2ts", ".ts", ".vob", ".ogv"}
 WAIT_SECONDS = 0.5  # seconds: on Windows, Ctrl-C is noticed only between waits
 NAMED = 3  # files that a message names
 MICRO = 1_000_000
-# a source (absolute), the name of its clips, and the record of an earlier run
-CuttingJob = tuple[Path, str, CutRecord | None]
+
+
+@dataclass(frozen=True)
+class CuttingJob:
+    """A source to cut."""
+
+    source: Path  # absolute
+    stem: str  # beginning of the names of its clips
+    record: CutRecord | None  # of an earlier run
 
 
 class CuttingStopped(Exception):
@@ -64,30 +71,22 @@ def cut_footage(options: CuttingOptions) -> None:
     started = time.monotonic()
     load_detector(options.scenes)  # first: it says what is missing before anything is read
     sources = find_videos(options.input, options.output)
-    output, list_path = real_path(options.output), real_path(options.list_path)
+    output = real_path(options.output)
+    list_path = real_path(options.list_path)
     if bad_character(str(output)):
         raise OptionError(f"--output {ascii(str(output))}: the list of clips cannot hold this name")
     records = {} if options.dry_run else read_records(output)
-    # without capitals, because file systems of Windows and macOS ignore them
-    taken = {record.stem.casefold() for record in records.values()}
-    jobs: list[CuttingJob] = []
-    for path, wanted in sources.items():
-        earlier, stem, number = records.get(str(path)), wanted, 1
-        while earlier is None and stem.casefold() in taken:
-            number += 1
-            stem = f"{wanted}-{number}"
-        stem = stem if earlier is None else earlier.stem
-        taken.add(stem.casefold())
-        jobs.append((path, stem, earlier))
+    jobs = _plan_jobs(sources, records)
     if not options.dry_run:
         make_folder(output, "--output")
         make_folder(list_path.parent, "--jsonl")
     clip_list = ClipList(list_path, output)
-    shop = Workshop(options, output, options.num_workers == 1 or len(jobs) == 1, clip_list)
+    shows_bars = options.num_workers == 1 or len(jobs) == 1
+    shop = Workshop(options, output, shows_bars, clip_list)
     failures: list[tuple[Path, Exception]] = []
     results = []
     try:
-        for source, result in _each(jobs, shop, failures):
+        for source, result in _cut_all(jobs, shop, failures):
             results.append(result)
             if result.record is None:
                 lines = [f"{source}: {_in_words(result.clips)}", *map(_scene_line, result.clips)]
@@ -99,46 +98,83 @@ def cut_footage(options: CuttingOptions) -> None:
     finally:
         clip_list.write()
     if results and not options.dry_run:
-        new = [result for result in results if result.is_new]
-        clips = sum(len(result.record.clips) for result in results if result.record is not None)
-        rows = [
-            ("videos", f"{len(new)} cut, {len(results) - len(new)} done before"),
-            ("clips", f"{clips}, {sum(result.written for result in new)} of them written now"),
-            ("left out", _reasons([clip for result in new for clip in result.clips])),
-            ("time", in_words(time.monotonic() - started)),
-            ("list", f'video_jsonl_file = "{list_path.as_posix()}"'),
-        ]
-        show_box("Cutting is finished", rows)
+        _show_results(results, list_path, seconds=time.monotonic() - started)
     if len(failures) == len(sources) == 1:
-        ((_, error),) = failures
+        _, error = failures[0]
         raise error if isinstance(error, UserError) else DatasetError(str(error)) from error
     if failures:
-        told = [Failure(path, str(error), 0, path.stem) for path, error in failures]
-        raise failure_error(told, count_of(len(sources), "video"))
+        sources_failed = [Failure(path, str(error), 0, path.stem) for path, error in failures]
+        raise failure_error(sources_failed, count_of(len(sources), "video"))
 
 
-def find_videos(given: Path, output: Path) -> dict[Path, str]:
-    """Return the given video, or all videos below the given folder sorted by path, each with a stem.
+def _plan_jobs(stems: Mapping[Path, str], records: Mapping[str, CutRecord]) -> list[CuttingJob]:
+    """Return a job for each source, whose stem no other source has. stems: wanted, by source."""
+    # without capitals, because file systems of Windows and macOS ignore them
+    used_stems = {record.stem.casefold() for record in records.values()}
+    jobs = []
+    for path, wanted_stem in stems.items():
+        record = records.get(str(path))
+        if record is not None:
+            stem = record.stem
+        else:
+            stem = wanted_stem
+            number = 1
+            while stem.casefold() in used_stems:
+                number += 1
+                stem = f"{wanted_stem}-{number}"
+        used_stems.add(stem.casefold())
+        jobs.append(CuttingJob(path, stem, record))
+    return jobs
 
-    The stem, made of the path below `given`, names the clips, unless another source has it. Files in `output`
-    and in other folders that clips were cut into are left out. Raises MediaError if there is no video.
+
+def _show_results(results: Sequence[CutResult], list_path: Path, seconds: float) -> None:
+    """Show how many sources were cut, and their clips."""
+    new = [result for result in results if result.is_new]
+    num_clips = sum(len(result.record.clips) for result in results if result.record is not None)
+    num_written = sum(result.written for result in new)
+    rows: list[Row] = [
+        ("videos", f"{len(new)} cut, {len(results) - len(new)} done before"),
+        ("clips", f"{num_clips}, {num_written} of them written now"),
+        ("left out", _reasons([clip for result in new for clip in result.clips])),
+        ("time", in_words(seconds)),
+        ("list", f'video_jsonl_file = "{list_path.as_posix()}"'),
+    ]
+    show_box("Cutting is finished", rows)
+
+
+def find_videos(path: Path, output: Path) -> dict[Path, str]:
+    """Return a video, or all videos below a folder sorted by path, each with a stem.
+
+    The stem, made of the path below the folder, names the clips, unless another source has it. Files in
+    `output` and in other folders that clips were cut into are left out. Raises MediaError if there is no
+    video.
     """
-    if not given.is_dir():
-        return {real_path(given): readable_stem(given.stem)}
-    root, own = real_path(given), real_path(output)
-    found: list[Path] = []
-    for folder, folders, names in os.walk(root):
-        here = Path(folder)
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and here / name != own)
-        if here == root or not (here / MARK).is_dir():
-            paths = [here / name for name in sorted(names) if not name.startswith(".")]
-            found += [path for path in paths if path.suffix.lower() in SUFFIXES and path.is_file()]
-    if not found:
+    if not path.is_dir():
+        return {real_path(path): readable_stem(path.stem)}
+    root = real_path(path)
+    output_folder = real_path(output)
+    videos: list[Path] = []
+    for walked, folders, names in os.walk(root):
+        folder = Path(walked)
+        folders[:] = sorted(
+            name for name in folders if not name.startswith(".") and folder / name != output_folder
+        )
+        if folder != root and (folder / MARK).is_dir():
+            continue  # of clips that were cut before
+        for name in sorted(names):
+            file = folder / name
+            if not name.startswith(".") and file.suffix.lower() in SUFFIXES and file.is_file():
+                videos.append(file)
+    if not videos:
         raise MediaError(
-            f"--input {given} is a folder without videos (clips of this command do not count). Their names "
+            f"--input {path} is a folder without videos (clips of this command do not count). Their names "
             f"end in {', '.join(sorted(SUFFIXES))}."
         )
-    return {path: readable_stem("_".join(path.relative_to(root).with_suffix("").parts)) for path in found}
+    stems = {}
+    for video in videos:
+        parts = video.relative_to(root).with_suffix("").parts
+        stems[video] = readable_stem("_".join(parts))
+    return stems
 
 
 @dataclass(frozen=True)
@@ -153,66 +189,72 @@ class Workshop:
 
     def cut(self, job: CuttingJob) -> CutResult:
         """Cut a video, or finish the work of an interrupted run. Raises UserError."""
-        path, stem, record = job
-        options = self.options
-        why = "" if record is None else record.changes(path, options)
+        path = job.source
+        record = job.record
+        why = "" if record is None else record.changes(path, self.options)
         if record is not None and record.is_done and not why:
             return CutResult(record, (), is_new=False)
-        if record is None or why:
+        if record is not None and not why:
+            clips: Sequence[PlannedClip] = [written.clip for written in record.clips]
+            logger.info("%s: going on where the last run ended", path)
+        else:
             if record is not None:
                 self._check_untouched(path, record, why)
                 logger.warning("%s is cut anew: %s", path, why)
-            info = source_info(path)
-            detector = load_detector(options.scenes)(float(info.rate))
-            with contextlib.closing(self._frames(path, "scenes of")) as frames:
-                look = look_at(info, frames, detector, options.choice.black_threshold)
-            clips = plan_clips(look, options.lengths, options.choice)
-            if options.dry_run:
+            look = self._look_at(path)
+            clips = plan_clips(look, self.options.lengths, self.options.choice)
+            if self.options.dry_run:
                 return CutResult(None, clips)
-            new = start_record(path, stem, options, look, clips)
-            if record is not None:
-                self._check_untouched(path, record, why)  # again: reading takes long
-            self._make_way(new, record)
-            write_record(self.output, new)
-            record = new
-        else:
-            clips = [one.clip for one in record.clips]
-            logger.info("%s: going on where the last run ended", path)
-        written = self._write_clips(path, record)
+            record = self._begin(job, look, clips, why)
+        num_written = self._write_clips(path, record)
         if not record.is_of(path):
             raise MediaError(f"{path} has changed while it was cut. Run the same command again.")
-        done = [replace(one, size_bytes=(self.output / one.name).stat().st_size) for one in record.clips]
+        done = []
+        for clip in record.clips:
+            size_bytes = (self.output / clip.name).stat().st_size
+            done.append(replace(clip, size_bytes=size_bytes))
         record = replace(record, clips=tuple(done), is_done=True)
         write_record(self.output, record)
-        return CutResult(record, clips, written=written)
+        return CutResult(record, clips, written=num_written)
+
+    def _look_at(self, path: Path) -> VideoLook:
+        """Read all pictures of a video once."""
+        info = source_info(path)
+        detector = load_detector(self.options.scenes)(float(info.rate))
+        with contextlib.closing(self._frames(path, "scenes of")) as frames:
+            return look_at(info, frames, detector, self.options.choice.black_threshold)
+
+    def _begin(self, job: CuttingJob, look: VideoLook, clips: Sequence[PlannedClip], why: str) -> CutRecord:
+        """Record how a source is cut, and remove the clips of an earlier cut. why: it is cut again."""
+        record = start_record(job.source, job.stem, self.options, look=look, clips=clips)
+        if job.record is not None:
+            self._check_untouched(job.source, job.record, why)  # again: reading takes long
+        self._make_way(record, job.record)
+        write_record(self.output, record)
+        return record
 
     def _check_untouched(self, source: Path, record: CutRecord, why: str) -> None:
         """Raise OutputError if a user has put work into the clips of an earlier cut.
 
         Work is a file beside a clip, a caption in the list, or a changed clip. why: reason to cut again.
         """
-        sizes = {self.output / one.name: one.size_bytes for one in record.clips}
-        there = [path for path in sizes if os.path.lexists(path)]
-        stems = {path.stem for path in there}
+        sizes = {self.output / clip.name: clip.size_bytes for clip in record.clips}
+        existing = [path for path in sizes if os.path.lexists(path)]
+        stems = {path.stem for path in existing}
         captioned = self.clip_list.captioned
-        for words, touched in (
-            (
-                f"with a caption in {self.options.list_path.name}",
-                [path for path in there if str(path) in captioned],
-            ),
-            (
-                "with other files of their names beside them",
-                sorted(path for path in self.output.iterdir() if path.stem in stems and path not in sizes),
-            ),
-            (
-                "that were changed",
-                [path for path in there if sizes[path] and path.stat().st_size != sizes[path]],
-            ),
-        ):
-            if touched:
+        with_caption = [path for path in existing if str(path) in captioned]
+        neighbours = [path for path in self.output.iterdir() if path.stem in stems and path not in sizes]
+        changed = [path for path in existing if sizes[path] and path.stat().st_size != sizes[path]]
+        touched = {
+            f"with a caption in {self.options.list_path.name}": with_caption,
+            "with other files of their names beside them": sorted(neighbours),
+            "that were changed": changed,
+        }
+        for words, paths in touched.items():
+            if paths:
                 raise OutputError(
                     f"{source} was cut in another way ({why}), and there are clips {words}, such as "
-                    f"{touched[0].name}. Cutting anew would make them wrong: move them away, or choose "
+                    f"{paths[0].name}. Cutting anew would make them wrong: move them away, or choose "
                     "another --output."
                 )
 
@@ -230,8 +272,8 @@ class Workshop:
 
         Raises OutputError if a new clip would overwrite a file that is not ours.
         """
-        ours = set() if old is None else {one.name for one in old.clips}
-        names = [one.name for one in new.clips if os.path.lexists(self.output / one.name)]
+        ours = set() if old is None else {clip.name for clip in old.clips}
+        names = [clip.name for clip in new.clips if os.path.lexists(self.output / clip.name)]
         strangers = [name for name in names if name not in ours]
         if strangers:
             raise OutputError(
@@ -251,18 +293,23 @@ class Workshop:
         A clip gets its name when it is complete. Frames keep the times of the source, also at variable rates.
         Raises MediaError, OutputError.
         """
-        clips = [(self.output / one.name, one.clip) for one in record.clips]
-        missing = [(path, clip) for path, clip in clips if not os.path.lexists(path)]
+        missing = [written for written in record.clips if not os.path.lexists(self.output / written.name)]
         if not missing:
             return 0
-        form, info = self.options.form, source_info(source)
+        form = self.options.form
+        info = source_info(source)
         codec = settle_codec(form.codec, info.width, info.height)
         with contextlib.closing(self._frames(source, "clips of", form.is_deep)) as frames:
             numbered = enumerate(frames)
-            for path, clip in missing:
-                start, seconds = (Fraction(round(one * MICRO), MICRO) for one in (clip.start, clip.seconds))
+            for written in missing:
+                clip = written.clip
+                start = Fraction(round(clip.start * MICRO), MICRO)
+                seconds = Fraction(round(clip.seconds * MICRO), MICRO)
                 write_shown(
-                    *(path, _frames_of(numbered, source, clip), info.rate, codec),
+                    self.output / written.name,
+                    _frames_of(numbered, source, clip),
+                    info.rate,
+                    codec,
                     crf=form.crf,
                     preset=form.preset,
                     section_of=VideoSection(source, start, seconds, not form.no_audio),
@@ -283,7 +330,7 @@ def _frames_of(frames: Iterator[tuple[int, Picture]], source: Path, clip: Planne
     raise MediaError(f"{source} has changed while it was cut: it has fewer frames than before. Run again.")
 
 
-def _each(
+def _cut_all(
     jobs: Sequence[CuttingJob], shop: Workshop, failures: list[tuple[Path, Exception]]
 ) -> Iterator[tuple[Path, CutResult]]:
     """Yield each source and its result, in order; add errors to `failures`, logging those of several jobs."""
@@ -294,32 +341,34 @@ def _each(
                 wait([future], WAIT_SECONDS)
             error = future.exception()
             if error is None:
-                yield job[0], future.result()
+                yield job.source, future.result()
             elif not isinstance(error, (UserError, OSError)):
                 raise error
             else:
-                failures.append((job[0], error))
+                failures.append((job.source, error))
                 if len(jobs) > 1:
-                    logger.error("%s is skipped: %s", job[0], error)
+                    logger.error("%s is skipped: %s", job.source, error)
     finally:
         shop.stop.set()  # if this ends early, the threads stop at their next frame
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _scene_line(clip: PlannedClip) -> str:
-    times = " to ".join(clock_time(Fraction(time)) for time in (clip.start, clip.start + clip.seconds))
-    kept = f"left out: {clip.dropped}" if clip.dropped else "clip"
+    start = clock_time(Fraction(clip.start))
+    end = clock_time(Fraction(clip.start + clip.seconds))
+    status = f"left out: {clip.dropped}" if clip.dropped else "clip"
     return (
-        f"  scene {clip.scene}, {times}, {clip.seconds:.3f} s, frames {clip.first} to {clip.end - 1} "
-        f"({clip.frames}): {kept}"
+        f"  scene {clip.scene}, {start} to {end}, {clip.seconds:.3f} s, "
+        f"frames {clip.first} to {clip.end - 1} ({clip.frames}): {status}"
     )
 
 
 def _in_words(clips: Sequence[PlannedClip]) -> str:
     scenes = count_of(len({clip.scene for clip in clips}), "scene")
-    left_out = _reasons(clips)
-    kept = count_of(sum(not clip.dropped for clip in clips), "clip")
-    return f"{scenes}, {kept}{f'; left out: {left_out}' if left_out else ''}"
+    written = count_of(sum(not clip.dropped for clip in clips), "clip")
+    reasons = _reasons(clips)
+    left_out = f"; left out: {reasons}" if reasons else ""
+    return f"{scenes}, {written}{left_out}"
 
 
 def _reasons(clips: Sequence[PlannedClip]) -> str:

@@ -105,11 +105,13 @@ class OwnDetector:
 
     def see(self, pixels: Pixels) -> None:
         """Look at the next picture, H W 3."""
-        now, number = thumbnail(pixels), self._count
+        now = thumbnail(pixels)
+        number = self._count
         self._count += 1
         is_break = self._see_plain(now, number)
         if self._before is not None and scene_distance(self._before, now, self._threshold) >= self._threshold:
-            is_break, jump = True, self._jump
+            is_break = True
+            jump = self._jump
             is_flash = (
                 jump is not None
                 and number - jump[0] <= self._flash
@@ -136,7 +138,7 @@ class OwnDetector:
                 begin, last = joined.pop()
                 end = max(last, end)
             joined.append((begin, end))
-        return [one for one in joined if one[1] > 0 and one[0] < self._count]
+        return [(begin, end) for begin, end in joined if end > 0 and begin < self._count]
 
     def _confirm(self) -> None:
         if self._jump is not None:
@@ -145,9 +147,9 @@ class OwnDetector:
 
     def _see_plain(self, now: Thumbnail, number: int) -> bool:
         """Track runs of pictures of one colour. Returns whether this picture is one."""
-        seen = now.grey[~now.is_white]
+        pixels = now.grey[~now.is_white]
         # of one colour besides white: `scene_distance` cannot judge it
-        if not seen.size or float(seen.std()) < FLAT_SCENE:
+        if not pixels.size or float(pixels.std()) < FLAT_SCENE:
             if self._plain_since is None:
                 self._plain_since = number
             return True
@@ -199,21 +201,38 @@ class _Dissolves:
     def _look(self, first: int, reach: int) -> None:
         """Check whether the last 2 * reach + 1 pictures, from number `first` on, are a dissolve."""
         offset = len(self._pictures) - 2 * reach - 1
-        for part, most in DIPS:
-            mean = (1 - part) * self._variances[offset] + part * self._variances[-1]
-            if self._variances[offset + round(2 * reach * part)] > most * mean:
+        if not self._loses_contrast(offset, reach):
+            return
+        shares = self._second_shares(offset, reach)
+        for part, _ in DIPS:
+            if not abs(shares[round(2 * reach * part)] - part) <= SHARE_OFF:
                 return
-        begin, end = self._pictures[offset], self._pictures[-1]
-        way = end.grey - begin.grey
-        length = max(float(np.square(way).sum()), 1e-12)
-        pictures = (self._pictures[offset + place] for place in range(2 * reach + 1))
-        # share of the second scene in each picture
-        shares = [float(((one.grey - begin.grey) * way).sum()) / length for one in pictures]
-        is_even = all(abs(shares[round(2 * reach * part)] - part) <= SHARE_OFF for part, _ in DIPS)
-        if not is_even or scene_distance(begin, end, self._threshold) < self._threshold:
+        distance = scene_distance(self._pictures[offset], self._pictures[-1], self._threshold)
+        if distance < self._threshold:
             return
         mixed = [place for place, share in enumerate(shares) if BEGUN < share < 1 - BEGUN]
         self.found.append((first + mixed[0], first + mixed[-1] + 1))
+
+    def _loses_contrast(self, offset: int, reach: int) -> bool:
+        """Return whether the variances from `offset` on are low enough between the ends."""
+        begin = self._variances[offset]
+        end = self._variances[-1]
+        for part, most in DIPS:
+            mean = (1 - part) * begin + part * end
+            if self._variances[offset + round(2 * reach * part)] > most * mean:
+                return False
+        return True
+
+    def _second_shares(self, offset: int, reach: int) -> list[float]:
+        """Return the share of the second scene in each picture from `offset` on."""
+        begin = self._pictures[offset].grey
+        way = self._pictures[-1].grey - begin
+        length = max(float(np.square(way).sum()), 1e-12)
+        shares = []
+        for place in range(2 * reach + 1):
+            progress = ((self._pictures[offset + place].grey - begin) * way).sum()
+            shares.append(float(progress) / length)
+        return shares
 
 
 ChangeDetector: TypeAlias = OwnDetector | PySceneDetect

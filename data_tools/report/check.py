@@ -4,13 +4,26 @@ import contextlib
 import itertools
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from typing import cast
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, cast
 
 import torch
 
-from data_tools.report import findings
+from data_tools.report.findings import (
+    NO_COUNTERS,
+    CheckResult,
+    Counters,
+    TableFindings,
+    balance,
+    check_captions,
+    count_batches,
+    find_table,
+    hold_back,
+    indent,
+    load_counters,
+    repair_captions,
+)
 from data_tools.report.page import write_check_page
 from data_tools.report.sound import check_sound, is_heard
 from dataset.batches.checks import SameEncoders, describe_identity
@@ -49,26 +62,34 @@ from modules.paths import is_address
 MEDIA, LATENTS, TEXTS = "media", "latents", "texts"  # the parts to check
 NO_ITEM = "tables have no item to train on"
 EDITS_NOTHING = "model that takes reference pictures gets none"
-TOKENS_ELSEWHERE = findings.Counters(
-    (), ("Tokens are counted by --check --html of the text caching script.",)
-)
+TOKENS_ELSEWHERE = Counters((), ("Tokens are counted by --check --html of the text caching script.",))
+RECOGNISED = "Files recognised:"
+UNREADABLE = "cannot be read"
 
 
 def check_script(family: Caches, config: DatasetConfig, options: CachingOptions, of_texts: bool) -> int:
     """Run --check of a script that caches latents, or texts; returns the exit code."""
     if options.repair_captions is not None:
-        _print_lines(findings.repair_captions(config, options.repair_captions))
+        _print_lines(repair_captions(config, options.repair_captions))
     parts: tuple[str, ...] = (MEDIA, LATENTS)
     if of_texts:  # the page shows the media too
         parts = (TEXTS,) if options.page.html is None else (MEDIA, TEXTS)
     workers = workers_of(options)
-    result = check_caching(family, config, workers, options.skip_existing, options.verify, parts)
-    result = result if of_texts else replace(result, counters=TOKENS_ELSEWHERE)
-    return tell_check(result, family, config, options.page, workers)
+    result = check_caching(
+        family,
+        config,
+        workers=workers,
+        skip_existing=options.skip_existing,
+        verify=options.verify,
+        parts=parts,
+    )
+    if not of_texts:
+        result = replace(result, counters=TOKENS_ELSEWHERE)
+    return tell_check(result, family, config, page=options.page, workers=workers)
 
 
 def tell_check(
-    result: findings.CheckResult,
+    result: CheckResult,
     family: Described,
     config: DatasetConfig,
     page: CheckPageOptions,
@@ -77,14 +98,46 @@ def tell_check(
     """Print the findings, and write the page if it is asked for; returns the exit code."""
     _print_lines(result.lines)
     if page.html is not None:
-        fps = family.defaults.fps
-        hears = hears_sound(family)
-        write_check_page(page.html, config, result, family.latent, fps, page.html_items, workers, hears)
+        write_check_page(
+            page.html,
+            config,
+            result,
+            latent=family.latent,
+            fps=family.defaults.fps,
+            most=page.html_items,
+            workers=workers,
+            hears=hears_sound(family),
+        )
     return result.exit_code
 
 
 def _print_lines(lines: Sequence[str]) -> None:
-    sys.stdout.write(fold(escape_control_codes("\n".join(lines)), columns_of(sys.stdout)) + "\n")
+    text = escape_control_codes("\n".join(lines))
+    sys.stdout.write(fold(text, columns_of(sys.stdout)) + "\n")
+
+
+# --- caching
+# ------------------------------------------------------------------------------------------------------------
+
+
+class _Scope(NamedTuple):
+    """The parts of a configuration that a check reads."""
+
+    media: bool
+    latents: bool
+    texts: bool
+
+
+Encoders = list[tuple[TextEncoder, dict[str, str]]]  # each encoder with its identity
+
+
+@dataclass(frozen=True)
+class _Identified:
+    """Encoders whose caches are compared, with lines about the recognised files."""
+
+    media: Mapping[str, str]  # identity of the media encoders; empty if not needed
+    texts: Encoders
+    lines: Sequence[str]
 
 
 def check_caching(
@@ -95,7 +148,7 @@ def check_caching(
     verify: bool = False,
     parts: Sequence[str] = (MEDIA, LATENTS),
     validation: tuple[float, int] = (0.0, 0),
-) -> findings.CheckResult:
+) -> CheckResult:
     """Report what caching would do. Nothing is encoded or written, and no encoder is loaded.
 
     verify: read all cache files again. parts: MEDIA checks the sources; those whose records are missing or
@@ -103,106 +156,256 @@ def check_caching(
     caching. TEXTS checks caches of captions, and captions longer than an encoder reads; without the encoders'
     files only the captions. validation: share and seed for tables that do not give their own.
     """
-    media, latents, texts = (part in parts for part in (MEDIA, LATENTS, TEXTS))
-    counters = findings.load_counters(family.text_encoders) if texts else findings.NO_COUNTERS
-    identity, encoders, files = _identify(family, latents, texts)
-
-    def sections(table: MediaTable, frames: int) -> int | None:
-        # whether images are taken alone is an option of latent caching
-        return None if table.kind == "image" and not latents else family.sections_of(table, frames)
-
-    stores, tables = Stores(npz_names(family), skip_existing=skip_existing, verify=verify), []
-    given = family.latent, family.defaults.fps, sections, stores
-    recipe = Recipe(family.cache_tag, identity, *given, has_rates=family.can.rate, sound=sound_of(family))
+    scope = _Scope(media=MEDIA in parts, latents=LATENTS in parts, texts=TEXTS in parts)
+    counters = load_counters(family.text_encoders) if scope.texts else NO_COUNTERS
+    identified = _identify(family, scope)
+    stores = Stores(npz_names(family), skip_existing=skip_existing, verify=verify)
+    recipe = _make_recipe(family, identified.media, stores, scope)
+    tables = []
     for table in config.datasets:
-        found = findings.find_table(config, table)
-        may_say = (latents or texts) and may_be_mixed(table)
-        forms = other_form(table, family.cache_tag) if may_say else ()
-        found.faults += [Fault("folders of caches are in the other form", line) for line in forms]
-        if media and found.sources:
-            _check_media(found, family, recipe, workers, latents)
-        if texts:
-            captions = list_caption_files(found.sources, family.cache_tag)
-            planned = plan_texts(captions, encoders, stores)
-            missing = Counter(name for file in planned for name in file.missing)
-            for encoder, _ in encoders:
-                valid, to_do = len(captions) - missing[encoder.name], missing[encoder.name]
-                needs = count_words(to_do, "captions need encoding")
-                found.caches.append(f"caches of {encoder.name}: {valid} are valid, {needs}")
-        if texts or (found.sources and identity):
+        findings = find_table(config, table)
+        _check_form(findings, family, scope)
+        if scope.media and findings.sources:
+            _check_media(findings, family, recipe, workers, with_latents=scope.latents)
+        if scope.texts:
+            _check_text_caches(findings, family, identified.texts, stores)
+        if scope.texts or (findings.sources and identified.media):
             kind = "shards or folders are not whole; caching mends them"
-            found.remarks += [Fault(kind, line) for line in list_shard_faults(table)]
-        findings.check_captions(found, counters)
-        items = f", {count_of(found.num_items, 'item')}" if media else ""
-        found.title = f"{table.name}: {count_of(len(found.sources), table.holds)}{items}"
-        tables.append(found)
-    sources = [source for found in tables for source in found.sources]
+            findings.remarks += [Fault(kind, line) for line in list_shard_faults(table)]
+        check_captions(findings, counters)
+        findings.title = f"{table.name}: {count_of(len(findings.sources), table.holds)}"
+        if scope.media:
+            findings.title += f", {count_of(findings.num_items, 'item')}"
+        tables.append(findings)
+    sources = [source for findings in tables for source in findings.sources]
     log_lone_controls(sources)
     if lack_references(config.datasets, sources):
         tables[0].remarks.append(Fault(EDITS_NOTHING, NO_REFERENCE))
-    findings.hold_back(tables, *validation)
-    findings.balance(tables)
-    counted = count_of(findings.count_batches(tables), "batch")
-    batches = f"{counted} an epoch, as many steps without accumulation"
-    held = sum(found.held.total() for found in tables)
-    kept = f"it, without {count_of(held, 'item')} for validation" if held else "all of it"
-    tail = (f"Training on {kept}: {batches}",) if media else ()
-    head = ("Files recognised:", *findings.indent([*files, *counters.missing]))
-    return findings.CheckResult(head, tuple(tables), tail, counters)
+    hold_back(tables, *validation)
+    balance(tables)
+    head = (RECOGNISED, *indent([*identified.lines, *counters.missing]))
+    tail = (_describe_training(tables),) if scope.media else ()
+    return CheckResult(head, tuple(tables), tail, counters)
 
 
-Encoders = list[tuple[TextEncoder, dict[str, str]]]  # each encoder with its identity
+def _make_recipe(family: Caches, identity: Mapping[str, str], stores: Stores, scope: _Scope) -> Recipe:
+    """Return how caching would make latents. identity: of the media encoders."""
+
+    def sections(table: MediaTable, frames: int) -> int | None:
+        # whether images are taken alone is an option of latent caching
+        if table.kind == "image" and not scope.latents:
+            return None
+        return family.sections_of(table, frames)
+
+    return Recipe(
+        tag=family.cache_tag,
+        encoder=identity,
+        latent=family.latent,
+        fps=family.defaults.fps,
+        sections=sections,
+        stores=stores,
+        has_rates=family.can.rate,
+        sound=sound_of(family),
+    )
 
 
-def _identify(
-    family: Caches, latents: bool, texts: bool
-) -> tuple[Mapping[str, str], Encoders, Sequence[str]]:
-    """Return the media encoders' identity (empty if not needed), the text encoders, and lines about both."""
-    identity: Mapping[str, str] = {}
-    encoders: Encoders = []
-    files: list[str] = []
+def _describe_training(tables: Sequence[TableFindings]) -> str:
+    """Return a line about the items and batches of an epoch."""
+    batches = count_of(count_batches(tables), "batch")
+    num_held_back = sum(findings.held_back.total() for findings in tables)
+    items = "all of it"
+    if num_held_back:
+        items = f"it, without {count_of(num_held_back, 'item')} for validation"
+    return f"Training on {items}: {batches} an epoch, as many steps without accumulation"
+
+
+def _identify(family: Caches, scope: _Scope) -> _Identified:
+    """Read which encoders the family has; an encoder whose files are missing is not compared."""
+    media: Mapping[str, str] = {}
+    texts: Encoders = []
+    lines: list[str] = []
     try:
-        if latents:
-            identity = dict(family.media_identity)
-            files += describe_identity(identity)
+        if scope.latents:
+            media = dict(family.media_identity)
+            lines += describe_identity(media)
     except OptionError as error:
-        files.append(f"caches are not compared: {error}")
-    if texts:
+        lines.append(f"caches are not compared: {error}")
+    if scope.texts:
         with contextlib.suppress(OptionError):  # an encoder is missing: `Counters` says which
-            encoders = [(encoder, dict(encoder.identity)) for encoder in family.text_encoders()]
-        files += [line for _, one in encoders for line in describe_identity(one)]
-    return identity, encoders, files
+            texts = [(encoder, dict(encoder.identity)) for encoder in family.text_encoders()]
+        for _, identity in texts:
+            lines += describe_identity(identity)
+    return _Identified(media, texts, lines)
+
+
+def _check_form(findings: TableFindings, family: Caches, scope: _Scope) -> None:
+    """Add faults for folders whose caches have the form that the table does not ask for."""
+    if (scope.latents or scope.texts) and may_be_mixed(findings.table):
+        lines = other_form(findings.table, family.cache_tag)
+        findings.faults += [Fault("folders of caches are in the other form", line) for line in lines]
+
+
+def _check_text_caches(findings: TableFindings, family: Caches, encoders: Encoders, stores: Stores) -> None:
+    """Add a line for each text encoder: how many caches are valid, and how many are to be made."""
+    captions = list_caption_files(findings.sources, family.cache_tag)
+    plans = plan_texts(captions, encoders, stores)
+    missing = Counter(name for plan in plans for name in plan.missing)
+    for encoder, _ in encoders:
+        num_missing = missing[encoder.name]
+        num_valid = len(captions) - num_missing
+        needs = count_words(num_missing, "captions need encoding")
+        findings.caches.append(f"caches of {encoder.name}: {num_valid} are valid, {needs}")
 
 
 def _check_media(
-    found: findings.TableFindings, family: Caches, recipe: Recipe, workers: int, with_latents: bool
+    findings: TableFindings, family: Caches, recipe: Recipe, workers: int, with_latents: bool
 ) -> None:
     """Compare the sources of a table with the model, their caches, and each other."""
-    table = found.table
     try:
-        check_resolution(table, recipe.latent.pixel_step)
+        check_resolution(findings.table, recipe.latent.pixel_step)
         if with_latents:
-            has_control = any(one.control for one in found.sources)
-            family.check_table(media_table(table, has_control, any(one.references for one in found.sources)))
-            refuse_companions(table, found.sources)
-            found.sources = use_moments(family, found.sources)
-        plans = _check_sources(found, recipe, workers)
-        if recipe.encoder and hears_sound(family) and is_heard(table):
-            device = torch.device("cpu")
-            sound = SoundWork(cast(HearingFamily, family), [table], recipe.stores, device)
-            told, faults, remarks = check_sound(table, plans, sound, recipe.fps, workers)
-            found.caches += told
-            found.faults += faults
-            found.remarks += remarks
+            _check_family(findings, family)
+        plans = _check_sources(findings, recipe, workers)
+        if recipe.encoder and hears_sound(family) and is_heard(findings.table):
+            _check_table_sound(findings, family, plans, recipe=recipe, workers=workers)
     except DatasetError as error:
-        found.unusable(error)
-    found.faults += find_wrong_rates(found.sources)
-    found.remarks += [] if recipe.has_rates else find_far_rates(found.sources, recipe.fps)
-    found.remarks += find_other_lengths(found.sources, recipe.fps)
-    found.remarks += find_equal_references(found.sources)
-    found.remarks += find_reordered(found.sources)
-    found.remarks += find_moving_references(found.sources)
-    found.remarks += find_colours(found.sources, recipe.latent.masks_latents)
+        findings.unusable(error)
+    findings.faults += find_wrong_rates(findings.sources)
+    if not recipe.has_rates:
+        findings.remarks += find_far_rates(findings.sources, recipe.fps)
+    findings.remarks += find_other_lengths(findings.sources, recipe.fps)
+    findings.remarks += find_equal_references(findings.sources)
+    findings.remarks += find_reordered(findings.sources)
+    findings.remarks += find_moving_references(findings.sources)
+    findings.remarks += find_colours(findings.sources, recipe.latent.masks_latents)
+
+
+def _check_family(findings: TableFindings, family: Caches) -> None:
+    """Let the family check what a table has. Raises DatasetError for what it cannot cache."""
+    table, sources = findings.table, findings.sources
+    has_control = any(source.control for source in sources)
+    has_references = any(source.references for source in sources)
+    family.check_table(media_table(table, has_control, has_references))
+    refuse_companions(table, sources)
+    findings.sources = use_moments(family, sources)
+
+
+def _check_table_sound(
+    findings: TableFindings, family: Caches, plans: Sequence[SourcePlan], recipe: Recipe, workers: int
+) -> None:
+    """Add the findings about the sound of a table's clips. plans: of their latents."""
+    table = findings.table
+    work = SoundWork(cast(HearingFamily, family), [table], recipe.stores, torch.device("cpu"))
+    sound = check_sound(table, plans, work, fps=recipe.fps, workers=workers)
+    findings.caches += sound.lines
+    findings.faults += sound.faults
+    findings.remarks += sound.remarks
+
+
+def _check_sources(findings: TableFindings, recipe: Recipe, workers: int) -> list[SourcePlan]:
+    """Compare sources with their caches, decoding those without recorded facts. Returns their plans."""
+    table = findings.table
+    plans, unreadable = _plan_sources(findings, recipe, workers)
+    _count_items(findings, plans, workers)
+    findings.faults += [Fault(UNREADABLE, str(failure), failure.stem) for failure in unreadable]
+    _add_plan_remarks(findings, plans)
+    if plans and not findings.buckets:
+        text = f"{table.name}: not one of its {count_of(len(plans), table.kind)} gives an item"
+        findings.faults.append(Fault(NO_ITEM, text))
+    num_masked = sum(source.mask is not None for source in findings.sources)
+    if num_masked:
+        counts = f"{num_masked} of {len(findings.sources)}"
+        findings.caches.append(f"{counts} have a mask; the others are learned whole")
+    if recipe.encoder:
+        findings.caches.append(_count_caches(plans))
+    return plans
+
+
+def _count_caches(plans: Sequence[SourcePlan]) -> str:
+    num_valid = sum(len(plan.kept) for plan in plans)
+    num_missing = sum(len(plan.missing or ()) for plan in plans)
+    needs = count_words(num_missing, "items need encoding")
+    return f"caches: {num_valid} files are valid, {needs}"
+
+
+def _plan_sources(
+    findings: TableFindings, recipe: Recipe, workers: int
+) -> tuple[list[SourcePlan], list[Failure]]:
+    """Plan all sources of a table; those without recorded facts are decoded, and come last."""
+    table = findings.table
+    existing = LatentNames(recipe.stores.of(table), recipe.tag, table.kind)
+    planned, unreadable = plan_all(findings.sources, {table.index: existing}, recipe, workers)
+
+    def plan_decoded(plan: SourcePlan) -> SourcePlan:
+        media = decode_source(plan.source, recipe.fps, recipe.latent.pixel_step, recipe.latent.frame_step)
+        planning = Planning(plan.source, existing.of(plan.source.stem), recipe)
+        compared = planning.compare(media.size, media.spans, len(media.frames), media.reason)
+        changes = () if media.clip is None else media.clip.size_changes
+        return replace(compared, size_changes=changes)
+
+    plans = [plan for plan in planned if plan.missing is not None]
+    unknown = [plan for plan in planned if plan.missing is None]
+    decoded = read_ahead(
+        unknown,
+        source_of=lambda plan: plan.source,
+        work=plan_decoded,
+        workers=workers,
+        bar=Bar(len(unknown), "Decoding", "source"),
+        decodes=True,
+    )
+    for _, result in decoded:
+        if isinstance(result, Failure):
+            unreadable.append(result)
+        else:
+            plans.append(result)
+    return plans, unreadable
+
+
+def _count_items(findings: TableFindings, plans: Sequence[SourcePlan], workers: int) -> None:
+    """Add the items of all plans; a source whose references cannot be read is a fault and has none."""
+    table = findings.table
+    sizes_of: Iterable[tuple[Size, ...] | Failure] = itertools.repeat(())
+    if table.references is not None:
+        bar = Bar(len(plans), "Reading headers", "source", shown=False)
+        sizes_of = map_ahead(plans, _measure_references, workers, bar)
+    for sizes, plan in zip(sizes_of, plans, strict=False):
+        if isinstance(sizes, Failure):
+            findings.faults.append(Fault(UNREADABLE, str(sizes), sizes.stem))
+            continue
+        # items of a batch must be equal
+        sides = tuple(itertools.chain(*sizes)) if table.batch_size > 1 else ()
+        for item in plan.items:
+            findings.add_items([plan.source.stem], (*item, *sides))
+
+
+def _measure_references(plan: SourcePlan) -> tuple[Size, ...] | Failure:
+    """Return the size of each reference of a source. Only headers are read."""
+    if not plan.items:
+        return ()
+    width, height = plan.items[0][:2]
+    try:
+        return reference_buckets(plan.source, (width, height))
+    except MediaError as error:
+        return Failure.of(plan.source, error)
+
+
+def _add_plan_remarks(findings: TableFindings, plans: Sequence[SourcePlan]) -> None:
+    """Add a remark for each source that gives no item, or fewer, or whose frames change their size."""
+    remarks: list[tuple[str, Callable[[SourcePlan], str | None]]] = [
+        ("give no item", lambda plan: plan.reason),
+        ("give no item of some lengths", lambda plan: plan.short),
+        (SIZE_CHANGES, lambda plan: "; ".join(plan.size_changes) or None),
+    ]
+    for kind, describe in remarks:
+        for plan in plans:
+            line = describe(plan)
+            if line is not None:
+                source = plan.source
+                findings.remarks.append(Fault(kind, f"{source.path}: {line}", source.stem))
+
+
+# --- training
+# ------------------------------------------------------------------------------------------------------------
 
 
 def check_training(
@@ -214,10 +417,10 @@ def check_training(
     processes: int = 1,
     files: Iterable[str] = (),
     text_keys: frozenset[str] = frozenset(),
-    counters: findings.Counters = findings.NO_COUNTERS,
+    counters: Counters = NO_COUNTERS,
     sound: SoundSpec | None = None,
     validation: tuple[float, int] = (0.0, 0),
-) -> findings.CheckResult:
+) -> CheckResult:
     """Report the caches that a training run would see; every cache file is read and verified.
 
     accumulation, processes: their product is the number of batches per optimizer step. files: lines about the
@@ -226,161 +429,131 @@ def check_training(
     """
     cached = find_items(config, cache_tag, latent, text_keys, sound=sound)
     encoders = SameEncoders(commands)
-    head, tables = ("Files recognised:", *findings.indent([*files, *counters.missing])), []
+    head = (RECOGNISED, *indent([*files, *counters.missing]))
+    tables = []
     for table in config.datasets:
-        found = findings.TableFindings(table)
+        findings = TableFindings(table)
         items = [item for item in cached.items if item.table.index == table.index]
-        for some in group_items(items).values():
-            references = (side * latent.stride[1] for side in some[0].references)
-            found.add_items(([one.source_stem for one in some]), (*some[0].bucket, *references))
-        _check_caches(found, items, cached, latent, encoders)
-        _compare_sources(config, found, items, counters, sound is not None)
+        _count_cached_items(findings, items, latent)
+        _check_caches(findings, items, cached, latent=latent, encoders=encoders)
+        _compare_sources(config, findings, items, counters=counters, hears=sound is not None)
         is_held_back = ", for validation" if table.validation else ""
-        found.title = f"{table.name}: {len(items)} cached items{is_held_back}"
-        tables.append(found)
+        findings.title = f"{table.name}: {len(items)} cached items{is_held_back}"
+        tables.append(findings)
     if cached.items and learn_no_references(cached.items, stores_for(cached.items[0], latent)):
         tables[0].remarks.append(Fault(EDITS_NOTHING, NO_REFERENCE))
-    trained, held = split_validation(cached.items, *validation)
-    findings.hold_back(tables, *validation)
-    order, batches = BatchOrder(trained, seed=0), accumulation * processes
-    steps = count_of(-(-order.num_batches // batches), "step")
-    steps += f" of {batches} batches" if batches > 1 else ""
+    trained, held_back = split_validation(cached.items, *validation)
+    hold_back(tables, *validation)
+    tail = [_describe_epoch(trained, batches_per_step=accumulation * processes)]
+    if held_back:
+        tail.append(f"For validation: {count_of(len(held_back), 'item')}")
+    if any(findings.faults for findings in tables):
+        tail += ["Caches are made by:", *indent([commands.latents, commands.text])]
+    return CheckResult(head, tuple(tables), tuple(tail), counters)
+
+
+def _count_cached_items(findings: TableFindings, items: Sequence[TrainingItem], latent: LatentSpec) -> None:
+    """Add the cached items of a table, by the size of their pictures and references."""
+    for group in group_items(items).values():
+        first = group[0]
+        reference_sides = [side * latent.stride[1] for side in first.references]
+        stems = [item.source_stem for item in group]
+        findings.add_items(stems, (*first.bucket, *reference_sides))
+
+
+def _describe_epoch(items: Sequence[TrainingItem], batches_per_step: int) -> str:
+    """Return a line about the items, batches and steps of an epoch."""
+    order = BatchOrder(items, seed=0)
+    num_steps = -(-order.num_batches // batches_per_step)
+    steps = count_of(num_steps, "step")
+    if batches_per_step > 1:
+        steps += f" of {batches_per_step} batches"
     repeated = count_of(order.num_items, "item")
-    tail = [f"An epoch: {repeated} with repeats, {count_of(order.num_batches, 'batch')}, {steps}"]
-    tail += [f"For validation: {count_of(len(held), 'item')}"] if held else []
-    if any(found.faults for found in tables):
-        tail += ["Caches are made by:", *findings.indent([commands.latents, commands.text])]
-    return findings.CheckResult(head, tuple(tables), tuple(tail), counters)
-
-
-def _check_sources(found: findings.TableFindings, recipe: Recipe, workers: int) -> list[SourcePlan]:
-    """Compare sources with their caches, decoding those without recorded facts. Returns their plans."""
-    table = found.table
-    existing = {table.index: LatentNames(recipe.stores.of(table), recipe.tag, table.kind)}
-    looked, unreadable = plan_all(found.sources, existing, recipe, workers)
-
-    def decoded(plan: SourcePlan) -> SourcePlan:
-        media = decode_source(plan.source, recipe.fps, recipe.latent.pixel_step, recipe.latent.frame_step)
-        planning = Planning(plan.source, existing[table.index].of(plan.source.stem), recipe)
-        compared = planning.compare(media.size, media.spans, len(media.frames), media.reason)
-        changes = () if media.clip is None else media.clip.size_changes
-        return replace(compared, size_changes=changes)
-
-    plans = [plan for plan in looked if plan.missing is not None]
-    unknown = [plan for plan in looked if plan.missing is None]
-    bar = Bar(len(unknown), "Decoding", "source")
-    for _, result in read_ahead(unknown, lambda plan: plan.source, decoded, workers, bar, decodes=True):
-        if isinstance(result, Failure):
-            unreadable.append(result)
-        else:
-            plans.append(result)
-
-    def measure_references(plan: SourcePlan) -> tuple[Size, ...] | Failure:  # only headers are read
-        try:
-            return reference_buckets(plan.source, (plan.items[0][0], plan.items[0][1])) if plan.items else ()
-        except MediaError as error:
-            return Failure.of(plan.source, error)
-
-    sizes_of: Iterable[tuple[Size, ...] | Failure] = itertools.repeat(())
-    if table.references is not None:
-        bar = Bar(len(plans), "Reading headers", "source", shown=False)
-        sizes_of = map_ahead(plans, measure_references, workers, bar)
-    for sizes, plan in zip(sizes_of, plans, strict=False):
-        if isinstance(sizes, Failure):
-            found.faults.append(Fault("cannot be read", str(sizes), sizes.stem))
-            continue
-        # items of a batch must be equal
-        sides = tuple(itertools.chain(*sizes)) if table.batch_size > 1 else ()
-        for item in plan.items:
-            found.add_items([plan.source.stem], (*item, *sides))
-    found.faults += [Fault("cannot be read", str(one), one.stem) for one in unreadable]
-    for kind, lines in (
-        ("give no item", [(plan.source, plan.reason) for plan in plans]),
-        ("give no item of some lengths", [(plan.source, plan.short) for plan in plans]),
-        (SIZE_CHANGES, [(plan.source, "; ".join(plan.size_changes) or None) for plan in plans]),
-    ):
-        told = [(one, line) for one, line in lines if line is not None]
-        found.remarks += [Fault(kind, f"{one.path}: {line}", one.stem) for one, line in told]
-    if plans and not found.buckets:
-        text = f"{table.name}: not one of its {count_of(len(plans), table.kind)} gives an item"
-        found.faults.append(Fault(NO_ITEM, text))
-    masked = sum(source.mask is not None for source in found.sources)
-    if masked:
-        found.caches.append(f"{masked} of {len(found.sources)} have a mask; the others are learned whole")
-    if recipe.encoder:
-        kept = sum(len(plan.kept) for plan in plans)
-        to_encode = sum(len(plan.missing or ()) for plan in plans)
-        found.caches.append(
-            f"caches: {kept} files are valid, {count_words(to_encode, 'items need encoding')}"
-        )
-    return plans
+    return f"An epoch: {repeated} with repeats, {count_of(order.num_batches, 'batch')}, {steps}"
 
 
 def _check_caches(
-    found: findings.TableFindings,
+    findings: TableFindings,
     items: Sequence[TrainingItem],
     cached: FoundItems,
     latent: LatentSpec,
     encoders: SameEncoders,
 ) -> None:
     """Read every cached item of a table; add a fault for each that cannot be trained on."""
-    folder = found.table.cache_directory
-    for kind, paths in (
-        ("text caches are missing", (*cached.missing_text, *cached.missing_empty)),
-        ("text caches are unfinished", cached.unfinished_text),
-        ('caches of sound are missing, and audio = "required"', cached.missing_sound),
-    ):
-        found.faults += [Fault(kind, str(path)) for path in paths if path.parent == folder]
-    found.faults += [
-        Fault("caches may be incomplete", line) for table, line in cached.unsound if table is found.table
-    ]
+    _add_missing_caches(findings, cached)
     if not items:
-        found.faults.append(Fault(NO_ITEM, f"{found.table.name}: look in {folder}"))
+        text = f"{findings.table.name}: look in {findings.table.cache_directory}"
+        findings.faults.append(Fault(NO_ITEM, text))
         return
     stores = stores_for(items[0], latent)
-    drops = [EMPTY] if items[0].table.drops_captions else []
-    # each caption, and the empty prompt once, or for each item if an encoder sees its references
-    pairs = ((item, number) for item in items for number in range(item.captions))
-    dropped = items if items[0].table.texts_see_references else items[:1]
-    for item, number in itertools.chain(pairs, ((item, number) for item in dropped for number in drops)):
+    for item, number in _list_captions(items):
         try:
             batch = read_batch([item], latent, encoders.commands, captions=[number], stores=stores)
         except CacheError as error:
-            found.faults.append(Fault("cannot be used", str(error).splitlines()[0], item.source_stem))
+            text = str(error).splitlines()[0]
+            findings.faults.append(Fault("cannot be used", text, item.source_stem))
         else:
-            said = encoders.difference(batch.made_by)
-            found.caches += [] if said is None else said.splitlines()
+            difference = encoders.difference(batch.made_by)
+            if difference is not None:
+                findings.caches += difference.splitlines()
+
+
+def _add_missing_caches(findings: TableFindings, cached: FoundItems) -> None:
+    """Add a fault for each cache of a table that is missing or unfinished."""
+    folder = findings.table.cache_directory
+    missing = {
+        "text caches are missing": (*cached.missing_text, *cached.missing_empty),
+        "text caches are unfinished": cached.unfinished_text,
+        'caches of sound are missing, and audio = "required"': cached.missing_sound,
+    }
+    for kind, paths in missing.items():
+        findings.faults += [Fault(kind, str(path)) for path in paths if path.parent == folder]
+    for table, line in cached.unsound:
+        if table is findings.table:
+            findings.faults.append(Fault("caches may be incomplete", line))
+
+
+def _list_captions(items: Sequence[TrainingItem]) -> Iterator[tuple[TrainingItem, int]]:
+    """Yield every caption that a training reads: an item, and the number of its caption or EMPTY."""
+    for item in items:
+        for number in range(item.captions):
+            yield item, number
+    table = items[0].table
+    if table.drops_captions:
+        # the empty prompt once, or for each item if an encoder sees its references
+        for item in items if table.texts_see_references else items[:1]:
+            yield item, EMPTY
 
 
 def _compare_sources(
     config: DatasetConfig,
-    found: findings.TableFindings,
+    findings: TableFindings,
     items: Sequence[TrainingItem],
-    counters: findings.Counters,
+    counters: Counters,
     hears: bool,
 ) -> None:
     """Add remarks about sources without a cache, a caption or cached sound, if the sources are there at
     all: training does not need them.
     """
-    if any(map(is_address, found.table.tars or ())):  # listing them would download them
-        found.caches.append("its sources are not checked: they are in tars at addresses")
+    if any(map(is_address, findings.table.tars or ())):  # listing them would download them
+        findings.caches.append("its sources are not checked: they are in tars at addresses")
         return
-    sources = findings.find_table(config, found.table)
-    if not sources.sources:
-        found.caches += [f"its sources are not checked: {fault.text}" for fault in sources.faults[:1]]
+    listed = find_table(config, findings.table)
+    if not listed.sources:
+        findings.caches += [f"its sources are not checked: {fault.text}" for fault in listed.faults[:1]]
         return
-    found.sources = sources.sources
-    found.remarks += find_reordered(found.sources)
-    findings.check_captions(sources, counters)
-    stems, kind = (
-        {item.source_stem for item in items},
-        "have no cache: too short, unreadable, or not cached yet",
-    )
-    found.caches += sources.caches
-    found.remarks += [*sources.faults, *sources.remarks]
-    found.remarks += [Fault(kind, str(one.path), one.stem) for one in found.sources if one.stem not in stems]
-    if hears and is_heard(found.table):
+    findings.sources = listed.sources
+    findings.remarks += find_reordered(findings.sources)
+    check_captions(listed, counters)
+    findings.caches += listed.caches
+    findings.remarks += [*listed.faults, *listed.remarks]
+    stems = {item.source_stem for item in items}
+    kind = "have no cache: too short, unreadable, or not cached yet"
+    for source in findings.sources:
+        if source.stem not in stems:
+            findings.remarks.append(Fault(kind, str(source.path), source.stem))
+    if hears and is_heard(findings.table):
         silent = {item.source_stem for item in items if not item.has_sound}
         kind = "have sound that is not cached: learned silent until latents are cached again"
-        unheard = list_unheard(found.sources, silent)
-        found.remarks += [Fault(kind, str(path), path.stem) for path in unheard]
+        unheard = list_unheard(findings.sources, silent)
+        findings.remarks += [Fault(kind, str(path), path.stem) for path in unheard]

@@ -18,7 +18,7 @@ from data_tools.report.numbers import Numbers
 from dataset.cache.files import latent_names, tensor_key, text_file_name
 from dataset.cache.records import LatentRecord, TextRecord, latent_record, text_records
 from dataset.cache.store import CacheStore, LatentNames, Stores
-from dataset.caching.planning import Recipe, plan_all
+from dataset.caching.planning import Recipe, SourcePlan, plan_all
 from dataset.caching.text_plans import CaptionFile, list_caption_files, plan_texts, why_outdated
 from dataset.sources.captions import read_caption
 from dataset.sources.media_source import MediaSource, Remote, TarMember
@@ -40,53 +40,64 @@ def list_files(
 ) -> list[Numbers]:
     """Return all files as JSON values, table by table. tables: measured."""
     files = []
-    for found in tables:
-        states = _compare_caches(found, fps, latent, workers)
-        faults, remarks = (found.told(name, with_kind=True) for name in ("faults", "remarks"))
-        looks = found.looks or [Look()] * len(found.sources)
-        for source, look in zip(found.sources, looks, strict=True):
-            fit, text = look.fit, None
-            used = [] if source.caption is None else [source.caption, *source.more_captions]
-            if source.caption_path is not None:
-                with contextlib.suppress(DatasetError):  # reported as a fault
-                    text = read_caption(source.caption_path)
-            files.append(
-                {
-                    "table": found.table.index + 1,
-                    "stem": source.stem,
-                    "kind": found.table.kind,
-                    "parts": _list_parts(source),
-                    "controls": len(source.control),
-                    "has_mask": source.mask is not None,
-                    "caption_file": None if source.caption_path is None else str(source.caption_path),
-                    "caption_list": None if source.caption_path is not None else str(source.table.source),
-                    "text": text,  # of the file
-                    "captions": [] if used == [text] else used,  # captions as training uses them
-                    "size": look.size,
-                    "frames": look.frames,
-                    "fps": look.fps and round(look.fps, 3),
-                    "fit": fit and {"resized": fit.resized, "crop": fit.crop, "bucket": fit.bucket},
-                    "cut_percent": round(look.cut_percent, 2),
-                    "lengths": look.lengths,  # frames of an item, how many such items
-                    "problem": look.problem,
-                    "dropped": look.problem or look.none,
-                    "short": look.short,
-                    "faults": faults.get(source.stem, []),
-                    "remarks": remarks.get(source.stem, []),
-                    "caches": states.get(source.stem, {}),
-                }
-            )
+    for findings in tables:
+        states = _compare_caches(findings, fps, latent, workers)
+        faults = findings.texts_by_stem("faults", with_kind=True)
+        remarks = findings.texts_by_stem("remarks", with_kind=True)
+        looks = findings.looks or [Look()] * len(findings.sources)
+        for source, look in zip(findings.sources, looks, strict=True):
+            findings_of_file = {
+                "faults": faults.get(source.stem, []),
+                "remarks": remarks.get(source.stem, []),
+                "caches": states.get(source.stem, {}),
+            }
+            files.append({**_describe_source(source), **_describe_look(look), **findings_of_file})
     return files
+
+
+def _describe_source(source: MediaSource) -> Numbers:
+    """Return the files and the captions of a source as JSON values."""
+    captions = [] if source.caption is None else [source.caption, *source.more_captions]
+    text = None
+    if source.caption_path is not None:
+        with contextlib.suppress(DatasetError):  # reported as a fault
+            text = read_caption(source.caption_path)
+    return {
+        "table": source.table.index + 1,
+        "stem": source.stem,
+        "kind": source.table.kind,
+        "parts": _list_parts(source),
+        "controls": len(source.control),
+        "has_mask": source.mask is not None,
+        "caption_file": None if source.caption_path is None else str(source.caption_path),
+        "caption_list": None if source.caption_path is not None else str(source.table.source),
+        "text": text,  # of the file
+        "captions": [] if captions == [text] else captions,  # captions as training uses them
+    }
+
+
+def _describe_look(look: Look) -> Numbers:
+    """Return the facts of a source as JSON values."""
+    fit = look.fit
+    return {
+        "size": look.size,
+        "frames": look.frames,
+        "fps": look.fps and round(look.fps, 3),
+        "fit": fit and {"resized": fit.resized, "crop": fit.crop, "bucket": fit.bucket},
+        "cut_percent": round(look.cut_percent, 2),
+        "lengths": look.lengths,  # frames of an item, how many such items
+        "problem": look.problem,
+        "dropped": look.problem or look.none,
+        "short": look.short,
+    }
 
 
 def _list_parts(source: MediaSource) -> list[Numbers]:
     """Return the files of a source (media, control media, mask): paths, and the archive or address."""
+    paths = [source.path] if source.tensors is not None else [path for path, _ in source.parts]
+    origins = source.origins or (None,) * len(paths)
     parts = []
-    for path, origin in zip(
-        (path for path, _ in source.parts) if source.tensors is None else (source.path,),
-        source.origins or (None,) * (3 + len(source.control) + len(source.references)),
-        strict=False,
-    ):
+    for path, origin in zip(paths, origins, strict=False):
         part: Numbers = {"path": str(path)}
         if isinstance(origin, TarMember):
             part |= {"in": str(origin.tar), "offset": origin.offset, "bytes": origin.size_bytes}
@@ -98,26 +109,32 @@ def _list_parts(source: MediaSource) -> list[Numbers]:
     return parts
 
 
-def _compare_caches(found: TableFindings, fps: float, latent: LatentSpec, workers: int) -> dict[str, States]:
+def _compare_caches(
+    findings: TableFindings, fps: float, latent: LatentSpec, workers: int
+) -> dict[str, States]:
     """Return the states of a table's caches by stem and model, for all models that have caches."""
-    states: dict[str, States] = {source.stem: {} for source in found.sources}
+    states: dict[str, States] = {source.stem: {} for source in findings.sources}
     try:
         stores = Stores(skip_existing=True)
-        store = stores.of(found.table)
+        store = stores.of(findings.table)
         names = store.names()
     except (DatasetError, CacheError) as error:
         return {stem: {"": dict.fromkeys((MEDIA, TEXT), (UNKNOWN, str(error)))} for stem in states}
-    tags = {match[1] or match[2] for name in names if (match := _TAG.search(name))}
+    matches = [match for name in names if (match := _TAG.search(name))]
+    tags = {match[1] or match[2] for match in matches}
     for tag in sorted(tags):
-        media = _compare_media(found, tag, names, stores, fps, latent, workers)
-        texts = _compare_texts(found.sources, tag, store, stores, workers)
-        for stem, of_stem in states.items():
-            of_stem[tag] = {MEDIA: media.get(stem, (MISSING, "")), TEXT: texts.get(stem, (MISSING, ""))}
+        media = _compare_media(findings, tag, names, stores=stores, fps=fps, latent=latent, workers=workers)
+        texts = _compare_texts(findings.sources, tag, store, stores=stores, workers=workers)
+        for stem, states_of_stem in states.items():
+            states_of_stem[tag] = {
+                MEDIA: media.get(stem, (MISSING, "")),
+                TEXT: texts.get(stem, (MISSING, "")),
+            }
     return states
 
 
 def _compare_media(
-    found: TableFindings,
+    findings: TableFindings,
     tag: str,
     names: Iterable[str],
     stores: Stores,
@@ -125,49 +142,66 @@ def _compare_media(
     latent: LatentSpec,
     workers: int,
 ) -> dict[str, State]:
-    table, store = found.table, stores.of(found.table)
-    listed = list(latent_names(names, tag, table.kind))
-    if not listed:
+    """Return the states of the latents of a model by the stem of their source."""
+    table = findings.table
+    store = stores.of(table)
+    caches = list(latent_names(names, tag, table.kind))
+    if not caches:
         return {}
-    record: LatentRecord | None = None
-    for name, *_ in listed[:FIRST]:
-        with contextlib.suppress(CacheError):
-            record = latent_record(store.read(name, is_whole=False))
-        if record is not None:
-            break
+    record = _first_record(store, [name for name, *_ in caches[:FIRST]])
     # the number of sections into which a model cuts a length shows in the files of its items
-    of_items = Counter(
-        (stem, name.span) for _, stem, name in listed if name.span is not None and name.section is not None
+    num_files = Counter(
+        (stem, name.span) for _, stem, name in caches if name.span is not None and name.section is not None
     )
-    sections = {span[1]: count for (_, span), count in of_items.items() if span is not None}
-
+    sections = {span[1]: count for (_, span), count in num_files.items() if span is not None}
+    options = {} if record is None else record.options
     recipe = Recipe(
-        tag,
-        {} if record is None else record.encoder,
-        replace(latent, in_sections=bool(sections)),
-        float((record and record.options.get("fps")) or fps),
-        lambda _, frames: sections.get(frames),
-        stores,
-        has_rates=bool(record and record.options.get("frame_rate")),
+        tag=tag,
+        encoder={} if record is None else record.encoder,
+        latent=replace(latent, in_sections=bool(sections)),
+        fps=float(options.get("fps") or fps),
+        sections=lambda _, frames: sections.get(frames),
+        stores=stores,
+        has_rates=bool(options.get("frame_rate")),
     )
     existing = LatentNames(store, tag, table.kind)
-    plans, failures = plan_all(found.sources, {table.index: existing}, recipe, workers, show_progress=False)
-    states = {one.stem: (UNKNOWN, one.reason) for one in failures}
+    plans, failures = plan_all(
+        findings.sources,
+        {table.index: existing},
+        recipe,
+        workers=workers,
+        show_progress=False,
+    )
+    states = {failure.stem: (UNKNOWN, failure.reason) for failure in failures}
     for plan in plans:
         has_files = bool(existing.of(plan.source.stem))
-        state, why = VALID, plan.reason or ""
-        if plan.outdated is not None:
-            state, why = STALE, plan.outdated
-        elif plan.missing is None or (plan.missing and not plan.kept):
-            state, why = MISSING, ""
-            if has_files:
-                state, why = STALE, "not of this file, or of other settings"
-        elif plan.missing:
-            state, why = MISSING, f"{len(plan.missing)} of {len(plan.items)} items"
-        elif plan.foreign:
-            why = "made by another program: nothing tells what from"
-        states[plan.source.stem] = state, why
+        states[plan.source.stem] = _media_state(plan, has_files)
     return states
+
+
+def _first_record(store: CacheStore, names: Sequence[str]) -> LatentRecord | None:
+    """Return the first record in these files of latents; None if no file has one that can be read."""
+    for name in names:
+        with contextlib.suppress(CacheError):
+            record = latent_record(store.read(name, is_whole=False))
+            if record is not None:
+                return record
+    return None
+
+
+def _media_state(plan: SourcePlan, has_files: bool) -> State:
+    """Return the state of the latents of a source. has_files: there are files of its stem."""
+    if plan.outdated is not None:
+        return STALE, plan.outdated
+    if plan.missing is None or (plan.missing and not plan.kept):
+        if has_files:
+            return STALE, "not of this file, or of other settings"
+        return MISSING, ""
+    if plan.missing:
+        return MISSING, f"{len(plan.missing)} of {len(plan.items)} items"
+    if plan.foreign:
+        return VALID, "made by another program: nothing tells what from"
+    return VALID, plan.reason or ""
 
 
 def _with_references(file: CaptionFile, source: MediaSource | None) -> CaptionFile:
@@ -180,45 +214,58 @@ def _with_references(file: CaptionFile, source: MediaSource | None) -> CaptionFi
 def _compare_texts(
     sources: Sequence[MediaSource], tag: str, store: CacheStore, stores: Stores, workers: int
 ) -> dict[str, State]:
+    """Return the states of the encoded captions of a model by the stem of their source."""
     files = list_caption_files(sources, tag)
-    recorded: Mapping[str, TextRecord] = {}
-    for file in files[:FIRST]:
-        with contextlib.suppress(CacheError):
-            recorded = text_records(store.read(file.file_name, is_whole=False))
-        if recorded:
-            break
-    if any(record.references for record in recorded.values()):
+    records = _first_text_records(store, [file.file_name for file in files[:FIRST]])
+    if any(record.references for record in records.values()):
         by_stem = {source.stem: source for source in sources}
         files = [_with_references(file, by_stem.get(file.name)) for file in files]
-    encoders = [
-        (SimpleNamespace(name=name, keys=frozenset(map(tensor_key, one.crc32))), one.encoder)
-        for name, one in recorded.items()
-    ]
-    given = cast("Sequence[tuple[TextEncoder, Mapping[str, str]]]", encoders)
-    plans = plan_texts(files, given, stores, workers)
-    of_names: dict[str, State] = {}
-    for plan in plans:
-        name = plan.file_name
-        if name not in store:
-            state, why = MISSING, ""
-        elif not recorded:
-            state, why = UNKNOWN, "made by another program: nothing tells of which caption"
-        elif not plan.missing:
-            state, why = VALID, "made by another program, of the same caption" if plan.is_foreign else ""
-        else:
-            state, encoder = STALE, plan.missing[0]
-            try:
-                record = text_records(store.read(name, is_whole=False)).get(encoder)
-            except CacheError as error:
-                why = str(error)
-            else:
-                why = f"it has no record of {encoder}"
-                if record is not None:
-                    why = why_outdated(record, recorded[encoder].encoder, plan) or "damaged"
-        of_names[name] = state, why
+    plans = plan_texts(files, _recorded_encoders(records), stores, workers)
+    state_of_file = {plan.file_name: _text_state(plan, store, records) for plan in plans}
     states: dict[str, State] = {}
     for source in sources:
         for number in range(1 + len(source.more_captions)):
-            if states.get(source.stem, (VALID,))[0] == VALID:  # the first that is not valid decides
-                states[source.stem] = of_names.get(text_file_name(source.stem, tag, number), (VALID, ""))
+            state, _ = states.get(source.stem, (VALID, ""))
+            if state == VALID:  # the first that is not valid decides
+                file_name = text_file_name(source.stem, tag, number)
+                states[source.stem] = state_of_file.get(file_name, (VALID, ""))
     return states
+
+
+def _recorded_encoders(
+    records: Mapping[str, TextRecord],
+) -> Sequence[tuple[TextEncoder, Mapping[str, str]]]:
+    """Return the encoders that records name, with their identities; they cannot encode."""
+    encoders = []
+    for name, record in records.items():
+        keys = frozenset(map(tensor_key, record.crc32))
+        encoders.append((SimpleNamespace(name=name, keys=keys), record.encoder))
+    return cast("Sequence[tuple[TextEncoder, Mapping[str, str]]]", encoders)
+
+
+def _first_text_records(store: CacheStore, names: Sequence[str]) -> Mapping[str, TextRecord]:
+    """Return the first records, by encoder, in these files of texts; {} if no file has one."""
+    for name in names:
+        with contextlib.suppress(CacheError):
+            records = text_records(store.read(name, is_whole=False))
+            if records:
+                return records
+    return {}
+
+
+def _text_state(plan: CaptionFile, store: CacheStore, records: Mapping[str, TextRecord]) -> State:
+    """Return the state of a file of an encoded caption. records: of any caption, by encoder."""
+    if plan.file_name not in store:
+        return MISSING, ""
+    if not records:
+        return UNKNOWN, "made by another program: nothing tells of which caption"
+    if not plan.missing:
+        return VALID, "made by another program, of the same caption" if plan.is_foreign else ""
+    encoder = plan.missing[0]
+    try:
+        record = text_records(store.read(plan.file_name, is_whole=False)).get(encoder)
+    except CacheError as error:
+        return STALE, str(error)
+    if record is None:
+        return STALE, f"it has no record of {encoder}"
+    return STALE, why_outdated(record, records[encoder].encoder, plan) or "damaged"

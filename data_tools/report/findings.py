@@ -43,7 +43,7 @@ class TableFindings:
     sources: Sequence[MediaSource] = ()
     # items by (width, height), (width, height, frames), or these followed by the size of each reference
     buckets: Counter[tuple[int, ...]] = field(default_factory=Counter)
-    held: Counter[tuple[int, ...]] = field(default_factory=Counter)  # those for validation
+    held_back: Counter[tuple[int, ...]] = field(default_factory=Counter)  # those for validation
     places: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)  # source and bucket of each item
     faults: list[Fault] = field(default_factory=list)  # must be corrected
     remarks: list[Fault] = field(default_factory=list)  # left out or cut off: worth knowing
@@ -54,13 +54,16 @@ class TableFindings:
     def unusable(self, error: DatasetError) -> None:
         self.faults.append(Fault(UNUSABLE, str(error)))
 
-    def told(self, name: str, with_kind: bool = False) -> dict[str | None, list[str]]:
+    def texts_by_stem(self, name: str, with_kind: bool = False) -> dict[str | None, list[str]]:
         """Return the texts of `faults` or `remarks` by the stem of their source. with_kind: add kinds."""
-        found: dict[str | None, list[str]] = {}
-        for one in getattr(self, name):
-            text = f"{one.kind}: {one.text}" if with_kind and not one.kind.startswith("give no") else one.text
-            found.setdefault(one.stem, []).append(text)
-        return found
+        texts: dict[str | None, list[str]] = {}
+        faults: list[Fault] = getattr(self, name)
+        for fault in faults:
+            text = fault.text
+            if with_kind and not fault.kind.startswith("give no"):
+                text = f"{fault.kind}: {text}"
+            texts.setdefault(fault.stem, []).append(text)
+        return texts
 
     def add_items(self, stems: Sequence[str], bucket: tuple[int, ...]) -> None:
         self.buckets[bucket] += len(stems)
@@ -82,17 +85,22 @@ class TableFindings:
 
     def lines(self) -> list[str]:
         """Return all findings as lines to print."""
-        size, repeats = self.table.batch_size, self.table.num_repeats * self.times
+        size = self.table.batch_size
+        repeats = self.table.num_repeats * self.times
         times = str(int(repeats)) if repeats == int(repeats) else f"{repeats:.1f}"
         lines = []
         for bucket, count, batches, last in self.bucket_rows():
-            frames = f", {count_of(bucket[2], 'frame')}" if len(bucket) == 3 else references_in_words(bucket)
             remainder = f" (the last has {last})" if last < size else ""
-            sizes = frames[2:] if self.table.is_of_sound else f"{bucket[0]}x{bucket[1]}{frames}"
             of_size = f"{count_of(batches, 'batch')} of {size}{remainder}"
-            lines.append(f"{sizes}: {count_of(count, 'item')} x {times}, {of_size}")
-        found = list_faults([*self.faults, *self.remarks], LISTED)
-        return [self.title, *indent([*lines, *self.caches, *found])]
+            lines.append(f"{self._bucket_in_words(bucket)}: {count_of(count, 'item')} x {times}, {of_size}")
+        faults = list_faults([*self.faults, *self.remarks], LISTED)
+        return [self.title, *indent([*lines, *self.caches, *faults])]
+
+    def _bucket_in_words(self, bucket: tuple[int, ...]) -> str:
+        frames = f", {count_of(bucket[2], 'frame')}" if len(bucket) == 3 else references_in_words(bucket)
+        if self.table.is_of_sound:
+            return frames.removeprefix(", ")
+        return f"{bucket[0]}x{bucket[1]}{frames}"
 
 
 def references_in_words(bucket: tuple[int, ...]) -> str:
@@ -125,16 +133,16 @@ class CheckResult:
 
     @property
     def num_faults(self) -> int:
-        return sum(len(found.faults) for found in self.tables)
+        return sum(len(findings.faults) for findings in self.tables)
 
     @property
     def num_held(self) -> int:
         """Return how many items are kept for validation."""
-        return sum(found.held.total() for found in self.tables)
+        return sum(findings.held_back.total() for findings in self.tables)
 
     @property
     def num_remarks(self) -> int:
-        return sum(len(found.remarks) for found in self.tables)
+        return sum(len(findings.remarks) for findings in self.tables)
 
     @property
     def num_batches(self) -> int:
@@ -142,17 +150,20 @@ class CheckResult:
 
     @property
     def exit_code(self) -> int:
-        faults = [fault for found in self.tables for fault in found.faults]
+        faults = [fault for findings in self.tables for fault in findings.faults]
         if os.environ.get(RUN_GOES_ON) and not any(fault.ends_run for fault in faults):
             return SOURCES_LEFT_OUT if faults else 0
         return 1 if faults else 0
 
     @property
     def lines(self) -> list[str]:
-        faults, remarks = self.num_faults, self.num_remarks
-        verdict = f"Something is wrong: see above. Faults: {faults}." if faults else "Nothing is wrong."
-        tables = [line for found in self.tables for line in found.lines()]
-        return [*self.head, *tables, *self.tail, verdict + (f" Remarks above: {remarks}." if remarks else "")]
+        verdict = "Nothing is wrong."
+        if self.num_faults:
+            verdict = f"Something is wrong: see above. Faults: {self.num_faults}."
+        if self.num_remarks:
+            verdict += f" Remarks above: {self.num_remarks}."
+        lines_of_tables = [line for findings in self.tables for line in findings.lines()]
+        return [*self.head, *lines_of_tables, *self.tail, verdict]
 
 
 @dataclass(frozen=True)
@@ -165,23 +176,27 @@ class _PlacedItem:
 
 
 def hold_back(tables: Sequence[TableFindings], share: float, seed: int) -> None:
-    """Fill `held` with the split of a training. share, seed: for tables that do not give their own."""
-    places = [_PlacedItem(found.table, stem, bucket) for found in tables for stem, bucket in found.places]
-    by_index = {found.table.index: found for found in tables}
-    for place in split_validation(places, share, seed)[1]:
-        by_index[place.table.index].held[place.bucket] += 1
+    """Fill `held_back` with the split of a training. share, seed: for tables that do not give their own."""
+    places = [
+        _PlacedItem(findings.table, stem, bucket) for findings in tables for stem, bucket in findings.places
+    ]
+    by_index = {findings.table.index: findings for findings in tables}
+    _, validated = split_validation(places, share, seed)
+    for place in validated:
+        by_index[place.table.index].held_back[place.bucket] += 1
 
 
 def balance(tables: Sequence[TableFindings]) -> None:
     """Set `times` for the regularisation images of each dataset. tables: all of a configuration."""
-    learned, raw = Counter[int](), Counter[int]()
-    for found in tables:
-        counts = raw if found.table.is_reg else learned
-        counts[found.table.batch_group] += found.num_items * found.table.num_repeats
-    for found in tables:
-        group = found.table.batch_group
-        if found.table.is_reg and raw[group]:
-            found.times = learned[group] / raw[group]
+    learned = Counter[int]()
+    regularisation = Counter[int]()
+    for findings in tables:
+        counts = regularisation if findings.table.is_reg else learned
+        counts[findings.table.batch_group] += findings.num_items * findings.table.num_repeats
+    for findings in tables:
+        group = findings.table.batch_group
+        if findings.table.is_reg and regularisation[group]:
+            findings.times = learned[group] / regularisation[group]
 
 
 def count_batches(tables: Iterable[TableFindings]) -> int:
@@ -191,11 +206,12 @@ def count_batches(tables: Iterable[TableFindings]) -> int:
     """
     counts: dict[tuple[int, ...], float] = {}
     sizes: dict[tuple[int, ...], int] = {}
-    for found in tables:
-        table = found.table
-        for bucket, count in (found.buckets - found.held).items():
+    for findings in tables:
+        table = findings.table
+        trained = findings.buckets - findings.held_back
+        for bucket, count in trained.items():
             key = (table.batch_group, *bucket)
-            counts[key] = counts.get(key, 0) + count * table.num_repeats * found.times
+            counts[key] = counts.get(key, 0) + count * table.num_repeats * findings.times
             sizes[key] = table.batch_size
     return sum(math.ceil(round(count, 6) / sizes[key]) for key, count in counts.items())
 
@@ -209,30 +225,40 @@ def find_table(config: DatasetConfig, table: DatasetTable) -> TableFindings:
 
     Remarks name unused files that look as if they were meant to be used.
     """
-    found = TableFindings(table)
+    findings = TableFindings(table)
     try:
-        found.sources = find_sources(table, faults=found.faults)
+        findings.sources = find_sources(table, faults=findings.faults)
     except DatasetError as error:
-        found.unusable(error)
-        return found
-    found.remarks += find_encodings(found.sources)
+        findings.unusable(error)
+        return findings
+    findings.remarks += find_encodings(findings.sources)
     with contextlib.suppress(DatasetError):  # the listing has reported it
-        found.remarks += find_unread(table)
-    counts = count_references(found.sources) if table.references is not None else []
-    if counts:
-        words = ", ".join(f"{count_of(images, 'image')} with {number}" for number, images in counts)
-        found.caches.append(f"reference pictures: {words}")
-        kind = "have no reference picture, while others have"
-        found.remarks += [Fault(kind, str(one.path), one.stem) for one in found.sources if not one.control]
-    if any(one.references or one.control_mask for one in found.sources):
-        from dataset.sources.companions import companion_lines
+        findings.remarks += find_unread(table)
+    if table.references is not None:
+        _add_references(findings)
+    if any(source.references or source.control_mask for source in findings.sources):
+        from dataset.sources.companions import companion_lines  # only with companions
 
-        found.caches += companion_lines(found.sources, found.remarks)
-    if (line := left_out_files(config, table)) is not None:
-        found.remarks.append(Fault("folders have files that are not used", line))
+        findings.caches += companion_lines(findings.sources, findings.remarks)
+    left_out = left_out_files(config, table)
+    if left_out is not None:
+        findings.remarks.append(Fault("folders have files that are not used", left_out))
     if table is config.datasets[0]:
-        found.remarks += [Fault("folders are not searched", line) for line in left_out_folders(config)]
-    return found
+        findings.remarks += [Fault("folders are not searched", line) for line in left_out_folders(config)]
+    return findings
+
+
+def _add_references(findings: TableFindings) -> None:
+    """Add how many reference pictures images have, and a remark for each image without one among others."""
+    counts = count_references(findings.sources)
+    if not counts:
+        return
+    words = ", ".join(f"{count_of(images, 'image')} with {number}" for number, images in counts)
+    findings.caches.append(f"reference pictures: {words}")
+    kind = "have no reference picture, while others have"
+    for source in findings.sources:
+        if not source.control:
+            findings.remarks.append(Fault(kind, str(source.path), source.stem))
 
 
 def count_references(sources: Iterable[MediaSource]) -> list[tuple[int, int]]:
@@ -246,42 +272,51 @@ def count_references(sources: Iterable[MediaSource]) -> list[tuple[int, int]]:
 
 def load_counters(text_encoders: Callable[[], Sequence[TextEncoder]]) -> Counters:
     """Load the tokenizers that are on this machine; no encoder is loaded, nothing is downloaded."""
-    found, missing = [], []
     try:
         encoders = text_encoders()
     except (OptionError, CheckpointError) as error:
         return Counters((), (f"tokens of captions are not counted, which is no fault: {error}",))
+    counters = []
+    missing = []
     for encoder in encoders:
         try:
-            found.append((encoder.name, encoder.token_counter()))
+            counters.append((encoder.name, encoder.token_counter()))
         except CheckpointError as error:
             missing.append(f"tokens of {encoder.name} are not counted: {error}")
-    return Counters(tuple(found), tuple(missing))
+    return Counters(tuple(counters), tuple(missing))
 
 
-def check_captions(found: TableFindings, counters: Counters = NO_COUNTERS) -> None:
+def check_captions(findings: TableFindings, counters: Counters = NO_COUNTERS) -> None:
     """Add the faults of the captions of a table's sources, except for unreadable ones."""
-    missing = [source for source in found.sources if source.caption is None and not is_unread(source)]
+    missing = [source for source in findings.sources if source.caption is None and not is_unread(source)]
     for line, source in zip(missing_captions(missing), missing, strict=True):
-        found.faults.append(Fault(NO_CAPTION, line, source.stem))
-    for source in found.sources:
-        place = source.caption_path or source.path
+        findings.faults.append(Fault(NO_CAPTION, line, source.stem))
+    for source in findings.sources:
         if source.caption == "":
-            found.remarks.append(Fault("have an empty caption", str(place), source.stem))
-    sizes: dict[str, list[int]] = {}
-    for source in found.sources if counters.by_name else ():
+            place = source.caption_path or source.path
+            findings.remarks.append(Fault("have an empty caption", str(place), source.stem))
+    if counters.by_name:
+        _count_tokens(findings, counters)
+
+
+def _count_tokens(findings: TableFindings, counters: Counters) -> None:
+    """Add the captions that an encoder cuts off, and how many bytes its caches take."""
+    sizes: dict[str, list[int]] = {}  # bytes of each caption, by the name of the encoder
+    for source in findings.sources:
         place = source.caption_path or source.path
         for caption in (source.caption or "", *source.more_captions):
             for name, count in counters.count(caption):
                 sizes.setdefault(name, []).append(count.size_bytes)
                 if count.is_cut:
-                    kind, text = f"have a caption longer than {name} reads", describe_cut(place, name, count)
-                    found.remarks.append(Fault(kind, text, source.stem))
-    for name, own in sizes.items():
-        if most := max(own):
-            more = ", more with what it sees of references" if found.table.texts_see_references else ""
-            words = f"{as_size(sum(own))}, that of the longest caption {as_size(most)}{more}"
-            found.caches.append(f"text caches of {name}: about {words}")
+                    kind = f"have a caption longer than {name} reads"
+                    findings.remarks.append(Fault(kind, describe_cut(place, name, count), source.stem))
+    references = ", more with what it sees of references" if findings.table.texts_see_references else ""
+    for name, sizes_bytes in sizes.items():
+        longest = max(sizes_bytes)
+        if longest:
+            total = as_size(sum(sizes_bytes))
+            words = f"{total}, that of the longest caption {as_size(longest)}{references}"
+            findings.caches.append(f"text caches of {name}: about {words}")
 
 
 def is_unread(source: MediaSource) -> bool:
@@ -299,41 +334,51 @@ def repair_captions(config: DatasetConfig, encoding: str) -> list[str]:
     encoding: Python's name, or GUESS: a file of uncertain encoding is left as it is. Returns lines about what
     was done. Raises OutputError if a file cannot be written.
     """
-    converted, left = [], []
+    converted: list[str] = []
+    left: list[str] = []
     for table in config.datasets:
         try:
             sources = find_sources(table, captions=False, faults=[])
         except DatasetError:
             continue  # the check reports it
-        paths = []
-        for path in sorted({one.caption_path for one in sources if one.caption_path is not None}):
-            try:
-                file = read_caption_file(path)
-                is_other = file is not None and file.encoding is not None
-            except DatasetError:
-                is_other = path.is_file()
-            paths += [path] if is_other else []
+        caption_paths = {source.caption_path for source in sources if source.caption_path is not None}
+        paths = [path for path in sorted(caption_paths) if _is_other_encoding(path)]
         guesses = guess_captions(paths) if encoding == GUESS else [_decode(path, encoding) for path in paths]
         for path, guess in zip(paths, guesses, strict=True):
-            backup = path.with_name(path.name + BACKUP)
-            if guess is None or bad_character(guess.text):
-                left.append(f"  {path}: left as it is, it is no text in that encoding")
-                continue
-            words = " ".join(guess.text.split())[:SHOWN]
-            if not guess.is_sure:
-                left.append(
-                    f"  {path}: left as it is, it may be {guess.name}: {words!r}. If that is right, name it: "
-                    f"--repair_captions {guess.encoding}"
-                )
-            elif backup.exists():
-                left.append(f"  {path}: left as it is, {backup.name} is there already; move it away")
-            else:
-                # the backup first, so that the old text is never lost
-                write_bytes(backup, read_content(path, MAX_CAPTION_BYTES))
-                write_text(path, guess.text.removeprefix("\ufeff"))
-                converted.append(f"  {path}: was {guess.name}, now UTF-8: {words!r}")
+            _repair_caption(path, guess, converted, left)
     counts = f"{count_of(len(converted), 'caption')} converted to UTF-8 (the old files end in {BACKUP})"
     return [f"{counts}, {len(left)} left as they are", *converted, *left]
+
+
+def _is_other_encoding(path: Path) -> bool:
+    """Return whether a caption file may be text in another encoding than UTF-8."""
+    try:
+        file = read_caption_file(path)
+    except DatasetError:
+        return path.is_file()
+    return file is not None and file.encoding is not None
+
+
+def _repair_caption(path: Path, guess: EncodingGuess | None, converted: list[str], left: list[str]) -> None:
+    """Rewrite a caption as UTF-8 if its encoding is sure; add a line to `converted` or `left`."""
+    if guess is None or bad_character(guess.text):
+        left.append(f"  {path}: left as it is, it is no text in that encoding")
+        return
+    words = " ".join(guess.text.split())[:SHOWN]
+    if not guess.is_sure:
+        left.append(
+            f"  {path}: left as it is, it may be {guess.name}: {words!r}. If that is right, name it: "
+            f"--repair_captions {guess.encoding}"
+        )
+        return
+    backup = path.with_name(path.name + BACKUP)
+    if backup.exists():
+        left.append(f"  {path}: left as it is, {backup.name} is there already; move it away")
+        return
+    # the backup first, so that the old text is never lost
+    write_bytes(backup, read_content(path, MAX_CAPTION_BYTES))
+    write_text(path, guess.text.removeprefix("\ufeff"))
+    converted.append(f"  {path}: was {guess.name}, now UTF-8: {words!r}")
 
 
 def _decode(path: Path, encoding: str) -> EncodingGuess | None:

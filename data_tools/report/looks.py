@@ -13,6 +13,7 @@ import numpy as np
 from markupsafe import Markup
 
 from data_tools.report.sound import Heard, draw_sound, is_heard, listen
+from dataset.config import DatasetTable
 from dataset.sources.cogvideox import measure_source, whole_span
 from dataset.sources.decoding import decode_source, fit_of, plan_source, source_frames, spans_or_reason
 from dataset.sources.fetching import fetch
@@ -129,48 +130,66 @@ def measure(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
         return np.asarray(cv2.resize(frame, size, interpolation=cv2.INTER_AREA), np.uint8)
 
     sample = EvenFrames(reduce)
-    found = _look_over(source, fps, latent, sample.add)
-    if "problem" not in found and (source.control or source.mask_from is not None):
+    facts = _look_over(source, fps, latent, sample.add)
+    if "problem" not in facts and (source.control or source.mask_from is not None):
         try:
             decode_source(source, fps, latent.pixel_step, latent.frame_step, keeps_alpha=latent.masks_latents)
         except (MediaError, DatasetError, OSError) as error:  # caching would refuse it
-            found |= {"problem": str(error), "lengths": (), "none": None}
-    if "problem" not in found and sample.frames:
+            facts |= {"problem": str(error), "lengths": (), "none": None}
+    if "problem" not in facts and sample.frames:
         frames = choose_evenly(sample.frames, MOST_FRAMES)
-        found["measures"] = _measure_frames(frames, source.table.kind == "video")
-    del found["spans"]
-    return Look(**found, heard=_listen(source, fps))
+        facts["measures"] = _measure_frames(frames, source.table.kind == "video")
+    del facts["spans"]
+    return Look(**facts, heard=_listen(source, fps))
 
 
-def show(source: MediaSource, fps: float, latent: LatentSpec, shown: StripSize, hears: bool = False) -> Look:
+def show(source: MediaSource, fps: float, latent: LatentSpec, sizes: StripSize, hears: bool = False) -> Look:
     """Decode a source and draw its frames; only a few small ones are kept in memory.
 
     hears: draw the sound of a clip too. `problem` says what cannot be read; the frames before it are shown.
     """
-    height = shown.clip_height if source.table.kind == "video" else shown.picture_height
+    is_clip = source.table.kind == "video"
+    height = sizes.clip_height if is_clip else sizes.picture_height
 
     def reduce(frame: Frame) -> Frame:
-        width = min(max(1, round(frame.shape[1] * height / frame.shape[0])), shown.width)
+        width = round(frame.shape[1] * height / frame.shape[0])
+        width = min(max(1, width), sizes.width)
         method = cv2.INTER_AREA if height < frame.shape[0] else cv2.INTER_CUBIC
         return np.asarray(cv2.resize(frame, (width, height), interpolation=method), np.uint8)
 
     sample = EvenFrames(reduce)
-    found = _look_over(source, fps, latent, sample.add)
+    facts = _look_over(source, fps, latent, sample.add)
     if sample.frames:
-        widest = max(frame.shape[1] for frame in sample.frames)
-        most = min(MOST_FRAMES, (shown.width + GAP) // (widest + GAP))
-        gap, fit = np.full((sample.frames[0].shape[0], GAP, 3), 255, np.uint8), found.get("fit")
-        drawn = [one if fit is None else draw_crop(one, fit) for one in choose_evenly(sample.frames, most)]
-        strip = np.concatenate([part for one in drawn for part in (gap, one)][1:], axis=1)
-        middle, name = sample.frames[len(sample.frames) // 2], escape_control_codes(source.path.name)
-        found["strip"] = embed_picture(strip, name, shown.width, quality=shown.quality)
-        found["small"] = embed_picture(middle, name, SMALL, quality=70)
-    if hears and found["used"]:
-        found["heard"] = heard = _listen(source, fps)
-        if heard is not None and heard.track is not None:
-            with contextlib.suppress(MediaError, OSError):  # damaged, as caching says
-                found["wave"] = draw_sound(source, fps, found["used"])
-    return Look(**found)
+        name = escape_control_codes(source.path.name)
+        strip = _join_frames(sample.frames, facts.get("fit"), sizes.width)
+        middle = sample.frames[len(sample.frames) // 2]
+        facts["strip"] = embed_picture(strip, name, sizes.width, quality=sizes.quality)
+        facts["small"] = embed_picture(middle, name, SMALL, quality=70)
+    if hears and facts["used"]:
+        _add_sound(source, fps, facts)
+    return Look(**facts)
+
+
+def _add_sound(source: MediaSource, fps: float, facts: dict[str, Any]) -> None:
+    """Add the sound of the used frames of a clip, with a drawing of it."""
+    sound = _listen(source, fps)
+    facts["heard"] = sound
+    if sound is not None and sound.track is not None:
+        with contextlib.suppress(MediaError, OSError):  # damaged, as caching says
+            facts["wave"] = draw_sound(source, fps, facts["used"])
+
+
+def _join_frames(frames: Sequence[Frame], fit: Fit | None, width: int) -> Frame:
+    """Draw frames of equal height side by side, as many as fit in `width`. fit: None draws no crop."""
+    widest = max(frame.shape[1] for frame in frames)
+    most = min(MOST_FRAMES, (width + GAP) // (widest + GAP))
+    gap = np.full((frames[0].shape[0], GAP, 3), 255, np.uint8)
+    parts: list[Frame] = []
+    for frame in choose_evenly(frames, most):
+        if parts:
+            parts.append(gap)
+        parts.append(frame if fit is None else draw_crop(frame, fit))
+    return np.concatenate(parts, axis=1)
 
 
 def read_header(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
@@ -182,8 +201,8 @@ def read_header(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
     except (MediaError, DatasetError, OSError) as error:
         return Look(problem=str(error))
     return Look(
-        fit_of(source.table, plan.size, latent.pixel_step, source.path),
-        plan.size,
+        fit=fit_of(source.table, plan.size, latent.pixel_step, source.path),
+        size=plan.size,
         fps=info.fps if info else None,
         frames=info.frames if info else None,
         lengths=_count_lengths(plan.spans),
@@ -203,46 +222,65 @@ def _look_over(
     source: MediaSource, fps: float, latent: LatentSpec, take: Callable[[Frame], None]
 ) -> dict[str, Any]:
     """Pass each used frame of a source to `take`, at its own size; return fields for `Look`."""
-    found: dict[str, Any] = {"used": 0, "spans": ()}
-    table = source.table
+    facts: dict[str, Any] = {"used": 0, "spans": ()}
     try:
         if source.tensors is not None:  # the clip itself is not read and may be missing
-            given = measure_source(source, latent)
-            spans = (whole_span(given, latent.frame_step),)
-            found |= {"size": given.size, "fit": fit_cover(given.size, given.size), "spans": spans}
-            found |= dict.fromkeys(("frames", "used"), given.kept_frames) | {"bytes": _size_bytes(source)}
+            _read_tensors(source, latent, facts)
         else:
             with fetch(source) as here:
-                _read_frames(here, fps, latent, take, found)
-            is_clip = table.kind == "video"
-            found["spans"], found["none"] = (
-                spans_or_reason(table, found["used"], latent.frame_step) if is_clip else (((0, 1),), None)
-            )
-            found["short"] = describe_short(table, found["spans"], found["used"])
-        found["lengths"] = _count_lengths(found["spans"])
+                _read_frames(here, fps, latent, take=take, facts=facts)
+            _choose_spans(source.table, latent, facts)
+        facts["lengths"] = _count_lengths(facts["spans"])
     except (MediaError, DatasetError, OSError) as error:
-        found["problem"] = str(error)
-    return found
+        facts["problem"] = str(error)
+    return facts
+
+
+def _read_tensors(source: MediaSource, latent: LatentSpec, facts: dict[str, Any]) -> None:
+    """Add the facts in the header of latents that were computed before."""
+    tensors = measure_source(source, latent)
+    span = whole_span(tensors, latent.frame_step)
+    fit = fit_cover(tensors.size, tensors.size)
+    facts["spans"] = (span,)
+    facts["size"] = tensors.size
+    facts["fit"] = fit
+    facts["frames"] = tensors.kept_frames
+    facts["used"] = tensors.kept_frames
+    facts["bytes"] = _size_bytes(source)
+
+
+def _choose_spans(table: DatasetTable, latent: LatentSpec, facts: dict[str, Any]) -> None:
+    """Add the spans of the items of a source, or why it has none."""
+    spans: Sequence[Span] = ((0, 1),)
+    reason = None
+    if table.kind == "video":
+        spans, reason = spans_or_reason(table, facts["used"], latent.frame_step)
+    facts["spans"] = spans
+    facts["none"] = reason
+    facts["short"] = describe_short(table, spans, facts["used"])
 
 
 def _read_frames(
-    source: MediaSource, fps: float, latent: LatentSpec, take: Callable[[Frame], None], found: dict[str, Any]
+    source: MediaSource, fps: float, latent: LatentSpec, take: Callable[[Frame], None], facts: dict[str, Any]
 ) -> None:
-    """Pass the frames of a source on disk to `take`; add the facts to `found`."""
-    found["bytes"] = _size_bytes(source)
+    """Pass the frames of a source on disk to `take`; add the facts to `facts`."""
+    facts["bytes"] = _size_bytes(source)
     if source.table.holds == "video":
         info = video_info(source.path)
-        found |= {"fps": info.fps, "frames": info.frames}
+        facts["fps"] = info.fps
+        facts["frames"] = info.frames
         if not is_animation(source.path):  # these are played by the times in the file
-            found["rate_remark"] = compare_rates(info.fps, source.table.source_fps, fps)
+            facts["rate_remark"] = compare_rates(info.fps, source.table.source_fps, fps)
     sizes = FrameSizes()
     for frame in sizes.watch(source_frames(source, fps)):
-        if "fit" not in found:
+        if "fit" not in facts:
             size = (frame.shape[1], frame.shape[0])
-            found |= {"size": size, "fit": fit_of(source.table, size, latent.pixel_step, source.path)}
+            fit = fit_of(source.table, size, latent.pixel_step, source.path)
+            facts["size"] = size
+            facts["fit"] = fit
         take(frame)
-        found["used"] += 1
-    found["size_change"] = sizes.change
+        facts["used"] += 1
+    facts["size_change"] = sizes.change
 
 
 def _count_lengths(spans: Sequence[Span]) -> tuple[tuple[int, int], ...]:
@@ -284,11 +322,12 @@ def choose_evenly(frames: Sequence[Frame], most: int) -> list[Frame]:
 def draw_crop(frame: Frame, fit: Fit) -> Frame:
     """Return a copy of a frame (H W 3, of any scale) whose cropped part is dark, outside of a line."""
     height, width = frame.shape[:2]
-    left, top = fit.crop[0] / fit.resized[0] * width, fit.crop[1] / fit.resized[1] * height
+    left = fit.crop[0] / fit.resized[0] * width
+    top = fit.crop[1] / fit.resized[1] * height
     right = left + fit.bucket[0] / fit.resized[0] * width
     bottom = top + fit.bucket[1] / fit.resized[1] * height
-    x0, y0 = max(0, round(left)), max(0, round(top))
-    x1, y1 = min(width, round(right)), min(height, round(bottom))
+    x0, x1 = max(0, round(left)), min(width, round(right))
+    y0, y1 = max(0, round(top)), min(height, round(bottom))
     drawn = np.asarray(frame * SHADE, np.uint8)
     drawn[y0:y1, x0:x1] = EDGE
     drawn[y0 + 2 : y1 - 2, x0 + 2 : x1 - 2] = frame[y0 + 2 : y1 - 2, x0 + 2 : x1 - 2]
@@ -298,21 +337,28 @@ def draw_crop(frame: Frame, fit: Fit) -> Frame:
 def _measure_frames(frames: Sequence[Frame], is_clip: bool) -> Measures:
     """Return the measures of a picture or a clip from its frames, all of one size."""
     black = all(map(is_black, frames))
-    flat, sharp = [is_flat(frame) for frame in frames], [sharpness(frame) for frame in frames]
-    blurred = sum(not one and value < BLURRED for one, value in zip(flat, sharp, strict=True))
-    side = (COLOUR_SIDE, COLOUR_SIDE)
-    small = [cv2.resize(frame, side, interpolation=cv2.INTER_AREA) for frame in hashed_frames(frames)]
+    flat = [is_flat(frame) for frame in frames]
+    sharpnesses = [sharpness(frame) for frame in frames]
+    num_blurred = 0
+    for frame_is_flat, sharp in zip(flat, sharpnesses, strict=True):
+        num_blurred += not frame_is_flat and sharp < BLURRED
+    brightnesses = [brightness(frame) for frame in frames]
     return Measures(
-        round(float(np.mean([brightness(frame) for frame in frames])), DIGITS),
-        round(motion(frames), DIGITS),
-        round(float(np.median(sharp)), DIGITS),
-        black,
-        is_clip and len(frames) > 1 and not black and is_static(frames),
-        2 * blurred > len(frames),
-        all(flat),
-        clip_hash(frames),
-        b"".join(np.asarray(one, np.uint8).tobytes() for one in small),
+        brightness=round(float(np.mean(brightnesses)), DIGITS),
+        motion=round(motion(frames), DIGITS),
+        sharpness=round(float(np.median(sharpnesses)), DIGITS),
+        is_black=black,
+        is_static=is_clip and len(frames) > 1 and not black and is_static(frames),
+        is_blurred=2 * num_blurred > len(frames),
+        is_flat=all(flat),
+        hashes=clip_hash(frames),
+        colours=b"".join(_small_colours(frame) for frame in hashed_frames(frames)),
     )
+
+
+def _small_colours(frame: Frame) -> bytes:
+    small = cv2.resize(frame, (COLOUR_SIDE, COLOUR_SIDE), interpolation=cv2.INTER_AREA)
+    return np.asarray(small, np.uint8).tobytes()
 
 
 # --- the reference pictures of an image, beside the image itself
@@ -329,39 +375,45 @@ class ShownReference:
     is_bad: bool = False
 
 
-def show_references(source: MediaSource, image: Fit | None, shown: StripSize) -> Sequence[ShownReference]:
+def show_references(source: MediaSource, image: Fit | None, sizes: StripSize) -> Sequence[ShownReference]:
     """Draw the control images of an image; () for clips. image: fit of the image; None: it is unreadable.
 
-    shown: its picture_height is used.
+    sizes: its picture_height is used.
     """
     if source.table.kind == "video" or not source.control:
         return ()
     names = [escape_control_codes(path.name) for path in source.control]
     try:
         with fetch(source) as here:
-            pairs = zip(here.control, names, strict=True)
-            return [_show_one(source, path, name, image, shown) for path, name in pairs]
+            return [
+                _show_reference(source.table, path, name, image=image, sizes=sizes)
+                for path, name in zip(here.control, names, strict=True)
+            ]
     except MediaError as error:  # a download
         return [ShownReference(name, text=str(error), is_bad=True) for name in names]
 
 
-def _show_one(
-    source: MediaSource, path: Path, name: str, image: Fit | None, shown: StripSize
+def _show_reference(
+    table: DatasetTable, path: Path, name: str, image: Fit | None, sizes: StripSize
 ) -> ShownReference:
+    """Draw a control image. path: where it is here. name: to show. image: fit of the image."""
+    bucket = None if image is None else image.bucket
+    fit = None
     try:
         frame = read_image(path)
         size = (frame.shape[1], frame.shape[0])
-        own = source.table.references is not None
-        bucket = None if image is None else image.bucket
-        fit = fit_reference(source.table, size, path, bucket) if own else None
+        if table.references is not None:
+            fit = fit_reference(table, size, path, bucket)
     except MediaError as error:
         return ShownReference(name, text=str(error), is_bad=True)
-    if fit is None and image is not None:
-        fit = fit_cover(size, image.bucket)
-    text = f"{size[0]} x {size[1]}"
-    height = shown.picture_height
-    width = min(max(1, round(size[0] * height / size[1])), shown.width)
+    if fit is None and bucket is not None:
+        fit = fit_cover(size, bucket)
+    height = sizes.picture_height
+    width = min(max(1, round(size[0] * height / size[1])), sizes.width)
     small = np.asarray(cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
+    text = f"{size[0]} x {size[1]}"
     if fit is not None:
-        small, text = draw_crop(small, fit), f"{text} → {fit.bucket[0]} x {fit.bucket[1]}"
-    return ShownReference(name, embed_picture(small, name, shown.width, quality=shown.quality), text)
+        small = draw_crop(small, fit)
+        text += f" → {fit.bucket[0]} x {fit.bucket[1]}"
+    picture = embed_picture(small, name, sizes.width, quality=sizes.quality)
+    return ShownReference(name, picture, text)

@@ -4,7 +4,7 @@ import math
 import re
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,153 +55,202 @@ def collect_numbers(
     read.
     """
     epoch = sum(map(_items_per_epoch, tables))
-    each = [_count_table(found, epoch) for found in tables]
-    sizes: Counter[tuple[int, int, int]] = Counter()
-    for found in tables:
-        for key, count in found.buckets.items():
-            sizes[_whole_key(key)] += count
-    measured = [
-        (str(source.path), look.measures) for _, source, look in _looked(tables) if look.measures is not None
-    ]
+    table_numbers = [_count_table(findings, epoch) for findings in tables]
+    if len(table_numbers) == 1:
+        captions = table_numbers[0]["captions"]
+    else:
+        captions = count_captions(source for findings in tables for source in findings.sources)
     return {
         "dataset_config": str(config.path),
         "decoded": decodes,
         "fps": fps,
         "pixel_step": pixel_step,
-        "sources": sum(table["sources"] for table in each),
-        "items": sum(table["items"] for table in each),
+        "sources": sum(numbers["sources"] for numbers in table_numbers),
+        "items": sum(numbers["items"] for numbers in table_numbers),
         "items_per_epoch": epoch,
-        "batches_per_epoch": count_batches(found for found in tables if not found.table.validation),
-        "tables": each,
-        "buckets": [
-            {"width": width, "height": height, "frames": frames, "items": items}
-            for (width, height, frames), items in sorted(sizes.items())
-        ],
+        "batches_per_epoch": count_batches(findings for findings in tables if not findings.table.validation),
+        "tables": table_numbers,
+        "buckets": _count_buckets(tables),
         "broken": _with_reason(tables, "problem"),
         # faults of files and captions have their own lists
-        "faults": _told(tables, "faults", lambda fault: fault.kind not in (CANNOT_BE_READ, NO_CAPTION)),
+        "faults": _list_texts(tables, "faults", lambda fault: fault.kind not in (CANNOT_BE_READ, NO_CAPTION)),
         # about files that no source uses
-        "remarks": _told(tables, "remarks", lambda fault: fault.stem is None),
+        "remarks": _list_texts(tables, "remarks", lambda fault: fault.stem is None),
         # all of them, as --check counts them
-        "num_faults": sum(len(found.faults) for found in tables),
-        "num_remarks": sum(len(found.remarks) for found in tables),
-        "captions": (
-            each[0]["captions"]
-            if len(each) == 1
-            else count_captions(source for found in tables for source in found.sources)
-        ),
+        "num_faults": sum(len(findings.faults) for findings in tables),
+        "num_remarks": sum(len(findings.remarks) for findings in tables),
+        "captions": captions,
         "near_duplicates": [[str(path) for path in group] for group in copies],
-        **{
-            name: list(dict.fromkeys(path for path, one in measured if getattr(one, f"is_{name}")))
-            for name in ("black", "static", "blurred")
-        },
+        "black": _list_measured(tables, "is_black"),
+        "static": _list_measured(tables, "is_static"),
+        "blurred": _list_measured(tables, "is_blurred"),
         "without_items": _with_reason(tables, "none"),
-        **_distributions([look for found in tables for look in found.looks]),
+        **_distributions([look for findings in tables for look in findings.looks]),
     }
 
 
-def _looked(tables: Sequence[TableFindings]) -> list[tuple[TableFindings, MediaSource, Look]]:
-    return [(found, *pair) for found in tables for pair in zip(found.sources, found.looks, strict=False)]
+def _count_buckets(tables: Sequence[TableFindings]) -> list[Numbers]:
+    """Return how many items of all tables have each size, ascending."""
+    sizes: Counter[tuple[int, int, int]] = Counter()
+    for findings in tables:
+        for bucket, count in findings.buckets.items():
+            sizes[_complete_bucket(bucket)] += count
+    return [
+        {"width": width, "height": height, "frames": frames, "items": items}
+        for (width, height, frames), items in sorted(sizes.items())
+    ]
+
+
+def _list_measured(tables: Sequence[TableFindings], flag: str) -> list[str]:
+    """Return the path of each file, once, whose `Measures` have a flag: is_black, ..."""
+    paths = [
+        str(source.path)
+        for _, source, look in _list_looks(tables)
+        if look.measures is not None and getattr(look.measures, flag)
+    ]
+    return list(dict.fromkeys(paths))
+
+
+def _list_looks(tables: Sequence[TableFindings]) -> list[tuple[TableFindings, MediaSource, Look]]:
+    looks = []
+    for findings in tables:
+        for source, look in zip(findings.sources, findings.looks, strict=False):
+            looks.append((findings, source, look))
+    return looks
 
 
 def _with_reason(tables: Sequence[TableFindings], name: str) -> list[Numbers]:
     return [
-        {"path": str(source.path), "reason": getattr(look, name), "table": found.table.index + 1}
-        for found, source, look in _looked(tables)
+        {"path": str(source.path), "reason": getattr(look, name), "table": findings.table.index + 1}
+        for findings, source, look in _list_looks(tables)
         if getattr(look, name) is not None
     ]
 
 
-def _told(tables: Sequence[TableFindings], name: str, is_listed: Callable[[Fault], bool]) -> list[Numbers]:
+def _list_texts(
+    tables: Sequence[TableFindings], name: str, is_listed: Callable[[Fault], bool]
+) -> list[Numbers]:
     return [
-        {"kind": fault.kind, "text": fault.text, "table": found.table.index + 1}
-        for found in tables
-        for fault in getattr(found, name)
+        {"kind": fault.kind, "text": fault.text, "table": findings.table.index + 1}
+        for findings in tables
+        for fault in getattr(findings, name)
         if is_listed(fault)
     ]
 
 
-def count_fits(found: TableFindings) -> dict[Size, Counter[Fit]]:
+def count_fits(findings: TableFindings) -> dict[Size, Counter[Fit]]:
     """Count for each bucket how the sources that give items are resized and cropped to it."""
     fits: dict[Size, Counter[Fit]] = {}
-    for look in found.looks:
+    for look in findings.looks:
         if look.lengths and look.fit is not None:
             fits.setdefault(look.fit.bucket, Counter())[look.fit] += 1
     return fits
 
 
-def _items_per_epoch(found: TableFindings) -> int:
-    return 0 if found.table.validation else round(found.num_items * found.table.num_repeats * found.times)
+def _items_per_epoch(findings: TableFindings) -> int:
+    if findings.table.validation:
+        return 0
+    return round(findings.num_items * findings.table.num_repeats * findings.times)
 
 
-def _count_table(found: TableFindings, epoch: int) -> Numbers:
-    table, own, rows = found.table, _items_per_epoch(found), found.bucket_rows()
-    cuts = {bucket: list(map(cut_percent, fits.elements())) for bucket, fits in count_fits(found).items()}
+def _count_table(findings: TableFindings, epoch: int) -> Numbers:
+    """Return the numbers of a table. epoch: items of an epoch, of all tables."""
+    table = findings.table
+    items_per_epoch = _items_per_epoch(findings)
+    share = round(100 * items_per_epoch / epoch, PERCENT_DIGITS) if epoch else 0.0
+    rows = findings.bucket_rows()
     return {
         "name": table.place,
         "kind": table.kind,
         "source": str(table.source),
-        "sources": len(found.sources),
-        "items": found.num_items,
+        "sources": len(findings.sources),
+        "items": findings.num_items,
         "num_repeats": table.num_repeats,
-        "items_per_epoch": own,
-        "share_percent": round(100 * own / epoch, PERCENT_DIGITS) if epoch else 0.0,
+        "items_per_epoch": items_per_epoch,
+        "share_percent": share,
         "batch_size": table.batch_size,
         "batches_per_epoch": 0 if table.validation else sum(batches for _, _, batches, _ in rows),
         "part_batches": sum(last < table.batch_size for *_, last in rows),
         "resolution": list(table.resolution),
         "validation": table.validation,
-        "broken": sum(look.problem is not None for look in found.looks),
-        "without_items": sum(look.none is not None for look in found.looks),
-        "buckets": [
-            {
-                **dict(zip(("width", "height", "frames"), _whole_key(key), strict=True)),
-                "items": items,
-                "batches_per_epoch": batches,
-                "last_batch": last,
-                "cut_percent_mean": round(statistics.fmean(cuts[key[0], key[1]]), PERCENT_DIGITS),
-                "cut_percent_max": round(max(cuts[key[0], key[1]]), PERCENT_DIGITS),
-            }
-            for key, items, batches, last in rows
-        ],
+        "broken": sum(look.problem is not None for look in findings.looks),
+        "without_items": sum(look.none is not None for look in findings.looks),
+        "buckets": _count_buckets_of(findings),
         # numbers of control images or clips, and how many items have so many; empty if there are none
-        "control": [{"files": number, "count": count} for number, count in count_references(found.sources)],
-        "captions": count_captions(found.sources),
-        **_distributions(found.looks),
+        "control": [
+            {"files": number, "count": count} for number, count in count_references(findings.sources)
+        ],
+        "captions": count_captions(findings.sources),
+        **_distributions(findings.looks),
     }
 
 
-def _whole_key(key: tuple[int, ...]) -> tuple[int, int, int]:
-    return key[0], key[1], key[2] if len(key) > 2 else 1
+def _count_buckets_of(findings: TableFindings) -> list[Numbers]:
+    """Return items, batches and what is cut off of each bucket of a table."""
+    cuts = {
+        size: [cut_percent(fit) for fit in fits.elements()] for size, fits in count_fits(findings).items()
+    }
+    buckets = []
+    for bucket, items, batches, last in findings.bucket_rows():
+        width, height, frames = _complete_bucket(bucket)
+        percents = cuts[width, height]
+        buckets.append(
+            {
+                "width": width,
+                "height": height,
+                "frames": frames,
+                "items": items,
+                "batches_per_epoch": batches,
+                "last_batch": last,
+                "cut_percent_mean": round(statistics.fmean(percents), PERCENT_DIGITS),
+                "cut_percent_max": round(max(percents), PERCENT_DIGITS),
+            }
+        )
+    return buckets
+
+
+def _complete_bucket(bucket: tuple[int, ...]) -> tuple[int, int, int]:
+    """Return width, height and frames; 1 frame for pictures."""
+    frames = bucket[2] if len(bucket) > 2 else 1
+    return bucket[0], bucket[1], frames
 
 
 def _distributions(looks: Sequence[Look]) -> Numbers:
     """Return durations, rates, sizes and measures of sources that can be read."""
+    durations = [look.seconds for look in looks if look.seconds is not None]
     rates = Counter(round(look.fps, 3) for look in looks if look.fps)
-    sizes = Counter(look.size for look in looks if look.size is not None and look.problem is None)
     measures = [look.measures for look in looks if look.measures is not None]
-    moving = [one.motion for one in measures if len(one.hashes) > 1]
-    heard = [look.heard for look in looks if look.heard is not None]
-    tracks = [one.track for one in heard if one.track is not None]
+    motions = [measured.motion for measured in measures if len(measured.hashes) > 1]
     return {
-        "durations": _distribution("seconds", [look.seconds for look in looks if look.seconds is not None]),
+        "durations": _distribution("seconds", durations),
         "rates": [{"fps": rate, "count": count} for rate, count in sorted(rates.items())],
-        "resolutions": [
-            {"width": width, "height": height, "count": count}
-            for (width, height), count in sorted(sizes.items(), key=lambda item: (-item[1], item[0]))
+        "resolutions": _count_resolutions(looks),
+        "brightness": _distribution("values", [measured.brightness for measured in measures]),
+        "sharpness": _distribution("values", [measured.sharpness for measured in measures]),
+        "motion": _distribution("values", motions),
+        "sound": _count_sound(looks),
+    }
+
+
+def _count_resolutions(looks: Sequence[Look]) -> list[Numbers]:
+    """Return how many sources have each size, the most frequent first."""
+    sizes = Counter(look.size for look in looks if look.size is not None and look.problem is None)
+    by_frequency = sorted(sizes.items(), key=lambda item: (-item[1], item[0]))
+    return [{"width": width, "height": height, "count": count} for (width, height), count in by_frequency]
+
+
+def _count_sound(looks: Sequence[Look]) -> Numbers:
+    """Return how many clips have sound, and the forms of their tracks."""
+    sounds = [look.heard for look in looks if look.heard is not None]
+    tracks = [sound.track for sound in sounds if sound.track is not None]
+    return {
+        "clips": len(tracks),
+        "without": len(sounds) - len(tracks),
+        "remarks": sum(sound.remark is not None for sound in sounds),  # where it does not fit the clip
+        "tracks": [
+            {"rate": rate, "channels": channels, "count": count}
+            for rate, channels, count in count_tracks(tracks)
         ],
-        "brightness": _distribution("values", [one.brightness for one in measures]),
-        "sharpness": _distribution("values", [one.sharpness for one in measures]),
-        "motion": _distribution("values", moving),
-        "sound": {
-            "clips": len(tracks),
-            "without": len(heard) - len(tracks),
-            "remarks": sum(one.remark is not None for one in heard),  # where it does not fit the clip
-            "tracks": [
-                {"rate": rate, "channels": channels, "count": count}
-                for rate, channels, count in count_tracks(tracks)
-            ],
-        },
     }
 
 
@@ -214,9 +263,14 @@ def summarise(values: Sequence[float]) -> Numbers | None:
     if not len(values):
         return None
     numbers = np.asarray(values, np.float64)
-    found = {name: getattr(np, name)(numbers) for name in ("min", "median", "mean", "max")}
-    found = {"count": len(numbers), **found, "total": numbers.sum()}
-    return {name: _plain(value) for name, value in found.items()}
+    return {
+        "count": _plain(len(numbers)),
+        "min": _plain(np.min(numbers)),
+        "median": _plain(np.median(numbers)),
+        "mean": _plain(np.mean(numbers)),
+        "max": _plain(np.max(numbers)),
+        "total": _plain(numbers.sum()),
+    }
 
 
 def count_bins(values: Sequence[float]) -> list[Numbers]:
@@ -228,24 +282,33 @@ def count_bins(values: Sequence[float]) -> list[Numbers]:
     if not len(values):
         return []
     numbers = np.asarray(values, np.float64)
-    low, high = float(numbers.min()), float(numbers.max())
+    low = float(numbers.min())
+    high = float(numbers.max())
     usual = float(np.quantile(numbers, 0.98))
     end = high if high <= 2 * usual - low else usual
-    least, width = (end - low) / MOST_BINS, 1.0
-    if least > 0:
-        power = 10.0 ** math.floor(math.log10(least))
-        width = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least * (1 - 1e-9))
-        width = max(1.0, width) if (numbers == np.floor(numbers)).all() else width
+    width = _bin_width((end - low) / MOST_BINS, are_whole=bool((numbers == np.floor(numbers)).all()))
     start = math.floor(low / width) * width
     count = math.floor((end - start) / width + 1e-9) + 1
-    count += high >= start + count * width  # the last bin takes what is far larger
-    edges = [*(start + index * width for index in range(count)), max(high, start + count * width)]
+    if high >= start + count * width:
+        count += 1  # the last bin takes what is far larger
+    edges = [start + index * width for index in range(count)]
+    edges.append(max(high, start + count * width))
     # a little is added, so that rounding moves no value into an earlier bin
     sums, _ = np.histogram(np.minimum(numbers + 1e-9 * width, edges[-1]), edges)
-    return [
-        {"from": _plain(edge), "to": _plain(top), "count": int(number)}
-        for edge, top, number in zip(edges, edges[1:], sums, strict=False)
-    ]
+    bins = []
+    for edge, top, number in zip(edges, edges[1:], sums, strict=False):
+        bins.append({"from": _plain(edge), "to": _plain(top), "count": int(number)})
+    return bins
+
+
+def _bin_width(least: float, are_whole: bool) -> float:
+    """Return 1, 2 or 5 times a power of ten, at least `least`; for whole numbers at least 1."""
+    if least <= 0:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(least))
+    factor = next(factor for factor in (1, 2, 5, 10) if factor * power >= least * (1 - 1e-9))
+    width = factor * power
+    return max(1.0, width) if are_whole else width
 
 
 def _plain(value: float) -> float | int:
@@ -255,53 +318,81 @@ def _plain(value: float) -> float | int:
 
 def count_captions(sources: Iterable[MediaSource]) -> Numbers:
     """Return statistics of captions, including prefixes and the like: lengths, words, repeated texts."""
-    words: Counter[str] = Counter()
-    holders: Counter[str] = Counter()  # in how many captions a word occurs
-    counts: list[tuple[int, int]] = []  # words and characters of each caption that is not empty
-    paths: dict[str, dict[Path, str]] = {}  # text -> paths by absolute path: each file once
-    without: dict[str, list[str]] = {"empty": [], "missing": [], "unreadable": []}
-    triggers: Counter[str] = Counter()  # captions of tables with that trigger word
-    present: Counter[str] = Counter()  # those that hold the trigger word
+    captions = _CaptionCounts()
     for source in sources:
-        path, trigger = str(source.path), source.table.trigger_word
-        if source.caption is None:
-            without["unreadable" if is_unread(source) else "missing"].append(path)
-            continue
-        for caption in (source.caption, *source.more_captions):
-            if trigger:
-                triggers[trigger] += 1
-                present[trigger] += bool(re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption))
-            if not caption.strip():
-                without["empty"].append(path)
-                continue
-            found = [word.lower() for word in _WORD.findall(caption)]
-            words.update(found)
-            holders.update(set(found))
-            counts.append((len(found), len(caption)))
-            paths.setdefault(caption, {}).setdefault(Path(path).absolute(), path)
-    repeated = {text: list(places.values()) for text, places in paths.items() if len(places) > 1}
-    ranked = sorted(repeated.items(), key=lambda item: (-len(item[1]), item[1][0]))
-    telling = [(word, count) for word, count in words.items() if word not in STOP_WORDS]
-    frequent = sorted(telling, key=lambda item: (-holders[item[0]], -item[1], item[0]))[:MOST_WORDS]
-    lengths = [count for count, _ in counts]
+        captions.add(source)
+    without = captions.without
+    repeated = {text: list(paths.values()) for text, paths in captions.paths.items() if len(paths) > 1}
     return {
-        "total": len(counts) + len(without["empty"]),
-        **{name: len(places) for name, places in without.items()},
-        "duplicates": sum(len(places) - 1 for places in repeated.values()),
-        "words": summarise(lengths),
-        "characters": summarise([count for _, count in counts]),
-        "words_histogram": count_bins(lengths),
-        "distinct_words": len(words),
-        "frequent_words": [
-            {"word": word, "count": count, "captions": holders[word]} for word, count in frequent
-        ],
+        "total": len(captions.num_words) + len(without["empty"]),
+        **{name: len(paths) for name, paths in without.items()},
+        "duplicates": sum(len(paths) - 1 for paths in repeated.values()),
+        "words": summarise(captions.num_words),
+        "characters": summarise(captions.num_characters),
+        "words_histogram": count_bins(captions.num_words),
+        "distinct_words": len(captions.words),
+        "frequent_words": captions.list_frequent_words(),
         "trigger_words": [
-            {"word": word, "captions": count, "present": present[word]}
-            for word, count in sorted(triggers.items())
+            {"word": word, "captions": count, "present": captions.present[word]}
+            for word, count in sorted(captions.triggers.items())
         ],
-        "duplicate_texts": [
-            {"text": shorten(text, SHOWN_TEXT), "count": len(places), "paths": places[:MOST_PATHS]}
-            for text, places in ranked[:MOST_DUPLICATES]
-        ],
-        **{f"{name}_paths": places for name, places in without.items()},
+        "duplicate_texts": _list_repeated(repeated),
+        **{f"{name}_paths": paths for name, paths in without.items()},
     }
+
+
+class _CaptionCounts:
+    """What is counted of captions, one source after the other."""
+
+    def __init__(self) -> None:
+        self.words: Counter[str] = Counter()
+        self.holders: Counter[str] = Counter()  # in how many captions a word occurs
+        self.num_words: list[int] = []  # of each caption that is not empty
+        self.num_characters: list[int] = []
+        self.paths: dict[str, dict[Path, str]] = {}  # text -> paths by absolute path: each file once
+        self.without: dict[str, list[str]] = {"empty": [], "missing": [], "unreadable": []}
+        self.triggers: Counter[str] = Counter()  # captions of tables with that trigger word
+        self.present: Counter[str] = Counter()  # those that hold the trigger word
+
+    def add(self, source: MediaSource) -> None:
+        """Count the captions of a source."""
+        path = str(source.path)
+        if source.caption is None:
+            self.without["unreadable" if is_unread(source) else "missing"].append(path)
+            return
+        for caption in (source.caption, *source.more_captions):
+            self._count_trigger(source.table.trigger_word, caption)
+            if not caption.strip():
+                self.without["empty"].append(path)
+                continue
+            words = [word.lower() for word in _WORD.findall(caption)]
+            self.words.update(words)
+            self.holders.update(set(words))
+            self.num_words.append(len(words))
+            self.num_characters.append(len(caption))
+            paths = self.paths.setdefault(caption, {})
+            paths.setdefault(Path(path).absolute(), path)
+
+    def _count_trigger(self, trigger: str | None, caption: str) -> None:
+        if trigger:
+            self.triggers[trigger] += 1
+            is_present = re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption) is not None
+            self.present[trigger] += is_present
+
+    def list_frequent_words(self) -> list[Numbers]:
+        """Return the words that most captions have, without stop words."""
+        telling = [(word, count) for word, count in self.words.items() if word not in STOP_WORDS]
+        by_frequency = sorted(telling, key=lambda item: (-self.holders[item[0]], -item[1], item[0]))
+        return [
+            {"word": word, "count": count, "captions": self.holders[word]}
+            for word, count in by_frequency[:MOST_WORDS]
+        ]
+
+
+def _list_repeated(repeated: Mapping[str, list[str]]) -> list[Numbers]:
+    """Return the texts that several files have, the most frequent first. repeated: their paths by text."""
+    by_frequency = sorted(repeated.items(), key=lambda item: (-len(item[1]), item[1][0]))
+    return [
+        {"text": shorten(text, SHOWN_TEXT), "count": len(paths), "paths": paths[:MOST_PATHS]}
+        for text, paths in by_frequency[:MOST_DUPLICATES]
+    ]

@@ -1,6 +1,7 @@
 """Write the page of --check or of the report: one HTML file that fetches nothing and runs no script."""
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from modules.bars import Bar
 from modules.console import count_of, count_words, in_words
 from modules.contract.data import LatentSpec
 from modules.contract.rules import TokenCount
-from modules.media.buckets import Size
+from modules.media.buckets import Fit, Size
 from modules.pages.page import write_page
 
 logger = logging.getLogger(__name__)
@@ -78,18 +79,16 @@ def write_check_page(
 
     hears: the model learns sound. Raises OutputError if the page cannot be written.
     """
-    cards = _make_cards(result.tables, result.counters, latent, fps, most, workers, CHECK_STRIP, hears=hears)
-    files = sum(len(found.sources) for found in result.tables)
-    values = {
-        "result": result,
-        "sections": [
-            (found, _describe(found.table), [card for card in cards if card.source.table is found.table])
-            for found in result.tables
-        ],
-        "files": files,
-    }
-    title = f"{config.path.name}: {count_of(files, 'file')} checked"
-    _write_page(path, title, values, cards, fps)
+    tables = result.tables
+    drawing = _CardDrawing(CHECK_STRIP, latent, fps, counters=result.counters, hears=hears)
+    cards = _make_cards(tables, most, workers, drawing)
+    num_files = sum(len(findings.sources) for findings in tables)
+    sections = [
+        (findings, _describe(findings.table), _cards_of(cards, findings.table)) for findings in tables
+    ]
+    values = {"result": result, "sections": sections, "files": num_files}
+    title = f"{config.path.name}: {count_of(num_files, 'file')} checked"
+    _write_page(path, title, values, cards=cards, fps=fps)
 
 
 def write_report_page(
@@ -105,22 +104,26 @@ def write_report_page(
 
     Raises OutputError if the page cannot be written.
     """
-    copies = {path for group in numbers["near_duplicates"] for path in group}
-    cards = _make_cards(
-        tables, NO_COUNTERS, latent, options.fps, options.items, workers, REPORT_STRIP, copies, hears=True
-    )
+    copies = frozenset(path for group in numbers["near_duplicates"] for path in group)
+    drawing = _CardDrawing(REPORT_STRIP, latent, options.fps, copies=copies, hears=True)
+    cards = _make_cards(tables, options.items, workers, drawing)
+    sections = []
+    for table_numbers, findings in zip(numbers["tables"], tables, strict=True):
+        drawings, num_not_drawn = _draw_table(table_numbers, findings)
+        sections.append((table_numbers, drawings, num_not_drawn, _cards_of(cards, findings.table)))
     values = {
         "result": None,
         "report": numbers,
-        "sections": [
-            (table, *_draw_table(table, found), [card for card in cards if card.source.table is found.table])
-            for table, found in zip(numbers["tables"], tables, strict=True)
-        ],
+        "sections": sections,
         "links": {str(card.source.path): card for card in cards},
         "number": _number,
         "in_words": in_words,
     }
-    _write_page(path, config.path.name, values, cards, options.fps)
+    _write_page(path, config.path.name, values, cards=cards, fps=options.fps)
+
+
+def _cards_of(cards: Sequence[Card], table: DatasetTable) -> list[Card]:
+    return [card for card in cards if card.source.table is table]
 
 
 def name_source(source: Path | str) -> str:
@@ -129,16 +132,22 @@ def name_source(source: Path | str) -> str:
 
 
 def _write_page(path: Path, title: str, values: Mapping[str, Any], cards: Sequence[Card], fps: float) -> None:
-    filters = [(mark, words, sum(mark in card.marks for card in cards)) for mark, words in FILTERS]
+    """Write a page with the values that both templates need. values: of this page."""
+    filters = []
+    for mark, words in FILTERS:
+        count = sum(mark in card.marks for card in cards)
+        if count:
+            filters.append((mark, words, count))
     shared: dict[str, Any] = {
         "fps": fps,
         "cards": len(cards),
-        "filters": [one for one in filters if one[2]],
+        "filters": filters,
         **MOST,
+        "name_of": lambda path: Path(path).name,
+        "source_name": name_source,
+        "references_in_words": references_in_words,
+        "count_words": count_words,
     }
-    shared["name_of"] = lambda path: Path(path).name
-    shared["source_name"] = name_source
-    shared |= {"references_in_words": references_in_words, "count_words": count_words}
     write_page(path, TEMPLATE, title, {**shared, **values})
     logger.info("wrote %s", path)
 
@@ -147,62 +156,98 @@ def _write_page(path: Path, title: str, values: Mapping[str, Any], cards: Sequen
 # ------------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _CardDrawing:
+    """How the cards of a page are drawn."""
+
+    sizes: StripSize
+    latent: LatentSpec
+    fps: float
+    counters: Counters = NO_COUNTERS
+    copies: frozenset[str] = frozenset()  # paths of near duplicates
+    hears: bool = False  # draw the sound of clips
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A source of a table that gets a card, with the texts about it."""
+
+    findings: TableFindings
+    index: int  # of the source
+    faults: Sequence[str]
+    remarks: Sequence[str]
+
+    @property
+    def source(self) -> MediaSource:
+        return self.findings.sources[self.index]
+
+
 def _make_cards(
-    tables: Sequence[TableFindings],
-    counters: Counters,
-    latent: LatentSpec,
-    fps: float,
-    most: int,
-    workers: int,
-    shown: StripSize,
-    copies: frozenset[str] | set[str] = frozenset(),
-    hears: bool = False,
+    tables: Sequence[TableFindings], most: int, workers: int, drawing: _CardDrawing
 ) -> list[Card]:
-    """Read at most `most` files again and return their cards, in the order of their tables.
-
-    hears: draw the sound of clips.
-    """
-    chosen = choose_sources(tables, most)
-    pairs = [(found, place) for found, places in zip(tables, chosen, strict=True) for place in places]
-    told = {found.table.index: (found.told("faults"), found.told("remarks")) for found in tables}
-
-    def work(pair: tuple[TableFindings, int]) -> Card:
-        found, place = pair
-        source = found.sources[place]
-        look = show(source, fps, latent, shown, hears)
-        paths = {str(path) for path in (source.path, source.caption_path)}
-        faults, remarks = (
-            # empty captions are reported by path only: the card shows them
-            [text for text in texts.get(source.stem, []) if text not in paths]
-            for texts in told[found.table.index]
-        )
-        if look.problem is not None and not faults:
-            faults = [look.problem]
-        measures = found.looks[place].measures if found.looks else None
-        captions = [] if source.caption is None else [source.caption, *source.more_captions]
-        counts = [counters.count(caption) if caption else [] for caption in captions]
-        told_of = {"faulty": bool(faults), "told": bool(remarks)}
-        seen = {name: bool(getattr(measures, f"is_{name}", False)) for name in ("black", "static", "blurred")}
-        flags = {**told_of, **seen, "copy": str(source.path) in copies, "cut": look.cut_percent > 20}
-        return Card(
-            f"file-{found.table.index + 1}-{place}",
-            source,
-            replace(look, measures=measures),
-            faults,
-            remarks,
-            counts[0] if counts else [],
-            [text for one in zip(captions, counts, strict=True) for text in caption_segments(*one)],
-            _windows(look),
-            [mark for mark, is_set in flags.items() if is_set],
-            show_references(source, look.fit, shown),
-        )
-
+    """Read at most `most` files again and return their cards, in the order of their tables."""
+    places = []
+    for findings, indices in zip(tables, choose_sources(tables, most), strict=True):
+        faults = findings.texts_by_stem("faults")
+        remarks = findings.texts_by_stem("remarks")
+        for index in indices:
+            stem = findings.sources[index].stem
+            places.append(_Place(findings, index, faults.get(stem, []), remarks.get(stem, [])))
+    read = read_ahead(
+        places,
+        source_of=lambda place: place.source,
+        work=lambda place: _make_card(place, drawing),
+        workers=workers,
+        bar=Bar(len(places), "Reading pictures", "file"),
+    )
     cards = []
-    bar = Bar(len(pairs), "Reading pictures", "file")
-    for _, card in read_ahead(pairs, lambda pair: pair[0].sources[pair[1]], work, workers, bar):
+    for _, card in read:
         assert not isinstance(card, Failure)  # the card shows what cannot be read
         cards.append(card)
     return cards
+
+
+def _make_card(place: _Place, drawing: _CardDrawing) -> Card:
+    """Read a file again and return its card."""
+    source = place.source
+    look = show(source, drawing.fps, drawing.latent, drawing.sizes, hears=drawing.hears)
+    # empty captions are reported by path only: the card shows them
+    paths = {str(source.path), str(source.caption_path)}
+    faults = [text for text in place.faults if text not in paths]
+    remarks = [text for text in place.remarks if text not in paths]
+    if look.problem is not None and not faults:
+        faults = [look.problem]
+    looks = place.findings.looks
+    measures = looks[place.index].measures if looks else None
+    counts: Sequence[tuple[str, TokenCount]] = []
+    texts = []
+    captions = [] if source.caption is None else [source.caption, *source.more_captions]
+    for number, caption in enumerate(captions):
+        counts_of_caption = drawing.counters.count(caption) if caption else []
+        texts += caption_segments(caption, counts_of_caption)
+        if number == 0:
+            counts = counts_of_caption
+    flags = {
+        "faulty": bool(faults),
+        "told": bool(remarks),
+        "black": measures is not None and measures.is_black,
+        "static": measures is not None and measures.is_static,
+        "blurred": measures is not None and measures.is_blurred,
+        "copy": str(source.path) in drawing.copies,
+        "cut": look.cut_percent > 20,
+    }
+    return Card(
+        place=f"file-{place.findings.table.index + 1}-{place.index}",
+        source=source,
+        look=replace(look, measures=measures),
+        faults=faults,
+        remarks=remarks,
+        counts=counts,
+        texts=texts,
+        windows=_windows(look),
+        marks=[mark for mark, is_set in flags.items() if is_set],
+        references=show_references(source, look.fit, drawing.sizes),
+    )
 
 
 def choose_sources(tables: Sequence[TableFindings], most: int) -> list[list[int]]:
@@ -210,18 +255,27 @@ def choose_sources(tables: Sequence[TableFindings], most: int) -> list[list[int]
 
     Returns for each table the indices of its sources in this order.
     """
-    ranked: list[list[tuple[int, int]]] = [[], [], []]  # table and place of: faults, remarks, all others
-    for index, found in enumerate(tables):
-        wrong, remarked = ({one.stem for one in ones} for ones in (found.faults, found.remarks))
-        for place, source in enumerate(found.sources):
-            ranked[0 if source.stem in wrong else 1 if source.stem in remarked else 2].append((index, place))
+    faulty: list[tuple[int, int]] = []  # index of the table, and of the source in it
+    remarked: list[tuple[int, int]] = []
+    plain: list[tuple[int, int]] = []
+    for table_index, findings in enumerate(tables):
+        stems_with_faults = {fault.stem for fault in findings.faults}
+        stems_with_remarks = {remark.stem for remark in findings.remarks}
+        for index, source in enumerate(findings.sources):
+            if source.stem in stems_with_faults:
+                faulty.append((table_index, index))
+            elif source.stem in stems_with_remarks:
+                remarked.append((table_index, index))
+            else:
+                plain.append((table_index, index))
     chosen: list[list[int]] = [[] for _ in tables]
     left = most
-    for places in ranked:
+    for places in (faulty, remarked, plain):
         count = min(left, len(places))
         evenly = np.linspace(0, len(places) - 1, count).round().astype(int) if count else ()
-        for index, place in (places[one] for one in evenly):
-            chosen[index].append(place)
+        for number in evenly:
+            table_index, index = places[number]
+            chosen[table_index].append(index)
         left -= count
     return chosen
 
@@ -233,17 +287,19 @@ def caption_segments(caption: str, counts: Sequence[tuple[str, TokenCount]]) -> 
     by_text: dict[str, list[tuple[str, TokenCount]]] = {}
     for name, count in counts:
         by_text.setdefault(count.text, []).append((name, count))
-    found = []
-    for text, readers in by_text.items():
-        places = sorted({0, len(text), *(count.kept for _, count in readers)})
-        segments = []
-        for start, end in zip(places, places[1:], strict=False):
-            unread = tuple(name for name, count in readers if count.kept <= start)
-            is_lost = len(unread) == len(readers)
-            text_shown = _shorten(text[start:end], MOST_LOST if is_lost else MOST_CHARACTERS)
-            segments.append((text_shown, unread, is_lost))
-        found.append(segments)
-    return found
+    return [_split_text(text, readers) for text, readers in by_text.items()]
+
+
+def _split_text(text: str, readers: Sequence[tuple[str, TokenCount]]) -> list[CaptionPart]:
+    """Split a text at each place where one of its encoders stops reading."""
+    places = sorted({0, len(text), *(count.kept for _, count in readers)})
+    segments = []
+    for start, end in zip(places, places[1:], strict=False):
+        unread = tuple(name for name, count in readers if count.kept <= start)
+        is_lost = len(unread) == len(readers)
+        shown = _shorten(text[start:end], MOST_LOST if is_lost else MOST_CHARACTERS)
+        segments.append((shown, unread, is_lost))
+    return segments
 
 
 def _shorten(text: str, most: int) -> str:
@@ -260,22 +316,27 @@ def _windows(look: Look) -> list[tuple[int, list[tuple[float, float]], int]]:
 
 
 def _describe(table: DatasetTable) -> str:
+    """Return the settings of a table in one line."""
     width, height = table.resolution
-    buckets = "one size" if not table.enable_bucket else "buckets"
+    buckets = "buckets" if table.enable_bucket else "one size"
     parts = [f"{width}x{height}, {buckets}", f"batch_size {table.batch_size}"]
-    parts += [f"num_repeats {table.num_repeats}"] if table.num_repeats != 1 else []
+    if table.num_repeats != 1:
+        parts.append(f"num_repeats {table.num_repeats}")
     if table.kind == "video":
         targets = f": {', '.join(map(str, table.target_frames))} frames"
         parts.append(table.frame_extraction + ("" if table.frame_extraction == "full" else targets))
-        parts += [f"source_fps {table.source_fps}"] if table.source_fps is not None else []
-    return "; ".join([*parts, *(["for validation"] if table.validation else [])])
+        if table.source_fps is not None:
+            parts.append(f"source_fps {table.source_fps}")
+    if table.validation:
+        parts.append("for validation")
+    return "; ".join(parts)
 
 
 # --- drawings
 # ------------------------------------------------------------------------------------------------------------
 
 
-def _draw_table(table: Numbers, found: TableFindings) -> tuple[list[Numbers], int]:
+def _draw_table(table: Numbers, findings: TableFindings) -> tuple[list[Numbers], int]:
     """Draw what the largest buckets cut off; returns the drawings, and the number of sizes not drawn.
 
     A drawing shows the most frequent outlines of sources around the part that the bucket keeps.
@@ -283,27 +344,33 @@ def _draw_table(table: Numbers, found: TableFindings) -> tuple[list[Numbers], in
     by_size: dict[Size, list[Numbers]] = {}
     for bucket in table["buckets"]:
         by_size.setdefault((bucket["width"], bucket["height"]), []).append(bucket)
-    most = set(sorted(by_size, key=lambda size: -sum(row["items"] for row in by_size[size]))[:MOST_BUCKETS])
-    fits_of, drawings = count_fits(found), []
-    for size in (one for one in by_size if one in most):
-        fits = fits_of[size]
-        frequent = fits.most_common(MOST_OUTLINES)
-        # edges of the whole source relative to the bucket's corner
-        boxes = [(-fit.crop[0], -fit.crop[1], *fit.resized, count) for fit, count in frequent]
-        left, top = min(x for x, *_ in boxes), min(y for _, y, *_ in boxes)
-        width = max(x + w for x, _, w, *_ in boxes) - left
-        height = max(y + h for _, y, _, h, _ in boxes) - top
-        pad = MARGIN * max(width, height) / 100
-        text = f"{fits.total():,} files, outlines of {len(fits):,} sizes around what is kept"
-        drawings.append(
-            {
-                "rows": by_size[size],  # the buckets of this size
-                "view": f"{left - pad:g} {top - pad:g} {width + 2 * pad:g} {height + 2 * pad:g}",
-                "text": f"{size[0]} x {size[1]}: {text}",
-                "boxes": boxes,  # x, y, width and height of an outline, number of files
-            }
-        )
+    num_items = {size: sum(bucket["items"] for bucket in buckets) for size, buckets in by_size.items()}
+    largest = set(sorted(by_size, key=lambda size: -num_items[size])[:MOST_BUCKETS])
+    fits_of = count_fits(findings)
+    drawings = []
+    for size, buckets in by_size.items():
+        if size in largest:
+            drawings.append({"rows": buckets, **_draw_outlines(size, fits_of[size])})
     return drawings, len(by_size) - len(drawings)
+
+
+def _draw_outlines(size: Size, fits: Counter[Fit]) -> Numbers:
+    """Draw the most frequent outlines of sources around a bucket of `size`."""
+    # edges of the whole source relative to the bucket's corner
+    outlines = [
+        (-fit.crop[0], -fit.crop[1], *fit.resized, count) for fit, count in fits.most_common(MOST_OUTLINES)
+    ]
+    left = min(x for x, *_ in outlines)
+    top = min(y for _, y, *_ in outlines)
+    width = max(x + outline_width for x, _, outline_width, _, _ in outlines) - left
+    height = max(y + outline_height for _, y, _, outline_height, _ in outlines) - top
+    pad = MARGIN * max(width, height) / 100
+    text = f"{fits.total():,} files, outlines of {len(fits):,} sizes around what is kept"
+    return {
+        "view": f"{left - pad:g} {top - pad:g} {width + 2 * pad:g} {height + 2 * pad:g}",
+        "text": f"{size[0]} x {size[1]}: {text}",
+        "boxes": outlines,  # x, y, width and height of an outline, number of files
+    }
 
 
 def _number(value: float) -> str:

@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from data_tools.report.files import list_files
 from data_tools.report.findings import TableFindings, balance, check_captions, find_table
 from data_tools.report.looks import Look, Measures, measure, read_header
-from data_tools.report.numbers import CANNOT_BE_READ, collect_numbers
+from data_tools.report.numbers import CANNOT_BE_READ, Numbers, collect_numbers
 from data_tools.report.options import ReportOptions
 from data_tools.report.page import write_report_page
 from dataset.caching.prefetch import SIZE_CHANGES, Failure, read_ahead
@@ -51,94 +51,132 @@ def run_report(config: DatasetConfig, options: ReportOptions) -> None:
     Raises DatasetError if there is nothing to report on, OutputError if a file cannot be written.
     """
     workers = options.num_workers or max(1, (os.cpu_count() or 2) - 1)
-    steps = options.pixel_step, options.frame_step
-    latent = LatentSpec(*LATENTS.get(steps, USUAL), *steps)
-    decodes = not options.no_decode
+    latent = _choose_latents(options)
     config = with_lengths(config, options.frame_step)
     if options.references:
         config = with_references(config, ReferenceRules(options.references, options.pixel_step))
     tars = [tar for table in config.datasets for tar in table.tars or () if is_address(tar)]
     if options.no_download and tars:
         raise DatasetError(f"{hide_secrets(tars[0])} is downloaded to be listed: leave out --no_download")
-    tables = [_measure_table(config, table, options, latent, workers) for table in config.datasets]
-    faults = [fault for found in tables for fault in found.faults]
-    if not any(found.sources for found in tables):
+    tables = [_measure_table(config, table, options, latent, workers=workers) for table in config.datasets]
+    faults = [fault for findings in tables for fault in findings.faults]
+    if not any(findings.sources for findings in tables):
         lines = (fault.text for fault in faults)
         raise DatasetError("\n  ".join([f"{config.path}: there is nothing to report on", *lines]))
     balance(tables)
-    copies = [group for kind in ("image", "video") for group in _find_copies(tables, kind)]
-    numbers = collect_numbers(config, tables, copies, options.fps, options.pixel_step, decodes)
+    copies = _find_copies(tables, "image") + _find_copies(tables, "video")
+    numbers = collect_numbers(
+        config,
+        tables,
+        copies,
+        fps=options.fps,
+        pixel_step=options.pixel_step,
+        decodes=not options.no_decode,
+    )
     if options.files:
         numbers["files"] = list_files(tables, options.fps, latent, workers)
     if faults:
         text = "\n  ".join(list_faults(faults, NAMED))
         logger.warning("Faults were found:\n  %s", escape_control_codes(text))
     if options.output is not None:
-        write_report_page(options.output, config, tables, numbers, options, latent, workers)
+        write_report_page(
+            options.output, config, tables, numbers=numbers, options=options, latent=latent, workers=workers
+        )
     if options.json is not None:
-        # ASCII, so that no text from outside reaches a terminal as it is
-        text = json.dumps(numbers, indent=2) + "\n"
-        if options.prints:
-            sys.stdout.write(text)
-        else:
-            write_text(options.json, text)
-            logger.info("wrote %s", options.json)
+        _write_json(options.json, numbers, prints=options.prints)
+
+
+def _choose_latents(options: ReportOptions) -> LatentSpec:
+    """Return the latents of a model with these steps."""
+    channels, stride = LATENTS.get((options.pixel_step, options.frame_step), USUAL)
+    return LatentSpec(channels, stride, options.pixel_step, options.frame_step)
+
+
+def _write_json(path: Path, numbers: Numbers, prints: bool) -> None:
+    # ASCII, so that no text from outside reaches a terminal as it is
+    text = json.dumps(numbers, indent=2) + "\n"
+    if prints:
+        sys.stdout.write(text)
+    else:
+        write_text(path, text)
+        logger.info("wrote %s", path)
 
 
 def _find_remarks(sources: Sequence[MediaSource], fps: float) -> list[Fault]:
     """Return remarks that headers and listings tell. fps: of the model."""
     remarks = find_other_lengths(sources, fps) + find_reordered(sources)
-    # a card shows only the text
-    return remarks + [replace(one, text=f"{one.text} ({one.kind})") for one in find_colours(sources)]
+    for remark in find_colours(sources):
+        # a card shows only the text
+        remarks.append(replace(remark, text=f"{remark.text} ({remark.kind})"))
+    return remarks
 
 
 def _measure_table(
     config: DatasetConfig, table: DatasetTable, options: ReportOptions, latent: LatentSpec, workers: int
 ) -> TableFindings:
     """Read all sources of a table once; with --no_decode headers only, and nothing is measured."""
-    decodes = not options.no_decode
-    found = find_table(config, table)
-    if not found.sources:
-        return found
-    check_captions(found)
-    found.remarks += _find_remarks(found.sources, options.fps)
+    findings = find_table(config, table)
+    if not findings.sources:
+        return findings
+    check_captions(findings)
+    findings.remarks += _find_remarks(findings.sources, options.fps)
     try:
         check_resolution(table, latent.pixel_step)
     except DatasetError as error:
-        found.unusable(error)
-        return found
+        findings.unusable(error)
+        return findings
 
-    def work(source: MediaSource) -> Look:
-        remote = (path for path, origin in source.parts if isinstance(origin, Remote))
-        if options.no_download and not all(path.exists() for path in remote):
+    def read(source: MediaSource) -> Look:
+        remote_paths = (path for path, origin in source.parts if isinstance(origin, Remote))
+        if options.no_download and not all(path.exists() for path in remote_paths):
             raise MediaError("not downloaded yet; caching does that")
         # for given tensors only the header is read
-        read = measure if decodes or source.tensors is not None else read_header
-        return read(source, options.fps, latent)
+        if options.no_decode and source.tensors is None:
+            return read_header(source, options.fps, latent)
+        return measure(source, options.fps, latent)
 
+    results = read_ahead(
+        findings.sources,
+        source_of=lambda source: source,
+        work=read,
+        workers=workers,
+        bar=Bar(len(findings.sources), "Reading headers" if options.no_decode else "Measuring", "file"),
+        decodes=not options.no_decode,
+    )
     fits: dict[Fit | None, Fit | None] = {}  # each once: there are few
-    bar = Bar(len(found.sources), "Measuring" if decodes else "Reading headers", "file")
-    for source, result in read_ahead(found.sources, lambda one: one, work, workers, bar, decodes):
+    for source, result in results:
         look = Look(problem=str(result)) if isinstance(result, Failure) else result
         look = replace(look, fit=fits.setdefault(look.fit, look.fit))
-        found.looks.append(look)
-        if look.problem is not None:
-            line = look.problem if str(source.path) in look.problem else f"{source.path}: {look.problem}"
-            found.faults.append(Fault(CANNOT_BE_READ, line, source.stem))
-            continue
-        assert look.fit is not None  # readable sources have a size
-        for length, count in look.lengths:
-            key = look.fit.bucket if table.kind == "image" else (*look.fit.bucket, length)
-            found.buckets[key] += count
-        told = {"give no item": look.none, "give no item of some lengths": look.short}
-        told[SIZE_CHANGES] = look.size_change
-        if look.measures is not None:
-            told["are black"] = "black" if look.measures.is_black else None
-            told["do not move"] = "nothing moves" if look.measures.is_static else None
-            sharpness = f"blurred: sharpness {look.measures.sharpness:g}"
-            told["are blurred"] = sharpness if look.measures.is_blurred else None
-        found.remarks += [Fault(kind, text, source.stem) for kind, text in told.items() if text is not None]
-    return found
+        _add_look(findings, source, look)
+    return findings
+
+
+def _add_look(findings: TableFindings, source: MediaSource, look: Look) -> None:
+    """Add the facts of a source, its items, and what is remarkable about it; or why it cannot be read."""
+    findings.looks.append(look)
+    if look.problem is not None:
+        text = look.problem if str(source.path) in look.problem else f"{source.path}: {look.problem}"
+        findings.faults.append(Fault(CANNOT_BE_READ, text, source.stem))
+        return
+    assert look.fit is not None  # readable sources have a size
+    for length, count in look.lengths:
+        is_image = findings.table.kind == "image"
+        bucket = look.fit.bucket if is_image else (*look.fit.bucket, length)
+        findings.buckets[bucket] += count
+    texts = {
+        "give no item": look.none,
+        "give no item of some lengths": look.short,
+        SIZE_CHANGES: look.size_change,
+    }
+    measures = look.measures
+    if measures is not None:
+        sharpness = f"blurred: sharpness {measures.sharpness:g}"
+        texts["are black"] = "black" if measures.is_black else None
+        texts["do not move"] = "nothing moves" if measures.is_static else None
+        texts["are blurred"] = sharpness if measures.is_blurred else None
+    for kind, remark in texts.items():
+        if remark is not None:
+            findings.remarks.append(Fault(kind, remark, source.stem))
 
 
 def _find_copies(tables: Sequence[TableFindings], kind: str) -> list[list[Path]]:
@@ -146,31 +184,37 @@ def _find_copies(tables: Sequence[TableFindings], kind: str) -> list[list[Path]]
 
     A file that several tables name, by absolute or relative paths, counts once.
     """
-    places: dict[Path, tuple[Path, Measures]] = {}
-    own = [found for found in tables if found.table.kind == kind]
-    for found in own:
-        for source, look in zip(found.sources, found.looks, strict=False):
-            if look.measures is not None:
-                places.setdefault(source.path.absolute(), (source.path, look.measures))
-    by_length: dict[int, list[tuple[Path, Measures]]] = {}  # clips of a single frame have one hash
-    for path, measures in sorted(places.values(), key=lambda one: str(one[0])):
-        by_length.setdefault(len(measures.hashes), []).append((path, measures))
-    groups = [
-        [files[place][0] for place in group]
-        for _, files in sorted(by_length.items())
-        for group in group_copies([measures for _, measures in files])
-    ]
+    tables_of_kind = [findings for findings in tables if findings.table.kind == kind]
+    groups = _group_files(tables_of_kind)
     group_of = {path.absolute(): group for group in groups for path in group}
-    for found in own:
-        for source in found.sources:
+    for findings in tables_of_kind:
+        for source in findings.sources:
             path = source.path.absolute()
             group = group_of.get(path, [])
-            other = next((one for one in group if one.absolute() != path), None)
-            if other is not None:
-                more = f" and {len(group) - 2} more" if len(group) > 2 else ""
-                text = f"nearly the same as {other.name}{more}"
-                found.remarks.append(Fault("are nearly the same as another", text, source.stem))
+            copies = [copy for copy in group if copy.absolute() != path]
+            if copies:
+                further = f" and {len(group) - 2} more" if len(group) > 2 else ""
+                text = f"nearly the same as {copies[0].name}{further}"
+                findings.remarks.append(Fault("are nearly the same as another", text, source.stem))
     return sorted(groups, key=lambda group: str(group[0]))
+
+
+def _group_files(tables: Sequence[TableFindings]) -> list[list[Path]]:
+    """Return groups of measured files that are near duplicates. tables: of one kind."""
+    files: dict[Path, tuple[Path, Measures]] = {}  # by absolute path
+    for findings in tables:
+        for source, look in zip(findings.sources, findings.looks, strict=False):
+            if look.measures is not None:
+                files.setdefault(source.path.absolute(), (source.path, look.measures))
+    by_length: dict[int, list[tuple[Path, Measures]]] = {}  # clips of a single frame have one hash
+    for path, measures in sorted(files.values(), key=lambda file: str(file[0])):
+        by_length.setdefault(len(measures.hashes), []).append((path, measures))
+    groups = []
+    for _, files_of_length in sorted(by_length.items()):
+        paths = [path for path, _ in files_of_length]
+        for group in group_copies([measures for _, measures in files_of_length]):
+            groups.append([paths[index] for index in group])
+    return groups
 
 
 # --- copies
@@ -185,8 +229,15 @@ LEAST_DEVIATION = 0.03  # of the cells, below which rounding decides the factor
 BITS = 64  # that a hash takes
 PRODUCTS = 1 << 23  # of hashes at once: 32 MiB
 
-Colours = tuple[NDArray[np.uint8], NDArray[np.bool_]]  # N K C: small pictures; N: whether they are flat
 Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class _Colours:
+    """Colours of N files: to compare those whose hashes match."""
+
+    pictures: NDArray[np.uint8]  # N K C: small pictures of K frames
+    is_flat: NDArray[np.bool_]  # N
 
 
 def group_copies(measures: Sequence[Measures]) -> list[list[int]]:
@@ -197,51 +248,91 @@ def group_copies(measures: Sequence[Measures]) -> list[list[int]]:
     copies.
     """
     by_key: dict[object, list[int]] = {}  # exact copies are compared once
-    for place, one in enumerate(measures):
-        if not one.is_black:
-            by_key.setdefault((one.hashes, one.colours, one.is_flat), []).append(place)
-    alike = list(by_key.values())
-    if not alike:
+    for index, measured in enumerate(measures):
+        if not measured.is_black:
+            key = (measured.hashes, measured.colours, measured.is_flat)
+            by_key.setdefault(key, []).append(index)
+    exact_copies = list(by_key.values())
+    if not exact_copies:
         return []
-    first = [measures[places[0]] for places in alike]
-    small = np.frombuffer(b"".join(one.colours for one in first), np.uint8)
-    is_flat = np.array([one.is_flat for one in first])
-    colours = small.reshape(len(first), len(first[0].hashes), -1), is_flat
-    # bits become -1 or 1: a product of two rows is the number of equal bits minus that of different ones
-    bits = np.unpackbits(np.array([one.hashes for one in first], np.uint64).view(np.uint8), axis=1)
-    signs = bits.astype(np.float32) * 2 - 1
-    least = (BITS - 2 * NEAR) * len(first[0].hashes)
-    labels = np.arange(len(first))  # equal ones belong together
-    at_once = max(1, PRODUCTS // len(first))
-    for start in range(0, len(first), at_once):
-        rows, others = np.nonzero(signs[start : start + at_once] @ signs[start:].T >= least)
-        is_later = others > rows
-        rows, others = rows[is_later] + start, others[is_later] + start
-        for row in np.unique(rows):
-            near = others[slice(*np.searchsorted(rows, (row, row + 1)))]
-            near = near[labels[near] != labels[row]]
-            for other in near[_have_same_colours(colours, row, near)] if len(near) else ():
-                labels[labels == labels[other]] = labels[row]
+    labels = _label_matches([measures[indices[0]] for indices in exact_copies])
     groups: dict[int, list[int]] = {}
-    for label, places in zip(labels, alike, strict=True):
-        groups.setdefault(int(label), []).extend(places)
+    for label, indices in zip(labels, exact_copies, strict=True):
+        groups.setdefault(int(label), []).extend(indices)
     return sorted(sorted(group) for group in groups.values() if len(group) > 1)
 
 
-def _have_same_colours(colours: Colours, one: int, others: Indices) -> NDArray[np.bool_]:
-    """Return for each of `others` whether its colours equal those of `one` up to brightness and contrast."""
-    small, is_flat = colours
-    first, second = (small[places].astype(np.float32) / np.float32(255) for places in ([one], others))
-    means = first.mean(axis=(1, 2)), second.mean(axis=(1, 2))
-    centred = first - means[0][:, None, None], second - means[1][:, None, None]
-    powers = np.square(centred[0]).mean(axis=(1, 2)), np.square(centred[1]).mean(axis=(1, 2))
-    # least squares: the one of less contrast is `gain` times the other, and a rest
-    power = np.maximum(*powers)
-    gain = (centred[0] * centred[1]).mean(axis=(1, 2)) / np.maximum(power, 1e-9)
-    swaps = (powers[0] < powers[1])[:, None, None]
-    strong, weak = np.where(swaps, centred[1], centred[0]), np.where(swaps, centred[0], centred[1])
-    rest = np.abs(weak - gain[:, None, None] * strong).mean(axis=1).max(axis=1)  # over frames, then cells
-    is_same = (rest <= SAME_COLOURS) & (np.abs(means[0] - means[1]) <= MOST_SHIFT)
-    is_same &= (gain >= LEAST_GAIN) | (power < LEAST_DEVIATION**2)
+def _label_matches(measures: Sequence[Measures]) -> Indices:
+    """Return a label for each of N measures; those of a chain of matches have the same."""
+    num_frames = len(measures[0].hashes)
+    colours = _read_colours(measures)
+    signs = _hash_signs(measures)
+    least = (BITS - 2 * NEAR) * num_frames
+    labels = np.arange(len(measures))
+    at_once = max(1, PRODUCTS // len(measures))
+    for start in range(0, len(measures), at_once):
+        products = signs[start : start + at_once] @ signs[start:].T
+        rows, columns = np.nonzero(products >= least)
+        is_later = columns > rows
+        rows = rows[is_later] + start
+        columns = columns[is_later] + start
+        for row in np.unique(rows):
+            first, end = np.searchsorted(rows, (row, row + 1))
+            near = columns[first:end]
+            near = near[labels[near] != labels[row]]
+            if not len(near):
+                continue
+            is_match = _have_same_colours(colours, row, near)
+            for match in near[is_match]:
+                labels[labels == labels[match]] = labels[row]
+    return labels
+
+
+def _read_colours(measures: Sequence[Measures]) -> _Colours:
+    num_frames = len(measures[0].hashes)
+    pictures = np.frombuffer(b"".join(measured.colours for measured in measures), np.uint8)
+    is_flat = np.array([measured.is_flat for measured in measures])
+    return _Colours(pictures.reshape(len(measures), num_frames, -1), is_flat)
+
+
+def _hash_signs(measures: Sequence[Measures]) -> NDArray[np.float32]:
+    """Return the bits of N hashes as -1 or 1: a product of two rows is the number of equal bits minus that
+    of different ones.
+    """
+    hashes = np.array([measured.hashes for measured in measures], np.uint64)
+    bits = np.unpackbits(hashes.view(np.uint8), axis=1)
+    return bits.astype(np.float32) * 2 - 1
+
+
+def _have_same_colours(colours: _Colours, index: int, near: Indices) -> NDArray[np.bool_]:
+    """Return for each of `near` whether its colours equal those of `index` up to brightness and contrast."""
+    first = colours.pictures[[index]].astype(np.float32) / np.float32(255)  # 1 K C
+    second = colours.pictures[near].astype(np.float32) / np.float32(255)  # N K C
     is_same_flat = np.abs(first - second).mean(axis=1).max(axis=1) <= SAME_FLAT
-    return np.where(is_flat[one] | is_flat[others], is_flat[one] & is_flat[others] & is_same_flat, is_same)
+    is_flat = colours.is_flat
+    one_is_flat = is_flat[index] | is_flat[near]
+    both_are_flat = is_flat[index] & is_flat[near]
+    return np.where(one_is_flat, both_are_flat & is_same_flat, _match_contrast(first, second))
+
+
+def _match_contrast(first: NDArray[np.float32], second: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Return which of `second` (N K C) are `first` (1 K C) at another brightness and contrast."""
+    first_mean = first.mean(axis=(1, 2))
+    second_mean = second.mean(axis=(1, 2))
+    first_centred = first - first_mean[:, None, None]
+    second_centred = second - second_mean[:, None, None]
+    first_power = np.square(first_centred).mean(axis=(1, 2))
+    second_power = np.square(second_centred).mean(axis=(1, 2))
+    # least squares: the one of less contrast is `gain` times the other, and a rest
+    power = np.maximum(first_power, second_power)
+    covariance = (first_centred * second_centred).mean(axis=(1, 2))
+    gain = covariance / np.maximum(power, 1e-9)
+    second_is_stronger = (first_power < second_power)[:, None, None]
+    strong = np.where(second_is_stronger, second_centred, first_centred)
+    weak = np.where(second_is_stronger, first_centred, second_centred)
+    misfit = np.abs(weak - gain[:, None, None] * strong)
+    worst_misfit = misfit.mean(axis=1).max(axis=1)  # over frames, then cells
+    is_same = worst_misfit <= SAME_COLOURS
+    is_same &= np.abs(first_mean - second_mean) <= MOST_SHIFT
+    is_same &= (gain >= LEAST_GAIN) | (power < LEAST_DEVIATION**2)
+    return is_same

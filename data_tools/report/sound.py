@@ -47,73 +47,109 @@ def listen(source: MediaSource, fps: float) -> Heard:
 
     Raises MediaError or OSError if a file cannot be read.
     """
+    seconds = None  # of the pictures
     try:
         with fetch(source) as here:
             path = find_sound(here)
             track = track_facts(path)
             if track is None:
                 raise NoSound(f"{path}: it has no track of sound")
-            bare = here.tensors is not None or here.path.is_dir() or here.table.is_of_sound
-            info = None if bare else video_info(here.path)
+            has_no_video = here.tensors is not None or here.path.is_dir() or here.table.is_of_sound
+            if not has_no_video:
+                info = video_info(here.path)
+                rate = here.table.stated_fps or info.fps
+                seconds = info.frames / rate if info.frames and rate else None
     except NoSound as reason:
         return Heard(silent=str(reason))
-    rate = None if info is None else here.table.stated_fps or info.fps
-    seconds = info.frames / rate if info is not None and info.frames and rate else None
-    found = [f"begins {float(track.start):.2f} s late"] if track.start > FITS else []
+    misfits = _list_misfits(track, seconds)
+    return Heard(track, remark=f"its sound: {', '.join(misfits)}" if misfits else None)
+
+
+def _list_misfits(track: TrackFacts, seconds: float | None) -> list[str]:
+    """Return how a track of sound does not fit its clip. seconds: of the clip; None: unknown."""
+    misfits = []
+    if track.start > FITS:
+        misfits.append(f"begins {float(track.start):.2f} s late")
     if track.end is not None and seconds is not None:
         after = float(track.end) - seconds
-        found += [f"ends {-after:.2f} s early"] if after < -FITS else []
-        found += [f"goes on for {after:.2f} s, which are cut off"] if after > FITS else []
-    found += [f"{track.tracks} tracks, of which FFmpeg chooses one"] if track.tracks > 1 else []
-    return Heard(track, remark=f"its sound: {', '.join(found)}" if found else None)
+        if after < -FITS:
+            misfits.append(f"ends {-after:.2f} s early")
+        if after > FITS:
+            misfits.append(f"goes on for {after:.2f} s, which are cut off")
+    if track.tracks > 1:
+        misfits.append(f"{track.tracks} tracks, of which FFmpeg chooses one")
+    return misfits
+
+
+@dataclass(frozen=True)
+class SoundFindings:
+    """Findings about the sound of a table."""
+
+    lines: list[str]  # about the sound and its caches
+    faults: list[Fault]
+    remarks: list[Fault]
 
 
 def check_sound(
     table: DatasetTable, plans: Sequence[SourcePlan], work: SoundWork, fps: float, workers: int
-) -> tuple[list[str], list[Fault], list[Fault]]:
-    """Return lines about a table's sound and its caches, faults, and remarks. plans: of its latents."""
+) -> SoundFindings:
+    """Report a table's sound and its caches. plans: of its latents."""
 
-    def look(plan: SourcePlan) -> tuple[Heard, int] | Failure:
+    def check_clip(plan: SourcePlan) -> tuple[Heard, int] | Failure:
+        """Return the facts about a clip's sound, and how many of its caches are valid."""
         try:
-            heard = listen(plan.source, fps)
-            return heard, 0 if heard.track is None else work.count_valid(plan.source, plan.kept)
+            sound = listen(plan.source, fps)
+            num_valid = 0 if sound.track is None else work.count_valid(plan.source, plan.kept)
         except (MediaError, OSError) as error:
             return Failure.of(plan.source, error)
+        return sound, num_valid
 
     bar = Bar(len(plans), "Reading headers", "clip", shown=False)
-    faults, remarks, valid, missing = list[Fault](), list[Fault](), 0, 0
+    faults: list[Fault] = []
+    remarks: list[Fault] = []
     tracks: list[TrackFacts] = []
-    for plan, found in zip(plans, map_ahead(plans, look, workers, bar), strict=True):
+    total_valid = 0
+    total_missing = 0
+    # sound that a table must have is a fault where it is missing
+    silences = faults if table.audio == REQUIRED or work.spec.is_alone else remarks
+    for plan, result in zip(plans, map_ahead(plans, check_clip, workers, bar), strict=True):
         stem = plan.source.stem
-        if isinstance(found, Failure):
-            faults.append(Fault("have sound that cannot be read", str(found), stem))
+        if isinstance(result, Failure):
+            faults.append(Fault("have sound that cannot be read", str(result), stem))
             continue
-        heard, kept = found
-        if heard.track is not None:
-            tracks.append(heard.track)
-            valid, missing = valid + kept, missing + len(plan.items) - kept
-        if heard.silent is not None:
-            told = faults if table.audio == REQUIRED or work.spec.is_alone else remarks
-            told.append(Fault("have no sound", heard.silent, stem))
-        if heard.remark is not None:
-            remarks.append(Fault("have sound that does not fit", f"{plan.source.path}: {heard.remark}", stem))
+        sound, num_valid = result
+        if sound.track is not None:
+            tracks.append(sound.track)
+            total_valid += num_valid
+            total_missing += len(plan.items) - num_valid
+        if sound.silent is not None:
+            silences.append(Fault("have no sound", sound.silent, stem))
+        if sound.remark is not None:
+            text = f"{plan.source.path}: {sound.remark}"
+            remarks.append(Fault("have sound that does not fit", text, stem))
+    have = "can be heard" if table.is_of_sound else "clips have it"
+    needs = count_words(total_missing, "items need encoding")
+    lines = [
+        f"sound: {len(tracks)} of {len(plans)} {have}{_describe_tracks(tracks)}",
+        f"caches of sound: {total_valid} files are valid, {needs}",
+    ]
+    return SoundFindings(lines, faults, remarks)
+
+
+def _describe_tracks(tracks: Sequence[TrackFacts]) -> str:
+    """Return ": 3 with 2 channels at 48000 Hz, ..." of the forms of tracks; "" if there are none."""
     words = [
         f"{count} with {channels} channel{'s' if channels > 1 else ''} at {rate} Hz"
         for rate, channels, count in count_tracks(tracks)
     ]
-    forms = f": {', '.join(words)}" if words else ""
-    have = "can be heard" if table.is_of_sound else "clips have it"
-    lines = [
-        f"sound: {len(tracks)} of {len(plans)} {have}{forms}",
-        f"caches of sound: {valid} files are valid, {count_words(missing, 'items need encoding')}",
-    ]
-    return lines, faults, remarks
+    return f": {', '.join(words)}" if words else ""
 
 
 def count_tracks(tracks: Iterable[TrackFacts]) -> list[tuple[int, int, int]]:
     """Return (rate, channels, how many have both), the most frequent first."""
     counts = Counter((track.rate, track.channels) for track in tracks)
-    return [(*form, count) for form, count in sorted(counts.items(), key=lambda one: (-one[1], one[0]))]
+    by_frequency = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
+    return [(rate, channels, count) for (rate, channels), count in by_frequency]
 
 
 def draw_sound(source: MediaSource, fps: float, used: int) -> Markup | None:

@@ -5,7 +5,6 @@ import logging
 import os
 import random
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -18,6 +17,7 @@ from dataset.caching.prefetch import CacheReport, Failure, read_ahead
 from dataset.config import DatasetConfig
 from dataset.options import COLOURS, DebugOptions
 from dataset.sources.decoding import DecodedMedia, decode_source
+from dataset.sources.frames import Span
 from dataset.sources.listing import find_sources
 from dataset.sources.media_source import MediaSource
 from modules.bars import Bar
@@ -39,7 +39,9 @@ WINDOW = "window"  # another way to show, besides the values of --debug_mode
 
 def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions, workers: int) -> CacheReport:
     """Show every item as --debug_mode says. Sources that cannot be read become failures of the report."""
-    latent, fps, folder = family.latent, family.defaults.fps, config.path.absolute().parent / "debug_views"
+    latent = family.latent
+    fps = family.defaults.fps
+    folder = config.path.absolute().parent / "debug_views"
     way = _choose_way(debug, folder)
     failures: list[Failure] = []
     dropped: list[Failure] = []
@@ -47,25 +49,36 @@ def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions,
     def decode(source: MediaSource) -> DecodedMedia:
         # a randomly changed picture is shown in one of its variants
         return decode_source(
-            source, fps, latent.pixel_step, latent.frame_step, _numbers(source), latent.masks_latents
+            source,
+            fps,
+            latent.pixel_step,
+            latent.frame_step,
+            numbers=_numbers(source),
+            keeps_alpha=latent.masks_latents,
         )
 
-    def show_items(media: DecodedMedia, most: int | None) -> Iterator[str]:
-        """Show at most `most` items of a source; yield the user's answer to each."""
+    def show_items(media: DecodedMedia, most: int | None) -> str:
+        """Show at most `most` items of a source, until the user's answer is another than NEXT; return it."""
         for span in media.spans[:most]:
-            (width, height), size = media.bucket, f"{media.size[0]}x{media.size[1]}"
-            frames = f"{span[1]} frames of " if media.source.table.kind == "video" else ""
-            caption = _caption(media.source) or "(no caption)"
-            logger.info("%s, %s%dx%d from %s: %s", media.key(span), frames, width, height, size, caption)
-            name = f"{media.source.table.index}_{media.key(span)}"
-            yield _show(way, folder / name, side_by_side(media.cut(span)), fps, debug)
+            _log_item(media, span)
+            file = folder / f"{media.source.table.index}_{media.key(span)}"
+            answer = _show(way, file, side_by_side(media.cut(span)), fps=fps, debug=debug)
+            if answer != NEXT:
+                return answer
+        return NEXT
 
     for table in config.datasets:
         logger.info("%s", table.name)
         left = debug.console_num_images if way == "console" else None
         sources = find_sources(table)
-        bar = Bar(len(sources), "Decoding", "source", shown=False)
-        ahead = read_ahead(sources, lambda one: one, decode, workers, bar, decodes=True)
+        ahead = read_ahead(
+            sources,
+            source_of=lambda source: source,
+            work=decode,
+            workers=workers,
+            bar=Bar(len(sources), "Decoding", "source", shown=False),
+            decodes=True,
+        )
         with contextlib.closing(ahead) as decoded:
             for source, result in decoded:
                 if isinstance(result, Failure):
@@ -73,13 +86,22 @@ def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions,
                     continue
                 if result.reason is not None:
                     dropped.append(Failure.of(source, result.reason))
-                answer = next((one for one in show_items(result, left) if one != NEXT), NEXT)
-                left = None if left is None else left - len(result.spans)
+                answer = show_items(result, left)
                 if answer == QUIT:
                     return CacheReport(failures=tuple(failures), dropped=tuple(dropped))
+                if left is not None:
+                    left -= len(result.spans)
                 if answer == NEXT_DATASET or (left is not None and left <= 0):
                     break
     return CacheReport(failures=tuple(failures), dropped=tuple(dropped))
+
+
+def _log_item(media: DecodedMedia, span: Span) -> None:
+    width, height = media.bucket
+    size = f"{media.size[0]}x{media.size[1]}"
+    frames = f"{span[1]} frames of " if media.source.table.kind == "video" else ""
+    caption = _caption(media.source) or "(no caption)"
+    logger.info("%s, %s%dx%d from %s: %s", media.key(span), frames, width, height, size, caption)
 
 
 def _choose_way(debug: DebugOptions, folder: Path) -> str:
@@ -127,7 +149,9 @@ def _show(way: str, file: Path, frames: NDArray[np.uint8], fps: float, debug: De
 def _caption(source: MediaSource) -> str:
     """Return a source's caption as training may use it; random changes are drawn once."""
     table = source.table
-    return changed_caption(source.caption or "", table.changes, table, 1, 1, _numbers(source))
+    return changed_caption(
+        source.caption or "", table.changes, table, step=1, total_steps=1, generator=_numbers(source)
+    )
 
 
 def _numbers(source: MediaSource) -> random.Random:

@@ -62,35 +62,45 @@ def cover(pixels: Pixels, boxes: Iterable[Box], options: BlurOptions) -> Pixels:
     `pixels` itself is unchanged.
     """
     result = pixels.copy()
-    height, width = pixels.shape[:2]
     for box in sorted(set(boxes)):
-        across, down = options.margin * (box[2] - box[0]), options.margin * (box[3] - box[1])
-        left, top, right, bottom = box[0] - across, box[1] - down, box[2] + across, box[3] + down
-        whole = _Area(math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom))
-        feather = round(options.feather * min(right - left, bottom - top))
-        area = whole.widened(feather, width, height)
-        if area.left >= area.right or area.top >= area.bottom:
-            continue  # outside of the picture
-        there = area.slices()
-        if options.method == "fill":
-            covered = np.zeros_like(result[there])
-        else:
-            # the size asked for, but at least half of the box: this leaves a few spots of colour at any
-            # resolution; more than the whole box would only mix its surroundings in
-            longer, asked = max(whole.right - whole.left, whole.bottom - whole.top), options.strength | 1
-            size = min(max(asked, math.ceil(longer * LEAST_OF_BOX) | 1), longer | 1)
-            sigma = max(options.sigmax * size / asked, LEAST_SIGMA * size)
-            # blurred together with its surroundings: a crop alone would mirror its own edges
-            around = area.widened(size // 2, width, height)
-            covered = blurred(result[around.slices()], size, sigma)[area.slices(around)]
-        if options.ellipse or feather:
-            weight = _weights(area, whole, (left, top, right, bottom) if options.ellipse else None, feather)
-            plain = result[there].astype(np.float32)
-            mixed = plain + weight[..., None] * (covered.astype(np.float32) - plain)
-            result[there] = np.rint(mixed).astype(pixels.dtype)
-        else:
-            result[there] = covered
+        _cover_box(result, box, options)
     return result
+
+
+def _cover_box(pixels: Pixels, box: Box, options: BlurOptions) -> None:
+    """Cover a box, widened by the margin, in a picture (H W 3)."""
+    height, width = pixels.shape[:2]
+    across = options.margin * (box[2] - box[0])
+    down = options.margin * (box[3] - box[1])
+    left, top, right, bottom = box[0] - across, box[1] - down, box[2] + across, box[3] + down
+    core = _Area(math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom))
+    feather = round(options.feather * min(right - left, bottom - top))
+    area = core.widened(feather, width, height)
+    if area.left >= area.right or area.top >= area.bottom:
+        return  # outside of the picture
+    place = area.slices()
+    covered = np.zeros_like(pixels[place]) if options.method == "fill" else _blur(pixels, core, area, options)
+    if options.ellipse or feather:
+        weight = _weights(area, core, (left, top, right, bottom) if options.ellipse else None, feather)
+        plain = pixels[place].astype(np.float32)
+        mixed = plain + weight[..., None] * (covered.astype(np.float32) - plain)
+        pixels[place] = np.rint(mixed).astype(pixels.dtype)
+    else:
+        pixels[place] = covered
+
+
+def _blur(pixels: Pixels, core: _Area, area: _Area, options: BlurOptions) -> Pixels:
+    """Return an area of a picture, blurred. core: the area without its soft edge."""
+    # the size asked for, but at least half of the box: this leaves a few spots of colour at any
+    # resolution; more than the whole box would only mix its surroundings in
+    longer = max(core.right - core.left, core.bottom - core.top)
+    strength = options.strength | 1
+    size = min(max(strength, math.ceil(longer * LEAST_OF_BOX) | 1), longer | 1)
+    sigma = max(options.sigmax * size / strength, LEAST_SIGMA * size)
+    # blurred together with its surroundings: a crop alone would mirror its own edges
+    height, width = pixels.shape[:2]
+    around = area.widened(size // 2, width, height)
+    return blurred(pixels[around.slices()], size, sigma)[area.slices(around)]
 
 
 def blurred(pixels: Pixels, size: int, sigma: float) -> Pixels:
@@ -108,17 +118,17 @@ def blurred(pixels: Pixels, size: int, sigma: float) -> Pixels:
     image = cv2.GaussianBlur(image, (kernel, kernel), sigma / factor)
     if factor > 1:
         image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
-    made: Pixels = image
-    return made
+    result: Pixels = image
+    return result
 
 
-def _weights(area: _Area, whole: _Area, ellipse: Box | None, feather: int) -> NDArray[np.float32]:
+def _weights(area: _Area, core: _Area, ellipse: Box | None, feather: int) -> NDArray[np.float32]:
     """Return the opacity of the cover, 0..1, for each pixel of an area: falling in the soft edge."""
     x = np.arange(area.left, area.right, dtype=np.float32)[None]
     y = np.arange(area.top, area.bottom, dtype=np.float32)[:, None]
     if ellipse is None:
-        across = np.maximum(np.maximum(whole.left - x, x - whole.right + 1), 0)
-        down = np.maximum(np.maximum(whole.top - y, y - whole.bottom + 1), 0)
+        across = np.maximum(np.maximum(core.left - x, x - core.right + 1), 0)
+        down = np.maximum(np.maximum(core.top - y, y - core.bottom + 1), 0)
         outside = np.hypot(across, down)
     else:
         left, top, right, bottom = ellipse
@@ -154,8 +164,12 @@ class _Count:
     """Counts for the summary in the log."""
 
     pictures: int = 0
-    found: int = 0  # pictures in which something was found
-    held: int = 0  # others in which something is covered all the same
+    with_findings: int = 0  # pictures in which something was found
+    covered_without: int = 0  # others in which something is covered all the same
+
+    @property
+    def unchanged(self) -> int:
+        return self.pictures - self.with_findings - self.covered_without
 
 
 @dataclass(frozen=True)
@@ -180,33 +194,42 @@ class BlurStage:
         waiting: deque[_Waiting] = deque()
         count = _Count()
         for index, picture in enumerate(pictures):
-            found = self.detector.find(in_eight_bits(picture.pixels), options.conf)
-            boxes = within(found, *picture.pixels.shape[:2])
+            height, width = picture.pixels.shape[:2]
+            boxes = within(self.detector.find(in_eight_bits(picture.pixels), options.conf), height, width)
             tracks.see(index, boxes)
             waiting.append((index, picture, bool(boxes)))
             count.pictures += 1
-            count.found += bool(boxes)
+            count.with_findings += bool(boxes)
             if len(waiting) > max(options.hold, options.lookback):
                 yield self._cover(waiting.popleft(), tracks, count)
-        least = f"nothing in it scores {options.conf} (--conf) or more"
-        if count.pictures and not count.found and not options.allow_none:
+        if count.pictures and not count.with_findings:
+            self._report_nothing(clip)
+        while waiting:
+            yield self._cover(waiting.popleft(), tracks, count)
+        if count.with_findings and count.pictures == 1:
+            logger.info("%s: %d found and blurred.", clip.path.name, tracks.started)
+        elif count.with_findings:
+            logger.info(
+                "%s: of %d frames, %d with something found, %d blurred only because it was found shortly "
+                "before or after, %d left as they are. Tracks: %d, the longest gap in one: %d frames.",
+                clip.path.name,
+                count.pictures,
+                count.with_findings,
+                count.covered_without,
+                count.unchanged,
+                tracks.started,
+                tracks.longest_gap,
+            )
+
+    def _report_nothing(self, clip: Clip) -> None:
+        """Raise NothingFoundError, or log it with --allow_none."""
+        least = f"nothing in it scores {self.options.conf} (--conf) or more"
+        if not self.options.allow_none:
             raise NothingFoundError(
                 f"{clip.path}: nothing was blurred and no file was written: {least}.\n  Lower --conf, look "
                 "closer with a larger --detection_size, or write the video as it is with --allow_none."
             )
-        if count.pictures and not count.found:
-            logger.warning("%s: nothing was blurred: %s.", clip.path, least)
-        while waiting:
-            yield self._cover(waiting.popleft(), tracks, count)
-        if count.found and count.pictures == 1:
-            logger.info("%s: %d found and blurred.", clip.path.name, tracks.started)
-        elif count.found:
-            logger.info(
-                "%s: of %d frames, %d with something found, %d blurred only because it was found shortly "
-                "before or after, %d left as they are. Tracks: %d, the longest gap in one: %d frames.",
-                *(clip.path.name, count.pictures, count.found, count.held),
-                *(count.pictures - count.found - count.held, tracks.started, tracks.longest_gap),
-            )
+        logger.warning("%s: nothing was blurred: %s.", clip.path, least)
 
     def _cover(self, waiting: _Waiting, tracks: Tracks, count: _Count) -> Picture:
         number, picture, is_found = waiting
@@ -214,18 +237,18 @@ class BlurStage:
         tracks.forget(number)
         if not boxes:
             return picture
-        count.held += not is_found
+        count.covered_without += not is_found
         return Picture(cover(picture.pixels, boxes, self.options), picture.start, picture.seconds)
 
 
-def within(found: Sequence[FoundFace], height: int, width: int) -> list[Box]:
+def within(faces: Sequence[FoundFace], height: int, width: int) -> list[Box]:
     """Return the found boxes, clamped to one picture's size beyond its edges.
 
     A box with NaN becomes the whole picture: covering too much is safer than covering nothing.
     """
     boxes = []
-    for each in found:
-        edges = (0, 0, width, height) if np.isnan(each.box).any() else each.box
+    for face in faces:
+        edges = (0, 0, width, height) if np.isnan(face.box).any() else face.box
         left, right = (float(np.clip(x, -width, 2 * width)) for x in edges[::2])
         top, bottom = (float(np.clip(y, -height, 2 * height)) for y in edges[1::2])
         if left < right and top < bottom:

@@ -86,8 +86,8 @@ class Tracks:
         self.started += len(left)
 
     def boxes(self, index: int) -> list[Box]:
-        found = (track.covered(index, self.hold, self.lookback) for track in self._tracks)
-        return [box for box in found if box is not None]
+        boxes_of_tracks = (track.covered(index, self.hold, self.lookback) for track in self._tracks)
+        return [box for box in boxes_of_tracks if box is not None]
 
     def forget(self, index: int) -> None:
         self._tracks = [track for track in self._tracks if track.last[0] + self.hold > index]
@@ -108,8 +108,8 @@ def _take_pairs(
     """
     if not tracks or not boxes:
         return []
-    there = np.array(boxes, np.float32)
-    scores = np.stack([score(track, there, index) for track in tracks])
+    places = np.array(boxes, np.float32)
+    scores = np.stack([score(track, places, index) for track in tracks])
     pairs = []
     while scores.max() > 0:
         row, column = np.unravel_index(scores.argmax(), scores.shape)  # of equal ones the first
@@ -174,8 +174,13 @@ def _grown(box: Box, away: int) -> Box:
     return box[0] - across, box[1] - down, box[2] + across, box[3] + down
 
 
-def _hull(one: Box, other: Box) -> Box:
-    return min(one[0], other[0]), min(one[1], other[1]), max(one[2], other[2]), max(one[3], other[3])
+def _hull(first: Box, second: Box) -> Box:
+    return (
+        min(first[0], second[0]),
+        min(first[1], second[1]),
+        max(first[2], second[2]),
+        max(first[3], second[3]),
+    )
 
 
 def _centre(box: Box) -> tuple[float, float]:

@@ -34,12 +34,12 @@ class Detector(Protocol):
 Numbers = NDArray[np.float32]  # boxes N 4: left, top, right, bottom; scores N
 
 
-def overlaps(box: Numbers, others: Numbers) -> Numbers:
-    """Return the area that a box (4) shares with each of the others (N 4), as part of their union."""
-    low = np.maximum(box[:2], others[:, :2])
-    high = np.minimum(box[2:], others[:, 2:])
+def overlaps(box: Numbers, boxes: Numbers) -> Numbers:
+    """Return the area that a box (4) shares with each of several (N 4), as part of their union."""
+    low = np.maximum(box[:2], boxes[:, :2])
+    high = np.minimum(box[2:], boxes[:, 2:])
     shared = np.prod(np.maximum(high - low, 0), axis=1)
-    both = np.prod(box[2:] - box[:2]) + np.prod(others[:, 2:] - others[:, :2], axis=1) - shared
+    both = np.prod(box[2:] - box[:2]) + np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) - shared
     result: Numbers = shared / np.maximum(both, 1e-9)
     return result
 
@@ -51,12 +51,12 @@ def best_of(boxes: Numbers, scores: Numbers, most_overlap: float, most: int | No
     that is not finite overlaps nothing.
     """
     waiting = np.argsort(-scores, kind="stable")
-    kept: list[int] = []
-    while len(waiting) and (most is None or len(kept) < most):
+    chosen: list[int] = []
+    while len(waiting) and (most is None or len(chosen) < most):
         best, waiting = int(waiting[0]), waiting[1:]
-        kept.append(best)
+        chosen.append(best)
         waiting = waiting[~(overlaps(boxes[best], boxes[waiting]) > most_overlap)]
-    return kept
+    return chosen
 
 
 def shrunk(pixels: NDArray[np.uint8], factor: float) -> NDArray[np.uint8]:
@@ -88,20 +88,20 @@ BORDER = (132, 133, 135)  # around the picture, in RGB: as the networks know it
 LEAST_EYE_DISTANCE = 5.0  # pixels; nothing is gained with smaller faces
 
 
-def restorable(found: Sequence[FoundFace], size: tuple[int, int], only_center: bool) -> list[FoundFace]:
+def restorable(faces: Sequence[FoundFace], size: tuple[int, int], only_center: bool) -> list[FoundFace]:
     """Return the faces that can be restored: they have landmarks, and their eyes are far enough apart.
 
     size: width and height of the picture. only_center: of these, the one whose box lies nearest the centre.
     """
-    faces = [face for face in found if eye_distance(face.landmarks) >= LEAST_EYE_DISTANCE]
+    large = [face for face in faces if eye_distance(face.landmarks) >= LEAST_EYE_DISTANCE]
     if not only_center:
-        return faces
+        return large
 
     def away(face: FoundFace) -> float:
         left, top, right, bottom = face.box
         return math.hypot(left + right - size[0], top + bottom - size[1])
 
-    return sorted(faces, key=away)[:1]
+    return sorted(large, key=away)[:1]
 
 
 def eye_distance(landmarks: NDArray[np.float32] | None) -> float:

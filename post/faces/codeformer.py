@@ -124,20 +124,20 @@ class Doubling(nn.Module):
 
 def _build(blocks: Sequence[CodeFormerBlock], resize: Callable[[int], nn.Module]) -> nn.ModuleDict:
     """Build the encoder or the generator: blocks one after the other."""
-    made = nn.ModuleList()
+    modules = nn.ModuleList()
     for block in blocks:
         match block.kind:
             case "res":
-                made.append(ResBlock(block.width_in, block.width))
+                modules.append(ResBlock(block.width_in, block.width))
             case "attention":
-                made.append(AttentionBlock(block.width))
+                modules.append(AttentionBlock(block.width))
             case "resize":
-                made.append(resize(block.width))
+                modules.append(resize(block.width))
             case "norm":
-                made.append(_norm(block.width))
+                modules.append(_norm(block.width))
             case _:
-                made.append(_conv(block.width_in, block.width))
-    return nn.ModuleDict({"blocks": made})
+                modules.append(_conv(block.width_in, block.width))
+    return nn.ModuleDict({"blocks": modules})
 
 
 class CodeFormerAttention(nn.Module):
@@ -183,9 +183,9 @@ class Fusion(nn.Module):
         self.encode_enc = ResBlock(2 * width, width)
         self.scale, self.shift = _steering(width), _steering(width)
 
-    def forward(self, seen: Tensor, x: Tensor, fidelity: float) -> Tensor:
-        """seen, x: B C h w, features of the encoder and of the generator."""
-        both = self.encode_enc(torch.cat([seen, x], dim=1))
+    def forward(self, encoded: Tensor, x: Tensor, fidelity: float) -> Tensor:
+        """encoded, x: B C h w, features of the encoder and of the generator."""
+        both = self.encode_enc(torch.cat([encoded, x], dim=1))
         return x + fidelity * (x * self.scale(both) + self.shift(both))
 
 
@@ -215,17 +215,17 @@ class CodeFormer(nn.Module):
 
         faces: B 3 S S, -1..1. fidelity: 0 (the codebook's faces) to 1 (close to the input).
         """
-        latents, seen = self._encode(faces)
+        latents, encoded = self._encode(faces)
         # the features of the codes get the mean and spread that the latents have
-        found = self.quantize["embedding"](self._choose(latents))
-        found = rearrange(found, "b (h w) c -> b c h w", h=self.config.side)
-        (mean, spread), (wanted_mean, wanted_spread) = map(_statistics, (found, latents.float()))
-        x = ((found - mean) / spread * wanted_spread + wanted_mean).to(latents.dtype)
+        codes = self.quantize["embedding"](self._choose(latents))
+        codes = rearrange(codes, "b (h w) c -> b c h w", h=self.config.side)
+        (mean, spread), (wanted_mean, wanted_spread) = map(_statistics, (codes, latents.float()))
+        x = ((codes - mean) / spread * wanted_spread + wanted_mean).to(latents.dtype)
         size, is_doubled = self.config.side, False
         for block, part in zip(self.generator["blocks"], self.config.generator, strict=True):
             x = block(x)
             if is_doubled and size in self.config.fused and fidelity > 0:  # after the block behind a doubling
-                x = self.fuse_convs_dict[str(size)](seen[size], x, fidelity)
+                x = self.fuse_convs_dict[str(size)](encoded[size], x, fidelity)
             is_doubled = part.kind == RESIZE
             size *= 2 if is_doubled else 1
         return x.float()
@@ -238,12 +238,12 @@ class CodeFormer(nn.Module):
         """Return the latents, B C h w, and by size the features that are fused."""
         x = faces.to(next(self.encoder.parameters()).dtype)
         sizes = {block: size for size, block in last_blocks(self.config).items()}
-        seen = {}
+        fused = {}
         for number, block in enumerate(self.encoder["blocks"]):
             x = block(x)
             if sizes.get(number) in self.config.fused:
-                seen[sizes[number]] = x
-        return x, seen
+                fused[sizes[number]] = x
+        return x, fused
 
     def _choose(self, latents: Tensor) -> Tensor:
         tokens = self.feat_emb(rearrange(latents.float(), "b c h w -> b (h w) c"))
@@ -260,42 +260,54 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def last_blocks(config: CodeFormerConfig) -> dict[int, int]:
     """Return for each size of features the index of the encoder's last block before the next halving."""
-    found, size = {}, config.size
+    blocks, size = {}, config.size
     for number, block in enumerate(config.encoder):
         if block.kind == RESIZE:
-            found[size] = number - 1
+            blocks[size] = number - 1
             size //= 2
-    return found
+    return blocks
 
 
 def read_codeformer(checkpoint: Checkpoint) -> LoadPlan[CodeFormerConfig]:
     """Plan how to load a CodeFormer file. Raises CheckpointError for any other file."""
     names = checkpoint.tensors
-    other = other_kind(checkpoint, "a CodeFormer", "--model with --mode codeformer", FILES)
+    wrong_kind = other_kind(checkpoint, "a CodeFormer", "--model with --mode codeformer", FILES)
     if "idx_pred_layer.1.weight" not in names or "quantize.embedding.weight" not in names:
-        raise other
+        raise wrong_kind
     sources = plain_sources(checkpoint)
-    shape = shapes_of(checkpoint, sources, other)
-    encoder, generator = (_blocks(part, checkpoint) for part in ("encoder", "generator"))
+    shape = shapes_of(checkpoint, sources, wrong_kind)
+    encoder = _blocks("encoder", checkpoint)
+    generator = _blocks("generator", checkpoint)
     places, tokens = shape("position_emb", 2)
     codes, code_width = shape("quantize.embedding.weight", 2)
-    hidden, layers = shape("ft_layers.0.linear1.weight", 2)[0], count(names, r"ft_layers\.\d+")
-    fused = {int(found[1]) for name in names if (found := re.match(r"fuse_convs_dict\.(\d{1,5})\.", name))}
+    matches = [re.match(r"fuse_convs_dict\.(\d{1,5})\.", name) for name in names]
     config = CodeFormerConfig(
-        encoder, generator, places, tokens, hidden, layers, (codes, code_width), tuple(sorted(fused))
+        encoder=encoder,
+        generator=generator,
+        places=places,
+        tokens=tokens,
+        hidden=shape("ft_layers.0.linear1.weight", 2)[0],
+        layers=count(names, r"ft_layers\.\d+"),
+        codes=(codes, code_width),
+        fused=tuple(sorted({int(match[1]) for match in matches if match})),
     )
-    doublings = sum(block.kind == RESIZE for block in generator)
-    normed = [block for block in (*encoder, *generator) if block.kind != CONV]
-    if (
-        config.side**2 != places
-        or config.size != config.side << doublings
-        or not fused <= last_blocks(config).keys()
-        or tokens % HEADS
-        or any(block.width_in % GROUPS or block.width % GROUPS for block in normed)
-        or CONV not in {block.kind for block in encoder[-1:]}
-    ):
-        raise other
+    if not _is_possible(config):
+        raise wrong_kind
     return LoadPlan(config, checkpoint, sources)
+
+
+def _is_possible(config: CodeFormerConfig) -> bool:
+    """Return whether the dimensions fit each other."""
+    doublings = sum(block.kind == RESIZE for block in config.generator)
+    normed = [block for block in (*config.encoder, *config.generator) if block.kind != CONV]
+    return (
+        config.side**2 == config.places
+        and config.size == config.side << doublings
+        and set(config.fused) <= last_blocks(config).keys()
+        and config.tokens % HEADS == 0
+        and not any(block.width_in % GROUPS or block.width % GROUPS for block in normed)
+        and CONV in {block.kind for block in config.encoder[-1:]}
+    )
 
 
 _MARKS = {"conv1.weight": RES, "q.weight": ATTENTION, "conv.weight": RESIZE, "weight": CONV}
@@ -303,21 +315,23 @@ _MARKS = {"conv1.weight": RES, "q.weight": ATTENTION, "conv.weight": RESIZE, "we
 
 def _blocks(part: str, checkpoint: Checkpoint) -> tuple[CodeFormerBlock, ...]:
     """Derive the blocks of the encoder or the generator from their tensors."""
-    found = []
-    for number in range(count(checkpoint.tensors, rf"{part}\.blocks\.\d+")):
-        shapes = {
-            name.removeprefix(f"{part}.blocks.{number}."): info.shape
-            for name, info in checkpoint.tensors.items()
-            if name.startswith(f"{part}.blocks.{number}.")
-        }
-        marked = [(kind, shapes[name]) for name, kind in _MARKS.items() if shapes.get(name)]
-        if not marked:
-            raise CheckpointError(
-                f"{checkpoint.path} is incomplete: {part}.blocks.{number} is missing. Copy it again.",
-                checkpoint.path,
-            )
-        kind, shape = marked[0]
-        if kind == CONV and len(shape) == 1:
-            kind = NORM
-        found.append(CodeFormerBlock(kind, shape[1] if len(shape) > 1 else shape[0], shape[0]))
-    return tuple(found)
+    num_blocks = count(checkpoint.tensors, rf"{part}\.blocks\.\d+")
+    return tuple(_block(f"{part}.blocks.{number}", checkpoint) for number in range(num_blocks))
+
+
+def _block(name: str, checkpoint: Checkpoint) -> CodeFormerBlock:
+    """Derive a block from its tensors. Raises CheckpointError if it has none."""
+    shapes = {}
+    for tensor_name, info in checkpoint.tensors.items():
+        if tensor_name.startswith(f"{name}."):
+            shapes[tensor_name.removeprefix(f"{name}.")] = info.shape
+    marked = [(kind, shapes[mark]) for mark, kind in _MARKS.items() if shapes.get(mark)]
+    if not marked:
+        raise CheckpointError(
+            f"{checkpoint.path} is incomplete: {name} is missing. Copy it again.", checkpoint.path
+        )
+    kind, shape = marked[0]
+    if kind == CONV and len(shape) == 1:
+        kind = NORM
+    width_in = shape[1] if len(shape) > 1 else shape[0]
+    return CodeFormerBlock(kind, width_in, shape[0])

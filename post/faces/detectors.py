@@ -61,7 +61,8 @@ def load_detector(
     _refuse_pickled_yolo(path, option)
     with open_checkpoint(path) as checkpoint:
         plan = read_retinaface(checkpoint, option)
-        return load_retinaface(plan, device, half_where_fast(device, dtype, "RetinaFace"), side, option)
+        dtype = half_where_fast(device, dtype, "RetinaFace")
+        return load_retinaface(plan, device, dtype, side=side, option=option)
 
 
 def no_landmarks(detector: str) -> CheckpointError:

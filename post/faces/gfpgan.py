@@ -80,8 +80,9 @@ class ModulatedConv(nn.Module):
             kernels = kernels * torch.rsqrt(kernels.square().sum(dim=(2, 3, 4), keepdim=True) + 1e-8)
         # all faces as groups of one convolution
         grouped = rearrange(kernels.to(x.dtype), "b out c kh kw -> (b out) c kh kw")
-        made = conv2d(rearrange(x, "b c h w -> 1 (b c) h w"), grouped, padding="same", groups=len(x))
-        return rearrange(made, "1 (b c) h w -> b c h w", b=len(x))
+        features = rearrange(x, "b c h w -> 1 (b c) h w")
+        features = conv2d(features, grouped, padding="same", groups=len(x))
+        return rearrange(features, "1 (b c) h w -> b c h w", b=len(x))
 
 
 class StyleConv(nn.Module):
@@ -207,26 +208,27 @@ def _steering(width_in: int, width: int) -> nn.Sequential:
 def read_gfpgan(checkpoint: Checkpoint) -> LoadPlan[GfpganConfig]:
     """Plan how to load a GFPGAN file. Raises CheckpointError for any other file."""
     names = checkpoint.tensors
-    other = other_kind(checkpoint, "a GFPGAN of v1.2 to v1.4", "--model", FILES)
+    wrong_kind = other_kind(checkpoint, "a GFPGAN of v1.2 to v1.4", "--model", FILES)
     if "conv_body_first.weight" not in names or "stylegan_decoder.constant_input.weight" not in names:
-        raise other
+        raise wrong_kind
     sources = plain_sources(checkpoint)
-    shape = shapes_of(checkpoint, sources, other)
+    shape = shapes_of(checkpoint, sources, wrong_kind)
     levels = count(names, r"conv_body_down\.\d+")
     body = (
         shape("conv_body_first.weight")[0],
         *(shape(f"conv_body_down.{n}.conv2.weight")[0] for n in range(levels)),
     )
     start = "stylegan_decoder."
+    decoder = (
+        shape(f"{start}constant_input.weight")[1],
+        *(shape(f"{start}style_convs.{2 * n}.modulated_conv.weight", 5)[1] for n in range(levels)),
+    )
     config = GfpganConfig(
-        body,
-        (
-            shape(f"{start}constant_input.weight")[1],
-            *(shape(f"{start}style_convs.{2 * n}.modulated_conv.weight", 5)[1] for n in range(levels)),
-        ),
-        shape(f"{start}style_conv1.modulated_conv.modulation.weight", 2)[1],
-        tuple(shape(f"condition_scale.{n}.2.weight")[0] for n in range(levels)),
+        body=body,
+        decoder=decoder,
+        style=shape(f"{start}style_conv1.modulated_conv.modulation.weight", 2)[1],
+        steered=tuple(shape(f"condition_scale.{n}.2.weight")[0] for n in range(levels)),
     )
     if any(some > all_of for some, all_of in zip(config.steered, config.decoder[1:], strict=True)):
-        raise other
+        raise wrong_kind
     return LoadPlan(config, checkpoint, sources, ignore=UNUSED)

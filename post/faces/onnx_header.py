@@ -73,30 +73,39 @@ def read_onnx(path: Path) -> tuple[OnnxHeader, bytes]:
     """
     content = _read_bytes(path)
     try:
-        checks = _Checks()
-        model = checks.parts(memoryview(content))
-        if not model[_GRAPH]:
-            raise ValueError("no graph")
-        notes = [dict(_fields(note)) for note in model[_NOTES]]
-        graph = checks.parts(model[_GRAPH][-1])
-        checks.counts |= {name: input_count(shape) for name, shape in map(_read_value, graph[_INPUTS])}
-        outputs = dict(map(_read_value, graph[_OUTPUTS]))
-        if not graph[_NODES] or not outputs:
-            raise ValueError("an empty graph")
-        checks.graph(graph)
-        filled = {_text(dict(_fields(tensor)).get(_TENSOR_NAME)) for tensor in graph[_INITIALIZERS]}
-        taken = {name: shape for name, shape in map(_read_value, graph[_INPUTS]) if name not in filled}
-        for name, shape in taken.items():
-            if any(size is not None and size > limits.MAX_ONNX_SIDE for size in shape):
-                raise _RefusedError(f"its input {name} has the shape {list(shape)}")
-        texts = {_text(note.get(1)): _text(note.get(2)) for note in notes}
-        return OnnxHeader(taken, outputs, texts), content
+        return _parse(content), content
     except _RefusedError as error:
         raise CheckpointError(f"{path} cannot be used: {error}.", path) from None
     except (ValueError, IndexError, struct.error):
         raise CheckpointError(
             f"{path} is no ONNX file, or a damaged one. Download or export it again.", path
         ) from None
+
+
+def _parse(content: bytes) -> OnnxHeader:
+    """Return the inputs and outputs in a file's content.
+
+    Raises _RefusedError if it is unsafe; ValueError, IndexError or struct.error if it is damaged.
+    """
+    checks = _Checks()
+    model = checks.parts(memoryview(content))
+    if not model[_GRAPH]:
+        raise ValueError("no graph")
+    notes = [dict(_fields(note)) for note in model[_NOTES]]
+    graph = checks.parts(model[_GRAPH][-1])
+    values = [_read_value(value) for value in graph[_INPUTS]]
+    checks.counts |= {name: input_count(shape) for name, shape in values}
+    outputs = dict(map(_read_value, graph[_OUTPUTS]))
+    if not graph[_NODES] or not outputs:
+        raise ValueError("an empty graph")
+    checks.graph(graph)
+    filled = {_text(dict(_fields(tensor)).get(_TENSOR_NAME)) for tensor in graph[_INITIALIZERS]}
+    inputs = {name: shape for name, shape in values if name not in filled}
+    for name, shape in inputs.items():
+        if any(size is not None and size > limits.MAX_ONNX_SIDE for size in shape):
+            raise _RefusedError(f"its input {name} has the shape {list(shape)}")
+    texts = {_text(note.get(1)): _text(note.get(2)) for note in notes}
+    return OnnxHeader(inputs, outputs, texts)
 
 
 def _read_bytes(path: Path, most: int | None = None) -> bytes:
@@ -129,29 +138,40 @@ class _Checks:
         for tensor in graph[_INITIALIZERS]:
             self._tensor(self.parts(tensor))
         for node in map(self.parts, graph[_NODES]):
-            outputs = list(map(_text, node[_NODE_OUTPUTS]))
-            settings: dict[str, Sequence[int]] = {}
-            for attribute in map(self.parts, node[_ATTRIBUTES]):
-                for tensor in attribute[_TENSOR] + attribute[_TENSORS]:
-                    self._tensor(self.parts(tensor), outputs)
-                for inner in attribute[_INNER_GRAPH] + attribute[_INNER_GRAPHS]:
-                    self.graph(self.parts(inner), depth + 1)
-                numbers = _numbers(attribute[_NUMBERS] or attribute[_NUMBER])
-                settings[next(map(_text, attribute[_SETTING]), "")] = numbers
-                # 2**31 - 1: the end, of old files
-                sizes = (one for one in numbers if one != 2**31 - 1) if attribute[_NUMBERS] else ()
-                if _product(sizes) > limits.MAX_ONNX_VALUES:
-                    raise _RefusedError(f"{_shown(outputs)} asks for sizes that no detector has")
-            kind = next(map(_text, node[_KIND]), "")
-            inputs = list(map(_text, node[_NODE_INPUTS]))
-            known = [self.constants[name] for name in inputs if name in self.constants]
-            if kind in _GROWING and max(known, default=0) > limits.MAX_ONNX_VALUES:
-                raise _RefusedError(f"{_shown(outputs)} makes more numbers than any detector")
-            self._count(Node(kind, inputs, settings), outputs)
-            if known and kind in _SAME and inputs[0] in self.constants:
-                self._fold(outputs, known[0])
-            elif kind in _FOLDED and inputs and len(known) == len(inputs):
-                self._fold(outputs, math.inf if kind in _UNBOUNDED else math.prod(known))
+            self._node(node, depth)
+
+    def _node(self, node: _Parts, depth: int) -> None:
+        """Check an operator, and record the sizes that it makes."""
+        outputs = list(map(_text, node[_NODE_OUTPUTS]))
+        settings: dict[str, Sequence[int]] = {}
+        for attribute in map(self.parts, node[_ATTRIBUTES]):
+            name, numbers = self._attribute(attribute, outputs, depth)
+            settings[name] = numbers
+        kind = next(map(_text, node[_KIND]), "")
+        inputs = list(map(_text, node[_NODE_INPUTS]))
+        products = [self.constants[name] for name in inputs if name in self.constants]
+        if kind in _GROWING and max(products, default=0) > limits.MAX_ONNX_VALUES:
+            raise _RefusedError(f"{_shown(outputs)} makes more numbers than any detector")
+        self._count(Node(kind, inputs, settings), outputs)
+        if products and kind in _SAME and inputs[0] in self.constants:
+            self._fold(outputs, products[0])
+        elif kind in _FOLDED and inputs and len(products) == len(inputs):
+            self._fold(outputs, math.inf if kind in _UNBOUNDED else math.prod(products))
+
+    def _attribute(self, attribute: _Parts, outputs: Sequence[str], depth: int) -> tuple[str, Sequence[int]]:
+        """Check the tensors, graphs and sizes of an attribute; return its name and numbers."""
+        for tensor in attribute[_TENSOR] + attribute[_TENSORS]:
+            self._tensor(self.parts(tensor), outputs)
+        for inner in attribute[_INNER_GRAPH] + attribute[_INNER_GRAPHS]:
+            self.graph(self.parts(inner), depth + 1)
+        numbers = _numbers(attribute[_NUMBERS] or attribute[_NUMBER])
+        name = next(map(_text, attribute[_SETTING]), "")
+        if attribute[_NUMBERS]:
+            # 2**31 - 1: the end, of old files
+            sizes = (number for number in numbers if number != 2**31 - 1)
+            if _product(sizes) > limits.MAX_ONNX_VALUES:
+                raise _RefusedError(f"{_shown(outputs)} asks for sizes that no detector has")
+        return name, numbers
 
     def _fold(self, names: Sequence[str], product: float) -> None:
         """Record sizes that an operator makes of sizes; which of them belongs to which axis is not known."""
@@ -173,21 +193,17 @@ class _Checks:
             raise _RefusedError("its numbers are in another file. Export it again as one file")
         dims = _numbers(tensor[_DIMS])
         count = math.prod(dims)
-        size = sum(1 if isinstance(one, int) else len(one) for kind in _VALUES for one in tensor[kind])
+        size = 0
+        for field_number in _VALUES:
+            size += sum(1 if isinstance(value, int) else len(value) for value in tensor[field_number])
         if count > 2 * size:  # the smallest numbers have four bits
             raise _RefusedError(f"its tensor {_shown(names)} of shape {dims[:8]} has not so many numbers")
         self.tensors |= dict.fromkeys(names, Constant(tuple(dims)))
         self.counts |= dict.fromkeys(names, float(count))
-        dtype = next((one for one in tensor[_DTYPE] if isinstance(one, int)), 0)
+        dtype = next((number for number in tensor[_DTYPE] if isinstance(number, int)), 0)
         if dtype in _DTYPES and count <= _MOST_SIZES:
-            letter, own = _DTYPES[dtype]
-            found = tensor[_RAW][-1:] or tensor[own]
-            values: Sequence[float]
-            if letter != "f" and not tensor[_RAW]:
-                values = _numbers(found)
-            else:
-                data = b"".join(one for one in found if not isinstance(one, int))
-                values = struct.unpack(f"<{count}{letter}", data)
+            letter, _ = _DTYPES[dtype]
+            values = _read_values(tensor, dtype, count)
             product = _product(values)
             constant = Constant(tuple(dims), tuple(values), letter == "f")
             self.tensors |= dict.fromkeys(names, constant)
@@ -196,13 +212,23 @@ class _Checks:
 
     def parts(self, message: _Value) -> _Parts:
         """Return the values of a message by field number; all messages together may have MAX_ONNX_FIELDS."""
-        found: _Parts = defaultdict(list)
+        parts: _Parts = defaultdict(list)
         for number, value in _fields(message):
             self.fields += 1
             if self.fields > limits.MAX_ONNX_FIELDS:
                 raise _RefusedError(f"it has more than {limits.MAX_ONNX_FIELDS:,} parts")
-            found[number].append(value)
-        return found
+            parts[number].append(value)
+        return parts
+
+
+def _read_values(tensor: _Parts, dtype: int, count: int) -> Sequence[float]:
+    """Return the values of a small tensor. dtype: one of _DTYPES."""
+    letter, field_number = _DTYPES[dtype]
+    stored = tensor[_RAW][-1:] or tensor[field_number]
+    if letter != "f" and not tensor[_RAW]:
+        return _numbers(stored)
+    data = b"".join(value for value in stored if not isinstance(value, int))
+    return struct.unpack(f"<{count}{letter}", data)
 
 
 def _read_value(content: _Value) -> tuple[str, Shape]:
@@ -261,7 +287,7 @@ def _numbers(values: Iterable[_Value]) -> list[int]:
 
 def _product(sizes: Iterable[float]) -> float:
     """Multiply sizes; skip those that mean the end of an axis or count from it."""
-    return math.prod(max(1, one) for one in sizes if one < 2**63 - 1)
+    return math.prod(max(1, size) for size in sizes if size < 2**63 - 1)
 
 
 def _shown(names: Sequence[str]) -> str:

@@ -41,38 +41,40 @@ def output_count(node: Node, counts: Mapping[str, float], constants: Mapping[str
 
     counts: of the values before it. constants: tensors of the file by name.
     """
-    given = [counts[name] for name in node.inputs if name in counts]
+    input_counts = [counts[name] for name in node.inputs if name in counts]
     first = counts.get(node.inputs[0], 1.0) if node.inputs else 1.0
-    others = [constants[name] for name in node.inputs[1:] if name in constants]
+    operands = [constants[name] for name in node.inputs[1:] if name in constants]
+    weight = operands[0].dims if operands else ()
     strides = math.prod(map(float, node.settings.get("strides", ()))) or 1.0
     match node.kind:
-        case "Conv" if others and len(others[0].dims) > 2:
-            channels = others[0].dims
-            return first * channels[0] / max(1, channels[1] * _groups(node)) / strides
-        case "ConvTranspose" if others and len(others[0].dims) > 2:
-            channels = others[0].dims
-            return first * channels[1] * _groups(node) / max(1, channels[0]) * strides
+        case "Conv" if len(weight) > 2:
+            return first * weight[0] / max(1, weight[1] * _groups(node)) / strides
+        case "ConvTranspose" if len(weight) > 2:
+            return first * weight[1] * _groups(node) / max(1, weight[0]) * strides
         case "MaxPool" | "AveragePool":
             return first / strides
-        case "MatMul" | "Gemm" if others and len(others[0].dims) == 2:
-            rows, columns = sorted(others[0].dims)
+        case "MatMul" | "Gemm" if len(weight) == 2:
+            rows, columns = sorted(weight)
             return first * columns / max(1, rows)  # whichever of them is summed over
         case "Concat":
-            return sum(given)
+            return sum(input_counts)
         case "Gather":
             indices = constants.get(node.inputs[1]) if len(node.inputs) > 1 else None
             return first * (1 if indices is None else max(1, math.prod(indices.dims)))
         case "Tile" | "OneHot":
-            return first * max((_product(one) for one in others), default=1.0)
+            return first * max((_product(repeats) for repeats in operands), default=1.0)
         case "Expand":
-            return max((_expanded(first, one) for one in others), default=first)
+            return max((_expanded(first, shape) for shape in operands), default=first)
         case "Resize" | "Upsample":
-            scaled = [
-                first * _product(one) if one.is_float else _product(one) for one in others if one.values
-            ]
-            return max(scaled, default=first)
+            return _resized(first, operands)
         case _:
-            return max(given, default=1.0)
+            return max(input_counts, default=1.0)
+
+
+def _resized(count: float, operands: Sequence[Constant]) -> float:
+    """Return the numbers of what is resized by factors, or to sizes."""
+    products = [_product(sizes) * (count if sizes.is_float else 1) for sizes in operands if sizes.values]
+    return max(products, default=count)
 
 
 def _groups(node: Node) -> int:

@@ -120,11 +120,11 @@ def face_parts(scores: Tensor) -> Tensor:
 
 def read_parsenet(checkpoint: Checkpoint) -> LoadPlan[ParseNetConfig]:
     """Plan how to load a ParseNet file. Raises CheckpointError for any other file."""
-    other = other_kind(checkpoint, f"a ParseNet of {CLASSES} parts", "the folder of --model", FILES)
+    wrong_kind = other_kind(checkpoint, f"a ParseNet of {CLASSES} parts", "the folder of --model", FILES)
     if "out_mask_conv.conv2d.weight" not in checkpoint.tensors:
-        raise other
+        raise wrong_kind
     sources = plain_sources(checkpoint)
-    shape = shapes_of(checkpoint, sources, other)
+    shape = shapes_of(checkpoint, sources, wrong_kind)
 
     def rows(name: str) -> int:
         return shape(f"{name}.conv2d.weight")[0]
@@ -134,7 +134,7 @@ def read_parsenet(checkpoint: Checkpoint) -> LoadPlan[ParseNetConfig]:
     down = (rows("encoder.0"), *(rows(f"encoder.{n + 1}.conv1") for n in range(downs)))
     up = (down[-1], *(rows(f"decoder.{n}.conv1") for n in range(ups)))
     if downs != ups or rows("out_mask_conv") != CLASSES:
-        raise other
+        raise wrong_kind
     config = ParseNetConfig(down, count(sources, r"body\.\d+"), up)
     return LoadPlan(config, checkpoint, sources, ignore=UNUSED)
 
@@ -163,7 +163,7 @@ def load_both(
 ) -> tuple[Gfpgan | CodeFormer, ParseNet]:
     """Load both networks. Raises CheckpointError if a file is wrong, or if their sizes do not match."""
     restorer = _load_model(options, model, device, dtype)
-    parts = _load(parsenet, read_parsenet, ParseNet, device, dtype, "ParseNet")
+    parts = _load_parsenet(parsenet, device, dtype)
     size, stride = restorer.config.size, parts.config.stride
     # mirrored padding needs at least two features on a side
     if size % stride or size < 2 * stride:
@@ -180,21 +180,21 @@ def load_restorer(options: FacefixOptions, model: Path, parsenet: Path, device: 
     network, name = options.network, "GFPGAN" if options.mode == GFPGAN else "CodeFormer"
     dtype = network_dtype(network, device, name)
 
-    def prepared(made: Gfpgan | CodeFormer) -> Run:
+    def prepared(model: Gfpgan | CodeFormer) -> Run:
         """Return a function that restores faces, with the options' fidelity or noise built in."""
-        if isinstance(made, CodeFormer):
-            return lambda faces: made(faces, options.weight)
+        if isinstance(model, CodeFormer):
+            return lambda faces: model(faces, options.weight)
         if network.seed is not None:
-            made.draw_noise(torch.Generator().manual_seed(derive_seed("noise of faces", network.seed)))
-        return made
+            model.draw_noise(torch.Generator().manual_seed(derive_seed("noise of faces", network.seed)))
+        return model
 
     def exact_restorer() -> Run:
         return prepared(_load_model(options, model, device, torch.float32))
 
     def exact_parts() -> ParseNet:
-        return _load(parsenet, read_parsenet, ParseNet, device, torch.float32, "ParseNet")
+        return _load_parsenet(parsenet, device, torch.float32)
 
-    restorer, parts = load_both(options, model, parsenet, device, dtype)
+    restorer, parts = load_both(options, model, parsenet, device=device, dtype=dtype)
     if isinstance(restorer, CodeFormer) and network.seed is not None:
         logger.warning("--seed is ignored because CodeFormer draws nothing at random.")
     logger.info("%s; %s.", LICENCES[options.mode], PARSENET_LICENCE)
@@ -210,8 +210,14 @@ def _load_model(
     options: FacefixOptions, path: Path, device: torch.device, dtype: torch.dtype
 ) -> Gfpgan | CodeFormer:
     if options.mode == GFPGAN:
-        return _load(path, read_gfpgan, Gfpgan, device, dtype, "--model")
-    return _load(path, read_codeformer, CodeFormer, device, dtype, "--model", kept=CHOOSING)
+        return _load(path, read_gfpgan, Gfpgan, device=device, dtype=dtype, what="--model")
+    return _load(
+        path, read_codeformer, CodeFormer, device=device, dtype=dtype, what="--model", in_float32=CHOOSING
+    )
+
+
+def _load_parsenet(path: Path, device: torch.device, dtype: torch.dtype) -> ParseNet:
+    return _load(path, read_parsenet, ParseNet, device=device, dtype=dtype, what="ParseNet")
 
 
 def _load(
@@ -221,15 +227,15 @@ def _load(
     device: torch.device,
     dtype: torch.dtype,
     what: str,
-    kept: tuple[str, ...] = (),
+    in_float32: tuple[str, ...] = (),
 ) -> Network:
-    """Load one network. kept: prefixes of the weights that stay in float32."""
+    """Load one network. in_float32: prefixes of the weights that stay in float32."""
 
     def dtype_of(name: str, _stored: torch.dtype) -> torch.dtype:
-        return torch.float32 if kept and name.startswith(kept) else dtype
+        return torch.float32 if in_float32 and name.startswith(in_float32) else dtype
 
     with open_checkpoint(path) as checkpoint:
-        return load_planned(read(checkpoint), build, device, dtype_of, what)
+        return load_planned(read(checkpoint), build, device=device, dtype=dtype_of, what=what)
 
 
 # Find the files that restoring faces takes: the model, and beside it the detector and ParseNet.
@@ -255,7 +261,7 @@ def find_files(options: FacefixOptions) -> tuple[Path, Path, Path]:
     """
     mode, model, named = options.mode, options.network.model, options.detection_model
     if model.is_dir():
-        model = _first_file(model, MODELS[mode], "--model", ORIGINS[mode], mode)
+        model = _first_file(model, MODELS[mode], "--model", origin=ORIGINS[mode], task=mode)
     elif not model.exists():
         raise CheckpointError(
             f"--model {model}: there is no such file or folder.{explain_missing(model)}", model
@@ -264,11 +270,13 @@ def find_files(options: FacefixOptions) -> tuple[Path, Path, Path]:
     if named in RETINAFACES:
         stem = RETINAFACES[named]
         is_larger = stem == next(iter(RETINAFACES.values()))  # tools/download.py has no other
-        detector = _first_file(model.parent, (stem,), what, ORIGINS[stem], mode if is_larger else None)
+        task = mode if is_larger else None
+        detector = _first_file(model.parent, (stem,), what, origin=ORIGINS[stem], task=task)
     elif named == YUNET:
         files = [path for path in sorted(model.parent.glob("*.onnx")) if "yunet" in path.name.lower()]
         if not files:
-            raise _missing(what, ".onnx file with yunet in its name", model.parent, ORIGINS[YUNET], YUNET)
+            file = ".onnx file with yunet in its name"
+            raise _missing(what, file, model.parent, origin=ORIGINS[YUNET], task=YUNET)
         detector = files[-1]  # their names end with a date
     elif not detector.exists():
         raise CheckpointError(
@@ -277,7 +285,8 @@ def find_files(options: FacefixOptions) -> tuple[Path, Path, Path]:
             detector,
         )
     what = "ParseNet, which finds the parts of a face"
-    return model, _first_file(model.parent, (PARSENET,), what, ORIGINS[PARSENET], mode), detector
+    parsenet = _first_file(model.parent, (PARSENET,), what, origin=ORIGINS[PARSENET], task=mode)
+    return model, parsenet, detector
 
 
 def _first_file(folder: Path, stems: Sequence[str], what: str, origin: str, task: str | None) -> Path:
@@ -292,7 +301,7 @@ def _first_file(folder: Path, stems: Sequence[str], what: str, origin: str, task
         for suffix in SUFFIXES:
             if f"{stem}{suffix}".lower() in files:
                 return files[f"{stem}{suffix}".lower()]
-    raise _missing(what, f"{stems[0]}.pth", folder, origin, task)
+    raise _missing(what, f"{stems[0]}.pth", folder, origin=origin, task=task)
 
 
 def _missing(what: str, file: str, folder: Path, origin: str, task: str | None) -> CheckpointError:

@@ -60,7 +60,7 @@ class Pyramid(nn.Module):
 
     def __init__(self, widths: Sequence[int], width: int, slope: float) -> None:
         super().__init__()
-        self.output1, self.output2, self.output3 = (_conv(each, width, 1, slope) for each in widths)
+        self.output1, self.output2, self.output3 = (_conv(inner, width, 1, slope) for inner in widths)
         self.merge1 = _conv(width, width, 3, slope)
         self.merge2 = _conv(width, width, 3, slope)
 
@@ -85,8 +85,8 @@ class Context(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shared = self.conv5X5_1(x)
-        seen = [self.conv3X3(x), self.conv5X5_2(shared), self.conv7x7_3(self.conv7X7_2(shared))]
-        return relu(torch.cat(seen, dim=1))
+        views = [self.conv3X3(x), self.conv5X5_2(shared), self.conv7x7_3(self.conv7X7_2(shared))]
+        return relu(torch.cat(views, dim=1))
 
 
 class AnchorHead(nn.Module):
@@ -122,9 +122,9 @@ class RetinaFace(nn.Module):
         Returns scores B N (0..1), and boxes B N 4 and landmarks B N 10 relative to the anchors; float32.
         """
         fine, middle, coarse = self.fpn(self.body(x))
-        seen = [self.ssh1(fine), self.ssh2(middle), self.ssh3(coarse)]
+        scales = [self.ssh1(fine), self.ssh2(middle), self.ssh3(coarse)]
         classes, boxes, landmarks = (
-            torch.cat([head(each) for head, each in zip(heads, seen, strict=True)], dim=1).float()
+            torch.cat([head(scale) for head, scale in zip(heads, scales, strict=True)], dim=1).float()
             for heads in (self.ClassHead, self.BboxHead, self.LandmarkHead)
         )
         return classes.softmax(dim=-1)[..., 1], boxes, landmarks
@@ -133,7 +133,7 @@ class RetinaFace(nn.Module):
 @lru_cache(maxsize=4)
 def anchors(height: int, width: int) -> Tensor:
     """Return the anchors of a picture, N 4: centre x, centre y, width, height as parts of its sides."""
-    found = []
+    scales = []
     for step, sizes in zip(STEPS, SIZES, strict=True):
         rows, columns = -(-height // step), -(-width // step)
         y, x = torch.meshgrid(
@@ -143,20 +143,20 @@ def anchors(height: int, width: int) -> Tensor:
         )
         centres = torch.stack([x, y], dim=-1).reshape(-1, 1, 2).expand(-1, len(sizes), -1)
         extents = torch.tensor([[size / width, size / height] for size in sizes], dtype=torch.float64)
-        found.append(torch.cat([centres, extents.expand(len(centres), -1, -1)], dim=-1).reshape(-1, 4))
-    return torch.cat(found).float()
+        scales.append(torch.cat([centres, extents.expand(len(centres), -1, -1)], dim=-1).reshape(-1, 4))
+    return torch.cat(scales).float()
 
 
-def decode_boxes(said: Tensor, priors: Tensor) -> Tensor:
+def decode_boxes(values: Tensor, priors: Tensor) -> Tensor:
     """Return left, top, right, bottom (N 4) from the heads' output and the anchors (both N 4)."""
-    centre = priors[:, :2] + CENTRE_SCALE * said[:, :2] * priors[:, 2:]
-    half = priors[:, 2:] * torch.exp(SIZE_SCALE * said[:, 2:]) / 2
+    centre = priors[:, :2] + CENTRE_SCALE * values[:, :2] * priors[:, 2:]
+    half = priors[:, 2:] * torch.exp(SIZE_SCALE * values[:, 2:]) / 2
     return torch.cat([centre - half, centre + half], dim=-1)
 
 
-def decode_landmarks(said: Tensor, priors: Tensor) -> Tensor:
+def decode_landmarks(values: Tensor, priors: Tensor) -> Tensor:
     """Return points (N 5 2) from the heads' output (N 10) and the anchors (N 4)."""
-    offsets = rearrange(said, "n (p d) -> n p d", d=2)
+    offsets = rearrange(values, "n (p d) -> n p d", d=2)
     return priors[:, None, :2] + CENTRE_SCALE * offsets * priors[:, None, 2:]
 
 
@@ -192,9 +192,9 @@ class RetinaFaceDetector:
         Raises CheckpointError if it is not finite in float32: faces would be missed without notice.
         """
         dtype = next(self.network.parameters()).dtype
-        said: tuple[Tensor, Tensor, Tensor] = self.network(image.to(dtype))
-        if all(bool(part.isfinite().all()) for part in said):
-            return said
+        outputs: tuple[Tensor, Tensor, Tensor] = self.network(image.to(dtype))
+        if all(bool(part.isfinite().all()) for part in outputs):
+            return outputs
         if dtype == torch.float32:
             raise CheckpointError(
                 "The result of RetinaFace is NaN or infinite: its file may be damaged. Download or copy it "
@@ -206,8 +206,8 @@ class RetinaFaceDetector:
 
     def _to_input(self, pixels: NDArray[np.uint8]) -> Tensor:
         """Return H W 3 (RGB) as 1 3 H W, blue green red minus MEAN in float32; bytes go to the device."""
-        turned = torch.from_numpy(np.ascontiguousarray(pixels[..., ::-1])).to(self.device)
-        image = rearrange(turned, "h w c -> 1 c h w").float()
+        blue_first = torch.from_numpy(np.ascontiguousarray(pixels[..., ::-1])).to(self.device)
+        image = rearrange(blue_first, "h w c -> 1 c h w").float()
         image = image - torch.tensor(MEAN, device=self.device).view(1, 3, 1, 1)
         return image.contiguous(memory_format=layouts(self.device)[1])
 
@@ -250,7 +250,7 @@ def load_retinaface(
     plan: LoadPlan[RetinaFaceConfig], device: torch.device, dtype: torch.dtype, side: int | None, option: str
 ) -> RetinaFaceDetector:
     """Load the network of a plan whose file is open. Raises CheckpointError if tensors do not fit."""
-    network = load_planned(plan, RetinaFace, device, dtype, option)
+    network = load_planned(plan, RetinaFace, device=device, dtype=dtype, what=option)
     lay_out(network, device)
     return RetinaFaceDetector(network, side, device)
 

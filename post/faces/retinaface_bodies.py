@@ -88,11 +88,11 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         """x: B 3 H W. Returns three features B C h w, the finest first."""
         x = self.layer1(self.maxpool(relu(self.bn1(self.conv1(x)))))
-        found = []
+        features = []
         for layer in (self.layer2, self.layer3, self.layer4):
             x = layer(x)
-            found.append(x)
-        return found
+            features.append(x)
+        return features
 
 
 class MobileNet(nn.Module):
@@ -116,11 +116,11 @@ class MobileNet(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """x: B 3 H W. Returns three features B C h w, the finest first."""
-        found = []
+        features = []
         for stage in (self.stage1, self.stage2, self.stage3):
             x = stage(x)
-            found.append(x)
-        return found
+            features.append(x)
+        return features
 
 
 def _layers(width: int, wider: int, size: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:

@@ -39,21 +39,21 @@ class SteadyLandmarks:
         self._strength = strength
         self._last: list[Landmarks] = []
 
-    def steady(self, found: Sequence[Landmarks]) -> list[Landmarks]:
+    def steady(self, landmarks: Sequence[Landmarks]) -> list[Landmarks]:
         """Return the landmarks of the next picture's faces, damped the less the more they have moved."""
-        far = {
-            (new, old): _distance(found[new], self._last[old])
-            for new, old in product(range(len(found)), range(len(self._last)))
+        distances = {
+            (new, old): _distance(landmarks[new], self._last[old])
+            for new, old in product(range(len(landmarks)), range(len(self._last)))
         }
-        steadied = list(found)
+        steadied = list(landmarks)
         olds: set[int] = set()
         news: set[int] = set()
-        for (new, old), distance in sorted(far.items(), key=lambda item: item[1]):
+        for (new, old), distance in sorted(distances.items(), key=lambda item: item[1]):
             if distance < MOVED and new not in news and old not in olds:
                 news.add(new)
                 olds.add(old)
-                kept = np.float32(self._strength * (1 - distance / MOVED))
-                steadied[new] = found[new] + kept * (self._last[old] - found[new])
+                share = np.float32(self._strength * (1 - distance / MOVED))
+                steadied[new] = landmarks[new] + share * (self._last[old] - landmarks[new])
         self._last = steadied
         return list(steadied)
 
@@ -102,6 +102,20 @@ def enlarge(pixels: Pixels, upscale: float) -> Pixels:
     return result
 
 
+@dataclass(frozen=True)
+class _Region:
+    """A rectangle of an enlarged picture, in pixels."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+    @property
+    def is_empty(self) -> bool:
+        return self.left >= self.right or self.top >= self.bottom
+
+
 def paste(
     pixels: Pixels, matrices: Sequence[Matrix], faces: Iterable[Restored], size: int, upscale: float
 ) -> Pixels:
@@ -111,34 +125,61 @@ def paste(
     in memory. Of overlapping faces, the later one lies on top. Values are rounded once.
     """
     canvas = enlarge(pixels, upscale)
-    across, down = canvas.shape[1] / pixels.shape[1], canvas.shape[0] / pixels.shape[0]
-    # from places in the picture to those in the enlarged one; pixels have centres
-    to_canvas = np.array([[across, 0, (across - 1) / 2], [0, down, (down - 1) / 2], [0, 0, 1]])
-    back, areas = [], []
+    to_canvas = _canvas_matrix(pixels, canvas)
+    face_to_canvas = []
     for matrix in matrices:
-        back.append(to_canvas @ np.vstack([cv2.invertAffineTransform(matrix), [[0.0, 0.0, 1.0]]]))
-        corners = np.array([[-1, -1, 1], [size, -1, 1], [-1, size, 1], [size, size, 1]]) @ back[-1][:2].T
-        x0, y0 = (max(0, math.floor(value)) for value in corners.min(axis=0))
-        x1, y1 = (math.ceil(value) + 1 for value in corners.max(axis=0))
-        areas.append((x0, y0, min(canvas.shape[1], x1), min(canvas.shape[0], y1)))
-    left, top = (min(area[side] for area in areas) for side in (0, 1))
-    right, bottom = (max(area[side] for area in areas) for side in (2, 3))
-    if left >= right or top >= bottom:
+        to_picture = np.vstack([cv2.invertAffineTransform(matrix), [[0.0, 0.0, 1.0]]])
+        face_to_canvas.append(to_canvas @ to_picture)
+    regions = [_region_of(matrix, size, canvas) for matrix in face_to_canvas]
+    changed = _Region(
+        left=min(region.left for region in regions),
+        top=min(region.top for region in regions),
+        right=max(region.right for region in regions),
+        bottom=max(region.bottom for region in regions),
+    )
+    if changed.is_empty:
         return canvas
     most = float(np.iinfo(canvas.dtype).max)
-    region = canvas[top:bottom, left:right].astype(np.float32)
-    for (x0, y0, x1, y1), there, face in zip(areas, back, faces, strict=True):
-        if x0 >= x1 or y0 >= y1:
-            continue
-        here = there[:2] - np.array([[0, 0, x0], [0, 0, y0]])
-        shown = cv2.warpAffine(face.mask, here, (x1 - x0, y1 - y0))[..., None]
-        colours = cv2.warpAffine(face.face, here, (x1 - x0, y1 - y0)) * most
-        part = region[y0 - top : y1 - top, x0 - left : x1 - left]
-        part[:] = shown * colours + (1 - shown) * part
+    values = canvas[changed.top : changed.bottom, changed.left : changed.right].astype(np.float32)
+    for region, matrix, face in zip(regions, face_to_canvas, faces, strict=True):
+        if not region.is_empty:
+            rows = slice(region.top - changed.top, region.bottom - changed.top)
+            columns = slice(region.left - changed.left, region.right - changed.left)
+            _blend(values[rows, columns], face, matrix, region, most=most)
     # a copy: the picture itself belongs to whoever gave it
     result: Pixels = canvas.copy()
-    result[top:bottom, left:right] = np.rint(region).clip(0, most)
+    result[changed.top : changed.bottom, changed.left : changed.right] = np.rint(values).clip(0, most)
     return result
+
+
+def _canvas_matrix(pixels: Pixels, canvas: Pixels) -> NDArray[np.float64]:
+    """Return the matrix from places in the picture to those in the enlarged one; pixels have centres."""
+    across = canvas.shape[1] / pixels.shape[1]
+    down = canvas.shape[0] / pixels.shape[0]
+    return np.array([[across, 0, (across - 1) / 2], [0, down, (down - 1) / 2], [0, 0, 1]])
+
+
+def _region_of(matrix: NDArray[np.float64], size: int, canvas: Pixels) -> _Region:
+    """Return the part of the canvas that a face of size x size may change. matrix: from face to canvas."""
+    face_corners = np.array([[-1, -1, 1], [size, -1, 1], [-1, size, 1], [size, size, 1]])
+    corners = face_corners @ matrix[:2].T
+    left, top = corners.min(axis=0)
+    right, bottom = corners.max(axis=0)
+    return _Region(
+        left=max(0, math.floor(left)),
+        top=max(0, math.floor(top)),
+        right=min(canvas.shape[1], math.ceil(right) + 1),
+        bottom=min(canvas.shape[0], math.ceil(bottom) + 1),
+    )
+
+
+def _blend(values: Plane, face: Restored, matrix: NDArray[np.float64], region: _Region, most: float) -> None:
+    """Put a face over the values of its region. most: the value of white."""
+    to_region = matrix[:2] - np.array([[0, 0, region.left], [0, 0, region.top]])
+    extent = (region.right - region.left, region.bottom - region.top)
+    shown = cv2.warpAffine(face.mask, to_region, extent)[..., None]
+    colours = cv2.warpAffine(face.face, to_region, extent) * most
+    values[:] = shown * colours + (1 - shown) * values
 
 
 LEAST_SCORE, LEAST_SCORE_ONNX = 0.97, 0.8  # of a face; YuNet's scores are lower
@@ -164,28 +205,42 @@ class Facefix:
     def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
         """Yield the pictures with restored faces; pictures without a face are only scaled."""
         steady = SteadyLandmarks(self.options.smooth)
-        seen = changed = faces = 0
+        num_pictures = 0
+        num_changed = 0
+        num_faces = 0
         for picture in pictures:
-            found = self.detector.find(in_eight_bits(picture.pixels), self.least_score)
-            if any(face.landmarks is None for face in found):
-                raise no_landmarks(f"--detection_model {self.options.detection_model}")
-            size = picture.pixels.shape[1], picture.pixels.shape[0]
-            shown = restorable(found, size, self.options.only_center)
-            landmarks = steady.steady([face.landmarks for face in shown if face.landmarks is not None])
-            placed = (alignment(points, self.restorer.size) for points in landmarks)
-            matrices = [matrix for matrix in placed if matrix is not None]
-            seen, changed, faces = seen + 1, changed + bool(matrices), faces + len(matrices)
+            matrices = self._align(picture, steady)
+            num_pictures += 1
+            num_changed += bool(matrices)
+            num_faces += len(matrices)
             pixels = self._restore(picture.pixels, matrices, clip.is_deep)
             yield picture if pixels is picture.pixels else replace(picture, pixels=pixels)
-        if faces:
-            logger.info("%s: %d faces restored in %d of %d pictures", clip.path.name, faces, changed, seen)
-        elif seen:
+        if num_faces:
+            logger.info(
+                "%s: %d faces restored in %d of %d pictures",
+                clip.path.name,
+                num_faces,
+                num_changed,
+                num_pictures,
+            )
+        elif num_pictures:
             logger.warning(
                 "%s: no face was found with a score of %g or more; nothing was restored. A lower "
                 "--detection_threshold finds more.",
                 clip.path.name,
                 self.least_score,
             )
+
+    def _align(self, picture: Picture, steady: SteadyLandmarks) -> list[Matrix]:
+        """Find the faces to restore; return the matrices from the picture to each."""
+        faces = self.detector.find(in_eight_bits(picture.pixels), self.least_score)
+        if any(face.landmarks is None for face in faces):
+            raise no_landmarks(f"--detection_model {self.options.detection_model}")
+        size = picture.pixels.shape[1], picture.pixels.shape[0]
+        chosen = restorable(faces, size, self.options.only_center)
+        landmarks = steady.steady([face.landmarks for face in chosen if face.landmarks is not None])
+        matrices = (alignment(points, self.restorer.size) for points in landmarks)
+        return [matrix for matrix in matrices if matrix is not None]
 
     def _restore(self, pixels: Pixels, matrices: Sequence[Matrix], is_deep: bool) -> Pixels:
         if not matrices and self.options.upscale == 1:
@@ -197,7 +252,7 @@ class Facefix:
         at_once = 1 if self.device.type == "cpu" or self.options.network.compile else FACES_AT_ONCE
         parts = (matrices[first : first + at_once] for first in range(0, len(matrices), at_once))
         restored = chain.from_iterable(self._restore_some(pixels, part) for part in parts)
-        return paste(pixels, matrices, restored, self.restorer.size, self.options.upscale)
+        return paste(pixels, matrices, restored, size=self.restorer.size, upscale=self.options.upscale)
 
     @torch.inference_mode()
     def _restore_some(self, pixels: Pixels, matrices: Sequence[Matrix]) -> list[Restored]:
@@ -212,7 +267,7 @@ class Facefix:
 def check_facefix(options: FacefixOptions) -> None:
     """Read the headers of the model files. Raises CheckpointError or OptionError if they do not fit."""
     model, parsenet, detector = restorers.find_files(options)
-    restorers.load_both(options, model, parsenet, torch.device("meta"), torch.float32)
+    restorers.load_both(options, model, parsenet, device=torch.device("meta"), dtype=torch.float32)
     check_detector(detector, "--detection_model", needs_landmarks=True)
 
 
@@ -223,4 +278,4 @@ def make_facefix(options: FacefixOptions, device: torch.device) -> Stage:
     # float32 whatever --dtype says: scores are compared with a limit, and landmarks must not tremble
     detector = load_detector(path, device, torch.float32, option="--detection_model")
     least = options.detection_threshold or (LEAST_SCORE_ONNX if may_be_onnx(path) else LEAST_SCORE)
-    return Facefix(options, detector, restorer, device, least)
+    return Facefix(options, detector, restorer, device=device, least_score=least)

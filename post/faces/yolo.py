@@ -63,19 +63,16 @@ class YoloDetector:
         boxes = ((boxes.reshape(-1, 2, 2) - shift) / factor).reshape(-1, 4)
         if points is not None:
             points = (points - shift) / factor
-        return [
-            FoundFace(
-                tuple(boxes[index].tolist()),
-                float(scores[index]),
-                None if points is None else points[index],
-            )
-            for index in best_of(boxes, scores, MOST_OVERLAP, MOST_FOUND)
-        ]
+        faces = []
+        for index in best_of(boxes, scores, MOST_OVERLAP, MOST_FOUND):
+            landmarks = None if points is None else points[index]
+            faces.append(FoundFace(tuple(boxes[index].tolist()), float(scores[index]), landmarks))
+        return faces
 
     def _result(self, outputs: Sequence[NDArray[np.float32] | None]) -> NDArray[np.float32]:
         """Return the rows of boxes; skip the mask output (four axes) of segmentation models."""
-        there = [output for output in outputs if output is not None]  # a damaged file may give none
-        for output in there:
+        arrays = [output for output in outputs if output is not None]  # a damaged file may give none
+        for output in arrays:
             if output.ndim == 3 and output.shape[0] == 1:
                 if np.isnan(output).any():
                     raise CheckpointError(
@@ -84,7 +81,7 @@ class YoloDetector:
                         self.path,
                     )
                 return output[0]
-        shapes = ", ".join(str(list(output.shape)) for output in there)
+        shapes = ", ".join(str(list(output.shape)) for output in arrays)
         raise _other_layout(self.path, shapes)
 
     def _read(
@@ -99,15 +96,20 @@ class YoloDetector:
             result = result.T
         if result.shape[0] not in counts or result.shape[1] <= BOX:
             raise _other_layout(self.path, str(list(result.shape)))
-        classes, landmarks = self.layout.classes, self.layout.landmarks
-        if classes is None:
-            is_face = result.shape[1] == BOX + 1 + 3 * POINTS
-            classes, landmarks = (1, 3) if is_face else (result.shape[1] - BOX, 0)
-        scores = result[:, BOX : BOX + classes].max(axis=1)
-        rows, scores = result[scores >= least_score], scores[scores >= least_score]
+        num_classes, numbers_of_point = self._columns(result.shape[1])
+        scores = result[:, BOX : BOX + num_classes].max(axis=1)
+        is_chosen = scores >= least_score
+        rows = result[is_chosen]
         half = rows[:, 2:BOX] / 2
         boxes = np.concatenate([rows[:, :2] - half, rows[:, :2] + half], axis=1)
-        return boxes, scores, _points(rows[:, BOX + classes :], landmarks)
+        return boxes, scores[is_chosen], _points(rows[:, BOX + num_classes :], numbers_of_point)
+
+    def _columns(self, width: int) -> tuple[int, int]:
+        """Return the classes in a row of `width` numbers, and the numbers of each landmark behind them."""
+        if self.layout.classes is not None:
+            return self.layout.classes, self.layout.landmarks
+        is_face = width == BOX + 1 + 3 * POINTS
+        return (1, 3) if is_face else (width - BOX, 0)
 
 
 def read_layout(path: Path, header: OnnxHeader, side: int | None) -> YoloLayout | None:
@@ -115,9 +117,9 @@ def read_layout(path: Path, header: OnnxHeader, side: int | None) -> YoloLayout 
 
     side: of the square picture, for files of any size. Raises CheckpointError for a YOLO without boxes.
     """
-    taken = list(header.inputs.values())
+    input_shapes = list(header.inputs.values())
     task = header.notes.get("task")
-    if len(taken) != 1 or len(taken[0]) != 4 or taken[0][1] not in (3, None):
+    if len(input_shapes) != 1 or len(input_shapes[0]) != 4 or input_shapes[0][1] not in (3, None):
         return None
     if task is not None and task not in TASKS:
         raise CheckpointError(
@@ -129,7 +131,7 @@ def read_layout(path: Path, header: OnnxHeader, side: int | None) -> YoloLayout 
         len(shape) == 3 and shape[0] in (1, None) for shape in header.outputs.values()
     ):
         return None
-    height, width = taken[0][2:]
+    height, width = input_shapes[0][2:]
     if height != width:
         raise CheckpointError(
             f"{path} takes pictures of {width or 'any width'} x {height or 'any height'} pixels. Export it "
@@ -137,11 +139,11 @@ def read_layout(path: Path, header: OnnxHeader, side: int | None) -> YoloLayout 
             path,
         )
     side = height or -(-(side or USUAL_SIDE) // max(STEPS)) * max(STEPS)
-    names, points = (_literal(header.notes.get(key)) for key in ("names", "kpt_shape"))
+    names = _literal(header.notes.get("names"))
+    points = _literal(header.notes.get("kpt_shape"))
     is_face = isinstance(points, list) and len(points) == 2 and points[0] == POINTS
-    return YoloLayout(
-        side, len(names) if isinstance(names, (dict, list)) and names else None, points[1] if is_face else 0
-    )
+    num_classes = len(names) if isinstance(names, (dict, list)) and names else None
+    return YoloLayout(side, classes=num_classes, landmarks=points[1] if is_face else 0)
 
 
 def load_yolo(path: Path, content: bytes, header: OnnxHeader, layout: YoloLayout) -> YoloDetector:
@@ -155,8 +157,8 @@ def load_yolo(path: Path, content: bytes, header: OnnxHeader, layout: YoloLayout
     names = _literal(header.notes.get("names"))
     if isinstance(names, dict) and len(names) > 1:
         shown = ", ".join(str(name) for name in list(names.values())[:CLASSES_SHOWN])
-        more = f" and {len(names) - CLASSES_SHOWN} more" if len(names) > CLASSES_SHOWN else ""
-        logger.warning("%s finds not one kind of thing but %s%s: all of them count.", path.name, shown, more)
+        left = f" and {len(names) - CLASSES_SHOWN} more" if len(names) > CLASSES_SHOWN else ""
+        logger.warning("%s finds not one kind of thing but %s%s: all of them count.", path.name, shown, left)
     return detector
 
 
@@ -176,11 +178,11 @@ def letterbox(pixels: NDArray[np.uint8], side: int) -> tuple[NDArray[np.uint8], 
     return square, factor, (x, y)
 
 
-def _points(numbers: Numbers, each: int) -> Numbers | None:
+def _points(numbers: Numbers, numbers_of_point: int) -> Numbers | None:
     """Return landmarks N 5 2 from rows of (x, y) or (x, y, visibility); None if there are none."""
-    if each not in (2, 3) or numbers.shape[1] < each * POINTS:
+    if numbers_of_point not in (2, 3) or numbers.shape[1] < numbers_of_point * POINTS:
         return None
-    points: Numbers = numbers[:, : each * POINTS].reshape(-1, POINTS, each)[..., :2]
+    points: Numbers = numbers[:, : numbers_of_point * POINTS].reshape(-1, POINTS, numbers_of_point)[..., :2]
     return points
 
 
@@ -238,26 +240,28 @@ class YuNetDetector:
         if self.canvas is not None:
             factor = min(factor, self.canvas[0] / width, self.canvas[1] / height)
         small = shrunk(pixels, factor)
-        seen_height, seen_width = small.shape[:2]
-        wide, high = self.canvas or (seen_width, seen_height)
-        image = np.zeros((high, wide, 3), np.uint8)
-        image[:seen_height, :seen_width] = small[..., ::-1]
+        small_height, small_width = small.shape[:2]
+        canvas_width, canvas_height = self.canvas or (small_width, small_height)
+        image = np.zeros((canvas_height, canvas_width, 3), np.uint8)
+        image[:small_height, :small_width] = small[..., ::-1]
         try:
-            self.network.setInputSize((wide, high))
+            self.network.setInputSize((canvas_width, canvas_height))
             self.network.setScoreThreshold(least_score)
             _, rows = self.network.detect(image)
         except cv2.error as error:
             raise _cannot_run(self.path, error, YUNETS) from error
         if rows is None:
             return []
-        size = np.array([width / seen_width, height / seen_height], np.float32)
-        found = []
-        for row in sorted(rows, key=lambda row: -row[14]):
-            left, top = (row[:2] * size).tolist()
-            right, bottom = ((row[:2] + row[2:4]) * size).tolist()
-            points = row[4:14].reshape(5, 2) * size  # in the order of `FoundFace`
-            found.append(FoundFace((left, top, right, bottom), float(row[14]), points))
-        return found
+        scale = np.array([width / small_width, height / small_height], np.float32)
+        return [_read_row(row, scale) for row in sorted(rows, key=lambda row: -row[14])]
+
+
+def _read_row(row: Numbers, scale: Numbers) -> FoundFace:
+    """Return a face from a row of YuNet's result. scale: x and y, of the searched picture."""
+    left, top = (row[:2] * scale).tolist()
+    right, bottom = ((row[:2] + row[2:4]) * scale).tolist()
+    points = row[4:14].reshape(5, 2) * scale  # in the order of `FoundFace`
+    return FoundFace((left, top, right, bottom), float(row[14]), points)
 
 
 def load_yunet(path: Path, content: bytes, header: OnnxHeader, side: int | None) -> YuNetDetector:
@@ -278,8 +282,8 @@ def load_yunet(path: Path, content: bytes, header: OnnxHeader, side: int | None)
         for shape in ((96, 160, 3), (64, 64, 3)):  # pictures of another size must do, too
             YuNetDetector(path, network, None).find(np.zeros(shape, np.uint8), 0.5)
     except CheckpointError:
-        taken = next(iter(header.inputs.values()), ())
-        height, width = taken[-2:] if len(taken) == 4 else (None, None)
+        shape_in_file = next(iter(header.inputs.values()), ())
+        height, width = shape_in_file[-2:] if len(shape_in_file) == 4 else (None, None)
         if height is None or width is None:
             raise
         detector = YuNetDetector(path, network, side, (width, height))

@@ -43,10 +43,12 @@ def read_gimm(checkpoint: Checkpoint) -> LoadPlan[GimmConfig]:
     """Plan how to load GIMM-VFI without its optical flow. Raises CheckpointError for any other file."""
     checkpoint = checkpoint.without_prefix("module.")
     sources = plain_sources(checkpoint)
-    other = other_kind(checkpoint, "GIMM-VFI", "--model", "the folder with gimmvfi_r_arb or gimmvfi_f_arb")
+    wrong_kind = other_kind(
+        checkpoint, "GIMM-VFI", "--model", "the folder with gimmvfi_r_arb or gimmvfi_f_arb"
+    )
     if not {"hyponet.params_dict.linear_wb0", "amt_init_decoder.convblock.4.weight"} <= sources.keys():
-        raise other
-    shape = shapes_of(checkpoint, sources, other)
+        raise wrong_kind
+    shape = shapes_of(checkpoint, sources, wrong_kind)
 
     def of(name: str, axes: int = 4) -> tuple[int, ...]:
         return shape(f"{name}.weight" if axes == 4 else name, axes)
@@ -79,7 +81,7 @@ def read_gimm(checkpoint: Checkpoint) -> LoadPlan[GimmConfig]:
         or any(decoder.side > decoder.width for decoder in (first, last))
         or of("amt_update4_low.convc1")[1] != 2 * CHANNELS
     ):
-        raise other
+        raise wrong_kind
 
     def ours(name: str) -> str:  # our network has two parts
         if name == "g_filter" or name.startswith(ESTIMATOR):
@@ -139,17 +141,17 @@ def find_files(path: Path, kind: str) -> tuple[Path, Path, Path | None]:
             f"{path}: there is no such file or folder.{explain_missing(path)} Give the folder to {OPTION}.",
             path,
         )
-    known = tuple(
+    names_of_kind = tuple(
         f"{kind}_arb{perceptual}{ending}"
         for perceptual in ("_lpips", "")
         for ending in ("_fp32.safetensors", ".safetensors", ".pt", ".pth")
     )
     folder = path if path.is_dir() else path.parent
-    main = _find(folder, known, kind) if path.is_dir() else path
+    main = _find(folder, names_of_kind, kind) if path.is_dir() else path
     if main is None:
         raise CheckpointError(
-            f"{path}: there is no file of {kind} in this folder. Put {known[0]} there, or give another "
-            f"folder to {OPTION} or another --mode.",
+            f"{path}: there is no file of {kind} in this folder. Put {names_of_kind[0]} there, or give "
+            f"another folder to {OPTION} or another --mode.",
             path,
         )
     names = RAFT_FILES if kind == WITH_RAFT else FLOWFORMER_FILES
@@ -168,20 +170,20 @@ def find_files(path: Path, kind: str) -> tuple[Path, Path, Path | None]:
     return main, flow or main, settings if settings.is_file() else None
 
 
-def _find(folder: Path, known: Sequence[str], start: str) -> Path | None:
+def _find(folder: Path, names: Sequence[str], start: str) -> Path | None:
     """Return the first file with a known name, else the only model named `start`..., else None."""
-    for name in known:
+    for name in names:
         if (folder / name).is_file():
             return folder / name
-    others = sorted(
+    models = sorted(
         file
         for file in folder.iterdir()
         if file.suffix in SUFFIXES and file.name.lower().startswith(start) and file.is_file()
     )
-    if len(others) > 1:
-        found = ", ".join(file.name for file in others)
-        raise CheckpointError(f"{folder}: which of {found}? Keep one, or name it {known[0]}.", folder)
-    return others[0] if others else None
+    if len(models) > 1:
+        listed = ", ".join(file.name for file in models)
+        raise CheckpointError(f"{folder}: which of {listed}? Keep one, or name it {names[0]}.", folder)
+    return models[0] if models else None
 
 
 def read_settings(path: Path | None) -> ModeSettings:
@@ -196,19 +198,23 @@ def read_settings(path: Path | None) -> ModeSettings:
         hyponet = _mapping(arch.get("hyponet"))
         activation = hyponet.get("activation", "siren")
         sine = _mapping(activation) or {"type": activation}
-        for name, found, usual in (
+        for name, setting, usual in (
             ("fwarp_type", arch.get("fwarp_type", "linear"), "linear"),
             ("activation", sine.get("type", "siren"), "siren"),
             ("normalize_weight", hyponet.get("normalize_weight", True), True),
         ):
-            if found != usual:
-                raise CheckpointError(f"{path}: {name} {found} is not supported, only {usual}.", path)
+            if setting != usual:
+                raise CheckpointError(f"{path}: {name} {setting} is not supported, only {usual}.", path)
         low, high = arch.get("coord_range", USUAL.coordinates)
         iterations = int(arch.get("raft_iter", USUAL.raft_iterations))
         if not 1 <= iterations <= MAX_RAFT_ITERATIONS:
             raise ValueError(f"raft_iter {iterations} is not 1 to {MAX_RAFT_ITERATIONS}")
-        frequency, bias = sine.get("siren_w0", USUAL.frequency), hyponet.get("output_bias", USUAL.output_bias)
-        return ModeSettings((float(low), float(high)), float(frequency), float(bias), iterations)
+        return ModeSettings(
+            coordinates=(float(low), float(high)),
+            frequency=float(sine.get("siren_w0", USUAL.frequency)),
+            output_bias=float(hyponet.get("output_bias", USUAL.output_bias)),
+            raft_iterations=iterations,
+        )
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
@@ -230,14 +236,14 @@ class InterpolationNetworks:
     @property
     def parts(self) -> list[nn.Module]:
         """Return the parts worth compiling: runs of layers without lookups or warps."""
-        motion, synthesis = self.gimm.motion, self.gimm.synthesis
-        decoders = synthesis.amt_init_decoder, synthesis.amt_final_decoder
-        return [
-            *(module for module in self.estimator.modules() if isinstance(module, COMPILED)),
-            *(motion.cnn_encoder, motion.res_conv, motion.hyponet),
-            *(layers for decoder in decoders for layers in (decoder.upsample, *decoder.convblock)),
-            *(synthesis.amt_update4_low, synthesis.amt_update4_high, synthesis.amt_comb_block),
-        ]
+        motion = self.gimm.motion
+        synthesis = self.gimm.synthesis
+        parts = [module for module in self.estimator.modules() if isinstance(module, COMPILED)]
+        parts += [motion.cnn_encoder, motion.res_conv, motion.hyponet]
+        for decoder in (synthesis.amt_init_decoder, synthesis.amt_final_decoder):
+            parts += [decoder.upsample, *decoder.convblock]
+        parts += [synthesis.amt_update4_low, synthesis.amt_update4_high, synthesis.amt_comb_block]
+        return parts
 
 
 def load_networks(path: Path, kind: str, device: torch.device, dtype: torch.dtype) -> InterpolationNetworks:
@@ -246,26 +252,15 @@ def load_networks(path: Path, kind: str, device: torch.device, dtype: torch.dtyp
     On the meta device only headers are read.
     Raises CheckpointError if a file is missing or not what its name says, or if the two do not match.
     """
-    main, flow, beside = find_files(path, kind)
-    settings = read_settings(beside)
+    main, flow, settings_file = find_files(path, kind)
+    settings = read_settings(settings_file)
 
     def dtype_of(name: str, _: torch.dtype) -> torch.dtype:
         return dtype if name.startswith("synthesis.") else torch.float32
 
     with open_checkpoint(main) as checkpoint:
-        plan = read_gimm(checkpoint)
-        # it projects the features of RAFT, and takes FlowFormer's as they are
-        if bool(plan.config.synthesis.projections) != (kind == WITH_RAFT):
-            other = WITH_FLOWFORMER if kind == WITH_RAFT else WITH_RAFT
-            raise CheckpointError(f"{main} is a file of {other}, not of {kind}. Use --mode {other}.", main)
-        motion = replace(
-            plan.config.motion,
-            coordinates=settings.coordinates,
-            frequency=settings.frequency,
-            output_bias=settings.output_bias,
-        )
-        plan = replace(plan, config=replace(plan.config, motion=motion))
-        gimm = load_planned(plan, GimmVfi, device, dtype_of, OPTION)
+        plan = _plan_gimm(checkpoint, kind, settings)
+        gimm = load_planned(plan, GimmVfi, device=device, dtype=dtype_of, what=OPTION)
     with open_checkpoint(flow) as checkpoint:
         if flow == main:
             checkpoint = checkpoint.without_prefix("module.").without_prefix(ESTIMATOR, others=("",))
@@ -275,18 +270,36 @@ def load_networks(path: Path, kind: str, device: torch.device, dtype: torch.dtyp
         if kind == WITH_RAFT:
             raft = read_raft(checkpoint)
             build = partial(Raft, iterations=settings.raft_iterations)
-            estimator = load_planned(raft, build, device, torch.float32, OPTION)
+            estimator = load_planned(raft, build, device=device, dtype=torch.float32, what=OPTION)
             widths = (*raft.config.stages[1:], raft.config.features)
         else:
             flowformer = read_flowformer(checkpoint)
-            estimator = load_planned(flowformer, FlowFormer, device, torch.float32, OPTION)
-            widths = (*(one.width for one in flowformer.config.context), flowformer.config.matching)
+            estimator = load_planned(flowformer, FlowFormer, device=device, dtype=torch.float32, what=OPTION)
+            widths = (*(stage.width for stage in flowformer.config.context), flowformer.config.matching)
     config = plan.config.synthesis
-    taken = tuple(inputs for inputs, _ in config.projections) or (config.quarter, config.eighth, widths[2])
-    if widths != taken:
+    expected = tuple(inputs for inputs, _ in config.projections)
+    expected = expected or (config.quarter, config.eighth, widths[2])
+    if widths != expected:
         raise CheckpointError(
             f"{flow} does not fit {main.name}: it makes maps of {widths[0]} and {widths[1]} channels. Give "
             "both files of one release.",
             flow,
         )
     return InterpolationNetworks(gimm, estimator)
+
+
+def _plan_gimm(checkpoint: Checkpoint, kind: str, settings: ModeSettings) -> LoadPlan[GimmConfig]:
+    """Plan how to load the main file of a mode. Raises CheckpointError if it is of the other mode."""
+    plan = read_gimm(checkpoint)
+    # it projects the features of RAFT, and takes FlowFormer's as they are
+    if bool(plan.config.synthesis.projections) != (kind == WITH_RAFT):
+        mode = WITH_FLOWFORMER if kind == WITH_RAFT else WITH_RAFT
+        path = checkpoint.path
+        raise CheckpointError(f"{path} is a file of {mode}, not of {kind}. Use --mode {mode}.", path)
+    motion = replace(
+        plan.config.motion,
+        coordinates=settings.coordinates,
+        frequency=settings.frequency,
+        output_bias=settings.output_bias,
+    )
+    return replace(plan, config=replace(plan.config, motion=motion))

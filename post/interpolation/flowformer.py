@@ -3,7 +3,7 @@
 Source: Huang et al. 2022, arXiv 2203.16194 (Apache licence). Attributes are named as in its released files.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,9 +61,9 @@ class Alike(nn.Module):
                 part.copy_((asking @ k.T).softmax(dim=1))
             return lambda x: _over_places(x, lambda v: weights @ v)
         # four axes: with fewer there is no kernel that leaves out the table
-        asking, known = q[None, None], k[None, None]
+        asking, keys = q[None, None], k[None, None]
         return lambda x: _over_places(
-            x, lambda v: scaled_dot_product_attention(asking, known, v[None, None])[0, 0]
+            x, lambda v: scaled_dot_product_attention(asking, keys, v[None, None])[0, 0]
         )
 
 
@@ -121,13 +121,14 @@ class MemoryDecoder(nn.Module):
         layer: Any = self.decoder_layer["cross_attend"]
         block = self.update_block
         mean = self.att(context, keeps_table)
-        kept, turns = layer.keep(memory), block.gru.turns(context)
+        keys_and_values = layer.keep(memory)
+        turns = block.gru.turns(context)
         start = places = grid_of(context)
         for _ in range(iterations):
             near = costs.lookup(places)
             query = self.flow_token_encoder(near)
             code = flowformer_memory.position_code(_rows(places), query.shape[1])
-            recalled = layer(_rows(query)[:, None], kept, code[:, None])
+            recalled = layer(_rows(query)[:, None], keys_and_values, code[:, None])
             recalled = recalled.squeeze(1).T.view(query.shape)
             motion = block.encoder(torch.cat([recalled, near], dim=1), places - start)
             moving = torch.cat([motion, block.aggregator(motion, mean)], dim=1)
@@ -215,26 +216,64 @@ def read_flowformer(checkpoint: Checkpoint) -> LoadPlan[FlowFormerConfig]:
     """Plan how to load a FlowFormer file. Raises CheckpointError for any other file."""
     checkpoint = checkpoint.without_prefix("module.")
     sources = plain_sources(checkpoint)
-    wanted = other_kind(checkpoint, "a FlowFormer", "--model", "a folder with flowformer_sintel")
+    wrong_kind = other_kind(checkpoint, "a FlowFormer", "--model", "a folder with flowformer_sintel")
     if not {"memory_encoder.channel_convertor.weight", "memory_decoder.proj.weight"} <= sources.keys():
-        raise wanted
-    shape = shapes_of(checkpoint, sources, wanted)
-    features = _read_trunk("memory_encoder.feat_encoder.svt", shape)
-    context = _read_trunk("context_encoder.svt", shape)
-    matching = shape("memory_encoder.channel_convertor.weight")[0]
+        raise wrong_kind
+    shape = shapes_of(checkpoint, sources, wrong_kind)
+    config = FlowFormerConfig(
+        features=_read_trunk("memory_encoder.feat_encoder.svt", shape),
+        context=_read_trunk("context_encoder.svt", shape),
+        matching=shape("memory_encoder.channel_convertor.weight")[0],
+        memory=_read_memory(shape, sources),
+        decoder=_read_decoder(shape),
+    )
+    if not _is_possible(config):
+        raise wrong_kind
+    return LoadPlan(config, checkpoint, sources, UNUSED)
+
+
+def _is_possible(config: FlowFormerConfig) -> bool:
+    """Return whether heads and waves divide the widths, and the parts fit each other."""
+    features, context = config.features, config.context
+    memory, decoder = config.memory, config.decoder
+    heads = flowformer_memory.HEADS
+    return (
+        all(stage.width % HEAD_WIDTH == 0 for stage in (*features, *context))
+        and all((trunk[0].patch, trunk[1].patch) == (4, 2) for trunk in (features, context))
+        and memory.width % heads == decoder.query % heads == 0
+        and (memory.width + memory.context_part) % 4 == memory.costs[2] % 4 == 0
+        and context[-1].width == memory.context == 2 * decoder.hidden
+        and decoder.memory == memory.width
+    )
+
+
+Shape = Callable[..., tuple[int, ...]]
+
+
+def _read_memory(shape: Shape, names: Iterable[str]) -> flowformer_memory.MemoryConfig:
     start = "memory_encoder.cost_perceiver_encoder"
     _, tokens, width = shape(f"{start}.latent_tokens", axes=3)
-    part, seen = shape(f"{start}.vertical_encoder_layers.0.local_block.attn.context_proj.weight", axes=2)
+    context_part, context = shape(
+        f"{start}.vertical_encoder_layers.0.local_block.attn.context_proj.weight", axes=2
+    )
     first, second, third = (shape(f"{start}.patch_embed.proj.{index}.weight")[0] for index in (0, 2, 4))
-    layers = count(sources, r"memory_encoder\.cost_perceiver_encoder\.encoder_layers\.\d+")
-    memory = flowformer_memory.MemoryConfig(tokens, width, seen, part, (first, second, third), layers)
+    return flowformer_memory.MemoryConfig(
+        tokens=tokens,
+        width=width,
+        context=context,
+        context_part=context_part,
+        costs=(first, second, third),
+        layers=count(names, r"memory_encoder\.cost_perceiver_encoder\.encoder_layers\.\d+"),
+    )
 
+
+def _read_decoder(shape: Shape) -> FlowDecoderConfig:
     def rows(name: str) -> int:
         return shape(f"memory_decoder.{name}.weight")[0]
 
-    query, taken = shape("memory_decoder.decoder_layer.cross_attend.k.weight", axes=2)
-    decoder = FlowDecoderConfig(
-        memory=taken,
+    query, memory = shape("memory_decoder.decoder_layer.cross_attend.k.weight", axes=2)
+    return FlowDecoderConfig(
+        memory=memory,
         query=query,
         hidden=rows("proj") // 2,
         compared=rows("att.to_qk") // 2,
@@ -244,22 +283,6 @@ def read_flowformer(checkpoint: Checkpoint) -> LoadPlan[FlowFormerConfig]:
         head=rows("update_block.flow_head.conv1"),
         mask=rows("update_block.mask.0"),
     )
-    is_possible = (  # heads and waves divide the widths, and the parts fit each other
-        all(stage.width % HEAD_WIDTH == 0 for stage in (*features, *context))
-        and all((trunk[0].patch, trunk[1].patch) == (4, 2) for trunk in (features, context))
-        and width % flowformer_memory.HEADS == query % flowformer_memory.HEADS == 0
-        and (width + part) % 4 == third % 4 == 0
-        and context[-1].width == seen == 2 * decoder.hidden
-        and taken == width
-    )
-    if not is_possible:
-        raise wanted
-    return LoadPlan(
-        FlowFormerConfig(features, context, matching, memory, decoder), checkpoint, sources, UNUSED
-    )
-
-
-Shape = Callable[..., tuple[int, ...]]
 
 
 def _read_trunk(name: str, shape: Shape) -> tuple[StageConfig, ...]:

@@ -20,38 +20,38 @@ HEADS = 8  # as trained, in all attentions but the trunk's; not seen in any tens
 class TokenAttention(nn.Module):
     """Attention of queries to tokens and two linear layers, both added to the queries."""
 
-    def __init__(self, width: int, given: int, joined: bool = False) -> None:
-        """given: width of the tokens. joined: concatenate queries and results before `proj`."""
+    def __init__(self, width: int, token_width: int, joined: bool = False) -> None:
+        """token_width: of the tokens. joined: concatenate queries and results before `proj`."""
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
         self.norm2 = nn.LayerNorm(width)
         self.q = nn.Linear(width, width)
-        self.k = nn.Linear(given, width)
-        self.v = nn.Linear(given, width)
+        self.k = nn.Linear(token_width, width)
+        self.v = nn.Linear(token_width, width)
         self.proj = nn.Linear(2 * width if joined else width, width)
         # numbered as in the files, where one layer has no weights
         self.ffn = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Identity(), nn.Linear(width, width))
         self.joined = joined
 
     def keep(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the keys and values (B T C each) of tokens (B T given)."""
+        """Return the keys and values (B T C each) of tokens (B T token_width)."""
         return self.k(tokens), self.v(tokens)
 
     def forward(
-        self, x: Tensor, kept: tuple[Tensor, Tensor] | None = None, code: Tensor | float = 0.0
+        self, x: Tensor, keys_and_values: tuple[Tensor, Tensor] | None = None, code: Tensor | float = 0.0
     ) -> Tensor:
         """Attend and return B Q C. x: the queries, B Q C.
 
-        kept: the result of `keep` for the tokens; None: self-attention. code: position code, added before the
-        query projection.
+        keys_and_values: the result of `keep` for the tokens; None: self-attention. code: position code, added
+        before the query projection.
         """
         asking = self.norm1(x)
-        k, v = self.keep(asking) if kept is None else kept
+        k, v = self.keep(asking) if keys_and_values is None else keys_and_values
         q, k, v = (y.unflatten(-1, (HEADS, -1)).transpose(1, 2) for y in (self.q(asking + code), k, v))
         # plain products: the fused attention is slow for so few tokens, and limits how many places there are
         weights = (q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)).softmax(dim=-1)  # B heads Q T
-        found = (weights @ v).transpose(1, 2).flatten(2)
-        x = x + self.proj(torch.cat([found, x], dim=-1) if self.joined else found)
+        mixed = (weights @ v).transpose(1, 2).flatten(2)
+        x = x + self.proj(torch.cat([mixed, x], dim=-1) if self.joined else mixed)
         return x + self.ffn(self.norm2(x))
 
 
@@ -130,7 +130,7 @@ class WindowContextAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """x: K H W D. context: 1 H W C."""
-        beside = self.context_proj(context).expand(len(x), -1, -1, -1)
+        projected = self.context_proj(context).expand(len(x), -1, -1, -1)
         code = position_code(places_of(WINDOW, WINDOW, x.device).flatten(0, 1), self.joined)
         width = x.shape[-1]
 
@@ -138,7 +138,7 @@ class WindowContextAttention(nn.Module):
             coded = windows + code
             return attend(self.q(coded), self.k(coded), self.v(windows[..., :width]), HEADS)
 
-        return self.proj(in_windows(run, torch.cat([x, beside], dim=-1)))
+        return self.proj(in_windows(run, torch.cat([x, projected], dim=-1)))
 
 
 class CoarseContextAttention(nn.Module):
@@ -162,8 +162,8 @@ class CoarseContextAttention(nn.Module):
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """x: K H W D. context: 1 H W C."""
         height, width = x.shape[1:3]
-        beside = self.context_proj(context).expand(len(x), -1, -1, -1)
-        coded = torch.cat([x, beside], dim=-1)
+        projected = self.context_proj(context).expand(len(x), -1, -1, -1)
+        coded = torch.cat([x, projected], dim=-1)
         q = self.q(coded + position_code(places_of(height, width, x.device), self.joined))
         coded = coded.permute(0, 3, 1, 2)
         keys = self.norm(self.sr_key(coded).permute(0, 2, 3, 1))
@@ -222,8 +222,8 @@ class CostPerceiver(nn.Module):
         layer = self.input_layer
 
         def run(start: int, end: int) -> Tensor:
-            seen = self.patch_embed(costs.rows(start, end)[:, None])
-            return layer(self.latent_tokens.expand(end - start, -1, -1), layer.keep(seen))
+            tokens = self.patch_embed(costs.rows(start, end)[:, None])
+            return layer(self.latent_tokens.expand(end - start, -1, -1), layer.keep(tokens))
 
         # bytes of one place's cost map while tokens are made of it, in float32
         first, second, _ = self.config.costs

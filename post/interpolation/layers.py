@@ -20,7 +20,7 @@ class EncodedPicture:
     quarter: Tensor  # 1 C H/4 W/4, features that the synthesis warps
     eighth: Tensor  # 1 C H/8 W/8, the same, coarser and deeper
     matching: Tensor  # 1 C H/8 W/8, features that are compared between pictures
-    own: Any  # data that only the estimator that made it uses
+    extra: Any  # data that only the estimator that made it uses
 
 
 class FlowEstimator(Protocol):
@@ -60,16 +60,16 @@ def in_parts(
 
 def in_ranges(run: Callable[[int, int], Tensor], count: int, rows: int) -> Tensor:
     """Return the joined results of run(start, end) for rows 0 to `count` (at least 1), `rows` at a time."""
-    found = run(0, min(rows, count))
+    first = run(0, min(rows, count))
     if rows >= count:
-        return found
+        return first
     # written part by part: to put all together at the end would take twice the memory
-    whole = found.new_empty(count, *found.shape[1:])
-    whole[:rows] = found
+    joined = first.new_empty(count, *first.shape[1:])
+    joined[:rows] = first
     for start in range(rows, count, rows):
         end = min(start + rows, count)
-        whole[start:end] = run(start, end)
-    return whole
+        joined[start:end] = run(start, end)
+    return joined
 
 
 def conv(inputs: int, outputs: int, size: int = 3, stride: int = 1) -> nn.Conv2d:
@@ -104,17 +104,16 @@ def splat(image: Tensor, flow: Tensor, weight: Tensor) -> Tensor:
     """
     _, channels, height, width = image.shape
     # H*W rows: one place each, so that what arrives is added in whole rows
-    values = torch.cat([image * weight, weight], dim=1).float()[0].flatten(1).t().contiguous()
+    weighted = torch.cat([image * weight, weight], dim=1).float()
+    values = weighted[0].flatten(1).t().contiguous()
     total = torch.zeros_like(values)
-    rows = torch.arange(height, device=flow.device, dtype=torch.float32)[:, None]
-    columns = torch.arange(width, device=flow.device, dtype=torch.float32)
-    x, y = (columns + flow[0, 0].float()).flatten(), (rows + flow[0, 1].float()).flatten()
-    is_finite = x.isfinite() & y.isfinite()
-    x, y = torch.where(is_finite, x, -9.0), torch.where(is_finite, y, -9.0)  # outside
-    left, top = x.floor(), y.floor()
+    x, y = _targets(flow)
+    left = x.floor()
+    top = y.floor()
     for dx in (0, 1):
         for dy in (0, 1):
-            column, row = left + dx, top + dy
+            column = left + dx
+            row = top + dy
             share = (1 - (x - column).abs()) * (1 - (y - row).abs())
             is_inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
             share = torch.where(is_inside, share, 0.0)
@@ -123,6 +122,17 @@ def splat(image: Tensor, flow: Tensor, weight: Tensor) -> Tensor:
     norm = total[:, -1:]
     mean = total[:, :-1] / torch.where(norm == 0, 1.0, norm)
     return mean.t().reshape(1, channels, height, width)
+
+
+def _targets(flow: Tensor) -> tuple[Tensor, Tensor]:
+    """Return x and y, H*W each, of the places that 1 2 H W points to; outside if they are not finite."""
+    height, width = flow.shape[-2:]
+    rows = torch.arange(height, device=flow.device, dtype=torch.float32)[:, None]
+    columns = torch.arange(width, device=flow.device, dtype=torch.float32)
+    x = (columns + flow[0, 0].float()).flatten()
+    y = (rows + flow[0, 1].float()).flatten()
+    is_finite = x.isfinite() & y.isfinite()
+    return torch.where(is_finite, x, -9.0), torch.where(is_finite, y, -9.0)
 
 
 def resize(image: Tensor, factor: float) -> Tensor:
@@ -194,9 +204,9 @@ class Correlation:
         centres = rearrange(places.float(), "1 two h w -> (h w) two")
         # a place that is not finite lies outside; so far outside that nothing near the edge is meant
         centres = centres.nan_to_num(-1e6, -1e6, -1e6).clamp(-1e6, 1e6)
-        found = [self._around(level, centres / 2**level) for level in range(len(self._levels))]
+        products = [self._around(level, centres / 2**level) for level in range(len(self._levels))]
         height, width = self._size
-        return rearrange(torch.cat(found, dim=1), "(h w) c -> 1 c h w", h=height, w=width)
+        return rearrange(torch.cat(products, dim=1), "(h w) c -> 1 c h w", h=height, w=width)
 
     def rows(self, start: int, end: int) -> Tensor:
         """Return n h w: products of places `start` to `end` of the first picture with all of the second."""
@@ -218,27 +228,29 @@ class Correlation:
         """Return products P 10 10 (y, x), gathered from the stored volume."""
         height, width = self._sizes[level]
         steps = torch.arange(REACH, device=start.device)
-        x, y = start[:, :1] + steps, start[:, 1:] + steps  # P 10 each
+        x = start[:, :1] + steps  # P 10
+        y = start[:, 1:] + steps
         is_inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None]
         index = y.clamp(0, height - 1)[:, :, None] * width + x.clamp(0, width - 1)[:, None]
-        found = self._levels[level].gather(1, index.flatten(1)).view_as(index)
-        return found * is_inside
+        products = self._levels[level].gather(1, index.flatten(1)).view_as(index)
+        return products * is_inside
 
     def _sampled(self, level: int, start: Tensor) -> Tensor:
         """Return products P 10 10 (y, x), computed from the features around each place."""
         height, width = self._sizes[level]
         features = self._levels[level]
         stride = width + 2 * REACH
-        x, y = start[:, 0].clamp(-REACH, width) + REACH, start[:, 1].clamp(-REACH, height) + REACH
+        x = start[:, 0].clamp(-REACH, width) + REACH
+        y = start[:, 1].clamp(-REACH, height) + REACH
         steps = torch.arange(REACH, device=start.device)
         window = (steps[:, None] * stride + steps).flatten()
         index = (y * stride + x)[:, None] + window  # P 100
         channels = features.shape[1]
         chunk = rows_of_part(4 * channels * REACH**2, features.device)  # of gathered features
-        products = [
-            (features.index_select(0, places.flatten()).view(-1, REACH**2, channels) @ own[:, :, None])
-            for places, own in zip(index.split(chunk), self._first.split(chunk), strict=True)
-        ]
+        products = []
+        for places, first in zip(index.split(chunk), self._first.split(chunk), strict=True):
+            around = features.index_select(0, places.flatten()).view(-1, REACH**2, channels)
+            products.append(around @ first[:, :, None])
         return torch.cat(products).view(-1, REACH, REACH)
 
 

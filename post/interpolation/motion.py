@@ -100,7 +100,7 @@ class MotionField(nn.Module):
         super().__init__()
         first, second, outputs = config.encoder
         self.alpha_v, self.alpha_fe = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
-        self.cnn_encoder = lateral_network(2, first, second, outputs, config.encoder_blocks)
+        self.cnn_encoder = lateral_network(2, first, second, outputs, blocks=config.encoder_blocks)
         self.res_conv = lateral_network(4 * outputs, *config.residual, 2 * outputs, config.residual_blocks)
         self.hyponet = HypoNet(2 * outputs + 3, config)
 
@@ -108,24 +108,34 @@ class MotionField(nn.Module):
         """Return the motion between two pictures. forth, back: 1 2 H W, from first to second and back."""
         normal, scale = normalised(forth, back)
         first, second = (self.cnn_encoder(normal[:, :, index]) for index in (0, 1))
-        return Motion(forth, back, scale, first, second, *self.splat_weights(forth, back))
+        first_weight, second_weight = self.splat_weights(forth, back)
+        return Motion(
+            forth,
+            back,
+            scale=scale,
+            first=first,
+            second=second,
+            first_weight=first_weight,
+            second_weight=second_weight,
+        )
 
     def splat_weights(self, forth: Tensor, back: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weights of splatted pixels, 1 1 H W for each picture.
 
         Weights are larger where both flows agree and where the flow is smooth.
         """
-        near, made = torch.tensor([1.0, 2.0, 1.0], device=forth.device), []
+        return self._weights_of(forth, back), self._weights_of(back, forth)
+
+    def _weights_of(self, flow: Tensor, opposite: Tensor) -> Tensor:
+        near = torch.tensor([1.0, 2.0, 1.0], device=flow.device)
         kernel = (near[:, None] * near / 16).expand(2, 1, 3, 3)
-        for own, other in ((forth, back), (back, forth)):
-            error = (-warp(other, own) - own).abs().mean(dim=1, keepdim=True)
-            # the deviation of the flow around each pixel, the mean of x and y
-            mean, of_squares = (
-                conv2d(pad(each, (1, 1, 1, 1), mode="reflect"), kernel, groups=2) for each in (own, own**2)
-            )
-            uneven = (of_squares - mean**2).clamp(min=LEAST_VARIANCE).sqrt().mean(dim=1, keepdim=True)
-            made.append(1 / (1 + self.alpha_fe * error) + 1 / (1 + self.alpha_v * uneven))
-        return made[0], made[1]
+        error = (-warp(opposite, flow) - flow).abs().mean(dim=1, keepdim=True)
+        # the deviation of the flow around each pixel, the mean of x and y
+        mean, of_squares = (
+            conv2d(pad(values, (1, 1, 1, 1), mode="reflect"), kernel, groups=2) for values in (flow, flow**2)
+        )
+        uneven = (of_squares - mean**2).clamp(min=LEAST_VARIANCE).sqrt().mean(dim=1, keepdim=True)
+        return 1 / (1 + self.alpha_fe * error) + 1 / (1 + self.alpha_v * uneven)
 
     def at(self, motion: "Motion", time: float) -> Tensor:
         """Return the motion from the first picture to the second, 1 2 H W in pixels, as seen at `time`."""
@@ -229,6 +239,6 @@ class Interpolation:
         for time in times:
             flow = self.network.motion.at(motion, time)
             flow = torch.cat([-time * flow, (1 - time) * flow])
-            blend = synthesis.blend(small, flow, first.maps, second.maps, compared, time)
+            blend = synthesis.blend(small, flow, first.maps, second.maps, compared=compared, time=time)
             del flow
             yield synthesis.put_together(images, blend.enlarged(1 / self.ds_factor))

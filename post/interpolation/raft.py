@@ -104,7 +104,7 @@ class RecurrentTurn(NamedTuple):
     constant: Tensor  # 1 3C h w: what the context and the biases add to the three gates
     moving: Tensor  # weights of the motion for the three gates
     recurrent: Tensor  # weights of the hidden state for the first two
-    kept: Tensor  # weights of the reset hidden state for the third
+    fresh: Tensor  # weights of the reset hidden state for the third
 
 
 class SeparableGru(nn.Module):
@@ -133,7 +133,7 @@ class SeparableGru(nn.Module):
             inputs = turn.constant + _keeping_size(motion, turn.moving)
             gates = _keeping_size(hidden, turn.recurrent) + inputs[:, : 2 * width]
             share, reset = torch.sigmoid(gates).chunk(2, dim=1)
-            fresh = torch.tanh(_keeping_size(reset * hidden, turn.kept) + inputs[:, 2 * width :])
+            fresh = torch.tanh(_keeping_size(reset * hidden, turn.fresh) + inputs[:, 2 * width :])
             hidden = (1 - share) * hidden + share * fresh
         return hidden
 
@@ -142,12 +142,12 @@ class SeparableGru(nn.Module):
         weight = torch.cat([update.weight, reset.weight, fresh.weight])
         bias = torch.cat([update.bias, reset.bias, fresh.bias])
         width, inputs = len(bias) // 3, context.shape[1]
-        own, of_context, moving = weight.split([width, inputs, weight.shape[1] - width - inputs], dim=1)
+        of_hidden, of_context, moving = weight.split([width, inputs, weight.shape[1] - width - inputs], dim=1)
         return RecurrentTurn(
             constant=_keeping_size(context, of_context, bias),
             moving=moving.contiguous(),
-            recurrent=own[: 2 * width].contiguous(),
-            kept=own[2 * width :].contiguous(),
+            recurrent=of_hidden[: 2 * width].contiguous(),
+            fresh=of_hidden[2 * width :].contiguous(),
         )
 
 
@@ -204,14 +204,14 @@ class Raft(nn.Module):
     def flow(self, first: EncodedPicture, second: EncodedPicture) -> Tensor:
         """Return 1 2 H W: the motion (x, y) of each pixel from the first picture to the second."""
         correlation = Correlation(first.matching, second.matching)
-        hidden, context = first.own.split([self.config.hidden, self.config.context], dim=1)
+        hidden, context = first.extra.split([self.config.hidden, self.config.context], dim=1)
         hidden, context = torch.tanh(hidden), relu(context)
         turns = self.update_block.gru.turns(context)
         start = grid_of(hidden)
         places = start
         for _ in range(self.iterations):
-            found = correlation.lookup(places)
-            hidden, change = self.update_block(hidden, turns, found, places - start)
+            costs = correlation.lookup(places)
+            hidden, change = self.update_block(hidden, turns, costs, places - start)
             places = places + change
         return upsample_flow(places - start, 0.25 * self.update_block.mask(hidden))
 
@@ -237,10 +237,10 @@ def read_raft(checkpoint: Checkpoint) -> LoadPlan[RaftConfig]:
     """Plan how to load a RAFT file. Raises CheckpointError for any other file."""
     checkpoint = checkpoint.without_prefix("module.")
     sources = plain_sources(checkpoint)
-    wanted = other_kind(checkpoint, "a large RAFT", "--model", "a folder with raft-things")
+    wrong_kind = other_kind(checkpoint, "a large RAFT", "--model", "a folder with raft-things")
     if not {"update_block.gru.convz1.weight", "cnet.norm1.running_var"} <= sources.keys():
-        raise wanted
-    shape = shapes_of(checkpoint, sources, wanted)
+        raise wrong_kind
+    shape = shapes_of(checkpoint, sources, wrong_kind)
 
     def rows(name: str) -> int:
         return shape(f"{name}.weight")[0]
@@ -259,5 +259,5 @@ def read_raft(checkpoint: Checkpoint) -> LoadPlan[RaftConfig]:
         mask=rows("update_block.mask.0"),
     )
     if config.context <= 0:
-        raise wanted
+        raise wrong_kind
     return LoadPlan(config, checkpoint, sources, IGNORED)

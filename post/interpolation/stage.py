@@ -102,7 +102,8 @@ class Interpolator:
         self, first: "_Shown", second: "_Shown", is_deep: bool, cuts: list[Fraction]
     ) -> Iterator[Picture]:
         """Yield the first picture and the new ones between the two."""
-        factor, start = self._options.factor, first.picture.start
+        factor = self._options.factor
+        start = first.picture.start
         step = (second.picture.start - start) / factor
         yield replace(first.picture, seconds=step)
         threshold = self._options.scene_threshold
@@ -113,14 +114,14 @@ class Interpolator:
             if len(cuts) <= SHOWN:
                 text = "A new scene begins at %s: the picture before it is repeated."
                 logger.info(text, clock_time(cuts[-1]))
-        made: Iterator[Pixels]
+        new_pixels: Iterator[Pixels]
         if is_same or is_cut:
-            made = repeat(first.picture.pixels, factor - 1)
+            new_pixels = repeat(first.picture.pixels, factor - 1)
         else:
             times = [number / factor for number in range(1, factor)]
             between = self._network.between(first.frame, second.frame, times)
-            made = (self._pixels(image, first.picture, is_deep) for image in between)
-        for number, pixels in zip(range(1, factor), made, strict=True):
+            new_pixels = (self._pixels(image, first.picture, is_deep) for image in between)
+        for number, pixels in zip(range(1, factor), new_pixels, strict=True):
             yield Picture(pixels, start + number * step, step)
 
     def _edges(self, height: int, width: int) -> tuple[int, int, int, int]:

@@ -66,8 +66,8 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         inner = x
-        for whole, part in ((self.conv1, self.conv2), (self.conv3, self.conv4)):
-            for layer in whole:  # one by one and in place: at full size each tensor is large
+        for of_all, part in ((self.conv1, self.conv2), (self.conv3, self.conv4)):
+            for layer in of_all:  # one by one and in place: at full size each tensor is large
                 inner = layer(inner)
             inner[:, -self._side :] = part(inner[:, -self._side :])
         inner = self.conv5(inner).add_(x)
@@ -77,8 +77,8 @@ class Residual(nn.Module):
 class Decoder(nn.Module):
     """Enlarge the features of each picture, then predict `outputs` channels from them and other inputs."""
 
-    def __init__(self, features: int, others: int, config: RefinementConfig) -> None:
-        """features: channels of a picture's map. others: inputs beside the two enlarged maps."""
+    def __init__(self, features: int, further: int, config: RefinementConfig) -> None:
+        """features: channels of a picture's map. further: inputs beside the two enlarged maps."""
         super().__init__()
         inner, outer = config.upsample
         shuffles = [nn.PixelShuffle(2) for _ in range(config.doublings)]
@@ -92,7 +92,7 @@ class Decoder(nn.Module):
             nn.ReLU(),
         )
         self.convblock = nn.Sequential(
-            prelu(2 * outer + others, config.width, config.first),
+            prelu(2 * outer + further, config.width, config.first),
             *(Residual(config.width, config.side) for _ in range(3)),
             conv(config.width, config.outputs),
         )
@@ -118,11 +118,11 @@ class Update(nn.Module):
     def forward(self, feature: Tensor, flow: Tensor, correlation: Tensor) -> tuple[Tensor, Tensor]:
         """Return the changes of the feature and, in float32, of the flow. flow: 1 4 h w, of both pictures."""
         dtype = self.conv.weight.dtype
-        feature, given, correlation = feature.to(dtype), flow.to(dtype), correlation.to(dtype)
+        feature, inputs, correlation = feature.to(dtype), flow.to(dtype), correlation.to(dtype)
         compared = _leaky(self.convc2(_leaky(self.convc1(correlation))))
-        moved = _leaky(self.convf2(_leaky(self.convf1(given))))
+        moved = _leaky(self.convf2(_leaky(self.convf1(inputs))))
         motion = _leaky(self.conv(torch.cat([compared, moved], dim=1)))
-        hidden = self.gru(torch.cat([motion, given, feature], dim=1))
+        hidden = self.gru(torch.cat([motion, inputs, feature], dim=1))
         return self.feat_head(hidden), self.flow_head(hidden).float()
 
 
@@ -217,7 +217,7 @@ class Synthesis(nn.Module):
         """Return a picture's features in the form that the other methods take."""
         dtype = self.dtype
         quarter, eighth, matching = (
-            each.to(dtype) for each in (encoded.quarter, encoded.eighth, encoded.matching)
+            features.to(dtype) for features in (encoded.quarter, encoded.eighth, encoded.matching)
         )
         if not self.is_projected:
             return Maps(quarter, eighth, encoded.matching)
@@ -242,12 +242,12 @@ class Synthesis(nn.Module):
         """Make the first estimate, at a quarter of the size. first, second: maps at an eighth."""
         flow, images = 0.25 * resize(flow, 0.25), resize(images, 0.25)
         decoder, both = self.amt_init_decoder, _joined(flow)
-        parts = [
-            warp(decoder.upsample(each), flow[place, None]) for place, each in enumerate((first, second))
-        ]
+        parts = []
+        for place, features in enumerate((first, second)):
+            parts.append(warp(decoder.upsample(features), flow[place, None]))
         parts += [both, _joined(images), _joined(warp(images, flow))]
-        made = _through(decoder.convblock, parts, self.dtype)
-        change, mask, feature = made.split([FLOWS, 1, made.shape[1] - FLOWS - 1], dim=1)
+        predicted = _through(decoder.convblock, parts, self.dtype)
+        change, mask, feature = predicted.split([FLOWS, 1, predicted.shape[1] - FLOWS - 1], dim=1)
         return both + change.float(), mask.float(), feature
 
     def _refine(self, refined: Refined, compared: "Compared", time: float) -> Refined:
@@ -268,12 +268,12 @@ class Synthesis(nn.Module):
         both, mask = 4 * resize(flow, 4), resize(mask, 4)
         flow = both[0].unflatten(0, (2, 2))
         parts = [resize(feature, 4)]
-        for place, each in enumerate((first, second)):
-            parts.append(warp(decoder.upsample(each), flow[place, None]).to(dtype))
+        for place, features_of_picture in enumerate((first, second)):
+            parts.append(warp(decoder.upsample(features_of_picture), flow[place, None]).to(dtype))
         parts += [both, mask, _joined(images), _joined(warp(images, flow))]
-        made = _through(decoder.convblock, parts, dtype).float()
-        blends = made.shape[1] // PER_BLEND
-        change, shift, colours = made.split([FLOWS * blends, blends, 3 * blends], dim=1)
+        predicted = _through(decoder.convblock, parts, dtype).float()
+        blends = predicted.shape[1] // PER_BLEND
+        change, shift, colours = predicted.split([FLOWS * blends, blends, 3 * blends], dim=1)
         return Blend(_joined(flow.repeat(1, blends, 1, 1)) + change, torch.sigmoid(mask + shift), colours)
 
     def put_together(self, images: Tensor, blend: Blend) -> Tensor:
@@ -281,13 +281,13 @@ class Synthesis(nn.Module):
         blends = blend.mask.shape[1]
         flows = blend.flow[0].unflatten(0, (2, blends, 2))
         colours = blend.colours[0].unflatten(0, (blends, 3))
-        made = []
+        pictures = []
         for number in range(blends):
             first, second = warp(images, flows[:, number])
             share = blend.mask[0, number]
-            made.append(share * first + (1 - share) * second + colours[number])
-        mixed = self.amt_comb_block(torch.cat(made)[None].to(self.dtype)).float()
-        return ((torch.stack(made).mean(dim=0) + mixed + 1) / 2).clamp(0, 1)
+            pictures.append(share * first + (1 - share) * second + colours[number])
+        mixed = self.amt_comb_block(torch.cat(pictures)[None].to(self.dtype)).float()
+        return ((torch.stack(pictures).mean(dim=0) + mixed + 1) / 2).clamp(0, 1)
 
 
 class Compared:

@@ -52,9 +52,9 @@ class TwinsBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = TwinsMlp(width)
 
-    def forward(self, x: Tensor, *given: Tensor) -> Tensor:
-        """x: B H W C. given: further inputs of the attention."""
-        x = x + self.attn(self.norm1(x), *given)
+    def forward(self, x: Tensor, *inputs: Tensor) -> Tensor:
+        """x: B H W C. inputs: further ones of the attention."""
+        x = x + self.attn(self.norm1(x), *inputs)
         return x + self.mlp(self.norm2(x))
 
 
@@ -142,12 +142,12 @@ class Twins(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """images: B 3 H W in -1..1. Returns the output of each stage, B C h w."""
-        x, found = images, []
+        x, outputs = images, []
         for embed, pair, neighbours in zip(self.patch_embeds, self.blocks, self.pos_block, strict=True):
             windowed, coarse = pair.children()
             x = coarse(neighbours(windowed(embed(x)))).permute(0, 3, 1, 2)
-            found.append(x)
-        return found
+            outputs.append(x)
+        return outputs
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
@@ -168,7 +168,7 @@ def in_windows(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     windows = x.unflatten(2, (columns, WINDOW)).unflatten(1, (rows, WINDOW)).transpose(2, 3)
     windows = windows.flatten(3, 4).flatten(0, 2)
     # queries, keys, values, their heads and what is found
-    found = in_parts(run, windows, bytes_each=32 * windows[0].numel()).view(
+    results = in_parts(run, windows, bytes_each=32 * windows[0].numel()).view(
         batch, rows, columns, WINDOW, WINDOW, -1
     )
-    return found.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :height, :width]
+    return results.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :height, :width]

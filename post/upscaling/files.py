@@ -1,7 +1,7 @@
 """Read upscalers from files: SwinIR, RRDBNet in three generations of names, Real-ESRGAN's compact nets."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import count as numbers_from
 from math import isqrt
@@ -102,37 +102,22 @@ def load_upscaler(path: Path, device: torch.device, dtype: torch.dtype) -> Upsca
         def dtype_of(name: str, _: torch.dtype) -> torch.dtype:
             return torch.float32 if "norm" in name or name.endswith("_bias_table") else dtype
 
-        network = load_planned(plan, kind.build, device, dtype_of, OPTION)
+        network = load_planned(plan, kind.build, device=device, dtype=dtype_of, what=OPTION)
     if device != META:
         lay_out(network, device)
     return Upscaler(kind, plan.config, network)
 
 
 def _read_rrdb(checkpoint: Checkpoint) -> LoadPlan[RrdbConfig]:
-    names = checkpoint.tensors
-    table: Names = ()
-    if "model.1.sub.0.RDB1.conv1.0.weight" in names:
-        # the last layer's number shows the number of enlargements
-        layers = (re.fullmatch(r"model\.(\d{1,3})\.[^.]*", name) for name in names)
-        last = max((int(layer[1]) for layer in layers if layer), default=0)
-        ups = max(last - 4, 0) // 3
-        ends = [(rf"model\.{3 * up}\.(\w+)", rf"conv_up{up}.\1") for up in range(1, ups + 1)]
-        ends += [
-            (rf"model\.{3 * ups + 2}\.(\w+)", r"conv_hr.\1"),
-            (rf"model\.{3 * ups + 4}\.(\w+)", r"conv_last.\1"),
-        ]
-        table = (*OLD_NAMES, *ends)
-    elif "RRDB_trunk.0.RDB1.conv1.weight" in names:
-        table = MIDDLE_NAMES
-    elif "body.0.rdb1.conv1.weight" not in names:
-        raise other_kind(checkpoint, "an upscaler", OPTION, FILES)
+    table = _rrdb_names(checkpoint)
     sources = rename_sources(plain_sources(checkpoint), lambda name: translate_name(name, table))
     shape = _Shapes(checkpoint, shapes_of(checkpoint, sources))
     features, channels, *_ = shape.of("conv_first.weight", 4)
     shape.expect("conv_last.weight", 4, 0, COLOURS)
     unshuffle = isqrt(channels // COLOURS)
     doublings = next(number for number in numbers_from() if f"conv_up{number + 1}.weight" not in sources)
-    if channels != COLOURS * unshuffle**2 or unshuffle not in {2**power for power in range(doublings + 1)}:
+    possible = {2**power for power in range(doublings + 1)}
+    if channels != COLOURS * unshuffle**2 or unshuffle not in possible:
         raise shape.error(
             f"its first layer takes {channels} channels of pictures that it makes {2**doublings} times larger"
         )
@@ -145,6 +130,25 @@ def _read_rrdb(checkpoint: Checkpoint) -> LoadPlan[RrdbConfig]:
         has_shortcuts="body.0.rdb1.conv1x1.weight" in sources,
     )
     return LoadPlan(config, checkpoint, sources)
+
+
+def _rrdb_names(checkpoint: Checkpoint) -> Names:
+    """Return how the names of a file become ours. Raises CheckpointError if it is no upscaler."""
+    names = checkpoint.tensors
+    if "model.1.sub.0.RDB1.conv1.0.weight" in names:
+        # the last layer's number shows the number of enlargements
+        layers = (re.fullmatch(r"model\.(\d{1,3})\.[^.]*", name) for name in names)
+        last = max((int(layer[1]) for layer in layers if layer), default=0)
+        ups = max(last - 4, 0) // 3
+        ends = [(rf"model\.{3 * up}\.(\w+)", rf"conv_up{up}.\1") for up in range(1, ups + 1)]
+        ends.append((rf"model\.{3 * ups + 2}\.(\w+)", r"conv_hr.\1"))
+        ends.append((rf"model\.{3 * ups + 4}\.(\w+)", r"conv_last.\1"))
+        return (*OLD_NAMES, *ends)
+    if "RRDB_trunk.0.RDB1.conv1.weight" in names:
+        return MIDDLE_NAMES
+    if "body.0.rdb1.conv1.weight" not in names:
+        raise other_kind(checkpoint, "an upscaler", OPTION, FILES)
+    return ()
 
 
 def _read_compact(checkpoint: Checkpoint) -> LoadPlan[CompactConfig]:
@@ -171,25 +175,13 @@ def _read_swinir(checkpoint: Checkpoint) -> LoadPlan[SwinirConfig]:
         shape.of(f"layers.{layer}.residual_group.blocks.0.attn.relative_position_bias_table", 2)
         for layer in layers
     ]
-    side, heads = isqrt(tables[0][0]), tuple(table[1] for table in tables)
-    if side**2 != tables[0][0] or side % 2 == 0 or side < 3 or any(dim % each for each in heads):
-        raise shape.error(f"{dim} channels, {heads} heads and {tables[0][0]} distances do not go together")
+    num_distances = tables[0][0]
+    heads = tuple(table[1] for table in tables)
+    side = isqrt(num_distances)
+    if side**2 != num_distances or side % 2 == 0 or side < 3 or any(dim % number for number in heads):
+        raise shape.error(f"{dim} channels, {heads} heads and {num_distances} distances do not go together")
     window = (side + 1) // 2
-    # the kind of the last layers, the factor of each enlargement, and the channels meanwhile
-    upsampler, ups, features = "none", list[int](), 0
-    if "conv_before_upsample.0.weight" in sources:
-        features = shape.of("conv_before_upsample.0.weight", 4)[0]
-        shape.expect("conv_last.weight", 4, 0, COLOURS)
-        upsampler = "nearest+conv" if "conv_up1.weight" in sources else "pixelshuffle"
-        ups = [2] * count(sources, r"conv_up\d+")
-        if upsampler == "pixelshuffle":
-            names = [name for name in sources if name[:9] == "upsample." and name[-7:] == ".weight"]
-            enlarging = sorted(int(name.split(".")[1]) for name in names)
-            ups = [_factor(shape, f"upsample.{layer}.weight", features) for layer in enlarging]
-    elif "upsample.0.weight" in sources:
-        upsampler, ups = "pixelshuffledirect", [_factor(shape, "upsample.0.weight", COLOURS)]
-    else:
-        shape.expect("conv_last.weight", 4, 0, COLOURS)
+    end = _read_swinir_end(shape, sources)
     config = SwinirConfig(
         dim=dim,
         heads=heads,
@@ -197,12 +189,37 @@ def _read_swinir(checkpoint: Checkpoint) -> LoadPlan[SwinirConfig]:
         window=window,
         hidden=shape.of("layers.0.residual_group.blocks.0.mlp.fc1.weight", 2)[0],
         convolutions=1 if "conv_after_body.weight" in sources else 3,
-        upsampler=upsampler,
-        ups=tuple(ups),
-        features=features,
+        upsampler=end.upsampler,
+        ups=tuple(end.ups),
+        features=end.features,
         pixel_range=255.0 if window == 7 else 1.0,  # windows of 7 are those of the files for JPEG
     )
     return LoadPlan(config, checkpoint, sources, ignore=BUFFERS)
+
+
+@dataclass(frozen=True)
+class _SwinirEnd:
+    """The last layers of a SwinIR, which enlarge."""
+
+    upsampler: str  # their kind
+    ups: Sequence[int] = ()  # factor of each enlargement
+    features: int = 0  # channels meanwhile
+
+
+def _read_swinir_end(shape: "_Shapes", sources: Collection[str]) -> _SwinirEnd:
+    if "conv_before_upsample.0.weight" in sources:
+        features = shape.of("conv_before_upsample.0.weight", 4)[0]
+        shape.expect("conv_last.weight", 4, 0, COLOURS)
+        if "conv_up1.weight" in sources:
+            return _SwinirEnd("nearest+conv", [2] * count(sources, r"conv_up\d+"), features)
+        names = [name for name in sources if name.startswith("upsample.") and name.endswith(".weight")]
+        layers = sorted(int(name.split(".")[1]) for name in names)
+        ups = [_factor(shape, f"upsample.{layer}.weight", features) for layer in layers]
+        return _SwinirEnd("pixelshuffle", ups, features)
+    if "upsample.0.weight" in sources:
+        return _SwinirEnd("pixelshuffledirect", [_factor(shape, "upsample.0.weight", COLOURS)])
+    shape.expect("conv_last.weight", 4, 0, COLOURS)
+    return _SwinirEnd("none")
 
 
 def _factor(shape: "_Shapes", name: str, channels: int) -> int:
@@ -223,16 +240,16 @@ class _Shapes:
 
     def of(self, name: str, axes: int) -> tuple[int, ...]:
         """Return a shape. Raises CheckpointError if the tensor is missing or has not `axes` axes."""
-        found = self.shape(name)
-        if len(found) != axes or 0 in found:
-            raise self.error(f"{name} has the shape {' x '.join(map(str, found)) or 'of a single number'}")
-        return found
+        sizes = self.shape(name)
+        if len(sizes) != axes or 0 in sizes:
+            raise self.error(f"{name} has the shape {' x '.join(map(str, sizes)) or 'of a single number'}")
+        return sizes
 
     def expect(self, name: str, axes: int, axis: int, size: int) -> None:
         """Raise CheckpointError unless a tensor has that size along an axis."""
-        found = self.of(name, axes)[axis]
-        if found != size:
-            raise self.error(f"{name} is for pictures of {found} channels, not {size}")
+        size_in_file = self.of(name, axes)[axis]
+        if size_in_file != size:
+            raise self.error(f"{name} is for pictures of {size_in_file} channels, not {size}")
 
     def error(self, reason: str) -> CheckpointError:
         path = self.checkpoint.path

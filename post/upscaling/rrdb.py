@@ -50,22 +50,22 @@ class DenseBlock(nn.Module):
         super().__init__()
         features, growth = config.features, config.growth
         for number in range(1, 6):
-            made = growth if number < 5 else features
-            seen = features + (number - 1) * growth
-            self.add_module(f"conv{number}", nn.Conv2d(seen, made, 3, padding=1))
+            outputs = growth if number < 5 else features
+            inputs = features + (number - 1) * growth
+            self.add_module(f"conv{number}", nn.Conv2d(inputs, outputs, 3, padding=1))
         self.conv1x1 = nn.Conv2d(features, growth, 1, bias=False) if config.has_shortcuts else None
 
     def forward(self, x: Tensor) -> Tensor:
-        seen = [x]
+        features = [x]
         for number in range(1, 5):
             convolve = self.get_submodule(f"conv{number}")
-            made = leaky_relu(convolve(torch.cat(seen, dim=1)), SLOPE, inplace=True)
+            output = leaky_relu(convolve(torch.cat(features, dim=1)), SLOPE, inplace=True)
             if self.conv1x1 is not None and number == 2:
-                made = made + self.conv1x1(x)
+                output = output + self.conv1x1(x)
             if self.conv1x1 is not None and number == 4:
-                made = made + seen[2]
-            seen.append(made)
-        return x + SHARE * self.get_submodule("conv5")(torch.cat(seen, dim=1))
+                output = output + features[2]
+            features.append(output)
+        return x + SHARE * self.get_submodule("conv5")(torch.cat(features, dim=1))
 
 
 class DenseResidualBlock(nn.Module):
@@ -139,8 +139,8 @@ class CompactNet(nn.Module):
         self.config = config
         self.body = nn.Sequential()
         for place in range(config.depth + 1):
-            seen = config.features if place else COLOURS
-            self.body.append(nn.Conv2d(seen, config.features, 3, padding=1))
+            inputs = config.features if place else COLOURS
+            self.body.append(nn.Conv2d(inputs, config.features, 3, padding=1))
             self.body.append(nn.PReLU(config.features))
         self.body.append(nn.Conv2d(config.features, COLOURS * config.factor**2, 3, padding=1))
 

@@ -93,10 +93,11 @@ class UpscalerStage:
 
     def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
         """Yield the enlarged pictures; one batch is in memory at a time."""
-        made = self.result(clip)
+        result = self.result(clip)
+        size = (result.height, result.width)
         fitting = self._fitting(clip)
         while some := list(islice(pictures, fitting.batch)):
-            enlarged = self.enlarge([picture.pixels for picture in some], (made.height, made.width), fitting)
+            enlarged = self.enlarge([picture.pixels for picture in some], size, fitting)
             for index, picture in enumerate(some):
                 # not bound to a name, which would keep it alive while the next one is made
                 yield replace(picture, pixels=to_pixels(enlarged[index : index + 1], clip.is_deep))
@@ -105,15 +106,16 @@ class UpscalerStage:
     @torch.no_grad()
     def enlarge(self, pixels: list[Pixels], size: tuple[int, int], fitting: tiling.Fitting) -> Tensor:
         """Enlarge pictures to a size (height, width); returns B 3 H W, about 0..1, on the device."""
-        images = torch.cat([to_tensor(each, self.device) for each in pixels])
-        factor, (height, width) = self.upscaler.config.factor, images.shape[-2:]
+        images = torch.cat([to_tensor(picture, self.device) for picture in pixels])
+        height, width = images.shape[-2:]
+        factor = self.upscaler.config.factor
         images = tiling.pad_to_multiple(images, self.upscaler.config.step, self.upscaler.kind.repeats_edge)
         images = images.contiguous(memory_format=layouts(self.device)[1])
-        return fitting(
-            self.network,
-            images,
-            lambda made: resize(made[..., : height * factor, : width * factor], size),
-        )
+
+        def finish(enlarged: Tensor) -> Tensor:
+            return resize(enlarged[..., : height * factor, : width * factor], size)
+
+        return fitting(self.network, images, finish)
 
     def _fitting(self, clip: Clip) -> tiling.Fitting:
         """Choose the sizes of batch and tiles to try first for a clip."""
@@ -125,9 +127,9 @@ class UpscalerStage:
         if tile is None:
             tile = self._forecast(clip, batch)
         elif tile % config.step:
-            whole = max(tile // config.step, 1) * config.step
-            logger.info("--tile %d: tiles of %d, a multiple of %d, are used.", tile, whole, config.step)
-            tile = whole
+            multiple = max(tile // config.step, 1) * config.step
+            logger.info("--tile %d: tiles of %d, a multiple of %d, are used.", tile, multiple, config.step)
+            tile = multiple
         return tiling.Fitting(
             self.device,
             batch,
@@ -159,7 +161,11 @@ class UpscalerStage:
         logger.info(
             "Pictures of %d x %d would take about %.1f GiB at once, and %.1f GiB are free: they are cut into "
             "tiles of %d pixels.",
-            *(clip.width, clip.height, width * height * per_pixel / GIB, free / GIB, tile),
+            clip.width,
+            clip.height,
+            width * height * per_pixel / GIB,
+            free / GIB,
+            tile,
         )
         return tile
 

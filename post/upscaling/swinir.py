@@ -74,7 +74,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         """x: G N C. bias: heads N N."""
         q, k, v = rearrange(self.qkv(x), "g n (three h d) -> three g h n d", three=3, h=self.heads)
-        mixed = attend(q, k, v, bias, CUDA_WIDTH if x.device.type == "cuda" else 1)
+        multiple = CUDA_WIDTH if x.device.type == "cuda" else 1
+        mixed = attend(q, k, v, bias=bias, multiple=multiple)
         return self.proj(rearrange(mixed, "g h n d -> g n (h d)"))
 
 
@@ -85,7 +86,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, multiple: int) -> Tens
     """
     width = q.shape[-1]
     if width % multiple:
-        q, k, v = (pad(each, (0, -width % multiple)) for each in (q, k, v))
+        q, k, v = (pad(heads, (0, -width % multiple)) for heads in (q, k, v))
     mask = bias.to(q.dtype)[None]
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=width**-0.5)[..., :width]
 
@@ -141,9 +142,9 @@ class ResidualGroup(nn.Module):
         """Apply a block to the windows of a map, a few windows at a time."""
         out = torch.empty_like(x)
         # views, without a copy
-        windows, made = (
-            rearrange(each, "b (h p) (w q) c -> b h w p q c", p=self.window, q=self.window)
-            for each in (x, out)
+        windows, results = (
+            rearrange(tokens, "b (h p) (w q) c -> b h w p q c", p=self.window, q=self.window)
+            for tokens in (x, out)
         )
         batch, rows, columns = windows.shape[:3]
         most = WINDOWS_ON_CPU * torch.get_num_threads() if x.device.type == "cpu" else WINDOWS
@@ -158,7 +159,7 @@ class ResidualGroup(nn.Module):
             for piece in pieces(batch, row_range, column_range, most):
                 some = windows[piece]
                 done = block(rearrange(some, "b h w p q c -> (b h w) (p q) c"), mask)
-                made[piece] = done.reshape(some.shape)
+                results[piece] = done.reshape(some.shape)
         return out
 
 
@@ -167,8 +168,9 @@ def apart(window: int, rows: int, columns: int, bias: Tensor) -> Tensor:
     if not rows and not columns:
         return bias
     place = torch.arange(window, device=bias.device)
-    below, beside = place >= window - rows, place >= window - columns
-    region = (below.long()[:, None] * 2 + beside.long()[None]).flatten()  # N
+    is_below = place >= window - rows
+    is_right = place >= window - columns
+    region = (is_below.long()[:, None] * 2 + is_right.long()[None]).flatten()  # N
     return bias + APART * (region[:, None] != region[None]).to(bias.dtype)
 
 
@@ -287,8 +289,11 @@ class SwinIR(nn.Module):
         tokens = self.norm(tokens).to(x.dtype)
         features = self.conv_after_body(as_map(tokens)) + first
         del first, tokens  # enlarging takes most memory
-        made = x + self.conv_last(features) if self.config.upsampler == "none" else self._enlarge(features)
-        return made / self.config.pixel_range + mean
+        if self.config.upsampler == "none":
+            enlarged = x + self.conv_last(features)
+        else:
+            enlarged = self._enlarge(features)
+        return enlarged / self.config.pixel_range + mean
 
     def _enlarge(self, features: Tensor) -> Tensor:
         if self.config.upsampler == "pixelshuffledirect":
