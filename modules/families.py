@@ -191,7 +191,7 @@ def identify(path: Path) -> str | None:
         return hint
     if path.is_file() and path.suffix != ".json":  # once: a hostile file takes each family a second
         try:
-            import_own("modules.checkpoints.containers").open_file(path).close()
+            import_own("modules.checkpoints.opening").open_file(path).close()
         except CheckpointError:
             return None
     # Wan's, the last, recognises files of no family too

@@ -211,7 +211,7 @@ def _stored_layers(
     """
     quantisation = placement.quantisation
     if quantisation is None:
-        kept = find_stored_weights(linear_weights(dit), sources, checkpoint.tensors, asked=False)
+        kept = find_stored_weights(linear_weights(dit), sources, checkpoint.tensors, form_is_given=False)
         if not kept:
             return None
         return StoredLoading(None, kept=_without_patched(kept, dit, checkpoint.path, placement))
@@ -226,7 +226,7 @@ def _stored_layers(
         return frozenset(name for name in names if not name.startswith(wide))
 
     linear, form = others(linear_weights(dit, spec.block_lists)), form_of(quantisation)
-    kept = find_stored_weights(linear, sources, checkpoint.tensors, asked=True)
+    kept = find_stored_weights(linear, sources, checkpoint.tensors, form_is_given=True)
     if not kept:
         exclude = spec.form_exclude.get(quantisation.form, spec.fp8_exclude)
         return StoredLoading(form, others(linear_weights(dit, spec.block_lists, exclude)))

@@ -117,7 +117,7 @@ def prepare(quantisation: Quantisation, device: torch.device) -> Quantisation:
 
 
 def rehearsed(quantisation: Quantisation) -> Quantisation:
-    """Return it for a dry run: where bitsandbytes is installed, only the value is allocated, as by its kernel.
+    """Return it for a dry run: if bitsandbytes is installed, only the value is allocated, as by its kernel.
 
     Formulas of torch need several float32 copies of a weight.
     """
