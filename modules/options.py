@@ -320,8 +320,10 @@ def _check_relations(record: Any, field: "dataclasses.Field[Any]", hint: str) ->
     if useful and not _names_of_given(record, useful):
         value = getattr(record, field.name)
         typed = option if isinstance(value, (bool, tuple)) else f"{option} {value}"
-        names = f"--{useful[0]} is not" if len(useful) == 1 else f"none of --{', --'.join(useful)} is"
-        logger.warning("%s is ignored because %s given", typed, names)
+        reason = f"none of --{', --'.join(useful)} is"
+        if len(useful) == 1:
+            reason = f"--{useful[0]} is not"
+        logger.warning("%s is ignored because %s given", typed, reason)
 
 
 def _names_of_given(record: Any, names: Collection[str]) -> list[str]:

@@ -417,7 +417,7 @@ def add_options(
             parser.key_file = cls.key_file
         place = group_of(parser, cls.heading) if cls.heading else group or parser
         for field in fields(cls):
-            _add_field(parser, place, cls, field, changes)
+            _add_field(parser, place, cls, field=field, changes=changes)
         for name, refusal in _refusals(cls):
             if name not in without:
                 _add_refusal(place, cls, name, refusal)
@@ -436,6 +436,7 @@ def _add_field(
     parser: argparse.ArgumentParser,
     group: _Group,
     cls: type[Options],
+    *,
     field: Field[Any],
     changes: _ScriptChanges,
 ) -> None:

@@ -211,11 +211,15 @@ def _log_forms(stored: StoredLoading, filling: "_Filling", what: str) -> None:
                 f"{what}: {names[wrong[0]]} has NaN or infinite values, which {form_name} cannot hold. Copy "
                 "the file again."
             )
-        mean = 100 * float(errors.mean())
-        low = 100 * float(errors.min())
-        high = 100 * float(errors.max())
-        text = "%s: %d linear layers %s, relative error %.2f %% (%.2f to %.2f %%)"
-        logger.info(text, what, len(errors), how, mean, low, high)
+        logger.info(
+            "%s: %d linear layers %s, relative error %.2f %% (%.2f to %.2f %%)",
+            what,
+            len(errors),
+            how,
+            100 * float(errors.mean()),
+            100 * float(errors.min()),
+            100 * float(errors.max()),
+        )
 
 
 _ALIGNMENT = 64  # bytes; where tensors begin in the buffer for reading

@@ -361,10 +361,7 @@ def companions_of(name: str, info: TensorInfo) -> tuple[str, ...]:
 
 def _find_form(tensors: Mapping[str, TensorInfo]) -> str | None:
     """Return the form of quantised weights without marks, and a tensor that shows it."""
-    readable = {name for name, info in tensors.items() if info.packing is not None}
-    for name in tuple(readable):
-        readable.update(companions_of(name, tensors[name]))
-    unmarked = {name: info for name, info in tensors.items() if name not in readable}
+    unmarked = _without_marked(tensors)
     for ending, form in _FOREIGN.items():
         for name in unmarked:
             if name.endswith(ending):
@@ -381,6 +378,16 @@ def _find_form(tensors: Mapping[str, TensorInfo]) -> str | None:
             kind = dtype_name(info.dtype)
             return f"quantised, form unknown: it has {name} in {kind} in place of a weight"
     return None
+
+
+def _without_marked(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Return the tensors without packed weights of known forms and their companions."""
+    marked: set[str] = set()
+    for name, info in tensors.items():
+        if info.packing is not None:
+            marked.add(name)
+            marked.update(companions_of(name, info))
+    return {name: info for name, info in tensors.items() if name not in marked}
 
 
 _TABLES = ("_ids", "_index", "_ind")  # ends of the names of whole numbers that networks have as they are

@@ -197,16 +197,21 @@ def _profile_of(path: Path, image: Image.Image) -> _Profile | None:
         return None if content is None else _Profile(content, "RGB", path)
     content = image.info.get("icc_profile")
     if content:
-        is_grey = image.mode in _GREY or image.mode.startswith("I;16")
-        if is_grey and content[16:20] != b"RGB ":
-            return _Profile(content, "L", path)
-        return _Profile(content, "CMYK" if image.mode == "CMYK" else "RGB", path)
+        return _Profile(content, _mode_for(image.mode, content), path)
     places = None if transfer else image.info.get("chromaticity")
     gamma = _gamma(image.info)
     if places is None or gamma is None or np.allclose(places, _SRGB_PLACES, atol=2e-3):
         return None
     content = _make_profile(gamma, tuple(places))
     return None if content is None else _Profile(content, "RGB", path)
+
+
+def _mode_for(mode: str, profile: bytes) -> str:
+    """Return the mode, L, RGB or CMYK, that pixels of this mode take for their profile."""
+    is_grey = mode in _GREY or mode.startswith("I;16")
+    if is_grey and profile[16:20] != b"RGB ":
+        return "L"
+    return "CMYK" if mode == "CMYK" else "RGB"
 
 
 @functools.lru_cache(maxsize=64)
@@ -307,20 +312,33 @@ def _make_profile(gamma: float | None, places: tuple[float, ...]) -> bytes | Non
         curve += _fixed([2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045])
     else:
         curve = b"para" + bytes(8) + _fixed([1 / (gamma or 1)])
-    tags = {b"wtpt": b"XYZ " + bytes(4) + _fixed(_D50)}
+    tags = {b"wtpt": _xyz(_D50)}
     for letter, colorant in zip((b"r", b"g", b"b"), colorants.T, strict=True):
-        tags[letter + b"XYZ"] = b"XYZ " + bytes(4) + _fixed(colorant)
+        tags[letter + b"XYZ"] = _xyz(colorant)
         tags[letter + b"TRC"] = curve
+    return _with_header(tags)
+
+
+def _with_header(tags: dict[bytes, bytes]) -> bytes:
+    """Return a profile of a display with these tags."""
     start = 132 + 12 * len(tags)  # of the tags' contents: behind the header and the table of tags
     table, body = b"", b""
     for name, content in tags.items():
         place = start + len(body)
-        table += name + place.to_bytes(4, "big") + len(content).to_bytes(4, "big")
+        table += name + _four_bytes(place) + _four_bytes(len(content))
         body += content
-    size = start + len(body)
-    head = size.to_bytes(4, "big") + bytes(4) + b"\x04\x20\x00\x00mntrRGB XYZ " + bytes(12)
+    head = _four_bytes(start + len(body)) + bytes(4) + b"\x04\x20\x00\x00mntrRGB XYZ " + bytes(12)
     head += b"acsp" + bytes(28) + _fixed(_D50)
-    return head.ljust(128, b"\0") + len(tags).to_bytes(4, "big") + table + body
+    return head.ljust(128, b"\0") + _four_bytes(len(tags)) + table + body
+
+
+def _four_bytes(number: int) -> bytes:
+    return number.to_bytes(4, "big")
+
+
+def _xyz(values: Any) -> bytes:
+    """Return the content of a tag of the type XYZ."""
+    return b"XYZ " + bytes(4) + _fixed(values)
 
 
 def _colorants(places: tuple[float, ...]) -> Any:

@@ -311,7 +311,10 @@ def swap_blocks(
     rings: list[Ring] = []
     start = 0  # position of the first block of a list
     for plan in lists:
-        units = {start + index: _make_unit(dit, plan, index, start, places) for index in plan.streamed}
+        units = {}
+        for index in plan.streamed:
+            weights, host_tensors = _weights_of(dit, f"{plan.name}.{index}", places)
+            units[start + index] = Unit(start + index, weights, host_tensors)
         if units:
             rings.append(Ring(units, [Slot() for _ in range(plan.slots)]))
         start += plan.num_blocks
@@ -326,12 +329,13 @@ def swap_blocks(
     _report(lists, swap, places, device)
 
 
-def _make_unit(dit: nn.Module, plan: ListPlan, index: int, start: int, places: Mapping[str, Tensor]) -> Unit:
-    """Return the streamed weights of a block. index: in its list, whose first block is at `start`."""
-    layers = [name for name, _ in big_layers(dit, f"{plan.name}.{index}")]
+def _weights_of(
+    dit: nn.Module, block: str, places: Mapping[str, Tensor]
+) -> tuple[list[Parameter], list[Tensor]]:
+    """Return the weights of a block that are streamed, and their places in host memory."""
+    layers = [name for name, _ in big_layers(dit, block)]
     names = [f"{name}.weight" for name in layers if f"{name}.weight" in places]
-    weights = [dit.get_parameter(name) for name in names]
-    return Unit(start + index, weights, [places[name] for name in names])
+    return [dit.get_parameter(name) for name in names], [places[name] for name in names]
 
 
 def _report(

@@ -67,11 +67,7 @@ def draw_chart(chart: Chart) -> Markup:
     parts = [START, *_draw_frame(across, up)]
     for curve, colour in zip(chart.curves, colours, strict=True):
         parts += _draw_curve(curve, across, up, colour)
-    centre = (LEFT + RIGHT) / 2
-    middle = (TOP + BOTTOM) / 2
-    parts.append(_text(centre, HEIGHT - 8, chart.x_label))
-    parts.append(_text(12, middle, chart.y_label, f'transform="rotate(-90 12 {middle:g})"'))
-    parts.append(_text(centre, TOP - 11, chart.title, 'font-size="16"'))
+    parts += _draw_labels(chart)
     if len(chart.curves) > 1:
         y = TOP + 15
         for curve, colour in zip(chart.curves, colours, strict=True):
@@ -79,6 +75,15 @@ def draw_chart(chart: Chart) -> Markup:
             y += 17
     drawing = as_url("image/svg+xml", "".join([*parts, "</svg>"]).encode())
     return Markup('<img class="chart" src="{}" alt="{}">').format(drawing, chart.title)
+
+
+def _draw_labels(chart: Chart) -> Iterator[str]:
+    """Yield the labels of both axes and the title."""
+    centre = (LEFT + RIGHT) / 2
+    middle = (TOP + BOTTOM) / 2
+    yield _text(centre, HEIGHT - 8, chart.x_label)
+    yield _text(12, middle, chart.y_label, f'transform="rotate(-90 12 {middle:g})"')
+    yield _text(centre, TOP - 11, chart.title, 'font-size="16"')
 
 
 def _draw_frame(across: "_Axis", up: "_Axis") -> Iterator[str]:
